@@ -163,10 +163,13 @@ async fn main() {
     let large_digest = digest;
     let used = digests.clone();
     let work = move || {
-        worker.stage_inputs(&instance, tree_digest, Peer::default()).unwrap();
+        worker.open_inputs(&instance, tree_digest, Peer::default()).unwrap();
         let start = Instant::now();
-        let staged = worker.stage_inputs(&instance, tree_digest, Peer::default()).unwrap();
-        report("stage_inputs of 1,000 files, known", 1, start.elapsed());
+        let mut staged = worker.open_inputs(&instance, tree_digest, Peer::default()).unwrap();
+        report("open_inputs of 1,000 files, known", 1, start.elapsed());
+        let start = Instant::now();
+        staged.lease_all().unwrap();
+        report("lease 1,000 files", 1, start.elapsed());
         fs::create_dir(path.join("exec")).unwrap();
         let parent = fs::File::open(path.join("exec")).unwrap();
         let start = Instant::now();
@@ -190,7 +193,8 @@ async fn main() {
         let mut batch = worker.begin_outputs(&instance, DigestFunction::Sha256, 0);
         let root = batch.bytes(tree.encode_to_vec()).unwrap();
         batch.commit().unwrap();
-        let staged = worker.stage_inputs(&instance, root, Peer::default()).unwrap();
+        let mut staged = worker.open_inputs(&instance, root, Peer::default()).unwrap();
+        staged.lease_all().unwrap();
         let start = Instant::now();
         staged.materialise(&large_digest, &parent, "large", 0o644).unwrap();
         report("materialise 64 MiB", 1, start.elapsed());

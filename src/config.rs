@@ -5,6 +5,8 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod limits;
+mod images;
 pub mod load;
 mod log_filter;
 mod pools;
@@ -13,12 +15,15 @@ mod settings;
 pub mod show;
 mod source_text;
 
+pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, Sources, load};
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
+use limits::LimitsConfig;
+use images::ImagesConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
@@ -226,6 +231,10 @@ pub struct ExecutionConfig {
     pub pools: BTreeMap<String, PoolConfig>,
     /// The sandbox of actions.
     pub sandbox: SandboxConfig,
+    /// What one action may use.
+    pub limits: LimitsConfig,
+    /// Container images as root file systems of actions.
+    pub images: ImagesConfig,
 }
 
 /// The `[log_streams]` section.
@@ -336,6 +345,8 @@ impl Default for ExecutionConfig {
             platform: [("OSFamily".to_owned(), "linux".to_owned())].into(),
             pools: BTreeMap::new(),
             sandbox: SandboxConfig::default(),
+            limits: LimitsConfig::default(),
+            images: ImagesConfig::default(),
         }
     }
 }

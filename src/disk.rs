@@ -5,8 +5,11 @@
 //! more than the reserve is free (a large allocation, a quota), and a disk that is full only between two samples.
 
 use crate::size::Size;
-use rustix::{fs::statfs, process::geteuid};
-use std::{io, path::Path, time::Duration};
+use rustix::{
+    fs::{StatFs, fstatfs, statfs},
+    process::geteuid,
+};
+use std::{fs::File, io, path::Path, time::Duration};
 
 /// The reserve is the disk size divided by this, within the limits below.
 const RESERVE_PART: u64 = 1_024;
@@ -89,9 +92,20 @@ impl Space {
     ///
     /// # Errors
     /// The errors of statfs(2).
-    #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
     pub fn of(path: &Path) -> io::Result<Self> {
-        let stat = statfs(path)?;
+        Ok(Self::from_kernel(&statfs(path)?))
+    }
+
+    /// Samples the file system that contains an open file. Blocks.
+    ///
+    /// # Errors
+    /// The errors of fstatfs(2).
+    pub fn of_file(file: &File) -> io::Result<Self> {
+        Ok(Self::from_kernel(&fstatfs(file)?))
+    }
+
+    #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
+    fn from_kernel(stat: &StatFs) -> Self {
         let block = if stat.f_frsize > 0 { stat.f_frsize as u64 } else { stat.f_bsize as u64 };
         let (total, free, available) = (stat.f_blocks as u64, stat.f_bfree as u64, stat.f_bavail as u64);
         let blocks = if stat.f_type as i64 == EXT4 && geteuid().is_root() {
@@ -99,12 +113,12 @@ impl Space {
         } else {
             available
         };
-        Ok(Self {
+        Self {
             free_bytes: blocks.saturating_mul(block),
             total_bytes: total.saturating_mul(block),
             free_inodes: stat.f_ffree as u64,
             total_inodes: stat.f_files as u64,
-        })
+        }
     }
 
     /// The reserve of this disk; zero where the file system has no limit.

@@ -1,7 +1,7 @@
 //! Entries of the host lists and network lists in the configuration: what they match. Pure.
 //!
 //! A [`HostRule`] is a name or an address, `*.example.com`, or `*`; a [`HostPortRule`] may name a port too; a [`Network`] is a
-//! range of addresses. They are parsed here, so that the configuration can check them; the rooms that use them decide what a
+//! range of addresses; a [`ImageRegistry`] is one host that container images come from. They are parsed here, so that the configuration can check them; the rooms that use them decide what a
 //! match means. Hosts are compared in the form that [`bare`] returns.
 
 use std::net::{IpAddr, Ipv6Addr};
@@ -73,6 +73,45 @@ impl HostPortRule {
             _ => (text, None),
         };
         Some(Self { host: HostRule::parse(host)?, port })
+    }
+}
+
+/// Whether this is a host with an optional port, and nothing that means more in a URL.
+pub fn is_host_and_port(text: &str) -> bool {
+    let (name, port) = match text.rsplit_once(':') {
+        Some((name, port)) if !text.ends_with(']') => (name, Some(port)),
+        _ => (text, None),
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-');
+    let is_name = !name.is_empty() && name.chars().all(plain);
+    let is_v6 = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
+    let is_v6 = is_v6.is_some_and(|address| address.parse::<Ipv6Addr>().is_ok());
+    (is_name || is_v6) && port.is_none_or(|port| port.parse::<u16>().is_ok())
+}
+
+/// A registry of container images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRegistry {
+    /// Host and, unless it is the usual one, port; in lower case.
+    pub host: String,
+    /// Whether it is contacted without TLS.
+    pub is_plain: bool,
+}
+
+impl ImageRegistry {
+    /// Parses an entry such as `registry.example.com`, or `http://localhost:5000` for a registry without TLS; `None` if it is
+    /// neither.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (host, is_plain) = match text.strip_prefix("http://") {
+            Some(host) => (host, true),
+            None => (text, false),
+        };
+        is_host_and_port(host).then(|| Self { host: host.to_ascii_lowercase(), is_plain })
+    }
+
+    /// The scheme of its URLs.
+    pub fn scheme(&self) -> &'static str {
+        if self.is_plain { "http" } else { "https" }
     }
 }
 

@@ -4,6 +4,7 @@
 //! in pools that offer it. Other properties are *unknown*: clients use such names to separate cache entries, so they are
 //! ignored unless the configuration refuses them. If an action names a property more than once, each value must match.
 
+use crate::size::Size;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -23,8 +24,79 @@ pub enum Offer {
     Set(Vec<String>),
     /// A whole number up to this. Actions require at least a number, and the pool has this many.
     Minimum(u64),
+    /// A size up to this many bytes. Actions require at least a size, and the pool has this much.
+    Size(u64),
     /// Any value.
     Ignore,
+}
+
+/// The property of an action that needs a network, and other names that clients have for it.
+const NETWORK: &str = "network";
+const NETWORK_ALIASES: &[&str] = &["dockerNetwork", "sandboxNetwork"];
+/// Values that ask for a network. Clients that know kinds of networks name the one of their container runtime.
+const ON: &[&str] = &["on", "true", "1", "standard", "bridge", "host"];
+/// Values that ask for none.
+const OFF: &[&str] = &["off", "false", "0", "none", ""];
+/// The property of an action whose input root is its root file system, and its value.
+const ROOTFS: &str = "rootfs";
+const ROOTFS_INPUTS: &str = "inputs";
+
+/// The property of an action that names a container image, and values that name none.
+const IMAGE: &str = "container-image";
+const NO_IMAGE: &[&str] = &["", "none"];
+
+/// The properties that the server itself knows, as a pool offers them with or without a sandbox and a network.
+pub fn built_in(has_sandbox: bool, has_network: bool) -> impl Iterator<Item = (&'static str, Offer)> {
+    let words: &[&[&str]] = if has_network { &[ON, OFF] } else { &[OFF] };
+    let words = Offer::Set(words.concat().into_iter().map(str::to_owned).collect());
+    let network = [NETWORK].iter().chain(NETWORK_ALIASES).map(move |name| (*name, words.clone()));
+    network.chain(has_sandbox.then(|| (ROOTFS, Offer::Exact(ROOTFS_INPUTS.into()))))
+}
+
+/// Whether an action asks for a network.
+pub fn wants_network(asked: &[(String, String)]) -> bool {
+    let names_it = |name: &str| name == NETWORK || NETWORK_ALIASES.contains(&name);
+    asked.iter().any(|(name, value)| names_it(name) && ON.contains(&&**value))
+}
+
+/// The container image that an action asks for.
+///
+/// # Errors
+/// When it names several.
+pub fn wanted_image(asked: &[(String, String)]) -> Result<Option<&str>, String> {
+    let is_image = |(name, value): &&(String, String)| name == IMAGE && !NO_IMAGE.contains(&&**value);
+    let mut names = asked.iter().filter(is_image).map(|(_, value)| value.as_str());
+    let first = names.next();
+    match names.find(|other| Some(*other) != first) {
+        Some(_) => Err(format!("the action names several images ({IMAGE})")),
+        None => Ok(first),
+    }
+}
+
+/// The container images that pools name.
+pub fn named_images<'a>(pools: impl Iterator<Item = &'a Offers>) -> BTreeSet<&'a str> {
+    let offered = pools.filter_map(|offers| offers.get(IMAGE));
+    let names = offered.flat_map(|offer| match offer {
+        Offer::Exact(name) => std::slice::from_ref(name),
+        Offer::Set(names) => names,
+        Offer::Minimum(_) | Offer::Ignore => &[],
+    });
+    names.map(String::as_str).filter(|name| !NO_IMAGE.contains(name)).collect()
+}
+
+/// The pools of a server that can have images. If no pool says which it takes, each takes all.
+pub fn offer_images<'a>(pools: impl Iterator<Item = &'a mut Offers>) {
+    let pools: Vec<_> = pools.collect();
+    if pools.iter().all(|offers| !offers.contains_key(IMAGE)) {
+        for offers in pools {
+            offers.insert(IMAGE.into(), Offer::Ignore);
+        }
+    }
+}
+
+/// Whether an action asks for its input root as its root file system.
+pub fn wants_input_root_as_root(asked: &[(String, String)]) -> bool {
+    asked.iter().any(|(name, value)| name == ROOTFS && value == ROOTFS_INPUTS)
 }
 
 /// The offered properties of a pool, by name.
@@ -51,6 +123,7 @@ impl Offer {
             Self::Exact(value) => same(value),
             Self::Set(values) => values.iter().any(same),
             Self::Minimum(most) => wanted.parse::<u64>().is_ok_and(|wanted| wanted <= *most),
+            Self::Size(most) => parse_size(wanted).is_some_and(|wanted| wanted <= *most),
             Self::Ignore => true,
         }
     }
@@ -62,6 +135,7 @@ impl fmt::Display for Offer {
             Self::Exact(value) => write!(f, "\"{value}\""),
             Self::Set(values) => write!(f, "\"{}\"", values.join("\" or \"")),
             Self::Minimum(most) => write!(f, "up to {most}, as a whole number"),
+            Self::Size(most) => write!(f, "up to {}", Size::from_bytes(*most)),
             Self::Ignore => f.write_str("anything"),
         }
     }
@@ -124,6 +198,17 @@ impl Known {
     }
 }
 
+/// Parses a size as clients write it: bytes, or a number and a unit, of which the `B` may be missing (`512Mi`, `4G`).
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
+    let text = text.trim();
+    if let Ok(bytes) = text.parse() {
+        return Some(bytes);
+    }
+    let has_b = text.ends_with(['b', 'B']);
+    let size: Result<Size, _> = if has_b { text.parse() } else { format!("{text}B").parse() };
+    size.ok().map(Size::bytes)
+}
+
 /// Lists the first few differences for a message.
 pub fn list<'a>(mut differences: impl Iterator<Item = Difference<'a>>) -> String {
     let first: Vec<_> = differences.by_ref().take(DIFFERENCES_SHOWN).map(|d| d.to_string()).collect();
@@ -140,9 +225,15 @@ fn shown(text: &str) -> String {
 /// The sort key of pools, from most to least preferred. Work goes where it takes least from others: fewest properties
 /// first, then the smallest minimums, then by name.
 pub fn preference(name: &str, offers: &Offers) -> (usize, Vec<u64>, String) {
-    let demands = offers.values().filter(|offer| **offer != Offer::Ignore).count();
+    let is_demand = |(name, offer): (&String, &Offer)| match &**name {
+        // Every pool has these.
+        ROOTFS => false,
+        NETWORK => offer.satisfies(name, "on"),
+        name => *offer != Offer::Ignore && !NETWORK_ALIASES.contains(&name),
+    };
+    let demands = offers.iter().filter(|offer| is_demand(*offer)).count();
     let minimums = offers.values().filter_map(|offer| match offer {
-        Offer::Minimum(most) => Some(*most),
+        Offer::Minimum(most) | Offer::Size(most) => Some(*most),
         _ => None,
     });
     (demands, minimums.collect(), name.to_owned())
@@ -218,11 +309,64 @@ mod tests {
     }
 
     #[test]
+    fn a_network_is_offered_under_all_its_names_and_such_a_pool_is_preferred_less() {
+        let pool = |has_network| -> Offers {
+            built_in(true, has_network).map(|(name, offer)| (name.to_owned(), offer)).collect()
+        };
+        let known = known(&[pool(false)], UnknownProperties::Refuse);
+        for asked in [("network", "on"), ("dockerNetwork", "standard"), ("sandboxNetwork", "bridge")] {
+            assert!(wants_network(&[(asked.0.into(), asked.1.into())]));
+            assert_eq!(differences(&known, &pool(true), &[asked]), [""; 0]);
+            assert!(differences(&known, &pool(false), &[asked])[0].contains("offered \"off\""));
+        }
+        for asked in [("network", "off"), ("dockerNetwork", "none"), ("rootfs", "inputs")] {
+            assert!(!wants_network(&[(asked.0.into(), asked.1.into())]));
+            assert_eq!(differences(&known, &pool(false), &[asked]), [""; 0]);
+        }
+        assert!(preference("b", &pool(false)) < preference("a", &pool(true)));
+        assert_eq!(preference("a", &pool(false)), preference("a", &Offers::new()));
+    }
+
+    #[test]
     fn a_message_stays_short_whatever_is_asked_for() {
         let asked: Vec<_> = (0..1000).map(|_| ("cores".to_owned(), "x\n".repeat(10_000))).collect();
         let (known, offers) = (known(&[big()], UnknownProperties::Ignore), big());
         let text = list(known.differences(&offers, &asked));
         assert!(text.len() < 4000 && text.ends_with("and 992 more") && !text.contains('\n'), "{text}");
+    }
+
+    #[test]
+    fn sizes_are_read_as_clients_write_them() {
+        for (text, bytes) in
+            [("1000", 1000), ("4G", 4_000_000_000), ("512Mi", 512 << 20), (" 1.5 GB", 1_500_000_000)]
+        {
+            assert_eq!(parse_size(text), Some(bytes), "{text}");
+        }
+        for text in ["", "-1", "4X", "G", "1e9"] {
+            assert_eq!(parse_size(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_action_names_one_image_or_none_and_pools_name_those_to_have_ready() {
+        let wanted = |asked: &[(&str, &str)]| {
+            let asked: Vec<_> = asked.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
+            wanted_image(&asked).map(|name| name.map(str::to_owned))
+        };
+        assert_eq!(
+            wanted(&[("container-image", "oci:/x"), ("container-image", "oci:/x")]),
+            Ok(Some("oci:/x".into()))
+        );
+        assert_eq!(wanted(&[("container-image", "none"), ("OSFamily", "linux")]), Ok(None));
+        assert!(wanted(&[("container-image", "oci:/x"), ("container-image", "oci:/y")]).is_err());
+        let mut pools = [
+            offers(&[("container-image", Offer::Set(vec!["oci:/x".into(), "none".into()]))]),
+            offers(&[("container-image", Offer::Ignore)]),
+            big(),
+        ];
+        offer_images(pools.iter_mut());
+        assert_eq!(named_images(pools.iter()), ["oci:/x"].into());
+        assert!(!pools[2].contains_key("container-image"), "other pools take it already");
     }
 
     #[test]

@@ -7,9 +7,11 @@
 //! Each protection is one small piece ([`settings::Protections`]), and what the kernel refuses is left out alone. [`probe`] finds that
 //! out with a cell that runs nothing. The [`view`] and the [`filter`] are values, made without a system call.
 
+mod assemble;
 pub(crate) mod confine;
 pub(crate) mod filter;
 pub(crate) mod identity;
+pub(crate) mod kind;
 pub(crate) mod landlock;
 pub(crate) mod layers;
 mod mounts;
@@ -32,6 +34,17 @@ pub(crate) struct SetupFailure {
     pub step: String,
     /// What the kernel said.
     pub error: io::Error,
+}
+
+impl SetupFailure {
+    /// The same failure, for another one who needs what could not be set up.
+    pub(crate) fn again(&self) -> Self {
+        let error = match self.error.raw_os_error() {
+            Some(errno) => io::Error::from_raw_os_error(errno),
+            None => io::Error::other(self.error.to_string()),
+        };
+        Self { step: self.step.clone(), error }
+    }
 }
 
 impl fmt::Display for SetupFailure {

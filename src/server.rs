@@ -18,8 +18,9 @@ use crate::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{WorkerActor, WorkerSettings},
+        worker::{PoolLimits, WorkerActor, WorkerSettings, image_store::ImageStore},
     },
+    cgroups::LimitReport,
     config::{ExecutionSettings, PoolSettings, Settings},
     connections::Connections,
     gate::Gate,
@@ -29,6 +30,7 @@ use crate::{
     logging::{self, Event},
     memory,
     node::NodeName,
+    platform,
     sandbox::probe::Report,
     signals::StopSignals,
     under_way::UnderWay,
@@ -76,6 +78,8 @@ pub(crate) struct Ready {
     pub address: SocketAddr,
     /// Which protections of the sandbox work; `None` without a sandbox.
     pub sandbox: Option<Report>,
+    /// How the limits of actions are enforced; `None` for a cache only.
+    pub limits: Option<LimitReport>,
 }
 
 /// Runs a server until it is told to stop. `ready` is called once, as soon as requests are answered.
@@ -91,7 +95,7 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let place = match &settings.execution {
-        Some(execution) => Some(Place::open(execution, open_files)?),
+        Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
     };
     let runtime: Arc<Runtime> = Arc::new(runtime);
@@ -207,6 +211,10 @@ impl Server {
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
+        if let Some(place) = &place {
+            let build_root = place.build_root.clone();
+            cas.relieve_first(move || build_root.relieve_disk());
+        }
         let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
             start_scheduler(bounds, execution, place, &cas, log_streams.clone())
@@ -254,7 +262,8 @@ impl Server {
         let (http_close, mut http_serving) =
             serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
-        ready(Ready { address, sandbox });
+        let limits = place.as_ref().map(|place| place.limits.clone());
+        ready(Ready { address, sandbox, limits });
 
         let stop = select! {
             signal = signals.next() => Stop::Signal(signal.name()),
@@ -284,8 +293,12 @@ impl Server {
             }
             // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
-            let removal =
-                place.map(|place| workers.spawn_blocking(move || place.build_root.wait_until_empty(left)));
+            let removal = place.map(|place| {
+                workers.spawn_blocking(move || {
+                    place.build_root.wait_until_empty(left);
+                    place.groups.remove();
+                })
+            });
             log_streams.close();
             // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());
@@ -401,6 +414,10 @@ fn start_scheduler(
     log_streams: LogStreams,
 ) -> Addr<SchedulerActor> {
     let store = Arc::new(cas.clone());
+    if let Some(images) = &place.images {
+        let named = platform::named_images(execution.pools.iter().map(|pool| &pool.offers));
+        images.prefetch(named.into_iter().map(str::to_owned).collect());
+    }
     let pools = execution.pools.iter().map(|pool| {
         let worker = Arc::new(WorkerSettings {
             name: worker_name(pool),
@@ -409,7 +426,9 @@ fn start_scheduler(
             transfer_timeout: execution.transfer_timeout,
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(place.open_files),
-            sandbox: place.pool_sandbox(),
+            images: place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>),
+            sandbox: place.pool_sandbox(pool),
+            limits: PoolLimits { settings: pool.limits, groups: Some(place.groups.clone()) },
             log_streams: log_streams.clone(),
         });
         let spec = PoolSpec {
@@ -422,6 +441,8 @@ fn start_scheduler(
             worker: worker.name.clone(),
             slots: pool.slots,
             offers: pool.offers.clone(),
+            limits: pool.limits,
+            room: pool.room,
         };
         let store = store.clone();
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));

@@ -280,6 +280,24 @@ fn pools_are_declared_in_the_shortest_form_that_says_how_they_match() {
 }
 
 #[test]
+fn a_pool_has_either_slots_or_cores_and_memory() {
+    let pool = |keys: &str| check(&format!("[execution.pools.a]\n{keys}"));
+    let pools = pool("cores = 8\nmemory_gb = 32").unwrap().execution.unwrap().pools;
+    assert_eq!((pools[0].slots, pools[0].room.map(|room| room.cores)), (8, Some(8)));
+    assert_eq!(pools[0].limits.memory.default, 4_000_000_000, "each core has its part of the memory");
+    for (keys, part) in [
+        ("", "needs slots, or cores and memory_gb"),
+        ("cores = 8", "needs slots, or cores and memory_gb"),
+        ("slots = 1\ncores = 8\nmemory_gb = 32", "choose one"),
+        ("cores = 0\nmemory_gb = 32", "between 1 and"),
+        ("cores = 8\nmemory_gb = \"1 kB\"", "at least"),
+    ] {
+        let error = pool(keys).unwrap_err().to_string();
+        assert!(error.contains(part), "{part} in {error}");
+    }
+}
+
+#[test]
 fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
     let pool = |rest: &str| file_error(&format!("[execution.pools.a]\n{rest}\n"));
     for (error, parts) in [
@@ -287,7 +305,6 @@ fn a_mistake_in_a_pool_is_shown_with_its_place_and_what_to_write_instead() {
             pool("slot = 1"),
             &[":2:1: unknown key \"execution.pools.a.slot\"", "did you mean \"execution.pools.a.slots\""][..],
         ),
-        (pool(""), &["slots"]),
         (pool("slots = 1\nproperties = { cores = 4 }"), &[":3:", "{ minimum = 4 }", "\"4\""]),
         (pool("slots = 1\nproperties = { cores = { maximum = 4 } }"), &[":3:", "maximum", "minimum"]),
         (

@@ -40,7 +40,7 @@ pub use index::Totals;
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection};
 pub use settings::StoreSettings;
-pub use trees::StagedInputs;
+pub use trees::ActionInputs;
 
 use crate::{
     actors::mail::{Mail, Receive, counted},
@@ -92,7 +92,7 @@ pub(crate) struct StoreShared {
     volume: Box<dyn Volume>,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
-    input_roots: Memo<(InstanceId, Digest), Arc<trees::inputs::InputRoot>>,
+    input_roots: trees::known_roots::KnownRoots,
     actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
     /// Small blobs as they were written. An entry here does not mean that the blob is stored: only the index says that.
@@ -126,6 +126,7 @@ pub(crate) struct StoreShared {
     chunk_work: ChunkWork,
     /// Held while the disk is relieved, which is done once for all callers.
     relief_turn: tokio::sync::Mutex<()>,
+    relieved_first: relief::RelievedFirst,
 }
 
 impl StoreShared {
@@ -182,7 +183,7 @@ impl CasActor {
             volume,
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
-            input_roots: Memo::new(settings::INPUT_ROOT_MEMO_BYTES),
+            input_roots: trees::known_roots::KnownRoots::new(),
             actions: Memo::new(settings::ACTION_MEMO_BYTES),
             results: Memo::new(settings::RESULT_MEMO_BYTES),
             recent: Memo::new(settings::RECENT_MEMO_BYTES),
@@ -204,6 +205,7 @@ impl CasActor {
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
             relief_turn: tokio::sync::Mutex::default(),
+            relieved_first: relief::RelievedFirst::default(),
             settings,
         };
         Ok(Self {

@@ -9,9 +9,10 @@ pub mod cancel;
 mod checkpoint;
 pub(crate) mod clock;
 pub(crate) mod command;
-mod dir;
+pub(crate) mod dir;
 mod disk_watch;
 mod exec_root;
+pub mod image_store;
 mod inputs;
 pub mod launcher;
 mod layer;
@@ -22,14 +23,21 @@ mod run_log;
 pub mod staged_trees;
 pub mod store;
 pub mod workspace;
+mod written;
 
 use crate::{
+    action::Action,
     actors::mail::{Mail, Receive, counted},
+    cgroups::Groups,
+    limits::LimitSettings,
     log_streams::LogStreams,
     logging::Event,
+    platform,
+    sandbox::kind::CellKind,
 };
 use actix::{Actor, MessageResult, SyncContext};
-use gorego_reapi::error::Error;
+use gorego_reapi::error::{Error, Result};
+use image_store::ImageStore;
 use launcher::{Launcher, PoolSandbox, RunnerLauncher};
 use messages::{RunAction, RunFailure};
 use run::ActionRun;
@@ -64,16 +72,39 @@ pub struct WorkerSettings {
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
+    /// Container images as root file systems; `None` if actions cannot name any.
+    pub images: Option<Arc<dyn ImageStore>>,
     /// The sandbox in which commands run; `None` for none.
     pub sandbox: Option<PoolSandbox>,
+    /// What one action may use.
+    pub limits: PoolLimits,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
+}
+
+/// What one action of a pool may use, and the control groups that enforce it. The default has neither.
+#[derive(Debug, Clone, Default)]
+pub struct PoolLimits {
+    pub(crate) settings: LimitSettings,
+    pub(crate) groups: Option<Groups>,
 }
 
 impl WorkerSettings {
     /// Whether input roots can have layers.
     fn has_layers(&self) -> bool {
         self.sandbox.as_ref().is_some_and(PoolSandbox::has_layers)
+    }
+
+    /// The kind of cell for an action.
+    fn kind(&self, action: &Action) -> Result<CellKind> {
+        match &self.sandbox {
+            Some(sandbox) => sandbox.kind(&action.platform),
+            None if platform::wants_input_root_as_root(&action.platform) => Err(Error::Precondition(
+                "the action asks for its input root as its root file system (rootfs), which takes the sandbox; it is off"
+                    .into(),
+            )),
+            None => Ok(CellKind::default()),
+        }
     }
 
     /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get
@@ -96,8 +127,12 @@ pub struct WorkerActor {
 impl WorkerActor {
     /// A worker that reads inputs from `store` and writes outputs to it.
     pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
-        let launcher = Box::new(RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref()));
-        Self { mail: Mail::default(), settings, store, launcher }
+        let launcher = RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref());
+        let launcher = match &settings.limits.groups {
+            Some(groups) => launcher.grouped(groups),
+            None => launcher,
+        };
+        Self { mail: Mail::default(), settings, store, launcher: Box::new(launcher) }
     }
 
     /// Counts the messages of this worker in `mail`.

@@ -6,6 +6,7 @@ use super::{
     environment,
 };
 use crate::{
+    cgroups::LimitReport,
     config::{Config, LogConfig, Settings},
     logging::{self, Event, Style},
     sandbox::probe::Report,
@@ -57,7 +58,7 @@ fn refuse(args: &ServeArgs, error: &Error) {
 
 /// Reports that the server is ready: as a banner for people, or as one log event.
 fn announce(style: Style, settings: &Settings, ready: &Ready) {
-    let Ready { address, sandbox } = ready;
+    let Ready { address, sandbox, limits } = ready;
     // On a terminal too: what is missing should not be overlooked.
     for missing in sandbox.iter().flat_map(|report| &report.missing) {
         Event::warn("gorego::server", "protection_missing")
@@ -66,10 +67,17 @@ fn announce(style: Style, settings: &Settings, ready: &Ready) {
             .with_some("remedy", missing.remedy.as_deref())
             .log(format_args!("the sandbox of actions is incomplete: {missing}"));
     }
+    for missing in limits.iter().flat_map(LimitReport::missing) {
+        Event::warn("gorego::server", "limits_incomplete")
+            .with("limits", &*missing.resources)
+            .with("error", &*missing.reason)
+            .with_some("remedy", missing.remedy.as_deref())
+            .log(format_args!("control groups do not bound everything that actions use: {missing}"));
+    }
     let slots = settings.execution.as_ref().map_or(0, |execution| execution.slots);
     match style {
         // Printed in one piece, so that no log line appears within it.
-        Style::Text { .. } => logging::print(&banner(settings, *address, sandbox.as_ref())),
+        Style::Text { .. } => logging::print(&banner(settings, ready)),
         Style::Json => {
             let config_file = settings.config_file.as_deref().unwrap_or(Path::new(""));
             Event::info("gorego::server", "server_started")
@@ -77,6 +85,7 @@ fn announce(style: Style, settings: &Settings, ready: &Ready) {
                 .with_shown("data_dir", &settings.cache_dir.display())
                 .with("slots", slots)
                 .with("sandbox", &*protections(sandbox.as_ref()))
+                .with("limits", &*limits.as_ref().map_or_else(|| "none".into(), LimitReport::summary))
                 .with("max_size_bytes", settings.max_size_bytes)
                 .with_shown("config_file", &config_file.display())
                 .with("version", env!("CARGO_PKG_VERSION"))
@@ -94,7 +103,8 @@ fn protections(sandbox: Option<&Report>) -> String {
 }
 
 /// The banner: listening address, data directory, number of slots, the sandbox, and the lines for `.bazelrc`.
-pub(super) fn banner(settings: &Settings, address: SocketAddr, sandbox: Option<&Report>) -> String {
+pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
+    let Ready { address, sandbox, limits } = ready;
     let (unspecified, host) = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => (true, IpAddr::V4(Ipv4Addr::LOCALHOST)),
         IpAddr::V6(ip) if ip.is_unspecified() => (true, IpAddr::V6(Ipv6Addr::LOCALHOST)),
@@ -115,9 +125,16 @@ pub(super) fn banner(settings: &Settings, address: SocketAddr, sandbox: Option<&
             } else {
                 format!(" ({})\n", pools.join(", "))
             });
-            let _ = writeln!(text, "  sandbox {}", protections(sandbox));
+            let _ = writeln!(text, "  sandbox {}", protections(sandbox.as_ref()));
             for missing in sandbox.iter().flat_map(|report| &report.missing) {
                 let _ = writeln!(text, "    {missing}");
+            }
+            if let Some(limits) = limits {
+                let total = Size::from_bytes(limits.total_memory).rounded();
+                let _ = writeln!(text, "  limits {}; {total} of memory for all actions", limits.summary());
+                for missing in limits.missing() {
+                    let _ = writeln!(text, "    {missing}");
+                }
             }
         }
         None => text.push_str("  slots  none; this is a cache only\n"),
@@ -163,9 +180,13 @@ mod tests {
         Settings::new(&loaded, &machine).unwrap()
     }
 
+    fn ready(address: &str) -> Ready {
+        Ready { address: address.parse().unwrap(), sandbox: None, limits: None }
+    }
+
     #[test]
     fn the_banner_has_lines_to_paste_that_lead_to_this_server() {
-        let text = banner(&settings(|_| {}), "127.0.0.1:50051".parse().unwrap(), None);
+        let text = banner(&settings(|_| {}), &ready("127.0.0.1:50051"));
         for part in
             ["/home/u/.cache/gorego", "3 actions", "--remote_executor=grpc://127.0.0.1:50051", "-- sh"]
         {
@@ -175,7 +196,7 @@ mod tests {
             config.execution.enabled = false;
             config.instance_names = vec!["main".into()];
         });
-        let text = banner(&cache, "[::]:9092".parse().unwrap(), None);
+        let text = banner(&cache, &ready("[::]:9092"));
         for part in ["--remote_cache=grpc://[::1]:9092", "--remote_instance_name=main", "cache only"] {
             assert!(text.contains(part), "{part} in {text}");
         }
@@ -190,7 +211,7 @@ mod tests {
             let lines = text.lines().map(str::trim).filter(|line| line.starts_with("build --"));
             lines.map(str::to_owned).collect()
         };
-        let banner = lines(&banner(&settings(|_| {}), "127.0.0.1:50051".parse().unwrap(), None));
+        let banner = lines(&banner(&settings(|_| {}), &ready("127.0.0.1:50051")));
         assert_eq!(lines(readme), banner);
     }
 }

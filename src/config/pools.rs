@@ -1,14 +1,21 @@
 //! `[execution.pools.NAME]`: the notation of pools.
 //!
 //! A property is written in the shortest form that shows how it is compared: a string is exactly that value, a list is any
-//! one of its values, `{ minimum = 8 }` is at most 8, and `{ ignore = true }` is any value. This file parses and prints
-//! these forms. [`crate::platform`] defines their meaning, and [`super::settings`] checks the result.
+//! one of its values, `{ minimum = 8 }` is at most 8, `{ size = "8 GB" }` is at most that size, and `{ ignore = true }` is any
+//! value. This file parses and prints these forms. [`crate::platform`] defines their meaning, and [`super::settings`] checks the result.
 
 use super::{
     ExecutionConfig,
+    limits::{PoolLimitsConfig, limits, pool_limits},
+    sandbox::PoolSandboxConfig,
     settings::{Checker, MAX_CONCURRENCY, Machine},
 };
-use crate::platform::{self, Offer, Offers, UnknownProperties};
+use crate::{
+    limits::{LimitSettings, Room},
+    platform::{self, Offer, Offers, UnknownProperties},
+    sandbox::settings::{SandboxMode, SandboxSettings},
+    size::Size,
+};
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{self, MapAccess, SeqAccess, Visitor},
@@ -17,12 +24,14 @@ use serde::{
 use std::fmt;
 
 /// The keys of a pool, for suggestions.
-pub(super) const KEYS: &[&str] = &["slots", "properties"];
+pub(super) const KEYS: &[&str] = &["slots", "cores", "memory_gb", "properties", "limits", "sandbox"];
 
 /// Largest number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
 /// Longest name of a pool, in bytes. It is a part of the names of workers.
 const MAX_POOL_NAME: usize = 64;
+/// Least memory of a pool. A smaller value indicates a wrong unit.
+const MIN_POOL_MEMORY: Size = Size::from_bytes(16_000_000);
 /// The name of the pool that exists if none is configured.
 pub(super) const DEFAULT_POOL: &str = "local";
 
@@ -31,10 +40,27 @@ pub(super) const DEFAULT_POOL: &str = "local";
 #[serde(deny_unknown_fields)]
 pub struct PoolConfig {
     /// Number of actions that run in the pool at the same time.
-    pub slots: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<usize>,
+    /// CPUs and memory that the actions of the pool share, instead of a number of slots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cores: Option<usize>,
+    /// The memory to the CPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_gb: Option<Size>,
     /// The offered values, by property name.
     #[serde(default)]
     pub properties: Offers,
+    /// What one action may use, where it differs from `[execution.limits]`.
+    #[serde(default)]
+    pub limits: PoolLimitsConfig,
+    /// Keys of `[execution.sandbox]` with another value in this pool.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sandbox: PoolSandboxConfig,
+}
+
+fn is_default(sandbox: &PoolSandboxConfig) -> bool {
+    *sandbox == PoolSandboxConfig::default()
 }
 
 impl Serialize for Offer {
@@ -45,6 +71,11 @@ impl Serialize for Offer {
             Self::Minimum(most) => {
                 let mut map = serializer.serialize_map(Some(1))?;
                 map.serialize_entry("minimum", most)?;
+                map.end()
+            }
+            Self::Size(most) => {
+                let mut map = serializer.serialize_map(Some(1))?;
+                map.serialize_entry("size", &Size::from_bytes(*most))?;
                 map.end()
             }
             Self::Ignore => {
@@ -68,7 +99,9 @@ impl<'de> Visitor<'de> for OfferVisitor {
     type Value = Offer;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("\"value\", [\"value\", \"other\"], { minimum = 8 } or { ignore = true }")
+        f.write_str(
+            "\"value\", [\"value\", \"other\"], { minimum = 8 }, { size = \"8 GB\" } or { ignore = true }",
+        )
     }
 
     fn visit_str<E: de::Error>(self, value: &str) -> Result<Offer, E> {
@@ -90,13 +123,14 @@ impl<'de> Visitor<'de> for OfferVisitor {
         let key: Option<String> = map.next_key()?;
         let offer = match key.as_deref() {
             Some("minimum") => Offer::Minimum(map.next_value()?),
+            Some("size") => Offer::Size(map.next_value::<Size>()?.bytes()),
             Some("ignore") => match map.next_value()? {
                 true => Offer::Ignore,
                 false => {
                     return Err(de::Error::custom("ignore = false has no effect; omit the property"));
                 }
             },
-            Some(other) => return Err(de::Error::unknown_field(other, &["minimum", "ignore"])),
+            Some(other) => return Err(de::Error::unknown_field(other, &["minimum", "size", "ignore"])),
             None => return Err(de::Error::custom("expected { minimum = 8 } or { ignore = true }")),
         };
         match map.next_key::<String>()? {
@@ -141,31 +175,46 @@ pub struct PoolSettings {
     pub is_declared: bool,
     /// Number of actions that run in the pool at the same time; at least 1.
     pub slots: usize,
-    /// The offered values, by property name.
+    /// The offered values, by property name, those of the limits included.
     pub offers: Offers,
+    /// What one action may use.
+    pub limits: LimitSettings,
+    /// What all actions share; `None` if the pool only counts slots.
+    pub room: Option<Room>,
+    /// The sandbox of its actions.
+    pub sandbox: SandboxSettings,
 }
 
-/// The configured pools, or else the default pool that `concurrency` and `platform` describe.
-pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSettings> {
+/// The configured pools, or else the default pool that `concurrency` and `platform` describe. `sandbox` is that of all pools.
+pub(super) fn pools(
+    check: &mut Checker<'_>,
+    machine: &Machine,
+    sandbox: &SandboxSettings,
+) -> Vec<PoolSettings> {
     let (config, default) = (&check.loaded.config.execution, ExecutionConfig::default());
     check.require(
         "execution.platform",
         config.platform.keys().all(|name| !name.is_empty()),
         "has a property without a name",
     );
+    let common = limits(check);
     if config.pools.is_empty() {
         let exact = |(name, value): (&String, &String)| (name.clone(), Offer::Exact(value.clone()));
         return vec![PoolSettings {
             name: DEFAULT_POOL.into(),
             is_declared: false,
             slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
-            offers: config.platform.iter().map(exact).collect(),
+            offers: with_built_in(common.offers(config.platform.iter().map(exact).collect()), sandbox),
+            limits: common,
+            room: None,
+            sandbox: sandbox.clone(),
         }];
     }
     let own = "has no effect when pools are configured; each pool has its own";
     check.require("execution.concurrency", config.concurrency == 0, &format!("{own} slots"));
     check.require("execution.platform", config.platform == default.platform, &format!("{own} properties"));
     let mut problems = Vec::new();
+    let mut pools = Vec::with_capacity(config.pools.len());
     for (name, pool) in &config.pools {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if name.is_empty() || name.len() > MAX_POOL_NAME || !name.chars().all(is_plain) {
@@ -174,14 +223,31 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
                 name.escape_debug()
             ));
         }
-        if !(1..=MAX_CONCURRENCY).contains(&pool.slots) {
-            problems.push(format!("slots of \"{name}\" must be between 1 and {MAX_CONCURRENCY}"));
-        }
+        let (slots, room) = extent(pool).unwrap_or_else(|problem| {
+            problems.push(format!("\"{name}\" {problem}"));
+            (1, None)
+        });
         if pool.properties.contains_key("") {
             problems.push(format!("\"{name}\" has a property without a name"));
         }
+        let (limits, of_limits) = pool_limits(check, &pool.limits);
+        problems.extend(of_limits.into_iter().map(|problem| format!("\"{name}\": {problem}")));
+        let limits = room.as_ref().map_or(limits, |room| limits.within(room));
+        let sandbox = pool.sandbox.apply(sandbox).unwrap_or_else(|problem| {
+            problems.push(format!("sandbox of \"{name}\": {problem}"));
+            sandbox.clone()
+        });
+        pools.push(PoolSettings {
+            name: name.clone(),
+            is_declared: true,
+            slots,
+            room,
+            offers: with_built_in(limits.offers(pool.properties.clone()), &sandbox),
+            limits,
+            sandbox,
+        });
     }
-    let slots = config.pools.values().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
+    let slots = pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
     if slots > MAX_CONCURRENCY {
         problems
             .push(format!("the pools have {slots} slots together; at most {MAX_CONCURRENCY} are possible"));
@@ -193,13 +259,34 @@ pub(super) fn pools(check: &mut Checker<'_>, machine: &Machine) -> Vec<PoolSetti
         let origin = check.loaded.origin("execution.pools");
         check.problems.push(format!("execution.pools ({origin}): {problem}"));
     }
-    let pool = |(name, pool): (&String, &PoolConfig)| PoolSettings {
-        name: name.clone(),
-        is_declared: true,
-        slots: pool.slots,
-        offers: pool.properties.clone(),
-    };
-    let mut pools: Vec<_> = config.pools.iter().map(pool).collect();
     pools.sort_by_cached_key(|pool| platform::preference(&pool.name, &pool.offers));
     pools
+}
+
+/// Adds what every pool says of the properties that the server itself knows, unless it says something else.
+fn with_built_in(mut offers: Offers, sandbox: &SandboxSettings) -> Offers {
+    let has_sandbox = sandbox.mode != SandboxMode::Off;
+    // Without a sandbox, everything has the network of the host.
+    for (name, offer) in platform::built_in(has_sandbox, sandbox.offers_network || !has_sandbox) {
+        offers.entry(name.to_owned()).or_insert(offer);
+    }
+    offers
+}
+
+/// How many actions a pool runs at the same time at most, and what they share. An action takes one core at least, so a pool has
+/// no more slots than cores.
+fn extent(pool: &PoolConfig) -> Result<(usize, Option<Room>), String> {
+    let counts = 1..=MAX_CONCURRENCY;
+    match (pool.slots, pool.cores, pool.memory_gb) {
+        (Some(slots), None, None) if counts.contains(&slots) => Ok((slots, None)),
+        (Some(_), None, None) => Err(format!("must have between 1 and {MAX_CONCURRENCY} slots")),
+        (None, Some(cores), Some(memory)) if counts.contains(&cores) && memory >= MIN_POOL_MEMORY => {
+            Ok((cores, Some(Room { cores: cores as u64, memory: memory.bytes() })))
+        }
+        (None, Some(_), Some(_)) => Err(format!(
+            "must have between 1 and {MAX_CONCURRENCY} cores, and memory_gb of at least {MIN_POOL_MEMORY}"
+        )),
+        (None, ..) => Err("needs slots, or cores and memory_gb".into()),
+        (Some(_), ..) => Err("has both slots and cores or memory_gb; choose one".into()),
+    }
 }

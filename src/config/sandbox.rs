@@ -1,16 +1,20 @@
 //! `[execution.sandbox]`: the notation of the sandbox, and its checks.
 
-use super::settings::{Checker, Machine};
+use super::{
+    pools::PoolConfig,
+    settings::{Checker, Machine},
+};
 use crate::{
     sandbox::{
         identity,
+        kind::{InputsAsRoot, RootFs},
         settings::{SandboxMode, SandboxSettings},
         view,
     },
     size::Size,
 };
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// Most files and directories in the private /tmp, and in /dev/shm. Each takes about a kilobyte of memory.
 const TMP_FILES: u64 = 200_000;
@@ -25,6 +29,11 @@ const USERS: std::ops::RangeInclusive<u32> = 1..=4_000_000_000;
 pub struct SandboxConfig {
     /// Whether actions run in a sandbox.
     pub mode: Mode,
+    /// The files that actions find: "" for those of the host, "inputs" for those of the input root and nothing else, or the path of
+    /// a directory that is their root directory.
+    pub rootfs: String,
+    /// Which network an action gets that asks for one.
+    pub network: NetworkGrant,
     /// Paths of the host that actions can read, in addition to the built-in ones.
     pub visible: Vec<PathBuf>,
     /// Paths of the host that are hidden although something above them is visible.
@@ -53,10 +62,40 @@ pub enum Mode {
     Off,
 }
 
+/// Which network an action gets that asks for one (`network=on`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkGrant {
+    /// None. The pool does not run such actions.
+    Off,
+    /// The host's, as a whole.
+    Host,
+}
+
+/// The keys of `[execution.sandbox]` that a pool can have for itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolSandboxConfig {
+    /// Instead of `execution.sandbox.mode`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// Instead of `execution.sandbox.rootfs`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rootfs: Option<String>,
+    /// Instead of `execution.sandbox.network`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkGrant>,
+}
+
+/// What [`SandboxConfig::rootfs`] says that means the input root.
+const INPUTS: &str = "inputs";
+
 impl Default for SandboxConfig {
     fn default() -> Self {
         Self {
             mode: Mode::Auto,
+            rootfs: String::new(),
+            network: NetworkGrant::Off,
             visible: Vec::new(),
             hidden: Vec::new(),
             writable: Vec::new(),
@@ -108,11 +147,7 @@ pub(super) fn sandbox(
         &format!("must be between {} and {}; 0 is root", USERS.start(), USERS.end()),
     );
     let mut settings = SandboxSettings {
-        mode: match config.mode {
-            Mode::Auto => SandboxMode::Auto,
-            Mode::Required => SandboxMode::Required,
-            Mode::Off => SandboxMode::Off,
-        },
+        mode: config.mode.into(),
         visible: config.visible.clone(),
         hidden: config.hidden.clone(),
         writable: config.writable.clone(),
@@ -122,11 +157,71 @@ pub(super) fn sandbox(
         processes: config.processes,
         first_user: config.first_user,
         own: own.iter().map(|own| machine.current_dir.join(own)).collect(),
+        root: None,
+        offers_network: config.network == NetworkGrant::Host,
     };
-    if settings.mode != SandboxMode::Off {
+    match root_fs(&config.rootfs, settings.mode, &settings.own) {
+        Ok(root) => settings.root = root,
+        Err(problem) => check.require("execution.sandbox.rootfs", false, &problem),
+    }
+    let pools = &check.loaded.config.execution.pools;
+    let is_used_in = |pool: &PoolConfig| pool.sandbox.mode.is_some_and(|mode| mode != Mode::Off);
+    if settings.mode != SandboxMode::Off || pools.values().any(is_used_in) {
         hide_own(&mut settings, warnings, own, machine);
     }
     settings
+}
+
+impl From<Mode> for SandboxMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Auto => Self::Auto,
+            Mode::Required => Self::Required,
+            Mode::Off => Self::Off,
+        }
+    }
+}
+
+impl PoolSandboxConfig {
+    /// The sandbox of a pool with these keys, where `common` is that of all pools.
+    pub(super) fn apply(&self, common: &SandboxSettings) -> Result<SandboxSettings, String> {
+        let mode = self.mode.map_or(common.mode, SandboxMode::from);
+        let root = match &self.rootfs {
+            Some(rootfs) => {
+                root_fs(rootfs, mode, &common.own).map_err(|problem| format!("rootfs {problem}"))?
+            }
+            None if mode == SandboxMode::Off => None,
+            None => common.root.clone(),
+        };
+        let offers_network =
+            self.network.map_or(common.offers_network, |network| network == NetworkGrant::Host);
+        Ok(SandboxSettings { mode, root, offers_network, ..common.clone() })
+    }
+}
+
+fn root_fs(rootfs: &str, mode: SandboxMode, own: &[PathBuf]) -> Result<Option<RootFs>, String> {
+    let root = match rootfs {
+        "" => return Ok(None),
+        INPUTS => RootFs::InputRoot(InputsAsRoot {}),
+        path => {
+            let path = Path::new(path);
+            let is_plain =
+                path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+            if !path.is_absolute() || !is_plain || path == Path::new("/") {
+                return Err(format!(
+                    "must be \"\", \"{INPUTS}\" or the absolute path of a directory, without \"..\""
+                ));
+            }
+            if let Some(own) = own.iter().find(|own| own.starts_with(path)) {
+                return Err(format!("contains {}, which is the server's own", own.display()));
+            }
+            RootFs::directory(path)
+        }
+    };
+    match mode {
+        SandboxMode::Off => Err("needs the sandbox, and its mode is \"off\"".into()),
+        SandboxMode::Auto | SandboxMode::Required => Ok(Some(root)),
+    }
 }
 
 fn hide_own(settings: &mut SandboxSettings, warnings: &mut Vec<String>, own: &[&Path], machine: &Machine) {

@@ -6,6 +6,7 @@
 
 use super::{
     CommittedSize, Loaded, LogConfig,
+    images::{self, ImagesSettings},
     load::keys,
     log_filter::check_filter,
     pools::{PoolSettings, pools},
@@ -16,7 +17,7 @@ use crate::{
     host::{HostPortRule, HostRule, Network},
     instance::{InstancePolicy, Instances},
     node::NodeName,
-    platform::UnknownProperties,
+    platform::{self, UnknownProperties},
     sandbox::settings::SandboxSettings,
     size::Size,
 };
@@ -187,8 +188,14 @@ pub struct ExecutionSettings {
     pub max_output_file_bytes: u64,
     /// The sandbox of actions.
     pub sandbox: SandboxSettings,
+    /// Container images; `None` if actions cannot name any.
+    pub images: Option<ImagesSettings>,
     /// Most bytes of all staged input trees together; 0 for none.
     pub max_staged_bytes: u64,
+    /// Memory of all actions together; 0 for a part of the machine's.
+    pub total_memory_bytes: u64,
+    /// Whether control groups must be able to enforce the limits of actions.
+    pub limits_required: bool,
 }
 
 /// Collects problems, so that all are reported together.
@@ -220,13 +227,19 @@ impl Checker<'_> {
         self.require(key, (1..=max).contains(&count), &format!("must be between 1 and {max}"));
     }
 
-    fn duration(&mut self, key: &str, duration: Duration, zero_is_fine: bool) {
+    pub(super) fn duration(&mut self, key: &str, duration: Duration, zero_is_fine: bool) {
         self.require(key, zero_is_fine || !duration.is_zero(), "must be more than 0");
         self.require(key, duration <= MAX_DURATION, "must not be longer than 366 days");
     }
 
     /// Parses a list of rules and refuses the key if one of them has not the given form.
-    fn rules<T>(&mut self, key: &str, texts: &[String], form: &str, parse: fn(&str) -> Option<T>) -> Vec<T> {
+    pub(super) fn rules<T>(
+        &mut self,
+        key: &str,
+        texts: &[String],
+        form: &str,
+        parse: fn(&str) -> Option<T>,
+    ) -> Vec<T> {
         let mut rules = Vec::with_capacity(texts.len());
         for text in texts {
             match parse(text) {
@@ -238,7 +251,7 @@ impl Checker<'_> {
     }
 
     /// Makes a configured, non-empty path absolute.
-    fn directory(&mut self, key: &str, path: &Path, machine: &Machine) -> PathBuf {
+    pub(super) fn directory(&mut self, key: &str, path: &Path, machine: &Machine) -> PathBuf {
         let text = path.to_string_lossy();
         self.require(
             key,
@@ -496,15 +509,21 @@ fn execution(
         (0..=PRIORITY_MAX).contains(&config.max_priority),
         &format!("must be between 0 and {PRIORITY_MAX}"),
     );
-    let pools = pools(check, machine);
     let build_root = if config.build_root.as_os_str().is_empty() {
         cache_dir.join("build")
     } else {
         check.directory("execution.build_root", &config.build_root, machine)
     };
     let config_file = check.loaded.file.as_deref();
-    let own: Vec<_> = [cache_dir, &build_root].into_iter().chain(config_file).collect();
+    let credentials = images::credentials(check, machine);
+    let own = [cache_dir, &build_root].into_iter().chain(config_file).chain(credentials.as_deref());
+    let own: Vec<_> = own.collect();
     let sandbox = sandbox(check, warnings, &own, machine);
+    let mut pools = pools(check, machine, &sandbox);
+    let images = images::images(check, credentials.clone());
+    if images.is_some() {
+        platform::offer_images(pools.iter_mut().map(|pool| &mut pool.offers));
+    }
     ExecutionSettings {
         slots: pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots)),
         pools,
@@ -523,9 +542,12 @@ fn execution(
         max_attempts: config.max_attempts,
         max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
         sandbox,
+        images,
         max_staged_bytes: match config.staged_inputs_gb.bytes() {
             0 => 0,
             _ => check.size("execution.staged_inputs_gb", config.staged_inputs_gb),
         },
+        total_memory_bytes: config.limits.total_memory_gb.bytes(),
+        limits_required: config.limits.required,
     }
 }

@@ -51,10 +51,10 @@ pub(crate) fn limit_processes(limit: u64) -> io::Result<()> {
     Ok(setrlimit(Resource::Nproc, Rlimit { current: limit, maximum: limit })?)
 }
 
-/// Makes the kernel kill this process and its children before the server, if it must kill any. A kernel that refuses has
-/// a higher value already.
-pub(crate) fn offer_to_the_oom_killer() {
-    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+/// Makes the kernel kill a process and its later children before the server, if it must kill any. If this process is root of
+/// the host, they cannot undo it. A kernel that refuses has a higher value already.
+pub(crate) fn offer_to_the_oom_killer(process: i32) {
+    let _ = fs::write(format!("/proc/{process}/oom_score_adj"), OOM_SCORE);
 }
 
 /// Leaves the keyring of the session, which may hold keys of the server.

@@ -3,6 +3,7 @@
 //! A root server maps the user of a slot to a number from a configured range, so that two actions never share a user and
 //! none is root. An ordinary user can only map its own number.
 
+use super::kind::InnerUser;
 use std::{
     collections::BTreeSet,
     sync::{Arc, Mutex, PoisonError},
@@ -15,23 +16,49 @@ pub(crate) const HOST_NAME: &str = "build";
 /// First user and group of the default range.
 pub(crate) const FIRST: u32 = 200_000;
 
-/// The files that give the numbers their names, and what the C library reads about names.
-pub(crate) const FILES: &[(&str, &str)] = &[
-    (
-        "/etc/passwd",
-        "root:x:0:0:root:/:/usr/sbin/nologin\nbuild:x:1000:1000:build:/tmp:/bin/sh\n\
-         nobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n",
-    ),
-    ("/etc/group", "root:x:0:\nbuild:x:1000:\nnogroup:x:65534:\n"),
+/// The name of the user and the group of every action.
+const NAME: &str = "build";
+
+/// What the C library reads about names, where the numbers are given their names.
+const OF_NAMES: &[(&str, &str)] = &[
     ("/etc/hosts", "127.0.0.1 localhost build\n::1 localhost ip6-localhost ip6-loopback\n"),
     ("/etc/hostname", "build\n"),
     ("/etc/host.conf", "multi on\n"),
-    (
-        "/etc/nsswitch.conf",
-        "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\n\
-         services: files\nethers: files\nrpc: files\n",
-    ),
 ];
+const PASSWD: &str = "/etc/passwd";
+const GROUP: &str = "/etc/group";
+const NSSWITCH: &str = "/etc/nsswitch.conf";
+const USERS: &str = "root:x:0:0:root:/:/usr/sbin/nologin\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n";
+const GROUPS: &str = "root:x:0:\nnogroup:x:65534:\n";
+const SOURCES_OF_NAMES: &str = "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\n\
+                                services: files\nethers: files\nrpc: files\n";
+
+/// The files about names that every action finds. `existing` gives those of a root file system other than the host's, whose
+/// users stay known.
+pub(crate) fn files(
+    InnerUser { user, group }: InnerUser,
+    existing: impl Fn(&str) -> Option<String>,
+) -> Vec<(&'static str, String)> {
+    let own = |path, text: &str| existing(path).unwrap_or_else(|| text.to_owned());
+    let passwd =
+        with_number(own(PASSWD, USERS), user, &format!("{NAME}:x:{user}:{group}:{NAME}:/tmp:/bin/sh\n"));
+    let groups = with_number(own(GROUP, GROUPS), group, &format!("{NAME}:x:{group}:\n"));
+    let mut files = vec![(PASSWD, passwd), (GROUP, groups), (NSSWITCH, own(NSSWITCH, SOURCES_OF_NAMES))];
+    files.extend(OF_NAMES.iter().map(|(path, text)| (*path, (*text).to_owned())));
+    files
+}
+
+/// Adds a line to a list of users or groups, unless its number has a name already.
+fn with_number(mut list: String, number: u32, line: &str) -> String {
+    let number = number.to_string();
+    if !list.lines().any(|line| line.split(':').nth(2) == Some(&*number)) {
+        if !list.is_empty() && !list.ends_with('\n') {
+            list.push('\n');
+        }
+        list.push_str(line);
+    }
+    list
+}
 
 /// The users of the slots of one server. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -80,6 +107,24 @@ impl Drop for User {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_user_of_an_action_has_a_name_whatever_its_number_is() {
+        let found = |user, group, existing: Option<&str>| {
+            let files = files(InnerUser { user, group }, |path| {
+                existing.filter(|_| path != NSSWITCH).map(str::to_owned)
+            });
+            [PASSWD, GROUP].map(|path| files.iter().find(|(at, _)| *at == path).unwrap().1.clone())
+        };
+        let [passwd, group] = found(1000, 1000, None);
+        assert!(
+            passwd.ends_with("\nbuild:x:1000:1000:build:/tmp:/bin/sh\n") && passwd.starts_with("root:x:0:")
+        );
+        assert!(group.ends_with("\nbuild:x:1000:\n"));
+        assert_eq!(found(0, 0, None)[0].lines().filter(|line| line.contains(":0:0:")).count(), 1);
+        assert_eq!(found(7, 8, Some("lp:x:7:8::/:/bin/sh"))[0], "lp:x:7:8::/:/bin/sh");
+        assert_eq!(found(7, 9, Some("lp:x:8"))[1], "lp:x:8\nbuild:x:9:\n");
+    }
 
     #[test]
     fn no_two_slots_share_a_user_and_a_free_one_is_used_again() {

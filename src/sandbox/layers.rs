@@ -4,7 +4,7 @@
 //! mount. It is `volatile`: nothing waits for the disk, neither when a file is copied up nor at the end (20 ms). Nobody mounts
 //! the same layer again. With `userxattr` it takes no privileges.
 
-use super::{SetupFailure, Step as _, mounts, namespaces::Map, sys};
+use super::{SetupFailure, Step as _, mounts, sys};
 use prost::Message;
 use rustix::{
     fd::BorrowedFd,
@@ -22,10 +22,17 @@ use std::{
     path::Path,
 };
 
+/// The step that fails where an overlay cannot be mounted.
+pub(crate) const MOUNT_STEP: &str = "mount the input root (an overlay)";
+
 /// The file of a trial that is changed.
 pub(crate) const TRIAL_FILE: &str = "f";
 /// The directory of a trial that is replaced; it has a file of that name in it.
 pub(crate) const TRIAL_DIRECTORY: &str = "d";
+/// A file that a whiteout of the server hides.
+pub(crate) const TRIAL_HIDDEN: &str = "w";
+/// A directory like [`TRIAL_DIRECTORY`] over which the server has put an opaque one.
+pub(crate) const TRIAL_OPAQUE: &str = "o";
 
 /// Where the layers are. Absolute paths.
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -44,8 +51,11 @@ pub struct Layers {
     pub is_trial: bool,
 }
 
-/// Mounts the layers; `ids` says how the user of their files shows, if it does not show as it is.
-pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Result<OwnedFd, SetupFailure> {
+/// Mounts the layers; `ids` says how the user of their files shows, and as which user and group, if it does not show as it is.
+pub(super) fn mount(
+    layers: &Layers,
+    ids: Option<(BorrowedFd<'_>, (u32, u32))>,
+) -> Result<OwnedFd, SetupFailure> {
     let path = |bytes| Path::new(OsStr::from_bytes(bytes));
     let (below, own) = (path(&layers.below), path(&layers.own));
     let mount = || {
@@ -63,15 +73,15 @@ pub(super) fn mount(layers: &Layers, ids: Option<(BorrowedFd<'_>, Map)>) -> Resu
         mounts::new("overlay", &options, MountAttrFlags::empty())
     };
     let mounted = match (ids, own.parent()) {
-        (Some((ids, map)), Some(beside)) => {
+        (Some((ids, owner)), Some(beside)) => {
             // An overlay cannot map ids itself, but it shows its layers as they show where they are mounted.
             let _mapped = (Mapped::new(below, ids)?, Mapped::new(beside, ids)?);
             // It changes its layers as the user who mounts it, who has to be one that they know.
-            sys::with_files_of((map.user, map.group), mount)
+            sys::with_files_of(owner, mount)
         }
         _ => mount(),
     };
-    mounted.step("mount the input root (an overlay)")
+    mounted.step(MOUNT_STEP)
 }
 
 /// An open directory and a name for it that tells nothing, since the action can read the options of its mounts.
@@ -117,8 +127,11 @@ pub(crate) fn try_out(root: &Path) -> Result<(), SetupFailure> {
         let text = fs::read(&file)?;
         fs::remove_dir_all(&directory)?;
         fs::create_dir(&directory)?;
-        let is_empty = fs::read_dir(&directory)?.next().is_none();
-        Ok::<_, io::Error>(text == b"+" && is_empty)
+        let is_empty = |directory: &Path| Ok::<_, io::Error>(fs::read_dir(directory)?.next().is_none());
+        let is_hidden = !root.join(TRIAL_HIDDEN).try_exists()?;
+        Ok::<_, io::Error>(
+            text == b"+" && is_empty(&directory)? && is_hidden && is_empty(&root.join(TRIAL_OPAQUE))?,
+        )
     };
     match change().step("change files in an overlay")? {
         true => Ok(()),

@@ -3,7 +3,7 @@
 use super::{SetupFailure, Step as _, sys};
 use rustix::{
     fd::{AsFd, BorrowedFd},
-    fs::{CWD, Mode, OFlags},
+    fs::{CWD, Mode, OFlags, ResolveFlags},
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
         UnmountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_change,
@@ -40,6 +40,27 @@ pub(super) fn copy_of(mount: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 /// Attaches a mount at a path.
 pub(super) fn attach(mount: BorrowedFd<'_>, parent: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     Ok(move_mount(mount, c"", parent, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+}
+
+/// Attaches a mount to an open file or directory.
+pub(super) fn attach_to(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(move_mount(mount, c"", target, c"", flags)?)
+}
+
+/// Opens what is at an absolute path of the tree that starts at `root`. Links of that tree, absolute ones too, lead to where they
+/// would if `root` were the root directory.
+pub(super) fn open_in(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
+}
+
+/// Opens the directory at a relative path, in which nothing is a symbolic link.
+pub(super) fn real_directory(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
 }
 
 /// A new file system of a kind that needs no device, without set-user-id bits.

@@ -1,6 +1,6 @@
 //! New namespaces: how a process gets into them, and which users they know.
 
-use super::{SetupFailure, Step as _, identity, sys};
+use super::{SetupFailure, Step as _, kind::InnerUser, sys};
 use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, Signal},
@@ -10,8 +10,8 @@ use std::{fs, io, os::fd::OwnedFd};
 /// How the one user of a namespace maps to the world outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Map {
-    /// Its number, and that of its group, inside.
-    pub inner: u32,
+    /// The numbers inside.
+    pub inner: InnerUser,
     /// User outside.
     pub user: u32,
     /// Group outside.
@@ -37,8 +37,8 @@ pub(crate) fn write_maps(process: &str, map: Map, groups: bool) -> Result<(), Se
     if !groups {
         write("setgroups", "deny").step("forbid changes of groups (setgroups)")?;
     }
-    write("uid_map", &format!("{} {} 1\n", map.inner, map.user)).step("map the user (uid_map)")?;
-    write("gid_map", &format!("{} {} 1\n", map.inner, map.group)).step("map the group (gid_map)")
+    write("uid_map", &format!("{} {} 1\n", map.inner.user, map.user)).step("map the user (uid_map)")?;
+    write("gid_map", &format!("{} {} 1\n", map.inner.group, map.group)).step("map the group (gid_map)")
 }
 
 /// A user namespace with this map in which nobody is, for mounts that show other ids than those on disk.
@@ -60,9 +60,9 @@ pub(crate) fn mapping(map: Map) -> Result<OwnedFd, SetupFailure> {
 }
 
 /// Becomes the user and group that this namespace maps; capabilities stay. `groups`: other groups are given up.
-pub(crate) fn become_inner(groups: bool) -> Result<(), SetupFailure> {
+pub(crate) fn become_inner(inner: InnerUser, groups: bool) -> Result<(), SetupFailure> {
     use rustix::process::{Gid, Uid};
-    let (user, group) = (Uid::from_raw(identity::INNER), Gid::from_raw(identity::INNER));
+    let (user, group) = (Uid::from_raw(inner.user), Gid::from_raw(inner.group));
     if groups {
         rustix::thread::set_thread_groups(&[]).step("give up the server's groups")?;
     }

@@ -1,9 +1,12 @@
 //! [`Sandbox`]: what a server tells its runners about the sandbox, as a message to them.
 
-use super::view::{Fresh, Wanted};
+use super::{
+    kind::{CellKind, RootFs},
+    view::{Fresh, Wanted},
+};
 use prost::Message;
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     os::unix::ffi::{OsStrExt as _, OsStringExt as _},
     path::{Path, PathBuf},
 };
@@ -42,6 +45,10 @@ pub struct SandboxSettings {
     pub first_user: u32,
     /// Paths of the server itself, such as its store. No action may see them.
     pub own: Vec<PathBuf>,
+    /// The files that actions find; those of the host if there are none.
+    pub root: Option<RootFs>,
+    /// Whether an action that asks for a network gets the host's.
+    pub offers_network: bool,
 }
 
 /// The sandbox of one runner.
@@ -77,6 +84,9 @@ pub struct Sandbox {
     /// Where exec directories are.
     #[prost(bytes = "vec", tag = "10")]
     pub build_root: Vec<u8>,
+    /// The kind of cell that is likely to be needed first.
+    #[prost(message, optional, tag = "11")]
+    pub first: Option<CellKind>,
 }
 
 /// Which protections are on.
@@ -120,6 +130,7 @@ impl Sandbox {
             processes: settings.processes,
             user,
             build_root: build_root.as_os_str().as_bytes().to_vec(),
+            first: Some(settings.kind()),
         }
     }
 
@@ -139,6 +150,11 @@ impl Sandbox {
 }
 
 impl SandboxSettings {
+    /// The kind of cell for actions that ask for nothing special.
+    pub(crate) fn kind(&self) -> CellKind {
+        CellKind { root: self.root.clone(), ..CellKind::default() }
+    }
+
     /// What of this would be visible.
     pub(crate) fn shows(&self, path: &Path) -> bool {
         let wanted = Wanted {
@@ -170,9 +186,17 @@ impl SandboxSettings {
         added
     }
 
+    /// Something of the server itself that lies in this root file system.
+    pub(crate) fn own_below(&self, root: &RootFs) -> Option<&Path> {
+        let RootFs::Directory(root) = root else { return None };
+        let root = Path::new(OsStr::from_bytes(root)).canonicalize().ok()?;
+        let is_below = |own: &&PathBuf| own.canonicalize().is_ok_and(|own| own.starts_with(&root));
+        self.own.iter().find(is_below).map(PathBuf::as_path)
+    }
+
     /// The same without what is configured about the host's files.
     pub(crate) fn without_paths(&self) -> Self {
-        Self { visible: Vec::new(), hidden: Vec::new(), writable: Vec::new(), ..self.clone() }
+        Self { visible: Vec::new(), hidden: Vec::new(), writable: Vec::new(), root: None, ..self.clone() }
     }
 }
 
@@ -199,6 +223,8 @@ mod tests {
                 processes: 1,
                 first_user: 1,
                 own: vec![host.join(own)],
+                root: None,
+                offers_network: false,
             };
             let added = settings.hide_linked();
             assert_eq!(settings.hidden, added);

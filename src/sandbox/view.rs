@@ -4,7 +4,7 @@
 //! The list of what is visible names everything; what it does not name does not exist. Everything of the host is read-only,
 //! except what the configuration makes writable.
 
-use super::{EXEC_ROOT, identity};
+use super::{EXEC_ROOT, identity, kind::CellKind};
 use std::path::{Component, Path, PathBuf};
 
 /// What every action may see of the host: programs, libraries, and what compilers, language runtimes and the C library read
@@ -104,11 +104,28 @@ const OWN: &[&str] = &["/proc", "/dev", EXEC_ROOT, "/var/tmp"];
 /// A path that the sandbox makes itself, in which the configuration can have directories of the host.
 const TMP: &str = "/tmp";
 
+/// Where programs look for the servers that know the names of hosts.
+const RESOLVERS: &str = "/etc/resolv.conf";
+/// What every root file system is given of the host's /sys.
+const CPUS: &str = "/sys/devices/system/cpu";
+
+/// A view: what it is made of, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ViewPlan {
+    /// Directories, links and files of the sandbox itself. They lie over a root file system other than the host's, which is
+    /// not changed.
+    pub base: Vec<ViewPiece>,
+    /// What is mounted, and links among that.
+    pub rest: Vec<ViewPiece>,
+}
+
 /// One piece of a view. Later pieces lie on top of earlier ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ViewPiece {
     /// An empty directory, with the directories above it.
     Directory(PathBuf),
+    /// A small file system of its own, which is read-only when the view is complete.
+    Own(PathBuf),
     /// A symbolic link.
     Link {
         /// Where.
@@ -121,11 +138,13 @@ pub(crate) enum ViewPiece {
         /// Where.
         at: PathBuf,
         /// Its content.
-        text: &'static str,
+        text: String,
     },
-    /// A file or directory of the host at its own path, with everything mounted below it.
+    /// A file or directory of the host, with everything mounted below it.
     Host {
-        /// Where, here and there.
+        /// Where it is on the host.
+        from: PathBuf,
+        /// Where it is in the view.
         at: PathBuf,
         /// A directory, or else anything but that.
         is_directory: bool,
@@ -175,6 +194,8 @@ pub(crate) trait Host {
     fn kind(&self, path: &Path) -> Option<Kind>;
     /// The names in a directory; none if it cannot be read.
     fn names(&self, path: &Path) -> Vec<String>;
+    /// The same path without symbolic links; `None` for nothing.
+    fn real(&self, path: &Path) -> Option<PathBuf>;
 }
 
 /// What is configured.
@@ -196,48 +217,84 @@ impl Wanted {
     }
 }
 
-/// The pieces that are the same for all actions, in order.
-pub(crate) fn pieces(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
-    let mut pieces: Vec<_> = ["/proc", "/tmp", "/var", "/run", "/etc", EXEC_ROOT, "/dev/shm", "/dev/pts"]
+/// The view of all actions that need this kind of cell. `existing` reads files of a root file system other than the host's.
+pub(crate) fn view(
+    kind: &CellKind,
+    wanted: &Wanted,
+    host: &dyn Host,
+    existing: impl Fn(&str) -> Option<String>,
+) -> ViewPlan {
+    let mut base: Vec<_> = ["/proc", "/tmp", "/var", "/run", "/etc", "/dev", EXEC_ROOT]
         .map(|path| ViewPiece::Directory(path.into()))
         .into();
-    pieces.extend(identity::FILES.iter().map(|(at, text)| ViewPiece::File { at: (*at).into(), text }));
-    pieces.push(link("/var/tmp", "../tmp"));
-    pieces.push(link("/etc/mtab", "../proc/self/mounts"));
-    pieces.extend(DEVICE_LINKS.iter().map(|(at, target)| link(at, target)));
-    for device in DEVICES {
-        let at = Path::new("/dev").join(device);
-        pieces.push(ViewPiece::Host { at, is_directory: false, access: Access::Device });
+    let names = identity::files(kind.user(), existing);
+    base.extend(names.into_iter().map(|(at, text)| ViewPiece::File { at: at.into(), text }));
+    base.push(link("/var/tmp", "../tmp"));
+    base.push(link("/etc/mtab", "../proc/self/mounts"));
+    let mut rest = devices();
+    if kind.root.is_none() {
+        rest.extend(of_host(wanted, host));
+    } else if kind.root_directory().is_some() && host.kind(Path::new(CPUS)).is_some() {
+        base.push(ViewPiece::Directory(CPUS.into()));
+        rest.push(ViewPiece::shown(Path::new(CPUS), true, Access::Read));
     }
+    if kind.shares_network
+        && let Some(from) = host.real(Path::new(RESOLVERS))
+    {
+        base.push(ViewPiece::File { at: RESOLVERS.into(), text: String::new() });
+        rest.push(ViewPiece::Host { from, at: RESOLVERS.into(), is_directory: false, access: Access::Read });
+    }
+    ViewPlan { base, rest }
+}
+
+/// What is below /dev.
+fn devices() -> Vec<ViewPiece> {
+    let mut pieces = vec![ViewPiece::Own("/dev".into())];
+    pieces.extend(["/dev/shm", "/dev/pts"].map(|path| ViewPiece::Directory(path.into())));
+    pieces.extend(DEVICE_LINKS.iter().map(|(at, target)| link(at, target)));
+    pieces.extend(
+        DEVICES.iter().map(|device| ViewPiece::shown(&Path::new("/dev").join(device), false, Access::Device)),
+    );
+    pieces
+}
+
+/// What is shown of the host where it is not replaced.
+fn of_host(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
+    let mut pieces = Vec::new();
     let built_in = HOST.iter().flat_map(|pattern| matching(pattern, host));
-    let mut of_host: Vec<_> = built_in.chain(wanted.visible.iter().cloned()).collect();
+    let mut paths: Vec<_> = built_in.chain(wanted.visible.iter().cloned()).collect();
     // Parents first, so that what lies in a visible directory is not mounted again.
-    of_host.sort();
-    of_host.dedup();
+    paths.sort();
+    paths.dedup();
     let mut directories: Vec<PathBuf> = Vec::new();
-    for at in of_host {
+    for at in paths {
         if directories.iter().any(|above| at.starts_with(above)) {
             continue;
         }
         match host.kind(&at) {
             Some(Kind::Link(target)) => pieces.push(ViewPiece::Link { at, target }),
             Some(Kind::Directory) => {
-                directories.push(at.clone());
-                pieces.push(ViewPiece::Host { at, is_directory: true, access: Access::Read });
+                pieces.push(ViewPiece::shown(&at, true, Access::Read));
+                directories.push(at);
             }
-            Some(Kind::Other) => {
-                pieces.push(ViewPiece::Host { at, is_directory: false, access: Access::Read })
-            }
+            Some(Kind::Other) => pieces.push(ViewPiece::shown(&at, false, Access::Read)),
             None => {}
         }
     }
     for at in &wanted.writable {
         let is_directory = host.kind(at) == Some(Kind::Directory);
-        pieces.push(ViewPiece::Host { at: at.clone(), is_directory, access: Access::Write });
+        pieces.push(ViewPiece::shown(at, is_directory, Access::Write));
     }
     // Last, so that it is hidden from what can be written too.
     pieces.extend(wanted.hidden.iter().cloned().map(ViewPiece::Hidden));
     pieces
+}
+
+impl ViewPiece {
+    /// Something of the host at its own path.
+    fn shown(at: &Path, is_directory: bool, access: Access) -> Self {
+        Self::Host { from: at.into(), at: at.into(), is_directory, access }
+    }
 }
 
 /// What is changed in a fresh /proc: what is hidden, and what can only be read.
@@ -293,7 +350,7 @@ fn matching(pattern: &str, host: &dyn Host) -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::kind::RootFs, *};
     use std::collections::BTreeMap;
 
     struct Fake(BTreeMap<PathBuf, Kind>);
@@ -307,14 +364,39 @@ mod tests {
             let inside = self.0.keys().filter(|entry| entry.parent() == Some(path));
             inside.filter_map(|entry| Some(entry.file_name()?.to_str()?.to_owned())).collect()
         }
+
+        fn real(&self, path: &Path) -> Option<PathBuf> {
+            match self.0.get(path)? {
+                Kind::Link(target) => Some(target.clone()),
+                _ => Some(path.into()),
+            }
+        }
+    }
+
+    fn pieces(kind: &CellKind, wanted: &Wanted) -> Vec<ViewPiece> {
+        let ViewPlan { mut base, rest } = view(kind, wanted, &host(), |_| None);
+        base.extend(rest);
+        base
     }
 
     fn host() -> Fake {
-        let directories =
-            ["/usr", "/opt", "/opt/tool", "/etc", "/etc/java-17-openjdk", "/etc/ssl", "/etc/ssl/certs"];
+        let directories = [
+            "/sys/devices/system/cpu",
+            "/usr",
+            "/opt",
+            "/opt/tool",
+            "/etc",
+            "/etc/java-17-openjdk",
+            "/etc/ssl",
+            "/etc/ssl/certs",
+        ];
         let files = ["/etc/shadow", "/etc/passwd", "/etc/ld.so.cache", "/opt/secret", "/etc/ssl/private"];
-        let links =
-            [("/bin", "usr/bin"), ("/lib64", "usr/lib64"), ("/etc/localtime", "/usr/share/zoneinfo/UTC")];
+        let links = [
+            ("/bin", "usr/bin"),
+            ("/lib64", "usr/lib64"),
+            ("/etc/localtime", "/usr/share/zoneinfo/UTC"),
+            ("/etc/resolv.conf", "/run/resolv.conf"),
+        ];
         let mut all = BTreeMap::new();
         all.extend(directories.map(|path| (path.into(), Kind::Directory)));
         all.extend(files.map(|path| (path.into(), Kind::Other)));
@@ -334,8 +416,8 @@ mod tests {
 
     #[test]
     fn only_what_is_listed_is_visible_and_it_is_read_only() {
-        let pieces = pieces(&Wanted::default(), &host());
-        let read = ["/etc/java-17-openjdk", "/etc/ld.so.cache", "/etc/ssl/certs", "/opt", "/usr"];
+        let pieces = pieces(&CellKind::default(), &Wanted::default());
+        let read = ["/etc/java-17-openjdk", "/etc/ld.so.cache", "/etc/ssl/certs", "/opt", CPUS, "/usr"];
         assert_eq!(from_host(&pieces), read.map(|path| (path, Access::Read)));
         assert!(pieces.contains(&link("/bin", "usr/bin")) && pieces.contains(&link("/lib64", "usr/lib64")));
         assert!(
@@ -352,7 +434,7 @@ mod tests {
             hidden: vec!["/opt/secret".into()],
             writable: vec!["/opt/tool".into()],
         };
-        let pieces = pieces(&wanted, &host());
+        let pieces = pieces(&CellKind::default(), &wanted);
         let of_host = from_host(&pieces);
         // Inside of what is visible anyway.
         assert!(
@@ -364,6 +446,30 @@ mod tests {
         let writable =
             pieces.iter().position(|piece| matches!(piece, ViewPiece::Host { access: Access::Write, .. }));
         assert!(writable < hidden && hidden == Some(pieces.len() - 1));
+    }
+
+    #[test]
+    fn another_root_file_system_replaces_all_files_of_the_host_but_devices_and_cpus() {
+        let root = Some(RootFs::directory(Path::new("/srv/image")));
+        let wanted = Wanted {
+            visible: vec!["/opt/tool".into()],
+            hidden: vec!["/opt/secret".into()],
+            ..Wanted::default()
+        };
+        let pieces = pieces(&CellKind { root, ..CellKind::default() }, &wanted);
+        assert_eq!(from_host(&pieces), [(CPUS, Access::Read)]);
+        assert!(pieces.contains(&ViewPiece::Directory(CPUS.into())), "its mount point");
+        assert!(pieces.contains(&ViewPiece::Directory("/build".into())));
+    }
+
+    #[test]
+    fn who_shares_the_network_finds_the_servers_of_names_behind_their_link() {
+        let pieces = pieces(&CellKind { shares_network: true, ..CellKind::default() }, &Wanted::default());
+        let resolvers = |piece: &ViewPiece| {
+            matches!(piece, ViewPiece::Host { from, at, .. }
+            if from == Path::new("/run/resolv.conf") && at == Path::new(RESOLVERS))
+        };
+        assert!(pieces.iter().any(resolvers));
     }
 
     #[test]

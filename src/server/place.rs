@@ -6,36 +6,67 @@ use crate::{
         WorkerSettings,
         launcher::{
             PoolSandbox,
-            probe::{probe, probe_layers},
+            probe::{probe, probe_layers, probe_root},
         },
         staged_trees::StagingLimits,
         workspace::BuildRoot,
     },
-    config::ExecutionSettings,
+    cgroups::{Groups, LimitReport},
+    config::{ExecutionSettings, ImagesSettings, PoolSettings, Tags},
+    images::{ImageSettings, Images, TagPolicy},
     logging::Event,
-    sandbox::{identity::Users, probe::Report, settings::SandboxMode},
+    sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
 };
 use gorego_reapi::error::{Error, Result};
+use std::ffi::OsString;
+use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
+
+/// How many more processes than a group a user may have.
+const SECOND_LINE: u64 = 64;
 
 /// Where actions run, made before anything asynchronous.
 pub(crate) struct Place {
     pub(crate) build_root: BuildRoot,
     pub(crate) sandbox: Option<(PoolSandbox, Report)>,
+    pub(crate) images: Option<Images>,
     /// The limit of open files for commands.
     pub(crate) open_files: Option<u64>,
+    pub(crate) groups: Groups,
+    /// How the limits of actions are enforced.
+    pub(crate) limits: LimitReport,
 }
 
 impl Place {
     /// Opens the build root, and finds out which protections of the sandbox work in it.
-    pub(crate) fn open(execution: &ExecutionSettings, open_files: Option<u64>) -> Result<Self> {
+    pub(crate) fn open(
+        execution: &ExecutionSettings,
+        runtime: &Handle,
+        open_files: Option<u64>,
+    ) -> Result<Self> {
         let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
         let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
+        let images = match &execution.images {
+            Some(settings) => {
+                Some(Images::open(image_settings(settings.clone()), build_root.path(), runtime.clone())?)
+            }
+            None => None,
+        };
         let mut settings = execution.sandbox.clone();
-        if settings.mode == SandboxMode::Off {
-            return Ok(Self { build_root, sandbox: None, open_files });
+        let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
+        let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
+        // The build root is locked, so no other server makes groups for it.
+        let (groups, limits) = Groups::open(execution.total_memory_bytes, execution.slots, is_sandboxed);
+        if execution.limits_required {
+            refuse_missing(&limits)?;
         }
+        if !is_sandboxed {
+            return Ok(Self { build_root, sandbox: None, images, open_files, groups, limits });
+        }
+        // Pools can have others.
+        settings.root = None;
+        settings.processes = user_limit(execution, &limits);
         for path in settings.hide_linked() {
             Event::warn("gorego::config", "config_warning").log(format_args!(
                 "a link leads actions to {}; it is hidden from them (execution.sandbox)",
@@ -50,7 +81,7 @@ impl Place {
                 report.missing.iter().map(|missing| &*missing.reason).collect::<Vec<_>>().join(". ")
             )));
         }
-        if settings.mode == SandboxMode::Required && !report.missing.is_empty() {
+        if has_mode(SandboxMode::Required) && !report.missing.is_empty() {
             let missing: Vec<_> = report.missing.iter().map(ToString::to_string).collect();
             return Err(Error::Precondition(format!(
                 "execution.sandbox.mode is \"required\", and the sandbox is incomplete: {}",
@@ -74,13 +105,73 @@ impl Place {
                 }
             };
         }
-        Ok(Self { build_root, sandbox: Some((sandbox, report)), open_files })
+        let place = Self { build_root, sandbox: Some((sandbox, report)), images, open_files, groups, limits };
+        execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
+        Ok(place)
     }
 
-    /// The sandbox, if anything of it works.
-    pub(crate) fn pool_sandbox(&self) -> Option<PoolSandbox> {
+    /// The sandbox of a pool, if it has one and anything of it works.
+    pub(crate) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
-        (!report.is_empty()).then(|| sandbox.clone())
+        if report.is_empty() || pool.sandbox.mode == SandboxMode::Off {
+            return None;
+        }
+        let mut sandbox = sandbox.clone();
+        sandbox.settings.root = pool.sandbox.root.as_ref().map(RootFs::resolved);
+        sandbox.settings.offers_network = pool.sandbox.offers_network;
+        Some(sandbox)
+    }
+
+    /// Starts a sandbox with the root file system of a pool, if it has one of its own.
+    fn try_root_of(&self, pool: &PoolSettings, runner: &[OsString]) -> Result<()> {
+        let Some(root) = &pool.sandbox.root else { return Ok(()) };
+        let refuse = |reason: &str| {
+            let key = if pool.is_declared { "execution.pools" } else { "execution.sandbox" };
+            Err(Error::Precondition(format!(
+                "rootfs ({key}, pool \"{}\") cannot be used: {reason}",
+                pool.name
+            )))
+        };
+        let sandbox = self.pool_sandbox(pool).filter(|sandbox| sandbox.protections.namespaces);
+        let Some(sandbox) = sandbox else {
+            return refuse("it takes the namespaces of the sandbox, which are off");
+        };
+        if let Some(own) = sandbox.settings.own_below(root) {
+            return refuse(&format!("it contains {}, which is the server's own", own.display()));
+        }
+        probe_root(&sandbox, runner, &self.build_root).or_else(|reason| refuse(&reason))
+    }
+}
+
+/// The limit of processes of the user of a cell. Where there are groups, it is only a second line, so that the one that says
+/// when it was met comes first.
+fn user_limit(execution: &ExecutionSettings, limits: &LimitReport) -> u64 {
+    let bounds = execution.pools.iter().map(|pool| pool.limits.processes);
+    let most = bounds.map(|bound| bound.default.max(bound.max)).max().unwrap_or(0);
+    if limits.counts_processes() { most.saturating_add(SECOND_LINE) } else { most }
+}
+
+fn refuse_missing(limits: &LimitReport) -> Result<()> {
+    match limits.missing().first() {
+        None => Ok(()),
+        Some(missing) => Err(Error::Precondition(format!(
+            "execution.limits.required is true, and the limits cannot be enforced: {missing}"
+        ))),
+    }
+}
+
+fn image_settings(settings: ImagesSettings) -> ImageSettings {
+    ImageSettings {
+        registries: settings.registries,
+        tags: match settings.tags {
+            Tags::Refuse => TagPolicy::Refuse,
+            Tags::EachAction => TagPolicy::EachAction,
+            Tags::Once => TagPolicy::Once,
+        },
+        credentials: settings.credentials,
+        layouts: settings.layouts,
+        max_bytes: settings.max_bytes,
+        timeout: settings.timeout,
     }
 }
 

@@ -21,7 +21,7 @@ use gorego::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{WorkerActor, WorkerSettings, workspace::BuildRoot},
+        worker::{PoolLimits, WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
     config::CommittedSize,
     gate::Gate,
@@ -118,7 +118,9 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         transfer_timeout: Duration::from_secs(60),
         max_output_file_bytes: 1 << 20,
         runner: vec![env!("CARGO_BIN_EXE_gorego").into(), "runner".into()],
+        images: None,
         sandbox: None,
+        limits: PoolLimits::default(),
         log_streams: log_streams(false, directory),
     });
     let minute = Duration::from_secs(60);
@@ -151,6 +153,8 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
             worker: "host".into(),
             slots: 1,
             offers: Default::default(),
+            limits: Default::default(),
+            room: None,
         };
         let pool = Pool { spec, runner: workers.recipient() };
         let scheduler = SchedulerActor::new(of_scheduler, vec![pool], cas.clone());

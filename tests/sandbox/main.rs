@@ -8,7 +8,9 @@
 
 mod files;
 mod kernel;
+mod limits;
 mod processes;
+mod roots;
 mod staging;
 mod start;
 #[path = "../support/mod.rs"]
@@ -27,8 +29,9 @@ use support::{
     server::{Server, command},
 };
 
-/// The ordinary user.
+/// The ordinary user, and its group, which has another number.
 const USER: u32 = 65534;
+const GROUP: u32 = 12345;
 
 /// A server and a client of it.
 struct Host {
@@ -63,7 +66,7 @@ async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&Host)) {
 /// Starts a server as an ordinary user, on an empty store of that user.
 fn ordinary(overrides: &[(&str, &str)]) -> Server {
     let store = tempfile::tempdir().unwrap();
-    chown(store.path(), Some(USER), Some(USER)).unwrap();
+    chown(store.path(), Some(USER), Some(GROUP)).unwrap();
     // The user may not be able to reach the directory of the binary.
     let binary = store.path().join("gorego");
     let built = env!("CARGO_BIN_EXE_gorego");
@@ -80,7 +83,7 @@ fn ordinary(overrides: &[(&str, &str)]) -> Server {
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .uid(USER)
-        .gid(USER);
+        .gid(GROUP);
     Server::spawn(serve, Arc::new(store))
 }
 

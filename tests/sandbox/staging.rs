@@ -132,6 +132,64 @@ async fn eviction_does_no_harm_to_an_action_that_runs() {
     eventually("the others are removed", || directories(&server).1 <= 2).await;
 }
 
+/// Whoever cleans up by hand, or by a job that removes old files.
+#[tokio::test]
+async fn a_tree_that_somebody_removes_is_made_again_and_spoils_no_result() {
+    with_each(STAGED, async |host| {
+        let remove_trees = || {
+            for entry in fs::read_dir(host.server.store().join("build")).unwrap().flatten() {
+                if entry.file_name().as_encoded_bytes().starts_with(b"t-") {
+                    fs::remove_dir_all(entry.path().join("root/d")).unwrap();
+                }
+            }
+        };
+        let (root, _) = root_of(&host.client, 50, "text").await;
+        assert_eq!(says(&host.client, "ls d | wc -l", root).await, "50\n");
+        remove_trees();
+        assert_eq!(says(&host.client, "ls d | wc -l", root).await, "50\n");
+        let marker = format!("until-removed-{}", host.server.pid());
+        let script = format!(": {marker}; sleep 1; ls d | wc -l");
+        let (seen, ()) = tokio::join!(says(&host.client, &script, root), async {
+            eventually("the action runs", || !processes_with(&format!(": {marker}")).is_empty()).await;
+            remove_trees();
+        });
+        assert_eq!(seen, "50\n", "the action was tried again");
+    })
+    .await;
+}
+
+/// A directory without read permission has no attributes that its owner can read, and those of a layer are attributes.
+#[tokio::test]
+async fn permissions_of_directories_mean_the_same_whatever_is_staged() {
+    with_each(STAGED, async |host| {
+        let (root, _) = root_of(&host.client, 50, "text").await;
+        let command = sh_with("echo made > d/out; chmod 0311 d", &["d/out"]);
+        let action = host.client.action(command, root).await;
+        let result = host.client.run(action).await.result.unwrap();
+        assert_eq!(result.output_files[0].digest, Some(sha256(b"made\n").to_wire()));
+
+        let files: Vec<_> = host.client.upload_all((0..50).map(|at| format!("closed {at}\n"))).await;
+        let files = files.iter().enumerate().map(|(at, digest)| file(&format!("f{at}"), *digest));
+        let closed = reapi::Directory {
+            files: files.collect(),
+            node_properties: Some(reapi::NodeProperties { unix_mode: Some(0o111), ..Default::default() }),
+            ..Default::default()
+        };
+        let closed = host.client.upload(closed.encode_to_vec()).await;
+        let root = reapi::Directory { directories: vec![subdirectory("d", closed)], ..Default::default() };
+        let root = host.client.upload(root.encode_to_vec()).await;
+        let command = reapi::Command {
+            working_directory: "d".into(),
+            ..sh_with("cat f3 && stat -c %a .", &["made/for/the/output"])
+        };
+        let action = host.client.action(command, root).await;
+        let response = host.client.run(action).await;
+        let result = response.result.unwrap_or_else(|| panic!("{:?}", response.status));
+        assert_eq!(host.client.stdout(&result).await, "closed 3\n111\n");
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn without_a_budget_inputs_are_copied() {
     let server = Server::with(&[("EXECUTION__STAGED_INPUTS_GB", "0")]).await;

@@ -6,7 +6,7 @@ use gorego::{
     actors::{
         cas::client::Provenance,
         worker::{
-            WorkerActor, WorkerSettings,
+            PoolLimits, WorkerActor, WorkerSettings,
             cancel::CancelToken,
             launcher::PoolSandbox,
             messages::{
@@ -31,7 +31,7 @@ use gorego_reapi::{
 use prost::Message;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::OsString,
     fs::File,
     io::{Read as _, Write as _},
@@ -47,7 +47,9 @@ pub const SHA256: DigestFunction = DigestFunction::Sha256;
 pub struct MemoryStore {
     pub blobs: Mutex<HashMap<Digest, Vec<u8>>>,
     pub results: Mutex<HashMap<Digest, reapi::ActionResult>>,
-    /// Makes `stage_inputs` panic once.
+    /// What batches were to hold.
+    pub held: Mutex<HashSet<Digest>>,
+    /// Makes `open_inputs` panic once.
     pub panic_next: Mutex<bool>,
 }
 
@@ -68,13 +70,14 @@ impl MemoryStore {
 /// A wrapper, because the trait is implemented for the shared handle.
 pub struct Handle(pub Arc<MemoryStore>);
 
-struct Staged {
+struct Opened {
     tree: Arc<InputTree>,
     blobs: HashMap<Digest, Vec<u8>>,
+    leased: HashSet<Digest>,
 }
 
 impl BlobStore for Handle {
-    fn stage_inputs(&self, _: &Instance, root: Digest, _: Peer) -> Result<Box<dyn Inputs>> {
+    fn open_inputs(&self, _: &Instance, root: Digest, _: Peer) -> Result<Box<dyn Inputs>> {
         let blobs = self.0.blobs.lock().unwrap().clone();
         if std::mem::take(&mut *self.0.panic_next.lock().unwrap()) {
             panic!("as the test asked");
@@ -88,7 +91,7 @@ impl BlobStore for Handle {
             directories.insert(digest, Arc::new(directory));
         }
         let tree = Arc::new(InputTree::new(root, directories)?);
-        Ok(Box::new(Staged { tree, blobs }))
+        Ok(Box::new(Opened { tree, blobs, leased: HashSet::new() }))
     }
 
     fn begin_outputs(&self, _: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_> {
@@ -115,6 +118,13 @@ impl Outputs for Batch {
         Ok(self.0.put(bytes))
     }
 
+    fn hold(&mut self, digests: Vec<Digest>) -> Result<()> {
+        let blobs = self.0.blobs.lock().unwrap();
+        let missing: Vec<_> = digests.iter().filter(|digest| !blobs.contains_key(digest)).copied().collect();
+        self.0.held.lock().unwrap().extend(digests);
+        if missing.is_empty() { Ok(()) } else { Err(Error::MissingBlobs(missing)) }
+    }
+
     fn expect(&mut self, _: u64) {}
 
     fn publish(&mut self) -> Result<()> {
@@ -131,12 +141,22 @@ impl Outputs for Batch {
     }
 }
 
-impl Inputs for Staged {
+impl Inputs for Opened {
     fn tree(&self) -> &Arc<InputTree> {
         &self.tree
     }
 
+    fn lease_all(&mut self) -> Result<()> {
+        self.lease(self.tree.blobs().to_vec())
+    }
+
+    fn lease(&mut self, blobs: Vec<Digest>) -> Result<()> {
+        self.leased.extend(blobs);
+        Ok(())
+    }
+
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+        assert!(digest.is_empty() || self.leased.contains(digest), "{name} is not leased");
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(mode)).unwrap();
         rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode)).unwrap();
@@ -191,20 +211,32 @@ pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Ben
     with_bench(max_output_file_bytes, StagingLimits::default(), |_, _| None, body)
 }
 
+/// Runs a test with a sandboxed worker that stages all inputs, if this machine can, and whose commands may write files of up to
+/// this size.
+pub fn with_staging(max_output_file_bytes: u64, body: impl AsyncFn(&Bench)) {
+    let limits = StagingLimits { min_nodes: 0, ..StagingLimits::default() };
+    with_bench(max_output_file_bytes, limits, sandbox_with_layers, async |bench| {
+        if bench.is_sandboxed {
+            body(bench).await;
+        }
+    });
+}
+
+fn sandbox_with_layers(runner: &[OsString], build_root: &BuildRoot) -> Option<PoolSandbox> {
+    let sandbox = PoolSandbox::usual(runner, build_root);
+    if !sandbox.has_layers() {
+        eprintln!("without a sandbox, because there are no overlays here");
+    }
+    sandbox.has_layers().then_some(sandbox)
+}
+
 /// Runs a test three times: with a worker that copies all inputs, the same in a sandbox, and with one that stages all inputs, if
 /// this machine can.
 pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
     with_worker(&body);
     for min_nodes in [u64::MAX, 0] {
         let limits = StagingLimits { min_nodes, ..StagingLimits::default() };
-        let sandbox = |runner: &[OsString], build_root: &BuildRoot| {
-            let sandbox = PoolSandbox::usual(runner, build_root);
-            if !sandbox.has_layers() {
-                eprintln!("without a sandbox, because there are no overlays here");
-            }
-            sandbox.has_layers().then_some(sandbox)
-        };
-        with_bench(1 << 30, limits, sandbox, &body);
+        with_bench(1 << 30, limits, sandbox_with_layers, &body);
     }
 }
 
@@ -229,7 +261,9 @@ fn with_bench<T>(
             transfer_timeout: Duration::from_secs(60),
             max_output_file_bytes,
             runner,
+            images: None,
             sandbox,
+            limits: PoolLimits::default(),
             log_streams: log_streams(),
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));

@@ -45,7 +45,8 @@ const STORE_START: &str = "src/actors/cas/recovery.rs";
 
 /// The rooms that the configuration may import: checked values without state. Every other room declares the settings that it
 /// needs, and `src/server.rs` fills them from the configuration.
-pub const CONFIG_MAY: &[&str] = &["action", "host", "instance", "node", "platform", "sandbox", "size"];
+pub const CONFIG_MAY: &[&str] =
+    &["action", "host", "instance", "limits", "node", "platform", "sandbox", "size"];
 
 /// The imports between the rooms of one crate, each with a file that contains it.
 pub type Imports = BTreeMap<String, BTreeMap<String, String>>;

@@ -38,8 +38,8 @@ pub const WORDS: &[Word] = &[
     },
     Word {
         word: "reqwest",
-        only: &["src/actors/asset"],
-        why: "only the download of assets contacts anybody by HTTP",
+        only: &["src/actors/asset", "src/images/registry"],
+        why: "only the download of assets and the pull of images contact anybody by HTTP",
     },
     Word {
         word: "unsafe",
@@ -76,6 +76,10 @@ pub const PURE: &[&str] = &[
     "src/actors/asset/bindings",
     "src/actors/asset/layout",
     "src/actors/asset/origins",
+    "src/images/digest",
+    "src/images/reference",
+    "src/images/manifest",
+    "src/images/index",
     "src/log_streams/names",
     "src/log_streams/registry",
     "src/chunking",

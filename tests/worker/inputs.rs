@@ -311,3 +311,28 @@ fn roots_that_differ_a_little_are_each_seen_as_they_are() {
         }
     });
 }
+
+/// The kernel copies a staged input when it is changed first, and counts that as a write of the command.
+#[test]
+fn an_input_larger_than_commands_may_write_can_be_changed_like_any_other() {
+    with_staging(1 << 20, async |bench| {
+        let root = bench.input(&[("big", file(&"x".repeat(3 << 20)))]);
+        let job = sh("chmod +x big && ln big link && wc -c < link").root(root);
+        assert_eq!(bench.text(&bench.result(&job).await.stdout_digest).trim(), "3145728");
+    });
+}
+
+#[test]
+fn inputs_that_a_result_refers_to_are_held_until_it_is_stored() {
+    with_staging(1 << 30, async |bench| {
+        let nodes = [("o/a", "1"), ("o/d/b", "2"), ("f", "3"), ("o/changed", "4"), ("other", "5")];
+        let root = bench.input(&nodes.map(|(path, text)| (path, file(text))));
+        let job = sh("echo 6 > o/changed").root(root).outputs(&["o", "f", "no/such"]);
+        let result = bench.result(&job).await;
+        assert_eq!(result.output_files[0].path, "f");
+        let held = bench.store.held.lock().unwrap();
+        let mut held: Vec<_> = held.iter().map(|digest| bench.text(&Some(digest.to_wire()))).collect();
+        held.sort();
+        assert_eq!(held, ["1", "2", "3"]);
+    });
+}

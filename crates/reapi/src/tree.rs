@@ -64,11 +64,11 @@ pub struct Symlink {
 /// One directory whose names and digests are checked.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Directory {
-    /// Regular files, in wire order.
+    /// Regular files, sorted by name.
     pub files: Vec<File>,
-    /// Subdirectories, in wire order.
+    /// Subdirectories, sorted by name.
     pub directories: Vec<Subdirectory>,
-    /// Symbolic links, in wire order.
+    /// Symbolic links, sorted by name.
     pub symlinks: Vec<Symlink>,
     /// Properties of the directory itself.
     pub properties: NodeProperties,
@@ -123,7 +123,29 @@ impl Directory {
             let properties = properties.parse(node.node_properties.as_ref(), &name)?;
             directory.symlinks.push(Symlink { name, target: node.target.clone(), properties });
         }
+        // Clients have to send them in this order, but nothing else depends on it, so other orders are not refused.
+        directory.files.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        directory.directories.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        directory.symlinks.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         Ok(directory)
+    }
+
+    /// The file of this name.
+    pub fn file(&self, name: &str) -> Option<&File> {
+        let at = self.files.binary_search_by(|file| (*file.name).cmp(name)).ok()?;
+        self.files.get(at)
+    }
+
+    /// The subdirectory of this name.
+    pub fn subdirectory(&self, name: &str) -> Option<&Subdirectory> {
+        let at = self.directories.binary_search_by(|child| (*child.name).cmp(name)).ok()?;
+        self.directories.get(at)
+    }
+
+    /// The symbolic link of this name.
+    pub fn symlink(&self, name: &str) -> Option<&Symlink> {
+        let at = self.symlinks.binary_search_by(|link| (*link.name).cmp(name)).ok()?;
+        self.symlinks.get(at)
     }
 
     /// Number of files, subdirectories and symbolic links.
@@ -153,8 +175,12 @@ impl Directory {
 pub struct InputTree {
     root: Digest,
     directories: HashMap<Digest, Arc<Directory>>,
+    /// Every distinct blob of the tree except the empty one, sorted: files and Directories.
+    blobs: Vec<Digest>,
     extent: Extent,
     has_modes: bool,
+    largest_file: u64,
+    memory: usize,
 }
 
 /// How much a tree expands to; shared directories count as often as they occur.
@@ -172,8 +198,13 @@ impl InputTree {
     /// [`Error::MissingBlobs`] when `directories` lacks a directory.
     pub fn new(root: Digest, directories: HashMap<Digest, Arc<Directory>>) -> Result<Self> {
         let extent = measure(root, &directories)?;
+        let blobs = distinct_blobs(&directories);
         let has_modes = directories.values().any(|directory| directory.properties.unix_mode.is_some());
-        Ok(Self { root, directories, extent, has_modes })
+        let files = directories.values().flat_map(|directory| &directory.files);
+        let largest_file = files.map(|file| file.digest.size()).max().unwrap_or(0);
+        let memory = directories.values().map(|directory| directory.memory()).sum::<usize>()
+            + blobs.len() * size_of::<Digest>();
+        Ok(Self { root, directories, blobs, extent, has_modes, largest_file, memory })
     }
 
     /// The digest of the directory at the top.
@@ -199,14 +230,35 @@ impl InputTree {
         self.directories.get(digest).map(|directory| &**directory)
     }
 
+    /// Visits the files in the directory with this digest and below it, those of a shared directory once.
+    pub fn each_file_below(&self, directory: &Digest, mut visit: impl FnMut(&File)) {
+        let mut seen = HashSet::from([*directory]);
+        let mut left: Vec<_> = self.find(directory).into_iter().collect();
+        while let Some(directory) = left.pop() {
+            directory.files.iter().for_each(&mut visit);
+            let children = directory.directories.iter().map(|child| child.digest);
+            left.extend(children.filter(|child| seen.insert(*child)).filter_map(|child| self.find(&child)));
+        }
+    }
+
     /// Whether any directory has permission bits of its own.
     pub fn has_directory_modes(&self) -> bool {
         self.has_modes
     }
 
-    /// The distinct digests of all files.
-    pub fn file_digests(&self) -> HashSet<Digest> {
-        self.directories.values().flat_map(|d| d.files.iter().map(|f| f.digest)).collect()
+    /// Every blob that the tree consists of, each once and sorted: its files and Directories, without the empty blob.
+    pub fn blobs(&self) -> &[Digest] {
+        &self.blobs
+    }
+
+    /// Size of the largest file in bytes.
+    pub fn largest_file(&self) -> u64 {
+        self.largest_file
+    }
+
+    /// Approximate memory in bytes. Directories that other trees share are counted in each.
+    pub fn memory(&self) -> usize {
+        self.memory
     }
 
     /// Number of files, directories and symlinks, counting shared directories as often as they occur.
@@ -218,6 +270,16 @@ impl InputTree {
     pub fn bytes(&self) -> u64 {
         self.extent.bytes
     }
+}
+
+/// The distinct digests of Directories and their files, sorted, without the empty blob.
+pub fn distinct_blobs(directories: &HashMap<Digest, Arc<Directory>>) -> Vec<Digest> {
+    let files = directories.values().flat_map(|directory| directory.files.iter().map(|file| file.digest));
+    let mut blobs: Vec<_> =
+        directories.keys().copied().chain(files).filter(|digest| !digest.is_empty()).collect();
+    blobs.sort_unstable();
+    blobs.dedup();
+    blobs
 }
 
 /// What is below `root`. Not recursive, and linear in the number of distinct directories.

@@ -7,12 +7,14 @@
 //! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files are
 //! refused.
 
-mod zstd_frames;
+pub(crate) mod extensions;
+pub(crate) mod zstd_frames;
 
 use super::{
     layout::Layout,
     outcome::{FailureKind, Problem},
 };
+use extensions::{Extensions, is_extension};
 use flate2::read::MultiGzDecoder;
 use gorego_reapi::{digest::Digest, error::Error, path::MAX_PATH_BYTES};
 use liblzma::{read::XzDecoder, stream::Stream as XzStream};
@@ -21,7 +23,7 @@ use std::{
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
     rc::Rc,
 };
-use tar::{Archive, EntryType, PaxExtensions};
+use tar::{Archive, EntryType};
 use zip::{
     ZipArchive,
     read::{ArchiveOffset, Config},
@@ -113,13 +115,6 @@ impl<R: Read> Read for BudgetedReader<R> {
     }
 }
 
-/// The values of the extension headers before an entry.
-#[derive(Default)]
-struct Extensions {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-}
-
 fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, Problem> {
     let damaged = |error: io::Error| Problem::of_io(&error);
     let mut layout = Layout::default();
@@ -136,7 +131,7 @@ fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, 
             }
             let mut bytes = Vec::new();
             entry.read_to_end(&mut bytes).map_err(damaged)?;
-            read_extension(kind, &bytes, &mut extensions)?;
+            extensions.read(kind, &bytes).map_err(refuse)?;
             continue;
         }
         let Extensions { path, link } = std::mem::take(&mut extensions);
@@ -162,40 +157,6 @@ fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, 
         added.map_err(refuse)?;
     }
     Ok(layout)
-}
-
-fn is_extension(kind: EntryType) -> bool {
-    kind.is_gnu_longname()
-        || kind.is_gnu_longlink()
-        || kind.is_pax_local_extensions()
-        || kind.is_pax_global_extensions()
-}
-
-fn read_extension(kind: EntryType, bytes: &[u8], extensions: &mut Extensions) -> Result<(), Problem> {
-    let until_nul = || bytes.split(|byte| *byte == 0).next().unwrap_or_default().to_vec();
-    if kind.is_gnu_longname() {
-        extensions.path = Some(until_nul());
-    } else if kind.is_gnu_longlink() {
-        extensions.link = Some(until_nul());
-    } else {
-        for record in PaxExtensions::new(bytes) {
-            let record = record.map_err(|error| Problem::of_io(&error))?;
-            match record.key_bytes() {
-                // Global headers normally hold only a comment of git. A global path is ignored.
-                b"path" if kind.is_pax_local_extensions() => {
-                    extensions.path = Some(record.value_bytes().to_vec())
-                }
-                b"linkpath" if kind.is_pax_local_extensions() => {
-                    extensions.link = Some(record.value_bytes().to_vec());
-                }
-                // Its content would not have the size that its own header says.
-                b"size" => return Err(refuse("it has a file of more than 8 GiB, or a false size")),
-                key if key.starts_with(b"GNU.sparse.") => return Err(refuse("it has a sparse file")),
-                _ => {}
-            }
-        }
-    }
-    Ok(())
 }
 
 fn text(bytes: Vec<u8>) -> Result<String, Problem> {

@@ -22,6 +22,7 @@ const LARGEST_PART: usize = 4;
 pub(super) struct Memo<K, V> {
     shards: Vec<Mutex<MemoShard<K, V>>>,
     hasher: RandomState,
+    /// Of each shard.
     budget: usize,
 }
 
@@ -34,11 +35,20 @@ struct MemoShard<K, V> {
 impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
     /// An empty memo that holds at most about `budget` bytes.
     pub(super) fn new(budget: usize) -> Self {
+        Self::with_shards(budget, SHARDS)
+    }
+
+    /// One for few, heavy values: each may weigh up to `1 / LARGEST_PART` of the budget.
+    pub(super) fn unsharded(budget: usize) -> Self {
+        Self::with_shards(budget, 1)
+    }
+
+    fn with_shards(budget: usize, shards: usize) -> Self {
         let shard = || MemoShard { young: HashMap::default(), old: HashMap::default(), young_weight: 0 };
         Self {
-            shards: (0..SHARDS).map(|_| Mutex::new(shard())).collect(),
+            shards: (0..shards).map(|_| Mutex::new(shard())).collect(),
             hasher: RandomState::new(),
-            budget,
+            budget: budget / shards,
         }
     }
 
@@ -55,7 +65,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
 
     /// Caches a value that takes about `weight` bytes.
     pub(super) fn insert(&self, key: K, value: V, weight: usize) {
-        if weight <= self.budget / LARGEST_PART / SHARDS {
+        if weight <= self.budget / LARGEST_PART {
             let mut shard = self.shard(&key);
             shard.old.remove(&key);
             self.put(&mut shard, key, value, weight);
@@ -71,7 +81,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
     }
 
     fn put(&self, shard: &mut MemoShard<K, V>, key: K, value: V, weight: usize) {
-        if shard.young_weight + weight > self.budget / SHARDS / 2 {
+        if shard.young_weight + weight > self.budget / 2 {
             shard.old = std::mem::take(&mut shard.young);
             shard.young_weight = 0;
         }
@@ -82,7 +92,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
     }
 
     fn shard(&self, key: &K) -> MutexGuard<'_, MemoShard<K, V>> {
-        let at = self.hasher.hash_one(key) as usize % SHARDS;
+        let at = self.hasher.hash_one(key) as usize % self.shards.len();
         // A poisoned lock is fine: a map operation does not panic halfway, and a lost value is only looked up again.
         self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
     }

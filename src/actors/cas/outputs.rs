@@ -6,11 +6,13 @@
 
 use super::{
     client::{Cas, Provenance, spoilt},
-    guards::Reservation,
+    guards::{Lease, Reservation},
     index::{EntryKind, Key},
+    lookup::Purpose,
     new_files::{NewFiles, Visible},
     results::{PreparedResult, Uploader},
     settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
+    trees::inputs::all_of,
     volume::{Draft, PIECE_BYTES, outside::LeftFile},
 };
 use crate::instance::Instance;
@@ -36,6 +38,8 @@ pub struct OutputBatch {
     files: NewFiles,
     /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,
+    /// Blobs that were stored before, which the result refers to.
+    held: Vec<Lease>,
 }
 
 impl Cas {
@@ -48,6 +52,7 @@ impl Cas {
             expected,
             files: self.new_files(Reservation::new(self.actor().clone(), 0)),
             stored: HashSet::new(),
+            held: Vec::new(),
         }
     }
 
@@ -105,6 +110,19 @@ impl OutputBatch {
             .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
         self.add_stored(digest);
         Ok(digest)
+    }
+
+    /// Keeps blobs that are stored, and that the result will refer to, from eviction until the end of the batch.
+    ///
+    /// # Errors
+    /// `MissingBlobs` with those that are not stored.
+    pub fn hold(&mut self, mut digests: Vec<Digest>) -> Result<()> {
+        digests.retain(|digest| !digest.is_empty());
+        let instance = &self.instance;
+        let located = self.cas.block_on(async |cas| cas.locate(instance, &digests, Purpose::Read).await)?;
+        all_of(&digests, located.found)?;
+        self.held.push(located.lease);
+        Ok(())
     }
 
     /// Sets the estimate of bytes on disk that are still to come.

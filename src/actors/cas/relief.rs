@@ -1,5 +1,6 @@
 //! Relief of a full disk: the store evicts its least recently used entries when actions find no disk space, or uploads soon
-//! would not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict.
+//! would not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict. What others keep on
+//! disk only to be faster goes first ([`Cas::relieve_first`]).
 //!
 //! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most [`settings::RELIEF_WAIT`]. If
 //! evicting half of the store would not help, because other data fills the disk, nothing is evicted.
@@ -17,12 +18,22 @@ use crate::{
     logging::Event,
 };
 use actix::{Context, Message};
-use std::time::Instant;
+use std::{sync::OnceLock, time::Instant};
 
 /// Evicts what this disk needs. The answer comes when the files are deleted.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Relieve(pub Space);
+
+/// What frees disk space before the store evicts.
+#[derive(Default)]
+pub(super) struct RelievedFirst(OnceLock<Box<dyn Fn() + Send + Sync>>);
+
+impl std::fmt::Debug for RelievedFirst {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("RelievedFirst").field(&self.0.get().is_some()).finish()
+    }
+}
 
 impl Cas {
     /// Frees disk space after an action failed for lack of it. Called from a worker thread. Blocks until the space is free or
@@ -41,17 +52,33 @@ impl Cas {
         });
     }
 
+    /// Has `others` free disk space before the store evicts anything. It may block, and is called while the disk is low. Only
+    /// the first call has an effect.
+    pub fn relieve_first(&self, others: impl Fn() + Send + Sync + 'static) {
+        let _ = self.shared().relieved_first.0.set(Box::new(others));
+    }
+
     /// Frees disk space if there is little left.
     pub(super) async fn relieve_low_disk(&self) {
         self.relieve(Space::is_low).await;
     }
 
-    async fn relieve(&self, is_due: impl Fn(&Space) -> bool) {
+    async fn relieve(&self, is_due: fn(&Space) -> bool) {
         let relieved = async {
             // A second caller waits here and then re-checks the disk.
             let _turn = self.shared().relief_turn.lock().await;
             let cas = self.clone();
-            let looked = self.blocking(move || cas.shared().volume.space()).await;
+            let look = move || {
+                let space = cas.shared().volume.space()?;
+                match cas.shared().relieved_first.0.get().filter(|_| is_due(&space)) {
+                    Some(others) => {
+                        others();
+                        cas.shared().volume.space()
+                    }
+                    None => Ok(space),
+                }
+            };
+            let looked = self.blocking(look).await;
             let Ok(Ok(space)) = looked else { return };
             if is_due(&space) {
                 let _ = self.ask(Relieve(space)).await;

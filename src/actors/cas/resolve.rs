@@ -21,7 +21,7 @@ use gorego_reapi::{
     proto::reapi,
     wire,
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 /// The outcome of looking an action up.
 #[derive(Debug, Clone, PartialEq)]
@@ -112,8 +112,8 @@ impl Cas {
         Ok(Resolution::Run(action))
     }
 
-    /// Runs [`Cas::check_inputs`] on the runtime's threads, so that the actors' thread walks no trees. The check runs to its
-    /// end even if nobody waits for it any more.
+    /// Runs [`Cas::check_inputs`] on the runtime's threads, so that the actors' thread walks no trees. A root that was checked
+    /// lately is not checked again. The check runs to its end even if nobody waits for it any more.
     ///
     /// # Errors
     /// Those of [`Cas::check_inputs`].
@@ -122,10 +122,12 @@ impl Cas {
         instance: Instance,
         root: Digest,
     ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let was_checked = self.shared().input_roots.was_checked(&(instance.blobs(), root), Instant::now());
         let cas = self.clone();
         let check = async move { cas.check_inputs(&instance, root).await };
-        let checking = self.shared().runtime.spawn(check);
+        let checking = (!was_checked).then(|| self.shared().runtime.spawn(check));
         async move {
+            let Some(checking) = checking else { return Ok(()) };
             checking.await.unwrap_or_else(|error| {
                 Err(if error.is_panic() {
                     Error::internal("work of the store panicked")

@@ -91,8 +91,8 @@ pub(super) const RESULT_READ_TRIES: usize = 16;
 /// Memory for decoded directories, so that the actions of a build do not each decode their input roots.
 pub(super) const DIRECTORY_MEMO_BYTES: usize = 64 * 1024 * 1024;
 
-/// Memory for input roots that were walked and wait for their worker. A root above 4 MiB, about 20,000 files, is not cached and
-/// is built again from its decoded directories.
+/// Memory for the input roots that were used last. A root above 32 MiB, about 150,000 files, is not cached, and is built again
+/// from its decoded directories unless a staged tree has it.
 pub(super) const INPUT_ROOT_MEMO_BYTES: usize = 128 * 1024 * 1024;
 
 /// Memory for parsed actions. An action is looked up once or twice within a short time.

@@ -10,6 +10,7 @@ mod free;
 use crate::{
     action::Action,
     actors::{scheduler::transition::RunPlace, worker::messages::SlotId},
+    limits::{LimitSettings, Room},
     platform::{self, Known, Offers, UnknownProperties},
 };
 use free::FreeSlots;
@@ -52,6 +53,10 @@ pub struct PoolSpec {
     pub slots: usize,
     /// The properties of its workers.
     pub offers: Offers,
+    /// What one task may use.
+    pub limits: LimitSettings,
+    /// What its tasks share besides the slots; `None` if only slots count.
+    pub room: Option<Room>,
 }
 
 /// Whether a pool takes tasks.
@@ -97,6 +102,9 @@ struct PoolSlots {
     name: Arc<str>,
     section: String,
     offers: Offers,
+    limits: LimitSettings,
+    /// What is left of the room.
+    left: Option<Room>,
     places: Vec<Arc<RunPlace>>,
     free: FreeSlots,
     state: PoolState,
@@ -290,17 +298,46 @@ impl Slots {
         self.open(id).is_some_and(|pool| !pool.free.is_empty())
     }
 
-    /// Takes a free slot of a pool.
-    pub(crate) fn take(&mut self, id: PoolId) -> Option<Arc<RunPlace>> {
+    /// Whether a pool has room for a task.
+    pub(crate) fn has_room(&self, id: PoolId, action: &Action) -> bool {
+        self.pools.get(&id).is_some_and(|pool| {
+            pool.left.as_ref().is_none_or(|left| left.holds(&pool.limits.need(&action.platform)))
+        })
+    }
+
+    /// What a task needs of a pool and what there is left, where that is too little.
+    pub(crate) fn shortage(&self, id: PoolId, action: &Action) -> Option<(Room, Room)> {
+        let pool = self.open(id)?;
+        let (left, need) = (pool.left?, pool.limits.need(&action.platform));
+        (!left.holds(&need)).then_some((need, left))
+    }
+
+    /// Those of these pools that take tasks and give this one more memory than the pool in which it ran.
+    pub(crate) fn with_more_memory(&mut self, pools: &PoolSet, ran_in: PoolId, action: &Action) -> PoolSet {
+        let memory = |id: &PoolId| {
+            let limit = self.open(*id)?.limits.of(&action.platform).memory;
+            Some(if limit == 0 { u64::MAX } else { limit })
+        };
+        let Some(before) = memory(&ran_in) else { return PoolSet::from([]) };
+        let larger: Vec<_> =
+            pools.iter().copied().filter(|id| memory(id).is_some_and(|memory| memory > before)).collect();
+        self.shared(larger)
+    }
+
+    /// Takes a free slot of a pool for a task, and what that needs of the room. Both are given back with [`Slots::release`].
+    pub(crate) fn take(&mut self, id: PoolId, action: &Action) -> Option<(Arc<RunPlace>, Room)> {
         let pool = self.pools.get_mut(&id).filter(|pool| pool.state == PoolState::Open)?;
         let slot = pool.free.take()?;
-        pool.places.get(slot.0).cloned()
+        let need = pool.left.map_or_else(Room::default, |_| pool.limits.need(&action.platform));
+        pool.left = pool.left.map(|left| left.without(&need));
+        Some((pool.places.get(slot.0).cloned()?, need))
     }
 
     /// Gives a slot back, which ran a task to its end or `failed` to.
-    pub(crate) fn release(&mut self, id: PoolId, slot: SlotId, failed: bool) {
+    pub(crate) fn release(&mut self, id: PoolId, slot: SlotId, taken: &Room, failed: bool) {
         if let Some(pool) = self.pools.get_mut(&id) {
             pool.free.put(slot, failed);
+            pool.left = pool.left.map(|left| left.with(taken));
         }
     }
 
@@ -386,6 +423,8 @@ impl PoolSlots {
             name: name.clone(),
             section: spec.section,
             offers: spec.offers,
+            limits: spec.limits,
+            left: spec.room,
             state: PoolState::Open,
         }
     }

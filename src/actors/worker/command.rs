@@ -2,9 +2,17 @@
 //! exit code of a program that cannot be started. This file is pure.
 
 use super::workspace::Workspace;
-use crate::{action::Command, sandbox::layers::Layers};
+use crate::{
+    action::Command,
+    limits::Limits,
+    sandbox::{kind::CellKind, layers::Layers},
+};
 use rustix::io::Errno;
-use std::path::PathBuf;
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
 
 /// The search path for programs without a slash if the Command's environment has no PATH: that of execvp(3), without the
 /// current directory.
@@ -44,6 +52,10 @@ pub struct Launch {
     pub max_file_bytes: u64,
     /// What is mounted as the input root; `None` when it lies at `root` as it is.
     pub layers: Option<Layers>,
+    /// What kind of cell it needs. Without cells only the default is possible.
+    pub kind: CellKind,
+    /// What it may use.
+    pub limits: Limits,
     /// Absolute path of a terminal that the command gets in place of `/dev/null` and the logs.
     pub terminal: Option<PathBuf>,
 }
@@ -67,8 +79,15 @@ impl Launch {
             stderr: path.join("stderr"),
             max_file_bytes,
             layers,
+            kind: CellKind::default(),
+            limits: Limits::default(),
             terminal: None,
         }
+    }
+
+    /// The directory on disk to which the command writes what it writes to its input root.
+    pub(super) fn written(&self) -> &Path {
+        self.layers.as_ref().map_or(&self.root, |layers| Path::new(OsStr::from_bytes(&layers.own)))
     }
 }
 

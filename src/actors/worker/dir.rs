@@ -15,16 +15,16 @@ use std::{ffi::OsStr, fs::File, io, os::fd::AsRawFd as _, os::unix::ffi::OsStrEx
 const KEPT_OPEN: usize = 8;
 
 /// The identity of a file: device and inode.
-pub(super) type FileId = (u64, u64);
+pub(crate) type FileId = (u64, u64);
 
 /// The identity of the file of a stat.
 #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
-pub(super) fn file_id(stat: &Stat) -> FileId {
+pub(crate) fn file_id(stat: &Stat) -> FileId {
     (stat.st_dev as u64, stat.st_ino as u64)
 }
 
 /// The type of the file of a stat.
-pub(super) fn file_type(stat: &Stat) -> FileType {
+pub(crate) fn file_type(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
 }
 
@@ -32,7 +32,7 @@ pub(super) fn file_type(stat: &Stat) -> FileType {
 ///
 /// # Errors
 /// Those of openat2(2).
-pub(super) fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
+pub(crate) fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     open2(parent, name, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV)
 }
@@ -42,7 +42,7 @@ pub(super) fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
 ///
 /// # Errors
 /// Those of openat2(2); `EXDEV` for a mount point.
-pub(super) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> {
+pub(crate) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> {
     let opened = match open_dir(parent, name) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             let before = stat_at(parent, name)?;
@@ -65,7 +65,7 @@ pub(super) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, 
 ///
 /// # Errors
 /// Those of openat2(2).
-pub(super) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
+pub(crate) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     match open2(parent, name, flags, resolve) {
@@ -82,7 +82,7 @@ pub(super) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
 ///
 /// # Errors
 /// `EXDEV` when a link leads out of `root`; otherwise those of openat2(2).
-pub(super) fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
+pub(crate) fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     open2(root, path.as_os_str(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, resolve)
 }
@@ -91,7 +91,7 @@ pub(super) fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// Those of fstatat(2).
-pub(super) fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
+pub(crate) fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
     Ok(rfs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
@@ -126,14 +126,14 @@ fn open2(parent: &File, path: &OsStr, flags: OFlags, resolve: ResolveFlags) -> i
 ///
 /// # Errors
 /// Those of getdents(2), as items where they occur.
-pub(super) fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<rfs::DirEntry>>> {
+pub(crate) fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<rfs::DirEntry>>> {
     Ok(rfs::Dir::read_from(dir)?
         .filter(|entry| !matches!(entry, Ok(e) if matches!(e.file_name().to_bytes(), b"." | b"..")))
         .map(|entry| Ok(entry?)))
 }
 
 /// The name of a directory entry.
-pub(super) fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
+pub(crate) fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
     OsStr::from_bytes(entry.file_name().to_bytes())
 }
 

@@ -62,6 +62,17 @@ pub enum ExecNode<'a> {
     Directory(&'a Directory),
 }
 
+impl ExecNode<'_> {
+    /// Whether it is a directory, and not a link to one.
+    pub fn is_directory(&self) -> bool {
+        match self {
+            Self::Own(stat) => dir::file_type(stat) == FileType::Directory,
+            Self::Directory(_) => true,
+            Self::File(_) | Self::Link(_) => false,
+        }
+    }
+}
+
 impl<'a> ExecRoot<'a> {
     /// The layer `own` above `staged`.
     pub fn new(own: &'a File, staged: Option<&'a InputTree>) -> Self {
@@ -302,10 +313,10 @@ impl<'a> Dir<'a> {
 
 /// What a directory of the staged tree has under a name.
 fn find<'a>(tree: &'a InputTree, directory: &'a Directory, name: &OsStr) -> Option<ExecNode<'a>> {
-    let name = name.to_str()?;
-    let file = || directory.files.iter().find(|file| file.name == name).map(ExecNode::File);
-    let link = || directory.symlinks.iter().find(|link| link.name == name).map(ExecNode::Link);
-    let child = || subdirectory(Some(tree), Some(directory), name.as_ref()).map(ExecNode::Directory);
+    let text = name.to_str()?;
+    let file = || directory.file(text).map(ExecNode::File);
+    let link = || directory.symlink(text).map(ExecNode::Link);
+    let child = || subdirectory(Some(tree), Some(directory), name).map(ExecNode::Directory);
     file().or_else(link).or_else(child)
 }
 
@@ -314,7 +325,7 @@ fn subdirectory<'a>(
     directory: Option<&'a Directory>,
     name: &OsStr,
 ) -> Option<&'a Directory> {
-    let child = directory?.directories.iter().find(|child| *child.name == *name)?;
+    let child = directory?.subdirectory(name.to_str()?)?;
     tree?.find(&child.digest)
 }
 

@@ -43,7 +43,7 @@ const PLAIN: u32 = 0o644;
 /// time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
 pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
 
-/// Writes a whole input root into the empty directory `top`, with the modes of its directories if nothing is made in it
+/// Writes a whole input root, all of which is leased, into the empty directory `top`, with the modes of its directories if nothing is made in it
 /// afterwards (`is_complete`).
 ///
 /// # Errors
@@ -63,7 +63,7 @@ pub(super) fn write(
     Ok(())
 }
 
-/// Writes a delta into the empty directory `top`, which then is a layer over the base of the delta.
+/// Writes a delta, whose files are leased, into the empty directory `top`, which then is a layer over the base of the delta.
 ///
 /// # Errors
 /// As [`write()`].
@@ -107,6 +107,52 @@ pub(super) fn write_delta(
         }
     }
     set_mtime(top, ".", mtime_of(&tree.root().properties))
+}
+
+/// The directories on which the sandbox mounts its own if the input root is the root file system.
+const MOUNT_POINTS: &[&str] = &["dev", "proc", "tmp"];
+
+/// The mount points that an input root did not have, in its own layer. They are no outputs of the command.
+#[derive(Debug)]
+pub(super) struct MountPoints<'a> {
+    root: &'a File,
+    made: Vec<&'static str>,
+}
+
+impl<'a> MountPoints<'a> {
+    /// Makes those that are missing.
+    ///
+    /// # Errors
+    /// `Invalid` when the input root has something else there.
+    pub(super) fn make(root: ExecRoot<'a>) -> Result<Self> {
+        let failed = |error: io::Error| Error::io("make mount points in the input root", &error);
+        let top = root.resolve(Path::new(".")).map_err(failed)?;
+        let mut made = Vec::new();
+        for name in MOUNT_POINTS {
+            match top.look(name.as_ref()) {
+                Ok(node) if node.is_directory() => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    make_beneath(root.own(), name).map_err(failed)?;
+                    made.push(*name);
+                }
+                Ok(_) => {
+                    return Err(Error::Invalid(format!(
+                        "the input root is to be the root file system, but \"{name}\" in it is not a directory"
+                    )));
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(Self { root: root.own(), made })
+    }
+
+    /// Takes away those that were missing.
+    pub(super) fn remove(self) {
+        for name in self.made {
+            // The command may have replaced it.
+            let _ = rfs::unlinkat(self.root, name, AtFlags::REMOVEDIR);
+        }
+    }
 }
 
 /// Makes what the command takes for granted in an exec root whose files are in place. `is_root`: permissions do not stop it.

@@ -11,21 +11,27 @@
 mod capture;
 mod cell;
 mod children;
+mod guard;
 mod init;
 pub(crate) mod probe;
 pub mod protocol;
 mod reap;
+mod resident;
 pub mod runner;
 mod spawn;
 mod sys;
 mod usage;
 
-use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot};
+use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot, written::Written};
 use crate::{
+    cgroups::{Groups, SlotGroup},
+    limits::{Exceeded, Limits},
     log_streams::run::LogKind,
     logging::Event,
+    platform,
     sandbox::{
         identity::{self, User, Users},
+        kind::{CellKind, InputsAsRoot, RootFs},
         settings::{Protections, Sandbox, SandboxMode, SandboxSettings},
     },
 };
@@ -33,6 +39,7 @@ use gorego_reapi::{
     error::{Error, Result},
     proto::gorego,
 };
+use guard::{Guard, Violation};
 use protocol::{Ended, Failed, Order, Reply, Run, ToRunner, Unkept};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -61,6 +68,7 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 const CANCEL_POLL: Duration = Duration::from_millis(100);
 
 const RUNNER_REPLACED: &str = "runner_replaced";
+const SLOT_WITHOUT_GROUP: &str = "slot_without_group";
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +87,15 @@ pub enum Ending {
     LogTooLong(LogKind),
     /// It was killed because what it printed to this output could not be written to its log; this is the errno.
     LogLost(LogKind, i32),
+    /// It was killed because it crossed a limit.
+    Exceeded(Exceeded),
+    /// It lost processes because there was too little memory for all actions together.
+    MemoryShort {
+        /// What it used at most.
+        used: u64,
+        /// What there is for all.
+        total: u64,
+    },
 }
 
 /// A command that ran. None of the processes that came of it is left.
@@ -92,6 +109,8 @@ pub struct Ran {
     pub started: Moment,
     /// When its first process ended, or had to.
     pub ended: Moment,
+    /// Whether it could not start a process because it had as many as it may have.
+    pub refused_processes: bool,
 }
 
 /// Turns a [`Launch`] into processes.
@@ -136,6 +155,8 @@ impl PoolSandbox {
             processes: 1_000,
             first_user: identity::FIRST,
             own: Vec::new(),
+            root: None,
+            offers_network: false,
         };
         let protections = probe::probe(&settings, runner, build_root).on;
         let users = Users::new(settings.first_user);
@@ -146,9 +167,36 @@ impl PoolSandbox {
         sandbox
     }
 
+    /// Whether actions have namespaces of their own.
+    pub(super) fn has_namespaces(&self) -> bool {
+        self.protections.namespaces
+    }
+
     /// Whether input roots can have layers.
     pub fn has_layers(&self) -> bool {
         self.has_layers
+    }
+
+    /// The kind of cell for an action that asks for these platform properties.
+    ///
+    /// # Errors
+    /// `Precondition` for what this sandbox does not have.
+    pub(crate) fn kind(&self, asked: &[(String, String)]) -> Result<CellKind> {
+        let mut kind = self.settings.kind();
+        if platform::wants_input_root_as_root(asked) {
+            if !self.protections.namespaces {
+                return Err(Error::Precondition(
+                    "the action asks for its input root as its root file system (rootfs), which takes the namespaces of the \
+                     sandbox; they are off on this server"
+                        .into(),
+                ));
+            }
+            kind.root = Some(RootFs::InputRoot(InputsAsRoot {}));
+        }
+        // Without namespaces, every action has the network of the host.
+        kind.shares_network =
+            self.protections.network && self.settings.offers_network && platform::wants_network(asked);
+        Ok(kind)
     }
 }
 
@@ -160,6 +208,10 @@ pub struct RunnerLauncher {
     runner: Option<Runner>,
     /// The user of the sandbox belongs to this launcher.
     _user: Option<User>,
+    /// In which everything runs, where there are groups.
+    group: Option<SlotGroup>,
+    /// Memory of all actions together, in bytes; 0 where it has no limit.
+    total_memory: u64,
 }
 
 #[derive(Debug)]
@@ -176,35 +228,50 @@ impl RunnerLauncher {
         let number = user.as_ref().map_or(0, User::number);
         let sandbox =
             sandbox.map(|pool| Sandbox::new(&pool.settings, pool.protections, &pool.build_root, number));
-        Self { command, sandbox, runner: None, _user: user }
+        Self { command, sandbox, runner: None, _user: user, group: None, total_memory: 0 }
+    }
+
+    /// The same launcher with a control group of its own.
+    pub(crate) fn grouped(self, groups: &Groups) -> Self {
+        let group = groups.slot().inspect_err(|error| {
+            Event::warn("gorego::worker", SLOT_WITHOUT_GROUP).with_shown("error", error).log(format_args!(
+                "a slot has no control group; the limits of its actions are enforced as well as possible without"
+            ));
+        });
+        Self { group: group.ok(), total_memory: groups.total_memory(), ..self }
     }
 
     /// Like [`Launcher::run`], for a caller that expects failures.
     fn try_run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
-        self.runner()?.run(launch, timeout, cancel)
-    }
-
-    fn runner(&mut self) -> Result<&mut Runner> {
-        let mut running = self.runner.take();
-        // A runner may have died between two actions.
-        if let Some(runner) = &mut running
-            && !matches!(runner.child.try_wait(), Ok(None))
-        {
-            running = None;
-            // Such as the cell that it had ready.
-            reap::kill_orphans();
+        if let Some(group) = &mut self.group {
+            let failed = |error| Error::io("set the limits of an action", &error);
+            group.begin(&launch.limits).map_err(failed)?;
         }
-        let runner = match running {
+        let mut runner = match self.runner.take().and_then(Runner::still_there) {
             Some(runner) => runner,
-            None => Runner::start(&self.command, self.sandbox.as_ref())?,
+            None => Runner::start(&self.command, self.sandbox.as_ref(), self.group.as_ref())?,
         };
-        Ok(self.runner.insert(runner))
+        let written = match launch.limits {
+            Limits { disk: 0, files: 0, .. } => None,
+            _ => Some(
+                Written::begin(launch.written()).map_err(|error| Error::io("measure the disk", &error))?,
+            ),
+        };
+        let process = runner.child.id();
+        let guard =
+            Guard::new(&launch.limits, self.group.as_ref(), self.total_memory, process, written.as_ref());
+        let outcome = runner.run(launch, timeout, cancel, guard);
+        self.runner = Some(runner);
+        let refused_processes = self.group.as_ref().is_some_and(SlotGroup::refused_processes);
+        Ok(Ran { refused_processes, ..outcome? })
     }
 }
 
 impl Launcher for RunnerLauncher {
     fn warm_up(&mut self) {
-        let _ = self.runner();
+        if self.runner.is_none() {
+            self.runner = Runner::start(&self.command, self.sandbox.as_ref(), self.group.as_ref()).ok();
+        }
     }
 
     fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
@@ -225,7 +292,18 @@ impl Launcher for RunnerLauncher {
 }
 
 impl Runner {
-    fn start(command: &[OsString], sandbox: Option<&Sandbox>) -> Result<Self> {
+    /// The runner, unless it has died between two actions.
+    fn still_there(mut self) -> Option<Self> {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            return Some(self);
+        }
+        drop(self);
+        // Such as the cell that it had ready.
+        reap::kill_orphans();
+        None
+    }
+
+    fn start(command: &[OsString], sandbox: Option<&Sandbox>, group: Option<&SlotGroup>) -> Result<Self> {
         let failed = |error: std::io::Error| Error::io("start a runner process", &error);
         // What outlives the runner comes to us instead of to init.
         sys::be_subreaper().map_err(failed)?;
@@ -247,6 +325,11 @@ impl Runner {
             .spawn()
             .map_err(failed)?;
         let runner = Self { child, socket: Some(ours) };
+        // Before it has started anything: what it starts is in its group.
+        if let Some(group) = group {
+            let failed = |error| Error::io("put a runner process into its control group", &error);
+            group.admit(runner.child.id()).map_err(failed)?;
+        }
         if let (Some(sandbox), Some(socket)) = (sandbox, &runner.socket) {
             let order = ToRunner { order: Some(Order::Enclose(sandbox.clone())) };
             protocol::write(socket, &order).map_err(failed)?;
@@ -254,34 +337,67 @@ impl Runner {
         Ok(runner)
     }
 
-    fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
+    fn run(
+        &mut self,
+        launch: &Launch,
+        timeout: Duration,
+        cancel: &CancelToken,
+        mut guard: Guard<'_>,
+    ) -> Result<Ran> {
         let order = ToRunner { order: Some(Order::Run(Run::from(launch))) };
         let Some(socket) = &self.socket else { return Err(Error::internal("the runner was given up")) };
+        let started = Moment::now();
         protocol::write(socket, &order).map_err(|error| match error.kind() {
             std::io::ErrorKind::InvalidInput => Error::invalid(error),
             _ => lost(&error),
         })?;
-        let stopped = match wait(socket, Instant::now().checked_add(timeout), cancel)? {
+        let mut stopped = match wait(socket, Instant::now().checked_add(timeout), cancel, Some(&mut guard))? {
             Waited::Ready => None,
             Waited::TimeUp => Some(Ending::TimedOut),
             Waited::Cancelled => Some(Ending::Cancelled),
+            Waited::Violated(violation) => Some(violation.into()),
         };
         if stopped.is_some() {
             let kill = ToRunner { order: Some(Order::Kill(protocol::Kill {})) };
             protocol::write(socket, &kill).map_err(|error| lost(&error))?;
             let never = CancelToken::new();
-            if !matches!(wait(socket, Instant::now().checked_add(KILL_GRACE), &never)?, Waited::Ready) {
+            let end = Instant::now().checked_add(KILL_GRACE);
+            if !matches!(wait(socket, end, &never, None)?, Waited::Ready) {
                 return Err(Error::internal("a command could not be killed"));
             }
         }
-        let reply: protocol::FromRunner = protocol::read(socket)
-            .map_err(|error| lost(&error))?
-            .ok_or_else(|| lost(&std::io::ErrorKind::UnexpectedEof.into()))?;
-        match reply.reply {
-            Some(Reply::Ended(ended)) => ran(ended, stopped),
-            Some(Reply::Failed(Failed { message, errno })) if is_full(errno) => Err(Error::DiskFull(message)),
-            Some(Reply::Failed(Failed { message, .. })) => Err(Error::Internal(message)),
-            None => Err(Error::internal("a runner process gave an empty answer")),
+        let reply = protocol::read::<protocol::FromRunner>(socket)
+            .and_then(|reply| reply.ok_or_else(|| std::io::ErrorKind::UnexpectedEof.into()));
+        stopped = stopped.or_else(|| guard.end().map(Ending::from));
+        match (reply.map(|reply| reply.reply), stopped) {
+            (Ok(Some(Reply::Ended(ended))), stopped) => ran(ended, stopped),
+            // The kernel may have killed the first process of the cell too.
+            (
+                Ok(Some(Reply::Failed(_))),
+                Some(stopped @ (Ending::Exceeded(_) | Ending::MemoryShort { .. })),
+            ) => {
+                let (started_nanos, ended_nanos) = (started.0, Moment::now().0);
+                ran(Ended { started_nanos, ended_nanos, ..Ended::default() }, Some(stopped))
+            }
+            // Or the runner. Another try would end in the same way.
+            (Err(_), Some(Ending::Exceeded(exceeded))) => {
+                Err(Error::Precondition(format!("the command was ended because {exceeded}")))
+            }
+            (Ok(Some(Reply::Failed(Failed { message, errno }))), _) if is_full(errno) => {
+                Err(Error::DiskFull(message))
+            }
+            (Ok(Some(Reply::Failed(Failed { message, .. }))), _) => Err(Error::Internal(message)),
+            (Ok(None), _) => Err(Error::internal("a runner process gave an empty answer")),
+            (Err(error), _) => Err(lost(&error)),
+        }
+    }
+}
+
+impl From<Violation> for Ending {
+    fn from(violation: Violation) -> Self {
+        match violation {
+            Violation::Exceeded(exceeded) => Self::Exceeded(exceeded),
+            Violation::MemoryShort { used, total } => Self::MemoryShort { used, total },
         }
     }
 }
@@ -304,6 +420,7 @@ fn ran(ended: Ended, stopped: Option<Ending>) -> Result<Ran> {
         usage: ended.usage.unwrap_or_default(),
         started: Moment(ended.started_nanos),
         ended: Moment(ended.ended_nanos),
+        refused_processes: false,
     })
 }
 
@@ -322,13 +439,21 @@ enum Waited {
     Ready,
     TimeUp,
     Cancelled,
+    Violated(Violation),
 }
 
-/// Waits for an answer, a cancellation or the deadline (`None`: never), whichever is first.
-fn wait(socket: &UnixStream, deadline: Option<Instant>, cancel: &CancelToken) -> Result<Waited> {
+/// Waits for an answer, a cancellation, the deadline (`None`: never) or the guard, whichever is first.
+fn wait(
+    socket: &UnixStream,
+    deadline: Option<Instant>,
+    cancel: &CancelToken,
+    mut guard: Option<&mut Guard<'_>>,
+) -> Result<Waited> {
     loop {
         let now = Instant::now();
-        let mut left = deadline.map(|deadline| deadline.saturating_duration_since(now));
+        let look = guard.as_ref().and_then(|guard| guard.next());
+        let next = deadline.into_iter().chain(look).min();
+        let mut left = next.map(|next| next.saturating_duration_since(now));
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
         match cancel.event() {
             Some(event) => fds.push(PollFd::from_borrowed_fd(event, PollFlags::IN)),
@@ -349,6 +474,9 @@ fn wait(socket: &UnixStream, deadline: Option<Instant>, cancel: &CancelToken) ->
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Ok(Waited::TimeUp);
+        }
+        if let Some(violation) = guard.as_mut().and_then(|guard| guard.look()) {
+            return Ok(Waited::Violated(violation));
         }
     }
 }
@@ -387,6 +515,7 @@ impl From<&Launch> for Run {
             stderr: path(&launch.stderr),
             max_file_bytes: launch.max_file_bytes,
             layers: launch.layers.clone(),
+            kind: Some(launch.kind.clone()),
             terminal: launch.terminal.as_deref().map(path),
         }
     }

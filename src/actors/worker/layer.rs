@@ -43,7 +43,19 @@ pub fn is_opaque(directory: &File) -> io::Result<bool> {
     let mut value = [0; 4];
     // An O_PATH handle has no attributes, but its name in /proc has.
     let itself = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
-    match rfs::getxattr(&itself, OPAQUE, &mut value[..]) {
+    let mut read = || rfs::getxattr(&itself, OPAQUE, &mut value[..]);
+    let found = match read() {
+        // Attributes of users take the permission to read the directory. Its bits are those of the command, and stay.
+        Err(Errno::ACCESS) => {
+            let mode = Mode::from_raw_mode(rfs::fstat(directory)?.st_mode);
+            rfs::chmod(&itself, mode | Mode::RUSR)?;
+            let found = read();
+            rfs::chmod(&itself, mode)?;
+            found
+        }
+        found => found,
+    };
+    match found {
         Ok(length) => Ok(value.get(..length) == Some(YES)),
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(false),
         // What others may write into it is longer than any value that means something.

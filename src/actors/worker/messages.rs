@@ -104,6 +104,8 @@ pub struct Account {
     pub message: String,
     /// A stored text that describes the run step by step.
     pub log: Option<Digest>,
+    /// Whether it reached its limit of memory, so that it may succeed with more.
+    pub out_of_memory: bool,
 }
 
 /// The action could not be run, or did not end by itself.

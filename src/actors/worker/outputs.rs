@@ -5,6 +5,7 @@
 //! that stay in the input root. The kind of a link target outside of the input root is not examined.
 
 pub(super) mod encode;
+pub(super) mod named;
 pub(super) mod scan;
 
 use super::{
@@ -97,8 +98,20 @@ enum OutputNode {
     Directory(OutputScan),
 }
 
+impl OutputNode {
+    /// The inputs that it consists of, as far as the command left them as they were.
+    fn inputs(&self) -> Vec<Digest> {
+        match self {
+            Self::File { .. } | Self::Link { .. } => Vec::new(),
+            Self::Input { digest, .. } => vec![*digest],
+            Self::Directory(scan) => scan.inputs().collect(),
+        }
+    }
+}
+
 /// Collects the outputs of `action` in `root` into `result`. No process may be left that could change them. What is stored in
-/// the batch is for the caller to commit. Inputs that the command left as they were are stored already, and are leased.
+/// the batch is for the caller to commit. Inputs that the command left as they were are stored already, and the batch holds
+/// them.
 ///
 /// # Errors
 /// `Precondition` naming an output that cannot be one; those of the store; those of the checkpoint between two files.
@@ -118,6 +131,7 @@ pub(super) fn collect(
             found.push((output, node));
         }
     }
+    batch.hold(found.iter().flat_map(|(_, node)| node.inputs()).collect())?;
     batch.expect(budget.bytes_on_disk());
     let mut storing = Storing {
         root,
@@ -279,7 +293,8 @@ impl Storing<'_> {
                 }
             }
             OutputNode::Directory(mut scan) => {
-                scan.revisit(open_directory(self.root, output)?, &path, |directory, here| {
+                let checkpoint = self.checkpoint;
+                scan.revisit(open_directory(self.root, output)?, &path, checkpoint, |directory, here| {
                     for file in &mut directory.files {
                         if let (Some(here), Content::Own(id)) = (here, file.content) {
                             let digest = self.file(here, &file.name, id, &output.requested)?;

@@ -8,35 +8,45 @@ use super::{
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
-    inputs,
-    launcher::{Ending, Launcher, Ran, is_full},
+    image_store::LeasedImage,
+    inputs::{self, MountPoints},
+    launcher::{Ending, Launcher, PoolSandbox, Ran, is_full},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
     outputs, run_log,
-    staged_trees::TreeLease,
-    store::{BlobStore, Outputs},
+    staged_trees::{Base, TreeLease},
+    store::{BlobStore, Inputs, Outputs},
     workspace::Workspace,
 };
 use crate::{
+    action::Command,
     actors::cas::{client::Provenance, results::check_size},
     disk::Space,
+    limits::{Exceeded, LimitedResource, Limits},
     log_streams::{
         LiveRun,
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
+    platform,
+    sandbox::{
+        kind::{CellKind, RootFs},
+        layers::MOUNT_STEP,
+    },
 };
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     proto::reapi,
+    tree::InputTree,
 };
 use rustix::{
     fs::{self as rfs, OFlags},
     process::geteuid,
 };
 use std::{
+    borrow::Cow,
     fs::File,
     io::{Read as _, Write as _},
     path::Path,
@@ -135,8 +145,19 @@ impl<'a> ActionRun<'a> {
         // The scheduler knows this without a message.
         self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
-        let workspace = self.settings.build_root.create(self.order.slot, &action.digest)?;
-        let outcome = self.steps_in(&workspace, &fetching, batch);
+        let mut kind = self.settings.kind(action)?;
+        // Held to the end, so that the image is not removed while the action runs.
+        let image = self.lease_image(&mut kind, &fetching)?;
+        let command = match &image {
+            Some(image) => Cow::Owned(image.complete(&action.command)),
+            None => Cow::Borrowed(&action.command),
+        };
+        let (build_root, slot) = (&self.settings.build_root, self.order.slot);
+        let workspace = match &self.settings.sandbox {
+            Some(sandbox) if sandbox.protections.namespaces => build_root.create_unseen(slot)?,
+            _ => build_root.create(slot, &action.digest)?,
+        };
+        let outcome = self.steps_in(&workspace, kind, &command, &fetching, batch);
         if let Err(Error::DiskFull(_)) = outcome {
             // Free the space before a retry.
             workspace.remove_now();
@@ -147,25 +168,20 @@ impl<'a> ActionRun<'a> {
     fn steps_in(
         &mut self,
         workspace: &Workspace,
+        kind: CellKind,
+        command: &Command,
         fetching: &Checkpoint,
         batch: &mut dyn Outputs,
     ) -> Result<()> {
         let action = &self.order.action;
-        // Held to the end, so that the inputs are not evicted while the action runs.
-        let staged = self.store.stage_inputs(&action.instance, action.input_root, self.order.peer)?;
-        let base = if self.settings.has_layers() {
-            workspace.stage(&*staged, action.instance.blobs(), fetching)?
-        } else {
-            None
-        };
-        match &base {
-            Some(base) => inputs::write_delta(&*staged, &base.delta, workspace.root()?, fetching)?,
-            None => inputs::write(&*staged, workspace.root()?, false, fetching)?,
-        }
-        let base = base.map(|base| base.lease);
+        // Held until the outputs are collected, which may refer to inputs.
+        let mut inputs = self.store.open_inputs(&action.instance, action.input_root, self.order.peer)?;
+        let tree = inputs.tree().clone();
+        let base = self.stage(&mut *inputs, &tree, workspace, fetching)?;
         let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
+        let mount_points = kind.has_input_root_as_root().then(|| MountPoints::make(root)).transpose()?;
         let is_root = self.settings.sandbox.is_none() && geteuid().is_root();
-        inputs::prepare(staged.tree(), root, &action.command, is_root, fetching)?;
+        inputs::prepare(&tree, root, &action.command, is_root, fetching)?;
         let layers = base.as_ref().map(|base| workspace.layers(&base.path())).transpose()?;
         self.note(Point::FetchEnd);
 
@@ -174,7 +190,11 @@ impl<'a> ActionRun<'a> {
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
-        let launch = Launch::new(&action.command, workspace, layers, self.settings.max_output_file_bytes);
+        let launch = Launch {
+            kind,
+            limits: self.limits(),
+            ..Launch::new(command, workspace, layers, self.settings.max_output_file_bytes)
+        };
         let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
@@ -183,24 +203,85 @@ impl<'a> ActionRun<'a> {
                 "the disk of this server was full while the action ran ({space}), so its outputs may be incomplete"
             )));
         }
-        let ran = ran.inspect_err(|_| self.salvage_logs(workspace, live.as_ref()))?;
+        let ran = ran.map_err(|error| {
+            self.salvage_logs(workspace, live.as_ref());
+            explained(error, base.as_ref())
+        })?;
         self.timeline.note(Point::RunStart, ran.started);
         self.timeline.note(Point::RunEnd, ran.ended);
         let ending = ran.ending;
         self.ran = Some(ran);
+        if let Some(made) = mount_points {
+            made.remove();
+        }
 
         self.enter(RunStage::Uploading, Point::UploadStart, logs);
         let stored = self.conclude(ending, workspace, root, live.as_ref(), batch);
         self.note(Point::UploadEnd);
         // Without this check, outputs that somebody removed would look like outputs that were never made.
         workspace.check_in_place()?;
+        base.as_ref().map_or(Ok(()), TreeLease::check_in_place)?;
         stored
+    }
+
+    /// The image that the action asks for, whose files then replace the host's. Pulling it counts as fetching inputs.
+    fn lease_image(&self, kind: &mut CellKind, fetching: &Checkpoint) -> Result<Option<LeasedImage>> {
+        let Some(images) = &self.settings.images else { return Ok(None) };
+        let asked = &self.order.action.platform;
+        let Some(name) = platform::wanted_image(asked).map_err(Error::Invalid)? else { return Ok(None) };
+        if platform::wants_input_root_as_root(asked) {
+            return Err(Error::invalid(
+                "the action asks for an image and for its input root as its root file system",
+            ));
+        }
+        if !self.settings.sandbox.as_ref().is_some_and(PoolSandbox::has_namespaces) {
+            return Err(Error::Precondition(
+                "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
+            ));
+        }
+        let image = images.lease(name, &|| fetching.check())?;
+        kind.root = Some(RootFs::directory(&image.root));
+        kind.user = kind.user.or(image.user);
+        Ok(Some(image))
+    }
+
+    /// Brings the inputs into place: as a layer over a staged tree, which is returned, or as copies.
+    fn stage(
+        &self,
+        inputs: &mut dyn Inputs,
+        tree: &InputTree,
+        workspace: &Workspace,
+        checkpoint: &Checkpoint,
+    ) -> Result<Option<TreeLease>> {
+        let action = &self.order.action;
+        // The first change to a staged file copies it, which counts as a write of the command.
+        let has_layers =
+            self.settings.has_layers() && tree.largest_file() <= self.settings.max_output_file_bytes;
+        let base = match has_layers {
+            true => workspace.stage(inputs, tree, action.instance.blobs(), checkpoint)?,
+            false => None,
+        };
+        let Some(Base { lease, delta }) = base else {
+            inputs.lease_all()?;
+            inputs::write(inputs, workspace.root()?, false, checkpoint)?;
+            return Ok(None);
+        };
+        let mut needed = delta.blobs(tree);
+        needed.extend(outputs::named::inputs_named_by(&action.command, tree));
+        inputs.lease(needed)?;
+        inputs::write_delta(inputs, &delta, workspace.root()?, checkpoint)?;
+        Ok(Some(lease))
     }
 
     /// While the disk is full, waits in the slot for a while, instead of letting one action after the other fail.
     fn wait_for_room(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let disk = self.settings.build_root.disk();
         self.room_at_start = disk.look();
+        if self.room_at_start.is_some_and(|space| space.is_low()) {
+            // Before the commands that run are stopped for lack of space.
+            self.settings.build_root.relieve_disk();
+            self.room_at_start = disk.look();
+        }
         if self.room_at_start.is_none_or(|space| !space.is_exhausted()) {
             return Ok(());
         }
@@ -222,6 +303,9 @@ impl<'a> ActionRun<'a> {
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
         self.settings.build_root.relieve_disk();
+        if let Some(images) = &self.settings.images {
+            images.relieve_disk();
+        }
         self.store.relieve_disk(is_cancelled);
     }
 
@@ -261,6 +345,10 @@ impl<'a> ActionRun<'a> {
             self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
             return Err(error);
         }
+        if matches!(ending, Ending::Exceeded(_)) {
+            // What such a command has made is neither complete nor small.
+            return Ok(());
+        }
         let uploading =
             Checkpoint::new(&self.control.cancel, "storing the outputs", self.settings.transfer_timeout);
         outputs::collect(root, action, batch, &uploading, &mut self.result)?;
@@ -295,6 +383,11 @@ impl<'a> ActionRun<'a> {
                 ))));
             }
             Ending::Cancelled => return Ok(Some(cancelled())),
+            // It is the command's own fault, so this is its result. An error that says so would be retried by clients.
+            Ending::Exceeded(_) => SIGNAL_BASE + libc::SIGKILL,
+            Ending::MemoryShort { used, total } => {
+                return Ok(Some(Error::Unavailable(run_log::memory_short(used, total))));
+            }
             Ending::LogLost(kind, errno) => {
                 self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
                 return Err(log_lost(kind, errno));
@@ -356,6 +449,9 @@ impl<'a> ActionRun<'a> {
         Account {
             message: self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &facts)),
             log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
+            out_of_memory: self.ran.as_ref().is_some_and(|ran| {
+                matches!(ran.ending, Ending::Exceeded(Exceeded { resource: LimitedResource::Memory, .. }))
+            }),
         }
     }
 
@@ -381,9 +477,14 @@ impl<'a> ActionRun<'a> {
             max_file_bytes: self.settings.max_output_file_bytes,
             stdout_bytes: size(&self.result.stdout_digest),
             stderr_bytes: size(&self.result.stderr_digest),
+            processes: self.limits().processes,
             is_noexec: self.result.exit_code == command::EXIT_NOT_EXECUTABLE
                 && self.settings.build_root.is_noexec(),
         }
+    }
+
+    fn limits(&self) -> Limits {
+        self.settings.limits.settings.of(&self.order.action.platform)
     }
 
     /// Records the result and makes it visible together with the outputs.
@@ -462,6 +563,18 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
         | Error::DeadlineExceeded(_)
         | Error::DataLoss(_) => false,
     }
+}
+
+/// The error of a command that could not be run, as far as its staged inputs explain it.
+fn explained(error: Error, base: Option<&TreeLease>) -> Error {
+    let Some(base) = base else { return error };
+    if let Err(gone) = base.check_in_place() {
+        return gone;
+    }
+    if matches!(&error, Error::Internal(message) if message.contains(MOUNT_STEP)) {
+        base.could_not_be_mounted();
+    }
+    error
 }
 
 /// The error of a run whose log could not be kept, which is not the fault of the command.

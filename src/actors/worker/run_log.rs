@@ -7,7 +7,7 @@ use super::{
     launcher::{Ending, Ran},
     run::SIGNAL_BASE,
 };
-use crate::action::Action;
+use crate::{action::Action, size::Size};
 use gorego_reapi::{duration, error::Error};
 use std::{
     fmt::Write as _,
@@ -26,6 +26,8 @@ pub(super) struct Facts<'a> {
     pub(super) timeline: &'a Timeline,
     pub(super) transfer_timeout: Duration,
     pub(super) max_file_bytes: u64,
+    /// Most processes at a time; 0 for no limit.
+    pub(super) processes: u64,
     pub(super) stdout_bytes: i64,
     pub(super) stderr_bytes: i64,
     /// Whether the command may have failed because programs in the build root cannot be run.
@@ -48,6 +50,9 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
                 "exit code {code} is what a shell says of a program that was killed by SIGSYS: {FOREIGN_CALLS}"
             )
         }
+        Ending::Exited(code) if code != 0 && ran.refused_processes => {
+            format!("exit code {code}: {}", too_many_processes(facts))
+        }
         Ending::Exited(_) => String::new(),
         Ending::Signalled(signal) => {
             let hint = match signal {
@@ -55,6 +60,7 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
                     ": it wrote a file larger than the {limit} bytes allowed (execution.max_output_file_gb)"
                 ),
                 libc::SIGSYS => format!(": {FOREIGN_CALLS}"),
+                _ if ran.refused_processes => format!(": {}", too_many_processes(facts)),
                 libc::SIGKILL => ", which this server did not send; it may have run out of memory".into(),
                 _ => String::new(),
             };
@@ -76,13 +82,35 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
         Ending::LogLost(kind, _) => {
             format!("the command was killed because this server could not keep its {}", kind.name())
         }
+        Ending::Exceeded(exceeded) => format!("the command was killed because {exceeded}"),
+        Ending::MemoryShort { used, total } => memory_short(used, total),
     }
+}
+
+fn too_many_processes(facts: &Facts<'_>) -> String {
+    format!(
+        "the command could not start a process because it had all {} processes and threads that are allowed \
+         (execution.sandbox.processes)",
+        facts.processes
+    )
+}
+
+/// Says that there was too little memory for all actions, of which this one used the lesser part.
+pub(super) fn memory_short(used: u64, total: u64) -> String {
+    format!(
+        "the kernel killed processes of the command because the memory was used up: {} for all actions together \
+         (execution.limits.total_memory_gb), of which this one used {} at most",
+        Size::from_bytes(total).rounded(),
+        Size::from_bytes(used).rounded()
+    )
 }
 
 /// The report about a run; `None` when there is nothing to explain: the run succeeded, the command chose its exit code, or the
 /// client already knows the cause.
 pub(super) fn render(facts: &Facts<'_>, ran: Option<&Ran>, error: Option<&Error>) -> Option<String> {
-    let killed = ran.is_some_and(|ran| matches!(ran.ending, Ending::Signalled(_) | Ending::LogTooLong(_)));
+    let killed = ran.is_some_and(|ran| {
+        matches!(ran.ending, Ending::Signalled(_) | Ending::LogTooLong(_) | Ending::Exceeded(_))
+    });
     let is_known = matches!(error, Some(Error::Cancelled(_) | Error::MissingBlobs(_)));
     if is_known || (error.is_none() && !killed) {
         return None;
@@ -156,6 +184,8 @@ fn describe(ending: Ending) -> String {
         Ending::Cancelled => killed("cancelled"),
         Ending::LogTooLong(kind) => killed(&format!("its {} grew too long", kind.name())),
         Ending::LogLost(kind, _) => killed(&format!("its {} was not kept", kind.name())),
+        Ending::Exceeded(exceeded) => killed(&exceeded.to_string()),
+        Ending::MemoryShort { .. } => killed("too little memory for all actions"),
     }
 }
 

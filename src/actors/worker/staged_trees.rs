@@ -5,12 +5,14 @@
 //! ```
 //!
 //! An action whose root is staged needs no copy of its inputs. One whose root differs little from a staged one needs the
-//! difference only, a [`Delta`] at the bottom of its own layer. So trees are made for roots that have no base to stand on, and
-//! for those that come again with a large delta.
+//! difference only, a [`Delta`] at the bottom of its own layer. So trees are made for roots that have no base to stand on, for
+//! those that come again with a large delta, and now and then for one of many with a large delta.
 //!
-//! Invariants: the trees never take more than their budget; a tree that is leased is neither changed nor removed; what is not
-//! in the [`TreeIndex`] is used by nobody. A tree is trusted only by the process that made it: the index is kept in memory, and
-//! the next start removes what it finds.
+//! Invariants: the trees never take more than their budget on disk and in memory; a tree that is leased is neither changed nor
+//! removed; what is not in the [`TreeIndex`] is used by nobody. A tree is trusted only by the process that made it: the index
+//! is kept in memory, and the next start removes what it finds. A tree whose top directory was removed, replaced or changed by
+//! somebody else is never leased again, and a run that used it fails as this server's fault. What somebody else changes further
+//! down is not noticed.
 
 pub mod delta;
 pub mod index;
@@ -21,28 +23,30 @@ mod tests;
 
 use super::{
     checkpoint::Checkpoint,
+    dir::{self, FileId},
     inputs,
     store::Inputs,
     workspace::{BuildRoot, RootDirectory},
 };
-use crate::instance::InstanceId;
+use crate::{disk::Space, instance::InstanceId};
 use delta::{Cost, Delta};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     tree::InputTree,
 };
-use index::{BuildPermit, StagedSize, TreeIndex};
+use index::{BuildPermit, StagedSize, TreeId, TreeIndex};
+use rustix::fs::{self as rfs, AtFlags, Stat};
 use std::{
     collections::VecDeque,
     ffi::OsString,
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-/// Most files, directories and links of all staged trees together: what they need in memory (about 150 bytes each) and of a
-/// disk's inodes.
+/// Most files, directories and links of all staged trees together: what they need of a disk's inodes.
 pub const MAX_STAGED_NODES: u64 = 1_000_000;
 /// A root with fewer bytes, and with fewer nodes than [`StagingLimits::min_nodes`], is copied: that takes no longer than a mount.
 const MIN_BYTES: u64 = 256 * 1024;
@@ -62,19 +66,23 @@ const PASSED_ROOTS: usize = 4_096;
 const BUILD_POLL: Duration = Duration::from_millis(50);
 /// What a file or directory takes on disk at most, besides its content.
 const NODE_BYTES: u64 = 4_096;
+/// How long inputs are copied after an overlay could not be mounted, although the probe at the start could.
+const COPY_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
 /// What is staged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StagingLimits {
     /// Most bytes of all staged trees together.
     pub max_bytes: u64,
+    /// Most memory for what they consist of. A file takes about 150 bytes, and more with a long name.
+    pub max_memory: u64,
     /// A small root with fewer nodes is copied.
     pub min_nodes: u64,
 }
 
 impl Default for StagingLimits {
     fn default() -> Self {
-        Self { max_bytes: 5_000_000_000, min_nodes: 12 }
+        Self { max_bytes: 5_000_000_000, max_memory: 256 * 1024 * 1024, min_nodes: 12 }
     }
 }
 
@@ -88,20 +96,42 @@ pub struct StagedTrees {
     min_nodes: u64,
     /// A tree was built, or could not be.
     built: Condvar,
+    copy_until: Mutex<Option<Instant>>,
 }
 
 /// One tree.
 #[derive(Debug)]
 struct Tree {
     name: OsString,
+    top: Unchanged,
     tree: Arc<InputTree>,
+}
+
+/// What a directory looks like as long as nobody changes it: its identity and the time of its last change.
+type Unchanged = (FileId, (i64, i64));
+
+#[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
+fn unchanged(stat: &Stat) -> Unchanged {
+    (dir::file_id(stat), (stat.st_ctime as i64, stat.st_ctime_nsec as i64))
+}
+
+impl Tree {
+    fn path(&self) -> PathBuf {
+        Path::new(&self.name).join("root")
+    }
+
+    fn is_in(&self, place: &RootDirectory) -> bool {
+        let stat = rfs::statat(place.handle(), &self.path(), AtFlags::SYMLINK_NOFOLLOW);
+        stat.is_ok_and(|stat| unchanged(&stat) == self.top)
+    }
 }
 
 /// A tree that stays for as long as this is held.
 #[derive(Debug)]
 pub struct TreeLease {
+    build_root: BuildRoot,
     place: Arc<RootDirectory>,
-    key: Key,
+    id: TreeId,
     tree: Arc<Tree>,
 }
 
@@ -113,13 +143,38 @@ impl TreeLease {
 
     /// Where it is in the build root.
     pub fn path(&self) -> PathBuf {
-        Path::new(&self.tree.name).join("root")
+        self.tree.path()
+    }
+
+    /// Checks that nobody has removed or replaced the tree. A tree that somebody has is not used again.
+    ///
+    /// # Errors
+    /// `Unavailable` if somebody has.
+    pub fn check_in_place(&self) -> Result<()> {
+        if self.tree.is_in(&self.place) {
+            return Ok(());
+        }
+        // It is removed with the last lease, such as this one.
+        let _ = self.place.trees.lock().discard(self.id);
+        Err(Error::Unavailable(format!(
+            "the staged inputs {} were removed or changed while the action ran",
+            self.build_root.path().join(self.path()).display()
+        )))
+    }
+
+    /// Has inputs copied for a while, because this tree could not be mounted.
+    pub fn could_not_be_mounted(&self) {
+        let until = Instant::now() + COPY_AFTER_FAILURE;
+        *self.place.trees.copy_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
     }
 }
 
 impl Drop for TreeLease {
     fn drop(&mut self) {
-        self.place.trees.lock().release(self.key);
+        let discarded = self.place.trees.lock().release(self.id);
+        if let Some(tree) = discarded {
+            self.build_root.remove_later(&self.place, tree.name.clone());
+        }
     }
 }
 
@@ -135,99 +190,165 @@ pub struct Base<'a> {
 impl StagedTrees {
     /// None yet.
     pub fn new(limits: StagingLimits) -> Self {
-        let budget = StagedSize { bytes: limits.max_bytes, nodes: MAX_STAGED_NODES };
+        let budget =
+            StagedSize { bytes: limits.max_bytes, nodes: MAX_STAGED_NODES, memory: limits.max_memory };
         let index = Mutex::new(TreeIndex::new(budget, PASSED_ROOTS));
-        Self { index, min_nodes: limits.min_nodes, built: Condvar::new() }
+        Self { index, min_nodes: limits.min_nodes, built: Condvar::new(), copy_until: Mutex::new(None) }
     }
 
     fn lock(&self) -> MutexGuard<'_, TreeIndex<Key, Arc<Tree>>> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn is_paused(&self) -> bool {
+        let until = *self.copy_until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
+    }
 }
 
 impl BuildRoot {
-    /// Finds a base for an input root among the trees of `place`, or makes a tree of it. `None` when it is better copied.
+    /// Finds a base for the input root `wanted` among the trees of `place`, or makes a tree of it. `None` when it is better
+    /// copied. `inputs` has the blobs of `wanted`.
     ///
     /// # Errors
     /// Those of the checkpoint, of the store and of the file system.
     pub(super) fn stage<'a>(
         &self,
         place: &Arc<RootDirectory>,
-        inputs: &'a dyn Inputs,
+        inputs: &mut dyn Inputs,
+        wanted: &'a InputTree,
         instance: InstanceId,
         checkpoint: &Checkpoint,
     ) -> Result<Option<Base<'a>>> {
-        let wanted = inputs.tree();
-        if wanted.nodes() < place.trees.min_nodes && wanted.bytes() < MIN_BYTES {
+        let is_small = wanted.nodes() < place.trees.min_nodes && wanted.bytes() < MIN_BYTES;
+        if is_small || place.trees.is_paused() {
             return Ok(None);
         }
         let key = (instance, wanted.digest());
         loop {
-            if let Some(tree) = wait_for(place, key, checkpoint)? {
-                let lease = TreeLease { place: place.clone(), key, tree };
+            if let Some(lease) = self.wait_for(place, key, checkpoint)? {
                 return Ok(Some(Base { lease, delta: Delta::default() }));
             }
-            if let Some(base) = similar(place, wanted, key) {
+            if let Some(base) = self.similar(place, wanted, key) {
                 return Ok(Some(base));
             }
-            let size = StagedSize {
-                bytes: wanted.nodes().saturating_mul(NODE_BYTES).saturating_add(wanted.bytes()),
-                nodes: wanted.nodes().saturating_add(1),
-            };
-            let begun = place.trees.lock().begin(key, size);
+            let free = self.disk().look().map_or(UNLIMITED, free_of);
+            let begun = place.trees.lock().begin(key, size_of_tree(wanted), free);
             match begun {
                 BuildPermit::NoRoom => return Ok(None),
                 BuildPermit::Exists => {}
                 BuildPermit::Build(evicted) => {
-                    self.remove_trees(place, evicted);
-                    let lease = self.build(place, key, inputs, checkpoint)?;
+                    let building = Building { build_root: self, place, key, name: None };
+                    evicted.iter().for_each(|tree| self.remove_later(place, tree.name.clone()));
+                    let lease = building.build(inputs, checkpoint)?;
                     return Ok(Some(Base { lease, delta: Delta::default() }));
                 }
             }
         }
     }
 
-    /// Removes the trees that no action uses, for a disk that is full.
-    pub(super) fn remove_unused_trees(&self, place: &Arc<RootDirectory>) {
-        let unused = place.trees.lock().take_unused();
-        self.remove_trees(place, unused);
+    /// Removes staged trees that no action uses, the least recently used first, until the disk is not low any more.
+    pub fn relieve_disk(&self) {
+        self.remove_unused_trees_while(|| self.disk().look().is_some_and(|space| space.is_low()));
     }
 
-    fn remove_trees(&self, place: &Arc<RootDirectory>, trees: Vec<Arc<Tree>>) {
-        for tree in trees {
-            self.remove_later(place, tree.name.clone());
+    fn remove_unused_trees_while(&self, is_needed: impl Fn() -> bool) {
+        let Ok(place) = self.place() else { return };
+        while is_needed() {
+            let Some(tree) = place.trees.lock().take_oldest_unused() else { return };
+            self.remove_here(&place, tree.name.clone());
         }
     }
 
-    fn build(
+    /// Leases a tree that was found in the index. `None`, and the tree is discarded, if it is not there any more.
+    fn leased(&self, place: &Arc<RootDirectory>, id: TreeId, tree: Arc<Tree>) -> Option<TreeLease> {
+        let lease = TreeLease { build_root: self.clone(), place: place.clone(), id, tree };
+        lease.check_in_place().is_ok().then_some(lease)
+    }
+
+    /// Leases the tree of this root, after somebody else has built it if that is going on. `None` when there is none.
+    fn wait_for(
         &self,
         place: &Arc<RootDirectory>,
         key: Key,
-        inputs: &dyn Inputs,
         checkpoint: &Checkpoint,
-    ) -> Result<TreeLease> {
-        let building = Building { place, key };
-        let doing = |error: std::io::Error| Error::io("stage an input root", &error);
-        let (name, root) = self.create_tree(place).map_err(doing)?;
-        if let Err(error) = inputs::write(inputs, &root, true, checkpoint) {
-            self.remove_later(place, name);
-            return Err(error);
+    ) -> Result<Option<TreeLease>> {
+        let mut index = place.trees.lock();
+        loop {
+            if let Some((id, tree)) = index.lease(key) {
+                drop(index);
+                if let Some(lease) = self.leased(place, id, tree) {
+                    return Ok(Some(lease));
+                }
+                index = place.trees.lock();
+                continue;
+            }
+            if !index.is_building(key) {
+                return Ok(None);
+            }
+            let waited = place.trees.built.wait_timeout(index, BUILD_POLL);
+            (index, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            checkpoint.check()?;
         }
-        let tree = Arc::new(Tree { name, tree: inputs.tree().clone() });
-        Ok(building.finish(tree))
+    }
+
+    /// The best base among the trees that were used last; `None` when the root had better be a tree of its own.
+    fn similar<'a>(&self, place: &Arc<RootDirectory>, wanted: &'a InputTree, key: Key) -> Option<Base<'a>> {
+        let latest: Vec<_> = {
+            let index = place.trees.lock();
+            let of_instance = index.latest(BASES).filter(|(_, (instance, _), _)| *instance == key.0);
+            of_instance.map(|(id, _, tree)| (id, tree.clone())).collect()
+        };
+        let probes = probes(wanted);
+        let mut scored: Vec<_> = latest
+            .into_iter()
+            .map(|(id, tree)| {
+                let common = probes.iter().filter(|digest| tree.tree.find(digest).is_some()).count();
+                (common, id, tree)
+            })
+            .collect();
+        // Of equals the latest stays first.
+        scored.sort_by_key(|(common, ..)| std::cmp::Reverse(*common));
+        // More than half would be as well a tree of its own.
+        let limit = Cost { entries: wanted.nodes() / 2, bytes: u64::MAX };
+        let compared = scored.iter().take(COMPARED_BASES).filter_map(|(_, id, tree)| {
+            let delta = Delta::between(wanted, &tree.tree, limit)?;
+            Some((weight(delta.cost), *id, delta))
+        });
+        let (weight, base, delta) = compared.min_by_key(|(weight, ..)| *weight)?;
+        let mut index = place.trees.lock();
+        if weight > SMALL_DELTA && (index.pass(key) || index.is_worn_by_deltas(base)) {
+            return None;
+        }
+        // It may have been evicted since.
+        let tree = index.lease_again(base)?;
+        drop(index);
+        Some(Base { lease: self.leased(place, base, tree)?, delta })
     }
 }
 
 /// The right and the duty to build a tree.
 struct Building<'a> {
+    build_root: &'a BuildRoot,
     place: &'a Arc<RootDirectory>,
     key: Key,
+    /// The directory of a tree that is not finished.
+    name: Option<OsString>,
 }
 
 impl Building<'_> {
-    fn finish(self, tree: Arc<Tree>) -> TreeLease {
-        self.place.trees.lock().finish(self.key, tree.clone());
-        TreeLease { place: self.place.clone(), key: self.key, tree }
+    fn build(mut self, inputs: &mut dyn Inputs, checkpoint: &Checkpoint) -> Result<TreeLease> {
+        let doing = |error: io::Error| Error::io("stage an input root", &error);
+        inputs.lease_all()?;
+        let (name, root) = self.build_root.create_tree(self.place).map_err(doing)?;
+        self.name = Some(name.clone());
+        inputs::write(inputs, &root, true, checkpoint)?;
+        let top = unchanged(&rfs::fstat(&root).map_err(|error| doing(error.into()))?);
+        let tree = Arc::new(Tree { name, top, tree: inputs.tree().clone() });
+        let id = self.place.trees.lock().finish(self.key, tree.clone());
+        let id = id.ok_or_else(|| Error::internal("a staged tree was not expected"))?;
+        self.name = None;
+        Ok(TreeLease { build_root: self.build_root.clone(), place: self.place.clone(), id, tree })
     }
 }
 
@@ -236,57 +357,28 @@ impl Drop for Building<'_> {
         // Changes nothing for a tree that is finished.
         self.place.trees.lock().abandon(self.key);
         self.place.trees.built.notify_all();
+        if let Some(name) = self.name.take() {
+            self.build_root.remove_later(self.place, name);
+        }
     }
 }
 
-/// Leases the tree of this root, after somebody else has built it if that is going on. `None` when there is none.
-fn wait_for(place: &Arc<RootDirectory>, key: Key, checkpoint: &Checkpoint) -> Result<Option<Arc<Tree>>> {
-    let mut index = place.trees.lock();
-    loop {
-        if let Some(tree) = index.lease(key) {
-            return Ok(Some(tree));
-        }
-        if !index.is_building(key) {
-            return Ok(None);
-        }
-        let waited = place.trees.built.wait_timeout(index, BUILD_POLL);
-        (index, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        checkpoint.check()?;
+/// What a tree takes at most.
+fn size_of_tree(tree: &InputTree) -> StagedSize {
+    StagedSize {
+        bytes: tree.nodes().saturating_mul(NODE_BYTES).saturating_add(tree.bytes()),
+        nodes: tree.nodes().saturating_add(1),
+        memory: tree.memory() as u64,
     }
 }
 
-/// The best base among the trees that were used last; `None` when the root had better be a tree of its own.
-fn similar<'a>(place: &Arc<RootDirectory>, wanted: &'a InputTree, key: Key) -> Option<Base<'a>> {
-    let latest: Vec<_> = {
-        let index = place.trees.lock();
-        let of_instance = index.latest(BASES).filter(|((instance, _), _)| *instance == key.0);
-        of_instance.map(|(key, tree)| (key, tree.clone())).collect()
-    };
-    let probes = probes(wanted);
-    let mut scored: Vec<_> = latest
-        .into_iter()
-        .map(|(key, tree)| {
-            let common = probes.iter().filter(|digest| tree.tree.find(digest).is_some()).count();
-            (common, key, tree)
-        })
-        .collect();
-    // Of equals the latest stays first.
-    scored.sort_by_key(|(common, ..)| std::cmp::Reverse(*common));
-    // More than half would be as well a tree of its own.
-    let limit = Cost { entries: wanted.nodes() / 2, bytes: u64::MAX };
-    let compared = scored.iter().take(COMPARED_BASES).filter_map(|(_, key, tree)| {
-        let delta = Delta::between(wanted, &tree.tree, limit)?;
-        Some((weight(delta.cost), *key, delta))
-    });
-    let (weight, base, delta) = compared.min_by_key(|(weight, ..)| *weight)?;
-    let mut index = place.trees.lock();
-    if weight > SMALL_DELTA && index.pass(key) {
-        return None;
-    }
-    // It may have been evicted since.
-    let tree = index.lease(base)?;
-    drop(index);
-    Some(Base { lease: TreeLease { place: place.clone(), key: base, tree }, delta })
+const UNLIMITED: StagedSize = StagedSize { bytes: u64::MAX, nodes: u64::MAX, memory: u64::MAX };
+
+/// What a disk has left for trees. Memory is not the disk's.
+fn free_of(space: Space) -> StagedSize {
+    let nodes = if space.total_inodes > 0 { space.free_inodes } else { u64::MAX };
+    let bytes = if space.total_bytes > 0 { space.free_bytes } else { u64::MAX };
+    StagedSize { bytes, nodes, ..UNLIMITED }
 }
 
 /// How long a delta takes to write, in small files.

@@ -2,7 +2,7 @@
 
 use crate::{
     actors::cas::{
-        OutputBatch, StagedInputs,
+        ActionInputs, OutputBatch,
         client::{Cas, Provenance},
     },
     caller::Peer,
@@ -18,11 +18,11 @@ use std::{fs::File, sync::Arc};
 
 /// The source of inputs and the destination of results. Every method blocks; [`Cas`] documents each.
 pub trait BlobStore: Send + Sync {
-    /// See [`Cas::stage_inputs`].
+    /// See [`Cas::open_inputs`].
     ///
     /// # Errors
-    /// Those of [`Cas::stage_inputs`].
-    fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
+    /// Those of [`Cas::open_inputs`].
+    fn open_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
 
     /// See [`Cas::begin_outputs`].
     fn begin_outputs(&self, instance: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_>;
@@ -44,6 +44,12 @@ pub trait Outputs {
     /// # Errors
     /// Those of [`OutputBatch::bytes`].
     fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest>;
+
+    /// See [`OutputBatch::hold`].
+    ///
+    /// # Errors
+    /// Those of [`OutputBatch::hold`].
+    fn hold(&mut self, digests: Vec<Digest>) -> Result<()>;
 
     /// See [`OutputBatch::expect`].
     fn expect(&mut self, bytes: u64);
@@ -67,21 +73,33 @@ pub trait Outputs {
     fn commit(self: Box<Self>) -> Result<()>;
 }
 
-/// A leased input root, which is not evicted while this is held.
+/// An input root. What is leased of it is not evicted while this is held.
 pub trait Inputs {
     /// The expanded tree of directories.
     fn tree(&self) -> &Arc<InputTree>;
 
-    /// See [`StagedInputs::materialise`].
+    /// See [`ActionInputs::lease_all`].
     ///
     /// # Errors
-    /// Those of [`StagedInputs::materialise`].
+    /// Those of [`ActionInputs::lease_all`].
+    fn lease_all(&mut self) -> Result<()>;
+
+    /// See [`ActionInputs::lease`].
+    ///
+    /// # Errors
+    /// Those of [`ActionInputs::lease`].
+    fn lease(&mut self, blobs: Vec<Digest>) -> Result<()>;
+
+    /// See [`ActionInputs::materialise`].
+    ///
+    /// # Errors
+    /// Those of [`ActionInputs::materialise`].
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()>;
 }
 
 impl BlobStore for Cas {
-    fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>> {
-        Ok(Box::new(Cas::stage_inputs(self, instance, root, peer)?))
+    fn open_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>> {
+        Ok(Box::new(Cas::open_inputs(self, instance, root, peer)?))
     }
 
     fn begin_outputs(&self, instance: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_> {
@@ -102,6 +120,10 @@ impl Outputs for OutputBatch {
         OutputBatch::bytes(self, bytes)
     }
 
+    fn hold(&mut self, digests: Vec<Digest>) -> Result<()> {
+        OutputBatch::hold(self, digests)
+    }
+
     fn expect(&mut self, bytes: u64) {
         OutputBatch::expect(self, bytes);
     }
@@ -119,12 +141,20 @@ impl Outputs for OutputBatch {
     }
 }
 
-impl Inputs for StagedInputs {
+impl Inputs for ActionInputs {
     fn tree(&self) -> &Arc<InputTree> {
-        StagedInputs::tree(self)
+        ActionInputs::tree(self)
+    }
+
+    fn lease_all(&mut self) -> Result<()> {
+        ActionInputs::lease_all(self)
+    }
+
+    fn lease(&mut self, blobs: Vec<Digest>) -> Result<()> {
+        ActionInputs::lease(self, blobs)
     }
 
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
-        StagedInputs::materialise(self, digest, parent, name, mode)
+        ActionInputs::materialise(self, digest, parent, name, mode)
     }
 }

@@ -1,17 +1,19 @@
 //! Exec directories: created for each run, removed in the background, swept after a crash (EXE-43).
 //!
 //! ```text
-//! <build_root>/a-89abcdef/root/    the input root, where the command runs, or its own layer of it
-//! <build_root>/a-89abcdef/work     what overlayfs needs besides a layer
-//! <build_root>/<slot>-<number>/    the run's own: stdout and stderr
-//! <build_root>/t-<number>/root/    a staged tree
+//! <build_root>/<slot>-<number>/        the run's own: stdout and stderr
+//! <build_root>/<slot>-<number>/root/   with an own view of the file system, the input root or the own layer of it
+//! <build_root>/<slot>-<number>/work    what overlayfs needs besides a layer
+//! <build_root>/a-89abcdef/root/        without such a view, the input root, where the command runs
+//! <build_root>/t-<number>/root/        a staged tree
 //! ```
 //!
-//! The path of the input root is derived from the action, because compilers and other tools write it into their output: the
-//! same action sees the same path, unless it runs more than once at the same time (`a-89abcdef-2`). The digits are the first of
-//! the action's hash. When a run is over, its `a-` directory is moved into the run's own one, so that the path is free at once.
-//! A number is never used twice at the same time. All names are short, because commands create sockets below them, whose paths
-//! may have at most 108 bytes. Both directories are closed to other users.
+//! A command with an own view of the file system sees its input root at a fixed path. For others, the path is derived from the
+//! action, because compilers and other tools write it into their output: the same action sees the same path, unless it runs
+//! more than once at the same time (`a-89abcdef-2`). The digits are the first of the action's hash. When a run is over, its
+//! `a-` directory is moved into the run's own one, so that the path is free at once. A number is never used twice at the same
+//! time. All names are short, because commands create sockets below them, whose paths may have at most 108 bytes. Both
+//! directories are closed to other users.
 //!
 //! The build root may be removed while the server runs: the next run creates it again, and runs that lost their directories
 //! fail with an error that says so.
@@ -31,6 +33,7 @@ use crate::{instance::InstanceId, logging::Event, sandbox::layers::Layers, sprea
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
+    tree::InputTree,
 };
 use removal::{Job, Remover, Ticket};
 use rustix::{
@@ -144,6 +147,18 @@ impl BuildRoot {
     /// # Errors
     /// Those of the file system.
     pub fn create(&self, slot: SlotId, action: &Digest) -> Result<Workspace> {
+        self.create_with(slot, Some(action))
+    }
+
+    /// Creates an empty exec directory for a run whose command does not see its path.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn create_unseen(&self, slot: SlotId) -> Result<Workspace> {
+        self.create_with(slot, None)
+    }
+
+    fn create_with(&self, slot: SlotId, action: Option<&Digest>) -> Result<Workspace> {
         let doing = |error: io::Error| Error::io("make an exec directory", &error);
         let place = self.place()?;
         let ticket = self.0.remover.ticket();
@@ -212,11 +227,9 @@ impl BuildRoot {
         self.0.remover.remove(Job { place: place.clone(), name, ticket: None });
     }
 
-    /// Removes the staged trees that no action uses, for a disk that is full.
-    pub fn relieve_disk(&self) {
-        if let Ok(place) = self.place() {
-            self.remove_unused_trees(&place);
-        }
+    /// Removes a directory of `place` on this thread.
+    pub(super) fn remove_here(&self, place: &Arc<RootDirectory>, name: OsString) {
+        self.0.remover.remove_here(Job { place: place.clone(), name, ticket: None });
     }
 
     /// The directory that is at the path now; made again when it was removed.
@@ -259,6 +272,11 @@ impl RootDirectories {
 }
 
 impl RootDirectory {
+    /// For naming what is in it.
+    pub(super) fn handle(&self) -> &File {
+        &self.handle
+    }
+
     fn open(path: &Path, limits: StagingLimits) -> Result<Self> {
         let doing = |error: io::Error| Error::io(&format!("open the build root {}", path.display()), &error);
         let handle = File::open(path).map_err(doing)?;
@@ -273,6 +291,21 @@ impl RootDirectory {
         spread_subdirectories(&handle);
         let id = dir::file_id(&rfs::fstat(&handle).map_err(|error| doing(error.into()))?);
         Ok(Self { handle, id, trees: StagedTrees::new(limits) })
+    }
+
+    /// Makes the directory whose name follows from the action.
+    fn take_name(&self, action: &Digest) -> io::Result<OsString> {
+        let hash = action.hash_hex();
+        let first = format!("{ACTION_PREFIX}{}", hash.get(..HASH_DIGITS).unwrap_or(&hash));
+        for number in 1..NAME_ATTEMPTS {
+            let name = OsString::from(if number == 1 { first.clone() } else { format!("{first}-{number}") });
+            match rfs::mkdirat(&self.handle, &*name, Mode::RWXU) {
+                Ok(()) => return Ok(name),
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Errno::EXIST.into())
     }
 
     /// Finds leftovers of earlier runs, to be removed. Names derived from an action are freed at once.
@@ -358,7 +391,7 @@ pub struct Workspace {
     place: Arc<RootDirectory>,
     name: OsString,
     path: PathBuf,
-    /// Name of the directory that holds the input root.
+    /// Name of the directory that holds the input root, if that is not the run's own.
     for_action: Option<OsString>,
     root_path: PathBuf,
     opened: Option<OpenDirectories>,
@@ -369,36 +402,34 @@ pub struct Workspace {
 #[derive(Debug)]
 struct OpenDirectories {
     top: File,
-    for_action: File,
+    /// Where the input root is, if that is not `top`.
+    for_action: Option<File>,
     root: File,
 }
 
+impl OpenDirectories {
+    fn around_root(&self) -> &File {
+        self.for_action.as_ref().unwrap_or(&self.top)
+    }
+}
+
 impl Workspace {
-    fn lay_out(&mut self, action: &Digest) -> io::Result<()> {
+    fn lay_out(&mut self, action: Option<&Digest>) -> io::Result<()> {
         let top = dir::open_dir(&self.place.handle, &self.name)?;
-        let name = self.take_name(action)?;
-        self.root_path = self.build_root.0.path.join(&name).join("root");
-        let for_action = dir::open_dir(&self.place.handle, self.for_action.insert(name))?;
-        rfs::mkdirat(&for_action, "root", Mode::from_raw_mode(0o755))?;
-        let root = dir::open_dir(&for_action, OsStr::new("root"))?;
-        rfs::fchmod(&root, Mode::from_raw_mode(0o755))?;
+        let for_action = match action {
+            Some(action) => {
+                let name = self.for_action.insert(self.place.take_name(action)?);
+                self.root_path = self.build_root.0.path.join(&*name).join("root");
+                Some(dir::open_dir(&self.place.handle, name)?)
+            }
+            None => {
+                self.root_path = self.path.join("root");
+                None
+            }
+        };
+        let root = layer::make_directory(for_action.as_ref().unwrap_or(&top), "root")?;
         self.opened = Some(OpenDirectories { top, for_action, root });
         Ok(())
-    }
-
-    /// Makes the directory whose name follows from the action.
-    fn take_name(&self, action: &Digest) -> io::Result<OsString> {
-        let hash = action.hash_hex();
-        let first = format!("{ACTION_PREFIX}{}", hash.get(..HASH_DIGITS).unwrap_or(&hash));
-        for number in 1..NAME_ATTEMPTS {
-            let name = OsString::from(if number == 1 { first.clone() } else { format!("{first}-{number}") });
-            match rfs::mkdirat(&self.place.handle, &*name, Mode::RWXU) {
-                Ok(()) => return Ok(name),
-                Err(Errno::EXIST) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(Errno::EXIST.into())
     }
 
     fn opened(&self) -> Result<&OpenDirectories> {
@@ -427,11 +458,12 @@ impl Workspace {
     /// As [`BuildRoot::stage`].
     pub(super) fn stage<'a>(
         &self,
-        inputs: &'a dyn Inputs,
+        inputs: &mut dyn Inputs,
+        wanted: &'a InputTree,
         instance: InstanceId,
         checkpoint: &Checkpoint,
     ) -> Result<Option<Base<'a>>> {
-        self.build_root.stage(&self.place, inputs, instance, checkpoint)
+        self.build_root.stage(&self.place, inputs, wanted, instance, checkpoint)
     }
 
     /// What has to be mounted so that the command sees the tree at `below`, in the build root, beneath the layer of this run.
@@ -439,8 +471,7 @@ impl Workspace {
     /// # Errors
     /// Those of the file system.
     pub(super) fn layers(&self, below: &Path) -> Result<Layers> {
-        let OpenDirectories { for_action, .. } = self.opened()?;
-        rfs::mkdirat(for_action, "work", Mode::RWXU)
+        rfs::mkdirat(self.opened()?.around_root(), "work", Mode::RWXU)
             .map_err(|error| Error::io("make an exec directory", &error.into()))?;
         let work = self.root_path.with_file_name("work");
         let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
@@ -468,9 +499,10 @@ impl Workspace {
     /// # Errors
     /// `Unavailable` when one of them was removed or replaced.
     pub fn check_in_place(&self) -> Result<()> {
-        let OpenDirectories { top, for_action, .. } = self.opened()?;
+        let opened = self.opened()?;
         let around_root = self.root_path.parent().unwrap_or(&self.root_path);
-        for (handle, path) in [(top, self.path.as_path()), (for_action, around_root)] {
+        // They may be the same.
+        for (handle, path) in [(&opened.top, self.path.as_path()), (opened.around_root(), around_root)] {
             if !rfs::fstat(handle).is_ok_and(|stat| is_at(path, dir::file_id(&stat))) {
                 return Err(Error::Unavailable(format!(
                     "the exec directory {} was removed while the action ran",
@@ -491,7 +523,8 @@ impl Drop for Workspace {
     fn drop(&mut self) {
         if let Some(OpenDirectories { top, for_action, .. }) = self.opened.take() {
             // The command may have removed their permissions, and moving needs write permission on both.
-            let _ = rfs::fchmod(top, Mode::RWXU).and_then(|()| rfs::fchmod(for_action, Mode::RWXU));
+            let _ = rfs::fchmod(top, Mode::RWXU);
+            let _ = for_action.map(|for_action| rfs::fchmod(for_action, Mode::RWXU));
         }
         let (place, remover) = (&self.place, &self.build_root.0.remover);
         if let Some(name) = self.for_action.take() {

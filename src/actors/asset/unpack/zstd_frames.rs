@@ -16,7 +16,7 @@ use zstd::stream::read::Decoder;
 type Frame<R> = Decoder<'static, Chain<Cursor<[u8; 4]>, R>>;
 
 /// Decodes a stream of zstd frames; see the module documentation.
-pub(super) struct ZstdFrames<R: BufRead>(At<R>);
+pub(crate) struct ZstdFrames<R: BufRead>(At<R>);
 
 enum At<R: BufRead> {
     Start(R),
@@ -26,7 +26,7 @@ enum At<R: BufRead> {
 
 impl<R: BufRead> ZstdFrames<R> {
     /// A decoder of the stream that begins here.
-    pub(super) fn new(input: R) -> Self {
+    pub(crate) fn new(input: R) -> Self {
         Self(At::Start(input))
     }
 }

@@ -63,7 +63,8 @@ async fn materialise(store: &TestStore, blob: Digest) -> Result<()> {
     let root = store.put(prost::Message::encode_to_vec(&root)).await;
     store
         .worker(move |cas, main| {
-            let staged = cas.stage_inputs(&main, root, Peer::default())?;
+            let mut staged = cas.open_inputs(&main, root, Peer::default())?;
+            staged.lease_all()?;
             let target = TempDir::new().unwrap();
             let parent = fs::File::open(target.path()).unwrap();
             staged.materialise(&blob, &parent, "f", 0o644)

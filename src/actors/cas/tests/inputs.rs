@@ -29,8 +29,12 @@ async fn check(store: &TestStore, root: Digest) -> Result<()> {
     store.cas.check_inputs(&store.main, root).await
 }
 
-async fn stage(store: &TestStore, root: Digest) -> Result<StagedInputs> {
-    store.worker(move |cas, main| cas.stage_inputs(&main, root, Peer::default())).await
+async fn stage(store: &TestStore, root: Digest) -> Result<ActionInputs> {
+    let stage = move |cas: Cas, main: Instance| {
+        let mut inputs = cas.open_inputs(&main, root, Peer::default())?;
+        inputs.lease_all().map(|()| inputs)
+    };
+    store.worker(stage).await
 }
 
 fn store_bytes(cas: &Cas, main: &Instance, bytes: impl Into<Vec<u8>>) -> Result<Digest> {
@@ -105,6 +109,53 @@ async fn staged_inputs_stay_until_they_are_dropped() {
         store.put(noise(200_000, seed)).await;
     }
     assert!(!store.has(large).await);
+}
+
+/// A client that has just uploaded its inputs does not wait for a second check of each, and an action whose inputs are staged
+/// never needs them from the store.
+#[actix::test]
+async fn a_root_that_was_just_checked_costs_no_look_ups_until_its_blobs_are_needed() {
+    let store = TestStore::with_limit(MB).await;
+    let file = store.put(noise(LARGE, 1)).await;
+    let root = store.put(message(&[("f", file)], &[])).await;
+    check(&store, root).await.unwrap();
+    for seed in 10..40 {
+        store.put(noise(200_000, seed)).await;
+    }
+    assert_eq!(store.cas.check_inputs_apart(store.main.clone(), root).await, Ok(()));
+    let open = move |cas: Cas, main: Instance| cas.open_inputs(&main, root, Peer::default());
+    let mut inputs = store.worker(open).await.unwrap();
+    assert_eq!(inputs.tree().nodes(), 1);
+    let (nothing, one, all) = store
+        .worker(move |_, _| (inputs.lease(vec![digest(b"")]), inputs.lease(vec![file]), inputs.lease_all()))
+        .await;
+    let mut missing = vec![file, root];
+    missing.sort();
+    assert_eq!(nothing, Ok(()));
+    assert_eq!((one, all), (Err(Error::MissingBlobs(vec![file])), Err(Error::MissingBlobs(missing.clone()))));
+    let Err(Error::MissingBlobs(found)) = check(&store, root).await else { panic!("it is complete") };
+    assert_eq!(found, missing);
+}
+
+/// A result may refer to inputs that its action left as they were.
+#[actix::test]
+async fn stored_blobs_that_a_result_refers_to_stay_until_the_end_of_its_batch() {
+    let store = TestStore::with_limit(MB).await;
+    let input = store.put(noise(LARGE, 1)).await;
+    let hold = move |cas: Cas, main: Instance| {
+        let mut batch = cas.begin_outputs(&main, SHA256, 0);
+        batch.hold(vec![input, digest(b"")]).map(|()| batch)
+    };
+    let batch = store.worker(hold).await.unwrap();
+    for seed in 10..40 {
+        store.put(noise(200_000, seed)).await;
+    }
+    assert!(store.has(input).await);
+    store.worker(move |_, _| batch.commit()).await.unwrap();
+    for seed in 10..40 {
+        store.put(noise(200_000, seed)).await;
+    }
+    assert_eq!(store.worker(hold).await.unwrap_err(), Error::MissingBlobs(vec![input]));
 }
 
 /// EXE-37: a worker sees the properties that goREgo itself does not apply, also when the root comes from memory.

@@ -1,10 +1,11 @@
 //! Input roots: reads, checks, leases and copies them out.
 //!
 //! Directories are read level by level, each distinct one once, and cached decoded for the next action, which mostly shares
-//! them. A walked root is cached too, so that the worker only leases what the check before the queue has found. All missing
-//! Directories and files are reported at once, except those below a missing Directory, which cannot be known (EXE-26). Bounds:
-//! [`MAX_DIRECTORY_BYTES`] per message, [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct directories, and as
-//! many in the expanded tree.
+//! them. A root that was read is remembered ([`KnownRoots`](super::known_roots::KnownRoots)), and one that was checked lately is
+//! not checked again before the queue. So the cost of an action whose root is known does not depend on its number of files,
+//! until a worker leases what it needs. All missing Directories and files are reported at once, except those below a missing
+//! Directory, which cannot be known (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] per message, [`MAX_TREE_DEPTH`] levels,
+//! [`MAX_TREE_NODES`] entries in distinct directories, and as many in the expanded tree.
 
 use crate::actors::cas::{
     blob::{open_checked, read_whole},
@@ -24,13 +25,17 @@ use crate::{
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    tree::{Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY, MAX_TREE_DEPTH, MAX_TREE_NODES},
+    tree::{
+        Directory, InputTree, MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY, MAX_TREE_DEPTH, MAX_TREE_NODES,
+        distinct_blobs,
+    },
 };
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
     io,
     sync::Arc,
+    time::Instant,
 };
 use tokio::task::coop::consume_budget;
 
@@ -51,72 +56,104 @@ impl Closure {
     pub(crate) fn files(&self) -> impl Iterator<Item = Digest> {
         self.directories.values().flat_map(|directory| directory.files.iter().map(|file| file.digest))
     }
-
-    /// All known digests of the tree, each once, without the empty blob.
-    fn digests(&self) -> Vec<Digest> {
-        let all = self.directories.keys().copied().chain(self.files());
-        let mut seen: HashSet<Digest> = HashSet::default();
-        all.filter(|digest| !digest.is_empty() && seen.insert(*digest)).collect()
-    }
 }
 
-/// A fully walked input root. Digests identify contents, so it never becomes stale. Only the index says whether all of it is
-/// still stored.
+/// The input root of an action. What is leased of it cannot be evicted while this is held.
 #[derive(Debug)]
-pub(crate) struct InputRoot {
+pub struct ActionInputs {
+    cas: Cas,
+    instance: Instance,
     tree: Arc<InputTree>,
-    /// All digests of the tree, each once and sorted, without the empty blob.
-    digests: Vec<Digest>,
+    /// What is leased, sorted by digest.
+    files: Vec<FoundEntry>,
+    leases: Vec<Lease>,
 }
 
-impl InputRoot {
-    /// The input root over these directories, and its weight in memory.
-    fn new(
-        root: Digest,
-        directories: HashMap<Digest, Arc<Directory>>,
-        mut digests: Vec<Digest>,
-    ) -> Result<(Arc<Self>, usize)> {
-        digests.sort_unstable();
-        let nodes: usize = directories.values().map(|directory| directory.memory()).sum();
-        let weight = nodes + digests.len() * size_of::<Digest>();
-        Ok((Arc::new(Self { tree: Arc::new(InputTree::new(root, directories)?), digests }), weight))
-    }
-}
-
-/// An input root whose blobs are all leased: none can be evicted while this is held.
-#[derive(Debug)]
-pub struct StagedInputs {
-    input_root: Arc<InputRoot>,
-    source: LeasedFiles,
-}
-
-impl StagedInputs {
+impl ActionInputs {
     /// The expanded tree of directories.
     pub fn tree(&self) -> &Arc<InputTree> {
-        &self.input_root.tree
+        &self.tree
     }
 
-    /// Copies a file of the tree to a new file `name` in the directory `parent`, with these permission bits. Uses a clone where
-    /// the file system supports it, but never a hard link: an action may write its inputs, and nobody else may see that
+    /// Leases every blob of the tree. Blocks.
+    ///
+    /// # Errors
+    /// `MissingBlobs` with everything that is missing (EXE-26).
+    pub fn lease_all(&mut self) -> Result<()> {
+        let tree = self.tree.clone();
+        self.lease_sorted(tree.blobs())
+    }
+
+    /// Leases these blobs of the tree. Blocks.
+    ///
+    /// # Errors
+    /// `MissingBlobs` with everything that is missing (EXE-26).
+    pub fn lease(&mut self, mut blobs: Vec<Digest>) -> Result<()> {
+        blobs.retain(|digest| !digest.is_empty());
+        blobs.sort_unstable();
+        blobs.dedup();
+        self.lease_sorted(&blobs)
+    }
+
+    fn lease_sorted(&mut self, blobs: &[Digest]) -> Result<()> {
+        if blobs.is_empty() {
+            return Ok(());
+        }
+        let instance = self.instance.clone();
+        let located = self.cas.block_on(async |cas| cas.locate(&instance, blobs, Purpose::Read).await)?;
+        let found = all_of(blobs, located.found)?;
+        if self.files.is_empty() {
+            self.files = found;
+        } else {
+            self.files.extend(found);
+            self.files.sort_by_key(|found| found.file.key.digest);
+        }
+        self.leases.push(located.lease);
+        Ok(())
+    }
+
+    /// Copies a leased file of the tree to a new file `name` in the directory `parent`, with these permission bits. Uses a clone
+    /// where the file system supports it, but never a hard link: an action may write its inputs, and nobody else may see that
     /// (EXE-43). Blocks.
     ///
     /// # Errors
     /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.
     pub fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
-        let found = self.input_root.digests.binary_search(digest).ok();
-        let found = found.and_then(|at| self.source.files.get(at));
-        self.source.materialise(digest, found, parent, name, mode)
+        let found = self.files.binary_search_by_key(digest, |found| found.file.key.digest).ok();
+        let found = found.and_then(|at| self.files.get(at));
+        materialise(&self.cas, digest, found, parent, name, mode)
+    }
+}
+
+/// What was found, if it is everything.
+pub(in crate::actors::cas) fn all_of(
+    digests: &[Digest],
+    found: Vec<Option<FoundEntry>>,
+) -> Result<Vec<FoundEntry>> {
+    let missing = digests.iter().zip(&found).filter(|(_, found)| found.is_none());
+    let missing: Vec<_> = missing.map(|(digest, _)| *digest).collect();
+    if missing.is_empty() {
+        Ok(found.into_iter().flatten().collect())
+    } else {
+        Err(Error::MissingBlobs(missing))
     }
 }
 
 impl Cas {
-    /// Reads an input root and leases all of its blobs, for an action of this peer. Called from a worker thread.
+    /// Reads an input root, for an action of this peer. Nothing of it is leased yet. Called from a worker thread. The number of
+    /// slots bounds how many are open.
     ///
     /// # Errors
-    /// `MissingBlobs` with everything that is missing (EXE-26); `Invalid` when a Directory is malformed.
-    pub fn stage_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<StagedInputs> {
+    /// `MissingBlobs` with everything that is missing (EXE-26), unless the root is known; `Invalid` when a Directory is
+    /// malformed.
+    pub fn open_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<ActionInputs> {
         let cas = self.working_for(Caller::without_connection(peer));
-        cas.block_on(async |cas| cas.stage(instance, root).await)
+        let tree = match self.shared().input_roots.get(&(instance.blobs(), root)) {
+            Some(known) => known,
+            None => cas.block_on(async |cas| cas.walk(instance, root).await)?,
+        };
+        let instance = instance.clone();
+        Ok(ActionInputs { cas, instance, tree, files: Vec::new(), leases: Vec::new() })
     }
 
     /// Reads all Directories below a root. The room has to be kept as long as they are.
@@ -163,76 +200,43 @@ impl Cas {
         Ok(closure)
     }
 
-    /// Like [`Cas::closure`], with [`Closure::digests`].
-    async fn closure_with_digests(
-        &self,
-        instance: &Instance,
-        root: Digest,
-        room: &mut TreeRoom<'_>,
-    ) -> Result<(Closure, Vec<Digest>)> {
-        let closure = self.closure(instance, root, room).await?;
-        if !is_large(&closure.directories) {
-            let digests = closure.digests();
-            return Ok((closure, digests));
-        }
-        self.blocking(move || {
-            let digests = closure.digests();
-            (closure, digests)
-        })
-        .await
-    }
-
     /// Checks that a whole input root is stored, and renews it.
     ///
     /// # Errors
     /// `MissingBlobs` with everything that is missing (EXE-26), `Invalid` when a Directory is malformed.
     pub async fn check_inputs(&self, instance: &Instance, root: Digest) -> Result<()> {
-        let Some(kept) = self.shared().input_roots.get(&(instance.blobs(), root)) else {
+        let key = (instance.blobs(), root);
+        let Some(known) = self.shared().input_roots.get(&key) else {
             return self.walk(instance, root).await.map(drop);
         };
-        let missing = self.find_missing(instance, &kept.digests).await?;
-        if missing.is_empty() { Ok(()) } else { Err(Error::MissingBlobs(missing)) }
-    }
-
-    /// Leases a whole input root. The number of slots bounds how many are staged.
-    async fn stage(&self, instance: &Instance, root: Digest) -> Result<StagedInputs> {
-        let input_root = match self.shared().input_roots.get(&(instance.blobs(), root)) {
-            Some(kept) => kept,
-            None => self.walk(instance, root).await?,
-        };
-        let located = self.locate(instance, &input_root.digests, Purpose::Read).await?;
-        let mut missing = Vec::new();
-        let mut files = Vec::with_capacity(input_root.digests.len());
-        for (digest, found) in input_root.digests.iter().zip(located.found) {
-            match found {
-                Some(found) => files.push(found),
-                None => missing.push(*digest),
-            }
-        }
+        let missing = self.find_missing(instance, known.blobs()).await?;
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        let source = LeasedFiles { cas: self.clone(), files, _lease: located.lease };
-        Ok(StagedInputs { input_root, source })
+        self.shared().input_roots.insert(key, &known, Instant::now());
+        Ok(())
     }
 
-    /// Reads a whole input root, checks that all of it is stored, and caches it.
-    async fn walk(&self, instance: &Instance, root: Digest) -> Result<Arc<InputRoot>> {
+    /// Reads a whole input root, checks that all of it is stored, and remembers it.
+    async fn walk(&self, instance: &Instance, root: Digest) -> Result<Arc<InputTree>> {
         let mut room = TreeRoom::new(self);
-        let (closure, digests) = self.closure_with_digests(instance, root, &mut room).await?;
-        let mut missing = closure.missing;
-        missing.extend(self.find_missing(instance, &digests).await?);
+        let Closure { directories, mut missing } = self.closure(instance, root, &mut room).await?;
+        let is_large = is_large(&directories);
+        if !missing.is_empty() {
+            let list = move || distinct_blobs(&directories);
+            let known = if is_large { self.blocking(list).await? } else { list() };
+            missing.extend(self.find_missing(instance, &known).await?);
+            return Err(Error::MissingBlobs(missing));
+        }
+        let build = move || InputTree::new(root, directories);
+        let built = if is_large { self.blocking(build).await? } else { build() };
+        let tree = Arc::new(built?);
+        let missing = self.find_missing(instance, tree.blobs()).await?;
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        let is_large = is_large(&closure.directories);
-        let build = move || InputRoot::new(root, closure.directories, digests);
-        // The bounds on the expanded tree are checked now rather than after the queue.
-        let built = if is_large { self.blocking(build).await? } else { build() };
-        let (input_root, weight) = built?;
-        let key = (instance.blobs(), root);
-        self.shared().input_roots.insert(key, input_root.clone(), weight);
-        Ok(input_root)
+        self.shared().input_roots.insert((instance.blobs(), root), &tree, Instant::now());
+        Ok(tree)
     }
 
     /// Reads directories, in the order of the digests; `None` for those that are not stored.
@@ -320,55 +324,44 @@ fn read_directory(cas: &Cas, found: &FoundEntry) -> Result<Option<Arc<Directory>
     Ok(Some(directory))
 }
 
-/// The leased files of a staged tree.
-#[derive(Debug)]
-struct LeasedFiles {
-    cas: Cas,
-    /// Where the digests of the root are, in their order.
-    files: Vec<FoundEntry>,
-    _lease: Lease,
-}
-
-impl LeasedFiles {
-    /// [`StagedInputs::materialise`].
-    fn materialise(
-        &self,
-        digest: &Digest,
-        found: Option<&FoundEntry>,
-        parent: &File,
-        name: &str,
-        mode: u32,
-    ) -> Result<()> {
-        let failed =
-            |error: io::Error| Error::io(&format!("make input file \"{}\"", name.escape_debug()), &error);
-        let missing = |error| match error {
-            Error::NotFound(_) => Error::MissingBlobs(vec![*digest]),
-            error => error,
+/// [`ActionInputs::materialise`].
+fn materialise(
+    cas: &Cas,
+    digest: &Digest,
+    found: Option<&FoundEntry>,
+    parent: &File,
+    name: &str,
+    mode: u32,
+) -> Result<()> {
+    let failed =
+        |error: io::Error| Error::io(&format!("make input file \"{}\"", name.escape_debug()), &error);
+    let missing = |error| match error {
+        Error::NotFound(_) => Error::MissingBlobs(vec![*digest]),
+        error => error,
+    };
+    let make = || NewInput::create(parent, name);
+    let found = match found {
+        Some(found) => found,
+        None if digest.is_empty() => return make().and_then(|file| file.finish(mode)).map_err(failed),
+        None => return Err(Error::internal(format!("blob {digest} of the input root is not leased"))),
+    };
+    if digest.size() <= SMALL_BLOB_BYTES {
+        let bytes = read_whole(cas, found).map_err(missing)?;
+        let written = || -> io::Result<()> {
+            let mut file = make()?;
+            file.write(&bytes)?;
+            file.finish(mode)
         };
-        let make = || NewInput::create(parent, name);
-        let found = match found {
-            Some(found) => found,
-            None if digest.is_empty() => return make().and_then(|file| file.finish(mode)).map_err(failed),
-            None => return Err(Error::internal(format!("blob {digest} is not of this input root"))),
-        };
-        if digest.size() <= SMALL_BLOB_BYTES {
-            let bytes = read_whole(&self.cas, found).map_err(missing)?;
-            let written = || -> io::Result<()> {
-                let mut file = make()?;
-                file.write(&bytes)?;
-                file.finish(mode)
-            };
-            return written().map_err(failed);
-        }
-        let stored = open_checked(&self.cas, found).map_err(missing)?;
-        let copied = || -> io::Result<_> {
-            let file = make()?;
-            stored.file().copy_to(file.file(), digest.size())?;
-            Ok(file)
-        };
-        let file = copied().map_err(failed)?;
-        // The copy is right only if the file was right until the end.
-        stored.confirm(&self.cas, found).map_err(missing)?;
-        file.finish(mode).map_err(failed)
+        return written().map_err(failed);
     }
+    let stored = open_checked(cas, found).map_err(missing)?;
+    let copied = || -> io::Result<_> {
+        let file = make()?;
+        stored.file().copy_to(file.file(), digest.size())?;
+        Ok(file)
+    };
+    let file = copied().map_err(failed)?;
+    // The copy is right only if the file was right until the end.
+    stored.confirm(cas, found).map_err(missing)?;
+    file.finish(mode).map_err(failed)
 }

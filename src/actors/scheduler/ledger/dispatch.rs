@@ -118,8 +118,8 @@ impl Ledger {
             self.make_way(now);
             return None;
         };
-        let place = self.slots.take(pool)?;
         let task = self.tasks.get_mut(&id)?;
+        let (place, room) = self.slots.take(pool, &task.action)?;
         task.step = TaskStep::Running;
         self.unfollowed.note(id, task);
         // If it is queued again, its position is another one.
@@ -133,6 +133,7 @@ impl Ledger {
         let run = TaskRun {
             pool,
             place: place.clone(),
+            room,
             charge,
             cancel: CancelToken::new(),
             started: now.at,
@@ -194,6 +195,7 @@ impl Ledger {
     pub(crate) fn finish(&mut self, id: TaskId, end: RunEnd, now: ClockReading) {
         let Some(run) = self.runs.get(&id) else { return };
         let (pool, place, charge, evicted) = (run.pool, run.place.clone(), run.charge, run.evicted);
+        let room = run.room;
         let closed = matches!(end, RunEnd::Lost { pool_closed: true });
         // This comes first, so that a task without another pool is not queued again.
         if closed {
@@ -213,6 +215,7 @@ impl Ledger {
             task.keep_log(log);
         }
         match end {
+            RunEnd::Reported(Ok(report)) if report.account.out_of_memory && self.move_up(id, pool, now) => {}
             RunEnd::Reported(Ok(report)) => {
                 let outcome = Outcome {
                     result: Some(Arc::new(report.result)),
@@ -239,13 +242,28 @@ impl Ledger {
             }
         }
         self.runs.remove(&id);
-        self.slots.release(pool, place.slot, failed);
+        self.slots.release(pool, place.slot, &room, failed);
         if let Some(queue) = self.ready.get_mut(&pool) {
             queue.ended(charge);
         }
         if closed {
             self.end_unserved(now);
         }
+    }
+
+    /// Tries a task that ran out of memory again where it gets more; false if there is no such pool or it was tried often enough.
+    fn move_up(&mut self, id: TaskId, pool: PoolId, now: ClockReading) -> bool {
+        let Some(task) = self.tasks.get(&id) else { return false };
+        let (action, pools, attempts) = (task.action.clone(), task.pools.clone(), task.attempts);
+        let larger = self.slots.with_more_memory(&pools, pool, &action);
+        if larger.is_empty() || attempts >= self.settings.max_attempts {
+            return false;
+        }
+        self.set_pools(id, larger);
+        let name = self.slots.name(pool);
+        let reason = format!("the action ran out of memory in pool \"{name}\", and others give it more");
+        self.retry(id, Error::Unavailable(reason), now);
+        true
     }
 
     /// Queues a task again, with its old age, after its worker failed. Ends it if it was tried often enough or no pool is left.

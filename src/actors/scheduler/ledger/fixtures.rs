@@ -9,6 +9,7 @@ use crate::{
     },
     caller::Peer,
     instance::Instances,
+    limits::{LimitSettings, Room},
     platform::Offer,
 };
 use gorego_reapi::{
@@ -24,10 +25,12 @@ pub(crate) struct Work {
     pub(crate) do_not_cache: bool,
     /// The `OSFamily` that it asks for.
     pub(crate) platform: Option<&'static str>,
+    /// The `cores` that it asks for; 0 for none.
+    pub(crate) cores: u64,
 }
 
 pub(crate) fn work(name: u64) -> Work {
-    Work { name, do_not_cache: false, platform: None }
+    Work { name, do_not_cache: false, platform: None, cores: 0 }
 }
 
 /// The request of one run of a build tool.
@@ -82,8 +85,15 @@ pub(crate) fn resolution(work: &Work, cached: bool) -> Resolution {
         input_root: digest(work),
         timeout: Duration::from_secs(100),
         do_not_cache: work.do_not_cache,
-        platform: work.platform.map(|value| ("OSFamily".into(), value.into())).into_iter().collect(),
+        platform: properties(work),
     }))
+}
+
+/// The platform properties of an action.
+pub(crate) fn properties(work: &Work) -> Vec<(String, String)> {
+    let family = work.platform.map(|value| ("OSFamily".to_owned(), value.to_owned()));
+    let cores = (work.cores > 0).then(|| ("cores".to_owned(), work.cores.to_string()));
+    family.into_iter().chain(cores).collect()
 }
 
 pub(crate) fn settings() -> SchedulerSettings {
@@ -98,6 +108,13 @@ pub(crate) fn ledger_with(settings: SchedulerSettings, pools: &[(usize, &str)]) 
     Ledger::new(settings, pools.iter().map(|&(slots, family)| pool(slots, family)).collect())
 }
 
+/// A pool whose tasks share this many cores, and a gigabyte for each.
+pub(crate) fn pool_with_room(cores: u64, family: &str) -> PoolSpec {
+    let room = Room { cores, memory: cores << 30 };
+    let slots = usize::try_from(cores).unwrap();
+    PoolSpec { limits: LimitSettings::default().within(&room), room: Some(room), ..pool(slots, family) }
+}
+
 /// A pool for one family of systems.
 pub(crate) fn pool(slots: usize, family: &str) -> PoolSpec {
     PoolSpec {
@@ -106,5 +123,7 @@ pub(crate) fn pool(slots: usize, family: &str) -> PoolSpec {
         worker: format!("host/pool-{family}"),
         slots,
         offers: [("OSFamily".to_owned(), Offer::Exact(family.into()))].into(),
+        limits: LimitSettings::default(),
+        room: None,
     }
 }

@@ -96,7 +96,8 @@ impl Ledger {
         self.end_unserved(now);
     }
 
-    fn set_pools(&mut self, id: TaskId, pools: PoolSet) {
+    /// From now on, a task can run in these pools and no others.
+    pub(super) fn set_pools(&mut self, id: TaskId, pools: PoolSet) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.position = None;
         let before = std::mem::replace(&mut task.pools, pools.clone());

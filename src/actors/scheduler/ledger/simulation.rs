@@ -18,7 +18,7 @@ use crate::actors::{
         messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
     },
 };
-use crate::caller::Caller;
+use crate::{caller::Caller, limits::Room};
 use pools::{PoolKind, Pools};
 use std::collections::HashSet;
 use turns::WaitingTask;
@@ -30,7 +30,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 29] = [
+const SIGHTS: [&str; 31] = [
     "joined",
     "explained",
     "in a later pool",
@@ -60,6 +60,8 @@ const SIGHTS: [&str; 29] = [
     "overtaken",
     "peers",
     "peer due",
+    "shared room",
+    "kept room for a large one",
 ];
 
 #[test]
@@ -140,6 +142,8 @@ struct Out {
     task: TaskId,
     cancel: CancelToken,
     stage: Option<RunStage>,
+    /// What it takes of the room of its pool.
+    need: Room,
 }
 
 impl World {
@@ -157,8 +161,10 @@ impl World {
             ..settings()
         };
         let mut pools = Pools::default();
-        let specs = [(2, PoolKind::Linux), (1, PoolKind::Plan9), (1, PoolKind::Either)];
-        let specs = specs.map(|(slots, kind)| pools.new_spec(slots, kind));
+        let has_room = random.chance(50);
+        let specs =
+            [(2, PoolKind::Linux, false), (1, PoolKind::Plan9, false), (4, PoolKind::Either, has_room)];
+        let specs = specs.map(|(slots, kind, has_room)| pools.new_spec(slots, kind, has_room));
         let ledger = Ledger::new(settings, specs.to_vec());
         // Ids ascend in the order of the list.
         let ids: BTreeSet<PoolId> = ledger.pools().iter().map(|pool| pool.id).collect();
@@ -206,7 +212,8 @@ impl World {
         let platform =
             [None, None, None, None, Some("linux"), Some("Linux"), Some("plan9"), Some("amiga")][name];
         let name = name as u64 + if do_not_cache { 100 } else { 0 };
-        let work = Work { name, do_not_cache, platform };
+        let cores = [0, 1, 4, 2, 0, 3, 2, 0][(name % 100) as usize];
+        let work = Work { name, do_not_cache, platform, cores };
         let cached = !work.do_not_cache && self.random.chance(10);
         let unusable = !cached && self.random.chance(10);
         let invocation = ["", "a", "b"][self.random.below(3)];
@@ -294,27 +301,56 @@ impl World {
             let before: Vec<WaitingTask> = self.waiting();
             let out = |pool: PoolId| self.runs.keys().filter(|(of, _)| *of == pool).count();
             let free = |pool: PoolId| self.pools.is_open(pool) && out(pool) < self.pools.slots(pool);
-            // The first pool, by preference, that has both a slot and a task for it.
-            let mut order = self.pools.order().iter().copied();
-            let expected = order.find(|pool| free(*pool) && before.iter().any(|w| w.pools.contains(pool)));
+            let wanting = |pool: PoolId| before.iter().filter(move |waiting| waiting.pools.contains(&pool));
+            let fits = |pool: PoolId, waiting: &WaitingTask| {
+                self.left(pool).is_none_or(|left| left.holds(&self.pools.need(pool, &waiting.platform)))
+            };
+            // Which of those that have room is next is the queue's decision.
+            let could = |pool: PoolId| free(pool) && wanting(pool).any(|waiting| fits(pool, waiting));
+            let must = |pool: PoolId| could(pool) && wanting(pool).all(|waiting| fits(pool, waiting));
+            let order = self.pools.order();
+            let able: Vec<PoolId> = order.iter().copied().filter(|pool| could(*pool)).collect();
+            let first = order.iter().copied().find(|pool| must(*pool));
             let stopping = self.stopping();
             let assignment = self.ledger.assign(self.now);
-            assert_eq!(
-                assignment.as_ref().map(|a| a.pool),
-                expected,
+            let chosen = assignment.as_ref().map(|assignment| assignment.pool);
+            let at = |pool: PoolId| order.iter().position(|other| *other == pool);
+            assert!(
+                chosen.is_none_or(|pool| able.contains(&pool)),
+                "a pool has a slot and room for what it runs"
+            );
+            assert!(
+                first.is_none_or(|first| chosen.is_some_and(|pool| at(pool) <= at(first))),
                 "no slot idles while there is work for it"
             );
+            let kept = able.first().is_some_and(|first| chosen.is_none_or(|pool| at(*first) < at(pool)));
             if let Some(Assignment { task, pool, .. }) = assignment {
                 self.check_turn(&before, task, pool, is_exact);
+            }
+            if kept {
+                self.seen.insert("kept room for a large one");
             }
             let Some(assignment) = assignment else { return self.check_way_made(stopping) };
             let slot = (assignment.pool, assignment.slot);
             assert!(self.pools.is_open(assignment.pool), "a pool that takes no tasks gets none");
             assert!(assignment.slot.0 < self.pools.slots(assignment.pool), "only slots that there are");
-            let out = Out { task: assignment.task, cancel: assignment.cancel, stage: None };
+            let need = self.pools.need(assignment.pool, &assignment.action.platform);
+            assert!(self.left(assignment.pool).is_none_or(|left| left.holds(&need)), "it has room");
+            let out = Out { task: assignment.task, cancel: assignment.cancel, stage: None, need };
             assert!(self.runs.insert(slot, out).is_none(), "slot {slot:?} is given out twice");
             self.most_out = self.most_out.max(self.runs.len());
+            let out = self.runs.keys().filter(|(of, _)| *of == slot.0).count();
+            if out > 1 && self.left(slot.0).is_some_and(|left| left.cores == 0) {
+                self.seen.insert("shared room");
+            }
         }
+    }
+
+    /// What is left of the room of a pool.
+    fn left(&self, pool: PoolId) -> Option<Room> {
+        let out = self.runs.iter().filter(|((of, _), _)| *of == pool);
+        let room = self.pools.room(pool)?;
+        Some(out.fold(room, |left, (_, out)| left.without(&out.need)))
     }
 
     fn explain(&mut self) {
@@ -544,7 +580,7 @@ impl World {
     }
 
     fn check_drained(&mut self) {
-        let work = Work { name: 1, do_not_cache: false, platform: None };
+        let work = Work { name: 1, do_not_cache: false, platform: None, cores: 0 };
         let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(0));
         let refused = self.ledger.admit(submit(&work), resolution(&work, true), id, self.now);
         assert!(matches!(refused, Err(Error::Unavailable(_))));

@@ -17,6 +17,7 @@ use crate::{
         },
     },
     instance::InstanceId,
+    limits::Room,
     log_streams::run::RunLogs,
 };
 use gorego_reapi::digest::Digest;
@@ -77,6 +78,8 @@ pub(super) enum TaskStep {
 pub(super) struct TaskRun {
     pub(super) pool: PoolId,
     pub(super) place: Arc<RunPlace>,
+    /// What it takes of the pool's room.
+    pub(super) room: Room,
     /// The owner and priority for which it counts in the queue of its pool.
     pub(super) charge: Charge,
     pub(super) cancel: CancelToken,

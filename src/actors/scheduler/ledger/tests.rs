@@ -1,8 +1,9 @@
 //! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs`,
-//! `followers.rs` and `sharing.rs` have the rest.
+//! `followers.rs`, `sharing.rs` and `room.rs` have the rest.
 
 mod endings;
 mod followers;
+mod room;
 mod sharing;
 
 use super::{fixtures::*, *};
@@ -29,6 +30,10 @@ struct Desk {
 impl Desk {
     fn new(slots: usize, settings: SchedulerSettings) -> Self {
         Self { ledger: ledger_with(settings, &[(slots, "linux")]), now: ClockReading::now(), next_id: 1 }
+    }
+
+    fn with_pools(pools: Vec<PoolSpec>) -> Self {
+        Self { ledger: Ledger::new(settings(), pools), now: ClockReading::now(), next_id: 1 }
     }
 
     fn try_submit(&mut self, submit: Submit, resolution: Resolution) -> Result<Subscription> {

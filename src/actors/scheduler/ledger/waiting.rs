@@ -134,11 +134,18 @@ impl Ledger {
     }
 
     /// The next pool with a free slot and a task for it. The task is removed from all queues.
+    ///
+    /// If a pool lacks the room for the task that is next, it runs no other one before: the room that becomes free is for that
+    /// task. So no task starves, however many small ones there are; a part of the room stays free meanwhile.
     pub(super) fn next_ready(&mut self, now: ClockReading) -> Option<(PoolId, TaskId, Charge)> {
         let mut at = 0;
         let pool = loop {
             let pool = *self.slots.order().get(at)?;
-            if self.slots.has_free(pool) && self.has_next(pool, now) {
+            if self.slots.has_free(pool)
+                && let Some(next) = self.next_in(pool, now)
+                && let Some(task) = self.tasks.get(&next)
+                && self.slots.has_room(pool, &task.action)
+            {
                 break pool;
             }
             at += 1;
@@ -160,15 +167,15 @@ impl Ledger {
         Some((pool, id, charge))
     }
 
-    /// Whether a task is next in the queue of a pool. A task that has just lost its followers is first moved behind those that
+    /// The task that is next in the queue of a pool. A task that has just lost its followers is first moved behind those that
     /// have some.
-    fn has_next(&mut self, pool: PoolId, now: ClockReading) -> bool {
+    fn next_in(&mut self, pool: PoolId, now: ClockReading) -> Option<TaskId> {
         while let Some((id, followed)) = self.ready.get(&pool).and_then(|queue| queue.peek(now.at)) {
             if !followed || self.is_followed(id, now) {
-                return true;
+                return Some(id);
             }
         }
-        false
+        None
     }
 
     /// Why an operation waits; `None` if it does not wait or is unknown.
@@ -203,6 +210,11 @@ impl Ledger {
             TaskStep::Unchecked | TaskStep::Checking => "its inputs are being looked up".to_owned(),
             TaskStep::Ready | TaskStep::Running if !self.slots.is_served(&task.pools) => {
                 format!("pool \"{}\" takes no more actions, and no other pool suits it", name(pool))
+            }
+            TaskStep::Ready | TaskStep::Running
+                if let Some((need, left)) = self.slots.shortage(pool, &task.action) =>
+            {
+                format!("it needs {need}, of which pool \"{}\" has {left} free", name(pool))
             }
             TaskStep::Ready | TaskStep::Running => {
                 let (busy, slots) = task

@@ -92,7 +92,7 @@ impl Layers {
         let seen = Seen::from(&rfs::fstat(&own).unwrap());
         let mut scan = OutputScan::of(top(), seen, "o", &checkpoint, &mut NodeBudget::new()).unwrap();
         let mut contents = Vec::new();
-        scan.revisit(top(), "o", |directory, own| {
+        scan.revisit(top(), "o", &checkpoint, |directory, own| {
             contents
                 .push(directory.files.iter().map(|file| content(file.content, own, &file.name)).collect());
             Ok(())

@@ -1,8 +1,8 @@
 //! [`Cells`]: the runner's side of the sandbox. Each command runs in a cell of its own.
 //!
 //! A cell is a process, the first of a new pid namespace, in a world of its own ([`crate::sandbox`]). It is started while the
-//! previous command runs, and waits at a socket for its order. Then it runs one command, says how that ended, and exits; the
-//! kernel ends whatever else is in it. No cell is used twice.
+//! previous command runs, for the kind of cell which that needs, and waits at a socket for its order. Then it runs one command, says
+//! how that ended, and exits; the kernel ends whatever else is in it. No cell is used twice.
 
 use super::{
     super::clock::Moment,
@@ -12,7 +12,7 @@ use super::{
     protocol::{self, Ended, Failed, FromCell, News, Run, ToRunner},
     usage::Usage,
 };
-use crate::sandbox::{SetupFailure, Step as _, namespaces, settings::Sandbox, world::World};
+use crate::sandbox::{SetupFailure, Step as _, kind::CellKind, namespaces, settings::Sandbox, world::World};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, IoSlice},
@@ -37,19 +37,24 @@ const CELL_TIMEOUT: Duration = Duration::from_secs(10);
 const PREPARE_AFTER: Duration = Duration::from_millis(2);
 /// How many ended cells may wait for the kernel to take them down. Then the runner waits too.
 const MOST_ENDED: usize = 4;
+/// How many cells wait for a command at most, each of another kind.
+const MOST_READY: usize = 2;
 
 /// The cells of one runner.
 pub(super) struct Cells {
     /// Why there can be none.
     world: Result<World, SetupFailure>,
-    /// One that no command has seen.
-    next: Option<Cell>,
-    /// Those whose command has ended.
+    /// Those that no command has seen, the newest at the end.
+    ready: Vec<Cell>,
+    /// Those that have ended, or were told to.
     ended: Vec<Cell>,
 }
 
 /// One cell; ended when dropped.
 struct Cell {
+    kind: CellKind,
+    /// The number of its view.
+    view: u64,
     init: Pid,
     pidfd: OwnedFd,
     socket: UnixStream,
@@ -70,21 +75,54 @@ enum CommandStop {
 impl Cells {
     /// Makes the world of all cells, and the first cell.
     pub(super) fn new(sandbox: Sandbox) -> Self {
-        let mut cells = Self { world: World::new(sandbox), next: None, ended: Vec::new() };
-        cells.prepare();
+        let first = sandbox.first.clone().unwrap_or_default();
+        let mut cells = Self { world: World::new(sandbox), ready: Vec::new(), ended: Vec::new() };
+        cells.prepare(&first);
         cells
     }
 
-    /// Starts the next cell. A failure shows when a cell is needed.
-    fn prepare(&mut self) {
-        if let (None, Ok(world)) = (&self.next, &self.world) {
-            self.next = Cell::new(world).ok();
+    /// Starts the next cell of this kind. A failure shows when a cell is needed.
+    fn prepare(&mut self, kind: &CellKind) {
+        if let Ok(world) = &mut self.world
+            && self.ready.iter().all(|cell| cell.kind != *kind)
+            && let Ok(cell) = Cell::new(world, kind)
+        {
+            self.ready.push(cell);
+            if self.ready.len() > MOST_READY {
+                let oldest = self.ready.remove(0);
+                self.discard(oldest);
+            }
         }
     }
 
-    /// Gets ready for the next command, once this one is answered, and reaps cells that are gone.
-    pub(super) fn tidy(&mut self) {
-        self.prepare();
+    /// Ends a cell that is not needed, without waiting for that.
+    fn discard(&mut self, cell: Cell) {
+        let _ = pidfd_send_signal(&cell.pidfd, Signal::KILL);
+        self.ended.push(cell);
+    }
+
+    /// A cell that has its order: one that was made ahead, if it fits and no harm has come to it meanwhile, or else a new one.
+    fn start(&mut self, kind: &CellKind, run: &Run, capture: &Capture) -> Result<Cell, SetupFailure> {
+        let world = self.world.as_mut().map_err(|failure| failure.again())?;
+        let view = world.view(kind)?;
+        // An overlay can be mounted only once.
+        let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
+        if let Some(at) = self.ready.iter().position(|cell| cell.kind == *kind) {
+            let cell = self.ready.remove(at);
+            if cell.view == view && cell.start(&exec_root, run, capture).is_ok() {
+                return Ok(cell);
+            }
+            self.discard(cell);
+        }
+        let world = self.world.as_mut().map_err(|failure| failure.again())?;
+        let cell = Cell::new(world, kind)?;
+        cell.start(&exec_root, run, capture)?;
+        Ok(cell)
+    }
+
+    /// Gets ready for the next command, once the one that needed this kind is answered, and reaps cells that are gone.
+    pub(super) fn tidy(&mut self, kind: &CellKind) {
+        self.prepare(kind);
         self.ended.retain(|cell| !cell.wait(Duration::ZERO));
         if self.ended.len() > MOST_ENDED {
             self.ended.remove(0);
@@ -98,6 +136,7 @@ impl Cells {
         server: &UnixStream,
         buffer: &mut [u8],
     ) -> Result<Option<Ended>, Failed> {
+        let kind = run.kind.clone().unwrap_or_default();
         let world = self.world.as_ref().map_err(not_set_up)?;
         let failed = |error: io::Error| Failed {
             message: format!("could not start a command: {error}"),
@@ -108,14 +147,7 @@ impl Cells {
             .map_err(failed)?;
         capture.give_to(world.owner()).map_err(failed)?;
         let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
-        // One that was made ahead may have come to harm meanwhile.
-        let ahead = self.next.take().filter(|cell| cell.start(world, &run, &capture).is_ok());
-        let cell = match ahead {
-            Some(cell) => cell,
-            None => Cell::new(world)
-                .and_then(|cell| cell.start(world, &run, &capture).map(|()| cell))
-                .map_err(|failure| not_set_up(&failure))?,
-        };
+        let cell = self.start(&kind, &run, &capture).map_err(|failure| not_set_up(&failure))?;
         let stop = self.follow(&cell, server, &mut capture, buffer).map_err(failed)?;
         let unkept = match stop {
             CommandStop::Ended(Some(FromCell { news: Some(News::Ended(news)) })) => {
@@ -183,7 +215,7 @@ impl Cells {
             }
             if prepare_at.is_some_and(|at| Instant::now() >= at) {
                 prepare_at = None;
-                self.prepare();
+                self.prepare(&cell.kind);
             }
         }
     }
@@ -191,22 +223,22 @@ impl Cells {
 
 impl Cell {
     /// Starts the first process of a cell, which then makes the rest.
-    fn new(world: &World) -> Result<Self, SetupFailure> {
-        let passage = world.passage()?;
+    fn new(world: &mut World, kind: &CellKind) -> Result<Self, SetupFailure> {
+        let (passage, view) = world.passage(kind)?;
+        let world = &*world;
         let (ours, theirs) = UnixStream::pair().step("make a socket")?;
         ours.set_read_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
         ours.set_write_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
         let init = namespaces::start(move || init::init_main(&theirs, world, passage))?;
         let pidfd = pidfd_open(init, PidfdFlags::empty()).step("watch the sandbox")?;
-        let cell = Self { init, pidfd, socket: ours };
-        world.admit(init.as_raw_pid())?;
+        let cell = Self { kind: kind.clone(), view, init, pidfd, socket: ours };
+        world.admit(init.as_raw_pid(), kind)?;
         rustix::io::write(&cell.socket, &[init::ADMITTED]).step("start the sandbox")?;
         Ok(cell)
     }
 
     /// Hands the order over, once the cell is ready.
-    fn start(&self, world: &World, run: &Run, capture: &Capture) -> Result<(), SetupFailure> {
-        let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
+    fn start(&self, exec_root: &OwnedFd, run: &Run, capture: &Capture) -> Result<(), SetupFailure> {
         let ready = protocol::read::<FromCell>(&self.socket).step("wait for the sandbox")?;
         match ready.and_then(|message| message.news) {
             Some(News::Ready(_)) => {}

@@ -11,7 +11,7 @@ use super::{
     sys,
 };
 use crate::sandbox::{
-    EXEC_ROOT, SetupFailure, layers,
+    SetupFailure, layers,
     world::{Passage, World},
 };
 use rustix::{
@@ -71,17 +71,17 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
 /// Runs the command; `None` when the runner is gone.
 fn run_one(
     socket: &UnixStream,
-    close: impl FnOnce() -> Result<(), SetupFailure>,
+    close: impl FnOnce() -> Result<&'static Path, SetupFailure>,
     run: Run,
     [_, stdout, stderr]: &[OwnedFd; FILES],
 ) -> Result<Option<Ended>, Failed> {
-    close().map_err(|failure| Failed {
+    let root = close().map_err(|failure| Failed {
         message: format!("could not set up the sandbox: {failure}"),
         errno: 0,
     })?;
     if run.layers.as_ref().is_some_and(|layers| layers.is_trial) {
         let failed = |failure: SetupFailure| Failed { message: failure.to_string(), errno: 0 };
-        layers::try_out(Path::new(EXEC_ROOT)).map_err(failed)?;
+        layers::try_out(root).map_err(failed)?;
     }
     let failed = |error: io::Error| Failed {
         message: format!("could not start a command in the sandbox: {error}"),
@@ -90,8 +90,7 @@ fn run_one(
     let outputs = (stdout.as_fd(), stderr.as_fd());
     // Before the command can lower this process's limit on open files.
     let deaths = Deaths::watch().map_err(failed)?;
-    let mut children =
-        Children::start(run, Path::new(EXEC_ROOT), outputs, &mut Stack::new()).map_err(failed)?;
+    let mut children = Children::start(run, root, outputs, &mut Stack::new()).map_err(failed)?;
     while !children.reap_ended().map_err(failed)?.first_ended {
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
         deaths.wait(&mut fds, None).map_err(failed)?;

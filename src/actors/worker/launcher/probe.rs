@@ -5,21 +5,23 @@ use crate::{
     actors::worker::{
         cancel::CancelToken,
         command::Launch,
-        dir, layer,
+        dir,
+        exec_root::ExecRoot,
+        inputs::MountPoints,
+        layer,
         messages::SlotId,
         workspace::{BuildRoot, Workspace},
     },
+    limits::Limits,
     sandbox::{
         identity::Users,
-        layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE},
+        kind::CellKind,
+        layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE, TRIAL_HIDDEN, TRIAL_OPAQUE},
         probe::{KernelFacts, Report, find},
         settings::SandboxSettings,
     },
 };
-use gorego_reapi::{
-    digest::{Digest, DigestFunction},
-    error::Error,
-};
+use gorego_reapi::error::Error;
 use rustix::{
     fs::{self as rfs, Mode, OFlags},
     process::geteuid,
@@ -49,7 +51,7 @@ pub(crate) fn probe(settings: &SandboxSettings, runner: &[OsString], build_root:
             has_layers: false,
         };
         let workspace = workspace(build_root)?;
-        attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None)
+        attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None, CellKind::default())
     })
 }
 
@@ -67,8 +69,13 @@ pub(crate) fn probe_layers(
         let workspace = workspace(build_root)?;
         let layers = workspace.layers(&Path::new(&name).join("root")).map_err(in_words)?;
         let layers = Layers { is_trial: true, ..layers };
-        attempt(RunnerLauncher::new(runner.to_vec(), Some(sandbox)), &workspace, Some(layers))?;
+        // What we write into a layer means to the kernel what we mean.
         let own = workspace.root().map_err(in_words)?;
+        layer::make_whiteout(own, TRIAL_HIDDEN)
+            .and_then(|()| layer::set_opaque(&layer::make_directory(own, TRIAL_OPAQUE)?))
+            .map_err(failed)?;
+        let launcher = RunnerLauncher::new(runner.to_vec(), Some(sandbox));
+        attempt(launcher, &workspace, Some(layers), CellKind::default())?;
         // What is in the layer means to us what the kernel meant.
         let replaced = dir::open_dir(own, TRIAL_DIRECTORY.as_ref()).map_err(failed)?;
         match layer::is_opaque(&replaced).map_err(failed)? {
@@ -80,20 +87,36 @@ pub(crate) fn probe_layers(
     tried
 }
 
+/// Finds out whether the root file system of this sandbox can be used; if not, why.
+pub(crate) fn probe_root(
+    sandbox: &PoolSandbox,
+    runner: &[OsString],
+    build_root: &BuildRoot,
+) -> Result<(), String> {
+    let workspace = workspace(build_root)?;
+    let kind = sandbox.settings.kind();
+    if kind.has_input_root_as_root() {
+        let root = workspace.root().map_err(|error| error.to_string())?;
+        MountPoints::make(ExecRoot::new(root, None)).map_err(|error| error.to_string())?;
+    }
+    attempt(RunnerLauncher::new(runner.to_vec(), Some(sandbox)), &workspace, None, kind)
+}
+
 /// The tree that [`layers::try_out`](crate::sandbox::layers::try_out) expects.
 fn lay_out_trial(root: &File) -> io::Result<()> {
-    let file = |parent: &File| {
+    let file = |parent: &File, name: &str| {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = rfs::openat(parent, TRIAL_FILE, flags, Mode::empty())?;
+        let file = rfs::openat(parent, name, flags, Mode::empty())?;
         rfs::fchmod(&file, Mode::from_raw_mode(0o644))
     };
-    file(root)?;
-    Ok(file(&layer::make_directory(root, TRIAL_DIRECTORY)?)?)
+    file(root, TRIAL_FILE)?;
+    file(root, TRIAL_HIDDEN)?;
+    file(&layer::make_directory(root, TRIAL_DIRECTORY)?, TRIAL_FILE)?;
+    Ok(file(&layer::make_directory(root, TRIAL_OPAQUE)?, TRIAL_FILE)?)
 }
 
 fn workspace(build_root: &BuildRoot) -> Result<Workspace, String> {
-    let action = Digest::empty(DigestFunction::Sha256);
-    build_root.create(SlotId(0), &action).map_err(|error| error.to_string())
+    build_root.create_unseen(SlotId(0)).map_err(|error| error.to_string())
 }
 
 /// Takes every step that a command needs, up to the point where its program turns out not to exist.
@@ -101,6 +124,7 @@ fn attempt(
     mut launcher: RunnerLauncher,
     workspace: &Workspace,
     layers: Option<Layers>,
+    kind: CellKind,
 ) -> Result<(), String> {
     let in_words = |error: Error| error.to_string();
     let launch = Launch {
@@ -113,6 +137,8 @@ fn attempt(
         stderr: workspace.path().join("stderr"),
         max_file_bytes: 1024,
         layers,
+        kind,
+        limits: Limits::default(),
         terminal: None,
     };
     match launcher.try_run(&launch, ATTEMPT, &CancelToken::new()).map_err(in_words)?.ending {

@@ -4,7 +4,7 @@
 //! hurries that answer and is ignored when nothing runs. A [`Sandbox`] is the first order, if it comes at all. A runner and a
 //! cell speak in the same way: a cell says [`CellReady`], gets one [`Run`], and says how it ended.
 
-use crate::sandbox::{layers::Layers, settings::Sandbox};
+use crate::sandbox::{kind::CellKind, layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
 use prost::Message;
 use std::io::{self, Read, Write};
@@ -68,6 +68,9 @@ pub struct Run {
     /// The layers of the input root, which is at `root` as it is without them.
     #[prost(message, optional, tag = "9")]
     pub layers: Option<Layers>,
+    /// What kind of cell it needs.
+    #[prost(message, optional, tag = "20")]
+    pub kind: Option<CellKind>,
     /// A terminal that the command gets in place of `/dev/null` and the logs.
     #[prost(bytes = "vec", optional, tag = "10")]
     pub terminal: Option<Vec<u8>>,

@@ -23,6 +23,19 @@ pub fn kill_descendants(of: u32) -> usize {
     found.len()
 }
 
+/// The descendants of a process, at most about this many. What starts or ends meanwhile may be missing or listed.
+pub fn descendants(of: u32, most: usize) -> Vec<u32> {
+    let mut found = children(of);
+    let mut next = 0;
+    while let Some(&pid) = found.get(next)
+        && found.len() < most
+    {
+        found.extend(children(pid));
+        next += 1;
+    }
+    found
+}
+
 /// How long orphans are killed until the survivors are left alone: they hang in the kernel.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 /// How long to wait for deaths before looking again.

@@ -22,7 +22,7 @@ use super::{
     spawn::Stack,
     sys,
 };
-use crate::sandbox::{settings::Sandbox, world::restrict_in_place};
+use crate::sandbox::{kind::CellKind, settings::Sandbox, world::restrict_in_place};
 use rustix::{
     event::{PollFd, PollFlags},
     fs::{self as rfs, Mode, OFlags},
@@ -120,6 +120,7 @@ impl Runner {
             match message.order {
                 Some(Order::Enclose(sandbox)) => self.enclosure = Enclosure::new(sandbox),
                 Some(Order::Run(run)) => {
+                    let kind = run.kind.clone().unwrap_or_default();
                     let reply = match self.run(run) {
                         Ok(Some(ended)) => Reply::Ended(ended),
                         // The server is gone, and so is everything that ran for it.
@@ -128,7 +129,7 @@ impl Runner {
                     };
                     protocol::write(&self.socket, &FromRunner { reply: Some(reply) })?;
                     if let Enclosure::Cells(cells) = &mut self.enclosure {
-                        cells.tidy();
+                        cells.tidy(&kind);
                     }
                 }
                 // A Kill that crossed with the answer has nothing left to kill.
@@ -146,6 +147,9 @@ impl Runner {
         match &mut self.enclosure {
             Enclosure::Cells(cells) => cells.run(run, &self.socket, &mut self.buffer),
             Enclosure::Failed(failed) => Err(failed.clone()),
+            Enclosure::None if run.kind.as_ref().is_some_and(|kind| *kind != CellKind::default()) => {
+                Err(Failed { message: "there are no namespaces, which this command needs".into(), errno: 0 })
+            }
             Enclosure::None => self.run_here(run).map_err(|error| Failed {
                 message: format!("could not start a command: {error}"),
                 errno: error.raw_os_error().unwrap_or(0),

@@ -160,14 +160,24 @@ impl OutputScan {
     /// Walks the directories again, parents first, and gives `visit` each with a handle of what the action's own layer has of it.
     ///
     /// # Errors
-    /// Those of `visit`, and those of walking.
+    /// Those of `visit`, of the checkpoint, and of walking.
     pub(crate) fn revisit(
         &mut self,
         top: LayerWalk<'_>,
         path: &str,
+        checkpoint: &Checkpoint,
         mut visit: impl FnMut(&mut FoundDirectory, Option<&File>) -> Result<()>,
     ) -> Result<()> {
-        self.walk(top, path, |scan, at, here| visit(&mut scan.directories[at], here.own))
+        self.walk(top, path, |scan, at, here| {
+            checkpoint.check()?;
+            visit(&mut scan.directories[at], here.own)
+        })
+    }
+
+    /// The inputs among its files, which are stored already.
+    pub(crate) fn inputs(&self) -> impl Iterator<Item = Digest> {
+        let files = self.directories.iter().flat_map(|directory| &directory.files);
+        files.filter_map(|file| file.content.digest())
     }
 
     /// Visits every directory by position. Children that a visit adds are visited after it.

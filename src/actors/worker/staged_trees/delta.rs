@@ -3,7 +3,10 @@
 //! Directories with equal digests are equal and are not looked into, so the work is proportional to the directories that
 //! differ. The steps are in the order in which a layer of an overlay is written: a directory before what is in it.
 
-use gorego_reapi::tree::{Directory, File, InputTree, Subdirectory, Symlink};
+use gorego_reapi::{
+    digest::Digest,
+    tree::{Directory, File, InputTree, Subdirectory, Symlink},
+};
 use std::collections::HashMap;
 
 /// One step of writing a layer. The layer begins as one directory, the root, which is current.
@@ -69,6 +72,21 @@ impl<'a> Delta<'a> {
             open.push(differing.into_iter());
         }
         Some(delta)
+    }
+
+    /// The blobs that it needs; `wanted` is the tree that it makes of its base.
+    pub fn blobs(&self, wanted: &InputTree) -> Vec<Digest> {
+        let mut blobs = Vec::new();
+        for step in &self.steps {
+            match step {
+                DeltaStep::File(file) => blobs.push(file.digest),
+                DeltaStep::Tree { node, .. } => {
+                    wanted.each_file_below(&node.digest, |file| blobs.push(file.digest))
+                }
+                DeltaStep::Enter(_) | DeltaStep::Leave | DeltaStep::Link(_) | DeltaStep::Hide(_) => {}
+            }
+        }
+        blobs
     }
 
     fn add(&mut self, step: DeltaStep<'a>, cost: Cost, limit: Cost) -> Option<()> {

@@ -1,33 +1,49 @@
 //! [`TreeIndex`]: which trees are staged, who uses them, and which go first. Pure.
 //!
 //! A tree takes its part of the budget from before it is built until it is told to go. Trees that are leased stay. The
-//! others go in the order of their last use, when a new tree needs the room. So the trees never have more than the budget.
+//! others go in the order of their last use, when a new tree needs the room. So the trees never have more than the budget, nor,
+//! when a new one is begun, more than half of the disk space that would be free without them.
+//!
+//! A tree that turned out to be damaged is leased to nobody any more, and goes with its last lease.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     hash::Hash,
 };
 
-/// What trees take on disk.
+/// So many large deltas over one tree are written before the next root with one becomes a tree.
+const LARGE_DELTAS: u32 = 8;
+
+/// What trees take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StagedSize {
-    /// Bytes of their files.
+    /// Bytes on disk.
     pub bytes: u64,
     /// Files, directories and links.
     pub nodes: u64,
+    /// Bytes in memory.
+    pub memory: u64,
 }
 
 impl StagedSize {
+    fn with(self, other: Self, merge: impl Fn(u64, u64) -> u64) -> Self {
+        Self {
+            bytes: merge(self.bytes, other.bytes),
+            nodes: merge(self.nodes, other.nodes),
+            memory: merge(self.memory, other.memory),
+        }
+    }
+
     fn plus(self, other: Self) -> Self {
-        Self { bytes: self.bytes.saturating_add(other.bytes), nodes: self.nodes.saturating_add(other.nodes) }
+        self.with(other, u64::saturating_add)
     }
 
     fn minus(self, other: Self) -> Self {
-        Self { bytes: self.bytes.saturating_sub(other.bytes), nodes: self.nodes.saturating_sub(other.nodes) }
+        self.with(other, u64::saturating_sub)
     }
 
     fn fits(self, budget: Self) -> bool {
-        self.bytes <= budget.bytes && self.nodes <= budget.nodes
+        self.bytes <= budget.bytes && self.nodes <= budget.nodes && self.memory <= budget.memory
     }
 }
 
@@ -42,15 +58,22 @@ pub enum BuildPermit<T> {
     NoRoom,
 }
 
+/// Names one tree for as long as it is in the index. Two trees with the same key have different ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TreeId(u64);
+
 /// Staged trees `T` by key.
 #[derive(Debug)]
 pub struct TreeIndex<K, T> {
     budget: StagedSize,
     charged: StagedSize,
-    trees: HashMap<K, StagedEntry<T>>,
-    /// Those that nobody uses, and others, by their last use; the number is unique.
-    order: BTreeMap<u64, K>,
+    trees: HashMap<TreeId, StagedEntry<K, T>>,
+    /// Those that can be leased.
+    current: HashMap<K, TreeId>,
+    /// The same by their last use; the number is unique.
+    order: BTreeMap<u64, TreeId>,
     last_use: u64,
+    last_id: u64,
     building: HashMap<K, StagedSize>,
     /// Roots that were staged without becoming a tree, the oldest first.
     passed: VecDeque<K>,
@@ -59,11 +82,15 @@ pub struct TreeIndex<K, T> {
 }
 
 #[derive(Debug)]
-struct StagedEntry<T> {
+struct StagedEntry<K, T> {
+    key: K,
     tree: T,
     size: StagedSize,
     leases: usize,
     used: u64,
+    /// How many large deltas were written over it.
+    large_deltas: u32,
+    is_current: bool,
 }
 
 impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
@@ -73,8 +100,10 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
             budget,
             charged: StagedSize::default(),
             trees: HashMap::new(),
+            current: HashMap::new(),
             order: BTreeMap::new(),
             last_use: 0,
+            last_id: 0,
             building: HashMap::new(),
             passed: VecDeque::new(),
             is_passed: HashSet::new(),
@@ -83,50 +112,73 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
     }
 
     /// Leases a tree, if there is one.
-    pub fn lease(&mut self, key: K) -> Option<T> {
-        let entry = self.trees.get_mut(&key)?;
+    pub fn lease(&mut self, key: K) -> Option<(TreeId, T)> {
+        let id = *self.current.get(&key)?;
+        Some((id, self.lease_again(id)?))
+    }
+
+    /// Leases this tree, if it can still be leased.
+    pub fn lease_again(&mut self, id: TreeId) -> Option<T> {
+        let entry = self.trees.get_mut(&id).filter(|entry| entry.is_current)?;
         entry.leases += 1;
         self.order.remove(&entry.used);
         self.last_use += 1;
         entry.used = self.last_use;
-        self.order.insert(entry.used, key);
+        self.order.insert(entry.used, id);
         Some(entry.tree.clone())
     }
 
-    /// Ends a lease.
-    pub fn release(&mut self, key: K) {
-        if let Some(entry) = self.trees.get_mut(&key) {
-            entry.leases = entry.leases.saturating_sub(1);
-        }
+    /// Ends a lease. Returns the tree if it was discarded meanwhile and this was its last lease; it is to be removed then.
+    pub fn release(&mut self, id: TreeId) -> Option<T> {
+        let entry = self.trees.get_mut(&id)?;
+        entry.leases = entry.leases.saturating_sub(1);
+        if entry.leases == 0 && !entry.is_current { self.remove(id) } else { None }
     }
 
-    /// Asks to build a tree, and takes room for it.
-    pub fn begin(&mut self, key: K, size: StagedSize) -> BuildPermit<T> {
-        if self.trees.contains_key(&key) || self.building.contains_key(&key) {
+    /// Leases a tree to nobody any more, because it is damaged. Returns it if nobody uses it; it is to be removed then.
+    pub fn discard(&mut self, id: TreeId) -> Option<T> {
+        let entry = self.trees.get_mut(&id)?;
+        if std::mem::take(&mut entry.is_current) {
+            self.order.remove(&entry.used);
+            self.current.remove(&entry.key);
+        }
+        if entry.leases == 0 { self.remove(id) } else { None }
+    }
+
+    /// Asks to build a tree, and takes room for it. `free` is what the disk has left.
+    pub fn begin(&mut self, key: K, size: StagedSize, free: StagedSize) -> BuildPermit<T> {
+        if self.current.contains_key(&key) || self.building.contains_key(&key) {
             return BuildPermit::Exists;
         }
-        let free = |entry: &&StagedEntry<T>| entry.leases == 0;
-        let unused =
-            self.trees.values().filter(free).fold(StagedSize::default(), |sum, entry| sum.plus(entry.size));
-        if !self.charged.minus(unused).plus(size).fits(self.budget) {
+        let half_of_free = self.charged.with(free, |charged, free| charged.saturating_add(free) / 2);
+        let budget = self.budget.with(half_of_free, u64::min);
+        let unused = self.trees.values().filter(|entry| entry.leases == 0);
+        let unused = unused.fold(StagedSize::default(), |sum, entry| sum.plus(entry.size));
+        if !self.charged.minus(unused).plus(size).fits(budget) {
             return BuildPermit::NoRoom;
         }
         let mut removed = Vec::new();
-        while !self.charged.plus(size).fits(self.budget) {
-            let Some(oldest) = self.oldest_unused() else { break };
-            removed.extend(self.remove(oldest));
+        while !self.charged.plus(size).fits(budget) {
+            let Some(oldest) = self.take_oldest_unused() else { break };
+            removed.push(oldest);
         }
         self.charged = self.charged.plus(size);
         self.building.insert(key, size);
         BuildPermit::Build(removed)
     }
 
-    /// Adds a tree that was built, and leases it.
-    pub fn finish(&mut self, key: K, tree: T) {
-        let Some(size) = self.building.remove(&key) else { return };
+    /// Adds a tree that was built, and leases it. `None` if nobody asked to build it.
+    pub fn finish(&mut self, key: K, tree: T) -> Option<TreeId> {
+        let size = self.building.remove(&key)?;
         self.last_use += 1;
-        self.order.insert(self.last_use, key);
-        self.trees.insert(key, StagedEntry { tree, size, leases: 1, used: self.last_use });
+        self.last_id += 1;
+        let id = TreeId(self.last_id);
+        self.order.insert(self.last_use, id);
+        self.current.insert(key, id);
+        let used = self.last_use;
+        let entry = StagedEntry { key, tree, size, leases: 1, used, large_deltas: 0, is_current: true };
+        self.trees.insert(id, entry);
+        Some(id)
     }
 
     /// Gives the room of a tree back that could not be built.
@@ -142,18 +194,16 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
     }
 
     /// The trees that were used last, at most `count`, the latest first.
-    pub fn latest(&self, count: usize) -> impl Iterator<Item = (K, &T)> {
-        let keys = self.order.values().rev().take(count);
-        keys.filter_map(|key| Some((*key, &self.trees.get(key)?.tree)))
+    pub fn latest(&self, count: usize) -> impl Iterator<Item = (TreeId, K, &T)> {
+        let ids = self.order.values().rev().take(count);
+        ids.filter_map(|id| self.trees.get(id).map(|entry| (*id, entry.key, &entry.tree)))
     }
 
-    /// Takes all trees out that nobody uses; they are to be removed.
-    pub fn take_unused(&mut self) -> Vec<T> {
-        let mut removed = Vec::new();
-        while let Some(oldest) = self.oldest_unused() {
-            removed.extend(self.remove(oldest));
-        }
-        removed
+    /// Takes the tree out that was not used for the longest time, if nobody uses it; it is to be removed.
+    pub fn take_oldest_unused(&mut self) -> Option<T> {
+        let is_unused = |id: &&TreeId| self.trees.get(id).is_some_and(|entry| entry.leases == 0);
+        let oldest = self.order.values().find(is_unused).copied()?;
+        self.discard(oldest)
     }
 
     /// A root was staged without becoming a tree. Returns whether that happened before, as far as it is remembered.
@@ -170,14 +220,19 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         false
     }
 
-    fn oldest_unused(&self) -> Option<K> {
-        let is_unused = |key: &&K| self.trees.get(key).is_some_and(|entry| entry.leases == 0);
-        self.order.values().find(is_unused).copied()
+    /// A large delta is about to be written over this tree. Returns whether there were so many that another base is due.
+    pub fn is_worn_by_deltas(&mut self, id: TreeId) -> bool {
+        let Some(entry) = self.trees.get_mut(&id) else { return false };
+        entry.large_deltas += 1;
+        let is_worn = entry.large_deltas > LARGE_DELTAS;
+        if is_worn {
+            entry.large_deltas = 0;
+        }
+        is_worn
     }
 
-    fn remove(&mut self, key: K) -> Option<T> {
-        let entry = self.trees.remove(&key)?;
-        self.order.remove(&entry.used);
+    fn remove(&mut self, id: TreeId) -> Option<T> {
+        let entry = self.trees.remove(&id)?;
         self.charged = self.charged.minus(entry.size);
         Some(entry.tree)
     }
@@ -188,61 +243,92 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const BUDGET: StagedSize = StagedSize { bytes: 100, nodes: 10 };
+    const BUDGET: StagedSize = StagedSize { bytes: 100, nodes: 10, memory: 50 };
+    const PLENTY: StagedSize = StagedSize { bytes: u64::MAX, nodes: u64::MAX, memory: u64::MAX };
 
     #[derive(Debug, Clone)]
     enum Act {
         Lease(u8),
-        Release(u8),
-        Begin(u8, StagedSize),
+        /// Ends one of the leases of the tree that was built as this one.
+        Release(usize),
+        Discard(usize),
+        Begin(u8, StagedSize, StagedSize),
         Finish(u8),
         Abandon(u8),
-        Clear,
+        TakeOldest,
     }
 
     fn act() -> impl Strategy<Value = Act> {
         let key = || 0..8u8;
-        let size = (0..120u64, 0..12u64).prop_map(|(bytes, nodes)| StagedSize { bytes, nodes });
+        let size = |most: u64| {
+            (0..most, 0..most / 10, 0..most / 2).prop_map(|(bytes, nodes, memory)| StagedSize {
+                bytes,
+                nodes,
+                memory,
+            })
+        };
         prop_oneof![
             3 => key().prop_map(Act::Lease),
-            3 => key().prop_map(Act::Release),
-            3 => (key(), size).prop_map(|(key, size)| Act::Begin(key, size)),
+            3 => (0..20usize).prop_map(Act::Release),
+            1 => (0..20usize).prop_map(Act::Discard),
+            3 => (key(), size(120), size(400)).prop_map(|(key, size, free)| Act::Begin(key, size, free)),
             3 => key().prop_map(Act::Finish),
             1 => key().prop_map(Act::Abandon),
-            1 => Just(Act::Clear),
+            1 => Just(Act::TakeOldest),
         ]
+    }
+
+    #[derive(Clone)]
+    struct ModelTree {
+        key: u8,
+        number: usize,
+        size: StagedSize,
+        leases: usize,
+        is_discarded: bool,
     }
 
     /// What the index promises, written down without regard to cost.
     #[derive(Default)]
     struct Model {
-        /// (key, size, leases), the one that was used last at the end.
-        trees: Vec<(u8, StagedSize, usize)>,
+        /// The one that was used last at the end.
+        trees: Vec<ModelTree>,
         building: Vec<(u8, StagedSize)>,
     }
 
     impl Model {
         fn total(&self) -> StagedSize {
-            let sizes = self.trees.iter().map(|tree| tree.1).chain(self.building.iter().map(|tree| tree.1));
+            let sizes =
+                self.trees.iter().map(|tree| tree.size).chain(self.building.iter().map(|tree| tree.1));
             sizes.fold(StagedSize::default(), StagedSize::plus)
         }
 
         fn position(&self, key: u8) -> Option<usize> {
-            self.trees.iter().position(|tree| tree.0 == key)
+            self.trees.iter().position(|tree| tree.key == key && !tree.is_discarded)
         }
 
-        fn begin(&mut self, key: u8, size: StagedSize) -> BuildPermit<u8> {
+        fn oldest_unused(&self) -> Option<usize> {
+            self.trees.iter().position(|tree| tree.leases == 0)
+        }
+
+        fn begin(&mut self, key: u8, size: StagedSize, free: StagedSize) -> BuildPermit<usize> {
             if self.position(key).is_some() || self.building.iter().any(|tree| tree.0 == key) {
                 return BuildPermit::Exists;
             }
+            let space = self.total().plus(free);
+            let fits = |total: StagedSize| {
+                total.fits(BUDGET)
+                    && 2 * total.bytes <= space.bytes
+                    && 2 * total.nodes <= space.nodes
+                    && 2 * total.memory <= space.memory
+            };
             let before = self.trees.clone();
             let mut removed = Vec::new();
-            while !self.total().plus(size).fits(BUDGET) {
-                let Some(oldest) = self.trees.iter().position(|tree| tree.2 == 0) else {
+            while !fits(self.total().plus(size)) {
+                let Some(oldest) = self.oldest_unused() else {
                     self.trees = before;
                     return BuildPermit::NoRoom;
                 };
-                removed.push(self.trees.remove(oldest).0);
+                removed.push(self.trees.remove(oldest).number);
             }
             self.building.push((key, size));
             BuildPermit::Build(removed)
@@ -255,49 +341,69 @@ mod tests {
         fn the_index_follows_its_model(acts in proptest::collection::vec(act(), 0..200)) {
             let mut index = TreeIndex::new(BUDGET, 4);
             let mut model = Model::default();
+            let mut ids = Vec::new();
             for act in acts {
                 match act {
                     Act::Lease(key) => {
+                        let leased = index.lease(key);
                         let position = model.position(key);
-                        prop_assert_eq!(index.lease(key).is_some(), position.is_some());
+                        prop_assert_eq!(leased.map(|(_, number)| number), position.map(|at| model.trees[at].number));
                         if let Some(position) = position {
-                            let (key, size, leases) = model.trees.remove(position);
-                            model.trees.push((key, size, leases + 1));
+                            let mut tree = model.trees.remove(position);
+                            tree.leases += 1;
+                            model.trees.push(tree);
                         }
                     }
-                    Act::Release(key) => {
+                    Act::Release(number) => {
                         // Only leases that were taken end.
-                        if let Some(at) = model.position(key).filter(|at| model.trees[*at].2 > 0) {
-                            model.trees[at].2 -= 1;
-                            index.release(key);
+                        let leased = |tree: &ModelTree| tree.number == number && tree.leases > 0;
+                        if let Some(at) = model.trees.iter().position(leased) {
+                            model.trees[at].leases -= 1;
+                            let goes = model.trees[at].leases == 0 && model.trees[at].is_discarded;
+                            prop_assert_eq!(index.release(ids[number]), goes.then_some(number));
+                            if goes {
+                                model.trees.remove(at);
+                            }
                         }
                     }
-                    Act::Begin(key, size) => {
-                        prop_assert_eq!(index.begin(key, size), model.begin(key, size));
+                    Act::Discard(number) => {
+                        if let Some(at) = model.trees.iter().position(|tree| tree.number == number) {
+                            model.trees[at].is_discarded = true;
+                            let goes = model.trees[at].leases == 0;
+                            prop_assert_eq!(index.discard(ids[number]), goes.then_some(number));
+                            if goes {
+                                model.trees.remove(at);
+                            }
+                        }
+                    }
+                    Act::Begin(key, size, free) => {
+                        prop_assert_eq!(index.begin(key, size, free), model.begin(key, size, free));
                     }
                     Act::Finish(key) => {
-                        index.finish(key, key);
-                        if let Some(at) = model.building.iter().position(|tree| tree.0 == key) {
+                        let number = ids.len();
+                        let finished = index.finish(key, number);
+                        let at = model.building.iter().position(|tree| tree.0 == key);
+                        prop_assert_eq!(finished.is_some(), at.is_some());
+                        if let Some((at, id)) = at.zip(finished) {
+                            ids.push(id);
                             let (key, size) = model.building.remove(at);
-                            model.trees.push((key, size, 1));
+                            model.trees.push(ModelTree { key, number, size, leases: 1, is_discarded: false });
                         }
                     }
                     Act::Abandon(key) => {
                         index.abandon(key);
                         model.building.retain(|tree| tree.0 != key);
                     }
-                    Act::Clear => {
-                        let unused: Vec<_> =
-                            model.trees.iter().filter(|tree| tree.2 == 0).map(|tree| tree.0).collect();
-                        prop_assert_eq!(index.take_unused(), unused);
-                        model.trees.retain(|tree| tree.2 > 0);
+                    Act::TakeOldest => {
+                        let oldest = model.oldest_unused().map(|at| model.trees.remove(at).number);
+                        prop_assert_eq!(index.take_oldest_unused(), oldest);
                     }
                 }
                 prop_assert_eq!(index.charged, model.total());
                 prop_assert!(index.charged.fits(BUDGET));
-                let latest: Vec<_> = index.latest(100).map(|(key, _)| key).collect();
-                let expected: Vec<_> = model.trees.iter().rev().map(|tree| tree.0).collect();
-                prop_assert_eq!(latest, expected);
+                let latest: Vec<_> = index.latest(100).map(|(_, key, _)| key).collect();
+                let current = model.trees.iter().rev().filter(|tree| !tree.is_discarded);
+                prop_assert_eq!(latest, current.map(|tree| tree.key).collect::<Vec<_>>());
             }
         }
     }
@@ -309,5 +415,16 @@ mod tests {
         assert!(!index.pass(2) && !index.pass(3));
         assert!(!index.pass(1), "forgotten");
         assert!(index.pass(3));
+    }
+
+    #[test]
+    fn large_deltas_wear_a_tree_out_until_another_base_is_made() {
+        let mut index = TreeIndex::new(BUDGET, 2);
+        assert_eq!(index.begin(1, StagedSize::default(), PLENTY), BuildPermit::Build(vec![]));
+        let id = index.finish(1, ()).unwrap();
+        for _ in 0..3 {
+            assert!((0..LARGE_DELTAS).all(|_| !index.is_worn_by_deltas(id)));
+            assert!(index.is_worn_by_deltas(id));
+        }
     }
 }

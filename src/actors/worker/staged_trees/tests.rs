@@ -15,26 +15,41 @@ struct Counted {
     contents: Contents,
     files: AtomicUsize,
     fails_at: Option<usize>,
+    /// Instead of failing.
+    panics: bool,
 }
 
 impl Counted {
     fn new(tree: &model::Tree) -> Self {
         let contents = Contents(Arc::new(model::input_tree(tree)));
-        Self { contents, files: AtomicUsize::new(0), fails_at: None }
+        Self { contents, files: AtomicUsize::new(0), fails_at: None, panics: false }
     }
 
     fn files(&self) -> usize {
         self.files.load(Ordering::Relaxed)
     }
+
+    fn tree(&self) -> &Arc<InputTree> {
+        &self.contents.0
+    }
 }
 
-impl Inputs for Counted {
+impl Inputs for &Counted {
     fn tree(&self) -> &Arc<InputTree> {
-        self.contents.tree()
+        Counted::tree(self)
+    }
+
+    fn lease_all(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn lease(&mut self, _: Vec<Digest>) -> Result<()> {
+        Ok(())
     }
 
     fn materialise(&self, digest: &Digest, parent: &fs::File, name: &str, mode: u32) -> Result<()> {
         if self.fails_at == Some(self.files.fetch_add(1, Ordering::Relaxed)) {
+            assert!(!self.panics, "as the test asked");
             return Err(Error::MissingBlobs(vec![*digest]));
         }
         self.contents.materialise(digest, parent, name, mode)
@@ -49,15 +64,18 @@ struct Bench {
 
 impl Bench {
     fn new(max_bytes: u64) -> Self {
+        Self::within(StagingLimits { max_bytes, ..StagingLimits::default() })
+    }
+
+    fn within(limits: StagingLimits) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let limits = StagingLimits { max_bytes, ..StagingLimits::default() };
         Self { build_root: BuildRoot::with_trees(directory.path(), limits).unwrap(), directory }
     }
 
     fn stage<'a>(&self, inputs: &'a Counted) -> Result<Option<Base<'a>>> {
         let cancel = CancelToken::new();
         let checkpoint = Checkpoint::new(&cancel, "a test", Duration::from_secs(60));
-        self.build_root.stage(&self.build_root.place()?, inputs, INSTANCE, &checkpoint)
+        self.build_root.stage(&self.build_root.place()?, &mut &*inputs, inputs.tree(), INSTANCE, &checkpoint)
     }
 
     fn base<'a>(&self, inputs: &'a Counted) -> Base<'a> {
@@ -148,8 +166,76 @@ fn the_budget_holds_and_a_tree_in_use_stays() {
     assert!(path.join("1-4/49").exists());
     drop(second);
     bench.build_root.relieve_disk();
-    bench.wait_for_trees(1);
+    bench.wait_for_trees(2);
+    // On a disk that is low.
+    bench.build_root.remove_unused_trees_while(|| true);
+    assert_eq!(bench.trees(), 1, "nothing is left to the background");
     assert!(path.join("1-4/49").exists());
+}
+
+/// Links have no bytes on disk to speak of, but their targets are in memory.
+#[test]
+fn the_memory_of_what_is_staged_is_bounded() {
+    let limits = StagingLimits { max_memory: 20_000, max_bytes: ROOM, ..StagingLimits::default() };
+    let bench = Bench::within(limits);
+    let roots: Vec<_> = (1..=3).map(|family| Counted::new(&tree(family, 50))).collect();
+    assert!((9_000..10_000).contains(&roots[0].tree().memory()), "{}", roots[0].tree().memory());
+    let in_use: Vec<_> = roots[..2].iter().map(|root| bench.base(root)).collect();
+    assert!(bench.stage(&roots[2]).unwrap().is_none());
+    drop(in_use);
+    bench.base(&roots[2]);
+    bench.wait_for_trees(2);
+}
+
+#[test]
+fn a_tree_that_somebody_removed_is_made_again() {
+    let bench = Bench::new(ROOM);
+    let inputs = Counted::new(&tree(1, 100));
+    let path = bench.base(&inputs).lease.path();
+    fs::remove_dir_all(bench.directory.path().join(&path)).unwrap();
+    let again = bench.base(&inputs);
+    assert_ne!(again.lease.path(), path);
+    assert_eq!(inputs.files(), 200);
+    bench.wait_for_trees(1);
+    // While it is in use.
+    let top = bench.directory.path().join(again.lease.path());
+    assert!(again.lease.check_in_place().is_ok());
+    fs::remove_dir_all(top.join("1-3")).unwrap();
+    assert!(matches!(again.lease.check_in_place(), Err(Error::Unavailable(_))));
+    let changed = Counted::new(&{
+        let mut changed = tree(1, 100);
+        changed.remove("/1-4/44");
+        changed
+    });
+    assert!(bench.base(&changed).delta.steps.is_empty(), "nor is it a base");
+    assert!(top.exists(), "somebody still uses the rest of it");
+    drop(again);
+    bench.wait_for_trees(1);
+    assert!(!top.exists());
+}
+
+#[test]
+fn inputs_are_copied_for_a_while_after_a_tree_could_not_be_mounted() {
+    let bench = Bench::new(ROOM);
+    let inputs = Counted::new(&tree(1, 100));
+    bench.base(&inputs).lease.could_not_be_mounted();
+    assert!(bench.stage(&inputs).unwrap().is_none());
+}
+
+/// Sources that change all the time: no root comes twice.
+#[test]
+fn many_large_differences_from_one_base_give_another_base() {
+    let bench = Bench::new(ROOM);
+    drop(bench.base(&Counted::new(&tree(1, 1_000))));
+    let changed = |round: u64| {
+        let mut changed = tree(1, 1_000);
+        changed.extend(tree(50, 200));
+        changed.insert("/1-3/33".into(), Shown::File(round, true));
+        Counted::new(&changed)
+    };
+    let costs: Vec<_> = (2..20).map(|round| bench.base(&changed(round)).delta.cost.entries).collect();
+    assert_eq!(costs[..8], [222; 8]);
+    assert_eq!(costs[8..], [[0].as_slice(), &[2; 9]].concat());
 }
 
 #[test]
@@ -161,6 +247,10 @@ fn nothing_is_left_of_a_tree_that_could_not_be_written() {
     let whole = Counted::new(&tree(1, 100));
     assert!(bench.base(&whole).delta.steps.is_empty());
     assert_eq!((whole.files(), bench.trees()), (100, 1));
+    let panicking = Counted { fails_at: Some(70), panics: true, ..Counted::new(&tree(2, 100)) };
+    let staged = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| bench.stage(&panicking).map(drop)));
+    assert!(staged.is_err());
+    bench.wait_for_trees(1);
 }
 
 #[test]

@@ -81,10 +81,11 @@ impl Attempts {
     }
 
     /// Keeps a directory for the next attempt. A name that is derived from an action is not kept, because another run may use
-    /// it by then.
+    /// it by then. All other names are numbered, and no number is used twice.
     fn keep(&self, place: &Arc<RootDirectory>, name: &OsStr) -> bool {
         let mut failed = self.failed();
-        let is_kept = matches!(owner(name), Some(EntryOwner::Run)) && failed.len() < MAX_FAILED;
+        let is_kept =
+            matches!(owner(name), Some(EntryOwner::Run | EntryOwner::Tree)) && failed.len() < MAX_FAILED;
         if is_kept {
             failed.push(Job { place: place.clone(), name: name.to_owned(), ticket: None });
         }
@@ -389,14 +390,14 @@ mod tests {
     /// The removals fail at first, as on a full file system that needs free space to remove a file.
     #[test]
     fn what_cannot_be_removed_is_tried_again_unless_its_name_may_belong_to_another_run_by_then() {
-        static FULL_FOR: AtomicUsize = AtomicUsize::new(5);
+        static FULL_FOR: AtomicUsize = AtomicUsize::new(6);
         fn remove_or_fail(parent: &File, name: &OsStr) -> io::Result<()> {
             let is_full = FULL_FOR.fetch_update(SeqCst, SeqCst, |times| times.checked_sub(1)).is_ok();
             if is_full { Err(Errno::NOSPC.into()) } else { remove(parent, name) }
         }
         let directory = tempfile::tempdir().unwrap();
         let place = Arc::new(RootDirectory::open(directory.path(), StagingLimits::default()).unwrap());
-        let paths = ["a-89abcdef", "0-1", "0-2"].map(|name| directory.path().join(name));
+        let paths = ["a-89abcdef", "0-1", "0-2", "t-3"].map(|name| directory.path().join(name));
         paths.iter().for_each(|path| fs::create_dir_all(path.join("root")).unwrap());
         let remover = Remover::with(Vec::new(), remove_or_fail, Duration::from_millis(1));
         for path in &paths {
@@ -405,7 +406,7 @@ mod tests {
         }
         assert_eq!(remover.wait(Duration::from_secs(60)), 0, "nobody waits for the next attempt");
         let deadline = Instant::now() + Duration::from_secs(60);
-        while paths[1].exists() || paths[2].exists() {
+        while paths[1..].iter().any(|path| path.exists()) {
             assert!(Instant::now() < deadline, "it was not tried again");
             thread::yield_now();
         }

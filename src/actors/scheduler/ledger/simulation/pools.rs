@@ -3,9 +3,13 @@
 use super::World;
 use crate::{
     actors::scheduler::{
-        ledger::{TaskStep, fixtures::pool},
+        ledger::{
+            TaskStep,
+            fixtures::{pool, pool_with_room},
+        },
         slots::{PoolId, PoolSpec},
     },
+    limits::Room,
     platform::{self, Offer},
 };
 use std::collections::BTreeMap;
@@ -44,7 +48,7 @@ pub(super) struct Pools {
 
 impl Pools {
     /// A pool with a name of its own.
-    pub(super) fn new_spec(&mut self, slots: usize, kind: PoolKind) -> PoolSpec {
+    pub(super) fn new_spec(&mut self, slots: usize, kind: PoolKind, has_room: bool) -> PoolSpec {
         self.names += 1;
         let either = Offer::Set(vec!["linux".into(), "plan9".into()]);
         let offers = match kind {
@@ -52,7 +56,8 @@ impl Pools {
             PoolKind::Plan9 => pool(slots, "plan9").offers,
             PoolKind::Either => [("OSFamily".to_owned(), either)].into(),
         };
-        PoolSpec { name: format!("pool {}", self.names), offers, ..pool(slots, "") }
+        let spec = if has_room { pool_with_room(slots as u64, "") } else { pool(slots, "") };
+        PoolSpec { name: format!("pool {}", self.names), offers, ..spec }
     }
 
     pub(super) fn insert(&mut self, id: PoolId, spec: PoolSpec) {
@@ -94,6 +99,16 @@ impl Pools {
 
     pub(super) fn slots(&self, id: PoolId) -> usize {
         self.pools[&id].spec.slots
+    }
+
+    /// What the tasks of a pool share; `None` if it counts slots only, or is gone.
+    pub(super) fn room(&self, id: PoolId) -> Option<Room> {
+        self.pools.get(&id)?.spec.room
+    }
+
+    /// What an action with these properties takes of a pool.
+    pub(super) fn need(&self, id: PoolId, platform: &[(String, String)]) -> Room {
+        self.pools.get(&id).map_or_else(Room::default, |pool| pool.spec.limits.need(platform))
     }
 
     pub(super) fn order(&self) -> &[PoolId] {
@@ -143,7 +158,8 @@ impl World {
     fn add_pool(&mut self) {
         let kind = self.random.pick(&[PoolKind::Linux, PoolKind::Plan9, PoolKind::Either]).unwrap();
         let slots = 1 + self.random.below(2);
-        let spec = self.pools.new_spec(slots, kind);
+        let has_room = self.random.chance(30);
+        let spec = self.pools.new_spec(slots, kind, has_room);
         let id = self.ledger.add_pool(spec.clone()).unwrap();
         assert!(self.ledger.add_pool(spec.clone()).is_err(), "names are unique");
         self.pools.insert(id, spec);
@@ -159,7 +175,8 @@ impl World {
         assert_eq!(ledger.slots.order(), self.pools.order());
         assert!(ledger.ready.keys().eq(self.pools.pools.keys()), "each pool has a queue");
         for task in ledger.tasks.values() {
-            let family = task.action.platform.first().map(|(_, value)| value.as_str());
+            let mut families = task.action.platform.iter().filter(|(name, _)| name == "OSFamily");
+            let family = families.next().map(|(_, value)| value.as_str());
             assert_eq!(*task.pools, *self.pools.suiting(family));
             if task.step != TaskStep::Running {
                 let is_hopeless = |id: &PoolId| self.pools.is_closed(*id);

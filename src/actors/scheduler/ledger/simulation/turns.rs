@@ -24,6 +24,8 @@ use std::{
 pub(super) struct WaitingTask {
     pub(super) entry: QueueEntry,
     pub(super) pools: PoolSet,
+    /// The platform properties of its action.
+    pub(super) platform: Vec<(String, String)>,
     /// What runs of its owner and priority, and of its peer, by pool.
     loads: HashMap<PoolId, usize>,
     peer_loads: HashMap<PoolId, usize>,
@@ -46,6 +48,7 @@ impl World {
             WaitingTask {
                 entry,
                 pools: task.pools.clone(),
+                platform: task.action.platform.clone(),
                 loads: task
                     .pools
                     .iter()

@@ -84,7 +84,7 @@ fn each_try_has_streams_and_an_account_of_its_own() {
         assert_eq!((streams(), desk.submit(work(1)).snapshots.borrow().logs), (logs, logs));
         // The second worker died without a word.
         let log = (attempt != 2).then(|| digest(&work(100 + u64::try_from(attempt).unwrap())));
-        let account = Account { message: "m".into(), log };
+        let account = Account { message: "m".into(), log, ..Account::default() };
         let error = Error::internal("the runner is gone");
         let failure = RunFailure { retryable: true, account: Box::new(account), ..RunFailure::new(error) };
         desk.finish(task, Err(failure));

@@ -1,0 +1,87 @@
+//! Pools that count cores and memory instead of slots.
+
+use super::*;
+use crate::{actors::worker::messages::Account, limits::LimitRange};
+
+fn asking(name: u64, cores: u64) -> Work {
+    Work { cores, ..work(name) }
+}
+
+/// A pool of one slot whose tasks get this much memory.
+fn pool_of(name: &str, memory: u64) -> PoolSpec {
+    let mut spec = PoolSpec { name: name.into(), ..pool(1, "linux") };
+    spec.limits.memory = LimitRange { default: memory, max: 0 };
+    spec
+}
+
+fn out_of_memory() -> RunReport {
+    let account = Account { out_of_memory: true, ..Account::default() };
+    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), account }))
+}
+
+#[test]
+fn a_pool_runs_as_many_tasks_as_have_room_in_it() {
+    let mut desk = Desk::with_pools(vec![pool_with_room(4, "linux")]);
+    let operations: Vec<_> =
+        [(1, 2), (2, 0), (3, 0), (4, 0)].map(|(name, cores)| desk.submit(asking(name, cores))).into();
+    let running = desk.dispatch();
+    assert_eq!(running.len(), 3, "two cores for the first, one for each of the others");
+    let status = desk.ledger.explain(&instance(), operations[3].info.id, desk.now).unwrap();
+    assert!(
+        status.reason.contains("it needs 1 core") && status.reason.contains("0 cores"),
+        "{}",
+        status.reason
+    );
+    desk.finish(running[0].task, success());
+    assert_eq!(desk.dispatch().len(), 1);
+}
+
+#[test]
+fn a_large_task_is_not_passed_by_small_ones_for_ever() {
+    let mut desk = Desk::with_pools(vec![pool_with_room(4, "linux")]);
+    (1..=4).for_each(|name| drop(desk.submit(asking(name, 1))));
+    let mut running: Vec<TaskId> = desk.dispatch().iter().map(|run| run.task).collect();
+    assert_eq!(running.len(), 4);
+    let large = desk.submit(asking(5, 4));
+    // As soon as one ends, another small one arrives.
+    for name in 6.. {
+        desk.finish(running.remove(0), success());
+        drop(desk.submit(asking(name, 1)));
+        running.extend(desk.dispatch().iter().map(|run| run.task));
+        if stage(&large) == Stage::Executing {
+            break;
+        }
+        assert!(name < 10, "it waits for those that ran before it, and no others");
+    }
+    assert_eq!(running.len(), 1, "it has the pool for itself");
+}
+
+#[test]
+fn room_is_given_back_whatever_becomes_of_a_run() {
+    let mut desk = Desk::with_pools(vec![pool_with_room(2, "linux")]);
+    let failure = || Err(RunFailure { retryable: true, ..RunFailure::new(Error::internal("bad luck")) });
+    let _operation = desk.submit(asking(1, 2));
+    for _ in 1..settings().max_attempts {
+        let run = desk.dispatch_one();
+        desk.finish(run.task, failure());
+    }
+    let run = desk.dispatch_one();
+    desk.ledger.finish(run.task, RunEnd::Lost { pool_closed: false }, desk.now);
+    let _next = desk.submit(asking(2, 2));
+    desk.dispatch_one();
+}
+
+#[test]
+fn a_task_that_ran_out_of_memory_is_tried_again_where_it_gets_more() {
+    let gb = 1 << 30;
+    let mut desk = Desk::with_pools(vec![pool_of("a", gb), pool_of("b", 4 * gb), pool_of("c", 2 * gb)]);
+    let operation = desk.submit(work(1));
+    let mut pools = Vec::new();
+    while stage(&operation) != Stage::Completed {
+        let run = desk.dispatch_one();
+        pools.push(desk.ledger.pool_name(run.pool).to_string());
+        desk.finish(run.task, out_of_memory());
+    }
+    assert_eq!(pools, ["a", "b"], "where there is no more, the first answer is the last");
+    assert!(outcome(&operation).error.is_none() && outcome(&operation).result.is_some());
+}

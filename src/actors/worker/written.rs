@@ -1,0 +1,180 @@
+//! [`Written`]: what a command has written to its input root so far, for the limits on disk.
+//!
+//! It is measured by walking the directory that belongs to this action alone: the layer above a staged tree, or a copy of the
+//! input root. What was there before the command started does not count.
+
+use super::dir::{self, FileId};
+use crate::{
+    disk::Space,
+    limits::{Exceeded, LimitedResource, Limits},
+};
+use rustix::{
+    fs::{self as rfs, FileType, Mode, OFlags, Stat},
+    io::Errno,
+};
+use std::{ffi::OsString, fs::File, io, path::Path};
+
+/// `st_blocks` counts these.
+const BLOCK: u64 = 512;
+/// How many directories are held open on the way down.
+const KEPT_OPEN: usize = 8;
+
+/// Watches over one directory.
+#[derive(Debug)]
+pub struct Written {
+    root: File,
+    before: Use,
+    /// The free space when the command started.
+    space: Option<Space>,
+}
+
+/// What is in a directory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Use {
+    bytes: u64,
+    nodes: u64,
+}
+
+impl Written {
+    /// From now on, what is written below this directory counts.
+    ///
+    /// # Errors
+    /// When the directory cannot be opened.
+    pub(super) fn begin(root: &Path) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let root = File::from(rfs::open(root, flags, Mode::empty())?);
+        let before = measure(&root, &Limits::default(), Use::default());
+        let space = Space::of_file(&root).ok();
+        Ok(Self { root, before, space })
+    }
+
+    /// The limit that is crossed, if one is. A walk ends as soon as it has found enough.
+    pub(super) fn exceeded(&self, limits: &Limits) -> Option<Exceeded> {
+        let now = measure(&self.root, limits, self.before);
+        let bytes = now.bytes.saturating_sub(self.before.bytes);
+        let nodes = now.nodes.saturating_sub(self.before.nodes);
+        let crossed =
+            |resource, used, limit| (limit > 0 && used > limit).then_some(Exceeded { resource, used, limit });
+        crossed(LimitedResource::Disk, bytes, limits.disk)
+            .or_else(|| crossed(LimitedResource::Files, nodes, limits.files))
+    }
+
+    /// Whether so much space was used up since the start that this command may have crossed a limit. Costs a system call.
+    pub(super) fn may_exceed(&self, limits: &Limits) -> bool {
+        let Some((before, now)) = self.space.zip(Space::of_file(&self.root).ok()) else { return true };
+        let used = |before: u64, now: u64| before.saturating_sub(now);
+        limits.disk > 0 && used(before.free_bytes, now.free_bytes) >= limits.disk / 2
+            || limits.files > 0 && used(before.free_inodes, now.free_inodes) >= limits.files / 2
+    }
+}
+
+/// What is below a directory; what vanishes meanwhile is not counted. Stops when it is more than the limits allow beyond what
+/// was there before.
+fn measure(root: &File, limits: &Limits, before: Use) -> Use {
+    let mut found = Use::default();
+    // What a walk that ended early has seen is enough to go on.
+    let _ = walk(root, &mut |stat| {
+        found.nodes += 1;
+        found.bytes = found.bytes.saturating_add((stat.st_blocks.max(0) as u64).saturating_mul(BLOCK));
+        let over = |used: u64, before: u64, limit: u64| limit > 0 && used.saturating_sub(before) > limit;
+        !over(found.bytes, before.bytes, limits.disk) && !over(found.nodes, before.nodes, limits.files)
+    });
+    found
+}
+
+/// A directory on the way down.
+struct Level {
+    id: FileId,
+    /// Closed while the walk is far below.
+    open: Option<File>,
+    /// Directories that are not visited yet.
+    left: Vec<OsString>,
+}
+
+/// Visits everything below a directory, until a visit returns false. Changes nothing, holds few handles, and gives up where
+/// directories are moved away beneath it.
+fn walk(root: &File, visit: &mut dyn FnMut(&Stat) -> bool) -> io::Result<()> {
+    let mut levels = vec![enter(root.try_clone()?, visit)?];
+    while let Some(level) = levels.last_mut() {
+        if let Some(name) = level.left.pop() {
+            let open = level.open.as_ref().and_then(|open| dir::open_dir(open, &name).ok());
+            let Some(open) = open else { continue };
+            levels.push(enter(open, visit)?);
+            if let Some(far) = levels.len().checked_sub(KEPT_OPEN + 1) {
+                levels[far].open = None;
+            }
+            continue;
+        }
+        let below = levels.pop().and_then(|level| level.open);
+        if let (Some(level), Some(below)) = (levels.last_mut(), below)
+            && level.open.is_none()
+        {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let found = rfs::openat(&below, "..", flags, Mode::empty())?;
+            if dir::file_id(&rfs::fstat(&found)?) != level.id {
+                return Err(Errno::STALE.into());
+            }
+            level.open = Some(found.into());
+        }
+    }
+    Ok(())
+}
+
+/// Visits what is in a directory. An error if the walk is to end.
+fn enter(open: File, visit: &mut dyn FnMut(&Stat) -> bool) -> io::Result<Level> {
+    let mut left = Vec::new();
+    for entry in dir::entries(&open)?.map_while(io::Result::ok) {
+        let name = dir::entry_name(&entry);
+        let Ok(stat) = dir::stat_at(&open, name) else { continue };
+        if !visit(&stat) {
+            return Err(Errno::CANCELED.into());
+        }
+        if dir::file_type(&stat) == FileType::Directory {
+            left.push(name.to_owned());
+        }
+    }
+    Ok(Level { id: dir::file_id(&rfs::fstat(&open)?), open: Some(open), left })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, path::PathBuf};
+
+    fn limits(disk: u64, files: u64) -> Limits {
+        Limits { disk, files, ..Limits::default() }
+    }
+
+    #[test]
+    fn what_was_there_before_does_not_count_and_what_is_written_does() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("input"), vec![1; 3 << 20]).unwrap();
+        let written = Written::begin(directory.path()).unwrap();
+        assert_eq!(written.exceeded(&limits(1 << 20, 1)), None);
+        fs::write(directory.path().join("output"), vec![1; 2 << 20]).unwrap();
+        let exceeded = written.exceeded(&limits(1 << 20, 0)).unwrap();
+        assert_eq!((exceeded.resource, exceeded.limit), (LimitedResource::Disk, 1 << 20));
+        assert!(exceeded.used >= 2 << 20, "{exceeded:?}");
+        assert_eq!(written.exceeded(&limits(4 << 20, 1)), None);
+    }
+
+    /// Deeper than any path can name, and links lead nowhere.
+    #[test]
+    fn files_are_counted_at_any_depth() {
+        let directory = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/usr", directory.path().join("link")).unwrap();
+        let written = Written::begin(directory.path()).unwrap();
+        let mut at = File::open(directory.path()).unwrap();
+        for _ in 0..1500 {
+            rfs::mkdirat(&at, "long-name", Mode::RWXU).unwrap();
+            at = dir::open_dir(&at, "long-name".as_ref()).unwrap();
+        }
+        assert_eq!(written.exceeded(&limits(0, 1500)), None);
+        let _ = rfs::openat(&at, "last", OFlags::CREATE | OFlags::WRONLY, Mode::RWXU).unwrap();
+        assert_eq!(written.exceeded(&limits(0, 1500)).unwrap().used, 1501);
+        drop(at);
+        // More than remove_dir_all can hold open.
+        let top: PathBuf = directory.path().into();
+        assert!(std::process::Command::new("rm").arg("-rf").arg(top).status().unwrap().success());
+    }
+}

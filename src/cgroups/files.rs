@@ -1,0 +1,52 @@
+//! The files of a group: small texts that are read and written as a whole.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt as _,
+    path::Path,
+};
+
+/// Longest text of a file that is kept open.
+const MAX_TEXT: usize = 4096;
+
+/// Writes a value.
+pub(super) fn write(directory: &Path, name: &str, value: impl ToString) -> io::Result<()> {
+    // An open for writing that creates nothing: a group has the files that it has.
+    File::options()
+        .write(true)
+        .open(directory.join(name))
+        .and_then(|file| file.write_all_at(value.to_string().as_bytes(), 0))
+}
+
+/// Reads a file that is a number; `None` if it is missing or is none, such as `max`.
+pub(super) fn number(directory: &Path, name: &str) -> Option<u64> {
+    fs::read_to_string(directory.join(name)).ok()?.trim().parse().ok()
+}
+
+/// The number behind a word at the start of a line, as in `oom_kill 3`.
+pub(super) fn field(text: &str, word: &str) -> Option<u64> {
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    lines.find(|(name, _)| *name == word)?.1.trim().parse().ok()
+}
+
+/// The current text of a file that is kept open.
+pub(super) fn text(file: &File) -> io::Result<String> {
+    let mut bytes = [0; MAX_TEXT];
+    let length = file.read_at(&mut bytes, 0)?;
+    Ok(String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_field_is_found_by_its_whole_name() {
+        let text = "oom 1\noom_kill 3\noom_group_kill 5\n";
+        assert_eq!(
+            (field(text, "oom_kill"), field(text, "oom"), field(text, "kill")),
+            (Some(3), Some(1), None)
+        );
+    }
+}

@@ -1,0 +1,151 @@
+//! [`GroupTree`]: the group of all actions of one server in one hierarchy, with the groups of the slots below it.
+//!
+//! It is locked as long as its server lives. Trees that are not locked are left over.
+
+use super::files;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+    process::{Pid, Signal, kill_process},
+};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Names of the groups of servers start with this.
+const PREFIX: &str = "gorego-";
+/// How often another name is tried.
+const ATTEMPTS: u32 = 16;
+/// How long processes may take to be gone from a group that is removed.
+const REMOVAL: Duration = Duration::from_secs(2);
+/// How long to wait before looking again.
+const REMOVAL_ROUND: Duration = Duration::from_millis(5);
+
+/// A locked group; removed when dropped.
+#[derive(Debug)]
+pub(super) struct GroupTree {
+    directory: PathBuf,
+    _lock: File,
+}
+
+impl GroupTree {
+    /// Makes a group below `own`, which is the group of this process.
+    pub(super) fn new(own: &Path) -> io::Result<Self> {
+        let process = std::process::id();
+        for attempt in 0..ATTEMPTS {
+            let directory = own.join(format!("{PREFIX}{process}-{attempt}"));
+            match fs::create_dir(&directory) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                made => made?,
+            }
+            // Another server that starts at this moment may have taken it for left over.
+            if let Ok(lock) = locked(&directory) {
+                return Ok(Self { directory, _lock: lock });
+            }
+        }
+        Err(Errno::EXIST.into())
+    }
+
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+}
+
+impl Drop for GroupTree {
+    fn drop(&mut self) {
+        remove(&self.directory);
+    }
+}
+
+/// Removes what servers that are gone have left below `own`.
+pub(super) fn sweep(own: &Path) {
+    for entry in fs::read_dir(own).into_iter().flatten().flatten() {
+        let is_ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
+        let directory = entry.path();
+        if is_ours && let Ok(_lock) = locked(&directory) {
+            remove(&directory);
+        }
+    }
+}
+
+/// Locks a group that is still there.
+fn locked(directory: &Path) -> io::Result<File> {
+    let file = File::open(directory)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    match fs::metadata(directory)?.ino() == file.metadata()?.ino() {
+        true => Ok(file),
+        false => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
+/// Kills what is in a group and the groups below it, and removes them. What cannot be removed is left to the next start.
+pub(super) fn remove(directory: &Path) {
+    let end = Instant::now() + REMOVAL;
+    loop {
+        kill(directory);
+        if try_remove(directory).is_ok() || Instant::now() >= end {
+            return;
+        }
+        thread::sleep(REMOVAL_ROUND);
+    }
+}
+
+fn kill(directory: &Path) {
+    let processes = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    let processes = processes.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?));
+    let own = rustix::process::getpid();
+    let (mine, others): (Vec<Pid>, Vec<Pid>) = processes.partition(|process| *process == own);
+    // It kills also what forks faster than it is found, but only newer kernels have it, and only in the unified hierarchy.
+    if mine.is_empty() && files::write(directory, "cgroup.kill", 1).is_ok() {
+        return;
+    }
+    for process in others {
+        let _ = kill_process(process, Signal::KILL);
+    }
+    for below in groups_below(directory) {
+        kill(&below);
+    }
+}
+
+fn try_remove(directory: &Path) -> io::Result<()> {
+    for below in groups_below(directory) {
+        try_remove(&below)?;
+    }
+    match fs::remove_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+fn groups_below(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let is_group = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    entries.filter(is_group).map(|entry| entry.path()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On directories that are no groups: locks and names work the same there.
+    #[test]
+    fn only_trees_without_a_server_are_left_over() {
+        let own = tempfile::tempdir().unwrap();
+        let alive = GroupTree::new(own.path()).unwrap();
+        let slot = own.path().join("gorego-1-0/slot-0");
+        fs::create_dir_all(&slot).unwrap();
+        let foreign = own.path().join("user.slice");
+        fs::create_dir(&foreign).unwrap();
+        sweep(own.path());
+        assert!(alive.directory().exists() && foreign.exists());
+        assert!(!own.path().join("gorego-1-0").exists());
+        let directory = alive.directory().to_owned();
+        drop(alive);
+        assert!(!directory.exists());
+    }
+}

@@ -1,0 +1,346 @@
+//! Container images as root file systems of actions: pulled, checked, unpacked without privileges, and kept within a budget.
+//!
+//! ```text
+//! reference, digest, manifest, index     names, documents and the choice of what goes (pure)
+//! layout, registry                       where images come from: a directory of this machine, the distribution API
+//! layer, root, user                      the archive of a layer; the tree to which layers are applied; the names of users in it
+//! pull, cache                            one pull; the unpacked images on disk and their leases
+//! ```
+//!
+//! [`Images`] is what workers ask. It owns the pulls that are under way: there is one for each image, which all who want the
+//! image wait for, on a thread of its own. A pull goes on when those who asked for it have left; there are at most
+//! [`MAX_PULLS`], each ends after `execution.images.timeout`, and nothing of a failed one stays. A failure is remembered for
+//! a moment, so that a build of thousands of actions does not ask a registry thousands of times for an image that it has not.
+//!
+//! Only registries and directories that the configuration lists are contacted. What comes from them is checked by digest and
+//! treated as hostile.
+
+mod cache;
+mod digest;
+mod index;
+mod layer;
+mod layout;
+mod manifest;
+mod problem;
+mod pull;
+mod reference;
+mod registry;
+mod root;
+mod source;
+mod user;
+
+use crate::{
+    actors::worker::image_store::{ImageStore, LeasedImage},
+    host::ImageRegistry,
+    logging::Event,
+};
+use cache::{ImageCache, ImageLease};
+use digest::ImageDigest;
+use gorego_reapi::error::{Error, Result};
+use layout::LayoutDirectory;
+use pull::PullTime;
+use reference::{ImageOrigin, ImageReference, Version};
+use registry::{RegistryClient, Repository};
+use source::ImageSource;
+use std::{
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+use tokio::runtime::Handle;
+
+/// Target of this room's log lines.
+const LOG: &str = "gorego::images";
+/// How many images are pulled at the same time. Each pull decompresses, so more would only compete for the CPUs.
+const MAX_PULLS: usize = 4;
+/// How long the failure of a pull is the answer to everybody who asks for the image.
+const FAILURE_KEPT: Duration = Duration::from_secs(5);
+/// Time limit of finding out what a tag means.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often somebody who waits for a pull looks whether to go on waiting.
+const WAIT_POLL: Duration = Duration::from_millis(50);
+
+/// How many tags are remembered with what they meant when they were first used.
+const MAX_TAGS: usize = 10_000;
+
+const IMAGE_PULLED: &str = "image_pulled";
+const IMAGE_NOT_READY: &str = "image_not_ready";
+const IMAGE_FAILED: &str = "image_failed";
+
+/// The settings of images; [`crate::config::ImagesConfig`] documents each.
+#[derive(Debug, Clone)]
+pub struct ImageSettings {
+    /// Registries that may be contacted.
+    pub registries: Vec<ImageRegistry>,
+    /// What becomes of images of registries that have a tag and no digest.
+    pub tags: TagPolicy,
+    /// A Docker `config.json` with credentials for registries.
+    pub credentials: Option<PathBuf>,
+    /// Directories below which layout directories may lie.
+    pub layouts: Vec<PathBuf>,
+    /// Limit on all unpacked images together.
+    pub max_bytes: u64,
+    /// Time limit of one pull.
+    pub timeout: Duration,
+}
+
+/// What the tag of an image in a registry means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TagPolicy {
+    /// Nothing: such an image is refused.
+    Refuse,
+    /// What the registry has under it when an action is about to run.
+    EachAction,
+    /// What the registry had under it when this server used it first.
+    Once,
+}
+
+/// The images of a server. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Images(Arc<ImagesState>);
+
+#[derive(Debug)]
+struct ImagesState {
+    settings: ImageSettings,
+    cache: Arc<ImageCache>,
+    registries: RegistryClient,
+    /// What tags meant when they were first used.
+    tags: Mutex<HashMap<ImageReference, ImageDigest>>,
+    pulls: Mutex<HashMap<ImageDigest, Arc<ImagePull>>>,
+    /// A pull has ended.
+    ended: Condvar,
+}
+
+/// A pull that is under way, or has failed a moment ago.
+#[derive(Debug, Default)]
+struct ImagePull {
+    /// How it ended, and when. An image is leased until all who wait for it have seen this.
+    outcome: OnceLock<(Instant, Result<ImageLease>)>,
+}
+
+impl Images {
+    /// Opens the images in a directory of the build root, which this process must have locked. Requests to registries run on
+    /// `runtime`.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn open(settings: ImageSettings, build_root: &Path, runtime: Handle) -> Result<Self> {
+        let registries = RegistryClient::new(runtime, settings.credentials.clone());
+        let cache = ImageCache::open(&build_root.join("images"), settings.max_bytes)?;
+        Ok(Self(Arc::new(ImagesState {
+            settings,
+            cache,
+            registries,
+            tags: Mutex::default(),
+            pulls: Mutex::default(),
+            ended: Condvar::new(),
+        })))
+    }
+
+    fn pulls(&self) -> MutexGuard<'_, HashMap<ImageDigest, Arc<ImagePull>>> {
+        self.0.pulls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the image of this name comes from, if that is allowed.
+    fn source<'a>(
+        &'a self,
+        reference: &'a ImageReference,
+        time: PullTime,
+    ) -> Result<Box<dyn ImageSource + 'a>> {
+        let settings = &self.0.settings;
+        match &reference.origin {
+            ImageOrigin::Layout(path) => Ok(Box::new(LayoutDirectory::open(path, &settings.layouts)?)),
+            ImageOrigin::Registry { registry: host, repository } => {
+                let registry = settings.registries.iter().find(|registry| registry.host == *host);
+                let registry = registry.ok_or_else(|| {
+                    Error::Precondition(format!(
+                        "the registry {host} is not among execution.images.registries of this server"
+                    ))
+                })?;
+                Ok(Box::new(Repository::new(&self.0.registries, registry, repository, time)?))
+            }
+        }
+    }
+
+    /// The digest of an image. Its origin is checked in any case.
+    fn resolve(&self, reference: &ImageReference) -> Result<ImageDigest> {
+        let source =
+            self.source(reference, PullTime::starting(self.0.settings.timeout.min(RESOLVE_TIMEOUT)))?;
+        let is_layout = matches!(reference.origin, ImageOrigin::Layout(_));
+        let policy = self.0.settings.tags;
+        match &reference.version {
+            Version::Digest(digest) => Ok(digest.clone()),
+            version if is_layout || policy == TagPolicy::EachAction => source.resolve(version),
+            _ if policy == TagPolicy::Refuse => Err(Error::Precondition(
+                "it is named by a tag, which may mean another image tomorrow; name it by its digest, or see \
+                 execution.images.tags of this server"
+                    .into(),
+            )),
+            version => {
+                let tags = || self.0.tags.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(digest) = tags().get(reference) {
+                    return Ok(digest.clone());
+                }
+                let digest = source.resolve(version)?;
+                let mut tags = tags();
+                if tags.len() >= MAX_TAGS {
+                    tags.clear();
+                }
+                Ok(tags.entry(reference.clone()).or_insert(digest).clone())
+            }
+        }
+    }
+
+    fn obtain(&self, reference: &ImageReference, check: &dyn Fn() -> Result<()>) -> Result<ImageLease> {
+        let digest = self.resolve(reference).map_err(|error| about(reference, error))?;
+        let mut pulls = self.pulls();
+        loop {
+            if let Some(lease) = self.0.cache.lease(&digest) {
+                return Ok(lease);
+            }
+            pulls.retain(|_, pull| pull.outcome.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_KEPT));
+            let joined = match pulls.get(&digest) {
+                Some(pull) => Some(pull.clone()),
+                None if pulls.values().filter(|pull| pull.outcome.get().is_none()).count() < MAX_PULLS => {
+                    Some(self.start(reference, &digest, &mut pulls)?)
+                }
+                None => None,
+            };
+            if let Some((_, outcome)) = joined.as_ref().and_then(|pull| pull.outcome.get()) {
+                outcome.as_ref().map_err(Clone::clone)?;
+            }
+            (pulls, _) = self.0.ended.wait_timeout(pulls, WAIT_POLL).unwrap_or_else(PoisonError::into_inner);
+            if let Some((_, outcome)) = joined.as_ref().and_then(|pull| pull.outcome.get()) {
+                outcome.as_ref().map_err(Clone::clone)?;
+                // It is still leased by the pull.
+                if let Some(lease) = self.0.cache.lease(&digest) {
+                    return Ok(lease);
+                }
+            }
+            drop(joined);
+            drop(pulls);
+            check()?;
+            pulls = self.pulls();
+        }
+    }
+
+    /// Starts a pull on a thread of its own.
+    fn start(
+        &self,
+        reference: &ImageReference,
+        digest: &ImageDigest,
+        pulls: &mut HashMap<ImageDigest, Arc<ImagePull>>,
+    ) -> Result<Arc<ImagePull>> {
+        let pull = Arc::new(ImagePull::default());
+        let (images, reference, wanted, own) =
+            (self.clone(), reference.clone(), digest.clone(), pull.clone());
+        let run = move || {
+            let pulled = AssertUnwindSafe(|| images.pull(&reference, &wanted));
+            let outcome = catch_unwind(pulled)
+                .unwrap_or_else(|_| Err(Error::internal("the thread that pulled an image panicked")));
+            let mut pulls = images.pulls();
+            if outcome.is_ok() {
+                pulls.remove(&wanted);
+            }
+            let _ = own.outcome.set((Instant::now(), outcome));
+            // From here on the image is leased by those who wait for it, if there are any.
+            drop(own);
+            images.0.ended.notify_all();
+        };
+        let thread = thread::Builder::new().name("gorego-pull".into());
+        thread.spawn(run).map_err(|error| Error::io("start a thread that pulls an image", &error))?;
+        pulls.insert(digest.clone(), pull.clone());
+        Ok(pull)
+    }
+
+    fn pull(&self, reference: &ImageReference, digest: &ImageDigest) -> Result<ImageLease> {
+        let begun = Instant::now();
+        let time = PullTime::starting(self.0.settings.timeout);
+        let pull = || {
+            let source = self.source(reference, time)?;
+            match self.0.cache.begin(digest)? {
+                Some(unpacked) => pull::pull(&*source, digest, unpacked, time),
+                None => {
+                    let there = self.0.cache.lease(digest);
+                    there.ok_or_else(|| Error::Unavailable("it was removed again meanwhile".into()))
+                }
+            }
+        };
+        let outcome = pull().map_err(|error| about(reference, error));
+        let elapsed = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        match &outcome {
+            Ok(_) => Event::info(LOG, IMAGE_PULLED)
+                .with_shown("image", reference)
+                .with_shown("digest", digest)
+                .with("elapsed_ms", elapsed)
+                .log(format_args!("an image was pulled and unpacked")),
+            Err(error) => Event::warn(LOG, IMAGE_FAILED)
+                .with_shown("image", reference)
+                .with_shown("digest", digest)
+                .with("grpc_code", error.code_name())
+                .with_shown("error", error)
+                .with("elapsed_ms", elapsed)
+                .log(format_args!("an image could not be pulled")),
+        }
+        outcome
+    }
+}
+
+impl Images {
+    /// Pulls images ahead of the actions that ask for them, one after the other, in the background. Failures are logged, and
+    /// tried again when an action asks.
+    pub fn prefetch(&self, names: Vec<String>) {
+        let images = self.clone();
+        let fetch = move || {
+            for name in &names {
+                let fetched = images.lease(name, &|| Ok(()));
+                if let Err(error @ (Error::Invalid(_) | Error::Precondition(_))) = fetched {
+                    Event::warn(LOG, IMAGE_NOT_READY)
+                        .with("image", &**name)
+                        .with_shown("error", &error)
+                        .log(format_args!("an image that a pool names cannot be used: {error}"));
+                }
+            }
+        };
+        // Without a thread, the first action of each image waits for its pull.
+        let _ = thread::Builder::new().name("gorego-prefetch".into()).spawn(fetch);
+    }
+}
+
+impl ImageStore for Images {
+    fn lease(&self, name: &str, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage> {
+        let reference = ImageReference::parse(name).map_err(Error::Invalid)?;
+        let lease = self.obtain(&reference, check)?;
+        Ok(LeasedImage {
+            root: lease.root(),
+            environment: lease.terms().environment.clone(),
+            user: lease.terms().user,
+            lease: Box::new(lease),
+        })
+    }
+
+    fn relieve_disk(&self) {
+        self.0.cache.remove_unused();
+    }
+}
+
+/// Says of which image an error speaks.
+fn about(reference: &ImageReference, error: Error) -> Error {
+    let of_image = |message: String| format!("image {reference}: {message}");
+    match error {
+        Error::Precondition(message) => Error::Precondition(of_image(message)),
+        Error::Unavailable(message) => Error::Unavailable(of_image(message)),
+        Error::Internal(message) => Error::Internal(of_image(message)),
+        Error::DiskFull(message) => Error::DiskFull(of_image(message)),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+#[path = "../tests/support/images.rs"]
+mod fixtures;
+#[cfg(test)]
+mod tests;

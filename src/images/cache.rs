@@ -1,0 +1,436 @@
+//! [`ImageCache`]: the unpacked images on disk.
+//!
+//! ```text
+//! <build_root>/images/sha256-<digits>/root/         the root file system of an image, which is never changed
+//! <build_root>/images/sha256-<digits>/image.json    its environment and size, and when it was last used (mtime)
+//! <build_root>/images/new-<number>/                 an image that is being unpacked
+//! <build_root>/images/old-<number>/                 one that is being removed
+//! ```
+//!
+//! An image gets its name when it is complete, by a rename. Images stay over restarts of the server, but not of the machine:
+//! nothing waits for the disk while they are written, and files that a power cut has damaged could not be told from others.
+//!
+//! Each image is a whole directory. Images that share layers do not share files. In return, no file system has to be able to
+//! carry overlays, an action's root is one mount however many layers there are, and whiteouts are dealt with once.
+
+use super::{
+    LOG,
+    digest::ImageDigest,
+    index::{CopyId, ImageIndex, Room},
+};
+use crate::{
+    actors::worker::{dir, workspace},
+    logging::Event,
+    regular_file,
+    sandbox::kind::InnerUser,
+};
+use gorego_reapi::error::{Error, Result};
+use rustix::{
+    fs::{self as rfs, AtFlags, Mode, RenameFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    ffi::{OsStr, OsString},
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
+
+const IMAGES_EVICTED: &str = "images_evicted";
+const IMAGE_NOT_REMOVED: &str = "image_not_removed";
+
+/// How many names are tried for a new directory. Only leftovers can have taken many.
+const NAME_ATTEMPTS: usize = 10_000;
+/// The largest description of an unpacked image.
+const MAX_DESCRIPTION_BYTES: u64 = 1024 * 1024;
+/// The file with the description.
+const DESCRIPTION: &str = "image.json";
+/// What begins the names of images that are being unpacked.
+const NEW: &str = "new-";
+/// And of those that are being removed.
+const OLD: &str = "old-";
+/// The directory with the root file system.
+const ROOT: &str = "root";
+/// What the kernel gives another value at each start of the machine.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The unpacked images of one directory.
+#[derive(Debug)]
+pub(super) struct ImageCache {
+    path: PathBuf,
+    /// The directory at the path.
+    place: Mutex<Arc<File>>,
+    boot: Option<String>,
+    index: Mutex<ImageIndex<ImageDigest, Arc<StoredImage>>>,
+    next: AtomicU64,
+}
+
+/// An unpacked image.
+#[derive(Debug)]
+struct StoredImage {
+    name: OsString,
+    /// Of its root directory.
+    id: dir::FileId,
+    terms: RunTerms,
+}
+
+/// What a command finds in an image besides its files.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct RunTerms {
+    /// Variables, where it does not set them itself.
+    pub environment: Vec<(String, String)>,
+    /// Who it is; nobody special if this is missing.
+    pub user: Option<InnerUser>,
+}
+
+/// An image that stays for as long as this is held.
+#[derive(Debug)]
+pub(super) struct ImageLease {
+    cache: Arc<ImageCache>,
+    digest: ImageDigest,
+    copy: CopyId,
+    image: Arc<StoredImage>,
+}
+
+/// `image.json`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Description {
+    boot: String,
+    bytes: u64,
+    environment: Vec<(String, String)>,
+    user: Option<(u32, u32)>,
+}
+
+impl ImageCache {
+    /// Opens the cache. Images of an earlier run stay, the least recently used as far as there is room; leftovers are removed
+    /// in the background.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn open(path: &Path, max_bytes: u64) -> Result<Arc<Self>> {
+        let doing =
+            |error: io::Error| Error::io(&format!("open the directory of images {}", path.display()), &error);
+        let boot = fs::read_to_string(BOOT_ID).ok().map(|id| id.trim().to_owned());
+        let cache = Self {
+            path: path.to_owned(),
+            place: Mutex::new(Arc::new(open_place(path).map_err(doing)?)),
+            boot,
+            index: Mutex::new(ImageIndex::new(max_bytes)),
+            next: AtomicU64::new(0),
+        };
+        let cache = Arc::new(cache);
+        let unused = cache.restore().map_err(doing)?;
+        if !unused.is_empty() {
+            let cache = cache.clone();
+            let remove = move || unused.iter().for_each(|name| cache.remove(&cache.place(), name));
+            // If there can be no thread, they go with the next start.
+            let _ = thread::Builder::new().name("gorego-images".into()).spawn(remove);
+        }
+        Ok(cache)
+    }
+
+    /// Takes up the images of earlier runs. Returns what is to be removed.
+    fn restore(&self) -> io::Result<Vec<OsString>> {
+        let place = self.place();
+        let (mut images, mut unused) = (Vec::new(), Vec::new());
+        for entry in dir::entries(&place)? {
+            let name = dir::entry_name(&entry?).to_owned();
+            match digest_of(&name) {
+                Some(digest) => match self.describe(&place, &name) {
+                    Some((image, bytes, used)) => images.push((used, digest, image, bytes)),
+                    None => unused.extend(self.set_aside(&place, &name)),
+                },
+                None if is_numbered(&name, OLD) => unused.push(name),
+                None if is_numbered(&name, NEW) => unused.extend(self.set_aside(&place, &name)),
+                None => {}
+            }
+        }
+        images.sort_by_key(|(used, ..)| *used);
+        let mut index = self.index();
+        for (_, digest, image, bytes) in images {
+            let removed = index.restore(digest, Arc::new(image), bytes);
+            unused.extend(removed.iter().filter_map(|image| self.set_aside(&place, &image.name)));
+        }
+        Ok(unused)
+    }
+
+    /// Reads the description of an image; `None` if it cannot be trusted.
+    fn describe(&self, place: &File, name: &OsStr) -> Option<(StoredImage, u64, (i64, i64))> {
+        let inside = dir::open_dir(place, name).ok()?;
+        let file = dir::open_file(&inside, OsStr::new(DESCRIPTION)).ok()?;
+        let metadata = file.metadata().ok().filter(fs::Metadata::is_file)?;
+        let bytes = regular_file::read_open(&file, MAX_DESCRIPTION_BYTES).ok()?;
+        let Description { boot, bytes, environment, user } = serde_json::from_slice(&bytes).ok()?;
+        let root = dir::stat_at(&inside, OsStr::new(ROOT)).ok()?;
+        let is_whole = dir::file_type(&root) == rfs::FileType::Directory && Some(boot) == self.boot;
+        let image = StoredImage {
+            name: name.to_owned(),
+            id: dir::file_id(&root),
+            terms: RunTerms { environment, user: user.map(|(user, group)| InnerUser { user, group }) },
+        };
+        is_whole.then_some((image, bytes, (metadata.mtime(), metadata.mtime_nsec())))
+    }
+
+    fn index(&self) -> MutexGuard<'_, ImageIndex<ImageDigest, Arc<StoredImage>>> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leases an image, if it is there.
+    pub(super) fn lease(self: &Arc<Self>, digest: &ImageDigest) -> Option<ImageLease> {
+        let (copy, image) = self.index().lease(digest)?;
+        let lease = ImageLease { cache: self.clone(), digest: digest.clone(), copy, image };
+        // Somebody may have removed it.
+        let is_there = rfs::lstat(lease.root()).is_ok_and(|stat| dir::file_id(&stat) == lease.image.id);
+        if !is_there {
+            self.index().forget(digest, copy);
+            return None;
+        }
+        let omit = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+        let times = Timestamps { last_access: omit, last_modification: now };
+        let description = Path::new(&lease.image.name).join(DESCRIPTION);
+        let _ = rfs::utimensat(self.place(), &description, &times, AtFlags::SYMLINK_NOFOLLOW);
+        Some(lease)
+    }
+
+    /// Makes a directory for an image that is neither here nor being unpacked; `None` for one that is.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn begin(self: &Arc<Self>, digest: &ImageDigest) -> Result<Option<UnpackedImage>> {
+        if !self.index().begin(digest) {
+            return Ok(None);
+        }
+        let place = self.place_again();
+        // Gives the room back if a step fails.
+        let mut unpacked = UnpackedImage {
+            cache: self.clone(),
+            place: place.clone(),
+            digest: digest.clone(),
+            name: OsString::new(),
+            root: None,
+        };
+        let mut make = || -> io::Result<File> {
+            unpacked.name = self.numbered(NEW, |name| rfs::mkdirat(&place, name, Mode::RWXU))?;
+            let inside = dir::open_dir(&place, &unpacked.name)?;
+            rfs::mkdirat(&inside, ROOT, Mode::RWXU)?;
+            let root = dir::open_dir(&inside, OsStr::new(ROOT))?;
+            rfs::fchmod(&root, Mode::from_raw_mode(0o755))?;
+            Ok(root)
+        };
+        let root = make().map_err(|error| Error::io("make the directory of an image", &error))?;
+        unpacked.root = Some(root);
+        Ok(Some(unpacked))
+    }
+
+    /// The directory at the path.
+    fn place(&self) -> Arc<File> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The directory at the path; made again if somebody has removed it.
+    fn place_again(&self) -> Arc<File> {
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = |stat: rfs::Stat| dir::file_id(&stat);
+        let is_there = rfs::lstat(&self.path).ok().map(id) == rfs::fstat(&**place).ok().map(id);
+        if !is_there && let Ok(made) = open_place(&self.path) {
+            *place = Arc::new(made);
+        }
+        place.clone()
+    }
+
+    /// Removes all images that no action uses, for a disk that is full.
+    pub(super) fn remove_unused(&self) {
+        let mut index = self.index();
+        let unused = index.take_unused();
+        self.evict(index, &unused);
+    }
+
+    /// Removes images that were taken out of the index.
+    fn evict(
+        &self,
+        index: MutexGuard<'_, ImageIndex<ImageDigest, Arc<StoredImage>>>,
+        images: &[Arc<StoredImage>],
+    ) {
+        let place = self.place();
+        // Their names are free before another image may take them.
+        let names: Vec<_> = images.iter().filter_map(|image| self.set_aside(&place, &image.name)).collect();
+        drop(index);
+        if names.is_empty() {
+            return;
+        }
+        names.iter().for_each(|name| self.remove(&place, name));
+        Event::info(LOG, IMAGES_EVICTED)
+            .with("images", names.len())
+            .log(format_args!("{} unpacked images were removed because room was needed", names.len()));
+    }
+
+    /// Gives an image that nobody uses the name of one that is being removed. `None` if it is gone.
+    fn set_aside(&self, place: &File, name: &OsStr) -> Option<OsString> {
+        let aside = |aside: &OsStr| rfs::renameat_with(place, name, place, aside, RenameFlags::NOREPLACE);
+        self.numbered(OLD, aside).ok()
+    }
+
+    fn remove(&self, place: &File, name: &OsStr) {
+        if let Err(error) = workspace::remove(place, name) {
+            Event::warn(LOG, IMAGE_NOT_REMOVED)
+                .with_shown("name", &name.display())
+                .with_shown("error", &error)
+                .log(format_args!("an unpacked image could not be removed; the next start tries again"));
+        }
+    }
+
+    /// Tries names that begin like this until one is free.
+    fn numbered(
+        &self,
+        prefix: &str,
+        mut take: impl FnMut(&OsStr) -> Result<(), Errno>,
+    ) -> io::Result<OsString> {
+        for _ in 0..NAME_ATTEMPTS {
+            let name = OsString::from(format!("{prefix}{}", self.next.fetch_add(1, Ordering::Relaxed)));
+            match take(&name) {
+                Ok(()) => return Ok(name),
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Errno::EXIST.into())
+    }
+}
+
+/// An image that is being unpacked. Removed when dropped, unless it is complete.
+pub(super) struct UnpackedImage {
+    cache: Arc<ImageCache>,
+    place: Arc<File>,
+    digest: ImageDigest,
+    name: OsString,
+    root: Option<File>,
+}
+
+impl UnpackedImage {
+    /// The directory that becomes its root.
+    ///
+    /// # Errors
+    /// None in practice: it is open until the image is complete.
+    pub(super) fn root(&self) -> Result<&File> {
+        self.root.as_ref().ok_or_else(|| Error::internal("the directory of an image is not open"))
+    }
+
+    /// Takes room before so many bytes are written. Other images may be removed for it.
+    ///
+    /// # Errors
+    /// `Precondition` for an image that is larger than the cache; `Unavailable` when images that are in use leave no room.
+    pub(super) fn take(&self, bytes: u64) -> Result<()> {
+        let mut index = self.cache.index();
+        match index.grow(&self.digest, bytes) {
+            Room::Yes(evicted) => {
+                if !evicted.is_empty() {
+                    self.cache.evict(index, &evicted);
+                }
+                Ok(())
+            }
+            Room::Never => Err(Error::Precondition(
+                "it is larger than all unpacked images may be together (execution.images.max_size_gb of this server)"
+                    .into(),
+            )),
+            Room::NotNow => Err(Error::Unavailable(
+                "images that are in use leave no room for it (execution.images.max_size_gb of this server)".into(),
+            )),
+        }
+    }
+
+    /// The image is complete: it gets its name and a lease.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn finish(mut self, terms: RunTerms) -> Result<ImageLease> {
+        let cache = self.cache.clone();
+        let bytes = cache.index().taken(&self.digest);
+        let keep = || -> io::Result<(OsString, dir::FileId)> {
+            let id = dir::file_id(&rfs::fstat(self.root.as_ref().ok_or(Errno::BADF)?)?);
+            let description = Description {
+                boot: cache.boot.clone().unwrap_or_default(),
+                bytes,
+                environment: terms.environment.clone(),
+                user: terms.user.map(|user| (user.user, user.group)),
+            };
+            let text = serde_json::to_vec(&description).map_err(io::Error::other)?;
+            let inside = dir::open_dir(&self.place, &self.name)?;
+            let flags = rfs::OFlags::WRONLY | rfs::OFlags::CREATE | rfs::OFlags::EXCL | rfs::OFlags::CLOEXEC;
+            let file = rfs::openat(&inside, DESCRIPTION, flags, Mode::RUSR | Mode::WUSR)?;
+            File::from(file).write_all(&text)?;
+            let name = name_of(&self.digest);
+            // A copy that was forgotten because something was wrong with it may still be there.
+            let _ = cache.set_aside(&self.place, &name).map(|aside| cache.remove(&self.place, &aside));
+            rfs::renameat(&self.place, &self.name, &self.place, &name)?;
+            Ok((name, id))
+        };
+        let (name, id) = keep().map_err(|error| Error::io("complete an image", &error))?;
+        self.name.clone_from(&name);
+        let image = Arc::new(StoredImage { name, id, terms });
+        let copy = cache.index().finish(&self.digest, image.clone());
+        let copy = copy.ok_or_else(|| Error::internal("an image was completed twice"))?;
+        // It is not to be removed.
+        self.name.clear();
+        Ok(ImageLease { cache, digest: self.digest.clone(), copy, image })
+    }
+}
+
+impl Drop for UnpackedImage {
+    fn drop(&mut self) {
+        if !self.name.is_empty() {
+            self.root = None;
+            self.cache.remove(&self.place, &self.name);
+        }
+        // Changes nothing for a complete image.
+        self.cache.index().abandon(&self.digest);
+    }
+}
+
+impl ImageLease {
+    /// Absolute path of the root file system.
+    pub(super) fn root(&self) -> PathBuf {
+        self.cache.path.join(&self.image.name).join(ROOT)
+    }
+
+    /// What a command finds besides the files.
+    pub(super) fn terms(&self) -> &RunTerms {
+        &self.image.terms
+    }
+}
+
+impl Drop for ImageLease {
+    fn drop(&mut self) {
+        self.cache.index().release(&self.digest, self.copy);
+    }
+}
+
+fn open_place(path: &Path) -> io::Result<File> {
+    fs::create_dir_all(path)?;
+    let place = File::open(path)?;
+    // Programs of an image are not for other users of this machine.
+    rfs::fchmod(&place, Mode::RWXU)?;
+    Ok(place)
+}
+
+/// The name of an image's directory.
+fn name_of(digest: &ImageDigest) -> OsString {
+    format!("{}-{}", digest.algorithm(), digest.hex()).into()
+}
+
+/// The image whose directory has this name.
+fn digest_of(name: &OsStr) -> Option<ImageDigest> {
+    name.to_str()?.replacen('-', ":", 1).parse().ok()
+}
+
+fn is_numbered(name: &OsStr, prefix: &str) -> bool {
+    let number = name.to_str().and_then(|name| name.strip_prefix(prefix));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}

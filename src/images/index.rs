@@ -1,0 +1,334 @@
+//! [`ImageIndex`]: which images are unpacked, who uses them, and which go first. Pure.
+//!
+//! How large an image is unpacked is known only at its end, so an image takes its part of the budget step by step while it is
+//! unpacked. Images that are leased stay. The others go in the order of their last use when another one needs the room. So all
+//! images together, also those that are being unpacked, never take more than the budget.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::Hash,
+};
+
+/// What growing needs.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Room<T> {
+    /// There is room, once these are removed.
+    Yes(Vec<T>),
+    /// The image alone is larger than the budget.
+    Never,
+    /// Images that are in use leave no room now.
+    NotNow,
+}
+
+/// Identifies one copy of an image. One that was forgotten and unpacked again is another copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CopyId(u64);
+
+/// Unpacked images `T` by key.
+#[derive(Debug)]
+pub(super) struct ImageIndex<K, T> {
+    budget: u64,
+    charged: u64,
+    images: HashMap<K, ImageEntry<T>>,
+    /// The keys of all images by their last use; the number is unique.
+    order: BTreeMap<u64, K>,
+    last_use: u64,
+    unpacking: HashMap<K, u64>,
+    copies: u64,
+}
+
+#[derive(Debug)]
+struct ImageEntry<T> {
+    image: T,
+    copy: CopyId,
+    bytes: u64,
+    leases: usize,
+    used: u64,
+}
+
+impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
+    /// An empty one.
+    pub(super) fn new(budget: u64) -> Self {
+        Self {
+            budget,
+            charged: 0,
+            images: HashMap::new(),
+            order: BTreeMap::new(),
+            last_use: 0,
+            unpacking: HashMap::new(),
+            copies: 0,
+        }
+    }
+
+    /// Leases an image, if there is one.
+    pub(super) fn lease(&mut self, key: &K) -> Option<(CopyId, T)> {
+        let entry = self.images.get_mut(key)?;
+        entry.leases += 1;
+        self.order.remove(&entry.used);
+        self.last_use += 1;
+        entry.used = self.last_use;
+        self.order.insert(entry.used, key.clone());
+        Some((entry.copy, entry.image.clone()))
+    }
+
+    /// Ends a lease of this copy.
+    pub(super) fn release(&mut self, key: &K, copy: CopyId) {
+        if let Some(entry) = self.images.get_mut(key).filter(|entry| entry.copy == copy) {
+            entry.leases = entry.leases.saturating_sub(1);
+        }
+    }
+
+    /// Begins to unpack an image that is neither here nor being unpacked. [`ImageIndex::finish`] or
+    /// [`ImageIndex::abandon`] has to follow. Returns whether it may begin.
+    pub(super) fn begin(&mut self, key: &K) -> bool {
+        let is_new = !self.images.contains_key(key) && !self.unpacking.contains_key(key);
+        if is_new {
+            self.unpacking.insert(key.clone(), 0);
+        }
+        is_new
+    }
+
+    /// Takes room for so many more bytes of an image that is being unpacked.
+    pub(super) fn grow(&mut self, key: &K, bytes: u64) -> Room<T> {
+        let Some(own) = self.unpacking.get_mut(key) else { return Room::NotNow };
+        let grown = own.saturating_add(bytes);
+        if grown > self.budget {
+            return Room::Never;
+        }
+        let unused = self.images.values().filter(|entry| entry.leases == 0);
+        let unused = unused.fold(0u64, |sum, entry| sum.saturating_add(entry.bytes));
+        let needed = self.charged.saturating_add(bytes);
+        if needed.saturating_sub(unused) > self.budget {
+            return Room::NotNow;
+        }
+        *own = grown;
+        self.charged = needed;
+        let mut removed = Vec::new();
+        while self.charged > self.budget {
+            let Some(oldest) = self.oldest_unused() else { break };
+            removed.extend(self.remove(&oldest));
+        }
+        Room::Yes(removed)
+    }
+
+    /// Adds an image that was unpacked, and leases it.
+    pub(super) fn finish(&mut self, key: &K, image: T) -> Option<CopyId> {
+        let bytes = self.unpacking.remove(key)?;
+        Some(self.insert(key.clone(), image, bytes, 1))
+    }
+
+    /// How many bytes an image that is being unpacked has taken.
+    pub(super) fn taken(&self, key: &K) -> u64 {
+        self.unpacking.get(key).copied().unwrap_or(0)
+    }
+
+    /// Gives back the room of an image that could not be unpacked.
+    pub(super) fn abandon(&mut self, key: &K) {
+        if let Some(bytes) = self.unpacking.remove(key) {
+            self.charged -= bytes;
+        }
+    }
+
+    /// Adds an image of an earlier run as the one that was used last. Returns what has to go for it, which may be itself.
+    pub(super) fn restore(&mut self, key: K, image: T, bytes: u64) -> Vec<T> {
+        if self.images.contains_key(&key) || bytes > self.budget {
+            return vec![image];
+        }
+        self.charged = self.charged.saturating_add(bytes);
+        self.insert(key, image, bytes, 0);
+        let mut removed = Vec::new();
+        while self.charged > self.budget {
+            let Some(oldest) = self.oldest_unused() else { break };
+            removed.extend(self.remove(&oldest));
+        }
+        removed
+    }
+
+    /// Forgets a copy that is no longer there, although it may be in use.
+    pub(super) fn forget(&mut self, key: &K, copy: CopyId) {
+        if self.images.get(key).is_some_and(|entry| entry.copy == copy) {
+            self.remove(key);
+        }
+    }
+
+    /// Takes all images out that nobody uses; they are to be removed.
+    pub(super) fn take_unused(&mut self) -> Vec<T> {
+        let mut removed = Vec::new();
+        while let Some(oldest) = self.oldest_unused() {
+            removed.extend(self.remove(&oldest));
+        }
+        removed
+    }
+
+    fn insert(&mut self, key: K, image: T, bytes: u64, leases: usize) -> CopyId {
+        self.last_use += 1;
+        self.copies += 1;
+        let copy = CopyId(self.copies);
+        self.order.insert(self.last_use, key.clone());
+        self.images.insert(key, ImageEntry { image, copy, bytes, leases, used: self.last_use });
+        copy
+    }
+
+    fn oldest_unused(&self) -> Option<K> {
+        let is_unused = |key: &&K| self.images.get(*key).is_some_and(|entry| entry.leases == 0);
+        self.order.values().find(is_unused).cloned()
+    }
+
+    fn remove(&mut self, key: &K) -> Option<T> {
+        let entry = self.images.remove(key)?;
+        self.order.remove(&entry.used);
+        self.charged -= entry.bytes;
+        Some(entry.image)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const BUDGET: u64 = 100;
+
+    #[derive(Debug, Clone)]
+    enum Act {
+        Lease(u8),
+        Release(u8),
+        Begin(u8),
+        Grow(u8, u64),
+        Finish(u8),
+        Abandon(u8),
+        Forget(u8),
+        Clear,
+    }
+
+    fn act() -> impl Strategy<Value = Act> {
+        prop_oneof![
+            (0u8..6).prop_map(Act::Lease),
+            (0u8..6).prop_map(Act::Release),
+            (0u8..6).prop_map(Act::Begin),
+            (0u8..6, 0u64..60).prop_map(|(key, bytes)| Act::Grow(key, bytes)),
+            (0u8..6).prop_map(Act::Finish),
+            (0u8..6).prop_map(Act::Abandon),
+            (0u8..6).prop_map(Act::Forget),
+            Just(Act::Clear),
+        ]
+    }
+
+    /// The same, as lists: (key, bytes, leases), the least recently used first.
+    #[derive(Debug, Default)]
+    struct Model {
+        images: Vec<(u8, u64, Vec<CopyId>)>,
+        unpacking: Vec<(u8, u64)>,
+        forgotten: Vec<CopyId>,
+    }
+
+    impl Model {
+        fn position(&self, key: u8) -> Option<usize> {
+            self.images.iter().position(|image| image.0 == key)
+        }
+
+        fn total(&self) -> u64 {
+            self.images.iter().map(|image| image.1).sum::<u64>()
+                + self.unpacking.iter().map(|own| own.1).sum::<u64>()
+        }
+
+        fn grow(&mut self, key: u8, bytes: u64) -> Room<u8> {
+            let Some(at) = self.unpacking.iter().position(|own| own.0 == key) else { return Room::NotNow };
+            if self.unpacking[at].1 + bytes > BUDGET {
+                return Room::Never;
+            }
+            let leased: u64 =
+                self.images.iter().filter(|image| !image.2.is_empty()).map(|image| image.1).sum();
+            let building: u64 = self.unpacking.iter().map(|own| own.1).sum();
+            if leased + building + bytes > BUDGET {
+                return Room::NotNow;
+            }
+            self.unpacking[at].1 += bytes;
+            let mut removed = Vec::new();
+            while self.total() > BUDGET {
+                let oldest = self.images.iter().position(|image| image.2.is_empty()).unwrap();
+                removed.push(self.images.remove(oldest).0);
+            }
+            Room::Yes(removed)
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_index_does_what_the_lists_do_and_never_exceeds_its_budget(acts in prop::collection::vec(act(), 0..80)) {
+            let (mut index, mut model) = (ImageIndex::<u8, u8>::new(BUDGET), Model::default());
+            for act in acts {
+                match act {
+                    Act::Lease(key) => {
+                        let leased = index.lease(&key);
+                        prop_assert_eq!(leased.map(|(_, image)| image), model.position(key).map(|_| key));
+                        if let (Some((copy, _)), Some(at)) = (leased, model.position(key)) {
+                            let (key, bytes, mut leases) = model.images.remove(at);
+                            leases.push(copy);
+                            model.images.push((key, bytes, leases));
+                        }
+                    }
+                    Act::Release(key) => {
+                        // Only leases that were taken end. Those of forgotten copies have no effect.
+                        if let Some(copy) = model.forgotten.pop() {
+                            index.release(&key, copy);
+                        }
+                        if let Some(at) = model.position(key)
+                            && let Some(copy) = model.images[at].2.pop()
+                        {
+                            index.release(&key, copy);
+                        }
+                    }
+                    Act::Begin(key) => {
+                        let is_new = model.position(key).is_none()
+                            && model.unpacking.iter().all(|own| own.0 != key);
+                        if is_new {
+                            model.unpacking.push((key, 0));
+                        }
+                        prop_assert_eq!(index.begin(&key), is_new);
+                    }
+                    Act::Grow(key, bytes) => prop_assert_eq!(index.grow(&key, bytes), model.grow(key, bytes)),
+                    Act::Finish(key) => {
+                        let copy = index.finish(&key, key);
+                        let at = model.unpacking.iter().position(|own| own.0 == key);
+                        prop_assert_eq!(copy.is_some(), at.is_some());
+                        if let (Some(copy), Some(at)) = (copy, at) {
+                            let (key, bytes) = model.unpacking.remove(at);
+                            model.images.push((key, bytes, vec![copy]));
+                        }
+                    }
+                    Act::Abandon(key) => {
+                        index.abandon(&key);
+                        model.unpacking.retain(|own| own.0 != key);
+                    }
+                    Act::Forget(key) => {
+                        if let Some(at) = model.position(key) {
+                            let (copy, _) = index.lease(&key).unwrap();
+                            index.forget(&key, copy);
+                            let (_, _, leases) = model.images.remove(at);
+                            model.forgotten.extend(leases);
+                        }
+                    }
+                    Act::Clear => {
+                        let unused: Vec<_> =
+                            model.images.iter().filter(|image| image.2.is_empty()).map(|image| image.0).collect();
+                        prop_assert_eq!(index.take_unused(), unused);
+                        model.images.retain(|image| !image.2.is_empty());
+                    }
+                }
+                prop_assert_eq!(index.charged, model.total());
+                prop_assert!(index.charged <= BUDGET);
+            }
+        }
+    }
+
+    #[test]
+    fn images_of_an_earlier_run_that_do_not_fit_any_more_go_oldest_first() {
+        let mut index = ImageIndex::new(BUDGET);
+        assert!(index.restore(1, "old", 50).is_empty());
+        assert!(index.restore(2, "new", 50).is_empty());
+        assert_eq!(index.restore(3, "newest", 30), ["old"]);
+        assert_eq!(index.restore(4, "too large", 101), ["too large"]);
+        assert_eq!(index.charged, 80);
+    }
+}

@@ -1,0 +1,74 @@
+//! [`LayerProblem`]: why a layer could not be unpacked.
+
+use super::root::shown;
+use gorego_reapi::error::Error;
+use rustix::io::Errno;
+use std::io;
+
+/// Why a layer could not be unpacked.
+#[derive(Debug)]
+pub(super) enum LayerProblem {
+    /// The layer is damaged or hostile.
+    Refused(String),
+    /// The fault is not the layer's.
+    Failed(Error),
+}
+
+impl LayerProblem {
+    /// Of an error while the layer was read: what the reader of the blob says of itself, or else a damaged archive.
+    pub(super) fn of_reading(error: io::Error) -> Self {
+        match carried(&error) {
+            Some(error) => Self::Failed(error.clone()),
+            None => Self::Refused(error.to_string()),
+        }
+    }
+
+    /// Adds the path of the entry.
+    pub(super) fn at(self, path: &[u8]) -> Self {
+        match self {
+            Self::Refused(problem) => Self::Refused(format!("\"{}\": {problem}", shown(path))),
+            failed => failed,
+        }
+    }
+}
+
+/// The error of ours that an IO error carries through a library, if it does.
+pub(super) fn carried(error: &io::Error) -> Option<&Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+impl From<Error> for LayerProblem {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// An error of the file system while an entry was put in place.
+impl From<io::Error> for LayerProblem {
+    fn from(error: io::Error) -> Self {
+        let of_the_entry = [
+            Errno::NAMETOOLONG,
+            Errno::LOOP,
+            Errno::NOTDIR,
+            Errno::ISDIR,
+            Errno::NOENT,
+            Errno::EXIST,
+            Errno::MLINK,
+            Errno::XDEV,
+            Errno::INVAL,
+            Errno::ILSEQ,
+        ];
+        match error.raw_os_error() {
+            Some(errno) if of_the_entry.iter().any(|of_entry| of_entry.raw_os_error() == errno) => {
+                Self::Refused(error.to_string())
+            }
+            _ => Self::Failed(Error::io("unpack an image", &error)),
+        }
+    }
+}
+
+impl From<Errno> for LayerProblem {
+    fn from(error: Errno) -> Self {
+        io::Error::from(error).into()
+    }
+}

@@ -1,0 +1,101 @@
+//! One pull: from a source to an unpacked image, step by step. Blocks.
+
+use super::{
+    cache::{ImageLease, RunTerms, UnpackedImage},
+    digest::ImageDigest,
+    layer,
+    manifest::{Document, ImageConfig, Manifest, Platform},
+    root::RootTree,
+    source::{CheckedBlob, ImageSource, read_bounded, read_document},
+    user,
+};
+use gorego_reapi::error::{Error, Result};
+use std::time::{Duration, Instant};
+
+/// How many indexes may lead to an image: registries have at most one.
+const MAX_INDEXES: usize = 2;
+
+/// The time that a pull may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PullTime {
+    limit: Duration,
+    end: Instant,
+}
+
+impl PullTime {
+    /// From now on.
+    pub(super) fn starting(limit: Duration) -> Self {
+        let now = Instant::now();
+        // A limit beyond the range of the clock means a year.
+        Self { limit, end: now.checked_add(limit).unwrap_or(now + Duration::from_secs(365 * 24 * 3600)) }
+    }
+
+    /// What is left of it.
+    ///
+    /// # Errors
+    /// `Unavailable` when it is over.
+    pub(super) fn left(&self) -> Result<Duration> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(self.over()) } else { Ok(left) }
+    }
+
+    /// The error of a pull whose time is over.
+    pub(super) fn over(&self) -> Error {
+        Error::Unavailable(format!(
+            "pulling it took longer than {:?} (execution.images.timeout of this server)",
+            self.limit
+        ))
+    }
+}
+
+/// Unpacks the image with this digest, or that of them which is for this machine.
+///
+/// # Errors
+/// `Precondition` for images that are missing, damaged, hostile, too large or not for this machine; `Unavailable` for what may
+/// pass; those of the file system.
+pub(super) fn pull(
+    source: &dyn ImageSource,
+    digest: &ImageDigest,
+    unpacked: UnpackedImage,
+    time: PullTime,
+) -> Result<ImageLease> {
+    let machine = this_machine();
+    let manifest = manifest(source, digest, &machine)?;
+    let mut config = CheckedBlob::open(source, &manifest.config)?;
+    let bytes = read_bounded(&mut config)?;
+    config.check(Ok(()))?;
+    let config = ImageConfig::decode(&bytes, &machine).map_err(|problem| {
+        Error::Precondition(format!("its configuration {}: {problem}", manifest.config.digest))
+    })?;
+    let mut take = |bytes| {
+        time.left()?;
+        unpacked.take(bytes)
+    };
+    let mut tree = RootTree::new(unpacked.root()?, &mut take);
+    for name in &manifest.layers {
+        let mut blob = CheckedBlob::open(source, name)?;
+        let applied = layer::unpack(&mut blob, &mut tree);
+        blob.check(applied)?;
+    }
+    drop(tree);
+    let user = user::find(&config.user, unpacked.root()?).map_err(Error::Precondition)?;
+    unpacked.finish(RunTerms { environment: config.environment, user })
+}
+
+/// What images have to be for.
+pub(super) fn this_machine() -> Platform {
+    Platform::linux(std::env::consts::ARCH)
+}
+
+fn manifest(source: &dyn ImageSource, digest: &ImageDigest, machine: &Platform) -> Result<Manifest> {
+    let mut digest = digest.clone();
+    for _ in 0..=MAX_INDEXES {
+        let refuse = |problem: String| Error::Precondition(format!("its document {digest}: {problem}"));
+        let bytes = read_document(&mut *source.document(&digest)?, &digest)?;
+        match Document::decode(&bytes).map_err(refuse)? {
+            Document::Manifest(manifest) => return Ok(manifest),
+            Document::Index(index) => digest = index.choose(machine).map_err(refuse)?.digest.clone(),
+        }
+    }
+    Err(Error::Precondition(format!("it lies behind more than {MAX_INDEXES} indexes")))
+}

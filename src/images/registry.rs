@@ -1,0 +1,323 @@
+//! [`Repository`]: a repository of a registry as a source of images, over the OCI distribution API.
+//!
+//! Only `GET` is used: documents by tag or digest, blobs by digest, and a token where the registry asks for one. A redirect
+//! is followed to any host, as registries keep their blobs elsewhere, but credentials are sent only to the registry and to
+//! where it says that tokens are, and nothing is fetched without TLS unless the registry is configured so. No proxy is used.
+//!
+//! Every answer has a limit: of time (what is left of the pull, and [`SILENCE`] for each piece) and of bytes (a document's by
+//! [`read_bounded`](super::source::read_bounded), a blob's by the size in its manifest, a token's by [`MAX_TOKEN_BYTES`]).
+//! The client crate for this API, oci-client 0.18, reads documents, tokens and error pages into memory whatever their size;
+//! that is why the three requests are made here.
+
+pub(super) mod credentials;
+
+use super::{
+    digest::ImageDigest,
+    manifest::ACCEPTED,
+    pull::PullTime,
+    reference::Version,
+    source::{ImageSource, read_bounded},
+};
+use crate::host::ImageRegistry;
+use credentials::Credentials;
+use gorego_reapi::error::{Error, Result};
+use http_auth::{ChallengeRef, parse_challenges};
+use reqwest::{
+    Client, Response, Url,
+    header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, LOCATION, USER_AGENT, WWW_AUTHENTICATE},
+    redirect::Policy,
+};
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+use std::{
+    fmt::Display,
+    io::{self, Read},
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{runtime::Handle, time::timeout};
+
+/// Time limit of connecting.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// The longest time between two pieces of an answer.
+const SILENCE: Duration = Duration::from_secs(60);
+/// Most redirects of one request.
+const MAX_REDIRECTS: usize = 5;
+/// The largest answer with a token.
+const MAX_TOKEN_BYTES: usize = 1024 * 1024;
+
+/// What all requests to registries share.
+#[derive(Debug)]
+pub(super) struct RegistryClient {
+    runtime: Handle,
+    credentials: Option<PathBuf>,
+    /// Made when it is first needed, so that a server without registries also starts on a machine without CA certificates.
+    client: Mutex<Option<Client>>,
+}
+
+impl RegistryClient {
+    /// Requests run on `runtime`. `credentials` is a Docker `config.json`, which is read for each pull.
+    pub(super) fn new(runtime: Handle, credentials: Option<PathBuf>) -> Self {
+        Self { runtime, credentials, client: Mutex::new(None) }
+    }
+
+    fn client(&self) -> Result<Client> {
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = &*client {
+            return Ok(client.clone());
+        }
+        // An error means that the process already has a provider.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let made = Client::builder()
+            .no_proxy()
+            .redirect(Policy::none())
+            .referer(false)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .build()
+            .map_err(|error| {
+                Error::Internal(format!(
+                    "this server cannot set up pulls from registries: {}; check that CA certificates are installed",
+                    chain(&error)
+                ))
+            })?;
+        Ok(client.insert(made).clone())
+    }
+}
+
+/// A repository, for one pull.
+pub(super) struct Repository<'a> {
+    shared: &'a RegistryClient,
+    client: Client,
+    registry: &'a ImageRegistry,
+    name: &'a str,
+    time: PullTime,
+    credentials: Option<Credentials>,
+    authorization: Mutex<Option<HeaderValue>>,
+}
+
+impl<'a> Repository<'a> {
+    /// Nothing is asked yet.
+    ///
+    /// # Errors
+    /// `Precondition` when the file of credentials cannot be used.
+    pub(super) fn new(
+        shared: &'a RegistryClient,
+        registry: &'a ImageRegistry,
+        name: &'a str,
+        time: PullTime,
+    ) -> Result<Self> {
+        let credentials = match &shared.credentials {
+            Some(file) => Credentials::read(file, &registry.host)?,
+            None => None,
+        };
+        let client = shared.client()?;
+        Ok(Self { shared, client, registry, name, time, credentials, authorization: Mutex::default() })
+    }
+
+    /// Waits for a step of a request, on this thread.
+    fn wait<T>(&self, step: impl Future<Output = std::result::Result<T, reqwest::Error>>) -> Result<T> {
+        let limit = self.time.left()?.min(SILENCE);
+        match self.shared.runtime.block_on(async { timeout(limit, step).await }) {
+            Ok(done) => done.map_err(|error| self.unreachable(&chain(&error))),
+            Err(_) => match self.time.left() {
+                Ok(_) => Err(self.unreachable(&format_args!("it was silent for {limit:?}"))),
+                Err(over) => Err(over),
+            },
+        }
+    }
+
+    fn unreachable(&self, problem: &dyn Display) -> Error {
+        Error::Unavailable(format!("the registry {} cannot be reached: {problem}", self.registry.host))
+    }
+
+    /// Asks for something of the repository. A registry that wants to know who asks is told once.
+    fn get(&self, path: &str, accept: &'static str) -> Result<Response> {
+        let ImageRegistry { host, .. } = self.registry;
+        let text = format!("{}://{host}/v2/{}/{path}", self.registry.scheme(), self.name);
+        let url = Url::parse(&text).map_err(|error| Error::Invalid(format!("\"{text}\": {error}")))?;
+        let known = || self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut response = self.follow(&url, accept, known())?;
+        if response.status().as_u16() == 401
+            && let Some(value) = self.authorize(&response)?
+        {
+            *self.authorization.lock().unwrap_or_else(PoisonError::into_inner) = Some(value.clone());
+            response = self.follow(&url, accept, Some(value))?;
+        }
+        self.check_status(response, path)
+    }
+
+    /// Sends a request and follows redirects.
+    fn follow(
+        &self,
+        start: &Url,
+        accept: &'static str,
+        authorization: Option<HeaderValue>,
+    ) -> Result<Response> {
+        let mut url = start.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = self
+                .client
+                .get(url.clone())
+                .header(USER_AGENT, concat!("gorego/", env!("CARGO_PKG_VERSION")))
+                .header(ACCEPT, accept)
+                .header(ACCEPT_ENCODING, "identity");
+            if url.origin() == start.origin()
+                && let Some(value) = &authorization
+            {
+                request = request.header(AUTHORIZATION, value);
+            }
+            let response = self.wait(request.send())?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(response);
+            }
+            let target = response.headers().get(LOCATION).and_then(|target| target.to_str().ok());
+            let next = target.and_then(|target| url.join(target).ok());
+            let next = next.ok_or_else(|| self.refused(&"it redirects to no address"))?;
+            self.check_scheme(&next)?;
+            url = next;
+        }
+        Err(self.refused(&format_args!("it redirects more than {MAX_REDIRECTS} times")))
+    }
+
+    fn check_scheme(&self, url: &Url) -> Result<()> {
+        match url.scheme() {
+            "https" => Ok(()),
+            "http" if self.registry.is_plain => Ok(()),
+            other => Err(self.refused(&format_args!("it leads to an address with {other}:"))),
+        }
+    }
+
+    fn refused(&self, problem: &dyn Display) -> Error {
+        Error::Precondition(format!("the registry {}: {problem}", self.registry.host))
+    }
+
+    fn check_status(&self, response: Response, path: &str) -> Result<Response> {
+        let status = response.status();
+        match status.as_u16() {
+            200 => Ok(response),
+            404 | 410 => Err(self.refused(&format_args!("it has no {}/{path}", self.name))),
+            401 | 403 | 407 => {
+                let problem = match self.credentials {
+                    Some(_) => "it refuses the credentials of execution.images.credentials",
+                    None => "it asks for credentials, and execution.images.credentials has none for it",
+                };
+                Err(self.refused(&format_args!("{problem} ({status})")))
+            }
+            408 | 429 | 500..=599 => Err(self.unreachable(&format_args!("it answers {status}"))),
+            _ => Err(self.refused(&format_args!("it answers {status}"))),
+        }
+    }
+
+    /// What a registry wants to see that has answered 401. `None` if there is nothing to show.
+    fn authorize(&self, response: &Response) -> Result<Option<HeaderValue>> {
+        let asked =
+            response.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
+        let asked: Vec<String> = asked.map(ToOwned::to_owned).collect();
+        let challenges: Vec<_> =
+            asked.iter().filter_map(|text| parse_challenges(text).ok()).flatten().collect();
+        let is = |scheme: &'static str| {
+            move |challenge: &&ChallengeRef<'_>| challenge.scheme.eq_ignore_ascii_case(scheme)
+        };
+        if let Some(bearer) = challenges.iter().find(is("Bearer")) {
+            return self.token(bearer).map(Some);
+        }
+        let has_basic = challenges.iter().any(|challenge| is("Basic")(&challenge));
+        Ok(self.credentials.as_ref().filter(|_| has_basic).map(Credentials::header))
+    }
+
+    /// Fetches a token that allows to pull from the repository.
+    fn token(&self, challenge: &ChallengeRef<'_>) -> Result<HeaderValue> {
+        let parameter = |wanted: &str| {
+            let mut all = challenge.params.iter();
+            all.find(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value.to_unescaped())
+        };
+        let invalid = || self.refused(&"it does not say where tokens are");
+        let mut url = Url::parse(&parameter("realm").ok_or_else(invalid)?).map_err(|_| invalid())?;
+        self.check_scheme(&url)?;
+        {
+            let mut query = url.query_pairs_mut();
+            if let Some(service) = parameter("service") {
+                query.append_pair("service", &service);
+            }
+            query.append_pair("scope", &format!("repository:{}:pull", self.name));
+        }
+        let credentials = self.credentials.as_ref().map(Credentials::header);
+        let mut response = self.check_status(self.follow(&url, "application/json", credentials)?, "token")?;
+        let mut bytes = Vec::new();
+        while let Some(piece) = self.wait(response.chunk())? {
+            if bytes.len() + piece.len() > MAX_TOKEN_BYTES {
+                return Err(self.refused(&"its token is too large"));
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        let token: Option<Token> = serde_json::from_slice(&bytes).ok();
+        let value = token.and_then(|token| token.token.or(token.access_token));
+        let value = value.and_then(|value| HeaderValue::from_str(&format!("Bearer {value}")).ok());
+        let mut value = value.ok_or_else(|| self.refused(&"it gives no usable token"))?;
+        value.set_sensitive(true);
+        Ok(value)
+    }
+}
+
+#[derive(Deserialize)]
+struct Token {
+    token: Option<String>,
+    access_token: Option<String>,
+}
+
+impl ImageSource for Repository<'_> {
+    /// The digest is that of the document, not what a header of the answer says.
+    fn resolve(&self, version: &Version) -> Result<ImageDigest> {
+        let tag = match version {
+            Version::Digest(digest) => return Ok(digest.clone()),
+            Version::Tag(tag) => tag,
+            Version::Only => return Err(Error::invalid("an image of a registry has a digest or a tag")),
+        };
+        let response = self.get(&format!("manifests/{tag}"), ACCEPTED)?;
+        let bytes = read_bounded(&mut Body { repository: self, response, piece: Vec::new().into() })?;
+        format!("sha256:{}", const_hex::encode(Sha256::digest(&bytes))).parse().map_err(Error::Internal)
+    }
+
+    fn document<'a>(&'a self, digest: &ImageDigest) -> Result<Box<dyn Read + 'a>> {
+        let response = self.get(&format!("manifests/{digest}"), ACCEPTED)?;
+        Ok(Box::new(Body { repository: self, response, piece: Vec::new().into() }))
+    }
+
+    fn blob<'a>(&'a self, blob: &ImageDigest) -> Result<Box<dyn Read + 'a>> {
+        let response = self.get(&format!("blobs/{blob}"), "*/*")?;
+        Ok(Box::new(Body { repository: self, response, piece: Vec::new().into() }))
+    }
+}
+
+/// The body of an answer, read on a thread that may block.
+struct Body<'a> {
+    repository: &'a Repository<'a>,
+    response: Response,
+    piece: bytes::Bytes,
+}
+
+impl Read for Body<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() {
+            match self.repository.wait(self.response.chunk()).map_err(io::Error::other)? {
+                Some(piece) => self.piece = piece,
+                None => return Ok(0),
+            }
+        }
+        let piece = self.piece.split_to(self.piece.len().min(buffer.len()));
+        buffer[..piece.len()].copy_from_slice(&piece);
+        Ok(piece.len())
+    }
+}
+
+/// The causes of an error, without the outermost message, which only repeats the URL.
+fn chain(error: &reqwest::Error) -> String {
+    let mut causes = Vec::new();
+    let mut next = std::error::Error::source(error);
+    while let Some(error) = next {
+        causes.push(error.to_string());
+        next = error.source();
+    }
+    if causes.is_empty() { "the request failed".into() } else { causes.join(": ") }
+}

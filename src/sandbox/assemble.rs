@@ -1,0 +1,342 @@
+//! Puts views together: a runner mounts each view once, in a mount namespace of its own, and every cell gets a copy.
+//!
+//! In that namespace the runner sees the host as before, but for one directory that it does not need ([`MOUNT_POINTS`]), where
+//! it mounts its [`Views`]. Paths of a view are resolved as the action will see them, so that no link in it leads back to the host.
+
+use super::{
+    SetupFailure, Step as _, mounts,
+    view::{Access, Host, Kind, ViewPiece, ViewPlan},
+};
+use rustix::{
+    fs::{self as rfs, AtFlags, CWD, FileType, Mode, OFlags, Stat},
+    io::Errno,
+    mount::{MountAttrFlags, UnmountFlags, unmount},
+};
+use std::{
+    fs,
+    io::{self, Read as _, Write as _},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+/// Size of a file system that holds nothing but mount points and a few small files.
+const ROOT_BYTES: u64 = 2 * 1024 * 1024;
+/// Most files and directories of that.
+const ROOT_FILES: u64 = 4096;
+/// Where a runner mounts its views: the first of these that exists and has nothing that actions may see. Not the root directory:
+/// the kernel makes no user namespace for a process whose root directory is covered.
+const MOUNT_POINTS: &[&str] = &["/sys/kernel", "/sys/fs", "/sys/firmware", "/media", "/mnt"];
+/// Largest file about names that is taken over from a root file system.
+const MAX_NAMES_BYTES: u64 = 1024 * 1024;
+
+/// Where a runner mounts its views.
+#[derive(Debug)]
+pub(super) struct Stand {
+    path: PathBuf,
+    next: u32,
+}
+
+/// A directory of a stand, with what is mounted on it. Both vanish when this is dropped.
+#[derive(Debug)]
+struct Stall(PathBuf);
+
+/// What a file or directory is, whatever its path.
+type FileId = (u64, u64);
+
+/// A view that is complete.
+#[derive(Debug)]
+pub(super) struct Assembled {
+    tree: OwnedFd,
+    _stall: Stall,
+    /// The root file system beneath it.
+    beneath: Option<(PathBuf, FileId)>,
+    /// What was at each path that is hidden, once that was done.
+    hidden: Vec<(PathBuf, Option<FileId>)>,
+}
+
+impl Stand {
+    /// Mounts it where there is nothing that `needed` names.
+    pub(super) fn new(needed: &[PathBuf]) -> Result<Self, SetupFailure> {
+        let path = mount_point(MOUNT_POINTS, needed, |path| path.is_dir()).ok_or(Errno::NOENT);
+        let path = path.step("find a mount point")?.to_owned();
+        let mount = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make a place for views")?;
+        mounts::attach(mount.as_fd(), CWD, &path).step("mount a place for views")?;
+        Ok(Self { path, next: 0 })
+    }
+
+    /// Mounts this on a directory of its own.
+    fn put_up(&mut self, mount: BorrowedFd<'_>) -> io::Result<Stall> {
+        let path = self.path.join(self.next.to_string());
+        self.next += 1;
+        fs::create_dir(&path)?;
+        // From now on it is removed if a step fails.
+        let stall = Stall(path);
+        mounts::attach(mount, CWD, &stall.0)?;
+        Ok(stall)
+    }
+}
+
+impl Drop for Stall {
+    fn drop(&mut self) {
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The first of these directories that neither contains nor lies in what is needed.
+fn mount_point<'a>(
+    candidates: &[&'a str],
+    needed: &[PathBuf],
+    exists: impl Fn(&Path) -> bool,
+) -> Option<&'a Path> {
+    let is_free =
+        |path: &&Path| !needed.iter().any(|other| other.starts_with(path) || path.starts_with(other));
+    candidates.iter().map(|path| Path::new(*path)).filter(is_free).find(|path| exists(path))
+}
+
+impl Assembled {
+    /// Puts a view together: over the root file system at `beneath`, or else over nothing. `ids` maps the owners of its files.
+    pub(super) fn new(
+        stand: &mut Stand,
+        plan: &ViewPlan,
+        beneath: Option<&Path>,
+        ids: Option<BorrowedFd<'_>>,
+    ) -> Result<Self, SetupFailure> {
+        let root =
+            mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make the root directory of the view")?;
+        // Only mounts that are attached can get others below them.
+        let mut stall = stand.put_up(root.as_fd()).step("mount the root directory of the view")?;
+        let mut view_root = ViewRoot { root, own: Vec::new() };
+        view_root.put_all(&plan.base)?;
+        let mut of_beneath = None;
+        if let Some(path) = beneath {
+            let (overlay, id) = lay_over(stand, &stall.0, path, ids)?;
+            stall = stand.put_up(overlay.as_fd()).step("mount the root file system")?;
+            (view_root.root, of_beneath) = (overlay, Some((path.to_owned(), id)));
+        }
+        view_root.put_all(&plan.rest)?;
+        let ViewRoot { root, own } = view_root;
+        for mount in own.iter().chain([&root]) {
+            mounts::close(mount.as_fd()).step("make the view read-only")?;
+        }
+        let hidden = plan.rest.iter().filter_map(|piece| match piece {
+            ViewPiece::Hidden(at) => Some((at.clone(), id_in(root.as_fd(), at))),
+            _ => None,
+        });
+        let hidden = hidden.collect();
+        Ok(Self { tree: root, _stall: stall, beneath: of_beneath, hidden })
+    }
+
+    /// The mounts that it consists of.
+    pub(super) fn tree(&self) -> BorrowedFd<'_> {
+        self.tree.as_fd()
+    }
+
+    /// Whether everything that it hides is still hidden, and its root file system still at its path. A file that the host
+    /// replaces by a rename loses what covers it.
+    pub(super) fn is_current(&self) -> bool {
+        self.beneath.as_ref().is_none_or(|(path, id)| rfs::stat(path).is_ok_and(|stat| id_of(&stat) == *id))
+            && self.hidden.iter().all(|(at, id)| id_in(self.tree(), at) == *id)
+    }
+}
+
+/// An overlay of what is mounted at `above` over the directory `below`. Nobody can write to it, and neither changes.
+fn lay_over(
+    stand: &mut Stand,
+    above: &Path,
+    below: &Path,
+    ids: Option<BorrowedFd<'_>>,
+) -> Result<(OwnedFd, FileId), SetupFailure> {
+    let mut lay = || {
+        let tree = mounts::copy(CWD, below)?;
+        if let Some(ids) = ids {
+            // Without it, what everybody may read can be read.
+            let _ = mounts::map_ids(tree.as_fd(), ids);
+        }
+        let stall = stand.put_up(tree.as_fd())?;
+        let [above, below] = [above, &*stall.0].map(|path| mounts::directory(CWD, path));
+        let (above, below) = (above?, below?);
+        let id = id_of(&rfs::fstat(&below)?);
+        // Names that tell nothing, since actions can read the options of their mounts.
+        let layers = format!("/proc/self/fd/{}:/proc/self/fd/{}", above.as_raw_fd(), below.as_raw_fd());
+        let options = [("lowerdir", &*layers), ("redirect_dir", "nofollow")];
+        Ok::<_, io::Error>((mounts::new("overlay", &options, MountAttrFlags::empty())?, id))
+    };
+    lay().step(format_args!("use {} as the root file system (an overlay)", below.display()))
+}
+
+/// A view in the making.
+struct ViewRoot {
+    root: OwnedFd,
+    /// Mounts of its own that become read-only.
+    own: Vec<OwnedFd>,
+}
+
+impl ViewRoot {
+    fn put_all(&mut self, pieces: &[ViewPiece]) -> Result<(), SetupFailure> {
+        pieces.iter().try_for_each(|piece| self.put(piece))
+    }
+
+    fn put(&mut self, piece: &ViewPiece) -> Result<(), SetupFailure> {
+        match piece {
+            ViewPiece::Directory(at) => {
+                self.directory(at).map(drop).step(format_args!("make {}", at.display()))
+            }
+            ViewPiece::Own(at) => self.put_own(at).step(format_args!("make {}", at.display())),
+            ViewPiece::Link { at, target } => self
+                .parent(at)
+                .and_then(|(parent, name)| Ok(rfs::symlinkat(target, parent, name)?))
+                .step(format_args!("make the link {}", at.display())),
+            ViewPiece::File { at, text } => self.file(at, text).step(format_args!("make {}", at.display())),
+            ViewPiece::Host { from, at, is_directory, access } => self
+                .show(from, at, *is_directory, *access)
+                .step(format_args!("show {} of the host", from.display())),
+            ViewPiece::Hidden(at) => self.hide(at).step(format_args!("hide {}", at.display())),
+        }
+    }
+
+    fn put_own(&mut self, at: &Path) -> io::Result<()> {
+        let mount = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755")?;
+        mounts::attach_to(mount.as_fd(), self.directory(at)?.as_fd())?;
+        self.own.push(mount);
+        Ok(())
+    }
+
+    fn show(&self, from: &Path, at: &Path, is_directory: bool, access: Access) -> io::Result<()> {
+        let tree = match mounts::copy(CWD, from) {
+            // It was there a moment ago.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            tree => tree?,
+        };
+        mounts::restrict(tree.as_fd(), access == Access::Write, access == Access::Device)?;
+        let target = if is_directory {
+            self.directory(at)?
+        } else {
+            match mounts::open_in(self.root.as_fd(), at) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    self.file(at, "")?;
+                    mounts::open_in(self.root.as_fd(), at)?
+                }
+                there => there?,
+            }
+        };
+        mounts::attach_to(tree.as_fd(), target.as_fd())
+    }
+
+    /// Covers what is at a path of the view, if anything is.
+    fn hide(&self, at: &Path) -> io::Result<()> {
+        let target = match mounts::open_in(self.root.as_fd(), at) {
+            // What this user cannot reach, an action cannot reach either.
+            Err(error) if is_unreachable(&error) => return Ok(()),
+            target => target?,
+        };
+        let cover = match FileType::from_raw_mode(rfs::fstat(&target)?.st_mode) {
+            FileType::Directory => mounts::tmpfs(4096, 0, "555")?,
+            _ => mounts::copy(self.root.as_fd(), Path::new("dev/null"))?,
+        };
+        mounts::restrict(cover.as_fd(), false, false)?;
+        mounts::attach_to(cover.as_fd(), target.as_fd())
+    }
+
+    /// The directory at a path. It is made, and those above it, unless it is there.
+    fn directory(&self, at: &Path) -> io::Result<OwnedFd> {
+        let mut path = PathBuf::from("/");
+        let mut here = mounts::open_in(self.root.as_fd(), &path)?;
+        for name in at.iter().skip(1) {
+            path.push(name);
+            here = match mounts::open_in(self.root.as_fd(), &path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    rfs::mkdirat(&here, name, Mode::from_raw_mode(0o755))?;
+                    mounts::open_in(self.root.as_fd(), &path)?
+                }
+                there => there?,
+            };
+        }
+        Ok(here)
+    }
+
+    /// The directory that contains a path, and the name there.
+    fn parent<'a>(&self, at: &'a Path) -> io::Result<(OwnedFd, &'a Path)> {
+        let (parent, name) = at.parent().zip(at.file_name()).ok_or(Errno::INVAL)?;
+        Ok((self.directory(parent)?, Path::new(name)))
+    }
+
+    fn file(&self, at: &Path, text: &str) -> io::Result<()> {
+        let (parent, name) = self.parent(at)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = rfs::openat(parent, name, flags, Mode::from_raw_mode(0o644))?;
+        fs::File::from(file).write_all(text.as_bytes())
+    }
+}
+
+fn is_unreachable(error: &io::Error) -> bool {
+    let kinds = [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory, io::ErrorKind::PermissionDenied];
+    kinds.contains(&error.kind())
+}
+
+fn id_in(root: BorrowedFd<'_>, at: &Path) -> Option<FileId> {
+    let file = mounts::open_in(root, at).ok()?;
+    Some(id_of(&rfs::statat(file, "", AtFlags::EMPTY_PATH).ok()?))
+}
+
+#[allow(clippy::unnecessary_cast)]
+fn id_of(stat: &Stat) -> FileId {
+    (stat.st_dev as u64, stat.st_ino as u64)
+}
+
+/// Reads a file about names in a root file system that is not trusted; `None` if there is no usable one.
+pub(super) fn read_names(root: &Path, path: &str) -> Option<String> {
+    let root = mounts::directory(CWD, root).ok()?;
+    let found = mounts::open_in(root.as_fd(), Path::new(path)).ok()?;
+    if FileType::from_raw_mode(rfs::fstat(&found).ok()?.st_mode) != FileType::RegularFile {
+        return None;
+    }
+    let readable = rfs::open(
+        format!("/proc/self/fd/{}", found.as_raw_fd()),
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    );
+    let mut bytes = Vec::new();
+    fs::File::from(readable.ok()?).take(MAX_NAMES_BYTES).read_to_end(&mut bytes).ok()?;
+    String::from_utf8(bytes).ok()
+}
+
+/// The host that this process sees.
+pub(super) struct ThisHost;
+
+impl Host for ThisHost {
+    fn kind(&self, path: &Path) -> Option<Kind> {
+        let metadata = fs::symlink_metadata(path).ok()?;
+        Some(match metadata.file_type() {
+            kind if kind.is_dir() => Kind::Directory,
+            kind if kind.is_symlink() => Kind::Link(fs::read_link(path).ok()?),
+            _ => Kind::Other,
+        })
+    }
+
+    fn names(&self, path: &Path) -> Vec<String> {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+
+    fn real(&self, path: &Path) -> Option<PathBuf> {
+        path.canonicalize().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_are_mounted_where_nothing_is_shown() {
+        let chosen = |needed: &[&str]| {
+            let needed: Vec<_> = needed.iter().map(PathBuf::from).collect();
+            mount_point(MOUNT_POINTS, &needed, |path| path != Path::new("/sys/fs"))
+        };
+        assert_eq!(chosen(&["/usr"]), Some(Path::new("/sys/kernel")));
+        assert_eq!(chosen(&["/sys/kernel/mm"]), Some(Path::new("/sys/firmware")));
+        assert_eq!(chosen(&["/sys", "/media/store"]), Some(Path::new("/mnt")));
+        assert_eq!(chosen(&["/"]), None);
+    }
+}

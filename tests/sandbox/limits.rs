@@ -1,0 +1,191 @@
+//! What one action may use, and what ends one that uses more.
+
+use crate::{Host, support::*, with_each};
+use gorego_reapi::{
+    digest::Digest,
+    proto::reapi::{ExecuteResponse, Platform, platform::Property},
+};
+use std::fs;
+
+/// Reads zeros into memory until there is no more.
+const MEMORY_BOMB: &str = "tail /dev/zero";
+
+/// A script with these platform properties.
+async fn action(host: &Host, script: &str, properties: &[(&str, &str)]) -> Digest {
+    let property = |(name, value): &(&str, &str)| Property { name: (*name).into(), value: (*value).into() };
+    let platform = Platform { properties: properties.iter().map(property).collect() };
+    host.client.action_with(sh(script), empty(), |action| action.platform = Some(platform)).await
+}
+
+/// Runs a script with these platform properties.
+async fn run(host: &Host, script: &str, properties: &[(&str, &str)]) -> (Digest, ExecuteResponse) {
+    let action = action(host, script, properties).await;
+    (action, host.client.run(action).await)
+}
+
+/// Checks that a limit ended an action, and that the message names these things.
+async fn ended_by(host: &Host, (action, response): (Digest, ExecuteResponse), parts: &[&str]) {
+    let message = &response.message;
+    assert_eq!(response.status.as_ref().map_or(0, |status| status.code), 0, "{response:?}");
+    assert_eq!(response.result.as_ref().unwrap().exit_code, 137, "{response:?}");
+    for part in parts {
+        assert!(message.contains(part), "{part} in {message}");
+    }
+    assert_eq!(host.client.cached(action).await, None, "it is not cached");
+    assert_eq!(host.says("echo fine").await, "fine");
+}
+
+/// Whether the kernel bounds the memory of this server's actions.
+fn has_groups(host: &Host) -> bool {
+    let log = host.server.log();
+    let started = log.iter().find(|event| event["event"] == "server_started").unwrap();
+    started["limits"].as_str().unwrap().contains("memory: cgroup")
+}
+
+/// EXE-20. Its neighbour, which runs at the same time, does not notice.
+#[tokio::test]
+async fn a_memory_bomb_is_ended_with_the_limit_and_the_setting() {
+    let limits = [("EXECUTION__LIMITS__MEMORY_GB", "100 MB"), ("EXECUTION__CONCURRENCY", "2")];
+    with_each(&limits, async |host| {
+        let neighbour = host.client.action(sh("sleep 1; echo alive"), empty()).await;
+        let neighbour = host.client.start(neighbour).await;
+        let bomb = run(host, &format!("echo before; {MEMORY_BOMB}"), &[]).await;
+        let result = bomb.1.result.clone().unwrap();
+        ended_by(host, bomb, &["memory", "of the 100 MB allowed", "execution.limits.memory_gb"]).await;
+        assert_eq!(host.client.stdout(&result).await, "before\n", "its output is kept");
+        let response = neighbour.finish().await;
+        assert_eq!(host.client.stdout(&response.result.unwrap()).await, "alive\n");
+    })
+    .await;
+}
+
+/// The command itself ends well, but something that it relied on was killed.
+#[tokio::test]
+async fn a_command_that_lost_a_process_to_the_limit_has_not_succeeded() {
+    with_each(&[("EXECUTION__LIMITS__MEMORY_GB", "100 MB")], async |host| {
+        let script = format!("{MEMORY_BOMB}; echo ignored; exit 0");
+        ended_by(host, run(host, &script, &[]).await, &["100 MB"]).await;
+    })
+    .await;
+}
+
+/// What an action keeps in its own /tmp counts, where the kernel counts.
+#[tokio::test]
+async fn files_in_memory_count_as_memory() {
+    with_each(&[("EXECUTION__LIMITS__MEMORY_GB", "100 MB")], async |host| {
+        if has_groups(host) {
+            let script = "head -c 300M /dev/zero > /tmp/large; echo $?";
+            ended_by(host, run(host, script, &[]).await, &["100 MB"]).await;
+            // The memory is free for the next one.
+            assert_eq!(host.says("head -c 60M /dev/zero > /tmp/large; echo $?").await, "0");
+        }
+    })
+    .await;
+}
+
+/// EXE-31.
+#[tokio::test]
+async fn an_action_asks_for_what_it_needs_up_to_the_most() {
+    let limits = [("EXECUTION__LIMITS__MEMORY_GB", "2 GB"), ("EXECUTION__LIMITS__MAX_MEMORY_GB", "4 GB")];
+    with_each(&limits, async |host| {
+        let bomb = run(host, MEMORY_BOMB, &[("memory", "64Mi")]).await;
+        ended_by(host, bomb, &["of the 67.1 MB allowed", "property \"memory\""]).await;
+        let request = host.client.request(action(host, "true", &[("memory", "5G")]).await);
+        let Err(status) = host.client.start_request(request).await else { panic!("no pool has that much") };
+        assert_eq!(status.code(), tonic::Code::FailedPrecondition);
+        for part in ["memory (asked for \"5G\", offered up to 4 GB)", "no pool can run"] {
+            assert!(status.message().contains(part), "{part} in {}", status.message());
+        }
+        let (_, other) = run(host, "true", &[("memory-silo", "x"), ("cores", "many")]).await;
+        assert_eq!(other.result.unwrap().exit_code, 0, "other properties mean what they did");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn all_actions_together_leave_memory_to_the_server() {
+    with_each(&[("EXECUTION__LIMITS__TOTAL_MEMORY_GB", "200 MB")], async |host| {
+        let bomb = run(host, MEMORY_BOMB, &[]).await;
+        ended_by(host, bomb, &["200 MB", "execution.limits.total_memory_gb"]).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_fork_bomb_is_told_its_limit() {
+    with_each(&[("EXECUTION__SANDBOX__PROCESSES", "40")], async |host| {
+        let script = "n=0; while [ $n -lt 200 ]; do sleep 5 & n=$((n+1)); done";
+        let (_, response) = run(host, script, &[]).await;
+        assert_ne!(response.result.as_ref().unwrap().exit_code, 0, "{response:?}");
+        if has_groups(host) {
+            let message = &response.message;
+            assert!(
+                message.contains("all 40 processes") && message.contains("execution.sandbox.processes"),
+                "{message}"
+            );
+        }
+        assert_eq!(host.says("echo fine").await, "fine");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_disk_bomb_and_an_inode_bomb_are_ended_with_the_limit_and_the_setting() {
+    let limits = [
+        ("EXECUTION__LIMITS__DISK_GB", "50 MB"),
+        ("EXECUTION__LIMITS__MAX_DISK_GB", "1 GB"),
+        ("EXECUTION__LIMITS__FILES", "500"),
+    ];
+    with_each(&limits, async |host| {
+        let disk = "while :; do head -c 1M /dev/zero >> large; done";
+        ended_by(host, run(host, disk, &[]).await, &["the 50 MB allowed", "execution.limits.disk_gb"]).await;
+        let inodes = "n=0; while :; do : > $n; n=$((n+1)); done";
+        ended_by(host, run(host, inodes, &[]).await, &["the 500 allowed", "execution.limits.files"]).await;
+        // One that was over before anybody looked.
+        ended_by(host, run(host, "head -c 90M /dev/zero > large", &[]).await, &["the 50 MB allowed"]).await;
+        let (_, more) = run(host, "head -c 90M /dev/zero > large", &[("disk", "100M")]).await;
+        assert_eq!(more.result.unwrap().exit_code, 0);
+    })
+    .await;
+}
+
+/// The groups of a server in any hierarchy.
+fn groups_of(server: u32) -> Vec<std::path::PathBuf> {
+    fn find(directory: &std::path::Path, name: &str, found: &mut Vec<std::path::PathBuf>) {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                if entry.file_name().to_string_lossy().starts_with(name) {
+                    found.push(entry.path());
+                }
+                find(&entry.path(), name, found);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    find("/sys/fs/cgroup".as_ref(), &format!("gorego-{server}-"), &mut found);
+    found
+}
+
+#[tokio::test]
+async fn no_control_group_stays() {
+    with_each(&[], async |host| {
+        if !has_groups(host) {
+            return;
+        }
+        host.says("true").await;
+        let killed = host.server.pid();
+        assert!(!groups_of(killed).is_empty());
+        host.server.signal("KILL");
+        eventually("the server is gone", || !fs::exists(format!("/proc/{killed}/exe")).unwrap()).await;
+        // The next server beside it removes what is left over.
+        let mut next = Server::start().await;
+        assert_eq!(groups_of(killed).len(), 0);
+        next.client().await.run_command(sh("true")).await;
+        let stopped = next.pid();
+        assert!(!groups_of(stopped).is_empty());
+        next.signal("TERM");
+        assert!(next.exit().await.success());
+        assert_eq!(groups_of(stopped).len(), 0);
+    })
+    .await;
+}

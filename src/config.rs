@@ -5,8 +5,8 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
-mod limits;
 mod images;
+mod limits;
 pub mod load;
 mod log_filter;
 mod pools;
@@ -22,8 +22,8 @@ pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machin
 
 use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
-use limits::LimitsConfig;
 use images::ImagesConfig;
+use limits::LimitsConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};

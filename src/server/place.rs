@@ -3,7 +3,8 @@
 use super::LOG;
 use crate::{
     actors::worker::{
-        WorkerSettings,
+        PoolLimits, WorkerSettings,
+        image_store::ImageStore,
         launcher::{
             PoolSandbox,
             probe::{probe, probe_layers, probe_root},
@@ -14,11 +15,12 @@ use crate::{
     cgroups::{Groups, LimitReport},
     config::{ExecutionSettings, ImagesSettings, PoolSettings, Tags},
     images::{ImageSettings, Images, TagPolicy},
+    log_streams::LogStreams,
     logging::Event,
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
 };
 use gorego_reapi::error::{Error, Result};
-use std::ffi::OsString;
+use std::{ffi::OsString, sync::Arc};
 use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
@@ -110,8 +112,29 @@ impl Place {
         Ok(place)
     }
 
+    /// What the workers of a pool share.
+    pub(crate) fn worker(
+        &self,
+        execution: &ExecutionSettings,
+        pool: &PoolSettings,
+        log_streams: LogStreams,
+    ) -> WorkerSettings {
+        WorkerSettings {
+            name: worker_name(pool),
+            pool: pool.name.clone(),
+            build_root: self.build_root.clone(),
+            transfer_timeout: execution.transfer_timeout,
+            max_output_file_bytes: execution.max_output_file_bytes,
+            runner: WorkerSettings::own_runner(self.open_files),
+            images: self.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>),
+            sandbox: self.pool_sandbox(pool),
+            limits: PoolLimits { settings: pool.limits, groups: Some(self.groups.clone()) },
+            log_streams,
+        }
+    }
+
     /// The sandbox of a pool, if it has one and anything of it works.
-    pub(crate) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
+    fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
         if report.is_empty() || pool.sandbox.mode == SandboxMode::Off {
             return None;
@@ -141,6 +164,11 @@ impl Place {
         }
         probe_root(&sandbox, runner, &self.build_root).or_else(|reason| refuse(&reason))
     }
+}
+
+fn worker_name(pool: &PoolSettings) -> String {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    if pool.is_declared { format!("{host}/{}", pool.name) } else { host }
 }
 
 /// The limit of processes of the user of a cell. Where there are groups, it is only a second line, so that the one that says

@@ -55,7 +55,7 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
     if !action.platform.is_empty() {
         let properties = action.platform.iter().map(|(name, value)| format!("{name}={value}"));
         let properties = properties.collect::<Vec<_>>().join(", ");
-        let _ = writeln!(text, "platform {} (not applied here)", escaped(&properties));
+        let _ = writeln!(text, "platform {}", escaped(&properties));
     }
     match &*stage.protections() {
         [] => {
@@ -107,7 +107,8 @@ pub(super) async fn conclude(
         Ok(result) => result,
         Err(error) => {
             let code = if fetched.recorded.is_ok() { EXIT_DIFFERS } else { EXIT_TROUBLE };
-            return Ok((format!("different: the action failed here: {error}\n"), code));
+            let text = format!("{}different: the action failed here: {error}\n", last_lines(scratch));
+            return Ok((text, code));
         }
     };
     let base = &fetched.action.command.working_directory;

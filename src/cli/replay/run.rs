@@ -3,7 +3,6 @@
 use super::{fetch::FetchedAction, launcher::ReplayLauncher, scratch::Scratch, store::FetchedStore};
 use crate::{
     actors::worker::{
-        WorkerSettings,
         alone::run_alone,
         cancel::CancelToken,
         launcher::RunnerLauncher,
@@ -11,9 +10,13 @@ use crate::{
     },
     caller::Peer,
     cli::config::load_for_replay,
-    config::ExecutionSettings,
+    config::{ExecutionSettings, PoolSettings},
     log_streams::{LogSettings, LogStreams, StreamLimits},
-    sandbox::probe::{MissingProtection, Protection, Report},
+    platform::{Known, preference},
+    sandbox::{
+        probe::{MissingProtection, Protection, Report},
+        settings::SandboxMode,
+    },
     server::place::Place,
 };
 use gorego_reapi::{
@@ -27,6 +30,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
+use tokio::runtime::Handle;
 
 /// Added to the first user of the slots, so that a server here that is root has others.
 const USERS_APART: u32 = 10_000;
@@ -63,7 +67,10 @@ impl ReplayPlace {
         let mut execution = load_for_replay(config, scratch.path(), &scratch.build(), no_sandbox)?;
         let sandbox = &mut execution.sandbox;
         sandbox.first_user = sandbox.first_user.saturating_add(USERS_APART);
-        let mut place = Place::open(&execution, None)?;
+        for pool in &mut execution.pools {
+            pool.sandbox.mode = if no_sandbox { SandboxMode::Off } else { SandboxMode::Auto };
+        }
+        let mut place = Place::open(&execution, &Handle::current(), None)?;
         for missing in place.sandbox.iter_mut().flat_map(|(_, report)| &mut report.missing) {
             if missing.protection == Protection::Identity {
                 missing.remedy = Some("set TMPDIR to a directory on ext4, xfs, btrfs or tmpfs".into());
@@ -106,6 +113,16 @@ impl ReplayPlace {
         self.report().map_or(&[], |report| &report.missing)
     }
 
+    /// The pool of the configuration that would run an action with these properties; the first if there is none.
+    fn pool(&self, asked: &[(String, String)]) -> Result<&PoolSettings> {
+        let pools = &self.execution.pools;
+        let mut known = Known::new(self.execution.unknown_properties);
+        pools.iter().for_each(|pool| known.learn(&pool.offers));
+        let suits = |pool: &&PoolSettings| known.differences(&pool.offers, asked).next().is_none();
+        let suiting = pools.iter().filter(suits).min_by_key(|pool| preference(&pool.name, &pool.offers));
+        suiting.or(pools.first()).ok_or_else(|| Error::internal("the configuration has no pool"))
+    }
+
     /// Stages the action and runs its command, or a shell. Blocks.
     ///
     /// # Errors
@@ -117,17 +134,10 @@ impl ReplayPlace {
         shell: bool,
         cancel: CancelToken,
     ) -> Result<Replayed> {
-        let settings = WorkerSettings {
-            name: "replay".into(),
-            pool: "replay".into(),
-            build_root: self.place.build_root.clone(),
-            transfer_timeout: self.execution.transfer_timeout,
-            max_output_file_bytes: self.execution.max_output_file_bytes,
-            runner: WorkerSettings::own_runner(None),
-            sandbox: self.place.pool_sandbox(),
-            log_streams: no_log_streams(scratch),
-        };
+        let pool = self.pool(&fetched.action.platform)?;
+        let settings = self.place.worker(&self.execution, pool, no_log_streams(scratch));
         let runner = RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref());
+        let runner = runner.grouped(&self.place.groups);
         let mut launcher = ReplayLauncher::new(runner, scratch.clone(), shell);
         let store = FetchedStore::new(fetched, scratch);
         let order = RunOrder {
@@ -145,16 +155,25 @@ impl ReplayPlace {
         let outcome = match report {
             Ok(done) => Ok(done.result),
             // Facts about the command, as opposed to failures of this machine.
-            Err(failure) if is_the_commands(&failure.error) => Err(failure.error),
+            Err(failure) if failure.partial.is_some() && is_the_commands(&failure.error) => {
+                Err(failure.error)
+            }
             Err(failure) => return Err(failure.error),
         };
         Ok(Replayed::Command(Box::new(LocalRun { outcome, trees: store.into_trees() })))
     }
 }
 
-/// Whether a run failed because of what its command did: it ran for too long, or left outputs that are none.
+/// Whether a run failed because of what its command did: it ran for too long, used too much, or left outputs that are none.
 fn is_the_commands(error: &Error) -> bool {
-    matches!(error, Error::DeadlineExceeded(_) | Error::Precondition(_))
+    !matches!(
+        error,
+        Error::Internal(_)
+            | Error::Unavailable(_)
+            | Error::Cancelled(_)
+            | Error::DiskFull(_)
+            | Error::DataLoss(_)
+    )
 }
 
 /// Log streams that nobody can read.

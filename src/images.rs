@@ -39,7 +39,7 @@ use digest::ImageDigest;
 use gorego_reapi::error::{Error, Result};
 use layout::LayoutDirectory;
 use pull::PullTime;
-use reference::{ImageOrigin, ImageReference, Version};
+use reference::{ImageOrigin, ImageReference, ImageVersion};
 use registry::{RegistryClient, Repository};
 use source::ImageSource;
 use std::{
@@ -172,7 +172,7 @@ impl Images {
         let is_layout = matches!(reference.origin, ImageOrigin::Layout(_));
         let policy = self.0.settings.tags;
         match &reference.version {
-            Version::Digest(digest) => Ok(digest.clone()),
+            ImageVersion::Digest(digest) => Ok(digest.clone()),
             version if is_layout || policy == TagPolicy::EachAction => source.resolve(version),
             _ if policy == TagPolicy::Refuse => Err(Error::Precondition(
                 "it is named by a tag, which may mean another image tomorrow; name it by its digest, or see \

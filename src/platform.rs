@@ -79,7 +79,7 @@ pub fn named_images<'a>(pools: impl Iterator<Item = &'a Offers>) -> BTreeSet<&'a
     let names = offered.flat_map(|offer| match offer {
         Offer::Exact(name) => std::slice::from_ref(name),
         Offer::Set(names) => names,
-        Offer::Minimum(_) | Offer::Ignore => &[],
+        Offer::Minimum(_) | Offer::Size(_) | Offer::Ignore => &[],
     });
     names.map(String::as_str).filter(|name| !NO_IMAGE.contains(name)).collect()
 }

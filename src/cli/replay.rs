@@ -30,6 +30,7 @@ use std::{
     sync::Arc,
 };
 use terminal::Terminal;
+use tokio::runtime::Handle;
 
 /// The outcome differs from the recorded one, as of diff(1).
 const EXIT_DIFFERS: u8 = 1;
@@ -98,9 +99,10 @@ async fn replay(
 ) -> Result<Conclusion, ReplayStop> {
     let stage = {
         let (config, scratch) = (args.config.clone(), scratch.clone());
-        let no_sandbox = args.no_sandbox;
+        let (runtime, no_sandbox) = (Handle::current(), args.no_sandbox);
         // First, because nothing has to be fetched if nothing can be run.
-        or_signal(signals, blocking(move || ReplayPlace::open(config, &scratch, no_sandbox))).await?
+        or_signal(signals, blocking(move || ReplayPlace::open(config, &scratch, &runtime, no_sandbox)))
+            .await?
     };
     let fetched =
         Arc::new(or_signal(signals, fetch::fetch(&args, stage.default_timeout(), scratch, line)).await?);

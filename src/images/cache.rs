@@ -16,7 +16,7 @@
 use super::{
     LOG,
     digest::ImageDigest,
-    index::{CopyId, ImageIndex, Room},
+    index::{CopyId, Growth, ImageIndex},
 };
 use crate::{
     actors::worker::{dir, workspace},
@@ -330,17 +330,17 @@ impl UnpackedImage {
     pub(super) fn take(&self, bytes: u64) -> Result<()> {
         let mut index = self.cache.index();
         match index.grow(&self.digest, bytes) {
-            Room::Yes(evicted) => {
+            Growth::Yes(evicted) => {
                 if !evicted.is_empty() {
                     self.cache.evict(index, &evicted);
                 }
                 Ok(())
             }
-            Room::Never => Err(Error::Precondition(
+            Growth::Never => Err(Error::Precondition(
                 "it is larger than all unpacked images may be together (execution.images.max_size_gb of this server)"
                     .into(),
             )),
-            Room::NotNow => Err(Error::Unavailable(
+            Growth::NotNow => Err(Error::Unavailable(
                 "images that are in use leave no room for it (execution.images.max_size_gb of this server)".into(),
             )),
         }

@@ -11,7 +11,7 @@ use std::{
 
 /// What growing needs.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Room<T> {
+pub(super) enum Growth<T> {
     /// There is room, once these are removed.
     Yes(Vec<T>),
     /// The image alone is larger than the budget.
@@ -89,17 +89,17 @@ impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
     }
 
     /// Takes room for so many more bytes of an image that is being unpacked.
-    pub(super) fn grow(&mut self, key: &K, bytes: u64) -> Room<T> {
-        let Some(own) = self.unpacking.get_mut(key) else { return Room::NotNow };
+    pub(super) fn grow(&mut self, key: &K, bytes: u64) -> Growth<T> {
+        let Some(own) = self.unpacking.get_mut(key) else { return Growth::NotNow };
         let grown = own.saturating_add(bytes);
         if grown > self.budget {
-            return Room::Never;
+            return Growth::Never;
         }
         let unused = self.images.values().filter(|entry| entry.leases == 0);
         let unused = unused.fold(0u64, |sum, entry| sum.saturating_add(entry.bytes));
         let needed = self.charged.saturating_add(bytes);
         if needed.saturating_sub(unused) > self.budget {
-            return Room::NotNow;
+            return Growth::NotNow;
         }
         *own = grown;
         self.charged = needed;
@@ -108,7 +108,7 @@ impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
             let Some(oldest) = self.oldest_unused() else { break };
             removed.extend(self.remove(&oldest));
         }
-        Room::Yes(removed)
+        Growth::Yes(removed)
     }
 
     /// Adds an image that was unpacked, and leases it.
@@ -232,16 +232,16 @@ mod tests {
                 + self.unpacking.iter().map(|own| own.1).sum::<u64>()
         }
 
-        fn grow(&mut self, key: u8, bytes: u64) -> Room<u8> {
-            let Some(at) = self.unpacking.iter().position(|own| own.0 == key) else { return Room::NotNow };
+        fn grow(&mut self, key: u8, bytes: u64) -> Growth<u8> {
+            let Some(at) = self.unpacking.iter().position(|own| own.0 == key) else { return Growth::NotNow };
             if self.unpacking[at].1 + bytes > BUDGET {
-                return Room::Never;
+                return Growth::Never;
             }
             let leased: u64 =
                 self.images.iter().filter(|image| !image.2.is_empty()).map(|image| image.1).sum();
             let building: u64 = self.unpacking.iter().map(|own| own.1).sum();
             if leased + building + bytes > BUDGET {
-                return Room::NotNow;
+                return Growth::NotNow;
             }
             self.unpacking[at].1 += bytes;
             let mut removed = Vec::new();
@@ -249,7 +249,7 @@ mod tests {
                 let oldest = self.images.iter().position(|image| image.2.is_empty()).unwrap();
                 removed.push(self.images.remove(oldest).0);
             }
-            Room::Yes(removed)
+            Growth::Yes(removed)
         }
     }
 

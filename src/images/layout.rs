@@ -6,7 +6,7 @@ use super::{
     digest::ImageDigest,
     manifest::Document,
     pull::this_machine,
-    reference::Version,
+    reference::ImageVersion,
     source::{ImageSource, read_bounded},
 };
 use gorego_reapi::error::{Error, Result};
@@ -64,11 +64,11 @@ impl LayoutDirectory {
 }
 
 impl ImageSource for LayoutDirectory {
-    fn resolve(&self, version: &Version) -> Result<ImageDigest> {
+    fn resolve(&self, version: &ImageVersion) -> Result<ImageDigest> {
         let tag = match version {
-            Version::Digest(digest) => return Ok(digest.clone()),
-            Version::Tag(tag) => Some(tag.as_str()),
-            Version::Only => None,
+            ImageVersion::Digest(digest) => return Ok(digest.clone()),
+            ImageVersion::Tag(tag) => Some(tag.as_str()),
+            ImageVersion::Only => None,
         };
         let path = self.path.display();
         let refuse = |problem: String| Error::Precondition(format!("index.json of {path}: {problem}"));

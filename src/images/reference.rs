@@ -28,7 +28,7 @@ pub struct ImageReference {
     /// Where it comes from.
     pub origin: ImageOrigin,
     /// Which of those that are there.
-    pub version: Version,
+    pub version: ImageVersion,
 }
 
 /// Where an image comes from.
@@ -47,7 +47,7 @@ pub enum ImageOrigin {
 
 /// Which of the images at an origin.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Version {
+pub enum ImageVersion {
     /// The one with this digest.
     Digest(ImageDigest),
     /// The one that has this tag now.
@@ -89,9 +89,9 @@ impl fmt::Display for ImageReference {
             ImageOrigin::Layout(path) => write!(f, "oci:{}", path.display())?,
         }
         match &self.version {
-            Version::Digest(digest) => write!(f, "@{digest}"),
-            Version::Tag(tag) => write!(f, ":{tag}"),
-            Version::Only => Ok(()),
+            ImageVersion::Digest(digest) => write!(f, "@{digest}"),
+            ImageVersion::Tag(tag) => write!(f, ":{tag}"),
+            ImageVersion::Only => Ok(()),
         }
     }
 }
@@ -115,7 +115,7 @@ fn registry(rest: &str) -> Result<ImageReference, String> {
     let origin =
         ImageOrigin::Registry { registry: host.to_ascii_lowercase(), repository: repository.to_owned() };
     match version {
-        Version::Only => Err("it has neither a digest nor a tag".into()),
+        ImageVersion::Only => Err("it has neither a digest nor a tag".into()),
         version => Ok(ImageReference { origin, version }),
     }
 }
@@ -131,7 +131,7 @@ fn layout(rest: &str) -> Result<ImageReference, String> {
 }
 
 /// Splits a name and what follows it: a digest, a tag, or both, of which the digest counts.
-fn split_version(text: &str) -> Result<(&str, Version), String> {
+fn split_version(text: &str) -> Result<(&str, ImageVersion), String> {
     let (rest, digest) = match text.split_once('@') {
         Some((rest, digest)) => (rest, Some(digest.parse()?)),
         None => (text, None),
@@ -149,9 +149,9 @@ fn split_version(text: &str) -> Result<(&str, Version), String> {
         }
     }
     Ok(match (digest, tag) {
-        (Some(digest), _) => (name, Version::Digest(digest)),
-        (None, Some(tag)) => (name, Version::Tag(tag.to_owned())),
-        (None, None) => (name, Version::Only),
+        (Some(digest), _) => (name, ImageVersion::Digest(digest)),
+        (None, Some(tag)) => (name, ImageVersion::Tag(tag.to_owned())),
+        (None, None) => (name, ImageVersion::Only),
     })
 }
 
@@ -163,7 +163,7 @@ mod tests {
         ImageDigest::of(b"manifest")
     }
 
-    fn parsed(text: &str) -> (ImageOrigin, Version) {
+    fn parsed(text: &str) -> (ImageOrigin, ImageVersion) {
         let reference = ImageReference::parse(text).unwrap();
         let again = ImageReference::parse(&reference.to_string()).unwrap();
         assert_eq!(again, reference);
@@ -177,25 +177,25 @@ mod tests {
     #[test]
     fn images_are_named_by_registry_or_directory_and_by_digest_or_tag() {
         let tools = registry("r.example.com", "team/tools");
-        let by_digest = (tools.clone(), Version::Digest(digest()));
+        let by_digest = (tools.clone(), ImageVersion::Digest(digest()));
         assert_eq!(parsed(&format!("docker://r.example.com/team/tools@{}", digest())), by_digest);
         assert_eq!(parsed(&format!("docker://R.Example.com/team/tools:v1@{}", digest())), by_digest);
         assert_eq!(
             parsed("docker://r.example.com/team/tools:v1.2_x"),
-            (tools, Version::Tag("v1.2_x".into()))
+            (tools, ImageVersion::Tag("v1.2_x".into()))
         );
         assert_eq!(
             parsed("docker://localhost:5000/a:b"),
-            (registry("localhost:5000", "a"), Version::Tag("b".into()))
+            (registry("localhost:5000", "a"), ImageVersion::Tag("b".into()))
         );
         assert_eq!(parsed("docker://[::1]:80/a:b").0, registry("[::1]:80", "a"));
         let layout = ImageOrigin::Layout("/srv/images/tools".into());
-        assert_eq!(parsed("oci:/srv/images/tools"), (layout.clone(), Version::Only));
+        assert_eq!(parsed("oci:/srv/images/tools"), (layout.clone(), ImageVersion::Only));
         assert_eq!(parsed("oci:/srv//images/tools/:x").0, layout);
-        assert_eq!(parsed("oci:/srv/images/tools:v1"), (layout.clone(), Version::Tag("v1".into())));
+        assert_eq!(parsed("oci:/srv/images/tools:v1"), (layout.clone(), ImageVersion::Tag("v1".into())));
         assert_eq!(
             parsed(&format!("oci:/srv/images/tools@{}", digest())),
-            (layout, Version::Digest(digest()))
+            (layout, ImageVersion::Digest(digest()))
         );
     }
 

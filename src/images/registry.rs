@@ -15,7 +15,7 @@ use super::{
     digest::ImageDigest,
     manifest::ACCEPTED,
     pull::PullTime,
-    reference::Version,
+    reference::ImageVersion,
     source::{ImageSource, read_bounded},
 };
 use crate::host::ImageRegistry;
@@ -268,11 +268,11 @@ struct Token {
 
 impl ImageSource for Repository<'_> {
     /// The digest is that of the document, not what a header of the answer says.
-    fn resolve(&self, version: &Version) -> Result<ImageDigest> {
+    fn resolve(&self, version: &ImageVersion) -> Result<ImageDigest> {
         let tag = match version {
-            Version::Digest(digest) => return Ok(digest.clone()),
-            Version::Tag(tag) => tag,
-            Version::Only => return Err(Error::invalid("an image of a registry has a digest or a tag")),
+            ImageVersion::Digest(digest) => return Ok(digest.clone()),
+            ImageVersion::Tag(tag) => tag,
+            ImageVersion::Only => return Err(Error::invalid("an image of a registry has a digest or a tag")),
         };
         let response = self.get(&format!("manifests/{tag}"), ACCEPTED)?;
         let bytes = read_bounded(&mut Body { repository: self, response, piece: Vec::new().into() })?;

@@ -4,7 +4,7 @@ use super::{
     digest::{Hasher, ImageDigest},
     manifest::{BlobName, MAX_DOCUMENT_BYTES},
     problem::{LayerProblem, carried},
-    reference::Version,
+    reference::ImageVersion,
 };
 use gorego_reapi::error::{Error, Result};
 use std::io::{self, Read};
@@ -15,7 +15,7 @@ pub(super) trait ImageSource {
     ///
     /// # Errors
     /// `Precondition` when there is no such image; `Unavailable` when that cannot be found out now.
-    fn resolve(&self, version: &Version) -> Result<ImageDigest>;
+    fn resolve(&self, version: &ImageVersion) -> Result<ImageDigest>;
 
     /// An index or a manifest. The reader may give anything; see [`read_document`].
     ///

@@ -126,9 +126,9 @@ impl Place {
             transfer_timeout: execution.transfer_timeout,
             max_output_file_bytes: execution.max_output_file_bytes,
             runner: WorkerSettings::own_runner(self.open_files),
-            images: self.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>),
+            images: self.image_store(),
             sandbox: self.pool_sandbox(pool),
-            limits: PoolLimits { settings: pool.limits, groups: Some(self.groups.clone()) },
+            limits: self.pool_limits(pool),
             log_streams,
         }
     }
@@ -143,6 +143,16 @@ impl Place {
         sandbox.settings.root = pool.sandbox.root.as_ref().map(RootFs::resolved);
         sandbox.settings.offers_network = pool.sandbox.offers_network;
         Some(sandbox)
+    }
+
+    /// The container images, if actions can have any.
+    fn image_store(&self) -> Option<Arc<dyn ImageStore>> {
+        self.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>)
+    }
+
+    /// What one action of a pool may use.
+    fn pool_limits(&self, pool: &PoolSettings) -> PoolLimits {
+        PoolLimits { settings: pool.limits, groups: Some(self.groups.clone()) }
     }
 
     /// Starts a sandbox with the root file system of a pool, if it has one of its own.

@@ -14,7 +14,10 @@ use crate::{
     instance::{Instance, InstanceId},
 };
 use actix::{AsyncContext as _, MessageResult};
-use gorego_reapi::{digest::Digest, error::Result};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
+};
 use hashbrown::{HashTable, hash_table::Entry};
 use std::hash::{BuildHasher as _, RandomState};
 use tokio::task;
@@ -27,6 +30,22 @@ pub(super) struct Located {
     pub zstd: Vec<Option<FoundEntry>>,
     /// Protects what was found from eviction, if that was asked for.
     pub lease: Lease,
+}
+
+impl Located {
+    /// The files of these digests, which were looked up, and their lease.
+    ///
+    /// # Errors
+    /// `MissingBlobs` with those that were not found.
+    pub(super) fn complete(self, digests: &[Digest]) -> Result<(Vec<FoundEntry>, Lease)> {
+        let missing = digests.iter().zip(&self.found).filter(|(_, found)| found.is_none());
+        let missing: Vec<_> = missing.map(|(digest, _)| *digest).collect();
+        if missing.is_empty() {
+            Ok((self.found.into_iter().flatten().collect(), self.lease))
+        } else {
+            Err(Error::MissingBlobs(missing))
+        }
+    }
 }
 
 /// The purpose of a look-up, which decides what is leased.

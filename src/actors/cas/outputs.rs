@@ -12,7 +12,6 @@ use super::{
     new_files::{NewFiles, Visible},
     results::{PreparedResult, Uploader},
     settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
-    trees::inputs::all_of,
     volume::{Draft, PIECE_BYTES, outside::LeftFile},
 };
 use crate::instance::Instance;
@@ -120,8 +119,8 @@ impl OutputBatch {
         digests.retain(|digest| !digest.is_empty());
         let instance = &self.instance;
         let located = self.cas.block_on(async |cas| cas.locate(instance, &digests, Purpose::Read).await)?;
-        all_of(&digests, located.found)?;
-        self.held.push(located.lease);
+        let (_, lease) = located.complete(&digests)?;
+        self.held.push(lease);
         Ok(())
     }
 

@@ -107,7 +107,7 @@ pub(super) async fn fetch(
 }
 
 async fn download(client: &Client, tree: &InputTree, scratch: &Scratch, line: &ProgressLine) -> Result<()> {
-    let digests = tree.file_digests();
+    let digests = tree.blobs().to_vec();
     let missing = client.find_missing(digests.iter().copied()).await?;
     if !missing.is_empty() {
         return Err(explain_missing(Error::MissingBlobs(missing), "an input file", Some(tree)));

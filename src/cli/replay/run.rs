@@ -63,14 +63,19 @@ impl ReplayPlace {
     /// # Errors
     /// `Invalid` for a bad configuration; `Precondition` when there is no sandbox and `no_sandbox` does not say that none is
     /// wanted.
-    pub(super) fn open(config: Option<PathBuf>, scratch: &Scratch, no_sandbox: bool) -> Result<Self> {
+    pub(super) fn open(
+        config: Option<PathBuf>,
+        scratch: &Scratch,
+        runtime: &Handle,
+        no_sandbox: bool,
+    ) -> Result<Self> {
         let mut execution = load_for_replay(config, scratch.path(), &scratch.build(), no_sandbox)?;
         let sandbox = &mut execution.sandbox;
         sandbox.first_user = sandbox.first_user.saturating_add(USERS_APART);
         for pool in &mut execution.pools {
             pool.sandbox.mode = if no_sandbox { SandboxMode::Off } else { SandboxMode::Auto };
         }
-        let mut place = Place::open(&execution, &Handle::current(), None)?;
+        let mut place = Place::open(&execution, runtime, None)?;
         for missing in place.sandbox.iter_mut().flat_map(|(_, report)| &mut report.missing) {
             if missing.protection == Protection::Identity {
                 missing.remedy = Some("set TMPDIR to a directory on ext4, xfs, btrfs or tmpfs".into());

@@ -71,6 +71,7 @@ impl Inputs for FetchedInputs {
         &self.tree
     }
 
+    // Nothing evicts the downloaded files.
     fn lease_all(&mut self) -> Result<()> {
         Ok(())
     }

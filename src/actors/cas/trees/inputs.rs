@@ -101,14 +101,14 @@ impl ActionInputs {
         }
         let instance = self.instance.clone();
         let located = self.cas.block_on(async |cas| cas.locate(&instance, blobs, Purpose::Read).await)?;
-        let found = all_of(blobs, located.found)?;
+        let (found, lease) = located.complete(blobs)?;
         if self.files.is_empty() {
             self.files = found;
         } else {
             self.files.extend(found);
             self.files.sort_by_key(|found| found.file.key.digest);
         }
-        self.leases.push(located.lease);
+        self.leases.push(lease);
         Ok(())
     }
 
@@ -122,20 +122,6 @@ impl ActionInputs {
         let found = self.files.binary_search_by_key(digest, |found| found.file.key.digest).ok();
         let found = found.and_then(|at| self.files.get(at));
         materialise(&self.cas, digest, found, parent, name, mode)
-    }
-}
-
-/// What was found, if it is everything.
-pub(in crate::actors::cas) fn all_of(
-    digests: &[Digest],
-    found: Vec<Option<FoundEntry>>,
-) -> Result<Vec<FoundEntry>> {
-    let missing = digests.iter().zip(&found).filter(|(_, found)| found.is_none());
-    let missing: Vec<_> = missing.map(|(digest, _)| *digest).collect();
-    if missing.is_empty() {
-        Ok(found.into_iter().flatten().collect())
-    } else {
-        Err(Error::MissingBlobs(missing))
     }
 }
 

@@ -69,6 +69,7 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
     for missing in stage.missing() {
         let _ = writeln!(text, "         {missing}");
     }
+    let _ = writeln!(text, "limits   {}", stage.limits());
     if shell {
         text.push_str(
             "The shell is where the command would run, with its environment. Leave it with exit.\n",

@@ -118,6 +118,11 @@ impl ReplayPlace {
         self.report().map_or(&[], |report| &report.missing)
     }
 
+    /// How the limits of the action are enforced.
+    pub(super) fn limits(&self) -> String {
+        self.place.limits.summary()
+    }
+
     /// The pool of the configuration that would run an action with these properties; the first if there is none.
     fn pool(&self, asked: &[(String, String)]) -> Result<&PoolSettings> {
         let pools = &self.execution.pools;

@@ -9,7 +9,7 @@
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers. [`ask`]: requests to the scheduler.
 //! - [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`], [`request_log`],
-//!   [`panic_guard`]: layers that every connection and call passes.
+//!   [`panic_guard`], [`routes`]: layers that every connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
 //! accepting when its shutdown future completes, and returns when the last connection is closed.
@@ -41,6 +41,7 @@ pub mod page_token;
 pub(crate) mod panic_guard;
 mod permissions;
 pub(crate) mod request_log;
+mod routes;
 pub mod services;
 mod serving;
 pub(crate) mod stalled;
@@ -68,15 +69,18 @@ use crate::{
     under_way::UnderWay,
 };
 use ask::Scheduler;
+use bytes::Bytes;
 use futures::stream::BoxStream;
 use gorego_reapi::{
     error::{Error, Result},
     proto::{self, bytestream, longrunning, reapi},
 };
 use health::Health;
+use http_body::Body;
+use routes::{Routes, RoutesBuilder};
 use std::{future::Future, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
-use tonic::{Status, codec::CompressionEncoding, service::Routes};
+use tonic::{Status, codec::CompressionEncoding};
 use tonic_health::{pb::health_server::HealthServer, server::HealthService};
 use tower::ServiceBuilder;
 
@@ -198,13 +202,17 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
-    let routes = routes(edge, health)?;
     let layers = ServiceBuilder::new()
-        .layer(request_log::RequestLogLayer { under_way })
         .layer(answers::AnswersLayer)
         .layer(panic_guard::PanicGuardLayer)
         .layer(intake::IntakeLayer::default());
-    serving::serve(accept::connections(listener, connections), layers.service(routes), shutdown).await;
+    let service = layers.service(routes(edge, health)?);
+    let of_connection = |connection| request_log::RequestLog {
+        inner: service.clone(),
+        under_way: under_way.clone(),
+        connection,
+    };
+    serving::serve(accept::connections(listener, connections), of_connection, shutdown).await;
     Ok(())
 }
 
@@ -218,26 +226,28 @@ macro_rules! limited {
     };
 }
 
-fn routes(edge: Arc<Edge>, health: &Health) -> Result<Routes> {
+fn routes<B>(edge: Arc<Edge>, health: &Health) -> Result<Routes<B>>
+where
+    B: Body<Data = Bytes, Error = Status> + Send + 'static,
+{
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let unusable = |error| Error::Internal(format!("the descriptors are unusable: {error}"));
-    let mut routes = Routes::builder();
-    routes
-        .add_service(limited!(ExecutionServer::new(execution::ExecutionService(edge.clone()))))
-        .add_service(limited!(OperationsServer::new(operations::OperationsService(edge.clone()))))
-        .add_service(limited!(ContentAddressableStorageServer::new(cas::CasService(edge.clone()))))
-        .add_service(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
-        .add_service(limited!(LogStreamServiceServer::new(log_stream::LogStreamService(edge.clone()))))
-        .add_service(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
-        .add_service(limited!(FetchServer::new(asset::AssetService(edge.clone()))))
-        .add_service(limited!(PushServer::new(asset::AssetService(edge.clone()))))
-        .add_service(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
-        .add_service(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
-        .add_service(reflection().build_v1().map_err(unusable)?)
-        .add_service(reflection().build_v1alpha().map_err(unusable)?);
-    Ok(routes.routes().prepare())
+    let routes = RoutesBuilder::new()
+        .add(limited!(ExecutionServer::new(execution::ExecutionService(edge.clone()))))
+        .add(limited!(OperationsServer::new(operations::OperationsService(edge.clone()))))
+        .add(limited!(ContentAddressableStorageServer::new(cas::CasService(edge.clone()))))
+        .add(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
+        .add(limited!(LogStreamServiceServer::new(log_stream::LogStreamService(edge.clone()))))
+        .add(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
+        .add(limited!(FetchServer::new(asset::AssetService(edge.clone()))))
+        .add(limited!(PushServer::new(asset::AssetService(edge.clone()))))
+        .add(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
+        .add(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
+        .add(reflection().build_v1().map_err(unusable)?)
+        .add(reflection().build_v1alpha().map_err(unusable)?);
+    Ok(routes.build())
 }

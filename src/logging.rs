@@ -210,7 +210,7 @@ mod tests {
         const PATIENCE: Duration = Duration::from_secs(30);
         let (told, writes) = mpsc::channel();
         // Only urgency ends this wait.
-        let pace = Pace { bytes: usize::MAX, time: Duration::from_secs(3600) };
+        let pace = Pace { bytes: usize::MAX, time: Duration::from_secs(3600), ..Pace::default() };
         let out = HandOver::start(Told(told), pace, |_, _| {}).unwrap();
         let config = LogConfig { filter: "info".into(), format: LogFormat::Text };
         let logger = logger(&config, Style::Text { colour: false }, Some(&out));

@@ -235,7 +235,7 @@ impl Server {
         let edge = Arc::new(Edge {
             gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
-            scheduler: scheduler.clone().map(Scheduler::new),
+            scheduler: scheduler.clone().map(|scheduler| Scheduler::new(scheduler, settings.node)),
             assets: Some(assets.clone()),
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
@@ -293,12 +293,7 @@ impl Server {
             }
             // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
-            let removal = place.map(|place| {
-                workers.spawn_blocking(move || {
-                    place.build_root.wait_until_empty(left);
-                    place.groups.remove();
-                })
-            });
+            let removal = place.map(|place| workers.spawn_blocking(move || place.empty(left)));
             log_streams.close();
             // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());

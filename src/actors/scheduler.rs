@@ -38,7 +38,7 @@ use inputs::InputCheck;
 use ledger::{Assignment, Check, Ledger, RunEnd};
 use messages::{
     AddPool, Admit, Cancel, Drain, DrainPool, Explain, Forget, Inspect, Inspection, ListOperations,
-    ListPools, OperationPage, RemovePool, Watch,
+    ListPools, OperationPage, Record, RemovePool, Watch,
 };
 use operation::{OperationId, QueueStatus, Subscription};
 use settings::{ClockReading, SchedulerSettings};
@@ -114,9 +114,7 @@ impl SchedulerActor {
         while let Some(assignment) = self.ledger.assign(now) {
             self.send_run(assignment, ctx);
         }
-        for transition in self.ledger.take_transitions() {
-            log::transition(&transition);
-        }
+        self.log_transitions();
         if self.ledger.is_idle() {
             for waiter in self.drained.drain(..) {
                 // The sender of the Drain may be gone.
@@ -126,6 +124,12 @@ impl SchedulerActor {
         let ledger = &self.ledger;
         for (_, waiter) in self.drained_pools.extract_if(.., |(pool, _)| ledger.runs_in(*pool) == 0) {
             let _ = waiter.send(());
+        }
+    }
+
+    fn log_transitions(&mut self) {
+        for transition in self.ledger.take_transitions() {
+            log::transition(&transition);
         }
     }
 
@@ -142,13 +146,14 @@ impl SchedulerActor {
     }
 
     fn send_run(&self, assignment: Assignment, ctx: &mut Context<Self>) {
-        let Assignment { task, pool, slot, action, peer, queued_at, tool_invocation_id, cancel } = assignment;
+        let Assignment { task, attempt, pool, slot, action, peer, queued_at, tool_invocation_id, cancel } =
+            assignment;
         let scheduler = ctx.address();
         let Some(runner) = self.runners.get(&pool).cloned() else {
-            return scheduler.do_send(RunEnded { task, end: RunEnd::Lost { pool_closed: true } });
+            return scheduler.do_send(RunEnded { task, attempt, end: RunEnd::Lost { pool_closed: true } });
         };
         let run = RunAction {
-            order: RunOrder { task, slot, action, peer, queued_at, tool_invocation_id },
+            order: RunOrder { task, attempt, slot, action, peer, queued_at, tool_invocation_id },
             control: RunControl { cancel, progress: scheduler.clone().recipient() },
         };
         actix::spawn(async move {
@@ -161,7 +166,7 @@ impl SchedulerActor {
                     RunEnd::Lost { pool_closed: !runner.connected() }
                 }
             };
-            scheduler.do_send(RunEnded { task, end });
+            scheduler.do_send(RunEnded { task, attempt, end });
         });
     }
 }
@@ -190,6 +195,7 @@ struct InputsChecked {
 #[rtype(result = "()")]
 struct RunEnded {
     task: TaskId,
+    attempt: u32,
     end: RunEnd,
 }
 
@@ -223,6 +229,15 @@ impl Receive<Admit> for SchedulerActor {
     }
 }
 
+impl Receive<Record> for SchedulerActor {
+    type Answer = ();
+
+    fn receive(&mut self, Record(operation): Record, _: &mut Self::Context) {
+        self.ledger.record(operation, ClockReading::now());
+        self.log_transitions();
+    }
+}
+
 impl Receive<InputsChecked> for SchedulerActor {
     type Answer = ();
 
@@ -243,8 +258,8 @@ impl Receive<StageReached> for SchedulerActor {
 impl Receive<RunEnded> for SchedulerActor {
     type Answer = ();
 
-    fn receive(&mut self, RunEnded { task, end }: RunEnded, ctx: &mut Self::Context) {
-        self.ledger.finish(task, end, ClockReading::now());
+    fn receive(&mut self, RunEnded { task, attempt, end }: RunEnded, ctx: &mut Self::Context) {
+        self.ledger.finish(task, attempt, end, ClockReading::now());
         self.settle(ctx);
     }
 }

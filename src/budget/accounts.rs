@@ -1,6 +1,6 @@
 //! [`Accounts`]: who holds what of a budget, who waits for more, and who of them is next. Pure.
 //!
-//! The peer that holds least is served first, and of its connections the one that holds least. So whoever holds nothing goes
+//! The peer that holds least is served first, and of its connections the one that holds least. So a peer that holds nothing goes
 //! before everybody who holds something. Among equals, the one that was served or came longest ago is first. A connection has
 //! one request served at a time, its small ones first.
 
@@ -64,7 +64,7 @@ impl<T> Accounts<T> {
         requests.and_then(BTreeMap::first_key_value).is_some_and(|((size, _), _)| *size == RequestSize::Small)
     }
 
-    /// Takes an amount, whoever waits.
+    /// Takes an amount, even if others wait for it.
     pub(super) fn take(&mut self, caller: Caller, amount: u64) -> Result<(), Bound> {
         self.holdings.take(caller, amount)?;
         self.rank(caller);

@@ -90,7 +90,7 @@ impl Holdings {
         subtract(&mut self.connections, caller, amount);
     }
 
-    /// Whether nobody holds anything, and nothing is left of those who did.
+    /// Whether nothing is held and no entries are left.
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.all == 0 && self.peers.is_empty() && self.connections.is_empty()

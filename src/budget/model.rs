@@ -173,7 +173,7 @@ impl Model {
 }
 
 proptest! {
-    /// Nothing is granted beyond a bound, whoever holds nothing goes first, and nobody waits for what could be had.
+    /// Nothing is granted beyond a bound, callers that hold nothing go first, and no request waits for an amount that is free.
     #[test]
     fn a_budget_behaves_like_its_model(
         (bounds, sharing) in budget(),

@@ -19,7 +19,7 @@ use std::{
     pin::Pin,
     task::{Context, Poll, ready},
 };
-use tonic::{Status, body::Body as TonicBody};
+use tonic::Status;
 use tower::{Layer, Service};
 
 /// Largest frame that waits for room after it was made. Only pieces of log streams are that large, and the number of concurrent
@@ -48,9 +48,9 @@ pub(crate) struct AnswerService<S> {
     inner: S,
 }
 
-impl<S, B> Service<Request<TonicBody>> for AnswerService<S>
+impl<S, R, B> Service<Request<R>> for AnswerService<S>
 where
-    S: Service<Request<TonicBody>, Response = Response<B>>,
+    S: Service<Request<R>, Response = Response<B>>,
 {
     type Response = Response<AnswerBody<B>>;
     type Error = S::Error;
@@ -60,7 +60,7 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request<TonicBody>) -> Self::Future {
+    fn call(&mut self, request: Request<R>) -> Self::Future {
         let call = Call::of(request.extensions());
         match CallPlace::take(&call, &request) {
             Ok(place) => AnswerFuture {
@@ -87,7 +87,7 @@ struct CallPlace {
 }
 
 impl CallPlace {
-    fn take(call: &Call, request: &Request<TonicBody>) -> Result<Self, Refusal> {
+    fn take<R>(call: &Call, request: &Request<R>) -> Result<Self, Refusal> {
         let Some(info) = call.connection() else { return Ok(Self { _call: None, head: None }) };
         let (caller, bytes) = (info.caller(), head_bytes(request));
         let place = info.connections.calls().take(caller, 1)?;

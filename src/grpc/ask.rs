@@ -3,13 +3,22 @@
 //! It holds one recipient for each message instead of an address. So handlers depend on the messages but not on the actor, and
 //! tests can use another actor.
 
-use crate::actors::scheduler::{
-    messages::{Admit, Cancel, Explain, Forget, ListOperations, OperationPage, Watch},
-    operation::{QueueStatus, Subscription},
+use crate::{
+    actors::scheduler::{
+        messages::{Admit, Cancel, Explain, Forget, ListOperations, OperationPage, Record, Submit, Watch},
+        operation::{FinishedOperation, OperationId, Outcome, QueueStatus, Subscription},
+    },
+    node::NodeName,
 };
-use actix::{Actor, Addr, Context, Handler, Message, Recipient};
-use gorego_reapi::error::{Error, Result};
-use std::time::Duration;
+use actix::{Actor, Addr, Context, Handler, Message, Recipient, prelude::SendError};
+use gorego_reapi::{
+    error::{Error, Result},
+    proto::reapi,
+};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 /// Time limit for an answer of the scheduler. It usually answers within microseconds; the limit ends calls on an overloaded
 /// machine.
@@ -17,8 +26,13 @@ pub const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A handle to the scheduler; cheap to clone.
 #[derive(Clone)]
-pub struct Scheduler {
+pub struct Scheduler(Arc<Inner>);
+
+struct Inner {
+    /// The name of this server.
+    node: NodeName,
     admit: Recipient<Admit>,
+    record: Recipient<Record>,
     watch: Recipient<Watch>,
     cancel: Recipient<Cancel>,
     forget: Recipient<Forget>,
@@ -27,70 +41,93 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A handle to the scheduler at this address.
-    pub fn new<A>(address: Addr<A>) -> Self
+    /// A handle to the scheduler at this address, for the server with this name.
+    pub fn new<A>(address: Addr<A>, node: NodeName) -> Self
     where
         A: Actor<Context = Context<A>>
             + Handler<Admit>
+            + Handler<Record>
             + Handler<Watch>
             + Handler<Cancel>
             + Handler<Forget>
             + Handler<ListOperations>
             + Handler<Explain>,
     {
-        Self {
+        Self(Arc::new(Inner {
+            node,
             admit: address.clone().recipient(),
+            record: address.clone().recipient(),
             watch: address.clone().recipient(),
             cancel: address.clone().recipient(),
             forget: address.clone().recipient(),
             list: address.clone().recipient(),
             explain: address.recipient(),
+        }))
+    }
+
+    /// An operation for a request that the action cache answers. The scheduler is told, and not waited for unless it is behind.
+    ///
+    /// # Errors
+    /// `Unavailable` when the scheduler has stopped.
+    pub(crate) async fn record(
+        &self,
+        submit: Submit,
+        result: Arc<reapi::ActionResult>,
+    ) -> Result<Subscription> {
+        let (info, priority) = submit.into_info(OperationId::random(self.0.node));
+        let operation = FinishedOperation::new(info, priority, Outcome::cached(result), SystemTime::now());
+        let subscription = operation.subscribe();
+        match self.0.record.try_send(Record(operation)) {
+            Ok(()) => {}
+            Err(SendError::Full(record)) => ask(&self.0.record, record).await?,
+            Err(SendError::Closed(_)) => return Err(stopped()),
         }
+        Ok(subscription)
     }
 
     /// See [`Admit`].
     ///
     /// # Errors
-    /// Those of the message; `Unavailable` when the scheduler has stopped.
+    /// The errors of the message; `Unavailable` when the scheduler has stopped.
     pub async fn admit(&self, message: Admit) -> Result<Subscription> {
-        ask(&self.admit, message).await?
+        ask(&self.0.admit, message).await?
     }
 
     /// See [`Watch`].
     ///
     /// # Errors
-    /// Those of the message; `Unavailable` when the scheduler has stopped.
+    /// The errors of the message; `Unavailable` when the scheduler has stopped.
     pub async fn watch(&self, message: Watch) -> Result<Subscription> {
-        ask(&self.watch, message).await?
+        ask(&self.0.watch, message).await?
     }
 
     /// See [`Cancel`].
     ///
     /// # Errors
-    /// Those of the message; `Unavailable` when the scheduler has stopped.
+    /// The errors of the message; `Unavailable` when the scheduler has stopped.
     pub async fn cancel(&self, message: Cancel) -> Result<()> {
-        ask(&self.cancel, message).await?
+        ask(&self.0.cancel, message).await?
     }
 
     /// See [`Forget`].
     ///
     /// # Errors
-    /// Those of the message; `Unavailable` when the scheduler has stopped.
+    /// The errors of the message; `Unavailable` when the scheduler has stopped.
     pub async fn forget(&self, message: Forget) -> Result<()> {
-        ask(&self.forget, message).await?
+        ask(&self.0.forget, message).await?
     }
 
     /// See [`ListOperations`].
     ///
     /// # Errors
-    /// Those of the message; `Unavailable` when the scheduler has stopped.
+    /// The errors of the message; `Unavailable` when the scheduler has stopped.
     pub async fn list(&self, message: ListOperations) -> Result<OperationPage> {
-        ask(&self.list, message).await?
+        ask(&self.0.list, message).await?
     }
 
     /// See [`Explain`]. `None` also when the scheduler has stopped.
     pub async fn explain(&self, message: Explain) -> Option<Box<QueueStatus>> {
-        ask(&self.explain, message).await.ok().flatten()
+        ask(&self.0.explain, message).await.ok().flatten()
     }
 }
 
@@ -108,7 +145,11 @@ where
 {
     match tokio::time::timeout(ASK_TIMEOUT, recipient.send(message)).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(_)) => Err(Error::Unavailable("the scheduler has stopped; the server is going down".into())),
+        Ok(Err(_)) => Err(stopped()),
         Err(_) => Err(Error::Unavailable(format!("the scheduler did not answer within {ASK_TIMEOUT:?}"))),
     }
+}
+
+fn stopped() -> Error {
+    Error::Unavailable("the scheduler has stopped; the server is going down".into())
 }

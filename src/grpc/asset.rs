@@ -70,6 +70,24 @@ struct FetchAnswer {
     digest_function: i32,
 }
 
+/// The [`FetchFields`] of a request of either kind.
+macro_rules! fetch_fields {
+    ($request:expr, $message:ident) => {{
+        let $message { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function } =
+            $request;
+        FetchFields { instance_name, timeout, oldest_content_accepted, uris, qualifiers, digest_function }
+    }};
+}
+
+/// The response of either kind with a [`FetchAnswer`].
+macro_rules! fetch_response {
+    ($answer:expr, $message:ident, $digest:ident) => {{
+        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } = $answer;
+        let status = Some(status);
+        $message { status, uri, qualifiers, expires_at, $digest: digest, digest_function }
+    }};
+}
+
 #[tonic::async_trait]
 impl Fetch for AssetService {
     async fn fetch_blob(
@@ -77,33 +95,9 @@ impl Fetch for AssetService {
         request: Request<FetchBlobRequest>,
     ) -> Result<Response<FetchBlobResponse>, Status> {
         let call = Call::of(request.extensions());
-        let FetchBlobRequest {
-            instance_name,
-            timeout,
-            oldest_content_accepted,
-            uris,
-            qualifiers,
-            digest_function,
-        } = request.into_inner();
-        let wanted = FetchFields {
-            instance_name,
-            timeout,
-            oldest_content_accepted,
-            uris,
-            qualifiers,
-            digest_function,
-        };
-        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } =
-            self.fetch(&call, Kind::Blob, wanted).await?;
-        let status = Some(status);
-        Ok(Response::new(FetchBlobResponse {
-            status,
-            uri,
-            qualifiers,
-            expires_at,
-            blob_digest: digest,
-            digest_function,
-        }))
+        let answer =
+            self.fetch(&call, Kind::Blob, fetch_fields!(request.into_inner(), FetchBlobRequest)).await?;
+        Ok(Response::new(fetch_response!(answer, FetchBlobResponse, blob_digest)))
     }
 
     async fn fetch_directory(
@@ -111,33 +105,10 @@ impl Fetch for AssetService {
         request: Request<FetchDirectoryRequest>,
     ) -> Result<Response<FetchDirectoryResponse>, Status> {
         let call = Call::of(request.extensions());
-        let FetchDirectoryRequest {
-            instance_name,
-            timeout,
-            oldest_content_accepted,
-            uris,
-            qualifiers,
-            digest_function,
-        } = request.into_inner();
-        let wanted = FetchFields {
-            instance_name,
-            timeout,
-            oldest_content_accepted,
-            uris,
-            qualifiers,
-            digest_function,
-        };
-        let FetchAnswer { status, uri, qualifiers, expires_at, digest, digest_function } =
-            self.fetch(&call, Kind::Directory, wanted).await?;
-        let status = Some(status);
-        Ok(Response::new(FetchDirectoryResponse {
-            status,
-            uri,
-            qualifiers,
-            expires_at,
-            root_directory_digest: digest,
-            digest_function,
-        }))
+        let answer = self
+            .fetch(&call, Kind::Directory, fetch_fields!(request.into_inner(), FetchDirectoryRequest))
+            .await?;
+        Ok(Response::new(fetch_response!(answer, FetchDirectoryResponse, root_directory_digest)))
     }
 }
 

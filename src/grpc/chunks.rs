@@ -38,7 +38,7 @@ pub(crate) fn advertise(enabled: bool, cache: &mut CacheCapabilities) {
 /// Answers a SplitBlob request.
 ///
 /// # Errors
-/// Those of [`crate::actors::cas::client::Cas::split`]; `Unimplemented` when chunking is disabled.
+/// The errors of [`crate::actors::cas::client::Cas::split`]; `Unimplemented` when chunking is disabled.
 pub(crate) async fn split(
     edge: &Edge,
     call: &Call,
@@ -63,7 +63,7 @@ pub(crate) async fn split(
 /// Answers a SpliceBlob request.
 ///
 /// # Errors
-/// Those of [`crate::actors::cas::client::Cas::splice`]; `Unimplemented` when chunking is disabled.
+/// The errors of [`crate::actors::cas::client::Cas::splice`]; `Unimplemented` when chunking is disabled.
 pub(crate) async fn splice(
     edge: &Edge,
     call: &Call,

@@ -5,12 +5,15 @@
 
 use super::claim::{Claim, unhindered};
 use bytes::Buf as _;
-use gorego_reapi::wire::{self, Limits, UNCOUNTED_BYTES};
+use gorego_reapi::{
+    find_missing::FindMissingBlobsRequest,
+    wire::{self, Limits, UNCOUNTED_BYTES},
+};
 use prost::{Message, Name};
-use std::marker::PhantomData;
+use std::{any::TypeId, marker::PhantomData};
 use tonic::{
     Status,
-    codec::{DecodeBuf, Decoder, EncodeBuf, Encoder},
+    codec::{BufferSettings, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
@@ -20,6 +23,11 @@ pub(crate) const REQUEST_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 const COMPACT_FROM_BYTES: usize = 1024;
 /// Answers from this size on may take more than a millisecond to encode.
 const LARGE_ANSWER_BYTES: usize = 512 * 1024;
+/// Size of the buffers of a call before its first message. Most messages fit, and the allocator keeps freed pieces of this size
+/// for each thread. A stream that waits for its next message holds one of them.
+const BUFFER_BYTES: usize = 1024;
+/// Collected messages of a stream are sent from this size on; the default of the library.
+const SEND_FROM_BYTES: usize = 32 * 1024;
 
 /// The codec of all services; see the top of this file.
 #[derive(Debug)]
@@ -42,12 +50,16 @@ where
     type Decoder = MeasuringDecoder<U>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        CarefulEncoder(ProstCodec::<T, U>::default().encoder())
+        CarefulEncoder(ProstCodec::<T, U>::raw_encoder(buffers()))
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        MeasuringDecoder(ProstCodec::<T, U>::default().decoder())
+        MeasuringDecoder(ProstCodec::<T, U>::raw_decoder(buffers()))
     }
+}
+
+fn buffers() -> BufferSettings {
+    BufferSettings::new(BUFFER_BYTES, SEND_FROM_BYTES)
 }
 
 /// Decodes messages of at most [`REQUEST_MAX_MEMORY`].
@@ -62,7 +74,10 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
         // This is the whole message, in one piece.
         let length = buffer.remaining();
         let mut taken = 0;
-        if length > UNCOUNTED_BYTES {
+        if TypeId::of::<U>() == TypeId::of::<FindMissingBlobsRequest>() {
+            // The limit on the length bounds its memory.
+            taken = FindMissingBlobsRequest::EXPANSION_MAX.saturating_mul(length as u64);
+        } else if length > UNCOUNTED_BYTES {
             let limits = Limits::memory(REQUEST_MAX_MEMORY);
             let cost = wire::cost::<U>(buffer.chunk(), limits).map_err(|refusal| {
                 Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME))
@@ -72,6 +87,10 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
         let message = self.0.decode(buffer);
         Claim::settle(taken);
         Ok(message?.map(|message| compact(message, length)))
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        self.0.buffer_settings()
     }
 }
 
@@ -95,9 +114,15 @@ impl<T: Message + 'static> Encoder for CarefulEncoder<T> {
     type Error = Status;
 
     fn encode(&mut self, item: T, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        if item.encoded_len() < LARGE_ANSWER_BYTES {
+        let length = item.encoded_len();
+        buffer.reserve(length);
+        if length < LARGE_ANSWER_BYTES {
             return self.0.encode(item, buffer);
         }
         unhindered(|| self.0.encode(item, buffer))
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        self.0.buffer_settings()
     }
 }

@@ -36,7 +36,7 @@ use std::time::SystemTime;
 /// The digest function of a request: [`Instance::digest_function`] of its digests.
 ///
 /// # Errors
-/// Those of [`Instance::digest_function`].
+/// The errors of [`Instance::digest_function`].
 pub fn digest_function<'a>(
     instance: &Instance,
     number: i32,
@@ -90,9 +90,11 @@ pub fn client_info(headers: &HeaderMap) -> ClientInfo {
             .with_decode_padding_mode(DecodePaddingMode::Indifferent)
             .with_decode_allow_trailing_bits(true),
     );
-    let decode = |name: &&str| {
+    let decode = |wanted: &&str| {
+        // A request has few headers, so that comparing is faster than hashing these names.
+        let (_, value) = headers.iter().find(|(name, _)| name.as_str() == *wanted)?;
         // Repeated binary headers may arrive joined by commas; the first one counts.
-        let value = headers.get(*name)?.as_bytes().split(|byte| *byte == b',').next()?;
+        let value = value.as_bytes().split(|byte| *byte == b',').next()?;
         reapi::RequestMetadata::decode(BASE64.decode(value.trim_ascii()).ok()?.as_slice()).ok()
     };
     let Some(metadata) = METADATA_HEADERS.iter().find_map(decode) else { return ClientInfo::default() };

@@ -2,9 +2,12 @@
 
 use super::{Edge, OperationStream, ask::Scheduler, convert, operation_stream};
 use crate::{
-    actors::scheduler::{
-        messages::{Admit, Submit, Watch},
-        operation::{Inline, Subscription},
+    actors::{
+        cas::resolve::Resolution,
+        scheduler::{
+            messages::{Admit, Submit, Watch},
+            operation::{Inline, Subscription},
+        },
     },
     call::Call,
     gate::Gate,
@@ -40,7 +43,10 @@ impl Execution for ExecutionService {
         // client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
         let cas = self.0.cas.working_for(*caller);
         let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup).await?;
-        let subscription = scheduler.admit(Admit { submit, resolution }).await?;
+        let subscription = match resolution {
+            Resolution::Cached(result) => scheduler.record(submit, result).await?,
+            resolution => scheduler.admit(Admit { submit, resolution }).await?,
+        };
         call.note_operation(subscription.info.id);
         Ok(self.stream(scheduler, subscription, call))
     }

@@ -25,7 +25,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use gorego_reapi::wire::{self, UNCOUNTED_BYTES};
 use http::Request;
-use http_body::{Frame, SizeHint};
+use http_body::{Body, Frame, SizeHint};
 use std::{
     future::Future as _,
     pin::Pin,
@@ -34,7 +34,7 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
-use tonic::{Status, body::Body};
+use tonic::Status;
 use tower::{Layer, Service};
 
 /// Bytes of messages that are unfinished or that no handler has taken: twenty of the largest ones, and many more of usual ones.
@@ -102,7 +102,7 @@ pub(crate) struct Intake<S> {
     budgets: Budgets,
 }
 
-impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
+impl<S: Service<Request<IncomingBody<B>>>, B> Service<Request<B>> for Intake<S> {
     type Response = S::Response;
     type Error = S::Error;
     type Future = Claimed<S::Future>;
@@ -111,12 +111,12 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Intake<S> {
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
         let caller = Call::of(request.extensions()).caller();
         let kind = RequestKind::of(request.uri().path(), request.headers());
         let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
         let of_body = claim.clone();
-        let request = request.map(|body| Body::new(IncomingBody::new(body, caller, budgets, of_body, kind)));
+        let request = request.map(|body| IncomingBody::new(body, caller, budgets, of_body, kind));
         Claimed::new(self.inner.call(request), claim)
     }
 }
@@ -168,8 +168,8 @@ impl RequestKind {
 }
 
 /// The body of a request.
-struct IncomingBody {
-    body: Body,
+pub(crate) struct IncomingBody<B> {
+    body: B,
     /// Whether anything has arrived.
     is_begun: bool,
     message: PartialMessage,
@@ -204,8 +204,8 @@ struct KeptBack {
     turn: Option<BoxFuture<'static, Result<Share, Status>>>,
 }
 
-impl IncomingBody {
-    fn new(body: Body, caller: Caller, budgets: Budgets, claim: Arc<Claim>, kind: RequestKind) -> Self {
+impl<B> IncomingBody<B> {
+    fn new(body: B, caller: Caller, budgets: Budgets, claim: Arc<Claim>, kind: RequestKind) -> Self {
         Self {
             body,
             is_begun: false,
@@ -349,7 +349,7 @@ fn too_much(refusal: Refusal) -> Status {
     gorego_reapi::error::Error::from(refusal).into()
 }
 
-impl http_body::Body for IncomingBody {
+impl<B: Body<Data = Bytes, Error = Status> + Unpin> Body for IncomingBody<B> {
     type Data = Bytes;
     type Error = Status;
 

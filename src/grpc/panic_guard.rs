@@ -3,7 +3,6 @@
 //! Handlers own no state, so continuing is safe. Panics in the actors that own state are not caught; they end the process.
 
 use bytes::Bytes;
-use futures::FutureExt as _;
 use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use std::{
@@ -33,37 +32,51 @@ pub(crate) struct PanicGuard<S> {
     inner: S,
 }
 
-type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
-
 impl<S, R, B> Service<Request<R>> for PanicGuard<S>
 where
     S: Service<Request<R>, Response = Response<B>>,
-    S::Future: Send + 'static,
     B: Body<Data = Bytes> + Default,
 {
     type Response = Response<GuardedBody<B>>;
     type Error = S::Error;
-    type Future = BoxFuture<Result<Self::Response, S::Error>>;
+    type Future = GuardedFuture<S::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
     }
 
     fn call(&mut self, request: Request<R>) -> Self::Future {
-        let answer = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
-        Box::pin(async move {
-            let response = match answer.await {
-                Ok(response) => response?,
-                Err(_) => fault().into_http(),
-            };
-            Ok(response.map(|inner| GuardedBody { inner, panicked: false }))
-        })
+        GuardedFuture { inner: self.inner.call(request) }
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// The future of a [`PanicGuard`] call.
+    #[derive(Debug)]
+    pub struct GuardedFuture<F> {
+        #[pin]
+        inner: F,
+    }
+}
+
+impl<F, B, E> Future for GuardedFuture<F>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: Body<Data = Bytes> + Default,
+{
+    type Output = Result<Response<GuardedBody<B>>, E>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let inner = self.project().inner;
+        let polled = catch_unwind(AssertUnwindSafe(|| inner.poll(context)));
+        let response = polled.unwrap_or_else(|_| Poll::Ready(Ok(fault().into_http())));
+        response.map_ok(|response| response.map(|inner| GuardedBody { inner, panicked: false }))
     }
 }
 
 pin_project_lite::pin_project! {
     /// A response body that ends with INTERNAL when its inner body panics.
-    #[derive(Debug)]
+    #[derive(Debug, Default)]
     pub struct GuardedBody<B> {
         #[pin]
         inner: B,

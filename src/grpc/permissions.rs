@@ -80,7 +80,7 @@ mod tests {
             .collect()
     }
 
-    /// So that nobody adds an RPC without thinking of who may call it.
+    /// An RPC cannot be added without a decision about who may call it.
     #[test]
     fn every_rpc_has_a_row_and_every_row_an_rpc() {
         let mut rpcs = paths(DESCRIPTORS);

@@ -22,8 +22,8 @@ use std::{
     task::{Context, Poll, ready},
     time::Instant,
 };
-use tonic::{Code, Status, body::Body as TonicBody};
-use tower::{Layer, Service};
+use tonic::{Code, Status};
+use tower::{BoxError, Service};
 
 /// Target of the line.
 pub(crate) const TARGET: &str = "gorego::rpc";
@@ -36,31 +36,20 @@ const METHOD_MAX_BYTES: usize = 128;
 /// Longest error message in a line, in bytes.
 const ERROR_MAX_BYTES: usize = 512;
 
-/// Wraps a service in a [`RequestLog`].
-#[derive(Debug, Clone)]
-pub(crate) struct RequestLogLayer {
-    /// Counts the calls that a shutdown waits for.
-    pub under_way: UnderWay,
-}
-
-impl<S> Layer<S> for RequestLogLayer {
-    type Service = RequestLog<S>;
-
-    fn layer(&self, inner: S) -> RequestLog<S> {
-        RequestLog { inner, under_way: self.under_way.clone() }
-    }
-}
-
-/// A service that writes a log line for each call.
+/// A service that writes a log line for each call of one connection.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestLog<S> {
-    inner: S,
-    under_way: UnderWay,
+    /// The service that answers the calls.
+    pub inner: S,
+    /// Counts the calls that a shutdown waits for.
+    pub under_way: UnderWay,
+    /// The connection.
+    pub connection: ConnectionInfo,
 }
 
-impl<S, B> Service<Request<TonicBody>> for RequestLog<S>
+impl<S, R, B> Service<Request<R>> for RequestLog<S>
 where
-    S: Service<Request<TonicBody>, Response = Response<B>>,
+    S: Service<Request<RequestBody<R>>, Response = Response<B>>,
 {
     type Response = Response<LoggedBody<B>>;
     type Error = S::Error;
@@ -70,24 +59,25 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, mut request: Request<TonicBody>) -> Self::Future {
-        let connection = request.extensions().get::<ConnectionInfo>().cloned();
-        let client = convert::client_info(request.headers());
-        let open = connection.as_ref().map(|connection| connection.state.begin_call());
-        let is_open_ended = OPEN_ENDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
+    fn call(&mut self, mut request: Request<R>) -> Self::Future {
+        let connection = self.connection.clone();
+        let open = connection.state.begin_call();
+        let body = OpenBody::new(connection.state.clone());
+        let path = request.uri().path();
+        let is_open_ended = OPEN_ENDED.iter().any(|prefix| path.starts_with(prefix));
         let unfinished = (!is_open_ended).then(|| self.under_way.begin());
-        let body = connection.as_ref().map(|connection| OpenBody::new(connection.state.clone()));
-        let call = Call::begin(connection, client, permissions::of(request.uri().path()), unfinished);
+        let client = convert::client_info(request.headers());
+        let call = Call::begin(Some(connection), client, permissions::of(path), unfinished);
         let line = RpcLine {
             call: call.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
             code: None,
             error: String::new(),
-            _open: open,
+            _open: Some(open),
         };
         request.extensions_mut().insert(call.clone());
-        let request = request.map(|inner| TonicBody::new(RequestBody { inner, call, open: body }));
+        let request = request.map(|inner| RequestBody { inner, call, open: Some(body) });
         LoggedFuture { inner: self.inner.call(request), line: Some(line) }
     }
 }
@@ -132,7 +122,7 @@ where
 
 pin_project_lite::pin_project! {
     /// A response body that writes the line at its end.
-    #[derive(Debug)]
+    #[derive(Debug, Default)]
     pub struct LoggedBody<B> {
         #[pin]
         inner: B,
@@ -190,15 +180,15 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
 
 pin_project_lite::pin_project! {
     /// A request body that counts its bytes.
-    struct RequestBody {
+    pub(crate) struct RequestBody<R> {
         #[pin]
-        inner: TonicBody,
+        inner: R,
         call: Call,
-        // `None` after the end of the request, or if the request does not come from a socket.
+        // `None` after the end of the request.
         open: Option<Arc<OpenBody>>,
     }
 
-    impl PinnedDrop for RequestBody {
+    impl<R> PinnedDrop for RequestBody<R> {
         fn drop(this: Pin<&mut Self>) {
             // The library discards received bytes that nobody has read, and the connection stops counting them when the stream
             // closes. Subtracting them here too would hide bytes of other streams.
@@ -209,15 +199,19 @@ pin_project_lite::pin_project! {
     }
 }
 
-impl RequestBody {
+impl<R: Body<Data = Bytes, Error: Into<BoxError>>> RequestBody<R> {
     /// Polls the body, and tells the connection how many bytes were taken.
     fn poll_inner(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.project();
-        let Some(open) = this.open else { return this.inner.poll_frame(context) };
-        let polled = open.poll(context, |context| this.inner.poll_frame(context));
+        let poll = |context: &mut Context<'_>| {
+            let polled = this.inner.poll_frame(context);
+            polled.map(|frame| Some(frame?.map_err(|error| Status::from_error(error.into()))))
+        };
+        let Some(open) = this.open else { return poll(context) };
+        let polled = open.poll(context, poll);
         match &polled {
             Poll::Ready(Some(Ok(frame))) => open.taken(frame.data_ref().map_or(0, |data| data.len() as u64)),
             Poll::Ready(_) => {
@@ -230,7 +224,7 @@ impl RequestBody {
     }
 }
 
-impl Body for RequestBody {
+impl<R: Body<Data = Bytes, Error: Into<BoxError>>> Body for RequestBody<R> {
     type Data = Bytes;
     type Error = Status;
 
@@ -276,7 +270,7 @@ mod tests {
         let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
         let state = admitted.state();
         let body = || RequestBody {
-            inner: TonicBody::new("x".repeat(EACH)),
+            inner: tonic::body::Body::new("x".repeat(EACH)),
             call: Call::default(),
             open: Some(OpenBody::new(state.clone())),
         };

@@ -20,12 +20,14 @@
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
     STREAM_WINDOW_BYTES, STREAMS_MAX,
-    accept::{Connection, Turn},
+    accept::{Connection, OpenRequest, Turn},
 };
+use crate::call::ConnectionInfo;
 use bytes::Bytes;
 use futures::stream::{Stream, StreamExt as _};
 use http::{HeaderMap, Request, Response};
-use hyper::{rt::Executor, server::conn::http2, service::service_fn};
+use http_body::Body;
+use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
     collections::VecDeque,
@@ -44,7 +46,7 @@ use tokio::{
     task::coop::unconstrained,
     time::{Sleep, sleep},
 };
-use tonic::{Status, body::Body, transport::server::Connected as _};
+use tonic::{Status, transport::server::Connected as _};
 use tower::Service;
 
 /// Time limit for the requests of one turn: about ten of the slowest look-ups. It bounds how long answers of this connection
@@ -57,12 +59,12 @@ const SPREAD_MAX: usize = 64;
 /// is closed.
 pub(super) async fn serve<S, B>(
     connections: impl Stream<Item = io::Result<Connection>>,
-    service: S,
+    service: impl Fn(ConnectionInfo) -> S,
     shutdown: impl Future<Output = ()>,
 ) where
-    S: Service<Request<Body>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
     S: Clone + Send + 'static,
-    B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
+    B: Body<Data = Bytes, Error = Status> + Default + Send + 'static,
 {
     let closing = watch::Sender::new(false);
     let spread = Arc::new(Semaphore::new(SPREAD_MAX));
@@ -76,7 +78,8 @@ pub(super) async fn serve<S, B>(
                 connection = connections.next() => match connection {
                     Some(Ok(connection)) => {
                         let requests = Collected::new(connection.turn(), spread.clone());
-                        tokio::spawn(serve_one(connection, requests, service.clone(), closing.subscribe()));
+                        let service = service(connection.connect_info());
+                        tokio::spawn(serve_one(connection, requests, service, closing.subscribe()));
                     }
                     // The error was logged where connections are accepted.
                     Some(Err(_)) => {}
@@ -95,17 +98,15 @@ async fn serve_one<S, B>(
     service: S,
     mut closing: watch::Receiver<bool>,
 ) where
-    S: Service<Request<Body>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
     S: Clone + Send + 'static,
-    B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
+    B: Body<Data = Bytes, Error = Status> + Default + Send + 'static,
 {
-    let (info, turn) = (connection.connect_info(), connection.turn());
-    let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(info.clone());
+    let turn = connection.turn();
+    let service = service_fn(move |request: Request<Incoming>| {
         let limit = time_limit(request.headers());
         // All services are always ready.
-        let answer = service.clone().call(request.map(Body::new));
-        Limited { answer, limit: limit.map(sleep) }
+        Limited { answer: service.clone().call(request), limit: limit.map(sleep) }
     });
     // Dropped after the connection, which may hand over requests until its end.
     let _guard = StopCollecting(requests.clone());
@@ -145,6 +146,8 @@ fn settings(requests: Collected) -> http2::Builder<Collected> {
     let mut builder = http2::Builder::new(requests);
     builder
         .timer(TokioTimer::new())
+        // No client of gRPC reads it.
+        .auto_date_header(false)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
@@ -171,11 +174,7 @@ struct Collected {
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Collected {
     fn execute(&self, request: F) {
-        let open = self.turn.request();
-        let request = async move {
-            let _open = open;
-            request.await;
-        };
+        let request = CountedRequest { request, _open: self.turn.request() };
         match self.lock().as_mut() {
             Some(requests) => requests.push_back(Box::pin(request)),
             None => drop(tokio::spawn(request)),
@@ -232,6 +231,23 @@ impl Collected {
     }
 }
 
+pin_project_lite::pin_project! {
+    /// A request that counts as open. Not an async block, which would hold the request twice.
+    struct CountedRequest<F> {
+        #[pin]
+        request: F,
+        _open: OpenRequest,
+    }
+}
+
+impl<F: Future<Output = ()>> Future for CountedRequest<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        self.project().request.poll(context)
+    }
+}
+
 /// Drops the requests that have not begun when the task of their connection ends.
 struct StopCollecting(Collected);
 
@@ -255,14 +271,14 @@ pin_project_lite::pin_project! {
 impl<F, B> Future for Limited<F>
 where
     F: Future<Output = Result<Response<B>, Infallible>>,
-    B: http_body::Body<Data = Bytes, Error = Status> + Send + 'static,
+    B: Default,
 {
-    type Output = Result<Response<Body>, Infallible>;
+    type Output = Result<Response<B>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         if let Poll::Ready(answer) = this.answer.poll(context) {
-            return Poll::Ready(answer.map(|answer| answer.map(Body::new)));
+            return Poll::Ready(answer);
         }
         let Some(limit) = this.limit.as_pin_mut() else { return Poll::Pending };
         limit

@@ -16,7 +16,7 @@ use axum::{
     http::{Method, StatusCode, Uri},
     response::Response,
 };
-use gorego_reapi::error::Error;
+use gorego_reapi::{error::Error, status::shorten};
 use http_body::{Frame, SizeHint};
 use log::Level;
 use std::{
@@ -119,16 +119,6 @@ impl Drop for RequestLine {
             .with_said("error", &self.error)
             .log(format_args!("{} {}: {told}", self.method, self.path));
     }
-}
-
-/// Truncates a text that the client has chosen.
-fn shorten(mut text: String, max_bytes: usize) -> String {
-    let mut end = max_bytes.min(text.len());
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.truncate(end);
-    text
 }
 
 pin_project_lite::pin_project! {

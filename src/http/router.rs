@@ -7,7 +7,7 @@ use crate::policy::Permissions;
 /// Methods with the permissions that they need.
 pub type Methods = &'static [(&'static str, Permissions)];
 
-/// The methods of what everybody may read.
+/// The methods of a resource that every client may read.
 pub const OPEN: Methods = &[("GET", &[]), ("HEAD", &[])];
 
 /// Paths of one kind, and the methods that they support.

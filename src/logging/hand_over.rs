@@ -27,8 +27,10 @@ const BATCH_BYTES: usize = 64 * 1024;
 const BATCH_TIME: Duration = Duration::from_millis(5);
 /// Buffer capacity that is kept after a burst: a full batch and the lines that arrive while it is written.
 const KEPT_BYTES: usize = 4 * BATCH_BYTES;
-/// How long the writer waits when standard error is full and in non-blocking mode, which other programs may have set.
+/// How long the writer pauses when standard error is full and in non-blocking mode, which other programs may have set.
 const NOT_READY_PAUSE: Duration = Duration::from_millis(10);
+/// How long it tries again in that mode. Then the lines count as lost.
+const NOT_READY_LIMIT: Duration = Duration::from_secs(60);
 
 /// When the writer takes the waiting lines.
 #[derive(Debug, Clone, Copy)]
@@ -37,11 +39,13 @@ pub(super) struct Pace {
     pub bytes: usize,
     /// Longest time that lines that are not urgent wait for a batch to fill.
     pub time: Duration,
+    /// How long a write is tried again while a reader in non-blocking mode takes nothing.
+    pub patience: Duration,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { bytes: BATCH_BYTES, time: BATCH_TIME }
+        Self { bytes: BATCH_BYTES, time: BATCH_TIME, patience: NOT_READY_LIMIT }
     }
 }
 
@@ -104,7 +108,7 @@ impl HandOver {
             written: Condvar::new(),
             pace,
         });
-        let writer = BatchWriter { out, lost: 0, torn: false };
+        let writer = BatchWriter { out, lost: 0, torn: false, patience: pace.patience };
         let taken_from = shared.clone();
         thread::Builder::new().name("log-writer".into()).spawn(move || writer.run(&taken_from, report))?;
         Ok(Self(shared))
@@ -222,6 +226,8 @@ struct BatchWriter<W> {
     lost: u64,
     /// Whether the last output is an incomplete line.
     torn: bool,
+    /// See [`Pace::patience`].
+    patience: Duration,
 }
 
 impl<W: Write> BatchWriter<W> {
@@ -257,13 +263,16 @@ impl<W: Write> BatchWriter<W> {
 
     /// Writes until it is done or fails permanently. Returns the number of written bytes.
     fn write(&mut self, bytes: &[u8]) -> usize {
-        let mut written = 0;
+        let (mut written, mut waited) = (0, Duration::ZERO);
         while let Some(left) = bytes.get(written..).filter(|left| !left.is_empty()) {
             match self.out.write(left) {
                 Ok(0) => break,
-                Ok(more) => written += more,
+                Ok(more) => (written, waited) = (written + more, Duration::ZERO),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(NOT_READY_PAUSE),
+                Err(error) if error.kind() == ErrorKind::WouldBlock && waited < self.patience => {
+                    thread::sleep(NOT_READY_PAUSE);
+                    waited += NOT_READY_PAUSE;
+                }
                 // The reader has exited, or the disk is full. There is nowhere to report it.
                 Err(_) => break,
             }

@@ -9,7 +9,7 @@ use gorego::{
     actors::{
         cas::CasActor,
         scheduler::{
-            messages::{Admit, Cancel, Explain, Forget, ListOperations, OperationPage, Watch},
+            messages::{Admit, Cancel, Explain, Forget, ListOperations, OperationPage, Record, Watch},
             operation::{OperationId, OperationInfo, Outcome, QueueStatus, Snapshot, Stage, Subscription},
             settings::Priorities,
         },
@@ -60,7 +60,7 @@ impl Server {
             assets: None,
             gate: Gate::new(instances),
             cas,
-            scheduler: executes.then(|| Scheduler::new(scheduler.clone())),
+            scheduler: executes.then(|| Scheduler::new(scheduler.clone(), Default::default())),
             log_streams: log_streams(executes, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
@@ -186,6 +186,12 @@ impl Handler<Admit> for FakeScheduler {
         self.operations.push((info.clone(), cell));
         Ok(Subscription { info, snapshots })
     }
+}
+
+impl Handler<Record> for FakeScheduler {
+    type Result = ();
+
+    fn handle(&mut self, _: Record, _: &mut Self::Context) {}
 }
 
 impl Handler<Watch> for FakeScheduler {

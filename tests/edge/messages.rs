@@ -63,7 +63,7 @@ impl Server {
             assets: None,
             gate: Gate::new(instances),
             cas: cas.clone(),
-            scheduler: Some(Scheduler::new(scheduler.clone())),
+            scheduler: Some(Scheduler::new(scheduler.clone(), NodeName::default())),
             log_streams: log_streams(false, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
@@ -121,6 +121,7 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         images: None,
         sandbox: None,
         limits: PoolLimits::default(),
+        tools: None,
         log_streams: log_streams(false, directory),
     });
     let minute = Duration::from_secs(60);

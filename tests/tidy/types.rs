@@ -4,21 +4,38 @@ use crate::tree::Source;
 use std::collections::BTreeMap;
 
 /// Names that several types of the server have. New ones need a reason: each type should say in its name what it is.
-pub const SHARED: &[&str] = &["Command", "End", "Fields", "Inner", "Line", "Place", "Runner", "State"];
+pub const SHARED: &[&str] = &["Command", "End", "Fields", "Inner", "Place", "Runner"];
 
 /// Names that stand for several types of the server's product code.
 pub fn homonyms(files: &[Source], shared: &[&str]) -> Vec<String> {
+    let paths = paths_by_name(files);
+    let is_shared = |name: &str| shared.contains(&name);
+    let several = paths.iter().filter(|(name, paths)| paths.len() > 1 && !is_shared(name));
+    let several = several
+        .map(|(name, paths)| format!("`{name}` is the name of a type in each of {}", paths.join(", ")));
+    several.collect()
+}
+
+/// Listed names that do not stand for several types any more.
+pub fn stale(files: &[Source], shared: &[&str]) -> Vec<String> {
+    let paths = paths_by_name(files);
+    let is_stale = |name: &&&str| paths.get(**name).is_none_or(|paths| paths.len() < 2);
+    shared
+        .iter()
+        .filter(is_stale)
+        .map(|name| format!("`{name}` is listed, but stands for no two types"))
+        .collect()
+}
+
+/// The files that declare a type of each name.
+fn paths_by_name(files: &[Source]) -> BTreeMap<String, Vec<&str>> {
     let mut paths: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for file in files.iter().filter(|file| file.is_rust() && file.lies_in(&["src"]) && !file.is_test()) {
         for name in declared(&without_tests(file).code()) {
             paths.entry(name).or_default().push(&file.path);
         }
     }
-    let is_shared = |name: &str| shared.contains(&name);
-    let several = paths.iter().filter(|(name, paths)| paths.len() > 1 && !is_shared(name));
-    let several = several
-        .map(|(name, paths)| format!("`{name}` is the name of a type in each of {}", paths.join(", ")));
-    several.collect()
+    paths
 }
 
 /// A file without its module of tests. Other items that are compiled only for tests count.
@@ -54,4 +71,6 @@ fn two_types_of_one_name_are_found_unless_the_name_is_listed() {
     ];
     assert_eq!(homonyms(&files, &[]), ["`Found` is the name of a type in each of src/a.rs, src/b.rs"]);
     assert!(homonyms(&files, &["Found"]).is_empty());
+    assert!(stale(&files, &["Found"]).is_empty());
+    assert_eq!(stale(&files, &["One", "Gone"]).len(), 2);
 }

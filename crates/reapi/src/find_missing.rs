@@ -4,8 +4,9 @@
 //! allocated, parsed and thrown away again. Here the usual form of a digest is read right out of the message; every other form
 //! goes through the generated decoder, so both decode alike. A test compares them.
 //!
-//! Memory: what a request takes is within what [`crate::wire`] measures for the generated message. After the first digest that
-//! is malformed under every function no more are kept, because the request is going to be refused.
+//! Memory: a request takes at most [`FindMissingBlobsRequest::EXPANSION_MAX`] times its length, and so need not be measured by
+//! [`crate::wire`] before it is decoded. After the first digest that is malformed under every function no more are kept, because
+//! the request is going to be refused.
 
 use crate::{
     digest::{Digest, DigestFunction},
@@ -47,6 +48,12 @@ pub struct FindMissingBlobsRequest {
     pub digest_function: i32,
 }
 
+impl FindMissingBlobsRequest {
+    /// A decoded request takes at most this many times its length on the wire. The shortest entry of the list has 36 bytes and
+    /// becomes a digest of 80 bytes, and a quarter of the list may be unused.
+    pub const EXPANSION_MAX: u64 = 3;
+}
+
 /// Digests whose function is not known yet.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct UnresolvedDigests {
@@ -68,7 +75,7 @@ impl UnresolvedDigests {
     /// These as digests of `function`; `field` names the list in errors.
     ///
     /// # Errors
-    /// That of the first one that is malformed, as in [`Digest::from_wire`].
+    /// The error of the first digest that is malformed, as in [`Digest::from_wire`].
     pub fn resolve(mut self, function: DigestFunction, field: &str) -> Result<Vec<Digest>> {
         for digest in &mut self.parsed {
             if digest.function() != function {

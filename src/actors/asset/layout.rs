@@ -73,7 +73,7 @@ impl Layout {
     /// Adds a file.
     ///
     /// # Errors
-    /// Those of [`Layout::add_directory`].
+    /// The errors of [`Layout::add_directory`].
     pub fn add_file(&mut self, path: &str, digest: Digest, executable: bool) -> Result<(), Refusal> {
         self.add(path, Node::File { digest, executable })
     }
@@ -81,7 +81,7 @@ impl Layout {
     /// Adds a symbolic link.
     ///
     /// # Errors
-    /// Those of [`Layout::add_directory`]; and for a target that is absolute, leads out, or has ".." after a name.
+    /// The errors of [`Layout::add_directory`]; and for a target that is absolute, leads out, or has ".." after a name.
     pub fn add_symlink(&mut self, path: &str, target: &str) -> Result<(), Refusal> {
         let refuse = |problem: &str| {
             format!("symbolic link \"{}\" to \"{}\" {problem}", path.escape_debug(), target.escape_debug())
@@ -109,7 +109,7 @@ impl Layout {
     /// Adds another name for a file that was added before.
     ///
     /// # Errors
-    /// Those of [`Layout::add_directory`]; and when there is no such file.
+    /// The errors of [`Layout::add_directory`]; and when there is no such file.
     pub fn add_hard_link(&mut self, path: &str, target: &str) -> Result<(), Refusal> {
         let missing = || {
             format!(

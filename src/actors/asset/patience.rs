@@ -28,7 +28,7 @@ impl Patience {
     /// Waits for the next response or piece from a mirror.
     ///
     /// # Errors
-    /// `TimedOut` when it is silent for too long; those of `answer`.
+    /// `TimedOut` when it is silent for too long; the errors of `answer`.
     pub(super) async fn wait<T>(
         &self,
         answer: impl Future<Output = Result<T, Problem>>,

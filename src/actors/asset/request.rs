@@ -132,7 +132,7 @@ impl Qualifiers {
     /// The checksums that the content has to match, if there are any.
     ///
     /// # Errors
-    /// Those of [`Integrity::parse`].
+    /// The errors of [`Integrity::parse`].
     pub fn integrity(&self) -> Result<Option<Integrity>> {
         self.0.get(SRI).map(|text| Integrity::parse(text)).transpose()
     }

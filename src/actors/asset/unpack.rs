@@ -47,14 +47,14 @@ pub trait Contents {
     /// Stores the content and returns its digest.
     ///
     /// # Errors
-    /// Those of the store; and those of the reader, converted by [`Problem::of_io`].
+    /// The errors of the store; and the errors of the reader, converted by [`Problem::of_io`].
     fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem>;
 }
 
 /// Unpacks an archive from its start. `max_bytes` bounds the unpacked bytes.
 ///
 /// # Errors
-/// `Unusable` for input that is damaged, hostile or not an archive; `TooMuch` beyond a bound; those of `contents`.
+/// `Unusable` for input that is damaged, hostile or not an archive; `TooMuch` beyond a bound; the errors of `contents`.
 pub fn unpack(
     mut archive: impl Read + Seek,
     max_bytes: u64,
@@ -134,29 +134,39 @@ fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, 
             extensions.read(kind, &bytes).map_err(refuse)?;
             continue;
         }
-        let Extensions { path, link } = std::mem::take(&mut extensions);
-        let path = text(path.unwrap_or_else(|| entry.path_bytes().into_owned()))?;
-        let target = || text(link.clone().or(entry.link_name_bytes().map(Into::into)).unwrap_or_default());
-        let added = match kind {
-            EntryType::Directory => layout.add_directory(&path),
-            // Old archives mark a directory only by its trailing slash.
-            EntryType::Regular if path.ends_with('/') => layout.add_directory(&path),
-            EntryType::Symlink => layout.add_symlink(&path, &target()?),
-            EntryType::Link => layout.add_hard_link(&path, &target()?),
-            EntryType::Regular | EntryType::Continuous => {
-                let executable = entry.header().mode().unwrap_or(0) & 0o111 != 0;
-                let size = entry.header().entry_size().map_err(damaged)?;
-                let digest = contents.put(&mut entry)?;
-                if digest.size() != size {
-                    return Err(refuse(format!("it ends within \"{}\"", path.escape_debug())));
-                }
-                layout.add_file(&path, digest, executable)
-            }
-            _ => Err(format!("\"{}\" is a device, a pipe or a sparse file", path.escape_debug())),
-        };
-        added.map_err(refuse)?;
+        add_tar_entry(&mut layout, &mut entry, std::mem::take(&mut extensions), contents)?;
     }
     Ok(layout)
+}
+
+/// Adds the file, directory or link of an entry, with the extension headers before it.
+fn add_tar_entry(
+    layout: &mut Layout,
+    entry: &mut tar::Entry<'_, impl Read>,
+    Extensions { path, link }: Extensions,
+    contents: &mut dyn Contents,
+) -> Result<(), Problem> {
+    let damaged = |error: io::Error| Problem::of_io(&error);
+    let path = text(path.unwrap_or_else(|| entry.path_bytes().into_owned()))?;
+    let target = || text(link.clone().or(entry.link_name_bytes().map(Into::into)).unwrap_or_default());
+    let added = match entry.header().entry_type() {
+        EntryType::Directory => layout.add_directory(&path),
+        // Old archives mark a directory only by its trailing slash.
+        EntryType::Regular if path.ends_with('/') => layout.add_directory(&path),
+        EntryType::Symlink => layout.add_symlink(&path, &target()?),
+        EntryType::Link => layout.add_hard_link(&path, &target()?),
+        EntryType::Regular | EntryType::Continuous => {
+            let executable = entry.header().mode().unwrap_or(0) & 0o111 != 0;
+            let size = entry.header().entry_size().map_err(damaged)?;
+            let digest = contents.put(entry)?;
+            if digest.size() != size {
+                return Err(refuse(format!("it ends within \"{}\"", path.escape_debug())));
+            }
+            layout.add_file(&path, digest, executable)
+        }
+        _ => Err(format!("\"{}\" is a device, a pipe or a sparse file", path.escape_debug())),
+    };
+    added.map_err(refuse)
 }
 
 fn text(bytes: Vec<u8>) -> Result<String, Problem> {

@@ -150,7 +150,7 @@ impl BlobReader {
     /// Reads from `offset` up to the end of the blob or of the buffer: at least one byte, unless one of them is empty. Blocks.
     ///
     /// # Errors
-    /// Those of [`BlobReader::read_at`].
+    /// The errors of [`BlobReader::read_at`].
     pub(super) fn read_into(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
         let left = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
         let wanted = left.min(buffer.len());
@@ -172,7 +172,7 @@ impl Cas {
     /// hashed.
     ///
     /// # Errors
-    /// Those of [`BlobReader::read_at`].
+    /// The errors of [`BlobReader::read_at`].
     pub async fn read_through<T: Send + 'static>(
         &self,
         blob: BlobReader,

@@ -59,7 +59,8 @@ pub struct Provenance {
 /// working. Staging, outputs, compressed reads, splits and splices are built on these calls.
 #[derive(Clone)]
 pub struct Cas {
-    store: Addr<CasActor>,
+    /// Shared, because a clone of an address takes two allocations.
+    store: Arc<Addr<CasActor>>,
     shared: Arc<StoreShared>,
     /// The caller that is charged: what is read, decoded and hashed counts against its bounds and those of its peer.
     caller: Caller,
@@ -81,7 +82,7 @@ pub(super) fn spoilt() -> Error {
 
 impl Cas {
     pub(super) fn new(store: Addr<CasActor>, shared: Arc<StoreShared>) -> Self {
-        Self { store, shared, caller: Caller::default(), is_client: false, blocks: false }
+        Self { store: Arc::new(store), shared, caller: Caller::default(), is_client: false, blocks: false }
     }
 
     /// The actor's address, for messages such as [`super::InspectStore`].
@@ -112,7 +113,7 @@ impl Cas {
 
     /// Empty room for an upload through this handle.
     pub(super) fn new_room(&self) -> Result<UploadRoom> {
-        let mut room = UploadRoom::none(self.store.clone());
+        let mut room = UploadRoom::none(self.actor().clone());
         self.pay_for(&mut room)?;
         Ok(room)
     }

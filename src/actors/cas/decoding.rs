@@ -43,7 +43,7 @@ impl Cas {
     /// Decodes a received message, a large one on a blocking thread. The room has to be kept as long as the message.
     ///
     /// # Errors
-    /// Those of [`wire::decode`].
+    /// The errors of [`wire::decode`].
     pub async fn decode<M>(
         &self,
         bytes: Bytes,

@@ -62,6 +62,8 @@ pub(super) enum Purpose {
 /// A set of digests in the order in which they were added.
 #[derive(Default)]
 struct MissingDigests {
+    /// The most digests that it will have.
+    most: usize,
     digests: Vec<Digest>,
     /// The hash of each digest and its position in the list.
     places: HashTable<(u64, usize)>,
@@ -70,7 +72,11 @@ struct MissingDigests {
 
 impl MissingDigests {
     fn add(&mut self, digest: &Digest) {
-        let Self { digests, places, hasher } = self;
+        let Self { digests, places, hasher, most } = self;
+        if digests.is_empty() {
+            // Most sets stay empty; the others are often large.
+            places.reserve(*most, |(hash, _)| *hash);
+        }
         let hash = hasher.hash_one(digest);
         let is_it = |(_, place): &(u64, usize)| digests.get(*place) == Some(digest);
         if let Entry::Vacant(vacant) = places.entry(hash, is_it, |(hash, _)| *hash) {
@@ -112,7 +118,7 @@ impl Cas {
     /// # Errors
     /// `Unavailable` when the server is shutting down.
     pub async fn find_missing(&self, instance: &Instance, digests: &[Digest]) -> Result<Vec<Digest>> {
-        let mut missing = MissingDigests::default();
+        let mut missing = MissingDigests { most: digests.len(), ..MissingDigests::default() };
         for part in digests.chunks(LOOKUPS_PER_TURN) {
             self.find_missing_now(instance.blobs(), part, &mut missing)?;
             end_turn(part.len()).await;

@@ -68,7 +68,7 @@ impl NewFiles {
     /// Writes bytes that were checked before. Blocks.
     ///
     /// # Errors
-    /// Those of the volume. No partial file is left behind.
+    /// The errors of the volume. No partial file is left behind.
     pub(super) fn write(&mut self, key: Key, pieces: &[Bytes]) -> io::Result<FileId> {
         let file = self.next(key);
         let stamp = self.shared.volume.write(&file, pieces)?;
@@ -79,7 +79,7 @@ impl NewFiles {
     /// Keeps a draft of `size` bytes whose content was checked. Blocks.
     ///
     /// # Errors
-    /// Those of [`NewFiles::write`].
+    /// The errors of [`NewFiles::write`].
     pub(super) fn keep(&mut self, key: Key, draft: Box<dyn Draft>, size: u64) -> io::Result<FileId> {
         let file = self.next(key);
         let stamp = draft.keep(&file)?;
@@ -89,7 +89,7 @@ impl NewFiles {
     /// Adopts a file that an action left behind, if that is safe. Returns `None` when it has to be copied. Blocks.
     ///
     /// # Errors
-    /// Those of the volume.
+    /// The errors of the volume.
     pub(super) fn adopt(&mut self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<FileId>> {
         let file = self.next(key);
         let stamp = self.shared.volume.adopt(&file, left)?;

@@ -116,7 +116,7 @@ impl Cas {
     /// lately is not checked again. The check runs to its end even if nobody waits for it any more.
     ///
     /// # Errors
-    /// Those of [`Cas::check_inputs`].
+    /// The errors of [`Cas::check_inputs`].
     pub fn check_inputs_apart(
         &self,
         instance: Instance,

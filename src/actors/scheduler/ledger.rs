@@ -31,10 +31,10 @@ mod waiting;
 
 use super::{
     messages::{Inspection, ListOperations, OperationPage, Submit},
-    operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+    operation::{FinishedOperation, OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
     queue::{Charge, Queue},
     quota::QueueQuota,
-    register::Register,
+    register::{FinishedKind, Register},
     settings::{ClockReading, SchedulerSettings},
     slots::{PoolId, PoolSpec, Slots},
     transition::{OperationEvent, Transition},
@@ -82,18 +82,6 @@ pub(crate) struct Ledger {
     transitions: Vec<Transition>,
 }
 
-impl Outcome {
-    fn failed(error: Error) -> Self {
-        Self {
-            result: None,
-            cached: false,
-            error: Some(error),
-            message: String::new(),
-            server_logs: Vec::new(),
-        }
-    }
-}
-
 impl Ledger {
     /// An empty ledger over these pools, whose ids ascend in the order of the list.
     pub(crate) fn new(settings: SchedulerSettings, pools: Vec<PoolSpec>) -> Self {
@@ -135,25 +123,14 @@ impl Ledger {
         if self.draining {
             return Err(Error::Unavailable("this server is shutting down; try again".into()));
         }
-        let Submit { instance, action: digest, priority, inline, client, caller, .. } = submit;
-        let peer = caller.peer;
-        let priority = self.settings.priorities.nearest(priority);
-        let info = Arc::new(OperationInfo { id, instance, action: digest, inline, client, peer });
+        let peer = submit.caller.peer;
+        let (info, priority) = submit.into_info(id);
+        let over = |outcome, info, priority| FinishedOperation::new(info, priority, outcome, now.wall);
         match resolution {
-            Resolution::Cached(result) => {
-                let outcome = Outcome {
-                    result: Some(result),
-                    cached: true,
-                    error: None,
-                    message: String::new(),
-                    server_logs: Vec::new(),
-                };
-                Ok(self.admit_finished(info, priority, outcome, now))
-            }
-            Resolution::Unusable(error) => {
-                Ok(self.admit_finished(info, priority, Outcome::failed(error), now))
-            }
+            Resolution::Cached(result) => Ok(self.record(over(Outcome::cached(result), info, priority), now)),
+            Resolution::Unusable(error) => Ok(self.record(over(Outcome::failed(error), info, priority), now)),
             Resolution::Run(action) => {
+                let priority = self.settings.priorities.nearest(priority);
                 self.register.check_place(peer)?;
                 match key(&action).and_then(|key| self.joinable.get(&key).copied()) {
                     Some(task) => Ok(self.join(task, info, priority, now)),
@@ -163,18 +140,16 @@ impl Ledger {
         }
     }
 
-    /// Adds an operation that has already ended.
-    fn admit_finished(
-        &mut self,
-        info: Arc<OperationInfo>,
-        priority: i32,
-        outcome: Outcome,
-        now: ClockReading,
-    ) -> Subscription {
-        let outcome = Arc::new(outcome);
-        let event = OperationEvent::Completed { outcome: outcome.clone(), place: None, queued_for: None };
-        self.transitions.push(Transition { info: info.clone(), priority, event });
-        self.register.enter_finished(info, priority, outcome, now)
+    /// Adds an operation that has already ended. Also during a shutdown, because its client may have the answer.
+    pub(crate) fn record(&mut self, operation: FinishedOperation, now: ClockReading) -> Subscription {
+        let subscription = operation.subscribe();
+        let FinishedOperation { info, priority, outcome, snapshot } = operation;
+        let priority = self.settings.priorities.nearest(priority);
+        let kind = if outcome.cached { FinishedKind::Cached } else { FinishedKind::Unusable };
+        self.register.enter_finished(info.clone(), priority, kind, snapshot, now);
+        let event = OperationEvent::Completed { outcome, place: None, queued_for: None };
+        self.transitions.push(Transition { info, priority, event });
+        subscription
     }
 
     fn join(
@@ -230,6 +205,7 @@ impl Ledger {
             queued: now.at,
             waiting_since: now.at,
             attempts: 0,
+            evictions: 0,
             waiters: BTreeMap::from([(owner, BTreeSet::from([(priority, number)]))]),
             owner,
             followers: 1,

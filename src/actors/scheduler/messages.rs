@@ -2,15 +2,18 @@
 
 use super::{
     Pool,
-    operation::{ClientInfo, Inline, OperationId, OperationInfo, QueueStatus, Snapshot, Subscription},
+    operation::{
+        ClientInfo, FinishedOperation, Inline, OperationId, OperationInfo, QueueStatus, Snapshot,
+        Subscription,
+    },
     slots::{PoolId, PoolStatus},
 };
 use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance};
 use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
 
-/// Admits an action and creates an operation for it. The operation is answered from the cache, joins a task of the same action,
-/// waits in the queue, or is over at once because the action cannot run.
+/// Admits an action and creates an operation for it. The operation joins a task of the same action, waits in the queue, or is
+/// over at once because the action cannot run. An operation with a cached result is over at once too, but see [`Record`].
 ///
 /// # Errors
 /// `Exhausted` when the queue is full, `Unavailable` during shutdown, `Precondition` when no pool suits it (EXE-31).
@@ -22,6 +25,12 @@ pub struct Admit {
     /// The action, or a cached result of it, as found in the store.
     pub resolution: Resolution,
 }
+
+/// A fact: a client was given a cached result as the answer to its request. The operation becomes known under its name like any
+/// other (EXE-02). A mailbox keeps the order of its messages, so questions that clients ask about this name find it.
+#[derive(Debug, actix::Message)]
+#[rtype(result = "()")]
+pub struct Record(pub FinishedOperation);
 
 /// The request of a client to execute an action.
 #[derive(Debug, Clone)]
@@ -40,6 +49,14 @@ pub struct Submit {
     pub client: ClientInfo,
     /// The connection and peer of the request.
     pub caller: Caller,
+}
+
+impl Submit {
+    /// The immutable part of the operation for this request, and its priority.
+    pub(crate) fn into_info(self, id: OperationId) -> (Arc<OperationInfo>, i32) {
+        let Self { instance, action, priority, inline, client, caller, .. } = self;
+        (Arc::new(OperationInfo { id, instance, action, inline, client, peer: caller.peer }), priority)
+    }
 }
 
 /// Subscribes to an existing operation (EXE-12).

@@ -99,6 +99,30 @@ pub struct Outcome {
     pub server_logs: Vec<ServerLog>,
 }
 
+impl Outcome {
+    /// A result from the action cache.
+    pub(crate) fn cached(result: Arc<reapi::ActionResult>) -> Self {
+        Self {
+            result: Some(result),
+            cached: true,
+            error: None,
+            message: String::new(),
+            server_logs: Vec::new(),
+        }
+    }
+
+    /// There is no result.
+    pub(crate) fn failed(error: Error) -> Self {
+        Self {
+            result: None,
+            cached: false,
+            error: Some(error),
+            message: String::new(),
+            server_logs: Vec::new(),
+        }
+    }
+}
+
 /// A text about one run, for people (EXE-61).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerLog {
@@ -215,6 +239,31 @@ pub struct Subscription {
     pub info: Arc<OperationInfo>,
     /// The current snapshot and all later ones.
     pub snapshots: watch::Receiver<Snapshot>,
+}
+
+/// An operation that is over when it begins. Nothing was told of it yet but to the holder of its [`Subscription`].
+#[derive(Debug)]
+pub struct FinishedOperation {
+    pub(super) info: Arc<OperationInfo>,
+    /// The requested priority.
+    pub(super) priority: i32,
+    pub(super) outcome: Arc<Outcome>,
+    pub(super) snapshot: watch::Sender<Snapshot>,
+}
+
+impl FinishedOperation {
+    /// An operation that had this outcome when it was submitted.
+    pub(crate) fn new(info: Arc<OperationInfo>, priority: i32, outcome: Outcome, at: SystemTime) -> Self {
+        let outcome = Arc::new(outcome);
+        let snapshot =
+            Snapshot { stage: Stage::Completed, outcome: Some(outcome.clone()), ..Snapshot::queued(at) };
+        Self { info, priority, outcome, snapshot: watch::Sender::new(snapshot) }
+    }
+
+    /// The subscription of its client.
+    pub(crate) fn subscribe(&self) -> Subscription {
+        Subscription { info: self.info.clone(), snapshots: self.snapshot.subscribe() }
+    }
 }
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ enum OperationState {
 /// The kinds of finished operations. Each has its own bounds, so that many operations of one kind cannot displace those of
 /// another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum FinishedKind {
+pub(crate) enum FinishedKind {
     /// It waited for a task.
     Worked,
     /// Its result was in the action cache.
@@ -161,13 +161,10 @@ impl Register {
     ) -> (u64, Subscription) {
         self.unfinished.take(info.peer);
         let state = OperationState::Unfinished { task, unfollowed_since: None };
-        self.insert(Operation {
-            info,
-            priority,
-            queued: now.at,
-            state,
-            snapshot: watch::Sender::new(snapshot),
-        })
+        let (snapshot, snapshots) = watch::channel(snapshot);
+        let subscription = Subscription { info: info.clone(), snapshots };
+        let number = self.insert(Operation { info, priority, queued: now.at, state, snapshot });
+        (number, subscription)
     }
 
     /// Adds an operation that has already ended.
@@ -175,18 +172,13 @@ impl Register {
         &mut self,
         info: Arc<OperationInfo>,
         priority: i32,
-        outcome: Arc<Outcome>,
+        kind: FinishedKind,
+        snapshot: watch::Sender<Snapshot>,
         now: ClockReading,
-    ) -> Subscription {
-        let kind = if outcome.cached { FinishedKind::Cached } else { FinishedKind::Unusable };
-        let snapshot =
-            Snapshot { stage: Stage::Completed, outcome: Some(outcome), ..Snapshot::queued(now.wall) };
+    ) {
         let state = OperationState::Finished { at: now.at, kind };
-        let snapshot = watch::Sender::new(snapshot);
-        let (number, subscription) =
-            self.insert(Operation { info, priority, queued: now.at, state, snapshot });
+        let number = self.insert(Operation { info, priority, queued: now.at, state, snapshot });
         self.retain(number, kind, now);
-        subscription
     }
 
     /// Ends an operation and notifies its subscribers; `None` if it had already ended.
@@ -346,14 +338,12 @@ impl Register {
         self.unfinished.check(peer)
     }
 
-    fn insert(&mut self, operation: Operation) -> (u64, Subscription) {
+    fn insert(&mut self, operation: Operation) -> u64 {
         self.last_number += 1;
         let number = self.last_number;
-        let subscription =
-            Subscription { info: operation.info.clone(), snapshots: operation.snapshot.subscribe() };
         self.numbers.insert(operation.info.id, number);
         self.operations.insert(number, operation);
-        (number, subscription)
+        number
     }
 
     fn remove(&mut self, number: u64) {

@@ -123,6 +123,7 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     reaches(&mut follower, Stage::Executing).await;
     run.control.progress.do_send(StageReached {
         task: run.order.task,
+        attempt: run.order.attempt,
         stage: RunStage::Running,
         at: SystemTime::now(),
         logs: None,

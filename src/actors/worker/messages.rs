@@ -37,6 +37,8 @@ pub struct RunAction {
 pub struct RunOrder {
     /// The task that the run belongs to.
     pub task: TaskId,
+    /// The number of the attempt at the task, from 1.
+    pub attempt: u32,
     /// The slot that the task was given.
     pub slot: SlotId,
     /// The checked action.
@@ -76,6 +78,8 @@ pub enum RunStage {
 pub struct StageReached {
     /// The task that the run belongs to.
     pub task: TaskId,
+    /// The number of the attempt at the task.
+    pub attempt: u32,
     /// The stage that was entered.
     pub stage: RunStage,
     /// The time at which it was entered.

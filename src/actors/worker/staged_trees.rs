@@ -121,7 +121,7 @@ impl Tree {
     }
 
     fn is_in(&self, place: &RootDirectory) -> bool {
-        let stat = rfs::statat(place.handle(), &self.path(), AtFlags::SYMLINK_NOFOLLOW);
+        let stat = rfs::statat(place.handle(), self.path(), AtFlags::SYMLINK_NOFOLLOW);
         stat.is_ok_and(|stat| unchanged(&stat) == self.top)
     }
 }

@@ -211,7 +211,7 @@ async fn download(
         };
         let path = directory.join(name);
         blocking(move || {
-            let written = fs::create_dir_all(&directory_of(&path)).and_then(|()| fs::write(&path, bytes));
+            let written = fs::create_dir_all(directory_of(&path)).and_then(|()| fs::write(&path, bytes));
             written.map_err(|error| Error::io("keep a recorded log", &error))
         })
         .await?;

@@ -3,9 +3,9 @@
 use super::{fetch::FetchedAction, launcher::ReplayLauncher, scratch::Scratch, store::FetchedStore};
 use crate::{
     actors::worker::{
+        WorkerSettings,
         alone::run_alone,
         cancel::CancelToken,
-        launcher::RunnerLauncher,
         messages::{RunOrder, SlotId, TaskId},
     },
     caller::Peer,
@@ -146,12 +146,13 @@ impl ReplayPlace {
     ) -> Result<Replayed> {
         let pool = self.pool(&fetched.action.platform)?;
         let settings = self.place.worker(&self.execution, pool, no_log_streams(scratch));
-        let runner = RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref());
-        let runner = runner.grouped(&self.place.groups);
-        let mut launcher = ReplayLauncher::new(runner, scratch.clone(), shell);
+        // A persistent worker would outlive the action.
+        let settings = WorkerSettings { tools: None, ..settings };
+        let mut launcher = ReplayLauncher::new(settings.launcher(), scratch.clone(), shell);
         let store = FetchedStore::new(fetched, scratch);
         let order = RunOrder {
             task: TaskId(0),
+            attempt: 1,
             slot: SlotId(0),
             action: Arc::new(fetched.action.clone()),
             peer: Peer::default(),

@@ -4,6 +4,7 @@ use super::*;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use proptest::prelude::*;
 use std::future::poll_fn;
+use tonic::body::Body as TonicBody;
 
 fn message(length: usize) -> Vec<u8> {
     let prefix = [0].into_iter().chain((length as u32).to_be_bytes());
@@ -36,21 +37,20 @@ proptest! {
 }
 
 /// A body that sends this and then nothing, and is never over.
-fn stalled(bytes: Vec<u8>, budgets: &Budgets) -> IncomingBody {
+fn stalled(bytes: Vec<u8>, budgets: &Budgets) -> IncomingBody<TonicBody> {
     watched(stream::iter([Ok::<_, Status>(Bytes::from(bytes))]).chain(stream::pending()), budgets)
 }
 
 fn watched(
     pieces: impl futures::Stream<Item = Result<Bytes, Status>> + Send + 'static,
     budgets: &Budgets,
-) -> IncomingBody {
-    let body = Body::new(axum::body::Body::from_stream(pieces));
+) -> IncomingBody<TonicBody> {
+    let body = TonicBody::new(axum::body::Body::from_stream(pieces));
     let kind = RequestKind { is_stream: false, has_lists: true, is_gzip: false };
     IncomingBody::new(body, Caller::default(), budgets.clone(), Arc::default(), kind)
 }
 
-async fn next(body: &mut IncomingBody) -> Result<Frame<Bytes>, Status> {
-    use http_body::Body as _;
+async fn next(body: &mut IncomingBody<TonicBody>) -> Result<Frame<Bytes>, Status> {
     poll_fn(|context| Pin::new(&mut *body).poll_frame(context)).await.unwrap()
 }
 

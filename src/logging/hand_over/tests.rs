@@ -69,7 +69,7 @@ fn a_pipe_that_nobody_reads_blocks_no_logger_and_what_is_dropped_is_counted() {
 }
 
 /// A pause that ends only for a reason other than time.
-const LONG: Pace = Pace { bytes: 1000, time: Duration::from_secs(3600) };
+const LONG: Pace = Pace { bytes: 1000, time: Duration::from_secs(3600), patience: NOT_READY_LIMIT };
 
 /// A queue with that pause, and a channel with one text for each write.
 fn resting() -> (HandOver, mpsc::Receiver<String>) {
@@ -168,4 +168,21 @@ fn lines_lost_to_a_full_disk_are_reported_when_there_is_room_again() {
     }
     let written: String = written.try_iter().collect();
     assert_eq!(written, "whole\nto\ndropped 2\nafter\n");
+}
+
+/// Standard error may be in non-blocking mode and its reader may be stopped.
+#[test]
+fn a_reader_that_is_never_ready_is_given_up_and_what_it_missed_is_reported() {
+    let (step, steps) = mpsc::channel();
+    let (wrote, written) = mpsc::channel();
+    let pace = Pace { patience: 2 * NOT_READY_PAUSE, ..Pace::default() };
+    let to = HandOver::start(Scripted(steps, wrote), pace, report).unwrap();
+    (0..3).for_each(|_| step.send(Err(ErrorKind::WouldBlock.into())).unwrap());
+    log(&to, "lost");
+    assert!(to.flush(PATIENCE));
+    drop(step);
+    log(&to, "after");
+    assert!(to.flush(PATIENCE));
+    let written: String = written.try_iter().collect();
+    assert_eq!(written, "dropped 1\nafter\n");
 }

@@ -160,3 +160,27 @@ fn only_the_first_malformed_digest_is_kept() {
     let refusal = digests.resolve(DigestFunction::Sha256, FIELD).unwrap_err();
     assert_eq!(refusal, Error::Invalid("blob_digests is not set".into()));
 }
+
+/// Its memory is bounded by its length, so nothing has to be measured before it is decoded.
+#[test]
+fn a_decoded_request_takes_a_few_times_its_length_at_most() {
+    const COUNT: u32 = 1_001;
+    for gap in [1, 7, COUNT] {
+        let mut bytes = Vec::new();
+        for n in 0..COUNT {
+            if n % gap == 0 {
+                // Another field hides how many digests follow.
+                encoding::int32::encode(DIGEST_FUNCTION, &1, &mut bytes);
+            }
+            let digest = reapi::Digest { hash: format!("{n:032x}"), size_bytes: 0 };
+            encoding::message::encode(BLOB_DIGESTS, &digest, &mut bytes);
+        }
+        let digests = FindMissingBlobsRequest::decode(&*bytes).unwrap().blob_digests;
+        assert_eq!(digests.parsed.len(), COUNT as usize);
+        let memory = digests.parsed.capacity() * size_of::<Digest>();
+        assert!(
+            memory as u64 <= FindMissingBlobsRequest::EXPANSION_MAX * bytes.len() as u64,
+            "{gap}: {memory}"
+        );
+    }
+}

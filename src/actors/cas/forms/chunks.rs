@@ -216,15 +216,7 @@ impl Cas {
         chunking: Chunking,
         max_chunks: usize,
     ) -> Result<Recipe> {
-        let limit = self.shared().settings.max_bytes;
-        if blob.size().saturating_mul(2) > limit {
-            let message = format!(
-                "the store of {limit} bytes has no room for blob {blob} and its chunks, which take as much again \
-                 (max_size_gb raises the limit); read it by ByteStream"
-            );
-            // Not `Exhausted`, because a retry does not help (GEN-20).
-            return Err(Error::Precondition(message));
-        }
+        self.check_room_for_chunks(blob)?;
         let started = Instant::now();
         let reader = self.open(instance, blob).await?;
         let mut scan = Some(ChunkScan { reader, blob, splitter: Splitter::new(chunking), at: 0 });
@@ -255,6 +247,18 @@ impl Cas {
             .log(format_args!("cut a blob into chunks"));
         self.shared().chunk_work.remember(instance, blob, chunking, chunks.clone());
         Ok(Recipe::Chunks(chunks))
+    }
+
+    fn check_room_for_chunks(&self, blob: Digest) -> Result<()> {
+        let limit = self.shared().settings.max_bytes;
+        if blob.size().saturating_mul(2) <= limit {
+            return Ok(());
+        }
+        // Not `Exhausted`, because a retry does not help (GEN-20).
+        Err(Error::Precondition(format!(
+            "the store of {limit} bytes has no room for blob {blob} and its chunks, which take as much again \
+             (max_size_gb raises the limit); read it by ByteStream"
+        )))
     }
 
     /// Stores chunks and leases them.

@@ -8,7 +8,7 @@
 //! most [`READ_BYTES`] are read ahead of the writer.
 
 use crate::actors::cas::{
-    blob::BlobReader,
+    blob::{BlobReader, BlobWriter},
     client::{Cas, Upload},
     forms::chunks::Chunks,
     guards::Lease,
@@ -68,7 +68,7 @@ impl Cas {
             Upload::Writer(writer) => writer.unresumable(),
         };
         let chunks: Chunks = chunks.into();
-        let mut source = Concatenation {
+        let source = Concatenation {
             cas: self.clone(),
             found,
             cuts: Cuts::expected(chunking, &chunks),
@@ -76,6 +76,16 @@ impl Cas {
             next: 0,
             open: None,
         };
+        let cuts = self.write_chunks(source, &mut writer).await?;
+        writer.finish().await?;
+        if cuts.is_some_and(Cuts::hold) {
+            work.remember(instance, blob, chunking, chunks);
+        }
+        Ok(())
+    }
+
+    /// Writes all chunks. The next ones are read while some are written.
+    async fn write_chunks(&self, mut source: Concatenation, writer: &mut BlobWriter) -> Result<Option<Cuts>> {
         let mut pieces = Vec::new();
         loop {
             let read = self.blocking(move || source.read());
@@ -89,14 +99,9 @@ impl Cas {
             written?;
             (source, pieces) = read??;
             if pieces.is_empty() {
-                break;
+                return Ok(source.cuts);
             }
         }
-        writer.finish().await?;
-        if source.cuts.is_some_and(Cuts::hold) {
-            work.remember(instance, blob, chunking, chunks);
-        }
-        Ok(())
     }
 
     /// Locates the chunks and leases all of them.

@@ -18,7 +18,7 @@ use crate::actors::cas::{
 use crate::instance::{Instance, InstanceId};
 use bytes::Bytes;
 use gorego_reapi::{
-    digest::Digest,
+    digest::{Digest, DigestFunction},
     error::{Error, Result},
     proto::reapi,
     tree::MAX_MESSAGE_MEMORY,
@@ -67,13 +67,15 @@ impl Cas {
     ) -> Result<Option<Arc<reapi::ActionResult>>> {
         let id = instance.id();
         let Some(result) = self.read_result(instance, action, found).await? else { return Ok(None) };
-        let (loaded, weight) = match self.load_references(instance, action, &result).await? {
-            Ok(references) => self.loaded(found.file.generation, result, references).await?,
-            Err(reason) => {
+        let references = match self.references(instance, action.function(), &result).await {
+            Ok(references) => references,
+            Err(Unloadable::Server(error)) => return Err(error),
+            Err(Unloadable::Result(reason)) => {
                 self.drop_result(found.at, reason);
                 return Ok(None);
             }
         };
+        let (loaded, weight) = self.loaded(found.file.generation, result, references).await?;
         self.check_unread(instance, &loaded.references).await?;
         self.shared().results.insert((id, action), loaded.clone(), weight);
         if loaded.references.len() > LOOKUPS_PER_TURN {
@@ -166,58 +168,56 @@ impl Cas {
         .await
     }
 
-    /// Everything that a result references, or the reason why it cannot be determined.
-    async fn load_references(
+    /// Everything that a result references.
+    async fn references(
         &self,
         instance: &Instance,
-        action: Digest,
+        function: DigestFunction,
         result: &reapi::ActionResult,
-    ) -> Result<std::result::Result<Vec<Digest>, String>> {
-        let function = action.function();
-        let direct = match DirectReferences::of(result, function) {
-            Ok(direct) => direct,
-            Err(error) => return Ok(Err(error.to_string())),
-        };
+    ) -> std::result::Result<Vec<Digest>, Unloadable> {
+        let direct =
+            DirectReferences::of(result, function).map_err(|error| Unloadable::Result(error.to_string()))?;
         let mut references = direct.blobs;
         let mut room = TreeRoom::new(self);
         for tree in direct.trees {
-            if tree.size() > MAX_TREE_BYTES {
-                return Ok(Err(format!("its Tree {tree} is larger than {MAX_TREE_BYTES} bytes")));
-            }
-            let decoding = self.room_to_decode(worst_case(tree.size(), MAX_MESSAGE_MEMORY)).await?;
-            let read = self.read_many(instance, vec![tree]).await?.pop();
-            let files = match read.unwrap_or_else(|| Err(not_found(tree))) {
-                Ok(bytes) if decoding.is_some() => {
-                    self.blocking(move || results::files_of_tree(bytes, function)).await?
-                }
-                Ok(bytes) => results::files_of_tree(bytes, function),
-                Err(error @ Error::NotFound(_)) => Err(error),
-                Err(error) => return Err(error),
-            };
-            match files {
-                Ok(files) => {
-                    drop(decoding);
-                    room.grow(files.len() * size_of::<Digest>()).await?;
-                    references.extend(files);
-                }
-                Err(error) => return Ok(Err(format!("its Tree {tree}: {error}"))),
-            }
+            let files = self.files_of_tree(instance, tree).await?;
+            room.grow(files.len() * size_of::<Digest>()).await?;
+            references.extend(files);
             references.push(tree);
             if references.len() > MAX_REFERENCES {
-                return Ok(Err(format!("it refers to more than {MAX_REFERENCES} blobs")));
+                let reason = format!("it refers to more than {MAX_REFERENCES} blobs");
+                return Err(Unloadable::Result(reason));
             }
         }
         for root in direct.roots {
-            match self.closure(instance, root, &mut room).await {
-                Ok(closure) => match closure.missing.first() {
-                    None => references.extend(closure.directories.keys().copied().chain(closure.files())),
-                    Some(lost) => return Ok(Err(format!("its Directory {lost} is gone"))),
-                },
-                Err(Error::Invalid(message)) => return Ok(Err(message)),
-                Err(error) => return Err(error),
+            let closure = self.closure(instance, root, &mut room).await.map_err(Unloadable::of_root)?;
+            if let Some(lost) = closure.missing.first() {
+                return Err(Unloadable::Result(format!("its Directory {lost} is gone")));
             }
+            references.extend(closure.directories.keys().copied().chain(closure.files()));
         }
-        Ok(Ok(references))
+        Ok(references)
+    }
+
+    /// Reads a Tree of a result.
+    async fn files_of_tree(
+        &self,
+        instance: &Instance,
+        tree: Digest,
+    ) -> std::result::Result<Vec<Digest>, Unloadable> {
+        if tree.size() > MAX_TREE_BYTES {
+            let reason = format!("its Tree {tree} is larger than {MAX_TREE_BYTES} bytes");
+            return Err(Unloadable::Result(reason));
+        }
+        let decoding = self.room_to_decode(worst_case(tree.size(), MAX_MESSAGE_MEMORY)).await?;
+        let read = self.read_many(instance, vec![tree]).await?.pop();
+        let bytes = match read.unwrap_or_else(|| Err(not_found(tree))) {
+            Err(error) if !matches!(error, Error::NotFound(_)) => return Err(error.into()),
+            read => read,
+        };
+        let files = move || bytes.and_then(|bytes| results::files_of_tree(bytes, tree.function()));
+        let files = if decoding.is_some() { self.blocking(files).await? } else { files() };
+        files.map_err(|error| Unloadable::Result(format!("its Tree {tree}: {error}")))
     }
 
     /// Stores a result and atomically replaces an earlier one (AC-08). Inlined contents become blobs first (AC-05). Execution
@@ -252,6 +252,29 @@ impl Cas {
     }
 }
 
+/// Why the references of a result could not be loaded.
+enum Unloadable {
+    /// The result is incomplete or malformed.
+    Result(String),
+    /// The server could not read it now.
+    Server(Error),
+}
+
+impl Unloadable {
+    fn of_root(error: Error) -> Self {
+        match error {
+            Error::Invalid(reason) => Self::Result(reason),
+            error => Self::Server(error),
+        }
+    }
+}
+
+impl From<Error> for Unloadable {
+    fn from(error: Error) -> Self {
+        Self::Server(error)
+    }
+}
+
 /// A result that is checked and encoded for its file.
 pub(crate) struct PreparedResult {
     action: Digest,
@@ -265,7 +288,7 @@ impl PreparedResult {
     /// Checks and encodes a result.
     ///
     /// # Errors
-    /// Those of [`results::normalise`].
+    /// The errors of [`results::normalise`].
     pub(crate) fn new(
         instance: &Instance,
         action: Digest,

@@ -38,7 +38,7 @@ pub struct Incomplete {
 
 impl Cas {
     /// The full digest of an action that has a result and of which only the hash is known. If several results are stored under
-    /// the hash, that of the newest one.
+    /// the hash, the digest of the newest one.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.

@@ -149,10 +149,10 @@ impl Cas {
         root: Digest,
         room: &mut TreeRoom<'_>,
     ) -> Result<Closure> {
-        let mut closure = Closure::default();
-        let mut seen: HashSet<Digest> = HashSet::from_iter([root]);
+        let mut walk =
+            ClosureWalk { root, nodes: 0, seen: HashSet::from_iter([root]), closure: Closure::default() };
         let mut level = vec![root];
-        let (mut depth, mut nodes) = (0, 0u64);
+        let mut depth = 0;
         while !level.is_empty() {
             if depth > MAX_TREE_DEPTH {
                 return Err(Error::Invalid(format!(
@@ -163,27 +163,16 @@ impl Cas {
             let mut next = Vec::new();
             for part in level.chunks(LOOKUPS_PER_TURN) {
                 for (digest, directory) in part.iter().zip(self.directories(instance, part).await?) {
-                    let Some(directory) = directory else {
-                        closure.missing.push(*digest);
-                        continue;
-                    };
-                    nodes = nodes.saturating_add(directory.entries() as u64);
-                    if nodes > MAX_TREE_NODES {
-                        return Err(Error::Invalid(format!(
-                            "directory {root} has more than {MAX_TREE_NODES} nodes below it"
-                        )));
-                    }
-                    room.grow(directory.memory()).await?;
+                    let memory = directory.as_ref().map_or(0, |directory| directory.memory());
+                    walk.visit(*digest, directory, &mut next)?;
+                    room.grow(memory).await?;
                     // A tree whose many directories are all cached would otherwise block other tasks on this thread.
                     consume_budget().await;
-                    let children = directory.directories.iter().map(|child| child.digest);
-                    next.extend(children.filter(|child| seen.insert(*child)));
-                    closure.directories.insert(*digest, directory);
                 }
             }
             level = next;
         }
-        Ok(closure)
+        Ok(walk.closure)
     }
 
     /// Checks that a whole input root is stored, and renews it.
@@ -255,9 +244,20 @@ impl Cas {
                 None => digest.is_empty().then(Arc::default),
             });
         }
-        if to_read.is_empty() {
-            return Ok(known);
+        for (at, directory) in self.read_directories(to_read).await? {
+            if let Some(place) = known.get_mut(at) {
+                *place = directory;
+            }
         }
+        Ok(known)
+    }
+
+    /// Reads directories that are stored, with their positions; `None` for those whose files are damaged.
+    async fn read_directories(
+        &self,
+        mut to_read: Vec<(usize, FoundEntry)>,
+    ) -> Result<Vec<(usize, Option<Arc<Directory>>)>> {
+        let mut all = Vec::with_capacity(to_read.len());
         while !to_read.is_empty() {
             let (count, bytes) = first_part(&to_read);
             let part: Vec<_> = to_read.drain(..count).collect();
@@ -269,13 +269,43 @@ impl Cas {
                 drop(room);
                 read
             });
-            for (at, directory) in read.await?? {
-                if let Some(place) = known.get_mut(at) {
-                    *place = directory;
-                }
-            }
+            all.extend(read.await??);
         }
-        Ok(known)
+        Ok(all)
+    }
+}
+
+/// A walk over the directories below a root.
+struct ClosureWalk {
+    root: Digest,
+    nodes: u64,
+    seen: HashSet<Digest>,
+    closure: Closure,
+}
+
+impl ClosureWalk {
+    /// Adds a directory that was read, or is missing, and its children to the `next` level.
+    fn visit(
+        &mut self,
+        digest: Digest,
+        directory: Option<Arc<Directory>>,
+        next: &mut Vec<Digest>,
+    ) -> Result<()> {
+        let Some(directory) = directory else {
+            self.closure.missing.push(digest);
+            return Ok(());
+        };
+        self.nodes = self.nodes.saturating_add(directory.entries() as u64);
+        if self.nodes > MAX_TREE_NODES {
+            let root = self.root;
+            return Err(Error::Invalid(format!(
+                "directory {root} has more than {MAX_TREE_NODES} nodes below it"
+            )));
+        }
+        let children = directory.directories.iter().map(|child| child.digest);
+        next.extend(children.filter(|child| self.seen.insert(*child)));
+        self.closure.directories.insert(digest, directory);
+        Ok(())
     }
 }
 

@@ -59,7 +59,7 @@ impl Inflow {
     /// Decodes the next bytes of the stream and passes the bytes of the blob to `put`. `left` bytes of the blob are missing.
     ///
     /// # Errors
-    /// `Invalid` when they are no zstd, or yield more than `left` (BS-26); those of `put`.
+    /// `Invalid` when they are no zstd, or yield more than `left` (BS-26); the errors of `put`.
     pub fn take(&mut self, wire: &[u8], left: u64, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let decoder = match self {
             Self::Plain => return put(wire),
@@ -83,7 +83,7 @@ impl Inflow {
     /// Decodes a small blob from its whole stream.
     ///
     /// # Errors
-    /// Those of [`Inflow::take`] and [`Inflow::finish`].
+    /// The errors of [`Inflow::take`] and [`Inflow::finish`].
     pub fn whole(&mut self, wire: &[Bytes], size: u64) -> Result<Vec<Bytes>> {
         if matches!(self, Self::Plain) {
             return Ok(wire.to_vec());
@@ -112,7 +112,7 @@ impl Sink {
     /// An empty sink for a blob.
     ///
     /// # Errors
-    /// Those of the volume.
+    /// The errors of the volume.
     pub(crate) fn create(volume: &dyn Volume, blob: Digest) -> io::Result<Self> {
         Ok(Self { file: volume.draft()?, hasher: blob.hasher() })
     }
@@ -120,7 +120,7 @@ impl Sink {
     /// Writes the next bytes of a stream. `make_room` is called with the total size before each write.
     ///
     /// # Errors
-    /// Those of [`Inflow::take`] and `make_room`; `DiskFull` or `Internal` when they cannot be written.
+    /// The errors of [`Inflow::take`] and `make_room`; `DiskFull` or `Internal` when they cannot be written.
     pub fn take(
         &mut self,
         wire: &[u8],
@@ -167,7 +167,7 @@ pub(crate) fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
 /// Decodes and hashes a compressed item that is already stored, without keeping its bytes.
 ///
 /// # Errors
-/// Those of [`check_item`].
+/// The errors of [`check_item`].
 pub(crate) fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
     let (mut inflow, mut hasher) = (Inflow::Zstd(None), blob.hasher());
     inflow.take(stream, blob.size(), |piece| {

@@ -45,7 +45,7 @@ pub(crate) fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> St
 /// it.
 ///
 /// # Errors
-/// Those of the file system.
+/// The errors of the file system.
 pub(crate) fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
     let path = directory.join("probe");
     let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
@@ -107,7 +107,7 @@ pub(crate) fn nobody_writes(file: &File) -> bool {
 /// `expected`, or if the file may have been written meanwhile. `file` must be open for reading only.
 ///
 /// # Errors
-/// Those of `change`.
+/// The errors of `change`.
 pub(crate) fn change_unobserved(
     file: &File,
     expected: Stamp,

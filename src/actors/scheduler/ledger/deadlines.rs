@@ -54,6 +54,10 @@ impl Ledger {
         let mut stuck = Vec::with_capacity(overdue.len());
         for id in overdue {
             let Some(run) = self.runs.get_mut(&id) else { continue };
+            if run.evicted {
+                self.give_up_evicted(id, now);
+                continue;
+            }
             run.stuck = true;
             run.cancel.cancel();
             let error = Error::Unavailable(format!(
@@ -66,5 +70,13 @@ impl Ledger {
             self.end_task(id, Outcome::failed(error), now);
         }
         stuck
+    }
+
+    /// Forgets a run whose pool is gone and which has not stopped in time. No slot waits for its worker, so its task goes on.
+    fn give_up_evicted(&mut self, id: TaskId, now: ClockReading) {
+        let Some(pool) = self.runs.get(&id).map(|run| run.place.pool.clone()) else { return };
+        let reason = format!("pool \"{pool}\" was removed while the action ran, and the run did not stop");
+        self.retry_evicted(id, reason, now);
+        self.runs.remove(&id);
     }
 }

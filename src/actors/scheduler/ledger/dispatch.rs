@@ -40,6 +40,8 @@ pub(crate) struct Check {
 #[derive(Debug)]
 pub(crate) struct Assignment {
     pub(crate) task: TaskId,
+    /// The number of the attempt, from 1.
+    pub(crate) attempt: u32,
     pub(crate) pool: PoolId,
     pub(crate) slot: SlotId,
     pub(crate) action: Arc<Action>,
@@ -131,6 +133,7 @@ impl Ledger {
             .into_iter()
             .fold(std::time::Duration::ZERO, std::time::Duration::saturating_add);
         let run = TaskRun {
+            attempt: task.attempts,
             pool,
             place: place.clone(),
             room,
@@ -146,6 +149,7 @@ impl Ledger {
         };
         let assignment = Assignment {
             task: id,
+            attempt: task.attempts,
             pool,
             slot: place.slot,
             action: task.action.clone(),
@@ -175,7 +179,8 @@ impl Ledger {
 
     /// A worker has entered a stage of a run. Late or repeated reports are ignored.
     pub(crate) fn stage_reached(&mut self, fact: StageReached) {
-        let Some(run) = self.runs.get_mut(&fact.task) else { return };
+        let run = self.runs.get_mut(&fact.task).filter(|run| run.attempt == fact.attempt);
+        let Some(run) = run else { return };
         if run.reached.is_some_and(|(stage, _)| stage >= fact.stage) {
             return;
         }
@@ -191,9 +196,10 @@ impl Ledger {
         }
     }
 
-    /// A run has ended. Its slot is free, and its task ends or is tried again (EXE-62).
-    pub(crate) fn finish(&mut self, id: TaskId, end: RunEnd, now: ClockReading) {
-        let Some(run) = self.runs.get(&id) else { return };
+    /// A run has ended. Its slot is free, and its task ends or is tried again (EXE-62). A report about a run that is no longer
+    /// known is ignored.
+    pub(crate) fn finish(&mut self, id: TaskId, attempt: u32, end: RunEnd, now: ClockReading) {
+        let Some(run) = self.runs.get(&id).filter(|run| run.attempt == attempt) else { return };
         let (pool, place, charge, evicted) = (run.pool, run.place.clone(), run.charge, run.evicted);
         let room = run.room;
         let closed = matches!(end, RunEnd::Lost { pool_closed: true });
@@ -226,11 +232,13 @@ impl Ledger {
                 };
                 self.end_task(id, outcome, now);
             }
-            RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
-            RunEnd::Reported(Err(RunFailure { error: Error::Cancelled(_), .. })) if evicted => {
+            RunEnd::Reported(Err(RunFailure { error: Error::Cancelled(_), .. })) | RunEnd::Lost { .. }
+                if evicted =>
+            {
                 let error = format!("pool \"{}\" was removed while the action ran", place.pool);
-                self.retry(id, Error::Unavailable(error), now);
+                self.retry_evicted(id, error, now);
             }
+            RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
             RunEnd::Reported(Err(failure)) => {
                 let result = failure.partial.map(|partial| Arc::new(*partial));
                 let message = failure.account.message;
@@ -251,12 +259,20 @@ impl Ledger {
         }
     }
 
+    /// Queues a task again whose pool was removed. This is no failure of the action, so it does not count as an attempt.
+    pub(super) fn retry_evicted(&mut self, id: TaskId, reason: String, now: ClockReading) {
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.evictions = task.evictions.saturating_add(1);
+        }
+        self.retry(id, Error::Unavailable(reason), now);
+    }
+
     /// Tries a task that ran out of memory again where it gets more; false if there is no such pool or it was tried often enough.
     fn move_up(&mut self, id: TaskId, pool: PoolId, now: ClockReading) -> bool {
         let Some(task) = self.tasks.get(&id) else { return false };
-        let (action, pools, attempts) = (task.action.clone(), task.pools.clone(), task.attempts);
+        let (action, pools, failures) = (task.action.clone(), task.pools.clone(), task.failures());
         let larger = self.slots.with_more_memory(&pools, pool, &action);
-        if larger.is_empty() || attempts >= self.settings.max_attempts {
+        if larger.is_empty() || failures >= self.settings.max_attempts {
             return false;
         }
         self.set_pools(id, larger);
@@ -269,7 +285,7 @@ impl Ledger {
     /// Queues a task again, with its old age, after its worker failed. Ends it if it was tried often enough or no pool is left.
     fn retry(&mut self, id: TaskId, reason: Error, now: ClockReading) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        if task.attempts >= self.settings.max_attempts {
+        if task.failures() >= self.settings.max_attempts {
             let error = Error::Unavailable(format!(
                 "action {} was given up after {} tries: {reason}",
                 task.action.digest, task.attempts

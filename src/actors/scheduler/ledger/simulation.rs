@@ -30,7 +30,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 31] = [
+const SIGHTS: [&str; 33] = [
     "joined",
     "explained",
     "in a later pool",
@@ -55,6 +55,8 @@ const SIGHTS: [&str; 31] = [
     "pool removed",
     "ended with its pool",
     "moved from its pool",
+    "moved from a run that did not stop",
+    "late report",
     "made way",
     "unfollowed run",
     "overtaken",
@@ -140,6 +142,7 @@ struct World {
 
 struct Out {
     task: TaskId,
+    attempt: u32,
     cancel: CancelToken,
     stage: Option<RunStage>,
     /// What it takes of the room of its pool.
@@ -336,7 +339,8 @@ impl World {
             assert!(assignment.slot.0 < self.pools.slots(assignment.pool), "only slots that there are");
             let need = self.pools.need(assignment.pool, &assignment.action.platform);
             assert!(self.left(assignment.pool).is_none_or(|left| left.holds(&need)), "it has room");
-            let out = Out { task: assignment.task, cancel: assignment.cancel, stage: None, need };
+            let Assignment { task, attempt, cancel, .. } = assignment;
+            let out = Out { task, attempt, cancel, stage: None, need };
             assert!(self.runs.insert(slot, out).is_none(), "slot {slot:?} is given out twice");
             self.most_out = self.most_out.max(self.runs.len());
             let out = self.runs.keys().filter(|(of, _)| *of == slot.0).count();
@@ -376,7 +380,8 @@ impl World {
         let stage = self.random.pick(&stages).unwrap();
         let out = self.runs.get_mut(&slot).unwrap();
         out.stage = out.stage.max(Some(stage));
-        self.ledger.stage_reached(StageReached { task: out.task, stage, at: self.now.wall, logs: None });
+        let Out { task, attempt, .. } = *out;
+        self.ledger.stage_reached(StageReached { task, attempt, stage, at: self.now.wall, logs: None });
     }
 
     fn end_run(&mut self) {
@@ -402,7 +407,23 @@ impl World {
                 RunEnd::Lost { pool_closed }
             }
         };
-        self.ledger.finish(out.task, end, self.now);
+        if self.is_known(slot.0, &out) {
+            self.ledger.finish(out.task, out.attempt, end, self.now);
+        } else {
+            let before = self.ledger.runs.len();
+            self.ledger.finish(out.task, out.attempt, end, self.now);
+            assert_eq!(
+                self.ledger.runs.len(),
+                before,
+                "a late report of a run that was given up ends no other"
+            );
+            self.seen.insert("late report");
+        }
+    }
+
+    /// Whether the ledger waits for the end of a run. It gives up those of removed pools.
+    fn is_known(&self, pool: PoolId, out: &Out) -> bool {
+        self.ledger.runs.get(&out.task).is_some_and(|run| (run.pool, run.attempt) == (pool, out.attempt))
     }
 
     fn pick_operation(&mut self) -> Option<OperationId> {
@@ -467,12 +488,17 @@ impl World {
                     }
                 }
                 OperationEvent::Executing { attempt, .. } => {
-                    assert!(attempt >= 1 && attempt <= self.ledger.settings.max_attempts);
+                    assert!(
+                        attempt >= 1 && attempt <= self.ledger.settings.max_attempts + self.pools.removed()
+                    );
                     (known.stage, known.run_stage) = (Stage::Executing, None);
                 }
                 OperationEvent::Requeued { reason, .. } => {
                     if reason.to_string().contains("was removed") {
                         self.seen.insert("moved from its pool");
+                    }
+                    if reason.to_string().contains("did not stop") {
+                        self.seen.insert("moved from a run that did not stop");
                     }
                     assert_eq!(known.stage, Stage::Executing, "only running work is requeued");
                     self.seen.insert("requeued");
@@ -517,7 +543,10 @@ impl World {
         }
         let ledger = &self.ledger;
         let settings = &ledger.settings;
-        assert_eq!(ledger.runs.len(), self.runs.len(), "every run is out, and every one out is known");
+        let known = self.runs.iter().filter(|((pool, _), out)| self.is_known(*pool, out));
+        assert_eq!(ledger.runs.len(), known.count(), "every run is out");
+        let mut kept = self.runs.iter().filter(|((pool, _), _)| self.pools.contains(*pool));
+        assert!(kept.all(|((pool, _), out)| self.is_known(*pool, out)), "every run of a pool is known");
         let waiting = ledger.tasks.values().filter(|task| task.step != TaskStep::Running).count();
         let mut quota = QueueQuota::new(settings);
         for task in ledger.tasks.values() {
@@ -540,7 +569,8 @@ impl World {
         let bound = settings.retained_operations + 2 * settings.retained_cached;
         assert!(ledger.register.len() <= unfinished + bound, "what is remembered is bounded");
         for (&(pool, _), out) in &self.runs {
-            let wanted = ledger.tasks.contains_key(&out.task) && self.pools.contains(pool);
+            let wanted =
+                ledger.tasks.contains_key(&out.task) && self.pools.contains(pool) && self.is_known(pool, out);
             assert_ne!(
                 wanted,
                 out.cancel.is_cancelled(),

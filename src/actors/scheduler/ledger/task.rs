@@ -44,6 +44,8 @@ pub(super) struct Task {
     pub(super) queued: Instant,
     pub(super) waiting_since: Instant,
     pub(super) attempts: u32,
+    /// The number of attempts that ended because their pools were removed. They do not count against `max_attempts`.
+    pub(super) evictions: u32,
     /// The operations that wait, as (priority, number), by owner. There is at least one owner, and no set is empty. The first
     /// operation of each set determines the queue entry of the task for this owner.
     pub(super) waiters: BTreeMap<Owner, BTreeSet<(i32, u64)>>,
@@ -76,6 +78,8 @@ pub(super) enum TaskStep {
 /// One attempt at a task, on a slot. It may outlive its task.
 #[derive(Debug)]
 pub(super) struct TaskRun {
+    /// The number of the attempt at its task. A report of another attempt is not about this run.
+    pub(super) attempt: u32,
     pub(super) pool: PoolId,
     pub(super) place: Arc<RunPlace>,
     /// What it takes of the pool's room.
@@ -90,7 +94,8 @@ pub(super) struct TaskRun {
     pub(super) logs: Option<RunLogs>,
     /// Whether its deadline has passed. Its task has ended then, but its slot stays busy until the worker answers.
     pub(super) stuck: bool,
-    /// Whether its pool was removed. It was told to stop then, and its task is tried again in another pool.
+    /// Whether its pool was removed. It was told to stop then, and its task is tried again in another pool, at its deadline even if
+    /// it has not stopped.
     pub(super) evicted: bool,
 }
 
@@ -119,6 +124,11 @@ impl Task {
     /// Its part of the quota.
     pub(super) fn load(&self) -> Load {
         Load { waiting: usize::from(self.step != TaskStep::Running), weight: self.weight }
+    }
+
+    /// The number of attempts that failed, or whose results are not known.
+    pub(super) fn failures(&self) -> u32 {
+        self.attempts.saturating_sub(self.evictions)
     }
 
     /// Keeps the text about the latest run, under a plain file name (EXE-61).

@@ -75,7 +75,13 @@ impl Desk {
     }
 
     fn finish(&mut self, task: TaskId, report: RunReport) {
-        self.ledger.finish(task, RunEnd::Reported(report), self.now);
+        self.end(task, RunEnd::Reported(report));
+    }
+
+    /// Ends the latest run of a task.
+    fn end(&mut self, task: TaskId, end: RunEnd) {
+        let attempt = self.ledger.runs[&task].attempt;
+        self.ledger.finish(task, attempt, end, self.now);
     }
 
     fn cancel(&mut self, subscription: &Subscription) {
@@ -308,13 +314,13 @@ fn snapshots_follow_the_run_and_late_news_of_it_is_ignored() {
         (RunStage::Uploading, RunStage::Uploading),
         (RunStage::Running, RunStage::Uploading),
     ] {
-        desk.ledger.stage_reached(StageReached { task, stage: news, at, logs: None });
+        desk.ledger.stage_reached(StageReached { task, attempt: 1, stage: news, at, logs: None });
         assert_eq!(operation.snapshots.borrow().run_stage, Some((shown, at)));
     }
     let late = desk.submit(work(1));
     assert_eq!(late.snapshots.borrow().run_stage, Some((RunStage::Uploading, at)), "who joins sees the same");
     desk.finish(task, success());
-    desk.ledger.stage_reached(StageReached { task, stage: RunStage::Uploading, at, logs: None });
+    desk.ledger.stage_reached(StageReached { task, attempt: 1, stage: RunStage::Uploading, at, logs: None });
     assert_eq!(stage(&operation), Stage::Completed);
 }
 

@@ -230,10 +230,10 @@ impl Ledger {
                 format!("{busy} of {slots} slots of {pools} {} are busy", names.join(", "))
             }
         };
-        if task.attempts > 0 {
+        if task.failures() > 0 {
             reason.push_str(&format!(
                 "; its worker failed, this is try {} of {}",
-                task.attempts.saturating_add(1),
+                task.failures().saturating_add(1),
                 self.settings.max_attempts
             ));
         }

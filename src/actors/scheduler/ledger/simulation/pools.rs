@@ -44,6 +44,7 @@ pub(super) struct Pools {
     /// By preference; the older one first where two are equal.
     order: Vec<PoolId>,
     names: u32,
+    removed: u32,
 }
 
 impl Pools {
@@ -70,7 +71,13 @@ impl Pools {
         });
     }
 
+    /// How many were removed. A task loses at most one attempt with each.
+    pub(super) fn removed(&self) -> u32 {
+        self.removed
+    }
+
     fn remove(&mut self, id: PoolId) {
+        self.removed += 1;
         self.pools.remove(&id);
         self.order.retain(|other| *other != id);
     }

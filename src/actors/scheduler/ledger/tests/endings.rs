@@ -21,11 +21,11 @@ fn a_lost_worker_means_another_try_in_the_old_place_and_not_for_ever() {
                 ..RunFailure::new(Error::internal("no file descriptors"))
             })),
         };
-        desk.ledger.finish(first.task, end, desk.now);
+        desk.end(first.task, end);
         assert_eq!(stage(&operation), Stage::Queued);
         assert_eq!(desk.dispatch_one().task, first.task, "it does not go to the end of the queue");
     }
-    desk.ledger.finish(first.task, RunEnd::Lost { pool_closed: false }, desk.now);
+    desk.end(first.task, RunEnd::Lost { pool_closed: false });
     assert!(matches!(error(&operation), Error::Unavailable(_)));
     assert_eq!(desk.dispatch_one().action.digest, digest(&work(2)), "the slot serves the next one");
 }
@@ -42,7 +42,7 @@ fn a_slot_that_failed_its_task_is_used_after_all_others() {
         let failure = || RunFailure { retryable: true, ..RunFailure::new(Error::internal("no memory")) };
         let end =
             if end == 0 { RunEnd::Lost { pool_closed: false } } else { RunEnd::Reported(Err(failure())) };
-        desk.ledger.finish(run.task, end, desk.now);
+        desk.end(run.task, end);
     }
     slots.sort();
     slots.dedup();
@@ -74,16 +74,16 @@ fn each_try_has_streams_and_an_account_of_its_own() {
     let mut desk = Desk::new(1, SchedulerSettings { max_attempts: 3, ..settings() });
     let operation = desk.submit(work(1));
     let streams = || operation.snapshots.borrow().logs;
-    for attempt in 1..=3 {
+    for attempt in 1..=3u32 {
         assert_eq!(streams(), None);
         let (task, at) = (desk.dispatch_one().task, desk.now.wall);
-        desk.ledger.stage_reached(StageReached { task, stage: RunStage::Fetching, at, logs: None });
+        desk.ledger.stage_reached(StageReached { task, attempt, stage: RunStage::Fetching, at, logs: None });
         assert_eq!(streams(), None, "nothing can be printed yet");
-        let logs = Some(RunLogs(uuid::Uuid::from_u128(attempt)));
-        desk.ledger.stage_reached(StageReached { task, stage: RunStage::Running, at, logs });
+        let logs = Some(RunLogs(uuid::Uuid::from_u128(attempt.into())));
+        desk.ledger.stage_reached(StageReached { task, attempt, stage: RunStage::Running, at, logs });
         assert_eq!((streams(), desk.submit(work(1)).snapshots.borrow().logs), (logs, logs));
         // The second worker died without a word.
-        let log = (attempt != 2).then(|| digest(&work(100 + u64::try_from(attempt).unwrap())));
+        let log = (attempt != 2).then(|| digest(&work(100 + u64::from(attempt))));
         let account = Account { message: "m".into(), log, ..Account::default() };
         let error = Error::internal("the runner is gone");
         let failure = RunFailure { retryable: true, account: Box::new(account), ..RunFailure::new(error) };
@@ -101,7 +101,7 @@ fn a_pool_whose_workers_are_all_gone_ends_what_only_it_could_run() {
     let operations = [1, 2, 3].map(|name| desk.submit(work(name)));
     let tasks: Vec<_> = desk.dispatch().into_iter().map(|assignment| assignment.task).collect();
     for task in tasks {
-        desk.ledger.finish(task, RunEnd::Lost { pool_closed: true }, desk.now);
+        desk.end(task, RunEnd::Lost { pool_closed: true });
     }
     assert!(operations.iter().all(|operation| matches!(error(operation), Error::Unavailable(_))));
     let refusal = desk.try_submit(submit(&work(4)), resolution(&work(4), false)).unwrap_err();
@@ -245,6 +245,38 @@ fn finished_operations_are_bounded_in_bytes_too() {
         desk.try_submit(submit(&work(name)), Resolution::Unusable(missing.clone())).unwrap();
     }
     assert_eq!(desk.ledger.inspect().operations, 2, "long errors count by their length too");
+}
+
+/// EXE-62: the removal of a pool is no failure of the action, even if the run does not stop.
+#[test]
+fn what_ran_in_a_removed_pool_is_tried_elsewhere_and_loses_no_attempt() {
+    let mut desk = Desk::new(1, SchedulerSettings { max_attempts: 1, ..settings() });
+    let operation = desk.submit(work(1));
+    let mut runs = Vec::new();
+    for stops in [true, false, true] {
+        let run = desk.dispatch_one();
+        let name = format!("replacement-{}", runs.len());
+        desk.ledger.add_pool(PoolSpec { name, ..pool(1, "linux") }).unwrap();
+        desk.ledger.remove_pool(run.pool, desk.now).unwrap();
+        assert!(run.cancel.is_cancelled());
+        if stops {
+            desk.finish(run.task, Err(RunFailure::new(Error::Cancelled("stopped".into()))));
+        } else {
+            assert_eq!(desk.after(settings().stop_grace.as_secs()).len(), 0, "no slot is lost with it");
+        }
+        assert_eq!(stage(&operation), Stage::Queued);
+        runs.push(run);
+    }
+    let run = desk.dispatch_one();
+    for late in &runs {
+        let (at, logs) = (desk.now.wall, None);
+        let stage = RunStage::Uploading;
+        desk.ledger.stage_reached(StageReached { task: late.task, attempt: late.attempt, stage, at, logs });
+        desk.ledger.finish(late.task, late.attempt, RunEnd::Lost { pool_closed: true }, desk.now);
+    }
+    assert_eq!(operation.snapshots.borrow().run_stage.unwrap().0, RunStage::Fetching);
+    desk.end(run.task, RunEnd::Lost { pool_closed: false });
+    assert!(matches!(error(&operation), Error::Unavailable(_)), "this one counts");
 }
 
 #[test]

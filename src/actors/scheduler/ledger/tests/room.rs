@@ -66,7 +66,7 @@ fn room_is_given_back_whatever_becomes_of_a_run() {
         desk.finish(run.task, failure());
     }
     let run = desk.dispatch_one();
-    desk.ledger.finish(run.task, RunEnd::Lost { pool_closed: false }, desk.now);
+    desk.end(run.task, RunEnd::Lost { pool_closed: false });
     let _next = desk.submit(asking(2, 2));
     desk.dispatch_one();
 }

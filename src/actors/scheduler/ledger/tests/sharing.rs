@@ -277,7 +277,7 @@ fn who_waits_is_told_for_which_pool_at_which_position_and_why() {
     let other = Instances::new(["", "b"]).unwrap().get("b").unwrap();
     assert_eq!(desk.ledger.explain(&other, big[3].info.id, desk.now), None, "GEN-15");
     assert_eq!(runs[1].tool_invocation_id, "small");
-    desk.ledger.finish(runs[1].task, RunEnd::Lost { pool_closed: false }, desk.now);
+    desk.end(runs[1].task, RunEnd::Lost { pool_closed: false });
     // The failed slot is free, but its task has not been sent out again.
     let status = desk.explain(&small).unwrap();
     assert_eq!(status.position, None, "where it stood before its first try says nothing");
@@ -291,7 +291,7 @@ fn who_waits_is_not_told_of_pools_that_are_gone() {
     let ops: Vec<_> = (1..6).map(|name| desk.submit_of("a", name)).collect();
     let runs = desk.dispatch();
     // "plain", the preferred one, loses its workers; what ran there waits again, in its old place.
-    desk.ledger.finish(runs[0].task, RunEnd::Lost { pool_closed: true }, desk.now);
+    desk.end(runs[0].task, RunEnd::Lost { pool_closed: true });
     desk.after(2);
     let status = desk.explain(&ops[0]).unwrap();
     assert_eq!((status.pool.as_str(), status.other_pools.len(), status.position), ("gpu", 0, Some(1)));

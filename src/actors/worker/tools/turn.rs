@@ -214,7 +214,7 @@ impl Preparation<'_> {
     fn start(&self) -> std::result::Result<(Tool, Vec<u8>), NotServed> {
         let (settings, job) = (self.settings, self.job);
         let workspace = match &settings.sandbox {
-            Some(sandbox) if sandbox.has_namespaces() => settings.build_root.create_unseen(job.slot),
+            Some(sandbox) if sandbox.protections.namespaces => settings.build_root.create_unseen(job.slot),
             _ => settings.build_root.create(job.slot, &self.call.key.0),
         };
         let workspace = workspace.map_err(NotServed::Failed)?;

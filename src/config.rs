@@ -9,6 +9,7 @@ mod images;
 mod limits;
 pub mod load;
 mod log_filter;
+mod persistent_workers;
 mod pools;
 mod sandbox;
 mod settings;
@@ -17,6 +18,7 @@ mod source_text;
 
 pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, Sources, load};
+pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
@@ -24,6 +26,7 @@ use crate::{platform::UnknownProperties, size::Size};
 use gorego_reapi::digest::DigestFunction;
 use images::ImagesConfig;
 use limits::LimitsConfig;
+use persistent_workers::PersistentWorkersConfig;
 use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
@@ -235,6 +238,8 @@ pub struct ExecutionConfig {
     pub limits: LimitsConfig,
     /// Container images as root file systems of actions.
     pub images: ImagesConfig,
+    /// Bazel's persistent workers.
+    pub persistent_workers: PersistentWorkersConfig,
 }
 
 /// The `[log_streams]` section.
@@ -347,6 +352,7 @@ impl Default for ExecutionConfig {
             sandbox: SandboxConfig::default(),
             limits: LimitsConfig::default(),
             images: ImagesConfig::default(),
+            persistent_workers: PersistentWorkersConfig::default(),
         }
     }
 }

@@ -16,14 +16,14 @@
 //! treated as hostile.
 
 mod cache;
-mod digest;
+pub mod digest;
 mod index;
 mod layer;
 mod layout;
-mod manifest;
+pub mod manifest;
 mod problem;
 mod pull;
-mod reference;
+pub mod reference;
 mod registry;
 mod root;
 mod source;
@@ -38,12 +38,15 @@ use cache::{ImageCache, ImageLease};
 use digest::ImageDigest;
 use gorego_reapi::error::{Error, Result};
 use layout::LayoutDirectory;
+use problem::LayerProblem;
 use pull::PullTime;
 use reference::{ImageOrigin, ImageReference, ImageVersion};
 use registry::{RegistryClient, Repository};
+use root::RootTree;
 use source::ImageSource;
 use std::{
     collections::HashMap,
+    fs::File,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
@@ -109,10 +112,13 @@ struct ImagesState {
     registries: RegistryClient,
     /// What tags meant when they were first used.
     tags: Mutex<HashMap<ImageReference, ImageDigest>>,
-    pulls: Mutex<HashMap<ImageDigest, Arc<ImagePull>>>,
+    pulls: Mutex<Pulls>,
     /// A pull has ended.
     ended: Condvar,
 }
+
+/// Pulls by what they read. What one origin does not have, another may have.
+type Pulls = HashMap<(ImageOrigin, ImageDigest), Arc<ImagePull>>;
 
 /// A pull that is under way, or has failed a moment ago.
 #[derive(Debug, Default)]
@@ -140,8 +146,24 @@ impl Images {
         })))
     }
 
-    fn pulls(&self) -> MutexGuard<'_, HashMap<ImageDigest, Arc<ImagePull>>> {
+    fn pulls(&self) -> MutexGuard<'_, Pulls> {
         self.0.pulls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The registry of an image, if it has one. An origin that is not listed is refused.
+    fn check_origin(&self, origin: &ImageOrigin) -> Result<Option<&ImageRegistry>> {
+        let settings = &self.0.settings;
+        match origin {
+            ImageOrigin::Layout(path) => layout::check_path(path, &settings.layouts).map(|_| None),
+            ImageOrigin::Registry { registry: host, .. } => {
+                let registry = settings.registries.iter().find(|registry| registry.host == *host);
+                registry.map(Some).ok_or_else(|| {
+                    Error::Precondition(format!(
+                        "the registry {host} is not among execution.images.registries of this server"
+                    ))
+                })
+            }
+        }
     }
 
     /// Where the image of this name comes from, if that is allowed.
@@ -150,48 +172,51 @@ impl Images {
         reference: &'a ImageReference,
         time: PullTime,
     ) -> Result<Box<dyn ImageSource + 'a>> {
-        let settings = &self.0.settings;
-        match &reference.origin {
-            ImageOrigin::Layout(path) => Ok(Box::new(LayoutDirectory::open(path, &settings.layouts)?)),
-            ImageOrigin::Registry { registry: host, repository } => {
-                let registry = settings.registries.iter().find(|registry| registry.host == *host);
-                let registry = registry.ok_or_else(|| {
-                    Error::Precondition(format!(
-                        "the registry {host} is not among execution.images.registries of this server"
-                    ))
-                })?;
+        let registry = self.check_origin(&reference.origin)?;
+        match (&reference.origin, registry) {
+            (ImageOrigin::Registry { repository, .. }, Some(registry)) => {
                 Ok(Box::new(Repository::new(&self.0.registries, registry, repository, time)?))
             }
+            (ImageOrigin::Layout(path), _) => {
+                Ok(Box::new(LayoutDirectory::open(path, &self.0.settings.layouts)?))
+            }
+            (ImageOrigin::Registry { .. }, None) => Err(Error::internal("a registry was not checked")),
         }
     }
 
-    /// The digest of an image. Its origin is checked in any case.
+    /// The digest of an image whose origin is allowed.
     fn resolve(&self, reference: &ImageReference) -> Result<ImageDigest> {
-        let source =
-            self.source(reference, PullTime::starting(self.0.settings.timeout.min(RESOLVE_TIMEOUT)))?;
+        self.check_origin(&reference.origin)?;
         let is_layout = matches!(reference.origin, ImageOrigin::Layout(_));
-        let policy = self.0.settings.tags;
-        match &reference.version {
-            ImageVersion::Digest(digest) => Ok(digest.clone()),
-            version if is_layout || policy == TagPolicy::EachAction => source.resolve(version),
-            _ if policy == TagPolicy::Refuse => Err(Error::Precondition(
+        let policy = if is_layout { TagPolicy::EachAction } else { self.0.settings.tags };
+        match (&reference.version, policy) {
+            (ImageVersion::Digest(digest), _) => Ok(digest.clone()),
+            (_, TagPolicy::EachAction) => self.resolve_now(reference),
+            (_, TagPolicy::Once) => self.resolve_once(reference),
+            (_, TagPolicy::Refuse) => Err(Error::Precondition(
                 "it is named by a tag, which may mean another image tomorrow; name it by its digest, or see \
                  execution.images.tags of this server"
                     .into(),
             )),
-            version => {
-                let tags = || self.0.tags.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(digest) = tags().get(reference) {
-                    return Ok(digest.clone());
-                }
-                let digest = source.resolve(version)?;
-                let mut tags = tags();
-                if tags.len() >= MAX_TAGS {
-                    tags.clear();
-                }
-                Ok(tags.entry(reference.clone()).or_insert(digest).clone())
-            }
         }
+    }
+
+    fn resolve_now(&self, reference: &ImageReference) -> Result<ImageDigest> {
+        let time = PullTime::starting(self.0.settings.timeout.min(RESOLVE_TIMEOUT));
+        self.source(reference, time)?.resolve(&reference.version)
+    }
+
+    fn resolve_once(&self, reference: &ImageReference) -> Result<ImageDigest> {
+        let tags = || self.0.tags.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(digest) = tags().get(reference) {
+            return Ok(digest.clone());
+        }
+        let digest = self.resolve_now(reference)?;
+        let mut tags = tags();
+        if tags.len() >= MAX_TAGS {
+            tags.clear();
+        }
+        Ok(tags.entry(reference.clone()).or_insert(digest).clone())
     }
 
     fn obtain(&self, reference: &ImageReference, check: &dyn Fn() -> Result<()>) -> Result<ImageLease> {
@@ -202,11 +227,12 @@ impl Images {
                 return Ok(lease);
             }
             pulls.retain(|_, pull| pull.outcome.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_KEPT));
-            let joined = match pulls.get(&digest) {
+            let running =
+                || pulls.iter().filter(|(_, pull)| pull.outcome.get().is_none()).map(|(key, _)| key);
+            let may_start = running().count() < MAX_PULLS && running().all(|(_, other)| *other != digest);
+            let joined = match pulls.get(&(reference.origin.clone(), digest.clone())) {
                 Some(pull) => Some(pull.clone()),
-                None if pulls.values().filter(|pull| pull.outcome.get().is_none()).count() < MAX_PULLS => {
-                    Some(self.start(reference, &digest, &mut pulls)?)
-                }
+                None if may_start => Some(self.start(reference, &digest, &mut pulls)?),
                 None => None,
             };
             if let Some((_, outcome)) = joined.as_ref().and_then(|pull| pull.outcome.get()) {
@@ -232,9 +258,10 @@ impl Images {
         &self,
         reference: &ImageReference,
         digest: &ImageDigest,
-        pulls: &mut HashMap<ImageDigest, Arc<ImagePull>>,
+        pulls: &mut Pulls,
     ) -> Result<Arc<ImagePull>> {
         let pull = Arc::new(ImagePull::default());
+        let key = (reference.origin.clone(), digest.clone());
         let (images, reference, wanted, own) =
             (self.clone(), reference.clone(), digest.clone(), pull.clone());
         let run = move || {
@@ -243,7 +270,7 @@ impl Images {
                 .unwrap_or_else(|_| Err(Error::internal("the thread that pulled an image panicked")));
             let mut pulls = images.pulls();
             if outcome.is_ok() {
-                pulls.remove(&wanted);
+                pulls.remove(&(reference.origin, wanted));
             }
             let _ = own.outcome.set((Instant::now(), outcome));
             // From here on the image is leased by those who wait for it, if there are any.
@@ -252,7 +279,7 @@ impl Images {
         };
         let thread = thread::Builder::new().name("gorego-pull".into());
         thread.spawn(run).map_err(|error| Error::io("start a thread that pulls an image", &error))?;
-        pulls.insert(digest.clone(), pull.clone());
+        pulls.insert(key, pull.clone());
         Ok(pull)
     }
 
@@ -325,6 +352,26 @@ impl ImageStore for Images {
     fn relieve_disk(&self) {
         self.0.cache.remove_unused();
     }
+}
+
+/// Applies layers to an empty directory, the lowest first. `max_bytes` bounds what they may take on disk, with 4 KiB for each
+/// entry. For tests of hostile layers.
+///
+/// # Errors
+/// `Precondition` for layers that are damaged, hostile or too large; those of the file system.
+pub fn apply_layers(directory: &File, layers: &[&[u8]], max_bytes: u64) -> Result<()> {
+    let mut left = max_bytes;
+    let mut take = |bytes: u64| {
+        let enough = left.checked_sub(bytes);
+        left = enough.ok_or_else(|| Error::Precondition("the layers are too large".into()))?;
+        Ok(())
+    };
+    let mut tree = RootTree::new(directory, &mut take);
+    layers.iter().try_for_each(|layer| match layer::unpack(*layer, &mut tree) {
+        Ok(()) => Ok(()),
+        Err(LayerProblem::Refused(problem)) => Err(Error::Precondition(problem)),
+        Err(LayerProblem::Failed(error)) => Err(error),
+    })
 }
 
 /// Says of which image an error speaks.

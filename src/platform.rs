@@ -15,6 +15,13 @@ const DIFFERENCES_SHOWN: usize = 8;
 /// Number of characters of a client's name or value that a message shows.
 const TEXT_SHOWN: usize = 100;
 
+/// Bazel's own name for the persistent worker that may do the action.
+pub(crate) const WORKER_KEY: &str = "persistentWorkerKey";
+/// How messages to that worker are encoded.
+pub(crate) const WORKER_PROTOCOL: &str = "persistentWorkerProtocol";
+/// Properties that say how an action may run faster, and never where it has to. They are never a reason to refuse it.
+const HINTS: &[&str] = &[WORKER_KEY, WORKER_PROTOCOL];
+
 /// The values of one property that a pool accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Offer {
@@ -41,6 +48,9 @@ const OFF: &[&str] = &["off", "false", "0", "none", ""];
 const ROOTFS: &str = "rootfs";
 const ROOTFS_INPUTS: &str = "inputs";
 
+/// The numbers of the user and the group that an action sees itself as.
+const USER: &str = "unixUID";
+const GROUP: &str = "unixGID";
 /// The property of an action that names a container image, and values that name none.
 const IMAGE: &str = "container-image";
 const NO_IMAGE: &[&str] = &["", "none"];
@@ -50,13 +60,30 @@ pub fn built_in(has_sandbox: bool, has_network: bool) -> impl Iterator<Item = (&
     let words: &[&[&str]] = if has_network { &[ON, OFF] } else { &[OFF] };
     let words = Offer::Set(words.concat().into_iter().map(str::to_owned).collect());
     let network = [NETWORK].iter().chain(NETWORK_ALIASES).map(move |name| (*name, words.clone()));
-    network.chain(has_sandbox.then(|| (ROOTFS, Offer::Exact(ROOTFS_INPUTS.into()))))
+    let numbers = [USER, GROUP].map(|name| (name, Offer::Ignore));
+    network.chain(has_sandbox.then(|| (ROOTFS, Offer::Exact(ROOTFS_INPUTS.into())))).chain(numbers)
+}
+
+/// The numbers of the user and the group that an action asks for. The error names a value that is no such number.
+pub fn wanted_user(asked: &[(String, String)]) -> Result<(Option<u32>, Option<u32>), String> {
+    let number = |wanted: &str| {
+        let Some((_, value)) = asked.iter().find(|(name, _)| name == wanted) else { return Ok(None) };
+        // The highest number means "no user" to the kernel.
+        let number = value.parse().ok().filter(|number| *number != u32::MAX);
+        number
+            .map(Some)
+            .ok_or_else(|| format!("{wanted} is \"{}\", which is no number of a user or group", shown(value)))
+    };
+    Ok((number(USER)?, number(GROUP)?))
 }
 
 /// Whether an action asks for a network.
 pub fn wants_network(asked: &[(String, String)]) -> bool {
-    let names_it = |name: &str| name == NETWORK || NETWORK_ALIASES.contains(&name);
-    asked.iter().any(|(name, value)| names_it(name) && ON.contains(&&**value))
+    asked.iter().any(|(name, value)| is_network(name) && ON.contains(&&**value))
+}
+
+fn is_network(name: &str) -> bool {
+    name == NETWORK || NETWORK_ALIASES.contains(&name)
 }
 
 /// The container image that an action asks for.
@@ -155,9 +182,14 @@ impl fmt::Display for Difference<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (asked for \"{}\", ", shown(self.name), shown(self.wanted))?;
         match self.offered {
-            Some(offer) => write!(f, "offered {offer})"),
-            None if self.known => f.write_str("not offered)"),
-            None => f.write_str("known to no pool, and execution.unknown_properties is \"refuse\")"),
+            Some(offer) => write!(f, "offered {offer}")?,
+            None if self.known => f.write_str("not offered")?,
+            None => f.write_str("known to no pool, and execution.unknown_properties is \"refuse\"")?,
+        }
+        match self.name {
+            ROOTFS => f.write_str("; see execution.sandbox.rootfs)"),
+            name if is_network(name) => f.write_str("; see execution.sandbox.network)"),
+            _ => f.write_str(")"),
         }
     }
 }
@@ -191,7 +223,9 @@ impl Known {
             let known = self.names.contains(name);
             let agrees = match offered {
                 Some(offer) => offer.satisfies(name, wanted),
-                None => !known && self.unknown == UnknownProperties::Ignore,
+                None => {
+                    !known && (self.unknown == UnknownProperties::Ignore || HINTS.contains(&name.as_str()))
+                }
             };
             (!agrees).then_some(Difference { name, wanted, offered, known })
         })
@@ -303,6 +337,7 @@ mod tests {
             differences(&known, &big(), &[("gpu", "a100")]),
             ["gpu (asked for \"a100\", not offered)"]
         );
+        assert!(differences(&known, &big(), &[(WORKER_KEY, "7"), (WORKER_PROTOCOL, "json")]).is_empty());
         let refused = differences(&known, &big(), &[("colour", "red"), ("cores", "64")]);
         assert!(refused[0].contains("colour") && refused[0].contains("unknown_properties"), "{refused:?}");
         assert_eq!(refused[1], "cores (asked for \"64\", offered up to 8, as a whole number)");
@@ -317,12 +352,16 @@ mod tests {
         for asked in [("network", "on"), ("dockerNetwork", "standard"), ("sandboxNetwork", "bridge")] {
             assert!(wants_network(&[(asked.0.into(), asked.1.into())]));
             assert_eq!(differences(&known, &pool(true), &[asked]), [""; 0]);
-            assert!(differences(&known, &pool(false), &[asked])[0].contains("offered \"off\""));
+            assert!(differences(&known, &pool(false), &[asked])[0].contains("execution.sandbox.network"));
         }
         for asked in [("network", "off"), ("dockerNetwork", "none"), ("rootfs", "inputs")] {
             assert!(!wants_network(&[(asked.0.into(), asked.1.into())]));
             assert_eq!(differences(&known, &pool(false), &[asked]), [""; 0]);
         }
+        let numbers =
+            |user: &str| wanted_user(&[("unixUID".into(), user.into()), ("unixGID".into(), "7".into())]);
+        assert_eq!(numbers("0"), Ok((Some(0), Some(7))));
+        assert!(numbers("root").unwrap_err().contains("root") && numbers("4294967295").is_err());
         assert!(preference("b", &pool(false)) < preference("a", &pool(true)));
         assert_eq!(preference("a", &pool(false)), preference("a", &Offers::new()));
     }

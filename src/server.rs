@@ -293,12 +293,7 @@ impl Server {
             }
             // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
             let left = exit.told().saturating_duration_since(Instant::now());
-            let removal = place.map(|place| {
-                workers.spawn_blocking(move || {
-                    place.build_root.wait_until_empty(left);
-                    place.groups.remove();
-                })
-            });
+            let removal = place.map(|place| workers.spawn_blocking(move || place.empty(left)));
             log_streams.close();
             // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
             let _ = close.send(());
@@ -429,6 +424,7 @@ fn start_scheduler(
             images: place.image_store(),
             sandbox: place.pool_sandbox(pool),
             limits: place.pool_limits(pool),
+            tools: place.tools(&pool.name),
             log_streams: log_streams.clone(),
         });
         let spec = PoolSpec {

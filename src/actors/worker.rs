@@ -22,6 +22,7 @@ mod run;
 mod run_log;
 pub mod staged_trees;
 pub mod store;
+pub mod tools;
 pub mod workspace;
 mod written;
 
@@ -48,6 +49,7 @@ use std::{
     time::Duration,
 };
 use store::BlobStore;
+use tools::Tools;
 use workspace::BuildRoot;
 
 pub use launcher::runner::runner_main;
@@ -78,6 +80,8 @@ pub struct WorkerSettings {
     pub sandbox: Option<PoolSandbox>,
     /// What one action may use.
     pub limits: PoolLimits,
+    /// The tools that may do the work of commands; `None` when each command runs by itself.
+    pub tools: Option<Arc<Tools>>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
 }
@@ -107,6 +111,15 @@ impl WorkerSettings {
         }
     }
 
+    /// A launcher for one slot.
+    pub(crate) fn launcher(&self) -> RunnerLauncher {
+        let launcher = RunnerLauncher::new(self.runner.clone(), self.sandbox.as_ref());
+        match &self.limits.groups {
+            Some(groups) => launcher.grouped(groups),
+            None => launcher,
+        }
+    }
+
     /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get
     /// `open_files` as their soft limit on open files, if the server has changed its own.
     pub fn own_runner(open_files: Option<u64>) -> Vec<OsString> {
@@ -127,12 +140,8 @@ pub struct WorkerActor {
 impl WorkerActor {
     /// A worker that reads inputs from `store` and writes outputs to it.
     pub fn new(settings: Arc<WorkerSettings>, store: Arc<dyn BlobStore>) -> Self {
-        let launcher = RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref());
-        let launcher = match &settings.limits.groups {
-            Some(groups) => launcher.grouped(groups),
-            None => launcher,
-        };
-        Self { mail: Mail::default(), settings, store, launcher: Box::new(launcher) }
+        let launcher = Box::new(settings.launcher());
+        Self { mail: Mail::default(), settings, store, launcher }
     }
 
     /// Counts the messages of this worker in `mail`.

@@ -1,6 +1,6 @@
 //! `[execution.limits]`, and `limits` of a pool: the notation of what one action may use, and its checks.
 
-use super::settings::{Checker, MAX_CONCURRENCY};
+use super::settings::{Checker, MAX_CONCURRENCY, MIN_SIZE};
 use crate::{
     limits::{LimitRange, LimitSettings},
     size::Size,
@@ -102,17 +102,16 @@ impl LimitsConfig {
     /// What is wrong with it.
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
-        let sizes = [
-            ("memory_gb", self.memory_gb, LEAST_MEMORY),
-            ("max_memory_gb", self.max_memory_gb, LEAST_MEMORY),
-            ("total_memory_gb", self.total_memory_gb, LEAST_MEMORY),
-            ("swap_gb", self.swap_gb, LEAST),
-            ("disk_gb", self.disk_gb, LEAST),
-            ("max_disk_gb", self.max_disk_gb, LEAST),
-        ];
-        for (key, size, least) in sizes {
-            if size.bytes() > 0 && size < least {
-                problems.push((key, format!("must be 0 or at least {least}")));
+        for (key, size) in [
+            ("memory_gb", self.memory_gb),
+            ("max_memory_gb", self.max_memory_gb),
+            ("total_memory_gb", self.total_memory_gb),
+            ("swap_gb", self.swap_gb),
+            ("disk_gb", self.disk_gb),
+            ("max_disk_gb", self.max_disk_gb),
+        ] {
+            if size.bytes() > 0 && size < MIN_SIZE {
+                problems.push((key, format!("must be 0, or between {MIN_SIZE} and {}", Size::MAX)));
             }
         }
         let above = |default: u64, max: u64| max > 0 && default > max;
@@ -145,11 +144,6 @@ impl LimitsConfig {
         }
     }
 }
-
-/// Smallest limit on memory. With less, no command starts, and the failure would be hard to understand.
-const LEAST_MEMORY: Size = Size::from_bytes(16_000_000);
-/// Smallest limit on anything else. A smaller one indicates a wrong unit.
-const LEAST: Size = Size::from_bytes(1_000_000);
 
 /// Checks the section, and gives the limits of an action.
 pub(super) fn limits(check: &mut Checker<'_>) -> LimitSettings {

@@ -223,9 +223,9 @@ pub(super) fn pools(
                 name.escape_debug()
             ));
         }
-        let (slots, room) = extent(pool).unwrap_or_else(|problem| {
-            problems.push(format!("\"{name}\" {problem}"));
-            (1, None)
+        let (slots, room) = extent(name, pool).unwrap_or_else(|problem| {
+            problems.push(problem);
+            (0, None)
         });
         if pool.properties.contains_key("") {
             problems.push(format!("\"{name}\" has a property without a name"));
@@ -275,18 +275,18 @@ fn with_built_in(mut offers: Offers, sandbox: &SandboxSettings) -> Offers {
 
 /// How many actions a pool runs at the same time at most, and what they share. An action takes one core at least, so a pool has
 /// no more slots than cores.
-fn extent(pool: &PoolConfig) -> Result<(usize, Option<Room>), String> {
+fn extent(name: &str, pool: &PoolConfig) -> Result<(usize, Option<Room>), String> {
     let counts = 1..=MAX_CONCURRENCY;
     match (pool.slots, pool.cores, pool.memory_gb) {
         (Some(slots), None, None) if counts.contains(&slots) => Ok((slots, None)),
-        (Some(_), None, None) => Err(format!("must have between 1 and {MAX_CONCURRENCY} slots")),
+        (Some(_), None, None) => Err(format!("slots of \"{name}\" must be between 1 and {MAX_CONCURRENCY}")),
         (None, Some(cores), Some(memory)) if counts.contains(&cores) && memory >= MIN_POOL_MEMORY => {
             Ok((cores, Some(Room { cores: cores as u64, memory: memory.bytes() })))
         }
         (None, Some(_), Some(_)) => Err(format!(
-            "must have between 1 and {MAX_CONCURRENCY} cores, and memory_gb of at least {MIN_POOL_MEMORY}"
+            "\"{name}\" must have between 1 and {MAX_CONCURRENCY} cores, and memory_gb of at least {MIN_POOL_MEMORY}"
         )),
-        (None, ..) => Err("needs slots, or cores and memory_gb".into()),
-        (Some(_), ..) => Err("has both slots and cores or memory_gb; choose one".into()),
+        (None, ..) => Err(format!("\"{name}\" needs slots, or cores and memory_gb")),
+        (Some(_), ..) => Err(format!("\"{name}\" has both slots and cores or memory_gb; choose one")),
     }
 }

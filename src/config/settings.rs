@@ -9,6 +9,7 @@ use super::{
     images::{self, ImagesSettings},
     load::keys,
     log_filter::check_filter,
+    persistent_workers::{PersistentWorkersSettings, persistent_workers},
     pools::{PoolSettings, pools},
     sandbox::sandbox,
 };
@@ -35,7 +36,7 @@ use std::{
 };
 
 /// Smallest size that can be configured. A smaller one indicates a wrong unit.
-const MIN_SIZE: Size = Size::from_bytes(1_000_000);
+pub(super) const MIN_SIZE: Size = Size::from_bytes(1_000_000);
 /// Longest duration that can be configured. It keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Largest number of concurrent actions on one machine. Each slot is a thread and a process.
@@ -190,6 +191,8 @@ pub struct ExecutionSettings {
     pub sandbox: SandboxSettings,
     /// Container images; `None` if actions cannot name any.
     pub images: Option<ImagesSettings>,
+    /// Bazel's persistent workers; `None` when each action runs in a process of its own.
+    pub persistent_workers: Option<PersistentWorkersSettings>,
     /// Most bytes of all staged input trees together; 0 for none.
     pub max_staged_bytes: u64,
     /// Memory of all actions together; 0 for a part of the machine's.
@@ -543,6 +546,7 @@ fn execution(
         max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
         sandbox,
         images,
+        persistent_workers: persistent_workers(check),
         max_staged_bytes: match config.staged_inputs_gb.bytes() {
             0 => 0,
             _ => check.size("execution.staged_inputs_gb", config.staged_inputs_gb),

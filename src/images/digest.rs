@@ -33,24 +33,24 @@ pub struct ImageDigest {
 impl ImageDigest {
     /// The digest of bytes in memory.
     #[cfg(test)]
-    pub(super) fn of(bytes: &[u8]) -> Self {
+    pub fn of(bytes: &[u8]) -> Self {
         let mut hasher = Hasher::Sha256(Sha256::new());
         hasher.update(bytes);
         hasher.finish()
     }
 
     /// The name of its hash function.
-    pub(super) fn algorithm(&self) -> &'static str {
+    pub fn algorithm(&self) -> &'static str {
         self.algorithm.name()
     }
 
     /// The hash in hexadecimal digits.
-    pub(super) fn hex(&self) -> &str {
+    pub fn hex(&self) -> &str {
         &self.hex
     }
 
     /// A hasher for content that should have this digest.
-    pub(super) fn hasher(&self) -> Hasher {
+    pub fn hasher(&self) -> Hasher {
         match self.algorithm {
             ImageHash::Sha256 => Hasher::Sha256(Sha256::new()),
             ImageHash::Sha512 => Hasher::Sha512(Sha512::new()),
@@ -58,7 +58,7 @@ impl ImageDigest {
     }
 
     /// Whether the content has this digest.
-    pub(super) fn is_of(&self, content: &[u8]) -> bool {
+    pub fn is_of(&self, content: &[u8]) -> bool {
         let mut hasher = self.hasher();
         hasher.update(content);
         hasher.finish() == *self
@@ -89,14 +89,14 @@ impl fmt::Display for ImageDigest {
 
 /// Computes a digest.
 #[derive(Debug, Clone)]
-pub(super) enum Hasher {
+pub enum Hasher {
     Sha256(Sha256),
     Sha512(Sha512),
 }
 
 impl Hasher {
     /// Adds the next bytes.
-    pub(super) fn update(&mut self, bytes: &[u8]) {
+    pub fn update(&mut self, bytes: &[u8]) {
         match self {
             Self::Sha256(state) => state.update(bytes),
             Self::Sha512(state) => state.update(bytes),
@@ -104,7 +104,7 @@ impl Hasher {
     }
 
     /// The digest of all bytes.
-    pub(super) fn finish(self) -> ImageDigest {
+    pub fn finish(self) -> ImageDigest {
         match self {
             Self::Sha256(state) => {
                 ImageDigest { algorithm: ImageHash::Sha256, hex: const_hex::encode(state.finalize()) }

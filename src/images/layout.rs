@@ -20,6 +20,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// The one of the `allowed` directories in which a layout directory lies.
+///
+/// # Errors
+/// `Precondition` when it lies in none.
+pub(super) fn check_path<'a>(path: &Path, allowed: &'a [PathBuf]) -> Result<&'a PathBuf> {
+    allowed.iter().find(|above| path.starts_with(above)).ok_or_else(|| {
+        Error::Precondition(format!(
+            "the directory {} is in none that execution.images.layouts of this server lists",
+            path.display()
+        ))
+    })
+}
+
 /// An open layout directory.
 #[derive(Debug)]
 pub(super) struct LayoutDirectory {
@@ -33,12 +46,7 @@ impl LayoutDirectory {
     /// # Errors
     /// `Precondition` when it is not allowed or not there.
     pub(super) fn open(path: &Path, allowed: &[PathBuf]) -> Result<Self> {
-        let Some(above) = allowed.iter().find(|above| path.starts_with(above)) else {
-            return Err(Error::Precondition(format!(
-                "the directory {} is in none that execution.images.layouts of this server lists",
-                path.display()
-            )));
-        };
+        let above = check_path(path, allowed)?;
         let missing = |error: io::Error| {
             Error::Precondition(format!("the image directory {} cannot be opened: {error}", path.display()))
         };

@@ -6,7 +6,7 @@ use super::digest::ImageDigest;
 use serde::Deserialize;
 
 /// The largest index, manifest or configuration: what the distribution specification asks registries to accept.
-pub(super) const MAX_DOCUMENT_BYTES: u64 = 4 * 1024 * 1024;
+pub const MAX_DOCUMENT_BYTES: u64 = 4 * 1024 * 1024;
 /// Most layers of an image. Other implementations take no more than 127.
 const MAX_LAYERS: usize = 512;
 /// Most variables that an image adds to the environment, and their longest total length.
@@ -14,7 +14,7 @@ const MAX_VARIABLES: usize = 1_000;
 const MAX_VARIABLE_BYTES: usize = 256 * 1024;
 
 /// The media types that a registry is asked for.
-pub(super) const ACCEPTED: &str = "application/vnd.oci.image.index.v1+json, \
+pub const ACCEPTED: &str = "application/vnd.oci.image.index.v1+json, \
      application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, \
      application/vnd.docker.distribution.manifest.v2+json";
 
@@ -28,7 +28,7 @@ const LAYERS: &[&str] = &[
 
 /// Content of an image by digest.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct BlobName {
+pub struct BlobName {
     /// Its digest.
     pub digest: ImageDigest,
     /// Its length.
@@ -37,7 +37,7 @@ pub(super) struct BlobName {
 
 /// What a digest of an image can lead to.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Document {
+pub enum Document {
     /// One image for each of several platforms.
     Index(PlatformIndex),
     /// One image.
@@ -46,7 +46,7 @@ pub(super) enum Document {
 
 /// The images of an index.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct PlatformIndex {
+pub struct PlatformIndex {
     entries: Vec<IndexEntry>,
 }
 
@@ -59,7 +59,7 @@ struct IndexEntry {
 
 /// A kind of machine, in the words of image indexes.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub(super) struct Platform {
+pub struct Platform {
     #[serde(default)]
     architecture: String,
     #[serde(default)]
@@ -70,7 +70,7 @@ pub(super) struct Platform {
 
 /// An image.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Manifest {
+pub struct Manifest {
     /// Its configuration.
     pub config: BlobName,
     /// Its layers, the lowest first.
@@ -79,7 +79,7 @@ pub(super) struct Manifest {
 
 /// What an image asks for when it runs.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct ImageConfig {
+pub struct ImageConfig {
     /// Variables, where a command does not set them itself.
     pub environment: Vec<(String, String)>,
     /// Who a command is, by name or number; empty for nobody special.
@@ -88,7 +88,7 @@ pub(super) struct ImageConfig {
 
 impl Platform {
     /// Linux on this architecture, which is named as by Rust.
-    pub(super) fn linux(architecture: &str) -> Self {
+    pub fn linux(architecture: &str) -> Self {
         let architecture = match architecture {
             "x86_64" => "amd64",
             "x86" => "386",
@@ -117,7 +117,7 @@ impl Platform {
 
 impl Document {
     /// Reads an index or a manifest.
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let wire: WireDocument = json(bytes)?;
         if let Some(manifests) = wire.manifests {
             let entries = manifests.into_iter().map(|entry| {
@@ -148,7 +148,7 @@ impl Document {
 
 impl PlatformIndex {
     /// The image for this machine.
-    pub(super) fn choose(&self, machine: &Platform) -> Result<&BlobName, String> {
+    pub fn choose(&self, machine: &Platform) -> Result<&BlobName, String> {
         let suits = |entry: &&IndexEntry| match &entry.platform {
             Some(platform) => machine.runs(platform),
             // It is for one platform only, and its configuration says for which.
@@ -169,13 +169,13 @@ impl PlatformIndex {
     }
 
     /// The images of a layout directory that have this tag, or all of them.
-    pub(super) fn tagged(&self, tag: Option<&str>) -> Vec<&BlobName> {
+    pub fn tagged(&self, tag: Option<&str>) -> Vec<&BlobName> {
         let has_tag = |entry: &&IndexEntry| tag.is_none() || entry.tag.as_deref() == tag;
         self.entries.iter().filter(has_tag).map(|entry| &entry.blob).collect()
     }
 
     /// The tags of a layout directory, for messages.
-    pub(super) fn tags(&self) -> String {
+    pub fn tags(&self) -> String {
         let tags = self.entries.iter().filter_map(|entry| entry.tag.as_deref()).take(16);
         let tags: Vec<String> = tags.map(|tag| tag.escape_debug().take(60).collect()).collect();
         if tags.is_empty() { "none".into() } else { tags.join(", ") }
@@ -184,7 +184,7 @@ impl PlatformIndex {
 
 impl ImageConfig {
     /// Reads the configuration of an image that should run on this machine.
-    pub(super) fn decode(bytes: &[u8], machine: &Platform) -> Result<Self, String> {
+    pub fn decode(bytes: &[u8], machine: &Platform) -> Result<Self, String> {
         let wire: WireConfig = json(bytes)?;
         if !machine.runs(&wire.platform) {
             return Err(format!("it is for {}, not for {}", wire.platform.name(), machine.name()));

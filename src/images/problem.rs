@@ -3,7 +3,7 @@
 use super::root::shown;
 use gorego_reapi::error::Error;
 use rustix::io::Errno;
-use std::io;
+use std::{error::Error as StdError, io};
 
 /// Why a layer could not be unpacked.
 #[derive(Debug)]
@@ -34,7 +34,17 @@ impl LayerProblem {
 
 /// The error of ours that an IO error carries through a library, if it does.
 pub(super) fn carried(error: &io::Error) -> Option<&Error> {
-    error.get_ref()?.downcast_ref()
+    let mut next: Option<&(dyn StdError + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(carried) = error.downcast_ref() {
+            return Some(carried);
+        }
+        next = match error.downcast_ref::<io::Error>() {
+            Some(error) => error.get_ref().map(|inner| inner as &(dyn StdError + 'static)),
+            None => error.source(),
+        };
+    }
+    None
 }
 
 impl From<Error> for LayerProblem {

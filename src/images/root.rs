@@ -28,6 +28,8 @@ use std::{
 
 /// What an entry takes on disk at most, besides its content.
 pub(super) const ENTRY_BYTES: u64 = 4096;
+/// Most entries of all layers of an image. Each takes some bytes of memory while its layer is applied.
+const MAX_ENTRIES: u64 = 2_000_000;
 /// How deep directories can be that a whiteout hides.
 const MAX_HIDDEN_DEPTH: usize = 256;
 /// Bytes that are copied at once.
@@ -71,6 +73,8 @@ pub(super) struct RootTree<'a> {
     take: &'a mut dyn FnMut(u64) -> Result<()>,
     /// What the current layer has made: the inode of a directory and the hash of a name in it.
     made: HashSet<(u64, u64)>,
+    /// How many entries were applied, and directories made that no entry names.
+    entries: u64,
     hashes: RandomState,
     /// The directory that was opened last, since entries come directory by directory.
     last: Option<(OsString, Parent)>,
@@ -98,6 +102,7 @@ impl<'a> RootTree<'a> {
             top,
             take,
             made: HashSet::new(),
+            entries: 0,
             hashes: RandomState::new(),
             last: None,
             buffer: vec![0; COPY_BYTES],
@@ -118,6 +123,7 @@ impl<'a> RootTree<'a> {
     pub(super) fn apply(&mut self, path: &[u8], entry: LayerEntry<'_>) -> Result<(), LayerProblem> {
         let content = if let LayerEntry::File { size, .. } = &entry { *size } else { 0 };
         self.take(ENTRY_BYTES.saturating_add(content))?;
+        self.count()?;
         let names = split(path)?;
         let Some((name, above)) = names.split_last() else {
             // The top itself, whose mode is ours.
@@ -138,6 +144,14 @@ impl<'a> RootTree<'a> {
             },
         };
         result.map_err(|problem| problem.at(path))
+    }
+
+    fn count(&mut self) -> Result<(), LayerProblem> {
+        self.entries += 1;
+        match self.entries > MAX_ENTRIES {
+            true => Err(LayerProblem::Refused(format!("the image has more than {MAX_ENTRIES} entries"))),
+            false => Ok(()),
+        }
     }
 
     fn put(&mut self, above: &[&OsStr], name: &OsStr, entry: LayerEntry<'_>) -> Result<(), LayerProblem> {
@@ -289,6 +303,7 @@ impl<'a> RootTree<'a> {
             let there = match self.open(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     self.take(ENTRY_BYTES)?;
+                    self.count()?;
                     rfs::mkdirat(&here.handle, *name, Mode::from_raw_mode(DIRECTORY_MODE))?;
                     let made = dir::open_dir(&here.handle, name)?;
                     rfs::fchmod(&made, Mode::from_raw_mode(DIRECTORY_MODE))?;

@@ -26,6 +26,37 @@ pub(crate) fn gain_nothing() -> io::Result<()> {
     Ok(())
 }
 
+/// What root keeps where there are no namespaces: to act as other users and on their files. It cannot trace processes, make
+/// devices, or change the network or the mounts.
+const OF_ROOT: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::KILL)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID);
+
+/// Gives up all capabilities but those of [`OF_ROOT`], for this process and all programs that it starts.
+pub(crate) fn keep_few_capabilities() -> io::Result<()> {
+    let _ = rustix::thread::clear_ambient_capability_set();
+    let own = rustix::thread::capabilities(None)?;
+    for capability in (0..=LAST_CAPABILITY).filter(|number| OF_ROOT.bits() & 1 << number == 0) {
+        match sys::drop_capability(capability) {
+            Ok(()) => {}
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(rustix::thread::set_capabilities(
+        None,
+        CapabilitySets {
+            effective: own.effective & OF_ROOT,
+            permitted: own.permitted & OF_ROOT,
+            inheritable: CapabilitySet::empty(),
+        },
+    )?)
+}
+
 /// Gives up the capabilities that this process has.
 pub(crate) fn give_up_capabilities() -> io::Result<()> {
     let _ = rustix::thread::clear_ambient_capability_set();

@@ -90,6 +90,9 @@ const NAMESPACES: u32 = (libc::CLONE_NEWNS
 /// The same for time, which clone has no room for.
 const NEW_TIME: u32 = 0x80;
 
+/// The families of sockets that there are. For most others the kernel would load a module, and some do not know of network namespaces.
+/// Of netlink, only what the C library lists interfaces with is left.
+const FAMILIES: &[libc::c_int] = &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 /// Kinds of sockets whose type is masked from flags such as SOCK_CLOEXEC.
 const SOCKET_TYPE: u32 = 0xf;
 
@@ -141,17 +144,23 @@ fn table(architecture: u32) -> Table {
     let prlimit =
         vec![refuse(&[(0, Test::Is(1)), (2, Test::NotNull)]), ignore(&[(1, core), (2, Test::NotNull)])];
     calls.insert(libc::SYS_prlimit64, prlimit);
+    let other_family: Vec<_> =
+        FAMILIES.iter().map(|family| (0, Test::IsNot(family.unsigned_abs()))).collect();
+    let other_family = Case { tests: other_family, answer: errno(libc::EAFNOSUPPORT) };
     let family = |family: libc::c_int| (0, Test::Is(family.unsigned_abs()));
-    let raw = Test::Masked { mask: SOCKET_TYPE, value: libc::SOCK_RAW.unsigned_abs() };
-    // Netlink sockets are raw by name only, and the C library lists interfaces with them.
-    let netlink = libc::AF_NETLINK.unsigned_abs();
+    let other_protocol = (2, Test::IsNot(libc::NETLINK_ROUTE.unsigned_abs()));
+    let other_netlink =
+        Case { tests: vec![family(libc::AF_NETLINK), other_protocol], answer: errno(libc::EPROTONOSUPPORT) };
+    // To local and netlink sockets, raw is a name only.
+    let raw = (1, Test::Masked { mask: SOCKET_TYPE, value: libc::SOCK_RAW.unsigned_abs() });
     let sockets = vec![
-        refuse(&[family(libc::AF_VSOCK)]),
-        refuse(&[family(libc::AF_ALG)]),
-        refuse(&[family(libc::AF_PACKET)]),
-        refuse(&[(1, raw), (0, Test::IsNot(netlink))]),
+        other_family.clone(),
+        other_netlink,
+        refuse(&[family(libc::AF_INET), raw]),
+        refuse(&[family(libc::AF_INET6), raw]),
     ];
     calls.insert(libc::SYS_socket, sockets);
+    calls.insert(libc::SYS_socketpair, vec![other_family]);
     let numbered = calls.into_iter().filter_map(|(call, cases)| Some((u32::try_from(call).ok()?, cases)));
     let foreign = if cfg!(target_arch = "x86_64") { X32 } else { 0..0 };
     Table { architecture, calls: numbered.collect(), foreign }
@@ -166,10 +175,79 @@ fn errno(errno: libc::c_int) -> Answer {
 mod tests {
     use super::*;
 
+    /// The answer to a call of this architecture.
+    fn answer(call: libc::c_long, arguments: &[u64]) -> Answer {
+        let mut all = [0; 6];
+        all[..arguments.len()].copy_from_slice(arguments);
+        let architecture = ARCHITECTURE.unwrap();
+        table(architecture).answer(architecture, u32::try_from(call).unwrap(), &all)
+    }
+
     #[test]
     fn the_program_is_short() {
         // The kernel evaluates it for each of some 460 calls when it is installed, once for each action.
         let program = Program::new().unwrap();
         assert!(program.0.len() < 256, "{}", program.0.len());
+    }
+
+    /// An action that is root inside cannot tell whether a call fails for its arguments, its lack of capabilities or the filter.
+    #[test]
+    fn calls_are_refused_for_their_number_and_not_for_what_the_caller_may_do() {
+        for call in REFUSED {
+            assert_eq!(answer(*call, &[u64::MAX; 6]), errno(libc::EPERM), "{call}");
+            assert_eq!(answer(*call, &[0; 6]), errno(libc::EPERM), "{call}");
+        }
+        assert_eq!(answer(libc::SYS_clone3, &[]), errno(libc::ENOSYS));
+        for call in [libc::SYS_read, libc::SYS_execve, libc::SYS_ptrace, libc::SYS_mmap, libc::SYS_connect] {
+            assert_eq!(answer(call, &[0; 6]), Answer::Allow, "{call}");
+        }
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(answer(0x4000_0000 + 39, &[]), Answer::EndProcess);
+    }
+
+    #[test]
+    fn processes_can_be_made_and_namespaces_cannot() {
+        let thread =
+            libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_THREAD | libc::CLONE_SIGHAND;
+        for flags in [libc::SIGCHLD, thread, libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD] {
+            assert_eq!(answer(libc::SYS_clone, &[flags as u64]), Answer::Allow);
+        }
+        assert_eq!(answer(libc::SYS_unshare, &[libc::CLONE_FILES as u64]), Answer::Allow);
+        for bit in (0..32).map(|bit| 1u32 << bit).filter(|bit| NAMESPACES & bit != 0).map(u64::from) {
+            assert_eq!(answer(libc::SYS_clone, &[bit | libc::SIGCHLD as u64]), errno(libc::EPERM));
+            assert_eq!(answer(libc::SYS_unshare, &[bit]), errno(libc::EPERM));
+        }
+        assert_eq!(answer(libc::SYS_unshare, &[NEW_TIME.into()]), errno(libc::EPERM));
+    }
+
+    #[test]
+    fn only_usual_sockets_can_be_made() {
+        let socket = |family, kind, protocol| {
+            answer(libc::SYS_socket, &[family, kind, protocol].map(|n: i32| n as u64))
+        };
+        let (stream, raw) = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC, libc::SOCK_RAW | libc::SOCK_NONBLOCK);
+        for family in [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6] {
+            assert_eq!(socket(family, stream, 0), Answer::Allow);
+        }
+        assert_eq!(socket(libc::AF_UNIX, raw, 0), Answer::Allow);
+        assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_ROUTE), Answer::Allow);
+        assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_AUDIT), errno(libc::EPROTONOSUPPORT));
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            assert_eq!(socket(family, raw, 1), errno(libc::EPERM));
+        }
+        for family in (0..64).filter(|family| !FAMILIES.contains(family)) {
+            assert_eq!(socket(family, stream, 0), errno(libc::EAFNOSUPPORT), "{family}");
+            assert_eq!(answer(libc::SYS_socketpair, &[family as u64]), errno(libc::EAFNOSUPPORT));
+        }
+    }
+
+    #[test]
+    fn the_limit_on_core_dumps_and_those_of_the_first_process_stay() {
+        let prlimit =
+            |process, limit: libc::c_uint, new| answer(libc::SYS_prlimit64, &[process, limit.into(), new, 0]);
+        assert_eq!(prlimit(0, libc::RLIMIT_CORE, 4096), Answer::Errno(0));
+        assert_eq!(prlimit(1, libc::RLIMIT_NOFILE, 4096), errno(libc::EPERM));
+        assert_eq!(prlimit(1, libc::RLIMIT_NOFILE, 0), Answer::Allow);
+        assert_eq!(prlimit(7, libc::RLIMIT_NOFILE, 4096), Answer::Allow);
     }
 }

@@ -18,7 +18,7 @@ pub(crate) struct Rules(RulesetCreated);
 
 impl Rules {
     /// With these rules, a process and its children can write only below these paths, and rename and link among them. They
-    /// can neither signal a process nor connect to an abstract socket that does not share the rules. Everything can be read.
+    /// make no devices, and can neither signal a process nor connect to an abstract socket that does not share the rules. Everything can be read.
     pub(crate) fn new(writable: impl IntoIterator<Item = PathBuf>) -> Result<Self, SetupFailure> {
         let rules = || -> Result<RulesetCreated, Problem> {
             let rules = Ruleset::default()
@@ -48,7 +48,8 @@ impl Rules {
 }
 
 fn open(rules: RulesetCreated, path: PathBuf) -> Result<RulesetCreated, Problem> {
-    Ok(rules.add_rule(PathBeneath::new(PathFd::new(path)?, AccessFs::from_all(WANTED)))?)
+    let all_but_devices = AccessFs::from_all(WANTED) & !(AccessFs::MakeChar | AccessFs::MakeBlock);
+    Ok(rules.add_rule(PathBeneath::new(PathFd::new(path)?, all_but_devices))?)
 }
 
 fn in_words(problem: Problem) -> SetupFailure {

@@ -244,6 +244,7 @@ fn become_root_with_cell(exec_root: &OwnedFd) -> Result<(), SetupFailure> {
 pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
     let on = sandbox.protections;
     confine::limit_cores().step("limit core dumps")?;
+    confine::keep_few_capabilities().step("give up capabilities")?;
     rustix::thread::set_no_new_privs(true).step("give up new privileges")?;
     if on.landlock {
         let shared = ["/tmp", "/var/tmp", "/dev", "/proc"].map(PathBuf::from);

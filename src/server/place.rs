@@ -1,4 +1,4 @@
-//! [`Place`]: the build root, and the sandbox in which actions run there.
+//! [`Place`]: the build root, the sandbox in which actions run there, and the tools that stay in it.
 
 use super::LOG;
 use crate::{
@@ -10,6 +10,7 @@ use crate::{
             probe::{probe, probe_layers, probe_root},
         },
         staged_trees::StagingLimits,
+        tools::{ToolLimits, Tools},
         workspace::BuildRoot,
     },
     cgroups::{Groups, LimitReport},
@@ -19,13 +20,17 @@ use crate::{
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
 };
 use gorego_reapi::error::{Error, Result};
-use std::{ffi::OsString, sync::Arc};
+use std::{collections::BTreeMap, ffi::OsString, sync::Arc, time::Duration};
 use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
 
 /// How many more processes than a group a user may have.
 const SECOND_LINE: u64 = 64;
+
+/// How many persistent workers a pool has for each of its slots, unless the configuration says how many it has: with more than
+/// one, different tools need not end each other.
+const WORKERS_PER_SLOT: usize = 2;
 
 /// Where actions run, made before anything asynchronous.
 pub(crate) struct Place {
@@ -37,6 +42,8 @@ pub(crate) struct Place {
     pub(crate) groups: Groups,
     /// How the limits of actions are enforced.
     pub(crate) limits: LimitReport,
+    /// The tools of each pool, if there are any.
+    tools: BTreeMap<String, Arc<Tools>>,
 }
 
 impl Place {
@@ -54,6 +61,7 @@ impl Place {
             }
             None => None,
         };
+        let tools = tools(execution);
         let mut settings = execution.sandbox.clone();
         let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
         let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
@@ -63,7 +71,7 @@ impl Place {
             refuse_missing(&limits)?;
         }
         if !is_sandboxed {
-            return Ok(Self { build_root, sandbox: None, images, open_files, groups, limits });
+            return Ok(Self { build_root, sandbox: None, images, open_files, groups, limits, tools });
         }
         // Pools can have others.
         settings.root = None;
@@ -71,6 +79,12 @@ impl Place {
         for path in settings.hide_linked() {
             Event::warn("gorego::config", "config_warning").log(format_args!(
                 "a link leads actions to {}; it is hidden from them (execution.sandbox)",
+                path.display()
+            ));
+        }
+        for path in settings.visible.iter().chain(&settings.writable).filter(|path| !path.exists()) {
+            Event::warn("gorego::config", "config_warning").log(format_args!(
+                "{} does not exist, so actions do not see it (execution.sandbox)",
                 path.display()
             ));
         }
@@ -106,7 +120,8 @@ impl Place {
                 }
             };
         }
-        let place = Self { build_root, sandbox: Some((sandbox, report)), images, open_files, groups, limits };
+        let sandbox = Some((sandbox, report));
+        let place = Self { build_root, sandbox, images, open_files, groups, limits, tools };
         execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
         Ok(place)
     }
@@ -121,6 +136,18 @@ impl Place {
         sandbox.settings.root = pool.sandbox.root.as_ref().map(RootFs::resolved);
         sandbox.settings.offers_network = pool.sandbox.offers_network;
         Some(sandbox)
+    }
+
+    /// The tools of a pool, if it has any.
+    pub(super) fn tools(&self, pool: &str) -> Option<Arc<Tools>> {
+        self.tools.get(pool).cloned()
+    }
+
+    /// Ends the tools, and waits until all exec directories are removed, for at most `limit`. Blocks.
+    pub(super) fn empty(self, limit: Duration) {
+        self.tools.values().for_each(|tools| tools.close());
+        self.build_root.wait_until_empty(limit);
+        self.groups.remove();
     }
 
     /// The container images, if actions can have any.
@@ -184,6 +211,21 @@ fn image_settings(settings: ImagesSettings) -> ImageSettings {
         max_bytes: settings.max_bytes,
         timeout: settings.timeout,
     }
+}
+
+fn tools(execution: &ExecutionSettings) -> BTreeMap<String, Arc<Tools>> {
+    let Some(settings) = execution.persistent_workers else { return BTreeMap::new() };
+    let of = |pool: &PoolSettings| {
+        let limits = ToolLimits {
+            max_tools: settings.max_workers.unwrap_or(WORKERS_PER_SLOT * pool.slots),
+            max_idle: settings.idle_timeout,
+            max_uses: settings.max_requests,
+            max_memory: settings.max_memory_bytes,
+            max_call: settings.request_timeout,
+        };
+        (pool.name.clone(), Arc::new(Tools::new(&pool.name, limits)))
+    };
+    execution.pools.iter().map(of).collect()
 }
 
 fn warn_of_copies(reason: &str) {

@@ -121,6 +121,7 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         images: None,
         sandbox: None,
         limits: PoolLimits::default(),
+        tools: None,
         log_streams: log_streams(false, directory),
     });
     let minute = Duration::from_secs(60);

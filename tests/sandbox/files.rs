@@ -1,6 +1,7 @@
 //! What an action sees and can change of the file system.
 
 use crate::{support::*, with_each};
+use gorego_reapi::proto::reapi;
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 /// The store, the configuration, other users' files and the passwords of the machine.
@@ -39,18 +40,14 @@ async fn only_the_listed_files_of_the_host_exist() {
 #[tokio::test]
 async fn nothing_outside_of_the_exec_root_can_be_changed() {
     with_each(&[], async |host| {
-        for path in [
-            "/x",
-            "/usr/x",
-            "/etc/x",
-            "/etc/passwd",
-            "/opt/x",
-            "/dev/x",
-            "/proc/sys/kernel/core_pattern",
-            "/run/x",
-        ] {
-            host.cannot(&format!(": >> {path}")).await;
+        for path in ["/x", "/usr/x", "/etc/x", "/opt/x", "/dev/x", "/run/x", "/proc/sys/kernel/core_pattern"]
+        {
+            let did = host.run(&format!(": >> {path}")).await;
+            // Not only because of who the action is.
+            let is_reason = did.stderr.contains("Read-only file system") || path.starts_with("/proc");
+            assert!(did.exit_code != 0 && is_reason, "{path}: {}", did.stderr);
         }
+        host.cannot(": >> /etc/passwd").await;
         host.cannot("touch /usr/bin/env").await;
         host.cannot("chmod a+x /usr").await;
         host.cannot("ln /etc/hosts /etc/guests").await;
@@ -79,6 +76,10 @@ async fn tmp_is_bounded_in_size_and_in_number_of_files() {
     with_each(&[("EXECUTION__SANDBOX__TMP_SIZE_GB", "1 MB")], async |host| {
         let did = host.run("head -c 2000000 /dev/zero > /tmp/bomb").await;
         assert!(did.exit_code != 0 && did.stderr.contains("No space left"), "{}", did.stderr);
+        for directory in ["/tmp", "/dev/shm"] {
+            let files: u64 = host.says(&format!("stat -f -c %c {directory}")).await.parse().unwrap();
+            assert!((1..=200_001).contains(&files), "{directory} has room for {files} files");
+        }
     })
     .await;
 }
@@ -172,9 +173,116 @@ async fn what_is_configured_is_visible_hidden_or_writable() {
         assert_eq!(host.says(&format!("cat {at}/shown/f {at}/cache/f")).await, "showncache");
         host.cannot(&format!("cat {at}/shown/hidden/f")).await;
         host.cannot(&format!("cat {at}/cache/hidden/f")).await;
-        host.cannot(&format!("echo x > {at}/shown/f")).await;
+        // Its mode allows it.
+        let did = host.run(&format!("echo x > {at}/shown/f")).await;
+        assert!(did.stderr.contains("Read-only file system"), "{}", did.stderr);
         host.says(&format!("echo -n cache > {at}/cache/f")).await;
     })
     .await;
     fs::remove_dir_all(&base).unwrap();
+}
+
+/// A directory below which everything can be visible, and its path. Not below /tmp, which is the action's own.
+fn shown_directory(name: &str) -> Option<tempfile::TempDir> {
+    let made = tempfile::Builder::new().prefix(&format!("gorego-{name}-")).tempdir_in("/srv");
+    let Ok(directory) = made else {
+        eprintln!("skipped: this user cannot make a directory in /srv");
+        return None;
+    };
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    Some(directory)
+}
+
+fn list(paths: &[std::path::PathBuf]) -> String {
+    let quoted: Vec<_> = paths.iter().map(|path| format!("\"{}\"", path.display())).collect();
+    format!("[{}]", quoted.join(", "))
+}
+
+#[tokio::test]
+async fn what_is_hidden_is_hidden_behind_links_too() {
+    let Some(directory) = shown_directory("links") else { return };
+    let top = directory.path();
+    fs::create_dir_all(top.join("real/keys")).unwrap();
+    fs::write(top.join("real/keys/k"), "secret").unwrap();
+    fs::write(top.join("real/key"), "secret").unwrap();
+    std::os::unix::fs::symlink(top.join("real"), top.join("link")).unwrap();
+    std::os::unix::fs::symlink("real/key", top.join("key")).unwrap();
+    let (visible, hidden) = (list(&[top.to_owned()]), list(&[top.join("link/keys"), top.join("key")]));
+    let overrides = [("EXECUTION__SANDBOX__VISIBLE", &*visible), ("EXECUTION__SANDBOX__HIDDEN", &*hidden)];
+    with_each(&overrides, async |host| {
+        let at = top.display();
+        host.says(&format!("ls {at}/link/ {at}/real")).await;
+        for path in ["link/keys/k", "real/keys/k", "key", "real/key"] {
+            host.cannot(&format!("grep secret {at}/{path}")).await;
+        }
+    })
+    .await;
+}
+
+/// As an editor or a rotation of keys does it. The kernel takes covers away with what they cover.
+#[tokio::test]
+async fn what_is_hidden_stays_hidden_when_the_host_replaces_it() {
+    let Some(directory) = shown_directory("renames") else { return };
+    let top = directory.path();
+    let (visible, hidden) =
+        (list(&[top.to_owned()]), list(&[top.join("key"), top.join("keys"), top.join("later")]));
+    let overrides = [("EXECUTION__SANDBOX__VISIBLE", &*visible), ("EXECUTION__SANDBOX__HIDDEN", &*hidden)];
+    with_each(&overrides, async |host| {
+        let at = top.display();
+        let look = format!("grep -r secret {at}/key {at}/keys {at}/later");
+        fs::write(top.join("key"), "secret").unwrap();
+        fs::create_dir_all(top.join("keys")).unwrap();
+        fs::write(top.join("keys/k"), "secret").unwrap();
+        // With a cell that is ready, too.
+        for round in 0..2 {
+            host.cannot(&format!("{look} # {round}")).await;
+            fs::write(top.join("new"), "secret").unwrap();
+            fs::rename(top.join("new"), top.join("key")).unwrap();
+            fs::rename(top.join("keys"), top.join(format!("keys.{round}"))).unwrap();
+            fs::create_dir(top.join("keys")).unwrap();
+            fs::write(top.join("keys/k"), "secret").unwrap();
+            fs::write(top.join("later"), "secret").unwrap();
+            host.cannot(&format!("{look} # {round}, replaced")).await;
+            fs::remove_file(top.join("later")).unwrap();
+            fs::remove_dir_all(top.join(format!("keys.{round}"))).unwrap();
+        }
+        host.says(&format!("ls {at}")).await;
+    })
+    .await;
+}
+
+/// Where a runner mounts views for itself is not among what actions see.
+#[tokio::test]
+async fn parts_of_sys_can_be_visible() {
+    let visible = [("EXECUTION__SANDBOX__VISIBLE", "[\"/sys/kernel/mm\", \"/sys/fs\"]")];
+    with_each(&visible, async |host| {
+        assert_eq!(host.says("ls /sys/kernel").await, "mm");
+        let there: Vec<_> = fs::read_dir("/sys/kernel/mm").unwrap().map(|e| e.unwrap().file_name()).collect();
+        let said = host.says("ls /sys/kernel/mm").await;
+        assert_eq!(said.lines().count(), there.len(), "{said}");
+    })
+    .await;
+}
+
+/// The mode of a directory on the way binds the action, also where the server is root.
+#[tokio::test]
+async fn a_working_directory_that_cannot_be_entered_is_the_fault_of_the_action() {
+    with_each(&[], async |host| {
+        let inner = host.client.upload(directory(vec![], vec![], vec![])).await;
+        let closed = reapi::Directory {
+            directories: vec![subdirectory("e", inner)],
+            node_properties: Some(reapi::NodeProperties { unix_mode: Some(0), ..Default::default() }),
+            ..Default::default()
+        };
+        let closed = host.client.upload(prost::Message::encode_to_vec(&closed)).await;
+        let root = host.client.upload(directory(vec![], vec![subdirectory("d", closed)], vec![])).await;
+        for path in ["d", "d/e"] {
+            let mut command = sh("true");
+            command.working_directory = path.into();
+            let action = host.client.action(command, root).await;
+            let status = host.client.run(action).await.status.unwrap();
+            assert_eq!(status.code, tonic::Code::InvalidArgument as i32, "{path}: {}", status.message);
+        }
+    })
+    .await;
 }

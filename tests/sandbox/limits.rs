@@ -149,6 +149,17 @@ async fn a_disk_bomb_and_an_inode_bomb_are_ended_with_the_limit_and_the_setting(
     .await;
 }
 
+/// The bomb is a bounded one: here nothing else would stop it.
+#[tokio::test]
+async fn limits_hold_without_a_sandbox() {
+    let limits = [("EXECUTION__SANDBOX__MODE", "off"), ("EXECUTION__LIMITS__MEMORY_GB", "100 MB")];
+    let server = Server::with(&limits).await;
+    let client = server.client().await;
+    let host = Host { server, client, is_root: rustix::process::geteuid().is_root() };
+    let bomb = run(&host, "head -c 400M /dev/zero | tail | wc -c; sleep 1", &[]).await;
+    ended_by(&host, bomb, &["of the 100 MB allowed"]).await;
+}
+
 /// The groups of a server in any hierarchy.
 fn groups_of(server: u32) -> Vec<std::path::PathBuf> {
     fn find(directory: &std::path::Path, name: &str, found: &mut Vec<std::path::PathBuf>) {

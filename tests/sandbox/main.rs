@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod files;
+mod images;
 mod kernel;
 mod limits;
 mod processes;
@@ -15,6 +16,7 @@ mod staging;
 mod start;
 #[path = "../support/mod.rs"]
 mod support;
+mod tools;
 mod world;
 
 use gorego_reapi::proto::reapi::{self, ActionResult};

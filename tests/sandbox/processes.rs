@@ -1,6 +1,6 @@
 //! What an action sees and leaves of processes, and what it can do to others.
 
-use crate::{processes_with, support::*, with_each};
+use crate::{Host, processes_with, support::*, with_each};
 use std::{fs, time::Duration};
 
 #[tokio::test]
@@ -110,8 +110,20 @@ async fn a_server_that_is_killed_leaves_nothing() {
         eventually("the action runs", || processes_with(&marker).len() >= 2).await;
         host.server.signal("KILL");
         eventually("its processes are gone", || processes_with(&marker).is_empty()).await;
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(host.server.store().to_str().unwrap()), "{mounts}");
+        let store = host.server.store().to_str().unwrap();
+        let mounted = || {
+            let processes = fs::read_dir("/proc").unwrap().flatten().map(|process| process.path());
+            // Those that have ended since have no mounts.
+            let mounts = processes.filter_map(|process| fs::read_to_string(process.join("mountinfo")).ok());
+            mounts.filter(|mounts| mounts.contains(store)).count()
+        };
+        eventually("its mounts are gone", || mounted() == 0).await;
+        let next = Host::of(Server::on(host.server.shared_store(), &[]).await, host.is_root).await;
+        assert_eq!(next.says("echo again; ls").await, "again");
+        eventually("its directories are gone", || {
+            fs::read_dir(next.server.store().join("build")).unwrap().next().is_none()
+        })
+        .await;
     })
     .await;
 }

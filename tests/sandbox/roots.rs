@@ -44,7 +44,7 @@ fn take(root: &Path, from: &Path, to: &Path) {
 }
 
 /// Everything below a directory, with what shows a change.
-fn everything_below(top: &Path) -> BTreeSet<(PathBuf, String)> {
+pub(crate) fn everything_below(top: &Path) -> BTreeSet<(PathBuf, String)> {
     let mut found = BTreeSet::new();
     let mut left = vec![top.to_owned()];
     while let Some(path) = left.pop() {
@@ -155,8 +155,9 @@ async fn upload(host: &Host, top: &Path) -> Digest {
 }
 
 fn with_inputs_as_root(action: &mut Action) {
-    let property = Property { name: "rootfs".into(), value: "inputs".into() };
-    action.platform = Some(Platform { properties: vec![property] });
+    let property = |(name, value): (&str, &str)| Property { name: name.into(), value: value.into() };
+    let properties = [("rootfs", "inputs"), ("unixGID", "100"), ("unixUID", "0")].map(property).into();
+    action.platform = Some(Platform { properties });
 }
 
 /// As BuildStream's actions expect.
@@ -168,7 +169,7 @@ async fn the_input_root_can_be_the_root_file_system() {
         let name = format!("made-by-{}", host.server.pid());
         let script = format!(
             "pwd; ls /; echo x > /{name}; cat /{name}; mkdir -p /deep/er; echo y > /deep/er/f; rm /etc/motd; \
-             echo z > /tmp/z; echo n > /dev/null; ls /proc/self/fd > /dev/null; id -u; ! ls /build"
+             echo z > /tmp/z; echo n > /dev/null; ls /proc/self/fd > /dev/null; id -u; id -g; touch f; stat -c %u:%g f; ! ls /build"
         );
         let mut command = sh_with(&script, &["..", &format!("../{name}"), "../tmp"]);
         command.working_directory = "work".into();
@@ -178,7 +179,7 @@ async fn the_input_root_can_be_the_root_file_system() {
         let said = host.client.stdout(&result).await;
         assert_eq!(result.exit_code, 0, "{said}{}", host.client.stderr(&result).await);
         let names: Vec<_> = said.split_whitespace().filter(|name| !name.starts_with("lib")).collect();
-        assert_eq!(names, ["/work", "bin", "dev", "etc", "proc", "tmp", "work", "x", "1000"]);
+        assert_eq!(names, ["/work", "bin", "dev", "etc", "proc", "tmp", "work", "x", "0", "100", "0:100"]);
         assert!(!fs::exists(format!("/{name}")).unwrap(), "the host has it");
 
         assert_eq!(host.client.output(&result, &format!("../{name}")).await, "x\n");

@@ -1,6 +1,7 @@
 //! What the start of a server says about the sandbox, and what happens where parts of it are missing.
 
-use crate::{Host, support::*};
+use crate::{Host, support::*, with_each};
+use gorego_reapi::proto::reapi;
 use std::{
     process::{Command, Stdio},
     sync::Arc,
@@ -52,6 +53,76 @@ async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
         host.cannot(&format!("echo x > {}/f", beside.path().display())).await;
     }
     host.cannot(&format!("kill -0 {}", host.server.pid())).await;
+    // What is left of its root.
+    let capabilities = host.says("grep -E '^Cap(Eff|Bnd)' /proc/self/status | tr -d '[:blank:]'").await;
+    for set in capabilities.lines() {
+        let (_, bits) = set.split_once(':').unwrap();
+        let bits = u64::from_str_radix(bits, 16).unwrap();
+        assert_eq!(bits & !0xfb, 0, "CHOWN to SETUID at most: {capabilities}");
+    }
+    let device = host.run("mknod d c 1 3 2>&1").await;
+    assert!(device.exit_code != 0, "{}", device.stdout);
+}
+
+/// A client that is refused says so at once, and learns which setting would help.
+#[tokio::test]
+async fn an_action_gets_the_network_of_the_host_only_where_the_pool_allows_it() {
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = tcp.local_addr().unwrap().port();
+    let connect = format!(
+        "perl -MSocket -e 'socket(S, PF_INET, SOCK_STREAM, 0); connect(S, sockaddr_in({port}, inet_aton(\"127.0.0.1\"))) or die $!'"
+    );
+    let asking = async |host: &Host, name: &str, value: &str| {
+        let property = reapi::platform::Property { name: name.into(), value: value.into() };
+        let change = |action: &mut reapi::Action| {
+            action.platform = Some(reapi::Platform { properties: vec![property] });
+        };
+        let action = host.client.action_with(sh(&connect), empty(), change).await;
+        match host.client.start_request(host.client.request(action)).await {
+            Ok(run) => {
+                let response = run.finish().await;
+                response.result.map(|result| result.exit_code).ok_or(response.status.unwrap().message)
+            }
+            Err(status) => {
+                assert_eq!(status.code(), tonic::Code::FailedPrecondition);
+                Err(status.message().to_owned())
+            }
+        }
+    };
+    with_each(&[("EXECUTION__SANDBOX__NETWORK", "host")], async |host| {
+        assert_eq!(asking(host, "network", "on").await, Ok(0));
+        assert_eq!(asking(host, "dockerNetwork", "standard").await, Ok(0));
+        assert_ne!(asking(host, "network", "off").await, Ok(0));
+        host.cannot(&connect).await;
+    })
+    .await;
+    with_each(&[], async |host| {
+        let refused = asking(host, "network", "on").await.unwrap_err();
+        assert!(refused.contains("execution.sandbox.network"), "{refused}");
+        assert_ne!(asking(host, "network", "off").await, Ok(0));
+    })
+    .await;
+}
+
+/// Each pool has its own mode.
+#[tokio::test]
+async fn a_pool_can_be_without_the_sandbox_of_the_others() {
+    let pools = "{ bare = { slots = 1, properties = { kind = \"bare\" }, sandbox = { mode = \"off\" } }, \
+                 usual = { slots = 1, properties = { kind = \"usual\" } } }";
+    with_each(&[("EXECUTION__POOLS", pools)], async |host| {
+        let pid = async |kind: &str| {
+            let property = reapi::platform::Property { name: "kind".into(), value: kind.into() };
+            let change = |action: &mut reapi::Action| {
+                action.platform = Some(reapi::Platform { properties: vec![property] });
+            };
+            let action = host.client.action_with(sh("echo $$"), empty(), change).await;
+            let result = host.client.run(action).await.result.unwrap();
+            host.client.stdout(&result).await.trim().parse::<u32>().unwrap()
+        };
+        assert!(pid("usual").await < 10, "it has process ids of its own");
+        assert!(pid("bare").await > 10);
+    })
+    .await;
 }
 
 /// A build root without idmapped mounts: the actions of a root server are root of the host.

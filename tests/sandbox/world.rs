@@ -52,7 +52,9 @@ async fn devices_and_outputs_can_be_opened() {
                       perl -e 'open(P, \"+<\", \"/dev/ptmx\") or die $!; open(F, \">\", \"/dev/full\"); print F 1; close F and die'";
         let did = host.run(script).await;
         assert_eq!((did.exit_code, &*did.stdout, &*did.stderr), (0, "out\n", "err\nmore\n"));
-        host.cannot("cat /dev/mem /dev/kmsg /dev/vda /dev/sda").await;
+        for device in ["mem", "kmsg", "port", "vda", "sda", "kvm", "fuse", "loop-control", "net/tun"] {
+            host.cannot(&format!("ls /dev/{device}")).await;
+        }
     })
     .await;
 }
@@ -87,6 +89,21 @@ async fn the_exec_root_has_the_same_path_for_all_actions() {
         command.output_paths = vec!["../x/o".into()];
         let did = host.run_command(command).await;
         assert_eq!(did.stdout.trim(), "/build/some/where", "{}", did.stderr);
+    })
+    .await;
+}
+
+/// If the machine runs out of memory, actions go first; they cannot change that where the server is privileged.
+#[tokio::test]
+async fn the_kernel_kills_actions_before_the_server() {
+    with_each(&[], async |host| {
+        assert_eq!(host.says("cat /proc/self/oom_score_adj").await, "800");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", host.server.pid())).unwrap();
+        let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
+        let may_raise = u64::from_str_radix(capabilities, 16).unwrap() & 1 << 24 != 0;
+        if may_raise {
+            host.cannot("echo 0 > /proc/self/oom_score_adj").await;
+        }
     })
     .await;
 }

@@ -4,7 +4,13 @@
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use std::{collections::BTreeMap, fs, io::Write as _, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
 use tar::{Builder, EntryType, Header};
 
 /// The archive of a layer. Names are taken as they are, also those that no ordinary program would write.
@@ -48,6 +54,33 @@ impl LayerArchive {
     pub fn finish(self) -> Vec<u8> {
         self.0.into_inner().unwrap()
     }
+}
+
+/// Adds a file of this machine to a layer.
+fn with_file(layer: LayerArchive, at: &str, from: &Path) -> LayerArchive {
+    layer.file(at.trim_start_matches('/'), &fs::read(from).unwrap(), 0o755)
+}
+
+/// A layer with a shell at `image/sh`, made from what this machine has: busybox, or its own shell with its libraries.
+pub fn shell_layer() -> LayerArchive {
+    let needs = |program: &Path| {
+        let listed = Command::new("ldd").arg(program).output();
+        let text =
+            listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        let paths = text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from);
+        paths.filter(|path| path.exists()).collect::<Vec<_>>()
+    };
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().map(Path::new).find(|path| path.exists());
+    let shell = busybox.unwrap_or(Path::new("/bin/sh")).canonicalize().unwrap();
+    let name = if busybox.is_some() { "image/busybox" } else { "image/sh" };
+    let mut layer = with_file(LayerArchive::new(), name, &shell);
+    if busybox.is_some() {
+        layer = layer.symlink("image/sh", "busybox");
+    }
+    for library in needs(&shell) {
+        layer = with_file(layer, library.to_str().unwrap(), &library);
+    }
+    layer
 }
 
 pub fn gzip(bytes: &[u8]) -> Vec<u8> {

@@ -2,6 +2,7 @@
 //!
 //! - [`server`]: the real binary as a process. Most tests use it.
 //! - [`endpoint`]: a gRPC endpoint in the process of the test, for tests that put something else behind it.
+//! - [`images`]: container images.
 //! - [`worker`]: a worker alone, with an in-memory store.
 //! - [`client`]: clients of all services on one connection.
 //!
@@ -11,6 +12,7 @@
 
 pub mod client;
 pub mod endpoint;
+pub mod images;
 pub mod server;
 pub mod worker;
 

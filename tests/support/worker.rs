@@ -15,6 +15,7 @@ use gorego::{
             },
             staged_trees::StagingLimits,
             store::{BlobStore, Inputs, Outputs},
+            tools::{ToolLimits, Tools},
             workspace::BuildRoot,
         },
     },
@@ -208,14 +209,14 @@ pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
 /// Runs a test with one worker, whose commands may write files of up to this size.
 pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Bench) -> T) -> T {
     // Most tests look at their commands from outside. tests/sandbox is about the sandbox.
-    with_bench(max_output_file_bytes, StagingLimits::default(), |_, _| None, body)
+    with_bench(max_output_file_bytes, StagingLimits::default(), None, |_, _| None, body)
 }
 
 /// Runs a test with a sandboxed worker that stages all inputs, if this machine can, and whose commands may write files of up to
 /// this size.
 pub fn with_staging(max_output_file_bytes: u64, body: impl AsyncFn(&Bench)) {
     let limits = StagingLimits { min_nodes: 0, ..StagingLimits::default() };
-    with_bench(max_output_file_bytes, limits, sandbox_with_layers, async |bench| {
+    with_bench(max_output_file_bytes, limits, None, sandbox_with_layers, async |bench| {
         if bench.is_sandboxed {
             body(bench).await;
         }
@@ -236,13 +237,21 @@ pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
     with_worker(&body);
     for min_nodes in [u64::MAX, 0] {
         let limits = StagingLimits { min_nodes, ..StagingLimits::default() };
-        with_bench(1 << 30, limits, sandbox_with_layers, &body);
+        with_bench(1 << 30, limits, None, sandbox_with_layers, &body);
     }
+}
+
+/// Runs a test with one worker that keeps tools, first without a sandbox and then in one, if this machine can.
+pub fn with_tools(limits: ToolLimits, body: impl AsyncFn(&Bench)) {
+    let sandbox = |runner: &[OsString], build_root: &BuildRoot| Some(PoolSandbox::usual(runner, build_root));
+    with_bench(1 << 30, StagingLimits::default(), Some(limits), |_, _| None, &body);
+    with_bench(1 << 30, StagingLimits::default(), Some(limits), sandbox, &body);
 }
 
 fn with_bench<T>(
     max_output_file_bytes: u64,
     limits: StagingLimits,
+    tools: Option<ToolLimits>,
     sandbox: impl FnOnce(&[OsString], &BuildRoot) -> Option<PoolSandbox>,
     body: impl AsyncFnOnce(&Bench) -> T,
 ) -> T {
@@ -264,6 +273,7 @@ fn with_bench<T>(
             images: None,
             sandbox,
             limits: PoolLimits::default(),
+            tools: tools.map(|limits| Arc::new(Tools::new("test", limits))),
             log_streams: log_streams(),
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));
@@ -290,6 +300,8 @@ pub struct Job {
     pub root: Option<Digest>,
     pub timeout: Duration,
     pub do_not_cache: bool,
+    /// Platform properties.
+    pub platform: Vec<(String, String)>,
     pub cancel: CancelToken,
 }
 
@@ -308,6 +320,7 @@ pub fn argv(arguments: &[&str]) -> Job {
         root: None,
         timeout: Duration::from_secs(60),
         do_not_cache: false,
+        platform: Vec::new(),
         cancel: CancelToken::new(),
     }
 }
@@ -335,6 +348,11 @@ impl Job {
         self
     }
 
+    pub fn platform(mut self, name: &str, value: &str) -> Self {
+        self.platform.push((name.into(), value.into()));
+        self
+    }
+
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -349,6 +367,14 @@ impl Bench {
             input_root_digest: Some(root.to_wire()),
             timeout: Some(job.timeout.try_into().unwrap()),
             do_not_cache: job.do_not_cache,
+            platform: Some(reapi::Platform {
+                properties: job
+                    .platform
+                    .iter()
+                    .cloned()
+                    .map(|(name, value)| reapi::platform::Property { name, value })
+                    .collect(),
+            }),
             ..Default::default()
         };
         let policy = TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) };
@@ -414,12 +440,20 @@ impl Bench {
             let mut directory = reapi::Directory::default();
             for (name, node) in &building.nodes {
                 match node {
-                    Node::File(content) | Node::Program(content) => directory.files.push(reapi::FileNode {
-                        name: name.clone(),
-                        digest: Some(store.put(content.as_bytes()).to_wire()),
-                        is_executable: matches!(node, Node::Program(_)),
-                        ..Default::default()
-                    }),
+                    Node::File(content) | Node::Program(content) | Node::Tool(content) => {
+                        directory.files.push(reapi::FileNode {
+                            name: name.clone(),
+                            digest: Some(store.put(content.as_bytes()).to_wire()),
+                            is_executable: !matches!(node, Node::File(_)),
+                            node_properties: matches!(node, Node::Tool(_)).then(|| reapi::NodeProperties {
+                                properties: vec![reapi::NodeProperty {
+                                    name: "bazel_tool_input".into(),
+                                    value: String::new(),
+                                }],
+                                ..Default::default()
+                            }),
+                        });
+                    }
                     Node::Link(target) => directory.symlinks.push(reapi::SymlinkNode {
                         name: name.clone(),
                         target: target.clone(),
@@ -443,6 +477,8 @@ impl Bench {
 pub enum Node {
     File(String),
     Program(String),
+    /// A program that belongs to a persistent worker.
+    Tool(String),
     Link(String),
     Dir,
 }
@@ -453,6 +489,10 @@ pub fn file(content: &str) -> Node {
 
 pub fn program(content: &str) -> Node {
     Node::Program(content.into())
+}
+
+pub fn tool(content: &str) -> Node {
+    Node::Tool(content.into())
 }
 
 pub fn link(target: &str) -> Node {

@@ -12,6 +12,7 @@ mod digest_functions;
 mod disk;
 mod execution;
 mod http_cache;
+mod images;
 mod inputs;
 mod instances;
 mod lifecycle;

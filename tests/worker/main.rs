@@ -9,5 +9,6 @@ mod logs;
 mod outputs;
 #[path = "../support/mod.rs"]
 mod shared;
+mod tools;
 
 use shared::worker as support;

@@ -8,7 +8,14 @@ use rustix::{
     fs::{self as rfs, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
     io::Errno,
 };
-use std::{ffi::OsStr, fs::File, io, os::fd::AsRawFd as _, os::unix::ffi::OsStrExt as _, path::Path};
+use std::{
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::fd::AsRawFd as _,
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
+};
 
 /// How many directories a [`Cursor`] keeps open. Others are opened again through "..", so the number only affects the system
 /// calls.
@@ -130,6 +137,14 @@ pub(crate) fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<
     Ok(rfs::Dir::read_from(dir)?
         .filter(|entry| !matches!(entry, Ok(e) if matches!(e.file_name().to_bytes(), b"." | b"..")))
         .map(|entry| Ok(entry?)))
+}
+
+/// The names in an open directory.
+///
+/// # Errors
+/// Those of getdents(2).
+pub(super) fn names(dir: &File) -> io::Result<Vec<OsString>> {
+    entries(dir)?.map(|entry| Ok(entry_name(&entry?).to_owned())).collect()
 }
 
 /// The name of a directory entry.

@@ -1,7 +1,12 @@
 //! [`ImageStore`]: the part of container images that a worker needs, as a trait.
 
-use crate::{action::Command, sandbox::kind::InnerUser};
-use gorego_reapi::error::Result;
+use super::{WorkerSettings, checkpoint::Checkpoint};
+use crate::{
+    action::{Action, Command},
+    platform,
+    sandbox::kind::{CellKind, InnerUser, RootFs},
+};
+use gorego_reapi::error::{Error, Result};
 use std::{any::Any, fmt, path::PathBuf};
 
 /// Where the root file systems of images come from. Every method blocks.
@@ -39,4 +44,34 @@ impl LeasedImage {
         let environment = command.environment.iter().chain(more).cloned().collect();
         Command { environment, ..command.clone() }
     }
+}
+
+/// The image that an action asks for, if it does. Its files then replace the host's. Pulling it counts as fetching inputs.
+///
+/// # Errors
+/// Those of [`ImageStore::lease`]; when the action asks for what cannot be together, or the pool cannot have images.
+pub(super) fn lease_for(
+    settings: &WorkerSettings,
+    action: &Action,
+    kind: &mut CellKind,
+    fetching: &Checkpoint,
+) -> Result<Option<LeasedImage>> {
+    let Some(images) = &settings.images else { return Ok(None) };
+    let Some(name) = platform::wanted_image(&action.platform).map_err(Error::Invalid)? else {
+        return Ok(None);
+    };
+    if platform::wants_input_root_as_root(&action.platform) {
+        return Err(Error::invalid(
+            "the action asks for an image and for its input root as its root file system",
+        ));
+    }
+    if !settings.sandbox.as_ref().is_some_and(|sandbox| sandbox.protections.namespaces) {
+        return Err(Error::Precondition(
+            "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
+        ));
+    }
+    let image = images.lease(name, &|| fetching.check())?;
+    kind.root = Some(RootFs::directory(&image.root));
+    kind.user = kind.user.or(image.user);
+    Ok(Some(image))
 }

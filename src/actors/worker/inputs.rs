@@ -266,12 +266,12 @@ fn fill(inputs: &dyn Inputs, directory: &Directory, cursor: &Cursor, checkpoint:
     checkpoint.check()
 }
 
-fn write_file(inputs: &dyn Inputs, file: &tree::File, here: &File) -> Result<()> {
+pub(super) fn write_file(inputs: &dyn Inputs, file: &tree::File, here: &File) -> Result<()> {
     inputs.materialise(&file.digest, here, &file.name, mode_of(file))?;
     set_mtime(here, &file.name, mtime_of(&file.properties))
 }
 
-fn write_link(link: &Symlink, here: &File) -> Result<()> {
+pub(super) fn write_link(link: &Symlink, here: &File) -> Result<()> {
     rfs::symlinkat(&*link.target, here, &*link.name)
         .map_err(|error| cannot("make the symbolic link", &link.name, &error.into()))?;
     set_mtime(here, &link.name, mtime_of(&link.properties))
@@ -338,7 +338,7 @@ fn set_mtime(parent: &File, name: &str, mtime: Timespec) -> Result<()> {
     set_mtime_at(parent, name, mtime).map_err(|error| cannot("set the time of", name, &error))
 }
 
-pub(super) fn set_mtime_at(parent: &File, name: &str, mtime: Timespec) -> io::Result<()> {
+pub(super) fn set_mtime_at(parent: &File, name: impl rustix::path::Arg, mtime: Timespec) -> io::Result<()> {
     let times =
         Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: mtime };
     Ok(rfs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
@@ -399,7 +399,7 @@ fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> 
     Error::Invalid(format!("{what} \"{path}\" cannot be made: \"{}\" {problem}", prefix.display()))
 }
 
-fn cursor(root: &File) -> Result<Cursor> {
+pub(super) fn cursor(root: &File) -> Result<Cursor> {
     // A second handle, with its own file position.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rfs::openat(root, ".", flags, Mode::empty())

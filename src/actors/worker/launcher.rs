@@ -20,6 +20,7 @@ mod resident;
 pub mod runner;
 mod spawn;
 mod sys;
+pub(super) mod tool;
 mod usage;
 
 use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot, written::Written};
@@ -31,7 +32,7 @@ use crate::{
     platform,
     sandbox::{
         identity::{self, User, Users},
-        kind::{CellKind, InputsAsRoot, RootFs},
+        kind::{CellKind, InnerUser, InputsAsRoot, RootFs},
         settings::{Protections, Sandbox, SandboxMode, SandboxSettings},
     },
 };
@@ -167,9 +168,9 @@ impl PoolSandbox {
         sandbox
     }
 
-    /// Whether actions have namespaces of their own.
-    pub(super) fn has_namespaces(&self) -> bool {
-        self.protections.namespaces
+    /// The kind of cell for an action that asks for nothing special.
+    pub(super) fn usual_kind(&self) -> CellKind {
+        self.settings.kind()
     }
 
     /// Whether input roots can have layers.
@@ -180,7 +181,7 @@ impl PoolSandbox {
     /// The kind of cell for an action that asks for these platform properties.
     ///
     /// # Errors
-    /// `Precondition` for what this sandbox does not have.
+    /// `Precondition` for what this sandbox does not have; `Invalid` for a user that cannot be.
     pub(crate) fn kind(&self, asked: &[(String, String)]) -> Result<CellKind> {
         let mut kind = self.settings.kind();
         if platform::wants_input_root_as_root(asked) {
@@ -192,6 +193,12 @@ impl PoolSandbox {
                 ));
             }
             kind.root = Some(RootFs::InputRoot(InputsAsRoot {}));
+        }
+        let (user, group) = platform::wanted_user(asked).map_err(Error::Invalid)?;
+        if self.protections.namespaces && (user.is_some() || group.is_some()) {
+            let usual = kind.user();
+            let (user, group) = (user.unwrap_or(usual.user), group.unwrap_or(usual.group));
+            kind.user = Some(InnerUser { user, group });
         }
         // Without namespaces, every action has the network of the host.
         kind.shares_network =
@@ -517,6 +524,7 @@ impl From<&Launch> for Run {
             layers: launch.layers.clone(),
             kind: Some(launch.kind.clone()),
             terminal: launch.terminal.as_deref().map(path),
+            has_pipes: false,
         }
     }
 }

@@ -2,15 +2,18 @@
 //!
 //! This file defines the order of the steps and what a failure in each means. It blocks and runs on a worker's own thread.
 
+mod errors;
+mod with_tool;
+
 use super::{
     WorkerSettings,
     checkpoint::{Checkpoint, cancelled},
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
-    image_store::LeasedImage,
+    image_store,
     inputs::{self, MountPoints},
-    launcher::{Ending, Launcher, PoolSandbox, Ran, is_full},
+    launcher::{Ending, Launcher, Ran},
     messages::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
@@ -29,12 +32,9 @@ use crate::{
         run::{LogKind, RunLogs},
     },
     logging::{Event, Field},
-    platform,
-    sandbox::{
-        kind::{CellKind, RootFs},
-        layers::MOUNT_STEP,
-    },
+    sandbox::kind::CellKind,
 };
+use errors::{disk_was_full, explained, is_workers_fault, log_lost};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -79,6 +79,8 @@ pub(super) struct ActionRun<'a> {
     result: reapi::ActionResult,
     /// The end of the command, once it has ended.
     ran: Option<Ran>,
+    /// Why a tool did not do its work, if one was asked.
+    tool_failure: Option<String>,
     /// The disk space when the run began.
     room_at_start: Option<Space>,
     /// Whether the disk stayed full for [`ROOM_WAIT`].
@@ -102,6 +104,7 @@ impl<'a> ActionRun<'a> {
             timeline,
             result: reapi::ActionResult::default(),
             ran: None,
+            tool_failure: None,
             room_at_start: None,
             waited_in_vain: false,
         }
@@ -147,7 +150,7 @@ impl<'a> ActionRun<'a> {
         self.wait_for_room(&fetching)?;
         let mut kind = self.settings.kind(action)?;
         // Held to the end, so that the image is not removed while the action runs.
-        let image = self.lease_image(&mut kind, &fetching)?;
+        let image = image_store::lease_for(self.settings, action, &mut kind, &fetching)?;
         let command = match &image {
             Some(image) => Cow::Owned(image.complete(&action.command)),
             None => Cow::Borrowed(&action.command),
@@ -176,6 +179,10 @@ impl<'a> ActionRun<'a> {
         let action = &self.order.action;
         // Held until the outputs are collected, which may refer to inputs.
         let mut inputs = self.store.open_inputs(&action.instance, action.input_root, self.order.peer)?;
+        if let Some(ending) = self.run_with_tool(&mut *inputs, &kind, workspace, fetching)? {
+            let root = ExecRoot::new(workspace.root()?, None);
+            return self.store_outputs(ending, workspace, root, None, batch);
+        }
         let tree = inputs.tree().clone();
         let base = self.stage(&mut *inputs, &tree, workspace, fetching)?;
         let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
@@ -199,9 +206,7 @@ impl<'a> ActionRun<'a> {
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
             self.salvage_logs(workspace, live.as_ref());
-            return Err(Error::DiskFull(format!(
-                "the disk of this server was full while the action ran ({space}), so its outputs may be incomplete"
-            )));
+            return Err(disk_was_full(space));
         }
         let ran = ran.map_err(|error| {
             self.salvage_logs(workspace, live.as_ref());
@@ -214,35 +219,24 @@ impl<'a> ActionRun<'a> {
         if let Some(made) = mount_points {
             made.remove();
         }
+        self.store_outputs(ending, workspace, root, live.as_ref(), batch)?;
+        base.as_ref().map_or(Ok(()), TreeLease::check_in_place)
+    }
 
-        self.enter(RunStage::Uploading, Point::UploadStart, logs);
-        let stored = self.conclude(ending, workspace, root, live.as_ref(), batch);
+    fn store_outputs(
+        &mut self,
+        ending: Ending,
+        workspace: &Workspace,
+        root: ExecRoot<'_>,
+        live: Option<&LiveRun>,
+        batch: &mut dyn Outputs,
+    ) -> Result<()> {
+        self.enter(RunStage::Uploading, Point::UploadStart, live.map(LiveRun::logs));
+        let stored = self.conclude(ending, workspace, root, live, batch);
         self.note(Point::UploadEnd);
         // Without this check, outputs that somebody removed would look like outputs that were never made.
         workspace.check_in_place()?;
-        base.as_ref().map_or(Ok(()), TreeLease::check_in_place)?;
         stored
-    }
-
-    /// The image that the action asks for, whose files then replace the host's. Pulling it counts as fetching inputs.
-    fn lease_image(&self, kind: &mut CellKind, fetching: &Checkpoint) -> Result<Option<LeasedImage>> {
-        let Some(images) = &self.settings.images else { return Ok(None) };
-        let asked = &self.order.action.platform;
-        let Some(name) = platform::wanted_image(asked).map_err(Error::Invalid)? else { return Ok(None) };
-        if platform::wants_input_root_as_root(asked) {
-            return Err(Error::invalid(
-                "the action asks for an image and for its input root as its root file system",
-            ));
-        }
-        if !self.settings.sandbox.as_ref().is_some_and(PoolSandbox::has_namespaces) {
-            return Err(Error::Precondition(
-                "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
-            ));
-        }
-        let image = images.lease(name, &|| fetching.check())?;
-        kind.root = Some(RootFs::directory(&image.root));
-        kind.user = kind.user.or(image.user);
-        Ok(Some(image))
     }
 
     /// Brings the inputs into place: as a layer over a staged tree, which is returned, or as copies.
@@ -302,6 +296,9 @@ impl<'a> ActionRun<'a> {
     }
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
+        if let Some(tools) = &self.settings.tools {
+            tools.clear();
+        }
         self.settings.build_root.relieve_disk();
         if let Some(images) = &self.settings.images {
             images.relieve_disk();
@@ -446,8 +443,14 @@ impl<'a> ActionRun<'a> {
     fn account(&self, outcome: &Result<()>) -> Account {
         let facts = self.facts();
         let text = run_log::render(&facts, self.ran.as_ref(), outcome.as_ref().err());
+        let of_tool = self.tool_failure.as_ref();
+        let of_tool = of_tool.map(|reason| {
+            format!("the persistent worker of this action failed, so the action ran without it: {reason}")
+        });
+        let of_run = self.ran.as_ref().map(|ran| run_log::message(ran, &facts));
+        let messages: Vec<_> = of_tool.into_iter().chain(of_run).filter(|text| !text.is_empty()).collect();
         Account {
-            message: self.ran.as_ref().map_or_else(String::new, |ran| run_log::message(ran, &facts)),
+            message: messages.join("; "),
             log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
             out_of_memory: self.ran.as_ref().is_some_and(|ran| {
                 matches!(ran.ending, Ending::Exceeded(Exceeded { resource: LimitedResource::Memory, .. }))
@@ -545,46 +548,6 @@ impl<'a> ActionRun<'a> {
             .with_some("error", outcome.as_ref().err().map(|error| Field::Shown(error)))
             .log(format_args!("an action ended"));
     }
-}
-
-/// Whether another worker, or this one later, may succeed.
-pub(super) fn is_workers_fault(error: &Error) -> bool {
-    match error {
-        Error::Internal(_) | Error::Unavailable(_) => true,
-        Error::Invalid(_)
-        | Error::NotFound(_)
-        | Error::MissingBlobs(_)
-        | Error::Precondition(_)
-        | Error::OutOfRange(_)
-        | Error::Exhausted { .. }
-        | Error::DiskFull(_)
-        | Error::Denied(_)
-        | Error::Unimplemented(_)
-        | Error::Cancelled(_)
-        | Error::DeadlineExceeded(_)
-        | Error::DataLoss(_) => false,
-    }
-}
-
-/// The error of a command that could not be run, as far as its staged inputs explain it.
-fn explained(error: Error, base: Option<&TreeLease>) -> Error {
-    let Some(base) = base else { return error };
-    if let Err(gone) = base.check_in_place() {
-        return gone;
-    }
-    if matches!(&error, Error::Internal(message) if message.contains(MOUNT_STEP)) {
-        base.could_not_be_mounted();
-    }
-    error
-}
-
-/// The error of a run whose log could not be kept, which is not the fault of the command.
-fn log_lost(kind: LogKind, errno: i32) -> Error {
-    let what = format!("the command was stopped because its {} could not be kept", kind.name());
-    if is_full(errno) {
-        return Error::DiskFull(format!("{what}: the disk of this server is full (execution.build_root)"));
-    }
-    Error::Internal(format!("{what}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 
 /// Appends a line of the server to a log of the command.

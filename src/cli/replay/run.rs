@@ -6,7 +6,6 @@ use crate::{
         WorkerSettings,
         alone::run_alone,
         cancel::CancelToken,
-        launcher::RunnerLauncher,
         messages::{RunOrder, SlotId, TaskId},
     },
     caller::Peer,
@@ -136,10 +135,10 @@ impl ReplayPlace {
             images: self.place.image_store(),
             sandbox: self.place.pool_sandbox(pool),
             limits: self.place.pool_limits(pool),
+            tools: None,
             log_streams: no_log_streams(scratch),
         };
-        let runner = RunnerLauncher::new(settings.runner.clone(), settings.sandbox.as_ref());
-        let mut launcher = ReplayLauncher::new(runner, scratch.clone(), shell);
+        let mut launcher = ReplayLauncher::new(settings.launcher(), scratch.clone(), shell);
         let store = FetchedStore::new(fetched, scratch);
         let order = RunOrder {
             task: TaskId(0),

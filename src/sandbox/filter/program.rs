@@ -91,6 +91,29 @@ impl Table {
     }
 }
 
+#[cfg(test)]
+impl Table {
+    /// What the table says about a call.
+    pub(super) fn answer(&self, architecture: u32, number: u32, arguments: &[u64; 6]) -> Answer {
+        let holds = |(argument, test): &(u8, Test)| {
+            let argument = arguments[usize::from(*argument)];
+            let low = argument as u32;
+            match *test {
+                Test::Is(value) => low == value,
+                Test::IsNot(value) => low != value,
+                Test::HasAnyOf(bits) => low & bits != 0,
+                Test::Masked { mask, value } => low & mask == value,
+                Test::NotNull => argument != 0,
+            }
+        };
+        if architecture != self.architecture || self.foreign.contains(&number) {
+            return Answer::EndProcess;
+        }
+        let mut cases = self.calls.get(&number).into_iter().flatten();
+        cases.find(|case| case.tests.iter().all(holds)).map_or(Answer::Allow, |case| case.answer)
+    }
+}
+
 /// A place in a program: the number of instructions from there to the end.
 type Label = usize;
 
@@ -256,29 +279,9 @@ mod tests {
         }
     }
 
-    /// What the table says about a call.
+    /// The same as the value that a program returns.
     fn look_up(table: &Table, call: &Call) -> u32 {
-        let holds = |(argument, test): &(u8, Test)| {
-            let argument = call.arguments[usize::from(*argument)];
-            let low = argument as u32;
-            match *test {
-                Test::Is(value) => low == value,
-                Test::IsNot(value) => low != value,
-                Test::HasAnyOf(bits) => low & bits != 0,
-                Test::Masked { mask, value } => low & mask == value,
-                Test::NotNull => argument != 0,
-            }
-        };
-        let answer = if call.architecture != table.architecture || table.foreign.contains(&call.number) {
-            Answer::EndProcess
-        } else {
-            let cases = table.calls.get(&call.number).into_iter().flatten();
-            cases
-                .into_iter()
-                .find(|case| case.tests.iter().all(holds))
-                .map_or(Answer::Allow, |case| case.answer)
-        };
-        match answer {
+        match table.answer(call.architecture, call.number, &call.arguments) {
             Answer::Allow => libc::SECCOMP_RET_ALLOW,
             Answer::Errno(errno) => libc::SECCOMP_RET_ERRNO | u32::from(errno),
             Answer::EndProcess => libc::SECCOMP_RET_KILL_PROCESS,

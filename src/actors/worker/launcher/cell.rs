@@ -10,6 +10,7 @@ use super::{
     children::KILL_LIMIT,
     init,
     protocol::{self, Ended, Failed, FromCell, News, Run, ToRunner},
+    tool::{self, Pipes},
     usage::Usage,
 };
 use crate::sandbox::{SetupFailure, Step as _, kind::CellKind, namespaces, settings::Sandbox, world::World};
@@ -102,21 +103,27 @@ impl Cells {
     }
 
     /// A cell that has its order: one that was made ahead, if it fits and no harm has come to it meanwhile, or else a new one.
-    fn start(&mut self, kind: &CellKind, run: &Run, capture: &Capture) -> Result<Cell, SetupFailure> {
+    fn start(
+        &mut self,
+        kind: &CellKind,
+        run: &Run,
+        capture: &Capture,
+        pipes: Option<&Pipes>,
+    ) -> Result<Cell, SetupFailure> {
         let world = self.world.as_mut().map_err(|failure| failure.again())?;
         let view = world.view(kind)?;
         // An overlay can be mounted only once.
         let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
         if let Some(at) = self.ready.iter().position(|cell| cell.kind == *kind) {
             let cell = self.ready.remove(at);
-            if cell.view == view && cell.start(&exec_root, run, capture).is_ok() {
+            if cell.view == view && cell.start(&exec_root, run, capture, pipes).is_ok() {
                 return Ok(cell);
             }
             self.discard(cell);
         }
         let world = self.world.as_mut().map_err(|failure| failure.again())?;
         let cell = Cell::new(world, kind)?;
-        cell.start(&exec_root, run, capture)?;
+        cell.start(&exec_root, run, capture, pipes)?;
         Ok(cell)
     }
 
@@ -129,10 +136,11 @@ impl Cells {
         }
     }
 
-    /// Runs a command to its end; `None` when the server went away meanwhile.
+    /// Runs a command to its end; `None` when the server went away meanwhile. One that talks with the server has `pipes`.
     pub(super) fn run(
         &mut self,
         run: Run,
+        pipes: Option<Pipes>,
         server: &UnixStream,
         buffer: &mut [u8],
     ) -> Result<Option<Ended>, Failed> {
@@ -142,13 +150,21 @@ impl Cells {
             message: format!("could not start a command: {error}"),
             errno: error.raw_os_error().unwrap_or(0),
         };
-        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes)
+        let mut capture = Capture::open(&run.stdout, &run.stderr, tool::max_log_bytes(&run))
             .and_then(|capture| capture.or_terminal(run.terminal.as_deref()))
             .map_err(failed)?;
         capture.give_to(world.owner()).map_err(failed)?;
+        if let Some(pipes) = &pipes {
+            pipes.give_to(world.owner()).map_err(failed)?;
+        }
         let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
-        let cell = self.start(&kind, &run, &capture).map_err(|failure| not_set_up(&failure))?;
-        let stop = self.follow(&cell, server, &mut capture, buffer).map_err(failed)?;
+        let cell =
+            self.start(&kind, &run, &capture, pipes.as_ref()).map_err(|failure| not_set_up(&failure))?;
+        // A tool is the only command of its runner.
+        let prepares = pipes.is_none();
+        // The command has them now, and the server sees when it closes them.
+        drop(pipes);
+        let stop = self.follow(&cell, server, &mut capture, buffer, prepares).map_err(failed)?;
         let unkept = match stop {
             CommandStop::Ended(Some(FromCell { news: Some(News::Ended(news)) })) => {
                 ended = news;
@@ -174,15 +190,16 @@ impl Cells {
     }
 
     /// Waits for the end of the command, for the server, and for output that is worth moving. Meanwhile it starts the next
-    /// cell.
+    /// cell, if it `prepares`.
     fn follow(
         &mut self,
         cell: &Cell,
         server: &UnixStream,
         capture: &mut Capture,
         buffer: &mut [u8],
+        prepares: bool,
     ) -> io::Result<CommandStop> {
-        let mut prepare_at = Some(Instant::now() + PREPARE_AFTER);
+        let mut prepare_at = prepares.then(|| Instant::now() + PREPARE_AFTER);
         loop {
             let mut fds = vec![PollFd::new(&cell.socket, PollFlags::IN), PollFd::new(server, PollFlags::IN)];
             let mut pause = capture.watch(Instant::now(), &mut fds);
@@ -238,7 +255,13 @@ impl Cell {
     }
 
     /// Hands the order over, once the cell is ready.
-    fn start(&self, exec_root: &OwnedFd, run: &Run, capture: &Capture) -> Result<(), SetupFailure> {
+    fn start(
+        &self,
+        exec_root: &OwnedFd,
+        run: &Run,
+        capture: &Capture,
+        pipes: Option<&Pipes>,
+    ) -> Result<(), SetupFailure> {
         let ready = protocol::read::<FromCell>(&self.socket).step("wait for the sandbox")?;
         match ready.and_then(|message| message.news) {
             Some(News::Ready(_)) => {}
@@ -249,7 +272,11 @@ impl Cell {
             _ => return Err(SetupFailure { step: "wait for the sandbox".into(), error: Errno::PIPE.into() }),
         }
         let (stdout, stderr) = capture.writing_ends();
-        send_open(&self.socket, &[exec_root.as_fd(), stdout, stderr]).step("give the sandbox its files")?;
+        let files = match pipes {
+            Some(pipes) => &[exec_root.as_fd(), pipes.answers.as_fd(), stderr, pipes.requests.as_fd()][..],
+            None => &[exec_root.as_fd(), stdout, stderr][..],
+        };
+        send_open(&self.socket, files).step("give the sandbox its files")?;
         protocol::write(&self.socket, run).step("give the sandbox its order")
     }
 
@@ -293,7 +320,7 @@ fn not_set_up(failure: &SetupFailure) -> Failed {
 }
 
 /// Sends open files along with one byte.
-fn send_open(socket: &UnixStream, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub(super) fn send_open(socket: &UnixStream, files: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(init::FILES))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !ancillary.push(SendAncillaryMessage::ScmRights(files)) {

@@ -71,13 +71,14 @@ impl Deaths {
 }
 
 impl Children {
-    /// Starts the first process of a command whose input root is at `root`.
+    /// Starts the first process of a command whose input root is at `root`. Without `stdin` it gets that of this process.
     ///
     /// # Errors
     /// When there can be no new process. A program that cannot be run is no error.
     pub(super) fn start(
         run: Run,
         root: &Path,
+        stdin: Option<BorrowedFd<'_>>,
         (stdout, stderr): (BorrowedFd<'_>, BorrowedFd<'_>),
         stack: &mut Stack,
     ) -> io::Result<Self> {
@@ -91,6 +92,7 @@ impl Children {
             arguments: c_strings(run.arguments)?,
             environment: c_strings(run.environment)?,
             working_directory: directory.as_raw_fd(),
+            stdin: stdin.map(|stdin| stdin.as_raw_fd()),
             stdout: stdout.as_raw_fd(),
             stderr: stderr.as_raw_fd(),
             max_file_bytes: run.max_file_bytes,

@@ -32,8 +32,8 @@ use std::{
 
 /// Says that the user of the cell is mapped.
 pub(super) const ADMITTED: u8 = 1;
-/// How many open files come with an order: the input root, and where output and errors go.
-pub(super) const FILES: usize = 3;
+/// How many open files come with an order at most: the input root, where output and errors go, and where input comes from.
+pub(super) const FILES: usize = 4;
 
 /// Lives the life of the first process, and gives its exit code. `passage` and `socket` are all that it takes along.
 pub(super) fn init_main(socket: &UnixStream, world: &World, passage: Passage) -> i32 {
@@ -60,8 +60,9 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
     sys::become_stdin(&null)?;
     tell(socket, News::Ready(CellReady {}))?;
     let Some(files) = receive_open(socket)? else { return Ok(()) };
+    let [root, stdout, stderr, stdin @ ..] = &*files else { return Err(io::ErrorKind::InvalidData.into()) };
     let Some(run) = protocol::read::<Run>(socket)? else { return Ok(()) };
-    match run_one(socket, || world.close(cell, &files[0]), run, &files) {
+    match run_one(socket, || world.close(cell, root), run, (stdin.first(), stdout, stderr)) {
         Ok(Some(ended)) => tell(socket, News::Ended(ended)),
         Ok(None) => Ok(()),
         Err(failed) => tell(socket, News::Failed(failed)),
@@ -73,7 +74,7 @@ fn run_one(
     socket: &UnixStream,
     close: impl FnOnce() -> Result<&'static Path, SetupFailure>,
     run: Run,
-    [_, stdout, stderr]: &[OwnedFd; FILES],
+    (stdin, stdout, stderr): (Option<&OwnedFd>, &OwnedFd, &OwnedFd),
 ) -> Result<Option<Ended>, Failed> {
     let root = close().map_err(|failure| Failed {
         message: format!("could not set up the sandbox: {failure}"),
@@ -90,7 +91,8 @@ fn run_one(
     let outputs = (stdout.as_fd(), stderr.as_fd());
     // Before the command can lower this process's limit on open files.
     let deaths = Deaths::watch().map_err(failed)?;
-    let mut children = Children::start(run, root, outputs, &mut Stack::new()).map_err(failed)?;
+    let stdin = stdin.map(|stdin| stdin.as_fd());
+    let mut children = Children::start(run, root, stdin, outputs, &mut Stack::new()).map_err(failed)?;
     while !children.reap_ended().map_err(failed)?.first_ended {
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
         deaths.wait(&mut fds, None).map_err(failed)?;
@@ -110,8 +112,8 @@ fn tell(socket: &UnixStream, news: News) -> io::Result<()> {
     protocol::write(socket, &FromCell { news: Some(news) })
 }
 
-/// Receives the open files of an order; `None` when the runner is gone.
-fn receive_open(socket: &UnixStream) -> io::Result<Option<[OwnedFd; FILES]>> {
+/// Receives the open files of an order; `None` when the sender is gone.
+pub(super) fn receive_open(socket: &UnixStream) -> io::Result<Option<Vec<OwnedFd>>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
@@ -126,5 +128,5 @@ fn receive_open(socket: &UnixStream) -> io::Result<Option<[OwnedFd; FILES]>> {
             files.extend(some);
         }
     }
-    files.try_into().map(Some).map_err(|_| io::ErrorKind::InvalidData.into())
+    Ok(Some(files))
 }

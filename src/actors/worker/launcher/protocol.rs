@@ -2,7 +2,8 @@
 //!
 //! Both ends are always the same binary, so there is no versioning. One [`Run`] is answered by one [`FromRunner`]; a [`Kill`]
 //! hurries that answer and is ignored when nothing runs. A [`Sandbox`] is the first order, if it comes at all. A runner and a
-//! cell speak in the same way: a cell says [`CellReady`], gets one [`Run`], and says how it ended.
+//! cell speak in the same way: a cell says [`CellReady`], gets one [`Run`], and says how it ended. The pipes of a command that talks
+//! with the server go the way of its [`Run`], as open files.
 
 use crate::sandbox::{kind::CellKind, layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
@@ -74,6 +75,10 @@ pub struct Run {
     /// A terminal that the command gets in place of `/dev/null` and the logs.
     #[prost(bytes = "vec", optional, tag = "10")]
     pub terminal: Option<Vec<u8>>,
+    /// The command talks with the server: its standard input and output are pipes that follow this message
+    /// ([`Pipes`](super::tool::Pipes)).
+    #[prost(bool, tag = "11")]
+    pub has_pipes: bool,
 }
 
 /// The answer to a [`Run`].

@@ -21,6 +21,7 @@ use super::{
     reap,
     spawn::Stack,
     sys,
+    tool::{self, Pipes},
 };
 use crate::sandbox::{kind::CellKind, settings::Sandbox, world::restrict_in_place};
 use rustix::{
@@ -121,7 +122,8 @@ impl Runner {
                 Some(Order::Enclose(sandbox)) => self.enclosure = Enclosure::new(sandbox),
                 Some(Order::Run(run)) => {
                     let kind = run.kind.clone().unwrap_or_default();
-                    let reply = match self.run(run) {
+                    let pipes = if run.has_pipes { Some(Pipes::receive(&self.socket)?) } else { None };
+                    let reply = match self.run(run, pipes) {
                         Ok(Some(ended)) => Reply::Ended(ended),
                         // The server is gone, and so is everything that ran for it.
                         Ok(None) => return Ok(()),
@@ -140,17 +142,17 @@ impl Runner {
     }
 
     /// Runs a command to its end; `None` when the server went away meanwhile.
-    fn run(&mut self, mut run: Run) -> Result<Option<Ended>, Failed> {
+    fn run(&mut self, mut run: Run, pipes: Option<Pipes>) -> Result<Option<Ended>, Failed> {
         // More than our own hard limit may not be asked for.
         let limit = getrlimit(Resource::Fsize).maximum.unwrap_or(u64::MAX);
         run.max_file_bytes = run.max_file_bytes.min(limit);
         match &mut self.enclosure {
-            Enclosure::Cells(cells) => cells.run(run, &self.socket, &mut self.buffer),
+            Enclosure::Cells(cells) => cells.run(run, pipes, &self.socket, &mut self.buffer),
             Enclosure::Failed(failed) => Err(failed.clone()),
             Enclosure::None if run.kind.as_ref().is_some_and(|kind| *kind != CellKind::default()) => {
                 Err(Failed { message: "there are no namespaces, which this command needs".into(), errno: 0 })
             }
-            Enclosure::None => self.run_here(run).map_err(|error| Failed {
+            Enclosure::None => self.run_here(run, pipes).map_err(|error| Failed {
                 message: format!("could not start a command: {error}"),
                 errno: error.raw_os_error().unwrap_or(0),
             }),
@@ -158,11 +160,16 @@ impl Runner {
     }
 
     /// Runs a command without a cell.
-    fn run_here(&mut self, run: Run) -> io::Result<Option<Ended>> {
-        let mut capture = Capture::open(&run.stdout, &run.stderr, run.max_file_bytes)?
+    fn run_here(&mut self, run: Run, pipes: Option<Pipes>) -> io::Result<Option<Ended>> {
+        let mut capture = Capture::open(&run.stdout, &run.stderr, tool::max_log_bytes(&run))?
             .or_terminal(run.terminal.as_deref())?;
         let root = PathBuf::from(OsStr::from_bytes(&run.root));
-        let mut children = Children::start(run, &root, capture.writing_ends(), &mut self.stack)?;
+        let (mut stdin, (mut stdout, stderr)) = (None, capture.writing_ends());
+        if let Some(pipes) = &pipes {
+            (stdin, stdout) = (Some(pipes.requests.as_fd()), pipes.answers.as_fd());
+        }
+        let mut children = Children::start(run, &root, stdin, (stdout, stderr), &mut self.stack)?;
+        drop(pipes);
         let (mut server_is_there, mut kept) = (true, Ok(()));
         while kept.is_ok() && !children.reap_ended()?.first_ended {
             let ready = self.wait(&capture)?;

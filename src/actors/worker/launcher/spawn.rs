@@ -25,6 +25,8 @@ pub struct Plan {
     pub environment: Vec<CString>,
     /// Becomes the working directory.
     pub working_directory: RawFd,
+    /// Becomes descriptor 0; `None` for that of this process, which is /dev/null.
+    pub stdin: Option<RawFd>,
     /// Becomes descriptor 1.
     pub stdout: RawFd,
     /// Becomes descriptor 2.
@@ -49,6 +51,7 @@ struct ChildArgs {
     arguments: *const *const c_char,
     environment: *const *const c_char,
     working_directory: RawFd,
+    stdin: RawFd,
     stdout: RawFd,
     stderr: RawFd,
     max_file_bytes: u64,
@@ -57,8 +60,7 @@ struct ChildArgs {
     error: c_int,
 }
 
-/// Starts a process in a session of its own. Descriptor 0 is inherited (the runner's is /dev/null) unless there is a terminal,
-/// every other but stdout and stderr is closed on exec.
+/// Starts a process in a session of its own. Every descriptor but the first three is closed on exec.
 ///
 /// # Errors
 /// When there can be no new process.
@@ -76,6 +78,7 @@ pub fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
         arguments: arguments.as_ptr(),
         environment: environment.as_ptr(),
         working_directory: plan.working_directory,
+        stdin: plan.stdin.unwrap_or(libc::STDIN_FILENO),
         stdout: plan.stdout,
         stderr: plan.stderr,
         max_file_bytes: plan.max_file_bytes,
@@ -135,6 +138,8 @@ unsafe fn prepare_and_exec(args: &ChildArgs) -> c_int {
     // SAFETY: system calls on plain values and live pointers.
     unsafe {
         let ok = libc::setsid() >= 0
+            // Nothing happens where both numbers are the same.
+            && libc::dup2(args.stdin, 0) >= 0
             && libc::dup2(args.stdout, 1) >= 0
             && libc::dup2(args.stderr, 2) >= 0
             && (!args.has_terminal || (libc::dup2(1, 0) >= 0 && libc::ioctl(0, libc::TIOCSCTTY, 0) >= 0))

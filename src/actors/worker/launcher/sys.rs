@@ -152,6 +152,13 @@ pub fn kill_group(leader: libc::pid_t) {
     unsafe { libc::kill(-leader, libc::SIGKILL) };
 }
 
+/// What the kernel reports times of processes in: this many make a second.
+pub fn ticks_per_second() -> u64 {
+    // SAFETY: takes and gives a number.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    u64::try_from(ticks).ok().filter(|ticks| *ticks > 0).unwrap_or(100)
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -1,0 +1,122 @@
+//! A run whose command is done by a tool ([`super::super::tools`]).
+
+use super::{ActionRun, Point, RunStage, errors::disk_was_full};
+use crate::{
+    actors::worker::{
+        checkpoint::Checkpoint,
+        dir,
+        launcher::Ending,
+        store::Inputs,
+        tools::{NotServed, ToolJob, ToolTurn, Tools},
+        workspace::{Workspace, remove},
+    },
+    logging::Event,
+    sandbox::kind::CellKind,
+};
+use gorego_reapi::error::{Error, Result};
+use rustix::fs::{self as rfs, Mode, OFlags};
+use std::{fs::File, io::Write as _};
+
+const TOOL_FAILED: &str = "tool_failed";
+const TOOL_NOT_USED: &str = "tool_not_used";
+
+impl ActionRun<'_> {
+    /// Has a tool do the work of the command, and puts the outputs into the exec directory; `None` when the command has to run by
+    /// itself, for which the exec directory is empty then.
+    ///
+    /// # Errors
+    /// Those of the inputs and of the disk; `Cancelled`.
+    pub(super) fn run_with_tool(
+        &mut self,
+        inputs: &mut dyn Inputs,
+        kind: &CellKind,
+        workspace: &Workspace,
+        fetching: &Checkpoint<'_>,
+    ) -> Result<Option<Ending>> {
+        let Some(tools) = self.settings.tools.clone() else { return Ok(None) };
+        match self.ask_tool(&tools, inputs, kind, workspace, fetching) {
+            Ok(ending) => Ok(Some(ending)),
+            Err(NotServed::Failed(error)) => Err(error),
+            Err(NotServed::NotAsked) => Ok(None),
+            Err(NotServed::Unfit(reason)) => {
+                Event::debug("gorego::worker", TOOL_NOT_USED)
+                    .with("task", self.order.task.0)
+                    .with("pool", &*self.settings.pool)
+                    .with("slot", self.order.slot.0)
+                    .with_shown("action_digest", &self.order.action.digest)
+                    .with("error", &*reason)
+                    .log(format_args!("an action asks for a tool and runs by itself: {reason}"));
+                Ok(None)
+            }
+            Err(NotServed::ToolFailed(reason)) => {
+                Event::warn("gorego::worker", TOOL_FAILED)
+                    .with("task", self.order.task.0)
+                    .with("pool", &*self.settings.pool)
+                    .with("slot", self.order.slot.0)
+                    .with_shown("action_digest", &self.order.action.digest)
+                    .with("error", &*reason)
+                    .log(format_args!("a tool failed; its action is run by itself"));
+                self.tool_failure = Some(reason);
+                empty(workspace.root()?)?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn ask_tool(
+        &mut self,
+        tools: &Tools,
+        inputs: &mut dyn Inputs,
+        kind: &CellKind,
+        workspace: &Workspace,
+        fetching: &Checkpoint<'_>,
+    ) -> std::result::Result<Ending, NotServed> {
+        let (settings, action, control) = (self.settings, &self.order.action, self.control);
+        let job = ToolJob { action, kind, limits: self.limits(), slot: self.order.slot };
+        let turn = ToolTurn::begin(tools, settings, &job, inputs, fetching)?;
+        self.note(Point::FetchEnd);
+        self.enter(RunStage::Running, Point::RunStart, None);
+        let watch = settings.build_root.disk().begin(control.cancel.clone());
+        // Together with the run that may follow, no longer than the scheduler waits.
+        let timeout = action.timeout.min(settings.transfer_timeout);
+        let heard = turn.run(timeout, &control.cancel);
+        if let Some(space) = watch.end() {
+            return Err(NotServed::Failed(disk_was_full(space)));
+        }
+        let (ran, output) = heard?;
+        let root = workspace.root().map_err(NotServed::Failed)?;
+        turn.end(action, root, fetching)?;
+        print(workspace, &output).map_err(NotServed::Failed)?;
+        self.timeline.note(Point::RunStart, ran.started);
+        self.timeline.note(Point::RunEnd, ran.ended);
+        let ending = ran.ending;
+        self.ran = Some(ran);
+        Ok(ending)
+    }
+}
+
+/// Makes what the tool says the command's standard error.
+fn print(workspace: &Workspace, output: &str) -> Result<()> {
+    if output.is_empty() {
+        return Ok(());
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rfs::openat(workspace.top()?, "stderr", flags, Mode::from_raw_mode(0o644))
+        .map_err(std::io::Error::from)
+        .and_then(|file| File::from(file).write_all(output.as_bytes()))
+        .map_err(|error| Error::io("write to stderr", &error))
+}
+
+/// Removes what was copied into an exec root.
+fn empty(root: &File) -> Result<()> {
+    let emptied = || {
+        for name in dir::names(root)? {
+            match rfs::unlinkat(root, &*name, rfs::AtFlags::empty()) {
+                Err(rustix::io::Errno::ISDIR) => remove(root, &name)?,
+                removed => removed?,
+            }
+        }
+        Ok(())
+    };
+    emptied().map_err(|error: std::io::Error| Error::io("empty an exec directory", &error))
+}

@@ -1,0 +1,203 @@
+//! Tools: Bazel's persistent workers, processes that outlive their first action and serve others.
+//!
+//! Starting a compiler often takes longer than compiling. Bazel says of such an action that its tool can stay, and which of
+//! its inputs belong to the tool ([`call`]). Then a tool is started once, gets one request for each action ([`codec`]), and is
+//! kept between them ([`shelf`]). It lives in a sandbox of its own like any command, with an exec root whose inputs are
+//! [exchanged](exchange) for each request, and its outputs are [copied out](collect). Whatever goes wrong with a tool, the tool
+//! ends and the action runs by itself instead, as it does where there are no tools.
+//!
+//! [`Tools`] owns the tools of one pool that serve no action at the moment. One that serves belongs to the worker's thread, and is
+//! counted by a [`Held`]. A thread ends tools that were idle for too long; it ends with the [`Tools`].
+
+mod call;
+mod codec;
+mod collect;
+mod exchange;
+mod shelf;
+mod turn;
+
+pub use shelf::ToolLimits;
+pub(super) use turn::{NotServed, ToolJob, ToolTurn};
+
+use super::{launcher::tool::ToolProcess, workspace::Workspace};
+use crate::logging::Event;
+use call::{ToolCall, ToolKey};
+use exchange::PlacedInputs;
+use shelf::{NotKept, Serial, Shelf, Taken};
+use std::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Instant,
+};
+
+const TOOL_STARTED: &str = "tool_started";
+const TOOL_ENDED: &str = "tool_ended";
+
+/// The tools of one pool. They end when this is dropped.
+#[derive(Debug)]
+pub struct Tools(Arc<ToolsShared>);
+
+#[derive(Debug)]
+struct ToolsShared {
+    pool: String,
+    limits: ToolLimits,
+    shelf: Mutex<Shelf<Tool>>,
+    /// Wakes the thread that ends idle tools.
+    changed: Condvar,
+}
+
+/// A tool that serves one action after the other. Its processes end before its exec directory is removed.
+#[derive(Debug)]
+struct Tool {
+    process: ToolProcess,
+    workspace: Workspace,
+    contents: PlacedInputs,
+}
+
+/// The right to one of the tools of a pool.
+#[derive(Debug)]
+struct Held<'a> {
+    tools: &'a Tools,
+    serial: Serial,
+    is_kept: bool,
+}
+
+impl Tools {
+    /// The tools of the pool with this name; none yet.
+    pub fn new(pool: &str, limits: ToolLimits) -> Self {
+        let shared = Arc::new(ToolsShared {
+            pool: pool.to_owned(),
+            limits,
+            shelf: Mutex::new(Shelf::new(limits)),
+            changed: Condvar::new(),
+        });
+        let of_thread = shared.clone();
+        // Without the thread, tools stay until others need their places.
+        let _ = thread::Builder::new().name("gorego-tools".into()).spawn(move || of_thread.end_idle());
+        Self(shared)
+    }
+
+    /// Ends all tools that serve no action, such as when the disk is full. Blocks until they are gone.
+    pub fn clear(&self) {
+        let tools = self.0.shelf().clear();
+        self.0.end(tools, "the disk is full");
+    }
+
+    /// The same, and there are no tools from now on: each one ends after the action that it serves.
+    pub fn close(&self) {
+        let tools = self.0.shelf().close();
+        self.0.changed.notify_all();
+        self.0.end(tools, "the server stops");
+    }
+
+    /// The right to a tool that can serve a call, and the tool itself unless it has to be started; `None` when all tools serve
+    /// other calls.
+    fn hold(&self, call: &ToolCall) -> Option<(Held<'_>, Option<Tool>)> {
+        loop {
+            let taken = self.0.shelf().take(call.key);
+            let held = |serial| Held { tools: self, serial, is_kept: false };
+            match taken {
+                Taken::Kept(tool, serial) => {
+                    let held = held(serial);
+                    match tool.process.problem() {
+                        None => return Some((held, Some(tool))),
+                        Some(problem) => self.0.end(vec![tool], &problem),
+                    }
+                }
+                Taken::New(serial, evicted) => {
+                    let held = held(serial);
+                    self.0.end(evicted.into_iter().collect(), "another tool needs its place");
+                    return Some((held, None));
+                }
+                Taken::Full => return None,
+            }
+        }
+    }
+
+    fn log_start(&self, key: ToolKey) {
+        Event::info("gorego::worker", TOOL_STARTED)
+            .with("pool", &*self.0.pool)
+            .with("tool", &*short(key))
+            .log(format_args!("a tool was started that can serve several actions"));
+    }
+}
+
+impl Drop for Tools {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Held<'_> {
+    /// Keeps the tool, if it may serve another call.
+    fn keep(mut self, tool: Tool) {
+        self.is_kept = true;
+        let memory = tool.process.sample().memory;
+        let shared = &self.tools.0;
+        let kept = shared.shelf().keep(tool, self.serial, memory, Instant::now());
+        match kept {
+            Ok(()) => shared.changed.notify_all(),
+            Err((tool, why)) => shared.end(
+                vec![tool],
+                match why {
+                    NotKept::Used => "it has served enough actions",
+                    NotKept::Large => "it takes too much memory",
+                    NotKept::Closed => "the server stops",
+                },
+            ),
+        }
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.tools.0.shelf().lost();
+        }
+    }
+}
+
+impl ToolsShared {
+    fn shelf(&self) -> MutexGuard<'_, Shelf<Tool>> {
+        // The shelf is consistent between two calls of it.
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends tools, one after the other. Not to be called with the shelf in hand.
+    fn end(&self, tools: Vec<Tool>, reason: &str) {
+        for tool in tools {
+            drop(tool);
+            Event::info("gorego::worker", TOOL_ENDED)
+                .with("pool", &*self.pool)
+                .with("error", reason)
+                .log(format_args!("a tool ended: {reason}"));
+        }
+    }
+
+    /// Ends tools that were idle for too long, until the shelf is closed.
+    fn end_idle(&self) {
+        let mut shelf = self.shelf();
+        while !shelf.is_closed() {
+            let now = Instant::now();
+            let expired = shelf.expire(now);
+            if !expired.is_empty() {
+                drop(shelf);
+                self.end(expired, "it was idle for too long");
+                shelf = self.shelf();
+                continue;
+            }
+            shelf = match shelf.next_expiry() {
+                Some(next) => {
+                    let left = next.saturating_duration_since(now);
+                    self.changed.wait_timeout(shelf, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.changed.wait(shelf).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+/// A tool in logs.
+fn short(key: ToolKey) -> String {
+    key.0.hash_hex().chars().take(8).collect()
+}

@@ -1,0 +1,372 @@
+//! The messages between this server and a tool (Bazel's persistent worker protocol, package `blaze.worker`), and their two
+//! encodings: protobuf with a length before each message, or one JSON object per line. Pure.
+//!
+//! A tool may print anything. An [`AnswerReader`] never holds more than [`MAX_ANSWER_BYTES`], takes time linear in what it
+//! reads, and recognises most texts that are no answer by their first bytes instead of waiting for the rest.
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use prost::Message;
+use serde::{Deserialize, Serialize, Serializer};
+use std::fmt;
+
+/// Largest request. Tools read it whole into memory.
+pub(super) const MAX_REQUEST_BYTES: usize = 64 * 1024 * 1024;
+/// Largest answer. Its text is what a compiler has to say about one action.
+pub(super) const MAX_ANSWER_BYTES: usize = 16 * 1024 * 1024;
+/// How much of a text that is no answer is shown.
+const SHOWN_BYTES: usize = 120;
+/// Most bytes of the length before a message: enough for 32 bits.
+const MAX_PREFIX_BYTES: usize = 5;
+/// The first bytes of the fields of an answer: number and type.
+const ANSWER_TAGS: &[u8] = &[1 << 3, (2 << 3) | 2, 3 << 3, 4 << 3];
+
+/// How messages are encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Encoding {
+    /// Protobuf, each message after its length.
+    Proto,
+    /// JSON, one object per line.
+    Json,
+}
+
+/// The work that a tool has to do.
+#[derive(Clone, PartialEq, Message, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct WorkRequest {
+    /// The arguments of the action that a process of its own would get.
+    #[prost(string, repeated, tag = "1")]
+    pub arguments: Vec<String>,
+    /// The files that it may read.
+    #[prost(message, repeated, tag = "2")]
+    pub inputs: Vec<WorkInput>,
+    /// 0: the tool gets one request at a time.
+    #[prost(int32, tag = "3")]
+    pub request_id: i32,
+}
+
+/// A file that a tool may read.
+#[derive(Clone, PartialEq, Message, Serialize)]
+pub(super) struct WorkInput {
+    /// Relative to the working directory.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// Two files with the same digest have the same content.
+    #[prost(bytes = "vec", tag = "2")]
+    #[serde(serialize_with = "as_base64")]
+    pub digest: Vec<u8>,
+}
+
+/// What a tool says when it has done its work.
+#[derive(Clone, PartialEq, Message, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct WorkAnswer {
+    /// The exit code of the action.
+    #[prost(int32, tag = "1")]
+    #[serde(alias = "exit_code")]
+    pub exit_code: i32,
+    /// What the action prints.
+    #[prost(string, tag = "2")]
+    pub output: String,
+    /// That of the request.
+    #[prost(int32, tag = "3")]
+    #[serde(alias = "request_id")]
+    pub request_id: i32,
+    /// Answers a cancellation.
+    #[prost(bool, tag = "4")]
+    #[serde(alias = "was_cancelled")]
+    pub was_cancelled: bool,
+}
+
+/// Something that is no answer to the request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum NoAnswer {
+    /// It begins like this.
+    Garbage(String),
+    /// It is larger than [`MAX_ANSWER_BYTES`].
+    TooLarge,
+    /// There is more after the answer.
+    More(String),
+    /// It answers the request with this number.
+    Other(i32),
+    /// It says that the work was cancelled, which nobody asked for.
+    Cancelled,
+}
+
+impl fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Garbage(text) => {
+                write!(f, "it printed \"{text}\", which is no answer, to its standard output")
+            }
+            Self::TooLarge => write!(f, "its answer has more than {MAX_ANSWER_BYTES} bytes"),
+            Self::More(text) => write!(f, "it printed \"{text}\" after its answer"),
+            Self::Other(id) => write!(f, "it answered request {id}, but was asked request 0"),
+            Self::Cancelled => write!(f, "it said that the request was cancelled, which it was not"),
+        }
+    }
+}
+
+impl WorkRequest {
+    /// The bytes to send; `None` when they are more than [`MAX_REQUEST_BYTES`].
+    pub(super) fn encode_as(&self, encoding: Encoding) -> Option<Vec<u8>> {
+        let bytes = match encoding {
+            Encoding::Proto if self.encoded_len() > MAX_REQUEST_BYTES => return None,
+            Encoding::Proto => self.encode_length_delimited_to_vec(),
+            Encoding::Json => {
+                let mut text = serde_json::to_vec(self).ok()?;
+                text.push(b'\n');
+                text
+            }
+        };
+        (bytes.len() <= MAX_REQUEST_BYTES).then_some(bytes)
+    }
+}
+
+/// Puts an answer together from what a tool prints.
+#[derive(Debug)]
+pub(super) struct AnswerReader {
+    encoding: Encoding,
+    bytes: Vec<u8>,
+    json: JsonEnd,
+}
+
+impl AnswerReader {
+    /// One that has read nothing.
+    pub(super) fn new(encoding: Encoding) -> Self {
+        Self { encoding, bytes: Vec::new(), json: JsonEnd::default() }
+    }
+
+    /// Takes more of what the tool printed. Gives the answer once it is complete.
+    ///
+    /// # Errors
+    /// When this is not, or cannot become, the one answer to the request.
+    pub(super) fn read(&mut self, bytes: &[u8]) -> Result<Option<WorkAnswer>, NoAnswer> {
+        self.bytes.extend_from_slice(bytes);
+        let (answer, end) = match self.encoding {
+            Encoding::Proto => match self.proto()? {
+                Some(found) => found,
+                None => return Ok(None),
+            },
+            Encoding::Json => match self.json()? {
+                Some(found) => found,
+                None => return Ok(None),
+            },
+        };
+        let rest = self.bytes.get(end..).unwrap_or_default();
+        let may_follow = |byte: &u8| self.encoding == Encoding::Json && byte.is_ascii_whitespace();
+        match answer {
+            _ if !rest.iter().all(may_follow) => Err(NoAnswer::More(shown(rest))),
+            WorkAnswer { request_id, .. } if request_id != 0 => Err(NoAnswer::Other(request_id)),
+            WorkAnswer { was_cancelled: true, .. } => Err(NoAnswer::Cancelled),
+            answer => Ok(Some(answer)),
+        }
+    }
+
+    /// A message after its length, and where it ends.
+    fn proto(&self) -> Result<Option<(WorkAnswer, usize)>, NoAnswer> {
+        let garbage = || NoAnswer::Garbage(shown(&self.bytes));
+        let prefix = self.bytes.iter().take(MAX_PREFIX_BYTES).position(|byte| byte & 0x80 == 0);
+        let Some(prefix) = prefix.map(|last| last + 1) else {
+            return if self.bytes.len() < MAX_PREFIX_BYTES { Ok(None) } else { Err(garbage()) };
+        };
+        let (length, message) = self.bytes.split_at(prefix);
+        let length = prost::decode_length_delimiter(length).map_err(|_| garbage())?;
+        // Fields come in order, so the first one is one of the known fields, however new the tool is.
+        if length > 0 && message.first().is_some_and(|tag| !ANSWER_TAGS.contains(tag)) {
+            return Err(garbage());
+        }
+        if length > MAX_ANSWER_BYTES {
+            return Err(NoAnswer::TooLarge);
+        }
+        let Some(message) = message.get(..length) else { return Ok(None) };
+        let answer = WorkAnswer::decode(message).map_err(|_| garbage())?;
+        Ok(Some((answer, prefix + length)))
+    }
+
+    /// An object, and where it ends.
+    fn json(&mut self) -> Result<Option<(WorkAnswer, usize)>, NoAnswer> {
+        let garbage = |bytes: &[u8]| NoAnswer::Garbage(shown(bytes));
+        let start = self.bytes.iter().position(|byte| !byte.is_ascii_whitespace());
+        if start.is_some_and(|start| self.bytes[start] != b'{') {
+            return Err(garbage(&self.bytes));
+        }
+        let Some(end) = self.json.look(&self.bytes) else {
+            return if self.bytes.len() > MAX_ANSWER_BYTES { Err(NoAnswer::TooLarge) } else { Ok(None) };
+        };
+        let object = self.bytes.get(..end).unwrap_or_default();
+        let answer = serde_json::from_slice(object).map_err(|_| garbage(&self.bytes))?;
+        Ok(Some((answer, end)))
+    }
+}
+
+/// Finds the end of an object without looking at a byte twice.
+#[derive(Debug, Default)]
+struct JsonEnd {
+    looked_at: usize,
+    depth: usize,
+    in_string: bool,
+    escaped: bool,
+}
+
+impl JsonEnd {
+    /// The end of the object that begins in `bytes`, which may have grown since the last time.
+    fn look(&mut self, bytes: &[u8]) -> Option<usize> {
+        while let Some(byte) = bytes.get(self.looked_at) {
+            self.looked_at += 1;
+            match byte {
+                _ if self.escaped => self.escaped = false,
+                b'\\' if self.in_string => self.escaped = true,
+                b'"' => self.in_string = !self.in_string,
+                _ if self.in_string => {}
+                b'{' | b'[' => self.depth += 1,
+                b'}' | b']' => {
+                    self.depth = self.depth.saturating_sub(1);
+                    if self.depth == 0 {
+                        return Some(self.looked_at);
+                    }
+                }
+                _ => {}
+            }
+        }
+        None
+    }
+}
+
+/// The beginning of what a tool printed, for people.
+pub(super) fn shown(bytes: &[u8]) -> String {
+    let cut = bytes.get(..SHOWN_BYTES).unwrap_or(bytes);
+    let text = String::from_utf8_lossy(cut).escape_debug().to_string();
+    if cut.len() < bytes.len() { format!("{text}...") } else { text }
+}
+
+fn as_base64<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&BASE64_STANDARD.encode(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(encoding: Encoding, bytes: &[u8]) -> Result<Option<WorkAnswer>, NoAnswer> {
+        AnswerReader::new(encoding).read(bytes)
+    }
+
+    fn answer(exit_code: i32, output: &str) -> WorkAnswer {
+        WorkAnswer { exit_code, output: output.into(), request_id: 0, was_cancelled: false }
+    }
+
+    fn encoded(answer: &WorkAnswer, encoding: Encoding) -> Vec<u8> {
+        match encoding {
+            Encoding::Proto => answer.encode_length_delimited_to_vec(),
+            Encoding::Json => serde_json::to_vec(&serde_json::json!({
+                "exitCode": answer.exit_code,
+                "output": answer.output,
+                "later": { "fields": ["are", "}", "ignored"] },
+            }))
+            .unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_request_has_the_encoding_that_tools_expect() {
+        let input = WorkInput { path: "a/B.java".into(), digest: b"ab12".to_vec() };
+        let request = WorkRequest { arguments: vec!["-g".into()], inputs: vec![input], request_id: 0 };
+        assert_eq!(
+            request.encode_as(Encoding::Proto).unwrap(),
+            b"\x16\x0a\x02-g\x12\x10\x0a\x08a/B.java\x12\x04ab12"
+        );
+        let text = String::from_utf8(request.encode_as(Encoding::Json).unwrap()).unwrap();
+        let expected =
+            r#"{"arguments":["-g"],"inputs":[{"path":"a/B.java","digest":"YWIxMg=="}],"requestId":0}"#;
+        assert_eq!(text, format!("{expected}\n"));
+    }
+
+    #[test]
+    fn a_request_that_is_too_large_is_not_sent() {
+        let request = |bytes| WorkRequest { arguments: vec!["x".repeat(bytes)], ..WorkRequest::default() };
+        for encoding in [Encoding::Proto, Encoding::Json] {
+            assert!(request(MAX_REQUEST_BYTES).encode_as(encoding).is_none());
+            assert!(request(1000).encode_as(encoding).is_some());
+        }
+    }
+
+    #[test]
+    fn what_is_no_answer_is_recognised_by_its_first_bytes() {
+        let garbage = |encoding, text: &str| match read(encoding, text.as_bytes()) {
+            Err(NoAnswer::Garbage(shown)) => shown,
+            other => panic!("{text}: {other:?}"),
+        };
+        for text in
+            ["Hello, world\n", "warning: x", "\u{1b}[31m", "\n\nException in thread", "[INFO] x", "OK"]
+        {
+            assert_eq!(garbage(Encoding::Proto, text), text.escape_debug().to_string());
+            garbage(Encoding::Json, text);
+        }
+        garbage(Encoding::Json, "{\"exitCode\": tru}");
+        assert!(matches!(read(Encoding::Proto, &[0xff; 5]), Err(NoAnswer::Garbage(_))));
+        assert!(garbage(Encoding::Json, &"x".repeat(1000)).len() < 2 * SHOWN_BYTES);
+    }
+
+    #[test]
+    fn an_answer_to_another_question_is_none() {
+        for encoding in [Encoding::Proto, Encoding::Json] {
+            let two = encoded(&answer(0, "done"), encoding).repeat(2);
+            assert!(matches!(read(encoding, &two), Err(NoAnswer::More(_))));
+        }
+        let other = WorkAnswer { request_id: 7, ..WorkAnswer::default() }.encode_length_delimited_to_vec();
+        assert_eq!(read(Encoding::Proto, &other), Err(NoAnswer::Other(7)));
+        assert_eq!(read(Encoding::Json, br#"{"request_id":7}"#), Err(NoAnswer::Other(7)));
+        assert_eq!(read(Encoding::Json, br#"{"wasCancelled":true}"#), Err(NoAnswer::Cancelled));
+    }
+
+    #[test]
+    fn an_answer_that_is_too_large_is_not_waited_for() {
+        let mut prefix = Vec::new();
+        prost::encode_length_delimiter(MAX_ANSWER_BYTES + 1, &mut prefix).unwrap();
+        assert_eq!(read(Encoding::Proto, &prefix), Err(NoAnswer::TooLarge));
+        let mut reader = AnswerReader::new(Encoding::Json);
+        assert_eq!(reader.read(b"{\"output\":\""), Ok(None));
+        assert_eq!(reader.read(&vec![b'}'; MAX_ANSWER_BYTES]), Err(NoAnswer::TooLarge));
+    }
+
+    /// Reading the text again for each piece would take hours here.
+    #[test]
+    fn an_answer_that_comes_byte_by_byte_takes_linear_time() {
+        let whole = encoded(&answer(1, &"}\"\\{".repeat(50_000)), Encoding::Json);
+        let mut reader = AnswerReader::new(Encoding::Json);
+        let (last, first) = whole.split_last().unwrap();
+        for byte in first {
+            assert_eq!(reader.read(&[*byte]), Ok(None));
+        }
+        assert_eq!(reader.read(&[*last]).unwrap().unwrap().exit_code, 1);
+    }
+
+    proptest! {
+        /// However the bytes are cut into pieces.
+        #[test]
+        fn every_answer_is_read_back(
+            exit_code: i32, output in ".{0,40}", is_json: bool, cuts in prop::collection::vec(0usize..80, 0..6),
+        ) {
+            let encoding = if is_json { Encoding::Json } else { Encoding::Proto };
+            let (sent, mut reader) = (answer(exit_code, &output), AnswerReader::new(encoding));
+            let bytes = encoded(&sent, encoding);
+            let mut cuts: Vec<_> = cuts.into_iter().map(|cut| cut.min(bytes.len() - 1)).chain([0, bytes.len()]).collect();
+            cuts.sort_unstable();
+            let mut read = Ok(None);
+            for piece in cuts.windows(2) {
+                prop_assert_eq!(read, Ok(None));
+                read = reader.read(&bytes[piece[0]..piece[1]]);
+            }
+            prop_assert_eq!(read, Ok(Some(sent)));
+        }
+
+        #[test]
+        fn no_bytes_are_too_much_for_it(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..30), 0..5)) {
+            for encoding in [Encoding::Proto, Encoding::Json] {
+                let mut reader = AnswerReader::new(encoding);
+                let _ = pieces.iter().try_for_each(|piece| reader.read(piece).map(|_| ()));
+            }
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! [`Shelf`]: which tools of a pool are kept, which one serves a call, and which ones have to go. Pure: facts and the time go in,
+//! and what is to be done comes out.
+//!
+//! A tool is on the shelf or serves one call; a tool that serves is only counted here, and belongs to who took it. Invariants:
+//! there are never more than `max_tools`, on the shelf and serving together; a tool serves only calls of its own key, one
+//! after the other, and never more than `max_uses`.
+
+use super::call::ToolKey;
+use std::time::{Duration, Instant};
+
+/// The bounds of the tools of one pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ToolLimits {
+    /// Most tools of the pool at the same time.
+    pub max_tools: usize,
+    /// How long a tool is kept after its last call.
+    pub max_idle: Duration,
+    /// Number of calls after which a tool ends.
+    pub max_uses: u64,
+    /// Memory in bytes above which a tool ends after a call.
+    pub max_memory: u64,
+    /// How long one call may take before the action runs by itself instead.
+    pub max_call: Duration,
+}
+
+/// The tools that are kept.
+#[derive(Debug)]
+pub(super) struct Shelf<T> {
+    limits: ToolLimits,
+    /// In the order of their last use, the latest at the end.
+    kept: Vec<Kept<T>>,
+    serving: usize,
+    is_closed: bool,
+}
+
+#[derive(Debug)]
+struct Kept<T> {
+    tool: T,
+    serial: Serial,
+    since: Instant,
+}
+
+/// What is known about one tool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Serial {
+    pub key: ToolKey,
+    /// How many calls it has served.
+    pub uses: u64,
+}
+
+/// What becomes of a call.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Taken<T> {
+    /// This tool serves it.
+    Kept(T, Serial),
+    /// A new tool serves it. The other one has to end first.
+    New(Serial, Option<T>),
+    /// No tool serves it: all of them serve other calls.
+    Full,
+}
+
+/// Why a tool is not kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NotKept {
+    /// It has served enough calls.
+    Used,
+    /// It takes too much memory.
+    Large,
+    /// The pool ends.
+    Closed,
+}
+
+impl<T> Shelf<T> {
+    /// An empty one.
+    pub(super) fn new(limits: ToolLimits) -> Self {
+        Self { limits, kept: Vec::new(), serving: 0, is_closed: false }
+    }
+
+    /// Takes a tool for a call. It must be given back with [`Shelf::keep`] or [`Shelf::lost`].
+    pub(super) fn take(&mut self, key: ToolKey) -> Taken<T> {
+        if self.is_closed {
+            return Taken::Full;
+        }
+        // The latest one: then those that are too many become idle for long.
+        if let Some(at) = self.kept.iter().rposition(|kept| kept.serial.key == key) {
+            self.serving += 1;
+            let Kept { tool, serial, .. } = self.kept.remove(at);
+            return Taken::Kept(tool, serial);
+        }
+        let is_full = self.kept.len() + self.serving >= self.limits.max_tools;
+        if is_full && self.kept.is_empty() {
+            return Taken::Full;
+        }
+        let evicted = is_full.then(|| self.kept.remove(0).tool);
+        self.serving += 1;
+        Taken::New(Serial { key, uses: 0 }, evicted)
+    }
+
+    /// Keeps a tool that has served a call and now takes `memory` bytes. One that is not kept has to end.
+    pub(super) fn keep(
+        &mut self,
+        tool: T,
+        serial: Serial,
+        memory: u64,
+        now: Instant,
+    ) -> Result<(), (T, NotKept)> {
+        self.lost();
+        let serial = Serial { uses: serial.uses + 1, ..serial };
+        let problem = if self.is_closed {
+            Some(NotKept::Closed)
+        } else if serial.uses >= self.limits.max_uses {
+            Some(NotKept::Used)
+        } else if memory > self.limits.max_memory {
+            Some(NotKept::Large)
+        } else {
+            None
+        };
+        match problem {
+            Some(problem) => Err((tool, problem)),
+            None => {
+                self.kept.push(Kept { tool, serial, since: now });
+                Ok(())
+            }
+        }
+    }
+
+    /// A tool that was taken has ended.
+    pub(super) fn lost(&mut self) {
+        self.serving = self.serving.saturating_sub(1);
+    }
+
+    /// Takes the tools that were idle for too long, which have to end.
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<T> {
+        let limit = self.limits.max_idle;
+        let old = |kept: &Kept<T>| now.saturating_duration_since(kept.since) >= limit;
+        // The oldest ones are first.
+        let count = self.kept.iter().take_while(|kept| old(kept)).count();
+        self.kept.drain(..count).map(|kept| kept.tool).collect()
+    }
+
+    /// When the next tool will have been idle for too long.
+    pub(super) fn next_expiry(&self) -> Option<Instant> {
+        self.kept.first().and_then(|kept| kept.since.checked_add(self.limits.max_idle))
+    }
+
+    /// Takes all tools that serve no call, which have to end.
+    pub(super) fn clear(&mut self) -> Vec<T> {
+        self.kept.drain(..).map(|kept| kept.tool).collect()
+    }
+
+    /// The same, and no tool is kept or taken from now on.
+    pub(super) fn close(&mut self) -> Vec<T> {
+        self.is_closed = true;
+        self.clear()
+    }
+
+    /// Whether it was closed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gorego_reapi::digest::DigestFunction;
+    use proptest::prelude::*;
+
+    const LIMITS: ToolLimits = ToolLimits {
+        max_tools: 3,
+        max_idle: Duration::from_secs(10),
+        max_uses: 4,
+        max_memory: 1000,
+        max_call: Duration::MAX,
+    };
+
+    fn key(number: u8) -> ToolKey {
+        ToolKey(DigestFunction::Sha256.digest(&[number]))
+    }
+
+    /// A tool, known by the number of its key and its own number.
+    type Tool = (u8, u64);
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Take(u8),
+        /// Gives back one of those that serve, with this memory.
+        Keep(usize, u64),
+        Lose(usize),
+        Wait(u64),
+        Clear,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        prop::collection::vec(
+            prop_oneof![
+                4 => (0u8..3).prop_map(Step::Take),
+                4 => (0usize..3, 0u64..1100).prop_map(|(at, memory)| Step::Keep(at, memory)),
+                1 => (0usize..3).prop_map(Step::Lose),
+                2 => (0u64..12).prop_map(Step::Wait),
+                1 => Just(Step::Clear),
+            ],
+            0..80,
+        )
+    }
+
+    proptest! {
+        /// A model that knows of each tool where it is.
+        #[test]
+        fn every_tool_is_in_one_place_and_within_its_bounds(steps in steps()) {
+            let mut shelf: Shelf<Tool> = Shelf::new(LIMITS);
+            let mut serving: Vec<(Tool, Serial)> = Vec::new();
+            let mut kept: Vec<(Tool, u64, Instant)> = Vec::new();
+            let (mut now, mut next) = (Instant::now(), 0);
+            for step in steps {
+                match step {
+                    Step::Take(number) => {
+                        let of_key = kept.iter().rposition(|(tool, ..)| tool.0 == number);
+                        match (shelf.take(key(number)), of_key) {
+                            (Taken::Kept(tool, serial), Some(at)) => {
+                                let (expected, uses, _) = kept.remove(at);
+                                prop_assert_eq!((tool, serial), (expected, Serial { key: key(number), uses }));
+                                serving.push((tool, serial));
+                            }
+                            (Taken::New(serial, evicted), None) => {
+                                prop_assert_eq!(serial, Serial { key: key(number), uses: 0 });
+                                let is_full = kept.len() + serving.len() == LIMITS.max_tools;
+                                prop_assert_eq!(evicted, is_full.then(|| kept.remove(0).0));
+                                next += 1;
+                                serving.push(((number, next), serial));
+                            }
+                            (Taken::Full, None) => prop_assert_eq!(serving.len(), LIMITS.max_tools),
+                            other => prop_assert!(false, "{:?}", other),
+                        }
+                    }
+                    Step::Keep(at, memory) if at < serving.len() => {
+                        let (tool, serial) = serving.remove(at);
+                        let uses = serial.uses + 1;
+                        let expected = if uses >= LIMITS.max_uses {
+                            Err((tool, NotKept::Used))
+                        } else if memory > LIMITS.max_memory {
+                            Err((tool, NotKept::Large))
+                        } else {
+                            kept.push((tool, uses, now));
+                            Ok(())
+                        };
+                        prop_assert_eq!(shelf.keep(tool, serial, memory, now), expected);
+                    }
+                    Step::Lose(at) if at < serving.len() => {
+                        serving.remove(at);
+                        shelf.lost();
+                    }
+                    Step::Wait(seconds) => {
+                        now += Duration::from_secs(seconds);
+                        let old = |since: Instant| now - since >= LIMITS.max_idle;
+                        let expected: Vec<_> = kept.iter().filter(|k| old(k.2)).map(|k| k.0).collect();
+                        kept.retain(|k| !old(k.2));
+                        prop_assert_eq!(shelf.expire(now), expected);
+                        let soonest = kept.iter().map(|k| k.2 + LIMITS.max_idle).min();
+                        prop_assert_eq!(shelf.next_expiry(), soonest);
+                    }
+                    Step::Clear => {
+                        let expected: Vec<_> = kept.drain(..).map(|k| k.0).collect();
+                        prop_assert_eq!(shelf.clear(), expected);
+                    }
+                    Step::Keep(..) | Step::Lose(_) => {}
+                }
+                prop_assert!(kept.len() + serving.len() <= LIMITS.max_tools);
+            }
+            let all: Vec<_> = kept.iter().map(|k| k.0).collect();
+            prop_assert_eq!(shelf.close(), all);
+            prop_assert_eq!(shelf.take(key(0)), Taken::Full);
+            for (tool, serial) in serving {
+                prop_assert_eq!(shelf.keep(tool, serial, 0, now), Err((tool, NotKept::Closed)));
+            }
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! [`ToolTurn`]: one action, served by a tool. It blocks and runs on a worker's own thread.
+
+use super::{
+    Held, Tool, Tools,
+    call::{ToolCall, is_tool_input},
+    codec::{AnswerReader, Encoding, MAX_REQUEST_BYTES, WorkAnswer},
+    collect::copy_outputs,
+    exchange::{NotExchanged, PlacedInputs, exchange},
+};
+use crate::{
+    action::{Action, Command},
+    actors::worker::{
+        WorkerSettings,
+        cancel::CancelToken,
+        checkpoint::Checkpoint,
+        clock::Moment,
+        command::Launch,
+        dir,
+        exec_root::ExecRoot,
+        inputs,
+        launcher::{
+            Ending, PoolSandbox, Ran,
+            tool::{Sample, Silence, ToolProcess},
+        },
+        messages::SlotId,
+        store::Inputs,
+        workspace::Workspace,
+    },
+    limits::Limits,
+    sandbox::kind::CellKind,
+};
+use gorego_reapi::{error::Error, path::RootPath};
+use rustix::{fs as rfs, process::geteuid};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    ops::ControlFlow,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// An action that a tool is about to serve: its inputs are in place.
+pub(crate) struct ToolTurn<'a> {
+    held: Held<'a>,
+    tool: Tool,
+    encoding: Encoding,
+    request: Vec<u8>,
+    before: Sample,
+}
+
+/// An action, and what a process of its own would get.
+#[derive(Debug)]
+pub(crate) struct ToolJob<'a> {
+    /// The action.
+    pub action: &'a Action,
+    /// The kind of cell.
+    pub kind: &'a CellKind,
+    /// What it may use.
+    pub limits: Limits,
+    /// Where it runs.
+    pub slot: SlotId,
+}
+
+/// Why no tool has served an action.
+#[derive(Debug)]
+pub(crate) enum NotServed {
+    /// The action does not ask for one.
+    NotAsked,
+    /// It asks for one, but runs by itself for this reason.
+    Unfit(String),
+    /// The tool failed and has ended; the action runs by itself.
+    ToolFailed(String),
+    /// The action fails too.
+    Failed(Error),
+}
+
+impl NotServed {
+    /// What an error says that occurred while files of a tool were moved. A hostile tool may cause many of them.
+    fn of(error: Error) -> Self {
+        match error {
+            Error::Cancelled(_) | Error::MissingBlobs(_) | Error::DiskFull(_) | Error::Unavailable(_) => {
+                Self::Failed(error)
+            }
+            // The run that follows says whether the tool or the action is to blame.
+            Error::Invalid(reason) => Self::Unfit(reason),
+            error => Self::ToolFailed(error.to_string()),
+        }
+    }
+}
+
+impl<'a> ToolTurn<'a> {
+    /// Finds or starts a tool for an action, and puts the inputs in place.
+    ///
+    /// # Errors
+    /// [`NotServed`].
+    pub(crate) fn begin(
+        tools: &'a Tools,
+        settings: &WorkerSettings,
+        job: &ToolJob<'_>,
+        inputs: &mut dyn Inputs,
+        checkpoint: &Checkpoint<'_>,
+    ) -> std::result::Result<Self, NotServed> {
+        let unfit = |reason: &str| NotServed::Unfit(reason.into());
+        let call = ToolCall::of(job.action, inputs.tree()).map_err(unfit)?.ok_or(NotServed::NotAsked)?;
+        job.check(settings).map_err(unfit)?;
+        inputs.lease_all().map_err(NotServed::Failed)?;
+        let Some((held, tool)) = tools.hold(&call) else {
+            return Err(NotServed::Unfit("all tools are busy".into()));
+        };
+        let preparation = Preparation { settings, job, inputs, call: &call, checkpoint };
+        let (tool, request) = match tool {
+            Some(mut tool) => {
+                let request = preparation.exchange(&mut tool.contents, &tool.workspace)?;
+                (tool, request)
+            }
+            None => {
+                let started = preparation.start()?;
+                tools.log_start(call.key);
+                started
+            }
+        };
+        let before = tool.process.sample();
+        Ok(Self { held, tool, encoding: call.encoding, request, before })
+    }
+
+    /// Has the tool do its work. The command has then ended, with what the tool says is its exit code and output.
+    ///
+    /// # Errors
+    /// [`NotServed`]; the tool has ended then.
+    pub(crate) fn run(
+        &self,
+        timeout: Duration,
+        cancel: &CancelToken,
+    ) -> std::result::Result<(Ran, String), NotServed> {
+        let started = Moment::now();
+        let limit = timeout.min(self.held.tools.0.limits.max_call);
+        let mut reader = AnswerReader::new(self.encoding);
+        let answer: WorkAnswer = self
+            .tool
+            .process
+            .exchange(&self.request, Instant::now().checked_add(limit), cancel, |bytes| {
+                match reader.read(bytes) {
+                    Ok(None) => ControlFlow::Continue(()),
+                    Ok(Some(answer)) => ControlFlow::Break(Ok(answer)),
+                    Err(problem) => ControlFlow::Break(Err(problem.to_string())),
+                }
+            })
+            .map_err(|silence| match silence {
+                Silence::Broken(reason) => NotServed::ToolFailed(self.with_last_words(reason)),
+                Silence::Late => NotServed::ToolFailed(format!("it did not answer within {limit:?}")),
+                Silence::Stopped => NotServed::Failed(crate::actors::worker::checkpoint::cancelled()),
+            })?;
+        let ran = Ran {
+            ending: Ending::Exited(answer.exit_code),
+            usage: self.tool.process.sample().since(self.before),
+            started,
+            ended: Moment::now(),
+            refused_processes: false,
+        };
+        Ok((ran, answer.output))
+    }
+
+    /// Copies the outputs into the exec directory of the action, and keeps the tool for another one.
+    ///
+    /// # Errors
+    /// [`NotServed`]; the tool has ended then.
+    pub(crate) fn end(
+        self,
+        action: &Action,
+        to: &File,
+        checkpoint: &Checkpoint<'_>,
+    ) -> std::result::Result<(), NotServed> {
+        let root = self.tool.workspace.root().map_err(NotServed::of)?;
+        copy_outputs(root, to, &action.command.outputs, checkpoint).map_err(NotServed::of)?;
+        self.held.keep(self.tool);
+        Ok(())
+    }
+
+    /// A reason, with the last line that the tool printed to its standard error.
+    fn with_last_words(&self, reason: String) -> String {
+        let log = read_regular(&self.tool.workspace.path().join("stderr"));
+        match log.ok().as_deref().map(last_line).filter(|line| !line.is_empty()) {
+            Some(line) => format!("{reason}; the last that it printed to its standard error is \"{line}\""),
+            None => reason,
+        }
+    }
+}
+
+impl ToolJob<'_> {
+    /// Whether a tool gives the action all that a process of its own would have.
+    fn check(&self, settings: &WorkerSettings) -> std::result::Result<(), &'static str> {
+        let usual = settings.sandbox.as_ref().map_or_else(CellKind::default, PoolSandbox::usual_kind);
+        if *self.kind != usual {
+            return Err("it has a root file system, an image or a network of its own");
+        }
+        if self.limits.disk > 0 || self.limits.files > 0 {
+            return Err("what it writes is limited (disk, files)");
+        }
+        Ok(())
+    }
+}
+
+/// What is needed to put the inputs of an action in place.
+struct Preparation<'a> {
+    settings: &'a WorkerSettings,
+    job: &'a ToolJob<'a>,
+    inputs: &'a dyn Inputs,
+    call: &'a ToolCall,
+    checkpoint: &'a Checkpoint<'a>,
+}
+
+impl Preparation<'_> {
+    /// Starts a tool among the inputs of its first action.
+    fn start(&self) -> std::result::Result<(Tool, Vec<u8>), NotServed> {
+        let (settings, job) = (self.settings, self.job);
+        let workspace = match &settings.sandbox {
+            Some(sandbox) if sandbox.protections.namespaces => settings.build_root.create_unseen(job.slot),
+            _ => settings.build_root.create(job.slot, &self.call.key.0),
+        };
+        let workspace = workspace.map_err(NotServed::Failed)?;
+        let mut contents = PlacedInputs::default();
+        let request = self.exchange(&mut contents, &workspace)?;
+        let command = Command { arguments: self.call.start.clone(), ..job.action.command.clone() };
+        let launch = Launch {
+            kind: job.kind.clone(),
+            limits: job.limits.clone(),
+            ..Launch::new(&command, &workspace, None, settings.max_output_file_bytes)
+        };
+        let groups = settings.limits.groups.as_ref();
+        let process = ToolProcess::start(&settings.runner, settings.sandbox.as_ref(), groups, &launch);
+        let process = process.map_err(|error| NotServed::ToolFailed(error.to_string()))?;
+        Ok((Tool { process, workspace, contents }, request))
+    }
+
+    /// Puts the inputs in place, and makes the request.
+    fn exchange(
+        &self,
+        contents: &mut PlacedInputs,
+        workspace: &Workspace,
+    ) -> std::result::Result<Vec<u8>, NotServed> {
+        let command = &self.job.action.command;
+        let root = workspace.root().map_err(NotServed::of)?;
+        let directory = &command.working_directory;
+        exchange(contents, root, self.inputs, directory, is_tool_input, self.checkpoint).map_err(
+            |problem| match problem {
+                NotExchanged::Failed(error) => NotServed::of(error),
+                NotExchanged::ToolChanged(path) => {
+                    NotServed::ToolFailed(format!("it has changed its own file \"{}\"", path.escape_debug()))
+                }
+            },
+        )?;
+        let is_root = self.settings.sandbox.is_none() && geteuid().is_root();
+        let tree = self.inputs.tree();
+        inputs::prepare(tree, ExecRoot::new(root, None), command, is_root, self.checkpoint)
+            .map_err(NotServed::of)?;
+        let mut read = |path: &str| read_input(root, &directory.join(path).ok()?).ok();
+        self.call.request(tree, directory, &mut read).map_err(NotServed::Unfit)
+    }
+}
+
+/// The text of a file in the exec root.
+fn read_input(root: &File, path: &RootPath) -> io::Result<String> {
+    let (parent, name) = path.parent().zip(path.name()).ok_or(io::ErrorKind::IsADirectory)?;
+    let parent = dir::open_beneath(root, parent.as_path())?;
+    read_text(dir::open_file(&parent, name.as_ref())?)
+}
+
+fn read_regular(path: &Path) -> io::Result<String> {
+    let flags = rfs::OFlags::RDONLY | rfs::OFlags::NOFOLLOW | rfs::OFlags::NONBLOCK | rfs::OFlags::CLOEXEC;
+    read_text(rfs::open(path, flags, rfs::Mode::empty())?.into())
+}
+
+fn read_text(file: File) -> io::Result<String> {
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_REQUEST_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+fn last_line(text: &str) -> String {
+    let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    super::codec::shown(line.as_bytes())
+}

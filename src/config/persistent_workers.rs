@@ -1,0 +1,79 @@
+//! `[execution.persistent_workers]`: the notation of Bazel's persistent workers, and its checks.
+
+use super::settings::{Checker, MAX_CONCURRENCY};
+use crate::size::Size;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// The `[execution.persistent_workers]` section.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PersistentWorkersConfig {
+    /// Whether actions may be done by processes that stay for other actions.
+    pub enabled: bool,
+    /// Most of these processes in each pool; 0 for two for each slot of the pool.
+    pub max_workers: usize,
+    /// How long one is kept after its last action.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// Number of actions after which one ends.
+    pub max_requests: u64,
+    /// Resident memory above which one ends after an action.
+    pub max_memory_gb: Size,
+    /// How long one may take for an action before the action runs without it.
+    #[serde(with = "humantime_serde")]
+    pub request_timeout: Duration,
+}
+
+/// The checked section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PersistentWorkersSettings {
+    /// Most workers in each pool; `None` for two for each slot of the pool.
+    pub max_workers: Option<usize>,
+    /// How long one is kept after its last action.
+    pub idle_timeout: Duration,
+    /// Number of actions after which one ends; at least 1.
+    pub max_requests: u64,
+    /// Resident memory in bytes above which one ends after an action.
+    pub max_memory_bytes: u64,
+    /// How long one may take for an action.
+    pub request_timeout: Duration,
+}
+
+impl Default for PersistentWorkersConfig {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            max_workers: 0,
+            idle_timeout: Duration::from_secs(5 * 60),
+            max_requests: 10_000,
+            max_memory_gb: Size::from_gb(4),
+            request_timeout: Duration::from_secs(10 * 60),
+        }
+    }
+}
+
+/// The checked section; `None` when it is off.
+pub(super) fn persistent_workers(check: &mut Checker<'_>) -> Option<PersistentWorkersSettings> {
+    let config = &check.loaded.config.execution.persistent_workers;
+    check.require(
+        "execution.persistent_workers.max_workers",
+        config.max_workers <= MAX_CONCURRENCY,
+        &format!("must be at most {MAX_CONCURRENCY}; 0 means two for each slot"),
+    );
+    check.require(
+        "execution.persistent_workers.max_requests",
+        config.max_requests > 0,
+        "must be more than 0",
+    );
+    check.duration("execution.persistent_workers.idle_timeout", config.idle_timeout, true);
+    check.duration("execution.persistent_workers.request_timeout", config.request_timeout, false);
+    let max_memory_bytes = check.size("execution.persistent_workers.max_memory_gb", config.max_memory_gb);
+    config.enabled.then_some(PersistentWorkersSettings {
+        max_workers: (config.max_workers > 0).then_some(config.max_workers),
+        idle_timeout: config.idle_timeout,
+        max_requests: config.max_requests,
+        max_memory_bytes,
+        request_timeout: config.request_timeout,
+    })
+}

@@ -1,0 +1,385 @@
+//! Actions in container images: from a layout directory, and from a registry in this test.
+
+use crate::support::{
+    Client, Server, empty, eventually,
+    images::{Blobs, LayerArchive, gzip, shell_layer, tagged, zstd},
+    sh_with,
+};
+use axum::{
+    Router,
+    body::Body,
+    extract::{Request, State},
+    http::{StatusCode, header},
+    response::Response,
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use gorego_reapi::proto::reapi::{
+    Command, ExecuteResponse, Platform, command::EnvironmentVariable, platform::Property,
+};
+use serde_json::json;
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    sync::{Arc, Mutex},
+};
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tonic::Code;
+
+/// The name of the file that only images have.
+const MARKER: &str = "etc/marker";
+
+/// An image whose programs are in `/image`, with a marker and a user.
+fn image(blobs: &mut Blobs, marker: &str) -> String {
+    let layers = vec![
+        gzip(&shell_layer().file(MARKER, b"old", 0o644).file("gone", b"", 0o644).finish()),
+        zstd(
+            &LayerArchive::new().file(MARKER, marker.as_bytes(), 0o600).file(".wh.gone", b"", 0o644).finish(),
+        ),
+    ];
+    let config = json!({
+        "Env": ["PATH=/image", "FROM=image", "ONLY=image"],
+        "User": "7:8",
+        "WorkingDir": "/nowhere",
+        "Entrypoint": ["/never"],
+    });
+    blobs.image(layers, config)
+}
+
+/// A command that finds its shell by the PATH of the image, and says what it finds.
+fn look() -> Command {
+    const SCRIPT: &str = "read marker < /etc/marker; \
+        while read key value rest; do case $key in Uid:) uid=$value;; Gid:) gid=$value;; esac; done < /proc/self/status; \
+        host=no; [ -e /usr/bin/env ] && host=yes; gone=no; [ -e /gone ] && gone=yes; \
+        write=no; (echo x > /etc/marker) 2>/dev/null && write=yes; \
+        echo \"$marker $FROM $ONLY $PWD $uid:$gid host=$host gone=$gone write=$write\" > out";
+    Command {
+        arguments: ["sh", "-c", SCRIPT].map(str::to_owned).into(),
+        environment_variables: vec![EnvironmentVariable { name: "FROM".into(), value: "command".into() }],
+        output_paths: vec!["out".into()],
+        ..Default::default()
+    }
+}
+
+/// Runs a command in an image.
+async fn run_in(client: &Client, image: &str, command: Command) -> ExecuteResponse {
+    let properties = vec![Property { name: "container-image".into(), value: image.into() }];
+    let action = client
+        .action_with(command, empty(), |action| {
+            action.platform = Some(Platform { properties });
+            action.do_not_cache = true;
+        })
+        .await;
+    client.run(action).await
+}
+
+async fn finds(client: &Client, image: &str) -> String {
+    let response = run_in(client, image, look()).await;
+    let result = response.result.clone().unwrap_or_else(|| panic!("{response:?}"));
+    assert_eq!(result.exit_code, 0, "{}", client.stderr(&result).await);
+    client.output(&result, "out").await.trim().to_owned()
+}
+
+async fn refused(client: &Client, image: &str) -> (Code, String) {
+    let response = run_in(client, image, look()).await;
+    let status = response.status.unwrap_or_default();
+    (Code::from_i32(status.code), status.message)
+}
+
+/// A server that has the sandbox; `None` on a machine that cannot.
+async fn server(overrides: &[(&str, &str)]) -> Option<Server> {
+    server_on(Arc::new(tempfile::tempdir().unwrap()), overrides).await
+}
+
+async fn server_on(store: Arc<TempDir>, overrides: &[(&str, &str)]) -> Option<Server> {
+    let server = Server::on(store, overrides).await;
+    let started = || server.log().into_iter().find(|event| event["event"] == "server_started");
+    eventually("the start is logged", || started().is_some()).await;
+    let has_namespaces = started()?["sandbox"].as_str()?.contains("namespaces");
+    if !has_namespaces {
+        eprintln!("skipped: images take the namespaces of the sandbox, which are off here");
+    }
+    has_namespaces.then_some(server)
+}
+
+const FOUND: &str = "command image /build 7:8 host=no gone=no write=no";
+
+#[tokio::test]
+async fn an_action_finds_the_files_and_variables_of_the_image_that_it_names_and_nothing_of_the_host() {
+    let site = tempfile::tempdir().unwrap();
+    fs::set_permissions(site.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut blobs = Blobs::default();
+    let digest = image(&mut blobs, "first");
+    let layout = site.path().join("tools");
+    blobs.write_layout(&layout, &[blobs.entry(&digest, tagged("v1"))]);
+    let layouts = format!("[\"{}\"]", site.path().display());
+    let settings = [("EXECUTION__IMAGES__LAYOUTS", &*layouts), ("EXECUTION__CONCURRENCY", "2")];
+    let Some(server) = server(&settings).await else { return };
+    let client = server.client().await;
+    let name = format!("oci:{}", layout.display());
+    assert_eq!(finds(&client, &name).await, format!("first {FOUND}"));
+    // Actions with an image and without one take turns in the same slots.
+    let plain = client
+        .run(client.action(sh_with("test -e /usr/bin/env && echo host > out", &["out"]), empty()).await)
+        .await;
+    assert_eq!(client.output(&plain.result.unwrap(), "out").await, "host\n");
+    // Another image under the same name is another image.
+    let second = image(&mut blobs, "second");
+    blobs.write_layout(&layout, &[blobs.entry(&second, tagged("v1"))]);
+    assert_eq!(finds(&client, &format!("{name}:v1")).await, format!("second {FOUND}"));
+    assert_eq!(finds(&client, &format!("{name}@{digest}")).await, format!("first {FOUND}"));
+
+    for (wrong, code, part) in [
+        ("ubuntu", Code::InvalidArgument, "docker://"),
+        ("oci:/etc", Code::FailedPrecondition, "execution.images.layouts"),
+        (&*format!("{name}:v2"), Code::FailedPrecondition, "no image \"v2\"; the images in it are: v1"),
+        ("docker://registry.example.com/a@sha256:", Code::InvalidArgument, "is not a digest"),
+    ] {
+        let (found, message) = refused(&client, wrong).await;
+        assert!(found == code && message.contains(part), "{wrong}: {found:?} {message}");
+    }
+
+    // The image outlives the server and its source.
+    let store = server.kill().await;
+    fs::remove_dir_all(layout.join("blobs")).unwrap();
+    let server = server_on(store, &settings).await.unwrap();
+    assert_eq!(finds(&server.client().await, &name).await, format!("second {FOUND}"));
+}
+
+#[tokio::test]
+async fn without_images_in_the_configuration_the_property_has_no_effect() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let response =
+        run_in(&client, "docker://registry.example.com/a:b", sh_with("echo > out", &["out"])).await;
+    assert_eq!(response.result.unwrap().exit_code, 0);
+}
+
+/// A registry.
+#[derive(Clone, Default)]
+struct TestRegistry(Arc<Mutex<Content>>);
+
+#[derive(Default)]
+struct Content {
+    blobs: Blobs,
+    tags: HashMap<String, String>,
+    /// User and password, if it asks for a token.
+    login: Option<String>,
+    /// What was asked for, with the status of the answer.
+    asked: Vec<(String, u16)>,
+    address: String,
+    /// The status of all answers, if something is wrong.
+    broken: Option<StatusCode>,
+}
+
+impl TestRegistry {
+    async fn serve(content: Content) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let registry = Self(Arc::new(Mutex::new(content)));
+        registry.0.lock().unwrap().address = listener.local_addr().unwrap().to_string();
+        let router = Router::new().fallback(answer).with_state(registry.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        registry
+    }
+
+    fn address(&self) -> String {
+        self.0.lock().unwrap().address.clone()
+    }
+
+    /// How often a path that ends like this was answered with content.
+    fn served(&self, end: &str) -> usize {
+        self.0
+            .lock()
+            .unwrap()
+            .asked
+            .iter()
+            .filter(|(path, status)| path.ends_with(end) && *status == 200)
+            .count()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Content)) {
+        change(&mut self.0.lock().unwrap());
+    }
+}
+
+async fn answer(State(TestRegistry(content)): State<TestRegistry>, request: Request) -> Response {
+    let mut content = content.lock().unwrap();
+    let response = content.answer(&request);
+    content.asked.push((request.uri().path().to_owned(), response.status().as_u16()));
+    response
+}
+
+impl Content {
+    fn answer(&self, request: &Request) -> Response {
+        let with = |status: StatusCode, body: Vec<u8>| {
+            let mut response = Response::new(Body::from(body));
+            *response.status_mut() = status;
+            response
+        };
+        if let Some(status) = self.broken {
+            return with(status, Vec::new());
+        }
+        let authorization =
+            request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap().to_owned());
+        let path = request.uri().path().to_owned();
+        if path == "/token" {
+            let expected = self.login.as_ref().map(|login| format!("Basic {}", BASE64.encode(login)));
+            let query = request.uri().query().unwrap_or_default();
+            assert!(
+                query.contains("scope=repository%3Ateam%2Ftools%3Apull") && query.contains("service=test"),
+                "{query}"
+            );
+            if authorization != expected {
+                return with(StatusCode::UNAUTHORIZED, Vec::new());
+            }
+            return with(StatusCode::OK, json!({ "token": "t0ken" }).to_string().into_bytes());
+        }
+        if path.starts_with("/elsewhere/") {
+            let digest = path.trim_start_matches("/elsewhere/");
+            return with(StatusCode::OK, self.blobs.0[digest].clone());
+        }
+        if self.login.is_some() && authorization.as_deref() != Some("Bearer t0ken") {
+            let mut response = with(StatusCode::UNAUTHORIZED, Vec::new());
+            let challenge = format!("Bearer realm=\"http://{}/token\",service=\"test\"", self.address);
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.parse().unwrap());
+            return response;
+        }
+        let found = path
+            .strip_prefix("/v2/team/tools/manifests/")
+            .map(|name| self.blobs.0.get(self.tags.get(name).map_or(name, String::as_str)));
+        if let Some(found) = found {
+            return found.map_or_else(
+                || with(StatusCode::NOT_FOUND, Vec::new()),
+                |bytes| with(StatusCode::OK, bytes.clone()),
+            );
+        }
+        match path.strip_prefix("/v2/team/tools/blobs/").filter(|digest| self.blobs.0.contains_key(*digest)) {
+            Some(digest) => {
+                let mut response = with(StatusCode::TEMPORARY_REDIRECT, Vec::new());
+                response
+                    .headers_mut()
+                    .insert(header::LOCATION, format!("/elsewhere/{digest}").parse().unwrap());
+                response
+            }
+            None => with(StatusCode::NOT_FOUND, Vec::new()),
+        }
+    }
+}
+
+fn allowed(registry: &TestRegistry) -> String {
+    format!("[\"http://{}\"]", registry.address())
+}
+
+#[tokio::test]
+async fn an_image_is_pulled_once_for_all_actions_that_want_it_with_the_credentials_for_its_registry() {
+    let mut content = Content { login: Some("me:secret".into()), ..Content::default() };
+    let digest = image(&mut content.blobs, "pulled");
+    let registry = TestRegistry::serve(content).await;
+    let site = tempfile::tempdir().unwrap();
+    let credentials = site.path().join("config.json");
+    let auths = json!({ "auths": { registry.address(): { "auth": BASE64.encode("me:secret") } } });
+    fs::write(&credentials, auths.to_string()).unwrap();
+    let registries = allowed(&registry);
+    let Some(server) = server(&[
+        ("EXECUTION__IMAGES__REGISTRIES", &registries),
+        ("EXECUTION__IMAGES__CREDENTIALS", credentials.to_str().unwrap()),
+        ("EXECUTION__CONCURRENCY", "3"),
+    ])
+    .await
+    else {
+        return;
+    };
+    let client = server.client().await;
+    let name = format!("docker://{}/team/tools:ignored@{digest}", registry.address());
+    let (first, second, third) =
+        tokio::join!(finds(&client, &name), finds(&client, &name), finds(&client, &name));
+    assert!([first, second, third].iter().all(|found| *found == format!("pulled {FOUND}")));
+    let layers: Vec<_> =
+        registry.0.lock().unwrap().blobs.0.keys().filter(|blob| **blob != digest).cloned().collect();
+    for blob in layers {
+        assert_eq!(registry.served(&format!("/elsewhere/{blob}")), 1, "{blob}");
+    }
+    // What is there needs no registry, but one that is allowed.
+    registry.change(|content| content.broken = Some(StatusCode::INTERNAL_SERVER_ERROR));
+    assert_eq!(finds(&client, &name).await, format!("pulled {FOUND}"));
+    let pulled: Vec<_> = server.log().into_iter().filter(|event| event["event"] == "image_pulled").collect();
+    assert!(pulled.len() == 1 && pulled[0]["digest"] == *digest, "{pulled:?}");
+    let log = serde_json::to_string(&server.log()).unwrap();
+    assert!(!log.contains("t0ken") && !log.contains("secret"), "credentials stay out of the log");
+}
+
+#[tokio::test]
+async fn an_image_that_cannot_be_had_is_an_error_of_its_kind_and_is_not_asked_for_again_and_again() {
+    let mut content = Content::default();
+    let good = image(&mut content.blobs, "good");
+    let bad = image(&mut content.blobs, "bad");
+    let layer =
+        serde_json::from_slice::<serde_json::Value>(&content.blobs.0[&bad]).unwrap()["layers"][1]["digest"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+    content.blobs.0.get_mut(&layer).unwrap()[0] ^= 1;
+    let registry = TestRegistry::serve(content).await;
+    let registries = format!("[\"http://{}\", \"http://127.0.0.1:9\"]", registry.address());
+    let settings = [("EXECUTION__IMAGES__REGISTRIES", &*registries)];
+    let Some(server) = server(&settings).await else { return };
+    let client = server.client().await;
+    let at = |rest: &str| format!("docker://{}/team/{rest}", registry.address());
+    let absent = "sha256:".to_owned() + &"0".repeat(64);
+    for (name, code, part) in [
+        (at("tools:v1"), Code::FailedPrecondition, "execution.images.tags"),
+        (at(&format!("tools@{absent}")), Code::FailedPrecondition, "it has no team/tools/manifests"),
+        (at(&format!("other@{good}")), Code::FailedPrecondition, "it has no team/other/manifests"),
+        (at(&format!("tools@{bad}")), Code::FailedPrecondition, "another digest"),
+        (
+            format!("docker://localhost/team/tools@{good}"),
+            Code::FailedPrecondition,
+            "execution.images.registries",
+        ),
+        (format!("docker://127.0.0.1:9/team/tools@{good}"), Code::Unavailable, "cannot be reached"),
+    ] {
+        let (found, message) = refused(&client, &name).await;
+        assert!(
+            found == code && message.contains(part) && message.contains("image"),
+            "{name}: {found:?} {message}"
+        );
+    }
+    let asked = registry.0.lock().unwrap().asked.len();
+    let (code, _) = refused(&client, &at(&format!("tools@{bad}"))).await;
+    assert_eq!(code, Code::FailedPrecondition);
+    assert_eq!(registry.0.lock().unwrap().asked.len(), asked, "the failure is remembered for a moment");
+    registry.change(|content| content.login = Some("me:secret".into()));
+    let (code, message) = refused(&client, &at(&format!("tools@{good}"))).await;
+    assert!(
+        code == Code::FailedPrecondition && message.contains("execution.images.credentials"),
+        "{message}"
+    );
+    let images = server.store().join("build/images");
+    assert_eq!(fs::read_dir(images).unwrap().count(), 0, "nothing of a failed pull is left");
+}
+
+#[tokio::test]
+async fn a_tag_means_what_the_configuration_says_and_images_that_pools_name_are_ready_at_the_start() {
+    let mut content = Content::default();
+    let (first, second) = (image(&mut content.blobs, "first"), image(&mut content.blobs, "second"));
+    content.tags.insert("v1".into(), first.clone());
+    let registry = TestRegistry::serve(content).await;
+    let (registries, name) = (allowed(&registry), format!("docker://{}/team/tools:v1", registry.address()));
+    for (policy, expected) in [("each_action", "second"), ("once", "first")] {
+        registry.change(|content| _ = content.tags.insert("v1".into(), first.clone()));
+        let pools = format!("{{ p = {{ slots = 1, properties = {{ container-image = \"{name}\" }} }} }}");
+        let settings = [
+            ("EXECUTION__IMAGES__REGISTRIES", &*registries),
+            ("EXECUTION__IMAGES__TAGS", policy),
+            ("EXECUTION__POOLS", &*pools),
+        ];
+        let Some(server) = server(&settings).await else { return };
+        let is_ready = || server.log().iter().any(|event| event["event"] == "image_pulled");
+        eventually("the image that the pool names is pulled", is_ready).await;
+        let client = server.client().await;
+        assert_eq!(finds(&client, &name).await, format!("first {FOUND}"), "{policy}");
+        registry.change(|content| _ = content.tags.insert("v1".into(), second.clone()));
+        assert_eq!(finds(&client, &name).await, format!("{expected} {FOUND}"), "{policy}");
+    }
+}

@@ -210,7 +210,7 @@ async fn staged_inputs_take_at_most_half_of_the_space_that_is_free_without_them(
     for at in 0..12 {
         let root = directory(vec![file(&format!("f{at}"), content)], vec![], vec![]);
         let root = client.upload(root).await;
-        let response = client.run(client.action(sh("wc -c < f*"), root).await).await;
+        let response = client.run(client.action(sh("cat f* | wc -c"), root).await).await;
         let result = response.result.unwrap_or_else(|| panic!("{:?}", response.status));
         assert_eq!(client.stdout(&result).await.trim(), "3900000");
     }

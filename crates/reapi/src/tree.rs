@@ -377,6 +377,36 @@ mod tests {
         assert!(refusal.to_string().contains("the Directory is refused"), "{refusal}");
     }
 
+    /// A directory may have hundreds of thousands of nodes, each of which is looked up.
+    #[test]
+    fn nodes_are_found_by_name_in_whatever_order_a_client_sent_them() {
+        let digest = Some(Digest::empty(SHA256).to_wire());
+        let name = |number: usize| format!("{}", number * 7_919 % 1_000);
+        let message = reapi::Directory {
+            files: (0..300)
+                .map(|at| reapi::FileNode { name: name(at), digest: digest.clone(), ..Default::default() })
+                .collect(),
+            directories: (300..600)
+                .map(|at| reapi::DirectoryNode { name: name(at), digest: digest.clone() })
+                .collect(),
+            symlinks: (600..900)
+                .map(|at| reapi::SymlinkNode { name: name(at), target: "t".into(), ..Default::default() })
+                .collect(),
+            ..Default::default()
+        };
+        let directory = Directory::from_wire(&message, SHA256).unwrap();
+        for at in 0..1_000 {
+            let name = name(at);
+            let found = (
+                directory.file(&name).map(|file| &file.name),
+                directory.subdirectory(&name).map(|child| &child.name),
+                directory.symlink(&name).map(|link| &link.name),
+            );
+            let is = |range: std::ops::Range<usize>| range.contains(&at).then_some(&name);
+            assert_eq!(found, (is(0..300), is(300..600), is(600..900)), "{at}");
+        }
+    }
+
     /// EXE-28.
     #[test]
     fn a_directory_with_a_bad_name_or_a_name_twice_is_refused() {

@@ -175,7 +175,7 @@ mod tests {
             ..Default::default()
         };
         let directory = Directory::from_wire(&message, SHA256).unwrap();
-        let [first, plain, second, other] = &*directory.files else { panic!("{directory:?}") };
+        let [other, plain, first, second] = &*directory.files else { panic!("{directory:?}") };
         let pairs = |named: &NamedProperties| -> Vec<(String, String)> {
             named.iter().map(|property| (property.name.clone(), property.value.clone())).collect()
         };

@@ -374,6 +374,26 @@ mod tests {
     use std::time::Duration;
 
     #[test]
+    fn a_second_walk_ends_soon_after_a_cancellation() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("d")).unwrap();
+        let own = File::open(directory.path()).unwrap();
+        let cancel = CancelToken::new();
+        let checkpoint = Checkpoint::new(&cancel, "a test", Duration::from_secs(60));
+        let top = || LayerWalk::at_top(ExecRoot::new(&own, None)).unwrap();
+        let seen = Seen::from(&rustix::fs::fstat(&own).unwrap());
+        let mut scan = OutputScan::of(top(), seen, "d", &checkpoint, &mut NodeBudget::new()).unwrap();
+        let mut visited = 0;
+        let outcome = scan.revisit(top(), "d", &checkpoint, |_, _| {
+            visited += 1;
+            cancel.cancel();
+            Ok(())
+        });
+        assert!(matches!(outcome, Err(Error::Cancelled(_))));
+        assert_eq!(visited, 1);
+    }
+
+    #[test]
     fn names_and_targets_of_outputs_are_bounded_together() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("name")).unwrap();

@@ -127,6 +127,13 @@ struct ImagePull {
     outcome: OnceLock<(Instant, Result<ImageLease>)>,
 }
 
+impl ImagePull {
+    /// Why it has failed, if it has.
+    fn failure(&self) -> Option<&Error> {
+        self.outcome.get()?.1.as_ref().err()
+    }
+}
+
 impl Images {
     /// Opens the images in a directory of the build root, which this process must have locked. Requests to registries run on
     /// `runtime`.
@@ -144,6 +151,25 @@ impl Images {
             pulls: Mutex::default(),
             ended: Condvar::new(),
         })))
+    }
+
+    /// Pulls images ahead of the actions that ask for them, one after the other, in the background. Failures are logged, and
+    /// tried again when an action asks.
+    pub fn prefetch(&self, names: Vec<String>) {
+        let images = self.clone();
+        let fetch = move || {
+            for name in &names {
+                let fetched = images.lease(name, &|| Ok(()));
+                if let Err(error @ (Error::Invalid(_) | Error::Precondition(_))) = fetched {
+                    Event::warn(LOG, IMAGE_NOT_READY)
+                        .with("image", &**name)
+                        .with_shown("error", &error)
+                        .log(format_args!("an image that a pool names cannot be used: {error}"));
+                }
+            }
+        };
+        // Without a thread, the first action of each image waits for its pull.
+        let _ = thread::Builder::new().name("gorego-prefetch".into()).spawn(fetch);
     }
 
     fn pulls(&self) -> MutexGuard<'_, Pulls> {
@@ -221,36 +247,37 @@ impl Images {
 
     fn obtain(&self, reference: &ImageReference, check: &dyn Fn() -> Result<()>) -> Result<ImageLease> {
         let digest = self.resolve(reference).map_err(|error| about(reference, error))?;
-        let mut pulls = self.pulls();
+        let mut joined: Option<Arc<ImagePull>> = None;
         loop {
+            let mut pulls = self.pulls();
+            // An image that was pulled meanwhile is leased by its pull, for as long as `joined` holds that.
             if let Some(lease) = self.0.cache.lease(&digest) {
                 return Ok(lease);
             }
-            pulls.retain(|_, pull| pull.outcome.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_KEPT));
-            let running =
-                || pulls.iter().filter(|(_, pull)| pull.outcome.get().is_none()).map(|(key, _)| key);
-            let may_start = running().count() < MAX_PULLS && running().all(|(_, other)| *other != digest);
-            let joined = match pulls.get(&(reference.origin.clone(), digest.clone())) {
-                Some(pull) => Some(pull.clone()),
-                None if may_start => Some(self.start(reference, &digest, &mut pulls)?),
-                None => None,
-            };
-            if let Some((_, outcome)) = joined.as_ref().and_then(|pull| pull.outcome.get()) {
-                outcome.as_ref().map_err(Clone::clone)?;
+            joined = self.join(reference, &digest, &mut pulls)?.or(joined);
+            if let Some(error) = joined.as_ref().and_then(|pull| pull.failure()) {
+                return Err(error.clone());
             }
-            (pulls, _) = self.0.ended.wait_timeout(pulls, WAIT_POLL).unwrap_or_else(PoisonError::into_inner);
-            if let Some((_, outcome)) = joined.as_ref().and_then(|pull| pull.outcome.get()) {
-                outcome.as_ref().map_err(Clone::clone)?;
-                // It is still leased by the pull.
-                if let Some(lease) = self.0.cache.lease(&digest) {
-                    return Ok(lease);
-                }
-            }
-            drop(joined);
-            drop(pulls);
+            drop(self.0.ended.wait_timeout(pulls, WAIT_POLL).unwrap_or_else(PoisonError::into_inner));
             check()?;
-            pulls = self.pulls();
         }
+    }
+
+    /// The pull of this image from this origin, which may have failed a moment ago. It is started if that is possible now: not
+    /// beside too many others, and not beside one that brings the same image from elsewhere.
+    fn join(
+        &self,
+        reference: &ImageReference,
+        digest: &ImageDigest,
+        pulls: &mut Pulls,
+    ) -> Result<Option<Arc<ImagePull>>> {
+        pulls.retain(|_, pull| pull.outcome.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_KEPT));
+        if let Some(pull) = pulls.get(&(reference.origin.clone(), digest.clone())) {
+            return Ok(Some(pull.clone()));
+        }
+        let running = || pulls.iter().filter(|(_, pull)| pull.outcome.get().is_none()).map(|(key, _)| key);
+        let may_start = running().count() < MAX_PULLS && running().all(|(_, other)| other != digest);
+        may_start.then(|| self.start(reference, digest, pulls)).transpose()
     }
 
     /// Starts a pull on a thread of its own.
@@ -313,27 +340,6 @@ impl Images {
                 .log(format_args!("an image could not be pulled")),
         }
         outcome
-    }
-}
-
-impl Images {
-    /// Pulls images ahead of the actions that ask for them, one after the other, in the background. Failures are logged, and
-    /// tried again when an action asks.
-    pub fn prefetch(&self, names: Vec<String>) {
-        let images = self.clone();
-        let fetch = move || {
-            for name in &names {
-                let fetched = images.lease(name, &|| Ok(()));
-                if let Err(error @ (Error::Invalid(_) | Error::Precondition(_))) = fetched {
-                    Event::warn(LOG, IMAGE_NOT_READY)
-                        .with("image", &**name)
-                        .with_shown("error", &error)
-                        .log(format_args!("an image that a pool names cannot be used: {error}"));
-                }
-            }
-        };
-        // Without a thread, the first action of each image waits for its pull.
-        let _ = thread::Builder::new().name("gorego-prefetch".into()).spawn(fetch);
     }
 }
 

@@ -171,6 +171,8 @@ struct Content {
     address: String,
     /// The status of all answers, if something is wrong.
     broken: Option<StatusCode>,
+    /// There is no answer at all.
+    is_silent: bool,
 }
 
 impl TestRegistry {
@@ -204,6 +206,9 @@ impl TestRegistry {
 }
 
 async fn answer(State(TestRegistry(content)): State<TestRegistry>, request: Request) -> Response {
+    if content.lock().unwrap().is_silent {
+        std::future::pending::<()>().await;
+    }
     let mut content = content.lock().unwrap();
     let response = content.answer(&request);
     content.asked.push((request.uri().path().to_owned(), response.status().as_u16()));
@@ -322,7 +327,7 @@ async fn an_image_that_cannot_be_had_is_an_error_of_its_kind_and_is_not_asked_fo
     content.blobs.0.get_mut(&layer).unwrap()[0] ^= 1;
     let registry = TestRegistry::serve(content).await;
     let registries = format!("[\"http://{}\", \"http://127.0.0.1:9\"]", registry.address());
-    let settings = [("EXECUTION__IMAGES__REGISTRIES", &*registries)];
+    let settings = [("EXECUTION__IMAGES__REGISTRIES", &*registries), ("EXECUTION__IMAGES__TIMEOUT", "3s")];
     let Some(server) = server(&settings).await else { return };
     let client = server.client().await;
     let at = |rest: &str| format!("docker://{}/team/{rest}", registry.address());
@@ -355,6 +360,10 @@ async fn an_image_that_cannot_be_had_is_an_error_of_its_kind_and_is_not_asked_fo
         code == Code::FailedPrecondition && message.contains("execution.images.credentials"),
         "{message}"
     );
+    registry.change(|content| content.is_silent = true);
+    let other = "sha256:".to_owned() + &"1".repeat(64);
+    let (code, message) = refused(&client, &at(&format!("tools@{other}"))).await;
+    assert!(code == Code::Unavailable && message.contains("execution.images.timeout"), "{message}");
     let images = server.store().join("build/images");
     assert_eq!(fs::read_dir(images).unwrap().count(), 0, "nothing of a failed pull is left");
 }

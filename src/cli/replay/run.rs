@@ -154,7 +154,7 @@ impl ReplayPlace {
             return Ok(Replayed::ShellEnded);
         }
         let outcome = match report {
-            Ok(done) => Ok(done.result),
+            Ok(done) => Ok(done.result.into_inner()),
             // Facts about the command, as opposed to failures of this machine.
             Err(failure) if is_the_commands(&failure.error) => Err(failure.error),
             Err(failure) => return Err(failure.error),

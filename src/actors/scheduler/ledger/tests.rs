@@ -96,7 +96,7 @@ impl Desk {
 }
 
 fn success() -> RunReport {
-    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), account: Default::default() }))
+    Ok(Box::new(RunResult { result: Default::default(), account: Default::default() }))
 }
 
 fn stage(subscription: &Subscription) -> Stage {

@@ -55,9 +55,10 @@ pub(crate) async fn prepare(
     let contents = digests.iter().map(|digest| digest.size() as usize + FIELD_BYTES).sum::<usize>();
     call.reserve(answer_bytes(result) + contents).await?;
     // Inlining is optional: the client can read the blobs.
-    let contents = match slots.is_empty() {
-        true => Vec::new(),
-        false => cas.read_many(instance, digests).await.unwrap_or_default(),
+    let contents = if slots.is_empty() {
+        Vec::new()
+    } else {
+        cas.read_many(instance, digests).await.unwrap_or_default()
     };
     let mut copy = strip(reapi::ActionResult::clone(result));
     fill(&mut copy, &slots, contents);

@@ -342,7 +342,7 @@ impl Default for ExecutionConfig {
             contended_abandon_grace: Duration::from_secs(2),
             max_attempts: 3,
             max_output_file_gb: Size::from_gb(16),
-            staged_inputs_gb: Size::from_gb(0),
+            staged_inputs_gb: Size::from_gb(5),
             min_priority: -100,
             max_priority: 100,
             priority_ageing: Duration::from_secs(60),

@@ -18,10 +18,10 @@ use crate::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{WorkerActor, WorkerSettings},
+        worker::WorkerActor,
     },
     cgroups::LimitReport,
-    config::{ExecutionSettings, PoolSettings, Settings},
+    config::{ExecutionSettings, Settings},
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
@@ -414,19 +414,7 @@ fn start_scheduler(
         images.prefetch(named.into_iter().map(str::to_owned).collect());
     }
     let pools = execution.pools.iter().map(|pool| {
-        let worker = Arc::new(WorkerSettings {
-            name: worker_name(pool),
-            pool: pool.name.clone(),
-            build_root: place.build_root.clone(),
-            transfer_timeout: execution.transfer_timeout,
-            max_output_file_bytes: execution.max_output_file_bytes,
-            runner: WorkerSettings::own_runner(place.open_files),
-            images: place.image_store(),
-            sandbox: place.pool_sandbox(pool),
-            limits: place.pool_limits(pool),
-            tools: place.tools(&pool.name),
-            log_streams: log_streams.clone(),
-        });
+        let worker = Arc::new(place.worker(execution, pool, log_streams.clone()));
         let spec = PoolSpec {
             name: pool.name.clone(),
             section: if pool.is_declared {
@@ -518,11 +506,6 @@ fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActo
 }
 
 /// The common name of a pool's workers, without the slot: `host`, or `host/pool` for a configured pool.
-fn worker_name(pool: &PoolSettings) -> String {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    if pool.is_declared { format!("{host}/{}", pool.name) } else { host }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,7 +9,7 @@ use crate::{
     cgroups::LimitReport,
     config::{Config, LogConfig, Settings},
     logging::{self, Event, Style},
-    sandbox::probe::Report,
+    sandbox::probe::{Protection, Report},
     server::{self, Ready},
     size::Size,
 };
@@ -65,7 +65,7 @@ fn announce(style: Style, settings: &Settings, ready: &Ready) {
             .with("protection", missing.protection.name())
             .with("error", &*missing.reason)
             .with_some("remedy", missing.remedy.as_deref())
-            .log(format_args!("the sandbox of actions is incomplete: {missing}"));
+            .log(format_args!("the sandbox of actions is incomplete: {} is off", missing.protection.name()));
     }
     for missing in limits.iter().flat_map(LimitReport::missing) {
         Event::warn("gorego::server", "limits_incomplete")
@@ -102,6 +102,30 @@ fn protections(sandbox: Option<&Report>) -> String {
     }
 }
 
+/// The protections that are on, and for each other one what that means, why, and what enables it.
+fn describe_sandbox(text: &mut String, sandbox: Option<&Report>) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "  sandbox  {}", protections(sandbox));
+    let Some(report) = sandbox else {
+        let _ = writeln!(text, "    {}", Protection::Namespaces.consequence());
+        return;
+    };
+    for missing in &report.missing {
+        let _ = match &missing.remedy {
+            None => writeln!(text, "    {}: {}", missing.headline(), missing.reason),
+            Some(remedy) => writeln!(
+                text,
+                "    {}\n      why: {}\n      to enable it: {remedy}",
+                missing.headline(),
+                missing.reason
+            ),
+        };
+    }
+    if !report.missing.is_empty() {
+        text.push_str("    docs/sandbox.md explains each\n");
+    }
+}
+
 /// The banner: listening address, data directory, number of slots, the sandbox, and the lines for `.bazelrc`.
 pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
     let Ready { address, sandbox, limits } = ready;
@@ -114,10 +138,10 @@ pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
     let mut text = format!("goREgo {} listens on {address}\n", env!("CARGO_PKG_VERSION"));
     let most = Size::from_bytes(settings.max_size_bytes).rounded();
     // Writing to a String cannot fail.
-    let _ = writeln!(text, "  data   {} (at most {most})", settings.cache_dir.display());
+    let _ = writeln!(text, "  data     {} (at most {most})", settings.cache_dir.display());
     match &settings.execution {
         Some(execution) => {
-            let _ = write!(text, "  slots  {} actions at a time", execution.slots);
+            let _ = write!(text, "  slots    {} actions at a time", execution.slots);
             let declared = execution.pools.iter().filter(|pool| pool.is_declared);
             let pools: Vec<_> = declared.map(|pool| format!("{} {}", pool.name, pool.slots)).collect();
             text.push_str(&if pools.is_empty() {
@@ -125,22 +149,19 @@ pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
             } else {
                 format!(" ({})\n", pools.join(", "))
             });
-            let _ = writeln!(text, "  sandbox {}", protections(sandbox.as_ref()));
-            for missing in sandbox.iter().flat_map(|report| &report.missing) {
-                let _ = writeln!(text, "    {missing}");
-            }
+            describe_sandbox(&mut text, sandbox.as_ref());
             if let Some(limits) = limits {
                 let total = Size::from_bytes(limits.total_memory).rounded();
-                let _ = writeln!(text, "  limits {}; {total} of memory for all actions", limits.summary());
+                let _ = writeln!(text, "  limits   {}; {total} of memory for all actions", limits.summary());
                 for missing in limits.missing() {
                     let _ = writeln!(text, "    {missing}");
                 }
             }
         }
-        None => text.push_str("  slots  none; this is a cache only\n"),
+        None => text.push_str("  slots    none; this is a cache only\n"),
     }
     if let Some(file) = &settings.config_file {
-        let _ = writeln!(text, "  config {}", file.display());
+        let _ = writeln!(text, "  config   {}", file.display());
     }
     text.push_str("\nFor Bazel, put this into .bazelrc");
     if unspecified {
@@ -171,7 +192,10 @@ pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Loaded, Machine};
+    use crate::{
+        config::{Loaded, Machine},
+        sandbox::probe::MissingProtection,
+    };
 
     fn settings(change: impl FnOnce(&mut crate::config::Config)) -> Settings {
         let mut loaded = Loaded::defaults();
@@ -201,6 +225,34 @@ mod tests {
             assert!(text.contains(part), "{part} in {text}");
         }
         assert!(!text.contains("remote_executor"));
+    }
+
+    #[test]
+    fn the_banner_tells_what_a_missing_protection_means_and_what_enables_it() {
+        let missing = |protection, reason: &str, remedy: Option<&str>| MissingProtection {
+            protection,
+            reason: reason.into(),
+            remedy: remedy.map(str::to_owned),
+        };
+        let report = Report {
+            missing: vec![
+                missing(Protection::Namespaces, "a limit is 0", Some("sysctl -w limit=1")),
+                missing(Protection::Filter, "no seccomp", None),
+            ],
+            ..Report::default()
+        };
+        let with = |sandbox| banner(&settings(|_| {}), &Ready { sandbox, ..ready("127.0.0.1:50051") });
+        let text = with(Some(report));
+        for part in [
+            "\n  sandbox  none\n    namespaces is off, so actions see this machine",
+            "\n      why: a limit is 0\n      to enable it: sysctl -w limit=1\n",
+            "\n    filter is off, so actions may use every system call: no seccomp\n",
+            "docs/sandbox.md",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        let off = with(None);
+        assert!(off.contains("\n  sandbox  none\n    actions see this machine"), "{off}");
     }
 
     /// A new user sees both.

@@ -90,7 +90,9 @@ impl fmt::Display for ImageDigest {
 /// Computes a digest.
 #[derive(Debug, Clone)]
 pub enum Hasher {
+    /// Of SHA-256.
     Sha256(Sha256),
+    /// Of SHA-512.
     Sha512(Sha512),
 }
 

@@ -3,6 +3,11 @@
 use super::settings::Protections;
 use std::fmt;
 
+/// What every error of an attempt begins with.
+const NOT_SET_UP: &str = "could not set up the sandbox: ";
+/// Why a protection is missing that was not tried.
+const NEEDS_NAMESPACES: &str = "it needs the namespaces";
+
 /// A protection, as users know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protection {
@@ -32,6 +37,17 @@ impl Protection {
         }
     }
 
+    /// What it means for actions that it is missing.
+    pub(crate) fn consequence(self) -> &'static str {
+        match self {
+            Self::Namespaces => "actions see this machine and run as the user of the server",
+            Self::Network => "actions use the network of this machine",
+            Self::Identity => "actions are root of this machine, without capabilities",
+            Self::Filter => "actions may use every system call",
+            Self::Landlock => "there is no second layer behind the mounts and permissions",
+        }
+    }
+
     fn set(self, on: &mut Protections) {
         match self {
             Self::Namespaces => on.namespaces = true,
@@ -48,7 +64,7 @@ impl Protection {
 pub(crate) struct MissingProtection {
     /// Which.
     pub protection: Protection,
-    /// The step that failed, and why.
+    /// Why, with the step that failed.
     pub reason: String,
     /// What enables it, if that is known.
     pub remedy: Option<String>,
@@ -80,9 +96,20 @@ impl Report {
     }
 }
 
+impl MissingProtection {
+    /// That it is off, and what this means, unless that follows from the namespaces.
+    pub(crate) fn headline(&self) -> String {
+        let name = self.protection.name();
+        match &*self.reason {
+            NEEDS_NAMESPACES => format!("{name} is off"),
+            _ => format!("{name} is off, so {}", self.protection.consequence()),
+        }
+    }
+}
+
 impl fmt::Display for MissingProtection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} is off: {}", self.protection.name(), self.reason)?;
+        write!(f, "{}: {}", self.headline(), self.reason)?;
         match &self.remedy {
             Some(remedy) => write!(f, "; to enable it: {remedy}"),
             None => Ok(()),
@@ -127,47 +154,64 @@ pub(crate) fn find(
         protection.set(&mut with);
         let needs_namespaces =
             matches!(protection, Protection::Network | Protection::Identity) && !report.on.namespaces;
-        let outcome =
-            if needs_namespaces { Err("it needs the namespaces".to_owned()) } else { attempt(with) };
+        let outcome = if needs_namespaces { Err(NEEDS_NAMESPACES.to_owned()) } else { attempt(with) };
         match outcome {
             Ok(()) => report.on = with,
-            Err(reason) => {
-                let remedy = if needs_namespaces { None } else { remedy(protection, machine) };
-                report.missing.push(MissingProtection { protection, reason, remedy });
+            Err(reason) if needs_namespaces => {
+                report.missing.push(MissingProtection { protection, reason, remedy: None });
             }
+            Err(error) => report.missing.push(explained(protection, machine, &error)),
         }
     }
     report
 }
 
-/// The one change to the machine that makes a protection work.
-fn remedy(protection: Protection, machine: &KernelFacts) -> Option<String> {
-    let sysctl = |name: &str, value: u64| Some(format!("sysctl -w {name}={value}"));
-    match protection {
-        Protection::Namespaces if machine.max_user_namespaces == Some(0) => {
-            sysctl("user.max_user_namespaces", 15_000)
-        }
-        Protection::Namespaces if machine.unprivileged_userns_clone == Some(0) => {
-            sysctl("kernel.unprivileged_userns_clone", 1)
-        }
-        Protection::Namespaces if machine.apparmor_restrict_unprivileged_userns == Some(1) => {
-            sysctl("kernel.apparmor_restrict_unprivileged_userns", 0)
-        }
+/// Why a protection is missing, and the one change to the machine that makes it work.
+fn explained(protection: Protection, machine: &KernelFacts, error: &str) -> MissingProtection {
+    let error = error.strip_prefix(NOT_SET_UP).unwrap_or(error);
+    if let Some((name, value, better)) = setting_in_the_way(protection, machine) {
+        return MissingProtection {
+            protection,
+            reason: format!("{name} is {value} ({error})"),
+            remedy: Some(format!("sysctl -w {name}={better}")),
+        };
+    }
+    let remedy = match protection {
         Protection::Namespaces | Protection::Identity if machine.kernel < (5, 12) => {
-            Some("use Linux 5.12 or later".into())
+            Some("use Linux 5.12 or later")
         }
         Protection::Namespaces => Some(
-            "in a container, start it with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
-                .into(),
+            "in a container, start it with --security-opt seccomp=unconfined --security-opt systempaths=unconfined",
         ),
-        Protection::Network if machine.max_net_namespaces == Some(0) => {
-            sysctl("user.max_net_namespaces", 15_000)
-        }
+        // In a container that has few user ids of the machine.
+        Protection::Identity if error.contains("uid_map") => Some(
+            "set execution.sandbox.first_user to a user id that this container has, with all slots after it",
+        ),
         Protection::Identity => {
-            Some("put execution.build_root on ext4, xfs, btrfs or tmpfs, which can map user ids".into())
+            Some("put execution.build_root on ext4, xfs, btrfs or tmpfs, which can map user ids")
         }
-        Protection::Landlock => Some("start Linux 5.19 or later with landlock in its lsm= parameter".into()),
+        Protection::Landlock => Some("start Linux 5.19 or later with landlock in its lsm= parameter"),
         Protection::Network | Protection::Filter => None,
+    };
+    MissingProtection { protection, reason: error.to_owned(), remedy: remedy.map(str::to_owned) }
+}
+
+/// A setting of the kernel that forbids a protection: its name, its value, and a value that allows it.
+fn setting_in_the_way(protection: Protection, machine: &KernelFacts) -> Option<(&'static str, u64, u64)> {
+    match protection {
+        Protection::Namespaces if machine.max_user_namespaces == Some(0) => {
+            Some(("user.max_user_namespaces", 0, 15_000))
+        }
+        Protection::Namespaces if machine.unprivileged_userns_clone == Some(0) => {
+            Some(("kernel.unprivileged_userns_clone", 0, 1))
+        }
+        Protection::Namespaces if machine.apparmor_restrict_unprivileged_userns == Some(1) => {
+            Some(("kernel.apparmor_restrict_unprivileged_userns", 1, 0))
+        }
+        Protection::Network if machine.max_net_namespaces == Some(0) => {
+            Some(("user.max_net_namespaces", 0, 15_000))
+        }
+        _ => None,
     }
 }
 
@@ -207,7 +251,11 @@ mod tests {
         let closed = KernelFacts { max_user_namespaces: Some(0), ..machine() };
         let report = find(false, &closed, none);
         assert_eq!(report.names(), ["filter", "landlock"]);
-        assert!(report.missing[0].to_string().contains("sysctl -w user.max_user_namespaces=15000"));
+        let said = report.missing[0].to_string();
+        for part in ["so actions see this machine", "user.max_user_namespaces is 0 (ENOSPC)"] {
+            assert!(said.contains(part), "{part} in {said}");
+        }
+        assert!(said.ends_with("sysctl -w user.max_user_namespaces=15000"), "{said}");
         let debian = KernelFacts { unprivileged_userns_clone: Some(0), ..machine() };
         assert!(find(false, &debian, none).missing[0].to_string().contains("unprivileged_userns_clone=1"));
     }

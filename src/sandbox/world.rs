@@ -190,7 +190,8 @@ impl World {
         mounts::attach(proc.as_fd(), CWD, Path::new("/proc")).step("mount /proc")?;
         fs::write("/proc/sys/user/max_user_namespaces", "0").step("forbid further user namespaces")?;
         restrict_proc()?;
-        let wanted = self.sandbox.wanted();
+        // Other root file systems show nothing of the host.
+        let wanted = if passage.kind.root.is_none() { self.sandbox.wanted() } else { Wanted::default() };
         mount_fresh(self.sandbox.fresh(), &wanted)?;
         confine::limit_cores().step("limit core dumps")?;
         confine::limit_processes(self.sandbox.processes).step("limit the number of processes")?;

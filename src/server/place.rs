@@ -16,6 +16,7 @@ use crate::{
     cgroups::{Groups, LimitReport},
     config::{ExecutionSettings, ImagesSettings, PoolSettings, Tags},
     images::{ImageSettings, Images, TagPolicy},
+    log_streams::LogStreams,
     logging::Event,
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
 };
@@ -126,8 +127,30 @@ impl Place {
         Ok(place)
     }
 
+    /// What the workers of a pool share.
+    pub(crate) fn worker(
+        &self,
+        execution: &ExecutionSettings,
+        pool: &PoolSettings,
+        log_streams: LogStreams,
+    ) -> WorkerSettings {
+        WorkerSettings {
+            name: worker_name(pool),
+            pool: pool.name.clone(),
+            build_root: self.build_root.clone(),
+            transfer_timeout: execution.transfer_timeout,
+            max_output_file_bytes: execution.max_output_file_bytes,
+            runner: WorkerSettings::own_runner(self.open_files),
+            images: self.image_store(),
+            sandbox: self.pool_sandbox(pool),
+            limits: self.pool_limits(pool),
+            tools: self.tools(&pool.name),
+            log_streams,
+        }
+    }
+
     /// The sandbox of a pool, if it has one and anything of it works.
-    pub(crate) fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
+    fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
         if report.is_empty() || pool.sandbox.mode == SandboxMode::Off {
             return None;
@@ -151,12 +174,12 @@ impl Place {
     }
 
     /// The container images, if actions can have any.
-    pub(crate) fn image_store(&self) -> Option<Arc<dyn ImageStore>> {
+    fn image_store(&self) -> Option<Arc<dyn ImageStore>> {
         self.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>)
     }
 
     /// What one action of a pool may use.
-    pub(crate) fn pool_limits(&self, pool: &PoolSettings) -> PoolLimits {
+    fn pool_limits(&self, pool: &PoolSettings) -> PoolLimits {
         PoolLimits { settings: pool.limits, groups: Some(self.groups.clone()) }
     }
 
@@ -179,6 +202,11 @@ impl Place {
         }
         probe_root(&sandbox, runner, &self.build_root).or_else(|reason| refuse(&reason))
     }
+}
+
+fn worker_name(pool: &PoolSettings) -> String {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    if pool.is_declared { format!("{host}/{}", pool.name) } else { host }
 }
 
 /// The limit of processes of the user of a cell. Where there are groups, it is only a second line, so that the one that says

@@ -5,9 +5,6 @@ use gorego_reapi::{digest::Digest, proto::reapi};
 use prost::Message as _;
 use std::{fs, path::Path};
 
-/// Staged trees are off by default.
-const STAGED: &[(&str, &str)] = &[("EXECUTION__STAGED_INPUTS_GB", "5")];
-
 /// Uploads an input root with files `f0`, `f1` and so on in a directory `d`, each with this text and its number.
 async fn root_of(client: &Client, files: usize, text: &str) -> (Digest, Vec<Digest>) {
     let contents = client.upload_all((0..files).map(|at| format!("{text} {at}\n"))).await;
@@ -46,7 +43,7 @@ fn overlays() -> usize {
 
 #[tokio::test]
 async fn an_input_root_is_staged_once_and_seen_by_all() {
-    with_each(STAGED, async |host| {
+    with_each(&[], async |host| {
         let (root, _) = root_of(&host.client, 50, "text").await;
         for _ in 0..3 {
             let seen = says(&host.client, "cat d/f7; ls d | wc -l; echo spoilt > d/f7; rm d/f8", root).await;
@@ -64,7 +61,7 @@ async fn an_input_root_is_staged_once_and_seen_by_all() {
 
 #[tokio::test]
 async fn a_killed_server_leaves_no_mount_and_its_trees_are_removed_by_the_next() {
-    with_each(STAGED, async |host| {
+    with_each(&[], async |host| {
         let before = overlays();
         let (root, _) = root_of(&host.client, 50, "text").await;
         let marker = format!("until-killed-{}", host.server.pid());
@@ -80,19 +77,19 @@ async fn a_killed_server_leaves_no_mount_and_its_trees_are_removed_by_the_next()
     })
     .await;
     // The next server on the same store begins with nothing.
-    let server = Server::with(STAGED).await;
+    let server = Server::with(&[]).await;
     let client = server.client().await;
     let (root, _) = root_of(&client, 50, "text").await;
     says(&client, "true", root).await;
     assert_eq!(directories(&server).1, 1);
-    let server = Server::on(server.kill().await, STAGED).await;
+    let server = Server::on(server.kill().await, &[]).await;
     eventually("what was left is removed", || directories(&server) == (0, 0)).await;
     assert_eq!(says(&server.client().await, "cat d/f3", root).await, "text 3\n");
 }
 
 #[tokio::test]
 async fn a_damaged_blob_is_not_staged() {
-    let server = Server::with(STAGED).await;
+    let server = Server::with(&[]).await;
     let client = server.client().await;
     let (root, files) = root_of(&client, 50, &"text ".repeat(10_000)).await;
     let path = stored(&server, files[20]);
@@ -135,7 +132,7 @@ async fn eviction_does_no_harm_to_an_action_that_runs() {
 /// Whoever cleans up by hand, or by a job that removes old files.
 #[tokio::test]
 async fn a_tree_that_somebody_removes_is_made_again_and_spoils_no_result() {
-    with_each(STAGED, async |host| {
+    with_each(&[], async |host| {
         let remove_trees = || {
             for entry in fs::read_dir(host.server.store().join("build")).unwrap().flatten() {
                 if entry.file_name().as_encoded_bytes().starts_with(b"t-") {
@@ -161,7 +158,7 @@ async fn a_tree_that_somebody_removes_is_made_again_and_spoils_no_result() {
 /// A directory without read permission has no attributes that its owner can read, and those of a layer are attributes.
 #[tokio::test]
 async fn permissions_of_directories_mean_the_same_whatever_is_staged() {
-    with_each(STAGED, async |host| {
+    with_each(&[], async |host| {
         let (root, _) = root_of(&host.client, 50, "text").await;
         let command = sh_with("echo made > d/out; chmod 0311 d", &["d/out"]);
         let action = host.client.action(command, root).await;
@@ -186,6 +183,24 @@ async fn permissions_of_directories_mean_the_same_whatever_is_staged() {
         let response = host.client.run(action).await;
         let result = response.result.unwrap_or_else(|| panic!("{:?}", response.status));
         assert_eq!(host.client.stdout(&result).await, "closed 3\n111\n");
+    })
+    .await;
+}
+
+/// What `docs/sandbox.md` says of rename(2).
+#[tokio::test]
+async fn a_directory_of_the_inputs_can_be_moved_by_mv_and_one_of_the_action_in_any_way() {
+    with_each(&[], async |host| {
+        let (root, _) = root_of(&host.client, 50, "text").await;
+        let moves = "mv d e && ls e | wc -l && mkdir -p own/x && mv own else && ls else && mv e/f1 e/g && ls d 2>&1";
+        let result = host.client.action(sh(moves), root).await;
+        let response = host.client.run(result).await;
+        let seen = host.client.stdout(&response.result.unwrap()).await;
+        assert!(seen.starts_with("50\nx\n") && seen.contains("No such file"), "{seen}");
+        let rename = "command -v perl >/dev/null || { echo skipped; exit 0; }
+            perl -e 'rename(\"d\", \"e\") or print \"$!\n\"; rename(\"d/f1\", \"d/f\") or die; print \"renamed\n\"'";
+        let seen = says(&host.client, rename, root).await;
+        assert!(["Invalid cross-device link\nrenamed\n", "skipped\n"].contains(&&*seen), "{seen}");
     })
     .await;
 }

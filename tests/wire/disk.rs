@@ -200,3 +200,28 @@ async fn exec_directories_of_actions_that_are_cancelled_at_exit_are_gone() {
     let left: Vec<_> = fs::read_dir(&build_root).unwrap().flatten().map(|entry| entry.path()).collect();
     assert_eq!(left, Vec::<PathBuf>::new());
 }
+
+/// They are there to be faster, and leave room for everything else.
+#[tokio::test]
+async fn staged_inputs_take_at_most_half_of_the_space_that_is_free_without_them() {
+    let server = Server::on_a_disk_of(64 << 20).await;
+    let client = server.client().await;
+    let content = client.upload(vec![7; 3_900_000]).await;
+    for at in 0..12 {
+        let root = directory(vec![file(&format!("f{at}"), content)], vec![], vec![]);
+        let root = client.upload(root).await;
+        let response = client.run(client.action(sh("wc -c < f*"), root).await).await;
+        let result = response.result.unwrap_or_else(|| panic!("{:?}", response.status));
+        assert_eq!(client.stdout(&result).await.trim(), "3900000");
+    }
+    if has_logged(&server, "inputs_copied") {
+        eprintln!("skipped: there are no overlays here");
+        return;
+    }
+    let trees = || {
+        let names = fs::read_dir(server.inside("build")).unwrap().flatten();
+        names.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"t-")).count()
+    };
+    eventually("trees are removed", || trees() <= 7).await;
+    assert!(trees() >= 3, "{}", trees());
+}

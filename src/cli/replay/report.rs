@@ -55,7 +55,7 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
     if !action.platform.is_empty() {
         let properties = action.platform.iter().map(|(name, value)| format!("{name}={value}"));
         let properties = properties.collect::<Vec<_>>().join(", ");
-        let _ = writeln!(text, "platform {} (not applied here)", escaped(&properties));
+        let _ = writeln!(text, "platform {}", escaped(&properties));
     }
     match &*stage.protections() {
         [] => {
@@ -69,6 +69,7 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
     for missing in stage.missing() {
         let _ = writeln!(text, "         {missing}");
     }
+    let _ = writeln!(text, "limits   {}", stage.limits());
     if shell {
         text.push_str(
             "The shell is where the command would run, with its environment. Leave it with exit.\n",
@@ -107,7 +108,8 @@ pub(super) async fn conclude(
         Ok(result) => result,
         Err(error) => {
             let code = if fetched.recorded.is_ok() { EXIT_DIFFERS } else { EXIT_TROUBLE };
-            return Ok((format!("different: the action failed here: {error}\n"), code));
+            let text = format!("{}different: the action failed here: {error}\n", last_lines(scratch));
+            return Ok((text, code));
         }
     };
     let base = &fetched.action.command.working_directory;

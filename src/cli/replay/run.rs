@@ -10,9 +10,13 @@ use crate::{
     },
     caller::Peer,
     cli::config::load_for_replay,
-    config::ExecutionSettings,
+    config::{ExecutionSettings, PoolSettings},
     log_streams::{LogSettings, LogStreams, StreamLimits},
-    sandbox::probe::{MissingProtection, Protection, Report},
+    platform::{Known, preference},
+    sandbox::{
+        probe::{MissingProtection, Protection, Report},
+        settings::SandboxMode,
+    },
     server::place::Place,
 };
 use gorego_reapi::{
@@ -68,6 +72,9 @@ impl ReplayPlace {
         let mut execution = load_for_replay(config, scratch.path(), &scratch.build(), no_sandbox)?;
         let sandbox = &mut execution.sandbox;
         sandbox.first_user = sandbox.first_user.saturating_add(USERS_APART);
+        for pool in &mut execution.pools {
+            pool.sandbox.mode = if no_sandbox { SandboxMode::Off } else { SandboxMode::Auto };
+        }
         let mut place = Place::open(&execution, runtime, None)?;
         for missing in place.sandbox.iter_mut().flat_map(|(_, report)| &mut report.missing) {
             if missing.protection == Protection::Identity {
@@ -111,6 +118,21 @@ impl ReplayPlace {
         self.report().map_or(&[], |report| &report.missing)
     }
 
+    /// How the limits of the action are enforced.
+    pub(super) fn limits(&self) -> String {
+        self.place.limits.summary()
+    }
+
+    /// The pool of the configuration that would run an action with these properties; the first if there is none.
+    fn pool(&self, asked: &[(String, String)]) -> Result<&PoolSettings> {
+        let pools = &self.execution.pools;
+        let mut known = Known::new(self.execution.unknown_properties);
+        pools.iter().for_each(|pool| known.learn(&pool.offers));
+        let suits = |pool: &&PoolSettings| known.differences(&pool.offers, asked).next().is_none();
+        let suiting = pools.iter().filter(suits).min_by_key(|pool| preference(&pool.name, &pool.offers));
+        suiting.or(pools.first()).ok_or_else(|| Error::internal("the configuration has no pool"))
+    }
+
     /// Stages the action and runs its command, or a shell. Blocks.
     ///
     /// # Errors
@@ -122,22 +144,10 @@ impl ReplayPlace {
         shell: bool,
         cancel: CancelToken,
     ) -> Result<Replayed> {
-        let Some(pool) = self.execution.pools.first() else {
-            return Err(Error::internal("there is no pool"));
-        };
-        let settings = WorkerSettings {
-            name: "replay".into(),
-            pool: "replay".into(),
-            build_root: self.place.build_root.clone(),
-            transfer_timeout: self.execution.transfer_timeout,
-            max_output_file_bytes: self.execution.max_output_file_bytes,
-            runner: WorkerSettings::own_runner(None),
-            images: self.place.image_store(),
-            sandbox: self.place.pool_sandbox(pool),
-            limits: self.place.pool_limits(pool),
-            tools: None,
-            log_streams: no_log_streams(scratch),
-        };
+        let pool = self.pool(&fetched.action.platform)?;
+        let settings = self.place.worker(&self.execution, pool, no_log_streams(scratch));
+        // A persistent worker would outlive the action.
+        let settings = WorkerSettings { tools: None, ..settings };
         let mut launcher = ReplayLauncher::new(settings.launcher(), scratch.clone(), shell);
         let store = FetchedStore::new(fetched, scratch);
         let order = RunOrder {
@@ -156,16 +166,25 @@ impl ReplayPlace {
         let outcome = match report {
             Ok(done) => Ok(done.result.into_inner()),
             // Facts about the command, as opposed to failures of this machine.
-            Err(failure) if is_the_commands(&failure.error) => Err(failure.error),
+            Err(failure) if failure.partial.is_some() && is_the_commands(&failure.error) => {
+                Err(failure.error)
+            }
             Err(failure) => return Err(failure.error),
         };
         Ok(Replayed::Command(Box::new(LocalRun { outcome, trees: store.into_trees() })))
     }
 }
 
-/// Whether a run failed because of what its command did: it ran for too long, or left outputs that are none.
+/// Whether a run failed because of what its command did: it ran for too long, used too much, or left outputs that are none.
 fn is_the_commands(error: &Error) -> bool {
-    matches!(error, Error::DeadlineExceeded(_) | Error::Precondition(_))
+    !matches!(
+        error,
+        Error::Internal(_)
+            | Error::Unavailable(_)
+            | Error::Cancelled(_)
+            | Error::DiskFull(_)
+            | Error::DataLoss(_)
+    )
 }
 
 /// Log streams that nobody can read.

@@ -142,7 +142,7 @@ impl ToolProcess {
         let order = ToRunner { order: Some(Order::Run(Run { has_pipes: true, ..Run::from(launch) })) };
         protocol::write(socket, &order).map_err(failed)?;
         send_open(socket, &[their_requests.as_fd(), their_answers.as_fd()]).map_err(failed)?;
-        Ok(Self { launcher, requests, answers, limits: launch.limits.clone() })
+        Ok(Self { launcher, requests, answers, limits: launch.limits })
     }
 
     /// Why the tool is of no use, if it is not: it has ended, or printed something that nobody asked for.

@@ -223,7 +223,7 @@ impl Preparation<'_> {
         let command = Command { arguments: self.call.start.clone(), ..job.action.command.clone() };
         let launch = Launch {
             kind: job.kind.clone(),
-            limits: job.limits.clone(),
+            limits: job.limits,
             ..Launch::new(&command, &workspace, None, settings.max_output_file_bytes)
         };
         let groups = settings.limits.groups.as_ref();

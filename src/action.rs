@@ -3,7 +3,7 @@
 //! An [`Action`] is valid by construction: it has arguments, its paths stay inside the input root, and this server allows
 //! its timeout. Whether its inputs are stored is not checked here.
 
-use crate::instance::Instance;
+use crate::{instance::Instance, memory};
 use gorego_reapi::{
     digest::Digest,
     duration,
@@ -150,13 +150,17 @@ impl Action {
 impl Action {
     /// Approximate memory in bytes. A Command may take megabytes.
     pub fn weight(&self) -> usize {
-        let text = |text: &String| size_of::<String>() + text.len();
+        let text = |text: &String| memory::of_text(text.len());
         let pair = |(name, value): &(String, String)| text(name) + text(value);
+        let output = |output: &OutputRequest| {
+            memory::of_buffer(output.requested.len()) + memory::of_buffer(output.path.as_str().len())
+        };
         let command = &self.command;
         size_of::<Self>()
             + command.arguments.iter().map(text).sum::<usize>()
             + command.environment.iter().chain(&self.platform).map(pair).sum::<usize>()
-            + command.outputs.iter().map(|o| size_of_val(o) + 2 * o.requested.len()).sum::<usize>()
+            + command.outputs.capacity() * size_of::<OutputRequest>()
+            + command.outputs.iter().map(output).sum::<usize>()
     }
 }
 
@@ -359,6 +363,17 @@ mod tests {
         }
         let rootless = reapi::Action { input_root_digest: None, ..action() };
         assert!(parse(rootless, command()).unwrap_err().to_string().contains("input_root_digest"));
+    }
+
+    /// The allocator gives at least 32 bytes for each of the two buffers.
+    #[test]
+    fn an_action_weighs_what_many_short_texts_take() {
+        let output_paths = (0..10_000).map(|n| n.to_string()).collect();
+        let paths = parse(action(), reapi::Command { output_paths, ..command() }).unwrap();
+        assert!(paths.weight() >= 10_000 * (size_of::<OutputRequest>() + 2 * 32));
+        let arguments = vec!["a".to_owned(); 10_000];
+        let arguments = parse(action(), reapi::Command { arguments, ..command() }).unwrap();
+        assert!(arguments.weight() >= 10_000 * (size_of::<String>() + 32));
     }
 
     /// EXE-31.

@@ -13,6 +13,7 @@ use crate::{
     connections::{Admitted, ConnectionState, Connections, answers::FRAME_BYTES},
     instance::Instance,
     policy::{Permissions, Principal},
+    result::ResultRoom,
     under_way::Unfinished,
 };
 use bytes::Bytes;
@@ -71,6 +72,8 @@ struct CallState {
     notes: Mutex<Notes>,
     /// Room for the next part of the answer.
     room: Mutex<Option<Share>>,
+    /// The room of a result that was read for this request, until there is room for the answer.
+    result: Mutex<Option<Arc<ResultRoom>>>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
     is_broken_off: AtomicBool,
@@ -155,7 +158,13 @@ impl Call {
         if let Some(connection) = self.connection() {
             self.keep(connection.state.reserve(bytes as u64 + 2 * FRAME_BYTES).await?);
         }
+        self.hold(None);
         Ok(())
+    }
+
+    /// Keeps the room of a result until there is room for the answer, or the request ends. Replaces what was kept.
+    pub(crate) fn hold(&self, room: Option<Arc<ResultRoom>>) {
+        drop(mem::replace(&mut *self.0.result.lock().unwrap_or_else(PoisonError::into_inner), room));
     }
 
     /// Like [`Call::reserve`], but only answers up to [`SMALL_ANSWER_BYTES`] wait. For handlers that hold the answer or a

@@ -28,6 +28,7 @@ pub mod node;
 pub mod platform;
 mod policy;
 mod regular_file;
+pub mod result;
 mod sandbox;
 mod server;
 mod signals;

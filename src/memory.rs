@@ -15,8 +15,21 @@ const WORTH_BYTES: u64 = 32 * 1024 * 1024;
 /// Interval between checks of the amount.
 const INTERVAL: Duration = Duration::from_secs(3);
 
+/// Overhead of one allocation.
+const ALLOCATION_BYTES: usize = 8;
+
 /// Number of bytes freed since the last trim.
 static FREED: AtomicU64 = AtomicU64::new(0);
+
+/// The approximate memory of a string of this length: its handle, and its buffer, which the allocator rounds up.
+pub(crate) fn of_text(length: usize) -> usize {
+    size_of::<String>() + of_buffer(length)
+}
+
+/// The approximate memory of a buffer of this length.
+pub(crate) fn of_buffer(length: usize) -> usize {
+    if length == 0 { 0 } else { length.saturating_add(ALLOCATION_BYTES).next_multiple_of(16).max(32) }
+}
 
 /// Counts memory that was or will be freed.
 pub(crate) fn freed(bytes: u64) {

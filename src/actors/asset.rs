@@ -90,6 +90,8 @@ pub(crate) struct AssetShared {
     /// Limits the flights that download at the same time. A peer gets all but the last ones, and
     /// one of its connections all but the last of these.
     runway: Budget,
+    /// Memory for the decoders of archives that are unpacked.
+    unpacking: Budget,
     file: BindingsFile,
 }
 
@@ -120,6 +122,7 @@ impl AssetActor {
         let shared = AssetShared {
             downloader: Downloader::new(settings.clone()),
             runway: runway(settings.concurrency),
+            unpacking: Budget::keeping_free(unpack::DECODERS, unpack::LARGE_DECODER_BYTES),
             file: BindingsFile::new(settings.file.clone()),
             cas,
             runtime,

@@ -116,6 +116,8 @@ pub(crate) struct StoreShared {
     received: Budget,
     /// Memory for stored messages that are being decoded.
     decoded: Budget,
+    /// Memory for results that are not small, until their requests have room for the answer.
+    large_results: Budget,
     /// Limits the large trees that are walked at the same time.
     large_trees: Budget,
     /// Limits the walks for clients (GetTree) that run at the same time.
@@ -200,6 +202,7 @@ impl CasActor {
             upload_budget: Budget::new(settings.upload_bounds()),
             received: Budget::new(uploads::unwritten::RECEIVED),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
+            large_results: Budget::keeping_free(results::LARGE_RESULTS, results::LARGEST_RESULT),
             large_trees: Budget::new(Bounds::shared("large trees", settings::LARGE_TREES_MAX)),
             walks: Walks::default(),
             decoders: Budget::new(uploads::decoders::DECODERS),

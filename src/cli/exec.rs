@@ -125,25 +125,30 @@ async fn exec(
     let mut job = Job { action, skip_cache_lookup: args.no_cache, priority: args.priority };
     upload(&client, &blobs, line).await?;
     let mut live = Live::new(readers);
-    let mut finished = follow(&client, job.clone(), line, operation, &mut live).await;
-    if is_missing(&finished) {
-        // A blob was evicted between upload and start. Once is bad luck; twice means that the store is too small.
-        upload(&client, &blobs, line).await?;
-        finished = follow(&client, job.clone(), line, operation, &mut live).await;
-    }
-    let mut finished = finished?;
     let home = Home { client: &client, requested: &args.output, directory: &output_dir, line };
-    let mut fetched = None;
-    if finished.cached {
+    let mut uploaded_again = false;
+    // Each remedy is used once: a second time means that the store is too small, or its disk is failing.
+    let (finished, fetched) = loop {
+        let finished = follow(&client, job.clone(), line, operation, &mut live).await;
+        if is_missing(&finished) && !uploaded_again {
+            // A blob was evicted between upload and start, or is damaged.
+            uploaded_again = true;
+            upload(&client, &blobs, line).await?;
+            continue;
+        }
+        let finished = finished?;
+        if !finished.cached {
+            break (finished, None);
+        }
         line.say("the result was cached");
         // Done before printing: if a stored output is damaged, the result is invalid.
-        fetched = Some(home.fetch(&finished).await);
-        if let Some(Err(Error::NotFound(_))) = fetched {
+        let fetched = home.fetch(&finished).await;
+        if matches!(fetched, Err(Error::NotFound(_))) && !job.skip_cache_lookup {
             job.skip_cache_lookup = true;
-            finished = follow(&client, job, line, operation, &mut live).await?;
-            fetched = None;
+            continue;
         }
-    }
+        break (finished, Some(fetched));
+    };
     let code = conclude(&client, &finished, live, line).await?;
     match fetched {
         Some(fetched) => fetched?,

@@ -167,10 +167,16 @@ impl Printed {
                 done => return done,
             }
         }
-        let notice = format!(
-            "gorego: the action was run again with different output; this is the complete {} of that run:\n",
-            self.name
-        );
+        let name = self.name;
+        let notice = if self.digest.is_empty() {
+            format!(
+                "gorego: the action was run again with different output; the {name} of that run is empty\n"
+            )
+        } else {
+            format!(
+                "gorego: the action was run again with different output; this is the complete {name} of that run:\n"
+            )
+        };
         let _ = io::stderr().write_all(notice.as_bytes());
         self.write(client, Rest::after(Digest::empty(DigestFunction::Sha256), sink())).await
     }

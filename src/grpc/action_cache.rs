@@ -44,7 +44,7 @@ impl ActionCache for ActionCacheService {
             stderr: request.inline_stderr,
             output_files: request.inline_output_files,
         };
-        let result = inline::prepare(&cas, &instance, action.function(), &want, &result, &call).await;
+        let result = inline::prepare(&cas, &instance, action.function(), &want, &result, &call).await?;
         Ok(Response::new(result))
     }
 
@@ -67,6 +67,6 @@ impl ActionCache for ActionCacheService {
         call.reserve_soon(result.encoded_len()).await?;
         let cas = self.0.cas.on_behalf_of(call.caller());
         let stored = cas.put_result(&instance, action, result, call.provenance()).await?;
-        Ok(Response::new(Arc::unwrap_or_clone(stored)))
+        Ok(Response::new(stored.into_inner()))
     }
 }

@@ -9,12 +9,10 @@ use crate::{
         operation::{FinishedOperation, OperationId, Outcome, QueueStatus, Subscription},
     },
     node::NodeName,
+    result::SharedResult,
 };
 use actix::{Actor, Addr, Context, Handler, Message, Recipient, prelude::SendError};
-use gorego_reapi::{
-    error::{Error, Result},
-    proto::reapi,
-};
+use gorego_reapi::error::{Error, Result};
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
@@ -69,11 +67,7 @@ impl Scheduler {
     ///
     /// # Errors
     /// `Unavailable` when the scheduler has stopped.
-    pub(crate) async fn record(
-        &self,
-        submit: Submit,
-        result: Arc<reapi::ActionResult>,
-    ) -> Result<Subscription> {
+    pub(crate) async fn record(&self, submit: Submit, result: SharedResult) -> Result<Subscription> {
         let (info, priority) = submit.into_info(OperationId::random(self.0.node));
         let operation = FinishedOperation::new(info, priority, Outcome::cached(result), SystemTime::now());
         let subscription = operation.subscribe();

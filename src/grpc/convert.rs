@@ -281,7 +281,7 @@ mod tests {
 
     fn ended(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
         let outcome = Outcome {
-            result: result.map(Arc::new),
+            result: result.map(Into::into),
             cached: true,
             error,
             message: "m".into(),

@@ -44,7 +44,11 @@ impl Execution for ExecutionService {
         let cas = self.0.cas.working_for(*caller);
         let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup).await?;
         let subscription = match resolution {
-            Resolution::Cached(result) => scheduler.record(submit, result).await?,
+            Resolution::Cached(mut result) => {
+                // The operation is remembered and weighed there. The room is for this request, until it has room for its answer.
+                call.hold(result.take_room());
+                scheduler.record(submit, result).await?
+            }
             resolution => scheduler.admit(Admit { submit, resolution }).await?,
         };
         call.note_operation(subscription.info.id);

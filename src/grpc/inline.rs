@@ -10,6 +10,7 @@ use crate::{
     },
     call::Call,
     instance::Instance,
+    result::SharedResult,
 };
 use bytes::Bytes;
 use gorego_reapi::{
@@ -36,27 +37,39 @@ enum InlinedField {
     File(usize),
 }
 
-/// Prepares a result for a client. Its digests have this function. Waits until the connection of `call` has room.
+/// Prepares a result for a client. Its digests have this function. The result is copied only once the connection of `call` has
+/// room for it.
+///
+/// # Errors
+/// `Exhausted` when there is no room for too long.
 pub(crate) async fn prepare(
     cas: &Cas,
     instance: &Instance,
     function: DigestFunction,
     want: &Inline,
-    result: &reapi::ActionResult,
+    result: &SharedResult,
     call: &Call,
-) -> reapi::ActionResult {
-    let mut result = strip(result.clone());
+) -> Result<reapi::ActionResult> {
     let (slots, digests): (Vec<_>, Vec<_>) =
-        plan(want, &result, function, RESULT_MAX_BYTES).into_iter().unzip();
+        plan(want, result, function, RESULT_MAX_BYTES).into_iter().unzip();
     let contents = digests.iter().map(|digest| digest.size() as usize + FIELD_BYTES).sum::<usize>();
-    let has_room = call.reserve(result.encoded_len() + contents + ENVELOPE_BYTES).await.is_ok();
-    if has_room && !slots.is_empty() {
-        // Inlining is optional: the client can read the blobs.
-        if let Ok(contents) = cas.read_many(instance, digests).await {
-            fill(&mut result, &slots, contents);
-        }
-    }
-    result
+    call.reserve(answer_bytes(result) + contents).await?;
+    // Inlining is optional: the client can read the blobs.
+    let contents = if slots.is_empty() {
+        Vec::new()
+    } else {
+        cas.read_many(instance, digests).await.unwrap_or_default()
+    };
+    let mut copy = strip(reapi::ActionResult::clone(result));
+    fill(&mut copy, &slots, contents);
+    Ok(copy)
+}
+
+/// Room for an answer with this result: for its copy, or for its encoding where that is longer. An operation repeats the
+/// metadata.
+fn answer_bytes(result: &SharedResult) -> usize {
+    let metadata = result.execution_metadata.as_ref().map_or(0, reapi::ExecutedActionMetadata::encoded_len);
+    result.memory().max(result.encoded_len() + metadata) + ENVELOPE_BYTES
 }
 
 /// Removes contents that also have a digest.

@@ -48,7 +48,11 @@ impl server::LogStreamService for LogStreamService {
         let call = Call::of(request.extensions());
         // If the service is disabled, it refuses every request.
         self.0.log_streams.check_creation()?;
-        let parent = request.into_inner().parent;
+        let mut parent = request.into_inner().parent;
+        // BuildGrid's `bgd` puts the instance name and a slash before an empty parent.
+        if parent.ends_with('/') {
+            parent.pop();
+        }
         let (instance_name, operation) = parse_parent(&parent)?;
         let instance = self.0.gate.enter(&call, instance_name)?;
         if let Some(id) = operation {

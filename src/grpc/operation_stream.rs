@@ -35,15 +35,23 @@ pub(crate) async fn explain(scheduler: &Scheduler, info: &OperationInfo, snapsho
 }
 
 /// Makes the Operation message of a snapshot, with the contents that this client wants inlined.
-pub(crate) async fn encode(cas: &Cas, info: &OperationInfo, snapshot: &Snapshot, call: &Call) -> Operation {
+///
+/// # Errors
+/// `Exhausted` when there is no room for its result for too long.
+pub(crate) async fn encode(
+    cas: &Cas,
+    info: &OperationInfo,
+    snapshot: &Snapshot,
+    call: &Call,
+) -> Result<Operation, Error> {
     let result = match snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref()) {
         Some(result) => {
             let function = info.action.function();
-            Some(inline::prepare(cas, &info.instance, function, &info.inline, result, call).await)
+            Some(inline::prepare(cas, &info.instance, function, &info.inline, result, call).await?)
         }
         None => None,
     };
-    convert::operation(info, snapshot, result)
+    Ok(convert::operation(info, snapshot, result))
 }
 
 /// The messages of an operation, from now to its end. The first one is sent without another question to the scheduler.
@@ -85,7 +93,7 @@ fn snapshots<T, F>(
 ) -> impl Stream<Item = Result<T, Status>> + Send
 where
     T: Send,
-    F: Future<Output = T> + Send,
+    F: Future<Output = Result<T, Error>> + Send,
 {
     stream::unfold(
         (subscription, encode, Position::Start),
@@ -118,8 +126,10 @@ where
                 Position::Start => Position::Started,
                 _ => Position::Following,
             };
-            let message = encode(snapshot, matches!(position, Position::Start)).await;
-            Some((Ok(message), (subscription, encode, next)))
+            match encode(snapshot, matches!(position, Position::Start)).await {
+                Ok(message) => Some((Ok(message), (subscription, encode, next))),
+                Err(error) => Some((Err(error.into()), (subscription, encode, Position::End))),
+            }
         },
     )
 }
@@ -174,7 +184,7 @@ mod tests {
 
     fn completed() -> Snapshot {
         let outcome = Outcome {
-            result: Some(Arc::new(reapi::ActionResult { exit_code: 7, ..Default::default() })),
+            result: Some(reapi::ActionResult { exit_code: 7, ..Default::default() }.into()),
             cached: false,
             error: None,
             message: String::new(),
@@ -197,7 +207,7 @@ mod tests {
     }
 
     fn stages(subscription: Subscription) -> stream::BoxStream<'static, Result<Stage, Status>> {
-        snapshots(subscription, |snapshot, _| async move { snapshot.stage }).boxed()
+        snapshots(subscription, |snapshot, _| async move { Ok(snapshot.stage) }).boxed()
     }
 
     /// EXE-01, EXE-05, EXE-12.
@@ -247,6 +257,16 @@ mod tests {
             assert_eq!(stream.next().await.unwrap().unwrap(), Stage::Executing);
             assert_eq!(before.elapsed(), RESEND_INTERVAL);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_without_room_for_its_answer_ends_with_that_error() {
+        let (_sender, subscription) = operation(completed());
+        let no_room = || Error::Exhausted { message: "no room".into(), retry_after: None };
+        let mut stream = snapshots(subscription, |_, _| async move { Err::<(), _>(no_room()) }).boxed();
+        let status = stream.next().await.unwrap().unwrap_err();
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert!(stream.next().await.is_none());
     }
 
     /// EXE-10.

@@ -129,13 +129,14 @@ impl OperationsService {
 
     async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot, call: &Call) -> Result<Operation> {
         operation_stream::explain(self.0.scheduler()?, info, &mut snapshot).await;
-        Ok(operation_stream::encode(&self.0.cas, info, &snapshot, call).await)
+        operation_stream::encode(&self.0.cas, info, &snapshot, call).await
     }
 }
 
 /// The instance whose operations are listed: `[instance/]operations`, or the instance name alone, which BuildGrid's `bgd`
-/// sends. `None` for the empty name.
+/// sends, also with a slash at the end. `None` for the empty name.
 fn collection(name: &str) -> Option<&str> {
+    let name = name.strip_suffix('/').unwrap_or(name);
     (!name.is_empty()).then(|| convert::operations_of(name).unwrap_or(name))
 }
 
@@ -222,6 +223,7 @@ mod tests {
             ("a/b/operations", "", "a/b"),
             ("a/b/operations", "instance=a/b", "a/b"),
             ("a/b", "", "a/b"),
+            ("a/b/", "", "a/b"),
             ("a/b", "instance=a/b", "a/b"),
             ("", "done=true instance=\"a/b\"", "a/b"),
         ] {
@@ -229,7 +231,7 @@ mod tests {
         }
         for (name, filter) in [
             ("a", ""),
-            ("a/b/", ""),
+            ("a/b//", ""),
             ("a/b", "instance=\"\""),
             ("nope/operations", ""),
             ("/operations", ""),

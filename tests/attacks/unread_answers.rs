@@ -3,14 +3,18 @@
 use crate::{
     harness::{Bystander, MEMORY_MAX_BYTES, assert_memory_is_bounded, resident_memory},
     raw,
-    support::{Server, eventually},
+    support::{Client, Server, empty, eventually, sh},
 };
 use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
         bytestream::ReadRequest,
-        reapi::{BatchReadBlobsRequest, BatchUpdateBlobsRequest, batch_update_blobs_request},
+        longrunning::GetOperationRequest,
+        reapi::{
+            ActionResult, BatchReadBlobsRequest, BatchUpdateBlobsRequest, GetActionResultRequest,
+            OutputSymlink, UpdateActionResultRequest, WaitExecutionRequest, batch_update_blobs_request,
+        },
     },
 };
 use std::{
@@ -85,6 +89,38 @@ async fn downloads_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
     let digest = stored_blob(&server).await;
     let request = read_request(digest);
     let calls = raw::streams().take(4_000).flat_map(|stream| raw::call(stream, READ, &request));
+    ask_and_do_not_read(&server, calls.collect()).await;
+}
+
+/// The action and the operation of a cached result of 3.9 MB.
+async fn long_result(server: &Server) -> (Digest, String) {
+    let client = Client::connect(server.endpoint()).await;
+    let action = client.action(sh("true"), empty()).await;
+    let link = |n| OutputSymlink { path: format!("l{n}"), target: "t".repeat(3_900), ..Default::default() };
+    let result = ActionResult { output_symlinks: (0..1_000).map(link).collect(), ..Default::default() };
+    let request = UpdateActionResultRequest {
+        action_digest: Some(action.to_wire()),
+        action_result: Some(result),
+        ..Default::default()
+    };
+    client.action_cache.clone().update_action_result(request).await.unwrap();
+    let done = client.start(action).await.until(|operation| operation.done).await;
+    (action, done.name)
+}
+
+/// An operation that is remembered is copied for each answer, a result that is too long for the memo is decoded for each.
+#[tokio::test(flavor = "multi_thread")]
+async fn results_that_nobody_reads_are_copied_and_decoded_only_as_far_as_there_is_room() {
+    let server = Server::start().await;
+    let (action, name) = long_result(&server).await;
+    let wait = WaitExecutionRequest { name: name.clone() };
+    let get = GetOperationRequest { name };
+    let cached = GetActionResultRequest { action_digest: Some(action.to_wire()), ..Default::default() };
+    let calls = raw::streams().take(900).flat_map(|stream| match stream % 3 {
+        0 => raw::call(stream, "/build.bazel.remote.execution.v2.Execution/WaitExecution", &wait),
+        1 => raw::call(stream, "/google.longrunning.Operations/GetOperation", &get),
+        _ => raw::call(stream, "/build.bazel.remote.execution.v2.ActionCache/GetActionResult", &cached),
+    });
     ask_and_do_not_read(&server, calls.collect()).await;
 }
 

@@ -255,7 +255,7 @@ pub fn executing() -> Snapshot {
 
 pub fn completed(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
     let outcome = Outcome {
-        result: result.map(Arc::new),
+        result: result.map(Into::into),
         cached: false,
         error,
         message: String::new(),

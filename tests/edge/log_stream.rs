@@ -79,7 +79,7 @@ async fn each_stream_has_a_name_below_its_parent_and_a_secret_one_for_writing() 
 async fn a_parent_is_an_instance_or_an_operation_that_is_known() {
     let server = Server::start().await;
     let unknown = format!("operations/{}", Uuid::new_v4());
-    for parent in ["nope", "a/b", "a/b/c/", "operations", "a/b/c/operations/1", &unknown] {
+    for parent in ["nope", "a/b", "a/b/c//", "operations", "a/b/c/operations/1", &unknown] {
         assert_eq!(code(create(&server, parent).await), Code::InvalidArgument, "{parent:?}");
     }
     // The empty name is the default instance, as in the requests of BuildBox's outputstreamer and BuildGrid's bgd.
@@ -87,6 +87,9 @@ async fn a_parent_is_an_instance_or_an_operation_that_is_known() {
     assert!(stream.name.starts_with("logstreams/"), "{}", stream.name);
     assert_eq!(write(&server, vec![message(&stream.write_resource_name, 0, "xy", true)]).await.unwrap(), 2);
     assert_eq!(read(&server, &stream.name, 0, 0).await.unwrap(), b"xy");
+    // `bgd --instance-name` puts a slash before its empty parent.
+    let stream = create(&server, "a/b/c/").await.unwrap();
+    assert!(stream.name.starts_with("a/b/c/logstreams/"), "{}", stream.name);
     let action = crate::harness::digest(b"an action");
     let request = ExecuteRequest { action_digest: Some(action), ..Default::default() };
     let mut run = server.execution.clone().execute(request).await.unwrap().into_inner();

@@ -406,7 +406,7 @@ impl Bench {
 
     /// The result of an action that must run to its end.
     pub async fn result(&self, job: &Job) -> reapi::ActionResult {
-        self.report(job).await.unwrap_or_else(|failure| panic!("{}", failure.error)).result
+        self.report(job).await.unwrap_or_else(|failure| panic!("{}", failure.error)).result.into_inner()
     }
 
     pub async fn failure(&self, job: &Job) -> RunFailure {

@@ -93,8 +93,8 @@ fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting
             let told = &report.account.message;
             assert!(told.contains(name) && told.contains("execution.max_output_file_gb"), "{told}");
             let log =
-                if name == "stdout" { report.result.stdout_digest } else { report.result.stderr_digest };
-            assert_eq!(log.unwrap().size_bytes, LIMIT as i64, "what fits is kept");
+                if name == "stdout" { &report.result.stdout_digest } else { &report.result.stderr_digest };
+            assert_eq!(log.as_ref().unwrap().size_bytes, LIMIT as i64, "what fits is kept");
         }
         assert!(bench.store.results.lock().unwrap().is_empty(), "EXE-20");
     });

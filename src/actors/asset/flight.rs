@@ -10,7 +10,7 @@ use super::{
     outcome::{FailureKind, Fetched, OriginFailure, Problem},
     patience::Patience,
     request::{AssetKey, AssetKind, AssetRequest},
-    unpack::{Contents, unpack},
+    unpack::{Contents, MAGIC_BYTES, decoder_bytes, unpack},
 };
 use crate::{
     actors::cas::{blob::BlobReader, client::Cas},
@@ -171,7 +171,7 @@ async fn fly(
             let blob = shared.downloader.download(&cas, request, &source).await?;
             match request.kind {
                 AssetKind::Blob => Ok(blob),
-                AssetKind::Directory => unpack_blob(shared, &cas, request, blob).await,
+                AssetKind::Directory => unpack_blob(shared, (&cas, place.caller()), request, blob).await,
             }
         };
         match fetched.await {
@@ -214,12 +214,14 @@ fn shorten(mut text: String) -> String {
 /// Unpacks a stored archive into stored Directories.
 async fn unpack_blob(
     shared: &Arc<AssetShared>,
-    cas: &Cas,
+    (cas, caller): (&Cas, Caller),
     request: &AssetRequest,
     archive: Digest,
 ) -> Result<Digest, Problem> {
     let path = request.qualifiers.directory()?;
     let reader = cas.open(&request.instance, archive).await?;
+    let memory = decoder_bytes(&reader.read_at(0, MAGIC_BYTES).await?, archive.size());
+    let decoder = shared.unpacking.wait_for(caller, memory).await.map_err(Error::from)?;
     let runtime = shared.runtime.clone();
     let max_bytes = shared.settings.max_unpacked_bytes;
     // A blocking thread cannot be dropped like a future. This stops it when the flight has ended.
@@ -236,6 +238,8 @@ async fn unpack_blob(
     };
     let function = request.function;
     let work = shared.runtime.spawn_blocking(move || -> Result<Digest, Problem> {
+        // Held until the decoder is gone, also if the flight ends before.
+        let _decoder = decoder;
         let layout = unpack(BlobCursor { stop, reader, runtime, at: 0 }, max_bytes, &mut store)?;
         let refuse = |problem| Problem::origin(FailureKind::NotFound, problem);
         let layout: Layout =

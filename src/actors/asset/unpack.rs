@@ -14,6 +14,7 @@ use super::{
     layout::Layout,
     outcome::{FailureKind, Problem},
 };
+use crate::budget::Bounds;
 use extensions::{Extensions, is_extension};
 use flate2::read::MultiGzDecoder;
 use gorego_reapi::{digest::Digest, error::Error, path::MAX_PATH_BYTES};
@@ -39,6 +40,16 @@ const EXTENSION_MAX_BYTES: u64 = 64 * 1024;
 /// Bound on the bytes that are read to find and read the central directory of a zip: enough for 65,534 entries with long names.
 /// The length that the archive claims is not reliable, and all of it is read into memory.
 const ZIP_DIRECTORY_MAX_BYTES: u64 = 64 * 1024 * 1024;
+/// Memory for the decoders of all archives that are unpacked at the same time: two of the largest, one of them for an address,
+/// and many small ones.
+pub(crate) const DECODERS: Bounds =
+    Bounds::shared("bytes of memory to unpack archives", 2 * LARGE_DECODER_BYTES + 32 * SMALL_DECODER_BYTES);
+/// What a decoder with a large dictionary takes: that of xz or zstd.
+pub(crate) const LARGE_DECODER_BYTES: u64 = 128 * 1024 * 1024;
+/// What any other takes: its buffers.
+const SMALL_DECODER_BYTES: u64 = 1024 * 1024;
+/// The length of the first bytes by which formats are told apart.
+pub(crate) const MAGIC_BYTES: usize = 6;
 /// Bytes that are read at once from the archive.
 const BUFFER_BYTES: usize = 128 * 1024;
 
@@ -51,6 +62,16 @@ pub trait Contents {
     fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem>;
 }
 
+/// The most memory that unpacking an archive takes beside its layout, by its first bytes and its length.
+pub(crate) fn decoder_bytes(magic: &[u8], length: u64) -> u64 {
+    match magic {
+        // The list of contents is read as a whole, and parsed.
+        [b'P', b'K', ..] => SMALL_DECODER_BYTES + length.min(ZIP_DIRECTORY_MAX_BYTES),
+        [0xfd, b'7', b'z', ..] | [0x28, 0xb5, 0x2f, 0xfd, ..] => LARGE_DECODER_BYTES,
+        _ => SMALL_DECODER_BYTES,
+    }
+}
+
 /// Unpacks an archive from its start. `max_bytes` bounds the unpacked bytes.
 ///
 /// # Errors
@@ -61,7 +82,8 @@ pub fn unpack(
     contents: &mut dyn Contents,
 ) -> Result<Layout, Problem> {
     let mut magic = Vec::new();
-    (archive.by_ref().take(6).read_to_end(&mut magic)).map_err(|error| Problem::of_io(&error))?;
+    (archive.by_ref().take(MAGIC_BYTES as u64).read_to_end(&mut magic))
+        .map_err(|error| Problem::of_io(&error))?;
     if magic.is_empty() {
         return Err(refuse("it is empty"));
     }

@@ -380,6 +380,22 @@ pub(super) fn read_unchecked(cas: &Cas, found: &FoundEntry, max: u64) -> Result<
     volume::read_all(&*file, max).map_err(|error| failed(cas, found, &error))
 }
 
+/// Reads all of a stored file of at most `max` bytes, whose content the caller checks. Of a longer one it returns only the size,
+/// as the inner error. Blocks.
+pub(super) fn read_unless_large(
+    cas: &Cas,
+    found: &FoundEntry,
+    max: u64,
+) -> Result<std::result::Result<Vec<u8>, u64>> {
+    let file = open(cas, found)?;
+    let failed = |error: io::Error| failed(cas, found, &error);
+    let size = file.look().map_err(failed)?.size;
+    if size > max {
+        return Ok(Err(size));
+    }
+    volume::read_all(&*file, max).map(Ok).map_err(failed)
+}
+
 /// The error for uploaded bytes that do not match their digest.
 pub(super) fn hash_mismatch(digest: Digest, actual: Digest) -> Error {
     Error::Invalid(format!("the bytes sent for blob {digest} have the digest {actual}; nothing was stored"))

@@ -13,7 +13,7 @@ use super::{
     results::ResultLookup,
     settings::{MAX_ACTION_BYTES, MAX_ACTION_MEMORY, RESOLVE_TIMEOUT},
 };
-use crate::{action::Action, instance::Instance};
+use crate::{action::Action, instance::Instance, result::SharedResult};
 use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
@@ -27,7 +27,7 @@ use std::{sync::Arc, time::Instant};
 #[derive(Debug, Clone, PartialEq)]
 pub enum Resolution {
     /// There is a stored result. Everything it references is present and was just renewed (AC-03, AC-04).
-    Cached(Arc<reapi::ActionResult>),
+    Cached(SharedResult),
     /// There is no usable result; this action has to run.
     Run(Arc<Action>),
     /// The action cannot run: it or its Command is not stored (`MissingBlobs`) or malformed (`Invalid`).
@@ -55,6 +55,7 @@ impl Cas {
         skip_cache_lookup: bool,
     ) -> Result<Resolution> {
         let resolved = match self.resolve_from_memory(instance, action, skip_cache_lookup)? {
+            Some(Resolution::Cached(result)) => return self.with_room(result).await.map(Resolution::Cached),
             Some(resolution) => return Ok(resolution),
             None => self.resolve(instance, action, skip_cache_lookup),
         };

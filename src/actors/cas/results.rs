@@ -10,6 +10,7 @@ mod lookup;
 pub(super) use action_cache::PreparedResult;
 pub(super) use lookup::ResultLookup;
 
+use crate::{budget::Bounds, result::SharedResult};
 use bytes::Bytes;
 use gorego_reapi::{
     auxiliary::modernise,
@@ -18,13 +19,21 @@ use gorego_reapi::{
     path::RootPath,
     proto::{gorego, reapi},
     tree::MAX_MESSAGE_MEMORY,
-    wire::{self, Limits},
+    wire,
 };
 use prost::Message as _;
-use std::{collections::HashSet, sync::Arc, time::SystemTime};
+use std::{collections::HashSet, time::SystemTime};
 
 /// The largest file of an action result that is read. A result has at most 4 MiB, and its provenance adds little.
 pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
+
+/// The memory that the largest stored result takes while it is read and decoded: its file and the message.
+pub(super) const LARGEST_RESULT: u64 = MAX_FILE_BYTES + MAX_MESSAGE_MEMORY;
+
+/// Memory for the results of requests, but for small ones: from before they are read, when the largest may come, until there is
+/// room for the answer. Enough for the largest one twice, as for messages that are decoded.
+pub(super) const LARGE_RESULTS: Bounds =
+    Bounds { what: "bytes of large results", total: 2 * LARGEST_RESULT, connection: LARGEST_RESULT };
 
 /// Length of the checksum at the start of a stored result.
 const CHECKSUM_BYTES: usize = 32;
@@ -35,7 +44,7 @@ pub struct LoadedResult {
     /// The generation of the file that it was read from.
     pub generation: u64,
     /// The result that is served.
-    pub result: Arc<reapi::ActionResult>,
+    pub result: SharedResult,
     /// Output files, Trees, files inside Trees, Directories and logs (AC-03), each once. The empty blob is left out.
     pub references: Vec<Digest>,
     /// Whether it may be served. Results of failed commands are stored if a client uploads them, but are never hits (AC-13).
@@ -44,11 +53,7 @@ pub struct LoadedResult {
 
 impl LoadedResult {
     /// Combines a result and the references found in it.
-    pub fn new(
-        generation: u64,
-        result: Arc<reapi::ActionResult>,
-        references: impl IntoIterator<Item = Digest>,
-    ) -> Self {
+    pub fn new(generation: u64, result: SharedResult, references: impl IntoIterator<Item = Digest>) -> Self {
         let mut references: Vec<Digest> =
             references.into_iter().filter(|digest| !digest.is_empty()).collect();
         references.sort_unstable();
@@ -58,11 +63,8 @@ impl LoadedResult {
 
     /// The approximate memory that it takes, in bytes.
     pub fn memory(&self) -> usize {
-        let wire = self.result.encode_to_vec();
-        let result = wire::cost::<reapi::ActionResult>(&wire, Limits::memory(u64::MAX));
-        let result = result.map_or(usize::MAX, |cost| usize::try_from(cost.memory).unwrap_or(usize::MAX));
         let references = self.references.len() * size_of::<Digest>();
-        result.saturating_add(size_of::<Self>() + references)
+        self.result.memory().saturating_add(size_of::<Self>() + references)
     }
 }
 

@@ -167,7 +167,7 @@ mod tests {
         let result =
             reapi::ActionResult { exit_code: 3, execution_metadata: Some(metadata), ..Default::default() };
         let outcome = Outcome {
-            result: Some(Arc::new(result)),
+            result: Some(result.into()),
             cached: false,
             error: None,
             message: String::new(),

@@ -2,13 +2,12 @@
 
 use super::transition::RunPlace;
 use crate::{
-    actors::worker::messages::RunStage, caller::Peer, instance::Instance, log_streams::run::RunLogs,
-    node::NodeName,
+    actors::worker::messages::RunStage, caller::Peer, instance::Instance, log_streams::run::RunLogs, memory,
+    node::NodeName, result::SharedResult,
 };
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    proto::reapi,
 };
 use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
 use tokio::sync::watch;
@@ -88,7 +87,7 @@ pub enum Stage {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
     /// The result of the command. It may be set together with an error: a command that timed out has logs (EXE-45).
-    pub result: Option<Arc<reapi::ActionResult>>,
+    pub result: Option<SharedResult>,
     /// Whether the result came from the action cache (EXE-16).
     pub cached: bool,
     /// Why there is no complete result.
@@ -101,7 +100,7 @@ pub struct Outcome {
 
 impl Outcome {
     /// A result from the action cache.
-    pub(crate) fn cached(result: Arc<reapi::ActionResult>) -> Self {
+    pub(crate) fn cached(result: SharedResult) -> Self {
         Self {
             result: Some(result),
             cached: true,
@@ -120,6 +119,14 @@ impl Outcome {
             message: String::new(),
             server_logs: Vec::new(),
         }
+    }
+
+    /// The approximate memory that it takes, in bytes. Nothing is walked.
+    pub(crate) fn memory(&self) -> usize {
+        let logs = self.server_logs.iter().map(|log| size_of_val(log) + memory::of_buffer(log.name.len()));
+        let texts = memory::of_buffer(self.message.len()) + logs.sum::<usize>();
+        let result = self.result.as_ref().map_or(0, SharedResult::memory);
+        texts.saturating_add(result).saturating_add(self.error.as_ref().map_or(0, Error::memory))
     }
 }
 
@@ -218,6 +225,14 @@ impl OperationInfo {
     /// The name that clients use: `[instance/]operations/{id}`.
     pub fn name(&self) -> String {
         self.id.name(&self.instance)
+    }
+
+    /// The approximate memory of what the client named, in bytes: the part that clients can make large.
+    pub(crate) fn memory(&self) -> usize {
+        let ClientInfo { tool_invocation_id, target_id, action_mnemonic } = &self.client;
+        let texts = [tool_invocation_id, target_id, action_mnemonic];
+        let files = self.inline.output_files.iter().map(|file| memory::of_text(file.len()));
+        files.chain(texts.map(|text| memory::of_buffer(text.len()))).sum()
     }
 }
 

@@ -1,5 +1,5 @@
 //! [`QueueQuota`]: how many tasks there are and how much memory they take, in total, by peer and by build, and whether one more
-//! task may be admitted. [`PeerQuota`] is the simpler form for things that are only counted, and only by peer.
+//! task may be admitted. [`PeerQuota`] is the simpler form for one number that is counted only by peer.
 //!
 //! The quota is the bound of the queue. Without shares, a build of 50,000 actions would take every free place, because it asks
 //! most often. So a peer is admitted only while it has less than [`SHARE`] times what is free. The number of peers need not be
@@ -213,17 +213,21 @@ impl PeerQuota {
         })
     }
 
-    /// Counts one more for a peer.
-    pub(crate) fn take(&mut self, peer: Peer) {
-        self.taken = self.taken.saturating_add(1);
-        *self.peers.entry(peer).or_default() += 1;
+    /// Counts this many more for a peer. The last ones may exceed the bound.
+    pub(crate) fn take(&mut self, peer: Peer, more: usize) {
+        if more > 0 {
+            self.taken = self.taken.saturating_add(more);
+            let own = self.peers.entry(peer).or_default();
+            *own = own.saturating_add(more);
+        }
     }
 
-    /// Counts one less for a peer.
-    pub(crate) fn give_back(&mut self, peer: Peer) {
+    /// Counts this many less for a peer.
+    pub(crate) fn give_back(&mut self, peer: Peer, less: usize) {
         let Some(own) = self.peers.get_mut(&peer) else { return };
-        self.taken = self.taken.saturating_sub(1);
-        *own = own.saturating_sub(1);
+        let less = less.min(*own);
+        self.taken = self.taken.saturating_sub(less);
+        *own -= less;
         if *own == 0 {
             self.peers.remove(&peer);
         }
@@ -377,7 +381,7 @@ mod tests {
         let fill = |places: &mut PeerQuota, number| {
             let mut count = 0;
             while places.check(peer(number)).is_ok() {
-                places.take(peer(number));
+                places.take(peer(number), 1);
                 count += 1;
             }
             count
@@ -386,8 +390,8 @@ mod tests {
         assert!(places.check(peer(1)).unwrap_err().to_string().contains("your address has its share"));
         assert_eq!(fill(&mut places, 2), 1);
         assert!(places.check(peer(3)).unwrap_err().to_string().contains("there are 9 things"));
-        places.give_back(peer(2));
-        places.give_back(peer(2));
+        places.give_back(peer(2), 1);
+        places.give_back(peer(2), 1);
         assert_eq!((places.taken(), places.peers.len()), (8, 1));
     }
 }

@@ -12,7 +12,6 @@ use super::{
 };
 use crate::{actors::worker::messages::TaskId, caller::Peer, instance::Instance};
 use gorego_reapi::error::{Error, Result};
-use prost::Message as _;
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Bound,
@@ -33,6 +32,8 @@ pub(crate) struct Register {
     last_number: u64,
     /// The unfinished operations of each peer.
     unfinished: PeerQuota,
+    /// The memory that these take, in bytes.
+    unfinished_bytes: PeerQuota,
     worked: Retained,
     cached: Retained,
     unusable: Retained,
@@ -97,13 +98,8 @@ impl Operation {
     /// Approximate memory in bytes, beyond the fixed size of an operation.
     fn weight(&self) -> usize {
         let snapshot = self.snapshot.borrow();
-        let outcome = snapshot.outcome.as_ref();
-        let result = outcome.and_then(|outcome| outcome.result.as_ref());
-        let error = outcome.and_then(|outcome| outcome.error.as_ref());
-        let of_outcome = result.map_or(0, |result| result.encoded_len())
-            + error.map_or(0, gorego_reapi::error::Error::memory);
-        let files = self.info.inline.output_files.iter();
-        files.fold(of_outcome, |sum, path| sum.saturating_add(path.len()))
+        let outcome = snapshot.outcome.as_ref().map_or(0, |outcome| outcome.memory());
+        outcome.saturating_add(self.info.memory())
     }
 
     fn matches(&self, query: &ListOperations, waits_for_pool: impl Fn(TaskId) -> bool) -> bool {
@@ -134,6 +130,7 @@ impl Register {
             numbers: HashMap::new(),
             last_number: 0,
             unfinished: PeerQuota::new("unfinished operations", settings.unfinished_operations),
+            unfinished_bytes: PeerQuota::new("bytes of unfinished operations", settings.unfinished_bytes),
             worked: Retained {
                 limit: settings.retained_operations,
                 limit_bytes: settings.retained_bytes,
@@ -159,7 +156,8 @@ impl Register {
         snapshot: Snapshot,
         now: ClockReading,
     ) -> (u64, Subscription) {
-        self.unfinished.take(info.peer);
+        self.unfinished.take(info.peer, 1);
+        self.unfinished_bytes.take(info.peer, info.memory());
         let state = OperationState::Unfinished { task, unfollowed_since: None };
         let (snapshot, snapshots) = watch::channel(snapshot);
         let subscription = Subscription { info: info.clone(), snapshots };
@@ -202,7 +200,8 @@ impl Register {
             priority: operation.priority,
             queued: operation.queued,
         };
-        self.unfinished.give_back(completed.info.peer);
+        self.unfinished.give_back(completed.info.peer, 1);
+        self.unfinished_bytes.give_back(completed.info.peer, completed.info.memory());
         self.retain(number, kind, now);
         Some(completed)
     }
@@ -333,9 +332,10 @@ impl Register {
     /// Checks whether a peer may have one more unfinished operation.
     ///
     /// # Errors
-    /// `Exhausted` when there are too many, or the peer has its share.
+    /// `Exhausted` when there are too many, or they take too much memory, or the peer has its share.
     pub(crate) fn check_place(&self, peer: Peer) -> Result<()> {
-        self.unfinished.check(peer)
+        self.unfinished.check(peer)?;
+        self.unfinished_bytes.check(peer)
     }
 
     fn insert(&mut self, operation: Operation) -> u64 {

@@ -67,12 +67,15 @@ pub struct SchedulerSettings {
     /// ([`QueueQuota`](super::quota::QueueQuota)). Requeued tasks may exceed it, because they were admitted before; there are never
     /// more of them than slots.
     pub queue_size: usize,
-    /// Memory that the actions of all tasks may take, in bytes. Most tasks take a few KiB, but a Command may take 16 MiB, and any
-    /// number of actions may refer to the same Command. It is shared like `queue_size`.
+    /// Memory that the actions of all tasks may take, in bytes. Most tasks take a few KiB, so a full queue takes a part of it, but
+    /// a Command may take 16 MiB, and each action has its own copy of it. It is shared like `queue_size`.
     pub queue_bytes: usize,
     /// Unfinished operations. Peers share this number. It is separate from `queue_size`, because operations that join a task take
     /// no room in the queue.
     pub unfinished_operations: usize,
+    /// Memory that the texts of these operations may take, in bytes: names of files to inline, and what clients say about
+    /// themselves. Usually these are a few hundred bytes, but they may be 20 KiB. It is shared like `unfinished_operations`.
+    pub unfinished_bytes: usize,
     /// Concurrent input checks in the store. More of them would only queue there.
     pub concurrent_checks: usize,
     /// The range of effective priorities.
@@ -95,8 +98,8 @@ pub struct SchedulerSettings {
     pub retention: Duration,
     /// How many finished operations are remembered. The oldest are forgotten first.
     pub retained_operations: usize,
-    /// Bytes of results and requests in the finished operations that are remembered. The oldest are forgotten first. One result
-    /// may take 4 MiB, so a bound on the number alone is not enough.
+    /// Memory that the results and requests of the finished operations take that are remembered, in bytes. The oldest are
+    /// forgotten first. One result may take a hundred megabytes, so a bound on the number alone is not enough.
     pub retained_bytes: usize,
     /// How long operations are remembered that were over at once, because the result was cached or the action cannot run. They
     /// matter only if the stream broke before its single message; any later request gets the same answer again.
@@ -121,8 +124,9 @@ impl SchedulerSettings {
         Self {
             node: config.node,
             queue_size: config.queue_size,
-            queue_bytes: 1 << 30,
+            queue_bytes: 256 << 20,
             unfinished_operations: config.queue_size.saturating_mul(4).max(4096),
+            unfinished_bytes: 64 << 20,
             concurrent_checks: 64,
             priorities: config.priorities,
             priority_ageing: config.priority_ageing,

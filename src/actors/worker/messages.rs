@@ -1,9 +1,9 @@
 //! The messages between the scheduler and a worker.
 
 use super::cancel::CancelToken;
-use crate::{action::Action, caller::Peer, log_streams::run::RunLogs};
+use crate::{action::Action, caller::Peer, log_streams::run::RunLogs, result::SharedResult};
 use actix::Recipient;
-use gorego_reapi::{digest::Digest, error::Error, proto::reapi};
+use gorego_reapi::{digest::Digest, error::Error};
 use std::{sync::Arc, time::SystemTime};
 
 /// Identifies a task within this process.
@@ -96,7 +96,7 @@ pub type RunReport = Result<Box<RunResult>, RunFailure>;
 pub struct RunResult {
     /// Outputs, exit code, logs, metadata with all timestamps; every blob is stored and, unless the action says otherwise
     /// or the exit code is not 0, the action cache has it (EXE-18, EXE-20, EXE-54).
-    pub result: reapi::ActionResult,
+    pub result: SharedResult,
     /// Explanations for people; usually none.
     pub account: Account,
 }
@@ -118,7 +118,7 @@ pub struct RunFailure {
     /// The cause.
     pub error: Error,
     /// What was kept nevertheless: logs and metadata of a command that timed out (EXE-45).
-    pub partial: Option<Box<reapi::ActionResult>>,
+    pub partial: Option<SharedResult>,
     /// Whether the fault lies with the worker, so that another try may succeed.
     pub retryable: bool,
     /// Explanations for people in addition to the error.

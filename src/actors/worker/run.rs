@@ -128,12 +128,12 @@ impl<'a> ActionRun<'a> {
         self.log(&outcome);
         let account = self.account(&outcome);
         match outcome {
-            Ok(()) => Ok(Box::new(RunResult { result: self.result, account })),
+            Ok(()) => Ok(Box::new(RunResult { result: self.result.into(), account })),
             Err(error) => Err(RunFailure {
                 // After the wait it is better to let the client retry than to occupy a slot.
                 retryable: is_workers_fault(&error) && !self.waited_in_vain,
                 // Without a command that ran there is no partial result.
-                partial: self.ran.is_some().then(|| Box::new(self.result)),
+                partial: self.ran.is_some().then(|| self.result.into()),
                 error,
                 account: Box::new(account),
             }),

@@ -164,7 +164,7 @@ impl ReplayPlace {
             return Ok(Replayed::ShellEnded);
         }
         let outcome = match report {
-            Ok(done) => Ok(done.result),
+            Ok(done) => Ok(done.result.into_inner()),
             // Facts about the command, as opposed to failures of this machine.
             Err(failure) if failure.partial.is_some() && is_the_commands(&failure.error) => {
                 Err(failure.error)

@@ -1,6 +1,7 @@
 //! Archives of every format, and hostile archives.
 
 use super::*;
+use crate::{budget::Budget, caller::Caller};
 use gorego_reapi::digest::DigestFunction;
 use proptest::prelude::*;
 use std::{collections::HashMap, io::Write as _};
@@ -329,4 +330,19 @@ proptest! {
             }
         }
     }
+}
+
+/// One address has the decoder of one large archive, another one finds room beside it, and gzip takes next to nothing.
+#[test]
+fn decoders_with_large_dictionaries_are_counted() {
+    let budget = Budget::keeping_free(DECODERS, LARGE_DECODER_BYTES);
+    let [one, other] = [1, 2].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
+    let [xz, zstd] = [&b"\xfd7zXZ\0"[..], b"\x28\xb5\x2f\xfd\0\0"].map(|magic| decoder_bytes(magic, 1_000));
+    let gzip = decoder_bytes(b"\x1f\x8b\x08\0\0\0", 1 << 40);
+    let _held = budget.take(one, xz).unwrap();
+    assert!(budget.take(one, zstd).is_err());
+    let _small = budget.take(one, gzip).unwrap();
+    let _other = budget.take(other, zstd).unwrap();
+    let zip = |length| decoder_bytes(b"PK\x03\x04\0\0", length);
+    assert!(zip(100) < 2 << 20 && zip(1 << 40) <= 65 << 20);
 }

@@ -5,7 +5,7 @@
 //! From then on a hit is a look-up that checks and renews every reference in the index (AC-03, AC-04).
 
 use crate::actors::cas::{
-    blob::{is_sound, not_found, read_unchecked, report},
+    blob::{is_sound, not_found, read_unchecked, read_unless_large, report},
     client::{Cas, Provenance},
     decoding::worst_case,
     index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
@@ -15,13 +15,17 @@ use crate::actors::cas::{
     settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     trees::TreeRoom,
 };
-use crate::instance::{Instance, InstanceId};
+use crate::{
+    instance::{Instance, InstanceId},
+    result::{ResultRoom, SharedResult},
+};
 use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     proto::reapi,
     tree::MAX_MESSAGE_MEMORY,
+    wire::UNCOUNTED_BYTES,
 };
 use std::{sync::Arc, time::SystemTime};
 
@@ -31,19 +35,18 @@ impl Cas {
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.
-    pub async fn get_result(
-        &self,
-        instance: &Instance,
-        action: Digest,
-    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+    pub async fn get_result(&self, instance: &Instance, action: Digest) -> Result<Option<SharedResult>> {
         let mut tried = None;
         for _ in 0..RESULT_READ_TRIES {
             let found = match self.look_up_result(instance, action)? {
-                ResultLookup::Hit(result) => return Ok(Some(result)),
+                ResultLookup::Hit(result) => return self.with_room(result).await.map(Some),
                 ResultLookup::Miss => return Ok(None),
                 ResultLookup::Long(found, loaded) => {
                     self.check_unread(instance, &loaded.references).await?;
-                    return self.confirm_in_parts(instance, found.at, &loaded).await;
+                    return match self.confirm_in_parts(instance, found.at, &loaded).await? {
+                        Some(result) => self.with_room(result).await.map(Some),
+                        None => Ok(None),
+                    };
                 }
                 ResultLookup::Cold(found) => found,
             };
@@ -64,9 +67,9 @@ impl Cas {
         instance: &Instance,
         action: Digest,
         found: FoundEntry,
-    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+    ) -> Result<Option<SharedResult>> {
         let id = instance.id();
-        let Some(result) = self.read_result(instance, action, found).await? else { return Ok(None) };
+        let Some((result, room)) = self.read_result(instance, action, found).await? else { return Ok(None) };
         let references = match self.references(instance, action.function(), &result).await {
             Ok(references) => references,
             Err(Unloadable::Server(error)) => return Err(error),
@@ -78,10 +81,26 @@ impl Cas {
         let (loaded, weight) = self.loaded(found.file.generation, result, references).await?;
         self.check_unread(instance, &loaded.references).await?;
         self.shared().results.insert((id, action), loaded.clone(), weight);
-        if loaded.references.len() > LOOKUPS_PER_TURN {
-            return self.confirm_in_parts(instance, found.at, &loaded).await;
+        let result = if loaded.references.len() > LOOKUPS_PER_TURN {
+            self.confirm_in_parts(instance, found.at, &loaded).await?
+        } else {
+            self.confirm_loaded(instance, found, &loaded)?
+        };
+        match (result, room) {
+            (Some(result), None) => self.with_room(result).await.map(Some),
+            (result, room) => Ok(result.map(|result| result.holding(room))),
         }
-        self.confirm_loaded(instance, found, &loaded)
+    }
+
+    /// Takes room for a result that is not small. It may be dropped from the memo while its request waits for room for the
+    /// answer, and would then be counted nowhere.
+    pub(crate) async fn with_room(&self, result: SharedResult) -> Result<SharedResult> {
+        if result.memory() <= UNCOUNTED_BYTES {
+            return Ok(result);
+        }
+        let memory = (result.memory() as u64).min(results::LARGEST_RESULT);
+        let room = self.shared().large_results.wait_for(self.caller(), memory).await?;
+        Ok(result.holding(Some(ResultRoom::new(room))))
     }
 
     /// Hashes the blobs of a result that were not read since the start. Damaged blobs are dropped, and then the result is
@@ -111,7 +130,7 @@ impl Cas {
         instance: &Instance,
         at: EntryRef,
         loaded: &LoadedResult,
-    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+    ) -> Result<Option<SharedResult>> {
         if !loaded.is_hit {
             return Ok(None);
         }
@@ -128,7 +147,7 @@ impl Cas {
     async fn loaded(
         &self,
         generation: u64,
-        result: Arc<reapi::ActionResult>,
+        result: SharedResult,
         references: Vec<Digest>,
     ) -> Result<(Arc<LoadedResult>, usize)> {
         let is_long = references.len() > LOOKUPS_PER_TURN;
@@ -140,32 +159,55 @@ impl Cas {
         if is_long { self.blocking(load).await } else { Ok(load()) }
     }
 
+    /// Reads and decodes the file of a result. A large one comes with the room that it takes.
     async fn read_result(
         &self,
         instance: &Instance,
         action: Digest,
         found: FoundEntry,
-    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+    ) -> Result<Option<(SharedResult, Option<ResultRoom>)>> {
         let cas = self.clone();
-        let bytes = match self.blocking(move || read_unchecked(&cas, &found, results::MAX_FILE_BYTES)).await?
-        {
-            Ok(bytes) => bytes,
+        let small = self.blocking(move || read_unless_large(&cas, &found, UNCOUNTED_BYTES as u64)).await?;
+        let small = match small {
+            Ok(small) => small,
             Err(Error::NotFound(_)) => return Ok(None),
             Err(error) => return Err(error),
         };
-        let room = self.room_to_decode(worst_case(bytes.len() as u64, MAX_MESSAGE_MEMORY)).await?;
+        // All room is taken before the bytes are read, that for the result first: who holds room to decode waits for nothing.
+        let (mut room, decoding) = match &small {
+            Ok(_) => (None, None),
+            Err(size) => {
+                let memory = worst_case((*size).min(results::MAX_FILE_BYTES), MAX_MESSAGE_MEMORY);
+                let room = self.shared().large_results.wait_for(self.caller(), memory).await?;
+                (Some(ResultRoom::new(room)), self.room_to_decode(memory).await?)
+            }
+        };
         let (cas, instance) = (self.clone(), instance.clone());
         self.blocking(move || {
-            let _room = room;
+            let _decoding = decoding;
+            let bytes = match small {
+                Ok(bytes) => bytes,
+                Err(_) => match read_unchecked(&cas, &found, results::MAX_FILE_BYTES) {
+                    Ok(bytes) => bytes,
+                    Err(Error::NotFound(_)) => return Ok(None),
+                    Err(error) => return Err(error),
+                },
+            };
             match results::decode(&bytes, instance.name(), action) {
-                Ok(result) => Some(Arc::new(result)),
+                Ok(result) => {
+                    let result = SharedResult::new(result);
+                    if let Some(room) = &mut room {
+                        room.shrink_to(result.memory());
+                    }
+                    Ok(Some((result, room)))
+                }
                 Err(reason) => {
                     report(&cas, &found, reason.into());
-                    None
+                    Ok(None)
                 }
             }
         })
-        .await
+        .await?
     }
 
     /// Everything that a result references.
@@ -231,7 +273,7 @@ impl Cas {
         action: Digest,
         result: reapi::ActionResult,
         provenance: Provenance,
-    ) -> Result<Arc<reapi::ActionResult>> {
+    ) -> Result<SharedResult> {
         let mut prepared = PreparedResult::new(instance, action, result, provenance, Uploader::Client)?;
         let contents = std::mem::take(&mut prepared.contents);
         if !contents.is_empty() {
@@ -278,7 +320,7 @@ impl From<Error> for Unloadable {
 /// A result that is checked and encoded for its file.
 pub(crate) struct PreparedResult {
     action: Digest,
-    result: Arc<reapi::ActionResult>,
+    result: SharedResult,
     file: Bytes,
     /// Contents that were inlined; these blobs have to be stored first.
     pub(crate) contents: Vec<(Digest, Bytes)>,
@@ -298,7 +340,7 @@ impl PreparedResult {
     ) -> Result<Self> {
         let contents = results::normalise(&mut result, action.function(), uploader)?;
         let file = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
-        Ok(Self { action, result: Arc::new(result), file, contents })
+        Ok(Self { action, result: result.into(), file, contents })
     }
 
     /// Bytes that the file takes on disk.

@@ -11,15 +11,16 @@ use crate::{
     actors::mail::Receive,
     instance::Instance,
     logging::Event,
+    result::SharedResult,
 };
 use actix::Message;
-use gorego_reapi::{digest::Digest, error::Result, proto::reapi};
+use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
 
 /// The outcome of a look-up without reading files.
 pub(crate) enum ResultLookup {
     /// The result is complete. Everything that it references was just renewed.
-    Hit(Arc<reapi::ActionResult>),
+    Hit(SharedResult),
     /// There is no complete result.
     Miss,
     /// There is a result, but its file, or blobs that were not read since the start, have to be read first.
@@ -68,7 +69,7 @@ impl Cas {
         instance: &Instance,
         found: FoundEntry,
         loaded: &LoadedResult,
-    ) -> Result<Option<Arc<reapi::ActionResult>>> {
+    ) -> Result<Option<SharedResult>> {
         Ok(match self.confirm(instance, found, loaded, false)? {
             ResultLookup::Hit(result) => Some(result),
             ResultLookup::Miss | ResultLookup::Cold(_) | ResultLookup::Long(..) => None,

@@ -4,6 +4,7 @@ use super::{
     super::{resolve::Resolution, settings::LOOKUPS_PER_TURN},
     *,
 };
+use crate::result::SharedResult;
 use futures::future::join_all;
 use prost::Message as _;
 
@@ -73,11 +74,11 @@ async fn rich_result(store: &TestStore) -> (reapi::ActionResult, Vec<(&'static s
     (result, references)
 }
 
-async fn update(store: &TestStore, action: Digest, result: reapi::ActionResult) -> Arc<reapi::ActionResult> {
+async fn update(store: &TestStore, action: Digest, result: reapi::ActionResult) -> SharedResult {
     store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap()
 }
 
-async fn lookup(store: &TestStore, action: Digest) -> Option<Arc<reapi::ActionResult>> {
+async fn lookup(store: &TestStore, action: Digest) -> Option<SharedResult> {
     store.cas.get_result(&store.main, action).await.unwrap()
 }
 

@@ -224,7 +224,7 @@ impl Ledger {
             RunEnd::Reported(Ok(report)) if report.account.out_of_memory && self.move_up(id, pool, now) => {}
             RunEnd::Reported(Ok(report)) => {
                 let outcome = Outcome {
-                    result: Some(Arc::new(report.result)),
+                    result: Some(report.result),
                     cached: false,
                     error: None,
                     message: report.account.message,
@@ -240,9 +240,12 @@ impl Ledger {
             }
             RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
             RunEnd::Reported(Err(failure)) => {
-                let result = failure.partial.map(|partial| Arc::new(*partial));
                 let message = failure.account.message;
-                self.end_task(id, Outcome { result, message, ..Outcome::failed(failure.error) }, now);
+                self.end_task(
+                    id,
+                    Outcome { result: failure.partial, message, ..Outcome::failed(failure.error) },
+                    now,
+                );
             }
             RunEnd::Lost { .. } => {
                 let error = format!("the worker on slot {} of pool \"{}\" died", place.slot.0, place.pool);

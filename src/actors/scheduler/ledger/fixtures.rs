@@ -15,7 +15,6 @@ use crate::{
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     path::RootPath,
-    proto::reapi,
 };
 
 /// An action for tests: its name is what its digest depends on.
@@ -67,7 +66,7 @@ pub(crate) fn submit(work: &Work) -> Submit {
 
 pub(crate) fn resolution(work: &Work, cached: bool) -> Resolution {
     if cached {
-        return Resolution::Cached(Arc::new(reapi::ActionResult::default()));
+        return Resolution::Cached(Default::default());
     }
     let command = Command {
         arguments: vec!["true".into()],

@@ -96,7 +96,7 @@ impl Desk {
 }
 
 fn success() -> RunReport {
-    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), account: Default::default() }))
+    Ok(Box::new(RunResult { result: Default::default(), account: Default::default() }))
 }
 
 fn stage(subscription: &Subscription) -> Stage {
@@ -269,6 +269,23 @@ fn the_queue_is_bounded_in_bytes_too() {
     assert!(matches!(refusal, Error::Exhausted { retry_after: Some(_), .. }), "{refusal}");
     desk.ledger.cancel(&instance(), held[0].info.id, desk.now).unwrap();
     desk.try_submit(submit(&uncacheable), Resolution::Run(action)).unwrap();
+}
+
+/// GEN-21: operations that join a task take no place in the queue, but each keeps what its client named. Names without a
+/// character take memory too.
+#[test]
+fn what_clients_name_in_unfinished_operations_is_bounded_in_bytes() {
+    let mut desk = Desk::new(1, SchedulerSettings { unfinished_bytes: 100_000, ..settings() });
+    let mut request = submit(&work(1));
+    request.inline.output_files = vec![String::new(); 600];
+    let mut join = || desk.try_submit(request.clone(), resolution(&work(1), false));
+    let held: Vec<_> = std::iter::from_fn(|| join().ok()).take(100).collect();
+    assert_eq!(held.len(), 7, "600 names are 14,400 bytes");
+    let refusal = join().unwrap_err();
+    assert!(matches!(&refusal, Error::Exhausted { message, .. } if message.contains("bytes of unfinished")));
+    desk.ledger.cancel(&instance(), held[0].info.id, desk.now).unwrap();
+    let again = desk.try_submit(request.clone(), resolution(&work(1), false));
+    assert!(again.is_ok(), "what has ended is given back");
 }
 
 /// EXE-31.

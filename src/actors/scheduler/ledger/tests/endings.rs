@@ -4,6 +4,7 @@ use super::*;
 use crate::{
     actors::{scheduler::operation::ServerLog, worker::messages::Account},
     log_streams::run::RunLogs,
+    result::SharedResult,
 };
 
 /// EXE-62.
@@ -61,7 +62,7 @@ fn a_fault_of_the_command_is_no_reason_to_try_again_and_its_logs_are_kept() {
     let task = desk.dispatch_one().task;
     let late = Error::DeadlineExceeded("ran for 1 s".into());
     let logs = reapi::ActionResult { stdout_raw: b"hi".to_vec().into(), ..Default::default() };
-    let failure = RunFailure { partial: Some(Box::new(logs.clone())), ..RunFailure::new(late.clone()) };
+    let failure = RunFailure { partial: Some(logs.clone().into()), ..RunFailure::new(late.clone()) };
     desk.finish(task, Err(failure));
     assert_eq!(error(&operation), late);
     assert_eq!(outcome(&operation).result.as_deref(), Some(&logs));
@@ -208,14 +209,17 @@ fn finished_operations_are_remembered_for_a_time_and_in_a_number_that_are_bounde
     assert!(!is_known(&mut desk, 1) && is_known(&mut desk, 2), "ten minutes are over for one of them");
 }
 
-/// EXE-14: long results count by their length.
+/// EXE-14: results count by the memory that they take.
 #[test]
 fn finished_operations_are_bounded_in_bytes_too() {
-    let settings = SchedulerSettings { retained_bytes: 2500, retained_cached_bytes: 1500, ..settings() };
+    let link = reapi::OutputSymlink { path: "l".into(), ..Default::default() };
+    let long = reapi::ActionResult { output_symlinks: vec![link; 100], ..Default::default() };
+    let long = SharedResult::new(long);
+    let (retained_bytes, retained_cached_bytes) = (long.memory() * 5 / 2, long.memory() * 3 / 2);
+    let settings = SchedulerSettings { retained_bytes, retained_cached_bytes, ..settings() };
     let mut desk = Desk::new(1, settings);
-    let long = reapi::ActionResult { stdout_raw: vec![0; 1000].into(), ..Default::default() };
     let hits: Vec<_> = (1..4)
-        .map(|name| desk.try_submit(submit(&work(name)), Resolution::Cached(Arc::new(long.clone()))).unwrap())
+        .map(|name| desk.try_submit(submit(&work(name)), Resolution::Cached(long.clone())).unwrap())
         .collect();
     let runs: Vec<_> = (11..15)
         .map(|name| {
@@ -236,11 +240,11 @@ fn finished_operations_are_bounded_in_bytes_too() {
     desk.ledger.forget(&instance(), runs[2].info.id).unwrap();
     assert_eq!(desk.ledger.inspect().operations, 1);
     let mut huge = submit(&work(20));
-    huge.inline.output_files = vec!["x".repeat(9000)];
-    let hit = desk.try_submit(huge, Resolution::Cached(Arc::new(long))).unwrap();
+    huge.inline.output_files = vec!["x".repeat(2 * long.memory())];
+    let hit = desk.try_submit(huge, Resolution::Cached(long)).unwrap();
     assert!(desk.ledger.watch(&instance(), hit.info.id).is_ok(), "the latest is kept whatever it weighs");
     assert_eq!(desk.ledger.inspect().operations, 1);
-    let missing = Error::MissingBlobs(vec![digest(&work(1)); 1000]);
+    let missing = Error::MissingBlobs(vec![digest(&work(1)); 10_000]);
     for name in 31..34 {
         desk.try_submit(submit(&work(name)), Resolution::Unusable(missing.clone())).unwrap();
     }

@@ -16,7 +16,7 @@ fn pool_of(name: &str, memory: u64) -> PoolSpec {
 
 fn out_of_memory() -> RunReport {
     let account = Account { out_of_memory: true, ..Account::default() };
-    Ok(Box::new(RunResult { result: reapi::ActionResult::default(), account }))
+    Ok(Box::new(RunResult { result: Default::default(), account }))
 }
 
 #[test]

@@ -46,13 +46,20 @@ struct MemoryGroup {
     events: File,
     /// What is in use, the page cache included.
     usage: File,
-    /// The most that was used since it was reset, if the kernel can reset it.
-    peak: Option<File>,
+    peak: Option<Peak>,
     /// Memory of all actions together, in bytes.
     total: u64,
     /// Its limit, in bytes; 0 for none.
     limit: u64,
     before: MemoryEvents,
+}
+
+/// The most that was used.
+#[derive(Debug)]
+struct Peak {
+    file: File,
+    /// What it was when the action began, where the kernel cannot reset it: in the unified hierarchy before Linux 6.12.
+    before: Option<u64>,
 }
 
 /// Counts since the group was made.
@@ -181,10 +188,15 @@ impl MemoryGroup {
             Version::V2 => ("memory.events", "memory.current", "memory.peak"),
         };
         let (events, usage) = (File::open(at.join(events))?, File::open(at.join(usage))?);
-        let peak = File::options().read(true).write(true).open(at.join(peak)).ok();
-        // Before Linux 6.12, the one of the unified hierarchy cannot be reset.
-        let peak = peak.filter(|peak| peak.write_all_at(b"0", 0).is_ok());
-        Ok(Self { control, events, usage, peak, total, limit: 0, before: MemoryEvents::default() })
+        Ok(Self {
+            events,
+            usage,
+            peak: Peak::open(&at.join(peak)),
+            control,
+            total,
+            limit: 0,
+            before: MemoryEvents::default(),
+        })
     }
 
     fn begin(&mut self, limits: &Limits, is_new: bool) -> io::Result<()> {
@@ -194,8 +206,8 @@ impl MemoryGroup {
             self.bound(limits)?;
             self.limit = limits.memory;
         }
-        if let Some(peak) = &self.peak {
-            peak.write_all_at(b"0", 0)?;
+        if let Some(peak) = &mut self.peak {
+            peak.begin()?;
         }
         self.before = self.count()?;
         Ok(())
@@ -265,13 +277,43 @@ impl MemoryGroup {
         if now.killed <= self.before.killed {
             return None;
         }
-        let peak = self.peak.as_ref().and_then(|peak| files::text(peak).ok()?.trim().parse().ok());
+        let peak = self.peak.as_ref().and_then(Peak::reached);
         let has_met = |limit: u64| peak.is_some_and(|peak: u64| peak.saturating_add(NEAR) >= limit);
         let is_own = match (now.own, self.before.own) {
             (Some(now), Some(before)) => now > before,
             _ => has_met(self.limit),
         };
         Some(verdict(self.limit > 0 && is_own, peak, self.limit, self.total))
+    }
+}
+
+impl Peak {
+    fn open(path: &Path) -> Option<Self> {
+        let writable = File::options().read(true).write(true).open(path).ok();
+        match writable.filter(|file| file.write_all_at(b"0", 0).is_ok()) {
+            Some(file) => Some(Self { file, before: None }),
+            None => Some(Self { file: File::open(path).ok()?, before: Some(0) }),
+        }
+    }
+
+    fn begin(&mut self) -> io::Result<()> {
+        match self.before {
+            None => self.file.write_all_at(b"0", 0),
+            Some(_) => {
+                self.before = Some(self.read().unwrap_or(u64::MAX));
+                Ok(())
+            }
+        }
+    }
+
+    /// The most that this action has used, if that is known.
+    fn reached(&self) -> Option<u64> {
+        let peak = self.read()?;
+        self.before.is_none_or(|before| peak > before).then_some(peak)
+    }
+
+    fn read(&self) -> Option<u64> {
+        files::text(&self.file).ok()?.trim().parse().ok()
     }
 }
 
@@ -329,6 +371,20 @@ mod tests {
             exceeded(LimitedResource::AllMemory, 7 * GB, 8 * GB)
         );
         assert_eq!(verdict(false, Some(GB), 0, 8 * GB), OutOfMemory::Shared { used: GB, total: 8 * GB });
+    }
+
+    #[test]
+    fn a_peak_that_cannot_be_reset_is_known_once_it_has_risen() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path().join("memory.peak");
+        fs::write(&at, "100").unwrap();
+        let mut peak = Peak { file: File::open(&at).unwrap(), before: Some(0) };
+        peak.begin().unwrap();
+        assert_eq!(peak.reached(), None);
+        fs::write(&at, "200").unwrap();
+        assert_eq!(peak.reached(), Some(200));
+        peak.begin().unwrap();
+        assert_eq!(peak.reached(), None);
     }
 
     /// On plain files: what is written where, for each interface of the kernel.

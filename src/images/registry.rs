@@ -138,7 +138,9 @@ impl<'a> Repository<'a> {
         let url = Url::parse(&text).map_err(|error| Error::Invalid(format!("\"{text}\": {error}")))?;
         let known = || self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut response = self.follow(&url, accept, known())?;
+        // A host that the registry redirects to is not asked what it wants to see: it would say who gets the credentials.
         if response.status().as_u16() == 401
+            && response.url().origin() == url.origin()
             && let Some(value) = self.authorize(&response)?
         {
             *self.authorization.lock().unwrap_or_else(PoisonError::into_inner) = Some(value.clone());

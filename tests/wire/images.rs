@@ -21,7 +21,10 @@ use std::{
     collections::HashMap,
     fs,
     os::unix::fs::PermissionsExt as _,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -173,6 +176,8 @@ struct Content {
     broken: Option<StatusCode>,
     /// There is no answer at all.
     is_silent: bool,
+    /// The address of the host that has the blobs; empty for this one.
+    redirects_to: String,
 }
 
 impl TestRegistry {
@@ -262,9 +267,10 @@ impl Content {
         match path.strip_prefix("/v2/team/tools/blobs/").filter(|digest| self.blobs.0.contains_key(*digest)) {
             Some(digest) => {
                 let mut response = with(StatusCode::TEMPORARY_REDIRECT, Vec::new());
-                response
-                    .headers_mut()
-                    .insert(header::LOCATION, format!("/elsewhere/{digest}").parse().unwrap());
+                response.headers_mut().insert(
+                    header::LOCATION,
+                    format!("{}/elsewhere/{digest}", self.redirects_to).parse().unwrap(),
+                );
                 response
             }
             None => with(StatusCode::NOT_FOUND, Vec::new()),
@@ -312,6 +318,49 @@ async fn an_image_is_pulled_once_for_all_actions_that_want_it_with_the_credentia
     assert!(pulled.len() == 1 && pulled[0]["digest"] == *digest, "{pulled:?}");
     let log = serde_json::to_string(&server.log()).unwrap();
     assert!(!log.contains("t0ken") && !log.contains("secret"), "credentials stay out of the log");
+}
+
+/// A host that wants to be sent credentials; counts the requests that bring some.
+async fn greedy_host() -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let (challenge, got) =
+        (format!("Bearer realm=\"{address}/token\",service=\"test\""), Arc::new(AtomicUsize::new(0)));
+    let counted = got.clone();
+    let answer = move |request: Request| {
+        if request.headers().contains_key(header::AUTHORIZATION) {
+            counted.fetch_add(1, Relaxed);
+        }
+        std::future::ready((StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, challenge.clone())]))
+    };
+    let router = Router::new().fallback(answer);
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    (address, got)
+}
+
+#[tokio::test]
+async fn the_credentials_of_a_registry_never_reach_a_host_that_it_redirects_to() {
+    let (greedy, got) = greedy_host().await;
+    let mut content = Content { login: Some("me:secret".into()), redirects_to: greedy, ..Content::default() };
+    let digest = image(&mut content.blobs, "pulled");
+    let registry = TestRegistry::serve(content).await;
+    let site = tempfile::tempdir().unwrap();
+    let credentials = site.path().join("config.json");
+    let auths = json!({ "auths": { registry.address(): { "auth": BASE64.encode("me:secret") } } });
+    fs::write(&credentials, auths.to_string()).unwrap();
+    let Some(server) = server(&[
+        ("EXECUTION__IMAGES__REGISTRIES", &allowed(&registry)),
+        ("EXECUTION__IMAGES__CREDENTIALS", credentials.to_str().unwrap()),
+    ])
+    .await
+    else {
+        return;
+    };
+    let client = server.client().await;
+    let name = format!("docker://{}/team/tools@{digest}", registry.address());
+    let (code, message) = refused(&client, &name).await;
+    assert_eq!(code, Code::FailedPrecondition, "{message}");
+    assert_eq!(got.load(Relaxed), 0);
 }
 
 #[tokio::test]

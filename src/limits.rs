@@ -99,12 +99,15 @@ pub struct Limits {
     pub files: u64,
 }
 
+/// The least memory that an action can ask for, in bytes: less would be a limit on the runner and not on the action.
+const LEAST_MEMORY: u64 = 16_000_000;
+
 impl LimitSettings {
     /// The limits of an action with these platform properties, which the pool has found to suit it.
     pub fn of(&self, platform: &[(String, String)]) -> Limits {
         let cores = number(platform, CORES).filter(|_| self.cores.max > 0);
         Limits {
-            memory: self.memory.of(size(platform, MEMORY)),
+            memory: self.memory.of(size(platform, MEMORY).map(|asked| asked.max(LEAST_MEMORY))),
             swap: self.swap,
             share: cores.map_or(1, |cores| cores.clamp(1, self.cores.max)),
             cores: match (self.cores.default, cores) {
@@ -260,8 +263,13 @@ mod tests {
         assert_eq!((limits.memory, limits.share, limits.cores), (2 << 30, 4, 4));
         assert_eq!(limits.processes, 100, "it cannot ask for more processes where there is no max_processes");
         assert_eq!(settings().of(&asked(&[("memory", "much")])).memory, 1 << 30);
-        let several = asked(&[("memory", "1MiB"), ("memory", "2MiB")]);
-        assert_eq!(settings().of(&several).memory, 2 << 20);
+        let several = asked(&[("memory", "100MiB"), ("memory", "200MiB")]);
+        assert_eq!(settings().of(&several).memory, 200 << 20);
+        assert_eq!(
+            settings().of(&asked(&[("memory", "1")])).memory,
+            LEAST_MEMORY,
+            "the runner needs some too"
+        );
     }
 
     #[test]

@@ -219,7 +219,10 @@ fn check_layer(media_type: &str) -> Result<(), String> {
 }
 
 fn json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
-    serde_json::from_slice(bytes).map_err(|error| format!("it cannot be read: {error}"))
+    // The text of the error could quote the document, which a registry may have fetched from anywhere.
+    serde_json::from_slice(bytes).map_err(|error| {
+        format!("it is not JSON of the right form (line {}, column {})", error.line(), error.column())
+    })
 }
 
 #[derive(Deserialize)]

@@ -27,7 +27,7 @@ const ROOT_FILES: u64 = 4096;
 /// the kernel makes no user namespace for a process whose root directory is covered.
 const MOUNT_POINTS: &[&str] = &["/sys/kernel", "/sys/fs", "/sys/firmware", "/media", "/mnt"];
 /// Largest file about names that is taken over from a root file system.
-const MAX_NAMES_BYTES: u64 = 1024 * 1024;
+const MAX_NAMES_BYTES: u64 = 256 * 1024;
 
 /// Where a runner mounts its views.
 #[derive(Debug)]

@@ -23,15 +23,18 @@ pub(super) fn above(of: u32, limit: u64) -> Option<u64> {
     (used > limit).then_some(used)
 }
 
-/// Resident pages that are not of a file, in bytes.
+/// Resident pages that are not of a file on a disk, in bytes.
 fn private(process: u32) -> Option<u64> {
-    kib(&fs::read_to_string(format!("/proc/{process}/status")).ok()?, "RssAnon:")
+    let text = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    Some(kib(&text, "RssAnon:")?.saturating_add(kib(&text, "RssShmem:").unwrap_or(0)))
 }
 
-/// The process's part of its resident pages that are not of a file, in bytes.
+/// The process's part of its resident pages that are not of a file on a disk, in bytes.
 fn proportional(process: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"));
-    text.ok().and_then(|text| kib(&text, "Pss_Anon:")).or_else(|| private(process))
+    let part =
+        |text: String| Some(kib(&text, "Pss_Anon:")?.saturating_add(kib(&text, "Pss_Shmem:").unwrap_or(0)));
+    text.ok().and_then(part).or_else(|| private(process))
 }
 
 /// The number of KiB behind a word at the start of a line, in bytes.

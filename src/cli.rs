@@ -208,7 +208,7 @@ pub struct ReplayArgs {
     /// operation]
     #[arg(long, value_name = "NAME", value_parser = parse_digest_function)]
     pub digest_function: Option<DigestFunction>,
-    /// Configuration file, of which [execution] applies: the sandbox and the limits [default: /etc/gorego/gorego.toml if it
+    /// Configuration file, of which the section "execution" applies, for its sandbox and limits [default: /etc/gorego/gorego.toml if it
     /// exists]
     #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,

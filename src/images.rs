@@ -73,7 +73,7 @@ const IMAGE_PULLED: &str = "image_pulled";
 const IMAGE_NOT_READY: &str = "image_not_ready";
 const IMAGE_FAILED: &str = "image_failed";
 
-/// The settings of images; [`crate::config::ImagesConfig`] documents each.
+/// The settings of images; `config::ImagesConfig` documents each.
 #[derive(Debug, Clone)]
 pub struct ImageSettings {
     /// Registries that may be contacted.

@@ -1,7 +1,7 @@
 //! `gorego replay`: runs an action of a server again on this machine, in the sandbox that a server here would give it, and
 //! compares the outcome with the recorded one.
 //!
-//! Three steps: [`fetch`] reads everything from the server, [`run`] stages and runs it with the code of a worker, and
+//! Three steps: [`fetch`] reads everything from the server, [`mod@run`] stages and runs it with the code of a worker, and
 //! [`compare`] tells what differs. Ctrl-C, SIGTERM and SIGHUP end each of them. Everything on disk is in one directory
 //! ([`Scratch`]), which is removed at the end unless `--keep` is given. The report is printed last, when nothing is left
 //! to clean up.

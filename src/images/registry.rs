@@ -5,7 +5,7 @@
 //! where it says that tokens are, and nothing is fetched without TLS unless the registry is configured so. No proxy is used.
 //!
 //! Every answer has a limit: of time (what is left of the pull, and [`SILENCE`] for each piece) and of bytes (a document's by
-//! [`read_bounded`](super::source::read_bounded), a blob's by the size in its manifest, a token's by [`MAX_TOKEN_BYTES`]).
+//! [`read_bounded`], a blob's by the size in its manifest, a token's by [`MAX_TOKEN_BYTES`]).
 //! The client crate for this API, oci-client 0.18, reads documents, tokens and error pages into memory whatever their size;
 //! that is why the three requests are made here.
 

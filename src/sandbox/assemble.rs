@@ -1,7 +1,7 @@
 //! Puts views together: a runner mounts each view once, in a mount namespace of its own, and every cell gets a copy.
 //!
 //! In that namespace the runner sees the host as before, but for one directory that it does not need ([`MOUNT_POINTS`]), where
-//! it mounts its [`Views`]. Paths of a view are resolved as the action will see them, so that no link in it leads back to the host.
+//! it mounts its views. Paths of a view are resolved as the action will see them, so that no link in it leads back to the host.
 
 use super::{
     SetupFailure, Step as _, mounts,

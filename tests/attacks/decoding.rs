@@ -234,7 +234,7 @@ async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
                     let status = call(channel, method, message, compression).await.unwrap_err();
                     assert_eq!(status.code(), Code::InvalidArgument, "{method}: {status}");
                     // The length of a FindMissingBlobs bounds its memory, so it is not measured first.
-                    let reason = if method == FIND_MISSING { "blob_digests" } else { "bytes of memory" };
+                    let reason = if *method == FIND_MISSING { "blob_digests" } else { "bytes of memory" };
                     assert!(status.message().contains(reason), "{method}: {status}");
                 }
             });

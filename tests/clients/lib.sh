@@ -58,8 +58,10 @@ fails() { ! "$@"; }
 # matches REGEX TEXT
 matches() { grep -qE "$1" <<<"$2"; }
 
-# no_exec_directories STORE: nothing is left in the store's build root.
-no_exec_directories() { [ -z "$(find "$1/build" -mindepth 1 -maxdepth 1 2>/dev/null | head -n 1)" ]; }
+# no_exec_directories STORE: nothing is left in the store's build root but staged inputs, which are kept for later actions.
+no_exec_directories() {
+  [ -z "$(find "$1/build" -mindepth 1 -maxdepth 1 ! -name 't-[0-9]*' ! -name images 2>/dev/null | head -n 1)" ]
+}
 
 # check SENTENCE COMMAND...: runs the command and reports whether the sentence holds.
 check() {

@@ -230,7 +230,7 @@ impl InputTree {
         self.directories.get(digest).map(|directory| &**directory)
     }
 
-    /// Visits the files in the directory with this digest and below it, those of a shared directory once.
+    /// Visits all files below the directory with this digest. A directory that occurs several times is visited once.
     pub fn each_file_below(&self, directory: &Digest, mut visit: impl FnMut(&File)) {
         let mut seen = HashSet::from([*directory]);
         let mut left: Vec<_> = self.find(directory).into_iter().collect();

@@ -37,9 +37,7 @@ async fn ended_by(host: &Host, (action, response): (Digest, ExecuteResponse), pa
 
 /// Whether the kernel bounds the memory of this server's actions.
 fn has_groups(host: &Host) -> bool {
-    let log = host.server.log();
-    let started = log.iter().find(|event| event["event"] == "server_started").unwrap();
-    started["limits"].as_str().unwrap().contains("memory: cgroup")
+    host.server.started()["limits"].as_str().unwrap().contains("memory: cgroup")
 }
 
 /// EXE-20. Its neighbour, which runs at the same time, does not notice.

@@ -40,7 +40,7 @@ async fn required_refuses_to_start_where_a_protection_is_missing_and_says_what_e
 async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
     let (store, serve) = without_namespaces("auto");
     let host = Host::of(Server::spawn(serve, Arc::new(store)), false).await;
-    let started = started(&host.server).await;
+    let started = host.server.started();
     let log = host.server.log();
     let missing: Vec<_> = log.iter().filter(|event| event["event"] == "protection_missing").collect();
     let namespaces = missing.iter().find(|event| event["protection"] == "namespaces").unwrap();
@@ -148,7 +148,7 @@ async fn without_identity_a_root_server_keeps_its_devices_and_files_of_proc_from
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
     let host = Host::of(Server::spawn(shell, Arc::new(store)), true).await;
-    let sandbox = started(&host.server).await["sandbox"].as_str().unwrap().to_owned();
+    let sandbox = host.server.started()["sandbox"].as_str().unwrap().to_owned();
     assert!(sandbox.starts_with("namespaces, network, filter"), "{sandbox}");
 
     assert_eq!(host.says("stat -c %u /dev/full").await, "1000", "the action owns the devices");
@@ -163,16 +163,9 @@ async fn without_identity_a_root_server_keeps_its_devices_and_files_of_proc_from
 #[tokio::test]
 async fn a_start_names_the_protections_that_are_on() {
     let server = Server::with(&[("EXECUTION__SANDBOX__MODE", "required")]).await;
-    let started_with = started(&server).await;
+    let started_with = server.started();
     let sandbox = started_with["sandbox"].as_str().unwrap();
     assert!(sandbox.starts_with("namespaces, network") && sandbox.contains("filter"), "{sandbox}");
     let off = Server::with(&[("EXECUTION__SANDBOX__MODE", "off")]).await;
-    assert_eq!(started(&off).await["sandbox"], "none");
-}
-
-/// The event of a start.
-async fn started(server: &Server) -> serde_json::Value {
-    let find = || server.log().into_iter().find(|event| event["event"] == "server_started");
-    eventually("the start is logged", || find().is_some()).await;
-    find().unwrap()
+    assert_eq!(off.started()["sandbox"], "none");
 }

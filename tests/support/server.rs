@@ -76,10 +76,13 @@ impl Server {
             for line in stderr.lines().map_while(Result::ok) {
                 // Anything but JSON, such as a panic message, is kept as text for tests that fail.
                 let event = serde_json::from_str(&line).unwrap_or(Value::String(line));
-                if event["event"] == "server_started" {
-                    let _ = started.send(event["listen_addr"].as_str().unwrap_or_default().to_owned());
-                }
+                let address = (event["event"] == "server_started")
+                    .then(|| event["listen_addr"].as_str().unwrap_or_default().to_owned());
+                // Whoever learns of the start finds it in the log.
                 lines.lock().unwrap().push(event);
+                if let Some(address) = address {
+                    let _ = started.send(address);
+                }
             }
         });
         let Ok(address) = listening.recv_timeout(PATIENCE) else {
@@ -118,6 +121,11 @@ impl Server {
 
     pub fn log(&self) -> Vec<Value> {
         self.log.lock().unwrap().clone()
+    }
+
+    /// The event of the start.
+    pub fn started(&self) -> Value {
+        self.log().into_iter().find(|event| event["event"] == "server_started").unwrap()
     }
 
     /// Sends a signal by name.

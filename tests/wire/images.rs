@@ -97,9 +97,7 @@ async fn server(overrides: &[(&str, &str)]) -> Option<Server> {
 
 async fn server_on(store: Arc<TempDir>, overrides: &[(&str, &str)]) -> Option<Server> {
     let server = Server::on(store, overrides).await;
-    let started = || server.log().into_iter().find(|event| event["event"] == "server_started");
-    eventually("the start is logged", || started().is_some()).await;
-    let has_namespaces = started()?["sandbox"].as_str()?.contains("namespaces");
+    let has_namespaces = server.started()["sandbox"].as_str()?.contains("namespaces");
     if !has_namespaces {
         eprintln!("skipped: images take the namespaces of the sandbox, which are off here");
     }

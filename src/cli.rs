@@ -10,6 +10,7 @@ mod output;
 mod progress;
 mod replay;
 mod serve;
+mod token;
 mod verify;
 
 use crate::{actors::worker, size::Size};
@@ -28,6 +29,7 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
+pub use token::Lifetime;
 
 /// The subcommand succeeded.
 pub const EXIT_OK: u8 = 0;
@@ -54,6 +56,7 @@ const EXIT_CODES: &str = "Exit codes:
                compare with; 129 hung up, 130 interrupted, 143 terminated
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
   config       0 valid, 2 invalid
+  token        0 done, 2 nothing was changed
 If the reader of their output exits early, as `| head` does, all subcommands except serve end by SIGPIPE (141 in a
 shell); exec cancels its operation first.
 
@@ -87,6 +90,9 @@ pub enum Command {
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Make, list and revoke the tokens of clients, on the server's machine
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// The process that starts commands for a worker; not for users
     #[command(hide = true)]
     Runner,
@@ -142,6 +148,55 @@ pub enum ConfigCommand {
     },
     /// Print the effective values and the source of each
     Show(ServeArgs),
+}
+
+/// The subcommands of `gorego token`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token and print it; the server keeps only its hash
+    Create {
+        /// A role of the token: reader, developer, ci, worker, admin, or one of the configuration (repeatable)
+        #[arg(long = "role", required = true, value_name = "NAME")]
+        roles: Vec<String>,
+        /// How long it is valid, as in 12h or 90d, or never
+        #[arg(long, default_value = "90d", value_name = "TIME", value_parser = token::parse_lifetime)]
+        expires: Lifetime,
+        /// What to remember it by, such as the machine that has it
+        #[arg(long, default_value = "", value_name = "TEXT")]
+        note: String,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+    /// List the tokens by their public ids
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+    /// Revoke tokens; a running server refuses them within seconds
+    Revoke {
+        /// The ids, as `list` shows them
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+}
+
+/// The flags that say where tokens are kept.
+#[derive(Debug, Clone, Default, Args)]
+pub struct TokenFileArgs {
+    /// Configuration file of the server [default: /etc/gorego/gorego.toml if it exists]
+    #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// File of the tokens [default: access.tokens of the configuration]
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
 }
 
 /// The flags of `gorego exec`.
@@ -315,6 +370,7 @@ pub fn main() -> ExitCode {
         Some(Command::Replay(args)) => replay::run(args),
         Some(Command::Verify(args)) => verify::run(&args),
         Some(Command::Config(command)) => config::run(&command),
+        Some(Command::Token(command)) => token::run(&command),
         Some(Command::Runner) => return runner(),
     };
     ExitCode::from(code)

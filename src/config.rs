@@ -5,6 +5,7 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod access;
 mod images;
 mod limits;
 pub mod load;
@@ -22,7 +23,10 @@ pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 
+pub use crate::logging::{LogConfig, LogFormat};
+
 use crate::{platform::UnknownProperties, size::Size};
+use access::AccessConfig;
 use gorego_reapi::digest::DigestFunction;
 use images::ImagesConfig;
 use limits::LimitsConfig;
@@ -65,6 +69,8 @@ pub struct Config {
     pub assets: AssetsConfig,
     /// The cache for tools that speak HTTP/1.1.
     pub http: HttpConfig,
+    /// Who may do what.
+    pub access: AccessConfig,
 }
 
 /// The `[assets]` section.
@@ -119,28 +125,6 @@ pub struct InstanceConfig {
     /// The instance with which it shares blobs. Action results and operations are never shared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blobs_of: Option<String>,
-}
-
-/// The `[log]` section.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct LogConfig {
-    /// Levels by target, in env_logger's syntax.
-    pub filter: String,
-    /// Format of log lines.
-    pub format: LogFormat,
-}
-
-/// The format of log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// Text on a terminal, JSON elsewhere.
-    Auto,
-    /// One JSON object per line.
-    Json,
-    /// Human-readable text.
-    Text,
 }
 
 /// The `[cache]` section.
@@ -274,6 +258,7 @@ impl Default for Config {
             log_streams: LogStreamsConfig::default(),
             assets: AssetsConfig::default(),
             http: HttpConfig::default(),
+            access: AccessConfig::default(),
         }
     }
 }
@@ -291,12 +276,6 @@ impl Default for AssetsConfig {
             max_redirects: 10,
             max_age: Duration::from_secs(24 * 3600),
         }
-    }
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { filter: "info,h2=warn,hyper=warn,tonic=warn,tower=warn".into(), format: LogFormat::Auto }
     }
 }
 

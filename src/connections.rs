@@ -11,9 +11,9 @@
 
 pub(crate) mod ahead;
 pub(crate) mod answers;
-pub(crate) mod rate;
 mod state;
 
+pub(crate) use crate::rate;
 pub(crate) use state::{ConnectionState, OpenCall, Reason};
 
 use crate::{

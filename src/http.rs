@@ -15,16 +15,18 @@ pub mod router;
 mod status;
 
 use crate::{
+    access::authenticator::Authentication,
     actors::scheduler::operation::ClientInfo,
     budget::{Bounds, Budget},
     call::Call,
     connections::Connections,
+    gate::{Gate, Standing},
     under_way::UnderWay,
 };
 use axum::{
     body::Body,
     extract::Request,
-    http::{HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
     response::Response,
 };
 use cache::Cache;
@@ -36,7 +38,7 @@ use hosts::{HostRefusal, Hosts};
 use request_log::RequestLine;
 use router::{Missed, RoutedPath, Router};
 use std::{fmt, future::Future, sync::Arc};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, select};
 
 /// Target of the log lines of this module.
 const LOG: &str = "gorego::http";
@@ -59,6 +61,7 @@ trait Mount: fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub struct Port {
     mounts: Router<Box<dyn Mount>>,
+    gate: Gate,
     /// The host names that requests may use.
     hosts: Hosts,
     /// Counts the requests that a shutdown waits for.
@@ -70,16 +73,38 @@ pub struct Port {
 
 impl Port {
     /// A port with the cache and the front page.
-    pub(crate) fn new(cache: Cache, hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
-        let mut port = Self::empty(hosts, under_way, connections);
+    pub(crate) fn new(
+        cache: Cache,
+        gate: Gate,
+        hosts: Hosts,
+        under_way: UnderWay,
+        connections: Connections,
+    ) -> Self {
+        let mut port = Self::empty(gate, hosts, under_way, connections);
         port.mounts.mount(cache::ROUTES, Box::new(cache));
         // Behind all others, because its page lists them.
         port.mounts.mount(front::ROUTES, Box::new(Front { page: index(&port.mounts) }));
         port
     }
 
-    fn empty(hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
-        Self { mounts: Router::default(), hosts, under_way, connections, decoders: Budget::new(DECODERS) }
+    fn empty(gate: Gate, hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
+        Self {
+            mounts: Router::default(),
+            gate,
+            hosts,
+            under_way,
+            connections,
+            decoders: Budget::new(DECODERS),
+        }
+    }
+
+    /// Finds out who sends a request, and whether it may make this request at all.
+    async fn authenticate(&self, call: &Call, headers: &HeaderMap) -> Result<()> {
+        let identified = match self.gate.identify(call, headers) {
+            Authentication::Done(done) => done,
+            Authentication::Pending(pending) => pending.await,
+        };
+        self.gate.pass(call, identified)
     }
 }
 
@@ -105,7 +130,7 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let permissions = found.as_ref().ok().map(|(_, place)| place.permissions);
     let unfinished = port.under_way.begin();
     let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
-    let mut line = RequestLine::new(&call, &ends.client, request.method(), request.uri());
+    let mut line = RequestLine::new(&call, &port.gate, &ends.client, request.method(), request.uri());
     let host = port.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
@@ -116,13 +141,21 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
         line.refused(why);
         return line.follow(response);
     }
+    if let Err(error) = port.authenticate(&call, request.headers()).await {
+        line.failed(&error);
+        return line.follow(port.challenged(status::of(&error)));
+    }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
     let caller = call.caller();
     let place = port.connections.calls().take(caller, 1);
     let decoder = is_encoded.then(|| port.decoders.take(caller, 1)).transpose();
     let response = match (place, decoder) {
         (Ok(place), Ok(_decoder)) => {
-            let response = dispatch(&port.mounts, found, request, &call).await;
+            let mut standing = Standing::new(port.gate.clone(), call.clone());
+            let response = select! {
+                response = dispatch(&port.mounts, found, request, &call) => response,
+                error = standing.ended() => Err(error),
+            };
             line.hold(place);
             response
         }
@@ -133,9 +166,21 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     };
     let response = response.unwrap_or_else(|error| {
         line.failed(&error);
-        status::of(&error)
+        port.challenged(status::of(&error))
     });
     line.follow(response)
+}
+
+impl Port {
+    /// Adds to a response with status 401 how a client can authenticate (RFC 9110, 11.6.1).
+    fn challenged(&self, mut response: Response) -> Response {
+        if response.status() == StatusCode::UNAUTHORIZED {
+            for challenge in self.gate.challenges() {
+                response.headers_mut().append(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+            }
+        }
+        response
+    }
 }
 
 /// The response to a request that may be retried after a second.
@@ -170,6 +215,7 @@ async fn dispatch(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{access::authenticator::Authenticator, instance::Instances};
     use futures::future::ready;
     use router::{OPEN, Route, RoutePlace};
     use tokio::{
@@ -205,7 +251,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_mount_takes_one_line() {
-        let mut port = Port::empty(Hosts::default(), UnderWay::default(), Connections::default());
+        let gate = Gate::new(Instances::new([""]).unwrap(), Authenticator::open());
+        let mut port = Port::empty(gate, Hosts::default(), UnderWay::default(), Connections::default());
         port.mounts.mount(front::ROUTES, Box::new(Front { page: "front".into() }));
         port.mounts.mount(NUMBERS, Box::new(Numbers));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -8,6 +8,7 @@
 pub(crate) mod place;
 
 use crate::{
+    access::AccessLoader,
     action::TimeoutPolicy,
     actors::{
         asset::{AssetActor, AssetSettings, client::Assets, messages::CloseAssets, origins::Origins},
@@ -174,6 +175,7 @@ fn descriptors() -> u64 {
 /// The running parts of the server.
 struct Server {
     settings: Settings,
+    access: Arc<AccessLoader>,
     listener: TcpListener,
     /// The listener of the HTTP/1.1 cache, if it is enabled.
     http: Option<TcpListener>,
@@ -201,6 +203,7 @@ impl Server {
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
+        let access = Arc::new(AccessLoader::open(settings.access.clone())?);
         let listener = listen(settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
             Some(address) => Some(listen(address, "http.listen_addr").await?),
@@ -219,12 +222,13 @@ impl Server {
             let bounds = scheduler_settings(settings.node, execution);
             start_scheduler(bounds, execution, place, &cas, log_streams.clone())
         });
-        Ok(Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers })
+        Ok(Self { settings, access, listener, http, cas, assets, scheduler, place, log_streams, workers })
     }
 
     /// Serves until a signal or fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
-        let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers } = self;
+        let Self { settings, access, listener, http, cas, assets, scheduler, place, log_streams, workers } =
+            self;
         let mut signals = StopSignals::of_server()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -232,8 +236,10 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
+        let gate = Gate::new(settings.instances.clone(), access.authenticator().clone());
+        workers.spawn(access.watch());
         let edge = Arc::new(Edge {
-            gate: Gate::new(settings.instances.clone()),
+            gate: gate.clone(),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(|scheduler| Scheduler::new(scheduler, settings.node)),
             assets: Some(assets.clone()),
@@ -260,7 +266,7 @@ impl Server {
             }
         });
         let (http_close, mut http_serving) =
-            serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
+            serve_http(http, &settings, gate, &cas, (&under_way, &connections), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
         ready(Ready { address, sandbox, limits });
@@ -352,6 +358,7 @@ async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener> {
 fn serve_http(
     listener: Option<TcpListener>,
     settings: &Settings,
+    gate: Gate,
     cas: &Cas,
     (under_way, connections): (&UnderWay, &Connections),
     workers: &Handle,
@@ -364,13 +371,9 @@ fn serve_http(
     };
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
-    let cache = Cache {
-        gate: Gate::new(settings.instances.clone()),
-        cas: cas.clone(),
-        max_blob_bytes: settings.max_blob_bytes,
-    };
+    let cache = Cache { gate: gate.clone(), cas: cas.clone(), max_blob_bytes: settings.max_blob_bytes };
     let hosts = Hosts::new(settings.http_hosts.clone());
-    let port = http::Port::new(cache, hosts, under_way.clone(), connections.clone());
+    let port = http::Port::new(cache, gate, hosts, under_way.clone(), connections.clone());
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));

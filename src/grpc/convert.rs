@@ -276,6 +276,7 @@ mod tests {
             inline: Default::default(),
             client: ClientInfo::default(),
             peer: Default::default(),
+            principal: Default::default(),
         }
     }
 

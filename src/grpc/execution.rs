@@ -5,7 +5,7 @@ use crate::{
     actors::{
         cas::resolve::Resolution,
         scheduler::{
-            messages::{Admit, Submit, Watch},
+            messages::{Admit, Submit},
             operation::{Inline, Subscription},
         },
     },
@@ -60,9 +60,8 @@ impl Execution for ExecutionService {
         request: Request<WaitExecutionRequest>,
     ) -> Result<Response<OperationStream>, Status> {
         let call = Call::of(request.extensions());
-        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
         let scheduler = self.0.scheduler()?;
-        let subscription = scheduler.watch(Watch { instance, id }).await?;
+        let subscription = self.0.watch(&call, &request.get_ref().name).await?;
         call.note_action(subscription.info.action);
         Ok(self.stream(scheduler, subscription, call))
     }
@@ -96,6 +95,7 @@ fn submission(gate: &Gate, call: &Call, request: ExecuteRequest) -> Result<Submi
         },
         client: call.client().clone(),
         caller: call.caller(),
+        principal: call.principal().clone(),
     })
 }
 

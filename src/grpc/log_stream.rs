@@ -9,9 +9,10 @@ use super::{
     convert, stalled,
 };
 use crate::{
+    access::permission::Permission,
     actors::{
         cas::{blob::BlobReader, client::Cas},
-        scheduler::{messages::Watch, operation::OperationId},
+        scheduler::operation::OperationId,
     },
     call::Call,
     grpc::services::log_stream_service_server as server,
@@ -21,7 +22,6 @@ use crate::{
         follow::{Follower, Piece},
         name::LogName,
     },
-    policy::Permission,
 };
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
@@ -57,7 +57,7 @@ impl server::LogStreamService for LogStreamService {
         let instance = self.0.gate.enter(&call, instance_name)?;
         if let Some(id) = operation {
             call.note_operation(id);
-            self.check_operation(instance, id).await?;
+            self.check_operation(&call, instance, id).await?;
         }
         let name = self.0.log_streams.create(parent, call.caller())?;
         let write_resource_name = name.to_string();
@@ -66,9 +66,9 @@ impl server::LogStreamService for LogStreamService {
 }
 
 impl LogStreamService {
-    /// An operation can be a parent as long as this server knows it (LOG-01).
-    async fn check_operation(&self, instance: Instance, id: OperationId) -> Result<()> {
-        match self.0.scheduler()?.watch(Watch { instance, id }).await {
+    /// An operation can be a parent as long as this server knows it (LOG-01), for clients that may see it.
+    async fn check_operation(&self, call: &Call, instance: Instance, id: OperationId) -> Result<()> {
+        match self.0.watch_in(call, instance, id).await {
             Err(Error::NotFound(unknown)) => Err(Error::Invalid(format!("parent: {unknown}"))),
             known => known.map(drop),
         }

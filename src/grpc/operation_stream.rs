@@ -201,6 +201,7 @@ mod tests {
             inline: Inline::default(),
             client: ClientInfo::default(),
             peer: Default::default(),
+            principal: Default::default(),
         };
         let (sender, snapshots) = watch::channel(snapshot);
         (sender, Subscription { info: Arc::new(info), snapshots })

@@ -5,9 +5,11 @@
 
 use super::LOG;
 use crate::{
+    access::audit::Denial,
     budget::Share,
     call::{Call, ConnectionInfo},
     connections::{End, OpenCall},
+    gate::{Gate, Standing},
     instance::Instance,
     logging::{Event, Field},
 };
@@ -36,6 +38,7 @@ const ERROR_MAX_BYTES: usize = 512;
 #[derive(Debug)]
 pub(super) struct RequestLine {
     call: Call,
+    gate: Gate,
     method: String,
     path: String,
     connection: ConnectionInfo,
@@ -48,9 +51,16 @@ pub(super) struct RequestLine {
 
 impl RequestLine {
     /// Creates the line of a request that has just begun.
-    pub(super) fn new(call: &Call, connection: &ConnectionInfo, method: &Method, uri: &Uri) -> Self {
+    pub(super) fn new(
+        call: &Call,
+        gate: &Gate,
+        connection: &ConnectionInfo,
+        method: &Method,
+        uri: &Uri,
+    ) -> Self {
         Self {
             call: call.clone(),
+            gate: gate.clone(),
             method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
             path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
             connection: connection.clone(),
@@ -93,13 +103,24 @@ impl RequestLine {
     /// Attaches the line to a response until the response has ended.
     pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
-        response.map(|inner| Body::new(CountedBody { inner, line: self }))
+        let standing = Standing::new(self.gate.clone(), self.call.clone());
+        response.map(|inner| Body::new(CountedBody { inner, line: self, standing }))
     }
 }
 
 impl Drop for RequestLine {
     fn drop(&mut self) {
         self.call.end();
+        if let Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) = self.status {
+            self.gate.record(&Denial {
+                kind: self.call.denial(),
+                method: &self.method,
+                peer: self.connection.address(),
+                principal: self.call.principal(),
+                instance: self.call.instance().map(Instance::name),
+                error: &self.error,
+            });
+        }
         if !log::log_enabled!(target: LOG, Level::Info) || !self.is_listed() {
             return;
         }
@@ -114,6 +135,7 @@ impl Drop for RequestLine {
             .with_shown("peer", &self.connection.address())
             // Without a status, the client left before the response.
             .with_some("http_status", self.status.map(|status| status.as_u16()))
+            .with_some("principal", self.call.known_principal())
             .with_some("instance", instance.map(Instance::name))
             .with_some("digest", blob.as_ref().map(|blob| Field::Shown(blob)))
             .with_said("error", &self.error)
@@ -127,6 +149,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Body,
         line: RequestLine,
+        standing: Standing,
     }
 }
 
@@ -141,7 +164,12 @@ impl HttpBody for CountedBody {
         let this = self.project();
         // The transport polls again when the client has taken the previous piece.
         this.line.call.client_moved();
-        let frame = ready!(this.inner.poll_frame(context));
+        let polled = this.inner.poll_frame(context);
+        let frame = match this.standing.poll(context, polled.is_pending()) {
+            // Whoever reads the response finds it incomplete.
+            Poll::Ready(error) => Some(Err(axum::Error::new(error))),
+            Poll::Pending => ready!(polled),
+        };
         this.line.call.wait_for_client();
         match &frame {
             Some(Ok(frame)) => {

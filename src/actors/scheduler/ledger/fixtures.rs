@@ -61,6 +61,7 @@ pub(crate) fn submit(work: &Work) -> Submit {
         inline: Inline::default(),
         client: ClientInfo::default(),
         caller: Default::default(),
+        principal: Default::default(),
     }
 }
 

@@ -232,6 +232,7 @@ impl World {
             inline: submit.inline.clone(),
             client: submit.client.clone(),
             peer,
+            principal: submit.principal.clone(),
         });
         // What follows from the shares is tested where they are counted.
         let has_room =

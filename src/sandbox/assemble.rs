@@ -15,7 +15,10 @@ use rustix::{
 use std::{
     fs,
     io::{self, Read as _, Write as _},
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
 };
 
@@ -26,6 +29,8 @@ const ROOT_FILES: u64 = 4096;
 /// Where a runner mounts its views: the first of these that exists and has nothing that actions may see. Not the root directory:
 /// the kernel makes no user namespace for a process whose root directory is covered.
 const MOUNT_POINTS: &[&str] = &["/sys/kernel", "/sys/fs", "/sys/firmware", "/media", "/mnt"];
+/// Most bytes of the host's files that a view has copies of.
+const MAX_COPIED_BYTES: u64 = 1024 * 1024;
 /// Largest file about names that is taken over from a root file system.
 const MAX_NAMES_BYTES: u64 = 256 * 1024;
 
@@ -43,6 +48,14 @@ struct Stall(PathBuf);
 /// What a file or directory is, whatever its path.
 type FileId = (u64, u64);
 
+/// What changes when a file is written or replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Version {
+    id: FileId,
+    size: u64,
+    changed: (i64, i64),
+}
+
 /// A view that is complete.
 #[derive(Debug)]
 pub(super) struct Assembled {
@@ -52,6 +65,8 @@ pub(super) struct Assembled {
     beneath: Option<(PathBuf, FileId)>,
     /// What was at each path that is hidden, once that was done.
     hidden: Vec<(PathBuf, Option<FileId>)>,
+    /// The files of the host that were copied, as they were.
+    copies: Vec<(PathBuf, Version)>,
 }
 
 impl Stand {
@@ -106,7 +121,7 @@ impl Assembled {
             mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make the root directory of the view")?;
         // Only mounts that are attached can get others below them.
         let mut stall = stand.put_up(root.as_fd()).step("mount the root directory of the view")?;
-        let mut view_root = ViewRoot { root, own: Vec::new() };
+        let mut view_root = ViewRoot { root, own: Vec::new(), copies: Vec::new() };
         view_root.put_all(&plan.base)?;
         let mut of_beneath = None;
         if let Some(path) = beneath {
@@ -115,7 +130,7 @@ impl Assembled {
             (view_root.root, of_beneath) = (overlay, Some((path.to_owned(), id)));
         }
         view_root.put_all(&plan.rest)?;
-        let ViewRoot { root, own } = view_root;
+        let ViewRoot { root, own, copies } = view_root;
         for mount in own.iter().chain([&root]) {
             mounts::close(mount.as_fd()).step("make the view read-only")?;
         }
@@ -124,7 +139,7 @@ impl Assembled {
             _ => None,
         });
         let hidden = hidden.collect();
-        Ok(Self { tree: root, _stall: stall, beneath: of_beneath, hidden })
+        Ok(Self { tree: root, _stall: stall, beneath: of_beneath, hidden, copies })
     }
 
     /// The mounts that it consists of.
@@ -132,11 +147,15 @@ impl Assembled {
         self.tree.as_fd()
     }
 
-    /// Whether everything that it hides is still hidden, and its root file system still at its path. A file that the host
-    /// replaces by a rename loses what covers it.
+    /// Whether everything that it hides is still hidden, its root file system still at its path, and each copy like the file
+    /// of the host. A file that the host replaces by a rename loses what covers it.
     pub(super) fn is_current(&self) -> bool {
         self.beneath.as_ref().is_none_or(|(path, id)| rfs::stat(path).is_ok_and(|stat| id_of(&stat) == *id))
             && self.hidden.iter().all(|(at, id)| id_in(self.tree(), at) == *id)
+            && self
+                .copies
+                .iter()
+                .all(|(path, version)| rfs::lstat(path).is_ok_and(|stat| version_of(&stat) == *version))
     }
 }
 
@@ -170,6 +189,8 @@ struct ViewRoot {
     root: OwnedFd,
     /// Mounts of its own that become read-only.
     own: Vec<OwnedFd>,
+    /// See [`Assembled::copies`].
+    copies: Vec<(PathBuf, Version)>,
 }
 
 impl ViewRoot {
@@ -187,10 +208,15 @@ impl ViewRoot {
                 .parent(at)
                 .and_then(|(parent, name)| Ok(rfs::symlinkat(target, parent, name)?))
                 .step(format_args!("make the link {}", at.display())),
-            ViewPiece::File { at, text } => self.file(at, text).step(format_args!("make {}", at.display())),
+            ViewPiece::File { at, text } => {
+                self.file(at, text.as_bytes()).step(format_args!("make {}", at.display()))
+            }
             ViewPiece::Host { from, at, is_directory, access } => self
                 .show(from, at, *is_directory, *access)
                 .step(format_args!("show {} of the host", from.display())),
+            ViewPiece::Copy(path) => {
+                self.copy(path).step(format_args!("copy {} of the host", path.display()))
+            }
             ViewPiece::Hidden(at) => self.hide(at).step(format_args!("hide {}", at.display())),
         }
     }
@@ -214,7 +240,7 @@ impl ViewRoot {
         } else {
             match mounts::open_in(self.root.as_fd(), at) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    self.file(at, "")?;
+                    self.file(at, b"")?;
                     mounts::open_in(self.root.as_fd(), at)?
                 }
                 there => there?,
@@ -261,12 +287,52 @@ impl ViewRoot {
         Ok((self.directory(parent)?, Path::new(name)))
     }
 
-    fn file(&self, at: &Path, text: &str) -> io::Result<()> {
+    /// Copies a small file that everybody may read; shows anything else.
+    fn copy(&mut self, path: &Path) -> io::Result<()> {
+        let file = match open_regular(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            opened => opened?,
+        };
+        let copied: u64 = self.copies.iter().map(|(_, version)| version.size).sum();
+        let fits = |(_, stat): &(_, Stat)| stat.st_size.unsigned_abs() <= MAX_COPIED_BYTES - copied;
+        let Some((file, stat)) = file.filter(fits) else {
+            return self.show(path, path, false, Access::Read);
+        };
+        let version = version_of(&stat);
+        let mut bytes = Vec::new();
+        // A file that grows meanwhile is another version afterwards.
+        fs::File::from(file).take(version.size).read_to_end(&mut bytes)?;
+        self.file(path, &bytes)?;
+        self.copies.push((path.to_owned(), version));
+        Ok(())
+    }
+
+    fn file(&self, at: &Path, text: &[u8]) -> io::Result<()> {
         let (parent, name) = self.parent(at)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = rfs::openat(parent, name, flags, Mode::from_raw_mode(0o644))?;
-        fs::File::from(file).write_all(text.as_bytes())
+        fs::File::from(file).write_all(text)
     }
+}
+
+/// Opens a file of the host that everybody may read; `None` for anything else.
+fn open_regular(path: &Path) -> io::Result<Option<(OwnedFd, Stat)>> {
+    let everybody = Mode::RUSR | Mode::RGRP | Mode::ROTH;
+    let is_open_to_all = |stat: &Stat| {
+        FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+            && Mode::from_raw_mode(stat.st_mode).contains(everybody)
+    };
+    // Opening anything else may block.
+    if !is_open_to_all(&rfs::lstat(path)?) {
+        return Ok(None);
+    }
+    let file = rfs::open(
+        path,
+        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let stat = rfs::fstat(&file)?;
+    Ok(is_open_to_all(&stat).then_some((file, stat)))
 }
 
 fn is_unreachable(error: &io::Error) -> bool {
@@ -282,6 +348,12 @@ fn id_in(root: BorrowedFd<'_>, at: &Path) -> Option<FileId> {
 #[allow(clippy::unnecessary_cast)]
 fn id_of(stat: &Stat) -> FileId {
     (stat.st_dev as u64, stat.st_ino as u64)
+}
+
+#[allow(clippy::unnecessary_cast)]
+fn version_of(stat: &Stat) -> Version {
+    let changed = (stat.st_ctime as i64, stat.st_ctime_nsec as i64);
+    Version { id: id_of(stat), size: stat.st_size.unsigned_abs(), changed }
 }
 
 /// Reads a file about names in a root file system that is not trusted; `None` if there is no usable one.
@@ -321,6 +393,10 @@ impl Host for ThisHost {
 
     fn real(&self, path: &Path) -> Option<PathBuf> {
         path.canonicalize().ok()
+    }
+
+    fn permissions(&self, path: &Path) -> Option<u32> {
+        Some(fs::symlink_metadata(path).ok()?.mode() & 0o7777)
     }
 }
 

@@ -151,6 +151,9 @@ pub(crate) enum ViewPiece {
         /// What may be done with it.
         access: Access,
     },
+    /// A copy of a file of the host at its own path, because a copy costs each action less than a mount. A large file is
+    /// shown instead.
+    Copy(PathBuf),
     /// An empty file or directory over what is there, if anything is.
     Hidden(PathBuf),
 }
@@ -196,6 +199,8 @@ pub(crate) trait Host {
     fn names(&self, path: &Path) -> Vec<String>;
     /// The same path without symbolic links; `None` for nothing.
     fn real(&self, path: &Path) -> Option<PathBuf>;
+    /// The permission bits of a path; `None` for nothing.
+    fn permissions(&self, path: &Path) -> Option<u32>;
 }
 
 /// What is configured.
@@ -277,7 +282,11 @@ fn of_host(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
                 pieces.push(ViewPiece::shown(&at, true, Access::Read));
                 directories.push(at);
             }
-            Some(Kind::Other) => pieces.push(ViewPiece::shown(&at, false, Access::Read)),
+            // What is configured may be anything, such as a socket.
+            Some(Kind::Other) if wanted.visible.contains(&at) => {
+                pieces.push(ViewPiece::shown(&at, false, Access::Read));
+            }
+            Some(Kind::Other) => pieces.push(ViewPiece::Copy(at)),
             None => {}
         }
     }
@@ -297,9 +306,28 @@ impl ViewPiece {
     }
 }
 
-/// What is changed in a fresh /proc: what is hidden, and what can only be read.
-pub(crate) fn of_proc() -> (&'static [&'static str], &'static [&'static str]) {
-    (HIDDEN_OF_PROC, FIXED_OF_PROC)
+/// What is changed in a fresh /proc.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ProcPlan {
+    /// What is hidden.
+    pub hidden: Vec<&'static str>,
+    /// What can only be read.
+    pub fixed: Vec<&'static str>,
+}
+
+/// What is changed in a fresh /proc for actions that are root of the host, or some other user. All of it belongs to root, so
+/// what only root may read is not hidden from another user.
+pub(crate) fn of_proc(host: &dyn Host, is_root: bool) -> ProcPlan {
+    /// All permissions of group and others.
+    const OF_OTHERS: u32 = 0o077;
+    let is_reachable = |path: &&&str| {
+        host.permissions(Path::new(path)).is_some_and(|permissions| is_root || permissions & OF_OTHERS != 0)
+    };
+    let exists = |path: &&&str| host.permissions(Path::new(path)).is_some();
+    ProcPlan {
+        hidden: HIDDEN_OF_PROC.iter().filter(is_reachable).copied().collect(),
+        fixed: FIXED_OF_PROC.iter().filter(exists).copied().collect(),
+    }
 }
 
 /// Whether a path is visible to actions, as part of one of these.
@@ -371,6 +399,14 @@ mod tests {
                 _ => Some(path.into()),
             }
         }
+
+        fn permissions(&self, path: &Path) -> Option<u32> {
+            match path.to_str()? {
+                "/proc/keys" | "/proc/sys" => Some(0o444),
+                "/proc/kmsg" | "/proc/irq" => Some(0o400),
+                _ => None,
+            }
+        }
     }
 
     fn pieces(kind: &CellKind, wanted: &Wanted) -> Vec<ViewPiece> {
@@ -417,14 +453,26 @@ mod tests {
     #[test]
     fn only_what_is_listed_is_visible_and_it_is_read_only() {
         let pieces = pieces(&CellKind::default(), &Wanted::default());
-        let read = ["/etc/java-17-openjdk", "/etc/ld.so.cache", "/etc/ssl/certs", "/opt", CPUS, "/usr"];
+        let read = ["/etc/java-17-openjdk", "/etc/ssl/certs", "/opt", CPUS, "/usr"];
         assert_eq!(from_host(&pieces), read.map(|path| (path, Access::Read)));
+        let copies = pieces.iter().filter(|piece| matches!(piece, ViewPiece::Copy(_)));
+        assert_eq!(copies.collect::<Vec<_>>(), [&ViewPiece::Copy("/etc/ld.so.cache".into())]);
         assert!(pieces.contains(&link("/bin", "usr/bin")) && pieces.contains(&link("/lib64", "usr/lib64")));
         assert!(
             pieces
                 .iter()
                 .any(|piece| matches!(piece, ViewPiece::File { at, .. } if at == Path::new("/etc/passwd")))
         );
+    }
+
+    #[test]
+    fn what_only_root_may_read_is_hidden_from_root() {
+        let plan = |hidden: &[&'static str]| ProcPlan {
+            hidden: hidden.to_vec(),
+            fixed: vec!["/proc/sys", "/proc/irq"],
+        };
+        assert_eq!(of_proc(&host(), true), plan(&["/proc/keys", "/proc/kmsg"]));
+        assert_eq!(of_proc(&host(), false), plan(&["/proc/keys"]));
     }
 
     #[test]

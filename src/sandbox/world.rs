@@ -14,10 +14,10 @@ use super::{
     namespaces::{self, Map},
     settings::Sandbox,
     sys,
-    view::{self, Fresh, Wanted},
+    view::{self, Fresh, ProcPlan, Wanted},
 };
 use rustix::{
-    fs::{self as rfs, CWD},
+    fs::CWD,
     mount::MountAttrFlags,
     process::{getegid, geteuid},
     thread::UnshareFlags,
@@ -47,6 +47,7 @@ pub(crate) struct World {
     group: u32,
     /// Shows files of the server as files of the action.
     ids: Option<OwnedFd>,
+    proc: ProcPlan,
     filter: Option<filter::Program>,
 }
 
@@ -99,8 +100,9 @@ impl World {
             wanted.visible.into_iter().chain(wanted.writable).chain([sandbox.build_root()]).collect();
         let stand = Stand::new(&needed)?;
         let filter = if on.filter { Some(filter::Program::new()?) } else { None };
-        let mut world =
-            Self { sandbox, stand, views: Vec::new(), next: 0, user: outer.0, group: outer.1, ids, filter };
+        let (user, group) = outer;
+        let proc = view::of_proc(&ThisHost, user == 0);
+        let mut world = Self { sandbox, stand, views: Vec::new(), next: 0, user, group, ids, proc, filter };
         // What is wrong with the settings shows here.
         world.view(&world.sandbox.first.clone().unwrap_or_default())?;
         Ok(world)
@@ -189,7 +191,7 @@ impl World {
         mounts::become_root(passage.tree.as_fd())?;
         mounts::attach(proc.as_fd(), CWD, Path::new("/proc")).step("mount /proc")?;
         fs::write("/proc/sys/user/max_user_namespaces", "0").step("forbid further user namespaces")?;
-        restrict_proc()?;
+        restrict_proc(&self.proc)?;
         // Other root file systems show nothing of the host.
         let wanted = if passage.kind.root.is_none() { self.sandbox.wanted() } else { Wanted::default() };
         mount_fresh(self.sandbox.fresh(), &wanted)?;
@@ -259,26 +261,21 @@ pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
 }
 
 /// Hides parts of /proc and makes others read-only.
-fn restrict_proc() -> Result<(), SetupFailure> {
-    let (hidden, fixed) = view::of_proc();
-    let exists = |path: &&&str| rfs::access(**path, rfs::Access::EXISTS).is_ok();
-    for path in hidden.iter().filter(exists) {
-        let hide = || {
-            let null = mounts::copy(CWD, Path::new("/dev/null"))?;
-            mounts::restrict(null.as_fd(), false, true)?;
-            mounts::attach(null.as_fd(), CWD, Path::new(path))
-        };
-        hide().step(format_args!("hide {path}"))?;
+fn restrict_proc(plan: &ProcPlan) -> Result<(), SetupFailure> {
+    for path in &plan.hidden {
+        cover(path, "/dev/null", true).step(format_args!("hide {path}"))?;
     }
-    for path in fixed.iter().filter(exists) {
-        let fix = || {
-            let tree = mounts::copy(CWD, Path::new(path))?;
-            mounts::restrict(tree.as_fd(), false, false)?;
-            mounts::attach(tree.as_fd(), CWD, Path::new(path))
-        };
-        fix().step(format_args!("make {path} read-only"))?;
+    for path in &plan.fixed {
+        cover(path, path, false).step(format_args!("make {path} read-only"))?;
     }
     Ok(())
+}
+
+/// Covers a path with a read-only copy of another one, or of itself.
+fn cover(path: &str, by: &str, is_device: bool) -> io::Result<()> {
+    let tree = mounts::copy(CWD, Path::new(by))?;
+    mounts::restrict(tree.as_fd(), false, is_device)?;
+    mounts::attach(tree.as_fd(), CWD, Path::new(path))
 }
 
 /// What every cell has for itself. What is configured below /tmp is part of it.

@@ -1,6 +1,7 @@
 //! The world that every action finds: the same everywhere.
 
-use crate::{support::*, with_each};
+use crate::{Host, support::*, with_each};
+use std::fs;
 
 #[tokio::test]
 async fn every_action_is_the_same_user_at_the_same_place() {
@@ -75,6 +76,20 @@ async fn a_compiler_finds_everything_it_needs() {
         assert_eq!(host.client.stdout(&result).await, "a.c\n", "{}", host.client.stderr(&result).await);
     })
     .await;
+}
+
+/// Small files of the host are copied into the view, but no action sees an old one.
+#[tokio::test]
+async fn a_file_of_the_host_that_changes_is_seen_by_the_next_action() {
+    let bind = "cp /etc/services $STORE/services && mount --bind $STORE/services /etc/services";
+    let server = Server::in_own_mounts(bind);
+    let host = Host::of(server, false).await;
+    let services = host.server.store().join("services");
+    for text in ["first", "second"] {
+        fs::write(&services, text).unwrap();
+        let script = format!("cat /etc/services; mountpoint -q /etc/services || echo ' copied' # {text}");
+        assert_eq!(host.says(&script).await, format!("{text} copied"));
+    }
 }
 
 /// Debugging information has the path of the exec root in it.

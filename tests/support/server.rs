@@ -47,10 +47,20 @@ impl Server {
     /// [`Server::inside`].
     pub async fn on_a_disk(options: &str) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
+        let mount = format!("mount -t tmpfs -o {options} none {}", store.path().display());
+        Self::with_own_mounts(&mount, store)
+    }
+
+    /// Starts a server in its own mount namespace, from a shell that has run this script. There, `$STORE` is the store.
+    pub fn in_own_mounts(script: &str) -> Self {
+        let store = Arc::new(tempfile::tempdir().unwrap());
+        Self::with_own_mounts(&format!("STORE={}; {script}", store.path().display()), store)
+    }
+
+    fn with_own_mounts(script: &str, store: Arc<TempDir>) -> Self {
         let mut unshare = Command::new("unshare");
         unshare.args(mount_namespace()).arg("sh");
-        let mount = format!("mount -t tmpfs -o {options} none {}", store.path().display());
-        Self::spawn(in_shell(unshare, &mount, store.path()), store)
+        Self::spawn(in_shell(unshare, script, store.path()), store)
     }
 
     /// Starts a server from a shell that has run this script.

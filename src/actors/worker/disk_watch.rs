@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_fails_and_stops_the_current_runs_and_no_others() {
+    fn a_full_disk_fails_and_stops_the_current_runs_but_no_others() {
         let mut runs = Runs::default();
         let tokens = [0; 3].map(|_| CancelToken::new());
         let ended = runs.begin(tokens[0].clone());

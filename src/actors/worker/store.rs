@@ -73,7 +73,7 @@ pub trait Outputs {
     fn commit(self: Box<Self>) -> Result<()>;
 }
 
-/// An input root. What is leased of it is not evicted while this is held.
+/// An input root. Its leased blobs are not evicted while this is held.
 pub trait Inputs {
     /// The expanded tree of directories.
     fn tree(&self) -> &Arc<InputTree>;

@@ -254,7 +254,7 @@ impl<'a> Dir<'a> {
     /// Reads the target of a link that [`Dir::look`] has found in the own layer.
     ///
     /// # Errors
-    /// Those of readlinkat(2).
+    /// The errors of readlinkat(2).
     pub fn read_link(&self, name: &OsStr) -> io::Result<OsString> {
         let own = self.own.as_ref().ok_or(Errno::NOENT)?;
         Ok(OsString::from_vec(rfs::readlinkat(own, name, Vec::new())?.into_bytes()))
@@ -283,7 +283,7 @@ impl<'a> Dir<'a> {
     /// are created in the layer with the times of the staged ones. The module `inputs` sets their modes.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn make_own(&self, root: ExecRoot<'a>) -> io::Result<File> {
         if let (None, Some(own)) = (self.staged, &self.own) {
             return own.try_clone();
@@ -368,7 +368,7 @@ impl<'a> LayerWalk<'a> {
     /// Starts at the top of an exec root.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn at_top(root: ExecRoot<'a>) -> io::Result<Self> {
         // A second handle with its own file position.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -380,7 +380,7 @@ impl<'a> LayerWalk<'a> {
     /// Starts at the directory `name` of `parent`.
     ///
     /// # Errors
-    /// Those of openat2(2).
+    /// The errors of openat2(2).
     pub fn at(parent: &Dir<'a>, name: &OsStr) -> io::Result<Self> {
         let staged = parent.staged;
         match parent.look(name)? {
@@ -412,7 +412,7 @@ impl<'a> LayerWalk<'a> {
     /// Enters a subdirectory like [`Cursor::down`].
     ///
     /// # Errors
-    /// Those of [`Cursor::down`].
+    /// The errors of [`Cursor::down`].
     pub fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let directory = self.below.last().copied().flatten();
         let entered = match &mut self.own {
@@ -439,7 +439,7 @@ impl<'a> LayerWalk<'a> {
     /// Returns to the parent directory.
     ///
     /// # Errors
-    /// Those of [`Cursor::up`].
+    /// The errors of [`Cursor::up`].
     pub fn up(&mut self) -> io::Result<()> {
         self.below.pop();
         match &mut self.own {

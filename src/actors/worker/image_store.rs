@@ -50,7 +50,7 @@ impl LeasedImage {
 /// fetching inputs.
 ///
 /// # Errors
-/// Those of [`ImageStore::lease`]; an error if the action asks for a combination that is not possible, or if the pool
+/// The errors of [`ImageStore::lease`]; an error if the action asks for a combination that is not possible, or if the pool
 /// cannot use images.
 pub(super) fn lease_for(
     settings: &WorkerSettings,

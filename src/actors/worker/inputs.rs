@@ -47,7 +47,7 @@ pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec:
 /// in it afterwards (`is_complete`), the modes of its directories are set too.
 ///
 /// # Errors
-/// Those of the store, and those of the checkpoint, which is checked before each file.
+/// The errors of the store, and those of the checkpoint, which is checked before each file.
 pub(super) fn write(
     inputs: &dyn Inputs,
     top: &File,

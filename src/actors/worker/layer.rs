@@ -22,7 +22,7 @@ pub fn is_whiteout(stat: &Stat) -> bool {
 /// Creates a whiteout, which hides the entry of this name in the layer below.
 ///
 /// # Errors
-/// Those of mknod(2).
+/// The errors of mknod(2).
 pub fn make_whiteout(parent: &File, name: &str) -> io::Result<()> {
     Ok(rfs::mknodat(parent, name, FileType::CharacterDevice, Mode::empty(), 0)?)
 }
@@ -30,7 +30,7 @@ pub fn make_whiteout(parent: &File, name: &str) -> io::Result<()> {
 /// Makes a directory opaque: it hides the directory of the same name in the layer below.
 ///
 /// # Errors
-/// Those of setxattr(2).
+/// The errors of setxattr(2).
 pub fn set_opaque(directory: &File) -> io::Result<()> {
     Ok(rfs::fsetxattr(directory, OPAQUE, YES, XattrFlags::empty())?)
 }
@@ -38,7 +38,7 @@ pub fn set_opaque(directory: &File) -> io::Result<()> {
 /// Whether a directory is opaque. The handle may be one that was opened with `O_PATH`.
 ///
 /// # Errors
-/// Those of getxattr(2).
+/// The errors of getxattr(2).
 pub fn is_opaque(directory: &File) -> io::Result<bool> {
     let mut value = [0; 4];
     // fgetxattr(2) does not work on an O_PATH handle, but getxattr(2) on its path in /proc does.
@@ -82,7 +82,7 @@ pub fn make_opaque(parent: &File, name: &str) -> io::Result<File> {
 /// Creates a directory with the usual permission bits, whatever the umask is.
 ///
 /// # Errors
-/// Those of the file system.
+/// The errors of the file system.
 pub fn make_directory(parent: &File, name: &str) -> io::Result<File> {
     let mode = Mode::from_raw_mode(super::inputs::EXECUTABLE);
     rfs::mkdirat(parent, name, mode)?;

@@ -389,8 +389,7 @@ fn open_parent<'a>(root: ExecRoot<'a>, parent: &RootPath, path: &str) -> Result<
     }
 }
 
-/// Classifies an error on the path to an output. What the command did to the path is its fault; other errors are faults of the
-/// server.
+/// Classifies an error on the path to an output. The command is at fault if it caused the error. Otherwise the server is.
 fn path_error(path: &str, error: &io::Error) -> Error {
     let fault = match Errno::from_io_error(error) {
         Some(Errno::XDEV) => "a symbolic link in its path leaves the input root",

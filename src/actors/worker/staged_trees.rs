@@ -216,7 +216,7 @@ impl BuildRoot {
     /// should be copied. `inputs` has the blobs of `wanted`.
     ///
     /// # Errors
-    /// Those of the checkpoint, of the store and of the file system.
+    /// The errors of the checkpoint, of the store and of the file system.
     pub(super) fn stage<'a>(
         &self,
         place: &Arc<RootDirectory>,

@@ -145,7 +145,7 @@ impl BuildRoot {
     /// Creates an empty exec directory for a run of `action`.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn create(&self, slot: SlotId, action: &Digest) -> Result<Workspace> {
         self.create_with(slot, Some(action))
     }
@@ -153,7 +153,7 @@ impl BuildRoot {
     /// Creates an empty exec directory for a run whose command does not see its path.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn create_unseen(&self, slot: SlotId) -> Result<Workspace> {
         self.create_with(slot, None)
     }
@@ -448,7 +448,7 @@ impl Workspace {
     /// The input root.
     ///
     /// # Errors
-    /// Those of [`Workspace::top`].
+    /// The errors of [`Workspace::top`].
     pub fn root(&self) -> Result<&File> {
         self.opened().map(|opened| &opened.root)
     }
@@ -471,7 +471,7 @@ impl Workspace {
     /// root, and the layer of this run above it.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub(super) fn layers(&self, below: &Path) -> Result<Layers> {
         rfs::mkdirat(self.opened()?.around_root(), "work", Mode::RWXU)
             .map_err(|error| Error::io("make an exec directory", &error.into()))?;

@@ -70,7 +70,7 @@ impl Capture {
     /// Creates the log files, which must not exist yet, and the pipes for them. No log will be longer than `limit`.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// The errors of the system calls.
     pub fn open(stdout: &[u8], stderr: &[u8], limit: u64) -> io::Result<Self> {
         Ok(Self {
             stdout: Stream::open(stdout, limit)?,

@@ -182,7 +182,7 @@ pub struct CellReady {}
 /// Sends a message.
 ///
 /// # Errors
-/// Those of the socket; `InvalidInput` if the message is too large.
+/// The errors of the socket; `InvalidInput` if the message is too large.
 pub fn write(mut socket: impl Write, message: &impl Message) -> io::Result<()> {
     let length = message.encoded_len();
     let prefix = u32::try_from(length).ok().filter(|_| length <= MAX_MESSAGE_BYTES);
@@ -198,7 +198,7 @@ pub fn write(mut socket: impl Write, message: &impl Message) -> io::Result<()> {
 /// Receives a message; `None` if the other end is closed.
 ///
 /// # Errors
-/// Those of the socket; `InvalidData` for anything that is not a valid message.
+/// The errors of the socket; `InvalidData` for anything that is not a valid message.
 pub fn read<M: Message + Default>(mut socket: impl Read) -> io::Result<Option<M>> {
     let mut prefix = [0; size_of::<u32>()];
     match socket.read_exact(&mut prefix) {

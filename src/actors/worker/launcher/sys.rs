@@ -59,7 +59,7 @@ pub fn kill_all_others() {
 /// Makes descriptor 0 a duplicate of `file`.
 ///
 /// # Errors
-/// Those of dup2(2).
+/// The errors of dup2(2).
 pub fn become_stdin(file: &OwnedFd) -> io::Result<()> {
     // SAFETY: `file` is open, and descriptor 0 has no owner in a process that does not use std's stdin.
     check(unsafe { libc::dup2(file.as_raw_fd(), 0) })
@@ -85,7 +85,7 @@ pub fn default_signals() {
 /// Blocks every signal that can be blocked and returns a descriptor that delivers SIGCHLD.
 ///
 /// # Errors
-/// Those of the system calls.
+/// The errors of the system calls.
 pub fn watch_children() -> io::Result<OwnedFd> {
     // SAFETY: the sets are initialised before use, and signalfd returns a descriptor that nobody else owns.
     unsafe {
@@ -113,7 +113,7 @@ pub enum EndedChild {
 /// Looks for a child that has ended, without reaping it.
 ///
 /// # Errors
-/// Those of the system calls.
+/// The errors of the system calls.
 pub fn ended_child() -> io::Result<EndedChild> {
     // SAFETY: `info` is a plain C struct that waitid fills in. If no child has ended, its zeroed pid stays 0.
     unsafe {
@@ -136,7 +136,7 @@ pub fn ended_child() -> io::Result<EndedChild> {
 /// Reaps a child that has ended. Returns its wait status and its resource usage.
 ///
 /// # Errors
-/// Those of the system calls.
+/// The errors of the system calls.
 pub fn reap(pid: libc::pid_t) -> io::Result<(libc::c_int, libc::rusage)> {
     // SAFETY: both are plain C values that wait4 fills in.
     unsafe {

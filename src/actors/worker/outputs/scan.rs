@@ -43,7 +43,7 @@ const BLOCK_BYTES: u64 = 4_096;
 pub(crate) struct FoundFile {
     /// Name in its directory.
     pub name: String,
-    /// What is in it.
+    /// Its content, and whether that is stored.
     pub content: Content,
     /// Mode and time.
     pub seen: Seen,
@@ -162,7 +162,7 @@ impl OutputScan {
     /// layer, if the layer has it.
     ///
     /// # Errors
-    /// Those of `visit`, of the checkpoint, and of walking.
+    /// The errors of `visit`, of the checkpoint, and of walking.
     pub(crate) fn revisit(
         &mut self,
         top: LayerWalk<'_>,

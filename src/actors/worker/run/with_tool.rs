@@ -25,7 +25,7 @@ impl ActionRun<'_> {
     /// to run in a process of its own; the exec directory is then empty.
     ///
     /// # Errors
-    /// Those of the inputs and of the disk; `Cancelled`.
+    /// The errors of the inputs and of the disk; `Cancelled`.
     pub(super) fn run_with_tool(
         &mut self,
         inputs: &mut dyn Inputs,

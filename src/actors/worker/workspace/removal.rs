@@ -77,7 +77,7 @@ impl Attempts {
                 .with_shown("error", &error)
                 .log(format_args!("an exec directory could not be removed; {next}"));
         }
-        // The place goes first: a waiter for the ticket may open the build root again.
+        // `place` is dropped first, because a waiter for the ticket may open the build root again.
         drop((place, ticket));
     }
 

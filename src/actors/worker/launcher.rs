@@ -119,7 +119,7 @@ pub trait Launcher: Send {
     /// Prepares for the first command, so that it is not slower than later ones. Failures are reported by the next run.
     fn warm_up(&mut self);
 
-    /// Runs a command until it has ended or `timeout` has passed. Blocks.
+    /// Runs a command until it ends, and kills it when `timeout` has passed. Blocks.
     ///
     /// # Errors
     /// If it is unknown how the command ended. Its files must not be used then.

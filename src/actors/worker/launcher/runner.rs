@@ -150,7 +150,10 @@ impl Runner {
             Enclosure::Cells(cells) => cells.run(run, pipes, &self.socket, &mut self.buffer),
             Enclosure::Failed(failed) => Err(failed.clone()),
             Enclosure::None if run.kind.as_ref().is_some_and(|kind| *kind != CellKind::default()) => {
-                Err(Failed { message: "this command needs the namespaces of the sandbox, and they are off".into(), errno: 0 })
+                Err(Failed {
+                    message: "this command needs the namespaces of the sandbox, and they are off".into(),
+                    errno: 0,
+                })
             }
             Enclosure::None => self.run_here(run, pipes).map_err(|error| Failed {
                 message: format!("could not start a command: {error}"),

@@ -76,8 +76,8 @@ impl Stand {
     pub(super) fn new(needed: &[PathBuf]) -> Result<Self, SetupFailure> {
         let path = mount_point(MOUNT_POINTS, needed, |path| path.is_dir()).ok_or(Errno::NOENT);
         let path = path.step("find a mount point")?.to_owned();
-        let mount = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make a place for views")?;
-        mounts::attach(mount.as_fd(), CWD, &path).step("mount a place for views")?;
+        let mount = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make a file system for views")?;
+        mounts::attach(mount.as_fd(), CWD, &path).step("mount the file system for views")?;
         Ok(Self { path, next: 0 })
     }
 

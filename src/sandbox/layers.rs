@@ -139,8 +139,6 @@ pub(crate) fn try_out(root: &Path) -> Result<(), SetupFailure> {
     };
     match change().step("change files in an overlay")? {
         true => Ok(()),
-        false => {
-            Err(io::Error::other("it does not show what was changed")).step("change files in an overlay")
-        }
+        false => Err(io::Error::other("the changes are not visible")).step("change files in an overlay"),
     }
 }

@@ -164,7 +164,7 @@ impl World {
             let owner = (self.user, self.group);
             return layers::mount(layers, self.ids.as_ref().map(|ids| (ids.as_fd(), owner)));
         }
-        let tree = mounts::copy(CWD, path).step("take hold of the input root")?;
+        let tree = mounts::copy(CWD, path).step("copy the mount of the input root")?;
         match &self.ids {
             Some(ids) => mounts::map_ids(tree.as_fd(), ids.as_fd()),
             None => mounts::restrict(tree.as_fd(), true, false),

@@ -125,7 +125,7 @@ impl BuildRoot {
         if !leftovers.is_empty() {
             Event::info("gorego::worker", BUILD_ROOT_SWEPT)
                 .with("directories", leftovers.len())
-                .log(format_args!("removing what an earlier run left in the build root"));
+                .log(format_args!("removing leftovers of an earlier run from the build root"));
         }
         let job = |name| Job { place: place.clone(), name, ticket: None };
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
@@ -254,7 +254,7 @@ impl BuildRoot {
         fs::create_dir_all(path).map_err(doing)?;
         let made = Arc::new(RootDirectory::open(path, self.0.limits)?);
         Event::warn("gorego::worker", BUILD_ROOT_REMADE).with_shown("path", &path.display()).log(format_args!(
-            "the build root {} was removed or replaced while the server runs; using the one that is there now",
+            "the build root {} was removed or replaced while the server runs; using the directory that is there now",
             path.display()
         ));
         for name in made.sweep(next).map_err(doing)? {

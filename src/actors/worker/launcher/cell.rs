@@ -279,8 +279,8 @@ impl Cell {
             Some(pipes) => &[exec_root.as_fd(), pipes.answers.as_fd(), stderr, pipes.requests.as_fd()][..],
             None => &[exec_root.as_fd(), stdout, stderr][..],
         };
-        send_open(&self.socket, files).step("give the sandbox its files")?;
-        protocol::write(&self.socket, run).step("give the sandbox its order")
+        send_open(&self.socket, files).step("send open files to the sandbox")?;
+        protocol::write(&self.socket, run).step("send the command to the sandbox")
     }
 
     /// Kills all processes of the cell, and stores in `ended` when that was and what they used.

@@ -52,7 +52,7 @@ type FileId = (u64, u64);
 
 /// The attributes that change when a file is written or replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Version {
+struct FileVersion {
     id: FileId,
     size: u64,
     changed: (i64, i64),
@@ -68,7 +68,7 @@ pub(super) struct Assembled {
     /// Each hidden path with the identity of the file that covers it, or `None` if there was nothing to hide.
     hidden: Vec<(PathBuf, Option<FileId>)>,
     /// The host files that were copied, with their versions at that time.
-    copies: Vec<(PathBuf, Version)>,
+    copies: Vec<(PathBuf, FileVersion)>,
 }
 
 impl Stand {
@@ -192,7 +192,7 @@ struct ViewRoot {
     /// Mounts of the sandbox that become read-only when the view is complete.
     own: Vec<OwnedFd>,
     /// See [`Assembled::copies`].
-    copies: Vec<(PathBuf, Version)>,
+    copies: Vec<(PathBuf, FileVersion)>,
 }
 
 impl ViewRoot {
@@ -353,9 +353,9 @@ fn id_of(stat: &Stat) -> FileId {
 }
 
 #[allow(clippy::unnecessary_cast)]
-fn version_of(stat: &Stat) -> Version {
+fn version_of(stat: &Stat) -> FileVersion {
     let changed = (stat.st_ctime as i64, stat.st_ctime_nsec as i64);
-    Version { id: id_of(stat), size: stat.st_size.unsigned_abs(), changed }
+    FileVersion { id: id_of(stat), size: stat.st_size.unsigned_abs(), changed }
 }
 
 /// Reads a file with names of users, groups or hosts from an untrusted root file system; `None` if there is no usable

@@ -1,8 +1,10 @@
-//! [`ImageStore`]: the part of container images that a worker needs, as a trait.
+//! [`ImageStore`]: the part of container images that a worker needs, as a trait. As a rule the image that an action names is there
+//! when the action gets its slot, because the scheduler has asked for it before.
 
 use super::{WorkerSettings, checkpoint::Checkpoint};
 use crate::{
     action::{Action, Command},
+    caller::Peer,
     platform,
     sandbox::kind::{CellKind, InnerUser, RootFs},
 };
@@ -11,13 +13,13 @@ use std::{any::Any, fmt, path::PathBuf};
 
 /// Where the root file systems of images come from. Every method blocks.
 pub trait ImageStore: Send + Sync + fmt::Debug {
-    /// The root file system of an image, after it was pulled if it is not there yet. `check` is called between short waits; its
-    /// error ends the call, but not a pull that others may wait for.
+    /// The root file system of an image for an action of this peer, after it was pulled if it is not there yet. `check` is called
+    /// between short waits; its error ends the call, but not a pull that others may wait for.
     ///
     /// # Errors
     /// `Invalid` for a name that is none; `Precondition` for an image that cannot be had or used; `Unavailable` for what may pass;
     /// those of `check`.
-    fn lease(&self, name: &str, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage>;
+    fn lease(&self, name: &str, peer: Peer, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage>;
 
     /// Removes the images that nobody uses, for a disk that is full.
     fn relieve_disk(&self);
@@ -53,6 +55,7 @@ impl LeasedImage {
 pub(super) fn lease_for(
     settings: &WorkerSettings,
     action: &Action,
+    peer: Peer,
     kind: &mut CellKind,
     fetching: &Checkpoint,
 ) -> Result<Option<LeasedImage>> {
@@ -70,7 +73,7 @@ pub(super) fn lease_for(
             "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
         ));
     }
-    let image = images.lease(name, &|| fetching.check())?;
+    let image = images.lease(name, peer, &|| fetching.check())?;
     kind.root = Some(RootFs::directory(&image.root));
     kind.user = kind.user.or(image.user);
     Ok(Some(image))

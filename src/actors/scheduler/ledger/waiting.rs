@@ -129,7 +129,7 @@ impl Ledger {
                     self.ready.get_mut(&pool).map(&mut visit);
                 }
             }
-            TaskStep::Checking | TaskStep::Running => {}
+            TaskStep::Checking | TaskStep::AwaitingImage | TaskStep::Running => {}
         }
     }
 
@@ -208,6 +208,7 @@ impl Ledger {
         let name = |pool: PoolId| self.slots.name(pool).to_string();
         let mut reason = match task.step {
             TaskStep::Unchecked | TaskStep::Checking => "its inputs are being looked up".to_owned(),
+            TaskStep::AwaitingImage => "its container image is being fetched".to_owned(),
             TaskStep::Ready | TaskStep::Running if !self.slots.is_served(&task.pools) => {
                 format!("pool \"{}\" takes no more actions, and no other pool suits it", name(pool))
             }

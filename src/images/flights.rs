@@ -210,7 +210,11 @@ mod tests {
         yield_now().await;
         drop(release);
         for other in others {
-            assert_eq!(timeout(SOON, other).await.unwrap().unwrap().unwrap(), 0, "the first flight is theirs");
+            assert_eq!(
+                timeout(SOON, other).await.unwrap().unwrap().unwrap(),
+                0,
+                "the first flight is theirs"
+            );
         }
         assert_eq!(count.load(SeqCst), 1);
         let (release, work) = work(&count);

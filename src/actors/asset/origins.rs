@@ -56,7 +56,9 @@ impl Origins {
     /// # Errors
     /// Why it is not allowed, with the configuration key that could allow it.
     pub fn check_address(&self, address: IpAddr) -> Result<(), String> {
-        if Reach::of(address) == Reach::Public || self.networks.iter().any(|network| network.contains(address)) {
+        if Reach::of(address) == Reach::Public
+            || self.networks.iter().any(|network| network.contains(address))
+        {
             return Ok(());
         }
         Err(format!(

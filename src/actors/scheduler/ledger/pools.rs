@@ -76,9 +76,8 @@ impl Ledger {
     /// A new pool is in the sets of all tasks that it suits, unless a task has run out of as much memory as the pool gives it. A task keeps the other pools of its set, for which it was admitted,
     /// even if the new pool has made one of the task's properties known.
     fn offer_pool(&mut self, id: PoolId) {
-        let gives_more = |task: &Task| {
-            task.more_than.is_none_or(|memory| self.slots.memory(id, &task.action) > memory)
-        };
+        let gives_more =
+            |task: &Task| task.more_than.is_none_or(|memory| self.slots.memory(id, &task.action) > memory);
         let suited = self.tasks.iter();
         let suited = suited.filter(|(_, task)| self.slots.suits(id, &task.action) && gives_more(task));
         let suited: Vec<_> = suited.map(|(task, _)| *task).collect();

@@ -136,7 +136,8 @@ impl Ledger {
     /// The next pool with a free slot and a task for it. The task is removed from all queues.
     ///
     /// If a pool lacks the room for the task that is next, it runs no other one before: the room that becomes free is for that
-    /// task. So no task starves, however many small ones there are; a part of the room stays free meanwhile.
+    /// task, and a part of it stays free meanwhile. Which task is next may change, as another peer comes to have fewer running
+    /// tasks. No task starves: once the running tasks of its peer have ended, its peer has its turn.
     pub(super) fn next_ready(&mut self, now: ClockReading) -> Option<(PoolId, TaskId, Charge)> {
         let mut at = 0;
         let pool = loop {

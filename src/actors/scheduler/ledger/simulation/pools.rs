@@ -213,11 +213,13 @@ impl World {
             let suiting = self.pools.suiting(family);
             match task.more_than {
                 None => assert_eq!(*task.pools, *suiting),
-                Some(memory) => assert!(
-                    task.pools.iter().all(|id| suiting.contains(id)
-                        && self.pools.memory(*id, &task.action.platform) > memory),
-                    "a task that ran out of memory waits for those that give it more"
-                ),
+                Some(memory) => {
+                    assert!(
+                        task.pools.iter().all(|id| suiting.contains(id)
+                            && self.pools.memory(*id, &task.action.platform) > memory),
+                        "a task that ran out of memory waits for those that give it more"
+                    )
+                }
             }
             if task.step != TaskStep::Running {
                 let is_hopeless = |id: &PoolId| self.pools.is_closed(*id);

@@ -6,6 +6,7 @@
 mod acknowledge;
 pub mod action;
 pub mod actors;
+mod address;
 mod budget;
 mod call;
 pub mod caller;

@@ -432,7 +432,11 @@ fn start_scheduler(
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
         Pool { spec, runner: workers.recipient() }
     });
-    SchedulerActor::new(bounds, pools.collect(), cas.clone()).start()
+    let scheduler = SchedulerActor::new(bounds, pools.collect(), cas.clone());
+    match &place.images {
+        Some(images) => scheduler.with_images(Arc::new(images.clone())).start(),
+        None => scheduler.start(),
+    }
 }
 
 /// The deadlines of a shutdown.

@@ -1,8 +1,10 @@
-//! [`ImageStore`]: the part of the handling of container images that a worker needs, as a trait.
+//! [`ImageStore`]: the part of the handling of container images that a worker needs, as a trait. Usually the image that an action
+//! names has been pulled when the action gets its slot, because the scheduler has asked for it before.
 
 use super::{WorkerSettings, checkpoint::Checkpoint};
 use crate::{
     action::{Action, Command},
+    caller::Peer,
     platform,
     sandbox::kind::{CellKind, InnerUser, RootFs},
 };
@@ -11,13 +13,13 @@ use std::{any::Any, fmt, path::PathBuf};
 
 /// Provides the root file systems of images. Every method blocks.
 pub trait ImageStore: Send + Sync + fmt::Debug {
-    /// Leases the root file system of an image, and pulls the image first if necessary. `check` is called between short
-    /// waits. Its error ends the call, but not the pull, because other actions may wait for it.
+    /// Leases the root file system of an image for an action of this peer, and pulls the image first if necessary. `check` is
+    /// called between short waits. Its error ends the call, but not the pull, because other actions may wait for it.
     ///
     /// # Errors
     /// `Invalid` for an invalid name; `Precondition` for an image that cannot be pulled or used; `Unavailable` for
     /// temporary problems; those of `check`.
-    fn lease(&self, name: &str, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage>;
+    fn lease(&self, name: &str, peer: Peer, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage>;
 
     /// Removes images that are not in use, to free space on a full disk.
     fn relieve_disk(&self);
@@ -55,6 +57,7 @@ impl LeasedImage {
 pub(super) fn lease_for(
     settings: &WorkerSettings,
     action: &Action,
+    peer: Peer,
     kind: &mut CellKind,
     fetching: &Checkpoint,
 ) -> Result<Option<LeasedImage>> {
@@ -72,7 +75,7 @@ pub(super) fn lease_for(
             "the action asks for an image, which requires the namespaces of the sandbox; they are off in this pool".into(),
         ));
     }
-    let image = images.lease(name, &|| fetching.check())?;
+    let image = images.lease(name, peer, &|| fetching.check())?;
     kind.root = Some(RootFs::directory(&image.root));
     kind.user = kind.user.or(image.user);
     Ok(Some(image))

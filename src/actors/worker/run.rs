@@ -150,7 +150,7 @@ impl<'a> ActionRun<'a> {
         self.wait_for_room(&fetching)?;
         let mut kind = self.settings.kind(action)?;
         // Held to the end, so that the image is not removed while the action runs.
-        let image = image_store::lease_for(self.settings, action, &mut kind, &fetching)?;
+        let image = image_store::lease_for(self.settings, action, self.order.peer, &mut kind, &fetching)?;
         let command = match &image {
             Some(image) => Cow::Owned(image.complete(&action.command)),
             None => Cow::Borrowed(&action.command),

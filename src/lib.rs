@@ -35,5 +35,6 @@ mod server;
 mod signals;
 pub mod size;
 mod spread;
+mod supervisor;
 pub mod under_way;
 mod unhindered;

@@ -3,6 +3,7 @@
 //! `gorego` without a subcommand is `gorego serve`. All arguments are parsed here; each subcommand has its own file.
 //! Messages for the user go to standard error, requested output goes to standard output.
 
+mod completions;
 mod config;
 mod exec;
 mod live;
@@ -18,6 +19,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use clap_complete::Shell;
 use gorego_reapi::{digest::DigestFunction, error::Error};
 use gorego_verify::rules::Level;
 use std::{
@@ -57,6 +59,7 @@ const EXIT_CODES: &str = "Exit codes:
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
   config       0 valid, 2 invalid
   token        0 done, 2 nothing was changed
+  completions  0 printed, 1 could not be written
 If the reader of their output exits early, as `| head` does, all subcommands except serve end by SIGPIPE (141 in a
 shell); exec cancels its operation first.
 
@@ -93,9 +96,11 @@ pub enum Command {
     /// Make, list and revoke the tokens of clients, on the server's machine
     #[command(subcommand)]
     Token(TokenCommand),
-    /// The process that starts commands for a worker; not for users
-    #[command(hide = true)]
-    Runner,
+    /// Print a script that completes this command line in a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 /// Flags of `gorego serve`.
@@ -355,7 +360,8 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    // Runners come first: they must stay small and single-threaded.
+    // The processes that start commands for workers come first: they must stay small and single-threaded. Users have no such
+    // subcommand.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::RUNNER_SUBCOMMAND) {
         return runner();
     }
@@ -371,7 +377,7 @@ pub fn main() -> ExitCode {
         Some(Command::Verify(args)) => verify::run(&args),
         Some(Command::Config(command)) => config::run(&command),
         Some(Command::Token(command)) => token::run(&command),
-        Some(Command::Runner) => return runner(),
+        Some(Command::Completions { shell }) => completions::run(shell),
     };
     ExitCode::from(code)
 }

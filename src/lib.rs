@@ -3,6 +3,7 @@
 //! `ARCHITECTURE.md` is the map of this crate: who owns what, who sends what to whom, and one Execute from file to file.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod access;
 mod acknowledge;
 pub mod action;
 pub mod actors;
@@ -34,5 +35,6 @@ mod server;
 mod signals;
 pub mod size;
 mod spread;
+mod tls;
 pub mod under_way;
 mod unhindered;

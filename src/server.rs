@@ -21,7 +21,7 @@ use crate::{
         worker::WorkerActor,
     },
     cgroups::LimitReport,
-    config::{ExecutionSettings, Settings},
+    config::{ClientAuth, ExecutionSettings, Settings},
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
@@ -33,6 +33,7 @@ use crate::{
     platform,
     sandbox::probe::Report,
     signals::StopSignals,
+    tls::{ServerTls, TlsFiles},
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -76,6 +77,8 @@ const INTERRUPTED: i32 = 130;
 pub(crate) struct Ready {
     /// The listening address.
     pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub tls: bool,
     /// Which protections of the sandbox work; `None` without a sandbox.
     pub sandbox: Option<Report>,
     /// How the limits of actions are enforced; `None` for a cache only.
@@ -138,6 +141,17 @@ fn asset_settings(settings: &Settings) -> AssetSettings {
     }
 }
 
+fn tls_files(settings: &Settings) -> Option<TlsFiles> {
+    let tls = settings.tls.clone()?;
+    Some(TlsFiles {
+        cert: tls.cert,
+        key: tls.key,
+        client_ca: tls.client_ca,
+        crl: tls.crl,
+        client_certificate_required: tls.client_auth == ClientAuth::Required,
+    })
+}
+
 /// Run streams are kept as long as the operations that name them. They hold no bytes.
 fn log_settings(settings: &Settings) -> LogSettings {
     let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
@@ -177,6 +191,7 @@ struct Server {
     listener: TcpListener,
     /// The listener of the HTTP/1.1 cache, if it is enabled.
     http: Option<TcpListener>,
+    tls: Option<ServerTls>,
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
@@ -201,6 +216,7 @@ impl Server {
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
+        let tls = tls_files(&settings).map(ServerTls::open).transpose()?;
         let listener = listen(settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
             Some(address) => Some(listen(address, "http.listen_addr").await?),
@@ -219,12 +235,13 @@ impl Server {
             let bounds = scheduler_settings(settings.node, execution);
             start_scheduler(bounds, execution, place, &cas, log_streams.clone())
         });
-        Ok(Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers })
+        Ok(Self { settings, listener, http, tls, cas, assets, scheduler, place, log_streams, workers })
     }
 
     /// Serves until a signal or fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
-        let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers } = self;
+        let Self { settings, listener, http, tls, cas, assets, scheduler, place, log_streams, workers } =
+            self;
         let mut signals = StopSignals::of_server()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -232,6 +249,9 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
+        if let Some(tls) = tls.clone() {
+            workers.spawn(tls.watch(connections.clone()));
+        }
         let edge = Arc::new(Edge {
             gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
@@ -253,17 +273,18 @@ impl Server {
         let (close, closed) = oneshot::channel::<()>();
         let mut serving = workers.spawn({
             let health = health.clone();
+            let tls = tls.as_ref().map(ServerTls::grpc_port);
             async move {
                 // Also completes when the sender is dropped.
                 let shutdown = async move { drop(closed.await) };
-                grpc::serve(edge, &health, listener, shutdown).await
+                grpc::serve_with(edge, &health, listener, tls, shutdown).await
             }
         });
         let (http_close, mut http_serving) =
-            serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
+            serve_http(http, &settings, tls.as_ref(), &cas, (&under_way, &connections), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
-        ready(Ready { address, sandbox, limits });
+        ready(Ready { address, tls: tls.is_some(), sandbox, limits });
 
         let stop = select! {
             signal = signals.next() => Stop::Signal(signal.name()),
@@ -352,6 +373,7 @@ async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener> {
 fn serve_http(
     listener: Option<TcpListener>,
     settings: &Settings,
+    tls: Option<&ServerTls>,
     cas: &Cas,
     (under_way, connections): (&UnderWay, &Connections),
     workers: &Handle,
@@ -374,7 +396,8 @@ fn serve_http(
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
-    let serving = workers.spawn(http::serve(port, listener, async move { drop(closed.await) }));
+    let serving = workers
+        .spawn(http::serve(port, listener, tls.map(ServerTls::http_port), async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
             Ok(()) => Error::internal("the HTTP server stopped by itself"),

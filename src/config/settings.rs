@@ -12,6 +12,7 @@ use super::{
     persistent_workers::{PersistentWorkersSettings, persistent_workers},
     pools::{PoolSettings, pools},
     sandbox::sandbox,
+    tls::{TlsSettings, tls},
 };
 use crate::{
     action::{Priorities, TimeoutPolicy},
@@ -98,6 +99,8 @@ pub struct Settings {
     pub compressed_committed_size: CommittedSize,
     /// Time limit of a shutdown after SIGTERM.
     pub shutdown_grace: Duration,
+    /// TLS for both ports; `None` without it.
+    pub tls: Option<TlsSettings>,
     /// Log filter and format.
     pub log: LogConfig,
     /// The scheduler and its workers; `None` for a cache without execution.
@@ -306,6 +309,7 @@ impl Settings {
         let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check);
+        let tls = tls(&mut check, machine);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
@@ -319,6 +323,7 @@ impl Settings {
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,
+                tls,
                 log: config.log.clone(),
                 execution: config.execution.enabled.then_some(execution),
                 log_streams,

@@ -95,6 +95,8 @@ pub const PURE: &[&str] = &[
     "src/resource_name",
     "src/action",
     "src/policy",
+    "src/access/certificate",
+    "src/tls/plaintext",
     "src/http/router",
     "src/http/hosts",
     "src/http/cache/resource",

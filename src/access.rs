@@ -30,6 +30,7 @@
 pub(crate) mod audit;
 pub mod authenticator;
 pub mod basic;
+pub(crate) mod certificate;
 pub mod credential;
 mod loader;
 pub mod permission;

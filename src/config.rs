@@ -16,12 +16,14 @@ mod sandbox;
 mod settings;
 pub mod show;
 mod source_text;
+mod tls;
 
 pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
+pub use tls::{ClientAuth, TlsSettings};
 
 pub use crate::logging::{LogConfig, LogFormat};
 
@@ -35,6 +37,7 @@ use pools::PoolConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use tls::TlsConfig;
 
 /// The whole configuration, one field for each key or section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +60,8 @@ pub struct Config {
     pub shutdown_grace: Duration,
     /// Instances with their own policy, by name. An instance listed here need not be in `instance_names`.
     pub instances: BTreeMap<String, InstanceConfig>,
+    /// TLS for both ports.
+    pub tls: TlsConfig,
     /// Log filter and format.
     pub log: LogConfig,
     /// The store and the services that use it.
@@ -252,6 +257,7 @@ impl Default for Config {
             local_cache_dir: PathBuf::new(),
             max_size_gb: Size::from_gb(50),
             shutdown_grace: Duration::from_secs(30),
+            tls: TlsConfig::default(),
             log: LogConfig::default(),
             cache: CacheConfig::default(),
             execution: ExecutionConfig::default(),

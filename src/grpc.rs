@@ -71,6 +71,7 @@ use crate::{
     },
     instance::Instance,
     log_streams::LogStreams,
+    tls::TlsPort,
     under_way::UnderWay,
 };
 use ask::Scheduler;
@@ -246,6 +247,20 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
+    serve_with(edge, health, listener, None, shutdown).await
+}
+
+/// The same with TLS, if there is any.
+///
+/// # Errors
+/// See [`serve`].
+pub(crate) async fn serve_with(
+    edge: Arc<Edge>,
+    health: &Health,
+    listener: TcpListener,
+    tls: Option<TlsPort>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
     let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
     let gate = edge.gate.clone();
     let layers = ServiceBuilder::new()
@@ -253,13 +268,13 @@ pub async fn serve(
         .layer(panic_guard::PanicGuardLayer)
         .layer(intake::IntakeLayer::default());
     let service = layers.service(routes(edge, health)?);
-    let of_connection = |connection| request_log::RequestLog {
+    let of_connection = move |connection| request_log::RequestLog {
         inner: service.clone(),
         gate: gate.clone(),
         under_way: under_way.clone(),
         connection,
     };
-    serving::serve(accept::connections(listener, connections), of_connection, shutdown).await;
+    serving::serve(accept::connections(listener, connections, tls), of_connection, shutdown).await;
     Ok(())
 }
 

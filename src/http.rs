@@ -21,6 +21,7 @@ use crate::{
     call::Call,
     connections::Connections,
     gate::{Gate, Standing},
+    tls::TlsPort,
     under_way::UnderWay,
 };
 use axum::{
@@ -114,10 +115,15 @@ fn index<M>(mounts: &Router<M>) -> String {
 }
 
 /// Serves on `listener` until `shutdown` completes, then finishes the open requests.
-pub(crate) async fn serve(port: Port, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+pub(crate) async fn serve(
+    port: Port,
+    listener: TcpListener,
+    tls: Option<TlsPort>,
+    shutdown: impl Future<Output = ()>,
+) {
     let connections = port.connections.clone();
     let port = Arc::new(port);
-    connection::serve(listener, connections, shutdown, move |ends, request| {
+    connection::serve(listener, connections, tls, shutdown, move |ends, request| {
         answer(port.clone(), ends, request).boxed()
     })
     .await;
@@ -257,7 +263,7 @@ mod tests {
         port.mounts.mount(NUMBERS, Box::new(Numbers));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(serve(port, listener, std::future::pending()));
+        tokio::spawn(serve(port, listener, None, std::future::pending()));
         for (method, path, status, text) in [
             ("GET", "/numbers", "200", "1 2 3"),
             ("HEAD", "/numbers", "200", ""),

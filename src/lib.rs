@@ -37,5 +37,6 @@ mod signals;
 pub mod size;
 mod spread;
 mod supervisor;
+mod tls;
 pub mod under_way;
 mod unhindered;

@@ -23,7 +23,7 @@ use crate::{
         worker::WorkerActor,
     },
     cgroups::LimitReport,
-    config::{ExecutionSettings, Settings},
+    config::{ClientAuth, ExecutionSettings, Settings},
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
@@ -36,6 +36,7 @@ use crate::{
     sandbox::probe::Report,
     signals::StopSignals,
     supervisor::{InheritedSockets, Supervision},
+    tls::{ServerTls, TlsFiles},
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
@@ -77,6 +78,8 @@ const INTERRUPTED: i32 = 130;
 pub(crate) struct Ready {
     /// The listening address.
     pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub tls: bool,
     /// Which protections of the sandbox work; `None` without a sandbox.
     pub sandbox: Option<Report>,
     /// How the limits of actions are enforced; `None` for a cache only.
@@ -143,6 +146,17 @@ fn asset_settings(settings: &Settings) -> AssetSettings {
     }
 }
 
+fn tls_files(settings: &Settings) -> Option<TlsFiles> {
+    let tls = settings.tls.clone()?;
+    Some(TlsFiles {
+        cert: tls.cert,
+        key: tls.key,
+        client_ca: tls.client_ca,
+        crl: tls.crl,
+        client_certificate_required: tls.client_auth == ClientAuth::Required,
+    })
+}
+
 /// Run streams are kept as long as the operations that name them. They hold no bytes.
 fn log_settings(settings: &Settings) -> LogSettings {
     let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
@@ -183,6 +197,7 @@ struct Server {
     listener: TcpListener,
     /// The listener of the HTTP/1.1 cache, if it is enabled.
     http: Option<TcpListener>,
+    tls: Option<ServerTls>,
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
@@ -209,6 +224,7 @@ impl Server {
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
+        let tls = tls_files(&settings).map(ServerTls::open).transpose()?;
         let access = Arc::new(AccessLoader::open(settings.access.clone())?);
         let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
         let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
@@ -234,6 +250,7 @@ impl Server {
             access,
             listener,
             http,
+            tls,
             cas,
             assets,
             scheduler,
@@ -251,6 +268,7 @@ impl Server {
             access,
             listener,
             http,
+            tls,
             cas,
             assets,
             scheduler,
@@ -270,6 +288,9 @@ impl Server {
         workers.spawn(connections.clone().sweep());
         let gate = Gate::new(settings.instances.clone(), access.authenticator().clone());
         workers.spawn(access.watch());
+        if let Some(tls) = tls.clone() {
+            workers.spawn(tls.watch(connections.clone()));
+        }
         let edge = Arc::new(Edge {
             gate: gate.clone(),
             cas: cas.clone(),
@@ -291,17 +312,18 @@ impl Server {
         let (close, closed) = oneshot::channel::<()>();
         let mut serving = workers.spawn({
             let health = health.clone();
+            let tls = tls.as_ref().map(ServerTls::grpc_port);
             async move {
                 // Also completes when the sender is dropped.
                 let shutdown = async move { drop(closed.await) };
-                grpc::serve(edge, &health, listener, shutdown).await
+                grpc::serve_with(edge, &health, listener, tls, shutdown).await
             }
         });
         let (http_close, mut http_serving) =
-            serve_http(http, &settings, gate, &cas, (&under_way, &connections), &workers)?;
+            serve_http(http, &settings, gate, tls.as_ref(), &cas, (&under_way, &connections), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
-        ready(Ready { address, sandbox, limits });
+        ready(Ready { address, tls: tls.is_some(), sandbox, limits });
         supervisor.ready();
         // On the actors' thread, so that a thread that is stuck sends no sign of life.
         actix_rt::spawn(owners.clone().report(supervision, settings.max_size_bytes, workers.clone()));
@@ -404,6 +426,7 @@ fn serve_http(
     listener: Option<TcpListener>,
     settings: &Settings,
     gate: Gate,
+    tls: Option<&ServerTls>,
     cas: &Cas,
     (under_way, connections): (&UnderWay, &Connections),
     workers: &Handle,
@@ -422,7 +445,8 @@ fn serve_http(
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
-    let serving = workers.spawn(http::serve(port, listener, async move { drop(closed.await) }));
+    let serving = workers
+        .spawn(http::serve(port, listener, tls.map(ServerTls::http_port), async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
             Ok(()) => Error::internal("the HTTP server stopped by itself"),

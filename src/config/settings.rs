@@ -13,6 +13,7 @@ use super::{
     persistent_workers::{PersistentWorkersSettings, persistent_workers},
     pools::{PoolSettings, pools},
     sandbox::sandbox,
+    tls::{TlsSettings, tls},
 };
 use crate::{
     access::settings::AccessSettings,
@@ -100,6 +101,8 @@ pub struct Settings {
     pub compressed_committed_size: CommittedSize,
     /// Time limit of a shutdown after SIGTERM.
     pub shutdown_grace: Duration,
+    /// TLS for both ports; `None` without it.
+    pub tls: Option<TlsSettings>,
     /// Log filter and format.
     pub log: LogConfig,
     /// The scheduler and its workers; `None` for a cache without execution.
@@ -310,6 +313,7 @@ impl Settings {
         let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check);
+        let tls = tls(&mut check, machine);
         let is_exposed = [Some(config.listen_addr), http_addr].into_iter().flatten().any(|a| !is_loopback(a));
         let access = access(&mut check, is_exposed, machine);
         match (instances, check.problems.is_empty()) {
@@ -325,6 +329,7 @@ impl Settings {
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,
+                tls,
                 log: config.log.clone(),
                 execution: config.execution.enabled.then_some(execution),
                 log_streams,

@@ -101,6 +101,8 @@ pub const PURE: &[&str] = &[
     "src/access/principal",
     "src/access/rejection",
     "src/access/role",
+    "src/access/certificate",
+    "src/tls/plaintext",
     "src/http/router",
     "src/http/hosts",
     "src/http/cache/resource",

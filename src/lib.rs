@@ -3,6 +3,7 @@
 //! `ARCHITECTURE.md` is the map of this crate: who owns what, who sends what to whom, and one Execute from file to file.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod access;
 mod acknowledge;
 pub mod action;
 pub mod actors;

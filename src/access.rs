@@ -1,0 +1,3 @@
+//! Access control: who a client is.
+
+pub mod jwt;

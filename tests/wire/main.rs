@@ -24,5 +24,6 @@ mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+mod supervised;
 #[path = "../support/mod.rs"]
 mod support;

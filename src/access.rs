@@ -32,6 +32,7 @@ pub mod authenticator;
 pub mod basic;
 pub(crate) mod certificate;
 pub mod credential;
+pub mod jwt;
 mod loader;
 pub mod permission;
 pub mod policy;

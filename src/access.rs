@@ -3,6 +3,7 @@
 //!
 //! - [`permission`], [`role`], [`principal`], [`policy`]: the rules. Pure.
 //! - [`credential`]: what the `authorization` header of a request brings, parsed once. Pure.
+//! - [`certificate`]: what a client certificate says; [`grants`]: which roles it gives. Pure.
 //! - [`authenticator`]: credential, certificate and time become a principal. It owns the rules in force, which are immutable
 //!   values behind an `ArcSwap`, and are replaced as a whole.
 //! - [`tokens`]: static tokens; [`basic`]: users with passwords. Immutable values, made from files.
@@ -21,8 +22,8 @@
 //!   bearer token that is not a static one, off the fast path, and may wait. The authenticator caches what it returns until the
 //!   token expires, keyed by a hash. It makes the principal, and looks up the roles in the policy. The implementation is a field
 //!   of [`CredentialSources`](authenticator::CredentialSources).
-//! - **Client certificates** (`access/certificate.rs`): the state of a connection has the certificate that its handshake has
-//!   proved, and [`Presented`](authenticator::Presented) passes it on. An `authorization` header goes before a certificate.
+//! - **Client certificates**: the state of a connection has the certificate that its handshake has proved, and
+//!   [`Presented`](authenticator::Presented) passes it on. An `authorization` header goes before a certificate.
 //!
 //! Invariants: a credential that cannot be verified is refused, also where anonymous clients may do what it asks for. A token or a
 //! password is never logged or shown; the name of a principal may be. Nothing here waits on the actors' thread.
@@ -32,6 +33,7 @@ pub mod authenticator;
 pub mod basic;
 pub(crate) mod certificate;
 pub mod credential;
+pub mod grants;
 pub mod jwt;
 mod loader;
 pub mod permission;

@@ -49,7 +49,9 @@ impl Gate {
         if call.permissions().is_some_and(<[Permission]>::is_empty) {
             return Authentication::Done(Ok(self.0.authenticator.anonymous()));
         }
-        self.0.authenticator.authenticate(&Presented { headers, caller: call.caller() })
+        let certificate = call.connection().and_then(|connection| connection.state.certificate());
+        let certificate = certificate.map(|certificate| &**certificate);
+        self.0.authenticator.authenticate(&Presented { headers, certificate, caller: call.caller() })
     }
 
     /// The ways in which a client can authenticate, as `WWW-Authenticate` has them.

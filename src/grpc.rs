@@ -53,7 +53,7 @@ use crate::{
         cas::client::Cas,
         scheduler::{
             messages::Watch,
-            operation::{OperationId, Subscription},
+            operation::{OperationId, OperationInfo, Snapshot, Subscription},
             settings::Priorities,
         },
     },
@@ -205,6 +205,15 @@ impl Edge {
             self.gate.require(call, &subscription.info.instance, Permission::OperationsAll)?;
         }
         Ok(subscription)
+    }
+
+    /// Records that a client is told the names of the live output of an operation, if it could not read it otherwise.
+    pub(crate) fn tell_logs(&self, call: &Call, info: &OperationInfo, snapshot: &Snapshot) {
+        if let Some(run) = snapshot.logs
+            && !call.principal().may(info.instance.name(), Permission::OperationsAll)
+        {
+            self.log_streams.tell(run, call.principal());
+        }
     }
 
     /// The operation that a request is about to change, if its principal may.

@@ -11,7 +11,9 @@ mod verified;
 use super::{
     audit::Audit,
     basic::UserSet,
+    certificate::ClientCertificate,
     credential::Credential,
+    grants::{self, CertificateGrant},
     permission::PermissionSet,
     policy::Policy,
     principal::{Principal, PrincipalKind},
@@ -38,6 +40,8 @@ const PASSWORD_KEPT: Duration = Duration::from_secs(10 * 60);
 pub(crate) struct Presented<'a> {
     /// Its headers.
     pub(crate) headers: &'a HeaderMap,
+    /// The certificate of its connection, which was verified in the handshake.
+    pub(crate) certificate: Option<&'a ClientCertificate>,
     /// The connection and the peer.
     pub(crate) caller: Caller,
 }
@@ -93,6 +97,8 @@ pub struct CredentialSources {
     pub tokens: Arc<TokenSet>,
     /// The users with passwords; `None` without a password file.
     pub users: Option<Arc<UserSet>>,
+    /// The roles of holders of certificates.
+    pub certificates: Vec<CertificateGrant>,
     /// The issuers of signed tokens.
     pub signed: Option<Arc<dyn SignedTokens>>,
 }
@@ -117,6 +123,19 @@ impl AccessRules {
     /// Who may do what.
     pub(crate) fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    /// The holder of a certificate, or an anonymous client.
+    fn without_header(&self, certificate: Option<&ClientCertificate>) -> Result<Principal, Rejection> {
+        let Some(certificate) = certificate else { return Ok(self.anonymous.clone()) };
+        let now = SystemTime::now();
+        if let Some(principal) = self.verified.get(certificate.fingerprint(), now) {
+            return Ok(principal);
+        }
+        let principal = grants::principal(certificate, &self.sources.certificates, &self.policy);
+        let principal = principal.map_err(|error| Rejection::refused(error.to_string()))?;
+        self.verified.put(*certificate.fingerprint(), principal.clone(), grants::end(certificate));
+        Ok(principal)
     }
 
     async fn signed(
@@ -189,7 +208,7 @@ impl Authenticator {
             PrincipalKind::Basic => {
                 rules.sources.users.as_ref().and_then(|users| users.principal(principal.detail()).cloned())
             }
-            // Their issuers say when they end.
+            // Those who have issued them say when they end, and connections whose certificates were revoked are closed.
             PrincipalKind::Jwt | PrincipalKind::Certificate => Some(principal.clone()),
         };
         let current = current.filter(|current| current.mark() == principal.mark());
@@ -206,10 +225,10 @@ impl Authenticator {
         let rules = self.rules();
         // A server without credentials leaves the header to whatever may be in front of it.
         if !rules.policy.has_credentials() {
-            return Authentication::Done(Ok(rules.anonymous.clone()));
+            return Authentication::Done(rules.without_header(presented.certificate));
         }
         match Credential::parse(presented.headers) {
-            Ok(None) => Authentication::Done(Ok(rules.anonymous.clone())),
+            Ok(None) => Authentication::Done(rules.without_header(presented.certificate)),
             Ok(Some(Credential::Bearer(token))) => self.bearer(&rules, token),
             Ok(Some(Credential::Basic { user, password })) => {
                 self.basic(&rules, user, password, presented.caller)

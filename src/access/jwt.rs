@@ -27,6 +27,7 @@ pub use claims::ClaimSettings;
 pub use issuer::{ClaimRole, IssuerRules, IssuerSettings, MAX_LEEWAY};
 pub use keys::{KeySet, MAX_KEY_SET_BYTES, MAX_KEYS};
 pub use location::JwksLocation;
+pub use pattern::ClaimPattern;
 pub use refusal::{RefusalKind, TokenRefusal};
 pub use token::MAX_TOKEN_BYTES;
 

@@ -113,7 +113,15 @@ fn load(settings: &AccessSettings) -> Result<AccessRules> {
         Some(path) => Some(Arc::new(UserSet::new(&read_passwords(path)?, &settings.users, &policy)?)),
         None => None,
     };
-    Ok(AccessRules::new(policy, CredentialSources { tokens: Arc::new(tokens), users, signed: None }))
+    Ok(AccessRules::new(
+        policy,
+        CredentialSources {
+            tokens: Arc::new(tokens),
+            users,
+            certificates: settings.certificates.clone(),
+            signed: None,
+        },
+    ))
 }
 
 fn read_passwords(path: &Path) -> Result<PasswordFile> {

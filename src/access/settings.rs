@@ -1,6 +1,6 @@
 //! [`AccessSettings`]: what the configuration says about access, checked.
 
-use super::policy::Policy;
+use super::{grants::CertificateGrant, policy::Policy};
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// See the top of this file.
@@ -14,4 +14,6 @@ pub struct AccessSettings {
     pub passwords: Option<PathBuf>,
     /// The names of the roles of users with passwords. All of these roles exist.
     pub users: BTreeMap<String, Vec<String>>,
+    /// The roles of holders of certificates. All of these roles exist.
+    pub certificates: Vec<CertificateGrant>,
 }

@@ -121,7 +121,7 @@ fn revoke(ids: &[String], file: &TokenFileArgs) -> Result<String> {
 /// The file of the tokens, and the policy with the roles.
 fn place(file: &TokenFileArgs) -> Result<(PathBuf, Policy)> {
     let args = ServeArgs { config: file.config.clone(), ..ServeArgs::default() };
-    let (_, settings) = load_settings(&args, environment())?;
+    let (_, settings) = load_settings(&args, environment(), Vec::new())?;
     let path = file.file.clone().or(settings.access.tokens).ok_or_else(|| {
         Error::invalid(
             "the server has no file for tokens: set tokens in the section [access] of its configuration, for example to \

@@ -3,6 +3,7 @@
 use super::settings::{Checker, Machine};
 use crate::access::{
     credential::is_user,
+    grants::{CertificateField, CertificateGrant},
     permission::{Permission, PermissionSet},
     policy::Policy,
     role::{InstancePattern, READY_MADE, Role},
@@ -29,10 +30,26 @@ pub struct AccessConfig {
     pub passwords: PathBuf,
     /// The roles of clients without a credential. All others have them too.
     pub anonymous: Vec<String>,
+    /// The roles of clients with certificates.
+    pub certificates: Vec<CertificateConfig>,
     /// The roles of users with passwords.
     pub users: BTreeMap<String, Vec<String>>,
     /// Roles besides the ready-made ones.
     pub roles: BTreeMap<String, RoleConfig>,
+}
+
+/// An `[[access.certificates]]` section. It has either a subject or a name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CertificateConfig {
+    /// A pattern for the subject.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// A pattern for one of the alternative names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The names of the roles.
+    pub roles: Vec<String>,
 }
 
 /// An `[access.roles.NAME]` section.
@@ -57,7 +74,9 @@ fn everywhere() -> Vec<String> {
 impl AccessConfig {
     /// Whether clients can have credentials.
     pub(super) fn has_credentials(&self) -> bool {
-        !self.tokens.as_os_str().is_empty() || !self.passwords.as_os_str().is_empty()
+        !self.tokens.as_os_str().is_empty()
+            || !self.passwords.as_os_str().is_empty()
+            || !self.certificates.is_empty()
     }
 }
 
@@ -74,6 +93,7 @@ pub(super) fn access(check: &mut Checker<'_>, is_exposed: bool, machine: &Machin
         );
         known_roles(check, "access.users", roles, &policy);
     }
+    let certificates = certificates(check, config, &policy);
     let mut file =
         |key: &str, path: &Path| (!path.as_os_str().is_empty()).then(|| check.directory(key, path, machine));
     AccessSettings {
@@ -81,7 +101,31 @@ pub(super) fn access(check: &mut Checker<'_>, is_exposed: bool, machine: &Machin
         tokens: file("access.tokens", &config.tokens),
         passwords: file("access.passwords", &config.passwords),
         users: config.users.clone(),
+        certificates,
     }
+}
+
+fn certificates(check: &mut Checker<'_>, config: &AccessConfig, policy: &Policy) -> Vec<CertificateGrant> {
+    const KEY: &str = "access.certificates";
+    let has_ca = !check.loaded.config.tls.client_ca.as_os_str().is_empty();
+    check.require(KEY, has_ca || config.certificates.is_empty(), "has no effect without tls.client_ca");
+    let mut grants = Vec::new();
+    for CertificateConfig { subject, name, roles } in &config.certificates {
+        known_roles(check, KEY, roles, policy);
+        let (field, pattern) = match (subject, name) {
+            (Some(subject), None) => (CertificateField::Subject, subject),
+            (None, Some(name)) => (CertificateField::Name, name),
+            _ => {
+                check.refuse(KEY, "needs either subject or name in each entry");
+                continue;
+            }
+        };
+        match CertificateGrant::parse(field, pattern, roles.clone()) {
+            Ok(grant) => grants.push(grant),
+            Err(problem) => check.refuse(KEY, &problem),
+        }
+    }
+    grants
 }
 
 fn policy(check: &mut Checker<'_>, config: &AccessConfig, is_exposed: bool) -> Policy {

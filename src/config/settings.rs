@@ -13,7 +13,7 @@ use super::{
     persistent_workers::{PersistentWorkersSettings, persistent_workers},
     pools::{PoolSettings, pools},
     sandbox::sandbox,
-    tls::{TlsSettings, tls},
+    tls::{ClientAuth, TlsSettings, tls},
 };
 use crate::{
     access::settings::AccessSettings,
@@ -410,7 +410,11 @@ fn is_loopback(address: SocketAddr) -> bool {
 /// read along on the way can take credentials.
 fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
     let config = &check.loaded.config;
-    let (has_tls, has_credentials) = (false, config.access.has_credentials());
+    let has_tls = !config.tls.cert.as_os_str().is_empty();
+    // A CA that everybody needs a certificate of decides who comes in, also where it makes no difference what they may do.
+    let needs_certificate =
+        !config.tls.client_ca.as_os_str().is_empty() && config.tls.client_auth == ClientAuth::Required;
+    let has_credentials = config.access.has_credentials() || needs_certificate;
     if is_loopback(address) || has_tls && has_credentials {
         return;
     }

@@ -74,7 +74,7 @@ impl ExecutionService {
         subscription: Subscription,
         call: Call,
     ) -> Response<OperationStream> {
-        let stream = operation_stream::follow(self.0.cas.clone(), scheduler.clone(), subscription, call);
+        let stream = operation_stream::follow(self.0.clone(), scheduler.clone(), subscription, call);
         Response::new(stream.boxed())
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     log_streams::{
         Committed,
         follow::{Follower, Piece},
-        name::LogName,
+        name::{LogName, StreamId},
     },
 };
 use bytes::Bytes;
@@ -93,9 +93,21 @@ fn enter(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
     edge.gate.enter_for(call, instance_name, Permission::Logs)
 }
 
+/// The same for reading. The output of a run belongs to the operations that wait for it, so it takes the same permission as these:
+/// those who were told its name as that of their own operation may read it, and others if they may see all operations.
+fn enter_to_read(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
+    let StreamId::Run(run, _) = name.id else { return enter(edge, call, name) };
+    let (instance_name, _) = parse_parent(&name.parent)?;
+    let instance = edge.gate.enter_for(call, instance_name, Permission::OperationsOwn)?;
+    if !edge.log_streams.was_told(run, call.principal()) {
+        edge.gate.require(call, &instance, Permission::OperationsAll)?;
+    }
+    Ok(instance)
+}
+
 /// ByteStream.Read of a log stream: the existing bytes from the offset, then new ones until the end (LOG-03).
 pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadRequest) -> Result<ReadStream> {
-    let instance = enter(edge, call, name)?;
+    let instance = enter_to_read(edge, call, name)?;
     let offset = u64::try_from(request.read_offset)
         .map_err(|_| Error::OutOfRange(format!("read_offset {} is negative", request.read_offset)))?;
     let limit = u64::try_from(request.read_limit).map_err(|_| Error::invalid("read_limit is negative"))?;

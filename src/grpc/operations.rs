@@ -61,6 +61,7 @@ impl Operations for OperationsService {
             let mut operations: Vec<Operation> = Vec::new();
             let mut left = inline::MESSAGE_MAX_BYTES - RESPONSE_ENVELOPE_BYTES;
             for (info, snapshot) in &page.operations {
+                self.0.tell_logs(&call, info, snapshot);
                 let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_deref());
                 let operation = convert::operation(info, snapshot, result.cloned());
                 let rest = left.checked_sub(operation.encoded_len() + 8);
@@ -134,7 +135,7 @@ impl OperationsService {
 
     async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot, call: &Call) -> Result<Operation> {
         operation_stream::explain(self.0.scheduler()?, info, &mut snapshot).await;
-        operation_stream::encode(&self.0.cas, info, &snapshot, call).await
+        operation_stream::encode(&self.0, info, &snapshot, call).await
     }
 }
 

@@ -96,6 +96,7 @@ pub const PURE: &[&str] = &[
     "src/resource_name",
     "src/action",
     "src/access/credential",
+    "src/access/grants",
     "src/access/permission",
     "src/access/policy",
     "src/access/principal",

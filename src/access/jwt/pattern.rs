@@ -10,7 +10,7 @@ const MAX_VALUE_BYTES: usize = 4 * 1024;
 
 /// See the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct ClaimPattern {
+pub struct ClaimPattern {
     pieces: Vec<PatternPiece>,
 }
 
@@ -28,7 +28,7 @@ impl ClaimPattern {
     ///
     /// # Errors
     /// Why it is none. One that every value matches is refused: it would look like a condition and be none.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
+    pub(in crate::access) fn parse(text: &str) -> Result<Self, String> {
         if text.len() > MAX_PATTERN_BYTES {
             return Err(format!("a pattern has more than {MAX_PATTERN_BYTES} bytes"));
         }
@@ -51,7 +51,7 @@ impl ClaimPattern {
     }
 
     /// Whether a value looks like this. It takes time in proportion to the product of both lengths at most.
-    pub(super) fn matches(&self, value: &str) -> bool {
+    pub(in crate::access) fn matches(&self, value: &str) -> bool {
         if value.len() > MAX_VALUE_BYTES {
             return false;
         }

@@ -6,10 +6,13 @@
 mod config;
 mod exec;
 mod live;
+mod ops;
 mod output;
 mod progress;
 mod replay;
 mod serve;
+mod store;
+mod table;
 mod verify;
 
 use crate::{actors::worker, size::Size};
@@ -54,6 +57,8 @@ const EXIT_CODES: &str = "Exit codes:
                compare with; 129 hung up, 130 interrupted, 143 terminated
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
   config       0 valid, 2 invalid
+  ops, store   0 done, 1 not done or not all of it, 2 invalid command line; ops watch: 0 the action succeeded, 1 it did
+               not, 129 hung up, 130 interrupted, 143 terminated
 If the reader of their output exits early, as `| head` does, all subcommands except serve end by SIGPIPE (141 in a
 shell); exec cancels its operation first.
 
@@ -84,12 +89,29 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Check a server of this API, any server, against the rules that clients rely on
     Verify(VerifyArgs),
+    /// List, show, cancel and watch the operations of a server
+    #[command(subcommand)]
+    Ops(ops::OpsCommand),
+    /// Look at the store of a server
+    #[command(subcommand)]
+    Store(store::StoreCommand),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
     /// The process that starts commands for a worker; not for users
     #[command(hide = true)]
     Runner,
+}
+
+/// The server that a command speaks to.
+#[derive(Debug, Clone, Args)]
+pub struct ServerArgs {
+    /// The server
+    #[arg(long, env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
+    pub endpoint: String,
+    /// Instance name
+    #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
+    pub instance: String,
 }
 
 /// Flags of `gorego serve`.
@@ -314,6 +336,8 @@ pub fn main() -> ExitCode {
         Some(Command::Exec(args)) => exec::run(args),
         Some(Command::Replay(args)) => replay::run(args),
         Some(Command::Verify(args)) => verify::run(&args),
+        Some(Command::Ops(command)) => ops::run(&command),
+        Some(Command::Store(command)) => store::run(&command),
         Some(Command::Config(command)) => config::run(&command),
         Some(Command::Runner) => return runner(),
     };
@@ -349,6 +373,17 @@ fn explain(error: &clap::Error) -> u8 {
 
 fn runner() -> ExitCode {
     ExitCode::from(u8::try_from(worker::runner_main()).unwrap_or(EXIT_FAILURE))
+}
+
+/// Runs a client command that only waits for a server.
+fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| Error::io("start the async runtime", &error))?.block_on(work)
+}
+
+/// Prints a remark to standard error. A failure to write it is ignored.
+fn remark(text: &str) {
+    let _ = writeln!(io::stderr(), "gorego: {text}");
 }
 
 /// Prints an error to standard error. A failure to write it is ignored.

@@ -31,6 +31,7 @@ mod user;
 
 use crate::{
     actors::worker::image_store::{ImageStore, LeasedImage},
+    disk::Usage,
     host::ImageRegistry,
     logging::Event,
 };
@@ -170,6 +171,11 @@ impl Images {
         };
         // Without a thread, the first action of each image waits for its pull.
         let _ = thread::Builder::new().name("gorego-prefetch".into()).spawn(fetch);
+    }
+
+    /// What the unpacked images take.
+    pub(crate) fn usage(&self) -> Usage {
+        self.0.cache.usage()
     }
 
     fn pulls(&self) -> MutexGuard<'_, Pulls> {

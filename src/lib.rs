@@ -6,6 +6,7 @@
 mod acknowledge;
 pub mod action;
 pub mod actors;
+pub mod administration;
 mod budget;
 mod call;
 pub mod caller;
@@ -26,7 +27,7 @@ pub mod logging;
 mod memory;
 pub mod node;
 pub mod platform;
-mod policy;
+pub mod policy;
 mod regular_file;
 pub mod result;
 mod sandbox;

@@ -20,6 +20,7 @@ use crate::{
         },
         worker::WorkerActor,
     },
+    administration::Administration,
     cgroups::LimitReport,
     config::{ExecutionSettings, Settings},
     connections::Connections,
@@ -240,6 +241,7 @@ impl Server {
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
+            administration: administration(place.as_ref()),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -332,6 +334,16 @@ impl Server {
         Event::info(LOG, "server_stopped").log(format_args!("stopped"));
         Ok(())
     }
+}
+
+fn administration(place: Option<&Place>) -> Administration {
+    let staged_trees = place.map(|place| {
+        let build_root = place.build_root.clone();
+        Arc::new(move || build_root.staged_usage()) as _
+    });
+    let images = place.and_then(|place| place.images.clone());
+    let images = images.map(|images| Arc::new(move || images.usage()) as _);
+    Administration { staged_trees, images, ..Administration::default() }
 }
 
 /// Listens on the address of this configuration key.

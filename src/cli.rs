@@ -56,7 +56,7 @@ const EXIT_CODES: &str = "Exit codes:
   replay       0 same as recorded, or the shell ended; 1 different; 2 it could not be replayed or there is nothing to
                compare with; 129 hung up, 130 interrupted, 143 terminated
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
-  config       0 valid, 2 invalid
+  config       0 valid, 2 invalid; config reload: 0 done, 1 refused by the server, which changed nothing
   ops, store   0 done, 1 not done or not all of it, 2 invalid command line; ops watch: 0 the action succeeded, 1 it did
                not, 129 hung up, 130 interrupted, 143 terminated
 If the reader of their output exits early, as `| head` does, all subcommands except serve end by SIGPIPE (141 in a
@@ -164,6 +164,22 @@ pub enum ConfigCommand {
     },
     /// Print the effective values and the source of each
     Show(ServeArgs),
+    /// Have a running server read its configuration again, and say what has changed and what needs a restart
+    Reload(ReloadArgs),
+}
+
+/// The flags of `gorego config reload`.
+#[derive(Debug, Clone, Args)]
+pub struct ReloadArgs {
+    /// Only check the configuration and say what would change
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Print JSON (docs/administration.md)
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// The flags of `gorego exec`.

@@ -49,7 +49,7 @@ const EXT4_KEPT_BLOCKS: u64 = 4_096;
 
 /// How much of a budget things on disk take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Usage {
+pub struct BudgetUse {
     /// How many there are.
     pub count: u64,
     /// The bytes that they take.

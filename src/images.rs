@@ -31,10 +31,11 @@ mod user;
 
 use crate::{
     actors::worker::image_store::{ImageStore, LeasedImage},
-    disk::Usage,
+    disk::BudgetUse,
     host::ImageRegistry,
     logging::Event,
 };
+use arc_swap::ArcSwap;
 use cache::{ImageCache, ImageLease};
 use digest::ImageDigest;
 use gorego_reapi::error::{Error, Result};
@@ -108,7 +109,7 @@ pub struct Images(Arc<ImagesState>);
 
 #[derive(Debug)]
 struct ImagesState {
-    settings: ImageSettings,
+    settings: ArcSwap<ImageSettings>,
     cache: Arc<ImageCache>,
     registries: RegistryClient,
     /// What tags meant when they were first used.
@@ -145,7 +146,7 @@ impl Images {
         let registries = RegistryClient::new(runtime, settings.credentials.clone());
         let cache = ImageCache::open(&build_root.join("images"), settings.max_bytes)?;
         Ok(Self(Arc::new(ImagesState {
-            settings,
+            settings: ArcSwap::from_pointee(settings),
             cache,
             registries,
             tags: Mutex::default(),
@@ -174,7 +175,7 @@ impl Images {
     }
 
     /// What the unpacked images take.
-    pub(crate) fn usage(&self) -> Usage {
+    pub(crate) fn usage(&self) -> BudgetUse {
         self.0.cache.usage()
     }
 
@@ -182,9 +183,21 @@ impl Images {
         self.0.pulls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Replaces which images actions may name. Pulls that are under way and images that are unpacked are not affected.
+    pub(crate) fn allow(&self, registries: Vec<ImageRegistry>, layouts: Vec<PathBuf>, tags: TagPolicy) {
+        let settings = ImageSettings { registries, layouts, tags, ..(*self.settings()).clone() };
+        self.0.settings.store(Arc::new(settings));
+    }
+
+    fn settings(&self) -> Arc<ImageSettings> {
+        self.0.settings.load_full()
+    }
+
     /// The registry of an image, if it has one. An origin that is not listed is refused.
-    fn check_origin(&self, origin: &ImageOrigin) -> Result<Option<&ImageRegistry>> {
-        let settings = &self.0.settings;
+    fn check_origin<'a>(
+        settings: &'a ImageSettings,
+        origin: &ImageOrigin,
+    ) -> Result<Option<&'a ImageRegistry>> {
         match origin {
             ImageOrigin::Layout(path) => layout::check_path(path, &settings.layouts).map(|_| None),
             ImageOrigin::Registry { registry: host, .. } => {
@@ -201,26 +214,26 @@ impl Images {
     /// Where the image of this name comes from, if that is allowed.
     fn source<'a>(
         &'a self,
+        settings: &'a ImageSettings,
         reference: &'a ImageReference,
         time: PullTime,
     ) -> Result<Box<dyn ImageSource + 'a>> {
-        let registry = self.check_origin(&reference.origin)?;
+        let registry = Self::check_origin(settings, &reference.origin)?;
         match (&reference.origin, registry) {
             (ImageOrigin::Registry { repository, .. }, Some(registry)) => {
                 Ok(Box::new(Repository::new(&self.0.registries, registry, repository, time)?))
             }
-            (ImageOrigin::Layout(path), _) => {
-                Ok(Box::new(LayoutDirectory::open(path, &self.0.settings.layouts)?))
-            }
+            (ImageOrigin::Layout(path), _) => Ok(Box::new(LayoutDirectory::open(path, &settings.layouts)?)),
             (ImageOrigin::Registry { .. }, None) => Err(Error::internal("a registry was not checked")),
         }
     }
 
     /// The digest of an image whose origin is allowed.
     fn resolve(&self, reference: &ImageReference) -> Result<ImageDigest> {
-        self.check_origin(&reference.origin)?;
+        let settings = self.settings();
+        Self::check_origin(&settings, &reference.origin)?;
         let is_layout = matches!(reference.origin, ImageOrigin::Layout(_));
-        let policy = if is_layout { TagPolicy::EachAction } else { self.0.settings.tags };
+        let policy = if is_layout { TagPolicy::EachAction } else { settings.tags };
         match (&reference.version, policy) {
             (ImageVersion::Digest(digest), _) => Ok(digest.clone()),
             (_, TagPolicy::EachAction) => self.resolve_now(reference),
@@ -234,8 +247,9 @@ impl Images {
     }
 
     fn resolve_now(&self, reference: &ImageReference) -> Result<ImageDigest> {
-        let time = PullTime::starting(self.0.settings.timeout.min(RESOLVE_TIMEOUT));
-        self.source(reference, time)?.resolve(&reference.version)
+        let settings = self.settings();
+        let time = PullTime::starting(settings.timeout.min(RESOLVE_TIMEOUT));
+        self.source(&settings, reference, time)?.resolve(&reference.version)
     }
 
     fn resolve_once(&self, reference: &ImageReference) -> Result<ImageDigest> {
@@ -318,9 +332,10 @@ impl Images {
 
     fn pull(&self, reference: &ImageReference, digest: &ImageDigest) -> Result<ImageLease> {
         let begun = Instant::now();
-        let time = PullTime::starting(self.0.settings.timeout);
+        let settings = self.settings();
+        let time = PullTime::starting(settings.timeout);
         let pull = || {
-            let source = self.source(reference, time)?;
+            let source = self.source(&settings, reference, time)?;
             match self.0.cache.begin(digest)? {
                 Some(unpacked) => pull::pull(&*source, digest, unpacked, time),
                 None => {

@@ -29,6 +29,7 @@ pub mod node;
 pub mod platform;
 pub mod policy;
 mod regular_file;
+mod reload;
 pub mod result;
 mod sandbox;
 mod server;

@@ -6,6 +6,8 @@
 //! dies, the process exits, because a partial server is worse than none.
 
 pub(crate) mod place;
+mod pools;
+mod reload;
 
 use crate::{
     action::TimeoutPolicy,
@@ -13,16 +15,14 @@ use crate::{
         asset::{AssetActor, AssetSettings, client::Assets, messages::CloseAssets, origins::Origins},
         cas::{CasActor, CloseStore, StoreSettings, client::Cas},
         scheduler::{
-            Pool, SchedulerActor,
+            SchedulerActor,
             messages::{Drain, Inspect},
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
-            slots::PoolSpec,
         },
-        worker::WorkerActor,
     },
     administration::Administration,
     cgroups::LimitReport,
-    config::{ExecutionSettings, Settings},
+    config::{Config, ExecutionSettings, Loaded, Settings},
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
@@ -31,16 +31,18 @@ use crate::{
     logging::{self, Event},
     memory,
     node::NodeName,
-    platform,
+    reload::{Reloadable, Reloader},
     sandbox::probe::Report,
-    signals::StopSignals,
+    signals::{StopSignal, StopSignals},
     under_way::UnderWay,
 };
-use actix::{Actor as _, Addr, SyncArbiter};
+use actix::{Actor as _, Addr};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use place::Place;
+use pools::{PoolMaker, Pools};
+use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -83,11 +85,16 @@ pub(crate) struct Ready {
     pub limits: Option<LimitReport>,
 }
 
-/// Runs a server until it is told to stop. `ready` is called once, as soon as requests are answered.
+/// Runs a server until it is told to stop. `load` reads the configuration again for a reload. `ready` is called once, as soon as
+/// requests are answered.
 ///
 /// # Errors
 /// The reason why it could not start, or the death of an owner actor.
-pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static) -> Result<()> {
+pub(crate) fn run(
+    (loaded, settings): (Loaded, Settings),
+    load: impl Fn() -> Result<(Loaded, Settings)> + Send + Sync + 'static,
+    ready: impl FnOnce(Ready) + Send + 'static,
+) -> Result<()> {
     let open_files = raise_open_files();
     let runtime = Builder::new_multi_thread()
         .enable_all()
@@ -106,7 +113,7 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
         let server = Server::start(settings, store, place, workers).await?;
-        server.serve(ready).await
+        server.serve(Configuration { config: loaded.config, load: Box::new(load) }, ready).await
     })
 }
 
@@ -181,10 +188,18 @@ struct Server {
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
-    place: Option<Place>,
+    place: Option<Arc<Place>>,
+    pools: Option<Pools>,
+    origins: Origins,
     log_streams: LogStreams,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
+}
+
+/// The configuration of the start, and the way to read it again.
+struct Configuration {
+    config: Config,
+    load: Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>,
 }
 
 /// The reason for a shutdown.
@@ -208,7 +223,10 @@ impl Server {
             None => None,
         };
         let cas = store.launch();
-        let assets = AssetActor::open(asset_settings(&settings), cas.clone(), workers.clone()).launch();
+        let place = place.map(Arc::new);
+        let asset_settings = asset_settings(&settings);
+        let origins = asset_settings.origins.clone();
+        let assets = AssetActor::open(asset_settings, cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
@@ -216,16 +234,54 @@ impl Server {
             let build_root = place.build_root.clone();
             cas.relieve_first(move || build_root.relieve_disk());
         }
-        let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
+        let pools = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
-            start_scheduler(bounds, execution, place, &cas, log_streams.clone())
+            let (place, execution, cas) = (place.clone(), Arc::new(execution.clone()), cas.clone());
+            let maker = PoolMaker { place, execution, cas, log_streams: log_streams.clone() };
+            start_scheduler(bounds, maker, &workers)
         });
-        Ok(Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers })
+        let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
+        Ok(Self {
+            settings,
+            listener,
+            http,
+            cas,
+            assets,
+            scheduler,
+            place,
+            pools,
+            origins,
+            log_streams,
+            workers,
+        })
     }
 
     /// Serves until a signal or fault, then shuts down.
-    async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
-        let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers } = self;
+    async fn serve(self, configuration: Configuration, ready: impl FnOnce(Ready)) -> Result<()> {
+        let Self {
+            settings,
+            listener,
+            http,
+            cas,
+            assets,
+            scheduler,
+            place,
+            pools,
+            origins,
+            log_streams,
+            workers,
+        } = self;
+        let hosts = Hosts::new(settings.http_hosts.clone());
+        let mut parts: Vec<Box<dyn Reloadable>> = vec![
+            Box::new(ReloadLogFilter::new(&settings.log)),
+            Box::new(ReloadHosts::new(hosts.clone(), &settings)),
+            Box::new(ReloadOrigins::new(origins, &settings.assets)),
+        ];
+        let images = place.as_ref().and_then(|place| place.images.as_ref());
+        parts.extend(ReloadImages::new(images, &settings).map(|part| Box::new(part) as _));
+        parts.extend(pools.map(|pools| Box::new(pools) as _));
+        let Configuration { config, load } = configuration;
+        let reloader = Reloader::new(load, &config, parts, workers.clone());
         let mut signals = StopSignals::of_server()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -241,7 +297,7 @@ impl Server {
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
-            administration: administration(place.as_ref()),
+            administration: administration(place.as_deref(), reloader.clone()),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -262,13 +318,13 @@ impl Server {
             }
         });
         let (http_close, mut http_serving) =
-            serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
+            serve_http(http, (&settings, hosts), &cas, (&under_way, &connections), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
         ready(Ready { address, sandbox, limits });
 
         let stop = select! {
-            signal = signals.next() => Stop::Signal(signal.name()),
+            signal = stop_signal(&mut signals, &reloader) => Stop::Signal(signal.name()),
             error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
             error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
@@ -336,14 +392,28 @@ impl Server {
     }
 }
 
-fn administration(place: Option<&Place>) -> Administration {
+/// Waits for the next signal that stops the server. A hangup reloads the configuration instead.
+async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader) -> StopSignal {
+    loop {
+        match signals.next().await {
+            StopSignal::Reload => {
+                let reloader = reloader.clone();
+                // The outcome is logged. A second signal meanwhile is one more reload after this one.
+                tokio::spawn(async move { drop(reloader.reload(false).await) });
+            }
+            stop => return stop,
+        }
+    }
+}
+
+fn administration(place: Option<&Place>, reloader: Reloader) -> Administration {
     let staged_trees = place.map(|place| {
         let build_root = place.build_root.clone();
         Arc::new(move || build_root.staged_usage()) as _
     });
     let images = place.and_then(|place| place.images.clone());
     let images = images.map(|images| Arc::new(move || images.usage()) as _);
-    Administration { staged_trees, images, ..Administration::default() }
+    Administration { staged_trees, images, reloader: Some(reloader), ..Administration::default() }
 }
 
 /// Listens on the address of this configuration key.
@@ -363,7 +433,7 @@ async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener> {
 /// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
 fn serve_http(
     listener: Option<TcpListener>,
-    settings: &Settings,
+    (settings, hosts): (&Settings, Hosts),
     cas: &Cas,
     (under_way, connections): (&UnderWay, &Connections),
     workers: &Handle,
@@ -381,7 +451,6 @@ fn serve_http(
         cas: cas.clone(),
         max_blob_bytes: settings.max_blob_bytes,
     };
-    let hosts = Hosts::new(settings.http_hosts.clone());
     let port = http::Port::new(cache, hosts, under_way.clone(), connections.clone());
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
@@ -413,38 +482,11 @@ fn scheduler_settings(node: NodeName, execution: &ExecutionSettings) -> Schedule
     })
 }
 
-fn start_scheduler(
-    bounds: SchedulerSettings,
-    execution: &ExecutionSettings,
-    place: &Place,
-    cas: &Cas,
-    log_streams: LogStreams,
-) -> Addr<SchedulerActor> {
-    let store = Arc::new(cas.clone());
-    if let Some(images) = &place.images {
-        let named = platform::named_images(execution.pools.iter().map(|pool| &pool.offers));
-        images.prefetch(named.into_iter().map(str::to_owned).collect());
-    }
-    let pools = execution.pools.iter().map(|pool| {
-        let worker = Arc::new(place.worker(execution, pool, log_streams.clone()));
-        let spec = PoolSpec {
-            name: pool.name.clone(),
-            section: if pool.is_declared {
-                format!("execution.pools.{}", pool.name)
-            } else {
-                "execution.platform".into()
-            },
-            worker: worker.name.clone(),
-            slots: pool.slots,
-            offers: pool.offers.clone(),
-            limits: pool.limits,
-            room: pool.room,
-        };
-        let store = store.clone();
-        let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
-        Pool { spec, runner: workers.recipient() }
-    });
-    SchedulerActor::new(bounds, pools.collect(), cas.clone()).start()
+fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
+    maker.prefetch(maker.execution.pools.iter());
+    let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
+    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone()).start();
+    Pools::new(maker, scheduler, workers.clone())
 }
 
 /// The deadlines of a shutdown.

@@ -142,12 +142,13 @@ pub(super) fn run(command: &OpsCommand) -> u8 {
     })
 }
 
-async fn connect(server: &ServerArgs) -> Result<Client> {
+/// Connects to the server of an administrative command.
+pub(super) async fn connect(server: &ServerArgs) -> Result<Client> {
     Client::connect(&server.endpoint, &server.instance, &identity()).await
 }
 
 /// How the administrative commands introduce themselves.
-pub(super) fn identity() -> Identity {
+fn identity() -> Identity {
     Identity {
         tool: "gorego".into(),
         invocation_id: uuid::Uuid::new_v4().to_string(),

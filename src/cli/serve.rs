@@ -22,8 +22,8 @@ use std::{
 
 /// Runs a server and returns the exit code of the process.
 pub(super) fn run(args: &ServeArgs) -> u8 {
-    let settings = match load_settings(args, environment()) {
-        Ok((_, settings)) => settings,
+    let (loaded, settings) = match load_settings(args, environment()) {
+        Ok(loaded) => loaded,
         Err(error) => {
             refuse(args, &error);
             return EXIT_USAGE;
@@ -34,8 +34,9 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
     for warning in &settings.warnings {
         Event::warn("gorego::config", "config_warning").log(format_args!("{warning}"));
     }
-    let announced = settings.clone();
-    match server::run(settings, move |ready| announce(style, &announced, &ready)) {
+    let (announced, args) = (settings.clone(), args.clone());
+    let load = move || load_settings(&args, environment());
+    match server::run((loaded, settings), load, move |ready| announce(style, &announced, &ready)) {
         Ok(()) => EXIT_OK,
         Err(error) => {
             Event::error("gorego::server", "server_failed").log(format_args!("{error}"));

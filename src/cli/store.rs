@@ -3,10 +3,9 @@
 mod purge;
 mod stats;
 
-use super::{EXIT_FAILURE, ServerArgs, complain, ops::identity};
+use super::{EXIT_FAILURE, ServerArgs, complain, ops::connect};
 use clap::{ArgGroup, Args, Subcommand};
-use gorego_client::Client;
-use gorego_reapi::{digest::DigestFunction, error::Result};
+use gorego_reapi::digest::DigestFunction;
 
 /// The subcommands of `gorego store`.
 #[derive(Debug, Clone, Subcommand)]
@@ -73,8 +72,4 @@ pub(super) fn run(command: &StoreCommand) -> u8 {
         complain(&error);
         EXIT_FAILURE
     })
-}
-
-async fn connect(server: &ServerArgs) -> Result<Client> {
-    Client::connect(&server.endpoint, &server.instance, &identity()).await
 }

@@ -6,20 +6,21 @@ use super::{Edge, convert, page_token, services::admin_server::Admin};
 use crate::{
     actors::cas::{
         Evictions, StoreInspection, Totals,
-        results::{Origin, ResultCondition},
+        results::{ResultCondition, ResultSource},
     },
     call::Call,
-    disk::Usage,
+    disk::BudgetUse,
     instance::Instance,
     logging::Event,
+    reload::{KeyChange, Reloaded},
 };
 use gorego_reapi::{
     duration::time_from_wire,
     error::{Error, Result},
     proto::gorego::{
-        BoundedStats, GetStoreStatsRequest, ListNonDeterminismRequest, ListNonDeterminismResponse,
-        PurgeResultsRequest, PurgeResultsResponse, ReloadConfigRequest, ReloadConfigResponse, ResultOrigin,
-        StoreStats,
+        BoundedStats, ConfigChange, GetStoreStatsRequest, ListNonDeterminismRequest,
+        ListNonDeterminismResponse, PurgeResultsRequest, PurgeResultsResponse, ReloadConfigRequest,
+        ReloadConfigResponse, ResultOrigin, StoreStats,
     },
 };
 use std::{
@@ -57,7 +58,7 @@ impl Admin for AdminService {
         request: Request<ReloadConfigRequest>,
     ) -> Result<Response<ReloadConfigResponse>, Status> {
         let call = Call::of(request.extensions());
-        let answer = self.0.gate.administer(&call).and_then(|()| Err(not_yet("ReloadConfig")));
+        let answer = self.reload(&call, request.get_ref().dry_run).await;
         audited(&call, "ReloadConfig", answer)
     }
 
@@ -110,7 +111,7 @@ impl AdminService {
         let cas = self.0.cas.clone();
         let looked = tokio::task::spawn_blocking(move || {
             let read =
-                |gauge: Option<&Arc<dyn Fn() -> Usage + Send + Sync>>| gauge.map(|gauge| usage(gauge()));
+                |gauge: Option<&Arc<dyn Fn() -> BudgetUse + Send + Sync>>| gauge.map(|gauge| usage(gauge()));
             (
                 read(administration.staged_trees.as_ref()),
                 read(administration.images.as_ref()),
@@ -131,6 +132,22 @@ impl AdminService {
 }
 
 impl AdminService {
+    async fn reload(&self, call: &Call, dry_run: bool) -> Result<ReloadConfigResponse> {
+        self.0.gate.administer(call)?;
+        let reloader = self.0.administration.reloader.as_ref();
+        let reloader = reloader.ok_or_else(|| Error::Unimplemented("there is no configuration".into()))?;
+        let Reloaded { applied, needs_restart, warnings } = reloader.reload(dry_run).await?;
+        let changes = |changes: Vec<KeyChange>| {
+            let change = |KeyChange { key, description }| ConfigChange { key, description };
+            changes.into_iter().map(change).collect()
+        };
+        Ok(ReloadConfigResponse {
+            applied: changes(applied),
+            needs_restart: changes(needs_restart),
+            warnings,
+        })
+    }
+
     async fn purge(&self, call: &Call, request: &PurgeResultsRequest) -> Result<PurgeResultsResponse> {
         let instance = self.0.gate.enter(call, &request.instance_name)?;
         let condition = condition(&instance, request)?;
@@ -188,7 +205,7 @@ fn condition(instance: &Instance, request: &PurgeResultsRequest) -> Result<Resul
     Ok(condition)
 }
 
-fn origin_of(Origin { action, stored }: &Origin) -> ResultOrigin {
+fn origin_of(ResultSource { action, stored }: &ResultSource) -> ResultOrigin {
     ResultOrigin {
         action_digest: Some(action.to_wire()),
         digest_function: action.function().wire().into(),
@@ -232,7 +249,7 @@ fn stats(store: StoreInspection) -> StoreStats {
     }
 }
 
-fn usage(Usage { count, bytes, max_bytes }: Usage) -> BoundedStats {
+fn usage(BudgetUse { count, bytes, max_bytes }: BudgetUse) -> BoundedStats {
     BoundedStats { count: wire(count), bytes: wire(bytes), max_bytes: wire(max_bytes) }
 }
 

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     actors::worker::{dir, workspace},
-    disk::Usage,
+    disk::BudgetUse,
     logging::Event,
     regular_file,
     sandbox::kind::InnerUser,
@@ -184,7 +184,7 @@ impl ImageCache {
     }
 
     /// What the images take.
-    pub(super) fn usage(&self) -> Usage {
+    pub(super) fn usage(&self) -> BudgetUse {
         self.index().usage()
     }
 

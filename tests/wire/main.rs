@@ -25,5 +25,6 @@ mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+mod reload;
 #[path = "../support/mod.rs"]
 mod support;

@@ -16,6 +16,15 @@ impl Client {
         Ok(answer.await?.into_inner())
     }
 
+    /// Has the server read its configuration again.
+    ///
+    /// # Errors
+    /// `Invalid` for a configuration that the server refuses; other errors of the server.
+    pub async fn reload_config(&self, dry_run: bool) -> Result<gorego::ReloadConfigResponse> {
+        let answer = self.admin().reload_config(timed(gorego::ReloadConfigRequest { dry_run })).await;
+        Ok(answer.map_err(|status| from_status("ReloadConfig", &status))?.into_inner())
+    }
+
     /// A page of a purge.
     ///
     /// # Errors

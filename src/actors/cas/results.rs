@@ -10,7 +10,7 @@ mod purge;
 
 pub(super) use action_cache::PreparedResult;
 pub(super) use lookup::ResultLookup;
-pub(crate) use purge::{Origin, ResultCondition};
+pub(crate) use purge::{ResultCondition, ResultSource};
 
 use crate::{budget::Bounds, result::SharedResult};
 use bytes::Bytes;

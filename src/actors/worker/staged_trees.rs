@@ -29,7 +29,7 @@ use super::{
     workspace::{BuildRoot, RootDirectory},
 };
 use crate::{
-    disk::{Space, Usage},
+    disk::{BudgetUse, Space},
     instance::InstanceId,
 };
 use delta::{Cost, Delta};
@@ -251,7 +251,7 @@ impl BuildRoot {
     }
 
     /// What the staged trees take.
-    pub fn staged_usage(&self) -> Usage {
+    pub fn staged_usage(&self) -> BudgetUse {
         self.place().map(|place| place.trees.lock().usage()).unwrap_or_default()
     }
 

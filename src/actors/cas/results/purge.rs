@@ -52,7 +52,7 @@ pub struct ResultCondition {
 
 /// A result and where it comes from.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Origin {
+pub struct ResultSource {
     /// The action.
     pub action: Digest,
     /// What is stored with the result.
@@ -63,7 +63,7 @@ pub struct Origin {
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct PurgePage {
     /// Results that satisfy the condition. They are gone if that was asked for.
-    pub results: Vec<Origin>,
+    pub results: Vec<ResultSource>,
     /// Number of results that were looked at.
     pub examined: u64,
     /// Number of these that could not be read.
@@ -150,7 +150,7 @@ impl Cas {
 }
 
 struct OriginsRead {
-    matching: Vec<(FoundResult, Origin)>,
+    matching: Vec<(FoundResult, ResultSource)>,
     examined: u64,
     unreadable: u64,
     /// The slot of the first result that was not read any more.
@@ -187,7 +187,7 @@ fn read_origins(
         bytes += content.len() as u64;
         match results::decode_origin(&content, instance.name(), action) {
             Ok(stored) if condition.holds(action, &stored) => {
-                read.matching.push((*found, Origin { action, stored }));
+                read.matching.push((*found, ResultSource { action, stored }));
             }
             Ok(_) => {}
             Err(_) => read.unreadable += 1,

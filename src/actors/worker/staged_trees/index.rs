@@ -6,7 +6,7 @@
 //!
 //! A tree that turned out to be damaged is leased to nobody any more, and goes with its last lease.
 
-use crate::disk::Usage;
+use crate::disk::BudgetUse;
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     hash::Hash,
@@ -113,9 +113,9 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
     }
 
     /// What the trees take, including those that are being built.
-    pub fn usage(&self) -> Usage {
+    pub fn usage(&self) -> BudgetUse {
         let count = self.trees.len() as u64;
-        Usage { count, bytes: self.charged.bytes, max_bytes: self.budget.bytes }
+        BudgetUse { count, bytes: self.charged.bytes, max_bytes: self.budget.bytes }
     }
 
     /// Leases a tree, if there is one.

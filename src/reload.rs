@@ -162,7 +162,7 @@ impl ReloaderState {
         let covers = |taken: &&str| {
             key.strip_prefix(*taken).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
-        self.parts.iter().any(|part| part.keys().iter().any(|taken| covers(&taken)))
+        self.parts.iter().any(|part| part.keys().iter().any(covers))
     }
 }
 

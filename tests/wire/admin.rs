@@ -173,7 +173,7 @@ async fn a_purge_shows_what_it_would_remove_and_removes_it_for_good() {
     assert!(text(&removed.stderr).contains("2 removed"), "{}", text(&removed.stderr));
     let purged = server.log().into_iter().find(|line| line["event"] == "results_purged").unwrap();
     assert_eq!(purged["entries"], 2);
-    let audit = server.log().into_iter().filter(|line| line["event"] == "admin_request").last().unwrap();
+    let audit = server.log().into_iter().rfind(|line| line["event"] == "admin_request").unwrap();
     assert_eq!((&audit["method"], &audit["principal"]), (&"PurgeResults".into(), &"anonymous".into()));
     let server = Server::on(server.kill().await, &[]).await;
     let client = server.client().await;

@@ -62,8 +62,8 @@ pub(crate) fn submit(work: &Work) -> Submit {
         priority: 0,
         inline: Inline::default(),
         client: ClientInfo::default(),
-        caller: Default::default(),
         principal: Default::default(),
+        caller: Default::default(),
     }
 }
 

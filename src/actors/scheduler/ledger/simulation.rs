@@ -249,8 +249,8 @@ impl World {
             action: submit.action,
             inline: submit.inline.clone(),
             client: submit.client.clone(),
-            peer,
             principal: submit.principal.clone(),
+            peer,
         });
         // What follows from the shares is tested where they are counted.
         let has_room =

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod abandoned;
+mod access;
 mod admin;
 mod assets;
 mod cache_interplay;

@@ -34,5 +34,6 @@ mod server;
 mod signals;
 pub mod size;
 mod spread;
+pub mod telemetry;
 pub mod under_way;
 mod unhindered;

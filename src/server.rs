@@ -5,6 +5,7 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
+mod observer;
 pub(crate) mod place;
 
 use crate::{
@@ -25,7 +26,7 @@ use crate::{
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
-    http::{self, cache::Cache, hosts::Hosts},
+    http::{self, cache::Cache, hosts::Hosts, operations::Operations},
     log_streams::{LogSettings, LogStreams, MAX_STREAM_BYTES, StreamLimits},
     logging::{self, Event},
     memory,
@@ -33,12 +34,14 @@ use crate::{
     platform,
     sandbox::probe::Report,
     signals::StopSignals,
+    telemetry::{Metrics, RunMetrics},
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr, SyncArbiter};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
+use observer::{Observer, PoolWatch};
 use place::Place;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
@@ -182,6 +185,7 @@ struct Server {
     scheduler: Option<Addr<SchedulerActor>>,
     place: Option<Place>,
     log_streams: LogStreams,
+    metrics: Arc<Metrics>,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
 }
@@ -209,6 +213,7 @@ impl Server {
         let cas = store.launch();
         let assets = AssetActor::open(asset_settings(&settings), cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
+        let metrics = Arc::new(Metrics::new(grpc::rpcs()));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
         if let Some(place) = &place {
@@ -217,14 +222,15 @@ impl Server {
         }
         let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
-            start_scheduler(bounds, execution, place, &cas, log_streams.clone())
+            start_scheduler(bounds, execution, place, &cas, (log_streams.clone(), metrics.runs.clone()))
         });
-        Ok(Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers })
+        Ok(Self { settings, listener, http, cas, assets, scheduler, place, log_streams, metrics, workers })
     }
 
     /// Serves until a signal or fault, then shuts down.
     async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
-        let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers } = self;
+        let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, metrics, workers } =
+            self;
         let mut signals = StopSignals::of_server()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -232,6 +238,14 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
+        let pools = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
+        let observer = Arc::new(Observer::new(
+            metrics.clone(),
+            (cas.clone(), assets.clone()),
+            connections.clone(),
+            pools,
+        ));
+        workers.spawn(observer.clone().tell(health.clone()));
         let edge = Arc::new(Edge {
             gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
@@ -240,6 +254,7 @@ impl Server {
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
+            metrics: metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -259,8 +274,14 @@ impl Server {
                 grpc::serve(edge, &health, listener, shutdown).await
             }
         });
+        let shared = http::PortContext {
+            hosts: Hosts::new(settings.http_hosts.clone()),
+            under_way: under_way.clone(),
+            connections: connections.clone(),
+            metrics,
+        };
         let (http_close, mut http_serving) =
-            serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
+            serve_http(http, &settings, &cas, (shared, observer.clone()), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
         ready(Ready { address, sandbox, limits });
@@ -287,6 +308,7 @@ impl Server {
             ));
         let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
+            observer.drain();
             health.drain().await;
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, exit).await;
@@ -353,7 +375,7 @@ fn serve_http(
     listener: Option<TcpListener>,
     settings: &Settings,
     cas: &Cas,
-    (under_way, connections): (&UnderWay, &Connections),
+    (shared, observer): (http::PortContext, Arc<Observer>),
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
@@ -369,8 +391,7 @@ fn serve_http(
         cas: cas.clone(),
         max_blob_bytes: settings.max_blob_bytes,
     };
-    let hosts = Hosts::new(settings.http_hosts.clone());
-    let port = http::Port::new(cache, hosts, under_way.clone(), connections.clone());
+    let port = http::Port::new(cache, Operations { observer }, shared);
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
@@ -406,7 +427,7 @@ fn start_scheduler(
     execution: &ExecutionSettings,
     place: &Place,
     cas: &Cas,
-    log_streams: LogStreams,
+    (log_streams, metrics): (LogStreams, RunMetrics),
 ) -> Addr<SchedulerActor> {
     let store = Arc::new(cas.clone());
     if let Some(images) = &place.images {
@@ -414,7 +435,7 @@ fn start_scheduler(
         images.prefetch(named.into_iter().map(str::to_owned).collect());
     }
     let pools = execution.pools.iter().map(|pool| {
-        let worker = Arc::new(place.worker(execution, pool, log_streams.clone()));
+        let worker = Arc::new(place.worker(execution, pool, log_streams.clone(), metrics.clone()));
         let spec = PoolSpec {
             name: pool.name.clone(),
             section: if pool.is_declared {

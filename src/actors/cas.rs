@@ -36,9 +36,9 @@ pub(crate) mod uploads;
 mod view;
 mod volume;
 
-pub use index::Totals;
+pub use index::{Tally, Totals};
 pub use outputs::OutputBatch;
-pub use requests::{CloseStore, InspectStore, StoreInspection};
+pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
 pub use trees::ActionInputs;
 
@@ -438,7 +438,7 @@ impl Receive<Damaged> for CasActor {
 
     fn receive(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
-        let removed = self.change(|index| index.remove(at));
+        let removed = self.change(|index| index.remove_damaged(at));
         if let Some(victim) = removed {
             Event::warn(LOG, "blob_damaged")
                 .with_shown("digest", &victim.file.key.digest)

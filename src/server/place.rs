@@ -19,6 +19,7 @@ use crate::{
     log_streams::LogStreams,
     logging::Event,
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
+    telemetry::RunMetrics,
 };
 use gorego_reapi::error::{Error, Result};
 use std::{collections::BTreeMap, ffi::OsString, sync::Arc, time::Duration};
@@ -133,6 +134,7 @@ impl Place {
         execution: &ExecutionSettings,
         pool: &PoolSettings,
         log_streams: LogStreams,
+        metrics: RunMetrics,
     ) -> WorkerSettings {
         WorkerSettings {
             name: worker_name(pool),
@@ -146,6 +148,7 @@ impl Place {
             limits: self.pool_limits(pool),
             tools: self.tools(&pool.name),
             log_streams,
+            metrics,
         }
     }
 

@@ -11,6 +11,7 @@ use super::{
     guards::UploadRoom,
     index::{FoundEntry, Stamp},
     lookup::Purpose,
+    requests::StoreMeasurement,
     settings::SMALL_BLOB_BYTES,
     uploads::unwritten::UnwrittenPieces,
 };
@@ -88,6 +89,11 @@ impl Cas {
     /// The actor's address, for messages such as [`super::InspectStore`].
     pub fn actor(&self) -> &Addr<CasActor> {
         &self.store
+    }
+
+    /// The numbers of the store. Costs one hold of the lock that look-ups share.
+    pub fn measure(&self) -> StoreMeasurement {
+        self.shared.view.measure()
     }
 
     /// Returns a handle for the requests of a client. Both what the client sends and what it reads count against the bounds of

@@ -70,6 +70,7 @@ pub(super) struct Index {
     trimming: bool,
     evicted_ever: u64,
     deleted_ever: u64,
+    tally: Tally,
 }
 
 impl Index {
@@ -97,12 +98,24 @@ impl Index {
             trimming: false,
             evicted_ever: 0,
             deleted_ever: 0,
+            tally: Tally::default(),
         }
     }
 
     /// The current totals.
     pub(super) fn totals(&self) -> Totals {
         Totals { leased: self.leased.load(Relaxed), ..self.totals }
+    }
+
+    /// What has happened since the start.
+    pub(super) fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// The last recorded use of the least recently used entry, in seconds since 1970. It may be up to
+    /// [`Index::TOUCH_AFTER_SECS`] older than the last use.
+    pub(super) fn oldest_use(&self) -> Option<u32> {
+        self.entries.get(self.oldest as usize).map(|entry| entry.touched.load(Relaxed))
     }
 
     /// Bytes of files that were evicted or replaced since the start.
@@ -282,6 +295,13 @@ impl Index {
     }
 
     /// Drops an entry whose file turned out to be damaged or gone, leased or not.
+    pub(super) fn remove_damaged(&mut self, at: EntryRef) -> Option<Victim> {
+        let removed = self.remove(at)?;
+        self.tally.damaged += 1;
+        Some(removed)
+    }
+
+    /// Drops an entry, leased or not.
     pub(super) fn remove(&mut self, at: EntryRef) -> Option<Victim> {
         self.live(at)?;
         Some(self.remove_slot(at.slot))
@@ -308,7 +328,7 @@ impl Index {
             && victims.len() < max
             && let Some(oldest) = self.oldest_evictable()
         {
-            let victim = self.remove_slot(oldest);
+            let victim = self.evict_slot(oldest);
             evicted = evicted.saturating_add(victim.bytes);
             victims.push(victim);
         }
@@ -332,8 +352,15 @@ impl Index {
             && victims.len() < max
             && let Some(oldest) = self.oldest_evictable()
         {
-            victims.push(self.remove_slot(oldest));
+            victims.push(self.evict_slot(oldest));
         }
+    }
+
+    fn evict_slot(&mut self, slot: u32) -> Victim {
+        let victim = self.remove_slot(slot);
+        self.tally.evicted += 1;
+        self.tally.evicted_bytes += victim.bytes;
+        victim
     }
 
     /// Entries whose key equals `like` apart from the size of the digest.

@@ -131,6 +131,17 @@ pub struct Totals {
     pub limit: u64,
 }
 
+/// What has happened to an index since the start of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tally {
+    /// Entries that were evicted.
+    pub evicted: u64,
+    /// The bytes that they took on disk.
+    pub evicted_bytes: u64,
+    /// Entries that were dropped because their files were damaged or gone.
+    pub damaged: u64,
+}
+
 impl From<Shortage> for Error {
     fn from(shortage: Shortage) -> Self {
         let Shortage { wanted, leased, reserved, limit } = shortage;

@@ -19,6 +19,7 @@ use crate::{
     },
     call::Call,
     instance::{Instance, Instances},
+    telemetry::{AuthenticationFailure, AuthenticationMetrics},
 };
 use gorego_reapi::error::{Error, Result};
 use http::HeaderMap;
@@ -35,12 +36,22 @@ pub struct Gate(Arc<GateState>);
 struct GateState {
     instances: Instances,
     authenticator: Authenticator,
+    failures: AuthenticationMetrics,
 }
 
 impl Gate {
     /// A gate to these instances, with these rules.
     pub fn new(instances: Instances, authenticator: Authenticator) -> Self {
-        Self(Arc::new(GateState { instances, authenticator }))
+        Self::counting(instances, authenticator, AuthenticationMetrics::default())
+    }
+
+    /// The same, which counts credentials that are not accepted.
+    pub(crate) fn counting(
+        instances: Instances,
+        authenticator: Authenticator,
+        failures: AuthenticationMetrics,
+    ) -> Self {
+        Self(Arc::new(GateState { instances, authenticator, failures }))
     }
 
     /// Who sends a request with these headers, and whether it may make this request at all. Nobody is identified for a method
@@ -65,7 +76,8 @@ impl Gate {
     /// # Errors
     /// `Unauthenticated` or `Denied`; that of the rejection.
     pub(crate) fn pass(&self, call: &Call, identified: Result<Principal, Rejection>) -> Result<()> {
-        call.identify(identified?);
+        let principal = identified.inspect_err(|rejection| self.0.failures.failed(kind(rejection)))?;
+        call.identify(principal);
         let needed = call.permissions().unwrap_or_default();
         self.0.authenticator.rules().policy().permit_anywhere(call.principal(), needed)
     }
@@ -165,6 +177,16 @@ impl Gate {
             ));
         }
         self.0.authenticator.rules().policy().permit_any(call.principal(), name, needed)
+    }
+}
+
+fn kind(rejection: &Rejection) -> AuthenticationFailure {
+    match rejection {
+        Rejection::Malformed(_) => AuthenticationFailure::Malformed,
+        Rejection::Refused(_) | Rejection::TooMany(..) => AuthenticationFailure::Unknown,
+        Rejection::Expired(_) => AuthenticationFailure::Expired,
+        Rejection::Unaccepted(_) => AuthenticationFailure::Unaccepted,
+        Rejection::Unavailable(_) => AuthenticationFailure::Unchecked,
     }
 }
 

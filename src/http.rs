@@ -1,4 +1,5 @@
-//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]); today these are the [`cache`] and the front page.
+//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]): the [`cache`], what operators ask for ([`operations`]),
+//! and the front page.
 //!
 //! What all mounts share is here: connections, the check of the host name, places among the calls, log lines, and the status
 //! of errors. A new mount implements [`Mount`] and takes one line in [`Port::new`].
@@ -10,6 +11,7 @@ pub mod cache;
 mod connection;
 mod front;
 pub(crate) mod hosts;
+pub(crate) mod operations;
 mod request_log;
 pub mod router;
 mod status;
@@ -21,6 +23,7 @@ use crate::{
     call::Call,
     connections::Connections,
     gate::{Gate, Standing},
+    telemetry::Metrics,
     tls::TlsPort,
     under_way::UnderWay,
 };
@@ -36,6 +39,7 @@ use front::Front;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use hosts::{HostRefusal, Hosts};
+use operations::Operations;
 use request_log::RequestLine;
 use router::{Missed, RoutedPath, Router};
 use std::{fmt, future::Future, sync::Arc};
@@ -70,33 +74,25 @@ pub struct Port {
     /// The open connections of all ports.
     connections: Connections,
     decoders: Budget,
+    /// Counts the requests that are over.
+    metrics: Arc<Metrics>,
 }
 
 impl Port {
-    /// A port with the cache and the front page.
-    pub(crate) fn new(
-        cache: Cache,
-        gate: Gate,
-        hosts: Hosts,
-        under_way: UnderWay,
-        connections: Connections,
-    ) -> Self {
-        let mut port = Self::empty(gate, hosts, under_way, connections);
+    /// A port with the cache, what operators ask for, and the front page.
+    pub(crate) fn new(cache: Cache, operations: Operations, gate: Gate, shared: PortContext) -> Self {
+        let mut port = Self::empty(gate, shared);
         port.mounts.mount(cache::ROUTES, Box::new(cache));
+        port.mounts.mount(operations::ROUTES, Box::new(operations));
         // Behind all others, because its page lists them.
         port.mounts.mount(front::ROUTES, Box::new(Front { page: index(&port.mounts) }));
         port
     }
 
-    fn empty(gate: Gate, hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
-        Self {
-            mounts: Router::default(),
-            gate,
-            hosts,
-            under_way,
-            connections,
-            decoders: Budget::new(DECODERS),
-        }
+    fn empty(gate: Gate, shared: PortContext) -> Self {
+        let PortContext { hosts, under_way, connections, metrics } = shared;
+        let decoders = Budget::new(DECODERS);
+        Self { mounts: Router::default(), gate, hosts, under_way, connections, decoders, metrics }
     }
 
     /// Finds out who sends a request, and whether it may make this request at all.
@@ -107,6 +103,19 @@ impl Port {
         };
         self.gate.pass(call, identified)
     }
+}
+
+/// What all mounts of a port share with the rest of the server.
+#[derive(Debug, Default)]
+pub(crate) struct PortContext {
+    /// The host names that requests may use.
+    pub(crate) hosts: Hosts,
+    /// Counts the requests that a shutdown waits for.
+    pub(crate) under_way: UnderWay,
+    /// The open connections of all ports.
+    pub(crate) connections: Connections,
+    /// Counts the requests that are over.
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// What the port serves, for people who open it in a browser or mistake its paths.
@@ -136,7 +145,8 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let permissions = found.as_ref().ok().map(|(_, place)| place.permissions);
     let unfinished = port.under_way.begin();
     let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
-    let mut line = RequestLine::new(&call, &port.gate, &ends.client, request.method(), request.uri());
+    let what = (request.method(), request.uri());
+    let mut line = RequestLine::new(&call, (&port.gate, &port.metrics), &ends.client, what);
     let host = port.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
@@ -221,9 +231,16 @@ async fn dispatch(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{access::authenticator::Authenticator, instance::Instances};
+    use crate::{
+        access::{
+            authenticator::Authenticator,
+            documented::{table, written},
+        },
+        instance::Instances,
+    };
     use futures::future::ready;
     use router::{OPEN, Route, RoutePlace};
+    use std::collections::BTreeMap;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpStream,
@@ -231,7 +248,7 @@ mod tests {
 
     const NUMBERS: &[Route] = &[Route { at: RoutePlace::Path("numbers"), methods: OPEN, shown: "/numbers" }];
 
-    /// A mount such as /metrics will be.
+    /// The smallest mount.
     #[derive(Debug)]
     struct Numbers;
 
@@ -246,6 +263,33 @@ mod tests {
         }
     }
 
+    /// The methods and the path of each row, with the permissions.
+    fn of_routes(routes: &'static [Route]) -> BTreeMap<(&'static str, String), Vec<&'static str>> {
+        let path = |at| match at {
+            RoutePlace::Path(path) => format!("/{path}"),
+            RoutePlace::Below(keyword) | RoutePlace::Collections(keyword) => format!("/{keyword}/"),
+        };
+        let methods =
+            routes.iter().flat_map(|route| route.methods.iter().map(|method| (path(route.at), method)));
+        methods.map(|(path, (method, permissions))| ((*method, path), written(permissions))).collect()
+    }
+
+    #[test]
+    fn the_documentation_has_the_permissions_of_every_request() {
+        let rows = table("### What each HTTP request needs").into_iter();
+        let documented: BTreeMap<_, _> = rows
+            .flat_map(|(mut methods, needs)| {
+                let path = methods.pop().unwrap().to_owned();
+                methods
+                    .into_iter()
+                    .map(move |method| ((method, path.clone()), needs.clone()))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        let routes = [cache::ROUTES, operations::ROUTES, front::ROUTES].map(of_routes);
+        assert_eq!(documented, routes.into_iter().flatten().collect());
+    }
+
     async fn ask(address: std::net::SocketAddr, method: &str, path: &str) -> String {
         let mut client = TcpStream::connect(address).await.unwrap();
         let head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
@@ -258,7 +302,7 @@ mod tests {
     #[tokio::test]
     async fn a_second_mount_takes_one_line() {
         let gate = Gate::new(Instances::new([""]).unwrap(), Authenticator::open());
-        let mut port = Port::empty(gate, Hosts::default(), UnderWay::default(), Connections::default());
+        let mut port = Port::empty(gate, PortContext::default());
         port.mounts.mount(front::ROUTES, Box::new(Front { page: "front".into() }));
         port.mounts.mount(NUMBERS, Box::new(Numbers));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -269,8 +313,7 @@ mod tests {
             ("HEAD", "/numbers", "200", ""),
             ("PUT", "/numbers", "405", "GET, HEAD"),
             ("GET", "/", "200", "front"),
-            ("GET", "/healthz", "200", "ok"),
-            ("GET", "/cas/1", "404", "it serves /healthz (health check), /numbers"),
+            ("GET", "/cas/1", "404", "it serves /numbers"),
         ] {
             let answer = ask(address, method, path).await;
             let (head, body) = answer.split_once("\r\n\r\n").unwrap();

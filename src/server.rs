@@ -5,6 +5,7 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
+mod observer;
 mod owners;
 pub(crate) mod place;
 mod pools;
@@ -28,7 +29,7 @@ use crate::{
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
-    http::{self, cache::Cache, hosts::Hosts},
+    http::{self, cache::Cache, hosts::Hosts, operations::Operations},
     log_streams::{LogSettings, LogStreams, MAX_STREAM_BYTES, StreamLimits},
     logging::{self, Event},
     memory,
@@ -37,6 +38,7 @@ use crate::{
     sandbox::probe::Report,
     signals::{StopSignal, StopSignals},
     supervisor::{InheritedSockets, Supervision},
+    telemetry::Metrics,
     tls::{ServerTls, TlsFiles},
     under_way::UnderWay,
 };
@@ -44,10 +46,11 @@ use actix::{Actor as _, Addr};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
+use observer::{Observer, PoolWatch};
 use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
-use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
+use reload::{ReloadAccess, ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -210,6 +213,7 @@ struct Server {
     pools: Option<Pools>,
     origins: Origins,
     log_streams: LogStreams,
+    metrics: Arc<Metrics>,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
     supervision: Supervision,
@@ -251,6 +255,7 @@ impl Server {
         let origins = asset_settings.origins.clone();
         let assets = AssetActor::open(asset_settings, cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
+        let metrics = Arc::new(Metrics::new(grpc::rpcs()));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
         if let Some(place) = &place {
@@ -260,8 +265,8 @@ impl Server {
         let pools = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
             let (place, execution, cas) = (place.clone(), Arc::new(execution.clone()), cas.clone());
-            let maker = PoolMaker { place, execution, cas, log_streams: log_streams.clone() };
-            start_scheduler(bounds, maker, &workers)
+            let (log_streams, metrics) = (log_streams.clone(), metrics.runs.clone());
+            start_scheduler(bounds, PoolMaker { place, execution, cas, log_streams, metrics }, &workers)
         });
         let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
         Ok(Self {
@@ -277,6 +282,7 @@ impl Server {
             pools,
             origins,
             log_streams,
+            metrics,
             workers,
             supervision,
         })
@@ -297,6 +303,7 @@ impl Server {
             pools,
             origins,
             log_streams,
+            metrics,
             workers,
             supervision,
         } = self;
@@ -307,6 +314,7 @@ impl Server {
             Box::new(ReloadLogFilter::new(&settings.log)),
             Box::new(ReloadHosts::new(hosts.clone(), &settings)),
             Box::new(ReloadOrigins::new(origins, &settings.assets)),
+            Box::new(ReloadAccess(access.clone())),
         ];
         let images = place.as_ref().and_then(|place| place.images.as_ref());
         parts.extend(ReloadImages::new(images, &settings).map(|part| Box::new(part) as _));
@@ -320,11 +328,23 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
-        let gate = Gate::new(settings.instances.clone(), access.authenticator().clone());
+        let gate = Gate::counting(
+            settings.instances.clone(),
+            access.authenticator().clone(),
+            metrics.authentication.clone(),
+        );
         workers.spawn(access.watch());
         if let Some(tls) = tls.clone() {
             workers.spawn(tls.watch(connections.clone()));
         }
+        let pools = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
+        let observer = Arc::new(Observer::new(
+            metrics.clone(),
+            (cas.clone(), assets.clone()),
+            connections.clone(),
+            pools,
+        ));
+        workers.spawn(observer.clone().tell(health.clone()));
         let edge = Arc::new(Edge {
             gate: gate.clone(),
             cas: cas.clone(),
@@ -334,6 +354,7 @@ impl Server {
             under_way: under_way.clone(),
             connections: connections.clone(),
             administration: administration(place.as_deref(), reloader.clone()),
+            metrics: metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -354,15 +375,14 @@ impl Server {
                 grpc::serve_with(edge, &health, listener, tls, shutdown).await
             }
         });
-        let (http_close, mut http_serving) = serve_http(
-            http,
-            (&settings, hosts),
-            gate,
-            tls.as_ref(),
-            &cas,
-            (&under_way, &connections),
-            &workers,
-        )?;
+        let shared = http::PortContext {
+            hosts,
+            under_way: under_way.clone(),
+            connections: connections.clone(),
+            metrics,
+        };
+        let (http_close, mut http_serving) =
+            serve_http(http, &settings, (gate, tls.as_ref()), &cas, (shared, observer.clone()), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
         ready(Ready { address, tls: tls.is_some(), sandbox, limits });
@@ -393,6 +413,7 @@ impl Server {
             ));
         let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
+            observer.drain();
             health.drain().await;
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, exit).await;
@@ -490,11 +511,10 @@ async fn listen(
 /// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
 fn serve_http(
     listener: Option<TcpListener>,
-    (settings, hosts): (&Settings, Hosts),
-    gate: Gate,
-    tls: Option<&ServerTls>,
+    settings: &Settings,
+    (gate, tls): (Gate, Option<&ServerTls>),
     cas: &Cas,
-    (under_way, connections): (&UnderWay, &Connections),
+    (shared, observer): (http::PortContext, Arc<Observer>),
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
@@ -506,7 +526,7 @@ fn serve_http(
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
     let cache = Cache { gate: gate.clone(), cas: cas.clone(), max_blob_bytes: settings.max_blob_bytes };
-    let port = http::Port::new(cache, gate, hosts, under_way.clone(), connections.clone());
+    let port = http::Port::new(cache, Operations { observer }, gate, shared);
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));

@@ -35,7 +35,29 @@ pub(crate) struct AccessLoader {
     state: Mutex<LoadedAccess>,
 }
 
+/// Rules that were made and are not in force yet.
 #[derive(Debug)]
+pub(crate) struct PreparedRules {
+    rules: AccessRules,
+    loaded: LoadedAccess,
+}
+
+impl PreparedRules {
+    /// What the rules have, for people.
+    pub(crate) fn description(&self) -> String {
+        let settings = &self.loaded.settings;
+        let sources = [
+            ("tokens", settings.tokens.is_some()),
+            ("passwords", settings.passwords.is_some()),
+            ("certificates", !settings.certificates.is_empty()),
+        ];
+        let known: Vec<_> = sources.iter().filter(|(_, is_there)| *is_there).map(|(name, _)| *name).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        format!("{} roles; credentials: {known}", settings.policy.roles().count())
+    }
+}
+
+#[derive(Debug, PartialEq)]
 struct LoadedAccess {
     settings: AccessSettings,
     /// What the files were like when they were read last.
@@ -66,6 +88,26 @@ impl AccessLoader {
     /// The authenticator with the rules.
     pub(crate) fn authenticator(&self) -> &Authenticator {
         &self.authenticator
+    }
+
+    /// Makes rules from other settings, and changes nothing yet. `None` if neither these nor the files are different.
+    ///
+    /// # Errors
+    /// `Invalid` that names the file that cannot be used.
+    pub(crate) fn prepare(&self, settings: AccessSettings) -> Result<Option<PreparedRules>> {
+        let loaded = LoadedAccess { stamps: stamps(&settings), settings };
+        if loaded == *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Ok(None);
+        }
+        let rules = load(&loaded.settings)?;
+        Ok(Some(PreparedRules { rules, loaded }))
+    }
+
+    /// Puts prepared rules in force.
+    pub(crate) fn apply(&self, prepared: PreparedRules) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = prepared.loaded;
+        self.authenticator.replace(prepared.rules);
     }
 
     /// Looks at the files until the server ends.

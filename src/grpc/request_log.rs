@@ -1,4 +1,4 @@
-//! One log line for each finished RPC. The [`Call`] of the RPC is made here, and handlers add what they know to it. The client is
+//! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what they know to it. The client is
 //! authenticated here too, before anything of the body is read, so that the line also has the refusals.
 //!
 //! The line is written when the response has ended: after its trailers, or when the client leaves before them, which counts as
@@ -12,6 +12,7 @@ use crate::{
     call::{Call, ConnectionInfo},
     connections::ahead::OpenBody,
     gate::{Gate, Standing},
+    telemetry::Metrics,
     under_way::UnderWay,
 };
 use bytes::Bytes;
@@ -50,6 +51,8 @@ pub(crate) struct RequestLog<S> {
     pub gate: Gate,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
+    /// Counts the calls that are over.
+    pub metrics: Arc<Metrics>,
     /// The connection.
     pub connection: ConnectionInfo,
 }
@@ -80,6 +83,7 @@ where
         let line = RpcLine {
             call: call.clone(),
             gate: self.gate.clone(),
+            metrics: self.metrics.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
             code: None,

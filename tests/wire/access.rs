@@ -2,7 +2,7 @@
 //! are the expectation; unit tests hold them equal to the code.
 
 use crate::support::{
-    Client, PATIENCE, Run, Server, empty, eventually, http_client, metadata, response, sh, shared_dir,
+    Client, PATIENCE, Run, Server, empty, eventually, http_client, metadata, sh, shared_dir,
 };
 use bytes::{Buf as _, BufMut as _, Bytes};
 use gorego::access::tokens::{NewToken, TokenRecord, file::update};
@@ -33,7 +33,8 @@ const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
 /// The rows of the table below a heading: the texts in backquotes of the first cells.
 fn table(heading: &str) -> Vec<(Vec<&'static str>, Vec<&'static str>)> {
     let section = DOCUMENT.split(&format!("\n{heading}\n")).nth(1).unwrap();
-    let rows = section.lines().skip_while(|line| !line.starts_with("| `")).take_while(|line| line.starts_with('|'));
+    let rows =
+        section.lines().skip_while(|line| !line.starts_with("| `")).take_while(|line| line.starts_with('|'));
     let quoted = |cell: &'static str| cell.split('`').skip(1).step_by(2).collect::<Vec<_>>();
     let rows = rows.map(|row| {
         let cells: Vec<&str> = row.trim_matches('|').split('|').collect();
@@ -129,7 +130,9 @@ fn message(path: &str, instance: &str, permission: &str) -> Bytes {
     let (service, method) = path[1..].split_once('/').unwrap();
     let (tag, text) = match (service, method) {
         (_, "ListOperations") => (4, instance.to_owned()),
-        ("google.longrunning.Operations", _) | (_, "WaitExecution") => (1, inside(format!("operations/{UUID}"))),
+        ("google.longrunning.Operations", _) | (_, "WaitExecution") => {
+            (1, inside(format!("operations/{UUID}")))
+        }
         ("google.bytestream.ByteStream", _) if permission.starts_with("operations") => {
             (1, inside(format!("logstreams/{UUID}-stdout")))
         }
@@ -150,7 +153,7 @@ fn message(path: &str, instance: &str, permission: &str) -> Bytes {
 /// The permissions of the principals in each instance.
 fn principals() -> BTreeMap<&'static str, [BTreeSet<&'static str>; 2]> {
     let roles = table("## What a client may do");
-    let mut principals: BTreeMap<_, _> = roles
+    let mut principals: BTreeMap<&str, [BTreeSet<&str>; 2]> = roles
         .into_iter()
         .map(|(name, permissions)| (name[0], [(); 2].map(|()| permissions.iter().copied().collect())))
         .collect();
@@ -193,7 +196,8 @@ async fn every_principal_may_call_what_its_role_permits_in_its_instances_and_not
             let ask = |token| call(&channel, &path, message.clone(), token);
             for (role, token, permissions) in &tokens {
                 let anywhere = permissions.iter().any(|permissions| !permissions.is_empty());
-                let allowed = permission == "open" || is_allowed(&path, permission, &permissions[at], anywhere);
+                let allowed =
+                    permission == "open" || is_allowed(&path, permission, &permissions[at], anywhere);
                 let outcome = ask(Some(&token.text)).await;
                 let code = outcome.as_ref().err().map_or(Code::Ok, Status::code);
                 assert_eq!(
@@ -205,7 +209,10 @@ async fn every_principal_may_call_what_its_role_permits_in_its_instances_and_not
                 if !allowed {
                     let denied = outcome.unwrap_err();
                     let text = denied.message();
-                    assert!(text.contains(&format!("token:{}", token.id)) && text.contains("docs/securing.md"), "{text}");
+                    assert!(
+                        text.contains(&format!("token:{}", token.id)) && text.contains("docs/securing.md"),
+                        "{text}"
+                    );
                 }
                 cells += 1;
             }
@@ -238,11 +245,13 @@ async fn every_principal_may_request_over_http_what_its_role_permits_and_nothing
             if !is_of_cache && at > 0 {
                 continue;
             }
-            let start = if instance.is_empty() || !is_of_cache { String::new() } else { format!("/{instance}") };
+            let start =
+                if instance.is_empty() || !is_of_cache { String::new() } else { format!("/{instance}") };
             let rest = if *path == "/cache/" { "key" } else { "0" };
             let url = format!("{http}{start}{path}{}", if is_of_cache { rest } else { "" });
             let ask = async |change: &dyn Fn(reqwest::RequestBuilder) -> reqwest::RequestBuilder| {
-                let request = client.request(Method::from_bytes(method.as_bytes()).unwrap(), &url).header("depth", "0");
+                let request =
+                    client.request(Method::from_bytes(method.as_bytes()).unwrap(), &url).header("depth", "0");
                 change(request).send().await.unwrap()
             };
             for (role, token, permissions) in &tokens {
@@ -303,7 +312,13 @@ impl Owner {
 
     async fn cancel(&self, name: &str) -> Result<(), Code> {
         let request = with(&self.token.text, CancelOperationRequest { name: name.into() });
-        self.client.operations.clone().cancel_operation(request).await.map(drop).map_err(|status| status.code())
+        self.client
+            .operations
+            .clone()
+            .cancel_operation(request)
+            .await
+            .map(drop)
+            .map_err(|status| status.code())
     }
 
     async fn wait(&self, name: &str) -> Result<(), Code> {
@@ -317,7 +332,8 @@ impl Owner {
     }
 
     async fn read(&self, name: &str) -> Result<(), Code> {
-        let request = with(&self.token.text, ReadRequest { resource_name: name.into(), ..Default::default() });
+        let request =
+            with(&self.token.text, ReadRequest { resource_name: name.into(), ..Default::default() });
         let mut stream =
             self.client.bytes.clone().read(request).await.map_err(|status| status.code())?.into_inner();
         stream.message().await.map(drop).map_err(|status| status.code())
@@ -354,7 +370,8 @@ async fn operations_and_their_output_belong_to_whom_began_them_and_administrator
     let admin = Owner::start(&guarded, "admin").await;
     let directory = shared_dir();
     let gate = directory.path().join("go");
-    let action = action(&one, &format!("echo out; until [ -e '{}' ]; do sleep 0.01; done", gate.display())).await;
+    let action =
+        action(&one, &format!("echo out; until [ -e '{}' ]; do sleep 0.01; done", gate.display())).await;
     let mut run = one.run(action).await;
     let operation = run.until(|operation| !metadata(operation).stdout_stream_name.is_empty()).await;
     let (name, stream) = (operation.name.clone(), metadata(&operation).stdout_stream_name);
@@ -376,9 +393,14 @@ async fn operations_and_their_output_belong_to_whom_began_them_and_administrator
     assert_eq!((other.listed().await, admin.listed().await), (1, 2));
     assert_eq!(other.cancel(&own.name).await, Ok(()));
     std::fs::write(&gate, "").unwrap();
-    assert_eq!(run.finish().await.result.unwrap().exit_code, 0, "the cancellation of another one is not its own");
+    assert_eq!(
+        run.finish().await.result.unwrap().exit_code,
+        0,
+        "the cancellation of another one is not its own"
+    );
     let finished = guarded.server.log().into_iter().filter(|event| event["event"] == "rpc_finished");
-    let names: BTreeSet<_> = finished.filter_map(|event| Some(event["principal"].as_str()?.to_owned())).collect();
+    let names: BTreeSet<_> =
+        finished.filter_map(|event| Some(event["principal"].as_str()?.to_owned())).collect();
     assert!(names.contains(&format!("token:{}", one.token.id)), "{names:?}");
 }
 
@@ -408,7 +430,9 @@ async fn a_stream_ends_when_its_token_is_revoked_and_no_secret_is_logged() {
     assert_eq!(second.finish().await.status.unwrap_or_default().code, 0, "the other client's run went on");
     eventually("the denial is an audit event", || {
         guarded.server.log().iter().any(|event| {
-            event["event"] == "access_denied" && event["target"] == "gorego::audit" && event["denial"] == "wrong_credential"
+            event["event"] == "access_denied"
+                && event["target"] == "gorego::audit"
+                && event["denial"] == "wrong_credential"
         })
     })
     .await;
@@ -423,7 +447,8 @@ async fn capabilities_tell_what_a_client_may_do_and_anonymous_clients_may_do_wha
     let guarded = Guarded::start(&[("ACCESS__ANONYMOUS", r#"["reader"]"#)]).await;
     let client = guarded.server.client().await;
     let mut tokens = vec![(None, false, false)];
-    for (role, writes, executes) in [("developer", false, true), ("ci", true, true), ("worker", true, false)] {
+    for (role, writes, executes) in [("developer", false, true), ("ci", true, true), ("worker", true, false)]
+    {
         tokens.push((Some(guarded.token(role).await), writes, executes));
     }
     for (token, writes, executes) in &tokens {
@@ -440,7 +465,10 @@ async fn capabilities_tell_what_a_client_may_do_and_anonymous_clients_may_do_wha
     assert_eq!(refused.code(), Code::Unauthenticated);
     // A wrong credential is refused also where none is needed.
     let request = with("gorego_x", GetCapabilitiesRequest::default());
-    assert_eq!(client.capabilities.clone().get_capabilities(request).await.unwrap_err().code(), Code::Unauthenticated);
+    assert_eq!(
+        client.capabilities.clone().get_capabilities(request).await.unwrap_err().code(),
+        Code::Unauthenticated
+    );
 }
 
 #[tokio::test]
@@ -449,7 +477,8 @@ async fn a_password_is_checked_once_for_many_requests_and_wrong_ones_are_limited
     let passwords = directory.path().join("htpasswd");
     std::fs::write(&passwords, format!("alice:{}\n", bcrypt::hash("correct horse", 8).unwrap())).unwrap();
     let passwords = passwords.to_str().unwrap();
-    let guarded = Guarded::start(&[("ACCESS__PASSWORDS", passwords), ("ACCESS__USERS", r#"{ alice = ["ci"] }"#)]).await;
+    let guarded =
+        Guarded::start(&[("ACCESS__PASSWORDS", passwords), ("ACCESS__USERS", r#"{ alice = ["ci"] }"#)]).await;
     let (url, client) = (format!("{}/cache/key", guarded.http()), http_client());
     let put = async |user: &str, password: &str| {
         client.put(&url).basic_auth(user, Some(password)).body("x").send().await.unwrap()
@@ -461,7 +490,10 @@ async fn a_password_is_checked_once_for_many_requests_and_wrong_ones_are_limited
         wrong.push(put("alice", &number.to_string()).await.status());
     }
     assert_eq!(wrong[0], StatusCode::UNAUTHORIZED);
-    assert!(wrong.contains(&StatusCode::INSUFFICIENT_STORAGE) || wrong.contains(&StatusCode::TOO_MANY_REQUESTS), "{wrong:?}");
+    assert!(
+        wrong.contains(&StatusCode::INSUFFICIENT_STORAGE) || wrong.contains(&StatusCode::TOO_MANY_REQUESTS),
+        "{wrong:?}"
+    );
     assert_eq!(put("alice", "correct horse").await.status(), StatusCode::CREATED, "it was checked before");
 }
 

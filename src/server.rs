@@ -12,6 +12,7 @@ mod pools;
 mod reload;
 
 use crate::{
+    access::AccessLoader,
     action::TimeoutPolicy,
     actors::{
         asset::{AssetActor, AssetSettings, client::Assets, messages::CloseAssets, origins::Origins},
@@ -24,7 +25,7 @@ use crate::{
     },
     administration::Administration,
     cgroups::LimitReport,
-    config::{Config, ExecutionSettings, Loaded, Settings},
+    config::{ClientAuth, Config, ExecutionSettings, Loaded, Settings},
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
@@ -38,6 +39,7 @@ use crate::{
     signals::{StopSignal, StopSignals},
     supervisor::{InheritedSockets, Supervision},
     telemetry::Metrics,
+    tls::{ServerTls, TlsFiles},
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr};
@@ -82,6 +84,8 @@ const INTERRUPTED: i32 = 130;
 pub(crate) struct Ready {
     /// The listening address.
     pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub tls: bool,
     /// Which protections of the sandbox work; `None` without a sandbox.
     pub sandbox: Option<Report>,
     /// How the limits of actions are enforced; `None` for a cache only.
@@ -150,6 +154,17 @@ fn asset_settings(settings: &Settings) -> AssetSettings {
     }
 }
 
+fn tls_files(settings: &Settings) -> Option<TlsFiles> {
+    let tls = settings.tls.clone()?;
+    Some(TlsFiles {
+        cert: tls.cert,
+        key: tls.key,
+        client_ca: tls.client_ca,
+        crl: tls.crl,
+        client_certificate_required: tls.client_auth == ClientAuth::Required,
+    })
+}
+
 /// Run streams are kept as long as the operations that name them. They hold no bytes.
 fn log_settings(settings: &Settings) -> LogSettings {
     let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
@@ -186,9 +201,11 @@ fn descriptors() -> u64 {
 /// The running parts of the server.
 struct Server {
     settings: Settings,
+    access: Arc<AccessLoader>,
     listener: TcpListener,
     /// The listener of the HTTP/1.1 cache, if it is enabled.
     http: Option<TcpListener>,
+    tls: Option<ServerTls>,
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
@@ -224,6 +241,8 @@ impl Server {
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
+        let tls = tls_files(&settings).map(ServerTls::open).transpose()?;
+        let access = Arc::new(AccessLoader::open(settings.access.clone())?);
         let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
         let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
@@ -252,8 +271,10 @@ impl Server {
         let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
         Ok(Self {
             settings,
+            access,
             listener,
             http,
+            tls,
             cas,
             assets,
             scheduler,
@@ -271,8 +292,10 @@ impl Server {
     async fn serve(self, configuration: Configuration, ready: impl FnOnce(Ready)) -> Result<()> {
         let Self {
             settings,
+            access,
             listener,
             http,
+            tls,
             cas,
             assets,
             scheduler,
@@ -312,8 +335,13 @@ impl Server {
             pools,
         ));
         workers.spawn(observer.clone().tell(health.clone()));
+        let gate = Gate::new(settings.instances.clone(), access.authenticator().clone());
+        workers.spawn(access.watch());
+        if let Some(tls) = tls.clone() {
+            workers.spawn(tls.watch(connections.clone()));
+        }
         let edge = Arc::new(Edge {
-            gate: Gate::new(settings.instances.clone()),
+            gate: gate.clone(),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(|scheduler| Scheduler::new(scheduler, settings.node)),
             assets: Some(assets.clone()),
@@ -335,23 +363,26 @@ impl Server {
         let (close, closed) = oneshot::channel::<()>();
         let mut serving = workers.spawn({
             let health = health.clone();
+            let tls = tls.as_ref().map(ServerTls::grpc_port);
             async move {
                 // Also completes when the sender is dropped.
                 let shutdown = async move { drop(closed.await) };
-                grpc::serve(edge, &health, listener, shutdown).await
+                grpc::serve_with(edge, &health, listener, tls, shutdown).await
             }
         });
         let shared = http::PortContext {
+            gate: gate.clone(),
             hosts,
             under_way: under_way.clone(),
             connections: connections.clone(),
             metrics,
         };
-        let (http_close, mut http_serving) =
-            serve_http(http, &settings, &cas, (shared, observer.clone()), &workers)?;
+        let cache = Cache { gate, cas: cas.clone(), max_blob_bytes: settings.max_blob_bytes };
+        let port = http::Port::new(cache, Operations { observer: observer.clone() }, shared);
+        let (http_close, mut http_serving) = serve_http(http, port, tls.as_ref(), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
-        ready(Ready { address, sandbox, limits });
+        ready(Ready { address, tls: tls.is_some(), sandbox, limits });
         supervisor.ready();
         // On the actors' thread, so that a thread that is stuck sends no sign of life.
         actix_rt::spawn(owners.clone().report(supervision, settings.max_size_bytes, workers.clone()));
@@ -477,9 +508,8 @@ async fn listen(
 /// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
 fn serve_http(
     listener: Option<TcpListener>,
-    settings: &Settings,
-    cas: &Cas,
-    (shared, observer): (http::PortContext, Arc<Observer>),
+    port: http::Port,
+    tls: Option<&ServerTls>,
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
@@ -490,16 +520,11 @@ fn serve_http(
     };
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
-    let cache = Cache {
-        gate: Gate::new(settings.instances.clone()),
-        cas: cas.clone(),
-        max_blob_bytes: settings.max_blob_bytes,
-    };
-    let port = http::Port::new(cache, Operations { observer }, shared);
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
-    let serving = workers.spawn(http::serve(port, listener, async move { drop(closed.await) }));
+    let serving = workers
+        .spawn(http::serve(port, listener, tls.map(ServerTls::http_port), async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
             Ok(()) => Error::internal("the HTTP server stopped by itself"),

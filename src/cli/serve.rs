@@ -49,7 +49,8 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
     }
     let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));
     let load = move || load_settings(&args, environment(), sockets.clone());
-    match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready)) {
+    match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready))
+    {
         Ok(()) => EXIT_OK,
         Err(error) => {
             supervisor.status(&error.to_string());
@@ -79,7 +80,7 @@ fn refuse(args: &ServeArgs, error: &Error) {
 
 /// Reports that the server is ready: as a banner for people, or as one log event.
 fn announce(style: Style, settings: &Settings, ready: &Ready) {
-    let Ready { address, sandbox, limits } = ready;
+    let Ready { address, tls: _, sandbox, limits } = ready;
     // On a terminal too: what is missing should not be overlooked.
     for missing in sandbox.iter().flat_map(|report| &report.missing) {
         Event::warn("gorego::server", "protection_missing")
@@ -149,13 +150,14 @@ fn describe_sandbox(text: &mut String, sandbox: Option<&Report>) {
 
 /// The banner: listening address, data directory, number of slots, the sandbox, and the lines for `.bazelrc`.
 pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
-    let Ready { address, sandbox, limits } = ready;
+    let Ready { address, tls, sandbox, limits } = ready;
     let (unspecified, host) = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => (true, IpAddr::V4(Ipv4Addr::LOCALHOST)),
         IpAddr::V6(ip) if ip.is_unspecified() => (true, IpAddr::V6(Ipv6Addr::LOCALHOST)),
         ip => (false, ip),
     };
-    let endpoint = format!("grpc://{}", SocketAddr::new(host, address.port()));
+    let endpoint =
+        format!("{}://{}", if *tls { "grpcs" } else { "grpc" }, SocketAddr::new(host, address.port()));
     let mut text = format!("goREgo {} listens on {address}\n", env!("CARGO_PKG_VERSION"));
     let most = Size::from_bytes(settings.max_size_bytes).rounded();
     // Writing to a String cannot fail.
@@ -226,7 +228,7 @@ mod tests {
     }
 
     fn ready(address: &str) -> Ready {
-        Ready { address: address.parse().unwrap(), sandbox: None, limits: None }
+        Ready { address: address.parse().unwrap(), tls: false, sandbox: None, limits: None }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::{
     actors::{
         cas::resolve::Resolution,
         scheduler::{
-            messages::{Admit, Submit, Watch},
+            messages::{Admit, Submit},
             operation::{Inline, Subscription},
         },
     },
@@ -63,9 +63,8 @@ impl Execution for ExecutionService {
         request: Request<WaitExecutionRequest>,
     ) -> Result<Response<OperationStream>, Status> {
         let call = Call::of(request.extensions());
-        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
         let scheduler = self.0.scheduler()?;
-        let subscription = scheduler.watch(Watch { instance, id }).await?;
+        let subscription = self.0.watch(&call, &request.get_ref().name).await?;
         call.note_action(subscription.info.action);
         Ok(self.stream(scheduler, subscription, call))
     }
@@ -78,7 +77,7 @@ impl ExecutionService {
         subscription: Subscription,
         call: Call,
     ) -> Response<OperationStream> {
-        let stream = operation_stream::follow(self.0.cas.clone(), scheduler.clone(), subscription, call);
+        let stream = operation_stream::follow(self.0.clone(), scheduler.clone(), subscription, call);
         Response::new(stream.boxed())
     }
 }
@@ -98,8 +97,8 @@ fn submission(gate: &Gate, call: &Call, request: ExecuteRequest) -> Result<Submi
             output_files: within_bounds(request.inline_output_files),
         },
         client: call.client().clone(),
-        principal: call.principal(),
         caller: call.caller(),
+        principal: call.principal().clone(),
     })
 }
 

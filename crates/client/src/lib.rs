@@ -19,6 +19,7 @@ mod input;
 mod input_tree;
 mod listing;
 mod operation;
+mod raw;
 mod read;
 mod status;
 pub mod stubs;
@@ -30,6 +31,7 @@ pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
 pub use input::scan;
 pub use listing::{ListedFile, Listing, decode_tree};
 pub use operation::OperationRecord;
+pub use raw::Raw;
 
 use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,

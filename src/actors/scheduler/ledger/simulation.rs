@@ -249,6 +249,7 @@ impl World {
             action: submit.action,
             inline: submit.inline.clone(),
             client: submit.client.clone(),
+            principal: submit.principal,
             peer,
         });
         // What follows from the shares is tested where they are counted.

@@ -24,6 +24,7 @@ use crate::{
         probe::Report,
         settings::{SandboxMode, SandboxSettings},
     },
+    telemetry::RunMetrics,
 };
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -148,6 +149,7 @@ impl Place {
         execution: &ExecutionSettings,
         pool: &PoolSettings,
         log_streams: LogStreams,
+        metrics: RunMetrics,
     ) -> WorkerSettings {
         WorkerSettings {
             name: worker_name(pool),
@@ -161,6 +163,7 @@ impl Place {
             limits: self.pool_limits(pool),
             tools: self.tools(&pool.name),
             log_streams,
+            metrics,
         }
     }
 

@@ -21,6 +21,7 @@ mod input_tree;
 mod listing;
 mod operation;
 mod operations;
+mod raw;
 mod read;
 mod status;
 pub mod stubs;
@@ -33,6 +34,7 @@ pub use input::scan;
 pub use listing::{ListedFile, Listing, decode_tree};
 pub use operation::OperationRecord;
 pub use operations::{OperationPage, OperationState, Stage};
+pub use raw::Raw;
 
 use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,

@@ -4,12 +4,14 @@
 //! - [`endpoint`]: a gRPC endpoint in the process of the test, for tests that put something else behind it.
 //! - [`images`]: container images.
 //! - [`worker`]: a worker alone, with an in-memory store.
+//! - [`certificates`]: a CA and what it signs.
 //! - [`client`]: clients of all services on one connection.
 //!
 //! Each test crate includes this directory as a module and uses a part of it.
 
 #![allow(dead_code, unused_imports, clippy::unwrap_used, missing_docs)]
 
+pub mod certificates;
 pub mod client;
 pub mod endpoint;
 pub mod images;

@@ -26,3 +26,4 @@ mod pipes;
 mod pools;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;

@@ -18,7 +18,7 @@ mod source_text;
 mod tls;
 
 pub use images::{ImagesSettings, Tags};
-pub use load::{Flag, Loaded, Origin, Sources, load};
+pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};

@@ -7,11 +7,12 @@ use super::{
 };
 use crate::{
     cgroups::LimitReport,
-    config::{Config, LogConfig, Settings},
+    config::{Config, LogConfig, Settings, SocketAddress},
     logging::{self, Event, Style},
     sandbox::probe::{Protection, Report},
     server::{self, Ready},
     size::Size,
+    supervisor::{InheritedSockets, Supervision},
 };
 use gorego_reapi::error::Error;
 use std::{
@@ -22,9 +23,16 @@ use std::{
 
 /// Runs a server and returns the exit code of the process.
 pub(super) fn run(args: &ServeArgs) -> u8 {
-    let settings = match load_settings(args, environment()) {
-        Ok((_, settings)) => settings,
+    // Before there are threads, because it changes the environment.
+    let (supervisor, supervision) = Supervision::take();
+    let loaded = supervision.and_then(|supervision| {
+        let loaded = load_settings(args, environment(), addresses(&supervision.sockets))?;
+        Ok((supervision, loaded))
+    });
+    let (supervision, (loaded, settings)) = match loaded {
+        Ok(loaded) => loaded,
         Err(error) => {
+            supervisor.status(&error.to_string());
             refuse(args, &error);
             return EXIT_USAGE;
         }
@@ -34,14 +42,28 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
     for warning in &settings.warnings {
         Event::warn("gorego::config", "config_warning").log(format_args!("{warning}"));
     }
-    let announced = settings.clone();
-    match server::run(settings, move |ready| announce(style, &announced, &ready)) {
+    if let Some(problem) = supervisor.problem() {
+        Event::warn("gorego::server", "supervisor_unreachable")
+            .with("error", problem)
+            .log(format_args!("the supervisor cannot be told how the server is: {problem}"));
+    }
+    let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));
+    let load = move || load_settings(&args, environment(), sockets.clone());
+    match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready))
+    {
         Ok(()) => EXIT_OK,
         Err(error) => {
+            supervisor.status(&error.to_string());
             Event::error("gorego::server", "server_failed").log(format_args!("{error}"));
             EXIT_FAILURE
         }
     }
+}
+
+/// Where the supervisor's sockets listen, as a source of the configuration.
+fn addresses(sockets: &InheritedSockets) -> Vec<SocketAddress> {
+    let addresses = sockets.addresses().into_iter();
+    addresses.map(|(port, address)| SocketAddress { name: port.name(), key: port.key(), address }).collect()
 }
 
 /// Reports an invalid configuration: as plain text for people, or as one log event.
@@ -58,7 +80,7 @@ fn refuse(args: &ServeArgs, error: &Error) {
 
 /// Reports that the server is ready: as a banner for people, or as one log event.
 fn announce(style: Style, settings: &Settings, ready: &Ready) {
-    let Ready { address, tls: _, sandbox, limits } = ready;
+    let Ready { address, tls, sandbox, limits } = ready;
     // On a terminal too: what is missing should not be overlooked.
     for missing in sandbox.iter().flat_map(|report| &report.missing) {
         Event::warn("gorego::server", "protection_missing")
@@ -82,6 +104,7 @@ fn announce(style: Style, settings: &Settings, ready: &Ready) {
             let config_file = settings.config_file.as_deref().unwrap_or(Path::new(""));
             Event::info("gorego::server", "server_started")
                 .with_shown("listen_addr", address)
+                .with("tls", *tls)
                 .with_shown("data_dir", &settings.cache_dir.display())
                 .with("slots", slots)
                 .with("sandbox", &*protections(sandbox.as_ref()))
@@ -183,8 +206,17 @@ pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
         let _ = writeln!(text, "  build --remote_instance_name={}", first.name());
     }
     text.push_str("  build --incompatible_strict_action_env\n");
+    if *tls {
+        text.push_str(
+            "  build --tls_certificate=ca.pem  # the CA of this server, unless your machine trusts it\n",
+        );
+    }
     if settings.execution.is_some() {
-        let flag = if address.port() == 50051 { String::new() } else { format!("--endpoint {endpoint} ") };
+        let is_default = address.port() == 50051 && !tls;
+        let mut flag = if is_default { String::new() } else { format!("--endpoint {endpoint} ") };
+        if *tls {
+            flag.push_str("--tls-ca ca.pem ");
+        }
         let _ = writeln!(text, "\nWithout Bazel: gorego exec {flag}-- sh -c 'echo hello'");
     }
     text
@@ -226,6 +258,14 @@ mod tests {
             assert!(text.contains(part), "{part} in {text}");
         }
         assert!(!text.contains("remote_executor"));
+        let text = banner(&settings(|_| {}), &Ready { tls: true, ..ready("127.0.0.1:50051") });
+        for part in [
+            "=grpcs://127.0.0.1:50051",
+            "--tls_certificate=ca.pem",
+            "--endpoint grpcs://127.0.0.1:50051 --tls-ca",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! Not supported: compression, and digest functions other than SHA-256 for what is uploaded or executed.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod admin;
 mod blobs;
 mod codec;
 mod connect;
@@ -21,6 +22,7 @@ mod input;
 mod input_tree;
 mod listing;
 mod operation;
+mod operations;
 mod options;
 mod read;
 mod status;
@@ -36,6 +38,7 @@ pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
 pub use input::scan;
 pub use listing::{ListedFile, Listing, decode_tree};
 pub use operation::OperationRecord;
+pub use operations::{OperationPage, OperationState, Stage};
 pub use options::ConnectOptions;
 
 use crate::stubs::{

@@ -5,7 +5,7 @@
 //! expire. It is run once at a time, however many requests wait for it, and its time and its output are bounded. Values never
 //! appear in messages.
 
-use crate::options::checked_header;
+use crate::header::checked_header;
 use futures::{
     FutureExt as _,
     future::{BoxFuture, Either, MapErr, TryFutureExt as _},

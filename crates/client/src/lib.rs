@@ -18,6 +18,7 @@ mod download;
 mod endpoint;
 mod execute;
 mod follow_log;
+mod header;
 mod input;
 mod input_tree;
 mod listing;

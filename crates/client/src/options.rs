@@ -3,9 +3,10 @@
 use crate::{
     credentials::{CredentialHelper, Credentials},
     endpoint::ServerUri,
+    header::checked_header,
 };
 use gorego_reapi::error::{Error, Result};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::HeaderMap;
 use std::{
     fs::File,
     io::Read as _,
@@ -18,8 +19,6 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest file of certificates, a key or headers.
 const FILE_MAX_BYTES: u64 = 2 * 1024 * 1024;
-/// Headers that belong to the protocol.
-const RESERVED: &[&str] = &["content-type", "content-length", "te", "host", "connection", "user-agent"];
 
 /// The options of a connection; see the top of this file.
 #[derive(Debug, Clone, Default)]
@@ -139,19 +138,6 @@ impl ConnectOptions {
         });
         Ok(Credentials::new(self.headers.clone(), helper))
     }
-}
-
-/// A header that may be sent with requests. Its value does not appear in debug output.
-pub(crate) fn checked_header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue)> {
-    let refuse = |problem: &str| Error::Invalid(format!("header \"{}\" {problem}", name.escape_debug()));
-    let parsed: HeaderName = name.parse().map_err(|_| refuse("has a malformed name"))?;
-    if RESERVED.contains(&parsed.as_str()) || parsed.as_str().starts_with("grpc-") {
-        return Err(refuse("belongs to the protocol and cannot be set"));
-    }
-    let mut value = HeaderValue::from_str(value)
-        .map_err(|_| refuse("has a value with characters that a header cannot have"))?;
-    value.set_sensitive(true);
-    Ok((parsed, value))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

@@ -13,6 +13,7 @@ mod owners;
 pub(crate) mod place;
 mod pools;
 mod reload;
+mod tls;
 
 use crate::{
     access::AccessLoader,
@@ -56,6 +57,7 @@ use pools::{PoolMaker, Pools};
 use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tls::ReloadTls;
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
@@ -175,7 +177,7 @@ impl Server {
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
-        let tls = fill::tls_files(&settings).map(ServerTls::open).transpose()?;
+        let tls = tls::open(&settings)?;
         let access = Arc::new(AccessLoader::open(settings.access.clone())?);
         let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
         let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
@@ -248,6 +250,7 @@ impl Server {
             Box::new(ReloadLogFilter::new(&settings.log)),
             Box::new(ReloadHosts::new(hosts.clone(), &settings)),
             Box::new(ReloadOrigins::new(origins, &settings.assets)),
+            Box::new(ReloadTls(tls.clone())),
         ];
         let images = place.as_ref().and_then(|place| place.images.as_ref());
         parts.extend(ReloadImages::new(images, &settings).map(|part| Box::new(part) as _));

@@ -7,10 +7,9 @@ use crate::{
         cas::StoreSettings,
         scheduler::settings::{SchedulerConfig, SchedulerSettings},
     },
-    config::{ClientAuth, ExecutionSettings, Settings},
+    config::{ExecutionSettings, Settings},
     log_streams::{LogSettings, MAX_STREAM_BYTES, StreamLimits},
     node::NodeName,
-    tls::TlsFiles,
 };
 use std::time::Duration;
 
@@ -41,17 +40,6 @@ pub(super) fn asset_settings(settings: &Settings) -> AssetSettings {
         max_age: assets.max_age,
         file: settings.cache_dir.join("v1").join("assets"),
     }
-}
-
-pub(super) fn tls_files(settings: &Settings) -> Option<TlsFiles> {
-    let tls = settings.tls.clone()?;
-    Some(TlsFiles {
-        cert: tls.cert,
-        key: tls.key,
-        client_ca: tls.client_ca,
-        crl: tls.crl,
-        client_certificate_required: tls.client_auth == ClientAuth::Required,
-    })
 }
 
 /// Run streams are kept as long as the operations that name them. They hold no bytes.

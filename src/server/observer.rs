@@ -236,3 +236,6 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -100,6 +100,7 @@ fn submission(gate: &Gate, call: &Call, request: ExecuteRequest) -> Result<Submi
             output_files: within_bounds(request.inline_output_files),
         },
         client: call.client().clone(),
+        principal: call.principal(),
         caller: call.caller(),
     })
 }

@@ -68,6 +68,7 @@ impl Server {
             under_way: UnderWay::default(),
             connections: Default::default(),
             metrics: Default::default(),
+            administration: Default::default(),
             settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,

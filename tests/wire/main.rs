@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod abandoned;
+mod admin;
 mod assets;
 mod cache_interplay;
 mod chunks;
@@ -25,5 +26,7 @@ mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+mod reload;
+mod supervised;
 #[path = "../support/mod.rs"]
 mod support;

@@ -8,7 +8,7 @@ use super::{
     },
     slots::{PoolId, PoolStatus},
 };
-use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance};
+use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance, policy::Principal};
 use gorego_reapi::{digest::Digest, error::Result};
 use std::{sync::Arc, time::Duration};
 
@@ -47,6 +47,8 @@ pub struct Submit {
     pub inline: Inline,
     /// The RequestMetadata of the client.
     pub client: ClientInfo,
+    /// Who sent the request.
+    pub principal: Principal,
     /// The connection and peer of the request.
     pub caller: Caller,
 }
@@ -54,8 +56,9 @@ pub struct Submit {
 impl Submit {
     /// The immutable part of the operation for this request, and its priority.
     pub(crate) fn into_info(self, id: OperationId) -> (Arc<OperationInfo>, i32) {
-        let Self { instance, action, priority, inline, client, caller, .. } = self;
-        (Arc::new(OperationInfo { id, instance, action, inline, client, peer: caller.peer }), priority)
+        let Self { instance, action, priority, inline, client, principal, caller, .. } = self;
+        let peer = caller.peer;
+        (Arc::new(OperationInfo { id, instance, action, inline, client, principal, peer }), priority)
     }
 }
 

@@ -7,26 +7,30 @@ use std::sync::Arc;
 /// Why the credentials of a request were not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AuthenticationFailure {
-    /// They cannot be understood.
+    /// They cannot be parsed.
     Malformed,
-    /// They are unknown, wrong, expired, revoked or not trusted.
-    Refused,
-    /// Too many credentials were being checked, or were wrong.
-    TooMany,
-    /// They could not be checked, for example because the keys of their issuer could not be had.
-    Unavailable,
+    /// There is no such token, user or key, or the password is wrong.
+    Unknown,
+    /// They are expired, revoked or not valid yet.
+    Expired,
+    /// They are genuine, but not for this server: issuer, audience, algorithm or a claim is not accepted.
+    Unaccepted,
+    /// They could not be checked, because the keys of their issuer could not be had.
+    Unchecked,
 }
 
 impl LabelValue for AuthenticationFailure {
     const LABEL: &'static str = "reason";
-    const ALL: &'static [Self] = &[Self::Malformed, Self::Refused, Self::TooMany, Self::Unavailable];
+    const ALL: &'static [Self] =
+        &[Self::Malformed, Self::Unknown, Self::Expired, Self::Unaccepted, Self::Unchecked];
 
     fn name(self) -> &'static str {
         match self {
             Self::Malformed => "malformed",
-            Self::Refused => "refused",
-            Self::TooMany => "too_many",
-            Self::Unavailable => "unavailable",
+            Self::Unknown => "unknown",
+            Self::Expired => "expired",
+            Self::Unaccepted => "unaccepted",
+            Self::Unchecked => "unchecked",
         }
     }
 }

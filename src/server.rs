@@ -264,13 +264,8 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
-        let pools = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
-        let observer = Arc::new(Observer::new(
-            metrics.clone(),
-            (cas.clone(), assets.clone()),
-            connections.clone(),
-            pools,
-        ));
+        let watch = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
+        let observer = Arc::new(Observer::new(metrics.clone(), owners.clone(), connections.clone(), watch));
         workers.spawn(observer.clone().tell(health.clone()));
         let gate = Gate::new(settings.instances.clone(), access.authenticator().clone());
         workers.spawn(access.watch());

@@ -28,6 +28,7 @@ pub mod logging;
 mod memory;
 pub mod node;
 pub mod platform;
+pub mod quotas;
 mod rate;
 mod regular_file;
 pub mod result;

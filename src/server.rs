@@ -33,6 +33,7 @@ use crate::{
     memory,
     node::NodeName,
     platform,
+    quotas::Quotas,
     sandbox::probe::Report,
     signals::StopSignals,
     supervisor::{InheritedSockets, Supervision},
@@ -225,7 +226,7 @@ impl Server {
         workers: Handle,
     ) -> Result<Self> {
         let tls = tls_files(&settings).map(ServerTls::open).transpose()?;
-        let access = Arc::new(AccessLoader::open(settings.access.clone())?);
+        let access = Arc::new(AccessLoader::open(settings.access.clone(), &workers)?);
         let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
         let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
@@ -286,7 +287,8 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
-        let gate = Gate::new(settings.instances.clone(), access.authenticator().clone());
+        let quotas = Quotas::new(settings.quotas.clone());
+        let gate = Gate::with_quotas(settings.instances.clone(), access.authenticator().clone(), quotas);
         workers.spawn(access.watch());
         if let Some(tls) = tls.clone() {
             workers.spawn(tls.watch(connections.clone()));

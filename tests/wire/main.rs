@@ -24,6 +24,8 @@ mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+mod quotas;
+mod signed_tokens;
 mod supervised;
 #[path = "../support/mod.rs"]
 mod support;

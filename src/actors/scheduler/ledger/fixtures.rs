@@ -64,6 +64,7 @@ pub(crate) fn submit(work: &Work) -> Submit {
         client: ClientInfo::default(),
         caller: Default::default(),
         principal: Default::default(),
+        limits: Default::default(),
     }
 }
 

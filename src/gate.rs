@@ -135,12 +135,21 @@ impl Gate {
     /// # Errors
     /// `Denied`, `Unauthenticated`.
     pub(crate) fn require(&self, call: &Call, instance: &Instance, permission: Permission) -> Result<()> {
-        self.0.authenticator.rules().policy().permit(call.principal(), instance.name(), permission)
+        self.permit(call, instance.name(), &[permission])
+    }
+
+    /// Lets a request act on the server as a whole, if its principal is an administrator of every instance.
+    ///
+    /// # Errors
+    /// `Denied`.
+    pub(crate) fn administer(&self, call: &Call) -> Result<()> {
+        let instances = self.0.instances.all();
+        instances.iter().try_for_each(|instance| self.require(call, instance, Permission::Admin))
     }
 
     /// Whether the principal of a request has a permission in an instance.
     pub(crate) fn permits(&self, call: &Call, instance: &Instance, permission: Permission) -> bool {
-        call.principal().may(instance.name(), permission) && allowed_by(instance, permission).is_ok()
+        self.permit(call, instance.name(), &[permission]).is_ok() && allowed_by(instance, permission).is_ok()
     }
 
     /// Enters with one of these permissions. What an instance forbids to everybody counts if there is just one.
@@ -149,7 +158,7 @@ impl Gate {
         if let Ok(instance) = &found {
             call.note_instance(instance);
         }
-        self.0.authenticator.rules().policy().permit_any(call.principal(), name, needed)?;
+        self.permit(call, name, needed)?;
         let instance = found?;
         if let [needed] = needed {
             allowed_by(&instance, *needed)?;
@@ -172,6 +181,18 @@ impl Gate {
             needed.iter().any(|needed| matches!(needed, Permission::CasWrite | Permission::AcWrite));
         call.note_counted(uploads.then(|| quotas.upload_meter(principal, caller, instance)).flatten());
         call.count_upload()
+    }
+
+    /// Checks that the principal has one of these permissions in the instance with this name.
+    fn permit(&self, call: &Call, name: &str, needed: &[Permission]) -> Result<()> {
+        if needed == [Permission::Admin] && call.principal().is_anonymous() && !call.is_local() {
+            return Err(Error::Denied(
+                "clients without a credential may administer the server (permission admin) from its own machine only; use a \
+                 loopback address, or a credential with that permission (docs/securing.md)"
+                    .into(),
+            ));
+        }
+        self.0.authenticator.rules().policy().permit_any(call.principal(), name, needed)
     }
 }
 

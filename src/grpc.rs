@@ -4,7 +4,7 @@
 //! The files:
 //!
 //! - [`execution`], [`operations`], [`cas`] (with [`get_tree`] and [`chunks`]), [`action_cache`], [`byte_stream`],
-//!   [`log_stream`], [`asset`], [`capabilities`], [`health`]: the services. Reflection comes from the descriptors.
+//!   [`log_stream`], [`asset`], [`capabilities`], [`health`], [`admin`]: the services. Reflection comes from the descriptors.
 //!   [`services`]: what `build.rs` generates. [`permissions`]: what each RPC needs.
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers. [`ask`]: requests to the scheduler.
@@ -16,6 +16,7 @@
 
 pub(crate) mod accept;
 pub(crate) mod action_cache;
+pub(crate) mod admin;
 pub(crate) mod answers;
 pub mod ask;
 pub(crate) mod asset;
@@ -57,13 +58,14 @@ use crate::{
             settings::Priorities,
         },
     },
+    administration::Administration,
     call::Call,
     config::{CommittedSize, Config},
     connections::Connections,
     gate::Gate,
     grpc::services::{
-        action_cache_server::ActionCacheServer, byte_stream_server::ByteStreamServer,
-        capabilities_server::CapabilitiesServer,
+        action_cache_server::ActionCacheServer, admin_server::AdminServer,
+        byte_stream_server::ByteStreamServer, capabilities_server::CapabilitiesServer,
         content_addressable_storage_server::ContentAddressableStorageServer,
         execution_server::ExecutionServer, fetch_server::FetchServer,
         log_stream_service_server::LogStreamServiceServer, operations_server::OperationsServer,
@@ -139,6 +141,8 @@ pub struct Edge {
     pub under_way: UnderWay,
     /// The open connections and their limits.
     pub connections: Connections,
+    /// What the Admin service acts on, besides the store.
+    pub administration: Administration,
     /// The settings that are visible on the wire.
     pub settings: ProtocolSettings,
 }
@@ -316,7 +320,8 @@ where
         .add(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
         .add(limited!(FetchServer::new(asset::AssetService(edge.clone()))))
         .add(limited!(PushServer::new(asset::AssetService(edge.clone()))))
-        .add(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
+        .add(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge.clone()))))
+        .add(limited!(AdminServer::new(admin::AdminService(edge))))
         .add(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
         .add(reflection().build_v1().map_err(unusable)?)
         .add(reflection().build_v1alpha().map_err(unusable)?);

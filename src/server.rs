@@ -7,6 +7,8 @@
 
 mod owners;
 pub(crate) mod place;
+mod pools;
+mod reload;
 
 use crate::{
     access::AccessLoader,
@@ -15,15 +17,14 @@ use crate::{
         asset::{AssetActor, AssetSettings, client::Assets, messages::CloseAssets, origins::Origins},
         cas::{CasActor, CloseStore, StoreSettings, client::Cas},
         scheduler::{
-            Pool, SchedulerActor,
+            SchedulerActor,
             messages::{Drain, Inspect},
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
-            slots::PoolSpec,
         },
-        worker::WorkerActor,
     },
+    administration::Administration,
     cgroups::LimitReport,
-    config::{ClientAuth, ExecutionSettings, Settings},
+    config::{ClientAuth, Config, ExecutionSettings, Loaded, Settings},
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
@@ -32,20 +33,22 @@ use crate::{
     logging::{self, Event},
     memory,
     node::NodeName,
-    platform,
     quotas::Quotas,
+    reload::{Reloadable, Reloader},
     sandbox::probe::Report,
-    signals::StopSignals,
+    signals::{StopSignal, StopSignals},
     supervisor::{InheritedSockets, Supervision},
     tls::{ServerTls, TlsFiles},
     under_way::UnderWay,
 };
-use actix::{Actor as _, Addr, SyncArbiter};
+use actix::{Actor as _, Addr};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use owners::Owners;
 use place::Place;
+use pools::{PoolMaker, Pools};
+use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -87,12 +90,14 @@ pub(crate) struct Ready {
     pub limits: Option<LimitReport>,
 }
 
-/// Runs a server until it is told to stop. `ready` is called once, as soon as requests are answered.
+/// Runs a server until it is told to stop. `load` reads the configuration again for a reload. `ready` is called once, as soon as
+/// requests are answered.
 ///
 /// # Errors
 /// The reason why it could not start, or the death of an owner actor.
 pub(crate) fn run(
-    settings: Settings,
+    (loaded, settings): (Loaded, Settings),
+    load: impl Fn() -> Result<(Loaded, Settings)> + Send + Sync + 'static,
     supervision: Supervision,
     ready: impl FnOnce(Ready) + Send + 'static,
 ) -> Result<()> {
@@ -114,7 +119,7 @@ pub(crate) fn run(
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
         let server = Server::start(settings, supervision, store, place, workers).await?;
-        server.serve(ready).await
+        server.serve(Configuration { config: loaded.config, load: Box::new(load) }, ready).await
     })
 }
 
@@ -202,11 +207,19 @@ struct Server {
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
-    place: Option<Place>,
+    place: Option<Arc<Place>>,
+    pools: Option<Pools>,
+    origins: Origins,
     log_streams: LogStreams,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
     supervision: Supervision,
+}
+
+/// The configuration of the start, and the way to read it again.
+struct Configuration {
+    config: Config,
+    load: Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>,
 }
 
 /// The reason for a shutdown.
@@ -234,7 +247,10 @@ impl Server {
             None => None,
         };
         let cas = store.launch();
-        let assets = AssetActor::open(asset_settings(&settings), cas.clone(), workers.clone()).launch();
+        let place = place.map(Arc::new);
+        let asset_settings = asset_settings(&settings);
+        let origins = asset_settings.origins.clone();
+        let assets = AssetActor::open(asset_settings, cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
@@ -242,10 +258,13 @@ impl Server {
             let build_root = place.build_root.clone();
             cas.relieve_first(move || build_root.relieve_disk());
         }
-        let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
+        let pools = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
-            start_scheduler(bounds, execution, place, &cas, log_streams.clone())
+            let (place, execution, cas) = (place.clone(), Arc::new(execution.clone()), cas.clone());
+            let maker = PoolMaker { place, execution, cas, log_streams: log_streams.clone() };
+            start_scheduler(bounds, maker, &workers)
         });
+        let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
         Ok(Self {
             settings,
             access,
@@ -256,6 +275,8 @@ impl Server {
             assets,
             scheduler,
             place,
+            pools,
+            origins,
             log_streams,
             workers,
             supervision,
@@ -263,7 +284,7 @@ impl Server {
     }
 
     /// Serves until a signal or fault, then shuts down.
-    async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
+    async fn serve(self, configuration: Configuration, ready: impl FnOnce(Ready)) -> Result<()> {
         let Self {
             settings,
             access,
@@ -274,12 +295,27 @@ impl Server {
             assets,
             scheduler,
             place,
+            pools,
+            origins,
             log_streams,
             workers,
             supervision,
         } = self;
         let supervisor = supervision.supervisor.clone();
         let owners = Owners { cas: cas.clone(), assets: assets.clone(), scheduler: scheduler.clone() };
+        let hosts = Hosts::new(settings.http_hosts.clone());
+        let quotas = Quotas::new(settings.quotas.clone());
+        let mut parts: Vec<Box<dyn Reloadable>> = vec![
+            Box::new(ReloadQuotas::new(quotas.clone(), &settings)),
+            Box::new(ReloadLogFilter::new(&settings.log)),
+            Box::new(ReloadHosts::new(hosts.clone(), &settings)),
+            Box::new(ReloadOrigins::new(origins, &settings.assets)),
+        ];
+        let images = place.as_ref().and_then(|place| place.images.as_ref());
+        parts.extend(ReloadImages::new(images, &settings).map(|part| Box::new(part) as _));
+        parts.extend(pools.map(|pools| Box::new(pools) as _));
+        let Configuration { config, load } = configuration;
+        let reloader = Reloader::new(load, &config, parts, workers.clone());
         let mut signals = StopSignals::of_server()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -287,7 +323,6 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
-        let quotas = Quotas::new(settings.quotas.clone());
         let gate = Gate::with_quotas(settings.instances.clone(), access.authenticator().clone(), quotas);
         workers.spawn(access.watch());
         if let Some(tls) = tls.clone() {
@@ -301,6 +336,7 @@ impl Server {
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
+            administration: administration(place.as_deref(), reloader.clone()),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -321,8 +357,15 @@ impl Server {
                 grpc::serve_with(edge, &health, listener, tls, shutdown).await
             }
         });
-        let (http_close, mut http_serving) =
-            serve_http(http, &settings, gate, tls.as_ref(), &cas, (&under_way, &connections), &workers)?;
+        let (http_close, mut http_serving) = serve_http(
+            http,
+            (&settings, hosts),
+            gate,
+            tls.as_ref(),
+            &cas,
+            (&under_way, &connections),
+            &workers,
+        )?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
         ready(Ready { address, tls: tls.is_some(), sandbox, limits });
@@ -331,7 +374,7 @@ impl Server {
         actix_rt::spawn(owners.clone().report(supervision, settings.max_size_bytes, workers.clone()));
 
         let stop = select! {
-            signal = signals.next() => Stop::Signal(signal.name()),
+            signal = stop_signal(&mut signals, &reloader) => Stop::Signal(signal.name()),
             error = owners.died() => Stop::Fault(error),
             error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
@@ -400,6 +443,30 @@ impl Server {
     }
 }
 
+/// Waits for the next signal that stops the server. A hangup reloads the configuration instead.
+async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader) -> StopSignal {
+    loop {
+        match signals.next().await {
+            StopSignal::Reload => {
+                let reloader = reloader.clone();
+                // The outcome is logged. A second signal meanwhile is one more reload after this one.
+                tokio::spawn(async move { drop(reloader.reload(false).await) });
+            }
+            stop => return stop,
+        }
+    }
+}
+
+fn administration(place: Option<&Place>, reloader: Reloader) -> Administration {
+    let staged_trees = place.map(|place| {
+        let build_root = place.build_root.clone();
+        Arc::new(move || build_root.staged_usage()) as _
+    });
+    let images = place.and_then(|place| place.images.clone());
+    let images = images.map(|images| Arc::new(move || images.usage()) as _);
+    Administration { staged_trees, images, reloader: Some(reloader), ..Administration::default() }
+}
+
 /// Listens on the socket of the supervisor, if there is one, or on the address of this configuration key.
 async fn listen(
     inherited: Option<std::net::TcpListener>,
@@ -426,7 +493,7 @@ async fn listen(
 /// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
 fn serve_http(
     listener: Option<TcpListener>,
-    settings: &Settings,
+    (settings, hosts): (&Settings, Hosts),
     gate: Gate,
     tls: Option<&ServerTls>,
     cas: &Cas,
@@ -442,7 +509,6 @@ fn serve_http(
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
     let cache = Cache { gate: gate.clone(), cas: cas.clone(), max_blob_bytes: settings.max_blob_bytes };
-    let hosts = Hosts::new(settings.http_hosts.clone());
     let port = http::Port::new(cache, gate, hosts, under_way.clone(), connections.clone());
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
@@ -475,42 +541,15 @@ fn scheduler_settings(node: NodeName, execution: &ExecutionSettings) -> Schedule
     })
 }
 
-fn start_scheduler(
-    bounds: SchedulerSettings,
-    execution: &ExecutionSettings,
-    place: &Place,
-    cas: &Cas,
-    log_streams: LogStreams,
-) -> Addr<SchedulerActor> {
-    let store = Arc::new(cas.clone());
-    if let Some(images) = &place.images {
-        let named = platform::named_images(execution.pools.iter().map(|pool| &pool.offers));
-        images.prefetch(named.into_iter().map(str::to_owned).collect());
-    }
-    let pools = execution.pools.iter().map(|pool| {
-        let worker = Arc::new(place.worker(execution, pool, log_streams.clone()));
-        let spec = PoolSpec {
-            name: pool.name.clone(),
-            section: if pool.is_declared {
-                format!("execution.pools.{}", pool.name)
-            } else {
-                "execution.platform".into()
-            },
-            worker: worker.name.clone(),
-            slots: pool.slots,
-            offers: pool.offers.clone(),
-            limits: pool.limits,
-            room: pool.room,
-        };
-        let store = store.clone();
-        let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
-        Pool { spec, runner: workers.recipient() }
-    });
-    let scheduler = SchedulerActor::new(bounds, pools.collect(), cas.clone());
-    match &place.images {
+fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
+    maker.prefetch(maker.execution.pools.iter());
+    let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
+    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone());
+    let scheduler = match &maker.place.images {
         Some(images) => scheduler.with_images(Arc::new(images.clone())).start(),
         None => scheduler.start(),
-    }
+    };
+    Pools::new(maker, scheduler, workers.clone())
 }
 
 /// The deadlines of a shutdown.

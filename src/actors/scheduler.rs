@@ -179,14 +179,24 @@ impl SchedulerActor {
     }
 
     fn send_run(&self, assignment: Assignment, ctx: &mut Context<Self>) {
-        let Assignment { task, attempt, pool, slot, action, peer, queued_at, tool_invocation_id, cancel } =
-            assignment;
+        let Assignment {
+            task,
+            attempt,
+            pool,
+            slot,
+            action,
+            peer,
+            queued_at,
+            tool_invocation_id,
+            principal,
+            cancel,
+        } = assignment;
         let scheduler = ctx.address();
         let Some(runner) = self.runners.get(&pool).cloned() else {
             return scheduler.do_send(RunEnded { task, attempt, end: RunEnd::Lost { pool_closed: true } });
         };
         let run = RunAction {
-            order: RunOrder { task, attempt, slot, action, peer, queued_at, tool_invocation_id },
+            order: RunOrder { task, attempt, slot, action, peer, queued_at, tool_invocation_id, principal },
             control: RunControl { cancel, progress: scheduler.clone().recipient() },
         };
         actix::spawn(async move {

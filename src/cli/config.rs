@@ -1,5 +1,7 @@
 //! `gorego config`, and the configuration of `gorego serve` and `gorego replay` from their flags.
 
+mod reload;
+
 use super::{
     ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
 };
@@ -17,6 +19,7 @@ use toml::Value;
 /// Runs `gorego config ...` and returns its exit code.
 pub(super) fn run(command: &ConfigCommand) -> u8 {
     let outcome = match command {
+        ConfigCommand::Reload(args) => return reload::run(args),
         ConfigCommand::Check { file } => check(file),
         ConfigCommand::Show(args) => {
             load_settings(args, environment(), Vec::new()).map(|(loaded, settings)| show(&loaded, &settings))

@@ -26,10 +26,10 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
     // Before there are threads, because it changes the environment.
     let (supervisor, supervision) = Supervision::take();
     let loaded = supervision.and_then(|supervision| {
-        let (_, settings) = load_settings(args, environment(), addresses(&supervision.sockets))?;
-        Ok((supervision, settings))
+        let loaded = load_settings(args, environment(), addresses(&supervision.sockets))?;
+        Ok((supervision, loaded))
     });
-    let (supervision, settings) = match loaded {
+    let (supervision, (loaded, settings)) = match loaded {
         Ok(loaded) => loaded,
         Err(error) => {
             supervisor.status(&error.to_string());
@@ -47,8 +47,10 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
             .with("error", problem)
             .log(format_args!("the supervisor cannot be told how the server is: {problem}"));
     }
-    let announced = settings.clone();
-    match server::run(settings, supervision, move |ready| announce(style, &announced, &ready)) {
+    let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));
+    let load = move || load_settings(&args, environment(), sockets.clone());
+    match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready))
+    {
         Ok(()) => EXIT_OK,
         Err(error) => {
             supervisor.status(&error.to_string());

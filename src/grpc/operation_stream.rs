@@ -5,7 +5,12 @@
 //! changes faster than the client reads, intermediate states are skipped, but never the last one. The stream ends with OK only
 //! after `done` (EXE-10). If the scheduler stops before, it ends with UNAVAILABLE, which every client retries.
 
-use super::{Edge, ask::Scheduler, convert, inline};
+use super::{
+    Edge,
+    ask::Scheduler,
+    convert::{self, Detail},
+    inline,
+};
 use crate::actors::scheduler::{
     messages::Explain,
     operation::{OperationInfo, Snapshot, Stage, Subscription},
@@ -39,6 +44,7 @@ pub(crate) async fn encode(
     edge: &Edge,
     info: &OperationInfo,
     snapshot: &Snapshot,
+    detail: Detail,
     call: &Call,
 ) -> Result<Operation, Error> {
     let cas = &edge.cas;
@@ -50,7 +56,7 @@ pub(crate) async fn encode(
         }
         None => None,
     };
-    Ok(convert::operation(info, snapshot, result))
+    Ok(convert::operation(info, snapshot, result, detail))
 }
 
 /// The messages of an operation, from now to its end. The first one is sent without another question to the scheduler.
@@ -67,7 +73,7 @@ pub(crate) fn follow(
             if !is_first {
                 explain(&scheduler, &info, &mut snapshot).await;
             }
-            encode(&edge, &info, &snapshot, &call).await
+            encode(&edge, &info, &snapshot, Detail::Short, &call).await
         }
     })
 }
@@ -199,8 +205,8 @@ mod tests {
             action: Digest::empty(DigestFunction::Sha256),
             inline: Inline::default(),
             client: ClientInfo::default(),
-            peer: Default::default(),
             principal: Default::default(),
+            peer: Default::default(),
         };
         let (sender, snapshots) = watch::channel(snapshot);
         (sender, Subscription { info: Arc::new(info), snapshots })

@@ -1,7 +1,8 @@
 //! The google.longrunning Operations service: Get, List, Cancel, Delete, Wait.
 
 use super::{
-    Edge, convert,
+    Edge,
+    convert::{self, Detail},
     filter::{self, Filter},
     inline, operation_stream, page_token,
 };
@@ -63,7 +64,7 @@ impl Operations for OperationsService {
             for (info, snapshot) in &page.operations {
                 self.0.tell_logs(&call, info, snapshot);
                 let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_deref());
-                let operation = convert::operation(info, snapshot, result.cloned());
+                let operation = convert::operation(info, snapshot, result.cloned(), Detail::Full);
                 let rest = left.checked_sub(operation.encoded_len() + 8);
                 if rest.is_none() && !operations.is_empty() {
                     break;
@@ -135,7 +136,7 @@ impl OperationsService {
 
     async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot, call: &Call) -> Result<Operation> {
         operation_stream::explain(self.0.scheduler()?, info, &mut snapshot).await;
-        operation_stream::encode(&self.0, info, &snapshot, call).await
+        operation_stream::encode(&self.0, info, &snapshot, Detail::Full, call).await
     }
 }
 

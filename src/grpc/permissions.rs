@@ -1,14 +1,16 @@
 //! The permissions that each RPC needs. An RPC without a row is refused by the [`gate`](crate::gate).
 
 use super::services::{
-    action_cache_server as action_cache, byte_stream_server as byte_stream,
+    action_cache_server as action_cache, admin_server as admin, byte_stream_server as byte_stream,
     capabilities_server as capabilities, content_addressable_storage_server as cas,
     execution_server as execution, fetch_server as fetch, log_stream_service_server as log_stream,
     operations_server as operations, push_server as push,
 };
 use crate::access::permission::{
     ANY,
-    Permission::{AcRead, AcWrite, Assets, CasRead, CasWrite, Execute, Logs, OperationsAll, OperationsOwn},
+    Permission::{
+        AcRead, AcWrite, Admin, Assets, CasRead, CasWrite, Execute, Logs, OperationsAll, OperationsOwn,
+    },
     Permissions,
 };
 
@@ -56,6 +58,15 @@ const SERVICES: &[(&str, Methods)] = &[
     (fetch::SERVICE_NAME, &[("FetchBlob", &[Assets]), ("FetchDirectory", &[Assets])]),
     (push::SERVICE_NAME, &[("PushBlob", &[Assets, AcWrite]), ("PushDirectory", &[Assets, AcWrite])]),
     (capabilities::SERVICE_NAME, &[("GetCapabilities", ANY)]),
+    (
+        admin::SERVICE_NAME,
+        &[
+            ("GetStoreStats", &[Admin]),
+            ("ReloadConfig", &[Admin]),
+            ("PurgeResults", &[Admin]),
+            ("ListNonDeterminism", &[Admin]),
+        ],
+    ),
     ("grpc.health.v1.Health", &[("Check", &[]), ("Watch", &[])]),
     ("grpc.reflection.v1.ServerReflection", &[("ServerReflectionInfo", ANY)]),
     ("grpc.reflection.v1alpha.ServerReflection", &[("ServerReflectionInfo", ANY)]),

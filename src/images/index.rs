@@ -4,6 +4,7 @@
 //! unpacked. Images that are leased stay. The others go in the order of their last use when another one needs the room. So all
 //! images together, also those that are being unpacked, never take more than the budget.
 
+use crate::disk::BudgetUse;
 use std::{
     collections::{BTreeMap, HashMap},
     hash::Hash,
@@ -47,6 +48,11 @@ struct ImageEntry<T> {
 }
 
 impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
+    /// What the images take, including those that are being unpacked.
+    pub(super) fn usage(&self) -> BudgetUse {
+        BudgetUse { count: self.images.len() as u64, bytes: self.charged, max_bytes: self.budget }
+    }
+
     /// An empty one.
     pub(super) fn new(budget: u64) -> Self {
         Self {

@@ -68,6 +68,7 @@ impl Server {
             log_streams: log_streams(false, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
+            administration: Default::default(),
             settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,

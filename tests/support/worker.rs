@@ -394,6 +394,7 @@ impl Bench {
                     peer: Peer::default(),
                     queued_at: SystemTime::now(),
                     tool_invocation_id: "invocation".into(),
+                    principal: "token:ci".into(),
                 },
                 control: RunControl {
                     cancel: job.cancel.clone(),

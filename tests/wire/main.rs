@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod abandoned;
+mod access;
+mod admin;
 mod assets;
 mod cache_interplay;
 mod chunks;
@@ -25,6 +27,7 @@ mod outputs;
 mod pipes;
 mod pools;
 mod quotas;
+mod reload;
 mod signed_tokens;
 mod supervised;
 #[path = "../support/mod.rs"]

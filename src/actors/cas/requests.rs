@@ -6,7 +6,7 @@
 
 use super::{
     guards::Reservation,
-    index::{EntryRef, FileId, Key, Stamp, Totals},
+    index::{EntryRef, Evictions, FileId, Key, Stamp, Totals},
     uploads::{Attempt, Partial, Progress},
 };
 use crate::{budget::Bound, caller::Caller};
@@ -91,6 +91,10 @@ pub struct StoreInspection {
     pub running_uploads: usize,
     /// Broken uploads that can be resumed.
     pub partial_uploads: usize,
+    /// What was evicted since the start because room was needed.
+    pub evicted: Evictions,
+    /// The last recorded use of the entry that would be evicted first, in seconds since 1970; `None` for an empty store.
+    pub oldest_use: Option<u32>,
 }
 
 /// Stops the store after all earlier messages. The answer comes when the last uses are written to disk. Later calls get

@@ -10,7 +10,7 @@
 //! use after the next start may suffer.
 
 use super::{
-    index::{EntryKind, EntryRef, FoundEntry, Index, Key, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, FoundResult, Index, Key, Stamp},
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds,
 };
@@ -134,6 +134,11 @@ impl LookUp<'_> {
     pub(super) fn lease(&mut self, key: &Key) -> Option<FoundEntry> {
         let found = self.index.lease(key, self.now)?;
         Some(self.noted(found))
+    }
+
+    /// See [`Index::results_from`].
+    pub(super) fn results_from(&self, instance: InstanceId, from: u32) -> (Vec<FoundResult>, Option<u32>) {
+        self.index.results_from(instance, from, LOOKUPS_PER_HOLD)
     }
 
     /// The stamp of an entry, if it is still there.

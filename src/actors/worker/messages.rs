@@ -49,6 +49,8 @@ pub struct RunOrder {
     pub queued_at: SystemTime,
     /// The tool invocation that asked first, for the result's provenance; empty if unknown.
     pub tool_invocation_id: String,
+    /// The name of the principal that asked first, for the result's provenance.
+    pub principal: String,
 }
 
 /// The handles of a run that is in progress. They work only within this process: for a pool in another process, this

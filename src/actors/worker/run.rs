@@ -507,6 +507,7 @@ impl<'a> ActionRun<'a> {
             worker: self.worker(),
             tool_invocation_id: self.order.tool_invocation_id.clone(),
             peer: String::new(),
+            principal: self.order.principal.clone(),
         };
         if let Err(error) = batch.result(action.digest, self.result.clone(), provenance) {
             Event::warn("gorego::worker", RESULT_NOT_RECORDED)

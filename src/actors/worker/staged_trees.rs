@@ -30,7 +30,10 @@ use super::{
     store::Inputs,
     workspace::{BuildRoot, RootDirectory},
 };
-use crate::{disk::Space, instance::InstanceId};
+use crate::{
+    disk::{BudgetUse, Space},
+    instance::InstanceId,
+};
 use delta::{Cost, Delta};
 use gorego_reapi::{
     digest::Digest,
@@ -250,6 +253,11 @@ impl BuildRoot {
                 }
             }
         }
+    }
+
+    /// What the staged trees take.
+    pub fn staged_usage(&self) -> BudgetUse {
+        self.place().map(|place| place.trees.lock().usage()).unwrap_or_default()
     }
 
     /// Removes staged trees that no action uses, the least recently used first, until the disk is not low any more.

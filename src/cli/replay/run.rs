@@ -158,6 +158,7 @@ impl ReplayPlace {
             peer: Peer::default(),
             queued_at: SystemTime::now(),
             tool_invocation_id: String::new(),
+            principal: String::new(),
         };
         let report = run_alone(&settings, &store, &mut launcher, order, cancel);
         if launcher.shell_ended {

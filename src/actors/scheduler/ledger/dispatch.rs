@@ -65,6 +65,8 @@ pub(crate) struct Assignment {
     pub(crate) queued_at: SystemTime,
     /// The tool invocation of the first operation.
     pub(crate) tool_invocation_id: String,
+    /// The name of the principal of the first operation.
+    pub(crate) principal: String,
     /// Tells the run to stop.
     pub(crate) cancel: CancelToken,
 }
@@ -208,6 +210,7 @@ impl Ledger {
             peer: charge.owner.peer,
             queued_at: task.queued_at,
             tool_invocation_id: task.first.client.tool_invocation_id.clone(),
+            principal: task.first.principal.name().to_owned(),
             cancel: run.cancel.clone(),
         };
         for number in task.numbers() {

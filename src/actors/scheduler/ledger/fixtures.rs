@@ -62,9 +62,9 @@ pub(crate) fn submit(work: &Work) -> Submit {
         priority: 0,
         inline: Inline::default(),
         client: ClientInfo::default(),
-        caller: Default::default(),
         principal: Default::default(),
         limits: Default::default(),
+        caller: Default::default(),
     }
 }
 

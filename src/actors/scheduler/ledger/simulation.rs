@@ -261,8 +261,8 @@ impl World {
             action: submit.action,
             inline: submit.inline.clone(),
             client: submit.client.clone(),
-            peer,
             principal: submit.principal.clone(),
+            peer,
         };
         let owner = self.ledger.owner(&info);
         // What follows from the shares is tested where they are counted.

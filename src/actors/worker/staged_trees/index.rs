@@ -6,6 +6,7 @@
 //!
 //! A tree that turned out to be damaged is not leased again, and is removed with its last lease.
 
+use crate::disk::BudgetUse;
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     hash::Hash,
@@ -110,6 +111,12 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
             is_passed: HashSet::new(),
             max_passed,
         }
+    }
+
+    /// The room that the trees take, including those that are being built.
+    pub fn usage(&self) -> BudgetUse {
+        let count = self.trees.len() as u64;
+        BudgetUse { count, bytes: self.charged.bytes, max_bytes: self.budget.bytes }
     }
 
     /// Leases the tree with this key, if there is one.

@@ -102,7 +102,7 @@ async fn tokens_of_the_issuer_give_the_roles_of_their_claims() {
     guarded.grpc(&branch).await.unwrap();
     let (code, text) = guarded.put(&branch).await;
     assert_eq!(code, StatusCode::FORBIDDEN, "{text}");
-    assert!(text.contains("ac.write"), "{text}");
+    assert!(text.contains(".write"), "{text}");
     assert_eq!(guarded.grpc("").await.unwrap_err().code(), Code::Unauthenticated);
     assert_eq!(keys.requests(), 1, "one download serves all");
 }
@@ -131,13 +131,14 @@ async fn hostile_tokens_are_refused_with_the_reason() {
         ("others' repository", sign(json!({"repository_owner": "them"})), "repository_owner"),
         ("claims that are there twice", ed.sign_texts("EdDSA", header, &twice), "twice"),
         ("a nested payload", ed.sign_texts("EdDSA", header, &nested), "levels"),
-        ("a huge payload", sign(json!({"more": "x".repeat(14_000)})), "bytes"),
+        ("a huge payload", sign(json!({"more": "x".repeat(14_000)})), "16 KiB"),
         ("demands", with_header(json!({"alg": "EdDSA", "kid": "ed", "crit": ["x"]})), "crit"),
         ("a key that nobody has", with_header(json!({"alg": "EdDSA", "kid": "other"})), "key"),
         ("its own key", SigningKey::ed25519("ed").token("EdDSA", &good), "signature"),
         ("another algorithm", rsa.token("RS512", &good), "algorithm"),
         ("no signature", format!("{first}.{second}."), "signature"),
-        ("padding", format!("{first}.{second}==.{third}"), "base64url"),
+        ("padding", format!("{first}.{second}==.{third}"), "malformed"),
+        ("padding at the end", format!("{first}.{second}.{third}="), "signature"),
         (
             "another payload",
             format!("{first}.{}.{third}", encode(payload.replace("us/it", "us/other"))),

@@ -75,10 +75,4 @@ impl OperationLoads {
         }
         Ok(())
     }
-
-    /// The counts of all peers and instances.
-    #[cfg(test)]
-    pub(super) fn counts(&self) -> HashMap<(Peer, InstanceId), (usize, usize)> {
-        self.0.iter().map(|(key, load)| (*key, (load.unfinished, load.queued))).collect()
-    }
 }

@@ -282,9 +282,8 @@ pub(crate) async fn serve_with(
     tls: Option<TlsPort>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let (under_way, connections, metrics) =
-        (edge.under_way.clone(), edge.connections.clone(), edge.metrics.clone());
-    let gate = edge.gate.clone();
+    let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
+    let (gate, metrics) = (edge.gate.clone(), edge.metrics.clone());
     let layers = ServiceBuilder::new()
         .layer(answers::AnswersLayer)
         .layer(panic_guard::PanicGuardLayer)

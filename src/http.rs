@@ -80,8 +80,8 @@ pub struct Port {
 
 impl Port {
     /// A port with the cache, what operators ask for, and the front page.
-    pub(crate) fn new(cache: Cache, operations: Operations, gate: Gate, shared: PortContext) -> Self {
-        let mut port = Self::empty(gate, shared);
+    pub(crate) fn new(cache: Cache, operations: Operations, shared: PortContext) -> Self {
+        let mut port = Self::empty(shared);
         port.mounts.mount(cache::ROUTES, Box::new(cache));
         port.mounts.mount(operations::ROUTES, Box::new(operations));
         // Behind all others, because its page lists them.
@@ -89,8 +89,8 @@ impl Port {
         port
     }
 
-    fn empty(gate: Gate, shared: PortContext) -> Self {
-        let PortContext { hosts, under_way, connections, metrics } = shared;
+    fn empty(shared: PortContext) -> Self {
+        let PortContext { gate, hosts, under_way, connections, metrics } = shared;
         let decoders = Budget::new(DECODERS);
         Self { mounts: Router::default(), gate, hosts, under_way, connections, decoders, metrics }
     }
@@ -106,8 +106,10 @@ impl Port {
 }
 
 /// What all mounts of a port share with the rest of the server.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct PortContext {
+    /// Finds out who calls, and lets requests into instances.
+    pub(crate) gate: Gate,
     /// The host names that requests may use.
     pub(crate) hosts: Hosts,
     /// Counts the requests that a shutdown waits for.
@@ -146,7 +148,7 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let unfinished = port.under_way.begin();
     let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
     let what = (request.method(), request.uri());
-    let mut line = RequestLine::new(&call, (&port.gate, &port.metrics), &ends.client, what);
+    let mut line = RequestLine::new(&call, &port, &ends.client, what);
     let host = port.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
@@ -301,8 +303,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_mount_takes_one_line() {
-        let gate = Gate::new(Instances::new([""]).unwrap(), Authenticator::open());
-        let mut port = Port::empty(gate, PortContext::default());
+        let mut port = Port::empty(PortContext {
+            gate: Gate::new(Instances::new([""]).unwrap(), Authenticator::open()),
+            hosts: Hosts::default(),
+            under_way: UnderWay::default(),
+            connections: Connections::default(),
+            metrics: Arc::default(),
+        });
         port.mounts.mount(front::ROUTES, Box::new(Front { page: "front".into() }));
         port.mounts.mount(NUMBERS, Box::new(Numbers));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

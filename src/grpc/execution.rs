@@ -43,8 +43,10 @@ impl Execution for ExecutionService {
         // client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
         let cas = self.0.cas.working_for(*caller);
         let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup).await?;
-        if !skip_cache_lookup {
-            call.note_cached(matches!(resolution, Resolution::Cached(_)));
+        match &resolution {
+            Resolution::Cached(_) => call.note_cached(true),
+            Resolution::Run(_) if !skip_cache_lookup => call.note_cached(false),
+            Resolution::Run(_) | Resolution::Unusable(_) => {}
         }
         let subscription = match resolution {
             Resolution::Cached(mut result) => {
@@ -99,6 +101,7 @@ fn submission(gate: &Gate, call: &Call, request: ExecuteRequest) -> Result<Submi
         client: call.client().clone(),
         caller: call.caller(),
         principal: call.principal().clone(),
+        limits: gate.operation_limits(call),
     })
 }
 

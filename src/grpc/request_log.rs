@@ -1,5 +1,5 @@
-//! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what they know to it. The client is
-//! authenticated here too, before anything of the body is read, so that the line also has the refusals.
+//! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what they know
+//! to it. The client is authenticated here too, before anything of the body is read, so that the line also has the refusals.
 //!
 //! The line is written when the response has ended: after its trailers, or when the client leaves before them, which counts as
 //! CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
@@ -82,8 +82,8 @@ where
         let call = Call::begin(Some(connection), client, permissions::of(path), unfinished);
         let line = RpcLine {
             call: call.clone(),
-            gate: self.gate.clone(),
             metrics: self.metrics.clone(),
+            gate: self.gate.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
             code: None,

@@ -3,7 +3,7 @@
 //! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are rate-limited
 //! per peer and then only counted (`Connections::takes_line`).
 
-use super::LOG;
+use super::{LOG, Port};
 use crate::{
     access::audit::Denial,
     budget::Share,
@@ -56,17 +56,17 @@ impl RequestLine {
     /// Creates the line of a request that has just begun.
     pub(super) fn new(
         call: &Call,
-        (gate, metrics): (&Gate, &Arc<Metrics>),
+        port: &Port,
         connection: &ConnectionInfo,
         (method, uri): (&Method, &Uri),
     ) -> Self {
         Self {
             call: call.clone(),
-            gate: gate.clone(),
+            gate: port.gate.clone(),
             method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
             path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
             connection: connection.clone(),
-            metrics: metrics.clone(),
+            metrics: port.metrics.clone(),
             _open: connection.state.begin_call(),
             started: Instant::now(),
             status: None,

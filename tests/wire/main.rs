@@ -27,7 +27,10 @@ mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+mod quotas;
 mod reload;
+mod signed_tokens;
 mod supervised;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;

@@ -32,7 +32,7 @@ const HTTP2_OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\
 const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
 /// A connection whose requests carry the [`Identity`] header.
-pub(super) type Service = InterceptedService<Channel, Header>;
+pub type Service = InterceptedService<Channel, Header>;
 
 /// The client's identity, sent with every request (GEN-28).
 #[derive(Debug, Clone, Default)]
@@ -49,7 +49,7 @@ pub struct Identity {
 
 /// An interceptor that adds the encoded identity to each request.
 #[derive(Debug, Clone)]
-pub(super) struct Header(BinaryMetadataValue);
+pub struct Header(BinaryMetadataValue);
 
 impl Interceptor for Header {
     fn call(&mut self, mut request: Request<()>) -> std::result::Result<Request<()>, Status> {

@@ -25,7 +25,7 @@ pub mod stubs;
 mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
-pub use connect::{Identity, foreign_protocol, parse_endpoint};
+pub use connect::{Identity, Service, foreign_protocol, parse_endpoint};
 pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
 pub use input::scan;
 pub use listing::{ListedFile, Listing, decode_tree};
@@ -35,7 +35,6 @@ use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
     ExecutionClient, OperationsClient,
 };
-use connect::Service;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -119,6 +118,16 @@ impl Client {
     /// The endpoint as passed to [`Client::connect`].
     pub fn endpoint(&self) -> &str {
         &self.endpoint
+    }
+
+    /// The instance name.
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    /// The connection, for the bare clients of [`stubs`].
+    pub fn service(&self) -> Service {
+        self.service.clone()
     }
 
     /// The digest function of everything that is asked for.

@@ -39,7 +39,7 @@ const INADEQUATE_SECURITY: [u8; 4] = [0, 0, 0, 0xc];
 const ANSWER_BYTES: usize = 26;
 
 /// A connection whose requests carry credentials and the [`Identity`] header.
-pub(super) type Service = InterceptedService<AuthorizedChannel, Header>;
+pub type Service = InterceptedService<AuthorizedChannel, Header>;
 
 /// The client's identity, sent with every request (GEN-28).
 #[derive(Debug, Clone, Default)]
@@ -56,7 +56,7 @@ pub struct Identity {
 
 /// An interceptor that adds the encoded identity to each request.
 #[derive(Debug, Clone)]
-pub(super) struct Header(BinaryMetadataValue);
+pub struct Header(BinaryMetadataValue);
 
 impl Interceptor for Header {
     fn call(&mut self, mut request: Request<()>) -> std::result::Result<Request<()>, Status> {

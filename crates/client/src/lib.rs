@@ -25,6 +25,7 @@ mod listing;
 mod operation;
 mod operations;
 mod options;
+mod probe;
 mod read;
 mod status;
 pub mod stubs;
@@ -32,7 +33,7 @@ mod tls_error;
 mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
-pub use connect::{Identity, explain, foreign_protocol};
+pub use connect::Identity;
 pub use credentials::{AuthorizedChannel, Credentials};
 pub use endpoint::ServerUri;
 pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
@@ -41,6 +42,7 @@ pub use listing::{ListedFile, Listing, decode_tree};
 pub use operation::OperationRecord;
 pub use operations::{OperationPage, OperationState, Stage};
 pub use options::ConnectOptions;
+pub use probe::{diagnose, explain};
 
 use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
@@ -122,8 +124,11 @@ impl Client {
         let capabilities = match client.capabilities().await {
             Ok(capabilities) => capabilities,
             Err(error) => {
-                // A server of another protocol accepts the connection, and fails the first call.
-                let other = foreign_protocol(&options).await;
+                // Some servers accept the connection of a client that they will not serve.
+                let other = match &error {
+                    Error::Denied(_) | Error::Unimplemented(_) | Error::Invalid(_) => None,
+                    _ => diagnose(&options).await,
+                };
                 return Err(
                     other.map_or(error, |why| Error::Precondition(format!("{}: {why}", options.endpoint)))
                 );

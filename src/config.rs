@@ -5,12 +5,15 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod access;
 mod images;
+mod jwt;
 mod limits;
 pub mod load;
 mod log_filter;
 mod persistent_workers;
 mod pools;
+mod quotas;
 mod sandbox;
 mod settings;
 pub mod show;
@@ -24,12 +27,16 @@ pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
 pub use tls::{ClientAuth, TlsSettings};
 
+pub use crate::logging::{LogConfig, LogFormat};
+
 use crate::{platform::UnknownProperties, size::Size};
+use access::AccessConfig;
 use gorego_reapi::digest::DigestFunction;
 use images::ImagesConfig;
 use limits::LimitsConfig;
 use persistent_workers::PersistentWorkersConfig;
 use pools::PoolConfig;
+use quotas::QuotasConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
@@ -70,6 +77,10 @@ pub struct Config {
     pub assets: AssetsConfig,
     /// The cache for tools that speak HTTP/1.1.
     pub http: HttpConfig,
+    /// Who may do what.
+    pub access: AccessConfig,
+    /// What each principal may use.
+    pub quotas: QuotasConfig,
 }
 
 /// The `[assets]` section.
@@ -124,28 +135,6 @@ pub struct InstanceConfig {
     /// The instance with which it shares blobs. Action results and operations are never shared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blobs_of: Option<String>,
-}
-
-/// The `[log]` section.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct LogConfig {
-    /// Levels by target, in env_logger's syntax.
-    pub filter: String,
-    /// Format of log lines.
-    pub format: LogFormat,
-}
-
-/// The format of log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// Text on a terminal, JSON elsewhere.
-    Auto,
-    /// One JSON object per line.
-    Json,
-    /// Human-readable text.
-    Text,
 }
 
 /// The `[cache]` section.
@@ -280,6 +269,8 @@ impl Default for Config {
             log_streams: LogStreamsConfig::default(),
             assets: AssetsConfig::default(),
             http: HttpConfig::default(),
+            access: AccessConfig::default(),
+            quotas: QuotasConfig::default(),
         }
     }
 }
@@ -297,12 +288,6 @@ impl Default for AssetsConfig {
             max_redirects: 10,
             max_age: Duration::from_secs(24 * 3600),
         }
-    }
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { filter: "info,h2=warn,hyper=warn,tonic=warn,tower=warn".into(), format: LogFormat::Auto }
     }
 }
 

@@ -1,4 +1,5 @@
-//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]); today these are the [`cache`] and the front page.
+//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]): the [`cache`], what operators ask for ([`operations`]),
+//! and the front page.
 //!
 //! What all mounts share is here: connections, the check of the host name, places among the calls, log lines, and the status
 //! of errors. A new mount implements [`Mount`] and takes one line in [`Port::new`].
@@ -10,22 +11,26 @@ pub mod cache;
 mod connection;
 mod front;
 pub(crate) mod hosts;
+pub(crate) mod operations;
 mod request_log;
 pub mod router;
 mod status;
 
 use crate::{
+    access::authenticator::Authentication,
     actors::scheduler::operation::ClientInfo,
     budget::{Bounds, Budget},
     call::Call,
     connections::Connections,
+    gate::{Gate, Standing},
+    telemetry::Metrics,
     tls::TlsPort,
     under_way::UnderWay,
 };
 use axum::{
     body::Body,
     extract::Request,
-    http::{HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
     response::Response,
 };
 use cache::Cache;
@@ -34,10 +39,11 @@ use front::Front;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use hosts::{HostRefusal, Hosts};
+use operations::Operations;
 use request_log::RequestLine;
 use router::{Missed, RoutedPath, Router};
 use std::{fmt, future::Future, sync::Arc};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, select};
 
 /// Target of the log lines of this module.
 const LOG: &str = "gorego::http";
@@ -60,6 +66,7 @@ trait Mount: fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub struct Port {
     mounts: Router<Box<dyn Mount>>,
+    gate: Gate,
     /// The host names that requests may use.
     hosts: Hosts,
     /// Counts the requests that a shutdown waits for.
@@ -67,21 +74,50 @@ pub struct Port {
     /// The open connections of all ports.
     connections: Connections,
     decoders: Budget,
+    /// Counts the requests that are over.
+    metrics: Arc<Metrics>,
 }
 
 impl Port {
-    /// A port with the cache and the front page.
-    pub(crate) fn new(cache: Cache, hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
-        let mut port = Self::empty(hosts, under_way, connections);
+    /// A port with the cache, what operators ask for, and the front page.
+    pub(crate) fn new(cache: Cache, operations: Operations, shared: PortContext) -> Self {
+        let mut port = Self::empty(shared);
         port.mounts.mount(cache::ROUTES, Box::new(cache));
+        port.mounts.mount(operations::ROUTES, Box::new(operations));
         // Behind all others, because its page lists them.
         port.mounts.mount(front::ROUTES, Box::new(Front { page: index(&port.mounts) }));
         port
     }
 
-    fn empty(hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
-        Self { mounts: Router::default(), hosts, under_way, connections, decoders: Budget::new(DECODERS) }
+    fn empty(shared: PortContext) -> Self {
+        let PortContext { gate, hosts, under_way, connections, metrics } = shared;
+        let decoders = Budget::new(DECODERS);
+        Self { mounts: Router::default(), gate, hosts, under_way, connections, decoders, metrics }
     }
+
+    /// Finds out who sends a request, and whether it may make this request at all.
+    async fn authenticate(&self, call: &Call, headers: &HeaderMap) -> Result<()> {
+        let identified = match self.gate.identify(call, headers) {
+            Authentication::Done(done) => done,
+            Authentication::Pending(pending) => pending.await,
+        };
+        self.gate.pass(call, identified)
+    }
+}
+
+/// What all mounts of a port share with the rest of the server.
+#[derive(Debug)]
+pub(crate) struct PortContext {
+    /// Finds out who calls, and lets requests into instances.
+    pub(crate) gate: Gate,
+    /// The host names that requests may use.
+    pub(crate) hosts: Hosts,
+    /// Counts the requests that a shutdown waits for.
+    pub(crate) under_way: UnderWay,
+    /// The open connections of all ports.
+    pub(crate) connections: Connections,
+    /// Counts the requests that are over.
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// What the port serves, for people who open it in a browser or mistake its paths.
@@ -111,7 +147,8 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let permissions = found.as_ref().ok().map(|(_, place)| place.permissions);
     let unfinished = port.under_way.begin();
     let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
-    let mut line = RequestLine::new(&call, &ends.client, request.method(), request.uri());
+    let what = (request.method(), request.uri());
+    let mut line = RequestLine::new(&call, &port, &ends.client, what);
     let host = port.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
@@ -122,13 +159,21 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
         line.refused(why);
         return line.follow(response);
     }
+    if let Err(error) = port.authenticate(&call, request.headers()).await {
+        line.failed(&error);
+        return line.follow(port.challenged(status::of(&error)));
+    }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
     let caller = call.caller();
     let place = port.connections.calls().take(caller, 1);
     let decoder = is_encoded.then(|| port.decoders.take(caller, 1)).transpose();
     let response = match (place, decoder) {
         (Ok(place), Ok(_decoder)) => {
-            let response = dispatch(&port.mounts, found, request, &call).await;
+            let mut standing = Standing::new(port.gate.clone(), call.clone());
+            let response = select! {
+                response = dispatch(&port.mounts, found, request, &call) => response,
+                error = standing.ended() => Err(error),
+            };
             line.hold(place);
             response
         }
@@ -139,9 +184,21 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     };
     let response = response.unwrap_or_else(|error| {
         line.failed(&error);
-        status::of(&error)
+        port.challenged(status::of(&error))
     });
     line.follow(response)
+}
+
+impl Port {
+    /// Adds to a response with status 401 how a client can authenticate (RFC 9110, 11.6.1).
+    fn challenged(&self, mut response: Response) -> Response {
+        if response.status() == StatusCode::UNAUTHORIZED {
+            for challenge in self.gate.challenges() {
+                response.headers_mut().append(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+            }
+        }
+        response
+    }
 }
 
 /// The response to a request that may be retried after a second.
@@ -176,6 +233,7 @@ async fn dispatch(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{access::authenticator::Authenticator, instance::Instances};
     use futures::future::ready;
     use router::{OPEN, Route, RoutePlace};
     use tokio::{
@@ -185,7 +243,7 @@ mod tests {
 
     const NUMBERS: &[Route] = &[Route { at: RoutePlace::Path("numbers"), methods: OPEN, shown: "/numbers" }];
 
-    /// A mount such as /metrics will be.
+    /// The smallest mount.
     #[derive(Debug)]
     struct Numbers;
 
@@ -211,7 +269,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_mount_takes_one_line() {
-        let mut port = Port::empty(Hosts::default(), UnderWay::default(), Connections::default());
+        let mut port = Port::empty(PortContext {
+            gate: Gate::new(Instances::new([""]).unwrap(), Authenticator::open()),
+            hosts: Hosts::default(),
+            under_way: UnderWay::default(),
+            connections: Connections::default(),
+            metrics: Arc::default(),
+        });
         port.mounts.mount(front::ROUTES, Box::new(Front { page: "front".into() }));
         port.mounts.mount(NUMBERS, Box::new(Numbers));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -222,8 +286,7 @@ mod tests {
             ("HEAD", "/numbers", "200", ""),
             ("PUT", "/numbers", "405", "GET, HEAD"),
             ("GET", "/", "200", "front"),
-            ("GET", "/healthz", "200", "ok"),
-            ("GET", "/cas/1", "404", "it serves /healthz (health check), /numbers"),
+            ("GET", "/cas/1", "404", "it serves /numbers"),
         ] {
             let answer = ask(address, method, path).await;
             let (head, body) = answer.split_once("\r\n\r\n").unwrap();

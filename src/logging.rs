@@ -12,13 +12,14 @@
 mod event;
 mod hand_over;
 mod json;
+mod settings;
 mod text;
 
 pub use event::{Event, FIELDS_MAX, Field};
 pub use json::write_json;
+pub use settings::{LogConfig, LogFormat};
 pub use text::write_text;
 
-use crate::config::{LogConfig, LogFormat};
 use arc_swap::ArcSwap;
 use hand_over::{HandOver, Pace};
 use log::{Level, Log, Metadata, Record};
@@ -172,6 +173,11 @@ pub fn print(text: &str) {
         Some(out) => out.put_urgent(text.as_bytes()),
         None => drop(io::stderr().write_all(text.as_bytes())),
     }
+}
+
+/// The number of lines of this process that standard error did not accept, or too slowly.
+pub fn lines_dropped() -> u64 {
+    OUT.get().map_or(0, HandOver::missing)
 }
 
 /// Waits until all earlier lines are written, for a limited time. Blocks, so call it only at the end of the process.

@@ -47,6 +47,7 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
             .with("error", problem)
             .log(format_args!("the supervisor cannot be told how the server is: {problem}"));
     }
+    supervisor.status("opening the store");
     let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));
     let load = move || load_settings(&args, environment(), sockets.clone());
     match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready))

@@ -1,15 +1,18 @@
-//! One log line for each request, written when its response has ended or its client is gone.
+//! One log line for each request, and its metrics, when its response has ended or its client is gone.
 //!
 //! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are rate-limited
 //! per peer and then only counted (`Connections::takes_line`).
 
-use super::LOG;
+use super::{LOG, Port};
 use crate::{
+    access::audit::Denial,
     budget::Share,
-    call::{Call, ConnectionInfo},
+    call::{Call, ConnectionInfo, Notes},
     connections::{End, OpenCall},
+    gate::{Gate, Standing},
     instance::Instance,
     logging::{Event, Field},
+    telemetry::{EndedRequest, Metrics},
 };
 use axum::{
     body::{Body, Bytes, HttpBody},
@@ -21,8 +24,9 @@ use http_body::{Frame, SizeHint};
 use log::Level;
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Longest path in a line, in bytes.
@@ -36,9 +40,11 @@ const ERROR_MAX_BYTES: usize = 512;
 #[derive(Debug)]
 pub(super) struct RequestLine {
     call: Call,
+    gate: Gate,
     method: String,
     path: String,
     connection: ConnectionInfo,
+    metrics: Arc<Metrics>,
     _open: OpenCall,
     started: Instant,
     status: Option<StatusCode>,
@@ -48,12 +54,19 @@ pub(super) struct RequestLine {
 
 impl RequestLine {
     /// Creates the line of a request that has just begun.
-    pub(super) fn new(call: &Call, connection: &ConnectionInfo, method: &Method, uri: &Uri) -> Self {
+    pub(super) fn new(
+        call: &Call,
+        port: &Port,
+        connection: &ConnectionInfo,
+        (method, uri): (&Method, &Uri),
+    ) -> Self {
         Self {
             call: call.clone(),
+            gate: port.gate.clone(),
             method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
             path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
             connection: connection.clone(),
+            metrics: port.metrics.clone(),
             _open: connection.state.begin_call(),
             started: Instant::now(),
             status: None,
@@ -90,30 +103,53 @@ impl RequestLine {
         !is_cheap || self.connection.connections.takes_line(self.connection.caller().peer, end)
     }
 
+    fn count(&self, took: Duration, notes: &Notes) {
+        let request = EndedRequest { took, bytes_in: self.call.bytes_in(), bytes_out: self.call.bytes_out() };
+        self.metrics.http.ended(&self.method, self.status.map(|status| status.as_u16()), request);
+        if let (Some(is_hit), Some(instance)) = (notes.cached, self.call.instance()) {
+            let instance = (usize::from(instance.id().0), instance.name());
+            self.metrics.lookups.count(instance, &self.call.client().action_mnemonic, is_hit);
+        }
+    }
+
     /// Attaches the line to a response until the response has ended.
     pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
-        response.map(|inner| Body::new(CountedBody { inner, line: self }))
+        let standing = Standing::new(self.gate.clone(), self.call.clone());
+        response.map(|inner| Body::new(CountedBody { inner, line: self, standing }))
     }
 }
 
 impl Drop for RequestLine {
     fn drop(&mut self) {
         self.call.end();
+        if let Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) = self.status {
+            self.gate.record(&Denial {
+                kind: self.call.denial(),
+                method: &self.method,
+                peer: self.connection.address(),
+                principal: self.call.principal(),
+                instance: self.call.instance().map(Instance::name),
+                error: &self.error,
+            });
+        }
+        let (took, notes) = (self.started.elapsed(), self.call.take_notes());
+        self.count(took, &notes);
         if !log::log_enabled!(target: LOG, Level::Info) || !self.is_listed() {
             return;
         }
-        let (instance, blob) = (self.call.instance(), self.call.take_notes().blob);
+        let (instance, blob) = (self.call.instance(), notes.blob);
         let told = self.status.map_or("gone", |status| status.canonical_reason().unwrap_or_default());
         Event::info(LOG, "http_finished")
             .with("method", &self.method)
             .with("path", &self.path)
-            .with("duration_us", u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
+            .with("duration_us", u64::try_from(took.as_micros()).unwrap_or(u64::MAX))
             .with("bytes_in", self.call.bytes_in())
             .with("bytes_out", self.call.bytes_out())
             .with_shown("peer", &self.connection.address())
             // Without a status, the client left before the response.
             .with_some("http_status", self.status.map(|status| status.as_u16()))
+            .with_some("principal", self.call.known_principal())
             .with_some("instance", instance.map(Instance::name))
             .with_some("digest", blob.as_ref().map(|blob| Field::Shown(blob)))
             .with_said("error", &self.error)
@@ -127,6 +163,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Body,
         line: RequestLine,
+        standing: Standing,
     }
 }
 
@@ -141,7 +178,12 @@ impl HttpBody for CountedBody {
         let this = self.project();
         // The transport polls again when the client has taken the previous piece.
         this.line.call.client_moved();
-        let frame = ready!(this.inner.poll_frame(context));
+        let polled = this.inner.poll_frame(context);
+        let frame = match this.standing.poll(context, polled.is_pending()) {
+            // Whoever reads the response finds it incomplete.
+            Poll::Ready(error) => Some(Err(axum::Error::new(error))),
+            Poll::Pending => ready!(polled),
+        };
         this.line.call.wait_for_client();
         match &frame {
             Some(Ok(frame)) => {

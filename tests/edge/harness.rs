@@ -6,6 +6,7 @@ use crate::support::{
 };
 use actix::{Actor, Context, Handler, Message};
 use gorego::{
+    access::authenticator::Authenticator,
     actors::{
         cas::CasActor,
         scheduler::{
@@ -58,13 +59,14 @@ impl Server {
         });
         let endpoint = Endpoint::start(Edge {
             assets: None,
-            gate: Gate::new(instances),
+            gate: Gate::new(instances, Authenticator::open()),
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone(), Default::default())),
             log_streams: log_streams(executes, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
             administration: Default::default(),
+            metrics: Default::default(),
             settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
@@ -181,8 +183,8 @@ impl Handler<Admit> for FakeScheduler {
             action: message.action,
             inline: message.inline,
             client: message.client,
-            principal: message.principal,
             peer: message.caller.peer,
+            principal: message.principal,
         });
         let (cell, snapshots) = watch::channel(queued());
         self.operations.push((info.clone(), cell));

@@ -12,6 +12,7 @@ use crate::{
 };
 use actix::{Actor, Addr, SyncArbiter};
 use gorego::{
+    access::authenticator::Authenticator,
     actors::{
         cas::{CasActor, InspectStore, client::Cas},
         mail::Mail,
@@ -61,13 +62,14 @@ impl Server {
         let (actors, (cas, scheduler, mail)) = actors(directory.path(), &instances);
         let endpoint = Endpoint::start(Edge {
             assets: None,
-            gate: Gate::new(instances),
+            gate: Gate::new(instances, Authenticator::open()),
             cas: cas.clone(),
             scheduler: Some(Scheduler::new(scheduler.clone(), NodeName::default())),
             log_streams: log_streams(false, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
             administration: Default::default(),
+            metrics: Default::default(),
             settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
@@ -124,6 +126,7 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         limits: PoolLimits::default(),
         tools: None,
         log_streams: log_streams(false, directory),
+        metrics: Default::default(),
     });
     let minute = Duration::from_secs(60);
     let of_scheduler = SchedulerSettings::new(SchedulerConfig {

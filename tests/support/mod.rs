@@ -3,6 +3,7 @@
 //! - [`server`]: the real binary as a process. Most tests use it.
 //! - [`endpoint`]: a gRPC endpoint in the process of the test, for tests that put something else behind it.
 //! - [`images`]: container images.
+//! - [`key_server`], [`tokens`]: the keys and the signed tokens of an issuer.
 //! - [`worker`]: a worker alone, with an in-memory store.
 //! - [`certificates`]: a CA and what it signs.
 //! - [`client`]: clients of all services on one connection.
@@ -15,7 +16,9 @@ pub mod certificates;
 pub mod client;
 pub mod endpoint;
 pub mod images;
+pub mod key_server;
 pub mod server;
+pub mod tokens;
 pub mod worker;
 
 pub use client::*;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod abandoned;
+mod access;
 mod admin;
 mod assets;
 mod cache_interplay;
@@ -21,11 +22,14 @@ mod live;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;
 mod logs;
+mod metrics;
 mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+mod quotas;
 mod reload;
+mod signed_tokens;
 mod supervised;
 #[path = "../support/mod.rs"]
 mod support;

@@ -26,6 +26,7 @@ mod operation;
 mod operations;
 mod options;
 mod probe;
+mod raw;
 mod read;
 mod status;
 pub mod stubs;
@@ -43,6 +44,7 @@ pub use operation::OperationRecord;
 pub use operations::{OperationPage, OperationState, Stage};
 pub use options::ConnectOptions;
 pub use probe::{diagnose, explain};
+pub use raw::Raw;
 
 use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,

@@ -6,7 +6,7 @@ use crate::{
     tls_error,
 };
 use rustls::pki_types::ServerName;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -19,6 +19,9 @@ const HTTP2_OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\
 const INADEQUATE_SECURITY: [u8; 4] = [0, 0, 0, 0xc];
 /// How much of an answer tells its protocol: SETTINGS and GOAWAY of HTTP/2, without their contents.
 const ANSWER_BYTES: usize = 26;
+
+/// Time limit for a server to say that it does not accept the client. One that does accept it says nothing.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What the user can do about a connection that could not be made; `None` if nothing more is known.
 pub async fn explain(options: &ConnectOptions, error: &tonic::transport::Error) -> Option<String> {
@@ -33,10 +36,10 @@ pub async fn explain(options: &ConnectOptions, error: &tonic::transport::Error) 
 /// Finds out why a server that accepts connections answers no calls: it speaks another protocol than that of the endpoint, or
 /// does not accept the client. Connects once more. Returns the end of an error message; `None` if nothing is found.
 pub async fn diagnose(options: &ConnectOptions) -> Option<String> {
-    if let Some(why) = foreign_protocol(options).await {
-        return Some(why.to_owned());
+    if let Ok(Some(why)) = tokio::time::timeout(REFUSAL_TIMEOUT, refusal(options)).await {
+        return Some(why);
     }
-    tokio::time::timeout(CONNECT_TIMEOUT, refusal(options)).await.ok()?
+    foreign_protocol(options).await.map(str::to_owned)
 }
 
 /// What a server with TLS says after the handshake. With TLS 1.3 it looks at the certificate of a client only then, and the
@@ -47,11 +50,8 @@ async fn refusal(options: &ConnectOptions) -> Option<String> {
     let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).ok()?;
     let connector = TlsConnector::from(Arc::new(options.rustls_config().ok()?));
     let stream = TcpStream::connect(server.authority()?).await.ok()?;
-    let exchange = async {
-        let mut stream = connector.connect(name, stream).await?;
-        stream.write_all(HTTP2_OPENING).await?;
-        stream.read_u8().await
-    };
+    // Nothing is sent, since unread bytes at the end of a connection would replace what the server says by a reset.
+    let exchange = async { connector.connect(name, stream).await?.read_u8().await };
     exchange.await.err().and_then(|error| tls_error::explain(&error, host))
 }
 
@@ -78,7 +78,8 @@ fn protocol(answer: &[u8], expects_tls: bool) -> Option<&'static str> {
     const TLS: &str = "the server there speaks TLS; write grpcs:// instead of grpc://";
     const HTTP1: &str = "the server there speaks HTTP/1 and not gRPC; name the port at which it serves gRPC";
     let is_tls = match answer {
-        [b'H', b'T', b'T', b'P', b'/', ..] => return Some(HTTP1),
+        // A server with TLS may say in HTTP/1 that it speaks TLS.
+        [b'H', b'T', b'T', b'P', b'/', ..] => return (!expects_tls).then_some(HTTP1),
         // An alert or handshake record of TLS 1.x.
         [0x15 | 0x16, 3, ..] => true,
         // SETTINGS of HTTP/2, and what goREgo sends at a TLS port.
@@ -102,8 +103,9 @@ mod tests {
 
     #[tokio::test]
     async fn what_speaks_another_protocol_is_named() {
-        let cases: [(&str, &[u8], Option<&str>); 8] = [
+        let cases: [(&str, &[u8], Option<&str>); 9] = [
             ("grpc", b"HTTP/1.1 400 Bad Request\r\n\r\n", Some("HTTP/1")),
+            ("grpcs", b"HTTP/1.1 400 Bad Request\r\n\r\n", None),
             ("grpc", &[0x15, 3, 1, 0, 2, 2, 70], Some("write grpcs://")),
             ("grpcs", &[0x15, 3, 1, 0, 2, 2, 70], None),
             ("grpc", b"\0\0\0\x04\0\0\0\0\0\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0c", Some("write grpcs://")),

@@ -8,9 +8,12 @@ use super::{
     },
     slots::{PoolId, PoolStatus},
 };
-use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance, policy::Principal};
+use crate::{
+    access::principal::Principal, actors::cas::resolve::Resolution, caller::Caller, instance::Instance,
+    quotas::OperationLimits,
+};
 use gorego_reapi::{digest::Digest, error::Result};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// Admits an action and creates an operation for it. The operation joins a task of the same action, waits in the queue, or is
 /// over at once because the action cannot run. An operation with a cached result is over at once too, but see [`Record`].
@@ -47,18 +50,20 @@ pub struct Submit {
     pub inline: Inline,
     /// The RequestMetadata of the client.
     pub client: ClientInfo,
-    /// Who sent the request.
-    pub principal: Principal,
     /// The connection and peer of the request.
     pub caller: Caller,
+    /// Who sends it, and owns the operation.
+    pub principal: Principal,
+    /// How many operations its sender may have.
+    pub limits: OperationLimits,
 }
 
 impl Submit {
     /// The immutable part of the operation for this request, and its priority.
     pub(crate) fn into_info(self, id: OperationId) -> (Arc<OperationInfo>, i32) {
-        let Self { instance, action, priority, inline, client, principal, caller, .. } = self;
-        let peer = caller.peer;
-        (Arc::new(OperationInfo { id, instance, action, inline, client, principal, peer }), priority)
+        let Self { instance, action, priority, inline, client, caller, principal, .. } = self;
+        let peer = principal.peer(caller.peer);
+        (Arc::new(OperationInfo { id, instance, action, inline, client, peer, principal }), priority)
     }
 }
 
@@ -145,6 +150,8 @@ pub struct OperationFilter {
     pub pool: Option<String>,
     /// The name of the worker that runs or ran it.
     pub worker: Option<String>,
+    /// Its owner.
+    pub owner: Option<Principal>,
 }
 
 /// A page of operations; the answer to [`ListOperations`].
@@ -212,6 +219,24 @@ pub struct RemovePool {
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "Vec<PoolStatus>")]
 pub struct ListPools;
+
+/// Asks for the numbers of each pool, in order of preference. The answer costs O(pools), however many tasks there are.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Vec<PoolMeasurement>")]
+pub struct Measure;
+
+/// A pool in numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolMeasurement {
+    /// Its name, its state and its slots.
+    pub status: PoolStatus,
+    /// Tasks that wait and would run here if every pool had a free slot. Each waiting task counts for one pool.
+    pub waiting: usize,
+    /// How long ago the oldest of them was submitted.
+    pub oldest: Option<Duration>,
+    /// The slots that would be busy now if there were enough: those that run tasks, and one for each task that waits.
+    pub desired: usize,
+}
 
 /// Has the scheduler admit no more actions. Replies when no task is left.
 #[derive(Debug, Clone, Copy, actix::Message)]

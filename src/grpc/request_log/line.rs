@@ -1,15 +1,21 @@
-//! The log line of an RPC: its fields and their format.
+//! The log line of an RPC: its fields and their format. Its metrics are counted at the same time.
 
 use super::{ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, TARGET};
 use crate::{
-    call::Call,
+    access::audit::Denial,
+    call::{Call, Notes},
     connections::{End, OpenCall},
+    gate::Gate,
     instance::Instance,
     logging::{Event, Field},
+    telemetry::{EndedRequest, Metrics},
 };
 use gorego_reapi::status;
 use http::{HeaderMap, Uri};
-use std::time::Instant;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tonic::Code;
 
 /// The error of a call whose client left before the end of its request.
@@ -19,6 +25,8 @@ const BROKEN_OFF: &str = "the request broke off before its end";
 #[derive(Debug)]
 pub(super) struct RpcLine {
     pub call: Call,
+    pub gate: Gate,
+    pub metrics: Arc<Metrics>,
     pub started: Instant,
     pub uri: Uri,
     /// `None` until the call has ended by itself.
@@ -63,15 +71,39 @@ impl RpcLine {
 impl Drop for RpcLine {
     fn drop(&mut self) {
         self.call.end();
+        if let (Some(Code::PermissionDenied | Code::Unauthenticated), Some(peer)) =
+            (self.code, self.call.peer())
+        {
+            self.gate.record(&Denial {
+                kind: self.call.denial(),
+                method: short_method(self.uri.path()),
+                peer,
+                principal: self.call.principal(),
+                instance: self.call.instance().map(Instance::name),
+                error: &self.error,
+            });
+        }
+        let (took, notes) = (self.started.elapsed(), self.call.take_notes());
+        self.count(took, &notes);
         if log::log_enabled!(target: TARGET, log::Level::Info) && self.is_listed() {
-            self.log();
+            self.log(took, notes);
         }
     }
 }
 
 impl RpcLine {
-    fn log(&self) {
-        let (client, instance, notes) = (self.call.client(), self.call.instance(), self.call.take_notes());
+    fn count(&self, took: Duration, notes: &Notes) {
+        let request = EndedRequest { took, bytes_in: self.call.bytes_in(), bytes_out: self.call.bytes_out() };
+        let code = self.code.unwrap_or(Code::Cancelled);
+        self.metrics.rpcs.ended(self.uri.path(), code as usize, request);
+        if let (Some(is_hit), Some(instance)) = (notes.cached, self.call.instance()) {
+            let instance = (usize::from(instance.id().0), instance.name());
+            self.metrics.lookups.count(instance, &self.call.client().action_mnemonic, is_hit);
+        }
+    }
+
+    fn log(&self, took: Duration, notes: Notes) {
+        let (client, instance) = (self.call.client(), self.call.instance());
         let (method, code) = (short_method(self.uri.path()), code_name(self.code.unwrap_or(Code::Cancelled)));
         let operation = instance.zip(notes.operation).map(|(instance, id)| id.name(instance));
         let inner = notes.inner_error.map(|text| status::shorten(text, ERROR_MAX_BYTES)).unwrap_or_default();
@@ -79,11 +111,12 @@ impl RpcLine {
         Event::info(TARGET, RPC_FINISHED)
             .with("method", method)
             .with("grpc_code", code)
-            .with("duration_us", u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
+            .with("duration_us", u64::try_from(took.as_micros()).unwrap_or(u64::MAX))
             .with("bytes_in", self.call.bytes_in())
             .with("bytes_out", self.call.bytes_out())
             .with_some("cached", notes.cached)
             .with_some("peer", peer.as_ref().map(|peer| Field::Shown(peer)))
+            .with_some("principal", self.call.known_principal())
             .with_some("instance", instance.map(Instance::name))
             .with_some("operation", operation.as_ref())
             .with_some("action_digest", notes.action.as_ref().map(|digest| Field::Shown(digest)))
@@ -170,6 +203,7 @@ mod tests {
             Error::Exhausted { message: text(), retry_after: None },
             Error::DiskFull(text()),
             Error::Denied(text()),
+            Error::Unauthenticated(text()),
             Error::Unimplemented(text()),
             Error::Unavailable(text()),
             Error::Cancelled(text()),

@@ -25,6 +25,7 @@ mod listing;
 mod operation;
 mod operations;
 mod options;
+mod probe;
 mod raw;
 mod read;
 mod status;
@@ -33,7 +34,7 @@ mod tls_error;
 mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
-pub use connect::{Identity, Service, explain, foreign_protocol};
+pub use connect::{Identity, Service};
 pub use credentials::{AuthorizedChannel, Credentials};
 pub use endpoint::ServerUri;
 pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
@@ -42,6 +43,7 @@ pub use listing::{ListedFile, Listing, decode_tree};
 pub use operation::OperationRecord;
 pub use operations::{OperationPage, OperationState, Stage};
 pub use options::ConnectOptions;
+pub use probe::{diagnose, explain};
 pub use raw::Raw;
 
 use crate::stubs::{
@@ -123,8 +125,11 @@ impl Client {
         let capabilities = match client.capabilities().await {
             Ok(capabilities) => capabilities,
             Err(error) => {
-                // A server of another protocol accepts the connection, and fails the first call.
-                let other = foreign_protocol(&options).await;
+                // Some servers accept the connection of a client that they will not serve.
+                let other = match &error {
+                    Error::Denied(_) | Error::Unimplemented(_) | Error::Invalid(_) => None,
+                    _ => diagnose(&options).await,
+                };
                 return Err(
                     other.map_or(error, |why| Error::Precondition(format!("{}: {why}", options.endpoint)))
                 );

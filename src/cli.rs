@@ -5,6 +5,7 @@
 
 mod completions;
 mod config;
+mod connect;
 mod exec;
 mod live;
 mod ops;
@@ -16,6 +17,8 @@ mod store;
 mod table;
 mod token;
 mod verify;
+
+pub use connect::ConnectArgs;
 
 use crate::{actors::worker, size::Size};
 use clap::{
@@ -70,7 +73,10 @@ shell); exec cancels its operation first.
 
 Every configuration key can be set by an environment variable: GOREGO_LISTEN_ADDR, GOREGO_EXECUTION__CONCURRENCY;
 `gorego config show` lists the keys. Flags override the environment, which overrides the file, which overrides the
-defaults.";
+defaults.
+
+Client commands read GOREGO_ENDPOINT, GOREGO_INSTANCE, GOREGO_CREDENTIAL_HELPER, and headers from GOREGO_HEADERS, one
+NAME=VALUE in each line.";
 
 /// Bazel remote execution in one binary.
 #[derive(Debug, Parser)]
@@ -123,6 +129,9 @@ pub struct ServerArgs {
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
 }
 
 /// Flags of `gorego serve`.
@@ -248,6 +257,9 @@ pub struct ExecArgs {
     /// The server
     #[arg(long, env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
@@ -299,6 +311,9 @@ pub struct ReplayArgs {
         value_name = "URL"
     )]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
@@ -327,6 +342,9 @@ pub struct VerifyArgs {
     /// The server
     #[arg(env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,

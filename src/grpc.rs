@@ -73,6 +73,7 @@ use crate::{
     },
     instance::Instance,
     log_streams::LogStreams,
+    telemetry::Metrics,
     tls::TlsPort,
     under_way::UnderWay,
 };
@@ -143,6 +144,8 @@ pub struct Edge {
     pub connections: Connections,
     /// What the Admin service acts on, besides the store.
     pub administration: Administration,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     /// The settings that are visible on the wire.
     pub settings: ProtocolSettings,
 }
@@ -248,6 +251,11 @@ impl Edge {
     }
 }
 
+/// The path of every RPC, with the name that its log lines and metrics have.
+pub(crate) fn rpcs() -> impl Iterator<Item = (String, String)> {
+    permissions::rpcs()
+}
+
 /// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when all
 /// open streams have ended and all connections are closed. The caller ends long-lived streams by draining the scheduler and
 /// closing the log streams, and learns from [`Edge::under_way`] when the remaining ones may be cut.
@@ -275,7 +283,7 @@ pub(crate) async fn serve_with(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
-    let gate = edge.gate.clone();
+    let (gate, metrics) = (edge.gate.clone(), edge.metrics.clone());
     let layers = ServiceBuilder::new()
         .layer(answers::AnswersLayer)
         .layer(panic_guard::PanicGuardLayer)
@@ -285,6 +293,7 @@ pub(crate) async fn serve_with(
         inner: service.clone(),
         gate: gate.clone(),
         under_way: under_way.clone(),
+        metrics: metrics.clone(),
         connection,
     };
     serving::serve(accept::connections(listener, connections, tls), of_connection, shutdown).await;

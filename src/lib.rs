@@ -40,6 +40,7 @@ mod signals;
 pub mod size;
 mod spread;
 mod supervisor;
+pub mod telemetry;
 mod tls;
 pub mod under_way;
 mod unhindered;

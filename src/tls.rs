@@ -33,12 +33,7 @@ use gorego_reapi::error::{Error, Result};
 use material::{Material, Protocol};
 use rustls::pki_types::UnixTime;
 use stamps::Stamps;
-use std::{
-    collections::HashMap,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// Target of the log lines of this room.
@@ -72,12 +67,20 @@ pub(crate) struct ServerTls(Arc<TlsState>);
 
 #[derive(Debug)]
 struct TlsState {
-    files: TlsFiles,
     material: ArcSwap<Material>,
     /// Bounds handshakes at both ports together.
     handshakes: Budget,
-    /// Serialises reloads.
-    reloading: Mutex<()>,
+}
+
+/// Files that were read and checked, and are not in force yet.
+#[derive(Debug)]
+pub(crate) struct PreparedTls(Material);
+
+impl PreparedTls {
+    /// What it is, for people.
+    pub(crate) fn description(&self) -> String {
+        format!("certificate until {}", self.0.not_after_text())
+    }
 }
 
 impl ServerTls {
@@ -86,52 +89,57 @@ impl ServerTls {
     /// # Errors
     /// `Precondition` that names the key, the file and what is wrong with it.
     pub(crate) fn open(files: TlsFiles) -> Result<Self> {
-        let material = Material::read(&files)?;
-        let tls = Self(Arc::new(TlsState {
-            files,
-            material: ArcSwap::from_pointee(material),
-            handshakes: Budget::new(handshake::HANDSHAKES),
-            reloading: Mutex::default(),
-        }));
+        let material = ArcSwap::from_pointee(Material::read(files)?);
+        let tls = Self(Arc::new(TlsState { material, handshakes: Budget::new(handshake::HANDSHAKES) }));
         tls.remind();
         Ok(tls)
     }
 
-    /// Reads the files again and uses them for new connections. Blocks. Success and failure are logged.
+    /// Reads and checks files, if they are others than those in force or have changed. Blocks.
     ///
     /// # Errors
-    /// See [`ServerTls::open`]. What was in force before stays in force.
-    pub(crate) fn reload(&self) -> Result<()> {
-        let _one_at_a_time = self.0.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.read_again() {
-            Ok(material) => {
-                let not_after = material.not_after_text();
-                self.0.material.store(Arc::new(material));
-                Event::info(LOG, "tls_reloaded")
-                    .with("not_after", &*not_after)
-                    .log(format_args!("new connections use the certificate that is valid until {not_after}"));
-                self.remind();
-                Ok(())
-            }
-            Err(error) => {
-                Event::error(LOG, "tls_not_reloaded").with_shown("error", &error).log(format_args!(
-                    "the files of [tls] have changed and cannot be used; the earlier ones stay in force: {error}"
-                ));
-                Err(error)
-            }
+    /// See [`ServerTls::open`]; also for a certificate that has expired, unless that in force has too.
+    pub(crate) fn prepare(&self, files: TlsFiles) -> Result<Option<PreparedTls>> {
+        let current = self.material();
+        if *current.files() == files && *current.stamps() == Stamps::of(&files) {
+            return Ok(None);
         }
-    }
-
-    fn read_again(&self) -> Result<Material> {
-        let (material, now) = (Material::read(&self.0.files)?, UnixTime::now().as_secs());
-        if material.has_ended(now) && !self.material().has_ended(now) {
+        let next = Material::read(files)?;
+        let now = UnixTime::now().as_secs();
+        if next.has_ended(now) && !current.has_ended(now) {
             return Err(Error::Precondition(format!(
                 "tls.cert = {}: the certificate has expired ({}), and the earlier one has not",
-                self.0.files.cert.display(),
-                material.not_after_text()
+                next.files().cert.display(),
+                next.not_after_text()
             )));
         }
-        Ok(material)
+        Ok(Some(PreparedTls(next)))
+    }
+
+    /// Uses prepared files for new connections.
+    pub(crate) fn install(&self, prepared: PreparedTls) {
+        let not_after = prepared.0.not_after_text();
+        self.0.material.store(Arc::new(prepared.0));
+        Event::info(LOG, "tls_reloaded")
+            .with("not_after", &*not_after)
+            .log(format_args!("new connections use the certificate that is valid until {not_after}"));
+        self.remind();
+    }
+
+    /// Reads the files again if they have changed, and uses them for new connections. Blocks. Success and failure are logged.
+    ///
+    /// # Errors
+    /// See [`ServerTls::prepare`]. What was in force before stays in force.
+    fn reload(&self) -> Result<()> {
+        let prepared = self.prepare(self.material().files().clone()).inspect_err(|error| {
+            Event::error(LOG, "tls_not_reloaded").with_shown("error", &error).log(format_args!(
+                "the files of [tls] have changed and cannot be used; the earlier ones stay in force: {error}"
+            ));
+        })?;
+        if let Some(prepared) = prepared {
+            self.install(prepared);
+        }
+        Ok(())
     }
 
     /// When the certificate of the server expires, in seconds since 1970.
@@ -170,8 +178,8 @@ impl ServerTls {
                  revocations are unknown"
             ));
         }
-        if self.0.material.load().key_is_exposed() {
-            Event::warn(LOG, "tls_key_exposed").with_shown("path", &self.0.files.key.display()).log(
+        if material.key_is_exposed() {
+            Event::warn(LOG, "tls_key_exposed").with_shown("path", &material.files().key.display()).log(
                 format_args!(
                     "every user of this machine can read the private key (tls.key); chmod it to 0600"
                 ),
@@ -184,25 +192,26 @@ impl ServerTls {
     pub(crate) async fn watch(self, connections: Connections) {
         let mut ticks = interval(WATCH_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Those of the material in force, or of the last attempt.
-        let mut used = self.stamps().await;
-        let mut seen = used.clone();
+        let (mut seen, mut refused) = (None, None);
         let (mut checked, mut reminded) = (Instant::now(), Instant::now());
+        let mut checked_with = self.0.material.load_full();
         loop {
             ticks.tick().await;
-            let found = self.stamps().await;
-            let has_changed = found != used && found == seen;
-            if has_changed {
+            let current = self.0.material.load_full();
+            let found = Some(self.stamps(current.files().clone()).await);
+            let is_new = found.as_ref() != Some(current.stamps()) && found != refused;
+            if is_new && found == seen {
                 let tls = self.clone();
                 // The outcome is in the log.
-                let _ = tokio::task::spawn_blocking(move || tls.reload()).await;
-                used = found.clone();
+                let reloaded = tokio::task::spawn_blocking(move || tls.reload()).await;
+                refused = if matches!(reloaded, Ok(Ok(()))) { None } else { found.clone() };
             }
             seen = found;
-            if has_changed || checked.elapsed() >= RECHECK_INTERVAL {
+            let current = self.0.material.load_full();
+            if !Arc::ptr_eq(&checked_with, &current) || checked.elapsed() >= RECHECK_INTERVAL {
                 let (tls, connections) = (self.clone(), connections.clone());
                 let _ = tokio::task::spawn_blocking(move || tls.check(&connections)).await;
-                checked = Instant::now();
+                (checked, checked_with) = (Instant::now(), current);
             }
             if reminded.elapsed() >= REMIND_INTERVAL {
                 self.remind();
@@ -211,8 +220,7 @@ impl ServerTls {
         }
     }
 
-    async fn stamps(&self) -> Stamps {
-        let files = self.0.files.clone();
+    async fn stamps(&self, files: TlsFiles) -> Stamps {
         tokio::task::spawn_blocking(move || Stamps::of(&files)).await.unwrap_or_default()
     }
 

@@ -295,4 +295,33 @@ mod tests {
             assert!(ClientCertificate::parse(&[bytes.into()]).is_err());
         }
     }
+
+    #[test]
+    fn a_certificate_with_any_changed_bit_has_printable_names_or_is_refused() {
+        let certificate = made(|params| {
+            params.distinguished_name.push(DnType::CommonName, "alice");
+            params.subject_alt_names = vec![
+                SanType::DnsName("alice.example.com".try_into().unwrap()),
+                SanType::URI("spiffe://example.com/ci".try_into().unwrap()),
+            ];
+        });
+        let bytes = certificate.unwrap().chain()[0].to_vec();
+        let mut accepted = 0;
+        for bit in 0..bytes.len() * 8 {
+            let mut changed = bytes.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            let Ok(parsed) = ClientCertificate::parse(&[changed.into()]) else { continue };
+            accepted += 1;
+            assert!(
+                parsed.subject().len() <= SUBJECT_MAX_BYTES && !parsed.subject().contains(char::is_control)
+            );
+            let printable = |name: &CertificateName| {
+                let (CertificateName::Dns(text) | CertificateName::Uri(text) | CertificateName::Email(text)) =
+                    name;
+                !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())
+            };
+            assert!(parsed.names().iter().all(printable));
+        }
+        assert!(accepted > 100, "a change of the signature is not noticed here");
+    }
 }

@@ -28,7 +28,8 @@ const MAX_FILE_BYTES: u64 = 1_000_000;
 /// Prefix of the environment variables that set keys.
 const ENV_PREFIX: &str = "GOREGO_";
 /// Variables with the prefix that are not keys. The command line reads them.
-pub const OTHER_VARIABLES: &[&str] = &["GOREGO_CONFIG", "GOREGO_ENDPOINT", "GOREGO_INSTANCE"];
+pub const OTHER_VARIABLES: &[&str] =
+    &["GOREGO_CONFIG", "GOREGO_CREDENTIAL_HELPER", "GOREGO_ENDPOINT", "GOREGO_HEADERS", "GOREGO_INSTANCE"];
 /// Tables whose keys are chosen by the user.
 const FREE_TABLES: &[&str] =
     &["access.roles", "access.users", "execution.platform", POOLS, "instances", "quotas.principals"];

@@ -45,7 +45,8 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 9] = [
+    /// All reasons, in the order of their indices.
+    pub(crate) const ALL: [Self; 9] = [
         Self::Silent,
         Self::SlowHead,
         Self::Unread,
@@ -70,6 +71,11 @@ impl Reason {
             Self::Noise => "too_many_empty_frames",
             Self::Certificate => "client_certificate_ended",
         }
+    }
+
+    /// Its place in [`Reason::ALL`].
+    pub(super) fn index(self) -> usize {
+        usize::from(self as u8).saturating_sub(1)
     }
 
     fn from_number(number: u8) -> Option<Self> {

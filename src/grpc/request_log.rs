@@ -1,5 +1,5 @@
-//! One log line for each finished RPC. The [`Call`] of the RPC is made here, and handlers add what they know to it. The client is
-//! authenticated here too, before anything of the body is read, so that the line also has the refusals.
+//! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what they know
+//! to it. The client is authenticated here too, before anything of the body is read, so that the line also has the refusals.
 //!
 //! The line is written when the response has ended: after its trailers, or when the client leaves before them, which counts as
 //! CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
@@ -12,6 +12,7 @@ use crate::{
     call::{Call, ConnectionInfo},
     connections::ahead::OpenBody,
     gate::{Gate, Standing},
+    telemetry::Metrics,
     under_way::UnderWay,
 };
 use bytes::Bytes;
@@ -50,6 +51,8 @@ pub(crate) struct RequestLog<S> {
     pub gate: Gate,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
+    /// Counts the calls that are over.
+    pub metrics: Arc<Metrics>,
     /// The connection.
     pub connection: ConnectionInfo,
 }
@@ -79,6 +82,7 @@ where
         let call = Call::begin(Some(connection), client, permissions::of(path), unfinished);
         let line = RpcLine {
             call: call.clone(),
+            metrics: self.metrics.clone(),
             gate: self.gate.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),

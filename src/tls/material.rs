@@ -3,7 +3,7 @@
 //! Whatever would make every handshake fail later is refused here, with the key and the file: a key that belongs to another
 //! certificate, a passphrase, a CA without a list of revoked certificates where lists are used.
 
-use super::TlsFiles;
+use super::{TlsFiles, stamps::Stamps};
 use gorego_reapi::error::{Error, Result};
 use rustls::{
     RootCertStore, ServerConfig,
@@ -50,6 +50,9 @@ pub(super) enum Protocol {
 /// See the top of this file.
 #[derive(Debug)]
 pub(super) struct Material {
+    files: TlsFiles,
+    /// How the files looked before they were read.
+    stamps: Stamps,
     http2: Arc<ServerConfig>,
     http1: Arc<ServerConfig>,
     /// Verifies certificates of clients; `None` if clients are not asked for one.
@@ -67,7 +70,8 @@ impl Material {
     ///
     /// # Errors
     /// `Precondition` that names the key, the file and what is wrong with it.
-    pub(super) fn read(files: &TlsFiles) -> Result<Self> {
+    pub(super) fn read(files: TlsFiles) -> Result<Self> {
+        let stamps = Stamps::of(&files);
         let provider = Arc::new(ring::default_provider());
         let cert = NamedFile::read("tls.cert", &files.cert, FILE_MAX_BYTES)?;
         let key = NamedFile::read("tls.key", &files.key, FILE_MAX_BYTES)?;
@@ -100,7 +104,19 @@ impl Material {
             not_after,
             list_ends: lists.and_then(|lists| lists.ends),
             key_is_exposed: key.mode & OTHERS_READ != 0,
+            stamps,
+            files,
         })
+    }
+
+    /// The files that were read.
+    pub(super) fn files(&self) -> &TlsFiles {
+        &self.files
+    }
+
+    /// How they looked.
+    pub(super) fn stamps(&self) -> &Stamps {
+        &self.stamps
     }
 
     /// The configuration for the handshakes of a port.

@@ -242,9 +242,9 @@ async fn a_resumed_session_is_refused_once_its_certificate_is_revoked() {
         assert_eq!(resumed().await, Ok(HandshakeKind::Full));
         assert_eq!(resumed().await, Ok(HandshakeKind::Resumed), "{version:?}");
         // Only the verifier is replaced, as if the list had come in between: a reload would replace the keys of tickets too.
-        let mut material = Material::read(&world.tls.0.files).unwrap();
+        let mut material = Material::read(world.tls.material().files().clone()).unwrap();
         world.write("crl.pem", &world.ca.revoked(&[&alice]));
-        let now = Material::read(&world.tls.0.files).unwrap();
+        let now = Material::read(world.tls.material().files().clone()).unwrap();
         material.keep_sessions_of(&world.tls.material(), &now);
         world.tls.0.material.store(Arc::new(material));
         assert_eq!(resumed().await, Err(Some(HandshakeProblem::Revoked)), "{version:?}");
@@ -328,7 +328,7 @@ fn a_certificate_is_warned_about_in_its_last_quarter_and_at_most_two_weeks_ahead
         let directory = tempfile::tempdir().unwrap();
         let (cert, key) = ca.server(Valid { from, to }).write(directory.path(), "server");
         let files = TlsFiles { cert, key, client_ca: None, crl: None, client_certificate_required: false };
-        Material::read(&files).unwrap().ends_soon(UnixTime::now().as_secs())
+        Material::read(files).unwrap().ends_soon(UnixTime::now().as_secs())
     };
     assert_eq!(warning(-DAY / 2, DAY / 2), None, "one of a day");
     assert_eq!(warning(-4 * DAY / 5, DAY / 5), Some("expires soon"));

@@ -22,6 +22,7 @@ mod live;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;
 mod logs;
+mod metrics;
 mod operations;
 mod outputs;
 mod pipes;
@@ -32,3 +33,4 @@ mod signed_tokens;
 mod supervised;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;

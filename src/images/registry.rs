@@ -394,6 +394,10 @@ impl ImageSource for Repository<'_> {
         let response = self.get(&format!("blobs/{blob}"), "*/*")?;
         Ok(Box::new(Body { repository: self, response, piece: Vec::new().into() }))
     }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
 }
 
 /// The body of an answer, read on a thread that may block.

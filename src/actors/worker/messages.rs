@@ -110,6 +110,8 @@ pub struct Account {
     pub log: Option<Digest>,
     /// Whether it reached its limit of memory, so that it may succeed with more.
     pub out_of_memory: bool,
+    /// The memory of its largest process, in bytes; 0 if that is not known.
+    pub memory: u64,
 }
 
 /// The action could not be run, or did not end by itself.

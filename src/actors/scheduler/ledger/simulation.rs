@@ -31,7 +31,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 38] = [
+const SIGHTS: [&str; 39] = [
     "joined",
     "explained",
     "in a later pool",
@@ -70,6 +70,7 @@ const SIGHTS: [&str; 38] = [
     "left before its image came",
     "ran out of memory",
     "moved to more memory",
+    "passed a pool in which its kind ran out of memory",
 ];
 
 #[test]
@@ -241,7 +242,8 @@ impl World {
         let priority = self.random.below(5) as i32 - 2;
         let peer = peer(self.random.below(3) as u8);
         let caller = Caller::without_connection(peer);
-        let submit = Submit { priority, caller, ..submit_of(invocation, &work) };
+        let mut submit = Submit { priority, caller, ..submit_of(invocation, &work) };
+        submit.client.target_id = ["", "//a", "//b", "//c"][self.random.below(4)].into();
         let waiting = self.ledger.quota.all().waiting;
         let owner = self.ledger.owner(&OperationInfo {
             id,
@@ -364,8 +366,12 @@ impl World {
                 chosen.is_none_or(|pool| able.contains(&pool)),
                 "a pool has a slot and room for what it runs"
             );
+            let is_learned = assignment.as_ref().is_some_and(|assignment| self.ran_out(assignment));
+            if is_learned && first.is_some_and(|first| at(first) < chosen.and_then(at)) {
+                self.seen.insert("passed a pool in which its kind ran out of memory");
+            }
             assert!(
-                first.is_none_or(|first| chosen.is_some_and(|pool| at(pool) <= at(first))),
+                first.is_none_or(|first| is_learned || chosen.is_some_and(|pool| at(pool) <= at(first))),
                 "no slot idles while there is work for it"
             );
             let kept = able.first().is_some_and(|first| chosen.is_none_or(|pool| at(*first) < at(pool)));
@@ -390,6 +396,14 @@ impl World {
                 self.seen.insert("shared room");
             }
         }
+    }
+
+    /// Whether actions of the same kind have taken more memory than some pool of this task gives.
+    fn ran_out(&self, assignment: &Assignment) -> bool {
+        let Some(task) = self.ledger.tasks.get(&assignment.task) else { return false };
+        let key = self.ledger.peak_key(&task.first);
+        let Some(peak) = key.and_then(|key| self.ledger.peaks.of(key)) else { return false };
+        task.pools.iter().any(|pool| self.ledger.slots.memory(*pool, &assignment.action) < peak)
     }
 
     /// What is left of the room of a pool.

@@ -14,6 +14,7 @@ const SERVICES: &[(&str, &str, &str)] = &[
     ),
     ("google/bytestream/bytestream.proto", ".google.bytestream", "bytestream"),
     ("google/longrunning/operations.proto", ".google.longrunning", "longrunning"),
+    ("gorego/v1/admin.proto", ".gorego.v1", "gorego"),
 ];
 /// The messages of the server that are not the generated ones.
 const FIND_MISSING: [&str; 2] = ["FindMissingBlobsRequest", "FindMissingBlobsResponse"];

@@ -128,6 +128,11 @@ impl Call {
         self.0.connection.as_ref().map(ConnectionInfo::address)
     }
 
+    /// Whether the client is on this machine.
+    pub(crate) fn is_local(&self) -> bool {
+        self.peer().is_some_and(|peer| peer.ip().to_canonical().is_loopback())
+    }
+
     /// The caller for budgets.
     pub(crate) fn caller(&self) -> Caller {
         self.0.connection.as_ref().map(ConnectionInfo::caller).unwrap_or_default()
@@ -144,6 +149,7 @@ impl Call {
             worker: String::new(),
             tool_invocation_id: self.client().tool_invocation_id.clone(),
             peer: self.peer().map(|peer| peer.to_string()).unwrap_or_default(),
+            principal: self.principal().name().to_owned(),
         }
     }
 }

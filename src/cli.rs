@@ -3,13 +3,17 @@
 //! `gorego` without a subcommand is `gorego serve`. All arguments are parsed here; each subcommand has its own file.
 //! Messages for the user go to standard error, requested output goes to standard output.
 
+mod completions;
 mod config;
 mod exec;
 mod live;
+mod ops;
 mod output;
 mod progress;
 mod replay;
 mod serve;
+mod store;
+mod table;
 mod verify;
 
 use crate::{actors::worker, size::Size};
@@ -17,6 +21,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use clap_complete::Shell;
 use gorego_reapi::{digest::DigestFunction, error::Error};
 use gorego_verify::rules::Level;
 use std::{
@@ -53,7 +58,10 @@ const EXIT_CODES: &str = "Exit codes:
   replay       0 same as recorded, or the shell ended; 1 different; 2 it could not be replayed or there is nothing to
                compare with; 129 hung up, 130 interrupted, 143 terminated
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
-  config       0 valid, 2 invalid
+  config       0 valid, 2 invalid; config reload: 0 done, 1 refused by the server, which changed nothing
+  ops, store   0 done, 1 not done or not all of it, 2 invalid command line; ops watch: 0 the action succeeded, 1 it did
+               not, 129 hung up, 130 interrupted, 143 terminated
+  completions  0 printed, 1 could not be written
 If the reader of their output exits early, as `| head` does, all subcommands except serve end by SIGPIPE (141 in a
 shell); exec cancels its operation first.
 
@@ -84,12 +92,31 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Check a server of this API, any server, against the rules that clients rely on
     Verify(VerifyArgs),
+    /// List, show, cancel and watch the operations of a server
+    #[command(subcommand)]
+    Ops(ops::OpsCommand),
+    /// Look at the store of a server
+    #[command(subcommand)]
+    Store(store::StoreCommand),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// The process that starts commands for a worker; not for users
-    #[command(hide = true)]
-    Runner,
+    /// Print a script that completes this command line in a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// The server that a command speaks to.
+#[derive(Debug, Clone, Args)]
+pub struct ServerArgs {
+    /// The server
+    #[arg(long, env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
+    pub endpoint: String,
+    /// Instance name
+    #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
+    pub instance: String,
 }
 
 /// Flags of `gorego serve`.
@@ -142,6 +169,22 @@ pub enum ConfigCommand {
     },
     /// Print the effective values and the source of each
     Show(ServeArgs),
+    /// Have a running server read its configuration again, and say what has changed and what needs a restart
+    Reload(ReloadArgs),
+}
+
+/// The flags of `gorego config reload`.
+#[derive(Debug, Clone, Args)]
+pub struct ReloadArgs {
+    /// Only check the configuration and say what would change
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Print JSON (docs/administration.md)
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// The flags of `gorego exec`.
@@ -300,7 +343,8 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    // Runners come first: they must stay small and single-threaded.
+    // The processes that start commands for workers come first: they must stay small and single-threaded. Users have no such
+    // subcommand.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::RUNNER_SUBCOMMAND) {
         return runner();
     }
@@ -314,8 +358,10 @@ pub fn main() -> ExitCode {
         Some(Command::Exec(args)) => exec::run(args),
         Some(Command::Replay(args)) => replay::run(args),
         Some(Command::Verify(args)) => verify::run(&args),
+        Some(Command::Ops(command)) => ops::run(&command),
+        Some(Command::Store(command)) => store::run(&command),
         Some(Command::Config(command)) => config::run(&command),
-        Some(Command::Runner) => return runner(),
+        Some(Command::Completions { shell }) => completions::run(shell),
     };
     ExitCode::from(code)
 }
@@ -349,6 +395,17 @@ fn explain(error: &clap::Error) -> u8 {
 
 fn runner() -> ExitCode {
     ExitCode::from(u8::try_from(worker::runner_main()).unwrap_or(EXIT_FAILURE))
+}
+
+/// Runs a client command that only waits for a server.
+fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| Error::io("start the async runtime", &error))?.block_on(work)
+}
+
+/// Prints a remark to standard error. A failure to write it is ignored.
+fn remark(text: &str) {
+    let _ = writeln!(io::stderr(), "gorego: {text}");
 }
 
 /// Prints an error to standard error. A failure to write it is ignored.

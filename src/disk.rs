@@ -47,6 +47,17 @@ const EXT4: i64 = 0xEF53;
 /// Blocks that ext4 reserves even from root, unless two per cent of the disk is less.
 const EXT4_KEPT_BLOCKS: u64 = 4_096;
 
+/// How much of a budget things on disk take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BudgetUse {
+    /// How many there are.
+    pub count: u64,
+    /// The bytes that they take.
+    pub bytes: u64,
+    /// The most bytes that they may take.
+    pub max_bytes: u64,
+}
+
 /// The free space of a file system at one moment, for this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {

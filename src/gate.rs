@@ -42,16 +42,33 @@ impl Gate {
         self.admit(call, name, Some(is_listed.then_some(permission).ok_or_else(no_row)?))
     }
 
+    /// Lets a request act on the server as a whole, if its principal is an administrator of every instance.
+    ///
+    /// # Errors
+    /// `Denied`.
+    pub(crate) fn administer(&self, call: &Call) -> Result<()> {
+        self.instances.all().iter().try_for_each(|instance| self.check(call, instance, Permission::Admin))
+    }
+
     /// Whether the principal of a request has a permission in an instance.
     pub(crate) fn permits(&self, call: &Call, instance: &Instance, permission: Permission) -> bool {
-        self.policy.permit(call.principal(), instance, permission).is_ok()
+        self.check(call, instance, permission).is_ok()
     }
 
     fn admit(&self, call: &Call, name: &str, needed: Option<Permission>) -> Result<Instance> {
         let instance = self.instances.get(name)?;
         call.note_instance(&instance);
-        needed.map_or(Ok(()), |needed| self.policy.permit(call.principal(), &instance, needed))?;
+        needed.map_or(Ok(()), |needed| self.check(call, &instance, needed))?;
         Ok(instance)
+    }
+
+    fn check(&self, call: &Call, instance: &Instance, permission: Permission) -> Result<()> {
+        if permission == Permission::Admin && !call.is_local() {
+            return Err(Error::Denied(
+                "only clients on this machine may administer the server (permission admin); use a loopback address".into(),
+            ));
+        }
+        self.policy.permit(call.principal(), instance, permission)
     }
 }
 

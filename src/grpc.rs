@@ -4,7 +4,7 @@
 //! The files:
 //!
 //! - [`execution`], [`operations`], [`cas`] (with [`get_tree`] and [`chunks`]), [`action_cache`], [`byte_stream`],
-//!   [`log_stream`], [`asset`], [`capabilities`], [`health`]: the services. Reflection comes from the descriptors.
+//!   [`log_stream`], [`asset`], [`capabilities`], [`health`], [`admin`]: the services. Reflection comes from the descriptors.
 //!   [`services`]: what `build.rs` generates. [`permissions`]: what each RPC needs.
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers. [`ask`]: requests to the scheduler.
@@ -16,6 +16,7 @@
 
 pub(crate) mod accept;
 pub(crate) mod action_cache;
+pub(crate) mod admin;
 pub(crate) mod answers;
 pub mod ask;
 pub(crate) mod asset;
@@ -52,13 +53,14 @@ use crate::{
         cas::client::Cas,
         scheduler::{operation::OperationId, settings::Priorities},
     },
+    administration::Administration,
     call::Call,
     config::{CommittedSize, Config},
     connections::Connections,
     gate::Gate,
     grpc::services::{
-        action_cache_server::ActionCacheServer, byte_stream_server::ByteStreamServer,
-        capabilities_server::CapabilitiesServer,
+        action_cache_server::ActionCacheServer, admin_server::AdminServer,
+        byte_stream_server::ByteStreamServer, capabilities_server::CapabilitiesServer,
         content_addressable_storage_server::ContentAddressableStorageServer,
         execution_server::ExecutionServer, fetch_server::FetchServer,
         log_stream_service_server::LogStreamServiceServer, operations_server::OperationsServer,
@@ -66,6 +68,7 @@ use crate::{
     },
     instance::Instance,
     log_streams::LogStreams,
+    telemetry::Metrics,
     under_way::UnderWay,
 };
 use ask::Scheduler;
@@ -133,6 +136,10 @@ pub struct Edge {
     pub under_way: UnderWay,
     /// The open connections and their limits.
     pub connections: Connections,
+    /// What the Admin service acts on, besides the store.
+    pub administration: Administration,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     /// The settings that are visible on the wire.
     pub settings: ProtocolSettings,
 }
@@ -189,6 +196,11 @@ impl Edge {
     }
 }
 
+/// The path of every RPC, with the name that its log lines and metrics have.
+pub(crate) fn rpcs() -> impl Iterator<Item = (String, String)> {
+    permissions::rpcs()
+}
+
 /// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when all
 /// open streams have ended and all connections are closed. The caller ends long-lived streams by draining the scheduler and
 /// closing the log streams, and learns from [`Edge::under_way`] when the remaining ones may be cut.
@@ -201,7 +213,8 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
+    let (under_way, connections, metrics) =
+        (edge.under_way.clone(), edge.connections.clone(), edge.metrics.clone());
     let layers = ServiceBuilder::new()
         .layer(answers::AnswersLayer)
         .layer(panic_guard::PanicGuardLayer)
@@ -210,6 +223,7 @@ pub async fn serve(
     let of_connection = |connection| request_log::RequestLog {
         inner: service.clone(),
         under_way: under_way.clone(),
+        metrics: metrics.clone(),
         connection,
     };
     serving::serve(accept::connections(listener, connections), of_connection, shutdown).await;
@@ -245,7 +259,8 @@ where
         .add(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
         .add(limited!(FetchServer::new(asset::AssetService(edge.clone()))))
         .add(limited!(PushServer::new(asset::AssetService(edge.clone()))))
-        .add(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge))))
+        .add(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge.clone()))))
+        .add(limited!(AdminServer::new(admin::AdminService(edge))))
         .add(HealthServer::new(HealthService::from_health_reporter(health.reporter())))
         .add(reflection().build_v1().map_err(unusable)?)
         .add(reflection().build_v1alpha().map_err(unusable)?);

@@ -39,9 +39,11 @@ use crate::{
     },
     budget::{Bounds, Budget},
     caller::{Caller, Peer},
+    disk::BudgetUse,
     host::ImageRegistry,
     logging::Event,
 };
+use arc_swap::ArcSwap;
 use cache::{ImageCache, ImageLease};
 use digest::ImageDigest;
 use flights::Flights;
@@ -118,7 +120,7 @@ pub struct Images(Arc<ImagesState>);
 
 #[derive(Debug)]
 struct ImagesState {
-    settings: ImageSettings,
+    settings: ArcSwap<ImageSettings>,
     cache: Arc<ImageCache>,
     registries: RegistryClients,
     runtime: Handle,
@@ -140,7 +142,7 @@ impl Images {
         let cache = ImageCache::open(&build_root.join("images"), settings.max_bytes)?;
         let places = |what, most| Budget::new(Bounds::shared(what, most));
         Ok(Self(Arc::new(ImagesState {
-            settings,
+            settings: ArcSwap::from_pointee(settings),
             cache,
             registries,
             runtime,
@@ -169,13 +171,30 @@ impl Images {
         let _ = thread::Builder::new().name("gorego-prefetch".into()).spawn(fetch);
     }
 
+    /// The room that the unpacked images take.
+    pub(crate) fn usage(&self) -> BudgetUse {
+        self.0.cache.usage()
+    }
+
     fn tags(&self) -> MutexGuard<'_, HashMap<ImageReference, ImageDigest>> {
         self.0.tags.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Replaces which images actions may name. Pulls that are under way and images that are unpacked are not affected.
+    pub(crate) fn allow(&self, registries: Vec<ImageRegistry>, layouts: Vec<PathBuf>, tags: TagPolicy) {
+        let settings = ImageSettings { registries, layouts, tags, ..(*self.settings()).clone() };
+        self.0.settings.store(Arc::new(settings));
+    }
+
+    fn settings(&self) -> Arc<ImageSettings> {
+        self.0.settings.load_full()
+    }
+
     /// The registry of an image, if it has one. An origin that is not listed is refused.
-    fn check_origin(&self, origin: &ImageOrigin) -> Result<Option<&ImageRegistry>> {
-        let settings = &self.0.settings;
+    fn check_origin<'a>(
+        settings: &'a ImageSettings,
+        origin: &ImageOrigin,
+    ) -> Result<Option<&'a ImageRegistry>> {
         match origin {
             ImageOrigin::Layout(path) => layout::check_path(path, &settings.layouts).map(|_| None),
             ImageOrigin::Registry { registry: host, .. } => {
@@ -192,17 +211,16 @@ impl Images {
     /// Where the image of this name comes from, if that is allowed.
     fn source<'a>(
         &'a self,
+        settings: &'a ImageSettings,
         reference: &'a ImageReference,
         time: PullTime,
     ) -> Result<Box<dyn ImageSource + 'a>> {
-        let registry = self.check_origin(&reference.origin)?;
+        let registry = Self::check_origin(settings, &reference.origin)?;
         match (&reference.origin, registry) {
             (ImageOrigin::Registry { repository, .. }, Some(registry)) => {
                 Ok(Box::new(Repository::new(&self.0.registries, registry, repository, time)?))
             }
-            (ImageOrigin::Layout(path), _) => {
-                Ok(Box::new(LayoutDirectory::open(path, &self.0.settings.layouts)?))
-            }
+            (ImageOrigin::Layout(path), _) => Ok(Box::new(LayoutDirectory::open(path, &settings.layouts)?)),
             (ImageOrigin::Registry { .. }, None) => Err(Error::internal("a registry was not checked")),
         }
     }
@@ -218,12 +236,13 @@ impl Images {
 
     /// The digest of an image whose origin is allowed.
     async fn resolve(&self, reference: &ImageReference, caller: Caller) -> Result<ImageDigest> {
-        self.check_origin(&reference.origin)?;
+        let settings = self.settings();
+        Self::check_origin(&settings, &reference.origin)?;
         if let ImageVersion::Digest(digest) = &reference.version {
             return Ok(digest.clone());
         }
         let is_layout = matches!(reference.origin, ImageOrigin::Layout(_));
-        let policy = if is_layout { TagPolicy::EachAction } else { self.0.settings.tags };
+        let policy = if is_layout { TagPolicy::EachAction } else { settings.tags };
         if policy == TagPolicy::Refuse {
             return Err(Error::Precondition(
                 "it is named by a tag, which may mean another image tomorrow; name it by its digest, or see \
@@ -246,8 +265,9 @@ impl Images {
 
     /// The digest that a tag has now. Blocks.
     fn look_up(&self, reference: &ImageReference) -> Result<ImageDigest> {
-        let time = PullTime::starting(self.0.settings.timeout.min(LOOKUP_TIMEOUT));
-        self.source(reference, time)?.resolve(&reference.version)
+        let settings = self.settings();
+        let time = PullTime::starting(settings.timeout.min(LOOKUP_TIMEOUT));
+        self.source(&settings, reference, time)?.resolve(&reference.version)
     }
 
     fn remember(&self, reference: ImageReference, digest: &ImageDigest) {
@@ -261,10 +281,11 @@ impl Images {
     /// Pulls an image that is not there. Blocks.
     fn pull(&self, reference: &ImageReference, digest: &ImageDigest) -> Result<ImageLease> {
         let begun = Instant::now();
-        let time = PullTime::starting(self.0.settings.timeout);
+        let settings = self.settings();
+        let time = PullTime::starting(settings.timeout);
         let cache = &self.0.cache;
         let pull = || {
-            let source = self.source(reference, time)?;
+            let source = self.source(&settings, reference, time)?;
             let unpacked = loop {
                 if let Some(there) = cache.lease(digest) {
                     return Ok(there);

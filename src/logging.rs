@@ -19,13 +19,14 @@ pub use json::write_json;
 pub use text::write_text;
 
 use crate::config::{LogConfig, LogFormat};
+use arc_swap::ArcSwap;
 use hand_over::{HandOver, Pace};
-use log::{Level, Record};
+use log::{Level, Log, Metadata, Record};
 use std::{
     cell::RefCell,
     io::{self, IsTerminal as _, Write as _},
     panic,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
 
@@ -71,6 +72,38 @@ thread_local! {
 /// The writer thread of this process; unset before [`init`].
 static OUT: OnceLock<HandOver> = OnceLock::new();
 
+/// The logger of this process; unset before [`init`].
+static LOGGER: OnceLock<CurrentLogger> = OnceLock::new();
+
+/// A logger whose filter can be replaced.
+struct CurrentLogger {
+    current: ArcSwap<env_logger::Logger>,
+    style: Style,
+}
+
+impl Log for CurrentLogger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.current.load().enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        self.current.load().log(record);
+    }
+
+    fn flush(&self) {
+        self.current.load().flush();
+    }
+}
+
+/// Replaces the filter of the installed logger. The filter is one that the configuration accepts.
+pub(crate) fn set_filter(config: &LogConfig) {
+    let Some(installed) = LOGGER.get() else { return };
+    let logger = logger(config, installed.style, OUT.get());
+    let max_level = logger.filter();
+    installed.current.store(Arc::new(logger));
+    log::set_max_level(max_level);
+}
+
 /// Installs the logger of this process and returns the line format. Further calls have no effect.
 pub fn init(config: &LogConfig) -> Style {
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
@@ -84,7 +117,8 @@ pub fn init(config: &LogConfig) -> Style {
     }
     let logger = logger(config, style, OUT.get());
     let max_level = logger.filter();
-    if log::set_boxed_logger(Box::new(logger)).is_ok() {
+    let installed = LOGGER.get_or_init(|| CurrentLogger { current: ArcSwap::from_pointee(logger), style });
+    if log::set_logger(installed).is_ok() {
         log::set_max_level(max_level);
         panic::set_hook(Box::new(|info| {
             log_panic(info);
@@ -138,6 +172,11 @@ pub fn print(text: &str) {
         Some(out) => out.put_urgent(text.as_bytes()),
         None => drop(io::stderr().write_all(text.as_bytes())),
     }
+}
+
+/// The number of lines of this process that standard error did not accept, or too slowly.
+pub fn lines_dropped() -> u64 {
+    OUT.get().map_or(0, HandOver::missing)
 }
 
 /// Waits until all earlier lines are written, for a limited time. Blocks, so call it only at the end of the process.

@@ -5,10 +5,19 @@ use gorego_reapi::error::{Error, Result};
 
 /// The identity of a client, as far as it has proved one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Principal {
+pub enum Principal {
     /// It has shown no credentials.
     #[default]
     Anonymous,
+}
+
+impl Principal {
+    /// The name in logs and in the provenance of results.
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Self::Anonymous => "anonymous",
+        }
+    }
 }
 
 /// What a request may need.
@@ -30,6 +39,8 @@ pub enum Permission {
     Assets,
     /// To read and write log streams.
     Logs,
+    /// To administer the server.
+    Admin,
 }
 
 /// The permissions of a method. A request needs the first one, unless its handler asks for another of them, which depends on
@@ -75,7 +86,7 @@ mod tests {
     #[test]
     fn an_anonymous_client_may_do_all_that_the_instance_allows() {
         use Permission::*;
-        let all = [CasRead, CasWrite, AcRead, AcWrite, Execute, Operations, Assets, Logs];
+        let all = [CasRead, CasWrite, AcRead, AcWrite, Execute, Operations, Assets, Logs, Admin];
         for (action_cache_updates, execution, denied) in [
             (true, true, &[][..]),
             (false, true, &[AcWrite]),

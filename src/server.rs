@@ -5,7 +5,11 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
+mod observer;
+mod owners;
 pub(crate) mod place;
+mod pools;
+mod reload;
 
 use crate::{
     action::TimeoutPolicy,
@@ -13,33 +17,38 @@ use crate::{
         asset::{AssetActor, AssetSettings, client::Assets, messages::CloseAssets, origins::Origins},
         cas::{CasActor, CloseStore, StoreSettings, client::Cas},
         scheduler::{
-            Pool, SchedulerActor,
+            SchedulerActor,
             messages::{Drain, Inspect},
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
-            slots::PoolSpec,
         },
-        worker::WorkerActor,
     },
+    administration::Administration,
     cgroups::LimitReport,
-    config::{ExecutionSettings, Settings},
+    config::{Config, ExecutionSettings, Loaded, Settings},
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
-    http::{self, cache::Cache, hosts::Hosts},
+    http::{self, cache::Cache, hosts::Hosts, operations::Operations},
     log_streams::{LogSettings, LogStreams, MAX_STREAM_BYTES, StreamLimits},
     logging::{self, Event},
     memory,
     node::NodeName,
-    platform,
+    reload::{Reloadable, Reloader},
     sandbox::probe::Report,
-    signals::StopSignals,
+    signals::{StopSignal, StopSignals},
+    supervisor::{InheritedSockets, Supervision},
+    telemetry::Metrics,
     under_way::UnderWay,
 };
-use actix::{Actor as _, Addr, SyncArbiter};
+use actix::{Actor as _, Addr};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
+use observer::{Observer, PoolWatch};
+use owners::Owners;
 use place::Place;
+use pools::{PoolMaker, Pools};
+use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -47,14 +56,11 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     select,
     sync::oneshot,
-    time::{Instant, interval, timeout_at},
+    time::{Instant, timeout_at},
 };
 
 /// Target of the log lines of this file.
 const LOG: &str = "gorego::server";
-
-/// Interval between checks of the owner actors.
-const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The part of an exit in which cancelled work ends: processes are killed and directories removed.
 const CANCEL_RESERVE: Duration = Duration::from_secs(2);
@@ -82,11 +88,17 @@ pub(crate) struct Ready {
     pub limits: Option<LimitReport>,
 }
 
-/// Runs a server until it is told to stop. `ready` is called once, as soon as requests are answered.
+/// Runs a server until it is told to stop. `load` reads the configuration again for a reload. `ready` is called once, as soon as
+/// requests are answered.
 ///
 /// # Errors
 /// The reason why it could not start, or the death of an owner actor.
-pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static) -> Result<()> {
+pub(crate) fn run(
+    (loaded, settings): (Loaded, Settings),
+    load: impl Fn() -> Result<(Loaded, Settings)> + Send + Sync + 'static,
+    supervision: Supervision,
+    ready: impl FnOnce(Ready) + Send + 'static,
+) -> Result<()> {
     let open_files = raise_open_files();
     let runtime = Builder::new_multi_thread()
         .enable_all()
@@ -104,8 +116,8 @@ pub(crate) fn run(settings: Settings, ready: impl FnOnce(Ready) + Send + 'static
     let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
-        let server = Server::start(settings, store, place, workers).await?;
-        server.serve(ready).await
+        let server = Server::start(settings, supervision, store, place, workers).await?;
+        server.serve(Configuration { config: loaded.config, load: Box::new(load) }, ready).await
     })
 }
 
@@ -180,10 +192,20 @@ struct Server {
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
-    place: Option<Place>,
+    place: Option<Arc<Place>>,
+    pools: Option<Pools>,
+    origins: Origins,
     log_streams: LogStreams,
+    metrics: Arc<Metrics>,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
+    supervision: Supervision,
+}
+
+/// The configuration of the start, and the way to read it again.
+struct Configuration {
+    config: Config,
+    load: Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>,
 }
 
 /// The reason for a shutdown.
@@ -197,34 +219,84 @@ enum Stop {
 impl Server {
     async fn start(
         settings: Settings,
+        mut supervision: Supervision,
         store: CasActor,
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
-        let listener = listen(settings.listen_addr, "listen_addr").await?;
+        let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
+        let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
-            Some(address) => Some(listen(address, "http.listen_addr").await?),
+            Some(address) => Some(listen(http, address, "http.listen_addr").await?),
             None => None,
         };
         let cas = store.launch();
-        let assets = AssetActor::open(asset_settings(&settings), cas.clone(), workers.clone()).launch();
+        let place = place.map(Arc::new);
+        let asset_settings = asset_settings(&settings);
+        let origins = asset_settings.origins.clone();
+        let assets = AssetActor::open(asset_settings, cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
+        let metrics = Arc::new(Metrics::new(grpc::rpcs()));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
         if let Some(place) = &place {
             let build_root = place.build_root.clone();
             cas.relieve_first(move || build_root.relieve_disk());
         }
-        let scheduler = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
+        let pools = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
-            start_scheduler(bounds, execution, place, &cas, log_streams.clone())
+            let (place, execution, cas) = (place.clone(), Arc::new(execution.clone()), cas.clone());
+            let (log_streams, metrics) = (log_streams.clone(), metrics.runs.clone());
+            start_scheduler(bounds, PoolMaker { place, execution, cas, log_streams, metrics }, &workers)
         });
-        Ok(Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers })
+        let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
+        Ok(Self {
+            settings,
+            listener,
+            http,
+            cas,
+            assets,
+            scheduler,
+            place,
+            pools,
+            origins,
+            log_streams,
+            metrics,
+            workers,
+            supervision,
+        })
     }
 
     /// Serves until a signal or fault, then shuts down.
-    async fn serve(self, ready: impl FnOnce(Ready)) -> Result<()> {
-        let Self { settings, listener, http, cas, assets, scheduler, place, log_streams, workers } = self;
+    async fn serve(self, configuration: Configuration, ready: impl FnOnce(Ready)) -> Result<()> {
+        let Self {
+            settings,
+            listener,
+            http,
+            cas,
+            assets,
+            scheduler,
+            place,
+            pools,
+            origins,
+            log_streams,
+            metrics,
+            workers,
+            supervision,
+        } = self;
+        let supervisor = supervision.supervisor.clone();
+        let owners = Owners { cas: cas.clone(), assets: assets.clone(), scheduler: scheduler.clone() };
+        let hosts = Hosts::new(settings.http_hosts.clone());
+        let mut parts: Vec<Box<dyn Reloadable>> = vec![
+            Box::new(ReloadLogFilter::new(&settings.log)),
+            Box::new(ReloadHosts::new(hosts.clone(), &settings)),
+            Box::new(ReloadOrigins::new(origins, &settings.assets)),
+        ];
+        let images = place.as_ref().and_then(|place| place.images.as_ref());
+        parts.extend(ReloadImages::new(images, &settings).map(|part| Box::new(part) as _));
+        parts.extend(pools.map(|pools| Box::new(pools) as _));
+        let Configuration { config, load } = configuration;
+        let reloader = Reloader::new(load, &config, parts, workers.clone());
         let mut signals = StopSignals::of_server()?;
         let address =
             listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
@@ -232,6 +304,14 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
+        let pools = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
+        let observer = Arc::new(Observer::new(
+            metrics.clone(),
+            (cas.clone(), assets.clone()),
+            connections.clone(),
+            pools,
+        ));
+        workers.spawn(observer.clone().tell(health.clone()));
         let edge = Arc::new(Edge {
             gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
@@ -240,6 +320,8 @@ impl Server {
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
+            administration: administration(place.as_deref(), reloader.clone()),
+            metrics: metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -259,15 +341,24 @@ impl Server {
                 grpc::serve(edge, &health, listener, shutdown).await
             }
         });
+        let shared = http::PortContext {
+            hosts,
+            under_way: under_way.clone(),
+            connections: connections.clone(),
+            metrics,
+        };
         let (http_close, mut http_serving) =
-            serve_http(http, &settings, &cas, (&under_way, &connections), &workers)?;
+            serve_http(http, &settings, &cas, (shared, observer.clone()), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
         ready(Ready { address, sandbox, limits });
+        supervisor.ready();
+        // On the actors' thread, so that a thread that is stuck sends no sign of life.
+        actix_rt::spawn(owners.clone().report(supervision, settings.max_size_bytes, workers.clone()));
 
         let stop = select! {
-            signal = signals.next() => Stop::Signal(signal.name()),
-            error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
+            signal = stop_signal(&mut signals, &reloader) => Stop::Signal(signal.name()),
+            error = owners.died() => Stop::Fault(error),
             error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
                 Ok(Ok(())) => Error::internal("the gRPC server stopped by itself"),
@@ -279,6 +370,7 @@ impl Server {
             Stop::Signal(signal) => signal,
             Stop::Fault(error) => return Err(error),
         };
+        supervisor.stopping();
         Event::info(LOG, "server_stopping")
             .with("signal", signal)
             .with("grace_ms", settings.shutdown_grace.as_millis() as u64)
@@ -287,6 +379,7 @@ impl Server {
             ));
         let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
+            observer.drain();
             health.drain().await;
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, exit).await;
@@ -320,7 +413,7 @@ impl Server {
                 std::process::exit(INTERRUPTED);
             }
         }
-        owners_live(&cas, &assets, scheduler.as_ref())?;
+        owners.check()?;
         // Saves the asset bindings and the recent uses, which determine the order of eviction after the next start.
         let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
         if timeout_at(exit.end, closing).await.is_err() {
@@ -334,8 +427,41 @@ impl Server {
     }
 }
 
-/// Listens on the address of this configuration key.
-async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener> {
+/// Waits for the next signal that stops the server. A hangup reloads the configuration instead.
+async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader) -> StopSignal {
+    loop {
+        match signals.next().await {
+            StopSignal::Reload => {
+                let reloader = reloader.clone();
+                // The outcome is logged. A second signal meanwhile is one more reload after this one.
+                tokio::spawn(async move { drop(reloader.reload(false).await) });
+            }
+            stop => return stop,
+        }
+    }
+}
+
+fn administration(place: Option<&Place>, reloader: Reloader) -> Administration {
+    let staged_trees = place.map(|place| {
+        let build_root = place.build_root.clone();
+        Arc::new(move || build_root.staged_usage()) as _
+    });
+    let images = place.and_then(|place| place.images.clone());
+    let images = images.map(|images| Arc::new(move || images.usage()) as _);
+    Administration { staged_trees, images, reloader: Some(reloader), ..Administration::default() }
+}
+
+/// Listens on the socket of the supervisor, if there is one, or on the address of this configuration key.
+async fn listen(
+    inherited: Option<std::net::TcpListener>,
+    address: SocketAddr,
+    key: &str,
+) -> Result<TcpListener> {
+    if let Some(listener) = inherited {
+        return TcpListener::from_std(listener).map_err(|error| {
+            Error::io(&format!("serve on the socket that the supervisor passed for {key}"), &error)
+        });
+    }
     TcpListener::bind(address).await.map_err(|error| match error.kind() {
         ErrorKind::AddrInUse => Error::Precondition(format!(
             "could not listen on {address}: another process listens there, perhaps another goREgo; stop it, or set {key} to \
@@ -353,7 +479,7 @@ fn serve_http(
     listener: Option<TcpListener>,
     settings: &Settings,
     cas: &Cas,
-    (under_way, connections): (&UnderWay, &Connections),
+    (shared, observer): (http::PortContext, Arc<Observer>),
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
@@ -369,8 +495,7 @@ fn serve_http(
         cas: cas.clone(),
         max_blob_bytes: settings.max_blob_bytes,
     };
-    let hosts = Hosts::new(settings.http_hosts.clone());
-    let port = http::Port::new(cache, hosts, under_way.clone(), connections.clone());
+    let port = http::Port::new(cache, Operations { observer }, shared);
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
@@ -401,42 +526,15 @@ fn scheduler_settings(node: NodeName, execution: &ExecutionSettings) -> Schedule
     })
 }
 
-fn start_scheduler(
-    bounds: SchedulerSettings,
-    execution: &ExecutionSettings,
-    place: &Place,
-    cas: &Cas,
-    log_streams: LogStreams,
-) -> Addr<SchedulerActor> {
-    let store = Arc::new(cas.clone());
-    if let Some(images) = &place.images {
-        let named = platform::named_images(execution.pools.iter().map(|pool| &pool.offers));
-        images.prefetch(named.into_iter().map(str::to_owned).collect());
-    }
-    let pools = execution.pools.iter().map(|pool| {
-        let worker = Arc::new(place.worker(execution, pool, log_streams.clone()));
-        let spec = PoolSpec {
-            name: pool.name.clone(),
-            section: if pool.is_declared {
-                format!("execution.pools.{}", pool.name)
-            } else {
-                "execution.platform".into()
-            },
-            worker: worker.name.clone(),
-            slots: pool.slots,
-            offers: pool.offers.clone(),
-            limits: pool.limits,
-            room: pool.room,
-        };
-        let store = store.clone();
-        let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
-        Pool { spec, runner: workers.recipient() }
-    });
-    let scheduler = SchedulerActor::new(bounds, pools.collect(), cas.clone());
-    match &place.images {
+fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
+    maker.prefetch(maker.execution.pools.iter());
+    let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
+    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone());
+    let scheduler = match &maker.place.images {
         Some(images) => scheduler.with_images(Arc::new(images.clone())).start(),
         None => scheduler.start(),
-    }
+    };
+    Pools::new(maker, scheduler, workers.clone())
 }
 
 /// The deadlines of a shutdown.
@@ -484,32 +582,6 @@ async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
     }
 }
 
-/// Completes when an owner actor has died.
-async fn owner_died(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
-    let mut ticks = interval(WATCH_INTERVAL);
-    loop {
-        ticks.tick().await;
-        if let Err(error) = owners_live(cas, assets, scheduler) {
-            return error;
-        }
-    }
-}
-
-/// Fails if an owner actor has died. A panic in a handler closes the actor's address permanently.
-fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Result<()> {
-    if !cas.actor().connected() {
-        return Err(Error::internal("the store's actor died"));
-    }
-    if !assets.actor().connected() {
-        return Err(Error::internal("the asset service's actor died"));
-    }
-    if scheduler.is_some_and(|scheduler| !scheduler.connected()) {
-        return Err(Error::internal("the scheduler's actor died"));
-    }
-    Ok(())
-}
-
-/// The common name of a pool's workers, without the slot: `host`, or `host/pool` for a configured pool.
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -517,13 +589,14 @@ mod tests {
     #[tokio::test]
     async fn an_address_that_is_taken_is_named_with_its_key() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let first = listen(taken, "listen_addr").await.unwrap();
-        let error = listen(taken, "http.listen_addr").await.unwrap_err().to_string();
+        let first = listen(None, taken, "listen_addr").await.unwrap();
+        let error = listen(None, taken, "http.listen_addr").await.unwrap_err().to_string();
         for part in [taken.to_string().as_str(), "another goREgo", "http.listen_addr"] {
             assert!(error.contains(part), "{part} is not in {error}");
         }
         drop(first);
-        let error = listen("192.0.2.1:1".parse().unwrap(), "listen_addr").await.unwrap_err().to_string();
+        let error =
+            listen(None, "192.0.2.1:1".parse().unwrap(), "listen_addr").await.unwrap_err().to_string();
         assert!(error.contains("does not have that address"), "{error}");
     }
 }

@@ -1,10 +1,14 @@
-//! [`StopSignals`]: the signals that ask this process to stop.
+//! [`StopSignals`]: the signals that ask this process to stop, or a server to read its configuration again.
+//!
+//! SIGHUP has two meanings. If a server runs on a terminal, the terminal was closed, and the server stops. Otherwise somebody
+//! asks it to read its configuration again, as of any daemon.
 //!
 //! A signal that was ignored when the process started stays ignored, as `nohup` expects of SIGHUP. A server hears the others in
 //! any case: a shell without job control ignores SIGINT for what it starts in the background, and there must be a way to stop it.
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use gorego_reapi::error::{Error, Result};
+use std::io::{self, IsTerminal as _};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// A signal that asks this process to stop.
@@ -12,6 +16,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(crate) enum StopSignal {
     /// The terminal was closed.
     Hangup,
+    /// The configuration is to be read again.
+    Reload,
     /// Ctrl-C.
     Interrupt,
     /// What a service manager sends.
@@ -19,12 +25,12 @@ pub(crate) enum StopSignal {
 }
 
 impl StopSignal {
-    const ALL: [Self; 3] = [Self::Hangup, Self::Interrupt, Self::Terminate];
+    const STOPS: [Self; 3] = [Self::Hangup, Self::Interrupt, Self::Terminate];
 
     /// The name, such as `SIGTERM`.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Hangup => "SIGHUP",
+            Self::Hangup | Self::Reload => "SIGHUP",
             Self::Interrupt => "SIGINT",
             Self::Terminate => "SIGTERM",
         }
@@ -33,7 +39,7 @@ impl StopSignal {
     /// The number, for an exit code.
     pub(crate) fn number(self) -> u8 {
         match self {
-            Self::Hangup => 1,
+            Self::Hangup | Self::Reload => 1,
             Self::Interrupt => 2,
             Self::Terminate => 15,
         }
@@ -62,7 +68,10 @@ impl StopSignals {
     /// # Errors
     /// Those of the system.
     pub(crate) fn of_server() -> Result<Self> {
-        Self::listen(|stop| stop == StopSignal::Hangup && stop.is_ignored())
+        let has_terminal = io::stdin().is_terminal() || io::stderr().is_terminal();
+        let hangup = if has_terminal { StopSignal::Hangup } else { StopSignal::Reload };
+        let heard = [hangup, StopSignal::Interrupt, StopSignal::Terminate];
+        Self::listen(heard.into_iter().filter(|stop| *stop != hangup || !hangup.is_ignored()))
     }
 
     /// The same for a client command, which no ignored signal stops.
@@ -70,11 +79,10 @@ impl StopSignals {
     /// # Errors
     /// Those of the system.
     pub(crate) fn of_client() -> Result<Self> {
-        Self::listen(StopSignal::is_ignored)
+        Self::listen(StopSignal::STOPS.into_iter().filter(|stop| !stop.is_ignored()))
     }
 
-    fn listen(is_left_out: impl Fn(StopSignal) -> bool) -> Result<Self> {
-        let heard = StopSignal::ALL.into_iter().filter(|stop| !is_left_out(*stop));
+    fn listen(heard: impl Iterator<Item = StopSignal>) -> Result<Self> {
         let listen = |stop: StopSignal| match signal(stop.kind()) {
             Ok(arrivals) => Ok((stop, arrivals)),
             Err(error) => Err(Error::io("listen for signals", &error)),

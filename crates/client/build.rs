@@ -14,6 +14,7 @@ const SERVICES: &[(&str, &str, &str)] = &[
     ),
     ("google/bytestream/bytestream.proto", ".google.bytestream", "bytestream"),
     ("google/longrunning/operations.proto", ".google.longrunning", "longrunning"),
+    ("gorego/v1/admin.proto", ".gorego.v1", "gorego"),
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -14,6 +14,7 @@ const FILES: &[&str] = &[
     "google/rpc/code.proto",
     "google/rpc/error_details.proto",
     "google/rpc/status.proto",
+    "gorego/v1/admin.proto",
     "gorego/v1/gorego.proto",
 ];
 

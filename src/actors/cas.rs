@@ -36,9 +36,9 @@ pub(crate) mod uploads;
 mod view;
 mod volume;
 
-pub use index::Totals;
+pub use index::{Tally, Totals};
 pub use outputs::OutputBatch;
-pub use requests::{CloseStore, InspectStore, StoreInspection};
+pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
 pub use trees::ActionInputs;
 
@@ -126,6 +126,8 @@ pub(crate) struct StoreShared {
     decoders: Budget,
     /// State of splits and splices. It does not say what is stored.
     chunk_work: ChunkWork,
+    /// Held by a purge while it works on a page.
+    purge_turn: tokio::sync::Mutex<()>,
     /// Held while the disk is relieved, which is done once for all callers.
     relief_turn: tokio::sync::Mutex<()>,
     relieved_first: relief::RelievedFirst,
@@ -207,6 +209,7 @@ impl CasActor {
             walks: Walks::default(),
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
+            purge_turn: tokio::sync::Mutex::default(),
             relief_turn: tokio::sync::Mutex::default(),
             relieved_first: relief::RelievedFirst::default(),
             settings,
@@ -438,7 +441,7 @@ impl Receive<Damaged> for CasActor {
 
     fn receive(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
-        let removed = self.change(|index| index.remove(at));
+        let removed = self.change(|index| index.remove_damaged(at));
         if let Some(victim) = removed {
             Event::warn(LOG, "blob_damaged")
                 .with_shown("digest", &victim.file.key.digest)
@@ -453,8 +456,9 @@ impl Receive<InspectStore> for CasActor {
 
     fn receive(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Answer {
         let (running_uploads, partial_uploads) = self.uploads.counts();
-        let totals = self.change(|index| index.totals());
-        MessageResult(StoreInspection { totals, running_uploads, partial_uploads })
+        let (totals, tally, oldest_use) =
+            self.change(|index| (index.totals(), index.tally(), index.oldest_use()));
+        MessageResult(StoreInspection { totals, running_uploads, partial_uploads, tally, oldest_use })
     }
 }
 

@@ -38,7 +38,7 @@ use inputs::{ImageSupply, InputCheck};
 use ledger::{Assignment, Check, ImageOrder, Ledger, RunEnd};
 use messages::{
     AddPool, Admit, Cancel, Drain, DrainPool, Explain, Forget, Inspect, Inspection, ListOperations,
-    ListPools, OperationPage, Record, RemovePool, Watch,
+    ListPools, Measure, OperationPage, Record, RemovePool, Watch,
 };
 use operation::{OperationId, QueueStatus, Subscription};
 use settings::{ClockReading, SchedulerSettings};
@@ -178,14 +178,24 @@ impl SchedulerActor {
     }
 
     fn send_run(&self, assignment: Assignment, ctx: &mut Context<Self>) {
-        let Assignment { task, attempt, pool, slot, action, peer, queued_at, tool_invocation_id, cancel } =
-            assignment;
+        let Assignment {
+            task,
+            attempt,
+            pool,
+            slot,
+            action,
+            peer,
+            queued_at,
+            tool_invocation_id,
+            principal,
+            cancel,
+        } = assignment;
         let scheduler = ctx.address();
         let Some(runner) = self.runners.get(&pool).cloned() else {
             return scheduler.do_send(RunEnded { task, attempt, end: RunEnd::Lost { pool_closed: true } });
         };
         let run = RunAction {
-            order: RunOrder { task, attempt, slot, action, peer, queued_at, tool_invocation_id },
+            order: RunOrder { task, attempt, slot, action, peer, queued_at, tool_invocation_id, principal },
             control: RunControl { cancel, progress: scheduler.clone().recipient() },
         };
         actix::spawn(async move {
@@ -360,6 +370,14 @@ impl Receive<Inspect> for SchedulerActor {
 
     fn receive(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Answer {
         MessageResult(self.ledger.inspect())
+    }
+}
+
+impl Receive<Measure> for SchedulerActor {
+    type Answer = MessageResult<Measure>;
+
+    fn receive(&mut self, _: Measure, _: &mut Self::Context) -> Self::Answer {
+        MessageResult(self.ledger.measure(ClockReading::now()))
     }
 }
 

@@ -35,6 +35,7 @@ use crate::{
     logging::Event,
     platform,
     sandbox::kind::CellKind,
+    telemetry::{RunFate, RunMetrics, SandboxFailure},
 };
 use actix::{Actor, MessageResult, SyncContext};
 use gorego_reapi::error::{Error, Result};
@@ -62,28 +63,31 @@ pub const RUNNER_SUBCOMMAND: &str = "runner";
 /// The settings that all workers of a pool share.
 #[derive(Debug, Clone)]
 pub struct WorkerSettings {
-    /// Name of this host and, if there are several pools, of the pool. With the slot, it makes `ExecutedActionMetadata.worker`.
+    /// Name of this host, followed by the name of the pool if there are several. Together with the slot it forms
+    /// `ExecutedActionMetadata.worker`.
     pub name: String,
     /// Name of the pool, for logs.
     pub pool: String,
     /// The build root, where exec directories are created.
     pub build_root: BuildRoot,
-    /// Bound on the time to fetch the inputs, and on the time to store the outputs.
+    /// Time limit for fetching the inputs, and separately for storing the outputs.
     pub transfer_timeout: Duration,
-    /// The largest file that a command may write, and the largest log of its output, in bytes.
+    /// Maximum size in bytes of a file that a command may write, and of the log of its output.
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
-    /// Container images as root file systems; `None` if actions cannot name any.
+    /// Source of container images as root file systems; `None` if actions cannot name any.
     pub images: Option<Arc<dyn ImageStore>>,
-    /// The sandbox in which commands run; `None` for none.
+    /// The sandbox in which commands run; `None` if they run without one.
     pub sandbox: Option<PoolSandbox>,
     /// What one action may use.
     pub limits: PoolLimits,
-    /// The tools that may do the work of commands; `None` when each command runs by itself.
+    /// The tools that may do the work of commands; `None` if each command runs in a process of its own.
     pub tools: Option<Arc<Tools>>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
+    /// What is counted of runs.
+    pub metrics: RunMetrics,
 }
 
 /// What one action of a pool may use, and the control groups that enforce it. The default has neither.
@@ -94,7 +98,7 @@ pub struct PoolLimits {
 }
 
 impl WorkerSettings {
-    /// Whether input roots can have layers.
+    /// Whether input roots can be overlays.
     fn has_layers(&self) -> bool {
         self.sandbox.as_ref().is_some_and(PoolSandbox::has_layers)
     }
@@ -104,7 +108,7 @@ impl WorkerSettings {
         match &self.sandbox {
             Some(sandbox) => sandbox.kind(&action.platform),
             None if platform::wants_input_root_as_root(&action.platform) => Err(Error::Precondition(
-                "the action asks for its input root as its root file system (rootfs), which takes the sandbox; it is off"
+                "the action asks for its input root as its root file system (rootfs), which requires the sandbox; it is off"
                     .into(),
             )),
             None => Ok(CellKind::default()),
@@ -120,7 +124,7 @@ impl WorkerSettings {
         }
     }
 
-    /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get
+    /// The runner command of a server: this very binary, even if the file on disk was replaced. Commands get
     /// `open_files` as their soft limit on open files, if the server has changed its own.
     pub fn own_runner(open_files: Option<u64>) -> Vec<OsString> {
         let mut command = vec!["/proc/self/exe".into(), RUNNER_SUBCOMMAND.into()];
@@ -129,7 +133,7 @@ impl WorkerSettings {
     }
 }
 
-/// Runs actions, one at a time.
+/// Runs one action at a time.
 pub struct WorkerActor {
     mail: Mail,
     settings: Arc<WorkerSettings>,
@@ -180,6 +184,8 @@ impl Receive<RunAction> for WorkerActor {
                     "a worker panicked; the action is reported as failed and the worker continues"
                 ));
             self.launcher.reset();
+            self.settings.metrics.failed(SandboxFailure::Panic);
+            self.settings.metrics.ended(RunFate::Broken);
             let error = Error::Internal(format!("the worker panicked: {what}"));
             Err(RunFailure { retryable: true, ..RunFailure::new(error) })
         }))

@@ -22,7 +22,7 @@ use base64::{
 };
 use gorego_reapi::{
     any::pack,
-    auxiliary::pack_queue_status,
+    auxiliary::{pack_queue_status, pack_request},
     digest::{Digest, DigestFunction},
     error::{Error, Result},
     find_missing::UnresolvedDigests,
@@ -134,12 +134,22 @@ pub fn operations_of(collection: &str) -> Option<&str> {
     collection.strip_suffix("/operations").filter(|instance| !instance.is_empty())
 }
 
+/// How much an Operation message says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    /// What clients that run an action need. Streams send many of these.
+    Short,
+    /// Whose operation it is, too. For those who ask about operations.
+    Full,
+}
+
 /// The Operation message of a snapshot. `result` is the result of the outcome, prepared for this client with inlined contents.
 /// It is ignored if there is no outcome.
 pub fn operation(
     info: &OperationInfo,
     snapshot: &Snapshot,
     result: Option<reapi::ActionResult>,
+    detail: Detail,
 ) -> longrunning::Operation {
     let response = snapshot.outcome.as_ref().map(|outcome| {
         let result = result.map(|mut result| {
@@ -168,14 +178,22 @@ pub fn operation(
         name: info.name(),
         metadata: Some(pack(
             "build.bazel.remote.execution.v2.ExecuteOperationMetadata",
-            &operation_metadata(info, snapshot),
+            &operation_metadata(info, snapshot, detail),
         )),
         done: response.is_some(),
         result: response.map(longrunning::operation::Result::Response),
     }
 }
 
-fn operation_metadata(info: &OperationInfo, snapshot: &Snapshot) -> reapi::ExecuteOperationMetadata {
+fn operation_metadata(
+    info: &OperationInfo,
+    snapshot: &Snapshot,
+    detail: Detail,
+) -> reapi::ExecuteOperationMetadata {
+    let mut partial = execution_metadata(snapshot);
+    if detail == Detail::Full {
+        partial.auxiliary_metadata.push(request_of(info, snapshot));
+    }
     let stage = match snapshot.stage {
         // Stage and `done` must agree (EXE-05), so both follow from the outcome.
         _ if snapshot.outcome.is_some() => reapi::execution_stage::Value::Completed,
@@ -186,7 +204,7 @@ fn operation_metadata(info: &OperationInfo, snapshot: &Snapshot) -> reapi::Execu
         stage: stage.into(),
         action_digest: Some(info.action.to_wire()),
         digest_function: info.action.function().wire().into(),
-        partial_execution_metadata: Some(execution_metadata(snapshot)),
+        partial_execution_metadata: Some(partial),
         stdout_stream_name: stream_name(info, snapshot, LogKind::Stdout),
         stderr_stream_name: stream_name(info, snapshot, LogKind::Stderr),
     }
@@ -243,6 +261,18 @@ fn queue_status(status: &QueueStatus) -> prost_types::Any {
     pack_queue_status(&status)
 }
 
+fn request_of(info: &OperationInfo, snapshot: &Snapshot) -> prost_types::Any {
+    let ClientInfo { tool_invocation_id, target_id, action_mnemonic } = info.client.clone();
+    pack_request(&gorego::OperationRequest {
+        action_mnemonic,
+        target_id,
+        tool_invocation_id,
+        principal: info.principal.name().to_owned(),
+        peer: info.peer.to_string(),
+        pool: snapshot.place.as_ref().map(|place| place.pool.to_string()).unwrap_or_default(),
+    })
+}
+
 fn timestamp(time: SystemTime) -> prost_types::Timestamp {
     time.into()
 }
@@ -275,6 +305,7 @@ mod tests {
             action: Digest::empty(DigestFunction::Sha256),
             inline: Default::default(),
             client: ClientInfo::default(),
+            principal: Default::default(),
             peer: Default::default(),
         }
     }
@@ -415,7 +446,7 @@ mod tests {
             (running, reapi::execution_stage::Value::Executing),
             (ended(None, Some(Error::Cancelled("x".into()))), reapi::execution_stage::Value::Completed),
         ] {
-            let operation = operation(&info, &snapshot, None);
+            let operation = operation(&info, &snapshot, None, Detail::Short);
             let metadata = metadata(&operation);
             assert_eq!(metadata.stage(), stage);
             assert_eq!(metadata.action_digest, Some(info.action.to_wire()));
@@ -432,7 +463,12 @@ mod tests {
     #[test]
     fn a_response_has_a_result_or_says_why_not() {
         let failed = reapi::ActionResult { exit_code: 7, ..Default::default() };
-        let ok = response(&operation(&info(), &ended(Some(failed.clone()), None), Some(failed.clone())));
+        let ok = response(&operation(
+            &info(),
+            &ended(Some(failed.clone()), None),
+            Some(failed.clone()),
+            Detail::Short,
+        ));
         assert_eq!(ok.status.unwrap().code, 0);
         assert_eq!(ok.result.as_ref().unwrap().exit_code, 7);
         assert!(ok.result.unwrap().execution_metadata.is_some());
@@ -440,11 +476,12 @@ mod tests {
         assert_eq!(ok.message, "m");
 
         let late = Some(Error::DeadlineExceeded("late".into()));
-        let late = response(&operation(&info(), &ended(Some(failed.clone()), late), Some(failed)));
+        let late =
+            response(&operation(&info(), &ended(Some(failed.clone()), late), Some(failed), Detail::Short));
         assert_eq!(late.status.unwrap().code, tonic::Code::DeadlineExceeded as i32);
         assert!(late.result.is_some());
 
-        let nothing = response(&operation(&info(), &ended(None, None), None));
+        let nothing = response(&operation(&info(), &ended(None, None), None, Detail::Short));
         assert_eq!(nothing.status.unwrap().code, tonic::Code::Internal as i32);
     }
 }

@@ -5,7 +5,11 @@
 //! changes faster than the client reads, intermediate states are skipped, but never the last one. The stream ends with OK only
 //! after `done` (EXE-10). If the scheduler stops before, it ends with UNAVAILABLE, which every client retries.
 
-use super::{ask::Scheduler, convert, inline};
+use super::{
+    ask::Scheduler,
+    convert::{self, Detail},
+    inline,
+};
 use crate::actors::{
     cas::client::Cas,
     scheduler::{
@@ -42,6 +46,7 @@ pub(crate) async fn encode(
     cas: &Cas,
     info: &OperationInfo,
     snapshot: &Snapshot,
+    detail: Detail,
     call: &Call,
 ) -> Result<Operation, Error> {
     let result = match snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref()) {
@@ -51,7 +56,7 @@ pub(crate) async fn encode(
         }
         None => None,
     };
-    Ok(convert::operation(info, snapshot, result))
+    Ok(convert::operation(info, snapshot, result, detail))
 }
 
 /// The messages of an operation, from now to its end. The first one is sent without another question to the scheduler.
@@ -68,7 +73,7 @@ pub(crate) fn follow(
             if !is_first {
                 explain(&scheduler, &info, &mut snapshot).await;
             }
-            encode(&cas, &info, &snapshot, &call).await
+            encode(&cas, &info, &snapshot, Detail::Short, &call).await
         }
     })
 }
@@ -200,6 +205,7 @@ mod tests {
             action: Digest::empty(DigestFunction::Sha256),
             inline: Inline::default(),
             client: ClientInfo::default(),
+            principal: Default::default(),
             peer: Default::default(),
         };
         let (sender, snapshots) = watch::channel(snapshot);

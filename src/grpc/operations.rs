@@ -1,7 +1,8 @@
 //! The google.longrunning Operations service: Get, List, Cancel, Delete, Wait.
 
 use super::{
-    Edge, convert,
+    Edge,
+    convert::{self, Detail},
     filter::{self, Filter},
     inline, operation_stream, page_token,
 };
@@ -56,7 +57,7 @@ impl Operations for OperationsService {
             let mut left = inline::MESSAGE_MAX_BYTES - RESPONSE_ENVELOPE_BYTES;
             for (info, snapshot) in &page.operations {
                 let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_deref());
-                let operation = convert::operation(info, snapshot, result.cloned());
+                let operation = convert::operation(info, snapshot, result.cloned(), Detail::Full);
                 let rest = left.checked_sub(operation.encoded_len() + 8);
                 if rest.is_none() && !operations.is_empty() {
                     break;
@@ -129,7 +130,7 @@ impl OperationsService {
 
     async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot, call: &Call) -> Result<Operation> {
         operation_stream::explain(self.0.scheduler()?, info, &mut snapshot).await;
-        operation_stream::encode(&self.0.cas, info, &snapshot, call).await
+        operation_stream::encode(&self.0.cas, info, &snapshot, Detail::Full, call).await
     }
 }
 

@@ -1,13 +1,13 @@
 //! The permissions that each RPC needs. An RPC without a row is refused by the [`gate`](crate::gate).
 
 use super::services::{
-    action_cache_server as action_cache, byte_stream_server as byte_stream,
+    action_cache_server as action_cache, admin_server as admin, byte_stream_server as byte_stream,
     capabilities_server as capabilities, content_addressable_storage_server as cas,
     execution_server as execution, fetch_server as fetch, log_stream_service_server as log_stream,
     operations_server as operations, push_server as push,
 };
 use crate::policy::{
-    Permission::{AcRead, AcWrite, Assets, CasRead, CasWrite, Execute, Logs, Operations},
+    Permission::{AcRead, AcWrite, Admin, Assets, CasRead, CasWrite, Execute, Logs, Operations},
     Permissions,
 };
 
@@ -47,10 +47,27 @@ const SERVICES: &[(&str, Methods)] = &[
     (fetch::SERVICE_NAME, &[("FetchBlob", &[Assets]), ("FetchDirectory", &[Assets])]),
     (push::SERVICE_NAME, &[("PushBlob", &[Assets]), ("PushDirectory", &[Assets])]),
     (capabilities::SERVICE_NAME, &[("GetCapabilities", &[])]),
+    (
+        admin::SERVICE_NAME,
+        &[
+            ("GetStoreStats", &[Admin]),
+            ("ReloadConfig", &[Admin]),
+            ("PurgeResults", &[Admin]),
+            ("ListNonDeterminism", &[Admin]),
+        ],
+    ),
     ("grpc.health.v1.Health", &[("Check", &[]), ("Watch", &[])]),
     ("grpc.reflection.v1.ServerReflection", &[("ServerReflectionInfo", &[])]),
     ("grpc.reflection.v1alpha.ServerReflection", &[("ServerReflectionInfo", &[])]),
 ];
+
+/// The path of every RPC, with the name that its log lines and metrics have.
+pub(super) fn rpcs() -> impl Iterator<Item = (String, String)> {
+    SERVICES.iter().flat_map(|(service, methods)| {
+        let short = service.rsplit('.').next().unwrap_or(service);
+        methods.iter().map(move |(method, _)| (format!("/{service}/{method}"), format!("{short}/{method}")))
+    })
+}
 
 /// The permissions of the RPC with this path; `None` for a path without a row.
 pub(super) fn of(path: &str) -> Option<Permissions> {

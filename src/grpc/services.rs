@@ -8,6 +8,7 @@ mod generated {
     tonic::include_proto!("build.bazel.remote.logstream.v1");
     tonic::include_proto!("google.bytestream");
     tonic::include_proto!("google.longrunning");
+    tonic::include_proto!("gorego.v1");
 }
 
 pub use generated::*;

@@ -6,15 +6,17 @@
 //! was made to.
 
 use crate::host::{HostRule, bare};
+use arc_swap::ArcSwap;
 use axum::http::{HeaderMap, HeaderValue, Uri, Version, header, uri::Authority};
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 /// Number of characters of a refused host that a response repeats.
 const SHOWN_CHARS: usize = 100;
 
 /// The configured hosts. Loopback and the local address are always accepted too.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Hosts(Vec<HostRule>);
+/// Clones share the list, also when it is replaced.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Hosts(Arc<ArcSwap<Vec<HostRule>>>);
 
 /// The reason why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +30,12 @@ pub(crate) enum HostRefusal {
 impl Hosts {
     /// These hosts.
     pub(crate) fn new(hosts: Vec<HostRule>) -> Self {
-        Self(hosts)
+        Self(Arc::new(ArcSwap::from_pointee(hosts)))
+    }
+
+    /// Replaces them.
+    pub(crate) fn replace(&self, hosts: Vec<HostRule>) {
+        self.0.store(Arc::new(hosts));
     }
 
     /// Checks the host of a request on a connection to the local address `reached`.
@@ -49,7 +56,7 @@ impl Hosts {
             .parse::<IpAddr>()
             .map(|address| address.to_canonical())
             .is_ok_and(|address| address.is_loopback() || address == reached.to_canonical());
-        if leads_here || host == "localhost" || self.0.iter().any(|rule| rule.covers(&host)) {
+        if leads_here || host == "localhost" || self.0.load().iter().any(|rule| rule.covers(&host)) {
             return Ok(());
         }
         let shown: String = host.chars().take(SHOWN_CHARS).collect();

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     actors::worker::{dir, workspace},
-    disk::Space,
+    disk::{BudgetUse, Space},
     logging::Event,
     regular_file,
     sandbox::kind::InnerUser,
@@ -206,6 +206,11 @@ impl ImageCache {
 
     fn index(&self) -> MutexGuard<'_, ImageIndex<CacheKey, Arc<StoredImage>>> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the images take.
+    pub(super) fn usage(&self) -> BudgetUse {
+        self.index().usage()
     }
 
     /// Leases an image, if it is there.

@@ -6,6 +6,7 @@
 //!
 //! Spare entries are kept as long as nothing else needs their room: they go before all others, and take only what is free.
 
+use crate::disk::BudgetUse;
 use std::{
     collections::{BTreeMap, HashMap},
     hash::Hash,
@@ -58,6 +59,12 @@ struct ImageEntry<T> {
 }
 
 impl<K: Clone + Eq + Hash + Kept, T: Clone> ImageIndex<K, T> {
+    /// How many images there are, and what they take together with spare entries and with what is being unpacked.
+    pub(super) fn usage(&self) -> BudgetUse {
+        let images = self.images.keys().filter(|key| !key.is_spare());
+        BudgetUse { count: images.count() as u64, bytes: self.charged, max_bytes: self.budget }
+    }
+
     /// An empty one.
     pub(super) fn new(budget: u64) -> Self {
         Self {

@@ -19,9 +19,14 @@ use crate::{
     log_streams::LogStreams,
     logging::Event,
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
+    telemetry::RunMetrics,
 };
 use gorego_reapi::error::{Error, Result};
-use std::{collections::BTreeMap, ffi::OsString, sync::Arc, time::Duration};
+use std::{
+    ffi::OsString,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
@@ -43,8 +48,8 @@ pub(crate) struct Place {
     pub(crate) groups: Groups,
     /// How the limits of actions are enforced.
     pub(crate) limits: LimitReport,
-    /// The tools of each pool, if there are any.
-    tools: BTreeMap<String, Arc<Tools>>,
+    /// The tools of the pools, if there are any, by the name of the pool.
+    tools: Mutex<Vec<(String, Arc<Tools>)>>,
 }
 
 impl Place {
@@ -62,7 +67,8 @@ impl Place {
             }
             None => None,
         };
-        let tools = tools(execution);
+        let tools = execution.pools.iter().filter_map(|pool| tools(execution, pool)).collect();
+        let tools = Mutex::new(tools);
         let mut settings = execution.sandbox.clone();
         let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
         let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
@@ -133,6 +139,7 @@ impl Place {
         execution: &ExecutionSettings,
         pool: &PoolSettings,
         log_streams: LogStreams,
+        metrics: RunMetrics,
     ) -> WorkerSettings {
         WorkerSettings {
             name: worker_name(pool),
@@ -146,6 +153,7 @@ impl Place {
             limits: self.pool_limits(pool),
             tools: self.tools(&pool.name),
             log_streams,
+            metrics,
         }
     }
 
@@ -163,12 +171,30 @@ impl Place {
 
     /// The tools of a pool, if it has any.
     pub(super) fn tools(&self, pool: &str) -> Option<Arc<Tools>> {
-        self.tools.get(pool).cloned()
+        self.all_tools().iter().rfind(|(name, _)| name == pool).map(|(_, tools)| tools.clone())
+    }
+
+    /// Prepares the tools of a pool that is about to be started.
+    pub(super) fn add_tools(&self, execution: &ExecutionSettings, pool: &PoolSettings) {
+        self.all_tools().extend(tools(execution, pool));
+    }
+
+    /// Ends tools whose pool is gone. Blocks.
+    pub(super) fn close_tools(&self, of: &Option<Arc<Tools>>) {
+        if let Some(of) = of {
+            of.close();
+            self.all_tools().retain(|(_, tools)| !Arc::ptr_eq(tools, of));
+        }
+    }
+
+    fn all_tools(&self) -> MutexGuard<'_, Vec<(String, Arc<Tools>)>> {
+        self.tools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the tools, and waits until all exec directories are removed, for at most `limit`. Blocks.
-    pub(super) fn empty(self, limit: Duration) {
-        self.tools.values().for_each(|tools| tools.close());
+    pub(super) fn empty(&self, limit: Duration) {
+        let tools = self.all_tools().clone();
+        tools.iter().for_each(|(_, tools)| tools.close());
         self.build_root.wait_until_empty(limit);
         self.groups.remove();
     }
@@ -184,7 +210,7 @@ impl Place {
     }
 
     /// Starts a sandbox with the root file system of a pool, if it has one of its own.
-    fn try_root_of(&self, pool: &PoolSettings, runner: &[OsString]) -> Result<()> {
+    pub(super) fn try_root_of(&self, pool: &PoolSettings, runner: &[OsString]) -> Result<()> {
         let Some(root) = &pool.sandbox.root else { return Ok(()) };
         let refuse = |reason: &str| {
             let key = if pool.is_declared { "execution.pools" } else { "execution.sandbox" };
@@ -229,11 +255,7 @@ fn refuse_missing(limits: &LimitReport) -> Result<()> {
 fn image_settings(settings: ImagesSettings) -> ImageSettings {
     ImageSettings {
         registries: settings.registries,
-        tags: match settings.tags {
-            Tags::Refuse => TagPolicy::Refuse,
-            Tags::EachAction => TagPolicy::EachAction,
-            Tags::Once => TagPolicy::Once,
-        },
+        tags: tag_policy(settings.tags),
         credentials: settings.credentials,
         layouts: settings.layouts,
         max_bytes: settings.max_bytes,
@@ -241,19 +263,25 @@ fn image_settings(settings: ImagesSettings) -> ImageSettings {
     }
 }
 
-fn tools(execution: &ExecutionSettings) -> BTreeMap<String, Arc<Tools>> {
-    let Some(settings) = execution.persistent_workers else { return BTreeMap::new() };
-    let of = |pool: &PoolSettings| {
-        let limits = ToolLimits {
-            max_tools: settings.max_workers.unwrap_or(WORKERS_PER_SLOT * pool.slots),
-            max_idle: settings.idle_timeout,
-            max_uses: settings.max_requests,
-            max_memory: settings.max_memory_bytes,
-            max_call: settings.request_timeout,
-        };
-        (pool.name.clone(), Arc::new(Tools::new(&pool.name, limits)))
+pub(super) fn tag_policy(tags: Tags) -> TagPolicy {
+    match tags {
+        Tags::Refuse => TagPolicy::Refuse,
+        Tags::EachAction => TagPolicy::EachAction,
+        Tags::Once => TagPolicy::Once,
+    }
+}
+
+/// The tools of a pool, which has none yet; `None` without persistent workers.
+fn tools(execution: &ExecutionSettings, pool: &PoolSettings) -> Option<(String, Arc<Tools>)> {
+    let settings = execution.persistent_workers?;
+    let limits = ToolLimits {
+        max_tools: settings.max_workers.unwrap_or(WORKERS_PER_SLOT * pool.slots),
+        max_idle: settings.idle_timeout,
+        max_uses: settings.max_requests,
+        max_memory: settings.max_memory_bytes,
+        max_call: settings.request_timeout,
     };
-    execution.pools.iter().map(of).collect()
+    Some((pool.name.clone(), Arc::new(Tools::new(&pool.name, limits))))
 }
 
 fn warn_of_copies(reason: &str) {

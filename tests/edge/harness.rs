@@ -64,6 +64,8 @@ impl Server {
             log_streams: log_streams(executes, directory.path()),
             under_way: UnderWay::default(),
             connections: Default::default(),
+            administration: Default::default(),
+            metrics: Default::default(),
             settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
@@ -180,6 +182,7 @@ impl Handler<Admit> for FakeScheduler {
             action: message.action,
             inline: message.inline,
             client: message.client,
+            principal: message.principal,
             peer: message.caller.peer,
         });
         let (cell, snapshots) = watch::channel(queued());

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod abandoned;
+mod admin;
 mod assets;
 mod cache_interplay;
 mod chunks;
@@ -20,9 +21,12 @@ mod live;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;
 mod logs;
+mod metrics;
 mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+mod reload;
+mod supervised;
 #[path = "../support/mod.rs"]
 mod support;

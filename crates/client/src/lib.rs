@@ -8,6 +8,7 @@
 //! Not supported: compression, TLS, and digest functions other than SHA-256 for what is uploaded or executed.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod admin;
 mod blobs;
 mod codec;
 mod connect;
@@ -19,6 +20,7 @@ mod input;
 mod input_tree;
 mod listing;
 mod operation;
+mod operations;
 mod read;
 mod status;
 pub mod stubs;
@@ -30,6 +32,7 @@ pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
 pub use input::scan;
 pub use listing::{ListedFile, Listing, decode_tree};
 pub use operation::OperationRecord;
+pub use operations::{OperationPage, OperationState, Stage};
 
 use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,

@@ -7,10 +7,11 @@ mod generated {
     tonic::include_proto!("build.bazel.remote.logstream.v1");
     tonic::include_proto!("google.bytestream");
     tonic::include_proto!("google.longrunning");
+    tonic::include_proto!("gorego.v1");
 }
 
 pub use generated::{
-    action_cache_client::ActionCacheClient, byte_stream_client::ByteStreamClient,
+    action_cache_client::ActionCacheClient, admin_client::AdminClient, byte_stream_client::ByteStreamClient,
     capabilities_client::CapabilitiesClient,
     content_addressable_storage_client::ContentAddressableStorageClient, execution_client::ExecutionClient,
     fetch_client::FetchClient, log_stream_service_client::LogStreamServiceClient,

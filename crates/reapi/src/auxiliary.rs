@@ -1,4 +1,5 @@
-//! The metadata that goREgo adds to operations and results: [`gorego::ResourceUsage`] and [`gorego::QueueStatus`].
+//! The metadata that goREgo adds to operations and results: [`gorego::ResourceUsage`], [`gorego::QueueStatus`] and
+//! [`gorego::OperationRequest`].
 //!
 //! On the wire each is an `Any` that holds a `google.protobuf.Struct`, a type that every protobuf runtime can print.
 //! Clients that show metadata as JSON fail on an `Any` of an unknown type. The Struct has one field, named after the kind
@@ -17,6 +18,7 @@ const OLD_USAGE_URL: &str = "type.googleapis.com/gorego.v1.ResourceUsage";
 /// Names of the outer field, one for each kind of metadata.
 const RESOURCE_USAGE: &str = "resource_usage";
 const QUEUE_STATUS: &str = "queue_status";
+const REQUEST: &str = "request";
 /// The unit in which getrusage(2) counts block input and output.
 const BLOCK_BYTES: i64 = 512;
 
@@ -87,6 +89,34 @@ pub fn queue_status(auxiliary: &[Any]) -> Option<gorego::QueueStatus> {
         slots: fields.count("slots"),
         reason: fields.text("reason"),
         other_pools: fields.texts("other_pools"),
+    })
+}
+
+/// Packs whose operation it is.
+pub fn pack_request(request: &gorego::OperationRequest) -> Any {
+    pack(
+        REQUEST,
+        [
+            ("action_mnemonic", text(&request.action_mnemonic)),
+            ("target_id", text(&request.target_id)),
+            ("tool_invocation_id", text(&request.tool_invocation_id)),
+            ("principal", text(&request.principal)),
+            ("peer", text(&request.peer)),
+            ("pool", text(&request.pool)),
+        ],
+    )
+}
+
+/// Whose operation it is, if `auxiliary` contains it.
+pub fn request(auxiliary: &[Any]) -> Option<gorego::OperationRequest> {
+    let fields = find(auxiliary, REQUEST)?;
+    Some(gorego::OperationRequest {
+        action_mnemonic: fields.text("action_mnemonic"),
+        target_id: fields.text("target_id"),
+        tool_invocation_id: fields.text("tool_invocation_id"),
+        principal: fields.text("principal"),
+        peer: fields.text("peer"),
+        pool: fields.text("pool"),
     })
 }
 
@@ -184,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn both_are_read_as_they_were_packed_wherever_they_stand() {
+    fn each_is_read_as_it_was_packed_wherever_it_stands() {
         let status = gorego::QueueStatus {
             pool: "linux".into(),
             position: 3,
@@ -195,7 +225,17 @@ mod tests {
             other_pools: vec!["gpu".into(), "any".into()],
         };
         let other = Any { type_url: "type.googleapis.com/x.Y".into(), value: vec![0xff] };
-        let all = [other, pack_queue_status(&status), pack_resource_usage(&usage())];
+        let request_of = gorego::OperationRequest {
+            action_mnemonic: "CppCompile".into(),
+            target_id: "//a:b".into(),
+            tool_invocation_id: "1".into(),
+            principal: "token:ci".into(),
+            peer: "192.0.2.7".into(),
+            pool: "linux".into(),
+        };
+        let all =
+            [other, pack_queue_status(&status), pack_resource_usage(&usage()), pack_request(&request_of)];
+        assert_eq!(request(&all), Some(request_of));
         assert_eq!(queue_status(&all), Some(status));
         assert_eq!(resource_usage(&all), Some(usage()));
         assert_eq!(queue_status(&all[..1]), None);

@@ -7,20 +7,36 @@ use crate::{
     address::Reach,
     host::{HostPortRule, HostRule, Network, bare},
 };
+use arc_swap::ArcSwap;
 use reqwest::Url;
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
-/// The hosts and networks that may be contacted; none by default.
+/// The hosts and networks that may be contacted; none by default. Clones share them, also when they are replaced.
+#[derive(Debug, Clone, Default)]
+pub struct Origins(Arc<ArcSwap<OriginRules>>);
+
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Origins {
+struct OriginRules {
     hosts: Vec<HostPortRule>,
     networks: Vec<Network>,
 }
 
+impl PartialEq for Origins {
+    fn eq(&self, other: &Self) -> bool {
+        *self.0.load() == *other.0.load()
+    }
+}
+impl Eq for Origins {}
+
 impl Origins {
     /// Allows these hosts, and addresses that are public or in these networks.
     pub fn new(hosts: Vec<HostPortRule>, networks: Vec<Network>) -> Self {
-        Self { hosts, networks }
+        Self(Arc::new(ArcSwap::from_pointee(OriginRules { hosts, networks })))
+    }
+
+    /// Replaces what is allowed, also for downloads that are under way: each host and address is checked when its turn comes.
+    pub fn replace(&self, hosts: Vec<HostPortRule>, networks: Vec<Network>) {
+        self.0.store(Arc::new(OriginRules { hosts, networks }));
     }
 
     /// Checks the scheme, host and port of a URL.
@@ -36,7 +52,8 @@ impl Origins {
         };
         let host = bare(host);
         let port = url.port_or_known_default();
-        let mut rules = self.hosts.iter().filter(|rule| rule.port.is_none() || rule.port == port);
+        let rules = self.0.load();
+        let mut rules = rules.hosts.iter().filter(|rule| rule.port.is_none() || rule.port == port);
         let matching: Vec<&HostRule> =
             rules.by_ref().map(|rule| &rule.host).filter(|rule| rule.covers(&host)).collect();
         if matching.is_empty() {
@@ -57,7 +74,7 @@ impl Origins {
     /// Why it is not allowed, with the configuration key that could allow it.
     pub fn check_address(&self, address: IpAddr) -> Result<(), String> {
         if Reach::of(address) == Reach::Public
-            || self.networks.iter().any(|network| network.contains(address))
+            || self.0.load().networks.iter().any(|network| network.contains(address))
         {
             return Ok(());
         }

@@ -6,11 +6,12 @@
 //! compressed blobs and chunks.
 
 use super::{
-    CasActor, StoreShared,
+    CasActor, InspectStore, StoreInspection, StoreShared,
     blob::{BlobReader, is_sound, not_found},
     guards::UploadRoom,
     index::{FoundEntry, Stamp},
     lookup::Purpose,
+    requests::StoreMeasurement,
     settings::SMALL_BLOB_BYTES,
     uploads::unwritten::UnwrittenPieces,
 };
@@ -41,6 +42,8 @@ pub struct Provenance {
     pub tool_invocation_id: String,
     /// Network address of the client that uploaded it; empty when a worker made it.
     pub peer: String,
+    /// Name of the principal that uploaded it or asked first for the run that made it.
+    pub principal: String,
 }
 
 /// A handle to the store. It is cheap to clone and can be used from any thread. Methods that do file work and are not `async`
@@ -88,6 +91,24 @@ impl Cas {
     /// The actor's address, for messages such as [`super::InspectStore`].
     pub fn actor(&self) -> &Addr<CasActor> {
         &self.store
+    }
+
+    /// The numbers of the store.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is shutting down.
+    pub(crate) async fn inspect(&self) -> Result<StoreInspection> {
+        self.ask(InspectStore).await
+    }
+
+    /// The free bytes of the disk of the store, if they can be found out. Blocks.
+    pub(crate) fn disk_free(&self) -> Option<u64> {
+        self.shared.volume.space().ok().map(|space| space.free_bytes)
+    }
+
+    /// What the index counts. Costs one hold of the lock that look-ups share.
+    pub fn measure(&self) -> StoreMeasurement {
+        self.shared.view.measure()
     }
 
     /// Returns a handle for the requests of a client. Both what the client sends and what it reads count against the bounds of

@@ -21,6 +21,7 @@
 
 pub use words::*;
 
+use crate::instance::InstanceId;
 use entry::{Entry, NIL};
 use gorego_reapi::digest::Digest;
 use hashbrown::HashTable;
@@ -70,6 +71,7 @@ pub(super) struct Index {
     trimming: bool,
     evicted_ever: u64,
     deleted_ever: u64,
+    tally: Tally,
 }
 
 impl Index {
@@ -97,12 +99,24 @@ impl Index {
             trimming: false,
             evicted_ever: 0,
             deleted_ever: 0,
+            tally: Tally::default(),
         }
     }
 
     /// The current totals.
     pub(super) fn totals(&self) -> Totals {
         Totals { leased: self.leased.load(Relaxed), ..self.totals }
+    }
+
+    /// What has happened since the start.
+    pub(super) fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// The last recorded use of the entry that would be evicted first, in seconds since 1970. It may be up to
+    /// [`Index::TOUCH_AFTER_SECS`] older than the last use.
+    pub(super) fn oldest_use(&self) -> Option<u32> {
+        self.entries.get(self.oldest as usize).map(|entry| entry.touched.load(Relaxed))
     }
 
     /// Bytes of files that were evicted or replaced since the start.
@@ -123,6 +137,31 @@ impl Index {
     /// The digest of the newest entry whose key equals `like` apart from the size. This does not count as a use.
     pub(super) fn find_by_hash(&self, like: &Key) -> Option<Digest> {
         self.alike(like).max_by_key(|entry| entry.generation).map(|entry| entry.key.digest)
+    }
+
+    /// The results of an instance in a part of the slots, without counting this as a use: those from `from` on, at most
+    /// `max` slots. Also returns the slot to go on from; `None` at the end. An entry keeps its slot until it is removed, and the
+    /// result that replaces it has the same slot.
+    pub(super) fn results_from(
+        &self,
+        instance: InstanceId,
+        from: u32,
+        max: usize,
+    ) -> (Vec<FoundResult>, Option<u32>) {
+        let start = (from as usize).min(self.entries.len());
+        let end = start.saturating_add(max).min(self.entries.len());
+        let slots = (start as u32..).zip(self.entries.get(start..end).unwrap_or_default());
+        let is_one = |(_, entry): &(u32, &Entry)| {
+            let Key { instance: of, kind, .. } = entry.key;
+            entry.generation != 0
+                && (of, kind) == (instance, EntryKind::Result)
+                && !entry.condemned.load(Relaxed)
+        };
+        let found = slots.filter(is_one).map(|(slot, entry)| {
+            let generation = entry.generation;
+            FoundResult { at: EntryRef { slot, generation }, file: FileId { key: entry.key, generation } }
+        });
+        (found.collect(), (end < self.entries.len()).then_some(end as u32))
     }
 
     /// Looks an entry up, counts it as used, and keeps it from eviction until [`Index::release`].
@@ -282,6 +321,13 @@ impl Index {
     }
 
     /// Drops an entry whose file turned out to be damaged or gone, leased or not.
+    pub(super) fn remove_damaged(&mut self, at: EntryRef) -> Option<Victim> {
+        let removed = self.remove(at)?;
+        self.tally.damaged += 1;
+        Some(removed)
+    }
+
+    /// Drops an entry, leased or not.
     pub(super) fn remove(&mut self, at: EntryRef) -> Option<Victim> {
         self.live(at)?;
         Some(self.remove_slot(at.slot))
@@ -308,7 +354,7 @@ impl Index {
             && victims.len() < max
             && let Some(oldest) = self.oldest_evictable()
         {
-            let victim = self.remove_slot(oldest);
+            let victim = self.evict_slot(oldest);
             evicted = evicted.saturating_add(victim.bytes);
             victims.push(victim);
         }
@@ -332,8 +378,15 @@ impl Index {
             && victims.len() < max
             && let Some(oldest) = self.oldest_evictable()
         {
-            victims.push(self.remove_slot(oldest));
+            victims.push(self.evict_slot(oldest));
         }
+    }
+
+    fn evict_slot(&mut self, slot: u32) -> Victim {
+        let victim = self.remove_slot(slot);
+        self.tally.evicted += 1;
+        self.tally.evicted_bytes += victim.bytes;
+        victim
     }
 
     /// Entries whose key equals `like` apart from the size of the digest.

@@ -6,9 +6,11 @@
 
 mod action_cache;
 mod lookup;
+mod purge;
 
 pub(super) use action_cache::PreparedResult;
 pub(super) use lookup::ResultLookup;
+pub(crate) use purge::{ResultCondition, ResultSource};
 
 use crate::{budget::Bounds, result::SharedResult};
 use bytes::Bytes;
@@ -266,6 +268,7 @@ pub fn encode(
         worker: provenance.worker,
         tool_invocation_id: provenance.tool_invocation_id,
         peer: provenance.peer,
+        principal: provenance.principal,
     };
     let mut bytes = vec![0; CHECKSUM_BYTES];
     bytes.reserve_exact(message.encoded_len());
@@ -293,6 +296,20 @@ pub fn decode(
         modernise(&mut metadata.auxiliary_metadata);
     }
     Ok(result)
+}
+
+/// Where the file content of a stored result says that it comes from; the result itself is skipped. Or what is wrong with it.
+pub fn decode_origin(
+    bytes: &[u8],
+    instance: &str,
+    action: Digest,
+) -> std::result::Result<gorego::StoredOrigin, &'static str> {
+    let origin: gorego::StoredOrigin = wire::decode(body(bytes)?, MAX_MESSAGE_MEMORY, "result")
+        .map_err(|_| "it does not parse, or not within a bound of memory")?;
+    let is_it = origin.instance_name == instance
+        && origin.digest_function == action.function().wire() as i32
+        && origin.action_digest == Some(action.to_wire());
+    is_it.then_some(origin).ok_or("it is the result of another action")
 }
 
 /// Whether the file content of a stored result is complete.

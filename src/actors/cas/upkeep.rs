@@ -14,7 +14,7 @@ use crate::logging::Event;
 use actix::{Addr, AsyncContext as _, Context};
 use gorego_reapi::error::Result;
 use std::{future::Future, time::Instant};
-use tokio::task::JoinHandle;
+use tokio::{sync::oneshot, task::JoinHandle};
 
 impl CasActor {
     /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted. Fails if
@@ -87,16 +87,23 @@ impl CasActor {
 
     /// Deletes evicted or replaced files.
     pub(super) fn delete(&self, victims: Vec<Victim>, ctx: &Context<Self>) {
-        if victims.is_empty() {
-            return;
+        if !victims.is_empty() {
+            drop(self.delete_and_tell(victims, ctx));
         }
+    }
+
+    /// Deletes files, and tells when that is done which of them could not be deleted.
+    pub(super) fn delete_and_tell(
+        &self,
+        victims: Vec<Victim>,
+        ctx: &Context<Self>,
+    ) -> oneshot::Receiver<Vec<FileId>> {
+        let (tell, told) = oneshot::channel();
         let (shared, store) = (self.shared.clone(), ctx.address());
         self.shared.runtime.spawn_blocking(move || {
-            let failures: Vec<_> = victims
-                .iter()
-                .filter_map(|victim| shared.volume.delete(&victim.file).err())
-                .collect();
-            if let Some(first) = failures.first() {
+            let delete = |victim: &Victim| Some((victim.file, shared.volume.delete(&victim.file).err()?));
+            let failures: Vec<_> = victims.iter().filter_map(delete).collect();
+            if let Some((_, first)) = failures.first() {
                 // Their bytes stay on disk until the next start, which adds them to the index again.
                 Event::error(LOG, "delete_failed")
                     .with("entries", failures.len())
@@ -106,7 +113,10 @@ impl CasActor {
                     ));
             }
             store.do_send(Deleted(victims.iter().map(|victim| victim.bytes).sum()));
+            // Few wait for it.
+            let _ = tell.send(failures.into_iter().map(|(file, _)| file).collect());
         });
+        told
     }
 
     /// Deletes the bytes of a broken upload.

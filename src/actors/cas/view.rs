@@ -10,7 +10,8 @@
 //! use after the next start may suffer.
 
 use super::{
-    index::{EntryKind, EntryRef, FoundEntry, Index, Key, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, FoundResult, Index, Key, Stamp},
+    requests::StoreMeasurement,
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds,
 };
@@ -52,6 +53,12 @@ impl View {
         let mut index = self.write();
         rest.iter().for_each(|at| index.settle(*at));
         change(&mut index)
+    }
+
+    /// The numbers of the index. Waits at most for the change of one part.
+    pub(super) fn measure(&self) -> StoreMeasurement {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        StoreMeasurement { totals: index.totals(), tally: index.tally(), oldest_use: index.oldest_use() }
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Index> {
@@ -134,6 +141,11 @@ impl LookUp<'_> {
     pub(super) fn lease(&mut self, key: &Key) -> Option<FoundEntry> {
         let found = self.index.lease(key, self.now)?;
         Some(self.noted(found))
+    }
+
+    /// See [`Index::results_from`].
+    pub(super) fn results_from(&self, instance: InstanceId, from: u32) -> (Vec<FoundResult>, Option<u32>) {
+        self.index.results_from(instance, from, LOOKUPS_PER_HOLD)
     }
 
     /// The stamp of an entry, if it is still there.

@@ -19,6 +19,7 @@
 //! Each step of an operation is recorded as a [`Transition`] until [`Ledger::take_transitions`].
 
 mod deadlines;
+mod demand;
 mod dispatch;
 #[cfg(test)]
 pub(super) mod fixtures;
@@ -55,6 +56,7 @@ use std::{
     time::Duration,
 };
 
+use demand::Demand;
 pub(crate) use dispatch::{Assignment, Check, ImageOrder, RunEnd};
 use followers::Unfollowed;
 use peaks::{PeakKey, Peaks};
@@ -78,6 +80,7 @@ pub(crate) struct Ledger {
     unfollowed: Unfollowed,
     /// How much memory actions took.
     peaks: Peaks,
+    demand: Demand,
     /// Hashes the names of builds. It is randomly keyed, so clients cannot force collisions.
     names: RandomState,
     /// The part of the queue that each owner uses.
@@ -107,6 +110,7 @@ impl Ledger {
             board: Board::default(),
             unfollowed: Unfollowed::default(),
             peaks: Peaks::default(),
+            demand: Demand::default(),
             names: RandomState::new(),
             tasks: BTreeMap::new(),
             joinable: HashMap::new(),
@@ -233,6 +237,7 @@ impl Ledger {
             image_order: None,
             server_logs: Vec::new(),
             position: None,
+            home: None,
         };
         if let Some(key) = task.key() {
             self.joinable.insert(key, id);
@@ -240,6 +245,7 @@ impl Ledger {
         self.quota.add(owner, task.load());
         self.tasks.insert(id, task);
         self.enter_queues(id);
+        self.count_demand(id);
         self.transitions.push(Transition { info, priority, event: OperationEvent::Queued { joined: false } });
         Ok(subscription)
     }
@@ -303,12 +309,11 @@ impl Ledger {
 
     /// The numbers of operations, tasks and slots.
     pub(crate) fn inspect(&self) -> Inspection {
-        let stuck = self.runs.values().filter(|run| run.stuck && self.slots.is_open(run.pool)).count();
         Inspection {
             operations: self.register.len(),
             queued: self.quota.all().waiting,
             running: self.runs.len(),
-            slots: self.slots.in_service().saturating_sub(stuck),
+            slots: self.slots.in_service(),
         }
     }
 
@@ -391,6 +396,9 @@ impl Ledger {
         }
         self.leave_queues(id, &task);
         self.unfollowed.forget(id, &task);
+        if let Some(home) = task.home {
+            self.demand.remove(home, id);
+        }
         Some(task)
     }
 

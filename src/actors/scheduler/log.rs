@@ -150,7 +150,15 @@ mod tests {
         client.target_id = "//a:b".into();
         let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(1));
         let (instance, action, inline) = (submit.instance, submit.action, submit.inline);
-        let info = Arc::new(OperationInfo { id, instance, action, inline, client, peer: Default::default() });
+        let info = Arc::new(OperationInfo {
+            id,
+            instance,
+            action,
+            inline,
+            client,
+            principal: Default::default(),
+            peer: Default::default(),
+        });
         let last = Last::default();
         log_to(&last, &Transition { info, priority: -3, event });
         last.0.into_inner().unwrap()

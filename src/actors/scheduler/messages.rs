@@ -8,9 +8,9 @@ use super::{
     },
     slots::{PoolId, PoolStatus},
 };
-use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance};
+use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance, policy::Principal};
 use gorego_reapi::{digest::Digest, error::Result};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// Admits an action and creates an operation for it. The operation joins a task of the same action, waits in the queue, or is
 /// over at once because the action cannot run. An operation with a cached result is over at once too, but see [`Record`].
@@ -47,6 +47,8 @@ pub struct Submit {
     pub inline: Inline,
     /// The RequestMetadata of the client.
     pub client: ClientInfo,
+    /// Who sent the request.
+    pub principal: Principal,
     /// The connection and peer of the request.
     pub caller: Caller,
 }
@@ -54,8 +56,9 @@ pub struct Submit {
 impl Submit {
     /// The immutable part of the operation for this request, and its priority.
     pub(crate) fn into_info(self, id: OperationId) -> (Arc<OperationInfo>, i32) {
-        let Self { instance, action, priority, inline, client, caller, .. } = self;
-        (Arc::new(OperationInfo { id, instance, action, inline, client, peer: caller.peer }), priority)
+        let Self { instance, action, priority, inline, client, principal, caller, .. } = self;
+        let peer = caller.peer;
+        (Arc::new(OperationInfo { id, instance, action, inline, client, principal, peer }), priority)
     }
 }
 
@@ -209,6 +212,24 @@ pub struct RemovePool {
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "Vec<PoolStatus>")]
 pub struct ListPools;
+
+/// Asks for the numbers of each pool, in order of preference. The answer costs O(pools), however many tasks there are.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Vec<PoolMeasurement>")]
+pub struct Measure;
+
+/// A pool in numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolMeasurement {
+    /// Its name, its state and its slots.
+    pub status: PoolStatus,
+    /// Tasks that wait and would run here if every pool had a free slot. Each waiting task counts for one pool.
+    pub waiting: usize,
+    /// How long ago the oldest of them was submitted.
+    pub oldest: Option<Duration>,
+    /// The slots that would be busy now if there were enough: those that run tasks, and one for each task that waits.
+    pub desired: usize,
+}
 
 /// Has the scheduler admit no more actions. Replies when no task is left.
 #[derive(Debug, Clone, Copy, actix::Message)]

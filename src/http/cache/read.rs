@@ -52,8 +52,12 @@ pub(super) async fn result((cache, instance): Target<'_>, hash: HashInPath, call
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result", like.hash_hex()));
     let cas = cache.cas.on_behalf_of(call.caller());
-    let action = cas.action_by_hash(instance, like)?.ok_or_else(absent)?;
-    let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
+    let found = match cas.action_by_hash(instance, like)? {
+        Some(action) => cas.get_result(instance, action).await?,
+        None => None,
+    };
+    call.note_cached(found.is_some());
+    let result = found.ok_or_else(absent)?;
     let mut response = Response::new(of_message(&*result, call).await?);
     let kind = HeaderValue::from_static("application/octet-stream");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);

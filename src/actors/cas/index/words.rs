@@ -29,7 +29,7 @@ pub struct Key {
 }
 
 /// The identity of one stored file. A later upload of the same blob is another file of the same entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FileId {
     pub key: Key,
     /// Number of the file, unique in the store and never used again; 0 for none.
@@ -50,6 +50,13 @@ pub(crate) struct Victim {
 pub struct EntryRef {
     pub(super) slot: u32,
     pub(super) generation: u64,
+}
+
+impl EntryRef {
+    /// Its place in the index.
+    pub fn slot(self) -> u32 {
+        self.slot
+    }
 }
 
 /// Inode number and change time of a file, recorded when its content was last verified. No user can restore either of them. The
@@ -87,6 +94,14 @@ pub(crate) struct FoundEntry {
     pub touch_due: bool,
     /// Its place in the order of use is out of date; [`super::Index::settle`] should be called.
     pub settle_due: bool,
+}
+
+/// A result that was found without being asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FoundResult {
+    pub at: EntryRef,
+    /// The file of the entry.
+    pub file: FileId,
 }
 
 /// Room that was reserved for a write.
@@ -129,6 +144,17 @@ pub struct Totals {
     pub deleting: u64,
     /// The bound on `used` and `reserved` together, in bytes.
     pub limit: u64,
+}
+
+/// What has happened to an index since the start of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tally {
+    /// Entries that were evicted.
+    pub evicted: u64,
+    /// The bytes that they took on disk.
+    pub evicted_bytes: u64,
+    /// Entries that were dropped because their files were damaged or gone.
+    pub damaged: u64,
 }
 
 impl From<Shortage> for Error {

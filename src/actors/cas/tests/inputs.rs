@@ -331,7 +331,7 @@ async fn a_worker_records_a_result_that_the_next_lookup_finds() {
     let action = digest(b"action");
     let result = reapi::ActionResult { stdout_raw: Bytes::from("out"), ..Default::default() };
     let provenance =
-        Provenance { worker: "host/0".into(), tool_invocation_id: "i".into(), peer: String::new() };
+        Provenance { worker: "host/0".into(), tool_invocation_id: "i".into(), ..Provenance::default() };
     let record = move |cas: Cas, main: Instance| {
         let mut batch = cas.begin_outputs(&main, SHA256, 0);
         batch.result(action, result, provenance).unwrap();

@@ -62,6 +62,7 @@ pub(crate) fn submit(work: &Work) -> Submit {
         priority: 0,
         inline: Inline::default(),
         client: ClientInfo::default(),
+        principal: Default::default(),
         caller: Default::default(),
     }
 }

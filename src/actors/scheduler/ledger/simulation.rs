@@ -251,6 +251,7 @@ impl World {
             action: submit.action,
             inline: submit.inline.clone(),
             client: submit.client.clone(),
+            principal: submit.principal,
             peer,
         });
         // What follows from the shares is tested where they are counted.
@@ -631,6 +632,7 @@ impl World {
         }
         self.check_pools();
         self.check_queues();
+        self.check_demand();
         self.check_followers();
         let unfinished: usize = ledger.tasks.values().map(|task| task.numbers().count()).sum();
         assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");

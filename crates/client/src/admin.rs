@@ -1,0 +1,46 @@
+//! The Admin service of goREgo.
+
+use super::{Client, MAX_MESSAGE_BYTES, Service, retrying, status::from_status, stubs::AdminClient, timed};
+use gorego_reapi::{error::Result, proto::gorego};
+
+impl Client {
+    /// The numbers of the store.
+    ///
+    /// # Errors
+    /// Errors of the server.
+    pub async fn store_stats(&self) -> Result<gorego::StoreStats> {
+        let answer = retrying(async || {
+            let answer = self.admin().get_store_stats(timed(gorego::GetStoreStatsRequest {})).await;
+            answer.map_err(|status| from_status("GetStoreStats", &status))
+        });
+        Ok(answer.await?.into_inner())
+    }
+
+    /// Has the server read its configuration again.
+    ///
+    /// # Errors
+    /// `Invalid` for a configuration that the server refuses; other errors of the server.
+    pub async fn reload_config(&self, dry_run: bool) -> Result<gorego::ReloadConfigResponse> {
+        let answer = self.admin().reload_config(timed(gorego::ReloadConfigRequest { dry_run })).await;
+        Ok(answer.map_err(|status| from_status("ReloadConfig", &status))?.into_inner())
+    }
+
+    /// A page of a purge.
+    ///
+    /// # Errors
+    /// `Invalid` also for the page token of a server that was restarted; other errors of the server.
+    pub async fn purge_results(
+        &self,
+        request: &gorego::PurgeResultsRequest,
+    ) -> Result<gorego::PurgeResultsResponse> {
+        let answer = retrying(async || {
+            let answer = self.admin().purge_results(timed(request.clone())).await;
+            answer.map_err(|status| from_status("PurgeResults", &status))
+        });
+        Ok(answer.await?.into_inner())
+    }
+
+    fn admin(&self) -> AdminClient<Service> {
+        AdminClient::new(self.service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+}

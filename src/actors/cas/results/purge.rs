@@ -1,0 +1,231 @@
+//! Removes results by where they come from: the part of a purge that one request does.
+//!
+//! A purge walks the slots of the index in pages. Only the index is read under its lock; files are read on a blocking thread, one at a
+//! time and without decoding the results in them. The actor removes what was found in one message for each page, and the answer
+//! comes when the files are deleted, so that no restart brings them back. One page is worked on at a time for the whole server.
+
+use crate::{
+    actors::{
+        cas::{
+            CasActor, LOG,
+            client::Cas,
+            index::{EntryRef, FileId, FoundResult},
+            reply::StoreReply,
+            results,
+            settings::CHANGES_PER_HOLD,
+            volume,
+        },
+        mail::Receive,
+    },
+    instance::Instance,
+    logging::Event,
+};
+use actix::Message;
+use futures::FutureExt as _;
+use gorego_reapi::{
+    digest::Digest,
+    duration::time_from_wire,
+    error::{Error, Result},
+    proto::gorego::StoredOrigin,
+};
+use std::{collections::HashSet, time::SystemTime};
+
+/// Holds of the index's lock for one page: about 100,000 slots, some milliseconds.
+const HOLDS_PER_PAGE: usize = 400;
+/// Bytes of result files that are read for one page. It ends with the file that exceeds this.
+const BYTES_PER_PAGE: u64 = 64 << 20;
+
+/// Which results are meant. All conditions that are set have to hold.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ResultCondition {
+    /// The result of this action.
+    pub action: Option<Digest>,
+    /// Results that this run of a build tool caused.
+    pub invocation: Option<String>,
+    /// Results of this principal.
+    pub principal: Option<String>,
+    /// Results of this worker, or of the workers below this name.
+    pub worker: Option<String>,
+    /// Results that were written then or later.
+    pub since: Option<SystemTime>,
+}
+
+/// A result and where it comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ResultSource {
+    /// The action.
+    pub action: Digest,
+    /// What is stored with the result.
+    pub stored: StoredOrigin,
+}
+
+/// What one request has found.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PurgePage {
+    /// Results that satisfy the condition. They are gone if that was asked for.
+    pub results: Vec<ResultSource>,
+    /// Number of results that were looked at.
+    pub examined: u64,
+    /// Number of these that could not be read.
+    pub unreadable: u64,
+    /// Where to go on; `None` at the end.
+    pub next: Option<u32>,
+}
+
+impl ResultCondition {
+    /// Whether a result with this origin satisfies it.
+    pub fn holds(&self, action: Digest, origin: &StoredOrigin) -> bool {
+        let is = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|wanted| wanted == value);
+        let is_below = |wanted: &String| {
+            origin.worker.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let is_later = |since: SystemTime| {
+            origin.stored_at.as_ref().and_then(time_from_wire).is_some_and(|stored| stored >= since)
+        };
+        self.action.is_none_or(|wanted| wanted == action)
+            && is(&self.invocation, &origin.tool_invocation_id)
+            && is(&self.principal, &origin.principal)
+            && self.worker.as_ref().is_none_or(is_below)
+            && self.since.is_none_or(is_later)
+    }
+}
+
+/// Removes these results, unless they were replaced meanwhile. The answer comes when the files are deleted, and has the ones that
+/// are gone.
+#[derive(Message)]
+#[rtype(result = "Result<HashSet<FileId>>")]
+pub struct RemoveResults(Vec<EntryRef>);
+
+impl Cas {
+    /// One page of a purge: looks at about `max` results from the slot `from` on.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is shutting down; `Internal` when files could not be deleted.
+    pub(crate) async fn purge_results(
+        &self,
+        instance: &Instance,
+        condition: &ResultCondition,
+        from: u32,
+        max: usize,
+        remove: bool,
+    ) -> Result<PurgePage> {
+        let _turn = self.shared().purge_turn.lock().await;
+        let (found, next) = self.results_from(instance, condition, from, max)?;
+        let (cas, instance, condition) = (self.clone(), instance.clone(), condition.clone());
+        let read = self.blocking(move || read_origins(&cas, &instance, &condition, &found)).await?;
+        let OriginsRead { matching, examined, unreadable, stopped_at } = read;
+        let next = stopped_at.or(next);
+        if !remove || matching.is_empty() {
+            let results = matching.into_iter().map(|(_, origin)| origin).collect();
+            return Ok(PurgePage { results, examined, unreadable, next });
+        }
+        let gone = self.ask(RemoveResults(matching.iter().map(|(found, _)| found.at).collect())).await??;
+        let results = matching.into_iter().filter(|(found, _)| gone.contains(&found.file));
+        let results = results.map(|(_, origin)| origin).collect();
+        Ok(PurgePage { results, examined, unreadable, next })
+    }
+
+    /// The results of a page, by the index alone.
+    fn results_from(
+        &self,
+        instance: &Instance,
+        condition: &ResultCondition,
+        from: u32,
+        max: usize,
+    ) -> Result<(Vec<FoundResult>, Option<u32>)> {
+        let (mut found, mut next) = (Vec::new(), Some(from));
+        for _ in 0..HOLDS_PER_PAGE {
+            let Some(from) = next else { break };
+            if found.len() >= max {
+                break;
+            }
+            let (part, after) = self.look_up(|index| index.results_from(instance.id(), from))?;
+            let is_meant =
+                |found: &FoundResult| condition.action.is_none_or(|wanted| wanted == found.file.key.digest);
+            found.extend(part.into_iter().filter(is_meant));
+            next = after;
+        }
+        Ok((found, next))
+    }
+}
+
+struct OriginsRead {
+    matching: Vec<(FoundResult, ResultSource)>,
+    examined: u64,
+    unreadable: u64,
+    /// The slot of the first result that was not read any more.
+    stopped_at: Option<u32>,
+}
+
+/// Reads where these results come from. Blocks.
+fn read_origins(
+    cas: &Cas,
+    instance: &Instance,
+    condition: &ResultCondition,
+    found: &[FoundResult],
+) -> OriginsRead {
+    let mut read = OriginsRead { matching: Vec::new(), examined: 0, unreadable: 0, stopped_at: None };
+    let mut bytes = 0;
+    for found in found {
+        if bytes > BYTES_PER_PAGE {
+            read.stopped_at = Some(found.at.slot());
+            break;
+        }
+        read.examined += 1;
+        let action = found.file.key.digest;
+        let file = cas.shared().volume.open(&found.file);
+        let content = file.and_then(|file| volume::read_all(&*file, results::MAX_FILE_BYTES));
+        let content = match content {
+            Ok(content) => content,
+            // It was evicted or replaced meanwhile.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(_) => {
+                read.unreadable += 1;
+                continue;
+            }
+        };
+        bytes += content.len() as u64;
+        match results::decode_origin(&content, instance.name(), action) {
+            Ok(stored) if condition.holds(action, &stored) => {
+                read.matching.push((*found, ResultSource { action, stored }));
+            }
+            Ok(_) => {}
+            Err(_) => read.unreadable += 1,
+        }
+    }
+    read
+}
+
+impl Receive<RemoveResults> for CasActor {
+    type Answer = StoreReply<Result<HashSet<FileId>>>;
+
+    fn receive(&mut self, RemoveResults(entries): RemoveResults, ctx: &mut Self::Context) -> Self::Answer {
+        let mut victims = Vec::with_capacity(entries.len());
+        for part in entries.chunks(CHANGES_PER_HOLD) {
+            self.change(|index| victims.extend(part.iter().filter_map(|at| index.remove(*at))));
+        }
+        if victims.is_empty() {
+            return StoreReply::Now(Ok(HashSet::new()));
+        }
+        Event::info(LOG, "results_purged")
+            .with("entries", victims.len())
+            .with("bytes", victims.iter().map(|victim| victim.bytes).sum::<u64>())
+            .log(format_args!("removed results of the action cache, because an administrator asked for it"));
+        let gone: HashSet<FileId> = victims.iter().map(|victim| victim.file).collect();
+        let deleted = self.delete_and_tell(victims, ctx);
+        StoreReply::Later(
+            async move {
+                match deleted.await {
+                    Ok(failed) if failed.is_empty() => Ok(gone),
+                    Ok(failed) => Err(Error::Internal(format!(
+                        "{} results are not served any more, but their files could not be deleted, so that the next start \
+                         would serve them again; the log says why (delete_failed)",
+                        failed.len()
+                    ))),
+                    Err(_) => Err(Error::internal("the files of purged results could not be deleted")),
+                }
+            }
+            .boxed(),
+        )
+    }
+}

@@ -1,0 +1,55 @@
+//! `gorego ops cancel`: the named operations, or all that a filter finds.
+
+use super::{
+    super::{complain, output::print, remark, table::terminal_width},
+    CancelArgs, FilterArgs, code, connect,
+    list::rows,
+    names,
+};
+use gorego_client::Client;
+use gorego_reapi::error::{Error, Result};
+use std::time::SystemTime;
+
+pub(super) async fn cancel(args: &CancelArgs) -> Result<u8> {
+    if !args.operations.is_empty() && args.filter != FilterArgs::default() {
+        return Err(Error::invalid("write either names of operations or a filter, not both"));
+    }
+    let client = connect(&args.server).await?;
+    if !args.operations.is_empty() {
+        let mut all_done = true;
+        for written in &args.operations {
+            all_done &= match names::resolve(&client, written).await {
+                Ok(name) => cancel_one(&client, &name).await,
+                Err(error) => {
+                    complain(&error);
+                    false
+                }
+            };
+        }
+        return Ok(code(all_done));
+    }
+    let mut found = Vec::new();
+    names::list_each(&client, &args.filter, false, |operation| {
+        if operation.finished.is_none() {
+            found.push(operation);
+        }
+        true
+    })
+    .await?;
+    if !args.yes {
+        print(&rows(&found, SystemTime::now(), terminal_width()))?;
+        remark(&format!("{} operations would be cancelled; add --yes to cancel them", found.len()));
+        return Ok(code(true));
+    }
+    let mut all_done = true;
+    for operation in &found {
+        all_done &= cancel_one(&client, &operation.name).await;
+    }
+    Ok(code(all_done))
+}
+
+/// Cancels one operation and says so.
+async fn cancel_one(client: &Client, name: &str) -> bool {
+    let cancelled = client.cancel(name).await.and_then(|()| print(&format!("cancelled {name}\n")));
+    cancelled.map_err(|error| complain(&error)).is_ok()
+}

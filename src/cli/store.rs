@@ -1,0 +1,75 @@
+//! `gorego store`: the numbers of a server's store, and trust in its action results. Clients of the Admin service.
+
+mod purge;
+mod stats;
+
+use super::{EXIT_FAILURE, ServerArgs, complain, ops::connect};
+use clap::{ArgGroup, Args, Subcommand};
+use gorego_reapi::digest::DigestFunction;
+
+/// The subcommands of `gorego store`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum StoreCommand {
+    /// Show what the store, the staged input trees and the images take
+    Stats(StatsArgs),
+    /// Remove results from the action cache by where they come from, or show which ones that would be
+    Purge(PurgeArgs),
+}
+
+/// The flags of `gorego store stats`.
+#[derive(Debug, Clone, Args)]
+pub struct StatsArgs {
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Print JSON (docs/administration.md)
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The flags of `gorego store purge`.
+#[derive(Debug, Clone, Args)]
+#[command(group(ArgGroup::new("which").required(true).multiple(true).args(["action", "invocation", "principal", "worker", "since"])))]
+pub struct PurgeArgs {
+    /// The result of this action
+    #[arg(long, value_name = "HASH/SIZE")]
+    pub action: Option<String>,
+    /// Digest function of --action, such as blake3 [default: the one that the length of the hash suggests]
+    #[arg(long, value_name = "NAME", value_parser = super::parse_digest_function)]
+    pub digest_function: Option<DigestFunction>,
+    /// Results that this run of a build tool caused (Bazel's invocation id)
+    #[arg(long, value_name = "ID")]
+    pub invocation: Option<String>,
+    /// Results that this principal uploaded or asked a worker for, such as token:ci
+    #[arg(long, value_name = "NAME")]
+    pub principal: Option<String>,
+    /// Results of this worker, or of all workers whose names begin with it and a slash
+    #[arg(long, value_name = "NAME")]
+    pub worker: Option<String>,
+    /// Results that were written since then: how long ago, as in 2h, or a time, as in 2026-01-31T12:00:00Z
+    #[arg(long, value_name = "WHEN")]
+    pub since: Option<String>,
+    /// Remove them; without it, only show which ones
+    #[arg(long)]
+    pub yes: bool,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Print one JSON object for each result, and one for the sum (docs/administration.md)
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs `gorego store ...` and returns its exit code.
+pub(super) fn run(command: &StoreCommand) -> u8 {
+    let outcome = super::block_on(async {
+        match command {
+            StoreCommand::Stats(args) => stats::stats(args).await,
+            StoreCommand::Purge(args) => purge::purge(args).await,
+        }
+    });
+    outcome.unwrap_or_else(|error| {
+        complain(&error);
+        EXIT_FAILURE
+    })
+}

@@ -1,0 +1,195 @@
+//! `gorego store purge`: removes results from the action cache by where they come from.
+//!
+//! Without `--yes` it only shows what it would remove. The server works in pages, so that a purge can be stopped at any time and
+//! started again. If the server is restarted meanwhile, the purge begins again by itself.
+
+use super::{
+    super::{
+        EXIT_FAILURE, EXIT_OK,
+        ops::rfc3339,
+        output::print,
+        progress::ProgressLine,
+        remark,
+        table::{Column, table, terminal_width},
+    },
+    PurgeArgs, connect,
+};
+use gorego_client::Client;
+use gorego_reapi::{
+    error::{Error, Result},
+    proto::{gorego, reapi},
+};
+use serde_json::{Value, json};
+use std::time::SystemTime;
+
+/// How often a purge begins again because the server was restarted.
+const MAX_RESTARTS: usize = 3;
+
+const COLUMNS: [Column; 5] = [
+    Column::text("ACTION"),
+    Column::word("STORED"),
+    Column::text("WHO"),
+    Column::text("FROM"),
+    Column::text("BUILD"),
+];
+
+/// What was found so far.
+#[derive(Debug, Default)]
+struct Sum {
+    found: i64,
+    examined: i64,
+    unreadable: i64,
+}
+
+pub(super) async fn purge(args: &PurgeArgs) -> Result<u8> {
+    let request = request(args, SystemTime::now())?;
+    let client = connect(&args.server).await?;
+    let line = ProgressLine::new();
+    let purged = run(&client, request, args.json, &line).await;
+    line.clear();
+    let Sum { found, examined, unreadable } = purged?;
+    if args.json {
+        print(&format!(
+            "{}\n",
+            json!({ "summary": {
+                "removed": args.yes, "results": found, "examined": examined, "unreadable": unreadable
+            } })
+        ))?;
+    }
+    let what = if args.yes { "removed" } else { "would be removed; add --yes to remove them" };
+    remark(&format!("of {examined} results, {found} {what}"));
+    if unreadable > 0 {
+        remark(&format!(
+            "{unreadable} results could not be read; they are not served, and not removed either"
+        ));
+        return Ok(EXIT_FAILURE);
+    }
+    Ok(EXIT_OK)
+}
+
+async fn run(
+    client: &Client,
+    mut request: gorego::PurgeResultsRequest,
+    as_json: bool,
+    line: &ProgressLine,
+) -> Result<Sum> {
+    let (mut sum, mut restarts, mut has_titles) = (Sum::default(), 0, false);
+    loop {
+        let page = match client.purge_results(&request).await {
+            // The token of a server that was restarted.
+            Err(Error::Invalid(_)) if !request.page_token.is_empty() && restarts < MAX_RESTARTS => {
+                restarts += 1;
+                request.page_token.clear();
+                continue;
+            }
+            page => page?,
+        };
+        sum.found += page.results.len() as i64;
+        sum.examined += page.examined;
+        sum.unreadable += page.unreadable;
+        if !page.results.is_empty() {
+            line.clear();
+            print(&if as_json { lines(&page.results) } else { rows(&page.results, !has_titles) })?;
+            has_titles = true;
+        }
+        line.say(&format!("looked at {} results", sum.examined));
+        if page.next_page_token.is_empty() {
+            return Ok(sum);
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+fn rows(results: &[gorego::ResultOrigin], with_titles: bool) -> String {
+    let row = |result: &gorego::ResultOrigin| {
+        let from = if result.worker.is_empty() { &result.peer } else { &result.worker };
+        vec![
+            action(result),
+            rfc3339(result.stored_at.as_ref()).unwrap_or_default(),
+            result.principal.clone(),
+            from.clone(),
+            result.invocation_id.clone(),
+        ]
+    };
+    let text = table(&COLUMNS, &results.iter().map(row).collect::<Vec<_>>(), terminal_width());
+    if with_titles { text } else { text.lines().skip(1).map(|line| format!("{line}\n")).collect() }
+}
+
+fn lines(results: &[gorego::ResultOrigin]) -> String {
+    results.iter().map(|result| format!("{}\n", json!({ "result": origin(result) }))).collect()
+}
+
+fn action(result: &gorego::ResultOrigin) -> String {
+    result
+        .action_digest
+        .as_ref()
+        .map(|digest| format!("{}/{}", digest.hash, digest.size_bytes))
+        .unwrap_or_default()
+}
+
+/// Where a result comes from, as JSON.
+pub(super) fn origin(result: &gorego::ResultOrigin) -> Value {
+    json!({
+        "action_digest": action(result),
+        "stored_at": rfc3339(result.stored_at.as_ref()),
+        "worker": result.worker,
+        "invocation_id": result.invocation_id,
+        "peer": result.peer,
+        "principal": result.principal,
+        "private": result.is_private,
+    })
+}
+
+fn request(args: &PurgeArgs, now: SystemTime) -> Result<gorego::PurgeResultsRequest> {
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let action_digest = args.action.as_deref().map(|written| {
+        let (hash, size) = written.split_once('/')?;
+        Some(reapi::Digest { hash: hash.to_owned(), size_bytes: size.parse().ok()? })
+    });
+    let action_digest = match action_digest {
+        Some(None) => return Err(Error::invalid("--action: expected HASH/SIZE")),
+        Some(digest) => digest,
+        None => None,
+    };
+    let since = args.since.as_deref().map(|written| since(written, now)).transpose()?;
+    Ok(gorego::PurgeResultsRequest {
+        instance_name: args.server.instance.clone(),
+        action_digest,
+        digest_function: args.digest_function.map_or(0, |function| function.wire().into()),
+        invocation_id: text(&args.invocation),
+        principal: text(&args.principal),
+        worker: text(&args.worker),
+        since: since.map(Into::into),
+        remove: args.yes,
+        ..Default::default()
+    })
+}
+
+/// A time as people write it: how long ago, or when.
+fn since(written: &str, now: SystemTime) -> Result<SystemTime> {
+    if let Ok(ago) = humantime::parse_duration(written) {
+        return now.checked_sub(ago).ok_or_else(|| Error::invalid("--since: that is before 1970"));
+    }
+    humantime::parse_rfc3339_weak(written).map_err(|_| {
+        Error::Invalid(format!(
+            "--since: \"{}\" is neither how long ago, as in 2h, nor a time, as in 2026-01-31T12:00:00Z",
+            written.escape_debug()
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, UNIX_EPOCH};
+
+    #[test]
+    fn since_is_how_long_ago_or_when() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
+        assert_eq!(since("1h 30m", now), Ok(now - Duration::from_secs(5_400)));
+        assert_eq!(since("1970-01-01T00:01:00Z", now), Ok(UNIX_EPOCH + Duration::from_secs(60)));
+        for bad in ["yesterday", "", "-1h"] {
+            assert!(since(bad, now).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! The Admin service (`proto/gorego/v1/admin.proto`): store, configuration and trust in action results.
+//!
+//! Each call is one audit event, with the outcome.
+
+use super::{Edge, convert, page_token, services::admin_server::Admin};
+use crate::{
+    actors::cas::{
+        StoreInspection, Tally, Totals,
+        results::{ResultCondition, ResultSource},
+    },
+    call::Call,
+    disk::BudgetUse,
+    instance::Instance,
+    logging::Event,
+    reload::{KeyChange, Reloaded},
+};
+use gorego_reapi::{
+    duration::time_from_wire,
+    error::{Error, Result},
+    proto::gorego::{
+        BoundedStats, ConfigChange, GetStoreStatsRequest, ListNonDeterminismRequest,
+        ListNonDeterminismResponse, PurgeResultsRequest, PurgeResultsResponse, ReloadConfigRequest,
+        ReloadConfigResponse, ResultOrigin, StoreStats,
+    },
+};
+use std::{
+    sync::Arc,
+    time::{Duration, UNIX_EPOCH},
+};
+use tonic::{Request, Response, Status};
+
+/// Target of the audit events.
+const AUDIT: &str = "gorego::audit";
+/// Name of the audit event of this service.
+const ADMIN_REQUEST: &str = "admin_request";
+
+/// Number of results that one request for a purge looks at, at most.
+const PURGE_PAGE: usize = 1_000;
+/// Longest text in the conditions of a purge, in bytes. Longer ones are not stored.
+const CONDITION_MAX_BYTES: usize = 512;
+
+#[derive(Debug)]
+pub(crate) struct AdminService(pub Arc<Edge>);
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn get_store_stats(
+        &self,
+        request: Request<GetStoreStatsRequest>,
+    ) -> Result<Response<StoreStats>, Status> {
+        let call = Call::of(request.extensions());
+        let answer = self.store_stats(&call).await;
+        audited(&call, "GetStoreStats", answer)
+    }
+
+    async fn reload_config(
+        &self,
+        request: Request<ReloadConfigRequest>,
+    ) -> Result<Response<ReloadConfigResponse>, Status> {
+        let call = Call::of(request.extensions());
+        let answer = self.reload(&call, request.get_ref().dry_run).await;
+        audited(&call, "ReloadConfig", answer)
+    }
+
+    async fn purge_results(
+        &self,
+        request: Request<PurgeResultsRequest>,
+    ) -> Result<Response<PurgeResultsResponse>, Status> {
+        let call = Call::of(request.extensions());
+        let answer = self.purge(&call, request.get_ref()).await;
+        audited(&call, "PurgeResults", answer)
+    }
+
+    async fn list_non_determinism(
+        &self,
+        request: Request<ListNonDeterminismRequest>,
+    ) -> Result<Response<ListNonDeterminismResponse>, Status> {
+        let call = Call::of(request.extensions());
+        let entered = self.0.gate.enter(&call, &request.get_ref().instance_name);
+        let answer = entered.and_then(|_| Err(not_yet("ListNonDeterminism")));
+        audited(&call, "ListNonDeterminism", answer)
+    }
+}
+
+fn not_yet(method: &str) -> Error {
+    Error::Unimplemented(format!("this server does not offer {method} yet"))
+}
+
+/// Logs the outcome of an administrative request.
+fn audited<T>(call: &Call, method: &str, answer: Result<T>) -> Result<Response<T>, Status> {
+    let peer = call.peer().map(|peer| peer.to_string()).unwrap_or_default();
+    let error = answer.as_ref().err();
+    let shown = error.map(ToString::to_string);
+    let principal = call.principal();
+    Event::info(AUDIT, ADMIN_REQUEST)
+        .with("method", method)
+        .with("principal", principal.name())
+        .with("peer", &*peer)
+        .with("grpc_code", error.map_or("OK", Error::code_name))
+        .with_some("instance", call.instance().map(|instance| instance.name()))
+        .with_some("error", shown.as_deref())
+        .log(format_args!("{} asked for {method}", principal.name()));
+    answer.map(Response::new).map_err(Status::from)
+}
+
+impl AdminService {
+    async fn store_stats(&self, call: &Call) -> Result<StoreStats> {
+        self.0.gate.administer(call)?;
+        let store = self.0.cas.inspect().await?;
+        let administration = self.0.administration.clone();
+        let cas = self.0.cas.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let read =
+                |gauge: Option<&Arc<dyn Fn() -> BudgetUse + Send + Sync>>| gauge.map(|gauge| usage(gauge()));
+            (
+                read(administration.staged_trees.as_ref()),
+                read(administration.images.as_ref()),
+                cas.disk_free(),
+                administration.started_at,
+            )
+        });
+        let (staged_trees, images, disk_free, started_at) =
+            looked.await.map_err(|_| Error::internal("the disk could not be looked at"))?;
+        Ok(StoreStats {
+            staged_trees,
+            images,
+            disk_free_bytes: disk_free.map(wire),
+            started_at: Some(started_at.into()),
+            ..stats(store)
+        })
+    }
+}
+
+impl AdminService {
+    async fn reload(&self, call: &Call, dry_run: bool) -> Result<ReloadConfigResponse> {
+        self.0.gate.administer(call)?;
+        let reloader = self.0.administration.reloader.as_ref();
+        let reloader = reloader.ok_or_else(|| Error::Unimplemented("there is no configuration".into()))?;
+        let Reloaded { applied, needs_restart, warnings } = reloader.reload(dry_run).await?;
+        let changes = |changes: Vec<KeyChange>| {
+            let change = |KeyChange { key, description }| ConfigChange { key, description };
+            changes.into_iter().map(change).collect()
+        };
+        Ok(ReloadConfigResponse {
+            applied: changes(applied),
+            needs_restart: changes(needs_restart),
+            warnings,
+        })
+    }
+
+    async fn purge(&self, call: &Call, request: &PurgeResultsRequest) -> Result<PurgeResultsResponse> {
+        let instance = self.0.gate.enter(call, &request.instance_name)?;
+        let condition = condition(&instance, request)?;
+        // After a restart, results are in other slots.
+        let started_at = self.0.administration.started_at;
+        let binding = format!(
+            "purge {} of {:?} with {condition:?} since {started_at:?}",
+            request.remove,
+            instance.name()
+        );
+        let from = match request.page_token.as_str() {
+            "" => 0,
+            token => u32::try_from(page_token::open(&binding, token)?).unwrap_or(u32::MAX),
+        };
+        let max = page_size(request.page_size, PURGE_PAGE, PURGE_PAGE)?;
+        let purged = self.0.cas.purge_results(&instance, &condition, from, max, request.remove).await?;
+        Ok(PurgeResultsResponse {
+            results: purged.results.into_iter().map(|origin| origin_of(&origin)).collect(),
+            examined: wire(purged.examined),
+            unreadable: wire(purged.unreadable),
+            next_page_token: purged
+                .next
+                .map(|next| page_token::seal(&binding, next.into()))
+                .unwrap_or_default(),
+        })
+    }
+}
+
+/// The condition in a request.
+fn condition(instance: &Instance, request: &PurgeResultsRequest) -> Result<ResultCondition> {
+    let text = |value: &str, field: &str| match value.len() {
+        0 => Ok(None),
+        1..=CONDITION_MAX_BYTES => Ok(Some(value.to_owned())),
+        _ => Err(Error::Invalid(format!("{field} is longer than {CONDITION_MAX_BYTES} bytes"))),
+    };
+    let action = request
+        .action_digest
+        .as_ref()
+        .map(|digest| convert::digest(instance, request.digest_function, Some(digest), "action_digest"));
+    let since = request.since.as_ref().map(|since| {
+        time_from_wire(since).ok_or_else(|| Error::invalid("since is before 1970 or not a valid time"))
+    });
+    let condition = ResultCondition {
+        action: action.transpose()?,
+        invocation: text(&request.invocation_id, "invocation_id")?,
+        principal: text(&request.principal, "principal")?,
+        worker: text(&request.worker, "worker")?,
+        since: since.transpose()?,
+    };
+    if condition == ResultCondition::default() {
+        return Err(Error::invalid(
+            "say which results to purge: action_digest, invocation_id, principal, worker or since",
+        ));
+    }
+    Ok(condition)
+}
+
+fn origin_of(ResultSource { action, stored }: &ResultSource) -> ResultOrigin {
+    ResultOrigin {
+        action_digest: Some(action.to_wire()),
+        digest_function: action.function().wire().into(),
+        stored_at: stored.stored_at,
+        worker: stored.worker.clone(),
+        invocation_id: stored.tool_invocation_id.clone(),
+        peer: stored.peer.clone(),
+        principal: stored.principal.clone(),
+        is_private: false,
+    }
+}
+
+/// The number of entries of a page.
+fn page_size(asked: i32, default: usize, max: usize) -> Result<usize> {
+    match usize::try_from(asked) {
+        Ok(0) => Ok(default),
+        Ok(size) => Ok(size.min(max)),
+        Err(_) => Err(Error::invalid("page_size is negative")),
+    }
+}
+
+fn stats(store: StoreInspection) -> StoreStats {
+    let StoreInspection { totals, running_uploads, partial_uploads, tally, oldest_use } = store;
+    let Totals { blobs, results, zstd_forms, used, leased, reserved, deleting, limit } = totals;
+    let Tally { evicted: entries, evicted_bytes: bytes, .. } = tally;
+    StoreStats {
+        max_bytes: wire(limit),
+        used_bytes: wire(used),
+        leased_bytes: wire(leased),
+        reserved_bytes: wire(reserved),
+        deleting_bytes: wire(deleting),
+        blobs: wire(blobs),
+        results: wire(results),
+        zstd_forms: wire(zstd_forms),
+        evicted_entries: wire(entries),
+        evicted_bytes: wire(bytes),
+        oldest_use: oldest_use.map(|seconds| (UNIX_EPOCH + Duration::from_secs(seconds.into())).into()),
+        running_uploads: wire(running_uploads as u64),
+        partial_uploads: wire(partial_uploads as u64),
+        ..StoreStats::default()
+    }
+}
+
+fn usage(BudgetUse { count, bytes, max_bytes }: BudgetUse) -> BoundedStats {
+    BoundedStats { count: wire(count), bytes: wire(bytes), max_bytes: wire(max_bytes) }
+}
+
+fn wire(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

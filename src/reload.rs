@@ -1,0 +1,292 @@
+//! [`Reloader`]: takes in a new configuration while the server runs.
+//!
+//! The configuration is read again from the same sources as at the start, and checked as a whole: first its values, then every
+//! [`Reloadable`] part, which may look at files that it names. Only then is anything changed. So an invalid configuration changes
+//! nothing. Keys that no part takes in need a restart; they keep their running values, and every later reload says so again.
+//!
+//! One reload runs at a time. Reading and checking happen on a blocking thread; the actors only get messages.
+
+use crate::{
+    config::{Config, Loaded, Settings, load::keys},
+    logging::Event,
+};
+use futures::future::BoxFuture;
+use gorego_reapi::error::{Error, Result};
+use std::{collections::BTreeMap, fmt, sync::Arc};
+use tokio::{runtime::Handle, sync::Mutex};
+use toml::Value;
+
+/// Target of this room's log lines.
+const LOG: &str = "gorego::reload";
+/// Event of a reload that has changed the running configuration.
+const CONFIG_RELOADED: &str = "config_reloaded";
+/// Event of a configuration that was refused.
+const CONFIG_REFUSED: &str = "config_refused";
+/// Longest value in a description, in characters.
+const SHOWN_CHARS: usize = 120;
+
+/// A part of the server that can take in new settings while it runs.
+pub(crate) trait Reloadable: Send + Sync {
+    /// The keys that it takes in, such as `log.filter`, or sections, such as `access`, for all keys below.
+    fn keys(&self) -> &'static [&'static str];
+
+    /// Checks new settings and the files that they name, and says what would change. Changes nothing. It is called for every reload,
+    /// since a file may have changed under the same name. Blocks; not called on the actors' thread.
+    ///
+    /// # Errors
+    /// `Invalid` or `Precondition` that name the key and the value at fault.
+    fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>>;
+}
+
+/// A change that was checked.
+pub(crate) struct PreparedChange {
+    /// The key, or the section.
+    pub(crate) key: String,
+    /// What changes, for people. Without secrets.
+    pub(crate) description: String,
+    /// Makes the change. `None` if it needs a restart.
+    pub(crate) apply: Option<BoxFuture<'static, Result<()>>>,
+}
+
+/// A key with what has changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct KeyChange {
+    pub(crate) key: String,
+    pub(crate) description: String,
+}
+
+/// The outcome of a reload.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Reloaded {
+    /// What has changed.
+    pub(crate) applied: Vec<KeyChange>,
+    /// What needs a restart.
+    pub(crate) needs_restart: Vec<KeyChange>,
+    /// Settings that are valid but may surprise.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Reads the configuration from its sources.
+type Load = Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>;
+
+/// See the top of this file. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Reloader(Arc<ReloaderState>);
+
+struct ReloaderState {
+    load: Load,
+    parts: Vec<Box<dyn Reloadable>>,
+    /// The values that are in effect, by key. Held during a reload.
+    running: Mutex<BTreeMap<String, Value>>,
+    runtime: Handle,
+}
+
+impl fmt::Debug for Reloader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Reloader").finish()
+    }
+}
+
+impl Reloader {
+    /// Reloads with `load` on `runtime`. `running` is the configuration with which the server was started.
+    pub(crate) fn new(
+        load: impl Fn() -> Result<(Loaded, Settings)> + Send + Sync + 'static,
+        running: &Config,
+        parts: Vec<Box<dyn Reloadable>>,
+        runtime: Handle,
+    ) -> Self {
+        let running = Mutex::new(keys(running).into_iter().collect());
+        Self(Arc::new(ReloaderState { load: Box::new(load), parts, running, runtime }))
+    }
+
+    /// Reads the configuration again and takes in what can change. With `dry_run`, only says what that would be. It runs to its end
+    /// even if nobody waits for it any more.
+    ///
+    /// # Errors
+    /// `Invalid` or `Precondition` that name each key and value at fault; then nothing has changed.
+    pub(crate) async fn reload(&self, dry_run: bool) -> Result<Reloaded> {
+        let reloader = self.clone();
+        let reload = self.0.runtime.spawn(async move { reloader.reload_once(dry_run).await });
+        let outcome = reload.await.unwrap_or_else(|_| Err(Error::internal("the reload panicked")));
+        tell(&outcome, dry_run);
+        outcome
+    }
+
+    async fn reload_once(&self, dry_run: bool) -> Result<Reloaded> {
+        let mut running = self.0.running.lock().await;
+        let state = self.0.clone();
+        let checked = self.0.runtime.spawn_blocking(move || state.check());
+        let checked = checked.await.unwrap_or_else(|_| Err(Error::internal("the check panicked")));
+        let (loaded, settings, prepared) = checked?;
+        let mut outcome = Reloaded { warnings: settings.warnings, ..Reloaded::default() };
+        let next: BTreeMap<String, Value> = keys(&loaded.config).into_iter().collect();
+        for (key, value) in next.iter().filter(|(key, value)| running.get(*key) != Some(*value)) {
+            if !self.0.is_taken_in(key) {
+                let before = running.get(key).map(shown).unwrap_or_default();
+                let description = format!("{before} -> {}", shown(value));
+                outcome.needs_restart.push(KeyChange { key: key.clone(), description });
+            }
+        }
+        for PreparedChange { key, description, apply } in prepared {
+            let change = KeyChange { key, description };
+            match apply {
+                None => outcome.needs_restart.push(change),
+                Some(apply) => {
+                    if !dry_run {
+                        apply.await?;
+                    }
+                    outcome.applied.push(change);
+                }
+            }
+        }
+        if !dry_run {
+            running.extend(next.into_iter().filter(|(key, _)| self.0.is_taken_in(key)));
+        }
+        Ok(outcome)
+    }
+}
+
+impl ReloaderState {
+    /// Reads and checks everything. Blocks.
+    fn check(&self) -> Result<(Loaded, Settings, Vec<PreparedChange>)> {
+        let (loaded, settings) = (self.load)()?;
+        let mut prepared = Vec::new();
+        for part in &self.parts {
+            prepared.extend(part.prepare(&settings)?);
+        }
+        Ok((loaded, settings, prepared))
+    }
+
+    /// Whether a part takes in this key.
+    fn is_taken_in(&self, key: &str) -> bool {
+        let covers = |taken: &&str| {
+            key.strip_prefix(*taken).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        self.parts.iter().any(|part| part.keys().iter().any(covers))
+    }
+}
+
+/// A value in a description.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN_CHARS) {
+        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
+        None => text,
+    }
+}
+
+fn tell(outcome: &Result<Reloaded>, dry_run: bool) {
+    match outcome {
+        Ok(_) if dry_run => {}
+        Ok(Reloaded { applied, needs_restart, warnings }) => {
+            let names = |changes: &[KeyChange]| {
+                changes.iter().map(|change| change.key.as_str()).collect::<Vec<_>>().join(", ")
+            };
+            Event::info(LOG, CONFIG_RELOADED)
+                .with("applied", &*names(applied))
+                .with("needs_restart", &*names(needs_restart))
+                .log(format_args!("the configuration was read again"));
+            for warning in warnings {
+                Event::warn("gorego::config", "config_warning").log(format_args!("{warning}"));
+            }
+        }
+        Err(error) => Event::error(LOG, CONFIG_REFUSED)
+            .with_shown("error", error)
+            .log(format_args!("the configuration was read again and refused; nothing has changed")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Machine;
+    use std::sync::{
+        Mutex as SyncMutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    /// Takes in `log` and counts; refuses the filter "off".
+    #[derive(Default)]
+    struct Part {
+        filter: Arc<SyncMutex<String>>,
+        prepared: Arc<AtomicUsize>,
+    }
+
+    impl Reloadable for Part {
+        fn keys(&self) -> &'static [&'static str] {
+            &["log"]
+        }
+
+        fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
+            self.prepared.fetch_add(1, Ordering::Relaxed);
+            let filter = next.log.filter.clone();
+            if filter == "off" {
+                return Err(Error::invalid("log.filter = \"off\": not here"));
+            }
+            let own = self.filter.clone();
+            let apply = Box::pin(async move {
+                *own.lock().unwrap() = filter;
+                Ok(())
+            });
+            Ok(vec![PreparedChange {
+                key: "log.filter".into(),
+                description: "new".into(),
+                apply: Some(apply),
+            }])
+        }
+    }
+
+    struct Bench {
+        reloader: Reloader,
+        next: Arc<SyncMutex<Config>>,
+        filter: Arc<SyncMutex<String>>,
+    }
+
+    fn bench() -> Bench {
+        let part = Part::default();
+        let filter = part.filter.clone();
+        let next = Arc::new(SyncMutex::new(Config::default()));
+        let source = next.clone();
+        let load = move || {
+            let mut loaded = Loaded::defaults();
+            loaded.config = source.lock().unwrap().clone();
+            let machine =
+                Machine { cpus: 2, cache_home: Some("/home/u/.cache".into()), current_dir: "/".into() };
+            let settings = Settings::new(&loaded, &machine)?;
+            Ok((loaded, settings))
+        };
+        let reloader = Reloader::new(load, &Config::default(), vec![Box::new(part)], Handle::current());
+        Bench { reloader, next, filter }
+    }
+
+    #[tokio::test]
+    async fn what_a_part_takes_in_changes_and_the_rest_is_named_until_the_restart() {
+        let bench = bench();
+        {
+            let mut next = bench.next.lock().unwrap();
+            next.log.filter = "debug".into();
+            next.cache.zstd_level = 7;
+        }
+        for dry_run in [true, false, false] {
+            let reloaded = bench.reloader.reload(dry_run).await.unwrap();
+            let keys = |changes: &[KeyChange]| changes.iter().map(|c| c.key.clone()).collect::<Vec<_>>();
+            assert_eq!(keys(&reloaded.needs_restart), ["cache.zstd_level"]);
+            assert_eq!(reloaded.needs_restart[0].description, "1 -> 7");
+            assert_eq!(keys(&reloaded.applied), ["log.filter"]);
+            assert_eq!(*bench.filter.lock().unwrap(), if dry_run { "" } else { "debug" });
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bad_configuration_changes_nothing() {
+        let bench = bench();
+        bench.next.lock().unwrap().log.filter = "debug".into();
+        bench.next.lock().unwrap().cache.zstd_level = 99;
+        let refused = bench.reloader.reload(false).await.unwrap_err().to_string();
+        assert!(refused.contains("cache.zstd_level = 99"), "{refused}");
+        bench.next.lock().unwrap().cache.zstd_level = 1;
+        bench.next.lock().unwrap().log.filter = "off".into();
+        assert!(bench.reloader.reload(false).await.is_err());
+        assert_eq!(*bench.filter.lock().unwrap(), "");
+    }
+}

@@ -1,0 +1,271 @@
+//! [`Pools`]: the pools of the server, as they are at the start and as a reload of the configuration changes them.
+//!
+//! A pool that is new starts at once. One that is gone takes no more actions and is removed when its last one has ended. One that is
+//! another than before is both: the new one starts, and what the old one runs goes on beside it for a while.
+
+use super::place::Place;
+use crate::{
+    actors::{
+        cas::client::Cas,
+        scheduler::{
+            Pool, SchedulerActor,
+            messages::{AddPool, DrainPool, ListPools, RemovePool},
+            slots::{PoolSpec, PoolState, PoolStatus},
+        },
+        worker::{WorkerActor, WorkerSettings},
+    },
+    config::{ExecutionSettings, PoolSettings, Settings},
+    log_streams::LogStreams,
+    platform,
+    reload::{PreparedChange, Reloadable},
+    sandbox::settings::SandboxMode,
+    telemetry::RunMetrics,
+};
+use actix::{Addr, SyncArbiter};
+use actix_rt::System;
+use gorego_reapi::error::{Error, Result};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::runtime::Handle;
+
+/// Makes pools.
+#[derive(Clone)]
+pub(super) struct PoolMaker {
+    pub(super) place: Arc<Place>,
+    /// The settings with which the server was started. Those of the pools may be others by now.
+    pub(super) execution: Arc<ExecutionSettings>,
+    pub(super) cas: Cas,
+    pub(super) log_streams: LogStreams,
+    pub(super) metrics: RunMetrics,
+}
+
+impl PoolMaker {
+    /// Starts the workers of a pool. There must be a current [`System`].
+    pub(super) fn make(&self, pool: &PoolSettings) -> Pool {
+        let worker = Arc::new(self.place.worker(&self.execution, pool, self.log_streams.clone(), self.metrics.clone()));
+        let spec = PoolSpec {
+            name: pool.name.clone(),
+            section: if pool.is_declared {
+                format!("execution.pools.{}", pool.name)
+            } else {
+                "execution.platform".into()
+            },
+            worker: worker.name.clone(),
+            slots: pool.slots,
+            offers: pool.offers.clone(),
+            limits: pool.limits,
+            room: pool.room,
+        };
+        let store = Arc::new(self.cas.clone());
+        let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
+        Pool { spec, runner: workers.recipient() }
+    }
+
+    /// Pulls the images that pools name, ahead of their actions.
+    pub(super) fn prefetch<'a>(&self, pools: impl Iterator<Item = &'a PoolSettings>) {
+        if let Some(images) = &self.place.images {
+            let named = platform::named_images(pools.map(|pool| &pool.offers));
+            images.prefetch(named.into_iter().map(str::to_owned).collect());
+        }
+    }
+}
+
+/// The pools of a running server, for reloads.
+#[derive(Clone)]
+pub(super) struct Pools {
+    pub(super) maker: PoolMaker,
+    pub(super) scheduler: Addr<SchedulerActor>,
+    /// The system of the actors, in which workers are started.
+    system: System,
+    runtime: Handle,
+    /// The settings of the pools that take actions.
+    running: Arc<Mutex<Vec<PoolSettings>>>,
+}
+
+/// What becomes of one pool.
+enum PoolChange {
+    Add(PoolSettings),
+    Replace(PoolSettings),
+    Remove(String),
+}
+
+impl Pools {
+    /// The pools that the scheduler was started with. To be called where the actors run.
+    pub(super) fn new(maker: PoolMaker, scheduler: Addr<SchedulerActor>, runtime: Handle) -> Self {
+        let running = Arc::new(Mutex::new(maker.execution.pools.clone()));
+        Self { maker, scheduler, system: System::current(), runtime, running }
+    }
+
+    fn running(&self) -> MutexGuard<'_, Vec<PoolSettings>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The changes that lead to these pools, with what they are called.
+    fn changes(&self, next: &[PoolSettings]) -> Vec<(PoolChange, String)> {
+        let running = self.running();
+        let mut changes = Vec::new();
+        for pool in next {
+            match running.iter().find(|other| other.name == pool.name) {
+                Some(before) if is_same(before, pool) => {}
+                Some(before) => {
+                    let description =
+                        format!("replaced: {}; what it runs goes on", differences(before, pool));
+                    changes.push((PoolChange::Replace(pool.clone()), description));
+                }
+                None => {
+                    changes.push((PoolChange::Add(pool.clone()), format!("added with {} slots", pool.slots)));
+                }
+            }
+        }
+        for gone in running.iter().filter(|pool| next.iter().all(|other| other.name != pool.name)) {
+            let description = "removed; what it runs goes on".to_owned();
+            changes.push((PoolChange::Remove(gone.name.clone()), description));
+        }
+        changes
+    }
+
+    /// Checks that a pool could be started.
+    fn check(&self, pool: &PoolSettings) -> Result<()> {
+        let place = &self.maker.place;
+        let refuse =
+            |problem: &str| Err(Error::Precondition(format!("execution.pools.{}: {problem}", pool.name)));
+        match (&place.sandbox, pool.sandbox.mode) {
+            (_, SandboxMode::Off) => {}
+            (None, _) => {
+                return refuse(
+                    "sandbox.mode: no pool had a sandbox when the server was started; restart the server to find out \
+                     what works here",
+                );
+            }
+            (Some((_, report)), SandboxMode::Required) if !report.missing.is_empty() => {
+                return refuse("sandbox.mode = \"required\": the sandbox is incomplete on this machine");
+            }
+            _ => {}
+        }
+        place.try_root_of(pool, &WorkerSettings::own_runner(place.open_files))
+    }
+
+    /// Makes one change.
+    async fn apply(self, change: PoolChange) -> Result<()> {
+        match change {
+            PoolChange::Add(pool) => self.start(pool).await,
+            PoolChange::Replace(pool) => {
+                self.retire(&pool.name).await?;
+                self.start(pool).await
+            }
+            PoolChange::Remove(name) => self.retire(&name).await,
+        }
+    }
+
+    async fn start(self, pool: PoolSettings) -> Result<()> {
+        self.maker.place.add_tools(&self.maker.execution, &pool);
+        self.maker.prefetch([&pool].into_iter());
+        let (maker, system, settings) = (self.maker.clone(), self.system.clone(), pool.clone());
+        // Starting many threads takes a moment.
+        let made = self.runtime.spawn_blocking(move || {
+            System::set_current(system);
+            maker.make(&settings)
+        });
+        let pool_of =
+            made.await.map_err(|_| Error::internal("the workers of a pool could not be started"))?;
+        self.scheduler.send(AddPool { pool: pool_of }).await.map_err(|_| gone())??;
+        self.running().push(pool);
+        Ok(())
+    }
+
+    /// Has a pool take no more actions, and removes it when it has no more. Returns when the first is done.
+    async fn retire(&self, name: &str) -> Result<()> {
+        let all = self.scheduler.send(ListPools).await.map_err(|_| gone())?;
+        let is_it = |pool: &&PoolStatus| *pool.name == *name && pool.state != PoolState::Draining;
+        self.running().retain(|pool| pool.name != name);
+        let tools = self.maker.place.tools(name);
+        let Some(id) = all.iter().find(is_it).map(|pool| pool.id) else { return Ok(()) };
+        // The message is in the mailbox before the next one.
+        let drained = self.scheduler.send(DrainPool { id });
+        let (scheduler, place) = (self.scheduler.clone(), self.maker.place.clone());
+        self.runtime.spawn(async move {
+            // Both fail only when the scheduler is gone.
+            let _ = drained.await;
+            let _ = scheduler.send(RemovePool { id }).await;
+            tokio::task::spawn_blocking(move || place.close_tools(&tools));
+        });
+        Ok(())
+    }
+}
+
+fn gone() -> Error {
+    Error::Unavailable("the scheduler has stopped".into())
+}
+
+/// Whether two pools are the same to their actions.
+fn is_same(before: &PoolSettings, after: &PoolSettings) -> bool {
+    let of = |pool: &PoolSettings| {
+        let sandbox = &pool.sandbox;
+        (pool.slots, pool.room, pool.limits, sandbox.mode, sandbox.root.clone(), sandbox.offers_network)
+    };
+    of(before) == of(after) && before.offers == after.offers && before.is_declared == after.is_declared
+}
+
+/// What differs, in a few words.
+fn differences(before: &PoolSettings, after: &PoolSettings) -> String {
+    let mut words = Vec::new();
+    if before.slots != after.slots {
+        words.push(format!("slots {} -> {}", before.slots, after.slots));
+    }
+    let others = [
+        ("properties", before.offers != after.offers),
+        ("limits", before.limits != after.limits),
+        ("cores and memory", before.room != after.room),
+        ("sandbox", before.sandbox != after.sandbox),
+    ];
+    words.extend(others.iter().filter(|(_, differs)| *differs).map(|(what, _)| (*what).to_owned()));
+    words.join(", ")
+}
+
+impl Reloadable for Pools {
+    fn keys(&self) -> &'static [&'static str] {
+        // The other limits are those of the machine.
+        &[
+            "execution.pools",
+            "execution.concurrency",
+            "execution.platform",
+            "execution.limits.memory_gb",
+            "execution.limits.max_memory_gb",
+            "execution.limits.swap_gb",
+            "execution.limits.cores",
+            "execution.limits.max_cores",
+            "execution.limits.max_processes",
+            "execution.limits.disk_gb",
+            "execution.limits.max_disk_gb",
+            "execution.limits.files",
+        ]
+    }
+
+    fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
+        // That execution is switched off is a change of its own, which needs a restart.
+        let Some(next) = &next.execution else { return Ok(Vec::new()) };
+        let at_start = &self.maker.execution;
+        // These are a part of every pool, but belong to what is made at the start.
+        let is_bound = next.sandbox != at_start.sandbox || next.images.is_some() != at_start.images.is_some();
+        let mut prepared = Vec::new();
+        for (change, description) in self.changes(&next.pools) {
+            let name = match &change {
+                PoolChange::Add(pool) | PoolChange::Replace(pool) => &pool.name,
+                PoolChange::Remove(name) => name,
+            };
+            let key = format!("execution.pools.{name}");
+            if is_bound {
+                let description = format!(
+                    "{description}; not now, because execution.sandbox or execution.images has changed too"
+                );
+                prepared.push(PreparedChange { key, description, apply: None });
+                continue;
+            }
+            if let PoolChange::Add(pool) | PoolChange::Replace(pool) = &change {
+                self.check(pool)?;
+            }
+            let apply = Box::pin(self.clone().apply(change));
+            prepared.push(PreparedChange { key, description, apply: Some(apply) });
+        }
+        Ok(prepared)
+    }
+}

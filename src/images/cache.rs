@@ -20,7 +20,7 @@ pub(super) mod layers;
 use super::{
     LOG,
     digest::ImageDigest,
-    index::{CopyId, Growth, ImageIndex, Kept},
+    index::{CopyId, Growth, ImageIndex, Spare},
 };
 use crate::{
     actors::worker::{dir, workspace},
@@ -88,7 +88,7 @@ enum CacheKey {
     Layer(ImageDigest),
 }
 
-impl Kept for CacheKey {
+impl Spare for CacheKey {
     fn is_spare(&self) -> bool {
         matches!(self, Self::Layer(_))
     }

@@ -41,7 +41,7 @@ pub(super) struct ImageIndex<K, T> {
 }
 
 /// What a key stands for.
-pub(super) trait Kept {
+pub(super) trait Spare {
     /// Whether it is kept only as long as nothing else needs its room.
     fn is_spare(&self) -> bool;
 }
@@ -58,7 +58,7 @@ struct ImageEntry<T> {
     place: Place,
 }
 
-impl<K: Clone + Eq + Hash + Kept, T: Clone> ImageIndex<K, T> {
+impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
     /// How many images there are, and what they take together with spare entries and with what is being unpacked.
     pub(super) fn usage(&self) -> BudgetUse {
         let images = self.images.keys().filter(|key| !key.is_spare());
@@ -210,7 +210,7 @@ mod tests {
     const BUDGET: u64 = 100;
 
     /// The last two keys of the model are spare.
-    impl Kept for u8 {
+    impl Spare for u8 {
         fn is_spare(&self) -> bool {
             *self >= 4
         }

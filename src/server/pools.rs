@@ -41,7 +41,12 @@ pub(super) struct PoolMaker {
 impl PoolMaker {
     /// Starts the workers of a pool. There must be a current [`System`].
     pub(super) fn make(&self, pool: &PoolSettings) -> Pool {
-        let worker = Arc::new(self.place.worker(&self.execution, pool, self.log_streams.clone(), self.metrics.clone()));
+        let worker = Arc::new(self.place.worker(
+            &self.execution,
+            pool,
+            self.log_streams.clone(),
+            self.metrics.clone(),
+        ));
         let spec = PoolSpec {
             name: pool.name.clone(),
             section: if pool.is_declared {

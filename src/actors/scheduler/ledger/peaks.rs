@@ -16,14 +16,14 @@ pub(super) struct PeakKey(pub(super) u64);
 /// Memory by target and mnemonic.
 #[derive(Debug, Default)]
 pub(super) struct Peaks {
-    peaks: HashMap<PeakKey, Peak>,
+    peaks: HashMap<PeakKey, NotedPeak>,
     /// The keys by when they were noted last; the number is unique.
     order: BTreeMap<u64, PeakKey>,
     notes: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Peak {
+struct NotedPeak {
     bytes: u64,
     noted: u64,
 }
@@ -39,7 +39,7 @@ impl Peaks {
         }
         let old = before.map_or(0, |peak| peak.bytes);
         let bytes = if bytes >= old { bytes } else { bytes + (old - bytes) / 2 };
-        self.peaks.insert(key, Peak { bytes, noted: self.notes });
+        self.peaks.insert(key, NotedPeak { bytes, noted: self.notes });
         self.order.insert(self.notes, key);
         if self.peaks.len() > MAX_PEAKS
             && let Some((_, oldest)) = self.order.pop_first()

@@ -81,7 +81,7 @@ pub(super) fn pull(
     let mut steps = 0;
     let mut take = |bytes| {
         time.left()?;
-        if steps % LOOK_EVERY == 0 {
+        if u64::is_multiple_of(steps, LOOK_EVERY) {
             unpacked.check_disk()?;
         }
         steps += 1;

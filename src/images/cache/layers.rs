@@ -116,7 +116,8 @@ impl NewLayer {
     pub(in crate::images) fn write(&mut self, piece: &[u8]) {
         self.take(piece.len() as u64);
         let Some((_, file)) = &mut self.file else { return };
-        let is_low = self.pieces % LOOK_EVERY == 0 && Space::of_file(file).is_ok_and(|space| space.is_low());
+        let is_low =
+            self.pieces.is_multiple_of(LOOK_EVERY) && Space::of_file(file).is_ok_and(|space| space.is_low());
         self.pieces = self.pieces.wrapping_add(1);
         if is_low || file.write_all(piece).is_err() {
             self.give_up();

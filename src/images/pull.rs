@@ -78,10 +78,10 @@ pub(super) fn pull(
     let config = ImageConfig::decode(&bytes, &machine).map_err(|problem| {
         Error::Precondition(format!("its configuration {}: {problem}", manifest.config.digest))
     })?;
-    let mut steps = 0;
+    let mut steps = 0_u64;
     let mut take = |bytes| {
         time.left()?;
-        if u64::is_multiple_of(steps, LOOK_EVERY) {
+        if steps.is_multiple_of(LOOK_EVERY) {
             unpacked.check_disk()?;
         }
         steps += 1;

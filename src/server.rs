@@ -22,6 +22,7 @@ use crate::{
         cas::{CasActor, CloseStore, client::Cas},
         scheduler::{
             SchedulerActor,
+            inputs::ImageSupply,
             settings::{Priorities, SchedulerSettings},
         },
     },
@@ -458,10 +459,7 @@ fn serve_http(
 fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
     maker.prefetch(maker.execution.pools.iter());
     let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
-    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone());
-    let scheduler = match &maker.place.images {
-        Some(images) => scheduler.with_images(Arc::new(images.clone())).start(),
-        None => scheduler.start(),
-    };
+    let images = maker.place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageSupply>);
+    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone()).with_images(images).start();
     Pools::new(maker, scheduler, workers.clone())
 }

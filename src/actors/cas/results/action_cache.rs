@@ -23,7 +23,7 @@ use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
-    proto::reapi,
+    proto::{gorego::StoredOrigin, reapi},
     tree::MAX_MESSAGE_MEMORY,
     wire::UNCOUNTED_BYTES,
 };
@@ -274,17 +274,44 @@ impl Cas {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<SharedResult> {
-        let mut prepared = PreparedResult::new(instance, action, result, provenance, Uploader::Client)?;
+        let prepared = PreparedResult::new(instance, action, result, provenance, Uploader::Client)?;
+        self.put_prepared(instance, prepared, true).await
+    }
+
+    /// Like [`Cas::put_result`], for a key whose value may change at any time, so that no difference is reported.
+    ///
+    /// # Errors
+    /// As [`Cas::put_result`].
+    pub async fn put_value(
+        &self,
+        instance: &Instance,
+        key: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<SharedResult> {
+        let prepared = PreparedResult::new(instance, key, result, provenance, Uploader::Client)?;
+        self.put_prepared(instance, prepared, false).await
+    }
+
+    async fn put_prepared(
+        &self,
+        instance: &Instance,
+        mut prepared: PreparedResult,
+        is_compared: bool,
+    ) -> Result<SharedResult> {
         let contents = std::mem::take(&mut prepared.contents);
         if !contents.is_empty() {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
         let (charge, result) = (prepared.charge(self), prepared.result.clone());
         let room = self.take_room(charge).await?;
-        let (cas, id) = (self.clone(), instance.id());
+        let (cas, instance) = (self.clone(), instance.clone());
         let visible = self.blocking(move || -> Result<_> {
+            if is_compared {
+                cas.report_difference(&instance, &prepared);
+            }
             let mut files = cas.new_files(room);
-            prepared.write(&cas, &mut files, id)?;
+            prepared.write(&cas, &mut files, instance.id())?;
             Ok(files.commit())
         });
         if let Some(visible) = visible.await?? {
@@ -319,8 +346,10 @@ impl From<Error> for Unloadable {
 
 /// A result that is checked and encoded for its file.
 pub(crate) struct PreparedResult {
-    action: Digest,
-    result: SharedResult,
+    pub(super) action: Digest,
+    pub(super) result: SharedResult,
+    /// Where it comes from.
+    pub(super) origin: StoredOrigin,
     file: Bytes,
     /// Contents that were inlined; these blobs have to be stored first.
     pub(crate) contents: Vec<(Digest, Bytes)>,
@@ -339,8 +368,9 @@ impl PreparedResult {
         uploader: Uploader,
     ) -> Result<Self> {
         let contents = results::normalise(&mut result, action.function(), uploader)?;
-        let file = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
-        Ok(Self { action, result: result.into(), file, contents })
+        let origin = results::origin(instance.name(), action, provenance, SystemTime::now());
+        let file = results::encode(&origin, &result);
+        Ok(Self { action, result: result.into(), origin, file, contents })
     }
 
     /// Bytes that the file takes on disk.
@@ -349,7 +379,12 @@ impl PreparedResult {
     }
 
     /// Writes the file, which is not visible yet. Blocks.
-    pub(crate) fn write(self, cas: &Cas, files: &mut NewFiles, instance: InstanceId) -> Result<()> {
+    pub(in crate::actors::cas) fn write(
+        self,
+        cas: &Cas,
+        files: &mut NewFiles,
+        instance: InstanceId,
+    ) -> Result<()> {
         let Self { action, result, file: bytes, .. } = self;
         let key = Key { digest: action, instance, kind: EntryKind::Result };
         let file = files

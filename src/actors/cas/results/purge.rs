@@ -4,6 +4,7 @@
 //! time and without decoding the results in them. The actor removes what was found in one message for each page, and the answer
 //! comes when the files are deleted, so that no restart brings them back. One page is worked on at a time for the whole server.
 
+use super::replaced::origin_message;
 use crate::{
     actors::{
         cas::{
@@ -26,7 +27,7 @@ use gorego_reapi::{
     digest::Digest,
     duration::time_from_wire,
     error::{Error, Result},
-    proto::gorego::StoredOrigin,
+    proto::gorego::{ResultOrigin, StoredOrigin},
 };
 use std::{collections::HashSet, time::SystemTime};
 
@@ -50,20 +51,11 @@ pub struct ResultCondition {
     pub since: Option<SystemTime>,
 }
 
-/// A result and where it comes from.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ResultSource {
-    /// The action.
-    pub action: Digest,
-    /// What is stored with the result.
-    pub stored: StoredOrigin,
-}
-
 /// What one request has found.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct PurgePage {
     /// Results that satisfy the condition. They are gone if that was asked for.
-    pub results: Vec<ResultSource>,
+    pub results: Vec<ResultOrigin>,
     /// Number of results that were looked at.
     pub examined: u64,
     /// Number of these that could not be read.
@@ -150,7 +142,7 @@ impl Cas {
 }
 
 struct OriginsRead {
-    matching: Vec<(FoundResult, ResultSource)>,
+    matching: Vec<(FoundResult, ResultOrigin)>,
     examined: u64,
     unreadable: u64,
     /// The slot of the first result that was not read any more.
@@ -187,7 +179,7 @@ fn read_origins(
         bytes += content.len() as u64;
         match results::decode_origin(&content, instance.name(), action) {
             Ok(stored) if condition.holds(action, &stored) => {
-                read.matching.push((*found, ResultSource { action, stored }));
+                read.matching.push((*found, origin_message(action, &stored)));
             }
             Ok(_) => {}
             Err(_) => read.unreadable += 1,

@@ -3,6 +3,7 @@
 //! `gorego` without a subcommand is `gorego serve`. All arguments are parsed here; each subcommand has its own file.
 //! Messages for the user go to standard error, requested output goes to standard output.
 
+mod completions;
 mod config;
 mod exec;
 mod live;
@@ -20,6 +21,7 @@ use clap::{
     Args, Parser, Subcommand, ValueEnum,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use clap_complete::Shell;
 use gorego_reapi::{digest::DigestFunction, error::Error};
 use gorego_verify::rules::Level;
 use std::{
@@ -59,6 +61,7 @@ const EXIT_CODES: &str = "Exit codes:
   config       0 valid, 2 invalid; config reload: 0 done, 1 refused by the server, which changed nothing
   ops, store   0 done, 1 not done or not all of it, 2 invalid command line; ops watch: 0 the action succeeded, 1 it did
                not, 129 hung up, 130 interrupted, 143 terminated
+  completions  0 printed, 1 could not be written
 If the reader of their output exits early, as `| head` does, all subcommands except serve end by SIGPIPE (141 in a
 shell); exec cancels its operation first.
 
@@ -98,9 +101,11 @@ pub enum Command {
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// The process that starts commands for a worker; not for users
-    #[command(hide = true)]
-    Runner,
+    /// Print a script that completes this command line in a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 /// The server that a command speaks to.
@@ -338,7 +343,8 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    // Runners come first: they must stay small and single-threaded.
+    // The processes that start commands for workers come first: they must stay small and single-threaded. Users have no such
+    // subcommand.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::RUNNER_SUBCOMMAND) {
         return runner();
     }
@@ -355,7 +361,7 @@ pub fn main() -> ExitCode {
         Some(Command::Ops(command)) => ops::run(&command),
         Some(Command::Store(command)) => store::run(&command),
         Some(Command::Config(command)) => config::run(&command),
-        Some(Command::Runner) => return runner(),
+        Some(Command::Completions { shell }) => completions::run(shell),
     };
     ExitCode::from(code)
 }

@@ -17,7 +17,7 @@ pub mod show;
 mod source_text;
 
 pub use images::{ImagesSettings, Tags};
-pub use load::{Flag, Loaded, Origin, Sources, load};
+pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};

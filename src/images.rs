@@ -5,18 +5,21 @@
 //! layout, registry                       where images come from: a directory of this machine, the distribution API
 //! layer, root, user                      the archive of a layer; the tree to which layers are applied; the names of users in it
 //! pull, cache                            one pull; the unpacked images on disk and their leases
+//! flights                                pulls and lookups of tags that are under way, shared by all who want the same
 //! ```
 //!
-//! [`Images`] is what workers ask. It owns the pulls that are under way: there is one for each image, which all who want the
-//! image wait for, on a thread of its own. A pull goes on when those who asked for it have left; there are at most
-//! [`MAX_PULLS`], each ends after `execution.images.timeout`, and nothing of a failed one stays. A failure is remembered for
-//! a moment, so that a build of thousands of actions does not ask a registry thousands of times for an image that it has not.
+//! [`Images`] is what the scheduler asks before a task gets a slot, and what workers ask again when it has one. It owns the
+//! pulls that are under way: there is one for each image, which all who want the image wait for. A pull goes on when those who
+//! asked for it have left; there are at most [`MAX_PULLS`], each ends after `execution.images.timeout`, and nothing of a failed
+//! one stays. A failure is remembered for a moment, so that a build of thousands of actions does not ask a registry thousands
+//! of times for an image that it has not. The same holds for tags, whose digests are looked up.
 //!
 //! Only registries and directories that the configuration lists are contacted. What comes from them is checked by digest and
 //! treated as hostile.
 
 mod cache;
 pub mod digest;
+mod flights;
 mod index;
 mod layer;
 mod layout;
@@ -30,7 +33,12 @@ mod source;
 mod user;
 
 use crate::{
-    actors::worker::image_store::{ImageStore, LeasedImage},
+    actors::{
+        scheduler::inputs::ImageSupply,
+        worker::image_store::{ImageStore, LeasedImage},
+    },
+    budget::{Bounds, Budget},
+    caller::{Caller, Peer},
     disk::BudgetUse,
     host::ImageRegistry,
     logging::Event,
@@ -38,34 +46,37 @@ use crate::{
 use arc_swap::ArcSwap;
 use cache::{ImageCache, ImageLease};
 use digest::ImageDigest;
+use flights::Flights;
+use futures::future::{BoxFuture, ready};
 use gorego_reapi::error::{Error, Result};
 use layout::LayoutDirectory;
 use problem::LayerProblem;
 use pull::PullTime;
 use reference::{ImageOrigin, ImageReference, ImageVersion};
-use registry::{RegistryClient, Repository};
+use registry::{RegistryClients, Repository};
 use root::RootTree;
 use source::ImageSource;
 use std::{
     collections::HashMap,
     fs::File,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::oneshot, time::timeout};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::images";
-/// How many images are pulled at the same time. Each pull decompresses, so more would only compete for the CPUs.
-const MAX_PULLS: usize = 4;
-/// How long the failure of a pull is the answer to everybody who asks for the image.
-const FAILURE_KEPT: Duration = Duration::from_secs(5);
+/// How many images are pulled at the same time. Each pull decompresses, so more would only compete for the CPUs. The clients of
+/// one address get four of these.
+const MAX_PULLS: u64 = 6;
+/// How many tags are looked up at the same time. Each takes a thread, which does little but wait.
+const MAX_LOOKUPS: u64 = 18;
 /// Time limit of finding out what a tag means.
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often somebody who waits for a pull looks whether to go on waiting.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often a worker that waits for an image looks whether to go on waiting.
 const WAIT_POLL: Duration = Duration::from_millis(50);
 
 /// How many tags are remembered with what they meant when they were first used.
@@ -111,29 +122,13 @@ pub struct Images(Arc<ImagesState>);
 struct ImagesState {
     settings: ArcSwap<ImageSettings>,
     cache: Arc<ImageCache>,
-    registries: RegistryClient,
+    registries: RegistryClients,
+    runtime: Handle,
     /// What tags meant when they were first used.
     tags: Mutex<HashMap<ImageReference, ImageDigest>>,
-    pulls: Mutex<Pulls>,
-    /// A pull has ended.
-    ended: Condvar,
-}
-
-/// Pulls by what they read. What one origin does not have, another may have.
-type Pulls = HashMap<(ImageOrigin, ImageDigest), Arc<ImagePull>>;
-
-/// A pull that is under way, or has failed a moment ago.
-#[derive(Debug, Default)]
-struct ImagePull {
-    /// How it ended, and when. An image is leased until all who wait for it have seen this.
-    outcome: OnceLock<(Instant, Result<ImageLease>)>,
-}
-
-impl ImagePull {
-    /// Why it has failed, if it has.
-    fn failure(&self) -> Option<&Error> {
-        self.outcome.get()?.1.as_ref().err()
-    }
+    lookups: Flights<ImageReference, ImageDigest>,
+    /// By what they read. What one origin does not have, another may have.
+    pulls: Flights<(ImageOrigin, ImageDigest), Arc<ImageLease>>,
 }
 
 impl Images {
@@ -143,15 +138,17 @@ impl Images {
     /// # Errors
     /// Those of the file system.
     pub fn open(settings: ImageSettings, build_root: &Path, runtime: Handle) -> Result<Self> {
-        let registries = RegistryClient::new(runtime, settings.credentials.clone());
+        let registries = RegistryClients::new(runtime.clone(), settings.credentials.clone());
         let cache = ImageCache::open(&build_root.join("images"), settings.max_bytes)?;
+        let places = |what, most| Budget::new(Bounds::shared(what, most));
         Ok(Self(Arc::new(ImagesState {
             settings: ArcSwap::from_pointee(settings),
             cache,
             registries,
+            runtime,
             tags: Mutex::default(),
-            pulls: Mutex::default(),
-            ended: Condvar::new(),
+            lookups: Flights::new("gorego-tag", places("lookups of image tags", MAX_LOOKUPS)),
+            pulls: Flights::new("gorego-pull", places("pulls of images", MAX_PULLS)),
         })))
     }
 
@@ -161,7 +158,7 @@ impl Images {
         let images = self.clone();
         let fetch = move || {
             for name in &names {
-                let fetched = images.lease(name, &|| Ok(()));
+                let fetched = images.lease(name, Peer::default(), &|| Ok(()));
                 if let Err(error @ (Error::Invalid(_) | Error::Precondition(_))) = fetched {
                     Event::warn(LOG, IMAGE_NOT_READY)
                         .with("image", &**name)
@@ -174,13 +171,13 @@ impl Images {
         let _ = thread::Builder::new().name("gorego-prefetch".into()).spawn(fetch);
     }
 
-    /// What the unpacked images take.
+    /// The room that the unpacked images take.
     pub(crate) fn usage(&self) -> BudgetUse {
         self.0.cache.usage()
     }
 
-    fn pulls(&self) -> MutexGuard<'_, Pulls> {
-        self.0.pulls.lock().unwrap_or_else(PoisonError::into_inner)
+    fn tags(&self) -> MutexGuard<'_, HashMap<ImageReference, ImageDigest>> {
+        self.0.tags.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Replaces which images actions may name. Pulls that are under way and images that are unpacked are not affected.
@@ -228,121 +225,79 @@ impl Images {
         }
     }
 
+    /// The unpacked image of this name.
+    async fn obtain(&self, reference: &ImageReference, caller: Caller) -> Result<Arc<ImageLease>> {
+        let digest = self.resolve(reference, caller).await.map_err(|error| about(reference, error))?;
+        let known = || self.0.cache.lease(&digest).map(Arc::new);
+        let (images, own, wanted) = (self.clone(), reference.clone(), digest.clone());
+        let pull = move || images.pull(&own, &wanted).map(Arc::new);
+        self.0.pulls.join(&(reference.origin.clone(), digest.clone()), caller, known, pull).await
+    }
+
     /// The digest of an image whose origin is allowed.
-    fn resolve(&self, reference: &ImageReference) -> Result<ImageDigest> {
+    async fn resolve(&self, reference: &ImageReference, caller: Caller) -> Result<ImageDigest> {
         let settings = self.settings();
         Self::check_origin(&settings, &reference.origin)?;
+        if let ImageVersion::Digest(digest) = &reference.version {
+            return Ok(digest.clone());
+        }
         let is_layout = matches!(reference.origin, ImageOrigin::Layout(_));
         let policy = if is_layout { TagPolicy::EachAction } else { settings.tags };
-        match (&reference.version, policy) {
-            (ImageVersion::Digest(digest), _) => Ok(digest.clone()),
-            (_, TagPolicy::EachAction) => self.resolve_now(reference),
-            (_, TagPolicy::Once) => self.resolve_once(reference),
-            (_, TagPolicy::Refuse) => Err(Error::Precondition(
+        if policy == TagPolicy::Refuse {
+            return Err(Error::Precondition(
                 "it is named by a tag, which may mean another image tomorrow; name it by its digest, or see \
                  execution.images.tags of this server"
                     .into(),
-            )),
+            ));
         }
+        let once = policy == TagPolicy::Once;
+        let known = || once.then(|| self.tags().get(reference).cloned()).flatten();
+        let (images, own) = (self.clone(), reference.clone());
+        let look_up = move || {
+            let digest = images.look_up(&own)?;
+            if once {
+                images.remember(own, &digest);
+            }
+            Ok(digest)
+        };
+        self.0.lookups.join(reference, caller, known, look_up).await
     }
 
-    fn resolve_now(&self, reference: &ImageReference) -> Result<ImageDigest> {
+    /// The digest that a tag has now. Blocks.
+    fn look_up(&self, reference: &ImageReference) -> Result<ImageDigest> {
         let settings = self.settings();
-        let time = PullTime::starting(settings.timeout.min(RESOLVE_TIMEOUT));
+        let time = PullTime::starting(settings.timeout.min(LOOKUP_TIMEOUT));
         self.source(&settings, reference, time)?.resolve(&reference.version)
     }
 
-    fn resolve_once(&self, reference: &ImageReference) -> Result<ImageDigest> {
-        let tags = || self.0.tags.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(digest) = tags().get(reference) {
-            return Ok(digest.clone());
-        }
-        let digest = self.resolve_now(reference)?;
-        let mut tags = tags();
+    fn remember(&self, reference: ImageReference, digest: &ImageDigest) {
+        let mut tags = self.tags();
         if tags.len() >= MAX_TAGS {
             tags.clear();
         }
-        Ok(tags.entry(reference.clone()).or_insert(digest).clone())
+        tags.entry(reference).or_insert_with(|| digest.clone());
     }
 
-    fn obtain(&self, reference: &ImageReference, check: &dyn Fn() -> Result<()>) -> Result<ImageLease> {
-        let digest = self.resolve(reference).map_err(|error| about(reference, error))?;
-        let mut joined: Option<Arc<ImagePull>> = None;
-        loop {
-            let mut pulls = self.pulls();
-            // An image that was pulled meanwhile is leased by its pull, for as long as `joined` holds that.
-            if let Some(lease) = self.0.cache.lease(&digest) {
-                return Ok(lease);
-            }
-            joined = self.join(reference, &digest, &mut pulls)?.or(joined);
-            if let Some(error) = joined.as_ref().and_then(|pull| pull.failure()) {
-                return Err(error.clone());
-            }
-            drop(self.0.ended.wait_timeout(pulls, WAIT_POLL).unwrap_or_else(PoisonError::into_inner));
-            check()?;
-        }
-    }
-
-    /// The pull of this image from this origin, which may have failed a moment ago. It is started if that is possible now: not
-    /// beside too many others, and not beside one that brings the same image from elsewhere.
-    fn join(
-        &self,
-        reference: &ImageReference,
-        digest: &ImageDigest,
-        pulls: &mut Pulls,
-    ) -> Result<Option<Arc<ImagePull>>> {
-        pulls.retain(|_, pull| pull.outcome.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_KEPT));
-        if let Some(pull) = pulls.get(&(reference.origin.clone(), digest.clone())) {
-            return Ok(Some(pull.clone()));
-        }
-        let running = || pulls.iter().filter(|(_, pull)| pull.outcome.get().is_none()).map(|(key, _)| key);
-        let may_start = running().count() < MAX_PULLS && running().all(|(_, other)| other != digest);
-        may_start.then(|| self.start(reference, digest, pulls)).transpose()
-    }
-
-    /// Starts a pull on a thread of its own.
-    fn start(
-        &self,
-        reference: &ImageReference,
-        digest: &ImageDigest,
-        pulls: &mut Pulls,
-    ) -> Result<Arc<ImagePull>> {
-        let pull = Arc::new(ImagePull::default());
-        let key = (reference.origin.clone(), digest.clone());
-        let (images, reference, wanted, own) =
-            (self.clone(), reference.clone(), digest.clone(), pull.clone());
-        let run = move || {
-            let pulled = AssertUnwindSafe(|| images.pull(&reference, &wanted));
-            let outcome = catch_unwind(pulled)
-                .unwrap_or_else(|_| Err(Error::internal("the thread that pulled an image panicked")));
-            let mut pulls = images.pulls();
-            if outcome.is_ok() {
-                pulls.remove(&(reference.origin, wanted));
-            }
-            let _ = own.outcome.set((Instant::now(), outcome));
-            // From here on the image is leased by those who wait for it, if there are any.
-            drop(own);
-            images.0.ended.notify_all();
-        };
-        let thread = thread::Builder::new().name("gorego-pull".into());
-        thread.spawn(run).map_err(|error| Error::io("start a thread that pulls an image", &error))?;
-        pulls.insert(key, pull.clone());
-        Ok(pull)
-    }
-
+    /// Pulls an image that is not there. Blocks.
     fn pull(&self, reference: &ImageReference, digest: &ImageDigest) -> Result<ImageLease> {
         let begun = Instant::now();
         let settings = self.settings();
         let time = PullTime::starting(settings.timeout);
+        let cache = &self.0.cache;
         let pull = || {
             let source = self.source(&settings, reference, time)?;
-            match self.0.cache.begin(digest)? {
-                Some(unpacked) => pull::pull(&*source, digest, unpacked, time),
-                None => {
-                    let there = self.0.cache.lease(digest);
-                    there.ok_or_else(|| Error::Unavailable("it was removed again meanwhile".into()))
+            let unpacked = loop {
+                if let Some(there) = cache.lease(digest) {
+                    return Ok(there);
                 }
-            }
+                if let Some(unpacked) = cache.begin(digest)? {
+                    break unpacked;
+                }
+                // Another pull is bringing the same image from elsewhere.
+                time.left()?;
+                thread::sleep(WAIT_POLL);
+            };
+            pull::pull(&*source, digest, unpacked, time)
         };
         let outcome = pull().map_err(|error| about(reference, error));
         let elapsed = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -365,9 +320,17 @@ impl Images {
 }
 
 impl ImageStore for Images {
-    fn lease(&self, name: &str, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage> {
+    fn lease(&self, name: &str, peer: Peer, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage> {
         let reference = ImageReference::parse(name).map_err(Error::Invalid)?;
-        let lease = self.obtain(&reference, check)?;
+        let lease = self.0.runtime.block_on(async {
+            let mut obtained = pin!(self.obtain(&reference, Caller::without_connection(peer)));
+            loop {
+                match timeout(WAIT_POLL, obtained.as_mut()).await {
+                    Ok(obtained) => return obtained,
+                    Err(_) => check()?,
+                }
+            }
+        })?;
         Ok(LeasedImage {
             root: lease.root(),
             environment: lease.terms().environment.clone(),
@@ -378,6 +341,26 @@ impl ImageStore for Images {
 
     fn relieve_disk(&self) {
         self.0.cache.remove_unused();
+    }
+}
+
+impl ImageSupply for Images {
+    fn bring(&self, name: &str, caller: Caller) -> BoxFuture<'static, Result<()>> {
+        let reference = match ImageReference::parse(name) {
+            Ok(reference) => reference,
+            Err(problem) => return Box::pin(ready(Err(Error::Invalid(problem)))),
+        };
+        let images = self.clone();
+        let (mut tell, told) = oneshot::channel();
+        // It looks at the disk, so it does not run where it is awaited.
+        self.0.runtime.spawn(async move {
+            let brought = tokio::select! {
+                brought = images.obtain(&reference, caller) => brought.map(drop),
+                () = tell.closed() => return,
+            };
+            let _ = tell.send(brought);
+        });
+        Box::pin(async { told.await.unwrap_or_else(|_| Err(Error::internal("a pull was dropped"))) })
     }
 }
 

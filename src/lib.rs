@@ -6,6 +6,7 @@
 mod acknowledge;
 pub mod action;
 pub mod actors;
+mod address;
 pub mod administration;
 mod budget;
 mod call;
@@ -37,5 +38,6 @@ mod server;
 mod signals;
 pub mod size;
 mod spread;
+mod supervisor;
 pub mod under_way;
 mod unhindered;

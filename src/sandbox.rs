@@ -1,11 +1,13 @@
-//! The sandbox: the world that one action sees, and how a process of ours gets into it.
+//! The sandbox: the file system, processes and network that one action sees, and the code that moves a process into it.
 //!
-//! This room knows nothing of actions, commands and workers. A runner process makes a [`World`](world::World) once: the files
-//! of the host that every action may see, assembled as one tree of mounts. For each action it starts a *cell* from the world:
-//! new namespaces with a copy of that tree, whose first process ends with everything in them. A cell is never used twice.
+//! This room knows nothing of actions, commands and workers. A runner process makes one [`World`](world::World): the
+//! files of the host that every action may see, assembled as one tree of mounts. For each action the runner starts a
+//! *cell* from the world. A cell is a set of new namespaces with a copy of that tree; when its first process ends, the
+//! kernel kills every other process in it. A cell is never used twice.
 //!
-//! Each protection is one small piece ([`settings::Protections`]), and what the kernel refuses is left out alone. [`probe`] finds that
-//! out with a cell that runs nothing. The [`view`] and the [`filter`] are values, made without a system call.
+//! Each protection can be switched on separately ([`settings::Protections`]), so a protection that the kernel refuses
+//! does not disable the others. [`probe`] finds out which ones work by starting a cell that runs nothing. The [`view`]
+//! and the [`filter`] are plain values, made without a system call.
 
 mod assemble;
 pub(crate) mod confine;
@@ -24,20 +26,20 @@ pub(crate) mod world;
 
 use std::{fmt, io};
 
-/// Where the input root of every action is, so that outputs that contain the path are reproducible.
+/// Path of the input root in every action. It is fixed so that outputs that contain the path are reproducible.
 pub(crate) const EXEC_ROOT: &str = "/build";
 
-/// A step that could not be taken. It is never the action's fault.
+/// A step of the setup that failed. It is never the action's fault.
 #[derive(Debug)]
 pub(crate) struct SetupFailure {
-    /// What was tried: "mount /proc".
+    /// The step that was tried, such as "mount /proc".
     pub step: String,
-    /// What the kernel said.
+    /// The error that the kernel returned.
     pub error: io::Error,
 }
 
 impl SetupFailure {
-    /// The same failure, for another one who needs what could not be set up.
+    /// A copy of this failure, for another caller that needs what could not be set up.
     pub(crate) fn again(&self) -> Self {
         let error = match self.error.raw_os_error() {
             Some(errno) => io::Error::from_raw_os_error(errno),
@@ -55,7 +57,7 @@ impl fmt::Display for SetupFailure {
 
 /// Adds the step to an error.
 pub(crate) trait Step<T> {
-    /// `step` says what was tried.
+    /// `step` describes what was tried.
     fn step(self, step: impl fmt::Display) -> Result<T, SetupFailure>;
 }
 

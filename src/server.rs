@@ -5,6 +5,7 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
+mod owners;
 pub(crate) mod place;
 mod pools;
 mod reload;
@@ -35,12 +36,14 @@ use crate::{
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
     signals::{StopSignal, StopSignals},
+    supervisor::{InheritedSockets, Supervision},
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
+use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
 use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
@@ -51,14 +54,11 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     select,
     sync::oneshot,
-    time::{Instant, interval, timeout_at},
+    time::{Instant, timeout_at},
 };
 
 /// Target of the log lines of this file.
 const LOG: &str = "gorego::server";
-
-/// Interval between checks of the owner actors.
-const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The part of an exit in which cancelled work ends: processes are killed and directories removed.
 const CANCEL_RESERVE: Duration = Duration::from_secs(2);
@@ -94,6 +94,7 @@ pub(crate) struct Ready {
 pub(crate) fn run(
     (loaded, settings): (Loaded, Settings),
     load: impl Fn() -> Result<(Loaded, Settings)> + Send + Sync + 'static,
+    supervision: Supervision,
     ready: impl FnOnce(Ready) + Send + 'static,
 ) -> Result<()> {
     let open_files = raise_open_files();
@@ -114,7 +115,7 @@ pub(crate) fn run(
     let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
-        let server = Server::start(settings, store, reports, place, workers).await?;
+        let server = Server::start(settings, supervision, store, reports, place, workers).await?;
         server.serve(Configuration { config: loaded.config, load: Box::new(load) }, ready).await
     })
 }
@@ -197,6 +198,7 @@ struct Server {
     log_streams: LogStreams,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
+    supervision: Supervision,
 }
 
 /// The configuration of the start, and the way to read it again.
@@ -216,14 +218,16 @@ enum Stop {
 impl Server {
     async fn start(
         settings: Settings,
+        mut supervision: Supervision,
         store: CasActor,
         reports: NonDeterminismReports,
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
-        let listener = listen(settings.listen_addr, "listen_addr").await?;
+        let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
+        let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
-            Some(address) => Some(listen(address, "http.listen_addr").await?),
+            Some(address) => Some(listen(http, address, "http.listen_addr").await?),
             None => None,
         };
         let cas = store.launch();
@@ -260,6 +264,7 @@ impl Server {
             reports,
             log_streams,
             workers,
+            supervision,
         })
     }
 
@@ -278,7 +283,10 @@ impl Server {
             reports,
             log_streams,
             workers,
+            supervision,
         } = self;
+        let supervisor = supervision.supervisor.clone();
+        let owners = Owners { cas: cas.clone(), assets: assets.clone(), scheduler: scheduler.clone() };
         let hosts = Hosts::new(settings.http_hosts.clone());
         let mut parts: Vec<Box<dyn Reloadable>> = vec![
             Box::new(ReloadLogFilter::new(&settings.log)),
@@ -330,10 +338,13 @@ impl Server {
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
         ready(Ready { address, sandbox, limits });
+        supervisor.ready();
+        // On the actors' thread, so that a thread that is stuck sends no sign of life.
+        actix_rt::spawn(owners.clone().report(supervision, settings.max_size_bytes, workers.clone()));
 
         let stop = select! {
             signal = stop_signal(&mut signals, &reloader) => Stop::Signal(signal.name()),
-            error = owner_died(&cas, &assets, scheduler.as_ref()) => Stop::Fault(error),
+            error = owners.died() => Stop::Fault(error),
             error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
                 Ok(Ok(())) => Error::internal("the gRPC server stopped by itself"),
@@ -345,6 +356,7 @@ impl Server {
             Stop::Signal(signal) => signal,
             Stop::Fault(error) => return Err(error),
         };
+        supervisor.stopping();
         Event::info(LOG, "server_stopping")
             .with("signal", signal)
             .with("grace_ms", settings.shutdown_grace.as_millis() as u64)
@@ -386,7 +398,7 @@ impl Server {
                 std::process::exit(INTERRUPTED);
             }
         }
-        owners_live(&cas, &assets, scheduler.as_ref())?;
+        owners.check()?;
         // Saves the asset bindings and the recent uses, which determine the order of eviction after the next start.
         let saving = workers.spawn_blocking(move || reports.save());
         let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
@@ -430,8 +442,17 @@ fn administration(
     Administration { staged_trees, images, reports, reloader: Some(reloader), ..Administration::default() }
 }
 
-/// Listens on the address of this configuration key.
-async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener> {
+/// Listens on the socket of the supervisor, if there is one, or on the address of this configuration key.
+async fn listen(
+    inherited: Option<std::net::TcpListener>,
+    address: SocketAddr,
+    key: &str,
+) -> Result<TcpListener> {
+    if let Some(listener) = inherited {
+        return TcpListener::from_std(listener).map_err(|error| {
+            Error::io(&format!("serve on the socket that the supervisor passed for {key}"), &error)
+        });
+    }
     TcpListener::bind(address).await.map_err(|error| match error.kind() {
         ErrorKind::AddrInUse => Error::Precondition(format!(
             "could not listen on {address}: another process listens there, perhaps another goREgo; stop it, or set {key} to \
@@ -499,7 +520,11 @@ fn scheduler_settings(node: NodeName, execution: &ExecutionSettings) -> Schedule
 fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
     maker.prefetch(maker.execution.pools.iter());
     let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
-    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone()).start();
+    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone());
+    let scheduler = match &maker.place.images {
+        Some(images) => scheduler.with_images(Arc::new(images.clone())).start(),
+        None => scheduler.start(),
+    };
     Pools::new(maker, scheduler, workers.clone())
 }
 
@@ -548,32 +573,6 @@ async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
     }
 }
 
-/// Completes when an owner actor has died.
-async fn owner_died(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Error {
-    let mut ticks = interval(WATCH_INTERVAL);
-    loop {
-        ticks.tick().await;
-        if let Err(error) = owners_live(cas, assets, scheduler) {
-            return error;
-        }
-    }
-}
-
-/// Fails if an owner actor has died. A panic in a handler closes the actor's address permanently.
-fn owners_live(cas: &Cas, assets: &Assets, scheduler: Option<&Addr<SchedulerActor>>) -> Result<()> {
-    if !cas.actor().connected() {
-        return Err(Error::internal("the store's actor died"));
-    }
-    if !assets.actor().connected() {
-        return Err(Error::internal("the asset service's actor died"));
-    }
-    if scheduler.is_some_and(|scheduler| !scheduler.connected()) {
-        return Err(Error::internal("the scheduler's actor died"));
-    }
-    Ok(())
-}
-
-/// The common name of a pool's workers, without the slot: `host`, or `host/pool` for a configured pool.
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -581,13 +580,14 @@ mod tests {
     #[tokio::test]
     async fn an_address_that_is_taken_is_named_with_its_key() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let first = listen(taken, "listen_addr").await.unwrap();
-        let error = listen(taken, "http.listen_addr").await.unwrap_err().to_string();
+        let first = listen(None, taken, "listen_addr").await.unwrap();
+        let error = listen(None, taken, "http.listen_addr").await.unwrap_err().to_string();
         for part in [taken.to_string().as_str(), "another goREgo", "http.listen_addr"] {
             assert!(error.contains(part), "{part} is not in {error}");
         }
         drop(first);
-        let error = listen("192.0.2.1:1".parse().unwrap(), "listen_addr").await.unwrap_err().to_string();
+        let error =
+            listen(None, "192.0.2.1:1".parse().unwrap(), "listen_addr").await.unwrap_err().to_string();
         assert!(error.contains("does not have that address"), "{error}");
     }
 }

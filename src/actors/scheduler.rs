@@ -6,7 +6,7 @@
 //! (futures in an actix context are all polled whenever one of them wakes).
 //!
 //! The actor does not touch bytes, files or processes. It knows the workers as recipients of their messages and the store as
-//! [`InputCheck`]. The action and its cached result were looked up before the action is admitted.
+//! [`InputCheck`], and container images as [`ImageSupply`]. The action and its cached result were looked up before the action is admitted.
 
 pub mod inputs;
 mod ledger;
@@ -34,8 +34,8 @@ use crate::{
 use actix::{Actor, AsyncContext, Context, MailboxError, Message, MessageResult, Recipient, ResponseFuture};
 use futures::future::ready;
 use gorego_reapi::error::{Error, Result};
-use inputs::InputCheck;
-use ledger::{Assignment, Check, Ledger, RunEnd};
+use inputs::{ImageSupply, InputCheck};
+use ledger::{Assignment, Check, ImageOrder, Ledger, RunEnd};
 use messages::{
     AddPool, Admit, Cancel, Drain, DrainPool, Explain, Forget, Inspect, Inspection, ListOperations,
     ListPools, OperationPage, Record, RemovePool, Watch,
@@ -45,6 +45,7 @@ use settings::{ClockReading, SchedulerSettings};
 use slots::{PoolId, PoolSpec};
 use std::{
     collections::{BTreeSet, HashMap},
+    sync::Arc,
     time::Duration,
 };
 use tokio::sync::oneshot;
@@ -72,7 +73,10 @@ pub struct SchedulerActor {
     ledger: Ledger,
     runners: HashMap<PoolId, Recipient<RunAction>>,
     inputs: Box<dyn InputCheck>,
-    check_timeout: Duration,
+    /// Brings container images; `None` if actions cannot name any.
+    images: Option<Arc<dyn ImageSupply>>,
+    /// Time limit of a check, and of bringing an image.
+    transfer_timeout: Duration,
     /// The name of this server.
     node: NodeName,
     drained: Vec<oneshot::Sender<()>>,
@@ -93,11 +97,19 @@ impl SchedulerActor {
             ledger,
             runners: ids.into_iter().zip(runners).collect(),
             inputs: Box::new(inputs),
-            check_timeout: settings.transfer_timeout,
+            images: None,
+            transfer_timeout: settings.transfer_timeout,
             node: settings.node,
             drained: Vec::new(),
             drained_pools: Vec::new(),
         }
+    }
+
+    /// Has tasks wait for the container images that they name before they get a slot.
+    pub fn with_images(mut self, images: Arc<dyn ImageSupply>) -> Self {
+        self.ledger.bring_images();
+        self.images = Some(images);
+        self
     }
 
     /// The counter of the messages that the actor handles.
@@ -110,6 +122,9 @@ impl SchedulerActor {
         let now = ClockReading::now();
         while let Some(check) = self.ledger.next_check(now) {
             self.send_check(check, ctx);
+        }
+        while let Some(order) = self.ledger.next_image(now) {
+            self.send_image_order(order, ctx);
         }
         while let Some(assignment) = self.ledger.assign(now) {
             self.send_run(assignment, ctx);
@@ -135,13 +150,30 @@ impl SchedulerActor {
 
     fn send_check(&self, Check { task, instance, root, peer }: Check, ctx: &mut Context<Self>) {
         let caller = Caller::without_connection(peer);
-        let checking = tokio::time::timeout(self.check_timeout, self.inputs.check(instance, root, caller));
+        let checking = tokio::time::timeout(self.transfer_timeout, self.inputs.check(instance, root, caller));
         let scheduler = ctx.address();
         actix::spawn(async move {
             let silent =
                 |_| Err(Error::Unavailable("the store of this server does not answer; try again".into()));
             let result = checking.await.unwrap_or_else(silent);
             scheduler.do_send(InputsChecked { task, result });
+        });
+    }
+
+    fn send_image_order(&self, ImageOrder { task, name, peer, left }: ImageOrder, ctx: &mut Context<Self>) {
+        let Some(images) = &self.images else { return };
+        let brought = images.bring(&name, Caller::without_connection(peer));
+        let (scheduler, limit) = (ctx.address(), self.transfer_timeout);
+        actix::spawn(async move {
+            let result = tokio::select! {
+                brought = tokio::time::timeout(limit, brought) => brought.unwrap_or_else(|_| {
+                    Err(Error::Unavailable(format!(
+                        "image {name} was not there within {limit:?} (execution.transfer_timeout of this server)"
+                    )))
+                }),
+                _ = left => return,
+            };
+            scheduler.do_send(ImageBrought { task, result });
         });
     }
 
@@ -200,6 +232,14 @@ struct InputsChecked {
     result: Result<()>,
 }
 
+/// A fact: somebody has tried to bring the image of a task.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct ImageBrought {
+    task: TaskId,
+    result: Result<()>,
+}
+
 /// A fact: a run has ended.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -253,6 +293,15 @@ impl Receive<InputsChecked> for SchedulerActor {
 
     fn receive(&mut self, InputsChecked { task, result }: InputsChecked, ctx: &mut Self::Context) {
         self.ledger.inputs_checked(task, result, ClockReading::now());
+        self.settle(ctx);
+    }
+}
+
+impl Receive<ImageBrought> for SchedulerActor {
+    type Answer = ();
+
+    fn receive(&mut self, ImageBrought { task, result }: ImageBrought, ctx: &mut Self::Context) {
+        self.ledger.image_brought(task, result, ClockReading::now());
         self.settle(ctx);
     }
 }

@@ -62,25 +62,26 @@ pub const RUNNER_SUBCOMMAND: &str = "runner";
 /// The settings that all workers of a pool share.
 #[derive(Debug, Clone)]
 pub struct WorkerSettings {
-    /// Name of this host and, if there are several pools, of the pool. With the slot, it makes `ExecutedActionMetadata.worker`.
+    /// Name of this host, followed by the name of the pool if there are several. Together with the slot it forms
+    /// `ExecutedActionMetadata.worker`.
     pub name: String,
     /// Name of the pool, for logs.
     pub pool: String,
     /// The build root, where exec directories are created.
     pub build_root: BuildRoot,
-    /// Bound on the time to fetch the inputs, and on the time to store the outputs.
+    /// Time limit for fetching the inputs, and separately for storing the outputs.
     pub transfer_timeout: Duration,
-    /// The largest file that a command may write, and the largest log of its output, in bytes.
+    /// Maximum size in bytes of a file that a command may write, and of the log of its output.
     pub max_output_file_bytes: u64,
     /// Program and arguments of a runner process.
     pub runner: Vec<OsString>,
-    /// Container images as root file systems; `None` if actions cannot name any.
+    /// Source of container images as root file systems; `None` if actions cannot name any.
     pub images: Option<Arc<dyn ImageStore>>,
-    /// The sandbox in which commands run; `None` for none.
+    /// The sandbox in which commands run; `None` if they run without one.
     pub sandbox: Option<PoolSandbox>,
     /// What one action may use.
     pub limits: PoolLimits,
-    /// The tools that may do the work of commands; `None` when each command runs by itself.
+    /// The tools that may do the work of commands; `None` if each command runs in a process of its own.
     pub tools: Option<Arc<Tools>>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
@@ -94,7 +95,7 @@ pub struct PoolLimits {
 }
 
 impl WorkerSettings {
-    /// Whether input roots can have layers.
+    /// Whether input roots can be overlays.
     fn has_layers(&self) -> bool {
         self.sandbox.as_ref().is_some_and(PoolSandbox::has_layers)
     }
@@ -104,7 +105,7 @@ impl WorkerSettings {
         match &self.sandbox {
             Some(sandbox) => sandbox.kind(&action.platform),
             None if platform::wants_input_root_as_root(&action.platform) => Err(Error::Precondition(
-                "the action asks for its input root as its root file system (rootfs), which takes the sandbox; it is off"
+                "the action asks for its input root as its root file system (rootfs), which requires the sandbox; it is off"
                     .into(),
             )),
             None => Ok(CellKind::default()),
@@ -120,7 +121,7 @@ impl WorkerSettings {
         }
     }
 
-    /// The runner command of a server: this very binary, also after the file was replaced on disk. Commands get
+    /// The runner command of a server: this very binary, even if the file on disk was replaced. Commands get
     /// `open_files` as their soft limit on open files, if the server has changed its own.
     pub fn own_runner(open_files: Option<u64>) -> Vec<OsString> {
         let mut command = vec!["/proc/self/exe".into(), RUNNER_SUBCOMMAND.into()];
@@ -129,7 +130,7 @@ impl WorkerSettings {
     }
 }
 
-/// Runs actions, one at a time.
+/// Runs one action at a time.
 pub struct WorkerActor {
     mail: Mail,
     settings: Arc<WorkerSettings>,

@@ -6,8 +6,8 @@ use super::{
     ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
 };
 use crate::config::{
-    ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, Sources, load, load::file_to_read,
-    show::show,
+    ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, SocketAddress, Sources, load,
+    load::file_to_read, show::show,
 };
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -22,7 +22,7 @@ pub(super) fn run(command: &ConfigCommand) -> u8 {
         ConfigCommand::Reload(args) => return reload::run(args),
         ConfigCommand::Check { file } => check(file),
         ConfigCommand::Show(args) => {
-            load_settings(args, environment()).map(|(loaded, settings)| show(&loaded, &settings))
+            load_settings(args, environment(), Vec::new()).map(|(loaded, settings)| show(&loaded, &settings))
         }
     };
     match outcome.and_then(|text| print(&text)) {
@@ -41,13 +41,17 @@ fn check(file: &Path) -> Result<String> {
     Ok(format!("{warnings}{} is fine\n", file.display()))
 }
 
-/// Loads the configuration of a server that is started with these flags and environment variables.
+/// Loads the configuration of a server that is started with these flags, environment variables and sockets.
 ///
 /// # Errors
 /// The errors of [`load()`] and [`Settings::new`].
-pub(super) fn load_settings(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> Result<(Loaded, Settings)> {
+pub(super) fn load_settings(
+    args: &ServeArgs,
+    env: Vec<(OsString, OsString)>,
+    sockets: Vec<SocketAddress>,
+) -> Result<(Loaded, Settings)> {
     let file = file_to_read(args.config.clone());
-    let loaded = load(&Sources { file, env, flags: flags(args)? })?;
+    let loaded = load(&Sources { file, env, flags: flags(args)?, sockets })?;
     let settings = Settings::new(&loaded, &Machine::this())?;
     Ok((loaded, settings))
 }
@@ -76,7 +80,8 @@ pub(super) fn load_for_replay(
         flag("execution.staged_inputs_gb", Value::Integer(0)),
         flag("execution.sandbox.mode", Value::String(mode.to_owned())),
     ];
-    let loaded = load(&Sources { file: file_to_read(config), env: environment(), flags })?;
+    let loaded =
+        load(&Sources { file: file_to_read(config), env: environment(), flags, ..Sources::default() })?;
     let settings = Settings::new(&loaded, &Machine::this())?;
     settings.execution.ok_or_else(|| Error::internal("execution is not enabled"))
 }
@@ -86,7 +91,7 @@ pub(super) fn load_for_replay(
 pub(super) fn log_format(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> LogFormat {
     let format = |file, env| {
         let flags = flags(args).ok()?;
-        Some(load(&Sources { file, env, flags }).ok()?.config.log.format)
+        Some(load(&Sources { file, env, flags, ..Sources::default() }).ok()?.config.log.format)
     };
     format(file_to_read(args.config.clone()), env.clone())
         .or_else(|| format(None, env))

@@ -7,11 +7,12 @@ use super::{
 };
 use crate::{
     cgroups::LimitReport,
-    config::{Config, LogConfig, Settings},
+    config::{Config, LogConfig, Settings, SocketAddress},
     logging::{self, Event, Style},
     sandbox::probe::{Protection, Report},
     server::{self, Ready},
     size::Size,
+    supervisor::{InheritedSockets, Supervision},
 };
 use gorego_reapi::error::Error;
 use std::{
@@ -22,9 +23,16 @@ use std::{
 
 /// Runs a server and returns the exit code of the process.
 pub(super) fn run(args: &ServeArgs) -> u8 {
-    let (loaded, settings) = match load_settings(args, environment()) {
+    // Before there are threads, because it changes the environment.
+    let (supervisor, supervision) = Supervision::take();
+    let loaded = supervision.and_then(|supervision| {
+        let loaded = load_settings(args, environment(), addresses(&supervision.sockets))?;
+        Ok((supervision, loaded))
+    });
+    let (supervision, (loaded, settings)) = match loaded {
         Ok(loaded) => loaded,
         Err(error) => {
+            supervisor.status(&error.to_string());
             refuse(args, &error);
             return EXIT_USAGE;
         }
@@ -34,15 +42,27 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
     for warning in &settings.warnings {
         Event::warn("gorego::config", "config_warning").log(format_args!("{warning}"));
     }
-    let (announced, args) = (settings.clone(), args.clone());
-    let load = move || load_settings(&args, environment());
-    match server::run((loaded, settings), load, move |ready| announce(style, &announced, &ready)) {
+    if let Some(problem) = supervisor.problem() {
+        Event::warn("gorego::server", "supervisor_unreachable")
+            .with("error", problem)
+            .log(format_args!("the supervisor cannot be told how the server is: {problem}"));
+    }
+    let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));
+    let load = move || load_settings(&args, environment(), sockets.clone());
+    match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready)) {
         Ok(()) => EXIT_OK,
         Err(error) => {
+            supervisor.status(&error.to_string());
             Event::error("gorego::server", "server_failed").log(format_args!("{error}"));
             EXIT_FAILURE
         }
     }
+}
+
+/// Where the supervisor's sockets listen, as a source of the configuration.
+fn addresses(sockets: &InheritedSockets) -> Vec<SocketAddress> {
+    let addresses = sockets.addresses().into_iter();
+    addresses.map(|(port, address)| SocketAddress { name: port.name(), key: port.key(), address }).collect()
 }
 
 /// Reports an invalid configuration: as plain text for people, or as one log event.

@@ -1,4 +1,4 @@
-//! Merges the sources of values: flags over environment over file over defaults.
+//! Merges the sources of values: flags over environment over file over defaults. The sockets of a supervisor are above them all.
 //!
 //! Each source is checked separately, so an error names the line, variable or flag at fault and never the merged result.
 //! Unknown keys are refused everywhere, and the closest known key is suggested. Whether a value is valid is checked in
@@ -16,6 +16,7 @@ use std::{
     ffi::OsString,
     fmt, fs,
     io::ErrorKind,
+    net::SocketAddr,
     path::{Path, PathBuf},
 };
 use toml::{Table, Value, de::DeTable};
@@ -48,6 +49,8 @@ pub enum Origin {
     Env(String),
     /// A flag of the command line, as typed.
     Flag(String),
+    /// A socket of the supervisor, by name.
+    Socket(String),
 }
 
 impl fmt::Display for Origin {
@@ -57,6 +60,7 @@ impl fmt::Display for Origin {
             Self::File(path, line) => write!(f, "{}:{line}", path.display()),
             Self::Env(name) => write!(f, "environment {name}"),
             Self::Flag(name) => write!(f, "flag {name}"),
+            Self::Socket(name) => write!(f, "socket \"{name}\" of the supervisor"),
         }
     }
 }
@@ -72,6 +76,17 @@ pub struct Flag {
     pub value: Value,
 }
 
+/// The address of a socket that the supervisor passed. It is where the server listens, whatever is configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SocketAddress {
+    /// The name of the socket.
+    pub name: &'static str,
+    /// The key that it sets, such as `listen_addr`.
+    pub key: &'static str,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
 /// All sources of values, except for the defaults.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
@@ -81,6 +96,8 @@ pub struct Sources {
     pub env: Vec<(OsString, OsString)>,
     /// The flags of the command line.
     pub flags: Vec<Flag>,
+    /// The sockets of the supervisor.
+    pub sockets: Vec<SocketAddress>,
 }
 
 /// The merged configuration and the source of each value.
@@ -158,6 +175,10 @@ pub fn load(sources: &Sources) -> Result<Loaded> {
         check_alone(key, value).map_err(|problem| Error::Invalid(format!("{flag}: {problem}")))?;
         set(&mut merged, key, value.clone());
         loaded.origins.insert((*key).to_owned(), Origin::Flag((*flag).to_owned()));
+    }
+    for SocketAddress { name, key, address } in &sources.sockets {
+        set(&mut merged, key, Value::String(address.to_string()));
+        loaded.origins.insert((*key).to_owned(), Origin::Socket((*name).to_owned()));
     }
     loaded.config =
         Config::deserialize(merged).map_err(|error| Error::Invalid(error.message().to_owned()))?;

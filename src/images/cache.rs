@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     actors::worker::{dir, workspace},
-    disk::BudgetUse,
+    disk::{BudgetUse, Space},
     logging::Event,
     regular_file,
     sandbox::kind::InnerUser,
@@ -350,6 +350,24 @@ impl UnpackedImage {
                 "images that are in use leave no room for it (execution.images.max_size_gb of this server)".into(),
             )),
         }
+    }
+
+    /// Looks at the disk, which other files than images fill too. Unused images go if it is low.
+    ///
+    /// # Errors
+    /// `DiskFull` when it stays low. Actions that run must not pay for this image.
+    pub(super) fn check_disk(&self) -> Result<()> {
+        // Where nothing can be known, a write fails in time.
+        let low = || self.root.as_ref().and_then(|root| Space::of_file(root).ok()).filter(Space::is_low);
+        if low().is_none() {
+            return Ok(());
+        }
+        self.cache.remove_unused();
+        low().map_or(Ok(()), |space| {
+            Err(Error::DiskFull(format!(
+                "the disk of this server has no room to unpack it (execution.build_root): {space}"
+            )))
+        })
     }
 
     /// The image is complete: it gets its name and a lease.

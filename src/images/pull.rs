@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 /// How many indexes may lead to an image: registries have at most one.
 const MAX_INDEXES: usize = 2;
 
+/// After how many steps of unpacking the free space of the disk is looked at. A step is an entry or 128 KiB of a file, so at most
+/// 4 MiB are written in between, of the 64 reserves that are left when a disk counts as low.
+const LOOK_EVERY: u64 = 32;
+
 /// The time that a pull may take.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PullTime {
@@ -67,8 +71,13 @@ pub(super) fn pull(
     let config = ImageConfig::decode(&bytes, &machine).map_err(|problem| {
         Error::Precondition(format!("its configuration {}: {problem}", manifest.config.digest))
     })?;
+    let mut steps = 0;
     let mut take = |bytes| {
         time.left()?;
+        if steps % LOOK_EVERY == 0 {
+            unpacked.check_disk()?;
+        }
+        steps += 1;
         unpacked.take(bytes)
     };
     let mut tree = RootTree::new(unpacked.root()?, &mut take);

@@ -4,6 +4,10 @@
 //! is followed to any host, as registries keep their blobs elsewhere, but credentials are sent only to the registry and to
 //! where it says that tokens are, and nothing is fetched without TLS unless the registry is configured so. No proxy is used.
 //!
+//! A registry must not lend itself this server's place in the network. So what it leads to must be public, or be as near to this
+//! server as the registry itself: a registry on the internet cannot lead to the hosts of a site, one of a site not to the
+//! loopback interface or the metadata service of a cloud. Addresses are checked when they are connected to ([`Reach`]).
+//!
 //! Every answer has a limit: of time (what is left of the pull, and [`SILENCE`] for each piece) and of bytes (a document's by
 //! [`read_bounded`], a blob's by the size in its manifest, a token's by [`MAX_TOKEN_BYTES`]).
 //! The client crate for this API, oci-client 0.18, reads documents, tokens and error pages into memory whatever their size;
@@ -18,22 +22,28 @@ use super::{
     reference::ImageVersion,
     source::{ImageSource, read_bounded},
 };
-use crate::host::ImageRegistry;
+use crate::{
+    address::Reach,
+    host::{ImageRegistry, bare},
+};
 use credentials::Credentials;
 use gorego_reapi::error::{Error, Result};
 use http_auth::{ChallengeRef, parse_challenges};
 use reqwest::{
     Client, Response, Url,
+    dns::{Addrs, Name, Resolve, Resolving},
     header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, LOCATION, USER_AGENT, WWW_AUTHENTICATE},
     redirect::Policy,
 };
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use std::{
-    fmt::Display,
+    collections::HashMap,
+    fmt::{self, Display},
     io::{self, Read},
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 use tokio::{runtime::Handle, time::timeout};
@@ -47,32 +57,42 @@ const MAX_REDIRECTS: usize = 5;
 /// The largest answer with a token.
 const MAX_TOKEN_BYTES: usize = 1024 * 1024;
 
-/// What all requests to registries share.
+/// The clients of all registries.
 #[derive(Debug)]
-pub(super) struct RegistryClient {
+pub(super) struct RegistryClients {
     runtime: Handle,
     credentials: Option<PathBuf>,
-    /// Made when it is first needed, so that a server without registries also starts on a machine without CA certificates.
-    client: Mutex<Option<Client>>,
+    /// By the host of the registry, of which there are as many as the configuration lists. Each is made when it is first needed,
+    /// so that a server without registries also starts on a machine without CA certificates.
+    clients: Mutex<HashMap<String, RegistryClient>>,
 }
 
-impl RegistryClient {
+/// The client of one registry.
+#[derive(Debug, Clone)]
+struct RegistryClient {
+    http: Client,
+    nearby: Arc<Nearby>,
+}
+
+impl RegistryClients {
     /// Requests run on `runtime`. `credentials` is a Docker `config.json`, which is read for each pull.
     pub(super) fn new(runtime: Handle, credentials: Option<PathBuf>) -> Self {
-        Self { runtime, credentials, client: Mutex::new(None) }
+        Self { runtime, credentials, clients: Mutex::default() }
     }
 
-    fn client(&self) -> Result<Client> {
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = &*client {
+    fn client(&self, registry: &ImageRegistry) -> Result<RegistryClient> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get(&registry.host) {
             return Ok(client.clone());
         }
         // An error means that the process already has a provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let made = Client::builder()
+        let nearby = Arc::new(Nearby::new(registry));
+        let http = Client::builder()
             .no_proxy()
             .redirect(Policy::none())
             .referer(false)
+            .dns_resolver(CheckingResolver(nearby.clone()))
             .connect_timeout(CONNECT_TIMEOUT)
             .build()
             .map_err(|error| {
@@ -81,14 +101,93 @@ impl RegistryClient {
                     chain(&error)
                 ))
             })?;
-        Ok(client.insert(made).clone())
+        let client = RegistryClient { http, nearby };
+        clients.insert(registry.host.clone(), client.clone());
+        Ok(client)
+    }
+}
+
+/// Which addresses a registry may lead to: public ones, and those that can be reached from no farther than its own.
+#[derive(Debug)]
+struct Nearby {
+    /// Its host without the port.
+    host: String,
+    /// The reach of the addresses that it has had.
+    own: Mutex<Vec<Reach>>,
+}
+
+impl Nearby {
+    fn new(registry: &ImageRegistry) -> Self {
+        let url = Url::parse(&format!("{}://{}/", registry.scheme(), registry.host)).ok();
+        let host = url.as_ref().and_then(Url::host_str).map(bare).unwrap_or_default();
+        let own = host.parse().map(Reach::of).into_iter().collect();
+        Self { host, own: Mutex::new(own) }
+    }
+
+    /// Whether a host with this name may be contacted at this address.
+    fn check(&self, host: &str, address: IpAddr) -> std::result::Result<(), String> {
+        let reach = Reach::of(address);
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        if bare(host) == self.host {
+            if !own.contains(&reach) {
+                own.push(reach);
+            }
+            return Ok(());
+        }
+        if reach == Reach::Public || own.contains(&reach) {
+            return Ok(());
+        }
+        Err(format!("it leads to {host} at {address}, which is not public and not where the registry is"))
+    }
+
+    /// The same for a URL whose host is an address, for which no name is resolved.
+    fn check_url(&self, url: &Url) -> std::result::Result<(), String> {
+        let host = bare(url.host_str().unwrap_or_default());
+        host.parse().map_or(Ok(()), |address| self.check(&host, address))
+    }
+}
+
+/// Resolves names to addresses that may be contacted. The client connects to exactly these, so nothing can change in between.
+#[derive(Debug)]
+struct CheckingResolver(Arc<Nearby>);
+
+/// Why none of the addresses of a host may be contacted.
+#[derive(Debug)]
+struct NotNearby(String);
+
+impl Display for NotNearby {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NotNearby {}
+
+impl Resolve for CheckingResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let nearby = self.0.clone();
+        Box::pin(async move {
+            let mut refused = None;
+            let mut allowed: Vec<SocketAddr> = Vec::new();
+            // Port 0 means the port of the URL.
+            for address in tokio::net::lookup_host((name.as_str(), 0)).await? {
+                match nearby.check(name.as_str(), address.ip()) {
+                    Ok(()) => allowed.push(address),
+                    Err(problem) => refused = Some(problem),
+                }
+            }
+            match refused {
+                Some(problem) if allowed.is_empty() => Err(NotNearby(problem).into()),
+                _ => Ok(Box::new(allowed.into_iter()) as Addrs),
+            }
+        })
     }
 }
 
 /// A repository, for one pull.
 pub(super) struct Repository<'a> {
-    shared: &'a RegistryClient,
-    client: Client,
+    shared: &'a RegistryClients,
+    client: RegistryClient,
     registry: &'a ImageRegistry,
     name: &'a str,
     time: PullTime,
@@ -102,7 +201,7 @@ impl<'a> Repository<'a> {
     /// # Errors
     /// `Precondition` when the file of credentials cannot be used.
     pub(super) fn new(
-        shared: &'a RegistryClient,
+        shared: &'a RegistryClients,
         registry: &'a ImageRegistry,
         name: &'a str,
         time: PullTime,
@@ -111,7 +210,7 @@ impl<'a> Repository<'a> {
             Some(file) => Credentials::read(file, &registry.host)?,
             None => None,
         };
-        let client = shared.client()?;
+        let client = shared.client(registry)?;
         Ok(Self { shared, client, registry, name, time, credentials, authorization: Mutex::default() })
     }
 
@@ -119,7 +218,10 @@ impl<'a> Repository<'a> {
     fn wait<T>(&self, step: impl Future<Output = std::result::Result<T, reqwest::Error>>) -> Result<T> {
         let limit = self.time.left()?.min(SILENCE);
         match self.shared.runtime.block_on(async { timeout(limit, step).await }) {
-            Ok(done) => done.map_err(|error| self.unreachable(&chain(&error))),
+            Ok(done) => done.map_err(|error| match refusal(&error) {
+                Some(NotNearby(problem)) => self.refused(problem),
+                None => self.unreachable(&chain(&error)),
+            }),
             Err(_) => match self.time.left() {
                 Ok(_) => Err(self.unreachable(&format_args!("it was silent for {limit:?}"))),
                 Err(over) => Err(over),
@@ -158,8 +260,10 @@ impl<'a> Repository<'a> {
     ) -> Result<Response> {
         let mut url = start.clone();
         for _ in 0..=MAX_REDIRECTS {
+            self.client.nearby.check_url(&url).map_err(|problem| self.refused(&problem))?;
             let mut request = self
                 .client
+                .http
                 .get(url.clone())
                 .header(USER_AGENT, concat!("gorego/", env!("CARGO_PKG_VERSION")))
                 .header(ACCEPT, accept)
@@ -311,6 +415,18 @@ impl Read for Body<'_> {
         buffer[..piece.len()].copy_from_slice(&piece);
         Ok(piece.len())
     }
+}
+
+/// Why an address was not contacted, if that is what an error says.
+fn refusal(error: &reqwest::Error) -> Option<&NotNearby> {
+    let mut next = std::error::Error::source(error);
+    while let Some(error) = next {
+        if let Some(refusal) = error.downcast_ref() {
+            return Some(refusal);
+        }
+        next = error.source();
+    }
+    None
 }
 
 /// The causes of an error, without the outermost message, which only repeats the URL.

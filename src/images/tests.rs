@@ -94,7 +94,8 @@ fn an_image_of_several_layers_is_unpacked_once_and_says_its_environment() {
     );
     blobs.write_layout(&site.path("layouts/tools"), &[blobs.entry(&image, tagged("v1"))]);
     let images = site.open(LARGE);
-    let by_tag = images.lease(&format!("{}:v1", site.name("layouts/tools")), &never).unwrap();
+    let by_tag =
+        images.lease(&format!("{}:v1", site.name("layouts/tools")), Peer::default(), &never).unwrap();
     assert_eq!(fs::read(by_tag.root.join("usr/bin/tool")).unwrap(), b"new");
     assert!(!by_tag.root.join("usr/gone").exists());
     let environment = [("PATH", "/usr/bin"), ("LANG", "C")].map(|(name, value)| (name.into(), value.into()));
@@ -103,7 +104,7 @@ fn an_image_of_several_layers_is_unpacked_once_and_says_its_environment() {
     // Now nothing of the layout is needed any more but its index.
     fs::remove_dir_all(site.path("layouts/tools/blobs")).unwrap();
     for name in [site.name("layouts/tools"), format!("{}@{image}", site.name("layouts/tools"))] {
-        assert_eq!(images.lease(&name, &never).unwrap().root, by_tag.root, "{name}");
+        assert_eq!(images.lease(&name, Peer::default(), &never).unwrap().root, by_tag.root, "{name}");
     }
     assert_eq!(site.unpacked(), [names_left(&image)]);
 }
@@ -122,7 +123,7 @@ fn an_index_leads_to_the_image_for_this_machine() {
     blobs.write_layout(&site.path("layouts/flat"), &entries);
     let images = site.open(LARGE);
     for name in ["layouts/multi", "layouts/flat"] {
-        let leased = images.lease(&site.name(name), &never).unwrap();
+        let leased = images.lease(&site.name(name), Peer::default(), &never).unwrap();
         assert_eq!(fs::read(leased.root.join("f")).unwrap(), b"own");
     }
 }
@@ -143,20 +144,23 @@ fn only_directories_that_are_listed_are_read_and_no_link_leads_out_of_them() {
         ("docker://registry.example.com/a:b".into(), "execution.images.registries"),
         (format!("{}:v9", site.name("layouts/image")), "no image \"v9\""),
     ] {
-        let error = images.lease(&name, &never).unwrap_err();
+        let error = images.lease(&name, Peer::default(), &never).unwrap_err();
         assert!(
             matches!(error, Error::Precondition(_)) && error.to_string().contains(part),
             "{name}: {error}"
         );
     }
-    assert!(matches!(images.lease("ubuntu", &never), Err(Error::Invalid(_))));
-    assert!(images.lease(&site.name("layouts/fine"), &never).is_ok());
+    assert!(matches!(images.lease("ubuntu", Peer::default(), &never), Err(Error::Invalid(_))));
+    assert!(images.lease(&site.name("layouts/fine"), Peer::default(), &never).is_ok());
     // A blob that is a link out of the directory, or would block.
     let blob = site.path("layouts/image/blobs/sha256").join(inside.strip_prefix("sha256:").unwrap());
     let fresh = site.open_fresh();
     fs::rename(&blob, site.path("elsewhere/manifest")).unwrap();
     symlink(site.path("elsewhere/manifest"), &blob).unwrap();
-    assert!(matches!(fresh.lease(&site.name("layouts/image"), &never), Err(Error::Precondition(_))));
+    assert!(matches!(
+        fresh.lease(&site.name("layouts/image"), Peer::default(), &never),
+        Err(Error::Precondition(_))
+    ));
 }
 
 impl Site {
@@ -192,7 +196,7 @@ fn content_that_is_not_what_its_digest_says_is_refused_and_leaves_nothing() {
             }
             let _ = fs::remove_dir_all(site.path("layouts/image"));
             damaged.write_layout(&site.path("layouts/image"), &[blobs.entry(&image, json!({}))]);
-            let error = site.open(LARGE).lease(&name, &never).unwrap_err();
+            let error = site.open(LARGE).lease(&name, Peer::default(), &never).unwrap_err();
             let text = error.to_string();
             assert!(matches!(error, Error::Precondition(_)) && text.contains(part), "{changed}: {text}");
             assert!(text.contains(&name), "{text}");
@@ -212,7 +216,9 @@ fn an_image_for_another_machine_or_with_a_hostile_layer_is_refused() {
     blobs.write_layout(&site.path("layouts/i"), &[]);
     let images = site.open(LARGE);
     for (digest, part) in [(bad, "contains \"..\""), (foreign, "it is for linux/s390x")] {
-        let error = images.lease(&format!("{}@{digest}", site.name("layouts/i")), &never).unwrap_err();
+        let error = images
+            .lease(&format!("{}@{digest}", site.name("layouts/i")), Peer::default(), &never)
+            .unwrap_err();
         assert!(matches!(error, Error::Precondition(_)) && error.to_string().contains(part), "{error}");
     }
     assert!(site.unpacked().is_empty() && !site.path("f").exists());
@@ -232,19 +238,19 @@ fn images_stay_within_their_budget_and_those_in_use_stay() {
         .collect();
     // Room for two.
     let images = site.open(220_000);
-    let held = images.lease(&all[0].0, &never).unwrap();
-    drop(images.lease(&all[1].0, &never).unwrap());
-    let other = images.lease(&all[2].0, &never).unwrap();
+    let held = images.lease(&all[0].0, Peer::default(), &never).unwrap();
+    drop(images.lease(&all[1].0, Peer::default(), &never).unwrap());
+    let other = images.lease(&all[2].0, Peer::default(), &never).unwrap();
     assert!(held.root.join("f").exists());
     let mut left = [names_left(&all[0].1), names_left(&all[2].1)];
     left.sort();
     assert_eq!(site.unpacked(), left, "the one that nobody used had to go");
-    let error = images.lease(&all[3].0, &never).unwrap_err();
+    let error = images.lease(&all[3].0, Peer::default(), &never).unwrap_err();
     assert!(matches!(error, Error::Unavailable(_)) && error.to_string().contains("in use"), "{error}");
     drop((held, other));
     images.relieve_disk();
     assert!(site.unpacked().is_empty());
-    let error = site.open(50_000).lease(&all[0].0, &never).unwrap_err();
+    let error = site.open(50_000).lease(&all[0].0, Peer::default(), &never).unwrap_err();
     assert!(matches!(error, Error::Precondition(_)) && error.to_string().contains("max_size_gb"), "{error}");
 }
 
@@ -253,7 +259,7 @@ fn images_survive_the_server_and_leftovers_do_not() {
     let site = Site::new();
     let image = write_simple(&site, "layouts/image", "x");
     let name = site.name("layouts/image");
-    drop(site.open(LARGE).lease(&name, &never).unwrap());
+    drop(site.open(LARGE).lease(&name, Peer::default(), &never).unwrap());
     let place = site.path("build/images");
     for leftover in
         ["new-0/root", "old-3/root/deep", &format!("sha256-{}/root", "0".repeat(64)), "kept-by-somebody"]
@@ -262,7 +268,7 @@ fn images_survive_the_server_and_leftovers_do_not() {
     }
     fs::remove_dir_all(site.path("layouts/image/blobs")).unwrap();
     let images = site.open(LARGE);
-    let leased = images.lease(&name, &never).unwrap();
+    let leased = images.lease(&name, Peer::default(), &never).unwrap();
     assert_eq!(fs::read(leased.root.join("f")).unwrap(), b"x");
     let end = Instant::now() + Duration::from_secs(30);
     while site.unpacked() != ["kept-by-somebody", &*names_left(&image)] {
@@ -274,7 +280,7 @@ fn images_survive_the_server_and_leftovers_do_not() {
     let description = place.join(names_left(&image)).join("image.json");
     let other = fs::read_to_string(&description).unwrap().replacen("\"boot\":\"", "\"boot\":\"another", 1);
     fs::write(&description, other).unwrap();
-    assert!(site.open(LARGE).lease(&name, &never).is_err(), "the layout is gone");
+    assert!(site.open(LARGE).lease(&name, Peer::default(), &never).is_err(), "the layout is gone");
 }
 
 #[test]
@@ -283,9 +289,9 @@ fn an_image_that_somebody_removed_is_unpacked_again() {
     let image = write_simple(&site, "layouts/image", "x");
     let images = site.open(LARGE);
     let name = site.name("layouts/image");
-    let held = images.lease(&name, &never).unwrap();
+    let held = images.lease(&name, Peer::default(), &never).unwrap();
     fs::remove_dir_all(site.path("build/images")).unwrap();
-    let again = images.lease(&name, &never).unwrap();
+    let again = images.lease(&name, Peer::default(), &never).unwrap();
     drop(held);
     assert_eq!(fs::read(again.root.join("f")).unwrap(), b"x");
     images.relieve_disk();
@@ -293,7 +299,7 @@ fn an_image_that_somebody_removed_is_unpacked_again() {
 }
 
 #[test]
-fn all_who_want_an_image_wait_for_one_pull_and_may_leave_it() {
+fn all_who_want_an_image_at_once_get_the_same_one() {
     let site = Site::new();
     let mut blobs = Blobs::default();
     let files = (0..2_000).fold(LayerArchive::new(), |layer, n| layer.file(&format!("f{n}"), b"x", 0o644));
@@ -301,13 +307,11 @@ fn all_who_want_an_image_wait_for_one_pull_and_may_leave_it() {
     blobs.write_layout(&site.path("layouts/i"), &[blobs.entry(&image, json!({}))]);
     let images = site.open(LARGE);
     let name = site.name("layouts/i");
-    let left = images.lease(&name, &|| Err(Error::Cancelled("left".into())));
-    assert!(matches!(left, Err(Error::Cancelled(_))) || left.is_ok());
     let served = AtomicUsize::new(0);
     thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
-                let leased = images.lease(&name, &never).unwrap();
+                let leased = images.lease(&name, Peer::default(), &never).unwrap();
                 assert_eq!(fs::read_dir(&leased.root).unwrap().count(), 2_000);
                 served.fetch_add(1, Ordering::SeqCst);
             });

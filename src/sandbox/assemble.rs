@@ -1,7 +1,8 @@
-//! Puts views together: a runner mounts each view once, in a mount namespace of its own, and every cell gets a copy.
+//! Assembles views. A runner mounts each view once, in a mount namespace of its own, and every cell gets a copy.
 //!
-//! In that namespace the runner sees the host as before, but for one directory that it does not need ([`MOUNT_POINTS`]), where
-//! it mounts its views. Paths of a view are resolved as the action will see them, so that no link in it leads back to the host.
+//! In that namespace the runner sees the host as before, except for one directory that it does not need
+//! ([`MOUNT_POINTS`]), over which it mounts its views. Paths of a view are resolved as the action will see them, so
+//! that no link in the view leads back to the host.
 
 use super::{
     SetupFailure, Step as _, mounts,
@@ -15,61 +16,77 @@ use rustix::{
 use std::{
     fs,
     io::{self, Read as _, Write as _},
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
 };
 
 /// Size of a file system that holds nothing but mount points and a few small files.
 const ROOT_BYTES: u64 = 2 * 1024 * 1024;
-/// Most files and directories of that.
+/// Maximum number of files and directories in such a file system.
 const ROOT_FILES: u64 = 4096;
-/// Where a runner mounts its views: the first of these that exists and has nothing that actions may see. Not the root directory:
-/// the kernel makes no user namespace for a process whose root directory is covered.
+/// Candidates for the directory over which a runner mounts its views. The first one that exists and contains nothing
+/// that actions may see is used. The root directory is not among them because the kernel makes no user namespace for a
+/// process whose root directory is covered.
 const MOUNT_POINTS: &[&str] = &["/sys/kernel", "/sys/fs", "/sys/firmware", "/media", "/mnt"];
-/// Largest file about names that is taken over from a root file system.
+/// Maximum total size in bytes of the host files that are copied into a view.
+const MAX_COPIED_BYTES: u64 = 1024 * 1024;
+/// Maximum size of a file such as /etc/passwd that is taken over from a root file system.
 const MAX_NAMES_BYTES: u64 = 256 * 1024;
 
-/// Where a runner mounts its views.
+/// A tmpfs in which a runner has a mount point for each of its views.
 #[derive(Debug)]
 pub(super) struct Stand {
     path: PathBuf,
     next: u32,
 }
 
-/// A directory of a stand, with what is mounted on it. Both vanish when this is dropped.
+/// A directory of a [`Stand`] with a mount on it. Dropping it unmounts and removes both.
 #[derive(Debug)]
 struct Stall(PathBuf);
 
-/// What a file or directory is, whatever its path.
+/// Device and inode number, which identify a file whatever its path is.
 type FileId = (u64, u64);
+
+/// The attributes that change when a file is written or replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileVersion {
+    id: FileId,
+    size: u64,
+    changed: (i64, i64),
+}
 
 /// A view that is complete.
 #[derive(Debug)]
 pub(super) struct Assembled {
     tree: OwnedFd,
     _stall: Stall,
-    /// The root file system beneath it.
+    /// Path and identity of the root file system that is the lower layer.
     beneath: Option<(PathBuf, FileId)>,
-    /// What was at each path that is hidden, once that was done.
+    /// Each hidden path with the identity of the file that covers it, or `None` if there was nothing to hide.
     hidden: Vec<(PathBuf, Option<FileId>)>,
+    /// The host files that were copied, with their versions at that time.
+    copies: Vec<(PathBuf, FileVersion)>,
 }
 
 impl Stand {
-    /// Mounts it where there is nothing that `needed` names.
+    /// Mounts the tmpfs at the first candidate that does not overlap with a path in `needed`.
     pub(super) fn new(needed: &[PathBuf]) -> Result<Self, SetupFailure> {
         let path = mount_point(MOUNT_POINTS, needed, |path| path.is_dir()).ok_or(Errno::NOENT);
         let path = path.step("find a mount point")?.to_owned();
-        let mount = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make a place for views")?;
-        mounts::attach(mount.as_fd(), CWD, &path).step("mount a place for views")?;
+        let mount = mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make a file system for views")?;
+        mounts::attach(mount.as_fd(), CWD, &path).step("mount the file system for views")?;
         Ok(Self { path, next: 0 })
     }
 
-    /// Mounts this on a directory of its own.
+    /// Mounts this in a new directory of the stand.
     fn put_up(&mut self, mount: BorrowedFd<'_>) -> io::Result<Stall> {
         let path = self.path.join(self.next.to_string());
         self.next += 1;
         fs::create_dir(&path)?;
-        // From now on it is removed if a step fails.
+        // From here on, dropping it cleans up if a step fails.
         let stall = Stall(path);
         mounts::attach(mount, CWD, &stall.0)?;
         Ok(stall)
@@ -83,7 +100,7 @@ impl Drop for Stall {
     }
 }
 
-/// The first of these directories that neither contains nor lies in what is needed.
+/// The first candidate directory that exists and that neither contains nor lies in a needed path.
 fn mount_point<'a>(
     candidates: &[&'a str],
     needed: &[PathBuf],
@@ -95,7 +112,7 @@ fn mount_point<'a>(
 }
 
 impl Assembled {
-    /// Puts a view together: over the root file system at `beneath`, or else over nothing. `ids` maps the owners of its files.
+    /// Assembles a view, over the root file system at `beneath` if there is one. `ids` maps the owners of its files.
     pub(super) fn new(
         stand: &mut Stand,
         plan: &ViewPlan,
@@ -104,9 +121,9 @@ impl Assembled {
     ) -> Result<Self, SetupFailure> {
         let root =
             mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make the root directory of the view")?;
-        // Only mounts that are attached can get others below them.
+        // Mounts can be attached only inside of mounts that are attached themselves.
         let mut stall = stand.put_up(root.as_fd()).step("mount the root directory of the view")?;
-        let mut view_root = ViewRoot { root, own: Vec::new() };
+        let mut view_root = ViewRoot { root, own: Vec::new(), copies: Vec::new() };
         view_root.put_all(&plan.base)?;
         let mut of_beneath = None;
         if let Some(path) = beneath {
@@ -115,7 +132,7 @@ impl Assembled {
             (view_root.root, of_beneath) = (overlay, Some((path.to_owned(), id)));
         }
         view_root.put_all(&plan.rest)?;
-        let ViewRoot { root, own } = view_root;
+        let ViewRoot { root, own, copies } = view_root;
         for mount in own.iter().chain([&root]) {
             mounts::close(mount.as_fd()).step("make the view read-only")?;
         }
@@ -124,23 +141,27 @@ impl Assembled {
             _ => None,
         });
         let hidden = hidden.collect();
-        Ok(Self { tree: root, _stall: stall, beneath: of_beneath, hidden })
+        Ok(Self { tree: root, _stall: stall, beneath: of_beneath, hidden, copies })
     }
 
-    /// The mounts that it consists of.
+    /// The tree of mounts of this view.
     pub(super) fn tree(&self) -> BorrowedFd<'_> {
         self.tree.as_fd()
     }
 
-    /// Whether everything that it hides is still hidden, and its root file system still at its path. A file that the host
-    /// replaces by a rename loses what covers it.
+    /// Whether all hidden paths are still covered, the root file system is still at its path, and each copy is still
+    /// equal to the file of the host. If the host replaces a covered file by a rename, the cover is lost.
     pub(super) fn is_current(&self) -> bool {
         self.beneath.as_ref().is_none_or(|(path, id)| rfs::stat(path).is_ok_and(|stat| id_of(&stat) == *id))
             && self.hidden.iter().all(|(at, id)| id_in(self.tree(), at) == *id)
+            && self
+                .copies
+                .iter()
+                .all(|(path, version)| rfs::lstat(path).is_ok_and(|stat| version_of(&stat) == *version))
     }
 }
 
-/// An overlay of what is mounted at `above` over the directory `below`. Nobody can write to it, and neither changes.
+/// Makes a read-only overlay of the mount at `above` over the directory `below`. Neither is changed.
 fn lay_over(
     stand: &mut Stand,
     above: &Path,
@@ -150,14 +171,14 @@ fn lay_over(
     let mut lay = || {
         let tree = mounts::copy(CWD, below)?;
         if let Some(ids) = ids {
-            // Without it, what everybody may read can be read.
+            // If the owners cannot be mapped, actions can still read what everybody may read.
             let _ = mounts::map_ids(tree.as_fd(), ids);
         }
         let stall = stand.put_up(tree.as_fd())?;
         let [above, below] = [above, &*stall.0].map(|path| mounts::directory(CWD, path));
         let (above, below) = (above?, below?);
         let id = id_of(&rfs::fstat(&below)?);
-        // Names that tell nothing, since actions can read the options of their mounts.
+        // Actions can read the options of their mounts, and these paths reveal nothing about the host.
         let layers = format!("/proc/self/fd/{}:/proc/self/fd/{}", above.as_raw_fd(), below.as_raw_fd());
         let options = [("lowerdir", &*layers), ("redirect_dir", "nofollow")];
         Ok::<_, io::Error>((mounts::new("overlay", &options, MountAttrFlags::empty())?, id))
@@ -165,11 +186,13 @@ fn lay_over(
     lay().step(format_args!("use {} as the root file system (an overlay)", below.display()))
 }
 
-/// A view in the making.
+/// A view that is being assembled.
 struct ViewRoot {
     root: OwnedFd,
-    /// Mounts of its own that become read-only.
+    /// Mounts of the sandbox that become read-only when the view is complete.
     own: Vec<OwnedFd>,
+    /// See [`Assembled::copies`].
+    copies: Vec<(PathBuf, FileVersion)>,
 }
 
 impl ViewRoot {
@@ -187,10 +210,15 @@ impl ViewRoot {
                 .parent(at)
                 .and_then(|(parent, name)| Ok(rfs::symlinkat(target, parent, name)?))
                 .step(format_args!("make the link {}", at.display())),
-            ViewPiece::File { at, text } => self.file(at, text).step(format_args!("make {}", at.display())),
+            ViewPiece::File { at, text } => {
+                self.file(at, text.as_bytes()).step(format_args!("make {}", at.display()))
+            }
             ViewPiece::Host { from, at, is_directory, access } => self
                 .show(from, at, *is_directory, *access)
                 .step(format_args!("show {} of the host", from.display())),
+            ViewPiece::Copy(path) => {
+                self.copy(path).step(format_args!("copy {} of the host", path.display()))
+            }
             ViewPiece::Hidden(at) => self.hide(at).step(format_args!("hide {}", at.display())),
         }
     }
@@ -204,7 +232,7 @@ impl ViewRoot {
 
     fn show(&self, from: &Path, at: &Path, is_directory: bool, access: Access) -> io::Result<()> {
         let tree = match mounts::copy(CWD, from) {
-            // It was there a moment ago.
+            // The file existed when the view was planned and has been removed since.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             tree => tree?,
         };
@@ -214,7 +242,7 @@ impl ViewRoot {
         } else {
             match mounts::open_in(self.root.as_fd(), at) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    self.file(at, "")?;
+                    self.file(at, b"")?;
                     mounts::open_in(self.root.as_fd(), at)?
                 }
                 there => there?,
@@ -223,7 +251,7 @@ impl ViewRoot {
         mounts::attach_to(tree.as_fd(), target.as_fd())
     }
 
-    /// Covers what is at a path of the view, if anything is.
+    /// Covers the file or directory at a path of the view, if there is one.
     fn hide(&self, at: &Path) -> io::Result<()> {
         let target = match mounts::open_in(self.root.as_fd(), at) {
             // What this user cannot reach, an action cannot reach either.
@@ -238,7 +266,7 @@ impl ViewRoot {
         mounts::attach_to(cover.as_fd(), target.as_fd())
     }
 
-    /// The directory at a path. It is made, and those above it, unless it is there.
+    /// Opens the directory at a path. Creates it and its parents if they do not exist.
     fn directory(&self, at: &Path) -> io::Result<OwnedFd> {
         let mut path = PathBuf::from("/");
         let mut here = mounts::open_in(self.root.as_fd(), &path)?;
@@ -255,18 +283,58 @@ impl ViewRoot {
         Ok(here)
     }
 
-    /// The directory that contains a path, and the name there.
+    /// Opens the parent directory of a path, and returns the file name.
     fn parent<'a>(&self, at: &'a Path) -> io::Result<(OwnedFd, &'a Path)> {
         let (parent, name) = at.parent().zip(at.file_name()).ok_or(Errno::INVAL)?;
         Ok((self.directory(parent)?, Path::new(name)))
     }
 
-    fn file(&self, at: &Path, text: &str) -> io::Result<()> {
+    /// Copies a small file that everybody may read. Mounts anything else.
+    fn copy(&mut self, path: &Path) -> io::Result<()> {
+        let file = match open_regular(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            opened => opened?,
+        };
+        let copied: u64 = self.copies.iter().map(|(_, version)| version.size).sum();
+        let fits = |(_, stat): &(_, Stat)| stat.st_size.unsigned_abs() <= MAX_COPIED_BYTES - copied;
+        let Some((file, stat)) = file.filter(fits) else {
+            return self.show(path, path, false, Access::Read);
+        };
+        let version = version_of(&stat);
+        let mut bytes = Vec::new();
+        // If the file grows meanwhile, its version changes and the view is not current any more.
+        fs::File::from(file).take(version.size).read_to_end(&mut bytes)?;
+        self.file(path, &bytes)?;
+        self.copies.push((path.to_owned(), version));
+        Ok(())
+    }
+
+    fn file(&self, at: &Path, text: &[u8]) -> io::Result<()> {
         let (parent, name) = self.parent(at)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = rfs::openat(parent, name, flags, Mode::from_raw_mode(0o644))?;
-        fs::File::from(file).write_all(text.as_bytes())
+        fs::File::from(file).write_all(text)
     }
+}
+
+/// Opens a regular file of the host that everybody may read; `None` for anything else.
+fn open_regular(path: &Path) -> io::Result<Option<(OwnedFd, Stat)>> {
+    let everybody = Mode::RUSR | Mode::RGRP | Mode::ROTH;
+    let is_open_to_all = |stat: &Stat| {
+        FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+            && Mode::from_raw_mode(stat.st_mode).contains(everybody)
+    };
+    // Opening other kinds of files may block.
+    if !is_open_to_all(&rfs::lstat(path)?) {
+        return Ok(None);
+    }
+    let file = rfs::open(
+        path,
+        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let stat = rfs::fstat(&file)?;
+    Ok(is_open_to_all(&stat).then_some((file, stat)))
 }
 
 fn is_unreachable(error: &io::Error) -> bool {
@@ -284,7 +352,14 @@ fn id_of(stat: &Stat) -> FileId {
     (stat.st_dev as u64, stat.st_ino as u64)
 }
 
-/// Reads a file about names in a root file system that is not trusted; `None` if there is no usable one.
+#[allow(clippy::unnecessary_cast)]
+fn version_of(stat: &Stat) -> FileVersion {
+    let changed = (stat.st_ctime as i64, stat.st_ctime_nsec as i64);
+    FileVersion { id: id_of(stat), size: stat.st_size.unsigned_abs(), changed }
+}
+
+/// Reads a file with names of users, groups or hosts from an untrusted root file system; `None` if there is no usable
+/// one.
 pub(super) fn read_names(root: &Path, path: &str) -> Option<String> {
     let root = mounts::directory(CWD, root).ok()?;
     let found = mounts::open_in(root.as_fd(), Path::new(path)).ok()?;
@@ -301,7 +376,7 @@ pub(super) fn read_names(root: &Path, path: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// The host that this process sees.
+/// The host as this process sees it.
 pub(super) struct ThisHost;
 
 impl Host for ThisHost {
@@ -321,6 +396,10 @@ impl Host for ThisHost {
 
     fn real(&self, path: &Path) -> Option<PathBuf> {
         path.canonicalize().ok()
+    }
+
+    fn permissions(&self, path: &Path) -> Option<u32> {
+        Some(fs::symlink_metadata(path).ok()?.mode() & 0o7777)
     }
 }
 

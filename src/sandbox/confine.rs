@@ -7,18 +7,18 @@ use rustix::{
 };
 use std::{fs, io};
 
-/// How much sooner than other processes one of an action is killed when the machine runs out of memory; 1000 is the most.
+/// Added to the OOM score of an action's processes, so that the kernel kills them before others; the maximum is 1000.
 const OOM_SCORE: &str = "800";
-/// Highest capability that is tried; the kernel says where they end.
+/// Highest capability number that is tried. The kernel returns EINVAL above its last one.
 const LAST_CAPABILITY: libc::c_ulong = 63;
 
-/// No program that this process or a child runs gives it capabilities that it does not have.
+/// Ensures that no program that this process or a child runs gains a capability.
 pub(crate) fn gain_nothing() -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
     for capability in 0..=LAST_CAPABILITY {
         match sys::drop_capability(capability) {
             Ok(()) => {}
-            // There are no more, or this process has none and so cannot get any.
+            // There are no more capabilities, or this process has none and so cannot gain any.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => break,
             Err(error) => return Err(error),
         }
@@ -26,8 +26,8 @@ pub(crate) fn gain_nothing() -> io::Result<()> {
     Ok(())
 }
 
-/// What root keeps where there are no namespaces: to act as other users and on their files. It cannot trace processes, make
-/// devices, or change the network or the mounts.
+/// The capabilities that root keeps where there are no namespaces: to act as other users and on their files. Without
+/// the others it cannot trace processes, make devices, or change the network or the mounts.
 const OF_ROOT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
@@ -36,7 +36,7 @@ const OF_ROOT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID);
 
-/// Gives up all capabilities but those of [`OF_ROOT`], for this process and all programs that it starts.
+/// Gives up all capabilities except [`OF_ROOT`], for this process and all programs that it starts.
 pub(crate) fn keep_few_capabilities() -> io::Result<()> {
     let _ = rustix::thread::clear_ambient_capability_set();
     let own = rustix::thread::capabilities(None)?;
@@ -57,7 +57,7 @@ pub(crate) fn keep_few_capabilities() -> io::Result<()> {
     )?)
 }
 
-/// Gives up the capabilities that this process has.
+/// Gives up all capabilities of this process.
 pub(crate) fn give_up_capabilities() -> io::Result<()> {
     let _ = rustix::thread::clear_ambient_capability_set();
     let none = CapabilitySet::empty();
@@ -65,12 +65,12 @@ pub(crate) fn give_up_capabilities() -> io::Result<()> {
         None,
         CapabilitySets { effective: none, permitted: none, inheritable: none },
     )?;
-    // What shares its user can neither trace it nor read its memory.
+    // A process that is not dumpable cannot be traced, nor its memory read, by other processes of its user.
     Ok(rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?)
 }
 
-/// Keeps crashes from leaving a core file and from starting the host's core handler: at a limit of 1 byte the kernel does
-/// neither. Must precede the filter, which makes this limit final.
+/// Keeps crashes from writing a core file and from starting the host's core handler: at a limit of 1 byte the kernel
+/// does neither. Must be called before the filter is installed, which makes this limit final.
 pub(crate) fn limit_cores() -> io::Result<()> {
     Ok(setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) })?)
 }
@@ -82,16 +82,16 @@ pub(crate) fn limit_processes(limit: u64) -> io::Result<()> {
     Ok(setrlimit(Resource::Nproc, Rlimit { current: limit, maximum: limit })?)
 }
 
-/// Makes the kernel kill a process and its later children before the server, if it must kill any. If this process is root of
-/// the host, they cannot undo it. A kernel that refuses has a higher value already.
+/// Makes the kernel kill a process and its later children before the server when memory runs out. If this process is
+/// root of the host, they cannot undo it. Errors are ignored: the kernel refuses only if the score is higher already.
 pub(crate) fn offer_to_the_oom_killer(process: i32) {
     let _ = fs::write(format!("/proc/{process}/oom_score_adj"), OOM_SCORE);
 }
 
-/// Leaves the keyring of the session, which may hold keys of the server.
+/// Leaves the session keyring, which may hold keys of the server.
 pub(crate) fn new_keyring() -> io::Result<()> {
     match sys::join_new_keyring() {
-        // A kernel without keys, a container that forbids them, or too many of them: a command gets none either.
+        // The kernel has no keys, a container forbids them, or there are too many. A command gets no keys either then.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EDQUOT)) => {
             Ok(())
         }

@@ -1,7 +1,8 @@
-//! The filter of system calls: what an action may not ask of the kernel. Pure until it is installed.
+//! The system call filter: which requests to the kernel are refused to an action. Pure until it is installed.
 //!
-//! The list names what is refused. Compilers and language runtimes use hundreds of calls, and what is left can only act on
-//! what the namespaces show. What is refused widens the attack surface of the kernel or makes new namespaces and mounts.
+//! The filter is a deny list. Compilers and language runtimes use hundreds of system calls, and the calls that stay
+//! allowed only affect what the action's namespaces contain. Refused are calls that widen the attack surface of the
+//! kernel, and calls that make namespaces or mounts.
 
 mod program;
 
@@ -10,10 +11,10 @@ use program::{Answer, Case, Table, Test};
 use seccompiler::BpfProgram;
 use std::{collections::BTreeMap, io, ops::Range};
 
-/// open_tree_attr(2), which has the same number everywhere and no name in libc yet.
+/// open_tree_attr(2). It has the same number on every architecture, and the libc crate does not name it yet.
 const OPEN_TREE_ATTR: libc::c_long = 467;
 
-/// Calls that answer EPERM, whatever their arguments.
+/// Calls that fail with EPERM whatever their arguments are.
 const REFUSED: &[libc::c_long] = &[
     // Mounts, old and new.
     libc::SYS_mount,
@@ -34,7 +35,7 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_keyctl,
     libc::SYS_add_key,
     libc::SYS_request_key,
-    // Large parts of the kernel that a build does not need.
+    // Large subsystems of the kernel that a build does not need.
     libc::SYS_bpf,
     libc::SYS_perf_event_open,
     libc::SYS_userfaultfd,
@@ -87,16 +88,17 @@ const NAMESPACES: u32 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWUSER
     | libc::CLONE_NEWPID
     | libc::CLONE_NEWNET) as u32;
-/// The same for time, which clone has no room for.
+/// CLONE_NEWTIME, which only unshare accepts: clone uses the same bit for the exit signal.
 const NEW_TIME: u32 = 0x80;
 
-/// The families of sockets that there are. For most others the kernel would load a module, and some do not know of network namespaces.
-/// Of netlink, only what the C library lists interfaces with is left.
+/// The socket families that are allowed. For most others the kernel would load a module, and some families ignore
+/// network namespaces. Of netlink, only the protocol with which the C library lists network interfaces is allowed.
 const FAMILIES: &[libc::c_int] = &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
-/// Kinds of sockets whose type is masked from flags such as SOCK_CLOEXEC.
+/// Mask for the socket type, which shares its argument with flags such as SOCK_CLOEXEC.
 const SOCKET_TYPE: u32 = 0xf;
 
-/// The architecture in the kernel's words (`AUDIT_ARCH_*`), if the numbers of its calls are known here.
+/// The architecture as the kernel numbers it (`AUDIT_ARCH_*`); `None` if the filter does not know the system call
+/// numbers of this machine.
 const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
     Some(0xc000_003e)
 } else if cfg!(target_arch = "aarch64") {
@@ -105,42 +107,44 @@ const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
     None
 };
 
-/// The calls of the x32 ABI, which has the architecture of x86-64 and other numbers. -1, with which a tracer skips a call, has no
-/// ABI: the kernel answers ENOSYS.
+/// Numbers of the x32 calls. They have the architecture of x86-64 but another ABI. The number -1, with which a tracer
+/// skips a call, is not among them; the kernel answers it with ENOSYS.
 const X32: Range<u32> = 0x4000_0000..u32::MAX;
 
-/// The program that the kernel runs for system calls.
+/// The compiled filter.
 #[derive(Debug, Clone)]
 pub(crate) struct Program(BpfProgram);
 
 impl Program {
-    /// The program for this machine.
+    /// Compiles the filter for this machine.
     pub(crate) fn new() -> Result<Self, SetupFailure> {
         let unknown = || io::Error::other(format!("not known for {}", std::env::consts::ARCH));
         let architecture = ARCHITECTURE.ok_or_else(unknown).step("make the system call filter")?;
         Ok(Self(table(architecture).assemble()))
     }
 
-    /// Filters the calls of this process and its children from now on. The process must have given up new privileges.
+    /// Filters the calls of this process and of its future children. The process must have set `no_new_privs`.
     pub(crate) fn install(&self) -> io::Result<()> {
         seccompiler::apply_filter(&self.0).map_err(io::Error::other)
     }
 }
 
-/// What is refused.
+/// The rules of the filter.
 fn table(architecture: u32) -> Table {
     let refuse = |tests: &[(u8, Test)]| Case { tests: tests.to_vec(), answer: errno(libc::EPERM) };
     let mut calls: BTreeMap<libc::c_long, Vec<Case>> =
         REFUSED.iter().map(|call| (*call, vec![refuse(&[])])).collect();
-    // Its flags cannot be seen. The C library falls back to clone.
+    // A filter cannot read the flags of clone3, which are in memory. On ENOSYS the C library falls back to clone.
     calls.insert(libc::SYS_clone3, vec![Case { tests: Vec::new(), answer: errno(libc::ENOSYS) }]);
     calls.insert(libc::SYS_clone, vec![refuse(&[(0, Test::HasAnyOf(NAMESPACES))])]);
     calls.insert(libc::SYS_unshare, vec![refuse(&[(0, Test::HasAnyOf(NAMESPACES | NEW_TIME))])]);
-    // Lowering the limit on core dumps succeeds without effect: it would switch on core handlers again.
+    // Setting the limit on core dumps succeeds without effect, because another limit would switch the host's core
+    // handler on again.
     let core = Test::Is(libc::RLIMIT_CORE);
     let ignore = |tests: &[(u8, Test)]| Case { tests: tests.to_vec(), answer: Answer::Errno(0) };
     calls.insert(libc::SYS_setrlimit, vec![ignore(&[(0, core)])]);
-    // The limits of the first process, which has the same user. Nothing else that an action may change has this number.
+    // The first process of the cell has the same user as the action, so its limits have to be protected. Pid 1 is
+    // always that process.
     let prlimit =
         vec![refuse(&[(0, Test::Is(1)), (2, Test::NotNull)]), ignore(&[(1, core), (2, Test::NotNull)])];
     calls.insert(libc::SYS_prlimit64, prlimit);
@@ -151,7 +155,7 @@ fn table(architecture: u32) -> Table {
     let other_protocol = (2, Test::IsNot(libc::NETLINK_ROUTE.unsigned_abs()));
     let other_netlink =
         Case { tests: vec![family(libc::AF_NETLINK), other_protocol], answer: errno(libc::EPROTONOSUPPORT) };
-    // To local and netlink sockets, raw is a name only.
+    // For local and netlink sockets SOCK_RAW has no special meaning.
     let raw = (1, Test::Masked { mask: SOCKET_TYPE, value: libc::SOCK_RAW.unsigned_abs() });
     let sockets = vec![
         other_family.clone(),
@@ -175,7 +179,7 @@ fn errno(errno: libc::c_int) -> Answer {
 mod tests {
     use super::*;
 
-    /// The answer to a call of this architecture.
+    /// The filter's answer to a call of this architecture.
     fn answer(call: libc::c_long, arguments: &[u64]) -> Answer {
         let mut all = [0; 6];
         all[..arguments.len()].copy_from_slice(arguments);
@@ -185,12 +189,14 @@ mod tests {
 
     #[test]
     fn the_program_is_short() {
-        // The kernel evaluates it for each of some 460 calls when it is installed, once for each action.
+        // At installation the kernel evaluates the program for each of about 460 calls, and it is installed for every
+        // action.
         let program = Program::new().unwrap();
         assert!(program.0.len() < 256, "{}", program.0.len());
     }
 
-    /// An action that is root inside cannot tell whether a call fails for its arguments, its lack of capabilities or the filter.
+    /// An action that is root inside its cell cannot tell whether its arguments, missing capabilities or the filter
+    /// made a call fail.
     #[test]
     fn calls_are_refused_for_their_number_and_not_for_what_the_caller_may_do() {
         for call in REFUSED {

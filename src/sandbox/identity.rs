@@ -1,7 +1,8 @@
-//! Who an action is: user and group 1000 `build` inside; outside a user of its own for each slot, where the server is root.
+//! The user of an action. Inside a cell it is user and group 1000, `build`. On the host it is a separate user for each
+//! slot if the server is root.
 //!
-//! A root server maps the user of a slot to a number from a configured range, so that two actions never share a user and
-//! none is root. An ordinary user can only map its own number.
+//! A root server gives each slot a user number from a configured range, so that no two actions share a user and no
+//! action is root. An ordinary user can only map its own number.
 
 use super::kind::InnerUser;
 use std::{
@@ -9,17 +10,17 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// User and group of every action, as it sees them.
+/// Number of the user and of the group of every action, as the action sees them.
 pub(crate) const INNER: u32 = 1000;
 /// The host name that every action sees.
 pub(crate) const HOST_NAME: &str = "build";
 /// First user and group of the default range.
 pub(crate) const FIRST: u32 = 200_000;
 
-/// The name of the user and the group of every action.
+/// Name of the user and the group of every action.
 const NAME: &str = "build";
 
-/// What the C library reads about names, where the numbers are given their names.
+/// Files that the C library reads to resolve host names, with their content.
 const OF_NAMES: &[(&str, &str)] = &[
     ("/etc/hosts", "127.0.0.1 localhost build\n::1 localhost ip6-localhost ip6-loopback\n"),
     ("/etc/hostname", "build\n"),
@@ -33,8 +34,8 @@ const GROUPS: &str = "root:x:0:\nnogroup:x:65534:\n";
 const SOURCES_OF_NAMES: &str = "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\n\
                                 services: files\nethers: files\nrpc: files\n";
 
-/// The files about names that every action finds. `existing` gives those of a root file system other than the host's, whose
-/// users stay known.
+/// The files that name users, groups and hosts in every view. `existing` returns the content of such a file in a root
+/// file system other than the host's; the users that it lists are kept.
 pub(crate) fn files(
     InnerUser { user, group }: InnerUser,
     existing: impl Fn(&str) -> Option<String>,
@@ -48,7 +49,7 @@ pub(crate) fn files(
     files
 }
 
-/// Adds a line to a list of users or groups, unless its number has a name already.
+/// Adds a line to a list of users or groups, unless the list already has an entry for the number.
 fn with_number(mut list: String, number: u32, line: &str) -> String {
     let number = number.to_string();
     if !list.lines().any(|line| line.split(':').nth(2) == Some(&*number)) {
@@ -60,14 +61,14 @@ fn with_number(mut list: String, number: u32, line: &str) -> String {
     list
 }
 
-/// The users of the slots of one server. Cheap to clone.
+/// The host users that a server gives to its slots. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Users {
     first: u32,
     taken: Arc<Mutex<BTreeSet<u32>>>,
 }
 
-/// A user that belongs to one slot until this is dropped.
+/// A host user that is reserved for one slot until this is dropped.
 #[derive(Debug)]
 pub(crate) struct User {
     number: u32,
@@ -75,12 +76,12 @@ pub(crate) struct User {
 }
 
 impl Users {
-    /// The users from `first` on.
+    /// The range of users that starts at `first`.
     pub(crate) fn new(first: u32) -> Self {
         Self { first, taken: Arc::default() }
     }
 
-    /// The lowest number that is free.
+    /// Reserves the lowest free number.
     pub(crate) fn take(&self) -> User {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let mut number = self.first;

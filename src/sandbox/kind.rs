@@ -1,4 +1,4 @@
-//! [`CellKind`]: what a command asks of its cell that has to be settled before the cell starts.
+//! [`CellKind`]: the requirements of a command that must be known before its cell starts.
 
 use super::identity;
 use prost::Message;
@@ -8,50 +8,52 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What kind of cell a command needs. The default is one with the files of the host and without a network.
+/// The kind of cell that a command needs. The default has the files of the host and no network.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct CellKind {
-    /// The files of the root directory; those of the host if there is none.
+    /// The root file system; `None` for the files of the host.
     #[prost(oneof = "RootFs", tags = "1, 2")]
     pub root: Option<RootFs>,
-    /// Who the command is, as it sees itself; [`identity::INNER`] if this is missing. Outside this changes nothing.
+    /// User and group of the command as it sees itself; [`identity::INNER`] if this is missing. It has no effect
+    /// outside of the cell.
     #[prost(message, optional, tag = "3")]
     pub user: Option<InnerUser>,
-    /// The command shares the whole network of the host.
+    /// Whether the command shares the whole network of the host.
     #[prost(bool, tag = "4")]
     pub shares_network: bool,
 }
 
-/// The files that a command finds instead of the host's. The sandbox adds /dev, /proc, /tmp and, but to an input root, the input
-/// root at /build and the names of users and hosts.
+/// The root file system that a command finds instead of the host's. The sandbox adds /dev, /proc and /tmp. Unless the
+/// root file system is the input root, it also adds the input root at /build and the files with names of users and
+/// hosts.
 #[derive(Clone, PartialEq, Eq, prost::Oneof)]
 pub enum RootFs {
-    /// Those below an absolute path. They can only be read. Nothing may change there while a command runs: a new version needs
-    /// another directory, which may have the same path.
+    /// The files below this absolute path, read-only. They must not change while a command runs: a new version must be
+    /// a new directory, which may have the same path.
     #[prost(bytes, tag = "1")]
     Directory(Vec<u8>),
-    /// Those of the input root, which is mounted at / instead of /build.
+    /// The files of the input root, which is mounted at / instead of /build.
     #[prost(message, tag = "2")]
     InputRoot(InputsAsRoot),
 }
 
-/// The one input root that an action has.
+/// Marks the input root of the action, of which there is exactly one.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct InputsAsRoot {}
 
-/// Numbers of a user and a group inside of a cell.
+/// Numbers of user and group inside of a cell.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct InnerUser {
-    /// The user.
+    /// Number of the user.
     #[prost(uint32, tag = "1")]
     pub user: u32,
-    /// The group.
+    /// Number of the group.
     #[prost(uint32, tag = "2")]
     pub group: u32,
 }
 
 impl CellKind {
-    /// Who the command is.
+    /// User and group of the command inside of the cell.
     pub fn user(&self) -> InnerUser {
         self.user.unwrap_or(InnerUser { user: identity::INNER, group: identity::INNER })
     }
@@ -61,7 +63,7 @@ impl CellKind {
         matches!(self.root, Some(RootFs::InputRoot(_)))
     }
 
-    /// The directory whose files replace the host's.
+    /// The directory whose files replace the host's, if any.
     pub(crate) fn root_directory(&self) -> Option<PathBuf> {
         match &self.root {
             Some(RootFs::Directory(path)) => Some(OsStr::from_bytes(path).into()),
@@ -71,12 +73,12 @@ impl CellKind {
 }
 
 impl RootFs {
-    /// The files below an absolute path.
+    /// The root file system with the files below an absolute path.
     pub fn directory(path: &Path) -> Self {
         Self::Directory(path.as_os_str().as_bytes().to_vec())
     }
 
-    /// The same without symbolic links in its path.
+    /// The same root file system with symbolic links in its path resolved.
     pub(crate) fn resolved(&self) -> Self {
         match self {
             Self::Directory(path) => {

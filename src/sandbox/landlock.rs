@@ -1,4 +1,5 @@
-//! The second layer over the file system: with Landlock, an action can write only where the mounts are meant to let it write.
+//! A second protection of the file system: Landlock rules allow an action to write only where the mounts are meant to
+//! be writable.
 
 use super::SetupFailure;
 use ::landlock::{
@@ -7,7 +8,7 @@ use ::landlock::{
 };
 use std::{io, path::PathBuf};
 
-/// What is asked for; the kernel takes what it knows of that.
+/// The Landlock version that is requested. The kernel enforces the part of it that it supports.
 const WANTED: ABI = ABI::V6;
 
 type Problem = Box<dyn std::error::Error + Send + Sync>;
@@ -17,12 +18,13 @@ type Problem = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) struct Rules(RulesetCreated);
 
 impl Rules {
-    /// With these rules, a process and its children can write only below these paths, and rename and link among them. They
-    /// make no devices, and can neither signal a process nor connect to an abstract socket that does not share the rules. Everything can be read.
+    /// Makes rules under which a process and its children can read everything, but can write only below these paths,
+    /// and rename and link files only among them. They cannot make device files, signal processes outside the rules, or
+    /// connect to an abstract socket of such a process.
     pub(crate) fn new(writable: impl IntoIterator<Item = PathBuf>) -> Result<Self, SetupFailure> {
         let rules = || -> Result<RulesetCreated, Problem> {
             let rules = Ruleset::default()
-                // Before Linux 5.19 Landlock refuses every rename and link from one directory to another.
+                // Before Linux 5.19, Landlock refuses every rename and link between two directories.
                 .set_compatibility(CompatLevel::HardRequirement)
                 .handle_access(AccessFs::Refer)?
                 .set_compatibility(CompatLevel::BestEffort)
@@ -35,7 +37,7 @@ impl Rules {
         rules().map(Self).map_err(in_words)
     }
 
-    /// Restricts this process and its children, who can write below `path` too.
+    /// Applies the rules to this process and its children, which may also write below `path`.
     pub(crate) fn restrict(self, path: PathBuf) -> Result<(), SetupFailure> {
         let restrict = || -> Result<(), Problem> {
             match open(self.0, path)?.restrict_self()?.ruleset {

@@ -1,8 +1,9 @@
-//! The input root of an action as an overlay: a layer of its own above a tree that nobody may change.
+//! The input root of an action as an overlay: a writable upper layer of the action's own over a shared lower tree that
+//! nobody may change.
 //!
-//! The runner mounts it, with the rights of the user to whom both layers belong on disk, and hands it to the cell as an open
-//! mount. It is `volatile`: nothing waits for the disk, neither when a file is copied up nor at the end (20 ms). Nobody mounts
-//! the same layer again. With `userxattr` it takes no privileges.
+//! The runner mounts the overlay as the user who owns both layers on disk, and hands it to the cell as an open mount.
+//! The overlay is `volatile`: neither a copy-up nor the unmount waits for the disk (which would take 20 ms). This is
+//! safe because an upper layer is never mounted a second time. The option `userxattr` makes privileges unnecessary.
 
 use super::{SetupFailure, Step as _, mounts, sys};
 use prost::Message;
@@ -25,33 +26,34 @@ use std::{
 /// The step that fails where an overlay cannot be mounted.
 pub(crate) const MOUNT_STEP: &str = "mount the input root (an overlay)";
 
-/// The file of a trial that is changed.
+/// Name of a file that the trial appends to.
 pub(crate) const TRIAL_FILE: &str = "f";
-/// The directory of a trial that is replaced; it has a file of that name in it.
+/// Name of a directory that the trial removes and makes again. The lower layer has a file in it.
 pub(crate) const TRIAL_DIRECTORY: &str = "d";
-/// A file that a whiteout of the server hides.
+/// Name of a file of the lower layer that a whiteout made by the server hides.
 pub(crate) const TRIAL_HIDDEN: &str = "w";
-/// A directory like [`TRIAL_DIRECTORY`] over which the server has put an opaque one.
+/// Name of a directory like [`TRIAL_DIRECTORY`] that an opaque directory made by the server covers.
 pub(crate) const TRIAL_OPAQUE: &str = "o";
 
-/// Where the layers are. Absolute paths.
+/// Absolute paths of the layers of an overlay.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Layers {
-    /// The tree that stays as it is.
+    /// The lower layer, which is never changed.
     #[prost(bytes = "vec", tag = "1")]
     pub below: Vec<u8>,
-    /// The layer that the action changes.
+    /// The upper layer, which receives the action's changes.
     #[prost(bytes = "vec", tag = "2")]
     pub own: Vec<u8>,
-    /// An empty directory beside that layer.
+    /// The work directory of the overlay: an empty directory next to the upper layer.
     #[prost(bytes = "vec", tag = "3")]
     pub work: Vec<u8>,
-    /// Finds out whether such an overlay behaves.
+    /// Whether this overlay is mounted only to test that overlays behave as required.
     #[prost(bool, tag = "4")]
     pub is_trial: bool,
 }
 
-/// Mounts the layers; `ids` says how the user of their files shows, and as which user and group, if it does not show as it is.
+/// Mounts the layers as an overlay. If the owner of the files has to be mapped, `ids` holds the user namespace that
+/// maps it and the user and group that it is mapped to.
 pub(super) fn mount(
     layers: &Layers,
     ids: Option<(BorrowedFd<'_>, (u32, u32))>,
@@ -74,9 +76,10 @@ pub(super) fn mount(
     };
     let mounted = match (ids, own.parent()) {
         (Some((ids, owner)), Some(beside)) => {
-            // An overlay cannot map ids itself, but it shows its layers as they show where they are mounted.
+            // An overlay cannot map ids itself, but it uses the mapped ids of the mounts that its layers lie on.
             let _mapped = (Mapped::new(below, ids)?, Mapped::new(beside, ids)?);
-            // It changes its layers as the user who mounts it, who has to be one that they know.
+            // The overlay changes its layers with the credentials of the process that mounts it, so that must be a user
+            // that the mapped mounts know.
             sys::with_files_of(owner, mount)
         }
         _ => mount(),
@@ -84,7 +87,8 @@ pub(super) fn mount(
     mounted.step(MOUNT_STEP)
 }
 
-/// An open directory and a name for it that tells nothing, since the action can read the options of its mounts.
+/// An open directory and its path below /proc/self/fd. The action can read the options of its mounts, and this path
+/// reveals nothing about the host.
 struct NamedDirectory {
     _directory: OwnedFd,
     name: String,
@@ -98,7 +102,7 @@ impl NamedDirectory {
     }
 }
 
-/// A directory that shows other users in this process's mounts, for as long as this is held.
+/// An idmapped mount over a directory in the mount namespace of this process. It is unmounted on drop.
 struct Mapped<'a>(&'a Path);
 
 impl<'a> Mapped<'a> {
@@ -119,7 +123,7 @@ impl Drop for Mapped<'_> {
     }
 }
 
-/// Does in an overlay what actions do, and looks whether it behaves.
+/// Changes an overlay as actions do, and checks that the changes are visible.
 pub(crate) fn try_out(root: &Path) -> Result<(), SetupFailure> {
     let (file, directory) = (root.join(TRIAL_FILE), root.join(TRIAL_DIRECTORY));
     let change = || {
@@ -135,8 +139,6 @@ pub(crate) fn try_out(root: &Path) -> Result<(), SetupFailure> {
     };
     match change().step("change files in an overlay")? {
         true => Ok(()),
-        false => {
-            Err(io::Error::other("it does not show what was changed")).step("change files in an overlay")
-        }
+        false => Err(io::Error::other("the changes are not visible")).step("change files in an overlay"),
     }
 }

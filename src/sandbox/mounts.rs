@@ -1,4 +1,5 @@
-//! The system calls that mount, in terms of open mounts: a tree of mounts is a descriptor until it is attached somewhere.
+//! Wrappers of the mount system calls. They work on open mounts: a tree of mounts is a file descriptor until it is
+//! attached to a path.
 
 use super::{SetupFailure, Step as _, sys};
 use rustix::{
@@ -16,10 +17,10 @@ use std::{
     path::Path,
 };
 
-/// Attributes of everything that an action sees.
+/// Attributes of every mount that an action sees.
 const HARMLESS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 
-/// A copy of the mount at a path, with the mounts below it. It is attached nowhere.
+/// Copies the mount at a path and the mounts below it. The copy is not attached anywhere.
 pub(super) fn copy(parent: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -28,7 +29,7 @@ pub(super) fn copy(parent: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     Ok(open_tree(parent, path, flags)?)
 }
 
-/// A copy of an open mount, with the mounts below it.
+/// Copies an open mount and the mounts below it.
 pub(super) fn copy_of(mount: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -48,22 +49,22 @@ pub(super) fn attach_to(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Re
     Ok(move_mount(mount, c"", target, c"", flags)?)
 }
 
-/// Opens what is at an absolute path of the tree that starts at `root`. Links of that tree, absolute ones too, lead to where they
-/// would if `root` were the root directory.
+/// Opens an absolute path in the tree that starts at `root`. Symbolic links in the tree, including absolute ones, are
+/// resolved as if `root` were the root directory.
 pub(super) fn open_in(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
 }
 
-/// Opens the directory at a relative path, in which nothing is a symbolic link.
+/// Opens the directory at a relative path. Fails if a component of the path is a symbolic link.
 pub(super) fn real_directory(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
     Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
 }
 
-/// A new file system of a kind that needs no device, without set-user-id bits.
+/// Makes a file system of a kind that needs no device. The mount is `nosuid`.
 pub(super) fn new(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> io::Result<OwnedFd> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (name, value) in options {
@@ -78,15 +79,15 @@ pub(super) fn new(kind: &str, options: &[(&str, &str)], attributes: MountAttrFla
     Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
 }
 
-/// A tmpfs of this size with room for this many files and directories.
+/// Makes a tmpfs of this size with room for this many files and directories.
 pub(super) fn tmpfs(bytes: u64, files: u64, mode: &str) -> io::Result<OwnedFd> {
-    // The root directory counts as one.
+    // The root directory takes one inode.
     let (bytes, files) = (bytes.to_string(), files.saturating_add(1).to_string());
     new("tmpfs", &[("size", &bytes), ("nr_inodes", &files), ("mode", mode)], MountAttrFlags::MOUNT_ATTR_NODEV)
 }
 
-/// Takes everything away from an open tree of mounts that can do harm: set-user-id bits, devices unless `devices`, and
-/// writing unless `writable`. What happens to the mounts of the host no longer reaches it.
+/// Restricts an open tree of mounts: `nosuid`, `nodev` unless `devices`, and read-only unless `writable`. Later mounts
+/// and unmounts on the host no longer propagate to it.
 pub(super) fn restrict(mount: BorrowedFd<'_>, writable: bool, devices: bool) -> io::Result<()> {
     let mut attributes = HARMLESS;
     if devices {
@@ -98,12 +99,12 @@ pub(super) fn restrict(mount: BorrowedFd<'_>, writable: bool, devices: bool) -> 
     set_attributes(mount, attributes, libc::AT_RECURSIVE, None)
 }
 
-/// Makes one open mount read-only, not those below it.
+/// Makes one open mount read-only, but not the mounts below it.
 pub(super) fn close(mount: BorrowedFd<'_>) -> io::Result<()> {
     set_attributes(mount, HARMLESS | libc::MOUNT_ATTR_RDONLY, 0, None)
 }
 
-/// Lets an open mount, which must be attached nowhere, show the ids of its files as this user namespace maps them.
+/// Maps the owners of files in an open mount by a user namespace. The mount must not be attached yet.
 pub(super) fn map_ids(mount: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> io::Result<()> {
     set_attributes(mount, HARMLESS | libc::MOUNT_ATTR_IDMAP, 0, Some(namespace))
 }
@@ -123,22 +124,23 @@ fn set_attributes(
     sys::set_mount_attributes(mount, &attributes, depth)
 }
 
-/// Keeps what this process mounts from reaching the host; what the host unmounts is still unmounted here.
+/// Stops mounts of this process from propagating to the host. Unmounts on the host still propagate to this process.
 pub(super) fn follow_the_host() -> io::Result<()> {
     Ok(mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?)
 }
 
-/// Makes an open tree of mounts the root of this process, whose mount namespace then has nothing else.
+/// Makes an open tree of mounts the root directory of this process and removes everything else from its mount
+/// namespace.
 pub(super) fn become_root(tree: BorrowedFd<'_>) -> Result<(), SetupFailure> {
     attach(tree, CWD, Path::new("/")).step("mount the view of the action")?;
     rustix::process::fchdir(tree).step("enter the view of the action")?;
-    // The old root ends up on top of the new one, where it is taken away.
+    // pivot_root stacks the old root on top of the new one, from where it is unmounted.
     rustix::process::pivot_root(".", ".").step("change the root directory (pivot_root)")?;
     unmount(".", UnmountFlags::DETACH).step("unmount the host's file systems")?;
     rustix::process::chdir("/").step("enter the new root directory")
 }
 
-/// An open directory, for paths that start there.
+/// Opens a directory, as the start of relative paths.
 pub(super) fn directory(parent: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(parent, path, flags, Mode::empty())?)

@@ -1,4 +1,4 @@
-//! New namespaces: how a process gets into them, and which users they know.
+//! Making namespaces, and mapping the users in them.
 
 use super::{SetupFailure, Step as _, kind::InnerUser, sys};
 use rustix::{
@@ -7,30 +7,30 @@ use rustix::{
 };
 use std::{fs, io, os::fd::OwnedFd};
 
-/// How the one user of a namespace maps to the world outside.
+/// The mapping of the one user and group of a user namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Map {
-    /// The numbers inside.
+    /// User and group inside the namespace.
     pub inner: InnerUser,
-    /// User outside.
+    /// User outside the namespace.
     pub user: u32,
-    /// Group outside.
+    /// Group outside the namespace.
     pub group: u32,
 }
 
-/// Starts a process that is the first of a new user and pid namespace, as a fork of this one. It runs `child` and exits with
-/// what that gives. This process must have a single thread.
+/// Forks this process into a new user and pid namespace, as the first process there. The child runs `child` and exits
+/// with the code that it returns. The calling process must have a single thread.
 pub(crate) fn start(child: impl FnOnce() -> i32) -> Result<Pid, SetupFailure> {
     sys::fork(child).step("make namespaces (user, process)")
 }
 
-/// Gives the user namespace of a child its user. `groups`: the child may change its groups, which only a privileged process
-/// can allow.
+/// Writes the user and group maps of a child's user namespace. `groups` allows the child to change its supplementary
+/// groups, for which the caller must be privileged.
 pub(crate) fn write_maps(process: &str, map: Map, groups: bool) -> Result<(), SetupFailure> {
     let write = |file: &str, text: &str| {
         let path = format!("/proc/{process}/{file}");
         fs::OpenOptions::new().write(true).open(&path).and_then(|file| {
-            // One write, as the kernel wants it.
+            // The kernel requires a single write.
             rustix::io::write(&file, text.as_bytes()).map(drop).map_err(io::Error::from)
         })
     };
@@ -41,7 +41,7 @@ pub(crate) fn write_maps(process: &str, map: Map, groups: bool) -> Result<(), Se
     write("gid_map", &format!("{} {} 1\n", map.inner.group, map.group)).step("map the group (gid_map)")
 }
 
-/// A user namespace with this map in which nobody is, for mounts that show other ids than those on disk.
+/// Makes a user namespace with this map and no process in it, for idmapped mounts.
 pub(crate) fn mapping(map: Map) -> Result<OwnedFd, SetupFailure> {
     let (ours, theirs) = io::pipe().step("make a pipe")?;
     let child = start(move || {
@@ -59,7 +59,8 @@ pub(crate) fn mapping(map: Map) -> Result<OwnedFd, SetupFailure> {
     made
 }
 
-/// Becomes the user and group that this namespace maps; capabilities stay. `groups`: other groups are given up.
+/// Switches to the user and group that this namespace maps; capabilities are kept. `groups` also drops the
+/// supplementary groups.
 pub(crate) fn become_inner(inner: InnerUser, groups: bool) -> Result<(), SetupFailure> {
     use rustix::process::{Gid, Uid};
     let (user, group) = (Uid::from_raw(inner.user), Gid::from_raw(inner.group));

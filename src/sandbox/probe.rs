@@ -1,21 +1,22 @@
-//! Which protections work on this machine, and what enables those that do not. Pure: the caller tries them.
+//! Finds out which protections work on this machine, and what would enable the others. Pure: the caller makes the
+//! attempts.
 
 use super::settings::Protections;
 use std::fmt;
 
-/// What every error of an attempt begins with.
+/// Prefix of the error of every failed attempt.
 const NOT_SET_UP: &str = "could not set up the sandbox: ";
-/// Why a protection is missing that was not tried.
+/// The reason of a protection that was not tried because it needs the namespaces.
 const NEEDS_NAMESPACES: &str = "it needs the namespaces";
 
-/// A protection, as users know it.
+/// A protection, with the name that users know it by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protection {
-    /// Own mounts, processes, IPC and names.
+    /// Separate mount, pid, IPC and UTS namespaces.
     Namespaces,
-    /// An own network.
+    /// A separate network namespace.
     Network,
-    /// A user of the host for each slot.
+    /// A host user for each slot.
     Identity,
     /// The filter of system calls.
     Filter,
@@ -26,7 +27,7 @@ pub(crate) enum Protection {
 impl Protection {
     const ALL: [Self; 5] = [Self::Namespaces, Self::Network, Self::Identity, Self::Filter, Self::Landlock];
 
-    /// Its name in messages.
+    /// The name in messages.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Namespaces => "namespaces",
@@ -37,7 +38,7 @@ impl Protection {
         }
     }
 
-    /// What it means for actions that it is missing.
+    /// What it means for actions if this protection is missing.
     pub(crate) fn consequence(self) -> &'static str {
         match self {
             Self::Namespaces => "actions see this machine and run as the user of the server",
@@ -59,33 +60,33 @@ impl Protection {
     }
 }
 
-/// A protection that does not work here.
+/// A protection that does not work on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MissingProtection {
-    /// Which.
+    /// The protection.
     pub protection: Protection,
-    /// Why, with the step that failed.
+    /// The reason, with the step that failed.
     pub reason: String,
-    /// What enables it, if that is known.
+    /// What would enable it, if that is known.
     pub remedy: Option<String>,
 }
 
-/// What works, and what does not.
+/// The result of the probe.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Report {
-    /// What is on.
+    /// The protections that work.
     pub on: Protections,
-    /// What is not, although it could be.
+    /// The protections that do not work although they were wanted.
     pub missing: Vec<MissingProtection>,
 }
 
 impl Report {
-    /// Whether nothing works.
+    /// Whether no protection works.
     pub(crate) fn is_empty(&self) -> bool {
         self.on == Protections::default()
     }
 
-    /// The names of what is on.
+    /// The names of the protections that work.
     pub(crate) fn names(&self) -> Vec<&'static str> {
         let is_on = |protection: &Protection| {
             let mut with = self.on;
@@ -97,7 +98,7 @@ impl Report {
 }
 
 impl MissingProtection {
-    /// That it is off, and what this means, unless that follows from the namespaces.
+    /// Says that the protection is off. Adds the consequence, unless it follows from the missing namespaces.
     pub(crate) fn headline(&self) -> String {
         let name = self.protection.name();
         match &*self.reason {
@@ -117,7 +118,7 @@ impl fmt::Display for MissingProtection {
     }
 }
 
-/// What the machine says of itself that explains a failure.
+/// Facts about the machine that can explain a failure.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct KernelFacts {
     /// user.max_user_namespaces
@@ -128,12 +129,12 @@ pub(crate) struct KernelFacts {
     pub unprivileged_userns_clone: Option<u64>,
     /// kernel.apparmor_restrict_unprivileged_userns
     pub apparmor_restrict_unprivileged_userns: Option<u64>,
-    /// The version of the kernel.
+    /// Major and minor version of the kernel.
     pub kernel: (u32, u32),
 }
 
-/// Finds out which protections work. `attempt` starts a sandbox with some of them and says what went wrong. What works
-/// alone is used only if it works together.
+/// Finds out which protections work. `attempt` starts a sandbox with some of them and returns the error, if any. A
+/// protection is used only if it works together with the ones before it.
 pub(crate) fn find(
     is_root: bool,
     machine: &KernelFacts,
@@ -166,7 +167,7 @@ pub(crate) fn find(
     report
 }
 
-/// Why a protection is missing, and the one change to the machine that makes it work.
+/// Explains why a protection is missing, and names one change to the machine that makes it work.
 fn explained(protection: Protection, machine: &KernelFacts, error: &str) -> MissingProtection {
     let error = error.strip_prefix(NOT_SET_UP).unwrap_or(error);
     if let Some((name, value, better)) = setting_in_the_way(protection, machine) {
@@ -183,7 +184,7 @@ fn explained(protection: Protection, machine: &KernelFacts, error: &str) -> Miss
         Protection::Namespaces => Some(
             "in a container, start it with --security-opt seccomp=unconfined --security-opt systempaths=unconfined",
         ),
-        // In a container that has few user ids of the machine.
+        // A container may have only few user ids of the machine.
         Protection::Identity if error.contains("uid_map") => Some(
             "set execution.sandbox.first_user to a user id that this container has, with all slots after it",
         ),
@@ -196,7 +197,7 @@ fn explained(protection: Protection, machine: &KernelFacts, error: &str) -> Miss
     MissingProtection { protection, reason: error.to_owned(), remedy: remedy.map(str::to_owned) }
 }
 
-/// A setting of the kernel that forbids a protection: its name, its value, and a value that allows it.
+/// A kernel setting that forbids a protection: its name, its value, and a value that allows it.
 fn setting_in_the_way(protection: Protection, machine: &KernelFacts) -> Option<(&'static str, u64, u64)> {
     match protection {
         Protection::Namespaces if machine.max_user_namespaces == Some(0) => {
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn where_everything_works_one_attempt_is_enough() {
+    fn one_attempt_is_enough_if_everything_works() {
         let mut attempts = 0;
         let report = find(true, &machine(), |_| {
             attempts += 1;
@@ -232,12 +233,12 @@ mod tests {
         });
         assert_eq!((attempts, report.missing.len()), (1, 0));
         assert_eq!(report.names(), ["namespaces", "network", "identity", "filter", "landlock"]);
-        // An ordinary user has one user id, and misses nothing.
+        // An ordinary user has one user id, so `identity` does not count as missing.
         assert!(!find(false, &machine(), |_| Ok(())).on.identity);
     }
 
     #[test]
-    fn what_fails_is_left_out_alone_and_the_rest_is_on() {
+    fn a_protection_that_fails_is_left_out_and_the_others_stay_on() {
         let no_landlock = |on: Protections| if on.landlock { Err("ENOSYS".into()) } else { Ok(()) };
         let report = find(true, &machine(), no_landlock);
         assert_eq!(report.names(), ["namespaces", "network", "identity", "filter"]);

@@ -1,4 +1,4 @@
-//! [`Sandbox`]: what a server tells its runners about the sandbox, as a message to them.
+//! [`Sandbox`]: the message with which a server tells a runner how to set up the sandbox.
 
 use super::{
     kind::{CellKind, RootFs},
@@ -11,12 +11,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Whether a protection that is missing keeps the server from starting.
+/// What happens if a protection does not work on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SandboxMode {
-    /// What the kernel allows is on.
+    /// Missing protections are left out; the rest is on.
     Auto,
-    /// The server starts only with all protections.
+    /// The server starts only if all protections work.
     Required,
     /// There is no sandbox.
     Off,
@@ -25,27 +25,27 @@ pub enum SandboxMode {
 /// The checked `[execution.sandbox]` section.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxSettings {
-    /// Whether there is a sandbox.
+    /// What happens if a protection is missing, or that there is no sandbox.
     pub mode: SandboxMode,
     /// Paths of the host that are visible in addition to the built-in ones.
     pub visible: Vec<PathBuf>,
-    /// Paths of the host that are hidden; the server's own are among them.
+    /// Paths of the host that are hidden, including the server's own paths.
     pub hidden: Vec<PathBuf>,
     /// Paths of the host that actions can change.
     pub writable: Vec<PathBuf>,
     /// Size of the private /tmp in bytes.
     pub tmp_bytes: u64,
-    /// Most files in the private /tmp.
+    /// Maximum number of files in the private /tmp.
     pub tmp_files: u64,
     /// Size of the private /dev/shm in bytes.
     pub shm_bytes: u64,
-    /// Most processes and threads of one action at a time.
+    /// Maximum number of processes and threads of one action at a time.
     pub processes: u64,
-    /// The first user of the slots of a root server.
+    /// The host user of the first slot of a root server.
     pub first_user: u32,
-    /// Paths of the server itself, such as its store. No action may see them.
+    /// Paths of the server itself, such as its store, which no action may see.
     pub own: Vec<PathBuf>,
-    /// The files that actions find; those of the host if there are none.
+    /// The root file system of actions; `None` for the host's files.
     pub root: Option<RootFs>,
     /// Whether an action that asks for a network gets the host's.
     pub offers_network: bool,
@@ -54,34 +54,34 @@ pub struct SandboxSettings {
 /// The sandbox of one runner.
 #[derive(Clone, PartialEq, Message)]
 pub struct Sandbox {
-    /// What is on.
+    /// The protections that are on.
     #[prost(message, required, tag = "1")]
     pub protections: Protections,
-    /// More of the host that is visible.
+    /// Paths of the host that are visible in addition to the built-in ones.
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub visible: Vec<Vec<u8>>,
-    /// What is hidden.
+    /// Paths of the host that are hidden.
     #[prost(bytes = "vec", repeated, tag = "3")]
     pub hidden: Vec<Vec<u8>>,
-    /// What can be changed.
+    /// Paths of the host that actions can change.
     #[prost(bytes = "vec", repeated, tag = "4")]
     pub writable: Vec<Vec<u8>>,
-    /// Size of /tmp.
+    /// Size of /tmp in bytes.
     #[prost(uint64, tag = "5")]
     pub tmp_bytes: u64,
-    /// Most files in /tmp.
+    /// Maximum number of files in /tmp.
     #[prost(uint64, tag = "6")]
     pub tmp_files: u64,
-    /// Size of /dev/shm.
+    /// Size of /dev/shm in bytes.
     #[prost(uint64, tag = "7")]
     pub shm_bytes: u64,
-    /// Most processes and threads.
+    /// Maximum number of processes and threads.
     #[prost(uint64, tag = "8")]
     pub processes: u64,
-    /// The user and group of the host that actions are, where `protections.identity` is on.
+    /// The host user and group of the actions if `protections.identity` is on.
     #[prost(uint32, tag = "9")]
     pub user: u32,
-    /// Where exec directories are.
+    /// The directory that contains the exec directories.
     #[prost(bytes = "vec", tag = "10")]
     pub build_root: Vec<u8>,
     /// The kind of cell that is likely to be needed first.
@@ -89,16 +89,16 @@ pub struct Sandbox {
     pub first: Option<CellKind>,
 }
 
-/// Which protections are on.
+/// The protections that are on.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Protections {
-    /// Own mounts, processes, IPC and names.
+    /// Separate mount, pid, IPC and UTS namespaces.
     #[prost(bool, tag = "1")]
     pub namespaces: bool,
-    /// An own network. Needs `namespaces`.
+    /// A separate network namespace. Needs `namespaces`.
     #[prost(bool, tag = "2")]
     pub network: bool,
-    /// A user of the host for each slot. Needs `namespaces`, and a server that is root.
+    /// A host user for each slot. Needs `namespaces` and a server that is root.
     #[prost(bool, tag = "3")]
     pub identity: bool,
     /// The filter of system calls.
@@ -155,7 +155,7 @@ impl SandboxSettings {
         CellKind { root: self.root.clone(), ..CellKind::default() }
     }
 
-    /// What of this would be visible.
+    /// Whether a path of the host would be visible to actions.
     pub(crate) fn shows(&self, path: &Path) -> bool {
         let wanted = Wanted {
             visible: self.visible.clone(),
@@ -165,8 +165,8 @@ impl SandboxSettings {
         super::view::shows(&wanted, path)
     }
 
-    /// Hides the server's own files also where links lead to them, or to a directory that contains them. Returns what is
-    /// hidden now and was not. Looks at the file system, and so must be called when these files exist.
+    /// Hides the server's own files also under other paths that lead to them through symbolic links. Returns the paths
+    /// that are hidden in addition. It resolves paths in the file system, so the server's files must exist already.
     pub(crate) fn hide_linked(&mut self) -> Vec<PathBuf> {
         let mut added = Vec::new();
         for own in self.own.iter().filter_map(|own| own.canonicalize().ok()) {
@@ -186,7 +186,7 @@ impl SandboxSettings {
         added
     }
 
-    /// Something of the server itself that lies in this root file system.
+    /// A path of the server itself that lies in this root file system.
     pub(crate) fn own_below(&self, root: &RootFs) -> Option<&Path> {
         let RootFs::Directory(root) = root else { return None };
         let root = Path::new(OsStr::from_bytes(root)).canonicalize().ok()?;
@@ -194,7 +194,7 @@ impl SandboxSettings {
         self.own.iter().find(is_below).map(PathBuf::as_path)
     }
 
-    /// The same without what is configured about the host's files.
+    /// These settings without configured paths and with the host's root file system.
     pub(crate) fn without_paths(&self) -> Self {
         Self { visible: Vec::new(), hidden: Vec::new(), writable: Vec::new(), root: None, ..self.clone() }
     }

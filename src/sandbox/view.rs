@@ -1,14 +1,15 @@
-//! What an action sees of the file system, as a list of pieces in the order in which they are put together. Pure: the host
-//! is asked through [`Host`].
+//! The file system that an action sees, as a list of pieces in the order in which they are mounted. Pure: the host is
+//! queried through [`Host`].
 //!
-//! The list of what is visible names everything; what it does not name does not exist. Everything of the host is read-only,
-//! except what the configuration makes writable.
+//! The list of visible paths is an allow list: paths that it does not name do not exist for an action. Everything of
+//! the host is read-only, except for the paths that the configuration makes writable.
 
 use super::{EXEC_ROOT, identity, kind::CellKind};
 use std::path::{Component, Path, PathBuf};
 
-/// What every action may see of the host: programs, libraries, and what compilers, language runtimes and the C library read
-/// below /etc. A `*` in the last component stands for any text. Nothing with keys, passwords or names of users.
+/// Paths of the host that every action may see: programs, libraries, and the files below /etc that compilers, language
+/// runtimes and the C library read. A `*` in the last component matches any text. Files with keys, passwords or names
+/// of users must not be added.
 pub(crate) const HOST: &[&str] = &[
     "/usr",
     "/bin",
@@ -52,10 +53,10 @@ pub(crate) const HOST: &[&str] = &[
     "/etc/xml",
 ];
 
-/// The devices of the host.
+/// Devices of the host that are visible below /dev.
 const DEVICES: &[&str] = &["null", "zero", "full", "random", "urandom", "tty"];
 
-/// Links below /dev.
+/// Symbolic links below /dev.
 const DEVICE_LINKS: &[(&str, &str)] = &[
     ("/dev/fd", "/proc/self/fd"),
     ("/dev/stdin", "/proc/self/fd/0"),
@@ -64,8 +65,9 @@ const DEVICE_LINKS: &[(&str, &str)] = &[
     ("/dev/ptmx", "pts/ptmx"),
 ];
 
-/// What of /proc is hidden: it says more about the kernel than an action needs. Most of it only root can read, but without a
-/// user for each slot an action of a root server is root of the host, though without capabilities.
+/// Files of /proc that are hidden because they reveal more about the kernel than an action needs. Only root can read
+/// most of them, but without a separate user for each slot an action of a root server is root of the host, though
+/// without capabilities.
 const HIDDEN_OF_PROC: &[&str] = &[
     "/proc/kcore",
     "/proc/keys",
@@ -86,7 +88,7 @@ const HIDDEN_OF_PROC: &[&str] = &[
     "/proc/vmcore",
 ];
 
-/// The settings of the kernel and of devices, which can only be read.
+/// Settings of the kernel and of devices, which are made read-only.
 const FIXED_OF_PROC: &[&str] = &[
     "/proc/sys",
     "/proc/irq",
@@ -99,90 +101,93 @@ const FIXED_OF_PROC: &[&str] = &[
     "/proc/scsi",
 ];
 
-/// Paths that the sandbox makes itself; the configuration cannot put the host's there.
+/// Paths with files of the sandbox itself. The configuration cannot place files of the host there.
 const OWN: &[&str] = &["/proc", "/dev", EXEC_ROOT, "/var/tmp"];
-/// A path that the sandbox makes itself, in which the configuration can have directories of the host.
+/// A path with files of the sandbox itself, below which the configuration can place directories of the host.
 const TMP: &str = "/tmp";
 
-/// Where programs look for the servers that know the names of hosts.
+/// The file that names the DNS servers.
 const RESOLVERS: &str = "/etc/resolv.conf";
-/// What every root file system is given of the host's /sys.
+/// The part of the host's /sys that every root file system gets.
 const CPUS: &str = "/sys/devices/system/cpu";
 
-/// A view: what it is made of, in order.
+/// A view as an ordered list of pieces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ViewPlan {
-    /// Directories, links and files of the sandbox itself. They lie over a root file system other than the host's, which is
-    /// not changed.
+    /// Directories, links and files of the sandbox itself. They lie over a root file system other than the host's,
+    /// which is not changed.
     pub base: Vec<ViewPiece>,
-    /// What is mounted, and links among that.
+    /// Mounts, and symbolic links inside of them.
     pub rest: Vec<ViewPiece>,
 }
 
 /// One piece of a view. Later pieces lie on top of earlier ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ViewPiece {
-    /// An empty directory, with the directories above it.
+    /// An empty directory. Missing parent directories are created.
     Directory(PathBuf),
-    /// A small file system of its own, which is read-only when the view is complete.
+    /// A small file system of the sandbox, which becomes read-only when the view is complete.
     Own(PathBuf),
     /// A symbolic link.
     Link {
-        /// Where.
+        /// Path of the link.
         at: PathBuf,
-        /// What it says.
+        /// Target of the link.
         target: PathBuf,
     },
-    /// A small file that can only be read.
+    /// A small read-only file.
     File {
-        /// Where.
+        /// Path of the file.
         at: PathBuf,
         /// Its content.
         text: String,
     },
     /// A file or directory of the host, with everything mounted below it.
     Host {
-        /// Where it is on the host.
+        /// Path on the host.
         from: PathBuf,
-        /// Where it is in the view.
+        /// Path in the view.
         at: PathBuf,
-        /// A directory, or else anything but that.
+        /// Whether it is a directory.
         is_directory: bool,
-        /// What may be done with it.
+        /// How an action may use it.
         access: Access,
     },
-    /// An empty file or directory over what is there, if anything is.
+    /// A copy of a file of the host at its own path. A copy costs each action less than a mount does. A large file is
+    /// mounted instead.
+    Copy(PathBuf),
+    /// An empty file or directory that covers whatever is at this path.
     Hidden(PathBuf),
 }
 
-/// What may be done with a file of the host.
+/// How an action may use a file or directory of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
     /// It can be read; programs can be run.
     Read,
-    /// It can be changed as well.
+    /// It can also be changed.
     Write,
     /// It is a device: it can be read and written, but its owner, mode and times cannot be changed.
     Device,
 }
 
-/// What is mounted anew in each cell.
+/// File systems that are mounted anew in each cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Fresh {
     /// Size of /tmp in bytes.
     pub tmp_bytes: u64,
-    /// Most files and directories in /tmp.
+    /// Maximum number of files and directories in /tmp.
     pub tmp_files: u64,
     /// Size of /dev/shm in bytes.
     pub shm_bytes: u64,
 }
 
-/// What is at a path of the host.
+/// The kind of file at a path of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// A directory.
     Directory,
-    /// A symbolic link, and what it says.
+    /// A symbolic link with this target.
     Link(PathBuf),
     /// Anything else.
     Other,
@@ -190,22 +195,24 @@ pub(crate) enum Kind {
 
 /// The host's file system.
 pub(crate) trait Host {
-    /// What is at a path itself; `None` for nothing.
+    /// The kind of file at a path, without following a symbolic link; `None` if there is none.
     fn kind(&self, path: &Path) -> Option<Kind>;
-    /// The names in a directory; none if it cannot be read.
+    /// The names in a directory; empty if it cannot be read.
     fn names(&self, path: &Path) -> Vec<String>;
-    /// The same path without symbolic links; `None` for nothing.
+    /// The path with all symbolic links resolved; `None` if it does not exist.
     fn real(&self, path: &Path) -> Option<PathBuf>;
+    /// The permission bits of a path; `None` if it does not exist.
+    fn permissions(&self, path: &Path) -> Option<u32>;
 }
 
-/// What is configured.
+/// The configured paths.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
-    /// More of the host.
+    /// Paths that are visible in addition to [`HOST`].
     pub visible: Vec<PathBuf>,
-    /// Hidden although something above it is visible.
+    /// Paths that are hidden although a directory above them is visible.
     pub hidden: Vec<PathBuf>,
-    /// Visible, and can be changed.
+    /// Paths that are visible and can be changed.
     pub writable: Vec<PathBuf>,
 }
 
@@ -217,7 +224,8 @@ impl Wanted {
     }
 }
 
-/// The view of all actions that need this kind of cell. `existing` reads files of a root file system other than the host's.
+/// Plans the view of actions that need this kind of cell. `existing` reads files of a root file system other than the
+/// host's.
 pub(crate) fn view(
     kind: &CellKind,
     wanted: &Wanted,
@@ -247,7 +255,7 @@ pub(crate) fn view(
     ViewPlan { base, rest }
 }
 
-/// What is below /dev.
+/// The pieces below /dev.
 fn devices() -> Vec<ViewPiece> {
     let mut pieces = vec![ViewPiece::Own("/dev".into())];
     pieces.extend(["/dev/shm", "/dev/pts"].map(|path| ViewPiece::Directory(path.into())));
@@ -258,12 +266,12 @@ fn devices() -> Vec<ViewPiece> {
     pieces
 }
 
-/// What is shown of the host where it is not replaced.
+/// The pieces that come from the host when actions use the host's root file system.
 fn of_host(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
     let mut pieces = Vec::new();
     let built_in = HOST.iter().flat_map(|pattern| matching(pattern, host));
     let mut paths: Vec<_> = built_in.chain(wanted.visible.iter().cloned()).collect();
-    // Parents first, so that what lies in a visible directory is not mounted again.
+    // Parents come first, so that paths in a visible directory are not mounted again.
     paths.sort();
     paths.dedup();
     let mut directories: Vec<PathBuf> = Vec::new();
@@ -277,7 +285,11 @@ fn of_host(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
                 pieces.push(ViewPiece::shown(&at, true, Access::Read));
                 directories.push(at);
             }
-            Some(Kind::Other) => pieces.push(ViewPiece::shown(&at, false, Access::Read)),
+            // A configured path may be anything, such as a socket.
+            Some(Kind::Other) if wanted.visible.contains(&at) => {
+                pieces.push(ViewPiece::shown(&at, false, Access::Read));
+            }
+            Some(Kind::Other) => pieces.push(ViewPiece::Copy(at)),
             None => {}
         }
     }
@@ -285,28 +297,48 @@ fn of_host(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
         let is_directory = host.kind(at) == Some(Kind::Directory);
         pieces.push(ViewPiece::shown(at, is_directory, Access::Write));
     }
-    // Last, so that it is hidden from what can be written too.
+    // Hidden paths come last, so that they are hidden in writable directories too.
     pieces.extend(wanted.hidden.iter().cloned().map(ViewPiece::Hidden));
     pieces
 }
 
 impl ViewPiece {
-    /// Something of the host at its own path.
+    /// A path of the host at the same path in the view.
     fn shown(at: &Path, is_directory: bool, access: Access) -> Self {
         Self::Host { from: at.into(), at: at.into(), is_directory, access }
     }
 }
 
-/// What is changed in a fresh /proc: what is hidden, and what can only be read.
-pub(crate) fn of_proc() -> (&'static [&'static str], &'static [&'static str]) {
-    (HIDDEN_OF_PROC, FIXED_OF_PROC)
+/// Changes to a freshly mounted /proc.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ProcPlan {
+    /// Paths to hide.
+    pub hidden: Vec<&'static str>,
+    /// Paths to make read-only.
+    pub fixed: Vec<&'static str>,
 }
 
-/// Whether a path is visible to actions, as part of one of these.
+/// Plans the changes to a fresh /proc. `is_root` means that actions are root of the host. All files there belong to
+/// root, so those that only root may read need not be hidden from another user.
+pub(crate) fn of_proc(host: &dyn Host, is_root: bool) -> ProcPlan {
+    /// All permissions of group and others.
+    const OF_OTHERS: u32 = 0o077;
+    let is_reachable = |path: &&&str| {
+        host.permissions(Path::new(path)).is_some_and(|permissions| is_root || permissions & OF_OTHERS != 0)
+    };
+    let exists = |path: &&&str| host.permissions(Path::new(path)).is_some();
+    ProcPlan {
+        hidden: HIDDEN_OF_PROC.iter().filter(is_reachable).copied().collect(),
+        fixed: FIXED_OF_PROC.iter().filter(exists).copied().collect(),
+    }
+}
+
+/// Whether a path is visible to actions, by itself or as part of a visible directory.
 pub(crate) fn shows(wanted: &Wanted, path: &Path) -> bool {
     let hides = |hidden: &PathBuf| path.starts_with(hidden);
     let matches = |pattern: &&str| match pattern.split_once('*') {
-        // The one pattern that could match a path of ours is not longer than its first component.
+        // Of the patterns, only `/lib*` can match a path of the server. It has one component, so comparing the prefix
+        // is enough.
         Some((start, _)) => path.to_string_lossy().starts_with(start),
         None => path.starts_with(pattern),
     };
@@ -315,7 +347,7 @@ pub(crate) fn shows(wanted: &Wanted, path: &Path) -> bool {
     is_shown && !wanted.hidden.iter().any(hides)
 }
 
-/// Why this path cannot be configured as visible, hidden or writable.
+/// Why this path cannot be configured as visible, hidden or writable; `None` if it can.
 pub(crate) fn problem(path: &Path) -> Option<&'static str> {
     let is_plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     if !path.is_absolute() || !is_plain {
@@ -371,6 +403,14 @@ mod tests {
                 _ => Some(path.into()),
             }
         }
+
+        fn permissions(&self, path: &Path) -> Option<u32> {
+            match path.to_str()? {
+                "/proc/keys" | "/proc/sys" => Some(0o444),
+                "/proc/kmsg" | "/proc/irq" => Some(0o400),
+                _ => None,
+            }
+        }
     }
 
     fn pieces(kind: &CellKind, wanted: &Wanted) -> Vec<ViewPiece> {
@@ -415,10 +455,12 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_listed_is_visible_and_it_is_read_only() {
+    fn only_listed_paths_are_visible_and_they_are_read_only() {
         let pieces = pieces(&CellKind::default(), &Wanted::default());
-        let read = ["/etc/java-17-openjdk", "/etc/ld.so.cache", "/etc/ssl/certs", "/opt", CPUS, "/usr"];
+        let read = ["/etc/java-17-openjdk", "/etc/ssl/certs", "/opt", CPUS, "/usr"];
         assert_eq!(from_host(&pieces), read.map(|path| (path, Access::Read)));
+        let copies = pieces.iter().filter(|piece| matches!(piece, ViewPiece::Copy(_)));
+        assert_eq!(copies.collect::<Vec<_>>(), [&ViewPiece::Copy("/etc/ld.so.cache".into())]);
         assert!(pieces.contains(&link("/bin", "usr/bin")) && pieces.contains(&link("/lib64", "usr/lib64")));
         assert!(
             pieces
@@ -428,7 +470,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_configured_comes_in_the_order_visible_writable_hidden() {
+    fn files_of_proc_that_only_root_may_read_are_hidden_from_root() {
+        let plan = |hidden: &[&'static str]| ProcPlan {
+            hidden: hidden.to_vec(),
+            fixed: vec!["/proc/sys", "/proc/irq"],
+        };
+        assert_eq!(of_proc(&host(), true), plan(&["/proc/keys", "/proc/kmsg"]));
+        assert_eq!(of_proc(&host(), false), plan(&["/proc/keys"]));
+    }
+
+    #[test]
+    fn configured_paths_are_mounted_in_the_order_visible_writable_hidden() {
         let wanted = Wanted {
             visible: vec!["/opt/tool".into(), "/etc/ssl".into(), "/gone".into()],
             hidden: vec!["/opt/secret".into()],
@@ -436,7 +488,7 @@ mod tests {
         };
         let pieces = pieces(&CellKind::default(), &wanted);
         let of_host = from_host(&pieces);
-        // Inside of what is visible anyway.
+        // Both lie in directories that are visible anyway.
         assert!(
             !of_host.contains(&("/opt/tool", Access::Read))
                 && !of_host.contains(&("/etc/ssl/certs", Access::Read))
@@ -463,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn who_shares_the_network_finds_the_servers_of_names_behind_their_link() {
+    fn the_dns_configuration_is_mounted_from_where_its_link_leads_if_the_network_is_shared() {
         let pieces = pieces(&CellKind { shares_network: true, ..CellKind::default() }, &Wanted::default());
         let resolvers = |piece: &ViewPiece| {
             matches!(piece, ViewPiece::Host { from, at, .. }

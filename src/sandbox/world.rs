@@ -1,7 +1,8 @@
-//! [`World`]: what all cells of one runner have in common, and the way of a process into a cell.
+//! [`World`]: what all cells of one runner share, and the code that moves a process into a cell.
 //!
-//! The runner [assembles](super::assemble) a view once, in a mount namespace of its own, so that starting a cell costs one copy of
-//! the tree instead of dozens of mounts. As an ordinary user it first enters a user namespace in which it may mount.
+//! The runner [assembles](super::assemble) each view once, in a mount namespace of its own, so that starting a cell
+//! costs one copy of the tree instead of dozens of mounts. An ordinary user first enters a user namespace in which it
+//! may mount.
 
 use super::{
     EXEC_ROOT, SetupFailure, Step as _,
@@ -14,10 +15,10 @@ use super::{
     namespaces::{self, Map},
     settings::Sandbox,
     sys,
-    view::{self, Fresh, Wanted},
+    view::{self, Fresh, ProcPlan, Wanted},
 };
 use rustix::{
-    fs::{self as rfs, CWD},
+    fs::CWD,
     mount::MountAttrFlags,
     process::{getegid, geteuid},
     thread::UnshareFlags,
@@ -28,25 +29,27 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Most views that a runner keeps. Each makes every new cell a little slower, because its mounts are copied.
+/// Maximum number of views that a runner keeps. Each view makes every new cell a little slower, because its mounts are
+/// copied.
 const MAX_VIEWS: usize = 4;
-/// What an input root that is the root directory gets from the sandbox.
+/// Mounts of the sandbox that are moved into an input root that is the root directory.
 const OF_CELL: &[&str] = &["dev", "proc", "tmp"];
 
-/// What all cells of a runner have in common.
+/// What all cells of a runner share.
 #[derive(Debug)]
 pub(crate) struct World {
     sandbox: Sandbox,
     stand: Stand,
-    /// The assembled views, the one used last at the end.
+    /// The assembled views. The most recently used one is last.
     views: Vec<KnownView>,
     /// Number of the next view.
     next: u64,
-    /// Who an action is outside of its cell.
+    /// User and group of an action outside its cell.
     user: u32,
     group: u32,
-    /// Shows files of the server as files of the action.
+    /// User namespace of the idmapped mounts that show files of the server as files of the action.
     ids: Option<OwnedFd>,
+    proc: ProcPlan,
     filter: Option<filter::Program>,
 }
 
@@ -57,14 +60,14 @@ struct KnownView {
     view: Assembled,
 }
 
-/// A cell that is complete but for its input root. Its process still has the capabilities to attach that.
+/// A cell that is complete except for its input root. Its process still has the capabilities to attach the input root.
 #[derive(Debug)]
 pub(crate) struct OpenCell {
     rules: Option<landlock::Rules>,
     has_input_root_as_root: bool,
 }
 
-/// What a runner hands to a new cell.
+/// What a runner hands to the first process of a new cell.
 #[derive(Debug)]
 pub(crate) struct Passage {
     tree: OwnedFd,
@@ -72,14 +75,15 @@ pub(crate) struct Passage {
 }
 
 impl Passage {
-    /// The descriptor that must stay open.
+    /// The descriptor that the first process must keep open.
     pub(crate) fn descriptor(&self) -> RawFd {
         self.tree.as_raw_fd()
     }
 }
 
 impl World {
-    /// Makes the world of this process's cells. The process must have a single thread; its mounts are its own afterwards.
+    /// Makes the world for the cells of this process. The process must have a single thread; it gets a mount namespace
+    /// of its own.
     pub(crate) fn new(sandbox: Sandbox) -> Result<Self, SetupFailure> {
         let (user, group) = (geteuid().as_raw(), getegid().as_raw());
         let on = sandbox.protections;
@@ -99,19 +103,21 @@ impl World {
             wanted.visible.into_iter().chain(wanted.writable).chain([sandbox.build_root()]).collect();
         let stand = Stand::new(&needed)?;
         let filter = if on.filter { Some(filter::Program::new()?) } else { None };
-        let mut world =
-            Self { sandbox, stand, views: Vec::new(), next: 0, user: outer.0, group: outer.1, ids, filter };
-        // What is wrong with the settings shows here.
+        let (user, group) = outer;
+        let proc = view::of_proc(&ThisHost, user == 0);
+        let mut world = Self { sandbox, stand, views: Vec::new(), next: 0, user, group, ids, proc, filter };
+        // The first view is assembled here so that faulty settings are reported at once.
         world.view(&world.sandbox.first.clone().unwrap_or_default())?;
         Ok(world)
     }
 
-    /// User and group of the host that own what an action must be able to open again; `None` for those of this process.
+    /// User and group of the host that must own files which an action opens again by path; `None` for those of this
+    /// process.
     pub(crate) fn owner(&self) -> Option<(u32, u32)> {
         self.ids.is_some().then_some((self.user, self.group))
     }
 
-    /// The number of the current view of this kind, which is another one when the view had to be assembled again.
+    /// The number of the current view of this kind. It changes when the view has to be assembled again.
     pub(crate) fn view(&mut self, kind: &CellKind) -> Result<u64, SetupFailure> {
         if let Some(at) = self.views.iter().position(|known| known.kind == *kind) {
             let known = self.views.remove(at);
@@ -135,7 +141,7 @@ impl World {
         Ok(number)
     }
 
-    /// What a new cell of this kind needs, and the number of its view; to be taken before the fork.
+    /// What a new cell of this kind needs, and the number of its view. Must be called before the fork.
     pub(crate) fn passage(&mut self, kind: &CellKind) -> Result<(Passage, u64), SetupFailure> {
         let number = self.view(kind)?;
         let known = self.views.last().ok_or(io::ErrorKind::NotFound).step("find the view of the action")?;
@@ -143,21 +149,22 @@ impl World {
         Ok((Passage { tree, kind: kind.clone() }, number))
     }
 
-    /// Gives the first process of a new cell its user.
+    /// Maps the user of the first process of a new cell.
     pub(crate) fn admit(&self, process: i32, kind: &CellKind) -> Result<(), SetupFailure> {
-        // Here and not in the cell: only what a privileged process has set cannot be lowered by an action.
+        // Done here and not in the cell: an action cannot lower a score that a privileged process has set.
         confine::offer_to_the_oom_killer(process);
         let map = Map { inner: kind.user(), user: self.user, group: self.group };
         namespaces::write_maps(&process.to_string(), map, self.ids.is_some())
     }
 
-    /// The input root at this path or of these layers, ready to be attached in a cell.
+    /// Opens the input root, either the directory at this path or an overlay of these layers, for attaching it in a
+    /// cell.
     pub(crate) fn exec_root(&self, path: &Path, layers: Option<&Layers>) -> Result<OwnedFd, SetupFailure> {
         if let Some(layers) = layers {
             let owner = (self.user, self.group);
             return layers::mount(layers, self.ids.as_ref().map(|ids| (ids.as_fd(), owner)));
         }
-        let tree = mounts::copy(CWD, path).step("take hold of the input root")?;
+        let tree = mounts::copy(CWD, path).step("copy the mount of the input root")?;
         match &self.ids {
             Some(ids) => mounts::map_ids(tree.as_fd(), ids.as_fd()),
             None => mounts::restrict(tree.as_fd(), true, false),
@@ -166,7 +173,8 @@ impl World {
         Ok(tree)
     }
 
-    /// Moves the first process of a cell into it. What it needs from outside is already open.
+    /// Moves the first process of a cell into its namespaces and view. Everything that it needs from outside is already
+    /// open.
     pub(crate) fn enter(&self, passage: &Passage) -> Result<OpenCell, SetupFailure> {
         let on = self.sandbox.protections;
         let has_network = on.network && !passage.kind.shares_network;
@@ -181,7 +189,7 @@ impl World {
         }
         confine::new_keyring().step("leave the server's keyring")?;
         rustix::system::sethostname(identity::HOST_NAME.as_bytes()).step("set the host name")?;
-        // Possible only while another /proc can be seen.
+        // The kernel allows a new /proc mount only while another one is visible.
         let proc =
             mounts::new("proc", &[], MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC)
                 .step("mount /proc")?;
@@ -189,7 +197,7 @@ impl World {
         mounts::become_root(passage.tree.as_fd())?;
         mounts::attach(proc.as_fd(), CWD, Path::new("/proc")).step("mount /proc")?;
         fs::write("/proc/sys/user/max_user_namespaces", "0").step("forbid further user namespaces")?;
-        restrict_proc()?;
+        restrict_proc(&self.proc)?;
         // Other root file systems show nothing of the host.
         let wanted = if passage.kind.root.is_none() { self.sandbox.wanted() } else { Wanted::default() };
         mount_fresh(self.sandbox.fresh(), &wanted)?;
@@ -203,8 +211,8 @@ impl World {
         Ok(OpenCell { rules: rules.transpose()?, has_input_root_as_root })
     }
 
-    /// The last steps: attaches the input root, and gives up everything that a command must not have. Gives the path of the
-    /// input root.
+    /// The last steps: attaches the input root and gives up everything that a command must not have. Returns the path
+    /// of the input root.
     pub(crate) fn close(&self, cell: OpenCell, exec_root: &OwnedFd) -> Result<&'static Path, SetupFailure> {
         let path = Path::new(if cell.has_input_root_as_root { "/" } else { EXEC_ROOT });
         if cell.has_input_root_as_root {
@@ -222,7 +230,7 @@ impl World {
     }
 }
 
-/// Makes the input root the root directory, with what the sandbox has made for the cell.
+/// Makes the input root the root directory and moves the cell's own mounts into it.
 fn become_root_with_cell(exec_root: &OwnedFd) -> Result<(), SetupFailure> {
     let copy = |name: &&'static str| {
         mounts::copy(CWD, &Path::new("/").join(name))
@@ -232,7 +240,7 @@ fn become_root_with_cell(exec_root: &OwnedFd) -> Result<(), SetupFailure> {
     let of_cell = OF_CELL.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
     mounts::become_root(exec_root.as_fd())?;
     for (name, mount) in of_cell {
-        // What the input root has there may be anything.
+        // The input root may have anything at this path, such as a symbolic link.
         mounts::real_directory(exec_root.as_fd(), Path::new(name))
             .and_then(|target| mounts::attach_to(mount.as_fd(), target.as_fd()))
             .step(format_args!("mount /{name} in the input root"))?;
@@ -240,8 +248,8 @@ fn become_root_with_cell(exec_root: &OwnedFd) -> Result<(), SetupFailure> {
     Ok(())
 }
 
-/// What there is without namespaces: restricts this process, which is a runner, and its children. They write into the build
-/// root and where everybody may write.
+/// Restricts this process, which is a runner, and its children where namespaces are missing. They can write only into
+/// the build root and the shared directories that every user may write to.
 pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
     let on = sandbox.protections;
     confine::limit_cores().step("limit core dumps")?;
@@ -258,30 +266,26 @@ pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
     Ok(())
 }
 
-/// Hides parts of /proc and makes others read-only.
-fn restrict_proc() -> Result<(), SetupFailure> {
-    let (hidden, fixed) = view::of_proc();
-    let exists = |path: &&&str| rfs::access(**path, rfs::Access::EXISTS).is_ok();
-    for path in hidden.iter().filter(exists) {
-        let hide = || {
-            let null = mounts::copy(CWD, Path::new("/dev/null"))?;
-            mounts::restrict(null.as_fd(), false, true)?;
-            mounts::attach(null.as_fd(), CWD, Path::new(path))
-        };
-        hide().step(format_args!("hide {path}"))?;
+/// Hides some files of /proc and makes others read-only.
+fn restrict_proc(plan: &ProcPlan) -> Result<(), SetupFailure> {
+    for path in &plan.hidden {
+        cover(path, "/dev/null", true).step(format_args!("hide {path}"))?;
     }
-    for path in fixed.iter().filter(exists) {
-        let fix = || {
-            let tree = mounts::copy(CWD, Path::new(path))?;
-            mounts::restrict(tree.as_fd(), false, false)?;
-            mounts::attach(tree.as_fd(), CWD, Path::new(path))
-        };
-        fix().step(format_args!("make {path} read-only"))?;
+    for path in &plan.fixed {
+        cover(path, path, false).step(format_args!("make {path} read-only"))?;
     }
     Ok(())
 }
 
-/// What every cell has for itself. What is configured below /tmp is part of it.
+/// Mounts a read-only copy of the file `by` over `path`. Both may be the same.
+fn cover(path: &str, by: &str, is_device: bool) -> io::Result<()> {
+    let tree = mounts::copy(CWD, Path::new(by))?;
+    mounts::restrict(tree.as_fd(), false, is_device)?;
+    mounts::attach(tree.as_fd(), CWD, Path::new(path))
+}
+
+/// Mounts the file systems that every cell has for itself, and in /tmp the host directories that are configured below
+/// it.
 fn mount_fresh(fresh: Fresh, wanted: &Wanted) -> Result<(), SetupFailure> {
     let mut below_tmp = Vec::new();
     for path in wanted.below_tmp() {

@@ -1,10 +1,10 @@
-//! What an action sees and can change of the file system.
+//! The files that an action sees and can change.
 
 use crate::{support::*, with_each};
 use gorego_reapi::proto::reapi;
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
-/// The store, the configuration, other users' files and the passwords of the machine.
+/// Not visible are the store, the configuration, other users' files and the passwords of the machine.
 #[tokio::test]
 async fn only_the_listed_files_of_the_host_exist() {
     with_each(&[], async |host| {
@@ -43,7 +43,7 @@ async fn nothing_outside_of_the_exec_root_can_be_changed() {
         for path in ["/x", "/usr/x", "/etc/x", "/opt/x", "/dev/x", "/run/x", "/proc/sys/kernel/core_pattern"]
         {
             let did = host.run(&format!(": >> {path}")).await;
-            // Not only because of who the action is.
+            // The reason must not be only the user of the action.
             let is_reason = did.stderr.contains("Read-only file system") || path.starts_with("/proc");
             assert!(did.exit_code != 0 && is_reason, "{path}: {}", did.stderr);
         }
@@ -57,7 +57,7 @@ async fn nothing_outside_of_the_exec_root_can_be_changed() {
 }
 
 #[tokio::test]
-async fn what_is_written_to_tmp_vanishes_with_the_action() {
+async fn files_in_tmp_vanish_with_their_action() {
     with_each(&[("EXECUTION__CONCURRENCY", "1")], async |host| {
         let name = format!("left-by-{}", host.server.pid());
         for directory in ["/tmp", "/var/tmp", "/dev/shm"] {
@@ -84,9 +84,9 @@ async fn tmp_is_bounded_in_size_and_in_number_of_files() {
     .await;
 }
 
-/// An input is a link that leads out of the input root; so does a path.
+/// An input may be a link that leads out of the input root, and a path may contain "..".
 #[tokio::test]
-async fn links_and_dots_lead_nowhere() {
+async fn links_and_dots_do_not_lead_out_of_the_sandbox() {
     with_each(&[], async |host| {
         let outside = tempfile::tempdir().unwrap();
         fs::set_permissions(outside.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -109,7 +109,7 @@ async fn links_and_dots_lead_nowhere() {
     .await;
 }
 
-/// Outputs are the server's, and inputs are as they were declared, whoever the action is.
+/// Whatever the user of an action is, its outputs belong to the server, and its inputs have the declared attributes.
 #[tokio::test]
 async fn inputs_can_be_read_and_changed_and_outputs_are_collected() {
     with_each(&[], async |host| {
@@ -128,7 +128,7 @@ async fn inputs_can_be_read_and_changed_and_outputs_are_collected() {
         assert_eq!(host.client.stdout(&result).await, "inin", "{}", host.client.stderr(&result).await);
         assert_eq!(host.client.output(&result, "a").await, "inmore\n");
         assert_eq!(result.output_directories.len(), 2);
-        // Nothing that an action made may run as its owner, who is the server, in the store.
+        // No stored file may have a set-user-id bit, because its owner is the server.
         for path in files_below(host.server.store()) {
             let mode = fs::metadata(&path).map_or(0, |metadata| metadata.permissions().mode());
             assert_eq!(mode & 0o6000, 0, "{} has mode {mode:o}", path.display());
@@ -142,9 +142,9 @@ async fn inputs_can_be_read_and_changed_and_outputs_are_collected() {
 }
 
 #[tokio::test]
-async fn what_is_configured_is_visible_hidden_or_writable() {
+async fn configured_paths_are_visible_hidden_or_writable() {
     let shared = tempfile::tempdir().unwrap();
-    // Not below /tmp, which is the action's own.
+    // This must not be below /tmp, which is private to each action.
     let base = std::path::PathBuf::from(format!("/srv/gorego-sandbox-test-{}", std::process::id()));
     if fs::create_dir_all(&base).is_err() {
         eprintln!("skipped: this user cannot make {}", base.display());
@@ -173,7 +173,7 @@ async fn what_is_configured_is_visible_hidden_or_writable() {
         assert_eq!(host.says(&format!("cat {at}/shown/f {at}/cache/f")).await, "showncache");
         host.cannot(&format!("cat {at}/shown/hidden/f")).await;
         host.cannot(&format!("cat {at}/cache/hidden/f")).await;
-        // Its mode allows it.
+        // The mode of the file would allow this.
         let did = host.run(&format!("echo x > {at}/shown/f")).await;
         assert!(did.stderr.contains("Read-only file system"), "{}", did.stderr);
         host.says(&format!("echo -n cache > {at}/cache/f")).await;
@@ -182,7 +182,7 @@ async fn what_is_configured_is_visible_hidden_or_writable() {
     fs::remove_dir_all(&base).unwrap();
 }
 
-/// A directory below which everything can be visible, and its path. Not below /tmp, which is the action's own.
+/// A directory on the host that can be made visible. It is not below /tmp, which is private to each action.
 fn shown_directory(name: &str) -> Option<tempfile::TempDir> {
     let made = tempfile::Builder::new().prefix(&format!("gorego-{name}-")).tempdir_in("/srv");
     let Ok(directory) = made else {
@@ -199,7 +199,7 @@ fn list(paths: &[std::path::PathBuf]) -> String {
 }
 
 #[tokio::test]
-async fn what_is_hidden_is_hidden_behind_links_too() {
+async fn hidden_files_are_also_hidden_behind_links() {
     let Some(directory) = shown_directory("links") else { return };
     let top = directory.path();
     fs::create_dir_all(top.join("real/keys")).unwrap();
@@ -219,9 +219,9 @@ async fn what_is_hidden_is_hidden_behind_links_too() {
     .await;
 }
 
-/// As an editor or a rotation of keys does it. The kernel takes covers away with what they cover.
+/// Editors and key rotation replace files like this. The kernel removes a cover together with the file below it.
 #[tokio::test]
-async fn what_is_hidden_stays_hidden_when_the_host_replaces_it() {
+async fn hidden_files_stay_hidden_when_the_host_replaces_them() {
     let Some(directory) = shown_directory("renames") else { return };
     let top = directory.path();
     let (visible, hidden) =
@@ -233,7 +233,7 @@ async fn what_is_hidden_stays_hidden_when_the_host_replaces_it() {
         fs::write(top.join("key"), "secret").unwrap();
         fs::create_dir_all(top.join("keys")).unwrap();
         fs::write(top.join("keys/k"), "secret").unwrap();
-        // With a cell that is ready, too.
+        // In the second round, a cell is already prepared.
         for round in 0..2 {
             host.cannot(&format!("{look} # {round}")).await;
             fs::write(top.join("new"), "secret").unwrap();
@@ -251,7 +251,7 @@ async fn what_is_hidden_stays_hidden_when_the_host_replaces_it() {
     .await;
 }
 
-/// Where a runner mounts views for itself is not among what actions see.
+/// A runner mounts its views below /sys, but not over a directory that actions may see.
 #[tokio::test]
 async fn parts_of_sys_can_be_visible() {
     let visible = [("EXECUTION__SANDBOX__VISIBLE", "[\"/sys/kernel/mm\", \"/sys/fs\"]")];
@@ -264,7 +264,7 @@ async fn parts_of_sys_can_be_visible() {
     .await;
 }
 
-/// The mode of a directory on the way binds the action, also where the server is root.
+/// The modes of parent directories restrict the action even if the server is root.
 #[tokio::test]
 async fn a_working_directory_that_cannot_be_entered_is_the_fault_of_the_action() {
     with_each(&[], async |host| {

@@ -1,4 +1,4 @@
-//! Container images: what they hold cannot be changed by actions, and reaches nothing outside.
+//! Container images: actions cannot change their content, and links in them do not lead out of the sandbox.
 
 use crate::{
     roots::everything_below,
@@ -13,7 +13,7 @@ use gorego_reapi::proto::reapi::{Platform, platform::Property};
 use serde_json::Value;
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
-/// An image with a shell at /bin/sh, and links and modes that mean harm.
+/// Writes an image with a shell at /bin/sh, and with malicious links and modes.
 fn hostile_layout(directory: &Path) {
     let mut blobs = Blobs::default();
     let up = "../".repeat(25);
@@ -32,7 +32,7 @@ fn hostile_layout(directory: &Path) {
 }
 
 #[tokio::test]
-async fn an_image_is_never_changed_and_its_links_lead_nowhere() {
+async fn an_image_is_never_changed_and_its_links_do_not_lead_out() {
     let site = tempfile::tempdir().unwrap();
     fs::set_permissions(site.path(), fs::Permissions::from_mode(0o755)).unwrap();
     hostile_layout(&site.path().join("image"));
@@ -68,7 +68,7 @@ async fn an_image_is_never_changed_and_its_links_lead_nowhere() {
         for stolen in ["/process", "/etc/shadow"] {
             assert_ne!(run(&format!("read line < {stolen}")).await.exit_code, 0, "{stolen}");
         }
-        // Its names are those of the sandbox.
+        // The host names are those of the sandbox.
         assert_eq!(
             says("read line < /leak; echo $line; read line < /etc/hostname; echo $line").await,
             "build\nbuild\n"

@@ -1,4 +1,4 @@
-//! What an action may ask of the kernel.
+//! The requests to the kernel that an action may make.
 
 #![cfg(target_arch = "x86_64")]
 
@@ -14,8 +14,8 @@ const ENOSYS: i32 = 38;
 const EPROTONOSUPPORT: i32 = 93;
 const EAFNOSUPPORT: i32 = 97;
 
-/// System calls by name, number and arguments, with the error that they must end with. That the filter refuses them, and not only what
-/// the caller lacks, is tested beside it (`src/sandbox/filter.rs`).
+/// System calls by name, number and arguments, with the errno that they must fail with. Next to the filter
+/// (`src/sandbox/filter.rs`) there is a test that the filter refuses them, and not only a missing capability.
 const CALLS: &[(&str, &str, i32)] = &[
     ("mount", "165, 0, 0, 0, 0, 0", EPERM),
     ("umount", "166, 0, 2", EPERM),
@@ -44,14 +44,14 @@ const CALLS: &[(&str, &str, i32)] = &[
     ("a packet socket", "41, 17, 3, 0", EAFNOSUPPORT),
     ("a raw socket", "41, 2, 3, 1", EPERM),
     ("a vsock", "41, 40, 1, 0", EAFNOSUPPORT),
-    ("a socket of a family with a module of its own", "41, 30, 2, 0", EAFNOSUPPORT),
-    ("a pair of them", "53, 30, 2, 0, 0", EAFNOSUPPORT),
+    ("a TIPC socket", "41, 30, 2, 0", EAFNOSUPPORT),
+    ("a pair of TIPC sockets", "53, 30, 2, 0, 0", EAFNOSUPPORT),
     ("a netlink socket for audits", "41, 16, 3, 9", EPROTONOSUPPORT),
     ("open_by_handle_at", "304, -100, 0, 0", EPERM),
 ];
 
 #[tokio::test]
-async fn calls_that_make_mounts_and_namespaces_or_reach_deep_into_the_kernel_are_refused() {
+async fn calls_that_make_mounts_or_namespaces_or_use_risky_kernel_features_are_refused() {
     with_each(&[], async |host| {
         let lines: Vec<_> = CALLS
             .iter()
@@ -69,22 +69,23 @@ async fn calls_that_make_mounts_and_namespaces_or_reach_deep_into_the_kernel_are
     .await;
 }
 
-/// Debuggers and leak checkers trace their children.
+/// Debuggers and leak checkers trace their child processes.
 #[tokio::test]
-async fn tracing_is_allowed_among_its_own_processes_only() {
+async fn an_action_can_trace_only_its_own_processes() {
     with_each(&[], async |host| {
         // PTRACE_TRACEME, then PTRACE_ATTACH to the first process of the sandbox.
         assert_eq!(host.says("perl -e 'print syscall(101, 0, 0, 0, 0)'").await, "0");
         assert_eq!(host.says("perl -e 'print syscall(101, 16, 1, 0, 0), \" \", $!+0'").await, "-1 1");
         host.cannot("cat /proc/1/environ").await;
         host.cannot("cat /proc/1/maps").await;
-        // It ignores what the others send it.
+        // The first process ignores signals from other processes of the cell.
         assert_eq!(host.says("kill -9 1; kill -STOP 1; sleep 0.1; echo alive").await, "alive");
     })
     .await;
 }
 
-/// Lowering its limit on CPU time or open files would end it, and with it the action, as a failure of the server.
+/// With a low limit on CPU time or open files the first process would end, and the action would fail as if the server
+/// were at fault.
 #[tokio::test]
 async fn the_limits_of_the_first_process_cannot_be_changed() {
     with_each(&[], async |host| {
@@ -98,20 +99,20 @@ async fn the_limits_of_the_first_process_cannot_be_changed() {
     .await;
 }
 
-/// The number of a call in the x32 ABI, which has the same name for its architecture.
+/// The number is a call of the x32 ABI, which has the same architecture as x86-64.
 #[tokio::test]
-async fn a_foreign_abi_ends_the_process() {
+async fn a_call_of_a_foreign_abi_kills_the_process() {
     with_each(&[], async |host| {
         let did = host.run("exec perl -e 'syscall(0x40000000 + 39); print \"survived\"'").await;
         assert_eq!((did.exit_code, &*did.stdout), (128 + 31, ""), "{}", did.stderr);
-        // The number that tracers use to skip a call is of no ABI.
+        // The number that tracers use to skip a call does not belong to any ABI.
         assert_eq!(host.says("perl -e 'print syscall(-1), \" \", $!+0'").await, format!("-1 {ENOSYS}"));
     })
     .await;
 }
 
 #[tokio::test]
-async fn there_is_no_network_but_an_own_loopback() {
+async fn an_action_has_no_network_except_its_own_loopback() {
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = tcp.local_addr().unwrap().port();
     let name = format!("gorego-test-{}", std::process::id());
@@ -123,7 +124,7 @@ async fn there_is_no_network_but_an_own_loopback() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let _path = UnixListener::bind(&path).unwrap();
-    // What keeps actions from it is not its mode.
+    // The modes allow the access, so they are not what keeps actions away.
     for (path, mode) in [(directory.path(), 0o755), (&path, 0o777)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
@@ -141,14 +142,14 @@ async fn there_is_no_network_but_an_own_loopback() {
     .await;
 }
 
-/// Otherwise a core handler of the host would run for it.
+/// With another limit, the host's core handler would run for the action.
 #[tokio::test]
-async fn a_crash_leaves_no_core_whatever_the_action_sets() {
+async fn a_crash_leaves_no_core_whatever_limit_the_action_sets() {
     with_each(&[], async |host| {
         let did = host.run("ulimit -c 0; ulimit -c unlimited; perl -e 'kill 11, $$'; ls").await;
         assert_eq!(did.stdout, "");
         let limit = host.says("ulimit -c 0; grep core /proc/self/limits").await;
-        // A limit of 1 is what keeps piped handlers from running.
+        // At a limit of 1, the kernel does not run piped core handlers.
         let numbers: Vec<_> = limit.split_whitespace().filter(|word| word.parse::<u64>().is_ok()).collect();
         assert_eq!(numbers, ["1", "1"], "{limit}");
     })

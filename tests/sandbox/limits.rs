@@ -1,4 +1,4 @@
-//! What one action may use, and what ends one that uses more.
+//! The resource limits of actions, and how an action that exceeds one is ended.
 
 use crate::{Host, support::*, with_each};
 use gorego_reapi::{
@@ -7,10 +7,10 @@ use gorego_reapi::{
 };
 use std::fs;
 
-/// Reads zeros into memory until there is no more.
+/// Reads zeros into memory until there is no more memory.
 const MEMORY_BOMB: &str = "tail /dev/zero";
 
-/// A script with these platform properties.
+/// Uploads the action of a script with these platform properties.
 async fn action(host: &Host, script: &str, properties: &[(&str, &str)]) -> Digest {
     let property = |(name, value): &(&str, &str)| Property { name: (*name).into(), value: (*value).into() };
     let platform = Platform { properties: properties.iter().map(property).collect() };
@@ -23,7 +23,7 @@ async fn run(host: &Host, script: &str, properties: &[(&str, &str)]) -> (Digest,
     (action, host.client.run(action).await)
 }
 
-/// Checks that a limit ended an action, and that the message names these things.
+/// Checks that a limit ended an action, and that the message contains these parts.
 async fn ended_by(host: &Host, (action, response): (Digest, ExecuteResponse), parts: &[&str]) {
     let message = &response.message;
     assert_eq!(response.status.as_ref().map_or(0, |status| status.code), 0, "{response:?}");
@@ -40,9 +40,9 @@ fn has_groups(host: &Host) -> bool {
     host.server.started()["limits"].as_str().unwrap().contains("memory: cgroup")
 }
 
-/// EXE-20. Its neighbour, which runs at the same time, does not notice.
+/// EXE-20. Another action that runs at the same time is not affected.
 #[tokio::test]
-async fn a_memory_bomb_is_ended_with_the_limit_and_the_setting() {
+async fn a_memory_bomb_is_ended_and_the_message_names_limit_and_setting() {
     let limits = [("EXECUTION__LIMITS__MEMORY_GB", "100 MB"), ("EXECUTION__CONCURRENCY", "2")];
     with_each(&limits, async |host| {
         let neighbour = host.client.action(sh("sleep 1; echo alive"), empty()).await;
@@ -57,9 +57,9 @@ async fn a_memory_bomb_is_ended_with_the_limit_and_the_setting() {
     .await;
 }
 
-/// The command itself ends well, but something that it relied on was killed.
+/// The command itself succeeds, but one of its processes was killed.
 #[tokio::test]
-async fn a_command_that_lost_a_process_to_the_limit_has_not_succeeded() {
+async fn a_command_that_lost_a_process_to_the_limit_fails() {
     with_each(&[("EXECUTION__LIMITS__MEMORY_GB", "100 MB")], async |host| {
         let script = format!("{MEMORY_BOMB}; echo ignored; exit 0");
         ended_by(host, run(host, &script, &[]).await, &["100 MB"]).await;
@@ -67,14 +67,14 @@ async fn a_command_that_lost_a_process_to_the_limit_has_not_succeeded() {
     .await;
 }
 
-/// What an action keeps in its own /tmp counts, where the kernel counts.
+/// Files in the action's /tmp count as memory if the kernel does the counting.
 #[tokio::test]
 async fn files_in_memory_count_as_memory() {
     with_each(&[("EXECUTION__LIMITS__MEMORY_GB", "100 MB")], async |host| {
         if has_groups(host) {
             let script = "head -c 300M /dev/zero > /tmp/large; echo $?";
             ended_by(host, run(host, script, &[]).await, &["100 MB"]).await;
-            // The memory is free for the next one.
+            // The memory is free again for the next action.
             assert_eq!(host.says("head -c 60M /dev/zero > /tmp/large; echo $?").await, "0");
         }
     })
@@ -83,7 +83,7 @@ async fn files_in_memory_count_as_memory() {
 
 /// EXE-31.
 #[tokio::test]
-async fn an_action_asks_for_what_it_needs_up_to_the_most() {
+async fn an_action_can_ask_for_memory_up_to_the_maximum() {
     let limits = [("EXECUTION__LIMITS__MEMORY_GB", "2 GB"), ("EXECUTION__LIMITS__MAX_MEMORY_GB", "4 GB")];
     with_each(&limits, async |host| {
         let bomb = run(host, MEMORY_BOMB, &[("memory", "64Mi")]).await;
@@ -95,7 +95,7 @@ async fn an_action_asks_for_what_it_needs_up_to_the_most() {
             assert!(status.message().contains(part), "{part} in {}", status.message());
         }
         let (_, other) = run(host, "true", &[("memory-silo", "x"), ("cores", "many")]).await;
-        assert_eq!(other.result.unwrap().exit_code, 0, "other properties mean what they did");
+        assert_eq!(other.result.unwrap().exit_code, 0, "similar properties have no effect");
     })
     .await;
 }
@@ -110,7 +110,7 @@ async fn all_actions_together_leave_memory_to_the_server() {
 }
 
 #[tokio::test]
-async fn a_fork_bomb_is_told_its_limit() {
+async fn the_result_of_a_fork_bomb_names_its_limit() {
     with_each(&[("EXECUTION__SANDBOX__PROCESSES", "40")], async |host| {
         let script = "n=0; while [ $n -lt 200 ]; do sleep 5 & n=$((n+1)); done";
         let (_, response) = run(host, script, &[]).await;
@@ -128,7 +128,7 @@ async fn a_fork_bomb_is_told_its_limit() {
 }
 
 #[tokio::test]
-async fn a_disk_bomb_and_an_inode_bomb_are_ended_with_the_limit_and_the_setting() {
+async fn a_disk_bomb_and_an_inode_bomb_are_ended_and_the_message_names_limit_and_setting() {
     let limits = [
         ("EXECUTION__LIMITS__DISK_GB", "50 MB"),
         ("EXECUTION__LIMITS__MAX_DISK_GB", "1 GB"),
@@ -139,7 +139,7 @@ async fn a_disk_bomb_and_an_inode_bomb_are_ended_with_the_limit_and_the_setting(
         ended_by(host, run(host, disk, &[]).await, &["the 50 MB allowed", "execution.limits.disk_gb"]).await;
         let inodes = "n=0; while :; do : > $n; n=$((n+1)); done";
         ended_by(host, run(host, inodes, &[]).await, &["the 500 allowed", "execution.limits.files"]).await;
-        // One that was over before anybody looked.
+        // This command may end before the first measurement.
         ended_by(host, run(host, "head -c 90M /dev/zero > large", &[]).await, &["the 50 MB allowed"]).await;
         let (_, more) = run(host, "head -c 90M /dev/zero > large", &[("disk", "100M")]).await;
         assert_eq!(more.result.unwrap().exit_code, 0);
@@ -147,9 +147,9 @@ async fn a_disk_bomb_and_an_inode_bomb_are_ended_with_the_limit_and_the_setting(
     .await;
 }
 
-/// The bomb is a bounded one: here nothing else would stop it.
+/// The bomb itself is bounded, because nothing else would stop it here.
 #[tokio::test]
-async fn limits_hold_without_a_sandbox() {
+async fn limits_are_enforced_without_a_sandbox() {
     let limits = [("EXECUTION__SANDBOX__MODE", "off"), ("EXECUTION__LIMITS__MEMORY_GB", "100 MB")];
     let server = Server::with(&limits).await;
     let client = server.client().await;
@@ -158,7 +158,7 @@ async fn limits_hold_without_a_sandbox() {
     ended_by(&host, bomb, &["of the 100 MB allowed"]).await;
 }
 
-/// The groups of a server in any hierarchy.
+/// The control groups of a server in all hierarchies.
 fn groups_of(server: u32) -> Vec<std::path::PathBuf> {
     fn find(directory: &std::path::Path, name: &str, found: &mut Vec<std::path::PathBuf>) {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
@@ -176,7 +176,7 @@ fn groups_of(server: u32) -> Vec<std::path::PathBuf> {
 }
 
 #[tokio::test]
-async fn no_control_group_stays() {
+async fn control_groups_are_removed_on_shutdown_and_after_a_crash() {
     with_each(&[], async |host| {
         if !has_groups(host) {
             return;
@@ -186,7 +186,7 @@ async fn no_control_group_stays() {
         assert!(!groups_of(killed).is_empty());
         host.server.signal("KILL");
         eventually("the server is gone", || !fs::exists(format!("/proc/{killed}/exe")).unwrap()).await;
-        // The next server beside it removes what is left over.
+        // The next server removes the leftovers of the first.
         let mut next = Server::start().await;
         assert_eq!(groups_of(killed).len(), 0);
         next.client().await.run_command(sh("true")).await;

@@ -1,8 +1,8 @@
-//! The promises of the sandbox (`docs/sandbox.md`), each as a test with a real server and hostile commands.
+//! The promises of the sandbox (`docs/sandbox.md`), each tested with a real server and hostile commands.
 //!
-//! Run by root, each test runs twice: with a server that is root, and with one that is an ordinary user. To see that a test
-//! notices a missing sandbox, run it with `SANDBOX_MODE=off`. Then there is no server that is root, because its hostile
-//! commands would not be stopped by anything. They are written so that even then they do no lasting harm.
+//! If root runs the tests, each test runs twice: with a server that is root, and with one that is an ordinary user. To
+//! see that a test notices a missing sandbox, run it with `SANDBOX_MODE=off`. No server is then started as root,
+//! because nothing would stop its hostile commands. The commands are written so that they do no lasting harm even then.
 
 #![allow(clippy::unwrap_used)]
 
@@ -31,19 +31,19 @@ use support::{
     server::{Server, command},
 };
 
-/// The ordinary user, and its group, which has another number.
+/// The ordinary user and its group, whose number differs from the user's.
 const USER: u32 = 65534;
 const GROUP: u32 = 12345;
 
-/// A server and a client of it.
+/// A server and a client connected to it.
 struct Host {
     server: Server,
     client: Client,
-    /// The server is root.
+    /// Whether the server is root.
     is_root: bool,
 }
 
-/// What a command did.
+/// The result of a command.
 struct Did {
     exit_code: i32,
     stdout: String,
@@ -53,7 +53,7 @@ struct Did {
 /// Runs a test with each kind of server that this user can start.
 async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&Host)) {
     let mode = std::env::var("SANDBOX_MODE").unwrap_or_else(|_| "required".into());
-    // What is shared with the actions of other tests is not.
+    // Writable directories are shared with the actions of other tests, so there are none by default.
     let mut all = vec![("EXECUTION__SANDBOX__MODE", &*mode), ("EXECUTION__SANDBOX__WRITABLE", "[]")];
     all.extend_from_slice(overrides);
     let is_root = rustix::process::geteuid().is_root();
@@ -65,11 +65,11 @@ async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&Host)) {
     }
 }
 
-/// Starts a server as an ordinary user, on an empty store of that user.
+/// Starts a server as an ordinary user, with an empty store that belongs to this user.
 fn ordinary(overrides: &[(&str, &str)]) -> Server {
     let store = tempfile::tempdir().unwrap();
     chown(store.path(), Some(USER), Some(GROUP)).unwrap();
-    // The user may not be able to reach the directory of the binary.
+    // The user may have no access to the directory of the binary.
     let binary = store.path().join("gorego");
     let built = env!("CARGO_BIN_EXE_gorego");
     if fs::hard_link(built, &binary).is_err() {
@@ -113,14 +113,14 @@ impl Host {
         }
     }
 
-    /// The output of a script that must succeed.
+    /// The output of a script, which must succeed.
     async fn says(&self, script: &str) -> String {
         let did = self.run(script).await;
         assert_eq!(did.exit_code, 0, "{script}: {}{}", did.stdout, did.stderr);
         did.stdout.trim_end().to_owned()
     }
 
-    /// Panics if the script succeeds.
+    /// Runs a script, which must fail.
     async fn cannot(&self, script: &str) {
         let did = self.run(script).await;
         assert_ne!(did.exit_code, 0, "this must fail: {script}: {}{}", did.stdout, did.stderr);

@@ -1,4 +1,4 @@
-//! What an action sees and leaves of processes, and what it can do to others.
+//! The processes that an action sees and leaves behind, and its influence on other processes.
 
 use crate::{Host, processes_with, support::*, with_each};
 use std::{fs, time::Duration};
@@ -17,7 +17,7 @@ async fn an_action_sees_only_its_own_processes() {
     .await;
 }
 
-/// Two actions at once: neither finds the environment, the files or the processes of the other.
+/// Two actions run at the same time. Neither finds the environment, the files or the processes of the other.
 #[tokio::test]
 async fn an_action_does_not_find_another_one() {
     with_each(&[("EXECUTION__CONCURRENCY", "2")], async |host| {
@@ -34,7 +34,7 @@ async fn an_action_does_not_find_another_one() {
             .says("cat /proc/*/environ /proc/*/cmdline 2>/dev/null | tr '\\0' '\\n'; ls -R /tmp /build; true")
             .await;
         assert!(!found.contains(&marker), "{found}");
-        // Its numbers outside mean nothing inside.
+        // A process id of the host does not refer to that process in the sandbox.
         let pid = processes_with(&format!(": {marker}"))[0].split(':').next().unwrap().to_owned();
         host.cannot(&format!("kill -9 {pid}")).await;
         assert_eq!(processes_with(&format!(": {marker}")).len(), 1);
@@ -64,7 +64,7 @@ async fn a_daemon_does_not_outlive_its_action() {
     .await;
 }
 
-/// EXE-45, for a tree of processes that ignore signals.
+/// EXE-45, with several processes that ignore signals.
 #[tokio::test]
 async fn a_timeout_ends_everything_at_once() {
     with_each(&[], async |host| {
@@ -84,7 +84,7 @@ async fn a_timeout_ends_everything_at_once() {
 }
 
 #[tokio::test]
-async fn a_fork_bomb_reaches_a_limit_and_harms_nobody() {
+async fn a_fork_bomb_reaches_its_limit_and_affects_no_other_action() {
     with_each(&[("EXECUTION__SANDBOX__PROCESSES", "40")], async |host| {
         let script = "n=0; while [ $n -lt 200 ]; do sleep 5 & n=$((n+1)); done";
         let did = host.run(script).await;
@@ -94,9 +94,9 @@ async fn a_fork_bomb_reaches_a_limit_and_harms_nobody() {
     .await;
 }
 
-/// Neither a process nor a mount stays, and the next server runs on the same store.
+/// Neither processes nor mounts remain, and the next server can use the same store.
 #[tokio::test]
-async fn a_server_that_is_killed_leaves_nothing() {
+async fn a_killed_server_leaves_no_processes_mounts_or_directories() {
     with_each(&[], async |host| {
         let marker = format!("orphan-of-{}", host.server.pid());
         let action = host
@@ -113,7 +113,7 @@ async fn a_server_that_is_killed_leaves_nothing() {
         let store = host.server.store().to_str().unwrap();
         let mounted = || {
             let processes = fs::read_dir("/proc").unwrap().flatten().map(|process| process.path());
-            // Those that have ended since have no mounts.
+            // Processes that have ended since have no mounts.
             let mounts = processes.filter_map(|process| fs::read_to_string(process.join("mountinfo")).ok());
             mounts.filter(|mounts| mounts.contains(store)).count()
         };
@@ -128,16 +128,16 @@ async fn a_server_that_is_killed_leaves_nothing() {
     .await;
 }
 
-/// The cell that it had ready ends with it, and the next action gets another runner.
+/// The prepared cell ends with its runner, and the next action gets another runner.
 #[tokio::test]
-async fn a_runner_that_is_killed_leaves_nothing() {
+async fn a_killed_runner_leaves_no_cell_and_is_replaced() {
     with_each(&[("EXECUTION__CONCURRENCY", "1")], async |host| {
         let server = host.server.pid();
         let children = |of: u32| -> Vec<u32> {
             let list = fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
             list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
         };
-        // Any thread of the server may have started it.
+        // Any thread of the server may have started the runner.
         let runners = || -> Vec<u32> {
             let threads = fs::read_dir(format!("/proc/{server}/task")).unwrap().flatten();
             let lists = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());

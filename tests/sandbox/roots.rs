@@ -16,7 +16,8 @@ use std::{
 const PROGRAMS: &[&str] =
     &["sh", "cat", "ls", "id", "touch", "mkdir", "rm", "rmdir", "chmod", "stat", "uname"];
 
-/// A small root file system: some programs, what they need, and an /etc of its own. Everybody can read it.
+/// Makes a small root file system that everybody can read: some programs, the libraries that they need, and an /etc of
+/// its own.
 fn root_file_system() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path();
@@ -43,7 +44,7 @@ fn take(root: &Path, from: &Path, to: &Path) {
     fs::copy(from, to).unwrap();
 }
 
-/// Everything below a directory, with what shows a change.
+/// Everything below a directory, with the attributes that show a change.
 pub(crate) fn everything_below(top: &Path) -> BTreeSet<(PathBuf, String)> {
     let mut found = BTreeSet::new();
     let mut left = vec![top.to_owned()];
@@ -63,7 +64,7 @@ pub(crate) fn everything_below(top: &Path) -> BTreeSet<(PathBuf, String)> {
 async fn a_directory_can_replace_the_files_of_the_host_and_is_never_changed() {
     let image = root_file_system();
     let root = image.path();
-    // What an image has where the sandbox mounts may be anything.
+    // An image may have anything at the paths where the sandbox mounts its own files.
     link("/usr", root.join("dev")).unwrap();
     link("/etc", root.join("tmp")).unwrap();
     link("/etc/shadow", root.join("etc/hosts")).unwrap();
@@ -90,7 +91,7 @@ async fn a_directory_can_replace_the_files_of_the_host_and_is_never_changed() {
             let did = host.run(change).await;
             assert!(did.exit_code != 0 && did.stderr.contains("Read-only"), "{change}: {}", did.stderr);
         }
-        // The same in the middle of others.
+        // /tmp is empty again in the next action.
         assert_eq!(host.says("ls /tmp").await, "");
     })
     .await;
@@ -160,7 +161,7 @@ fn with_inputs_as_root(action: &mut Action) {
     action.platform = Some(Platform { properties });
 }
 
-/// As BuildStream's actions expect.
+/// The actions of BuildStream expect this.
 #[tokio::test]
 async fn the_input_root_can_be_the_root_file_system() {
     let image = root_file_system();
@@ -180,10 +181,10 @@ async fn the_input_root_can_be_the_root_file_system() {
         assert_eq!(result.exit_code, 0, "{said}{}", host.client.stderr(&result).await);
         let names: Vec<_> = said.split_whitespace().filter(|name| !name.starts_with("lib")).collect();
         assert_eq!(names, ["/work", "bin", "dev", "etc", "proc", "tmp", "work", "x", "0", "100", "0:100"]);
-        assert!(!fs::exists(format!("/{name}")).unwrap(), "the host has it");
+        assert!(!fs::exists(format!("/{name}")).unwrap(), "the file was created on the host");
 
         assert_eq!(host.client.output(&result, &format!("../{name}")).await, "x\n");
-        // Neither /tmp nor what the sandbox mounts is an output.
+        // Neither /tmp nor the directories that the sandbox mounts are outputs.
         let tree = &result.output_directories[0];
         assert_eq!((result.output_directories.len(), &*tree.path), (1, ".."));
         let tree = host.client.read(host.client.digest(tree.tree_digest.as_ref())).await.unwrap();

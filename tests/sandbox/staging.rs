@@ -1,11 +1,12 @@
-//! Staged inputs, with a real store: what a crash, a damaged blob and eviction do to them.
+//! Staged inputs with a real store: the effects of a crash, a damaged blob and eviction.
 
 use crate::{processes_with, support::*, with_each};
 use gorego_reapi::{digest::Digest, proto::reapi};
 use prost::Message as _;
 use std::{fs, path::Path};
 
-/// Uploads an input root with files `f0`, `f1` and so on in a directory `d`, each with this text and its number.
+/// Uploads an input root with a directory `d` that contains `files` files named `f0`, `f1` and so on. Each contains the
+/// text and its number.
 async fn root_of(client: &Client, files: usize, text: &str) -> (Digest, Vec<Digest>) {
     let contents = client.upload_all((0..files).map(|at| format!("{text} {at}\n"))).await;
     let files = contents.iter().enumerate().map(|(at, digest)| reapi::FileNode {
@@ -20,7 +21,7 @@ async fn root_of(client: &Client, files: usize, text: &str) -> (Digest, Vec<Dige
     (client.upload(root.encode_to_vec()).await, contents)
 }
 
-/// What a script prints that must succeed.
+/// The output of a script, which must succeed.
 async fn says(client: &Client, script: &str, root: Digest) -> String {
     let action = client.action_with(sh(script), root, |action| action.do_not_cache = true).await;
     let response = client.run(action).await;
@@ -29,7 +30,7 @@ async fn says(client: &Client, script: &str, root: Digest) -> String {
     client.stdout(&result).await
 }
 
-/// The directories in the build root: of runs and of actions that run, and of staged trees.
+/// The number of directories in the build root: those of runs and their actions, and those of staged trees.
 fn directories(server: &Server) -> (usize, usize) {
     let names = fs::read_dir(server.store().join("build")).unwrap().flatten();
     let (trees, runs): (Vec<_>, Vec<_>) =
@@ -42,7 +43,7 @@ fn overlays() -> usize {
 }
 
 #[tokio::test]
-async fn an_input_root_is_staged_once_and_seen_by_all() {
+async fn an_input_root_is_staged_once_and_used_by_all_actions() {
     with_each(&[], async |host| {
         let (root, _) = root_of(&host.client, 50, "text").await;
         for _ in 0..3 {
@@ -50,7 +51,7 @@ async fn an_input_root_is_staged_once_and_seen_by_all() {
             assert_eq!(seen, "text 7\n50\n");
         }
         assert_eq!(directories(&host.server).1, 1);
-        // A root that differs in one file stands on the same tree.
+        // A root that differs in one file uses the same tree as its base.
         let (other, _) = root_of(&host.client, 51, "text").await;
         assert_eq!(says(&host.client, "cat d/f50; ls d | wc -l", other).await, "text 50\n51\n");
         assert_eq!(directories(&host.server).1, 1);
@@ -76,7 +77,7 @@ async fn a_killed_server_leaves_no_mount_and_its_trees_are_removed_by_the_next()
         assert_eq!(directories(&host.server).1, 1);
     })
     .await;
-    // The next server on the same store begins with nothing.
+    // The next server on the same store starts without staged trees.
     let server = Server::with(&[]).await;
     let client = server.client().await;
     let (root, _) = root_of(&client, 50, "text").await;
@@ -101,15 +102,15 @@ async fn a_damaged_blob_is_not_staged() {
     let status = client.run(action).await.status.unwrap();
     assert_eq!(status.code, tonic::Code::FailedPrecondition as i32, "{status:?}");
     eventually("what was staged of it is removed", || directories(&server) == (0, 0)).await;
-    // The client uploads what is missing, as it does after this status.
+    // The status makes a client upload the missing blob.
     assert_eq!(client.missing(&files).await, [files[20]]);
     client.upload(format!("{} 20\n", "text ".repeat(10_000))).await;
     assert_eq!(says(&client, "wc -l < d/f20; ls d | wc -l", root).await.trim(), "1\n50");
 }
 
-/// Trees come and go beside an action that uses one all the time.
+/// Trees are made and evicted while another action uses one.
 #[tokio::test]
-async fn eviction_does_no_harm_to_an_action_that_runs() {
+async fn eviction_does_not_affect_a_running_action() {
     let settings = [("EXECUTION__STAGED_INPUTS_GB", "1 MB"), ("EXECUTION__CONCURRENCY", "2")];
     let server = Server::with(&settings).await;
     let client = server.client().await;
@@ -125,13 +126,13 @@ async fn eviction_does_no_harm_to_an_action_that_runs() {
         }
     });
     assert_eq!(seen, "kept 42\n100\n");
-    // A megabyte is room for two of these.
+    // There is room for two of these trees in one megabyte.
     eventually("the others are removed", || directories(&server).1 <= 2).await;
 }
 
-/// Whoever cleans up by hand, or by a job that removes old files.
+/// An operator or a cleanup job may remove old files.
 #[tokio::test]
-async fn a_tree_that_somebody_removes_is_made_again_and_spoils_no_result() {
+async fn a_removed_tree_is_made_again_and_affects_no_result() {
     with_each(&[], async |host| {
         let remove_trees = || {
             for entry in fs::read_dir(host.server.store().join("build")).unwrap().flatten() {
@@ -155,9 +156,9 @@ async fn a_tree_that_somebody_removes_is_made_again_and_spoils_no_result() {
     .await;
 }
 
-/// A directory without read permission has no attributes that its owner can read, and those of a layer are attributes.
+/// The attributes of an overlay layer cannot be read from a directory without read permission.
 #[tokio::test]
-async fn permissions_of_directories_mean_the_same_whatever_is_staged() {
+async fn permissions_of_directories_have_the_same_effect_on_staged_inputs() {
     with_each(&[], async |host| {
         let (root, _) = root_of(&host.client, 50, "text").await;
         let command = sh_with("echo made > d/out; chmod 0311 d", &["d/out"]);
@@ -187,9 +188,9 @@ async fn permissions_of_directories_mean_the_same_whatever_is_staged() {
     .await;
 }
 
-/// What `docs/sandbox.md` says of rename(2).
+/// This is the behaviour of rename(2) that `docs/sandbox.md` describes.
 #[tokio::test]
-async fn a_directory_of_the_inputs_can_be_moved_by_mv_and_one_of_the_action_in_any_way() {
+async fn input_directories_can_be_moved_by_mv_and_new_directories_also_by_rename() {
     with_each(&[], async |host| {
         let (root, _) = root_of(&host.client, 50, "text").await;
         let moves = "mv d e && ls e | wc -l && mkdir -p own/x && mv own else && ls else && mv e/f1 e/g && ls d 2>&1";
@@ -214,7 +215,7 @@ async fn without_a_budget_inputs_are_copied() {
     assert_eq!(directories(&server).1, 0);
 }
 
-/// The file of a stored blob.
+/// The path of a stored blob's file.
 fn stored(server: &Server, digest: Digest) -> std::path::PathBuf {
     fn find(directory: &Path, prefix: &str) -> Option<std::path::PathBuf> {
         fs::read_dir(directory).ok()?.flatten().find_map(|entry| {

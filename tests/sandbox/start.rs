@@ -1,4 +1,4 @@
-//! What the start of a server says about the sandbox, and what happens where parts of it are missing.
+//! What a server reports about the sandbox when it starts, and how it behaves if protections are missing.
 
 use crate::{Host, support::*, with_each};
 use gorego_reapi::proto::reapi;
@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-/// Runs the server in a user namespace in which there can be no further one.
+/// Runs the server in a user namespace in which no further namespace can be created.
 fn without_namespaces(mode: &str) -> (tempfile::TempDir, Command) {
     let store = tempfile::tempdir().unwrap();
     let serve = command(store.path());
@@ -26,7 +26,7 @@ fn without_namespaces(mode: &str) -> (tempfile::TempDir, Command) {
 }
 
 #[tokio::test]
-async fn required_refuses_to_start_where_a_protection_is_missing_and_says_what_enables_it() {
+async fn required_refuses_to_start_if_a_protection_is_missing_and_says_what_enables_it() {
     let (_store, mut serve) = without_namespaces("required");
     let output = serve.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
@@ -35,9 +35,9 @@ async fn required_refuses_to_start_where_a_protection_is_missing_and_says_what_e
     assert!(said.contains("sysctl -w user.max_user_namespaces=15000"), "{said}");
 }
 
-/// Without namespaces, the system call filter and Landlock still hold.
+/// The system call filter and Landlock work without namespaces.
 #[tokio::test]
-async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
+async fn auto_starts_with_the_available_protections_and_says_what_is_missing() {
     let (store, serve) = without_namespaces("auto");
     let host = Host::of(Server::spawn(serve, Arc::new(store)), false).await;
     let started = host.server.started();
@@ -48,12 +48,12 @@ async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
     assert_eq!(started["sandbox"], "filter, landlock");
 
     assert_eq!(host.says("echo out > o; cat o; grep -c 'Seccomp:.2' /proc/self/status").await, "out\n1");
-    // The server could write there, if this user can; its actions cannot.
+    // The server could write there if this user can. Its actions cannot.
     if let Ok(beside) = tempfile::tempdir_in("/run") {
         host.cannot(&format!("echo x > {}/f", beside.path().display())).await;
     }
     host.cannot(&format!("kill -0 {}", host.server.pid())).await;
-    // What is left of its root.
+    // The capabilities that the actions of a root server keep.
     let capabilities = host.says("grep -E '^Cap(Eff|Bnd)' /proc/self/status | tr -d '[:blank:]'").await;
     for set in capabilities.lines() {
         let (_, bits) = set.split_once(':').unwrap();
@@ -64,9 +64,9 @@ async fn auto_starts_with_what_there_is_and_says_what_is_missing() {
     assert!(device.exit_code != 0, "{}", device.stdout);
 }
 
-/// A client that is refused says so at once, and learns which setting would help.
+/// The error is returned at once and names the setting that would allow it.
 #[tokio::test]
-async fn an_action_gets_the_network_of_the_host_only_where_the_pool_allows_it() {
+async fn an_action_gets_the_network_of_the_host_only_if_its_pool_allows_it() {
     let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = tcp.local_addr().unwrap().port();
     let connect = format!(
@@ -106,7 +106,7 @@ async fn an_action_gets_the_network_of_the_host_only_where_the_pool_allows_it() 
 
 /// Each pool has its own mode.
 #[tokio::test]
-async fn a_pool_can_be_without_the_sandbox_of_the_others() {
+async fn a_pool_can_switch_the_sandbox_off_while_others_use_it() {
     let pools = "{ bare = { slots = 1, properties = { kind = \"bare\" }, sandbox = { mode = \"off\" } }, \
                  usual = { slots = 1, properties = { kind = \"usual\" } } }";
     with_each(&[("EXECUTION__POOLS", pools)], async |host| {
@@ -125,9 +125,9 @@ async fn a_pool_can_be_without_the_sandbox_of_the_others() {
     .await;
 }
 
-/// A build root without idmapped mounts: the actions of a root server are root of the host.
+/// On a build root without idmapped mounts, the actions of a root server are root of the host.
 #[tokio::test]
-async fn without_identity_a_root_server_keeps_its_devices_and_files_of_proc_from_actions() {
+async fn without_identity_the_actions_of_a_root_server_cannot_change_devices_and_files_of_proc() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: only a root server has users for its slots");
         return;

@@ -1,4 +1,4 @@
-//! Bazel's persistent workers in the sandbox: tools that live while the server exchanges their inputs and takes their outputs.
+//! Bazel's persistent workers in the sandbox. The server exchanges their inputs and takes their outputs while they run.
 
 use crate::{processes_with, support::*, with_each};
 use gorego_reapi::{
@@ -8,12 +8,12 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::{fs, path::Path};
 
-/// They are off by default.
+/// Settings that enable persistent workers, which are off by default.
 const TOOLS: &[(&str, &str)] =
     &[("EXECUTION__PERSISTENT_WORKERS__ENABLED", "true"), ("INSTANCE_NAMES", "[\"\", \"team\"]")];
 
-/// A tool that runs each request, which is one line of shell without double quotes and backslashes, and answers with its output.
-/// Without `--persistent_worker` it says that it is cold.
+/// A tool that runs each request as a line of shell, which must not contain double quotes or backslashes, and answers
+/// with its output. Without `--persistent_worker` it prints `cold`.
 const TOOL: &str = r#"
 case " $* " in *" --persistent_worker "*) ;; *) echo cold; exit;; esac
 served=0
@@ -65,7 +65,7 @@ async fn run(client: &Client, script: &str, input: &str, outputs: &[&str]) -> Ex
     client.run(action(client, script, input, outputs).await).await
 }
 
-/// What a script prints in the tool.
+/// The output of a script that the tool runs.
 async fn says(client: &Client, script: &str) -> String {
     let response = run(client, script, "a", &[]).await;
     let result = response.result.unwrap_or_else(|| panic!("{:?}", response.status));
@@ -95,12 +95,12 @@ async fn a_tool_lives_in_a_sandbox_like_any_action() {
                 Some("no")
             );
         }
-        assert_eq!(says(client, "echo $served").await, "7", "all of them were requests to one tool");
+        assert_eq!(says(client, "echo $served").await, "7", "one tool served all of these requests");
     })
     .await;
 }
 
-/// A stored blob would change if the store had taken over a file that the tool still has open.
+/// If the store took over a file that the tool still has open, the stored blob would change.
 #[tokio::test]
 async fn a_tool_cannot_change_an_output_that_it_has_handed_over() {
     with_each(TOOLS, async |host| {
@@ -127,9 +127,9 @@ async fn each_instance_has_its_own_tools() {
     .await;
 }
 
-/// While the server writes inputs and reads outputs, directories become links and links become directories.
+/// While the server writes inputs and reads outputs, the tool replaces directories by links and links by directories.
 #[tokio::test]
-async fn a_tool_that_plays_with_its_directories_leads_the_server_nowhere() {
+async fn a_tool_that_swaps_directories_and_links_cannot_redirect_the_server() {
     with_each(TOOLS, async |host| {
         let client = &host.client;
         let canary = shared_dir();
@@ -144,11 +144,11 @@ async fn a_tool_that_plays_with_its_directories_leads_the_server_nowhere() {
             let input = format!("version {round}");
             let outputs = if round % 2 == 0 { &[][..] } else { &["o/d/x", "src/new"] };
             let response = run(client, &game, &input, outputs).await;
-            // Where the game was in the way, the action ran without the tool.
+            // If the swapping disturbed the server, the action ran without the tool.
             let result = response.result.unwrap_or_else(|| panic!("{:?}", response.status));
             warm += usize::from(client.stderr(&result).await.contains("played"));
         }
-        assert!(warm > 0, "the game was played");
+        assert!(warm > 0, "the tool served some of the actions");
         assert_eq!(fs::read_dir(canary.path()).unwrap().count(), 0);
         let names = |path: &Path| -> Vec<_> {
             fs::read_dir(path).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap()).collect()
@@ -163,18 +163,18 @@ async fn a_tool_that_plays_with_its_directories_leads_the_server_nowhere() {
 }
 
 #[tokio::test]
-async fn a_server_takes_its_tools_along() {
+async fn tools_end_with_their_server() {
     with_each(TOOLS, async |host| {
         let marker = format!("tool-of-{}", host.server.pid());
         says(&host.client, &format!("(setsid sh -c ': {marker}; sleep 1000' > /dev/null 2>&1 &)")).await;
-        // It belongs to the tool, and so it outlives the request.
+        // The process belongs to the tool, so it outlives the request.
         says(&host.client, "echo again").await;
         assert_eq!(processes_with(&format!(": {marker}")).len(), 1);
         host.server.signal("KILL");
         eventually("its tool is gone", || processes_with(&format!(": {marker}")).is_empty()).await;
     })
     .await;
-    // An orderly end leaves no directory either.
+    // An orderly shutdown also removes the directories.
     let mut server = Server::with(TOOLS).await;
     says(&server.client().await, "echo").await;
     server.signal("TERM");

@@ -1,6 +1,7 @@
-//! The world that every action finds: the same everywhere.
+//! The environment that every action finds, which is always the same.
 
-use crate::{support::*, with_each};
+use crate::{Host, support::*, with_each};
+use std::fs;
 
 #[tokio::test]
 async fn every_action_is_the_same_user_at_the_same_place() {
@@ -19,7 +20,7 @@ async fn every_action_is_the_same_user_at_the_same_place() {
 }
 
 #[tokio::test]
-async fn a_set_user_id_program_gives_nothing() {
+async fn a_set_user_id_program_grants_no_rights() {
     with_each(&[], async |host| {
         assert_eq!(host.says("cp /usr/bin/id x && chmod 6755 x && ./x -u && ./x -ru").await, "1000\n1000");
         assert_eq!(
@@ -31,7 +32,7 @@ async fn a_set_user_id_program_gives_nothing() {
     .await;
 }
 
-/// EXE-41, and descriptors that the server might have forgotten.
+/// EXE-41. Descriptors of the server are not inherited either.
 #[tokio::test]
 async fn nothing_is_inherited_from_the_server() {
     with_each(&[], async |host| {
@@ -59,7 +60,7 @@ async fn devices_and_outputs_can_be_opened() {
     .await;
 }
 
-/// The toolchain of the machine works as it does outside.
+/// The toolchain of the host works as it does outside of the sandbox.
 #[tokio::test]
 async fn a_compiler_finds_everything_it_needs() {
     if std::process::Command::new("cc").arg("--version").output().is_err() {
@@ -77,7 +78,21 @@ async fn a_compiler_finds_everything_it_needs() {
     .await;
 }
 
-/// Debugging information has the path of the exec root in it.
+/// Small files of the host are copied into the view, but no action sees an outdated copy.
+#[tokio::test]
+async fn a_change_of_a_host_file_is_visible_to_the_next_action() {
+    let bind = "cp /etc/services $STORE/services && mount --bind $STORE/services /etc/services";
+    let server = Server::in_own_mounts(bind);
+    let host = Host::of(server, false).await;
+    let services = host.server.store().join("services");
+    for text in ["first", "second"] {
+        fs::write(&services, text).unwrap();
+        let script = format!("cat /etc/services; mountpoint -q /etc/services || echo ' copied' # {text}");
+        assert_eq!(host.says(&script).await, format!("{text} copied"));
+    }
+}
+
+/// Debugging information contains the path of the exec root.
 #[tokio::test]
 async fn the_exec_root_has_the_same_path_for_all_actions() {
     with_each(&[("EXECUTION__CONCURRENCY", "2")], async |host| {
@@ -93,7 +108,8 @@ async fn the_exec_root_has_the_same_path_for_all_actions() {
     .await;
 }
 
-/// If the machine runs out of memory, actions go first; they cannot change that where the server is privileged.
+/// If the machine runs out of memory, the kernel kills actions first. They cannot change that if the server is
+/// privileged.
 #[tokio::test]
 async fn the_kernel_kills_actions_before_the_server() {
     with_each(&[], async |host| {

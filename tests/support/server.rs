@@ -46,11 +46,28 @@ impl Server {
     /// Starts a server whose store is on a tmpfs with these mount options, in its own mount namespace; see
     /// [`Server::inside`].
     pub async fn on_a_disk(options: &str) -> Self {
+        Self::on_a_disk_with(options, &[]).await
+    }
+
+    /// The same with settings.
+    pub async fn on_a_disk_with(options: &str, overrides: &[(&str, &str)]) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
+        let mount = format!("mount -t tmpfs -o {options} none {}", store.path().display());
+        Self::with_own_mounts(&mount, overrides, store)
+    }
+
+    /// Starts a server in its own mount namespace, from a shell that has run this script. There, `$STORE` is the store.
+    pub fn in_own_mounts(script: &str) -> Self {
+        let store = Arc::new(tempfile::tempdir().unwrap());
+        Self::with_own_mounts(&format!("STORE={}; {script}", store.path().display()), &[], store)
+    }
+
+    fn with_own_mounts(script: &str, overrides: &[(&str, &str)], store: Arc<TempDir>) -> Self {
         let mut unshare = Command::new("unshare");
         unshare.args(mount_namespace()).arg("sh");
-        let mount = format!("mount -t tmpfs -o {options} none {}", store.path().display());
-        Self::spawn(in_shell(unshare, &mount, store.path()), store)
+        let mut command = in_shell(unshare, script, store.path());
+        command.envs(overrides.iter().map(|(name, value)| (format!("GOREGO_{name}"), value)));
+        Self::spawn(command, store)
     }
 
     /// Starts a server from a shell that has run this script.

@@ -69,6 +69,35 @@ pub fn dead_paths(files: &[Source]) -> Vec<String> {
         .collect()
 }
 
+/// The document that quotes messages of the program in its headings.
+pub const MESSAGES: &str = "docs/troubleshooting.md";
+
+/// Messages in the headings of a document that no file of the product contains. `...` in a heading stands for what differs.
+pub fn dead_messages(files: &[Source], document: &str) -> Vec<String> {
+    let product = files.iter().filter(|file| file.is_rust() && !file.is_test());
+    let texts: Vec<_> = product.map(|file| joined_lines(&file.text)).collect();
+    let headings = document.lines().filter_map(|line| line.strip_prefix("### `"));
+    let quoted = headings.filter_map(|heading| Some(heading.split_once('`')?.0));
+    let parts = quoted.flat_map(|message| message.split("...")).map(|part| part.trim_matches(['"', ' ']));
+    let is_dead = |part: &&str| !part.is_empty() && !texts.iter().any(|text| text.contains(part));
+    parts.filter(is_dead).map(|part| format!("no message of the program contains: {part}")).collect()
+}
+
+/// A source text in which strings that go on in the next line are one line, without their escapes.
+fn joined_lines(text: &str) -> String {
+    let mut joined = String::with_capacity(text.len());
+    let mut is_continued = false;
+    for line in text.lines() {
+        let line = if is_continued { line.trim_start() } else { line };
+        is_continued = line.ends_with('\\');
+        joined.push_str(line.strip_suffix('\\').unwrap_or(line));
+        if !is_continued {
+            joined.push('\n');
+        }
+    }
+    joined.replace("\\\"", "\"")
+}
+
 fn leads_somewhere(files: &[Source], document: &str, link: &str) -> bool {
     let path = link.split('#').next().unwrap_or_default();
     if path.is_empty() || path.contains("://") || path.contains(char::is_whitespace) {
@@ -118,4 +147,11 @@ fn a_dead_path_is_found() {
             .is_empty()
     );
     assert_eq!(dead_paths(&named("```sh\nx\n```\n`src/b.rs` and `src/gone/`")).len(), 2);
+}
+
+#[test]
+fn a_heading_with_a_message_that_the_program_does_not_have_is_found() {
+    let files = [Source::new("src/a.rs", "format!(\"no \\\"{x}\\\" is \\\n     here\")")];
+    assert!(dead_messages(&files, "### `no \"...\" is here` or so\n## `gone`\n### Slow").is_empty());
+    assert_eq!(dead_messages(&files, "### `no ... was here`").len(), 1);
 }

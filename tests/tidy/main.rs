@@ -115,3 +115,8 @@ fn links_between_documents_lead_somewhere() {
 fn documents_name_paths_that_exist() {
     none(&files::dead_paths(&FILES));
 }
+
+#[test]
+fn messages_that_users_look_up_are_those_of_the_program() {
+    none(&files::dead_messages(&FILES, text(files::MESSAGES)));
+}

@@ -3,7 +3,7 @@
 use crate::support::{
     Client, Server, empty, eventually,
     images::{Blobs, LayerArchive, gzip, shell_layer, tagged, zstd},
-    sh_with,
+    metadata, sh_with, shared_dir,
 };
 use axum::{
     Router,
@@ -13,8 +13,9 @@ use axum::{
     response::Response,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use gorego_reapi::proto::reapi::{
-    Command, ExecuteResponse, Platform, command::EnvironmentVariable, platform::Property,
+use gorego_reapi::proto::{
+    longrunning::CancelOperationRequest,
+    reapi::{Command, ExecuteResponse, Platform, command::EnvironmentVariable, platform::Property},
 };
 use serde_json::json;
 use std::{
@@ -174,6 +175,8 @@ struct Content {
     broken: Option<StatusCode>,
     /// There is no answer at all.
     is_silent: bool,
+    /// How many requests came.
+    requests: usize,
     /// The address of the host that has the blobs; empty for this one.
     redirects_to: String,
 }
@@ -209,7 +212,12 @@ impl TestRegistry {
 }
 
 async fn answer(State(TestRegistry(content)): State<TestRegistry>, request: Request) -> Response {
-    if content.lock().unwrap().is_silent {
+    let is_silent = {
+        let mut content = content.lock().unwrap();
+        content.requests += 1;
+        content.is_silent
+    };
+    if is_silent {
         std::future::pending::<()>().await;
     }
     let mut content = content.lock().unwrap();
@@ -438,4 +446,135 @@ async fn a_tag_means_what_the_configuration_says_and_images_that_pools_name_are_
         registry.change(|content| _ = content.tags.insert("v1".into(), second.clone()));
         assert_eq!(finds(&client, &name).await, format!("{expected} {FOUND}"), "{policy}");
     }
+}
+
+#[tokio::test]
+async fn an_action_waits_for_its_image_in_the_queue_and_leaves_its_slot_to_others() {
+    let mut content = Content { is_silent: true, ..Content::default() };
+    let digest = image(&mut content.blobs, "pulled");
+    let registry = TestRegistry::serve(content).await;
+    let registries = allowed(&registry);
+    let settings = [
+        ("EXECUTION__IMAGES__REGISTRIES", &*registries),
+        ("EXECUTION__IMAGES__TAGS", "each_action"),
+        ("EXECUTION__CONCURRENCY", "1"),
+    ];
+    let Some(server) = server(&settings).await else { return };
+    let client = server.client().await;
+    let start = async |image: String| {
+        let properties = vec![Property { name: "container-image".into(), value: image }];
+        let action = client.action_with(look(), empty(), |action| {
+            action.platform = Some(Platform { properties });
+            action.do_not_cache = true;
+        });
+        let mut run = client.start(action.await).await;
+        let queued = run.until(|operation| metadata(operation).stage == 2).await;
+        (run, queued.name)
+    };
+    let at = |rest: &str| format!("docker://{}/team/tools{rest}", registry.address());
+    // Both what a tag means and the image itself are waited for in the queue.
+    let waiting = [start(at(":v1")).await, start(at(&format!("@{digest}"))).await];
+    eventually("the registry was asked", || registry.0.lock().unwrap().requests == 2).await;
+    let plain = client.run(client.action(sh_with("echo done > out", &["out"]), empty()).await).await;
+    assert_eq!(client.output(&plain.result.unwrap(), "out").await, "done\n");
+    let mut operations = client.operations.clone();
+    for (run, name) in waiting {
+        operations.cancel_operation(CancelOperationRequest { name }).await.unwrap();
+        let response = run.finish().await;
+        assert_eq!(Code::from_i32(response.status.unwrap().code), Code::Cancelled);
+    }
+}
+
+#[tokio::test]
+async fn a_tag_that_many_actions_name_is_looked_up_once_and_so_is_one_that_is_not_there() {
+    let mut content = Content::default();
+    let digest = image(&mut content.blobs, "pulled");
+    content.tags.insert("v1".into(), digest);
+    let registry = TestRegistry::serve(content).await;
+    let registries = allowed(&registry);
+    let settings = [
+        ("EXECUTION__IMAGES__REGISTRIES", &*registries),
+        ("EXECUTION__IMAGES__TAGS", "each_action"),
+        ("EXECUTION__CONCURRENCY", "4"),
+    ];
+    let Some(server) = server(&settings).await else { return };
+    let client = server.client().await;
+    let absent = format!("docker://{}/team/tools:v2", registry.address());
+    let all = futures::future::join_all((0..8).map(|_| refused(&client, &absent))).await;
+    for (code, message) in all {
+        assert!(code == Code::FailedPrecondition && message.contains("it has no"), "{message}");
+    }
+    let asked = |end: &str| {
+        let content = registry.0.lock().unwrap();
+        content.asked.iter().filter(|(path, _)| path.ends_with(end)).count()
+    };
+    assert_eq!(asked("/manifests/v2"), 1, "the failure is the answer to all for a moment");
+    let name = format!("docker://{}/team/tools:v1", registry.address());
+    assert_eq!(finds(&client, &name).await, format!("pulled {FOUND}"));
+    let before = asked("/manifests/v1");
+    assert_eq!(finds(&client, &name).await, format!("pulled {FOUND}"));
+    assert!(asked("/manifests/v1") > before, "each action asks again");
+}
+
+#[tokio::test]
+async fn a_registry_cannot_lead_this_server_to_addresses_that_are_farther_inside_than_its_own() {
+    let registries = TestRegistry::serve(Content::default()).await;
+    let listed = allowed(&registries);
+    let Some(server) = server(&[("EXECUTION__IMAGES__REGISTRIES", &listed)]).await else { return };
+    let client = server.client().await;
+    for (number, target) in
+        ["http://169.254.169.254", "http://10.1.2.3:8080", "http://[fe80::1]"].iter().enumerate()
+    {
+        let mut blobs = Blobs::default();
+        let digest = image(&mut blobs, &format!("image {number}"));
+        registries.change(|content| {
+            content.blobs = blobs;
+            content.redirects_to = (*target).to_owned();
+        });
+        let name = format!("docker://{}/team/tools@{digest}", registries.address());
+        let (code, message) = refused(&client, &name).await;
+        assert!(
+            code == Code::FailedPrecondition && message.contains("not public and not where the registry is"),
+            "{target}: {code:?} {message}"
+        );
+    }
+}
+
+/// EXE-62: an image for which the disk has no room is nobody else's fault.
+#[tokio::test]
+async fn an_image_that_would_fill_the_disk_is_given_up_before_it_stops_other_actions() {
+    let site = shared_dir();
+    let mut blobs = Blobs::default();
+    let mut layer = shell_layer();
+    for number in 0..24 {
+        layer = layer.file(&format!("large-{number}"), &vec![0; 4 << 20], 0o644);
+    }
+    let digest = blobs.image(vec![gzip(&layer.finish())], json!({}));
+    let layout = site.path().join("large");
+    blobs.write_layout(&layout, &[blobs.entry(&digest, json!({}))]);
+    let layouts = format!("[\"{}\"]", site.path().display());
+    let settings = [("EXECUTION__IMAGES__LAYOUTS", &*layouts), ("EXECUTION__CONCURRENCY", "2")];
+    let server = Server::on_a_disk_with("size=64m", &settings).await;
+    if !server.started()["sandbox"].as_str().is_some_and(|on| on.contains("namespaces")) {
+        eprintln!("skipped: images take the namespaces of the sandbox, which are off here");
+        return;
+    }
+    let client = server.client().await;
+    let go_on = site.path().join("go-on");
+    let script = format!("until [ -e {} ]; do sleep 0.05; done; echo done > out", go_on.display());
+    let other = client.action(sh_with(&script, &["out"]), empty()).await;
+    let mut run = client.start(other).await;
+    run.until(|operation| metadata(operation).stage == 3).await;
+    let (code, message) = refused(&client, &format!("oci:{}", layout.display())).await;
+    assert!(code == Code::Unavailable && message.contains("disk"), "{code:?} {message}");
+    fs::write(go_on, "").unwrap();
+    let response = run.finish().await;
+    assert_eq!(client.output(&response.result.unwrap(), "out").await, "done\n");
+    let hash = other.hash_hex();
+    let was_stopped = server.log().iter().any(|event| {
+        event["event"] == "operation_requeued"
+            && event["action_digest"].as_str().is_some_and(|of| of.contains(&hash))
+    });
+    assert!(!was_stopped, "the action that ran beside it was not disturbed");
+    assert_eq!(fs::read_dir(server.inside("build/images")).unwrap().count(), 0);
 }

@@ -26,5 +26,6 @@ mod outputs;
 mod pipes;
 mod pools;
 mod reload;
+mod supervised;
 #[path = "../support/mod.rs"]
 mod support;

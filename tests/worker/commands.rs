@@ -16,7 +16,7 @@ use std::{
 
 /// EXE-41.
 #[test]
-fn the_environment_is_the_commands_and_nothing_else() {
+fn a_process_gets_exactly_the_environment_of_its_command() {
     with_worker(async |bench| {
         let job = argv(&["/usr/bin/env", "-0"]).env("B", "two words").env("A", "");
         assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "B=two words\0A=\0");
@@ -106,7 +106,7 @@ fn a_command_past_its_timeout_is_killed_with_all_it_started_and_keeps_its_log() 
     });
 }
 
-/// EXE-44: also a daemon that has left its session, group and parents.
+/// EXE-44. This includes a daemon that has left its session, process group and parents.
 #[test]
 fn nothing_survives_the_command() {
     with_worker(async |bench| {
@@ -139,8 +139,8 @@ fn a_cancelled_command_stops_at_once_and_keeps_its_log() {
         assert!(matches!(failure.error, Error::Cancelled(_)) && !failure.retryable);
         assert_eq!(bench.text(&failure.partial.unwrap().stdout_digest), "begun\n");
         let expected = [RunStage::Running, RunStage::Uploading];
-        eventually("the stages are heard of", || *stages.lock().unwrap() == expected).await;
-        // If it is cancelled before it starts, nothing is done.
+        eventually("the stages are reported", || *stages.lock().unwrap() == expected).await;
+        // If the action is cancelled before it starts, nothing is done.
         assert!(matches!(bench.failure(&job).await.error, Error::Cancelled(_)));
         assert_eq!(stages.lock().unwrap().len(), 2);
     });
@@ -148,7 +148,7 @@ fn a_cancelled_command_stops_at_once_and_keeps_its_log() {
 
 /// Service managers send SIGTERM to every process, and scripts signal their parents. Running commands survive this.
 #[test]
-fn signals_that_can_be_blocked_do_not_reach_the_runner_and_its_commands_do_not_inherit_that() {
+fn the_runner_blocks_signals_and_its_commands_do_not() {
     with_worker(async |bench| {
         let signalled =
             "for s in HUP INT TERM TSTP USR1 ALRM; do kill -$s $PPID; done; echo through; kill $$";
@@ -158,8 +158,8 @@ fn signals_that_can_be_blocked_do_not_reach_the_runner_and_its_commands_do_not_i
     });
 }
 
-/// A command can reach its runner, because both run as the same user. The worker must survive that, and processes that the
-/// command left in other sessions and directories must not.
+/// A command can signal its runner, because both run as the same user. The worker must survive that. Processes that the
+/// command left in other sessions and directories must be killed.
 #[test]
 fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {
     with_worker(async |bench| {

@@ -8,9 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Compilers write their directory into their output. Two concurrent runs cannot share one.
+/// Compilers write their working directory into their output. Two concurrent runs cannot share one.
 #[test]
-fn the_path_of_the_exec_root_follows_from_the_action() {
+fn the_path_of_the_exec_root_is_derived_from_the_action() {
     with_worker(async |bench| {
         let job = Job { do_not_cache: true, ..sh("pwd") };
         let path = async |job: &Job| bench.text(&bench.result(job).await.stdout_digest);
@@ -37,7 +37,7 @@ fn the_path_of_the_exec_root_follows_from_the_action() {
             assert!(path.strip_prefix(&top).unwrap().as_os_str().len() <= 20, "{}", path.display());
         }
         drop(runs);
-        // Immediately, although its old contents may still exist.
+        // The path is free at once, even if its old content still exists.
         assert_eq!(build_root.create(SlotId(0), &action).unwrap().root_path(), paths[0]);
         build_root.wait_until_empty(Duration::from_secs(20));
         assert_eq!(fs::read_dir(&top).unwrap().count(), 0);
@@ -46,7 +46,7 @@ fn the_path_of_the_exec_root_follows_from_the_action() {
 
 /// A crash leaves the directory of an action behind. The action still runs at its usual path, in a fresh tree.
 #[test]
-fn what_a_crash_left_is_not_in_the_way_of_the_same_action() {
+fn leftovers_of_a_crash_do_not_block_the_same_action() {
     with_worker(async |bench| {
         let action = bench.action(&sh("true")).digest;
         let top = bench.build_root.parent().unwrap().join("other");
@@ -70,14 +70,14 @@ fn what_a_crash_left_is_not_in_the_way_of_the_same_action() {
         drop(run);
         let left =
             || fs::read_dir(&top).unwrap().flatten().map(|entry| entry.file_name()).collect::<Vec<_>>();
-        eventually("what is ours is removed, and nothing else", || left() == ["a-0123456789"]).await;
+        eventually("only directories of the server are removed", || left() == ["a-0123456789"]).await;
     });
 }
 
 /// Another process removes the server's directories. The running action fails without being at fault, and the next one
 /// runs.
 #[test]
-fn a_build_root_that_is_removed_is_made_again() {
+fn a_removed_build_root_is_created_again() {
     with_worker(async |bench| {
         let gate = bench.build_root.parent().unwrap().join("gate");
         let job = sh(&format!("echo out > o; while ! [ -e {} ]; do :; done", gate.display())).outputs(&["o"]);
@@ -94,13 +94,14 @@ fn a_build_root_that_is_removed_is_made_again() {
         assert!(matches!(failure.error, Error::Unavailable(_)) && failure.retryable, "{}", failure.error);
         let result = bench.result(&job).await;
         assert_eq!((result.exit_code, result.output_files.len()), (0, 1));
-        // Also when it was moved away instead of removed.
+        // It may also be moved away instead of removed.
         fs::rename(&bench.build_root, bench.build_root.with_extension("old")).unwrap();
         assert_eq!(bench.result(&job).await.output_files.len(), 1);
     });
 }
 
-/// A link at its path leads to the directory in use, and one that was moved away may return while runs in it continue.
+/// If there is a link at the path, the directory that it points to is used. A directory that was moved away may return
+/// while runs in it continue.
 #[test]
 fn a_build_root_may_become_a_link_and_come_back() {
     let parent = tempfile::tempdir().unwrap();
@@ -121,9 +122,9 @@ fn a_build_root_may_become_a_link_and_come_back() {
     assert!(of_link[0].check_in_place().is_err());
 }
 
-/// Also directories with closed permissions, links to other places and great depth.
+/// The leftovers have directories without permissions and links to other places.
 #[test]
-fn what_a_crashed_run_left_is_swept_and_nothing_else() {
+fn leftovers_of_a_crashed_run_are_removed_and_nothing_else() {
     with_worker(async |bench| {
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("kept"), "").unwrap();
@@ -143,7 +144,7 @@ fn what_a_crashed_run_left_is_swept_and_nothing_else() {
 
 /// Servers with different stores may use one build root. The second must not remove the directories of the first.
 #[test]
-fn a_build_root_has_one_owner_and_nobody_else_sweeps_it() {
+fn a_build_root_has_one_owner_and_no_other_server_sweeps_it() {
     with_worker(async |bench| {
         let job = sh("echo kept > kept; while ! [ -e ../../gate ]; do :; done; cat kept");
         let (report, refused) = tokio::join!(bench.report(&job), async {

@@ -32,7 +32,7 @@ fn the_input_root_is_reproduced_exactly() {
 
 /// EXE-37: the input is at fault, so a retry would not help.
 #[test]
-fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
+fn a_working_directory_that_modes_of_the_input_root_make_inaccessible_is_refused() {
     with_each_staging(async |bench| {
         let below = bench.store.put(reapi::Directory::default().encode_to_vec());
         let node = |name: &str, digest: gorego_reapi::digest::Digest| reapi::DirectoryNode {
@@ -49,7 +49,7 @@ fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
         let root = bench.store.put(root.encode_to_vec());
         for workdir in ["closed", "closed/below"] {
             let job = sh("echo here").root(root).workdir(workdir);
-            // Permissions do not stop root.
+            // Permissions do not restrict root.
             if rustix::process::geteuid().is_root() && !bench.is_sandboxed {
                 assert_eq!(bench.text(&bench.result(&job).await.stdout_digest), "here\n");
                 continue;
@@ -61,9 +61,9 @@ fn a_working_directory_that_modes_of_the_input_root_close_is_refused_at_once() {
     });
 }
 
-/// EXE-33: the same action sees the same files, whenever and in whatever order they were written.
+/// EXE-33. The files of an action look the same whenever and in whatever order they were written.
 #[test]
-fn everything_in_an_input_root_carries_one_time() {
+fn everything_in_an_input_root_has_the_same_time() {
     with_each_staging(async |bench| {
         let root = bench.input(&[
             ("z/z.c", file("int z;")),
@@ -83,9 +83,9 @@ fn everything_in_an_input_root_carries_one_time() {
     });
 }
 
-/// Files that were built and uploaded are up to date when they return as inputs, wherever they are in the tree.
+/// Build results that return as inputs are up to date, wherever they are in the tree.
 #[test]
-fn make_does_not_rebuild_what_is_among_its_inputs() {
+fn make_does_not_rebuild_a_target_that_is_an_input() {
     if process::Command::new("make").arg("--version").output().is_err() {
         eprintln!("skipped: make is not installed");
         return;
@@ -101,7 +101,8 @@ fn make_does_not_rebuild_what_is_among_its_inputs() {
     });
 }
 
-/// EXE-37: to the nanosecond, also before 1970, and also if the server later creates directories in the directory.
+/// EXE-37. The time is exact to the nanosecond, even before 1970 and even if the server creates directories in the
+/// directory later.
 #[test]
 fn a_time_that_is_named_is_exact_on_files_directories_and_links() {
     with_each_staging(async |bench| {
@@ -148,7 +149,7 @@ fn a_time_that_is_named_is_exact_on_files_directories_and_links() {
     });
 }
 
-/// EXE-37: also for directories, whose time would change and whose mode could prevent filling them.
+/// EXE-37. This includes directories, whose time would change and whose mode could prevent writing into them.
 #[test]
 fn mode_and_time_of_inputs_are_applied() {
     with_each_staging(async |bench| {
@@ -179,7 +180,7 @@ fn mode_and_time_of_inputs_are_applied() {
     });
 }
 
-/// EXE-38, EXE-39: the error names what the input root has in the way, and nothing is created elsewhere.
+/// EXE-38, EXE-39. The error names the obstacle in the input root, and nothing is created elsewhere.
 #[test]
 fn working_directories_and_output_parents_never_leave_the_root() {
     with_each_staging(async |bench| {
@@ -223,7 +224,7 @@ fn working_directories_and_output_parents_never_leave_the_root() {
 
 /// EXE-43.
 #[test]
-fn an_action_that_changes_its_inputs_changes_nothing_for_the_next() {
+fn an_action_that_changes_its_inputs_does_not_affect_the_next() {
     with_each_staging(async |bench| {
         let root = bench.input(&[("f", file("original")), ("d", Node::Dir)]);
         let spoil = sh("cat f; echo spoilt >> f; chmod 0 f; touch d/left").root(root);
@@ -234,7 +235,7 @@ fn an_action_that_changes_its_inputs_changes_nothing_for_the_next() {
     });
 }
 
-/// EXE-43: every way to change an input, each by another action.
+/// EXE-43. Each action tries another way to change its inputs.
 #[test]
 fn no_action_can_change_the_inputs_of_another() {
     with_each_staging(async |bench| {
@@ -268,7 +269,7 @@ fn no_action_can_change_the_inputs_of_another() {
     });
 }
 
-/// Writes to an input through memory, where there is something to do it with.
+/// Writes to an input through a memory mapping, if Python is available.
 const MAPPED_WRITE: &str = "command -v python3 || exit 0; exec python3 -c '
 import mmap
 with open(\"f\", \"r+b\") as file, mmap.mmap(file.fileno(), 0) as memory:
@@ -276,9 +277,9 @@ with open(\"f\", \"r+b\") as file, mmap.mmap(file.fileno(), 0) as memory:
     memory.flush()
 assert open(\"f\").read() == \"XXXXinal\"'";
 
-/// A root that is like another one but for some entries, whichever of them comes first.
+/// The roots differ in a few entries. The order in which they are used does not matter.
 #[test]
-fn roots_that_differ_a_little_are_each_seen_as_they_are() {
+fn each_of_several_similar_roots_is_seen_exactly() {
     with_each_staging(async |bench| {
         let common: Vec<(String, Node)> =
             (0..40).map(|at| (format!("d{}/f{at}", at % 4), file(&format!("{at}")))).collect();
@@ -312,7 +313,7 @@ fn roots_that_differ_a_little_are_each_seen_as_they_are() {
     });
 }
 
-/// The kernel copies a staged input when it is changed first, and counts that as a write of the command.
+/// The first change to a staged input copies it up, and the kernel counts that as a write of the command.
 #[test]
 fn an_input_larger_than_commands_may_write_can_be_changed_like_any_other() {
     with_staging(1 << 20, async |bench| {

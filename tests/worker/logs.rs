@@ -49,9 +49,10 @@ fn all_output_is_kept_in_the_order_of_its_pipe() {
     });
 }
 
-/// A descriptor can be passed to a process that the command did not start, such as a build daemon.
+/// A descriptor can be passed to a process that the command did not start, such as a build daemon. The result does not
+/// wait for that process.
 #[test]
-fn an_output_that_somebody_else_holds_open_delays_no_result_and_the_next_one_is_not_his() {
+fn a_process_that_holds_an_output_open_neither_delays_the_result_nor_writes_to_the_next_log() {
     with_worker(async |bench| {
         let job = sh("echo mine; echo $$ > pid; while ! [ -e ../../gate ]; do :; done");
         let (report, held) = tokio::join!(bench.report(&job), async {
@@ -76,7 +77,7 @@ fn an_output_that_somebody_else_holds_open_delays_no_result_and_the_next_one_is_
 
 /// EXE-59: the size limit of files applies to logs, and no command can turn a truncated log into a success.
 #[test]
-fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting() {
+fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_the_message_names_the_setting() {
     const LIMIT: usize = 300_000;
     with_worker_of(LIMIT as u64, async |bench| {
         let exact = bench.result(&sh(&format!("head -c {LIMIT} /dev/zero"))).await;
@@ -85,7 +86,7 @@ fn a_command_that_prints_more_than_a_log_may_hold_is_killed_and_told_the_setting
         for (script, name) in [
             ("trap '' PIPE XFSZ; yes; sleep 600", "stdout"),
             ("yes >&2", "stderr"),
-            // One byte too many, with the last write.
+            // The last write is one byte too long.
             (&*format!("head -c {LIMIT} /dev/zero; printf x; exit 0"), "stdout"),
         ] {
             let report = bench.report(&sh(script)).await.unwrap();

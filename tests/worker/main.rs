@@ -1,4 +1,4 @@
-//! The guarantees of a worker about an action, with real processes and an in-memory store.
+//! The guarantees of a worker for an action, tested with real processes and an in-memory store.
 
 #![allow(clippy::unwrap_used, missing_docs, deprecated)]
 

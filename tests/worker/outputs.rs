@@ -7,7 +7,7 @@ use std::{fs, time::Duration};
 
 /// EXE-47 to EXE-50, EXE-53, EXE-54.
 #[test]
-fn outputs_of_every_kind_are_reported_once_and_absent_ones_left_out() {
+fn outputs_of_every_kind_are_reported_once_and_missing_ones_are_left_out() {
     with_each_staging(async |bench| {
         let job = sh("echo a > a; echo x > x; chmod +x x; mkdir -p d/sub; echo f > d/f; ln -s ../nowhere d/l
             ln -s d dirlink; ln -s a filelink; ln -s nothing dangling; ln -s /usr/bin/env abs; exit 3")
@@ -39,7 +39,7 @@ fn outputs_of_every_kind_are_reported_once_and_absent_ones_left_out() {
 
 /// EXE-51.
 #[test]
-fn legacy_lists_insist_on_the_kind_unless_a_path_is_in_both() {
+fn legacy_lists_require_a_kind_of_output_unless_a_path_is_in_both() {
     with_each_staging(async |bench| {
         let job = |files: &[&str], directories: &[&str]| {
             let mut job = sh("mkdir d; echo > f");
@@ -56,7 +56,7 @@ fn legacy_lists_insist_on_the_kind_unless_a_path_is_in_both() {
     });
 }
 
-/// EXE-52, EXE-54: nothing outside the root is read or changed, and nothing hangs.
+/// EXE-52, EXE-54. Nothing outside of the root is read or changed, and nothing hangs.
 #[test]
 fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
     with_each_staging(async |bench| {
@@ -81,7 +81,7 @@ fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
             );
             assert!(failure.partial.is_some() && !failure.retryable);
         }
-        // The mode of the target of an unreadable link stays as it is (clients.md).
+        // The server must not change the mode of a link's target outside of the root (clients.md).
         let before = fs::metadata(&secret).unwrap().permissions();
         let result = bench.result(&sh(&format!("ln -s {}/secret l", out)).outputs(&["l"])).await;
         assert_eq!(result.output_symlinks.len(), 1);
@@ -91,9 +91,9 @@ fn outputs_that_escape_or_are_not_files_are_refused_by_name() {
     });
 }
 
-/// GEN-25: the result would not fit into a message.
+/// GEN-25. The result would not fit into a message.
 #[test]
-fn outputs_that_fit_no_message_are_refused_with_the_logs_kept() {
+fn outputs_that_do_not_fit_into_a_message_are_refused_and_the_logs_are_kept() {
     with_each_staging(async |bench| {
         let script = "echo so many; t=$(printf '%04000d' 0); seq 600 | while read n; do ln -s $t $n; done";
         let paths: Vec<_> = (1..=600).map(|n| n.to_string()).collect();
@@ -174,20 +174,20 @@ fn node_properties_are_reported_on_request_and_modes_do_not_hide_outputs() {
     });
 }
 
-/// GEN-20: a fault of the server would be retried, by the server and by the client.
+/// GEN-20. A fault of the server would cause retries by the server and by the client.
 #[test]
-fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault() {
+fn damage_to_logs_or_to_the_path_of_an_output_is_the_fault_of_the_command() {
     // In a sandbox a command does not see its logs.
     with_worker(async |bench| {
         for script in [
             "cd ../../0-*; rm stdout; ln -s /etc/passwd stdout",
             "cd ../../0-*; rm stdout; mkdir stdout",
-            // Permissions do not stop root, who gets a link that leads out instead.
+            // Permissions do not restrict root, so as root the command makes a link that leads out instead.
             "echo o > p/o; chmod 0 p; [ $(id -u) != 0 ] || { rm -r p; ln -s / p; }",
         ] {
             // There must be exactly one directory.
             let left = || fs::read_dir(&bench.build_root).unwrap().count();
-            eventually("the directory of the run before is removed", || left() == 0).await;
+            eventually("the directory of the previous run is removed", || left() == 0).await;
             let failure = bench.failure(&sh(script).outputs(&["p/o"])).await;
             assert!(
                 matches!(failure.error, Error::Precondition(_)) && !failure.retryable,
@@ -198,7 +198,7 @@ fn what_a_command_does_to_its_logs_or_to_the_way_to_an_output_is_its_own_fault()
     });
 }
 
-/// A tree deeper than the longest path, with more files than descriptors.
+/// The tree is deeper than the longest path, and has more files than the process may have descriptors.
 #[test]
 fn deep_and_wide_outputs_are_collected_and_removed() {
     with_each_staging(async |bench| {
@@ -246,9 +246,9 @@ fn a_success_is_recorded_with_whole_metadata_unless_it_must_not_be_cached() {
     });
 }
 
-/// Outputs that are inputs: left alone, changed, replaced and removed.
+/// Outputs that are also inputs: some unchanged, others changed, replaced or removed.
 #[test]
-fn outputs_among_the_inputs_are_what_the_command_left_of_them() {
+fn outputs_that_are_also_inputs_are_reported_as_the_command_left_them() {
     with_each_staging(async |bench| {
         let root = bench.input(&[
             ("same", program("same")),
@@ -308,7 +308,7 @@ fn outputs_among_the_inputs_are_what_the_command_left_of_them() {
         assert_eq!(names("replaced"), ["r"]);
         assert_eq!(names("to-d/z"), ["deep"]);
         assert_eq!(names(""), ["changed", "same", "d", "replaced", "untouched"]);
-        // The same again, as inputs that were all copied: equal content has equal digests.
+        // A second run reports the same digests for the same content.
         let again =
             bench.result(&Job { do_not_cache: true, ..sh(script).root(root).outputs(&outputs) }).await;
         assert_eq!(again.output_directories, result.output_directories);

@@ -1,14 +1,14 @@
-//! Tools that stay for other actions: Bazel's persistent workers, with real processes.
+//! Tools that stay alive for further actions (Bazel's persistent workers), with real processes.
 //!
-//! The tool of these tests is a Python program that speaks both encodings and does what the arguments of a request say. Without
-//! Python the tests say so and do nothing.
+//! The tool of these tests is a Python program that speaks both encodings and executes the arguments of a request as
+//! instructions. Without Python the tests are skipped with a message.
 
 use super::support::{Bench, Job, Node, argv, eventually, file, is_alive, link, sh, tool, with_tools};
 use gorego::actors::worker::tools::ToolLimits;
 use gorego_reapi::error::Error;
 use std::{path::Path, time::Duration};
 
-/// Where the tests expect Python; actions see it in their sandbox too.
+/// Path of Python, which is also visible in the sandbox.
 const PYTHON: &str = "/usr/bin/python3";
 
 const LIMITS: ToolLimits = ToolLimits {
@@ -19,7 +19,8 @@ const LIMITS: ToolLimits = ToolLimits {
     max_call: Duration::from_secs(60),
 };
 
-/// As a persistent worker it does what its requests say; started without `--persistent_worker`, what its file of arguments says.
+/// As a persistent worker it executes the arguments of each request. Without `--persistent_worker` it executes its
+/// arguments file.
 const TOOL: &str = r#"
 import base64, json, os, subprocess, sys, time
 served = 0
@@ -115,12 +116,12 @@ else:
     sys.exit(code)
 "#;
 
-/// An action of the tool: the lines are what it is asked.
+/// An action for the tool. The lines are its instructions.
 fn ask(bench: &Bench, lines: &[&str]) -> Job {
     ask_with(bench, lines, &[])
 }
 
-/// The same with more inputs.
+/// [`ask`] with more inputs.
 fn ask_with(bench: &Bench, lines: &[&str], more: &[(&str, Node)]) -> Job {
     ask_in(bench, lines, more, "proto")
 }
@@ -135,7 +136,7 @@ fn ask_in(bench: &Bench, lines: &[&str], more: &[(&str, Node)], protocol: &str) 
         .env("PYTHONDONTWRITEBYTECODE", "1")
 }
 
-/// Runs a test with tools if there is Python.
+/// Runs a test with tools if Python is available.
 fn with_python(limits: ToolLimits, body: impl AsyncFn(&Bench)) {
     if Path::new(PYTHON).exists() {
         with_tools(limits, body);
@@ -144,7 +145,7 @@ fn with_python(limits: ToolLimits, body: impl AsyncFn(&Bench)) {
     }
 }
 
-/// What an action that succeeds says.
+/// The standard error of an action, which must succeed.
 async fn says(bench: &Bench, job: &Job) -> String {
     let result = bench.result(job).await;
     let text = bench.text(&result.stderr_digest);
@@ -152,9 +153,9 @@ async fn says(bench: &Bench, job: &Job) -> String {
     text
 }
 
-/// The two versions of a file are what the issue asks for; the process and its working directory stay the same.
+/// The actions have two versions of one file. They are all served by the same process.
 #[test]
-fn a_tool_serves_one_action_after_the_other_with_the_inputs_of_each() {
+fn a_tool_serves_several_actions_with_the_inputs_of_each() {
     with_python(LIMITS, async |bench| {
         for protocol in ["proto", "json"] {
             let job = |text: &str| {
@@ -180,7 +181,7 @@ fn a_tool_serves_one_action_after_the_other_with_the_inputs_of_each() {
 }
 
 #[test]
-fn what_an_action_leaves_is_gone_before_the_next_one() {
+fn files_left_by_an_action_are_removed_before_the_next() {
     with_python(LIMITS, async |bench| {
         let mess = [
             "sh mkdir -p junk/deep src/more && touch junk/deep/x src/more/y .hidden && ln -s /etc loop && chmod 0 junk \
@@ -194,7 +195,7 @@ fn what_an_action_leaves_is_gone_before_the_next_one() {
             ("out/o", Node::Dir),
         ];
         says(bench, &ask_with(bench, &mess, &inputs)).await;
-        // What was a file becomes a directory, and the other way round.
+        // Files become directories, and directories become files.
         let inputs = [
             ("src", file("now a file")),
             ("old/f", file("old")),
@@ -204,7 +205,7 @@ fn what_an_action_leaves_is_gone_before_the_next_one() {
         let look = ["served", "ls", "cat l", "cat kept/g"];
         let seen = says(bench, &ask_with(bench, &look, &inputs).outputs(&["o/p/q"])).await;
         assert_eq!(seen, "2\nargs bin/ bin/tool.py kept/ kept/g l o/ o/p/ old/ old/f src\nold\ng");
-        // An input that the last action has changed is written again.
+        // An input that the previous action has changed is written again.
         says(bench, &ask_with(bench, &["write same=other"], &[("same", file("same"))])).await;
         let seen = says(bench, &ask_with(bench, &["served", "cat same"], &[("same", file("same"))])).await;
         assert_eq!(seen, "4\nsame");
@@ -212,7 +213,7 @@ fn what_an_action_leaves_is_gone_before_the_next_one() {
 }
 
 #[test]
-fn outputs_are_those_of_a_process_of_its_own() {
+fn outputs_are_the_same_with_and_without_a_tool() {
     with_python(LIMITS, async |bench| {
         let make = [
             "sh mkdir -p o/d/e o/none && echo x > o/d/e/f && chmod 755 o/d/e/f && ln -s e/f o/d/l && ln -s nowhere o/l && echo y > o/y",
@@ -241,14 +242,14 @@ fn the_exit_code_and_the_output_are_those_of_the_answer() {
         assert_eq!(result.stdout_digest, None);
         let usage = result.execution_metadata.unwrap();
         assert!(!usage.auxiliary_metadata.is_empty(), "its usage is reported");
-        // A failed action is no failed tool.
+        // A failed action does not count as a failed tool.
         assert_eq!(says(bench, &ask(bench, &["served"])).await, "2");
     });
 }
 
-/// Each action runs by itself in the end, says why, and the next one has a new tool.
+/// Each action is run again without the tool and says why. The next action has a new tool.
 #[test]
-fn an_action_whose_tool_fails_runs_by_itself() {
+fn an_action_whose_tool_fails_runs_without_it() {
     let limits = ToolLimits { max_call: Duration::from_millis(1500), ..LIMITS };
     with_python(limits, async |bench| {
         for (trouble, reason) in [
@@ -302,7 +303,7 @@ fn sh_kill(pid: &str) {
 }
 
 #[test]
-fn a_cancelled_action_ends_its_tool_and_all_that_came_of_it() {
+fn a_cancelled_action_ends_its_tool_with_all_processes() {
     with_python(LIMITS, async |bench| {
         let mark = format!("{}", 700_000 + std::process::id());
         let job = ask(bench, &[&format!("sh sleep {mark} & setsid sleep {mark} &"), "sleep 60"]);
@@ -318,7 +319,7 @@ fn a_cancelled_action_ends_its_tool_and_all_that_came_of_it() {
     });
 }
 
-/// How many processes have this text in their command line.
+/// The number of processes whose command line contains this text.
 fn processes_with(text: &str) -> usize {
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
     let line = |entry: std::fs::DirEntry| std::fs::read(entry.path().join("cmdline")).ok();
@@ -341,7 +342,7 @@ fn tools_end_when_they_are_used_up_idle_large_or_too_many() {
     });
     with_python(ToolLimits { max_idle: Duration::from_millis(100), ..LIMITS }, async |bench| {
         says(bench, &ask(bench, &["served"])).await;
-        // Its exec directory goes with it.
+        // Its exec directory is removed too.
         let empty = || std::fs::read_dir(&bench.build_root).unwrap().next().is_none();
         eventually("the tool is gone", empty).await;
     });
@@ -361,12 +362,12 @@ fn tools_end_when_they_are_used_up_idle_large_or_too_many() {
 }
 
 #[test]
-fn an_action_that_no_tool_fits_runs_by_itself() {
+fn an_action_that_no_tool_can_serve_runs_without_one() {
     with_python(LIMITS, async |bench| {
         let mut plain = ask(bench, &["print x"]);
         plain.platform.clear();
         assert_eq!(says(bench, &plain).await, "cold x");
-        // A file of arguments that is no input is a matter of the command.
+        // If a file of arguments is not among the inputs, its argument belongs to the command.
         let missing = argv(&["/bin/echo", "@nowhere"])
             .root(bench.input(&[("t", tool("t"))]))
             .platform("persistentWorkerKey", "k");

@@ -3,13 +3,13 @@
 //! A host is checked by its name before it is resolved, and again at every redirect. Each address that a name resolves to is
 //! checked before it is connected to, so a name cannot be pointed at an internal address after it was checked.
 
-use crate::host::{HostPortRule, HostRule, Network, bare};
+use crate::{
+    address::Reach,
+    host::{HostPortRule, HostRule, Network, bare},
+};
 use arc_swap::ArcSwap;
 use reqwest::Url;
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::Arc,
-};
+use std::{net::IpAddr, sync::Arc};
 
 /// The hosts and networks that may be contacted; none by default. Clones share them, also when they are replaced.
 #[derive(Debug, Clone, Default)]
@@ -73,50 +73,14 @@ impl Origins {
     /// # Errors
     /// Why it is not allowed, with the configuration key that could allow it.
     pub fn check_address(&self, address: IpAddr) -> Result<(), String> {
-        if is_public(address) || self.0.load().networks.iter().any(|network| network.contains(address)) {
+        if Reach::of(address) == Reach::Public
+            || self.0.load().networks.iter().any(|network| network.contains(address))
+        {
             return Ok(());
         }
         Err(format!(
             "address {address} is not public and in no range of assets.allowed_networks of this server"
         ))
-    }
-}
-
-/// Whether an address is known to belong to the public internet.
-fn is_public(address: IpAddr) -> bool {
-    match address.to_canonical() {
-        IpAddr::V4(address) => is_public_v4(address),
-        IpAddr::V6(address) => is_public_v6(address),
-    }
-}
-
-fn is_public_v4(address: Ipv4Addr) -> bool {
-    let [a, b, c, _] = address.octets();
-    let special = address.is_private()
-        || address.is_loopback()
-        || address.is_link_local()
-        || address.is_documentation()
-        || a == 0
-        || a >= 224 // multicast, reserved, broadcast
-        || (a == 100 && b & 0xc0 == 64) // carrier-grade NAT
-        || (a == 198 && b & 0xfe == 18) // benchmarks
-        || (a == 192 && b == 0 && c == 0); // protocol assignments
-    !special
-}
-
-fn is_public_v6(address: Ipv6Addr) -> bool {
-    let [a, b, c, d, e, f, g, h] = address.segments();
-    let embedded =
-        |high: u16, low: u16| is_public_v4(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)));
-    match (a, b) {
-        // NAT64 and 6to4 addresses lead to the IPv4 address that they contain.
-        (0x64, 0xff9b) if [c, d, e, f] == [0; 4] => embedded(g, h),
-        (0x2002, _) => embedded(b, c),
-        // Protocol assignments (Teredo among them) and documentation.
-        (0x2001, 0..=0x1ff | 0xdb8) | (0x3fff, 0..=0xfff) => false,
-        // All other global unicast addresses. Loopback, unique local, link local and multicast addresses are outside of this
-        // block.
-        _ => a & 0xe000 == 0x2000,
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! It owns the operations, the tasks that they wait for, the queues and the slots. Its invariants:
 //! - An unfinished operation waits for exactly one task, and a task without operations does not exist.
-//! - A task is waiting (unchecked, checking or ready, in that order) or running. Only ready tasks are given a slot.
+//! - A task is waiting (unchecked, checking, awaiting its image if it names one, or ready, in that order) or running. Only ready
+//!   tasks are given a slot.
 //! - A ready task is in the queue of each pool that can run it. A running task is in no queue.
 //! - A task without followers waits behind all tasks with followers, and gives up its slot if one of these needs it.
 //! - A task has an entry in its queues for each owner that waits for it. It counts for one of them in the [`QueueQuota`] and,
@@ -46,13 +47,13 @@ use crate::{
 };
 use gorego_reapi::error::{Error, Result};
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     hash::RandomState,
     sync::Arc,
     time::Duration,
 };
 
-pub(crate) use dispatch::{Assignment, Check, RunEnd};
+pub(crate) use dispatch::{Assignment, Check, ImageOrder, RunEnd};
 use followers::Unfollowed;
 use task::{Task, TaskKey, TaskRun, TaskStep, key};
 use waiting::Board;
@@ -78,6 +79,10 @@ pub(crate) struct Ledger {
     quota: QueueQuota,
     /// The running input checks, including those of tasks that have ended meanwhile.
     checks: BTreeMap<TaskId, Charge>,
+    /// Whether somebody brings the container images that tasks name. Otherwise such names mean nothing here.
+    brings_images: bool,
+    /// Tasks whose images were not ordered yet.
+    image_orders: VecDeque<TaskId>,
     draining: bool,
     transitions: Vec<Transition>,
 }
@@ -101,9 +106,16 @@ impl Ledger {
             joinable: HashMap::new(),
             runs: BTreeMap::new(),
             checks: BTreeMap::new(),
+            brings_images: false,
+            image_orders: VecDeque::new(),
             draining: false,
             transitions: Vec::new(),
         }
+    }
+
+    /// From now on, tasks wait for the container images that they name: see [`Ledger::next_image`].
+    pub(crate) fn bring_images(&mut self) {
+        self.brings_images = true;
     }
 
     /// Admits an action that was looked up in the store. A cached result and an action that cannot run become operations that
@@ -200,6 +212,7 @@ impl Ledger {
             action,
             weight,
             pools,
+            more_than: None,
             first: info.clone(),
             queued_at: now.wall,
             queued: now.at,
@@ -211,6 +224,7 @@ impl Ledger {
             followers: 1,
             unfollowed_since: None,
             step: TaskStep::Unchecked,
+            image_order: None,
             server_logs: Vec::new(),
             position: None,
         };

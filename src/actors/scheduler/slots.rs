@@ -312,15 +312,16 @@ impl Slots {
         (!left.holds(&need)).then_some((need, left))
     }
 
-    /// Those of these pools that take tasks and give this one more memory than the pool in which it ran.
-    pub(crate) fn with_more_memory(&mut self, pools: &PoolSet, ran_in: PoolId, action: &Action) -> PoolSet {
-        let memory = |id: &PoolId| {
-            let limit = self.open(*id)?.limits.of(&action.platform).memory;
-            Some(if limit == 0 { u64::MAX } else { limit })
-        };
-        let Some(before) = memory(&ran_in) else { return PoolSet::from([]) };
-        let larger: Vec<_> =
-            pools.iter().copied().filter(|id| memory(id).is_some_and(|memory| memory > before)).collect();
+    /// How much memory a pool gives a task; the most if there is no limit.
+    pub(crate) fn memory(&self, id: PoolId, action: &Action) -> u64 {
+        let limit = self.pools.get(&id).map_or(0, |pool| pool.limits.of(&action.platform).memory);
+        if limit == 0 { u64::MAX } else { limit }
+    }
+
+    /// Those of these pools that take tasks and give this one more memory than that.
+    pub(crate) fn with_more_memory(&mut self, pools: &PoolSet, than: u64, action: &Action) -> PoolSet {
+        let gives_more = |id: &PoolId| self.is_open(*id) && self.memory(*id, action) > than;
+        let larger: Vec<_> = pools.iter().copied().filter(gives_more).collect();
         self.shared(larger)
     }
 

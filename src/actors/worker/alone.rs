@@ -1,4 +1,5 @@
-//! Runs one action without a scheduler, for `gorego replay`: the steps, the staging and the sandbox are those of a worker.
+//! Runs one action without a scheduler, for `gorego replay`. The steps, the staging and the sandbox are those of a
+//! worker.
 
 use super::{
     WorkerSettings,
@@ -10,7 +11,7 @@ use super::{
 };
 use actix::{Actor, AsyncContext as _, Context, Handler};
 
-/// Receives the progress of a run that nobody follows.
+/// Receives progress messages that nobody reads.
 struct Nobody;
 
 impl Actor for Nobody {

@@ -60,7 +60,7 @@ impl CancelToken {
         self.0.stopped.load(Ordering::SeqCst)
     }
 
-    /// A descriptor that is readable from the stop on.
+    /// A descriptor that becomes readable when the command has to stop.
     pub fn event(&self) -> Option<BorrowedFd<'_>> {
         self.0.event.as_ref().map(AsFd::as_fd)
     }

@@ -23,8 +23,8 @@ impl<'a> Checkpoint<'a> {
     /// Checks that the step may continue.
     ///
     /// # Errors
-    /// `Cancelled`; `Unavailable` once the step took too long. It is not `DeadlineExceeded`, which would mean the timeout of
-    /// the command to clients (EXE-45).
+    /// `Cancelled`; `Unavailable` if the step took too long. It is not `DeadlineExceeded`, which clients would take for
+    /// the timeout of the command (EXE-45).
     pub(super) fn check(&self) -> Result<()> {
         if self.cancel.is_cancelled() {
             return Err(cancelled());

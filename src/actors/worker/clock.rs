@@ -22,7 +22,7 @@ impl Moment {
         Self((time.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
     }
 
-    /// The time from `earlier` to this; zero when `earlier` is later.
+    /// The time from `earlier` to this moment; zero if `earlier` is later.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
@@ -131,9 +131,10 @@ mod tests {
 
     /// EXE-60.
     #[test]
-    fn all_nine_timestamps_are_set_and_ordered_also_when_steps_were_not_reached_or_clocks_disagree() {
+    fn all_nine_timestamps_are_set_and_ordered_even_if_steps_were_not_reached_or_clocks_disagree() {
         let wall = UNIX_EPOCH + Duration::from_secs(1_000);
-        // Queued "after" the start, as after a step of the wall clock. The end of the command is recorded, but not its start.
+        // The time of queueing is after the start, as it can be if the wall clock is set. The end of the command is
+        // recorded, but not its start.
         let mut timeline = Timeline::start(wall + Duration::from_secs(5), wall, Moment(100));
         timeline.note(Point::FetchStart, Moment(150));
         timeline.note(Point::RunEnd, Moment(130));

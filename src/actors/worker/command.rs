@@ -48,15 +48,15 @@ pub struct Launch {
     pub stdout: PathBuf,
     /// Absolute path of the log of stderr; the file must not exist.
     pub stderr: PathBuf,
-    /// The largest file that the command may write, and the largest log, in bytes.
+    /// Maximum size in bytes of a file that the command may write, and of each log.
     pub max_file_bytes: u64,
-    /// What is mounted as the input root; `None` when it lies at `root` as it is.
+    /// The layers that are mounted as the input root; `None` if the input root is the directory at `root`.
     pub layers: Option<Layers>,
-    /// What kind of cell it needs. Without cells only the default is possible.
+    /// The kind of cell that the command needs. Without cells only the default is possible.
     pub kind: CellKind,
-    /// What it may use.
+    /// What the command may use.
     pub limits: Limits,
-    /// Absolute path of a terminal that the command gets in place of `/dev/null` and the logs.
+    /// Absolute path of a terminal that the command gets instead of `/dev/null` and the logs.
     pub terminal: Option<PathBuf>,
 }
 
@@ -85,7 +85,7 @@ impl Launch {
         }
     }
 
-    /// The directory on disk to which the command writes what it writes to its input root.
+    /// The directory on disk that receives what the command writes to its input root.
     pub(super) fn written(&self) -> &Path {
         self.layers.as_ref().map_or(&self.root, |layers| Path::new(OsStr::from_bytes(&layers.own)))
     }
@@ -108,8 +108,8 @@ fn programs(command: &Command) -> Vec<String> {
         .collect()
 }
 
-/// The exit code, and a line for stderr, if no program of a launch could be started (EXE-42). `is_noexec` says that no program
-/// in the build root can be started.
+/// The exit code and a line for stderr when no program of a launch could be started (EXE-42). `is_noexec` says that
+/// programs in the build root cannot be run.
 pub(crate) fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, String) {
     let program = command.arguments.first().map_or("", String::as_str).escape_debug();
     let errno = Errno::from_raw_os_error(errno);
@@ -182,7 +182,7 @@ mod tests {
 
     /// EXE-40.
     #[test]
-    fn a_program_is_looked_up_in_the_path_of_the_command_only_when_it_has_no_slash() {
+    fn a_program_is_looked_up_in_the_path_of_the_command_only_if_it_has_no_slash() {
         assert_eq!(programs(&command("bin/tool", Some("/x"))), ["bin/tool"]);
         assert_eq!(programs(&command("/bin/sh", None)), ["/bin/sh"]);
         assert_eq!(programs(&command("sh", Some("/x::rel/y"))), ["/x/sh", "./sh", "rel/y/sh"]);

@@ -17,8 +17,8 @@ use std::{
     path::Path,
 };
 
-/// How many directories a [`Cursor`] keeps open. Others are opened again through "..", so the number only affects the system
-/// calls.
+/// How many directories a [`Cursor`] keeps open. The others are opened again through "..", so this number only affects
+/// how many system calls are needed.
 const KEPT_OPEN: usize = 8;
 
 /// The identity of a file: device and inode.
@@ -38,7 +38,7 @@ pub(crate) fn file_type(stat: &Stat) -> FileType {
 /// Opens the directory `name` in `parent`, never through a symbolic link and never on another file system.
 ///
 /// # Errors
-/// Those of openat2(2).
+/// The errors of openat2(2).
 pub(crate) fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     open2(parent, name, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV)
@@ -48,7 +48,7 @@ pub(crate) fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
 /// stat from before that.
 ///
 /// # Errors
-/// Those of openat2(2); `EXDEV` for a mount point.
+/// The errors of openat2(2); `EXDEV` for a mount point.
 pub(crate) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, Stat)> {
     let opened = match open_dir(parent, name) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -71,7 +71,7 @@ pub(crate) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, 
 /// checks the type of the file.
 ///
 /// # Errors
-/// Those of openat2(2).
+/// The errors of openat2(2).
 pub(crate) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
@@ -88,7 +88,7 @@ pub(crate) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
 /// be used to name entries in it (`O_PATH`).
 ///
 /// # Errors
-/// `EXDEV` when a link leads out of `root`; otherwise those of openat2(2).
+/// `EXDEV` if a link leads out of `root`; otherwise those of openat2(2).
 pub(crate) fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     open2(root, path.as_os_str(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, resolve)
@@ -97,7 +97,7 @@ pub(crate) fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
 /// The stat of `name` in `parent`. A link is not followed.
 ///
 /// # Errors
-/// Those of fstatat(2).
+/// The errors of fstatat(2).
 pub(crate) fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
     Ok(rfs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
 }
@@ -105,7 +105,7 @@ pub(crate) fn stat_at(parent: &File, name: &OsStr) -> io::Result<Stat> {
 /// Adds permission bits to a file or directory, never through a symbolic link.
 ///
 /// # Errors
-/// When it is a link, belongs to another user, or does not exist.
+/// If it is a link, belongs to another user, or does not exist.
 pub(super) fn grant(parent: &File, name: &OsStr, bits: Mode) -> io::Result<()> {
     // An O_PATH handle needs no permission on the file, and its name in /proc refers to exactly this inode.
     let handle = rfs::openat(parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
@@ -132,7 +132,7 @@ fn open2(parent: &File, path: &OsStr, flags: OFlags, resolve: ResolveFlags) -> i
 /// The entries of an open directory, without "." and "..".
 ///
 /// # Errors
-/// Those of getdents(2), as items where they occur.
+/// The errors of getdents(2), also as items of the iterator.
 pub(crate) fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<rfs::DirEntry>>> {
     Ok(rfs::Dir::read_from(dir)?
         .filter(|entry| !matches!(entry, Ok(e) if matches!(e.file_name().to_bytes(), b"." | b"..")))
@@ -142,7 +142,7 @@ pub(crate) fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<
 /// The names in an open directory.
 ///
 /// # Errors
-/// Those of getdents(2).
+/// The errors of getdents(2).
 pub(super) fn names(dir: &File) -> io::Result<Vec<OsString>> {
     entries(dir)?.map(|entry| Ok(entry_name(&entry?).to_owned())).collect()
 }
@@ -169,7 +169,7 @@ impl Cursor {
     /// A cursor at the top of a tree.
     ///
     /// # Errors
-    /// Those of fstat(2).
+    /// The errors of fstat(2).
     pub(super) fn new(top: File) -> io::Result<Self> {
         let stat = rfs::fstat(&top)?;
         Ok(Self { levels: vec![CursorLevel::new(top, &stat)] })
@@ -191,7 +191,7 @@ impl Cursor {
     /// Enters a subdirectory. A directory that its owner may not read, write or search is made accessible first.
     ///
     /// # Errors
-    /// Those of openat2(2); `EXDEV` for a mount point.
+    /// The errors of openat2(2); `EXDEV` for a mount point.
     pub(super) fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let (open, stat) = open_accessible(self.here()?, name)?;
         self.levels.push(CursorLevel::new(open, &stat));
@@ -204,7 +204,7 @@ impl Cursor {
     /// Returns to the parent directory.
     ///
     /// # Errors
-    /// When the parent is no longer the directory that it came from.
+    /// If the parent is no longer the directory that the cursor came from.
     pub(super) fn up(&mut self) -> io::Result<()> {
         let Some(left) = self.levels.pop() else { return Err(Errno::NOENT.into()) };
         let Some(parent) = self.levels.last_mut() else { return Err(Errno::NOENT.into()) };

@@ -1,7 +1,7 @@
 //! Watches the file system of the exec directories while commands run on it.
 //!
 //! A command whose write failed for lack of space may still exit with 0 and leave half a file. So an action fails if the disk
-//! was full while it ran, whatever its exit code; see [`crate::disk`] for what counts as full and what is not seen. One thread
+//! was full while it ran, whatever its exit code; see [`crate::disk`] for what counts as full and what is not detected. One thread
 //! samples for all slots, only while something runs, and stops every running command when the disk is full: its result would be
 //! unusable, and its end frees space.
 //!
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_fails_and_stops_the_current_runs_and_no_others() {
+    fn a_full_disk_fails_and_stops_the_current_runs_but_no_others() {
         let mut runs = Runs::default();
         let tokens = [0; 3].map(|_| CancelToken::new());
         let ended = runs.begin(tokens[0].clone());

@@ -1,11 +1,12 @@
-//! [`ExecRoot`]: the files that one action sees: a layer of its own and, where there is one, a staged tree beneath it.
+//! [`ExecRoot`]: the files that one action sees. They consist of a layer of the action's own and possibly a staged tree
+//! below it.
 //!
-//! The command sees both as one tree, an overlay. This module looks at them from outside, where nothing is mounted: the own
-//! layer on disk by the rules of overlayfs, the staged tree in memory, as the Directories that it was made from. So what the
-//! command left alone costs no look at the disk and has a known digest, and a file that it wrote lies in the own layer, from
-//! where the store can take it over.
+//! The command sees both as one tree, an overlay. This module reads them from outside, where the overlay is not
+//! mounted: the own layer on disk, by the rules of overlayfs, and the staged tree in memory, as the Directories from
+//! which it was made. So files that the command left unchanged need no access to the disk and have a known digest. A
+//! file that the command wrote is in the own layer, from where the store can take it over.
 //!
-//! Without a staged tree the own layer is everything.
+//! Without a staged tree, the own layer contains all files.
 
 use super::{
     dir::{self, Cursor},
@@ -25,34 +26,34 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-/// How many links the way to a directory may have, as in the kernel.
+/// Maximum number of links on the path to a directory, as in the kernel.
 const MAX_LINKS: usize = 40;
-/// How many names a way may have, those in links included. A path has half as many at most.
+/// Maximum number of names on a path, including those in link targets. The path itself can have at most half as many.
 const MAX_NAMES: usize = 4_096;
 
-/// The files of one action. Not to be used while a process of the action lives.
+/// The files of one action. Must not be used while a process of the action is alive.
 #[derive(Debug, Clone, Copy)]
 pub struct ExecRoot<'a> {
     own: &'a File,
     staged: Option<&'a InputTree>,
 }
 
-/// A directory of it.
+/// A directory of an [`ExecRoot`].
 #[derive(Debug)]
 pub struct Dir<'a> {
     staged: Option<&'a InputTree>,
-    /// Where it is, without links, from the top.
+    /// Its path from the top, without links.
     path: PathBuf,
-    /// For naming things in it; `None` when the own layer does not have it.
+    /// A handle for opening entries in it; `None` if the own layer does not have the directory.
     own: Option<File>,
-    /// `None` when the staged tree does not have it, or must not be seen.
+    /// The directory in the staged tree; `None` if that does not have it, or if it is hidden.
     below: Option<&'a Directory>,
 }
 
-/// What is under one name.
+/// The node with some name.
 #[derive(Debug)]
 pub enum ExecNode<'a> {
-    /// Something of the own layer.
+    /// A node of the own layer.
     Own(Stat),
     /// A file of the staged tree.
     File(&'a tree::File),
@@ -63,7 +64,7 @@ pub enum ExecNode<'a> {
 }
 
 impl ExecNode<'_> {
-    /// Whether it is a directory, and not a link to one.
+    /// Whether it is a directory. A link to a directory is not.
     pub fn is_directory(&self) -> bool {
         match self {
             Self::Own(stat) => dir::file_type(stat) == FileType::Directory,
@@ -74,7 +75,7 @@ impl ExecNode<'_> {
 }
 
 impl<'a> ExecRoot<'a> {
-    /// The layer `own` above `staged`.
+    /// The files of the layer `own` above the tree `staged`.
     pub fn new(own: &'a File, staged: Option<&'a InputTree>) -> Self {
         Self { own, staged }
     }
@@ -84,10 +85,10 @@ impl<'a> ExecRoot<'a> {
         self.own
     }
 
-    /// The directory at `path`, whose way may use symbolic links as long as they stay beneath the root.
+    /// Finds the directory at `path`. The path may use symbolic links as long as they stay beneath the root.
     ///
     /// # Errors
-    /// `EXDEV` when a link leads out of the root; else those of openat2(2).
+    /// `EXDEV` if a link leads out of the root; otherwise those of openat2(2).
     pub fn resolve(&self, path: &Path) -> io::Result<Dir<'a>> {
         if self.staged.is_none() {
             let own = Some(dir::open_beneath(self.own, path)?);
@@ -98,7 +99,7 @@ impl<'a> ExecRoot<'a> {
         Ok(walk.here)
     }
 
-    /// Whether its owner can enter the directory at `path`, as far as permission bits say.
+    /// Whether the permission bits allow the owner to enter the directory at `path`.
     ///
     /// # Errors
     /// As [`ExecRoot::resolve`].
@@ -126,7 +127,7 @@ impl<'a> ExecRoot<'a> {
         })
     }
 
-    /// The directory at a path without links, as the own layer has it, if it does.
+    /// Opens the directory at a path without links in the own layer; `None` if the layer does not have it.
     fn own_at(&self, path: &Path) -> io::Result<Option<File>> {
         if path.as_os_str().is_empty() {
             return self.own.try_clone().map(Some);
@@ -138,10 +139,10 @@ impl<'a> ExecRoot<'a> {
     }
 }
 
-/// A walk along a path with links.
+/// A walk along a path that may contain links.
 struct Way<'a> {
     root: ExecRoot<'a>,
-    /// The directories of the staged tree above the current one.
+    /// The directories of the staged tree that are parents of the current one.
     above: Vec<Option<&'a Directory>>,
     here: Dir<'a>,
     links: usize,
@@ -154,7 +155,7 @@ impl Way<'_> {
         self.push(path, &mut left)?;
         while let Some(name) = left.pop() {
             if name == ".." {
-                // Above the top there is nothing that is ours to show.
+                // The path leaves the root.
                 self.here.below = self.above.pop().ok_or(Errno::XDEV)?;
                 self.here.path.pop();
                 self.here.own = self.root.own_at(&self.here.path)?;
@@ -178,7 +179,7 @@ impl Way<'_> {
         Ok(())
     }
 
-    /// Puts the names of a path before those that are left.
+    /// Puts the names of a path in front of the names that are left.
     fn push(&mut self, path: &Path, left: &mut Vec<OsString>) -> io::Result<()> {
         let first = left.len();
         for component in path.components() {
@@ -206,7 +207,7 @@ enum WayPart<'a> {
 }
 
 impl<'a> Dir<'a> {
-    /// Where its own files are, for naming things in it.
+    /// A handle of the directory in the own layer, for opening entries in it.
     pub fn own(&self) -> Option<&File> {
         self.own.as_ref()
     }
@@ -220,10 +221,10 @@ impl<'a> Dir<'a> {
         })
     }
 
-    /// What is under a name.
+    /// Finds the node with this name.
     ///
     /// # Errors
-    /// `NotFound` when there is nothing; else those of fstatat(2).
+    /// `NotFound` if there is none; otherwise those of fstatat(2).
     pub fn look(&self, name: &OsStr) -> io::Result<ExecNode<'a>> {
         if let Some(own) = &self.own {
             match dir::stat_at(own, name) {
@@ -238,10 +239,10 @@ impl<'a> Dir<'a> {
         found.ok_or_else(|| Errno::NOENT.into())
     }
 
-    /// Checks that there is nothing under a name, not even a link that leads nowhere.
+    /// Checks that there is no node with this name, not even a dangling link.
     ///
     /// # Errors
-    /// `AlreadyExists` when there is; those of fstatat(2).
+    /// `AlreadyExists` if there is one; those of fstatat(2).
     pub fn must_lack(&self, name: &OsStr) -> io::Result<()> {
         match self.look(name) {
             Ok(_) => Err(Errno::EXIST.into()),
@@ -253,7 +254,7 @@ impl<'a> Dir<'a> {
     /// Reads the target of a link that [`Dir::look`] has found in the own layer.
     ///
     /// # Errors
-    /// Those of readlinkat(2).
+    /// The errors of readlinkat(2).
     pub fn read_link(&self, name: &OsStr) -> io::Result<OsString> {
         let own = self.own.as_ref().ok_or(Errno::NOENT)?;
         Ok(OsString::from_vec(rfs::readlinkat(own, name, Vec::new())?.into_bytes()))
@@ -278,11 +279,11 @@ impl<'a> Dir<'a> {
         Ok(WayPart::Directory(Dir { staged: self.staged, path, own, below }))
     }
 
-    /// Makes sure that the own layer has this directory, and gives a handle of it. Directories of the staged tree on the way
-    /// are made again with their times; permission bits of their own are for `inputs` to set.
+    /// Makes sure that the own layer has this directory, and returns a handle of it. Missing directories on the path
+    /// are created in the layer with the times of the staged ones. The module `inputs` sets their modes.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn make_own(&self, root: ExecRoot<'a>) -> io::Result<File> {
         if let (None, Some(own)) = (self.staged, &self.own) {
             return own.try_clone();
@@ -311,7 +312,7 @@ impl<'a> Dir<'a> {
     }
 }
 
-/// What a directory of the staged tree has under a name.
+/// The node with this name in a directory of the staged tree.
 fn find<'a>(tree: &'a InputTree, directory: &'a Directory, name: &OsStr) -> Option<ExecNode<'a>> {
     let text = name.to_str()?;
     let file = || directory.file(text).map(ExecNode::File);
@@ -329,7 +330,7 @@ fn subdirectory<'a>(
     tree?.find(&child.digest)
 }
 
-/// The directory of the staged tree that is seen through `own`, which lies under `name`.
+/// The directory of the staged tree that is visible through the own layer's directory `own` with this name.
 fn below<'a>(
     tree: Option<&'a InputTree>,
     directory: Option<&'a Directory>,
@@ -347,39 +348,39 @@ fn below<'a>(
 pub struct LayerWalk<'a> {
     staged: Option<&'a InputTree>,
     own: Option<Cursor>,
-    /// How many directories it stands below the last one that the own layer has.
+    /// How many levels the position is below the last directory that the own layer has.
     deeper: usize,
     below: Vec<Option<&'a Directory>>,
 }
 
-/// A directory that a [`LayerWalk`] stands in.
+/// The current directory of a [`LayerWalk`].
 #[derive(Debug, Clone, Copy)]
 pub struct Here<'w, 'a> {
-    /// What the own layer has of it.
+    /// The directory in the own layer.
     pub own: Option<&'w File>,
-    /// What is seen of the staged tree.
+    /// The directory in the staged tree, if it is visible.
     pub below: Option<&'a Directory>,
     /// The staged tree.
     pub staged: Option<&'a InputTree>,
 }
 
 impl<'a> LayerWalk<'a> {
-    /// At the top of an exec root.
+    /// Starts at the top of an exec root.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn at_top(root: ExecRoot<'a>) -> io::Result<Self> {
-        // A second handle with a position of its own.
+        // A second handle with its own file position.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let own = File::from(rfs::openat(root.own, ".", flags, Mode::empty())?);
         let below = root.staged.map(InputTree::root);
         Ok(Self { staged: root.staged, own: Some(Cursor::new(own)?), deeper: 0, below: vec![below] })
     }
 
-    /// At the directory `name` of `parent`.
+    /// Starts at the directory `name` of `parent`.
     ///
     /// # Errors
-    /// Those of openat2(2).
+    /// The errors of openat2(2).
     pub fn at(parent: &Dir<'a>, name: &OsStr) -> io::Result<Self> {
         let staged = parent.staged;
         match parent.look(name)? {
@@ -396,10 +397,10 @@ impl<'a> LayerWalk<'a> {
         }
     }
 
-    /// The directory it stands in.
+    /// The current directory.
     ///
     /// # Errors
-    /// None in practice; the current directory is always open.
+    /// None in practice: the current directory is always open.
     pub fn here(&self) -> io::Result<Here<'_, 'a>> {
         let own = match &self.own {
             Some(cursor) if self.deeper == 0 => Some(cursor.here()?),
@@ -408,10 +409,10 @@ impl<'a> LayerWalk<'a> {
         Ok(Here { own, below: self.below.last().copied().flatten(), staged: self.staged })
     }
 
-    /// Enters a subdirectory, as [`Cursor::down`].
+    /// Enters a subdirectory like [`Cursor::down`].
     ///
     /// # Errors
-    /// As [`Cursor::down`].
+    /// The errors of [`Cursor::down`].
     pub fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let directory = self.below.last().copied().flatten();
         let entered = match &mut self.own {
@@ -435,10 +436,10 @@ impl<'a> LayerWalk<'a> {
         Ok(())
     }
 
-    /// Goes back to the directory above.
+    /// Returns to the parent directory.
     ///
     /// # Errors
-    /// As [`Cursor::up`].
+    /// The errors of [`Cursor::up`].
     pub fn up(&mut self) -> io::Result<()> {
         self.below.pop();
         match &mut self.own {

@@ -1,43 +1,45 @@
-//! [`ImageStore`]: the part of container images that a worker needs, as a trait.
+//! [`ImageStore`]: the part of the handling of container images that a worker needs, as a trait. Usually the image that an action
+//! names has been pulled when the action gets its slot, because the scheduler has asked for it before.
 
 use super::{WorkerSettings, checkpoint::Checkpoint};
 use crate::{
     action::{Action, Command},
+    caller::Peer,
     platform,
     sandbox::kind::{CellKind, InnerUser, RootFs},
 };
 use gorego_reapi::error::{Error, Result};
 use std::{any::Any, fmt, path::PathBuf};
 
-/// Where the root file systems of images come from. Every method blocks.
+/// Provides the root file systems of images. Every method blocks.
 pub trait ImageStore: Send + Sync + fmt::Debug {
-    /// The root file system of an image, after it was pulled if it is not there yet. `check` is called between short waits; its
-    /// error ends the call, but not a pull that others may wait for.
+    /// Leases the root file system of an image for an action of this peer, and pulls the image first if necessary. `check` is
+    /// called between short waits. Its error ends the call, but not the pull, because other actions may wait for it.
     ///
     /// # Errors
-    /// `Invalid` for a name that is none; `Precondition` for an image that cannot be had or used; `Unavailable` for what may pass;
-    /// those of `check`.
-    fn lease(&self, name: &str, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage>;
+    /// `Invalid` for an invalid name; `Precondition` for an image that cannot be pulled or used; `Unavailable` for
+    /// temporary problems; those of `check`.
+    fn lease(&self, name: &str, peer: Peer, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage>;
 
-    /// Removes the images that nobody uses, for a disk that is full.
+    /// Removes images that are not in use, to free space on a full disk.
     fn relieve_disk(&self);
 }
 
-/// An unpacked image, which stays for as long as this is held.
+/// An unpacked image. It is not removed while this is held.
 #[derive(Debug)]
 pub struct LeasedImage {
     /// Absolute path of its root file system, which must not be changed.
     pub root: PathBuf,
-    /// Variables, where a command does not set them itself.
+    /// Environment variables for commands that do not set them.
     pub environment: Vec<(String, String)>,
-    /// Who a command is, as it sees itself; nobody special if this is missing.
+    /// User and group of the command as it sees itself; `None` for the default.
     pub user: Option<InnerUser>,
-    /// What keeps it.
+    /// Keeps the image from being removed.
     pub lease: Box<dyn Any + Send + Sync>,
 }
 
 impl LeasedImage {
-    /// The command as it runs in this image: with the variables that it does not set itself.
+    /// The command with those variables of the image that it does not set itself.
     pub(super) fn complete(&self, command: &Command) -> Command {
         let is_set = |name: &String| command.environment.iter().any(|(own, _)| own == name);
         let more = self.environment.iter().filter(|(name, _)| !is_set(name));
@@ -46,13 +48,16 @@ impl LeasedImage {
     }
 }
 
-/// The image that an action asks for, if it does. Its files then replace the host's. Pulling it counts as fetching inputs.
+/// Leases the image that an action asks for, if any, and makes it the root file system in `kind`. Pulling it counts as
+/// fetching inputs.
 ///
 /// # Errors
-/// Those of [`ImageStore::lease`]; when the action asks for what cannot be together, or the pool cannot have images.
+/// The errors of [`ImageStore::lease`]; an error if the action asks for a combination that is not possible, or if the pool
+/// cannot use images.
 pub(super) fn lease_for(
     settings: &WorkerSettings,
     action: &Action,
+    peer: Peer,
     kind: &mut CellKind,
     fetching: &Checkpoint,
 ) -> Result<Option<LeasedImage>> {
@@ -67,10 +72,10 @@ pub(super) fn lease_for(
     }
     if !settings.sandbox.as_ref().is_some_and(|sandbox| sandbox.protections.namespaces) {
         return Err(Error::Precondition(
-            "the action asks for an image, which takes the namespaces of the sandbox; they are off in this pool".into(),
+            "the action asks for an image, which requires the namespaces of the sandbox; they are off in this pool".into(),
         ));
     }
-    let image = images.lease(name, &|| fetching.check())?;
+    let image = images.lease(name, peer, &|| fetching.check())?;
     kind.root = Some(RootFs::directory(&image.root));
     kind.user = kind.user.or(image.user);
     Ok(Some(image))

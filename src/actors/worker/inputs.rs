@@ -43,11 +43,11 @@ const PLAIN: u32 = 0o644;
 /// time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
 pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
 
-/// Writes a whole input root, all of which is leased, into the empty directory `top`, with the modes of its directories if nothing is made in it
-/// afterwards (`is_complete`).
+/// Writes a whole input root into the empty directory `top`. All its files must be leased. If nothing will be created
+/// in it afterwards (`is_complete`), the modes of its directories are set too.
 ///
 /// # Errors
-/// Those of the store; of the checkpoint between two files.
+/// The errors of the store, and those of the checkpoint, which is checked before each file.
 pub(super) fn write(
     inputs: &dyn Inputs,
     top: &File,
@@ -63,7 +63,8 @@ pub(super) fn write(
     Ok(())
 }
 
-/// Writes a delta, whose files are leased, into the empty directory `top`, which then is a layer over the base of the delta.
+/// Writes a delta into the empty directory `top`, which then is an overlay layer above the base of the delta. The files
+/// of the delta must be leased.
 ///
 /// # Errors
 /// As [`write()`].
@@ -109,10 +110,11 @@ pub(super) fn write_delta(
     set_mtime(top, ".", mtime_of(&tree.root().properties))
 }
 
-/// The directories on which the sandbox mounts its own if the input root is the root file system.
+/// The directories over which the sandbox mounts file systems of its own if the input root is the root file system.
 const MOUNT_POINTS: &[&str] = &["dev", "proc", "tmp"];
 
-/// The mount points that an input root did not have, in its own layer. They are no outputs of the command.
+/// The mount points that were missing in an input root and were created in its own layer. They are not outputs of the
+/// command.
 #[derive(Debug)]
 pub(super) struct MountPoints<'a> {
     root: &'a File,
@@ -120,10 +122,10 @@ pub(super) struct MountPoints<'a> {
 }
 
 impl<'a> MountPoints<'a> {
-    /// Makes those that are missing.
+    /// Creates the missing mount points.
     ///
     /// # Errors
-    /// `Invalid` when the input root has something else there.
+    /// `Invalid` if the input root has something other than a directory there.
     pub(super) fn make(root: ExecRoot<'a>) -> Result<Self> {
         let failed = |error: io::Error| Error::io("make mount points in the input root", &error);
         let top = root.resolve(Path::new(".")).map_err(failed)?;
@@ -146,20 +148,21 @@ impl<'a> MountPoints<'a> {
         Ok(Self { root: root.own(), made })
     }
 
-    /// Takes away those that were missing.
+    /// Removes the mount points that were created.
     pub(super) fn remove(self) {
         for name in self.made {
-            // The command may have replaced it.
+            // The removal fails if the command has put something into the directory or replaced it; it then stays.
             let _ = rfs::unlinkat(self.root, name, AtFlags::REMOVEDIR);
         }
     }
 }
 
-/// Makes what the command takes for granted in an exec root whose files are in place. `is_root`: permissions do not stop it.
+/// Creates the directories that the command relies on in an exec root whose files are in place. `is_root`: permissions
+/// do not restrict the command.
 ///
 /// # Errors
-/// `Invalid` when a link or file of the tree is in the way of the working directory or of an output's parent, or a mode in that of
-/// the command; those of the checkpoint.
+/// `Invalid` if a link or file of the tree is in the way of the working directory or of an output's parent, or if a
+/// mode forbids the command to enter its working directory; those of the checkpoint.
 pub(super) fn prepare(
     tree: &InputTree,
     root: ExecRoot<'_>,
@@ -177,7 +180,7 @@ pub(super) fn prepare(
             make_directories(root, &parent, &format!("the parent of output \"{}\"", output.requested))?;
         }
     }
-    // Last of all: a directory's own mode may take away the right to write in it.
+    // This comes last, because a directory's mode may forbid writing into it.
     if tree.has_directory_modes() {
         set_directory_modes(tree, root.own(), checkpoint)?;
         if !is_root {
@@ -187,19 +190,20 @@ pub(super) fn prepare(
     Ok(())
 }
 
-/// Whether the command can get to its working directory, now that directories have the modes that were asked for.
+/// Checks that the command can enter its working directory, now that the requested modes are set.
 fn check_way(root: ExecRoot<'_>, working_directory: &RootPath) -> Result<()> {
     match root.can_enter(working_directory.as_path()) {
         Ok(false) => Err(Error::Invalid(format!(
             "the working directory \"{working_directory}\" cannot be entered: the unix_mode of a directory on the way \
              forbids it"
         ))),
-        // Other problems show when the command is started.
+        // Other problems are reported when the command is started.
         _ => Ok(()),
     }
 }
 
-/// Creates the files, links and directories of `top` in the directory in which the cursor stands, and leaves it there.
+/// Creates the files, links and directories of `top` in the current directory of the cursor, and returns the cursor to
+/// it.
 fn write_below(
     inputs: &dyn Inputs,
     top: &Directory,
@@ -220,7 +224,7 @@ fn write_below(
         let directory = *directory;
         open.pop();
         if open.is_empty() {
-            // Each new entry has changed it.
+            // Creating entries has changed the time.
             let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
             set_mtime(here, ".", mtime_of(&directory.properties))?;
         } else {
@@ -230,7 +234,7 @@ fn write_below(
     Ok(())
 }
 
-/// Makes a directory and enters it.
+/// Creates a directory and enters it.
 fn enter_new(cursor: &mut Cursor, name: &str) -> Result<()> {
     cursor
         .here()
@@ -245,9 +249,9 @@ fn enter_new(cursor: &mut Cursor, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Goes back up from a directory in which everything is in place.
+/// Sets the time of a finished directory and returns to its parent.
 fn leave(cursor: &mut Cursor, directory: &Directory) -> Result<()> {
-    // Each new entry has changed it.
+    // Creating entries has changed the time.
     let here = cursor.here().map_err(|error| Error::io("write the input root", &error))?;
     set_mtime(here, ".", mtime_of(&directory.properties))?;
     cursor.up().map_err(|error| Error::io("go back up in the input root", &error))
@@ -277,8 +281,8 @@ pub(super) fn write_link(link: &Symlink, here: &File) -> Result<()> {
     set_mtime(here, &link.name, mtime_of(&link.properties))
 }
 
-/// Sets the modes of the directories that ask for one, each after everything in it. Those that a layer does not have are left
-/// alone, with all below them.
+/// Sets the modes of the directories for which one is requested, each after those below it. Directories that a layer
+/// does not have are skipped.
 fn set_directory_modes(tree: &InputTree, root: &File, checkpoint: &Checkpoint) -> Result<()> {
     let mut cursor = cursor(root)?;
     let mut open = vec![("", tree.root(), tree.root().directories.iter())];
@@ -313,19 +317,19 @@ fn set_mode(parent: &File, name: &str, mode: Option<u32>) -> Result<()> {
         .map_err(|error| cannot("set the mode of", name, &error.into()))
 }
 
-/// The permission bits that a file carries.
+/// The permission bits for a file.
 pub(super) fn mode_of(file: &tree::File) -> u32 {
     file.properties.unix_mode.unwrap_or(if file.executable { EXECUTABLE } else { PLAIN })
 }
 
-/// The time that a node carries.
+/// The modification time for a node.
 pub(super) fn mtime_of(properties: &NodeProperties) -> Timespec {
     let Some(mtime) = properties.mtime else { return INPUT_TIME };
     // The seconds of a SystemTime are an i64, so neither conversion fails.
     let seconds = |since: Duration| i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
     match mtime.duration_since(UNIX_EPOCH) {
         Ok(since) => Timespec { tv_sec: seconds(since), tv_nsec: since.subsec_nanos().into() },
-        // Nanoseconds always count forward.
+        // Nanoseconds always count forward in time.
         Err(before) => match (seconds(before.duration()), before.duration().subsec_nanos()) {
             (seconds, 0) => Timespec { tv_sec: -seconds, tv_nsec: 0 },
             (seconds, nanos) => Timespec { tv_sec: -seconds - 1, tv_nsec: i64::from(1_000_000_000 - nanos) },
@@ -333,7 +337,7 @@ pub(super) fn mtime_of(properties: &NodeProperties) -> Timespec {
     }
 }
 
-/// Sets the mtime of `name` itself, which may be a link. "." means `parent`.
+/// Sets the mtime of `name` itself, even if it is a link. "." means `parent`.
 fn set_mtime(parent: &File, name: &str, mtime: Timespec) -> Result<()> {
     set_mtime_at(parent, name, mtime).map_err(|error| cannot("set the time of", name, &error))
 }
@@ -344,19 +348,19 @@ pub(super) fn set_mtime_at(parent: &File, name: impl rustix::path::Arg, mtime: T
     Ok(rfs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
-/// The time in a stat.
+/// The modification time in a stat.
 #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
 pub(super) fn mtime_in(stat: &Stat) -> Timespec {
     Timespec { tv_sec: stat.st_mtime as i64, tv_nsec: stat.st_mtime_nsec as i64 }
 }
 
-/// Makes the directories of `path` that do not exist. Links of the input root may be part of the way as long as they stay
-/// beneath it. `what` says in errors whose path it is.
+/// Creates the directories of `path` that do not exist. The path may use links of the input root as long as they stay
+/// beneath the root. `what` describes the path in errors.
 fn make_directories(root: ExecRoot<'_>, path: &RootPath, what: &str) -> Result<()> {
     if root.resolve(path.as_path()).is_ok() {
         return Ok(());
     }
-    // Step by step, also to find out which component is in the way.
+    // One component at a time, also to find out which one is in the way.
     let failed = |error: io::Error| Error::io("make directories", &error);
     let mut above = root.resolve(Path::new(".")).map_err(failed)?;
     let mut prefix = PathBuf::new();
@@ -375,11 +379,11 @@ fn make_directories(root: ExecRoot<'_>, path: &RootPath, what: &str) -> Result<(
     Ok(())
 }
 
-/// Makes one directory; the time of the one above stays what it was.
+/// Creates one directory and preserves the time of its parent.
 fn make_beneath(above: &File, name: &str) -> io::Result<()> {
     let before = rfs::fstat(above)?;
     let made = match layer::make_directory(above, name) {
-        // A whiteout says that there is nothing.
+        // A whiteout counts as a missing entry.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => layer::make_opaque(above, name)?,
         made => made?,
     };
@@ -400,7 +404,7 @@ fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> 
 }
 
 pub(super) fn cursor(root: &File) -> Result<Cursor> {
-    // A second handle, with its own file position.
+    // A second handle with its own file position.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rfs::openat(root, ".", flags, Mode::empty())
         .map_err(io::Error::from)

@@ -1,12 +1,12 @@
-//! [`Launcher`]: how a command becomes processes, and the launcher that runs it through a runner process.
+//! [`Launcher`] turns a command into processes. [`RunnerLauncher`] does so with a runner process.
 //!
-//! The server never forks: with its heap that would cost tens of milliseconds. Each worker keeps one small process of our own
-//! binary ([`runner`]) and tells it over a socket what to run; the runner forks, which is cheap there, and answers when the
-//! command and everything that came of it is gone. Time and cancellation are watched here.
+//! The server never forks: with its heap, a fork would take tens of milliseconds. Each worker keeps one small process
+//! of the same binary ([`runner`]) and sends it the command over a socket. The runner forks, which is cheap there, and
+//! answers when the command and all its descendants are gone. Time limits and cancellation are handled on this side.
 //!
-//! A runner that dies or does not answer is replaced. Whatever it leaves becomes a child of this process and is killed. A
-//! command that kills its runner is not told apart from other causes: the run is reported as this server's
-//! fault and worth another try, and the scheduler's bound on tries ends it.
+//! A runner that dies or does not answer is replaced. Its surviving processes become children of this process and are
+//! killed. A command that kills its runner cannot be told apart from other causes: the run is reported as a fault of
+//! this server that is worth a retry, and the scheduler bounds the number of attempts.
 
 mod capture;
 mod cell;
@@ -58,14 +58,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a runner may take to kill everything and say so, after it was told to. Longer means that a process hangs in the
+/// How long a runner may take to kill everything and answer after a `Kill`. If it takes longer, a process hangs in the
 /// kernel.
 const KILL_GRACE: Duration = Duration::from_secs(15);
-/// How long a runner may take to end once its socket is closed; it kills what it started first.
+/// How long a runner may take to exit after its socket is closed. It kills what it started first.
 const END_GRACE: Duration = Duration::from_secs(5);
-/// How long one message to or from a runner may take to pass.
+/// Time limit for sending or receiving one message.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a token without a descriptor is asked.
+/// How often a cancel token without a descriptor is polled.
 const CANCEL_POLL: Duration = Duration::from_millis(100);
 
 const RUNNER_REPLACED: &str = "runner_replaced";
@@ -74,76 +74,76 @@ const SLOT_WITHOUT_GROUP: &str = "slot_without_group";
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
-    /// By itself, with this exit code.
+    /// It exited with this code.
     Exited(i32),
-    /// By this signal.
+    /// It was killed by this signal, which the server did not send.
     Signalled(i32),
-    /// It could not be started; this is the errno of the last try.
+    /// It could not be started. This is the errno of the last attempt.
     NotStarted(i32),
-    /// It was killed because its time was up.
+    /// It was killed because its time limit was reached.
     TimedOut,
-    /// It was killed because somebody asked for that.
+    /// It was killed because it was cancelled.
     Cancelled,
-    /// It was killed because it printed more to this output than a log may hold.
+    /// It was killed because it printed more to this output than the log may hold.
     LogTooLong(LogKind),
-    /// It was killed because what it printed to this output could not be written to its log; this is the errno.
+    /// It was killed because its log of this output could not be written. This is the errno.
     LogLost(LogKind, i32),
-    /// It was killed because it crossed a limit.
+    /// It was killed because it exceeded a limit.
     Exceeded(Exceeded),
-    /// It lost processes because there was too little memory for all actions together.
+    /// Some of its processes were killed because there was too little memory for all actions together.
     MemoryShort {
-        /// What it used at most.
+        /// The most memory in bytes that the action used.
         used: u64,
-        /// What there is for all.
+        /// The memory in bytes for all actions together.
         total: u64,
     },
 }
 
-/// A command that ran. None of the processes that came of it is left.
+/// The result of a command that ran. All its processes are gone.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ran {
     /// How it ended.
     pub ending: Ending,
-    /// What it used, all its processes together.
+    /// Resource usage of all its processes together.
     pub usage: gorego::ResourceUsage,
     /// When it started.
     pub started: Moment,
-    /// When its first process ended, or had to.
+    /// When its first process ended or was killed.
     pub ended: Moment,
-    /// Whether it could not start a process because it had as many as it may have.
+    /// Whether it failed to create a process because of its limit on processes.
     pub refused_processes: bool,
 }
 
 /// Turns a [`Launch`] into processes.
 pub trait Launcher: Send {
-    /// Gets ready, so that the first command is not slower than the rest. Failures show in the next run.
+    /// Prepares for the first command, so that it is not slower than later ones. Failures are reported by the next run.
     fn warm_up(&mut self);
 
-    /// Runs a command to its end, which comes after `timeout` at the latest. Blocks.
+    /// Runs a command until it ends, and kills it when `timeout` has passed. Blocks.
     ///
     /// # Errors
-    /// When it cannot be said what became of the command; its files must not be used then.
+    /// If it is unknown how the command ended. Its files must not be used then.
     fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran>;
 
-    /// Ends whatever may be going on; for a caller that lost track.
+    /// Kills everything that may still run, for a caller that no longer knows its state.
     fn reset(&mut self);
 }
 
-/// The sandbox of a pool: its settings, and what of them works on this machine. Cheap to clone.
+/// The sandbox of a pool: its settings, and which parts work on this machine. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct PoolSandbox {
     pub(crate) settings: SandboxSettings,
     pub(crate) protections: Protections,
-    /// Where exec directories are.
+    /// The directory that contains the exec directories.
     pub(crate) build_root: PathBuf,
-    /// From which each slot takes its own.
+    /// The users from which each slot takes its own.
     pub(crate) users: Users,
-    /// Whether input roots can have layers.
+    /// Whether input roots can be overlays.
     pub(crate) has_layers: bool,
 }
 
 impl PoolSandbox {
-    /// One with everything that works on this machine, and usual settings. For tests.
+    /// A sandbox with the protections that work on this machine and default settings, for tests.
     pub fn usual(runner: &[OsString], build_root: &BuildRoot) -> Self {
         let settings = SandboxSettings {
             mode: SandboxMode::Auto,
@@ -173,7 +173,7 @@ impl PoolSandbox {
         self.settings.kind()
     }
 
-    /// Whether input roots can have layers.
+    /// Whether input roots can be overlays.
     pub fn has_layers(&self) -> bool {
         self.has_layers
     }
@@ -181,13 +181,13 @@ impl PoolSandbox {
     /// The kind of cell for an action that asks for these platform properties.
     ///
     /// # Errors
-    /// `Precondition` for what this sandbox does not have; `Invalid` for a user that cannot be.
+    /// `Precondition` if this sandbox lacks something that is asked for; `Invalid` if the user is not valid.
     pub(crate) fn kind(&self, asked: &[(String, String)]) -> Result<CellKind> {
         let mut kind = self.settings.kind();
         if platform::wants_input_root_as_root(asked) {
             if !self.protections.namespaces {
                 return Err(Error::Precondition(
-                    "the action asks for its input root as its root file system (rootfs), which takes the namespaces of the \
+                    "the action asks for its input root as its root file system (rootfs), which requires the namespaces of the \
                      sandbox; they are off on this server"
                         .into(),
                 ));
@@ -207,17 +207,17 @@ impl PoolSandbox {
     }
 }
 
-/// The [`Launcher`] that keeps a runner process.
+/// The [`Launcher`] that runs commands through a runner process.
 #[derive(Debug)]
 pub struct RunnerLauncher {
     command: Vec<OsString>,
     sandbox: Option<Sandbox>,
     runner: Option<Runner>,
-    /// The user of the sandbox belongs to this launcher.
+    /// Reserves the host user of the sandbox for this launcher.
     _user: Option<User>,
-    /// In which everything runs, where there are groups.
+    /// The control group in which everything runs, if there is one.
     group: Option<SlotGroup>,
-    /// Memory of all actions together, in bytes; 0 where it has no limit.
+    /// Memory in bytes for all actions together; 0 if it is not limited.
     total_memory: u64,
 }
 
@@ -228,8 +228,8 @@ struct Runner {
 }
 
 impl RunnerLauncher {
-    /// A launcher whose runner is started with `command`: a program and its arguments. Commands run in the sandbox, if there
-    /// is one.
+    /// A launcher whose runner is started with `command`: a program and its arguments. Commands run in the sandbox if
+    /// there is one.
     pub fn new(command: Vec<OsString>, sandbox: Option<&PoolSandbox>) -> Self {
         let user = sandbox.filter(|pool| pool.protections.identity).map(|pool| pool.users.take());
         let number = user.as_ref().map_or(0, User::number);
@@ -238,7 +238,7 @@ impl RunnerLauncher {
         Self { command, sandbox, runner: None, _user: user, group: None, total_memory: 0 }
     }
 
-    /// The same launcher with a control group of its own.
+    /// Adds a control group of its own to this launcher.
     pub(crate) fn grouped(self, groups: &Groups) -> Self {
         let group = groups.slot().inspect_err(|error| {
             Event::warn("gorego::worker", SLOT_WITHOUT_GROUP).with_shown("error", error).log(format_args!(
@@ -248,7 +248,7 @@ impl RunnerLauncher {
         Self { group: group.ok(), total_memory: groups.total_memory(), ..self }
     }
 
-    /// Like [`Launcher::run`], for a caller that expects failures.
+    /// [`Launcher::run`] without the handling of errors.
     fn try_run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
         if let Some(group) = &mut self.group {
             let failed = |error| Error::io("set the limits of an action", &error);
@@ -299,28 +299,28 @@ impl Launcher for RunnerLauncher {
 }
 
 impl Runner {
-    /// The runner, unless it has died between two actions.
+    /// This runner, unless it has died since the last action.
     fn still_there(mut self) -> Option<Self> {
         if matches!(self.child.try_wait(), Ok(None)) {
             return Some(self);
         }
         drop(self);
-        // Such as the cell that it had ready.
+        // The runner may have left a process, such as a cell that was ready.
         reap::kill_orphans();
         None
     }
 
     fn start(command: &[OsString], sandbox: Option<&Sandbox>, group: Option<&SlotGroup>) -> Result<Self> {
         let failed = |error: std::io::Error| Error::io("start a runner process", &error);
-        // What outlives the runner comes to us instead of to init.
+        // Orphans of the runner become children of this process instead of init.
         sys::be_subreaper().map_err(failed)?;
         let (program, arguments) =
             command.split_first().ok_or_else(|| Error::internal("no runner command is set"))?;
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         ours.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
         ours.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
-        // Only what keeps std on posix_spawn: anything that needs code between fork and exec would fork this server. The own
-        // process group keeps a Ctrl-C on the server's terminal away from running commands.
+        // Only options that let std use posix_spawn are set: any other would make std fork this server. The own process
+        // group keeps a Ctrl-C on the server's terminal away from running commands.
         let child = Command::new(program)
             .arg0("gorego")
             .args(arguments)
@@ -332,7 +332,7 @@ impl Runner {
             .spawn()
             .map_err(failed)?;
         let runner = Self { child, socket: Some(ours) };
-        // Before it has started anything: what it starts is in its group.
+        // The runner has started nothing yet, so everything that it starts will be in its group.
         if let Some(group) = group {
             let failed = |error| Error::io("put a runner process into its control group", &error);
             group.admit(runner.child.id()).map_err(failed)?;
@@ -386,7 +386,7 @@ impl Runner {
                 let (started_nanos, ended_nanos) = (started.0, Moment::now().0);
                 ran(Ended { started_nanos, ended_nanos, ..Ended::default() }, Some(stopped))
             }
-            // Or the runner. Another try would end in the same way.
+            // The kernel may have killed the runner instead. A retry would end in the same way.
             (Err(_), Some(Ending::Exceeded(exceeded))) => {
                 Err(Error::Precondition(format!("the command was ended because {exceeded}")))
             }
@@ -431,7 +431,7 @@ fn ran(ended: Ended, stopped: Option<Ending>) -> Result<Ran> {
     })
 }
 
-/// Whether this errno means that a disk has no room.
+/// Whether this errno means that a disk is full.
 pub(super) fn is_full(errno: i32) -> bool {
     matches!(errno, libc::ENOSPC | libc::EDQUOT)
 }
@@ -449,7 +449,7 @@ enum Waited {
     Violated(Violation),
 }
 
-/// Waits for an answer, a cancellation, the deadline (`None`: never) or the guard, whichever is first.
+/// Waits until there is an answer, a cancellation or a violation of a limit, or until the deadline (`None`: never).
 fn wait(
     socket: &UnixStream,
     deadline: Option<Instant>,
@@ -466,7 +466,7 @@ fn wait(
             Some(event) => fds.push(PollFd::from_borrowed_fd(event, PollFlags::IN)),
             None => left = Some(left.map_or(CANCEL_POLL, |left| left.min(CANCEL_POLL))),
         }
-        // A wait beyond what the kernel can count is taken up again.
+        // A timeout that is too long for the kernel is split.
         let timeout =
             left.map(|left| Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 }));
         match poll(&mut fds, timeout.as_ref()) {
@@ -489,7 +489,7 @@ fn wait(
 }
 
 impl Drop for Runner {
-    /// Leaves no process behind: at the end of its socket the runner kills what it started and ends.
+    /// Leaves no process behind: when its socket is closed, the runner kills what it started and exits.
     fn drop(&mut self) {
         self.socket = None;
         if !ends_within(&self.child, END_GRACE) {

@@ -1,6 +1,6 @@
-//! What makes a directory a layer of an overlay: whiteouts and opaque directories, as overlayfs reads and writes them.
+//! The on-disk format of an overlay layer: whiteouts and opaque directories, as overlayfs reads and writes them.
 //!
-//! The overlay is mounted with `userxattr`, so none of this takes privileges.
+//! Overlays are mounted with `userxattr`, so this needs no privileges.
 
 use super::dir;
 use rustix::{
@@ -9,43 +9,44 @@ use rustix::{
 };
 use std::{ffi::OsStr, fs::File, io, os::fd::AsRawFd as _, path::PathBuf};
 
-/// The extended attribute of a directory that hides the one of the same name beneath it.
+/// The extended attribute that makes a directory opaque: it hides the directory of the same name in the layer below.
 const OPAQUE: &str = "user.overlay.opaque";
-/// Its value.
+/// The value of the attribute.
 const YES: &[u8] = b"y";
 
-/// Whether a node of a layer says that there is nothing under this name.
+/// Whether a file of a layer is a whiteout, which hides an entry of the layer below.
 pub fn is_whiteout(stat: &Stat) -> bool {
     dir::file_type(stat) == FileType::CharacterDevice && stat.st_rdev == 0
 }
 
-/// Hides what is beneath under this name.
+/// Creates a whiteout, which hides the entry of this name in the layer below.
 ///
 /// # Errors
-/// Those of mknod(2).
+/// The errors of mknod(2).
 pub fn make_whiteout(parent: &File, name: &str) -> io::Result<()> {
     Ok(rfs::mknodat(parent, name, FileType::CharacterDevice, Mode::empty(), 0)?)
 }
 
-/// Makes a directory hide the one of the same name beneath it.
+/// Makes a directory opaque: it hides the directory of the same name in the layer below.
 ///
 /// # Errors
-/// Those of setxattr(2).
+/// The errors of setxattr(2).
 pub fn set_opaque(directory: &File) -> io::Result<()> {
     Ok(rfs::fsetxattr(directory, OPAQUE, YES, XattrFlags::empty())?)
 }
 
-/// Whether a directory hides the one of the same name beneath it. The handle may be one for naming things only.
+/// Whether a directory is opaque. The handle may be one that was opened with `O_PATH`.
 ///
 /// # Errors
-/// Those of getxattr(2).
+/// The errors of getxattr(2).
 pub fn is_opaque(directory: &File) -> io::Result<bool> {
     let mut value = [0; 4];
-    // An O_PATH handle has no attributes, but its name in /proc has.
+    // fgetxattr(2) does not work on an O_PATH handle, but getxattr(2) on its path in /proc does.
     let itself = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
     let mut read = || rfs::getxattr(&itself, OPAQUE, &mut value[..]);
     let found = match read() {
-        // Attributes of users take the permission to read the directory. Its bits are those of the command, and stay.
+        // Reading a user attribute requires read permission on the directory. The command's permission bits are
+        // restored.
         Err(Errno::ACCESS) => {
             let mode = Mode::from_raw_mode(rfs::fstat(directory)?.st_mode);
             rfs::chmod(&itself, mode | Mode::RUSR)?;
@@ -58,16 +59,16 @@ pub fn is_opaque(directory: &File) -> io::Result<bool> {
     match found {
         Ok(length) => Ok(value.get(..length) == Some(YES)),
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(false),
-        // What others may write into it is longer than any value that means something.
+        // The attribute belongs to somebody else: it is longer than any valid value.
         Err(Errno::RANGE) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Replaces a whiteout by a directory, which goes on hiding what is beneath under its name.
+/// Replaces a whiteout by an opaque directory, which hides the same entry of the layer below.
 ///
 /// # Errors
-/// `AlreadyExists` when anything else is there; those of the file system.
+/// `AlreadyExists` if something other than a whiteout is there; those of the file system.
 pub fn make_opaque(parent: &File, name: &str) -> io::Result<File> {
     if !is_whiteout(&dir::stat_at(parent, OsStr::new(name))?) {
         return Err(Errno::EXIST.into());
@@ -78,10 +79,10 @@ pub fn make_opaque(parent: &File, name: &str) -> io::Result<File> {
     Ok(made)
 }
 
-/// Makes a directory with the permission bits of every directory, whatever the umask is.
+/// Creates a directory with the usual permission bits, whatever the umask is.
 ///
 /// # Errors
-/// Those of the file system.
+/// The errors of the file system.
 pub fn make_directory(parent: &File, name: &str) -> io::Result<File> {
     let mode = Mode::from_raw_mode(super::inputs::EXECUTABLE);
     rfs::mkdirat(parent, name, mode)?;

@@ -53,8 +53,8 @@ pub struct RunOrder {
     pub principal: String,
 }
 
-/// The handles of a run that is in progress. They work within this process only: a pool in another process would keep them on
-/// this side, send a cancellation on, and report the stages that it hears of.
+/// The handles of a run that is in progress. They work only within this process: for a pool in another process, this
+/// side would keep them, forward a cancellation, and send the progress that the other process reports.
 #[derive(Debug, Clone)]
 pub struct RunControl {
     /// Tells the worker to stop.
@@ -74,7 +74,7 @@ pub enum RunStage {
     Uploading,
 }
 
-/// A worker has entered a stage after [`RunStage::Fetching`], with which each run begins.
+/// A worker has entered a stage. The first stage, [`RunStage::Fetching`], is not reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, actix::Message)]
 #[rtype(result = "()")]
 pub struct StageReached {
@@ -93,11 +93,11 @@ pub struct StageReached {
 /// How a run ended, unless its worker died.
 pub type RunReport = Result<Box<RunResult>, RunFailure>;
 
-/// The command ended by itself, with whatever exit code.
+/// The command ended by itself, with any exit code.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunResult {
-    /// Outputs, exit code, logs, metadata with all timestamps; every blob is stored and, unless the action says otherwise
-    /// or the exit code is not 0, the action cache has it (EXE-18, EXE-20, EXE-54).
+    /// Outputs, exit code, logs and metadata with all timestamps. Every blob is stored. The action cache has the result
+    /// too, unless the action forbids that or the exit code is not 0 (EXE-18, EXE-20, EXE-54).
     pub result: SharedResult,
     /// Explanations for people; usually none.
     pub account: Account,
@@ -106,22 +106,22 @@ pub struct RunResult {
 /// Explanations of a run for people (EXE-61).
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Account {
-    /// One line; often empty.
+    /// One line for users; often empty.
     pub message: String,
-    /// A stored text that describes the run step by step.
+    /// Digest of a stored text that describes the run step by step.
     pub log: Option<Digest>,
-    /// Whether it reached its limit of memory, so that it may succeed with more.
+    /// Whether the action reached its memory limit, so that it may succeed with more memory.
     pub out_of_memory: bool,
 }
 
-/// The action could not be run, or did not end by itself.
+/// The action could not be run, or its command did not end by itself.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunFailure {
     /// The cause.
     pub error: Error,
-    /// What was kept nevertheless: logs and metadata of a command that timed out (EXE-45).
+    /// What could be kept: logs and metadata of a command that timed out (EXE-45).
     pub partial: Option<SharedResult>,
-    /// Whether the fault lies with the worker, so that another try may succeed.
+    /// Whether the worker is at fault, so that a retry may succeed.
     pub retryable: bool,
     /// Explanations for people in addition to the error.
     pub account: Box<Account>,
@@ -138,9 +138,9 @@ impl RunFailure {
 mod tests {
     use super::*;
 
-    /// Handles cannot be compared, so that none can slip in here.
+    /// A handle cannot be compared, so a message that contains one does not compile here.
     #[test]
-    fn what_crosses_between_scheduler_and_worker_is_plain_data() {
+    fn messages_between_scheduler_and_worker_are_plain_data() {
         fn is_plain<T: Clone + PartialEq + std::fmt::Debug + Send + Sync + 'static>() {}
         is_plain::<RunOrder>();
         is_plain::<StageReached>();

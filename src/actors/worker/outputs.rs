@@ -63,7 +63,7 @@ pub(super) struct Reported {
 }
 
 impl Reported {
-    /// Properties of a file or directory; `None` when none are requested.
+    /// The properties of a file or directory; `None` if none are requested.
     pub(super) fn of(self, seen: &Seen) -> Option<reapi::NodeProperties> {
         (self.mtime || self.unix_mode).then(|| reapi::NodeProperties {
             properties: Vec::new(),
@@ -85,7 +85,7 @@ enum OutputNode {
         id: FileId,
         seen: Seen,
     },
-    /// An input that the command left as it was.
+    /// An input that the command left unchanged.
     Input {
         digest: Digest,
         seen: Seen,
@@ -99,7 +99,7 @@ enum OutputNode {
 }
 
 impl OutputNode {
-    /// The inputs that it consists of, as far as the command left them as they were.
+    /// The unchanged inputs that it consists of.
     fn inputs(&self) -> Vec<Digest> {
         match self {
             Self::File { .. } | Self::Link { .. } => Vec::new(),
@@ -109,12 +109,13 @@ impl OutputNode {
     }
 }
 
-/// Collects the outputs of `action` in `root` into `result`. No process may be left that could change them. What is stored in
-/// the batch is for the caller to commit. Inputs that the command left as they were are stored already, and the batch holds
-/// them.
+/// Collects the outputs of `action` in `root` into `result`. No process may be left that could change them. The caller
+/// commits what is stored in the batch. Inputs that the command left unchanged are stored already, and the batch keeps
+/// them from being evicted.
 ///
 /// # Errors
-/// `Precondition` naming an output that cannot be one; those of the store; those of the checkpoint between two files.
+/// `Precondition` with the name of an output that cannot be stored; those of the store; those of the checkpoint, which
+/// is checked before each file.
 pub(super) fn collect(
     root: ExecRoot<'_>,
     action: &Action,
@@ -144,8 +145,8 @@ pub(super) fn collect(
     found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
 }
 
-/// Restores the owner's permissions on an exec directory, in case the command removed them. Returns its mode and time from
-/// before.
+/// Restores the owner's permissions on an exec directory, in case the command removed them. Returns the mode and time
+/// from before.
 ///
 /// # Errors
 /// None in practice.
@@ -207,7 +208,7 @@ fn look(
     }))
 }
 
-/// An output path at which there is an input that the command did not touch.
+/// Examines an output path at which there is an input that the command left unchanged.
 fn look_at_input(
     root: ExecRoot<'_>,
     output: &OutputRequest,
@@ -230,7 +231,7 @@ fn look_at_input(
             let (top, seen) = (open_directory(root, output)?, Seen::of_directory(directory));
             OutputScan::of(top, seen, &output.requested, checkpoint, budget).map(OutputNode::Directory)
         }
-        ExecNode::Own(_) => Err(Error::internal("something of the own layer is no input")),
+        ExecNode::Own(_) => Err(Error::internal("a node of the own layer was taken for an input")),
     }
 }
 
@@ -365,7 +366,7 @@ impl Storing<'_> {
 /// Opens a regular file for the store. A file that its owner may not read is made readable.
 ///
 /// # Errors
-/// `Precondition` when it is anything else. This does not block on a FIFO and follows no link.
+/// `Precondition` if it is anything else. This does not block on a FIFO and follows no link.
 pub(super) fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
     let failed = |error: io::Error| Error::io(&format!("read output \"{path}\""), &error);
     let file = match dir::open_file(parent, OsStr::new(name)) {
@@ -388,8 +389,7 @@ fn open_parent<'a>(root: ExecRoot<'a>, parent: &RootPath, path: &str) -> Result<
     }
 }
 
-/// Classifies an error on the path to an output. What the command did to the path is its fault; other errors are faults of the
-/// server.
+/// Classifies an error on the path to an output. The command is at fault if it caused the error. Otherwise the server is.
 fn path_error(path: &str, error: &io::Error) -> Error {
     let fault = match Errno::from_io_error(error) {
         Some(Errno::XDEV) => "a symbolic link in its path leaves the input root",

@@ -77,9 +77,9 @@ pub(super) struct ActionRun<'a> {
     control: &'a RunControl,
     timeline: Timeline,
     result: reapi::ActionResult,
-    /// The end of the command, once it has ended.
+    /// How the command ended, once it has.
     ran: Option<Ran>,
-    /// Why a tool did not do its work, if one was asked.
+    /// Why a tool did not do the work of the command, if one was asked to.
     tool_failure: Option<String>,
     /// The disk space when the run began.
     room_at_start: Option<Space>,
@@ -116,7 +116,7 @@ impl<'a> ActionRun<'a> {
         let stored = match self.steps(&mut *batch) {
             Ok(()) => Ok(batch),
             Err(error) => {
-                // Gives back its reserved room before the disk is relieved.
+                // Releases the reserved space before the disk is relieved.
                 drop(batch);
                 Err(self.relieved(error))
             }
@@ -145,12 +145,12 @@ impl<'a> ActionRun<'a> {
         let fetching =
             Checkpoint::new(&self.control.cancel, "fetching the inputs", self.settings.transfer_timeout);
         fetching.check()?;
-        // The scheduler knows this without a message.
+        // This stage is not reported, because the scheduler assumes it.
         self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
         let mut kind = self.settings.kind(action)?;
         // Held to the end, so that the image is not removed while the action runs.
-        let image = image_store::lease_for(self.settings, action, &mut kind, &fetching)?;
+        let image = image_store::lease_for(self.settings, action, self.order.peer, &mut kind, &fetching)?;
         let command = match &image {
             Some(image) => Cow::Owned(image.complete(&action.command)),
             None => Cow::Borrowed(&action.command),
@@ -193,7 +193,7 @@ impl<'a> ActionRun<'a> {
         self.note(Point::FetchEnd);
 
         fetching.check()?;
-        // Ends the streams when it is dropped, before the workspace is (EXE-64).
+        // Dropping this ends the streams, which must happen before the workspace is dropped (EXE-64).
         let live = self.settings.log_streams.begin_run(&action.instance, workspace.path());
         let logs = live.as_ref().map(LiveRun::logs);
         self.enter(RunStage::Running, Point::RunStart, logs);
@@ -239,7 +239,7 @@ impl<'a> ActionRun<'a> {
         stored
     }
 
-    /// Brings the inputs into place: as a layer over a staged tree, which is returned, or as copies.
+    /// Brings the inputs into place: as a layer above a staged tree, which is returned, or as copies.
     fn stage(
         &self,
         inputs: &mut dyn Inputs,
@@ -248,7 +248,7 @@ impl<'a> ActionRun<'a> {
         checkpoint: &Checkpoint,
     ) -> Result<Option<TreeLease>> {
         let action = &self.order.action;
-        // The first change to a staged file copies it, which counts as a write of the command.
+        // The first change to a staged file copies it up, and the kernel counts that as a write of the command.
         let has_layers =
             self.settings.has_layers() && tree.largest_file() <= self.settings.max_output_file_bytes;
         let base = match has_layers {
@@ -267,12 +267,12 @@ impl<'a> ActionRun<'a> {
         Ok(Some(lease))
     }
 
-    /// While the disk is full, waits in the slot for a while, instead of letting one action after the other fail.
+    /// If the disk is full, waits in the slot for a while instead of letting one action after the other fail.
     fn wait_for_room(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let disk = self.settings.build_root.disk();
         self.room_at_start = disk.look();
         if self.room_at_start.is_some_and(|space| space.is_low()) {
-            // Before the commands that run are stopped for lack of space.
+            // Frees space before running commands have to be stopped for lack of it.
             self.settings.build_root.relieve_disk();
             self.room_at_start = disk.look();
         }
@@ -306,8 +306,8 @@ impl<'a> ActionRun<'a> {
         self.store.relieve_disk(is_cancelled);
     }
 
-    /// A full disk is a temporary failure of this server: the store frees space, and the action may be retried once there is
-    /// more than it had.
+    /// Turns a full disk into a temporary failure of this server: the store frees space, and the action may be retried
+    /// once there is more space than before.
     fn relieved(&self, error: Error) -> Error {
         let Error::DiskFull(message) = error else { return error };
         let is_cancelled = || self.control.cancel.is_cancelled();
@@ -324,7 +324,7 @@ impl<'a> ActionRun<'a> {
         if is_cancelled() { cancelled() } else { Error::Unavailable(message) }
     }
 
-    /// Converts the end of the command to exit code, logs and outputs.
+    /// Converts how the command ended into exit code, logs and outputs.
     fn conclude(
         &mut self,
         ending: Ending,
@@ -343,7 +343,7 @@ impl<'a> ActionRun<'a> {
             return Err(error);
         }
         if matches!(ending, Ending::Exceeded(_)) {
-            // What such a command has made is neither complete nor small.
+            // The outputs of such a command are incomplete, and may be large.
             return Ok(());
         }
         let uploading =
@@ -358,7 +358,8 @@ impl<'a> ActionRun<'a> {
         })
     }
 
-    /// Sets the exit code. Returns the error of a command that was interrupted, of which only the logs are kept.
+    /// Sets the exit code. Returns the error of a command that was interrupted. Only the logs of such a command are
+    /// kept.
     fn record_ending(&mut self, ending: Ending, workspace: &Workspace) -> Result<Option<Error>> {
         let action = &self.order.action;
         self.result.exit_code = match ending {
@@ -380,7 +381,7 @@ impl<'a> ActionRun<'a> {
                 ))));
             }
             Ending::Cancelled => return Ok(Some(cancelled())),
-            // It is the command's own fault, so this is its result. An error that says so would be retried by clients.
+            // The command is at fault, so this is its result. Clients would retry after an error.
             Ending::Exceeded(_) => SIGNAL_BASE + libc::SIGKILL,
             Ending::MemoryShort { used, total } => {
                 return Ok(Some(Error::Unavailable(run_log::memory_short(used, total))));
@@ -420,8 +421,8 @@ impl<'a> ActionRun<'a> {
         Ok(())
     }
 
-    /// Keeps what there is of the logs when the runner was lost. Some processes may still be writing, so the files are copied,
-    /// never moved into the store. Errors are ignored: the run has failed for another reason.
+    /// Keeps the existing parts of the logs when the runner was lost. Some processes may still be writing, so the files
+    /// are copied and never moved into the store. Errors are ignored: the run has failed for another reason.
     fn salvage_logs(&self, workspace: &Workspace, live: Option<&LiveRun>) {
         for kind in [LogKind::Stdout, LogKind::Stderr] {
             let salvage = || {

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// What the filter of the sandbox kills a process for.
+/// Why the sandbox's filter kills a process with SIGSYS.
 const FOREIGN_CALLS: &str = "it used system calls of another architecture, such as those of a 32-bit program, which the \
                              sandbox forbids (docs/sandbox.md)";
 
@@ -26,7 +26,7 @@ pub(super) struct Facts<'a> {
     pub(super) timeline: &'a Timeline,
     pub(super) transfer_timeout: Duration,
     pub(super) max_file_bytes: u64,
-    /// Most processes at a time; 0 for no limit.
+    /// Maximum number of processes at the same time; 0 for no limit.
     pub(super) processes: u64,
     pub(super) stdout_bytes: i64,
     pub(super) stderr_bytes: i64,
@@ -47,7 +47,7 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
         }
         Ending::Exited(code) if code == SIGNAL_BASE + libc::SIGSYS => {
             format!(
-                "exit code {code} is what a shell says of a program that was killed by SIGSYS: {FOREIGN_CALLS}"
+                "exit code {code} is how a shell reports a program that was killed by SIGSYS: {FOREIGN_CALLS}"
             )
         }
         Ending::Exited(code) if code != 0 && ran.refused_processes => {
@@ -95,18 +95,19 @@ fn too_many_processes(facts: &Facts<'_>) -> String {
     )
 }
 
-/// Says that there was too little memory for all actions, of which this one used the lesser part.
+/// Says that the memory for all actions together was used up. This action used at most half of it.
+/// own.
 pub(super) fn memory_short(used: u64, total: u64) -> String {
     format!(
         "the kernel killed processes of the command because the memory was used up: {} for all actions together \
-         (execution.limits.total_memory_gb), of which this one used {} at most",
+         (execution.limits.total_memory_gb); this action used at most {}",
         Size::from_bytes(total).rounded(),
         Size::from_bytes(used).rounded()
     )
 }
 
-/// The report about a run; `None` when there is nothing to explain: the run succeeded, the command chose its exit code, or the
-/// client already knows the cause.
+/// The report about a run; `None` if there is nothing to explain: the run succeeded, the command chose its exit code,
+/// or the client already knows the cause.
 pub(super) fn render(facts: &Facts<'_>, ran: Option<&Ran>, error: Option<&Error>) -> Option<String> {
     let killed = ran.is_some_and(|ran| {
         matches!(ran.ending, Ending::Signalled(_) | Ending::LogTooLong(_) | Ending::Exceeded(_))

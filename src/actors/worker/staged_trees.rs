@@ -1,18 +1,20 @@
-//! Staged trees: whole input roots on disk, made once and never changed, which actions see beneath a layer of their own.
+//! Staged trees: complete input roots on disk. Each is made once and never changed. Actions see it below a layer of
+//! their own.
 //!
 //! ```text
-//! <build_root>/t-<number>/root/    an input root, exactly as its Directories say
+//! <build_root>/t-<number>/root/    an input root, exactly as its Directories describe it
 //! ```
 //!
-//! An action whose root is staged needs no copy of its inputs. One whose root differs little from a staged one needs the
-//! difference only, a [`Delta`] at the bottom of its own layer. So trees are made for roots that have no base to stand on, for
-//! those that come again with a large delta, and now and then for one of many with a large delta.
+//! If the input root of an action is staged, the action needs no copy of its inputs. If its root differs little from a
+//! staged one, only the difference is written: a [`Delta`] into the action's own layer. So a tree is made for a root
+//! without a usable base, for a root that comes again with a large delta, and occasionally for one of many roots with
+//! large deltas.
 //!
-//! Invariants: the trees never take more than their budget on disk and in memory; a tree that is leased is neither changed nor
-//! removed; what is not in the [`TreeIndex`] is used by nobody. A tree is trusted only by the process that made it: the index
-//! is kept in memory, and the next start removes what it finds. A tree whose top directory was removed, replaced or changed by
-//! somebody else is never leased again, and a run that used it fails as this server's fault. What somebody else changes further
-//! down is not noticed.
+//! Invariants: the trees never exceed their budget on disk and in memory. A leased tree is neither changed nor removed.
+//! A tree that is not in the [`TreeIndex`] is not used. A tree is trusted only by the process that made it: the index
+//! is kept in memory, and the next start removes the trees that it finds. A tree whose top directory was removed,
+//! replaced or changed by somebody else is never leased again, and a run that used it fails as this server's fault.
+//! Changes by others further down are not noticed.
 
 pub mod delta;
 pub mod index;
@@ -49,37 +51,40 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most files, directories and links of all staged trees together: what they need of a disk's inodes.
+/// Maximum number of files, directories and links in all staged trees together, because a disk has a limited number of
+/// inodes.
 pub const MAX_STAGED_NODES: u64 = 1_000_000;
-/// A root with fewer bytes, and with fewer nodes than [`StagingLimits::min_nodes`], is copied: that takes no longer than a mount.
+/// A root with fewer bytes, and with fewer nodes than [`StagingLimits::min_nodes`], is copied, which takes no longer
+/// than a mount.
 const MIN_BYTES: u64 = 256 * 1024;
-/// How many staged trees are looked at to find a base: those that were used last.
+/// How many staged trees are considered as a base: the most recently used ones.
 const BASES: usize = 32;
-/// With how many of them the root is compared, those that have most in common with it.
+/// How many of these are compared with the root: those that have most in common with it.
 const COMPARED_BASES: usize = 3;
-/// How many of a root's directories are looked up in each to find out.
+/// How many of a root's directories are looked up in each tree to estimate what they have in common.
 const PROBES: usize = 64;
-/// A delta that weighs no more than this is written again for each action.
+/// A delta that weighs no more than this is always written again for each action.
 const SMALL_DELTA: u64 = 64;
-/// Copying so many bytes takes as long as making one small file.
+/// Copying this many bytes takes as long as creating one small file.
 const BYTES_PER_ENTRY: u64 = 32 * 1024;
-/// How many roots that did not become trees are remembered.
+/// How many roots are remembered that were staged without becoming trees.
 const PASSED_ROOTS: usize = 4_096;
-/// How often an action that waits for a tree that another one builds looks whether it is to go on.
+/// How often an action checks whether it may go on while it waits for a tree that another action builds.
 const BUILD_POLL: Duration = Duration::from_millis(50);
-/// What a file or directory takes on disk at most, besides its content.
+/// Maximum size of a file or directory on disk in addition to its content.
 const NODE_BYTES: u64 = 4_096;
-/// How long inputs are copied after an overlay could not be mounted, although the probe at the start could.
+/// How long inputs are copied after an overlay could not be mounted although the probe at the start succeeded.
 const COPY_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
-/// What is staged.
+/// The limits of the staged trees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StagingLimits {
-    /// Most bytes of all staged trees together.
+    /// Maximum number of bytes of all staged trees together.
     pub max_bytes: u64,
-    /// Most memory for what they consist of. A file takes about 150 bytes, and more with a long name.
+    /// Maximum memory in bytes for the Directories of all trees. A file takes about 150 bytes, and more if its name is
+    /// long.
     pub max_memory: u64,
-    /// A small root with fewer nodes is copied.
+    /// Number of nodes below which a root with few bytes is copied.
     pub min_nodes: u64,
 }
 
@@ -89,7 +94,7 @@ impl Default for StagingLimits {
     }
 }
 
-/// Whose blobs a tree was made from, and its root.
+/// The instance whose blobs a tree was made from, and the digest of its root.
 type Key = (InstanceId, Digest);
 
 /// The staged trees of one directory.
@@ -97,7 +102,7 @@ type Key = (InstanceId, Digest);
 pub struct StagedTrees {
     index: Mutex<TreeIndex<Key, Arc<Tree>>>,
     min_nodes: u64,
-    /// A tree was built, or could not be.
+    /// Notified when a tree was built or could not be built.
     built: Condvar,
     copy_until: Mutex<Option<Instant>>,
 }
@@ -110,7 +115,7 @@ struct Tree {
     tree: Arc<InputTree>,
 }
 
-/// What a directory looks like as long as nobody changes it: its identity and the time of its last change.
+/// Identity and change time of a directory, which stay the same as long as nobody changes it.
 type Unchanged = (FileId, (i64, i64));
 
 #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
@@ -129,7 +134,7 @@ impl Tree {
     }
 }
 
-/// A tree that stays for as long as this is held.
+/// A lease of a tree, which keeps the tree from being removed.
 #[derive(Debug)]
 pub struct TreeLease {
     build_root: BuildRoot,
@@ -139,25 +144,25 @@ pub struct TreeLease {
 }
 
 impl TreeLease {
-    /// What is in it.
+    /// The content of the tree.
     pub fn tree(&self) -> &InputTree {
         &self.tree.tree
     }
 
-    /// Where it is in the build root.
+    /// Its path, relative to the build root.
     pub fn path(&self) -> PathBuf {
         self.tree.path()
     }
 
-    /// Checks that nobody has removed or replaced the tree. A tree that somebody has is not used again.
+    /// Checks that nobody has removed or replaced the tree. If somebody has, the tree is not used again.
     ///
     /// # Errors
-    /// `Unavailable` if somebody has.
+    /// `Unavailable` if the tree was removed, replaced or changed.
     pub fn check_in_place(&self) -> Result<()> {
         if self.tree.is_in(&self.place) {
             return Ok(());
         }
-        // It is removed with the last lease, such as this one.
+        // The tree is not removed here, but with its last lease, which may be this one.
         let _ = self.place.trees.lock().discard(self.id);
         Err(Error::Unavailable(format!(
             "the staged inputs {} were removed or changed while the action ran",
@@ -165,7 +170,7 @@ impl TreeLease {
         )))
     }
 
-    /// Has inputs copied for a while, because this tree could not be mounted.
+    /// Makes later actions copy their inputs for a while, because this tree could not be mounted.
     pub fn could_not_be_mounted(&self) {
         let until = Instant::now() + COPY_AFTER_FAILURE;
         *self.place.trees.copy_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
@@ -181,17 +186,17 @@ impl Drop for TreeLease {
     }
 }
 
-/// A base for an input root, and what the root has besides.
+/// A base for an input root, and the difference between both.
 #[derive(Debug)]
 pub struct Base<'a> {
-    /// The base.
+    /// The lease of the base.
     pub lease: TreeLease,
-    /// What makes it look like the root; empty if it is the root.
+    /// The changes that make the base look like the root; empty if the base is the root.
     pub delta: Delta<'a>,
 }
 
 impl StagedTrees {
-    /// None yet.
+    /// No trees yet.
     pub fn new(limits: StagingLimits) -> Self {
         let budget =
             StagedSize { bytes: limits.max_bytes, nodes: MAX_STAGED_NODES, memory: limits.max_memory };
@@ -210,11 +215,11 @@ impl StagedTrees {
 }
 
 impl BuildRoot {
-    /// Finds a base for the input root `wanted` among the trees of `place`, or makes a tree of it. `None` when it is better
-    /// copied. `inputs` has the blobs of `wanted`.
+    /// Finds a base for the input root `wanted` among the trees of `place`, or makes a tree of it. `None` if the root
+    /// should be copied. `inputs` has the blobs of `wanted`.
     ///
     /// # Errors
-    /// Those of the checkpoint, of the store and of the file system.
+    /// The errors of the checkpoint, of the store and of the file system.
     pub(super) fn stage<'a>(
         &self,
         place: &Arc<RootDirectory>,
@@ -268,13 +273,14 @@ impl BuildRoot {
         }
     }
 
-    /// Leases a tree that was found in the index. `None`, and the tree is discarded, if it is not there any more.
+    /// Leases a tree that was found in the index. If the tree is no longer in place, it is discarded and the result is
+    /// `None`.
     fn leased(&self, place: &Arc<RootDirectory>, id: TreeId, tree: Arc<Tree>) -> Option<TreeLease> {
         let lease = TreeLease { build_root: self.clone(), place: place.clone(), id, tree };
         lease.check_in_place().is_ok().then_some(lease)
     }
 
-    /// Leases the tree of this root, after somebody else has built it if that is going on. `None` when there is none.
+    /// Leases the tree of this root. Waits for it if somebody is building it. `None` if there is none.
     fn wait_for(
         &self,
         place: &Arc<RootDirectory>,
@@ -300,7 +306,7 @@ impl BuildRoot {
         }
     }
 
-    /// The best base among the trees that were used last; `None` when the root had better be a tree of its own.
+    /// The best base among the most recently used trees; `None` if the root should become a tree of its own.
     fn similar<'a>(&self, place: &Arc<RootDirectory>, wanted: &'a InputTree, key: Key) -> Option<Base<'a>> {
         let latest: Vec<_> = {
             let index = place.trees.lock();
@@ -315,9 +321,9 @@ impl BuildRoot {
                 (common, id, tree)
             })
             .collect();
-        // Of equals the latest stays first.
+        // The sort is stable, so of equal trees the most recent one stays first.
         scored.sort_by_key(|(common, ..)| std::cmp::Reverse(*common));
-        // More than half would be as well a tree of its own.
+        // If more than half would be written, a tree of its own is as good.
         let limit = Cost { entries: wanted.nodes() / 2, bytes: u64::MAX };
         let compared = scored.iter().take(COMPARED_BASES).filter_map(|(_, id, tree)| {
             let delta = Delta::between(wanted, &tree.tree, limit)?;
@@ -328,19 +334,19 @@ impl BuildRoot {
         if weight > SMALL_DELTA && (index.pass(key) || index.is_worn_by_deltas(base)) {
             return None;
         }
-        // It may have been evicted since.
+        // It may have been evicted meanwhile.
         let tree = index.lease_again(base)?;
         drop(index);
         Some(Base { lease: self.leased(place, base, tree)?, delta })
     }
 }
 
-/// The right and the duty to build a tree.
+/// The permission to build a tree. Dropping it without a finished tree gives the reserved room back.
 struct Building<'a> {
     build_root: &'a BuildRoot,
     place: &'a Arc<RootDirectory>,
     key: Key,
-    /// The directory of a tree that is not finished.
+    /// The directory of the tree as long as it is not finished.
     name: Option<OsString>,
 }
 
@@ -362,7 +368,7 @@ impl Building<'_> {
 
 impl Drop for Building<'_> {
     fn drop(&mut self) {
-        // Changes nothing for a tree that is finished.
+        // Has no effect if the tree is finished.
         self.place.trees.lock().abandon(self.key);
         self.place.trees.built.notify_all();
         if let Some(name) = self.name.take() {
@@ -371,7 +377,7 @@ impl Drop for Building<'_> {
     }
 }
 
-/// What a tree takes at most.
+/// Upper bound of the size of a tree.
 fn size_of_tree(tree: &InputTree) -> StagedSize {
     StagedSize {
         bytes: tree.nodes().saturating_mul(NODE_BYTES).saturating_add(tree.bytes()),
@@ -382,14 +388,14 @@ fn size_of_tree(tree: &InputTree) -> StagedSize {
 
 const UNLIMITED: StagedSize = StagedSize { bytes: u64::MAX, nodes: u64::MAX, memory: u64::MAX };
 
-/// What a disk has left for trees. Memory is not the disk's.
+/// The free space of a disk as a size. Memory is not part of the disk, so it is unlimited.
 fn free_of(space: Space) -> StagedSize {
     let nodes = if space.total_inodes > 0 { space.free_inodes } else { u64::MAX };
     let bytes = if space.total_bytes > 0 { space.free_bytes } else { u64::MAX };
     StagedSize { bytes, nodes, ..UNLIMITED }
 }
 
-/// How long a delta takes to write, in small files.
+/// How long it takes to write a delta, in units of small files.
 fn weight(cost: Cost) -> u64 {
     cost.entries.saturating_add(cost.bytes / BYTES_PER_ENTRY)
 }

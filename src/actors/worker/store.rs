@@ -21,7 +21,7 @@ pub trait BlobStore: Send + Sync {
     /// See [`Cas::open_inputs`].
     ///
     /// # Errors
-    /// Those of [`Cas::open_inputs`].
+    /// The errors of [`Cas::open_inputs`].
     fn open_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
 
     /// See [`Cas::begin_outputs`].
@@ -36,19 +36,19 @@ pub trait Outputs {
     /// See [`OutputBatch::file`].
     ///
     /// # Errors
-    /// Those of [`OutputBatch::file`].
+    /// The errors of [`OutputBatch::file`].
     fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest>;
 
     /// See [`OutputBatch::bytes`].
     ///
     /// # Errors
-    /// Those of [`OutputBatch::bytes`].
+    /// The errors of [`OutputBatch::bytes`].
     fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest>;
 
     /// See [`OutputBatch::hold`].
     ///
     /// # Errors
-    /// Those of [`OutputBatch::hold`].
+    /// The errors of [`OutputBatch::hold`].
     fn hold(&mut self, digests: Vec<Digest>) -> Result<()>;
 
     /// See [`OutputBatch::expect`].
@@ -57,23 +57,23 @@ pub trait Outputs {
     /// See [`OutputBatch::publish`].
     ///
     /// # Errors
-    /// Those of [`OutputBatch::publish`].
+    /// The errors of [`OutputBatch::publish`].
     fn publish(&mut self) -> Result<()>;
 
     /// See [`OutputBatch::result`].
     ///
     /// # Errors
-    /// Those of [`OutputBatch::result`].
+    /// The errors of [`OutputBatch::result`].
     fn result(&mut self, action: Digest, result: reapi::ActionResult, provenance: Provenance) -> Result<()>;
 
     /// See [`OutputBatch::commit`].
     ///
     /// # Errors
-    /// Those of [`OutputBatch::commit`].
+    /// The errors of [`OutputBatch::commit`].
     fn commit(self: Box<Self>) -> Result<()>;
 }
 
-/// An input root. What is leased of it is not evicted while this is held.
+/// An input root. Its leased blobs are not evicted while this is held.
 pub trait Inputs {
     /// The expanded tree of directories.
     fn tree(&self) -> &Arc<InputTree>;
@@ -81,19 +81,19 @@ pub trait Inputs {
     /// See [`ActionInputs::lease_all`].
     ///
     /// # Errors
-    /// Those of [`ActionInputs::lease_all`].
+    /// The errors of [`ActionInputs::lease_all`].
     fn lease_all(&mut self) -> Result<()>;
 
     /// See [`ActionInputs::lease`].
     ///
     /// # Errors
-    /// Those of [`ActionInputs::lease`].
+    /// The errors of [`ActionInputs::lease`].
     fn lease(&mut self, blobs: Vec<Digest>) -> Result<()>;
 
     /// See [`ActionInputs::materialise`].
     ///
     /// # Errors
-    /// Those of [`ActionInputs::materialise`].
+    /// The errors of [`ActionInputs::materialise`].
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()>;
 }
 

@@ -1,13 +1,14 @@
-//! Tools: Bazel's persistent workers, processes that outlive their first action and serve others.
+//! Tools: Bazel's persistent workers, which are processes that outlive their first action and serve others.
 //!
-//! Starting a compiler often takes longer than compiling. Bazel says of such an action that its tool can stay, and which of
-//! its inputs belong to the tool ([`call`]). Then a tool is started once, gets one request for each action ([`codec`]), and is
-//! kept between them ([`shelf`]). It lives in a sandbox of its own like any command, with an exec root whose inputs are
-//! [exchanged](exchange) for each request, and its outputs are [copied out](collect). Whatever goes wrong with a tool, the tool
-//! ends and the action runs by itself instead, as it does where there are no tools.
+//! Starting a compiler often takes longer than compiling. For such an action, Bazel says that its tool can stay, and
+//! which inputs belong to the tool ([`call`]). The tool is started once, gets one request for each action ([`codec`]),
+//! and is kept between actions ([`shelf`]). A tool runs in a sandbox of its own, like any command. The inputs in its
+//! exec root are [exchanged](exchange) for each request, and its outputs are [copied out](collect). If anything goes
+//! wrong with a tool, the tool is ended and the action runs as an ordinary command, as it does where there are no
+//! tools.
 //!
-//! [`Tools`] owns the tools of one pool that serve no action at the moment. One that serves belongs to the worker's thread, and is
-//! counted by a [`Held`]. A thread ends tools that were idle for too long; it ends with the [`Tools`].
+//! [`Tools`] owns the idle tools of one pool. A tool that serves an action belongs to the worker's thread, and is
+//! counted by a [`Held`]. A thread ends tools that were idle for too long. It exits when the [`Tools`] are dropped.
 
 mod call;
 mod codec;
@@ -46,7 +47,7 @@ struct ToolsShared {
     changed: Condvar,
 }
 
-/// A tool that serves one action after the other. Its processes end before its exec directory is removed.
+/// A tool that serves one action after the other. Its processes are killed before its exec directory is removed.
 #[derive(Debug)]
 struct Tool {
     process: ToolProcess,
@@ -54,7 +55,7 @@ struct Tool {
     contents: PlacedInputs,
 }
 
-/// The right to one of the tools of a pool.
+/// The reservation of one of a pool's places for tools.
 #[derive(Debug)]
 struct Held<'a> {
     tools: &'a Tools,
@@ -63,7 +64,7 @@ struct Held<'a> {
 }
 
 impl Tools {
-    /// The tools of the pool with this name; none yet.
+    /// Creates the collection for the pool with this name. It starts no tools.
     pub fn new(pool: &str, limits: ToolLimits) -> Self {
         let shared = Arc::new(ToolsShared {
             pool: pool.to_owned(),
@@ -72,26 +73,27 @@ impl Tools {
             changed: Condvar::new(),
         });
         let of_thread = shared.clone();
-        // Without the thread, tools stay until others need their places.
+        // Without the thread, idle tools stay until their places are needed.
         let _ = thread::Builder::new().name("gorego-tools".into()).spawn(move || of_thread.end_idle());
         Self(shared)
     }
 
-    /// Ends all tools that serve no action, such as when the disk is full. Blocks until they are gone.
+    /// Ends all idle tools, for instance when the disk is full. Blocks until they are gone.
     pub fn clear(&self) {
         let tools = self.0.shelf().clear();
         self.0.end(tools, "the disk is full");
     }
 
-    /// The same, and there are no tools from now on: each one ends after the action that it serves.
+    /// Ends all idle tools and admits no new ones: a tool that serves an action ends after that action. Blocks like
+    /// [`Tools::clear`].
     pub fn close(&self) {
         let tools = self.0.shelf().close();
         self.0.changed.notify_all();
         self.0.end(tools, "the server stops");
     }
 
-    /// The right to a tool that can serve a call, and the tool itself unless it has to be started; `None` when all tools serve
-    /// other calls.
+    /// Reserves a tool that can serve a call. Also returns the tool itself, unless it has to be started first. `None`
+    /// if all places are taken by tools that serve other actions.
     fn hold(&self, call: &ToolCall) -> Option<(Held<'_>, Option<Tool>)> {
         loop {
             let taken = self.0.shelf().take(call.key);
@@ -129,7 +131,7 @@ impl Drop for Tools {
 }
 
 impl Held<'_> {
-    /// Keeps the tool, if it may serve another call.
+    /// Keeps the tool for later calls, if it may serve another one.
     fn keep(mut self, tool: Tool) {
         self.is_kept = true;
         let memory = tool.process.sample().memory;
@@ -159,11 +161,11 @@ impl Drop for Held<'_> {
 
 impl ToolsShared {
     fn shelf(&self) -> MutexGuard<'_, Shelf<Tool>> {
-        // The shelf is consistent between two calls of it.
+        // The shelf is consistent between two calls of its methods.
         self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends tools, one after the other. Not to be called with the shelf in hand.
+    /// Ends tools one after the other. The caller must not hold the lock of the shelf.
     fn end(&self, tools: Vec<Tool>, reason: &str) {
         for tool in tools {
             drop(tool);
@@ -174,7 +176,7 @@ impl ToolsShared {
         }
     }
 
-    /// Ends tools that were idle for too long, until the shelf is closed.
+    /// The loop of the thread: ends tools that were idle for too long, until the shelf is closed.
     fn end_idle(&self) {
         let mut shelf = self.shelf();
         while !shelf.is_closed() {
@@ -197,7 +199,7 @@ impl ToolsShared {
     }
 }
 
-/// A tool in logs.
+/// Short name of a tool for logs.
 fn short(key: ToolKey) -> String {
     key.0.hash_hex().chars().take(8).collect()
 }

@@ -1,22 +1,22 @@
-//! Exec directories: created for each run, removed in the background, swept after a crash (EXE-43).
+//! Exec directories: created for each run, removed in the background, and swept after a crash (EXE-43).
 //!
 //! ```text
-//! <build_root>/<slot>-<number>/        the run's own: stdout and stderr
-//! <build_root>/<slot>-<number>/root/   with an own view of the file system, the input root or the own layer of it
-//! <build_root>/<slot>-<number>/work    what overlayfs needs besides a layer
-//! <build_root>/a-89abcdef/root/        without such a view, the input root, where the command runs
+//! <build_root>/<slot>-<number>/        the run's own directory with its stdout and stderr
+//! <build_root>/<slot>-<number>/root/   in a sandbox with namespaces: the input root, or its own layer
+//! <build_root>/<slot>-<number>/work    the work directory of overlayfs
+//! <build_root>/a-89abcdef/root/        without namespaces: the input root, where the command runs
 //! <build_root>/t-<number>/root/        a staged tree
 //! ```
 //!
-//! A command with an own view of the file system sees its input root at a fixed path. For others, the path is derived from the
-//! action, because compilers and other tools write it into their output: the same action sees the same path, unless it runs
-//! more than once at the same time (`a-89abcdef-2`). The digits are the first of the action's hash. When a run is over, its
-//! `a-` directory is moved into the run's own one, so that the path is free at once. A number is never used twice at the same
-//! time. All names are short, because commands create sockets below them, whose paths may have at most 108 bytes. Both
-//! directories are closed to other users.
+//! A command in a mount namespace of its own sees its input root at a fixed path. For other commands, the path is
+//! derived from the action, because compilers and other tools write it into their output. The same action sees the same
+//! path, unless it runs more than once at the same time (`a-89abcdef-2`). The digits are the first of the action's
+//! hash. When a run is over, its `a-` directory is moved into the run's own directory, so that the path is free at
+//! once. A number is never used twice at the same time. All names are short, because commands create sockets below
+//! them, whose paths may have at most 108 bytes. Other users cannot enter either directory.
 //!
-//! The build root may be removed while the server runs: the next run creates it again, and runs that lost their directories
-//! fail with an error that says so.
+//! The build root may be removed while the server runs. The next run creates it again, and runs that lost their
+//! directories fail with an error that says so.
 
 mod removal;
 
@@ -55,14 +55,14 @@ use std::{
 
 pub use removal::remove;
 
-/// How many names are tried for a new directory. Only leftovers of a crash can have taken many.
+/// How many names are tried for a new directory. Only leftovers of a crash can have taken many names.
 const NAME_ATTEMPTS: u64 = 10_000;
-/// How many digits of an action's hash are in the name of its directory. Actions with the same digits still get separate
-/// directories, like an action that runs twice.
+/// How many digits of an action's hash are in the name of its directory. Different actions with the same digits still
+/// get separate directories, like an action that runs twice.
 const HASH_DIGITS: usize = 8;
 /// The prefix of the names of directories for actions.
 const ACTION_PREFIX: &str = "a-";
-/// What the names of directories for staged trees begin with.
+/// The prefix of the names of directories for staged trees.
 const TREE_PREFIX: &str = "t-";
 
 const BUILD_ROOT_SWEPT: &str = "build_root_swept";
@@ -92,8 +92,8 @@ struct RootDirectories {
     former: Vec<Weak<RootDirectory>>,
 }
 
-/// The directory at the path of a build root. It is locked for as long as this lives, so that no server sweeps away the
-/// directories of another server's commands.
+/// The directory at the path of a build root. It is locked for as long as this lives, so that no other server sweeps
+/// away the directories of running commands.
 #[derive(Debug)]
 pub(super) struct RootDirectory {
     handle: File,
@@ -105,12 +105,12 @@ impl BuildRoot {
     /// Opens the build root, which is created if necessary, and removes leftovers of a crash in the background.
     ///
     /// # Errors
-    /// When the directory cannot be created or opened, or when another server uses it.
+    /// If the directory cannot be created or opened, or if another server uses it.
     pub fn open(path: &Path) -> Result<Self> {
         Self::with_trees(path, StagingLimits::default())
     }
 
-    /// The same, with these limits of its staged trees.
+    /// [`BuildRoot::open`] with these limits for its staged trees.
     ///
     /// # Errors
     /// As [`BuildRoot::open`].
@@ -125,7 +125,7 @@ impl BuildRoot {
         if !leftovers.is_empty() {
             Event::info("gorego::worker", BUILD_ROOT_SWEPT)
                 .with("directories", leftovers.len())
-                .log(format_args!("removing what an earlier run left in the build root"));
+                .log(format_args!("removing leftovers of an earlier run from the build root"));
         }
         let job = |name| Job { place: place.clone(), name, ticket: None };
         let remover = Remover::start(leftovers.into_iter().map(job).collect());
@@ -145,7 +145,7 @@ impl BuildRoot {
     /// Creates an empty exec directory for a run of `action`.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn create(&self, slot: SlotId, action: &Digest) -> Result<Workspace> {
         self.create_with(slot, Some(action))
     }
@@ -153,7 +153,7 @@ impl BuildRoot {
     /// Creates an empty exec directory for a run whose command does not see its path.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn create_unseen(&self, slot: SlotId) -> Result<Workspace> {
         self.create_with(slot, None)
     }
@@ -208,7 +208,8 @@ impl BuildRoot {
         }
     }
 
-    /// Makes an empty directory for a staged tree: the name of what is to be removed in the end, and the tree's top.
+    /// Creates an empty directory for a staged tree. Returns the name to be removed in the end, and the top directory
+    /// of the tree.
     pub(super) fn create_tree(&self, place: &Arc<RootDirectory>) -> io::Result<(OsString, File)> {
         let name =
             numbered(TREE_PREFIX, &self.0.next, |name| Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?))?;
@@ -222,7 +223,7 @@ impl BuildRoot {
         }
     }
 
-    /// Has a directory of `place` removed in the background.
+    /// Removes a directory of `place` in the background.
     pub(super) fn remove_later(&self, place: &Arc<RootDirectory>, name: OsString) {
         self.0.remover.remove(Job { place: place.clone(), name, ticket: None });
     }
@@ -232,7 +233,7 @@ impl BuildRoot {
         self.0.remover.remove_here(Job { place: place.clone(), name, ticket: None });
     }
 
-    /// The directory that is at the path now; made again when it was removed.
+    /// The directory that is at the path now. It is created again if it was removed.
     pub(super) fn place(&self) -> Result<Arc<RootDirectory>> {
         let BuildRootState { path, places, next, remover, .. } = &*self.0;
         let mut places = places.lock().unwrap_or_else(PoisonError::into_inner);
@@ -253,7 +254,7 @@ impl BuildRoot {
         fs::create_dir_all(path).map_err(doing)?;
         let made = Arc::new(RootDirectory::open(path, self.0.limits)?);
         Event::warn("gorego::worker", BUILD_ROOT_REMADE).with_shown("path", &path.display()).log(format_args!(
-            "the build root {} was removed or replaced while the server runs; using the one that is there now",
+            "the build root {} was removed or replaced while the server runs; using the directory that is there now",
             path.display()
         ));
         for name in made.sweep(next).map_err(doing)? {
@@ -272,7 +273,7 @@ impl RootDirectories {
 }
 
 impl RootDirectory {
-    /// For naming what is in it.
+    /// A handle for opening entries in it.
     pub(super) fn handle(&self) -> &File {
         &self.handle
     }
@@ -293,7 +294,7 @@ impl RootDirectory {
         Ok(Self { handle, id, trees: StagedTrees::new(limits) })
     }
 
-    /// Makes the directory whose name follows from the action.
+    /// Creates a directory whose name is derived from the action.
     fn take_name(&self, action: &Digest) -> io::Result<OsString> {
         let hash = action.hash_hex();
         let first = format!("{ACTION_PREFIX}{}", hash.get(..HASH_DIGITS).unwrap_or(&hash));
@@ -323,7 +324,7 @@ impl RootDirectory {
                         let flags = RenameFlags::NOREPLACE;
                         Ok(rfs::renameat_with(&self.handle, name, &self.handle, aside, flags)?)
                     };
-                    // One that cannot be moved keeps its name, and runs of that action get another.
+                    // A directory that cannot be moved keeps its name, and runs of that action get another name.
                     leftovers.push(numbered("0-", next, aside).unwrap_or_else(|_| name.to_owned()));
                 }
                 None => {}
@@ -335,7 +336,7 @@ impl RootDirectory {
     }
 }
 
-/// Tries names that begin like this until one is free.
+/// Tries numbered names with this prefix until `take` accepts one.
 fn numbered(
     prefix: &str,
     next: &AtomicU64,
@@ -355,11 +356,11 @@ fn numbered(
 
 /// The kind of an entry of the build root.
 enum EntryOwner {
-    /// The own directory of a run.
+    /// A run: its own directory.
     Run,
-    /// The directory with the input root of an action.
+    /// A run: the directory with the input root, named after the action.
     Action,
-    /// Actions that have the same inputs.
+    /// A staged tree, which may be shared by several actions.
     Tree,
 }
 
@@ -391,7 +392,7 @@ pub struct Workspace {
     place: Arc<RootDirectory>,
     name: OsString,
     path: PathBuf,
-    /// Name of the directory that holds the input root, if that is not the run's own.
+    /// Name of the directory that holds the input root, if that is not the run's own directory.
     for_action: Option<OsString>,
     root_path: PathBuf,
     opened: Option<OpenDirectories>,
@@ -402,7 +403,7 @@ pub struct Workspace {
 #[derive(Debug)]
 struct OpenDirectories {
     top: File,
-    /// Where the input root is, if that is not `top`.
+    /// The directory that holds the input root, if that is not `top`.
     for_action: Option<File>,
     root: File,
 }
@@ -439,7 +440,7 @@ impl Workspace {
     /// The run's own directory, which holds the logs.
     ///
     /// # Errors
-    /// None in practice; a workspace in hand is laid out.
+    /// None in practice: every workspace that was returned is open.
     pub fn top(&self) -> Result<&File> {
         self.opened().map(|opened| &opened.top)
     }
@@ -447,12 +448,12 @@ impl Workspace {
     /// The input root.
     ///
     /// # Errors
-    /// Those of [`Workspace::top`].
+    /// The errors of [`Workspace::top`].
     pub fn root(&self) -> Result<&File> {
         self.opened().map(|opened| &opened.root)
     }
 
-    /// A base for the input root beneath the layer of this run; see [`BuildRoot::stage`].
+    /// Finds or makes a base for the input root, to lie below the layer of this run; see [`BuildRoot::stage`].
     ///
     /// # Errors
     /// As [`BuildRoot::stage`].
@@ -466,10 +467,11 @@ impl Workspace {
         self.build_root.stage(&self.place, inputs, wanted, instance, checkpoint)
     }
 
-    /// What has to be mounted so that the command sees the tree at `below`, in the build root, beneath the layer of this run.
+    /// Creates the work directory of the overlay and returns the layers to mount: the tree at `below` in the build
+    /// root, and the layer of this run above it.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub(super) fn layers(&self, below: &Path) -> Result<Layers> {
         rfs::mkdirat(self.opened()?.around_root(), "work", Mode::RWXU)
             .map_err(|error| Error::io("make an exec directory", &error.into()))?;
@@ -497,11 +499,11 @@ impl Workspace {
     /// of the server.
     ///
     /// # Errors
-    /// `Unavailable` when one of them was removed or replaced.
+    /// `Unavailable` if one of them was removed or replaced.
     pub fn check_in_place(&self) -> Result<()> {
         let opened = self.opened()?;
         let around_root = self.root_path.parent().unwrap_or(&self.root_path);
-        // They may be the same.
+        // Both may be the same directory.
         for (handle, path) in [(&opened.top, self.path.as_path()), (opened.around_root(), around_root)] {
             if !rfs::fstat(handle).is_ok_and(|stat| is_at(path, dir::file_id(&stat))) {
                 return Err(Error::Unavailable(format!(
@@ -513,7 +515,7 @@ impl Workspace {
         Ok(())
     }
 
-    /// Removes it on this thread, so that its space is free when this returns.
+    /// Removes it on this thread, so that its space is free on return.
     pub fn remove_now(mut self) {
         self.removes_itself = true;
     }

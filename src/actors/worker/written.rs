@@ -1,7 +1,7 @@
-//! [`Written`]: what a command has written to its input root so far, for the limits on disk.
+//! [`Written`]: measures what a command has written to its input root so far, for the limits on disk space.
 //!
-//! It is measured by walking the directory that belongs to this action alone: the layer above a staged tree, or a copy of the
-//! input root. What was there before the command started does not count.
+//! It walks the directory that belongs to this action alone: the layer above a staged tree, or a copy of the input
+//! root. Files that were there before the command started do not count.
 
 use super::dir::{self, FileId};
 use crate::{
@@ -14,12 +14,12 @@ use rustix::{
 };
 use std::{ffi::OsString, fs::File, io, path::Path};
 
-/// `st_blocks` counts these.
+/// The unit of `st_blocks`.
 const BLOCK: u64 = 512;
-/// How many directories are held open on the way down.
+/// Maximum number of directories that are held open on the way down.
 const KEPT_OPEN: usize = 8;
 
-/// Watches over one directory.
+/// Measures one directory.
 #[derive(Debug)]
 pub struct Written {
     root: File,
@@ -28,7 +28,7 @@ pub struct Written {
     space: Option<Space>,
 }
 
-/// What is in a directory.
+/// The size of the content of a directory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Use {
     bytes: u64,
@@ -36,10 +36,10 @@ struct Use {
 }
 
 impl Written {
-    /// From now on, what is written below this directory counts.
+    /// Starts to measure: what is written below this directory from now on counts.
     ///
     /// # Errors
-    /// When the directory cannot be opened.
+    /// If the directory cannot be opened.
     pub(super) fn begin(root: &Path) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = File::from(rfs::open(root, flags, Mode::empty())?);
@@ -48,7 +48,7 @@ impl Written {
         Ok(Self { root, before, space })
     }
 
-    /// The limit that is crossed, if one is. A walk ends as soon as it has found enough.
+    /// The limit that is exceeded, if any. The walk ends as soon as it has found enough.
     pub(super) fn exceeded(&self, limits: &Limits) -> Option<Exceeded> {
         let now = measure(&self.root, limits, self.before);
         let bytes = now.bytes.saturating_sub(self.before.bytes);
@@ -59,7 +59,8 @@ impl Written {
             .or_else(|| crossed(LimitedResource::Files, nodes, limits.files))
     }
 
-    /// Whether so much space was used up since the start that this command may have crossed a limit. Costs a system call.
+    /// Whether the free space has shrunk so much since the start that this command may have exceeded a limit. Costs one
+    /// system call.
     pub(super) fn may_exceed(&self, limits: &Limits) -> bool {
         let Some((before, now)) = self.space.zip(Space::of_file(&self.root).ok()) else { return true };
         let used = |before: u64, now: u64| before.saturating_sub(now);
@@ -68,11 +69,11 @@ impl Written {
     }
 }
 
-/// What is below a directory; what vanishes meanwhile is not counted. Stops when it is more than the limits allow beyond what
-/// was there before.
+/// The size of everything below a directory. Files that vanish meanwhile are not counted. Stops when the size exceeds
+/// the size `before` by more than the limits allow.
 fn measure(root: &File, limits: &Limits, before: Use) -> Use {
     let mut found = Use::default();
-    // What a walk that ended early has seen is enough to go on.
+    // The result of a walk that ended early is good enough.
     let _ = walk(root, &mut |stat| {
         found.nodes += 1;
         found.bytes = found.bytes.saturating_add((stat.st_blocks.max(0) as u64).saturating_mul(BLOCK));
@@ -82,17 +83,17 @@ fn measure(root: &File, limits: &Limits, before: Use) -> Use {
     found
 }
 
-/// A directory on the way down.
+/// A directory on the path from the root to the current directory.
 struct Level {
     id: FileId,
-    /// Closed while the walk is far below.
+    /// `None` while the walk is far below it.
     open: Option<File>,
     /// Directories that are not visited yet.
     left: Vec<OsString>,
 }
 
-/// Visits everything below a directory, until a visit returns false. Changes nothing, holds few handles, and gives up where
-/// directories are moved away beneath it.
+/// Visits everything below a directory, until a visit returns false. Changes nothing, holds few descriptors, and gives
+/// up if directories are moved away meanwhile.
 fn walk(root: &File, visit: &mut dyn FnMut(&Stat) -> bool) -> io::Result<()> {
     let mut levels = vec![enter(root.try_clone()?, visit)?];
     while let Some(level) = levels.last_mut() {
@@ -120,7 +121,7 @@ fn walk(root: &File, visit: &mut dyn FnMut(&Stat) -> bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Visits what is in a directory. An error if the walk is to end.
+/// Visits the entries of a directory. An error ends the walk.
 fn enter(open: File, visit: &mut dyn FnMut(&Stat) -> bool) -> io::Result<Level> {
     let mut left = Vec::new();
     for entry in dir::entries(&open)?.map_while(io::Result::ok) {
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_there_before_does_not_count_and_what_is_written_does() {
+    fn only_files_that_are_written_after_the_start_count() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("input"), vec![1; 3 << 20]).unwrap();
         let written = Written::begin(directory.path()).unwrap();
@@ -158,7 +159,7 @@ mod tests {
         assert_eq!(written.exceeded(&limits(4 << 20, 1)), None);
     }
 
-    /// Deeper than any path can name, and links lead nowhere.
+    /// The path is longer than any system call accepts. The link must not be followed.
     #[test]
     fn files_are_counted_at_any_depth() {
         let directory = tempfile::tempdir().unwrap();

@@ -138,8 +138,14 @@ fn no_path_and_no_link_leads_out() {
         layer().symlink("w", &outside).file("w/.wh.victim", b"", 0o644),
         layer().symlink("o", &outside).file("o/.wh..wh..opq", b"", 0o644),
     ] {
-        let _ = site.apply_one(write);
+        site.apply_one(write).unwrap();
     }
+    for name in ["l", "d/victim", "h"] {
+        let metadata = fs::symlink_metadata(site.root().join(name)).unwrap();
+        assert!(metadata.is_file(), "{name} is a file of the image");
+    }
+    assert_eq!((site.read("l"), site.read("d/victim"), site.read("h")), ("x".into(), "x".into(), "f".into()));
+    assert_eq!(fs::read_link(site.root().join("s")).unwrap(), Path::new("elsewhere"));
     for target in [&*victim, "../outside/victim", "absolute/victim", "usr", ""] {
         let problem = refused(site.apply_one(layer().directory("usr", 0o755).hard_link("stolen", target)));
         assert!(problem.contains("stolen"), "{problem}");
@@ -351,4 +357,29 @@ proptest! {
             prop_assert_eq!(found, expected);
         }
     }
+}
+
+#[test]
+fn what_is_decoded_takes_room_even_if_it_is_no_content_of_a_file() {
+    let site = Site::new();
+    let top = File::open(site.root()).unwrap();
+    let mut left: u64 = 64 << 20;
+    let mut take = |bytes: u64| {
+        left = left.checked_sub(bytes).ok_or_else(|| Error::Precondition("too large".into()))?;
+        Ok(())
+    };
+    let mut tree = RootTree::new(&top, &mut take);
+    // A link whose header says that a terabyte of content follows.
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(EntryType::Symlink);
+    header.set_path("link").unwrap();
+    header.set_link_name("target").unwrap();
+    header.set_size(1 << 40);
+    header.set_cksum();
+    let archive = header.as_bytes().chain(io::repeat(0).take(1 << 40));
+    let applied = layer::unpack(archive, &mut tree);
+    assert!(
+        matches!(&applied, Err(LayerProblem::Failed(Error::Precondition(problem))) if problem == "too large"),
+        "{applied:?}"
+    );
 }

@@ -1,7 +1,8 @@
-//! [`Table`]: which system calls get which answer, and the program by which the kernel finds that answer. Pure.
+//! [`Table`]: which system calls get which answer, and the BPF program by which the kernel finds that answer. Pure.
 //!
-//! The kernel evaluates a new program once for each system call that exists, to learn which calls are always allowed, and then
-//! for each call that is not. Both happen for every action, so the program is a binary search over the numbers of the calls.
+//! When a program is installed, the kernel evaluates it once for each existing system call to learn which calls are
+//! always allowed. Later it evaluates it for each use of the other calls. Both happen for every action, so the program
+//! is a binary search over the call numbers.
 
 use seccompiler::sock_filter;
 use std::{collections::BTreeMap, ops::Range};
@@ -10,18 +11,19 @@ use std::{collections::BTreeMap, ops::Range};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Answer {
     Allow,
-    /// The call fails with this errno, or returns 0 without effect.
+    /// The call fails with this errno. With 0 it returns 0 and has no effect.
     Errno(u16),
     EndProcess,
 }
 
-/// A test of one argument. All but `NotNull` look at its lower 32 bits only, as the kernel does with the arguments in question.
+/// A test of one argument. All tests except `NotNull` look only at the lower 32 bits, as the kernel itself does with
+/// these arguments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Test {
     Is(u32),
     IsNot(u32),
     HasAnyOf(u32),
-    /// Under a mask, it has this value.
+    /// The bits under `mask` are equal to `value`.
     Masked {
         mask: u32,
         value: u32,
@@ -29,10 +31,10 @@ pub(super) enum Test {
     NotNull,
 }
 
-/// An answer, and the tests of arguments that must all hold for it.
+/// An answer, with tests of arguments that must all hold for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Case {
-    /// Positions of arguments, from 0, with their tests.
+    /// Positions of arguments, counted from 0, with their tests.
     pub tests: Vec<(u8, Test)>,
     pub answer: Answer,
 }
@@ -40,11 +42,12 @@ pub(super) struct Case {
 /// The answers to all system calls.
 #[derive(Debug, Clone)]
 pub(super) struct Table {
-    /// The architecture of this program (`AUDIT_ARCH_*`). A call of another one ends its process.
+    /// The architecture of this program (`AUDIT_ARCH_*`). A call of another architecture kills its process.
     pub architecture: u32,
-    /// By number: the first case that holds gives the answer. A call without one is allowed.
+    /// The cases of each call number. The first case whose tests hold gives the answer. A call is allowed if no case
+    /// does.
     pub calls: BTreeMap<u32, Vec<Case>>,
-    /// Numbers of calls of another ABI, which end their process.
+    /// Call numbers of another ABI, which kill the process.
     pub foreign: Range<u32>,
 }
 
@@ -61,11 +64,11 @@ const IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
 const IF_AT_LEAST: u32 = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
 const IF_ANY_BIT: u32 = libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K;
 
-/// How far a conditional jump may lead: 255, less the two unconditional jumps that may be put in between.
+/// Maximum distance of a conditional jump: 255, minus the two unconditional jumps that may be inserted in between.
 const REACH: usize = 253;
 
 impl Table {
-    /// The program for the kernel.
+    /// Compiles the table into a program for the kernel.
     pub(super) fn assemble(&self) -> Vec<sock_filter> {
         let mut program = Assembly::default();
         let allow = program.answer(Answer::Allow);
@@ -93,7 +96,7 @@ impl Table {
 
 #[cfg(test)]
 impl Table {
-    /// What the table says about a call.
+    /// The table's answer to a call.
     pub(super) fn answer(&self, architecture: u32, number: u32, arguments: &[u64; 6]) -> Answer {
         let holds = |(argument, test): &(u8, Test)| {
             let argument = arguments[usize::from(*argument)];
@@ -114,10 +117,10 @@ impl Table {
     }
 }
 
-/// A place in a program: the number of instructions from there to the end.
+/// A position in a program: the number of instructions from there to the end.
 type Label = usize;
 
-/// A program that is written from its end, so that jumps, which only lead forward, have known targets.
+/// A program that is written backwards from its end. Jumps only lead forward, so their targets are always known.
 #[derive(Default)]
 struct Assembly {
     reversed: Vec<sock_filter>,
@@ -144,7 +147,7 @@ impl Assembly {
         label
     }
 
-    /// Continues at `next`: with a jump, unless the next instruction is there.
+    /// Continues at `next`. Adds a jump unless `next` is the following instruction.
     fn go(&mut self, next: Label) {
         let distance = self.reversed.len() - next;
         if distance > 0 {
@@ -158,7 +161,7 @@ impl Assembly {
         self.push(LOAD, offset, 0, 0)
     }
 
-    /// A label from which `target` is reached, near enough for a conditional jump.
+    /// A label that leads to `target` and is close enough for a conditional jump.
     fn near(&mut self, target: Label) -> Label {
         if self.reversed.len() - target > REACH {
             self.go(target);
@@ -202,7 +205,7 @@ impl Assembly {
         self.load(offset, tested)
     }
 
-    /// Finds the last of these numbers that is not above the loaded one, and continues at its label.
+    /// Finds the largest of these numbers that is not above the loaded one, and continues at its label.
     fn search(&mut self, numbers: &[(u32, Label)]) -> Label {
         match numbers {
             [] => self.reversed.len(),
@@ -228,7 +231,7 @@ mod tests {
     use super::*;
     use proptest::{collection::vec, prelude::*};
 
-    /// A system call as the kernel shows it to the program.
+    /// A system call as the kernel presents it to the program.
     #[derive(Debug, Clone)]
     struct Call {
         architecture: u32,
@@ -249,7 +252,7 @@ mod tests {
         }
     }
 
-    /// What the kernel would do with a call.
+    /// Interprets the program as the kernel does and returns its result.
     fn run(program: &[sock_filter], call: &Call) -> u32 {
         let (mut at, mut loaded) = (0, 0);
         loop {
@@ -279,7 +282,7 @@ mod tests {
         }
     }
 
-    /// The same as the value that a program returns.
+    /// The table's answer as the value that a program returns.
     fn look_up(table: &Table, call: &Call) -> u32 {
         match table.answer(call.architecture, call.number, &call.arguments) {
             Answer::Allow => libc::SECCOMP_RET_ALLOW,

@@ -1,4 +1,5 @@
-//! The life of a task: the check of its inputs, the assignment to a slot, the run, and the conclusion from its end.
+//! The life of a task: the check of its inputs, the order of its image, the assignment to a slot, the run, and the conclusion
+//! from its end.
 
 use super::{Ledger, Outcome, Task, TaskRun, TaskStep};
 use crate::{
@@ -18,12 +19,14 @@ use crate::{
     },
     caller::Peer,
     instance::Instance,
+    platform::wanted_image,
 };
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
 };
-use std::{sync::Arc, time::SystemTime};
+use std::{convert::Infallible, sync::Arc, time::SystemTime};
+use tokio::sync::oneshot;
 
 /// A decision: check whether the inputs of a task are stored.
 #[derive(Debug)]
@@ -34,6 +37,17 @@ pub(crate) struct Check {
     pub(crate) root: Digest,
     /// The peer whose turn it was.
     pub(crate) peer: Peer,
+}
+
+/// A decision: bring the container image that a task names.
+#[derive(Debug)]
+pub(crate) struct ImageOrder {
+    pub(crate) task: TaskId,
+    pub(crate) name: String,
+    /// The peer for which the task counts.
+    pub(crate) peer: Peer,
+    /// Closed when the task does not wait any more.
+    pub(crate) left: oneshot::Receiver<Infallible>,
 }
 
 /// A decision: run a task on a slot.
@@ -106,12 +120,50 @@ impl Ledger {
             return;
         };
         match result {
-            Ok(()) => {
-                task.step = TaskStep::Ready;
-                self.enter_queues(id);
+            Ok(()) if self.brings_images && !matches!(wanted_image(&task.action.platform), Ok(None)) => {
+                task.step = TaskStep::AwaitingImage;
+                self.image_orders.push_back(id);
             }
+            Ok(()) => self.make_ready(id),
             Err(error) => self.end_task(id, Outcome::failed(error), now),
         }
+    }
+
+    /// The next task whose image is to be brought. Each order should be answered by [`Ledger::image_brought`], unless the task
+    /// has left. There is no bound but that of the queue: who orders only waits, and shares the pulls with all others.
+    pub(crate) fn next_image(&mut self, now: ClockReading) -> Option<ImageOrder> {
+        while let Some(id) = self.image_orders.pop_front() {
+            let Some(task) = self.tasks.get_mut(&id) else { continue };
+            match wanted_image(&task.action.platform) {
+                Ok(Some(name)) => {
+                    let (order, left) = oneshot::channel();
+                    task.image_order = Some(order);
+                    return Some(ImageOrder { task: id, name: name.to_owned(), peer: task.owner.peer, left });
+                }
+                Ok(None) => self.make_ready(id),
+                Err(problem) => self.end_task(id, Outcome::failed(Error::Invalid(problem)), now),
+            }
+        }
+        None
+    }
+
+    /// The image of a task is there, so the task may have a slot. An error ends the task before it takes one. If the disk has no
+    /// room for the image, the task takes its slot, where room is made for what runs next.
+    pub(crate) fn image_brought(&mut self, id: TaskId, result: Result<()>, now: ClockReading) {
+        let Some(task) = self.tasks.get_mut(&id).filter(|task| task.step == TaskStep::AwaitingImage) else {
+            return;
+        };
+        task.image_order = None;
+        match result {
+            Ok(()) | Err(Error::DiskFull(_)) => self.make_ready(id),
+            Err(error) => self.end_task(id, Outcome::failed(error), now),
+        }
+    }
+
+    fn make_ready(&mut self, id: TaskId) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.step = TaskStep::Ready;
+        self.enter_queues(id);
     }
 
     /// The next task to run, with its slot. It is `None` if there is no free slot for a ready task; runs without followers are
@@ -277,9 +329,13 @@ impl Ledger {
     fn move_up(&mut self, id: TaskId, pool: PoolId, now: ClockReading) -> bool {
         let Some(task) = self.tasks.get(&id) else { return false };
         let (action, pools, failures) = (task.action.clone(), task.pools.clone(), task.failures());
-        let larger = self.slots.with_more_memory(&pools, pool, &action);
+        let memory = self.slots.memory(pool, &action);
+        let larger = self.slots.with_more_memory(&pools, memory, &action);
         if larger.is_empty() || failures >= self.settings.max_attempts {
             return false;
+        }
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.more_than = Some(memory);
         }
         self.set_pools(id, larger);
         let name = self.slots.name(pool);
@@ -298,10 +354,12 @@ impl Ledger {
             ));
             return self.end_task(id, Outcome::failed(error), now);
         }
-        if !self.slots.may_wait(&task.pools) {
+        if !self.slots.may_wait(&task.pools) && !self.settle_for_less(id) {
+            let Some(task) = self.tasks.get(&id) else { return };
             let error = self.slots.unserved(&task.action);
             return self.end_task(id, Outcome::failed(error), now);
         }
+        let Some(task) = self.tasks.get_mut(&id) else { return };
         // Its inputs were checked before. If some are missing now, the next run reports them.
         self.unfollowed.forget(id, task);
         task.step = TaskStep::Ready;
@@ -323,12 +381,29 @@ impl Ledger {
         }
     }
 
+    /// Has a task that ran out of memory wait for all pools that suit it, because those that would give it more are gone. Its next
+    /// run may end as the last one did, which is then its result. False if that does not help.
+    fn settle_for_less(&mut self, id: TaskId) -> bool {
+        let Some(task) = self.tasks.get_mut(&id) else { return false };
+        if task.more_than.take().is_none() {
+            return false;
+        }
+        let action = task.action.clone();
+        let Ok(pools) = self.slots.matching(&action) else { return false };
+        let helps = self.slots.may_wait(&pools);
+        self.set_pools(id, pools);
+        helps
+    }
+
     /// Ends the waiting tasks for which no pool is left.
     pub(super) fn end_unserved(&mut self, now: ClockReading) {
         let unserved = |task: &Task| task.step != TaskStep::Running && !self.slots.may_wait(&task.pools);
         let unserved: Vec<_> =
             self.tasks.iter().filter(|(_, task)| unserved(task)).map(|(id, _)| *id).collect();
         for id in unserved {
+            if self.settle_for_less(id) {
+                continue;
+            }
             let Some(action) = self.tasks.get(&id).map(|task| task.action.clone()) else { continue };
             let error = self.slots.unserved(&action);
             self.end_task(id, Outcome::failed(error), now);

@@ -26,10 +26,12 @@ pub(crate) struct Work {
     pub(crate) platform: Option<&'static str>,
     /// The `cores` that it asks for; 0 for none.
     pub(crate) cores: u64,
+    /// Whether it names a container image.
+    pub(crate) image: bool,
 }
 
 pub(crate) fn work(name: u64) -> Work {
-    Work { name, do_not_cache: false, platform: None, cores: 0 }
+    Work { name, do_not_cache: false, platform: None, cores: 0, image: false }
 }
 
 /// The request of one run of a build tool.
@@ -93,7 +95,8 @@ pub(crate) fn resolution(work: &Work, cached: bool) -> Resolution {
 pub(crate) fn properties(work: &Work) -> Vec<(String, String)> {
     let family = work.platform.map(|value| ("OSFamily".to_owned(), value.to_owned()));
     let cores = (work.cores > 0).then(|| ("cores".to_owned(), work.cores.to_string()));
-    family.into_iter().chain(cores).collect()
+    let image = work.image.then(|| ("container-image".to_owned(), "oci:/image".to_owned()));
+    family.into_iter().chain(cores).chain(image).collect()
 }
 
 pub(crate) fn settings() -> SchedulerSettings {

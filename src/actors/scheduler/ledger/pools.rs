@@ -8,7 +8,7 @@
 //! A change looks at each task once, at a cost of O(log n) for each task that is affected. Pools change when people or
 //! machines come and go, which is rare.
 
-use super::{Ledger, TaskStep};
+use super::{Ledger, Task, TaskStep};
 use crate::actors::{
     scheduler::{
         queue::Queue,
@@ -73,10 +73,13 @@ impl Ledger {
         self.runs.values().filter(|run| run.pool == id && !run.stuck).count()
     }
 
-    /// A new pool is in the sets of all tasks that it suits. A task keeps the other pools of its set, for which it was admitted,
+    /// A new pool is in the sets of all tasks that it suits, unless a task has run out of as much memory as the pool gives it. A task keeps the other pools of its set, for which it was admitted,
     /// even if the new pool has made one of the task's properties known.
     fn offer_pool(&mut self, id: PoolId) {
-        let suited = self.tasks.iter().filter(|(_, task)| self.slots.suits(id, &task.action));
+        let gives_more =
+            |task: &Task| task.more_than.is_none_or(|memory| self.slots.memory(id, &task.action) > memory);
+        let suited = self.tasks.iter();
+        let suited = suited.filter(|(_, task)| self.slots.suits(id, &task.action) && gives_more(task));
         let suited: Vec<_> = suited.map(|(task, _)| *task).collect();
         for task in suited {
             let Some(before) = self.tasks.get(&task).map(|task| task.pools.clone()) else { continue };

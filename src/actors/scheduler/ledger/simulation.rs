@@ -15,12 +15,13 @@ use crate::actors::{
     scheduler::messages::OperationFilter,
     worker::{
         cancel::CancelToken,
-        messages::{RunFailure, RunResult, RunStage, SlotId, StageReached},
+        messages::{Account, RunFailure, RunResult, RunStage, SlotId, StageReached},
     },
 };
 use crate::{caller::Caller, limits::Room};
-use pools::{PoolKind, Pools};
+use pools::{PoolKind, PoolRoom, Pools};
 use std::collections::HashSet;
+use tokio::sync::oneshot::error::TryRecvError;
 use turns::WaitingTask;
 
 const SEEDS: u64 = 300;
@@ -30,7 +31,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 33] = [
+const SIGHTS: [&str; 38] = [
     "joined",
     "explained",
     "in a later pool",
@@ -64,6 +65,11 @@ const SIGHTS: [&str; 33] = [
     "peer due",
     "shared room",
     "kept room for a large one",
+    "image brought",
+    "image failed",
+    "left before its image came",
+    "ran out of memory",
+    "moved to more memory",
 ];
 
 #[test]
@@ -130,6 +136,8 @@ struct World {
     known: BTreeMap<OperationId, KnownOperation>,
     next_id: u128,
     checks: Vec<TaskId>,
+    /// The images that are being brought.
+    images: Vec<ImageOrder>,
     /// What is out, by slot.
     runs: BTreeMap<(PoolId, SlotId), Out>,
     pools: Pools,
@@ -165,10 +173,17 @@ impl World {
         };
         let mut pools = Pools::default();
         let has_room = random.chance(50);
-        let specs =
-            [(2, PoolKind::Linux, false), (1, PoolKind::Plan9, false), (4, PoolKind::Either, has_room)];
-        let specs = specs.map(|(slots, kind, has_room)| pools.new_spec(slots, kind, has_room));
-        let ledger = Ledger::new(settings, specs.to_vec());
+        let last = if has_room { PoolRoom::Shared } else { PoolRoom::Each(3 << 30) };
+        let specs = [
+            (2, PoolKind::Linux, PoolRoom::Each(1 << 30)),
+            (1, PoolKind::Plan9, PoolRoom::Each(0)),
+            (4, PoolKind::Either, last),
+        ];
+        let specs = specs.map(|(slots, kind, room)| pools.new_spec(slots, kind, room));
+        let mut ledger = Ledger::new(settings, specs.to_vec());
+        if random.chance(70) {
+            ledger.bring_images();
+        }
         // Ids ascend in the order of the list.
         let ids: BTreeSet<PoolId> = ledger.pools().iter().map(|pool| pool.id).collect();
         ids.into_iter().zip(specs).for_each(|(id, spec)| pools.insert(id, spec));
@@ -179,6 +194,7 @@ impl World {
             known: BTreeMap::new(),
             next_id: 1,
             checks: Vec::new(),
+            images: Vec::new(),
             runs: BTreeMap::new(),
             pools,
             most_out: 0,
@@ -191,7 +207,8 @@ impl World {
         match self.random.below(100) {
             0..25 => self.submit(),
             25..35 => self.send_checks(),
-            35..45 => self.answer_check(),
+            35..41 => self.answer_check(),
+            41..45 => self.answer_image(),
             45..60 => self.assign(),
             60..68 => self.report_stage(),
             68..80 => self.end_run(),
@@ -216,7 +233,8 @@ impl World {
             [None, None, None, None, Some("linux"), Some("Linux"), Some("plan9"), Some("amiga")][name];
         let name = name as u64 + if do_not_cache { 100 } else { 0 };
         let cores = [0, 1, 4, 2, 0, 3, 2, 0][(name % 100) as usize];
-        let work = Work { name, do_not_cache, platform, cores };
+        let image = name % 3 == 1;
+        let work = Work { name, do_not_cache, platform, cores, image };
         let cached = !work.do_not_cache && self.random.chance(10);
         let unusable = !cached && self.random.chance(10);
         let invocation = ["", "a", "b"][self.random.below(3)];
@@ -284,6 +302,30 @@ impl World {
             self.checks.push(check.task);
         }
         assert!(self.checks.len() <= self.ledger.settings.concurrent_checks);
+        while let Some(order) = self.ledger.next_image(self.now) {
+            self.images.push(order);
+        }
+    }
+
+    fn answer_image(&mut self) {
+        if self.images.is_empty() {
+            return;
+        }
+        let order = self.images.swap_remove(self.random.below(self.images.len()));
+        let result = match self.random.below(10) {
+            0 => Err(Error::Unavailable("no registry".into())),
+            1 => Err(Error::DiskFull("no room".into())),
+            _ => Ok(()),
+        };
+        // The ledger hears also of what nobody waits for any more.
+        let has_left = !self.ledger.tasks.contains_key(&order.task);
+        let sight = match (has_left, &result) {
+            (true, _) => "left before its image came",
+            (false, Err(Error::Unavailable(_))) => "image failed",
+            (false, _) => "image brought",
+        };
+        self.ledger.image_brought(order.task, result, self.now);
+        self.seen.insert(sight);
     }
 
     fn answer_check(&mut self) {
@@ -393,10 +435,14 @@ impl World {
             0..12 if out.cancel.is_cancelled() => {
                 RunEnd::Reported(failure(Error::Cancelled("stopped".into()), false))
             }
-            0..12 => RunEnd::Reported(Ok(Box::new(RunResult {
-                result: Default::default(),
-                account: Default::default(),
-            }))),
+            0..12 => {
+                let out_of_memory = self.random.chance(20);
+                if out_of_memory {
+                    self.seen.insert("ran out of memory");
+                }
+                let account = Account { out_of_memory, ..Account::default() };
+                RunEnd::Reported(Ok(Box::new(RunResult { result: Default::default(), account })))
+            }
             12..14 => RunEnd::Reported(failure(Error::DeadlineExceeded("too slow".into()), false)),
             14..17 => RunEnd::Reported(failure(Error::internal("bad luck"), true)),
             _ => {
@@ -498,6 +544,9 @@ impl World {
                     if reason.to_string().contains("was removed") {
                         self.seen.insert("moved from its pool");
                     }
+                    if reason.to_string().contains("ran out of memory") {
+                        self.seen.insert("moved to more memory");
+                    }
                     if reason.to_string().contains("did not stop") {
                         self.seen.insert("moved from a run that did not stop");
                     }
@@ -559,6 +608,14 @@ impl World {
         assert_eq!(quota, ledger.quota, "what there is counts, once, for the right owner");
         assert_eq!(quota.all().waiting, waiting);
         assert!(waiting <= settings.queue_size + self.most_out);
+        for order in &mut self.images {
+            let waits = |task: &Task| task.step == TaskStep::AwaitingImage;
+            assert_eq!(
+                order.left.try_recv().is_err_and(|left| left == TryRecvError::Empty),
+                ledger.tasks.get(&order.task).is_some_and(waits),
+                "who brings an image hears when nobody waits for it any more"
+            );
+        }
         self.check_pools();
         self.check_queues();
         self.check_followers();
@@ -587,6 +644,7 @@ impl World {
         for _ in 0..100 {
             self.send_checks();
             self.answer_check();
+            self.answer_image();
             self.assign();
             self.end_run();
             self.advance(Duration::from_secs(1));
@@ -611,7 +669,7 @@ impl World {
     }
 
     fn check_drained(&mut self) {
-        let work = Work { name: 1, do_not_cache: false, platform: None, cores: 0 };
+        let work = work(1);
         let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(0));
         let refused = self.ledger.admit(submit(&work), resolution(&work, true), id, self.now);
         assert!(matches!(refused, Err(Error::Unavailable(_))));

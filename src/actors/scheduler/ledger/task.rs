@@ -23,9 +23,11 @@ use crate::{
 use gorego_reapi::digest::Digest;
 use std::{
     collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
     sync::Arc,
     time::{Instant, SystemTime},
 };
+use tokio::sync::oneshot;
 
 /// Actions with equal keys share a task. Actions that must not be cached have no key (EXE-15).
 pub(super) type TaskKey = (InstanceId, Digest);
@@ -37,6 +39,8 @@ pub(super) struct Task {
     /// The value of [`Action::weight`], which is expensive to compute.
     pub(super) weight: usize,
     pub(super) pools: PoolSet,
+    /// The memory with which it has run out of it. Its pools give it more, as long as there are such pools.
+    pub(super) more_than: Option<u64>,
     /// The first operation; it may have been cancelled since.
     pub(super) first: Arc<OperationInfo>,
     pub(super) queued_at: SystemTime,
@@ -56,6 +60,8 @@ pub(super) struct Task {
     /// The time since when no waiter has followers; `None` if one has.
     pub(super) unfollowed_since: Option<Instant>,
     pub(super) step: TaskStep,
+    /// Held while somebody brings its image. Dropped with the task, so that they need not go on waiting.
+    pub(super) image_order: Option<oneshot::Sender<Infallible>>,
     /// Texts about its runs so far, in order; at most one for each run.
     pub(super) server_logs: Vec<ServerLog>,
     /// The pool in whose queue it is closest to the front, and its position there, as of the last board.
@@ -69,6 +75,8 @@ pub(super) enum TaskStep {
     Unchecked,
     /// The store checks its inputs.
     Checking,
+    /// Its container image is being brought.
+    AwaitingImage,
     /// It waits for a slot.
     Ready,
     /// It has a slot and an entry in `runs`.

@@ -129,14 +129,15 @@ impl Ledger {
                     self.ready.get_mut(&pool).map(&mut visit);
                 }
             }
-            TaskStep::Checking | TaskStep::Running => {}
+            TaskStep::Checking | TaskStep::AwaitingImage | TaskStep::Running => {}
         }
     }
 
     /// The next pool with a free slot and a task for it. The task is removed from all queues.
     ///
     /// If a pool lacks the room for the task that is next, it runs no other one before: the room that becomes free is for that
-    /// task. So no task starves, however many small ones there are; a part of the room stays free meanwhile.
+    /// task, and a part of it stays free meanwhile. Which task is next may change, as another peer comes to have fewer running
+    /// tasks. No task starves: once the running tasks of its peer have ended, its peer has its turn.
     pub(super) fn next_ready(&mut self, now: ClockReading) -> Option<(PoolId, TaskId, Charge)> {
         let mut at = 0;
         let pool = loop {
@@ -208,6 +209,7 @@ impl Ledger {
         let name = |pool: PoolId| self.slots.name(pool).to_string();
         let mut reason = match task.step {
             TaskStep::Unchecked | TaskStep::Checking => "its inputs are being looked up".to_owned(),
+            TaskStep::AwaitingImage => "its container image is being fetched".to_owned(),
             TaskStep::Ready | TaskStep::Running if !self.slots.is_served(&task.pools) => {
                 format!("pool \"{}\" takes no more actions, and no other pool suits it", name(pool))
             }

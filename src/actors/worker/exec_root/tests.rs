@@ -1,4 +1,4 @@
-//! The layers as we see them are the layers as the kernel shows them.
+//! Checks that this module sees the layers as the kernel shows them.
 
 use super::*;
 use crate::actors::worker::{
@@ -16,17 +16,17 @@ use crate::actors::worker::{
 use proptest::{prelude::*, test_runner::TestRunner};
 use std::{collections::BTreeMap, fs, io::Read as _, process, sync::Arc, time::Duration};
 
-/// A node as a command sees it: kind, permission bits, seconds of the mtime, content or target.
+/// Every node by path: kind, permission bits, seconds of the mtime, and content or target.
 type View = BTreeMap<String, (char, u32, i64, String)>;
 
-/// Directories of one exec root, made as for an action.
+/// The directories of one exec root, made as for an action.
 struct Layers {
     directory: tempfile::TempDir,
     base: Arc<InputTree>,
 }
 
 impl Layers {
-    /// The layer of an action that wants one tree and gets it above another.
+    /// Makes the layer of an action that wants the tree `wanted` and gets it above the tree `base`.
     fn new(base: &model::Tree, wanted: &model::Tree) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let [base, wanted] = [base, wanted].map(|tree| Arc::new(model::input_tree(tree)));
@@ -49,7 +49,7 @@ impl Layers {
         File::open(self.directory.path().join(name)).unwrap()
     }
 
-    /// Runs a script in the overlay and says how it looks afterwards. `None` where there are no overlays.
+    /// Runs a script in the overlay and lists the overlay afterwards. `None` if overlays are not available.
     fn shown_after(&self, script: &str) -> Option<View> {
         let mount =
             "mount -t overlay -o lowerdir=below,upperdir=own,workdir=work,userxattr,volatile overlay shown";
@@ -82,7 +82,7 @@ impl Layers {
         Some(view.lines().map(node).collect())
     }
 
-    /// How it looks to us.
+    /// The tree as this module sees it.
     fn seen(&self) -> View {
         let own = self.open("own");
         let root = ExecRoot::new(&own, Some(&self.base));
@@ -165,7 +165,7 @@ fn view_of(tree: &model::Tree) -> View {
     tree.iter().map(node).collect()
 }
 
-/// A command that does something to its inputs, if it can.
+/// A command that changes its inputs, if it can.
 fn act() -> impl Strategy<Value = String> {
     let path = || proptest::collection::vec("[abc]", 1..4).prop_map(|path| path.join("/"));
     prop_oneof![
@@ -183,7 +183,7 @@ fn act() -> impl Strategy<Value = String> {
 }
 
 #[test]
-fn an_action_sees_the_tree_that_it_wants_whatever_is_beneath() {
+fn an_action_sees_the_tree_that_it_wants_above_any_base() {
     let mut runner =
         TestRunner::new(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() });
     let property = |(base, wanted): (model::Tree, model::Tree)| {
@@ -194,7 +194,7 @@ fn an_action_sees_the_tree_that_it_wants_whatever_is_beneath() {
 }
 
 #[test]
-fn what_a_command_leaves_looks_to_us_as_the_kernel_shows_it() {
+fn the_tree_after_a_command_is_seen_as_the_kernel_shows_it() {
     let empty = model::Tree::new();
     if Layers::new(&empty, &empty).shown_after("true").is_none() {
         eprintln!("skipped: there are no overlays in user namespaces here");

@@ -1,12 +1,12 @@
-//! [`Capture`]: the standard output and error of one command, on their way from two pipes into two log files.
+//! [`Capture`]: moves the standard output and error of one command from two pipes into two log files.
 //!
-//! The command gets the writing ends of the pipes, as it would from a shell, so that it can open `/dev/stderr` or
-//! `/proc/self/fd/1` again in any mode. The runner moves the bytes on. It owns the log files while the command runs: it alone
-//! writes to them, and they only grow, which is what live readers rely on.
+//! The command gets the write ends of the pipes, as it would from a shell, so that it can open `/dev/stderr` or
+//! `/proc/self/fd/1` again in any mode. The runner moves the bytes. It owns the log files while the command runs:
+//! nobody else writes to them, and they only grow. Readers of live output rely on that.
 //!
-//! Invariants: a log holds the bytes of its pipe in the order in which they were written, and never more than its limit; no
-//! read blocks; memory is bounded by the two pipes and one buffer. A pipe is not read for every byte: after each read it is
-//! left alone for a while ([`pause`]), and meanwhile the writer goes on undisturbed.
+//! Invariants: a log holds the bytes of its pipe in the order in which they were written, and never more than its
+//! limit. No read blocks. Memory is bounded by the two pipes and one buffer. A pipe is not read for every byte: after
+//! each read the runner pauses ([`pause`]), while the writer continues undisturbed.
 
 use super::protocol::Unkept;
 use rustix::{
@@ -26,51 +26,51 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The most that is read at once: what a full pipe holds, unless it was made larger or smaller.
+/// Maximum size of one read: the capacity of a pipe whose size was not changed.
 pub const BUFFER_BYTES: usize = 64 * 1024;
-/// Which part of a pipe should be full when it is read. A quarter: the writer does not wait even when it is four times faster
-/// than expected, or leaves half of each page of the pipe empty.
+/// A pipe should be full to 1/`GOAL_PART` when it is read. With a quarter, the writer does not wait even if it is four
+/// times faster than expected, or leaves half of each page of the pipe empty.
 const GOAL_PART: u32 = 4;
-/// Longest time that a pipe is left alone after a read. A command that prints a byte at a time wakes the runner 500 times a
-/// second at most; a command that prints a lot after a silence waits this long once.
+/// Longest pause after a read. A command that prints a byte at a time wakes the runner at most 500 times a second. A
+/// command that prints a lot after a silence waits this long once.
 const READ_PAUSE: Duration = Duration::from_millis(2);
-/// A pause below this is none: the kernel would make it longer.
+/// A shorter pause is skipped, because the kernel would make it longer.
 const SHORTEST_PAUSE: Duration = Duration::from_micros(200);
 
 /// Both outputs of a command.
 pub struct Capture {
     stdout: Stream,
     stderr: Stream,
-    /// What the command gets instead of both pipes. The logs then stay empty.
+    /// The terminal that the command gets instead of both pipes. The logs then stay empty.
     terminal: Option<OwnedFd>,
 }
 
-/// One output.
+/// One output of a command.
 struct Stream {
     pipe: OwnedFd,
-    /// Held until the end, so that a command that closes its output does not wake the runner.
+    /// Kept open until the end, so that the runner is not woken when a command closes its output.
     writing_end: OwnedFd,
     log: File,
-    /// How many more bytes the log may take.
+    /// How many more bytes the log may hold.
     left: u64,
-    /// How much the pipe can hold; known from its first bytes on.
+    /// Capacity of the pipe; determined when the first bytes are read.
     capacity: Option<u32>,
     last_read: Instant,
-    /// When the pipe is worth reading again.
+    /// When to read the pipe again.
     due: Instant,
 }
 
-/// Why a log does not have all that was printed.
+/// Why a log does not hold everything that was printed.
 enum LogFailure {
     TooLong,
     Log(io::Error),
 }
 
 impl Capture {
-    /// Makes the log files, which must not exist, and the pipes that lead to them. No log will be longer than `limit`.
+    /// Creates the log files, which must not exist yet, and the pipes for them. No log will be longer than `limit`.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// The errors of the system calls.
     pub fn open(stdout: &[u8], stderr: &[u8], limit: u64) -> io::Result<Self> {
         Ok(Self {
             stdout: Stream::open(stdout, limit)?,
@@ -79,7 +79,7 @@ impl Capture {
         })
     }
 
-    /// Lets the command have the terminal at this path, if any, instead of the pipes.
+    /// Gives the command the terminal at this path, if there is one, instead of the pipes.
     ///
     /// # Errors
     /// When the terminal cannot be opened.
@@ -89,10 +89,10 @@ impl Capture {
         Ok(Self { terminal: path.map(open).transpose()?, ..self })
     }
 
-    /// Gives the pipes to another user and group, who can then open `/dev/stderr` again.
+    /// Changes the owner of the pipes, so that this user and group can open `/dev/stderr` again.
     ///
     /// # Errors
-    /// When this process may not do that.
+    /// If this process may not change the owner.
     pub fn give_to(&self, owner: Option<(u32, u32)>) -> io::Result<()> {
         let Some((user, group)) = owner else { return Ok(()) };
         for stream in [&self.stdout, &self.stderr] {
@@ -102,7 +102,7 @@ impl Capture {
         Ok(())
     }
 
-    /// What becomes descriptors 1 and 2 of the command.
+    /// The descriptors that become standard output and error of the command.
     pub fn writing_ends(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
         match &self.terminal {
             Some(terminal) => (terminal.as_fd(), terminal.as_fd()),
@@ -110,7 +110,7 @@ impl Capture {
         }
     }
 
-    /// Adds the pipes that are worth reading now to `fds`; says how long it takes until another is.
+    /// Adds the pipes that should be read now to `fds`. Returns the time until the next other pipe should be read.
     pub fn watch<'a>(&'a self, now: Instant, fds: &mut Vec<PollFd<'a>>) -> Option<Duration> {
         let mut soonest: Option<Duration> = None;
         for stream in [&self.stdout, &self.stderr] {
@@ -122,10 +122,10 @@ impl Capture {
         soonest
     }
 
-    /// Moves what there is in pipes that are worth reading, at most one buffer of each.
+    /// Moves data from the pipes that should be read now, at most one buffer from each.
     ///
     /// # Errors
-    /// When a log cannot take it; the command must be ended then.
+    /// If a log cannot take the data. The command must be killed then.
     pub fn take(&mut self, now: Instant, buffer: &mut [u8]) -> Result<(), Unkept> {
         for (is_stderr, stream) in [(false, &mut self.stdout), (true, &mut self.stderr)] {
             if stream.due <= now {
@@ -139,11 +139,11 @@ impl Capture {
         Ok(())
     }
 
-    /// Moves all that was written before this call, once no process of the command is left. A writing end that was sent to
-    /// another process neither delays this nor adds to it for long.
+    /// Moves everything that was written before this call. To be called when no process of the command is left. If a
+    /// write end was sent to some other process, that process can neither delay this call nor add output for long.
     ///
     /// # Errors
-    /// When a log cannot take it.
+    /// If a log cannot take the data.
     pub fn finish(mut self, buffer: &mut [u8]) -> Result<(), Unkept> {
         for (is_stderr, stream) in [(false, &mut self.stdout), (true, &mut self.stderr)] {
             stream.drain(buffer).map_err(|failure| failure.of(is_stderr))?;
@@ -154,7 +154,7 @@ impl Capture {
 
 impl Stream {
     fn open(log: &[u8], limit: u64) -> io::Result<Self> {
-        // Appending, so that a command that truncates its log by name gets no hole in it.
+        // In append mode, a command that truncates its log by name does not cause a hole in it.
         let flags = OFlags::WRONLY
             | OFlags::CREATE
             | OFlags::EXCL
@@ -175,7 +175,7 @@ impl Stream {
         })
     }
 
-    /// Pipes are smaller for a user who has many, and the command may change this one's size.
+    /// The capacity of the pipe. It is smaller for a user who has many pipes, and the command may change it.
     fn capacity(&mut self) -> u32 {
         *self.capacity.get_or_insert_with(|| {
             let size = fcntl_getpipe_size(&self.pipe).unwrap_or(BUFFER_BYTES);
@@ -183,7 +183,7 @@ impl Stream {
         })
     }
 
-    /// One read, and the write that follows from it; says how many bytes there were.
+    /// Reads once and writes the bytes to the log. Returns the number of bytes.
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize, LogFailure> {
         let read = match rustix::io::read(&self.pipe, &mut *buffer) {
             Ok(read) => read,
@@ -200,7 +200,7 @@ impl Stream {
         let mut left = ioctl_fionread(&self.pipe).map_err(|error| LogFailure::Log(error.into()))?;
         while left > 0 {
             match self.read(buffer)? {
-                // Somebody else has read it.
+                // Another process has read the rest.
                 0 => break,
                 read => left = left.saturating_sub(read as u64),
             }
@@ -209,23 +209,23 @@ impl Stream {
     }
 }
 
-/// A pipe whose reading end does not block. Both ends belong to the user who runs this, until they are given away.
+/// A pipe whose read end does not block. Both ends belong to the user of this process until their owner is changed.
 fn output_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (reading_end, writing_end) = pipe_with(PipeFlags::CLOEXEC)?;
     rfs::fcntl_setfl(&reading_end, OFlags::NONBLOCK)?;
     Ok((reading_end, writing_end))
 }
 
-/// How long a pipe is left alone of which `read` bytes were read that came within `elapsed`: until [`GOAL_PART`] of its
-/// capacity is full if it goes on like that, and never longer than [`READ_PAUSE`]. Not at all where the writer may have had
-/// to wait.
+/// How long to pause after `read` bytes that arrived within `elapsed`: until 1/[`GOAL_PART`] of the capacity is full at
+/// the same rate, and never longer than [`READ_PAUSE`]. There is no pause if the pipe was so full that the writer may
+/// have had to wait.
 fn pause(read: usize, elapsed: Duration, capacity: u32) -> Duration {
     let read = u32::try_from(read).unwrap_or(u32::MAX).max(1);
     if read >= capacity / 2 {
         return Duration::ZERO;
     }
     let goal = capacity / GOAL_PART;
-    // What comes to more than the longest pause anyway is cut off before it is multiplied.
+    // A value that leads to more than the longest pause is capped before the multiplication.
     let pause = elapsed.min(READ_PAUSE.saturating_mul(read)).saturating_mul(goal) / read;
     if pause < SHORTEST_PAUSE { Duration::ZERO } else { pause.min(READ_PAUSE) }
 }
@@ -243,8 +243,8 @@ impl LogFailure {
 mod tests {
     use super::*;
 
-    /// A writer of a steady rate, on a clock without noise. Says how often its pipe was read in a second, and which part of it
-    /// was full at most once the rate was known.
+    /// Simulates a writer with a constant rate and an exact clock. Returns how often its pipe was read in a second, and
+    /// the largest part of the pipe that was full once the rate was known.
     fn read_for_a_second(bytes_per_second: f64, capacity: u32) -> (u32, f64) {
         let (mut now, mut last_read, mut reads, mut fullest) = (1.0, 0.0, 0, 0.0);
         while now < 2.0 {
@@ -255,14 +255,14 @@ mod tests {
             let pause = pause(there as usize, Duration::from_secs_f64(now - last_read), capacity);
             last_read = now;
             reads += 1;
-            // A read and its poll take some microseconds; then the next byte is waited for.
+            // A read and its poll take some microseconds. Then the next byte is awaited.
             now += (pause.as_secs_f64() + 5e-6).max(1.0 / bytes_per_second);
         }
         (reads, fullest)
     }
 
     #[test]
-    fn a_pipe_is_read_seldom_and_its_writer_never_waits_for_long() {
+    fn a_pipe_is_read_rarely_and_its_writer_never_waits_for_long() {
         const FULL: u32 = BUFFER_BYTES as u32;
         for bytes_per_second in [10.0, 1e3, 1e5, 1e6, 3e6, 1e7, 3e7, 1e8, 1e9, 5e9] {
             let (reads, fullest) = read_for_a_second(bytes_per_second, FULL);
@@ -270,7 +270,7 @@ mod tests {
             assert!(reads <= 500 || per_read > 400.0, "{reads} reads at {bytes_per_second} bytes/s");
             assert!(fullest < 0.8, "{fullest} of the pipe at {bytes_per_second} bytes/s");
         }
-        // What a user gets who has very many pipes.
+        // The capacity of a pipe for a user who has very many pipes.
         for bytes_per_second in [1e3, 1e6, 1e7, 1e8, 1e9] {
             let (_, fullest) = read_for_a_second(bytes_per_second, 2 * 4096);
             assert!(fullest < 0.8, "{fullest} of a small pipe at {bytes_per_second} bytes/s");
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pause_is_made_of_does_not_overflow() {
+    fn the_pause_does_not_overflow() {
         for capacity in [0, 1, 4096, u32::MAX] {
             for read in [0, 1, BUFFER_BYTES / 2 - 1, BUFFER_BYTES, usize::MAX] {
                 for elapsed in [Duration::ZERO, Duration::from_nanos(1), Duration::MAX] {

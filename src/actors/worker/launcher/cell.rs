@@ -1,8 +1,9 @@
 //! [`Cells`]: the runner's side of the sandbox. Each command runs in a cell of its own.
 //!
-//! A cell is a process, the first of a new pid namespace, in a world of its own ([`crate::sandbox`]). It is started while the
-//! previous command runs, for the kind of cell which that needs, and waits at a socket for its order. Then it runs one command, says
-//! how that ended, and exits; the kernel ends whatever else is in it. No cell is used twice.
+//! A cell is the first process of a new pid namespace, with a file system and network of its own ([`crate::sandbox`]).
+//! The runner starts the next cell while a command runs, in the expectation that the next command needs the same kind
+//! of cell. The new cell waits at a socket for its order. It then runs one command, reports how the command ended, and
+//! exits, and the kernel kills whatever else is in it. No cell is used twice.
 
 use super::{
     super::clock::Moment,
@@ -32,40 +33,40 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long the first process of a cell may take for a step in which it waits for nobody.
+/// Time limit for a step of a cell's first process that does not wait for another process.
 const CELL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a command must run before the next cell is started beside it. One that is over sooner is answered first.
+/// How long a command must run before the next cell is started at the same time. A shorter command is answered first.
 const PREPARE_AFTER: Duration = Duration::from_millis(2);
-/// How many ended cells may wait for the kernel to take them down. Then the runner waits too.
+/// Maximum number of ended cells that the kernel is still tearing down. Above it, the runner waits for the oldest.
 const MOST_ENDED: usize = 4;
-/// How many cells wait for a command at most, each of another kind.
+/// Maximum number of cells that wait for a command. Each is of another kind.
 const MOST_READY: usize = 2;
 
 /// The cells of one runner.
 pub(super) struct Cells {
-    /// Why there can be none.
+    /// The world of all cells, or why it could not be made.
     world: Result<World, SetupFailure>,
-    /// Those that no command has seen, the newest at the end.
+    /// Cells that wait for a command, the newest last.
     ready: Vec<Cell>,
-    /// Those that have ended, or were told to.
+    /// Cells that have ended or were killed, and are not reaped yet.
     ended: Vec<Cell>,
 }
 
-/// One cell; ended when dropped.
+/// A cell. It is killed on drop.
 struct Cell {
     kind: CellKind,
-    /// The number of its view.
+    /// Number of the view that it was made from.
     view: u64,
     init: Pid,
     pidfd: OwnedFd,
     socket: UnixStream,
 }
 
-/// How a command came to its end.
+/// Why the runner stops waiting for a command.
 enum CommandStop {
-    /// By itself, or the cell did.
+    /// The first process has reported, or has ended without a report.
     Ended(Option<FromCell>),
-    /// The server wants it killed.
+    /// The server has ordered to kill the command.
     Killed,
     /// The server is gone.
     ServerGone,
@@ -74,7 +75,7 @@ enum CommandStop {
 }
 
 impl Cells {
-    /// Makes the world of all cells, and the first cell.
+    /// Makes the world of all cells and prepares the first cell.
     pub(super) fn new(sandbox: Sandbox) -> Self {
         let first = sandbox.first.clone().unwrap_or_default();
         let mut cells = Self { world: World::new(sandbox), ready: Vec::new(), ended: Vec::new() };
@@ -82,7 +83,8 @@ impl Cells {
         cells
     }
 
-    /// Starts the next cell of this kind. A failure shows when a cell is needed.
+    /// Starts a cell of this kind for a later command, unless there is one. A failure is reported when a cell is
+    /// needed.
     fn prepare(&mut self, kind: &CellKind) {
         if let Ok(world) = &mut self.world
             && self.ready.iter().all(|cell| cell.kind != *kind)
@@ -96,13 +98,13 @@ impl Cells {
         }
     }
 
-    /// Ends a cell that is not needed, without waiting for that.
+    /// Kills a cell that is not needed, without waiting for its end.
     fn discard(&mut self, cell: Cell) {
         let _ = pidfd_send_signal(&cell.pidfd, Signal::KILL);
         self.ended.push(cell);
     }
 
-    /// A cell that has its order: one that was made ahead, if it fits and no harm has come to it meanwhile, or else a new one.
+    /// Gives the order to a cell: to a prepared one if it is current and still works, or else to a new one.
     fn start(
         &mut self,
         kind: &CellKind,
@@ -112,7 +114,7 @@ impl Cells {
     ) -> Result<Cell, SetupFailure> {
         let world = self.world.as_mut().map_err(|failure| failure.again())?;
         let view = world.view(kind)?;
-        // An overlay can be mounted only once.
+        // Must be done only once for each command: an overlay of the same layers cannot be mounted twice.
         let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
         if let Some(at) = self.ready.iter().position(|cell| cell.kind == *kind) {
             let cell = self.ready.remove(at);
@@ -127,7 +129,8 @@ impl Cells {
         Ok(cell)
     }
 
-    /// Gets ready for the next command, once the one that needed this kind is answered, and reaps cells that are gone.
+    /// Prepares a cell of this kind for the next command, and reaps ended cells. To be called when the command has been
+    /// answered.
     pub(super) fn tidy(&mut self, kind: &CellKind) {
         self.prepare(kind);
         self.ended.retain(|cell| !cell.wait(Duration::ZERO));
@@ -136,7 +139,7 @@ impl Cells {
         }
     }
 
-    /// Runs a command to its end; `None` when the server went away meanwhile. One that talks with the server has `pipes`.
+    /// Runs a command to its end; `None` if the server is gone. A command that talks with the server has `pipes`.
     pub(super) fn run(
         &mut self,
         run: Run,
@@ -162,7 +165,7 @@ impl Cells {
             self.start(&kind, &run, &capture, pipes.as_ref()).map_err(|failure| not_set_up(&failure))?;
         // A tool is the only command of its runner.
         let prepares = pipes.is_none();
-        // The command has them now, and the server sees when it closes them.
+        // The command has its own copies. With ours closed, the server notices when the command closes them.
         drop(pipes);
         let stop = self.follow(&cell, server, &mut capture, buffer, prepares).map_err(failed)?;
         let unkept = match stop {
@@ -189,8 +192,8 @@ impl Cells {
         Ok(Some(ended))
     }
 
-    /// Waits for the end of the command, for the server, and for output that is worth moving. Meanwhile it starts the next
-    /// cell, if it `prepares`.
+    /// Waits for the end of the command or a message of the server, and moves output. Meanwhile it prepares the next
+    /// cell if `prepares` is set.
     fn follow(
         &mut self,
         cell: &Cell,
@@ -217,7 +220,7 @@ impl Cells {
                 return Ok(CommandStop::Ended(protocol::read(&cell.socket).unwrap_or(None)));
             }
             if ready[1] {
-                // The only order that can come now is to kill; the end of the stream means that the server is gone.
+                // The only possible order is a kill. The end of the stream means that the server is gone.
                 let order = protocol::read::<ToRunner>(server);
                 return Ok(if matches!(order, Ok(Some(_))) {
                     CommandStop::Killed
@@ -239,7 +242,7 @@ impl Cells {
 }
 
 impl Cell {
-    /// Starts the first process of a cell, which then makes the rest.
+    /// Starts the first process of a cell, which then sets up the rest.
     fn new(world: &mut World, kind: &CellKind) -> Result<Self, SetupFailure> {
         let (passage, view) = world.passage(kind)?;
         let world = &*world;
@@ -254,7 +257,7 @@ impl Cell {
         Ok(cell)
     }
 
-    /// Hands the order over, once the cell is ready.
+    /// Waits until the cell is ready and sends it the order.
     fn start(
         &self,
         exec_root: &OwnedFd,
@@ -276,16 +279,17 @@ impl Cell {
             Some(pipes) => &[exec_root.as_fd(), pipes.answers.as_fd(), stderr, pipes.requests.as_fd()][..],
             None => &[exec_root.as_fd(), stdout, stderr][..],
         };
-        send_open(&self.socket, files).step("give the sandbox its files")?;
-        protocol::write(&self.socket, run).step("give the sandbox its order")
+        send_open(&self.socket, files).step("send open files to the sandbox")?;
+        protocol::write(&self.socket, run).step("send the command to the sandbox")
     }
 
-    /// Ends all processes of the cell, and says in `ended` what they used.
+    /// Kills all processes of the cell, and stores in `ended` when that was and what they used.
     fn kill(self, ended: &mut Ended) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
         ended.ended_nanos = Moment::now().0;
         if self.wait(KILL_LIMIT) {
-            // The first process outlives all others, so this is everything that the command used, and a little more.
+            // The first process ends after all others, so its usage includes everything that the command used, and a
+            // little more.
             if let Ok((_, usage)) = super::sys::reap(self.init.as_raw_pid()) {
                 let mut sum = Usage::default();
                 sum.add(&usage);
@@ -296,7 +300,8 @@ impl Cell {
         }
     }
 
-    /// Waits until the first process, and with it the whole cell, has ended; false if it does not within `limit`.
+    /// Waits until the first process, and thus the whole cell, has ended. Returns false if that takes longer than
+    /// `limit`.
     fn wait(&self, limit: Duration) -> bool {
         let timeout = Timespec::try_from(limit).ok();
         let mut fds = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
@@ -315,11 +320,11 @@ impl Drop for Cell {
 }
 
 fn not_set_up(failure: &SetupFailure) -> Failed {
-    // No errno: whatever is full, it is not the disk of the build root.
+    // No errno: if something is full, it is not the disk of the build root.
     Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 }
 }
 
-/// Sends open files along with one byte.
+/// Sends open files together with one byte.
 pub(super) fn send_open(socket: &UnixStream, files: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(init::FILES))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);

@@ -1,5 +1,5 @@
-//! [`Children`]: the processes of one command, seen from the process that started the first of them and adopts the others:
-//! a runner, or the first process of a cell.
+//! [`Children`]: the processes of one command, as seen by the process that starts the first of them and adopts its
+//! orphans. That is either a runner or the first process of a cell.
 
 use super::{
     super::{clock::Moment, dir},
@@ -25,12 +25,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long killing may go on until the survivors are reported; below the worker's patience.
+/// How long to go on killing before survivors are reported. It is below the worker's time limit.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How long to wait for a death before looking for processes again.
 const KILL_ROUND: Duration = Duration::from_millis(10);
 
-/// Readable when a child of this process has ended.
+/// A descriptor that is readable when a child of this process has ended.
 pub(super) struct Deaths(OwnedFd);
 
 /// The processes of one command, as far as they are or were children of this process.
@@ -41,19 +41,20 @@ pub(super) struct Children {
 }
 
 pub(super) struct Reaped {
-    /// The process that was started has ended.
+    /// Whether the process that was started has ended.
     pub first_ended: bool,
-    /// There are no children at all.
+    /// Whether there are no children at all.
     pub none_left: bool,
 }
 
 impl Deaths {
-    /// From now on this process hears no signal that can be blocked.
+    /// Starts to watch. From now on every signal that can be blocked is blocked in this process.
     pub(super) fn watch() -> io::Result<Self> {
         sys::watch_children().map(Self)
     }
 
-    /// Waits for a death or any of the other events, for `limit` at most. The caller looks at all children anyway.
+    /// Waits for a death or one of the other events, for at most `limit`. It does not say which, because the caller
+    /// checks all children anyway.
     pub(super) fn wait<'a>(&'a self, fds: &mut Vec<PollFd<'a>>, limit: Option<Duration>) -> io::Result<()> {
         fds.push(PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN));
         let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
@@ -71,10 +72,11 @@ impl Deaths {
 }
 
 impl Children {
-    /// Starts the first process of a command whose input root is at `root`. Without `stdin` it gets that of this process.
+    /// Starts the first process of a command whose input root is at `root`. `None` as `stdin` means that of this
+    /// process.
     ///
     /// # Errors
-    /// When there can be no new process. A program that cannot be run is no error.
+    /// If the kernel cannot create a process. A program that cannot be executed is not an error.
     pub(super) fn start(
         run: Run,
         root: &Path,
@@ -103,7 +105,7 @@ impl Children {
         Ok(Self { first: spawned.pid, ended, usage: Usage::default() })
     }
 
-    /// Takes note of all children that have ended.
+    /// Reaps all children that have ended.
     pub(super) fn reap_ended(&mut self) -> io::Result<Reaped> {
         loop {
             let first_ended = self.ended.ended_nanos != 0;
@@ -113,7 +115,7 @@ impl Children {
                 sys::EndedChild::Pid(pid) => {
                     if pid == self.first {
                         self.ended.ended_nanos = Moment::now().0;
-                        // While it is not reaped its process group cannot be anybody else's.
+                        // As long as it is not reaped, its process group id cannot be reused.
                         sys::kill_group(pid);
                     }
                     let (status, usage) = sys::reap(pid)?;
@@ -129,7 +131,7 @@ impl Children {
         }
     }
 
-    /// Kills until no child is left. `kill_others` sends SIGKILL to all that came of the command.
+    /// Kills until no child is left. `kill_others` must send SIGKILL to all remaining processes of the command.
     pub(super) fn clear(&mut self, deaths: &Deaths, kill_others: impl Fn()) -> io::Result<()> {
         let start = Instant::now();
         loop {
@@ -149,7 +151,7 @@ impl Children {
         }
     }
 
-    /// What became of the command.
+    /// How the command ended.
     pub(super) fn report(mut self) -> Ended {
         if self.ended.ended_nanos == 0 {
             self.ended.ended_nanos = Moment::now().0;

@@ -1,8 +1,8 @@
-//! [`Guard`]: what watches over the limits of one command while it runs, for the thread that waits for its end.
+//! [`Guard`]: watches the limits of one command while it runs, in the thread that waits for its end.
 //!
-//! Where the kernel bounds the memory, the guard only notices that it killed something. Where it does not, the guard adds up
-//! what the processes use. It looks at what was written to the input root. It takes at most a twentieth of the time of a CPU
-//! ([`LookPace`]), and so a command may overshoot by what it can use between two looks.
+//! Where the kernel bounds the memory, the guard only notices that the kernel killed a process. Elsewhere it adds up
+//! the memory of the processes. It also measures what was written to the input root. The guard uses at most a twentieth
+//! of one CPU ([`LookPace`]), so a command may exceed a limit by what it can use between two measurements.
 
 use super::resident;
 use crate::{
@@ -12,28 +12,28 @@ use crate::{
 };
 use std::time::{Duration, Instant};
 
-/// The shortest time between two looks at the memory, where the kernel does not bound it.
+/// Minimum time between two measurements of the memory, where the kernel does not bound it.
 const MEMORY_PAUSE: Duration = Duration::from_millis(20);
-/// The shortest time between two looks at everything else.
+/// Minimum time between two measurements of anything else.
 const PAUSE: Duration = Duration::from_millis(100);
-/// A look is followed by a pause of this many times its duration.
+/// After a measurement, the guard pauses for this many times its duration.
 const PAUSE_PER_LOOK: u32 = 19;
 
-/// Why a command has to end, or should have.
+/// Why a command has to be killed, or should have been.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Violation {
-    /// It crossed a limit.
+    /// It exceeded a limit.
     Exceeded(Exceeded),
-    /// It lost processes because there was too little memory for all actions.
+    /// Some of its processes were killed because there was too little memory for all actions.
     MemoryShort {
-        /// What it used at most.
+        /// The most memory in bytes that the action used.
         used: u64,
-        /// What there is for all.
+        /// The memory in bytes for all actions together.
         total: u64,
     },
 }
 
-/// When to look next.
+/// The schedule of one kind of measurement.
 #[derive(Debug)]
 struct LookPace {
     least: Duration,
@@ -45,7 +45,7 @@ impl LookPace {
         Self { least, next: now + least }
     }
 
-    /// Looks if it is time.
+    /// Runs `look` if it is due.
     fn look<T>(&mut self, look: impl FnOnce() -> Option<T>) -> Option<T> {
         let start = Instant::now();
         if start < self.next {
@@ -58,23 +58,23 @@ impl LookPace {
     }
 }
 
-/// Watches over one command.
+/// Watches the limits of one command.
 #[derive(Debug)]
 pub(super) struct Guard<'a> {
     limits: &'a Limits,
     group: Option<&'a SlotGroup>,
-    /// The process from which all of the command descend.
+    /// The process from which all processes of the command descend.
     runner: u32,
-    /// Bounds the memory where the kernel does not; with the limit in bytes.
+    /// Measures the memory against a limit in bytes, where the kernel does not bound it.
     resident: Option<(LookPace, Exceeded)>,
-    /// Looks at what the kernel did.
+    /// Checks whether the kernel killed a process.
     killed: Option<LookPace>,
-    /// Looks at the disk.
+    /// Measures what was written to the disk.
     written: Option<(LookPace, &'a Written)>,
 }
 
 impl<'a> Guard<'a> {
-    /// A guard of a command that starts now, below this process. `total` is the memory of all actions together.
+    /// Starts to watch a command whose processes descend from `runner`. `total` is the memory of all actions together.
     pub(super) fn new(
         limits: &'a Limits,
         group: Option<&'a SlotGroup>,
@@ -103,7 +103,7 @@ impl<'a> Guard<'a> {
         }
     }
 
-    /// When to look next, if at all.
+    /// When the next measurement is due, if there is one.
     pub(super) fn next(&self) -> Option<Instant> {
         let paces = [
             self.resident.as_ref().map(|(pace, _)| pace.next),
@@ -113,7 +113,7 @@ impl<'a> Guard<'a> {
         paces.into_iter().flatten().min()
     }
 
-    /// Looks at everything whose time has come.
+    /// Takes all measurements that are due.
     pub(super) fn look(&mut self) -> Option<Violation> {
         let runner = self.runner;
         if let Some((pace, limit)) = &mut self.resident
@@ -135,7 +135,7 @@ impl<'a> Guard<'a> {
         None
     }
 
-    /// The last look, when the command has ended.
+    /// The last measurement, when the command has ended.
     pub(super) fn end(self) -> Option<Violation> {
         if let Some(violation) = self.group.and_then(killed) {
             return Some(violation);
@@ -145,7 +145,7 @@ impl<'a> Guard<'a> {
     }
 }
 
-/// Whether the kernel killed something for lack of memory.
+/// Whether the kernel killed a process because memory ran out.
 fn killed(group: &SlotGroup) -> Option<Violation> {
     Some(match group.out_of_memory()? {
         OutOfMemory::Exceeded(exceeded) => Violation::Exceeded(exceeded),

@@ -1,8 +1,8 @@
-//! The first process of a cell: makes its world, runs one command in it, says how that ended, and exits.
+//! The first process of a cell. It sets the cell up, runs one command in it, reports how the command ended, and exits.
 //!
-//! It is a fork of the runner and shares no memory with it. As the first process of a pid namespace it adopts every orphan in
-//! the cell, no process in the cell can kill it, and the kernel ends the whole cell with it: when the command has ended, and
-//! when the runner is gone, because then its socket closes.
+//! It is a fork of the runner and shares no memory with it. As the first process of a pid namespace it adopts every
+//! orphan in the cell, and no process in the cell can kill it. When it exits, the kernel kills the whole cell. It exits
+//! when the command has ended, and when the runner is gone, which it notices because its socket is closed.
 
 use super::{
     children::{Children, Deaths},
@@ -30,12 +30,13 @@ use std::{
     path::Path,
 };
 
-/// Says that the user of the cell is mapped.
+/// The byte by which the runner says that the user of the cell is mapped.
 pub(super) const ADMITTED: u8 = 1;
-/// How many open files come with an order at most: the input root, where output and errors go, and where input comes from.
+/// Maximum number of open files sent with an order: the input root, standard output, standard error and standard input.
 pub(super) const FILES: usize = 4;
 
-/// Lives the life of the first process, and gives its exit code. `passage` and `socket` are all that it takes along.
+/// Main function of the first process; returns its exit code. It uses no inherited descriptors except `passage` and
+/// `socket`.
 pub(super) fn init_main(socket: &UnixStream, world: &World, passage: Passage) -> i32 {
     i32::from(live(socket, world, passage).is_err())
 }
@@ -43,7 +44,7 @@ pub(super) fn init_main(socket: &UnixStream, world: &World, passage: Passage) ->
 fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> {
     sys::close_all_but(&[0, 1, 2, socket.as_raw_fd(), passage.descriptor()])?;
     sys::die_with_parent()?;
-    // By this the server recognises what a lost runner leaves to it (`reap`).
+    // If the runner dies, the server recognises the orphaned process by its session (see `reap`).
     rustix::process::setsid()?;
     let mut admitted = [0];
     if (&*socket).read(&mut admitted)? == 0 || admitted != [ADMITTED] {
@@ -54,7 +55,7 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
         Err(failure) => return tell(socket, News::Failed(in_words(&failure))),
     };
     drop(passage);
-    // Becoming another user has undone it.
+    // The change of user has cleared the parent death signal.
     sys::die_with_parent()?;
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
@@ -69,7 +70,7 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
     }
 }
 
-/// Runs the command; `None` when the runner is gone.
+/// Runs the command; `None` if the runner is gone.
 fn run_one(
     socket: &UnixStream,
     close: impl FnOnce() -> Result<&'static Path, SetupFailure>,
@@ -89,7 +90,7 @@ fn run_one(
         errno: 0,
     };
     let outputs = (stdout.as_fd(), stderr.as_fd());
-    // Before the command can lower this process's limit on open files.
+    // Must precede the command, which can lower the limit on open files of this process.
     let deaths = Deaths::watch().map_err(failed)?;
     let stdin = stdin.map(|stdin| stdin.as_fd());
     let mut children = Children::start(run, root, stdin, outputs, &mut Stack::new()).map_err(failed)?;
@@ -112,7 +113,7 @@ fn tell(socket: &UnixStream, news: News) -> io::Result<()> {
     protocol::write(socket, &FromCell { news: Some(news) })
 }
 
-/// Receives the open files of an order; `None` when the sender is gone.
+/// Receives the open files of an order; `None` if the sender is gone.
 pub(super) fn receive_open(socket: &UnixStream) -> io::Result<Option<Vec<OwnedFd>>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);

@@ -1,4 +1,4 @@
-//! Tries the sandbox at the start of the server, in runner processes like those of the workers.
+//! Tries out the sandbox when the server starts, in runner processes like those of the workers.
 
 use super::{Ending, PoolSandbox, RunnerLauncher};
 use crate::{
@@ -36,7 +36,7 @@ use std::{
 
 /// Time limit of one attempt.
 const ATTEMPT: Duration = Duration::from_secs(10);
-/// A program that cannot exist. To be told so, it must have been possible to try.
+/// A program that cannot exist. The error that it does not exist proves that all earlier steps succeeded.
 const NO_PROGRAM: &str = "/proc/no/program";
 
 /// Finds out which protections work in this build root. Takes some milliseconds.
@@ -55,7 +55,7 @@ pub(crate) fn probe(settings: &SandboxSettings, runner: &[OsString], build_root:
     })
 }
 
-/// Finds out whether input roots can have layers in this build root and this sandbox; if not, why.
+/// Checks whether input roots can be overlays in this build root and this sandbox. The error says why not.
 pub(crate) fn probe_layers(
     sandbox: &PoolSandbox,
     runner: &[OsString],
@@ -69,14 +69,14 @@ pub(crate) fn probe_layers(
         let workspace = workspace(build_root)?;
         let layers = workspace.layers(&Path::new(&name).join("root")).map_err(in_words)?;
         let layers = Layers { is_trial: true, ..layers };
-        // What we write into a layer means to the kernel what we mean.
+        // Check that the kernel understands the whiteouts and opaque directories that this server writes into a layer.
         let own = workspace.root().map_err(in_words)?;
         layer::make_whiteout(own, TRIAL_HIDDEN)
             .and_then(|()| layer::set_opaque(&layer::make_directory(own, TRIAL_OPAQUE)?))
             .map_err(failed)?;
         let launcher = RunnerLauncher::new(runner.to_vec(), Some(sandbox));
         attempt(launcher, &workspace, Some(layers), CellKind::default())?;
-        // What is in the layer means to us what the kernel meant.
+        // Check that this server understands how the kernel marks an opaque directory.
         let replaced = dir::open_dir(own, TRIAL_DIRECTORY.as_ref()).map_err(failed)?;
         match layer::is_opaque(&replaced).map_err(failed)? {
             true => Ok(()),
@@ -87,7 +87,7 @@ pub(crate) fn probe_layers(
     tried
 }
 
-/// Finds out whether the root file system of this sandbox can be used; if not, why.
+/// Checks whether the root file system of this sandbox can be used. The error says why not.
 pub(crate) fn probe_root(
     sandbox: &PoolSandbox,
     runner: &[OsString],
@@ -102,7 +102,7 @@ pub(crate) fn probe_root(
     attempt(RunnerLauncher::new(runner.to_vec(), Some(sandbox)), &workspace, None, kind)
 }
 
-/// The tree that [`layers::try_out`](crate::sandbox::layers::try_out) expects.
+/// Creates the tree that [`layers::try_out`](crate::sandbox::layers::try_out) expects.
 fn lay_out_trial(root: &File) -> io::Result<()> {
     let file = |parent: &File, name: &str| {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
@@ -119,7 +119,7 @@ fn workspace(build_root: &BuildRoot) -> Result<Workspace, String> {
     build_root.create_unseen(SlotId(0)).map_err(|error| error.to_string())
 }
 
-/// Takes every step that a command needs, up to the point where its program turns out not to exist.
+/// Takes every step of a command up to the point where its program turns out not to exist.
 fn attempt(
     mut launcher: RunnerLauncher,
     workspace: &Workspace,
@@ -161,7 +161,7 @@ fn this_machine() -> KernelFacts {
     }
 }
 
-/// Major and minor version.
+/// Major and minor version of the kernel.
 fn kernel() -> (u32, u32) {
     let name = rustix::system::uname();
     let release = name.release().to_string_lossy().into_owned();

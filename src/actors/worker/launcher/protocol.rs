@@ -1,82 +1,84 @@
-//! What a worker and its runner process say to each other: length-prefixed protobuf messages over a socket.
+//! The messages between a worker and its runner process, and between a runner and a cell: length-prefixed protobuf
+//! messages over a socket.
 //!
-//! Both ends are always the same binary, so there is no versioning. One [`Run`] is answered by one [`FromRunner`]; a [`Kill`]
-//! hurries that answer and is ignored when nothing runs. A [`Sandbox`] is the first order, if it comes at all. A runner and a
-//! cell speak in the same way: a cell says [`CellReady`], gets one [`Run`], and says how it ended. The pipes of a command that talks
-//! with the server go the way of its [`Run`], as open files.
+//! Both ends are always the same binary, so there is no versioning. Each [`Run`] is answered by one [`FromRunner`]. A
+//! [`Kill`] makes that answer come sooner; it is ignored if nothing runs. If there is a sandbox, a [`Sandbox`] is the
+//! first order. A cell uses the same protocol: it sends [`CellReady`], receives one [`Run`], and reports how the
+//! command ended. The pipes of a command that talks with the server are sent as open files after its [`Run`].
 
 use crate::sandbox::{kind::CellKind, layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
 use prost::Message;
 use std::io::{self, Read, Write};
 
-/// Largest message. Arguments and environment of one process are at most 6 MiB on Linux; requests are smaller than this.
+/// Maximum size of a message. Linux allows at most 6 MiB of arguments and environment for a process, and requests are
+/// smaller than this limit.
 pub const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
 
 /// An order to the runner.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToRunner {
-    /// What to do.
+    /// The order.
     #[prost(oneof = "Order", tags = "1, 2, 3")]
     pub order: Option<Order>,
 }
 
-/// What to do.
+/// An order to the runner.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum Order {
-    /// Run a command and answer when nothing of it is left.
+    /// Run a command, and answer when all its processes are gone.
     #[prost(message, tag = "1")]
     Run(Run),
-    /// Kill what runs.
+    /// Kill the running command.
     #[prost(message, tag = "2")]
     Kill(Kill),
-    /// Run all commands in this sandbox.
+    /// Run all later commands in this sandbox.
     #[prost(message, tag = "3")]
     Enclose(Sandbox),
 }
 
-/// Kills what runs.
+/// The order to kill the running command.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Kill {}
 
 /// A command; see [`Launch`](super::super::command::Launch) for the fields.
 #[derive(Clone, PartialEq, Message)]
 pub struct Run {
-    /// Files to try as the program.
+    /// Files to try as the program, in order.
     #[prost(bytes = "vec", repeated, tag = "1")]
     pub programs: Vec<Vec<u8>>,
-    /// argv.
+    /// The arguments, including argv\[0\].
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub arguments: Vec<Vec<u8>>,
     /// The whole environment.
     #[prost(bytes = "vec", repeated, tag = "3")]
     pub environment: Vec<Vec<u8>>,
-    /// The input root.
+    /// Path of the input root.
     #[prost(bytes = "vec", tag = "4")]
     pub root: Vec<u8>,
-    /// Where to run, relative to the input root.
+    /// Working directory, relative to the input root.
     #[prost(bytes = "vec", tag = "5")]
     pub working_directory: Vec<u8>,
-    /// Log of stdout, made by the runner.
+    /// Path of the log of stdout, which the runner creates.
     #[prost(bytes = "vec", tag = "6")]
     pub stdout: Vec<u8>,
-    /// Log of stderr, made by the runner.
+    /// Path of the log of stderr, which the runner creates.
     #[prost(bytes = "vec", tag = "7")]
     pub stderr: Vec<u8>,
-    /// Largest file that the command may write, and longest log.
+    /// Maximum size in bytes of a file that the command may write, and of each log.
     #[prost(uint64, tag = "8")]
     pub max_file_bytes: u64,
-    /// The layers of the input root, which is at `root` as it is without them.
+    /// The layers of the input root. Without layers, the input root is the directory at `root`.
     #[prost(message, optional, tag = "9")]
     pub layers: Option<Layers>,
-    /// What kind of cell it needs.
+    /// The kind of cell that the command needs.
     #[prost(message, optional, tag = "20")]
     pub kind: Option<CellKind>,
-    /// A terminal that the command gets in place of `/dev/null` and the logs.
+    /// Path of a terminal that the command gets instead of `/dev/null` and the logs.
     #[prost(bytes = "vec", optional, tag = "10")]
     pub terminal: Option<Vec<u8>>,
-    /// The command talks with the server: its standard input and output are pipes that follow this message
-    /// ([`Pipes`](super::tool::Pipes)).
+    /// Whether the command talks with the server. Its standard input and output are then pipes that are sent after this
+    /// message ([`Pipes`](super::tool::Pipes)).
     #[prost(bool, tag = "11")]
     pub has_pipes: bool,
 }
@@ -84,88 +86,88 @@ pub struct Run {
 /// The answer to a [`Run`].
 #[derive(Clone, PartialEq, Message)]
 pub struct FromRunner {
-    /// How it went.
+    /// The result.
     #[prost(oneof = "Reply", tags = "1, 2")]
     pub reply: Option<Reply>,
 }
 
-/// How a [`Run`] went.
+/// The result of a [`Run`].
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum Reply {
-    /// There was a process, or a program that could not be started.
+    /// A process was started and has ended, or the program could not be executed.
     #[prost(message, tag = "1")]
     Ended(Ended),
-    /// It did not come to that, through no fault of the command.
+    /// A step before that failed, through no fault of the command.
     #[prost(message, tag = "2")]
     Failed(Failed),
 }
 
-/// The end of a command.
+/// How a command ended.
 #[derive(Clone, PartialEq, Message)]
 pub struct Ended {
-    /// When it exited by itself.
+    /// The exit code, if no signal ended it.
     #[prost(int32, tag = "1")]
     pub exit_code: i32,
-    /// The signal that ended it; 0 for none.
+    /// The signal that ended it; otherwise 0.
     #[prost(int32, tag = "2")]
     pub signal: i32,
-    /// Errno when no program could be started; 0 for none.
+    /// Errno if no program could be executed; otherwise 0.
     #[prost(int32, tag = "3")]
     pub not_started: i32,
-    /// Monotonic time of the start.
+    /// Monotonic time of the start, in nanoseconds.
     #[prost(uint64, tag = "4")]
     pub started_nanos: u64,
-    /// Monotonic time of the end.
+    /// Monotonic time of the end, in nanoseconds.
     #[prost(uint64, tag = "5")]
     pub ended_nanos: u64,
-    /// What all processes used.
+    /// Resource usage of all its processes together.
     #[prost(message, optional, tag = "6")]
     pub usage: Option<gorego::ResourceUsage>,
-    /// Some process could not be killed in time.
+    /// Whether some process could not be killed in time.
     #[prost(bool, tag = "7")]
     pub survivors: bool,
-    /// The command was killed because of this.
+    /// The output whose log is incomplete, for which the command was killed.
     #[prost(message, optional, tag = "8")]
     pub unkept: Option<Unkept>,
 }
 
-/// An output that is not in its log as a whole.
+/// An output whose log is incomplete.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Unkept {
-    /// Which output: stderr, or else stdout.
+    /// Whether it is stderr; otherwise it is stdout.
     #[prost(bool, tag = "1")]
     pub is_stderr: bool,
-    /// Why the log could not be written; 0 when it would have become too long.
+    /// Errno of the write to the log; 0 if the log would have become too long.
     #[prost(int32, tag = "2")]
     pub errno: i32,
 }
 
-/// What kept the runner from starting anything.
+/// Why the runner could not start the command.
 #[derive(Clone, PartialEq, Message)]
 pub struct Failed {
-    /// For people.
+    /// A message for people.
     #[prost(string, tag = "1")]
     pub message: String,
-    /// Errno of the system call that failed; 0 when it was none.
+    /// Errno of the system call that failed; 0 if there is none.
     #[prost(int32, tag = "2")]
     pub errno: i32,
 }
 
-/// What the first process of a cell says.
+/// A message from the first process of a cell.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromCell {
-    /// What is new.
+    /// The message.
     #[prost(oneof = "News", tags = "1, 2, 3")]
     pub news: Option<News>,
 }
 
-/// What is new in a cell.
+/// A message from the first process of a cell.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum News {
-    /// It waits for its order.
+    /// The cell waits for its order.
     #[prost(message, tag = "1")]
     Ready(CellReady),
-    /// Its command has ended, and so has everything else in it.
+    /// The command and all other processes of the cell have ended.
     #[prost(message, tag = "2")]
     Ended(Ended),
     /// A step failed, through no fault of the command.
@@ -173,14 +175,14 @@ pub enum News {
     Failed(Failed),
 }
 
-/// A cell that waits for its order.
+/// The cell waits for its order.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct CellReady {}
 
 /// Sends a message.
 ///
 /// # Errors
-/// Those of the socket; `InvalidInput` when the message is too large.
+/// The errors of the socket; `InvalidInput` if the message is too large.
 pub fn write(mut socket: impl Write, message: &impl Message) -> io::Result<()> {
     let length = message.encoded_len();
     let prefix = u32::try_from(length).ok().filter(|_| length <= MAX_MESSAGE_BYTES);
@@ -193,10 +195,10 @@ pub fn write(mut socket: impl Write, message: &impl Message) -> io::Result<()> {
     socket.write_all(&frame)
 }
 
-/// Receives a message; `None` when the other end is gone.
+/// Receives a message; `None` if the other end is closed.
 ///
 /// # Errors
-/// Those of the socket; `InvalidData` for anything that is not a message.
+/// The errors of the socket; `InvalidData` for anything that is not a valid message.
 pub fn read<M: Message + Default>(mut socket: impl Read) -> io::Result<Option<M>> {
     let mut prefix = [0; size_of::<u32>()];
     match socket.read_exact(&mut prefix) {

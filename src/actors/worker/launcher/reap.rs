@@ -1,8 +1,9 @@
-//! Finds and kills processes by descent.
+//! Finds and kills the descendants of a process.
 //!
-//! Everything that a command starts descends from its runner: the runner is a child subreaper, so even a daemon whose parents
-//! are gone becomes its child. So is the server, for when the runner itself is gone. A process that got SIGKILL starts no
-//! more children, so killing from the top down and looking again until nothing is left cannot miss one.
+//! Everything that a command starts descends from its runner: the runner is a child subreaper, so even a daemon whose
+//! parents are gone becomes its child. The server is a child subreaper too, in case the runner dies. A process that has
+//! received SIGKILL starts no more children. So killing from the top down, and repeating it until nothing is left,
+//! cannot miss a process.
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::{
@@ -10,20 +11,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Sends SIGKILL to every descendant of a process, the process itself left alone; gives how many there were.
+/// Sends SIGKILL to every descendant of a process, but not to the process itself. Returns the number of descendants.
 pub fn kill_descendants(of: u32) -> usize {
     let mut found = children(of);
     let mut next = 0;
     while let Some(&pid) = found.get(next) {
         kill(pid);
-        // The dead one's children are either still listed here or have become children of the runner, which looks again.
+        // The children of the killed process are still listed here, or they have become children of the runner, which
+        // looks again.
         found.extend(children(pid));
         next += 1;
     }
     found.len()
 }
 
-/// The descendants of a process, at most about this many. What starts or ends meanwhile may be missing or listed.
+/// The descendants of a process, limited to about `most`. Processes that start or end meanwhile may be missing or
+/// included.
 pub fn descendants(of: u32, most: usize) -> Vec<u32> {
     let mut found = children(of);
     let mut next = 0;
@@ -36,13 +39,13 @@ pub fn descendants(of: u32, most: usize) -> Vec<u32> {
     found
 }
 
-/// How long orphans are killed until the survivors are left alone: they hang in the kernel.
+/// How long to go on killing orphans. Survivors hang in the kernel and are left alone.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 /// How long to wait for deaths before looking again.
 const ORPHAN_ROUND: Duration = Duration::from_millis(1);
 
-/// Kills and reaps what runners that died have left to this process, which has to be a child subreaper. Its own children
-/// are of its own session; what a runner starts is not, and no process can join a session.
+/// Kills and reaps the orphans of runners that have died. This process must be a child subreaper. Its own children are
+/// in its session. Processes that a runner starts are in other sessions, and no process can join a session.
 pub fn kill_orphans() {
     let Some(own) = session(0) else { return };
     let start = Instant::now();
@@ -53,7 +56,7 @@ pub fn kill_orphans() {
             return;
         }
         let mut reaped = false;
-        // The youngest first: whoever forks and exits all the time is still there only for a moment.
+        // The youngest come first: a process that forks and exits all the time exists only for a moment.
         for pid in orphans.into_iter().rev() {
             kill(pid);
             // Another worker may have reaped it.
@@ -65,16 +68,17 @@ pub fn kill_orphans() {
     }
 }
 
-/// The session of a process, 0 meaning this one; nothing when it is gone. A session whose leader is outside of this PID
-/// namespace, as that of the first process in a container often is, is session 0, for which rustix has no value.
+/// The session of a process, where 0 means this process; `None` if the process is gone. If the session leader is
+/// outside of this pid namespace, as often for the first process of a container, the session is 0, for which rustix has
+/// no value.
 fn session(of: u32) -> Option<libc::pid_t> {
     let pid = libc::pid_t::try_from(of).ok()?;
-    // SAFETY: takes and gives a number.
+    // SAFETY: takes and returns a number.
     let session = unsafe { libc::getsid(pid) };
     (session >= 0).then_some(session)
 }
 
-/// Children of all threads of a process.
+/// The children of all threads of a process.
 fn children(of: u32) -> Vec<u32> {
     let mut children = Vec::new();
     let Ok(threads) = fs::read_dir(format!("/proc/{of}/task")) else { return children };

@@ -1,16 +1,17 @@
-//! The memory of a command's processes as /proc shows it, for machines on which no control group bounds it.
+//! Measures the memory of a command's processes through /proc, for machines where no control group bounds it.
 //!
-//! First, the private part of each process's resident memory is added up, which is cheap. Processes that share pages after a
-//! fork are counted too high that way, so a sum above the limit is looked at again: then each page counts once (PSS), as far as
-//! this process may see that. Files in memory (/tmp, /dev/shm) are not seen; they have limits of their own.
+//! First it adds up the private part of each process's resident memory, which is cheap. Pages that processes share
+//! after a fork are counted several times. So if the sum exceeds the limit, each page is counted once (PSS), as far as
+//! this process may read that. Files in memory (/tmp, /dev/shm) are counted only where they are mapped; they have
+//! limits of their own.
 
 use super::reap;
 use std::fs;
 
-/// Most processes that are looked at.
+/// Maximum number of processes that are inspected.
 const MOST: usize = 20_000;
 
-/// The memory of all descendants of a process, if it is more than this many bytes.
+/// The memory in bytes of all descendants of a process, if it exceeds `limit`.
 pub(super) fn above(of: u32, limit: u64) -> Option<u64> {
     let processes = reap::descendants(of, MOST);
     let sum = |size: fn(u32) -> Option<u64>| {
@@ -23,13 +24,13 @@ pub(super) fn above(of: u32, limit: u64) -> Option<u64> {
     (used > limit).then_some(used)
 }
 
-/// Resident pages that are not of a file on a disk, in bytes.
+/// Resident memory in bytes that is not backed by a file on a disk.
 fn private(process: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     Some(kib(&text, "RssAnon:")?.saturating_add(kib(&text, "RssShmem:").unwrap_or(0)))
 }
 
-/// The process's part of its resident pages that are not of a file on a disk, in bytes.
+/// The process's share (PSS) of the resident memory that is not backed by a file on a disk, in bytes.
 fn proportional(process: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"));
     let part =
@@ -37,7 +38,7 @@ fn proportional(process: u32) -> Option<u64> {
     text.ok().and_then(part).or_else(|| private(process))
 }
 
-/// The number of KiB behind a word at the start of a line, in bytes.
+/// The number of KiB after `word` at the start of a line, converted to bytes.
 fn kib(text: &str, word: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(word))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib.saturating_mul(1024))
@@ -52,7 +53,7 @@ mod tests {
     };
 
     #[test]
-    fn the_memory_of_descendants_is_seen_and_pages_that_they_share_count_once() {
+    fn the_memory_of_descendants_is_measured_and_shared_pages_count_once() {
         // Two shells that share a variable of 32 MiB after a fork.
         let script = "x=$(head -c 33554432 /dev/zero | tr '\\0' x); (printf y; sleep 60; : $x) & printf y; sleep 60; : $x";
         let mut shell = Command::new("sh");

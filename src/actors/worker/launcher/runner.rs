@@ -1,17 +1,17 @@
-//! The runner process: starts commands for one worker, one at a time, and leaves nothing of them behind.
+//! The runner process: starts commands for one worker, one at a time, and leaves no process of them behind.
 //!
-//! It is this binary under the hidden subcommand `runner`, with one end of a socket as its standard input. It is single
-//! threaded and small, so forking is cheap. When the command's first process ends, when it is told to, and when the socket
-//! closes because the server died, it kills all that came of the command (EXE-44).
+//! It is this binary with the hidden subcommand `runner` and one end of a socket as its standard input. It is single
+//! threaded and small, so that forking is cheap. It kills all processes of the command (EXE-44) when the command's
+//! first process ends, when it receives an order to do so, and when the socket closes because the server died.
 //!
-//! In a sandbox each command gets a [cell](super::cell) of its own, which ends as a whole. Without one, the runner is a child
-//! subreaper, so everything that a command started ends up as its child, a daemonised grandchild too.
+//! In a sandbox each command gets a [cell](super::cell) of its own, which is killed as a whole. Without a sandbox, the
+//! runner is a child subreaper, so that every orphaned descendant of a command, such as a daemon, becomes its child.
 //!
-//! Meanwhile it moves what the command prints from pipes into log files ([`capture`](super::capture)).
+//! While a command runs, the runner moves its output from pipes into log files ([`capture`](super::capture)).
 //!
-//! It knows nothing of actions and timeouts; it gives a command exactly what the order says (EXE-41) and default signal
-//! dispositions. Itself it hears no signal that can be blocked: neither a command nor a service manager that signals every
-//! process ends it before the end of its socket does.
+//! The runner knows nothing of actions and time limits. It gives a command exactly what the order says (EXE-41) and
+//! default signal dispositions. The runner itself blocks every signal that can be blocked: neither a command nor a
+//! service manager that signals every process can end it before its socket closes.
 
 use super::{
     capture::{BUFFER_BYTES, Capture},
@@ -40,21 +40,21 @@ use std::{
     time::Instant,
 };
 
-/// Serves the worker at the other end of standard input until it is gone; gives the exit code of this process.
+/// Serves the worker at the other end of standard input until the socket closes. Returns the exit code of this process.
 pub fn runner_main() -> i32 {
     let served = settle().and_then(|mut runner| runner.serve());
-    // Only a failure in the middle of a command leaves anything to find here.
+    // There are descendants only after a failure in the middle of a command.
     reap::kill_descendants(std::process::id());
     i32::from(served.is_err())
 }
 
 /// Where commands run.
 enum Enclosure {
-    /// In this process's own world, which may be restricted.
+    /// In the namespaces of this process, which may be restricted.
     None,
     /// Each in a cell of its own.
     Cells(Box<Cells>),
-    /// Nowhere: this is why this process could not be restricted.
+    /// Nowhere, because this process could not be restricted.
     Failed(Failed),
 }
 
@@ -62,19 +62,19 @@ struct Runner {
     socket: UnixStream,
     deaths: Deaths,
     stack: Stack,
-    /// For output on its way to the logs.
+    /// Buffer for output on its way to the logs.
     buffer: Vec<u8>,
     enclosure: Enclosure,
 }
 
-/// Makes this process what its children should inherit, and turns standard input into the socket.
+/// Sets up what the children of this process will inherit, and turns standard input into the socket.
 fn settle() -> io::Result<Runner> {
-    // Nothing that the server forgot to mark gets further than here.
+    // Descriptors that the server failed to mark close-on-exec end here.
     sys::close_from(3)?;
     sys::be_subreaper()?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     sys::default_signals();
-    // A log may be as large as our own hard limit allows.
+    // A log may be as large as the hard limit of this process allows.
     let maximum = getrlimit(Resource::Fsize).maximum;
     let _ = setrlimit(Resource::Fsize, Rlimit { current: maximum, maximum });
     restore_open_files(std::env::args().nth(2).and_then(|limit| limit.parse().ok()));
@@ -91,12 +91,12 @@ fn settle() -> io::Result<Runner> {
     })
 }
 
-/// Sets the soft limit on open files that commands inherit. Programs exist that visit every number below it, and the server's
-/// own limit may be a million.
+/// Sets the soft limit on open files that commands inherit. Some programs visit every descriptor number below it, and
+/// the server's own limit may be a million.
 fn restore_open_files(limit: Option<u64>) {
     if limit.is_some() {
         let maximum = getrlimit(Resource::Nofile).maximum;
-        // Lowering a limit is always allowed; if not, commands merely have more.
+        // Lowering a limit is always allowed. If it fails, commands merely have a higher limit.
         let _ = setrlimit(Resource::Nofile, Rlimit { current: limit, maximum });
     }
 }
@@ -125,7 +125,7 @@ impl Runner {
                     let pipes = if run.has_pipes { Some(Pipes::receive(&self.socket)?) } else { None };
                     let reply = match self.run(run, pipes) {
                         Ok(Some(ended)) => Reply::Ended(ended),
-                        // The server is gone, and so is everything that ran for it.
+                        // The server is gone, and so are all processes that ran for it.
                         Ok(None) => return Ok(()),
                         Err(failed) => Reply::Failed(failed),
                     };
@@ -134,23 +134,26 @@ impl Runner {
                         cells.tidy(&kind);
                     }
                 }
-                // A Kill that crossed with the answer has nothing left to kill.
+                // The Kill crossed with the answer, so there is nothing left to kill.
                 Some(Order::Kill(_)) | None => {}
             }
         }
         Ok(())
     }
 
-    /// Runs a command to its end; `None` when the server went away meanwhile.
+    /// Runs a command to its end; `None` if the server is gone.
     fn run(&mut self, mut run: Run, pipes: Option<Pipes>) -> Result<Option<Ended>, Failed> {
-        // More than our own hard limit may not be asked for.
+        // The limit must not exceed the hard limit of this process.
         let limit = getrlimit(Resource::Fsize).maximum.unwrap_or(u64::MAX);
         run.max_file_bytes = run.max_file_bytes.min(limit);
         match &mut self.enclosure {
             Enclosure::Cells(cells) => cells.run(run, pipes, &self.socket, &mut self.buffer),
             Enclosure::Failed(failed) => Err(failed.clone()),
             Enclosure::None if run.kind.as_ref().is_some_and(|kind| *kind != CellKind::default()) => {
-                Err(Failed { message: "there are no namespaces, which this command needs".into(), errno: 0 })
+                Err(Failed {
+                    message: "this command needs the namespaces of the sandbox, and they are off".into(),
+                    errno: 0,
+                })
             }
             Enclosure::None => self.run_here(run, pipes).map_err(|error| Failed {
                 message: format!("could not start a command: {error}"),
@@ -174,7 +177,7 @@ impl Runner {
         while kept.is_ok() && !children.reap_ended()?.first_ended {
             let ready = self.wait(&capture)?;
             if ready.order {
-                // The only order that can come now is to kill; the end of the stream means the same.
+                // The only possible order is a kill. The end of the stream means that the server is gone.
                 server_is_there = protocol::read::<ToRunner>(&self.socket).is_ok_and(|order| order.is_some());
                 break;
             }
@@ -188,7 +191,7 @@ impl Runner {
         Ok(server_is_there.then_some(ended))
     }
 
-    /// Waits for the death of a child, for the server, and for output that is worth moving.
+    /// Waits for the death of a child, for the server, or for output that should be moved.
     fn wait(&self, capture: &Capture) -> io::Result<ReadyEvents> {
         let mut fds = vec![PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         let pause = capture.watch(Instant::now(), &mut fds);
@@ -202,7 +205,7 @@ impl Runner {
     }
 }
 
-/// Which of the awaited events are ready.
+/// Which of the awaited events have happened.
 struct ReadyEvents {
     order: bool,
     output: bool,

@@ -1,9 +1,9 @@
-//! Starts one process from the runner: the only place between fork and exec.
+//! Starts one process from the runner. This module has all the code that runs between fork and exec.
 //!
-//! The child shares the runner's memory until it execs (`CLONE_VM | CLONE_VFORK`, what posix_spawn(3) does), so starting does
-//! not get slower with the runner's size, and a failure is reported by storing it. A plain fork of the runner took 0.2 ms more
-//! (0.91 against 0.71 ms for `/bin/true`, start to end). In return the child's code allocates
-//! nothing, takes no lock and cannot panic.
+//! The child shares the runner's memory until it calls exec (`CLONE_VM | CLONE_VFORK`, as in posix_spawn(3)). Thus the
+//! time of a start does not depend on the size of the runner, and the child reports a failure by storing its errno. A
+//! plain fork of the runner took 0.2 ms more (0.91 against 0.71 ms for `/bin/true`, start to end). In return, the code
+//! of the child allocates nothing, takes no lock and cannot panic.
 
 use std::{
     ffi::{CString, c_char, c_int, c_void},
@@ -12,40 +12,40 @@ use std::{
     ptr,
 };
 
-/// Stack of the child until it execs; a page or two are used.
+/// Size of the child's stack until exec. One or two pages of it are used.
 const STACK_BYTES: usize = 64 * 1024;
 
-/// A process to be.
+/// Everything that is needed to start a process.
 pub struct Plan {
     /// Files to try, in order.
     pub programs: Vec<CString>,
-    /// argv.
+    /// The arguments, including argv\[0\].
     pub arguments: Vec<CString>,
     /// The whole environment.
     pub environment: Vec<CString>,
-    /// Becomes the working directory.
+    /// Descriptor of the working directory.
     pub working_directory: RawFd,
-    /// Becomes descriptor 0; `None` for that of this process, which is /dev/null.
+    /// Descriptor that becomes standard input; `None` for that of this process, which is /dev/null.
     pub stdin: Option<RawFd>,
-    /// Becomes descriptor 1.
+    /// Descriptor that becomes standard output.
     pub stdout: RawFd,
-    /// Becomes descriptor 2.
+    /// Descriptor that becomes standard error.
     pub stderr: RawFd,
-    /// Largest file that it may write, in bytes.
+    /// Maximum size in bytes of a file that the process may write.
     pub max_file_bytes: u64,
-    /// Whether `stdout` is a terminal, which becomes descriptor 0 too, and the terminal of its session.
+    /// Whether `stdout` is a terminal. It then also becomes standard input and the controlling terminal of the session.
     pub has_terminal: bool,
 }
 
-/// A process that was started, or whose program could not be.
+/// A process that was started, or that failed to execute its program.
 pub struct Spawned {
-    /// Its id; it is a child of ours and must be waited for either way.
+    /// Process id. The process is a child of this one and must be reaped in both cases.
     pub pid: libc::pid_t,
-    /// Errno when no program could be started; 0 for none.
+    /// Errno if no program could be executed; otherwise 0.
     pub not_started: i32,
 }
 
-/// What the child needs, in the form in which it needs it.
+/// The [`Plan`] as raw pointers and integers, for the child.
 struct ChildArgs {
     programs: *const *const c_char,
     arguments: *const *const c_char,
@@ -60,14 +60,14 @@ struct ChildArgs {
     error: c_int,
 }
 
-/// Starts a process in a session of its own. Every descriptor but the first three is closed on exec.
+/// Starts a process in a session of its own. All descriptors except the first three are closed on exec.
 ///
 /// # Errors
-/// When there can be no new process.
+/// If the kernel cannot create a process.
 pub fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
     let (programs, arguments) = (pointers(&plan.programs), pointers(&plan.arguments));
     let environment = pointers(&plan.environment);
-    // SAFETY: all bits zero is a value of sigset_t; sigemptyset then makes it the empty set.
+    // SAFETY: all zeros is a valid value of sigset_t; sigemptyset then makes it the empty set.
     let no_signals = unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
@@ -93,18 +93,18 @@ pub fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
     if pid < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `args.error` is live; it is read through a volatile access because the child wrote it behind the compiler's back.
+    // SAFETY: `args.error` is live. The read is volatile because the compiler does not know that the child wrote it.
     let not_started = unsafe { ptr::read_volatile(&args.error) };
     Ok(Spawned { pid, not_started })
 }
 
-/// Memory for the child's stack, to be used again and again.
+/// Reusable memory for the child's stack.
 pub struct Stack(Vec<u128>);
 
 impl Stack {
     /// A stack of [`STACK_BYTES`].
     pub fn new() -> Self {
-        // u128 for the alignment that the ABI asks of a stack.
+        // u128 has the alignment that the ABI requires for a stack.
         Self(vec![0; STACK_BYTES / size_of::<u128>()])
     }
 
@@ -117,7 +117,7 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
     strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
 }
 
-/// Runs in the child, on its own stack, in the runner's memory, while the runner stands still.
+/// Runs in the child on its own stack. It shares the memory of the runner, which is suspended meanwhile.
 extern "C" fn child(args: *mut c_void) -> c_int {
     let args = args.cast::<ChildArgs>();
     // SAFETY: `spawn` passes a ChildArgs that lives until this process execs or exits, and nobody else touches it. Only
@@ -129,7 +129,7 @@ extern "C" fn child(args: *mut c_void) -> c_int {
     }
 }
 
-/// Gives the errno of what failed; returns only then.
+/// Prepares the process and executes the program. Returns only on failure, with the errno.
 ///
 /// # Safety
 /// As for [`child`].
@@ -138,22 +138,22 @@ unsafe fn prepare_and_exec(args: &ChildArgs) -> c_int {
     // SAFETY: system calls on plain values and live pointers.
     unsafe {
         let ok = libc::setsid() >= 0
-            // Nothing happens where both numbers are the same.
+            // dup2 has no effect if both descriptors are the same.
             && libc::dup2(args.stdin, 0) >= 0
             && libc::dup2(args.stdout, 1) >= 0
             && libc::dup2(args.stderr, 2) >= 0
             && (!args.has_terminal || (libc::dup2(1, 0) >= 0 && libc::ioctl(0, libc::TIOCSCTTY, 0) >= 0))
             && libc::fchdir(args.working_directory) >= 0
             && libc::setrlimit(libc::RLIMIT_FSIZE, &limit(args.max_file_bytes)) >= 0
-            // No core file, and the one value at which the kernel starts no core handler either.
+            // At a limit of 1 byte the kernel writes no core file and starts no core handler either.
             && libc::setrlimit(libc::RLIMIT_CORE, &limit(1)) >= 0
-            // Should somebody kill the runner, at least the command itself goes with it.
+            // If somebody kills the runner, at least the command itself is killed too.
             && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) >= 0
             && libc::sigprocmask(libc::SIG_SETMASK, &args.no_signals, ptr::null_mut()) >= 0;
         if !ok {
             return *libc::__errno_location();
         }
-        // As execvp(3): a file that may not be run is passed over, but remembered.
+        // As in execvp(3): a file that may not be executed is skipped, but its error is remembered.
         let (mut program, mut error) = (args.programs, libc::ENOENT);
         while !(*program).is_null() {
             libc::execve(*program, args.arguments, args.environment);

@@ -1,4 +1,4 @@
-//! System calls of the runner that have no safe form in our crates; each is wrapped so that it has one.
+//! Safe wrappers of the runner's system calls for which our dependencies have no safe function.
 
 use std::{
     io,
@@ -8,19 +8,19 @@ use std::{
 
 /// Closes every descriptor from `first` on.
 ///
-/// For the start of a process, before it has opened anything that it will use.
+/// For the start of a process, before it has opened any descriptor that it will use.
 ///
 /// # Errors
 /// On kernels before Linux 5.9.
 pub fn close_from(first: RawFd) -> io::Result<()> {
-    // SAFETY: takes no pointers; that no live descriptor is closed is the caller's promise above.
+    // SAFETY: takes no pointers. The caller ensures, as documented above, that no descriptor in use is closed.
     let closed = unsafe { libc::syscall(libc::SYS_close_range, first.unsigned_abs(), libc::c_uint::MAX, 0) };
     if closed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Closes every descriptor but these.
+/// Closes every descriptor except these.
 ///
-/// For the start of a process that uses no other descriptor that it inherited.
+/// For the start of a process that uses no other inherited descriptor.
 ///
 /// # Errors
 /// On kernels before Linux 5.9.
@@ -31,7 +31,7 @@ pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
     for (fd, is_last) in kept.into_iter().map(|fd| (fd, false)).chain([(libc::c_uint::MAX, true)]) {
         let last = if is_last { fd } else { fd.wrapping_sub(1) };
         if is_last || fd > first {
-            // SAFETY: takes no pointers; that no live descriptor is closed is the caller's promise above.
+            // SAFETY: takes no pointers. The caller ensures, as documented above, that no descriptor in use is closed.
             if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -41,7 +41,7 @@ pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
-/// Has this process killed when its parent ends.
+/// Makes the kernel kill this process when its parent ends.
 ///
 /// # Errors
 /// None in practice.
@@ -50,22 +50,22 @@ pub fn die_with_parent() -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })
 }
 
-/// Kills every process of this pid namespace but this one. Only for its first process.
+/// Kills every other process of this pid namespace. Only for its first process.
 pub fn kill_all_others() {
-    // SAFETY: takes no pointers; there is nobody in the namespace but what came of the command.
+    // SAFETY: takes no pointers. All other processes in the namespace descend from the command.
     unsafe { libc::kill(-1, libc::SIGKILL) };
 }
 
-/// Makes descriptor 0 mean what `file` means.
+/// Makes descriptor 0 a duplicate of `file`.
 ///
 /// # Errors
-/// Those of dup2(2).
+/// The errors of dup2(2).
 pub fn become_stdin(file: &OwnedFd) -> io::Result<()> {
-    // SAFETY: `file` is open, and descriptor 0 belongs to nobody in a process that does not use std's stdin.
+    // SAFETY: `file` is open, and descriptor 0 has no owner in a process that does not use std's stdin.
     check(unsafe { libc::dup2(file.as_raw_fd(), 0) })
 }
 
-/// Orphans below this process become its children.
+/// Makes this process a child subreaper: orphaned descendants become its children.
 ///
 /// # Errors
 /// None in practice.
@@ -74,20 +74,20 @@ pub fn be_subreaper() -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) })
 }
 
-/// Undoes what this process ignores, above all SIGPIPE, because ignoring is inherited.
+/// Resets all signals to their default dispositions, above all SIGPIPE, because ignored signals are inherited.
 pub fn default_signals() {
     for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: SIG_DFL is a valid disposition; signals that cannot be set are refused without harm.
+        // SAFETY: SIG_DFL is a valid disposition. Signals that cannot be changed are refused without harm.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
 }
 
-/// Blocks every signal that can be blocked and gives a descriptor to read SIGCHLD from.
+/// Blocks every signal that can be blocked and returns a descriptor that delivers SIGCHLD.
 ///
 /// # Errors
-/// Those of the system calls.
+/// The errors of the system calls.
 pub fn watch_children() -> io::Result<OwnedFd> {
-    // SAFETY: the sets are initialised before use, and signalfd gives a descriptor that nobody else owns.
+    // SAFETY: the sets are initialised before use, and signalfd returns a descriptor that nobody else owns.
     unsafe {
         let (mut all, mut deaths) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);
@@ -100,22 +100,22 @@ pub fn watch_children() -> io::Result<OwnedFd> {
     }
 }
 
-/// Some child that has ended and was not reaped.
+/// The result of looking for a child that has ended but is not reaped yet.
 pub enum EndedChild {
     /// There is no child.
     None,
     /// All children are running.
     NotYet,
-    /// This one.
+    /// This child has ended.
     Pid(libc::pid_t),
 }
 
 /// Looks for a child that has ended, without reaping it.
 ///
 /// # Errors
-/// Those of the system calls.
+/// The errors of the system calls.
 pub fn ended_child() -> io::Result<EndedChild> {
-    // SAFETY: `info` is a plain struct that waitid fills in; zeroed, its pid reads 0, which means that none has ended.
+    // SAFETY: `info` is a plain C struct that waitid fills in. If no child has ended, its zeroed pid stays 0.
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
@@ -133,12 +133,12 @@ pub fn ended_child() -> io::Result<EndedChild> {
     }
 }
 
-/// Reaps a child that has ended: its status and what it used.
+/// Reaps a child that has ended. Returns its wait status and its resource usage.
 ///
 /// # Errors
-/// Those of the system calls.
+/// The errors of the system calls.
 pub fn reap(pid: libc::pid_t) -> io::Result<(libc::c_int, libc::rusage)> {
-    // SAFETY: both are plain structs that wait4 fills in.
+    // SAFETY: both are plain C values that wait4 fills in.
     unsafe {
         let (mut status, mut usage) = (0, std::mem::zeroed());
         check(libc::wait4(pid, &mut status, 0, &mut usage))?;
@@ -146,15 +146,16 @@ pub fn reap(pid: libc::pid_t) -> io::Result<(libc::c_int, libc::rusage)> {
     }
 }
 
-/// Kills the process group that `leader` made; it may be empty.
+/// Kills the process group that `leader` created. The group may be empty.
 pub fn kill_group(leader: libc::pid_t) {
-    // SAFETY: takes no pointers; `leader` is an unreaped child of ours that called setsid, so the group is its own.
+    // SAFETY: takes no pointers. `leader` is an unreaped child of this process that called setsid, so the group is its
+    // own.
     unsafe { libc::kill(-leader, libc::SIGKILL) };
 }
 
-/// What the kernel reports times of processes in: this many make a second.
+/// Ticks per second, the unit in which the kernel reports times of processes.
 pub fn ticks_per_second() -> u64 {
-    // SAFETY: takes and gives a number.
+    // SAFETY: takes and returns a number.
     let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
     u64::try_from(ticks).ok().filter(|ticks| *ticks > 0).unwrap_or(100)
 }

@@ -1,8 +1,8 @@
-//! [`ToolProcess`]: a command that outlives one action, and talks with this server over its standard input and output.
+//! [`ToolProcess`]: a command that outlives one action and talks with this server over its standard input and output.
 //!
-//! It has a runner of its own, and so a user and a cell of its own. To the runner it is a command like any other, except that
-//! it gets two pipes ([`Pipes`]). It ends as a whole when this is dropped, when the runner ends, and when the server dies.
-//! Whatever it does, no call here waits for it beyond its deadline.
+//! A tool has a runner of its own, and therefore a user and a cell of its own. To the runner it is a command like any
+//! other, except that it gets two pipes ([`Pipes`]). All its processes are killed when this value is dropped, when the
+//! runner ends, and when the server dies. No call here waits for a tool beyond the deadline.
 
 use super::{
     Launcher as _, PoolSandbox, RunnerLauncher,
@@ -39,23 +39,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most bytes that a tool may print to its standard error in all its life. It is only shown when the tool fails.
+/// Maximum number of bytes that a tool may print to its standard error in its whole life. The log is shown only if the
+/// tool fails.
 const MAX_LOG_BYTES: u64 = 64 * 1024 * 1024;
 /// How long to wait for the reason after a tool has closed its output.
 const REASON_WAIT: Duration = Duration::from_secs(1);
-/// How much is read at once.
+/// Maximum size of one read.
 const READ_BYTES: usize = 64 * 1024;
-/// Most processes of a tool that are looked at to see what it uses.
+/// Maximum number of processes of a tool that are inspected for its usage.
 const MOST_PROCESSES: usize = 10_000;
-/// How often a token without a descriptor is asked.
+/// How often a cancel token without a descriptor is polled.
 const CANCEL_POLL: Duration = Duration::from_millis(100);
 
-/// The two ends of its pipes that a tool gets.
+/// The tool's ends of its two pipes.
 #[derive(Debug)]
 pub(in super::super) struct Pipes {
-    /// Where requests come from.
+    /// The read end of the pipe for requests.
     pub requests: OwnedFd,
-    /// Where answers go.
+    /// The write end of the pipe for answers.
     pub answers: OwnedFd,
 }
 
@@ -71,34 +72,34 @@ pub(in super::super) struct ToolProcess {
 /// Why there is no answer.
 #[derive(Debug, PartialEq, Eq)]
 pub(in super::super) enum Silence {
-    /// The tool is of no more use, for this reason.
+    /// The tool cannot be used any more, for this reason.
     Broken(String),
-    /// It took too long.
+    /// The deadline has passed.
     Late,
-    /// The action has to stop.
+    /// The action was cancelled.
     Stopped,
 }
 
-/// What the processes of a tool have used and use.
+/// The resource usage of a tool's processes at one point in time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(in super::super) struct Sample {
-    /// Time in user mode, of all processes since their start.
+    /// CPU time in user mode of all processes since their start.
     pub user: Duration,
-    /// Time in the kernel.
+    /// CPU time in the kernel of all processes since their start.
     pub system: Duration,
-    /// Resident memory now, in bytes. What processes share counts for each of them.
+    /// Current resident memory in bytes. Memory that processes share is counted for each of them.
     pub memory: u64,
 }
 
 impl Pipes {
-    /// Receives those that were sent after an order.
+    /// Receives the pipes that follow an order.
     pub(super) fn receive(socket: &UnixStream) -> io::Result<Self> {
         let files = receive_open(socket)?.ok_or(ErrorKind::UnexpectedEof)?;
         let [requests, answers]: [OwnedFd; 2] = files.try_into().map_err(|_| ErrorKind::InvalidData)?;
         Ok(Self { requests, answers })
     }
 
-    /// Gives them to another user and group, who can then open `/dev/stdout` again.
+    /// Changes the owner of the pipes, so that this user and group can open `/dev/stdout` again.
     pub(super) fn give_to(&self, owner: Option<(u32, u32)>) -> io::Result<()> {
         let Some((user, group)) = owner else { return Ok(()) };
         for pipe in [&self.requests, &self.answers] {
@@ -108,16 +109,16 @@ impl Pipes {
     }
 }
 
-/// The largest log of a command.
+/// Maximum size in bytes of a log of the command.
 pub(super) fn max_log_bytes(run: &Run) -> u64 {
     if run.has_pipes { run.max_file_bytes.min(MAX_LOG_BYTES) } else { run.max_file_bytes }
 }
 
 impl ToolProcess {
-    /// Starts a tool with a runner of its own. Whether the program could be started shows in the first exchange.
+    /// Starts a tool with a runner of its own. If the program cannot be executed, the first exchange fails.
     ///
     /// # Errors
-    /// When there can be no runner.
+    /// If no runner can be started.
     pub(in super::super) fn start(
         runner: &[OsString],
         sandbox: Option<&PoolSandbox>,
@@ -145,21 +146,21 @@ impl ToolProcess {
         Ok(Self { launcher, requests, answers, limits: launch.limits })
     }
 
-    /// Why the tool is of no use, if it is not: it has ended, or printed something that nobody asked for.
+    /// Why the tool cannot be used any more, if so: it has ended, or has printed something without a request.
     pub(in super::super) fn problem(&self) -> Option<String> {
         let socket = self.socket()?;
         let mut fds = [PollFd::new(&self.answers, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
         match poll(&mut fds, Some(&at_once)) {
             Ok(0) => None,
-            _ => Some(self.reason("it ended, or printed something, while nobody asked it anything")),
+            _ => Some(self.reason("it ended or printed something between two requests")),
         }
     }
 
-    /// Sends a request, and hands what the tool prints to `hear` until that has its answer.
+    /// Sends a request, and passes the tool's output to `hear` until `hear` returns the answer.
     ///
     /// # Errors
-    /// Why there is no answer. The tool must not be used any more then.
+    /// Why there is no answer. The tool must not be used again then.
     pub(in super::super) fn exchange<T>(
         &self,
         request: &[u8],
@@ -187,7 +188,7 @@ impl ToolProcess {
                     Err(error) => return Err(Silence::Broken(format!("its answer cannot be read: {error}"))),
                 }
             }
-            // What it printed before it ended was read above.
+            // Output from before its end was read above.
             if ready.ended {
                 return Err(Silence::Broken(self.reason("it ended")));
             }
@@ -252,7 +253,7 @@ impl ToolProcess {
         }
     }
 
-    /// Says how the tool ended, or else what `seen` of it.
+    /// How the tool ended; if that is not known, `seen`.
     fn reason(&self, seen: &str) -> String {
         let Some(socket) = self.socket() else { return seen.into() };
         let mut fds = [PollFd::new(socket, PollFlags::IN)];
@@ -267,7 +268,7 @@ impl ToolProcess {
         }
     }
 
-    /// What its processes have used and use, as far as the kernel tells.
+    /// The usage of the tool's processes, as far as the kernel reports it.
     pub(in super::super) fn sample(&self) -> Sample {
         let Some(runner) = &self.launcher.runner else { return Sample::default() };
         let mut sum = Sample::default();
@@ -294,7 +295,7 @@ impl Drop for ToolProcess {
     }
 }
 
-/// Which of the awaited events are there.
+/// Which of the awaited events have happened.
 struct ToolEvents {
     answers: bool,
     ended: bool,
@@ -302,19 +303,19 @@ struct ToolEvents {
 }
 
 impl Sample {
-    /// The times in `/proc/PID/stat`: of the process, and of its children that it has waited for.
+    /// The times in `/proc/PID/stat`: those of the process and of the children that it has reaped.
     fn of_stat(stat: &str) -> Option<Self> {
-        // The name of the program is in brackets, and may contain brackets and spaces.
+        // The name of the program is in parentheses, and may itself contain parentheses and spaces.
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
         let ticks = |field: usize| fields.get(field)?.parse::<u64>().ok();
         let second = sys::ticks_per_second();
         let time = |ticks: u64| Duration::from_nanos(ticks.saturating_mul(1_000_000_000 / second));
-        // Field 14 of the file is the eleventh after the name.
+        // Field 14 of the file has index 11 after the name.
         let (user, system) = (ticks(11)? + ticks(13)?, ticks(12)? + ticks(14)?);
         Some(Self { user: time(user), system: time(system), memory: 0 })
     }
 
-    /// What was used since an earlier sample. A process that ended meanwhile may have taken its times along.
+    /// The usage since an earlier sample. The times of a process that ended in between may be missing.
     pub(in super::super) fn since(self, earlier: Self) -> gorego::ResourceUsage {
         gorego::ResourceUsage {
             user_time: self.user.saturating_sub(earlier.user).try_into().ok(),
@@ -325,7 +326,7 @@ impl Sample {
     }
 }
 
-/// The resident memory in `/proc/PID/status`, in bytes.
+/// The resident memory (VmRSS) in `/proc/PID/status`, in bytes.
 fn resident(status: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kilobytes = line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<u64>().ok());
@@ -355,7 +356,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_times_of_a_process_are_found_behind_any_name() {
+    fn the_times_of_a_process_are_found_whatever_its_name_is() {
         let stat = "7 (a) S (b c) S 1 7 7 0 -1 4194560 1 2 3 4 150 25 50 75 20 0 1 0 100 1 1";
         let sample = Sample::of_stat(stat).unwrap();
         let ticks = sys::ticks_per_second();

@@ -1,10 +1,11 @@
-//! [`Usage`]: what the processes of one command used, all together.
+//! [`Usage`]: the resource usage of all processes of one command together.
 
 use gorego_reapi::proto::gorego;
 use std::time::Duration;
 
-/// Sums up rusage. Each child's covers the children that it waited for itself, so nothing is counted twice. The largest
-/// resident set is never below the runner's own few MiB, which the child shares until it execs.
+/// Sums up rusage values. The rusage of a child includes the children that it has reaped itself, so nothing is counted
+/// twice. The maximum resident set is never below the few MiB of the runner, which the child shares until it calls
+/// exec.
 #[derive(Default)]
 pub(super) struct Usage {
     user: Duration,
@@ -13,7 +14,7 @@ pub(super) struct Usage {
 }
 
 impl Usage {
-    /// Adds what a child used that has ended.
+    /// Adds the usage of a child that has ended.
     pub(super) fn add(&mut self, usage: &libc::rusage) {
         let time = |time: libc::timeval| {
             Duration::from_secs(time.tv_sec.try_into().unwrap_or(0))

@@ -29,7 +29,7 @@ impl Encoded {
     /// Encodes a scan whose files are all stored.
     ///
     /// # Errors
-    /// `Internal` when a file has no digest.
+    /// `Internal` if a file has no digest.
     pub(crate) fn new(scan: &OutputScan, function: DigestFunction, reported: Reported) -> Result<Self> {
         let mut digests: Vec<Option<Digest>> = vec![None; scan.directories.len()];
         let mut position: HashMap<Digest, usize> = HashMap::new();

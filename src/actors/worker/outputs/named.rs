@@ -1,12 +1,12 @@
-//! Which inputs the outputs of a command name. Pure.
+//! Finds the inputs that are also named as outputs of the command. Pure.
 //!
-//! Inputs that are staged are not needed from the store, unless the command leaves one as it is at the path of an output: then
-//! the result refers to it, so it must not be evicted while the command runs.
+//! Staged inputs are not read from the store, with one exception. If the command leaves an input unchanged at the path
+//! of an output, the result refers to it, so it must not be evicted while the command runs.
 
 use crate::action::Command;
 use gorego_reapi::{digest::Digest, tree::InputTree};
 
-/// The files of an input root at and below the output paths. Those behind a symbolic link are not found.
+/// The files of an input root at and below the output paths. Files behind a symbolic link are not found.
 pub(crate) fn inputs_named_by(command: &Command, tree: &InputTree) -> Vec<Digest> {
     let mut named = Vec::new();
     for output in &command.outputs {

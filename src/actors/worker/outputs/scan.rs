@@ -1,8 +1,8 @@
 //! Scans an output directory.
 //!
-//! All outputs are scanned before any is stored, because the store may move files away, and another output may be in the same
-//! directory. No link is followed, and no file is opened. Inputs that the command left as they
-//! were are found in memory.
+//! All outputs are scanned before any is stored, because the store may move files away, and another output may be in
+//! the same directory. No link is followed, and no file is opened. Inputs that the command left unchanged are found in
+//! memory.
 
 use super::{Seen, name_of};
 use crate::actors::worker::{
@@ -28,14 +28,14 @@ use std::{
 /// Maximum number of nodes in all outputs of one action. The same number bounds input roots.
 pub(crate) const MAX_OUTPUT_NODES: u64 = gorego_reapi::tree::MAX_TREE_NODES;
 
-/// Maximum bytes of all names and link targets in the outputs of one action, which are in memory at the same time: 128 per
-/// node.
+/// Maximum number of bytes of all names and link targets in the outputs of one action, which are in memory at the same
+/// time: 128 per node.
 pub(crate) const MAX_OUTPUT_NAME_BYTES: u64 = 128 * MAX_OUTPUT_NODES;
 
 /// Permission bits of every symbolic link.
 const LINK_MODE: u32 = 0o777;
 
-/// Files take whole blocks on disk.
+/// Size of a disk block. Files take up whole blocks.
 const BLOCK_BYTES: u64 = 4_096;
 
 /// A file of the directory.
@@ -43,7 +43,7 @@ const BLOCK_BYTES: u64 = 4_096;
 pub(crate) struct FoundFile {
     /// Name in its directory.
     pub name: String,
-    /// What is in it.
+    /// Its content, and whether that is stored.
     pub content: Content,
     /// Mode and time.
     pub seen: Seen,
@@ -52,14 +52,14 @@ pub(crate) struct FoundFile {
 /// The content of a file that was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Content {
-    /// Still to be stored; which file it is, under whatever name.
+    /// A file that is not stored yet, with its identity, which does not depend on the name.
     Own(FileId),
-    /// In the store.
+    /// A file that is stored.
     Stored(Digest),
 }
 
 impl Content {
-    /// Its digest, once it is stored.
+    /// Its digest, if it is stored.
     pub fn digest(self) -> Option<Digest> {
         match self {
             Self::Own(_) => None,
@@ -144,7 +144,8 @@ impl OutputScan {
     /// Scans the directory `top`. `seen` is its mode and time from before it was opened; `path` names it in errors.
     ///
     /// # Errors
-    /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too many nodes.
+    /// `Precondition` for anything that is not a file, directory or link, for names that are not UTF-8, and for too
+    /// many nodes.
     pub(crate) fn of(
         top: LayerWalk<'_>,
         seen: Seen,
@@ -157,10 +158,11 @@ impl OutputScan {
         Ok(scan)
     }
 
-    /// Walks the directories again, parents first, and gives `visit` each with a handle of what the action's own layer has of it.
+    /// Walks the directories again, parents first. Passes each to `visit`, with a handle of it in the action's own
+    /// layer, if the layer has it.
     ///
     /// # Errors
-    /// Those of `visit`, of the checkpoint, and of walking.
+    /// The errors of `visit`, of the checkpoint, and of walking.
     pub(crate) fn revisit(
         &mut self,
         top: LayerWalk<'_>,
@@ -174,7 +176,7 @@ impl OutputScan {
         })
     }
 
-    /// The inputs among its files, which are stored already.
+    /// The unchanged inputs among its files, which are stored already.
     pub(crate) fn inputs(&self) -> impl Iterator<Item = Digest> {
         let files = self.directories.iter().flat_map(|directory| &directory.files);
         files.filter_map(|file| file.content.digest())
@@ -190,7 +192,7 @@ impl OutputScan {
         let failed = |error| cannot_look(path, error);
         let cursor = &mut top;
         visit(self, 0, cursor.here().map_err(failed)?)?;
-        // (directory, how many of its children were entered)
+        // Each open directory with the number of its children that were entered.
         let mut open = vec![(0, 0)];
         while let Some((at, entered)) = open.last_mut() {
             if let Some(&child) = self.directories[*at].children.get(*entered) {
@@ -218,7 +220,7 @@ impl OutputScan {
     ) -> Result<()> {
         checkpoint.check()?;
         let mut found = FoundEntries::default();
-        // Names that are seen in the own layer or hidden by it.
+        // Names that are in the own layer, or that it hides.
         let mut names = HashSet::new();
         if let Some(own) = here.own {
             let hides = here.below.is_some().then_some(&mut names);
@@ -243,7 +245,7 @@ impl OutputScan {
     }
 }
 
-/// What is in one directory, in any order.
+/// The entries of one directory, in any order.
 #[derive(Debug, Default)]
 struct FoundEntries {
     files: Vec<FoundFile>,
@@ -252,7 +254,7 @@ struct FoundEntries {
 }
 
 impl FoundEntries {
-    /// What the own layer has. Only where there are layers does a whiteout mean something; `hides` gets all names.
+    /// Lists the own layer. A whiteout has its meaning only in a layer (`is_layer`). `hides` receives all names.
     fn list_own(
         &mut self,
         own: &File,
@@ -294,7 +296,7 @@ impl FoundEntries {
         Ok(())
     }
 
-    /// What is seen of the staged tree.
+    /// Lists the visible part of the staged tree.
     fn list_staged(
         &mut self,
         below: &Directory,

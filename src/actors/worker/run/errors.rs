@@ -1,4 +1,5 @@
-//! What the failures of a run mean, and whether they are worth another try. Pure, except that staged inputs are looked at.
+//! Classifies the failures of a run, and decides which are worth a retry. Pure, except for a check of the staged
+//! inputs.
 
 use crate::{
     actors::worker::{launcher::is_full, staged_trees::TreeLease},
@@ -8,7 +9,7 @@ use crate::{
 };
 use gorego_reapi::error::Error;
 
-/// Whether another worker, or this one later, may succeed.
+/// Whether a retry may succeed, on another worker or later on this one.
 pub(super) fn is_workers_fault(error: &Error) -> bool {
     match error {
         Error::Internal(_) | Error::Unavailable(_) => true,
@@ -34,7 +35,7 @@ pub(super) fn disk_was_full(space: Space) -> Error {
     ))
 }
 
-/// The error of a command that could not be run, as far as its staged inputs explain it.
+/// The error of a command that could not be run. It is replaced if the staged inputs explain the failure.
 pub(super) fn explained(error: Error, base: Option<&TreeLease>) -> Error {
     let Some(base) = base else { return error };
     if let Err(gone) = base.check_in_place() {
@@ -46,7 +47,7 @@ pub(super) fn explained(error: Error, base: Option<&TreeLease>) -> Error {
     error
 }
 
-/// The error of a run whose log could not be kept, which is not the fault of the command.
+/// The error of a run whose log could not be kept. The command is not at fault.
 pub(super) fn log_lost(kind: LogKind, errno: i32) -> Error {
     let what = format!("the command was stopped because its {} could not be kept", kind.name());
     if is_full(errno) {

@@ -1,4 +1,4 @@
-//! A run whose command is done by a tool ([`super::super::tools`]).
+//! A run in which a tool does the work of the command ([`super::super::tools`]).
 
 use super::{ActionRun, Point, RunStage, errors::disk_was_full};
 use crate::{
@@ -21,11 +21,11 @@ const TOOL_FAILED: &str = "tool_failed";
 const TOOL_NOT_USED: &str = "tool_not_used";
 
 impl ActionRun<'_> {
-    /// Has a tool do the work of the command, and puts the outputs into the exec directory; `None` when the command has to run by
-    /// itself, for which the exec directory is empty then.
+    /// Lets a tool do the work of the command, and puts the outputs into the exec directory. `None` if the command has
+    /// to run in a process of its own; the exec directory is then empty.
     ///
     /// # Errors
-    /// Those of the inputs and of the disk; `Cancelled`.
+    /// The errors of the inputs and of the disk; `Cancelled`.
     pub(super) fn run_with_tool(
         &mut self,
         inputs: &mut dyn Inputs,
@@ -45,7 +45,7 @@ impl ActionRun<'_> {
                     .with("slot", self.order.slot.0)
                     .with_shown("action_digest", &self.order.action.digest)
                     .with("error", &*reason)
-                    .log(format_args!("an action asks for a tool and runs by itself: {reason}"));
+                    .log(format_args!("an action that asks for a tool runs without one: {reason}"));
                 Ok(None)
             }
             Err(NotServed::ToolFailed(reason)) => {
@@ -55,7 +55,7 @@ impl ActionRun<'_> {
                     .with("slot", self.order.slot.0)
                     .with_shown("action_digest", &self.order.action.digest)
                     .with("error", &*reason)
-                    .log(format_args!("a tool failed; its action is run by itself"));
+                    .log(format_args!("a tool failed; its action runs without it"));
                 self.tool_failure = Some(reason);
                 empty(workspace.root()?)?;
                 Ok(None)
@@ -77,7 +77,8 @@ impl ActionRun<'_> {
         self.note(Point::FetchEnd);
         self.enter(RunStage::Running, Point::RunStart, None);
         let watch = settings.build_root.disk().begin(control.cancel.clone());
-        // Together with the run that may follow, no longer than the scheduler waits.
+        // Bounded so that, together with an ordinary run that may follow, it does not take longer than the scheduler
+        // waits.
         let timeout = action.timeout.min(settings.transfer_timeout);
         let heard = turn.run(timeout, &control.cancel);
         if let Some(space) = watch.end() {
@@ -95,7 +96,7 @@ impl ActionRun<'_> {
     }
 }
 
-/// Makes what the tool says the command's standard error.
+/// Makes the output of the tool the command's standard error.
 fn print(workspace: &Workspace, output: &str) -> Result<()> {
     if output.is_empty() {
         return Ok(());
@@ -107,7 +108,7 @@ fn print(workspace: &Workspace, output: &str) -> Result<()> {
         .map_err(|error| Error::io("write to stderr", &error))
 }
 
-/// Removes what was copied into an exec root.
+/// Removes everything that was copied into an exec root.
 fn empty(root: &File) -> Result<()> {
     let emptied = || {
         for name in dir::names(root)? {

@@ -1,7 +1,7 @@
-//! [`Delta`]: what has to lie above one tree so that it looks like another. Pure.
+//! [`Delta`]: the overlay layer that makes one tree look like another. Pure.
 //!
-//! Directories with equal digests are equal and are not looked into, so the work is proportional to the directories that
-//! differ. The steps are in the order in which a layer of an overlay is written: a directory before what is in it.
+//! Directories with equal digests are equal and are not compared, so the work is proportional to the directories that
+//! differ. The steps are in the order in which a layer is written: a directory comes before its content.
 
 use gorego_reapi::{
     digest::Digest,
@@ -9,48 +9,48 @@ use gorego_reapi::{
 };
 use std::collections::HashMap;
 
-/// One step of writing a layer. The layer begins as one directory, the root, which is current.
+/// One step of writing a layer. At the start, the layer consists of the root directory, which is the current directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeltaStep<'a> {
-    /// Makes a directory that both trees have, and makes it current.
+    /// Create a directory that both trees have, and make it the current directory.
     Enter(&'a Subdirectory),
-    /// Makes the directory above the current one current again.
+    /// Make the parent of the current directory the current directory.
     Leave,
-    /// A file that the base does not have like this.
+    /// Write a file that is missing or different in the base.
     File(&'a File),
-    /// A symbolic link that the base does not have like this.
+    /// Write a symbolic link that is missing or different in the base.
     Link(&'a Symlink),
-    /// A directory with all that is below it.
+    /// Write a directory with everything below it.
     Tree {
-        /// Its name and digest.
+        /// Name and digest of the directory.
         node: &'a Subdirectory,
-        /// The base has something of this name, which must not be seen.
+        /// Whether the base has something with this name, which must be hidden.
         hides: bool,
     },
-    /// Something of the base that is not wanted.
+    /// Hide an entry of the base that is not wanted.
     Hide(Box<str>),
 }
 
-/// How much a delta writes, or may write.
+/// The size of a delta, or the limit of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cost {
-    /// Files, links, directories and whiteouts.
+    /// Number of files, links, directories and whiteouts.
     pub entries: u64,
-    /// Content of files.
+    /// Number of bytes in files.
     pub bytes: u64,
 }
 
-/// The steps from one tree to another.
+/// The steps that make one tree look like another.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Delta<'a> {
-    /// What to write, in order.
+    /// The steps in order.
     pub steps: Vec<DeltaStep<'a>>,
-    /// How much that is.
+    /// Their total cost.
     pub cost: Cost,
 }
 
 impl<'a> Delta<'a> {
-    /// The delta that makes `base` look like `wanted`; `None` when it costs more than `limit`.
+    /// The delta that makes `base` look like `wanted`; `None` if it costs more than `limit`.
     pub fn between(wanted: &'a InputTree, base: &InputTree, limit: Cost) -> Option<Self> {
         let mut delta = Self::default();
         if wanted.digest() == base.digest() {
@@ -74,7 +74,7 @@ impl<'a> Delta<'a> {
         Some(delta)
     }
 
-    /// The blobs that it needs; `wanted` is the tree that it makes of its base.
+    /// The blobs that the delta needs; `wanted` is the tree for which it was made.
     pub fn blobs(&self, wanted: &InputTree) -> Vec<Digest> {
         let mut blobs = Vec::new();
         for step in &self.steps {
@@ -96,7 +96,7 @@ impl<'a> Delta<'a> {
         (self.cost.entries <= limit.entries && self.cost.bytes <= limit.bytes).then_some(())
     }
 
-    /// The steps for one directory that differs. Returns the subdirectories that both have and that differ.
+    /// Adds the steps for one directory that differs. Returns the subdirectories that both trees have and that differ.
     fn compare<'b>(
         &mut self,
         tree: &'a InputTree,
@@ -126,7 +126,7 @@ impl<'a> Delta<'a> {
                 }
             }
         }
-        // In the order of the base, so that the same trees give the same steps.
+        // The order of the base makes the steps deterministic.
         let names = base.files.iter().map(|file| &file.name);
         let names = names.chain(base.symlinks.iter().map(|link| &link.name));
         for name in names.chain(base.directories.iter().map(|node| &node.name)) {
@@ -152,7 +152,7 @@ fn nodes(directory: &Directory) -> HashMap<&str, TreeNode<'_>> {
     files.chain(links).chain(directories).collect()
 }
 
-/// What it costs to write a whole directory; `None` when that is more than `limit`.
+/// The cost of writing a whole directory; `None` if it is more than `limit`.
 fn cost_of(tree: &InputTree, node: &Subdirectory, limit: Cost) -> Option<Cost> {
     let mut cost = Cost { entries: 1, bytes: 0 };
     let mut left = vec![tree.directory(&node.digest)];
@@ -178,10 +178,10 @@ mod tests {
 
     const NO_LIMIT: Cost = Cost { entries: u64::MAX, bytes: u64::MAX };
 
-    /// A layer of an overlay as it would lie on disk.
+    /// A layer of an overlay as it would be on disk.
     #[derive(Debug, Default)]
     struct Layer<'a> {
-        /// `None` stands for a whiteout.
+        /// Entries by name. `None` is a whiteout.
         entries: std::collections::BTreeMap<&'a str, Option<LayerEntry<'a>>>,
         is_opaque: bool,
     }
@@ -231,7 +231,7 @@ mod tests {
         open.pop().unwrap().1
     }
 
-    /// What an overlay shows: the rules of overlayfs.
+    /// The tree that an overlay shows, by the rules of overlayfs.
     fn show(layer: &Layer<'_>, below: Option<(&InputTree, &Directory)>, path: &str, shown: &mut model::Tree) {
         let below = below.filter(|_| !layer.is_opaque);
         if let Some((tree, directory)) = below {
@@ -267,9 +267,9 @@ mod tests {
     }
 
     proptest! {
-        /// The property that everything here rests on.
+        /// This property makes staging correct.
         #[test]
-        fn a_base_with_its_delta_above_looks_like_the_tree_that_is_wanted(
+        fn a_base_below_its_delta_looks_like_the_wanted_tree(
             base in model::tree(),
             wanted in model::tree(),
         ) {
@@ -282,7 +282,7 @@ mod tests {
         }
 
         #[test]
-        fn a_delta_within_a_limit_is_found_under_it_and_only_then(base in model::tree(), wanted in model::tree()) {
+        fn a_delta_is_found_exactly_if_its_cost_is_within_the_limit(base in model::tree(), wanted in model::tree()) {
             let [base, wanted] = [&base, &wanted].map(model::input_tree);
             let delta = Delta::between(&wanted, &base, NO_LIMIT).unwrap();
             prop_assert_eq!(Delta::between(&wanted, &base, delta.cost), Some(delta.clone()));
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_in_one_directory_costs_its_file_and_the_way_to_it() {
+    fn a_change_in_one_directory_costs_the_file_and_its_parent_directories() {
         let mut base = model::Tree::new();
         for directory in 0..50 {
             base.insert(format!("/d{directory}"), Shown::Directory);

@@ -1,10 +1,10 @@
-//! [`TreeIndex`]: which trees are staged, who uses them, and which go first. Pure.
+//! [`TreeIndex`]: records which trees are staged and leased, and which are evicted first. Pure.
 //!
-//! A tree takes its part of the budget from before it is built until it is told to go. Trees that are leased stay. The
-//! others go in the order of their last use, when a new tree needs the room. So the trees never have more than the budget, nor,
-//! when a new one is begun, more than half of the disk space that would be free without them.
+//! A tree occupies its part of the budget from before it is built until it is removed from the index. Leased trees
+//! stay. The others are evicted, least recently used first, when a new tree needs room. So the trees never exceed the
+//! budget. When a tree is begun, they also do not exceed half of the disk space that would be free without them.
 //!
-//! A tree that turned out to be damaged is leased to nobody any more, and goes with its last lease.
+//! A tree that turned out to be damaged is not leased again, and is removed with its last lease.
 
 use crate::disk::BudgetUse;
 use std::{
@@ -12,10 +12,10 @@ use std::{
     hash::Hash,
 };
 
-/// So many large deltas over one tree are written before the next root with one becomes a tree.
+/// How many large deltas are written over one tree before the next root with a large delta becomes a tree.
 const LARGE_DELTAS: u32 = 8;
 
-/// What trees take.
+/// The size of one or more trees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StagedSize {
     /// Bytes on disk.
@@ -48,35 +48,36 @@ impl StagedSize {
     }
 }
 
-/// Whether a tree may be built.
+/// The answer to the request to build a tree.
 #[derive(Debug, PartialEq, Eq)]
 pub enum BuildPermit<T> {
-    /// It may; these make room for it and are to be removed. [`TreeIndex::finish`] or [`TreeIndex::abandon`] has to follow.
+    /// The caller has to build the tree, and to remove these evicted trees. It must call [`TreeIndex::finish`] or
+    /// [`TreeIndex::abandon`] afterwards.
     Build(Vec<T>),
-    /// Somebody builds it, or has built it.
+    /// The tree exists, or somebody is building it.
     Exists,
-    /// It is too large, beside those that are in use.
+    /// The tree does not fit next to the trees in use.
     NoRoom,
 }
 
-/// Names one tree for as long as it is in the index. Two trees with the same key have different ids.
+/// Identifies one tree in the index. Two trees with the same key have different ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TreeId(u64);
 
-/// Staged trees `T` by key.
+/// The index of the staged trees `T` by key.
 #[derive(Debug)]
 pub struct TreeIndex<K, T> {
     budget: StagedSize,
     charged: StagedSize,
     trees: HashMap<TreeId, StagedEntry<K, T>>,
-    /// Those that can be leased.
+    /// The trees that can be leased.
     current: HashMap<K, TreeId>,
-    /// The same by their last use; the number is unique.
+    /// The same trees by the unique number of their last use.
     order: BTreeMap<u64, TreeId>,
     last_use: u64,
     last_id: u64,
     building: HashMap<K, StagedSize>,
-    /// Roots that were staged without becoming a tree, the oldest first.
+    /// Roots that were staged without becoming a tree, oldest first.
     passed: VecDeque<K>,
     is_passed: HashSet<K>,
     max_passed: usize,
@@ -89,13 +90,13 @@ struct StagedEntry<K, T> {
     size: StagedSize,
     leases: usize,
     used: u64,
-    /// How many large deltas were written over it.
+    /// How many large deltas were written over it since another base was last due.
     large_deltas: u32,
     is_current: bool,
 }
 
 impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
-    /// An empty one that remembers so many roots that became no trees.
+    /// An empty index that remembers up to `max_passed` roots that did not become trees.
     pub fn new(budget: StagedSize, max_passed: usize) -> Self {
         Self {
             budget,
@@ -112,19 +113,19 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         }
     }
 
-    /// What the trees take, including those that are being built.
+    /// The room that the trees take, including those that are being built.
     pub fn usage(&self) -> BudgetUse {
         let count = self.trees.len() as u64;
         BudgetUse { count, bytes: self.charged.bytes, max_bytes: self.budget.bytes }
     }
 
-    /// Leases a tree, if there is one.
+    /// Leases the tree with this key, if there is one.
     pub fn lease(&mut self, key: K) -> Option<(TreeId, T)> {
         let id = *self.current.get(&key)?;
         Some((id, self.lease_again(id)?))
     }
 
-    /// Leases this tree, if it can still be leased.
+    /// Leases the tree with this id, if it can still be leased.
     pub fn lease_again(&mut self, id: TreeId) -> Option<T> {
         let entry = self.trees.get_mut(&id).filter(|entry| entry.is_current)?;
         entry.leases += 1;
@@ -135,14 +136,16 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         Some(entry.tree.clone())
     }
 
-    /// Ends a lease. Returns the tree if it was discarded meanwhile and this was its last lease; it is to be removed then.
+    /// Ends a lease. Returns the tree if it was discarded meanwhile and this was its last lease; the caller must then
+    /// remove it.
     pub fn release(&mut self, id: TreeId) -> Option<T> {
         let entry = self.trees.get_mut(&id)?;
         entry.leases = entry.leases.saturating_sub(1);
         if entry.leases == 0 && !entry.is_current { self.remove(id) } else { None }
     }
 
-    /// Leases a tree to nobody any more, because it is damaged. Returns it if nobody uses it; it is to be removed then.
+    /// Stops further leases of a tree, because it is damaged. Returns the tree if it is not leased; the caller must
+    /// then remove it.
     pub fn discard(&mut self, id: TreeId) -> Option<T> {
         let entry = self.trees.get_mut(&id)?;
         if std::mem::take(&mut entry.is_current) {
@@ -152,7 +155,7 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         if entry.leases == 0 { self.remove(id) } else { None }
     }
 
-    /// Asks to build a tree, and takes room for it. `free` is what the disk has left.
+    /// Asks for permission to build a tree, and reserves room for it. `free` is the free space of the disk.
     pub fn begin(&mut self, key: K, size: StagedSize, free: StagedSize) -> BuildPermit<T> {
         if self.current.contains_key(&key) || self.building.contains_key(&key) {
             return BuildPermit::Exists;
@@ -174,7 +177,7 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         BuildPermit::Build(removed)
     }
 
-    /// Adds a tree that was built, and leases it. `None` if nobody asked to build it.
+    /// Adds a tree that was built, and leases it. `None` if [`TreeIndex::begin`] has not permitted it.
     pub fn finish(&mut self, key: K, tree: T) -> Option<TreeId> {
         let size = self.building.remove(&key)?;
         self.last_use += 1;
@@ -188,7 +191,7 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         Some(id)
     }
 
-    /// Gives the room of a tree back that could not be built.
+    /// Gives back the room of a tree that could not be built.
     pub fn abandon(&mut self, key: K) {
         if let Some(size) = self.building.remove(&key) {
             self.charged = self.charged.minus(size);
@@ -200,20 +203,20 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         self.building.contains_key(&key)
     }
 
-    /// The trees that were used last, at most `count`, the latest first.
+    /// The `count` most recently used trees, the most recent first.
     pub fn latest(&self, count: usize) -> impl Iterator<Item = (TreeId, K, &T)> {
         let ids = self.order.values().rev().take(count);
         ids.filter_map(|id| self.trees.get(id).map(|entry| (*id, entry.key, &entry.tree)))
     }
 
-    /// Takes the tree out that was not used for the longest time, if nobody uses it; it is to be removed.
+    /// Takes out the least recently used tree that is not leased; the caller must remove it.
     pub fn take_oldest_unused(&mut self) -> Option<T> {
         let is_unused = |id: &&TreeId| self.trees.get(id).is_some_and(|entry| entry.leases == 0);
         let oldest = self.order.values().find(is_unused).copied()?;
         self.discard(oldest)
     }
 
-    /// A root was staged without becoming a tree. Returns whether that happened before, as far as it is remembered.
+    /// Records that a root was staged without becoming a tree. Returns whether that is known to have happened before.
     pub fn pass(&mut self, key: K) -> bool {
         if !self.is_passed.insert(key) {
             return true;
@@ -227,7 +230,8 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         false
     }
 
-    /// A large delta is about to be written over this tree. Returns whether there were so many that another base is due.
+    /// Records that a large delta will be written over this tree. Returns whether there were so many that another base
+    /// is due.
     pub fn is_worn_by_deltas(&mut self, id: TreeId) -> bool {
         let Some(entry) = self.trees.get_mut(&id) else { return false };
         entry.large_deltas += 1;
@@ -256,7 +260,7 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Act {
         Lease(u8),
-        /// Ends one of the leases of the tree that was built as this one.
+        /// Ends one of the leases of the tree with this number.
         Release(usize),
         Discard(usize),
         Begin(u8, StagedSize, StagedSize),
@@ -294,10 +298,10 @@ mod tests {
         is_discarded: bool,
     }
 
-    /// What the index promises, written down without regard to cost.
+    /// The rules of the index in a simple but slow form.
     #[derive(Default)]
     struct Model {
-        /// The one that was used last at the end.
+        /// The most recently used tree is last.
         trees: Vec<ModelTree>,
         building: Vec<(u8, StagedSize)>,
     }
@@ -343,7 +347,7 @@ mod tests {
     }
 
     proptest! {
-        /// Trees in use stay, the others go in the order of their last use, and the budget holds.
+        /// Leased trees stay, the others are evicted in the order of their last use, and the budget is never exceeded.
         #[test]
         fn the_index_follows_its_model(acts in proptest::collection::vec(act(), 0..200)) {
             let mut index = TreeIndex::new(BUDGET, 4);
@@ -362,7 +366,7 @@ mod tests {
                         }
                     }
                     Act::Release(number) => {
-                        // Only leases that were taken end.
+                        // Only leases that were taken are ended.
                         let leased = |tree: &ModelTree| tree.number == number && tree.leases > 0;
                         if let Some(at) = model.trees.iter().position(leased) {
                             model.trees[at].leases -= 1;
@@ -416,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn roots_that_became_no_tree_are_remembered_for_a_while() {
+    fn roots_that_did_not_become_trees_are_remembered_for_a_while() {
         let mut index = TreeIndex::<u8, ()>::new(BUDGET, 2);
         assert!(!index.pass(1) && index.pass(1));
         assert!(!index.pass(2) && !index.pass(3));
@@ -425,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn large_deltas_wear_a_tree_out_until_another_base_is_made() {
+    fn after_many_large_deltas_over_a_tree_another_base_is_due() {
         let mut index = TreeIndex::new(BUDGET, 2);
         assert_eq!(index.begin(1, StagedSize::default(), PLENTY), BuildPermit::Build(vec![]));
         let id = index.finish(1, ()).unwrap();

@@ -1,4 +1,4 @@
-//! Random trees for tests: their content as a map of paths, and the same as Directories.
+//! Random trees for tests, as a map of paths and as Directories.
 
 use crate::actors::worker::store::Inputs;
 use gorego_reapi::{
@@ -19,33 +19,33 @@ use std::{
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 
-/// The content of a tree: every path begins with a slash, and each parent is there.
+/// The content of a tree by path. Every path begins with a slash, and every parent is an entry too.
 pub type Tree = BTreeMap<String, Shown>;
 
-/// What is at a path.
+/// The content at a path.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Shown {
-    /// A file with this number as its content, and whether it can be run.
+    /// A file whose content is this number, and whether it is executable.
     File(u64, bool),
-    /// A link to this number.
+    /// A link whose target is this number.
     Link(u64),
     /// A directory.
     Directory,
 }
 
 impl Shown {
-    /// A file of a Directory.
+    /// Converts a file of a Directory.
     pub fn file(file: &File) -> Self {
         Self::File(content(&file.digest), file.executable)
     }
 
-    /// A link of a Directory.
+    /// Converts a link of a Directory.
     pub fn link(link: &Symlink) -> Self {
         Self::Link(link.target.parse().unwrap())
     }
 }
 
-/// Trees in which names and contents recur, so that two of them have much in common.
+/// Generates trees in which names and contents recur, so that two trees have much in common.
 pub fn tree() -> impl Strategy<Value = Tree> {
     let path = proptest::collection::vec("[abc]", 1..5);
     let leaf = prop_oneof![
@@ -69,7 +69,7 @@ pub fn tree() -> impl Strategy<Value = Tree> {
     })
 }
 
-/// The same as Directories.
+/// Converts a tree to Directories.
 pub fn input_tree(tree: &Tree) -> InputTree {
     let mut directories = HashMap::new();
     let root = directory(tree, "", &mut directories);
@@ -131,7 +131,7 @@ impl Inputs for Contents {
     }
 }
 
-/// The number that a blob of a model holds.
+/// The number that is the content of a blob.
 pub fn content(digest: &Digest) -> u64 {
     (0..100).find(|number| SHA256.digest(number.to_string().as_bytes()) == *digest).unwrap()
 }

@@ -1,4 +1,4 @@
-//! Staged trees on a disk.
+//! Tests of staged trees on a real disk.
 
 use super::{
     model::{self, Contents, Shown},
@@ -10,12 +10,12 @@ use std::{fs, sync::atomic::AtomicUsize, sync::atomic::Ordering, thread, time::I
 
 const INSTANCE: InstanceId = InstanceId(0);
 
-/// Inputs that count how many files were asked for, and may fail.
+/// Inputs that count how many files were written, and that can fail.
 struct Counted {
     contents: Contents,
     files: AtomicUsize,
     fails_at: Option<usize>,
-    /// Instead of failing.
+    /// Whether writing panics instead of failing.
     panics: bool,
 }
 
@@ -95,7 +95,7 @@ impl Bench {
     }
 }
 
-/// `count` files in directories of ten, the first of them in all trees of the same family.
+/// Makes a tree of `count` files in directories of ten. A smaller tree of the same family is part of a larger one.
 fn tree(family: u64, count: usize) -> model::Tree {
     let mut tree = model::Tree::new();
     for file in 0..count {
@@ -109,7 +109,7 @@ fn tree(family: u64, count: usize) -> model::Tree {
 const ROOM: u64 = 1 << 40;
 
 #[test]
-fn a_root_is_written_once_and_a_similar_one_costs_the_difference() {
+fn a_root_is_written_once_and_for_a_similar_one_only_the_difference() {
     let bench = Bench::new(ROOM);
     let first = Counted::new(&tree(1, 100));
     let base = bench.base(&first);
@@ -129,7 +129,7 @@ fn a_root_is_written_once_and_a_similar_one_costs_the_difference() {
 }
 
 #[test]
-fn a_large_difference_is_written_into_a_tree_when_it_comes_again() {
+fn a_root_with_a_large_difference_becomes_a_tree_when_it_comes_again() {
     let bench = Bench::new(ROOM);
     let first = Counted::new(&tree(1, 1_000));
     drop(bench.base(&first));
@@ -149,7 +149,7 @@ fn a_root_of_a_few_small_files_is_copied() {
 }
 
 #[test]
-fn the_budget_holds_and_a_tree_in_use_stays() {
+fn the_budget_is_kept_and_a_tree_in_use_stays() {
     let fifty = 61 * NODE_BYTES;
     let bench = Bench::new(2 * fifty);
     let roots: Vec<_> = (1..=4).map(|family| Counted::new(&tree(family, 50))).collect();
@@ -161,21 +161,21 @@ fn the_budget_holds_and_a_tree_in_use_stays() {
     }
     let second = bench.base(&roots[1]);
     bench.wait_for_trees(2);
-    // Both are in use, so that the next root is copied.
+    // Both trees are in use, so the next root is copied.
     assert!(bench.stage(&roots[3]).unwrap().is_none());
     assert!(path.join("1-4/49").exists());
     drop(second);
     bench.build_root.relieve_disk();
     bench.wait_for_trees(2);
-    // On a disk that is low.
+    // This is what happens when the disk is low.
     bench.build_root.remove_unused_trees_while(|| true);
-    assert_eq!(bench.trees(), 1, "nothing is left to the background");
+    assert_eq!(bench.trees(), 1, "trees are removed on this thread");
     assert!(path.join("1-4/49").exists());
 }
 
-/// Links have no bytes on disk to speak of, but their targets are in memory.
+/// Links take up no bytes on disk worth counting, but their targets are in memory.
 #[test]
-fn the_memory_of_what_is_staged_is_bounded() {
+fn the_memory_of_staged_trees_is_bounded() {
     let limits = StagingLimits { max_memory: 20_000, max_bytes: ROOM, ..StagingLimits::default() };
     let bench = Bench::within(limits);
     let roots: Vec<_> = (1..=3).map(|family| Counted::new(&tree(family, 50))).collect();
@@ -197,7 +197,7 @@ fn a_tree_that_somebody_removed_is_made_again() {
     assert_ne!(again.lease.path(), path);
     assert_eq!(inputs.files(), 200);
     bench.wait_for_trees(1);
-    // While it is in use.
+    // Now the tree is removed while it is in use.
     let top = bench.directory.path().join(again.lease.path());
     assert!(again.lease.check_in_place().is_ok());
     fs::remove_dir_all(top.join("1-3")).unwrap();
@@ -207,8 +207,8 @@ fn a_tree_that_somebody_removed_is_made_again() {
         changed.remove("/1-4/44");
         changed
     });
-    assert!(bench.base(&changed).delta.steps.is_empty(), "nor is it a base");
-    assert!(top.exists(), "somebody still uses the rest of it");
+    assert!(bench.base(&changed).delta.steps.is_empty(), "the damaged tree is not used as a base");
+    assert!(top.exists(), "it stays while it is leased");
     drop(again);
     bench.wait_for_trees(1);
     assert!(!top.exists());
@@ -222,9 +222,9 @@ fn inputs_are_copied_for_a_while_after_a_tree_could_not_be_mounted() {
     assert!(bench.stage(&inputs).unwrap().is_none());
 }
 
-/// Sources that change all the time: no root comes twice.
+/// As with sources that change all the time: no root comes twice.
 #[test]
-fn many_large_differences_from_one_base_give_another_base() {
+fn after_many_large_differences_from_one_base_another_base_is_made() {
     let bench = Bench::new(ROOM);
     drop(bench.base(&Counted::new(&tree(1, 1_000))));
     let changed = |round: u64| {

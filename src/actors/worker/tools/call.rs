@@ -6,6 +6,7 @@
 use super::codec::{Encoding, MAX_REQUEST_BYTES, WorkInput, WorkRequest};
 use crate::{
     action::Action,
+    actors::worker::dir::FileId,
     platform::{WORKER_KEY, WORKER_PROTOCOL},
 };
 use gorego_reapi::{
@@ -42,11 +43,16 @@ pub(super) struct ToolCall {
 }
 
 impl ToolCall {
-    /// The call of an action; `None` when it does not ask for a tool.
+    /// The call of an action; `None` when it does not ask for a tool. `root` identifies the directory whose files replace the
+    /// machine's, if there is one: a tool that was started in another directory at the same path finds other files.
     ///
     /// # Errors
     /// Why only a process of its own can run it.
-    pub(super) fn of(action: &Action, tree: &InputTree) -> Result<Option<Self>, &'static str> {
+    pub(super) fn of(
+        action: &Action,
+        tree: &InputTree,
+        root: Option<FileId>,
+    ) -> Result<Option<Self>, &'static str> {
         let property = |wanted: &str| {
             action.platform.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.as_str())
         };
@@ -79,6 +85,7 @@ impl ToolCall {
             return Err("no input is marked as one of the tool (bazel_tool_input)");
         }
         identity.number(action.instance.id().0.into());
+        identity.text(&format!("{root:?}"));
         identity.text(&format!("{encoding:?} {:?}", action.digest.function()));
         identity.text(command.working_directory.as_str());
         identity.texts(start.iter());

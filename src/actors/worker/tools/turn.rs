@@ -15,7 +15,7 @@ use crate::{
         checkpoint::Checkpoint,
         clock::Moment,
         command::Launch,
-        dir,
+        dir::{self, FileId},
         exec_root::ExecRoot,
         inputs,
         launcher::{
@@ -101,7 +101,9 @@ impl<'a> ToolTurn<'a> {
         checkpoint: &Checkpoint<'_>,
     ) -> std::result::Result<Self, NotServed> {
         let unfit = |reason: &str| NotServed::Unfit(reason.into());
-        let call = ToolCall::of(job.action, inputs.tree()).map_err(unfit)?.ok_or(NotServed::NotAsked)?;
+        let root = job.root_directory().map_err(|error| NotServed::Unfit(error.to_string()))?;
+        let call = ToolCall::of(job.action, inputs.tree(), root).map_err(unfit)?;
+        let call = call.ok_or(NotServed::NotAsked)?;
         job.check(settings).map_err(unfit)?;
         inputs.lease_all().map_err(NotServed::Failed)?;
         let Some((held, tool)) = tools.hold(&call) else {
@@ -187,6 +189,12 @@ impl<'a> ToolTurn<'a> {
 }
 
 impl ToolJob<'_> {
+    /// Which directory is at the path of the root file system now; `None` for the files of the machine.
+    fn root_directory(&self) -> io::Result<Option<FileId>> {
+        let path = self.kind.root_directory();
+        path.map(|path| Ok(dir::file_id(&rfs::stat(path)?))).transpose()
+    }
+
     /// Whether a tool gives the action all that a process of its own would have.
     fn check(&self, settings: &WorkerSettings) -> std::result::Result<(), &'static str> {
         let usual = settings.sandbox.as_ref().map_or_else(CellKind::default, PoolSandbox::usual_kind);

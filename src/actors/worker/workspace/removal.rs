@@ -1,9 +1,10 @@
 //! Removes exec directories: in the background where possible, and never through a link or into another mount.
 //!
-//! One background thread removes them. If its queue is full, the worker removes its directory itself. What cannot be removed
-//! (an immutable file, a mount, a file system that needs free space to remove a file) is logged and tried again every
-//! [`RETRY_AFTER`], and by the sweep of the next start. A [`Ticket`] exists for each directory of a run whose removal was not
-//! tried yet, so that a shutdown can wait for all of them. It does not wait for those that are tried again.
+//! One background thread removes them. If its queue is full, the worker removes its directory itself. If a directory
+//! cannot be removed (an immutable file, a mount, a file system that needs free space to remove a file), this is
+//! logged. The removal is retried every [`RETRY_AFTER`], and by the sweep of the next start. A [`Ticket`] exists for
+//! each directory of a run whose removal was not attempted yet, so that a shutdown can wait for all of them. It does
+//! not wait for retries.
 
 use super::{EntryOwner, RootDirectory, owner};
 use crate::{actors::worker::dir, logging::Event};
@@ -23,14 +24,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Maximum number of directories that wait for removal. More would mean that removing is slower than running, and the disk
-/// would fill.
+/// Maximum number of directories that wait for removal. If there are more, removing is slower than running, and the
+/// disk would fill up.
 const REMOVAL_BACKLOG: usize = 64;
-/// How long after a failed removal it is tried again.
+/// Time between a failed removal and the retry.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
-/// Maximum number of directories whose removal is tried again. Further ones are left to the next start.
+/// Maximum number of directories whose removal is retried. Others are left to the next start.
 const MAX_FAILED: usize = 256;
-/// Maximum number of open directories of a tree. Most trees are less deep.
+/// Maximum number of directories of one tree that are open at the same time. Most trees are less deep.
 const MAX_OPEN: usize = 16;
 /// How often a directory is read again because new entries appeared while it was emptied.
 const EMPTYING_ROUNDS: usize = 3;
@@ -40,7 +41,7 @@ const DIRECTORY_NOT_REMOVED: &str = "exec_directory_not_removed";
 /// The handle of the thread, which ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Remover {
-    /// `None` when the thread could not be started. Then workers remove their directories themselves.
+    /// `None` if the thread could not be started. Then workers remove their directories themselves.
     queue: Option<SyncSender<Job>>,
     attempts: Arc<Attempts>,
     pending: Arc<Pending>,
@@ -76,12 +77,12 @@ impl Attempts {
                 .with_shown("error", &error)
                 .log(format_args!("an exec directory could not be removed; {next}"));
         }
-        // The place goes first: a waiter for the ticket may open the build root again.
+        // `place` is dropped first, because a waiter for the ticket may open the build root again.
         drop((place, ticket));
     }
 
-    /// Keeps a directory for the next attempt. A name that is derived from an action is not kept, because another run may use
-    /// it by then. All other names are numbered, and no number is used twice.
+    /// Keeps a directory for a retry. A name that is derived from an action is not kept, because another run may use it
+    /// by then. All other names are numbered, and no number is used twice.
     fn keep(&self, place: &Arc<RootDirectory>, name: &OsStr) -> bool {
         let mut failed = self.failed();
         let is_kept =
@@ -92,7 +93,7 @@ impl Attempts {
         is_kept
     }
 
-    /// Tries again to remove everything that could not be removed.
+    /// Retries all failed removals.
     fn retry(&self) {
         let failed = std::mem::take(&mut *self.failed());
         for Job { place, name, .. } in failed {
@@ -189,7 +190,8 @@ impl Remover {
         self.attempts.remove(job);
     }
 
-    /// Waits until every directory of a run is removed or cannot be, for at most `limit`. Returns how many are left.
+    /// Waits until the removal of every directory of a run has succeeded or failed, for at most `limit`. Returns how
+    /// many are left.
     pub(super) fn wait(&self, limit: Duration) -> usize {
         let left = self.pending.fewer.wait_timeout_while(self.pending.count(), limit, |count| *count > 0);
         *left.unwrap_or_else(PoisonError::into_inner).0
@@ -200,7 +202,7 @@ impl Remover {
 /// Continues after a failure and reports the first one. An entry that is already gone is no failure.
 ///
 /// # Errors
-/// When anything is left.
+/// If anything is left.
 pub fn remove(parent: &File, name: &OsStr) -> io::Result<()> {
     let mut removal = Removal::default();
     removal.remove(parent, name);
@@ -371,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_taken_at_the_top_do_not_hinder_the_removal_of_a_deep_tree() {
+    fn names_that_are_taken_at_the_top_do_not_prevent_the_removal_of_a_deep_tree() {
         let directory = tempfile::tempdir().unwrap();
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("kept"), "").unwrap();
@@ -389,7 +391,7 @@ mod tests {
 
     /// The removals fail at first, as on a full file system that needs free space to remove a file.
     #[test]
-    fn what_cannot_be_removed_is_tried_again_unless_its_name_may_belong_to_another_run_by_then() {
+    fn a_failed_removal_is_retried_unless_another_run_may_use_the_name_by_then() {
         static FULL_FOR: AtomicUsize = AtomicUsize::new(6);
         fn remove_or_fail(parent: &File, name: &OsStr) -> io::Result<()> {
             let is_full = FULL_FOR.fetch_update(SeqCst, SeqCst, |times| times.checked_sub(1)).is_ok();

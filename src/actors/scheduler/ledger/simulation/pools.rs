@@ -9,7 +9,7 @@ use crate::{
         },
         slots::{PoolId, PoolSpec},
     },
-    limits::Room,
+    limits::{LimitRange, LimitSettings, Room},
     platform::{self, Offer},
 };
 use std::collections::BTreeMap;
@@ -23,6 +23,15 @@ pub(super) enum PoolKind {
     Linux,
     Plan9,
     Either,
+}
+
+/// What the tasks of a pool have besides slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PoolRoom {
+    /// Cores and memory that they share.
+    Shared,
+    /// Each has so much memory, or any if that is 0.
+    Each(u64),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +58,7 @@ pub(super) struct Pools {
 
 impl Pools {
     /// A pool with a name of its own.
-    pub(super) fn new_spec(&mut self, slots: usize, kind: PoolKind, has_room: bool) -> PoolSpec {
+    pub(super) fn new_spec(&mut self, slots: usize, kind: PoolKind, room: PoolRoom) -> PoolSpec {
         self.names += 1;
         let either = Offer::Set(vec!["linux".into(), "plan9".into()]);
         let offers = match kind {
@@ -57,7 +66,13 @@ impl Pools {
             PoolKind::Plan9 => pool(slots, "plan9").offers,
             PoolKind::Either => [("OSFamily".to_owned(), either)].into(),
         };
-        let spec = if has_room { pool_with_room(slots as u64, "") } else { pool(slots, "") };
+        let spec = match room {
+            PoolRoom::Shared => pool_with_room(slots as u64, ""),
+            PoolRoom::Each(default) => {
+                let limits = LimitSettings { memory: LimitRange { default, max: 0 }, ..Default::default() };
+                PoolSpec { limits, ..pool(slots, "") }
+            }
+        };
         PoolSpec { name: format!("pool {}", self.names), offers, ..spec }
     }
 
@@ -118,6 +133,14 @@ impl Pools {
         self.pools.get(&id).map_or_else(Room::default, |pool| pool.spec.limits.need(platform))
     }
 
+    /// The memory of a task in a pool; the most if there is no limit.
+    fn memory(&self, id: PoolId, platform: &[(String, String)]) -> u64 {
+        match self.pools[&id].spec.limits.of(platform).memory {
+            0 => u64::MAX,
+            limit => limit,
+        }
+    }
+
     pub(super) fn order(&self) -> &[PoolId] {
         &self.order
     }
@@ -165,8 +188,11 @@ impl World {
     fn add_pool(&mut self) {
         let kind = self.random.pick(&[PoolKind::Linux, PoolKind::Plan9, PoolKind::Either]).unwrap();
         let slots = 1 + self.random.below(2);
-        let has_room = self.random.chance(30);
-        let spec = self.pools.new_spec(slots, kind, has_room);
+        let room = match self.random.chance(30) {
+            true => PoolRoom::Shared,
+            false => PoolRoom::Each(self.random.below(3) as u64 * (3 << 29)),
+        };
+        let spec = self.pools.new_spec(slots, kind, room);
         let id = self.ledger.add_pool(spec.clone()).unwrap();
         assert!(self.ledger.add_pool(spec.clone()).is_err(), "names are unique");
         self.pools.insert(id, spec);
@@ -184,7 +210,17 @@ impl World {
         for task in ledger.tasks.values() {
             let mut families = task.action.platform.iter().filter(|(name, _)| name == "OSFamily");
             let family = families.next().map(|(_, value)| value.as_str());
-            assert_eq!(*task.pools, *self.pools.suiting(family));
+            let suiting = self.pools.suiting(family);
+            match task.more_than {
+                None => assert_eq!(*task.pools, *suiting),
+                Some(memory) => {
+                    assert!(
+                        task.pools.iter().all(|id| suiting.contains(id)
+                            && self.pools.memory(*id, &task.action.platform) > memory),
+                        "a task that ran out of memory waits for those that give it more"
+                    )
+                }
+            }
             if task.step != TaskStep::Running {
                 let is_hopeless = |id: &PoolId| self.pools.is_closed(*id);
                 assert!(!task.pools.iter().all(is_hopeless), "nobody waits for what will never come");

@@ -85,3 +85,22 @@ fn a_task_that_ran_out_of_memory_is_tried_again_where_it_gets_more() {
     assert_eq!(pools, ["a", "b"], "where there is no more, the first answer is the last");
     assert!(outcome(&operation).error.is_none() && outcome(&operation).result.is_some());
 }
+
+#[test]
+fn a_task_whose_larger_pool_goes_away_runs_where_it_ran_before_and_a_smaller_one_is_not_offered_to_it() {
+    let gb = 1 << 30;
+    let mut desk = Desk::with_pools(vec![pool_of("a", 2 * gb), pool_of("b", 4 * gb)]);
+    let operation = desk.submit(work(1));
+    let run = desk.dispatch_one();
+    assert_eq!(&*desk.ledger.pool_name(run.pool), "a");
+    desk.finish(run.task, out_of_memory());
+    desk.ledger.add_pool(pool_of("c", gb)).unwrap();
+    let run = desk.dispatch_one();
+    assert_eq!(&*desk.ledger.pool_name(run.pool), "b");
+    desk.ledger.remove_pool(run.pool, desk.now).unwrap();
+    desk.finish(run.task, Err(RunFailure::new(Error::Cancelled("stopped".into()))));
+    let run = desk.dispatch_one();
+    assert_eq!(&*desk.ledger.pool_name(run.pool), "a", "there is no pool with more any more");
+    desk.finish(run.task, out_of_memory());
+    assert!(outcome(&operation).error.is_none(), "{:?}", outcome(&operation));
+}

@@ -21,6 +21,8 @@ struct Case {
     outputs: Vec<&'static str>,
     /// Path, content, and whether it belongs to the tool.
     files: Vec<(&'static str, &'static str, bool)>,
+    /// The directory whose files replace the machine's.
+    root: Option<FileId>,
 }
 
 fn case() -> Case {
@@ -36,6 +38,7 @@ fn case() -> Case {
             ("src/A.java", "class A", false),
             ("args", "-d\nout\n", false),
         ],
+        root: Some((1, 1)),
     }
 }
 
@@ -107,7 +110,7 @@ impl Case {
     }
 
     fn call(&self) -> Option<ToolCall> {
-        ToolCall::of(&self.action(), &self.tree()).ok().flatten()
+        ToolCall::of(&self.action(), &self.tree(), self.root).ok().flatten()
     }
 
     fn key(&self) -> ToolKey {
@@ -139,7 +142,7 @@ fn an_action_that_no_tool_can_do_runs_by_itself() {
     for (number, change) in changes.iter().enumerate() {
         let mut case = case();
         change(&mut case);
-        let problem = ToolCall::of(&case.action(), &case.tree());
+        let problem = ToolCall::of(&case.action(), &case.tree(), case.root);
         assert!(if number == 0 { problem == Ok(None) } else { problem.is_err() }, "change {number}");
     }
 }
@@ -180,6 +183,8 @@ fn a_tool_serves_only_actions_that_would_start_it_in_the_same_way() {
         |case| case.platform.push(("container-image", "x")),
         |case| case.platform.push((WORKER_PROTOCOL, "json")),
         |case| case.working_directory = "bin",
+        |case| case.root = Some((1, 2)),
+        |case| case.root = None,
     ];
     for (changes, is_same) in [(same, true), (other, false)] {
         for (number, change) in changes.iter().enumerate() {

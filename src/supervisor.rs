@@ -1,0 +1,56 @@
+//! The process that started the server, where it is systemd or speaks its protocol (sd_notify(3) and sd_listen_fds(3)).
+//!
+//! [`Supervision::take`] reads the environment of that protocol once, before there are threads, and removes it, so that no child
+//! inherits it. What it found is plain values: the [`Supervisor`] to report to, the [`InheritedSockets`] to serve on, and
+//! the time within which the supervisor wants a sign of life. When each of them is used is decided in `src/server.rs`. A server
+//! that was started by hand has none of them, and every report is then a no-op.
+
+mod notify;
+mod sockets;
+
+pub(crate) use notify::Supervisor;
+pub(crate) use sockets::InheritedSockets;
+
+use gorego_reapi::error::Result;
+use std::time::Duration;
+
+/// The variables of the protocol.
+const VARIABLES: &[&str] =
+    &["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"];
+
+/// What the supervisor offers and expects.
+#[derive(Debug, Default)]
+pub(crate) struct Supervision {
+    /// Where reports go.
+    pub supervisor: Supervisor,
+    /// Listening sockets that the supervisor opened for this process.
+    pub sockets: InheritedSockets,
+    /// The supervisor restarts the server if it sends no sign of life for this time.
+    pub watchdog: Option<Duration>,
+}
+
+impl Supervision {
+    /// Takes it out of the environment of this process.
+    ///
+    /// # Errors
+    /// [`Error::Precondition`](gorego_reapi::error::Error::Precondition) if an inherited socket cannot be served on. The
+    /// supervisor is returned in any case, so that it can be told.
+    pub(crate) fn take() -> (Supervisor, Result<Self>) {
+        let supervisor = Supervisor::connect(std::env::var_os("NOTIFY_SOCKET"));
+        let watchdog = sd_notify::watchdog_enabled();
+        let sockets = InheritedSockets::take();
+        if is_single_threaded() {
+            for name in VARIABLES {
+                // SAFETY: there is no other thread that could read the environment.
+                unsafe { std::env::remove_var(name) };
+            }
+        }
+        let taken = sockets.map(|sockets| Self { supervisor: supervisor.clone(), sockets, watchdog });
+        (supervisor, taken)
+    }
+}
+
+/// Whether this thread is the only one of the process. Tests have more.
+fn is_single_threaded() -> bool {
+    std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1)
+}

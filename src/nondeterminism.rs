@@ -58,10 +58,10 @@ pub(crate) struct Replacement {
 
 /// See the top of this file. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct NonDeterminismReports(Arc<Shared>);
+pub struct NonDeterminismReports(Arc<ReportsState>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct ReportsState {
     list: Mutex<ReportList>,
     /// Where they are saved; `None` for tests.
     file: Option<PathBuf>,
@@ -101,7 +101,7 @@ impl NonDeterminismReports {
             }
         };
         let saved = Mutex::new(list.last);
-        Self(Arc::new(Shared { list: Mutex::new(list), file: Some(file), saved }))
+        Self(Arc::new(ReportsState { list: Mutex::new(list), file: Some(file), saved }))
     }
 
     /// Takes a report of a result that is about to be replaced by a different one.

@@ -49,7 +49,8 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
     }
     let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));
     let load = move || load_settings(&args, environment(), sockets.clone());
-    match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready)) {
+    match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready))
+    {
         Ok(()) => EXIT_OK,
         Err(error) => {
             supervisor.status(&error.to_string());

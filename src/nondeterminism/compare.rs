@@ -29,7 +29,7 @@ pub(crate) struct OutputDifferences {
 
 /// What a result says about one output.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Shown<'a> {
+enum OutputShape<'a> {
     File { digest: Option<&'a reapi::Digest>, is_executable: bool },
     Directory { tree: Option<&'a reapi::Digest>, root: Option<&'a reapi::Digest> },
     Symlink(&'a str),
@@ -67,28 +67,28 @@ pub(crate) fn compare(
 }
 
 #[allow(deprecated)]
-fn outputs(result: &reapi::ActionResult) -> BTreeMap<&str, Shown<'_>> {
+fn outputs(result: &reapi::ActionResult) -> BTreeMap<&str, OutputShape<'_>> {
     let files = result.output_files.iter().map(|file| {
-        let shown = Shown::File { digest: file.digest.as_ref(), is_executable: file.is_executable };
+        let shown = OutputShape::File { digest: file.digest.as_ref(), is_executable: file.is_executable };
         (&*file.path, shown)
     });
     let directories = result.output_directories.iter().map(|directory| {
         let tree = directory.tree_digest.as_ref();
-        (&*directory.path, Shown::Directory { tree, root: directory.root_directory_digest.as_ref() })
+        (&*directory.path, OutputShape::Directory { tree, root: directory.root_directory_digest.as_ref() })
     });
     // If the new list is filled, the deprecated lists repeat it (EXE-53).
     let links = result.output_symlinks.iter();
     let links = links.chain(&result.output_file_symlinks).chain(&result.output_directory_symlinks);
-    let links = links.map(|link| (&*link.path, Shown::Symlink(&link.target)));
+    let links = links.map(|link| (&*link.path, OutputShape::Symlink(&link.target)));
     files.chain(directories).chain(links).collect()
 }
 
 /// Whether two descriptions of an output agree. Directories are described in two ways, and clients may use either.
-fn agree(before: &Shown<'_>, after: &Shown<'_>) -> bool {
+fn agree(before: &OutputShape<'_>, after: &OutputShape<'_>) -> bool {
     match (before, after) {
         (
-            Shown::Directory { tree: tree_1, root: root_1 },
-            Shown::Directory { tree: tree_2, root: root_2 },
+            OutputShape::Directory { tree: tree_1, root: root_1 },
+            OutputShape::Directory { tree: tree_2, root: root_2 },
         ) => match (root_1.zip(*root_2), tree_1.zip(*tree_2)) {
             (Some((before, after)), _) | (None, Some((before, after))) => before == after,
             (None, None) => true,
@@ -97,15 +97,15 @@ fn agree(before: &Shown<'_>, after: &Shown<'_>) -> bool {
     }
 }
 
-fn shown(output: &Shown<'_>) -> String {
+fn shown(output: &OutputShape<'_>) -> String {
     let digest = |digest: &Option<&reapi::Digest>| {
         digest.map(|digest| format!("{}/{}", digest.hash, digest.size_bytes)).unwrap_or_default()
     };
     let text = match output {
-        Shown::File { digest: content, is_executable: true } => format!("{} executable", digest(content)),
-        Shown::File { digest: content, is_executable: false } => digest(content),
-        Shown::Directory { tree, root } => format!("directory {}", digest(&tree.or(*root))),
-        Shown::Symlink(target) => format!("-> {target}"),
+        OutputShape::File { digest: content, is_executable: true } => format!("{} executable", digest(content)),
+        OutputShape::File { digest: content, is_executable: false } => digest(content),
+        OutputShape::Directory { tree, root } => format!("directory {}", digest(&tree.or(*root))),
+        OutputShape::Symlink(target) => format!("-> {target}"),
     };
     shorten(text, MAX_SHOWN_BYTES)
 }

@@ -268,6 +268,7 @@ pub fn origin(
         tool_invocation_id: provenance.tool_invocation_id,
         peer: provenance.peer,
         principal: provenance.principal,
+        private_action_digest: None,
     }
 }
 
@@ -284,6 +285,7 @@ pub fn encode(origin: &gorego::StoredOrigin, result: &reapi::ActionResult) -> By
         tool_invocation_id: origin.tool_invocation_id,
         peer: origin.peer,
         principal: origin.principal,
+        private_action_digest: origin.private_action_digest,
     };
     let mut bytes = vec![0; CHECKSUM_BYTES];
     bytes.reserve_exact(message.encoded_len());

@@ -262,6 +262,26 @@ impl Cas {
         files.map_err(|error| Unloadable::Result(format!("its Tree {tree}: {error}")))
     }
 
+    /// The result of an action that this principal sees: one that all see, or else its own.
+    ///
+    /// # Errors
+    /// As [`Cas::get_result`].
+    pub(crate) async fn get_result_for(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        principal: &str,
+    ) -> Result<Option<SharedResult>> {
+        let found = self.get_result(instance, action).await?;
+        if found.is_some() {
+            return Ok(found);
+        }
+        match instance.private_result(principal, action) {
+            Some((space, key)) => self.get_result(&space, key).await,
+            None => Ok(None),
+        }
+    }
+
     /// Stores a result and atomically replaces an earlier one (AC-08). Inlined contents become blobs first (AC-05). Execution
     /// metadata is always present afterwards (AC-09). Returns the stored result.
     ///
@@ -274,8 +294,7 @@ impl Cas {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<SharedResult> {
-        let prepared = PreparedResult::new(instance, action, result, provenance, Uploader::Client)?;
-        self.put_prepared(instance, prepared, true).await
+        self.put_of_client(instance, action, result, provenance, true).await
     }
 
     /// Like [`Cas::put_result`], for a key whose value may change at any time, so that no difference is reported.
@@ -289,29 +308,36 @@ impl Cas {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<SharedResult> {
-        let prepared = PreparedResult::new(instance, key, result, provenance, Uploader::Client)?;
-        self.put_prepared(instance, prepared, false).await
+        self.put_of_client(instance, key, result, provenance, false).await
     }
 
-    async fn put_prepared(
+    async fn put_of_client(
         &self,
         instance: &Instance,
-        mut prepared: PreparedResult,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
         is_compared: bool,
     ) -> Result<SharedResult> {
+        let private = instance.private_result(&provenance.principal, action);
+        let private_action = private.is_some().then_some(action);
+        let (space, key) = private.unwrap_or_else(|| (instance.clone(), action));
+        let mut prepared = PreparedResult::check(&space, key, result, provenance, Uploader::Client)?;
+        prepared.origin.private_action_digest = private_action.map(|action| action.to_wire());
+        let mut prepared = prepared.encode();
         let contents = std::mem::take(&mut prepared.contents);
         if !contents.is_empty() {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
         let (charge, result) = (prepared.charge(self), prepared.result.clone());
         let room = self.take_room(charge).await?;
-        let (cas, instance) = (self.clone(), instance.clone());
+        let cas = self.clone();
         let visible = self.blocking(move || -> Result<_> {
             if is_compared {
-                cas.report_difference(&instance, &prepared);
+                cas.report_difference(&space, &prepared);
             }
             let mut files = cas.new_files(room);
-            prepared.write(&cas, &mut files, instance.id())?;
+            prepared.write(&cas, &mut files, space.id())?;
             Ok(files.commit())
         });
         if let Some(visible) = visible.await?? {
@@ -363,14 +389,29 @@ impl PreparedResult {
     pub(crate) fn new(
         instance: &Instance,
         action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+        uploader: Uploader,
+    ) -> Result<Self> {
+        Ok(Self::check(instance, action, result, provenance, uploader)?.encode())
+    }
+
+    /// Checks a result. It is encoded with [`PreparedResult::encode`].
+    fn check(
+        instance: &Instance,
+        action: Digest,
         mut result: reapi::ActionResult,
         provenance: Provenance,
         uploader: Uploader,
     ) -> Result<Self> {
         let contents = results::normalise(&mut result, action.function(), uploader)?;
         let origin = results::origin(instance.name(), action, provenance, SystemTime::now());
-        let file = results::encode(&origin, &result);
-        Ok(Self { action, result: result.into(), origin, file, contents })
+        Ok(Self { action, result: result.into(), origin, file: Bytes::new(), contents })
+    }
+
+    fn encode(self) -> Self {
+        let file = results::encode(&self.origin, &self.result);
+        Self { file, ..self }
     }
 
     /// Bytes that the file takes on disk.

@@ -65,8 +65,8 @@ pub struct PurgePage {
 }
 
 impl ResultCondition {
-    /// Whether a result with this origin satisfies it.
-    pub fn holds(&self, action: Digest, origin: &StoredOrigin) -> bool {
+    /// Whether the result that is stored under this key satisfies it.
+    pub fn holds(&self, key: Digest, origin: &StoredOrigin) -> bool {
         let is = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|wanted| wanted == value);
         let is_below = |wanted: &String| {
             origin.worker.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
@@ -74,7 +74,11 @@ impl ResultCondition {
         let is_later = |since: SystemTime| {
             origin.stored_at.as_ref().and_then(time_from_wire).is_some_and(|stored| stored >= since)
         };
-        self.action.is_none_or(|wanted| wanted == action)
+        let is_of_action = |wanted: Digest| match &origin.private_action_digest {
+            Some(private) => *private == wanted.to_wire(),
+            None => wanted == key,
+        };
+        self.action.is_none_or(is_of_action)
             && is(&self.invocation, &origin.tool_invocation_id)
             && is(&self.principal, &origin.principal)
             && self.worker.as_ref().is_none_or(is_below)
@@ -131,9 +135,12 @@ impl Cas {
             if found.len() >= max {
                 break;
             }
-            let (part, after) = self.look_up(|index| index.results_from(instance.id(), from))?;
-            let is_meant =
-                |found: &FoundResult| condition.action.is_none_or(|wanted| wanted == found.file.key.digest);
+            let (part, after) = self.look_up(|index| index.results_from(instance, from))?;
+            // The key of a private result does not tell the action.
+            let is_meant = |found: &FoundResult| {
+                let key = found.file.key;
+                condition.action.is_none_or(|wanted| wanted == key.digest || key.instance != instance.id())
+            };
             found.extend(part.into_iter().filter(is_meant));
             next = after;
         }

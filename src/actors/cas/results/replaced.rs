@@ -23,17 +23,18 @@ use gorego_reapi::{
 };
 use std::time::SystemTime;
 
-/// Where a stored result comes from, as a message of the Admin service.
+/// Where the result that is stored under this key comes from, as a message of the Admin service.
 pub(crate) fn origin_message(key: Digest, stored: &StoredOrigin) -> ResultOrigin {
+    let action = stored.private_action_digest.clone();
     ResultOrigin {
-        action_digest: Some(key.to_wire()),
+        is_private: action.is_some(),
+        action_digest: action.or_else(|| Some(key.to_wire())),
         digest_function: key.function().wire().into(),
         stored_at: stored.stored_at,
         worker: stored.worker.clone(),
         invocation_id: stored.tool_invocation_id.clone(),
         peer: stored.peer.clone(),
         principal: stored.principal.clone(),
-        is_private: false,
     }
 }
 

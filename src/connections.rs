@@ -20,13 +20,17 @@ use crate::{
     budget::{Bound, Bounds, Budget},
     caller::{Caller, ConnectionId, Peer},
     logging::Event,
+    telemetry::ConnectionReading,
 };
 use ahead::Ahead;
 use rate::{Bucket, Rate};
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 use tokio::time::{Instant, interval};
@@ -84,6 +88,8 @@ struct Inner {
     answers: Budget,
     ahead: Budget,
     books: Mutex<ConnectionBooks>,
+    /// How many connections were closed or refused since the start, by [`Reason::index`].
+    closed: [AtomicU64; Reason::ALL.len()],
 }
 
 #[derive(Debug, Default)]
@@ -136,6 +142,7 @@ impl Connections {
             answers: Budget::new(answers::ANSWERS),
             ahead: Budget::new(ahead::AHEAD),
             books: Mutex::default(),
+            closed: Default::default(),
         }))
     }
 
@@ -147,6 +154,16 @@ impl Connections {
     /// The budget of memory for large request headers.
     pub fn heads(&self) -> &Budget {
         &self.0.heads
+    }
+
+    /// The numbers of the connections, for metrics.
+    pub(crate) fn measure(&self) -> ConnectionReading {
+        let count = |reason: Reason| self.0.closed.get(reason.index()).map_or(0, |count| count.load(Relaxed));
+        ConnectionReading {
+            open: self.0.places.held(),
+            calls: self.0.calls.held(),
+            closed: Reason::ALL.map(|reason| (reason.name(), count(reason))).to_vec(),
+        }
     }
 
     /// Registers a new connection; `None` when it must be refused.
@@ -233,6 +250,11 @@ impl Connections {
     }
 
     fn count(&self, peer: Peer, what: Counted, number: u64) {
+        if let Counted::Closed(reason) = what
+            && let Some(count) = self.0.closed.get(reason.index())
+        {
+            count.fetch_add(number, Relaxed);
+        }
         *self.books().tally.entry((peer, what)).or_default() += number;
     }
 

@@ -68,6 +68,7 @@ use crate::{
     },
     instance::Instance,
     log_streams::LogStreams,
+    telemetry::Metrics,
     under_way::UnderWay,
 };
 use ask::Scheduler;
@@ -137,6 +138,8 @@ pub struct Edge {
     pub connections: Connections,
     /// What the Admin service acts on, besides the store.
     pub administration: Administration,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     /// The settings that are visible on the wire.
     pub settings: ProtocolSettings,
 }
@@ -193,6 +196,11 @@ impl Edge {
     }
 }
 
+/// The path of every RPC, with the name that its log lines and metrics have.
+pub(crate) fn rpcs() -> impl Iterator<Item = (String, String)> {
+    permissions::rpcs()
+}
+
 /// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when all
 /// open streams have ended and all connections are closed. The caller ends long-lived streams by draining the scheduler and
 /// closing the log streams, and learns from [`Edge::under_way`] when the remaining ones may be cut.
@@ -205,7 +213,8 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
+    let (under_way, connections, metrics) =
+        (edge.under_way.clone(), edge.connections.clone(), edge.metrics.clone());
     let layers = ServiceBuilder::new()
         .layer(answers::AnswersLayer)
         .layer(panic_guard::PanicGuardLayer)
@@ -214,6 +223,7 @@ pub async fn serve(
     let of_connection = |connection| request_log::RequestLog {
         inner: service.clone(),
         under_way: under_way.clone(),
+        metrics: metrics.clone(),
         connection,
     };
     serving::serve(accept::connections(listener, connections), of_connection, shutdown).await;

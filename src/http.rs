@@ -1,4 +1,5 @@
-//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]); today these are the [`cache`] and the front page.
+//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]): the [`cache`], what operators ask for ([`operations`]),
+//! and the front page.
 //!
 //! What all mounts share is here: connections, the check of the host name, places among the calls, log lines, and the status
 //! of errors. A new mount implements [`Mount`] and takes one line in [`Port::new`].
@@ -10,6 +11,7 @@ pub mod cache;
 mod connection;
 mod front;
 pub(crate) mod hosts;
+pub(crate) mod operations;
 mod request_log;
 pub mod router;
 mod status;
@@ -19,6 +21,7 @@ use crate::{
     budget::{Bounds, Budget},
     call::Call,
     connections::Connections,
+    telemetry::Metrics,
     under_way::UnderWay,
 };
 use axum::{
@@ -33,6 +36,7 @@ use front::Front;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use hosts::{HostRefusal, Hosts};
+use operations::Operations;
 use request_log::RequestLine;
 use router::{Missed, RoutedPath, Router};
 use std::{fmt, future::Future, sync::Arc};
@@ -66,21 +70,39 @@ pub struct Port {
     /// The open connections of all ports.
     connections: Connections,
     decoders: Budget,
+    /// Counts the requests that are over.
+    metrics: Arc<Metrics>,
 }
 
 impl Port {
-    /// A port with the cache and the front page.
-    pub(crate) fn new(cache: Cache, hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
-        let mut port = Self::empty(hosts, under_way, connections);
+    /// A port with the cache, what operators ask for, and the front page.
+    pub(crate) fn new(cache: Cache, operations: Operations, shared: PortContext) -> Self {
+        let mut port = Self::empty(shared);
         port.mounts.mount(cache::ROUTES, Box::new(cache));
+        port.mounts.mount(operations::ROUTES, Box::new(operations));
         // Behind all others, because its page lists them.
         port.mounts.mount(front::ROUTES, Box::new(Front { page: index(&port.mounts) }));
         port
     }
 
-    fn empty(hosts: Hosts, under_way: UnderWay, connections: Connections) -> Self {
-        Self { mounts: Router::default(), hosts, under_way, connections, decoders: Budget::new(DECODERS) }
+    fn empty(shared: PortContext) -> Self {
+        let PortContext { hosts, under_way, connections, metrics } = shared;
+        let decoders = Budget::new(DECODERS);
+        Self { mounts: Router::default(), hosts, under_way, connections, decoders, metrics }
     }
+}
+
+/// What all mounts of a port share with the rest of the server.
+#[derive(Debug, Default)]
+pub(crate) struct PortContext {
+    /// The host names that requests may use.
+    pub(crate) hosts: Hosts,
+    /// Counts the requests that a shutdown waits for.
+    pub(crate) under_way: UnderWay,
+    /// The open connections of all ports.
+    pub(crate) connections: Connections,
+    /// Counts the requests that are over.
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 /// What the port serves, for people who open it in a browser or mistake its paths.
@@ -105,7 +127,8 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let permissions = found.as_ref().ok().map(|(_, place)| place.permissions);
     let unfinished = port.under_way.begin();
     let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
-    let mut line = RequestLine::new(&call, &ends.client, request.method(), request.uri());
+    let what = (request.method(), request.uri());
+    let mut line = RequestLine::new(&call, &ends.client, &port.metrics, what);
     let host = port.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
@@ -179,7 +202,7 @@ mod tests {
 
     const NUMBERS: &[Route] = &[Route { at: RoutePlace::Path("numbers"), methods: OPEN, shown: "/numbers" }];
 
-    /// A mount such as /metrics will be.
+    /// The smallest mount.
     #[derive(Debug)]
     struct Numbers;
 
@@ -205,7 +228,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_mount_takes_one_line() {
-        let mut port = Port::empty(Hosts::default(), UnderWay::default(), Connections::default());
+        let mut port = Port::empty(PortContext::default());
         port.mounts.mount(front::ROUTES, Box::new(Front { page: "front".into() }));
         port.mounts.mount(NUMBERS, Box::new(Numbers));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -216,8 +239,7 @@ mod tests {
             ("HEAD", "/numbers", "200", ""),
             ("PUT", "/numbers", "405", "GET, HEAD"),
             ("GET", "/", "200", "front"),
-            ("GET", "/healthz", "200", "ok"),
-            ("GET", "/cas/1", "404", "it serves /healthz (health check), /numbers"),
+            ("GET", "/cas/1", "404", "it serves /numbers"),
         ] {
             let answer = ask(address, method, path).await;
             let (head, body) = answer.split_once("\r\n\r\n").unwrap();

@@ -39,5 +39,6 @@ mod signals;
 pub mod size;
 mod spread;
 mod supervisor;
+pub mod telemetry;
 pub mod under_way;
 mod unhindered;

@@ -174,6 +174,11 @@ pub fn print(text: &str) {
     }
 }
 
+/// The number of lines of this process that standard error did not accept, or too slowly.
+pub fn lines_dropped() -> u64 {
+    OUT.get().map_or(0, HandOver::missing)
+}
+
 /// Waits until all earlier lines are written, for a limited time. Blocks, so call it only at the end of the process.
 pub fn flush() {
     if let Some(out) = OUT.get() {

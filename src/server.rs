@@ -5,6 +5,7 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
+mod observer;
 mod owners;
 pub(crate) mod place;
 mod pools;
@@ -27,7 +28,7 @@ use crate::{
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
-    http::{self, cache::Cache, hosts::Hosts},
+    http::{self, cache::Cache, hosts::Hosts, operations::Operations},
     log_streams::{LogSettings, LogStreams, MAX_STREAM_BYTES, StreamLimits},
     logging::{self, Event},
     memory,
@@ -37,12 +38,14 @@ use crate::{
     sandbox::probe::Report,
     signals::{StopSignal, StopSignals},
     supervisor::{InheritedSockets, Supervision},
+    telemetry::Metrics,
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr};
 use actix_rt::System;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
+use observer::{Observer, PoolWatch};
 use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
@@ -196,6 +199,7 @@ struct Server {
     origins: Origins,
     reports: NonDeterminismReports,
     log_streams: LogStreams,
+    metrics: Arc<Metrics>,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
     supervision: Supervision,
@@ -238,6 +242,7 @@ impl Server {
         let origins = asset_settings.origins.clone();
         let assets = AssetActor::open(asset_settings, cas.clone(), workers.clone()).launch();
         let log_streams = LogStreams::new(log_settings(&settings));
+        let metrics = Arc::new(Metrics::new(grpc::rpcs()));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
         if let Some(place) = &place {
@@ -247,8 +252,8 @@ impl Server {
         let pools = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
             let (place, execution, cas) = (place.clone(), Arc::new(execution.clone()), cas.clone());
-            let maker = PoolMaker { place, execution, cas, log_streams: log_streams.clone() };
-            start_scheduler(bounds, maker, &workers)
+            let (log_streams, metrics) = (log_streams.clone(), metrics.runs.clone());
+            start_scheduler(bounds, PoolMaker { place, execution, cas, log_streams, metrics }, &workers)
         });
         let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
         Ok(Self {
@@ -263,6 +268,7 @@ impl Server {
             origins,
             reports,
             log_streams,
+            metrics,
             workers,
             supervision,
         })
@@ -282,6 +288,7 @@ impl Server {
             origins,
             reports,
             log_streams,
+            metrics,
             workers,
             supervision,
         } = self;
@@ -305,6 +312,14 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
+        let pools = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
+        let observer = Arc::new(Observer::new(
+            metrics.clone(),
+            (cas.clone(), assets.clone()),
+            connections.clone(),
+            pools,
+        ));
+        workers.spawn(observer.clone().tell(health.clone()));
         let edge = Arc::new(Edge {
             gate: Gate::new(settings.instances.clone()),
             cas: cas.clone(),
@@ -314,6 +329,7 @@ impl Server {
             under_way: under_way.clone(),
             connections: connections.clone(),
             administration: administration(place.as_deref(), reports.clone(), reloader.clone()),
+            metrics: metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -333,8 +349,14 @@ impl Server {
                 grpc::serve(edge, &health, listener, shutdown).await
             }
         });
+        let shared = http::PortContext {
+            hosts,
+            under_way: under_way.clone(),
+            connections: connections.clone(),
+            metrics,
+        };
         let (http_close, mut http_serving) =
-            serve_http(http, (&settings, hosts), &cas, (&under_way, &connections), &workers)?;
+            serve_http(http, &settings, &cas, (shared, observer.clone()), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
         ready(Ready { address, sandbox, limits });
@@ -365,6 +387,7 @@ impl Server {
             ));
         let exit = Exit::within(settings.shutdown_grace);
         let orderly = async {
+            observer.drain();
             health.drain().await;
             if let Some(scheduler) = &scheduler {
                 drain(scheduler, exit).await;
@@ -468,9 +491,9 @@ async fn listen(
 /// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
 fn serve_http(
     listener: Option<TcpListener>,
-    (settings, hosts): (&Settings, Hosts),
+    settings: &Settings,
     cas: &Cas,
-    (under_way, connections): (&UnderWay, &Connections),
+    (shared, observer): (http::PortContext, Arc<Observer>),
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
@@ -486,7 +509,7 @@ fn serve_http(
         cas: cas.clone(),
         max_blob_bytes: settings.max_blob_bytes,
     };
-    let port = http::Port::new(cache, hosts, under_way.clone(), connections.clone());
+    let port = http::Port::new(cache, Operations { observer }, shared);
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));

@@ -36,9 +36,9 @@ pub(crate) mod uploads;
 mod view;
 mod volume;
 
-pub use index::{Evictions, Totals};
+pub use index::{Tally, Totals};
 pub use outputs::OutputBatch;
-pub use requests::{CloseStore, InspectStore, StoreInspection};
+pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
 pub use trees::ActionInputs;
 
@@ -445,7 +445,7 @@ impl Receive<Damaged> for CasActor {
 
     fn receive(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
         // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
-        let removed = self.change(|index| index.remove(at));
+        let removed = self.change(|index| index.remove_damaged(at));
         if let Some(victim) = removed {
             Event::warn(LOG, "blob_damaged")
                 .with_shown("digest", &victim.file.key.digest)
@@ -460,9 +460,9 @@ impl Receive<InspectStore> for CasActor {
 
     fn receive(&mut self, _: InspectStore, _: &mut Self::Context) -> Self::Answer {
         let (running_uploads, partial_uploads) = self.uploads.counts();
-        let (totals, evicted, oldest_use) =
-            self.change(|index| (index.totals(), index.evictions(), index.oldest_use()));
-        MessageResult(StoreInspection { totals, running_uploads, partial_uploads, evicted, oldest_use })
+        let (totals, tally, oldest_use) =
+            self.change(|index| (index.totals(), index.tally(), index.oldest_use()));
+        MessageResult(StoreInspection { totals, running_uploads, partial_uploads, tally, oldest_use })
     }
 }
 

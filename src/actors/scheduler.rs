@@ -38,7 +38,7 @@ use inputs::{ImageSupply, InputCheck};
 use ledger::{Assignment, Check, ImageOrder, Ledger, RunEnd};
 use messages::{
     AddPool, Admit, Cancel, Drain, DrainPool, Explain, Forget, Inspect, Inspection, ListOperations,
-    ListPools, OperationPage, Record, RemovePool, Watch,
+    ListPools, Measure, OperationPage, Record, RemovePool, Watch,
 };
 use operation::{OperationId, QueueStatus, Subscription};
 use settings::{ClockReading, SchedulerSettings};
@@ -370,6 +370,14 @@ impl Receive<Inspect> for SchedulerActor {
 
     fn receive(&mut self, _: Inspect, _: &mut Self::Context) -> Self::Answer {
         MessageResult(self.ledger.inspect())
+    }
+}
+
+impl Receive<Measure> for SchedulerActor {
+    type Answer = MessageResult<Measure>;
+
+    fn receive(&mut self, _: Measure, _: &mut Self::Context) -> Self::Answer {
+        MessageResult(self.ledger.measure(ClockReading::now()))
     }
 }
 

@@ -35,6 +35,7 @@ use crate::{
     logging::Event,
     platform,
     sandbox::kind::CellKind,
+    telemetry::{RunFate, RunMetrics, SandboxFailure},
 };
 use actix::{Actor, MessageResult, SyncContext};
 use gorego_reapi::error::{Error, Result};
@@ -85,6 +86,8 @@ pub struct WorkerSettings {
     pub tools: Option<Arc<Tools>>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
+    /// What is counted of runs.
+    pub metrics: RunMetrics,
 }
 
 /// What one action of a pool may use, and the control groups that enforce it. The default has neither.
@@ -181,6 +184,8 @@ impl Receive<RunAction> for WorkerActor {
                     "a worker panicked; the action is reported as failed and the worker continues"
                 ));
             self.launcher.reset();
+            self.settings.metrics.failed(SandboxFailure::Panic);
+            self.settings.metrics.ended(RunFate::Broken);
             let error = Error::Internal(format!("the worker panicked: {what}"));
             Err(RunFailure { retryable: true, ..RunFailure::new(error) })
         }))

@@ -42,7 +42,8 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 8] = [
+    /// All reasons, in the order of their indices.
+    pub(crate) const ALL: [Self; 8] = [
         Self::Silent,
         Self::SlowHead,
         Self::Unread,
@@ -65,6 +66,11 @@ impl Reason {
             Self::Resets => "too_many_resets",
             Self::Noise => "too_many_empty_frames",
         }
+    }
+
+    /// Its place in [`Reason::ALL`].
+    pub(super) fn index(self) -> usize {
+        usize::from(self as u8).saturating_sub(1)
     }
 
     fn from_number(number: u8) -> Option<Self> {

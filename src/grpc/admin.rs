@@ -4,7 +4,7 @@
 
 use super::{Edge, convert, page_token, services::admin_server::Admin};
 use crate::{
-    actors::cas::{Evictions, StoreInspection, Totals, results::ResultCondition},
+    actors::cas::{StoreInspection, Tally, Totals, results::ResultCondition},
     call::Call,
     disk::BudgetUse,
     instance::Instance,
@@ -233,9 +233,9 @@ fn page_size(asked: i32, default: usize, max: usize) -> Result<usize> {
 }
 
 fn stats(store: StoreInspection) -> StoreStats {
-    let StoreInspection { totals, running_uploads, partial_uploads, evicted, oldest_use } = store;
+    let StoreInspection { totals, running_uploads, partial_uploads, tally, oldest_use } = store;
     let Totals { blobs, results, zstd_forms, used, leased, reserved, deleting, limit } = totals;
-    let Evictions { entries, bytes } = evicted;
+    let Tally { evicted: entries, evicted_bytes: bytes, .. } = tally;
     StoreStats {
         max_bytes: wire(limit),
         used_bytes: wire(used),

@@ -43,6 +43,9 @@ impl Execution for ExecutionService {
         // client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
         let cas = self.0.cas.working_for(*caller);
         let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup, principal.name()).await?;
+        if !skip_cache_lookup {
+            call.note_cached(matches!(resolution, Resolution::Cached(_)));
+        }
         let subscription = match resolution {
             Resolution::Cached(mut result) => {
                 // The operation is remembered and weighed there. The room is for this request, until it has room for its answer.

@@ -61,6 +61,14 @@ const SERVICES: &[(&str, Methods)] = &[
     ("grpc.reflection.v1alpha.ServerReflection", &[("ServerReflectionInfo", &[])]),
 ];
 
+/// The path of every RPC, with the name that its log lines and metrics have.
+pub(super) fn rpcs() -> impl Iterator<Item = (String, String)> {
+    SERVICES.iter().flat_map(|(service, methods)| {
+        let short = service.rsplit('.').next().unwrap_or(service);
+        methods.iter().map(move |(method, _)| (format!("/{service}/{method}"), format!("{short}/{method}")))
+    })
+}
+
 /// The permissions of the RPC with this path; `None` for a path without a row.
 pub(super) fn of(path: &str) -> Option<Permissions> {
     let (service, method) = path.strip_prefix('/')?.split_once('/')?;

@@ -1,4 +1,5 @@
-//! One log line for each finished RPC. The [`Call`] of the RPC is made here, and handlers add what they know to it.
+//! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what they know
+//! to it.
 //!
 //! The line is written when the response has ended: after its trailers, or when the client leaves before them, which counts as
 //! CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
@@ -9,6 +10,7 @@ use super::{convert, permissions};
 use crate::{
     call::{Call, ConnectionInfo},
     connections::ahead::OpenBody,
+    telemetry::Metrics,
     under_way::UnderWay,
 };
 use bytes::Bytes;
@@ -43,6 +45,8 @@ pub(crate) struct RequestLog<S> {
     pub inner: S,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
+    /// Counts the calls that are over.
+    pub metrics: Arc<Metrics>,
     /// The connection.
     pub connection: ConnectionInfo,
 }
@@ -70,6 +74,7 @@ where
         let call = Call::begin(Some(connection), client, permissions::of(path), unfinished);
         let line = RpcLine {
             call: call.clone(),
+            metrics: self.metrics.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
             code: None,

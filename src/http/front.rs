@@ -1,4 +1,4 @@
-//! The front page, which lists what the port serves, and the health check.
+//! The front page, which lists what the port serves.
 
 use super::{
     Mount,
@@ -10,17 +10,10 @@ use axum::{extract::Request, http::StatusCode, response::Response};
 use futures::future::{BoxFuture, FutureExt as _, ready};
 use gorego_reapi::error::Result;
 
-/// Path of the health check. Some tools ask for `/status` instead.
-const HEALTH: RoutePlace = RoutePlace::Path("healthz");
-
 /// What [`Front`] serves.
-pub(super) const ROUTES: &[Route] = &[
-    Route { at: RoutePlace::Path(""), methods: OPEN, shown: "" },
-    Route { at: HEALTH, methods: OPEN, shown: "/healthz (health check)" },
-    Route { at: RoutePlace::Path("status"), methods: OPEN, shown: "" },
-];
+pub(super) const ROUTES: &[Route] = &[Route { at: RoutePlace::Path(""), methods: OPEN, shown: "" }];
 
-/// The mount of the front page and the health check.
+/// The mount of the front page.
 #[derive(Debug)]
 pub(super) struct Front {
     /// The text of the front page.
@@ -28,13 +21,7 @@ pub(super) struct Front {
 }
 
 impl Mount for Front {
-    fn answer<'a>(
-        &'a self,
-        place: RoutedPath<'a>,
-        _: Request,
-        _: &'a Call,
-    ) -> BoxFuture<'a, Result<Response>> {
-        let text = if place.route.at == RoutePlace::Path("") { &self.page } else { "ok" };
-        ready(Ok(status::plain(StatusCode::OK, text))).boxed()
+    fn answer<'a>(&'a self, _: RoutedPath<'a>, _: Request, _: &'a Call) -> BoxFuture<'a, Result<Response>> {
+        ready(Ok(status::plain(StatusCode::OK, &self.page))).boxed()
     }
 }

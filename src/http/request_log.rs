@@ -1,4 +1,4 @@
-//! One log line for each request, written when its response has ended or its client is gone.
+//! One log line for each request, and its metrics, when its response has ended or its client is gone.
 //!
 //! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are rate-limited
 //! per peer and then only counted (`Connections::takes_line`).
@@ -6,10 +6,11 @@
 use super::LOG;
 use crate::{
     budget::Share,
-    call::{Call, ConnectionInfo},
+    call::{Call, ConnectionInfo, Notes},
     connections::{End, OpenCall},
     instance::Instance,
     logging::{Event, Field},
+    telemetry::{EndedRequest, Metrics},
 };
 use axum::{
     body::{Body, Bytes, HttpBody},
@@ -21,8 +22,9 @@ use http_body::{Frame, SizeHint};
 use log::Level;
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Longest path in a line, in bytes.
@@ -39,6 +41,7 @@ pub(super) struct RequestLine {
     method: String,
     path: String,
     connection: ConnectionInfo,
+    metrics: Arc<Metrics>,
     _open: OpenCall,
     started: Instant,
     status: Option<StatusCode>,
@@ -48,12 +51,18 @@ pub(super) struct RequestLine {
 
 impl RequestLine {
     /// Creates the line of a request that has just begun.
-    pub(super) fn new(call: &Call, connection: &ConnectionInfo, method: &Method, uri: &Uri) -> Self {
+    pub(super) fn new(
+        call: &Call,
+        connection: &ConnectionInfo,
+        metrics: &Arc<Metrics>,
+        (method, uri): (&Method, &Uri),
+    ) -> Self {
         Self {
             call: call.clone(),
             method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
             path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
             connection: connection.clone(),
+            metrics: metrics.clone(),
             _open: connection.state.begin_call(),
             started: Instant::now(),
             status: None,
@@ -90,6 +99,15 @@ impl RequestLine {
         !is_cheap || self.connection.connections.takes_line(self.connection.caller().peer, end)
     }
 
+    fn count(&self, took: Duration, notes: &Notes) {
+        let request = EndedRequest { took, bytes_in: self.call.bytes_in(), bytes_out: self.call.bytes_out() };
+        self.metrics.http.ended(&self.method, self.status.map(|status| status.as_u16()), request);
+        if let (Some(is_hit), Some(instance)) = (notes.cached, self.call.instance()) {
+            let instance = (usize::from(instance.id().0), instance.name());
+            self.metrics.lookups.count(instance, &self.call.client().action_mnemonic, is_hit);
+        }
+    }
+
     /// Attaches the line to a response until the response has ended.
     pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
@@ -100,15 +118,17 @@ impl RequestLine {
 impl Drop for RequestLine {
     fn drop(&mut self) {
         self.call.end();
+        let (took, notes) = (self.started.elapsed(), self.call.take_notes());
+        self.count(took, &notes);
         if !log::log_enabled!(target: LOG, Level::Info) || !self.is_listed() {
             return;
         }
-        let (instance, blob) = (self.call.instance(), self.call.take_notes().blob);
+        let (instance, blob) = (self.call.instance(), notes.blob);
         let told = self.status.map_or("gone", |status| status.canonical_reason().unwrap_or_default());
         Event::info(LOG, "http_finished")
             .with("method", &self.method)
             .with("path", &self.path)
-            .with("duration_us", u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
+            .with("duration_us", u64::try_from(took.as_micros()).unwrap_or(u64::MAX))
             .with("bytes_in", self.call.bytes_in())
             .with("bytes_out", self.call.bytes_out())
             .with_shown("peer", &self.connection.address())

@@ -12,7 +12,10 @@
 
 use std::{
     io::{self, ErrorKind, Write},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -61,6 +64,8 @@ struct Shared {
     /// Signals that the writer is done with what it took.
     written: Condvar,
     pace: Pace,
+    /// Number of lines that were dropped or could not be written since the start.
+    missing: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -107,11 +112,17 @@ impl HandOver {
             arrived: Condvar::new(),
             written: Condvar::new(),
             pace,
+            missing: AtomicU64::new(0),
         });
         let writer = BatchWriter { out, lost: 0, torn: false, patience: pace.patience };
         let taken_from = shared.clone();
         thread::Builder::new().name("log-writer".into()).spawn(move || writer.run(&taken_from, report))?;
         Ok(Self(shared))
+    }
+
+    /// The number of lines that were dropped or could not be written since the start.
+    pub(super) fn missing(&self) -> u64 {
+        self.0.missing.load(Relaxed)
     }
 
     /// Queues a whole line. Never waits and never fails: a line without room is dropped and counted.
@@ -129,6 +140,7 @@ impl HandOver {
         state.arrived += 1;
         if state.dropped > 0 || line.len() > WAITING_MAX_BYTES.saturating_sub(state.waiting.len()) {
             state.dropped += 1;
+            self.0.missing.fetch_add(1, Relaxed);
         } else {
             state.waiting.extend_from_slice(line);
         }
@@ -254,7 +266,9 @@ impl<W: Write> BatchWriter<W> {
             }
             let written = self.write(&batch);
             let left = batch.get(written..).unwrap_or_default();
-            self.lost += left.iter().filter(|&&byte| byte == b'\n').count() as u64;
+            let lost = left.iter().filter(|&&byte| byte == b'\n').count() as u64;
+            self.lost += lost;
+            shared.missing.fetch_add(lost, Relaxed);
             batch.clear();
             batch.shrink_to(KEPT_BYTES);
             shared.done(upto);

@@ -102,7 +102,9 @@ fn shown(output: &OutputShape<'_>) -> String {
         digest.map(|digest| format!("{}/{}", digest.hash, digest.size_bytes)).unwrap_or_default()
     };
     let text = match output {
-        OutputShape::File { digest: content, is_executable: true } => format!("{} executable", digest(content)),
+        OutputShape::File { digest: content, is_executable: true } => {
+            format!("{} executable", digest(content))
+        }
         OutputShape::File { digest: content, is_executable: false } => digest(content),
         OutputShape::Directory { tree, root } => format!("directory {}", digest(&tree.or(*root))),
         OutputShape::Symlink(target) => format!("-> {target}"),

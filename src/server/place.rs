@@ -19,6 +19,7 @@ use crate::{
     log_streams::LogStreams,
     logging::Event,
     sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
+    telemetry::RunMetrics,
 };
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -138,6 +139,7 @@ impl Place {
         execution: &ExecutionSettings,
         pool: &PoolSettings,
         log_streams: LogStreams,
+        metrics: RunMetrics,
     ) -> WorkerSettings {
         WorkerSettings {
             name: worker_name(pool),
@@ -151,6 +153,7 @@ impl Place {
             limits: self.pool_limits(pool),
             tools: self.tools(&pool.name),
             log_streams,
+            metrics,
         }
     }
 

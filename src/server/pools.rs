@@ -19,6 +19,7 @@ use crate::{
     platform,
     reload::{PreparedChange, Reloadable},
     sandbox::settings::SandboxMode,
+    telemetry::RunMetrics,
 };
 use actix::{Addr, SyncArbiter};
 use actix_rt::System;
@@ -34,12 +35,18 @@ pub(super) struct PoolMaker {
     pub(super) execution: Arc<ExecutionSettings>,
     pub(super) cas: Cas,
     pub(super) log_streams: LogStreams,
+    pub(super) metrics: RunMetrics,
 }
 
 impl PoolMaker {
     /// Starts the workers of a pool. There must be a current [`System`].
     pub(super) fn make(&self, pool: &PoolSettings) -> Pool {
-        let worker = Arc::new(self.place.worker(&self.execution, pool, self.log_streams.clone()));
+        let worker = Arc::new(self.place.worker(
+            &self.execution,
+            pool,
+            self.log_streams.clone(),
+            self.metrics.clone(),
+        ));
         let spec = PoolSpec {
             name: pool.name.clone(),
             section: if pool.is_declared {

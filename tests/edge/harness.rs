@@ -65,6 +65,7 @@ impl Server {
             under_way: UnderWay::default(),
             connections: Default::default(),
             administration: Default::default(),
+            metrics: Default::default(),
             settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,

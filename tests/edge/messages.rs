@@ -68,6 +68,7 @@ impl Server {
             under_way: UnderWay::default(),
             connections: Default::default(),
             administration: Default::default(),
+            metrics: Default::default(),
             settings: ProtocolSettings {
                 max_blob_bytes: MAX_BLOB_BYTES,
                 compressed_committed_size: CommittedSize::Compressed,
@@ -124,6 +125,7 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         limits: PoolLimits::default(),
         tools: None,
         log_streams: log_streams(false, directory),
+        metrics: Default::default(),
     });
     let minute = Duration::from_secs(60);
     let of_scheduler = SchedulerSettings::new(SchedulerConfig {

@@ -275,6 +275,7 @@ fn with_bench<T>(
             limits: PoolLimits::default(),
             tools: tools.map(|limits| Arc::new(Tools::new("test", limits))),
             log_streams: log_streams(),
+            metrics: Default::default(),
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));
         let worker = SyncArbiter::start(1, move || WorkerActor::new(settings.clone(), handle.clone()));

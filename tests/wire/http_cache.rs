@@ -250,7 +250,7 @@ async fn what_cannot_be_done_has_the_status_that_says_so() {
         ("GET", "/cas/zz".into(), StatusCode::BAD_REQUEST),
         ("GET", format!("/cas/{}", hash.to_uppercase()), StatusCode::BAD_REQUEST),
         ("GET", format!("/unknown/cas/{hash}"), StatusCode::BAD_REQUEST),
-        ("GET", "/metrics".into(), StatusCode::NOT_FOUND),
+        ("GET", "/metric".into(), StatusCode::NOT_FOUND),
         ("PUT", format!("/ac/{hash}"), StatusCode::FORBIDDEN),
         ("PUT", "/cache/key".into(), StatusCode::FORBIDDEN),
         ("PUT", format!("/cas/{hash}"), StatusCode::CREATED),

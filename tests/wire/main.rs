@@ -21,6 +21,7 @@ mod live;
 #[path = "../log_schema/mod.rs"]
 mod log_schema;
 mod logs;
+mod metrics;
 mod operations;
 mod outputs;
 mod pipes;

@@ -11,6 +11,7 @@ use super::{
     guards::UploadRoom,
     index::{FoundEntry, Stamp},
     lookup::Purpose,
+    requests::StoreMeasurement,
     settings::SMALL_BLOB_BYTES,
     uploads::unwritten::UnwrittenPieces,
 };
@@ -109,6 +110,11 @@ impl Cas {
     /// The free bytes of the disk of the store, if they can be found out. Blocks.
     pub(crate) fn disk_free(&self) -> Option<u64> {
         self.shared.volume.space().ok().map(|space| space.free_bytes)
+    }
+
+    /// What the index counts. Costs one hold of the lock that look-ups share.
+    pub fn measure(&self) -> StoreMeasurement {
+        self.shared.view.measure()
     }
 
     /// Returns a handle for the requests of a client. Both what the client sends and what it reads count against the bounds of

@@ -71,7 +71,7 @@ pub(super) struct Index {
     trimming: bool,
     evicted_ever: u64,
     deleted_ever: u64,
-    evictions: Evictions,
+    tally: Tally,
 }
 
 impl Index {
@@ -99,7 +99,7 @@ impl Index {
             trimming: false,
             evicted_ever: 0,
             deleted_ever: 0,
-            evictions: Evictions::default(),
+            tally: Tally::default(),
         }
     }
 
@@ -108,12 +108,13 @@ impl Index {
         Totals { leased: self.leased.load(Relaxed), ..self.totals }
     }
 
-    /// What was evicted since the start because room was needed.
-    pub(super) fn evictions(&self) -> Evictions {
-        self.evictions
+    /// What has happened since the start.
+    pub(super) fn tally(&self) -> Tally {
+        self.tally
     }
 
-    /// The last recorded use of the entry that would be evicted first, in seconds since 1970.
+    /// The last recorded use of the entry that would be evicted first, in seconds since 1970. It may be up to
+    /// [`Index::TOUCH_AFTER_SECS`] older than the last use.
     pub(super) fn oldest_use(&self) -> Option<u32> {
         self.entries.get(self.oldest as usize).map(|entry| entry.touched.load(Relaxed))
     }
@@ -321,6 +322,13 @@ impl Index {
     }
 
     /// Drops an entry whose file turned out to be damaged or gone, leased or not.
+    pub(super) fn remove_damaged(&mut self, at: EntryRef) -> Option<Victim> {
+        let removed = self.remove(at)?;
+        self.tally.damaged += 1;
+        Some(removed)
+    }
+
+    /// Drops an entry, leased or not.
     pub(super) fn remove(&mut self, at: EntryRef) -> Option<Victim> {
         self.live(at)?;
         Some(self.remove_slot(at.slot))
@@ -377,8 +385,8 @@ impl Index {
 
     fn evict_slot(&mut self, slot: u32) -> Victim {
         let victim = self.remove_slot(slot);
-        self.evictions.entries += 1;
-        self.evictions.bytes += victim.bytes;
+        self.tally.evicted += 1;
+        self.tally.evicted_bytes += victim.bytes;
         victim
     }
 

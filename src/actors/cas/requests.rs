@@ -6,7 +6,7 @@
 
 use super::{
     guards::Reservation,
-    index::{EntryRef, Evictions, FileId, Key, Stamp, Totals},
+    index::{EntryRef, FileId, Key, Stamp, Tally, Totals},
     uploads::{Attempt, Partial, Progress},
 };
 use crate::{budget::Bound, caller::Caller};
@@ -91,9 +91,20 @@ pub struct StoreInspection {
     pub running_uploads: usize,
     /// Broken uploads that can be resumed.
     pub partial_uploads: usize,
-    /// What was evicted since the start because room was needed.
-    pub evicted: Evictions,
+    /// What has happened since the start.
+    pub tally: Tally,
     /// The last recorded use of the entry that would be evicted first, in seconds since 1970; `None` for an empty store.
+    pub oldest_use: Option<u32>,
+}
+
+/// The store in numbers, without a message: see [`super::client::Cas::measure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StoreMeasurement {
+    /// Counts and bytes of the entries.
+    pub totals: Totals,
+    /// What has happened since the start.
+    pub tally: Tally,
+    /// The last recorded use of the least recently used entry, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
 }
 

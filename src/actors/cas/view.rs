@@ -11,6 +11,7 @@
 
 use super::{
     index::{EntryKind, EntryRef, FoundEntry, FoundResult, Index, Key, Stamp},
+    requests::StoreMeasurement,
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds,
 };
@@ -52,6 +53,12 @@ impl View {
         let mut index = self.write();
         rest.iter().for_each(|at| index.settle(*at));
         change(&mut index)
+    }
+
+    /// The numbers of the index. Waits at most for the change of one part.
+    pub(super) fn measure(&self) -> StoreMeasurement {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        StoreMeasurement { totals: index.totals(), tally: index.tally(), oldest_use: index.oldest_use() }
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Index> {

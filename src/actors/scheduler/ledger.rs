@@ -18,6 +18,7 @@
 //! Each step of an operation is recorded as a [`Transition`] until [`Ledger::take_transitions`].
 
 mod deadlines;
+mod demand;
 mod dispatch;
 #[cfg(test)]
 pub(super) mod fixtures;
@@ -53,6 +54,7 @@ use std::{
     time::Duration,
 };
 
+use demand::Demand;
 pub(crate) use dispatch::{Assignment, Check, ImageOrder, RunEnd};
 use followers::Unfollowed;
 use task::{Task, TaskKey, TaskRun, TaskStep, key};
@@ -73,6 +75,7 @@ pub(crate) struct Ledger {
     ready: BTreeMap<PoolId, Queue>,
     board: Board,
     unfollowed: Unfollowed,
+    demand: Demand,
     /// Hashes the names of builds. It is randomly keyed, so clients cannot force collisions.
     names: RandomState,
     /// The part of the queue that each owner uses.
@@ -101,6 +104,7 @@ impl Ledger {
             settings,
             board: Board::default(),
             unfollowed: Unfollowed::default(),
+            demand: Demand::default(),
             names: RandomState::new(),
             tasks: BTreeMap::new(),
             joinable: HashMap::new(),
@@ -227,6 +231,7 @@ impl Ledger {
             image_order: None,
             server_logs: Vec::new(),
             position: None,
+            home: None,
         };
         if let Some(key) = task.key() {
             self.joinable.insert(key, id);
@@ -234,6 +239,7 @@ impl Ledger {
         self.quota.add(owner, task.load());
         self.tasks.insert(id, task);
         self.enter_queues(id);
+        self.count_demand(id);
         self.transitions.push(Transition { info, priority, event: OperationEvent::Queued { joined: false } });
         Ok(subscription)
     }
@@ -297,12 +303,11 @@ impl Ledger {
 
     /// The numbers of operations, tasks and slots.
     pub(crate) fn inspect(&self) -> Inspection {
-        let stuck = self.runs.values().filter(|run| run.stuck && self.slots.is_open(run.pool)).count();
         Inspection {
             operations: self.register.len(),
             queued: self.quota.all().waiting,
             running: self.runs.len(),
-            slots: self.slots.in_service().saturating_sub(stuck),
+            slots: self.slots.in_service(),
         }
     }
 
@@ -385,6 +390,9 @@ impl Ledger {
         }
         self.leave_queues(id, &task);
         self.unfollowed.forget(id, &task);
+        if let Some(home) = task.home {
+            self.demand.remove(home, id);
+        }
         Some(task)
     }
 

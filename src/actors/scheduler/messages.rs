@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance, policy::Principal};
 use gorego_reapi::{digest::Digest, error::Result};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// Admits an action and creates an operation for it. The operation joins a task of the same action, waits in the queue, or is
 /// over at once because the action cannot run. An operation with a cached result is over at once too, but see [`Record`].
@@ -212,6 +212,24 @@ pub struct RemovePool {
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "Vec<PoolStatus>")]
 pub struct ListPools;
+
+/// Asks for the numbers of each pool, in order of preference. The answer costs O(pools), however many tasks there are.
+#[derive(Debug, Clone, Copy, actix::Message)]
+#[rtype(result = "Vec<PoolMeasurement>")]
+pub struct Measure;
+
+/// A pool in numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolMeasurement {
+    /// Its name, its state and its slots.
+    pub status: PoolStatus,
+    /// Tasks that wait and would run here if every pool had a free slot. Each waiting task counts for one pool.
+    pub waiting: usize,
+    /// How long ago the oldest of them was submitted.
+    pub oldest: Option<Duration>,
+    /// The slots that would be busy now if there were enough: those that run tasks, and one for each task that waits.
+    pub desired: usize,
+}
 
 /// Has the scheduler admit no more actions. Replies when no task is left.
 #[derive(Debug, Clone, Copy, actix::Message)]

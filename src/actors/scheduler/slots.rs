@@ -83,6 +83,8 @@ pub struct PoolStatus {
     pub slots: usize,
     /// How many of them are taken.
     pub busy: usize,
+    /// How many of those are out of service, because their runs neither end nor stop.
+    pub stuck: usize,
 }
 
 /// The slots of every pool.
@@ -107,6 +109,8 @@ struct PoolSlots {
     left: Option<Room>,
     places: Vec<Arc<RunPlace>>,
     free: FreeSlots,
+    /// Taken slots that are out of service.
+    stuck: usize,
     state: PoolState,
 }
 
@@ -195,6 +199,7 @@ impl Slots {
                 state: pool.state,
                 slots: pool.places.len(),
                 busy: pool.places.len() - pool.free.len(),
+                stuck: pool.stuck,
             })
         };
         self.order.iter().filter_map(status).collect()
@@ -342,6 +347,20 @@ impl Slots {
         }
     }
 
+    /// A taken slot is out of service until [`Slots::unstick`].
+    pub(crate) fn stick(&mut self, id: PoolId) {
+        if let Some(pool) = self.pools.get_mut(&id) {
+            pool.stuck = pool.stuck.saturating_add(1);
+        }
+    }
+
+    /// A slot that was out of service is free again.
+    pub(crate) fn unstick(&mut self, id: PoolId) {
+        if let Some(pool) = self.pools.get_mut(&id) {
+            pool.stuck = pool.stuck.saturating_sub(1);
+        }
+    }
+
     /// The workers of a pool are gone.
     pub(crate) fn close(&mut self, id: PoolId) {
         if let Some(pool) = self.pools.get_mut(&id) {
@@ -349,9 +368,10 @@ impl Slots {
         }
     }
 
-    /// Slots of pools that take tasks, busy or not.
+    /// Slots of pools that take tasks, busy or not, without those that are out of service.
     pub(crate) fn in_service(&self) -> usize {
-        self.order.iter().map(|id| self.count(*id).1).sum()
+        let open = self.order.iter().filter_map(|id| self.open(*id));
+        open.map(|pool| pool.places.len().saturating_sub(pool.stuck)).sum()
     }
 
     /// How many slots of a pool are busy, and how many it has; none if it takes no tasks.
@@ -426,6 +446,7 @@ impl PoolSlots {
             offers: spec.offers,
             limits: spec.limits,
             left: spec.room,
+            stuck: 0,
             state: PoolState::Open,
         }
     }

@@ -35,6 +35,8 @@ pub(crate) enum Point {
     WorkerStart,
     /// It began to fetch the inputs.
     FetchStart,
+    /// It knew the input tree and began to bring the inputs into place.
+    StageStart,
     /// The inputs were in place.
     FetchEnd,
     /// The command started.

@@ -2,6 +2,7 @@
 //!
 //! This file defines the order of the steps and what a failure in each means. It blocks and runs on a worker's own thread.
 
+mod counts;
 mod errors;
 mod with_tool;
 
@@ -33,6 +34,7 @@ use crate::{
     },
     logging::{Event, Field},
     sandbox::kind::CellKind,
+    telemetry::SandboxFailure,
 };
 use errors::{disk_was_full, explained, is_workers_fault, log_lost};
 use gorego_reapi::{
@@ -126,6 +128,7 @@ impl<'a> ActionRun<'a> {
         self.result.execution_metadata = Some(self.timeline.metadata(self.worker(), usage));
         let outcome = stored.and_then(|batch| self.keep(batch));
         self.log(&outcome);
+        self.count(&outcome);
         let account = self.account(&outcome);
         match outcome {
             Ok(()) => Ok(Box::new(RunResult { result: self.result.into(), account })),
@@ -179,6 +182,7 @@ impl<'a> ActionRun<'a> {
         let action = &self.order.action;
         // Held until the outputs are collected, which may refer to inputs.
         let mut inputs = self.store.open_inputs(&action.instance, action.input_root, self.order.peer)?;
+        self.note(Point::StageStart);
         if let Some(ending) = self.run_with_tool(&mut *inputs, &kind, workspace, fetching)? {
             let root = ExecRoot::new(workspace.root()?, None);
             return self.store_outputs(ending, workspace, root, None, batch);
@@ -205,10 +209,12 @@ impl<'a> ActionRun<'a> {
         let watch = self.settings.build_root.disk().begin(self.control.cancel.clone());
         let ran = self.launcher.run(&launch, action.timeout, &self.control.cancel);
         if let Some(space) = watch.end() {
+            self.settings.metrics.failed(SandboxFailure::DiskFull);
             self.salvage_logs(workspace, live.as_ref());
             return Err(disk_was_full(space));
         }
         let ran = ran.map_err(|error| {
+            self.settings.metrics.failed(SandboxFailure::Runner);
             self.salvage_logs(workspace, live.as_ref());
             explained(error, base.as_ref())
         })?;

@@ -18,6 +18,7 @@ use crate::{
         settings::SandboxMode,
     },
     server::place::Place,
+    telemetry::RunMetrics,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -145,7 +146,8 @@ impl ReplayPlace {
         cancel: CancelToken,
     ) -> Result<Replayed> {
         let pool = self.pool(&fetched.action.platform)?;
-        let settings = self.place.worker(&self.execution, pool, no_log_streams(scratch));
+        let settings =
+            self.place.worker(&self.execution, pool, no_log_streams(scratch), RunMetrics::default());
         // A persistent worker would outlive the action.
         let settings = WorkerSettings { tools: None, ..settings };
         let mut launcher = ReplayLauncher::new(settings.launcher(), scratch.clone(), shell);

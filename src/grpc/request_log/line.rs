@@ -1,15 +1,19 @@
-//! The log line of an RPC: its fields and their format.
+//! The log line of an RPC: its fields and their format. Its metrics are counted at the same time.
 
 use super::{ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, TARGET};
 use crate::{
-    call::Call,
+    call::{Call, Notes},
     connections::{End, OpenCall},
     instance::Instance,
     logging::{Event, Field},
+    telemetry::{EndedRequest, Metrics},
 };
 use gorego_reapi::status;
 use http::{HeaderMap, Uri};
-use std::time::Instant;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tonic::Code;
 
 /// The error of a call whose client left before the end of its request.
@@ -19,6 +23,7 @@ const BROKEN_OFF: &str = "the request broke off before its end";
 #[derive(Debug)]
 pub(super) struct RpcLine {
     pub call: Call,
+    pub metrics: Arc<Metrics>,
     pub started: Instant,
     pub uri: Uri,
     /// `None` until the call has ended by itself.
@@ -63,15 +68,27 @@ impl RpcLine {
 impl Drop for RpcLine {
     fn drop(&mut self) {
         self.call.end();
+        let (took, notes) = (self.started.elapsed(), self.call.take_notes());
+        self.count(took, &notes);
         if log::log_enabled!(target: TARGET, log::Level::Info) && self.is_listed() {
-            self.log();
+            self.log(took, notes);
         }
     }
 }
 
 impl RpcLine {
-    fn log(&self) {
-        let (client, instance, notes) = (self.call.client(), self.call.instance(), self.call.take_notes());
+    fn count(&self, took: Duration, notes: &Notes) {
+        let request = EndedRequest { took, bytes_in: self.call.bytes_in(), bytes_out: self.call.bytes_out() };
+        let code = self.code.unwrap_or(Code::Cancelled);
+        self.metrics.rpcs.ended(self.uri.path(), code as usize, request);
+        if let (Some(is_hit), Some(instance)) = (notes.cached, self.call.instance()) {
+            let instance = (usize::from(instance.id().0), instance.name());
+            self.metrics.lookups.count(instance, &self.call.client().action_mnemonic, is_hit);
+        }
+    }
+
+    fn log(&self, took: Duration, notes: Notes) {
+        let (client, instance) = (self.call.client(), self.call.instance());
         let (method, code) = (short_method(self.uri.path()), code_name(self.code.unwrap_or(Code::Cancelled)));
         let operation = instance.zip(notes.operation).map(|(instance, id)| id.name(instance));
         let inner = notes.inner_error.map(|text| status::shorten(text, ERROR_MAX_BYTES)).unwrap_or_default();
@@ -79,7 +96,7 @@ impl RpcLine {
         Event::info(TARGET, RPC_FINISHED)
             .with("method", method)
             .with("grpc_code", code)
-            .with("duration_us", u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
+            .with("duration_us", u64::try_from(took.as_micros()).unwrap_or(u64::MAX))
             .with("bytes_in", self.call.bytes_in())
             .with("bytes_out", self.call.bytes_out())
             .with_some("cached", notes.cached)

@@ -54,8 +54,9 @@ pub(super) async fn result((cache, instance): Target<'_>, hash: HashInPath, call
     let cas = cache.cas.on_behalf_of(call.caller());
     // A result that only this principal sees is found by the hash alone.
     let action = cas.action_by_hash(instance, like)?.unwrap_or(like);
-    let principal = call.principal();
-    let result = cas.get_result_for(instance, action, principal.name()).await?.ok_or_else(absent)?;
+    let found = cas.get_result_for(instance, action, call.principal().name()).await?;
+    call.note_cached(found.is_some());
+    let result = found.ok_or_else(absent)?;
     let mut response = Response::new(of_message(&*result, call).await?);
     let kind = HeaderValue::from_static("application/octet-stream");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);

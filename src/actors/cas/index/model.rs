@@ -49,6 +49,7 @@ struct Model {
     entries: Vec<(FileId, u64, u32)>,
     held: Vec<u64>,
     undeleted: u64,
+    tally: Tally,
 }
 
 impl Model {
@@ -73,6 +74,12 @@ impl Model {
         self.undeleted += bytes;
         Victim { file, bytes }
     }
+    fn evict(&mut self, position: usize) -> Victim {
+        let victim = self.remove(position);
+        self.tally.evicted += 1;
+        self.tally.evicted_bytes += victim.bytes;
+        victim
+    }
     fn reserve(&mut self, wanted: u64) -> Option<Vec<Victim>> {
         if wanted + self.leased() + self.reserved() > LIMIT {
             return None;
@@ -80,7 +87,7 @@ impl Model {
         let mut victims = vec![];
         while self.used() + self.reserved() + wanted > LIMIT {
             let oldest = self.entries.iter().position(|(.., leases)| *leases == 0)?;
-            victims.push(self.remove(oldest));
+            victims.push(self.evict(oldest));
         }
         Some(victims)
     }
@@ -159,7 +166,8 @@ proptest! {
                     let position = model.position(&key(name, kind));
                     let at = index.slot_of(&key(name, kind))
                         .map(|slot| EntryRef { slot, generation: index.entries[slot as usize].generation });
-                    let lost = at.and_then(|at| index.remove(at));
+                    let lost = at.and_then(|at| index.remove_damaged(at));
+                    model.tally.damaged += u64::from(lost.is_some());
                     prop_assert_eq!(lost, position.map(|position| model.remove(position)));
                 }
                 Op::Hold { bytes } => {
@@ -178,7 +186,7 @@ proptest! {
                     while evicted < bytes || (expected.len() as u64) < entries {
                         let oldest = model.entries.iter().position(|(.., leases)| *leases == 0);
                         let Some(oldest) = oldest else { break };
-                        expected.push(model.remove(oldest));
+                        expected.push(model.evict(oldest));
                         evicted += expected[expected.len() - 1].bytes;
                     }
                     prop_assert_eq!(index.evict(bytes, entries, usize::MAX), expected);
@@ -201,6 +209,7 @@ proptest! {
                 limit: LIMIT,
             });
             prop_assert!(totals.used + totals.reserved <= LIMIT);
+            prop_assert_eq!(index.tally(), model.tally);
         }
     }
 }

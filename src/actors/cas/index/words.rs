@@ -146,13 +146,15 @@ pub struct Totals {
     pub limit: u64,
 }
 
-/// What was evicted because room was needed.
+/// What has happened to an index since the start of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Evictions {
-    /// Number of entries.
-    pub entries: u64,
+pub struct Tally {
+    /// Entries that were evicted.
+    pub evicted: u64,
     /// The bytes that they took on disk.
-    pub bytes: u64,
+    pub evicted_bytes: u64,
+    /// Entries that were dropped because their files were damaged or gone.
+    pub damaged: u64,
 }
 
 impl From<Shortage> for Error {

@@ -60,6 +60,7 @@ impl Ledger {
             }
             run.stuck = true;
             run.cancel.cancel();
+            self.slots.stick(run.pool);
             let error = Error::Unavailable(format!(
                 "the worker on slot {} of pool \"{}\" did not answer for {} s and was given up; try again",
                 run.place.slot.0,

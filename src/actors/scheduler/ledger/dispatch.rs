@@ -229,6 +229,7 @@ impl Ledger {
             self.transitions.push(Transition { info, priority, event });
         }
         self.runs.insert(id, run);
+        self.count_demand(id);
         Some(assignment)
     }
 
@@ -256,11 +257,12 @@ impl Ledger {
     pub(crate) fn finish(&mut self, id: TaskId, attempt: u32, end: RunEnd, now: ClockReading) {
         let Some(run) = self.runs.get(&id).filter(|run| run.attempt == attempt) else { return };
         let (pool, place, charge, evicted) = (run.pool, run.place.clone(), run.charge, run.evicted);
-        let room = run.room;
+        let (room, was_stuck) = (run.room, run.stuck);
         let closed = matches!(end, RunEnd::Lost { pool_closed: true });
         // This comes first, so that a task without another pool is not queued again.
         if closed {
             self.slots.close(pool);
+            self.move_demand(pool);
         }
         let failed = match &end {
             RunEnd::Reported(Ok(_)) => false,
@@ -309,6 +311,9 @@ impl Ledger {
         }
         self.runs.remove(&id);
         self.slots.release(pool, place.slot, &room, failed);
+        if was_stuck {
+            self.slots.unstick(pool);
+        }
         if let Some(queue) = self.ready.get_mut(&pool) {
             queue.ended(charge);
         }
@@ -366,6 +371,7 @@ impl Ledger {
         task.waiting_since = now.at;
         self.quota.add(task.owner, Load::TURN);
         self.enter_queues(id);
+        self.count_demand(id);
         let Some(task) = self.tasks.get(&id) else { return };
         for number in task.numbers() {
             let requeue = |snapshot: &mut super::Snapshot| {

@@ -37,7 +37,9 @@ impl Ledger {
     /// # Errors
     /// `NotFound`.
     pub(crate) fn drain_pool(&mut self, id: PoolId) -> Result<()> {
-        self.slots.drain(id)
+        self.slots.drain(id)?;
+        self.move_demand(id);
+        Ok(())
     }
 
     /// Removes a pool, drained or not. What it still runs is told to stop and tried again in another pool; tasks that only this
@@ -104,6 +106,8 @@ impl Ledger {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.position = None;
         let before = std::mem::replace(&mut task.pools, pools.clone());
+        self.count_demand(id);
+        let Some(task) = self.tasks.get(&id) else { return };
         if task.step != TaskStep::Ready {
             return;
         }

@@ -618,6 +618,7 @@ impl World {
         }
         self.check_pools();
         self.check_queues();
+        self.check_demand();
         self.check_followers();
         let unfinished: usize = ledger.tasks.values().map(|task| task.numbers().count()).sum();
         assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");

@@ -66,6 +66,8 @@ pub(super) struct Task {
     pub(super) server_logs: Vec<ServerLog>,
     /// The pool in whose queue it is closest to the front, and its position there, as of the last board.
     pub(super) position: Option<(PoolId, usize)>,
+    /// The pool for whose demand it counts, while it waits.
+    pub(super) home: Option<PoolId>,
 }
 
 /// The progress of a task towards its run.

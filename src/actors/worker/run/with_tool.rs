@@ -12,6 +12,7 @@ use crate::{
     },
     logging::Event,
     sandbox::kind::CellKind,
+    telemetry::SandboxFailure,
 };
 use gorego_reapi::error::{Error, Result};
 use rustix::fs::{self as rfs, Mode, OFlags};
@@ -56,6 +57,7 @@ impl ActionRun<'_> {
                     .with_shown("action_digest", &self.order.action.digest)
                     .with("error", &*reason)
                     .log(format_args!("a tool failed; its action runs without it"));
+                self.settings.metrics.failed(SandboxFailure::Tool);
                 self.tool_failure = Some(reason);
                 empty(workspace.root()?)?;
                 Ok(None)
@@ -82,6 +84,7 @@ impl ActionRun<'_> {
         let timeout = action.timeout.min(settings.transfer_timeout);
         let heard = turn.run(timeout, &control.cancel);
         if let Some(space) = watch.end() {
+            settings.metrics.failed(SandboxFailure::DiskFull);
             return Err(NotServed::Failed(disk_was_full(space)));
         }
         let (ran, output) = heard?;

@@ -2,7 +2,7 @@
 //! nobody follows.
 
 use super::{
-    super::{Task, TaskRun, TaskStep, followers::Unfollowed},
+    super::{Task, TaskRun, TaskStep, demand::Demand, followers::Unfollowed},
     World,
 };
 use crate::{
@@ -213,6 +213,29 @@ impl World {
             let out = self.runs.keys().filter(|(of, _)| *of == pool).count();
             assert_eq!(queue.running(), out, "what runs is charged to its queue, and nothing else");
             assert!(out <= self.pools.slots(pool));
+        }
+    }
+
+    /// Each waiting task is counted once, in the first of its pools that takes tasks.
+    pub(super) fn check_demand(&self) {
+        let ledger = &self.ledger;
+        let mut expected = Demand::default();
+        for (&id, task) in ledger.tasks.iter().filter(|(_, task)| task.step != TaskStep::Running) {
+            let open = task.pools.iter().find(|pool| self.pools.is_open(**pool));
+            if let Some(home) = open.or(task.pools.first()) {
+                expected.add(*home, id, task.queued);
+            }
+        }
+        assert_eq!(ledger.demand, expected);
+        let measured = ledger.measure(self.now);
+        let waiting: usize = measured.iter().map(|pool| pool.waiting).sum();
+        assert_eq!(waiting, ledger.inspect().queued, "each waiting task counts once");
+        for pool in measured {
+            let runs = ledger.runs.values().filter(|run| run.pool == pool.status.id);
+            let (stuck, working): (Vec<_>, Vec<_>) = runs.partition(|run| run.stuck);
+            assert_eq!(pool.status.stuck, stuck.len());
+            assert_eq!(pool.desired, pool.waiting + working.len());
+            assert_eq!(pool.oldest.is_some(), pool.waiting > 0);
         }
     }
 }

@@ -1,0 +1,238 @@
+//! [`Observer`]: how the server is, for metrics, readiness and health checks.
+//!
+//! It asks the owners of each number. The store and the connections keep theirs where they can be read at any time. The
+//! scheduler is asked with one message at a time, whose answer costs O(pools), and is waited for at most [`POOLS_WAIT`]. While
+//! it is late, the numbers of its last answer are given, together with their age.
+
+use crate::{
+    actors::{
+        asset::client::Assets,
+        cas::{StoreMeasurement, client::Cas},
+        scheduler::{
+            messages::{Measure, PoolMeasurement},
+            slots::PoolState,
+        },
+    },
+    connections::Connections,
+    grpc::health::Health,
+    http::operations::Observe,
+    logging,
+    telemetry::{Metrics, PoolReading, PoolReadings, Readings, StoreReading, process},
+};
+use actix::Recipient;
+use bytes::Bytes;
+use futures::future::{BoxFuture, FutureExt as _};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use tokio::{
+    sync::{Mutex, watch},
+    time::{Instant, interval, timeout},
+};
+
+/// How long a scrape waits for the scheduler, so that it takes at most twice as long.
+const POOLS_WAIT: Duration = Duration::from_millis(10);
+/// A server whose scheduler has not answered for this long is not ready.
+const POOLS_MAX_AGE: Duration = Duration::from_secs(5);
+/// Scrapes within this time get the same text, so that nobody can keep the server busy with them.
+const TEXT_MAX_AGE: Duration = Duration::from_millis(100);
+/// How often the state of the workers is told to those who watch the health service.
+const TELL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// See the top of this file.
+#[derive(Debug)]
+pub(super) struct Observer {
+    metrics: Arc<Metrics>,
+    cas: Cas,
+    assets: Assets,
+    connections: Connections,
+    /// `None` for a server that runs no actions.
+    pools: Option<PoolWatch>,
+    is_draining: AtomicBool,
+    started: SystemTime,
+    /// The last text.
+    text: Mutex<Option<(Instant, Bytes)>>,
+}
+
+impl Observer {
+    pub(super) fn new(
+        metrics: Arc<Metrics>,
+        (cas, assets): (Cas, Assets),
+        connections: Connections,
+        pools: Option<PoolWatch>,
+    ) -> Self {
+        Self {
+            metrics,
+            cas,
+            assets,
+            connections,
+            pools,
+            is_draining: AtomicBool::new(false),
+            started: SystemTime::now(),
+            text: Mutex::default(),
+        }
+    }
+
+    /// From now on, the server is not ready.
+    pub(super) fn drain(&self) {
+        self.is_draining.store(true, SeqCst);
+    }
+
+    /// Tells the health service whether actions can be executed. Runs as long as the server does.
+    pub(super) async fn tell(self: Arc<Self>, health: Health) {
+        let Some(pools) = &self.pools else { return health.set_can_execute(false).await };
+        let mut ticks = interval(TELL_INTERVAL);
+        loop {
+            ticks.tick().await;
+            health.set_can_execute(can_execute(pools.look().await.as_ref())).await;
+        }
+    }
+
+    fn is_ready_with(&self, pools: Option<&PoolSight>) -> bool {
+        let owners_live = self.cas.actor().connected() && self.assets.actor().connected();
+        let workers_live = self.pools.is_none() || can_execute(pools);
+        owners_live && workers_live && !self.is_draining.load(SeqCst)
+    }
+
+    async fn read(&self) -> Readings {
+        let seen = match &self.pools {
+            Some(pools) => pools.look().await,
+            None => None,
+        };
+        let is_ready = self.is_ready_with(seen.as_ref());
+        Readings {
+            is_ready,
+            connections: self.connections.measure(),
+            store: store_reading(self.cas.measure(), SystemTime::now()),
+            pools: seen.map(pool_readings),
+            log_lines_dropped: logging::lines_dropped(),
+            process: process::read(),
+            started: Some(self.started),
+        }
+    }
+}
+
+impl Observe for Observer {
+    fn is_ready(&self) -> BoxFuture<'_, bool> {
+        async {
+            let seen = match &self.pools {
+                Some(pools) => pools.look().await,
+                None => None,
+            };
+            self.is_ready_with(seen.as_ref())
+        }
+        .boxed()
+    }
+
+    fn metrics(&self) -> BoxFuture<'_, Bytes> {
+        async {
+            // Whoever waits here gets the text that is being made.
+            let mut text = self.text.lock().await;
+            if let Some((_, text)) = text.as_ref().filter(|(at, _)| at.elapsed() < TEXT_MAX_AGE) {
+                return text.clone();
+            }
+            let readings = self.read().await;
+            let new = Bytes::from(self.metrics.text(readings));
+            *text = Some((Instant::now(), new.clone()));
+            new
+        }
+        .boxed()
+    }
+}
+
+/// An answer of the scheduler, and when it came.
+#[derive(Debug, Clone)]
+pub(super) struct PoolSight {
+    at: Instant,
+    pools: Arc<[PoolMeasurement]>,
+}
+
+/// Asks the scheduler for the numbers of its pools, and keeps its last answer.
+pub(super) struct PoolWatch {
+    scheduler: Recipient<Measure>,
+    state: Arc<PoolWatchState>,
+}
+
+#[derive(Debug, Default)]
+struct PoolWatchState {
+    /// Whether a question is under way.
+    is_asking: AtomicBool,
+    last: watch::Sender<Option<PoolSight>>,
+}
+
+impl PoolWatch {
+    pub(super) fn new(scheduler: Recipient<Measure>) -> Self {
+        Self { scheduler, state: Arc::default() }
+    }
+
+    /// The numbers of now or, if the scheduler does not answer in time, those of its last answer.
+    async fn look(&self) -> Option<PoolSight> {
+        let mut last = self.state.last.subscribe();
+        if !self.state.is_asking.swap(true, SeqCst) {
+            let (question, state) = (self.scheduler.send(Measure), self.state.clone());
+            tokio::spawn(async move {
+                // Without an answer, the scheduler has stopped, and what it said last gets older.
+                if let Ok(pools) = question.await {
+                    state.last.send_replace(Some(PoolSight { at: Instant::now(), pools: pools.into() }));
+                }
+                state.is_asking.store(false, SeqCst);
+            });
+        }
+        let _ = timeout(POOLS_WAIT, last.changed()).await;
+        self.state.last.borrow().clone()
+    }
+}
+
+impl std::fmt::Debug for PoolWatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PoolWatch").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+/// Whether the scheduler lives and no pool has lost its workers.
+fn can_execute(seen: Option<&PoolSight>) -> bool {
+    seen.is_some_and(|seen| {
+        let has_lost = |pool: &PoolMeasurement| pool.status.state == PoolState::Closed;
+        seen.at.elapsed() <= POOLS_MAX_AGE && !seen.pools.iter().any(has_lost)
+    })
+}
+
+fn pool_readings(seen: PoolSight) -> PoolReadings {
+    let reading = |pool: &PoolMeasurement| {
+        let status = &pool.status;
+        let unused = status.slots.saturating_sub(status.busy);
+        let (free, unused) = if status.state == PoolState::Open { (unused, 0) } else { (0, unused) };
+        PoolReading {
+            name: status.name.clone(),
+            free,
+            busy: status.busy.saturating_sub(status.stuck),
+            out_of_service: unused.saturating_add(status.stuck),
+            waiting: pool.waiting,
+            oldest: pool.oldest,
+            desired: pool.desired,
+        }
+    };
+    PoolReadings { age: seen.at.elapsed(), pools: PoolReading::by_name(seen.pools.iter().map(reading)) }
+}
+
+fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
+    let StoreMeasurement { totals, tally, oldest_use } = measured;
+    let used_at = oldest_use.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.into()));
+    StoreReading {
+        used: totals.used,
+        limit: totals.limit,
+        leased: totals.leased,
+        reserved: totals.reserved,
+        blobs: totals.blobs,
+        results: totals.results,
+        zstd_forms: totals.zstd_forms,
+        evicted: tally.evicted,
+        evicted_bytes: tally.evicted_bytes,
+        damaged: tally.damaged,
+        oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
+    }
+}

@@ -5,6 +5,7 @@
 
 mod completions;
 mod config;
+mod connect;
 mod exec;
 mod live;
 mod ops;
@@ -14,7 +15,10 @@ mod replay;
 mod serve;
 mod store;
 mod table;
+mod token;
 mod verify;
+
+pub use connect::ConnectArgs;
 
 use crate::{actors::worker, size::Size};
 use clap::{
@@ -33,6 +37,7 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
+pub use token::Lifetime;
 
 /// The subcommand succeeded.
 pub const EXIT_OK: u8 = 0;
@@ -59,6 +64,7 @@ const EXIT_CODES: &str = "Exit codes:
                compare with; 129 hung up, 130 interrupted, 143 terminated
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
   config       0 valid, 2 invalid; config reload: 0 done, 1 refused by the server, which changed nothing
+  token        0 done, 2 nothing was changed
   ops, store   0 done, 1 not done or not all of it, 2 invalid command line; ops watch: 0 the action succeeded, 1 it did
                not, 129 hung up, 130 interrupted, 143 terminated
   completions  0 printed, 1 could not be written
@@ -67,7 +73,10 @@ shell); exec cancels its operation first.
 
 Every configuration key can be set by an environment variable: GOREGO_LISTEN_ADDR, GOREGO_EXECUTION__CONCURRENCY;
 `gorego config show` lists the keys. Flags override the environment, which overrides the file, which overrides the
-defaults.";
+defaults.
+
+Client commands read GOREGO_ENDPOINT, GOREGO_INSTANCE, GOREGO_CREDENTIAL_HELPER, and headers from GOREGO_HEADERS, one
+NAME=VALUE in each line.";
 
 /// Bazel remote execution in one binary.
 #[derive(Debug, Parser)]
@@ -101,6 +110,9 @@ pub enum Command {
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Make, list and revoke the tokens of clients, on the server's machine
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Print a script that completes this command line in a shell
     Completions {
         /// The shell
@@ -117,6 +129,9 @@ pub struct ServerArgs {
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
 }
 
 /// Flags of `gorego serve`.
@@ -187,12 +202,64 @@ pub struct ReloadArgs {
     pub json: bool,
 }
 
+/// The subcommands of `gorego token`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token and print it; the server keeps only its hash
+    Create {
+        /// A role of the token: reader, developer, ci, worker, admin, or one of the configuration (repeatable)
+        #[arg(long = "role", required = true, value_name = "NAME")]
+        roles: Vec<String>,
+        /// How long it is valid, as in 12h or 90d, or never
+        #[arg(long, default_value = "90d", value_name = "TIME", value_parser = token::parse_lifetime)]
+        expires: Lifetime,
+        /// What to remember it by, such as the machine that has it
+        #[arg(long, default_value = "", value_name = "TEXT")]
+        note: String,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+    /// List the tokens by their public ids
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+    /// Revoke tokens; a running server refuses them within seconds
+    Revoke {
+        /// The ids, as `list` shows them
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+}
+
+/// The flags that say where tokens are kept.
+#[derive(Debug, Clone, Default, Args)]
+pub struct TokenFileArgs {
+    /// Configuration file of the server [default: /etc/gorego/gorego.toml if it exists]
+    #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// File of the tokens [default: access.tokens of the configuration]
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+}
+
 /// The flags of `gorego exec`.
 #[derive(Debug, Clone, Args)]
 pub struct ExecArgs {
     /// The server
     #[arg(long, env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
@@ -244,6 +311,9 @@ pub struct ReplayArgs {
         value_name = "URL"
     )]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
@@ -272,6 +342,9 @@ pub struct VerifyArgs {
     /// The server
     #[arg(env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
@@ -361,6 +434,7 @@ pub fn main() -> ExitCode {
         Some(Command::Ops(command)) => ops::run(&command),
         Some(Command::Store(command)) => store::run(&command),
         Some(Command::Config(command)) => config::run(&command),
+        Some(Command::Token(command)) => token::run(&command),
         Some(Command::Completions { shell }) => completions::run(shell),
     };
     ExitCode::from(code)

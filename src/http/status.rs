@@ -43,6 +43,7 @@ fn code(error: &Error) -> StatusCode {
         Error::OutOfRange(_) => StatusCode::PAYLOAD_TOO_LARGE,
         Error::Exhausted { .. } | Error::DiskFull(_) => StatusCode::INSUFFICIENT_STORAGE,
         Error::Denied(_) => StatusCode::FORBIDDEN,
+        Error::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
         Error::Unimplemented(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
         Error::Unavailable(_) | Error::Cancelled(_) => StatusCode::SERVICE_UNAVAILABLE,
         Error::DeadlineExceeded(_) => StatusCode::REQUEST_TIMEOUT,

@@ -4,10 +4,10 @@
 //! scheduler is asked with one message at a time, whose answer costs O(pools), and is waited for at most [`POOLS_WAIT`]. While
 //! it is late, the numbers of its last answer are given, together with their age.
 
+use super::owners::Owners;
 use crate::{
     actors::{
-        asset::client::Assets,
-        cas::{StoreMeasurement, client::Cas},
+        cas::StoreMeasurement,
         scheduler::{
             messages::{Measure, PoolMeasurement},
             slots::PoolState,
@@ -44,11 +44,9 @@ const TEXT_MAX_AGE: Duration = Duration::from_millis(100);
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// See the top of this file.
-#[derive(Debug)]
 pub(super) struct Observer {
     metrics: Arc<Metrics>,
-    cas: Cas,
-    assets: Assets,
+    owners: Owners,
     connections: Connections,
     /// `None` for a server that runs no actions.
     pools: Option<PoolWatch>,
@@ -61,14 +59,13 @@ pub(super) struct Observer {
 impl Observer {
     pub(super) fn new(
         metrics: Arc<Metrics>,
-        (cas, assets): (Cas, Assets),
+        owners: Owners,
         connections: Connections,
         pools: Option<PoolWatch>,
     ) -> Self {
         Self {
             metrics,
-            cas,
-            assets,
+            owners,
             connections,
             pools,
             is_draining: AtomicBool::new(false),
@@ -93,9 +90,8 @@ impl Observer {
     }
 
     fn is_ready_with(&self, pools: Option<&PoolSight>) -> bool {
-        let owners_live = self.cas.actor().connected() && self.assets.actor().connected();
         let workers_live = self.pools.is_none() || can_execute(pools);
-        owners_live && workers_live && !self.is_draining.load(SeqCst)
+        self.owners.check().is_ok() && workers_live && !self.is_draining.load(SeqCst)
     }
 
     async fn read(&self) -> Readings {
@@ -107,12 +103,18 @@ impl Observer {
         Readings {
             is_ready,
             connections: self.connections.measure(),
-            store: store_reading(self.cas.measure(), SystemTime::now()),
+            store: store_reading(self.owners.cas.measure(), SystemTime::now()),
             pools: seen.map(pool_readings),
             log_lines_dropped: logging::lines_dropped(),
             process: process::read(),
             started: Some(self.started),
         }
+    }
+}
+
+impl std::fmt::Debug for Observer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Observer").field("pools", &self.pools).finish_non_exhaustive()
     }
 }
 
@@ -220,7 +222,7 @@ fn pool_readings(seen: PoolSight) -> PoolReadings {
 }
 
 fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
-    let StoreMeasurement { totals, tally, oldest_use } = measured;
+    let StoreMeasurement { totals, evicted, damaged, oldest_use } = measured;
     let used_at = oldest_use.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.into()));
     StoreReading {
         used: totals.used,
@@ -230,9 +232,12 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         blobs: totals.blobs,
         results: totals.results,
         zstd_forms: totals.zstd_forms,
-        evicted: tally.evicted,
-        evicted_bytes: tally.evicted_bytes,
-        damaged: tally.damaged,
+        evicted: evicted.entries,
+        evicted_bytes: evicted.bytes,
+        damaged,
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
     }
 }
+
+#[cfg(test)]
+mod tests;

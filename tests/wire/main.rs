@@ -30,3 +30,4 @@ mod reload;
 mod supervised;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;

@@ -41,6 +41,9 @@ pub enum Error {
     /// The caller lacks the permission.
     #[error("{0}")]
     Denied(String),
+    /// The request has no valid credential, and needs one.
+    #[error("{0}")]
+    Unauthenticated(String),
     /// This server does not support the operation.
     #[error("{0}")]
     Unimplemented(String),
@@ -71,6 +74,7 @@ impl Error {
             Self::OutOfRange(_) => "OUT_OF_RANGE",
             Self::Exhausted { .. } | Self::DiskFull(_) => "RESOURCE_EXHAUSTED",
             Self::Denied(_) => "PERMISSION_DENIED",
+            Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::Unimplemented(_) => "UNIMPLEMENTED",
             Self::Unavailable(_) => "UNAVAILABLE",
             Self::Cancelled(_) => "CANCELLED",
@@ -100,6 +104,7 @@ impl Error {
             | Self::OutOfRange(message)
             | Self::DiskFull(message)
             | Self::Denied(message)
+            | Self::Unauthenticated(message)
             | Self::Unimplemented(message)
             | Self::Unavailable(message)
             | Self::Cancelled(message)

@@ -38,6 +38,7 @@ pub fn code(error: &Error) -> Code {
         Error::OutOfRange(_) => Code::OutOfRange,
         Error::Exhausted { .. } | Error::DiskFull(_) => Code::ResourceExhausted,
         Error::Denied(_) => Code::PermissionDenied,
+        Error::Unauthenticated(_) => Code::Unauthenticated,
         Error::Unimplemented(_) => Code::Unimplemented,
         Error::Unavailable(_) => Code::Unavailable,
         Error::Cancelled(_) => Code::Cancelled,
@@ -229,6 +230,7 @@ mod tests {
             Error::Precondition("x".into()),
             Error::OutOfRange("x".into()),
             Error::Denied("x".into()),
+            Error::Unauthenticated("x".into()),
             Error::Unimplemented("x".into()),
         ] {
             use Code::{

@@ -249,7 +249,7 @@ impl World {
             action: submit.action,
             inline: submit.inline.clone(),
             client: submit.client.clone(),
-            principal: submit.principal,
+            principal: submit.principal.clone(),
             peer,
         });
         // What follows from the shares is tested where they are counted.

@@ -21,6 +21,7 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
         | Error::Exhausted { .. }
         | Error::DiskFull(_)
         | Error::Denied(_)
+        | Error::Unauthenticated(_)
         | Error::Unimplemented(_)
         | Error::Cancelled(_)
         | Error::DeadlineExceeded(_)

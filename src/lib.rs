@@ -30,6 +30,7 @@ mod memory;
 pub mod node;
 mod nondeterminism;
 pub mod platform;
+pub mod quotas;
 mod rate;
 mod regular_file;
 mod reload;

@@ -36,6 +36,7 @@ use crate::{
     logging::{self, Event},
     memory,
     nondeterminism::NonDeterminismReports,
+    quotas::Quotas,
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
     signals::{StopSignal, StopSignals},
@@ -55,7 +56,7 @@ use observer::{Observer, PoolWatch};
 use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
-use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
+use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tls::ReloadTls;
@@ -182,7 +183,7 @@ impl Server {
         workers: Handle,
     ) -> Result<Self> {
         let tls = tls::open(&settings)?;
-        let access = Arc::new(AccessLoader::open(settings.access.clone())?);
+        let access = Arc::new(AccessLoader::open(settings.access.clone(), &workers)?);
         let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
         let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
@@ -254,7 +255,9 @@ impl Server {
         let supervisor = supervision.supervisor.clone();
         let owners = Owners { cas: cas.clone(), assets: assets.clone(), scheduler: scheduler.clone() };
         let hosts = Hosts::new(settings.http_hosts.clone());
+        let quotas = Quotas::new(settings.quotas.clone());
         let mut parts: Vec<Box<dyn Reloadable>> = vec![
+            Box::new(ReloadQuotas::new(quotas.clone(), &settings)),
             Box::new(ReloadLogFilter::new(&settings.log)),
             Box::new(ReloadHosts::new(hosts.clone(), &settings)),
             Box::new(ReloadOrigins::new(origins, &settings.assets)),
@@ -275,7 +278,7 @@ impl Server {
         let watch = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
         let observer = Arc::new(Observer::new(metrics.clone(), owners.clone(), connections.clone(), watch));
         workers.spawn(observer.clone().tell(health.clone()));
-        let gate = Gate::new(settings.instances.clone(), access.authenticator().clone());
+        let gate = Gate::with_quotas(settings.instances.clone(), access.authenticator().clone(), quotas);
         workers.spawn(access.watch());
         if let Some(tls) = tls.clone() {
             workers.spawn(tls.watch(connections.clone()));

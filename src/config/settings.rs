@@ -12,6 +12,7 @@ use super::{
     log_filter::check_filter,
     persistent_workers::{PersistentWorkersSettings, persistent_workers},
     pools::{PoolSettings, pools},
+    quotas::quotas,
     sandbox::sandbox,
     tls::{ClientAuth, TlsSettings, tls},
 };
@@ -22,6 +23,7 @@ use crate::{
     instance::{InstancePolicy, Instances},
     node::NodeName,
     platform::{self, UnknownProperties},
+    quotas::limits::QuotaRules,
     sandbox::settings::SandboxSettings,
     size::Size,
 };
@@ -117,6 +119,8 @@ pub struct Settings {
     pub http_hosts: Vec<HostRule>,
     /// Who may do what.
     pub access: AccessSettings,
+    /// What each principal may use.
+    pub quotas: QuotaRules,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
     /// Valid settings that deserve a warning; logged once logging is installed.
@@ -313,6 +317,7 @@ impl Settings {
         let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check);
+        let quotas = quotas(&mut check);
         let tls = tls(&mut check, machine);
         let is_exposed = [Some(config.listen_addr), http_addr].into_iter().flatten().any(|a| !is_loopback(a));
         let access = access(&mut check, is_exposed, machine);
@@ -337,6 +342,7 @@ impl Settings {
                 http_addr,
                 http_hosts,
                 access,
+                quotas,
                 config_file: loaded.file.clone(),
                 warnings,
             }),

@@ -222,7 +222,7 @@ fn pool_readings(seen: PoolSight) -> PoolReadings {
 }
 
 fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
-    let StoreMeasurement { totals, evicted, damaged, oldest_use } = measured;
+    let StoreMeasurement { totals, tally, oldest_use } = measured;
     let used_at = oldest_use.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.into()));
     StoreReading {
         used: totals.used,
@@ -232,9 +232,9 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         blobs: totals.blobs,
         results: totals.results,
         zstd_forms: totals.zstd_forms,
-        evicted: evicted.entries,
-        evicted_bytes: evicted.bytes,
-        damaged,
+        evicted: tally.evicted,
+        evicted_bytes: tally.evicted_bytes,
+        damaged: tally.damaged,
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
     }
 }

@@ -22,6 +22,7 @@ use crate::{
         cas::{CasActor, CloseStore, client::Cas},
         scheduler::{
             SchedulerActor,
+            inputs::ImageSupply,
             settings::{Priorities, SchedulerSettings},
         },
     },
@@ -35,6 +36,7 @@ use crate::{
     log_streams::LogStreams,
     logging::{self, Event},
     memory,
+    nondeterminism::NonDeterminismReports,
     quotas::Quotas,
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
@@ -107,6 +109,7 @@ pub(crate) fn run(
         .map_err(|error| Error::io("start the async runtime", &error))?;
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
+    let reports = NonDeterminismReports::open(settings.cache_dir.join("v1").join("nondeterminism"));
     let place = match &settings.execution {
         Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
@@ -117,7 +120,7 @@ pub(crate) fn run(
     let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
-        let server = Server::start(settings, supervision, store, place, workers).await?;
+        let server = Server::start(settings, supervision, store, reports, place, workers).await?;
         server.serve(Configuration { config: loaded.config, load: Box::new(load) }, ready).await
     })
 }
@@ -149,6 +152,7 @@ struct Server {
     place: Option<Arc<Place>>,
     pools: Option<Pools>,
     origins: Origins,
+    reports: NonDeterminismReports,
     log_streams: LogStreams,
     metrics: Arc<Metrics>,
     /// The runtime that serves connections. The actors run on another thread.
@@ -175,6 +179,7 @@ impl Server {
         settings: Settings,
         mut supervision: Supervision,
         store: CasActor,
+        reports: NonDeterminismReports,
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
@@ -187,6 +192,8 @@ impl Server {
             None => None,
         };
         let cas = store.launch();
+        cas.report_to(reports.clone());
+        workers.spawn(reports.clone().keep_saved());
         let place = place.map(Arc::new);
         let asset_settings = asset_settings(&settings);
         let origins = asset_settings.origins.clone();
@@ -218,6 +225,7 @@ impl Server {
             place,
             pools,
             origins,
+            reports,
             log_streams,
             metrics,
             workers,
@@ -239,6 +247,7 @@ impl Server {
             place,
             pools,
             origins,
+            reports,
             log_streams,
             metrics,
             workers,
@@ -269,7 +278,12 @@ impl Server {
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
         let watch = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
-        let observer = Arc::new(Observer::new(metrics.clone(), owners.clone(), connections.clone(), watch));
+        let observer = Arc::new(Observer::new(
+            metrics.clone(),
+            owners.clone(),
+            (connections.clone(), tls.clone()),
+            watch,
+        ));
         workers.spawn(observer.clone().tell(health.clone()));
         let failures = metrics.authentication.clone();
         let gate =
@@ -286,7 +300,7 @@ impl Server {
             log_streams: log_streams.clone(),
             under_way: under_way.clone(),
             connections: connections.clone(),
-            administration: administration(place.as_deref(), reloader.clone()),
+            administration: administration(place.as_deref(), reports.clone(), reloader.clone()),
             metrics: metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
@@ -384,12 +398,14 @@ impl Server {
         }
         owners.check()?;
         // Saves the asset bindings and the recent uses, which determine the order of eviction after the next start.
+        let saving = workers.spawn_blocking(move || reports.save());
         let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
         if timeout_at(exit.end, closing).await.is_err() {
             Event::warn(LOG, "store_not_closed").log(format_args!(
                 "the store closes slowly; the order of eviction may be outdated after the next start"
             ));
         }
+        let _ = timeout_at(exit.end, saving).await;
         connections.tell_counted();
         Event::info(LOG, "server_stopped").log(format_args!("stopped"));
         Ok(())
@@ -414,14 +430,18 @@ async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader, supervisor:
     }
 }
 
-fn administration(place: Option<&Place>, reloader: Reloader) -> Administration {
+fn administration(
+    place: Option<&Place>,
+    reports: NonDeterminismReports,
+    reloader: Reloader,
+) -> Administration {
     let staged_trees = place.map(|place| {
         let build_root = place.build_root.clone();
         Arc::new(move || build_root.staged_usage()) as _
     });
     let images = place.and_then(|place| place.images.clone());
     let images = images.map(|images| Arc::new(move || images.usage()) as _);
-    Administration { staged_trees, images, reloader: Some(reloader), ..Administration::default() }
+    Administration { staged_trees, images, reports, reloader: Some(reloader), ..Administration::default() }
 }
 
 /// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
@@ -456,10 +476,7 @@ fn serve_http(
 fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
     maker.prefetch(maker.execution.pools.iter());
     let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
-    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone());
-    let scheduler = match &maker.place.images {
-        Some(images) => scheduler.with_images(Arc::new(images.clone())).start(),
-        None => scheduler.start(),
-    };
+    let images = maker.place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageSupply>);
+    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone()).with_images(images).start();
     Pools::new(maker, scheduler, workers.clone())
 }

@@ -18,6 +18,7 @@ use crate::{
     http::operations::Observe,
     logging,
     telemetry::{Metrics, PoolReading, PoolReadings, Readings, StoreReading, process},
+    tls::ServerTls,
 };
 use actix::Recipient;
 use bytes::Bytes;
@@ -48,6 +49,7 @@ pub(super) struct Observer {
     metrics: Arc<Metrics>,
     owners: Owners,
     connections: Connections,
+    tls: Option<ServerTls>,
     /// `None` for a server that runs no actions.
     pools: Option<PoolWatch>,
     is_draining: AtomicBool,
@@ -60,13 +62,14 @@ impl Observer {
     pub(super) fn new(
         metrics: Arc<Metrics>,
         owners: Owners,
-        connections: Connections,
+        (connections, tls): (Connections, Option<ServerTls>),
         pools: Option<PoolWatch>,
     ) -> Self {
         Self {
             metrics,
             owners,
             connections,
+            tls,
             pools,
             is_draining: AtomicBool::new(false),
             started: SystemTime::now(),
@@ -103,6 +106,7 @@ impl Observer {
         Readings {
             is_ready,
             connections: self.connections.measure(),
+            certificate_expiry: self.tls.as_ref().map(ServerTls::certificate_expiry),
             store: store_reading(self.owners.cas.measure(), SystemTime::now()),
             pools: seen.map(pool_readings),
             log_lines_dropped: logging::lines_dropped(),

@@ -128,6 +128,14 @@ impl AccessRules {
         &self.policy
     }
 
+    /// The same client with its roles as they are now, as far as they still exist.
+    fn with_current_roles(&self, principal: &Principal) -> Principal {
+        let named = principal.roles().iter().map(|role| std::slice::from_ref(&role.name));
+        let roles = named.filter_map(|name| self.policy.roles_named(name).ok()).flatten();
+        let roles = roles.chain(self.policy.everybody().iter().cloned()).collect();
+        Principal::new(principal.kind(), principal.detail(), roles, principal.expires())
+    }
+
     /// The holder of a certificate, or an anonymous client.
     fn without_header(&self, certificate: Option<&ClientCertificate>) -> Result<Principal, Rejection> {
         let Some(certificate) = certificate else { return Ok(self.anonymous.clone()) };
@@ -212,7 +220,8 @@ impl Authenticator {
                 rules.sources.users.as_ref().and_then(|users| users.principal(principal.detail()).cloned())
             }
             // Those who have issued them say when they end, and connections whose certificates were revoked are closed.
-            PrincipalKind::Jwt | PrincipalKind::Certificate => Some(principal.clone()),
+            PrincipalKind::Jwt if rules.sources.signed.is_none() => None,
+            PrincipalKind::Jwt | PrincipalKind::Certificate => Some(rules.with_current_roles(principal)),
         };
         let current = current.filter(|current| current.mark() == principal.mark());
         current.ok_or_else(|| Rejection::refused(format!("the credential of {principal} was revoked")))

@@ -113,8 +113,8 @@ impl PermissionSet {
     }
 
     /// Whether one of these permissions is in the set.
-    pub const fn has_any_of(self, permissions: &[Permission]) -> bool {
-        self.0 & Self::of(permissions).0 != 0
+    pub fn has_any_of(self, permissions: &[Permission]) -> bool {
+        permissions.iter().any(|permission| self.contains(*permission))
     }
 
     /// The permissions of both sets.
@@ -157,5 +157,7 @@ mod tests {
         assert!(PermissionSet::of(&[Permission::OperationsAll]).contains(Permission::OperationsOwn));
         assert!(!PermissionSet::of(&[Permission::OperationsOwn]).contains(Permission::OperationsAll));
         assert!(!PermissionSet::of(&[Permission::OperationsOwn]).has_any_of(&[Permission::Admin]));
+        // What a permission includes does not make it one.
+        assert!(!PermissionSet::of(&[Permission::OperationsOwn]).has_any_of(&[Permission::OperationsAll]));
     }
 }

@@ -46,9 +46,7 @@ impl From<Rejection> for Error {
             | Rejection::Refused(why)
             | Rejection::Expired(why)
             | Rejection::Unaccepted(why) => Self::Unauthenticated(why),
-            Rejection::TooMany(message, retry_after) => {
-                Self::Exhausted { message, retry_after: Some(retry_after) }
-            }
+            Rejection::TooMany(message, retry_after) => Self::OverQuota { message, retry_after },
             Rejection::Unavailable(why) => Self::Unavailable(why),
         }
     }

@@ -6,7 +6,7 @@
 
 use super::{
     ClientResults, CommittedSize, Loaded, LogConfig,
-    access::access,
+    access::{access, check_exposure, is_loopback},
     images::{self, ImagesSettings},
     load::keys,
     log_filter::check_filter,
@@ -14,7 +14,7 @@ use super::{
     pools::{PoolSettings, pools},
     quotas::quotas,
     sandbox::sandbox,
-    tls::{ClientAuth, TlsSettings, tls},
+    tls::{TlsSettings, tls},
 };
 use crate::{
     access::settings::AccessSettings,
@@ -34,7 +34,7 @@ use gorego_reapi::{
 };
 use std::{
     fmt::Write as _,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -415,48 +415,6 @@ fn with_client_results(policy: InstancePolicy, results: ClientResults) -> Instan
         action_cache_updates: policy.action_cache_updates && results != ClientResults::Refused,
         private_results: results == ClientResults::Private,
         ..policy
-    }
-}
-
-/// Whether only this machine can reach an address.
-fn is_loopback(address: SocketAddr) -> bool {
-    match address.ip() {
-        IpAddr::V6(ip) => ip.to_ipv4_mapped().map_or(ip.is_loopback(), |ip| ip.is_loopback()),
-        IpAddr::V4(ip) => ip.is_loopback(),
-    }
-}
-
-/// Without authentication, everyone who can reach the endpoint can run commands on this machine; without TLS, everyone who can
-/// read along on the way can take credentials.
-fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
-    let config = &check.loaded.config;
-    let has_tls = !config.tls.cert.as_os_str().is_empty();
-    // A CA that everybody needs a certificate of decides who comes in, also where it makes no difference what they may do.
-    let needs_certificate =
-        !config.tls.client_ca.as_os_str().is_empty() && config.tls.client_auth == ClientAuth::Required;
-    let has_credentials = config.access.has_credentials() || needs_certificate;
-    if is_loopback(address) || has_tls && has_credentials {
-        return;
-    }
-    let (lack, danger) = if has_credentials {
-        ("there is no TLS", "everybody who can read along on the way to it can take credentials and use them")
-    } else {
-        (
-            "there is no authentication",
-            "everybody who can reach it can run commands on this machine and change what the cache answers",
-        )
-    };
-    if config.allow_unauthenticated {
-        warnings.push(format!("{address} is not a loopback address and {lack}: {danger}"));
-    } else {
-        check.refuse(
-            key,
-            &format!(
-                "is not a loopback address, and {lack}, so {danger}. Configure [tls] and [access] (docs/securing.md), or listen \
-                 on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where everybody is trusted that far, set \
-                 allow_unauthenticated = true"
-            ),
-        );
     }
 }
 

@@ -1,6 +1,6 @@
 //! `[access]`: the notation of who may do what, and its checks.
 
-use super::settings::{Checker, Machine};
+use super::{Machine, checker::Checker};
 use crate::access::{
     credential::is_user,
     grants::{CertificateField, CertificateGrant},

@@ -3,6 +3,7 @@
 //! `gorego` without a subcommand is `gorego serve`. All arguments are parsed here; each subcommand has its own file.
 //! Messages for the user go to standard error, requested output goes to standard output.
 
+mod banner;
 mod bench;
 mod completions;
 mod config;

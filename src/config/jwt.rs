@@ -1,6 +1,6 @@
 //! `[[access.jwt]]`: the notation of issuers of signed tokens, and its checks.
 
-use super::settings::{Checker, Machine};
+use super::{Machine, checker::Checker};
 use crate::access::jwt::{
     ClaimRole, ClaimSettings, IssuerRules, IssuerSettings, JwksLocation, JwtSettings, KeySettings,
 };

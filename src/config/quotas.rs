@@ -1,6 +1,6 @@
 //! `[quotas]`: the notation of quotas, and its checks.
 
-use super::settings::Checker;
+use super::checker::Checker;
 use crate::{
     quotas::limits::{PrincipalPattern, QuotaLimits, QuotaRules},
     size::Size,

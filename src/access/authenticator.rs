@@ -202,7 +202,7 @@ impl Authenticator {
     /// When its credential has expired, or was revoked or replaced.
     pub(crate) fn renew(&self, principal: &Principal, now: SystemTime) -> Result<Principal, Rejection> {
         if principal.expires().is_some_and(|expires| expires <= now) {
-            return Err(Rejection::refused(format!("the credential of {principal} has expired")));
+            return Err(Rejection::Expired(format!("the credential of {principal} has expired")));
         }
         let rules = self.rules();
         let current = match principal.kind() {

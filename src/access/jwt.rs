@@ -142,7 +142,11 @@ impl From<TokenRefusal> for Rejection {
             RefusalKind::Malformed => Self::Malformed(refusal.message()),
             // The reason names addresses of this server's network.
             RefusalKind::KeysUnavailable => Self::Unavailable(refusal.message()),
-            _ => Self::Refused(refusal.message()),
+            RefusalKind::Expired | RefusalKind::NotYetValid => Self::Expired(refusal.message()),
+            RefusalKind::Issuer | RefusalKind::Audience | RefusalKind::Algorithm | RefusalKind::Claims => {
+                Self::Unaccepted(refusal.message())
+            }
+            RefusalKind::Key | RefusalKind::Signature => Self::Refused(refusal.message()),
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     caller::Caller,
     connections::{Admitted, ConnectionState, Connections, answers::FRAME_BYTES},
     instance::Instance,
+    quotas::UploadMeter,
     result::ResultRoom,
     under_way::Unfinished,
 };
@@ -81,6 +82,8 @@ struct CallState {
     room: Mutex<Option<Share>>,
     /// The room of a result that was read for this request, until there is room for the answer.
     result: Mutex<Option<Arc<ResultRoom>>>,
+    /// Set when it was counted for the quotas of its principal. An upload that has a quota has a meter.
+    counted: OnceLock<Option<UploadMeter>>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
     is_broken_off: AtomicBool,
@@ -319,6 +322,27 @@ impl Call {
     /// Takes what was recorded. For the end of the request.
     pub(crate) fn take_notes(&self) -> Notes {
         mem::take(&mut self.notes())
+    }
+
+    /// Whether it was counted for the quotas of its principal.
+    pub(crate) fn is_counted(&self) -> bool {
+        self.0.counted.get().is_some()
+    }
+
+    /// Records that it was counted for the quotas of its principal, and what counts the bytes of its upload.
+    pub(crate) fn note_counted(&self, meter: Option<UploadMeter>) {
+        let _ = self.0.counted.set(meter);
+    }
+
+    /// Counts the bytes of an upload that have come since the last time for the quota of the principal, if it has one.
+    ///
+    /// # Errors
+    /// `OverQuota` when there were too many in the last hour.
+    pub(crate) fn count_upload(&self) -> Result<()> {
+        match self.0.counted.get() {
+            Some(Some(meter)) => meter.count_up_to(self.bytes_in()),
+            _ => Ok(()),
+        }
     }
 
     /// Counts bytes of the request.

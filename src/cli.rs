@@ -4,6 +4,7 @@
 //! Messages for the user go to standard error, requested output goes to standard output.
 
 mod banner;
+mod bench;
 mod completions;
 mod config;
 mod connect;
@@ -64,6 +65,7 @@ const EXIT_CODES: &str = "Exit codes:
   replay       0 same as recorded, or the shell ended; 1 different; 2 it could not be replayed or there is nothing to
                compare with; 129 hung up, 130 interrupted, 143 terminated
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
+  bench        0 every call succeeded, 1 some failed, 2 nothing was measured
   config       0 valid, 2 invalid; config reload: 0 done, 1 refused by the server, which changed nothing
   token        0 done, 2 nothing was changed
   ops, store   0 done, 1 not done or not all of it, 2 invalid command line; ops watch: 0 the action succeeded, 1 it did
@@ -102,6 +104,8 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Check a server of this API, any server, against the rules that clients rely on
     Verify(VerifyArgs),
+    /// Measure a server of this API, any server, or the limits of this machine
+    Bench(BenchArgs),
     /// List, show, cancel and watch the operations of a server
     #[command(subcommand)]
     Ops(ops::OpsCommand),
@@ -391,6 +395,55 @@ pub struct VerifyArgs {
     pub large: bool,
 }
 
+/// Flags of `gorego bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The server, or the word `limits` to measure what this machine can do without one
+    #[arg(env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL|limits")]
+    pub endpoint: String,
+    /// Scenarios to run, in this order [default: all]
+    #[arg(value_name = "SCENARIO")]
+    pub scenarios: Vec<String>,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
+    /// Instance name
+    #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
+    pub instance: String,
+    /// Number of concurrent callers [default: that of the scenario]
+    #[arg(long, value_name = "N")]
+    pub callers: Option<NonZeroUsize>,
+    /// Make this many calls per second, whether or not earlier ones have ended [default: as many as the callers can make]
+    #[arg(long, value_name = "N", value_parser = parse_rate)]
+    pub rate: Option<f64>,
+    /// Measured time of each scenario
+    #[arg(long, default_value = "5s", value_name = "TIME", value_parser = parse_timeout)]
+    pub duration: Duration,
+    /// Time before that in which calls are made but not measured
+    #[arg(long, default_value = "1s", value_name = "TIME", value_parser = parse_timeout)]
+    pub warm_up: Duration,
+    /// Process id of the server, to report its CPU time and memory
+    #[arg(long, value_name = "PID")]
+    pub pid: Option<u32>,
+    /// Print the results as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Compare with an earlier run that was printed with --json
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub compare: Option<PathBuf>,
+    /// List the scenarios and exit
+    #[arg(long)]
+    pub list: bool,
+    /// For `limits`: directory on the disk to measure
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub directory: PathBuf,
+}
+
+fn parse_rate(text: &str) -> Result<f64, String> {
+    let is_rate = |rate: &f64| (0.001..=1e6).contains(rate);
+    text.parse().ok().filter(is_rate).ok_or_else(|| "expected calls per second, from 0.001 to 1000000".into())
+}
+
 fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
@@ -432,6 +485,7 @@ pub fn main() -> ExitCode {
         Some(Command::Exec(args)) => exec::run(args),
         Some(Command::Replay(args)) => replay::run(args),
         Some(Command::Verify(args)) => verify::run(&args),
+        Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Ops(command)) => ops::run(&command),
         Some(Command::Store(command)) => store::run(&command),
         Some(Command::Config(command)) => config::run(&command),

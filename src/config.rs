@@ -9,11 +9,13 @@ mod access;
 mod checker;
 mod execution;
 mod images;
+mod jwt;
 mod limits;
 pub mod load;
 mod log_filter;
 mod persistent_workers;
 mod pools;
+mod quotas;
 mod sandbox;
 mod settings;
 pub mod show;
@@ -37,6 +39,7 @@ use images::ImagesConfig;
 use limits::LimitsConfig;
 use persistent_workers::PersistentWorkersConfig;
 use pools::PoolConfig;
+use quotas::QuotasConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
@@ -79,6 +82,8 @@ pub struct Config {
     pub http: HttpConfig,
     /// Who may do what.
     pub access: AccessConfig,
+    /// What each principal may use.
+    pub quotas: QuotasConfig,
 }
 
 /// The `[assets]` section.
@@ -268,6 +273,7 @@ impl Default for Config {
             assets: AssetsConfig::default(),
             http: HttpConfig::default(),
             access: AccessConfig::default(),
+            quotas: QuotasConfig::default(),
         }
     }
 }

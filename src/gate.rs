@@ -19,6 +19,7 @@ use crate::{
     },
     call::Call,
     instance::{Instance, Instances},
+    quotas::{OperationLimits, Quotas},
 };
 use gorego_reapi::error::{Error, Result};
 use http::HeaderMap;
@@ -35,12 +36,23 @@ pub struct Gate(Arc<GateState>);
 struct GateState {
     instances: Instances,
     authenticator: Authenticator,
+    quotas: Quotas,
 }
 
 impl Gate {
     /// A gate to these instances, with these rules.
     pub fn new(instances: Instances, authenticator: Authenticator) -> Self {
-        Self(Arc::new(GateState { instances, authenticator }))
+        Self::with_quotas(instances, authenticator, Quotas::default())
+    }
+
+    /// A gate at which quotas count too.
+    pub(crate) fn with_quotas(instances: Instances, authenticator: Authenticator, quotas: Quotas) -> Self {
+        Self(Arc::new(GateState { instances, authenticator, quotas }))
+    }
+
+    /// How many operations the principal of a request may have.
+    pub(crate) fn operation_limits(&self, call: &Call) -> OperationLimits {
+        self.0.quotas.operations_of(call.principal())
     }
 
     /// Who sends a request with these headers, and whether it may make this request at all. Nobody is identified for a method
@@ -95,7 +107,7 @@ impl Gate {
     /// call.
     ///
     /// # Errors
-    /// `Invalid` for a malformed or unknown name; `Denied`, `Unauthenticated`.
+    /// `Invalid` for a malformed or unknown name; `Denied`, `Unauthenticated`; `OverQuota`.
     pub(crate) fn enter(&self, call: &Call, name: &str) -> Result<Instance> {
         let needed = call.permissions().ok_or_else(no_row)?.first().copied();
         self.admit(call, name, needed.as_slice())
@@ -152,7 +164,23 @@ impl Gate {
             allowed_by(&instance, *needed)?;
             call.note_permission(*needed);
         }
+        self.count(call, &instance, needed)?;
         Ok(instance)
+    }
+
+    /// Counts a request for the quotas of its principal, once. Uploads count with what they have sent so far; the rest counts
+    /// while it comes ([`Call::count_upload`]).
+    fn count(&self, call: &Call, instance: &Instance, needed: &[Permission]) -> Result<()> {
+        let quotas = &self.0.quotas;
+        if quotas.are_off() || call.is_counted() {
+            return Ok(());
+        }
+        let (principal, caller) = (call.principal(), call.caller());
+        quotas.count_request(principal, caller, instance)?;
+        let uploads =
+            needed.iter().any(|needed| matches!(needed, Permission::CasWrite | Permission::AcWrite));
+        call.note_counted(uploads.then(|| quotas.upload_meter(principal, caller, instance)).flatten());
+        call.count_upload()
     }
 
     /// Checks that the principal has one of these permissions in the instance with this name.

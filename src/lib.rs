@@ -29,6 +29,7 @@ pub mod logging;
 mod memory;
 pub mod node;
 pub mod platform;
+pub mod quotas;
 mod rate;
 mod regular_file;
 mod reload;

@@ -36,6 +36,7 @@ use crate::{
     log_streams::LogStreams,
     logging::{self, Event},
     memory,
+    quotas::Quotas,
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
     signals::{StopSignal, StopSignals},
@@ -55,7 +56,7 @@ use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
 use ports::{Ports, ServedPort};
-use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
+use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc};
 use tls::ReloadTls;
@@ -136,6 +137,7 @@ fn descriptors() -> u64 {
 struct Server {
     settings: Settings,
     access: Arc<AccessLoader>,
+    quotas: Quotas,
     tls: Option<ServerTls>,
     cas: Cas,
     assets: Assets,
@@ -172,7 +174,7 @@ impl Server {
         workers: Handle,
     ) -> Result<(Self, Listeners)> {
         let tls = tls::open(&settings)?;
-        let access = Arc::new(AccessLoader::open(settings.access.clone())?);
+        let access = Arc::new(AccessLoader::open(settings.access.clone(), &workers)?);
         let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
         let listeners = Listeners {
             grpc: listen(grpc, settings.listen_addr, "listen_addr").await?,
@@ -201,9 +203,11 @@ impl Server {
             start_scheduler(bounds, PoolMaker { place, execution, cas, log_streams, metrics }, &workers)
         });
         let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
+        let quotas = Quotas::new(settings.quotas.clone());
         let server = Self {
             settings,
             access,
+            quotas,
             tls,
             cas,
             assets,
@@ -271,6 +275,7 @@ impl Server {
     fn reloader(&mut self, Configuration { config, load }: Configuration, hosts: &Hosts) -> Reloader {
         let settings = &self.settings;
         let mut parts: Vec<Box<dyn Reloadable>> = vec![
+            Box::new(ReloadQuotas::new(self.quotas.clone(), settings)),
             Box::new(ReloadLogFilter::new(&settings.log)),
             Box::new(ReloadHosts::new(hosts.clone(), settings)),
             Box::new(ReloadOrigins::new(self.origins.clone(), &settings.assets)),
@@ -305,7 +310,11 @@ impl Server {
             grpc.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;
         let shared = http::PortContext {
-            gate: Gate::new(self.settings.instances.clone(), self.access.authenticator().clone()),
+            gate: Gate::with_quotas(
+                self.settings.instances.clone(),
+                self.access.authenticator().clone(),
+                self.quotas.clone(),
+            ),
             hosts,
             under_way: UnderWay::default(),
             connections: Connections::new(descriptors()),
@@ -313,8 +322,12 @@ impl Server {
         };
         let (under_way, connections) = (shared.under_way.clone(), shared.connections.clone());
         let watch = self.scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
-        let observer =
-            Arc::new(Observer::new(self.metrics.clone(), owners.clone(), connections.clone(), watch));
+        let observer = Arc::new(Observer::new(
+            self.metrics.clone(),
+            owners.clone(),
+            (connections.clone(), self.tls.clone()),
+            watch,
+        ));
         self.workers.spawn(observer.clone().tell(health.clone()));
         self.workers.spawn(connections.clone().sweep());
         self.workers.spawn(self.access.clone().watch());

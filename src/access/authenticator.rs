@@ -34,6 +34,9 @@ use verified::VerifiedCredentials;
 
 /// How long a password that was right is not checked again.
 const PASSWORD_KEPT: Duration = Duration::from_secs(10 * 60);
+/// How long a signed token that was right is not checked again. After this time, a key that its issuer has withdrawn does not
+/// count any more.
+const SIGNED_KEPT: Duration = Duration::from_secs(60);
 
 /// What a request brings to prove who sends it.
 #[derive(Debug, Clone, Copy)]
@@ -250,7 +253,7 @@ impl Authenticator {
             let (rules, signed, token) = (rules.clone(), signed.clone(), token.to_owned());
             async move {
                 let (principal, expires) = rules.signed(&*signed, &token, now).await?;
-                rules.verified.put(hash, principal.clone(), expires);
+                rules.verified.put(hash, principal.clone(), expires.min(now + SIGNED_KEPT));
                 Ok(principal)
             }
             .boxed()

@@ -31,24 +31,16 @@ pub use pattern::ClaimPattern;
 pub use refusal::{RefusalKind, TokenRefusal};
 pub use token::MAX_TOKEN_BYTES;
 
+use super::{
+    authenticator::{SignedTokens, VerifiedToken},
+    rejection::Rejection,
+};
 use cache::KeyCache;
+use futures::future::{BoxFuture, FutureExt as _};
 use refusal::shown;
 use std::{sync::Arc, time::SystemTime};
 use token::UnverifiedToken;
 use tokio::runtime::Handle;
-
-/// What a token proves.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VerifiedClaims {
-    /// Who issued it.
-    pub issuer: String,
-    /// Whom it was issued to, a name that the issuer gives.
-    pub subject: String,
-    /// The names of the roles that it gives, each once.
-    pub roles: Vec<String>,
-    /// Until when it is accepted.
-    pub expires: SystemTime,
-}
 
 /// An issuer, as configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,25 +99,50 @@ impl JwtVerifier {
     ///
     /// # Errors
     /// Why it is not accepted.
-    pub async fn verify(&self, token: &str, now: SystemTime) -> Result<VerifiedClaims, TokenRefusal> {
+    pub async fn check(&self, token: &str, now: SystemTime) -> Result<VerifiedToken, TokenRefusal> {
         let token = UnverifiedToken::parse(token)?;
-        let mut of_issuer =
-            self.issuers.iter().filter(|issuer| issuer.rules.issuer() == token.issuer).peekable();
-        let Some(first) = of_issuer.peek().copied() else {
-            let reason = format!("its issuer \"{}\" is not configured", shown(&token.issuer));
-            return Err(TokenRefusal::new(RefusalKind::Issuer, reason));
-        };
-        // Without one for its audience, the first one says what is wrong.
-        let issuer = of_issuer.find(|issuer| issuer.rules.is_audience_of(&token)).unwrap_or(first);
-        issuer.rules.check_issued_for_us(&token)?;
+        let TrustedIssuer { rules, keys } = self.issuer_of(&token)?;
+        rules.check_issued_for_us(&token)?;
         let unavailable = |reason| TokenRefusal::new(RefusalKind::KeysUnavailable, reason);
-        let keys = issuer.keys.current(now).await.map_err(unavailable)?;
-        match issuer.rules.verify(&token, &keys, now) {
-            Err(refusal) if refusal.kind == RefusalKind::Key => match issuer.keys.newer(now).await {
-                Some(keys) => issuer.rules.verify(&token, &keys, now),
+        let current = keys.current(now).await.map_err(unavailable)?;
+        match rules.verify(&token, &current, now) {
+            Err(refusal) if refusal.kind == RefusalKind::Key => match keys.newer(now).await {
+                Some(newer) => rules.verify(&token, &newer, now),
                 None => Err(refusal),
             },
             verified => verified,
+        }
+    }
+
+    /// The issuer that a token names, with the rules for its audience. Without such rules, the first ones say what is wrong.
+    fn issuer_of(&self, token: &UnverifiedToken<'_>) -> Result<&TrustedIssuer, TokenRefusal> {
+        let of_issuer = || self.issuers.iter().filter(|issuer| issuer.rules.issuer() == token.issuer);
+        let found =
+            of_issuer().find(|issuer| issuer.rules.is_audience_of(token)).or_else(|| of_issuer().next());
+        found.ok_or_else(|| {
+            let reason = format!("its issuer \"{}\" is not configured", shown(&token.issuer));
+            TokenRefusal::new(RefusalKind::Issuer, reason)
+        })
+    }
+}
+
+impl SignedTokens for JwtVerifier {
+    fn verify<'a>(
+        &'a self,
+        token: &'a str,
+        now: SystemTime,
+    ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>> {
+        async move { Ok(self.check(token, now).await?) }.boxed()
+    }
+}
+
+impl From<TokenRefusal> for Rejection {
+    fn from(refusal: TokenRefusal) -> Self {
+        match refusal.kind {
+            RefusalKind::Malformed => Self::Malformed(refusal.message()),
+            // The reason names addresses of this server's network.
+            RefusalKind::KeysUnavailable => Self::Unavailable(refusal.message()),
+            _ => Self::Refused(refusal.message()),
         }
     }
 }
@@ -139,6 +156,6 @@ pub fn verify_with(
     keys: &KeySet,
     token: &str,
     now: SystemTime,
-) -> Result<VerifiedClaims, TokenRefusal> {
+) -> Result<VerifiedToken, TokenRefusal> {
     rules.verify(&UnverifiedToken::parse(token)?, keys, now)
 }

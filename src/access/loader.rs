@@ -4,8 +4,9 @@
 //! that removing it takes all credentials in it away.
 
 use super::{
-    authenticator::{AccessRules, Authenticator, CredentialSources},
+    authenticator::{AccessRules, Authenticator, CredentialSources, SignedTokens},
     basic::{PasswordFile, UserSet},
+    jwt::{JwksLocation, JwtVerifier, KeySet},
     settings::AccessSettings,
     tokens::{self, TokenSet},
 };
@@ -17,9 +18,9 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
-use tokio::time::interval;
+use tokio::{runtime::Handle, time::interval};
 
 /// Target of the log lines of this room.
 pub(super) const LOG: &str = "gorego::access";
@@ -38,6 +39,8 @@ pub(crate) struct AccessLoader {
 #[derive(Debug)]
 struct LoadedAccess {
     settings: AccessSettings,
+    /// The issuers of signed tokens; `None` for a server without them. They look after their keys themselves.
+    signed: Option<Arc<JwtVerifier>>,
     /// What the files were like when they were read last.
     stamps: Vec<Option<CredentialStamp>>,
 }
@@ -52,15 +55,16 @@ struct CredentialStamp {
 }
 
 impl AccessLoader {
-    /// Makes the first rules.
+    /// Makes the first rules. Keys of issuers are fetched on `runtime`.
     ///
     /// # Errors
     /// `Invalid` that names the file that cannot be used.
-    pub(crate) fn open(settings: AccessSettings) -> Result<Self> {
+    pub(crate) fn open(settings: AccessSettings, runtime: &Handle) -> Result<Self> {
         // Before the files are read: a change in between is noticed at the first look.
         let stamps = stamps(&settings);
-        let authenticator = Authenticator::new(load(&settings)?);
-        Ok(Self { authenticator, state: Mutex::new(LoadedAccess { settings, stamps }) })
+        let signed = signed_tokens(&settings, runtime)?;
+        let authenticator = Authenticator::new(load(&settings, signed.clone())?);
+        Ok(Self { authenticator, state: Mutex::new(LoadedAccess { settings, signed, stamps }) })
     }
 
     /// The authenticator with the rules.
@@ -88,7 +92,7 @@ impl AccessLoader {
             return;
         }
         state.stamps = stamps;
-        match load(&state.settings) {
+        match load(&state.settings, state.signed.clone()) {
             Ok(rules) => {
                 self.authenticator.replace(rules);
                 Event::info(LOG, "credentials_reloaded")
@@ -103,7 +107,30 @@ impl AccessLoader {
     }
 }
 
-fn load(settings: &AccessSettings) -> Result<AccessRules> {
+fn signed_tokens(settings: &AccessSettings, runtime: &Handle) -> Result<Option<Arc<JwtVerifier>>> {
+    if settings.jwt.is_empty() {
+        return Ok(None);
+    }
+    let verifier = JwtVerifier::start(&settings.jwt, None, SystemTime::now(), runtime, log_keys);
+    verifier.map(|verifier| Some(Arc::new(verifier))).map_err(Error::Invalid)
+}
+
+/// Logs what an attempt to fetch the keys of an issuer has led to.
+fn log_keys(location: &JwksLocation, fetched: std::result::Result<&KeySet, &str>) {
+    match fetched {
+        Ok(keys) => Event::info(LOG, "jwks_loaded")
+            .with_shown("jwks", location)
+            .with("keys", keys.count())
+            .with("left_out", keys.left_out().len())
+            .log(format_args!("{} keys of signed tokens from {location}", keys.count())),
+        Err(error) => Event::warn(LOG, "jwks_failed")
+            .with_shown("jwks", location)
+            .with("error", error)
+            .log(format_args!("the keys of signed tokens from {location} cannot be used: {error}")),
+    }
+}
+
+fn load(settings: &AccessSettings, signed: Option<Arc<JwtVerifier>>) -> Result<AccessRules> {
     let policy = settings.policy.clone();
     let tokens = match &settings.tokens {
         Some(path) => TokenSet::new(&tokens::file::read(path)?, &policy),
@@ -119,7 +146,7 @@ fn load(settings: &AccessSettings) -> Result<AccessRules> {
             tokens: Arc::new(tokens),
             users,
             certificates: settings.certificates.clone(),
-            signed: None,
+            signed: signed.map(|signed| signed as Arc<dyn SignedTokens>),
         },
     ))
 }

@@ -4,6 +4,7 @@ use super::{
     permission::{Permission, PermissionSet},
     role::Role,
 };
+use crate::caller::{Peer, PrincipalId};
 use std::{
     fmt,
     sync::{Arc, LazyLock},
@@ -126,6 +127,11 @@ impl Principal {
     /// Whether it has shown no credential.
     pub fn is_anonymous(&self) -> bool {
         self.0.kind == PrincipalKind::Anonymous
+    }
+
+    /// Whom the shares of its operations belong to: itself, if it has proved who it is, or else the peer that it calls from.
+    pub(crate) fn peer(&self, caller: Peer) -> Peer {
+        if self.is_anonymous() { caller } else { Peer::Principal(PrincipalId::of(self.name())) }
     }
 
     /// Whether both are the same client, as far as this server can tell. Their roles may differ, after a change of the rules.

@@ -1,6 +1,6 @@
 //! [`AccessSettings`]: what the configuration says about access, checked.
 
-use super::{grants::CertificateGrant, policy::Policy};
+use super::{grants::CertificateGrant, jwt::JwtSettings, policy::Policy};
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// See the top of this file.
@@ -16,4 +16,6 @@ pub struct AccessSettings {
     pub users: BTreeMap<String, Vec<String>>,
     /// The roles of holders of certificates. All of these roles exist.
     pub certificates: Vec<CertificateGrant>,
+    /// The issuers of signed tokens. All roles that they give exist.
+    pub jwt: Vec<JwtSettings>,
 }

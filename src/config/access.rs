@@ -1,6 +1,10 @@
 //! `[access]`: the notation of who may do what, and its checks.
 
-use super::{Machine, checker::Checker};
+use super::{
+    Machine,
+    checker::Checker,
+    jwt::{self, JwtConfig},
+};
 use crate::access::{
     credential::is_user,
     grants::{CertificateField, CertificateGrant},
@@ -32,6 +36,8 @@ pub struct AccessConfig {
     pub anonymous: Vec<String>,
     /// The roles of clients with certificates.
     pub certificates: Vec<CertificateConfig>,
+    /// The issuers of signed tokens.
+    pub jwt: Vec<JwtConfig>,
     /// The roles of users with passwords.
     pub users: BTreeMap<String, Vec<String>>,
     /// Roles besides the ready-made ones.
@@ -77,6 +83,7 @@ impl AccessConfig {
         !self.tokens.as_os_str().is_empty()
             || !self.passwords.as_os_str().is_empty()
             || !self.certificates.is_empty()
+            || !self.jwt.is_empty()
     }
 }
 
@@ -94,6 +101,10 @@ pub(super) fn access(check: &mut Checker<'_>, is_exposed: bool, machine: &Machin
         known_roles(check, "access.users", roles, &policy);
     }
     let certificates = certificates(check, config, &policy);
+    let jwt = jwt::issuers(check, machine);
+    for role in jwt.iter().flat_map(|issuer| &issuer.rules.roles) {
+        known_roles(check, "access.jwt", std::slice::from_ref(&role.role), &policy);
+    }
     let mut file =
         |key: &str, path: &Path| (!path.as_os_str().is_empty()).then(|| check.directory(key, path, machine));
     AccessSettings {
@@ -102,6 +113,7 @@ pub(super) fn access(check: &mut Checker<'_>, is_exposed: bool, machine: &Machin
         passwords: file("access.passwords", &config.passwords),
         users: config.users.clone(),
         certificates,
+        jwt,
     }
 }
 

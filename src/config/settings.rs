@@ -10,6 +10,7 @@ use super::{
     checker::Checker,
     execution::{ExecutionSettings, execution},
     log_filter::check_filter,
+    quotas::quotas,
     tls::{ClientAuth, TlsSettings, tls},
 };
 use crate::{
@@ -17,6 +18,7 @@ use crate::{
     host::{HostPortRule, HostRule, Network},
     instance::{InstancePolicy, Instances},
     node::NodeName,
+    quotas::limits::QuotaRules,
 };
 use gorego_reapi::{
     compression::LEVELS,
@@ -98,6 +100,8 @@ pub struct Settings {
     pub http_hosts: Vec<HostRule>,
     /// Who may do what.
     pub access: AccessSettings,
+    /// What each principal may use.
+    pub quotas: QuotaRules,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
     /// Valid settings that deserve a warning; logged once logging is installed.
@@ -161,6 +165,7 @@ impl Settings {
         let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check);
+        let quotas = quotas(&mut check);
         let tls = tls(&mut check, machine);
         let is_exposed = [Some(config.listen_addr), http_addr].into_iter().flatten().any(|a| !is_loopback(a));
         let access = access(&mut check, is_exposed, machine);
@@ -185,6 +190,7 @@ impl Settings {
                 http_addr,
                 http_hosts,
                 access,
+                quotas,
                 config_file: loaded.file.clone(),
                 warnings,
             }),

@@ -101,6 +101,7 @@ fn submission(gate: &Gate, call: &Call, request: ExecuteRequest) -> Result<Submi
         client: call.client().clone(),
         caller: call.caller(),
         principal: call.principal().clone(),
+        limits: gate.operation_limits(call),
     })
 }
 

@@ -42,6 +42,7 @@ fn code(error: &Error) -> StatusCode {
         Error::MissingBlobs(_) | Error::Precondition(_) => StatusCode::CONFLICT,
         Error::OutOfRange(_) => StatusCode::PAYLOAD_TOO_LARGE,
         Error::Exhausted { .. } | Error::DiskFull(_) => StatusCode::INSUFFICIENT_STORAGE,
+        Error::OverQuota { .. } => StatusCode::TOO_MANY_REQUESTS,
         Error::Denied(_) => StatusCode::FORBIDDEN,
         Error::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
         Error::Unimplemented(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,

@@ -18,6 +18,7 @@ use crate::{
     http::operations::Observe,
     logging,
     telemetry::{Metrics, PoolReading, PoolReadings, Readings, StoreReading, process},
+    tls::ServerTls,
 };
 use actix::Recipient;
 use bytes::Bytes;
@@ -48,6 +49,7 @@ pub(super) struct Observer {
     metrics: Arc<Metrics>,
     owners: Owners,
     connections: Connections,
+    tls: Option<ServerTls>,
     /// `None` for a server that runs no actions.
     pools: Option<PoolWatch>,
     is_draining: AtomicBool,
@@ -60,13 +62,14 @@ impl Observer {
     pub(super) fn new(
         metrics: Arc<Metrics>,
         owners: Owners,
-        connections: Connections,
+        (connections, tls): (Connections, Option<ServerTls>),
         pools: Option<PoolWatch>,
     ) -> Self {
         Self {
             metrics,
             owners,
             connections,
+            tls,
             pools,
             is_draining: AtomicBool::new(false),
             started: SystemTime::now(),
@@ -103,6 +106,7 @@ impl Observer {
         Readings {
             is_ready,
             connections: self.connections.measure(),
+            certificate_expiry: self.tls.as_ref().map(ServerTls::certificate_expiry),
             store: store_reading(self.owners.cas.measure(), SystemTime::now()),
             pools: seen.map(pool_readings),
             log_lines_dropped: logging::lines_dropped(),
@@ -222,7 +226,7 @@ fn pool_readings(seen: PoolSight) -> PoolReadings {
 }
 
 fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
-    let StoreMeasurement { totals, evicted, damaged, oldest_use } = measured;
+    let StoreMeasurement { totals, tally, oldest_use } = measured;
     let used_at = oldest_use.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.into()));
     StoreReading {
         used: totals.used,
@@ -232,9 +236,9 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         blobs: totals.blobs,
         results: totals.results,
         zstd_forms: totals.zstd_forms,
-        evicted: evicted.entries,
-        evicted_bytes: evicted.bytes,
-        damaged,
+        evicted: tally.evicted,
+        evicted_bytes: tally.evicted_bytes,
+        damaged: tally.damaged,
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
     }
 }

@@ -45,8 +45,10 @@ const STORE_START: &str = "src/actors/cas/recovery.rs";
 
 /// The rooms that the configuration may import: checked values without state, and the settings of access and logging. Every other
 /// room declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
-pub const CONFIG_MAY: &[&str] =
-    &["access", "action", "host", "instance", "limits", "logging", "node", "platform", "sandbox", "size"];
+pub const CONFIG_MAY: &[&str] = &[
+    "access", "action", "host", "instance", "limits", "logging", "node", "platform", "quotas", "sandbox",
+    "size",
+];
 
 /// The imports between the rooms of one crate, each with a file that contains it.
 pub type Imports = BTreeMap<String, BTreeMap<String, String>>;

@@ -15,6 +15,7 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Output},
+    time::SystemTime,
 };
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -113,6 +114,13 @@ async fn both_ports_speak_tls_and_plaintext_is_told_so() {
         assert!(put.status().is_success());
         let got = client.get(format!("https://{http}/cache/key")).send().await.unwrap();
         assert_eq!(got.version(), reqwest::Version::HTTP_11);
+        let metrics =
+            client.get(format!("https://{http}/metrics")).send().await.unwrap().text().await.unwrap();
+        let expiry =
+            metrics.lines().find_map(|line| line.strip_prefix("gorego_tls_certificate_expiry_seconds "));
+        let expiry = expiry.unwrap().parse::<f64>().unwrap();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
+        assert!((expiry - now - VALID.to as f64).abs() < 600.0, "{expiry}");
         assert_eq!(got.bytes().await.unwrap(), vec![7; 1_000_000]);
     }
     let mut plain = TcpStream::connect(&http).unwrap();

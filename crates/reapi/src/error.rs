@@ -35,6 +35,14 @@ pub enum Error {
         /// When to retry; `None` if waiting does not help.
         retry_after: Option<Duration>,
     },
+    /// The caller uses more than its quota. The request may succeed after the given time.
+    #[error("{message}")]
+    OverQuota {
+        /// What there is too much of.
+        message: String,
+        /// When to retry.
+        retry_after: Duration,
+    },
     /// The disk of this server is full. The request may succeed after [`DISK_FULL_RETRY`].
     #[error("{0}")]
     DiskFull(String),
@@ -72,7 +80,7 @@ impl Error {
             Self::NotFound(_) => "NOT_FOUND",
             Self::MissingBlobs(_) | Self::Precondition(_) => "FAILED_PRECONDITION",
             Self::OutOfRange(_) => "OUT_OF_RANGE",
-            Self::Exhausted { .. } | Self::DiskFull(_) => "RESOURCE_EXHAUSTED",
+            Self::Exhausted { .. } | Self::OverQuota { .. } | Self::DiskFull(_) => "RESOURCE_EXHAUSTED",
             Self::Denied(_) => "PERMISSION_DENIED",
             Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::Unimplemented(_) => "UNIMPLEMENTED",
@@ -88,6 +96,7 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Exhausted { retry_after, .. } => *retry_after,
+            Self::OverQuota { retry_after, .. } => Some(*retry_after),
             Self::DiskFull(_) => Some(DISK_FULL_RETRY),
             _ => None,
         }
@@ -98,6 +107,7 @@ impl Error {
         match self {
             Self::MissingBlobs(missing) => size_of_val(missing.as_slice()),
             Self::Exhausted { message, .. }
+            | Self::OverQuota { message, .. }
             | Self::Invalid(message)
             | Self::NotFound(message)
             | Self::Precondition(message)

@@ -36,7 +36,7 @@ pub fn code(error: &Error) -> Code {
         Error::NotFound(_) => Code::NotFound,
         Error::MissingBlobs(_) | Error::Precondition(_) => Code::FailedPrecondition,
         Error::OutOfRange(_) => Code::OutOfRange,
-        Error::Exhausted { .. } | Error::DiskFull(_) => Code::ResourceExhausted,
+        Error::Exhausted { .. } | Error::OverQuota { .. } | Error::DiskFull(_) => Code::ResourceExhausted,
         Error::Denied(_) => Code::PermissionDenied,
         Error::Unauthenticated(_) => Code::Unauthenticated,
         Error::Unimplemented(_) => Code::Unimplemented,

@@ -10,7 +10,7 @@ use super::{
     connection::{CONNECT_LIMIT, Service, Target},
 };
 use gorego_client::{
-    AuthorizedChannel, foreign_protocol,
+    AuthorizedChannel, diagnose,
     stubs::{
         ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
         ExecutionClient, FetchClient, LogStreamServiceClient, OperationsClient, PushClient,
@@ -111,7 +111,7 @@ impl Session {
                     Stop::Fail { observed, .. } | Stop::Unmet { observed, .. } => observed,
                     Stop::Absent(why) | Stop::Skipped(why) => why,
                 };
-                let why = foreign_protocol(&options.server).await.map_or(why, str::to_owned);
+                let why = diagnose(&options.server).await.unwrap_or(why);
                 return Err(Error::Unavailable(format!(
                     "no server to verify at {}: {why}",
                     options.server.endpoint

@@ -160,18 +160,22 @@ impl KeyCache {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in what an attempt read. A lasting problem is logged once, so that it does not fill the log.
+    /// Takes in what an attempt read. Only news are logged: a lasting problem once, and keys when there were none, after a problem, or
+    /// when their file has changed.
     fn take(&self, document: Result<KeyDocument, String>, began: SystemTime) {
         let location = &self.settings.location;
         let mut state = self.state();
         match document {
             Ok(document) => {
                 state.freshness.succeed(began);
-                state.problem = None;
+                let had_problem = state.problem.take().is_some();
                 if let KeyDocument::Keys(keys, file) = document {
+                    let is_news = had_problem || file.is_some() || state.keys.is_none();
                     let keys = state.replace(keys, file);
                     drop(state);
-                    (self.log)(location, Ok(&keys));
+                    if is_news {
+                        (self.log)(location, Ok(&keys));
+                    }
                 }
             }
             Err(problem) if state.problem.as_ref() != Some(&problem) => {

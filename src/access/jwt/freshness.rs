@@ -31,9 +31,10 @@ impl Freshness {
         self.fetched.is_some_and(|fetched| since(fetched, now) <= times.max_stale)
     }
 
-    /// Whether another attempt is allowed. A clock that was set back allows one at once, so that none is missed for long.
+    /// Whether another attempt is allowed. A clock that was set back by more than the pause allows one at once, so that none is
+    /// missed for long; less may be the age of a request.
     pub(super) fn may_try(self, times: &FetchTimes, now: SystemTime) -> bool {
-        self.tried.is_none_or(|tried| now < tried || since(tried, now) >= times.pause)
+        self.tried.is_none_or(|tried| since(tried, now) >= times.pause || since(now, tried) > times.pause)
     }
 
     /// How long the background waits for its next attempt. After a failure it tries again as soon as it may.
@@ -96,6 +97,8 @@ mod tests {
         let mut freshness = Freshness::default();
         freshness.try_at(at(0));
         assert!(!freshness.may_try(&TIMES, at(0)) && !freshness.may_try(&TIMES, at(59)));
+        let of_an_old_request = UNIX_EPOCH + Duration::from_secs(999_999);
+        assert!(!freshness.may_try(&TIMES, of_an_old_request));
         assert!(freshness.may_try(&TIMES, at(60)));
         freshness.succeed(at(0));
         assert!(!freshness.may_try(&TIMES, at(59)));

@@ -2,7 +2,6 @@
 //! arguments.
 
 use super::{
-    VerifiedClaims,
     algorithm::SignatureAlgorithm,
     claims::{ClaimConditions, ClaimSettings},
     keys::{KeySet, MissingKey},
@@ -10,6 +9,7 @@ use super::{
     signature,
     token::{MAX_NAME_BYTES, UnverifiedToken},
 };
+use crate::access::authenticator::VerifiedToken;
 use std::time::{Duration, SystemTime};
 
 /// The largest difference between clocks that can be allowed for. More would make short-lived tokens long-lived.
@@ -127,7 +127,7 @@ impl IssuerRules {
         token: &UnverifiedToken<'_>,
         keys: &KeySet,
         now: SystemTime,
-    ) -> Result<VerifiedClaims, TokenRefusal> {
+    ) -> Result<VerifiedToken, TokenRefusal> {
         self.check_issued_for_us(token)?;
         check_signature(token, keys)?;
         let expires = self.check_time(token, now)?;
@@ -142,7 +142,7 @@ impl IssuerRules {
             }
         }
         let (issuer, subject) = (token.issuer.clone(), token.subject.clone());
-        Ok(VerifiedClaims { issuer, subject, roles, expires })
+        Ok(VerifiedToken { issuer, subject, roles, expires })
     }
 
     /// Checks what needs no keys: issuer, audience and algorithm.

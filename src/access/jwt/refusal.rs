@@ -44,21 +44,18 @@ impl TokenRefusal {
         Self { kind, reason: reason.into() }
     }
 
-    /// What the client is told. It does not say which values this server expects.
-    pub fn message(&self) -> &'static str {
+    /// What the client is told. It knows its own token, so it may know the reason as well, but not what this server has tried
+    /// to fetch keys.
+    pub fn message(&self) -> String {
         match self.kind {
-            RefusalKind::Malformed => "the token is malformed",
-            RefusalKind::Issuer => "this server does not accept tokens of this issuer",
-            RefusalKind::Audience => "the token was issued for another audience",
-            RefusalKind::Algorithm => "this server does not accept the algorithm of the token's signature",
-            RefusalKind::Key => "the token is signed with a key that its issuer does not publish",
-            RefusalKind::Signature => "the signature of the token is wrong",
-            RefusalKind::Expired => "the token has expired; get a new one",
-            RefusalKind::NotYetValid => "the token is not valid yet; compare the clocks of client and server",
-            RefusalKind::Claims => "the claims of the token do not meet the conditions of this server",
             RefusalKind::KeysUnavailable => {
-                "this server cannot check tokens of this issuer at present; try again later"
+                "this server has no keys to check tokens of this issuer at present; try again later".into()
             }
+            RefusalKind::Expired => format!("the token is not accepted: {}; get a new one", self.reason),
+            RefusalKind::NotYetValid => {
+                format!("the token is not accepted: {}; compare the clocks of client and server", self.reason)
+            }
+            _ => format!("the token is not accepted: {}", self.reason),
         }
     }
 }

@@ -83,7 +83,7 @@ fn world() -> World {
 }
 
 impl World {
-    fn verify(&self, token: &str) -> Result<VerifiedClaims, TokenRefusal> {
+    fn verify(&self, token: &str) -> Result<VerifiedToken, TokenRefusal> {
         verify_with(&self.rules, &self.keys, token, at(NOW))
     }
 
@@ -112,7 +112,7 @@ fn tokens_of_every_algorithm_are_accepted_and_give_the_roles_of_their_claims() {
             _ => &world.rsa,
         };
         let verified = world.verify(&key.token(algorithm.name(), &claims())).unwrap();
-        let expected = VerifiedClaims {
+        let expected = VerifiedToken {
             issuer: ISSUER.into(),
             subject: "repo:us/it".into(),
             roles: vec!["ci".into(), "developer".into()],

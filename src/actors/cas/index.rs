@@ -323,7 +323,7 @@ impl Index {
     /// Drops an entry whose file turned out to be damaged or gone, leased or not.
     pub(super) fn remove_damaged(&mut self, at: EntryRef) -> Option<Victim> {
         let removed = self.remove(at)?;
-        self.damaged += 1;
+        self.tally.damaged += 1;
         Some(removed)
     }
 

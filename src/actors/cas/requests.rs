@@ -102,10 +102,8 @@ pub struct StoreInspection {
 pub struct StoreMeasurement {
     /// Counts and bytes of the entries.
     pub totals: Totals,
-    /// What was evicted since the start because room was needed.
-    pub evicted: Evictions,
-    /// Entries that were dropped since the start because their files were damaged or gone.
-    pub damaged: u64,
+    /// What has happened since the start.
+    pub tally: Tally,
     /// The last recorded use of the least recently used entry, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
 }

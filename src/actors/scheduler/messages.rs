@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     access::principal::Principal, actors::cas::resolve::Resolution, caller::Caller, instance::Instance,
+    quotas::OperationLimits,
 };
 use gorego_reapi::{digest::Digest, error::Result};
 use std::{sync::Arc, time::Duration};
@@ -53,13 +54,15 @@ pub struct Submit {
     pub caller: Caller,
     /// Who sends it, and owns the operation.
     pub principal: Principal,
+    /// How many operations its sender may have.
+    pub limits: OperationLimits,
 }
 
 impl Submit {
     /// The immutable part of the operation for this request, and its priority.
     pub(crate) fn into_info(self, id: OperationId) -> (Arc<OperationInfo>, i32) {
         let Self { instance, action, priority, inline, client, caller, principal, .. } = self;
-        let peer = caller.peer;
+        let peer = principal.peer(caller.peer);
         (Arc::new(OperationInfo { id, instance, action, inline, client, peer, principal }), priority)
     }
 }

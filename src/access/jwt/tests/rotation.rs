@@ -29,7 +29,7 @@ fn live_token(key: &SigningKey, now: SystemTime) -> String {
 }
 
 async fn kind(verifier: &JwtVerifier, token: &str, now: SystemTime) -> Option<RefusalKind> {
-    verifier.verify(token, now).await.err().map(|refusal| refusal.kind)
+    verifier.check(token, now).await.err().map(|refusal| refusal.kind)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -66,7 +66,7 @@ async fn known_keys_serve_for_the_stated_time_while_the_issuer_does_not_answer()
     assert_eq!(kind(&verifier, &token, now).await, None);
     server.answer_with("500 Internal Server Error", "", &key_set(&[&key]));
     assert_eq!(kind(&verifier, &token, now + 59 * MINUTE).await, None);
-    let refusal = verifier.verify(&token, now + 61 * MINUTE).await.unwrap_err();
+    let refusal = verifier.check(&token, now + 61 * MINUTE).await.unwrap_err();
     assert_eq!(refusal.kind, KeysUnavailable);
     assert!(refusal.reason.contains("max_stale") && refusal.reason.contains("500"), "{refusal}");
     server.publish(&key_set(&[&key]));
@@ -97,7 +97,7 @@ async fn nothing_but_a_small_and_direct_answer_is_a_key_set() {
         let server = KeyServer::start("");
         server.answer_with(status, header, body);
         let verifier = verifier(&server.url(), now);
-        let refusal = verifier.verify(&live_token(&key, now), now).await.unwrap_err();
+        let refusal = verifier.check(&live_token(&key, now), now).await.unwrap_err();
         assert_eq!(refusal.kind, KeysUnavailable);
         assert!(refusal.reason.contains(problem), "{refusal}");
     }

@@ -49,8 +49,7 @@ struct Model {
     entries: Vec<(FileId, u64, u32)>,
     held: Vec<u64>,
     undeleted: u64,
-    evictions: Evictions,
-    damaged: u64,
+    tally: Tally,
 }
 
 impl Model {
@@ -77,8 +76,8 @@ impl Model {
     }
     fn evict(&mut self, position: usize) -> Victim {
         let victim = self.remove(position);
-        self.evictions.entries += 1;
-        self.evictions.bytes += victim.bytes;
+        self.tally.evicted += 1;
+        self.tally.evicted_bytes += victim.bytes;
         victim
     }
     fn reserve(&mut self, wanted: u64) -> Option<Vec<Victim>> {
@@ -168,7 +167,7 @@ proptest! {
                     let at = index.slot_of(&key(name, kind))
                         .map(|slot| EntryRef { slot, generation: index.entries[slot as usize].generation });
                     let lost = at.and_then(|at| index.remove_damaged(at));
-                    model.damaged += u64::from(lost.is_some());
+                    model.tally.damaged += u64::from(lost.is_some());
                     prop_assert_eq!(lost, position.map(|position| model.remove(position)));
                 }
                 Op::Hold { bytes } => {
@@ -210,7 +209,7 @@ proptest! {
                 limit: LIMIT,
             });
             prop_assert!(totals.used + totals.reserved <= LIMIT);
-            prop_assert_eq!((index.evictions(), index.damaged()), (model.evictions, model.damaged));
+            prop_assert_eq!(index.tally(), model.tally);
         }
     }
 }

@@ -19,6 +19,7 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
         | Error::Precondition(_)
         | Error::OutOfRange(_)
         | Error::Exhausted { .. }
+        | Error::OverQuota { .. }
         | Error::DiskFull(_)
         | Error::Denied(_)
         | Error::Unauthenticated(_)

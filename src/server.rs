@@ -23,6 +23,7 @@ use crate::{
         cas::{CasActor, CloseStore, client::Cas},
         scheduler::{
             SchedulerActor,
+            inputs::ImageSupply,
             settings::{Priorities, SchedulerSettings},
         },
     },
@@ -36,6 +37,7 @@ use crate::{
     log_streams::LogStreams,
     logging::{self, Event},
     memory,
+    nondeterminism::NonDeterminismReports,
     quotas::Quotas,
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
@@ -104,6 +106,7 @@ pub(crate) fn run(
         .map_err(|error| Error::io("start the async runtime", &error))?;
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
+    let reports = NonDeterminismReports::open(settings.cache_dir.join("v1").join("nondeterminism"));
     let place = match &settings.execution {
         Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
@@ -114,7 +117,8 @@ pub(crate) fn run(
     let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
-        let (server, listeners) = Server::start(settings, supervision, store, place, workers).await?;
+        let (server, listeners) =
+            Server::start(settings, supervision, store, reports, place, workers).await?;
         let configuration = Configuration { config: loaded.config, load: Box::new(load) };
         server.serve(listeners, configuration, ready).await
     })
@@ -145,6 +149,7 @@ struct Server {
     place: Option<Arc<Place>>,
     pools: Option<Pools>,
     origins: Origins,
+    reports: NonDeterminismReports,
     log_streams: LogStreams,
     metrics: Arc<Metrics>,
     /// The runtime that serves connections. The actors run on another thread.
@@ -170,6 +175,7 @@ impl Server {
         settings: Settings,
         mut supervision: Supervision,
         store: CasActor,
+        reports: NonDeterminismReports,
         place: Option<Place>,
         workers: Handle,
     ) -> Result<(Self, Listeners)> {
@@ -184,6 +190,8 @@ impl Server {
             },
         };
         let cas = store.launch();
+        cas.report_to(reports.clone());
+        workers.spawn(reports.clone().keep_saved());
         let place = place.map(Arc::new);
         let asset_settings = asset_settings(&settings);
         let origins = asset_settings.origins.clone();
@@ -215,6 +223,7 @@ impl Server {
             place,
             pools,
             origins,
+            reports,
             log_streams,
             metrics,
             workers,
@@ -355,7 +364,7 @@ impl Server {
             log_streams: self.log_streams.clone(),
             under_way: shared.under_way.clone(),
             connections: shared.connections.clone(),
-            administration: administration(self.place.as_deref(), reloader.clone()),
+            administration: administration(self.place.as_deref(), self.reports.clone(), reloader.clone()),
             metrics: self.metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
@@ -387,8 +396,10 @@ impl Server {
         }
     }
 
-    /// Saves the asset bindings and the recent uses, which determine the order of eviction after the next start.
+    /// Saves the asset bindings, the reports, and the recent uses, which determine the order of eviction after the next start.
     async fn close_store(&self, exit: Exit) {
+        let reports = self.reports.clone();
+        let saving = self.workers.spawn_blocking(move || reports.save());
         let closing =
             async { tokio::join!(self.assets.actor().send(CloseAssets), self.cas.actor().send(CloseStore)) };
         if timeout_at(exit.end, closing).await.is_err() {
@@ -396,6 +407,7 @@ impl Server {
                 "the store closes slowly; the order of eviction may be outdated after the next start"
             ));
         }
+        let _ = timeout_at(exit.end, saving).await;
     }
 }
 
@@ -425,23 +437,24 @@ async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader, supervisor:
     }
 }
 
-fn administration(place: Option<&Place>, reloader: Reloader) -> Administration {
+fn administration(
+    place: Option<&Place>,
+    reports: NonDeterminismReports,
+    reloader: Reloader,
+) -> Administration {
     let staged_trees = place.map(|place| {
         let build_root = place.build_root.clone();
         Arc::new(move || build_root.staged_usage()) as _
     });
     let images = place.and_then(|place| place.images.clone());
     let images = images.map(|images| Arc::new(move || images.usage()) as _);
-    Administration { staged_trees, images, reloader: Some(reloader), ..Administration::default() }
+    Administration { staged_trees, images, reports, reloader: Some(reloader), ..Administration::default() }
 }
 
 fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
     maker.prefetch(maker.execution.pools.iter());
     let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
-    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone());
-    let scheduler = match &maker.place.images {
-        Some(images) => scheduler.with_images(Arc::new(images.clone())).start(),
-        None => scheduler.start(),
-    };
+    let images = maker.place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageSupply>);
+    let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone()).with_images(images).start();
     Pools::new(maker, scheduler, workers.clone())
 }

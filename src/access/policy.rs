@@ -169,7 +169,8 @@ pub fn allowed_by(instance: &Instance, permission: Permission) -> Result<()> {
     let rules = instance.policy();
     let reason = match permission {
         Permission::AcWrite if !rules.action_cache_updates => {
-            "clients may not write action results under this instance name (action_cache_updates = false)"
+            "clients may not write action results under this instance name (action_cache_updates = false, or \
+             client_results = \"refused\")"
         }
         Permission::Execute if !rules.execution => {
             "no actions are run under this instance name (execution = false)"

@@ -5,7 +5,7 @@
 //! Nothing here accesses a file.
 
 use super::{
-    CommittedSize, Loaded, LogConfig,
+    ClientResults, CommittedSize, Loaded, LogConfig,
     access::access,
     checker::Checker,
     execution::{ExecutionSettings, execution},
@@ -242,21 +242,26 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let common = InstancePolicy {
         digest_functions: functions(check, "cache.digest_functions", &config.cache.digest_functions),
         action_cache_updates: config.cache.action_cache_updates,
+        private_results: false,
         execution: true,
         blobs_of: None,
     };
+    let common = with_client_results(common, config.cache.client_results);
     let mut policies: Vec<(String, InstancePolicy)> =
         config.instance_names.iter().map(|name| (name.clone(), common.clone())).collect();
     for (name, own) in &config.instances {
+        let client_results = own.client_results.unwrap_or(config.cache.client_results);
         let own = InstancePolicy {
             digest_functions: match &own.digest_functions {
                 Some(listed) => functions(check, "instances", listed),
                 None => common.digest_functions.clone(),
             },
-            action_cache_updates: own.action_cache_updates.unwrap_or(common.action_cache_updates),
+            action_cache_updates: own.action_cache_updates.unwrap_or(config.cache.action_cache_updates),
+            private_results: false,
             execution: own.execution.unwrap_or(common.execution),
             blobs_of: own.blobs_of.clone(),
         };
+        let own = with_client_results(own, client_results);
         match policies.iter_mut().find(|(listed, _)| listed == name) {
             Some((_, policy)) => *policy = own,
             None => policies.push((name.clone(), own)),
@@ -269,6 +274,15 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
             check.refuse(if shared { "instances" } else { "instance_names" }, &error.to_string());
             None
         }
+    }
+}
+
+/// The policy with this treatment of the results of clients.
+fn with_client_results(policy: InstancePolicy, results: ClientResults) -> InstancePolicy {
+    InstancePolicy {
+        action_cache_updates: policy.action_cache_updates && results != ClientResults::Refused,
+        private_results: results == ClientResults::Private,
+        ..policy
     }
 }
 

@@ -141,6 +141,7 @@ fn descriptors() -> u64 {
 struct Server {
     settings: Settings,
     access: Arc<AccessLoader>,
+    quotas: Quotas,
     tls: Option<ServerTls>,
     cas: Cas,
     assets: Assets,
@@ -215,6 +216,7 @@ impl Server {
         let server = Self {
             settings,
             access,
+            quotas,
             tls,
             cas,
             assets,
@@ -398,7 +400,7 @@ impl Server {
         }
     }
 
-    /// Saves the asset bindings and the recent uses, which determine the order of eviction after the next start.
+    /// Saves the asset bindings, the reports, and the recent uses, which determine the order of eviction after the next start.
     async fn close_store(&self, exit: Exit) {
         let reports = self.reports.clone();
         let saving = self.workers.spawn_blocking(move || reports.save());

@@ -28,7 +28,7 @@ const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::fro
 const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
 /// A connection whose requests carry credentials and the [`Identity`] header.
-pub(super) type Service = InterceptedService<AuthorizedChannel, Header>;
+pub type Service = InterceptedService<AuthorizedChannel, Header>;
 
 /// The client's identity, sent with every request (GEN-28).
 #[derive(Debug, Clone, Default)]
@@ -45,7 +45,7 @@ pub struct Identity {
 
 /// An interceptor that adds the encoded identity to each request.
 #[derive(Debug, Clone)]
-pub(super) struct Header(BinaryMetadataValue);
+pub struct Header(BinaryMetadataValue);
 
 impl Interceptor for Header {
     fn call(&mut self, mut request: Request<()>) -> std::result::Result<Request<()>, Status> {

@@ -34,7 +34,7 @@ mod tls_error;
 mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
-pub use connect::Identity;
+pub use connect::{Identity, Service};
 pub use credentials::{AuthorizedChannel, Credentials};
 pub use endpoint::ServerUri;
 pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
@@ -50,7 +50,6 @@ use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
     ExecutionClient, OperationsClient,
 };
-use connect::Service;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -151,6 +150,16 @@ impl Client {
     /// The endpoint as passed to [`Client::connect`].
     pub fn endpoint(&self) -> &str {
         &self.endpoint
+    }
+
+    /// The instance name.
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    /// The connection, for the bare clients of [`stubs`].
+    pub fn service(&self) -> Service {
+        self.service.clone()
     }
 
     /// The digest function of everything that is asked for.

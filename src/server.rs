@@ -268,7 +268,8 @@ impl Server {
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
         let watch = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
-        let observer = Arc::new(Observer::new(metrics.clone(), owners.clone(), connections.clone(), watch));
+        let observer =
+            Arc::new(Observer::new(metrics.clone(), owners.clone(), connections.clone(), watch, tls.clone()));
         workers.spawn(observer.clone().tell(health.clone()));
         let gate = Gate::with_quotas(settings.instances.clone(), access.authenticator().clone(), quotas);
         workers.spawn(access.watch());

@@ -143,7 +143,6 @@ impl ServerTls {
     }
 
     /// When the certificate of the server expires, in seconds since 1970.
-    #[allow(dead_code, reason = "the metrics use it")]
     pub(crate) fn certificate_expiry(&self) -> i64 {
         self.material().not_after()
     }

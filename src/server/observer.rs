@@ -18,6 +18,7 @@ use crate::{
     http::operations::Observe,
     logging,
     telemetry::{Metrics, PoolReading, PoolReadings, Readings, StoreReading, process},
+    tls::ServerTls,
 };
 use actix::Recipient;
 use bytes::Bytes;
@@ -50,6 +51,8 @@ pub(super) struct Observer {
     connections: Connections,
     /// `None` for a server that runs no actions.
     pools: Option<PoolWatch>,
+    /// `None` for a server without TLS.
+    tls: Option<ServerTls>,
     is_draining: AtomicBool,
     started: SystemTime,
     /// The last text.
@@ -62,12 +65,14 @@ impl Observer {
         owners: Owners,
         connections: Connections,
         pools: Option<PoolWatch>,
+        tls: Option<ServerTls>,
     ) -> Self {
         Self {
             metrics,
             owners,
             connections,
             pools,
+            tls,
             is_draining: AtomicBool::new(false),
             started: SystemTime::now(),
             text: Mutex::default(),
@@ -107,6 +112,7 @@ impl Observer {
             pools: seen.map(pool_readings),
             log_lines_dropped: logging::lines_dropped(),
             process: process::read(),
+            certificate_expiry: self.tls.as_ref().map(ServerTls::certificate_expiry),
             started: Some(self.started),
         }
     }

@@ -1,7 +1,10 @@
 //! Metrics and health of the real binary: each metric is seen to move for the reason that `docs/metrics.md` gives.
 
 use crate::support::{PATIENCE, Server, empty, eventually_async, files_below, http_client, sh};
-use gorego_reapi::proto::reapi::{GetActionResultRequest, RequestMetadata};
+use gorego_reapi::proto::{
+    longrunning::CancelOperationRequest,
+    reapi::{Action, GetActionResultRequest, RequestMetadata},
+};
 use prost::Message as _;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -126,6 +129,30 @@ async fn requests_actions_and_look_ups_are_counted() {
     watched.sees("gorego_http_requests_total{method=\"GET\",code=\"404\"}", is(1.0)).await;
     watched.sees("gorego_http_request_seconds_count{method=\"GET\"}", |count| count > 5.0).await;
     watched.sees("gorego_connections", |open| open >= 2.0).await;
+}
+
+#[tokio::test]
+async fn runs_are_told_apart_by_who_is_at_fault() {
+    let watched =
+        Watched::start(&[("EXECUTION__SANDBOX__MODE", "off"), ("EXECUTION__MAX_ATTEMPTS", "2")]).await;
+    let client = watched.server.client().await;
+    // Without a sandbox, $PPID is the process that runs commands for the worker.
+    let kills_its_runner = client.action(sh("kill -9 $PPID; sleep 600"), empty()).await;
+    assert_eq!(client.run(kills_its_runner).await.status.unwrap().code, Code::Unavailable as i32);
+    let timeout = |action: &mut Action| {
+        action.timeout = Some(prost_types::Duration { seconds: 0, nanos: 200_000_000 });
+    };
+    let slow = client.action_with(sh("sleep 600"), empty(), timeout).await;
+    assert_eq!(client.run(slow).await.status.unwrap().code, Code::DeadlineExceeded as i32);
+    let mut cancelled = client.start(client.action(sh("sleep 601"), empty()).await).await;
+    watched.sees("gorego_slots{pool=\"local\",state=\"busy\"}", is(1.0)).await;
+    let name = cancelled.next().await.unwrap().name;
+    client.operations.clone().cancel_operation(CancelOperationRequest { name }).await.unwrap();
+    for (outcome, count) in [("broken", 2.0), ("timed_out", 1.0), ("cancelled", 1.0), ("succeeded", 0.0)] {
+        watched.sees(&format!("gorego_action_runs_total{{outcome=\"{outcome}\"}}"), is(count)).await;
+    }
+    watched.sees("gorego_sandbox_failures_total{kind=\"runner\"}", is(2.0)).await;
+    watched.sees("gorego_sandbox_failures_total{kind=\"panic\"}", is(0.0)).await;
 }
 
 #[tokio::test]

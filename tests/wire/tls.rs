@@ -15,6 +15,7 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Output},
+    time::{SystemTime, UNIX_EPOCH},
 };
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -125,6 +126,19 @@ async fn both_ports_speak_tls_and_plaintext_is_told_so() {
         refused.iter().any(|event| event["reason"] == "plaintext" && event["peer"] == "127.0.0.1")
     })
     .await;
+}
+
+#[tokio::test]
+async fn the_metrics_say_when_the_certificate_expires() {
+    let files = Files::new();
+    let server = files.server(&[]).await;
+    let client = http_client(&files.ca, None, reqwest::tls::Version::TLS_1_3);
+    let answer = client.get(format!("https://{}/metrics", address_of_http(&server))).send().await.unwrap();
+    let text = answer.text().await.unwrap();
+    let expiry = text.lines().find_map(|line| line.strip_prefix("gorego_tls_certificate_expiry_seconds "));
+    let expiry: f64 = expiry.unwrap_or_else(|| panic!("it is not in {text}")).parse().unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    assert!((expiry - now - VALID.to as f64).abs() < 600.0, "{expiry}");
 }
 
 #[tokio::test]

@@ -46,7 +46,7 @@ use crate::{
 use arc_swap::ArcSwap;
 use cache::{ImageCache, ImageLease};
 use digest::ImageDigest;
-use flights::Flights;
+use flights::ImageFlights;
 use futures::future::{BoxFuture, ready};
 use gorego_reapi::error::{Error, Result};
 use layout::LayoutDirectory;
@@ -126,9 +126,9 @@ struct ImagesState {
     runtime: Handle,
     /// What tags meant when they were first used.
     tags: Mutex<HashMap<ImageReference, ImageDigest>>,
-    lookups: Flights<ImageReference, ImageDigest>,
+    lookups: ImageFlights<ImageReference, ImageDigest>,
     /// By what they read. What one origin does not have, another may have.
-    pulls: Flights<(ImageOrigin, ImageDigest), Arc<ImageLease>>,
+    pulls: ImageFlights<(ImageOrigin, ImageDigest), Arc<ImageLease>>,
 }
 
 impl Images {
@@ -147,8 +147,8 @@ impl Images {
             registries,
             runtime,
             tags: Mutex::default(),
-            lookups: Flights::new("gorego-tag", places("lookups of image tags", MAX_LOOKUPS)),
-            pulls: Flights::new("gorego-pull", places("pulls of images", MAX_PULLS)),
+            lookups: ImageFlights::new("gorego-tag", places("lookups of image tags", MAX_LOOKUPS)),
+            pulls: ImageFlights::new("gorego-pull", places("pulls of images", MAX_PULLS)),
         })))
     }
 

@@ -106,10 +106,12 @@ impl SchedulerActor {
         }
     }
 
-    /// Has tasks wait for the container images that they name before they get a slot.
-    pub fn with_images(mut self, images: Arc<dyn ImageSupply>) -> Self {
-        self.ledger.bring_images();
-        self.images = Some(images);
+    /// Has tasks wait for the container images that they name before they get a slot, if actions can name any.
+    pub fn with_images(mut self, images: Option<Arc<dyn ImageSupply>>) -> Self {
+        if images.is_some() {
+            self.ledger.bring_images();
+        }
+        self.images = images;
         self
     }
 

@@ -3,20 +3,24 @@
 //! ```text
 //! <build_root>/images/sha256-<digits>/root/         the root file system of an image, which is never changed
 //! <build_root>/images/sha256-<digits>/image.json    its environment and size, and when it was last used (mtime)
-//! <build_root>/images/new-<number>/                 an image that is being unpacked
-//! <build_root>/images/old-<number>/                 one that is being removed
+//! <build_root>/images/layer-<..>-sha256-<digits>    a compressed layer, kept for other images that have it
+//! <build_root>/images/new-<number>                  an image that is being unpacked, or a layer that is downloaded
+//! <build_root>/images/old-<number>                  one that is being removed
 //! ```
 //!
 //! An image gets its name when it is complete, by a rename. Images stay over restarts of the server, but not of the machine:
 //! nothing waits for the disk while they are written, and files that a power cut has damaged could not be told from others.
 //!
-//! Each image is a whole directory. Images that share layers do not share files. In return, no file system has to be able to
-//! carry overlays, an action's root is one mount however many layers there are, and whiteouts are dealt with once.
+//! Each image is a whole directory. Images that share layers do not share files, only downloads ([`layers`]). In return, no file
+//! system has to be able to carry overlays, an action's root is one mount however many layers there are, and whiteouts are
+//! dealt with once.
+
+pub(super) mod layers;
 
 use super::{
     LOG,
     digest::ImageDigest,
-    index::{CopyId, Growth, ImageIndex},
+    index::{CopyId, Growth, ImageIndex, Spare},
 };
 use crate::{
     actors::worker::{dir, workspace},
@@ -53,9 +57,11 @@ const NAME_ATTEMPTS: usize = 10_000;
 const MAX_DESCRIPTION_BYTES: u64 = 1024 * 1024;
 /// The file with the description.
 const DESCRIPTION: &str = "image.json";
-/// What begins the names of images that are being unpacked.
+/// What begins the names of layers.
+const LAYER: &str = "layer-";
+/// What begins the names of images that are being unpacked, and of layers that are being downloaded.
 const NEW: &str = "new-";
-/// And of those that are being removed.
+/// What begins the names of what is being removed.
 const OLD: &str = "old-";
 /// The directory with the root file system.
 const ROOT: &str = "root";
@@ -69,15 +75,30 @@ pub(super) struct ImageCache {
     /// The directory at the path.
     place: Mutex<Arc<File>>,
     boot: Option<String>,
-    index: Mutex<ImageIndex<ImageDigest, Arc<StoredImage>>>,
+    index: Mutex<ImageIndex<CacheKey, Arc<StoredImage>>>,
     next: AtomicU64,
 }
 
-/// An unpacked image.
+/// What shares the budget.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum CacheKey {
+    /// An unpacked image.
+    Image(ImageDigest),
+    /// A compressed layer.
+    Layer(ImageDigest),
+}
+
+impl Spare for CacheKey {
+    fn is_spare(&self) -> bool {
+        matches!(self, Self::Layer(_))
+    }
+}
+
+/// An unpacked image, or a layer.
 #[derive(Debug)]
 struct StoredImage {
     name: OsString,
-    /// Of its root directory.
+    /// Of its root directory, or of the file of a layer.
     id: dir::FileId,
     terms: RunTerms,
 }
@@ -95,7 +116,7 @@ pub(super) struct RunTerms {
 #[derive(Debug)]
 pub(super) struct ImageLease {
     cache: Arc<ImageCache>,
-    digest: ImageDigest,
+    key: CacheKey,
     copy: CopyId,
     image: Arc<StoredImage>,
 }
@@ -145,7 +166,11 @@ impl ImageCache {
             let name = dir::entry_name(&entry?).to_owned();
             match digest_of(&name) {
                 Some(digest) => match self.describe(&place, &name) {
-                    Some((image, bytes, used)) => images.push((used, digest, image, bytes)),
+                    Some((image, bytes, used)) => images.push((used, CacheKey::Image(digest), image, bytes)),
+                    None => unused.extend(self.set_aside(&place, &name)),
+                },
+                None if has_prefix(&name, LAYER) => match self.restored_layer(&place, &name) {
+                    Some((key, image, bytes, used)) => images.push((used, key, image, bytes)),
                     None => unused.extend(self.set_aside(&place, &name)),
                 },
                 None if is_numbered(&name, OLD) => unused.push(name),
@@ -155,8 +180,8 @@ impl ImageCache {
         }
         images.sort_by_key(|(used, ..)| *used);
         let mut index = self.index();
-        for (_, digest, image, bytes) in images {
-            let removed = index.restore(digest, Arc::new(image), bytes);
+        for (_, key, image, bytes) in images {
+            let removed = index.restore(key, Arc::new(image), bytes);
             unused.extend(removed.iter().filter_map(|image| self.set_aside(&place, &image.name)));
         }
         Ok(unused)
@@ -179,7 +204,7 @@ impl ImageCache {
         is_whole.then_some((image, bytes, (metadata.mtime(), metadata.mtime_nsec())))
     }
 
-    fn index(&self) -> MutexGuard<'_, ImageIndex<ImageDigest, Arc<StoredImage>>> {
+    fn index(&self) -> MutexGuard<'_, ImageIndex<CacheKey, Arc<StoredImage>>> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -190,20 +215,25 @@ impl ImageCache {
 
     /// Leases an image, if it is there.
     pub(super) fn lease(self: &Arc<Self>, digest: &ImageDigest) -> Option<ImageLease> {
-        let (copy, image) = self.index().lease(digest)?;
-        let lease = ImageLease { cache: self.clone(), digest: digest.clone(), copy, image };
+        let key = CacheKey::Image(digest.clone());
+        let (copy, image) = self.index().lease(&key)?;
+        let lease = ImageLease { cache: self.clone(), key, copy, image };
         // Somebody may have removed it.
         let is_there = rfs::lstat(lease.root()).is_ok_and(|stat| dir::file_id(&stat) == lease.image.id);
         if !is_there {
-            self.index().forget(digest, copy);
+            self.index().forget(&lease.key, copy);
             return None;
         }
+        self.touch(Path::new(&lease.image.name).join(DESCRIPTION));
+        Some(lease)
+    }
+
+    /// Notes for the next start of the server that something was used now.
+    fn touch(&self, path: impl AsRef<Path>) {
         let omit = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
         let times = Timestamps { last_access: omit, last_modification: now };
-        let description = Path::new(&lease.image.name).join(DESCRIPTION);
-        let _ = rfs::utimensat(self.place(), &description, &times, AtFlags::SYMLINK_NOFOLLOW);
-        Some(lease)
+        let _ = rfs::utimensat(self.place(), path.as_ref(), &times, AtFlags::SYMLINK_NOFOLLOW);
     }
 
     /// Makes a directory for an image that is neither here nor being unpacked; `None` for one that is.
@@ -211,7 +241,8 @@ impl ImageCache {
     /// # Errors
     /// Those of the file system.
     pub(super) fn begin(self: &Arc<Self>, digest: &ImageDigest) -> Result<Option<UnpackedImage>> {
-        if !self.index().begin(digest) {
+        let key = CacheKey::Image(digest.clone());
+        if !self.index().begin(&key) {
             return Ok(None);
         }
         let place = self.place_again();
@@ -220,6 +251,7 @@ impl ImageCache {
             cache: self.clone(),
             place: place.clone(),
             digest: digest.clone(),
+            key,
             name: OsString::new(),
             root: None,
         };
@@ -262,7 +294,7 @@ impl ImageCache {
     /// Removes images that were taken out of the index.
     fn evict(
         &self,
-        index: MutexGuard<'_, ImageIndex<ImageDigest, Arc<StoredImage>>>,
+        index: MutexGuard<'_, ImageIndex<CacheKey, Arc<StoredImage>>>,
         images: &[Arc<StoredImage>],
     ) {
         let place = self.place();
@@ -285,7 +317,12 @@ impl ImageCache {
     }
 
     fn remove(&self, place: &File, name: &OsStr) {
-        if let Err(error) = workspace::remove(place, name) {
+        // Layers are files.
+        let removed = match rfs::unlinkat(place, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(_) => workspace::remove(place, name),
+        };
+        if let Err(error) = removed {
             Event::warn(LOG, IMAGE_NOT_REMOVED)
                 .with_shown("name", &name.display())
                 .with_shown("error", &error)
@@ -316,6 +353,7 @@ pub(super) struct UnpackedImage {
     cache: Arc<ImageCache>,
     place: Arc<File>,
     digest: ImageDigest,
+    key: CacheKey,
     name: OsString,
     root: Option<File>,
 }
@@ -329,13 +367,18 @@ impl UnpackedImage {
         self.root.as_ref().ok_or_else(|| Error::internal("the directory of an image is not open"))
     }
 
+    /// Where it will be.
+    pub(super) fn cache(&self) -> &Arc<ImageCache> {
+        &self.cache
+    }
+
     /// Takes room before so many bytes are written. Other images may be removed for it.
     ///
     /// # Errors
     /// `Precondition` for an image that is larger than the cache; `Unavailable` when images that are in use leave no room.
     pub(super) fn take(&self, bytes: u64) -> Result<()> {
         let mut index = self.cache.index();
-        match index.grow(&self.digest, bytes) {
+        match index.grow(&self.key, bytes) {
             Growth::Yes(evicted) => {
                 if !evicted.is_empty() {
                     self.cache.evict(index, &evicted);
@@ -376,7 +419,7 @@ impl UnpackedImage {
     /// Those of the file system.
     pub(super) fn finish(mut self, terms: RunTerms) -> Result<ImageLease> {
         let cache = self.cache.clone();
-        let bytes = cache.index().taken(&self.digest);
+        let bytes = cache.index().taken(&self.key);
         let keep = || -> io::Result<(OsString, dir::FileId)> {
             let id = dir::file_id(&rfs::fstat(self.root.as_ref().ok_or(Errno::BADF)?)?);
             let description = Description {
@@ -399,11 +442,11 @@ impl UnpackedImage {
         let (name, id) = keep().map_err(|error| Error::io("complete an image", &error))?;
         self.name.clone_from(&name);
         let image = Arc::new(StoredImage { name, id, terms });
-        let copy = cache.index().finish(&self.digest, image.clone());
+        let copy = cache.index().finish(&self.key, image.clone());
         let copy = copy.ok_or_else(|| Error::internal("an image was completed twice"))?;
         // It is not to be removed.
         self.name.clear();
-        Ok(ImageLease { cache, digest: self.digest.clone(), copy, image })
+        Ok(ImageLease { cache, key: self.key.clone(), copy, image })
     }
 }
 
@@ -414,7 +457,7 @@ impl Drop for UnpackedImage {
             self.cache.remove(&self.place, &self.name);
         }
         // Changes nothing for a complete image.
-        self.cache.index().abandon(&self.digest);
+        self.cache.index().abandon(&self.key);
     }
 }
 
@@ -432,7 +475,7 @@ impl ImageLease {
 
 impl Drop for ImageLease {
     fn drop(&mut self) {
-        self.cache.index().release(&self.digest, self.copy);
+        self.cache.index().release(&self.key, self.copy);
     }
 }
 
@@ -452,6 +495,10 @@ fn name_of(digest: &ImageDigest) -> OsString {
 /// The image whose directory has this name.
 fn digest_of(name: &OsStr) -> Option<ImageDigest> {
     name.to_str()?.replacen('-', ":", 1).parse().ok()
+}
+
+fn has_prefix(name: &OsStr, prefix: &str) -> bool {
+    name.to_str().is_some_and(|name| name.starts_with(prefix))
 }
 
 fn is_numbered(name: &OsStr, prefix: &str) -> bool {

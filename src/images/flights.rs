@@ -1,4 +1,4 @@
-//! [`Flights`]: work whose result several callers want. Those who want the same while it is under way share one flight.
+//! [`ImageFlights`]: work whose result several callers want. Those who want the same while it is under way share one flight.
 //!
 //! A flight runs on a thread of its own and goes on when nobody waits for it any more, since the next caller may want it. The
 //! number of flights is bounded by a [`Budget`], so that the callers of one peer cannot take all places: each caller waits as the
@@ -24,38 +24,38 @@ use tokio::sync::Notify;
 /// How long a failure is the answer to everybody who wants the same.
 pub(super) const FAILURE_KEPT: Duration = Duration::from_secs(5);
 
-/// Flights by what they bring. Cheap to clone.
+/// ImageFlights by what they bring. Cheap to clone.
 #[derive(Debug)]
-pub(super) struct Flights<K, T>(Arc<Board<K, T>>);
+pub(super) struct ImageFlights<K, T>(Arc<FlightBoard<K, T>>);
 
 #[derive(Debug)]
-struct Board<K, T> {
+struct FlightBoard<K, T> {
     /// The name of the threads.
     thread: &'static str,
     places: Budget,
-    flights: Mutex<HashMap<K, Arc<Flight<T>>>>,
+    flights: Mutex<HashMap<K, Arc<ImageFlight<T>>>>,
     /// A flight has begun or ended.
     changed: Notify,
 }
 
 /// When and how a flight has ended, once it has. The result belongs to those who wait for it, and goes with the last of them.
 #[derive(Debug)]
-struct Flight<T>(OnceLock<(Instant, Result<T>)>);
+struct ImageFlight<T>(OnceLock<(Instant, Result<T>)>);
 
-impl<K, T> Clone for Flights<K, T> {
+impl<K, T> Clone for ImageFlights<K, T> {
     fn clone(&self) -> Self {
         Self(self.0.clone())
     }
 }
 
-impl<K, T> Flights<K, T>
+impl<K, T> ImageFlights<K, T>
 where
     K: Clone + Eq + Hash + Send + 'static,
     T: Clone + Send + Sync + 'static,
 {
     /// No flights; at most as many at a time as the budget has places.
     pub(super) fn new(thread: &'static str, places: Budget) -> Self {
-        Self(Arc::new(Board { thread, places, flights: Mutex::default(), changed: Notify::new() }))
+        Self(Arc::new(FlightBoard { thread, places, flights: Mutex::default(), changed: Notify::new() }))
     }
 
     /// What `known` gives, which is what earlier work has left behind; or what the flight for the same key gives that is under way
@@ -93,12 +93,12 @@ where
         key: &K,
         share: Share,
         work: impl FnOnce() -> Result<T> + Send + 'static,
-    ) -> Result<Arc<Flight<T>>> {
+    ) -> Result<Arc<ImageFlight<T>>> {
         let mut flights = self.0.flights();
         if let Some(flight) = flights.get(key) {
             return Ok(flight.clone());
         }
-        let flight = Arc::new(Flight(OnceLock::new()));
+        let flight = Arc::new(ImageFlight(OnceLock::new()));
         let (board, own, key_of_own) = (self.0.clone(), flight.clone(), key.clone());
         let run = move || {
             let outcome = catch_unwind(AssertUnwindSafe(work))
@@ -116,20 +116,20 @@ where
     }
 }
 
-impl<K: Eq + Hash, T: Clone> Board<K, T> {
-    fn flights(&self) -> MutexGuard<'_, HashMap<K, Arc<Flight<T>>>> {
+impl<K: Eq + Hash, T: Clone> FlightBoard<K, T> {
+    fn flights(&self) -> MutexGuard<'_, HashMap<K, Arc<ImageFlight<T>>>> {
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The flight for a key, which may have failed a moment ago.
-    fn under_way(&self, key: &K) -> Option<Arc<Flight<T>>> {
+    fn under_way(&self, key: &K) -> Option<Arc<ImageFlight<T>>> {
         let mut flights = self.flights();
         flights.retain(|_, flight| flight.0.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_KEPT));
         flights.get(key).cloned()
     }
 
     /// A flight has ended. Nobody sees that before the thread has let go of the result.
-    fn land(&self, key: &K, flight: Arc<Flight<T>>, outcome: Result<T>) {
+    fn land(&self, key: &K, flight: Arc<ImageFlight<T>>, outcome: Result<T>) {
         let mut flights = self.flights();
         if outcome.is_ok() {
             flights.remove(key);
@@ -139,7 +139,7 @@ impl<K: Eq + Hash, T: Clone> Board<K, T> {
     }
 
     /// Waits for the end of a flight.
-    async fn landing(&self, flight: Arc<Flight<T>>) -> Result<T> {
+    async fn landing(&self, flight: Arc<ImageFlight<T>>) -> Result<T> {
         loop {
             let changed = self.changed.notified();
             let ended = {
@@ -166,8 +166,8 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(30);
 
-    fn flights(places: u64) -> Flights<u8, usize> {
-        Flights::new("test", Budget::new(Bounds::shared("places", places)))
+    fn flights(places: u64) -> ImageFlights<u8, usize> {
+        ImageFlights::new("test", Budget::new(Bounds::shared("places", places)))
     }
 
     fn nothing() -> Option<usize> {

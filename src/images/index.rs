@@ -3,6 +3,8 @@
 //! How large an image is unpacked is known only at its end, so an image takes its part of the budget step by step while it is
 //! unpacked. Images that are leased stay. The others go in the order of their last use when another one needs the room. So all
 //! images together, also those that are being unpacked, never take more than the budget.
+//!
+//! Spare entries are kept as long as nothing else needs their room: they go before all others, and take only what is free.
 
 use crate::disk::BudgetUse;
 use std::{
@@ -31,12 +33,21 @@ pub(super) struct ImageIndex<K, T> {
     budget: u64,
     charged: u64,
     images: HashMap<K, ImageEntry<T>>,
-    /// The keys of all images by their last use; the number is unique.
-    order: BTreeMap<u64, K>,
+    /// The keys of all images: the spare ones first, then by their last use, whose number is unique.
+    order: BTreeMap<Place, K>,
     last_use: u64,
     unpacking: HashMap<K, u64>,
     copies: u64,
 }
+
+/// What a key stands for.
+pub(super) trait Spare {
+    /// Whether it is kept only as long as nothing else needs its room.
+    fn is_spare(&self) -> bool;
+}
+
+/// The place of an image in the order in which they go: what is not spare is greater.
+type Place = (bool, u64);
 
 #[derive(Debug)]
 struct ImageEntry<T> {
@@ -44,13 +55,14 @@ struct ImageEntry<T> {
     copy: CopyId,
     bytes: u64,
     leases: usize,
-    used: u64,
+    place: Place,
 }
 
-impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
-    /// What the images take, including those that are being unpacked.
+impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
+    /// How many images there are, and what they take together with spare entries and with what is being unpacked.
     pub(super) fn usage(&self) -> BudgetUse {
-        BudgetUse { count: self.images.len() as u64, bytes: self.charged, max_bytes: self.budget }
+        let images = self.images.keys().filter(|key| !key.is_spare());
+        BudgetUse { count: images.count() as u64, bytes: self.charged, max_bytes: self.budget }
     }
 
     /// An empty one.
@@ -70,10 +82,10 @@ impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
     pub(super) fn lease(&mut self, key: &K) -> Option<(CopyId, T)> {
         let entry = self.images.get_mut(key)?;
         entry.leases += 1;
-        self.order.remove(&entry.used);
+        self.order.remove(&entry.place);
         self.last_use += 1;
-        entry.used = self.last_use;
-        self.order.insert(entry.used, key.clone());
+        entry.place.1 = self.last_use;
+        self.order.insert(entry.place, key.clone());
         Some((entry.copy, entry.image.clone()))
     }
 
@@ -104,6 +116,7 @@ impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
         let unused = self.images.values().filter(|entry| entry.leases == 0);
         let unused = unused.fold(0u64, |sum, entry| sum.saturating_add(entry.bytes));
         let needed = self.charged.saturating_add(bytes);
+        let unused = if key.is_spare() { 0 } else { unused };
         if needed.saturating_sub(unused) > self.budget {
             return Growth::NotNow;
         }
@@ -170,8 +183,9 @@ impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
         self.last_use += 1;
         self.copies += 1;
         let copy = CopyId(self.copies);
-        self.order.insert(self.last_use, key.clone());
-        self.images.insert(key, ImageEntry { image, copy, bytes, leases, used: self.last_use });
+        let place = (!key.is_spare(), self.last_use);
+        self.order.insert(place, key.clone());
+        self.images.insert(key, ImageEntry { image, copy, bytes, leases, place });
         copy
     }
 
@@ -182,7 +196,7 @@ impl<K: Clone + Eq + Hash, T: Clone> ImageIndex<K, T> {
 
     fn remove(&mut self, key: &K) -> Option<T> {
         let entry = self.images.remove(key)?;
-        self.order.remove(&entry.used);
+        self.order.remove(&entry.place);
         self.charged -= entry.bytes;
         Some(entry.image)
     }
@@ -194,6 +208,13 @@ mod tests {
     use proptest::prelude::*;
 
     const BUDGET: u64 = 100;
+
+    /// The last two keys of the model are spare.
+    impl Spare for u8 {
+        fn is_spare(&self) -> bool {
+            *self >= 4
+        }
+    }
 
     #[derive(Debug, Clone)]
     enum Act {
@@ -220,7 +241,7 @@ mod tests {
         ]
     }
 
-    /// The same, as lists: (key, bytes, leases), the least recently used first.
+    /// The same, as lists: (key, bytes, leases), the least recently used first, and the spare ones before all others.
     #[derive(Debug, Default)]
     struct Model {
         images: Vec<(u8, u64, Vec<CopyId>)>,
@@ -238,6 +259,10 @@ mod tests {
                 + self.unpacking.iter().map(|own| own.1).sum::<u64>()
         }
 
+        fn sort(&mut self) {
+            self.images.sort_by_key(|image| !image.0.is_spare());
+        }
+
         fn grow(&mut self, key: u8, bytes: u64) -> Growth<u8> {
             let Some(at) = self.unpacking.iter().position(|own| own.0 == key) else { return Growth::NotNow };
             if self.unpacking[at].1 + bytes > BUDGET {
@@ -246,7 +271,8 @@ mod tests {
             let leased: u64 =
                 self.images.iter().filter(|image| !image.2.is_empty()).map(|image| image.1).sum();
             let building: u64 = self.unpacking.iter().map(|own| own.1).sum();
-            if leased + building + bytes > BUDGET {
+            let stays = if key.is_spare() { self.total() } else { leased + building };
+            if stays + bytes > BUDGET {
                 return Growth::NotNow;
             }
             self.unpacking[at].1 += bytes;
@@ -272,6 +298,7 @@ mod tests {
                             let (key, bytes, mut leases) = model.images.remove(at);
                             leases.push(copy);
                             model.images.push((key, bytes, leases));
+                            model.sort();
                         }
                     }
                     Act::Release(key) => {
@@ -301,6 +328,7 @@ mod tests {
                         if let (Some(copy), Some(at)) = (copy, at) {
                             let (key, bytes) = model.unpacking.remove(at);
                             model.images.push((key, bytes, vec![copy]));
+                            model.sort();
                         }
                     }
                     Act::Abandon(key) => {
@@ -330,11 +358,11 @@ mod tests {
 
     #[test]
     fn images_of_an_earlier_run_that_do_not_fit_any_more_go_oldest_first() {
-        let mut index = ImageIndex::new(BUDGET);
+        let mut index = ImageIndex::<u8, _>::new(BUDGET);
         assert!(index.restore(1, "old", 50).is_empty());
         assert!(index.restore(2, "new", 50).is_empty());
         assert_eq!(index.restore(3, "newest", 30), ["old"]);
-        assert_eq!(index.restore(4, "too large", 101), ["too large"]);
+        assert_eq!(index.restore(0, "too large", 101), ["too large"]);
         assert_eq!(index.charged, 80);
     }
 }

@@ -106,6 +106,10 @@ impl ImageSource for LayoutDirectory {
         let name = Path::new("blobs").join(blob.algorithm()).join(blob.hex());
         Ok(Box::new(self.file(&name)?))
     }
+
+    fn is_remote(&self) -> bool {
+        false
+    }
 }
 
 fn open_beneath(directory: &File, path: &Path, flags: OFlags) -> io::Result<File> {

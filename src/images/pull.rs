@@ -1,16 +1,20 @@
 //! One pull: from a source to an unpacked image, step by step. Blocks.
 
 use super::{
-    cache::{ImageLease, RunTerms, UnpackedImage},
+    cache::{ImageCache, ImageLease, RunTerms, UnpackedImage, layers::LayerState},
     digest::ImageDigest,
     layer,
-    manifest::{Document, ImageConfig, Manifest, Platform},
+    manifest::{BlobName, Document, ImageConfig, Manifest, Platform},
     root::RootTree,
-    source::{CheckedBlob, ImageSource, read_bounded, read_document},
+    source::{BlobFault, CheckedBlob, ImageSource, read_bounded, read_document},
     user,
 };
 use gorego_reapi::error::{Error, Result};
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 /// How many indexes may lead to an image: registries have at most one.
 const MAX_INDEXES: usize = 2;
@@ -18,6 +22,9 @@ const MAX_INDEXES: usize = 2;
 /// After how many steps of unpacking the free space of the disk is looked at. A step is an entry or 128 KiB of a file, so at most
 /// 4 MiB are written in between, of the 64 reserves that are left when a disk counts as low.
 const LOOK_EVERY: u64 = 32;
+
+/// How often a pull looks for a layer that another one is downloading.
+const LAYER_POLL: Duration = Duration::from_millis(20);
 
 /// The time that a pull may take.
 #[derive(Debug, Clone, Copy)]
@@ -71,10 +78,10 @@ pub(super) fn pull(
     let config = ImageConfig::decode(&bytes, &machine).map_err(|problem| {
         Error::Precondition(format!("its configuration {}: {problem}", manifest.config.digest))
     })?;
-    let mut steps = 0;
+    let mut steps = 0_u64;
     let mut take = |bytes| {
         time.left()?;
-        if steps % LOOK_EVERY == 0 {
+        if steps.is_multiple_of(LOOK_EVERY) {
             unpacked.check_disk()?;
         }
         steps += 1;
@@ -82,13 +89,51 @@ pub(super) fn pull(
     };
     let mut tree = RootTree::new(unpacked.root()?, &mut take);
     for name in &manifest.layers {
-        let mut blob = CheckedBlob::open(source, name)?;
-        let applied = layer::unpack(&mut blob, &mut tree);
-        blob.check(applied)?;
+        apply(source, name, &mut tree, unpacked.cache(), time)?;
     }
     drop(tree);
     let user = user::find(&config.user, unpacked.root()?).map_err(Error::Precondition)?;
     unpacked.finish(RunTerms { environment: config.environment, user })
+}
+
+/// Applies a layer, which is downloaded unless it was kept when another image had it.
+fn apply(
+    source: &dyn ImageSource,
+    name: &BlobName,
+    tree: &mut RootTree<'_>,
+    cache: &Arc<ImageCache>,
+    time: PullTime,
+) -> Result<()> {
+    let mut unpack = |mut blob: CheckedBlob<'_>| {
+        let applied = layer::unpack(&mut blob, tree);
+        blob.judge(applied)
+    };
+    if !source.is_remote() {
+        return unpack(CheckedBlob::open(source, name)?).map_err(BlobFault::into_error);
+    }
+    loop {
+        match cache.layer(&name.digest) {
+            LayerState::Kept(lease, file) => {
+                return unpack(CheckedBlob::reading(Box::new(file), name)).map_err(|fault| match fault {
+                    BlobFault::Wrong(error) => {
+                        cache.drop_layer(lease);
+                        Error::Unavailable(format!(
+                            "a layer that was kept is damaged, and is fetched again: {error}"
+                        ))
+                    }
+                    fault => fault.into_error(),
+                });
+            }
+            LayerState::Absent(new) => {
+                let blob = CheckedBlob::open(source, name)?.copied_to(new);
+                return unpack(blob).map_err(BlobFault::into_error);
+            }
+            LayerState::Coming => {
+                time.left()?;
+                thread::sleep(LAYER_POLL);
+            }
+        }
+    }
 }
 
 /// What images have to be for.

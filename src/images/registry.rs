@@ -92,7 +92,7 @@ impl RegistryClients {
             .no_proxy()
             .redirect(Policy::none())
             .referer(false)
-            .dns_resolver(CheckingResolver(nearby.clone()))
+            .dns_resolver(NearbyResolver(nearby.clone()))
             .connect_timeout(CONNECT_TIMEOUT)
             .build()
             .map_err(|error| {
@@ -149,7 +149,7 @@ impl Nearby {
 
 /// Resolves names to addresses that may be contacted. The client connects to exactly these, so nothing can change in between.
 #[derive(Debug)]
-struct CheckingResolver(Arc<Nearby>);
+struct NearbyResolver(Arc<Nearby>);
 
 /// Why none of the addresses of a host may be contacted.
 #[derive(Debug)]
@@ -163,7 +163,7 @@ impl Display for NotNearby {
 
 impl std::error::Error for NotNearby {}
 
-impl Resolve for CheckingResolver {
+impl Resolve for NearbyResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let nearby = self.0.clone();
         Box::pin(async move {
@@ -393,6 +393,10 @@ impl ImageSource for Repository<'_> {
     fn blob<'a>(&'a self, blob: &ImageDigest) -> Result<Box<dyn Read + 'a>> {
         let response = self.get(&format!("blobs/{blob}"), "*/*")?;
         Ok(Box::new(Body { repository: self, response, piece: Vec::new().into() }))
+    }
+
+    fn is_remote(&self) -> bool {
+        true
     }
 }
 

@@ -1,6 +1,7 @@
 //! [`ImageSource`]: where the documents and layers of an image are read from, and [`CheckedBlob`], which checks what is read.
 
 use super::{
+    cache::layers::NewLayer,
     digest::{Hasher, ImageDigest},
     manifest::{BlobName, MAX_DOCUMENT_BYTES},
     problem::{LayerProblem, carried},
@@ -29,6 +30,9 @@ pub(super) trait ImageSource {
     /// # Errors
     /// As [`ImageSource::resolve`].
     fn blob<'a>(&'a self, blob: &ImageDigest) -> Result<Box<dyn Read + 'a>>;
+
+    /// Whether what it has takes time to fetch, so that it is worth keeping.
+    fn is_remote(&self) -> bool;
 }
 
 /// Reads a document of an image, and checks its digest.
@@ -76,6 +80,8 @@ pub(super) struct CheckedBlob<'a> {
     expected: &'a BlobName,
     left: u64,
     hasher: Hasher,
+    /// Where a copy goes, if one is kept.
+    copy: Option<NewLayer>,
 }
 
 impl<'a> CheckedBlob<'a> {
@@ -84,12 +90,17 @@ impl<'a> CheckedBlob<'a> {
     /// # Errors
     /// Those of the source.
     pub(super) fn open(source: &'a dyn ImageSource, blob: &'a BlobName) -> Result<Self> {
-        Ok(Self {
-            reader: source.blob(&blob.digest)?,
-            expected: blob,
-            left: blob.size,
-            hasher: blob.digest.hasher(),
-        })
+        Ok(Self::reading(source.blob(&blob.digest)?, blob))
+    }
+
+    /// Begins to read a blob from what should be it.
+    pub(super) fn reading(reader: Box<dyn Read + 'a>, blob: &'a BlobName) -> Self {
+        Self { reader, expected: blob, left: blob.size, hasher: blob.digest.hasher(), copy: None }
+    }
+
+    /// What is read is also kept, if it turns out to be right.
+    pub(super) fn copied_to(self, copy: NewLayer) -> Self {
+        Self { copy: Some(copy), ..self }
     }
 
     /// Reads the rest and checks the whole. `used` is what became of the content so far: bytes that are not the right ones
@@ -97,23 +108,53 @@ impl<'a> CheckedBlob<'a> {
     ///
     /// # Errors
     /// `Precondition` for content of another size or digest, or that was refused; other failures as they are.
-    pub(super) fn check(mut self, used: Result<(), LayerProblem>) -> Result<()> {
+    pub(super) fn check(self, used: Result<(), LayerProblem>) -> Result<()> {
+        self.judge(used).map_err(BlobFault::into_error)
+    }
+
+    /// The same for a blob that can be had again if these are not the right bytes.
+    ///
+    /// # Errors
+    /// See [`BlobFault`].
+    pub(super) fn judge(mut self, used: Result<(), LayerProblem>) -> Result<(), BlobFault> {
         let refused = match used {
             Ok(()) => None,
             Err(LayerProblem::Refused(problem)) => Some(problem),
-            Err(LayerProblem::Failed(error)) => return Err(error),
+            Err(LayerProblem::Failed(error)) => return Err(BlobFault::Unusable(error)),
         };
-        io::copy(&mut self, &mut io::sink()).map_err(|error| of_reading(&error))?;
-        let more = self.reader.read(&mut [0]).map_err(|error| of_reading(&error))?;
+        let unread = |error: io::Error| BlobFault::Unusable(of_reading(&error));
+        io::copy(&mut self, &mut io::sink()).map_err(unread)?;
+        let more = self.reader.read(&mut [0]).map_err(unread)?;
         if self.left > 0 || more > 0 || self.hasher.finish() != self.expected.digest {
-            return Err(wrong_digest(&self.expected.digest));
+            return Err(BlobFault::Wrong(wrong_digest(&self.expected.digest)));
         }
-        match refused {
-            Some(problem) => Err(Error::Precondition(format!(
+        if let Some(problem) = refused {
+            return Err(BlobFault::Unusable(Error::Precondition(format!(
                 "layer {} cannot be unpacked: {problem}",
                 self.expected.digest
-            ))),
-            None => Ok(()),
+            ))));
+        }
+        if let Some(copy) = self.copy.take() {
+            copy.finish();
+        }
+        Ok(())
+    }
+}
+
+/// Why a blob was of no use.
+#[derive(Debug)]
+pub(super) enum BlobFault {
+    /// The bytes are not those of the digest.
+    Wrong(Error),
+    /// They are, or it is not known, and something else is wrong.
+    Unusable(Error),
+}
+
+impl BlobFault {
+    /// The error for those who want the image.
+    pub(super) fn into_error(self) -> Error {
+        match self {
+            Self::Wrong(error) | Self::Unusable(error) => error,
         }
     }
 }
@@ -123,6 +164,9 @@ impl Read for CheckedBlob<'_> {
         let most = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
         let read = self.reader.read(&mut buffer[..most])?;
         self.hasher.update(&buffer[..read]);
+        if let Some(copy) = &mut self.copy {
+            copy.write(&buffer[..read]);
+        }
         self.left -= read as u64;
         Ok(read)
     }

@@ -49,10 +49,9 @@ pub(super) struct Observer {
     metrics: Arc<Metrics>,
     owners: Owners,
     connections: Connections,
+    tls: Option<ServerTls>,
     /// `None` for a server that runs no actions.
     pools: Option<PoolWatch>,
-    /// `None` for a server without TLS.
-    tls: Option<ServerTls>,
     is_draining: AtomicBool,
     started: SystemTime,
     /// The last text.
@@ -63,16 +62,15 @@ impl Observer {
     pub(super) fn new(
         metrics: Arc<Metrics>,
         owners: Owners,
-        connections: Connections,
+        (connections, tls): (Connections, Option<ServerTls>),
         pools: Option<PoolWatch>,
-        tls: Option<ServerTls>,
     ) -> Self {
         Self {
             metrics,
             owners,
             connections,
-            pools,
             tls,
+            pools,
             is_draining: AtomicBool::new(false),
             started: SystemTime::now(),
             text: Mutex::default(),
@@ -108,11 +106,11 @@ impl Observer {
         Readings {
             is_ready,
             connections: self.connections.measure(),
+            certificate_expiry: self.tls.as_ref().map(ServerTls::certificate_expiry),
             store: store_reading(self.owners.cas.measure(), SystemTime::now()),
             pools: seen.map(pool_readings),
             log_lines_dropped: logging::lines_dropped(),
             process: process::read(),
-            certificate_expiry: self.tls.as_ref().map(ServerTls::certificate_expiry),
             started: Some(self.started),
         }
     }

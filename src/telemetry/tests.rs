@@ -37,8 +37,8 @@ fn served() -> Described {
     let readings = Readings {
         pools: Some(pools),
         connections,
+        certificate_expiry: Some(1),
         started: Some(SystemTime::now()),
-        certificate_expiry: Some(0),
         ..Default::default()
     };
     described(&metrics.text(readings))

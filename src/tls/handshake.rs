@@ -22,7 +22,7 @@ use crate::{
 use rustls::{AlertDescription, CertificateError, HandshakeKind, pki_types::UnixTime};
 use std::{future::poll_fn, io, sync::Arc, time::Duration};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     select,
     time::timeout,
 };
@@ -33,7 +33,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 pub(super) const HANDSHAKES: Bounds = Bounds { what: "TLS handshakes at a time", total: 256, connection: 1 };
 /// Time limit of a handshake, from the accepted connection to its end. Long enough for a packet that is sent again twice.
 pub(super) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// How long a client without TLS may take to read why it is refused.
+/// How long a client may take to read why it is refused.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
 
 /// TLS for the connections of a port. Cheap to clone.
@@ -81,11 +81,18 @@ impl TlsPort {
             return Err(Some(HandshakeProblem::Plaintext));
         }
         let place = self.tls.0.handshakes.wait_for(state.caller, 1).await;
-        let _place = place.map_err(|_| Some(HandshakeProblem::Slow))?;
+        let place = place.map_err(|_| Some(HandshakeProblem::Slow))?;
         let material = self.tls.0.material.load_full();
         let acceptor = TlsAcceptor::from(material.config(self.protocol).clone());
-        let stream =
-            acceptor.accept(ReadAhead::new(stream)).await.map_err(|error| Some(problem_of(&error)))?;
+        let shaken = acceptor.accept(ReadAhead::new(stream)).into_fallible().await;
+        drop(place);
+        let stream = match shaken {
+            Ok(stream) => stream,
+            Err((error, stream)) => {
+                linger(stream).await;
+                return Err(Some(problem_of(&error)));
+            }
+        };
         if let Some(certificate) = certificate(&stream, &material).map_err(Some)? {
             state.set_certificate(Arc::new(certificate));
         }
@@ -109,10 +116,16 @@ fn certificate(
 
 /// Sends the answer to a client that speaks without TLS, and lets it arrive.
 async fn refuse(mut stream: Prompt, answer: &[u8]) {
+    if matches!(timeout(REFUSAL_LIMIT, stream.write_all(answer)).await, Ok(Ok(()))) {
+        linger(stream).await;
+    }
+}
+
+/// Waits for the client to close. An immediate close with unread bytes would reset the connection, and the client would not
+/// learn why it is refused.
+async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let exchange = async {
-        stream.write_all(answer).await?;
         stream.shutdown().await?;
-        // Unread bytes would reset the connection, and the answer with it.
         let mut discarded = [0; 4096];
         while stream.read(&mut discarded).await? > 0 {}
         Ok::<_, io::Error>(())

@@ -54,7 +54,7 @@ async fn slow_handshakes_of_one_address_hold_nobody_else_up_and_end() {
     }
     assert!(started.elapsed() < Duration::from_secs(10), "no handshake was given up meanwhile");
     // One byte more does not extend the time.
-    for socket in &mut slow {
+    for socket in slow.iter_mut().enumerate().filter_map(|(at, socket)| (at % 4 != 0).then_some(socket)) {
         let _ = socket.write_all(&[0]);
     }
     eventually("slow handshakes are given up and counted", || {

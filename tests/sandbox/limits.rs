@@ -198,3 +198,31 @@ async fn control_groups_are_removed_on_shutdown_and_after_a_crash() {
     })
     .await;
 }
+
+/// What it opens is its own: the limit is that of a process, and the server and other actions have theirs.
+#[tokio::test]
+async fn a_descriptor_bomb_reaches_its_own_limit_and_harms_nobody() {
+    with_each(&[("EXECUTION__CONCURRENCY", "2")], async |host| {
+        let script = "perl -e 'my @f; while (open my $f, \"<\", \"/dev/null\") { push @f, $f; last if @f > 2_000_000 } \
+                      print scalar(@f) > 2_000_000 ? \"endless\" : \"$!\"'";
+        assert_eq!(host.says(script).await, "Too many open files");
+        assert_eq!(host.says("echo fine").await, "fine");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_log_bomb_is_ended_with_the_limit_and_the_setting() {
+    with_each(&[("EXECUTION__MAX_OUTPUT_FILE_GB", "2 MB")], async |host| {
+        for stream in ["1", "2"] {
+            let action = host.client.action(sh(&format!("yes >&{stream}")), empty()).await;
+            let response = host.client.run(action).await;
+            let result = response.result.clone().unwrap();
+            assert_eq!(result.exit_code, 128 + 25, "{response:?}");
+            assert!(response.message.contains("execution.max_output_file_gb"), "{}", response.message);
+            assert_eq!(host.client.cached(action).await, None);
+        }
+        assert_eq!(host.says("echo fine").await, "fine");
+    })
+    .await;
+}

@@ -226,3 +226,33 @@ fn stored(server: &Server, digest: Digest) -> std::path::PathBuf {
     }
     find(&server.store().join("v1/blobs"), &digest.hash_hex()).unwrap()
 }
+
+/// Each way to write to a file, tried on an input that is in a staged tree. The action changes its own copy; the tree stays.
+#[tokio::test]
+async fn no_way_to_write_changes_what_the_next_action_finds() {
+    with_each(&[], async |host| {
+        let (root, _) = root_of(&host.client, 50, "text").await;
+        let look = "cat d/f0 d/f1 d/f2 d/f3 d/f4 d/f5 d/f6 d/f7; stat -c '%n %Y %a %h' d/f* d; ls d | wc -l";
+        let before = says(&host.client, look, root).await;
+        let ways = [
+            "echo x > d/f0",
+            "echo x >> d/f1",
+            "chmod 777 d/f2; touch d/f2; touch -d 1990-01-01 d/f3",
+            "mv d/f4 d/moved; ln d/f5 d/linked; echo x > d/linked; rm d/f6; mkdir d/f6; rm -r d; mkdir d",
+            // By a second name of an open file, and by memory that is shared with it.
+            "exec 3< d/f5; echo x > /proc/self/fd/3; echo x > /proc/$$/root/build/d/f7; echo x > /proc/self/cwd/d/f6",
+            "perl -e 'open F, \"+<\", \"d/f0\" or die; truncate F, 1 or die; seek F, 0, 2; print F \"x\"'",
+            "perl -e 'open F, \"+<\", \"d/f1\" or die; my $p = syscall(9, 0, 4096, 3, 1, fileno(F), 0); die if $p < 0; \
+             open M, \"+<\", \"/proc/self/mem\" or die; sysseek M, $p, 0; syswrite M, \"XXXX\" or die'",
+            "find / -xdev -name 'f0' -path '*t-*' -exec sh -c 'echo x > {}' \\; 2> /dev/null; true",
+            "for f in /proc/[0-9]*/root /proc/[0-9]*/cwd; do echo x > $f/d/f2; echo x > $f/build/d/f3; done 2> /dev/null; true",
+        ];
+        for way in ways {
+            let action = host.client.action_with(sh(way), root, |action| action.do_not_cache = true).await;
+            let _ = host.client.run(action).await;
+            assert_eq!(says(&host.client, look, root).await, before, "{way}");
+        }
+        assert_eq!(directories(&host.server).1, 1, "all of them had the same tree");
+    })
+    .await;
+}

@@ -419,8 +419,12 @@ async fn an_image_that_cannot_be_had_is_an_error_of_its_kind_and_is_not_asked_fo
     let other = "sha256:".to_owned() + &"1".repeat(64);
     let (code, message) = refused(&client, &at(&format!("tools@{other}"))).await;
     assert!(code == Code::Unavailable && message.contains("execution.images.timeout"), "{message}");
-    let images = server.store().join("build/images");
-    assert_eq!(fs::read_dir(images).unwrap().count(), 0, "nothing of a failed pull is left");
+    let left = fs::read_dir(server.store().join("build/images")).unwrap().flatten();
+    let left: Vec<_> = left.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    assert!(
+        left.iter().all(|name| name.starts_with("layer-") && !name.contains(&layer["sha256:".len()..])),
+        "nothing of a failed pull is left but whole layers: {left:?}"
+    );
 }
 
 #[tokio::test]
@@ -577,4 +581,47 @@ async fn an_image_that_would_fill_the_disk_is_given_up_before_it_stops_other_act
     });
     assert!(!was_stopped, "the action that ran beside it was not disturbed");
     assert_eq!(fs::read_dir(server.inside("build/images")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_layer_that_several_images_have_is_downloaded_once_and_again_if_what_was_kept_is_damaged() {
+    let mut content = Content::default();
+    let common = gzip(&shell_layer().finish());
+    let mut image = |name: &str| {
+        let own = LayerArchive::new().file(MARKER, name.as_bytes(), 0o644);
+        let config = json!({ "Env": ["PATH=/image", "ONLY=image"], "User": "7:8" });
+        content.blobs.image(vec![common.clone(), gzip(&own.finish())], config)
+    };
+    let images: Vec<_> = ["first", "second", "third", "fourth"].map(|name| (name, image(name))).into();
+    let common = format!("/elsewhere/{}", crate::support::images::digest(&common));
+    let registry = TestRegistry::serve(content).await;
+    let registries = allowed(&registry);
+    let settings = [("EXECUTION__IMAGES__REGISTRIES", &*registries), ("EXECUTION__MAX_ATTEMPTS", "1")];
+    let Some(server) = server(&settings).await else { return };
+    let client = server.client().await;
+    let at = |number: usize| format!("docker://{}/team/tools@{}", registry.address(), images[number].1);
+    // Those that are pulled at the same time wait for one download too.
+    let (first, second) = (at(0), at(1));
+    let (first, second) = tokio::join!(finds(&client, &first), finds(&client, &second));
+    assert_eq!([first, second], [format!("first {FOUND}"), format!("second {FOUND}")]);
+    assert_eq!(registry.served(&common), 1);
+    // The layers outlive the server.
+    let store = server.kill().await;
+    let server = server_on(store, &settings).await.unwrap();
+    let client = server.client().await;
+    let layers = || {
+        let entries = fs::read_dir(server.store().join("build/images")).unwrap().flatten();
+        entries.map(|entry| entry.path()).filter(|path| path.is_file()).collect::<Vec<_>>()
+    };
+    assert_eq!(layers().len(), 3, "the common one, and one of each");
+    for layer in layers() {
+        let mut bytes = fs::read(&layer).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&layer, bytes).unwrap();
+    }
+    let (code, message) = refused(&client, &at(2)).await;
+    assert!(code == Code::Unavailable && message.contains("damaged"), "{code:?} {message}");
+    assert_eq!(finds(&client, &at(3)).await, format!("fourth {FOUND}"));
+    assert_eq!(registry.served(&common), 2, "it was fetched again");
 }

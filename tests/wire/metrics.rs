@@ -263,6 +263,27 @@ async fn a_cache_alone_is_ready_and_says_that_it_executes_nothing() {
     assert!(!samples.keys().any(|name| name.starts_with("gorego_slots")), "there are no pools");
 }
 
+#[tokio::test]
+async fn failed_authentications_are_counted_and_the_metrics_need_a_permission() {
+    let directory = tempfile::tempdir().unwrap();
+    let tokens = directory.path().join("tokens");
+    let tokens = ("ACCESS__TOKENS", tokens.to_str().unwrap());
+    let closed = Watched::start(&[tokens]).await;
+    for (path, status) in [("/metrics", 401), ("/healthz", 200), ("/readyz", 200)] {
+        assert_eq!(closed.status(path).await, status, "{path}");
+    }
+    let roles = ("ACCESS__ROLES", r#"{ scraper = { permissions = ["metrics"], instances = ["*"] } }"#);
+    let open = Watched::start(&[tokens, roles, ("ACCESS__ANONYMOUS", r#"["scraper"]"#)]).await;
+    for (credential, reason) in [("Bearer gorego_x", "unknown"), ("Basic %%%", "malformed")] {
+        let failures = format!("gorego_authentication_failures_total{{reason=\"{reason}\"}}");
+        open.sees(&failures, is(0.0)).await;
+        let request = open.http.get(format!("{}/metrics", open.base)).header("authorization", credential);
+        assert_eq!(request.send().await.unwrap().status(), 401, "{credential}");
+        open.sees(&failures, is(1.0)).await;
+    }
+    open.sees("gorego_http_requests_total{method=\"GET\",code=\"401\"}", is(2.0)).await;
+}
+
 /// A scrape asks the owners of the numbers once, and those who come together share its text.
 #[tokio::test]
 async fn many_scrapes_at_once_get_the_same_text() {

@@ -25,6 +25,7 @@ mod listing;
 mod operation;
 mod operations;
 mod options;
+mod probe;
 mod raw;
 mod read;
 mod status;
@@ -33,7 +34,7 @@ mod tls_error;
 mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
-pub use connect::{Identity, explain, foreign_protocol};
+pub use connect::{Identity, Service};
 pub use credentials::{AuthorizedChannel, Credentials};
 pub use endpoint::ServerUri;
 pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
@@ -42,13 +43,13 @@ pub use listing::{ListedFile, Listing, decode_tree};
 pub use operation::OperationRecord;
 pub use operations::{OperationPage, OperationState, Stage};
 pub use options::ConnectOptions;
+pub use probe::{diagnose, explain};
 pub use raw::Raw;
 
 use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
     ExecutionClient, OperationsClient,
 };
-use connect::Service;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -124,8 +125,11 @@ impl Client {
         let capabilities = match client.capabilities().await {
             Ok(capabilities) => capabilities,
             Err(error) => {
-                // A server of another protocol accepts the connection, and fails the first call.
-                let other = foreign_protocol(&options).await;
+                // Some servers accept the connection of a client that they will not serve.
+                let other = match &error {
+                    Error::Denied(_) | Error::Unimplemented(_) | Error::Invalid(_) => None,
+                    _ => diagnose(&options).await,
+                };
                 return Err(
                     other.map_or(error, |why| Error::Precondition(format!("{}: {why}", options.endpoint)))
                 );
@@ -146,6 +150,16 @@ impl Client {
     /// The endpoint as passed to [`Client::connect`].
     pub fn endpoint(&self) -> &str {
         &self.endpoint
+    }
+
+    /// The instance name.
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    /// The connection, for the bare clients of [`stubs`].
+    pub fn service(&self) -> Service {
+        self.service.clone()
     }
 
     /// The digest function of everything that is asked for.

@@ -7,10 +7,16 @@ use crate::{
 };
 use gorego_reapi::error::{Error, Result};
 use http::HeaderMap;
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+};
 use std::{
     fs::File,
     io::Read as _,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
@@ -123,6 +129,36 @@ impl ConnectOptions {
             }
             None => tls,
         })
+    }
+
+    /// The configuration for a TLS connection of one's own.
+    pub(crate) fn rustls_config(&self) -> Result<ClientConfig> {
+        let unusable =
+            |error: rustls::Error| Error::Invalid(format!("the TLS options cannot be used: {error}"));
+        let malformed = |error: rustls::pki_types::pem::Error| Error::Invalid(format!("not PEM: {error}"));
+        let mut roots = RootCertStore::empty();
+        match &self.tls_ca {
+            Some(path) => {
+                let bytes = pem(path, "CERTIFICATE")?;
+                roots.add_parsable_certificates(CertificateDer::pem_slice_iter(&bytes).flatten());
+            }
+            None => _ = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs),
+        }
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(unusable)?
+            .with_root_certificates(roots);
+        let mut config = match &self.identity {
+            Some((cert, key)) => {
+                let (cert, key) = (pem(cert, "CERTIFICATE")?, pem(key, "PRIVATE KEY")?);
+                let chain = CertificateDer::pem_slice_iter(&cert).flatten().collect();
+                let key = PrivateKeyDer::from_pem_slice(&key).map_err(malformed)?;
+                builder.with_client_auth_cert(chain, key).map_err(unusable)?
+            }
+            None => builder.with_no_client_auth(),
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(config)
     }
 
     /// What is sent with every request. The credential helper is not asked yet.

@@ -13,7 +13,8 @@
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so every operation ends exactly once.
 //!
 //! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
-//! `ledger/waiting.rs` where tasks wait and why, `ledger/followers.rs` tasks without followers,
+//! `ledger/waiting.rs` where tasks wait and why, `ledger/followers.rs` tasks without followers, `ledger/peaks.rs` what is learned
+//! of their memory,
 //! `ledger/pools.rs` pools that come and go, `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
 //! Each step of an operation is recorded as a [`Transition`] until [`Ledger::take_transitions`].
 
@@ -23,6 +24,7 @@ mod dispatch;
 #[cfg(test)]
 pub(super) mod fixtures;
 mod followers;
+mod peaks;
 mod pools;
 #[cfg(test)]
 mod simulation;
@@ -49,7 +51,7 @@ use crate::{
 use gorego_reapi::error::{Error, Result};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    hash::RandomState,
+    hash::{BuildHasher as _, RandomState},
     sync::Arc,
     time::Duration,
 };
@@ -57,6 +59,7 @@ use std::{
 use demand::Demand;
 pub(crate) use dispatch::{Assignment, Check, ImageOrder, RunEnd};
 use followers::Unfollowed;
+use peaks::{PeakKey, Peaks};
 use task::{Task, TaskKey, TaskRun, TaskStep, key};
 use waiting::Board;
 
@@ -75,6 +78,8 @@ pub(crate) struct Ledger {
     ready: BTreeMap<PoolId, Queue>,
     board: Board,
     unfollowed: Unfollowed,
+    /// How much memory actions took.
+    peaks: Peaks,
     demand: Demand,
     /// Hashes the names of builds. It is randomly keyed, so clients cannot force collisions.
     names: RandomState,
@@ -104,6 +109,7 @@ impl Ledger {
             settings,
             board: Board::default(),
             unfollowed: Unfollowed::default(),
+            peaks: Peaks::default(),
             demand: Demand::default(),
             names: RandomState::new(),
             tasks: BTreeMap::new(),
@@ -394,6 +400,13 @@ impl Ledger {
             self.demand.remove(home, id);
         }
         Some(task)
+    }
+
+    /// What an action is, as far as its memory is concerned; `None` if its client does not say.
+    fn peak_key(&self, info: &OperationInfo) -> Option<PeakKey> {
+        let (target, mnemonic) = (&info.client.target_id, &info.client.action_mnemonic);
+        let is_named = !target.is_empty() || !mnemonic.is_empty();
+        is_named.then(|| PeakKey(self.names.hash_one((info.instance.id(), target, mnemonic))))
     }
 
     /// Tells a run to stop. Its slot is busy until the worker reports.

@@ -112,6 +112,8 @@ pub struct Account {
     pub log: Option<Digest>,
     /// Whether the action reached its memory limit, so that it may succeed with more memory.
     pub out_of_memory: bool,
+    /// The memory of its largest process, in bytes; 0 if that is not known.
+    pub memory: u64,
 }
 
 /// The action could not be run, or its command did not end by itself.

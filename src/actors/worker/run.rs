@@ -459,6 +459,7 @@ impl<'a> ActionRun<'a> {
         Account {
             message: messages.join("; "),
             log: text.and_then(|text| self.store_bytes(text.into_bytes()).ok()),
+            memory: self.ran.as_ref().map_or(0, |ran| ran.usage.max_resident_bytes.max(0).unsigned_abs()),
             out_of_memory: self.ran.as_ref().is_some_and(|ran| {
                 matches!(ran.ending, Ending::Exceeded(Exceeded { resource: LimitedResource::Memory, .. }))
             }),

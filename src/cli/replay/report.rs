@@ -7,7 +7,11 @@ use super::{
     run::{LocalRun, ReplayPlace},
     scratch::Scratch,
 };
-use crate::cli::{EXIT_OK, progress::ProgressLine};
+use crate::{
+    action::Action,
+    cli::{EXIT_OK, progress::ProgressLine},
+    platform::wanted_image,
+};
 use gorego_client::{Listing, Progress, blocking, decode_tree};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -63,7 +67,7 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
         }
         on => {
             let _ = writeln!(text, "sandbox  {}", on.join(", "));
-            text.push_str("         programs and libraries are those of this machine\n");
+            let _ = writeln!(text, "         {}", escaped(&whose_files(action, stage)));
         }
     }
     for missing in stage.missing() {
@@ -76,6 +80,20 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
         );
     }
     let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Where the programs and libraries of the action come from.
+fn whose_files(action: &Action, stage: &ReplayPlace) -> String {
+    match wanted_image(&action.platform) {
+        Ok(Some(name)) if stage.has_images() => {
+            format!("programs and libraries are those of the image {name}")
+        }
+        Ok(Some(name)) => format!(
+            "programs and libraries are those of this machine, not of the image {name}: the configuration has no \
+             [execution.images]"
+        ),
+        Ok(None) | Err(_) => "programs and libraries are those of this machine".into(),
+    }
 }
 
 /// The arguments as a line for a shell.

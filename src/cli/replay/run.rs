@@ -119,6 +119,11 @@ impl ReplayPlace {
         self.report().map_or(&[], |report| &report.missing)
     }
 
+    /// Whether actions can have container images.
+    pub(super) fn has_images(&self) -> bool {
+        self.place.images.is_some()
+    }
+
     /// How the limits of the action are enforced.
     pub(super) fn limits(&self) -> String {
         self.place.limits.summary()

@@ -14,7 +14,7 @@ use crate::{
         },
         worker::{
             cancel::CancelToken,
-            messages::{RunFailure, RunReport, RunStage, SlotId, StageReached, TaskId},
+            messages::{Account, RunFailure, RunReport, RunStage, SlotId, StageReached, TaskId},
         },
     },
     caller::Peer,
@@ -277,6 +277,9 @@ impl Ledger {
         if let Some(task) = self.tasks.get_mut(&id) {
             task.keep_log(log);
         }
+        if let RunEnd::Reported(Ok(report)) = &end {
+            self.note_memory(id, pool, &report.account);
+        }
         match end {
             RunEnd::Reported(Ok(report)) if report.account.out_of_memory && self.move_up(id, pool, now) => {}
             RunEnd::Reported(Ok(report)) => {
@@ -328,6 +331,18 @@ impl Ledger {
             task.evictions = task.evictions.saturating_add(1);
         }
         self.retry(id, Error::Unavailable(reason), now);
+    }
+
+    /// Learns from a run how much memory its kind of action takes.
+    fn note_memory(&mut self, id: TaskId, pool: PoolId, account: &Account) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let Some(key) = self.peak_key(&task.first) else { return };
+        let limit = self.slots.memory(pool, &task.action);
+        // It would have taken more than it got.
+        let bytes = if account.out_of_memory { limit.saturating_add(1) } else { account.memory };
+        if bytes > 0 {
+            self.peaks.note(key, bytes);
+        }
     }
 
     /// Tries a task that ran out of memory again where it gets more; false if there is no such pool or it was tried often enough.

@@ -35,7 +35,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 40] = [
+const SIGHTS: [&str; 41] = [
     "joined",
     "explained",
     "in a later pool",
@@ -74,6 +74,7 @@ const SIGHTS: [&str; 40] = [
     "left before its image came",
     "ran out of memory",
     "moved to more memory",
+    "passed a pool in which its kind ran out of memory",
     "refused: operations of a quota",
     "refused: queue of a quota",
 ];
@@ -253,7 +254,8 @@ impl World {
         let mut limit =
             |chance, least: usize| self.random.chance(chance).then(|| least + self.random.below(6));
         let limits = OperationLimits { operations: limit(10, 2), queued: limit(10, 0) };
-        let submit = Submit { priority, caller, limits, ..submit_of(invocation, &work) };
+        let mut submit = Submit { priority, caller, limits, ..submit_of(invocation, &work) };
+        submit.client.target_id = ["", "//a", "//b", "//c"][self.random.below(4)].into();
         let waiting = self.ledger.quota.all().waiting;
         let info = OperationInfo {
             id,
@@ -403,8 +405,12 @@ impl World {
                 chosen.is_none_or(|pool| able.contains(&pool)),
                 "a pool has a slot and room for what it runs"
             );
+            let is_learned = assignment.as_ref().is_some_and(|assignment| self.ran_out(assignment));
+            if is_learned && first.is_some_and(|first| at(first) < chosen.and_then(at)) {
+                self.seen.insert("passed a pool in which its kind ran out of memory");
+            }
             assert!(
-                first.is_none_or(|first| chosen.is_some_and(|pool| at(pool) <= at(first))),
+                first.is_none_or(|first| is_learned || chosen.is_some_and(|pool| at(pool) <= at(first))),
                 "no slot idles while there is work for it"
             );
             let kept = able.first().is_some_and(|first| chosen.is_none_or(|pool| at(*first) < at(pool)));
@@ -429,6 +435,14 @@ impl World {
                 self.seen.insert("shared room");
             }
         }
+    }
+
+    /// Whether actions of the same kind have taken more memory than some pool of this task gives.
+    fn ran_out(&self, assignment: &Assignment) -> bool {
+        let Some(task) = self.ledger.tasks.get(&assignment.task) else { return false };
+        let key = self.ledger.peak_key(&task.first);
+        let Some(peak) = key.and_then(|key| self.ledger.peaks.of(key)) else { return false };
+        task.pools.iter().any(|pool| self.ledger.slots.memory(*pool, &assignment.action) < peak)
     }
 
     /// What is left of the room of a pool.

@@ -140,17 +140,14 @@ impl Ledger {
     /// tasks. No task starves: once the running tasks of its peer have ended, its peer has its turn.
     pub(super) fn next_ready(&mut self, now: ClockReading) -> Option<(PoolId, TaskId, Charge)> {
         let mut at = 0;
-        let pool = loop {
+        let (pool, next) = loop {
             let pool = *self.slots.order().get(at)?;
-            if self.slots.has_free(pool)
-                && let Some(next) = self.next_in(pool, now)
-                && let Some(task) = self.tasks.get(&next)
-                && self.slots.has_room(pool, &task.action)
-            {
-                break pool;
+            if let Some(next) = self.able(pool, now) {
+                break (pool, next);
             }
             at += 1;
         };
+        let pool = self.less_tight(pool, next, at, now).unwrap_or(pool);
         let (id, charge) = self.ready.get_mut(&pool)?.pop(now.at)?;
         let task = self.tasks.get(&id)?;
         if task.unfollowed_since.is_none() {
@@ -166,6 +163,24 @@ impl Ledger {
             }
         }
         Some((pool, id, charge))
+    }
+
+    /// The task that a pool could run now.
+    fn able(&mut self, pool: PoolId, now: ClockReading) -> Option<TaskId> {
+        let next = self.slots.has_free(pool).then(|| self.next_in(pool, now))??;
+        let task = self.tasks.get(&next)?;
+        self.slots.has_room(pool, &task.action).then_some(next)
+    }
+
+    /// Another pool that could run the same task now and gives it the memory that its kind of action took before, where the pool at
+    /// this place of the order gives it less.
+    fn less_tight(&mut self, pool: PoolId, id: TaskId, at: usize, now: ClockReading) -> Option<PoolId> {
+        let task = self.tasks.get(&id)?;
+        let (action, key) = (task.action.clone(), self.peak_key(&task.first)?);
+        let needed = self.peaks.of(key).filter(|needed| *needed > self.slots.memory(pool, &action))?;
+        let others: Vec<_> = self.slots.order().iter().skip(at + 1).copied().collect();
+        let gives_enough = |ledger: &Self, pool: &PoolId| ledger.slots.memory(*pool, &action) >= needed;
+        others.into_iter().find(|other| gives_enough(self, other) && self.able(*other, now) == Some(id))
     }
 
     /// The task that is next in the queue of a pool. A task that has just lost its followers is first moved behind those that

@@ -104,3 +104,34 @@ fn a_task_whose_larger_pool_goes_away_runs_where_it_ran_before_and_a_smaller_one
     desk.finish(run.task, out_of_memory());
     assert!(outcome(&operation).error.is_none(), "{:?}", outcome(&operation));
 }
+
+#[test]
+fn an_action_of_a_kind_that_ran_out_of_memory_goes_where_it_gets_more_if_both_are_free() {
+    let gb = 1 << 30;
+    let mut desk = Desk::with_pools(vec![pool_of("a", gb), pool_of("b", 4 * gb)]);
+    let of = |name, target: &str| {
+        let mut submit = submit(&work(name));
+        submit.client.target_id = target.into();
+        submit
+    };
+    let ran_in = |desk: &mut Desk, submit: Submit, name| {
+        let _operation = desk.try_submit(submit, resolution(&work(name), false)).unwrap();
+        let run = desk.dispatch_one();
+        let pool = desk.ledger.pool_name(run.pool).to_string();
+        (run, pool)
+    };
+    let (run, pool) = ran_in(&mut desk, of(1, "//large"), 1);
+    assert_eq!(pool, "a");
+    desk.finish(run.task, out_of_memory());
+    let run = desk.dispatch_one();
+    desk.finish(run.task, success());
+    let (large, pool) = ran_in(&mut desk, of(2, "//large"), 2);
+    assert_eq!(pool, "b");
+    let (small, pool) = ran_in(&mut desk, of(3, "//small"), 3);
+    assert_eq!(pool, "a");
+    desk.finish(small.task, success());
+    // While that pool is busy, it does not wait for it.
+    let (_, pool) = ran_in(&mut desk, of(4, "//large"), 4);
+    assert_eq!(pool, "a");
+    desk.finish(large.task, success());
+}

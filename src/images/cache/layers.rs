@@ -1,0 +1,172 @@
+//! Compressed layers that are kept beside the images, so that images that share layers download each of them once.
+//!
+//! ```text
+//! <build_root>/images/layer-<start of the machine>-sha256-<digits>
+//! ```
+//!
+//! A layer is kept only while nothing else needs its room: it takes what is free of the budget, and goes before any image. Each
+//! use checks its digest again. Whatever goes wrong with keeping a layer, the pull that brings it goes on without.
+
+use super::{CacheKey, ImageCache, ImageLease, LAYER, NEW, RunTerms, StoredImage, digest_of, name_of};
+use crate::{
+    actors::worker::dir,
+    disk::Space,
+    images::{digest::ImageDigest, index::Growth, root::ENTRY_BYTES},
+};
+use rustix::{
+    fs::{self as rfs, AtFlags, FileType, Mode, OFlags},
+    io::Errno,
+};
+use std::{
+    ffi::{OsStr, OsString},
+    fs::File,
+    io::Write as _,
+    sync::Arc,
+};
+
+/// After how many pieces of a layer the free space of the disk is looked at. A piece is at most 128 KiB.
+const LOOK_EVERY: u32 = 8;
+
+/// What a pull finds out about a layer.
+#[derive(Debug)]
+pub(in crate::images) enum LayerState {
+    /// It is here. The file may have been damaged.
+    Kept(ImageLease, File),
+    /// Another pull brings it now.
+    Coming,
+    /// This pull brings it.
+    Absent(NewLayer),
+}
+
+/// A layer that is being downloaded. Unless it is finished, nothing of it stays.
+#[derive(Debug)]
+pub(in crate::images) struct NewLayer {
+    cache: Arc<ImageCache>,
+    key: CacheKey,
+    /// Missing if the layer is not kept.
+    file: Option<(OsString, File)>,
+    pieces: u32,
+}
+
+impl ImageCache {
+    /// What there is of a layer. After [`LayerState::Absent`], nobody else downloads it until that ends.
+    pub(in crate::images) fn layer(self: &Arc<Self>, digest: &ImageDigest) -> LayerState {
+        let key = CacheKey::Layer(digest.clone());
+        let leased = self.index().lease(&key);
+        if let Some((copy, image)) = leased {
+            let lease = ImageLease { cache: self.clone(), key: key.clone(), copy, image };
+            let file = dir::open_file(&self.place(), &lease.image.name).ok();
+            let is_same =
+                |file: &File| rfs::fstat(file).is_ok_and(|stat| dir::file_id(&stat) == lease.image.id);
+            if let Some(file) = file.filter(is_same) {
+                self.touch(&lease.image.name);
+                return LayerState::Kept(lease, file);
+            }
+            self.index().forget(&key, copy);
+        }
+        if !self.index().begin(&key) {
+            return LayerState::Coming;
+        }
+        let place = self.place_again();
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut made = None;
+        let name = self.numbered(NEW, |name| {
+            made = Some(File::from(rfs::openat(&place, name, flags, Mode::RUSR | Mode::WUSR)?));
+            Ok(())
+        });
+        let mut layer = NewLayer { cache: self.clone(), key, file: name.ok().zip(made), pieces: 0 };
+        layer.take(ENTRY_BYTES);
+        LayerState::Absent(layer)
+    }
+
+    /// Removes a kept layer that turned out to be damaged.
+    pub(in crate::images) fn drop_layer(&self, lease: ImageLease) {
+        self.index().forget(&lease.key, lease.copy);
+        let place = self.place();
+        if let Some(name) = self.set_aside(&place, &lease.image.name) {
+            self.remove(&place, &name);
+        }
+    }
+
+    /// What begins the names of layers that this start of the machine has written.
+    fn layer_prefix(&self) -> Option<String> {
+        Some(format!("{LAYER}{}-", self.boot.as_ref()?))
+    }
+
+    /// The kept layer that a file is; `None` for a file that cannot be trusted.
+    pub(super) fn restored_layer(
+        &self,
+        place: &File,
+        name: &OsStr,
+    ) -> Option<(CacheKey, StoredImage, u64, (i64, i64))> {
+        let digest = name.to_str()?.strip_prefix(&self.layer_prefix()?)?;
+        let key = CacheKey::Layer(digest_of(OsStr::new(digest))?);
+        let stat =
+            dir::stat_at(place, name).ok().filter(|stat| dir::file_type(stat) == FileType::RegularFile)?;
+        let image =
+            StoredImage { name: name.to_owned(), id: dir::file_id(&stat), terms: RunTerms::default() };
+        let bytes = u64::try_from(stat.st_size).ok()?.saturating_add(ENTRY_BYTES);
+        #[allow(clippy::unnecessary_cast)]
+        Some((key, image, bytes, (stat.st_mtime as i64, stat.st_mtime_nsec as i64)))
+    }
+}
+
+impl NewLayer {
+    /// Keeps a piece of the layer, unless there is no room for it.
+    pub(in crate::images) fn write(&mut self, piece: &[u8]) {
+        self.take(piece.len() as u64);
+        let Some((_, file)) = &mut self.file else { return };
+        let is_low =
+            self.pieces.is_multiple_of(LOOK_EVERY) && Space::of_file(file).is_ok_and(|space| space.is_low());
+        self.pieces = self.pieces.wrapping_add(1);
+        if is_low || file.write_all(piece).is_err() {
+            self.give_up();
+        }
+    }
+
+    fn take(&mut self, bytes: u64) {
+        if self.file.is_none() {
+            return;
+        }
+        // A spare entry displaces nothing.
+        let has_room = matches!(self.cache.index().grow(&self.key, bytes), Growth::Yes(_));
+        if !has_room {
+            self.give_up();
+        }
+    }
+
+    /// The layer is complete and has the right digest.
+    pub(in crate::images) fn finish(mut self) {
+        let (CacheKey::Layer(digest), Some(prefix)) = (&self.key, self.cache.layer_prefix()) else { return };
+        let Some((unnamed, file)) = self.file.take() else { return };
+        let place = self.cache.place();
+        let mut name = OsString::from(prefix);
+        name.push(name_of(digest));
+        let id = rfs::fstat(&file).map(|stat| dir::file_id(&stat));
+        let named = id.and_then(|id| rfs::renameat(&place, &unnamed, &place, &name).map(|()| id));
+        match named {
+            Ok(id) => {
+                let image = Arc::new(StoredImage { name, id, terms: RunTerms::default() });
+                let mut index = self.cache.index();
+                if let Some(copy) = index.finish(&self.key, image) {
+                    index.release(&self.key, copy);
+                }
+            }
+            Err(_) => self.file = Some((unnamed, file)),
+        }
+    }
+
+    fn give_up(&mut self) {
+        if let Some((name, _)) = self.file.take() {
+            let _: Result<(), Errno> = rfs::unlinkat(self.cache.place(), &name, AtFlags::empty());
+        }
+        // Changes nothing for a layer that is complete.
+        self.cache.index().abandon(&self.key);
+    }
+}
+
+impl Drop for NewLayer {
+    fn drop(&mut self) {
+        self.give_up();
+    }
+}

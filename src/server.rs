@@ -152,7 +152,6 @@ struct Server {
     reports: NonDeterminismReports,
     log_streams: LogStreams,
     metrics: Arc<Metrics>,
-    quotas: Quotas,
     /// The runtime that serves connections. The actors run on another thread.
     workers: Handle,
     supervision: Supervision,
@@ -227,7 +226,6 @@ impl Server {
             reports,
             log_streams,
             metrics,
-            quotas,
             workers,
             supervision,
         };

@@ -58,7 +58,7 @@ use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
 use ports::{Ports, ServedPort};
-use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
+use reload::{ReloadAccess, ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc};
 use tls::ReloadTls;
@@ -289,6 +289,7 @@ impl Server {
             Box::new(ReloadHosts::new(hosts.clone(), settings)),
             Box::new(ReloadOrigins::new(self.origins.clone(), &settings.assets)),
             Box::new(ReloadTls(self.tls.clone())),
+            Box::new(ReloadAccess(self.access.clone())),
         ];
         let images = self.place.as_ref().and_then(|place| place.images.as_ref());
         parts.extend(ReloadImages::new(images, settings).map(|part| Box::new(part) as _));
@@ -319,10 +320,11 @@ impl Server {
             grpc.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;
         let shared = http::PortContext {
-            gate: Gate::with_quotas(
+            gate: Gate::counting(
                 self.settings.instances.clone(),
                 self.access.authenticator().clone(),
                 self.quotas.clone(),
+                self.metrics.authentication.clone(),
             ),
             hosts,
             under_way: UnderWay::default(),

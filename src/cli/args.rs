@@ -1,6 +1,6 @@
 //! The arguments of the subcommands, and how their values are written.
 
-use super::{ConnectArgs, Lifetime};
+use super::{ConnectArgs, Lifetime, token};
 use crate::size::Size;
 use clap::{Args, Subcommand, ValueEnum};
 use gorego_reapi::digest::DigestFunction;
@@ -336,7 +336,7 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
-fn parse_digest_function(text: &str) -> Result<DigestFunction, String> {
+pub(super) fn parse_digest_function(text: &str) -> Result<DigestFunction, String> {
     let named = |function: &&DigestFunction| function.name().eq_ignore_ascii_case(text);
     DigestFunction::ALL.iter().find(named).copied().ok_or_else(|| {
         let names: Vec<_> = DigestFunction::ALL.iter().map(|function| function.name()).collect();

@@ -6,6 +6,8 @@
 //! of the server only sees [`Settings`].
 
 mod access;
+mod checker;
+mod execution;
 mod images;
 mod jwt;
 mod limits;
@@ -20,11 +22,12 @@ pub mod show;
 mod source_text;
 mod tls;
 
+pub use execution::ExecutionSettings;
 pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
-pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
+pub use settings::{AssetsSettings, LogStreamsSettings, Machine, Settings};
 pub use tls::{ClientAuth, TlsSettings};
 
 pub use crate::logging::{LogConfig, LogFormat};

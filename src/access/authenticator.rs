@@ -78,6 +78,9 @@ pub trait SignedTokens: fmt::Debug + Send + Sync {
         token: &'a str,
         now: SystemTime,
     ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>>;
+
+    /// Whether tokens of this issuer and subject (`ISSUER#SUBJECT`) may still be accepted.
+    fn trusts(&self, holder: &str) -> bool;
 }
 
 /// What a valid signed token says.
@@ -219,9 +222,14 @@ impl Authenticator {
             PrincipalKind::Basic => {
                 rules.sources.users.as_ref().and_then(|users| users.principal(principal.detail()).cloned())
             }
-            // Those who have issued them say when they end, and connections whose certificates were revoked are closed.
-            PrincipalKind::Jwt if rules.sources.signed.is_none() => None,
-            PrincipalKind::Jwt | PrincipalKind::Certificate => Some(rules.with_current_roles(principal)),
+            // Its issuer says when it ends, unless the issuer itself was taken out of the configuration.
+            PrincipalKind::Jwt => {
+                let signed = rules.sources.signed.as_ref();
+                let is_trusted = signed.is_some_and(|signed| signed.trusts(principal.detail()));
+                is_trusted.then(|| rules.with_current_roles(principal))
+            }
+            // Its issuer says when it ends, and connections whose certificates were revoked are closed.
+            PrincipalKind::Certificate => Some(rules.with_current_roles(principal)),
         };
         let current = current.filter(|current| current.mark() == principal.mark());
         current.ok_or_else(|| Rejection::refused(format!("the credential of {principal} was revoked")))

@@ -134,6 +134,11 @@ impl SignedTokens for JwtVerifier {
     ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>> {
         async move { Ok(self.check(token, now).await?) }.boxed()
     }
+
+    fn trusts(&self, holder: &str) -> bool {
+        let issuers = self.issuers.iter().map(|issuer| issuer.rules.issuer());
+        issuers.filter_map(|issuer| holder.strip_prefix(issuer)).any(|rest| rest.starts_with('#'))
+    }
 }
 
 impl From<TokenRefusal> for Rejection {

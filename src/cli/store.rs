@@ -38,7 +38,7 @@ pub struct PurgeArgs {
     #[arg(long, value_name = "HASH/SIZE")]
     pub action: Option<String>,
     /// Digest function of --action, such as blake3 [default: the one that the length of the hash suggests]
-    #[arg(long, value_name = "NAME", value_parser = super::parse_digest_function)]
+    #[arg(long, value_name = "NAME", value_parser = super::args::parse_digest_function)]
     pub digest_function: Option<DigestFunction>,
     /// Results that this run of a build tool caused (Bazel's invocation id)
     #[arg(long, value_name = "ID")]

@@ -1,6 +1,9 @@
 //! `gorego token`: makes, lists and revokes static tokens, in the file of `access.tokens`.
 
-use super::{EXIT_OK, EXIT_USAGE, ServeArgs, complain, config::load_settings, environment, output::print};
+use super::{
+    EXIT_OK, EXIT_USAGE, ServeArgs, TokenCommand, TokenFileArgs, complain, config::load_settings,
+    environment, output::print,
+};
 use crate::access::{
     policy::Policy,
     tokens::{
@@ -8,7 +11,6 @@ use crate::access::{
         file::{read, update},
     },
 };
-use clap::{Args, Subcommand};
 use gorego_reapi::error::{Error, Result};
 use serde::Serialize;
 use std::{
@@ -17,55 +19,6 @@ use std::{
     path::PathBuf,
     time::{Duration, SystemTime},
 };
-
-/// The subcommands of `gorego token`.
-#[derive(Debug, Subcommand)]
-pub enum TokenCommand {
-    /// Make a token and print it; the server keeps only its hash
-    Create {
-        /// A role of the token: reader, developer, ci, worker, admin, or one of the configuration (repeatable)
-        #[arg(long = "role", required = true, value_name = "NAME")]
-        roles: Vec<String>,
-        /// How long it is valid, as in 12h or 90d, or never
-        #[arg(long, default_value = "90d", value_name = "TIME", value_parser = parse_lifetime)]
-        expires: Lifetime,
-        /// What to remember it by, such as the machine that has it
-        #[arg(long, default_value = "", value_name = "TEXT")]
-        note: String,
-        /// Where tokens are kept
-        #[command(flatten)]
-        file: TokenFileArgs,
-    },
-    /// List the tokens by their public ids
-    List {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-        /// Where tokens are kept
-        #[command(flatten)]
-        file: TokenFileArgs,
-    },
-    /// Revoke tokens; a running server refuses them within seconds
-    Revoke {
-        /// The ids, as `list` shows them
-        #[arg(required = true, value_name = "ID")]
-        ids: Vec<String>,
-        /// Where tokens are kept
-        #[command(flatten)]
-        file: TokenFileArgs,
-    },
-}
-
-/// The flags that say where tokens are kept.
-#[derive(Debug, Clone, Default, Args)]
-pub struct TokenFileArgs {
-    /// Configuration file of the server [default: /etc/gorego/gorego.toml if it exists]
-    #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// File of the tokens [default: access.tokens of the configuration]
-    #[arg(long, value_name = "FILE")]
-    pub file: Option<PathBuf>,
-}
 
 /// Runs `gorego token ...` and returns its exit code.
 pub(super) fn run(command: &TokenCommand) -> u8 {

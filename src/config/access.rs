@@ -1,9 +1,9 @@
-//! `[access]`: the notation of who may do what, and its checks. Whether the server may leave loopback is decided here too.
+//! `[access]`: the notation of who may do what, and its checks.
 
 use super::{
+    Machine,
+    checker::Checker,
     jwt::{self, JwtConfig},
-    settings::{Checker, Machine},
-    tls::ClientAuth,
 };
 use crate::access::{
     credential::is_user,
@@ -16,7 +16,6 @@ use crate::access::{
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -139,53 +138,6 @@ fn certificates(check: &mut Checker<'_>, config: &AccessConfig, policy: &Policy)
         }
     }
     grants
-}
-
-/// Whether only this machine can reach an address.
-pub(super) fn is_loopback(address: SocketAddr) -> bool {
-    match address.ip() {
-        IpAddr::V6(ip) => ip.to_ipv4_mapped().map_or(ip.is_loopback(), |ip| ip.is_loopback()),
-        IpAddr::V4(ip) => ip.is_loopback(),
-    }
-}
-
-/// Without authentication, everyone who can reach the endpoint can run commands on this machine; without TLS, everyone who can
-/// read along on the way can take credentials.
-pub(super) fn check_exposure(
-    check: &mut Checker<'_>,
-    warnings: &mut Vec<String>,
-    key: &str,
-    address: SocketAddr,
-) {
-    let config = &check.loaded.config;
-    let has_tls = !config.tls.cert.as_os_str().is_empty();
-    // A CA that everybody needs a certificate of decides who comes in, also where it makes no difference what they may do.
-    let needs_certificate =
-        !config.tls.client_ca.as_os_str().is_empty() && config.tls.client_auth == ClientAuth::Required;
-    let has_credentials = config.access.has_credentials() || needs_certificate;
-    if is_loopback(address) || has_tls && has_credentials {
-        return;
-    }
-    let (lack, danger) = if has_credentials {
-        ("there is no TLS", "everybody who can read along on the way to it can take credentials and use them")
-    } else {
-        (
-            "there is no authentication",
-            "everybody who can reach it can run commands on this machine and change what the cache answers",
-        )
-    };
-    if config.allow_unauthenticated {
-        warnings.push(format!("{address} is not a loopback address and {lack}: {danger}"));
-    } else {
-        check.refuse(
-            key,
-            &format!(
-                "is not a loopback address, and {lack}, so {danger}. Configure [tls] and [access] (docs/securing.md), or listen \
-                 on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where everybody is trusted that far, set \
-                 allow_unauthenticated = true"
-            ),
-        );
-    }
 }
 
 fn policy(check: &mut Checker<'_>, config: &AccessConfig, is_exposed: bool) -> Policy {

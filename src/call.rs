@@ -4,6 +4,11 @@
 //! take the caller from it and add what they find out.
 
 use crate::{
+    access::{
+        audit::DenialKind,
+        permission::{Permission, Permissions},
+        principal::Principal,
+    },
     actors::{
         cas::client::Provenance,
         scheduler::operation::{ClientInfo, OperationId},
@@ -12,7 +17,7 @@ use crate::{
     caller::Caller,
     connections::{Admitted, ConnectionState, Connections, answers::FRAME_BYTES},
     instance::Instance,
-    policy::{Permissions, Principal},
+    quotas::UploadMeter,
     result::ResultRoom,
     under_way::Unfinished,
 };
@@ -62,18 +67,23 @@ pub(crate) struct Call(Arc<CallState>);
 
 #[derive(Debug, Default)]
 struct CallState {
-    principal: Principal,
+    /// Set once, before a handler sees the request.
+    principal: OnceLock<Principal>,
     client: ClientInfo,
     /// `None` for a request that does not come from a socket.
     connection: Option<ConnectionInfo>,
     /// `None` for a method that is unknown.
     permissions: Option<Permissions>,
     instance: OnceLock<Instance>,
+    /// The permission with which it has entered the instance.
+    permission: OnceLock<Permission>,
     notes: Mutex<Notes>,
     /// Room for the next part of the answer.
     room: Mutex<Option<Share>>,
     /// The room of a result that was read for this request, until there is room for the answer.
     result: Mutex<Option<Arc<ResultRoom>>>,
+    /// Set when it was counted for the quotas of its principal. An upload that has a quota has a meter.
+    counted: OnceLock<Option<UploadMeter>>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
     is_broken_off: AtomicBool,
@@ -109,8 +119,19 @@ impl Call {
         extensions.get::<Self>().cloned().unwrap_or_default()
     }
 
-    pub(crate) fn principal(&self) -> Principal {
-        self.0.principal
+    /// Records who sends the request.
+    pub(crate) fn identify(&self, principal: Principal) {
+        let _ = self.0.principal.set(principal);
+    }
+
+    /// Who sends the request; somebody without any permission as long as that is not known.
+    pub(crate) fn principal(&self) -> &Principal {
+        self.0.principal.get().unwrap_or_else(|| Principal::nobody())
+    }
+
+    /// The name of its principal, if that has shown a credential.
+    pub(crate) fn known_principal(&self) -> Option<&str> {
+        Some(self.principal()).filter(|principal| !principal.is_anonymous()).map(Principal::name)
     }
 
     /// The permissions of the method that was called; `None` for an unknown method.
@@ -254,6 +275,25 @@ impl Call {
         self.0.instance.get()
     }
 
+    /// Records the permission with which it has entered the instance.
+    pub(crate) fn note_permission(&self, permission: Permission) {
+        let _ = self.0.permission.set(permission);
+    }
+
+    /// The permission with which it has entered the instance, if there is one.
+    pub(crate) fn permission(&self) -> Option<Permission> {
+        self.0.permission.get().copied()
+    }
+
+    /// Why it was refused, if it was.
+    pub(crate) fn denial(&self) -> DenialKind {
+        match self.0.principal.get() {
+            None => DenialKind::WrongCredential,
+            Some(principal) if principal.is_anonymous() => DenialKind::NoCredential,
+            Some(_) => DenialKind::NoPermission,
+        }
+    }
+
     /// Records the operation.
     pub(crate) fn note_operation(&self, id: OperationId) {
         self.notes().operation = Some(id);
@@ -282,6 +322,27 @@ impl Call {
     /// Takes what was recorded. For the end of the request.
     pub(crate) fn take_notes(&self) -> Notes {
         mem::take(&mut self.notes())
+    }
+
+    /// Whether it was counted for the quotas of its principal.
+    pub(crate) fn is_counted(&self) -> bool {
+        self.0.counted.get().is_some()
+    }
+
+    /// Records that it was counted for the quotas of its principal, and what counts the bytes of its upload.
+    pub(crate) fn note_counted(&self, meter: Option<UploadMeter>) {
+        let _ = self.0.counted.set(meter);
+    }
+
+    /// Counts the bytes of an upload that have come since the last time for the quota of the principal, if it has one.
+    ///
+    /// # Errors
+    /// `OverQuota` when there were too many in the last hour.
+    pub(crate) fn count_upload(&self) -> Result<()> {
+        match self.0.counted.get() {
+            Some(Some(meter)) => meter.count_up_to(self.bytes_in()),
+            _ => Ok(()),
+        }
     }
 
     /// Counts bytes of the request.

@@ -1,15 +1,22 @@
-//! [`Caller`]: the origin of a request, as far as the network tells.
+//! [`Caller`]: the origin of a request, for limits.
 //!
 //! Limits are shared out by [`Peer`] and, within a peer, by [`ConnectionId`], because a client cannot forge them: it
-//! chooses its metadata and its number of connections, but not its network address. This is not authentication.
+//! chooses its metadata and its number of connections, but not its network address. This is not authentication. What belongs to
+//! a client rather than to its connection, such as its operations, is shared by principals where clients have proved who they
+//! are; such a principal is a peer too.
 
 use std::{
     fmt,
+    hash::{BuildHasher as _, RandomState},
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
-/// The machine or network at the other end: an address without the port.
+/// Whom a share of a limit belongs to. For connections and requests it is the machine or network at the other end: an address
+/// without the port.
 ///
 /// IPv6 addresses are reduced to their first 64 bits, because one customer usually controls all addresses below such a
 /// prefix.
@@ -22,6 +29,32 @@ pub enum Peer {
     V4(Ipv4Addr),
     /// The first 64 bits of an IPv6 address.
     V6([u16; 4]),
+    /// A client that has proved who it is, wherever it calls from.
+    Principal(PrincipalId),
+}
+
+/// The number of a principal, the same for all that have the same name. It is unique within this process for all practical
+/// purposes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PrincipalId(u64);
+
+impl PrincipalId {
+    /// The number of the principal with this name. Its hash has a secret key, so that nobody can choose a name with the number
+    /// of somebody else.
+    pub fn of(name: &str) -> Self {
+        static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        Self(KEY.hash_one(name))
+    }
+}
+
+impl Peer {
+    /// How a refusal names the peer to the peer.
+    pub(crate) fn own_name(self) -> &'static str {
+        match self {
+            Self::Principal(_) => "your principal",
+            Self::Unknown | Self::V4(_) | Self::V6(_) => "your address",
+        }
+    }
 }
 
 impl From<IpAddr> for Peer {
@@ -46,6 +79,7 @@ impl fmt::Display for Peer {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unknown => formatter.write_str("unknown"),
+            Self::Principal(_) => formatter.write_str("principal"),
             Self::V4(address) => address.fmt(formatter),
             Self::V6([a, b, c, d]) => {
                 let network = std::net::Ipv6Addr::new(*a, *b, *c, *d, 0, 0, 0, 0);

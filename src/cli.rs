@@ -3,8 +3,10 @@
 //! `gorego` without a subcommand is `gorego serve`. All arguments are parsed here; each subcommand has its own file.
 //! Messages for the user go to standard error, requested output goes to standard output.
 
+mod bench;
 mod completions;
 mod config;
+mod connect;
 mod exec;
 mod live;
 mod ops;
@@ -14,7 +16,10 @@ mod replay;
 mod serve;
 mod store;
 mod table;
+mod token;
 mod verify;
+
+pub use connect::ConnectArgs;
 
 use crate::{actors::worker, size::Size};
 use clap::{
@@ -33,6 +38,7 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
+pub use token::Lifetime;
 
 /// The subcommand succeeded.
 pub const EXIT_OK: u8 = 0;
@@ -58,7 +64,9 @@ const EXIT_CODES: &str = "Exit codes:
   replay       0 same as recorded, or the shell ended; 1 different; 2 it could not be replayed or there is nothing to
                compare with; 129 hung up, 130 interrupted, 143 terminated
   verify       0 no mandatory rule failed, 1 a mandatory rule failed, 2 the server could not be verified
+  bench        0 every call succeeded, 1 some failed, 2 nothing was measured
   config       0 valid, 2 invalid; config reload: 0 done, 1 refused by the server, which changed nothing
+  token        0 done, 2 nothing was changed
   ops, store   0 done, 1 not done or not all of it, 2 invalid command line; ops watch: 0 the action succeeded, 1 it did
                not, 129 hung up, 130 interrupted, 143 terminated
   completions  0 printed, 1 could not be written
@@ -67,7 +75,10 @@ shell); exec cancels its operation first.
 
 Every configuration key can be set by an environment variable: GOREGO_LISTEN_ADDR, GOREGO_EXECUTION__CONCURRENCY;
 `gorego config show` lists the keys. Flags override the environment, which overrides the file, which overrides the
-defaults.";
+defaults.
+
+Client commands read GOREGO_ENDPOINT, GOREGO_INSTANCE, GOREGO_CREDENTIAL_HELPER, and headers from GOREGO_HEADERS, one
+NAME=VALUE in each line.";
 
 /// Bazel remote execution in one binary.
 #[derive(Debug, Parser)]
@@ -92,6 +103,8 @@ pub enum Command {
     Replay(ReplayArgs),
     /// Check a server of this API, any server, against the rules that clients rely on
     Verify(VerifyArgs),
+    /// Measure a server of this API, any server, or the limits of this machine
+    Bench(BenchArgs),
     /// List, show, cancel and watch the operations of a server
     #[command(subcommand)]
     Ops(ops::OpsCommand),
@@ -101,6 +114,9 @@ pub enum Command {
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Make, list and revoke the tokens of clients, on the server's machine
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Print a script that completes this command line in a shell
     Completions {
         /// The shell
@@ -117,6 +133,9 @@ pub struct ServerArgs {
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
 }
 
 /// Flags of `gorego serve`.
@@ -187,12 +206,64 @@ pub struct ReloadArgs {
     pub json: bool,
 }
 
+/// The subcommands of `gorego token`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token and print it; the server keeps only its hash
+    Create {
+        /// A role of the token: reader, developer, ci, worker, admin, or one of the configuration (repeatable)
+        #[arg(long = "role", required = true, value_name = "NAME")]
+        roles: Vec<String>,
+        /// How long it is valid, as in 12h or 90d, or never
+        #[arg(long, default_value = "90d", value_name = "TIME", value_parser = token::parse_lifetime)]
+        expires: Lifetime,
+        /// What to remember it by, such as the machine that has it
+        #[arg(long, default_value = "", value_name = "TEXT")]
+        note: String,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+    /// List the tokens by their public ids
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+    /// Revoke tokens; a running server refuses them within seconds
+    Revoke {
+        /// The ids, as `list` shows them
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+        /// Where tokens are kept
+        #[command(flatten)]
+        file: TokenFileArgs,
+    },
+}
+
+/// The flags that say where tokens are kept.
+#[derive(Debug, Clone, Default, Args)]
+pub struct TokenFileArgs {
+    /// Configuration file of the server [default: /etc/gorego/gorego.toml if it exists]
+    #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// File of the tokens [default: access.tokens of the configuration]
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+}
+
 /// The flags of `gorego exec`.
 #[derive(Debug, Clone, Args)]
 pub struct ExecArgs {
     /// The server
     #[arg(long, env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
@@ -244,6 +315,9 @@ pub struct ReplayArgs {
         value_name = "URL"
     )]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
@@ -272,6 +346,9 @@ pub struct VerifyArgs {
     /// The server
     #[arg(env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
@@ -317,6 +394,55 @@ pub struct VerifyArgs {
     pub large: bool,
 }
 
+/// Flags of `gorego bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The server, or the word `limits` to measure what this machine can do without one
+    #[arg(env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL|limits")]
+    pub endpoint: String,
+    /// Scenarios to run, in this order [default: all]
+    #[arg(value_name = "SCENARIO")]
+    pub scenarios: Vec<String>,
+    /// TLS and credentials
+    #[command(flatten)]
+    pub connect: ConnectArgs,
+    /// Instance name
+    #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
+    pub instance: String,
+    /// Number of concurrent callers [default: that of the scenario]
+    #[arg(long, value_name = "N")]
+    pub callers: Option<NonZeroUsize>,
+    /// Make this many calls per second, whether or not earlier ones have ended [default: as many as the callers can make]
+    #[arg(long, value_name = "N", value_parser = parse_rate)]
+    pub rate: Option<f64>,
+    /// Measured time of each scenario
+    #[arg(long, default_value = "5s", value_name = "TIME", value_parser = parse_timeout)]
+    pub duration: Duration,
+    /// Time before that in which calls are made but not measured
+    #[arg(long, default_value = "1s", value_name = "TIME", value_parser = parse_timeout)]
+    pub warm_up: Duration,
+    /// Process id of the server, to report its CPU time and memory
+    #[arg(long, value_name = "PID")]
+    pub pid: Option<u32>,
+    /// Print the results as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Compare with an earlier run that was printed with --json
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub compare: Option<PathBuf>,
+    /// List the scenarios and exit
+    #[arg(long)]
+    pub list: bool,
+    /// For `limits`: directory on the disk to measure
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub directory: PathBuf,
+}
+
+fn parse_rate(text: &str) -> Result<f64, String> {
+    let is_rate = |rate: &f64| (0.001..=1e6).contains(rate);
+    text.parse().ok().filter(is_rate).ok_or_else(|| "expected calls per second, from 0.001 to 1000000".into())
+}
+
 fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
@@ -358,9 +484,11 @@ pub fn main() -> ExitCode {
         Some(Command::Exec(args)) => exec::run(args),
         Some(Command::Replay(args)) => replay::run(args),
         Some(Command::Verify(args)) => verify::run(&args),
+        Some(Command::Bench(args)) => bench::run(&args),
         Some(Command::Ops(command)) => ops::run(&command),
         Some(Command::Store(command)) => store::run(&command),
         Some(Command::Config(command)) => config::run(&command),
+        Some(Command::Token(command)) => token::run(&command),
         Some(Command::Completions { shell }) => completions::run(shell),
     };
     ExitCode::from(code)

@@ -5,32 +5,42 @@
 //! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
 //! of the server only sees [`Settings`].
 
+mod access;
 mod images;
+mod jwt;
 mod limits;
 pub mod load;
 mod log_filter;
 mod persistent_workers;
 mod pools;
+mod quotas;
 mod sandbox;
 mod settings;
 pub mod show;
 mod source_text;
+mod tls;
 
 pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
 pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
+pub use tls::{ClientAuth, TlsSettings};
+
+pub use crate::logging::{LogConfig, LogFormat};
 
 use crate::{platform::UnknownProperties, size::Size};
+use access::AccessConfig;
 use gorego_reapi::digest::DigestFunction;
 use images::ImagesConfig;
 use limits::LimitsConfig;
 use persistent_workers::PersistentWorkersConfig;
 use pools::PoolConfig;
+use quotas::QuotasConfig;
 use sandbox::SandboxConfig;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use tls::TlsConfig;
 
 /// The whole configuration, one field for each key or section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +63,8 @@ pub struct Config {
     pub shutdown_grace: Duration,
     /// Instances with their own policy, by name. An instance listed here need not be in `instance_names`.
     pub instances: BTreeMap<String, InstanceConfig>,
+    /// TLS for both ports.
+    pub tls: TlsConfig,
     /// Log filter and format.
     pub log: LogConfig,
     /// The store and the services that use it.
@@ -65,6 +77,10 @@ pub struct Config {
     pub assets: AssetsConfig,
     /// The cache for tools that speak HTTP/1.1.
     pub http: HttpConfig,
+    /// Who may do what.
+    pub access: AccessConfig,
+    /// What each principal may use.
+    pub quotas: QuotasConfig,
 }
 
 /// The `[assets]` section.
@@ -119,28 +135,6 @@ pub struct InstanceConfig {
     /// The instance with which it shares blobs. Action results and operations are never shared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blobs_of: Option<String>,
-}
-
-/// The `[log]` section.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct LogConfig {
-    /// Levels by target, in env_logger's syntax.
-    pub filter: String,
-    /// Format of log lines.
-    pub format: LogFormat,
-}
-
-/// The format of log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// Text on a terminal, JSON elsewhere.
-    Auto,
-    /// One JSON object per line.
-    Json,
-    /// Human-readable text.
-    Text,
 }
 
 /// The `[cache]` section.
@@ -268,12 +262,15 @@ impl Default for Config {
             local_cache_dir: PathBuf::new(),
             max_size_gb: Size::from_gb(50),
             shutdown_grace: Duration::from_secs(30),
+            tls: TlsConfig::default(),
             log: LogConfig::default(),
             cache: CacheConfig::default(),
             execution: ExecutionConfig::default(),
             log_streams: LogStreamsConfig::default(),
             assets: AssetsConfig::default(),
             http: HttpConfig::default(),
+            access: AccessConfig::default(),
+            quotas: QuotasConfig::default(),
         }
     }
 }
@@ -291,12 +288,6 @@ impl Default for AssetsConfig {
             max_redirects: 10,
             max_age: Duration::from_secs(24 * 3600),
         }
-    }
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { filter: "info,h2=warn,hyper=warn,tonic=warn,tower=warn".into(), format: LogFormat::Auto }
     }
 }
 

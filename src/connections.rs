@@ -11,12 +11,15 @@
 
 pub(crate) mod ahead;
 pub(crate) mod answers;
-pub(crate) mod rate;
+mod handshake;
 mod state;
 
+pub(crate) use crate::rate;
+pub(crate) use handshake::HandshakeProblem;
 pub(crate) use state::{ConnectionState, OpenCall, Reason};
 
 use crate::{
+    access::certificate::ClientCertificate,
     budget::{Bound, Bounds, Budget},
     caller::{Caller, ConnectionId, Peer},
     logging::Event,
@@ -109,6 +112,7 @@ struct PeerRates {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Counted {
     Closed(Reason),
+    Handshake(HandshakeProblem),
     Ended(End),
 }
 
@@ -194,6 +198,19 @@ impl Connections {
         if state.close(reason) {
             self.count(state.caller.peer, Counted::Closed(reason), 1);
         }
+    }
+
+    /// Counts a connection that ended before its handshake did.
+    pub(crate) fn note_handshake(&self, peer: Peer, problem: HandshakeProblem) {
+        self.count(peer, Counted::Handshake(problem), 1);
+    }
+
+    /// The open connections whose clients have presented certificates.
+    pub(crate) fn certified(&self) -> Vec<(Arc<ConnectionState>, Arc<ClientCertificate>)> {
+        let books = self.books();
+        let certified =
+            books.open.values().filter_map(|state| Some((state.clone(), state.certificate()?.clone())));
+        certified.collect()
     }
 
     /// Charges a peer for cancelled calls, after crediting its finished calls. Returns false when it cancels too many.
@@ -338,6 +355,11 @@ fn tell_one(peer: &str, what: Counted, number: u64) {
             .with("reason", reason.name())
             .with("connections", number)
             .log(format_args!("closed {number} connections of {peer}: {}", reason.name())),
+        Counted::Handshake(problem) => Event::info("gorego::tls", "handshakes_failed")
+            .with("peer", peer)
+            .with("reason", problem.name())
+            .with("connections", number)
+            .log(format_args!("refused {number} connections of {peer}: {}", problem.explanation())),
         Counted::Ended(End::Rpc(code)) => Event::info("gorego::rpc", "rpcs_not_listed")
             .with("peer", peer)
             .with("grpc_code", code)

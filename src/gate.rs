@@ -1,36 +1,116 @@
 //! [`Gate`]: the way into an instance, for the requests of both ports.
 //!
 //! A handler gets an [`Instance`] only here, and can do nothing in the store or with operations without one. So each request
-//! is checked against the [`Policy`].
+//! is checked against the [`Policy`](crate::access::policy::Policy). Before its handler is asked, and before its body is read, a
+//! request is identified ([`Gate::identify`]), and must be one that its client may make in some instance ([`Gate::pass`]).
+
+mod standing;
+
+pub(crate) use standing::Standing;
 
 use crate::{
+    access::{
+        audit::Denial,
+        authenticator::{Authentication, Authenticator, Presented},
+        permission::Permission,
+        policy::allowed_by,
+        principal::Principal,
+        rejection::Rejection,
+    },
     call::Call,
     instance::{Instance, Instances},
-    policy::{Permission, Policy},
+    quotas::{OperationLimits, Quotas},
 };
 use gorego_reapi::error::{Error, Result};
+use http::HeaderMap;
+use std::{sync::Arc, time::SystemTime};
+
+/// A token can be sent as a password too, for tools that have only that.
+const CHALLENGES: &[&str] = &["Bearer realm=\"goREgo\"", "Basic realm=\"goREgo\", charset=\"UTF-8\""];
 
 /// See the top of this file. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Gate {
+pub struct Gate(Arc<GateState>);
+
+#[derive(Debug)]
+struct GateState {
     instances: Instances,
-    policy: Policy,
+    authenticator: Authenticator,
+    quotas: Quotas,
 }
 
 impl Gate {
-    /// A gate to these instances.
-    pub fn new(instances: Instances) -> Self {
-        Self { instances, policy: Policy }
+    /// A gate to these instances, with these rules.
+    pub fn new(instances: Instances, authenticator: Authenticator) -> Self {
+        Self::with_quotas(instances, authenticator, Quotas::default())
+    }
+
+    /// A gate at which quotas count too.
+    pub(crate) fn with_quotas(instances: Instances, authenticator: Authenticator, quotas: Quotas) -> Self {
+        Self(Arc::new(GateState { instances, authenticator, quotas }))
+    }
+
+    /// How many operations the principal of a request may have.
+    pub(crate) fn operation_limits(&self, call: &Call) -> OperationLimits {
+        self.0.quotas.operations_of(call.principal())
+    }
+
+    /// Who sends a request with these headers, and whether it may make this request at all. Nobody is identified for a method
+    /// that is open to everybody.
+    pub(crate) fn identify(&self, call: &Call, headers: &HeaderMap) -> Authentication {
+        if call.permissions().is_some_and(<[Permission]>::is_empty) {
+            return Authentication::Done(Ok(self.0.authenticator.anonymous()));
+        }
+        let certificate = call.connection().and_then(|connection| connection.state.certificate());
+        let certificate = certificate.map(|certificate| &**certificate);
+        self.0.authenticator.authenticate(&Presented { headers, certificate, caller: call.caller() })
+    }
+
+    /// The ways in which a client can authenticate, as `WWW-Authenticate` has them.
+    pub(crate) fn challenges(&self) -> &'static [&'static str] {
+        CHALLENGES
+    }
+
+    /// Records who sends a request, and checks that its client may call its method in some instance. So the body of a request that
+    /// is denied in any case is not read.
+    ///
+    /// # Errors
+    /// `Unauthenticated` or `Denied`; that of the rejection.
+    pub(crate) fn pass(&self, call: &Call, identified: Result<Principal, Rejection>) -> Result<()> {
+        call.identify(identified?);
+        let needed = call.permissions().unwrap_or_default();
+        self.0.authenticator.rules().policy().permit_anywhere(call.principal(), needed)
+    }
+
+    /// Checks that a request may go on: that the credential of its principal is still valid, and that the principal still has the
+    /// permission with which the request has entered its instance.
+    ///
+    /// # Errors
+    /// `Unauthenticated` or `Denied`.
+    pub(crate) fn pass_again(&self, call: &Call) -> Result<()> {
+        let principal = self.0.authenticator.renew(call.principal(), SystemTime::now())?;
+        let rules = self.0.authenticator.rules();
+        match (call.instance(), call.permission()) {
+            (Some(instance), Some(permission)) => {
+                rules.policy().permit(&principal, instance.name(), permission)
+            }
+            _ => rules.policy().permit_anywhere(&principal, call.permissions().unwrap_or_default()),
+        }
+    }
+
+    /// Records that a request was refused.
+    pub(crate) fn record(&self, denial: &Denial<'_>) {
+        self.0.authenticator.audit().denied(denial);
     }
 
     /// The instance that a request names, if its principal has the permission that the method needs. It is recorded in the
     /// call.
     ///
     /// # Errors
-    /// `Invalid` for a malformed or unknown name; `Denied`.
+    /// `Invalid` for a malformed or unknown name; `Denied`, `Unauthenticated`; `OverQuota`.
     pub(crate) fn enter(&self, call: &Call, name: &str) -> Result<Instance> {
         let needed = call.permissions().ok_or_else(no_row)?.first().copied();
-        self.admit(call, name, needed)
+        self.admit(call, name, needed.as_slice())
     }
 
     /// Like [`Gate::enter`], with another permission of the method than its first one.
@@ -39,7 +119,23 @@ impl Gate {
     /// See [`Gate::enter`]; `Internal` if it is none of the method.
     pub(crate) fn enter_for(&self, call: &Call, name: &str, permission: Permission) -> Result<Instance> {
         let is_listed = call.permissions().is_some_and(|permissions| permissions.contains(&permission));
-        self.admit(call, name, Some(is_listed.then_some(permission).ok_or_else(no_row)?))
+        self.admit(call, name, &[is_listed.then_some(permission).ok_or_else(no_row)?])
+    }
+
+    /// Like [`Gate::enter`], for which each of the permissions of the method is enough.
+    ///
+    /// # Errors
+    /// See [`Gate::enter`].
+    pub(crate) fn enter_for_any(&self, call: &Call, name: &str) -> Result<Instance> {
+        self.admit(call, name, call.permissions().ok_or_else(no_row)?)
+    }
+
+    /// Checks that the principal of a request has a further permission in the instance that it has entered.
+    ///
+    /// # Errors
+    /// `Denied`, `Unauthenticated`.
+    pub(crate) fn require(&self, call: &Call, instance: &Instance, permission: Permission) -> Result<()> {
+        self.permit(call, instance.name(), &[permission])
     }
 
     /// Lets a request act on the server as a whole, if its principal is an administrator of every instance.
@@ -47,28 +143,56 @@ impl Gate {
     /// # Errors
     /// `Denied`.
     pub(crate) fn administer(&self, call: &Call) -> Result<()> {
-        self.instances.all().iter().try_for_each(|instance| self.check(call, instance, Permission::Admin))
+        let instances = self.0.instances.all();
+        instances.iter().try_for_each(|instance| self.require(call, instance, Permission::Admin))
     }
 
     /// Whether the principal of a request has a permission in an instance.
     pub(crate) fn permits(&self, call: &Call, instance: &Instance, permission: Permission) -> bool {
-        self.check(call, instance, permission).is_ok()
+        self.permit(call, instance.name(), &[permission]).is_ok() && allowed_by(instance, permission).is_ok()
     }
 
-    fn admit(&self, call: &Call, name: &str, needed: Option<Permission>) -> Result<Instance> {
-        let instance = self.instances.get(name)?;
-        call.note_instance(&instance);
-        needed.map_or(Ok(()), |needed| self.check(call, &instance, needed))?;
+    /// Enters with one of these permissions. What an instance forbids to everybody counts if there is just one.
+    fn admit(&self, call: &Call, name: &str, needed: &[Permission]) -> Result<Instance> {
+        let found = self.0.instances.get(name);
+        if let Ok(instance) = &found {
+            call.note_instance(instance);
+        }
+        self.permit(call, name, needed)?;
+        let instance = found?;
+        if let [needed] = needed {
+            allowed_by(&instance, *needed)?;
+            call.note_permission(*needed);
+        }
+        self.count(call, &instance, needed)?;
         Ok(instance)
     }
 
-    fn check(&self, call: &Call, instance: &Instance, permission: Permission) -> Result<()> {
-        if permission == Permission::Admin && !call.is_local() {
+    /// Counts a request for the quotas of its principal, once. Uploads count with what they have sent so far; the rest counts
+    /// while it comes ([`Call::count_upload`]).
+    fn count(&self, call: &Call, instance: &Instance, needed: &[Permission]) -> Result<()> {
+        let quotas = &self.0.quotas;
+        if quotas.are_off() || call.is_counted() {
+            return Ok(());
+        }
+        let (principal, caller) = (call.principal(), call.caller());
+        quotas.count_request(principal, caller, instance)?;
+        let uploads =
+            needed.iter().any(|needed| matches!(needed, Permission::CasWrite | Permission::AcWrite));
+        call.note_counted(uploads.then(|| quotas.upload_meter(principal, caller, instance)).flatten());
+        call.count_upload()
+    }
+
+    /// Checks that the principal has one of these permissions in the instance with this name.
+    fn permit(&self, call: &Call, name: &str, needed: &[Permission]) -> Result<()> {
+        if needed == [Permission::Admin] && call.principal().is_anonymous() && !call.is_local() {
             return Err(Error::Denied(
-                "only clients on this machine may administer the server (permission admin); use a loopback address".into(),
+                "clients without a credential may administer the server (permission admin) from its own machine only; use a \
+                 loopback address, or a credential with that permission (docs/securing.md)"
+                    .into(),
             ));
         }
-        self.policy.permit(call.principal(), instance, permission)
+        self.0.authenticator.rules().policy().permit_any(call.principal(), name, needed)
     }
 }
 
@@ -79,22 +203,36 @@ fn no_row() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{instance::InstancePolicy, policy::Permissions};
+    use crate::{
+        access::{
+            authenticator::{AccessRules, CredentialSources},
+            permission::Permissions,
+            policy::Policy,
+        },
+        instance::InstancePolicy,
+    };
 
-    fn gate() -> Gate {
+    fn instances() -> Instances {
         let readers = InstancePolicy { action_cache_updates: false, ..InstancePolicy::default() };
         let instances = [(String::new(), InstancePolicy::default()), ("readers".into(), readers)];
-        Gate::new(Instances::with_policies(instances).unwrap())
+        Instances::with_policies(instances).unwrap()
     }
 
-    fn call(permissions: Permissions) -> Call {
-        Call::begin(None, Default::default(), Some(permissions), None)
+    fn gate() -> Gate {
+        Gate::new(instances(), Authenticator::open())
+    }
+
+    fn call(gate: &Gate, permissions: Permissions) -> Call {
+        let call = Call::begin(None, Default::default(), Some(permissions), None);
+        call.identify(gate.0.authenticator.anonymous());
+        call
     }
 
     #[test]
     fn a_request_enters_with_the_first_permission_of_its_method_or_another_one_of_it() {
         use Permission::{AcRead, AcWrite};
         let gate = gate();
+        let call = |permissions| call(&gate, permissions);
         assert!(gate.enter(&call(&[AcWrite]), "").is_ok());
         assert!(matches!(gate.enter(&call(&[AcWrite]), "readers"), Err(Error::Denied(_))));
         assert!(gate.enter(&call(&[AcRead, AcWrite]), "readers").is_ok());
@@ -107,7 +245,7 @@ mod tests {
     fn a_method_that_the_table_does_not_have_enters_nowhere() {
         let gate = gate();
         assert!(matches!(gate.enter(&Call::default(), ""), Err(Error::Internal(_))));
-        for call in [Call::default(), call(&[]), call(&[Permission::CasRead])] {
+        for call in [Call::default(), call(&gate, &[]), call(&gate, &[Permission::CasRead])] {
             let entered = gate.enter_for(&call, "", Permission::Logs);
             assert!(matches!(entered, Err(Error::Internal(_))));
         }
@@ -115,8 +253,21 @@ mod tests {
 
     #[test]
     fn the_instance_is_recorded_also_for_a_denied_request() {
-        let denied = call(&[Permission::AcWrite]);
-        assert!(gate().enter(&denied, "readers").is_err());
+        let gate = gate();
+        let denied = call(&gate, &[Permission::AcWrite]);
+        assert!(gate.enter(&denied, "readers").is_err());
         assert_eq!(denied.instance().unwrap().name(), "readers");
+    }
+
+    #[test]
+    fn whoever_may_not_enter_does_not_learn_which_instances_there_are() {
+        let rules = AccessRules::new(Policy::with_roles([], &[]), CredentialSources::default());
+        let gate = Gate::new(instances(), Authenticator::new(rules));
+        let call = call(&gate, &[Permission::CasRead]);
+        for name in ["", "readers", "unknown"] {
+            assert!(matches!(gate.enter(&call, name), Err(Error::Unauthenticated(_))), "{name}");
+        }
+        let identified = gate.pass(&call, Ok(gate.0.authenticator.anonymous()));
+        assert!(matches!(identified, Err(Error::Unauthenticated(_))));
     }
 }

@@ -48,10 +48,15 @@ mod serving;
 pub(crate) mod stalled;
 
 use crate::{
+    access::permission::Permission,
     actors::{
         asset::client::Assets,
         cas::client::Cas,
-        scheduler::{operation::OperationId, settings::Priorities},
+        scheduler::{
+            messages::Watch,
+            operation::{OperationId, OperationInfo, Snapshot, Subscription},
+            settings::Priorities,
+        },
     },
     administration::Administration,
     call::Call,
@@ -69,6 +74,7 @@ use crate::{
     instance::Instance,
     log_streams::LogStreams,
     telemetry::Metrics,
+    tls::TlsPort,
     under_way::UnderWay,
 };
 use ask::Scheduler;
@@ -181,11 +187,60 @@ impl Edge {
         })
     }
 
-    /// The operation that a request names, if its principal may do there what the method needs. It is recorded in the call.
+    /// The operation that a request names, if its principal may see it. It is recorded in the call.
     ///
     /// # Errors
-    /// [`Error::NotFound`] for every name that cannot be an operation of this server (EXE-13); [`Error::Denied`].
-    pub(crate) fn operation(&self, call: &Call, name: &str) -> Result<(Instance, OperationId)> {
+    /// [`Error::NotFound`] for every name that is no operation of this server (EXE-13); [`Error::Denied`],
+    /// [`Error::Unauthenticated`].
+    pub(crate) async fn watch(&self, call: &Call, name: &str) -> Result<Subscription> {
+        let (instance, id) = self.operation(call, name)?;
+        self.watch_in(call, instance, id).await
+    }
+
+    /// The same for an operation of an instance that the call has entered.
+    ///
+    /// # Errors
+    /// As [`Edge::watch`].
+    pub(crate) async fn watch_in(
+        &self,
+        call: &Call,
+        instance: Instance,
+        id: OperationId,
+    ) -> Result<Subscription> {
+        let subscription = self.scheduler()?.watch(Watch { instance, id }).await?;
+        if !subscription.info.principal.is_same(call.principal()) {
+            self.gate.require(call, &subscription.info.instance, Permission::OperationsAll)?;
+        }
+        Ok(subscription)
+    }
+
+    /// Records that a client is told the names of the live output of an operation, if it could not read it otherwise.
+    pub(crate) fn tell_logs(&self, call: &Call, info: &OperationInfo, snapshot: &Snapshot) {
+        if let Some(run) = snapshot.logs
+            && !call.principal().may(info.instance.name(), Permission::OperationsAll)
+        {
+            self.log_streams.tell(run, call.principal());
+        }
+    }
+
+    /// The operation that a request is about to change, if its principal may.
+    ///
+    /// # Errors
+    /// As [`Edge::watch`].
+    pub(crate) async fn operation_to_change(
+        &self,
+        call: &Call,
+        name: &str,
+    ) -> Result<(Instance, OperationId)> {
+        let (instance, id) = self.operation(call, name)?;
+        if !call.principal().may(instance.name(), Permission::OperationsAll) {
+            self.watch_in(call, instance.clone(), id).await?;
+        }
+        Ok((instance, id))
+    }
+
+    /// The operation that a request names, if its principal may see its own operations there. It is recorded in the call.
+    fn operation(&self, call: &Call, name: &str) -> Result<(Instance, OperationId)> {
         let (instance_name, id) = convert::operation_name(name)?;
         let instance = self.gate.enter(call, instance_name).map_err(|error| match error {
             Error::Invalid(_) => convert::no_operation(name),
@@ -213,20 +268,35 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let (under_way, connections, metrics) =
-        (edge.under_way.clone(), edge.connections.clone(), edge.metrics.clone());
+    serve_with(edge, health, listener, None, shutdown).await
+}
+
+/// The same with TLS, if there is any.
+///
+/// # Errors
+/// See [`serve`].
+pub(crate) async fn serve_with(
+    edge: Arc<Edge>,
+    health: &Health,
+    listener: TcpListener,
+    tls: Option<TlsPort>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
+    let (gate, metrics) = (edge.gate.clone(), edge.metrics.clone());
     let layers = ServiceBuilder::new()
         .layer(answers::AnswersLayer)
         .layer(panic_guard::PanicGuardLayer)
         .layer(intake::IntakeLayer::default());
     let service = layers.service(routes(edge, health)?);
-    let of_connection = |connection| request_log::RequestLog {
+    let of_connection = move |connection| request_log::RequestLog {
         inner: service.clone(),
+        gate: gate.clone(),
         under_way: under_way.clone(),
         metrics: metrics.clone(),
         connection,
     };
-    serving::serve(accept::connections(listener, connections), of_connection, shutdown).await;
+    serving::serve(accept::connections(listener, connections, tls), of_connection, shutdown).await;
     Ok(())
 }
 

@@ -17,17 +17,20 @@ pub mod router;
 mod status;
 
 use crate::{
+    access::authenticator::Authentication,
     actors::scheduler::operation::ClientInfo,
     budget::{Bounds, Budget},
     call::Call,
     connections::Connections,
+    gate::{Gate, Standing},
     telemetry::Metrics,
+    tls::TlsPort,
     under_way::UnderWay,
 };
 use axum::{
     body::Body,
     extract::Request,
-    http::{HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
     response::Response,
 };
 use cache::Cache;
@@ -40,7 +43,7 @@ use operations::Operations;
 use request_log::RequestLine;
 use router::{Missed, RoutedPath, Router};
 use std::{fmt, future::Future, sync::Arc};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, select};
 
 /// Target of the log lines of this module.
 const LOG: &str = "gorego::http";
@@ -63,6 +66,7 @@ trait Mount: fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub struct Port {
     mounts: Router<Box<dyn Mount>>,
+    gate: Gate,
     /// The host names that requests may use.
     hosts: Hosts,
     /// Counts the requests that a shutdown waits for.
@@ -86,15 +90,26 @@ impl Port {
     }
 
     fn empty(shared: PortContext) -> Self {
-        let PortContext { hosts, under_way, connections, metrics } = shared;
+        let PortContext { gate, hosts, under_way, connections, metrics } = shared;
         let decoders = Budget::new(DECODERS);
-        Self { mounts: Router::default(), hosts, under_way, connections, decoders, metrics }
+        Self { mounts: Router::default(), gate, hosts, under_way, connections, decoders, metrics }
+    }
+
+    /// Finds out who sends a request, and whether it may make this request at all.
+    async fn authenticate(&self, call: &Call, headers: &HeaderMap) -> Result<()> {
+        let identified = match self.gate.identify(call, headers) {
+            Authentication::Done(done) => done,
+            Authentication::Pending(pending) => pending.await,
+        };
+        self.gate.pass(call, identified)
     }
 }
 
 /// What all mounts of a port share with the rest of the server.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct PortContext {
+    /// Finds out who calls, and lets requests into instances.
+    pub(crate) gate: Gate,
     /// The host names that requests may use.
     pub(crate) hosts: Hosts,
     /// Counts the requests that a shutdown waits for.
@@ -111,10 +126,15 @@ fn index<M>(mounts: &Router<M>) -> String {
 }
 
 /// Serves on `listener` until `shutdown` completes, then finishes the open requests.
-pub(crate) async fn serve(port: Port, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+pub(crate) async fn serve(
+    port: Port,
+    listener: TcpListener,
+    tls: Option<TlsPort>,
+    shutdown: impl Future<Output = ()>,
+) {
     let connections = port.connections.clone();
     let port = Arc::new(port);
-    connection::serve(listener, connections, shutdown, move |ends, request| {
+    connection::serve(listener, connections, tls, shutdown, move |ends, request| {
         answer(port.clone(), ends, request).boxed()
     })
     .await;
@@ -128,7 +148,7 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let unfinished = port.under_way.begin();
     let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
     let what = (request.method(), request.uri());
-    let mut line = RequestLine::new(&call, &ends.client, &port.metrics, what);
+    let mut line = RequestLine::new(&call, &port, &ends.client, what);
     let host = port.hosts.check(request.version(), request.uri(), request.headers(), ends.here);
     if let Err(refusal) = host {
         let (code, why) = match refusal {
@@ -139,13 +159,21 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
         line.refused(why);
         return line.follow(response);
     }
+    if let Err(error) = port.authenticate(&call, request.headers()).await {
+        line.failed(&error);
+        return line.follow(port.challenged(status::of(&error)));
+    }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
     let caller = call.caller();
     let place = port.connections.calls().take(caller, 1);
     let decoder = is_encoded.then(|| port.decoders.take(caller, 1)).transpose();
     let response = match (place, decoder) {
         (Ok(place), Ok(_decoder)) => {
-            let response = dispatch(&port.mounts, found, request, &call).await;
+            let mut standing = Standing::new(port.gate.clone(), call.clone());
+            let response = select! {
+                response = dispatch(&port.mounts, found, request, &call) => response,
+                error = standing.ended() => Err(error),
+            };
             line.hold(place);
             response
         }
@@ -156,9 +184,21 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     };
     let response = response.unwrap_or_else(|error| {
         line.failed(&error);
-        status::of(&error)
+        port.challenged(status::of(&error))
     });
     line.follow(response)
+}
+
+impl Port {
+    /// Adds to a response with status 401 how a client can authenticate (RFC 9110, 11.6.1).
+    fn challenged(&self, mut response: Response) -> Response {
+        if response.status() == StatusCode::UNAUTHORIZED {
+            for challenge in self.gate.challenges() {
+                response.headers_mut().append(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+            }
+        }
+        response
+    }
 }
 
 /// The response to a request that may be retried after a second.
@@ -193,6 +233,7 @@ async fn dispatch(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{access::authenticator::Authenticator, instance::Instances};
     use futures::future::ready;
     use router::{OPEN, Route, RoutePlace};
     use tokio::{
@@ -228,12 +269,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_mount_takes_one_line() {
-        let mut port = Port::empty(PortContext::default());
+        let mut port = Port::empty(PortContext {
+            gate: Gate::new(Instances::new([""]).unwrap(), Authenticator::open()),
+            hosts: Hosts::default(),
+            under_way: UnderWay::default(),
+            connections: Connections::default(),
+            metrics: Arc::default(),
+        });
         port.mounts.mount(front::ROUTES, Box::new(Front { page: "front".into() }));
         port.mounts.mount(NUMBERS, Box::new(Numbers));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(serve(port, listener, std::future::pending()));
+        tokio::spawn(serve(port, listener, None, std::future::pending()));
         for (method, path, status, text) in [
             ("GET", "/numbers", "200", "1 2 3"),
             ("HEAD", "/numbers", "200", ""),

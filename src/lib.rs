@@ -3,6 +3,7 @@
 //! `ARCHITECTURE.md` is the map of this crate: who owns what, who sends what to whom, and one Execute from file to file.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod access;
 mod acknowledge;
 pub mod action;
 pub mod actors;
@@ -28,7 +29,8 @@ pub mod logging;
 mod memory;
 pub mod node;
 pub mod platform;
-pub mod policy;
+pub mod quotas;
+mod rate;
 mod regular_file;
 mod reload;
 pub mod result;
@@ -39,5 +41,6 @@ pub mod size;
 mod spread;
 mod supervisor;
 pub mod telemetry;
+mod tls;
 pub mod under_way;
 mod unhindered;

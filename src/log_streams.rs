@@ -19,6 +19,7 @@ pub(crate) mod run;
 mod spool;
 
 use crate::{
+    access::principal::Principal,
     budget::{Bounds, Budget, Share},
     caller::Caller,
     instance::Instance,
@@ -220,6 +221,20 @@ impl LogStreams {
         let run = Arc::new(RunStreams::new(instance.clone(), directory.to_owned()));
         self.books().runs.insert(id, run.clone(), Instant::now()).ok()?;
         Some(LiveRun { streams: self.clone(), id, run })
+    }
+
+    /// Records that a client was told the names of the streams of a run, as those of its own operation.
+    pub(crate) fn tell(&self, RunLogs(id): RunLogs, principal: &Principal) {
+        let run = self.books().runs.get(&id).cloned();
+        if let Some(run) = run {
+            run.tell(principal);
+        }
+    }
+
+    /// Whether a client was told the names of the streams of a run.
+    pub(crate) fn was_told(&self, RunLogs(id): RunLogs, principal: &Principal) -> bool {
+        let run = self.books().runs.get(&id).cloned();
+        run.is_some_and(|run| run.was_told(principal))
     }
 
     /// Removes expired streams every few seconds, until [`LogStreams::close`].

@@ -12,13 +12,14 @@
 mod event;
 mod hand_over;
 mod json;
+mod settings;
 mod text;
 
 pub use event::{Event, FIELDS_MAX, Field};
 pub use json::write_json;
+pub use settings::{LogConfig, LogFormat};
 pub use text::write_text;
 
-use crate::config::{LogConfig, LogFormat};
 use arc_swap::ArcSwap;
 use hand_over::{HandOver, Pace};
 use log::{Level, Log, Metadata, Record};

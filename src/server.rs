@@ -5,53 +5,61 @@
 //! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
 //! dies, the process exits, because a partial server is worse than none.
 
+mod exit;
+mod fill;
+mod listen;
 mod observer;
 mod owners;
 pub(crate) mod place;
 mod pools;
 mod reload;
+mod tls;
 
 use crate::{
-    action::TimeoutPolicy,
+    access::AccessLoader,
     actors::{
-        asset::{AssetActor, AssetSettings, client::Assets, messages::CloseAssets, origins::Origins},
-        cas::{CasActor, CloseStore, StoreSettings, client::Cas},
+        asset::{AssetActor, client::Assets, messages::CloseAssets, origins::Origins},
+        cas::{CasActor, CloseStore, client::Cas},
         scheduler::{
             SchedulerActor,
             inputs::ImageSupply,
-            messages::{Drain, Inspect},
-            settings::{Priorities, SchedulerConfig, SchedulerSettings},
+            settings::{Priorities, SchedulerSettings},
         },
     },
     administration::Administration,
     cgroups::LimitReport,
-    config::{Config, ExecutionSettings, Loaded, Settings},
+    config::{Config, Loaded, Settings},
     connections::Connections,
     gate::Gate,
     grpc::{self, Edge, ask::Scheduler},
     http::{self, cache::Cache, hosts::Hosts, operations::Operations},
-    log_streams::{LogSettings, LogStreams, MAX_STREAM_BYTES, StreamLimits},
+    log_streams::LogStreams,
     logging::{self, Event},
     memory,
-    node::NodeName,
+    quotas::Quotas,
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
     signals::{StopSignal, StopSignals},
-    supervisor::{InheritedSockets, Supervision},
+    supervisor::{InheritedSockets, Supervision, Supervisor},
     telemetry::Metrics,
+    tls::ServerTls,
     under_way::UnderWay,
 };
 use actix::{Actor as _, Addr};
 use actix_rt::System;
+use exit::{Exit, drain};
+use fill::{asset_settings, log_settings, scheduler_settings, store_settings};
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
+use listen::listen;
 use observer::{Observer, PoolWatch};
 use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
-use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins};
+use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tls::ReloadTls;
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
@@ -62,15 +70,6 @@ use tokio::{
 
 /// Target of the log lines of this file.
 const LOG: &str = "gorego::server";
-
-/// The part of an exit in which cancelled work ends: processes are killed and directories removed.
-const CANCEL_RESERVE: Duration = Duration::from_secs(2);
-
-/// The part after that, in which clients receive the end of their streams.
-const TELL_RESERVE: Duration = Duration::from_secs(1);
-
-/// The last part, in which the store saves state for the next start.
-const CLOSE_RESERVE: Duration = Duration::from_secs(1);
 
 /// How long a client may be inactive, once the server only waits for clients, before its connection is closed.
 const QUIET: Duration = Duration::from_secs(2);
@@ -83,6 +82,8 @@ const INTERRUPTED: i32 = 130;
 pub(crate) struct Ready {
     /// The listening address.
     pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub tls: bool,
     /// Which protections of the sandbox work; `None` without a sandbox.
     pub sandbox: Option<Report>,
     /// How the limits of actions are enforced; `None` for a cache only.
@@ -122,55 +123,6 @@ pub(crate) fn run(
     })
 }
 
-fn store_settings(settings: &Settings) -> StoreSettings {
-    StoreSettings {
-        root: settings.cache_dir.clone(),
-        max_bytes: settings.max_size_bytes,
-        max_blob_bytes: settings.max_blob_bytes,
-        partial_upload_retention: settings.partial_upload_retention,
-        zstd_level: settings.zstd_level,
-        timeouts: settings
-            .execution
-            .as_ref()
-            .map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
-    }
-}
-
-fn asset_settings(settings: &Settings) -> AssetSettings {
-    let assets = settings.assets.clone();
-    AssetSettings {
-        origins: Origins::new(assets.hosts, assets.networks),
-        push: assets.push,
-        concurrency: assets.concurrency,
-        max_download_bytes: assets.max_download_bytes,
-        max_unpacked_bytes: assets.max_unpacked_bytes,
-        timeout: assets.timeout,
-        max_redirects: assets.max_redirects,
-        max_age: assets.max_age,
-        file: settings.cache_dir.join("v1").join("assets"),
-    }
-}
-
-/// Run streams are kept as long as the operations that name them. They hold no bytes.
-fn log_settings(settings: &Settings) -> LogSettings {
-    let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
-        (execution.retention, execution.retained_operations.saturating_add(execution.slots))
-    });
-    let clients = settings.log_streams;
-    LogSettings {
-        client_streams: clients.enabled,
-        clients: StreamLimits {
-            streams: clients.max_streams,
-            bytes: clients.max_bytes,
-            stream_bytes: MAX_STREAM_BYTES,
-            idle: Some(clients.retention),
-            kept: clients.retention,
-        },
-        runs: StreamLimits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
-        spool_directory: settings.cache_dir.clone(),
-    }
-}
-
 /// Raises the limit of open files to the maximum, because every connection and every broken upload holds one. Returns the
 /// previous soft limit, which commands inherit.
 fn raise_open_files() -> Option<u64> {
@@ -187,9 +139,11 @@ fn descriptors() -> u64 {
 /// The running parts of the server.
 struct Server {
     settings: Settings,
+    access: Arc<AccessLoader>,
     listener: TcpListener,
     /// The listener of the HTTP/1.1 cache, if it is enabled.
     http: Option<TcpListener>,
+    tls: Option<ServerTls>,
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
@@ -225,6 +179,8 @@ impl Server {
         place: Option<Place>,
         workers: Handle,
     ) -> Result<Self> {
+        let tls = tls::open(&settings)?;
+        let access = Arc::new(AccessLoader::open(settings.access.clone(), &workers)?);
         let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
         let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
         let http = match settings.http_addr {
@@ -253,8 +209,10 @@ impl Server {
         let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
         Ok(Self {
             settings,
+            access,
             listener,
             http,
+            tls,
             cas,
             assets,
             scheduler,
@@ -272,8 +230,10 @@ impl Server {
     async fn serve(self, configuration: Configuration, ready: impl FnOnce(Ready)) -> Result<()> {
         let Self {
             settings,
+            access,
             listener,
             http,
+            tls,
             cas,
             assets,
             scheduler,
@@ -288,10 +248,13 @@ impl Server {
         let supervisor = supervision.supervisor.clone();
         let owners = Owners { cas: cas.clone(), assets: assets.clone(), scheduler: scheduler.clone() };
         let hosts = Hosts::new(settings.http_hosts.clone());
+        let quotas = Quotas::new(settings.quotas.clone());
         let mut parts: Vec<Box<dyn Reloadable>> = vec![
+            Box::new(ReloadQuotas::new(quotas.clone(), &settings)),
             Box::new(ReloadLogFilter::new(&settings.log)),
             Box::new(ReloadHosts::new(hosts.clone(), &settings)),
             Box::new(ReloadOrigins::new(origins, &settings.assets)),
+            Box::new(ReloadTls(tls.clone())),
         ];
         let images = place.as_ref().and_then(|place| place.images.as_ref());
         parts.extend(ReloadImages::new(images, &settings).map(|part| Box::new(part) as _));
@@ -305,16 +268,21 @@ impl Server {
         let under_way = UnderWay::default();
         let connections = Connections::new(descriptors());
         workers.spawn(connections.clone().sweep());
-        let pools = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
+        let watch = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
         let observer = Arc::new(Observer::new(
             metrics.clone(),
-            (cas.clone(), assets.clone()),
-            connections.clone(),
-            pools,
+            owners.clone(),
+            (connections.clone(), tls.clone()),
+            watch,
         ));
         workers.spawn(observer.clone().tell(health.clone()));
+        let gate = Gate::with_quotas(settings.instances.clone(), access.authenticator().clone(), quotas);
+        workers.spawn(access.watch());
+        if let Some(tls) = tls.clone() {
+            workers.spawn(tls.watch(connections.clone()));
+        }
         let edge = Arc::new(Edge {
-            gate: Gate::new(settings.instances.clone()),
+            gate: gate.clone(),
             cas: cas.clone(),
             scheduler: scheduler.clone().map(|scheduler| Scheduler::new(scheduler, settings.node)),
             assets: Some(assets.clone()),
@@ -336,29 +304,32 @@ impl Server {
         let (close, closed) = oneshot::channel::<()>();
         let mut serving = workers.spawn({
             let health = health.clone();
+            let tls = tls.as_ref().map(ServerTls::grpc_port);
             async move {
                 // Also completes when the sender is dropped.
                 let shutdown = async move { drop(closed.await) };
-                grpc::serve(edge, &health, listener, shutdown).await
+                grpc::serve_with(edge, &health, listener, tls, shutdown).await
             }
         });
         let shared = http::PortContext {
+            gate: gate.clone(),
             hosts,
             under_way: under_way.clone(),
             connections: connections.clone(),
             metrics,
         };
-        let (http_close, mut http_serving) =
-            serve_http(http, &settings, &cas, (shared, observer.clone()), &workers)?;
+        let cache = Cache { gate, cas: cas.clone(), max_blob_bytes: settings.max_blob_bytes };
+        let port = http::Port::new(cache, Operations { observer: observer.clone() }, shared);
+        let (http_close, mut http_serving) = serve_http(http, port, tls.as_ref(), &workers)?;
         let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
         let limits = place.as_ref().map(|place| place.limits.clone());
-        ready(Ready { address, sandbox, limits });
+        ready(Ready { address, tls: tls.is_some(), sandbox, limits });
         supervisor.ready();
         // On the actors' thread, so that a thread that is stuck sends no sign of life.
         actix_rt::spawn(owners.clone().report(supervision, settings.max_size_bytes, workers.clone()));
 
         let stop = select! {
-            signal = stop_signal(&mut signals, &reloader) => Stop::Signal(signal.name()),
+            signal = stop_signal(&mut signals, &reloader, &supervisor) => Stop::Signal(signal.name()),
             error = owners.died() => Stop::Fault(error),
             error = &mut http_serving => Stop::Fault(error),
             ended = &mut serving => Stop::Fault(match ended {
@@ -429,13 +400,17 @@ impl Server {
 }
 
 /// Waits for the next signal that stops the server. A hangup reloads the configuration instead.
-async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader) -> StopSignal {
+async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader, supervisor: &Supervisor) -> StopSignal {
     loop {
         match signals.next().await {
             StopSignal::Reload => {
-                let reloader = reloader.clone();
+                let (reloader, supervisor) = (reloader.clone(), supervisor.clone());
                 // The outcome is logged. A second signal meanwhile is one more reload after this one.
-                tokio::spawn(async move { drop(reloader.reload(false).await) });
+                tokio::spawn(async move {
+                    supervisor.reloading();
+                    let _ = reloader.reload(false).await;
+                    supervisor.ready();
+                });
             }
             stop => return stop,
         }
@@ -452,35 +427,11 @@ fn administration(place: Option<&Place>, reloader: Reloader) -> Administration {
     Administration { staged_trees, images, reloader: Some(reloader), ..Administration::default() }
 }
 
-/// Listens on the socket of the supervisor, if there is one, or on the address of this configuration key.
-async fn listen(
-    inherited: Option<std::net::TcpListener>,
-    address: SocketAddr,
-    key: &str,
-) -> Result<TcpListener> {
-    if let Some(listener) = inherited {
-        return TcpListener::from_std(listener).map_err(|error| {
-            Error::io(&format!("serve on the socket that the supervisor passed for {key}"), &error)
-        });
-    }
-    TcpListener::bind(address).await.map_err(|error| match error.kind() {
-        ErrorKind::AddrInUse => Error::Precondition(format!(
-            "could not listen on {address}: another process listens there, perhaps another goREgo; stop it, or set {key} to \
-             another address"
-        )),
-        ErrorKind::AddrNotAvailable => Error::Precondition(format!(
-            "could not listen on {address}: this machine does not have that address; set {key} to one that it has"
-        )),
-        _ => Error::io(&format!("listen on {address} ({key})"), &error),
-    })
-}
-
 /// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
 fn serve_http(
     listener: Option<TcpListener>,
-    settings: &Settings,
-    cas: &Cas,
-    (shared, observer): (http::PortContext, Arc<Observer>),
+    port: http::Port,
+    tls: Option<&ServerTls>,
     workers: &Handle,
 ) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
     let (close, closed) = oneshot::channel::<()>();
@@ -491,16 +442,11 @@ fn serve_http(
     };
     let address =
         listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
-    let cache = Cache {
-        gate: Gate::new(settings.instances.clone()),
-        cas: cas.clone(),
-        max_blob_bytes: settings.max_blob_bytes,
-    };
-    let port = http::Port::new(cache, Operations { observer }, shared);
     Event::info(LOG, "http_started")
         .with_shown("listen_addr", &address)
         .log(format_args!("serving the HTTP cache on {address}"));
-    let serving = workers.spawn(http::serve(port, listener, async move { drop(closed.await) }));
+    let serving = workers
+        .spawn(http::serve(port, listener, tls.map(ServerTls::http_port), async move { drop(closed.await) }));
     let ended = async move {
         match serving.await {
             Ok(()) => Error::internal("the HTTP server stopped by itself"),
@@ -510,91 +456,10 @@ fn serve_http(
     Ok((close, ended.boxed()))
 }
 
-fn scheduler_settings(node: NodeName, execution: &ExecutionSettings) -> SchedulerSettings {
-    SchedulerSettings::new(SchedulerConfig {
-        node,
-        queue_size: execution.queue_size,
-        priorities: execution.priorities,
-        priority_ageing: execution.priority_ageing,
-        unknown_properties: execution.unknown_properties,
-        queue_timeout: execution.queue_timeout,
-        transfer_timeout: execution.transfer_timeout,
-        retention: execution.retention,
-        retained_operations: execution.retained_operations,
-        abandon_grace: execution.abandon_grace,
-        contended_abandon_grace: execution.contended_abandon_grace,
-        max_attempts: execution.max_attempts,
-    })
-}
-
 fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
     maker.prefetch(maker.execution.pools.iter());
     let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
     let images = maker.place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageSupply>);
     let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone()).with_images(images).start();
     Pools::new(maker, scheduler, workers.clone())
-}
-
-/// The deadlines of a shutdown.
-#[derive(Debug, Clone, Copy)]
-struct Exit {
-    /// When the process must have exited.
-    end: Instant,
-}
-
-impl Exit {
-    /// A shutdown that starts now and takes at most `grace`, but has at least the time for an orderly end.
-    fn within(grace: Duration) -> Self {
-        Self { end: Instant::now() + grace.max(CANCEL_RESERVE + TELL_RESERVE + CLOSE_RESERVE) }
-    }
-
-    /// When running work is cancelled.
-    fn worked(self) -> Instant {
-        self.cancelled() - CANCEL_RESERVE
-    }
-
-    /// When the server stops waiting for cancelled work.
-    fn cancelled(self) -> Instant {
-        self.told() - TELL_RESERVE
-    }
-
-    /// When the server stops waiting for clients.
-    fn told(self) -> Instant {
-        self.end - CLOSE_RESERVE
-    }
-}
-
-/// Lets the scheduler finish, then ends the remaining work with a status that clients retry.
-async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
-    if timeout_at(exit.worked(), scheduler.send(Drain { cancel: false })).await.is_ok() {
-        return;
-    }
-    let left = scheduler.send(Inspect).await.unwrap_or_default();
-    Event::warn(LOG, "work_cancelled")
-        .with("queued", left.queued)
-        .with("running", left.running)
-        .log(format_args!("the grace period is nearly over: cancelling the remaining work"));
-    if timeout_at(exit.cancelled(), scheduler.send(Drain { cancel: true })).await.is_err() {
-        Event::error(LOG, "work_stuck")
-            .log(format_args!("some work did not stop; leaving it to the runners"));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn an_address_that_is_taken_is_named_with_its_key() {
-        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let first = listen(None, taken, "listen_addr").await.unwrap();
-        let error = listen(None, taken, "http.listen_addr").await.unwrap_err().to_string();
-        for part in [taken.to_string().as_str(), "another goREgo", "http.listen_addr"] {
-            assert!(error.contains(part), "{part} is not in {error}");
-        }
-        drop(first);
-        let error =
-            listen(None, "192.0.2.1:1".parse().unwrap(), "listen_addr").await.unwrap_err().to_string();
-        assert!(error.contains("does not have that address"), "{error}");
-    }
 }

@@ -7,7 +7,9 @@ use gorego::grpc::services::{
     byte_stream_server as bs, capabilities_server as caps, content_addressable_storage_server as cas,
     execution_server as exec, operations_server as ops,
 };
-use gorego_client::{BlobSet, Client, Execution, ExecutionEvent, Finished, Identity, Job, Progress, scan};
+use gorego_client::{
+    BlobSet, Client, ConnectOptions, Execution, ExecutionEvent, Finished, Identity, Job, Progress, scan,
+};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::Error,
@@ -660,4 +662,35 @@ async fn a_timeout_is_told_in_one_line() {
     fake.state().scripts = vec![(vec![done(&late)], None)].into();
     let (code, _, stderr) = exec(&endpoint, &["true"]).await;
     assert!(code == 124 && stderr.contains("ran for 1s") && stderr.lines().count() == 1, "{stderr}");
+}
+
+#[tokio::test]
+async fn headers_and_those_of_a_credential_helper_are_sent_with_every_request() {
+    let incoming = tonic::transport::server::TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = incoming.local_addr().unwrap();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let noted = seen.clone();
+    let note = move |request: Request<()>| {
+        let text = |name| request.metadata().get(name).map(|value| value.to_str().unwrap().to_owned());
+        noted.lock().unwrap().push((text("authorization"), text("x-helper")));
+        Ok(request)
+    };
+    let server = tonic::transport::Server::builder()
+        .add_service(caps::CapabilitiesServer::with_interceptor(Fake::default(), note));
+    tokio::spawn(server.serve_with_incoming(incoming));
+    let directory = tempfile::tempdir().unwrap();
+    let helper = directory.path().join("helper");
+    // Written by another process: see the unit tests of credentials.
+    let answer = r#"{"headers": {"x-helper": ["h"], "authorization": ["of the helper"]}}"#;
+    let script = format!("#!/bin/sh\necho '{answer}'\n");
+    let mut write = std::process::Command::new("sh");
+    write.args(["-c", r#"printf %s "$1" >"$0" && chmod 755 "$0""#]).arg(&helper).arg(script);
+    assert!(write.status().unwrap().success());
+    let mut options = ConnectOptions::from(format!("grpc://{address}"));
+    options.add_header("Authorization", "Bearer t").unwrap();
+    options.credential_helper = Some(helper);
+    let client = Client::connect(options, "", &Identity::default()).await.unwrap();
+    client.capabilities().await.unwrap();
+    let expected = (Some("Bearer t".to_owned()), Some("h".to_owned()));
+    assert_eq!(*seen.lock().unwrap(), [expected.clone(), expected]);
 }

@@ -23,7 +23,7 @@ use tonic::transport::Channel;
 /// Number of concurrent calls for goals that say "64 at once".
 const AT_ONCE: usize = 64;
 
-fn runtime() -> Runtime {
+pub fn runtime() -> Runtime {
     Runtime::new().expect("a runtime")
 }
 
@@ -155,13 +155,7 @@ pub fn streams(report: &mut Report) {
     let runtime = runtime();
     let target = Target::start();
     let bare = Bare::start();
-    // Incompressible bytes, cut once, so that the client spends no time on making them.
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut blob = vec![0u8; SIZE];
-    for word in blob.chunks_exact_mut(8) {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        word.copy_from_slice(&state.to_le_bytes());
-    }
+    let mut blob = incompressible(SIZE);
     runtime.block_on(async {
         let ours = Client::connect(&target.endpoint).await.bytes;
         let theirs = Client::connect(&bare.endpoint).await.bytes;
@@ -190,7 +184,18 @@ pub fn streams(report: &mut Report) {
     });
 }
 
-async fn write(client: &ByteStreamClient<Channel>, digest: Digest, bytes: &Bytes, chunk: usize) -> f64 {
+/// Incompressible bytes, made once, so that the client spends no time on making them.
+pub fn incompressible(size: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut blob = vec![0u8; size];
+    for word in blob.chunks_exact_mut(8) {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        word.copy_from_slice(&state.to_le_bytes());
+    }
+    blob
+}
+
+pub async fn write(client: &ByteStreamClient<Channel>, digest: Digest, bytes: &Bytes, chunk: usize) -> f64 {
     let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", digest.blob_name());
     let (bytes, size) = (bytes.clone(), bytes.len());
     let messages = (0..size).step_by(chunk).map(move |offset| {
@@ -208,7 +213,7 @@ async fn write(client: &ByteStreamClient<Channel>, digest: Digest, bytes: &Bytes
     size as f64 / start.elapsed().as_secs_f64()
 }
 
-async fn read(client: &ByteStreamClient<Channel>, request: ReadRequest, size: usize) -> f64 {
+pub async fn read(client: &ByteStreamClient<Channel>, request: ReadRequest, size: usize) -> f64 {
     let start = Instant::now();
     let mut stream = client.clone().read(request).await.expect("it is there").into_inner();
     let mut received = 0;

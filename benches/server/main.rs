@@ -13,6 +13,7 @@ mod machine;
 mod report;
 mod staging;
 mod target;
+mod tls;
 mod zstd;
 
 use report::Report;
@@ -28,6 +29,7 @@ const GROUPS: &[Group] = &[
     ("cached", calls::cached_execute),
     ("enqueue", groups::enqueue_burst),
     ("stream", groups::streams),
+    ("tls", tls::transfers),
     ("zstd", zstd::transfers),
     ("hash", hash::large_blobs),
     ("staging", staging::staging),

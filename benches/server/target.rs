@@ -18,7 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
-use tonic::{Streaming, transport::Channel};
+use tonic::{
+    Streaming,
+    transport::{Channel, ClientTlsConfig},
+};
 
 /// A command under which the server is started, such as `valgrind --tool=callgrind`.
 const UNDER: &str = "BENCH_UNDER";
@@ -109,15 +112,22 @@ pub struct Client {
 
 impl Client {
     pub async fn connect(endpoint: &str) -> Self {
-        let channel = Channel::from_shared(endpoint.to_owned())
+        Self::connect_with(endpoint, None).await
+    }
+
+    /// The same with TLS, if there is a configuration for it.
+    pub async fn connect_with(endpoint: &str, tls: Option<ClientTlsConfig>) -> Self {
+        let endpoint = Channel::from_shared(endpoint.to_owned())
             .expect("an endpoint")
             // Large and fixed: the HTTP/2 library derives from it how many small messages may wait, and closes the
             // connection of a client that falls behind by more.
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .connect()
-            .await
-            .expect("it listens");
+            .initial_stream_window_size(STREAM_WINDOW);
+        let endpoint = match tls {
+            Some(tls) => endpoint.tls_config(tls).expect("a TLS configuration"),
+            None => endpoint,
+        };
+        let channel = endpoint.connect().await.expect("it listens");
         Self {
             cas: ContentAddressableStorageClient::new(channel.clone()),
             bytes: ByteStreamClient::new(channel.clone()).max_decoding_message_size(16 << 20),

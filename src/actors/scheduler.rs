@@ -13,6 +13,7 @@ mod ledger;
 mod log;
 pub mod messages;
 pub mod operation;
+mod operation_loads;
 mod queue;
 mod quota;
 mod register;

@@ -117,7 +117,8 @@ async fn exec(
         target_id: String::new(),
     };
     line.say(&format!("connecting to {}", args.endpoint));
-    let client = Client::connect(&args.endpoint, &args.instance, &identity).await?;
+    let options = args.connect.options(&args.endpoint)?;
+    let client = Client::connect(options, &args.instance, &identity).await?;
     let (output_dir, args) = (args.output_dir.clone(), Arc::new(args));
     line.say("reading the inputs");
     let for_scan = args.clone();

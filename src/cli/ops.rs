@@ -144,7 +144,8 @@ pub(super) fn run(command: &OpsCommand) -> u8 {
 
 /// Connects to the server of an administrative command.
 pub(super) async fn connect(server: &ServerArgs) -> Result<Client> {
-    Client::connect(&server.endpoint, &server.instance, &identity()).await
+    let options = server.connect.options(&server.endpoint)?;
+    Client::connect(options, &server.instance, &identity()).await
 }
 
 /// How the administrative commands introduce themselves.

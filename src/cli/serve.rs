@@ -47,6 +47,7 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
             .with("error", problem)
             .log(format_args!("the supervisor cannot be told how the server is: {problem}"));
     }
+    supervisor.status("opening the store");
     let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));
     let load = move || load_settings(&args, environment(), sockets.clone());
     match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready))
@@ -80,7 +81,7 @@ fn refuse(args: &ServeArgs, error: &Error) {
 
 /// Reports that the server is ready: as a banner for people, or as one log event.
 fn announce(style: Style, settings: &Settings, ready: &Ready) {
-    let Ready { address, sandbox, limits } = ready;
+    let Ready { address, tls, sandbox, limits } = ready;
     // On a terminal too: what is missing should not be overlooked.
     for missing in sandbox.iter().flat_map(|report| &report.missing) {
         Event::warn("gorego::server", "protection_missing")
@@ -104,6 +105,7 @@ fn announce(style: Style, settings: &Settings, ready: &Ready) {
             let config_file = settings.config_file.as_deref().unwrap_or(Path::new(""));
             Event::info("gorego::server", "server_started")
                 .with_shown("listen_addr", address)
+                .with("tls", *tls)
                 .with_shown("data_dir", &settings.cache_dir.display())
                 .with("slots", slots)
                 .with("sandbox", &*protections(sandbox.as_ref()))
@@ -150,13 +152,14 @@ fn describe_sandbox(text: &mut String, sandbox: Option<&Report>) {
 
 /// The banner: listening address, data directory, number of slots, the sandbox, and the lines for `.bazelrc`.
 pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
-    let Ready { address, sandbox, limits } = ready;
+    let Ready { address, tls, sandbox, limits } = ready;
     let (unspecified, host) = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => (true, IpAddr::V4(Ipv4Addr::LOCALHOST)),
         IpAddr::V6(ip) if ip.is_unspecified() => (true, IpAddr::V6(Ipv6Addr::LOCALHOST)),
         ip => (false, ip),
     };
-    let endpoint = format!("grpc://{}", SocketAddr::new(host, address.port()));
+    let endpoint =
+        format!("{}://{}", if *tls { "grpcs" } else { "grpc" }, SocketAddr::new(host, address.port()));
     let mut text = format!("goREgo {} listens on {address}\n", env!("CARGO_PKG_VERSION"));
     let most = Size::from_bytes(settings.max_size_bytes).rounded();
     // Writing to a String cannot fail.
@@ -204,8 +207,17 @@ pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
         let _ = writeln!(text, "  build --remote_instance_name={}", first.name());
     }
     text.push_str("  build --incompatible_strict_action_env\n");
+    if *tls {
+        text.push_str(
+            "  build --tls_certificate=ca.pem  # the CA of this server, unless your machine trusts it\n",
+        );
+    }
     if settings.execution.is_some() {
-        let flag = if address.port() == 50051 { String::new() } else { format!("--endpoint {endpoint} ") };
+        let is_default = address.port() == 50051 && !tls;
+        let mut flag = if is_default { String::new() } else { format!("--endpoint {endpoint} ") };
+        if *tls {
+            flag.push_str("--tls-ca ca.pem ");
+        }
         let _ = writeln!(text, "\nWithout Bazel: gorego exec {flag}-- sh -c 'echo hello'");
     }
     text
@@ -227,7 +239,7 @@ mod tests {
     }
 
     fn ready(address: &str) -> Ready {
-        Ready { address: address.parse().unwrap(), sandbox: None, limits: None }
+        Ready { address: address.parse().unwrap(), tls: false, sandbox: None, limits: None }
     }
 
     #[test]
@@ -247,6 +259,14 @@ mod tests {
             assert!(text.contains(part), "{part} in {text}");
         }
         assert!(!text.contains("remote_executor"));
+        let text = banner(&settings(|_| {}), &Ready { tls: true, ..ready("127.0.0.1:50051") });
+        for part in [
+            "=grpcs://127.0.0.1:50051",
+            "--tls_certificate=ca.pem",
+            "--endpoint grpcs://127.0.0.1:50051 --tls-ca",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
     }
 
     #[test]

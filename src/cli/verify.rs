@@ -61,7 +61,7 @@ fn options(args: &VerifyArgs) -> Result<Options> {
         jobs: args.jobs.get(),
         selection: selection(args)?,
         large: args.large,
-        ..Options::new(args.endpoint.clone())
+        ..Options::new(args.connect.options(&args.endpoint)?)
     })
 }
 

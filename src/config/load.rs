@@ -28,9 +28,11 @@ const MAX_FILE_BYTES: u64 = 1_000_000;
 /// Prefix of the environment variables that set keys.
 const ENV_PREFIX: &str = "GOREGO_";
 /// Variables with the prefix that are not keys. The command line reads them.
-pub const OTHER_VARIABLES: &[&str] = &["GOREGO_CONFIG", "GOREGO_ENDPOINT", "GOREGO_INSTANCE"];
+pub const OTHER_VARIABLES: &[&str] =
+    &["GOREGO_CONFIG", "GOREGO_CREDENTIAL_HELPER", "GOREGO_ENDPOINT", "GOREGO_HEADERS", "GOREGO_INSTANCE"];
 /// Tables whose keys are chosen by the user.
-const FREE_TABLES: &[&str] = &["execution.platform", POOLS, "instances"];
+const FREE_TABLES: &[&str] =
+    &["access.roles", "access.users", "execution.platform", POOLS, "instances", "quotas.principals"];
 /// The one of them whose values are tables with known keys.
 const POOLS: &str = "execution.pools";
 /// Smallest similarity (0 to 1, by edit distance) of a mistyped key to a suggested one.

@@ -199,61 +199,22 @@ pub(super) fn pools(
     );
     let common = limits(check);
     if config.pools.is_empty() {
-        let exact = |(name, value): (&String, &String)| (name.clone(), Offer::Exact(value.clone()));
-        return vec![PoolSettings {
-            name: DEFAULT_POOL.into(),
-            is_declared: false,
-            slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
-            offers: with_built_in(common.offers(config.platform.iter().map(exact).collect()), sandbox),
-            limits: common,
-            room: None,
-            sandbox: sandbox.clone(),
-        }];
+        return vec![default_pool(config, common, machine, sandbox)];
     }
     let own = "has no effect when pools are configured; each pool has its own";
     check.require("execution.concurrency", config.concurrency == 0, &format!("{own} slots"));
     check.require("execution.platform", config.platform == default.platform, &format!("{own} properties"));
     let mut problems = Vec::new();
-    let mut pools = Vec::with_capacity(config.pools.len());
-    for (name, pool) in &config.pools {
-        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if name.is_empty() || name.len() > MAX_POOL_NAME || !name.chars().all(is_plain) {
-            problems.push(format!(
-                "\"{}\" cannot be the name of a pool: use up to {MAX_POOL_NAME} letters, digits, \"-\", \"_\" and \".\"",
-                name.escape_debug()
-            ));
-        }
-        let (slots, room) = extent(name, pool).unwrap_or_else(|problem| {
-            problems.push(problem);
-            (0, None)
-        });
-        if pool.properties.contains_key("") {
-            problems.push(format!("\"{name}\" has a property without a name"));
-        }
-        let (limits, of_limits) = pool_limits(check, &pool.limits);
-        problems.extend(of_limits.into_iter().map(|problem| format!("\"{name}\": {problem}")));
-        let limits = room.as_ref().map_or(limits, |room| limits.within(room));
-        let sandbox = pool.sandbox.apply(sandbox).unwrap_or_else(|problem| {
-            problems.push(format!("sandbox of \"{name}\": {problem}"));
-            sandbox.clone()
-        });
-        pools.push(PoolSettings {
-            name: name.clone(),
-            is_declared: true,
-            slots,
-            room,
-            offers: with_built_in(limits.offers(pool.properties.clone()), &sandbox),
-            limits,
-            sandbox,
-        });
-    }
+    let declared = config.pools.iter();
+    let mut pools: Vec<_> =
+        declared.map(|(name, pool)| declared_pool(check, &mut problems, name, pool, sandbox)).collect();
     let slots = pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots));
     if slots > MAX_CONCURRENCY {
         problems
             .push(format!("the pools have {slots} slots together; at most {MAX_CONCURRENCY} are possible"));
     }
-    if config.pools.len() > MAX_POOLS {
-        problems.push(format!("there are {} pools; at most {MAX_POOLS} are possible", config.pools.len()));
+    if pools.len() > MAX_POOLS {
+        problems.push(format!("there are {} pools; at most {MAX_POOLS} are possible", pools.len()));
     }
     for problem in problems {
         let origin = check.loaded.origin("execution.pools");
@@ -261,6 +222,65 @@ pub(super) fn pools(
     }
     pools.sort_by_cached_key(|pool| platform::preference(&pool.name, &pool.offers));
     pools
+}
+
+/// The pool of a server without configured ones.
+fn default_pool(
+    config: &ExecutionConfig,
+    limits: LimitSettings,
+    machine: &Machine,
+    sandbox: &SandboxSettings,
+) -> PoolSettings {
+    let exact = |(name, value): (&String, &String)| (name.clone(), Offer::Exact(value.clone()));
+    PoolSettings {
+        name: DEFAULT_POOL.into(),
+        is_declared: false,
+        slots: if config.concurrency == 0 { machine.cpus.max(1) } else { config.concurrency },
+        offers: with_built_in(limits.offers(config.platform.iter().map(exact).collect()), sandbox),
+        limits,
+        room: None,
+        sandbox: sandbox.clone(),
+    }
+}
+
+/// A configured pool. What is wrong with it is added to `problems`.
+fn declared_pool(
+    check: &mut Checker<'_>,
+    problems: &mut Vec<String>,
+    name: &str,
+    pool: &PoolConfig,
+    sandbox: &SandboxSettings,
+) -> PoolSettings {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > MAX_POOL_NAME || !name.chars().all(is_plain) {
+        problems.push(format!(
+            "\"{}\" cannot be the name of a pool: use up to {MAX_POOL_NAME} letters, digits, \"-\", \"_\" and \".\"",
+            name.escape_debug()
+        ));
+    }
+    let (slots, room) = extent(name, pool).unwrap_or_else(|problem| {
+        problems.push(problem);
+        (0, None)
+    });
+    if pool.properties.contains_key("") {
+        problems.push(format!("\"{name}\" has a property without a name"));
+    }
+    let (limits, of_limits) = pool_limits(check, &pool.limits);
+    problems.extend(of_limits.into_iter().map(|problem| format!("\"{name}\": {problem}")));
+    let limits = room.as_ref().map_or(limits, |room| limits.within(room));
+    let sandbox = pool.sandbox.apply(sandbox).unwrap_or_else(|problem| {
+        problems.push(format!("sandbox of \"{name}\": {problem}"));
+        sandbox.clone()
+    });
+    PoolSettings {
+        name: name.to_owned(),
+        is_declared: true,
+        slots,
+        room,
+        offers: with_built_in(limits.offers(pool.properties.clone()), &sandbox),
+        limits,
+        sandbox,
+    }
 }
 
 /// Adds what every pool says of the properties that the server itself knows, unless it says something else.

@@ -115,27 +115,7 @@ pub(super) fn sandbox(
     machine: &Machine,
 ) -> SandboxSettings {
     let config = &check.loaded.config.execution.sandbox;
-    let lists = [
-        ("execution.sandbox.visible", &config.visible),
-        ("execution.sandbox.hidden", &config.hidden),
-        ("execution.sandbox.writable", &config.writable),
-    ];
-    for (key, paths) in lists {
-        for path in paths {
-            if let Some(problem) = view::problem(path) {
-                let path = path.display();
-                check.require(key, false, &format!("\"{path}\" {problem}"));
-            }
-        }
-    }
-    for hidden in &config.hidden {
-        let inside = config.visible.iter().chain(&config.writable).find(|shown| shown.starts_with(hidden));
-        if let Some(inside) = inside {
-            let problem =
-                format!("\"{}\" contains \"{}\", which is shown", hidden.display(), inside.display());
-            check.require("execution.sandbox.hidden", false, &problem);
-        }
-    }
+    check_paths(check, config);
     check.require(
         "execution.sandbox.processes",
         (1..=MAX_PROCESSES).contains(&config.processes),
@@ -170,6 +150,31 @@ pub(super) fn sandbox(
         hide_own(&mut settings, warnings, own, machine);
     }
     settings
+}
+
+/// Checks the lists of paths, each for itself and against each other.
+fn check_paths(check: &mut Checker<'_>, config: &SandboxConfig) {
+    let lists = [
+        ("execution.sandbox.visible", &config.visible),
+        ("execution.sandbox.hidden", &config.hidden),
+        ("execution.sandbox.writable", &config.writable),
+    ];
+    for (key, paths) in lists {
+        for path in paths {
+            if let Some(problem) = view::problem(path) {
+                let path = path.display();
+                check.require(key, false, &format!("\"{path}\" {problem}"));
+            }
+        }
+    }
+    for hidden in &config.hidden {
+        let inside = config.visible.iter().chain(&config.writable).find(|shown| shown.starts_with(hidden));
+        if let Some(inside) = inside {
+            let problem =
+                format!("\"{}\" contains \"{}\", which is shown", hidden.display(), inside.display());
+            check.require("execution.sandbox.hidden", false, &problem);
+        }
+    }
 }
 
 impl From<Mode> for SandboxMode {

@@ -6,19 +6,24 @@
 
 use super::{
     CommittedSize, Loaded, LogConfig,
+    access::access,
     images::{self, ImagesSettings},
     load::keys,
     log_filter::check_filter,
     persistent_workers::{PersistentWorkersSettings, persistent_workers},
     pools::{PoolSettings, pools},
+    quotas::quotas,
     sandbox::sandbox,
+    tls::{ClientAuth, TlsSettings, tls},
 };
 use crate::{
+    access::settings::AccessSettings,
     action::{Priorities, TimeoutPolicy},
     host::{HostPortRule, HostRule, Network},
     instance::{InstancePolicy, Instances},
     node::NodeName,
     platform::{self, UnknownProperties},
+    quotas::limits::QuotaRules,
     sandbox::settings::SandboxSettings,
     size::Size,
 };
@@ -98,6 +103,8 @@ pub struct Settings {
     pub compressed_committed_size: CommittedSize,
     /// Time limit of a shutdown after SIGTERM.
     pub shutdown_grace: Duration,
+    /// TLS for both ports; `None` without it.
+    pub tls: Option<TlsSettings>,
     /// Log filter and format.
     pub log: LogConfig,
     /// The scheduler and its workers; `None` for a cache without execution.
@@ -110,6 +117,10 @@ pub struct Settings {
     pub http_addr: Option<SocketAddr>,
     /// Host names that HTTP requests may use, in addition to those of this machine.
     pub http_hosts: Vec<HostRule>,
+    /// Who may do what.
+    pub access: AccessSettings,
+    /// What each principal may use.
+    pub quotas: QuotaRules,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
     /// Valid settings that deserve a warning; logged once logging is installed.
@@ -208,7 +219,7 @@ pub(super) struct Checker<'a> {
 }
 
 impl Checker<'_> {
-    fn refuse(&mut self, key: &str, problem: &str) {
+    pub(super) fn refuse(&mut self, key: &str, problem: &str) {
         let value = keys(&self.loaded.config).into_iter().find(|(name, _)| name == key);
         let value = value.map(|(_, value)| value.to_string()).unwrap_or_default();
         self.problems.push(format!("{key} = {value} ({}): {problem}", self.loaded.origin(key)));
@@ -306,6 +317,10 @@ impl Settings {
         let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check);
+        let quotas = quotas(&mut check);
+        let tls = tls(&mut check, machine);
+        let is_exposed = [Some(config.listen_addr), http_addr].into_iter().flatten().any(|a| !is_loopback(a));
+        let access = access(&mut check, is_exposed, machine);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
@@ -319,12 +334,15 @@ impl Settings {
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,
+                tls,
                 log: config.log.clone(),
                 execution: config.execution.enabled.then_some(execution),
                 log_streams,
                 assets,
                 http_addr,
                 http_hosts,
+                access,
+                quotas,
                 config_file: loaded.file.clone(),
                 warnings,
             }),
@@ -386,27 +404,44 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     }
 }
 
-/// Without authentication, everyone who can reach the endpoint can run commands on this machine.
-fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
-    let allowed = check.loaded.config.allow_unauthenticated;
-    let loopback = match address.ip() {
+/// Whether only this machine can reach an address.
+fn is_loopback(address: SocketAddr) -> bool {
+    match address.ip() {
         IpAddr::V6(ip) => ip.to_ipv4_mapped().map_or(ip.is_loopback(), |ip| ip.is_loopback()),
         IpAddr::V4(ip) => ip.is_loopback(),
-    };
-    if loopback {
+    }
+}
+
+/// Without authentication, everyone who can reach the endpoint can run commands on this machine; without TLS, everyone who can
+/// read along on the way can take credentials.
+fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
+    let config = &check.loaded.config;
+    let has_tls = !config.tls.cert.as_os_str().is_empty();
+    // A CA that everybody needs a certificate of decides who comes in, also where it makes no difference what they may do.
+    let needs_certificate =
+        !config.tls.client_ca.as_os_str().is_empty() && config.tls.client_auth == ClientAuth::Required;
+    let has_credentials = config.access.has_credentials() || needs_certificate;
+    if is_loopback(address) || has_tls && has_credentials {
         return;
     }
-    if allowed {
-        warnings.push(format!(
-            "{address} is not a loopback address and there is no authentication: everybody who can reach it can run \
-             commands on this machine and change what the cache answers"
-        ));
+    let (lack, danger) = if has_credentials {
+        ("there is no TLS", "everybody who can read along on the way to it can take credentials and use them")
+    } else {
+        (
+            "there is no authentication",
+            "everybody who can reach it can run commands on this machine and change what the cache answers",
+        )
+    };
+    if config.allow_unauthenticated {
+        warnings.push(format!("{address} is not a loopback address and {lack}: {danger}"));
     } else {
         check.refuse(
             key,
-            "is not a loopback address. There is no authentication, so everybody who can reach it could run commands on \
-             this machine and change what the cache answers. Listen on 127.0.0.1 (and reach it through an SSH tunnel, \
-             say) or, on a network where everybody is trusted that far, set allow_unauthenticated = true",
+            &format!(
+                "is not a loopback address, and {lack}, so {danger}. Configure [tls] and [access] (docs/securing.md), or listen \
+                 on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where everybody is trusted that far, set \
+                 allow_unauthenticated = true"
+            ),
         );
     }
 }

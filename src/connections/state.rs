@@ -5,6 +5,7 @@
 
 use super::{Ahead, Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT};
 use crate::{
+    access::certificate::ClientCertificate,
     budget::{Budget, Share},
     caller::Caller,
 };
@@ -12,7 +13,7 @@ use futures::task::AtomicWaker;
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
     },
     task::{Context, Poll},
@@ -39,11 +40,13 @@ pub enum Reason {
     Resets,
     /// The client sent too many frames without payload or effect.
     Noise,
+    /// The certificate of the client has expired or is no longer accepted.
+    Certificate,
 }
 
 impl Reason {
     /// All reasons, in the order of their indices.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Silent,
         Self::SlowHead,
         Self::Unread,
@@ -52,6 +55,7 @@ impl Reason {
         Self::TooMany,
         Self::Resets,
         Self::Noise,
+        Self::Certificate,
     ];
 
     /// The value in the log.
@@ -65,6 +69,7 @@ impl Reason {
             Self::TooMany => "too_many_connections",
             Self::Resets => "too_many_resets",
             Self::Noise => "too_many_empty_frames",
+            Self::Certificate => "client_certificate_ended",
         }
     }
 
@@ -89,6 +94,8 @@ pub struct ConnectionState {
     pub(super) answers: Budget,
     /// The bytes that the client has sent and no handler has taken.
     pub ahead: Ahead,
+    /// The certificate that the client has presented, if any.
+    certificate: OnceLock<Arc<ClientCertificate>>,
     /// Its share of the connection budget; `None` once it was asked to close.
     place: Mutex<Option<Share>>,
     accepted_ms: u64,
@@ -121,6 +128,7 @@ impl ConnectionState {
             clock,
             answers,
             ahead,
+            certificate: OnceLock::new(),
             place: Mutex::new(place),
             accepted_ms: now,
             has_asked: AtomicBool::new(false),
@@ -138,6 +146,16 @@ impl ConnectionState {
     /// The time of the shared clock.
     pub fn now_ms(&self) -> u64 {
         self.clock.now_ms()
+    }
+
+    /// The verified certificate of the client; `None` without TLS, and if it has presented none.
+    pub fn certificate(&self) -> Option<&Arc<ClientCertificate>> {
+        self.certificate.get()
+    }
+
+    /// Records the certificate, at the end of the handshake.
+    pub(crate) fn set_certificate(&self, certificate: Arc<ClientCertificate>) {
+        let _ = self.certificate.set(certificate);
     }
 
     /// Counts a call or request until the guard is dropped. A connection without open calls is idle.

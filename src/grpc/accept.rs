@@ -2,7 +2,7 @@
 //!
 //! Options are set on each accepted socket, because tonic's own settings do not reach sockets that it did not accept itself.
 //! When the process is out of descriptors, accepting pauses instead of spinning. A connection that [`Connections`] has no place
-//! for is closed at once.
+//! for is closed at once. Handshakes are done by the task of the connection ([`Arrived::establish`]).
 //!
 //! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that must close
 //! fails its next read or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A
@@ -19,6 +19,7 @@ use crate::{
     call::ConnectionInfo,
     connections::{Admitted, Connections, Reason, ahead::Wait},
     logging::Event,
+    tls::{Socket, TlsPort},
 };
 use futures::stream::{Stream, StreamExt as _};
 use std::{
@@ -114,10 +115,11 @@ impl Drop for OpenRequest {
 pub(super) fn connections(
     listener: TcpListener,
     connections: Connections,
-) -> impl Stream<Item = io::Result<Connection>> {
+    tls: Option<TlsPort>,
+) -> impl Stream<Item = io::Result<Arrived>> {
     let sockets = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(TCP_KEEPALIVE));
     sockets.filter_map(move |accepted| {
-        let connections = connections.clone();
+        let (connections, tls) = (connections.clone(), tls.clone());
         async move {
             if let Err(error) = &accepted
                 && !is_of_one_connection(error)
@@ -127,14 +129,38 @@ pub(super) fn connections(
                 ));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
-            accepted.and_then(|stream| Connection::new(stream, &connections)).transpose()
+            accepted.and_then(|stream| Arrived::new(stream, &connections, tls)).transpose()
         }
     })
 }
 
+/// An accepted connection before its handshake.
+pub(super) struct Arrived {
+    stream: TcpStream,
+    admitted: Admitted,
+    tls: Option<TlsPort>,
+}
+
+impl Arrived {
+    fn new(stream: TcpStream, connections: &Connections, tls: Option<TlsPort>) -> io::Result<Option<Self>> {
+        let admitted = connections.admit(stream.peer_addr()?);
+        Ok(admitted.map(|admitted| Self { stream, admitted, tls }))
+    }
+
+    /// Does the handshake, where the port has one. `None` when it failed.
+    pub(super) async fn establish(self) -> Option<Connection> {
+        let stream = Prompt::new(self.stream);
+        let stream = match self.tls {
+            Some(tls) => tls.shake_hands(stream, &self.admitted).await?,
+            None => Socket::Plain(stream),
+        };
+        Some(Connection::new(stream, self.admitted))
+    }
+}
+
 /// An accepted connection, with the limits that apply to it.
 pub(crate) struct Connection {
-    stream: Prompt,
+    stream: Socket,
     admitted: Admitted,
     conduct: Conduct,
     /// Set while the client is too far ahead of its handlers.
@@ -149,11 +175,10 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    fn new(stream: TcpStream, connections: &Connections) -> io::Result<Option<Self>> {
-        let Some(admitted) = connections.admit(stream.peer_addr()?) else { return Ok(None) };
+    fn new(stream: Socket, admitted: Admitted) -> Self {
         let conduct = Conduct::new(admitted.state().now_ms());
-        Ok(Some(Self {
-            stream: Prompt::new(stream),
+        Self {
+            stream,
             admitted,
             conduct,
             wait: None,
@@ -161,7 +186,7 @@ impl Connection {
             is_blocked: false,
             unsent: None,
             held: Vec::new(),
-        }))
+        }
     }
 
     /// The turns of this connection.
@@ -217,7 +242,7 @@ impl Connection {
         if let Some(frame) = self.conduct.goaway() {
             // The collected bytes are whole frames.
             self.held.extend_from_slice(&frame);
-            let _ = self.stream.get_ref().try_write(&self.held);
+            self.stream.write_last(&self.held);
         }
         self.held = Vec::new();
         io::Error::new(io::ErrorKind::ConnectionAborted, reason.name())
@@ -371,7 +396,12 @@ impl AsyncWrite for Connection {
             return Poll::Ready(Ok(()));
         }
         ready!(self.poll_release(context))?;
-        Pin::new(&mut self.stream).poll_flush(context)
+        let flushed = Pin::new(&mut self.stream).poll_flush(context);
+        if self.stream.holds_writes() {
+            // What was written to TLS may still wait for the socket.
+            self.note_blocked(flushed.is_pending());
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -396,14 +426,19 @@ mod tests {
         time::timeout,
     };
 
+    /// The next connection, after its handshake.
+    async fn established(arrivals: &mut (impl Stream<Item = io::Result<Arrived>> + Unpin)) -> Connection {
+        arrivals.next().await.unwrap().unwrap().establish().await.unwrap()
+    }
+
     #[tokio::test]
     async fn nagles_algorithm_is_off_on_every_accepted_connection() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let mut connections = pin!(connections(listener, Connections::default()));
+        let mut connections = pin!(connections(listener, Connections::default(), None));
         for _ in 0..2 {
             let _client = TcpStream::connect(address).await.unwrap();
-            assert!(connections.next().await.unwrap().unwrap().stream.get_ref().nodelay().unwrap());
+            assert!(established(&mut connections).await.stream.tcp().nodelay().unwrap());
         }
     }
 
@@ -411,8 +446,8 @@ mod tests {
     async fn small_writes_are_collected_until_the_cork_is_out_and_large_ones_are_not() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut connections = pin!(connections(listener, Connections::default()));
-        let mut connection = connections.next().await.unwrap().unwrap();
+        let mut connections = pin!(connections(listener, Connections::default(), None));
+        let mut connection = established(&mut connections).await;
         let turn = connection.turn();
         let mut received = [0; 2 * HELD_MAX_BYTES];
         turn.begin(true, true);
@@ -441,8 +476,8 @@ mod tests {
     async fn a_turn_reads_a_bounded_number_of_frames() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut connections = pin!(connections(listener, Connections::default()));
-        let mut connection = connections.next().await.unwrap().unwrap();
+        let mut connections = pin!(connections(listener, Connections::default(), None));
+        let mut connection = established(&mut connections).await;
         let turn = connection.turn();
         let empty_data = [0, 0, 0, 0, 0, 0, 0, 0, 1];
         client.write_all(&[b'x'; 24]).await.unwrap();
@@ -461,8 +496,8 @@ mod tests {
     async fn a_client_that_does_not_read_its_answers_is_not_read_until_it_does() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut connections = pin!(connections(listener, Connections::default()));
-        let mut connection = connections.next().await.unwrap().unwrap();
+        let mut connections = pin!(connections(listener, Connections::default(), None));
+        let mut connection = established(&mut connections).await;
         let turn = connection.turn();
         client.write_all(&[b'x'; 24]).await.unwrap();
         let streams: Vec<u8> = (0..=UNSENT_STREAMS_MAX).map(|at| u8::try_from(2 * at + 1).unwrap()).collect();
@@ -497,8 +532,8 @@ mod tests {
     async fn a_client_that_takes_frames_of_large_answers_is_waited_for_though_no_answer_is_done() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut connections = pin!(connections(listener, Connections::default()));
-        let mut connection = connections.next().await.unwrap().unwrap();
+        let mut connections = pin!(connections(listener, Connections::default(), None));
+        let mut connection = established(&mut connections).await;
         let state = connection.connect_info().state;
         let _unsent = state.reserve(ANSWERS.connection).await.unwrap();
         let mut next = pin!(state.reserve(1_000));

@@ -5,6 +5,7 @@
 
 use super::{Edge, claim::Claim};
 use crate::{
+    access::permission::Permission,
     actors::asset::{
         bindings::References,
         client::Assets,
@@ -214,6 +215,8 @@ impl AssetService {
     async fn push(&self, call: &Call, kind: Kind, offered: PushFields) -> Result<(), Status> {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &offered.instance_name)?;
+        // Others are served what is pushed, as they are served action results.
+        self.0.gate.require(call, &instance, Permission::AcWrite)?;
         if !assets.push_enabled() {
             let message = "clients may not push assets to this server (assets.push = false)";
             return Err(Error::Unimplemented(message.into()).into());

@@ -92,9 +92,11 @@ impl ByteStream for ByteStreamService {
         let upload = cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
         let end = match (upload, name.encoding) {
             (Upload::Present, _) => UploadEnd::Early,
-            (Upload::Writer(writer), Encoding::Identity) => receive(*writer, messages, first, check).await?,
+            (Upload::Writer(writer), Encoding::Identity) => {
+                receive(*writer, messages, first, check, &call).await?
+            }
             (Upload::Writer(writer), Encoding::Zstd) => {
-                receive(writer.decoding(), messages, first, check).await?
+                receive(writer.decoding(), messages, first, check, &call).await?
             }
         };
         let committed_size = committed_size(&name, end, self.0.settings.compressed_committed_size);
@@ -288,11 +290,13 @@ async fn receive(
     mut messages: Streaming<WriteRequest>,
     first: WriteRequest,
     mut check: WriteCheck,
+    call: &Call,
 ) -> Result<UploadEnd, Status> {
     let mut message = first;
     let mut superseded = pin!(writer.superseded());
     loop {
         check.accept(&message)?;
+        call.count_upload()?;
         let finish = message.finish_write;
         if !message.data.is_empty() {
             writer.write(message.data).await?;

@@ -116,6 +116,7 @@ mod tests {
             target: Some("//pkg:name".into()),
             pool: Some("linux".into()),
             worker: Some("host/linux/0".into()),
+            owner: None,
         };
         let expected = Filter { instance: Some("".into()), operations };
         for text in [

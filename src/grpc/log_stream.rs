@@ -9,9 +9,10 @@ use super::{
     convert, stalled,
 };
 use crate::{
+    access::permission::Permission,
     actors::{
         cas::{blob::BlobReader, client::Cas},
-        scheduler::{messages::Watch, operation::OperationId},
+        scheduler::operation::OperationId,
     },
     call::Call,
     grpc::services::log_stream_service_server as server,
@@ -19,9 +20,8 @@ use crate::{
     log_streams::{
         Committed,
         follow::{Follower, Piece},
-        name::LogName,
+        name::{LogName, StreamId},
     },
-    policy::Permission,
 };
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
@@ -57,7 +57,7 @@ impl server::LogStreamService for LogStreamService {
         let instance = self.0.gate.enter(&call, instance_name)?;
         if let Some(id) = operation {
             call.note_operation(id);
-            self.check_operation(instance, id).await?;
+            self.check_operation(&call, instance, id).await?;
         }
         let name = self.0.log_streams.create(parent, call.caller())?;
         let write_resource_name = name.to_string();
@@ -66,9 +66,9 @@ impl server::LogStreamService for LogStreamService {
 }
 
 impl LogStreamService {
-    /// An operation can be a parent as long as this server knows it (LOG-01).
-    async fn check_operation(&self, instance: Instance, id: OperationId) -> Result<()> {
-        match self.0.scheduler()?.watch(Watch { instance, id }).await {
+    /// An operation can be a parent as long as this server knows it (LOG-01), for clients that may see it.
+    async fn check_operation(&self, call: &Call, instance: Instance, id: OperationId) -> Result<()> {
+        match self.0.watch_in(call, instance, id).await {
             Err(Error::NotFound(unknown)) => Err(Error::Invalid(format!("parent: {unknown}"))),
             known => known.map(drop),
         }
@@ -93,9 +93,21 @@ fn enter(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
     edge.gate.enter_for(call, instance_name, Permission::Logs)
 }
 
+/// The same for reading. The output of a run belongs to the operations that wait for it, so it takes the same permission as these:
+/// those who were told its name as that of their own operation may read it, and others if they may see all operations.
+fn enter_to_read(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
+    let StreamId::Run(run, _) = name.id else { return enter(edge, call, name) };
+    let (instance_name, _) = parse_parent(&name.parent)?;
+    let instance = edge.gate.enter_for(call, instance_name, Permission::OperationsOwn)?;
+    if !edge.log_streams.was_told(run, call.principal()) {
+        edge.gate.require(call, &instance, Permission::OperationsAll)?;
+    }
+    Ok(instance)
+}
+
 /// ByteStream.Read of a log stream: the existing bytes from the offset, then new ones until the end (LOG-03).
 pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadRequest) -> Result<ReadStream> {
-    let instance = enter(edge, call, name)?;
+    let instance = enter_to_read(edge, call, name)?;
     let offset = u64::try_from(request.read_offset)
         .map_err(|_| Error::OutOfRange(format!("read_offset {} is negative", request.read_offset)))?;
     let limit = u64::try_from(request.read_limit).map_err(|_| Error::invalid("read_limit is negative"))?;

@@ -6,16 +6,14 @@
 //! after `done` (EXE-10). If the scheduler stops before, it ends with UNAVAILABLE, which every client retries.
 
 use super::{
+    Edge,
     ask::Scheduler,
     convert::{self, Detail},
     inline,
 };
-use crate::actors::{
-    cas::client::Cas,
-    scheduler::{
-        messages::Explain,
-        operation::{OperationInfo, Snapshot, Stage, Subscription},
-    },
+use crate::actors::scheduler::{
+    messages::Explain,
+    operation::{OperationInfo, Snapshot, Stage, Subscription},
 };
 use crate::call::Call;
 use futures::stream::{self, Stream};
@@ -43,12 +41,14 @@ pub(crate) async fn explain(scheduler: &Scheduler, info: &OperationInfo, snapsho
 /// # Errors
 /// `Exhausted` when there is no room for its result for too long.
 pub(crate) async fn encode(
-    cas: &Cas,
+    edge: &Edge,
     info: &OperationInfo,
     snapshot: &Snapshot,
     detail: Detail,
     call: &Call,
 ) -> Result<Operation, Error> {
+    let cas = &edge.cas;
+    edge.tell_logs(call, info, snapshot);
     let result = match snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref()) {
         Some(result) => {
             let function = info.action.function();
@@ -61,19 +61,19 @@ pub(crate) async fn encode(
 
 /// The messages of an operation, from now to its end. The first one is sent without another question to the scheduler.
 pub(crate) fn follow(
-    cas: Cas,
+    edge: Arc<Edge>,
     scheduler: Scheduler,
     subscription: Subscription,
     call: Call,
 ) -> impl Stream<Item = Result<Operation, Status>> + Send {
     let info = subscription.info.clone();
     snapshots(subscription, move |mut snapshot, is_first| {
-        let (cas, scheduler, info, call) = (cas.clone(), scheduler.clone(), info.clone(), call.clone());
+        let (edge, scheduler, info, call) = (edge.clone(), scheduler.clone(), info.clone(), call.clone());
         async move {
             if !is_first {
                 explain(&scheduler, &info, &mut snapshot).await;
             }
-            encode(&cas, &info, &snapshot, Detail::Short, &call).await
+            encode(&edge, &info, &snapshot, Detail::Short, &call).await
         }
     })
 }

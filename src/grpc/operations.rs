@@ -7,8 +7,9 @@ use super::{
     inline, operation_stream, page_token,
 };
 use crate::{
+    access::{permission::Permission, principal::Principal},
     actors::scheduler::{
-        messages::{Cancel, Forget, ListOperations, OperationFilter, Watch},
+        messages::{Cancel, Forget, ListOperations, OperationFilter},
         operation::{OperationInfo, Snapshot, Subscription},
     },
     call::Call,
@@ -48,7 +49,12 @@ impl Operations for OperationsService {
         request: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
         let call = Call::of(request.extensions());
-        let listing = Listing::decode(|name| self.0.gate.enter(&call, name), request.get_ref())?;
+        let enter = |name: &str| {
+            let instance = self.0.gate.enter(&call, name)?;
+            let sees_all = call.principal().may(name, Permission::OperationsAll);
+            Ok((instance, (!sees_all).then(|| call.principal().clone())))
+        };
+        let listing = Listing::decode(enter, request.get_ref())?;
         call.reserve(inline::MESSAGE_MAX_BYTES).await?;
         let mut limit = listing.limit;
         loop {
@@ -56,6 +62,7 @@ impl Operations for OperationsService {
             let mut operations: Vec<Operation> = Vec::new();
             let mut left = inline::MESSAGE_MAX_BYTES - RESPONSE_ENVELOPE_BYTES;
             for (info, snapshot) in &page.operations {
+                self.0.tell_logs(&call, info, snapshot);
                 let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_deref());
                 let operation = convert::operation(info, snapshot, result.cloned(), Detail::Full);
                 let rest = left.checked_sub(operation.encoded_len() + 8);
@@ -95,7 +102,7 @@ impl Operations for OperationsService {
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let call = Call::of(request.extensions());
-        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
+        let (instance, id) = self.0.operation_to_change(&call, &request.get_ref().name).await?;
         Ok(Response::new(self.0.scheduler()?.forget(Forget { instance, id }).await?))
     }
 
@@ -104,7 +111,7 @@ impl Operations for OperationsService {
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let call = Call::of(request.extensions());
-        let (instance, id) = self.0.operation(&call, &request.get_ref().name)?;
+        let (instance, id) = self.0.operation_to_change(&call, &request.get_ref().name).await?;
         Ok(Response::new(self.0.scheduler()?.cancel(Cancel { instance, id }).await?))
     }
 
@@ -122,15 +129,14 @@ impl Operations for OperationsService {
 
 impl OperationsService {
     async fn watch(&self, call: &Call, name: &str) -> Result<Subscription> {
-        let (instance, id) = self.0.operation(call, name)?;
-        let subscription = self.0.scheduler()?.watch(Watch { instance, id }).await?;
+        let subscription = self.0.watch(call, name).await?;
         call.note_action(subscription.info.action);
         Ok(subscription)
     }
 
     async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot, call: &Call) -> Result<Operation> {
         operation_stream::explain(self.0.scheduler()?, info, &mut snapshot).await;
-        operation_stream::encode(&self.0.cas, info, &snapshot, Detail::Full, call).await
+        operation_stream::encode(&self.0, info, &snapshot, Detail::Full, call).await
     }
 }
 
@@ -140,6 +146,9 @@ fn collection(name: &str) -> Option<&str> {
     let name = name.strip_suffix('/').unwrap_or(name);
     (!name.is_empty()).then(|| convert::operations_of(name).unwrap_or(name))
 }
+
+/// An instance, and the owner whose operations are listed; `None` for everybody's.
+type Entered = (Instance, Option<Principal>);
 
 /// A checked ListOperations request.
 struct Listing {
@@ -154,9 +163,9 @@ struct Listing {
 impl Listing {
     /// A listing covers one instance (GEN-15): the one in the name of the collection, otherwise the one in the filter,
     /// otherwise the default one.
-    fn decode(enter: impl FnOnce(&str) -> Result<Instance>, request: &ListOperationsRequest) -> Result<Self> {
-        let Filter { instance, operations: filter } = filter::parse(&request.filter)?;
-        let instance = match (collection(&request.name), &instance) {
+    fn decode(enter: impl FnOnce(&str) -> Result<Entered>, request: &ListOperationsRequest) -> Result<Self> {
+        let Filter { instance, operations: mut filter } = filter::parse(&request.filter)?;
+        let (instance, owner) = match (collection(&request.name), &instance) {
             (Some(named), Some(wanted)) if named != wanted => {
                 return Err(Error::Invalid(format!(
                     "the name is of instance \"{}\" and the filter of instance \"{}\"; a listing is of one",
@@ -172,6 +181,7 @@ impl Listing {
             })?,
             (None, wanted) => enter(wanted.as_deref().unwrap_or_default())?,
         };
+        filter.owner = owner;
         let binding = format!("operations of {:?} with {filter:?}", instance.name());
         let after = match request.page_token.as_str() {
             "" => 0,
@@ -209,7 +219,7 @@ mod tests {
 
     fn decode(request: ListOperationsRequest) -> Result<Listing> {
         let instances = Instances::new(["", "a/b"]).unwrap();
-        Listing::decode(|name| instances.get(name), &request)
+        Listing::decode(|name| Ok((instances.get(name)?, None)), &request)
     }
 
     #[test]

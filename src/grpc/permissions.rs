@@ -6,17 +6,24 @@ use super::services::{
     execution_server as execution, fetch_server as fetch, log_stream_service_server as log_stream,
     operations_server as operations, push_server as push,
 };
-use crate::policy::{
-    Permission::{AcRead, AcWrite, Admin, Assets, CasRead, CasWrite, Execute, Logs, Operations},
+use crate::access::permission::{
+    ANY,
+    Permission::{
+        AcRead, AcWrite, Admin, Assets, CasRead, CasWrite, Execute, Logs, OperationsAll, OperationsOwn,
+    },
     Permissions,
 };
 
 /// The methods of a service.
 type Methods = &'static [(&'static str, Permissions)];
 
-/// Every method of every service. The methods of ByteStream need the second permission for log streams.
+/// The permissions of a method that is about an operation: the first is enough for one's own operations.
+const OPERATIONS: Permissions = &[OperationsOwn, OperationsAll];
+
+/// Every method of every service. The methods of ByteStream need another permission for log streams, which depends on the
+/// stream.
 const SERVICES: &[(&str, Methods)] = &[
-    (execution::SERVICE_NAME, &[("Execute", &[Execute]), ("WaitExecution", &[Operations])]),
+    (execution::SERVICE_NAME, &[("Execute", &[Execute]), ("WaitExecution", OPERATIONS)]),
     (action_cache::SERVICE_NAME, &[("GetActionResult", &[AcRead]), ("UpdateActionResult", &[AcWrite])]),
     (
         cas::SERVICE_NAME,
@@ -31,22 +38,26 @@ const SERVICES: &[(&str, Methods)] = &[
     ),
     (
         byte_stream::SERVICE_NAME,
-        &[("Read", &[CasRead, Logs]), ("Write", &[CasWrite, Logs]), ("QueryWriteStatus", &[CasWrite, Logs])],
+        &[
+            ("Read", &[CasRead, Logs, OperationsOwn, OperationsAll]),
+            ("Write", &[CasWrite, Logs]),
+            ("QueryWriteStatus", &[CasWrite, Logs]),
+        ],
     ),
     (
         operations::SERVICE_NAME,
         &[
-            ("ListOperations", &[Operations]),
-            ("GetOperation", &[Operations]),
-            ("DeleteOperation", &[Operations]),
-            ("CancelOperation", &[Operations]),
-            ("WaitOperation", &[Operations]),
+            ("ListOperations", OPERATIONS),
+            ("GetOperation", OPERATIONS),
+            ("DeleteOperation", OPERATIONS),
+            ("CancelOperation", OPERATIONS),
+            ("WaitOperation", OPERATIONS),
         ],
     ),
     (log_stream::SERVICE_NAME, &[("CreateLogStream", &[Logs])]),
     (fetch::SERVICE_NAME, &[("FetchBlob", &[Assets]), ("FetchDirectory", &[Assets])]),
-    (push::SERVICE_NAME, &[("PushBlob", &[Assets]), ("PushDirectory", &[Assets])]),
-    (capabilities::SERVICE_NAME, &[("GetCapabilities", &[])]),
+    (push::SERVICE_NAME, &[("PushBlob", &[Assets, AcWrite]), ("PushDirectory", &[Assets, AcWrite])]),
+    (capabilities::SERVICE_NAME, &[("GetCapabilities", ANY)]),
     (
         admin::SERVICE_NAME,
         &[
@@ -57,8 +68,8 @@ const SERVICES: &[(&str, Methods)] = &[
         ],
     ),
     ("grpc.health.v1.Health", &[("Check", &[]), ("Watch", &[])]),
-    ("grpc.reflection.v1.ServerReflection", &[("ServerReflectionInfo", &[])]),
-    ("grpc.reflection.v1alpha.ServerReflection", &[("ServerReflectionInfo", &[])]),
+    ("grpc.reflection.v1.ServerReflection", &[("ServerReflectionInfo", ANY)]),
+    ("grpc.reflection.v1alpha.ServerReflection", &[("ServerReflectionInfo", ANY)]),
 ];
 
 /// The path of every RPC, with the name that its log lines and metrics have.

@@ -1,5 +1,5 @@
 //! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what they know
-//! to it.
+//! to it. The client is authenticated here too, before anything of the body is read, so that the line also has the refusals.
 //!
 //! The line is written when the response has ended: after its trailers, or when the client leaves before them, which counts as
 //! CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
@@ -8,13 +8,17 @@ mod line;
 
 use super::{convert, permissions};
 use crate::{
+    access::authenticator::Authentication,
     call::{Call, ConnectionInfo},
     connections::ahead::OpenBody,
+    gate::{Gate, Standing},
     telemetry::Metrics,
     under_way::UnderWay,
 };
 use bytes::Bytes;
-use http::{Request, Response};
+use futures::future::{BoxFuture, FutureExt as _};
+use gorego_reapi::error::Error;
+use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use line::RpcLine;
 use std::{
@@ -43,6 +47,8 @@ const ERROR_MAX_BYTES: usize = 512;
 pub(crate) struct RequestLog<S> {
     /// The service that answers the calls.
     pub inner: S,
+    /// Finds out who calls.
+    pub gate: Gate,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
     /// Counts the calls that are over.
@@ -53,11 +59,13 @@ pub(crate) struct RequestLog<S> {
 
 impl<S, R, B> Service<Request<R>> for RequestLog<S>
 where
-    S: Service<Request<RequestBody<R>>, Response = Response<B>>,
+    S: Service<Request<RequestBody<R>>, Response = Response<B>, Future: Send> + Clone + Send + 'static,
+    R: Send + 'static,
+    B: Default,
 {
     type Response = Response<LoggedBody<B>>;
     type Error = S::Error;
-    type Future = LoggedFuture<S::Future>;
+    type Future = LoggedFuture<S::Future, S::Error, B>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
@@ -75,6 +83,7 @@ where
         let line = RpcLine {
             call: call.clone(),
             metrics: self.metrics.clone(),
+            gate: self.gate.clone(),
             started: Instant::now(),
             uri: request.uri().clone(),
             code: None,
@@ -83,29 +92,113 @@ where
         };
         request.extensions_mut().insert(call.clone());
         let request = request.map(|inner| RequestBody { inner, call, open: Some(body) });
-        LoggedFuture { inner: self.inner.call(request), line: Some(line) }
+        let standing = Some(Standing::new(self.gate.clone(), line.call.clone()));
+        LoggedFuture { progress: self.begin(request), line: Some(line), standing }
+    }
+}
+
+impl<S> RequestLog<S> {
+    /// Begins a call, once its client is known.
+    fn begin<R, B>(&mut self, request: Request<RequestBody<R>>) -> CallProgress<S::Future, S::Error, B>
+    where
+        S: Service<Request<RequestBody<R>>, Response = Response<B>, Future: Send> + Clone + Send + 'static,
+        R: Send + 'static,
+        B: Default,
+    {
+        let call = request.body().call.clone();
+        match self.gate.identify(&call, request.headers()) {
+            Authentication::Done(identified) => match self.gate.pass(&call, identified) {
+                Ok(()) => CallProgress::Called { inner: self.inner.call(request) },
+                Err(error) => CallProgress::Refused { error: Some(error) },
+            },
+            Authentication::Pending(pending) => {
+                let (gate, mut inner) = (self.gate.clone(), self.inner.clone());
+                let answer = async move {
+                    match gate.pass(&call, pending.await) {
+                        Ok(()) => inner.call(request).await,
+                        Err(error) => Ok(refusal(error)),
+                    }
+                };
+                CallProgress::Waiting { answer: answer.boxed() }
+            }
+        }
+    }
+}
+
+/// The end of an answer that breaks off with this error.
+fn trailers(error: Error) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    // It fails for a message that cannot be a header, which is then left out.
+    if Status::from(error).add_header(&mut trailers).is_err() {
+        trailers.insert("grpc-status", HeaderValue::from_static("16"));
+    }
+    trailers
+}
+
+/// The answer to a call that is refused before its handler.
+fn refusal<B: Default>(error: Error) -> Response<B> {
+    Status::from(error).into_http()
+}
+
+pin_project_lite::pin_project! {
+    /// A call on its way to its handler.
+    #[project = CallProgressProjected]
+    enum CallProgress<F, E, B> {
+        /// The handler has it.
+        Called {
+            #[pin]
+            inner: F,
+        },
+        /// Its client is being authenticated, and then it has.
+        Waiting { answer: BoxFuture<'static, Result<Response<B>, E>> },
+        /// It is refused.
+        Refused { error: Option<Error> },
+    }
+}
+
+impl<F, E, B> Future for CallProgress<F, E, B>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: Default,
+{
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        match self.project() {
+            CallProgressProjected::Called { inner } => inner.poll(context),
+            CallProgressProjected::Waiting { answer } => answer.poll_unpin(context),
+            CallProgressProjected::Refused { error } => {
+                Poll::Ready(Ok(error.take().map(refusal).unwrap_or_default()))
+            }
+        }
     }
 }
 
 pin_project_lite::pin_project! {
     /// The future of a [`RequestLog`] call.
-    #[derive(Debug)]
-    pub struct LoggedFuture<F> {
+    pub(crate) struct LoggedFuture<F, E, B> {
         #[pin]
-        inner: F,
+        progress: CallProgress<F, E, B>,
         line: Option<RpcLine>,
+        standing: Option<Standing>,
     }
 }
 
-impl<F, B, E> Future for LoggedFuture<F>
+impl<F, B, E> Future for LoggedFuture<F, E, B>
 where
     F: Future<Output = Result<Response<B>, E>>,
+    B: Default,
 {
     type Output = Result<Response<LoggedBody<B>>, E>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let response = ready!(this.inner.poll(context));
+        let response = match (this.progress.poll(context), this.standing.as_mut()) {
+            (Poll::Ready(response), _) => response,
+            (Poll::Pending, None) => return Poll::Pending,
+            (Poll::Pending, Some(standing)) => Ok(refusal(ready!(standing.poll(context, true)))),
+        };
+        let standing = this.standing.take();
         let mut line = this.line.take();
         Poll::Ready(match response {
             Ok(response) => {
@@ -113,7 +206,7 @@ where
                     // An error without messages has only headers.
                     line.read_status(response.headers());
                 }
-                Ok(response.map(|inner| LoggedBody { inner, line }))
+                Ok(response.map(|inner| LoggedBody { inner, line, standing }))
             }
             Err(error) => {
                 if let Some(line) = &mut line {
@@ -131,7 +224,9 @@ pin_project_lite::pin_project! {
     pub struct LoggedBody<B> {
         #[pin]
         inner: B,
+        // `None` after the end.
         line: Option<RpcLine>,
+        standing: Option<Standing>,
     }
 }
 
@@ -149,7 +244,18 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
         if let Some(line) = this.line.as_ref() {
             line.call.client_moved();
         }
-        let frame = ready!(this.inner.poll_frame(context));
+        let polled = this.inner.poll_frame(context);
+        let goes_on = matches!(&polled, Poll::Pending)
+            || matches!(&polled, Poll::Ready(Some(Ok(frame))) if frame.is_data());
+        if let (true, Some(standing), Some(line)) = (goes_on, this.standing.as_mut(), this.line.as_mut())
+            && let Poll::Ready(error) = standing.poll(context, polled.is_pending())
+        {
+            let trailers = trailers(error);
+            line.read_status(&trailers);
+            *this.line = None;
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+        }
+        let frame = ready!(polled);
         if let Some(line) = this.line.as_mut() {
             match &frame {
                 Some(Ok(frame)) => {

@@ -20,7 +20,7 @@
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
     STREAM_WINDOW_BYTES, STREAMS_MAX,
-    accept::{Connection, OpenRequest, Turn},
+    accept::{Arrived, Connection, OpenRequest, Turn},
 };
 use crate::call::ConnectionInfo;
 use bytes::Bytes;
@@ -58,8 +58,8 @@ const SPREAD_MAX: usize = 64;
 /// Serves connections until `shutdown` completes. Then it accepts no more, sends GOAWAY, and returns when the last connection
 /// is closed.
 pub(super) async fn serve<S, B>(
-    connections: impl Stream<Item = io::Result<Connection>>,
-    service: impl Fn(ConnectionInfo) -> S,
+    connections: impl Stream<Item = io::Result<Arrived>>,
+    service: impl Fn(ConnectionInfo) -> S + Clone + Send + 'static,
     shutdown: impl Future<Output = ()>,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible, Future: Send + 'static>,
@@ -76,10 +76,19 @@ pub(super) async fn serve<S, B>(
             select! {
                 () = &mut shutdown => break,
                 connection = connections.next() => match connection {
-                    Some(Ok(connection)) => {
-                        let requests = Collected::new(connection.turn(), spread.clone());
-                        let service = service(connection.connect_info());
-                        tokio::spawn(serve_one(connection, requests, service, closing.subscribe()));
+                    Some(Ok(arrived)) => {
+                        let (spread, service) = (spread.clone(), service.clone());
+                        let mut closing = closing.subscribe();
+                        tokio::spawn(async move {
+                            let established = select! {
+                                established = arrived.establish() => established,
+                                _ = closing.wait_for(|closing| *closing) => None,
+                            };
+                            let Some(connection) = established else { return };
+                            let requests = Collected::new(connection.turn(), spread);
+                            let service = service(connection.connect_info());
+                            serve_one(connection, requests, service, closing).await;
+                        });
                     }
                     // The error was logged where connections are accepted.
                     Some(Err(_)) => {}

@@ -25,11 +25,11 @@ use super::{
     router::{Route, RoutePlace, RoutedPath},
 };
 use crate::{
+    access::permission::Permission::{AcRead, AcWrite, CasRead, CasWrite},
     actors::cas::client::Cas,
     call::Call,
     gate::Gate,
     instance::Instance,
-    policy::Permission::{AcRead, AcWrite, CasRead, CasWrite},
 };
 use axum::{extract::Request, response::Response};
 use futures::future::{BoxFuture, FutureExt as _};

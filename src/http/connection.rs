@@ -1,9 +1,14 @@
 //! Connections: admitted by [`Connections`], served one request at a time, and closed so that the last response arrives.
 //!
-//! Every wait for a client is limited: for the head of a request here, for its body by the mounts, and for an unread
+//! Handshakes are done by the task of the connection. Every wait for a client is limited: for the head of a request here, for its body by the mounts, and for an unread
 //! response in the kernel.
 
-use crate::{acknowledge::Prompt, call::ConnectionInfo, connections::Connections};
+use crate::{
+    acknowledge::Prompt,
+    call::ConnectionInfo,
+    connections::{Admitted, Connections},
+    tls::{Socket, TlsPort},
+};
 use axum::{
     body::Body,
     extract::Request,
@@ -64,6 +69,7 @@ pub(super) struct Ends {
 pub(super) async fn serve(
     listener: TcpListener,
     connections: Connections,
+    tls: Option<TlsPort>,
     shutdown: impl Future<Output = ()>,
     answer: impl Fn(Ends, Request) -> BoxFuture<'static, Response> + Clone + Send + Sync + Unpin + 'static,
 ) {
@@ -79,8 +85,13 @@ pub(super) async fn serve(
         let here = stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
         let Some(admitted) = connections.admit(peer) else { continue };
         let ends = Ends { client: ConnectionInfo::of(&admitted), here };
-        let (answer, closed) = (answer.clone(), closing.subscribe());
+        let (answer, mut closed, tls) = (answer.clone(), closing.subscribe(), tls.clone());
         tokio::spawn(async move {
+            let established = select! {
+                established = establish(stream, &admitted, tls) => established,
+                _ = closed.wait_for(|closing| *closing) => None,
+            };
+            let Some(stream) = established else { return };
             let state = admitted.state();
             let answer = move |request: Request| answer(ends.clone(), request);
             // A connection is asked to close if it is idle, or if its client does not read the responses. So a request that
@@ -104,8 +115,17 @@ fn prepare(stream: &mut TcpStream) {
     let _ = rustix::net::sockopt::set_tcp_user_timeout(&*stream, limit);
 }
 
+/// Does the handshake, where the port has one. `None` when it failed.
+async fn establish(stream: TcpStream, admitted: &Admitted, tls: Option<TlsPort>) -> Option<Socket> {
+    let stream = Prompt::new(stream);
+    match tls {
+        Some(tls) => tls.shake_hands(stream, admitted).await,
+        None => Some(Socket::Plain(stream)),
+    }
+}
+
 async fn serve_one(
-    stream: TcpStream,
+    stream: Socket,
     mut closing: watch::Receiver<bool>,
     answer: impl Fn(Request) -> BoxFuture<'static, Response> + Send + Sync + Unpin,
 ) {
@@ -124,7 +144,7 @@ async fn serve_one(
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
         .max_buf_size(READ_MAX_BYTES)
-        .serve_connection(TokioIo::new(Prompt::new(stream)), service);
+        .serve_connection(TokioIo::new(stream), service);
     // Errors are in the log line of the request, if there was one.
     let closing = async { drop(closing.wait_for(|closing| *closing).await) };
     let is_over = select! {
@@ -170,7 +190,7 @@ impl hyper::body::Body for WatchedBody {
 }
 
 /// Closes the sending side and waits briefly for the client to do the same.
-async fn linger(mut stream: Prompt) {
+async fn linger(mut stream: Socket) {
     let rest = async {
         let mut buffer = vec![0; LINGER_BYTES];
         stream.shutdown().await?;
@@ -195,6 +215,7 @@ mod tests {
         assert_eq!(rustix::net::sockopt::tcp_user_timeout(&stream), Ok(60_000));
         let closing = watch::Sender::new(false);
         let refuse = |_| std::future::ready(status::plain(StatusCode::BAD_REQUEST, "no")).boxed();
+        let stream = Socket::Plain(Prompt::new(stream));
         tokio::spawn(serve_one(stream, closing.subscribe(), refuse));
         (client, closing)
     }

@@ -3,11 +3,13 @@
 //! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are rate-limited
 //! per peer and then only counted (`Connections::takes_line`).
 
-use super::LOG;
+use super::{LOG, Port};
 use crate::{
+    access::audit::Denial,
     budget::Share,
     call::{Call, ConnectionInfo, Notes},
     connections::{End, OpenCall},
+    gate::{Gate, Standing},
     instance::Instance,
     logging::{Event, Field},
     telemetry::{EndedRequest, Metrics},
@@ -38,6 +40,7 @@ const ERROR_MAX_BYTES: usize = 512;
 #[derive(Debug)]
 pub(super) struct RequestLine {
     call: Call,
+    gate: Gate,
     method: String,
     path: String,
     connection: ConnectionInfo,
@@ -53,16 +56,17 @@ impl RequestLine {
     /// Creates the line of a request that has just begun.
     pub(super) fn new(
         call: &Call,
+        port: &Port,
         connection: &ConnectionInfo,
-        metrics: &Arc<Metrics>,
         (method, uri): (&Method, &Uri),
     ) -> Self {
         Self {
             call: call.clone(),
+            gate: port.gate.clone(),
             method: shorten(method.as_str().to_owned(), METHOD_MAX_BYTES),
             path: shorten(uri.path().to_owned(), PATH_MAX_BYTES),
             connection: connection.clone(),
-            metrics: metrics.clone(),
+            metrics: port.metrics.clone(),
             _open: connection.state.begin_call(),
             started: Instant::now(),
             status: None,
@@ -111,13 +115,24 @@ impl RequestLine {
     /// Attaches the line to a response until the response has ended.
     pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
-        response.map(|inner| Body::new(CountedBody { inner, line: self }))
+        let standing = Standing::new(self.gate.clone(), self.call.clone());
+        response.map(|inner| Body::new(CountedBody { inner, line: self, standing }))
     }
 }
 
 impl Drop for RequestLine {
     fn drop(&mut self) {
         self.call.end();
+        if let Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) = self.status {
+            self.gate.record(&Denial {
+                kind: self.call.denial(),
+                method: &self.method,
+                peer: self.connection.address(),
+                principal: self.call.principal(),
+                instance: self.call.instance().map(Instance::name),
+                error: &self.error,
+            });
+        }
         let (took, notes) = (self.started.elapsed(), self.call.take_notes());
         self.count(took, &notes);
         if !log::log_enabled!(target: LOG, Level::Info) || !self.is_listed() {
@@ -134,6 +149,7 @@ impl Drop for RequestLine {
             .with_shown("peer", &self.connection.address())
             // Without a status, the client left before the response.
             .with_some("http_status", self.status.map(|status| status.as_u16()))
+            .with_some("principal", self.call.known_principal())
             .with_some("instance", instance.map(Instance::name))
             .with_some("digest", blob.as_ref().map(|blob| Field::Shown(blob)))
             .with_said("error", &self.error)
@@ -147,6 +163,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Body,
         line: RequestLine,
+        standing: Standing,
     }
 }
 
@@ -161,7 +178,12 @@ impl HttpBody for CountedBody {
         let this = self.project();
         // The transport polls again when the client has taken the previous piece.
         this.line.call.client_moved();
-        let frame = ready!(this.inner.poll_frame(context));
+        let polled = this.inner.poll_frame(context);
+        let frame = match this.standing.poll(context, polled.is_pending()) {
+            // Whoever reads the response finds it incomplete.
+            Poll::Ready(error) => Some(Err(axum::Error::new(error))),
+            Poll::Pending => ready!(polled),
+        };
         this.line.call.wait_for_client();
         match &frame {
             Some(Ok(frame)) => {

@@ -2,12 +2,12 @@
 //!
 //! A mount is added with the [`Route`]s that it serves. The first route that covers a path decides, whatever the method is.
 
-use crate::policy::Permissions;
+use crate::access::permission::Permissions;
 
 /// Methods with the permissions that they need.
 pub type Methods = &'static [(&'static str, Permissions)];
 
-/// The methods of a resource that every client may read.
+/// The methods of a resource that everybody may read, without a credential.
 pub const OPEN: Methods = &[("GET", &[]), ("HEAD", &[])];
 
 /// Paths of one kind, and the methods that they support.
@@ -145,7 +145,7 @@ impl<M> Router<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Permission::{AcRead, AcWrite};
+    use crate::access::permission::Permission::{AcRead, AcWrite};
 
     const STORE: &[Route] = &[
         Route { at: RoutePlace::Collections("key"), methods: &[("LIST", &[])], shown: "" },

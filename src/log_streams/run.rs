@@ -3,13 +3,13 @@
 //! The run itself causes no copies and no open files here. While the command runs, a reader opens the file itself
 //! ([`Tail`]); an open file outlives the exec directory. Afterwards the stream is the blob that the worker stored.
 
-use crate::instance::Instance;
+use crate::{access::principal::Principal, instance::Instance};
 use gorego_reapi::{digest::Digest, error::Result};
 use std::{
     fs::{File, OpenOptions},
     os::unix::fs::OpenOptionsExt as _,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -54,12 +54,35 @@ pub(super) struct RunStreams {
     pub(super) instance: Instance,
     directory: PathBuf,
     states: watch::Sender<[RunState; 2]>,
+    /// The clients that were told the names, because an operation of theirs waits for the run.
+    told: Mutex<Vec<Principal>>,
 }
+
+/// Most clients that are remembered for one run.
+const TOLD_MAX: usize = 256;
 
 impl RunStreams {
     /// The outputs of a command that will write its logs to `directory`.
     pub(super) fn new(instance: Instance, directory: PathBuf) -> Self {
-        Self { instance, directory, states: watch::Sender::new([RunState::Open; 2]) }
+        let states = watch::Sender::new([RunState::Open; 2]);
+        Self { instance, directory, states, told: Mutex::default() }
+    }
+
+    /// Records that a client was told the names.
+    pub(super) fn tell(&self, principal: &Principal) {
+        let mut told = self.told();
+        if told.len() < TOLD_MAX && !told.iter().any(|known| known.is_same(principal)) {
+            told.push(principal.clone());
+        }
+    }
+
+    /// Whether a client was told the names.
+    pub(super) fn was_told(&self, principal: &Principal) -> bool {
+        self.told().iter().any(|known| known.is_same(principal))
+    }
+
+    fn told(&self) -> MutexGuard<'_, Vec<Principal>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets the final state of one output. Only the first call has an effect.

@@ -4,10 +4,10 @@
 //! scheduler is asked with one message at a time, whose answer costs O(pools), and is waited for at most [`POOLS_WAIT`]. While
 //! it is late, the numbers of its last answer are given, together with their age.
 
+use super::owners::Owners;
 use crate::{
     actors::{
-        asset::client::Assets,
-        cas::{StoreMeasurement, client::Cas},
+        cas::StoreMeasurement,
         scheduler::{
             messages::{Measure, PoolMeasurement},
             slots::PoolState,
@@ -18,6 +18,7 @@ use crate::{
     http::operations::Observe,
     logging,
     telemetry::{Metrics, PoolReading, PoolReadings, Readings, StoreReading, process},
+    tls::ServerTls,
 };
 use actix::Recipient;
 use bytes::Bytes;
@@ -44,12 +45,11 @@ const TEXT_MAX_AGE: Duration = Duration::from_millis(100);
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// See the top of this file.
-#[derive(Debug)]
 pub(super) struct Observer {
     metrics: Arc<Metrics>,
-    cas: Cas,
-    assets: Assets,
+    owners: Owners,
     connections: Connections,
+    tls: Option<ServerTls>,
     /// `None` for a server that runs no actions.
     pools: Option<PoolWatch>,
     is_draining: AtomicBool,
@@ -61,15 +61,15 @@ pub(super) struct Observer {
 impl Observer {
     pub(super) fn new(
         metrics: Arc<Metrics>,
-        (cas, assets): (Cas, Assets),
-        connections: Connections,
+        owners: Owners,
+        (connections, tls): (Connections, Option<ServerTls>),
         pools: Option<PoolWatch>,
     ) -> Self {
         Self {
             metrics,
-            cas,
-            assets,
+            owners,
             connections,
+            tls,
             pools,
             is_draining: AtomicBool::new(false),
             started: SystemTime::now(),
@@ -93,9 +93,8 @@ impl Observer {
     }
 
     fn is_ready_with(&self, pools: Option<&PoolSight>) -> bool {
-        let owners_live = self.cas.actor().connected() && self.assets.actor().connected();
         let workers_live = self.pools.is_none() || can_execute(pools);
-        owners_live && workers_live && !self.is_draining.load(SeqCst)
+        self.owners.check().is_ok() && workers_live && !self.is_draining.load(SeqCst)
     }
 
     async fn read(&self) -> Readings {
@@ -107,12 +106,19 @@ impl Observer {
         Readings {
             is_ready,
             connections: self.connections.measure(),
-            store: store_reading(self.cas.measure(), SystemTime::now()),
+            certificate_expiry: self.tls.as_ref().map(ServerTls::certificate_expiry),
+            store: store_reading(self.owners.cas.measure(), SystemTime::now()),
             pools: seen.map(pool_readings),
             log_lines_dropped: logging::lines_dropped(),
             process: process::read(),
             started: Some(self.started),
         }
+    }
+}
+
+impl std::fmt::Debug for Observer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Observer").field("pools", &self.pools).finish_non_exhaustive()
     }
 }
 
@@ -236,3 +242,6 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,7 +18,12 @@ use crate::{
     images::{ImageSettings, Images, TagPolicy},
     log_streams::LogStreams,
     logging::Event,
-    sandbox::{identity::Users, kind::RootFs, probe::Report, settings::SandboxMode},
+    sandbox::{
+        identity::Users,
+        kind::RootFs,
+        probe::Report,
+        settings::{SandboxMode, SandboxSettings},
+    },
     telemetry::RunMetrics,
 };
 use gorego_reapi::error::{Error, Result};
@@ -69,7 +74,6 @@ impl Place {
         };
         let tools = execution.pools.iter().filter_map(|pool| tools(execution, pool)).collect();
         let tools = Mutex::new(tools);
-        let mut settings = execution.sandbox.clone();
         let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
         let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
         // The build root is locked, so no other server makes groups for it.
@@ -77,60 +81,66 @@ impl Place {
         if execution.limits_required {
             refuse_missing(&limits)?;
         }
-        if !is_sandboxed {
-            return Ok(Self { build_root, sandbox: None, images, open_files, groups, limits, tools });
+        let mut place = Self { build_root, sandbox: None, images, open_files, groups, limits, tools };
+        if is_sandboxed {
+            let runner = WorkerSettings::own_runner(open_files);
+            place.sandbox = Some(place.open_sandbox(execution, &runner)?);
+            execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
         }
-        // Pools can have others.
+        Ok(place)
+    }
+
+    /// Finds out which protections of the sandbox work in the build root. Pools can have another root file system.
+    fn open_sandbox(
+        &self,
+        execution: &ExecutionSettings,
+        runner: &[OsString],
+    ) -> Result<(PoolSandbox, Report)> {
+        let mut settings = execution.sandbox.clone();
         settings.root = None;
-        settings.processes = user_limit(execution, &limits);
-        for path in settings.hide_linked() {
-            Event::warn("gorego::config", "config_warning").log(format_args!(
-                "a link leads actions to {}; it is hidden from them (execution.sandbox)",
-                path.display()
-            ));
+        settings.processes = user_limit(execution, &self.limits);
+        warn_of_paths(&mut settings);
+        let report = self.probe(execution, &settings, runner)?;
+        let users = Users::new(settings.first_user);
+        let mut sandbox = PoolSandbox {
+            settings,
+            protections: report.on,
+            build_root: self.build_root.path().to_owned(),
+            users,
+            has_layers: false,
+        };
+        if report.on.namespaces && execution.max_staged_bytes > 0 {
+            match probe_layers(&sandbox, runner, &self.build_root) {
+                Ok(()) => sandbox.has_layers = true,
+                Err(reason) => warn_of_copies(&reason),
+            }
         }
-        for path in settings.visible.iter().chain(&settings.writable).filter(|path| !path.exists()) {
-            Event::warn("gorego::config", "config_warning").log(format_args!(
-                "{} does not exist, so actions do not see it (execution.sandbox)",
-                path.display()
-            ));
-        }
-        let runner = WorkerSettings::own_runner(open_files);
-        let report = probe(&settings, &runner, &build_root);
-        if !report.on.namespaces && probe(&settings.without_paths(), &runner, &build_root).on.namespaces {
+        Ok((sandbox, report))
+    }
+
+    /// Starts a sandbox. Fails if what is missing was required, or if it is the configured paths that do not work.
+    fn probe(
+        &self,
+        execution: &ExecutionSettings,
+        settings: &SandboxSettings,
+        runner: &[OsString],
+    ) -> Result<Report> {
+        let report = probe(settings, runner, &self.build_root);
+        if !report.on.namespaces && probe(&settings.without_paths(), runner, &self.build_root).on.namespaces {
             return Err(Error::Precondition(format!(
                 "the sandbox works, but not with what execution.sandbox.visible, hidden and writable name: {}",
                 report.missing.iter().map(|missing| &*missing.reason).collect::<Vec<_>>().join(". ")
             )));
         }
-        if has_mode(SandboxMode::Required) && !report.missing.is_empty() {
+        let is_required = execution.pools.iter().any(|pool| pool.sandbox.mode == SandboxMode::Required);
+        if is_required && !report.missing.is_empty() {
             let missing: Vec<_> = report.missing.iter().map(ToString::to_string).collect();
             return Err(Error::Precondition(format!(
                 "execution.sandbox.mode is \"required\", and the sandbox is incomplete: {}",
                 missing.join(". ")
             )));
         }
-        let users = Users::new(settings.first_user);
-        let mut sandbox = PoolSandbox {
-            settings,
-            protections: report.on,
-            build_root: build_root.path().to_owned(),
-            users,
-            has_layers: false,
-        };
-        if report.on.namespaces && execution.max_staged_bytes > 0 {
-            sandbox.has_layers = match probe_layers(&sandbox, &runner, &build_root) {
-                Ok(()) => true,
-                Err(reason) => {
-                    warn_of_copies(&reason);
-                    false
-                }
-            };
-        }
-        let sandbox = Some((sandbox, report));
-        let place = Self { build_root, sandbox, images, open_files, groups, limits, tools };
-        execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
-        Ok(place)
+        Ok(report)
     }
 
     /// What the workers of a pool share.
@@ -282,6 +292,22 @@ fn tools(execution: &ExecutionSettings, pool: &PoolSettings) -> Option<(String, 
         max_call: settings.request_timeout,
     };
     Some((pool.name.clone(), Arc::new(Tools::new(&pool.name, limits))))
+}
+
+/// Hides the paths of the server to which links lead, and warns of paths that are not as the configuration has them.
+fn warn_of_paths(settings: &mut SandboxSettings) {
+    for path in settings.hide_linked() {
+        Event::warn("gorego::config", "config_warning").log(format_args!(
+            "a link leads actions to {}; it is hidden from them (execution.sandbox)",
+            path.display()
+        ));
+    }
+    for path in settings.visible.iter().chain(&settings.writable).filter(|path| !path.exists()) {
+        Event::warn("gorego::config", "config_warning").log(format_args!(
+            "{} does not exist, so actions do not see it (execution.sandbox)",
+            path.display()
+        ));
+    }
 }
 
 fn warn_of_copies(reason: &str) {

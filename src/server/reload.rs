@@ -10,6 +10,7 @@ use crate::{
     http::hosts::Hosts,
     images::Images,
     logging,
+    quotas::{Quotas, limits::QuotaRules},
     reload::{PreparedChange, Reloadable},
 };
 use gorego_reapi::error::Result;
@@ -106,6 +107,34 @@ impl Reloadable for ReloadHosts {
         let set = move |next| hosts.replace(next);
         let change = self.current.change("http.allowed_hosts", next.http_hosts.clone(), describe, set);
         Ok(change.into_iter().collect())
+    }
+}
+
+/// What each principal may use.
+pub(super) struct ReloadQuotas {
+    quotas: Quotas,
+    current: InEffect<QuotaRules>,
+}
+
+impl ReloadQuotas {
+    pub(super) fn new(quotas: Quotas, settings: &Settings) -> Self {
+        Self { quotas, current: InEffect::new(settings.quotas.clone()) }
+    }
+}
+
+impl Reloadable for ReloadQuotas {
+    fn keys(&self) -> &'static [&'static str] {
+        &["quotas"]
+    }
+
+    fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
+        let quotas = self.quotas.clone();
+        let describe = |before: &QuotaRules, after: &QuotaRules| {
+            let principals = counts(&before.principals, &after.principals);
+            format!("{}; principals: {principals}", from_to(&before.default, &after.default))
+        };
+        let set = move |next| quotas.replace(next);
+        Ok(self.current.change("quotas", next.quotas.clone(), describe, set).into_iter().collect())
     }
 }
 

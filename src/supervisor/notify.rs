@@ -61,11 +61,13 @@ impl Supervisor {
 
     /// Requests are answered from now on, or again after a reload.
     pub(crate) fn ready(&self) {
-        self.tell(&[NotifyState::Ready]);
+        // A reload may end after the shutdown has begun.
+        if !self.is_stopping.load(Ordering::Relaxed) {
+            self.tell(&[NotifyState::Ready]);
+        }
     }
 
     /// The configuration is being read again. [`Supervisor::ready`] says that this has ended, whatever came of it.
-    #[expect(dead_code, reason = "the reload of the configuration calls it")]
     pub(crate) fn reloading(&self) {
         match NotifyState::monotonic_usec_now() {
             Ok(now) => self.tell(&[NotifyState::Reloading, now]),

@@ -20,6 +20,8 @@ pub struct Readings {
     pub is_ready: bool,
     /// The connections of both ports.
     pub connections: ConnectionReading,
+    /// When the certificate of the server expires, in seconds since 1970; `None` without TLS.
+    pub certificate_expiry: Option<i64>,
     /// The store.
     pub store: StoreReading,
     /// The pools; `None` for a server that runs no actions, and before the scheduler has answered for the first time.
@@ -158,6 +160,10 @@ impl Collector for ReadAtScrape {
             f64::from(u8::from(readings.is_ready)),
         )?;
         readings.connections.encode(&mut out)?;
+        if let Some(expiry) = readings.certificate_expiry {
+            let help = "When the TLS certificate of the server expires, in seconds since 1970";
+            out.gauge("tls_certificate_expiry", Some(Unit::Seconds), help, expiry as f64)?;
+        }
         readings.store.encode(&mut out)?;
         if let Some(pools) = &readings.pools {
             pools.encode(&mut out)?;

@@ -34,8 +34,13 @@ fn served() -> Described {
     let pools = PoolReadings { age: Duration::ZERO, pools: vec![pool("a")] };
     let closed = vec![("idle", 1)];
     let connections = ConnectionReading { closed, ..Default::default() };
-    let readings =
-        Readings { pools: Some(pools), connections, started: Some(SystemTime::now()), ..Default::default() };
+    let readings = Readings {
+        pools: Some(pools),
+        connections,
+        certificate_expiry: Some(1),
+        started: Some(SystemTime::now()),
+        ..Default::default()
+    };
     described(&metrics.text(readings))
 }
 

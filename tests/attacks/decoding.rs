@@ -4,8 +4,9 @@ use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
     support::{Client, Server, empty, http_client, response, sh, sha256},
 };
-use bytes::{Buf as _, BufMut as _, Bytes};
+use bytes::Bytes;
 use futures::{StreamExt as _, future::join_all, stream};
+use gorego_client::Raw;
 use gorego_reapi::{
     digest::Digest,
     proto::{
@@ -15,11 +16,7 @@ use gorego_reapi::{
 };
 use prost::Message as _;
 use std::sync::Arc;
-use tonic::{
-    Code, Request, Status,
-    codec::{Codec, CompressionEncoding, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    transport::Channel,
-};
+use tonic::{Code, Request, Status, codec::CompressionEncoding, transport::Channel};
 
 /// A message field with this number and content.
 pub fn field(number: u8, content: &[u8]) -> Vec<u8> {
@@ -126,44 +123,6 @@ async fn results_whose_trees_are_millions_of_nothings_are_misses_within_bounds()
     join_all(results).await;
     bystander.leave().await;
     assert_memory_is_bounded(&server);
-}
-
-/// Raw bytes in the place of a message.
-#[derive(Default)]
-pub struct Raw;
-
-impl Codec for Raw {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
-    }
 }
 
 /// Runs an attack on its own thread, so that the CPU time of its client does not delay the bystander.

@@ -10,6 +10,7 @@ mod connections;
 mod decoding;
 mod fairness;
 mod find_missing;
+mod handshakes;
 mod harness;
 mod heads;
 mod log_streams;

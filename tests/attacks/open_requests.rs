@@ -1,13 +1,16 @@
 //! Requests that are complete except for their end: clients send everything that takes memory, and then stop.
 
 use crate::{
-    decoding::{Raw, apart, field},
+    decoding::{apart, field},
     harness::{Bystander, assert_memory_is_bounded, connect_from, resident_memory},
     support::{Server, eventually, sha256},
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, future::join_all, stream};
-use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient};
+use gorego_client::{
+    Raw,
+    stubs::{ByteStreamClient, ContentAddressableStorageClient},
+};
 use gorego_reapi::proto::{
     bytestream::{QueryWriteStatusRequest, WriteRequest},
     reapi::{BatchUpdateBlobsRequest, batch_update_blobs_request},

@@ -6,6 +6,7 @@ use crate::support::{
 };
 use actix::{Actor, Context, Handler, Message};
 use gorego::{
+    access::authenticator::Authenticator,
     actors::{
         cas::CasActor,
         scheduler::{
@@ -58,7 +59,7 @@ impl Server {
         });
         let endpoint = Endpoint::start(Edge {
             assets: None,
-            gate: Gate::new(instances),
+            gate: Gate::new(instances, Authenticator::open()),
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone(), Default::default())),
             log_streams: log_streams(executes, directory.path()),
@@ -182,8 +183,8 @@ impl Handler<Admit> for FakeScheduler {
             action: message.action,
             inline: message.inline,
             client: message.client,
-            principal: message.principal,
             peer: message.caller.peer,
+            principal: message.principal,
         });
         let (cell, snapshots) = watch::channel(queued());
         self.operations.push((info.clone(), cell));

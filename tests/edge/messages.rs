@@ -12,6 +12,7 @@ use crate::{
 };
 use actix::{Actor, Addr, SyncArbiter};
 use gorego::{
+    access::authenticator::Authenticator,
     actors::{
         cas::{CasActor, InspectStore, client::Cas},
         mail::Mail,
@@ -61,7 +62,7 @@ impl Server {
         let (actors, (cas, scheduler, mail)) = actors(directory.path(), &instances);
         let endpoint = Endpoint::start(Edge {
             assets: None,
-            gate: Gate::new(instances),
+            gate: Gate::new(instances, Authenticator::open()),
             cas: cas.clone(),
             scheduler: Some(Scheduler::new(scheduler.clone(), NodeName::default())),
             log_streams: log_streams(false, directory.path()),

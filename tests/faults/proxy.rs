@@ -6,14 +6,14 @@
 //! applied in between. A client that disconnects drops the reply, and with it the call to the real server.
 
 use axum::Router;
-use bytes::{Buf as _, BufMut as _, Bytes};
+use bytes::Bytes;
 use futures::{StreamExt as _, future::BoxFuture, stream, stream::BoxStream};
+use gorego_client::Raw;
 use http::uri::PathAndQuery;
 use std::{convert::Infallible, sync::Arc};
 use tokio::task::JoinHandle;
 use tonic::{
     Request, Response, Status, Streaming,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     metadata::MetadataMap,
     service::Routes,
     transport::{Channel, Endpoint, Server, server::TcpIncoming},
@@ -149,43 +149,4 @@ async fn answer(
         .max_encoding_message_size(usize::MAX)
         .streaming(handler, request)
         .await
-}
-
-/// Messages as raw bytes.
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.reserve(item.len());
-        buffer.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        let length = buffer.remaining();
-        Ok(Some(buffer.copy_to_bytes(length)))
-    }
 }

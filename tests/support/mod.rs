@@ -3,17 +3,22 @@
 //! - [`server`]: the real binary as a process. Most tests use it.
 //! - [`endpoint`]: a gRPC endpoint in the process of the test, for tests that put something else behind it.
 //! - [`images`]: container images.
+//! - [`key_server`], [`tokens`]: the keys and the signed tokens of an issuer.
 //! - [`worker`]: a worker alone, with an in-memory store.
+//! - [`certificates`]: a CA and what it signs.
 //! - [`client`]: clients of all services on one connection.
 //!
 //! Each test crate includes this directory as a module and uses a part of it.
 
 #![allow(dead_code, unused_imports, clippy::unwrap_used, missing_docs)]
 
+pub mod certificates;
 pub mod client;
 pub mod endpoint;
 pub mod images;
+pub mod key_server;
 pub mod server;
+pub mod tokens;
 pub mod worker;
 
 pub use client::*;

@@ -43,10 +43,12 @@ pub const STORE_ARROWS: &[(&str, &[&str])] = &[
 /// The one file above the rooms of the store that fills the index from what the volume and the results say.
 const STORE_START: &str = "src/actors/cas/recovery.rs";
 
-/// The rooms that the configuration may import: checked values without state. Every other room declares the settings that it
-/// needs, and `src/server.rs` fills them from the configuration.
-pub const CONFIG_MAY: &[&str] =
-    &["action", "host", "instance", "limits", "node", "platform", "sandbox", "size"];
+/// The rooms that the configuration may import: checked values without state, and the settings of access and logging. Every other
+/// room declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
+pub const CONFIG_MAY: &[&str] = &[
+    "access", "action", "host", "instance", "limits", "logging", "node", "platform", "quotas", "sandbox",
+    "size",
+];
 
 /// The imports between the rooms of one crate, each with a file that contains it.
 pub type Imports = BTreeMap<String, BTreeMap<String, String>>;
@@ -88,7 +90,7 @@ pub fn config_strays(imports: &Imports) -> Vec<String> {
     strays
         .map(|(target, file)| {
             format!(
-                "{file} imports `{target}`: a room declares its settings, and src/server.rs fills them from the configuration"
+                "{file} imports `{target}`: a room declares its settings, and src/server/fill.rs fills them from the configuration"
             )
         })
         .collect()

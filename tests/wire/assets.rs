@@ -1,6 +1,9 @@
 //! Remote Asset, with test origins on 127.0.0.1 (AST-01..11).
 
-use crate::support::{Client, PATIENCE, Server, eventually, files_below, sha256};
+mod directories;
+mod pushed;
+
+use crate::support::{PATIENCE, Server, eventually, sha256};
 use axum::{
     Router,
     body::Body,
@@ -13,11 +16,7 @@ use gorego_client::stubs::{FetchClient, PushClient};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        asset::{
-            FetchBlobRequest, FetchBlobResponse, FetchDirectoryRequest, PushBlobRequest,
-            PushDirectoryRequest, Qualifier,
-        },
-        reapi::{self, GetTreeRequest},
+        asset::{FetchBlobRequest, FetchBlobResponse, FetchDirectoryRequest, PushBlobRequest, Qualifier},
         rpc,
     },
 };
@@ -453,156 +452,6 @@ async fn only_allowed_hosts_are_contacted_redirects_included() {
     ];
     let open = Server::with(&networks).await;
     assert_eq!(content(&open, wanted(&[&format!("http://localhost:{port}/")], &[])).await, b"secret");
-}
-
-/// AST-11.
-#[tokio::test]
-async fn what_is_pushed_is_found_under_every_uri_with_the_same_qualifiers() {
-    let server = Server::start().await;
-    let client = server.client().await;
-    let uris = ["urn:fdc:example:source", "http://example.test/a"];
-    let absent = fetch(&server, wanted(&uris[..1], &[])).await.unwrap();
-    assert_eq!(code(&absent), Code::NotFound, "a name is no place, so there is nothing to deny");
-    let offer = |digest: Digest| PushBlobRequest {
-        uris: uris.iter().map(ToString::to_string).collect(),
-        qualifiers: vec![qualifier("x.y", "z")],
-        blob_digest: Some(digest.to_wire()),
-        ..Default::default()
-    };
-    let unstored = push(&server, offer(sha256(b"unstored"))).await.unwrap_err();
-    assert_eq!(unstored.code(), Code::FailedPrecondition);
-    let pushed = client.upload("pushed").await;
-    push(&server, offer(pushed)).await.unwrap();
-    for uri in uris {
-        assert_eq!(content(&server, wanted(&[uri], &[("x.y", "z")])).await, b"pushed");
-        let other = fetch(&server, wanted(&[uri], &[("x.y", "other")])).await;
-        assert!(other.is_err_and(|status| status.code() == Code::InvalidArgument) || uri.starts_with("urn"));
-    }
-    // Checksums apply to pushed content too.
-    let checked = PushBlobRequest {
-        qualifiers: vec![qualifier("checksum.sri", &sri("sha256", &[7; 32]))],
-        ..offer(pushed)
-    };
-    assert_eq!(push(&server, checked).await.unwrap_err().code(), Code::InvalidArgument);
-    // It is gone after its expiry.
-    let past = Some((SystemTime::now() - Duration::from_secs(1)).into());
-    push(&server, PushBlobRequest { expire_at: past, ..offer(pushed) }).await.unwrap();
-    for uri in uris {
-        let expired = fetch(&server, wanted(&[uri], &[("x.y", "z")])).await.unwrap();
-        assert_eq!(code(&expired), Code::NotFound, "{uri}");
-    }
-    // It is a hit only if everything that it refers to is stored.
-    let missing = PushBlobRequest { references_blobs: vec![sha256(b"gone").to_wire()], ..offer(pushed) };
-    assert_eq!(push(&server, missing).await.unwrap_err().code(), Code::FailedPrecondition);
-}
-
-/// AST-11: bindings survive a restart, and are not served after their blob is lost.
-#[tokio::test]
-async fn bindings_survive_a_restart_and_lost_content_is_fetched_again() {
-    let origin = Origin::of("hello").await;
-    let allowed = [("ASSETS__ALLOWED_HOSTS", r#"["127.0.0.1"]"#)];
-    let mut first = Server::with(&allowed).await;
-    let client = first.client().await;
-    let request = wanted(&[&origin.uri("/")], &[]);
-    assert_eq!(content(&first, request.clone()).await, b"hello");
-    let pushed = client.upload("pushed").await;
-    let offer = PushBlobRequest {
-        uris: vec!["urn:x".into()],
-        blob_digest: Some(pushed.to_wire()),
-        ..Default::default()
-    };
-    push(&first, offer).await.unwrap();
-    drop(client);
-    first.signal("TERM");
-    first.exit().await;
-    let second = Server::on(first.shared_store(), &allowed).await;
-    assert_eq!(content(&second, request.clone()).await, b"hello");
-    assert_eq!(content(&second, wanted(&["urn:x"], &[])).await, b"pushed");
-    assert_eq!(origin.hits(), 1);
-    for digest in [sha256(b"hello"), pushed] {
-        let hash = digest.hash_hex();
-        let stored =
-            files_below(second.store()).into_iter().find(|path| path.to_string_lossy().contains(&hash));
-        std::fs::remove_file(stored.unwrap()).unwrap();
-        assert!(second.client().await.read(digest).await.is_err());
-    }
-    assert_eq!(content(&second, request).await, b"hello");
-    assert_eq!(origin.hits(), 2);
-    let gone = fetch(&second, wanted(&["urn:x"], &[])).await.unwrap();
-    assert_eq!(code(&gone), Code::NotFound);
-}
-
-fn archive() -> Vec<u8> {
-    let mut tar = tar::Builder::new(Vec::new());
-    let mut add = |path: &str, mode: u32, content: &[u8]| {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(content.len() as u64);
-        header.set_mode(mode);
-        tar.append_data(&mut header, path, content).unwrap();
-    };
-    add("pkg/run.sh", 0o755, b"#!/bin/sh\n");
-    add("pkg/sub/large", 0o644, &vec![7; 1_000_000]);
-    add("pkg/empty", 0o644, b"");
-    zstd::encode_all(tar.into_inner().unwrap().as_slice(), 1).unwrap()
-}
-
-async fn fetch_directory(
-    server: &Server,
-    uri: &str,
-    path: &str,
-) -> gorego_reapi::proto::asset::FetchDirectoryResponse {
-    let mut client = FetchClient::connect(server.endpoint()).await.unwrap();
-    let qualifiers = if path.is_empty() { vec![] } else { vec![qualifier("directory", path)] };
-    let request = FetchDirectoryRequest { uris: vec![uri.into()], qualifiers, ..Default::default() };
-    client.fetch_directory(request).await.unwrap().into_inner()
-}
-
-async fn tree(client: &Client, root: Option<reapi::Digest>) -> Vec<reapi::Directory> {
-    let request = GetTreeRequest { root_digest: root, ..Default::default() };
-    let mut stream = client.cas.clone().get_tree(request).await.unwrap().into_inner();
-    let mut directories = Vec::new();
-    while let Some(page) = stream.message().await.unwrap() {
-        directories.extend(page.directories);
-    }
-    directories
-}
-
-/// AST-06.
-#[tokio::test]
-async fn an_archive_becomes_directories_with_everything_in_the_cas() {
-    let origin = Origin::of(archive()).await;
-    let server = server().await;
-    let client = server.client().await;
-    let uri = origin.uri("/pkg.tar.zst");
-    let response = fetch_directory(&server, &uri, "").await;
-    assert_eq!(response.status.unwrap().code, 0);
-    let directories = tree(&client, response.root_directory_digest.clone()).await;
-    assert_eq!(directories.len(), 3);
-    let pkg = directories.iter().find(|directory| directory.files.len() == 2).unwrap();
-    assert_eq!((pkg.files[0].name.as_str(), pkg.files[1].name.as_str()), ("empty", "run.sh"));
-    assert!(pkg.files[1].is_executable && !pkg.files[0].is_executable);
-    assert_eq!(client.read(sha256(&vec![7; 1_000_000])).await.unwrap().len(), 1_000_000);
-    let below = fetch_directory(&server, &uri, "pkg/sub").await;
-    assert_eq!(tree(&client, below.root_directory_digest).await.len(), 1);
-    let none = fetch_directory(&server, &uri, "pkg/nonsense").await;
-    assert_eq!(none.status.unwrap().code, Code::NotFound as i32);
-    // Again from the binding, and pushed under another name.
-    let hits = origin.hits();
-    let again = fetch_directory(&server, &uri, "").await;
-    assert_eq!((again.root_directory_digest, origin.hits()), (response.root_directory_digest.clone(), hits));
-    let offer = PushDirectoryRequest {
-        uris: vec!["urn:tree".into()],
-        root_directory_digest: response.root_directory_digest.clone(),
-        ..Default::default()
-    };
-    let mut pusher = PushClient::connect(server.endpoint()).await.unwrap();
-    pusher.push_directory(offer).await.unwrap();
-    let pushed = fetch_directory(&server, "urn:tree", "").await;
-    assert_eq!(pushed.root_directory_digest, response.root_directory_digest);
-    // A response that is not an archive, or a hostile one, is an error of the origin.
-    let hostile = Origin::of("this is no archive").await;
-    let response = fetch_directory(&server, &hostile.uri("/x.tar.gz"), "").await;
-    assert_eq!(response.status.unwrap().code, Code::Aborted as i32);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod abandoned;
+mod access;
 mod admin;
 mod assets;
 mod cache_interplay;
@@ -26,7 +27,10 @@ mod operations;
 mod outputs;
 mod pipes;
 mod pools;
+mod quotas;
 mod reload;
+mod signed_tokens;
 mod supervised;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;

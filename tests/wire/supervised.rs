@@ -92,7 +92,7 @@ fn failed(mut command: Command) -> (Option<i32>, String) {
 }
 
 #[tokio::test]
-async fn a_supervisor_hears_of_the_start_of_life_and_of_the_stop() {
+async fn a_supervisor_hears_of_the_start_of_life_of_a_reload_and_of_the_stop() {
     let (reports, store) = (Reports::new(), Arc::new(tempfile::tempdir().unwrap()));
     let mut serve = supervised(store.path(), &reports, Vec::new());
     serve.env("WATCHDOG_USEC", "300000").env("GOREGO_EXECUTION__CONCURRENCY", "2");
@@ -106,6 +106,9 @@ async fn a_supervisor_hears_of_the_start_of_life_and_of_the_stop() {
     let mut run = client.start(client.action(sh("sleep 7461"), empty()).await).await;
     run.until(|operation| crate::support::metadata(operation).stage == 3).await;
     while !reports.next_with("WATCHDOG=1").contains("STATUS=1 of 2 slots busy") {}
+    server.signal("HUP");
+    assert!(reports.next_with("RELOADING=1").contains("\nMONOTONIC_USEC="));
+    reports.next_with("READY=1");
     server.signal("TERM");
     reports.next_with("STOPPING=1");
     assert!(reports.next_with("WATCHDOG=1").contains("STATUS=shutting down: 1 of 2 slots busy"));

@@ -36,23 +36,10 @@ struct Open {
 pub fn scan(root: &Path, blobs: &mut BlobSet) -> Result<Digest> {
     let mut nodes = 0u64;
     let mut stack = vec![open(root.to_owned(), String::new())?];
-    loop {
-        let depth = stack.len();
-        let Some(directory) = stack.last_mut() else {
-            return Err(Error::internal("a directory was left twice"));
-        };
+    while let Some(directory) = stack.last_mut() {
         let Some(entry) = directory.entries.next() else {
-            let (name, mut message) =
-                (std::mem::take(&mut directory.name), std::mem::take(&mut directory.message));
-            sort(&mut message);
-            let digest = blobs.add_message(&message);
-            stack.pop();
-            match stack.last_mut() {
-                None => return Ok(digest),
-                Some(parent) => {
-                    let digest = Some(digest.to_wire());
-                    parent.message.directories.push(reapi::DirectoryNode { name, digest });
-                }
+            if let Some(digest) = leave(&mut stack, blobs) {
+                return Ok(digest);
             }
             continue;
         };
@@ -64,37 +51,54 @@ pub fn scan(root: &Path, blobs: &mut BlobSet) -> Result<Digest> {
             )));
         }
         let entry = entry.map_err(|error| local("read the directory", &directory.path, &error))?;
+        if let Some(below) = directory.add(&entry, blobs)? {
+            if stack.len() > MAX_TREE_DEPTH {
+                return Err(Error::Invalid(format!(
+                    "{} is more than {MAX_TREE_DEPTH} directories deep",
+                    below.path.display()
+                )));
+            }
+            stack.push(below);
+        }
+    }
+    Err(Error::internal("a directory was left twice"))
+}
+
+/// Adds the topmost directory, which was read to its end, to `blobs` and to its parent. Returns its digest if it is the root.
+fn leave(stack: &mut Vec<Open>, blobs: &mut BlobSet) -> Option<Digest> {
+    let Open { name, mut message, .. } = stack.pop()?;
+    sort(&mut message);
+    let digest = blobs.add_message(&message);
+    let Some(parent) = stack.last_mut() else { return Some(digest) };
+    parent.message.directories.push(reapi::DirectoryNode { name, digest: Some(digest.to_wire()) });
+    None
+}
+
+impl Open {
+    /// Adds a file or symlink to the message, and the content of a file to `blobs`. A directory is returned, to be read next.
+    fn add(&mut self, entry: &fs::DirEntry, blobs: &mut BlobSet) -> Result<Option<Self>> {
         let path = entry.path();
         let kind = entry.file_type().map_err(|error| local("look at", &path, &error))?;
         let name = text(entry.file_name(), &path)?;
         if kind.is_dir() {
-            if depth > MAX_TREE_DEPTH {
-                return Err(Error::Invalid(format!(
-                    "{} is more than {MAX_TREE_DEPTH} directories deep",
-                    path.display()
-                )));
-            }
-            stack.push(open(path, name)?);
-        } else if kind.is_symlink() {
+            return Ok(Some(open(path, name)?));
+        }
+        if kind.is_symlink() {
             let target = fs::read_link(&path).map_err(|error| local("read the symlink", &path, &error))?;
             let target = text(target.into_os_string(), &path)?;
-            directory.message.symlinks.push(reapi::SymlinkNode { name, target, ..Default::default() });
+            self.message.symlinks.push(reapi::SymlinkNode { name, target, ..Default::default() });
         } else if kind.is_file() {
             let (digest, is_executable) = hash(&path)?;
             blobs.add_file(digest, path);
             let digest = Some(digest.to_wire());
-            directory.message.files.push(reapi::FileNode {
-                name,
-                digest,
-                is_executable,
-                ..Default::default()
-            });
+            self.message.files.push(reapi::FileNode { name, digest, is_executable, ..Default::default() });
         } else {
             return Err(Error::Invalid(format!(
                 "{} is neither a file, a directory nor a symlink and cannot be an input",
                 path.display()
             )));
         }
+        Ok(None)
     }
 }
 

@@ -5,40 +5,51 @@
 //! Every call has a time limit. Failures that may pass (UNAVAILABLE, a broken stream) are retried a bounded number of
 //! times. Errors are [`gorego_reapi::error::Error`]. [`stubs`] has the bare gRPC clients.
 //!
-//! Not supported: compression, TLS, and digest functions other than SHA-256 for what is uploaded or executed.
+//! Not supported: compression, and digest functions other than SHA-256 for what is uploaded or executed.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod admin;
 mod blobs;
 mod codec;
 mod connect;
+mod credentials;
 mod destination;
 mod download;
+mod endpoint;
 mod execute;
 mod follow_log;
+mod header;
 mod input;
 mod input_tree;
 mod listing;
 mod operation;
 mod operations;
+mod options;
+mod probe;
+mod raw;
 mod read;
 mod status;
 pub mod stubs;
+mod tls_error;
 mod upload;
 
 pub use blobs::{BlobSet, Progress, Source};
-pub use connect::{Identity, foreign_protocol, parse_endpoint};
+pub use connect::{Identity, Service};
+pub use credentials::{AuthorizedChannel, Credentials};
+pub use endpoint::ServerUri;
 pub use execute::{Execution, ExecutionEvent, Finished, Job, LogNames};
 pub use input::scan;
 pub use listing::{ListedFile, Listing, decode_tree};
 pub use operation::OperationRecord;
 pub use operations::{OperationPage, OperationState, Stage};
+pub use options::ConnectOptions;
+pub use probe::{diagnose, explain};
+pub use raw::Raw;
 
 use crate::stubs::{
     ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
     ExecutionClient, OperationsClient,
 };
-use connect::Service;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -78,13 +89,17 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to `endpoint` (`grpc://host:port`) and requests its capabilities.
+    /// Connects to a server (an endpoint such as `grpc://host:port`, or [`ConnectOptions`]) and requests its capabilities.
     ///
     /// # Errors
     /// `Invalid` for a malformed endpoint or instance name; `Unavailable` with a hint when no server answers;
-    /// `Precondition` when the server does not support SHA-256.
-    pub async fn connect(endpoint: &str, instance: &str, identity: &Identity) -> Result<Self> {
-        Self::connect_for(endpoint, instance, identity, DigestFunction::Sha256).await
+    /// `Precondition` when the server does not support SHA-256, or speaks another protocol.
+    pub async fn connect(
+        server: impl Into<ConnectOptions>,
+        instance: &str,
+        identity: &Identity,
+    ) -> Result<Self> {
+        Self::connect_for(server, instance, identity, DigestFunction::Sha256).await
     }
 
     /// The same for reading what is stored under digests of another function. Uploads need SHA-256.
@@ -92,25 +107,38 @@ impl Client {
     /// # Errors
     /// As [`Client::connect`]; `Precondition` when the server does not support the function.
     pub async fn connect_for(
-        endpoint: &str,
+        server: impl Into<ConnectOptions>,
         instance: &str,
         identity: &Identity,
         function: DigestFunction,
     ) -> Result<Self> {
         check_instance_name(instance)?;
-        let service = connect::connect(endpoint, identity).await?;
+        let options = server.into();
+        let service = connect::connect(&options, identity).await?;
         let mut client = Self {
             service,
-            endpoint: endpoint.to_owned(),
+            endpoint: options.endpoint.clone(),
             instance: instance.to_owned(),
             batch_bytes: DEFAULT_BATCH_BYTES,
             function,
         };
-        let capabilities = client.capabilities().await?;
+        let capabilities = match client.capabilities().await {
+            Ok(capabilities) => capabilities,
+            Err(error) => {
+                // Some servers accept the connection of a client that they will not serve.
+                let other = match &error {
+                    Error::Denied(_) | Error::Unimplemented(_) | Error::Invalid(_) => None,
+                    _ => diagnose(&options).await,
+                };
+                return Err(
+                    other.map_or(error, |why| Error::Precondition(format!("{}: {why}", options.endpoint)))
+                );
+            }
+        };
         if let Some(cache) = capabilities.cache_capabilities {
             if !cache.digest_functions.contains(&(function.wire() as i32)) {
                 let name = function.wire().as_str_name();
-                return Err(Error::Precondition(format!("{endpoint} does not offer {name}")));
+                return Err(Error::Precondition(format!("{} does not offer {name}", client.endpoint)));
             }
             if let Ok(bytes @ 1..) = u64::try_from(cache.max_batch_total_size_bytes) {
                 client.batch_bytes = bytes.min(DEFAULT_BATCH_BYTES);
@@ -122,6 +150,16 @@ impl Client {
     /// The endpoint as passed to [`Client::connect`].
     pub fn endpoint(&self) -> &str {
         &self.endpoint
+    }
+
+    /// The instance name.
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    /// The connection, for the bare clients of [`stubs`].
+    pub fn service(&self) -> Service {
+        self.service.clone()
     }
 
     /// The digest function of everything that is asked for.

@@ -1,8 +1,9 @@
 //! Converts a server's status to an [`Error`]: the reverse of `gorego_reapi::status`.
 
+use crate::tls_error;
 use gorego_reapi::{digest::Digest, duration, error::Error, proto::rpc, resource_name::ResourceName};
 use prost::Message as _;
-use std::time::Duration;
+use std::{error::Error as _, time::Duration};
 use tonic::{Code, Status};
 
 /// The violation type for missing blobs (EXE-22).
@@ -10,6 +11,11 @@ const MISSING: &str = "MISSING";
 
 /// The error of the call named `call`.
 pub fn from_status(call: &str, status: &Status) -> Error {
+    // With TLS 1.3, a server says only after the handshake that it does not accept the client.
+    let tls = status.source().and_then(|source| tls_error::explain(source, "this name"));
+    if let Some(why) = tls {
+        return Error::Denied(format!("{call}: {why}"));
+    }
     // GEN-17: the details contain a whole google.rpc.Status.
     let details = rpc::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
     from_parts(call, status.code(), status.message(), &details)
@@ -32,7 +38,8 @@ fn from_parts(call: &str, code: Code, message: &str, details: &[prost_types::Any
         Code::NotFound => Error::NotFound(text),
         Code::OutOfRange => Error::OutOfRange(text),
         Code::ResourceExhausted => Error::Exhausted { message: text, retry_after: retry_after(details) },
-        Code::PermissionDenied | Code::Unauthenticated => Error::Denied(text),
+        Code::PermissionDenied => Error::Denied(text),
+        Code::Unauthenticated => Error::Unauthenticated(text),
         Code::Unimplemented => Error::Unimplemented(text),
         Code::Unavailable | Code::Aborted => Error::Unavailable(text),
         Code::Cancelled => Error::Cancelled(text),

@@ -35,12 +35,23 @@ pub enum Error {
         /// When to retry; `None` if waiting does not help.
         retry_after: Option<Duration>,
     },
+    /// The caller uses more than its quota. The request may succeed after the given time.
+    #[error("{message}")]
+    OverQuota {
+        /// What there is too much of.
+        message: String,
+        /// When to retry.
+        retry_after: Duration,
+    },
     /// The disk of this server is full. The request may succeed after [`DISK_FULL_RETRY`].
     #[error("{0}")]
     DiskFull(String),
     /// The caller lacks the permission.
     #[error("{0}")]
     Denied(String),
+    /// The request has no valid credential, and needs one.
+    #[error("{0}")]
+    Unauthenticated(String),
     /// This server does not support the operation.
     #[error("{0}")]
     Unimplemented(String),
@@ -69,8 +80,9 @@ impl Error {
             Self::NotFound(_) => "NOT_FOUND",
             Self::MissingBlobs(_) | Self::Precondition(_) => "FAILED_PRECONDITION",
             Self::OutOfRange(_) => "OUT_OF_RANGE",
-            Self::Exhausted { .. } | Self::DiskFull(_) => "RESOURCE_EXHAUSTED",
+            Self::Exhausted { .. } | Self::OverQuota { .. } | Self::DiskFull(_) => "RESOURCE_EXHAUSTED",
             Self::Denied(_) => "PERMISSION_DENIED",
+            Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::Unimplemented(_) => "UNIMPLEMENTED",
             Self::Unavailable(_) => "UNAVAILABLE",
             Self::Cancelled(_) => "CANCELLED",
@@ -84,6 +96,7 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Exhausted { retry_after, .. } => *retry_after,
+            Self::OverQuota { retry_after, .. } => Some(*retry_after),
             Self::DiskFull(_) => Some(DISK_FULL_RETRY),
             _ => None,
         }
@@ -94,12 +107,14 @@ impl Error {
         match self {
             Self::MissingBlobs(missing) => size_of_val(missing.as_slice()),
             Self::Exhausted { message, .. }
+            | Self::OverQuota { message, .. }
             | Self::Invalid(message)
             | Self::NotFound(message)
             | Self::Precondition(message)
             | Self::OutOfRange(message)
             | Self::DiskFull(message)
             | Self::Denied(message)
+            | Self::Unauthenticated(message)
             | Self::Unimplemented(message)
             | Self::Unavailable(message)
             | Self::Cancelled(message)

@@ -36,8 +36,9 @@ pub fn code(error: &Error) -> Code {
         Error::NotFound(_) => Code::NotFound,
         Error::MissingBlobs(_) | Error::Precondition(_) => Code::FailedPrecondition,
         Error::OutOfRange(_) => Code::OutOfRange,
-        Error::Exhausted { .. } | Error::DiskFull(_) => Code::ResourceExhausted,
+        Error::Exhausted { .. } | Error::OverQuota { .. } | Error::DiskFull(_) => Code::ResourceExhausted,
         Error::Denied(_) => Code::PermissionDenied,
+        Error::Unauthenticated(_) => Code::Unauthenticated,
         Error::Unimplemented(_) => Code::Unimplemented,
         Error::Unavailable(_) => Code::Unavailable,
         Error::Cancelled(_) => Code::Cancelled,
@@ -229,6 +230,7 @@ mod tests {
             Error::Precondition("x".into()),
             Error::OutOfRange("x".into()),
             Error::Denied("x".into()),
+            Error::Unauthenticated("x".into()),
             Error::Unimplemented("x".into()),
         ] {
             use Code::{

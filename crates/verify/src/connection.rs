@@ -1,17 +1,15 @@
 //! Connections with the limits of a default client: messages of up to 4 MiB, headers of up to 8 KiB (GEN-19, GEN-25). Every
 //! request has a deadline, so that the server does not work for long on an abandoned check, and carries the identity of the
-//! client.
-//!
-//! TLS is not supported.
+//! client and its credentials.
 
 use super::{
     Options,
     blob::Salt,
     check::{Verdict, fail, innermost},
 };
-use gorego_client::parse_endpoint;
+use gorego_client::{AuthorizedChannel, ConnectOptions, Credentials, explain};
 use gorego_reapi::{
-    error::{Error, Result},
+    error::Result,
     proto::reapi::{RequestMetadata, ToolDetails},
 };
 use prost::Message as _;
@@ -20,7 +18,7 @@ use tonic::{
     Request, Status,
     metadata::{BinaryMetadataValue, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, Endpoint},
+    transport::Endpoint,
 };
 
 /// Time limit for connecting, and for the first GetCapabilities.
@@ -34,7 +32,7 @@ const WINDOW_BYTES: (u32, u32) = (16 * 1024 * 1024, 64 * 1024 * 1024);
 pub const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
 /// A connection whose requests carry a deadline and the identity of the run.
-pub type Service = InterceptedService<Channel, Header>;
+pub type Service = InterceptedService<AuthorizedChannel, Header>;
 
 /// An interceptor that adds the deadline and the identity to each request.
 #[derive(Debug, Clone)]
@@ -68,7 +66,9 @@ fn identity(salt: &Salt) -> BinaryMetadataValue {
 /// The server under test, and how to connect to it.
 #[derive(Debug)]
 pub struct Target {
+    options: ConnectOptions,
     endpoint: Endpoint,
+    credentials: Credentials,
     header: Header,
 }
 
@@ -76,41 +76,60 @@ impl Target {
     /// The server of these options. Nothing is sent yet.
     ///
     /// # Errors
-    /// `Invalid` for a malformed endpoint.
+    /// `Invalid` for a malformed endpoint, and for certificates and headers that cannot be used.
     pub fn new(options: &Options, salt: &Salt) -> Result<Self> {
-        let endpoint = Endpoint::from_shared(parse_endpoint(&options.endpoint)?)
-            .map_err(Error::invalid)?
+        let endpoint = options
+            .server
+            .transport()?
             .connect_timeout(CONNECT_LIMIT)
-            .tcp_nodelay(true)
             .initial_stream_window_size(WINDOW_BYTES.0)
             .initial_connection_window_size(WINDOW_BYTES.1)
             .http2_max_header_list_size(MAX_HEADER_BYTES);
-        Ok(Self { endpoint, header: Header { identity: identity(salt), limit: options.check_limit() } })
+        Ok(Self {
+            options: options.server.clone(),
+            endpoint,
+            credentials: options.server.credentials()?,
+            header: Header { identity: identity(salt), limit: options.check_limit() },
+        })
+    }
+
+    /// Asks the credential helper, if there is one.
+    ///
+    /// # Errors
+    /// `Denied` when it fails.
+    pub async fn prepare(&self) -> Result<()> {
+        self.credentials.prepare().await
     }
 
     /// Opens a new connection.
     ///
     /// # Errors
     /// A failure when the server does not accept it.
-    pub async fn connect(&self) -> Verdict<Channel> {
-        open(&self.endpoint).await
+    pub async fn connect(&self) -> Verdict<AuthorizedChannel> {
+        self.open(&self.endpoint).await
     }
 
     /// Opens a new connection that sends pings at this interval, even without open calls (GEN-26).
     ///
     /// # Errors
     /// See [`Target::connect`].
-    pub async fn connect_pinging(&self, interval: Duration) -> Verdict<Channel> {
+    pub async fn connect_pinging(&self, interval: Duration) -> Verdict<AuthorizedChannel> {
         let endpoint = self.endpoint.clone().http2_keep_alive_interval(interval);
-        open(&endpoint.keep_alive_while_idle(true)).await
+        self.open(&endpoint.keep_alive_while_idle(true)).await
     }
 
     /// Adds the deadline and the identity to a connection.
-    pub fn service(&self, channel: Channel) -> Service {
+    pub fn service(&self, channel: AuthorizedChannel) -> Service {
         InterceptedService::new(channel, self.header.clone())
     }
-}
 
-async fn open(endpoint: &Endpoint) -> Verdict<Channel> {
-    endpoint.connect().await.map_err(|error| fail("a connection is accepted", innermost(&error)))
+    async fn open(&self, endpoint: &Endpoint) -> Verdict<AuthorizedChannel> {
+        match endpoint.connect().await {
+            Ok(channel) => Ok(AuthorizedChannel::new(channel, self.credentials.clone())),
+            Err(error) => {
+                let why = explain(&self.options, &error).await.unwrap_or_else(|| innermost(&error));
+                Err(fail("a connection is accepted", why))
+            }
+        }
+    }
 }

@@ -31,6 +31,7 @@ mod store;
 
 use check::{Check, Step as _, Stop, Verdict};
 use futures::{StreamExt as _, stream};
+use gorego_client::ConnectOptions;
 use gorego_reapi::error::Result;
 use report::{Report, Row};
 use rules::Level;
@@ -54,8 +55,8 @@ pub const DEFAULT_JOBS: NonZeroUsize = NonZeroUsize::new(8).unwrap();
 /// The server to verify, and how.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The server, as `grpc://host:port`.
-    pub endpoint: String,
+    /// The server, and how to connect to it.
+    pub server: ConnectOptions,
     /// The instance name in requests.
     pub instance: String,
     /// A second instance of the same server, for the checks that instances are isolated.
@@ -80,9 +81,9 @@ pub struct Options {
 
 impl Options {
     /// The defaults for this server.
-    pub fn new(endpoint: impl Into<String>) -> Self {
+    pub fn new(server: impl Into<ConnectOptions>) -> Self {
         Self {
-            endpoint: endpoint.into(),
+            server: server.into(),
             instance: String::new(),
             other_instance: None,
             digest_function: None,
@@ -151,7 +152,7 @@ pub async fn run(options: Options) -> Result<Report> {
     }
     session.cancel_what_is_left().await;
     let mut report = Report {
-        endpoint: options.endpoint.clone(),
+        endpoint: options.server.endpoint.clone(),
         instance: options.instance.clone(),
         digest_function: session.function().wire().as_str_name().to_owned(),
         bytes_written: session.bytes_written(),

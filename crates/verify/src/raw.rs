@@ -1,12 +1,12 @@
 //! Calls whose request is raw bytes, for content that the generated messages cannot express, such as unknown fields.
 
 use super::connection::Service;
-use bytes::{Buf as _, BufMut as _, Bytes};
+use bytes::Bytes;
+use gorego_client::Raw;
 use http::uri::PathAndQuery;
 use tonic::{
     Request, Status,
     client::{Grpc, GrpcService},
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
 
 /// Paths of these calls.
@@ -49,41 +49,4 @@ where
     client.ready().await.map_err(not_ready)?;
     let path: PathAndQuery = path.parse().map_err(|_| Status::internal("a malformed path in a check"))?;
     Ok(client.unary(request, path, Raw).await?.into_inner())
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
-    }
 }

@@ -10,7 +10,7 @@ use super::{
     connection::{CONNECT_LIMIT, Service, Target},
 };
 use gorego_client::{
-    foreign_protocol,
+    AuthorizedChannel, diagnose,
     stubs::{
         ActionCacheClient, ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient,
         ExecutionClient, FetchClient, LogStreamServiceClient, OperationsClient, PushClient,
@@ -36,7 +36,6 @@ use std::{
     time::Duration,
 };
 use tokio::sync::OnceCell;
-use tonic::transport::Channel;
 
 /// Time limit for cancelling all operations that checks left behind.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(5);
@@ -45,7 +44,7 @@ const CLEAN_UP_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub struct Session {
     run: Arc<RunState>,
-    channel: Channel,
+    channel: AuthorizedChannel,
     instance: String,
     function: DigestFunction,
     /// The value of `digest_function` in requests; 0 if the field is left unset.
@@ -94,6 +93,7 @@ impl Session {
         check_instance_name(&options.instance)?;
         let salt = Salt::new();
         let target = Target::new(&options, &salt)?;
+        target.prepare().await?;
         let first_answer = async {
             let channel = target.connect().await?;
             let request = GetCapabilitiesRequest { instance_name: options.instance.clone() };
@@ -111,10 +111,10 @@ impl Session {
                     Stop::Fail { observed, .. } | Stop::Unmet { observed, .. } => observed,
                     Stop::Absent(why) | Stop::Skipped(why) => why,
                 };
-                let why = foreign_protocol(&options.endpoint).await.map_or(why, str::to_owned);
+                let why = diagnose(&options.server).await.unwrap_or(why);
                 return Err(Error::Unavailable(format!(
                     "no server to verify at {}: {why}",
-                    options.endpoint
+                    options.server.endpoint
                 )));
             }
         };
@@ -361,7 +361,7 @@ impl Session {
     }
 
     /// The bare connection, for checks of transport details.
-    pub fn channel(&self) -> Channel {
+    pub fn channel(&self) -> AuthorizedChannel {
         self.channel.clone()
     }
 

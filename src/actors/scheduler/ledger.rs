@@ -134,7 +134,7 @@ impl Ledger {
     ///
     /// # Errors
     /// `Unavailable` during a shutdown, or when no pool that suits takes tasks; `Exhausted` when the queue is full, or this peer or
-    /// build has its share; `Precondition` when no pool suits (EXE-31).
+    /// build has its share; `OverQuota` when its quota is used up; `Precondition` when no pool suits (EXE-31).
     pub(crate) fn admit(
         &mut self,
         submit: Submit,
@@ -145,7 +145,7 @@ impl Ledger {
         if self.draining {
             return Err(Error::Unavailable("this server is shutting down; try again".into()));
         }
-        let peer = submit.caller.peer;
+        let limits = submit.limits;
         let (info, priority) = submit.into_info(id);
         let over = |outcome, info, priority| FinishedOperation::new(info, priority, outcome, now.wall);
         match resolution {
@@ -153,7 +153,7 @@ impl Ledger {
             Resolution::Unusable(error) => Ok(self.record(over(Outcome::failed(error), info, priority), now)),
             Resolution::Run(action) => {
                 let priority = self.settings.priorities.nearest(priority);
-                self.register.check_place(peer)?;
+                self.register.check_place(&info, limits)?;
                 match key(&action).and_then(|key| self.joinable.get(&key).copied()) {
                     Some(task) => Ok(self.join(task, info, priority, now)),
                     None => self.enqueue(action, info, priority, now),

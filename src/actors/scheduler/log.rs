@@ -150,15 +150,8 @@ mod tests {
         client.target_id = "//a:b".into();
         let id = OperationId::new(Default::default(), uuid::Uuid::from_u128(1));
         let (instance, action, inline) = (submit.instance, submit.action, submit.inline);
-        let info = Arc::new(OperationInfo {
-            id,
-            instance,
-            action,
-            inline,
-            client,
-            principal: Default::default(),
-            peer: Default::default(),
-        });
+        let (peer, principal) = Default::default();
+        let info = Arc::new(OperationInfo { id, instance, action, inline, client, peer, principal });
         let last = Last::default();
         log_to(&last, &Transition { info, priority: -3, event });
         last.0.into_inner().unwrap()

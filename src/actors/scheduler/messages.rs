@@ -8,7 +8,10 @@ use super::{
     },
     slots::{PoolId, PoolStatus},
 };
-use crate::{actors::cas::resolve::Resolution, caller::Caller, instance::Instance, policy::Principal};
+use crate::{
+    access::principal::Principal, actors::cas::resolve::Resolution, caller::Caller, instance::Instance,
+    quotas::OperationLimits,
+};
 use gorego_reapi::{digest::Digest, error::Result};
 use std::{sync::Arc, time::Duration};
 
@@ -47,18 +50,20 @@ pub struct Submit {
     pub inline: Inline,
     /// The RequestMetadata of the client.
     pub client: ClientInfo,
-    /// Who sent the request.
-    pub principal: Principal,
     /// The connection and peer of the request.
     pub caller: Caller,
+    /// Who sends it, and owns the operation.
+    pub principal: Principal,
+    /// How many operations its sender may have.
+    pub limits: OperationLimits,
 }
 
 impl Submit {
     /// The immutable part of the operation for this request, and its priority.
     pub(crate) fn into_info(self, id: OperationId) -> (Arc<OperationInfo>, i32) {
-        let Self { instance, action, priority, inline, client, principal, caller, .. } = self;
-        let peer = caller.peer;
-        (Arc::new(OperationInfo { id, instance, action, inline, client, principal, peer }), priority)
+        let Self { instance, action, priority, inline, client, caller, principal, .. } = self;
+        let peer = principal.peer(caller.peer);
+        (Arc::new(OperationInfo { id, instance, action, inline, client, peer, principal }), priority)
     }
 }
 
@@ -145,6 +150,8 @@ pub struct OperationFilter {
     pub pool: Option<String>,
     /// The name of the worker that runs or ran it.
     pub worker: Option<String>,
+    /// Its owner.
+    pub owner: Option<Principal>,
 }
 
 /// A page of operations; the answer to [`ListOperations`].

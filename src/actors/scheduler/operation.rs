@@ -2,8 +2,8 @@
 
 use super::transition::RunPlace;
 use crate::{
-    actors::worker::messages::RunStage, caller::Peer, instance::Instance, log_streams::run::RunLogs, memory,
-    node::NodeName, policy::Principal, result::SharedResult,
+    access::principal::Principal, actors::worker::messages::RunStage, caller::Peer, instance::Instance,
+    log_streams::run::RunLogs, memory, node::NodeName, result::SharedResult,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -217,10 +217,10 @@ pub struct OperationInfo {
     pub inline: Inline,
     /// What the client said about itself.
     pub client: ClientInfo,
-    /// Who sent the request.
-    pub principal: Principal,
     /// The peer from which the request came.
     pub peer: Peer,
+    /// Who sent the request.
+    pub principal: Principal,
 }
 
 impl OperationInfo {

@@ -89,6 +89,7 @@ impl QueueQuota {
         let places = self.size.saturating_sub(all.waiting);
         let bytes = self.bytes.saturating_sub(all.weight);
         let (own_places, own_bytes) = (left_to_peer(peer.waiting, places), left_to_peer(peer.weight, bytes));
+        let yours = owner.peer.own_name();
         let refusal = if places == 0 {
             format!("the queue is full: {} actions wait for a worker (execution.queue_size)", all.waiting)
         } else if weight > bytes {
@@ -99,26 +100,26 @@ impl QueueQuota {
             )
         } else if has_share(peer.waiting, places) {
             format!(
-                "your address has its share of the queue: {} of its actions wait for a worker; the {places} places that \
+                "{yours} has its share of the queue: {} of its actions wait for a worker; the {places} places that \
                  are free, of {} (execution.queue_size), are for others",
                 peer.waiting, self.size
             )
         } else if has_share(peer.weight, bytes) {
             format!(
-                "your address has its share of the queue: its actions take {} bytes of memory; the {bytes} that are free, \
+                "{yours} has its share of the queue: its actions take {} bytes of memory; the {bytes} that are free, \
                  of {}, are for others",
                 peer.weight, self.bytes
             )
         } else if has_share(build.waiting, own_places) {
             format!(
                 "this build has its share of the queue: {} of its actions wait for a worker; the {own_places} places that \
-                 are left to your address, of {} (execution.queue_size), are for other builds",
+                 are left to {yours}, of {} (execution.queue_size), are for other builds",
                 build.waiting, self.size
             )
         } else if has_share(build.weight, own_bytes) {
             format!(
                 "this build has its share of the queue: its actions take {} bytes of memory; the {own_bytes} that are left \
-                 to your address, of {}, are for other builds",
+                 to {yours}, of {}, are for other builds",
                 build.weight, self.bytes
             )
         } else {
@@ -205,7 +206,8 @@ impl PeerQuota {
         let refusal = if free == 0 {
             format!("there are {size} {what}, the most that this server takes")
         } else {
-            format!("your address has its share of the {size} {what} that this server takes: {own}")
+            let yours = peer.own_name();
+            format!("{yours} has its share of the {size} {what} that this server takes: {own}")
         };
         Err(Error::Exhausted {
             message: format!("{refusal}; try again in {} s", QUEUE_FULL_RETRY.as_secs()),

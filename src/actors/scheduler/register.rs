@@ -7,10 +7,11 @@
 use super::{
     messages::{ListOperations, OperationPage},
     operation::{OperationId, OperationInfo, Outcome, Snapshot, Stage, Subscription},
+    operation_loads::OperationLoads,
     quota::PeerQuota,
     settings::{ClockReading, SchedulerSettings},
 };
-use crate::{actors::worker::messages::TaskId, caller::Peer, instance::Instance};
+use crate::{actors::worker::messages::TaskId, instance::Instance, quotas::OperationLimits};
 use gorego_reapi::error::{Error, Result};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -34,6 +35,8 @@ pub(crate) struct Register {
     unfinished: PeerQuota,
     /// The memory that these take, in bytes.
     unfinished_bytes: PeerQuota,
+    /// The same by instance.
+    loads: OperationLoads,
     worked: Retained,
     cached: Retained,
     unusable: Retained,
@@ -113,6 +116,7 @@ impl Operation {
             self.snapshot.borrow().place.as_ref().is_some_and(|place| *place.worker == **wanted)
         };
         self.info.instance == query.instance
+            && filter.owner.as_ref().is_none_or(|wanted| self.info.principal.is_same(wanted))
             && filter.invocation.as_ref().is_none_or(|wanted| client.tool_invocation_id == *wanted)
             && filter.target.as_ref().is_none_or(|wanted| client.target_id == *wanted)
             && filter.done.is_none_or(|wanted| self.task().is_none() == wanted)
@@ -131,6 +135,7 @@ impl Register {
             last_number: 0,
             unfinished: PeerQuota::new("unfinished operations", settings.unfinished_operations),
             unfinished_bytes: PeerQuota::new("bytes of unfinished operations", settings.unfinished_bytes),
+            loads: OperationLoads::default(),
             worked: Retained {
                 limit: settings.retained_operations,
                 limit_bytes: settings.retained_bytes,
@@ -158,6 +163,7 @@ impl Register {
     ) -> (u64, Subscription) {
         self.unfinished.take(info.peer, 1);
         self.unfinished_bytes.take(info.peer, info.memory());
+        self.loads.enter(&info, snapshot.stage);
         let state = OperationState::Unfinished { task, unfollowed_since: None };
         let (snapshot, snapshots) = watch::channel(snapshot);
         let subscription = Subscription { info: info.clone(), snapshots };
@@ -190,6 +196,7 @@ impl Register {
         operation.task()?;
         let kind = FinishedKind::Worked;
         operation.state = OperationState::Finished { at: now.at, kind };
+        self.loads.leave(&operation.info, operation.snapshot.borrow().stage);
         operation.snapshot.send_modify(|snapshot| {
             snapshot.stage = Stage::Completed;
             snapshot.run_stage = None;
@@ -207,10 +214,12 @@ impl Register {
     }
 
     /// Changes the snapshot of an unfinished operation and notifies its subscribers.
-    pub(crate) fn update(&self, number: u64, change: impl FnOnce(&mut Snapshot)) -> Option<&Operation> {
+    pub(crate) fn update(&mut self, number: u64, change: impl FnOnce(&mut Snapshot)) -> Option<&Operation> {
         let operation = self.operations.get(&number)?;
         operation.task()?;
+        let before = operation.snapshot.borrow().stage;
         operation.snapshot.send_modify(change);
+        self.loads.turn(&operation.info, before, operation.snapshot.borrow().stage);
         Some(operation)
     }
 
@@ -332,10 +341,12 @@ impl Register {
     /// Checks whether a peer may have one more unfinished operation.
     ///
     /// # Errors
-    /// `Exhausted` when there are too many, or they take too much memory, or the peer has its share.
-    pub(crate) fn check_place(&self, peer: Peer) -> Result<()> {
-        self.unfinished.check(peer)?;
-        self.unfinished_bytes.check(peer)
+    /// `Exhausted` when there are too many, or they take too much memory, or the peer has its share; `OverQuota` when it has as
+    /// many as its quota allows.
+    pub(crate) fn check_place(&self, info: &OperationInfo, limits: OperationLimits) -> Result<()> {
+        self.unfinished.check(info.peer)?;
+        self.unfinished_bytes.check(info.peer)?;
+        self.loads.check(info, limits)
     }
 
     fn insert(&mut self, operation: Operation) -> u64 {

@@ -9,7 +9,7 @@ pub use crate::action::Priorities;
 /// load, and most actions run longer.
 pub(crate) const QUEUE_FULL_RETRY: Duration = Duration::from_secs(5);
 
-/// The part of the settings that an operator chooses. `server.rs` fills it from the configuration.
+/// The part of the settings that an operator chooses. `server/fill.rs` fills it from the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerConfig {
     /// The name of this server, for the names of its operations.

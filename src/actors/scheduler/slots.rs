@@ -28,7 +28,7 @@ pub(crate) const PROPERTIES_MAX: usize = 1_000;
 pub(crate) const POOLS_MAX: usize = 256;
 
 /// Identifies a pool. No two pools of one process have the same id, even if they have the same name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct PoolId(u32);
 
 impl fmt::Display for PoolId {

@@ -74,7 +74,9 @@ pub(super) async fn fetch(
         Subject::Action(digest) => digest.function(),
         Subject::Operation(_) => args.digest_function.unwrap_or(DigestFunction::Sha256),
     };
-    let client = Client::connect_for(&args.endpoint, &args.instance, &identity, function).await?;
+    let client =
+        Client::connect_for(args.connect.options(&args.endpoint)?, &args.instance, &identity, function)
+            .await?;
     line.say("reading the action");
     let (client, digest, record) = match subject {
         Subject::Action(digest) => (client, digest, None),

@@ -2,8 +2,10 @@
 
 use super::{ERROR_MAX_BYTES, METHOD_MAX_BYTES, RPC_FINISHED, TARGET};
 use crate::{
+    access::audit::Denial,
     call::{Call, Notes},
     connections::{End, OpenCall},
+    gate::Gate,
     instance::Instance,
     logging::{Event, Field},
     telemetry::{EndedRequest, Metrics},
@@ -23,6 +25,7 @@ const BROKEN_OFF: &str = "the request broke off before its end";
 #[derive(Debug)]
 pub(super) struct RpcLine {
     pub call: Call,
+    pub gate: Gate,
     pub metrics: Arc<Metrics>,
     pub started: Instant,
     pub uri: Uri,
@@ -68,6 +71,18 @@ impl RpcLine {
 impl Drop for RpcLine {
     fn drop(&mut self) {
         self.call.end();
+        if let (Some(Code::PermissionDenied | Code::Unauthenticated), Some(peer)) =
+            (self.code, self.call.peer())
+        {
+            self.gate.record(&Denial {
+                kind: self.call.denial(),
+                method: short_method(self.uri.path()),
+                peer,
+                principal: self.call.principal(),
+                instance: self.call.instance().map(Instance::name),
+                error: &self.error,
+            });
+        }
         let (took, notes) = (self.started.elapsed(), self.call.take_notes());
         self.count(took, &notes);
         if log::log_enabled!(target: TARGET, log::Level::Info) && self.is_listed() {
@@ -101,6 +116,7 @@ impl RpcLine {
             .with("bytes_out", self.call.bytes_out())
             .with_some("cached", notes.cached)
             .with_some("peer", peer.as_ref().map(|peer| Field::Shown(peer)))
+            .with_some("principal", self.call.known_principal())
             .with_some("instance", instance.map(Instance::name))
             .with_some("operation", operation.as_ref())
             .with_some("action_digest", notes.action.as_ref().map(|digest| Field::Shown(digest)))
@@ -187,6 +203,7 @@ mod tests {
             Error::Exhausted { message: text(), retry_after: None },
             Error::DiskFull(text()),
             Error::Denied(text()),
+            Error::Unauthenticated(text()),
             Error::Unimplemented(text()),
             Error::Unavailable(text()),
             Error::Cancelled(text()),

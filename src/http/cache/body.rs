@@ -152,6 +152,7 @@ impl UploadBody {
             match bytes.map_err(|_| silent())? {
                 Some(Ok(bytes)) => {
                     call.received(bytes.len());
+                    call.count_upload()?;
                     self.raw = bytes;
                     self.make_room().await?;
                 }

@@ -63,6 +63,7 @@ pub(crate) fn submit(work: &Work) -> Submit {
         inline: Inline::default(),
         client: ClientInfo::default(),
         principal: Default::default(),
+        limits: Default::default(),
         caller: Default::default(),
     }
 }

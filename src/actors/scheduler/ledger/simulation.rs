@@ -18,7 +18,11 @@ use crate::actors::{
         messages::{Account, RunFailure, RunResult, RunStage, SlotId, StageReached},
     },
 };
-use crate::{caller::Caller, limits::Room};
+use crate::{
+    caller::{Caller, Peer, PrincipalId},
+    limits::Room,
+    quotas::OperationLimits,
+};
 use pools::{PoolKind, PoolRoom, Pools};
 use std::collections::HashSet;
 use tokio::sync::oneshot::error::TryRecvError;
@@ -31,7 +35,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// What the seeds together must have come across, lest the simulation prove nothing.
-const SIGHTS: [&str; 39] = [
+const SIGHTS: [&str; 41] = [
     "joined",
     "explained",
     "in a later pool",
@@ -71,6 +75,8 @@ const SIGHTS: [&str; 39] = [
     "ran out of memory",
     "moved to more memory",
     "passed a pool in which its kind ran out of memory",
+    "refused: operations of a quota",
+    "refused: queue of a quota",
 ];
 
 #[test]
@@ -240,23 +246,33 @@ impl World {
         let unusable = !cached && self.random.chance(10);
         let invocation = ["", "a", "b"][self.random.below(3)];
         let priority = self.random.below(5) as i32 - 2;
-        let peer = peer(self.random.below(3) as u8);
+        let peer = match self.random.below(4) {
+            3 => Peer::Principal(PrincipalId::of("token:ci")),
+            number => peer(number as u8),
+        };
         let caller = Caller::without_connection(peer);
-        let mut submit = Submit { priority, caller, ..submit_of(invocation, &work) };
+        let mut limit =
+            |chance, least: usize| self.random.chance(chance).then(|| least + self.random.below(6));
+        let limits = OperationLimits { operations: limit(10, 2), queued: limit(10, 0) };
+        let mut submit = Submit { priority, caller, limits, ..submit_of(invocation, &work) };
         submit.client.target_id = ["", "//a", "//b", "//c"][self.random.below(4)].into();
         let waiting = self.ledger.quota.all().waiting;
-        let owner = self.ledger.owner(&OperationInfo {
+        let info = OperationInfo {
             id,
             instance: submit.instance.clone(),
             action: submit.action,
             inline: submit.inline.clone(),
             client: submit.client.clone(),
-            principal: submit.principal,
+            principal: submit.principal.clone(),
             peer,
-        });
+        };
+        let owner = self.ledger.owner(&info);
         // What follows from the shares is tested where they are counted.
-        let has_room =
-            self.ledger.quota.check(owner, 0).is_ok() && self.ledger.register.check_place(peer).is_ok();
+        let has_room = self.ledger.quota.check(owner, 0).is_ok()
+            && self.ledger.register.check_place(&info, OperationLimits::default()).is_ok();
+        let (unfinished, queued) = self.count_of(peer);
+        let is_within = |limit: Option<usize>, count| limit.is_none_or(|limit| count < limit);
+        let has_quota = is_within(limits.operations, unfinished) && is_within(limits.queued, queued);
         let resolution = match unusable {
             true => Resolution::Unusable(Error::invalid("no Action")),
             false => resolution(&work, cached),
@@ -265,6 +281,7 @@ impl World {
         match admitted {
             Ok(subscription) => {
                 assert!(cached || unusable || work.platform != Some("amiga"), "nobody can run this");
+                assert!(cached || unusable || has_quota);
                 let snapshot = subscription.snapshots.borrow().clone();
                 assert_eq!(snapshot.stage == Stage::Completed, cached || unusable);
                 let known = KnownOperation {
@@ -283,6 +300,14 @@ impl World {
                 assert!(!has_room);
                 self.seen.insert(if free == 0 { "refused: full" } else { "refused: share" });
             }
+            Err(Error::OverQuota { .. }) => {
+                assert!(!has_quota);
+                let is_queue = is_within(limits.operations, unfinished);
+                self.seen.insert(match is_queue {
+                    true => "refused: queue of a quota",
+                    false => "refused: operations of a quota",
+                });
+            }
             Err(Error::Precondition(message)) => {
                 assert!(!self.pools.is_empty() && self.pools.suiting(work.platform).is_empty());
                 assert!(
@@ -297,6 +322,19 @@ impl World {
             }
             Err(other) => panic!("unexpected {other:?}"),
         }
+    }
+
+    /// The operations of a peer that are not over, and those of them that wait, as the clients know.
+    fn count_of(&self, peer: Peer) -> (usize, usize) {
+        let of_peer = |id: &&OperationId| {
+            let number = self.ledger.register.find(&instance(), **id).ok();
+            number
+                .and_then(|number| self.ledger.register.get(number))
+                .is_some_and(|operation| operation.info.peer == peer)
+        };
+        let stages: Vec<_> = self.known.keys().filter(of_peer).map(|id| self.known[id].stage).collect();
+        let unfinished = stages.iter().filter(|stage| **stage != Stage::Completed).count();
+        (unfinished, stages.iter().filter(|stage| **stage == Stage::Queued).count())
     }
 
     fn send_checks(&mut self) {

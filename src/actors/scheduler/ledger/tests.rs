@@ -1,6 +1,7 @@
-//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `endings.rs`,
+//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `demand.rs`, `endings.rs`,
 //! `followers.rs`, `sharing.rs` and `room.rs` have the rest.
 
+mod demand;
 mod endings;
 mod followers;
 mod room;
@@ -11,7 +12,9 @@ use crate::{
     action::Action,
     actors::{
         scheduler::{
-            messages::OperationFilter, operation::ClientInfo, settings::SchedulerSettings,
+            messages::{OperationFilter, PoolMeasurement},
+            operation::ClientInfo,
+            settings::SchedulerSettings,
             transition::RunPlace,
         },
         worker::messages::{RunFailure, RunReport, RunResult, RunStage, StageReached},

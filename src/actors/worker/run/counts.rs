@@ -50,3 +50,62 @@ fn fate(ending: Option<Ending>, exit_code: i32, error: Option<&Error>) -> RunFat
         (None, _) => RunFate::Failed,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        actors::worker::clock::Moment,
+        limits::{Exceeded, LimitedResource},
+    };
+    use std::time::SystemTime;
+
+    #[test]
+    fn a_run_has_the_outcome_of_whoever_is_at_fault() {
+        let text = String::new;
+        let exceeded = Ending::Exceeded(Exceeded { resource: LimitedResource::Memory, used: 2, limit: 1 });
+        let memory_short = Ending::MemoryShort { used: 1, total: 1 };
+        for (ending, exit_code, error, expected) in [
+            (Some(Ending::Exited(0)), 0, None, RunFate::Succeeded),
+            (Some(Ending::Exited(3)), 3, None, RunFate::Failed),
+            (Some(Ending::Signalled(9)), 137, None, RunFate::Failed),
+            (Some(exceeded), 137, None, RunFate::Limited),
+            (Some(Ending::TimedOut), 137, Some(Error::DeadlineExceeded(text())), RunFate::TimedOut),
+            (Some(Ending::Cancelled), 137, Some(Error::Cancelled(text())), RunFate::Cancelled),
+            (None, 0, Some(Error::Cancelled(text())), RunFate::Cancelled),
+            (None, 0, Some(Error::MissingBlobs(Vec::new())), RunFate::Refused),
+            (None, 0, Some(Error::Precondition(text())), RunFate::Refused),
+            (None, 0, Some(Error::Internal(text())), RunFate::Broken),
+            (Some(Ending::Exited(0)), 0, Some(Error::DiskFull(text())), RunFate::Broken),
+            (Some(memory_short), 137, Some(Error::Unavailable(text())), RunFate::Broken),
+        ] {
+            assert_eq!(fate(ending, exit_code, error.as_ref()), expected, "{ending:?} {error:?}");
+        }
+    }
+
+    #[test]
+    fn only_stages_that_have_ended_count_and_the_queue_only_at_the_first_attempt() {
+        let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let mut timeline = Timeline::start(wall - Duration::from_secs(7), wall, Moment(100));
+        timeline.note(Point::FetchStart, Moment(200));
+        timeline.note(Point::StageStart, Moment(250));
+        let found = |timeline: &Timeline, is_first| stages(timeline, is_first).collect::<Vec<_>>();
+        let (queue, fetch) = (Duration::from_secs(7), Duration::from_nanos(50));
+        assert_eq!(found(&timeline, true), [(StageOfRun::Queue, queue), (StageOfRun::Fetch, fetch)]);
+        for (at, point) in
+            [Point::FetchEnd, Point::RunStart, Point::RunEnd, Point::UploadStart, Point::UploadEnd]
+                .into_iter()
+                .enumerate()
+        {
+            timeline.note(point, Moment(300 + 10 * at as u64));
+        }
+        let nanos: Vec<_> = stages(&timeline, false).map(|(stage, took)| (stage, took.as_nanos())).collect();
+        let expected = [
+            (StageOfRun::Fetch, 50),
+            (StageOfRun::Stage, 50),
+            (StageOfRun::Run, 10),
+            (StageOfRun::Upload, 10),
+        ];
+        assert_eq!(nanos, expected);
+    }
+}

@@ -19,8 +19,10 @@ pub(super) fn is_workers_fault(error: &Error) -> bool {
         | Error::Precondition(_)
         | Error::OutOfRange(_)
         | Error::Exhausted { .. }
+        | Error::OverQuota { .. }
         | Error::DiskFull(_)
         | Error::Denied(_)
+        | Error::Unauthenticated(_)
         | Error::Unimplemented(_)
         | Error::Cancelled(_)
         | Error::DeadlineExceeded(_)

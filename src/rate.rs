@@ -37,6 +37,18 @@ impl Bucket {
         }
     }
 
+    /// The number of tokens in the full bucket.
+    pub(crate) fn burst(&self) -> u64 {
+        self.rate.burst
+    }
+
+    /// How many milliseconds later it has this many tokens. More than the burst never fit.
+    pub(crate) fn ready_in_ms(&mut self, amount: u64, now_ms: u64) -> u64 {
+        self.refill(now_ms);
+        let lacking = amount.saturating_mul(THOUSAND).saturating_sub(self.left);
+        if lacking == 0 { 0 } else { lacking.div_ceil(self.rate.per_second.max(1)) }
+    }
+
     /// Adds tokens, up to the burst.
     pub(crate) fn earn(&mut self, amount: u64) {
         self.add(amount.saturating_mul(THOUSAND));

@@ -1,0 +1,75 @@
+//! Benchmarks for any server of the Remote Execution API: `gorego bench`.
+//!
+//! A [`scenario`] says what one call does. The [`driver`](drive) makes many of them, either as fast as a number of callers can
+//! ([`Pace::Closed`]) or at a fixed rate ([`Pace::Open`]), and measures each. Everything that a call needs, such as blobs that the
+//! server has never seen, is made before the clock runs, and every answer is checked: a wrong one counts as an error.
+//! [`limits`] measures the machine itself, so that a result can be read as a ratio.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod compare;
+mod drive;
+mod figures;
+pub mod limits;
+mod noise;
+mod process;
+mod report;
+mod scenario;
+mod target;
+
+pub use compare::compare;
+pub use drive::Pace;
+pub use figures::{Figures, Latency};
+pub use limits::{Limit, Limits};
+pub use report::{Report, ScenarioReport, ServerUse};
+pub use scenario::{Scenario, find, scenarios};
+pub use target::Target;
+
+use gorego_reapi::error::Result;
+use std::time::Duration;
+
+/// How to measure.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Number of concurrent callers; `None` for that of the scenario.
+    pub callers: Option<usize>,
+    /// Calls per second, or as many as the callers can make.
+    pub pace: Pace,
+    /// Time for which calls are made before the measurement.
+    pub warm_up: Duration,
+    /// Time for which calls are measured.
+    pub duration: Duration,
+    /// Process id of the server, if it runs on this machine: its CPU time and memory are reported.
+    pub pid: Option<u32>,
+}
+
+/// What a run is doing, for a progress line.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Progress {
+    /// The scenario.
+    pub scenario: &'static str,
+    /// Calls that were measured so far.
+    pub calls: u64,
+    /// Measured time so far.
+    pub measured: Duration,
+}
+
+/// Runs these scenarios one after the other.
+///
+/// # Errors
+/// When a scenario cannot be prepared, for example because the server refuses its uploads. Failed calls are no errors; they are
+/// counted.
+pub async fn run(
+    target: &Target,
+    chosen: &[&'static Scenario],
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Report> {
+    let mut report = Report::new(target, options);
+    for scenario in chosen {
+        let callers = options.callers.unwrap_or(scenario.callers);
+        let workload = scenario.start(target, callers).await?;
+        let measured = drive::measure(scenario.name, &*workload, callers, options, progress).await?;
+        report.scenarios.push(ScenarioReport::new(scenario, callers, measured));
+    }
+    Ok(report)
+}

@@ -1,0 +1,298 @@
+//! [`Authenticator`]: finds out who sends a request. It owns the rules in force.
+//!
+//! The rules ([`AccessRules`]) are immutable and are replaced as a whole by [`Authenticator::replace`]. So every request is judged by
+//! the rules of one moment, and nothing that was checked by other rules counts any more. Most requests are authenticated at once:
+//! there is no credential, or a static token, or one that was checked before. Everything else is an [`Authentication::Pending`],
+//! which the request waits for in a task of its own ([`Checks`](checks::Checks) bounds that).
+
+mod checks;
+mod verified;
+
+use super::{
+    audit::Audit,
+    basic::UserSet,
+    certificate::ClientCertificate,
+    credential::Credential,
+    grants::{self, CertificateGrant},
+    permission::PermissionSet,
+    policy::Policy,
+    principal::{Principal, PrincipalKind},
+    rejection::Rejection,
+    tokens::{self, TokenSet},
+};
+use crate::caller::Caller;
+use arc_swap::{ArcSwap, Guard};
+use checks::Checks;
+use futures::future::{BoxFuture, FutureExt as _};
+use http::HeaderMap;
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+use verified::VerifiedCredentials;
+
+/// How long a password that was right is not checked again.
+const PASSWORD_KEPT: Duration = Duration::from_secs(10 * 60);
+/// How long a signed token that was right is not checked again. After this time, a key that its issuer has withdrawn does not
+/// count any more.
+const SIGNED_KEPT: Duration = Duration::from_secs(60);
+
+/// What a request brings to prove who sends it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Presented<'a> {
+    /// Its headers.
+    pub(crate) headers: &'a HeaderMap,
+    /// The certificate of its connection, which was verified in the handshake.
+    pub(crate) certificate: Option<&'a ClientCertificate>,
+    /// The connection and the peer.
+    pub(crate) caller: Caller,
+}
+
+/// The answer to who sends a request.
+pub(crate) enum Authentication {
+    /// It is known now.
+    Done(Result<Principal, Rejection>),
+    /// It takes work, or an answer of somebody else.
+    Pending(BoxFuture<'static, Result<Principal, Rejection>>),
+}
+
+impl fmt::Debug for Authentication {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Done(done) => write!(formatter, "Done({done:?})"),
+            Self::Pending(_) => formatter.write_str("Pending"),
+        }
+    }
+}
+
+/// A checker of signed tokens.
+pub trait SignedTokens: fmt::Debug + Send + Sync {
+    /// Verifies a token, which is not longer than [`CREDENTIAL_MAX_BYTES`](super::credential::CREDENTIAL_MAX_BYTES), and not checked
+    /// otherwise. The implementation bounds the time and the work that this takes.
+    ///
+    /// # Errors
+    /// Why it is refused, without repeating it.
+    fn verify<'a>(
+        &'a self,
+        token: &'a str,
+        now: SystemTime,
+    ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>>;
+}
+
+/// What a valid signed token says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifiedToken {
+    /// Who issued it, as configured.
+    pub issuer: String,
+    /// Of whom it is, in the words of the issuer.
+    pub subject: String,
+    /// The names of the roles that its claims map to.
+    pub roles: Vec<String>,
+    /// When it expires.
+    pub expires: SystemTime,
+}
+
+/// Where the credentials of clients come from.
+#[derive(Debug, Clone, Default)]
+pub struct CredentialSources {
+    /// The static tokens.
+    pub tokens: Arc<TokenSet>,
+    /// The users with passwords; `None` without a password file.
+    pub users: Option<Arc<UserSet>>,
+    /// The roles of holders of certificates.
+    pub certificates: Vec<CertificateGrant>,
+    /// The issuers of signed tokens.
+    pub signed: Option<Arc<dyn SignedTokens>>,
+}
+
+/// The rules of one moment.
+#[derive(Debug)]
+pub(crate) struct AccessRules {
+    policy: Policy,
+    /// The principal of clients without a credential.
+    anonymous: Principal,
+    sources: CredentialSources,
+    verified: VerifiedCredentials,
+}
+
+impl AccessRules {
+    /// These rules, with nothing checked yet.
+    pub(crate) fn new(policy: Policy, sources: CredentialSources) -> Self {
+        let anonymous = Principal::anonymous(policy.everybody().to_vec());
+        Self { policy, anonymous, sources, verified: VerifiedCredentials::default() }
+    }
+
+    /// Who may do what.
+    pub(crate) fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// The holder of a certificate, or an anonymous client.
+    fn without_header(&self, certificate: Option<&ClientCertificate>) -> Result<Principal, Rejection> {
+        let Some(certificate) = certificate else { return Ok(self.anonymous.clone()) };
+        let now = SystemTime::now();
+        if let Some(principal) = self.verified.get(certificate.fingerprint(), now) {
+            return Ok(principal);
+        }
+        let principal = grants::principal(certificate, &self.sources.certificates, &self.policy);
+        let principal = principal.map_err(|error| Rejection::refused(error.to_string()))?;
+        self.verified.put(*certificate.fingerprint(), principal.clone(), grants::end(certificate));
+        Ok(principal)
+    }
+
+    async fn signed(
+        &self,
+        signed: &dyn SignedTokens,
+        token: &str,
+        now: SystemTime,
+    ) -> Result<(Principal, SystemTime), Rejection> {
+        let VerifiedToken { issuer, subject, roles, expires } = signed.verify(token, now).await?;
+        let roles = self.policy.roles_named(&roles).map_err(|error| Rejection::refused(error.to_string()))?;
+        let roles = roles.into_iter().chain(self.policy.everybody().iter().cloned()).collect();
+        let name = format!("{issuer}#{subject}");
+        Ok((Principal::new(PrincipalKind::Jwt, &name, roles, Some(expires)), expires))
+    }
+}
+
+/// See the top of this file. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Authenticator(Arc<AuthenticatorState>);
+
+#[derive(Debug)]
+struct AuthenticatorState {
+    rules: ArcSwap<AccessRules>,
+    checks: Checks,
+    audit: Audit,
+}
+
+impl Authenticator {
+    /// An authenticator with these rules.
+    pub(crate) fn new(rules: AccessRules) -> Self {
+        let rules = ArcSwap::from_pointee(rules);
+        Self(Arc::new(AuthenticatorState { rules, checks: Checks::default(), audit: Audit::default() }))
+    }
+
+    /// An authenticator without credentials, for whom everybody is anonymous and may do everything.
+    pub fn open() -> Self {
+        Self::new(AccessRules::new(
+            Policy::without_credentials(PermissionSet::ALL),
+            CredentialSources::default(),
+        ))
+    }
+
+    /// Puts other rules in force.
+    pub(crate) fn replace(&self, rules: AccessRules) {
+        self.0.rules.store(Arc::new(rules));
+    }
+
+    /// The rules in force.
+    pub(crate) fn rules(&self) -> Guard<Arc<AccessRules>> {
+        self.0.rules.load()
+    }
+
+    /// Where refusals are recorded.
+    pub(crate) fn audit(&self) -> &Audit {
+        &self.0.audit
+    }
+
+    /// The principal as it is by the rules in force now, for a request that was authenticated before.
+    ///
+    /// # Errors
+    /// When its credential has expired, or was revoked or replaced.
+    pub(crate) fn renew(&self, principal: &Principal, now: SystemTime) -> Result<Principal, Rejection> {
+        if principal.expires().is_some_and(|expires| expires <= now) {
+            return Err(Rejection::refused(format!("the credential of {principal} has expired")));
+        }
+        let rules = self.rules();
+        let current = match principal.kind() {
+            PrincipalKind::Anonymous => Some(rules.anonymous.clone()),
+            PrincipalKind::Token => rules.sources.tokens.principal(principal.detail()).cloned(),
+            PrincipalKind::Basic => {
+                rules.sources.users.as_ref().and_then(|users| users.principal(principal.detail()).cloned())
+            }
+            // Those who have issued them say when they end, and connections whose certificates were revoked are closed.
+            PrincipalKind::Jwt | PrincipalKind::Certificate => Some(principal.clone()),
+        };
+        let current = current.filter(|current| current.mark() == principal.mark());
+        current.ok_or_else(|| Rejection::refused(format!("the credential of {principal} was revoked")))
+    }
+
+    /// The principal of a request that is not authenticated, because what it asks for is open to everybody.
+    pub(crate) fn anonymous(&self) -> Principal {
+        self.rules().anonymous.clone()
+    }
+
+    /// Finds out who sends a request.
+    pub(crate) fn authenticate(&self, presented: &Presented<'_>) -> Authentication {
+        let rules = self.rules();
+        // A server without credentials leaves the header to whatever may be in front of it.
+        if !rules.policy.has_credentials() {
+            return Authentication::Done(rules.without_header(presented.certificate));
+        }
+        match Credential::parse(presented.headers) {
+            Ok(None) => Authentication::Done(rules.without_header(presented.certificate)),
+            Ok(Some(Credential::Bearer(token))) => self.bearer(&rules, token),
+            Ok(Some(Credential::Basic { user, password })) => {
+                self.basic(&rules, user, password, presented.caller)
+            }
+            Err(rejection) => Authentication::Done(Err(rejection)),
+        }
+    }
+
+    fn bearer(&self, rules: &Arc<AccessRules>, token: &str) -> Authentication {
+        let now = SystemTime::now();
+        let Some(signed) = rules.sources.signed.as_ref().filter(|_| tokens::id_of(token).is_none()) else {
+            return Authentication::Done(rules.sources.tokens.verify(token, now));
+        };
+        let hash = rules.verified.hash(&[b"bearer", token.as_bytes()]);
+        if let Some(principal) = rules.verified.get(&hash, now) {
+            return Authentication::Done(Ok(principal));
+        }
+        let check = || {
+            let (rules, signed, token) = (rules.clone(), signed.clone(), token.to_owned());
+            async move {
+                let (principal, expires) = rules.signed(&*signed, &token, now).await?;
+                rules.verified.put(hash, principal.clone(), expires.min(now + SIGNED_KEPT));
+                Ok(principal)
+            }
+            .boxed()
+        };
+        Authentication::Pending(self.0.checks.share(hash, check).boxed())
+    }
+
+    /// The password of any user may be a static token, for tools that can send nothing else.
+    fn basic(
+        &self,
+        rules: &Arc<AccessRules>,
+        user: String,
+        password: Vec<u8>,
+        caller: Caller,
+    ) -> Authentication {
+        let now = SystemTime::now();
+        if let Some(token) =
+            std::str::from_utf8(&password).ok().filter(|token| tokens::id_of(token).is_some())
+        {
+            return Authentication::Done(rules.sources.tokens.verify(token, now));
+        }
+        let Some(users) = &rules.sources.users else {
+            return Authentication::Done(Err(Rejection::refused(
+                "this server knows no users with passwords; send a token as the password, or as authorization: Bearer TOKEN",
+            )));
+        };
+        let hash = rules.verified.hash(&[b"basic", user.as_bytes(), b":", &password]);
+        if let Some(principal) = rules.verified.get(&hash, now) {
+            return Authentication::Done(Ok(principal));
+        }
+        let check = || {
+            let (rules, users, state) = (rules.clone(), users.clone(), self.0.clone());
+            async move {
+                let principal = state.checks.password(users, user, password, caller).await?;
+                rules.verified.put(hash, principal.clone(), now + PASSWORD_KEPT);
+                Ok(principal)
+            }
+            .boxed()
+        };
+        Authentication::Pending(self.0.checks.share(hash, check).boxed())
+    }
+}

@@ -1,0 +1,209 @@
+//! Users with passwords: a file in the format of htpasswd(1), with bcrypt hashes only. Pure; checking a password takes long, and
+//! is bounded by the [`authenticator`](super::authenticator).
+
+use super::{
+    credential::{PASSWORD_MAX_BYTES, is_user},
+    policy::Policy,
+    principal::{Principal, PrincipalKind},
+};
+use bcrypt::HashParts;
+use gorego_reapi::error::{Error, Result};
+use sha2::{Digest as _, Sha256};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+};
+
+/// Most users of a file.
+pub const USERS_MAX: usize = 10_000;
+/// The costs that a hash may have. A check at the greatest takes about a second; below the least, passwords can be guessed from a
+/// stolen file.
+pub const COSTS: std::ops::RangeInclusive<u32> = 5..=14;
+
+/// The users of a password file, with the hashes of their passwords.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct PasswordFile(BTreeMap<String, String>);
+
+impl fmt::Debug for PasswordFile {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+impl PasswordFile {
+    /// Parses a file. Empty lines and lines that begin with `#` are passed over.
+    ///
+    /// # Errors
+    /// `Invalid` with the number of the line at fault.
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut users = BTreeMap::new();
+        for (index, line) in text.lines().enumerate() {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let (user, hash) =
+                parse_line(line).map_err(|why| Error::Invalid(format!("line {}: {why}", index + 1)))?;
+            if users.insert(user.to_owned(), hash.to_owned()).is_some() {
+                return Err(Error::Invalid(format!("line {}: user \"{user}\" is there twice", index + 1)));
+            }
+            if users.len() > USERS_MAX {
+                return Err(Error::Invalid(format!("there are more than {USERS_MAX} users")));
+            }
+        }
+        Ok(Self(users))
+    }
+}
+
+/// The user and the hash of a line. Errors do not repeat what may be a password.
+fn parse_line(line: &str) -> std::result::Result<(&str, &str), String> {
+    let (user, hash) = line.split_once(':').ok_or("the form is USER:HASH")?;
+    if !is_user(user) {
+        return Err("the user is empty, too long, or not printable".into());
+    }
+    let version = ["$2y$", "$2b$", "$2a$"].iter().any(|version| hash.starts_with(version));
+    let cost = hash.parse::<HashParts>().ok().filter(|_| version).map(|parts| parts.get_cost());
+    match cost {
+        None => Err(format!("the hash of user \"{user}\" is not one of bcrypt; make it with `htpasswd -B`")),
+        Some(cost) if !COSTS.contains(&cost) => Err(format!(
+            "the hash of user \"{user}\" has the cost {cost}; it must be between {} and {} (`htpasswd -B -C 10`)",
+            COSTS.start(),
+            COSTS.end()
+        )),
+        Some(_) => Ok((user, hash)),
+    }
+}
+
+/// A number that changes with the hash of a password.
+fn mark(hash: &str) -> u64 {
+    let sha256: [u8; 32] = Sha256::digest(hash.as_bytes()).into();
+    let [a, b, c, d, e, f, g, h, ..] = sha256;
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// The users of a server with their principals.
+#[derive(Default)]
+pub struct UserSet {
+    users: HashMap<String, KnownUser>,
+    /// A hash that no password has, of the cost that most hashes have. It is checked for unknown users, so that they take as long.
+    decoy: Option<String>,
+}
+
+struct KnownUser {
+    hash: String,
+    principal: Principal,
+}
+
+impl fmt::Debug for UserSet {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_set().entries(self.users.keys()).finish()
+    }
+}
+
+impl UserSet {
+    /// The users of a file, with the roles that they are given by name.
+    ///
+    /// # Errors
+    /// `Invalid` for a role that does not exist.
+    pub fn new(
+        file: &PasswordFile,
+        roles_of: &BTreeMap<String, Vec<String>>,
+        policy: &Policy,
+    ) -> Result<Self> {
+        let mut users = HashMap::new();
+        for (user, hash) in &file.0 {
+            let named = roles_of.get(user).map(Vec::as_slice).unwrap_or_default();
+            let roles =
+                policy.roles_named(named)?.into_iter().chain(policy.everybody().iter().cloned()).collect();
+            let principal = Principal::marked(PrincipalKind::Basic, user, roles, None, mark(hash));
+            users.insert(user.clone(), KnownUser { hash: hash.clone(), principal });
+        }
+        // The salt and the hash of the first user with one character changed fit no password that anybody knows.
+        let decoy = file.0.values().next().map(|hash| {
+            let (start, last) = hash.split_at(hash.len() - 1);
+            format!("{start}{}", if last == "." { "/" } else { "." })
+        });
+        Ok(Self { users, decoy })
+    }
+
+    /// The principal of a user with this password; `None` if it is wrong or there is no such user. Takes as long as the hash is
+    /// slow.
+    pub fn check(&self, user: &str, password: &[u8]) -> Option<Principal> {
+        let known = self.users.get(user);
+        let hash = known.map(|known| &known.hash).or(self.decoy.as_ref())?;
+        let is_right =
+            password.len() <= PASSWORD_MAX_BYTES && bcrypt::verify(password, hash).unwrap_or(false);
+        known.filter(|_| is_right).map(|known| known.principal.clone())
+    }
+
+    /// The principal of a user.
+    pub fn principal(&self, user: &str) -> Option<&Principal> {
+        self.users.get(user).map(|known| &known.principal)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hash(password: &[u8]) -> String {
+        bcrypt::hash(password, 5).unwrap()
+    }
+
+    #[test]
+    fn a_password_is_right_for_its_user_alone() {
+        let long = [b'x'; PASSWORD_MAX_BYTES + 1];
+        let text = format!(
+            "# users\n\nalice:{}\n bob:{}\nodd:{}\nlong:{}\n",
+            hash(b"a"),
+            hash(b"b").replace("$2b$", "$2y$"),
+            hash(b"\xff\x01:"),
+            hash(&long)
+        );
+        let file = PasswordFile::parse(&text).unwrap();
+        assert!(!format!("{file:?}").contains('$'));
+        let roles =
+            [("alice".to_owned(), vec!["ci".to_owned()]), ("nobody".to_owned(), vec!["ci".to_owned()])]
+                .into();
+        let policy = Policy::with_roles([], &["reader"]);
+        let users = UserSet::new(&file, &roles, &policy).unwrap();
+        let alice = users.check("alice", b"a").unwrap();
+        assert_eq!((alice.name(), alice.roles().len()), ("basic:alice", 2));
+        assert_eq!(users.check("bob", b"b").unwrap().roles().len(), 1);
+        assert!(users.check("odd", b"\xff\x01:").is_some());
+        for (user, password) in [
+            ("alice", &b"b"[..]),
+            ("alice", b""),
+            ("Alice", b"a"),
+            ("nobody", b"a"),
+            ("long", &long[..PASSWORD_MAX_BYTES]),
+            ("long", &long),
+        ] {
+            let expected = user == "long" && password.len() == PASSWORD_MAX_BYTES;
+            assert_eq!(users.check(user, password).is_some(), expected, "{user}: bcrypt ends at 72 bytes");
+        }
+        assert!(UserSet::default().check("alice", b"a").is_none());
+    }
+
+    #[test]
+    fn a_file_with_another_hash_or_cost_is_refused_by_line_and_shows_no_secret() {
+        let good = hash(b"p");
+        for (line, part) in [
+            ("alice".to_owned(), "USER:HASH"),
+            ("alice:secret".into(), "htpasswd -B"),
+            ("alice:$apr1$secret$x".into(), "htpasswd -B"),
+            ("alice:{SHA}secret".into(), "htpasswd -B"),
+            (format!("alice:{}", good.replace("$2b$", "$2x$")), "htpasswd -B"),
+            (format!("alice:{}", good.replace("$05$", "$04$")), "cost 4"),
+            (format!("alice:{}", good.replace("$05$", "$31$")), "cost 31"),
+            (format!(":{good}"), "the user"),
+            (format!("a\u{1}:{good}"), "the user"),
+            (format!("b:{good}\nb:{good}"), "twice"),
+        ] {
+            let text = format!("# comment\n{line}\n");
+            let error = PasswordFile::parse(&text).unwrap_err().to_string();
+            assert!(error.starts_with("line ") && error.contains(part), "{line}: {error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Signed tokens (JWT, OpenID Connect): verified with the public keys of their issuer, and mapped to roles.
+//!
+//! [`JwtVerifier`] is a thin shell: it picks the rules by the issuer and the audience of a token, and fetches keys
+//! ([`cache`](self)). What a token means is decided by [`IssuerRules`], whose arguments are the keys and the time. Everything in
+//! a token is hostile until its signature was checked: its length, its depth and the number of its parts are bounded, and
+//! nothing in it says where keys are.
+
+mod algorithm;
+mod cache;
+mod claims;
+mod download;
+mod freshness;
+mod issuer;
+mod json;
+mod keys;
+mod location;
+mod pattern;
+mod refusal;
+mod signature;
+#[cfg(test)]
+mod tests;
+mod token;
+
+pub use algorithm::SignatureAlgorithm;
+pub use cache::{KeyLog, KeySettings};
+pub use claims::ClaimSettings;
+pub use issuer::{ClaimRole, IssuerRules, IssuerSettings, MAX_LEEWAY};
+pub use keys::{KeySet, MAX_KEY_SET_BYTES, MAX_KEYS};
+pub use location::JwksLocation;
+pub use pattern::ClaimPattern;
+pub use refusal::{RefusalKind, TokenRefusal};
+pub use token::MAX_TOKEN_BYTES;
+
+use super::{
+    authenticator::{SignedTokens, VerifiedToken},
+    rejection::Rejection,
+};
+use cache::KeyCache;
+use futures::future::{BoxFuture, FutureExt as _};
+use refusal::shown;
+use std::{sync::Arc, time::SystemTime};
+use token::UnverifiedToken;
+use tokio::runtime::Handle;
+
+/// An issuer, as configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JwtSettings {
+    /// Which of its tokens are accepted.
+    pub rules: IssuerSettings,
+    /// Where its keys are.
+    pub keys: KeySettings,
+}
+
+/// Verifies tokens of all configured issuers. A reload makes a new one.
+#[derive(Debug, Default)]
+pub struct JwtVerifier {
+    issuers: Vec<TrustedIssuer>,
+}
+
+#[derive(Debug)]
+struct TrustedIssuer {
+    rules: IssuerRules,
+    keys: Arc<KeyCache>,
+}
+
+impl JwtVerifier {
+    /// A verifier with these issuers. It takes keys over from the `previous` one where their settings are the same.
+    ///
+    /// # Errors
+    /// Which setting is wrong, or which file cannot be read.
+    pub fn start(
+        settings: &[JwtSettings],
+        previous: Option<&Self>,
+        now: SystemTime,
+        runtime: &Handle,
+        log: KeyLog,
+    ) -> Result<Self, String> {
+        let mut issuers: Vec<TrustedIssuer> = Vec::with_capacity(settings.len());
+        for JwtSettings { rules, keys } in settings {
+            let named = shown(&rules.issuer);
+            let rules = IssuerRules::new(rules).map_err(|problems| {
+                let problems: Vec<_> =
+                    problems.iter().map(|(key, problem)| format!("{key} {problem}")).collect();
+                format!("access.jwt \"{named}\": {}", problems.join("; "))
+            })?;
+            let known = issuers.iter().chain(previous.into_iter().flat_map(|previous| &previous.issuers));
+            let keys = match known.map(|issuer| &issuer.keys).find(|known| known.settings() == keys) {
+                Some(known) => known.clone(),
+                None => KeyCache::start(keys.clone(), now, runtime, log).map_err(|problem| {
+                    format!("access.jwt \"{named}\": jwks {}: {problem}", keys.location)
+                })?,
+            };
+            issuers.push(TrustedIssuer { rules, keys });
+        }
+        Ok(Self { issuers })
+    }
+
+    /// Verifies a token.
+    ///
+    /// # Errors
+    /// Why it is not accepted.
+    pub async fn check(&self, token: &str, now: SystemTime) -> Result<VerifiedToken, TokenRefusal> {
+        let token = UnverifiedToken::parse(token)?;
+        let TrustedIssuer { rules, keys } = self.issuer_of(&token)?;
+        rules.check_issued_for_us(&token)?;
+        let unavailable = |reason| TokenRefusal::new(RefusalKind::KeysUnavailable, reason);
+        let current = keys.current(now).await.map_err(unavailable)?;
+        match rules.verify(&token, &current, now) {
+            Err(refusal) if refusal.kind == RefusalKind::Key => match keys.newer(now).await {
+                Some(newer) => rules.verify(&token, &newer, now),
+                None => Err(refusal),
+            },
+            verified => verified,
+        }
+    }
+
+    /// The issuer that a token names, with the rules for its audience. Without such rules, the first ones say what is wrong.
+    fn issuer_of(&self, token: &UnverifiedToken<'_>) -> Result<&TrustedIssuer, TokenRefusal> {
+        let of_issuer = || self.issuers.iter().filter(|issuer| issuer.rules.issuer() == token.issuer);
+        let found =
+            of_issuer().find(|issuer| issuer.rules.is_audience_of(token)).or_else(|| of_issuer().next());
+        found.ok_or_else(|| {
+            let reason = format!("its issuer \"{}\" is not configured", shown(&token.issuer));
+            TokenRefusal::new(RefusalKind::Issuer, reason)
+        })
+    }
+}
+
+impl SignedTokens for JwtVerifier {
+    fn verify<'a>(
+        &'a self,
+        token: &'a str,
+        now: SystemTime,
+    ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>> {
+        async move { Ok(self.check(token, now).await?) }.boxed()
+    }
+}
+
+impl From<TokenRefusal> for Rejection {
+    fn from(refusal: TokenRefusal) -> Self {
+        match refusal.kind {
+            RefusalKind::Malformed => Self::Malformed(refusal.message()),
+            // The reason names addresses of this server's network.
+            RefusalKind::KeysUnavailable => Self::Unavailable(refusal.message()),
+            _ => Self::Refused(refusal.message()),
+        }
+    }
+}
+
+/// Verifies a token of one issuer with these keys. For tests and fuzzing; a server uses [`JwtVerifier`].
+///
+/// # Errors
+/// Why it is not accepted.
+pub fn verify_with(
+    rules: &IssuerRules,
+    keys: &KeySet,
+    token: &str,
+    now: SystemTime,
+) -> Result<VerifiedToken, TokenRefusal> {
+    rules.verify(&UnverifiedToken::parse(token)?, keys, now)
+}

@@ -1,0 +1,161 @@
+//! [`Permission`]: what a request may need, and [`PermissionSet`]. Pure.
+
+use std::fmt;
+
+/// What a request may need. The text of each in the configuration is [`Permission::name`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Permission {
+    /// To read blobs and trees.
+    CasRead,
+    /// To write blobs.
+    CasWrite,
+    /// To read action results.
+    AcRead,
+    /// To write action results.
+    AcWrite,
+    /// To run actions.
+    Execute,
+    /// To see, cancel and delete the operations that the principal itself has begun, and to read their live output.
+    OperationsOwn,
+    /// The same for the operations of everybody. It includes [`Permission::OperationsOwn`].
+    OperationsAll,
+    /// To fetch assets. Pushing them also takes [`Permission::AcWrite`], because others are served what was pushed.
+    Assets,
+    /// To read and write log streams of clients.
+    Logs,
+    /// To read the metrics of the server.
+    Metrics,
+    /// To administer the server.
+    Admin,
+}
+
+/// The permissions of a method. A request needs one of them: the first, unless its handler asks for another, which depends on
+/// the resource. A method without permissions is open to everybody, and nobody is authenticated for it.
+pub type Permissions = &'static [Permission];
+
+/// The permissions of a method that everybody may call who may do anything at all.
+pub const ANY: Permissions = &Permission::ALL;
+
+impl Permission {
+    /// All permissions.
+    pub const ALL: [Self; 11] = [
+        Self::CasRead,
+        Self::CasWrite,
+        Self::AcRead,
+        Self::AcWrite,
+        Self::Execute,
+        Self::OperationsOwn,
+        Self::OperationsAll,
+        Self::Assets,
+        Self::Logs,
+        Self::Metrics,
+        Self::Admin,
+    ];
+
+    /// Its name in the configuration and in messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::CasRead => "cas.read",
+            Self::CasWrite => "cas.write",
+            Self::AcRead => "ac.read",
+            Self::AcWrite => "ac.write",
+            Self::Execute => "execute",
+            Self::OperationsOwn => "operations.own",
+            Self::OperationsAll => "operations.all",
+            Self::Assets => "assets",
+            Self::Logs => "logs",
+            Self::Metrics => "metrics",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// The permission with this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|permission| permission.name() == name)
+    }
+
+    const fn bit(self) -> u16 {
+        1 << self as u16
+    }
+}
+
+impl fmt::Display for Permission {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.name())
+    }
+}
+
+/// A set of permissions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PermissionSet(u16);
+
+impl PermissionSet {
+    /// Every permission.
+    pub const ALL: Self = Self::of(&Permission::ALL);
+
+    /// The set of these permissions, with those that they include.
+    pub const fn of(permissions: &[Permission]) -> Self {
+        let (mut bits, mut index) = (0, 0);
+        while index < permissions.len() {
+            let permission = permissions[index];
+            bits |= permission.bit();
+            if matches!(permission, Permission::OperationsAll) {
+                bits |= Permission::OperationsOwn.bit();
+            }
+            index += 1;
+        }
+        Self(bits)
+    }
+
+    /// Whether the permission is in the set.
+    pub const fn contains(self, permission: Permission) -> bool {
+        self.0 & permission.bit() != 0
+    }
+
+    /// Whether one of these permissions is in the set.
+    pub const fn has_any_of(self, permissions: &[Permission]) -> bool {
+        self.0 & Self::of(permissions).0 != 0
+    }
+
+    /// The permissions of both sets.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// The set without this permission.
+    #[must_use]
+    pub const fn without(self, permission: Permission) -> Self {
+        Self(self.0 & !permission.bit())
+    }
+
+    /// Its permissions in order.
+    pub fn iter(self) -> impl Iterator<Item = Permission> {
+        Permission::ALL.into_iter().filter(move |permission| self.contains(*permission))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_permission_has_one_name_and_a_place_of_its_own_in_a_set() {
+        for permission in Permission::ALL {
+            assert_eq!(Permission::from_name(permission.name()), Some(permission));
+            let set = PermissionSet::of(&[permission]);
+            let all = permission == Permission::OperationsAll;
+            assert_eq!(set.iter().count(), if all { 2 } else { 1 }, "{permission}");
+            assert!(set.contains(permission) && !set.without(permission).contains(permission));
+        }
+        assert_eq!(Permission::from_name("CAS.READ"), None);
+        assert_eq!(PermissionSet::ALL.iter().count(), Permission::ALL.len());
+    }
+
+    #[test]
+    fn who_may_see_the_operations_of_everybody_may_see_its_own() {
+        assert!(PermissionSet::of(&[Permission::OperationsAll]).contains(Permission::OperationsOwn));
+        assert!(!PermissionSet::of(&[Permission::OperationsOwn]).contains(Permission::OperationsAll));
+        assert!(!PermissionSet::of(&[Permission::OperationsOwn]).has_any_of(&[Permission::Admin]));
+    }
+}

@@ -1,0 +1,54 @@
+//! [`Rejection`]: why a credential is refused. Its text is for the client and for logs, and has no secret in it. Pure.
+
+use gorego_reapi::error::Error;
+use std::{fmt, time::Duration};
+
+/// See the top of this file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rejection {
+    /// The request cannot be understood as having one credential.
+    Malformed(String),
+    /// The credential is unknown, revoked, expired, or not trusted.
+    Refused(String),
+    /// Too many credentials are being checked, or were wrong. The request may be tried again after this time.
+    TooMany(String, Duration),
+    /// The credential cannot be checked now, for example because the keys of its issuer cannot be fetched.
+    Unavailable(String),
+}
+
+impl Rejection {
+    /// A rejection of a credential that is wrong.
+    pub fn refused(why: impl Into<String>) -> Self {
+        Self::Refused(why.into())
+    }
+
+    /// A word for logs and metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Malformed(_) => "malformed",
+            Self::Refused(_) => "refused",
+            Self::TooMany(..) => "too_many",
+            Self::Unavailable(_) => "unavailable",
+        }
+    }
+}
+
+impl fmt::Display for Rejection {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Malformed(why) | Self::Refused(why) | Self::TooMany(why, _) | Self::Unavailable(why)) =
+            self;
+        formatter.write_str(why)
+    }
+}
+
+impl From<Rejection> for Error {
+    fn from(rejection: Rejection) -> Self {
+        match rejection {
+            Rejection::Malformed(why) | Rejection::Refused(why) => Self::Unauthenticated(why),
+            Rejection::TooMany(message, retry_after) => {
+                Self::Exhausted { message, retry_after: Some(retry_after) }
+            }
+            Rejection::Unavailable(why) => Self::Unavailable(why),
+        }
+    }
+}

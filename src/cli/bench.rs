@@ -1,0 +1,94 @@
+//! `gorego bench`: measures a server, or this machine, and prints the results.
+
+use super::{BenchArgs, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, complain, output::print, progress::ProgressLine};
+use gorego_bench::{self as bench, Limits, Options, Pace, Target};
+use gorego_client::{Client, Identity};
+use gorego_reapi::error::{Error, Result};
+use std::{fmt::Write as _, fs, path::Path};
+
+/// The word in place of an endpoint that asks for the limits of this machine.
+const LIMITS: &str = "limits";
+
+/// Measures, and returns the exit code.
+pub(super) fn run(args: &BenchArgs) -> u8 {
+    let measured = if args.list {
+        Ok((list(), true))
+    } else if args.endpoint == LIMITS {
+        in_runtime(limits(args))
+    } else {
+        in_runtime(server(args))
+    };
+    match measured.and_then(|(text, good)| print(&text).map(|()| good)) {
+        Ok(true) => EXIT_OK,
+        Ok(false) => EXIT_FAILURE,
+        Err(error) => {
+            complain(&error);
+            EXIT_USAGE
+        }
+    }
+}
+
+/// The text for standard output, and whether every call succeeded.
+type Printout = (String, bool);
+
+fn in_runtime(work: impl Future<Output = Result<Printout>>) -> Result<Printout> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.map_err(|error| Error::io("start the threads of a client", &error))?.block_on(work)
+}
+
+fn list() -> String {
+    let mut text = String::new();
+    for scenario in bench::scenarios() {
+        let _ = writeln!(text, "{:<22}{} ({} callers)", scenario.name, scenario.about, scenario.callers);
+    }
+    let _ = writeln!(text, "{LIMITS:<22}in place of a server: what this machine can do without one");
+    text
+}
+
+async fn limits(args: &BenchArgs) -> Result<Printout> {
+    if !args.scenarios.is_empty() || args.compare.is_some() {
+        return Err(Error::Invalid("`gorego bench limits` takes no scenarios and no --compare".into()));
+    }
+    let line = ProgressLine::new();
+    let limits = Limits::measure(&args.directory, &|what| line.say(&format!("measuring {what}"))).await?;
+    line.clear();
+    Ok((if args.json { limits.json() + "\n" } else { limits.table() }, true))
+}
+
+async fn server(args: &BenchArgs) -> Result<Printout> {
+    let chosen = bench::find(&args.scenarios)?;
+    // Read before the run, so that nobody waits for a comparison that cannot be made.
+    let before = args.compare.as_deref().map(read).transpose()?;
+    let identity = Identity {
+        tool: "gorego-bench".into(),
+        invocation_id: uuid::Uuid::new_v4().to_string(),
+        ..Identity::default()
+    };
+    let server = args.connect.options(&args.endpoint)?;
+    let client = Client::connect(server, &args.instance, &identity).await?;
+    let options = Options {
+        callers: args.callers.map(usize::from),
+        pace: args.rate.map_or(Pace::Closed, Pace::Open),
+        warm_up: args.warm_up,
+        duration: args.duration,
+        pid: args.pid,
+    };
+    let line = ProgressLine::new();
+    let report = bench::run(&Target::new(&client), &chosen, &options, &|progress| {
+        let seconds = progress.measured.as_secs_f64();
+        line.say(&format!("{}: {} calls in {seconds:.1} s", progress.scenario, progress.calls));
+    })
+    .await?;
+    line.clear();
+    let text = match before {
+        Some(before) => bench::compare(&before, &report)?,
+        None if args.json => report.json() + "\n",
+        None => report.table(),
+    };
+    Ok((text, report.is_clean()))
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path)
+        .map_err(|error| Error::Invalid(format!("could not read {}: {error}", path.display())))
+}

@@ -1,0 +1,180 @@
+//! `gorego token`: makes, lists and revokes static tokens, in the file of `access.tokens`.
+
+use super::{
+    EXIT_OK, EXIT_USAGE, ServeArgs, TokenCommand, TokenFileArgs, complain, config::load_settings,
+    environment, output::print,
+};
+use crate::access::{
+    policy::Policy,
+    tokens::{
+        NOTE_MAX_BYTES, NewToken, TokenRecord,
+        file::{read, update},
+    },
+};
+use gorego_reapi::error::{Error, Result};
+use serde::Serialize;
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+/// Runs `gorego token ...` and returns its exit code.
+pub(super) fn run(command: &TokenCommand) -> u8 {
+    let outcome = match command {
+        TokenCommand::Create { roles, expires, note, file } => create(roles, *expires, note, file),
+        TokenCommand::List { json, file } => list(*json, file),
+        TokenCommand::Revoke { ids, file } => revoke(ids, file),
+    };
+    match outcome.and_then(|text| print(&text)) {
+        Ok(()) => EXIT_OK,
+        Err(error) => {
+            complain(&error);
+            EXIT_USAGE
+        }
+    }
+}
+
+/// How long a token is valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lifetime {
+    /// For this time.
+    For(Duration),
+    /// Until it is revoked.
+    Unlimited,
+}
+
+/// Parses `--expires`.
+pub(super) fn parse_lifetime(text: &str) -> std::result::Result<Lifetime, String> {
+    if text == "never" {
+        return Ok(Lifetime::Unlimited);
+    }
+    match humantime::parse_duration(text) {
+        Ok(time) if time.is_zero() => Err("must be more than 0".into()),
+        Ok(time) => Ok(Lifetime::For(time)),
+        Err(error) => Err(format!("{error}; write it like 12h, 90d or never")),
+    }
+}
+
+fn create(roles: &[String], expires: Lifetime, note: &str, file: &TokenFileArgs) -> Result<String> {
+    let (path, policy) = place(file)?;
+    policy.roles_named(roles)?;
+    if note.len() > NOTE_MAX_BYTES || note.chars().any(char::is_control) {
+        return Err(Error::Invalid(format!("--note: at most {NOTE_MAX_BYTES} bytes of printable text")));
+    }
+    let NewToken { text, id, sha256 } = NewToken::random()?;
+    let created = whole_seconds(SystemTime::now());
+    let expires = match expires {
+        Lifetime::Unlimited => None,
+        Lifetime::For(time) => Some(expiry(created, time)?),
+    };
+    let record = TokenRecord { id, sha256, roles: roles.to_vec(), created, expires, note: note.to_owned() };
+    let told = format!("token {} with {} {}", record.id, named_roles(roles), validity(&record, created));
+    update(&path, |list| list.add(record))?;
+    // The token alone goes to standard output, so that it can be piped into a store of secrets.
+    let _ = writeln!(
+        io::stderr(),
+        "gorego: {told}. It is shown only now; {} keeps its hash. Send it as `authorization: Bearer TOKEN`.",
+        path.display()
+    );
+    Ok(format!("{text}\n"))
+}
+
+fn list(json: bool, file: &TokenFileArgs) -> Result<String> {
+    let (path, _) = place(file)?;
+    let (list, now) = (read(&path)?, SystemTime::now());
+    if json {
+        let tokens: Vec<_> = list.tokens.iter().map(|token| ShownToken::new(token, now)).collect();
+        return Ok(serde_json::to_string_pretty(&tokens).map_err(Error::internal)? + "\n");
+    }
+    if list.tokens.is_empty() {
+        return Ok(format!("{} has no tokens\n", path.display()));
+    }
+    let mut text = format!("{:<16}  {:<20}  {:<20}  {:<24}  NOTE\n", "ID", "CREATED", "EXPIRES", "ROLES");
+    for token in &list.tokens {
+        let shown = ShownToken::new(token, now);
+        let mut expires = shown.expires.unwrap_or_else(|| "never".into());
+        if shown.expired {
+            expires = "expired".into();
+        }
+        let roles = token.roles.join(",");
+        let _ = writeln!(
+            text,
+            "{:<16}  {:<20}  {expires:<20}  {roles:<24}  {}",
+            shown.id, shown.created, shown.note
+        );
+    }
+    Ok(text)
+}
+
+fn revoke(ids: &[String], file: &TokenFileArgs) -> Result<String> {
+    let (path, _) = place(file)?;
+    let gone = update(&path, |list| list.revoke(ids))?;
+    let mut text = String::new();
+    for token in gone {
+        let _ = writeln!(text, "revoked {} ({})", token.id, named_roles(&token.roles));
+    }
+    Ok(text)
+}
+
+/// The file of the tokens, and the policy with the roles.
+fn place(file: &TokenFileArgs) -> Result<(PathBuf, Policy)> {
+    let args = ServeArgs { config: file.config.clone(), ..ServeArgs::default() };
+    let (_, settings) = load_settings(&args, environment(), Vec::new())?;
+    let path = file.file.clone().or(settings.access.tokens).ok_or_else(|| {
+        Error::invalid(
+            "the server has no file for tokens: set tokens in the section [access] of its configuration, for example to \
+             /etc/gorego/tokens, or name the file with --file (docs/securing.md)",
+        )
+    })?;
+    Ok((path, settings.access.policy))
+}
+
+fn expiry(created: SystemTime, time: Duration) -> Result<SystemTime> {
+    /// A time that every program can read.
+    const YEAR_9000: Duration = Duration::from_secs(221_845_392_000);
+    let expires = created.checked_add(time).filter(|expires| *expires < SystemTime::UNIX_EPOCH + YEAR_9000);
+    expires.ok_or_else(|| Error::invalid("--expires: too long; use never"))
+}
+
+fn whole_seconds(time: SystemTime) -> SystemTime {
+    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+}
+
+fn named_roles(roles: &[String]) -> String {
+    format!("{} {}", if roles.len() == 1 { "role" } else { "roles" }, roles.join(", "))
+}
+
+fn validity(token: &TokenRecord, now: SystemTime) -> String {
+    match ShownToken::new(token, now).expires {
+        Some(expires) => format!("is valid until {expires}"),
+        None => "is valid until it is revoked".into(),
+    }
+}
+
+/// A token as `list` shows it.
+#[derive(Debug, Serialize)]
+struct ShownToken<'a> {
+    id: &'a str,
+    roles: &'a [String],
+    created: String,
+    expires: Option<String>,
+    expired: bool,
+    note: &'a str,
+}
+
+impl<'a> ShownToken<'a> {
+    fn new(token: &'a TokenRecord, now: SystemTime) -> Self {
+        let shown = |time: SystemTime| humantime::format_rfc3339_seconds(time).to_string();
+        Self {
+            id: &token.id,
+            roles: &token.roles,
+            created: shown(token.created),
+            expires: token.expires.map(shown),
+            expired: token.expires.is_some_and(|expires| expires <= now),
+            note: &token.note,
+        }
+    }
+}

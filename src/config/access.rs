@@ -1,0 +1,234 @@
+//! `[access]`: the notation of who may do what, and its checks.
+
+use super::{
+    jwt::{self, JwtConfig},
+    settings::{Checker, Machine},
+};
+use crate::access::{
+    credential::is_user,
+    grants::{CertificateField, CertificateGrant},
+    permission::{Permission, PermissionSet},
+    policy::Policy,
+    role::{InstancePattern, READY_MADE, Role},
+    settings::AccessSettings,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+/// Most roles, and most patterns of one.
+const ROLES_MAX: usize = 1_000;
+/// Longest name of a role in bytes.
+const ROLE_NAME_MAX: usize = 64;
+
+/// The `[access]` section.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AccessConfig {
+    /// The file with the static tokens; empty for none.
+    pub tokens: PathBuf,
+    /// The file with users and the hashes of their passwords; empty for none.
+    pub passwords: PathBuf,
+    /// The roles of clients without a credential. All others have them too.
+    pub anonymous: Vec<String>,
+    /// The roles of clients with certificates.
+    pub certificates: Vec<CertificateConfig>,
+    /// The issuers of signed tokens.
+    pub jwt: Vec<JwtConfig>,
+    /// The roles of users with passwords.
+    pub users: BTreeMap<String, Vec<String>>,
+    /// Roles besides the ready-made ones.
+    pub roles: BTreeMap<String, RoleConfig>,
+}
+
+/// An `[[access.certificates]]` section. It has either a subject or a name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CertificateConfig {
+    /// A pattern for the subject.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// A pattern for one of the alternative names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The names of the roles.
+    pub roles: Vec<String>,
+}
+
+/// An `[access.roles.NAME]` section.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RoleConfig {
+    /// The ready-made role whose permissions it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub like: Option<String>,
+    /// The permissions that it has besides.
+    #[serde(default)]
+    pub permissions: Vec<String>,
+    /// In which instances it has them.
+    #[serde(default = "everywhere")]
+    pub instances: Vec<String>,
+}
+
+fn everywhere() -> Vec<String> {
+    vec!["*".to_owned()]
+}
+
+impl AccessConfig {
+    /// Whether clients can have credentials.
+    pub(super) fn has_credentials(&self) -> bool {
+        !self.tokens.as_os_str().is_empty()
+            || !self.passwords.as_os_str().is_empty()
+            || !self.certificates.is_empty()
+            || !self.jwt.is_empty()
+    }
+}
+
+/// The checked section. `is_exposed` says whether the server listens on an address that is not of this machine alone.
+pub(super) fn access(check: &mut Checker<'_>, is_exposed: bool, machine: &Machine) -> AccessSettings {
+    let config = &check.loaded.config.access;
+    let policy = policy(check, config, is_exposed);
+    known_roles(check, "access.anonymous", &config.anonymous, &policy);
+    for (user, roles) in &config.users {
+        check.require(
+            "access.users",
+            is_user(user),
+            &format!("\"{}\" is not a user name", user.escape_debug()),
+        );
+        known_roles(check, "access.users", roles, &policy);
+    }
+    let certificates = certificates(check, config, &policy);
+    let jwt = jwt::issuers(check, machine);
+    for role in jwt.iter().flat_map(|issuer| &issuer.rules.roles) {
+        known_roles(check, "access.jwt", std::slice::from_ref(&role.role), &policy);
+    }
+    let mut file =
+        |key: &str, path: &Path| (!path.as_os_str().is_empty()).then(|| check.directory(key, path, machine));
+    AccessSettings {
+        policy,
+        tokens: file("access.tokens", &config.tokens),
+        passwords: file("access.passwords", &config.passwords),
+        users: config.users.clone(),
+        certificates,
+        jwt,
+    }
+}
+
+fn certificates(check: &mut Checker<'_>, config: &AccessConfig, policy: &Policy) -> Vec<CertificateGrant> {
+    const KEY: &str = "access.certificates";
+    let has_ca = !check.loaded.config.tls.client_ca.as_os_str().is_empty();
+    check.require(KEY, has_ca || config.certificates.is_empty(), "has no effect without tls.client_ca");
+    let mut grants = Vec::new();
+    for CertificateConfig { subject, name, roles } in &config.certificates {
+        known_roles(check, KEY, roles, policy);
+        let (field, pattern) = match (subject, name) {
+            (Some(subject), None) => (CertificateField::Subject, subject),
+            (None, Some(name)) => (CertificateField::Name, name),
+            _ => {
+                check.refuse(KEY, "needs either subject or name in each entry");
+                continue;
+            }
+        };
+        match CertificateGrant::parse(field, pattern, roles.clone()) {
+            Ok(grant) => grants.push(grant),
+            Err(problem) => check.refuse(KEY, &problem),
+        }
+    }
+    grants
+}
+
+fn policy(check: &mut Checker<'_>, config: &AccessConfig, is_exposed: bool) -> Policy {
+    check.require(
+        "access.roles",
+        config.roles.len() <= ROLES_MAX,
+        &format!("has more than {ROLES_MAX} roles"),
+    );
+    let roles: Vec<Role> =
+        config.roles.iter().filter_map(|(name, role)| own_role(check, name, role)).collect();
+    // Without credentials, what everybody may do is what everybody could do before there were any.
+    let permissions =
+        if is_exposed { PermissionSet::ALL.without(Permission::Admin) } else { PermissionSet::ALL };
+    let everything = (!config.has_credentials() && config.anonymous.is_empty()).then_some(permissions);
+    Policy::new(roles, &config.anonymous, config.has_credentials(), everything)
+}
+
+fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Role> {
+    const KEY: &str = "access.roles";
+    let problems = check.problems.len();
+    let is_name = !name.is_empty()
+        && name.len() <= ROLE_NAME_MAX
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    check.require(
+        KEY,
+        is_name,
+        &format!(
+            "\"{}\" is not a name of a role: letters, digits and \"-_.\", at most 64",
+            name.escape_debug()
+        ),
+    );
+    let is_ready_made = READY_MADE.iter().any(|ready_made| ready_made.name == name);
+    check.require(KEY, !is_ready_made, &format!("\"{name}\" is a ready-made role; give yours another name"));
+    let mut permissions = PermissionSet::default();
+    if let Some(like) = &role.like {
+        match READY_MADE.iter().find(|ready_made| ready_made.name == like) {
+            Some(ready_made) => permissions = PermissionSet::of(ready_made.permissions),
+            None => {
+                let known: Vec<_> = READY_MADE.iter().map(|ready_made| ready_made.name).collect();
+                check.refuse(
+                    KEY,
+                    &format!(
+                        "{name}.like = \"{}\" is not a ready-made role: {}",
+                        like.escape_debug(),
+                        known.join(", ")
+                    ),
+                );
+            }
+        }
+    }
+    for text in &role.permissions {
+        match Permission::from_name(text) {
+            Some(permission) => permissions = permissions.and(PermissionSet::of(&[permission])),
+            None => {
+                let known: Vec<_> = Permission::ALL.iter().map(|permission| permission.name()).collect();
+                check.refuse(
+                    KEY,
+                    &format!(
+                        "{name}.permissions has \"{}\", which is none; there are {}",
+                        text.escape_debug(),
+                        known.join(", ")
+                    ),
+                );
+            }
+        }
+    }
+    let parsed: Vec<_> = role.instances.iter().map(|text| (text, InstancePattern::parse(text))).collect();
+    for (text, _) in parsed.iter().filter(|(_, pattern)| pattern.is_none()) {
+        check.refuse(
+            KEY,
+            &format!(
+                "{name}.instances has \"{}\"; the forms are an instance name, \"NAME/*\" for all below it, and \"*\"",
+                text.escape_debug()
+            ),
+        );
+    }
+    check.require(
+        KEY,
+        !role.instances.is_empty() && parsed.len() <= ROLES_MAX,
+        &format!("{name}.instances is empty or too long"),
+    );
+    let instances = parsed.into_iter().filter_map(|(_, pattern)| pattern).collect();
+    (check.problems.len() == problems).then(|| Role { name: name.to_owned(), permissions, instances })
+}
+
+/// Refuses names of roles that do not exist.
+fn known_roles(check: &mut Checker<'_>, key: &str, names: &[String], policy: &Policy) {
+    for name in names {
+        // A role of one's own with a problem of its own is reported once.
+        let is_own = check.loaded.config.access.roles.contains_key(name);
+        if let (Err(error), false) = (policy.roles_named(std::slice::from_ref(name)), is_own) {
+            check.refuse(key, &error.to_string());
+        }
+    }
+}

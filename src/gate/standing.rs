@@ -1,0 +1,144 @@
+//! [`Standing`]: whether an open request may go on. A token may be revoked, or expire, while a stream is open.
+//!
+//! It is looked at every [`LOOK_INTERVAL`], whether the request waits or moves. Requests of anonymous clients, and those that are
+//! over at once, cost nothing.
+
+use super::Gate;
+use crate::call::Call;
+use gorego_reapi::error::Error;
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How often the credential of an open request is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// See the top of this file.
+#[derive(Debug)]
+pub(crate) struct Standing {
+    gate: Gate,
+    call: Call,
+    next_look: Option<Instant>,
+    /// Wakes the request when it waits.
+    alarm: Option<Pin<Box<Sleep>>>,
+}
+
+impl Standing {
+    /// The standing of a request that has just begun.
+    pub(crate) fn new(gate: Gate, call: Call) -> Self {
+        Self { gate, call, next_look: None, alarm: None }
+    }
+
+    /// Ready with the reason when the request has to end. To be called whenever the request was polled; `waits` says whether it
+    /// then waits.
+    pub(crate) fn poll(&mut self, context: &mut Context<'_>, waits: bool) -> Poll<Error> {
+        if self.call.principal().is_anonymous() {
+            return Poll::Pending;
+        }
+        loop {
+            let now = Instant::now();
+            let mut next = *self.next_look.get_or_insert(now + LOOK_INTERVAL);
+            if now >= next {
+                if let Err(error) = self.gate.pass_again(&self.call) {
+                    return Poll::Ready(error);
+                }
+                next = now + LOOK_INTERVAL;
+                self.next_look = Some(next);
+            }
+            if !waits {
+                return Poll::Pending;
+            }
+            let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(next)));
+            if alarm.deadline() != next {
+                alarm.as_mut().reset(next);
+            }
+            ready!(alarm.as_mut().poll(context));
+        }
+    }
+
+    /// Waits until the request has to end.
+    pub(crate) async fn ended(&mut self) -> Error {
+        std::future::poll_fn(|context| self.poll(context, true)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        access::{
+            authenticator::{AccessRules, Authenticator, CredentialSources},
+            permission::Permission,
+            policy::Policy,
+            tokens::{NewToken, TokenFile, TokenRecord, TokenSet},
+        },
+        instance::Instances,
+    };
+    use std::{sync::Arc, time::SystemTime};
+    use tokio::time::timeout;
+
+    fn rules(policy: &Policy, list: &TokenFile) -> AccessRules {
+        let tokens = Arc::new(TokenSet::new(list, policy));
+        AccessRules::new(policy.clone(), CredentialSources { tokens, ..Default::default() })
+    }
+
+    fn record(token: &NewToken, role: &str) -> TokenRecord {
+        TokenRecord {
+            id: token.id.clone(),
+            sha256: token.sha256,
+            roles: vec![role.to_owned()],
+            created: SystemTime::UNIX_EPOCH,
+            expires: None,
+            note: String::new(),
+        }
+    }
+
+    /// The standing of a request to run an action, and the authenticator.
+    fn begun(list: &TokenFile, token: &NewToken) -> (Standing, Authenticator) {
+        let policy = Policy::with_roles([], &["reader"]);
+        let authenticator = Authenticator::new(rules(&policy, list));
+        let gate = Gate::new(Instances::new([""]).unwrap(), authenticator.clone());
+        let call = Call::begin(None, Default::default(), Some(&[Permission::Execute]), None);
+        let set = TokenSet::new(list, &policy);
+        gate.pass(&call, set.verify(&token.text, SystemTime::now())).unwrap();
+        gate.enter(&call, "").unwrap();
+        (Standing::new(gate, call), authenticator)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_ends_when_its_token_is_revoked_or_loses_the_permission() {
+        let policy = Policy::with_roles([], &["reader"]);
+        let token = NewToken::random().unwrap();
+        let list = TokenFile { tokens: vec![record(&token, "ci")] };
+        let more = TokenFile { tokens: vec![record(&token, "developer")] };
+        let less = TokenFile { tokens: vec![record(&token, "reader")] };
+        let other = NewToken { id: token.id.clone(), ..NewToken::random().unwrap() };
+        let replaced = TokenFile { tokens: vec![record(&other, "ci")] };
+        for (next, part) in [
+            (&list, None),
+            (&more, None),
+            (&less, Some("\"execute\"")),
+            (&replaced, Some("revoked")),
+            (&TokenFile::default(), Some("revoked")),
+        ] {
+            let (mut standing, authenticator) = begun(&list, &token);
+            authenticator.replace(rules(&policy, next));
+            let ended = timeout(Duration::from_secs(60), standing.ended()).await.ok();
+            assert_eq!(ended.is_some(), part.is_some(), "{ended:?}");
+            if let (Some(error), Some(part)) = (ended, part) {
+                assert!(error.to_string().contains(part), "{error}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_of_an_anonymous_client_has_no_alarm() {
+        let gate = Gate::new(Instances::new([""]).unwrap(), Authenticator::open());
+        let mut standing = Standing::new(gate, Call::default());
+        assert!(futures::poll!(std::future::poll_fn(|context| standing.poll(context, true))).is_pending());
+        assert!(standing.alarm.is_none());
+    }
+}

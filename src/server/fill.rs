@@ -1,0 +1,80 @@
+//! Fills the settings of the rooms from the configuration, which knows none of them. Pure.
+
+use crate::{
+    action::TimeoutPolicy,
+    actors::{
+        asset::{AssetSettings, origins::Origins},
+        cas::StoreSettings,
+        scheduler::settings::{SchedulerConfig, SchedulerSettings},
+    },
+    config::{ExecutionSettings, Settings},
+    log_streams::{LogSettings, MAX_STREAM_BYTES, StreamLimits},
+    node::NodeName,
+};
+use std::time::Duration;
+
+pub(super) fn store_settings(settings: &Settings) -> StoreSettings {
+    StoreSettings {
+        root: settings.cache_dir.clone(),
+        max_bytes: settings.max_size_bytes,
+        max_blob_bytes: settings.max_blob_bytes,
+        partial_upload_retention: settings.partial_upload_retention,
+        zstd_level: settings.zstd_level,
+        timeouts: settings
+            .execution
+            .as_ref()
+            .map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
+    }
+}
+
+pub(super) fn asset_settings(settings: &Settings) -> AssetSettings {
+    let assets = settings.assets.clone();
+    AssetSettings {
+        origins: Origins::new(assets.hosts, assets.networks),
+        push: assets.push,
+        concurrency: assets.concurrency,
+        max_download_bytes: assets.max_download_bytes,
+        max_unpacked_bytes: assets.max_unpacked_bytes,
+        timeout: assets.timeout,
+        max_redirects: assets.max_redirects,
+        max_age: assets.max_age,
+        file: settings.cache_dir.join("v1").join("assets"),
+    }
+}
+
+/// Run streams are kept as long as the operations that name them. They hold no bytes.
+pub(super) fn log_settings(settings: &Settings) -> LogSettings {
+    let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
+        (execution.retention, execution.retained_operations.saturating_add(execution.slots))
+    });
+    let clients = settings.log_streams;
+    LogSettings {
+        client_streams: clients.enabled,
+        clients: StreamLimits {
+            streams: clients.max_streams,
+            bytes: clients.max_bytes,
+            stream_bytes: MAX_STREAM_BYTES,
+            idle: Some(clients.retention),
+            kept: clients.retention,
+        },
+        runs: StreamLimits { streams, bytes: 0, stream_bytes: 0, idle: None, kept },
+        spool_directory: settings.cache_dir.clone(),
+    }
+}
+
+pub(super) fn scheduler_settings(node: NodeName, execution: &ExecutionSettings) -> SchedulerSettings {
+    SchedulerSettings::new(SchedulerConfig {
+        node,
+        queue_size: execution.queue_size,
+        priorities: execution.priorities,
+        priority_ageing: execution.priority_ageing,
+        unknown_properties: execution.unknown_properties,
+        queue_timeout: execution.queue_timeout,
+        transfer_timeout: execution.transfer_timeout,
+        retention: execution.retention,
+        retained_operations: execution.retained_operations,
+        abandon_grace: execution.abandon_grace,
+        contended_abandon_grace: execution.contended_abandon_grace,
+        max_attempts: execution.max_attempts,
+    })
+}

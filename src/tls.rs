@@ -1,0 +1,243 @@
+//! TLS on both ports: certificates, handshakes, and the streams behind them.
+//!
+//! [`ServerTls`] owns what was read from the files of `[tls]`: an immutable [`Material`] behind an `ArcSwap`. Each handshake takes
+//! the one that is in force, so that a reload concerns new connections only. [`ServerTls::watch`] notices when the files change,
+//! also behind symbolic links. Material that cannot be used changes nothing.
+//!
+//! Open connections are not forgotten: whoever presented a certificate that has since expired or was revoked, or whose CA was
+//! removed, is closed within a minute ([`RECHECK_INTERVAL`]).
+//!
+//! Tickets for resumed sessions are encrypted and kept by the clients, so they take no memory here. Their keys are replaced
+//! every six hours and by each reload.
+
+mod handshake;
+mod material;
+mod plaintext;
+mod read_ahead;
+mod socket;
+mod stamps;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use handshake::TlsPort;
+pub(crate) use socket::Socket;
+
+use crate::{
+    access::certificate::ClientCertificate,
+    budget::Budget,
+    connections::{Connections, Reason},
+    logging::Event,
+};
+use arc_swap::ArcSwap;
+use gorego_reapi::error::{Error, Result};
+use material::{Material, Protocol};
+use rustls::pki_types::UnixTime;
+use stamps::Stamps;
+use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+/// Target of the log lines of this room.
+const LOG: &str = "gorego::tls";
+/// Interval between looks at the files. They are read when two looks in a row find the same change, because a certificate and
+/// its key are rarely replaced in the same moment.
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+/// Interval between checks of the certificates of open connections.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
+/// Interval between warnings about a certificate or a list that ends soon.
+const REMIND_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+
+/// The files of `[tls]`, as absolute paths.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TlsFiles {
+    /// The certificate of the server and those between it and its CA, in PEM.
+    pub cert: PathBuf,
+    /// Its private key, in PEM.
+    pub key: PathBuf,
+    /// The CAs that sign certificates of clients, in PEM; `None` when clients are not asked for one.
+    pub client_ca: Option<PathBuf>,
+    /// The lists of revoked certificates of these CAs, in PEM or DER.
+    pub crl: Option<PathBuf>,
+    /// Whether clients must have a certificate.
+    pub client_certificate_required: bool,
+}
+
+/// The TLS of a server; see the top of this file. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct ServerTls(Arc<TlsState>);
+
+#[derive(Debug)]
+struct TlsState {
+    material: ArcSwap<Material>,
+    /// Bounds handshakes at both ports together.
+    handshakes: Budget,
+}
+
+/// Files that were read and checked, and are not in force yet.
+#[derive(Debug)]
+pub(crate) struct PreparedTls(Material);
+
+impl PreparedTls {
+    /// What it is, for people.
+    pub(crate) fn description(&self) -> String {
+        format!("certificate until {}", self.0.not_after_text())
+    }
+}
+
+impl ServerTls {
+    /// Reads the files. Blocks.
+    ///
+    /// # Errors
+    /// `Precondition` that names the key, the file and what is wrong with it.
+    pub(crate) fn open(files: TlsFiles) -> Result<Self> {
+        let material = ArcSwap::from_pointee(Material::read(files)?);
+        let tls = Self(Arc::new(TlsState { material, handshakes: Budget::new(handshake::HANDSHAKES) }));
+        tls.remind();
+        Ok(tls)
+    }
+
+    /// Reads and checks files, if they are others than those in force or have changed. Blocks.
+    ///
+    /// # Errors
+    /// See [`ServerTls::open`]; also for a certificate that has expired, unless that in force has too.
+    pub(crate) fn prepare(&self, files: TlsFiles) -> Result<Option<PreparedTls>> {
+        let current = self.material();
+        if *current.files() == files && *current.stamps() == Stamps::of(&files) {
+            return Ok(None);
+        }
+        let next = Material::read(files)?;
+        let now = UnixTime::now().as_secs();
+        if next.has_ended(now) && !current.has_ended(now) {
+            return Err(Error::Precondition(format!(
+                "tls.cert = {}: the certificate has expired ({}), and the earlier one has not",
+                next.files().cert.display(),
+                next.not_after_text()
+            )));
+        }
+        Ok(Some(PreparedTls(next)))
+    }
+
+    /// Uses prepared files for new connections.
+    pub(crate) fn install(&self, prepared: PreparedTls) {
+        let not_after = prepared.0.not_after_text();
+        self.0.material.store(Arc::new(prepared.0));
+        Event::info(LOG, "tls_reloaded")
+            .with("not_after", &*not_after)
+            .log(format_args!("new connections use the certificate that is valid until {not_after}"));
+        self.remind();
+    }
+
+    /// Reads the files again if they have changed, and uses them for new connections. Blocks. Success and failure are logged.
+    ///
+    /// # Errors
+    /// See [`ServerTls::prepare`]. What was in force before stays in force.
+    fn reload(&self) -> Result<()> {
+        let prepared = self.prepare(self.material().files().clone()).inspect_err(|error| {
+            Event::error(LOG, "tls_not_reloaded").with_shown("error", &error).log(format_args!(
+                "the files of [tls] have changed and cannot be used; the earlier ones stay in force: {error}"
+            ));
+        })?;
+        if let Some(prepared) = prepared {
+            self.install(prepared);
+        }
+        Ok(())
+    }
+
+    /// When the certificate of the server expires, in seconds since 1970.
+    pub(crate) fn certificate_expiry(&self) -> i64 {
+        self.material().not_after()
+    }
+
+    /// TLS for the gRPC port.
+    pub(crate) fn grpc_port(&self) -> TlsPort {
+        TlsPort::new(self.clone(), Protocol::Http2)
+    }
+
+    /// TLS for the HTTP port.
+    pub(crate) fn http_port(&self) -> TlsPort {
+        TlsPort::new(self.clone(), Protocol::Http1)
+    }
+
+    fn material(&self) -> arc_swap::Guard<Arc<Material>> {
+        self.0.material.load()
+    }
+
+    /// Logs what ends soon or has ended.
+    fn remind(&self) {
+        let material = self.material();
+        let now = UnixTime::now().as_secs();
+        if let Some(warning) = material.ends_soon(now) {
+            let not_after = material.not_after_text();
+            Event::warn(LOG, "tls_certificate_expires").with("not_after", &*not_after).log(format_args!(
+                "the certificate of this server (tls.cert) {warning} ({not_after}); replace the file"
+            ));
+        }
+        if let Some(ended) = material.outdated_list(now) {
+            Event::warn(LOG, "tls_crl_outdated").with("not_after", &*ended).log(format_args!(
+                "a list of revoked certificates (tls.crl) should have been replaced by {ended}; it is still used, and later \
+                 revocations are unknown"
+            ));
+        }
+        if material.key_is_exposed() {
+            Event::warn(LOG, "tls_key_exposed").with_shown("path", &material.files().key.display()).log(
+                format_args!(
+                    "every user of this machine can read the private key (tls.key); chmod it to 0600"
+                ),
+            );
+        }
+    }
+
+    /// Reloads the files when they change, closes connections whose certificate is no longer accepted, and reminds of what
+    /// expires. Runs as long as the server does.
+    pub(crate) async fn watch(self, connections: Connections) {
+        let mut ticks = interval(WATCH_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut seen, mut refused) = (None, None);
+        let (mut checked, mut reminded) = (Instant::now(), Instant::now());
+        let mut checked_with = self.0.material.load_full();
+        loop {
+            ticks.tick().await;
+            let current = self.0.material.load_full();
+            let found = Some(self.stamps(current.files().clone()).await);
+            let is_new = found.as_ref() != Some(current.stamps()) && found != refused;
+            if is_new && found == seen {
+                let tls = self.clone();
+                // The outcome is in the log.
+                let reloaded = tokio::task::spawn_blocking(move || tls.reload()).await;
+                refused = if matches!(reloaded, Ok(Ok(()))) { None } else { found.clone() };
+            }
+            seen = found;
+            let current = self.0.material.load_full();
+            if !Arc::ptr_eq(&checked_with, &current) || checked.elapsed() >= RECHECK_INTERVAL {
+                let (tls, connections) = (self.clone(), connections.clone());
+                let _ = tokio::task::spawn_blocking(move || tls.check(&connections)).await;
+                (checked, checked_with) = (Instant::now(), current);
+            }
+            if reminded.elapsed() >= REMIND_INTERVAL {
+                self.remind();
+                reminded = Instant::now();
+            }
+        }
+    }
+
+    async fn stamps(&self, files: TlsFiles) -> Stamps {
+        tokio::task::spawn_blocking(move || Stamps::of(&files)).await.unwrap_or_default()
+    }
+
+    /// Closes connections whose certificate is no longer accepted.
+    fn check(&self, connections: &Connections) {
+        let material = self.material();
+        let now = UnixTime::now();
+        // A build tool has many connections with one certificate.
+        let mut verdicts: HashMap<[u8; 32], bool> = HashMap::new();
+        let mut is_accepted = |certificate: &ClientCertificate| {
+            *verdicts
+                .entry(*certificate.fingerprint())
+                .or_insert_with(|| material.accepts(certificate.chain(), now).is_ok())
+        };
+        for (state, certificate) in connections.certified() {
+            if !is_accepted(&certificate) {
+                connections.close(&state, Reason::Certificate);
+            }
+        }
+    }
+}

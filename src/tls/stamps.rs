@@ -1,0 +1,64 @@
+//! [`Stamps`]: how the files of `[tls]` look from outside, to notice that they were replaced.
+
+use super::TlsFiles;
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
+
+/// What changes when a file is written, replaced, or reached by another symbolic link. Times alone are too coarse, and a copy
+/// may keep them.
+type Stamp = (u64, u64, u64, i64, i64);
+
+/// The stamps of all files; `None` for one that is missing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Stamps(Vec<Option<Stamp>>);
+
+impl Stamps {
+    /// Looks at the files. Symbolic links are followed, also those of directories.
+    pub(super) fn of(files: &TlsFiles) -> Self {
+        let TlsFiles { cert, key, client_ca, crl, client_certificate_required: _ } = files;
+        let paths = [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()];
+        Self(paths.into_iter().flatten().map(|path| stamp(path)).collect())
+    }
+}
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    let found = fs::metadata(path).ok()?;
+    Some((found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{os::unix::fs::symlink, path::PathBuf};
+
+    #[test]
+    fn a_replaced_file_and_a_replaced_link_are_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        // As Kubernetes mounts a secret: cert -> ..data/cert, ..data -> ..1.
+        for version in ["..1", "..2"] {
+            fs::create_dir(at(version)).unwrap();
+            fs::write(at(version).join("cert"), "same length").unwrap();
+        }
+        symlink("..1", at("..data")).unwrap();
+        symlink("..data/cert", at("cert")).unwrap();
+        let files = TlsFiles {
+            cert: at("cert"),
+            key: at("key"),
+            client_ca: None,
+            crl: Some(PathBuf::from("/nowhere")),
+            client_certificate_required: false,
+        };
+        let first = Stamps::of(&files);
+        assert_eq!(first, Stamps::of(&files));
+        symlink("..2", at("..new")).unwrap();
+        fs::rename(at("..new"), at("..data")).unwrap();
+        let second = Stamps::of(&files);
+        assert_ne!(first, second);
+        fs::write(at("key"), "k").unwrap();
+        let third = Stamps::of(&files);
+        assert_ne!(second, third);
+        fs::write(at("new"), "k").unwrap();
+        fs::rename(at("new"), at("key")).unwrap();
+        assert_ne!(third, Stamps::of(&files));
+    }
+}

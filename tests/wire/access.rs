@@ -1,0 +1,563 @@
+//! Who may do what, on both ports: every principal, every RPC and HTTP request, every instance. The tables of `docs/securing.md`
+//! are the expectation; unit tests hold them equal to the code.
+
+use crate::support::{
+    Client, PATIENCE, Run, Server, empty, eventually, http_client, metadata, response, sh, shared_dir,
+};
+use bytes::{Buf as _, BufMut as _, Bytes};
+use gorego::access::tokens::{NewToken, TokenRecord, file::update};
+use gorego_reapi::proto::{
+    bytestream::ReadRequest,
+    longrunning::{CancelOperationRequest, GetOperationRequest, ListOperationsRequest},
+    reapi::{GetCapabilitiesRequest, WaitExecutionRequest},
+};
+use reqwest::{Method, StatusCode};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    time::SystemTime,
+};
+use tempfile::TempDir;
+use tonic::{
+    Code, Request, Status,
+    client::Grpc,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    transport::Channel,
+};
+
+const DOCUMENT: &str = include_str!("../../docs/securing.md");
+/// The instances of the server.
+const INSTANCES: [&str; 2] = ["", "team/a"];
+const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+
+/// The rows of the table below a heading: the texts in backquotes of the first cells.
+fn table(heading: &str) -> Vec<(Vec<&'static str>, Vec<&'static str>)> {
+    let section = DOCUMENT.split(&format!("\n{heading}\n")).nth(1).unwrap();
+    let rows =
+        section.lines().skip_while(|line| !line.starts_with("| `")).take_while(|line| line.starts_with('|'));
+    let quoted = |cell: &'static str| cell.split('`').skip(1).step_by(2).collect::<Vec<_>>();
+    let rows = rows.map(|row| {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').collect();
+        let needs = if cells[1].trim() == "any" { vec!["any"] } else { quoted(cells[1]) };
+        (quoted(cells[0]), needs)
+    });
+    rows.collect()
+}
+
+/// A server with static tokens.
+struct Guarded {
+    server: Server,
+    tokens: PathBuf,
+    _directory: TempDir,
+}
+
+impl Guarded {
+    async fn start(overrides: &[(&str, &str)]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let tokens = directory.path().join("tokens");
+        let roles = r#"{ team = { like = "ci", instances = ["team/*"] } }"#;
+        let mut all = vec![
+            ("ACCESS__TOKENS", tokens.to_str().unwrap()),
+            ("ACCESS__ROLES", roles),
+            ("INSTANCE_NAMES", r#"["", "team/a"]"#),
+            ("HTTP__LISTEN_ADDR", "127.0.0.1:0"),
+        ];
+        all.extend(overrides);
+        let server = Server::with(&all).await;
+        Self { server, tokens, _directory: directory }
+    }
+
+    /// Makes a token with a role. The server has noticed it when this returns.
+    async fn token(&self, role: &str) -> NewToken {
+        let token = NewToken::random().unwrap();
+        let record = TokenRecord {
+            id: token.id.clone(),
+            sha256: token.sha256,
+            roles: vec![role.into()],
+            created: SystemTime::UNIX_EPOCH,
+            expires: None,
+            note: String::new(),
+        };
+        update(&self.tokens, |list| list.add(record)).unwrap();
+        let channel = self.channel().await;
+        let path = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+        let end = std::time::Instant::now() + PATIENCE;
+        loop {
+            let known = call(&channel, path, message(path, "team/a", "any"), Some(&token.text)).await;
+            if known.as_ref().map_err(Status::code) != Err(Code::Unauthenticated) {
+                return token;
+            }
+            assert!(std::time::Instant::now() < end, "the server does not notice the token: {known:?}");
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn channel(&self) -> Channel {
+        Channel::from_shared(self.server.endpoint()).unwrap().connect().await.unwrap()
+    }
+
+    fn http(&self) -> String {
+        let started = self.server.log().into_iter().find(|event| event["event"] == "http_started").unwrap();
+        format!("http://{}", started["listen_addr"].as_str().unwrap())
+    }
+}
+
+/// A request with a token.
+fn with<T>(token: &str, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+    request
+}
+
+/// The first message of the answer to a call, or its status.
+async fn call(channel: &Channel, path: &str, message: Bytes, token: Option<&str>) -> Result<(), Status> {
+    let mut client = Grpc::new(channel.clone());
+    client.ready().await.unwrap();
+    let once = tokio_stream::once(message);
+    let request = match token {
+        Some(token) => with(token, once),
+        None => Request::new(once),
+    };
+    let answer = client.streaming(request, path.parse().unwrap(), Raw).await?;
+    answer.into_inner().message().await.map(drop)
+}
+
+/// A request of an RPC about an instance. It is malformed or about nothing, so that whoever may make it changes nothing. If a method
+/// needs different permissions for different resources, it is about one that needs this permission.
+fn message(path: &str, instance: &str, permission: &str) -> Bytes {
+    let inside = |rest: String| if instance.is_empty() { rest } else { format!("{instance}/{rest}") };
+    let blob = format!("blobs/{}/1", "0".repeat(64));
+    let (service, method) = path[1..].split_once('/').unwrap();
+    let (tag, text) = match (service, method) {
+        (_, "ListOperations") => (4, instance.to_owned()),
+        ("google.longrunning.Operations", _) | (_, "WaitExecution") => {
+            (1, inside(format!("operations/{UUID}")))
+        }
+        ("google.bytestream.ByteStream", _) if permission.starts_with("operations") => {
+            (1, inside(format!("logstreams/{UUID}-stdout")))
+        }
+        ("google.bytestream.ByteStream", _) if permission == "logs" => {
+            (1, inside(format!("logstreams/{UUID}/{}", "0".repeat(64))))
+        }
+        ("google.bytestream.ByteStream", "Read") => (1, inside(blob)),
+        ("google.bytestream.ByteStream", _) => (1, inside(format!("uploads/{UUID}/{blob}"))),
+        ("grpc.health.v1.Health" | "grpc.reflection.v1.ServerReflection", _)
+        | ("grpc.reflection.v1alpha.ServerReflection", _) => (1, String::new()),
+        _ => (1, instance.to_owned()),
+    };
+    let mut bytes = vec![tag << 3 | 2, text.len() as u8];
+    bytes.extend_from_slice(text.as_bytes());
+    bytes.into()
+}
+
+/// The permissions of the principals in each instance.
+fn principals() -> BTreeMap<&'static str, [BTreeSet<&'static str>; 2]> {
+    let roles = table("## What a client may do");
+    let mut principals: BTreeMap<_, _> = roles
+        .into_iter()
+        .map(|(name, permissions)| (name[0], [(); 2].map(|()| permissions.iter().copied().collect())))
+        .collect();
+    let team = [BTreeSet::new(), principals["ci"][0].clone()];
+    principals.insert("team", team);
+    principals
+}
+
+/// Whether a request of this kind is allowed to somebody with these permissions.
+fn is_allowed(path: &str, permission: &str, here: &BTreeSet<&str>, anywhere: bool) -> bool {
+    match permission {
+        "any" if path.contains("Reflection") => anywhere,
+        "any" => !here.is_empty(),
+        // Nobody was told of this output.
+        "operations.own" if path.contains("ByteStream") => here.contains("operations.all"),
+        _ if path.contains("Push/Push") => here.contains("assets") && here.contains("ac.write"),
+        // A list of one's own operations is empty, and one that is unknown belongs to nobody.
+        "operations.all" if !path.contains("ByteStream") => here.contains("operations.own"),
+        _ => here.contains(permission),
+    }
+}
+
+#[tokio::test]
+async fn every_principal_may_call_what_its_role_permits_in_its_instances_and_nothing_else() {
+    let guarded = Guarded::start(&[]).await;
+    let channel = guarded.channel().await;
+    let (rpcs, mut cells) = (table("### What each RPC needs"), 0);
+    assert!(rpcs.len() > 25, "{rpcs:?}");
+    let mut tokens = Vec::new();
+    for (role, permissions) in principals() {
+        tokens.push((role, guarded.token(role).await, permissions));
+    }
+    for (path, needed) in &rpcs {
+        let path = format!("/{}", path[0]);
+        let kinds = if needed.is_empty() { &vec!["open"] } else { needed };
+        for (permission, (at, instance)) in
+            kinds.iter().flat_map(|kind| INSTANCES.iter().enumerate().map(move |place| (*kind, place)))
+        {
+            let message = message(&path, instance, permission);
+            let ask = |token| call(&channel, &path, message.clone(), token);
+            for (role, token, permissions) in &tokens {
+                let anywhere = permissions.iter().any(|permissions| !permissions.is_empty());
+                let allowed =
+                    permission == "open" || is_allowed(&path, permission, &permissions[at], anywhere);
+                let outcome = ask(Some(&token.text)).await;
+                let code = outcome.as_ref().err().map_or(Code::Ok, Status::code);
+                assert_eq!(
+                    code != Code::PermissionDenied,
+                    allowed,
+                    "{role} {path} {permission} \"{instance}\": {outcome:?}"
+                );
+                assert_ne!(code, Code::Unauthenticated, "{role} {path}");
+                if !allowed {
+                    let denied = outcome.unwrap_err();
+                    let text = denied.message();
+                    assert!(
+                        text.contains(&format!("token:{}", token.id)) && text.contains("docs/securing.md"),
+                        "{text}"
+                    );
+                }
+                cells += 1;
+            }
+            // GEN-23: without a credential or with a wrong one.
+            let wrong = NewToken::random().unwrap();
+            for token in [None, Some(wrong.text.as_str()), Some("x.y.z")] {
+                let code = ask(token).await.err().map_or(Code::Ok, |status| status.code());
+                assert_eq!(code == Code::Unauthenticated, permission != "open", "{path} {token:?}: {code:?}");
+                cells += 1;
+            }
+        }
+    }
+    assert!(cells > 600, "{cells}");
+}
+
+#[tokio::test]
+async fn every_principal_may_request_over_http_what_its_role_permits_and_nothing_else() {
+    let guarded = Guarded::start(&[]).await;
+    let (http, client, mut cells) = (guarded.http(), http_client(), 0);
+    let mut tokens = Vec::new();
+    for (role, permissions) in principals() {
+        tokens.push((role, guarded.token(role).await, permissions));
+    }
+    for (request, needed) in table("### What each HTTP request needs") {
+        let Some((path, methods)) = request.split_last() else { panic!("{request:?}") };
+        let is_of_cache = ["/cas/", "/ac/", "/cache/"].contains(path);
+        for (method, (at, instance)) in
+            methods.iter().flat_map(|method| INSTANCES.iter().enumerate().map(move |place| (*method, place)))
+        {
+            if !is_of_cache && at > 0 {
+                continue;
+            }
+            let start =
+                if instance.is_empty() || !is_of_cache { String::new() } else { format!("/{instance}") };
+            let rest = if *path == "/cache/" { "key" } else { "0" };
+            let url = format!("{http}{start}{path}{}", if is_of_cache { rest } else { "" });
+            let ask = async |change: &dyn Fn(reqwest::RequestBuilder) -> reqwest::RequestBuilder| {
+                let request =
+                    client.request(Method::from_bytes(method.as_bytes()).unwrap(), &url).header("depth", "0");
+                change(request).send().await.unwrap()
+            };
+            for (role, token, permissions) in &tokens {
+                let here = &permissions[at];
+                let allowed = needed.is_empty() || needed.iter().any(|permission| here.contains(permission));
+                // As a token, and as a password for tools that can send nothing else.
+                let bearer = ask(&|request| request.bearer_auth(&token.text)).await.status();
+                let basic = ask(&|request| request.basic_auth("x", Some(&token.text))).await.status();
+                for status in [bearer, basic] {
+                    assert_eq!(status != StatusCode::FORBIDDEN, allowed, "{role} {method} {url}: {status}");
+                    assert_ne!(status, StatusCode::UNAUTHORIZED, "{role} {method} {url}");
+                    cells += 1;
+                }
+            }
+            let wrong = NewToken::random().unwrap();
+            for answer in [
+                ask(&|request| request).await,
+                ask(&|request| request.bearer_auth(&wrong.text)).await,
+                ask(&|request| request.basic_auth("x", Some("y"))).await,
+                ask(&|request| request.bearer_auth(&wrong.text).bearer_auth(&wrong.text)).await,
+                ask(&|request| request.header("authorization", "Negotiate abc")).await,
+            ] {
+                assert_eq!(answer.status() == StatusCode::UNAUTHORIZED, !needed.is_empty(), "{method} {url}");
+                let challenges = answer.headers().get_all("www-authenticate").iter();
+                let challenges: Vec<_> = challenges.map(|value| value.to_str().unwrap().to_owned()).collect();
+                assert_eq!(challenges.iter().any(|text| text.starts_with("Bearer ")), !needed.is_empty());
+                cells += 1;
+            }
+        }
+    }
+    assert!(cells > 200, "{cells}");
+    for open in ["/healthz", "/status", "/"] {
+        let answer = client.get(format!("{http}{open}")).bearer_auth("wrong").send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK, "{open}");
+    }
+}
+
+/// A client with a token, and its run of a command.
+struct Owner {
+    token: NewToken,
+    client: Client,
+}
+
+impl Owner {
+    async fn start(guarded: &Guarded, role: &str) -> Self {
+        Self { token: guarded.token(role).await, client: guarded.server.client().await }
+    }
+
+    async fn run(&self, action: gorego_reapi::digest::Digest) -> Run {
+        let request = with(&self.token.text, self.client.request(action));
+        Run(self.client.execution.clone().execute(request).await.unwrap().into_inner())
+    }
+
+    async fn get(&self, name: &str) -> Result<(), Code> {
+        let request = with(&self.token.text, GetOperationRequest { name: name.into() });
+        self.client.operations.clone().get_operation(request).await.map(drop).map_err(|status| status.code())
+    }
+
+    async fn cancel(&self, name: &str) -> Result<(), Code> {
+        let request = with(&self.token.text, CancelOperationRequest { name: name.into() });
+        self.client
+            .operations
+            .clone()
+            .cancel_operation(request)
+            .await
+            .map(drop)
+            .map_err(|status| status.code())
+    }
+
+    async fn wait(&self, name: &str) -> Result<(), Code> {
+        let request = with(&self.token.text, WaitExecutionRequest { name: name.into() });
+        self.client.execution.clone().wait_execution(request).await.map(drop).map_err(|status| status.code())
+    }
+
+    async fn listed(&self) -> usize {
+        let request = with(&self.token.text, ListOperationsRequest::default());
+        self.client.operations.clone().list_operations(request).await.unwrap().into_inner().operations.len()
+    }
+
+    async fn read(&self, name: &str) -> Result<(), Code> {
+        let request =
+            with(&self.token.text, ReadRequest { resource_name: name.into(), ..Default::default() });
+        let mut stream =
+            self.client.bytes.clone().read(request).await.map_err(|status| status.code())?.into_inner();
+        stream.message().await.map(drop).map_err(|status| status.code())
+    }
+}
+
+/// Stores an action without a client's token: the server has it from the same user under another one.
+async fn action(owner: &Owner, script: &str) -> gorego_reapi::digest::Digest {
+    use gorego_reapi::proto::reapi::{Action, BatchUpdateBlobsRequest, batch_update_blobs_request};
+    use prost::Message as _;
+    let command = sh(script).encode_to_vec();
+    let function = owner.client.function;
+    let action = Action {
+        command_digest: Some(function.digest(&command).to_wire()),
+        input_root_digest: Some(empty().to_wire()),
+        ..Default::default()
+    };
+    let blobs = [command, action.encode_to_vec(), Vec::new()];
+    let requests = blobs.iter().map(|blob| batch_update_blobs_request::Request {
+        digest: Some(function.digest(blob).to_wire()),
+        data: blob.clone().into(),
+        compressor: 0,
+    });
+    let request = BatchUpdateBlobsRequest { requests: requests.collect(), ..Default::default() };
+    let stored = owner.client.cas.clone().batch_update_blobs(with(&owner.token.text, request)).await.unwrap();
+    assert!(stored.into_inner().responses.iter().all(|blob| blob.status.as_ref().unwrap().code == 0));
+    function.digest(&blobs[1])
+}
+
+#[tokio::test]
+async fn operations_and_their_output_belong_to_whom_began_them_and_administrators_see_all() {
+    let guarded = Guarded::start(&[]).await;
+    let [one, other] = [Owner::start(&guarded, "developer").await, Owner::start(&guarded, "developer").await];
+    let admin = Owner::start(&guarded, "admin").await;
+    let directory = shared_dir();
+    let gate = directory.path().join("go");
+    let action =
+        action(&one, &format!("echo out; until [ -e '{}' ]; do sleep 0.01; done", gate.display())).await;
+    let mut run = one.run(action).await;
+    let operation = run.until(|operation| !metadata(operation).stdout_stream_name.is_empty()).await;
+    let (name, stream) = (operation.name.clone(), metadata(&operation).stdout_stream_name);
+    for (owner, expected, listed) in
+        [(&one, Ok(()), 1), (&other, Err(Code::PermissionDenied), 0), (&admin, Ok(()), 1)]
+    {
+        assert_eq!(owner.get(&name).await, expected);
+        assert_eq!(owner.wait(&name).await, expected);
+        assert_eq!(owner.read(&stream).await, expected);
+        assert_eq!(owner.listed().await, listed);
+    }
+    assert_eq!(other.cancel(&name).await, Err(Code::PermissionDenied));
+    // Whoever runs the same action has an operation of its own, and reads the output of the run that both share.
+    let mut joined = other.run(action).await;
+    let own = joined.until(|operation| !metadata(operation).stdout_stream_name.is_empty()).await;
+    assert_ne!(own.name, name);
+    assert_eq!(metadata(&own).stdout_stream_name, stream);
+    assert_eq!(other.read(&stream).await, Ok(()));
+    assert_eq!((other.listed().await, admin.listed().await), (1, 2));
+    assert_eq!(other.cancel(&own.name).await, Ok(()));
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(
+        run.finish().await.result.unwrap().exit_code,
+        0,
+        "the cancellation of another one is not its own"
+    );
+    let finished = guarded.server.log().into_iter().filter(|event| event["event"] == "rpc_finished");
+    let names: BTreeSet<_> =
+        finished.filter_map(|event| Some(event["principal"].as_str()?.to_owned())).collect();
+    assert!(names.contains(&format!("token:{}", one.token.id)), "{names:?}");
+}
+
+#[tokio::test]
+async fn a_stream_ends_when_its_token_is_revoked_and_no_secret_is_logged() {
+    let guarded = Guarded::start(&[]).await;
+    let [revoked, kept] = [Owner::start(&guarded, "ci").await, Owner::start(&guarded, "ci").await];
+    let directory = shared_dir();
+    let gate = directory.path().join("go");
+    let action = action(&kept, &format!("until [ -e '{}' ]; do sleep 0.01; done", gate.display())).await;
+    let (mut first, second) = (revoked.run(action).await, kept.run(action).await);
+    first.next().await;
+    update(&guarded.tokens, |list| list.revoke(std::slice::from_ref(&revoked.token.id))).unwrap();
+    let end = loop {
+        match tokio::time::timeout(PATIENCE, first.0.message()).await.expect("an end in time") {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended with OK"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(end.code(), Code::Unauthenticated, "{end}");
+    assert!(end.message().contains("revoked"), "{end}");
+    let request = with(&revoked.token.text, GetCapabilitiesRequest::default());
+    let refused = revoked.client.capabilities.clone().get_capabilities(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(second.finish().await.status.unwrap_or_default().code, 0, "the other client's run went on");
+    eventually("the denial is an audit event", || {
+        guarded.server.log().iter().any(|event| {
+            event["event"] == "access_denied"
+                && event["target"] == "gorego::audit"
+                && event["denial"] == "wrong_credential"
+        })
+    })
+    .await;
+    let log = format!("{:?}", guarded.server.log());
+    for token in [&revoked.token, &kept.token] {
+        assert!(log.contains(&token.id) && !log.contains(token.text.rsplit('_').next().unwrap()));
+    }
+}
+
+#[tokio::test]
+async fn capabilities_tell_what_a_client_may_do_and_anonymous_clients_may_do_what_they_are_given() {
+    let guarded = Guarded::start(&[("ACCESS__ANONYMOUS", r#"["reader"]"#)]).await;
+    let client = guarded.server.client().await;
+    let mut tokens = vec![(None, false, false)];
+    for (role, writes, executes) in [("developer", false, true), ("ci", true, true), ("worker", true, false)]
+    {
+        tokens.push((Some(guarded.token(role).await), writes, executes));
+    }
+    for (token, writes, executes) in &tokens {
+        let request = match token {
+            Some(token) => with(&token.text, GetCapabilitiesRequest::default()),
+            None => Request::new(GetCapabilitiesRequest::default()),
+        };
+        let told = client.capabilities.clone().get_capabilities(request).await.unwrap().into_inner();
+        let updates = told.cache_capabilities.unwrap().action_cache_update_capabilities.unwrap();
+        assert_eq!((updates.update_enabled, told.execution_capabilities.is_some()), (*writes, *executes));
+    }
+    assert!(client.cached(empty()).await.is_none(), "a reader may look");
+    let refused = client.execution.clone().execute(client.request(empty())).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    // A wrong credential is refused also where none is needed.
+    let request = with("gorego_x", GetCapabilitiesRequest::default());
+    assert_eq!(
+        client.capabilities.clone().get_capabilities(request).await.unwrap_err().code(),
+        Code::Unauthenticated
+    );
+}
+
+#[tokio::test]
+async fn a_password_is_checked_once_for_many_requests_and_wrong_ones_are_limited() {
+    let directory = tempfile::tempdir().unwrap();
+    let passwords = directory.path().join("htpasswd");
+    std::fs::write(&passwords, format!("alice:{}\n", bcrypt::hash("correct horse", 8).unwrap())).unwrap();
+    let passwords = passwords.to_str().unwrap();
+    let guarded =
+        Guarded::start(&[("ACCESS__PASSWORDS", passwords), ("ACCESS__USERS", r#"{ alice = ["ci"] }"#)]).await;
+    let (url, client) = (format!("{}/cache/key", guarded.http()), http_client());
+    let put = async |user: &str, password: &str| {
+        client.put(&url).basic_auth(user, Some(password)).body("x").send().await.unwrap()
+    };
+    let all = futures::future::join_all((0..200).map(|_| put("alice", "correct horse"))).await;
+    assert!(all.iter().all(|answer| answer.status() == StatusCode::CREATED));
+    let mut wrong = Vec::new();
+    for number in 0..30 {
+        wrong.push(put("alice", &number.to_string()).await.status());
+    }
+    assert_eq!(wrong[0], StatusCode::UNAUTHORIZED);
+    assert!(
+        wrong.contains(&StatusCode::INSUFFICIENT_STORAGE) || wrong.contains(&StatusCode::TOO_MANY_REQUESTS),
+        "{wrong:?}"
+    );
+    assert_eq!(put("alice", "correct horse").await.status(), StatusCode::CREATED, "it was checked before");
+}
+
+#[test]
+fn the_command_line_makes_lists_and_revokes_tokens() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("tokens");
+    let gorego = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"));
+        let output = command.arg("token").args(args).arg("--file").arg(&file).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+    };
+    let (code, token, told) = gorego(&["create", "--role", "ci", "--expires", "90d", "--note", "machine 3"]);
+    assert_eq!((code, token.lines().count()), (0, 1), "{told}");
+    let token = token.trim();
+    let id = gorego::access::tokens::id_of(token).unwrap().to_owned();
+    assert!(told.contains(&id) && !told.contains(token), "{told}");
+    let (_, list, _) = gorego(&["list"]);
+    assert!(list.contains(&id) && list.contains("machine 3") && !list.contains(token), "{list}");
+    let (_, json, _) = gorego(&["list", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((json[0]["id"].as_str(), json[0]["roles"][0].as_str()), (Some(&*id), Some("ci")));
+    let (code, _, told) = gorego(&["create", "--role", "cl"]);
+    assert!(code == 2 && told.contains("\"cl\"") && told.contains("developer"), "{told}");
+    let (code, _, told) = gorego(&["revoke", "0000000000000000"]);
+    assert!(code == 2 && told.contains("gorego token list"), "{told}");
+    assert_eq!(gorego(&["revoke", &id]).0, 0);
+    assert!(gorego(&["list"]).1.contains("no tokens"));
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
+    }
+}

@@ -141,7 +141,7 @@ async fn main() {
         reapi::OutputFile { path: "o".into(), digest: Some(digests[0].to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![output; 1], ..Default::default() };
     cas.put_result(&main, action_digest, result, Provenance::default()).await.unwrap();
-    let resolve = || cas.resolve_action(&main, action_digest, false);
+    let resolve = || cas.resolve_action(&main, action_digest, false, "anonymous");
     resolve().await.unwrap();
     let start = Instant::now();
     for _ in 0..50_000 {

@@ -33,6 +33,8 @@ pub mod authenticator;
 pub mod basic;
 pub(crate) mod certificate;
 pub mod credential;
+#[cfg(test)]
+pub(crate) mod documented;
 pub mod grants;
 pub mod jwt;
 mod loader;

@@ -1,6 +1,6 @@
 //! [`Administration`]: what the Admin service acts on, besides the store. Only the wiring knows all of it.
 
-use crate::{disk::BudgetUse, reload::Reloader};
+use crate::{disk::BudgetUse, nondeterminism::NonDeterminismReports, reload::Reloader};
 use std::{fmt, sync::Arc, time::SystemTime};
 
 /// Reads how much of their budget some things take. It may block.
@@ -15,13 +15,21 @@ pub struct Administration {
     pub staged_trees: Option<Gauge>,
     /// The unpacked container images; `None` if actions cannot name any.
     pub images: Option<Gauge>,
+    /// The actions that were seen with different outputs.
+    pub(crate) reports: NonDeterminismReports,
     /// Reads the configuration again; `None` if there is none to read.
     pub(crate) reloader: Option<Reloader>,
 }
 
 impl Default for Administration {
     fn default() -> Self {
-        Self { started_at: SystemTime::now(), staged_trees: None, images: None, reloader: None }
+        Self {
+            started_at: SystemTime::now(),
+            staged_trees: None,
+            images: None,
+            reports: Default::default(),
+            reloader: None,
+        }
     }
 }
 

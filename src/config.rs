@@ -6,6 +6,8 @@
 //! of the server only sees [`Settings`].
 
 mod access;
+mod checker;
+mod execution;
 mod images;
 mod jwt;
 mod limits;
@@ -20,11 +22,12 @@ pub mod show;
 mod source_text;
 mod tls;
 
+pub use execution::ExecutionSettings;
 pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
-pub use settings::{AssetsSettings, ExecutionSettings, LogStreamsSettings, Machine, Settings};
+pub use settings::{AssetsSettings, LogStreamsSettings, Machine, Settings};
 pub use tls::{ClientAuth, TlsSettings};
 
 pub use crate::logging::{LogConfig, LogFormat};
@@ -129,6 +132,9 @@ pub struct InstanceConfig {
     /// Whether clients of the instance may write action results.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub action_cache_updates: Option<bool>,
+    /// What becomes of action results that clients of the instance write.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_results: Option<ClientResults>,
     /// Whether clients of the instance may execute actions, if the server executes any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub execution: Option<bool>,
@@ -145,6 +151,8 @@ pub struct CacheConfig {
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
+    /// What becomes of action results that clients write.
+    pub client_results: ClientResults,
     /// Size limit of one blob (CAP-15).
     pub max_blob_size_gb: Size,
     /// Whether SplitBlob and SpliceBlob are offered (CAP-16).
@@ -156,6 +164,18 @@ pub struct CacheConfig {
     pub zstd_level: i32,
     /// The `committed_size` in the response to a finished compressed upload.
     pub compressed_committed_size: CommittedSize,
+}
+
+/// What becomes of action results that clients write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientResults {
+    /// All clients of the instance get them.
+    Shared,
+    /// Only the principal that wrote a result gets it.
+    Private,
+    /// Clients may not write any.
+    Refused,
 }
 
 /// The `committed_size` in the response to a finished compressed upload. Clients expect different values (BS-25).
@@ -296,6 +316,7 @@ impl Default for CacheConfig {
         Self {
             digest_functions: DigestFunction::ALL.to_vec(),
             action_cache_updates: true,
+            client_results: ClientResults::Shared,
             max_blob_size_gb: Size::from_gb(16),
             chunking: true,
             partial_upload_retention: Duration::from_secs(10 * 60),

@@ -20,6 +20,7 @@ use crate::{
     call::Call,
     instance::{Instance, Instances},
     quotas::{OperationLimits, Quotas},
+    telemetry::{AuthenticationFailure, AuthenticationMetrics},
 };
 use gorego_reapi::error::{Error, Result};
 use http::HeaderMap;
@@ -37,17 +38,23 @@ struct GateState {
     instances: Instances,
     authenticator: Authenticator,
     quotas: Quotas,
+    failures: AuthenticationMetrics,
 }
 
 impl Gate {
     /// A gate to these instances, with these rules.
     pub fn new(instances: Instances, authenticator: Authenticator) -> Self {
-        Self::with_quotas(instances, authenticator, Quotas::default())
+        Self::counting(instances, authenticator, Quotas::default(), AuthenticationMetrics::default())
     }
 
-    /// A gate at which quotas count too.
-    pub(crate) fn with_quotas(instances: Instances, authenticator: Authenticator, quotas: Quotas) -> Self {
-        Self(Arc::new(GateState { instances, authenticator, quotas }))
+    /// A gate at which quotas count too, and which counts credentials that are not accepted.
+    pub(crate) fn counting(
+        instances: Instances,
+        authenticator: Authenticator,
+        quotas: Quotas,
+        failures: AuthenticationMetrics,
+    ) -> Self {
+        Self(Arc::new(GateState { instances, authenticator, quotas, failures }))
     }
 
     /// How many operations the principal of a request may have.
@@ -77,7 +84,8 @@ impl Gate {
     /// # Errors
     /// `Unauthenticated` or `Denied`; that of the rejection.
     pub(crate) fn pass(&self, call: &Call, identified: Result<Principal, Rejection>) -> Result<()> {
-        call.identify(identified?);
+        let principal = identified.inspect_err(|rejection| self.0.failures.failed(kind(rejection)))?;
+        call.identify(principal);
         let needed = call.permissions().unwrap_or_default();
         self.0.authenticator.rules().policy().permit_anywhere(call.principal(), needed)
     }
@@ -169,10 +177,10 @@ impl Gate {
     }
 
     /// Counts a request for the quotas of its principal, once. Uploads count with what they have sent so far; the rest counts
-    /// while it comes ([`Call::count_upload`]).
+    /// while it comes ([`Call::count_upload`]). Administration is not counted, so that quotas cannot lock an operator out.
     fn count(&self, call: &Call, instance: &Instance, needed: &[Permission]) -> Result<()> {
         let quotas = &self.0.quotas;
-        if quotas.are_off() || call.is_counted() {
+        if quotas.are_off() || call.is_counted() || needed.contains(&Permission::Admin) {
             return Ok(());
         }
         let (principal, caller) = (call.principal(), call.caller());
@@ -193,6 +201,16 @@ impl Gate {
             ));
         }
         self.0.authenticator.rules().policy().permit_any(call.principal(), name, needed)
+    }
+}
+
+fn kind(rejection: &Rejection) -> AuthenticationFailure {
+    match rejection {
+        Rejection::Malformed(_) => AuthenticationFailure::Malformed,
+        Rejection::Refused(_) | Rejection::TooMany(..) => AuthenticationFailure::Unknown,
+        Rejection::Expired(_) => AuthenticationFailure::Expired,
+        Rejection::Unaccepted(_) => AuthenticationFailure::Unaccepted,
+        Rejection::Unavailable(_) => AuthenticationFailure::Unchecked,
     }
 }
 

@@ -233,9 +233,16 @@ async fn dispatch(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{access::authenticator::Authenticator, instance::Instances};
+    use crate::{
+        access::{
+            authenticator::Authenticator,
+            documented::{table, written},
+        },
+        instance::Instances,
+    };
     use futures::future::ready;
     use router::{OPEN, Route, RoutePlace};
+    use std::collections::BTreeMap;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpStream,
@@ -256,6 +263,33 @@ mod tests {
         ) -> BoxFuture<'a, Result<Response>> {
             ready(Ok(status::plain(StatusCode::OK, "1 2 3"))).boxed()
         }
+    }
+
+    /// The methods and the path of each row, with the permissions.
+    fn of_routes(routes: &'static [Route]) -> BTreeMap<(&'static str, String), Vec<&'static str>> {
+        let path = |at| match at {
+            RoutePlace::Path(path) => format!("/{path}"),
+            RoutePlace::Below(keyword) | RoutePlace::Collections(keyword) => format!("/{keyword}/"),
+        };
+        let methods =
+            routes.iter().flat_map(|route| route.methods.iter().map(|method| (path(route.at), method)));
+        methods.map(|(path, (method, permissions))| ((*method, path), written(permissions))).collect()
+    }
+
+    #[test]
+    fn the_documentation_has_the_permissions_of_every_request() {
+        let rows = table("### What each HTTP request needs").into_iter();
+        let documented: BTreeMap<_, _> = rows
+            .flat_map(|(mut methods, needs)| {
+                let path = methods.pop().unwrap().to_owned();
+                methods
+                    .into_iter()
+                    .map(move |method| ((method, path.clone()), needs.clone()))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        let routes = [cache::ROUTES, operations::ROUTES, front::ROUTES].map(of_routes);
+        assert_eq!(documented, routes.into_iter().flatten().collect());
     }
 
     async fn ask(address: std::net::SocketAddr, method: &str, path: &str) -> String {

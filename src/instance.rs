@@ -1,7 +1,8 @@
 //! Instances: separate namespaces behind one endpoint.
 //!
 //! Blobs, action results and operations of one instance are invisible from another (GEN-15), unless the configuration lets
-//! them share blobs. An [`Instance`] is always one that is configured. An unknown name is an error that no client mistakes
+//! them share blobs. Results of clients can be invisible to other principals of the same instance: they are kept in a second
+//! namespace, under keys that depend on the principal ([`Instance::private_result`]). An [`Instance`] is always one that is configured. An unknown name is an error that no client mistakes
 //! for a cache miss (GEN-14). The [`InstancePolicy`] of an instance says what its clients may do.
 
 use gorego_reapi::{
@@ -22,6 +23,8 @@ pub struct InstancePolicy {
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
+    /// Whether only the principal that wrote an action result gets it.
+    pub private_results: bool,
     /// Whether clients may execute actions, if the server executes any (CAP-01, CAP-08).
     pub execution: bool,
     /// The name of the instance whose blobs it shares; `None` if it has its own (GEN-15).
@@ -34,6 +37,7 @@ impl Default for InstancePolicy {
         Self {
             digest_functions: DigestFunction::ALL.to_vec(),
             action_cache_updates: true,
+            private_results: false,
             execution: true,
             blobs_of: None,
         }
@@ -45,6 +49,8 @@ impl Default for InstancePolicy {
 pub struct Instance {
     id: InstanceId,
     blobs: InstanceId,
+    /// The namespace of results that only their principals see; the same as `id` if there are none.
+    private: InstanceId,
     inner: Arc<Inner>,
 }
 
@@ -62,6 +68,20 @@ impl Instance {
     /// The namespace of its blobs. It is another instance's if they share blobs (GEN-15).
     pub fn blobs(&self) -> InstanceId {
         self.blobs
+    }
+
+    /// The namespace of results that only their principals see, if the instance has one.
+    pub fn private_results(&self) -> Option<InstanceId> {
+        (self.private != self.id).then_some(self.private)
+    }
+
+    /// The namespace and the key of the result of an action that only this principal sees; `None` if the instance has no such results.
+    /// The key is a digest of the names of both, so no other principal can ask for it. The size of the action is no part of it,
+    /// because HTTP clients do not know it.
+    pub(crate) fn private_result(&self, principal: &str, action: Digest) -> Option<(Self, Digest)> {
+        let space = Self { id: self.private_results()?, ..self.clone() };
+        let text = format!("goREgo private result\0{}\0{principal}", action.hash_hex());
+        Some((space, action.function().digest(text.as_bytes())))
     }
 
     /// The name on the wire; empty for the default instance.
@@ -173,7 +193,16 @@ impl Instances {
                 return Err(Error::Invalid(format!("instance name \"{name}\" is listed twice")));
             }
             let inner = Arc::new(Inner { name: name.clone(), policy });
-            map.insert(name, Instance { id, blobs: id, inner });
+            map.insert(name, Instance { id, blobs: id, private: id, inner });
+        }
+        let mut next = map.len();
+        let mut with_private: Vec<&mut Instance> =
+            map.values_mut().filter(|instance| instance.inner.policy.private_results).collect();
+        with_private.sort_by_key(|instance| instance.id);
+        for instance in with_private {
+            let id = u16::try_from(next).map_err(|_| Error::invalid("too many instance names"))?;
+            instance.private = InstanceId(id);
+            next += 1;
         }
         if map.is_empty() {
             return Err(Error::invalid("no instance name is listed"));
@@ -280,6 +309,25 @@ mod tests {
             blake3.digest_in_name(DigestFunction::Sha1.digest(b"x"), false),
             Err(Error::Invalid(_))
         ));
+    }
+
+    #[test]
+    fn private_results_have_a_namespace_and_keys_of_their_principal() {
+        let private = InstancePolicy { private_results: true, ..InstancePolicy::default() };
+        let instances =
+            [with("a", private.clone()), with("b", InstancePolicy::default()), with("c", private)];
+        let instances = Instances::with_policies(instances).unwrap();
+        let [a, b, c] = ["a", "b", "c"].map(|name| instances.get(name).unwrap());
+        assert_eq!(
+            [a.private_results(), b.private_results(), c.private_results()],
+            [Some(InstanceId(3)), None, Some(InstanceId(4))]
+        );
+        let action = DigestFunction::Sha256.digest(b"action");
+        assert_eq!(b.private_result("token:ci", action), None);
+        let (space, key) = a.private_result("token:ci", action).unwrap();
+        assert_eq!((space.id(), space.blobs(), space.name()), (InstanceId(3), a.blobs(), "a"));
+        assert_ne!(key, a.private_result("token:other", action).unwrap().1);
+        assert_ne!(key.hash(), action.hash());
     }
 
     /// GEN-15.

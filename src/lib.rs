@@ -28,6 +28,7 @@ pub mod log_streams;
 pub mod logging;
 mod memory;
 pub mod node;
+mod nondeterminism;
 pub mod platform;
 pub mod quotas;
 mod rate;

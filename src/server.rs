@@ -12,6 +12,7 @@ mod observer;
 mod owners;
 pub(crate) mod place;
 mod pools;
+mod ports;
 mod reload;
 mod tls;
 
@@ -36,6 +37,7 @@ use crate::{
     log_streams::LogStreams,
     logging::{self, Event},
     memory,
+    nondeterminism::NonDeterminismReports,
     quotas::Quotas,
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
@@ -49,30 +51,26 @@ use actix::{Actor as _, Addr};
 use actix_rt::System;
 use exit::{Exit, drain};
 use fill::{asset_settings, log_settings, scheduler_settings, store_settings};
-use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use listen::listen;
 use observer::{Observer, PoolWatch};
 use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
-use reload::{ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
+use ports::{Ports, ServedPort};
+use reload::{ReloadAccess, ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc};
 use tls::ReloadTls;
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
     select,
-    sync::oneshot,
     time::{Instant, timeout_at},
 };
 
 /// Target of the log lines of this file.
 const LOG: &str = "gorego::server";
-
-/// How long a client may be inactive, once the server only waits for clients, before its connection is closed.
-const QUIET: Duration = Duration::from_secs(2);
 
 /// The exit code after a second interrupt: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
@@ -108,6 +106,7 @@ pub(crate) fn run(
         .map_err(|error| Error::io("start the async runtime", &error))?;
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
+    let reports = NonDeterminismReports::open(settings.cache_dir.join("v1").join("nondeterminism"));
     let place = match &settings.execution {
         Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
@@ -118,8 +117,10 @@ pub(crate) fn run(
     let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
-        let server = Server::start(settings, supervision, store, place, workers).await?;
-        server.serve(Configuration { config: loaded.config, load: Box::new(load) }, ready).await
+        let (server, listeners) =
+            Server::start(settings, supervision, store, reports, place, workers).await?;
+        let configuration = Configuration { config: loaded.config, load: Box::new(load) };
+        server.serve(listeners, configuration, ready).await
     })
 }
 
@@ -140,9 +141,7 @@ fn descriptors() -> u64 {
 struct Server {
     settings: Settings,
     access: Arc<AccessLoader>,
-    listener: TcpListener,
-    /// The listener of the HTTP/1.1 cache, if it is enabled.
-    http: Option<TcpListener>,
+    quotas: Quotas,
     tls: Option<ServerTls>,
     cas: Cas,
     assets: Assets,
@@ -150,6 +149,7 @@ struct Server {
     place: Option<Arc<Place>>,
     pools: Option<Pools>,
     origins: Origins,
+    reports: NonDeterminismReports,
     log_streams: LogStreams,
     metrics: Arc<Metrics>,
     /// The runtime that serves connections. The actors run on another thread.
@@ -163,12 +163,11 @@ struct Configuration {
     load: Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>,
 }
 
-/// The reason for a shutdown.
-enum Stop {
-    /// A signal.
-    Signal(&'static str),
-    /// A fault of the server.
-    Fault(Error),
+/// The sockets of the ports.
+struct Listeners {
+    grpc: TcpListener,
+    /// That of the HTTP port, if it is enabled.
+    http: Option<TcpListener>,
 }
 
 impl Server {
@@ -176,18 +175,23 @@ impl Server {
         settings: Settings,
         mut supervision: Supervision,
         store: CasActor,
+        reports: NonDeterminismReports,
         place: Option<Place>,
         workers: Handle,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Listeners)> {
         let tls = tls::open(&settings)?;
         let access = Arc::new(AccessLoader::open(settings.access.clone(), &workers)?);
         let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
-        let listener = listen(grpc, settings.listen_addr, "listen_addr").await?;
-        let http = match settings.http_addr {
-            Some(address) => Some(listen(http, address, "http.listen_addr").await?),
-            None => None,
+        let listeners = Listeners {
+            grpc: listen(grpc, settings.listen_addr, "listen_addr").await?,
+            http: match settings.http_addr {
+                Some(address) => Some(listen(http, address, "http.listen_addr").await?),
+                None => None,
+            },
         };
         let cas = store.launch();
+        cas.report_to(reports.clone());
+        workers.spawn(reports.clone().keep_saved());
         let place = place.map(Arc::new);
         let asset_settings = asset_settings(&settings);
         let origins = asset_settings.origins.clone();
@@ -207,11 +211,11 @@ impl Server {
             start_scheduler(bounds, PoolMaker { place, execution, cas, log_streams, metrics }, &workers)
         });
         let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
-        Ok(Self {
+        let quotas = Quotas::new(settings.quotas.clone());
+        let server = Self {
             settings,
             access,
-            listener,
-            http,
+            quotas,
             tls,
             cas,
             assets,
@@ -219,78 +223,151 @@ impl Server {
             place,
             pools,
             origins,
+            reports,
             log_streams,
             metrics,
             workers,
             supervision,
-        })
+        };
+        Ok((server, listeners))
     }
 
     /// Serves until a signal or fault, then shuts down.
-    async fn serve(self, configuration: Configuration, ready: impl FnOnce(Ready)) -> Result<()> {
-        let Self {
-            settings,
-            access,
-            listener,
-            http,
-            tls,
-            cas,
-            assets,
-            scheduler,
-            place,
-            pools,
-            origins,
-            log_streams,
-            metrics,
-            workers,
-            supervision,
-        } = self;
+    async fn serve(
+        mut self,
+        listeners: Listeners,
+        configuration: Configuration,
+        ready: impl FnOnce(Ready),
+    ) -> Result<()> {
+        let supervision = std::mem::take(&mut self.supervision);
         let supervisor = supervision.supervisor.clone();
-        let owners = Owners { cas: cas.clone(), assets: assets.clone(), scheduler: scheduler.clone() };
-        let hosts = Hosts::new(settings.http_hosts.clone());
-        let quotas = Quotas::new(settings.quotas.clone());
-        let mut parts: Vec<Box<dyn Reloadable>> = vec![
-            Box::new(ReloadQuotas::new(quotas.clone(), &settings)),
-            Box::new(ReloadLogFilter::new(&settings.log)),
-            Box::new(ReloadHosts::new(hosts.clone(), &settings)),
-            Box::new(ReloadOrigins::new(origins, &settings.assets)),
-            Box::new(ReloadTls(tls.clone())),
-        ];
-        let images = place.as_ref().and_then(|place| place.images.as_ref());
-        parts.extend(ReloadImages::new(images, &settings).map(|part| Box::new(part) as _));
-        parts.extend(pools.map(|pools| Box::new(pools) as _));
-        let Configuration { config, load } = configuration;
-        let reloader = Reloader::new(load, &config, parts, workers.clone());
+        let owners =
+            Owners { cas: self.cas.clone(), assets: self.assets.clone(), scheduler: self.scheduler.clone() };
+        let hosts = Hosts::new(self.settings.http_hosts.clone());
+        let reloader = self.reloader(configuration, &hosts);
         let mut signals = StopSignals::of_server()?;
+        let mut ports = self.open_ports(listeners, hosts, &owners, &reloader).await?;
+        ready(self.ready(ports.address));
+        supervisor.ready();
+        // On the actors' thread, so that a thread that is stuck sends no sign of life.
+        actix_rt::spawn(owners.clone().report(
+            supervision,
+            self.settings.max_size_bytes,
+            self.workers.clone(),
+        ));
+        let signal = select! {
+            signal = stop_signal(&mut signals, &reloader, &supervisor) => signal,
+            error = owners.died() => return Err(error),
+            error = ports.failed() => return Err(error),
+        };
+        supervisor.stopping();
+        Event::info(LOG, "server_stopping")
+            .with("signal", signal.name())
+            .with("grace_ms", self.settings.shutdown_grace.as_millis() as u64)
+            .log(format_args!(
+                "shutting down: finishing running work and open requests; a second interrupt exits at once"
+            ));
+        let exit = Exit::within(self.settings.shutdown_grace);
+        let connections = ports.connections.clone();
+        select! {
+            () = self.finish(ports, exit) => {}
+            signal = signals.next() => exit_at_once(signal),
+        }
+        owners.check()?;
+        self.close_store(exit).await;
+        connections.tell_counted();
+        Event::info(LOG, "server_stopped").log(format_args!("stopped"));
+        Ok(())
+    }
+
+    /// The parts that take in a new configuration, and the way to read it.
+    fn reloader(&mut self, Configuration { config, load }: Configuration, hosts: &Hosts) -> Reloader {
+        let settings = &self.settings;
+        let mut parts: Vec<Box<dyn Reloadable>> = vec![
+            Box::new(ReloadQuotas::new(self.quotas.clone(), settings)),
+            Box::new(ReloadLogFilter::new(&settings.log)),
+            Box::new(ReloadHosts::new(hosts.clone(), settings)),
+            Box::new(ReloadOrigins::new(self.origins.clone(), &settings.assets)),
+            Box::new(ReloadTls(self.tls.clone())),
+            Box::new(ReloadAccess(self.access.clone())),
+        ];
+        let images = self.place.as_ref().and_then(|place| place.images.as_ref());
+        parts.extend(ReloadImages::new(images, settings).map(|part| Box::new(part) as _));
+        parts.extend(self.pools.take().map(|pools| Box::new(pools) as _));
+        Reloader::new(load, &config, parts, self.workers.clone())
+    }
+
+    /// What is known when the gRPC port is open at this address.
+    fn ready(&self, address: SocketAddr) -> Ready {
+        let place = self.place.as_ref();
+        Ready {
+            address,
+            tls: self.tls.is_some(),
+            sandbox: place.and_then(|place| Some(place.sandbox.as_ref()?.1.clone())),
+            limits: place.map(|place| place.limits.clone()),
+        }
+    }
+
+    /// Opens both ports, and starts what runs beside them.
+    async fn open_ports(
+        &self,
+        Listeners { grpc, http }: Listeners,
+        hosts: Hosts,
+        owners: &Owners,
+        reloader: &Reloader,
+    ) -> Result<Ports> {
         let address =
-            listener.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
+            grpc.local_addr().map_err(|error| Error::io("learn the port that is listened on", &error))?;
         let health = grpc::health::Health::serving().await;
-        let under_way = UnderWay::default();
-        let connections = Connections::new(descriptors());
-        workers.spawn(connections.clone().sweep());
-        let watch = scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
+        let shared = http::PortContext {
+            gate: Gate::counting(
+                self.settings.instances.clone(),
+                self.access.authenticator().clone(),
+                self.quotas.clone(),
+                self.metrics.authentication.clone(),
+            ),
+            hosts,
+            under_way: UnderWay::default(),
+            connections: Connections::new(descriptors()),
+            metrics: self.metrics.clone(),
+        };
+        let (under_way, connections) = (shared.under_way.clone(), shared.connections.clone());
+        let watch = self.scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
         let observer = Arc::new(Observer::new(
-            metrics.clone(),
+            self.metrics.clone(),
             owners.clone(),
-            (connections.clone(), tls.clone()),
+            (connections.clone(), self.tls.clone()),
             watch,
         ));
-        workers.spawn(observer.clone().tell(health.clone()));
-        let gate = Gate::with_quotas(settings.instances.clone(), access.authenticator().clone(), quotas);
-        workers.spawn(access.watch());
-        if let Some(tls) = tls.clone() {
-            workers.spawn(tls.watch(connections.clone()));
+        self.workers.spawn(observer.clone().tell(health.clone()));
+        self.workers.spawn(connections.clone().sweep());
+        self.workers.spawn(self.access.clone().watch());
+        if let Some(tls) = self.tls.clone() {
+            self.workers.spawn(tls.watch(connections.clone()));
         }
-        let edge = Arc::new(Edge {
-            gate: gate.clone(),
-            cas: cas.clone(),
-            scheduler: scheduler.clone().map(|scheduler| Scheduler::new(scheduler, settings.node)),
-            assets: Some(assets.clone()),
-            log_streams: log_streams.clone(),
-            under_way: under_way.clone(),
-            connections: connections.clone(),
-            administration: administration(place.as_deref(), reloader.clone()),
-            metrics: metrics.clone(),
+        let tls = self.tls.as_ref();
+        let grpc = ServedPort::grpc((self.edge(&shared, reloader), health.clone()), grpc, tls, &self.workers);
+        let max_blob_bytes = self.settings.max_blob_bytes;
+        let cache = Cache { gate: shared.gate.clone(), cas: self.cas.clone(), max_blob_bytes };
+        let port = http::Port::new(cache, Operations { observer: observer.clone() }, shared);
+        let http = ServedPort::http(port, http, tls, &self.workers)?;
+        Ok(Ports { address, connections, under_way, observer, health, grpc, http })
+    }
+
+    /// What the gRPC services need.
+    fn edge(&self, shared: &http::PortContext, reloader: &Reloader) -> Arc<Edge> {
+        let settings = &self.settings;
+        let scheduler = self.scheduler.clone();
+        Arc::new(Edge {
+            gate: shared.gate.clone(),
+            cas: self.cas.clone(),
+            scheduler: scheduler.map(|scheduler| Scheduler::new(scheduler, settings.node)),
+            assets: Some(self.assets.clone()),
+            log_streams: self.log_streams.clone(),
+            under_way: shared.under_way.clone(),
+            connections: shared.connections.clone(),
+            administration: administration(self.place.as_deref(), self.reports.clone(), reloader.clone()),
+            metrics: self.metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
                 compressed_committed_size: settings.compressed_committed_size,
@@ -300,103 +377,48 @@ impl Server {
                     .as_ref()
                     .map_or(Priorities { min: 0, max: 0 }, |e| e.priorities),
             },
-        });
-        let (close, closed) = oneshot::channel::<()>();
-        let mut serving = workers.spawn({
-            let health = health.clone();
-            let tls = tls.as_ref().map(ServerTls::grpc_port);
-            async move {
-                // Also completes when the sender is dropped.
-                let shutdown = async move { drop(closed.await) };
-                grpc::serve_with(edge, &health, listener, tls, shutdown).await
-            }
-        });
-        let shared = http::PortContext {
-            gate: gate.clone(),
-            hosts,
-            under_way: under_way.clone(),
-            connections: connections.clone(),
-            metrics,
-        };
-        let cache = Cache { gate, cas: cas.clone(), max_blob_bytes: settings.max_blob_bytes };
-        let port = http::Port::new(cache, Operations { observer: observer.clone() }, shared);
-        let (http_close, mut http_serving) = serve_http(http, port, tls.as_ref(), &workers)?;
-        let sandbox = place.as_ref().and_then(|place| Some(place.sandbox.as_ref()?.1.clone()));
-        let limits = place.as_ref().map(|place| place.limits.clone());
-        ready(Ready { address, tls: tls.is_some(), sandbox, limits });
-        supervisor.ready();
-        // On the actors' thread, so that a thread that is stuck sends no sign of life.
-        actix_rt::spawn(owners.clone().report(supervision, settings.max_size_bytes, workers.clone()));
+        })
+    }
 
-        let stop = select! {
-            signal = stop_signal(&mut signals, &reloader, &supervisor) => Stop::Signal(signal.name()),
-            error = owners.died() => Stop::Fault(error),
-            error = &mut http_serving => Stop::Fault(error),
-            ended = &mut serving => Stop::Fault(match ended {
-                Ok(Ok(())) => Error::internal("the gRPC server stopped by itself"),
-                Ok(Err(error)) => error,
-                Err(panic) => Error::Internal(format!("the gRPC server panicked: {panic}")),
-            }),
-        };
-        let signal = match stop {
-            Stop::Signal(signal) => signal,
-            Stop::Fault(error) => return Err(error),
-        };
-        supervisor.stopping();
-        Event::info(LOG, "server_stopping")
-            .with("signal", signal)
-            .with("grace_ms", settings.shutdown_grace.as_millis() as u64)
-            .log(format_args!(
-                "shutting down: finishing running work and open requests; a second interrupt exits at once"
-            ));
-        let exit = Exit::within(settings.shutdown_grace);
-        let orderly = async {
-            observer.drain();
-            health.drain().await;
-            if let Some(scheduler) = &scheduler {
-                drain(scheduler, exit).await;
-            }
-            // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
-            let left = exit.told().saturating_duration_since(Instant::now());
-            let removal = place.map(|place| workers.spawn_blocking(move || place.empty(left)));
-            log_streams.close();
-            // Clients that wait for a stream receive its end now. Idle connections are closed gracefully.
-            let _ = close.send(());
-            drop(http_close);
-            select! {
-                _ = async { tokio::join!(serving, http_serving) } => {}
-                _ = timeout_at(exit.told(), under_way.finished(QUIET)) => {
-                    Event::warn(LOG, "connections_cut")
-                        .log(format_args!("closing connections that clients keep open"));
-                }
-            }
-            if let Some(removal) = removal {
-                let _ = removal.await;
-            }
-        };
-        select! {
-            () = orderly => {}
-            signal = signals.next() => {
-                Event::warn(LOG, "server_interrupted")
-                    .with("signal", signal.name())
-                    .log(format_args!("exiting at once"));
-                logging::flush();
-                // The runners see their sockets close and kill their processes.
-                std::process::exit(INTERRUPTED);
-            }
+    /// Finishes the work, and then the open requests.
+    async fn finish(&self, ports: Ports, exit: Exit) {
+        ports.drain().await;
+        if let Some(scheduler) = &self.scheduler {
+            drain(scheduler, exit).await;
         }
-        owners.check()?;
-        // Saves the asset bindings and the recent uses, which determine the order of eviction after the next start.
-        let closing = async { tokio::join!(assets.actor().send(CloseAssets), cas.actor().send(CloseStore)) };
+        // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
+        let left = exit.told().saturating_duration_since(Instant::now());
+        let place = self.place.clone();
+        let removal = place.map(|place| self.workers.spawn_blocking(move || place.empty(left)));
+        // Clients that wait for a stream receive its end.
+        self.log_streams.close();
+        ports.close(exit.told()).await;
+        if let Some(removal) = removal {
+            let _ = removal.await;
+        }
+    }
+
+    /// Saves the asset bindings, the reports, and the recent uses, which determine the order of eviction after the next start.
+    async fn close_store(&self, exit: Exit) {
+        let reports = self.reports.clone();
+        let saving = self.workers.spawn_blocking(move || reports.save());
+        let closing =
+            async { tokio::join!(self.assets.actor().send(CloseAssets), self.cas.actor().send(CloseStore)) };
         if timeout_at(exit.end, closing).await.is_err() {
             Event::warn(LOG, "store_not_closed").log(format_args!(
                 "the store closes slowly; the order of eviction may be outdated after the next start"
             ));
         }
-        connections.tell_counted();
-        Event::info(LOG, "server_stopped").log(format_args!("stopped"));
-        Ok(())
+        let _ = timeout_at(exit.end, saving).await;
     }
+}
+
+/// Ends the process without waiting for anything.
+fn exit_at_once(signal: StopSignal) -> ! {
+    Event::warn(LOG, "server_interrupted").with("signal", signal.name()).log(format_args!("exiting at once"));
+    logging::flush();
+    // The runners see their sockets close and kill their processes.
+    std::process::exit(INTERRUPTED)
 }
 
 /// Waits for the next signal that stops the server. A hangup reloads the configuration instead.
@@ -417,43 +439,18 @@ async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader, supervisor:
     }
 }
 
-fn administration(place: Option<&Place>, reloader: Reloader) -> Administration {
+fn administration(
+    place: Option<&Place>,
+    reports: NonDeterminismReports,
+    reloader: Reloader,
+) -> Administration {
     let staged_trees = place.map(|place| {
         let build_root = place.build_root.clone();
         Arc::new(move || build_root.staged_usage()) as _
     });
     let images = place.and_then(|place| place.images.clone());
     let images = images.map(|images| Arc::new(move || images.usage()) as _);
-    Administration { staged_trees, images, reloader: Some(reloader), ..Administration::default() }
-}
-
-/// Serves the HTTP/1.1 cache, if it has a listener, until the sender is dropped. The future yields the error that ended it.
-fn serve_http(
-    listener: Option<TcpListener>,
-    port: http::Port,
-    tls: Option<&ServerTls>,
-    workers: &Handle,
-) -> Result<(oneshot::Sender<()>, BoxFuture<'static, Error>)> {
-    let (close, closed) = oneshot::channel::<()>();
-    // Without a listener, the future must not complete before the shutdown.
-    let Some(listener) = listener else {
-        let ended = closed.map(|_| Error::internal("there is no HTTP server"));
-        return Ok((close, ended.boxed()));
-    };
-    let address =
-        listener.local_addr().map_err(|error| Error::io("learn the port of the HTTP cache", &error))?;
-    Event::info(LOG, "http_started")
-        .with_shown("listen_addr", &address)
-        .log(format_args!("serving the HTTP cache on {address}"));
-    let serving = workers
-        .spawn(http::serve(port, listener, tls.map(ServerTls::http_port), async move { drop(closed.await) }));
-    let ended = async move {
-        match serving.await {
-            Ok(()) => Error::internal("the HTTP server stopped by itself"),
-            Err(panic) => Error::Internal(format!("the HTTP server panicked: {panic}")),
-        }
-    };
-    Ok((close, ended.boxed()))
+    Administration { staged_trees, images, reports, reloader: Some(reloader), ..Administration::default() }
 }
 
 fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {

@@ -78,6 +78,9 @@ pub trait SignedTokens: fmt::Debug + Send + Sync {
         token: &'a str,
         now: SystemTime,
     ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>>;
+
+    /// Whether tokens of this issuer and subject (`ISSUER#SUBJECT`) may still be accepted.
+    fn trusts(&self, holder: &str) -> bool;
 }
 
 /// What a valid signed token says.
@@ -202,7 +205,7 @@ impl Authenticator {
     /// When its credential has expired, or was revoked or replaced.
     pub(crate) fn renew(&self, principal: &Principal, now: SystemTime) -> Result<Principal, Rejection> {
         if principal.expires().is_some_and(|expires| expires <= now) {
-            return Err(Rejection::refused(format!("the credential of {principal} has expired")));
+            return Err(Rejection::Expired(format!("the credential of {principal} has expired")));
         }
         let rules = self.rules();
         let current = match principal.kind() {
@@ -211,8 +214,13 @@ impl Authenticator {
             PrincipalKind::Basic => {
                 rules.sources.users.as_ref().and_then(|users| users.principal(principal.detail()).cloned())
             }
-            // Those who have issued them say when they end, and connections whose certificates were revoked are closed.
-            PrincipalKind::Jwt | PrincipalKind::Certificate => Some(principal.clone()),
+            // Its issuer says when it ends, unless the issuer itself was taken out of the configuration.
+            PrincipalKind::Jwt => {
+                let signed = rules.sources.signed.as_ref();
+                signed.filter(|signed| signed.trusts(principal.detail())).map(|_| principal.clone())
+            }
+            // Its issuer says when it ends, and connections whose certificates were revoked are closed.
+            PrincipalKind::Certificate => Some(principal.clone()),
         };
         let current = current.filter(|current| current.mark() == principal.mark());
         current.ok_or_else(|| Rejection::refused(format!("the credential of {principal} was revoked")))

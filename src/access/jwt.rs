@@ -134,6 +134,11 @@ impl SignedTokens for JwtVerifier {
     ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>> {
         async move { Ok(self.check(token, now).await?) }.boxed()
     }
+
+    fn trusts(&self, holder: &str) -> bool {
+        let issuers = self.issuers.iter().map(|issuer| issuer.rules.issuer());
+        issuers.filter_map(|issuer| holder.strip_prefix(issuer)).any(|rest| rest.starts_with('#'))
+    }
 }
 
 impl From<TokenRefusal> for Rejection {
@@ -142,7 +147,11 @@ impl From<TokenRefusal> for Rejection {
             RefusalKind::Malformed => Self::Malformed(refusal.message()),
             // The reason names addresses of this server's network.
             RefusalKind::KeysUnavailable => Self::Unavailable(refusal.message()),
-            _ => Self::Refused(refusal.message()),
+            RefusalKind::Expired | RefusalKind::NotYetValid => Self::Expired(refusal.message()),
+            RefusalKind::Issuer | RefusalKind::Audience | RefusalKind::Algorithm | RefusalKind::Claims => {
+                Self::Unaccepted(refusal.message())
+            }
+            RefusalKind::Key | RefusalKind::Signature => Self::Refused(refusal.message()),
         }
     }
 }

@@ -34,6 +34,31 @@ const PASSWORDS_MAX_BYTES: u64 = 16 * 1024 * 1024;
 pub(crate) struct AccessLoader {
     authenticator: Authenticator,
     state: Mutex<LoadedAccess>,
+    /// Where keys of issuers are fetched.
+    runtime: Handle,
+}
+
+/// Rules that were made and are not in force yet.
+#[derive(Debug)]
+pub(crate) struct PreparedRules {
+    rules: AccessRules,
+    loaded: LoadedAccess,
+}
+
+impl PreparedRules {
+    /// What the rules have, for people.
+    pub(crate) fn description(&self) -> String {
+        let settings = &self.loaded.settings;
+        let sources = [
+            ("tokens", settings.tokens.is_some()),
+            ("passwords", settings.passwords.is_some()),
+            ("certificates", !settings.certificates.is_empty()),
+            ("signed tokens", !settings.jwt.is_empty()),
+        ];
+        let known: Vec<_> = sources.iter().filter(|(_, is_there)| *is_there).map(|(name, _)| *name).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        format!("{} roles; credentials: {known}", settings.policy.roles().count())
+    }
 }
 
 #[derive(Debug)]
@@ -62,14 +87,37 @@ impl AccessLoader {
     pub(crate) fn open(settings: AccessSettings, runtime: &Handle) -> Result<Self> {
         // Before the files are read: a change in between is noticed at the first look.
         let stamps = stamps(&settings);
-        let signed = signed_tokens(&settings, runtime)?;
+        let signed = signed_tokens(&settings, None, runtime)?;
         let authenticator = Authenticator::new(load(&settings, signed.clone())?);
-        Ok(Self { authenticator, state: Mutex::new(LoadedAccess { settings, signed, stamps }) })
+        let state = Mutex::new(LoadedAccess { settings, signed, stamps });
+        Ok(Self { authenticator, state, runtime: runtime.clone() })
     }
 
     /// The authenticator with the rules.
     pub(crate) fn authenticator(&self) -> &Authenticator {
         &self.authenticator
+    }
+
+    /// Makes rules from other settings, and changes nothing yet. `None` if neither these nor the files are different.
+    ///
+    /// # Errors
+    /// `Invalid` that names the file that cannot be used.
+    pub(crate) fn prepare(&self, settings: AccessSettings) -> Result<Option<PreparedRules>> {
+        let stamps = stamps(&settings);
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if settings == state.settings && stamps == state.stamps {
+            return Ok(None);
+        }
+        let signed = signed_tokens(&settings, state.signed.as_deref(), &self.runtime)?;
+        let rules = load(&settings, signed.clone())?;
+        Ok(Some(PreparedRules { rules, loaded: LoadedAccess { settings, signed, stamps } }))
+    }
+
+    /// Puts prepared rules in force.
+    pub(crate) fn apply(&self, prepared: PreparedRules) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = prepared.loaded;
+        self.authenticator.replace(prepared.rules);
     }
 
     /// Looks at the files until the server ends.
@@ -107,11 +155,16 @@ impl AccessLoader {
     }
 }
 
-fn signed_tokens(settings: &AccessSettings, runtime: &Handle) -> Result<Option<Arc<JwtVerifier>>> {
+/// The issuers of signed tokens. Keys of a previous verifier are kept where their settings are the same.
+fn signed_tokens(
+    settings: &AccessSettings,
+    previous: Option<&JwtVerifier>,
+    runtime: &Handle,
+) -> Result<Option<Arc<JwtVerifier>>> {
     if settings.jwt.is_empty() {
         return Ok(None);
     }
-    let verifier = JwtVerifier::start(&settings.jwt, None, SystemTime::now(), runtime, log_keys);
+    let verifier = JwtVerifier::start(&settings.jwt, previous, SystemTime::now(), runtime, log_keys);
     verifier.map(|verifier| Some(Arc::new(verifier))).map_err(Error::Invalid)
 }
 

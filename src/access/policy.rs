@@ -17,7 +17,7 @@ use std::{collections::BTreeMap, sync::Arc};
 const HELP: &str = "docs/securing.md";
 
 /// See the top of this file.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     roles: BTreeMap<String, Arc<Role>>,
     /// The roles of everybody, with and without a credential.
@@ -60,6 +60,11 @@ impl Policy {
     /// Whether clients can have credentials.
     pub fn has_credentials(&self) -> bool {
         self.has_credentials
+    }
+
+    /// All roles.
+    pub fn roles(&self) -> impl Iterator<Item = &Role> {
+        self.roles.values().map(|role| &**role)
     }
 
     /// The roles of everybody.
@@ -169,7 +174,8 @@ pub fn allowed_by(instance: &Instance, permission: Permission) -> Result<()> {
     let rules = instance.policy();
     let reason = match permission {
         Permission::AcWrite if !rules.action_cache_updates => {
-            "clients may not write action results under this instance name (action_cache_updates = false)"
+            "clients may not write action results under this instance name (action_cache_updates = false, or \
+             client_results = \"refused\")"
         }
         Permission::Execute if !rules.execution => {
             "no actions are run under this instance name (execution = false)"

@@ -8,8 +8,12 @@ use std::{fmt, time::Duration};
 pub enum Rejection {
     /// The request cannot be understood as having one credential.
     Malformed(String),
-    /// The credential is unknown, revoked, expired, or not trusted.
+    /// There is no such credential, or it was revoked.
     Refused(String),
+    /// The credential has expired, or is not valid yet.
+    Expired(String),
+    /// The credential is genuine, but not for this server.
+    Unaccepted(String),
     /// Too many credentials are being checked, or were wrong. The request may be tried again after this time.
     TooMany(String, Duration),
     /// The credential cannot be checked now, for example because the keys of its issuer cannot be fetched.
@@ -21,22 +25,16 @@ impl Rejection {
     pub fn refused(why: impl Into<String>) -> Self {
         Self::Refused(why.into())
     }
-
-    /// A word for logs and metrics.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Malformed(_) => "malformed",
-            Self::Refused(_) => "refused",
-            Self::TooMany(..) => "too_many",
-            Self::Unavailable(_) => "unavailable",
-        }
-    }
 }
 
 impl fmt::Display for Rejection {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Self::Malformed(why) | Self::Refused(why) | Self::TooMany(why, _) | Self::Unavailable(why)) =
-            self;
+        let (Self::Malformed(why)
+        | Self::Refused(why)
+        | Self::Expired(why)
+        | Self::Unaccepted(why)
+        | Self::TooMany(why, _)
+        | Self::Unavailable(why)) = self;
         formatter.write_str(why)
     }
 }
@@ -44,7 +42,10 @@ impl fmt::Display for Rejection {
 impl From<Rejection> for Error {
     fn from(rejection: Rejection) -> Self {
         match rejection {
-            Rejection::Malformed(why) | Rejection::Refused(why) => Self::Unauthenticated(why),
+            Rejection::Malformed(why)
+            | Rejection::Refused(why)
+            | Rejection::Expired(why)
+            | Rejection::Unaccepted(why) => Self::Unauthenticated(why),
             Rejection::TooMany(message, retry_after) => {
                 Self::Exhausted { message, retry_after: Some(retry_after) }
             }

@@ -138,4 +138,13 @@ mod tests {
                 .all(|role| role.name == "admin" || !role.permissions.contains(&Permission::Admin))
         );
     }
+
+    #[test]
+    fn the_documentation_has_the_ready_made_roles() {
+        let documented = crate::access::documented::table("## What a client may do");
+        let roles = READY_MADE.iter().map(|role| {
+            (vec![role.name], role.permissions.iter().map(|permission| permission.name()).collect::<Vec<_>>())
+        });
+        assert_eq!(documented, roles.collect::<Vec<_>>());
+    }
 }

@@ -4,7 +4,7 @@ use super::{grants::CertificateGrant, jwt::JwtSettings, policy::Policy};
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// See the top of this file.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct AccessSettings {
     /// Who may do what.
     pub policy: Policy,

@@ -235,7 +235,7 @@ impl TokenSet {
         let principal =
             principal.map_err(|why| Rejection::refused(format!("the token {id} cannot be used: {why}")))?;
         if principal.expires().is_some_and(|expires| expires <= now) {
-            return Err(Rejection::refused(format!(
+            return Err(Rejection::Expired(format!(
                 "the token {id} has expired; ask the operator of this server for a new one"
             )));
         }

@@ -47,6 +47,7 @@ use crate::{
     budget::{Bounds, Budget},
     instance::{InstanceId, Instances},
     logging::Event,
+    nondeterminism::NonDeterminismReports,
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bytes::Bytes;
@@ -67,7 +68,7 @@ use memo::Memo;
 use reply::StoreReply;
 use requests::*;
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -126,6 +127,8 @@ pub(crate) struct StoreShared {
     decoders: Budget,
     /// State of splits and splices. It does not say what is stored.
     chunk_work: ChunkWork,
+    /// Where results that replace different ones are reported.
+    reports: OnceLock<NonDeterminismReports>,
     /// Held by a purge while it works on a page.
     purge_turn: tokio::sync::Mutex<()>,
     /// Held while the disk is relieved, which is done once for all callers.
@@ -209,6 +212,7 @@ impl CasActor {
             walks: Walks::default(),
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
+            reports: OnceLock::new(),
             purge_turn: tokio::sync::Mutex::default(),
             relief_turn: tokio::sync::Mutex::default(),
             relieved_first: relief::RelievedFirst::default(),

@@ -1,5 +1,6 @@
 //! `gorego store`: the numbers of a server's store, and trust in its action results. Clients of the Admin service.
 
+mod nondeterminism;
 mod purge;
 mod stats;
 
@@ -14,6 +15,8 @@ pub enum StoreCommand {
     Stats(StatsArgs),
     /// Remove results from the action cache by where they come from, or show which ones that would be
     Purge(PurgeArgs),
+    /// List the actions that were seen with different outputs, the latest first
+    Nondeterminism(NonDeterminismArgs),
 }
 
 /// The flags of `gorego store stats`.
@@ -35,7 +38,7 @@ pub struct PurgeArgs {
     #[arg(long, value_name = "HASH/SIZE")]
     pub action: Option<String>,
     /// Digest function of --action, such as blake3 [default: the one that the length of the hash suggests]
-    #[arg(long, value_name = "NAME", value_parser = super::parse_digest_function)]
+    #[arg(long, value_name = "NAME", value_parser = super::args::parse_digest_function)]
     pub digest_function: Option<DigestFunction>,
     /// Results that this run of a build tool caused (Bazel's invocation id)
     #[arg(long, value_name = "ID")]
@@ -60,12 +63,27 @@ pub struct PurgeArgs {
     pub json: bool,
 }
 
+/// The flags of `gorego store nondeterminism`.
+#[derive(Debug, Clone, Args)]
+pub struct NonDeterminismArgs {
+    /// List at most this many
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub limit: u32,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Print JSON (docs/administration.md)
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Runs `gorego store ...` and returns its exit code.
 pub(super) fn run(command: &StoreCommand) -> u8 {
     let outcome = super::block_on(async {
         match command {
             StoreCommand::Stats(args) => stats::stats(args).await,
             StoreCommand::Purge(args) => purge::purge(args).await,
+            StoreCommand::Nondeterminism(args) => nondeterminism::list(args).await,
         }
     });
     outcome.unwrap_or_else(|error| {

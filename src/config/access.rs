@@ -1,8 +1,9 @@
 //! `[access]`: the notation of who may do what, and its checks.
 
 use super::{
+    Machine,
+    checker::Checker,
     jwt::{self, JwtConfig},
-    settings::{Checker, Machine},
 };
 use crate::access::{
     credential::is_user,

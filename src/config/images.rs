@@ -1,6 +1,6 @@
 //! `[execution.images]`: the notation of container images, and its checks.
 
-use super::settings::{Checker, Machine};
+use super::{Machine, checker::Checker};
 use crate::{host::ImageRegistry, sandbox::settings::SandboxMode, size::Size};
 use serde::{Deserialize, Serialize};
 use std::{

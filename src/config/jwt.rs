@@ -1,6 +1,6 @@
 //! `[[access.jwt]]`: the notation of issuers of signed tokens, and its checks.
 
-use super::settings::{Checker, Machine};
+use super::{Machine, checker::Checker};
 use crate::access::jwt::{
     ClaimRole, ClaimSettings, IssuerRules, IssuerSettings, JwksLocation, JwtSettings, KeySettings,
 };
@@ -201,7 +201,7 @@ mod tests {
 
     fn issuers_of(text: &str) -> Result<Vec<JwtSettings>, Vec<String>> {
         let loaded = loaded(text);
-        let mut check = Checker { loaded: &loaded, problems: Vec::new() };
+        let mut check = Checker::new(&loaded);
         let issuers = issuers(&mut check, &machine());
         if check.problems.is_empty() { Ok(issuers) } else { Err(check.problems) }
     }

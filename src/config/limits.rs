@@ -1,6 +1,9 @@
 //! `[execution.limits]`, and `limits` of a pool: the notation of what one action may use, and its checks.
 
-use super::settings::{Checker, MAX_CONCURRENCY, MIN_SIZE};
+use super::{
+    checker::{Checker, MIN_SIZE},
+    execution::MAX_CONCURRENCY,
+};
 use crate::{
     limits::{LimitRange, LimitSettings},
     size::Size,

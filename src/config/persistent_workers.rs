@@ -1,6 +1,6 @@
 //! `[execution.persistent_workers]`: the notation of Bazel's persistent workers, and its checks.
 
-use super::settings::{Checker, MAX_CONCURRENCY};
+use super::{checker::Checker, execution::MAX_CONCURRENCY};
 use crate::size::Size;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;

@@ -5,10 +5,11 @@
 //! value. This file parses and prints these forms. [`crate::platform`] defines their meaning, and [`super::settings`] checks the result.
 
 use super::{
-    ExecutionConfig,
+    ExecutionConfig, Machine,
+    checker::Checker,
+    execution::MAX_CONCURRENCY,
     limits::{PoolLimitsConfig, limits, pool_limits},
     sandbox::PoolSandboxConfig,
-    settings::{Checker, MAX_CONCURRENCY, Machine},
 };
 use crate::{
     limits::{LimitSettings, Room},

@@ -1,6 +1,6 @@
 //! `[quotas]`: the notation of quotas, and its checks.
 
-use super::settings::Checker;
+use super::checker::Checker;
 use crate::{
     quotas::limits::{PrincipalPattern, QuotaLimits, QuotaRules},
     size::Size,
@@ -114,7 +114,7 @@ mod tests {
 
     fn rules(text: &str) -> Result<QuotaRules, Vec<String>> {
         let loaded = from_text(Path::new("gorego.toml"), text).unwrap();
-        let mut check = Checker { loaded: &loaded, problems: Vec::new() };
+        let mut check = Checker::new(&loaded);
         let rules = quotas(&mut check);
         if check.problems.is_empty() { Ok(rules) } else { Err(check.problems) }
     }

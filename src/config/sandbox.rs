@@ -1,9 +1,6 @@
 //! `[execution.sandbox]`: the notation of the sandbox, and its checks.
 
-use super::{
-    pools::PoolConfig,
-    settings::{Checker, Machine},
-};
+use super::{Machine, checker::Checker, pools::PoolConfig};
 use crate::{
     sandbox::{
         identity,

@@ -5,27 +5,20 @@
 //! Nothing here accesses a file.
 
 use super::{
-    CommittedSize, Loaded, LogConfig,
+    ClientResults, CommittedSize, Loaded, LogConfig,
     access::access,
-    images::{self, ImagesSettings},
-    load::keys,
+    checker::Checker,
+    execution::{ExecutionSettings, execution},
     log_filter::check_filter,
-    persistent_workers::{PersistentWorkersSettings, persistent_workers},
-    pools::{PoolSettings, pools},
     quotas::quotas,
-    sandbox::sandbox,
     tls::{ClientAuth, TlsSettings, tls},
 };
 use crate::{
     access::settings::AccessSettings,
-    action::{Priorities, TimeoutPolicy},
     host::{HostPortRule, HostRule, Network},
     instance::{InstancePolicy, Instances},
     node::NodeName,
-    platform::{self, UnknownProperties},
     quotas::limits::QuotaRules,
-    sandbox::settings::SandboxSettings,
-    size::Size,
 };
 use gorego_reapi::{
     compression::LEVELS,
@@ -33,28 +26,16 @@ use gorego_reapi::{
     error::{Error, Result},
 };
 use std::{
-    fmt::Write as _,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     thread,
     time::Duration,
 };
 
-/// Smallest size that can be configured. A smaller one indicates a wrong unit.
-pub(super) const MIN_SIZE: Size = Size::from_bytes(1_000_000);
-/// Longest duration that can be configured. It keeps sums of times far from overflow.
-const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
-/// Largest number of concurrent actions on one machine. Each slot is a thread and a process.
-pub(super) const MAX_CONCURRENCY: usize = 4_096;
 /// Largest number of client log streams. Each stream with bytes holds a file open.
 const MAX_LOG_STREAMS: usize = 100_000;
 /// Largest number of concurrent downloads. Each holds a connection, and a thread while it is unpacked.
 const MAX_ASSET_CONCURRENCY: usize = 256;
-/// Largest number of queued tasks, and of retained operations; about 2 GB of memory.
-const MAX_OPERATIONS: usize = 1_000_000;
-
-/// Largest absolute value of a priority. The cost of scheduling decisions grows with the number of priorities.
-const PRIORITY_MAX: i32 = 1_000;
 
 /// Properties of the machine that the settings depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -163,120 +144,6 @@ pub struct AssetsSettings {
     pub max_age: Duration,
 }
 
-/// The checked settings of the scheduler and the workers; see [`super::ExecutionConfig`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExecutionSettings {
-    /// Number of concurrent actions in all pools together; at least 1.
-    pub slots: usize,
-    /// The pools in order of preference; at least one.
-    pub pools: Vec<PoolSettings>,
-    /// The treatment of platform properties that no pool configures.
-    pub unknown_properties: UnknownProperties,
-    /// The range of effective priorities.
-    pub priorities: Priorities,
-    /// Waiting time after which an action gains one step of priority.
-    pub priority_ageing: Duration,
-    /// Absolute directory for exec directories.
-    pub build_root: PathBuf,
-    /// Largest number of queued tasks; at least 1.
-    pub queue_size: usize,
-    /// Largest time that a task may wait for a slot.
-    pub queue_timeout: Duration,
-    /// The allowed timeouts of actions.
-    pub timeouts: TimeoutPolicy,
-    /// Time limit for fetching inputs, and again for storing outputs.
-    pub transfer_timeout: Duration,
-    /// How long finished operations are kept.
-    pub retention: Duration,
-    /// Largest number of finished operations that are kept; at least 1.
-    pub retained_operations: usize,
-    /// How long work continues after its last client left.
-    pub abandon_grace: Duration,
-    /// The same if other work waits for its slot, or the server shuts down.
-    pub contended_abandon_grace: Duration,
-    /// How often a task is attempted if its worker fails; at least 1.
-    pub max_attempts: u32,
-    /// Size limit of a file that a command writes.
-    pub max_output_file_bytes: u64,
-    /// The sandbox of actions.
-    pub sandbox: SandboxSettings,
-    /// Container images; `None` if actions cannot name any.
-    pub images: Option<ImagesSettings>,
-    /// Bazel's persistent workers; `None` when each action runs in a process of its own.
-    pub persistent_workers: Option<PersistentWorkersSettings>,
-    /// Most bytes of all staged input trees together; 0 for none.
-    pub max_staged_bytes: u64,
-    /// Memory of all actions together; 0 for a part of the machine's.
-    pub total_memory_bytes: u64,
-    /// Whether control groups must be able to enforce the limits of actions.
-    pub limits_required: bool,
-}
-
-/// Collects problems, so that all are reported together.
-pub(super) struct Checker<'a> {
-    pub(super) loaded: &'a Loaded,
-    pub(super) problems: Vec<String>,
-}
-
-impl Checker<'_> {
-    pub(super) fn refuse(&mut self, key: &str, problem: &str) {
-        let value = keys(&self.loaded.config).into_iter().find(|(name, _)| name == key);
-        let value = value.map(|(_, value)| value.to_string()).unwrap_or_default();
-        self.problems.push(format!("{key} = {value} ({}): {problem}", self.loaded.origin(key)));
-    }
-
-    pub(super) fn require(&mut self, key: &str, holds: bool, problem: &str) {
-        if !holds {
-            self.refuse(key, problem);
-        }
-    }
-
-    /// Checks a size and converts it to bytes.
-    pub(super) fn size(&mut self, key: &str, size: Size) -> u64 {
-        self.require(key, size >= MIN_SIZE, &format!("must be between {MIN_SIZE} and {}", Size::MAX));
-        size.bytes()
-    }
-
-    fn count(&mut self, key: &str, count: usize, max: usize) {
-        self.require(key, (1..=max).contains(&count), &format!("must be between 1 and {max}"));
-    }
-
-    pub(super) fn duration(&mut self, key: &str, duration: Duration, zero_is_fine: bool) {
-        self.require(key, zero_is_fine || !duration.is_zero(), "must be more than 0");
-        self.require(key, duration <= MAX_DURATION, "must not be longer than 366 days");
-    }
-
-    /// Parses a list of rules and refuses the key if one of them has not the given form.
-    pub(super) fn rules<T>(
-        &mut self,
-        key: &str,
-        texts: &[String],
-        form: &str,
-        parse: fn(&str) -> Option<T>,
-    ) -> Vec<T> {
-        let mut rules = Vec::with_capacity(texts.len());
-        for text in texts {
-            match parse(text) {
-                Some(rule) => rules.push(rule),
-                None => self.refuse(key, &format!("\"{}\" is not {form}", text.escape_debug())),
-            }
-        }
-        rules
-    }
-
-    /// Makes a configured, non-empty path absolute.
-    pub(super) fn directory(&mut self, key: &str, path: &Path, machine: &Machine) -> PathBuf {
-        let text = path.to_string_lossy();
-        self.require(
-            key,
-            text != "~" && !text.starts_with("~/"),
-            "\"~\" is not expanded here; write the full path",
-        );
-        self.require(key, !text.contains('\0'), "contains a NUL");
-        machine.current_dir.join(path)
-    }
-}
-
 impl Settings {
     /// Checks a configuration and fills in values that depend on the machine.
     ///
@@ -284,36 +151,17 @@ impl Settings {
     /// [`Error::Invalid`] that lists every problem on its own line.
     pub fn new(loaded: &Loaded, machine: &Machine) -> Result<Self> {
         let config = &loaded.config;
-        let mut check = Checker { loaded, problems: Vec::new() };
+        let mut check = Checker::new(loaded);
         let mut warnings = Vec::new();
         check_exposure(&mut check, &mut warnings, "listen_addr", config.listen_addr);
         let http_addr = http_address(&mut check, &mut warnings);
         let http_hosts = http_hosts(&mut check);
         let node = node_name(&mut check);
         let instances = instances(&mut check);
-        let cache_dir = if !config.local_cache_dir.as_os_str().is_empty() {
-            check.directory("local_cache_dir", &config.local_cache_dir, machine)
-        } else {
-            if machine.cache_home.is_none() {
-                check.refuse(
-                    "local_cache_dir",
-                    "this user has no cache directory ($XDG_CACHE_HOME or $HOME is needed); name a directory",
-                );
-            }
-            machine.cache_home.as_deref().unwrap_or(Path::new("/")).join("gorego")
-        };
+        let cache_dir = cache_dir(&mut check, machine);
         let max_size_bytes = check.size("max_size_gb", config.max_size_gb);
         let max_blob_bytes = check.size("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
-        check.duration("shutdown_grace", config.shutdown_grace, true);
-        check.duration("cache.partial_upload_retention", config.cache.partial_upload_retention, true);
-        check.require(
-            "cache.zstd_level",
-            LEVELS.contains(&config.cache.zstd_level),
-            "must be between 1 and 19",
-        );
-        if let Err(problem) = check_filter(&config.log.filter) {
-            check.refuse("log.filter", &problem);
-        }
+        check_values(&mut check);
         let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check);
@@ -346,14 +194,34 @@ impl Settings {
                 config_file: loaded.file.clone(),
                 warnings,
             }),
-            _ => Err(Error::Invalid(check.problems.iter().fold(
-                String::from("the configuration cannot be used:"),
-                |mut text, problem| {
-                    let _ = write!(text, "\n  {problem}");
-                    text
-                },
-            ))),
+            _ => Err(check.error()),
         }
+    }
+}
+
+/// The directory of the store.
+fn cache_dir(check: &mut Checker<'_>, machine: &Machine) -> PathBuf {
+    let configured = &check.loaded.config.local_cache_dir;
+    if !configured.as_os_str().is_empty() {
+        return check.directory("local_cache_dir", configured, machine);
+    }
+    if machine.cache_home.is_none() {
+        check.refuse(
+            "local_cache_dir",
+            "this user has no cache directory ($XDG_CACHE_HOME or $HOME is needed); name a directory",
+        );
+    }
+    machine.cache_home.as_deref().unwrap_or(Path::new("/")).join("gorego")
+}
+
+/// Checks the values that stand for themselves.
+fn check_values(check: &mut Checker<'_>) {
+    let config = &check.loaded.config;
+    check.duration("shutdown_grace", config.shutdown_grace, true);
+    check.duration("cache.partial_upload_retention", config.cache.partial_upload_retention, true);
+    check.require("cache.zstd_level", LEVELS.contains(&config.cache.zstd_level), "must be between 1 and 19");
+    if let Err(problem) = check_filter(&config.log.filter) {
+        check.refuse("log.filter", &problem);
     }
 }
 
@@ -374,21 +242,26 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let common = InstancePolicy {
         digest_functions: functions(check, "cache.digest_functions", &config.cache.digest_functions),
         action_cache_updates: config.cache.action_cache_updates,
+        private_results: false,
         execution: true,
         blobs_of: None,
     };
+    let common = with_client_results(common, config.cache.client_results);
     let mut policies: Vec<(String, InstancePolicy)> =
         config.instance_names.iter().map(|name| (name.clone(), common.clone())).collect();
     for (name, own) in &config.instances {
+        let client_results = own.client_results.unwrap_or(config.cache.client_results);
         let own = InstancePolicy {
             digest_functions: match &own.digest_functions {
                 Some(listed) => functions(check, "instances", listed),
                 None => common.digest_functions.clone(),
             },
-            action_cache_updates: own.action_cache_updates.unwrap_or(common.action_cache_updates),
+            action_cache_updates: own.action_cache_updates.unwrap_or(config.cache.action_cache_updates),
+            private_results: false,
             execution: own.execution.unwrap_or(common.execution),
             blobs_of: own.blobs_of.clone(),
         };
+        let own = with_client_results(own, client_results);
         match policies.iter_mut().find(|(listed, _)| listed == name) {
             Some((_, policy)) => *policy = own,
             None => policies.push((name.clone(), own)),
@@ -401,6 +274,15 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
             check.refuse(if shared { "instances" } else { "instance_names" }, &error.to_string());
             None
         }
+    }
+}
+
+/// The policy with this treatment of the results of clients.
+fn with_client_results(policy: InstancePolicy, results: ClientResults) -> InstancePolicy {
+    InstancePolicy {
+        action_cache_updates: policy.action_cache_updates && results != ClientResults::Refused,
+        private_results: results == ClientResults::Private,
+        ..policy
     }
 }
 
@@ -502,91 +384,5 @@ fn assets(check: &mut Checker<'_>) -> AssetsSettings {
         timeout: config.timeout,
         max_redirects: config.max_redirects,
         max_age: config.max_age,
-    }
-}
-
-fn execution(
-    check: &mut Checker<'_>,
-    warnings: &mut Vec<String>,
-    cache_dir: &Path,
-    machine: &Machine,
-) -> ExecutionSettings {
-    let config = &check.loaded.config.execution;
-    check.require(
-        "execution.concurrency",
-        config.concurrency <= MAX_CONCURRENCY,
-        &format!("must be at most {MAX_CONCURRENCY}; 0 means the number of CPUs"),
-    );
-    check.count("execution.queue_size", config.queue_size, MAX_OPERATIONS);
-    check.count("execution.retained_operations", config.retained_operations, MAX_OPERATIONS);
-    check.count("execution.max_attempts", config.max_attempts as usize, 100);
-    for (key, duration) in [
-        ("execution.queue_timeout", config.queue_timeout),
-        ("execution.default_timeout", config.default_timeout),
-        ("execution.max_timeout", config.max_timeout),
-        ("execution.transfer_timeout", config.transfer_timeout),
-        ("execution.retention", config.retention),
-        ("execution.priority_ageing", config.priority_ageing),
-    ] {
-        check.duration(key, duration, false);
-    }
-    check.duration("execution.abandon_grace", config.abandon_grace, true);
-    check.duration("execution.contended_abandon_grace", config.contended_abandon_grace, true);
-    check.require(
-        "execution.default_timeout",
-        config.default_timeout <= config.max_timeout,
-        "is above execution.max_timeout; lower it too",
-    );
-    check.require(
-        "execution.min_priority",
-        (-PRIORITY_MAX..=0).contains(&config.min_priority),
-        &format!("must be between -{PRIORITY_MAX} and 0"),
-    );
-    check.require(
-        "execution.max_priority",
-        (0..=PRIORITY_MAX).contains(&config.max_priority),
-        &format!("must be between 0 and {PRIORITY_MAX}"),
-    );
-    let build_root = if config.build_root.as_os_str().is_empty() {
-        cache_dir.join("build")
-    } else {
-        check.directory("execution.build_root", &config.build_root, machine)
-    };
-    let config_file = check.loaded.file.as_deref();
-    let credentials = images::credentials(check, machine);
-    let own = [cache_dir, &build_root].into_iter().chain(config_file).chain(credentials.as_deref());
-    let own: Vec<_> = own.collect();
-    let sandbox = sandbox(check, warnings, &own, machine);
-    let mut pools = pools(check, machine, &sandbox);
-    let images = images::images(check, credentials.clone());
-    if images.is_some() {
-        platform::offer_images(pools.iter_mut().map(|pool| &mut pool.offers));
-    }
-    ExecutionSettings {
-        slots: pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots)),
-        pools,
-        unknown_properties: config.unknown_properties,
-        priorities: Priorities { min: config.min_priority, max: config.max_priority },
-        priority_ageing: config.priority_ageing,
-        build_root,
-        queue_size: config.queue_size,
-        queue_timeout: config.queue_timeout,
-        timeouts: TimeoutPolicy { default: config.default_timeout, max: config.max_timeout },
-        transfer_timeout: config.transfer_timeout,
-        retention: config.retention,
-        retained_operations: config.retained_operations,
-        abandon_grace: config.abandon_grace,
-        contended_abandon_grace: config.contended_abandon_grace,
-        max_attempts: config.max_attempts,
-        max_output_file_bytes: check.size("execution.max_output_file_gb", config.max_output_file_gb),
-        sandbox,
-        images,
-        persistent_workers: persistent_workers(check),
-        max_staged_bytes: match config.staged_inputs_gb.bytes() {
-            0 => 0,
-            _ => check.size("execution.staged_inputs_gb", config.staged_inputs_gb),
-        },
-        total_memory_bytes: config.limits.total_memory_gb.bytes(),
-        limits_required: config.limits.required,
     }
 }

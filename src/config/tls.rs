@@ -1,6 +1,6 @@
 //! `[tls]`: the notation of TLS, and its checks.
 
-use super::settings::{Checker, Machine};
+use super::{Machine, checker::Checker};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 

@@ -4,10 +4,7 @@
 
 use super::{Edge, convert, page_token, services::admin_server::Admin};
 use crate::{
-    actors::cas::{
-        StoreInspection, Tally, Totals,
-        results::{ResultCondition, ResultSource},
-    },
+    actors::cas::{StoreInspection, Tally, Totals, results::ResultCondition},
     call::Call,
     disk::BudgetUse,
     instance::Instance,
@@ -20,7 +17,7 @@ use gorego_reapi::{
     proto::gorego::{
         BoundedStats, ConfigChange, GetStoreStatsRequest, ListNonDeterminismRequest,
         ListNonDeterminismResponse, PurgeResultsRequest, PurgeResultsResponse, ReloadConfigRequest,
-        ReloadConfigResponse, ResultOrigin, StoreStats,
+        ReloadConfigResponse, StoreStats,
     },
 };
 use std::{
@@ -36,6 +33,9 @@ const ADMIN_REQUEST: &str = "admin_request";
 
 /// Number of results that one request for a purge looks at, at most.
 const PURGE_PAGE: usize = 1_000;
+/// Default number of reports in a page, and the largest one. A report takes up to 7 kB.
+const REPORTS_PAGE: usize = 50;
+const MAX_REPORTS_PAGE: usize = 100;
 /// Longest text in the conditions of a purge, in bytes. Longer ones are not stored.
 const CONDITION_MAX_BYTES: usize = 512;
 
@@ -76,14 +76,9 @@ impl Admin for AdminService {
         request: Request<ListNonDeterminismRequest>,
     ) -> Result<Response<ListNonDeterminismResponse>, Status> {
         let call = Call::of(request.extensions());
-        let entered = self.0.gate.enter(&call, &request.get_ref().instance_name);
-        let answer = entered.and_then(|_| Err(not_yet("ListNonDeterminism")));
+        let answer = self.reports(&call, request.get_ref());
         audited(&call, "ListNonDeterminism", answer)
     }
-}
-
-fn not_yet(method: &str) -> Error {
-    Error::Unimplemented(format!("this server does not offer {method} yet"))
 }
 
 /// Logs the outcome of an administrative request.
@@ -165,13 +160,36 @@ impl AdminService {
         let max = page_size(request.page_size, PURGE_PAGE, PURGE_PAGE)?;
         let purged = self.0.cas.purge_results(&instance, &condition, from, max, request.remove).await?;
         Ok(PurgeResultsResponse {
-            results: purged.results.into_iter().map(|origin| origin_of(&origin)).collect(),
+            results: purged.results,
             examined: wire(purged.examined),
             unreadable: wire(purged.unreadable),
             next_page_token: purged
                 .next
                 .map(|next| page_token::seal(&binding, next.into()))
                 .unwrap_or_default(),
+        })
+    }
+}
+
+impl AdminService {
+    fn reports(
+        &self,
+        call: &Call,
+        request: &ListNonDeterminismRequest,
+    ) -> Result<ListNonDeterminismResponse> {
+        let instance = self.0.gate.enter(call, &request.instance_name)?;
+        // After a restart, the reports have other numbers.
+        let started_at = self.0.administration.started_at;
+        let binding = format!("reports of {:?} since {started_at:?}", instance.name());
+        let before = match request.page_token.as_str() {
+            "" => u64::MAX,
+            token => page_token::open(&binding, token)?,
+        };
+        let max = page_size(request.page_size, REPORTS_PAGE, MAX_REPORTS_PAGE)?;
+        let page = self.0.administration.reports.page(instance.name(), before, max);
+        Ok(ListNonDeterminismResponse {
+            reports: page.reports.iter().map(|report| (**report).clone()).collect(),
+            next_page_token: page.next.map(|next| page_token::seal(&binding, next)).unwrap_or_default(),
         })
     }
 }
@@ -203,19 +221,6 @@ fn condition(instance: &Instance, request: &PurgeResultsRequest) -> Result<Resul
         ));
     }
     Ok(condition)
-}
-
-fn origin_of(ResultSource { action, stored }: &ResultSource) -> ResultOrigin {
-    ResultOrigin {
-        action_digest: Some(action.to_wire()),
-        digest_function: action.function().wire().into(),
-        stored_at: stored.stored_at,
-        worker: stored.worker.clone(),
-        invocation_id: stored.tool_invocation_id.clone(),
-        peer: stored.peer.clone(),
-        principal: stored.principal.clone(),
-        is_private: false,
-    }
 }
 
 /// The number of entries of a page.

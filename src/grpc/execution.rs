@@ -38,11 +38,11 @@ impl Execution for ExecutionService {
         let scheduler = self.0.scheduler()?;
         let submit = submission(&self.0.gate, &call, request.into_inner())?;
         call.note_action(submit.action);
-        let Submit { instance, action, skip_cache_lookup, caller, .. } = &submit;
+        let Submit { instance, action, skip_cache_lookup, caller, principal, .. } = &submit;
         // A missing or malformed action is not an error of the call. It is reported inside a final Operation, where every
         // client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
         let cas = self.0.cas.working_for(*caller);
-        let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup).await?;
+        let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup, principal.name()).await?;
         match &resolution {
             Resolution::Cached(_) => call.note_cached(true),
             Resolution::Run(_) if !skip_cache_lookup => call.note_cached(false),

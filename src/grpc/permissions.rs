@@ -90,10 +90,11 @@ pub(super) fn of(path: &str) -> Option<Permissions> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::documented::{table, written};
     use gorego_reapi::proto::DESCRIPTORS;
     use prost::Message as _;
     use prost_types::FileDescriptorSet;
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
 
     /// The paths of all RPCs in these descriptors.
     fn paths(descriptors: &[u8]) -> BTreeSet<String> {
@@ -133,5 +134,17 @@ mod tests {
         for path in ["", "/", "//", "/grpc.health.v1.Health", "/grpc.health.v1.Health/", "/x/Check", "*"] {
             assert_eq!(of(path), None, "{path}");
         }
+    }
+
+    #[test]
+    fn the_documentation_has_the_permissions_of_every_rpc() {
+        let documented =
+            table("### What each RPC needs").into_iter().map(|(rpc, needs)| (rpc[0].to_owned(), needs));
+        let methods = SERVICES.iter().flat_map(|(service, methods)| {
+            methods
+                .iter()
+                .map(move |(method, permissions)| (format!("{service}/{method}"), written(permissions)))
+        });
+        assert_eq!(documented.collect::<BTreeMap<_, _>>(), methods.collect());
     }
 }

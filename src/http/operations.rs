@@ -7,7 +7,7 @@ use super::{
     router::{OPEN, Route, RoutePlace, RoutedPath},
     status,
 };
-use crate::{call::Call, telemetry};
+use crate::{access::permission::Permission, call::Call, telemetry};
 use axum::{
     body::{Body, Bytes},
     extract::Request,
@@ -28,7 +28,11 @@ pub(super) const ROUTES: &[Route] = &[
     Route { at: ALIVE, methods: OPEN, shown: "/healthz (health check)" },
     Route { at: RoutePlace::Path("status"), methods: OPEN, shown: "" },
     Route { at: READY, methods: OPEN, shown: "/readyz (readiness)" },
-    Route { at: METRICS, methods: OPEN, shown: "/metrics" },
+    Route {
+        at: METRICS,
+        methods: &[("GET", &[Permission::Metrics]), ("HEAD", &[Permission::Metrics])],
+        shown: "/metrics",
+    },
 ];
 
 /// Who knows how the server is. Each answer comes in bounded time.

@@ -123,7 +123,9 @@ impl RequestLine {
 impl Drop for RequestLine {
     fn drop(&mut self) {
         self.call.end();
-        if let Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) = self.status {
+        if matches!(self.status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN))
+            && !self.error.is_empty()
+        {
             self.gate.record(&Denial {
                 kind: self.call.denial(),
                 method: &self.method,

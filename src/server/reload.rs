@@ -4,6 +4,7 @@
 
 use super::place::tag_policy;
 use crate::{
+    access::AccessLoader,
     actors::asset::origins::Origins,
     config::{AssetsSettings, LogConfig, Settings},
     host::HostRule,
@@ -224,5 +225,25 @@ impl Reloadable for ReloadImages {
             images.allow(next.registries, next.layouts, tag_policy(next.tags));
         };
         Ok(self.current.change(key, next, describe, set).into_iter().collect())
+    }
+}
+
+/// Who may do what, with the files that say so.
+pub(super) struct ReloadAccess(pub(super) Arc<AccessLoader>);
+
+impl Reloadable for ReloadAccess {
+    fn keys(&self) -> &'static [&'static str] {
+        &["access"]
+    }
+
+    fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
+        let Some(prepared) = self.0.prepare(next.access.clone())? else { return Ok(Vec::new()) };
+        let loader = self.0.clone();
+        let description = prepared.description();
+        let apply = async move {
+            loader.apply(prepared);
+            Ok(())
+        };
+        Ok(vec![PreparedChange { key: "access".into(), description, apply: Some(Box::pin(apply)) }])
     }
 }

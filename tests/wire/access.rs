@@ -2,7 +2,7 @@
 //! are the expectation; unit tests hold them equal to the code.
 
 use crate::support::{
-    Client, PATIENCE, Run, Server, empty, eventually, http_client, metadata, response, sh, shared_dir,
+    Client, PATIENCE, Run, Server, empty, eventually, http_client, metadata, sh, shared_dir,
 };
 use bytes::{Buf as _, BufMut as _, Bytes};
 use gorego::access::tokens::{NewToken, TokenRecord, file::update};
@@ -153,7 +153,7 @@ fn message(path: &str, instance: &str, permission: &str) -> Bytes {
 /// The permissions of the principals in each instance.
 fn principals() -> BTreeMap<&'static str, [BTreeSet<&'static str>; 2]> {
     let roles = table("## What a client may do");
-    let mut principals: BTreeMap<_, _> = roles
+    let mut principals: BTreeMap<&str, [BTreeSet<&str>; 2]> = roles
         .into_iter()
         .map(|(name, permissions)| (name[0], [(); 2].map(|()| permissions.iter().copied().collect())))
         .collect();

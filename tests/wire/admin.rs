@@ -2,12 +2,18 @@
 
 use crate::{
     execution::running,
-    support::{Client, Run, Server, empty, eventually, eventually_async, metadata, sh, shared_dir},
+    support::{
+        Client, Run, Server, empty, eventually, eventually_async, http_client, metadata, sh, sh_with,
+        shared_dir,
+    },
 };
 use gorego_client::stubs::AdminClient;
 use gorego_reapi::{
     digest::Digest,
-    proto::{gorego, reapi::RequestMetadata},
+    proto::{
+        gorego,
+        reapi::{ActionResult, ExecuteRequest, RequestMetadata, UpdateActionResultRequest},
+    },
 };
 use prost::Message as _;
 use serde_json::Value;
@@ -232,6 +238,81 @@ async fn a_purge_keeps_to_its_instance_and_its_conditions() {
     assert!(other.cached(again).await.is_some(), "other instances are not touched");
 }
 
+/// What an action made differently is reported, also after a restart, and the later result is served.
+#[tokio::test]
+async fn an_action_with_different_outputs_is_reported_and_not_silently_overwritten() {
+    let mut server = Server::start().await;
+    let client = server.client().await;
+    let action = client.action(sh_with("date +%N > now; echo same > same", &["now", "same"]), empty()).await;
+    let first = client.run(action).await.result.unwrap();
+    let request = ExecuteRequest { skip_cache_lookup: true, ..client.request(action) };
+    let second = client.start_request(request).await.unwrap().finish().await.result.unwrap();
+    assert_ne!(client.output(&first, "now").await, client.output(&second, "now").await);
+    assert_eq!(client.cached(action).await.unwrap().output_files, second.output_files);
+    let list = async |server: &Server| json(server, &["store", "nondeterminism", "--json"]).await;
+    let reported = list(&server).await;
+    let report = &reported["reports"][0];
+    assert_eq!((&report["times"], &report["differing_outputs"]), (&1.into(), &1.into()), "{reported}");
+    assert_eq!(report["outputs"][0]["path"], "now");
+    assert_eq!(report["later"]["action_digest"], action.to_string());
+    let logged = server.log().into_iter().find(|line| line["event"] == "outputs_differ").unwrap();
+    assert_eq!(logged["action_digest"], action.to_string());
+    let words = text(&gorego(&server, &["store", "nondeterminism"]).await.stdout);
+    assert!(words.contains("1 outputs differ") && words.contains("  now\n"), "{words}");
+    server.signal("TERM");
+    server.exit().await;
+    let server = Server::on(server.shared_store(), &[]).await;
+    assert_eq!(list(&server).await, reported);
+}
+
+/// With `client_results`: a client's own result is found over both protocols, and by Execute.
+#[tokio::test]
+async fn results_of_clients_can_be_private_or_refused() {
+    let instances = r#"{ "own" = { client_results = "private" }, "none" = { client_results = "refused" } }"#;
+    let server = Server::with(&[("INSTANCES", instances), ("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
+    let own = Client { instance: "own".into(), ..server.client().await };
+    let none = Client { instance: "none".into(), ..own.clone() };
+    let result = ActionResult { stdout_raw: "claimed".into(), ..Default::default() };
+    let update = async |client: &Client, action: Digest| {
+        let request = UpdateActionResultRequest {
+            instance_name: client.instance.clone(),
+            action_digest: Some(action.to_wire()),
+            action_result: Some(result.clone()),
+            ..Default::default()
+        };
+        client.action_cache.clone().update_action_result(request).await
+    };
+    let action = own.action(sh("echo run"), empty()).await;
+    update(&own, action).await.unwrap();
+    assert_eq!(own.stdout(&own.cached(action).await.unwrap()).await, "claimed");
+    let executed = own.run(action).await;
+    assert!(executed.cached_result);
+    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
+    let url = format!("http://{}/own/ac/{}", started["listen_addr"].as_str().unwrap(), action.hash_hex());
+    let over_http = http_client().get(&url).send().await.unwrap();
+    assert_eq!(over_http.status(), 200);
+    let purged = purge(
+        &own,
+        gorego::PurgeResultsRequest {
+            instance_name: "own".into(),
+            action_digest: Some(action.to_wire()),
+            remove: true,
+            ..Default::default()
+        },
+    )
+    .await;
+    assert!(purged.results.len() == 1 && purged.results[0].is_private, "{purged:?}");
+    assert!(own.cached(action).await.is_none());
+    assert!(
+        !own.run(action).await.cached_result && own.cached(action).await.is_some(),
+        "what ran is for all"
+    );
+
+    let refused = update(&none, action).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    assert!(refused.message().contains("client_results"), "{refused}");
+}
+
 /// A page ends, and the next one goes on behind it, until all results were looked at once.
 #[tokio::test]
 async fn a_purge_of_many_results_goes_page_by_page() {
@@ -241,7 +322,7 @@ async fn a_purge_of_many_results_goes_page_by_page() {
     let mut action_cache = client.action_cache.clone();
     for number in 0..RESULTS {
         let action = client.function.digest(format!("action {number}").as_bytes());
-        let request = gorego_reapi::proto::reapi::UpdateActionResultRequest {
+        let request = UpdateActionResultRequest {
             action_digest: Some(action.to_wire()),
             action_result: Some(Default::default()),
             ..Default::default()

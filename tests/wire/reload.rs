@@ -4,10 +4,11 @@ use crate::{
     admin::gorego,
     support::{Client, Server, command, empty, eventually, metadata, sh, shared_dir},
 };
-use gorego_reapi::proto::reapi::{Platform, platform::Property};
+use gorego_reapi::proto::reapi::{FindMissingBlobsRequest, Platform, platform::Property};
 use serde_json::Value;
 use std::{fs, path::PathBuf, sync::Arc};
 use tempfile::TempDir;
+use tonic::Code;
 
 /// A server with a configuration file.
 struct Configured {
@@ -154,4 +155,30 @@ async fn a_hangup_reloads_the_allow_lists_without_a_pause() {
     .await;
     let client = configured.server.client().await;
     assert_eq!(client.run_command(sh("true")).await.exit_code, 0);
+}
+
+#[tokio::test]
+async fn quotas_count_as_soon_as_they_are_configured_and_no_longer_than_that() {
+    let configured = Configured::start("");
+    let client = configured.server.client().await;
+    let ask = async || {
+        let request = FindMissingBlobsRequest::default();
+        client.cas.clone().find_missing_blobs(request).await.map(|_| ()).map_err(|status| status.code())
+    };
+    for _ in 0..10 {
+        ask().await.unwrap();
+    }
+    configured.write("[quotas]\nrequests_per_second = 1\n");
+    assert_eq!(keys(&configured.reload().await["applied"]), ["quotas"]);
+    let mut answers = Vec::new();
+    // A slow machine may need more than the burst.
+    while answers.len() < 1_000 && answers.last() != Some(&Err(Code::ResourceExhausted)) {
+        answers.push(ask().await);
+    }
+    assert_eq!(answers.last(), Some(&Err(Code::ResourceExhausted)));
+    configured.write("");
+    assert_eq!(keys(&configured.reload().await["applied"]), ["quotas"]);
+    for _ in 0..10 {
+        ask().await.unwrap();
+    }
 }

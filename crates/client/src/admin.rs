@@ -40,6 +40,21 @@ impl Client {
         Ok(answer.await?.into_inner())
     }
 
+    /// A page of the reports of actions with different outputs.
+    ///
+    /// # Errors
+    /// Errors of the server.
+    pub async fn list_non_determinism(
+        &self,
+        request: &gorego::ListNonDeterminismRequest,
+    ) -> Result<gorego::ListNonDeterminismResponse> {
+        let answer = retrying(async || {
+            let answer = self.admin().list_non_determinism(timed(request.clone())).await;
+            answer.map_err(|status| from_status("ListNonDeterminism", &status))
+        });
+        Ok(answer.await?.into_inner())
+    }
+
     fn admin(&self) -> AdminClient<Service> {
         AdminClient::new(self.service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }

@@ -12,6 +12,7 @@ use gorego_reapi::{
     error::Result,
     proto::reapi::{RequestMetadata, ToolDetails},
 };
+use http::HeaderMap;
 use prost::Message as _;
 use std::time::Duration;
 use tonic::{
@@ -106,7 +107,18 @@ impl Target {
     /// # Errors
     /// A failure when the server does not accept it.
     pub async fn connect(&self) -> Verdict<AuthorizedChannel> {
-        self.open(&self.endpoint).await
+        self.open(&self.endpoint, &self.credentials).await
+    }
+
+    /// Opens a new connection whose requests have these headers instead of credentials. A client certificate is presented all the
+    /// same.
+    ///
+    /// # Errors
+    /// See [`Target::connect`].
+    pub async fn connect_with(&self, headers: HeaderMap) -> Verdict<AuthorizedChannel> {
+        let options = ConnectOptions { headers, credential_helper: None, ..self.options.clone() };
+        let credentials = options.credentials().map_err(|error| fail("headers that can be sent", error))?;
+        self.open(&self.endpoint, &credentials).await
     }
 
     /// Opens a new connection that sends pings at this interval, even without open calls (GEN-26).
@@ -115,7 +127,7 @@ impl Target {
     /// See [`Target::connect`].
     pub async fn connect_pinging(&self, interval: Duration) -> Verdict<AuthorizedChannel> {
         let endpoint = self.endpoint.clone().http2_keep_alive_interval(interval);
-        self.open(&endpoint.keep_alive_while_idle(true)).await
+        self.open(&endpoint.keep_alive_while_idle(true), &self.credentials).await
     }
 
     /// Adds the deadline and the identity to a connection.
@@ -123,9 +135,9 @@ impl Target {
         InterceptedService::new(channel, self.header.clone())
     }
 
-    async fn open(&self, endpoint: &Endpoint) -> Verdict<AuthorizedChannel> {
+    async fn open(&self, endpoint: &Endpoint, credentials: &Credentials) -> Verdict<AuthorizedChannel> {
         match endpoint.connect().await {
-            Ok(channel) => Ok(AuthorizedChannel::new(channel, self.credentials.clone())),
+            Ok(channel) => Ok(AuthorizedChannel::new(channel, credentials.clone())),
             Err(error) => {
                 let why = explain(&self.options, &error).await.unwrap_or_else(|| innermost(&error));
                 Err(fail("a connection is accepted", why))

@@ -45,8 +45,9 @@ pub const ALL: &[Group] = &[
             cross_cutting::instances::CHECKS,
             cross_cutting::errors::CHECKS,
             cross_cutting::transport::CHECKS,
+            cross_cutting::credentials::CHECKS,
         ],
-        beyond: &[cross_cutting::BEYOND],
+        beyond: &[],
     },
     Group {
         name: "CAP",

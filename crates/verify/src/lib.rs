@@ -154,6 +154,7 @@ pub async fn run(options: Options) -> Result<Report> {
     let mut report = Report {
         endpoint: options.server.endpoint.clone(),
         instance: options.instance.clone(),
+        caller: session.caller(),
         digest_function: session.function().wire().as_str_name().to_owned(),
         bytes_written: session.bytes_written(),
         elapsed: begin.elapsed(),

@@ -41,6 +41,18 @@ pub enum CheckOutcome {
     Skipped(String),
 }
 
+impl CheckOutcome {
+    /// The denial because of which a preparatory step failed.
+    fn denial(&self) -> Option<&str> {
+        match self {
+            Self::Inconclusive { observed, .. } if observed.starts_with("PERMISSION_DENIED") => {
+                Some(observed)
+            }
+            _ => None,
+        }
+    }
+}
+
 impl From<Verdict> for CheckOutcome {
     fn from(verdict: Verdict) -> Self {
         match verdict {
@@ -160,6 +172,8 @@ pub struct Report {
     pub endpoint: String,
     /// The instance name in requests.
     pub instance: String,
+    /// What the caller may do, as far as the server has said so.
+    pub caller: String,
     /// API name of the digest function of the blobs.
     pub digest_function: String,
     /// Number of bytes that were sent to be stored.
@@ -193,8 +207,14 @@ impl Report {
         !counts.contains_key(&Judgement::Fail) && !counts.contains_key(&Judgement::Inconclusive)
     }
 
-    /// Reduces one fault to one failure: what is inconclusive because of a rule that itself failed becomes skipped.
+    /// Reduces one fault to one failure: what is inconclusive because of a rule that itself failed becomes skipped. So does a check
+    /// for whose preparation this caller lacks a permission.
     pub fn settle(&mut self) {
+        for row in &mut self.rows {
+            if let Some(why) = row.outcome.denial() {
+                row.outcome = CheckOutcome::Skipped(format!("this caller lacks a permission: {why}"));
+            }
+        }
         let failed = |row: &&Row| matches!(row.outcome, CheckOutcome::Fail { .. });
         let failed: BTreeSet<&str> =
             self.rows.iter().filter(failed).flat_map(|row| row.rules.clone()).collect();
@@ -225,8 +245,9 @@ impl Report {
         let counts: Vec<String> = counts.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
         let _ = writeln!(
             text,
-            "{}: {} in {:.1} s; {:.1} MB written",
+            "{} ({}): {} in {:.1} s; {:.1} MB written",
             self.endpoint,
+            self.caller,
             counts.join(", "),
             self.elapsed.as_secs_f64(),
             self.bytes_written as f64 / 1e6

@@ -25,6 +25,7 @@ use gorego_reapi::{
         reapi::{self, CacheCapabilities, ExecutionCapabilities, GetCapabilitiesRequest, ServerCapabilities},
     },
 };
+use http::HeaderMap;
 use prost::Message;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -170,6 +171,28 @@ impl Session {
     /// See [`Session::reconnect`].
     pub async fn reconnect_pinging(&self, interval: Duration) -> Verdict<Self> {
         Ok(Self { channel: self.run.target.connect_pinging(interval).await?, ..self.clone() })
+    }
+
+    /// A copy with a connection of a caller who sends these headers instead of credentials.
+    ///
+    /// # Errors
+    /// See [`Session::reconnect`].
+    pub async fn stranger(&self, headers: HeaderMap) -> Verdict<Self> {
+        Ok(Self { channel: self.run.target.connect_with(headers).await?, ..self.clone() })
+    }
+
+    /// What this caller may do, as far as the server has said so.
+    pub fn caller(&self) -> String {
+        let server = &self.options().server;
+        let has_credentials =
+            !server.headers.is_empty() || server.identity.is_some() || server.credential_helper.is_some();
+        let may = |verdict: bool| if verdict { "may" } else { "may not" };
+        format!(
+            "{} credentials: {} run actions, {} write action results",
+            if has_credentials { "with" } else { "without" },
+            may(self.executes().is_ok()),
+            may(self.updates_results().is_ok())
+        )
     }
 
     /// A copy for another instance.

@@ -19,6 +19,7 @@ use crate::{
     budget::{Budget, Share},
     caller::Caller,
     instance::Instance,
+    nondeterminism::NonDeterminismReports,
 };
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
 use bytes::Bytes;
@@ -99,6 +100,11 @@ impl Cas {
     /// `Unavailable` when the server is shutting down.
     pub(crate) async fn inspect(&self) -> Result<StoreInspection> {
         self.ask(InspectStore).await
+    }
+
+    /// From now on, results that replace different ones are reported there. Only the first call has an effect.
+    pub(crate) fn report_to(&self, reports: NonDeterminismReports) {
+        let _ = self.shared.reports.set(reports);
     }
 
     /// The free bytes of the disk of the store, if they can be found out. Blocks.

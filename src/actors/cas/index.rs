@@ -139,12 +139,12 @@ impl Index {
         self.alike(like).max_by_key(|entry| entry.generation).map(|entry| entry.key.digest)
     }
 
-    /// The results of an instance in a part of the slots, without counting this as a use: those from `from` on, at most
+    /// The results of these namespaces in a part of the slots, without counting this as a use: those from `from` on, at most
     /// `max` slots. Also returns the slot to go on from; `None` at the end. An entry keeps its slot until it is removed, and the
     /// result that replaces it has the same slot.
     pub(super) fn results_from(
         &self,
-        instance: InstanceId,
+        instances: [InstanceId; 2],
         from: u32,
         max: usize,
     ) -> (Vec<FoundResult>, Option<u32>) {
@@ -154,7 +154,8 @@ impl Index {
         let is_one = |(_, entry): &(u32, &Entry)| {
             let Key { instance: of, kind, .. } = entry.key;
             entry.generation != 0
-                && (of, kind) == (instance, EntryKind::Result)
+                && kind == EntryKind::Result
+                && instances.contains(&of)
                 && !entry.condemned.load(Relaxed)
         };
         let found = slots.filter(is_one).map(|(slot, entry)| {

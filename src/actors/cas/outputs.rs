@@ -148,6 +148,7 @@ impl OutputBatch {
         let lacking = self.files.lacks(charge);
         let more = self.cas.block_on(async |cas| take_room(&cas, lacking, ahead).await)?;
         self.files.add_room(more);
+        self.cas.report_difference(&self.instance, &prepared);
         prepared.write(&self.cas, &mut self.files, self.instance.id())?;
         self.publish_if_full();
         Ok(())

@@ -43,7 +43,7 @@ pub(super) struct ParsedAction {
 
 impl Cas {
     /// Looks up whether an action has a complete result or has to run. With `skip_cache_lookup` the action cache is not asked
-    /// (EXE-17).
+    /// (EXE-17). `principal` asks.
     ///
     /// # Errors
     /// `Unavailable` when the server is going down or the store does not answer within [`RESOLVE_TIMEOUT`]. A faulty action is
@@ -53,11 +53,12 @@ impl Cas {
         instance: &Instance,
         action: Digest,
         skip_cache_lookup: bool,
+        principal: &str,
     ) -> Result<Resolution> {
         let resolved = match self.resolve_from_memory(instance, action, skip_cache_lookup)? {
             Some(Resolution::Cached(result)) => return self.with_room(result).await.map(Resolution::Cached),
             Some(resolution) => return Ok(resolution),
-            None => self.resolve(instance, action, skip_cache_lookup),
+            None => self.resolve(instance, action, skip_cache_lookup, principal),
         };
         match tokio::time::timeout(RESOLVE_TIMEOUT, resolved).await {
             Ok(Err(error @ (Error::MissingBlobs(_) | Error::Invalid(_)))) => Ok(Resolution::Unusable(error)),
@@ -89,6 +90,8 @@ impl Cas {
         }
         Ok(match self.look_up_result(instance, action)? {
             ResultLookup::Hit(result) => Some(Resolution::Cached(result)),
+            // The principal may have a result of its own.
+            ResultLookup::Miss if instance.private_results().is_some() => None,
             ResultLookup::Miss => Some(run()),
             ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
         })
@@ -99,6 +102,7 @@ impl Cas {
         instance: &Instance,
         digest: Digest,
         skip_cache_lookup: bool,
+        principal: &str,
     ) -> Result<Resolution> {
         let parsed = self.read_action(instance, digest).await?;
         let action = parsed.action.clone();
@@ -106,7 +110,7 @@ impl Cas {
         self.shared().actions.insert((instance.id(), digest), Arc::new(parsed), weight);
         if !skip_cache_lookup
             && !action.do_not_cache
-            && let Some(result) = self.get_result(instance, digest).await?
+            && let Some(result) = self.get_result_for(instance, digest, principal).await?
         {
             return Ok(Resolution::Cached(result));
         }

@@ -7,10 +7,11 @@
 mod action_cache;
 mod lookup;
 mod purge;
+mod replaced;
 
 pub(super) use action_cache::PreparedResult;
 pub(super) use lookup::ResultLookup;
-pub(crate) use purge::{ResultCondition, ResultSource};
+pub(crate) use purge::ResultCondition;
 
 use crate::{budget::Bounds, result::SharedResult};
 use bytes::Bytes;
@@ -251,24 +252,40 @@ fn named(field: &str, path: &str) -> String {
     format!("{field} \"{}\"", path.escape_debug())
 }
 
-/// The file content of a stored result.
-pub fn encode(
+/// What is stored of a result to say where it comes from.
+pub fn origin(
     instance: &str,
     action: Digest,
-    result: &reapi::ActionResult,
     provenance: super::client::Provenance,
     now: SystemTime,
-) -> Bytes {
-    let message = gorego::StoredResult {
+) -> gorego::StoredOrigin {
+    gorego::StoredOrigin {
         instance_name: instance.to_owned(),
         digest_function: action.function().wire() as i32,
         action_digest: Some(action.to_wire()),
-        result: Some(result.clone()),
         stored_at: Some(now.into()),
         worker: provenance.worker,
         tool_invocation_id: provenance.tool_invocation_id,
         peer: provenance.peer,
         principal: provenance.principal,
+        private_action_digest: None,
+    }
+}
+
+/// The file content of a stored result.
+pub fn encode(origin: &gorego::StoredOrigin, result: &reapi::ActionResult) -> Bytes {
+    let origin = origin.clone();
+    let message = gorego::StoredResult {
+        instance_name: origin.instance_name,
+        digest_function: origin.digest_function,
+        action_digest: origin.action_digest,
+        result: Some(result.clone()),
+        stored_at: origin.stored_at,
+        worker: origin.worker,
+        tool_invocation_id: origin.tool_invocation_id,
+        peer: origin.peer,
+        principal: origin.principal,
+        private_action_digest: origin.private_action_digest,
     };
     let mut bytes = vec![0; CHECKSUM_BYTES];
     bytes.reserve_exact(message.encoded_len());
@@ -413,7 +430,10 @@ mod tests {
     fn a_stored_result_with_any_bit_flipped_is_rejected() {
         let action = SHA256.digest(b"action");
         let result = reapi::ActionResult { output_files: vec![file("a")], ..Default::default() };
-        let bytes = encode("i", action, &result, Default::default(), SystemTime::UNIX_EPOCH);
+        let origin = origin("i", action, Default::default(), SystemTime::UNIX_EPOCH);
+        let bytes = encode(&origin, &result);
+        assert_eq!(decode_origin(&bytes, "i", action), Ok(origin));
+        assert!(decode_origin(&bytes, "j", action).is_err());
         assert_eq!(decode(&bytes, "i", action), Ok(result));
         assert!(decode(&bytes, "j", action).is_err());
         assert!(decode(&bytes, "i", SHA256.digest(b"other")).is_err());

@@ -15,7 +15,7 @@ use super::{
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds,
 };
-use crate::instance::InstanceId;
+use crate::instance::{Instance, InstanceId};
 use gorego_reapi::digest::Digest;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -144,8 +144,9 @@ impl LookUp<'_> {
     }
 
     /// See [`Index::results_from`].
-    pub(super) fn results_from(&self, instance: InstanceId, from: u32) -> (Vec<FoundResult>, Option<u32>) {
-        self.index.results_from(instance, from, LOOKUPS_PER_HOLD)
+    pub(super) fn results_from(&self, instance: &Instance, from: u32) -> (Vec<FoundResult>, Option<u32>) {
+        let private = instance.private_results().unwrap_or(instance.id());
+        self.index.results_from([instance.id(), private], from, LOOKUPS_PER_HOLD)
     }
 
     /// The stamp of an entry, if it is still there.

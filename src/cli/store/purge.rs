@@ -119,7 +119,7 @@ fn lines(results: &[gorego::ResultOrigin]) -> String {
     results.iter().map(|result| format!("{}\n", json!({ "result": origin(result) }))).collect()
 }
 
-fn action(result: &gorego::ResultOrigin) -> String {
+pub(super) fn action(result: &gorego::ResultOrigin) -> String {
     result
         .action_digest
         .as_ref()

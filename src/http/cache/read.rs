@@ -43,7 +43,7 @@ pub(super) async fn value(
     call: &Call,
 ) -> Result<Response> {
     let cas = cache.cas.on_behalf_of(call.caller());
-    let digest = value_digest((&cas, instance), key).await?;
+    let digest = value_digest((&cas, instance), key, call).await?;
     stored((&cas, instance), digest, headers, call).await
 }
 
@@ -52,10 +52,9 @@ pub(super) async fn result((cache, instance): Target<'_>, hash: HashInPath, call
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result", like.hash_hex()));
     let cas = cache.cas.on_behalf_of(call.caller());
-    let found = match cas.action_by_hash(instance, like)? {
-        Some(action) => cas.get_result(instance, action).await?,
-        None => None,
-    };
+    // A result that only this principal sees is found by the hash alone.
+    let action = cas.action_by_hash(instance, like)?.unwrap_or(like);
+    let found = cas.get_result_for(instance, action, call.principal().name()).await?;
     call.note_cached(found.is_some());
     let result = found.ok_or_else(absent)?;
     let mut response = Response::new(of_message(&*result, call).await?);
@@ -79,10 +78,15 @@ pub(super) fn value_action(instance: &Instance, key: &str) -> Result<Digest> {
 pub(super) const VALUE_PATH: &str = "value";
 
 /// Looks up the value of a key.
-pub(super) async fn value_digest((cas, instance): (&Cas, &Instance), key: &str) -> Result<Digest> {
+pub(super) async fn value_digest(
+    (cas, instance): (&Cas, &Instance),
+    key: &str,
+    call: &Call,
+) -> Result<Digest> {
     let absent = || Error::NotFound(format!("key \"{}\" has no value", key.escape_debug()));
     let action = value_action(instance, key)?;
-    let result = cas.get_result(instance, action).await?.ok_or_else(absent)?;
+    let principal = call.principal();
+    let result = cas.get_result_for(instance, action, principal.name()).await?.ok_or_else(absent)?;
     let named = |file: &&reapi::OutputFile| file.path == VALUE_PATH;
     let file = result.output_files.iter().find(named).ok_or_else(absent)?;
     Digest::from_wire(action.function(), file.digest.as_ref(), VALUE_PATH)

@@ -45,7 +45,7 @@ pub(super) async fn properties(
         "<D:resourcetype><D:collection/></D:resourcetype>".to_owned()
     } else {
         let cas = target.0.cas.on_behalf_of(call.caller());
-        let size = value_digest((&cas, target.1), key).await?.size();
+        let size = value_digest((&cas, target.1), key, call).await?.size();
         format!("<D:resourcetype/><D:getcontentlength>{size}</D:getcontentlength>")
     };
     let href = href(target.1.name(), key);
@@ -72,7 +72,7 @@ pub(super) async fn make_collection(
         return Ok(status::not_allowed(&COLLECTIONS.allow()));
     }
     let cas = target.0.cas.on_behalf_of(call.caller());
-    match value_digest((&cas, target.1), name).await {
+    match value_digest((&cas, target.1), name, call).await {
         Ok(_) => Ok(status::not_allowed(&VALUES.allow())),
         Err(Error::NotFound(_)) => Ok(created()),
         Err(error) => Err(error),

@@ -76,7 +76,7 @@ pub(super) async fn value(
     let file =
         reapi::OutputFile { path: VALUE_PATH.into(), digest: Some(digest.to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
-    cas.put_result(instance, action, result, call.provenance()).await?;
+    cas.put_value(instance, action, result, call.provenance()).await?;
     Ok(created())
 }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 struct JsonReport<'a> {
     endpoint: &'a str,
     instance: &'a str,
+    caller: &'a str,
     digest_function: &'a str,
     bytes_written: u64,
     elapsed_ms: u64,
@@ -41,6 +42,7 @@ impl Report {
         let run = JsonReport {
             endpoint: &self.endpoint,
             instance: &self.instance,
+            caller: &self.caller,
             digest_function: &self.digest_function,
             bytes_written: self.bytes_written,
             elapsed_ms: millis(self.elapsed),

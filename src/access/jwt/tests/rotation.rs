@@ -138,6 +138,10 @@ async fn a_reload_keeps_the_keys_and_a_cache_without_users_ends() {
         JwtVerifier::start(&jwt_settings(&server.url()), Some(&first), now, &Handle::current(), |_, _| ())
             .unwrap();
     drop(first);
+    assert!(next.trusts(&format!("{ISSUER}#repo:us/it")));
+    for holder in [ISSUER, "https://token.example.com.evil.test#x", "https://other#x", ""] {
+        assert!(!next.trusts(holder), "{holder}");
+    }
     server.answer_with("500 Internal Server Error", "", "");
     assert_eq!(kind(&next, &token, now).await, None);
     assert_eq!(server.requests(), 1);

@@ -23,7 +23,7 @@ use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
-    proto::reapi,
+    proto::{gorego::StoredOrigin, reapi},
     tree::MAX_MESSAGE_MEMORY,
     wire::UNCOUNTED_BYTES,
 };
@@ -262,6 +262,26 @@ impl Cas {
         files.map_err(|error| Unloadable::Result(format!("its Tree {tree}: {error}")))
     }
 
+    /// The result of an action that this principal sees: one that all see, or else its own.
+    ///
+    /// # Errors
+    /// As [`Cas::get_result`].
+    pub(crate) async fn get_result_for(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        principal: &str,
+    ) -> Result<Option<SharedResult>> {
+        let found = self.get_result(instance, action).await?;
+        if found.is_some() {
+            return Ok(found);
+        }
+        match instance.private_result(principal, action) {
+            Some((space, key)) => self.get_result(&space, key).await,
+            None => Ok(None),
+        }
+    }
+
     /// Stores a result and atomically replaces an earlier one (AC-08). Inlined contents become blobs first (AC-05). Execution
     /// metadata is always present afterwards (AC-09). Returns the stored result.
     ///
@@ -274,17 +294,50 @@ impl Cas {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<SharedResult> {
-        let mut prepared = PreparedResult::new(instance, action, result, provenance, Uploader::Client)?;
+        self.put_of_client(instance, action, result, provenance, true).await
+    }
+
+    /// Like [`Cas::put_result`], for a key whose value may change at any time, so that no difference is reported.
+    ///
+    /// # Errors
+    /// As [`Cas::put_result`].
+    pub async fn put_value(
+        &self,
+        instance: &Instance,
+        key: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+    ) -> Result<SharedResult> {
+        self.put_of_client(instance, key, result, provenance, false).await
+    }
+
+    async fn put_of_client(
+        &self,
+        instance: &Instance,
+        action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+        is_compared: bool,
+    ) -> Result<SharedResult> {
+        let private = instance.private_result(&provenance.principal, action);
+        let private_action = private.is_some().then_some(action);
+        let (space, key) = private.unwrap_or_else(|| (instance.clone(), action));
+        let mut prepared = PreparedResult::check(&space, key, result, provenance, Uploader::Client)?;
+        prepared.origin.private_action_digest = private_action.map(|action| action.to_wire());
+        let mut prepared = prepared.encode();
         let contents = std::mem::take(&mut prepared.contents);
         if !contents.is_empty() {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
         let (charge, result) = (prepared.charge(self), prepared.result.clone());
         let room = self.take_room(charge).await?;
-        let (cas, id) = (self.clone(), instance.id());
+        let cas = self.clone();
         let visible = self.blocking(move || -> Result<_> {
+            if is_compared {
+                cas.report_difference(&space, &prepared);
+            }
             let mut files = cas.new_files(room);
-            prepared.write(&cas, &mut files, id)?;
+            prepared.write(&cas, &mut files, space.id())?;
             Ok(files.commit())
         });
         if let Some(visible) = visible.await?? {
@@ -319,8 +372,10 @@ impl From<Error> for Unloadable {
 
 /// A result that is checked and encoded for its file.
 pub(crate) struct PreparedResult {
-    action: Digest,
-    result: SharedResult,
+    pub(super) action: Digest,
+    pub(super) result: SharedResult,
+    /// Where it comes from.
+    pub(super) origin: StoredOrigin,
     file: Bytes,
     /// Contents that were inlined; these blobs have to be stored first.
     pub(crate) contents: Vec<(Digest, Bytes)>,
@@ -334,13 +389,29 @@ impl PreparedResult {
     pub(crate) fn new(
         instance: &Instance,
         action: Digest,
+        result: reapi::ActionResult,
+        provenance: Provenance,
+        uploader: Uploader,
+    ) -> Result<Self> {
+        Ok(Self::check(instance, action, result, provenance, uploader)?.encode())
+    }
+
+    /// Checks a result. It is encoded with [`PreparedResult::encode`].
+    fn check(
+        instance: &Instance,
+        action: Digest,
         mut result: reapi::ActionResult,
         provenance: Provenance,
         uploader: Uploader,
     ) -> Result<Self> {
         let contents = results::normalise(&mut result, action.function(), uploader)?;
-        let file = results::encode(instance.name(), action, &result, provenance, SystemTime::now());
-        Ok(Self { action, result: result.into(), file, contents })
+        let origin = results::origin(instance.name(), action, provenance, SystemTime::now());
+        Ok(Self { action, result: result.into(), origin, file: Bytes::new(), contents })
+    }
+
+    fn encode(self) -> Self {
+        let file = results::encode(&self.origin, &self.result);
+        Self { file, ..self }
     }
 
     /// Bytes that the file takes on disk.
@@ -349,7 +420,12 @@ impl PreparedResult {
     }
 
     /// Writes the file, which is not visible yet. Blocks.
-    pub(crate) fn write(self, cas: &Cas, files: &mut NewFiles, instance: InstanceId) -> Result<()> {
+    pub(in crate::actors::cas) fn write(
+        self,
+        cas: &Cas,
+        files: &mut NewFiles,
+        instance: InstanceId,
+    ) -> Result<()> {
         let Self { action, result, file: bytes, .. } = self;
         let key = Key { digest: action, instance, kind: EntryKind::Result };
         let file = files

@@ -4,6 +4,7 @@
 //! time and without decoding the results in them. The actor removes what was found in one message for each page, and the answer
 //! comes when the files are deleted, so that no restart brings them back. One page is worked on at a time for the whole server.
 
+use super::replaced::origin_message;
 use crate::{
     actors::{
         cas::{
@@ -26,7 +27,7 @@ use gorego_reapi::{
     digest::Digest,
     duration::time_from_wire,
     error::{Error, Result},
-    proto::gorego::StoredOrigin,
+    proto::gorego::{ResultOrigin, StoredOrigin},
 };
 use std::{collections::HashSet, time::SystemTime};
 
@@ -50,20 +51,11 @@ pub struct ResultCondition {
     pub since: Option<SystemTime>,
 }
 
-/// A result and where it comes from.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ResultSource {
-    /// The action.
-    pub action: Digest,
-    /// What is stored with the result.
-    pub stored: StoredOrigin,
-}
-
 /// What one request has found.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct PurgePage {
     /// Results that satisfy the condition. They are gone if that was asked for.
-    pub results: Vec<ResultSource>,
+    pub results: Vec<ResultOrigin>,
     /// Number of results that were looked at.
     pub examined: u64,
     /// Number of these that could not be read.
@@ -73,8 +65,8 @@ pub struct PurgePage {
 }
 
 impl ResultCondition {
-    /// Whether a result with this origin satisfies it.
-    pub fn holds(&self, action: Digest, origin: &StoredOrigin) -> bool {
+    /// Whether the result that is stored under this key satisfies it.
+    pub fn holds(&self, key: Digest, origin: &StoredOrigin) -> bool {
         let is = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|wanted| wanted == value);
         let is_below = |wanted: &String| {
             origin.worker.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
@@ -82,7 +74,11 @@ impl ResultCondition {
         let is_later = |since: SystemTime| {
             origin.stored_at.as_ref().and_then(time_from_wire).is_some_and(|stored| stored >= since)
         };
-        self.action.is_none_or(|wanted| wanted == action)
+        let is_of_action = |wanted: Digest| match &origin.private_action_digest {
+            Some(private) => *private == wanted.to_wire(),
+            None => wanted == key,
+        };
+        self.action.is_none_or(is_of_action)
             && is(&self.invocation, &origin.tool_invocation_id)
             && is(&self.principal, &origin.principal)
             && self.worker.as_ref().is_none_or(is_below)
@@ -139,9 +135,12 @@ impl Cas {
             if found.len() >= max {
                 break;
             }
-            let (part, after) = self.look_up(|index| index.results_from(instance.id(), from))?;
-            let is_meant =
-                |found: &FoundResult| condition.action.is_none_or(|wanted| wanted == found.file.key.digest);
+            let (part, after) = self.look_up(|index| index.results_from(instance, from))?;
+            // The key of a private result does not tell the action.
+            let is_meant = |found: &FoundResult| {
+                let key = found.file.key;
+                condition.action.is_none_or(|wanted| wanted == key.digest || key.instance != instance.id())
+            };
             found.extend(part.into_iter().filter(is_meant));
             next = after;
         }
@@ -150,7 +149,7 @@ impl Cas {
 }
 
 struct OriginsRead {
-    matching: Vec<(FoundResult, ResultSource)>,
+    matching: Vec<(FoundResult, ResultOrigin)>,
     examined: u64,
     unreadable: u64,
     /// The slot of the first result that was not read any more.
@@ -187,7 +186,7 @@ fn read_origins(
         bytes += content.len() as u64;
         match results::decode_origin(&content, instance.name(), action) {
             Ok(stored) if condition.holds(action, &stored) => {
-                read.matching.push((*found, ResultSource { action, stored }));
+                read.matching.push((*found, origin_message(action, &stored)));
             }
             Ok(_) => {}
             Err(_) => read.unreadable += 1,

@@ -4,7 +4,10 @@ use super::{
     super::{resolve::Resolution, settings::LOOKUPS_PER_TURN},
     *,
 };
-use crate::result::SharedResult;
+use crate::{
+    actors::cas::results::ResultCondition, instance::InstancePolicy, nondeterminism::NonDeterminismReports,
+    result::SharedResult,
+};
 use futures::future::join_all;
 use prost::Message as _;
 
@@ -276,7 +279,7 @@ async fn action(store: &TestStore, salt: &str, do_not_cache: bool) -> (Digest, D
 }
 
 async fn resolve(store: &TestStore, action: Digest, skip_cache_lookup: bool) -> Result<Resolution> {
-    store.cas.resolve_action(&store.main, action, skip_cache_lookup).await
+    store.cas.resolve_action(&store.main, action, skip_cache_lookup, "anonymous").await
 }
 
 /// The error of an action that cannot run.
@@ -395,4 +398,117 @@ async fn an_action_with_a_huge_platform_is_not_kept_in_memory() {
         let kept = store.cas.shared().actions.get(&(store.main.id(), action));
         assert_eq!(kept.is_some(), is_kept);
     }
+}
+
+fn by(principal: &str) -> Provenance {
+    Provenance { principal: principal.into(), ..Provenance::default() }
+}
+
+/// Results of clients with `client_results = "private"`, before and after a restart: nobody gets one of another principal, whatever
+/// key it asks for, and the result of a worker comes first.
+#[actix::test]
+async fn a_private_result_is_seen_by_its_principal_alone() {
+    let root = TempDir::new().unwrap();
+    let settings = settings_at(root.path().join("store"), 1_000 * MB);
+    let private = InstancePolicy { private_results: true, ..InstancePolicy::default() };
+    let names = [(String::new(), InstancePolicy::default()), ("private".into(), private)];
+    let instances = Instances::with_policies(names).unwrap();
+    let [main, private] = ["", "private"].map(|name| instances.get(name).unwrap());
+    let open = || async {
+        let open = || async { CasActor::open(settings.clone(), &instances, Handle::current()).ok() };
+        eventually(open).await.launch()
+    };
+    let action = digest(b"action");
+    let result = |code: &str| reapi::ActionResult {
+        output_symlinks: vec![reapi::OutputSymlink {
+            path: "l".into(),
+            target: code.into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let cas = open().await;
+    cas.put_result(&private, action, result("of a"), by("token:a")).await.unwrap();
+    cas.put_result(&private, action, result("of b"), by("token:b")).await.unwrap();
+    cas.put_result(&main, action, result("of all"), by("token:a")).await.unwrap();
+    cas.actor().send(CloseStore).await.unwrap();
+    drop(cas);
+    let cas = open().await;
+    let target = async |instance: &Instance, action: Digest, principal: &str| {
+        let found = cas.get_result_for(instance, action, principal).await.unwrap();
+        found.map(|result| result.output_symlinks[0].target.clone())
+    };
+    for (instance, principal, seen) in [
+        (&private, "token:a", Some("of a")),
+        (&private, "token:b", Some("of b")),
+        (&private, "token:c", None),
+        (&private, "", None),
+        (&main, "token:c", Some("of all")),
+    ] {
+        assert_eq!(target(instance, action, principal).await.as_deref(), seen, "{principal}");
+    }
+    let (_, key) = private.private_result("token:a", action).unwrap();
+    for principal in ["token:a", "token:b"] {
+        assert_eq!(target(&private, key, principal).await, None, "a key is no action");
+    }
+    // A purge finds them, with the action that they are of.
+    let condition =
+        ResultCondition { principal: Some("token:b".into()), action: Some(action), ..Default::default() };
+    let page = cas.purge_results(&private, &condition, 0, 10, true).await.unwrap();
+    assert_eq!(page.results.len(), 1);
+    assert!(page.results[0].is_private && page.results[0].action_digest == Some(action.to_wire()));
+    assert_eq!(target(&private, action, "token:b").await, None);
+    assert_eq!(target(&private, action, "token:a").await.as_deref(), Some("of a"));
+    // What ran here is for all.
+    let (worker, space) = (cas.clone(), private.clone());
+    tokio::task::spawn_blocking(move || {
+        let mut batch = worker.begin_outputs(&space, action.function(), 0);
+        batch.result(action, result("of a worker"), by("token:a")).unwrap();
+        batch.commit().unwrap();
+    })
+    .await
+    .unwrap();
+    for principal in ["token:a", "token:c"] {
+        assert_eq!(target(&private, action, principal).await.as_deref(), Some("of a worker"));
+    }
+}
+
+/// The later result stays (AC-08), and the report has both.
+#[actix::test]
+async fn a_different_result_of_one_action_is_reported() {
+    let store = TestStore::new().await;
+    let reports = NonDeterminismReports::default();
+    store.cas.report_to(reports.clone());
+    let [one, two] = [store.put("one").await, store.put("two").await];
+    let action = digest(b"action");
+    let with =
+        |content| reapi::ActionResult { output_files: vec![output("o", content)], ..Default::default() };
+    let times = || {
+        let page = reports.page("", u64::MAX, 10);
+        page.reports.iter().map(|report| report.times).collect::<Vec<_>>()
+    };
+    for (content, provenance, expected) in
+        [(one, by("a"), vec![]), (one, by("b"), vec![]), (two, by("c"), vec![1]), (one, by("d"), vec![2])]
+    {
+        store.cas.put_result(&store.main, action, with(content), provenance).await.unwrap();
+        assert_eq!(times(), expected);
+        assert_eq!(lookup(&store, action).await.unwrap().output_files, with(content).output_files);
+    }
+    let report = reports.page("", u64::MAX, 10).reports[0].clone();
+    let (earlier, later) = (report.earlier.clone().unwrap(), report.later.clone().unwrap());
+    assert_eq!((&*earlier.principal, &*later.principal, report.differing_outputs), ("c", "d", 1));
+    // A worker's result is compared too, also after the memory is lost, and a value under a key is not.
+    store.cas.put_value(&store.main, digest(b"key"), with(one), by("a")).await.unwrap();
+    store.cas.put_value(&store.main, digest(b"key"), with(two), by("a")).await.unwrap();
+    assert_eq!(times(), [2]);
+    let store = store.restart().await;
+    store.cas.report_to(reports.clone());
+    store
+        .worker(move |cas, main| {
+            let mut batch = cas.begin_outputs(&main, action.function(), 0);
+            batch.result(action, with(two), by("e")).unwrap();
+            batch.commit().unwrap();
+        })
+        .await;
+    assert_eq!(times(), [3]);
 }

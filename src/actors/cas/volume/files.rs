@@ -5,6 +5,7 @@
 //! <root>/format                                            which layout this is
 //! <root>/v1/blobs/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/results/<instance>/<function>/<ab>/<hash>-<size>-<generation>
+//! <root>/v1/results/<instance>+private/...                 the same for results that only their principals see
 //! <root>/v1/zstd/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/tmp/<generation>                               uploads in progress; emptied at start
 //! <root>/v1/trash/                                         what start threw away; emptied in the background
@@ -94,7 +95,11 @@ impl Files {
         let lock = take_lock(root)?;
         check_format(root)?;
         let base = root.join("v1");
-        let names: Vec<String> = instances.all().iter().map(|instance| encode(instance.name())).collect();
+        let all = instances.all();
+        // The encoding of a name has no "+".
+        let private = all.iter().filter(|instance| instance.private_results().is_some());
+        let private = private.map(|instance| encode(instance.name()) + "+private");
+        let names: Vec<String> = all.iter().map(|instance| encode(instance.name())).chain(private).collect();
         prepare(&base, &names).map_err(|error| refuse("its directories cannot be made", &error))?;
         let block =
             rustix::fs::statvfs(&base).map_err(|error| refuse("it cannot be examined", &error))?.f_frsize;

@@ -1,0 +1,94 @@
+//! [`Checker`]: collects what is wrong with a configuration, so that all problems are reported together.
+
+use super::{Loaded, Machine, load::keys};
+use crate::size::Size;
+use gorego_reapi::error::Error;
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// Smallest size that can be configured. A smaller one indicates a wrong unit.
+pub(super) const MIN_SIZE: Size = Size::from_bytes(1_000_000);
+/// Longest duration that can be configured. It keeps sums of times far from overflow.
+const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// What is checked, and the problems so far.
+pub(super) struct Checker<'a> {
+    pub(super) loaded: &'a Loaded,
+    pub(super) problems: Vec<String>,
+}
+
+impl<'a> Checker<'a> {
+    pub(super) fn new(loaded: &'a Loaded) -> Self {
+        Self { loaded, problems: Vec::new() }
+    }
+
+    /// All problems in one error, each on a line of its own.
+    pub(super) fn error(&self) -> Error {
+        let mut text = String::from("the configuration cannot be used:");
+        for problem in &self.problems {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "\n  {problem}");
+        }
+        Error::Invalid(text)
+    }
+
+    pub(super) fn refuse(&mut self, key: &str, problem: &str) {
+        let value = keys(&self.loaded.config).into_iter().find(|(name, _)| name == key);
+        let value = value.map(|(_, value)| value.to_string()).unwrap_or_default();
+        self.problems.push(format!("{key} = {value} ({}): {problem}", self.loaded.origin(key)));
+    }
+
+    pub(super) fn require(&mut self, key: &str, holds: bool, problem: &str) {
+        if !holds {
+            self.refuse(key, problem);
+        }
+    }
+
+    /// Checks a size and converts it to bytes.
+    pub(super) fn size(&mut self, key: &str, size: Size) -> u64 {
+        self.require(key, size >= MIN_SIZE, &format!("must be between {MIN_SIZE} and {}", Size::MAX));
+        size.bytes()
+    }
+
+    pub(super) fn count(&mut self, key: &str, count: usize, max: usize) {
+        self.require(key, (1..=max).contains(&count), &format!("must be between 1 and {max}"));
+    }
+
+    pub(super) fn duration(&mut self, key: &str, duration: Duration, zero_is_fine: bool) {
+        self.require(key, zero_is_fine || !duration.is_zero(), "must be more than 0");
+        self.require(key, duration <= MAX_DURATION, "must not be longer than 366 days");
+    }
+
+    /// Parses a list of rules and refuses the key if one of them has not the given form.
+    pub(super) fn rules<T>(
+        &mut self,
+        key: &str,
+        texts: &[String],
+        form: &str,
+        parse: fn(&str) -> Option<T>,
+    ) -> Vec<T> {
+        let mut rules = Vec::with_capacity(texts.len());
+        for text in texts {
+            match parse(text) {
+                Some(rule) => rules.push(rule),
+                None => self.refuse(key, &format!("\"{}\" is not {form}", text.escape_debug())),
+            }
+        }
+        rules
+    }
+
+    /// Makes a configured, non-empty path absolute.
+    pub(super) fn directory(&mut self, key: &str, path: &Path, machine: &Machine) -> PathBuf {
+        let text = path.to_string_lossy();
+        self.require(
+            key,
+            text != "~" && !text.starts_with("~/"),
+            "\"~\" is not expanded here; write the full path",
+        );
+        self.require(key, !text.contains('\0'), "contains a NUL");
+        machine.current_dir.join(path)
+    }
+}

@@ -4,8 +4,9 @@
 //! <build_root>/images/layer-<start of the machine>-sha256-<digits>
 //! ```
 //!
-//! A layer is kept only while nothing else needs its room: it takes what is free of the budget, and goes before any image. Each
-//! use checks its digest again. Whatever goes wrong with keeping a layer, the pull that brings it goes on without.
+//! A layer is kept only while nothing else needs its room: it takes what is free of the budget, and goes before any image. It takes
+//! that when it is complete, so that it never stands in the way of the image that it is downloaded for. Each use checks its
+//! digest again. Whatever goes wrong with keeping a layer, the pull that brings it goes on without.
 
 use super::{CacheKey, ImageCache, ImageLease, LAYER, NEW, RunTerms, StoredImage, digest_of, name_of};
 use crate::{
@@ -45,6 +46,9 @@ pub(in crate::images) struct NewLayer {
     key: CacheKey,
     /// Missing if the layer is not kept.
     file: Option<(OsString, File)>,
+    /// Nobody else downloads it.
+    is_ours: bool,
+    bytes: u64,
     pieces: u32,
 }
 
@@ -74,8 +78,8 @@ impl ImageCache {
             made = Some(File::from(rfs::openat(&place, name, flags, Mode::RUSR | Mode::WUSR)?));
             Ok(())
         });
-        let mut layer = NewLayer { cache: self.clone(), key, file: name.ok().zip(made), pieces: 0 };
-        layer.take(ENTRY_BYTES);
+        let file = name.ok().zip(made);
+        let layer = NewLayer { cache: self.clone(), key, file, is_ours: true, bytes: ENTRY_BYTES, pieces: 0 };
         LayerState::Absent(layer)
     }
 
@@ -112,32 +116,25 @@ impl ImageCache {
 }
 
 impl NewLayer {
-    /// Keeps a piece of the layer, unless there is no room for it.
+    /// Keeps a piece of the layer, unless the disk has no room for it.
     pub(in crate::images) fn write(&mut self, piece: &[u8]) {
-        self.take(piece.len() as u64);
         let Some((_, file)) = &mut self.file else { return };
         let is_low =
             self.pieces.is_multiple_of(LOOK_EVERY) && Space::of_file(file).is_ok_and(|space| space.is_low());
         self.pieces = self.pieces.wrapping_add(1);
+        self.bytes = self.bytes.saturating_add(piece.len() as u64);
         if is_low || file.write_all(piece).is_err() {
             self.give_up();
         }
     }
 
-    fn take(&mut self, bytes: u64) {
-        if self.file.is_none() {
-            return;
-        }
-        // A spare entry displaces nothing.
-        let has_room = matches!(self.cache.index().grow(&self.key, bytes), Growth::Yes(_));
-        if !has_room {
-            self.give_up();
-        }
-    }
-
-    /// The layer is complete and has the right digest.
+    /// The layer is complete and has the right digest. It stays if there is room.
     pub(in crate::images) fn finish(mut self) {
         let (CacheKey::Layer(digest), Some(prefix)) = (&self.key, self.cache.layer_prefix()) else { return };
+        // A spare entry displaces nothing.
+        if self.file.is_none() || !matches!(self.cache.index().grow(&self.key, self.bytes), Growth::Yes(_)) {
+            return;
+        }
         let Some((unnamed, file)) = self.file.take() else { return };
         let place = self.cache.place();
         let mut name = OsString::from(prefix);
@@ -151,6 +148,7 @@ impl NewLayer {
                 if let Some(copy) = index.finish(&self.key, image) {
                     index.release(&self.key, copy);
                 }
+                self.is_ours = false;
             }
             Err(_) => self.file = Some((unnamed, file)),
         }
@@ -160,8 +158,9 @@ impl NewLayer {
         if let Some((name, _)) = self.file.take() {
             let _: Result<(), Errno> = rfs::unlinkat(self.cache.place(), &name, AtFlags::empty());
         }
-        // Changes nothing for a layer that is complete.
-        self.cache.index().abandon(&self.key);
+        if std::mem::take(&mut self.is_ours) {
+            self.cache.index().abandon(&self.key);
+        }
     }
 }
 

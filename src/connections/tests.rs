@@ -38,6 +38,10 @@ async fn where_all_are_busy_a_new_one_is_refused_until_one_has_gone() {
     let mut open: Vec<_> = (0..8).map(|port| connections.admit(address(1, port)).unwrap()).collect();
     let calls: Vec<_> = open.iter().map(|admitted| admitted.state().begin_call()).collect();
     assert!(connections.admit(address(1, 9)).is_none());
+    let measured = connections.measure();
+    assert_eq!(measured.open, 8);
+    let closed: Vec<_> = measured.closed.into_iter().filter(|(_, count)| *count > 0).collect();
+    assert_eq!(closed, [("too_many_connections", 1)], "metrics have the refusal");
     drop(open.pop());
     assert!(connections.admit(address(1, 9)).is_some());
     drop(calls);

@@ -1,7 +1,10 @@
 //! Metrics and health of the real binary: each metric is seen to move for the reason that `docs/metrics.md` gives.
 
 use crate::support::{PATIENCE, Server, empty, eventually_async, files_below, http_client, sh};
-use gorego_reapi::proto::reapi::{GetActionResultRequest, RequestMetadata};
+use gorego_reapi::proto::{
+    longrunning::CancelOperationRequest,
+    reapi::{Action, GetActionResultRequest, RequestMetadata},
+};
 use prost::Message as _;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -129,6 +132,30 @@ async fn requests_actions_and_look_ups_are_counted() {
 }
 
 #[tokio::test]
+async fn runs_are_told_apart_by_who_is_at_fault() {
+    let watched =
+        Watched::start(&[("EXECUTION__SANDBOX__MODE", "off"), ("EXECUTION__MAX_ATTEMPTS", "2")]).await;
+    let client = watched.server.client().await;
+    // Without a sandbox, $PPID is the process that runs commands for the worker.
+    let kills_its_runner = client.action(sh("kill -9 $PPID; sleep 600"), empty()).await;
+    assert_eq!(client.run(kills_its_runner).await.status.unwrap().code, Code::Unavailable as i32);
+    let timeout = |action: &mut Action| {
+        action.timeout = Some(prost_types::Duration { seconds: 0, nanos: 200_000_000 });
+    };
+    let slow = client.action_with(sh("sleep 600"), empty(), timeout).await;
+    assert_eq!(client.run(slow).await.status.unwrap().code, Code::DeadlineExceeded as i32);
+    let mut cancelled = client.start(client.action(sh("sleep 601"), empty()).await).await;
+    watched.sees("gorego_slots{pool=\"local\",state=\"busy\"}", is(1.0)).await;
+    let name = cancelled.next().await.unwrap().name;
+    client.operations.clone().cancel_operation(CancelOperationRequest { name }).await.unwrap();
+    for (outcome, count) in [("broken", 2.0), ("timed_out", 1.0), ("cancelled", 1.0), ("succeeded", 0.0)] {
+        watched.sees(&format!("gorego_action_runs_total{{outcome=\"{outcome}\"}}"), is(count)).await;
+    }
+    watched.sees("gorego_sandbox_failures_total{kind=\"runner\"}", is(2.0)).await;
+    watched.sees("gorego_sandbox_failures_total{kind=\"panic\"}", is(0.0)).await;
+}
+
+#[tokio::test]
 async fn look_ups_are_told_apart_by_what_clients_say_of_their_actions() {
     let watched = Watched::start(&[]).await;
     let client = watched.server.client().await;
@@ -234,6 +261,27 @@ async fn a_cache_alone_is_ready_and_says_that_it_executes_nothing() {
     eventually_async("not serving", async || health(&watched.server, EXECUTION).await == 2).await;
     let samples = watched.samples().await;
     assert!(!samples.keys().any(|name| name.starts_with("gorego_slots")), "there are no pools");
+}
+
+#[tokio::test]
+async fn failed_authentications_are_counted_and_the_metrics_need_a_permission() {
+    let directory = tempfile::tempdir().unwrap();
+    let tokens = directory.path().join("tokens");
+    let tokens = ("ACCESS__TOKENS", tokens.to_str().unwrap());
+    let closed = Watched::start(&[tokens]).await;
+    for (path, status) in [("/metrics", 401), ("/healthz", 200), ("/readyz", 200)] {
+        assert_eq!(closed.status(path).await, status, "{path}");
+    }
+    let roles = ("ACCESS__ROLES", r#"{ scraper = { permissions = ["metrics"], instances = ["*"] } }"#);
+    let open = Watched::start(&[tokens, roles, ("ACCESS__ANONYMOUS", r#"["scraper"]"#)]).await;
+    for (credential, reason) in [("Bearer gorego_x", "unknown"), ("Basic %%%", "malformed")] {
+        let failures = format!("gorego_authentication_failures_total{{reason=\"{reason}\"}}");
+        open.sees(&failures, is(0.0)).await;
+        let request = open.http.get(format!("{}/metrics", open.base)).header("authorization", credential);
+        assert_eq!(request.send().await.unwrap().status(), 401, "{credential}");
+        open.sees(&failures, is(1.0)).await;
+    }
+    open.sees("gorego_http_requests_total{method=\"GET\",code=\"401\"}", is(2.0)).await;
 }
 
 /// A scrape asks the owners of the numbers once, and those who come together share its text.

@@ -16,6 +16,10 @@ pub fn from_status(call: &str, status: &Status) -> Error {
     if let Some(why) = tls {
         return Error::Denied(format!("{call}: {why}"));
     }
+    // A status with a cause was made here: the connection has failed, and nobody was asked for a permission.
+    if status.code() == Code::PermissionDenied && status.source().is_some() {
+        return Error::Precondition(format!("{call}: {}", status.message()));
+    }
     // GEN-17: the details contain a whole google.rpc.Status.
     let details = rpc::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
     from_parts(call, status.code(), status.message(), &details)

@@ -61,6 +61,7 @@ fn a_pipe_that_nobody_reads_blocks_no_logger_and_what_is_dropped_is_counted() {
         bytes += line.len() + 1;
     }
     assert_eq!(whole + dropped, LINES + 1);
+    assert_eq!(to.missing(), dropped, "metrics have what is reported");
     assert!(bytes > WAITING_MAX_BYTES - FILLER - 10, "what has room is kept: {bytes} bytes");
     assert!(bytes <= 2 * WAITING_MAX_BYTES, "the bound holds: {bytes} bytes");
     log(&to, "after");

@@ -35,7 +35,7 @@ async fn slow_handshakes_of_one_address_hold_nobody_else_up_and_end() {
         let connect = |at: usize| {
             let mut socket = raw::connect_from("127.0.0.1", address);
             // Some send nothing, some the beginning.
-            socket.write_all(if at % 4 == 0 { &[] } else { OPENING }).unwrap();
+            socket.write_all(if at.is_multiple_of(4) { &[] } else { OPENING }).unwrap();
             socket
         };
         (0..SLOW).map(connect).collect::<Vec<_>>()

@@ -10,8 +10,7 @@
 use crate::{
     Options, Progress,
     figures::{Figures, Recorder, Work},
-    process::Usage,
-    report::ServerUse,
+    process::{ServerUse, Usage},
 };
 use futures::{
     StreamExt as _, TryStreamExt as _,

@@ -20,7 +20,8 @@ pub use compare::compare;
 pub use drive::Pace;
 pub use figures::{Figures, Latency};
 pub use limits::{Limit, Limits};
-pub use report::{Report, ScenarioReport, ServerUse};
+pub use process::ServerUse;
+pub use report::{Report, ScenarioReport};
 pub use scenario::{Scenario, find, scenarios};
 pub use target::Target;
 

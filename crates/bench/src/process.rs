@@ -1,5 +1,6 @@
 //! What the processes of a server use: CPU time and memory, from `/proc`.
 
+use serde::{Deserialize, Serialize};
 use std::{collections::HashMap, fs, time::Duration};
 
 /// What a process and those below it have used.
@@ -42,6 +43,28 @@ pub(crate) fn memory(pid: u32) -> Option<(u64, u64)> {
         Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
     };
     Some((bytes("VmRSS:")?, bytes("VmHWM:")?))
+}
+
+/// What the processes of the server used.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ServerUse {
+    /// CPU time per call in microseconds, of the server and all processes below it.
+    pub cpu_us_per_call: f64,
+    /// Resident memory of the server after the run, in bytes.
+    pub resident_bytes: u64,
+    /// The most that it has ever had, in bytes.
+    pub peak_bytes: u64,
+}
+
+impl ServerUse {
+    pub(crate) fn new(pid: u32, used: &Usage, calls: u64) -> Self {
+        let (resident_bytes, peak_bytes) = memory(pid).unwrap_or_default();
+        Self {
+            cpu_us_per_call: used.cpu.as_secs_f64() * 1e6 / calls.max(1) as f64,
+            resident_bytes,
+            peak_bytes,
+        }
+    }
 }
 
 struct Process {

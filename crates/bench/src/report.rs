@@ -1,10 +1,6 @@
 //! [`Report`]: the results of a run, as a table for people and as JSON.
 
-use crate::{
-    Figures, Options, Pace, Scenario, Target,
-    drive::Measured,
-    process::{self, Usage},
-};
+use crate::{Figures, Options, Pace, Scenario, ServerUse, Target, drive::Measured};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
 
@@ -34,28 +30,6 @@ pub struct ScenarioReport {
     pub figures: Figures,
     /// What the server used, if its process id was given.
     pub server: Option<ServerUse>,
-}
-
-/// What the processes of the server used.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct ServerUse {
-    /// CPU time per call in microseconds, of the server and all processes below it.
-    pub cpu_us_per_call: f64,
-    /// Resident memory of the server after the run, in bytes.
-    pub resident_bytes: u64,
-    /// The most that it has ever had, in bytes.
-    pub peak_bytes: u64,
-}
-
-impl ServerUse {
-    pub(crate) fn new(pid: u32, used: &Usage, calls: u64) -> Self {
-        let (resident_bytes, peak_bytes) = process::memory(pid).unwrap_or_default();
-        Self {
-            cpu_us_per_call: used.cpu.as_secs_f64() * 1e6 / calls.max(1) as f64,
-            resident_bytes,
-            peak_bytes,
-        }
-    }
 }
 
 impl ScenarioReport {

@@ -195,14 +195,14 @@ impl Instances {
             let inner = Arc::new(Inner { name: name.clone(), policy });
             map.insert(name, Instance { id, blobs: id, private: id, inner });
         }
-        let mut next = map.len();
+        // Private results have namespaces of their own, behind those of all instances.
+        let numbers = map.len()..;
         let mut with_private: Vec<&mut Instance> =
             map.values_mut().filter(|instance| instance.inner.policy.private_results).collect();
         with_private.sort_by_key(|instance| instance.id);
-        for instance in with_private {
-            let id = u16::try_from(next).map_err(|_| Error::invalid("too many instance names"))?;
+        for (number, instance) in numbers.zip(with_private) {
+            let id = u16::try_from(number).map_err(|_| Error::invalid("too many instance names"))?;
             instance.private = InstanceId(id);
-            next += 1;
         }
         if map.is_empty() {
             return Err(Error::invalid("no instance name is listed"));

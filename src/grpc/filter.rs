@@ -11,7 +11,7 @@ pub const FILTER_MAX_BYTES: usize = 4 * 1024;
 
 /// The grammar, for error messages.
 const GRAMMAR: &str = "terms are stage=QUEUED|EXECUTING|COMPLETED, done=true|false, invocation=ID, target=LABEL, \
-     pool=NAME, worker=NAME and instance=NAME, each at most once, joined by AND or spaces";
+     pool=NAME, worker=NAME, operation=ID and instance=NAME, each at most once, joined by AND or spaces";
 
 /// A parsed filter.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -74,6 +74,7 @@ fn term(filter: &mut Filter, word: &str) -> Option<()> {
         "target" if !value.is_empty() => set(&mut filter.target, value.to_owned()),
         "pool" if !value.is_empty() => set(&mut filter.pool, value.to_owned()),
         "worker" if !value.is_empty() => set(&mut filter.worker, value.to_owned()),
+        "operation" => set(&mut filter.operation, value.parse().ok()?),
         // The empty name of the default instance must be quoted, so that it is not confused with a forgotten value.
         "instance" if !value.is_empty() || quoted => set(instance, value.to_owned()),
         _ => None,
@@ -116,6 +117,7 @@ mod tests {
             target: Some("//pkg:name".into()),
             pool: Some("linux".into()),
             worker: Some("host/linux/0".into()),
+            operation: None,
             owner: None,
         };
         let expected = Filter { instance: Some("".into()), operations };

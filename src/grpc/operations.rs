@@ -136,7 +136,7 @@ impl OperationsService {
 
     async fn answer(&self, info: &OperationInfo, mut snapshot: Snapshot, call: &Call) -> Result<Operation> {
         operation_stream::explain(self.0.scheduler()?, info, &mut snapshot).await;
-        operation_stream::encode(&self.0, info, &snapshot, Detail::Full, call).await
+        operation_stream::encode(&self.0, info, &snapshot, Detail::Short, call).await
     }
 }
 

@@ -177,9 +177,12 @@ async fn a_purge_shows_what_it_would_remove_and_removes_it_for_good() {
 
     let removed = gorego(&server, &["store", "purge", "--invocation", "bad", "--yes"]).await;
     assert!(text(&removed.stderr).contains("2 removed"), "{}", text(&removed.stderr));
-    let purged = server.log().into_iter().find(|line| line["event"] == "results_purged").unwrap();
+    let find = |event| server.log().into_iter().rfind(|line| line["event"] == event);
+    eventually("the purge is logged", || find("results_purged").is_some() && find("admin_request").is_some())
+        .await;
+    let purged = find("results_purged").unwrap();
     assert_eq!(purged["entries"], 2);
-    let audit = server.log().into_iter().rfind(|line| line["event"] == "admin_request").unwrap();
+    let audit = find("admin_request").unwrap();
     assert_eq!((&audit["method"], &audit["principal"]), (&"PurgeResults".into(), &"anonymous".into()));
     let server = Server::on(server.kill().await, &[]).await;
     let client = server.client().await;

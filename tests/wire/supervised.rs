@@ -97,7 +97,8 @@ async fn a_supervisor_hears_of_the_start_of_life_of_a_reload_and_of_the_stop() {
     let mut serve = supervised(store.path(), &reports, Vec::new());
     serve.env("WATCHDOG_USEC", "300000").env("GOREGO_EXECUTION__CONCURRENCY", "2");
     let mut server = Server::spawn(serve, store);
-    assert_eq!(reports.next_with(""), "READY=1\n", "the first report");
+    assert_eq!(reports.next_with(""), "STATUS=opening the store\n", "the first report");
+    assert_eq!(reports.next_with("READY=1"), "READY=1\n");
     let client = server.client().await;
     for _ in 0..3 {
         let report = reports.next_with("WATCHDOG=1");

@@ -59,13 +59,15 @@ def ask():
             i = dict(fields(v))
             inputs[i[1].decode()] = i[2].decode()
     return arguments, inputs
-def answer(code, text, id=0):
+def answer(code, text, id=0, more=b""):
     if "json" in sys.argv:
         out.write(json.dumps({"exitCode": code, "output": text, "requestId": id}).encode() + b"\n")
     else:
         t = text.encode()
         m = b"\x08" + varint(code) + b"\x12" + varint(len(t)) + t + b"\x18" + varint(id)
         out.write(varint(len(m)) + m)
+    # One write, so that nobody reads the answer without what follows it.
+    out.write(more)
     out.flush()
 def listing():
     found = []
@@ -100,9 +102,7 @@ def work(arguments, inputs, stays):
             os._exit(3)
         if verb == "id": id = int(rest)
         if verb == "afterwards":
-            answer(0, "")
-            out.write(b"x")
-            out.flush()
+            answer(0, "", more=b"x")
     return code, "\n".join(text), id
 if "--persistent_worker" in sys.argv:
     while True:

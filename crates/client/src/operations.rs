@@ -37,7 +37,7 @@ pub struct OperationState {
     pub action: Option<reapi::Digest>,
     /// Times, worker and more, as far as it has got.
     pub metadata: reapi::ExecutedActionMetadata,
-    /// Whose operation it is. Only goREgo says this.
+    /// Whose operation it is. Only goREgo says this, and only in lists: see [`Client::described_operation`].
     pub request: gorego::OperationRequest,
     /// Why it waits. Only goREgo says this, and not in lists.
     pub queue: Option<gorego::QueueStatus>,
@@ -86,6 +86,22 @@ impl Client {
             answer.map_err(|status| from_status("GetOperation", &status))
         });
         state(answer.await?.into_inner())
+    }
+
+    /// Looks up an operation, and whose it is, if the server says that.
+    ///
+    /// # Errors
+    /// As [`Client::operation_state`].
+    pub async fn described_operation(&self, name: &str) -> Result<OperationState> {
+        let mut state = self.operation_state(name).await?;
+        let id = name.rsplit('/').next().unwrap_or(name);
+        // Other servers do not know this filter.
+        if let Ok(page) = self.list_operations(&format!("operation={id}"), 1, "").await
+            && let Some(listed) = page.operations.into_iter().find(|listed| listed.name == name)
+        {
+            state.request = listed.request;
+        }
+        Ok(state)
     }
 
     /// The state of an operation when it ends, or after `limit`, whichever is first (OPS-05).

@@ -112,7 +112,7 @@ fn facts_of_descriptors() -> Facts {
             facts.insert(format!("enum {}.{} = {}", descriptor.full_name(), value.name(), value.number()));
         }
     }
-    for service in pool.services() {
+    for service in pool.services().filter(|service| ours(service.full_name())) {
         facts.extend(service.methods().map(|method| fact_of_method(service.full_name(), &method)));
     }
     facts

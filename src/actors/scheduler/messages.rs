@@ -150,6 +150,8 @@ pub struct OperationFilter {
     pub pool: Option<String>,
     /// The name of the worker that runs or ran it.
     pub worker: Option<String>,
+    /// Its id.
+    pub operation: Option<super::operation::OperationId>,
     /// Its owner.
     pub owner: Option<Principal>,
 }

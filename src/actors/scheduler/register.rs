@@ -116,6 +116,7 @@ impl Operation {
             self.snapshot.borrow().place.as_ref().is_some_and(|place| *place.worker == **wanted)
         };
         self.info.instance == query.instance
+            && filter.operation.is_none_or(|wanted| self.info.id == wanted)
             && filter.owner.as_ref().is_none_or(|wanted| self.info.principal.is_same(wanted))
             && filter.invocation.as_ref().is_none_or(|wanted| client.tool_invocation_id == *wanted)
             && filter.target.as_ref().is_none_or(|wanted| client.target_id == *wanted)

@@ -12,7 +12,7 @@ pub(super) async fn show(args: &ShowArgs) -> Result<u8> {
     let client = connect(&args.server).await?;
     let (mut shown, mut objects, mut all_done) = (String::new(), Vec::new(), true);
     for written in &args.operations {
-        let found = async { client.operation_state(&names::resolve(&client, written).await?).await };
+        let found = async { client.described_operation(&names::resolve(&client, written).await?).await };
         let operation = match found.await {
             Ok(operation) => operation,
             Err(error) => {

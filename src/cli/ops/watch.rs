@@ -29,7 +29,7 @@ pub(super) async fn watch(args: &WatchArgs) -> Result<u8> {
 }
 
 async fn follow(client: &Client, name: &str, as_json: bool) -> Result<u8> {
-    let mut operation = client.operation_state(name).await?;
+    let mut operation = client.described_operation(name).await?;
     if !as_json {
         let mut text = String::new();
         for (label, value) in view::lines(&operation, SystemTime::now()) {
@@ -54,7 +54,8 @@ async fn follow(client: &Client, name: &str, as_json: bool) -> Result<u8> {
         if operation.finished.is_some() {
             return Ok(if view::succeeded(&operation) { EXIT_OK } else { EXIT_FAILURE });
         }
-        operation = client.wait_for_operation(name, LOOK_INTERVAL).await?;
+        let request = operation.request;
+        operation = OperationState { request, ..client.wait_for_operation(name, LOOK_INTERVAL).await? };
     }
 }
 

@@ -3,7 +3,7 @@
 //! The rules ([`AccessRules`]) are immutable and are replaced as a whole by [`Authenticator::replace`]. So every request is judged by
 //! the rules of one moment, and nothing that was checked by other rules counts any more. Most requests are authenticated at once:
 //! there is no credential, or a static token, or one that was checked before. Everything else is an [`Authentication::Pending`],
-//! which the request waits for in a task of its own ([`Checks`](checks::Checks) bounds that).
+//! which the request waits for in a task of its own ([`Checks`] bounds that).
 
 mod checks;
 mod verified;

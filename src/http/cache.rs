@@ -94,8 +94,8 @@ impl Mount for Cache {
 impl Cache {
     /// Handles a request whose method is among those of its route.
     async fn handle(&self, place: RoutedPath<'_>, request: Request, call: &Call) -> Result<Response> {
-        let instance = self.gate.enter(call, place.instance_name)?;
         let resource = Resource::parse(place.keyword, place.rest)?;
+        let instance = self.gate.enter(call, place.instance_name)?;
         let target = (self, &instance);
         match (request.method().as_str(), resource) {
             ("PUT", Resource::Blob(hash)) => write::blob(target, hash, request, call).await,

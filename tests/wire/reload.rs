@@ -114,9 +114,12 @@ async fn a_bad_file_changes_nothing_and_the_answer_names_key_and_value() {
     assert_eq!(output.status.code(), Some(1));
     assert!(said.contains("cache.zstd_level = 99") && said.contains("between 1 and 19"), "{said}");
     assert!(said.contains("gorego.toml:4"), "the line is named: {said}");
+    eventually("the refusal is logged", || {
+        configured.server.log().iter().any(|line| line["event"] == "config_refused")
+    })
+    .await;
     let log = configured.server.log();
     assert!(log.iter().all(|line| line["event"] != "pool_added" && line["level"] != "DEBUG"));
-    assert!(log.iter().any(|line| line["event"] == "config_refused"));
 
     // What is valid is shown by a dry run, and done by the next reload.
     configured.write(&format!("shutdown_grace = \"7s\"\n[log]\nfilter = \"gorego=debug\"\n{POOLS}"));

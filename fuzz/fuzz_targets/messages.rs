@@ -97,7 +97,8 @@ fn result(data: &[u8]) {
         Ok(blobs) => {
             assert!(blobs.iter().all(|(digest, bytes)| FUNCTION.digest(bytes) == *digest));
             DirectReferences::of(&result, FUNCTION).expect("what was accepted has digests");
-            let stored = results::encode("", action, &result, Default::default(), SystemTime::UNIX_EPOCH);
+            let origin = results::origin("", action, Default::default(), SystemTime::UNIX_EPOCH);
+            let stored = results::encode(&origin, &result);
             assert_eq!(results::decode(&stored, "", action), Ok(result));
         }
         Err(error) => assert!(matches!(error, Error::Invalid(_)), "{error:?}"),

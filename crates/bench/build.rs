@@ -1,4 +1,5 @@
-//! Generates the server side of two services, for the server that does nothing. The messages are those of `gorego-reapi`.
+//! Generates the server side of the services that the no-op benchmark server implements. The message types come from
+//! `gorego-reapi`.
 
 use std::error::Error;
 

@@ -4,8 +4,9 @@
 use crate::support::{
     Client, PATIENCE, Run, Server, empty, eventually, http_client, metadata, sh, shared_dir,
 };
-use bytes::{Buf as _, BufMut as _, Bytes};
+use bytes::Bytes;
 use gorego::access::tokens::{NewToken, TokenRecord, file::update};
+use gorego_client::Raw;
 use gorego_reapi::proto::{
     bytestream::ReadRequest,
     longrunning::{CancelOperationRequest, GetOperationRequest, ListOperationsRequest},
@@ -18,12 +19,7 @@ use std::{
     time::SystemTime,
 };
 use tempfile::TempDir;
-use tonic::{
-    Code, Request, Status,
-    client::Grpc,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    transport::Channel,
-};
+use tonic::{Code, Request, Status, client::Grpc, transport::Channel};
 
 const DOCUMENT: &str = include_str!("../../docs/securing.md");
 /// The instances of the server.
@@ -520,41 +516,4 @@ fn the_command_line_makes_lists_and_revokes_tokens() {
     assert!(code == 2 && told.contains("gorego token list"), "{told}");
     assert_eq!(gorego(&["revoke", &id]).0, 0);
     assert!(gorego(&["list"]).1.contains("no tokens"));
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Bytes;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put(item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
-    }
 }

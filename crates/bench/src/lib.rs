@@ -31,7 +31,7 @@ use std::time::Duration;
 /// How to measure.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Number of concurrent callers; `None` for that of the scenario.
+    /// Number of concurrent callers; `None` uses the default of each scenario.
     pub callers: Option<usize>,
     /// Calls per second, or as many as the callers can make.
     pub pace: Pace,

@@ -11,7 +11,7 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    /// Of this process, its descendants, and those of them that have ended.
+    /// The CPU time of a process and its descendants, including ended descendants that were waited for.
     pub(crate) fn of(pid: u32) -> Self {
         let all = processes();
         let mut open = vec![pid];

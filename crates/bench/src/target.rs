@@ -68,7 +68,7 @@ impl Target {
     /// Uploads blobs in batches.
     ///
     /// # Errors
-    /// Those of the server, for any of the blobs.
+    /// Errors of the server, also if only one blob is refused.
     pub(crate) async fn upload(&self, blobs: impl IntoIterator<Item = bytes::Bytes>) -> Result<Vec<Digest>> {
         const BATCH_BYTES: usize = 3_000_000;
         const BATCH_BLOBS: usize = 1_000;

@@ -134,7 +134,7 @@ impl Ledger {
     }
 
     /// The next task whose image is to be brought. Each order should be answered by [`Ledger::image_brought`], unless the task
-    /// has left. There is no bound but that of the queue: who orders only waits, and shares the pulls with all others.
+    /// has left. Only the size of the queue bounds the number of orders: a task with an order only waits, and pulls are shared.
     pub(crate) fn next_image(&mut self, now: ClockReading) -> Option<ImageOrder> {
         while let Some(id) = self.image_orders.pop_front() {
             let Some(task) = self.tasks.get_mut(&id) else { continue };

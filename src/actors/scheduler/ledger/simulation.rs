@@ -1,8 +1,7 @@
 //! A seeded simulation of the ledger: random clients, workers, pools and clocks against everything that must always hold.
 //!
-//! The world outside is played here: who follows what, which pools there are, which runs are out, what the CAS says. Each step
-//! is checked against it, and at the end the world is brought to rest, where every operation must have ended. A failure names
-//! its seed.
+//! `World` simulates everything outside of the ledger: the clients, the pools, the runs and the answers of the store. Each step is
+//! checked against it (`checks`). At the end nothing new arrives, and every operation must end. A failure names its seed.
 
 mod checks;
 mod pools;
@@ -35,7 +34,7 @@ const STEPS: u32 = 1000;
 /// Operations that the world still plays with; older ones are only checked at the end.
 const RECENT: usize = 40;
 
-/// What the seeds together must have come across, lest the simulation prove nothing.
+/// Situations that the seeds together must reach. Otherwise the simulation would prove nothing.
 const SIGHTS: [&str; 41] = [
     "joined",
     "explained",
@@ -96,7 +95,7 @@ fn nothing_is_lost_doubled_or_stuck_whatever_happens() {
         seen.extend(world.seen);
     }
     for sight in SIGHTS {
-        assert!(seen.contains(sight), "no seed came across: {sight}");
+        assert!(seen.contains(sight), "no seed reached: {sight}");
     }
 }
 
@@ -358,7 +357,7 @@ impl World {
             1 => Err(Error::DiskFull("no room".into())),
             _ => Ok(()),
         };
-        // The ledger hears also of what nobody waits for any more.
+        // The ledger is also told of images for which no task waits any more.
         let has_left = !self.ledger.tasks.contains_key(&order.task);
         let sight = match (has_left, &result) {
             (true, _) => "left before its image came",
@@ -457,7 +456,11 @@ impl World {
         let Some(id) = self.pick_operation() else { return };
         let status = self.ledger.explain(&instance(), id, self.now);
         let stage = self.known[&id].stage;
-        assert_eq!(status.is_some(), stage == Stage::Queued, "who waits hears why, and nobody else");
+        assert_eq!(
+            status.is_some(),
+            stage == Stage::Queued,
+            "there is a reason for each operation that waits, and for no other"
+        );
         let Some(status) = status else { return };
         assert!(!status.reason.is_empty() && !status.pool.is_empty());
         assert!(status.busy <= status.slots && status.position != Some(0));
@@ -471,7 +474,7 @@ impl World {
 
     fn report_stage(&mut self) {
         let Some(slot) = self.pick_run() else { return };
-        // Repeated and late news are part of the game.
+        // Reports may be repeated or late.
         let stages = [RunStage::Fetching, RunStage::Running, RunStage::Uploading];
         let stage = self.random.pick(&stages).unwrap();
         let out = self.runs.get_mut(&slot).unwrap();
@@ -594,7 +597,7 @@ impl World {
         assert!(self.known.values().all(|known| known.completed == 1), "every operation ends, once");
         for known in self.known.values() {
             let Some(subscription) = &known.subscription else { continue };
-            assert!(subscription.snapshots.borrow().outcome.is_some(), "every subscriber hears of the end");
+            assert!(subscription.snapshots.borrow().outcome.is_some(), "every subscriber sees the end");
         }
         assert_eq!(self.ledger.register.len(), 0, "nothing is remembered for ever");
         let query =

@@ -150,7 +150,7 @@ impl World {
             assert_eq!(
                 order.left.try_recv().is_err_and(|left| left == TryRecvError::Empty),
                 ledger.tasks.get(&order.task).is_some_and(waits),
-                "who brings an image hears when nobody waits for it any more"
+                "an order is closed when its task does not wait any more"
             );
         }
     }

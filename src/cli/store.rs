@@ -13,7 +13,7 @@ use gorego_reapi::digest::DigestFunction;
 pub enum StoreCommand {
     /// Show what the store, the staged input trees and the images take
     Stats(StatsArgs),
-    /// Remove results from the action cache by where they come from, or show which ones that would be
+    /// Remove results from the action cache by their origin; without --yes, only show which ones
     Purge(PurgeArgs),
     /// List the actions that were seen with different outputs, the latest first
     Nondeterminism(NonDeterminismArgs),
@@ -43,7 +43,7 @@ pub struct PurgeArgs {
     /// Results that this run of a build tool caused (Bazel's invocation id)
     #[arg(long, value_name = "ID")]
     pub invocation: Option<String>,
-    /// Results that this principal uploaded or asked a worker for, such as token:ci
+    /// Results that this principal uploaded or asked a worker for, such as token:6b3386d1a52f4c0e
     #[arg(long, value_name = "NAME")]
     pub principal: Option<String>,
     /// Results of this worker, or of all workers whose names begin with it and a slash

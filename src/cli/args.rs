@@ -67,7 +67,7 @@ pub enum LogFormatArg {
 /// The subcommands of `gorego config`.
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Check a configuration file, without flags and environment
+    /// Check a configuration file and the files that it names, without flags and environment
     Check {
         /// The file
         file: PathBuf,

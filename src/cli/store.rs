@@ -6,7 +6,8 @@ mod stats;
 
 use super::{EXIT_FAILURE, ServerArgs, complain, ops::connect};
 use clap::{ArgGroup, Args, Subcommand};
-use gorego_reapi::digest::DigestFunction;
+use gorego_reapi::{digest::DigestFunction, proto::reapi};
+use std::time::SystemTime;
 
 /// The subcommands of `gorego store`.
 #[derive(Debug, Clone, Subcommand)]
@@ -35,8 +36,8 @@ pub struct StatsArgs {
 #[command(group(ArgGroup::new("which").required(true).multiple(true).args(["action", "invocation", "principal", "worker", "since"])))]
 pub struct PurgeArgs {
     /// The result of this action
-    #[arg(long, value_name = "HASH/SIZE")]
-    pub action: Option<String>,
+    #[arg(long, value_name = "HASH/SIZE", value_parser = purge::parse_action)]
+    pub action: Option<reapi::Digest>,
     /// Digest function of --action, such as blake3 [default: the one that the length of the hash suggests]
     #[arg(long, value_name = "NAME", value_parser = super::args::parse_digest_function)]
     pub digest_function: Option<DigestFunction>,
@@ -50,8 +51,8 @@ pub struct PurgeArgs {
     #[arg(long, value_name = "NAME")]
     pub worker: Option<String>,
     /// Results that were written since then: how long ago, as in 2h, or a time, as in 2026-01-31T12:00:00Z
-    #[arg(long, value_name = "WHEN")]
-    pub since: Option<String>,
+    #[arg(long, value_name = "WHEN", value_parser = |text: &str| purge::parse_since(text, SystemTime::now()))]
+    pub since: Option<SystemTime>,
     /// Remove them; without it, only show which ones
     #[arg(long)]
     pub yes: bool,

@@ -86,7 +86,7 @@ pub(super) struct Pools {
     running: Arc<Mutex<Vec<PoolSettings>>>,
 }
 
-/// What becomes of one pool.
+/// What a reload does with one pool.
 enum PoolChange {
     Add(PoolSettings),
     Replace(PoolSettings),

@@ -15,6 +15,14 @@ pub(super) fn open(settings: &Settings) -> Result<Option<ServerTls>> {
     files(settings).map(ServerTls::open).transpose()
 }
 
+/// Checks the files of `[tls]`, without a server. Blocks.
+///
+/// # Errors
+/// See [`ServerTls::open`].
+pub(crate) fn check_tls_files(settings: &Settings) -> Result<()> {
+    files(settings).map_or(Ok(()), ServerTls::check_files)
+}
+
 fn files(settings: &Settings) -> Option<TlsFiles> {
     let tls = settings.tls.clone()?;
     Some(TlsFiles {

@@ -366,7 +366,10 @@ impl Server {
             log_streams: self.log_streams.clone(),
             under_way: shared.under_way.clone(),
             connections: shared.connections.clone(),
-            administration: administration(self.place.as_deref(), self.reports.clone(), reloader.clone()),
+            administration: Administration {
+                access: Some(self.access.clone()),
+                ..administration(self.place.as_deref(), self.reports.clone(), reloader.clone())
+            },
             metrics: self.metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,

@@ -131,6 +131,17 @@ impl AccessRules {
         &self.policy
     }
 
+    /// Where credentials come from.
+    pub(crate) fn sources(&self) -> &CredentialSources {
+        &self.sources
+    }
+
+    /// Whether this static token is accepted.
+    #[cfg(test)]
+    pub(crate) fn knows_token(&self, token: &str) -> bool {
+        self.sources.tokens.verify(token, SystemTime::now()).is_ok()
+    }
+
     /// The same client with its roles as they are now, as far as they still exist.
     fn with_current_roles(&self, principal: &Principal) -> Principal {
         let named = principal.roles().iter().map(|role| std::slice::from_ref(&role.name));

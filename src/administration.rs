@@ -1,8 +1,6 @@
 //! [`Administration`]: what the Admin service acts on, besides the store. Only the wiring knows all of it.
 
-use crate::{
-    access::AccessLoader, disk::BudgetUse, nondeterminism::NonDeterminismReports, reload::Reloader,
-};
+use crate::{access::AccessLoader, disk::BudgetUse, nondeterminism::NonDeterminismReports, reload::Reloader};
 use std::{fmt, sync::Arc, time::SystemTime};
 
 /// Reads how much of their budget some things take. It may block.

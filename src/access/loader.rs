@@ -76,11 +76,7 @@ struct LoadedAccess {
 }
 
 impl LoadedAccess {
-    fn new(
-        settings: AccessSettings,
-        signed: Option<Arc<JwtVerifier>>,
-        stamps: CredentialStamps,
-    ) -> Self {
+    fn new(settings: AccessSettings, signed: Option<Arc<JwtVerifier>>, stamps: CredentialStamps) -> Self {
         Self { settings, signed, stamps, refused: None, seen: None }
     }
 
@@ -204,8 +200,8 @@ impl AccessLoader {
     /// change their file.
     pub(crate) fn revoke(&self, ids: &[String]) -> Result<Vec<TokenRecord>> {
         let path = self.state.lock().unwrap_or_else(PoisonError::into_inner).settings.tokens.clone();
-        let path =
-            path.ok_or_else(|| Error::Precondition("this server has no static tokens (access.tokens)".into()))?;
+        let path = path
+            .ok_or_else(|| Error::Precondition("this server has no static tokens (access.tokens)".into()))?;
         let revoked = tokens::file::update(&path, |list| list.revoke(ids))?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let found = stamps(&state.settings);

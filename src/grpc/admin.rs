@@ -232,7 +232,8 @@ impl AdminService {
 
 /// What a purge is about, for the audit event.
 fn purge_details(request: &PurgeResultsRequest) -> String {
-    let action = request.action_digest.as_ref().map(|digest| format!("{}/{}", digest.hash, digest.size_bytes));
+    let action =
+        request.action_digest.as_ref().map(|digest| format!("{}/{}", digest.hash, digest.size_bytes));
     let since = request.since.as_ref().and_then(time_from_wire);
     let since = since.map(|since| humantime::format_rfc3339_seconds(since).to_string());
     let conditions = [

@@ -68,9 +68,14 @@ impl Gate {
         if call.permissions().is_some_and(<[Permission]>::is_empty) {
             return Authentication::Done(Ok(self.0.authenticator.anonymous()));
         }
-        let certificate = call.connection().and_then(|connection| connection.state.certificate());
-        let certificate = certificate.map(|certificate| &**certificate);
-        self.0.authenticator.authenticate(&Presented { headers, certificate, caller: call.caller() })
+        let connection = call.connection().map(|connection| &*connection.state);
+        let certificate = connection.and_then(|connection| connection.certificate());
+        self.0.authenticator.authenticate(&Presented {
+            headers,
+            certificate: certificate.map(|certificate| &**certificate),
+            caller: call.caller(),
+            repeated: connection.map(|connection| &connection.credential),
+        })
     }
 
     /// The ways in which a client can authenticate, as `WWW-Authenticate` has them.

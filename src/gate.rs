@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_may_not_enter_does_not_learn_which_instances_there_are() {
+    fn a_caller_without_permission_does_not_learn_which_instances_exist() {
         let rules = AccessRules::new(Policy::with_roles([], &[]), CredentialSources::default());
         let gate = Gate::new(instances(), Authenticator::new(rules));
         let call = call(&gate, &[Permission::CasRead]);

@@ -105,8 +105,8 @@ pub trait SignedTokens: fmt::Debug + Send + Sync {
         now: SystemTime,
     ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>>;
 
-    /// Whether tokens of this issuer and subject (`ISSUER#SUBJECT`) may still be accepted.
-    fn trusts(&self, holder: &str) -> bool;
+    /// Whether tokens are still accepted by the rules with this mark ([`VerifiedToken::mark`]).
+    fn trusts(&self, mark: u64) -> bool;
 }
 
 /// What a valid signed token says.
@@ -120,6 +120,8 @@ pub struct VerifiedToken {
     pub roles: Vec<String>,
     /// When it expires.
     pub expires: SystemTime,
+    /// A number of the rules that have accepted it. Other rules have another one.
+    pub mark: u64,
 }
 
 /// Where the credentials of clients come from.
@@ -157,12 +159,23 @@ impl AccessRules {
         &self.policy
     }
 
+    /// Where credentials come from.
+    pub(crate) fn sources(&self) -> &CredentialSources {
+        &self.sources
+    }
+
+    /// Whether this static token is accepted.
+    #[cfg(test)]
+    pub(crate) fn knows_token(&self, token: &str) -> bool {
+        self.sources.tokens.verify(token, SystemTime::now()).is_ok()
+    }
+
     /// The same client with its roles as they are now, as far as they still exist.
     fn with_current_roles(&self, principal: &Principal) -> Principal {
         let named = principal.roles().iter().map(|role| std::slice::from_ref(&role.name));
         let roles = named.filter_map(|name| self.policy.roles_named(name).ok()).flatten();
         let roles = roles.chain(self.policy.everybody().iter().cloned()).collect();
-        Principal::new(principal.kind(), principal.detail(), roles, principal.expires())
+        Principal::marked(principal.kind(), principal.detail(), roles, principal.expires(), principal.mark())
     }
 
     /// The holder of a certificate, or an anonymous client.
@@ -184,11 +197,11 @@ impl AccessRules {
         token: &str,
         now: SystemTime,
     ) -> Result<(Principal, SystemTime), Rejection> {
-        let VerifiedToken { issuer, subject, roles, expires } = signed.verify(token, now).await?;
+        let VerifiedToken { issuer, subject, roles, expires, mark } = signed.verify(token, now).await?;
         let roles = self.policy.roles_named(&roles).map_err(|error| Rejection::refused(error.to_string()))?;
         let roles = roles.into_iter().chain(self.policy.everybody().iter().cloned()).collect();
         let name = format!("{issuer}#{subject}");
-        Ok((Principal::new(PrincipalKind::Jwt, &name, roles, Some(expires)), expires))
+        Ok((Principal::marked(PrincipalKind::Jwt, &name, roles, Some(expires), mark), expires))
     }
 }
 
@@ -233,11 +246,17 @@ impl Authenticator {
         &self.0.audit
     }
 
-    /// The principal as it is by the rules in force now, for a request that was authenticated before.
+    /// The principal as it is by the rules in force now, for a request that was authenticated before, on a connection with this
+    /// certificate.
     ///
     /// # Errors
     /// When its credential has expired, or was revoked or replaced.
-    pub(crate) fn renew(&self, principal: &Principal, now: SystemTime) -> Result<Principal, Rejection> {
+    pub(crate) fn renew(
+        &self,
+        principal: &Principal,
+        certificate: Option<&ClientCertificate>,
+        now: SystemTime,
+    ) -> Result<Principal, Rejection> {
         if principal.expires().is_some_and(|expires| expires <= now) {
             return Err(Rejection::Expired(format!("the credential of {principal} has expired")));
         }
@@ -248,14 +267,18 @@ impl Authenticator {
             PrincipalKind::Basic => {
                 rules.sources.users.as_ref().and_then(|users| users.principal(principal.detail()).cloned())
             }
-            // Its issuer says when it ends, unless the issuer itself was taken out of the configuration.
+            // Its issuer says when it ends, as long as the rules for its tokens stay the same.
             PrincipalKind::Jwt => {
                 let signed = rules.sources.signed.as_ref();
-                let is_trusted = signed.is_some_and(|signed| signed.trusts(principal.detail()));
-                is_trusted.then(|| rules.with_current_roles(principal))
+                if !signed.is_some_and(|signed| signed.trusts(principal.mark())) {
+                    return Err(Rejection::Unavailable(format!(
+                        "the rules for the token of {principal} have changed; send the request again"
+                    )));
+                }
+                Some(rules.with_current_roles(principal))
             }
-            // Its issuer says when it ends, and connections whose certificates were revoked are closed.
-            PrincipalKind::Certificate => Some(rules.with_current_roles(principal)),
+            // Connections whose certificates have expired or were revoked are closed.
+            PrincipalKind::Certificate => rules.without_header(certificate).ok(),
         };
         let current = current.filter(|current| current.mark() == principal.mark());
         current.ok_or_else(|| Rejection::refused(format!("the credential of {principal} was revoked")))

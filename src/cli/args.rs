@@ -124,6 +124,12 @@ pub enum TokenCommand {
         /// The ids, as `list` shows them
         #[arg(required = true, value_name = "ID")]
         ids: Vec<String>,
+        /// Have this server revoke them, instead of changing a file here
+        #[arg(long, value_name = "URL", conflicts_with = "file")]
+        endpoint: Option<String>,
+        /// TLS and credentials
+        #[command(flatten)]
+        connect: ConnectArgs,
         /// Where tokens are kept
         #[command(flatten)]
         file: TokenFileArgs,

@@ -69,6 +69,16 @@ pub fn faults() -> Vec<Fault> {
             })
         }),
         fault(
+            "a wrong credential is a lack of permission",
+            &["GEN-23"],
+            code(find, Code::Unauthenticated, Code::PermissionDenied),
+        ),
+        fault(
+            "a wrong credential is an internal error",
+            &["GEN-23"],
+            code(find, Code::Unauthenticated, Code::Internal),
+        ),
+        fault(
             "an absent digest is a cache miss",
             &["GEN-05"],
             code("GetActionResult", Code::InvalidArgument, Code::NotFound),

@@ -20,14 +20,14 @@ use tempfile::TempDir;
 use tonic::{Code, Request, Status, client::Grpc, transport::Channel};
 
 /// A server with static tokens.
-struct Guarded {
-    server: Server,
-    tokens: PathBuf,
+pub(crate) struct Guarded {
+    pub(crate) server: Server,
+    pub(crate) tokens: PathBuf,
     _directory: TempDir,
 }
 
 impl Guarded {
-    async fn start(overrides: &[(&str, &str)]) -> Self {
+    pub(crate) async fn start(overrides: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let tokens = directory.path().join("tokens");
         let roles = r#"{ team = { like = "ci", instances = ["team/*"] } }"#;
@@ -43,7 +43,7 @@ impl Guarded {
     }
 
     /// Makes a token with a role. The server has noticed it when this returns.
-    async fn token(&self, role: &str) -> NewToken {
+    pub(crate) async fn token(&self, role: &str) -> NewToken {
         let token = NewToken::random().unwrap();
         let record = TokenRecord {
             id: token.id.clone(),
@@ -78,7 +78,7 @@ async fn is_known(channel: &Channel, token: &NewToken) -> bool {
 }
 
 /// A request with a token.
-fn with<T>(token: &str, message: T) -> Request<T> {
+pub(crate) fn with<T>(token: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
     request
@@ -98,17 +98,17 @@ async fn call(channel: &Channel, path: &str, message: Bytes, token: Option<&str>
 }
 
 /// A client with a token, and its run of a command.
-struct Owner {
-    token: NewToken,
-    client: Client,
+pub(crate) struct Owner {
+    pub(crate) token: NewToken,
+    pub(crate) client: Client,
 }
 
 impl Owner {
-    async fn start(guarded: &Guarded, role: &str) -> Self {
+    pub(crate) async fn start(guarded: &Guarded, role: &str) -> Self {
         Self { token: guarded.token(role).await, client: guarded.server.client().await }
     }
 
-    async fn run(&self, action: gorego_reapi::digest::Digest) -> Run {
+    pub(crate) async fn run(&self, action: gorego_reapi::digest::Digest) -> Run {
         let request = with(&self.token.text, self.client.request(action));
         Run(self.client.execution.clone().execute(request).await.unwrap().into_inner())
     }
@@ -149,7 +149,7 @@ impl Owner {
 }
 
 /// Stores an action without a client's token: the server has it from the same user under another one.
-async fn action(owner: &Owner, script: &str) -> gorego_reapi::digest::Digest {
+pub(crate) async fn action(owner: &Owner, script: &str) -> gorego_reapi::digest::Digest {
     use gorego_reapi::proto::reapi::{Action, BatchUpdateBlobsRequest, batch_update_blobs_request};
     let command = sh(script).encode_to_vec();
     let function = owner.client.function;

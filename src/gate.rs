@@ -69,8 +69,12 @@ impl Gate {
         if call.permissions().is_some_and(<[Permission]>::is_empty) {
             return Authentication::Done(Ok(self.0.authenticator.anonymous()));
         }
-        let presented = Presented { headers, certificate: certificate_of(call), caller: call.caller() };
-        self.0.authenticator.authenticate(&presented)
+        self.0.authenticator.authenticate(&Presented {
+            headers,
+            certificate: certificate_of(call),
+            caller: call.caller(),
+            repeated: call.connection().map(|connection| &connection.state.credential),
+        })
     }
 
     /// The ways in which a client can authenticate, as `WWW-Authenticate` has them.

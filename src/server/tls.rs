@@ -34,7 +34,7 @@ fn files(settings: &Settings) -> Option<TlsFiles> {
     })
 }
 
-/// The files of `[tls]`. TLS cannot be switched on or off while the server runs.
+/// Reloads the files of `[tls]`. TLS cannot be switched on or off while the server runs.
 pub(super) struct ReloadTls(pub(super) Option<ServerTls>);
 
 impl Reloadable for ReloadTls {

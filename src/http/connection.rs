@@ -215,10 +215,14 @@ impl HeadRoom {
         state.bytes += bytes;
         // The library refuses heads that are longer than its buffer.
         let needed = state.bytes.next_multiple_of(HEAD_STEP_BYTES).min(READ_MAX_BYTES as u64);
+        let is_small = state.bytes <= UNCOUNTED_HEAD_BYTES;
         match &mut state.share {
-            None if state.bytes <= UNCOUNTED_HEAD_BYTES => Ok(()),
-            None => Ok(state.share = Some(self.heads.take(self.caller, needed)?)),
             Some(share) => share.grow(needed.saturating_sub(share.amount())),
+            None if is_small => Ok(()),
+            none => {
+                *none = Some(self.heads.take(self.caller, needed)?);
+                Ok(())
+            }
         }
     }
 

@@ -69,8 +69,12 @@ impl Gate {
         if call.permissions().is_some_and(<[Permission]>::is_empty) {
             return Authentication::Done(Ok(self.0.authenticator.anonymous()));
         }
-        let presented = Presented { headers, certificate: certificate_of(call), caller: call.caller() };
-        self.0.authenticator.authenticate(&presented)
+        self.0.authenticator.authenticate(&Presented {
+            headers,
+            certificate: certificate_of(call),
+            caller: call.caller(),
+            repeated: call.connection().map(|connection| &connection.state.credential),
+        })
     }
 
     /// The ways in which a client can authenticate, as `WWW-Authenticate` has them.
@@ -304,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_may_not_enter_does_not_learn_which_instances_there_are() {
+    fn a_caller_without_permission_does_not_learn_which_instances_exist() {
         let rules = AccessRules::new(Policy::with_roles([], &[]), CredentialSources::default());
         let gate = Gate::new(instances(), Authenticator::new(rules));
         let call = call(&gate, &[Permission::CasRead]);

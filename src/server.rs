@@ -62,6 +62,7 @@ use reload::{ReloadAccess, ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOri
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc};
 use tls::ReloadTls;
+pub(crate) use tls::check_tls_files;
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},

@@ -2,11 +2,15 @@
 //!
 //! The rules ([`AccessRules`]) are immutable and are replaced as a whole by [`Authenticator::replace`]. So every request is judged by
 //! the rules of one moment, and nothing that was checked by other rules counts any more. Most requests are authenticated at once:
-//! there is no credential, or a static token, or one that was checked before. Everything else is an [`Authentication::Pending`],
-//! which the request waits for in a task of its own ([`Checks`] bounds that).
+//! there is no credential, or the one of the previous request of the connection ([`RepeatedCredential`]), or a static token, or one
+//! that was checked before. Everything else is an [`Authentication::Pending`], which the request waits for in a task of its own
+//! ([`Checks`] bounds that).
 
 mod checks;
+mod repeated;
 mod verified;
+
+pub(crate) use repeated::RepeatedCredential;
 
 use super::{
     audit::Audit,
@@ -24,7 +28,7 @@ use crate::caller::Caller;
 use arc_swap::{ArcSwap, Guard};
 use checks::Checks;
 use futures::future::{BoxFuture, FutureExt as _};
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use std::{
     fmt,
     sync::Arc,
@@ -47,6 +51,28 @@ pub(crate) struct Presented<'a> {
     pub(crate) certificate: Option<&'a ClientCertificate>,
     /// The connection and the peer.
     pub(crate) caller: Caller,
+    /// What its connection has sent before; `None` for a request that does not come from a socket.
+    pub(crate) repeated: Option<&'a RepeatedCredential>,
+}
+
+impl Presented<'_> {
+    /// The value of the only `authorization` header.
+    fn header(&self) -> Option<&[u8]> {
+        let mut values = self.headers.get_all(AUTHORIZATION).iter();
+        values.next().filter(|_| values.next().is_none()).map(HeaderValue::as_bytes)
+    }
+
+    /// The principal, if the previous request of the connection had the same header.
+    fn repeats(&self, rules: &Arc<AccessRules>, now: SystemTime) -> Option<Principal> {
+        self.repeated?.find(self.header()?, rules, now)
+    }
+
+    /// Has the connection keep its header until this time.
+    fn keep(&self, rules: &Arc<AccessRules>, principal: &Principal, until: Option<SystemTime>) {
+        if let (Some(repeated), Some(header)) = (self.repeated, self.header()) {
+            repeated.keep(header, principal, until, rules);
+        }
+    }
 }
 
 /// The answer to who sends a request.
@@ -156,7 +182,7 @@ impl AccessRules {
     fn without_header(&self, certificate: Option<&ClientCertificate>) -> Result<Principal, Rejection> {
         let Some(certificate) = certificate else { return Ok(self.anonymous.clone()) };
         let now = SystemTime::now();
-        if let Some(principal) = self.verified.get(certificate.fingerprint(), now) {
+        if let Some((principal, _)) = self.verified.get(certificate.fingerprint(), now) {
             return Ok(principal);
         }
         let principal = grants::principal(certificate, &self.sources.certificates, &self.policy);
@@ -270,23 +296,33 @@ impl Authenticator {
         if !rules.policy.has_credentials() {
             return Authentication::Done(rules.without_header(presented.certificate));
         }
+        let now = SystemTime::now();
+        if let Some(principal) = presented.repeats(&rules, now) {
+            return Authentication::Done(Ok(principal));
+        }
         match Credential::parse(presented.headers) {
             Ok(None) => Authentication::Done(rules.without_header(presented.certificate)),
-            Ok(Some(Credential::Bearer(token))) => self.bearer(&rules, token),
+            Ok(Some(Credential::Bearer(token))) => self.bearer(&rules, token, presented, now),
             Ok(Some(Credential::Basic { user, password })) => {
-                self.basic(&rules, user, password, presented.caller)
+                self.basic(&rules, user, password, presented, now)
             }
             Err(rejection) => Authentication::Done(Err(rejection)),
         }
     }
 
-    fn bearer(&self, rules: &Arc<AccessRules>, token: &str) -> Authentication {
-        let now = SystemTime::now();
+    fn bearer(
+        &self,
+        rules: &Arc<AccessRules>,
+        token: &str,
+        presented: &Presented<'_>,
+        now: SystemTime,
+    ) -> Authentication {
         let Some(signed) = rules.sources.signed.as_ref().filter(|_| tokens::id_of(token).is_none()) else {
-            return Authentication::Done(rules.sources.tokens.verify(token, now));
+            return Self::static_token(rules, token, presented, now);
         };
         let hash = rules.verified.hash(&[b"bearer", token.as_bytes()]);
-        if let Some(principal) = rules.verified.get(&hash, now) {
+        if let Some((principal, until)) = rules.verified.get(&hash, now) {
+            presented.keep(rules, &principal, Some(until));
             return Authentication::Done(Ok(principal));
         }
         let check = || {
@@ -301,19 +337,32 @@ impl Authenticator {
         Authentication::Pending(self.0.checks.share(hash, check).boxed())
     }
 
+    fn static_token(
+        rules: &Arc<AccessRules>,
+        token: &str,
+        presented: &Presented<'_>,
+        now: SystemTime,
+    ) -> Authentication {
+        let verified = rules.sources.tokens.verify(token, now);
+        if let Ok(principal) = &verified {
+            presented.keep(rules, principal, principal.expires());
+        }
+        Authentication::Done(verified)
+    }
+
     /// The password of any user may be a static token, for tools that can send nothing else.
     fn basic(
         &self,
         rules: &Arc<AccessRules>,
         user: String,
         password: Vec<u8>,
-        caller: Caller,
+        presented: &Presented<'_>,
+        now: SystemTime,
     ) -> Authentication {
-        let now = SystemTime::now();
         if let Some(token) =
             std::str::from_utf8(&password).ok().filter(|token| tokens::id_of(token).is_some())
         {
-            return Authentication::Done(rules.sources.tokens.verify(token, now));
+            return Self::static_token(rules, token, presented, now);
         }
         let Some(users) = &rules.sources.users else {
             return Authentication::Done(Err(Rejection::refused(
@@ -321,9 +370,11 @@ impl Authenticator {
             )));
         };
         let hash = rules.verified.hash(&[b"basic", user.as_bytes(), b":", &password]);
-        if let Some(principal) = rules.verified.get(&hash, now) {
+        if let Some((principal, until)) = rules.verified.get(&hash, now) {
+            presented.keep(rules, &principal, Some(until));
             return Authentication::Done(Ok(principal));
         }
+        let caller = presented.caller;
         let check = || {
             let (rules, users, state) = (rules.clone(), users.clone(), self.0.clone());
             async move {

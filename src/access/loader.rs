@@ -6,7 +6,7 @@
 use super::{
     authenticator::{AccessRules, Authenticator, CredentialSources, SignedTokens},
     basic::{PasswordFile, UserSet},
-    jwt::{JwksLocation, JwtVerifier, KeySet},
+    jwt::{self, JwksLocation, JwtVerifier, KeySet},
     settings::AccessSettings,
     tokens::{self, TokenRecord, TokenSet},
 };
@@ -102,6 +102,15 @@ struct CredentialStamp {
     inode: u64,
     size: u64,
     changed: (i64, i64),
+}
+
+/// Checks the files that the settings name, without a server. Keys of issuers are not fetched.
+///
+/// # Errors
+/// `Invalid` that names the file that cannot be used.
+pub(crate) fn check_files(settings: &AccessSettings) -> Result<()> {
+    load(settings, None)?;
+    jwt::check_key_files(&settings.jwt).map_err(Error::Invalid)
 }
 
 impl AccessLoader {

@@ -141,7 +141,7 @@ fn place(file: &TokenFileArgs) -> Result<(PathBuf, Policy)> {
     let path = file.file.clone().or(settings.access.tokens).ok_or_else(|| {
         Error::invalid(
             "the server has no file for tokens: set tokens in the section [access] of its configuration, for example to \
-             /etc/gorego/tokens, or name the file with --file (docs/securing.md)",
+             /var/lib/gorego/tokens, or name the file with --file (docs/securing.md)",
         )
     })?;
     Ok((path, settings.access.policy))

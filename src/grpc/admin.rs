@@ -150,7 +150,7 @@ impl AdminService {
         self.0.gate.administer(call)?;
         let reloader = self.0.administration.reloader.as_ref();
         let reloader = reloader.ok_or_else(|| Error::Unimplemented("there is no configuration".into()))?;
-        let Reloaded { applied, needs_restart, warnings } = reloader.reload(dry_run).await?;
+        let Reloaded { applied, needs_restart, warnings, .. } = reloader.reload(dry_run).await?;
         let changes = |changes: Vec<KeyChange>| {
             let change = |KeyChange { key, description }| ConfigChange { key, description };
             changes.into_iter().map(change).collect()

@@ -173,7 +173,7 @@ mod tests {
 
     /// AC-05.
     #[test]
-    fn contents_that_nobody_asked_for_are_taken_out_whoever_stored_them() {
+    fn contents_that_were_not_asked_for_are_removed_from_results_of_clients_and_workers() {
         let mut stored = result(3, 3, &[3]);
         stored.stdout_raw = Bytes::from_static(b"out");
         stored.stderr_raw = Bytes::from_static(b"err");

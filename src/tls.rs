@@ -95,6 +95,14 @@ impl ServerTls {
         Ok(tls)
     }
 
+    /// Checks files as [`ServerTls::open`] does. Blocks.
+    ///
+    /// # Errors
+    /// See [`ServerTls::open`].
+    pub(crate) fn check_files(files: TlsFiles) -> Result<()> {
+        Material::read(files).map(drop)
+    }
+
     /// Reads and checks files, if they are others than those in force or have changed. Blocks.
     ///
     /// # Errors

@@ -196,7 +196,7 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
                 check.refuse(
                     KEY,
                     &format!(
-                        "{name}.permissions has \"{}\", which is none; there are {}",
+                        "{name}.permissions has \"{}\", which is no permission; there are {}",
                         text.escape_debug(),
                         known.join(", ")
                     ),

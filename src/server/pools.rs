@@ -1,7 +1,7 @@
 //! [`Pools`]: the pools of the server, as they are at the start and as a reload of the configuration changes them.
 //!
-//! A pool that is new starts at once. One that is gone takes no more actions and is removed when its last one has ended. One that is
-//! another than before is both: the new one starts, and what the old one runs goes on beside it for a while.
+//! A new pool starts at once. A pool that is gone takes no more actions, and is removed when its last action has ended. A pool whose
+//! settings have changed is replaced: the new one starts, and the actions of the old one go on beside it.
 
 use super::place::Place;
 use crate::{
@@ -86,7 +86,7 @@ pub(super) struct Pools {
     running: Arc<Mutex<Vec<PoolSettings>>>,
 }
 
-/// What becomes of one pool.
+/// What a reload does with one pool.
 enum PoolChange {
     Add(PoolSettings),
     Replace(PoolSettings),
@@ -228,7 +228,7 @@ fn differences(before: &PoolSettings, after: &PoolSettings) -> String {
 
 impl Reloadable for Pools {
     fn keys(&self) -> &'static [&'static str] {
-        // The other limits are those of the machine.
+        // The other keys in execution.limits are about the whole machine, and need a restart.
         &[
             "execution.pools",
             "execution.concurrency",

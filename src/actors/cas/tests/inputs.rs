@@ -265,7 +265,7 @@ async fn outputs_are_moved_or_copied_and_belong_to_the_store_afterwards() {
     assert_ne!(inode(&store.file_of(digests[1])), of_linked);
     assert_ne!(inode(&store.file_of(digests[4])), of_open, "somebody could still write it");
     drop(writer);
-    std::fs::write(exec.join("link"), "written by whoever holds the other link").unwrap();
+    std::fs::write(exec.join("link"), "written through the other link").unwrap();
     std::fs::remove_dir_all(&exec).unwrap();
     for (blob, bytes) in [(digests[0], plain), (digests[1], linked)] {
         assert_eq!(store.get(blob).await.unwrap(), bytes);

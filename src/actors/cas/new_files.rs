@@ -16,7 +16,7 @@ use super::{
     requests::{Commit, EndUpload},
     settings::FILES_PER_COMMIT,
     uploads::Attempt,
-    volume::{Draft, NewFile, Written, outside::LeftFile},
+    volume::{Draft, NewFile, WrittenFile, outside::LeftFile},
 };
 use actix::Addr;
 use bytes::Bytes;
@@ -24,7 +24,7 @@ use gorego_reapi::error::Result;
 use std::{io, sync::Arc};
 use tokio::sync::oneshot;
 
-/// Written files that are not visible yet, with room for them and for more.
+/// WrittenFile files that are not visible yet, with room for them and for more.
 #[derive(Debug)]
 pub(super) struct NewFiles {
     store: Addr<CasActor>,
@@ -33,7 +33,7 @@ pub(super) struct NewFiles {
     room: Reservation,
     /// The part of the room that the written files take.
     spent: u64,
-    written: Vec<Written>,
+    written: Vec<WrittenFile>,
 }
 
 /// The answer to a commit.
@@ -143,7 +143,7 @@ impl NewFiles {
         last
     }
 
-    fn add(&mut self, written: Written) -> FileId {
+    fn add(&mut self, written: WrittenFile) -> FileId {
         self.spent = self.spent.saturating_add(written.bytes);
         self.written.push(written);
         written.file

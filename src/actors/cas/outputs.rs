@@ -33,7 +33,7 @@ pub struct OutputBatch {
     function: DigestFunction,
     /// Bytes on disk that the caller still expects to store.
     expected: u64,
-    /// Written files that are not visible yet, with room for more.
+    /// WrittenFile files that are not visible yet, with room for more.
     files: NewFiles,
     /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,

@@ -8,7 +8,7 @@ use super::{
     guards::Reservation,
     index::{EntryRef, Key, Stamp, Tally, Totals},
     uploads::{Attempt, Partial, Progress},
-    volume::{Moves, Written},
+    volume::{Moves, WrittenFile},
 };
 use crate::{budget::Bound, caller::Caller};
 use actix::Message;
@@ -119,7 +119,7 @@ pub struct CloseStore;
 #[derive(Message)]
 #[rtype(result = "()")]
 pub(crate) struct Commit {
-    pub files: Vec<Written>,
+    pub files: Vec<WrittenFile>,
     /// Room for all of the files.
     pub room: Reservation,
     /// The upload that ends with this message because its blob is stored.

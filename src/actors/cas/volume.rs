@@ -58,7 +58,7 @@ pub(crate) trait Volume: Debug + Send + Sync {
     fn look(&self, file: &FileId) -> io::Result<Look>;
 
     /// Writes verified bytes to new files, each with its own outcome. Leaves no file behind where that fails.
-    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<Written>>;
+    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>>;
 
     /// Begins a file whose digest is not known yet.
     fn draft(&self) -> io::Result<Box<dyn Draft>>;
@@ -66,7 +66,7 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// Takes a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
     /// hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open file can still be
     /// read.
-    fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<Written>>;
+    fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>>;
 
     /// Deletes stored files. A missing file is no error. Returns those that could not be deleted.
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)>;
@@ -125,7 +125,7 @@ impl NewFile<'_> {
 
 /// A file that was written and is not visible yet.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Written {
+pub(crate) struct WrittenFile {
     /// Its identity.
     pub file: FileId,
     /// Bytes that it takes on disk: [`Volume::charge`] of its size.
@@ -193,7 +193,7 @@ pub(crate) trait Draft: Debug + Send + Sync {
     fn hash(&self, hasher: Hasher) -> io::Result<Digest>;
 
     /// Turns it into a stored file. The caller has verified its content.
-    fn keep(self: Box<Self>, key: Key) -> io::Result<Written>;
+    fn keep(self: Box<Self>, key: Key) -> io::Result<WrittenFile>;
 }
 
 /// The size and stamps of a stored file.

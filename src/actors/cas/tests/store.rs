@@ -340,13 +340,15 @@ async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
     assert_eq!(store.get(old).await.unwrap(), "old");
     assert_eq!(store.file_of(old), file);
     // A newer result replaces the old one, also after a restart.
-    let newer = reapi::ActionResult { exit_code: 7, ..Default::default() };
+    let metadata = reapi::ExecutedActionMetadata { worker: "newer".into(), ..Default::default() };
+    let newer = reapi::ActionResult { execution_metadata: Some(metadata), ..Default::default() };
     store.cas.put_result(&store.main, action, newer, Provenance::default()).await.unwrap();
     let new = store.put("new").await;
     eventually(|| async { (!of_result.exists()).then_some(()) }).await;
     let store = store.restart().await;
     assert_eq!(store.get(new).await.unwrap(), "new");
-    assert_eq!(store.cas.get_result(&store.main, action).await.unwrap().unwrap().exit_code, 7);
+    let result = store.cas.get_result(&store.main, action).await.unwrap().unwrap();
+    assert_eq!(result.execution_metadata.as_ref().unwrap().worker, "newer");
     assert_eq!(store.files(), [file], "new blobs and results have no files of their own");
     let TestStore { root, cas, .. } = store;
     cas.actor().send(CloseStore).await.unwrap();
@@ -383,9 +385,14 @@ async fn dead_records_never_take_the_store_beyond_its_limit() {
     };
     // Some blobs are used again and again, among others that nobody wants any more, so that few segments die as a whole.
     let mut hot = Vec::new();
-    for round in 0..60u64 {
+    for round in 0..55u64 {
+        let content = |n: u64| {
+            let mut bytes = vec![0; 60_000];
+            bytes[..8].copy_from_slice(&(round * 100 + n).to_le_bytes());
+            Bytes::from(bytes)
+        };
         let blobs: Vec<(Digest, Bytes)> =
-            (0..100).map(|n| noise(60_000, round * 100 + n)).map(|bytes| (digest(&bytes), bytes)).collect();
+            (0..100).map(content).map(|bytes| (digest(&bytes), bytes)).collect();
         if hot.len() < 400 {
             hot.extend(blobs.iter().step_by(10).map(|(digest, _)| *digest));
         }

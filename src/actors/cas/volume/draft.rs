@@ -1,7 +1,7 @@
 //! [`TemporaryFile`]: a file under a temporary name, which gets its final name once its content is verified.
 
 use super::{
-    Draft, Written,
+    Draft, WrittenFile,
     files::{StorePaths, create, in_shard},
     hash,
     stamps::{change_unobserved, stamp_of},
@@ -51,7 +51,7 @@ impl Draft for TemporaryFile {
         hash(hasher, |piece, at| file.read_at(piece, at))
     }
 
-    fn keep(mut self: Box<Self>, key: Key) -> io::Result<Written> {
+    fn keep(mut self: Box<Self>, key: Key) -> io::Result<WrittenFile> {
         let file = FileId { key, generation: self.paths.next_generation() };
         let metadata = self.file.metadata()?;
         let written = stamp_of(&metadata);
@@ -61,7 +61,7 @@ impl Draft for TemporaryFile {
         let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))?;
         self.is_kept = true;
         let stamp = moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp));
-        Ok(Written { file, bytes: self.paths.charge(metadata.len()), stamp })
+        Ok(WrittenFile { file, bytes: self.paths.charge(metadata.len()), stamp })
     }
 }
 

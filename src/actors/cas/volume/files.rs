@@ -20,7 +20,7 @@
 //! A power cut may lose or damage what was written last, and the hash check at the first read turns that into misses.
 
 use super::{
-    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, Written,
+    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
     draft::TemporaryFile,
     outside::LeftFile,
     scan,
@@ -150,7 +150,7 @@ impl Files {
         Ok(StoredFile::new(regular_file::open(path)?, self.paths.has_fine_times))
     }
 
-    fn write_one(&self, file: &NewFile<'_>) -> io::Result<Written> {
+    fn write_one(&self, file: &NewFile<'_>) -> io::Result<WrittenFile> {
         let id = FileId { key: file.key, generation: self.next_generation() };
         let path = self.paths.path(&id);
         let mut new = create(&path)?;
@@ -159,7 +159,7 @@ impl Files {
         if metadata.is_err() {
             let _ = fs::remove_file(&path);
         }
-        Ok(Written { file: id, bytes: self.charge(file.size()), stamp: self.stamp(&metadata?) })
+        Ok(WrittenFile { file: id, bytes: self.charge(file.size()), stamp: self.stamp(&metadata?) })
     }
 
     /// Deletes a stored file. Anything that was put in its place is removed too.
@@ -213,7 +213,7 @@ impl Volume for Files {
         Ok(look_of(&metadata, self.paths.has_fine_times))
     }
 
-    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<Written>> {
+    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>> {
         files.iter().map(|file| self.write_one(file)).collect()
     }
 
@@ -221,7 +221,7 @@ impl Volume for Files {
         Ok(Box::new(TemporaryFile::create(self.paths.clone(), self.next_generation())?))
     }
 
-    fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<Written>> {
+    fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
         if !left.is_ours_alone() {
             return Ok(None);
         }
@@ -238,7 +238,7 @@ impl Volume for Files {
         let unchanged = after.len() == key.digest.size() && times(&after) == times(before);
         if same && unchanged && after.nlink() == 1 {
             let bytes = self.charge(after.len());
-            return Ok(Some(Written { file, bytes, stamp: self.stamp(&after) }));
+            return Ok(Some(WrittenFile { file, bytes, stamp: self.stamp(&after) }));
         }
         self.delete_one(&file)?;
         Ok(None)

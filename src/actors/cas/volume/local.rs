@@ -8,7 +8,7 @@
 //! Small files that an earlier version has kept on their own are read, touched and evicted where they are.
 
 use super::{
-    Compacted, Draft, Look, Moved, Moves, NewFile, Recovered, Repairs, Stored, Volume, Written,
+    Compacted, Draft, Look, Moved, Moves, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
     files::Files,
     outside::LeftFile,
     segments::{Location, Segments, Sizes, Verdict},
@@ -65,7 +65,7 @@ impl Local {
 }
 
 /// Writes one file to the segments.
-fn write_small(segments: &Segments, key: Key, bytes: Bytes) -> io::Result<Written> {
+fn write_small(segments: &Segments, key: Key, bytes: Bytes) -> io::Result<WrittenFile> {
     let pieces = [bytes];
     let written = segments.write(&[NewFile { key, pieces: &pieces }], unix_seconds());
     written.into_iter().next().unwrap_or_else(|| Err(io::ErrorKind::Other.into()))
@@ -108,7 +108,7 @@ impl Volume for Local {
         }
     }
 
-    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<Written>> {
+    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>> {
         let small: Vec<NewFile<'_>> =
             files.iter().filter(|file| self.segments.takes(file.size())).copied().collect();
         let mut of_small = match small.is_empty() {
@@ -131,7 +131,7 @@ impl Volume for Local {
         Ok(Box::new(LocalDraft { small: Vec::new(), large: None, files, segments }))
     }
 
-    fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<Written>> {
+    fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
         if !self.segments.takes(left.size()) {
             return self.files.adopt(key, left);
         }
@@ -238,7 +238,7 @@ impl Draft for LocalDraft {
         }
     }
 
-    fn keep(self: Box<Self>, key: Key) -> io::Result<Written> {
+    fn keep(self: Box<Self>, key: Key) -> io::Result<WrittenFile> {
         match self.large {
             Some(large) => large.keep(key),
             None if self.segments.takes(self.small.len() as u64) => {

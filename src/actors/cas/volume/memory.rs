@@ -1,7 +1,7 @@
 //! [`Memory`]: a volume in memory, for tests. They show that the store needs only what the trait promises.
 
 use super::{
-    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, Written, outside::LeftFile,
+    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile, outside::LeftFile,
     stored::copy_in_pieces,
 };
 use crate::{
@@ -34,11 +34,11 @@ impl Memory {
     }
 
     /// Files are never changed, so the generation serves as the stamp.
-    fn keep(&self, key: Key, bytes: Bytes) -> Written {
+    fn keep(&self, key: Key, bytes: Bytes) -> WrittenFile {
         let file = FileId { key, generation: self.next_generation() };
         let charge = self.charge(bytes.len() as u64);
         self.files.lock().unwrap().insert(file.generation, (file, bytes));
-        Written { file, bytes: charge, stamp: Stamp::new(file.generation, 0) }
+        WrittenFile { file, bytes: charge, stamp: Stamp::new(file.generation, 0) }
     }
 
     fn open_file(&self, file: &FileId) -> io::Result<Open> {
@@ -81,7 +81,7 @@ impl Volume for Memory {
         self.open_file(file)?.look()
     }
 
-    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<Written>> {
+    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>> {
         files.iter().map(|file| Ok(self.keep(file.key, file.pieces.concat().into()))).collect()
     }
 
@@ -89,7 +89,7 @@ impl Volume for Memory {
         Ok(Box::new(Growing { bytes: Vec::new(), volume: self.clone() }))
     }
 
-    fn adopt(&self, _: Key, _: &LeftFile<'_>) -> io::Result<Option<Written>> {
+    fn adopt(&self, _: Key, _: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
         Ok(None)
     }
 
@@ -157,7 +157,7 @@ impl Draft for Growing {
         Ok(hasher.finish())
     }
 
-    fn keep(self: Box<Self>, key: Key) -> io::Result<Written> {
+    fn keep(self: Box<Self>, key: Key) -> io::Result<WrittenFile> {
         Ok(self.volume.keep(key, self.bytes.into()))
     }
 }

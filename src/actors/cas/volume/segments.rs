@@ -37,13 +37,13 @@ pub(super) use record::Location;
 use record::damaged;
 pub(crate) use sizes::{Sizes, Verdict};
 
-use super::{Look, NewFile, Stored, Written};
+use super::{Look, NewFile, Stored, WrittenFile};
 use crate::{
     actors::cas::index::{FileId, Victim},
     instance::InstanceId,
     regular_file,
 };
-use compaction::Copying;
+use compaction::CompactionState;
 use open_files::OpenFiles;
 use segment::{Addition, Segment, Takes};
 use std::{
@@ -76,7 +76,7 @@ pub(crate) struct Segments {
     head: Mutex<Option<Arc<Appended>>>,
     all: RwLock<BTreeMap<u64, Arc<Segment>>>,
     open: OpenFiles,
-    copying: Mutex<Copying>,
+    copying: Mutex<CompactionState>,
     /// Held while a segment is compacted.
     compacting: Mutex<()>,
     disk: AtomicU64,
@@ -142,7 +142,7 @@ impl Segments {
     }
 
     /// Appends files and returns their generations. All of them are written at once, so all of them fail or none.
-    pub(super) fn write(&self, files: &[NewFile<'_>], touched: u32) -> Vec<io::Result<Written>> {
+    pub(super) fn write(&self, files: &[NewFile<'_>], touched: u32) -> Vec<io::Result<WrittenFile>> {
         let first = self.sequence.fetch_add(files.len() as u64, Relaxed);
         let additions: Vec<Addition<'_>> = (first..)
             .zip(files)
@@ -160,7 +160,7 @@ impl Segments {
             Ok(locations) => (files.iter().zip(locations))
                 .map(|(file, location)| {
                     let id = FileId { key: file.key, generation: location.generation() };
-                    Ok(Written { file: id, bytes: Self::charge(file.size()), stamp: content::STAMP })
+                    Ok(WrittenFile { file: id, bytes: Self::charge(file.size()), stamp: content::STAMP })
                 })
                 .collect(),
             Err(error) => files.iter().map(|_| Err(same_error(&error))).collect(),
@@ -381,7 +381,7 @@ impl Segments {
         self.open.get(number, || regular_file::open(&self.segment_path(number)))
     }
 
-    fn copying(&self) -> MutexGuard<'_, Copying> {
+    fn copying(&self) -> MutexGuard<'_, CompactionState> {
         self.copying.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -34,7 +34,7 @@ const MIN_DEAD_PART: u64 = 16;
 
 /// The compaction that is under way.
 #[derive(Debug, Default)]
-pub(super) struct Copying {
+pub(super) struct CompactionState {
     /// The segment that is compacted.
     source: Option<u64>,
     /// Its records and their copies, in both directions.
@@ -43,7 +43,7 @@ pub(super) struct Copying {
     deleted: HashSet<u32>,
 }
 
-impl Copying {
+impl CompactionState {
     /// The twins of records that are being deleted.
     pub(super) fn twins_of(&mut self, segment: u64, slots: &[u32]) -> Vec<Location> {
         if self.source == Some(segment) {
@@ -81,16 +81,16 @@ impl Segments {
     ) -> io::Result<Compacted> {
         let _turn = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(source) = self.worst() else { return Ok(Compacted::NothingToGain) };
-        *self.copying() = Copying { source: Some(source.number), ..Copying::default() };
+        *self.copying() = CompactionState { source: Some(source.number), ..CompactionState::default() };
         let mut moved = Vec::new();
         let outcome = self.move_records(&source, relocate, &mut moved);
         // If a record is left, because somebody reads it, the others must not come back with the segment.
         if self.find(source.number).is_some() && !moved.is_empty() {
             let buried = self.bury(&source, &moved);
-            *self.copying() = Copying::default();
+            *self.copying() = CompactionState::default();
             buried?;
         }
-        *self.copying() = Copying::default();
+        *self.copying() = CompactionState::default();
         outcome.map(|()| if moved.is_empty() { Compacted::NothingToGain } else { Compacted::Some })
     }
 

@@ -1,4 +1,4 @@
-//! [`Content`]: the bytes of a record that were read and checked, as an open stored file.
+//! [`RecordContent`]: the bytes of a record that were read and checked, as an open stored file.
 
 use crate::actors::cas::{
     index::Stamp,
@@ -12,9 +12,9 @@ pub(super) const STAMP: Stamp = Stamp::CHECKED_WHEN_READ;
 
 /// The content of a record.
 #[derive(Debug)]
-pub(super) struct Content(pub Bytes);
+pub(super) struct RecordContent(pub Bytes);
 
-impl Content {
+impl RecordContent {
     fn rest(&self, offset: u64) -> &[u8] {
         usize::try_from(offset).ok().and_then(|offset| self.0.get(offset..)).unwrap_or_default()
     }
@@ -25,7 +25,7 @@ pub(super) fn look_of(size: u64) -> Look {
     Look { size, stamp: STAMP, lasting: STAMP }
 }
 
-impl Stored for Content {
+impl Stored for RecordContent {
     fn look(&self) -> io::Result<Look> {
         Ok(look_of(self.0.len() as u64))
     }

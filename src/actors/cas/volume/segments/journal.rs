@@ -25,9 +25,9 @@ const MAX_BYTES: u64 = 256 << 20;
 
 /// What a journal says.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Notes(HashMap<u32, u32>);
+pub(super) struct JournalNotes(HashMap<u32, u32>);
 
-impl Notes {
+impl JournalNotes {
     pub(super) fn is_dead(&self, slot: u32) -> bool {
         self.0.get(&slot) == Some(&DEAD)
     }
@@ -44,10 +44,10 @@ impl Notes {
     }
 }
 
-/// Reads a journal; a missing one is empty. Notes of another segment and damaged ones are ignored.
-pub(super) fn read(path: &Path, nonce: u64) -> Notes {
+/// Reads a journal; a missing one is empty. JournalNotes of another segment and damaged ones are ignored.
+pub(super) fn read(path: &Path, nonce: u64) -> JournalNotes {
     let bytes = regular_file::read(path, MAX_BYTES).unwrap_or_default();
-    let mut notes = Notes::default();
+    let mut notes = JournalNotes::default();
     for note in bytes.chunks_exact(NOTE_BYTES) {
         if let (Some(slot), Some(touched), Some(sum)) = (u32_at(note, 0), u32_at(note, 4), u32_at(note, 8))
             && sum == checksum(nonce, slot, touched)
@@ -58,12 +58,12 @@ pub(super) fn read(path: &Path, nonce: u64) -> Notes {
     notes
 }
 
-/// Notes that these records are dead. Returns the bytes of the journal.
+/// JournalNotes that these records are dead. Returns the bytes of the journal.
 pub(super) fn bury(path: &Path, nonce: u64, slots: &[u32]) -> io::Result<u64> {
     append(path, nonce, slots, DEAD)
 }
 
-/// Notes that these records were used. Returns the bytes of the journal, which is written anew if it is long for a segment with
+/// JournalNotes that these records were used. Returns the bytes of the journal, which is written anew if it is long for a segment with
 /// this many records.
 pub(super) fn touch(path: &Path, nonce: u64, slots: &[u32], now: u32, records: u64) -> io::Result<u64> {
     let bytes = append(path, nonce, slots, now.max(1))?;
@@ -91,7 +91,7 @@ fn write_at_end(file: &File, bytes: &[u8]) -> io::Result<u64> {
 }
 
 fn rewrite(path: &Path, nonce: u64) -> io::Result<u64> {
-    let Notes(notes) = read(path, nonce);
+    let JournalNotes(notes) = read(path, nonce);
     let mut bytes = Vec::with_capacity(notes.len() * NOTE_BYTES);
     notes.iter().for_each(|(slot, touched)| encode(nonce, *slot, *touched, &mut bytes));
     let new = path.with_extension("new");
@@ -120,18 +120,18 @@ mod tests {
     fn notes_are_read_back_and_half_or_foreign_notes_are_ignored() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("journal");
-        assert_eq!(read(&path, 1), Notes::default());
+        assert_eq!(read(&path, 1), JournalNotes::default());
         touch(&path, 1, &[5, 6, 7], 100, 10).unwrap();
         bury(&path, 1, &[6]).unwrap();
         touch(&path, 1, &[6, 7], 200, 10).unwrap();
         touch(&path, 1, &[5], 50, 10).unwrap();
-        let check = |notes: &Notes| {
+        let check = |notes: &JournalNotes| {
             assert_eq!([5, 6, 7].map(|slot| notes.is_dead(slot)), [false, true, false]);
             assert_eq!((notes.touched(5, 0), notes.touched(7, 0), notes.touched(7, 300)), (100, 200, 300));
             assert_eq!(notes.touched(8, 40), 40);
         };
         check(&read(&path, 1));
-        assert_eq!(read(&path, 2), Notes::default(), "it is the journal of another segment");
+        assert_eq!(read(&path, 2), JournalNotes::default(), "it is the journal of another segment");
         // A write that failed halfway is overwritten by the next.
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         file.write_all_at(b"half", file.metadata().unwrap().len()).unwrap();

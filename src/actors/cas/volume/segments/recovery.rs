@@ -37,15 +37,15 @@ const MAX_THREADS: usize = 4;
 const SEARCH_BYTES: u64 = 64 << 10;
 
 /// The records of one segment.
-struct Content {
+struct SegmentContent {
     segment: Segment,
     last_sequence: u64,
     found: Vec<Recovered>,
 }
 
 /// What became of a file with the name of a segment.
-enum Read {
-    Segment(Box<Content>),
+enum SegmentRead {
+    Segment(Box<SegmentContent>),
     /// It has nothing that can be used.
     Useless,
     Unreadable,
@@ -86,9 +86,9 @@ impl Segments {
             drop(sender);
             for (number, read) in receiver {
                 match read {
-                    Read::Segment(content) => self.take_in(*content, take),
-                    Read::Unreadable => repairs.unreadable += 1,
-                    Read::Useless => {
+                    SegmentRead::Segment(content) => self.take_in(*content, take),
+                    SegmentRead::Unreadable => repairs.unreadable += 1,
+                    SegmentRead::Useless => {
                         repairs.removed += 1;
                         self.remove(number);
                     }
@@ -137,14 +137,16 @@ impl Segments {
         numbers
     }
 
-    fn read_segment(&self, number: u64) -> Read {
+    fn read_segment(&self, number: u64) -> SegmentRead {
         let path = self.segment_path(number);
         let file = match regular_file::open(&path) {
             Ok(file) => file,
-            Err(_) => return Read::Unreadable,
+            Err(_) => return SegmentRead::Unreadable,
         };
-        let Ok(opened) = open(&file) else { return Read::Unreadable };
-        let Some(opened) = opened.filter(|opened| opened.head.number == number) else { return Read::Useless };
+        let Ok(opened) = open(&file) else { return SegmentRead::Unreadable };
+        let Some(opened) = opened.filter(|opened| opened.head.number == number) else {
+            return SegmentRead::Useless;
+        };
         let opened = match opened {
             opened if opened.end > 0 => opened,
             opened => match scan(&file, opened.head) {
@@ -152,15 +154,15 @@ impl Segments {
                     let _ = complete(&path, &scanned);
                     scanned
                 }
-                Err(_) => return Read::Unreadable,
+                Err(_) => return SegmentRead::Unreadable,
             },
         };
-        let Ok(metadata) = file.metadata() else { return Read::Unreadable };
-        Read::Segment(Box::new(self.content(opened, metadata.len())))
+        let Ok(metadata) = file.metadata() else { return SegmentRead::Unreadable };
+        SegmentRead::Segment(Box::new(self.content(opened, metadata.len())))
     }
 
     /// The records of a segment that are not dead.
-    fn content(&self, opened: Opened, bytes: u64) -> Content {
+    fn content(&self, opened: Opened, bytes: u64) -> SegmentContent {
         let Opened { head, end, last_sequence, rows } = opened;
         let position = |name: &String| self.names.iter().position(|own| own == name);
         let id = |name: &String| position(name).map(|at| InstanceId(at as u16));
@@ -180,12 +182,12 @@ impl Segments {
             })
         };
         let found = rows.iter().filter_map(recovered).collect();
-        Content { segment, last_sequence, found }
+        SegmentContent { segment, last_sequence, found }
     }
 
     /// Counts a segment and passes its records on.
-    fn take_in(&self, content: Content, take: &mut dyn FnMut(Recovered) -> Option<Victim>) {
-        let Content { segment, last_sequence, found } = content;
+    fn take_in(&self, content: SegmentContent, take: &mut dyn FnMut(Recovered) -> Option<Victim>) {
+        let SegmentContent { segment, last_sequence, found } = content;
         self.sequence.fetch_max(last_sequence.saturating_add(1), Relaxed);
         let segment = Arc::new(segment);
         self.add(segment.clone());

@@ -61,7 +61,7 @@ impl Addition<'_> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
+enum SegmentStage {
     Open,
     Closed,
     Complete,
@@ -70,8 +70,8 @@ enum Stage {
 
 /// What changes in a segment.
 #[derive(Debug)]
-pub(super) struct Growth {
-    stage: Stage,
+pub(super) struct SegmentGrowth {
+    stage: SegmentStage,
     /// Where the first record is.
     start: u64,
     /// Where the next record goes.
@@ -89,10 +89,10 @@ pub(super) struct Growth {
     journal_bytes: u64,
 }
 
-impl Growth {
+impl SegmentGrowth {
     /// What the segment takes on disk, and the part of it that is live.
     pub(super) fn takes(&self) -> Takes {
-        if self.stage == Stage::Gone {
+        if self.stage == SegmentStage::Gone {
             return Takes::default();
         }
         let disk = self.end + self.tail + self.journal_bytes + SLACK_BYTES;
@@ -118,14 +118,14 @@ pub(super) struct Segment {
     pub nonce: u64,
     /// The instances of this run, by their position in the list of the segment. `None` for one that is not served any more.
     pub instances: Arc<[Option<InstanceId>]>,
-    growth: Mutex<Growth>,
+    growth: Mutex<SegmentGrowth>,
 }
 
 impl Segment {
     /// An empty segment that is open, behind a head of this many bytes.
     pub(super) fn open(head: &Head, head_bytes: u64, instances: Arc<[Option<InstanceId>]>) -> Self {
-        let growth = Growth {
-            stage: Stage::Open,
+        let growth = SegmentGrowth {
+            stage: SegmentStage::Open,
             start: head_bytes,
             end: head_bytes,
             tail: 0,
@@ -152,17 +152,17 @@ impl Segment {
         let mut growth = segment.growth();
         growth.end = end.max(start);
         growth.tail = bytes.saturating_sub(growth.end);
-        (growth.stage, growth.journal_bytes) = (Stage::Complete, journal_bytes);
+        (growth.stage, growth.journal_bytes) = (SegmentStage::Complete, journal_bytes);
         drop(growth);
         segment
     }
 
-    pub(super) fn growth(&self) -> MutexGuard<'_, Growth> {
+    pub(super) fn growth(&self) -> MutexGuard<'_, SegmentGrowth> {
         self.growth.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes the counts. Returns what the segment took before and takes now.
-    fn change<T>(&self, change: impl FnOnce(&mut Growth) -> T) -> (T, Takes, Takes) {
+    fn change<T>(&self, change: impl FnOnce(&mut SegmentGrowth) -> T) -> (T, Takes, Takes) {
         let mut growth = self.growth();
         let before = growth.takes();
         let answer = change(&mut growth);
@@ -174,7 +174,7 @@ impl Segment {
     pub(super) fn reserve(&self, additions: &[Addition<'_>], max_bytes: u64) -> Option<(u64, Takes, Takes)> {
         let (at, before, after) = self.change(|growth| {
             let full = growth.end >= max_bytes || growth.rows.len() >= MAX_TABLE_BYTES;
-            if full || growth.stage != Stage::Open {
+            if full || growth.stage != SegmentStage::Open {
                 return None;
             }
             let at = growth.end;
@@ -228,16 +228,16 @@ impl Segment {
                 growth.live_bytes -= addition.bytes();
                 offset += addition.bytes();
             }
-            growth.stage == Stage::Closed && growth.writers == 0
+            growth.stage == SegmentStage::Closed && growth.writers == 0
         })
     }
 
     /// Nothing more is appended. Returns whether the caller has to finish the segment.
     pub(super) fn close(&self) -> bool {
         let mut growth = self.growth();
-        let was_open = growth.stage == Stage::Open;
+        let was_open = growth.stage == SegmentStage::Open;
         if was_open {
-            growth.stage = Stage::Closed;
+            growth.stage = SegmentStage::Closed;
         }
         was_open && growth.writers == 0
     }
@@ -260,7 +260,7 @@ impl Segment {
         let written = is_live && file.write_all_at(&table, end).is_ok();
         self.change(|growth| {
             growth.tail = if written { table.len() as u64 } else { 0 };
-            growth.stage = Stage::Complete;
+            growth.stage = SegmentStage::Complete;
             growth.end_if_dead()
         })
     }
@@ -268,12 +268,12 @@ impl Segment {
     /// Whether it may be compacted, and what it takes.
     pub(super) fn is_complete(&self) -> Option<Takes> {
         let growth = self.growth();
-        (growth.stage == Stage::Complete).then(|| growth.takes())
+        (growth.stage == SegmentStage::Complete).then(|| growth.takes())
     }
 
     /// Whether all its records are dead and nothing is appended any more.
     pub(super) fn is_gone(&self) -> bool {
-        self.growth().stage == Stage::Gone
+        self.growth().stage == SegmentStage::Gone
     }
 
     /// Counts records that were found at start.
@@ -309,7 +309,7 @@ impl Segment {
     ///
     /// # Errors
     /// `InvalidData` for a record that is not what was written, `UnexpectedEof` for one that is cut off.
-    pub(super) fn read(&self, file: &File, slot: u32, key: &Key) -> io::Result<content::Content> {
+    pub(super) fn read(&self, file: &File, slot: u32, key: &Key) -> io::Result<content::RecordContent> {
         let length = (key.kind == EntryKind::Blob).then(|| key.digest.size());
         let expected = length.map(|length| header_bytes(key.digest.function(), length) as u64 + length);
         let (header, record) = self.read_record(file, slot, expected)?;
@@ -317,7 +317,7 @@ impl Segment {
         if (header.kind, header.digest, instance) != (key.kind, key.digest, Some(key.instance)) {
             return Err(damaged("another record is in its place"));
         }
-        Ok(content::Content(content_of(&header, record)))
+        Ok(content::RecordContent(content_of(&header, record)))
     }
 
     /// Reads and checks a record. The bytes of its header and content save a system call, if they are known.
@@ -353,11 +353,11 @@ impl Segment {
     }
 }
 
-impl Growth {
+impl SegmentGrowth {
     fn end_if_dead(&mut self) -> bool {
-        let is_dead = self.stage == Stage::Complete && self.live_records == 0;
+        let is_dead = self.stage == SegmentStage::Complete && self.live_records == 0;
         if is_dead {
-            self.stage = Stage::Gone;
+            self.stage = SegmentStage::Gone;
         }
         is_dead
     }

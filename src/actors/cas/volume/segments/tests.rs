@@ -40,7 +40,7 @@ fn blob(length: usize, seed: u8) -> (Key, Bytes) {
 struct Store {
     root: TempDir,
     segments: Segments,
-    index: HashMap<Key, Written>,
+    index: HashMap<Key, WrittenFile>,
 }
 
 impl Store {
@@ -62,7 +62,7 @@ impl Store {
         }
     }
 
-    fn drop_file(&self, old: &Written) {
+    fn drop_file(&self, old: &WrittenFile) {
         let at = Location::of(&old.file).unwrap();
         let failures = self.segments.delete(&[(at, Victim { file: old.file, bytes: old.bytes })]);
         assert!(failures.is_empty(), "{failures:?}");
@@ -111,9 +111,9 @@ impl Store {
 
     fn reopen(root: TempDir) -> Self {
         let segments = open_at(root.path());
-        let mut index: HashMap<Key, Written> = HashMap::new();
+        let mut index: HashMap<Key, WrittenFile> = HashMap::new();
         segments.recover(&mut |Recovered { file, bytes, .. }| {
-            let written = Written { file, bytes, stamp: content::STAMP };
+            let written = WrittenFile { file, bytes, stamp: content::STAMP };
             let at = |file: &FileId| Location::of(file).unwrap();
             let known = index.get(&file.key).copied();
             let is_older =

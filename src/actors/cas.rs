@@ -80,7 +80,7 @@ use tokio::{
 use trees::walk::Walks;
 use uploads::{Attempt, Begin, Partial, Uploads};
 use view::View;
-use volume::{Volume, Written, local::Local};
+use volume::{Volume, WrittenFile, local::Local};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
@@ -317,7 +317,7 @@ impl Receive<Commit> for CasActor {
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
         for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
             self.change(|index| {
-                for &Written { file, bytes, stamp } in part {
+                for &WrittenFile { file, bytes, stamp } in part {
                     superfluous.extend(index.commit(file, bytes, stamp, now));
                     stored.push(file.key);
                 }

@@ -9,10 +9,10 @@
 use super::{
     CasActor, LOG, StoreShared,
     requests::Relocate,
-    settings::{CHANGES_PER_HOLD, COMPACTION_PAUSE},
+    settings::{CHANGES_PER_HOLD, COMPACTION_PAUSE, COMPACTIONS_PER_RELIEF},
     volume::{Compacted, Moves, Urgency},
 };
-use crate::{actors::mail::Receive, logging::Event};
+use crate::{actors::mail::Receive, disk::Space, logging::Event};
 use actix::{Addr, AsyncContext as _, Context, MessageResult};
 use std::{sync::Arc, thread};
 
@@ -33,7 +33,17 @@ impl CasActor {
 
 /// Reclaims bytes as long as writers should wait for it. Blocks.
 pub(super) fn reclaim_for_writers(shared: &Arc<StoreShared>, store: &Addr<CasActor>) {
-    while shared.volume.wants_compaction() == Some(Urgency::WritersWait) && step(shared, store) {}
+    let is_due = || store.connected() && shared.volume.wants_compaction() == Some(Urgency::WritersWait);
+    while is_due() && step(shared, store) {}
+}
+
+/// Reclaims bytes while the disk is as `is_due` says, a bounded number of them. Blocks.
+pub(super) fn reclaim_for_disk(shared: &StoreShared, store: &Addr<CasActor>, is_due: fn(&Space) -> bool) {
+    for _ in 0..COMPACTIONS_PER_RELIEF {
+        if !shared.volume.space().is_ok_and(|space| is_due(&space)) || !step(shared, store) {
+            return;
+        }
+    }
 }
 
 /// Compacts one part of the volume. Returns whether there may be more to gain. Blocks.

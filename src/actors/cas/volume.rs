@@ -155,7 +155,7 @@ pub(crate) struct Moves {
 /// The outcome of a step of compaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compacted {
-    /// It copied something, and may be able to reclaim more.
+    /// It did something, and there may be more to reclaim.
     Some,
     /// There was nothing to do, or all that is left is in use.
     NothingToGain,

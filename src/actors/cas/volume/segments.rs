@@ -47,7 +47,7 @@ use compaction::CompactionState;
 use open_files::OpenFiles;
 use segment::{Addition, Segment, Takes};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
@@ -77,8 +77,8 @@ pub(crate) struct Segments {
     all: RwLock<BTreeMap<u64, Arc<Segment>>>,
     open: OpenFiles,
     copying: Mutex<CompactionState>,
-    /// Held while a segment is compacted.
-    compacting: Mutex<()>,
+    /// Held while a segment is compacted. The segments in which something had to stay, since all others were tried.
+    compacting: Mutex<HashSet<u64>>,
     disk: AtomicU64,
     live: AtomicU64,
     dead: AtomicU64,

@@ -79,29 +79,36 @@ impl Segments {
         &self,
         relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
     ) -> io::Result<Compacted> {
-        let _turn = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(source) = self.worst() else { return Ok(Compacted::NothingToGain) };
+        let mut stuck = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(source) = self.worst(&stuck) else {
+            stuck.clear();
+            return Ok(Compacted::NothingToGain);
+        };
         *self.copying() = CompactionState { source: Some(source.number), ..CompactionState::default() };
         let mut moved = Vec::new();
         let outcome = self.move_records(&source, relocate, &mut moved);
-        // If a record is left, because somebody reads it, the others must not come back with the segment.
-        if self.find(source.number).is_some() && !moved.is_empty() {
-            let buried = self.bury(&source, &moved);
-            *self.copying() = CompactionState::default();
-            buried?;
+        let mut buried = Ok(());
+        if self.find(source.number).is_some() {
+            stuck.insert(source.number);
+            // A record is left, because somebody reads it. The others must not come back with the segment.
+            if !moved.is_empty() {
+                buried = self.bury(&source, &moved);
+            }
         }
         *self.copying() = CompactionState::default();
-        outcome.map(|()| if moved.is_empty() { Compacted::NothingToGain } else { Compacted::Some })
+        outcome.and(buried).map(|()| Compacted::Some)
     }
 
-    /// The complete segment with the largest dead part, if it is worth the copies.
-    fn worst(&self) -> Option<Arc<Segment>> {
+    /// The complete segment with the largest dead part, if it is worth the copies. Those in which something has to stay are left
+    /// for later.
+    fn worst(&self, stuck: &HashSet<u64>) -> Option<Arc<Segment>> {
         self.close_dead_head();
         let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
         let candidate = |segment: &Arc<Segment>| {
             let takes = segment.is_complete()?;
             let records = takes.live.saturating_add(takes.dead).max(1);
             let is_worth = takes.dead >= records / MIN_DEAD_PART && takes.dead > 0;
+            let is_worth = is_worth && !stuck.contains(&segment.number);
             is_worth.then(|| (takes.dead.saturating_mul(1_000) / records, segment.clone()))
         };
         all.values().filter_map(candidate).max_by_key(|(part, _)| *part).map(|(_, segment)| segment)

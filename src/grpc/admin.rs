@@ -289,7 +289,7 @@ fn page_size(asked: i32, default: usize, max: usize) -> Result<usize> {
 
 fn stats(store: StoreInspection) -> StoreStats {
     let StoreInspection { totals, running_uploads, partial_uploads, tally, oldest_use } = store;
-    let Totals { blobs, results, zstd_forms, used, leased, reserved, deleting, limit } = totals;
+    let Totals { blobs, results, zstd_forms, used, leased, reserved, deleting, overhead, limit } = totals;
     let Tally { evicted: entries, evicted_bytes: bytes, .. } = tally;
     StoreStats {
         max_bytes: wire(limit),
@@ -297,6 +297,7 @@ fn stats(store: StoreInspection) -> StoreStats {
         leased_bytes: wire(leased),
         reserved_bytes: wire(reserved),
         deleting_bytes: wire(deleting),
+        overhead_bytes: wire(overhead),
         blobs: wire(blobs),
         results: wire(results),
         zstd_forms: wire(zstd_forms),

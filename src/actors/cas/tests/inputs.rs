@@ -222,7 +222,7 @@ async fn a_damaged_input_is_a_missing_blob() {
     let file = store.put(noise(1_000, 1)).await;
     let root = store.put(message(&[("f", file)], &[])).await;
     let staged = stage(&store, root).await.unwrap();
-    overwrite(&store.file_of(file), |bytes| bytes[0] ^= 1);
+    store.damage(file);
     let target = TempDir::new().unwrap();
     let parent = File::open(target.path()).unwrap();
     let outcome = store.worker(move |_, _| staged.materialise(&file, &parent, "f", 0o644)).await;

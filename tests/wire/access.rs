@@ -63,7 +63,7 @@ impl Guarded {
         Channel::from_shared(self.server.endpoint()).unwrap().connect().await.unwrap()
     }
 
-    fn http(&self) -> String {
+    pub(crate) fn http(&self) -> String {
         let started = self.server.log().into_iter().find(|event| event["event"] == "http_started").unwrap();
         format!("http://{}", started["listen_addr"].as_str().unwrap())
     }

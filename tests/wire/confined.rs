@@ -1,7 +1,7 @@
 //! Ways around permissions: what a client may do is neither widened by the detour that it takes nor kept when it was withdrawn.
 
 use crate::access::{Guarded, Owner, action, with};
-use crate::support::{Client, PATIENCE, Server, empty, eventually, sh, shared_dir};
+use crate::support::{Client, PATIENCE, Server, empty, eventually, http_client, sh, shared_dir};
 use gorego::access::tokens::file::update;
 use gorego_client::stubs::{LogStreamServiceClient, PushClient};
 use gorego_reapi::proto::{
@@ -13,6 +13,7 @@ use gorego_reapi::proto::{
         WaitExecutionRequest,
     },
 };
+use reqwest::Method;
 use std::process::{Command, Output};
 use tokio::time::timeout;
 use tonic::Code;
@@ -43,6 +44,21 @@ async fn results_inline_nothing_for_a_client_that_may_not_read_blobs() {
         let result = owner.client.action_cache.clone().get_action_result(request).await.unwrap().into_inner();
         assert_eq!(!result.stdout_raw.is_empty(), inlined);
         assert_eq!(result.stdout_digest, Some(secret.to_wire()), "the result itself is complete");
+    }
+}
+
+/// The value of a key is a blob, too, and a result written over gRPC could name any blob as the value.
+#[tokio::test]
+async fn values_of_keys_take_the_permissions_for_blobs_as_well() {
+    let roles = r#"{ results = { permissions = ["ac.read", "ac.write"] } }"#;
+    let guarded = Guarded::start(&[("ACCESS__ROLES", roles)]).await;
+    let [ci, results] = [guarded.token("ci").await, guarded.token("results").await];
+    let (url, client) = (format!("{}/cache/key", guarded.http()), http_client());
+    for (method, code) in [(Method::PUT, 201), (Method::GET, 200), (Method::HEAD, 200)] {
+        for (token, expected) in [(&ci, code), (&results, 403)] {
+            let request = client.request(method.clone(), &url).bearer_auth(&token.text).body("value");
+            assert_eq!(request.send().await.unwrap().status(), expected, "{method}");
+        }
     }
 }
 

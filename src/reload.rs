@@ -373,4 +373,18 @@ mod tests {
         assert_eq!(bench.reloader.reload(false).await.unwrap().applied.len(), 2);
         assert_eq!(*bench.filter.lock().unwrap(), "debug");
     }
+
+    #[tokio::test]
+    async fn a_part_takes_in_its_keys_and_those_below_and_no_others() {
+        let state = bench().reloader.0;
+        for (key, is_taken_in) in [
+            ("log", true),
+            ("log.filter", true),
+            ("logs", false),
+            ("log_streams.enabled", false),
+            ("lo", false),
+        ] {
+            assert_eq!(state.is_taken_in(key), is_taken_in, "{key}");
+        }
+    }
 }

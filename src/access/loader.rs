@@ -147,11 +147,18 @@ impl AccessLoader {
         Ok(Some(PreparedRules { rules, loaded: LoadedAccess::new(settings, signed, stamps) }))
     }
 
-    /// Puts prepared rules in force.
+    /// Puts prepared rules in force. Files that have changed since they were prepared are read again, so that no token is accepted
+    /// any more that was revoked meanwhile. Blocks.
     pub(crate) fn apply(&self, prepared: PreparedRules) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         *state = prepared.loaded;
-        self.authenticator.replace(prepared.rules);
+        let found = stamps(&state.settings);
+        if found == state.stamps {
+            self.authenticator.replace(prepared.rules);
+        } else {
+            // The outcome is in the log.
+            let _ = self.read_again(&mut state, prepared.rules.sources().clone(), found);
+        }
     }
 
     /// Looks at the files until the server ends.
@@ -172,18 +179,27 @@ impl AccessLoader {
         let found = stamps(&state.settings);
         if state.is_news(&found) {
             // The outcome is in the log.
-            let _ = self.read_again(&mut state, found);
+            let _ = self.read_again(&mut state, self.sources(), found);
         }
     }
 
-    /// Reads the files and puts what they contain in force. A file that cannot be used leaves the credentials of its kind as they
-    /// were, and does not keep a token of another file alive that was revoked.
+    /// The sources in force.
+    fn sources(&self) -> CredentialSources {
+        self.authenticator.rules().sources().clone()
+    }
+
+    /// Reads the files and puts what they contain in force. A file that cannot be used leaves the credentials of its kind as they are in
+    /// `sources`, and does not keep a token of another file alive that was revoked.
     ///
     /// # Errors
     /// Why the file with the tokens cannot be used.
-    fn read_again(&self, state: &mut LoadedAccess, found: CredentialStamps) -> Result<()> {
+    fn read_again(
+        &self,
+        state: &mut LoadedAccess,
+        mut sources: CredentialSources,
+        found: CredentialStamps,
+    ) -> Result<()> {
         let settings = &state.settings;
-        let mut sources = self.authenticator.rules().sources().clone();
         let tokens = load_tokens(settings).map(|tokens| sources.tokens = tokens);
         let users = load_users(settings).map(|users| sources.users = users);
         self.authenticator.replace(AccessRules::new(settings.policy.clone(), sources));
@@ -214,7 +230,7 @@ impl AccessLoader {
         let revoked = tokens::file::update(&path, |list| list.revoke(ids))?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let found = stamps(&state.settings);
-        self.read_again(&mut state, found)?;
+        self.read_again(&mut state, self.sources(), found)?;
         Ok(revoked)
     }
 }
@@ -412,6 +428,16 @@ mod tests {
         bench.loader.revoke(std::slice::from_ref(&kept.id)).unwrap();
         assert!(!bench.knows(&kept));
         assert!(bench.loader.prepare(settings(bench.tokens.clone())).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_token_that_is_revoked_during_a_reload_does_not_come_back() {
+        let bench = Bench::new();
+        let gone = bench.token();
+        let prepared = bench.loader.prepare(settings(bench.tokens.clone())).unwrap().unwrap();
+        bench.loader.revoke(std::slice::from_ref(&gone.id)).unwrap();
+        bench.loader.apply(prepared);
+        assert!(!bench.knows(&gone));
     }
 
     #[tokio::test]

@@ -43,14 +43,14 @@ pub(super) fn run(command: &ConfigCommand) -> u8 {
 fn check(file: &Path) -> Result<String> {
     let loaded = load(&Sources { file: Some(file.to_owned()), ..Sources::default() })?;
     let settings = Settings::new(&loaded, &Machine::this())?;
-    let unchecked = check_named_files(&settings)?;
-    let warnings = settings.warnings.iter().chain(&unchecked);
+    let of_files = check_named_files(&settings)?;
+    let warnings = settings.warnings.iter().chain(&of_files);
     let warnings: String = warnings.map(|warning| format!("warning: {warning}\n")).collect();
     Ok(format!("{warnings}{} is fine\n", file.display()))
 }
 
-/// Checks the files of `[tls]` and `[access]`, as a start of the server does. Returns a warning for each section with a file that this
-/// user may not read: usually only the user of the server may.
+/// Checks the files of `[tls]` and `[access]`, as a start of the server does. Returns what it would warn about, and a warning for
+/// each section with a file that this user may not read: usually only the user of the server may.
 fn check_named_files(settings: &Settings) -> Result<Vec<String>> {
     let access = &settings.access;
     let keys = access.jwt.iter().filter_map(|issuer| match &issuer.keys.location {
@@ -61,22 +61,22 @@ fn check_named_files(settings: &Settings) -> Result<Vec<String>> {
     let of_tls = settings.tls.iter().flat_map(|tls| {
         [Some(&tls.cert), Some(&tls.key), tls.client_ca.as_ref(), tls.crl.as_ref()].into_iter().flatten()
     });
-    let mut unchecked = Vec::new();
-    let mut check = |section: &str, forbidden: Option<&PathBuf>, check: &dyn Fn() -> Result<()>| {
-        match forbidden {
-            None => check(),
-            Some(path) => {
-                unchecked.push(format!(
-                "this user may not read {}, so the files of {section} were not checked; run this as the user of the server",
-                path.display()
-            ));
-                Ok(())
-            }
-        }
+    let mut warnings = match forbidden(of_tls) {
+        Some(path) => vec![not_checked("[tls]", path)],
+        None => check_tls_files(settings)?,
     };
-    check("[tls]", forbidden(of_tls), &|| check_tls_files(settings))?;
-    check("[access]", forbidden(of_access), &|| check_files(access))?;
-    Ok(unchecked)
+    match forbidden(of_access) {
+        Some(path) => warnings.push(not_checked("[access]", path)),
+        None => check_files(access)?,
+    }
+    Ok(warnings)
+}
+
+fn not_checked(section: &str, path: &Path) -> String {
+    format!(
+        "this user may not read {}, so the files of {section} were not checked; run this as the user of the server",
+        path.display()
+    )
 }
 
 /// The first of these files that this user may not read.

@@ -14,7 +14,7 @@ use crate::{
     quotas::{Quotas, limits::QuotaRules},
     reload::{PreparedChange, Reloadable},
 };
-use gorego_reapi::error::Result;
+use gorego_reapi::error::{Error, Result};
 use std::{
     fmt::Debug,
     sync::{Arc, Mutex, PoisonError},
@@ -241,8 +241,8 @@ impl Reloadable for ReloadAccess {
         let loader = self.0.clone();
         let description = prepared.description();
         let apply = async move {
-            loader.apply(prepared);
-            Ok(())
+            let applied = tokio::task::spawn_blocking(move || loader.apply(prepared)).await;
+            applied.map_err(|_| Error::internal("the rules of access could not be put in force"))
         };
         Ok(vec![PreparedChange { key: "access".into(), description, apply: Some(Box::pin(apply)) }])
     }

@@ -15,12 +15,12 @@ pub(super) fn open(settings: &Settings) -> Result<Option<ServerTls>> {
     files(settings).map(ServerTls::open).transpose()
 }
 
-/// Checks the files of `[tls]`, without a server. Blocks.
+/// Checks the files of `[tls]`, without a server, and returns what a start would warn about. Blocks.
 ///
 /// # Errors
 /// See [`ServerTls::open`].
-pub(crate) fn check_tls_files(settings: &Settings) -> Result<()> {
-    files(settings).map_or(Ok(()), ServerTls::check_files)
+pub(crate) fn check_tls_files(settings: &Settings) -> Result<Vec<String>> {
+    files(settings).map_or(Ok(Vec::new()), ServerTls::check_files)
 }
 
 fn files(settings: &Settings) -> Option<TlsFiles> {

@@ -199,12 +199,34 @@ async fn operations_and_their_output_belong_to_whom_began_them_and_administrator
     assert_eq!(other.read(&stream).await, Ok(()));
     assert_eq!((other.listed().await, admin.listed().await), (1, 2));
     assert_eq!(other.cancel(&own.name).await, Ok(()));
+    let third = other.run(action).await.next().await.unwrap().name;
+    assert_eq!(admin.cancel(&third).await, Ok(()));
     std::fs::write(&gate, "").unwrap();
     assert_eq!(
         run.finish().await.result.unwrap().exit_code,
         0,
         "the cancellation of another one is not its own"
     );
+    let changes = || {
+        guarded
+            .server
+            .log()
+            .into_iter()
+            .filter(|event| event["event"] == "operation_administered")
+            .collect::<Vec<_>>()
+    };
+    eventually("what an administrator did is an audit event", || !changes().is_empty()).await;
+    let changes = changes();
+    assert_eq!(changes.len(), 1, "one's own operations are not in the audit: {changes:?}");
+    for (field, value) in [
+        ("target", "gorego::audit".to_owned()),
+        ("method", "CancelOperation".into()),
+        ("principal", format!("token:{}", admin.token.id)),
+        ("owner", format!("token:{}", other.token.id)),
+        ("operation", third),
+    ] {
+        assert_eq!(changes[0][field], value.as_str(), "{field}");
+    }
     let finished = guarded.server.log().into_iter().filter(|event| event["event"] == "rpc_finished");
     let names: BTreeSet<_> =
         finished.filter_map(|event| Some(event["principal"].as_str()?.to_owned())).collect();

@@ -250,7 +250,10 @@ mod tests {
                 [Bytes::from(content[..length / 2].to_vec()), Bytes::from(content[length / 2..].to_vec())];
             header.encode(42, 5, &pieces, &mut record);
             record.extend(&content);
-            assert!(header.record_bytes() >= record.len() as u64 && header.record_bytes() % SLOT_BYTES == 0);
+            assert!(
+                header.record_bytes() >= record.len() as u64
+                    && header.record_bytes().is_multiple_of(SLOT_BYTES)
+            );
             assert_eq!(Header::decode(42, 5, &record), Some(header));
             assert!(header.is_whole(&record));
             assert_eq!(Header::decode(43, 5, &record), None);

@@ -358,7 +358,7 @@ async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
     let instances = Instances::new([""]).unwrap();
     let refusal = eventually(|| async {
         let refusal = CasActor::open(settings.clone(), &instances, Handle::current()).unwrap_err();
-        (!refusal.to_string().contains("another")).then_some(refusal)
+        (!refusal.to_string().contains("another gorego server")).then_some(refusal)
     })
     .await;
     assert!(refusal.to_string().contains("gorego store 3"), "{refusal}");

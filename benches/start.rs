@@ -84,6 +84,8 @@ async fn main() {
         max_bytes: 1 << 40,
         max_blob_bytes: 1 << 34,
         zstd_level: 1,
+        leases: Default::default(),
+        result_links_bytes: 1 << 20,
         partial_upload_retention: Duration::from_secs(60),
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     };

@@ -14,7 +14,7 @@ use crate::{
         scheduler::operation::{ClientInfo, OperationId},
     },
     budget::Share,
-    caller::Caller,
+    caller::{Build, Caller, Owner},
     connections::{Admitted, ConnectionState, Connections, answers::FRAME_BYTES},
     instance::Instance,
     quotas::UploadMeter,
@@ -157,6 +157,12 @@ impl Call {
     /// The caller for budgets.
     pub(crate) fn caller(&self) -> Caller {
         self.0.connection.as_ref().map(ConnectionInfo::caller).unwrap_or_default()
+    }
+
+    /// The build that the request is part of, which belongs to its principal, or else to its peer.
+    pub(crate) fn build(&self) -> Owner {
+        let peer = self.principal().peer(self.caller().peer);
+        Owner { peer, build: Build::of(&self.client().tool_invocation_id) }
     }
 
     /// The connection; `None` for a request that does not come from a socket.

@@ -160,6 +160,14 @@ pub struct CacheConfig {
     /// How long the bytes of a broken upload are kept, so that its client can resume it.
     #[serde(with = "humantime_serde")]
     pub partial_upload_retention: Duration,
+    /// How long what a build has touched is not evicted after the last request of the build.
+    #[serde(with = "humantime_serde")]
+    pub build_lease: Duration,
+    /// The same for requests that do not say to which build they belong.
+    #[serde(with = "humantime_serde")]
+    pub unnamed_build_lease: Duration,
+    /// Memory for the index of which blobs each action result needs.
+    pub result_links_gb: Size,
     /// zstd level for blobs that clients read compressed, 1 to 19.
     pub zstd_level: i32,
     /// The `committed_size` in the response to a finished compressed upload.
@@ -320,6 +328,9 @@ impl Default for CacheConfig {
             max_blob_size_gb: Size::from_gb(16),
             chunking: true,
             partial_upload_retention: Duration::from_secs(10 * 60),
+            build_lease: Duration::from_secs(3 * 60 * 60),
+            unnamed_build_lease: Duration::from_secs(15 * 60),
+            result_links_gb: Size::from_bytes(64_000_000),
             zstd_level: 1,
             compressed_committed_size: CommittedSize::Compressed,
         }

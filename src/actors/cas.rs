@@ -17,6 +17,7 @@ mod decoding;
 pub(crate) mod forms;
 mod guards;
 mod index;
+mod leasing;
 mod lookup;
 mod memo;
 mod new_files;
@@ -37,7 +38,7 @@ pub(crate) mod uploads;
 mod view;
 mod volume;
 
-pub use index::{Tally, Totals};
+pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
@@ -69,7 +70,7 @@ use memo::Memo;
 use reply::StoreReply;
 use requests::*;
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, LazyLock, OnceLock},
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -166,6 +167,8 @@ pub struct CasActor {
     deleted: watch::Sender<u64>,
     /// When the log last reported that the disk is full and the store cannot help.
     full_disk_logged: Option<Instant>,
+    /// When the log last reported that results are not served because leases fill the store.
+    full_leases_logged: Option<Instant>,
 }
 
 impl CasActor {
@@ -185,7 +188,8 @@ impl CasActor {
     /// # Errors
     /// `Exhausted` when the contents cannot be brought within the limit.
     fn over(volume: Box<dyn Volume>, settings: StoreSettings, runtime: Handle) -> Result<Self> {
-        let mut index = recovery::recover(&*volume, settings.max_bytes);
+        let mut index =
+            recovery::recover(&*volume, settings.max_bytes, settings.leases, settings.result_links_bytes);
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
         let shared = StoreShared {
@@ -229,6 +233,7 @@ impl CasActor {
             over_limit,
             deleted: watch::Sender::new(0),
             full_disk_logged: None,
+            full_leases_logged: None,
         })
     }
 
@@ -276,6 +281,13 @@ fn unix_seconds() -> u32 {
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
 }
 
+/// Seconds since the first call, by a clock that no change of the system's time moves. Leases, which end with the process, are
+/// measured by it.
+fn uptime_seconds() -> u32 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    u32::try_from(START.elapsed().as_secs()).unwrap_or(u32::MAX)
+}
+
 counted!(CasActor);
 
 impl Actor for CasActor {
@@ -317,8 +329,12 @@ impl Receive<Commit> for CasActor {
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
         for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
             self.change(|index| {
+                let lessee = message.lessee.and_then(|build| index.enter(build, uptime_seconds()));
                 for &WrittenFile { file, bytes, stamp } in part {
                     superfluous.extend(index.commit(file, bytes, stamp, now));
+                    if let Some(lessee) = lessee {
+                        index.lease_key(&file.key, lessee);
+                    }
                     stored.push(file.key);
                 }
             });
@@ -362,6 +378,7 @@ impl Receive<BeginUpload> for CasActor {
                 let of_twins =
                     if message.beside { 0 } else { self.uploads.left_to_twins(&blob, &entered, size) };
                 let wanted = size.saturating_add(of_twins);
+                self.ease_leases(wanted, None);
                 let fits = self.change(|index| index.check_fit(wanted, self.uploads.parked_bytes()));
                 let attempt = Attempt::new(
                     ctx.address(),

@@ -289,12 +289,16 @@ fn page_size(asked: i32, default: usize, max: usize) -> Result<usize> {
 
 fn stats(store: StoreInspection) -> StoreStats {
     let StoreInspection { totals, running_uploads, partial_uploads, tally, oldest_use } = store;
-    let Totals { blobs, results, zstd_forms, used, leased, reserved, deleting, overhead, limit } = totals;
-    let Tally { evicted: entries, evicted_bytes: bytes, .. } = tally;
+    let Totals {
+        blobs, results, zstd_forms, used, held, leased, reserved, deleting, overhead, limit, ..
+    } = totals;
+    let Tally { evicted: entries, evicted_bytes: bytes, broken_promises, .. } = tally;
     StoreStats {
         max_bytes: wire(limit),
         used_bytes: wire(used),
+        held_bytes: wire(held),
         leased_bytes: wire(leased),
+        broken_promises: wire(broken_promises),
         reserved_bytes: wire(reserved),
         deleting_bytes: wire(deleting),
         overhead_bytes: wire(overhead),

@@ -61,7 +61,7 @@ impl ByteStream for ByteStreamService {
         let (instance, digest) = self.resolve(&call, &name)?;
         let request = request.into_inner();
         let window = ReadWindow::new(digest, request.read_offset, request.read_limit)?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         // The blob is opened before the response begins, so that its absence is the status of the call (BS-08).
         Ok(Response::new(match name.encoding {
             Encoding::Identity => {
@@ -88,7 +88,7 @@ impl ByteStream for ByteStreamService {
         }
         let (name, check) = WriteCheck::begin(&first)?;
         let (instance, digest) = self.resolve(&call, &name)?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let upload = cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
         let end = match (upload, name.encoding) {
             (Upload::Present, _) => UploadEnd::Early,
@@ -114,7 +114,7 @@ impl ByteStream for ByteStreamService {
         let name = ResourceName::parse_write(resource)?;
         let call = Call::of(request.extensions());
         let (instance, digest) = self.resolve(&call, &name)?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let status = cas.query_upload(&instance, resource, digest).await?;
         Ok(Response::new(QueryWriteStatusResponse {
             committed_size: wire_size(status.committed),

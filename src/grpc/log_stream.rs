@@ -114,7 +114,7 @@ pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadReque
     let reading = Reading {
         follower: edge.log_streams.follow(name, call.caller())?,
         blob: None,
-        cas: edge.cas.on_behalf_of(call.caller()),
+        cas: edge.cas.on_behalf_of(call.caller()).for_build(call.build()),
         instance,
         offset,
         left: if limit == 0 { u64::MAX } else { limit },

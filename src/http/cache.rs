@@ -99,7 +99,9 @@ impl Cache {
         // A value is a blob that an action result names, so it takes the permissions of both.
         match (request.method(), &resource) {
             (&Method::PUT, Resource::Value(_)) => self.gate.require(call, &instance, CasWrite)?,
-            (&Method::GET | &Method::HEAD, Resource::Value(_)) => self.gate.require(call, &instance, CasRead)?,
+            (&Method::GET | &Method::HEAD, Resource::Value(_)) => {
+                self.gate.require(call, &instance, CasRead)?
+            }
             _ => {}
         }
         let target = (self, &instance);

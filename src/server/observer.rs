@@ -231,6 +231,7 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
     StoreReading {
         used: totals.used,
         limit: totals.limit,
+        held: totals.held,
         leased: totals.leased,
         reserved: totals.reserved,
         blobs: totals.blobs,
@@ -239,6 +240,10 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         evicted: tally.evicted,
         evicted_bytes: tally.evicted_bytes,
         damaged: tally.damaged,
+        followed: tally.followed,
+        broken_promises: tally.broken_promises,
+        refused_results: tally.refused_results,
+        withdrawn_leases: tally.withdrawn_leases,
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
     }
 }

@@ -18,6 +18,7 @@ mod http_cache;
 mod images;
 mod inputs;
 mod instances;
+mod leases;
 mod lifecycle;
 mod live;
 #[path = "../log_schema/mod.rs"]

@@ -204,7 +204,7 @@ async fn slots_the_queue_and_the_demand_follow_the_actions() {
 }
 
 #[tokio::test]
-async fn the_store_is_measured_evictions_and_damage_included() {
+async fn the_store_is_measured_evictions_damage_and_leases_included() {
     let watched = Watched::start(&[("MAX_SIZE_GB", "1 MB")]).await;
     let client = watched.server.client().await;
     let blob = client.upload(vec![7; 100_000]).await;
@@ -216,11 +216,15 @@ async fn the_store_is_measured_evictions_and_damage_included() {
     fs::write(&damaged, vec![8; 100_000]).unwrap();
     assert!(client.read(blob).await.is_err());
     watched.sees("gorego_store_damaged_entries_total", is(1.0)).await;
+    watched.sees("gorego_broken_promises_total", is(1.0)).await;
     for number in 0..20u8 {
         client.upload(vec![number; 100_000]).await;
     }
     watched.sees("gorego_store_evicted_entries_total", |count| count > 5.0).await;
     watched.sees("gorego_store_evicted_bytes_total", |bytes| bytes > 500_000.0).await;
+    watched.sees("gorego_store_leased_bytes", |leased| leased > 500_000.0).await;
+    watched.sees("gorego_store_withdrawn_leases_total", |count| count > 5.0).await;
+    watched.sees("gorego_broken_promises_total", is(1.0)).await;
 }
 
 #[tokio::test]
@@ -229,14 +233,14 @@ async fn what_open_streams_hold_of_the_store_is_measured() {
     let watched = Watched::start(&[]).await;
     let client = watched.server.client().await;
     let blob = client.upload(vec![7; SIZE]).await;
-    watched.sees("gorego_store_leased_bytes", is(0.0)).await;
+    watched.sees("gorego_store_held_bytes", is(0.0)).await;
     watched.sees("gorego_store_oldest_use_seconds", |age| age > 0.0).await;
     let request = ReadRequest { resource_name: client.name(&format!("blobs/{blob}")), ..Default::default() };
     let mut read = client.bytes.clone().read(request).await.unwrap().into_inner();
     assert!(read.message().await.unwrap().is_some());
-    watched.sees("gorego_store_leased_bytes", |leased| leased >= SIZE as f64).await;
+    watched.sees("gorego_store_held_bytes", |leased| leased >= SIZE as f64).await;
     drop(read);
-    watched.sees("gorego_store_leased_bytes", is(0.0)).await;
+    watched.sees("gorego_store_held_bytes", is(0.0)).await;
     let other = sha256(&[8; SIZE]);
     let piece = WriteRequest {
         resource_name: client.name(&format!("uploads/{}/blobs/{other}", uuid::Uuid::new_v4())),

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use std::{fmt, hash};
 
 /// Longest hash of any supported function, in bytes.
-const MAX_HASH_BYTES: usize = 64;
+pub const MAX_HASH_BYTES: usize = 64;
 
 /// A hash function for blobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -179,6 +179,12 @@ impl Digest {
         let mut hash = [0; MAX_HASH_BYTES];
         hash[..bytes.len()].copy_from_slice(bytes);
         Self { function, hash, size }
+    }
+
+    /// Creates a digest from the bytes of a hash. Bytes beyond the length of a hash of `function` are not used, and a size that
+    /// does not fit the wire becomes the largest one that does.
+    pub fn from_array(function: DigestFunction, hash: [u8; MAX_HASH_BYTES], size: u64) -> Self {
+        Self::new(function, &hash[..function.hash_bytes()], size.min(i64::MAX as u64))
     }
 
     /// Creates a digest from a hexadecimal hash and a size.

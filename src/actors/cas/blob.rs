@@ -10,8 +10,8 @@
 pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
     client::Cas,
-    guards::Lease,
-    index::{FileId, FoundEntry, Stamp},
+    guards::Hold,
+    index::{FileId, FoundEntry, Seal, Stamp},
     requests::{Damaged, Verified},
     settings::SMALL_BLOB_BYTES,
     volume::{self, COARSE_TICK, PIECE_BYTES, Stored},
@@ -52,7 +52,7 @@ struct OpenFile {
     found: FoundEntry,
     cas: Cas,
     /// Keeps the bytes counted while the open file keeps them on disk.
-    _lease: Arc<Lease>,
+    _hold: Arc<Hold>,
 }
 
 impl BlobReader {
@@ -62,13 +62,13 @@ impl BlobReader {
     }
 
     /// Opens a located blob. Blocks.
-    pub(super) fn open(cas: Cas, found: FoundEntry, lease: Arc<Lease>) -> Result<Self> {
+    pub(super) fn open(cas: Cas, found: FoundEntry, hold: Arc<Hold>) -> Result<Self> {
         let size = found.file.key.digest.size();
         if size <= SMALL_BLOB_BYTES {
             return read_whole(&cas, &found).map(Self::whole);
         }
         let stored = open_checked(&cas, &found)?;
-        Ok(Self::of_file(cas, found, stored, size, lease))
+        Ok(Self::of_file(cas, found, stored, size, hold))
     }
 
     /// A reader of the first `size` bytes of a checked file.
@@ -77,9 +77,9 @@ impl BlobReader {
         found: FoundEntry,
         stored: CheckedFile,
         size: u64,
-        lease: Arc<Lease>,
+        hold: Arc<Hold>,
     ) -> Self {
-        Self { size, content: BlobContent::File(Arc::new(OpenFile { stored, found, cas, _lease: lease })) }
+        Self { size, content: BlobContent::File(Arc::new(OpenFile { stored, found, cas, _hold: hold })) }
     }
 
     /// The size of the blob in bytes.
@@ -300,7 +300,7 @@ pub(super) fn known_stamp(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> R
         match cas.known_stamp(found.at)? {
             Some(known) if known == now => return Ok(Some(now)),
             // Only a verified stamp can be out of date.
-            None | Some(Stamp::UNTRUSTED) => return Ok(None),
+            None | Some(Seal::UNTRUSTED) => return Ok(None),
             Some(_) => {}
         }
     }

@@ -18,6 +18,7 @@ use super::{
     uploads::Attempt,
     volume::{Draft, NewFile, WrittenFile, outside::LeftFile},
 };
+use crate::caller::Owner;
 use actix::Addr;
 use bytes::Bytes;
 use gorego_reapi::error::Result;
@@ -31,6 +32,8 @@ pub(super) struct NewFiles {
     shared: Arc<StoreShared>,
     /// Room for the written files and for files to come.
     room: Reservation,
+    /// The build to which the files are leased.
+    lessee: Option<Owner>,
     /// The part of the room that the written files take.
     spent: u64,
     written: Vec<WrittenFile>,
@@ -53,7 +56,21 @@ impl Visible {
 impl NewFiles {
     /// An empty batch, with room for files to come.
     pub(super) fn new(store: &Addr<CasActor>, shared: &Arc<StoreShared>, room: Reservation) -> Self {
-        Self { store: store.clone(), shared: shared.clone(), room, spent: 0, written: Vec::new() }
+        Self {
+            store: store.clone(),
+            shared: shared.clone(),
+            room,
+            lessee: None,
+            spent: 0,
+            written: Vec::new(),
+        }
+    }
+
+    /// The same batch, whose files are leased to a build.
+    pub(super) fn leased_to(self, lessee: Option<Owner>) -> Self {
+        let mut files = self;
+        files.lessee = lessee;
+        files
     }
 
     /// How many bytes of room are lacking to write `bytes` more.
@@ -136,7 +153,7 @@ impl NewFiles {
             let room = room.split(if rest.is_empty() { u64::MAX } else { spent });
             let upload = if rest.is_empty() { upload.take() } else { None };
             let (reply, visible) = oneshot::channel();
-            self.store.do_send(Commit { files, room, upload, reply });
+            self.store.do_send(Commit { files, room, lessee: self.lessee, upload, reply });
             // Messages are handled in order, so the last answer covers all of them.
             (last, files) = (Some(Visible(visible)), rest);
         }
@@ -168,6 +185,6 @@ impl Cas {
 
     /// An empty batch of new files, with room that was reserved for them.
     pub(super) fn new_files(&self, room: Reservation) -> NewFiles {
-        NewFiles::new(self.actor(), self.shared(), room)
+        NewFiles::new(self.actor(), self.shared(), room).leased_to(self.lessee())
     }
 }

@@ -6,7 +6,7 @@
 
 use super::{
     client::{Cas, Provenance, spoilt},
-    guards::{Lease, Reservation},
+    guards::{Hold, Reservation},
     index::{EntryKind, Key},
     lookup::Purpose,
     new_files::{NewFiles, Visible},
@@ -38,7 +38,7 @@ pub struct OutputBatch {
     /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,
     /// Blobs that were stored before, which the result refers to.
-    held: Vec<Lease>,
+    held: Vec<Hold>,
 }
 
 impl Cas {
@@ -119,8 +119,8 @@ impl OutputBatch {
         digests.retain(|digest| !digest.is_empty());
         let instance = &self.instance;
         let located = self.cas.block_on(async |cas| cas.locate(instance, &digests, Purpose::Read).await)?;
-        let (_, lease) = located.complete(&digests)?;
-        self.held.push(lease);
+        let (_, hold) = located.complete(&digests)?;
+        self.held.push(hold);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use super::{
     LOG,
-    index::{FileId, Index},
+    index::{FileId, Index, LeaseTimes},
     results, volume,
 };
 use crate::logging::Event;
@@ -10,9 +10,9 @@ use std::time::Instant;
 use volume::{Stored, Volume};
 
 /// Fills an index with the stored files. Blocks for about a second per 500,000 files.
-pub(super) fn recover(volume: &dyn Volume, limit: u64) -> Index {
+pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links: u64) -> Index {
     let started = Instant::now();
-    let mut index = Index::new(limit);
+    let mut index = Index::with_leases(limit, leases, links);
     let is_whole = |stored: &dyn Stored| {
         volume::read_all(stored, results::MAX_FILE_BYTES).is_ok_and(|bytes| results::is_whole(&bytes))
     };

@@ -10,7 +10,10 @@ use super::{
     uploads::{Attempt, Partial, Progress},
     volume::{Moves, WrittenFile},
 };
-use crate::{budget::Bound, caller::Caller};
+use crate::{
+    budget::Bound,
+    caller::{Caller, Owner},
+};
 use actix::Message;
 use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
@@ -122,6 +125,8 @@ pub(crate) struct Commit {
     pub files: Vec<WrittenFile>,
     /// Room for all of the files.
     pub room: Reservation,
+    /// The build to which the files are leased.
+    pub lessee: Option<Owner>,
     /// The upload that ends with this message because its blob is stored.
     pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,

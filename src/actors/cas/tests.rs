@@ -4,6 +4,7 @@ mod chunks;
 mod compressed;
 mod damage;
 mod inputs;
+mod leases;
 mod results;
 mod sharing;
 mod store;
@@ -14,7 +15,7 @@ mod volumes;
 use super::{blob::BlobReader, client::*, forms::zstd_reader::Item, *};
 use crate::{
     action::TimeoutPolicy,
-    caller::{Caller, Peer},
+    caller::{Caller, Owner, Peer},
     instance::Instance,
 };
 use bytes::Bytes;
@@ -42,6 +43,8 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         max_blob_bytes: 100 * MB,
         partial_upload_retention: Duration::from_secs(600),
         zstd_level: 1,
+        leases: LeaseTimes::default(),
+        result_links_bytes: 1 << 20,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     }
 }
@@ -69,13 +72,26 @@ impl TestStore {
         Self::at(Rc::new(TempDir::new().unwrap()), max_bytes).await
     }
 
+    /// A store in which builds have leases.
+    async fn with_leases(max_bytes: u64) -> Self {
+        let root = Rc::new(TempDir::new().unwrap());
+        let leases = LeaseTimes { named: 10_800, unnamed: 900 };
+        let settings = StoreSettings { leases, ..settings_at(root.path().join("store"), max_bytes) };
+        Self::over(root, settings).await
+    }
+
     async fn at(root: Rc<TempDir>, max_bytes: u64) -> Self {
         let settings = settings_at(root.path().join("store"), max_bytes);
+        Self::over(root, settings).await
+    }
+
+    async fn over(root: Rc<TempDir>, settings: StoreSettings) -> Self {
         let instances = Instances::new(["", "other/one"]).unwrap();
         let actor =
             eventually(|| async { CasActor::open(settings.clone(), &instances, Handle::current()).ok() })
                 .await;
         let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
+        let max_bytes = settings.max_bytes;
         Self { root, cas: actor.launch(), main, other, max_bytes }
     }
 
@@ -146,7 +162,7 @@ impl TestStore {
     fn place_of(&self, digest: Digest) -> (PathBuf, u64, bool) {
         let find = |kind| {
             let key = index::Key { digest, instance: self.main.id(), kind };
-            self.cas.shared().view.read(|look| look.renew(&key)).0
+            self.cas.shared().view.read(None, |look| look.renew(&key)).0
         };
         let found = [index::EntryKind::Blob, index::EntryKind::Result].into_iter().find_map(find);
         let (path, offset) = self.cas.shared().volume.place(&found.unwrap().file).unwrap();

@@ -8,6 +8,7 @@ use super::{
     requests::{Deleted, Touch, Touched},
     settings,
     uploads::Partial,
+    uptime_seconds,
     volume::Moved,
 };
 use crate::logging::Event;
@@ -27,6 +28,7 @@ impl CasActor {
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
         // Nothing is evicted for a write that would not fit even then.
         let parked = self.uploads.parked_bytes();
+        self.ease_leases(of.max(bytes), None);
         self.change(|index| index.check_fit(of.max(bytes), parked))?;
         while !self.change(|index| index.has_room(bytes))
             && let Some(partial) = self.uploads.pop_for_room()
@@ -102,6 +104,8 @@ impl CasActor {
         victims: Vec<Victim>,
         ctx: &Context<Self>,
     ) -> oneshot::Receiver<Vec<FileId>> {
+        let mut victims = victims;
+        victims.extend(self.change(|index| index.take_followed()));
         let (tell, told) = oneshot::channel();
         let (shared, store) = (self.shared.clone(), ctx.address());
         self.shared.runtime.spawn_blocking(move || {
@@ -147,6 +151,8 @@ impl CasActor {
     pub(super) fn housekeeping(&mut self, ctx: &mut Context<Self>) {
         self.write_touches(ctx.address());
         self.discard_excess(ctx);
+        self.change(|index| index.expire_leases(uptime_seconds()));
+        self.ease_leases(0, None);
         self.trim(ctx);
         self.compact(ctx);
         let cas = self.client(ctx);

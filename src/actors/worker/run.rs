@@ -160,7 +160,7 @@ impl<'a> ActionRun<'a> {
     ) -> Result<()> {
         let action = &self.order.action;
         // Held until the outputs are collected, which may refer to inputs.
-        let mut inputs = self.store.open_inputs(&action.instance, action.input_root, self.order.peer)?;
+        let mut inputs = self.store.open_inputs(&action.instance, action.input_root, self.order.owner())?;
         self.note(Point::StageStart);
         if let Some(ending) = self.run_with_tool(&mut *inputs, &kind, workspace, fetching)? {
             let root = ExecRoot::new(workspace.root()?, None);
@@ -241,13 +241,13 @@ impl<'a> ActionRun<'a> {
             false => None,
         };
         let Some(Base { lease, delta }) = base else {
-            inputs.lease_all()?;
+            inputs.hold_all()?;
             inputs::write(inputs, workspace.root()?, false, checkpoint)?;
             return Ok(None);
         };
         let mut needed = delta.blobs(tree);
         needed.extend(outputs::named::inputs_named_by(&action.command, tree));
-        inputs.lease(needed)?;
+        inputs.hold(needed)?;
         inputs::write_delta(inputs, &delta, workspace.root()?, checkpoint)?;
         Ok(Some(lease))
     }
@@ -281,7 +281,7 @@ impl<'a> ActionRun<'a> {
 
     fn begin_outputs(&self) -> Box<dyn Outputs + 'a> {
         let action = &self.order.action;
-        self.store.begin_outputs(&action.instance, action.digest.function())
+        self.store.begin_outputs(&action.instance, action.digest.function(), self.order.owner())
     }
 
     fn facts(&self) -> run_log::Facts<'_> {

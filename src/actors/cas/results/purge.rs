@@ -202,7 +202,7 @@ impl Receive<RemoveResults> for CasActor {
     fn receive(&mut self, RemoveResults(entries): RemoveResults, ctx: &mut Self::Context) -> Self::Answer {
         let mut victims = Vec::with_capacity(entries.len());
         for part in entries.chunks(CHANGES_PER_HOLD) {
-            self.change(|index| victims.extend(part.iter().filter_map(|at| index.remove(*at))));
+            self.change(|index| victims.extend(part.iter().filter_map(|at| index.remove_promised(*at))));
         }
         if victims.is_empty() {
             return StoreReply::Now(Ok(HashSet::new()));

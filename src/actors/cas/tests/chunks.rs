@@ -29,11 +29,11 @@ impl TestStore {
         self.cas.splice(&self.main, blob, chunks.to_vec(), small()).await
     }
 
-    /// Waits until nothing is reserved or leased and no upload is unfinished. Returns the number of blobs.
+    /// Waits until nothing is reserved or held and no upload is unfinished. Returns the number of blobs.
     async fn settled(&self) -> u64 {
         eventually(|| async {
             let StoreInspection { totals, running_uploads, partial_uploads, .. } = self.inspect().await;
-            let rest = (totals.reserved, totals.leased, running_uploads, partial_uploads);
+            let rest = (totals.reserved, totals.held, running_uploads, partial_uploads);
             (rest == (0, 0, 0, 0)).then_some(totals.blobs)
         })
         .await

@@ -63,8 +63,8 @@ async fn materialise(store: &TestStore, blob: Digest) -> Result<()> {
     let root = store.put(prost::Message::encode_to_vec(&root)).await;
     store
         .worker(move |cas, main| {
-            let mut staged = cas.open_inputs(&main, root, Peer::default())?;
-            staged.lease_all()?;
+            let mut staged = cas.open_inputs(&main, root, Owner::default())?;
+            staged.hold_all()?;
             let target = TempDir::new().unwrap();
             let parent = fs::File::open(target.path()).unwrap();
             staged.materialise(&blob, &parent, "f", 0o644)
@@ -292,11 +292,12 @@ async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
     let mut located = store.cas.locate(&store.main, &[blob], Purpose::Look).await.unwrap();
     let found = located.found.remove(0).unwrap();
     let path = store.file_of(blob);
+    let before = stamp_of(&fs::metadata(&path).unwrap());
     tamper(&path);
     let after = stamp_of(&fs::metadata(&path).unwrap());
     let late = async {
         tokio::time::sleep(COARSE_TICK / 2).await;
-        store.cas.actor().do_send(Touched(vec![Touch { at: found.at, before: found.stamp, after }]));
+        store.cas.actor().do_send(Touched(vec![Touch { at: found.at, before, after }]));
     };
     let (read, opened, ()) = tokio::join!(reader.read_at(0, 10), store.cas.open(&store.main, blob), late);
     assert!(read.is_ok() && opened.is_ok(), "{read:?} {opened:?}");

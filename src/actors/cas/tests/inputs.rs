@@ -31,8 +31,8 @@ async fn check(store: &TestStore, root: Digest) -> Result<()> {
 
 async fn stage(store: &TestStore, root: Digest) -> Result<ActionInputs> {
     let stage = move |cas: Cas, main: Instance| {
-        let mut inputs = cas.open_inputs(&main, root, Peer::default())?;
-        inputs.lease_all().map(|()| inputs)
+        let mut inputs = cas.open_inputs(&main, root, Owner::default())?;
+        inputs.hold_all().map(|()| inputs)
     };
     store.worker(stage).await
 }
@@ -102,9 +102,9 @@ async fn staged_inputs_stay_until_they_are_dropped() {
         store.put(noise(200_000, seed)).await;
     }
     assert!(store.cas.find_missing(&store.main, &[small, large, root]).await.unwrap().is_empty());
-    assert!(store.inspect().await.totals.leased >= LARGE as u64);
+    assert!(store.inspect().await.totals.held >= LARGE as u64);
     drop(staged);
-    assert_eq!(store.inspect().await.totals.leased, 0);
+    assert_eq!(store.inspect().await.totals.held, 0);
     for seed in 10..40 {
         store.put(noise(200_000, seed)).await;
     }
@@ -123,11 +123,11 @@ async fn a_root_that_was_just_checked_costs_no_look_ups_until_its_blobs_are_need
         store.put(noise(200_000, seed)).await;
     }
     assert_eq!(store.cas.check_inputs_apart(store.main.clone(), root).await, Ok(()));
-    let open = move |cas: Cas, main: Instance| cas.open_inputs(&main, root, Peer::default());
+    let open = move |cas: Cas, main: Instance| cas.open_inputs(&main, root, Owner::default());
     let mut inputs = store.worker(open).await.unwrap();
     assert_eq!(inputs.tree().nodes(), 1);
     let (nothing, one, all) = store
-        .worker(move |_, _| (inputs.lease(vec![digest(b"")]), inputs.lease(vec![file]), inputs.lease_all()))
+        .worker(move |_, _| (inputs.hold(vec![digest(b"")]), inputs.hold(vec![file]), inputs.hold_all()))
         .await;
     let mut missing = vec![file, root];
     missing.sort();

@@ -250,9 +250,9 @@ async fn the_least_recently_used_blobs_make_room() {
 }
 
 /// A blob that is being read is not evicted. Until the reader is gone, a write without room fails and the error names the
-/// leased bytes. A blob above the limit is refused for good.
+/// held bytes. A blob above the limit is refused for good.
 #[actix::test]
-async fn leased_blobs_stay_and_a_full_store_reports_them() {
+async fn held_blobs_stay_and_a_full_store_reports_them() {
     let store = TestStore::with_limit(2 * MB).await;
     let held = store.put(noise(1_500_000, 1)).await;
     let reader = store.cas.open(&store.main, held).await.unwrap();
@@ -300,6 +300,8 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
         max_bytes: MB,
         max_blob_bytes: MB,
         partial_upload_retention: Duration::ZERO,
+        leases: LeaseTimes::default(),
+        result_links_bytes: 1 << 20,
         zstd_level: 1,
         timeouts: TimeoutPolicy { default: Duration::ZERO, max: Duration::ZERO },
     };

@@ -412,7 +412,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<StoreShared>) 
 /// A [`NewFiles`] with the room of an attempt.
 fn new_files(attempt: &mut Attempt, shared: &Arc<StoreShared>) -> Result<NewFiles> {
     let room = attempt.room.take().ok_or_else(lost_room)?;
-    Ok(NewFiles::new(attempt.store(), shared, room.into_reservation()))
+    Ok(NewFiles::new(attempt.store(), shared, room.into_reservation()).leased_to(attempt.lessee))
 }
 
 fn lost_room() -> Error {

@@ -17,7 +17,7 @@ use crate::{
             messages::{RunReport, RunStage, SlotId, StageReached, TaskId},
         },
     },
-    caller::Peer,
+    caller::{Build, Owner, Peer},
     instance::Instance,
     platform::wanted_image,
 };
@@ -39,8 +39,8 @@ pub(crate) struct Check {
     pub(crate) instance: Instance,
     /// The digest of the input root.
     pub(crate) root: Digest,
-    /// The peer whose turn it was.
-    pub(crate) peer: Peer,
+    /// The peer whose turn it was, and the build that asked first. The inputs are leased to it.
+    pub(crate) build: Owner,
 }
 
 /// A decision: bring the container image that a task names.
@@ -111,7 +111,7 @@ impl Ledger {
             task: id,
             instance: task.action.instance.clone(),
             root: task.action.input_root,
-            peer: charge.owner.peer,
+            build: Owner { peer: charge.owner.peer, build: Build::of(&task.first.client.tool_invocation_id) },
         })
     }
 

@@ -119,7 +119,7 @@ pub(crate) fn host_addresses() -> Result<Vec<IpAddr>, SetupFailure> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Resolver {
     /// The name server of the host. It may be on the host's loopback interface.
-    pub server: IpAddr,
+    server: IpAddr,
     /// The line that says in which domains names are searched, if the host has one.
     search: Option<String>,
 }

@@ -98,9 +98,6 @@ pub struct Pasta {
     /// Path of the program.
     #[prost(bytes = "vec", tag = "1")]
     pub path: Vec<u8>,
-    /// Whether it has the option `--dns-host`. Older versions have another option for the same purpose.
-    #[prost(bool, tag = "2")]
-    pub has_dns_host: bool,
 }
 
 /// The protections that are on.

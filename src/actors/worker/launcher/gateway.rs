@@ -14,7 +14,6 @@ use crate::sandbox::{
         ADDRESS_V4, ADDRESS_V6, BITS_V4, GATEWAY_V4, GATEWAY_V6, GO, INTERFACE, MAX_PROBLEM, Resolver,
         excluded, frames, host_addresses,
     },
-    settings::Pasta,
     world::GatewayPlan,
 };
 use rustix::{
@@ -150,7 +149,7 @@ fn open(plan: &GatewayPlan<'_>, cell: Pid, host: &[IpAddr]) -> Result<(Child, Pi
     }
     let mut command = Command::new(OsStr::from_bytes(&plan.pasta.path));
     command
-        .args(arguments(plan.pasta, plan.resolver))
+        .args(arguments(plan.resolver))
         .arg(cell.as_raw_pid().to_string())
         .env_clear()
         .current_dir("/")
@@ -179,7 +178,7 @@ fn open(plan: &GatewayPlan<'_>, cell: Pid, host: &[IpAddr]) -> Result<(Child, Pi
 
 /// The options of pasta: a network interface with fixed addresses, nothing that leads from the host into the cell, and
 /// nothing that leads from the cell to the loopback interface of the host but queries to its name server.
-fn arguments(pasta: &Pasta, resolver: Option<&Resolver>) -> Vec<OsString> {
+fn arguments(resolver: Option<&Resolver>) -> Vec<OsString> {
     let mut all: Vec<OsString> = Vec::new();
     let mut add = |options: &[&str]| all.extend(options.iter().map(OsString::from));
     // The process id is printed when everything is set up.
@@ -187,12 +186,13 @@ fn arguments(pasta: &Pasta, resolver: Option<&Resolver>) -> Vec<OsString> {
     add(&["--config-net", "--ns-ifname", INTERFACE, "--netmask", &BITS_V4.to_string()]);
     add(&["--address", &ADDRESS_V4.to_string(), "--gateway", &GATEWAY_V4.to_string()]);
     add(&["--address", &ADDRESS_V6.to_string(), "--gateway", &GATEWAY_V6.to_string()]);
+    // pasta takes the first name server of the host's resolv.conf. It must not be named here: with `--dns`, versions of 2023
+    // no longer read that file, and do not pass on queries to the server that is named.
+    if let Some(resolver) = resolver {
+        add(&["--dns-forward", &resolver.inside().to_string()]);
+    }
     add(&["--no-map-gw", "--no-dhcp", "--no-dhcpv6", "--no-ra"]);
     add(&["--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none"]);
-    if let Some(resolver) = resolver {
-        let option = if pasta.has_dns_host { "--dns-host" } else { "--dns" };
-        add(&["--dns-forward", &resolver.inside().to_string(), option, &resolver.server.to_string()]);
-    }
     all
 }
 

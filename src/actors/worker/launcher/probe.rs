@@ -32,7 +32,6 @@ use std::{
     io,
     os::unix::ffi::OsStringExt as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -117,10 +116,7 @@ fn find_pasta() -> Option<Pasta> {
         .filter(|place| place.is_absolute())
         .map(|place| place.join("pasta"))
         .find(|file| file.is_file())?;
-    let help = Command::new(&found).arg("--help").stdin(Stdio::null()).output().ok()?;
-    let has_dns_host =
-        [help.stdout, help.stderr].iter().any(|text| String::from_utf8_lossy(text).contains("--dns-host"));
-    Some(Pasta { path: found.into_os_string().into_vec(), has_dns_host })
+    Some(Pasta { path: found.into_os_string().into_vec() })
 }
 
 /// Checks whether the root file system of this sandbox can be used. The error says why not.

@@ -132,7 +132,7 @@ pub struct InstanceConfig {
     /// Whether clients of the instance may write action results.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub action_cache_updates: Option<bool>,
-    /// What becomes of action results that clients of the instance write.
+    /// Who sees action results that clients of the instance write.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_results: Option<ClientResults>,
     /// Whether clients of the instance may execute actions, if the server executes any.
@@ -151,7 +151,7 @@ pub struct CacheConfig {
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
-    /// What becomes of action results that clients write.
+    /// Who sees action results that clients write.
     pub client_results: ClientResults,
     /// Size limit of one blob (CAP-15).
     pub max_blob_size_gb: Size,
@@ -166,7 +166,7 @@ pub struct CacheConfig {
     pub compressed_committed_size: CommittedSize,
 }
 
-/// What becomes of action results that clients write.
+/// Who sees action results that clients write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClientResults {

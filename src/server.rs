@@ -62,6 +62,7 @@ use reload::{ReloadAccess, ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOri
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc};
 use tls::ReloadTls;
+pub(crate) use tls::check_tls_files;
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
@@ -271,7 +272,7 @@ impl Server {
         let connections = ports.connections.clone();
         select! {
             () = self.finish(ports, exit) => {}
-            signal = signals.next() => exit_at_once(signal),
+            signal = second_stop_signal(&mut signals) => exit_at_once(signal),
         }
         owners.check()?;
         self.close_store(exit).await;
@@ -366,7 +367,10 @@ impl Server {
             log_streams: self.log_streams.clone(),
             under_way: shared.under_way.clone(),
             connections: shared.connections.clone(),
-            administration: administration(self.place.as_deref(), self.reports.clone(), reloader.clone()),
+            administration: Administration {
+                access: Some(self.access.clone()),
+                ..administration(self.place.as_deref(), self.reports.clone(), reloader.clone())
+            },
             metrics: self.metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
@@ -419,6 +423,18 @@ fn exit_at_once(signal: StopSignal) -> ! {
     logging::flush();
     // The runners see their sockets close and kill their processes.
     std::process::exit(INTERRUPTED)
+}
+
+/// Waits for a signal that ends a shutdown. There is nothing left for which a new configuration would count.
+async fn second_stop_signal(signals: &mut StopSignals) -> StopSignal {
+    loop {
+        match signals.next().await {
+            StopSignal::Reload => Event::info(LOG, "reload_ignored").log(format_args!(
+                "the configuration is not read again, because the server is shutting down"
+            )),
+            stop => return stop,
+        }
+    }
 }
 
 /// Waits for the next signal that stops the server. A hangup reloads the configuration instead.

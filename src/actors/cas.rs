@@ -12,6 +12,7 @@
 mod batches;
 pub(crate) mod blob;
 pub mod client;
+mod compaction;
 mod decoding;
 pub(crate) mod forms;
 mod guards;
@@ -79,7 +80,7 @@ use tokio::{
 use trees::walk::Walks;
 use uploads::{Attempt, Begin, Partial, Uploads};
 use view::View;
-use volume::{Volume, files::Files};
+use volume::{Volume, WrittenFile, local::Local};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
@@ -129,6 +130,8 @@ pub(crate) struct StoreShared {
     chunk_work: ChunkWork,
     /// Where results that replace different ones are reported.
     reports: OnceLock<NonDeterminismReports>,
+    /// Held while the volume is compacted in the background.
+    compaction_turn: Arc<Semaphore>,
     /// Held by a purge while it works on a page.
     purge_turn: tokio::sync::Mutex<()>,
     /// Held while the disk is relieved, which is done once for all callers.
@@ -173,7 +176,7 @@ impl CasActor {
     /// # Errors
     /// `Precondition` when the directory cannot be used, naming it and the reason.
     pub fn open(settings: StoreSettings, instances: &Instances, runtime: Handle) -> Result<Self> {
-        let volume = Files::open(&settings.root, instances)?;
+        let volume = Local::open(&settings.root, instances, settings.max_bytes)?;
         Self::over(Box::new(volume), settings, runtime)
     }
 
@@ -213,6 +216,7 @@ impl CasActor {
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
             reports: OnceLock::new(),
+            compaction_turn: Arc::new(Semaphore::new(1)),
             purge_turn: tokio::sync::Mutex::default(),
             relief_turn: tokio::sync::Mutex::default(),
             relieved_first: relief::RelievedFirst::default(),
@@ -417,6 +421,7 @@ impl Receive<Deleted> for CasActor {
         });
         self.deleted.send_replace(deleted);
         self.trim(ctx);
+        self.compact(ctx);
     }
 }
 

@@ -188,6 +188,7 @@ pub(super) async fn write(
         }
         let offset = u64::try_from(write_offset)
             .map_err(|_| Error::Invalid(format!("write_offset {write_offset} is negative")))?;
+        call.count_upload()?;
         committed = writer.append(offset, data, finish_write).await?;
         if finish_write {
             if let Ok(Some(_)) = next_message(&mut messages, CLOSE_WAIT).await {

@@ -90,7 +90,7 @@ pub struct PoolReading {
     pub free: usize,
     /// Slots that run an action.
     pub busy: usize,
-    /// Slots that take no work: those of a pool that is draining or has lost its workers, and those whose runs do not end.
+    /// Slots that take no work: their pool is draining or has lost its workers, or their run does not end.
     pub out_of_service: usize,
     /// Actions that wait for a slot.
     pub waiting: usize,
@@ -120,7 +120,7 @@ impl PoolReading {
     }
 }
 
-/// What the system says of the process.
+/// Numbers of the process, from the system.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ProcessReading {
     /// Memory that is resident.

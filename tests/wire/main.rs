@@ -9,6 +9,7 @@ mod assets;
 mod cache_interplay;
 mod chunks;
 mod compression;
+mod confined;
 mod damage;
 mod digest_functions;
 mod disk;

@@ -203,6 +203,13 @@ impl Digest {
         Ok(Self { size, ..parsed })
     }
 
+    /// A digest from the bytes of its hash; `None` when these are not as many as `function` makes, or the size does not fit the
+    /// wire.
+    pub fn from_hash(function: DigestFunction, hash: &[u8], size: u64) -> Option<Self> {
+        let fits = hash.len() == function.hash_bytes() && i64::try_from(size).is_ok();
+        fits.then(|| Self::new(function, hash, size))
+    }
+
     /// A digest from the characters of its hash; `None` when these are not a hash of `function` in lower-case hexadecimal, or
     /// the size does not fit the wire.
     pub(crate) fn from_hex(function: DigestFunction, hash: &[u8], size: u64) -> Option<Self> {

@@ -4,7 +4,7 @@
 //! Blobs, their zstd forms and action results are entries of one index, so one order of use and one limit apply to all of them.
 //!
 //! Invariants, checked by the model test in `index/model.rs`:
-//! - `used + reserved` never exceeds the limit. Files that are being deleted are not counted in `used`. A writer whose room
+//! - `used + reserved` never exceeds the limit, less the overhead of the volume when they were last reserved. Files that are being deleted are not counted in `used`. A writer whose room
 //!   depends on their deletion waits for it ([`Grant::after_deletions`], [`Index::deleted`]), so the bytes on disk never exceed
 //!   the limit either.
 //! - A leased entry is never evicted.
@@ -66,8 +66,6 @@ pub(super) struct Index {
     /// The totals, except for the leased bytes.
     totals: Totals,
     leased: AtomicU64,
-    high_water: u64,
-    low_water: u64,
     trimming: bool,
     evicted_ever: u64,
     deleted_ever: u64,
@@ -80,7 +78,6 @@ impl Index {
 
     /// An empty index with a limit in bytes.
     pub(super) fn new(limit: u64) -> Self {
-        let marks = limit >= WATERMARKS_FROM_BYTES;
         Self {
             entries: Vec::new(),
             free: NIL,
@@ -94,8 +91,6 @@ impl Index {
             looks: 0,
             totals: Totals { limit, ..Totals::default() },
             leased: AtomicU64::new(0),
-            high_water: if marks { limit - limit / 50 } else { limit },
-            low_water: if marks { limit - limit / 20 } else { limit },
             trimming: false,
             evicted_ever: 0,
             deleted_ever: 0,
@@ -194,10 +189,10 @@ impl Index {
     /// [`Shortage`] when leases and other reservations leave too little room. Nothing is evicted then.
     pub(super) fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
         self.check_fit(wanted, 0)?;
-        let Totals { used, reserved, limit, .. } = self.totals;
+        let Totals { used, reserved, .. } = self.totals;
         let mut victims = Vec::new();
         // No lease can be taken meanwhile, and everything else can be evicted, so this always frees enough.
-        let target = limit - reserved - wanted;
+        let target = self.room().saturating_sub(reserved).saturating_sub(wanted);
         if used > target {
             self.evict_down_to(target, usize::MAX, &mut victims);
         }
@@ -208,16 +203,16 @@ impl Index {
 
     /// Evicts at most `max` entries of those that [`Index::reserve`] would evict.
     pub(super) fn evict_for(&mut self, wanted: u64, max: usize) -> Vec<Victim> {
-        let Totals { reserved, limit, .. } = self.totals;
+        let reserved = self.totals.reserved;
         let mut victims = Vec::new();
-        self.evict_down_to(limit.saturating_sub(reserved).saturating_sub(wanted), max, &mut victims);
+        self.evict_down_to(self.room().saturating_sub(reserved).saturating_sub(wanted), max, &mut victims);
         victims
     }
 
     /// Whether `wanted` bytes are free without evicting anything.
     pub(super) fn has_room(&self, wanted: u64) -> bool {
-        let Totals { used, reserved, limit, .. } = self.totals;
-        limit.saturating_sub(used).saturating_sub(reserved) >= wanted
+        let Totals { used, reserved, .. } = self.totals;
+        self.room().saturating_sub(used).saturating_sub(reserved) >= wanted
     }
 
     /// Checks that `wanted` bytes could be freed by evicting everything that is not leased and by revoking `revocable` bytes of
@@ -226,7 +221,8 @@ impl Index {
     /// # Errors
     /// [`Shortage`] if they could not.
     pub(super) fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
-        let Totals { leased, reserved, limit, .. } = self.totals();
+        let Totals { leased, reserved, .. } = self.totals();
+        let limit = self.room();
         let free = limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable));
         if free >= wanted { Ok(()) } else { Err(Shortage { wanted, leased, reserved, limit }) }
     }
@@ -268,11 +264,44 @@ impl Index {
         }
     }
 
-    /// Adds a file that was found at start. If there are two files for one entry, the later one stays and the other is
-    /// returned.
-    pub(super) fn recover(&mut self, file: FileId, bytes: u64, touched: u32) -> Option<Victim> {
+    /// Sets the bytes that the volume needs besides those of the entries. Entries have to be evicted if they grow.
+    pub(super) fn set_overhead(&mut self, bytes: u64) {
+        self.totals.overhead = bytes;
+    }
+
+    /// Bytes that entries and reservations may take.
+    fn room(&self) -> u64 {
+        self.totals.limit.saturating_sub(self.totals.overhead)
+    }
+
+    /// Gives an entry another file with the same content. Refused if the entry has another file by now or somebody reads it.
+    pub(super) fn relocate(&mut self, from: &FileId, generation: u64) -> bool {
+        let Some(slot) = self.slot_of(&from.key) else { return false };
+        let entry = &mut self.entries[slot as usize];
+        let is_free = entry.generation == from.generation && !entry.is_leased();
+        if is_free {
+            entry.generation = generation;
+        }
+        is_free
+    }
+
+    /// The entry that has this file.
+    pub(super) fn entry_of(&self, file: &FileId) -> Option<EntryRef> {
+        let at = EntryRef { slot: self.slot_of(&file.key)?, generation: file.generation };
+        self.live(at).map(|_| at)
+    }
+
+    /// Adds a file that was found at start. If there are two files for one entry, the newer one stays and the other is
+    /// returned. `is_newer` says whether its first argument is newer than the second.
+    pub(super) fn recover(
+        &mut self,
+        file: FileId,
+        bytes: u64,
+        touched: u32,
+        is_newer: &dyn Fn(&FileId, &FileId) -> bool,
+    ) -> Option<Victim> {
         let loser = match self.slot_of(&file.key) {
-            Some(slot) if self.entries[slot as usize].generation > file.generation => {
+            Some(slot) if is_newer(&self.file_at(slot), &file) => {
                 self.count_evicted(bytes);
                 return Some(Victim { file, bytes });
             }
@@ -338,10 +367,13 @@ impl Index {
     /// Call it again until it returns nothing.
     pub(super) fn trim(&mut self, max: usize) -> Vec<Victim> {
         let Totals { used, reserved, .. } = self.totals;
-        self.trimming |= used.saturating_add(reserved) > self.high_water;
+        let room = self.room();
+        let has_marks = self.totals.limit >= WATERMARKS_FROM_BYTES;
+        let (high, low) = if has_marks { (room - room / 50, room - room / 20) } else { (room, room) };
+        self.trimming |= used.saturating_add(reserved) > high;
         let mut victims = Vec::new();
         if self.trimming {
-            self.evict_down_to(self.low_water.saturating_sub(reserved), max, &mut victims);
+            self.evict_down_to(low.saturating_sub(reserved), max, &mut victims);
             self.trimming = victims.len() == max;
         }
         victims

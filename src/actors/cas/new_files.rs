@@ -12,11 +12,11 @@ use super::{
     CasActor, StoreShared,
     client::{Cas, going_down},
     guards::Reservation,
-    index::{FileId, Key, Stamp},
-    requests::{Commit, EndUpload, WrittenFile},
+    index::{FileId, Key},
+    requests::{Commit, EndUpload},
     settings::FILES_PER_COMMIT,
     uploads::Attempt,
-    volume::{Draft, outside::LeftFile},
+    volume::{Draft, NewFile, WrittenFile, outside::LeftFile},
 };
 use actix::Addr;
 use bytes::Bytes;
@@ -24,7 +24,7 @@ use gorego_reapi::error::Result;
 use std::{io, sync::Arc};
 use tokio::sync::oneshot;
 
-/// Written files that are not visible yet, with room for them and for more.
+/// WrittenFile files that are not visible yet, with room for them and for more.
 #[derive(Debug)]
 pub(super) struct NewFiles {
     store: Addr<CasActor>,
@@ -70,20 +70,26 @@ impl NewFiles {
     /// # Errors
     /// The errors of the volume. No partial file is left behind.
     pub(super) fn write(&mut self, key: Key, pieces: &[Bytes]) -> io::Result<FileId> {
-        let file = self.next(key);
-        let stamp = self.shared.volume.write(&file, pieces)?;
-        let size = pieces.iter().map(|bytes| bytes.len() as u64).sum();
-        Ok(self.add(file, size, stamp))
+        let lost = || Err(io::Error::other("the volume wrote nothing"));
+        self.write_all(&[NewFile { key, pieces }]).pop().unwrap_or_else(lost)
     }
 
-    /// Keeps a draft of `size` bytes whose content was checked. Blocks.
+    /// Writes bytes that were checked before, all files in one go. Blocks.
+    ///
+    /// # Errors
+    /// Each file has its own outcome, as in [`NewFiles::write`].
+    pub(super) fn write_all(&mut self, files: &[NewFile<'_>]) -> Vec<io::Result<FileId>> {
+        let written = self.shared.volume.write(files);
+        written.into_iter().map(|written| written.map(|written| self.add(written))).collect()
+    }
+
+    /// Keeps a draft whose content was checked. Blocks.
     ///
     /// # Errors
     /// The errors of [`NewFiles::write`].
-    pub(super) fn keep(&mut self, key: Key, draft: Box<dyn Draft>, size: u64) -> io::Result<FileId> {
-        let file = self.next(key);
-        let stamp = draft.keep(&file)?;
-        Ok(self.add(file, size, stamp))
+    pub(super) fn keep(&mut self, key: Key, draft: Box<dyn Draft>) -> io::Result<FileId> {
+        let written = draft.keep(key)?;
+        Ok(self.add(written))
     }
 
     /// Adopts a file that an action left behind, if that is safe. Returns `None` when it has to be copied. Blocks.
@@ -91,9 +97,8 @@ impl NewFiles {
     /// # Errors
     /// The errors of the volume.
     pub(super) fn adopt(&mut self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<FileId>> {
-        let file = self.next(key);
-        let stamp = self.shared.volume.adopt(&file, left)?;
-        Ok(stamp.map(|stamp| self.add(file, left.size(), stamp)))
+        let written = self.shared.volume.adopt(key, left)?;
+        Ok(written.map(|written| self.add(written)))
     }
 
     /// The number of files that are not handed over yet.
@@ -138,15 +143,10 @@ impl NewFiles {
         last
     }
 
-    fn next(&self, key: Key) -> FileId {
-        FileId { key, generation: self.shared.volume.next_generation() }
-    }
-
-    fn add(&mut self, file: FileId, size: u64, stamp: Stamp) -> FileId {
-        let bytes = self.shared.volume.charge(size);
-        self.spent = self.spent.saturating_add(bytes);
-        self.written.push(WrittenFile { file, bytes, stamp });
-        file
+    fn add(&mut self, written: WrittenFile) -> FileId {
+        self.spent = self.spent.saturating_add(written.bytes);
+        self.written.push(written);
+        written.file
     }
 }
 

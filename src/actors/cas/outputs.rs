@@ -33,7 +33,7 @@ pub struct OutputBatch {
     function: DigestFunction,
     /// Bytes on disk that the caller still expects to store.
     expected: u64,
-    /// Written files that are not visible yet, with room for more.
+    /// WrittenFile files that are not visible yet, with room for more.
     files: NewFiles,
     /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,
@@ -90,7 +90,7 @@ impl OutputBatch {
         let Some(key) = self.make_room(digest)? else { return Ok(digest) };
         if self.files.adopt(key, &left).map_err(failed)?.is_none() {
             let copy = self.copy(digest, &left).map_err(failed)?.ok_or_else(changed)?;
-            self.files.keep(key, copy, digest.size()).map_err(failed)?;
+            self.files.keep(key, copy).map_err(failed)?;
         }
         self.add_stored(digest);
         Ok(digest)

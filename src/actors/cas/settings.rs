@@ -180,6 +180,13 @@ pub(super) const ZSTD_FORM_PART: u64 = 16;
 /// Making a form is given up after this many bytes of the blob if nothing was saved by then.
 pub(super) const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
 
+/// Pause after each MiB that is copied to reclaim the space of deleted blobs in the background, which bounds the rate to about
+/// 50 MiB/s.
+pub(super) const COMPACTION_PAUSE: Duration = Duration::from_millis(20);
+
+/// Parts of the volume that are compacted to relieve a full disk before entries are evicted.
+pub(super) const COMPACTIONS_PER_RELIEF: usize = 16;
+
 /// How often uses are written to disk and broken uploads are checked.
 pub(super) const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
 

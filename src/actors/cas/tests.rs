@@ -52,11 +52,17 @@ struct TestStore {
     cas: Cas,
     main: Instance,
     other: Instance,
+    max_bytes: u64,
 }
 
 impl TestStore {
     async fn new() -> Self {
         Self::with_limit(1_000 * MB).await
+    }
+
+    /// A store that is too small for segments, so that every blob and result has a file of its own.
+    async fn of_files() -> Self {
+        Self::with_limit(200 * MB).await
     }
 
     async fn with_limit(max_bytes: u64) -> Self {
@@ -70,12 +76,13 @@ impl TestStore {
             eventually(|| async { CasActor::open(settings.clone(), &instances, Handle::current()).ok() })
                 .await;
         let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
-        Self { root, cas: actor.launch(), main, other }
+        Self { root, cas: actor.launch(), main, other, max_bytes }
     }
 
     /// Closes the store and opens it again. Closing writes only access times, so the files are as after a kill.
     async fn restart(self) -> Self {
-        self.restart_with_limit(1_000 * MB).await
+        let max_bytes = self.max_bytes;
+        self.restart_with_limit(max_bytes).await
     }
 
     async fn restart_with_limit(self, max_bytes: u64) -> Self {
@@ -135,9 +142,36 @@ impl TestStore {
         files.remove(0)
     }
 
-    /// Deletes a blob's file, so that the store drops the blob.
+    /// Where the content of a blob or result lies: a file, an offset in it, and whether others are in the same file.
+    fn place_of(&self, digest: Digest) -> (PathBuf, u64, bool) {
+        let find = |kind| {
+            let key = index::Key { digest, instance: self.main.id(), kind };
+            self.cas.shared().view.read(|look| look.renew(&key)).0
+        };
+        let found = [index::EntryKind::Blob, index::EntryKind::Result].into_iter().find_map(find);
+        let (path, offset) = self.cas.shared().volume.place(&found.unwrap().file).unwrap();
+        (path, offset, offset > 0)
+    }
+
+    /// Flips a bit of the content of a blob or result, where it lies.
+    fn damage(&self, digest: Digest) {
+        use std::os::unix::fs::FileExt as _;
+        let (path, offset, is_record) = self.place_of(digest);
+        if !is_record {
+            return overwrite(&path, |bytes| *bytes.last_mut().unwrap() ^= 1);
+        }
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    }
+
+    /// Destroys a blob's content, so that the store drops the blob.
     async fn lose(&self, digest: Digest) {
-        std::fs::remove_file(self.file_of(digest)).unwrap();
+        match self.place_of(digest) {
+            (_, _, true) => self.damage(digest),
+            (path, _, false) => std::fs::remove_file(path).unwrap(),
+        }
         self.cas.shared().recent.clear();
         assert!(matches!(self.get(digest).await, Err(Error::NotFound(_))));
         assert!(!self.has(digest).await);

@@ -99,6 +99,7 @@ fn json(stats: &gorego::StoreStats) -> Value {
         "leased_bytes": stats.leased_bytes,
         "reserved_bytes": stats.reserved_bytes,
         "deleting_bytes": stats.deleting_bytes,
+        "overhead_bytes": stats.overhead_bytes,
         "blobs": stats.blobs,
         "results": stats.results,
         "zstd_forms": stats.zstd_forms,

@@ -6,7 +6,7 @@
 //! and are evicted in the order of use like everything else.
 //!
 //! Bounds: one split per blob at a time, [`MAX_CHUNK_JOBS`] in total. Each takes two
-//! batches of [`BATCH_BYTES`] and the splitter's window in memory. Written chunks are leased until all of them are there.
+//! batches of [`BATCH_BYTES`] and the splitter's window in memory. WrittenFile chunks are leased until all of them are there.
 //! Nobody holds the turn of a blob while waiting for a place, so a peer that waits for a place does not hold up another peer.
 
 use crate::actors::cas::{

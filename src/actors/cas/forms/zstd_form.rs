@@ -245,7 +245,7 @@ impl Cas {
         target.write(&table_bytes).map_err(failed)?;
         let key = Key { digest, instance, kind: EntryKind::Zstd };
         let mut files = self.new_files(room.into_reservation());
-        files.keep(key, target, length).map_err(failed)?;
+        files.keep(key, target).map_err(failed)?;
         Ok(files.commit())
     }
 }

@@ -9,6 +9,11 @@ use std::collections::HashSet;
 const LIMIT: u64 = 100;
 const NOW: u32 = 1_000_000;
 
+/// Of two files, the one with the greater generation is newer.
+fn later(one: &FileId, other: &FileId) -> bool {
+    one.generation > other.generation
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     Store { name: u8, kind: EntryKind, bytes: u64 },
@@ -206,6 +211,7 @@ proptest! {
                 leased: model.leased(),
                 reserved: model.reserved(),
                 deleting: model.undeleted,
+                overhead: 0,
                 limit: LIMIT,
             });
             prop_assert!(totals.used + totals.reserved <= LIMIT);
@@ -361,10 +367,10 @@ fn a_shortage_names_its_numbers_and_evicts_nothing() {
 fn recovery_restores_the_order_of_use_and_keeps_the_later_of_two_files() {
     let mut index = Index::new(LIMIT);
     let file = |name, generation| FileId { key: key(name, EntryKind::Blob), generation };
-    assert_eq!(index.recover(file(0, 1), 30, 300), None);
-    assert_eq!(index.recover(file(1, 2), 30, 100), None);
-    assert_eq!(index.recover(file(2, 4), 30, 200), None);
-    assert_eq!(index.recover(file(2, 3), 30, 900), Some(Victim { file: file(2, 3), bytes: 30 }));
+    assert_eq!(index.recover(file(0, 1), 30, 300, &later), None);
+    assert_eq!(index.recover(file(1, 2), 30, 100, &later), None);
+    assert_eq!(index.recover(file(2, 4), 30, 200, &later), None);
+    assert_eq!(index.recover(file(2, 3), 30, 900, &later), Some(Victim { file: file(2, 3), bytes: 30 }));
     index.finish_recovery();
     let order: Vec<_> = index.reserve(LIMIT).unwrap().victims.into_iter().map(|v| v.file).collect();
     assert_eq!(order, [file(1, 2), file(2, 4), file(0, 1)]);
@@ -422,7 +428,7 @@ fn blobs_take_less_than_200_bytes_of_memory_each() {
     for generation in 1..=100_000u64 {
         let digest = DigestFunction::Sha256.digest(&generation.to_le_bytes());
         let key = Key { digest, instance: InstanceId(0), kind: EntryKind::Blob };
-        index.recover(FileId { key, generation }, 4_096, NOW);
+        index.recover(FileId { key, generation }, 4_096, NOW, &later);
     }
     assert!(index.memory() < 200 * 100_000, "{} bytes each", index.memory() / 100_000);
 }

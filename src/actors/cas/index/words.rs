@@ -71,6 +71,9 @@ impl Stamp {
     /// The content is not verified and is hashed before it is served.
     pub const UNTRUSTED: Self = Self { inode: 0, changed: i64::MIN };
 
+    /// The stamp of every file that is checked whenever it is read. It was verified when it was written or first read.
+    pub const CHECKED_WHEN_READ: Self = Self { inode: 0, changed: 0 };
+
     /// The stamp of a file with this inode number and this change time, in nanoseconds since 1970.
     pub fn new(inode: u64, changed: i64) -> Self {
         Self { inode, changed }
@@ -142,7 +145,9 @@ pub struct Totals {
     pub reserved: u64,
     /// Bytes of files that are being deleted.
     pub deleting: u64,
-    /// The bound on `used` and `reserved` together, in bytes.
+    /// Bytes on disk besides those of the entries, such as those of deleted blobs that are not reclaimed yet.
+    pub overhead: u64,
+    /// The bound on `used`, `reserved` and `overhead` together, in bytes.
     pub limit: u64,
 }
 

@@ -9,6 +9,7 @@ use crate::{
     actors::{
         cas::{
             CasActor, LOG,
+            blob::open_file,
             client::Cas,
             index::{EntryRef, FileId, FoundResult},
             reply::StoreReply,
@@ -172,7 +173,7 @@ fn read_origins(
         }
         read.examined += 1;
         let action = found.file.key.digest;
-        let file = cas.shared().volume.open(&found.file);
+        let file = open_file(cas, &found.file);
         let content = file.and_then(|file| volume::read_all(&*file, results::MAX_FILE_BYTES));
         let content = match content {
             Ok(content) => content,

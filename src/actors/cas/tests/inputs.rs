@@ -222,7 +222,7 @@ async fn a_damaged_input_is_a_missing_blob() {
     let file = store.put(noise(1_000, 1)).await;
     let root = store.put(message(&[("f", file)], &[])).await;
     let staged = stage(&store, root).await.unwrap();
-    overwrite(&store.file_of(file), |bytes| bytes[0] ^= 1);
+    store.damage(file);
     let target = TempDir::new().unwrap();
     let parent = File::open(target.path()).unwrap();
     let outcome = store.worker(move |_, _| staged.materialise(&file, &parent, "f", 0o644)).await;
@@ -265,7 +265,7 @@ async fn outputs_are_moved_or_copied_and_belong_to_the_store_afterwards() {
     assert_ne!(inode(&store.file_of(digests[1])), of_linked);
     assert_ne!(inode(&store.file_of(digests[4])), of_open, "somebody could still write it");
     drop(writer);
-    std::fs::write(exec.join("link"), "written by whoever holds the other link").unwrap();
+    std::fs::write(exec.join("link"), "written through the other link").unwrap();
     std::fs::remove_dir_all(&exec).unwrap();
     for (blob, bytes) in [(digests[0], plain), (digests[1], linked)] {
         assert_eq!(store.get(blob).await.unwrap(), bytes);

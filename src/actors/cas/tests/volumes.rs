@@ -10,7 +10,7 @@ async fn over(volume: &Memory, max_bytes: u64) -> TestStore {
     let settings = settings_at(root.path().join("nowhere"), max_bytes);
     let actor = CasActor::over(Box::new(volume.clone()), settings, Handle::current()).unwrap();
     let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
-    TestStore { root, cas: actor.launch(), main, other }
+    TestStore { root, cas: actor.launch(), main, other, max_bytes }
 }
 
 #[actix::test]

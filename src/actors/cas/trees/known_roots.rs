@@ -2,7 +2,7 @@
 //!
 //! A digest identifies contents, so a root that was read never becomes stale. Only the index says whether all of it is still
 //! stored. But nothing that was just renewed is evicted before everything older is gone. So a root that was checked in the last
-//! [`CHECKED_FOR`] is taken to be complete before the queue. Whoever needs a blob leases it, and learns for certain.
+//! [`CHECKED_FOR`] is taken to be complete before the queue. A caller that needs a blob leases it, which shows for certain whether it is stored.
 //!
 //! Bounds: the roots used last are kept within [`INPUT_ROOT_MEMO_BYTES`]. Others are known for as long as somebody else has
 //! them, such as the staged trees of the workers, which have a budget of their own.

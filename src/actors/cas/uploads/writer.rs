@@ -403,7 +403,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<StoreShared>) 
         };
         let draft = sink.checked(digest)?;
         let mut files = new_files(&mut attempt, shared)?;
-        files.keep(key, draft, digest.size()).map_err(|error| failed(digest, &error))?;
+        files.keep(key, draft).map_err(|error| failed(digest, &error))?;
         files
     };
     Ok(files.commit_upload(attempt))

@@ -15,7 +15,7 @@ use crate::{
     limits::{LimitSettings, Room},
     platform::{self, Offer, Offers, UnknownProperties},
     sandbox::{
-        kind::Network,
+        kind::CellNetwork,
         settings::{SandboxMode, SandboxSettings},
     },
     size::Size,
@@ -192,7 +192,7 @@ pub struct PoolSettings {
 impl PoolSettings {
     /// Stops offering a network to actions that ask for one. What the configuration itself says of these properties stays.
     pub(crate) fn withdraw_network(&mut self) {
-        self.sandbox.network = Network::Off;
+        self.sandbox.network = CellNetwork::Off;
         let has_sandbox = self.sandbox.mode != SandboxMode::Off;
         for (name, offer) in platform::built_in(has_sandbox, true) {
             if self.offers.get(name) == Some(&offer) {
@@ -305,7 +305,8 @@ fn declared_pool(
 fn with_built_in(mut offers: Offers, sandbox: &SandboxSettings) -> Offers {
     let has_sandbox = sandbox.mode != SandboxMode::Off;
     // Without a sandbox, everything has the network of the host.
-    for (name, offer) in platform::built_in(has_sandbox, sandbox.network != Network::Off || !has_sandbox) {
+    for (name, offer) in platform::built_in(has_sandbox, sandbox.network != CellNetwork::Off || !has_sandbox)
+    {
         offers.entry(name.to_owned()).or_insert(offer);
     }
     offers

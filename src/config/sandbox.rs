@@ -4,7 +4,7 @@ use super::{Machine, checker::Checker, pools::PoolConfig};
 use crate::{
     sandbox::{
         identity,
-        kind::{InputsAsRoot, Network, RootFs},
+        kind::{CellNetwork, InputsAsRoot, RootFs},
         settings::{SandboxMode, SandboxSettings},
         view,
     },
@@ -186,7 +186,7 @@ impl From<Mode> for SandboxMode {
     }
 }
 
-impl From<NetworkGrant> for Network {
+impl From<NetworkGrant> for CellNetwork {
     fn from(grant: NetworkGrant) -> Self {
         match grant {
             NetworkGrant::Off => Self::Off,
@@ -207,7 +207,7 @@ impl PoolSandboxConfig {
             None if mode == SandboxMode::Off => None,
             None => common.root.clone(),
         };
-        let network = self.network.map_or(common.network, Network::from);
+        let network = self.network.map_or(common.network, CellNetwork::from);
         Ok(SandboxSettings { mode, root, network, ..common.clone() })
     }
 }

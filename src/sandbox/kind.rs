@@ -19,13 +19,13 @@ pub struct CellKind {
     #[prost(message, optional, tag = "3")]
     pub user: Option<InnerUser>,
     /// The network of the command.
-    #[prost(enumeration = "Network", tag = "4")]
+    #[prost(enumeration = "CellNetwork", tag = "4")]
     pub network: i32,
 }
 
 /// The network of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
-pub enum Network {
+pub enum CellNetwork {
     /// A loopback interface of its own, and nothing else.
     Off = 0,
     /// A network of its own, with a way to other machines but not to this one ([`super::network`]).

@@ -1,7 +1,7 @@
 //! [`Sandbox`]: the message with which a server tells a runner how to set up the sandbox.
 
 use super::{
-    kind::{CellKind, Network, RootFs},
+    kind::{CellKind, CellNetwork, RootFs},
     view::{Fresh, Wanted},
 };
 use prost::Message;
@@ -48,7 +48,7 @@ pub struct SandboxSettings {
     /// The root file system of actions; `None` for the host's files.
     pub root: Option<RootFs>,
     /// The network of an action that asks for one.
-    pub network: Network,
+    pub network: CellNetwork,
 }
 
 /// The sandbox of one runner.
@@ -239,7 +239,7 @@ mod tests {
                 first_user: 1,
                 own: vec![host.join(own)],
                 root: None,
-                network: Network::Off,
+                network: CellNetwork::Off,
             };
             let added = settings.hide_linked();
             assert_eq!(settings.hidden, added);

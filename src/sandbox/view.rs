@@ -6,7 +6,7 @@
 
 use super::{
     EXEC_ROOT, identity,
-    kind::{CellKind, Network},
+    kind::{CellKind, CellNetwork},
 };
 use std::path::{Component, Path, PathBuf};
 
@@ -251,11 +251,11 @@ pub(crate) fn view(
         rest.push(ViewPiece::shown(Path::new(CPUS), true, Access::Read));
     }
     match kind.network() {
-        Network::Off => {}
-        Network::On => {
+        CellNetwork::Off => {}
+        CellNetwork::On => {
             base.extend(resolvers.map(|text| ViewPiece::File { at: RESOLVERS.into(), text }));
         }
-        Network::Host => {
+        CellNetwork::Host => {
             if let Some(from) = host.real(Path::new(RESOLVERS)) {
                 base.push(ViewPiece::File { at: RESOLVERS.into(), text: String::new() });
                 let (at, access) = (RESOLVERS.into(), Access::Read);
@@ -528,16 +528,18 @@ mod tests {
 
     #[test]
     fn the_dns_configuration_is_mounted_from_where_its_link_leads_if_the_network_is_shared() {
-        let with = |network: Network| {
+        let with = |network: CellNetwork| {
             pieces(&CellKind { network: network.into(), ..CellKind::default() }, &Wanted::default())
         };
         let resolvers = |piece: &ViewPiece| {
             matches!(piece, ViewPiece::Host { from, at, .. }
             if from == Path::new("/run/resolv.conf") && at == Path::new(RESOLVERS))
         };
-        assert!(with(Network::Host).iter().any(resolvers) && !with(Network::On).iter().any(resolvers));
+        assert!(
+            with(CellNetwork::Host).iter().any(resolvers) && !with(CellNetwork::On).iter().any(resolvers)
+        );
         let own = |piece: &ViewPiece| matches!(piece, ViewPiece::File { at, text } if at == Path::new(RESOLVERS) && text.starts_with("nameserver"));
-        assert!(with(Network::On).iter().any(own) && !with(Network::Off).iter().any(own));
+        assert!(with(CellNetwork::On).iter().any(own) && !with(CellNetwork::Off).iter().any(own));
     }
 
     #[test]

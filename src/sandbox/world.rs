@@ -8,7 +8,7 @@ use super::{
     EXEC_ROOT, SetupFailure, Step as _,
     assemble::{Assembled, ThisHost, ViewMounts, read_names},
     confine, filter, identity,
-    kind::{CellKind, InnerUser, Network},
+    kind::{CellKind, CellNetwork, InnerUser},
     landlock,
     layers::{self, Layers},
     mounts,
@@ -184,7 +184,7 @@ impl World {
 
     /// The gateway for cells of this kind, if they have one.
     pub(crate) fn gateway(&self, kind: &CellKind) -> Result<Option<GatewayPlan<'_>>, SetupFailure> {
-        if kind.network() != Network::On {
+        if kind.network() != CellNetwork::On {
             return Ok(None);
         }
         let pasta = self.sandbox.pasta.as_ref().ok_or(io::ErrorKind::NotFound).step("find pasta")?;
@@ -193,7 +193,7 @@ impl World {
 
     /// The user of the host, other than that of this process, whose processes must be able to enter cells of this kind.
     pub(crate) fn visitor(&self, kind: &CellKind) -> Option<u32> {
-        self.owner().map(|(user, _)| user).filter(|_| kind.network() == Network::On)
+        self.owner().map(|(user, _)| user).filter(|_| kind.network() == CellNetwork::On)
     }
 
     /// Maps the user of the first process of a new cell.
@@ -224,7 +224,7 @@ impl World {
     /// open.
     pub(crate) fn enter(&self, passage: &Passage) -> Result<OpenCell, SetupFailure> {
         let on = self.sandbox.protections;
-        let has_network = on.network && passage.kind.network() != Network::Host;
+        let has_network = on.network && passage.kind.network() != CellNetwork::Host;
         let mut own =
             UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
         if has_network {

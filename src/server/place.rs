@@ -20,7 +20,7 @@ use crate::{
     logging::Event,
     sandbox::{
         identity::Users,
-        kind::{Network, RootFs},
+        kind::{CellNetwork, RootFs},
         probe::{MissingProtection, Protection, Report},
         settings::{SandboxMode, SandboxSettings},
     },
@@ -246,7 +246,7 @@ impl Place {
 
 /// Whether the actions of a pool can have a network of their own.
 pub(super) fn wants_gateway(pool: &PoolSettings) -> bool {
-    pool.sandbox.network == Network::On && pool.sandbox.mode != SandboxMode::Off
+    pool.sandbox.network == CellNetwork::On && pool.sandbox.mode != SandboxMode::Off
 }
 
 /// Fails if a pool requires a protection that does not work here. The gateway is required only by pools that want it.

@@ -33,7 +33,7 @@ use crate::{
     platform,
     sandbox::{
         identity::{self, User, Users},
-        kind::{CellKind, InnerUser, InputsAsRoot, Network, RootFs},
+        kind::{CellKind, CellNetwork, InnerUser, InputsAsRoot, RootFs},
         settings::{Pasta, Protections, Sandbox, SandboxMode, SandboxSettings},
     },
 };
@@ -160,7 +160,7 @@ impl PoolSandbox {
             first_user: identity::FIRST,
             own: Vec::new(),
             root: None,
-            network: Network::Off,
+            network: CellNetwork::Off,
         };
         let protections = probe::probe(&settings, runner, build_root).on;
         let users = Users::new(settings.first_user);
@@ -206,7 +206,7 @@ impl PoolSandbox {
         }
         // Without network namespaces, every action has the network of the host.
         if self.protections.network && platform::wants_network(asked) {
-            if self.settings.network == Network::On && self.pasta.is_none() {
+            if self.settings.network == CellNetwork::On && self.pasta.is_none() {
                 return Err(Error::Precondition(
                     "the action asks for a network (network=on), and this machine cannot give it one; the start of the                      server says why"
                         .into(),

@@ -160,8 +160,7 @@ fn open(plan: &GatewayPlan<'_>, cell: Pid, host: &[IpAddr]) -> Result<(Child, Pi
         // Without supplementary groups, because this process is root.
         command.uid(user).gid(group);
     }
-    // SAFETY: only one system call is made.
-    unsafe { command.pre_exec(sys::die_with_parent) };
+    sys::let_die_with_parent(&mut command);
     let mut pasta = command.spawn().step("start pasta")?;
     // The command has the writing ends of the pipe, and pasta should be the only one.
     drop(command);

@@ -15,7 +15,7 @@ use crate::{
     limits::Limits,
     sandbox::{
         identity::Users,
-        kind::{CellKind, Network},
+        kind::{CellKind, CellNetwork},
         layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE, TRIAL_HIDDEN, TRIAL_OPAQUE},
         probe::{KernelFacts, NEEDS_NETWORK, NO_PASTA, Report, find},
         settings::{Pasta, SandboxSettings},
@@ -102,7 +102,7 @@ pub(crate) fn probe_gateway(
     }
     let pasta = find_pasta().ok_or(NO_PASTA)?;
     let sandbox = PoolSandbox { pasta: Some(pasta.clone()), ..sandbox.clone() };
-    let kind = CellKind { network: Network::On.into(), ..CellKind::default() };
+    let kind = CellKind { network: CellNetwork::On.into(), ..CellKind::default() };
     let workspace = workspace(build_root)?;
     attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None, kind)?;
     Ok(pasta)

@@ -254,7 +254,7 @@ fn an_action_with_a_network_resolves_names_and_cannot_change_its_network() {
                 with_network(host, sh("cat /etc/resolv.conf; cat /proc/net/route | wc -l")).await;
             assert!(said.starts_with("nameserver 203.0.113.53\n"), "{said}");
             let change = "perl -MSocket -e 'socket(S, AF_INET, SOCK_DGRAM, 0); \
-                          ioctl(S, 0x8914, pack(\"a16s\", \"eth0\", 0)) or die $!'";
+                          my $request = pack(\"a16s\", \"eth0\", 0); ioctl(S, 0x8914, $request) or die $!'";
             let (exit, _, error) = with_network(host, sh(change)).await;
             assert!(exit != 0 && error.contains("not permitted"), "{error}");
             // Neither the helper nor the device is visible.
@@ -279,6 +279,26 @@ fn gateways() -> usize {
     processes_with(PASTA).iter().filter(is_own).count()
 }
 
+/// The processes below this one that have ended and were not reaped, but for the cells that have just ended.
+fn zombies(server: u32) -> usize {
+    let has_parent = |status: &str, parent: u32| status.contains(&format!("\nPPid:\t{parent}\n"));
+    let statuses: Vec<_> = fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|process| fs::read_to_string(process.path().join("status")).ok())
+        .collect();
+    let runners = statuses.iter().filter(|status| has_parent(status, server));
+    let runners: Vec<u32> = runners
+        .filter_map(|status| status.split("\nPid:\t").nth(1)?.split('\n').next()?.parse().ok())
+        .collect();
+    let is_left = |status: &&String| {
+        status.contains("\nState:\tZ")
+            && status.starts_with("Name:\tpas")
+            && runners.iter().any(|runner| has_parent(status, *runner))
+    };
+    statuses.iter().filter(is_left).count()
+}
+
 #[test]
 fn no_gateway_outlives_its_action_or_the_server() {
     on_own_machine(async || {
@@ -292,6 +312,8 @@ fn no_gateway_outlives_its_action_or_the_server() {
                 with_network(host, sh("(setsid sleep 1000 &) ; true")).await;
             }
             eventually("only the gateway of the next cell is left", || gateways() <= 1).await;
+            // pasta leaves processes that it has started and not waited for.
+            eventually("nothing is left unreaped", || zombies(host.server.pid()) == 0).await;
             let running = host.client.start(asking(host, sh(": in-a-network; sleep 1000")).await).await;
             eventually("the action runs", || !processes_with(": in-a-network").is_empty()).await;
             assert!(gateways() >= 1);

@@ -102,6 +102,7 @@ fn serve(plan: &GatewayPlan<'_>, cell: Pid, socket: &UnixStream, host: &[IpAddr]
     sys::close_all_but(&[0, 1, 2, socket.as_raw_fd()])?;
     sys::die_with_parent()?;
     rustix::process::setsid()?;
+    sys::be_subreaper()?;
     let mut socket = socket;
     let mut asked = [0];
     if socket.read(&mut asked)? == 0 || asked != [GO] {
@@ -113,6 +114,7 @@ fn serve(plan: &GatewayPlan<'_>, cell: Pid, socket: &UnixStream, host: &[IpAddr]
             let waited = wait_for_end(socket, output);
             let _ = pasta.kill();
             pasta.wait()?;
+            reap_orphans();
             waited
         }
         Err(failure) => {
@@ -121,6 +123,11 @@ fn serve(plan: &GatewayPlan<'_>, cell: Pid, socket: &UnixStream, host: &[IpAddr]
             socket.write_all(&problem)
         }
     }
+}
+
+/// Reaps the processes that pasta has left. It starts some that enter the cell for a moment, and does not wait for them.
+fn reap_orphans() {
+    while matches!(waitpid(None, WaitOptions::NOHANG), Ok(Some(_))) {}
 }
 
 /// Waits until the cell has ended or pasta has. What pasta prints is read, so that it never waits for a reader.
@@ -170,6 +177,7 @@ fn open(plan: &GatewayPlan<'_>, cell: Pid, host: &[IpAddr]) -> Result<(Child, Pi
         Err(failure) => {
             let _ = pasta.kill();
             let _ = pasta.wait();
+            reap_orphans();
             Err(failure)
         }
     }

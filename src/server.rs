@@ -95,7 +95,7 @@ pub(crate) struct Ready {
 /// # Errors
 /// The reason why it could not start, or the death of an owner actor.
 pub(crate) fn run(
-    (loaded, settings): (Loaded, Settings),
+    (loaded, mut settings): (Loaded, Settings),
     load: impl Fn() -> Result<(Loaded, Settings)> + Send + Sync + 'static,
     supervision: Supervision,
     ready: impl FnOnce(Ready) + Send + 'static,
@@ -108,7 +108,7 @@ pub(crate) fn run(
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let reports = NonDeterminismReports::open(settings.cache_dir.join("v1").join("nondeterminism"));
-    let place = match &settings.execution {
+    let place = match &mut settings.execution {
         Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
     };

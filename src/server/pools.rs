@@ -3,7 +3,7 @@
 //! A new pool starts at once. A pool that is gone takes no more actions, and is removed when its last action has ended. A pool whose
 //! settings have changed is replaced: the new one starts, and the actions of the old one go on beside it.
 
-use super::place::Place;
+use super::place::{Place, wants_gateway};
 use crate::{
     actors::{
         cas::client::Cas,
@@ -117,6 +117,12 @@ impl Pools {
                      what works here",
                 );
             }
+            (Some((_, report)), _) if wants_gateway(pool) && !report.on.gateway => {
+                return refuse(
+                    "sandbox.network = \"on\": no pool had it when the server was started; restart the server to find out \
+                     whether it works here",
+                );
+            }
             (Some((_, report)), SandboxMode::Required) if !report.missing.is_empty() => {
                 return refuse("sandbox.mode = \"required\": the sandbox is incomplete on this machine");
             }
@@ -203,7 +209,7 @@ fn changes(running: &[PoolSettings], next: &[PoolSettings]) -> Vec<(PoolChange, 
 fn is_same(before: &PoolSettings, after: &PoolSettings) -> bool {
     let of = |pool: &PoolSettings| {
         let sandbox = &pool.sandbox;
-        (pool.slots, pool.room, pool.limits, sandbox.mode, sandbox.root.clone(), sandbox.offers_network)
+        (pool.slots, pool.room, pool.limits, sandbox.mode, sandbox.root.clone(), sandbox.network)
     };
     of(before) == of(after) && before.offers == after.offers && before.is_declared == after.is_declared
 }
@@ -250,7 +256,9 @@ impl Reloadable for Pools {
         // These are a part of every pool, but belong to what is made at the start.
         let is_bound = next.sandbox != at_start.sandbox || next.images.is_some() != at_start.images.is_some();
         let mut prepared = Vec::new();
-        let changes = changes(&self.running(), &next.pools);
+        let mut pools = next.pools.clone();
+        pools.iter_mut().for_each(|pool| self.maker.place.withdraw_network(pool));
+        let changes = changes(&self.running(), &pools);
         for (change, description) in changes {
             let name = match &change {
                 PoolChange::Add(pool) | PoolChange::Replace(pool) => &pool.name,

@@ -175,6 +175,7 @@ impl Settings {
         let tls = tls(&mut check, machine);
         let is_exposed = [Some(config.listen_addr), http_addr].into_iter().flatten().any(|a| !is_loopback(a));
         let access = access(&mut check, is_exposed, machine);
+        let result_links_bytes = check.size("cache.result_links_gb", config.cache.result_links_gb);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
@@ -187,7 +188,7 @@ impl Settings {
                 partial_upload_retention: config.cache.partial_upload_retention,
                 build_lease: config.cache.build_lease,
                 unnamed_build_lease: config.cache.unnamed_build_lease,
-                result_links_bytes: config.cache.result_links_gb.bytes(),
+                result_links_bytes,
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,

@@ -8,8 +8,8 @@ use gorego::access::{
     basic::PasswordFile,
     credential::{CREDENTIAL_MAX_BYTES, Credential},
     jwt::{
-        ClaimRole, IssuerRules, IssuerSettings, JwksLocation, KeySet, MAX_KEYS, RefusalKind, SignatureAlgorithm,
-        verify_with,
+        ClaimRole, IssuerRules, IssuerSettings, JwksLocation, KeySet, MAX_KEYS, RefusalKind,
+        SignatureAlgorithm, verify_with,
     },
     tokens::TokenFile,
 };
@@ -22,7 +22,8 @@ use std::{
 };
 
 /// The public key of RFC 8037, appendix A. Nothing here signs with it.
-const KEYS: &str = r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo","kid":"k"}]}"#;
+const KEYS: &str =
+    r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo","kid":"k"}]}"#;
 const HEADER: &str = r#"{"alg":"EdDSA","kid":"k"}"#;
 const PAYLOAD: &str = r#"{"iss":"i","aud":"a","sub":"s","exp":2000000000,"owner":"us"}"#;
 

@@ -17,7 +17,7 @@
 //! end before it is served, and gets new ones. So nothing here has to be synced, and no deletion is noted on disk: at start, records
 //! without a file are dead. A table file in which most is dead is copied and removed.
 //!
-//! Memory: about 30 bytes for each file. The lock is not held during IO.
+//! Memory: about 30 bytes for each file. The lock is not held during IO, but while a table file is created.
 
 use super::{
     checksums::Checksums,
@@ -341,7 +341,7 @@ impl ChecksumTable {
             let _ = fs::remove_file(path);
             return;
         };
-        let (mut live, mut end) = (0, bytes.len() as u64);
+        let (mut live, mut end) = (0, bytes.len().max(HEAD_BYTES) as u64);
         let mut state = self.state();
         let mut last_generation = 0;
         for (at, head) in Records::new(nonce, &bytes) {

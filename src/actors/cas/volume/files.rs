@@ -315,6 +315,7 @@ impl Volume for Files {
         String::from_utf8(bytes).ok()
     }
 
+    #[expect(clippy::disallowed_methods, reason = "it is written once per start and per part of a scrub")]
     fn keep_note(&self, note: &str) -> io::Result<()> {
         let (path, new) = (self.paths.note(), self.paths.note().with_extension("new"));
         regular_file::write(&new, note.as_bytes())?;

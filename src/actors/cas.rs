@@ -339,6 +339,7 @@ impl Receive<Commit> for CasActor {
                 }
             });
         }
+        message.links.into_iter().for_each(|links| self.link_new(links));
         if let Some(ended) = message.upload {
             self.end_upload(ended, ctx);
         }

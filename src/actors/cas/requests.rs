@@ -7,6 +7,7 @@
 use super::{
     guards::Reservation,
     index::{EntryRef, Key, Stamp, Tally, Totals},
+    results::NewLinks,
     uploads::{Attempt, Partial, Progress},
     volume::{Moves, WrittenFile},
 };
@@ -127,6 +128,8 @@ pub(crate) struct Commit {
     pub room: Reservation,
     /// The build to which the files are leased.
     pub lessee: Option<Owner>,
+    /// The results among the files whose blobs are known.
+    pub links: Vec<NewLinks>,
     /// The upload that ends with this message because its blob is stored.
     pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,

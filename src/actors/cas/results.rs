@@ -5,12 +5,15 @@
 //! result is stored, and are read back on request when it is served (AC-05).
 
 mod action_cache;
+mod linking;
 mod lookup;
+mod prepared;
 mod purge;
 mod replaced;
 
-pub(super) use action_cache::PreparedResult;
+pub(super) use linking::NewLinks;
 pub(super) use lookup::ResultLookup;
+pub(super) use prepared::PreparedResult;
 pub(crate) use purge::ResultCondition;
 
 use crate::{budget::Bounds, result::SharedResult};

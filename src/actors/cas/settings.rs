@@ -73,6 +73,10 @@ pub(super) const LARGE_TREES_MAX: u64 = 2;
 /// A result that refers to more blobs is not linked to them: linking it would keep the index from others for too long.
 pub(super) const MAX_LINKS: usize = 16 * 1_024;
 
+/// Trees up to this size together are read when a client stores a result that names them, so that the result is linked to its
+/// blobs at once: some 10,000 files. Reading them takes about as long as the write of the result.
+pub(super) const LINKED_TREE_BYTES: u64 = 1024 * 1024;
+
 /// Maximum number of blobs that one result may refer to.
 pub(super) const MAX_REFERENCES: usize = 2_000_000;
 

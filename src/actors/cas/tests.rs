@@ -5,6 +5,7 @@ mod compressed;
 mod damage;
 mod inputs;
 mod leases;
+mod links;
 mod results;
 mod sharing;
 mod store;

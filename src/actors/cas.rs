@@ -323,9 +323,12 @@ impl Receive<Commit> for CasActor {
 
     fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
         let now = unix_seconds();
-        let written = message.files.iter().map(|written| written.bytes).sum();
-        let unused = message.room.disarm().saturating_sub(written);
-        self.change(|index| index.unreserve(unused));
+        let written = message.files.iter().map(|written| written.bytes).sum::<u64>();
+        let room = message.room.disarm();
+        self.change(|index| {
+            index.unreserve(room.saturating_sub(written));
+            index.overdraw(written.saturating_sub(room));
+        });
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
         for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
             self.change(|index| {

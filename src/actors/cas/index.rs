@@ -236,6 +236,11 @@ impl Index {
         self.totals.reserved = self.totals.reserved.saturating_sub(bytes);
     }
 
+    /// Reserves bytes that files take on disk beyond what was reserved for them, whether or not there is room.
+    pub(super) fn overdraw(&mut self, bytes: u64) {
+        self.totals.reserved += bytes;
+    }
+
     /// Ends a reservation whose bytes are already on disk and are going to be deleted.
     pub(super) fn forfeit(&mut self, bytes: u64) {
         self.unreserve(bytes);

@@ -64,6 +64,8 @@ const OLD_FORMAT: &str = "gorego store 1\n";
 const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files, which are never written again.
 const STORED_MODE: u32 = 0o444;
+/// The unit of `st_blocks`.
+const BLOCK_UNIT_BYTES: u64 = 512;
 /// Files on which a lease is held at the same time while their use is recorded.
 const TOUCH_LEASES: usize = 64;
 
@@ -159,7 +161,8 @@ impl Files {
         if metadata.is_err() {
             let _ = fs::remove_file(&path);
         }
-        Ok(WrittenFile { file: id, bytes: self.charge(file.size()), stamp: self.stamp(&metadata?) })
+        let metadata = metadata?;
+        Ok(WrittenFile { file: id, bytes: self.paths.taken(&metadata), stamp: self.stamp(&metadata) })
     }
 
     /// Deletes a stored file. Anything that was put in its place is removed too.
@@ -237,7 +240,7 @@ impl Volume for Files {
         let times = |metadata: &Metadata| (metadata.mtime(), metadata.mtime_nsec());
         let unchanged = after.len() == key.digest.size() && times(&after) == times(before);
         if same && unchanged && after.nlink() == 1 {
-            let bytes = self.charge(after.len());
+            let bytes = self.paths.taken(&after);
             return Ok(Some(WrittenFile { file, bytes, stamp: self.stamp(&after) }));
         }
         self.delete_one(&file)?;
@@ -289,6 +292,12 @@ impl StorePaths {
     /// Bytes that a file of this size takes.
     pub(super) fn charge(&self, size: u64) -> u64 {
         size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
+    }
+
+    /// Bytes that a file takes: the blocks that the file system says, and never less than [`StorePaths::charge`], because some
+    /// file systems allocate later.
+    pub(super) fn taken(&self, metadata: &Metadata) -> u64 {
+        self.charge(metadata.len()).max(metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES))
     }
 
     /// The path of a stored file.

@@ -157,7 +157,7 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
     }
     let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
     let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
-    content.found.push(Recovered { file, bytes: files.charge(metadata.len()), touched });
+    content.found.push(Recovered { file, bytes: files.paths.taken(&metadata), touched });
 }
 
 /// Removes what an interrupted update left: the beginning of a new file beside the file that it was to replace. It is the newer

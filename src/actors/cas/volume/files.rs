@@ -65,7 +65,7 @@ const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files, which are never written again.
 const STORED_MODE: u32 = 0o444;
 /// The unit of `st_blocks`.
-const BLOCK_UNIT_BYTES: u64 = 512;
+pub(super) const BLOCK_UNIT_BYTES: u64 = 512;
 /// Files on which a lease is held at the same time while their use is recorded.
 const TOUCH_LEASES: usize = 64;
 
@@ -88,6 +88,8 @@ pub(super) struct StorePaths {
     block: u64,
     /// The next number of a file. Segments number their records from it too.
     sequence: Arc<AtomicU64>,
+    /// Bytes that the trash takes, as far as they were found.
+    pub(super) in_trash: AtomicU64,
 }
 
 impl Files {
@@ -112,7 +114,9 @@ impl Files {
         let has_fine_times = has_fine_change_times(&base.join("tmp"))
             .map_err(|error| refuse("a file in it cannot be written", &error))?;
         let (block, sequence) = (block.max(512), Arc::new(AtomicU64::new(1)));
-        let paths = Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence });
+        let in_trash = AtomicU64::new(0);
+        let paths =
+            Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence, in_trash });
         Ok(Self { paths, _lock: lock })
     }
 
@@ -197,6 +201,10 @@ impl Volume for Files {
 
     fn charge(&self, size: u64) -> u64 {
         self.paths.charge(size)
+    }
+
+    fn overhead(&self) -> u64 {
+        self.paths.in_trash.load(Ordering::Relaxed)
     }
 
     fn space(&self) -> io::Result<Space> {

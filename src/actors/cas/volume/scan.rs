@@ -7,7 +7,7 @@
 
 use super::{
     Recovered, Repairs, Stored, Volume as _,
-    files::{Files, parse_file_name},
+    files::{BLOCK_UNIT_BYTES, Files, parse_file_name},
 };
 use crate::{
     actors::cas::index::{EntryKind, FileId, Key, Victim},
@@ -20,6 +20,7 @@ use std::{
     fs::{self, DirEntry},
     io,
     os::unix::fs::MetadataExt as _,
+    path::PathBuf,
     sync::{
         atomic::{AtomicUsize, Ordering},
         mpsc,
@@ -180,14 +181,34 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
     });
 }
 
-/// Empties the trash on its own thread. If a crash interrupts it, the next start goes on.
+/// The blocks that a file takes, or a directory with all that is in it.
+fn bytes_of(entry: &DirEntry) -> u64 {
+    let Ok(metadata) = entry.metadata() else { return 0 };
+    let inside = match metadata.is_dir() {
+        true => fs::read_dir(entry.path()).into_iter().flatten().flatten().map(|entry| bytes_of(&entry)).sum(),
+        false => 0,
+    };
+    metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES).saturating_add(inside)
+}
+
+/// Empties the trash on its own thread, and counts what is in it until then. If a crash interrupts it, the next start goes on.
 fn empty_trash(files: &Files) {
-    let trash = files.paths.trash();
+    let paths = files.paths.clone();
     let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {
-        for entry in fs::read_dir(trash).into_iter().flatten().flatten() {
-            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let path = entry.path();
-            let _ = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        let thrown: Vec<(PathBuf, u64)> = fs::read_dir(paths.trash())
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| (entry.path(), bytes_of(&entry)))
+            .collect();
+        paths.in_trash.store(thrown.iter().map(|(_, bytes)| bytes).sum(), Ordering::Relaxed);
+        for (path, bytes) in thrown {
+            let is_directory = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
+            let removed = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+            // What cannot be removed stays counted.
+            if removed.is_ok() {
+                paths.in_trash.fetch_sub(bytes, Ordering::Relaxed);
+            }
         }
     });
     if let Err(error) = spawned {

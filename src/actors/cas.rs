@@ -29,6 +29,7 @@ mod requests;
 pub mod resolve;
 pub mod results;
 mod settings;
+mod store_disk;
 #[cfg(test)]
 mod tests;
 pub(crate) mod trees;
@@ -74,6 +75,7 @@ use std::{
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
+use store_disk::StoreDisk;
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
@@ -93,6 +95,8 @@ pub(crate) struct StoreShared {
     /// The index of what is stored. Only the actor changes it.
     view: View,
     volume: Box<dyn Volume>,
+    /// The file system of the volume.
+    disk: StoreDisk,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: trees::known_roots::KnownRoots,
@@ -165,8 +169,6 @@ pub struct CasActor {
     over_limit: Vec<Victim>,
     /// The last [`Index::bytes_deleted`], for callers that wait for room.
     deleted: watch::Sender<u64>,
-    /// When the log last reported that the disk is full and the store cannot help.
-    full_disk_logged: Option<Instant>,
     /// When the log last reported that results are not served because leases fill the store.
     full_leases_logged: Option<Instant>,
 }
@@ -195,6 +197,7 @@ impl CasActor {
         let shared = StoreShared {
             view: View::new(index),
             volume,
+            disk: StoreDisk::new(&settings.root, settings.max_bytes),
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: trees::known_roots::KnownRoots::new(),
@@ -232,7 +235,6 @@ impl CasActor {
             shared: Arc::new(shared),
             over_limit,
             deleted: watch::Sender::new(0),
-            full_disk_logged: None,
             full_leases_logged: None,
         })
     }
@@ -299,6 +301,8 @@ impl Actor for CasActor {
         let over_limit = std::mem::take(&mut self.over_limit);
         self.evict(over_limit, ctx);
         self.trim(ctx);
+        let watch = store_disk::watch(Arc::downgrade(&self.shared), ctx.address().downgrade());
+        self.shared.runtime.spawn(watch);
     }
 }
 
@@ -360,6 +364,9 @@ impl Receive<BeginUpload> for CasActor {
         let BeginUpload { name, blob, offset, .. } = message;
         if self.renew(&blob).is_some() {
             return MessageResult(Ok(Began::Present));
+        }
+        if let Err(full) = self.shared.disk.check() {
+            return MessageResult(Err(full));
         }
         match self.uploads.begin(name, blob, offset) {
             Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),

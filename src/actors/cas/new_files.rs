@@ -101,7 +101,9 @@ impl NewFiles {
     /// Each file has its own outcome, as in [`NewFiles::write`].
     pub(super) fn write_all(&mut self, files: &[NewFile<'_>]) -> Vec<io::Result<FileId>> {
         let written = self.shared.volume.write(files);
-        written.into_iter().map(|written| written.map(|written| self.add(written))).collect()
+        let shared = self.shared.clone();
+        let noted = written.into_iter().map(|written| shared.disk.note_io(written));
+        noted.map(|written| written.map(|written| self.add(written))).collect()
     }
 
     /// Has a result of this batch linked to its blobs when it becomes visible.
@@ -114,7 +116,7 @@ impl NewFiles {
     /// # Errors
     /// The errors of [`NewFiles::write`].
     pub(super) fn keep(&mut self, key: Key, draft: Box<dyn Draft>) -> io::Result<FileId> {
-        let written = draft.keep(key)?;
+        let written = self.shared.disk.note_io(draft.keep(key))?;
         Ok(self.add(written))
     }
 

@@ -94,7 +94,8 @@ impl OutputBatch {
         }
         let Some(key) = self.make_room(digest)? else { return Ok(digest) };
         if self.files.adopt(key, &left).map_err(failed)?.is_none() {
-            let copy = self.copy(digest, &left).map_err(failed)?.ok_or_else(changed)?;
+            let copy = self.cas.shared().disk.note_io(self.copy(digest, &left));
+            let copy = copy.map_err(failed)?.ok_or_else(changed)?;
             self.files.keep(key, copy).map_err(failed)?;
         }
         self.add_stored(digest);

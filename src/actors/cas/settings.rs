@@ -147,8 +147,25 @@ pub(super) const RELIEF_WAIT: Duration = Duration::from_secs(5);
 /// How often such an action checks whether it was cancelled.
 pub(super) const RELIEF_POLL: Duration = Duration::from_millis(20);
 
-/// Minimum interval between log lines about a disk that is full of other data.
-pub(super) const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// How often the file system of the store is looked at, which takes some microseconds.
+pub(super) const LOOK_PACE: Duration = Duration::from_secs(1);
+
+/// How often while little of it is free.
+pub(super) const LOOK_PACE_LOW: Duration = Duration::from_millis(100);
+
+/// How long the store is read-only after a write has failed for lack of space, even if the file system seems to have room: with a
+/// quota, only the next write shows whether there is room.
+pub(super) const WRITES_AFTER: Duration = Duration::from_secs(5);
+
+/// What the server keeps beside the store takes at most `1 / BESIDE_PART` of the store's limit away from it. Otherwise one action
+/// that writes much would empty the cache.
+pub(super) const BESIDE_PART: u64 = 2;
+
+/// The least time between two measurements of what is beside the store,
+pub(super) const MEASURE_PACE: Duration = Duration::from_secs(1);
+
+/// and how many times longer the pause is than the measurement took.
+pub(super) const PAUSE_PER_MEASUREMENT: u32 = 19;
 
 /// Minimum interval between log lines about results that are not served because leases fill the store.
 pub(super) const FULL_LEASES_LOG_INTERVAL: Duration = Duration::from_secs(60);

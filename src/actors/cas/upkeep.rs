@@ -26,6 +26,7 @@ impl CasActor {
         of: u64,
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
+        self.shared.disk.check()?;
         // Nothing is evicted for a write that would not fit even then.
         let parked = self.uploads.parked_bytes();
         self.ease_leases(of.max(bytes), None);
@@ -77,7 +78,7 @@ impl CasActor {
 
     /// Evicts ahead of need.
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
-        let overhead = self.shared.volume.overhead();
+        let overhead = self.shared.volume.overhead().saturating_add(self.shared.disk.beside());
         let victims = self.change(|index| {
             index.set_overhead(overhead);
             index.trim(settings::TRIM_BATCH)

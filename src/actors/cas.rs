@@ -43,6 +43,7 @@ pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
+pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
 
 use crate::{

@@ -14,6 +14,7 @@ pub(crate) mod blob;
 pub mod client;
 mod compaction;
 mod decoding;
+mod deletions;
 pub(crate) mod forms;
 mod guards;
 mod index;
@@ -56,6 +57,7 @@ use crate::{
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bytes::Bytes;
 use client::Cas;
+use deletions::Deletions;
 use forms::{
     chunks::ChunkWork,
     zstd_form::{Encoders, History},
@@ -98,6 +100,8 @@ pub(crate) struct StoreShared {
     volume: Box<dyn Volume>,
     /// The file system of the volume.
     disk: StoreDisk,
+    /// Files that are to be deleted.
+    deletions: Deletions,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: trees::known_roots::KnownRoots,
@@ -199,6 +203,7 @@ impl CasActor {
             view: View::new(index),
             volume,
             disk: StoreDisk::new(&settings.root, settings.max_bytes),
+            deletions: Deletions::default(),
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: trees::known_roots::KnownRoots::new(),
@@ -311,12 +316,12 @@ impl Receive<ReserveRoom> for CasActor {
     type Answer = StoreReply<Result<Reservation>>;
 
     fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
-        let ReserveRoom { bytes, of, blob } = request;
+        let ReserveRoom { bytes, of, held, blob } = request;
         if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
             let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
             return StoreReply::Now(Err(Error::Unavailable(problem)));
         }
-        match self.reserve(bytes, of, ctx) {
+        match self.reserve(bytes, of, held, ctx) {
             Ok((room, free)) => StoreReply::when(free, Ok(room)),
             Err(error) => StoreReply::Now(Err(error)),
         }

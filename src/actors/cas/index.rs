@@ -55,6 +55,12 @@ const EXACT_BELOW: usize = 1_024;
 const MAX_ALIKE: usize = 8;
 /// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is used.
 const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
+/// When less than this part of a store is free, entries are evicted ahead of need,
+const HIGH_WATER_PART: u64 = 50;
+/// until this part is.
+const LOW_WATER_PART: u64 = 20;
+/// While less than this part is free on disk, large writes wait for deletions.
+const KEPT_FOR_SMALL_PART: u64 = 80;
 
 /// The index of the store; see the module documentation.
 pub(super) struct Index {
@@ -187,11 +193,21 @@ impl Index {
         (found.collect(), (end < self.slab.len()).then_some(end as u32))
     }
 
-    /// Reserves `wanted` bytes for a write and evicts what is needed for them.
+    /// Reserves `wanted` bytes for a small write and evicts what is needed for them.
     ///
     /// # Errors
     /// [`Shortage`] when holds and other reservations leave too little room. Nothing is evicted then.
     pub(super) fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
+        self.reserve_beside(wanted, false)
+    }
+
+    /// [`Index::reserve`] for a write that may be large. A large write has to wait for deletions while less than
+    /// [`KEPT_FOR_SMALL_PART`] is free on disk besides, and small ones do not. So a large write into a full store waits for the
+    /// deletions that it causes, and others do not wait for them.
+    ///
+    /// # Errors
+    /// As [`Index::reserve`].
+    pub(super) fn reserve_beside(&mut self, wanted: u64, is_large: bool) -> Result<Grant, Shortage> {
         self.check_fit(wanted, 0)?;
         let Totals { used, reserved, .. } = self.totals;
         let mut victims = Vec::new();
@@ -201,8 +217,21 @@ impl Index {
             self.evict_down_to(target, usize::MAX, &mut victims);
         }
         self.totals.reserved += wanted;
-        // The room also includes files that were evicted earlier and are still being deleted, so their deletion counts too.
-        Ok(Grant { victims, after_deletions: self.evicted_ever })
+        let kept = if is_large && self.has_marks() { self.room() / KEPT_FOR_SMALL_PART } else { 0 };
+        Ok(Grant { victims, after_deletions: self.free_after(kept) })
+    }
+
+    /// The count of deleted bytes at which all that is reserved fits on the disk beside what is being deleted, and `kept` bytes more.
+    fn free_after(&self, kept: u64) -> u64 {
+        let Totals { used, reserved, deleting, .. } = self.totals;
+        let on_disk = used.saturating_add(reserved).saturating_add(deleting);
+        let lacking = on_disk.saturating_add(kept).saturating_sub(self.room());
+        self.deleted_ever + lacking.min(deleting)
+    }
+
+    /// Whether it evicts ahead of need.
+    fn has_marks(&self) -> bool {
+        self.totals.limit >= WATERMARKS_FROM_BYTES
     }
 
     /// Evicts at most `max` entries of those that [`Index::reserve`] would evict.
@@ -409,8 +438,10 @@ impl Index {
     pub(super) fn trim(&mut self, max: usize) -> Vec<Victim> {
         let Totals { used, reserved, .. } = self.totals;
         let room = self.room();
-        let has_marks = self.totals.limit >= WATERMARKS_FROM_BYTES;
-        let (high, low) = if has_marks { (room - room / 50, room - room / 20) } else { (room, room) };
+        let (high, low) = match self.has_marks() {
+            true => (room - room / HIGH_WATER_PART, room - room / LOW_WATER_PART),
+            false => (room, room),
+        };
         self.trimming |= used.saturating_add(reserved) > high;
         let mut victims = Vec::new();
         if self.trimming {

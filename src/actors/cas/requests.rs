@@ -36,6 +36,8 @@ pub struct ReserveRoom {
     pub bytes: u64,
     /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is evicted.
     pub of: u64,
+    /// What the asker has reserved before for the same write.
+    pub held: u64,
     /// The blob that it is for, if that is known. Nothing is reserved for a blob that is stored: room for it might be made by
     /// evicting it.
     pub blob: Option<Key>,

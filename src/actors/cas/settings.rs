@@ -135,8 +135,17 @@ pub(super) const NOTES_BATCH: usize = 1_024;
 /// Maximum number of notes of look-ups, of either kind, that are kept for the actor.
 pub(super) const NOTES_MAX: usize = 64 * 1_024;
 
-/// Entries that are evicted ahead of need in one step.
+/// Entries that are evicted ahead of need in one step. The next step follows when their files are deleted.
 pub(super) const TRIM_BATCH: usize = 1_024;
+
+/// A write that has reserved more waits for deletions while others still find room; see [`super::index::Index::reserve_beside`].
+pub(super) const SMALL_WRITE_BYTES: u64 = 8 * 1024 * 1024;
+
+/// Jobs that delete files at the same time.
+pub(super) const DELETERS: usize = 4;
+
+/// Files that one of them deletes in one go, at least if so many wait.
+pub(super) const DELETIONS_AT_ONCE: usize = 1_024;
 
 /// Entries that are evicted in one step to relieve a full disk.
 pub(super) const RELIEF_BATCH: usize = 16_384;

@@ -350,15 +350,17 @@ impl Index {
         loser
     }
 
-    /// Sorts recovered entries by their recorded use.
-    pub(super) fn finish_recovery(&mut self) {
+    /// Sorts recovered entries by their recorded use, and leases those that were used shortly before. `now` is in seconds since 1970,
+    /// and `uptime` is the clock of leases.
+    pub(super) fn finish_recovery(&mut self, now: u32, uptime: u32) {
         let mut order: Vec<(u32, u32)> = Vec::with_capacity(self.table.len());
         order.extend(self.table.iter().map(|slot| (self.slab.hot(slot).touched.load(Relaxed), slot)));
         order.sort_unstable();
         self.clear_order();
-        for (_, slot) in order {
-            self.link_newest(slot);
+        for (_, slot) in &order {
+            self.link_newest(*slot);
         }
+        self.lease_earlier(&order, now, uptime);
     }
 
     /// Records the stamp at which the content of a file was verified.

@@ -383,7 +383,7 @@ fn recovery_restores_the_order_of_use_and_keeps_the_later_of_two_files() {
     assert_eq!(index.recover(file(1, 2), 30, 100, &later), None);
     assert_eq!(index.recover(file(2, 4), 30, 200, &later), None);
     assert_eq!(index.recover(file(2, 3), 30, 900, &later), Some(Victim { file: file(2, 3), bytes: 30 }));
-    index.finish_recovery();
+    index.finish_recovery(NOW, NOW);
     let order: Vec<_> = index.reserve(LIMIT).unwrap().victims.into_iter().map(|v| v.file).collect();
     assert_eq!(order, [file(1, 2), file(2, 4), file(0, 1)]);
 }

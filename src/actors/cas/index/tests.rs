@@ -110,12 +110,12 @@ fn a_large_write_waits_for_deletions_while_small_ones_do_not() {
     }
     let trimmed = index.trim(usize::MAX);
     let bytes: u64 = trimmed.iter().map(|victim| victim.bytes).sum();
-    index.deleted(bytes / 3);
+    index.deleted(bytes / 9);
     let large = index.reserve_beside(part, true).unwrap();
     assert!(index.bytes_deleted() < large.after_deletions);
     let small = index.reserve_beside(part, false).unwrap();
     assert!(index.bytes_deleted() >= small.after_deletions, "although it came later");
-    index.deleted(bytes - bytes / 3);
+    index.deleted(bytes - bytes / 9);
     assert!(index.bytes_deleted() >= large.after_deletions);
 }
 

@@ -19,6 +19,7 @@ pub(crate) mod forms;
 mod guards;
 mod index;
 mod leasing;
+mod linking;
 mod lookup;
 mod memo;
 mod new_files;
@@ -202,7 +203,7 @@ impl CasActor {
         let shared = StoreShared {
             view: View::new(index),
             volume,
-            disk: StoreDisk::new(&settings.root, settings.max_bytes),
+            disk: StoreDisk::new(settings.root.display().to_string(), settings.max_bytes),
             deletions: Deletions::default(),
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),

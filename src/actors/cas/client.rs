@@ -12,7 +12,7 @@ use super::{
     index::{FoundEntry, Stamp},
     lookup::Purpose,
     requests::StoreMeasurement,
-    settings::SMALL_BLOB_BYTES,
+    settings::{SMALL_BLOB_BYTES, StoreSettings},
     uploads::unwritten::UnwrittenPieces,
 };
 use crate::{
@@ -268,12 +268,16 @@ impl Cas {
     }
 
     pub(super) fn check_blob_size(&self, size: u64, what: &str) -> Result<()> {
-        let max = self.shared.settings.max_blob_bytes;
+        let StoreSettings { max_blob_bytes, max_bytes, .. } = self.shared.settings;
+        let (max, key) = match max_blob_bytes < max_bytes {
+            true => (max_blob_bytes, "cache.max_blob_size_gb"),
+            false => (max_bytes, "max_size_gb"),
+        };
         if size <= max {
             return Ok(());
         }
         Err(Error::Invalid(format!(
-            "{} has {size} bytes; this server stores blobs of at most {max} (cache.max_blob_size_gb)",
+            "{} has {size} bytes; this server stores blobs of at most {max} ({key})",
             what.escape_debug()
         )))
     }

@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 
 /// Victims that were handed over together.
 #[derive(Debug)]
-struct Order {
+struct DeletionOrder {
     victims: Vec<Victim>,
     /// Gets those that could not be deleted.
     tell: oneshot::Sender<Vec<FileId>>,
@@ -31,7 +31,7 @@ struct Order {
 
 #[derive(Debug, Default)]
 struct DeletionQueue {
-    waiting: VecDeque<Order>,
+    waiting: VecDeque<DeletionOrder>,
     jobs: usize,
 }
 
@@ -57,7 +57,7 @@ impl Deletions {
     }
 
     /// Takes out the orders at the front, as many as one job deletes at a time.
-    fn take(&self) -> Vec<Order> {
+    fn take(&self) -> Vec<DeletionOrder> {
         let (mut queue, mut taken, mut victims) = (self.queue(), Vec::new(), 0);
         while victims < DELETIONS_AT_ONCE
             && let Some(order) = queue.waiting.pop_front()
@@ -80,7 +80,7 @@ pub(super) fn delete(
 ) -> oneshot::Receiver<Vec<FileId>> {
     let (tell, told) = oneshot::channel();
     let mut queue = shared.deletions.queue();
-    queue.waiting.push_back(Order { victims, tell });
+    queue.waiting.push_back(DeletionOrder { victims, tell });
     let is_due = queue.jobs < DELETERS;
     queue.jobs += usize::from(is_due);
     drop(queue);
@@ -105,7 +105,7 @@ impl DeletionJob {
         }
     }
 
-    fn carry_out(&self, orders: Vec<Order>) {
+    fn carry_out(&self, orders: Vec<DeletionOrder>) {
         let victims: Vec<Victim> = orders.iter().flat_map(|order| &order.victims).copied().collect();
         let bytes = victims.iter().map(|victim| victim.bytes).sum();
         let being_deleted = BeingDeleted { bytes, store: &self.store };
@@ -123,7 +123,7 @@ impl DeletionJob {
         compaction::reclaim_for_writers(&self.shared, &self.store);
         drop(being_deleted);
         let failed: HashSet<FileId> = failures.into_iter().map(|(file, _)| file).collect();
-        for Order { victims, tell } in orders {
+        for DeletionOrder { victims, tell } in orders {
             let files = victims.into_iter().map(|victim| victim.file);
             // Few wait for it.
             let _ = tell.send(files.filter(|file| failed.contains(file)).collect());

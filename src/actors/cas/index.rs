@@ -24,8 +24,7 @@ pub use leases::LeaseTimes;
 pub(crate) use leases::{Lessee, Withdrawn};
 pub use words::*;
 
-use crate::instance::InstanceId;
-use entry::{CONDEMNED, Hot, holds_of, lease_of};
+use entry::{CONDEMNED, holds_of, lease_of};
 use gorego_reapi::digest::Digest;
 use leases::Leases;
 use links::Links;

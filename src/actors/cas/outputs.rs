@@ -11,9 +11,7 @@ use super::{
     lookup::Purpose,
     new_files::{NewFiles, Visible},
     results::{DirectReferences, PreparedResult, Uploader},
-    settings::{
-        FILES_PER_COMMIT, MAX_LINKS, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES,
-    },
+    settings::{FILES_PER_COMMIT, MAX_LINKS, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
     volume::{Draft, PIECE_BYTES, outside::LeftFile},
 };
 use crate::instance::Instance;

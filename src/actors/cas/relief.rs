@@ -7,14 +7,7 @@
 //! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most [`settings::RELIEF_WAIT`]. If
 //! evicting half of the store would not help, because other data fills the disk, nothing is evicted.
 
-use super::{
-    CasActor, LOG,
-    client::Cas,
-    compaction,
-    index::Totals,
-    reply::StoreReply,
-    settings,
-};
+use super::{CasActor, LOG, client::Cas, compaction, index::Totals, reply::StoreReply, settings};
 use crate::{
     actors::mail::Receive,
     disk::{Evictable, Space},

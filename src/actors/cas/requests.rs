@@ -7,7 +7,7 @@
 use super::{
     guards::Reservation,
     index::{EntryRef, Key, Stamp, Tally, Totals},
-    results::NewLinks,
+    linking::NewLinks,
     uploads::{Attempt, Partial, Progress},
     volume::{Moves, WrittenFile},
 };

@@ -18,7 +18,6 @@ use actix::WeakAddr;
 use gorego_reapi::error::{Error, Result};
 use std::{
     fmt, io,
-    path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -62,7 +61,8 @@ struct Beside {
 
 /// See the module documentation.
 pub(super) struct StoreDisk {
-    root: PathBuf,
+    /// Where the store is, for messages.
+    root: String,
     /// The most bytes beside the store that count against its limit.
     max_beside: u64,
     room: Mutex<DiskRoom>,
@@ -83,9 +83,9 @@ pub(crate) struct DiskSight {
 }
 
 impl StoreDisk {
-    pub(super) fn new(root: &Path, max_bytes: u64) -> Self {
+    pub(super) fn new(root: String, max_bytes: u64) -> Self {
         Self {
-            root: root.to_owned(),
+            root,
             max_beside: max_bytes / BESIDE_PART,
             room: Mutex::default(),
             is_full: AtomicBool::new(false),
@@ -110,7 +110,7 @@ impl StoreDisk {
         let free = self.room().seen.map_or_else(String::new, |space| format!(": {space}"));
         Err(Error::DiskFull(format!(
             "the disk of this server is full, so it stores nothing until there is room on the file system of {}{free}",
-            self.root.display()
+            self.root
         )))
     }
 
@@ -145,16 +145,20 @@ impl StoreDisk {
     fn tell(&self, room: &DiskRoom) {
         self.is_full.store(room.is_full, Relaxed);
         let free = room.seen.map(|space| space.free_bytes).unwrap_or_default();
-        let (event, text) = if room.is_full {
+        let path = &self.root;
+        let (mut event, text) = if room.is_full {
             let event = Event::warn(LOG, "store_read_only");
             (event, "its file system is full: what is stored is served, and uploads and results are refused")
         } else {
-            (Event::info(LOG, "store_writable"), "there is room on its file system again: uploads are accepted")
+            (
+                Event::info(LOG, "store_writable"),
+                "there is room on its file system again: uploads are accepted",
+            )
         };
         event
             .with("free_bytes", free)
-            .with_shown("path", &self.root.display())
-            .log(format_args!("the store in {}: {text}", self.root.display()));
+            .with_shown("path", path)
+            .log(format_args!("the store in {path}: {text}"));
     }
 
     /// Measures what is due of what the server keeps beside the store. Blocks.

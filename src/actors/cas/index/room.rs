@@ -36,7 +36,11 @@ impl Index {
     ///
     /// # Errors
     /// As [`Index::reserve`].
-    pub(in super::super) fn reserve_beside(&mut self, wanted: u64, is_large: bool) -> Result<Grant, Shortage> {
+    pub(in super::super) fn reserve_beside(
+        &mut self,
+        wanted: u64,
+        is_large: bool,
+    ) -> Result<Grant, Shortage> {
         self.check_fit(wanted, 0)?;
         let Totals { used, reserved, .. } = self.totals;
         let mut victims = Vec::new();

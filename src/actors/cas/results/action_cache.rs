@@ -21,7 +21,6 @@ use crate::{
     instance::Instance,
     result::{ResultRoom, SharedResult},
 };
-use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},

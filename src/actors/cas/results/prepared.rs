@@ -4,8 +4,9 @@ use crate::{
     actors::cas::{
         client::{Cas, Provenance},
         index::{EntryKind, Key},
+        linking::NewLinks,
         new_files::NewFiles,
-        results::{self, DirectReferences, LoadedResult, NewLinks, Uploader},
+        results::{self, DirectReferences, LoadedResult, Uploader},
     },
     instance::Instance,
     result::SharedResult,
@@ -21,7 +22,7 @@ use std::{sync::Arc, time::SystemTime};
 /// A result that is checked and encoded for its file.
 pub(crate) struct PreparedResult {
     pub(super) action: Digest,
-    pub(super) result: SharedResult,
+    pub(in crate::actors::cas) result: SharedResult,
     /// Where it comes from.
     pub(super) origin: StoredOrigin,
     file: Bytes,
@@ -87,7 +88,7 @@ impl PreparedResult {
         if let Some(references) = references {
             let loaded = Arc::new(LoadedResult::new(file.generation, result, references));
             cas.shared().results.insert((space.id(), action), loaded.clone(), loaded.memory());
-            files.link(NewLinks { result: file, blobs_in: space.blobs(), loaded });
+            files.link(NewLinks { result: file, blobs_in: space.blobs(), of: loaded });
         }
         Ok(())
     }

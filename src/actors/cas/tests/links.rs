@@ -11,17 +11,13 @@ fn tree_of(file: Digest) -> Vec<u8> {
 }
 
 fn with_file(file: Digest) -> reapi::ActionResult {
-    let output =
-        reapi::OutputFile { path: "o".into(), digest: Some(file.to_wire()), ..Default::default() };
+    let output = reapi::OutputFile { path: "o".into(), digest: Some(file.to_wire()), ..Default::default() };
     reapi::ActionResult { output_files: vec![output], ..Default::default() }
 }
 
 fn with_tree(tree: Digest) -> reapi::ActionResult {
-    let output = reapi::OutputDirectory {
-        path: "d".into(),
-        tree_digest: Some(tree.to_wire()),
-        ..Default::default()
-    };
+    let output =
+        reapi::OutputDirectory { path: "d".into(), tree_digest: Some(tree.to_wire()), ..Default::default() };
     reapi::ActionResult { output_directories: vec![output], ..Default::default() }
 }
 

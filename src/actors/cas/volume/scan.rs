@@ -6,7 +6,7 @@
 //! as a kill, both are read to find the complete one.
 
 use super::{
-    Recovered, Repairs, Stored, Volume as _,
+    Recovered, Repairs, Stored,
     files::{BLOCK_UNIT_BYTES, Files, parse_file_name},
 };
 use crate::{
@@ -185,7 +185,9 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
 fn bytes_of(entry: &DirEntry) -> u64 {
     let Ok(metadata) = entry.metadata() else { return 0 };
     let inside = match metadata.is_dir() {
-        true => fs::read_dir(entry.path()).into_iter().flatten().flatten().map(|entry| bytes_of(&entry)).sum(),
+        true => {
+            fs::read_dir(entry.path()).into_iter().flatten().flatten().map(|entry| bytes_of(&entry)).sum()
+        }
         false => 0,
     };
     metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES).saturating_add(inside)

@@ -1,34 +1,46 @@
 //! Links of results to the blobs that they need: when a result is stored, and when one that was recovered is first found complete.
 //!
-//! A result that is stored brings its references along in [`Commit`](crate::actors::cas::requests::Commit), and is linked in the
+//! A result that is stored brings its references along in [`Commit`](super::requests::Commit), and is linked in the
 //! step that makes it visible. If one of its blobs is not stored then, the next look-up finds out.
 
-use super::LoadedResult;
+use super::{
+    CasActor,
+    client::Cas,
+    index::{EntryKind, EntryRef, FileId, Key},
+    settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, MAX_LINKS},
+};
 use crate::{
-    actors::{
-        cas::{
-            CasActor,
-            client::Cas,
-            index::{EntryKind, EntryRef, FileId, Key},
-            settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, MAX_LINKS},
-        },
-        mail::Receive,
-    },
+    actors::mail::Receive,
     instance::{Instance, InstanceId},
 };
 use actix::{Context, Message};
-use gorego_reapi::error::Result;
-use std::sync::{Arc, atomic::Ordering::Relaxed};
+use gorego_reapi::{digest::Digest, error::Result};
+use std::{
+    fmt::Debug,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
+
+/// A result that is to be linked.
+pub(crate) trait NeedsBlobs: Debug + Send + Sync {
+    /// Every blob that it needs, each once.
+    fn needed(&self) -> &[Digest];
+
+    /// Whether the index was told so.
+    fn is_linked(&self) -> &AtomicBool;
+}
 
 /// A result that is being stored, with every blob that it needs.
 #[derive(Debug)]
-pub(in crate::actors::cas) struct NewLinks {
+pub(crate) struct NewLinks {
     /// The file of the result.
     pub result: FileId,
     /// Where its blobs are.
     pub blobs_in: InstanceId,
-    /// What it needs.
-    pub loaded: Arc<LoadedResult>,
+    /// The result itself.
+    pub of: Arc<dyn NeedsBlobs>,
 }
 
 /// Fact: a stored result needs these stored blobs.
@@ -41,12 +53,13 @@ pub struct LinkResult {
 
 impl Cas {
     /// Tells the index which blobs a result needs that has just been found complete, unless it knows.
-    pub(super) fn link(&self, instance: &Instance, result: EntryRef, loaded: &LoadedResult) -> Result<()> {
-        if loaded.references.len() > MAX_LINKS || loaded.is_linked.swap(true, Relaxed) {
+    pub(super) fn link(&self, instance: &Instance, result: EntryRef, of: &dyn NeedsBlobs) -> Result<()> {
+        let needed = of.needed();
+        if needed.len() > MAX_LINKS || of.is_linked().swap(true, Relaxed) {
             return Ok(());
         }
-        let mut blobs = Vec::with_capacity(loaded.references.len());
-        for part in loaded.references.chunks(LOOKUPS_PER_HOLD) {
+        let mut blobs = Vec::with_capacity(needed.len());
+        for part in needed.chunks(LOOKUPS_PER_HOLD) {
             let places = self.look_up(|index| -> Option<Vec<EntryRef>> {
                 part.iter().map(|digest| index.place_of_blob(instance.blobs(), *digest)).collect()
             })?;
@@ -61,23 +74,24 @@ impl Cas {
 
 impl CasActor {
     /// Links a result that has just become visible to its blobs, if all of them are stored.
-    pub(in crate::actors::cas) fn link_new(&self, NewLinks { result, blobs_in, loaded }: NewLinks) {
-        if loaded.references.len() > MAX_LINKS {
+    pub(super) fn link_new(&self, NewLinks { result, blobs_in, of }: NewLinks) {
+        let needed = of.needed();
+        if needed.len() > MAX_LINKS {
             return;
         }
-        let mut blobs = Vec::with_capacity(loaded.references.len());
-        for part in loaded.references.chunks(CHANGES_PER_HOLD) {
+        let mut blobs = Vec::with_capacity(needed.len());
+        for part in needed.chunks(CHANGES_PER_HOLD) {
             let key = |&digest| Key { digest, instance: blobs_in, kind: EntryKind::Blob };
             blobs.extend(self.change(|index| {
                 part.iter().filter_map(|digest| index.place_of(&key(digest))).collect::<Vec<_>>()
             }));
         }
-        if blobs.len() == loaded.references.len() {
+        if blobs.len() == needed.len() {
             let is_linked = self.change(|index| {
                 let result = index.entry_of(&result)?;
                 Some(index.link(result, &blobs))
             });
-            loaded.is_linked.store(is_linked.is_some(), Relaxed);
+            of.is_linked().store(is_linked.is_some(), Relaxed);
         }
     }
 }

@@ -269,15 +269,13 @@ impl Cas {
 
     pub(super) fn check_blob_size(&self, size: u64, what: &str) -> Result<()> {
         let StoreSettings { max_blob_bytes, max_bytes, .. } = self.shared.settings;
-        let (max, key) = match max_blob_bytes < max_bytes {
-            true => (max_blob_bytes, "cache.max_blob_size_gb"),
-            false => (max_bytes, "max_size_gb"),
-        };
-        if size <= max {
+        if size <= max_blob_bytes {
             return Ok(());
         }
+        // The one of both settings that has to be raised.
+        let key = if max_blob_bytes < max_bytes { "cache.max_blob_size_gb" } else { "max_size_gb" };
         Err(Error::Invalid(format!(
-            "{} has {size} bytes; this server stores blobs of at most {max} ({key})",
+            "{} has {size} bytes; this server stores blobs of at most {max_blob_bytes} ({key})",
             what.escape_debug()
         )))
     }

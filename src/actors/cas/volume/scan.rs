@@ -181,16 +181,14 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
     });
 }
 
-/// The blocks that a file takes, or a directory with all that is in it.
+/// The blocks that a file takes, or all files in a directory.
 fn bytes_of(entry: &DirEntry) -> u64 {
     let Ok(metadata) = entry.metadata() else { return 0 };
-    let inside = match metadata.is_dir() {
-        true => {
-            fs::read_dir(entry.path()).into_iter().flatten().flatten().map(|entry| bytes_of(&entry)).sum()
-        }
-        false => 0,
-    };
-    metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES).saturating_add(inside)
+    if metadata.is_dir() {
+        let inside = fs::read_dir(entry.path()).into_iter().flatten().flatten();
+        return inside.map(|entry| bytes_of(&entry)).sum();
+    }
+    metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES)
 }
 
 /// Empties the trash on its own thread, and counts what is in it until then. If a crash interrupts it, the next start goes on.

@@ -3,6 +3,7 @@
 mod chunks;
 mod compressed;
 mod damage;
+mod disk;
 mod inputs;
 mod leases;
 mod links;

@@ -321,6 +321,10 @@ impl Volume for Files {
         String::from_utf8(bytes).ok()
     }
 
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "after a power cut, a clean stop must not be noted that did not happen"
+    )]
     fn keep_note(&self, note: &str) -> io::Result<()> {
         let (path, new) = (self.paths.note(), self.paths.note().with_extension("new"));
         regular_file::write(&new, note.as_bytes())?;

@@ -175,7 +175,7 @@ async fn a_blob_without_checksums_is_hashed_and_gets_them() {
 #[actix::test]
 async fn checksums_are_bounded_by_what_is_stored() {
     let store = TestStore::with_limit(20 * MB).await;
-    for seed in 0..300 {
+    for seed in 0..120 {
         store.put(noise(LARGE, seed)).await;
     }
     let totals = store.inspect().await.totals;

@@ -168,6 +168,8 @@ pub struct CacheConfig {
     pub unnamed_build_lease: Duration,
     /// Memory for the index of which blobs each action result needs.
     pub result_links_gb: Size,
+    /// Whether what is stored survives a power cut.
+    pub durability: Durability,
     /// How fast the scrub of the store reads, in MB/s; 0 for no scrub.
     pub scrub_mb_per_second: u32,
     /// zstd level for blobs that clients read compressed, 1 to 19.
@@ -186,6 +188,16 @@ pub enum ClientResults {
     Private,
     /// Clients may not write any.
     Refused,
+}
+
+/// Whether what is stored survives a power cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// It survives the death of the server; a power cut takes what was stored last.
+    Process,
+    /// It survives a power cut: an upload is acknowledged when it is on disk.
+    Disk,
 }
 
 /// The `committed_size` in the response to a finished compressed upload. Clients expect different values (BS-25).
@@ -333,6 +345,7 @@ impl Default for CacheConfig {
             build_lease: Duration::from_secs(3 * 60 * 60),
             unnamed_build_lease: Duration::from_secs(15 * 60),
             result_links_gb: Size::from_bytes(64_000_000),
+            durability: Durability::Process,
             scrub_mb_per_second: 20,
             zstd_level: 1,
             compressed_committed_size: CommittedSize::Compressed,

@@ -48,6 +48,7 @@ pub use requests::{CloseStore, InspectStore, ScrubTally, StoreInspection, StoreM
 pub use settings::StoreSettings;
 pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
+pub use volume::SyncPolicy;
 
 use crate::{
     actors::mail::{Mail, Receive, counted},
@@ -190,7 +191,7 @@ impl CasActor {
     /// # Errors
     /// `Precondition` when the directory cannot be used, naming it and the reason.
     pub fn open(settings: StoreSettings, instances: &Instances, runtime: Handle) -> Result<Self> {
-        let volume = Local::open(&settings.root, instances, settings.max_bytes)?;
+        let volume = Local::open(&settings.root, instances, settings.max_bytes, settings.sync)?;
         Self::over(Box::new(volume), settings, runtime)
     }
 

@@ -5,7 +5,7 @@
 //! Nothing here accesses a file.
 
 use super::{
-    ClientResults, CommittedSize, Loaded, LogConfig,
+    ClientResults, CommittedSize, Durability, Loaded, LogConfig,
     access::access,
     checker::Checker,
     execution::{ExecutionSettings, execution},
@@ -84,6 +84,8 @@ pub struct Settings {
     pub unnamed_build_lease: Duration,
     /// Memory for the links of results to their blobs.
     pub result_links_bytes: u64,
+    /// Whether what is stored survives a power cut.
+    pub durability: Durability,
     /// How fast the scrub of the store reads; 0 for no scrub.
     pub scrub_bytes_per_second: u64,
     /// zstd level for stored blobs; one of [`gorego_reapi::compression::LEVELS`].
@@ -191,6 +193,7 @@ impl Settings {
                 build_lease: config.cache.build_lease,
                 unnamed_build_lease: config.cache.unnamed_build_lease,
                 result_links_bytes,
+                durability: config.cache.durability,
                 scrub_bytes_per_second: u64::from(config.cache.scrub_mb_per_second) * 1_000_000,
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,

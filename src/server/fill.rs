@@ -4,10 +4,10 @@ use crate::{
     action::TimeoutPolicy,
     actors::{
         asset::{AssetSettings, origins::Origins},
-        cas::{LeaseTimes, StoreSettings},
+        cas::{LeaseTimes, StoreSettings, SyncPolicy},
         scheduler::settings::{SchedulerConfig, SchedulerSettings},
     },
-    config::{ExecutionSettings, Settings},
+    config::{Durability, ExecutionSettings, Settings},
     log_streams::{LogSettings, MAX_STREAM_BYTES, StreamLimits},
     node::NodeName,
 };
@@ -24,6 +24,10 @@ pub(super) fn store_settings(settings: &Settings) -> StoreSettings {
             unnamed: whole_seconds(settings.unnamed_build_lease),
         },
         result_links_bytes: settings.result_links_bytes,
+        sync: match settings.durability {
+            Durability::Process => SyncPolicy::Never,
+            Durability::Disk => SyncPolicy::BeforeAnswer,
+        },
         scrub_bytes_per_second: settings.scrub_bytes_per_second,
         zstd_level: settings.zstd_level,
         timeouts: settings

@@ -12,7 +12,7 @@ use super::{
     CasActor, StoreShared,
     client::{Cas, going_down},
     guards::Reservation,
-    index::{FileId, Key},
+    index::{FileId, Key, Victim},
     linking::NewLinks,
     requests::{Commit, EndUpload},
     settings::FILES_PER_COMMIT,
@@ -22,7 +22,7 @@ use super::{
 use crate::caller::Owner;
 use actix::Addr;
 use bytes::Bytes;
-use gorego_reapi::error::Result;
+use gorego_reapi::error::{Error, Result};
 use std::{io, sync::Arc};
 use tokio::sync::oneshot;
 
@@ -40,19 +40,21 @@ pub(super) struct NewFiles {
     written: Vec<WrittenFile>,
     /// The results among the written files whose blobs are known.
     links: Vec<NewLinks>,
+    /// Why earlier files of the batch could not be made durable.
+    failed: Option<Error>,
 }
 
 /// The answer to a commit.
 #[derive(Debug)]
-pub(super) struct Visible(oneshot::Receiver<()>);
+pub(super) struct Visible(Result<oneshot::Receiver<()>>);
 
 impl Visible {
     /// Waits until the files are visible to everybody.
     ///
     /// # Errors
-    /// `Unavailable` when the server is shutting down.
+    /// `Unavailable` when the server is shutting down; errors of the disk, if files could not be made durable.
     pub(super) async fn wait(self) -> Result<()> {
-        self.0.await.map_err(|_| going_down())
+        self.0?.await.map_err(|_| going_down())
     }
 }
 
@@ -67,6 +69,7 @@ impl NewFiles {
             spent: 0,
             written: Vec::new(),
             links: Vec::new(),
+            failed: None,
         }
     }
 
@@ -134,7 +137,7 @@ impl NewFiles {
         self.written.len()
     }
 
-    /// Hands over the written files and keeps the remaining room. Returns `None` if there are none.
+    /// Hands over the written files, once they are durable, and keeps the remaining room. Returns `None` if there are none.
     pub(super) fn publish(&mut self) -> Option<Visible> {
         let room = self.room.split(self.spent);
         self.tell(room, None)
@@ -156,6 +159,7 @@ impl NewFiles {
     fn tell(&mut self, mut room: Reservation, mut upload: Option<EndUpload>) -> Option<Visible> {
         let mut files = std::mem::take(&mut self.written);
         self.spent = 0;
+        self.make_durable(&mut files);
         let mut last = None;
         while !files.is_empty() || upload.is_some() {
             let rest = files.split_off(files.len().min(FILES_PER_COMMIT));
@@ -167,9 +171,24 @@ impl NewFiles {
             let (reply, visible) = oneshot::channel();
             self.store.do_send(Commit { files, room, lessee: self.lessee, links, upload, reply });
             // Messages are handled in order, so the last answer covers all of them.
-            (last, files) = (Some(Visible(visible)), rest);
+            (last, files) = (Some(visible), rest);
         }
-        last
+        match &self.failed {
+            Some(error) => Some(Visible(Err(error.clone()))),
+            None => last.map(|visible| Visible(Ok(visible))),
+        }
+    }
+
+    /// Makes files as durable as the store promises. Those for which that fails are deleted, and nobody hears of them.
+    fn make_durable(&mut self, files: &mut Vec<WrittenFile>) {
+        let ids: Vec<FileId> = files.iter().map(|written| written.file).collect();
+        if let Err(error) = self.shared.disk.note_io(self.shared.volume.sync(&ids)) {
+            self.links.clear();
+            let victims: Vec<Victim> =
+                files.drain(..).map(|WrittenFile { file, bytes, .. }| Victim { file, bytes }).collect();
+            self.shared.volume.delete(&victims);
+            self.failed = Some(Error::io("make stored files durable", &error));
+        }
     }
 
     fn add(&mut self, written: WrittenFile) -> FileId {

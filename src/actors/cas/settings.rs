@@ -1,6 +1,6 @@
 //! [`StoreSettings`], and the fixed bounds of the store.
 
-use super::index::LeaseTimes;
+use super::{index::LeaseTimes, volume::SyncPolicy};
 use crate::{action::TimeoutPolicy, budget::Bounds};
 use gorego_reapi::tree::{MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY};
 use std::{path::PathBuf, time::Duration};
@@ -22,6 +22,8 @@ pub struct StoreSettings {
     pub leases: LeaseTimes,
     /// Memory for the links of results to the blobs that they need.
     pub result_links_bytes: u64,
+    /// When it waits for the disk.
+    pub sync: SyncPolicy,
     /// How fast the scrub reads; 0 for no scrub.
     pub scrub_bytes_per_second: u64,
     /// Which timeouts an Action may ask for.

@@ -5,6 +5,7 @@ mod chunks;
 mod compressed;
 mod damage;
 mod disk;
+mod durability;
 mod inputs;
 mod leases;
 mod links;
@@ -47,6 +48,7 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         max_blob_bytes: 100 * MB,
         partial_upload_retention: Duration::from_secs(600),
         zstd_level: 1,
+        sync: Default::default(),
         scrub_bytes_per_second: 0,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,

@@ -15,16 +15,21 @@
 mod checksum_table;
 pub(crate) mod checksums;
 pub(crate) mod draft;
+mod durable;
 pub(crate) mod files;
 pub(crate) mod local;
 #[cfg(test)]
 pub(crate) mod memory;
 pub(crate) mod outside;
+mod root;
 pub(crate) mod scan;
 pub(crate) mod segments;
+#[cfg(test)]
+pub(crate) mod simulation;
 pub(crate) mod stamps;
 pub(crate) mod stored;
 
+pub use durable::SyncPolicy;
 pub(crate) use stamps::COARSE_TICK;
 
 use super::index::{FileId, Key, Stamp, Victim};
@@ -65,6 +70,12 @@ pub(crate) trait Volume: Debug + Send + Sync {
 
     /// Begins a file whose digest is not known yet.
     fn draft(&self) -> io::Result<Box<dyn Draft>>;
+
+    /// Returns once these new files are as durable as the store promises. It has to be called before anybody is told of them.
+    fn sync(&self, files: &[FileId]) -> io::Result<()> {
+        let _ = files;
+        Ok(())
+    }
 
     /// Takes a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
     /// hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open file can still be

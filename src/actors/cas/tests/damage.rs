@@ -253,7 +253,7 @@ async fn a_result_is_dropped_if_an_output_was_damaged_before_a_restart() {
 #[test]
 fn recording_a_use_keeps_a_file_verified_only_if_it_was_verified() {
     let root = TempDir::new().unwrap();
-    let files = Files::open(root.path(), &Instances::new([""]).unwrap()).unwrap();
+    let files = Files::open(root.path(), &Instances::new([""]).unwrap(), SyncPolicy::Never).unwrap();
     let mut index = Index::new(1_000_000);
     let key = Key { digest: digest(b"x"), instance: InstanceId(0), kind: EntryKind::Blob };
     let pieces = [Bytes::from("x")];

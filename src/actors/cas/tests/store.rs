@@ -303,6 +303,7 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
         zstd_level: 1,
+        sync: Default::default(),
         scrub_bytes_per_second: 0,
         timeouts: TimeoutPolicy { default: Duration::ZERO, max: Duration::ZERO },
     };

@@ -4,6 +4,7 @@ use super::{
     Draft, WrittenFile,
     checksum_table::ChecksumTable,
     checksums::ChecksumBuilder,
+    durable::{SyncPolicy, sync_file},
     files::{StorePaths, create, in_shard, needs_checksums},
     hash,
     stamps::{change_unobserved, stamp_of},
@@ -69,6 +70,9 @@ impl Draft for TemporaryFile {
         if needs_checksums(&key, metadata.len()) {
             // A file without checksums is hashed before it is served, and gets them then.
             let _ = self.table.add(&file, &std::mem::take(&mut self.sums).finish());
+        }
+        if self.paths.policy == SyncPolicy::BeforeAnswer {
+            sync_file(&self.file)?;
         }
         let written = stamp_of(&metadata);
         // A file that is open for writing, even by this process, gets no lease.

@@ -19,15 +19,18 @@
 //! checked before they were written. The name of a result does not tell the length of its file, so the file has a checksum. The
 //! name of a zstd form tells the size of its blob, so a form is decoded and hashed before it is first served, unless this
 //! process made it. A verified file is recognised by its [`Stamp`]. Files whose readers do not check all of their content have
-//! checksums of their blocks, which are checked at every read. Nothing is fsynced: the death of the process loses nothing.
-//! A power cut may lose or damage what was written last, and the hash check at the first read turns that into misses.
+//! checksums of their blocks, which are checked at every read. The death of the process loses nothing. With
+//! [`SyncPolicy::Never`], a power cut may lose or damage what was written last, and the checks turn that into misses. With
+//! [`SyncPolicy::BeforeAnswer`], the content of a file is synced before it gets its name, and the name before it is acknowledged.
 
 use super::{
     Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
     checksum_table::ChecksumTable,
     checksums::{BLOCK_BYTES, Checksums},
     draft::TemporaryFile,
+    durable::{self, SyncPolicy, sync_directory, sync_file},
     outside::LeftFile,
+    root::{MAX_FORMAT_BYTES, check_format, encode, prepare, take_lock, unusable},
     scan,
     stamps::{COARSE_TICK, Writers, has_fine_change_times, lease, settled, stamp_of},
     stored::{StoredFile, look_of},
@@ -41,19 +44,17 @@ use crate::{
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
-    error::{Error, Result},
+    error::Result,
 };
-use rustix::fs::{
-    CWD, FlockOperation, Mode, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fchmod, flock, futimens, renameat,
-};
+use rustix::fs::{CWD, Mode, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fchmod, futimens, renameat};
 use std::{
-    fmt::Write as _,
+    collections::HashSet,
     fs::{self, File, Metadata, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -61,13 +62,6 @@ use std::{
 };
 use uuid::Uuid;
 
-/// The content of `<root>/format`.
-const FORMAT: &str = "gorego store 3\n";
-/// Earlier formats: without segments, and without checksums of large files. Such a store is used as it is; what it lacks is added
-/// while it is used.
-const OLD_FORMATS: [&str; 2] = ["gorego store 1\n", "gorego store 2\n"];
-/// A bound on the size of that file, and of the note.
-const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files, which are never written again.
 const STORED_MODE: u32 = 0o444;
 /// The unit of `st_blocks`.
@@ -80,6 +74,8 @@ const TOUCH_LEASES: usize = 64;
 pub(crate) struct Files {
     pub(super) paths: Arc<StorePaths>,
     pub(super) table: Arc<ChecksumTable>,
+    /// Directories whose own names were synced.
+    synced: Mutex<HashSet<PathBuf>>,
     _lock: File,
 }
 
@@ -89,6 +85,7 @@ pub(super) struct StorePaths {
     base: PathBuf,
     /// Directory names by [`InstanceId`].
     instances: Vec<String>,
+    pub(super) policy: SyncPolicy,
     /// See [`has_fine_change_times`].
     has_fine_times: bool,
     /// Bytes of a block of the file system.
@@ -104,7 +101,7 @@ impl Files {
     ///
     /// # Errors
     /// `Precondition` when the directory cannot be used: not writable, held by another server, or of an unknown format.
-    pub(crate) fn open(root: &Path, instances: &Instances) -> Result<Self> {
+    pub(crate) fn open(root: &Path, instances: &Instances, policy: SyncPolicy) -> Result<Self> {
         let refuse = |what: &str, error: &dyn std::fmt::Display| unusable(root, what, error);
         fs::create_dir_all(root).map_err(|error| refuse("the directory cannot be made", &error))?;
         let lock = take_lock(root)?;
@@ -124,9 +121,8 @@ impl Files {
             ChecksumTable::open(root).map_err(|error| refuse("its checksums cannot be opened", &error))?;
         let sequence = Arc::new(AtomicU64::new(table.last_generation().saturating_add(1)));
         let (block, in_trash) = (block.max(512), AtomicU64::new(0));
-        let paths =
-            Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence, in_trash });
-        Ok(Self { paths, table: Arc::new(table), _lock: lock })
+        let paths = StorePaths { base, instances: names, policy, has_fine_times, block, sequence, in_trash };
+        Ok(Self { paths: Arc::new(paths), table: Arc::new(table), synced: Mutex::default(), _lock: lock })
     }
 
     /// The path of a stored file.
@@ -165,7 +161,36 @@ impl Files {
         Ok(StoredFile::new(regular_file::open(path)?, self.paths.has_fine_times, None))
     }
 
+    /// The directory of a stored file.
+    pub(super) fn directory_of(&self, file: &FileId) -> PathBuf {
+        let Key { digest, instance, kind } = &file.key;
+        self.paths.shard(*kind, *instance, digest.function(), digest.hash()[0])
+    }
+
+    /// Waits until the names in a directory of stored files are on disk, and the name of the directory too.
+    ///
+    /// # Errors
+    /// The errors of the disk.
+    pub(super) fn sync_directory(&self, directory: &Path) -> io::Result<()> {
+        sync_directory(directory)?;
+        let synced = || self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        if !synced().contains(directory) {
+            let above = directory.ancestors().skip(1);
+            let mut above = above.take_while(|above| above.starts_with(&self.paths.base));
+            above.try_for_each(sync_directory)?;
+            synced().insert(directory.to_owned());
+        }
+        Ok(())
+    }
+
     fn write_one(&self, file: &NewFile<'_>) -> io::Result<WrittenFile> {
+        if self.paths.policy == SyncPolicy::BeforeAnswer {
+            // A power cut must not leave a part of a file under its name: it would be the newest one of its blob.
+            let generation = self.next_generation();
+            let mut draft = TemporaryFile::create(self.paths.clone(), self.table.clone(), generation)?;
+            file.pieces.iter().try_for_each(|bytes| draft.write(bytes))?;
+            return Box::new(draft).keep(file.key);
+        }
         let id = FileId { key: file.key, generation: self.next_generation() };
         let path = self.paths.path(&id);
         let mut new = create(&path)?;
@@ -254,6 +279,9 @@ impl Volume for Files {
         let file = FileId { key, generation: self.next_generation() };
         let (path, before) = (self.paths.path(&file), &left.before);
         fchmod(&left.file, Mode::from_raw_mode(STORED_MODE))?;
+        if self.paths.policy == SyncPolicy::BeforeAnswer {
+            sync_file(&left.file)?;
+        }
         if in_shard(&path, || Ok(renameat(left.parent, left.name, CWD, &path)?)).is_err() {
             // It is on another file system.
             return Ok(None);
@@ -280,7 +308,19 @@ impl Volume for Files {
 
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)> {
         let delete = |victim: &Victim| Some((victim.file, self.delete_one(&victim.file).err()?));
-        victims.iter().filter_map(delete).collect()
+        let mut failures: Vec<_> = victims.iter().filter_map(delete).collect();
+        if self.paths.policy == SyncPolicy::BeforeAnswer {
+            // A result that somebody has purged must not come back. Blobs may.
+            let results = victims.iter().filter(|victim| victim.file.key.kind == EntryKind::Result);
+            let unsynced = |victim: &Victim| {
+                let synced = sync_directory(&self.directory_of(&victim.file));
+                // A directory that was never made has nothing to come back.
+                let error = synced.err().filter(|error| error.kind() != io::ErrorKind::NotFound)?;
+                Some((victim.file, error))
+            };
+            failures.extend(results.filter_map(unsynced));
+        }
+        failures
     }
 
     /// Uses are recorded as access times.
@@ -321,16 +361,8 @@ impl Volume for Files {
         String::from_utf8(bytes).ok()
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "after a power cut, a clean stop must not be noted that did not happen"
-    )]
     fn keep_note(&self, note: &str) -> io::Result<()> {
-        let (path, new) = (self.paths.note(), self.paths.note().with_extension("new"));
-        regular_file::write(&new, note.as_bytes())?;
-        File::open(&new)?.sync_data()?;
-        fs::rename(&new, &path)?;
-        path.parent().map_or(Ok(()), |root| File::open(root)?.sync_all())
+        durable::replace(&self.paths.note(), note.as_bytes())
     }
 
     #[cfg(test)]
@@ -417,55 +449,6 @@ pub(super) fn needs_checksums(key: &Key, size: u64) -> bool {
     }
 }
 
-/// The error for a directory that cannot be used as a store.
-pub(super) fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -> Error {
-    Error::Precondition(format!(
-        "cannot use {} as the store: {what}: {error} (local_cache_dir chooses another directory)",
-        root.display()
-    ))
-}
-
-/// Locks a store directory, until the returned file is closed.
-fn take_lock(root: &Path) -> Result<File> {
-    let lock = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        // A pipe or link in its place must not hold up the start.
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(root.join("lock"))
-        .map_err(|error| unusable(root, "it is not writable", &error))?;
-    flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-        rustix::io::Errno::WOULDBLOCK => unusable(root, "it is in use", &"another gorego server runs on it"),
-        error => unusable(root, "it cannot be locked", &error),
-    })?;
-    Ok(lock)
-}
-
-/// Checks the format of a store directory. A new directory gets the current one, and so does an older store before the first
-/// segment is made, so that no older version opens it and misses what is in segments.
-fn check_format(root: &Path) -> Result<()> {
-    let format = root.join("format");
-    match regular_file::read(&format, MAX_FORMAT_BYTES) {
-        Ok(text) if text == FORMAT.as_bytes() => Ok(()),
-        Ok(text) if OLD_FORMATS.iter().any(|old| text == old.as_bytes()) => {
-            let new = root.join("format.new");
-            regular_file::write(&new, FORMAT.as_bytes())
-                .and_then(|()| fs::rename(&new, &format))
-                .map_err(|error| unusable(root, "it cannot be upgraded", &error))
-        }
-        Ok(text) => {
-            let text = String::from_utf8_lossy(&text).chars().take(40).collect::<String>();
-            Err(unusable(root, "it is of a format that this version does not know", &text.escape_debug()))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            regular_file::write(&format, FORMAT.as_bytes())
-                .map_err(|error| unusable(root, "it is not writable", &error))
-        }
-        Err(error) => Err(unusable(root, "its format cannot be read", &error)),
-    }
-}
-
 /// Creates a new file, which is written once.
 pub(super) fn create(path: &Path) -> io::Result<File> {
     in_shard(path, || OpenOptions::new().write(true).create_new(true).mode(STORED_MODE).open(path))
@@ -496,59 +479,12 @@ pub(super) fn parse_file_name(function: DigestFunction, name: &str) -> Option<(D
     (format!("{digest:?}-{generation:x}").replace('/', "-") == name).then_some((digest, generation))
 }
 
-fn directory(kind: EntryKind) -> &'static str {
+pub(super) fn directory(kind: EntryKind) -> &'static str {
     match kind {
         EntryKind::Blob => "blobs",
         EntryKind::Result => "results",
         EntryKind::Zstd => "zstd",
     }
-}
-
-/// A readable directory name for an instance: distinct for each, without a slash or a leading dot.
-fn encode(instance: &str) -> String {
-    let mut name = String::from("=");
-    for byte in instance.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => name.push(char::from(byte)),
-            _ => {
-                let _ = write!(name, "%{byte:02x}");
-            }
-        }
-    }
-    name
-}
-
-/// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the trash,
-/// because nobody would count their bytes.
-fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
-    let trash = base.join("trash");
-    fs::create_dir_all(&trash)?;
-    let mut thrown = 0u64;
-    let mut throw = |path: &Path| -> io::Result<()> {
-        loop {
-            thrown += 1;
-            let target = trash.join(thrown.to_string());
-            if !target.try_exists()? {
-                return fs::rename(path, target);
-            }
-        }
-    };
-    let tmp = base.join("tmp");
-    if tmp.try_exists()? {
-        throw(&tmp)?;
-    }
-    fs::create_dir(&tmp)?;
-    for kind in EntryKind::ALL {
-        let parent = base.join(directory(kind));
-        fs::create_dir_all(&parent)?;
-        for entry in fs::read_dir(&parent)? {
-            let entry = entry?;
-            if !instances.iter().any(|name| entry.file_name() == **name) {
-                throw(&entry.path())?;
-            }
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -567,30 +503,5 @@ mod tests {
         for tail in ["-1-FF", "-1-0", "--1-ff", "-1-ff-", "-1-g", "-+1-ff"] {
             assert_eq!(parse_file_name(function, &format!("{hash}{tail}")), None, "{tail}");
         }
-    }
-
-    #[test]
-    fn every_instance_has_a_directory_name_of_its_own() {
-        let names = ["", "a", "a/b", "a%2fb", "..", "ä", "A"];
-        let encoded: std::collections::HashSet<String> = names.iter().map(|name| encode(name)).collect();
-        assert_eq!(encoded.len(), names.len());
-        assert!(encoded.iter().all(|name| name.starts_with('=') && !name.contains('/')));
-    }
-
-    #[test]
-    fn a_directory_in_use_or_of_another_format_is_refused_with_the_reason() {
-        let root = tempfile::tempdir().unwrap();
-        let instances = Instances::new([""]).unwrap();
-        let first = Files::open(root.path(), &instances).unwrap();
-        let error = Files::open(root.path(), &instances).unwrap_err();
-        assert!(error.to_string().contains("another gorego server runs on it"), "{error}");
-        drop(first);
-        Files::open(root.path(), &instances).unwrap();
-        fs::write(root.path().join("format"), "gorego store 4\n").unwrap();
-        let error = Files::open(root.path(), &instances).unwrap_err();
-        assert!(error.to_string().contains("gorego store 4"), "{error}");
-        fs::write(root.path().join("plain"), "").unwrap();
-        let error = Files::open(&root.path().join("plain"), &instances).unwrap_err();
-        assert!(matches!(error, Error::Precondition(_)), "{error}");
     }
 }

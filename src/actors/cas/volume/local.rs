@@ -11,6 +11,7 @@
 use super::{
     Compacted, Draft, Look, Moved, Moves, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
     checksums::Checksums,
+    durable::{GroupCommit, SyncGroup, SyncPolicy, sync_file_system},
     files::Files,
     outside::LeftFile,
     segments::{Location, Segments, Sizes, Verdict},
@@ -40,6 +41,8 @@ const SEGMENTS: &str = "segments/";
 pub(crate) struct Local {
     files: Arc<Files>,
     segments: Arc<Segments>,
+    commits: GroupCommit,
+    policy: SyncPolicy,
 }
 
 /// A file that is being written. It stays in memory as long as it is small.
@@ -56,16 +59,32 @@ impl Local {
     ///
     /// # Errors
     /// The errors of [`Files::open`].
-    pub(crate) fn open(root: &Path, instances: &Instances, max_bytes: u64) -> Result<Self> {
-        Self::with_sizes(root, instances, Sizes::of(max_bytes))
+    pub(crate) fn open(
+        root: &Path,
+        instances: &Instances,
+        max_bytes: u64,
+        policy: SyncPolicy,
+    ) -> Result<Self> {
+        Self::with_sizes(root, instances, Sizes::of(max_bytes), policy)
     }
 
-    fn with_sizes(root: &Path, instances: &Instances, sizes: Sizes) -> Result<Self> {
-        let files = Files::open(root, instances)?;
-        let segments = Segments::open(root, files.names(), sizes, files.sequence());
-        let segments = segments
-            .map_err(|error| super::files::unusable(root, "its segments cannot be opened", &error))?;
-        Ok(Self { files: Arc::new(files), segments: Arc::new(segments) })
+    pub(super) fn with_sizes(
+        root: &Path,
+        instances: &Instances,
+        sizes: Sizes,
+        policy: SyncPolicy,
+    ) -> Result<Self> {
+        let files = Files::open(root, instances, policy)?;
+        let segments = Segments::open(root, files.names(), sizes, files.sequence(), policy);
+        let segments =
+            segments.map_err(|error| super::root::unusable(root, "its segments cannot be opened", &error))?;
+        if policy == SyncPolicy::BeforeAnswer {
+            // What an earlier run has written and not synced is about to be called present.
+            sync_file_system(root)
+                .map_err(|error| super::root::unusable(root, "it cannot be synced", &error))?;
+        }
+        let commits = GroupCommit::default();
+        Ok(Self { files: Arc::new(files), segments: Arc::new(segments), commits, policy })
     }
 }
 
@@ -134,6 +153,24 @@ impl Volume for Local {
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
         let (files, segments) = (self.files.clone(), self.segments.clone());
         Ok(Box::new(LocalDraft { small: Vec::new(), large: None, files, segments }))
+    }
+
+    fn sync(&self, files: &[FileId]) -> io::Result<()> {
+        if self.policy == SyncPolicy::Never || files.is_empty() {
+            return Ok(());
+        }
+        let add = |group: &mut SyncGroup| {
+            for file in files {
+                match Location::of(file) {
+                    Some(at) => group.segments.insert(at.segment()),
+                    None => group.directories.insert(self.files.directory_of(file)),
+                };
+            }
+        };
+        self.commits.join(add, |group| {
+            group.segments.iter().try_for_each(|number| self.segments.sync(*number))?;
+            group.directories.iter().try_for_each(|directory| self.files.sync_directory(directory))
+        })
     }
 
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {

@@ -15,8 +15,9 @@
 //!   live records is removed.
 //! - Of two records of one key, the one with the greater sequence is newer, wherever they lie. A copy keeps its sequence.
 //! - Bytes on disk that no stored file is charged for ([`Segments::overhead`]) are bounded by compaction ([`compaction`]).
-//! - Nothing waits for the disk. The death of the process loses nothing that was written, and what a power cut damages is
-//!   noticed by the checksums.
+//! - The death of the process loses nothing that was written, and what a power cut damages is noticed by the checksums. With
+//!   [`SyncPolicy::BeforeAnswer`], a segment is synced before its records are acknowledged, before it gets its table, and before the
+//!   records that it has copies of are removed.
 //!
 //! Locks, in this order, none of them held during IO but `head` while a new segment is created: `copying`, `head`, `all`, and the
 //! one of a segment.
@@ -37,9 +38,12 @@ use record::damaged;
 pub(super) use record::{Location, u32_at, u64_at};
 pub(crate) use sizes::{Sizes, Verdict};
 
-use super::{Look, NewFile, Stored, WrittenFile};
+use super::{
+    Look, NewFile, Stored, WrittenFile,
+    durable::{SyncPolicy, sync_directory, sync_file},
+};
 use crate::{
-    actors::cas::index::{FileId, Key, Victim},
+    actors::cas::index::{EntryKind, FileId, Key, Victim},
     instance::InstanceId,
     regular_file,
 };
@@ -69,6 +73,7 @@ pub(crate) struct Segments {
     /// The instances of these names: all of them, in order.
     instances: Arc<[Option<InstanceId>]>,
     sizes: Sizes,
+    policy: SyncPolicy,
     /// Numbers the files of the store in the order in which they were written.
     sequence: Arc<AtomicU64>,
     next_number: AtomicU64,
@@ -102,6 +107,7 @@ impl Segments {
         names: Vec<String>,
         sizes: Sizes,
         sequence: Arc<AtomicU64>,
+        policy: SyncPolicy,
     ) -> io::Result<Self> {
         let directory = root.join("segments");
         fs::create_dir_all(&directory)?;
@@ -111,6 +117,7 @@ impl Segments {
             names,
             instances,
             sizes,
+            policy,
             sequence,
             next_number: AtomicU64::new(1),
             head: Mutex::default(),
@@ -214,12 +221,43 @@ impl Segments {
         for twin in self.copying().twins_of(number, &slots) {
             if let Some(segment) = self.find(twin.segment) {
                 self.bury(&segment, &[twin.slot])?;
+                self.sync_journal(&segment, records)?;
             }
         }
         if !self.forget(&segment, slots.len() as u64, bytes) {
             self.bury(&segment, &slots)?;
+            self.sync_journal(&segment, records)?;
         }
         Ok(())
+    }
+
+    /// Makes the deletion of results last: a result that somebody has purged must not come back. Blobs may.
+    fn sync_journal(&self, segment: &Segment, deleted: &[(u32, FileId)]) -> io::Result<()> {
+        let is_result = |(_, file): &(u32, FileId)| file.key.kind == EntryKind::Result;
+        if self.policy == SyncPolicy::Never || !deleted.iter().any(is_result) {
+            return Ok(());
+        }
+        match regular_file::open(&self.journal_path(segment.number)) {
+            Ok(journal) => {
+                sync_file(&journal)?;
+                sync_directory(&self.directory)
+            }
+            // The segment is gone.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits until a segment is on disk.
+    ///
+    /// # Errors
+    /// The errors of the disk.
+    pub(super) fn sync(&self, number: u64) -> io::Result<()> {
+        match self.file_of(number).and_then(|file| sync_file(&file)) {
+            // Its records were deleted meanwhile.
+            Err(_) if self.find(number).is_none() => Ok(()),
+            outcome => outcome,
+        }
     }
 
     /// Records that these files are used now.
@@ -337,7 +375,11 @@ impl Segments {
         let path = self.segment_path(number);
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path)?;
         let bytes = head.encode();
-        if let Err(error) = file.write_all_at(&bytes, 0) {
+        let written = file.write_all_at(&bytes, 0).and_then(|()| match self.policy {
+            SyncPolicy::Never => Ok(()),
+            SyncPolicy::BeforeAnswer => sync_directory(&self.directory),
+        });
+        if let Err(error) = written {
             let _ = fs::remove_file(&path);
             return Err(error);
         }
@@ -356,7 +398,9 @@ impl Segments {
 
     /// Completes a segment that nobody writes to any more.
     fn finish(&self, full: &Appended) {
-        let (is_gone, before, after) = full.segment.finish(&full.file, &full.head);
+        let is_synced = self.policy == SyncPolicy::Never || sync_file(&full.file).is_ok();
+        // A table vouches for the records.
+        let (is_gone, before, after) = full.segment.finish(&full.file, &full.head, is_synced);
         self.count((before, after));
         if is_gone {
             self.remove(full.segment.number);
@@ -391,6 +435,10 @@ impl Segments {
         // What cannot be removed is removed by the next start, which finds no live record in it.
         let _ = fs::remove_file(self.segment_path(number));
         let _ = fs::remove_file(self.journal_path(number));
+        if self.policy == SyncPolicy::BeforeAnswer {
+            // It must not come back without its journal, because a result in it may have been purged.
+            let _ = sync_directory(&self.directory);
+        }
     }
 
     fn find(&self, number: u64) -> Option<Arc<Segment>> {

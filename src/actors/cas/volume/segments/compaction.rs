@@ -17,7 +17,7 @@ use super::{
 };
 use crate::actors::cas::{
     index::{FileId, Key},
-    volume::{Compacted, Moves, is_lost},
+    volume::{Compacted, Moves, SyncPolicy, is_lost},
 };
 use bytes::Bytes;
 use std::{
@@ -172,7 +172,7 @@ impl Segments {
             return Ok(Vec::new());
         }
         let additions: Vec<Addition<'_>> = originals.iter().map(Original::addition).collect();
-        self.append(&additions, |copies| {
+        let copies = self.append(&additions, |copies| {
             let mut deleted = Vec::new();
             let mut copying = self.copying();
             for (original, copy) in originals.iter().zip(copies) {
@@ -189,7 +189,13 @@ impl Segments {
                 }
             }
             Ok(())
-        })
+        })?;
+        if self.policy == SyncPolicy::BeforeAnswer {
+            // The originals are removed soon.
+            let segments: HashSet<u64> = copies.iter().map(|copy| copy.segment).collect();
+            segments.into_iter().try_for_each(|number| self.sync(number))?;
+        }
+        Ok(copies)
     }
 
     /// Forgets the records whose copies took their place, and the other copies.

@@ -52,6 +52,11 @@ impl Location {
         Some(Self { segment: rest >> Self::SLOT_BITS, slot: (rest & ((1 << Self::SLOT_BITS) - 1)) as u32 })
     }
 
+    /// The number of the segment.
+    pub(in crate::actors::cas::volume) fn segment(self) -> u64 {
+        self.segment
+    }
+
     /// The generation of a file that lies here.
     pub(super) fn generation(self) -> u64 {
         Self::IS_RECORD | (self.segment << Self::SLOT_BITS) | u64::from(self.slot)

@@ -244,7 +244,7 @@ impl Segment {
 
     /// Appends the table to a closed segment without writers, which is complete then. If that fails, the next start scans the
     /// segment. Returns whether the segment is gone.
-    pub(super) fn finish(&self, file: &File, head: &Head) -> (bool, Takes, Takes) {
+    pub(super) fn finish(&self, file: &File, head: &Head, may_have_table: bool) -> (bool, Takes, Takes) {
         let (table_rows, failed, end, last, is_live) = {
             let mut growth = self.growth();
             let (rows, failed) = (std::mem::take(&mut growth.rows), std::mem::take(&mut growth.failed));
@@ -257,7 +257,7 @@ impl Segment {
             }
         });
         Trailer::append_to(&mut table, self.nonce, end, last);
-        let written = is_live && file.write_all_at(&table, end).is_ok();
+        let written = may_have_table && is_live && file.write_all_at(&table, end).is_ok();
         self.change(|growth| {
             growth.tail = if written { table.len() as u64 } else { 0 };
             growth.stage = SegmentStage::Complete;

@@ -31,6 +31,12 @@ impl Sizes {
         Self { largest_file, segment, waste: max_bytes / WASTE_PART_OF_STORE }
     }
 
+    /// Small bounds, so that a test fills, closes and compacts many segments.
+    #[cfg(test)]
+    pub(in crate::actors::cas::volume) fn for_tests(segment: u64, waste: u64) -> Self {
+        Self { largest_file: LARGEST_FILE_BYTES, segment, waste }
+    }
+
     /// Whether a file of this size is kept in a segment.
     pub(super) fn fits(&self, size: u64) -> bool {
         self.largest_file > 0 && size <= self.largest_file

@@ -19,7 +19,7 @@ fn names() -> Vec<String> {
 }
 
 fn open_at(root: &Path) -> Segments {
-    Segments::open(root, names(), SIZES, Arc::new(AtomicU64::new(1))).unwrap()
+    Segments::open(root, names(), SIZES, Arc::new(AtomicU64::new(1)), SyncPolicy::Never).unwrap()
 }
 
 fn key_of(kind: EntryKind, name: &[u8]) -> Key {
@@ -423,7 +423,8 @@ fn records_of_an_instance_that_is_not_served_any_more_are_dropped() {
     let Store { root, segments, .. } = store;
     drop(segments);
     let now = vec!["=new".into(), "=".into()];
-    let segments = Segments::open(root.path(), now, SIZES, Arc::new(AtomicU64::new(1))).unwrap();
+    let segments =
+        Segments::open(root.path(), now, SIZES, Arc::new(AtomicU64::new(1)), SyncPolicy::Never).unwrap();
     let mut found = vec![];
     segments.recover(&mut |recovered| {
         found.push(recovered.file);

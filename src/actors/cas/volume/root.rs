@@ -1,0 +1,147 @@
+//! Opens the directory of a store: its lock, its format, and the directories that always exist.
+
+use super::{durable::replace, files::directory};
+use crate::{actors::cas::index::EntryKind, regular_file};
+use gorego_reapi::error::{Error, Result};
+use rustix::fs::{FlockOperation, flock};
+use std::{
+    fmt::Write as _,
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+};
+
+/// The content of `<root>/format`.
+const FORMAT: &str = "gorego store 3\n";
+/// Earlier formats: without segments, and without checksums of large files. Such a store is used as it is; what it lacks is added
+/// while it is used.
+const OLD_FORMATS: [&str; 2] = ["gorego store 1\n", "gorego store 2\n"];
+/// A bound on the size of that file, and of the note.
+pub(super) const MAX_FORMAT_BYTES: u64 = 4_096;
+/// The error for a directory that cannot be used as a store.
+pub(super) fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::Precondition(format!(
+        "cannot use {} as the store: {what}: {error} (local_cache_dir chooses another directory)",
+        root.display()
+    ))
+}
+
+/// Locks a store directory, until the returned file is closed.
+pub(super) fn take_lock(root: &Path) -> Result<File> {
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        // A pipe or link in its place must not hold up the start.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(root.join("lock"))
+        .map_err(|error| unusable(root, "it is not writable", &error))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+        rustix::io::Errno::WOULDBLOCK => unusable(root, "it is in use", &"another gorego server runs on it"),
+        error => unusable(root, "it cannot be locked", &error),
+    })?;
+    Ok(lock)
+}
+
+/// Checks the format of a store directory. A new directory gets the current one, and so does an older store before the first
+/// segment is made, so that no older version opens it and misses what is in segments.
+pub(super) fn check_format(root: &Path) -> Result<()> {
+    let format = root.join("format");
+    match regular_file::read(&format, MAX_FORMAT_BYTES) {
+        Ok(text) if text == FORMAT.as_bytes() => Ok(()),
+        Ok(text) if OLD_FORMATS.iter().any(|old| text == old.as_bytes()) => {
+            replace(&format, FORMAT.as_bytes())
+                .map_err(|error| unusable(root, "it cannot be upgraded", &error))
+        }
+        Ok(text) => {
+            let text = String::from_utf8_lossy(&text).chars().take(40).collect::<String>();
+            Err(unusable(root, "it is of a format that this version does not know", &text.escape_debug()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            replace(&format, FORMAT.as_bytes()).map_err(|error| unusable(root, "it is not writable", &error))
+        }
+        Err(error) => Err(unusable(root, "its format cannot be read", &error)),
+    }
+}
+
+/// A readable directory name for an instance: distinct for each, without a slash or a leading dot.
+pub(super) fn encode(instance: &str) -> String {
+    let mut name = String::from("=");
+    for byte in instance.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => name.push(char::from(byte)),
+            _ => {
+                let _ = write!(name, "%{byte:02x}");
+            }
+        }
+    }
+    name
+}
+
+/// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the trash,
+/// because nobody would count their bytes.
+pub(super) fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
+    let trash = base.join("trash");
+    fs::create_dir_all(&trash)?;
+    let mut thrown = 0u64;
+    let mut throw = |path: &Path| -> io::Result<()> {
+        loop {
+            thrown += 1;
+            let target = trash.join(thrown.to_string());
+            if !target.try_exists()? {
+                return fs::rename(path, target);
+            }
+        }
+    };
+    let tmp = base.join("tmp");
+    if tmp.try_exists()? {
+        throw(&tmp)?;
+    }
+    fs::create_dir(&tmp)?;
+    for kind in EntryKind::ALL {
+        let parent = base.join(directory(kind));
+        fs::create_dir_all(&parent)?;
+        for entry in fs::read_dir(&parent)? {
+            let entry = entry?;
+            if !instances.iter().any(|name| entry.file_name() == **name) {
+                throw(&entry.path())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        actors::cas::volume::{durable::SyncPolicy, files::Files},
+        instance::Instances,
+    };
+
+    #[test]
+    fn every_instance_has_a_directory_name_of_its_own() {
+        let names = ["", "a", "a/b", "a%2fb", "..", "ä", "A"];
+        let encoded: std::collections::HashSet<String> = names.iter().map(|name| encode(name)).collect();
+        assert_eq!(encoded.len(), names.len());
+        assert!(encoded.iter().all(|name| name.starts_with('=') && !name.contains('/')));
+    }
+
+    #[test]
+    fn a_directory_in_use_or_of_another_format_is_refused_with_the_reason() {
+        let root = tempfile::tempdir().unwrap();
+        let instances = Instances::new([""]).unwrap();
+        let first = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap();
+        let error = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap_err();
+        assert!(error.to_string().contains("another gorego server runs on it"), "{error}");
+        drop(first);
+        Files::open(root.path(), &instances, SyncPolicy::Never).unwrap();
+        fs::write(root.path().join("format"), "gorego store 4\n").unwrap();
+        let error = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap_err();
+        assert!(error.to_string().contains("gorego store 4"), "{error}");
+        fs::write(root.path().join("plain"), "").unwrap();
+        let error = Files::open(&root.path().join("plain"), &instances, SyncPolicy::Never).unwrap_err();
+        assert!(matches!(error, Error::Precondition(_)), "{error}");
+    }
+}

@@ -18,6 +18,7 @@ use futures::{future::BoxFuture, stream::StreamExt as _};
 use gorego_reapi::{
     error::Error,
     proto::bytestream::{WriteRequest, WriteResponse},
+    resource_name::{Encoding, ResourceName},
 };
 use http_body::Body;
 use prost::encoding::decode_varint;
@@ -126,6 +127,8 @@ struct Pieces {
     /// What has arrived and is not read yet.
     unread: Bytes,
     state: State,
+    /// Whether the stream is an uncompressed upload, as its first message says.
+    is_plain: bool,
 }
 
 enum State {
@@ -145,7 +148,7 @@ enum State {
 impl Pieces {
     fn new(body: TonicBody) -> Self {
         let claim = Claim::current();
-        let pieces = Self { body, claim, unread: Bytes::new(), state: State::Head };
+        let pieces = Self { body, claim, unread: Bytes::new(), state: State::Head, is_plain: false };
         pieces.collect(false);
         pieces
     }
@@ -187,11 +190,23 @@ impl Pieces {
         matches!(self.state, State::Head) && self.unread.is_empty()
     }
 
+    /// The beginning of the next message. The messages of log streams and of compressed uploads are collected: a log stream takes
+    /// or refuses each as a whole, and of a compressed upload a message is decoded when it has arrived.
+    fn head(&mut self) -> Result<Head, Status> {
+        let head = Head::parse(&self.unread)?;
+        let Head::Complete { fields, data, length } = &head else { return Ok(head) };
+        if !fields.resource_name.is_empty() {
+            let name = ResourceName::parse_write(&fields.resource_name);
+            self.is_plain = name.is_ok_and(|name| name.encoding == Encoding::Identity);
+        }
+        Ok(if self.is_plain { head } else { Head::Unusual { length: length + data - PREFIX_BYTES } })
+    }
+
     /// Reads the next piece from what has arrived, if it is enough for one.
     fn read(&mut self) -> Result<Option<WriteRequest>, Status> {
         loop {
             match &mut self.state {
-                State::Head => match Head::parse(&self.unread)? {
+                State::Head => match self.head()? {
                     Head::Incomplete => return Ok(None),
                     Head::Complete { fields, data, length } => {
                         self.unread.advance(length);
@@ -445,6 +460,12 @@ mod tests {
         bytes.chunks(frame).map(Bytes::copy_from_slice).collect()
     }
 
+    /// The name of an uncompressed upload.
+    fn upload(number: usize) -> String {
+        let hash = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/{hash}/{number}")
+    }
+
     fn message(resource_name: &str, write_offset: i64, bytes: usize, finish_write: bool) -> WriteRequest {
         let data = (0..bytes).map(|at| (at % 251) as u8).collect();
         WriteRequest { resource_name: resource_name.into(), write_offset, finish_write, data }
@@ -477,7 +498,7 @@ mod tests {
             frame in prop_oneof![1usize..40, 1_000usize..20_000],
             form in 0u8..3,
         ) {
-            let name = |at: usize| if form == 1 { String::new() } else { format!("uploads/{at}") };
+            let name = |at: usize| if form == 1 && at > 0 { String::new() } else { upload(at) };
             // The offsets have gaps, so that what was not sent together is not joined.
             let messages: Vec<_> = sizes
                 .iter()
@@ -504,7 +525,7 @@ mod tests {
 
     #[test]
     fn data_is_handed_on_before_its_message_is_complete_and_without_a_copy() {
-        let wire = framed(&message("n", 0, 100_000, true).encode_to_vec());
+        let wire = framed(&message(&upload(0), 0, 100_000, true).encode_to_vec());
         let frames = cut(&wire, 16_384);
         let places: Vec<_> = frames.iter().map(|frame| frame.as_ptr_range()).collect();
         let (pieces, error) = read(frames.into_iter().take(5), None);
@@ -519,10 +540,10 @@ mod tests {
     /// Otherwise an upload in tiny frames could keep a thousand times its size in memory.
     #[test]
     fn small_pieces_do_not_keep_their_frames() {
-        let wire = framed(&message("n", 0, 100, true).encode_to_vec());
+        let wire = framed(&message(&upload(0), 0, 100, true).encode_to_vec());
         let frames = cut(&wire, 50);
         let places: Vec<_> = frames.iter().map(|frame| frame.as_ptr_range()).collect();
-        for piece in read(frames, None).0 {
+        for piece in read(frames.clone(), None).0 {
             assert!(places.iter().all(|place| !place.contains(&piece.data.as_ptr())));
         }
     }
@@ -547,7 +568,7 @@ mod tests {
 
     #[test]
     fn a_stream_that_the_client_cancels_ends_and_another_error_is_passed_on() {
-        let wire = framed(&message("n", 0, 100, false).encode_to_vec());
+        let wire = framed(&message(&upload(0), 0, 100, false).encode_to_vec());
         let cut_off = || cut(&wire[..50], 20);
         let (pieces, error) = read(cut_off(), Some(Status::cancelled("reset")));
         assert!(!pieces.is_empty() && error.is_none());

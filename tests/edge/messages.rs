@@ -218,7 +218,10 @@ async fn an_execute_costs_few_messages_and_one_from_the_cache_one() {
     let (fresh, cost) = server.cost(server.client().run(action)).await;
     let ActionResult { exit_code, output_files, stdout_digest, stderr_digest, .. } = fresh.result.unwrap();
     assert_eq!((exit_code, output_files.len()), (0, 1));
-    assert_eq!((stdout_digest, stderr_digest), (Some(digest_of(b"said\n")), Some(digest_of(b"complained\n"))));
+    assert_eq!(
+        (stdout_digest, stderr_digest),
+        (Some(digest_of(b"said\n")), Some(digest_of(b"complained\n")))
+    );
     assert!(!fresh.cached_result && sum(&cost) <= EXECUTE_MAX, "{}: {cost:?}", sum(&cost));
     println!("an Execute that runs: {}: {cost:?}", sum(&cost));
 
@@ -258,7 +261,12 @@ async fn uploads_cost_two_messages_in_a_batch_or_a_stream_of_one_message_and_thr
     let (first, second) = data.split_at(5);
     let messages = [
         WriteRequest { resource_name: name, data: first.to_vec().into(), ..Default::default() },
-        WriteRequest { write_offset: 5, finish_write: true, data: second.to_vec().into(), ..Default::default() },
+        WriteRequest {
+            write_offset: 5,
+            finish_write: true,
+            data: second.to_vec().into(),
+            ..Default::default()
+        },
     ];
     let stream = futures::stream::iter(messages);
     let (_, cost) = server.cost(server.client().bytes.clone().write(stream)).await;

@@ -8,11 +8,11 @@ use bytes::Bytes;
 use gorego::{
     action::TimeoutPolicy,
     actors::cas::{
-        CasActor, CloseStore, StoreSettings,
+        CasActor, CloseStore, LeaseTimes, StoreSettings,
         client::{Provenance, Upload},
         resolve::Resolution,
     },
-    caller::Peer,
+    caller::Owner,
     instance::Instances,
 };
 use gorego_reapi::{
@@ -42,6 +42,8 @@ async fn main() {
         max_bytes: 1 << 40,
         max_blob_bytes: 1 << 34,
         zstd_level: 1,
+        leases: LeaseTimes::default(),
+        result_links_bytes: 1 << 20,
         partial_upload_retention: Duration::from_secs(60),
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     };
@@ -163,12 +165,12 @@ async fn main() {
     let large_digest = digest;
     let used = digests.clone();
     let work = move || {
-        worker.open_inputs(&instance, tree_digest, Peer::default()).unwrap();
+        worker.open_inputs(&instance, tree_digest, Owner::default()).unwrap();
         let start = Instant::now();
-        let mut staged = worker.open_inputs(&instance, tree_digest, Peer::default()).unwrap();
+        let mut staged = worker.open_inputs(&instance, tree_digest, Owner::default()).unwrap();
         report("open_inputs of 1,000 files, known", 1, start.elapsed());
         let start = Instant::now();
-        staged.lease_all().unwrap();
+        staged.hold_all().unwrap();
         report("lease 1,000 files", 1, start.elapsed());
         fs::create_dir(path.join("exec")).unwrap();
         let parent = fs::File::open(path.join("exec")).unwrap();
@@ -193,8 +195,8 @@ async fn main() {
         let mut batch = worker.begin_outputs(&instance, DigestFunction::Sha256, 0);
         let root = batch.bytes(tree.encode_to_vec()).unwrap();
         batch.commit().unwrap();
-        let mut staged = worker.open_inputs(&instance, root, Peer::default()).unwrap();
-        staged.lease_all().unwrap();
+        let mut staged = worker.open_inputs(&instance, root, Owner::default()).unwrap();
+        staged.hold_all().unwrap();
         let start = Instant::now();
         staged.materialise(&large_digest, &parent, "large", 0o644).unwrap();
         report("materialise 64 MiB", 1, start.elapsed());

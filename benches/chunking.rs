@@ -8,7 +8,7 @@ use bytes::Bytes;
 use fastcdc::v2020::{FastCDC, Normalization};
 use gorego::{
     action::TimeoutPolicy,
-    actors::cas::{CasActor, StoreSettings, client::Upload},
+    actors::cas::{CasActor, LeaseTimes, StoreSettings, client::Upload},
     instance::Instances,
 };
 use gorego_reapi::{
@@ -76,6 +76,8 @@ async fn main() {
         max_blob_bytes: 1 << 34,
         partial_upload_retention: Duration::from_secs(60),
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
+        leases: LeaseTimes::default(),
+        result_links_bytes: 1 << 20,
         zstd_level: 1,
     };
     let instances = Instances::new([""]).unwrap();

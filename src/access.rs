@@ -46,4 +46,4 @@ pub mod role;
 pub mod settings;
 pub mod tokens;
 
-pub(crate) use loader::AccessLoader;
+pub(crate) use loader::{AccessLoader, check_files};

@@ -1,6 +1,6 @@
 //! [`Administration`]: what the Admin service acts on, besides the store. Only the wiring knows all of it.
 
-use crate::{disk::BudgetUse, nondeterminism::NonDeterminismReports, reload::Reloader};
+use crate::{access::AccessLoader, disk::BudgetUse, nondeterminism::NonDeterminismReports, reload::Reloader};
 use std::{fmt, sync::Arc, time::SystemTime};
 
 /// Reads how much of their budget some things take. It may block.
@@ -19,6 +19,8 @@ pub struct Administration {
     pub(crate) reports: NonDeterminismReports,
     /// Reads the configuration again; `None` if there is none to read.
     pub(crate) reloader: Option<Reloader>,
+    /// Revokes static tokens; `None` if there is nothing to revoke them from.
+    pub(crate) access: Option<Arc<AccessLoader>>,
 }
 
 impl Default for Administration {
@@ -29,6 +31,7 @@ impl Default for Administration {
             images: None,
             reports: Default::default(),
             reloader: None,
+            access: None,
         }
     }
 }

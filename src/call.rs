@@ -6,7 +6,7 @@
 use crate::{
     access::{
         audit::DenialKind,
-        permission::{Permission, Permissions},
+        permission::{Permission, PermissionSet, Permissions},
         principal::Principal,
     },
     actors::{
@@ -14,7 +14,7 @@ use crate::{
         scheduler::operation::{ClientInfo, OperationId},
     },
     budget::Share,
-    caller::Caller,
+    caller::{Build, Caller, Owner},
     connections::{Admitted, ConnectionState, Connections, answers::FRAME_BYTES},
     instance::Instance,
     quotas::UploadMeter,
@@ -29,7 +29,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -75,8 +75,8 @@ struct CallState {
     /// `None` for a method that is unknown.
     permissions: Option<Permissions>,
     instance: OnceLock<Instance>,
-    /// The permission with which it has entered the instance.
-    permission: OnceLock<Permission>,
+    /// The permissions with which it goes on in the instance, as [`PermissionSet::bits`].
+    used: AtomicU16,
     notes: Mutex<Notes>,
     /// Room for the next part of the answer.
     room: Mutex<Option<Share>>,
@@ -157,6 +157,12 @@ impl Call {
     /// The caller for budgets.
     pub(crate) fn caller(&self) -> Caller {
         self.0.connection.as_ref().map(ConnectionInfo::caller).unwrap_or_default()
+    }
+
+    /// The build that the request is part of, which belongs to its principal, or else to its peer.
+    pub(crate) fn build(&self) -> Owner {
+        let peer = self.principal().peer(self.caller().peer);
+        Owner { peer, build: Build::of(&self.client().tool_invocation_id) }
     }
 
     /// The connection; `None` for a request that does not come from a socket.
@@ -275,14 +281,14 @@ impl Call {
         self.0.instance.get()
     }
 
-    /// Records the permission with which it has entered the instance.
+    /// Records a permission with which it goes on in the instance that it has entered.
     pub(crate) fn note_permission(&self, permission: Permission) {
-        let _ = self.0.permission.set(permission);
+        self.0.used.fetch_or(PermissionSet::of(&[permission]).bits(), Relaxed);
     }
 
-    /// The permission with which it has entered the instance, if there is one.
-    pub(crate) fn permission(&self) -> Option<Permission> {
-        self.0.permission.get().copied()
+    /// The permissions with which it goes on in the instance that it has entered.
+    pub(crate) fn used_permissions(&self) -> PermissionSet {
+        PermissionSet::from_bits(self.0.used.load(Relaxed))
     }
 
     /// Why it was refused, if it was.

@@ -89,6 +89,37 @@ impl fmt::Display for Peer {
     }
 }
 
+/// One run of a build tool, as a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Build(pub u64);
+
+impl Build {
+    /// All requests of a peer that do not say to which run they belong.
+    pub const UNNAMED: Self = Self(0);
+    /// All builds of a peer beyond a bound.
+    pub const OTHERS: Self = Self(1);
+
+    /// The build with this name (`tool_invocation_id`). Builds whose hashes collide, which is very unlikely, count as one build.
+    pub fn of(name: &str) -> Self {
+        static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        if name.is_empty() { Self::UNNAMED } else { Self(KEY.hash_one(name).max(2)) }
+    }
+
+    /// Whether it is one that a client has named.
+    pub fn is_named(self) -> bool {
+        self != Self::UNNAMED
+    }
+}
+
+/// A peer and one of its builds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Owner {
+    /// The peer from which the request came.
+    pub peer: Peer,
+    /// The build according to the client. Builds of different peers are different builds.
+    pub build: Build,
+}
+
 /// The id of a connection, unique within this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ConnectionId(u64);

@@ -106,16 +106,16 @@ pub enum Command {
     /// List, show, cancel and watch the operations of a server
     #[command(subcommand)]
     Ops(ops::OpsCommand),
-    /// Look at the store of a server
+    /// Show what the store of a server holds, and remove results from its action cache
     #[command(subcommand)]
     Store(store::StoreCommand),
-    /// Look at the configuration
+    /// Check and show a configuration, and have a running server reload it
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Make, list and revoke the tokens of clients, on the server's machine
+    /// Create, list and revoke tokens of clients, on the server's machine
     #[command(subcommand)]
     Token(TokenCommand),
-    /// Print a script that completes this command line in a shell
+    /// Print the completion script for a shell
     Completions {
         /// The shell
         shell: Shell,
@@ -219,6 +219,34 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_lists_only_the_flags_of_the_connection_below_their_heading() {
+        fn leaves(command: &clap::Command) -> Vec<&clap::Command> {
+            let nested: Vec<_> = command.get_subcommands().flat_map(leaves).collect();
+            if nested.is_empty() { vec![command] } else { nested }
+        }
+        let cli = Cli::command();
+        let connection = ["tls-ca", "tls-cert", "tls-key", "header", "credential-helper"];
+        let mut clients = 0;
+        for command in leaves(&cli) {
+            let below = command.get_arguments().filter(|flag| flag.get_help_heading() == Some("Connection"));
+            let below: Vec<_> = below.filter_map(clap::Arg::get_long).collect();
+            assert!(below.is_empty() || below == connection, "{}: {below:?}", command.get_name());
+            clients += usize::from(!below.is_empty());
+        }
+        assert!(clients >= 12, "{clients}");
+    }
+
+    #[test]
+    fn the_manual_page_names_every_subcommand() {
+        let page = include_str!("../packaging/gorego.1");
+        for command in Cli::command().get_subcommands() {
+            let name = format!("RB ( {} ", command.get_name());
+            let is_named = page.contains(&name) || page.contains(&format!("RB [ {} ]", command.get_name()));
+            assert!(is_named, "{name}");
+        }
     }
 
     #[test]

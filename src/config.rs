@@ -132,7 +132,7 @@ pub struct InstanceConfig {
     /// Whether clients of the instance may write action results.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub action_cache_updates: Option<bool>,
-    /// What becomes of action results that clients of the instance write.
+    /// Who sees action results that clients of the instance write.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_results: Option<ClientResults>,
     /// Whether clients of the instance may execute actions, if the server executes any.
@@ -151,7 +151,7 @@ pub struct CacheConfig {
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
-    /// What becomes of action results that clients write.
+    /// Who sees action results that clients write.
     pub client_results: ClientResults,
     /// Size limit of one blob (CAP-15).
     pub max_blob_size_gb: Size,
@@ -160,13 +160,21 @@ pub struct CacheConfig {
     /// How long the bytes of a broken upload are kept, so that its client can resume it.
     #[serde(with = "humantime_serde")]
     pub partial_upload_retention: Duration,
+    /// How long what a build has touched is not evicted after the last request of the build.
+    #[serde(with = "humantime_serde")]
+    pub build_lease: Duration,
+    /// The same for requests that do not say to which build they belong.
+    #[serde(with = "humantime_serde")]
+    pub unnamed_build_lease: Duration,
+    /// Memory for the index of which blobs each action result needs.
+    pub result_links_gb: Size,
     /// zstd level for blobs that clients read compressed, 1 to 19.
     pub zstd_level: i32,
     /// The `committed_size` in the response to a finished compressed upload.
     pub compressed_committed_size: CommittedSize,
 }
 
-/// What becomes of action results that clients write.
+/// Who sees action results that clients write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClientResults {
@@ -320,6 +328,9 @@ impl Default for CacheConfig {
             max_blob_size_gb: Size::from_gb(16),
             chunking: true,
             partial_upload_retention: Duration::from_secs(10 * 60),
+            build_lease: Duration::from_secs(3 * 60 * 60),
+            unnamed_build_lease: Duration::from_secs(15 * 60),
+            result_links_gb: Size::from_bytes(64_000_000),
             zstd_level: 1,
             compressed_committed_size: CommittedSize::Compressed,
         }

@@ -12,7 +12,8 @@ use crate::{
     access::{
         audit::Denial,
         authenticator::{Authentication, Authenticator, Presented},
-        permission::Permission,
+        certificate::ClientCertificate,
+        permission::{Permission, PermissionSet},
         policy::allowed_by,
         principal::Principal,
         rejection::Rejection,
@@ -68,9 +69,12 @@ impl Gate {
         if call.permissions().is_some_and(<[Permission]>::is_empty) {
             return Authentication::Done(Ok(self.0.authenticator.anonymous()));
         }
-        let certificate = call.connection().and_then(|connection| connection.state.certificate());
-        let certificate = certificate.map(|certificate| &**certificate);
-        self.0.authenticator.authenticate(&Presented { headers, certificate, caller: call.caller() })
+        self.0.authenticator.authenticate(&Presented {
+            headers,
+            certificate: certificate_of(call),
+            caller: call.caller(),
+            repeated: call.connection().map(|connection| &connection.state.credential),
+        })
     }
 
     /// The ways in which a client can authenticate, as `WWW-Authenticate` has them.
@@ -90,18 +94,20 @@ impl Gate {
         self.0.authenticator.rules().policy().permit_anywhere(call.principal(), needed)
     }
 
-    /// Checks that a request may go on: that the credential of its principal is still valid, and that the principal still has the
-    /// permission with which the request has entered its instance.
+    /// Checks that a request may go on: that the credential of its principal is still valid, and that the principal still has all
+    /// permissions that the request has needed so far.
     ///
     /// # Errors
     /// `Unauthenticated` or `Denied`.
     pub(crate) fn pass_again(&self, call: &Call) -> Result<()> {
-        let principal = self.0.authenticator.renew(call.principal(), SystemTime::now())?;
+        let principal =
+            self.0.authenticator.renew(call.principal(), certificate_of(call), SystemTime::now())?;
         let rules = self.0.authenticator.rules();
-        match (call.instance(), call.permission()) {
-            (Some(instance), Some(permission)) => {
-                rules.policy().permit(&principal, instance.name(), permission)
-            }
+        let used = call.used_permissions();
+        match call.instance() {
+            Some(instance) if used != PermissionSet::default() => used
+                .iter()
+                .try_for_each(|permission| rules.policy().permit(&principal, instance.name(), permission)),
             _ => rules.policy().permit_anywhere(&principal, call.permissions().unwrap_or_default()),
         }
     }
@@ -143,7 +149,26 @@ impl Gate {
     /// # Errors
     /// `Denied`, `Unauthenticated`.
     pub(crate) fn require(&self, call: &Call, instance: &Instance, permission: Permission) -> Result<()> {
-        self.permit(call, instance.name(), &[permission])
+        self.permit(call, instance.name(), &[permission])?;
+        call.note_permission(permission);
+        Ok(())
+    }
+
+    /// Checks that a request may store what all clients of the instance are served from now on.
+    ///
+    /// # Errors
+    /// `Denied`, `Unauthenticated`.
+    pub(crate) fn require_to_publish(&self, call: &Call, instance: &Instance) -> Result<()> {
+        self.require(call, instance, Permission::AcWrite)?;
+        allowed_by(instance, Permission::AcWrite)?;
+        if instance.policy().private_results {
+            return Err(Error::Denied(
+                "what clients store under this instance name is for themselves alone (client_results = \"private\"), and \
+                 everybody would be served this"
+                    .into(),
+            ));
+        }
+        Ok(())
     }
 
     /// Lets a request act on the server as a whole, if its principal is an administrator of every instance.
@@ -185,8 +210,8 @@ impl Gate {
         }
         let (principal, caller) = (call.principal(), call.caller());
         quotas.count_request(principal, caller, instance)?;
-        let uploads =
-            needed.iter().any(|needed| matches!(needed, Permission::CasWrite | Permission::AcWrite));
+        let uploads = [Permission::CasWrite, Permission::AcWrite, Permission::Logs];
+        let uploads = needed.iter().any(|needed| uploads.contains(needed));
         call.note_counted(uploads.then(|| quotas.upload_meter(principal, caller, instance)).flatten());
         call.count_upload()
     }
@@ -202,6 +227,11 @@ impl Gate {
         }
         self.0.authenticator.rules().policy().permit_any(call.principal(), name, needed)
     }
+}
+
+/// The certificate of the connection of a request.
+fn certificate_of(call: &Call) -> Option<&ClientCertificate> {
+    call.connection().and_then(|connection| connection.state.certificate()).map(|certificate| &**certificate)
 }
 
 fn kind(rejection: &Rejection) -> AuthenticationFailure {
@@ -278,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_may_not_enter_does_not_learn_which_instances_there_are() {
+    fn a_caller_without_permission_does_not_learn_which_instances_exist() {
         let rules = AccessRules::new(Policy::with_roles([], &[]), CredentialSources::default());
         let gate = Gate::new(instances(), Authenticator::new(rules));
         let call = call(&gate, &[Permission::CasRead]);

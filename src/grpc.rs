@@ -225,22 +225,6 @@ impl Edge {
         }
     }
 
-    /// The operation that a request is about to change, if its principal may.
-    ///
-    /// # Errors
-    /// As [`Edge::watch`].
-    pub(crate) async fn operation_to_change(
-        &self,
-        call: &Call,
-        name: &str,
-    ) -> Result<(Instance, OperationId)> {
-        let (instance, id) = self.operation(call, name)?;
-        if !call.principal().may(instance.name(), Permission::OperationsAll) {
-            self.watch_in(call, instance.clone(), id).await?;
-        }
-        Ok((instance, id))
-    }
-
     /// The operation that a request names, if its principal may see its own operations there. It is recorded in the call.
     fn operation(&self, call: &Call, name: &str) -> Result<(Instance, OperationId)> {
         let (instance_name, id) = convert::operation_name(name)?;

@@ -159,16 +159,23 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
         line.refused(why);
         return line.follow(response);
     }
+    let caller = call.caller();
+    // Before the client is known: finding out who it is may take a while.
+    let place = match port.connections.calls().take(caller, 1) {
+        Ok(place) => place,
+        Err(refusal) => {
+            line.refused(refusal.to_string());
+            return line.follow(busy(&refusal.to_string()));
+        }
+    };
     if let Err(error) = port.authenticate(&call, request.headers()).await {
         line.failed(&error);
         return line.follow(port.challenged(status::of(&error)));
     }
     let is_encoded = request.headers().contains_key(header::CONTENT_ENCODING);
-    let caller = call.caller();
-    let place = port.connections.calls().take(caller, 1);
     let decoder = is_encoded.then(|| port.decoders.take(caller, 1)).transpose();
-    let response = match (place, decoder) {
-        (Ok(place), Ok(_decoder)) => {
+    let response = match decoder {
+        Ok(_decoder) => {
             let mut standing = Standing::new(port.gate.clone(), call.clone());
             let response = select! {
                 response = dispatch(&port.mounts, found, request, &call) => response,
@@ -177,7 +184,7 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
             line.hold(place);
             response
         }
-        (Err(refusal), _) | (_, Err(refusal)) => {
+        Err(refusal) => {
             line.refused(refusal.to_string());
             Ok(busy(&refusal.to_string()))
         }

@@ -91,7 +91,7 @@ const IMAGE_FAILED: &str = "image_failed";
 pub struct ImageSettings {
     /// Registries that may be contacted.
     pub registries: Vec<ImageRegistry>,
-    /// What becomes of images of registries that have a tag and no digest.
+    /// How images of registries that are named by a tag instead of a digest are treated.
     pub tags: TagPolicy,
     /// A Docker `config.json` with credentials for registries.
     pub credentials: Option<PathBuf>,

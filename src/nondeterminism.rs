@@ -1,9 +1,8 @@
 //! [`NonDeterminismReports`]: the actions that were seen with different outputs.
 //!
-//! The later result replaces the earlier one in the action cache. The API asks for that: an execution with `skip_cache_lookup` is the
-//! means of clients to replace a bad entry, and an update replaces what is there (AC-08). If the earlier one stayed, nobody could
-//! repair the cache without an administrator. So that nothing is overwritten silently, each such action has a report, and a warning in
-//! the log.
+//! The later result replaces the earlier one in the action cache. The API demands that: a client replaces a bad entry by an execution
+//! with `skip_cache_lookup`, and an update replaces the entry (AC-08). If the earlier result stayed, only an administrator could repair
+//! the cache. So that nothing is overwritten silently, each such action gets a report and a warning in the log.
 //!
 //! Bounds: at most [`MAX_REPORTS`] reports of one action each, the latest ones, with at most [`compare::MAX_OUTPUTS`] outputs each. An action
 //! is logged the first time, the second, the fourth and so on. The reports are saved every few seconds and at the end, so a killed

@@ -3,6 +3,8 @@
 //! The configuration is read again from the same sources as at the start, and checked as a whole: first its values, then every
 //! [`Reloadable`] part, which may look at files that it names. Only then is anything changed. So an invalid configuration changes
 //! nothing. Keys that no part takes in need a restart; they keep their running values, and every later reload says so again.
+//! A change that was checked can still fail, for example because a thread cannot be started. The other changes are made all the
+//! same, the answer names both, and the next reload tries again what has failed.
 //!
 //! One reload runs at a time. Reading and checking happen on a blocking thread; the actors only get messages.
 
@@ -22,6 +24,8 @@ const LOG: &str = "gorego::reload";
 const CONFIG_RELOADED: &str = "config_reloaded";
 /// Event of a configuration that was refused.
 const CONFIG_REFUSED: &str = "config_refused";
+/// Event of a valid configuration of which a part could not be put in effect.
+const CONFIG_INCOMPLETE: &str = "config_incomplete";
 /// Longest value in a description, in characters.
 const SHOWN_CHARS: usize = 120;
 
@@ -62,8 +66,27 @@ pub(crate) struct Reloaded {
     pub(crate) applied: Vec<KeyChange>,
     /// What needs a restart.
     pub(crate) needs_restart: Vec<KeyChange>,
+    /// What could not be changed, with the reason.
+    failed: Vec<KeyChange>,
     /// Settings that are valid but may surprise.
     pub(crate) warnings: Vec<String>,
+}
+
+impl Reloaded {
+    /// Fails if a change has failed.
+    fn complete(self) -> Result<Self> {
+        if self.failed.is_empty() {
+            return Ok(self);
+        }
+        let failed: Vec<_> =
+            self.failed.iter().map(|failed| format!("{}: {}", failed.key, failed.description)).collect();
+        let changed = if self.applied.is_empty() { "nothing".to_owned() } else { named(&self.applied) };
+        Err(Error::Internal(format!(
+            "a part of the new configuration could not be put in effect: {}. What has changed: {changed}. The next reload tries \
+             again what has failed",
+            failed.join("; ")
+        )))
+    }
 }
 
 /// Reads the configuration from its sources.
@@ -103,13 +126,14 @@ impl Reloader {
     /// even if nobody waits for it any more.
     ///
     /// # Errors
-    /// `Invalid` or `Precondition` that name each key and value at fault; then nothing has changed.
+    /// `Invalid` or `Precondition` that name each key and value at fault; then nothing has changed. `Internal` if a change has failed; it
+    /// also names the changes that were made.
     pub(crate) async fn reload(&self, dry_run: bool) -> Result<Reloaded> {
         let reloader = self.clone();
         let reload = self.0.runtime.spawn(async move { reloader.reload_once(dry_run).await });
         let outcome = reload.await.unwrap_or_else(|_| Err(Error::internal("the reload panicked")));
         tell(&outcome, dry_run);
-        outcome
+        outcome.and_then(Reloaded::complete)
     }
 
     async fn reload_once(&self, dry_run: bool) -> Result<Reloaded> {
@@ -131,12 +155,13 @@ impl Reloader {
             let change = KeyChange { key, description };
             match apply {
                 None => outcome.needs_restart.push(change),
-                Some(apply) => {
-                    if !dry_run {
-                        apply.await?;
+                Some(_) if dry_run => outcome.applied.push(change),
+                Some(apply) => match apply.await {
+                    Ok(()) => outcome.applied.push(change),
+                    Err(error) => {
+                        outcome.failed.push(KeyChange { description: error.to_string(), ..change });
                     }
-                    outcome.applied.push(change);
-                }
+                },
             }
         }
         if !dry_run {
@@ -175,17 +200,26 @@ fn shown(value: &Value) -> String {
     }
 }
 
+/// The keys of changes, in one line.
+fn named(changes: &[KeyChange]) -> String {
+    changes.iter().map(|change| change.key.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+/// Logs the outcome of a reload.
 fn tell(outcome: &Result<Reloaded>, dry_run: bool) {
     match outcome {
         Ok(_) if dry_run => {}
-        Ok(Reloaded { applied, needs_restart, warnings }) => {
-            let names = |changes: &[KeyChange]| {
-                changes.iter().map(|change| change.key.as_str()).collect::<Vec<_>>().join(", ")
-            };
+        Ok(Reloaded { applied, needs_restart, failed, warnings }) => {
             Event::info(LOG, CONFIG_RELOADED)
-                .with("applied", &*names(applied))
-                .with("needs_restart", &*names(needs_restart))
+                .with("applied", &*named(applied))
+                .with("needs_restart", &*named(needs_restart))
                 .log(format_args!("the configuration was read again"));
+            for KeyChange { key, description } in failed {
+                Event::error(LOG, CONFIG_INCOMPLETE)
+                    .with("key", &**key)
+                    .with("error", &**description)
+                    .log(format_args!("{key} could not be changed; the next reload tries again"));
+            }
             for warning in warnings {
                 Event::warn("gorego::config", "config_warning").log(format_args!("{warning}"));
             }
@@ -200,16 +234,40 @@ fn tell(outcome: &Result<Reloaded>, dry_run: bool) {
 mod tests {
     use super::*;
     use crate::config::Machine;
-    use std::sync::{
-        Mutex as SyncMutex,
-        atomic::{AtomicUsize, Ordering},
+    use std::{
+        sync::{
+            Mutex as SyncMutex,
+            atomic::{AtomicUsize, Ordering},
+        },
+        time::Duration,
     };
 
-    /// Takes in `log` and counts; refuses the filter "off".
+    /// Takes in `log`. Refuses the filter "off", and fails to change to the filter "stuck".
     #[derive(Default)]
     struct Part {
         filter: Arc<SyncMutex<String>>,
-        prepared: Arc<AtomicUsize>,
+    }
+
+    /// Takes in `shutdown_grace`, which is behind `log.filter`, and counts its changes.
+    struct LaterPart(Arc<AtomicUsize>);
+
+    impl Reloadable for LaterPart {
+        fn keys(&self) -> &'static [&'static str] {
+            &["shutdown_grace"]
+        }
+
+        fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
+            if next.shutdown_grace == Config::default().shutdown_grace {
+                return Ok(Vec::new());
+            }
+            let changes = self.0.clone();
+            let apply = Box::pin(async move {
+                changes.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            });
+            let key = "shutdown_grace".to_owned();
+            Ok(vec![PreparedChange { key, description: String::new(), apply: Some(apply) }])
+        }
     }
 
     impl Reloadable for Part {
@@ -218,13 +276,15 @@ mod tests {
         }
 
         fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
-            self.prepared.fetch_add(1, Ordering::Relaxed);
             let filter = next.log.filter.clone();
             if filter == "off" {
                 return Err(Error::invalid("log.filter = \"off\": not here"));
             }
             let own = self.filter.clone();
             let apply = Box::pin(async move {
+                if filter == "stuck" {
+                    return Err(Error::internal("it is stuck"));
+                }
                 *own.lock().unwrap() = filter;
                 Ok(())
             });
@@ -240,6 +300,7 @@ mod tests {
         reloader: Reloader,
         next: Arc<SyncMutex<Config>>,
         filter: Arc<SyncMutex<String>>,
+        later_changes: Arc<AtomicUsize>,
     }
 
     fn bench() -> Bench {
@@ -255,8 +316,11 @@ mod tests {
             let settings = Settings::new(&loaded, &machine)?;
             Ok((loaded, settings))
         };
-        let reloader = Reloader::new(load, &Config::default(), vec![Box::new(part)], Handle::current());
-        Bench { reloader, next, filter }
+        let later_changes = Arc::new(AtomicUsize::new(0));
+        let parts: Vec<Box<dyn Reloadable>> =
+            vec![Box::new(part), Box::new(LaterPart(later_changes.clone()))];
+        let reloader = Reloader::new(load, &Config::default(), parts, Handle::current());
+        Bench { reloader, next, filter, later_changes }
     }
 
     #[tokio::test]
@@ -288,5 +352,39 @@ mod tests {
         bench.next.lock().unwrap().log.filter = "off".into();
         assert!(bench.reloader.reload(false).await.is_err());
         assert_eq!(*bench.filter.lock().unwrap(), "");
+    }
+
+    #[tokio::test]
+    async fn a_change_that_fails_is_named_and_the_others_are_made() {
+        let bench = bench();
+        {
+            let mut next = bench.next.lock().unwrap();
+            next.log.filter = "stuck".into();
+            next.shutdown_grace = Duration::from_secs(7);
+        }
+        let failed = bench.reloader.reload(false).await.unwrap_err();
+        let text = failed.to_string();
+        assert!(matches!(failed, Error::Internal(_)), "{failed:?}");
+        for part in ["log.filter: it is stuck", "What has changed: shutdown_grace."] {
+            assert!(text.contains(part), "{part} is not in {text}");
+        }
+        assert_eq!(bench.later_changes.load(Ordering::Relaxed), 1);
+        bench.next.lock().unwrap().log.filter = "debug".into();
+        assert_eq!(bench.reloader.reload(false).await.unwrap().applied.len(), 2);
+        assert_eq!(*bench.filter.lock().unwrap(), "debug");
+    }
+
+    #[tokio::test]
+    async fn a_part_takes_in_its_keys_and_those_below_and_no_others() {
+        let state = bench().reloader.0;
+        for (key, is_taken_in) in [
+            ("log", true),
+            ("log.filter", true),
+            ("logs", false),
+            ("log_streams.enabled", false),
+            ("lo", false),
+        ] {
+            assert_eq!(state.is_taken_in(key), is_taken_in, "{key}");
+        }
     }
 }

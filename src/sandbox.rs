@@ -18,6 +18,7 @@ pub(crate) mod landlock;
 pub(crate) mod layers;
 mod mounts;
 pub(crate) mod namespaces;
+pub(crate) mod network;
 pub(crate) mod probe;
 pub(crate) mod settings;
 mod sys;

@@ -62,6 +62,7 @@ use reload::{ReloadAccess, ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOri
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc};
 use tls::ReloadTls;
+pub(crate) use tls::check_tls_files;
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
@@ -94,7 +95,7 @@ pub(crate) struct Ready {
 /// # Errors
 /// The reason why it could not start, or the death of an owner actor.
 pub(crate) fn run(
-    (loaded, settings): (Loaded, Settings),
+    (loaded, mut settings): (Loaded, Settings),
     load: impl Fn() -> Result<(Loaded, Settings)> + Send + Sync + 'static,
     supervision: Supervision,
     ready: impl FnOnce(Ready) + Send + 'static,
@@ -107,7 +108,7 @@ pub(crate) fn run(
     // Both block, so they precede anything asynchronous. Each locks its directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let reports = NonDeterminismReports::open(settings.cache_dir.join("v1").join("nondeterminism"));
-    let place = match &settings.execution {
+    let place = match &mut settings.execution {
         Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
     };
@@ -271,7 +272,7 @@ impl Server {
         let connections = ports.connections.clone();
         select! {
             () = self.finish(ports, exit) => {}
-            signal = signals.next() => exit_at_once(signal),
+            signal = second_stop_signal(&mut signals) => exit_at_once(signal),
         }
         owners.check()?;
         self.close_store(exit).await;
@@ -366,7 +367,10 @@ impl Server {
             log_streams: self.log_streams.clone(),
             under_way: shared.under_way.clone(),
             connections: shared.connections.clone(),
-            administration: administration(self.place.as_deref(), self.reports.clone(), reloader.clone()),
+            administration: Administration {
+                access: Some(self.access.clone()),
+                ..administration(self.place.as_deref(), self.reports.clone(), reloader.clone())
+            },
             metrics: self.metrics.clone(),
             settings: grpc::ProtocolSettings {
                 max_blob_bytes: settings.max_blob_bytes,
@@ -419,6 +423,18 @@ fn exit_at_once(signal: StopSignal) -> ! {
     logging::flush();
     // The runners see their sockets close and kill their processes.
     std::process::exit(INTERRUPTED)
+}
+
+/// Waits for a signal that ends a shutdown. There is nothing left for which a new configuration would count.
+async fn second_stop_signal(signals: &mut StopSignals) -> StopSignal {
+    loop {
+        match signals.next().await {
+            StopSignal::Reload => Event::info(LOG, "reload_ignored").log(format_args!(
+                "the configuration is not read again, because the server is shutting down"
+            )),
+            stop => return stop,
+        }
+    }
 }
 
 /// Waits for the next signal that stops the server. A hangup reloads the configuration instead.

@@ -1,9 +1,9 @@
 //! The process that started the server, where it is systemd or speaks its protocol (sd_notify(3) and sd_listen_fds(3)).
 //!
 //! [`Supervision::take`] reads the environment of that protocol once, before there are threads, and removes it, so that no child
-//! inherits it. What it found is plain values: the [`Supervisor`] to report to, the [`InheritedSockets`] to serve on, and
-//! the time within which the supervisor wants a sign of life. When each of them is used is decided in `src/server.rs`. A server
-//! that was started by hand has none of them, and every report is then a no-op.
+//! inherits it. The result is plain values: the [`Supervisor`] to report to, the [`InheritedSockets`] to serve on, and the watchdog
+//! time of the supervisor. `src/server.rs` decides when each of them is used. A server that was started by hand has none of them,
+//! and every report is then a no-op.
 
 mod notify;
 mod sockets;

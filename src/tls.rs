@@ -83,6 +83,33 @@ impl PreparedTls {
     }
 }
 
+/// What the operator should know about files that can be used.
+struct TlsWarnings {
+    certificate: Option<String>,
+    list: Option<String>,
+    key: Option<String>,
+}
+
+impl TlsWarnings {
+    fn of(material: &Material) -> Self {
+        let now = UnixTime::now().as_secs();
+        let certificate = material.ends_soon(now).map(|problem| {
+            let not_after = material.not_after_text();
+            format!("the certificate of this server (tls.cert) {problem} ({not_after}); replace the file")
+        });
+        let list = material.outdated_list(now).map(|ended| {
+            format!(
+                "a list of revoked certificates (tls.crl) should have been replaced by {ended}; it is still used, and later \
+                 revocations are unknown"
+            )
+        });
+        let key = material.key_is_exposed().then(|| {
+            "every user of this machine can read the private key (tls.key); chmod it to 0600".to_owned()
+        });
+        Self { certificate, list, key }
+    }
+}
+
 impl ServerTls {
     /// Reads the files. Blocks.
     ///
@@ -93,6 +120,15 @@ impl ServerTls {
         let tls = Self(Arc::new(TlsState { material, handshakes: Budget::new(handshake::HANDSHAKES) }));
         tls.remind();
         Ok(tls)
+    }
+
+    /// Checks files as [`ServerTls::open`] does, and returns what a start would warn about. Blocks.
+    ///
+    /// # Errors
+    /// See [`ServerTls::open`].
+    pub(crate) fn check_files(files: TlsFiles) -> Result<Vec<String>> {
+        let TlsWarnings { certificate, list, key } = TlsWarnings::of(&Material::read(files)?);
+        Ok([certificate, list, key].into_iter().flatten().collect())
     }
 
     /// Reads and checks files, if they are others than those in force or have changed. Blocks.
@@ -164,25 +200,20 @@ impl ServerTls {
     /// Logs what ends soon or has ended.
     fn remind(&self) {
         let material = self.material();
-        let now = UnixTime::now().as_secs();
-        if let Some(warning) = material.ends_soon(now) {
-            let not_after = material.not_after_text();
-            Event::warn(LOG, "tls_certificate_expires").with("not_after", &*not_after).log(format_args!(
-                "the certificate of this server (tls.cert) {warning} ({not_after}); replace the file"
-            ));
+        let TlsWarnings { certificate, list, key } = TlsWarnings::of(&material);
+        if let Some(warning) = certificate {
+            Event::warn(LOG, "tls_certificate_expires")
+                .with("not_after", &*material.not_after_text())
+                .log(format_args!("{warning}"));
         }
-        if let Some(ended) = material.outdated_list(now) {
-            Event::warn(LOG, "tls_crl_outdated").with("not_after", &*ended).log(format_args!(
-                "a list of revoked certificates (tls.crl) should have been replaced by {ended}; it is still used, and later \
-                 revocations are unknown"
-            ));
+        if let Some(warning) = list {
+            let ended = material.outdated_list(UnixTime::now().as_secs()).unwrap_or_default();
+            Event::warn(LOG, "tls_crl_outdated").with("not_after", &*ended).log(format_args!("{warning}"));
         }
-        if material.key_is_exposed() {
-            Event::warn(LOG, "tls_key_exposed").with_shown("path", &material.files().key.display()).log(
-                format_args!(
-                    "every user of this machine can read the private key (tls.key); chmod it to 0600"
-                ),
-            );
+        if let Some(warning) = key {
+            Event::warn(LOG, "tls_key_exposed")
+                .with_shown("path", &material.files().key.display())
+                .log(format_args!("{warning}"));
         }
     }
 

@@ -124,6 +124,9 @@ async fn server() -> Server {
         // The suite leaves work behind and checks it later, while its other checks wait for slots.
         ("EXECUTION__CONTENDED_ABANDON_GRACE", "1m"),
         ("ASSETS__ALLOWED_HOSTS", "[\"127.0.0.1\"]"),
+        // It has credentials, and knows none. Without one, everything is allowed.
+        ("ACCESS__TOKENS", "/nonexistent/tokens"),
+        ("ACCESS__ANONYMOUS", "[\"admin\"]"),
         ("LOG__FILTER", "warn,gorego::server=info"),
     ])
     .await

@@ -1,14 +1,17 @@
-//! Signed tokens, key sets, and the credentials of requests. The first byte selects one of them.
+//! Signed tokens, key sets, the credentials of requests, and the files of static tokens and passwords. The first byte selects one of
+//! them.
 
 #![no_main]
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use gorego::access::{
+    basic::PasswordFile,
     credential::{CREDENTIAL_MAX_BYTES, Credential},
     jwt::{
-        ClaimRole, IssuerRules, IssuerSettings, JwksLocation, KeySet, MAX_KEYS, RefusalKind, SignatureAlgorithm,
-        verify_with,
+        ClaimRole, IssuerRules, IssuerSettings, JwksLocation, KeySet, MAX_KEYS, RefusalKind,
+        SignatureAlgorithm, verify_with,
     },
+    tokens::TokenFile,
 };
 use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use libfuzzer_sys::fuzz_target;
@@ -19,7 +22,8 @@ use std::{
 };
 
 /// The public key of RFC 8037, appendix A. Nothing here signs with it.
-const KEYS: &str = r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo","kid":"k"}]}"#;
+const KEYS: &str =
+    r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo","kid":"k"}]}"#;
 const HEADER: &str = r#"{"alg":"EdDSA","kid":"k"}"#;
 const PAYLOAD: &str = r#"{"iss":"i","aud":"a","sub":"s","exp":2000000000,"owner":"us"}"#;
 
@@ -39,7 +43,7 @@ static ISSUER: LazyLock<(IssuerRules, KeySet)> = LazyLock::new(|| {
 
 fuzz_target!(|data: &[u8]| {
     let Some((kind, data)) = data.split_first() else { return };
-    match (kind % 5, std::str::from_utf8(data)) {
+    match (kind % 7, std::str::from_utf8(data)) {
         (0, Ok(token)) => refused(token, &ISSUER.1),
         (1, Ok(texts)) => {
             let (header, payload) = texts.split_once('\n').unwrap_or((texts, PAYLOAD));
@@ -59,6 +63,17 @@ fuzz_target!(|data: &[u8]| {
                 && let Ok(url) = url::Url::parse(&url)
             {
                 assert!(url.host().is_some() && url.username().is_empty() && url.password().is_none());
+            }
+        }
+        (5, Ok(text)) => {
+            if let Ok(list) = TokenFile::parse(text) {
+                let written = list.render().expect("what was read can be written");
+                assert_eq!(TokenFile::parse(&written).as_ref(), Ok(&list));
+            }
+        }
+        (6, Ok(text)) => {
+            if let Err(error) = PasswordFile::parse(text) {
+                assert!(!error.to_string().contains(['\n', '\r']), "{error}");
             }
         }
         _ => {}

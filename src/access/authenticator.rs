@@ -2,11 +2,15 @@
 //!
 //! The rules ([`AccessRules`]) are immutable and are replaced as a whole by [`Authenticator::replace`]. So every request is judged by
 //! the rules of one moment, and nothing that was checked by other rules counts any more. Most requests are authenticated at once:
-//! there is no credential, or a static token, or one that was checked before. Everything else is an [`Authentication::Pending`],
-//! which the request waits for in a task of its own ([`Checks`] bounds that).
+//! there is no credential, or the one of the previous request of the connection ([`RepeatedCredential`]), or a static token, or one
+//! that was checked before. Everything else is an [`Authentication::Pending`], which the request waits for in a task of its own
+//! ([`Checks`] bounds that).
 
 mod checks;
+mod repeated;
 mod verified;
+
+pub(crate) use repeated::RepeatedCredential;
 
 use super::{
     audit::Audit,
@@ -24,7 +28,7 @@ use crate::caller::Caller;
 use arc_swap::{ArcSwap, Guard};
 use checks::Checks;
 use futures::future::{BoxFuture, FutureExt as _};
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use std::{
     fmt,
     sync::Arc,
@@ -47,6 +51,28 @@ pub(crate) struct Presented<'a> {
     pub(crate) certificate: Option<&'a ClientCertificate>,
     /// The connection and the peer.
     pub(crate) caller: Caller,
+    /// What its connection has sent before; `None` for a request that does not come from a socket.
+    pub(crate) repeated: Option<&'a RepeatedCredential>,
+}
+
+impl Presented<'_> {
+    /// The value of the only `authorization` header.
+    fn header(&self) -> Option<&[u8]> {
+        let mut values = self.headers.get_all(AUTHORIZATION).iter();
+        values.next().filter(|_| values.next().is_none()).map(HeaderValue::as_bytes)
+    }
+
+    /// The principal, if the previous request of the connection had the same header.
+    fn repeats(&self, rules: &Arc<AccessRules>, now: SystemTime) -> Option<Principal> {
+        self.repeated?.find(self.header()?, rules, now)
+    }
+
+    /// Has the connection keep its header until this time.
+    fn keep(&self, rules: &Arc<AccessRules>, principal: &Principal, until: Option<SystemTime>) {
+        if let (Some(repeated), Some(header)) = (self.repeated, self.header()) {
+            repeated.keep(header, principal, until, rules);
+        }
+    }
 }
 
 /// The answer to who sends a request.
@@ -79,8 +105,8 @@ pub trait SignedTokens: fmt::Debug + Send + Sync {
         now: SystemTime,
     ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>>;
 
-    /// Whether tokens of this issuer and subject (`ISSUER#SUBJECT`) may still be accepted.
-    fn trusts(&self, holder: &str) -> bool;
+    /// Whether tokens are still accepted by the rules with this mark ([`VerifiedToken::mark`]).
+    fn trusts(&self, mark: u64) -> bool;
 }
 
 /// What a valid signed token says.
@@ -94,6 +120,8 @@ pub struct VerifiedToken {
     pub roles: Vec<String>,
     /// When it expires.
     pub expires: SystemTime,
+    /// A number of the rules that have accepted it. Other rules have another one.
+    pub mark: u64,
 }
 
 /// Where the credentials of clients come from.
@@ -131,19 +159,30 @@ impl AccessRules {
         &self.policy
     }
 
+    /// Where credentials come from.
+    pub(crate) fn sources(&self) -> &CredentialSources {
+        &self.sources
+    }
+
+    /// Whether this static token is accepted.
+    #[cfg(test)]
+    pub(crate) fn knows_token(&self, token: &str) -> bool {
+        self.sources.tokens.verify(token, SystemTime::now()).is_ok()
+    }
+
     /// The same client with its roles as they are now, as far as they still exist.
     fn with_current_roles(&self, principal: &Principal) -> Principal {
         let named = principal.roles().iter().map(|role| std::slice::from_ref(&role.name));
         let roles = named.filter_map(|name| self.policy.roles_named(name).ok()).flatten();
         let roles = roles.chain(self.policy.everybody().iter().cloned()).collect();
-        Principal::new(principal.kind(), principal.detail(), roles, principal.expires())
+        Principal::marked(principal.kind(), principal.detail(), roles, principal.expires(), principal.mark())
     }
 
     /// The holder of a certificate, or an anonymous client.
     fn without_header(&self, certificate: Option<&ClientCertificate>) -> Result<Principal, Rejection> {
         let Some(certificate) = certificate else { return Ok(self.anonymous.clone()) };
         let now = SystemTime::now();
-        if let Some(principal) = self.verified.get(certificate.fingerprint(), now) {
+        if let Some((principal, _)) = self.verified.get(certificate.fingerprint(), now) {
             return Ok(principal);
         }
         let principal = grants::principal(certificate, &self.sources.certificates, &self.policy);
@@ -158,11 +197,11 @@ impl AccessRules {
         token: &str,
         now: SystemTime,
     ) -> Result<(Principal, SystemTime), Rejection> {
-        let VerifiedToken { issuer, subject, roles, expires } = signed.verify(token, now).await?;
+        let VerifiedToken { issuer, subject, roles, expires, mark } = signed.verify(token, now).await?;
         let roles = self.policy.roles_named(&roles).map_err(|error| Rejection::refused(error.to_string()))?;
         let roles = roles.into_iter().chain(self.policy.everybody().iter().cloned()).collect();
         let name = format!("{issuer}#{subject}");
-        Ok((Principal::new(PrincipalKind::Jwt, &name, roles, Some(expires)), expires))
+        Ok((Principal::marked(PrincipalKind::Jwt, &name, roles, Some(expires), mark), expires))
     }
 }
 
@@ -207,11 +246,17 @@ impl Authenticator {
         &self.0.audit
     }
 
-    /// The principal as it is by the rules in force now, for a request that was authenticated before.
+    /// The principal as it is by the rules in force now, for a request that was authenticated before, on a connection with this
+    /// certificate.
     ///
     /// # Errors
     /// When its credential has expired, or was revoked or replaced.
-    pub(crate) fn renew(&self, principal: &Principal, now: SystemTime) -> Result<Principal, Rejection> {
+    pub(crate) fn renew(
+        &self,
+        principal: &Principal,
+        certificate: Option<&ClientCertificate>,
+        now: SystemTime,
+    ) -> Result<Principal, Rejection> {
         if principal.expires().is_some_and(|expires| expires <= now) {
             return Err(Rejection::Expired(format!("the credential of {principal} has expired")));
         }
@@ -222,14 +267,18 @@ impl Authenticator {
             PrincipalKind::Basic => {
                 rules.sources.users.as_ref().and_then(|users| users.principal(principal.detail()).cloned())
             }
-            // Its issuer says when it ends, unless the issuer itself was taken out of the configuration.
+            // Its issuer says when it ends, as long as the rules for its tokens stay the same.
             PrincipalKind::Jwt => {
                 let signed = rules.sources.signed.as_ref();
-                let is_trusted = signed.is_some_and(|signed| signed.trusts(principal.detail()));
-                is_trusted.then(|| rules.with_current_roles(principal))
+                if !signed.is_some_and(|signed| signed.trusts(principal.mark())) {
+                    return Err(Rejection::Unavailable(format!(
+                        "the rules for the token of {principal} have changed; send the request again"
+                    )));
+                }
+                Some(rules.with_current_roles(principal))
             }
-            // Its issuer says when it ends, and connections whose certificates were revoked are closed.
-            PrincipalKind::Certificate => Some(rules.with_current_roles(principal)),
+            // Connections whose certificates have expired or were revoked are closed.
+            PrincipalKind::Certificate => rules.without_header(certificate).ok(),
         };
         let current = current.filter(|current| current.mark() == principal.mark());
         current.ok_or_else(|| Rejection::refused(format!("the credential of {principal} was revoked")))
@@ -247,23 +296,33 @@ impl Authenticator {
         if !rules.policy.has_credentials() {
             return Authentication::Done(rules.without_header(presented.certificate));
         }
+        let now = SystemTime::now();
+        if let Some(principal) = presented.repeats(&rules, now) {
+            return Authentication::Done(Ok(principal));
+        }
         match Credential::parse(presented.headers) {
             Ok(None) => Authentication::Done(rules.without_header(presented.certificate)),
-            Ok(Some(Credential::Bearer(token))) => self.bearer(&rules, token),
+            Ok(Some(Credential::Bearer(token))) => self.bearer(&rules, token, presented, now),
             Ok(Some(Credential::Basic { user, password })) => {
-                self.basic(&rules, user, password, presented.caller)
+                self.basic(&rules, user, password, presented, now)
             }
             Err(rejection) => Authentication::Done(Err(rejection)),
         }
     }
 
-    fn bearer(&self, rules: &Arc<AccessRules>, token: &str) -> Authentication {
-        let now = SystemTime::now();
+    fn bearer(
+        &self,
+        rules: &Arc<AccessRules>,
+        token: &str,
+        presented: &Presented<'_>,
+        now: SystemTime,
+    ) -> Authentication {
         let Some(signed) = rules.sources.signed.as_ref().filter(|_| tokens::id_of(token).is_none()) else {
-            return Authentication::Done(rules.sources.tokens.verify(token, now));
+            return Self::static_token(rules, token, presented, now);
         };
         let hash = rules.verified.hash(&[b"bearer", token.as_bytes()]);
-        if let Some(principal) = rules.verified.get(&hash, now) {
+        if let Some((principal, until)) = rules.verified.get(&hash, now) {
+            presented.keep(rules, &principal, Some(until));
             return Authentication::Done(Ok(principal));
         }
         let check = || {
@@ -278,19 +337,32 @@ impl Authenticator {
         Authentication::Pending(self.0.checks.share(hash, check).boxed())
     }
 
+    fn static_token(
+        rules: &Arc<AccessRules>,
+        token: &str,
+        presented: &Presented<'_>,
+        now: SystemTime,
+    ) -> Authentication {
+        let verified = rules.sources.tokens.verify(token, now);
+        if let Ok(principal) = &verified {
+            presented.keep(rules, principal, principal.expires());
+        }
+        Authentication::Done(verified)
+    }
+
     /// The password of any user may be a static token, for tools that can send nothing else.
     fn basic(
         &self,
         rules: &Arc<AccessRules>,
         user: String,
         password: Vec<u8>,
-        caller: Caller,
+        presented: &Presented<'_>,
+        now: SystemTime,
     ) -> Authentication {
-        let now = SystemTime::now();
         if let Some(token) =
             std::str::from_utf8(&password).ok().filter(|token| tokens::id_of(token).is_some())
         {
-            return Authentication::Done(rules.sources.tokens.verify(token, now));
+            return Self::static_token(rules, token, presented, now);
         }
         let Some(users) = &rules.sources.users else {
             return Authentication::Done(Err(Rejection::refused(
@@ -298,9 +370,11 @@ impl Authenticator {
             )));
         };
         let hash = rules.verified.hash(&[b"basic", user.as_bytes(), b":", &password]);
-        if let Some(principal) = rules.verified.get(&hash, now) {
+        if let Some((principal, until)) = rules.verified.get(&hash, now) {
+            presented.keep(rules, &principal, Some(until));
             return Authentication::Done(Ok(principal));
         }
+        let caller = presented.caller;
         let check = || {
             let (rules, users, state) = (rules.clone(), users.clone(), self.0.clone());
             async move {

@@ -10,8 +10,9 @@ use bcrypt::HashParts;
 use gorego_reapi::error::{Error, Result};
 use sha2::{Digest as _, Sha256};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::RandomState},
     fmt,
+    hash::BuildHasher as _,
 };
 
 /// Most users of a file.
@@ -85,8 +86,11 @@ fn mark(hash: &str) -> u64 {
 #[derive(Default)]
 pub struct UserSet {
     users: HashMap<String, KnownUser>,
-    /// A hash that no password has, of the cost that most hashes have. It is checked for unknown users, so that they take as long.
-    decoy: Option<String>,
+    /// The names of the users, one of which stands in for each unknown user, so that checking it takes as long: hashes may have
+    /// different costs.
+    names: Vec<String>,
+    /// Chooses it, always the same one for a name, in a way that nobody outside can tell.
+    choice: RandomState,
 }
 
 struct KnownUser {
@@ -118,22 +122,25 @@ impl UserSet {
             let principal = Principal::marked(PrincipalKind::Basic, user, roles, None, mark(hash));
             users.insert(user.clone(), KnownUser { hash: hash.clone(), principal });
         }
-        // The salt and the hash of the first user with one character changed fit no password that anybody knows.
-        let decoy = file.0.values().next().map(|hash| {
-            let (start, last) = hash.split_at(hash.len() - 1);
-            format!("{start}{}", if last == "." { "/" } else { "." })
-        });
-        Ok(Self { users, decoy })
+        let names = file.0.keys().cloned().collect();
+        Ok(Self { users, names, choice: RandomState::new() })
     }
 
     /// The principal of a user with this password; `None` if it is wrong or there is no such user. Takes as long as the hash is
     /// slow.
     pub fn check(&self, user: &str, password: &[u8]) -> Option<Principal> {
         let known = self.users.get(user);
-        let hash = known.map(|known| &known.hash).or(self.decoy.as_ref())?;
+        let hash = &known.or_else(|| self.stand_in(user))?.hash;
         let is_right =
             password.len() <= PASSWORD_MAX_BYTES && bcrypt::verify(password, hash).unwrap_or(false);
         known.filter(|_| is_right).map(|known| known.principal.clone())
+    }
+
+    /// The user whose hash is checked in the place of an unknown one; `None` if there are no users.
+    fn stand_in(&self, unknown: &str) -> Option<&KnownUser> {
+        let count = u64::try_from(self.names.len()).ok().filter(|count| *count > 0)?;
+        let at = usize::try_from(self.choice.hash_one(unknown) % count).ok()?;
+        self.users.get(self.names.get(at)?)
     }
 
     /// The principal of a user.
@@ -183,6 +190,20 @@ mod tests {
             assert_eq!(users.check(user, password).is_some(), expected, "{user}: bcrypt ends at 72 bytes");
         }
         assert!(UserSet::default().check("alice", b"a").is_none());
+    }
+
+    /// Otherwise the time that a refusal takes would tell which users there are, where costs differ.
+    #[test]
+    fn unknown_users_are_checked_with_the_costs_that_users_have() {
+        let costs = |cost: u32| bcrypt::hash(b"p", cost).unwrap();
+        let file = PasswordFile::parse(&format!("a:{}\nb:{}\n", costs(5), costs(6))).unwrap();
+        let users = UserSet::new(&file, &BTreeMap::new(), &Policy::with_roles([], &[])).unwrap();
+        let stand_in = |user: &str| users.stand_in(user).unwrap().hash.clone();
+        let unknown: Vec<_> = (0..64).map(|number| format!("unknown{number}")).collect();
+        let seen: std::collections::BTreeSet<_> = unknown.iter().map(|user| stand_in(user)).collect();
+        assert_eq!(seen.len(), 2);
+        assert!(unknown.iter().all(|user| stand_in(user) == stand_in(user)));
+        assert!(unknown.iter().all(|user| users.check(user, b"p").is_none()), "its password is not theirs");
     }
 
     #[test]

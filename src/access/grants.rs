@@ -18,14 +18,35 @@ use std::{
 pub enum CertificateField {
     /// The subject, as `openssl x509 -subject -nameopt RFC2253` prints it.
     Subject,
-    /// One of the alternative names: a host, a URI or an e-mail address.
+    /// One of the alternative names: a URI if the pattern has a colon, an e-mail address if it has an "@" and no colon, and else a
+    /// host. An authority may check these kinds in different ways, so one never stands for another.
     Name,
+}
+
+/// What a pattern is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum CertificatePart {
+    Subject,
+    Dns,
+    Uri,
+    Email,
+}
+
+impl CertificatePart {
+    fn of(field: CertificateField, pattern: &str) -> Self {
+        match field {
+            CertificateField::Subject => Self::Subject,
+            CertificateField::Name if pattern.contains(':') => Self::Uri,
+            CertificateField::Name if pattern.contains('@') => Self::Email,
+            CertificateField::Name => Self::Dns,
+        }
+    }
 }
 
 /// Roles for the holders of certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertificateGrant {
-    field: CertificateField,
+    part: CertificatePart,
     pattern: ClaimPattern,
     /// The names of the roles.
     pub roles: Vec<String>,
@@ -41,24 +62,44 @@ impl CertificateGrant {
         pattern: &str,
         roles: Vec<String>,
     ) -> std::result::Result<Self, String> {
-        Ok(Self { field, pattern: ClaimPattern::parse(pattern)?, roles })
+        let part = CertificatePart::of(field, pattern);
+        Ok(Self { part, pattern: ClaimPattern::parse(pattern)?, roles })
     }
 
     fn covers(&self, certificate: &ClientCertificate) -> bool {
-        match self.field {
-            CertificateField::Subject => self.pattern.matches(certificate.subject()),
-            CertificateField::Name => certificate.names().iter().any(|name| self.pattern.matches(text(name))),
+        if self.part == CertificatePart::Subject {
+            return self.pattern.matches(certificate.subject());
         }
+        certificate.names().iter().any(|name| {
+            let (part, _, text) = taken_apart(name);
+            part == self.part && self.pattern.matches(text)
+        })
     }
 }
 
-fn text(name: &CertificateName) -> &str {
-    let (CertificateName::Dns(text) | CertificateName::Uri(text) | CertificateName::Email(text)) = name;
-    text
+/// The kind of a name, what a principal's name begins with for it, and its text.
+fn taken_apart(name: &CertificateName) -> (CertificatePart, &'static str, &str) {
+    match name {
+        CertificateName::Dns(text) => (CertificatePart::Dns, "DNS", text),
+        CertificateName::Uri(text) => (CertificatePart::Uri, "URI", text),
+        CertificateName::Email(text) => (CertificatePart::Email, "email", text),
+    }
 }
 
-/// The principal of the holder of a certificate, with the roles of all grants that cover it. It is known by the subject, or else by
-/// the first alternative name, or else by the fingerprint.
+/// The holder of a certificate as principals are named: the subject, or else the first alternative name with its kind, or else the
+/// fingerprint. The text of a name could be that of a subject, but no subject begins with the word of a kind and a colon.
+fn holder(certificate: &ClientCertificate) -> String {
+    match (certificate.subject(), certificate.names().first()) {
+        ("", Some(name)) => {
+            let (_, kind, text) = taken_apart(name);
+            format!("{kind}:{text}")
+        }
+        ("", None) => format!("SHA256:{}", const_hex::encode(certificate.fingerprint())),
+        (subject, _) => subject.to_owned(),
+    }
+}
+
+/// The principal of the holder of a certificate, with the roles of all grants that cover it.
 ///
 /// # Errors
 /// `Invalid` for a role that does not exist.
@@ -71,16 +112,8 @@ pub(super) fn principal(
     for grant in grants.iter().filter(|grant| grant.covers(certificate)) {
         roles.extend(policy.roles_named(&grant.roles)?);
     }
-    let fingerprint;
-    let holder = match (certificate.subject(), certificate.names().first()) {
-        ("", None) => {
-            fingerprint = const_hex::encode(certificate.fingerprint());
-            &fingerprint
-        }
-        ("", Some(name)) => text(name),
-        (subject, _) => subject,
-    };
-    Ok(Principal::new(PrincipalKind::Certificate, holder, roles, Some(end(certificate))))
+    let holder = holder(certificate);
+    Ok(Principal::new(PrincipalKind::Certificate, &holder, roles, Some(end(certificate))))
 }
 
 /// The end of the validity of a certificate.
@@ -129,7 +162,7 @@ mod tests {
         assert_eq!(roles(&both), ("cert:CN=a,OU=Build,O=Example".into(), "reader ci worker".into()));
         assert_eq!(end(&both), SystemTime::UNIX_EPOCH + Duration::from_secs(2_209_075_200));
         let named = certificate(&[], Some("spiffe://example.com/ci/linux/a"));
-        assert_eq!(roles(&named), ("cert:spiffe://example.com/ci/linux/a".into(), "reader".into()));
+        assert_eq!(roles(&named), ("cert:URI:spiffe://example.com/ci/linux/a".into(), "reader".into()));
         let liar = certificate(&[(OrganizationName, "x"), (CommonName, "root,O=Example")], None);
         assert_eq!(roles(&liar).1, "reader");
         assert!(roles(&certificate(&[], None)).0.len() > "cert:".len());
@@ -139,5 +172,43 @@ mod tests {
                 "{pattern}"
             );
         }
+    }
+
+    #[test]
+    fn a_name_of_one_kind_stands_neither_for_another_kind_nor_for_a_subject() {
+        let made = |name: SanType| {
+            let mut params = CertificateParams::default();
+            params.distinguished_name = rcgen::DistinguishedName::new();
+            params.subject_alt_names = vec![name];
+            let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+            ClientCertificate::parse(&[certificate.der().clone()]).unwrap()
+        };
+        let dns = |text: &str| made(SanType::DnsName(text.try_into().unwrap()));
+        let uri = |text: &str| made(SanType::URI(text.try_into().unwrap()));
+        let email = |text: &str| made(SanType::Rfc822Name(text.try_into().unwrap()));
+        let covers = |pattern: &str, certificate: &ClientCertificate| {
+            CertificateGrant::parse(CertificateField::Name, pattern, Vec::new()).unwrap().covers(certificate)
+        };
+        assert!(covers("*@example.com", &email("a@example.com")));
+        assert!(covers("*.example.com", &dns("a.example.com")));
+        assert!(covers("spiffe://**", &uri("spiffe://a/b")));
+        for (pattern, liar) in [
+            ("*@example.com", uri("x:eve@example.com")),
+            ("*@example.com", dns("eve@example.com")),
+            ("*.example.com", uri("x:eve.example.com")),
+            ("*.example.com", email("eve@x.example.com")),
+            ("spiffe://**", dns("spiffe://a/b")),
+            ("spiffe://**", email("spiffe://a/b")),
+        ] {
+            assert!(!covers(pattern, &liar), "{pattern} {liar:?}");
+        }
+        let alice = certificate(&[(DnType::CommonName, "alice")], None);
+        let hash = const_hex::encode(certificate(&[], None).fingerprint());
+        let names: std::collections::BTreeSet<_> =
+            [alice, dns("CN=alice"), uri("CN=alice"), email("CN=alice"), dns(&hash)]
+                .iter()
+                .map(holder)
+                .collect();
+        assert_eq!(names.len(), 5, "{names:?}");
     }
 }

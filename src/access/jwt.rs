@@ -63,6 +63,23 @@ struct TrustedIssuer {
     keys: Arc<KeyCache>,
 }
 
+/// Checks the files with keys of issuers. Keys at URLs are not fetched.
+///
+/// # Errors
+/// Which file cannot be used, and why.
+pub(super) fn check_key_files(settings: &[JwtSettings]) -> Result<(), String> {
+    for JwtSettings { rules, keys } in settings {
+        if let JwksLocation::File(path) = &keys.location {
+            download::read_file(path, None).map_err(|problem| unusable_keys(rules, keys, &problem))?;
+        }
+    }
+    Ok(())
+}
+
+fn unusable_keys(rules: &IssuerSettings, keys: &KeySettings, problem: &str) -> String {
+    format!("access.jwt \"{}\": jwks {}: {problem}", shown(&rules.issuer), keys.location)
+}
+
 impl JwtVerifier {
     /// A verifier with these issuers. It takes keys over from the `previous` one where their settings are the same.
     ///
@@ -77,20 +94,18 @@ impl JwtVerifier {
     ) -> Result<Self, String> {
         let mut issuers: Vec<TrustedIssuer> = Vec::with_capacity(settings.len());
         for JwtSettings { rules, keys } in settings {
-            let named = shown(&rules.issuer);
-            let rules = IssuerRules::new(rules).map_err(|problems| {
+            let issuer = IssuerRules::new(rules).map_err(|problems| {
                 let problems: Vec<_> =
                     problems.iter().map(|(key, problem)| format!("{key} {problem}")).collect();
-                format!("access.jwt \"{named}\": {}", problems.join("; "))
+                format!("access.jwt \"{}\": {}", shown(&rules.issuer), problems.join("; "))
             })?;
             let known = issuers.iter().chain(previous.into_iter().flat_map(|previous| &previous.issuers));
             let keys = match known.map(|issuer| &issuer.keys).find(|known| known.settings() == keys) {
                 Some(known) => known.clone(),
-                None => KeyCache::start(keys.clone(), now, runtime, log).map_err(|problem| {
-                    format!("access.jwt \"{named}\": jwks {}: {problem}", keys.location)
-                })?,
+                None => KeyCache::start(keys.clone(), now, runtime, log)
+                    .map_err(|problem| unusable_keys(rules, keys, &problem))?,
             };
-            issuers.push(TrustedIssuer { rules, keys });
+            issuers.push(TrustedIssuer { rules: issuer, keys });
         }
         Ok(Self { issuers })
     }
@@ -135,9 +150,8 @@ impl SignedTokens for JwtVerifier {
         async move { Ok(self.check(token, now).await?) }.boxed()
     }
 
-    fn trusts(&self, holder: &str) -> bool {
-        let issuers = self.issuers.iter().map(|issuer| issuer.rules.issuer());
-        issuers.filter_map(|issuer| holder.strip_prefix(issuer)).any(|rest| rest.starts_with('#'))
+    fn trusts(&self, mark: u64) -> bool {
+        self.issuers.iter().any(|issuer| issuer.rules.mark() == mark)
     }
 }
 

@@ -6,9 +6,9 @@
 use super::{
     authenticator::{AccessRules, Authenticator, CredentialSources, SignedTokens},
     basic::{PasswordFile, UserSet},
-    jwt::{JwksLocation, JwtVerifier, KeySet},
+    jwt::{self, JwksLocation, JwtVerifier, KeySet},
     settings::AccessSettings,
-    tokens::{self, TokenSet},
+    tokens::{self, TokenRecord, TokenSet},
 };
 use crate::logging::Event;
 use gorego_reapi::error::{Error, Result};
@@ -24,8 +24,9 @@ use tokio::{runtime::Handle, time::interval};
 
 /// Target of the log lines of this room.
 pub(super) const LOG: &str = "gorego::access";
-/// How often the files are looked at. A token that is revoked is refused after this time.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the files are looked at. They are read when two looks in a row find the same change, so that a file that is just being
+/// written, and is empty for a moment, does not take everybody's credentials away.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// Largest password file in bytes.
 const PASSWORDS_MAX_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -66,9 +67,33 @@ struct LoadedAccess {
     settings: AccessSettings,
     /// The issuers of signed tokens; `None` for a server without them. They look after their keys themselves.
     signed: Option<Arc<JwtVerifier>>,
-    /// What the files were like when they were read last.
-    stamps: Vec<Option<CredentialStamp>>,
+    /// What the files in force were like when they were read.
+    stamps: CredentialStamps,
+    /// What the files were like that were read since then and cannot be used.
+    refused: Option<CredentialStamps>,
+    /// What the files were like at the last look, if that was different.
+    seen: Option<CredentialStamps>,
 }
+
+impl LoadedAccess {
+    fn new(settings: AccessSettings, signed: Option<Arc<JwtVerifier>>, stamps: CredentialStamps) -> Self {
+        Self { settings, signed, stamps, refused: None, seen: None }
+    }
+
+    /// Whether the files have to be read, now that they are like this.
+    fn is_news(&mut self, found: &CredentialStamps) -> bool {
+        if *found == self.stamps || self.refused.as_ref() == Some(found) {
+            self.seen = None;
+            return false;
+        }
+        let is_settled = self.seen.as_ref() == Some(found);
+        self.seen = (!is_settled).then(|| found.clone());
+        is_settled
+    }
+}
+
+/// The stamps of all files; `None` for one that is missing.
+type CredentialStamps = Vec<Option<CredentialStamp>>;
 
 /// What changes when a file is replaced or written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +102,15 @@ struct CredentialStamp {
     inode: u64,
     size: u64,
     changed: (i64, i64),
+}
+
+/// Checks the files that the settings name, without a server. Keys of issuers are not fetched.
+///
+/// # Errors
+/// `Invalid` that names the file that cannot be used.
+pub(crate) fn check_files(settings: &AccessSettings) -> Result<()> {
+    load(settings, None)?;
+    jwt::check_key_files(&settings.jwt).map_err(Error::Invalid)
 }
 
 impl AccessLoader {
@@ -89,7 +123,7 @@ impl AccessLoader {
         let stamps = stamps(&settings);
         let signed = signed_tokens(&settings, None, runtime)?;
         let authenticator = Authenticator::new(load(&settings, signed.clone())?);
-        let state = Mutex::new(LoadedAccess { settings, signed, stamps });
+        let state = Mutex::new(LoadedAccess::new(settings, signed, stamps));
         Ok(Self { authenticator, state, runtime: runtime.clone() })
     }
 
@@ -110,14 +144,21 @@ impl AccessLoader {
         }
         let signed = signed_tokens(&settings, state.signed.as_deref(), &self.runtime)?;
         let rules = load(&settings, signed.clone())?;
-        Ok(Some(PreparedRules { rules, loaded: LoadedAccess { settings, signed, stamps } }))
+        Ok(Some(PreparedRules { rules, loaded: LoadedAccess::new(settings, signed, stamps) }))
     }
 
-    /// Puts prepared rules in force.
+    /// Puts prepared rules in force. Files that have changed since they were prepared are read again, so that no token is accepted
+    /// any more that was revoked meanwhile. Blocks.
     pub(crate) fn apply(&self, prepared: PreparedRules) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         *state = prepared.loaded;
-        self.authenticator.replace(prepared.rules);
+        let found = stamps(&state.settings);
+        if found == state.stamps {
+            self.authenticator.replace(prepared.rules);
+        } else {
+            // The outcome is in the log.
+            let _ = self.read_again(&mut state, prepared.rules.sources().clone(), found);
+        }
     }
 
     /// Looks at the files until the server ends.
@@ -135,23 +176,62 @@ impl AccessLoader {
     fn look(&self) {
         self.authenticator.audit().tell_counted();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let stamps = stamps(&state.settings);
-        if stamps == state.stamps {
-            return;
+        let found = stamps(&state.settings);
+        if state.is_news(&found) {
+            // The outcome is in the log.
+            let _ = self.read_again(&mut state, self.sources(), found);
         }
-        state.stamps = stamps;
-        match load(&state.settings, state.signed.clone()) {
-            Ok(rules) => {
-                self.authenticator.replace(rules);
-                Event::info(LOG, "credentials_reloaded")
-                    .log(format_args!("the files with credentials were read again"));
-            }
-            Err(error) => {
-                Event::warn(LOG, "credentials_not_reloaded")
-                    .with_shown("error", &error)
-                    .log(format_args!("the credentials stay as they were: {error}"));
-            }
+    }
+
+    /// The sources in force.
+    fn sources(&self) -> CredentialSources {
+        self.authenticator.rules().sources().clone()
+    }
+
+    /// Reads the files and puts what they contain in force. A file that cannot be used leaves the credentials of its kind as they are in
+    /// `sources`, and does not keep a token of another file alive that was revoked.
+    ///
+    /// # Errors
+    /// Why the file with the tokens cannot be used.
+    fn read_again(
+        &self,
+        state: &mut LoadedAccess,
+        mut sources: CredentialSources,
+        found: CredentialStamps,
+    ) -> Result<()> {
+        let settings = &state.settings;
+        let tokens = load_tokens(settings).map(|tokens| sources.tokens = tokens);
+        let users = load_users(settings).map(|users| sources.users = users);
+        self.authenticator.replace(AccessRules::new(settings.policy.clone(), sources));
+        for error in [&tokens, &users].into_iter().filter_map(|outcome| outcome.as_ref().err()) {
+            Event::warn(LOG, "credentials_not_reloaded")
+                .with_shown("error", error)
+                .log(format_args!("the credentials stay as they were: {error}"));
         }
+        if tokens.is_ok() && users.is_ok() {
+            (state.stamps, state.refused) = (found, None);
+            Event::info(LOG, "credentials_reloaded")
+                .log(format_args!("the files with credentials were read again"));
+        } else {
+            state.refused = Some(found);
+        }
+        tokens
+    }
+
+    /// Removes static tokens from their file, and refuses them from now on. Returns what was removed. Blocks.
+    ///
+    /// # Errors
+    /// `NotFound` for an id that is unknown, and then no token is revoked; `Precondition` if the server has no tokens, or cannot
+    /// change their file.
+    pub(crate) fn revoke(&self, ids: &[String]) -> Result<Vec<TokenRecord>> {
+        let path = self.state.lock().unwrap_or_else(PoisonError::into_inner).settings.tokens.clone();
+        let path = path
+            .ok_or_else(|| Error::Precondition("this server has no static tokens (access.tokens)".into()))?;
+        let revoked = tokens::file::update(&path, |list| list.revoke(ids))?;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = stamps(&state.settings);
+        self.read_again(&mut state, self.sources(), found)?;
+        Ok(revoked)
     }
 }
 
@@ -184,24 +264,23 @@ fn log_keys(location: &JwksLocation, fetched: std::result::Result<&KeySet, &str>
 }
 
 fn load(settings: &AccessSettings, signed: Option<Arc<JwtVerifier>>) -> Result<AccessRules> {
-    let policy = settings.policy.clone();
-    let tokens = match &settings.tokens {
-        Some(path) => TokenSet::new(&tokens::file::read(path)?, &policy),
-        None => TokenSet::default(),
+    let sources = CredentialSources {
+        tokens: load_tokens(settings)?,
+        users: load_users(settings)?,
+        certificates: settings.certificates.clone(),
+        signed: signed.map(|signed| signed as Arc<dyn SignedTokens>),
     };
-    let users = match &settings.passwords {
-        Some(path) => Some(Arc::new(UserSet::new(&read_passwords(path)?, &settings.users, &policy)?)),
-        None => None,
-    };
-    Ok(AccessRules::new(
-        policy,
-        CredentialSources {
-            tokens: Arc::new(tokens),
-            users,
-            certificates: settings.certificates.clone(),
-            signed: signed.map(|signed| signed as Arc<dyn SignedTokens>),
-        },
-    ))
+    Ok(AccessRules::new(settings.policy.clone(), sources))
+}
+
+fn load_tokens(settings: &AccessSettings) -> Result<Arc<TokenSet>> {
+    let Some(path) = &settings.tokens else { return Ok(Arc::default()) };
+    Ok(Arc::new(TokenSet::new(&tokens::file::read(path)?, &settings.policy)))
+}
+
+fn load_users(settings: &AccessSettings) -> Result<Option<Arc<UserSet>>> {
+    let Some(path) = &settings.passwords else { return Ok(None) };
+    Ok(Some(Arc::new(UserSet::new(&read_passwords(path)?, &settings.users, &settings.policy)?)))
 }
 
 fn read_passwords(path: &Path) -> Result<PasswordFile> {
@@ -227,7 +306,7 @@ fn read_passwords(path: &Path) -> Result<PasswordFile> {
     PasswordFile::parse(&text).map_err(|error| refuse(error.to_string()))
 }
 
-fn stamps(settings: &AccessSettings) -> Vec<Option<CredentialStamp>> {
+fn stamps(settings: &AccessSettings) -> CredentialStamps {
     let files = settings.tokens.iter().chain(&settings.passwords);
     files.map(|path| fs::metadata(path).ok().map(|file| stamp(&file))).collect()
 }
@@ -235,4 +314,141 @@ fn stamps(settings: &AccessSettings) -> Vec<Option<CredentialStamp>> {
 fn stamp(file: &fs::Metadata) -> CredentialStamp {
     let changed = (file.ctime(), file.ctime_nsec());
     CredentialStamp { device: file.dev(), inode: file.ino(), size: file.size(), changed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::access::{policy::Policy, tokens::NewToken};
+    use std::{os::unix::fs::PermissionsExt as _, path::PathBuf};
+
+    struct Bench {
+        loader: AccessLoader,
+        tokens: PathBuf,
+        _directory: tempfile::TempDir,
+    }
+
+    fn settings(tokens: PathBuf) -> AccessSettings {
+        let passwords = Some(tokens.with_file_name("passwords"));
+        AccessSettings {
+            policy: Policy::with_roles([], &[]),
+            tokens: Some(tokens),
+            passwords,
+            users: Default::default(),
+            certificates: Vec::new(),
+            jwt: Vec::new(),
+        }
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let tokens = directory.path().join("tokens");
+            let loader = AccessLoader::open(settings(tokens.clone()), &Handle::current()).unwrap();
+            Self { loader, tokens, _directory: directory }
+        }
+
+        /// Adds a token to the file.
+        fn token(&self) -> NewToken {
+            let token = NewToken::random().unwrap();
+            let record = TokenRecord {
+                id: token.id.clone(),
+                sha256: token.sha256,
+                roles: vec!["ci".into()],
+                created: SystemTime::UNIX_EPOCH,
+                expires: None,
+                note: String::new(),
+            };
+            tokens::file::update(&self.tokens, |list| list.add(record)).unwrap();
+            token
+        }
+
+        /// Replaces the content, as an editor does that writes into the file.
+        fn write(&self, text: &str) {
+            fs::write(&self.tokens, text).unwrap();
+        }
+
+        fn look(&self, times: usize) {
+            (0..times).for_each(|_| self.loader.look());
+        }
+
+        fn knows(&self, token: &NewToken) -> bool {
+            self.loader.authenticator().rules().knows_token(&token.text)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_empty_for_a_moment_takes_nobodys_token_away() {
+        let bench = Bench::new();
+        let token = bench.token();
+        bench.look(2);
+        assert!(bench.knows(&token));
+        let text = fs::read_to_string(&bench.tokens).unwrap();
+        bench.write("");
+        bench.look(1);
+        bench.write(&text);
+        bench.look(2);
+        assert!(bench.knows(&token), "it was being written");
+        bench.write("");
+        bench.look(2);
+        assert!(!bench.knows(&token), "it stays empty");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_used_changes_nothing_and_every_reload_says_so_until_it_is_repaired() {
+        let bench = Bench::new();
+        let token = bench.token();
+        bench.look(2);
+        let text = fs::read_to_string(&bench.tokens).unwrap();
+        bench.write("[[token]]");
+        bench.look(3);
+        assert!(bench.knows(&token));
+        for _ in 0..2 {
+            let refused = bench.loader.prepare(settings(bench.tokens.clone()));
+            assert!(refused.unwrap_err().to_string().contains("tokens"));
+        }
+        bench.write(&text);
+        fs::set_permissions(&bench.tokens, fs::Permissions::from_mode(0o644)).unwrap();
+        bench.look(3);
+        assert!(bench.loader.prepare(settings(bench.tokens.clone())).is_err());
+        fs::set_permissions(&bench.tokens, fs::Permissions::from_mode(0o600)).unwrap();
+        bench.look(2);
+        assert!(bench.loader.prepare(settings(bench.tokens.clone())).unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_password_file_that_cannot_be_used_keeps_no_revoked_token_alive() {
+        let bench = Bench::new();
+        let [gone, kept] = [bench.token(), bench.token()];
+        bench.look(2);
+        fs::write(bench.tokens.with_file_name("passwords"), "malformed").unwrap();
+        tokens::file::update(&bench.tokens, |list| list.revoke(std::slice::from_ref(&gone.id))).unwrap();
+        bench.look(2);
+        assert!(!bench.knows(&gone) && bench.knows(&kept));
+        bench.loader.revoke(std::slice::from_ref(&kept.id)).unwrap();
+        assert!(!bench.knows(&kept));
+        assert!(bench.loader.prepare(settings(bench.tokens.clone())).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_token_that_is_revoked_during_a_reload_does_not_come_back() {
+        let bench = Bench::new();
+        let gone = bench.token();
+        let prepared = bench.loader.prepare(settings(bench.tokens.clone())).unwrap().unwrap();
+        bench.loader.revoke(std::slice::from_ref(&gone.id)).unwrap();
+        bench.loader.apply(prepared);
+        assert!(!bench.knows(&gone));
+    }
+
+    #[tokio::test]
+    async fn a_token_that_is_revoked_here_is_refused_at_once_and_an_unknown_id_revokes_nothing() {
+        let bench = Bench::new();
+        let [gone, kept] = [bench.token(), bench.token()];
+        bench.look(2);
+        let refused = bench.loader.revoke(&[gone.id.clone(), "unknown".into()]);
+        assert!(matches!(refused, Err(Error::NotFound(_))) && bench.knows(&gone));
+        let revoked = bench.loader.revoke(std::slice::from_ref(&gone.id)).unwrap();
+        assert_eq!(revoked.iter().map(|token| &token.id).collect::<Vec<_>>(), [&gone.id]);
+        assert!(!bench.knows(&gone) && bench.knows(&kept));
+    }
 }

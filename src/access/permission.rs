@@ -117,6 +117,16 @@ impl PermissionSet {
         permissions.iter().any(|permission| self.contains(*permission))
     }
 
+    /// The set as a number, for [`PermissionSet::from_bits`].
+    pub(crate) const fn bits(self) -> u16 {
+        self.0
+    }
+
+    /// The set with this number.
+    pub(crate) const fn from_bits(bits: u16) -> Self {
+        Self(bits)
+    }
+
     /// The permissions of both sets.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {

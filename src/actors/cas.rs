@@ -12,10 +12,12 @@
 mod batches;
 pub(crate) mod blob;
 pub mod client;
+mod compaction;
 mod decoding;
 pub(crate) mod forms;
 mod guards;
 mod index;
+mod leasing;
 mod lookup;
 mod memo;
 mod new_files;
@@ -36,7 +38,7 @@ pub(crate) mod uploads;
 mod view;
 mod volume;
 
-pub use index::{Tally, Totals};
+pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
@@ -68,7 +70,7 @@ use memo::Memo;
 use reply::StoreReply;
 use requests::*;
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, LazyLock, OnceLock},
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -79,7 +81,7 @@ use tokio::{
 use trees::walk::Walks;
 use uploads::{Attempt, Begin, Partial, Uploads};
 use view::View;
-use volume::{Volume, files::Files};
+use volume::{Volume, WrittenFile, local::Local};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
@@ -129,6 +131,8 @@ pub(crate) struct StoreShared {
     chunk_work: ChunkWork,
     /// Where results that replace different ones are reported.
     reports: OnceLock<NonDeterminismReports>,
+    /// Held while the volume is compacted in the background.
+    compaction_turn: Arc<Semaphore>,
     /// Held by a purge while it works on a page.
     purge_turn: tokio::sync::Mutex<()>,
     /// Held while the disk is relieved, which is done once for all callers.
@@ -163,6 +167,8 @@ pub struct CasActor {
     deleted: watch::Sender<u64>,
     /// When the log last reported that the disk is full and the store cannot help.
     full_disk_logged: Option<Instant>,
+    /// When the log last reported that results are not served because leases fill the store.
+    full_leases_logged: Option<Instant>,
 }
 
 impl CasActor {
@@ -173,7 +179,7 @@ impl CasActor {
     /// # Errors
     /// `Precondition` when the directory cannot be used, naming it and the reason.
     pub fn open(settings: StoreSettings, instances: &Instances, runtime: Handle) -> Result<Self> {
-        let volume = Files::open(&settings.root, instances)?;
+        let volume = Local::open(&settings.root, instances, settings.max_bytes)?;
         Self::over(Box::new(volume), settings, runtime)
     }
 
@@ -182,7 +188,8 @@ impl CasActor {
     /// # Errors
     /// `Exhausted` when the contents cannot be brought within the limit.
     fn over(volume: Box<dyn Volume>, settings: StoreSettings, runtime: Handle) -> Result<Self> {
-        let mut index = recovery::recover(&*volume, settings.max_bytes);
+        let mut index =
+            recovery::recover(&*volume, settings.max_bytes, settings.leases, settings.result_links_bytes);
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
         let shared = StoreShared {
@@ -213,6 +220,7 @@ impl CasActor {
             decoders: Budget::new(uploads::decoders::DECODERS),
             chunk_work: ChunkWork::default(),
             reports: OnceLock::new(),
+            compaction_turn: Arc::new(Semaphore::new(1)),
             purge_turn: tokio::sync::Mutex::default(),
             relief_turn: tokio::sync::Mutex::default(),
             relieved_first: relief::RelievedFirst::default(),
@@ -225,6 +233,7 @@ impl CasActor {
             over_limit,
             deleted: watch::Sender::new(0),
             full_disk_logged: None,
+            full_leases_logged: None,
         })
     }
 
@@ -272,6 +281,13 @@ fn unix_seconds() -> u32 {
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
 }
 
+/// Seconds since the first call, by a clock that no change of the system's time moves. Leases, which end with the process, are
+/// measured by it.
+fn uptime_seconds() -> u32 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    u32::try_from(START.elapsed().as_secs()).unwrap_or(u32::MAX)
+}
+
 counted!(CasActor);
 
 impl Actor for CasActor {
@@ -313,8 +329,12 @@ impl Receive<Commit> for CasActor {
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
         for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
             self.change(|index| {
+                let lessee = message.lessee.and_then(|build| index.enter(build, uptime_seconds()));
                 for &WrittenFile { file, bytes, stamp } in part {
                     superfluous.extend(index.commit(file, bytes, stamp, now));
+                    if let Some(lessee) = lessee {
+                        index.lease_key(&file.key, lessee);
+                    }
                     stored.push(file.key);
                 }
             });
@@ -358,6 +378,7 @@ impl Receive<BeginUpload> for CasActor {
                 let of_twins =
                     if message.beside { 0 } else { self.uploads.left_to_twins(&blob, &entered, size) };
                 let wanted = size.saturating_add(of_twins);
+                self.ease_leases(wanted, None);
                 let fits = self.change(|index| index.check_fit(wanted, self.uploads.parked_bytes()));
                 let attempt = Attempt::new(
                     ctx.address(),
@@ -417,6 +438,7 @@ impl Receive<Deleted> for CasActor {
         });
         self.deleted.send_replace(deleted);
         self.trim(ctx);
+        self.compact(ctx);
     }
 }
 

@@ -151,9 +151,8 @@ impl SchedulerActor {
         }
     }
 
-    fn send_check(&self, Check { task, instance, root, peer }: Check, ctx: &mut Context<Self>) {
-        let caller = Caller::without_connection(peer);
-        let checking = tokio::time::timeout(self.transfer_timeout, self.inputs.check(instance, root, caller));
+    fn send_check(&self, Check { task, instance, root, build }: Check, ctx: &mut Context<Self>) {
+        let checking = tokio::time::timeout(self.transfer_timeout, self.inputs.check(instance, root, build));
         let scheduler = ctx.address();
         actix::spawn(async move {
             let silent =

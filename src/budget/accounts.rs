@@ -1,4 +1,4 @@
-//! [`Accounts`]: who holds what of a budget, who waits for more, and who of them is next. Pure.
+//! [`Accounts`]: what each caller holds of a budget, which callers wait for more, and which of them is next. Pure.
 //!
 //! The peer that holds least is served first, and of its connections the one that holds least. So a peer that holds nothing goes
 //! before everybody who holds something. Among equals, the one that was served or came longest ago is first. A connection has

@@ -71,7 +71,7 @@ impl Holdings {
         }
         let left = self.bounds.total.saturating_sub(self.all).checked_sub(amount).ok_or(Bound::Server)?;
         let Sharing::Shares { free } = self.sharing else { return Ok(()) };
-        // Whoever holds nothing may have all that is left.
+        // A caller that holds nothing may have all that is left.
         if before_peer > 0 && (left < free || of_peer > left.saturating_mul(SHARE)) {
             return Err(Bound::Peer);
         }

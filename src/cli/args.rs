@@ -33,7 +33,7 @@ pub struct ServeArgs {
     /// Address on which gRPC is served [default: 127.0.0.1:50051]
     #[arg(long, value_name = "HOST:PORT")]
     pub listen_addr: Option<SocketAddr>,
-    /// Listen on a non-loopback address although everyone who can reach it can run commands here
+    /// Listen on a non-loopback address without TLS or credentials: everyone who can reach it can run commands here
     #[arg(long)]
     pub allow_unauthenticated: bool,
     /// Directory for blobs and results [default: gorego in the user's cache directory]
@@ -67,7 +67,7 @@ pub enum LogFormatArg {
 /// The subcommands of `gorego config`.
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Check a configuration file, without flags and environment
+    /// Check a configuration file and the files that it names, without flags and environment
     Check {
         /// The file
         file: PathBuf,
@@ -95,22 +95,22 @@ pub struct ReloadArgs {
 /// The subcommands of `gorego token`.
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
-    /// Make a token and print it; the server keeps only its hash
+    /// Create a token and print it; the server keeps only its hash
     Create {
-        /// A role of the token: reader, developer, ci, worker, admin, or one of the configuration (repeatable)
+        /// A role of the token: reader, developer, ci, worker, admin, or a role of the configuration (repeatable)
         #[arg(long = "role", required = true, value_name = "NAME")]
         roles: Vec<String>,
-        /// How long it is valid, as in 12h or 90d, or never
+        /// How long the token is valid: 12h, 90d, or never
         #[arg(long, default_value = "90d", value_name = "TIME", value_parser = token::parse_lifetime)]
         expires: Lifetime,
-        /// What to remember it by, such as the machine that has it
+        /// A note for `token list`, such as the machine that has the token
         #[arg(long, default_value = "", value_name = "TEXT")]
         note: String,
         /// Where tokens are kept
         #[command(flatten)]
         file: TokenFileArgs,
     },
-    /// List the tokens by their public ids
+    /// List the tokens: public id, times, roles and note
     List {
         /// Print JSON
         #[arg(long)]
@@ -124,6 +124,12 @@ pub enum TokenCommand {
         /// The ids, as `list` shows them
         #[arg(required = true, value_name = "ID")]
         ids: Vec<String>,
+        /// Have this server revoke them, instead of changing a file here
+        #[arg(long, value_name = "URL", conflicts_with = "file")]
+        endpoint: Option<String>,
+        /// TLS and credentials
+        #[command(flatten)]
+        connect: ConnectArgs,
         /// Where tokens are kept
         #[command(flatten)]
         file: TokenFileArgs,

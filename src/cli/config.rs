@@ -5,13 +5,19 @@ mod reload;
 use super::{
     ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
 };
-use crate::config::{
-    ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, SocketAddress, Sources, load,
-    load::file_to_read, show::show,
+use crate::{
+    access::{check_files, jwt::JwksLocation},
+    config::{
+        ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, SocketAddress, Sources, load,
+        load::file_to_read, show::show,
+    },
+    server::check_tls_files,
 };
 use gorego_reapi::error::{Error, Result};
 use std::{
     ffi::OsString,
+    fs::File,
+    io::ErrorKind,
     path::{Path, PathBuf},
 };
 use toml::Value;
@@ -37,8 +43,47 @@ pub(super) fn run(command: &ConfigCommand) -> u8 {
 fn check(file: &Path) -> Result<String> {
     let loaded = load(&Sources { file: Some(file.to_owned()), ..Sources::default() })?;
     let settings = Settings::new(&loaded, &Machine::this())?;
-    let warnings: String = settings.warnings.iter().map(|warning| format!("warning: {warning}\n")).collect();
+    let of_files = check_named_files(&settings)?;
+    let warnings = settings.warnings.iter().chain(&of_files);
+    let warnings: String = warnings.map(|warning| format!("warning: {warning}\n")).collect();
     Ok(format!("{warnings}{} is fine\n", file.display()))
+}
+
+/// Checks the files of `[tls]` and `[access]`, as a start of the server does. Returns what it would warn about, and a warning for
+/// each section with a file that this user may not read: usually only the user of the server may.
+fn check_named_files(settings: &Settings) -> Result<Vec<String>> {
+    let access = &settings.access;
+    let keys = access.jwt.iter().filter_map(|issuer| match &issuer.keys.location {
+        JwksLocation::File(path) => Some(path),
+        JwksLocation::Url(_) => None,
+    });
+    let of_access = access.tokens.iter().chain(&access.passwords).chain(keys);
+    let of_tls = settings.tls.iter().flat_map(|tls| {
+        [Some(&tls.cert), Some(&tls.key), tls.client_ca.as_ref(), tls.crl.as_ref()].into_iter().flatten()
+    });
+    let mut warnings = match forbidden(of_tls) {
+        Some(path) => vec![not_checked("[tls]", path)],
+        None => check_tls_files(settings)?,
+    };
+    match forbidden(of_access) {
+        Some(path) => warnings.push(not_checked("[access]", path)),
+        None => check_files(access)?,
+    }
+    Ok(warnings)
+}
+
+fn not_checked(section: &str, path: &Path) -> String {
+    format!(
+        "this user may not read {}, so the files of {section} were not checked; run this as the user of the server",
+        path.display()
+    )
+}
+
+/// The first of these files that this user may not read.
+fn forbidden<'a>(mut files: impl Iterator<Item = &'a PathBuf>) -> Option<&'a PathBuf> {
+    let is_forbidden =
+        |path: &&PathBuf| File::open(path).is_err_and(|error| error.kind() == ErrorKind::PermissionDenied);
+    files.find(is_forbidden)
 }
 
 /// Loads the configuration of a server that is started with these flags, environment variables and sockets.
@@ -138,4 +183,37 @@ fn flags(args: &ServeArgs) -> Result<Vec<Flag>> {
         add("--log-filter", "log.filter", Value::String(filter.clone()));
     }
     Ok(flags)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    #[test]
+    fn the_files_that_a_configuration_names_are_checked_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        let checked = |text: &str| {
+            let file = directory.path().join("gorego.toml");
+            fs::write(&file, text).unwrap();
+            check(&file)
+        };
+        let tls = format!("[tls]\ncert = \"{0}\"\nkey = \"{0}\"\n", at("absent.pem"));
+        fs::write(directory.path().join("broken"), "neither tokens nor keys").unwrap();
+        fs::set_permissions(directory.path().join("broken"), fs::Permissions::from_mode(0o600)).unwrap();
+        let tokens = |name: &str| format!("[access]\ntokens = \"{}\"\n", at(name));
+        let keys = format!(
+            "[[access.jwt]]\nissuer = \"https://a\"\naudience = \"b\"\nalgorithms = [\"RS256\"]\njwks = \"{}\"\n\
+             claims = {{ c = \"d\" }}\nroles = [{{ role = \"ci\" }}]\n",
+            at("broken")
+        );
+        for (text, named) in [(&*tls, "absent.pem"), (&tokens("broken"), "broken"), (&keys, "broken")] {
+            let error = checked(text).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+        // The first token makes this file.
+        let fine = checked(&tokens("not-yet")).unwrap();
+        assert!(fine.ends_with("is fine\n") && !fine.contains("warning"), "{fine}");
+    }
 }

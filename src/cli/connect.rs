@@ -14,25 +14,28 @@ use std::{
 /// The variable with headers, one `NAME=VALUE` in each line.
 const HEADERS_VARIABLE: &str = "GOREGO_HEADERS";
 
+/// The heading of these flags in help texts. It is set for each of them: `next_help_heading` would also apply to the flags that follow
+/// this struct in a subcommand.
+const HEADING: &str = "Connection";
+
 /// Flags for TLS and credentials.
 #[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "Connection")]
 pub struct ConnectArgs {
-    /// CAs that may have signed the certificate of the server, in PEM [default: those of this machine]
-    #[arg(long, value_name = "FILE")]
+    /// CA certificates to trust, in PEM [default: those of this machine]
+    #[arg(long, value_name = "FILE", help_heading = HEADING)]
     pub tls_ca: Option<PathBuf>,
-    /// Certificate to show to the server, in PEM
-    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    /// Client certificate, in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key", help_heading = HEADING)]
     pub tls_cert: Option<PathBuf>,
     /// Private key of that certificate, in PEM
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    #[arg(long, value_name = "FILE", requires = "tls_cert", help_heading = HEADING)]
     pub tls_key: Option<PathBuf>,
-    /// Send this header with every request, or those of a file with one NAME=VALUE in each line. Other users can read
-    /// command lines, so give secrets in a file or in GOREGO_HEADERS, which has such lines too (repeatable)
-    #[arg(long, value_name = "NAME=VALUE|@FILE")]
+    /// Send this header with every request, or the headers of a file with one NAME=VALUE per line (repeatable). Other users
+    /// can read command lines, so put secrets into a file, or into GOREGO_HEADERS, which has the format of the file
+    #[arg(long, value_name = "NAME=VALUE|@FILE", help_heading = HEADING)]
     pub header: Vec<String>,
-    /// Ask this program for headers, as Bazel does with --credential_helper
-    #[arg(long, env = "GOREGO_CREDENTIAL_HELPER", value_name = "PROGRAM")]
+    /// Get headers from this program, which speaks the protocol of Bazel's --credential_helper
+    #[arg(long, env = "GOREGO_CREDENTIAL_HELPER", value_name = "PROGRAM", help_heading = HEADING)]
     pub credential_helper: Option<PathBuf>,
 }
 

@@ -6,14 +6,15 @@ mod stats;
 
 use super::{EXIT_FAILURE, ServerArgs, complain, ops::connect};
 use clap::{ArgGroup, Args, Subcommand};
-use gorego_reapi::digest::DigestFunction;
+use gorego_reapi::{digest::DigestFunction, proto::reapi};
+use std::time::SystemTime;
 
 /// The subcommands of `gorego store`.
 #[derive(Debug, Clone, Subcommand)]
 pub enum StoreCommand {
     /// Show what the store, the staged input trees and the images take
     Stats(StatsArgs),
-    /// Remove results from the action cache by where they come from, or show which ones that would be
+    /// Remove results from the action cache by their origin; without --yes, only show which ones
     Purge(PurgeArgs),
     /// List the actions that were seen with different outputs, the latest first
     Nondeterminism(NonDeterminismArgs),
@@ -35,23 +36,23 @@ pub struct StatsArgs {
 #[command(group(ArgGroup::new("which").required(true).multiple(true).args(["action", "invocation", "principal", "worker", "since"])))]
 pub struct PurgeArgs {
     /// The result of this action
-    #[arg(long, value_name = "HASH/SIZE")]
-    pub action: Option<String>,
+    #[arg(long, value_name = "HASH/SIZE", value_parser = purge::parse_action)]
+    pub action: Option<reapi::Digest>,
     /// Digest function of --action, such as blake3 [default: the one that the length of the hash suggests]
     #[arg(long, value_name = "NAME", value_parser = super::args::parse_digest_function)]
     pub digest_function: Option<DigestFunction>,
     /// Results that this run of a build tool caused (Bazel's invocation id)
     #[arg(long, value_name = "ID")]
     pub invocation: Option<String>,
-    /// Results that this principal uploaded or asked a worker for, such as token:ci
+    /// Results that this principal uploaded or asked a worker for, such as token:6b3386d1a52f4c0e
     #[arg(long, value_name = "NAME")]
     pub principal: Option<String>,
     /// Results of this worker, or of all workers whose names begin with it and a slash
     #[arg(long, value_name = "NAME")]
     pub worker: Option<String>,
     /// Results that were written since then: how long ago, as in 2h, or a time, as in 2026-01-31T12:00:00Z
-    #[arg(long, value_name = "WHEN")]
-    pub since: Option<String>,
+    #[arg(long, value_name = "WHEN", value_parser = |text: &str| purge::parse_since(text, SystemTime::now()))]
+    pub since: Option<SystemTime>,
     /// Remove them; without it, only show which ones
     #[arg(long)]
     pub yes: bool,

@@ -1,8 +1,8 @@
-//! `gorego token`: makes, lists and revokes static tokens, in the file of `access.tokens`.
+//! `gorego token`: makes, lists and revokes static tokens, in the file of `access.tokens`. A server can be asked to revoke them too.
 
 use super::{
-    EXIT_OK, EXIT_USAGE, ServeArgs, TokenCommand, TokenFileArgs, complain, config::load_settings,
-    environment, output::print,
+    ConnectArgs, EXIT_OK, EXIT_USAGE, ServeArgs, ServerArgs, TokenCommand, TokenFileArgs, block_on, complain,
+    config::load_settings, environment, ops::connect, output::print,
 };
 use crate::access::{
     policy::Policy,
@@ -11,7 +11,11 @@ use crate::access::{
         file::{read, update},
     },
 };
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::{
+    error::{Error, Result},
+    escape::escaped,
+    proto::gorego::RevokedToken,
+};
 use serde::Serialize;
 use std::{
     fmt::Write as _,
@@ -25,7 +29,10 @@ pub(super) fn run(command: &TokenCommand) -> u8 {
     let outcome = match command {
         TokenCommand::Create { roles, expires, note, file } => create(roles, *expires, note, file),
         TokenCommand::List { json, file } => list(*json, file),
-        TokenCommand::Revoke { ids, file } => revoke(ids, file),
+        TokenCommand::Revoke { ids, endpoint: Some(endpoint), connect, .. } => {
+            revoke_at(ids, endpoint, connect)
+        }
+        TokenCommand::Revoke { ids, endpoint: None, file, .. } => revoke(ids, file),
     };
     match outcome.and_then(|text| print(&text)) {
         Ok(()) => EXIT_OK,
@@ -111,11 +118,20 @@ fn list(json: bool, file: &TokenFileArgs) -> Result<String> {
 fn revoke(ids: &[String], file: &TokenFileArgs) -> Result<String> {
     let (path, _) = place(file)?;
     let gone = update(&path, |list| list.revoke(ids))?;
-    let mut text = String::new();
-    for token in gone {
-        let _ = writeln!(text, "revoked {} ({})", token.id, named_roles(&token.roles));
-    }
-    Ok(text)
+    Ok(gone.iter().map(|token| revoked(&token.id, &token.roles) + "\n").collect())
+}
+
+/// Has a server revoke tokens.
+fn revoke_at(ids: &[String], endpoint: &str, options: &ConnectArgs) -> Result<String> {
+    let server =
+        ServerArgs { endpoint: endpoint.to_owned(), instance: String::new(), connect: options.clone() };
+    let answer = block_on(async { connect(&server).await?.revoke_tokens(ids.to_vec()).await })?;
+    let line = |token: &RevokedToken| escaped(&revoked(&token.id, &token.roles)) + "\n";
+    Ok(answer.tokens.iter().map(line).collect())
+}
+
+fn revoked(id: &str, roles: &[String]) -> String {
+    format!("revoked {id} ({})", named_roles(roles))
 }
 
 /// The file of the tokens, and the policy with the roles.
@@ -125,7 +141,7 @@ fn place(file: &TokenFileArgs) -> Result<(PathBuf, Policy)> {
     let path = file.file.clone().or(settings.access.tokens).ok_or_else(|| {
         Error::invalid(
             "the server has no file for tokens: set tokens in the section [access] of its configuration, for example to \
-             /etc/gorego/tokens, or name the file with --file (docs/securing.md)",
+             /var/lib/gorego/tokens, or name the file with --file (docs/securing.md)",
         )
     })?;
     Ok((path, settings.access.policy))

@@ -23,6 +23,8 @@ use std::{
 const ROLES_MAX: usize = 1_000;
 /// Longest name of a role in bytes.
 const ROLE_NAME_MAX: usize = 64;
+/// The key of roles in messages.
+const ROLES: &str = "access.roles";
 
 /// The `[access]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -156,13 +158,12 @@ fn policy(check: &mut Checker<'_>, config: &AccessConfig, is_exposed: bool) -> P
 }
 
 fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Role> {
-    const KEY: &str = "access.roles";
     let problems = check.problems.len();
     let is_name = !name.is_empty()
         && name.len() <= ROLE_NAME_MAX
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
     check.require(
-        KEY,
+        ROLES,
         is_name,
         &format!(
             "\"{}\" is not a name of a role: letters, digits and \"-_.\", at most 64",
@@ -170,7 +171,17 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
         ),
     );
     let is_ready_made = READY_MADE.iter().any(|ready_made| ready_made.name == name);
-    check.require(KEY, !is_ready_made, &format!("\"{name}\" is a ready-made role; give yours another name"));
+    check.require(
+        ROLES,
+        !is_ready_made,
+        &format!("\"{name}\" is a ready-made role; give yours another name"),
+    );
+    let (permissions, instances) = (role_permissions(check, name, role), role_instances(check, name, role));
+    (check.problems.len() == problems).then(|| Role { name: name.to_owned(), permissions, instances })
+}
+
+/// The permissions of a role: those of the ready-made role that it is like, and its own.
+fn role_permissions(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> PermissionSet {
     let mut permissions = PermissionSet::default();
     if let Some(like) = &role.like {
         match READY_MADE.iter().find(|ready_made| ready_made.name == like) {
@@ -178,7 +189,7 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
             None => {
                 let known: Vec<_> = READY_MADE.iter().map(|ready_made| ready_made.name).collect();
                 check.refuse(
-                    KEY,
+                    ROLES,
                     &format!(
                         "{name}.like = \"{}\" is not a ready-made role: {}",
                         like.escape_debug(),
@@ -194,9 +205,9 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
             None => {
                 let known: Vec<_> = Permission::ALL.iter().map(|permission| permission.name()).collect();
                 check.refuse(
-                    KEY,
+                    ROLES,
                     &format!(
-                        "{name}.permissions has \"{}\", which is none; there are {}",
+                        "{name}.permissions has \"{}\", which is no permission; there are {}",
                         text.escape_debug(),
                         known.join(", ")
                     ),
@@ -204,10 +215,14 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
             }
         }
     }
+    permissions
+}
+
+fn role_instances(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Vec<InstancePattern> {
     let parsed: Vec<_> = role.instances.iter().map(|text| (text, InstancePattern::parse(text))).collect();
     for (text, _) in parsed.iter().filter(|(_, pattern)| pattern.is_none()) {
         check.refuse(
-            KEY,
+            ROLES,
             &format!(
                 "{name}.instances has \"{}\"; the forms are an instance name, \"NAME/*\" for all below it, and \"*\"",
                 text.escape_debug()
@@ -215,12 +230,11 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
         );
     }
     check.require(
-        KEY,
+        ROLES,
         !role.instances.is_empty() && parsed.len() <= ROLES_MAX,
         &format!("{name}.instances is empty or too long"),
     );
-    let instances = parsed.into_iter().filter_map(|(_, pattern)| pattern).collect();
-    (check.problems.len() == problems).then(|| Role { name: name.to_owned(), permissions, instances })
+    parsed.into_iter().filter_map(|(_, pattern)| pattern).collect()
 }
 
 /// Refuses names of roles that do not exist.

@@ -14,7 +14,10 @@ use super::{
 use crate::{
     limits::{LimitSettings, Room},
     platform::{self, Offer, Offers, UnknownProperties},
-    sandbox::settings::{SandboxMode, SandboxSettings},
+    sandbox::{
+        kind::CellNetwork,
+        settings::{SandboxMode, SandboxSettings},
+    },
     size::Size,
 };
 use serde::{
@@ -186,6 +189,20 @@ pub struct PoolSettings {
     pub sandbox: SandboxSettings,
 }
 
+impl PoolSettings {
+    /// Stops offering a network to actions that ask for one. What the configuration itself says of these properties stays.
+    pub(crate) fn withdraw_network(&mut self) {
+        self.sandbox.network = CellNetwork::Off;
+        let has_sandbox = self.sandbox.mode != SandboxMode::Off;
+        for (name, offer) in platform::built_in(has_sandbox, true) {
+            if self.offers.get(name) == Some(&offer) {
+                self.offers.remove(name);
+            }
+        }
+        self.offers = with_built_in(std::mem::take(&mut self.offers), &self.sandbox);
+    }
+}
+
 /// The configured pools, or else the default pool that `concurrency` and `platform` describe. `sandbox` is that of all pools.
 pub(super) fn pools(
     check: &mut Checker<'_>,
@@ -288,7 +305,8 @@ fn declared_pool(
 fn with_built_in(mut offers: Offers, sandbox: &SandboxSettings) -> Offers {
     let has_sandbox = sandbox.mode != SandboxMode::Off;
     // Without a sandbox, everything has the network of the host.
-    for (name, offer) in platform::built_in(has_sandbox, sandbox.offers_network || !has_sandbox) {
+    for (name, offer) in platform::built_in(has_sandbox, sandbox.network != CellNetwork::Off || !has_sandbox)
+    {
         offers.entry(name.to_owned()).or_insert(offer);
     }
     offers

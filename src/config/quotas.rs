@@ -73,7 +73,7 @@ pub(super) fn quotas(check: &mut Checker<'_>) -> QuotaRules {
     for (name, own) in &config.principals {
         let Some(pattern) = PrincipalPattern::parse(name) else {
             let problem = format!(
-                "\"{}\" is neither the name of a principal (token:ci) nor the beginning of names (jwt:*)",
+                "\"{}\" is neither the name of a principal (token:ID) nor the beginning of names (jwt:*)",
                 name.escape_debug()
             );
             check.require(key, false, &problem);

@@ -4,7 +4,7 @@ use super::{Machine, checker::Checker, pools::PoolConfig};
 use crate::{
     sandbox::{
         identity,
-        kind::{InputsAsRoot, RootFs},
+        kind::{CellNetwork, InputsAsRoot, RootFs},
         settings::{SandboxMode, SandboxSettings},
         view,
     },
@@ -65,6 +65,8 @@ pub enum Mode {
 pub enum NetworkGrant {
     /// None. The pool does not run such actions.
     Off,
+    /// One of its own, with a way to other machines but not to the host.
+    On,
     /// The host's, as a whole.
     Host,
 }
@@ -135,7 +137,7 @@ pub(super) fn sandbox(
         first_user: config.first_user,
         own: own.iter().map(|own| machine.current_dir.join(own)).collect(),
         root: None,
-        offers_network: config.network == NetworkGrant::Host,
+        network: config.network.into(),
     };
     match root_fs(&config.rootfs, settings.mode, &settings.own) {
         Ok(root) => settings.root = root,
@@ -184,6 +186,16 @@ impl From<Mode> for SandboxMode {
     }
 }
 
+impl From<NetworkGrant> for CellNetwork {
+    fn from(grant: NetworkGrant) -> Self {
+        match grant {
+            NetworkGrant::Off => Self::Off,
+            NetworkGrant::On => Self::On,
+            NetworkGrant::Host => Self::Host,
+        }
+    }
+}
+
 impl PoolSandboxConfig {
     /// The sandbox of a pool with these keys, where `common` is that of all pools.
     pub(super) fn apply(&self, common: &SandboxSettings) -> Result<SandboxSettings, String> {
@@ -195,9 +207,8 @@ impl PoolSandboxConfig {
             None if mode == SandboxMode::Off => None,
             None => common.root.clone(),
         };
-        let offers_network =
-            self.network.map_or(common.offers_network, |network| network == NetworkGrant::Host);
-        Ok(SandboxSettings { mode, root, offers_network, ..common.clone() })
+        let network = self.network.map_or(common.network, CellNetwork::from);
+        Ok(SandboxSettings { mode, root, network, ..common.clone() })
     }
 }
 

@@ -78,6 +78,12 @@ pub struct Settings {
     pub chunking: bool,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
+    /// How long what a build has touched is not evicted after its last request; zero for no such promise.
+    pub build_lease: Duration,
+    /// The same for requests that name no build.
+    pub unnamed_build_lease: Duration,
+    /// Memory for the links of results to their blobs.
+    pub result_links_bytes: u64,
     /// zstd level for stored blobs; one of [`gorego_reapi::compression::LEVELS`].
     pub zstd_level: i32,
     /// The `committed_size` after a compressed upload (BS-25).
@@ -169,6 +175,7 @@ impl Settings {
         let tls = tls(&mut check, machine);
         let is_exposed = [Some(config.listen_addr), http_addr].into_iter().flatten().any(|a| !is_loopback(a));
         let access = access(&mut check, is_exposed, machine);
+        let result_links_bytes = check.size("cache.result_links_gb", config.cache.result_links_gb);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {
                 listen_addr: config.listen_addr,
@@ -179,6 +186,9 @@ impl Settings {
                 max_blob_bytes: max_blob_bytes.min(max_size_bytes),
                 chunking: config.cache.chunking,
                 partial_upload_retention: config.cache.partial_upload_retention,
+                build_lease: config.cache.build_lease,
+                unnamed_build_lease: config.cache.unnamed_build_lease,
+                result_links_bytes,
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,
@@ -219,6 +229,8 @@ fn check_values(check: &mut Checker<'_>) {
     let config = &check.loaded.config;
     check.duration("shutdown_grace", config.shutdown_grace, true);
     check.duration("cache.partial_upload_retention", config.cache.partial_upload_retention, true);
+    check.duration("cache.build_lease", config.cache.build_lease, true);
+    check.duration("cache.unnamed_build_lease", config.cache.unnamed_build_lease, true);
     check.require("cache.zstd_level", LEVELS.contains(&config.cache.zstd_level), "must be between 1 and 19");
     if let Err(problem) = check_filter(&config.log.filter) {
         check.refuse("log.filter", &problem);

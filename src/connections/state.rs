@@ -5,7 +5,7 @@
 
 use super::{Ahead, Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT};
 use crate::{
-    access::certificate::ClientCertificate,
+    access::{authenticator::RepeatedCredential, certificate::ClientCertificate},
     budget::{Budget, Share},
     caller::Caller,
 };
@@ -96,6 +96,8 @@ pub struct ConnectionState {
     pub ahead: Ahead,
     /// The certificate that the client has presented, if any.
     certificate: OnceLock<Arc<ClientCertificate>>,
+    /// The credential that the client has sent last.
+    pub(crate) credential: RepeatedCredential,
     /// Its share of the connection budget; `None` once it was asked to close.
     place: Mutex<Option<Share>>,
     accepted_ms: u64,
@@ -129,6 +131,7 @@ impl ConnectionState {
             answers,
             ahead,
             certificate: OnceLock::new(),
+            credential: RepeatedCredential::default(),
             place: Mutex::new(place),
             accepted_ms: now,
             has_asked: AtomicBool::new(false),

@@ -1,7 +1,8 @@
 //! [`Standing`]: whether an open request may go on. A token may be revoked, or expire, while a stream is open.
 //!
-//! It is looked at every [`LOOK_INTERVAL`], whether the request waits or moves. Requests of anonymous clients, and those that are
-//! over at once, cost nothing.
+//! It is looked at every [`LOOK_INTERVAL`], whether the request waits or moves. Requests that are over at once cost nothing. Those of
+//! anonymous clients are looked at only when they move, so that they need no alarm: streams that clients keep open move at least
+//! every half minute.
 
 use super::Gate;
 use crate::call::Call;
@@ -35,9 +36,7 @@ impl Standing {
     /// Ready with the reason when the request has to end. To be called whenever the request was polled; `waits` says whether it
     /// then waits.
     pub(crate) fn poll(&mut self, context: &mut Context<'_>, waits: bool) -> Poll<Error> {
-        if self.call.principal().is_anonymous() {
-            return Poll::Pending;
-        }
+        let waits = waits && !self.call.principal().is_anonymous();
         loop {
             let now = Instant::now();
             let mut next = *self.next_look.get_or_insert(now + LOOK_INTERVAL);
@@ -70,11 +69,15 @@ mod tests {
     use super::*;
     use crate::{
         access::{
-            authenticator::{AccessRules, Authenticator, CredentialSources},
+            authenticator::{AccessRules, Authentication, Authenticator, CredentialSources},
+            certificate::ClientCertificate,
+            grants::{CertificateField, CertificateGrant},
             permission::Permission,
             policy::Policy,
             tokens::{NewToken, TokenFile, TokenRecord, TokenSet},
         },
+        call::ConnectionInfo,
+        connections::Connections,
         instance::Instances,
     };
     use std::{sync::Arc, time::SystemTime};
@@ -132,6 +135,52 @@ mod tests {
                 assert!(error.to_string().contains(part), "{error}");
             }
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_of_an_anonymous_client_ends_when_it_moves_and_anonymous_clients_lost_the_permission() {
+        let policy = Policy::with_roles([], &["reader"]);
+        let authenticator = Authenticator::new(rules(&policy, &TokenFile::default()));
+        let gate = Gate::new(Instances::new([""]).unwrap(), authenticator.clone());
+        let call = Call::begin(None, Default::default(), Some(&[Permission::CasRead]), None);
+        gate.pass(&call, Ok(authenticator.anonymous())).unwrap();
+        gate.enter(&call, "").unwrap();
+        let mut standing = Standing::new(gate, call);
+        let mut poll = async || futures::poll!(std::future::poll_fn(|context| standing.poll(context, true)));
+        assert!(poll().await.is_pending());
+        authenticator.replace(rules(&Policy::with_roles([], &[]), &TokenFile::default()));
+        tokio::time::advance(LOOK_INTERVAL).await;
+        let Poll::Ready(error) = poll().await else { panic!("it goes on") };
+        assert!(matches!(error, Error::Unauthenticated(_)), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_over_a_certificate_ends_when_its_holder_lost_the_role() {
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "alice");
+        let made = params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap();
+        let certificate = ClientCertificate::parse(&[made.der().clone()]).unwrap();
+        let pattern = certificate.subject().to_owned();
+        let with = |role: &str| {
+            let grant = CertificateGrant::parse(CertificateField::Subject, &pattern, vec![role.to_owned()]);
+            let sources = CredentialSources { certificates: vec![grant.unwrap()], ..Default::default() };
+            AccessRules::new(Policy::with_roles([], &[]), sources)
+        };
+        let authenticator = Authenticator::new(with("admin"));
+        let gate = Gate::new(Instances::new([""]).unwrap(), authenticator.clone());
+        let admitted = Connections::default().admit(([127, 0, 0, 1], 1).into()).unwrap();
+        admitted.state().set_certificate(Arc::new(certificate));
+        let connection = Some(ConnectionInfo::of(&admitted));
+        let call = Call::begin(connection, Default::default(), Some(&[Permission::AcWrite]), None);
+        let Authentication::Done(holder) = gate.identify(&call, &Default::default()) else { panic!() };
+        gate.pass(&call, holder).unwrap();
+        gate.enter(&call, "").unwrap();
+        let mut standing = Standing::new(gate, call);
+        authenticator.replace(with("ci"));
+        assert!(timeout(Duration::from_secs(60), standing.ended()).await.is_err(), "it still may");
+        authenticator.replace(with("reader"));
+        let ended = timeout(Duration::from_secs(60), standing.ended()).await.unwrap();
+        assert!(ended.to_string().contains("ac.write"), "{ended}");
     }
 
     #[tokio::test]

@@ -32,7 +32,7 @@ impl ActionCache for ActionCacheService {
             "action_digest",
         )?;
         call.note_action(action);
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let found = cas.get_result_for(&instance, action, call.principal().name()).await?;
         // The result of a failed action is returned to the client that executed it, and is never served from the cache (AC-13).
         let found = found.filter(|result| result.exit_code == 0);
@@ -65,7 +65,7 @@ impl ActionCache for ActionCacheService {
         let result = request.action_result.ok_or_else(|| Error::invalid("action_result is not set"))?;
         // The answer is the stored result.
         call.reserve_soon(result.encoded_len()).await?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let stored = cas.put_result(&instance, action, result, call.provenance()).await?;
         Ok(Response::new(stored.into_inner()))
     }

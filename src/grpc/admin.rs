@@ -1,6 +1,6 @@
 //! The Admin service (`proto/gorego/v1/admin.proto`): store, configuration and trust in action results.
 //!
-//! Each call is one audit event, with the outcome.
+//! Each call is one audit event, with what it was about and the outcome.
 
 use super::{Edge, convert, page_token, services::admin_server::Admin};
 use crate::{
@@ -17,8 +17,9 @@ use gorego_reapi::{
     proto::gorego::{
         BoundedStats, ConfigChange, GetStoreStatsRequest, ListNonDeterminismRequest,
         ListNonDeterminismResponse, PurgeResultsRequest, PurgeResultsResponse, ReloadConfigRequest,
-        ReloadConfigResponse, StoreStats,
+        ReloadConfigResponse, RevokeTokensRequest, RevokeTokensResponse, RevokedToken, StoreStats,
     },
+    status::shorten,
 };
 use std::{
     sync::Arc,
@@ -36,6 +37,12 @@ const PURGE_PAGE: usize = 1_000;
 /// Default number of reports in a page, and the largest one. A report takes up to 7 kB.
 const REPORTS_PAGE: usize = 50;
 const MAX_REPORTS_PAGE: usize = 100;
+/// Most tokens that one request revokes.
+const REVOKED_MAX: usize = 1_000;
+/// Longest id of a token in a request, in bytes. Those of tokens have 16.
+const TOKEN_ID_MAX_BYTES: usize = 64;
+/// Longest text in an audit event about what a request does, in bytes.
+const DETAILS_MAX_BYTES: usize = 1024;
 /// Longest text in the conditions of a purge, in bytes. Longer ones are not stored.
 const CONDITION_MAX_BYTES: usize = 512;
 
@@ -50,7 +57,7 @@ impl Admin for AdminService {
     ) -> Result<Response<StoreStats>, Status> {
         let call = Call::of(request.extensions());
         let answer = self.store_stats(&call).await;
-        audited(&call, "GetStoreStats", answer)
+        audited(&call, "GetStoreStats", "", answer)
     }
 
     async fn reload_config(
@@ -58,8 +65,9 @@ impl Admin for AdminService {
         request: Request<ReloadConfigRequest>,
     ) -> Result<Response<ReloadConfigResponse>, Status> {
         let call = Call::of(request.extensions());
-        let answer = self.reload(&call, request.get_ref().dry_run).await;
-        audited(&call, "ReloadConfig", answer)
+        let dry_run = request.get_ref().dry_run;
+        let answer = self.reload(&call, dry_run).await;
+        audited(&call, "ReloadConfig", if dry_run { "dry run" } else { "" }, answer)
     }
 
     async fn purge_results(
@@ -68,7 +76,7 @@ impl Admin for AdminService {
     ) -> Result<Response<PurgeResultsResponse>, Status> {
         let call = Call::of(request.extensions());
         let answer = self.purge(&call, request.get_ref()).await;
-        audited(&call, "PurgeResults", answer)
+        audited(&call, "PurgeResults", &purge_details(request.get_ref()), answer)
     }
 
     async fn list_non_determinism(
@@ -77,12 +85,22 @@ impl Admin for AdminService {
     ) -> Result<Response<ListNonDeterminismResponse>, Status> {
         let call = Call::of(request.extensions());
         let answer = self.reports(&call, request.get_ref());
-        audited(&call, "ListNonDeterminism", answer)
+        audited(&call, "ListNonDeterminism", "", answer)
+    }
+
+    async fn revoke_tokens(
+        &self,
+        request: Request<RevokeTokensRequest>,
+    ) -> Result<Response<RevokeTokensResponse>, Status> {
+        let call = Call::of(request.extensions());
+        let details = shorten(request.get_ref().ids.join(" "), DETAILS_MAX_BYTES);
+        let answer = self.revoke(&call, request.into_inner().ids).await;
+        audited(&call, "RevokeTokens", &details, answer)
     }
 }
 
-/// Logs the outcome of an administrative request.
-fn audited<T>(call: &Call, method: &str, answer: Result<T>) -> Result<Response<T>, Status> {
+/// Logs an administrative request with its outcome. `details` says what it is about; empty if the method says all.
+fn audited<T>(call: &Call, method: &str, details: &str, answer: Result<T>) -> Result<Response<T>, Status> {
     let peer = call.peer().map(|peer| peer.to_string()).unwrap_or_default();
     let error = answer.as_ref().err();
     let shown = error.map(ToString::to_string);
@@ -93,6 +111,7 @@ fn audited<T>(call: &Call, method: &str, answer: Result<T>) -> Result<Response<T
         .with("peer", &*peer)
         .with("grpc_code", error.map_or("OK", Error::code_name))
         .with_some("instance", call.instance().map(|instance| instance.name()))
+        .with_some("details", Some(details).filter(|details| !details.is_empty()))
         .with_some("error", shown.as_deref())
         .log(format_args!("{} asked for {method}", principal.name()));
     answer.map(Response::new).map_err(Status::from)
@@ -131,7 +150,7 @@ impl AdminService {
         self.0.gate.administer(call)?;
         let reloader = self.0.administration.reloader.as_ref();
         let reloader = reloader.ok_or_else(|| Error::Unimplemented("there is no configuration".into()))?;
-        let Reloaded { applied, needs_restart, warnings } = reloader.reload(dry_run).await?;
+        let Reloaded { applied, needs_restart, warnings, .. } = reloader.reload(dry_run).await?;
         let changes = |changes: Vec<KeyChange>| {
             let change = |KeyChange { key, description }| ConfigChange { key, description };
             changes.into_iter().map(change).collect()
@@ -172,6 +191,23 @@ impl AdminService {
 }
 
 impl AdminService {
+    async fn revoke(&self, call: &Call, ids: Vec<String>) -> Result<RevokeTokensResponse> {
+        self.0.gate.administer(call)?;
+        if ids.is_empty() || ids.len() > REVOKED_MAX || ids.iter().any(|id| id.len() > TOKEN_ID_MAX_BYTES) {
+            return Err(Error::Invalid(format!(
+                "ids: name 1 to {REVOKED_MAX} tokens, each by an id of at most {TOKEN_ID_MAX_BYTES} bytes"
+            )));
+        }
+        let access = self.0.administration.access.clone();
+        let access = access.ok_or_else(|| Error::Unimplemented("this server has no tokens".into()))?;
+        let revoked = tokio::task::spawn_blocking(move || access.revoke(&ids)).await;
+        let revoked = revoked.map_err(|_| Error::internal("the tokens could not be revoked"))??;
+        let tokens = revoked.into_iter().map(|token| RevokedToken { id: token.id, roles: token.roles });
+        Ok(RevokeTokensResponse { tokens: tokens.collect() })
+    }
+}
+
+impl AdminService {
     fn reports(
         &self,
         call: &Call,
@@ -192,6 +228,25 @@ impl AdminService {
             next_page_token: page.next.map(|next| page_token::seal(&binding, next)).unwrap_or_default(),
         })
     }
+}
+
+/// What a purge is about, for the audit event.
+fn purge_details(request: &PurgeResultsRequest) -> String {
+    let action =
+        request.action_digest.as_ref().map(|digest| format!("{}/{}", digest.hash, digest.size_bytes));
+    let since = request.since.as_ref().and_then(time_from_wire);
+    let since = since.map(|since| humantime::format_rfc3339_seconds(since).to_string());
+    let conditions = [
+        ("action", action.as_deref().unwrap_or_default()),
+        ("invocation", &*request.invocation_id),
+        ("principal", &*request.principal),
+        ("worker", &*request.worker),
+        ("since", since.as_deref().unwrap_or_default()),
+    ];
+    let conditions = conditions.iter().filter(|(_, value)| !value.is_empty());
+    let conditions: Vec<_> = conditions.map(|(name, value)| format!("{name}={value}")).collect();
+    let what = if request.remove { "removes" } else { "shows" };
+    shorten(format!("{what} {}", conditions.join(" ")), DETAILS_MAX_BYTES)
 }
 
 /// The condition in a request.
@@ -234,14 +289,19 @@ fn page_size(asked: i32, default: usize, max: usize) -> Result<usize> {
 
 fn stats(store: StoreInspection) -> StoreStats {
     let StoreInspection { totals, running_uploads, partial_uploads, tally, oldest_use } = store;
-    let Totals { blobs, results, zstd_forms, used, leased, reserved, deleting, limit } = totals;
-    let Tally { evicted: entries, evicted_bytes: bytes, .. } = tally;
+    let Totals {
+        blobs, results, zstd_forms, used, held, leased, reserved, deleting, overhead, limit, ..
+    } = totals;
+    let Tally { evicted: entries, evicted_bytes: bytes, broken_promises, .. } = tally;
     StoreStats {
         max_bytes: wire(limit),
         used_bytes: wire(used),
+        held_bytes: wire(held),
         leased_bytes: wire(leased),
+        broken_promises: wire(broken_promises),
         reserved_bytes: wire(reserved),
         deleting_bytes: wire(deleting),
+        overhead_bytes: wire(overhead),
         blobs: wire(blobs),
         results: wire(results),
         zstd_forms: wire(zstd_forms),

@@ -79,7 +79,7 @@ where
 
 /// The shares that a call holds from its first byte to the last byte of its answer.
 #[derive(Debug)]
-struct CallPlace {
+pub(super) struct CallPlace {
     /// `None` for a call that does not come from a socket.
     _call: Option<Share>,
     /// `None` for a head of the usual size.
@@ -87,7 +87,7 @@ struct CallPlace {
 }
 
 impl CallPlace {
-    fn take<R>(call: &Call, request: &Request<R>) -> Result<Self, Refusal> {
+    pub(super) fn take<R>(call: &Call, request: &Request<R>) -> Result<Self, Refusal> {
         let Some(info) = call.connection() else { return Ok(Self { _call: None, head: None }) };
         let (caller, bytes) = (info.caller(), head_bytes(request));
         let place = info.connections.calls().take(caller, 1)?;

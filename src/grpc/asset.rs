@@ -5,7 +5,6 @@
 
 use super::{Edge, claim::Claim};
 use crate::{
-    access::permission::Permission,
     actors::asset::{
         bindings::References,
         client::Assets,
@@ -216,7 +215,7 @@ impl AssetService {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &offered.instance_name)?;
         // Others are served what is pushed, as they are served action results.
-        self.0.gate.require(call, &instance, Permission::AcWrite)?;
+        self.0.gate.require_to_publish(call, &instance)?;
         if !assets.push_enabled() {
             let message = "clients may not push assets to this server (assets.push = false)";
             return Err(Error::Unimplemented(message.into()).into());

@@ -64,7 +64,7 @@ impl ByteStream for ByteStreamService {
         let (instance, digest) = self.resolve(&call, &name)?;
         let request = request.into_inner();
         let window = ReadWindow::new(digest, request.read_offset, request.read_limit)?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         // The blob is opened before the response begins, so that its absence is the status of the call (BS-08).
         Ok(Response::new(match name.encoding {
             Encoding::Identity => {
@@ -97,7 +97,7 @@ impl ByteStream for ByteStreamService {
         let name = ResourceName::parse_write(resource)?;
         let call = Call::of(request.extensions());
         let (instance, digest) = self.resolve(&call, &name)?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let status = cas.query_upload(&instance, resource, digest).await?;
         Ok(Response::new(QueryWriteStatusResponse {
             committed_size: wire_size(status.committed),
@@ -120,7 +120,7 @@ impl ByteStreamService {
         }
         let (name, check) = WriteCheck::begin(&first)?;
         let (instance, digest) = self.resolve(call, &name)?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         if check.is_small_blob(&first) && !cas.find_missing(&instance, &[digest]).await?.is_empty() {
             store_small(&cas, &instance, digest, messages, first, check, call).await?;
             let committed_size = wire_size(digest.size());

@@ -58,7 +58,8 @@ impl ContentAddressableStorage for CasService {
             let request = request.into_inner();
             convert::digests(&instance, request.digest_function, request.blob_digests, "blob_digests")?
         };
-        let missing_blob_digests = self.0.cas.find_missing(&instance, &digests).await?;
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
+        let missing_blob_digests = cas.find_missing(&instance, &digests).await?;
         drop(digests);
         let kept = missing_blob_digests.len() * size_of::<Digest>();
         let answer = FindMissingBlobsResponse { missing_blob_digests };
@@ -73,7 +74,7 @@ impl ContentAddressableStorage for CasService {
         request: Request<BatchUpdateBlobsRequest>,
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
         let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let batch = Update::decode(&instance, request.into_inner())?;
         call.reserve_soon(inline::MESSAGE_MAX_BYTES - batch.left).await?;
         let stored = cas.write_many(&instance, batch.blobs).await?;
@@ -95,7 +96,7 @@ impl ContentAddressableStorage for CasService {
         // The next line may wait until the client has read other answers.
         Claim::settle(batch.memory());
         call.reserve(batch.answer_bytes()).await?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let contents = if batch.takes_zstd {
             cas.read_many_zstd(&instance, batch.wanted).await?
         } else {
@@ -124,7 +125,7 @@ impl ContentAddressableStorage for CasService {
     async fn get_tree(&self, request: Request<GetTreeRequest>) -> Result<Response<TreeStream>, Status> {
         let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let paging = get_tree::Paging::decode(&instance, request.get_ref())?;
-        let cas = self.0.cas.on_behalf_of(call.caller());
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         Ok(Response::new(get_tree::pages(&cas, &instance, paging, call)))
     }
 

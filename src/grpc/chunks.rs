@@ -50,7 +50,7 @@ pub(crate) async fn split(
         convert::digest(instance, message.digest_function, message.blob_digest.as_ref(), "blob_digest")?;
     call.note_blob(blob);
     let chunking = chunking(message.chunking_function)?;
-    let cas = edge.cas.on_behalf_of(call.caller());
+    let cas = edge.cas.on_behalf_of(call.caller()).for_build(call.build());
     let chunks = cas.split(instance, blob, chunking, max_chunks(blob)).await?;
     let entry = |chunk: &Digest| chunk.hash_hex().len() + 4 * ENTRY_BYTES;
     call.reserve_soon(chunks.iter().map(entry).sum::<usize>() + ENVELOPE_BYTES).await?;
@@ -87,7 +87,7 @@ pub(crate) async fn splice(
     let chunks = message.chunk_digests.iter();
     let chunks: Result<Vec<Digest>> =
         chunks.map(|chunk| Digest::from_wire(function, Some(chunk), "chunk_digests")).collect();
-    let cas = edge.cas.on_behalf_of(call.caller());
+    let cas = edge.cas.on_behalf_of(call.caller()).for_build(call.build());
     cas.splice(instance, blob, chunks?, chunking).await?;
     // One client requires this field (CAS-37).
     Ok(SpliceBlobResponse { blob_digest: Some(blob.to_wire()) })

@@ -41,7 +41,7 @@ impl Execution for ExecutionService {
         let Submit { instance, action, skip_cache_lookup, caller, principal, .. } = &submit;
         // A missing or malformed action is not an error of the call. It is reported inside a final Operation, where every
         // client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
-        let cas = self.0.cas.working_for(*caller);
+        let cas = self.0.cas.working_for(*caller).for_build(call.build());
         let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup, principal.name()).await?;
         match &resolution {
             Resolution::Cached(_) => call.note_cached(true),

@@ -1,9 +1,11 @@
 //! Inlined contents of results: stdout, stderr and output files, if the client asks for them and they fit.
 //!
 //! A client gets contents only if it asks for them, no matter who stored the result (AC-05), and in addition to their digest
-//! (AC-06). Contents that do not fit into one message are left out, but never the result itself (AC-07).
+//! (AC-06). Contents that do not fit into one message are left out, but never the result itself (AC-07). So are contents for
+//! clients that may not read blobs: a client may upload a result that names any blob.
 
 use crate::{
+    access::permission::Permission,
     actors::{
         cas::{client::Cas, results::RESULT_MAX_BYTES},
         scheduler::operation::Inline,
@@ -50,6 +52,9 @@ pub(crate) async fn prepare(
     result: &SharedResult,
     call: &Call,
 ) -> Result<reapi::ActionResult> {
+    let nothing = Inline::default();
+    let may_read = *want != nothing && call.principal().may(instance.name(), Permission::CasRead);
+    let want = if may_read { want } else { &nothing };
     let (slots, digests): (Vec<_>, Vec<_>) =
         plan(want, result, function, RESULT_MAX_BYTES).into_iter().unzip();
     let contents = digests.iter().map(|digest| digest.size() as usize + FIELD_BYTES).sum::<usize>();
@@ -168,7 +173,7 @@ mod tests {
 
     /// AC-05.
     #[test]
-    fn contents_that_nobody_asked_for_are_taken_out_whoever_stored_them() {
+    fn contents_that_were_not_asked_for_are_removed_from_results_of_clients_and_workers() {
         let mut stored = result(3, 3, &[3]);
         stored.stdout_raw = Bytes::from_static(b"out");
         stored.stderr_raw = Bytes::from_static(b"err");

@@ -115,7 +115,7 @@ pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadReque
     let reading = Reading {
         follower: edge.log_streams.follow(name, call.caller())?,
         blob: None,
-        cas: edge.cas.on_behalf_of(call.caller()),
+        cas: edge.cas.on_behalf_of(call.caller()).for_build(call.build()),
         instance,
         offset,
         left: if limit == 0 { u64::MAX } else { limit },
@@ -189,6 +189,7 @@ pub(super) async fn write(
         }
         let offset = u64::try_from(write_offset)
             .map_err(|_| Error::Invalid(format!("write_offset {write_offset} is negative")))?;
+        call.count_upload()?;
         committed = writer.append(offset, data, finish_write).await?;
         if finish_write {
             if let Ok(Some(_)) = messages.next(CLOSE_WAIT).await {

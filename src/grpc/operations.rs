@@ -7,7 +7,7 @@ use super::{
     inline, operation_stream, page_token,
 };
 use crate::{
-    access::{permission::Permission, principal::Principal},
+    access::{audit::TARGET, permission::Permission, principal::Principal},
     actors::scheduler::{
         messages::{Cancel, Forget, ListOperations, OperationFilter},
         operation::{OperationInfo, Snapshot, Subscription},
@@ -15,6 +15,7 @@ use crate::{
     call::Call,
     grpc::services::operations_server::Operations,
     instance::Instance,
+    logging::Event,
 };
 use gorego_reapi::{
     duration,
@@ -36,6 +37,8 @@ pub(crate) const MAX_PAGE_SIZE: usize = 1_000;
 pub(crate) const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 /// Largest time limit of WaitOperation.
 pub(crate) const MAX_WAIT: Duration = Duration::from_secs(10 * 60);
+/// The audit event of a change to an operation of another principal.
+const OPERATION_ADMINISTERED: &str = "operation_administered";
 /// Size of a response without its operations: page token and framing, rounded up.
 const RESPONSE_ENVELOPE_BYTES: usize = 1024;
 
@@ -102,8 +105,10 @@ impl Operations for OperationsService {
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let call = Call::of(request.extensions());
-        let (instance, id) = self.0.operation_to_change(&call, &request.get_ref().name).await?;
-        Ok(Response::new(self.0.scheduler()?.forget(Forget { instance, id }).await?))
+        let info = self.0.watch(&call, &request.get_ref().name).await?.info.clone();
+        self.0.scheduler()?.forget(Forget { instance: info.instance.clone(), id: info.id }).await?;
+        audit(&call, "DeleteOperation", &info);
+        Ok(Response::new(()))
     }
 
     async fn cancel_operation(
@@ -111,8 +116,10 @@ impl Operations for OperationsService {
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let call = Call::of(request.extensions());
-        let (instance, id) = self.0.operation_to_change(&call, &request.get_ref().name).await?;
-        Ok(Response::new(self.0.scheduler()?.cancel(Cancel { instance, id }).await?))
+        let info = self.0.watch(&call, &request.get_ref().name).await?.info.clone();
+        self.0.scheduler()?.cancel(Cancel { instance: info.instance.clone(), id: info.id }).await?;
+        audit(&call, "CancelOperation", &info);
+        Ok(Response::new(()))
     }
 
     async fn wait_operation(
@@ -125,6 +132,22 @@ impl Operations for OperationsService {
         let snapshot = operation_stream::settle(&mut subscription, limit).await?;
         Ok(Response::new(self.answer(&subscription.info, snapshot, &call).await?))
     }
+}
+
+/// Logs that a request has changed an operation of another principal. To change one's own needs no trace.
+fn audit(call: &Call, method: &str, info: &OperationInfo) {
+    let (principal, owner) = (call.principal(), &info.principal);
+    if owner.is_same(principal) {
+        return;
+    }
+    let peer = call.peer().map(|peer| peer.to_string());
+    Event::info(TARGET, OPERATION_ADMINISTERED)
+        .with("method", method)
+        .with("principal", principal.name())
+        .with("owner", owner.name())
+        .with("operation", &*info.name())
+        .with_some("peer", peer.as_deref())
+        .log(format_args!("{principal} asked for {method} of an operation of {owner}"));
 }
 
 impl OperationsService {

@@ -65,6 +65,7 @@ const SERVICES: &[(&str, Methods)] = &[
             ("ReloadConfig", &[Admin]),
             ("PurgeResults", &[Admin]),
             ("ListNonDeterminism", &[Admin]),
+            ("RevokeTokens", &[Admin]),
         ],
     ),
     ("grpc.health.v1.Health", &[("Check", &[]), ("Watch", &[])]),

@@ -6,7 +6,7 @@
 
 mod line;
 
-use super::{convert, permissions};
+use super::{answers::CallPlace, convert, permissions};
 use crate::{
     access::authenticator::Authentication,
     call::{Call, ConnectionInfo},
@@ -112,9 +112,16 @@ impl<S> RequestLog<S> {
                 Err(error) => CallProgress::Refused { error: Some(error) },
             },
             Authentication::Pending(pending) => {
+                // While it waits, it counts like a call that is answered. The layers behind take a place of their own.
+                let place = match CallPlace::take(&call, &request) {
+                    Ok(place) => place,
+                    Err(refusal) => return CallProgress::Refused { error: Some(refusal.into()) },
+                };
                 let (gate, mut inner) = (self.gate.clone(), self.inner.clone());
                 let answer = async move {
-                    match gate.pass(&call, pending.await) {
+                    let identified = pending.await;
+                    drop(place);
+                    match gate.pass(&call, identified) {
                         Ok(()) => inner.call(request).await,
                         Err(error) => Ok(refusal(error)),
                     }
@@ -370,8 +377,17 @@ impl<R: Body<Data = Bytes, Error: Into<BoxError>>> Body for RequestBody<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connections::{Connections, ahead::cost};
-    use std::{pin::pin, task::Waker};
+    use crate::{
+        access::{
+            authenticator::{AccessRules, Authenticator, CredentialSources, SignedTokens, VerifiedToken},
+            policy::Policy,
+            rejection::Rejection,
+        },
+        connections::{Connections, ahead::cost},
+        instance::Instances,
+    };
+    use std::{pin::pin, task::Waker, time::SystemTime};
+    use tonic::body::Body as TonicBody;
 
     /// Otherwise a client could hide the bytes of one stream by cancelling others.
     #[test]
@@ -393,5 +409,55 @@ mod tests {
         assert_eq!(state.ahead.bytes(), cost(EACH as u64));
         assert!(pin!(other).poll_frame(&mut Context::from_waker(Waker::noop())).is_ready());
         assert_eq!(state.ahead.bytes(), 0);
+    }
+
+    /// An issuer that does not answer.
+    #[derive(Debug)]
+    struct Silent;
+
+    impl SignedTokens for Silent {
+        fn verify<'a>(
+            &'a self,
+            _: &'a str,
+            _: SystemTime,
+        ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>> {
+            std::future::pending().boxed()
+        }
+
+        fn trusts(&self, _: u64) -> bool {
+            true
+        }
+    }
+
+    /// Otherwise one that is nobody could open calls without end, each with its head in memory.
+    #[tokio::test]
+    async fn calls_whose_client_is_not_known_yet_are_bounded_like_all_others() {
+        const DESCRIPTORS: u64 = 32;
+        let sources = CredentialSources { signed: Some(Arc::new(Silent)), ..Default::default() };
+        let rules = AccessRules::new(Policy::with_roles([], &[]), sources);
+        let connections = Connections::new(DESCRIPTORS);
+        let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let answer =
+            |_| std::future::ready(Ok::<_, std::convert::Infallible>(Response::new(TonicBody::empty())));
+        let mut service = RequestLog {
+            inner: tower::service_fn(answer),
+            gate: Gate::new(Instances::new([""]).unwrap(), Authenticator::new(rules)),
+            under_way: UnderWay::default(),
+            metrics: Arc::default(),
+            connection: ConnectionInfo::of(&admitted),
+        };
+        let mut calls: Vec<_> = (0..2 * DESCRIPTORS)
+            .map(|_| {
+                let request = Request::post("/build.bazel.remote.execution.v2.Capabilities/GetCapabilities");
+                let request = request.header("authorization", "Bearer a.b.c").body(TonicBody::empty());
+                Box::pin(service.call(request.unwrap()))
+            })
+            .collect();
+        let answers = calls.iter_mut().filter_map(|call| call.now_or_never());
+        let refused =
+            answers.flatten().filter(|answer| answer.headers()["grpc-status"] == "8").count() as u64;
+        assert!(refused >= DESCRIPTORS, "{refused} are refused, the others wait");
+        drop(calls);
+        assert_eq!(connections.calls().held(), 0, "a call that is over holds nothing");
     }
 }

@@ -31,7 +31,7 @@ use crate::{
     gate::Gate,
     instance::Instance,
 };
-use axum::{extract::Request, response::Response};
+use axum::{extract::Request, http::Method, response::Response};
 use futures::future::{BoxFuture, FutureExt as _};
 use gorego_reapi::error::Result;
 use resource::Resource;
@@ -96,6 +96,14 @@ impl Cache {
     async fn handle(&self, place: RoutedPath<'_>, request: Request, call: &Call) -> Result<Response> {
         let resource = Resource::parse(place.keyword, place.rest)?;
         let instance = self.gate.enter(call, place.instance_name)?;
+        // A value is a blob that an action result names, so it takes the permissions of both.
+        match (request.method(), &resource) {
+            (&Method::PUT, Resource::Value(_)) => self.gate.require(call, &instance, CasWrite)?,
+            (&Method::GET | &Method::HEAD, Resource::Value(_)) => {
+                self.gate.require(call, &instance, CasRead)?
+            }
+            _ => {}
+        }
         let target = (self, &instance);
         match (request.method().as_str(), resource) {
             ("PUT", Resource::Blob(hash)) => write::blob(target, hash, request, call).await,

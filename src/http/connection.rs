@@ -5,7 +5,9 @@
 
 use crate::{
     acknowledge::Prompt,
+    budget::{Budget, Refusal, Share},
     call::ConnectionInfo,
+    caller::Caller,
     connections::{Admitted, Connections},
     tls::{Socket, TlsPort},
 };
@@ -26,17 +28,18 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
+    io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr},
     pin::{Pin, pin},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::{TcpListener, TcpStream},
     select,
     sync::watch,
@@ -48,6 +51,10 @@ const HEAD_LIMIT: Duration = Duration::from_secs(60);
 /// Size of the read buffer, which also limits the head of a request. Browsers and proxies send far less. Bodies pass
 /// through it in any size.
 const READ_MAX_BYTES: usize = 64 * 1024;
+/// Heads up to this size are not counted. Those of build clients have a few KB with a token.
+const UNCOUNTED_HEAD_BYTES: u64 = 4 * 1024;
+/// Larger heads count in steps of this size, by which the read buffer grows.
+const HEAD_STEP_BYTES: u64 = 16 * 1024;
 /// How long a client may leave sent bytes unread before the kernel drops the connection.
 const UNREAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long the rest of a request is read and discarded, if it was answered before its end. An immediate close would reset
@@ -93,7 +100,13 @@ pub(super) async fn serve(
             };
             let Some(stream) = established else { return };
             let state = admitted.state();
-            let answer = move |request: Request| answer(ends.clone(), request);
+            let head = Arc::new(HeadRoom::new(&admitted));
+            let stream = HeadMeter { stream, room: head.clone() };
+            let answer = move |request: Request| {
+                head.begin();
+                let head = head.clone();
+                answer(ends.clone(), request).inspect(move |_| head.end()).boxed()
+            };
             // A connection is asked to close if it is idle, or if its client does not read the responses. So a request that
             // is dropped here waits for its client.
             select! {
@@ -125,7 +138,7 @@ async fn establish(stream: TcpStream, admitted: &Admitted, tls: Option<TlsPort>)
 }
 
 async fn serve_one(
-    stream: Socket,
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     mut closing: watch::Receiver<bool>,
     answer: impl Fn(Request) -> BoxFuture<'static, Response> + Send + Sync + Unpin,
 ) {
@@ -156,6 +169,114 @@ async fn serve_one(
     } else {
         Pin::new(&mut connection).graceful_shutdown();
         let _ = connection.await;
+    }
+}
+
+/// Memory of the head of the request that a connection is about to send or is being answered. Heads of more than
+/// [`UNCOUNTED_HEAD_BYTES`] share a budget with those of the gRPC port, so that connections that send nothing but heads cannot take
+/// all memory.
+#[derive(Debug)]
+struct HeadRoom {
+    heads: Budget,
+    caller: Caller,
+    state: Mutex<HeadState>,
+}
+
+#[derive(Debug, Default)]
+struct HeadState {
+    /// Whether a request is being answered. What is read meanwhile belongs to its body.
+    is_answered: bool,
+    bytes: u64,
+    share: Option<Share>,
+}
+
+impl HeadRoom {
+    fn new(admitted: &Admitted) -> Self {
+        let (heads, caller) = (admitted.connections().heads().clone(), admitted.state().caller);
+        Self { heads, caller, state: Mutex::default() }
+    }
+
+    /// The head is complete.
+    fn begin(&self) {
+        self.state().is_answered = true;
+    }
+
+    /// The next head begins.
+    fn end(&self) {
+        *self.state() = HeadState::default();
+    }
+
+    /// Counts bytes that were read.
+    fn read(&self, bytes: u64) -> Result<(), Refusal> {
+        let mut state = self.state();
+        if state.is_answered {
+            return Ok(());
+        }
+        state.bytes += bytes;
+        // The library refuses heads that are longer than its buffer.
+        let needed = state.bytes.next_multiple_of(HEAD_STEP_BYTES).min(READ_MAX_BYTES as u64);
+        let is_small = state.bytes <= UNCOUNTED_HEAD_BYTES;
+        match &mut state.share {
+            Some(share) => share.grow(needed.saturating_sub(share.amount())),
+            None if is_small => Ok(()),
+            none => {
+                *none = Some(self.heads.take(self.caller, needed)?);
+                Ok(())
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, HeadState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A stream whose heads count. A head for which there is no room ends its connection.
+struct HeadMeter<S> {
+    stream: S,
+    room: Arc<HeadRoom>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for HeadMeter<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        let read = buffer.filled().len().saturating_sub(before);
+        Poll::Ready(self.room.read(read as u64).map_err(|refusal| io::Error::other(refusal.to_string())))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for HeadMeter<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 
@@ -190,7 +311,7 @@ impl hyper::body::Body for WatchedBody {
 }
 
 /// Closes the sending side and waits briefly for the client to do the same.
-async fn linger(mut stream: Socket) {
+async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let rest = async {
         let mut buffer = vec![0; LINGER_BYTES];
         stream.shutdown().await?;
@@ -267,5 +388,40 @@ mod tests {
         closing.send_replace(true);
         assert_eq!(rest(&mut client).await, "");
         closing.closed().await;
+    }
+
+    #[tokio::test]
+    async fn heads_that_do_not_end_share_a_budget_and_those_of_others_still_come_in() {
+        use tokio::io::AsyncWriteExt as _;
+        let connections = Connections::default();
+        let open = |last: u8| {
+            let admitted = connections.admit(([127, 0, 0, last], 1).into()).unwrap();
+            let (client, stream) = tokio::io::duplex(READ_MAX_BYTES);
+            let room = Arc::new(HeadRoom::new(&admitted));
+            (client, HeadMeter { stream, room: room.clone() }, room, admitted)
+        };
+        let budget = connections.heads().bounds().total;
+        let (mut kept, mut refused) = (Vec::new(), 0);
+        for _ in 0..2 * budget / READ_MAX_BYTES as u64 {
+            let (mut client, mut stream, room, admitted) = open(1);
+            client.write_all(&[b'a'; READ_MAX_BYTES]).await.unwrap();
+            let read = stream.read_exact(&mut [0; READ_MAX_BYTES]).await;
+            refused += u64::from(read.is_err());
+            kept.push((stream, room, admitted));
+        }
+        assert!(connections.heads().held() < budget && refused > 0, "{refused}");
+        let (mut client, mut stream, room, _admitted) = open(2);
+        client.write_all(&[b'a'; READ_MAX_BYTES]).await.unwrap();
+        stream.read_exact(&mut [0; READ_MAX_BYTES]).await.unwrap();
+        // What follows a head is not counted, and its room is free again after the answer.
+        room.begin();
+        let held = connections.heads().held();
+        client.write_all(&[b'a'; READ_MAX_BYTES]).await.unwrap();
+        stream.read_exact(&mut [0; READ_MAX_BYTES]).await.unwrap();
+        assert_eq!(connections.heads().held(), held);
+        room.end();
+        assert_eq!(connections.heads().held(), held - READ_MAX_BYTES as u64);
+        drop(kept);
+        assert_eq!(connections.heads().held(), 0);
     }
 }

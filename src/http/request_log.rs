@@ -182,7 +182,7 @@ impl HttpBody for CountedBody {
         this.line.call.client_moved();
         let polled = this.inner.poll_frame(context);
         let frame = match this.standing.poll(context, polled.is_pending()) {
-            // Whoever reads the response finds it incomplete.
+            // The reader of the response finds it incomplete.
             Poll::Ready(error) => Some(Err(axum::Error::new(error))),
             Poll::Pending => ready!(polled),
         };

@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_peer_does_not_take_all_places_and_whoever_is_first_brings_it_for_all() {
+    async fn one_peer_does_not_take_all_places_and_the_first_pull_of_an_image_serves_all() {
         let (flights, count) = (flights(2), Arc::new(AtomicUsize::new(0)));
         let brought = Arc::new(AtomicUsize::new(0));
         let known = |brought: &Arc<AtomicUsize>| {

@@ -1,7 +1,7 @@
 //! [`compare`]: the outputs in which two results of one action differ. Pure.
 //!
-//! What counts are the files with their contents and executable bits, the directories, the symlinks and the exit code. Standard output and
-//! error do not count: many tools print times there, and no later action sees them. Execution metadata does not count either.
+//! Compared are the files with their contents and executable bits, the directories, the symlinks and the exit code. Standard output and
+//! error are not compared, because many tools print times there, and no later action sees them. Nor is execution metadata.
 
 use gorego_reapi::{
     proto::{gorego::OutputDifference, reapi},

@@ -45,7 +45,7 @@ struct QuotaAccount {
     upload: Option<Bucket>,
 }
 
-/// What there is too much of.
+/// The quantity that is over its quota.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Metered {
     /// Requests.

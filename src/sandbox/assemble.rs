@@ -38,14 +38,14 @@ const MAX_NAMES_BYTES: u64 = 256 * 1024;
 
 /// A tmpfs in which a runner has a mount point for each of its views.
 #[derive(Debug)]
-pub(super) struct Stand {
+pub(super) struct ViewMounts {
     path: PathBuf,
     next: u32,
 }
 
-/// A directory of a [`Stand`] with a mount on it. Dropping it unmounts and removes both.
+/// A directory of [`ViewMounts`] with a mount on it. It is unmounted and removed on drop.
 #[derive(Debug)]
-struct Stall(PathBuf);
+struct MountPoint(PathBuf);
 
 /// Device and inode number, which identify a file whatever its path is.
 type FileId = (u64, u64);
@@ -62,16 +62,16 @@ struct FileVersion {
 #[derive(Debug)]
 pub(super) struct Assembled {
     tree: OwnedFd,
-    _stall: Stall,
+    _point: MountPoint,
     /// Path and identity of the root file system that is the lower layer.
-    beneath: Option<(PathBuf, FileId)>,
+    root_below: Option<(PathBuf, FileId)>,
     /// Each hidden path with the identity of the file that covers it, or `None` if there was nothing to hide.
     hidden: Vec<(PathBuf, Option<FileId>)>,
     /// The host files that were copied, with their versions at that time.
     copies: Vec<(PathBuf, FileVersion)>,
 }
 
-impl Stand {
+impl ViewMounts {
     /// Mounts the tmpfs at the first candidate that does not overlap with a path in `needed`.
     pub(super) fn new(needed: &[PathBuf]) -> Result<Self, SetupFailure> {
         let path = mount_point(MOUNT_POINTS, needed, |path| path.is_dir()).ok_or(Errno::NOENT);
@@ -81,19 +81,19 @@ impl Stand {
         Ok(Self { path, next: 0 })
     }
 
-    /// Mounts this in a new directory of the stand.
-    fn put_up(&mut self, mount: BorrowedFd<'_>) -> io::Result<Stall> {
+    /// Mounts this in a new directory.
+    fn attach(&mut self, mount: BorrowedFd<'_>) -> io::Result<MountPoint> {
         let path = self.path.join(self.next.to_string());
         self.next += 1;
         fs::create_dir(&path)?;
         // From here on, dropping it cleans up if a step fails.
-        let stall = Stall(path);
-        mounts::attach(mount, CWD, &stall.0)?;
-        Ok(stall)
+        let point = MountPoint(path);
+        mounts::attach(mount, CWD, &point.0)?;
+        Ok(point)
     }
 }
 
-impl Drop for Stall {
+impl Drop for MountPoint {
     fn drop(&mut self) {
         let _ = unmount(&self.0, UnmountFlags::DETACH);
         let _ = fs::remove_dir(&self.0);
@@ -112,24 +112,24 @@ fn mount_point<'a>(
 }
 
 impl Assembled {
-    /// Assembles a view, over the root file system at `beneath` if there is one. `ids` maps the owners of its files.
+    /// Assembles a view, over the root file system at `root_fs` if there is one. `ids` maps the owners of its files.
     pub(super) fn new(
-        stand: &mut Stand,
+        view_mounts: &mut ViewMounts,
         plan: &ViewPlan,
-        beneath: Option<&Path>,
+        root_fs: Option<&Path>,
         ids: Option<BorrowedFd<'_>>,
     ) -> Result<Self, SetupFailure> {
         let root =
             mounts::tmpfs(ROOT_BYTES, ROOT_FILES, "755").step("make the root directory of the view")?;
         // Mounts can be attached only inside of mounts that are attached themselves.
-        let mut stall = stand.put_up(root.as_fd()).step("mount the root directory of the view")?;
+        let mut point = view_mounts.attach(root.as_fd()).step("mount the root directory of the view")?;
         let mut view_root = ViewRoot { root, own: Vec::new(), copies: Vec::new() };
         view_root.put_all(&plan.base)?;
-        let mut of_beneath = None;
-        if let Some(path) = beneath {
-            let (overlay, id) = lay_over(stand, &stall.0, path, ids)?;
-            stall = stand.put_up(overlay.as_fd()).step("mount the root file system")?;
-            (view_root.root, of_beneath) = (overlay, Some((path.to_owned(), id)));
+        let mut root_below = None;
+        if let Some(path) = root_fs {
+            let (overlay, id) = lay_over(view_mounts, &point.0, path, ids)?;
+            point = view_mounts.attach(overlay.as_fd()).step("mount the root file system")?;
+            (view_root.root, root_below) = (overlay, Some((path.to_owned(), id)));
         }
         view_root.put_all(&plan.rest)?;
         let ViewRoot { root, own, copies } = view_root;
@@ -141,7 +141,7 @@ impl Assembled {
             _ => None,
         });
         let hidden = hidden.collect();
-        Ok(Self { tree: root, _stall: stall, beneath: of_beneath, hidden, copies })
+        Ok(Self { tree: root, _point: point, root_below, hidden, copies })
     }
 
     /// The tree of mounts of this view.
@@ -152,7 +152,9 @@ impl Assembled {
     /// Whether all hidden paths are still covered, the root file system is still at its path, and each copy is still
     /// equal to the file of the host. If the host replaces a covered file by a rename, the cover is lost.
     pub(super) fn is_current(&self) -> bool {
-        self.beneath.as_ref().is_none_or(|(path, id)| rfs::stat(path).is_ok_and(|stat| id_of(&stat) == *id))
+        self.root_below
+            .as_ref()
+            .is_none_or(|(path, id)| rfs::stat(path).is_ok_and(|stat| id_of(&stat) == *id))
             && self.hidden.iter().all(|(at, id)| id_in(self.tree(), at) == *id)
             && self
                 .copies
@@ -163,7 +165,7 @@ impl Assembled {
 
 /// Makes a read-only overlay of the mount at `above` over the directory `below`. Neither is changed.
 fn lay_over(
-    stand: &mut Stand,
+    view_mounts: &mut ViewMounts,
     above: &Path,
     below: &Path,
     ids: Option<BorrowedFd<'_>>,
@@ -174,8 +176,8 @@ fn lay_over(
             // If the owners cannot be mapped, actions can still read what everybody may read.
             let _ = mounts::map_ids(tree.as_fd(), ids);
         }
-        let stall = stand.put_up(tree.as_fd())?;
-        let [above, below] = [above, &*stall.0].map(|path| mounts::directory(CWD, path));
+        let point = view_mounts.attach(tree.as_fd())?;
+        let [above, below] = [above, &*point.0].map(|path| mounts::directory(CWD, path));
         let (above, below) = (above?, below?);
         let id = id_of(&rfs::fstat(&below)?);
         // Actions can read the options of their mounts, and these paths reveal nothing about the host.

@@ -28,7 +28,7 @@ pub(crate) fn gain_nothing() -> io::Result<()> {
 
 /// The capabilities that root keeps where there are no namespaces: to act as other users and on their files. Without
 /// the others it cannot trace processes, make devices, or change the network or the mounts.
-const OF_ROOT: CapabilitySet = CapabilitySet::CHOWN
+const ROOT_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
@@ -36,11 +36,11 @@ const OF_ROOT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID);
 
-/// Gives up all capabilities except [`OF_ROOT`], for this process and all programs that it starts.
+/// Gives up all capabilities except [`ROOT_CAPABILITIES`], for this process and all programs that it starts.
 pub(crate) fn keep_few_capabilities() -> io::Result<()> {
     let _ = rustix::thread::clear_ambient_capability_set();
     let own = rustix::thread::capabilities(None)?;
-    for capability in (0..=LAST_CAPABILITY).filter(|number| OF_ROOT.bits() & 1 << number == 0) {
+    for capability in (0..=LAST_CAPABILITY).filter(|number| ROOT_CAPABILITIES.bits() & 1 << number == 0) {
         match sys::drop_capability(capability) {
             Ok(()) => {}
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => break,
@@ -50,8 +50,8 @@ pub(crate) fn keep_few_capabilities() -> io::Result<()> {
     Ok(rustix::thread::set_capabilities(
         None,
         CapabilitySets {
-            effective: own.effective & OF_ROOT,
-            permitted: own.permitted & OF_ROOT,
+            effective: own.effective & ROOT_CAPABILITIES,
+            permitted: own.permitted & ROOT_CAPABILITIES,
             inheritable: CapabilitySet::empty(),
         },
     )?)

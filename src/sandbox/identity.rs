@@ -21,7 +21,7 @@ pub(crate) const FIRST: u32 = 200_000;
 const NAME: &str = "build";
 
 /// Files that the C library reads to resolve host names, with their content.
-const OF_NAMES: &[(&str, &str)] = &[
+const HOST_NAME_FILES: &[(&str, &str)] = &[
     ("/etc/hosts", "127.0.0.1 localhost build\n::1 localhost ip6-localhost ip6-loopback\n"),
     ("/etc/hostname", "build\n"),
     ("/etc/host.conf", "multi on\n"),
@@ -31,7 +31,7 @@ const GROUP: &str = "/etc/group";
 const NSSWITCH: &str = "/etc/nsswitch.conf";
 const USERS: &str = "root:x:0:0:root:/:/usr/sbin/nologin\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n";
 const GROUPS: &str = "root:x:0:\nnogroup:x:65534:\n";
-const SOURCES_OF_NAMES: &str = "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\n\
+const SOURCES_HOST_NAME_FILES: &str = "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\n\
                                 services: files\nethers: files\nrpc: files\n";
 
 /// The files that name users, groups and hosts in every view. `existing` returns the content of such a file in a root
@@ -44,8 +44,9 @@ pub(crate) fn files(
     let passwd =
         with_number(own(PASSWD, USERS), user, &format!("{NAME}:x:{user}:{group}:{NAME}:/tmp:/bin/sh\n"));
     let groups = with_number(own(GROUP, GROUPS), group, &format!("{NAME}:x:{group}:\n"));
-    let mut files = vec![(PASSWD, passwd), (GROUP, groups), (NSSWITCH, own(NSSWITCH, SOURCES_OF_NAMES))];
-    files.extend(OF_NAMES.iter().map(|(path, text)| (*path, (*text).to_owned())));
+    let mut files =
+        vec![(PASSWD, passwd), (GROUP, groups), (NSSWITCH, own(NSSWITCH, SOURCES_HOST_NAME_FILES))];
+    files.extend(HOST_NAME_FILES.iter().map(|(path, text)| (*path, (*text).to_owned())));
     files
 }
 

@@ -18,9 +18,20 @@ pub struct CellKind {
     /// outside of the cell.
     #[prost(message, optional, tag = "3")]
     pub user: Option<InnerUser>,
-    /// Whether the command shares the whole network of the host.
-    #[prost(bool, tag = "4")]
-    pub shares_network: bool,
+    /// The network of the command.
+    #[prost(enumeration = "CellNetwork", tag = "4")]
+    pub network: i32,
+}
+
+/// The network of a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
+pub enum CellNetwork {
+    /// A loopback interface of its own, and nothing else.
+    Off = 0,
+    /// A network of its own, with a way to other machines but not to this one ([`super::network`]).
+    On = 1,
+    /// The whole network of the host.
+    Host = 2,
 }
 
 /// The root file system that a command finds instead of the host's. The sandbox adds /dev, /proc and /tmp. Unless the

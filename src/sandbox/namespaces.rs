@@ -19,9 +19,21 @@ pub(crate) struct Map {
 }
 
 /// Forks this process into a new user and pid namespace, as the first process there. The child runs `child` and exits
-/// with the code that it returns. The calling process must have a single thread.
-pub(crate) fn start(child: impl FnOnce() -> i32) -> Result<Pid, SetupFailure> {
-    sys::fork(child).step("make namespaces (user, process)")
+/// with the code that it returns. Processes of the user `owner` outside may enter the namespace; without one, only those
+/// of this process's user may. The calling process must have a single thread.
+pub(crate) fn start(owner: Option<u32>, child: impl FnOnce() -> i32) -> Result<Pid, SetupFailure> {
+    let fork = || sys::fork(sys::NEW_USER_AND_PID, child);
+    let started = match owner {
+        Some(owner) => sys::with_effective_user(owner, fork),
+        None => fork(),
+    };
+    started.step("make namespaces (user, process)")
+}
+
+/// Forks this process. The child runs `child` and exits with the code that it returns. The calling process must have a
+/// single thread.
+pub(crate) fn start_beside(child: impl FnOnce() -> i32) -> Result<Pid, SetupFailure> {
+    sys::fork(0, child).step("start a process")
 }
 
 /// Writes the user and group maps of a child's user namespace. `groups` allows the child to change its supplementary
@@ -44,7 +56,7 @@ pub(crate) fn write_maps(process: &str, map: Map, groups: bool) -> Result<(), Se
 /// Makes a user namespace with this map and no process in it, for idmapped mounts.
 pub(crate) fn mapping(map: Map) -> Result<OwnedFd, SetupFailure> {
     let (ours, theirs) = io::pipe().step("make a pipe")?;
-    let child = start(move || {
+    let child = start(None, move || {
         let mut byte = [0];
         i32::from(rustix::io::read(&ours, &mut byte).is_err())
     })?;

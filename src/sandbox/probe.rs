@@ -9,6 +9,11 @@ const NOT_SET_UP: &str = "could not set up the sandbox: ";
 /// The reason of a protection that was not tried because it needs the namespaces.
 const NEEDS_NAMESPACES: &str = "it needs the namespaces";
 
+/// The error if pasta is not installed.
+pub(crate) const NO_PASTA: &str = "pasta is not installed";
+/// The error of an attempt with the gateway where there is no network namespace.
+pub(crate) const NEEDS_NETWORK: &str = "it needs the network namespaces";
+
 /// A protection, with the name that users know it by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protection {
@@ -22,9 +27,12 @@ pub(crate) enum Protection {
     Filter,
     /// Landlock.
     Landlock,
+    /// Networks of their own for actions that may use one. Tried only if a pool wants it.
+    Gateway,
 }
 
 impl Protection {
+    /// The protections that are tried out in any case.
     const ALL: [Self; 5] = [Self::Namespaces, Self::Network, Self::Identity, Self::Filter, Self::Landlock];
 
     /// The name in messages.
@@ -35,6 +43,7 @@ impl Protection {
             Self::Identity => "identity",
             Self::Filter => "filter",
             Self::Landlock => "landlock",
+            Self::Gateway => "gateway",
         }
     }
 
@@ -46,6 +55,7 @@ impl Protection {
             Self::Identity => "actions are root of this machine, without capabilities",
             Self::Filter => "actions may use every system call",
             Self::Landlock => "there is no second layer behind the mounts and permissions",
+            Self::Gateway => "actions that ask for a network (network=on) are refused",
         }
     }
 
@@ -56,6 +66,7 @@ impl Protection {
             Self::Identity => on.identity = true,
             Self::Filter => on.filter = true,
             Self::Landlock => on.landlock = true,
+            Self::Gateway => on.gateway = true,
         }
     }
 }
@@ -93,7 +104,21 @@ impl Report {
             protection.set(&mut with);
             with == self.on
         };
-        Protection::ALL.into_iter().filter(is_on).map(Protection::name).collect()
+        let all = Protection::ALL.into_iter().chain([Protection::Gateway]);
+        all.filter(is_on).map(Protection::name).collect()
+    }
+
+    /// Whether the gateway was tried out and does not work.
+    pub(crate) fn lacks_gateway(&self) -> bool {
+        self.missing.iter().any(|missing| missing.protection == Protection::Gateway)
+    }
+
+    /// Adds the outcome of trying out the gateway. The error says what did not work.
+    pub(crate) fn add_gateway(&mut self, machine: &KernelFacts, outcome: Result<(), String>) {
+        match outcome {
+            Ok(()) => self.on.gateway = true,
+            Err(error) => self.missing.push(explained(Protection::Gateway, machine, &error)),
+        }
     }
 }
 
@@ -129,6 +154,8 @@ pub(crate) struct KernelFacts {
     pub unprivileged_userns_clone: Option<u64>,
     /// kernel.apparmor_restrict_unprivileged_userns
     pub apparmor_restrict_unprivileged_userns: Option<u64>,
+    /// Whether there is a /dev/net/tun.
+    pub has_tun: bool,
     /// Major and minor version of the kernel.
     pub kernel: (u32, u32),
 }
@@ -192,7 +219,18 @@ fn explained(protection: Protection, machine: &KernelFacts, error: &str) -> Miss
             Some("put execution.build_root on ext4, xfs, btrfs or tmpfs, which can map user ids")
         }
         Protection::Landlock => Some("start Linux 5.19 or later with landlock in its lsm= parameter"),
-        Protection::Network | Protection::Filter => None,
+        // How pasta puts it depends on its version.
+        Protection::Gateway if error == NO_PASTA => {
+            Some("apt-get install passt, or the package of your distribution with pasta")
+        }
+        Protection::Gateway if !machine.has_tun => {
+            Some("modprobe tun; in a container, start it with --device /dev/net/tun")
+        }
+        Protection::Gateway if error.contains("tun") || error.contains("tap") => {
+            Some("chmod 666 /dev/net/tun")
+        }
+        Protection::Gateway if error.contains("routable") => Some("give this machine a default route"),
+        Protection::Network | Protection::Filter | Protection::Gateway => None,
     };
     MissingProtection { protection, reason: error.to_owned(), remedy: remedy.map(str::to_owned) }
 }

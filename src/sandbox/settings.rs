@@ -1,7 +1,7 @@
 //! [`Sandbox`]: the message with which a server tells a runner how to set up the sandbox.
 
 use super::{
-    kind::{CellKind, RootFs},
+    kind::{CellKind, CellNetwork, RootFs},
     view::{Fresh, Wanted},
 };
 use prost::Message;
@@ -47,8 +47,8 @@ pub struct SandboxSettings {
     pub own: Vec<PathBuf>,
     /// The root file system of actions; `None` for the host's files.
     pub root: Option<RootFs>,
-    /// Whether an action that asks for a network gets the host's.
-    pub offers_network: bool,
+    /// The network of an action that asks for one.
+    pub network: CellNetwork,
 }
 
 /// The sandbox of one runner.
@@ -87,6 +87,17 @@ pub struct Sandbox {
     /// The kind of cell that is likely to be needed first.
     #[prost(message, optional, tag = "11")]
     pub first: Option<CellKind>,
+    /// The program behind the networks of cells, if it works.
+    #[prost(message, optional, tag = "12")]
+    pub pasta: Option<Pasta>,
+}
+
+/// The program that gives a cell a network of its own: pasta.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Pasta {
+    /// Path of the program.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: Vec<u8>,
 }
 
 /// The protections that are on.
@@ -107,6 +118,9 @@ pub struct Protections {
     /// Landlock.
     #[prost(bool, tag = "5")]
     pub landlock: bool,
+    /// Networks of their own for actions that may use one. Needs `network`.
+    #[prost(bool, tag = "6")]
+    pub gateway: bool,
 }
 
 impl Sandbox {
@@ -131,6 +145,7 @@ impl Sandbox {
             user,
             build_root: build_root.as_os_str().as_bytes().to_vec(),
             first: Some(settings.kind()),
+            pasta: None,
         }
     }
 
@@ -224,7 +239,7 @@ mod tests {
                 first_user: 1,
                 own: vec![host.join(own)],
                 root: None,
-                offers_network: false,
+                network: CellNetwork::Off,
             };
             let added = settings.hide_linked();
             assert_eq!(settings.hidden, added);

@@ -3,6 +3,7 @@
 use rustix::{process::Pid, thread::UnshareFlags};
 use std::{
     io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
     ptr,
@@ -11,11 +12,14 @@ use std::{
 /// Exit code of a forked process that panicked.
 const PANICKED: i32 = 101;
 
-/// Forks into a new user and pid namespace, as the first process there. The child runs `child` and exits with the code
-/// that it returns. It has all capabilities in the namespace and no mapped user yet. The calling process must have a
-/// single thread, because a lock that another thread holds would never be released in the child.
-pub(super) fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
-    let flags = libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::SIGCHLD;
+/// Flags of [`fork`] for a child that is the first process of a new user and pid namespace. It has all capabilities in
+/// the namespace and no mapped user yet.
+pub(super) const NEW_USER_AND_PID: libc::c_int = libc::CLONE_NEWUSER | libc::CLONE_NEWPID;
+
+/// Forks with these flags of clone(2). The child runs `child` and exits with the code that it returns. The calling
+/// process must have a single thread, because a lock that another thread holds would never be released in the child.
+pub(super) fn fork(flags: libc::c_int, child: impl FnOnce() -> i32) -> io::Result<Pid> {
+    let flags = flags | libc::SIGCHLD;
     // SAFETY: without a stack argument clone works like fork: the child continues here with a copy of the memory.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     match i32::try_from(pid) {
@@ -95,28 +99,108 @@ pub(super) fn join_new_keyring() -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// SECBIT_NO_SETUID_FIXUP from linux/securebits.h, which the libc crate does not define. It keeps the capabilities when
+/// the user changes.
+const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+
 /// Runs `act` with the file system user and group set to these, and keeps all capabilities. The calling process must
 /// have a single thread and be root.
 pub(super) fn with_files_of<T>(
     (user, group): (u32, u32),
     act: impl FnOnce() -> io::Result<T>,
 ) -> io::Result<T> {
-    /// SECBIT_NO_SETUID_FIXUP from linux/securebits.h, which the libc crate does not define. It keeps the capabilities
-    /// when the user changes.
-    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
-    // SAFETY: these calls take and return only numbers.
-    unsafe {
-        let before = libc::prctl(libc::PR_GET_SECUREBITS);
-        let bits = libc::c_ulong::try_from(before).map_err(|_| io::Error::last_os_error())?;
-        if libc::prctl(libc::PR_SET_SECUREBITS, bits | NO_SETUID_FIXUP) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let (user, group) = (libc::setfsuid(user), libc::setfsgid(group));
+    keeping_capabilities(|| {
+        // SAFETY: these calls take and return only numbers.
+        let before = unsafe { (libc::setfsuid(user), libc::setfsgid(group)) };
         let done = act();
-        // Restoring cannot fail: both ids were in use before.
-        libc::setfsuid(user.unsigned_abs());
-        libc::setfsgid(group.unsigned_abs());
-        libc::prctl(libc::PR_SET_SECUREBITS, bits);
+        // SAFETY: as above. Restoring cannot fail: both ids were in use before.
+        unsafe {
+            libc::setfsuid(before.0.unsigned_abs());
+            libc::setfsgid(before.1.unsigned_abs());
+        }
         done
+    })
+}
+
+/// Runs `act` with this effective user, and keeps all capabilities. The calling process must have a single thread and
+/// be root.
+pub(super) fn with_effective_user<T>(user: u32, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    keeping_capabilities(|| {
+        set_effective_user(user)?;
+        let done = act();
+        // SAFETY: takes and returns a number.
+        set_effective_user(unsafe { libc::getuid() })?;
+        done
+    })
+}
+
+/// Changes the effective user, and keeps this process dumpable: otherwise nobody but root could open the files of /proc
+/// of its children.
+fn set_effective_user(user: u32) -> io::Result<()> {
+    // SAFETY: takes only numbers. It is the system call and not the function of libc, which would tell other threads.
+    if unsafe { libc::syscall(libc::SYS_setresuid, -1, user, -1) } < 0 {
+        return Err(io::Error::last_os_error());
     }
+    Ok(rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable)?)
+}
+
+/// Runs `act`, in which a change of the user takes no capability away.
+fn keeping_capabilities<T>(act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    // SAFETY: these calls take and return only numbers.
+    let before = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
+    let bits = libc::c_ulong::try_from(before).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: as above.
+    if unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits | NO_SETUID_FIXUP) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let done = act();
+    // SAFETY: as above.
+    unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits) };
+    done
+}
+
+/// The addresses of all network interfaces in the network namespace of this process.
+pub(super) fn interface_addresses() -> io::Result<Vec<IpAddr>> {
+    let mut first = ptr::null_mut();
+    // SAFETY: on success it stores a list that stays valid until `freeifaddrs`.
+    if unsafe { libc::getifaddrs(&mut first) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut addresses = Vec::new();
+    let mut next = first;
+    while !next.is_null() {
+        // SAFETY: `next` is an entry of that list. Its address is null or a socket address of the length that belongs to
+        // its family. It need not be aligned for that type.
+        unsafe {
+            let address = (*next).ifa_addr;
+            if !address.is_null() {
+                match libc::c_int::from((*address).sa_family) {
+                    libc::AF_INET => {
+                        let address = address.cast::<libc::sockaddr_in>().read_unaligned();
+                        addresses.push(Ipv4Addr::from_bits(u32::from_be(address.sin_addr.s_addr)).into());
+                    }
+                    libc::AF_INET6 => {
+                        let address = address.cast::<libc::sockaddr_in6>().read_unaligned();
+                        addresses.push(IpAddr::from(Ipv6Addr::from(address.sin6_addr.s6_addr)));
+                    }
+                    _ => {}
+                }
+            }
+            next = (*next).ifa_next;
+        }
+    }
+    // SAFETY: the list is freed once, and nothing refers to it any more.
+    unsafe { libc::freeifaddrs(first) };
+    Ok(addresses)
+}
+
+/// Filters the frames that the kernel hands to the process that has this tap interface open.
+pub(super) fn filter_frames(tap: BorrowedFd<'_>, program: &mut [libc::sock_filter]) -> io::Result<()> {
+    /// TUNATTACHFILTER from linux/if_tun.h.
+    const ATTACH_FILTER: u32 = 0x4010_54d5;
+    let length = u16::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
+    let program = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
+    // SAFETY: `program` is a live struct that refers to `len` instructions; the kernel only reads both.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), ATTACH_FILTER as _, ptr::from_ref(&program)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

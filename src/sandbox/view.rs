@@ -4,7 +4,10 @@
 //! The list of visible paths is an allow list: paths that it does not name do not exist for an action. Everything of
 //! the host is read-only, except for the paths that the configuration makes writable.
 
-use super::{EXEC_ROOT, identity, kind::CellKind};
+use super::{
+    EXEC_ROOT, identity,
+    kind::{CellKind, CellNetwork},
+};
 use std::path::{Component, Path, PathBuf};
 
 /// Paths of the host that every action may see: programs, libraries, and the files below /etc that compilers, language
@@ -68,7 +71,7 @@ const DEVICE_LINKS: &[(&str, &str)] = &[
 /// Files of /proc that are hidden because they reveal more about the kernel than an action needs. Only root can read
 /// most of them, but without a separate user for each slot an action of a root server is root of the host, though
 /// without capabilities.
-const HIDDEN_OF_PROC: &[&str] = &[
+const HIDDEN_PROC_FILES: &[&str] = &[
     "/proc/kcore",
     "/proc/keys",
     "/proc/key-users",
@@ -89,7 +92,7 @@ const HIDDEN_OF_PROC: &[&str] = &[
 ];
 
 /// Settings of the kernel and of devices, which are made read-only.
-const FIXED_OF_PROC: &[&str] = &[
+const READ_ONLY_PROC_FILES: &[&str] = &[
     "/proc/sys",
     "/proc/irq",
     "/proc/bus",
@@ -107,7 +110,7 @@ const OWN: &[&str] = &["/proc", "/dev", EXEC_ROOT, "/var/tmp"];
 const TMP: &str = "/tmp";
 
 /// The file that names the DNS servers.
-const RESOLVERS: &str = "/etc/resolv.conf";
+pub(crate) const RESOLVERS: &str = "/etc/resolv.conf";
 /// The part of the host's /sys that every root file system gets.
 const CPUS: &str = "/sys/devices/system/cpu";
 
@@ -225,12 +228,13 @@ impl Wanted {
 }
 
 /// Plans the view of actions that need this kind of cell. `existing` reads files of a root file system other than the
-/// host's.
+/// host's. `resolvers` is the content of resolv.conf in a network of the cell's own.
 pub(crate) fn view(
     kind: &CellKind,
     wanted: &Wanted,
     host: &dyn Host,
     existing: impl Fn(&str) -> Option<String>,
+    resolvers: Option<String>,
 ) -> ViewPlan {
     let mut base: Vec<_> = ["/proc", "/tmp", "/var", "/run", "/etc", "/dev", EXEC_ROOT]
         .map(|path| ViewPiece::Directory(path.into()))
@@ -241,16 +245,23 @@ pub(crate) fn view(
     base.push(link("/etc/mtab", "../proc/self/mounts"));
     let mut rest = devices();
     if kind.root.is_none() {
-        rest.extend(of_host(wanted, host));
+        rest.extend(host_pieces(wanted, host));
     } else if kind.root_directory().is_some() && host.kind(Path::new(CPUS)).is_some() {
         base.push(ViewPiece::Directory(CPUS.into()));
         rest.push(ViewPiece::shown(Path::new(CPUS), true, Access::Read));
     }
-    if kind.shares_network
-        && let Some(from) = host.real(Path::new(RESOLVERS))
-    {
-        base.push(ViewPiece::File { at: RESOLVERS.into(), text: String::new() });
-        rest.push(ViewPiece::Host { from, at: RESOLVERS.into(), is_directory: false, access: Access::Read });
+    match kind.network() {
+        CellNetwork::Off => {}
+        CellNetwork::On => {
+            base.extend(resolvers.map(|text| ViewPiece::File { at: RESOLVERS.into(), text }));
+        }
+        CellNetwork::Host => {
+            if let Some(from) = host.real(Path::new(RESOLVERS)) {
+                base.push(ViewPiece::File { at: RESOLVERS.into(), text: String::new() });
+                let (at, access) = (RESOLVERS.into(), Access::Read);
+                rest.push(ViewPiece::Host { from, at, is_directory: false, access });
+            }
+        }
     }
     ViewPlan { base, rest }
 }
@@ -267,7 +278,7 @@ fn devices() -> Vec<ViewPiece> {
 }
 
 /// The pieces that come from the host when actions use the host's root file system.
-fn of_host(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
+fn host_pieces(wanted: &Wanted, host: &dyn Host) -> Vec<ViewPiece> {
     let mut pieces = Vec::new();
     let built_in = HOST.iter().flat_map(|pattern| matching(pattern, host));
     let mut paths: Vec<_> = built_in.chain(wanted.visible.iter().cloned()).collect();
@@ -320,16 +331,16 @@ pub(crate) struct ProcPlan {
 
 /// Plans the changes to a fresh /proc. `is_root` means that actions are root of the host. All files there belong to
 /// root, so those that only root may read need not be hidden from another user.
-pub(crate) fn of_proc(host: &dyn Host, is_root: bool) -> ProcPlan {
-    /// All permissions of group and others.
-    const OF_OTHERS: u32 = 0o077;
+pub(crate) fn proc_plan(host: &dyn Host, is_root: bool) -> ProcPlan {
+    const GROUP_AND_OTHERS: u32 = 0o077;
     let is_reachable = |path: &&&str| {
-        host.permissions(Path::new(path)).is_some_and(|permissions| is_root || permissions & OF_OTHERS != 0)
+        host.permissions(Path::new(path))
+            .is_some_and(|permissions| is_root || permissions & GROUP_AND_OTHERS != 0)
     };
     let exists = |path: &&&str| host.permissions(Path::new(path)).is_some();
     ProcPlan {
-        hidden: HIDDEN_OF_PROC.iter().filter(is_reachable).copied().collect(),
-        fixed: FIXED_OF_PROC.iter().filter(exists).copied().collect(),
+        hidden: HIDDEN_PROC_FILES.iter().filter(is_reachable).copied().collect(),
+        fixed: READ_ONLY_PROC_FILES.iter().filter(exists).copied().collect(),
     }
 }
 
@@ -414,7 +425,8 @@ mod tests {
     }
 
     fn pieces(kind: &CellKind, wanted: &Wanted) -> Vec<ViewPiece> {
-        let ViewPlan { mut base, rest } = view(kind, wanted, &host(), |_| None);
+        let ViewPlan { mut base, rest } =
+            view(kind, wanted, &host(), |_| None, Some("nameserver 203.0.113.53\n".into()));
         base.extend(rest);
         base
     }
@@ -475,8 +487,8 @@ mod tests {
             hidden: hidden.to_vec(),
             fixed: vec!["/proc/sys", "/proc/irq"],
         };
-        assert_eq!(of_proc(&host(), true), plan(&["/proc/keys", "/proc/kmsg"]));
-        assert_eq!(of_proc(&host(), false), plan(&["/proc/keys"]));
+        assert_eq!(proc_plan(&host(), true), plan(&["/proc/keys", "/proc/kmsg"]));
+        assert_eq!(proc_plan(&host(), false), plan(&["/proc/keys"]));
     }
 
     #[test]
@@ -516,12 +528,18 @@ mod tests {
 
     #[test]
     fn the_dns_configuration_is_mounted_from_where_its_link_leads_if_the_network_is_shared() {
-        let pieces = pieces(&CellKind { shares_network: true, ..CellKind::default() }, &Wanted::default());
+        let with = |network: CellNetwork| {
+            pieces(&CellKind { network: network.into(), ..CellKind::default() }, &Wanted::default())
+        };
         let resolvers = |piece: &ViewPiece| {
             matches!(piece, ViewPiece::Host { from, at, .. }
             if from == Path::new("/run/resolv.conf") && at == Path::new(RESOLVERS))
         };
-        assert!(pieces.iter().any(resolvers));
+        assert!(
+            with(CellNetwork::Host).iter().any(resolvers) && !with(CellNetwork::On).iter().any(resolvers)
+        );
+        let own = |piece: &ViewPiece| matches!(piece, ViewPiece::File { at, text } if at == Path::new(RESOLVERS) && text.starts_with("nameserver"));
+        assert!(with(CellNetwork::On).iter().any(own) && !with(CellNetwork::Off).iter().any(own));
     }
 
     #[test]

@@ -6,14 +6,15 @@
 
 use super::{
     EXEC_ROOT, SetupFailure, Step as _,
-    assemble::{Assembled, Stand, ThisHost, read_names},
+    assemble::{Assembled, ThisHost, ViewMounts, read_names},
     confine, filter, identity,
-    kind::{CellKind, InnerUser},
+    kind::{CellKind, CellNetwork, InnerUser},
     landlock,
     layers::{self, Layers},
     mounts,
     namespaces::{self, Map},
-    settings::Sandbox,
+    network::{OwnNetwork, Resolver},
+    settings::{Pasta, Sandbox},
     sys,
     view::{self, Fresh, ProcPlan, Wanted},
 };
@@ -25,21 +26,25 @@ use rustix::{
 };
 use std::{
     fs, io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
+    net::IpAddr,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
     path::{Path, PathBuf},
 };
 
 /// Maximum number of views that a runner keeps. Each view makes every new cell a little slower, because its mounts are
 /// copied.
 const MAX_VIEWS: usize = 4;
-/// Mounts of the sandbox that are moved into an input root that is the root directory.
-const OF_CELL: &[&str] = &["dev", "proc", "tmp"];
+/// Directories with mounts of the sandbox, which are moved into an input root that is the root directory.
+const CELL_MOUNTS: &[&str] = &["dev", "proc", "tmp"];
 
 /// What all cells of a runner share.
 #[derive(Debug)]
 pub(crate) struct World {
     sandbox: Sandbox,
-    stand: Stand,
+    mounts: ViewMounts,
     /// The assembled views. The most recently used one is last.
     views: Vec<KnownView>,
     /// Number of the next view.
@@ -51,6 +56,8 @@ pub(crate) struct World {
     ids: Option<OwnedFd>,
     proc: ProcPlan,
     filter: Option<filter::Program>,
+    /// The name server of the host, if there is one.
+    resolver: Option<Resolver>,
 }
 
 #[derive(Debug)]
@@ -72,12 +79,35 @@ pub(crate) struct OpenCell {
 pub(crate) struct Passage {
     tree: OwnedFd,
     kind: CellKind,
+    network: Option<OwnNetwork>,
+}
+
+/// What the gateway of a cell needs to know. It is a process that belongs to one cell.
+#[derive(Debug)]
+pub(crate) struct GatewayPlan<'a> {
+    /// The program.
+    pub pasta: &'a Pasta,
+    /// User and group of the program on the host; `None` for those of this process.
+    pub owner: Option<(u32, u32)>,
+    /// The name server of the host, if there is one.
+    pub resolver: Option<&'a Resolver>,
 }
 
 impl Passage {
-    /// The descriptor that the first process must keep open.
-    pub(crate) fn descriptor(&self) -> RawFd {
-        self.tree.as_raw_fd()
+    /// Connects the cell to its gateway. `host` lists the addresses of the host.
+    pub(crate) fn with_gateway(self, gateway: UnixStream, host: Vec<IpAddr>) -> Self {
+        Self { network: Some(OwnNetwork { gateway, host }), ..self }
+    }
+
+    /// The descriptors that the first process must keep open.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        let gateway = self.network.as_ref().map(|network| network.gateway.as_raw_fd());
+        gateway.into_iter().chain([self.tree.as_raw_fd()])
+    }
+
+    /// The socket that the first process must keep open until the cell ends, because the gateway ends when it is closed.
+    pub(crate) fn into_gateway(self) -> Option<UnixStream> {
+        self.network.map(|network| network.gateway)
     }
 }
 
@@ -101,11 +131,13 @@ impl World {
         let wanted = sandbox.wanted();
         let needed: Vec<_> =
             wanted.visible.into_iter().chain(wanted.writable).chain([sandbox.build_root()]).collect();
-        let stand = Stand::new(&needed)?;
+        let mounts = ViewMounts::new(&needed)?;
         let filter = if on.filter { Some(filter::Program::new()?) } else { None };
         let (user, group) = outer;
-        let proc = view::of_proc(&ThisHost, user == 0);
-        let mut world = Self { sandbox, stand, views: Vec::new(), next: 0, user, group, ids, proc, filter };
+        let proc = view::proc_plan(&ThisHost, user == 0);
+        let resolver = fs::read_to_string(view::RESOLVERS).ok().and_then(|text| Resolver::read(&text));
+        let mut world =
+            Self { sandbox, mounts, views: Vec::new(), next: 0, user, group, ids, proc, filter, resolver };
         // The first view is assembled here so that faulty settings are reported at once.
         world.view(&world.sandbox.first.clone().unwrap_or_default())?;
         Ok(world)
@@ -129,9 +161,10 @@ impl World {
         }
         let root = kind.root_directory();
         let existing = |path: &str| root.as_ref().and_then(|root| read_names(root, path));
-        let plan = view::view(kind, &self.sandbox.wanted(), &ThisHost, existing);
+        let resolvers = self.resolver.as_ref().map(Resolver::conf);
+        let plan = view::view(kind, &self.sandbox.wanted(), &ThisHost, existing, resolvers);
         let ids = self.ids.as_ref().map(|ids| ids.as_fd());
-        let view = Assembled::new(&mut self.stand, &plan, root.as_deref(), ids)?;
+        let view = Assembled::new(&mut self.mounts, &plan, root.as_deref(), ids)?;
         let number = self.next;
         self.next += 1;
         self.views.push(KnownView { kind: kind.clone(), number, view });
@@ -146,7 +179,21 @@ impl World {
         let number = self.view(kind)?;
         let known = self.views.last().ok_or(io::ErrorKind::NotFound).step("find the view of the action")?;
         let tree = mounts::copy_of(known.view.tree()).step("copy the view of the action")?;
-        Ok((Passage { tree, kind: kind.clone() }, number))
+        Ok((Passage { tree, kind: kind.clone(), network: None }, number))
+    }
+
+    /// The gateway for cells of this kind, if they have one.
+    pub(crate) fn gateway(&self, kind: &CellKind) -> Result<Option<GatewayPlan<'_>>, SetupFailure> {
+        if kind.network() != CellNetwork::On {
+            return Ok(None);
+        }
+        let pasta = self.sandbox.pasta.as_ref().ok_or(io::ErrorKind::NotFound).step("find pasta")?;
+        Ok(Some(GatewayPlan { pasta, owner: self.owner(), resolver: self.resolver.as_ref() }))
+    }
+
+    /// The user of the host, other than that of this process, whose processes must be able to enter cells of this kind.
+    pub(crate) fn visitor(&self, kind: &CellKind) -> Option<u32> {
+        self.owner().map(|(user, _)| user).filter(|_| kind.network() == CellNetwork::On)
     }
 
     /// Maps the user of the first process of a new cell.
@@ -177,7 +224,7 @@ impl World {
     /// open.
     pub(crate) fn enter(&self, passage: &Passage) -> Result<OpenCell, SetupFailure> {
         let on = self.sandbox.protections;
-        let has_network = on.network && !passage.kind.shares_network;
+        let has_network = on.network && passage.kind.network() != CellNetwork::Host;
         let mut own =
             UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
         if has_network {
@@ -186,6 +233,10 @@ impl World {
         sys::unshare(own).step("make namespaces (mount, IPC, names, cgroup, network)")?;
         if has_network {
             sys::loopback_up().step("switch on the loopback interface")?;
+        }
+        // Must precede the change of the user, after which the gateway could not enter the namespace.
+        if let Some(network) = &passage.network {
+            network.set_up()?;
         }
         confine::new_keyring().step("leave the server's keyring")?;
         rustix::system::sethostname(identity::HOST_NAME.as_bytes()).step("set the host name")?;
@@ -237,9 +288,9 @@ fn become_root_with_cell(exec_root: &OwnedFd) -> Result<(), SetupFailure> {
             .map(|mount| (*name, mount))
             .step(format_args!("copy /{name}"))
     };
-    let of_cell = OF_CELL.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
+    let mounts = CELL_MOUNTS.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
     mounts::become_root(exec_root.as_fd())?;
-    for (name, mount) in of_cell {
+    for (name, mount) in mounts {
         // The input root may have anything at this path, such as a symbolic link.
         mounts::real_directory(exec_root.as_fd(), Path::new(name))
             .and_then(|target| mounts::attach_to(mount.as_fd(), target.as_fd()))

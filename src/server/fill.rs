@@ -4,7 +4,7 @@ use crate::{
     action::TimeoutPolicy,
     actors::{
         asset::{AssetSettings, origins::Origins},
-        cas::StoreSettings,
+        cas::{LeaseTimes, StoreSettings},
         scheduler::settings::{SchedulerConfig, SchedulerSettings},
     },
     config::{ExecutionSettings, Settings},
@@ -19,12 +19,22 @@ pub(super) fn store_settings(settings: &Settings) -> StoreSettings {
         max_bytes: settings.max_size_bytes,
         max_blob_bytes: settings.max_blob_bytes,
         partial_upload_retention: settings.partial_upload_retention,
+        leases: LeaseTimes {
+            named: whole_seconds(settings.build_lease),
+            unnamed: whole_seconds(settings.unnamed_build_lease),
+        },
+        result_links_bytes: settings.result_links_bytes,
         zstd_level: settings.zstd_level,
         timeouts: settings
             .execution
             .as_ref()
             .map_or(TimeoutPolicy::UNLIMITED, |execution| execution.timeouts),
     }
+}
+
+/// At least one second, unless it is none.
+fn whole_seconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis().div_ceil(1_000)).unwrap_or(u32::MAX)
 }
 
 pub(super) fn asset_settings(settings: &Settings) -> AssetSettings {

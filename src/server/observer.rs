@@ -1,4 +1,4 @@
-//! [`Observer`]: how the server is, for metrics, readiness and health checks.
+//! [`Observer`]: the state of the server for metrics, readiness and health checks.
 //!
 //! It asks the owners of each number. The store and the connections keep theirs where they can be read at any time. The
 //! scheduler is asked with one message at a time, whose answer costs O(pools), and is waited for at most [`POOLS_WAIT`]. While
@@ -41,7 +41,7 @@ const POOLS_WAIT: Duration = Duration::from_millis(10);
 const POOLS_MAX_AGE: Duration = Duration::from_secs(5);
 /// Scrapes within this time get the same text, so that nobody can keep the server busy with them.
 const TEXT_MAX_AGE: Duration = Duration::from_millis(100);
-/// How often the state of the workers is told to those who watch the health service.
+/// How often the health service is told whether actions can be executed.
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// See the top of this file.
@@ -136,7 +136,7 @@ impl Observe for Observer {
 
     fn metrics(&self) -> BoxFuture<'_, Bytes> {
         async {
-            // Whoever waits here gets the text that is being made.
+            // Requests that wait here get the text that is being made.
             let mut text = self.text.lock().await;
             if let Some((_, text)) = text.as_ref().filter(|(at, _)| at.elapsed() < TEXT_MAX_AGE) {
                 return text.clone();
@@ -175,7 +175,7 @@ impl PoolWatch {
         Self { scheduler, state: Arc::default() }
     }
 
-    /// The numbers of now or, if the scheduler does not answer in time, those of its last answer.
+    /// The current numbers or, if the scheduler does not answer in time, the numbers of its last answer.
     async fn look(&self) -> Option<PoolSight> {
         let mut last = self.state.last.subscribe();
         if !self.state.is_asking.swap(true, SeqCst) {
@@ -231,6 +231,7 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
     StoreReading {
         used: totals.used,
         limit: totals.limit,
+        held: totals.held,
         leased: totals.leased,
         reserved: totals.reserved,
         blobs: totals.blobs,
@@ -239,6 +240,10 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         evicted: tally.evicted,
         evicted_bytes: tally.evicted_bytes,
         damaged: tally.damaged,
+        followed: tally.followed,
+        broken_promises: tally.broken_promises,
+        refused_results: tally.refused_results,
+        withdrawn_leases: tally.withdrawn_leases,
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
     }
 }

@@ -71,7 +71,7 @@ impl Owners {
         report(supervision, async || self.answer(max_bytes, &workers).await).await;
     }
 
-    /// What the owners say of themselves; `None` if one of them is gone. Waits for as long as they do not answer.
+    /// The state of the owners in one line; `None` if one of them is gone. Waits until all have answered.
     async fn answer(&self, max_bytes: u64, workers: &Handle) -> Option<String> {
         let store = self.cas.actor().send(InspectStore).await.ok()?;
         let work = match &self.scheduler {

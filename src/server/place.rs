@@ -7,7 +7,7 @@ use crate::{
         image_store::ImageStore,
         launcher::{
             PoolSandbox,
-            probe::{probe, probe_layers, probe_root},
+            probe::{probe, probe_gateway, probe_layers, probe_root, this_machine},
         },
         staged_trees::StagingLimits,
         tools::{ToolLimits, Tools},
@@ -20,8 +20,8 @@ use crate::{
     logging::Event,
     sandbox::{
         identity::Users,
-        kind::RootFs,
-        probe::Report,
+        kind::{CellNetwork, RootFs},
+        probe::{MissingProtection, Protection, Report},
         settings::{SandboxMode, SandboxSettings},
     },
     telemetry::RunMetrics,
@@ -58,9 +58,10 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Opens the build root, and finds out which protections of the sandbox work in it.
+    /// Opens the build root, and finds out which protections of the sandbox work in it. Pools whose actions could have a
+    /// network that does not work here no longer offer one.
     pub(crate) fn open(
-        execution: &ExecutionSettings,
+        execution: &mut ExecutionSettings,
         runtime: &Handle,
         open_files: Option<u64>,
     ) -> Result<Self> {
@@ -86,6 +87,7 @@ impl Place {
             let runner = WorkerSettings::own_runner(open_files);
             place.sandbox = Some(place.open_sandbox(execution, &runner)?);
             execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
+            execution.pools.iter_mut().for_each(|pool| place.withdraw_network(pool));
         }
         Ok(place)
     }
@@ -100,7 +102,7 @@ impl Place {
         settings.root = None;
         settings.processes = user_limit(execution, &self.limits);
         warn_of_paths(&mut settings);
-        let report = self.probe(execution, &settings, runner)?;
+        let mut report = self.probe(&settings, runner)?;
         let users = Users::new(settings.first_user);
         let mut sandbox = PoolSandbox {
             settings,
@@ -108,7 +110,14 @@ impl Place {
             build_root: self.build_root.path().to_owned(),
             users,
             has_layers: false,
+            pasta: None,
         };
+        if execution.pools.iter().any(wants_gateway) {
+            let found = probe_gateway(&sandbox, runner, &self.build_root);
+            report.add_gateway(&this_machine(), found.clone().map(drop));
+            sandbox.pasta = found.ok();
+        }
+        refuse_incomplete(execution, &report)?;
         if report.on.namespaces && execution.max_staged_bytes > 0 {
             match probe_layers(&sandbox, runner, &self.build_root) {
                 Ok(()) => sandbox.has_layers = true,
@@ -118,26 +127,13 @@ impl Place {
         Ok((sandbox, report))
     }
 
-    /// Starts a sandbox. Fails if what is missing was required, or if it is the configured paths that do not work.
-    fn probe(
-        &self,
-        execution: &ExecutionSettings,
-        settings: &SandboxSettings,
-        runner: &[OsString],
-    ) -> Result<Report> {
+    /// Starts a sandbox. Fails if it is the configured paths that do not work.
+    fn probe(&self, settings: &SandboxSettings, runner: &[OsString]) -> Result<Report> {
         let report = probe(settings, runner, &self.build_root);
         if !report.on.namespaces && probe(&settings.without_paths(), runner, &self.build_root).on.namespaces {
             return Err(Error::Precondition(format!(
                 "the sandbox works, but not with what execution.sandbox.visible, hidden and writable name: {}",
                 report.missing.iter().map(|missing| &*missing.reason).collect::<Vec<_>>().join(". ")
-            )));
-        }
-        let is_required = execution.pools.iter().any(|pool| pool.sandbox.mode == SandboxMode::Required);
-        if is_required && !report.missing.is_empty() {
-            let missing: Vec<_> = report.missing.iter().map(ToString::to_string).collect();
-            return Err(Error::Precondition(format!(
-                "execution.sandbox.mode is \"required\", and the sandbox is incomplete: {}",
-                missing.join(". ")
             )));
         }
         Ok(report)
@@ -175,8 +171,16 @@ impl Place {
         }
         let mut sandbox = sandbox.clone();
         sandbox.settings.root = pool.sandbox.root.as_ref().map(RootFs::resolved);
-        sandbox.settings.offers_network = pool.sandbox.offers_network;
+        sandbox.settings.network = pool.sandbox.network;
         Some(sandbox)
+    }
+
+    /// Stops a pool from offering a network of its own to actions, if that was tried out and does not work.
+    pub(super) fn withdraw_network(&self, pool: &mut PoolSettings) {
+        let is_lacking = self.sandbox.as_ref().is_some_and(|(_, report)| report.lacks_gateway());
+        if is_lacking && wants_gateway(pool) {
+            pool.withdraw_network();
+        }
     }
 
     /// The tools of a pool, if it has any.
@@ -238,6 +242,31 @@ impl Place {
         }
         probe_root(&sandbox, runner, &self.build_root).or_else(|reason| refuse(&reason))
     }
+}
+
+/// Whether the actions of a pool can have a network of their own.
+pub(super) fn wants_gateway(pool: &PoolSettings) -> bool {
+    pool.sandbox.network == CellNetwork::On && pool.sandbox.mode != SandboxMode::Off
+}
+
+/// Fails if a pool requires a protection that does not work here. The gateway is required only by pools that want it.
+fn refuse_incomplete(execution: &ExecutionSettings, report: &Report) -> Result<()> {
+    let required: Vec<_> =
+        execution.pools.iter().filter(|pool| pool.sandbox.mode == SandboxMode::Required).collect();
+    if required.is_empty() {
+        return Ok(());
+    }
+    let is_needed = |missing: &&MissingProtection| {
+        missing.protection != Protection::Gateway || required.iter().any(|pool| wants_gateway(pool))
+    };
+    let missing: Vec<_> = report.missing.iter().filter(is_needed).map(ToString::to_string).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Precondition(format!(
+        "execution.sandbox.mode is \"required\", and the sandbox is incomplete: {}",
+        missing.join(". ")
+    )))
 }
 
 fn worker_name(pool: &PoolSettings) -> String {

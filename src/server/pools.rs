@@ -1,9 +1,9 @@
 //! [`Pools`]: the pools of the server, as they are at the start and as a reload of the configuration changes them.
 //!
-//! A pool that is new starts at once. One that is gone takes no more actions and is removed when its last one has ended. One that is
-//! another than before is both: the new one starts, and what the old one runs goes on beside it for a while.
+//! A new pool starts at once. A pool that is gone takes no more actions, and is removed when its last action has ended. A pool whose
+//! settings have changed is replaced: the new one starts, and the actions of the old one go on beside it.
 
-use super::place::Place;
+use super::place::{Place, wants_gateway};
 use crate::{
     actors::{
         cas::client::Cas,
@@ -86,7 +86,7 @@ pub(super) struct Pools {
     running: Arc<Mutex<Vec<PoolSettings>>>,
 }
 
-/// What becomes of one pool.
+/// What a reload does with one pool.
 enum PoolChange {
     Add(PoolSettings),
     Replace(PoolSettings),
@@ -104,30 +104,6 @@ impl Pools {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The changes that lead to these pools, with what they are called.
-    fn changes(&self, next: &[PoolSettings]) -> Vec<(PoolChange, String)> {
-        let running = self.running();
-        let mut changes = Vec::new();
-        for pool in next {
-            match running.iter().find(|other| other.name == pool.name) {
-                Some(before) if is_same(before, pool) => {}
-                Some(before) => {
-                    let description =
-                        format!("replaced: {}; what it runs goes on", differences(before, pool));
-                    changes.push((PoolChange::Replace(pool.clone()), description));
-                }
-                None => {
-                    changes.push((PoolChange::Add(pool.clone()), format!("added with {} slots", pool.slots)));
-                }
-            }
-        }
-        for gone in running.iter().filter(|pool| next.iter().all(|other| other.name != pool.name)) {
-            let description = "removed; what it runs goes on".to_owned();
-            changes.push((PoolChange::Remove(gone.name.clone()), description));
-        }
-        changes
-    }
-
     /// Checks that a pool could be started.
     fn check(&self, pool: &PoolSettings) -> Result<()> {
         let place = &self.maker.place;
@@ -139,6 +115,12 @@ impl Pools {
                 return refuse(
                     "sandbox.mode: no pool had a sandbox when the server was started; restart the server to find out \
                      what works here",
+                );
+            }
+            (Some((_, report)), _) if wants_gateway(pool) && !report.on.gateway => {
+                return refuse(
+                    "sandbox.network = \"on\": no pool had it when the server was started; restart the server to find out \
+                     whether it works here",
                 );
             }
             (Some((_, report)), SandboxMode::Required) if !report.missing.is_empty() => {
@@ -201,11 +183,33 @@ fn gone() -> Error {
     Error::Unavailable("the scheduler has stopped".into())
 }
 
+/// The changes from the pools that run to the next ones, each with its description. Pure.
+fn changes(running: &[PoolSettings], next: &[PoolSettings]) -> Vec<(PoolChange, String)> {
+    let mut changes = Vec::new();
+    for pool in next {
+        match running.iter().find(|other| other.name == pool.name) {
+            Some(before) if is_same(before, pool) => {}
+            Some(before) => {
+                let description = format!("replaced: {}; what it runs goes on", differences(before, pool));
+                changes.push((PoolChange::Replace(pool.clone()), description));
+            }
+            None => {
+                changes.push((PoolChange::Add(pool.clone()), format!("added with {} slots", pool.slots)));
+            }
+        }
+    }
+    for gone in running.iter().filter(|pool| next.iter().all(|other| other.name != pool.name)) {
+        let description = "removed; what it runs goes on".to_owned();
+        changes.push((PoolChange::Remove(gone.name.clone()), description));
+    }
+    changes
+}
+
 /// Whether two pools are the same to their actions.
 fn is_same(before: &PoolSettings, after: &PoolSettings) -> bool {
     let of = |pool: &PoolSettings| {
         let sandbox = &pool.sandbox;
-        (pool.slots, pool.room, pool.limits, sandbox.mode, sandbox.root.clone(), sandbox.offers_network)
+        (pool.slots, pool.room, pool.limits, sandbox.mode, sandbox.root.clone(), sandbox.network)
     };
     of(before) == of(after) && before.offers == after.offers && before.is_declared == after.is_declared
 }
@@ -228,7 +232,7 @@ fn differences(before: &PoolSettings, after: &PoolSettings) -> String {
 
 impl Reloadable for Pools {
     fn keys(&self) -> &'static [&'static str] {
-        // The other limits are those of the machine.
+        // The other keys in execution.limits are about the whole machine, and need a restart.
         &[
             "execution.pools",
             "execution.concurrency",
@@ -252,7 +256,10 @@ impl Reloadable for Pools {
         // These are a part of every pool, but belong to what is made at the start.
         let is_bound = next.sandbox != at_start.sandbox || next.images.is_some() != at_start.images.is_some();
         let mut prepared = Vec::new();
-        for (change, description) in self.changes(&next.pools) {
+        let mut pools = next.pools.clone();
+        pools.iter_mut().for_each(|pool| self.maker.place.withdraw_network(pool));
+        let changes = changes(&self.running(), &pools);
+        for (change, description) in changes {
             let name = match &change {
                 PoolChange::Add(pool) | PoolChange::Replace(pool) => &pool.name,
                 PoolChange::Remove(name) => name,
@@ -272,5 +279,59 @@ impl Reloadable for Pools {
             prepared.push(PreparedChange { key, description, apply: Some(apply) });
         }
         Ok(prepared)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Machine, load::from_text};
+    use std::path::Path;
+
+    fn pools(text: &str) -> Vec<PoolSettings> {
+        let loaded = from_text(Path::new("gorego.toml"), text).unwrap();
+        let machine = Machine { cpus: 8, cache_home: Some("/cache".into()), current_dir: "/".into() };
+        Settings::new(&loaded, &machine).unwrap().execution.unwrap().pools
+    }
+
+    fn described(before: &str, after: &str) -> Vec<String> {
+        let described =
+            changes(&pools(before), &pools(after)).into_iter().map(|(change, description)| match change {
+                PoolChange::Add(pool) => format!("+{} {description}", pool.name),
+                PoolChange::Replace(pool) => format!("={} {description}", pool.name),
+                PoolChange::Remove(name) => format!("-{name} {description}"),
+            });
+        described.collect()
+    }
+
+    #[test]
+    fn a_pool_is_replaced_if_its_actions_would_notice_a_difference() {
+        const POOL: &str = "[execution.pools.a]\nslots = 2\nproperties = { Arch = \"one\" }\n";
+        assert!(described(POOL, POOL).is_empty());
+        assert!(described(POOL, &format!("shutdown_grace = \"7s\"\n{POOL}")).is_empty());
+        for (after, differences) in [
+            (POOL.replace('2', "3"), "slots 2 -> 3"),
+            (POOL.replace("one", "two"), "properties"),
+            (format!("{POOL}limits = {{ cores = 1 }}\n"), "limits"),
+            (format!("{POOL}sandbox = {{ mode = \"off\" }}\n"), "sandbox"),
+            (POOL.replace("slots = 2", "cores = 2\nmemory_gb = 1"), "cores and memory"),
+        ] {
+            let described = described(POOL, &after);
+            let [only] = &described[..] else { panic!("{after}: {described:?}") };
+            assert!(only.starts_with("=a replaced: ") && only.contains(differences), "{after}: {only}");
+        }
+    }
+
+    #[test]
+    fn pools_that_are_new_or_gone_are_added_and_removed() {
+        let pool = |name: &str| format!("[execution.pools.{name}]\nslots = 1\n");
+        assert_eq!(
+            described(&(pool("a") + &pool("b")), &(pool("b") + &pool("c"))),
+            ["+c added with 1 slots", "-a removed; what it runs goes on"]
+        );
+        assert_eq!(
+            described("", &pool("a")),
+            ["+a added with 1 slots", "-local removed; what it runs goes on"]
+        );
     }
 }

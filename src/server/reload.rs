@@ -1,6 +1,6 @@
-//! The parts of the server that take in new settings while it runs, but the pools ([`super::pools`]).
+//! The parts of the server that take in new settings while it runs, except the pools ([`super::pools`]) and TLS ([`super::tls`]).
 //!
-//! Another part is one more [`Reloadable`] in the list that `server.rs` makes.
+//! A new part implements [`Reloadable`] and is added to the list in `server.rs`.
 
 use super::place::tag_policy;
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
     quotas::{Quotas, limits::QuotaRules},
     reload::{PreparedChange, Reloadable},
 };
-use gorego_reapi::error::Result;
+use gorego_reapi::error::{Error, Result};
 use std::{
     fmt::Debug,
     sync::{Arc, Mutex, PoisonError},
@@ -56,7 +56,7 @@ fn from_to(before: &impl Debug, after: &impl Debug) -> String {
     format!("{before:?} -> {after:?}")
 }
 
-/// How many rules a list had and has.
+/// The number of entries of a list before and after.
 fn counts<T>(before: &[T], after: &[T]) -> String {
     format!("{} -> {} entries", before.len(), after.len())
 }
@@ -111,7 +111,7 @@ impl Reloadable for ReloadHosts {
     }
 }
 
-/// What each principal may use.
+/// The quotas of principals.
 pub(super) struct ReloadQuotas {
     quotas: Quotas,
     current: InEffect<QuotaRules>,
@@ -139,7 +139,7 @@ impl Reloadable for ReloadQuotas {
     }
 }
 
-/// What assets may be downloaded from.
+/// The hosts and networks from which assets may be downloaded.
 pub(super) struct ReloadOrigins {
     origins: Origins,
     current: InEffect<Origins>,
@@ -172,7 +172,7 @@ impl Reloadable for ReloadOrigins {
     }
 }
 
-/// Which container images actions may name.
+/// The container images that actions may name.
 pub(super) struct ReloadImages {
     images: Images,
     current: InEffect<AllowedImages>,
@@ -228,7 +228,7 @@ impl Reloadable for ReloadImages {
     }
 }
 
-/// Who may do what, with the files that say so.
+/// Roles and credentials, with the files that the configuration names.
 pub(super) struct ReloadAccess(pub(super) Arc<AccessLoader>);
 
 impl Reloadable for ReloadAccess {
@@ -241,8 +241,8 @@ impl Reloadable for ReloadAccess {
         let loader = self.0.clone();
         let description = prepared.description();
         let apply = async move {
-            loader.apply(prepared);
-            Ok(())
+            let applied = tokio::task::spawn_blocking(move || loader.apply(prepared)).await;
+            applied.map_err(|_| Error::internal("the rules of access could not be put in force"))
         };
         Ok(vec![PreparedChange { key: "access".into(), description, apply: Some(Box::pin(apply)) }])
     }

@@ -15,6 +15,14 @@ pub(super) fn open(settings: &Settings) -> Result<Option<ServerTls>> {
     files(settings).map(ServerTls::open).transpose()
 }
 
+/// Checks the files of `[tls]`, without a server, and returns what a start would warn about. Blocks.
+///
+/// # Errors
+/// See [`ServerTls::open`].
+pub(crate) fn check_tls_files(settings: &Settings) -> Result<Vec<String>> {
+    files(settings).map_or(Ok(Vec::new()), ServerTls::check_files)
+}
+
 fn files(settings: &Settings) -> Option<TlsFiles> {
     let tls = settings.tls.clone()?;
     Some(TlsFiles {
@@ -26,7 +34,7 @@ fn files(settings: &Settings) -> Option<TlsFiles> {
     })
 }
 
-/// The files of `[tls]`. TLS cannot be switched on or off while the server runs.
+/// Reloads the files of `[tls]`. TLS cannot be switched on or off while the server runs.
 pub(super) struct ReloadTls(pub(super) Option<ServerTls>);
 
 impl Reloadable for ReloadTls {

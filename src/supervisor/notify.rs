@@ -158,8 +158,13 @@ mod tests {
             assert_eq!(received(&socket), "READY=1\n");
             supervisor.alive("3 of 8");
             assert_eq!(received(&socket), "WATCHDOG=1\nSTATUS=3 of 8\n");
+            supervisor.reloading();
+            let reloading = received(&socket);
+            assert!(reloading.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{reloading}");
             supervisor.stopping();
             assert_eq!(received(&socket), "STOPPING=1\n");
+            // The end of a reload says nothing any more.
+            supervisor.ready();
             supervisor.status("a\nb");
             assert_eq!(
                 received(&socket),

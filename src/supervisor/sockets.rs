@@ -11,7 +11,7 @@ use std::{
     os::fd::{FromRawFd as _, OwnedFd, RawFd},
 };
 
-/// How a socket is named that the supervisor gave no name.
+/// The name of a socket to which the supervisor gave none.
 const NAMELESS: &str = "unknown";
 
 /// A port of the server, by the name that its socket has (`FileDescriptorName=` in a socket unit).

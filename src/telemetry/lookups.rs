@@ -21,7 +21,7 @@ pub(super) const MNEMONICS_MAX: usize = 64;
 /// The longest mnemonic with a series of its own, in bytes.
 const MNEMONIC_MAX_BYTES: usize = 64;
 
-/// The value for what has no series of its own.
+/// The value for mnemonics and instances without series of their own.
 const OTHER: &str = "other";
 /// The value for requests that name no mnemonic.
 const NONE: &str = "none";

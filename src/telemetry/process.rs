@@ -1,4 +1,4 @@
-//! What the system says of this process.
+//! Numbers of this process, from the system.
 
 use super::readings::ProcessReading;
 use rustix::{

@@ -52,7 +52,9 @@ pub struct StoreReading {
     pub used: u64,
     /// The limit on them.
     pub limit: u64,
-    /// The part of them that cannot be evicted now.
+    /// The part of them that running actions and open readers hold.
+    pub held: u64,
+    /// The part of them that is leased to builds.
     pub leased: u64,
     /// Bytes that are reserved for uploads.
     pub reserved: u64,
@@ -68,6 +70,14 @@ pub struct StoreReading {
     pub evicted_bytes: u64,
     /// Entries that were dropped since the start because their files were damaged or gone.
     pub damaged: u64,
+    /// Results that were dropped since the start because one of their blobs went.
+    pub followed: u64,
+    /// Entries that were lost since the start while they were leased to a build.
+    pub broken_promises: u64,
+    /// Results that were not served since the start, because leases left no room for their blobs.
+    pub refused_results: u64,
+    /// Rows of leases that were taken since the start from builds with more than their share.
+    pub withdrawn_leases: u64,
     /// How long the least recently used entry was not used.
     pub oldest_use: Duration,
 }
@@ -90,7 +100,7 @@ pub struct PoolReading {
     pub free: usize,
     /// Slots that run an action.
     pub busy: usize,
-    /// Slots that take no work: those of a pool that is draining or has lost its workers, and those whose runs do not end.
+    /// Slots that take no work: their pool is draining or has lost its workers, or their run does not end.
     pub out_of_service: usize,
     /// Actions that wait for a slot.
     pub waiting: usize,
@@ -120,7 +130,7 @@ impl PoolReading {
     }
 }
 
-/// What the system says of the process.
+/// Numbers of the process, from the system.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ProcessReading {
     /// Memory that is resident.
@@ -196,6 +206,9 @@ impl StoreReading {
         out.gauge("store_used", bytes(), "Bytes on disk of all stored entries", self.used as f64)?;
         out.gauge("store_limit", bytes(), "The size limit of the store (max_size_gb)", self.limit as f64)?;
         let help = "Bytes of entries that running actions and open readers keep from eviction";
+        out.gauge("store_held", bytes(), help, self.held as f64)?;
+        let help =
+            "Bytes of entries that are leased to builds, and that are not evicted until the leases end";
         out.gauge("store_leased", bytes(), help, self.leased as f64)?;
         out.gauge("store_reserved", bytes(), "Bytes that are promised to uploads", self.reserved as f64)?;
         let help = "Entries of the store, by kind";
@@ -209,6 +222,14 @@ impl StoreReading {
         out.counter("store_evicted", bytes(), "Bytes of entries that were evicted", self.evicted_bytes)?;
         let help = "Entries that were dropped because their files were damaged or gone";
         out.counter("store_damaged_entries", None, help, self.damaged)?;
+        let help = "Results that were dropped because one of their blobs was evicted or dropped";
+        out.counter("store_dropped_results", None, help, self.followed)?;
+        let help = "Entries that were lost although they were leased to a build";
+        out.counter("broken_promises", None, help, self.broken_promises)?;
+        let help = "Results that were not served because leases left no room for their blobs";
+        out.counter("store_refused_results", None, help, self.refused_results)?;
+        let help = "How often the oldest leases were taken from a build with more than its share";
+        out.counter("store_withdrawn_leases", None, help, self.withdrawn_leases)?;
         let help = "How long ago the entry was used that would be evicted next, to within an hour";
         out.gauge("store_oldest_use", Some(Unit::Seconds), help, self.oldest_use.as_secs_f64())
     }

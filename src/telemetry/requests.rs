@@ -1,7 +1,7 @@
 //! [`RpcMetrics`] and [`HttpMetrics`]: the requests of the two ports, by method and code.
 //!
-//! Methods and codes are fixed lists, and their handles a table. A handle is made when its first request ends and is kept, so
-//! that what never happens takes no place in the text, and a request costs no allocation.
+//! Methods and codes come from fixed lists, so the handles are in a table. A handle is made when its first request ends, and is kept.
+//! So the text has no series of methods that nobody calls, and later requests cost no allocation and no look-up by label.
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, histogram::Histogram},
@@ -53,7 +53,7 @@ const GONE: usize = HTTP_CODES.len();
 
 type MethodLabels<const N: usize> = [(&'static str, String); N];
 
-/// What is recorded of a request when it is over.
+/// The numbers of a request that is over.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct EndedRequest {
     pub(crate) took: Duration,

@@ -84,7 +84,7 @@ impl LabelValue for RunFate {
     }
 }
 
-/// What failed around a command, so that the server and not the action is at fault.
+/// A failure around a command, for which the server and not the action is at fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SandboxFailure {
     /// A runner process could not make the sandbox or start the command, or died.

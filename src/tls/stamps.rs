@@ -3,8 +3,8 @@
 use super::TlsFiles;
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
-/// What changes when a file is written, replaced, or reached by another symbolic link. Times alone are too coarse, and a copy
-/// may keep them.
+/// What changes when a file is written, replaced, made readable, or reached by another symbolic link. The time is that of the last
+/// change of the inode, which no program can set; alone it would be too coarse.
 type Stamp = (u64, u64, u64, i64, i64);
 
 /// The stamps of all files; `None` for one that is missing.
@@ -22,13 +22,16 @@ impl Stamps {
 
 fn stamp(path: &Path) -> Option<Stamp> {
     let found = fs::metadata(path).ok()?;
-    Some((found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec()))
+    Some((found.dev(), found.ino(), found.len(), found.ctime(), found.ctime_nsec()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{os::unix::fs::symlink, path::PathBuf};
+    use std::{
+        os::unix::fs::{PermissionsExt as _, symlink},
+        path::PathBuf,
+    };
 
     #[test]
     fn a_replaced_file_and_a_replaced_link_are_noticed() {
@@ -59,6 +62,10 @@ mod tests {
         assert_ne!(second, third);
         fs::write(at("new"), "k").unwrap();
         fs::rename(at("new"), at("key")).unwrap();
-        assert_ne!(third, Stamps::of(&files));
+        let fourth = Stamps::of(&files);
+        assert_ne!(third, fourth);
+        // A key that the server could not read, and now can.
+        fs::set_permissions(at("key"), fs::Permissions::from_mode(0o640)).unwrap();
+        assert_ne!(fourth, Stamps::of(&files));
     }
 }

@@ -145,7 +145,7 @@ pub fn faults() -> Vec<Fault> {
         fault("a version is claimed whose platforms and paths are not", &["CAP-04"], {
             job(|job| job.command.output_paths.truncate(1))
         }),
-        fault("each connection hears of other capabilities", &["CAP-19"], {
+        fault("each connection gets different capabilities", &["CAP-19"], {
             said(move |said| {
                 let call = calls.fetch_add(1, Ordering::Relaxed);
                 said.cache_capabilities.get_or_insert_default().max_cas_blob_size_bytes += call;

@@ -69,6 +69,16 @@ pub fn faults() -> Vec<Fault> {
             })
         }),
         fault(
+            "a wrong credential is a lack of permission",
+            &["GEN-23"],
+            code(find, Code::Unauthenticated, Code::PermissionDenied),
+        ),
+        fault(
+            "a wrong credential is an internal error",
+            &["GEN-23"],
+            code(find, Code::Unauthenticated, Code::Internal),
+        ),
+        fault(
             "an absent digest is a cache miss",
             &["GEN-05"],
             code("GetActionResult", Code::InvalidArgument, Code::NotFound),
@@ -183,7 +193,7 @@ pub fn faults() -> Vec<Fault> {
                 futures::stream::once(async move { whole.await.map(message) }).boxed()
             })
         }),
-        fault("whoever does not say who he is is refused", &["GEN-28"], {
+        fault("clients without RequestMetadata are refused", &["GEN-28"], {
             change::instead(find, |call, upstream| async move {
                 let header = "build.bazel.remote.execution.v2.requestmetadata-bin";
                 let metadata = call.metadata.get_bin(header).and_then(|value| value.to_bytes().ok());

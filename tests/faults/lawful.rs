@@ -22,7 +22,7 @@ const LAG: usize = 2;
 /// Each behaviour, with the rules that it follows.
 pub fn all() -> Vec<Fault> {
     vec![
-        fault("whoever asks while a run is wound up joins it", &["EXE-16"], {
+        fault("a request that comes while a run is being wound up joins it", &["EXE-16"], {
             let seen = Arc::new(Mutex::new(HashMap::<String, Vec<ActionResult>>::new()));
             instead("Execute", move |call, upstream| {
                 let seen = seen.clone();

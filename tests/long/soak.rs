@@ -39,7 +39,7 @@ impl Taken {
             let line = status.lines().find(|line| line.starts_with(key)).unwrap();
             line.split_whitespace().nth(1).unwrap().parse().unwrap()
         };
-        let files = files_below(&server.store().join("v1"));
+        let files = files_below(server.store());
         Self {
             resident: number("VmRSS:") * 1024,
             descriptors: std::fs::read_dir(format!("{process}/fd")).unwrap().count() as u64,

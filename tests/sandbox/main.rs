@@ -10,6 +10,7 @@ mod files;
 mod images;
 mod kernel;
 mod limits;
+mod network;
 mod processes;
 mod roots;
 mod staging;

@@ -92,7 +92,7 @@ async fn a_killed_server_leaves_no_mount_and_its_trees_are_removed_by_the_next()
 async fn a_damaged_blob_is_not_staged() {
     let server = Server::with(&[]).await;
     let client = server.client().await;
-    let (root, files) = root_of(&client, 50, &"text ".repeat(10_000)).await;
+    let (root, files) = root_of(&client, 30, &"text ".repeat(20_000)).await;
     let path = stored(&server, files[20]);
     let mut bytes = fs::read(&path).unwrap();
     bytes[100] ^= 1;
@@ -104,8 +104,8 @@ async fn a_damaged_blob_is_not_staged() {
     eventually("what was staged of it is removed", || directories(&server) == (0, 0)).await;
     // The status makes a client upload the missing blob.
     assert_eq!(client.missing(&files).await, [files[20]]);
-    client.upload(format!("{} 20\n", "text ".repeat(10_000))).await;
-    assert_eq!(says(&client, "wc -l < d/f20; ls d | wc -l", root).await.trim(), "1\n50");
+    client.upload(format!("{} 20\n", "text ".repeat(20_000))).await;
+    assert_eq!(says(&client, "wc -l < d/f20; ls d | wc -l", root).await.trim(), "1\n30");
 }
 
 /// Trees are made and evicted while another action uses one.

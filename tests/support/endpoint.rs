@@ -84,6 +84,8 @@ pub fn store_settings(directory: &Path, max_blob_bytes: u64) -> StoreSettings {
         max_bytes: 1 << 30,
         max_blob_bytes,
         partial_upload_retention: Duration::from_secs(600),
+        leases: Default::default(),
+        result_links_bytes: 1 << 20,
         zstd_level: 1,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(60) },
     }

@@ -1,6 +1,7 @@
 //! What several test crates share: servers to test, and clients for them.
 //!
 //! - [`server`]: the real binary as a process. Most tests use it.
+//! - [`stored`]: where blobs lie on the disk of a server.
 //! - [`endpoint`]: a gRPC endpoint in the process of the test, for tests that put something else behind it.
 //! - [`images`]: container images.
 //! - [`key_server`], [`tokens`]: the keys and the signed tokens of an issuer.
@@ -18,11 +19,13 @@ pub mod endpoint;
 pub mod images;
 pub mod key_server;
 pub mod server;
+pub mod stored;
 pub mod tokens;
 pub mod worker;
 
 pub use client::*;
 pub use server::{Server, command, files_below, shared_dir};
+pub use stored::{Kind, damage, record_of};
 
 use std::time::{Duration, Instant};
 

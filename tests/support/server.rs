@@ -95,7 +95,7 @@ impl Server {
                 let event = serde_json::from_str(&line).unwrap_or(Value::String(line));
                 let address = (event["event"] == "server_started")
                     .then(|| event["listen_addr"].as_str().unwrap_or_default().to_owned());
-                // Whoever learns of the start finds it in the log.
+                // A test that is told of the start finds it in the log.
                 lines.lock().unwrap().push(event);
                 if let Some(address) = address {
                     let _ = started.send(address);

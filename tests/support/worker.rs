@@ -19,7 +19,7 @@ use gorego::{
             workspace::BuildRoot,
         },
     },
-    caller::Peer,
+    caller::{Owner, Peer},
     instance::{Instance, Instances},
     log_streams::{LogSettings, LogStreams, StreamLimits},
 };
@@ -74,11 +74,11 @@ pub struct Handle(pub Arc<MemoryStore>);
 struct Opened {
     tree: Arc<InputTree>,
     blobs: HashMap<Digest, Vec<u8>>,
-    leased: HashSet<Digest>,
+    held: HashSet<Digest>,
 }
 
 impl BlobStore for Handle {
-    fn open_inputs(&self, _: &Instance, root: Digest, _: Peer) -> Result<Box<dyn Inputs>> {
+    fn open_inputs(&self, _: &Instance, root: Digest, _: Owner) -> Result<Box<dyn Inputs>> {
         let blobs = self.0.blobs.lock().unwrap().clone();
         if std::mem::take(&mut *self.0.panic_next.lock().unwrap()) {
             panic!("as the test asked");
@@ -92,10 +92,10 @@ impl BlobStore for Handle {
             directories.insert(digest, Arc::new(directory));
         }
         let tree = Arc::new(InputTree::new(root, directories)?);
-        Ok(Box::new(Opened { tree, blobs, leased: HashSet::new() }))
+        Ok(Box::new(Opened { tree, blobs, held: HashSet::new() }))
     }
 
-    fn begin_outputs(&self, _: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_> {
+    fn begin_outputs(&self, _: &Instance, function: DigestFunction, _: Owner) -> Box<dyn Outputs + '_> {
         assert_eq!(function, DigestFunction::Sha256, "the function of all actions here");
         Box::new(Batch(self.0.clone()))
     }
@@ -147,17 +147,17 @@ impl Inputs for Opened {
         &self.tree
     }
 
-    fn lease_all(&mut self) -> Result<()> {
-        self.lease(self.tree.blobs().to_vec())
+    fn hold_all(&mut self) -> Result<()> {
+        self.hold(self.tree.blobs().to_vec())
     }
 
-    fn lease(&mut self, blobs: Vec<Digest>) -> Result<()> {
-        self.leased.extend(blobs);
+    fn hold(&mut self, blobs: Vec<Digest>) -> Result<()> {
+        self.held.extend(blobs);
         Ok(())
     }
 
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
-        assert!(digest.is_empty() || self.leased.contains(digest), "{name} is not leased");
+        assert!(digest.is_empty() || self.held.contains(digest), "{name} is not held");
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(mode)).unwrap();
         rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode)).unwrap();

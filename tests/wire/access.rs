@@ -1,8 +1,9 @@
-//! Who may do what, on both ports: every principal, every RPC and HTTP request, every instance. The tables of `docs/securing.md`
-//! are the expectation; unit tests hold them equal to the code.
+//! Who may do what, on both ports: the matrix of all requests, and what belongs to whom.
+
+mod matrix;
 
 use crate::support::{
-    Client, PATIENCE, Run, Server, empty, eventually, http_client, metadata, sh, shared_dir,
+    Client, PATIENCE, Run, Server, empty, eventually, eventually_async, http_client, metadata, sh, shared_dir,
 };
 use bytes::Bytes;
 use gorego::access::tokens::{NewToken, TokenRecord, file::update};
@@ -12,43 +13,21 @@ use gorego_reapi::proto::{
     longrunning::{CancelOperationRequest, GetOperationRequest, ListOperationsRequest},
     reapi::{GetCapabilitiesRequest, WaitExecutionRequest},
 };
-use reqwest::{Method, StatusCode};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-    time::SystemTime,
-};
+use prost::Message as _;
+use reqwest::StatusCode;
+use std::{collections::BTreeSet, path::PathBuf, process::Command, time::SystemTime};
 use tempfile::TempDir;
 use tonic::{Code, Request, Status, client::Grpc, transport::Channel};
 
-const DOCUMENT: &str = include_str!("../../docs/securing.md");
-/// The instances of the server.
-const INSTANCES: [&str; 2] = ["", "team/a"];
-const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
-
-/// The rows of the table below a heading: the texts in backquotes of the first cells.
-fn table(heading: &str) -> Vec<(Vec<&'static str>, Vec<&'static str>)> {
-    let section = DOCUMENT.split(&format!("\n{heading}\n")).nth(1).unwrap();
-    let rows =
-        section.lines().skip_while(|line| !line.starts_with("| `")).take_while(|line| line.starts_with('|'));
-    let quoted = |cell: &'static str| cell.split('`').skip(1).step_by(2).collect::<Vec<_>>();
-    let rows = rows.map(|row| {
-        let cells: Vec<&str> = row.trim_matches('|').split('|').collect();
-        let needs = if cells[1].trim() == "any" { vec!["any"] } else { quoted(cells[1]) };
-        (quoted(cells[0]), needs)
-    });
-    rows.collect()
-}
-
 /// A server with static tokens.
-struct Guarded {
-    server: Server,
-    tokens: PathBuf,
+pub(crate) struct Guarded {
+    pub(crate) server: Server,
+    pub(crate) tokens: PathBuf,
     _directory: TempDir,
 }
 
 impl Guarded {
-    async fn start(overrides: &[(&str, &str)]) -> Self {
+    pub(crate) async fn start(overrides: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let tokens = directory.path().join("tokens");
         let roles = r#"{ team = { like = "ci", instances = ["team/*"] } }"#;
@@ -64,7 +43,7 @@ impl Guarded {
     }
 
     /// Makes a token with a role. The server has noticed it when this returns.
-    async fn token(&self, role: &str) -> NewToken {
+    pub(crate) async fn token(&self, role: &str) -> NewToken {
         let token = NewToken::random().unwrap();
         let record = TokenRecord {
             id: token.id.clone(),
@@ -76,30 +55,30 @@ impl Guarded {
         };
         update(&self.tokens, |list| list.add(record)).unwrap();
         let channel = self.channel().await;
-        let path = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
-        let end = std::time::Instant::now() + PATIENCE;
-        loop {
-            let known = call(&channel, path, message(path, "team/a", "any"), Some(&token.text)).await;
-            if known.as_ref().map_err(Status::code) != Err(Code::Unauthenticated) {
-                return token;
-            }
-            assert!(std::time::Instant::now() < end, "the server does not notice the token: {known:?}");
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-        }
+        eventually_async("the server notices the token", async || is_known(&channel, &token).await).await;
+        token
     }
 
     async fn channel(&self) -> Channel {
         Channel::from_shared(self.server.endpoint()).unwrap().connect().await.unwrap()
     }
 
-    fn http(&self) -> String {
+    pub(crate) fn http(&self) -> String {
         let started = self.server.log().into_iter().find(|event| event["event"] == "http_started").unwrap();
         format!("http://{}", started["listen_addr"].as_str().unwrap())
     }
 }
 
+/// Whether the server accepts a token.
+async fn is_known(channel: &Channel, token: &NewToken) -> bool {
+    let path = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+    let instance = GetCapabilitiesRequest { instance_name: "team/a".into() };
+    let answer = call(channel, path, instance.encode_to_vec().into(), Some(&token.text)).await;
+    answer.map_err(|status| status.code()) != Err(Code::Unauthenticated)
+}
+
 /// A request with a token.
-fn with<T>(token: &str, message: T) -> Request<T> {
+pub(crate) fn with<T>(token: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
     request
@@ -118,185 +97,18 @@ async fn call(channel: &Channel, path: &str, message: Bytes, token: Option<&str>
     answer.into_inner().message().await.map(drop)
 }
 
-/// A request of an RPC about an instance. It is malformed or about nothing, so that whoever may make it changes nothing. If a method
-/// needs different permissions for different resources, it is about one that needs this permission.
-fn message(path: &str, instance: &str, permission: &str) -> Bytes {
-    let inside = |rest: String| if instance.is_empty() { rest } else { format!("{instance}/{rest}") };
-    let blob = format!("blobs/{}/1", "0".repeat(64));
-    let (service, method) = path[1..].split_once('/').unwrap();
-    let (tag, text) = match (service, method) {
-        (_, "ListOperations") => (4, instance.to_owned()),
-        ("google.longrunning.Operations", _) | (_, "WaitExecution") => {
-            (1, inside(format!("operations/{UUID}")))
-        }
-        ("google.bytestream.ByteStream", _) if permission.starts_with("operations") => {
-            (1, inside(format!("logstreams/{UUID}-stdout")))
-        }
-        ("google.bytestream.ByteStream", _) if permission == "logs" => {
-            (1, inside(format!("logstreams/{UUID}/{}", "0".repeat(64))))
-        }
-        ("google.bytestream.ByteStream", "Read") => (1, inside(blob)),
-        ("google.bytestream.ByteStream", _) => (1, inside(format!("uploads/{UUID}/{blob}"))),
-        ("grpc.health.v1.Health" | "grpc.reflection.v1.ServerReflection", _)
-        | ("grpc.reflection.v1alpha.ServerReflection", _) => (1, String::new()),
-        _ => (1, instance.to_owned()),
-    };
-    let mut bytes = vec![tag << 3 | 2, text.len() as u8];
-    bytes.extend_from_slice(text.as_bytes());
-    bytes.into()
-}
-
-/// The permissions of the principals in each instance.
-fn principals() -> BTreeMap<&'static str, [BTreeSet<&'static str>; 2]> {
-    let roles = table("## What a client may do");
-    let mut principals: BTreeMap<&str, [BTreeSet<&str>; 2]> = roles
-        .into_iter()
-        .map(|(name, permissions)| (name[0], [(); 2].map(|()| permissions.iter().copied().collect())))
-        .collect();
-    let team = [BTreeSet::new(), principals["ci"][0].clone()];
-    principals.insert("team", team);
-    principals
-}
-
-/// Whether a request of this kind is allowed to somebody with these permissions.
-fn is_allowed(path: &str, permission: &str, here: &BTreeSet<&str>, anywhere: bool) -> bool {
-    match permission {
-        "any" if path.contains("Reflection") => anywhere,
-        "any" => !here.is_empty(),
-        // Nobody was told of this output.
-        "operations.own" if path.contains("ByteStream") => here.contains("operations.all"),
-        _ if path.contains("Push/Push") => here.contains("assets") && here.contains("ac.write"),
-        // A list of one's own operations is empty, and one that is unknown belongs to nobody.
-        "operations.all" if !path.contains("ByteStream") => here.contains("operations.own"),
-        _ => here.contains(permission),
-    }
-}
-
-#[tokio::test]
-async fn every_principal_may_call_what_its_role_permits_in_its_instances_and_nothing_else() {
-    let guarded = Guarded::start(&[]).await;
-    let channel = guarded.channel().await;
-    let (rpcs, mut cells) = (table("### What each RPC needs"), 0);
-    assert!(rpcs.len() > 25, "{rpcs:?}");
-    let mut tokens = Vec::new();
-    for (role, permissions) in principals() {
-        tokens.push((role, guarded.token(role).await, permissions));
-    }
-    for (path, needed) in &rpcs {
-        let path = format!("/{}", path[0]);
-        let kinds = if needed.is_empty() { &vec!["open"] } else { needed };
-        for (permission, (at, instance)) in
-            kinds.iter().flat_map(|kind| INSTANCES.iter().enumerate().map(move |place| (*kind, place)))
-        {
-            let message = message(&path, instance, permission);
-            let ask = |token| call(&channel, &path, message.clone(), token);
-            for (role, token, permissions) in &tokens {
-                let anywhere = permissions.iter().any(|permissions| !permissions.is_empty());
-                let allowed =
-                    permission == "open" || is_allowed(&path, permission, &permissions[at], anywhere);
-                let outcome = ask(Some(&token.text)).await;
-                let code = outcome.as_ref().err().map_or(Code::Ok, Status::code);
-                assert_eq!(
-                    code != Code::PermissionDenied,
-                    allowed,
-                    "{role} {path} {permission} \"{instance}\": {outcome:?}"
-                );
-                assert_ne!(code, Code::Unauthenticated, "{role} {path}");
-                if !allowed {
-                    let denied = outcome.unwrap_err();
-                    let text = denied.message();
-                    assert!(
-                        text.contains(&format!("token:{}", token.id)) && text.contains("docs/securing.md"),
-                        "{text}"
-                    );
-                }
-                cells += 1;
-            }
-            // GEN-23: without a credential or with a wrong one.
-            let wrong = NewToken::random().unwrap();
-            for token in [None, Some(wrong.text.as_str()), Some("x.y.z")] {
-                let code = ask(token).await.err().map_or(Code::Ok, |status| status.code());
-                assert_eq!(code == Code::Unauthenticated, permission != "open", "{path} {token:?}: {code:?}");
-                cells += 1;
-            }
-        }
-    }
-    assert!(cells > 600, "{cells}");
-}
-
-#[tokio::test]
-async fn every_principal_may_request_over_http_what_its_role_permits_and_nothing_else() {
-    let guarded = Guarded::start(&[]).await;
-    let (http, client, mut cells) = (guarded.http(), http_client(), 0);
-    let mut tokens = Vec::new();
-    for (role, permissions) in principals() {
-        tokens.push((role, guarded.token(role).await, permissions));
-    }
-    for (request, needed) in table("### What each HTTP request needs") {
-        let Some((path, methods)) = request.split_last() else { panic!("{request:?}") };
-        let is_of_cache = ["/cas/", "/ac/", "/cache/"].contains(path);
-        for (method, (at, instance)) in
-            methods.iter().flat_map(|method| INSTANCES.iter().enumerate().map(move |place| (*method, place)))
-        {
-            if !is_of_cache && at > 0 {
-                continue;
-            }
-            let start =
-                if instance.is_empty() || !is_of_cache { String::new() } else { format!("/{instance}") };
-            let rest = if *path == "/cache/" { "key".to_owned() } else { "0".repeat(64) };
-            let url = format!("{http}{start}{path}{}", if is_of_cache { rest.as_str() } else { "" });
-            let ask = async |change: &dyn Fn(reqwest::RequestBuilder) -> reqwest::RequestBuilder| {
-                let request =
-                    client.request(Method::from_bytes(method.as_bytes()).unwrap(), &url).header("depth", "0");
-                change(request).send().await.unwrap()
-            };
-            for (role, token, permissions) in &tokens {
-                let here = &permissions[at];
-                let allowed = needed.is_empty() || needed.iter().any(|permission| here.contains(permission));
-                // As a token, and as a password for tools that can send nothing else.
-                let bearer = ask(&|request| request.bearer_auth(&token.text)).await.status();
-                let basic = ask(&|request| request.basic_auth("x", Some(&token.text))).await.status();
-                for status in [bearer, basic] {
-                    assert_eq!(status != StatusCode::FORBIDDEN, allowed, "{role} {method} {url}: {status}");
-                    assert_ne!(status, StatusCode::UNAUTHORIZED, "{role} {method} {url}");
-                    cells += 1;
-                }
-            }
-            let wrong = NewToken::random().unwrap();
-            for answer in [
-                ask(&|request| request).await,
-                ask(&|request| request.bearer_auth(&wrong.text)).await,
-                ask(&|request| request.basic_auth("x", Some("y"))).await,
-                ask(&|request| request.bearer_auth(&wrong.text).bearer_auth(&wrong.text)).await,
-                ask(&|request| request.header("authorization", "Negotiate abc")).await,
-            ] {
-                assert_eq!(answer.status() == StatusCode::UNAUTHORIZED, !needed.is_empty(), "{method} {url}");
-                let challenges = answer.headers().get_all("www-authenticate").iter();
-                let challenges: Vec<_> = challenges.map(|value| value.to_str().unwrap().to_owned()).collect();
-                assert_eq!(challenges.iter().any(|text| text.starts_with("Bearer ")), !needed.is_empty());
-                cells += 1;
-            }
-        }
-    }
-    assert!(cells > 200, "{cells}");
-    for open in ["/healthz", "/status", "/"] {
-        let answer = client.get(format!("{http}{open}")).bearer_auth("wrong").send().await.unwrap();
-        assert_eq!(answer.status(), StatusCode::OK, "{open}");
-    }
-}
-
 /// A client with a token, and its run of a command.
-struct Owner {
-    token: NewToken,
-    client: Client,
+pub(crate) struct Owner {
+    pub(crate) token: NewToken,
+    pub(crate) client: Client,
 }
 
 impl Owner {
-    async fn start(guarded: &Guarded, role: &str) -> Self {
+    pub(crate) async fn start(guarded: &Guarded, role: &str) -> Self {
         Self { token: guarded.token(role).await, client: guarded.server.client().await }
     }
 
-    async fn run(&self, action: gorego_reapi::digest::Digest) -> Run {
+    pub(crate) async fn run(&self, action: gorego_reapi::digest::Digest) -> Run {
         let request = with(&self.token.text, self.client.request(action));
         Run(self.client.execution.clone().execute(request).await.unwrap().into_inner())
     }
@@ -337,9 +149,8 @@ impl Owner {
 }
 
 /// Stores an action without a client's token: the server has it from the same user under another one.
-async fn action(owner: &Owner, script: &str) -> gorego_reapi::digest::Digest {
+pub(crate) async fn action(owner: &Owner, script: &str) -> gorego_reapi::digest::Digest {
     use gorego_reapi::proto::reapi::{Action, BatchUpdateBlobsRequest, batch_update_blobs_request};
-    use prost::Message as _;
     let command = sh(script).encode_to_vec();
     let function = owner.client.function;
     let action = Action {
@@ -388,12 +199,34 @@ async fn operations_and_their_output_belong_to_whom_began_them_and_administrator
     assert_eq!(other.read(&stream).await, Ok(()));
     assert_eq!((other.listed().await, admin.listed().await), (1, 2));
     assert_eq!(other.cancel(&own.name).await, Ok(()));
+    let third = other.run(action).await.next().await.unwrap().name;
+    assert_eq!(admin.cancel(&third).await, Ok(()));
     std::fs::write(&gate, "").unwrap();
     assert_eq!(
         run.finish().await.result.unwrap().exit_code,
         0,
         "the cancellation of another one is not its own"
     );
+    let changes = || {
+        guarded
+            .server
+            .log()
+            .into_iter()
+            .filter(|event| event["event"] == "operation_administered")
+            .collect::<Vec<_>>()
+    };
+    eventually("what an administrator did is an audit event", || !changes().is_empty()).await;
+    let changes = changes();
+    assert_eq!(changes.len(), 1, "one's own operations are not in the audit: {changes:?}");
+    for (field, value) in [
+        ("target", "gorego::audit".to_owned()),
+        ("method", "CancelOperation".into()),
+        ("principal", format!("token:{}", admin.token.id)),
+        ("owner", format!("token:{}", other.token.id)),
+        ("operation", third),
+    ] {
+        assert_eq!(changes[0][field], value.as_str(), "{field}");
+    }
     let finished = guarded.server.log().into_iter().filter(|event| event["event"] == "rpc_finished");
     let names: BTreeSet<_> =
         finished.filter_map(|event| Some(event["principal"].as_str()?.to_owned())).collect();
@@ -495,7 +328,7 @@ fn the_command_line_makes_lists_and_revokes_tokens() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("tokens");
     let gorego = |args: &[&str]| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gorego"));
         let output = command.arg("token").args(args).arg("--file").arg(&file).output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))

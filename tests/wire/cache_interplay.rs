@@ -1,6 +1,6 @@
 //! Execute and the action cache: EXE-16..21 and AC-01..15, as far as they are visible through execution.
 
-use crate::support::{Client, Server, directory, empty, file, files_below, sh, sh_with, sha256};
+use crate::support::{Client, Server, damage, directory, empty, file, sh, sh_with, sha256};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::reapi::{ActionResult, ExecuteRequest, UpdateActionResultRequest},
@@ -83,6 +83,7 @@ async fn a_result_with_a_lost_blob_is_never_served() {
     ];
     for lost in references {
         assert!(client.cached(action).await.is_some());
+        // CAS-22: a flipped bit on disk leads to a miss, never to wrong bytes.
         damage(&server, lost);
         // Damage is found when the blob is read; then the blob is missing.
         assert!(client.read(lost).await.is_err());
@@ -92,20 +93,4 @@ async fn a_result_with_a_lost_blob_is_never_served() {
         assert!(!again.cached_result);
         assert!(client.read(lost).await.is_ok(), "running it again brought the blob back");
     }
-}
-
-/// CAS-22: a flipped bit on disk leads to a miss, never to wrong bytes.
-fn damage(server: &Server, digest: Digest) {
-    let hash = digest.hash_hex();
-    let named =
-        |path: &&std::path::PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&hash));
-    let files = files_below(server.store());
-    let path = files.iter().find(named).unwrap_or_else(|| panic!("{digest} is not among {files:?}"));
-    let mut bytes = std::fs::read(path).unwrap();
-    bytes[0] ^= 1;
-    let mut permissions = std::fs::metadata(path).unwrap().permissions();
-    #[allow(clippy::permissions_set_readonly_false)]
-    permissions.set_readonly(false);
-    std::fs::set_permissions(path, permissions).unwrap();
-    std::fs::write(path, bytes).unwrap();
 }

@@ -1,6 +1,6 @@
 //! Compressed transfers with the real binary: what survives a restart, and what can be configured.
 
-use crate::support::{Client, Server, eventually, files_below, sha256};
+use crate::support::{Client, Kind, Server, eventually, files_below, record_of, sha256};
 use gorego_reapi::{
     digest::Digest,
     proto::bytestream::{ReadRequest, WriteRequest},
@@ -59,10 +59,11 @@ async fn what_was_compressed_once_is_served_after_a_crash_from_any_offset() {
     }
     let form = |server: &Server| {
         let files = files_below(server.store());
-        files.iter().any(|path| {
+        let is_form = |path: &std::path::PathBuf| {
             let path = path.to_string_lossy();
             path.contains("/zstd/") && path.contains(&digest.hash_hex())
-        })
+        };
+        files.iter().any(is_form) || record_of(server, digest, Kind::Zstd).is_some()
     };
     eventually("it is kept compressed", || form(&server)).await;
     drop(client);

@@ -1,6 +1,6 @@
 //! Stored files that another process has changed: wrong bytes are never served, and everything recovers (CAS-22).
 
-use crate::support::{Client, Server, directory, empty, file, files_below, sh, sh_with, sha256};
+use crate::support::{Client, Server, damage, directory, empty, file, files_below, sh, sh_with, sha256};
 use gorego_reapi::{
     digest::Digest,
     proto::{
@@ -158,12 +158,40 @@ async fn a_result_is_gone_after_a_restart_when_its_output_went_bad() {
     assert!(client.cached(action).await.is_some() && client.read(output).await.is_ok());
 }
 
+/// CAS-22: a small blob that went bad is a miss, whether it was read before, after a restart or never, and heals.
+#[tokio::test]
+async fn a_small_blob_that_went_bad_is_a_miss_and_heals() {
+    let mut server = Server::start().await;
+    for restarted in [false, true] {
+        for way in 0..3 {
+            let client = server.client().await;
+            let bytes = format!("{restarted} {way} ").repeat(1_000).into_bytes();
+            let blob = client.upload(bytes.clone()).await;
+            if restarted {
+                server = Server::on(server.kill().await, &[]).await;
+            }
+            let client = server.client().await;
+            assert_eq!(client.read(blob).await.unwrap(), bytes);
+            damage(&server, blob);
+            match way {
+                0 => assert_eq!(client.read(blob).await.unwrap_err().code(), Code::NotFound),
+                1 => assert_eq!(batch_code(&client, blob).await, Code::NotFound as i32),
+                // It is not read before it is uploaded again.
+                _ => {}
+            }
+            client.upload(bytes.clone()).await;
+            assert_eq!(client.read(blob).await.unwrap(), bytes);
+            assert_eq!(client.missing(&[blob]).await, []);
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_fifo_in_the_place_of_a_stored_file_holds_up_neither_readers_nor_the_end() {
     let mut server = Server::start().await;
     let client = server.client().await;
-    for bytes in [content(1), b"small".repeat(2_000)] {
-        let blob = client.upload(bytes).await;
+    for seed in 1..3 {
+        let blob = client.upload(content(seed)).await;
         let path = stored_file(&server, blob);
         fs::remove_file(&path).unwrap();
         mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();

@@ -5,13 +5,7 @@ use crate::support::{
     images::{Blobs, LayerArchive, gzip, shell_layer, tagged, zstd},
     metadata, sh_with, shared_dir,
 };
-use axum::{
-    Router,
-    body::Body,
-    extract::{Request, State},
-    http::{StatusCode, header},
-    response::Response,
-};
+use axum::http::StatusCode;
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use gorego_reapi::proto::{
     longrunning::CancelOperationRequest,
@@ -19,17 +13,16 @@ use gorego_reapi::proto::{
 };
 use serde_json::json;
 use std::{
-    collections::HashMap,
     fs,
     os::unix::fs::PermissionsExt as _,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed},
 };
 use tempfile::TempDir;
-use tokio::net::TcpListener;
 use tonic::Code;
+
+mod registry;
+
+use registry::{Content, TestRegistry, greedy_host};
 
 /// The name of the file that only images have.
 const MARKER: &str = "etc/marker";
@@ -158,132 +151,6 @@ async fn without_images_in_the_configuration_the_property_has_no_effect() {
     assert_eq!(response.result.unwrap().exit_code, 0);
 }
 
-/// A registry.
-#[derive(Clone, Default)]
-struct TestRegistry(Arc<Mutex<Content>>);
-
-#[derive(Default)]
-struct Content {
-    blobs: Blobs,
-    tags: HashMap<String, String>,
-    /// User and password, if it asks for a token.
-    login: Option<String>,
-    /// What was asked for, with the status of the answer.
-    asked: Vec<(String, u16)>,
-    address: String,
-    /// The status of all answers, if something is wrong.
-    broken: Option<StatusCode>,
-    /// There is no answer at all.
-    is_silent: bool,
-    /// How many requests came.
-    requests: usize,
-    /// The address of the host that has the blobs; empty for this one.
-    redirects_to: String,
-}
-
-impl TestRegistry {
-    async fn serve(content: Content) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let registry = Self(Arc::new(Mutex::new(content)));
-        registry.0.lock().unwrap().address = listener.local_addr().unwrap().to_string();
-        let router = Router::new().fallback(answer).with_state(registry.clone());
-        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        registry
-    }
-
-    fn address(&self) -> String {
-        self.0.lock().unwrap().address.clone()
-    }
-
-    /// How often a path that ends like this was answered with content.
-    fn served(&self, end: &str) -> usize {
-        self.0
-            .lock()
-            .unwrap()
-            .asked
-            .iter()
-            .filter(|(path, status)| path.ends_with(end) && *status == 200)
-            .count()
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Content)) {
-        change(&mut self.0.lock().unwrap());
-    }
-}
-
-async fn answer(State(TestRegistry(content)): State<TestRegistry>, request: Request) -> Response {
-    let is_silent = {
-        let mut content = content.lock().unwrap();
-        content.requests += 1;
-        content.is_silent
-    };
-    if is_silent {
-        std::future::pending::<()>().await;
-    }
-    let mut content = content.lock().unwrap();
-    let response = content.answer(&request);
-    content.asked.push((request.uri().path().to_owned(), response.status().as_u16()));
-    response
-}
-
-impl Content {
-    fn answer(&self, request: &Request) -> Response {
-        let with = |status: StatusCode, body: Vec<u8>| {
-            let mut response = Response::new(Body::from(body));
-            *response.status_mut() = status;
-            response
-        };
-        if let Some(status) = self.broken {
-            return with(status, Vec::new());
-        }
-        let authorization =
-            request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap().to_owned());
-        let path = request.uri().path().to_owned();
-        if path == "/token" {
-            let expected = self.login.as_ref().map(|login| format!("Basic {}", BASE64.encode(login)));
-            let query = request.uri().query().unwrap_or_default();
-            assert!(
-                query.contains("scope=repository%3Ateam%2Ftools%3Apull") && query.contains("service=test"),
-                "{query}"
-            );
-            if authorization != expected {
-                return with(StatusCode::UNAUTHORIZED, Vec::new());
-            }
-            return with(StatusCode::OK, json!({ "token": "t0ken" }).to_string().into_bytes());
-        }
-        if path.starts_with("/elsewhere/") {
-            let digest = path.trim_start_matches("/elsewhere/");
-            return with(StatusCode::OK, self.blobs.0[digest].clone());
-        }
-        if self.login.is_some() && authorization.as_deref() != Some("Bearer t0ken") {
-            let mut response = with(StatusCode::UNAUTHORIZED, Vec::new());
-            let challenge = format!("Bearer realm=\"http://{}/token\",service=\"test\"", self.address);
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.parse().unwrap());
-            return response;
-        }
-        let found = path
-            .strip_prefix("/v2/team/tools/manifests/")
-            .map(|name| self.blobs.0.get(self.tags.get(name).map_or(name, String::as_str)));
-        if let Some(found) = found {
-            return found.map_or_else(
-                || with(StatusCode::NOT_FOUND, Vec::new()),
-                |bytes| with(StatusCode::OK, bytes.clone()),
-            );
-        }
-        match path.strip_prefix("/v2/team/tools/blobs/").filter(|digest| self.blobs.0.contains_key(*digest)) {
-            Some(digest) => {
-                let mut response = with(StatusCode::TEMPORARY_REDIRECT, Vec::new());
-                response.headers_mut().insert(
-                    header::LOCATION,
-                    format!("{}/elsewhere/{digest}", self.redirects_to).parse().unwrap(),
-                );
-                response
-            }
-            None => with(StatusCode::NOT_FOUND, Vec::new()),
-        }
-    }
-}
-
 fn allowed(registry: &TestRegistry) -> String {
     format!("[\"http://{}\"]", registry.address())
 }
@@ -324,24 +191,6 @@ async fn an_image_is_pulled_once_for_all_actions_that_want_it_with_the_credentia
     assert!(pulled.len() == 1 && pulled[0]["digest"] == *digest, "{pulled:?}");
     let log = serde_json::to_string(&server.log()).unwrap();
     assert!(!log.contains("t0ken") && !log.contains("secret"), "credentials stay out of the log");
-}
-
-/// A host that wants to be sent credentials; counts the requests that bring some.
-async fn greedy_host() -> (String, Arc<AtomicUsize>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
-    let (challenge, got) =
-        (format!("Bearer realm=\"{address}/token\",service=\"test\""), Arc::new(AtomicUsize::new(0)));
-    let counted = got.clone();
-    let answer = move |request: Request| {
-        if request.headers().contains_key(header::AUTHORIZATION) {
-            counted.fetch_add(1, Relaxed);
-        }
-        std::future::ready((StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, challenge.clone())]))
-    };
-    let router = Router::new().fallback(answer);
-    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-    (address, got)
 }
 
 #[tokio::test]

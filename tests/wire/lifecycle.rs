@@ -194,6 +194,26 @@ async fn retryable_end(run: crate::support::Run) -> i32 {
     }
 }
 
+/// Whoever replaces a certificate or a log file sends SIGHUP at any time.
+#[tokio::test]
+async fn a_hangup_during_a_shutdown_cuts_nothing_short() {
+    let mut server = Server::start().await;
+    let client = server.client().await;
+    let dir = shared_dir();
+    let gate = dir.path().join("gate");
+    let script = format!("until test -e {}; do sleep 0.02; done; echo finished", gate.display());
+    let mut run = client.start(client.action(sh(&script), empty()).await).await;
+    run.until(|operation| metadata(operation).stage == 3).await;
+    server.signal("TERM");
+    eventually("stopping is logged", || server.log().iter().any(|e| e["event"] == "server_stopping")).await;
+    server.signal("HUP");
+    eventually("it was heard", || server.log().iter().any(|e| e["event"] == "reload_ignored")).await;
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(run.finish().await.result.unwrap().exit_code, 0);
+    drop(client);
+    assert_eq!(server.exit().await.code(), Some(0));
+}
+
 /// The second SIGINT exits immediately.
 #[tokio::test]
 async fn two_interrupts_end_the_server_at_once() {

@@ -9,6 +9,7 @@ mod assets;
 mod cache_interplay;
 mod chunks;
 mod compression;
+mod confined;
 mod damage;
 mod digest_functions;
 mod disk;
@@ -17,6 +18,7 @@ mod http_cache;
 mod images;
 mod inputs;
 mod instances;
+mod leases;
 mod lifecycle;
 mod live;
 #[path = "../log_schema/mod.rs"]

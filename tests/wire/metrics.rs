@@ -1,7 +1,9 @@
 //! Metrics and health of the real binary: each metric is seen to move for the reason that `docs/metrics.md` gives.
 
-use crate::support::{PATIENCE, Server, empty, eventually_async, files_below, http_client, sh};
+use crate::support::{PATIENCE, Server, empty, eventually_async, files_below, http_client, sh, sha256};
+use futures::{StreamExt as _, stream};
 use gorego_reapi::proto::{
+    bytestream::{ReadRequest, WriteRequest},
     longrunning::CancelOperationRequest,
     reapi::{Action, GetActionResultRequest, RequestMetadata},
 };
@@ -12,6 +14,7 @@ use std::{
     path::PathBuf,
     time::{Duration, Instant},
 };
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tonic::{Code, Request, metadata::MetadataValue};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
@@ -128,6 +131,9 @@ async fn requests_actions_and_look_ups_are_counted() {
     );
     watched.sees("gorego_http_requests_total{method=\"GET\",code=\"404\"}", is(1.0)).await;
     watched.sees("gorego_http_request_seconds_count{method=\"GET\"}", |count| count > 5.0).await;
+    let put = watched.http.put(format!("{}/cache/key", watched.base)).body(vec![1; 1_000]);
+    assert_eq!(put.send().await.unwrap().status(), 201);
+    watched.sees("gorego_http_received_bytes_total{method=\"PUT\"}", is(1_000.0)).await;
     watched.sees("gorego_connections", |open| open >= 2.0).await;
 }
 
@@ -198,7 +204,7 @@ async fn slots_the_queue_and_the_demand_follow_the_actions() {
 }
 
 #[tokio::test]
-async fn the_store_is_measured_evictions_and_damage_included() {
+async fn the_store_is_measured_evictions_damage_and_leases_included() {
     let watched = Watched::start(&[("MAX_SIZE_GB", "1 MB")]).await;
     let client = watched.server.client().await;
     let blob = client.upload(vec![7; 100_000]).await;
@@ -210,11 +216,56 @@ async fn the_store_is_measured_evictions_and_damage_included() {
     fs::write(&damaged, vec![8; 100_000]).unwrap();
     assert!(client.read(blob).await.is_err());
     watched.sees("gorego_store_damaged_entries_total", is(1.0)).await;
+    watched.sees("gorego_broken_promises_total", is(1.0)).await;
     for number in 0..20u8 {
         client.upload(vec![number; 100_000]).await;
     }
     watched.sees("gorego_store_evicted_entries_total", |count| count > 5.0).await;
     watched.sees("gorego_store_evicted_bytes_total", |bytes| bytes > 500_000.0).await;
+    watched.sees("gorego_store_leased_bytes", |leased| leased > 500_000.0).await;
+    watched.sees("gorego_store_withdrawn_leases_total", |count| count > 5.0).await;
+    watched.sees("gorego_broken_promises_total", is(1.0)).await;
+}
+
+#[tokio::test]
+async fn what_open_streams_hold_of_the_store_is_measured() {
+    const SIZE: usize = 4_000_000;
+    let watched = Watched::start(&[]).await;
+    let client = watched.server.client().await;
+    let blob = client.upload(vec![7; SIZE]).await;
+    watched.sees("gorego_store_held_bytes", is(0.0)).await;
+    watched.sees("gorego_store_oldest_use_seconds", |age| age > 0.0).await;
+    let request = ReadRequest { resource_name: client.name(&format!("blobs/{blob}")), ..Default::default() };
+    let mut read = client.bytes.clone().read(request).await.unwrap().into_inner();
+    assert!(read.message().await.unwrap().is_some());
+    watched.sees("gorego_store_held_bytes", |leased| leased >= SIZE as f64).await;
+    drop(read);
+    watched.sees("gorego_store_held_bytes", is(0.0)).await;
+    let other = sha256(&[8; SIZE]);
+    let piece = WriteRequest {
+        resource_name: client.name(&format!("uploads/{}/blobs/{other}", uuid::Uuid::new_v4())),
+        data: vec![8; SIZE / 2].into(),
+        ..Default::default()
+    };
+    let pieces = stream::once(async { piece }).chain(stream::pending());
+    let upload = tokio::spawn(async move { client.bytes.clone().write(pieces).await });
+    watched.sees("gorego_store_reserved_bytes", |reserved| reserved >= (SIZE / 2) as f64).await;
+    upload.abort();
+}
+
+#[tokio::test]
+async fn connections_that_the_server_closes_are_counted_by_reason() {
+    let watched = Watched::start(&[]).await;
+    let closed = "gorego_connections_closed_total{reason=\"too_many_empty_frames\"}";
+    watched.sees(closed, is(0.0)).await;
+    let address = watched.server.endpoint().trim_start_matches("http://").to_owned();
+    let mut client = TcpStream::connect(address).await.unwrap();
+    client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    // Of a type that HTTP/2 does not know.
+    let frames = [0, 0, 0, 0xb0, 0, 0, 0, 0, 0].repeat(60_000);
+    // The connection may be closed before the last one.
+    let _ = client.write_all(&frames).await;
+    watched.sees(closed, is(1.0)).await;
 }
 
 #[tokio::test]

@@ -55,6 +55,15 @@ impl Client {
         Ok(answer.await?.into_inner())
     }
 
+    /// Has the server revoke static tokens.
+    ///
+    /// # Errors
+    /// `NotFound` for an id that is unknown, and then no token is revoked; other errors of the server.
+    pub async fn revoke_tokens(&self, ids: Vec<String>) -> Result<gorego::RevokeTokensResponse> {
+        let answer = self.admin().revoke_tokens(timed(gorego::RevokeTokensRequest { ids })).await;
+        Ok(answer.map_err(|status| from_status("RevokeTokens", &status))?.into_inner())
+    }
+
     fn admin(&self) -> AdminClient<Service> {
         AdminClient::new(self.service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }

@@ -159,6 +159,7 @@ impl CredentialHelper {
         if !status.success() {
             let said = String::from_utf8_lossy(&errors);
             let said: String = said.trim().chars().take(SHOWN_MAX).collect();
+            let said = if said.is_empty() { "it printed no error" } else { &said };
             return Err(format!("failed ({status}): {}", said.escape_debug()));
         }
         Ok(output)

@@ -104,9 +104,9 @@ impl ConnectOptions {
         let endpoint = Endpoint::from_shared(server.as_str().to_owned()).map_err(malformed)?;
         let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
         if server.has_tls() {
-            return endpoint.tls_config(self.tls_config()?).map_err(|error| {
-                Error::Invalid(format!("the TLS options cannot be used: {}", innermost(&error)))
-            });
+            return endpoint
+                .tls_config(self.tls_config()?)
+                .map_err(|error| self.unusable_tls(&innermost(&error)));
         }
         if self.tls_ca.is_some() || self.identity.is_some() {
             return Err(Error::Invalid(format!(
@@ -115,6 +115,16 @@ impl ConnectOptions {
             )));
         }
         Ok(endpoint)
+    }
+
+    fn unusable_tls(&self, problem: &str) -> Error {
+        match &self.identity {
+            // rustls says so, and its error does not survive in all layers.
+            Some((cert, key)) if problem.contains("KeyMismatch") => {
+                Error::Invalid(format!("{} is not the private key of {}", key.display(), cert.display()))
+            }
+            _ => Error::Invalid(format!("the TLS options cannot be used: {problem}")),
+        }
     }
 
     fn tls_config(&self) -> Result<ClientTlsConfig> {
@@ -133,8 +143,7 @@ impl ConnectOptions {
 
     /// The configuration for a TLS connection of one's own.
     pub(crate) fn rustls_config(&self) -> Result<ClientConfig> {
-        let unusable =
-            |error: rustls::Error| Error::Invalid(format!("the TLS options cannot be used: {error}"));
+        let unusable = |error: rustls::Error| self.unusable_tls(&error.to_string());
         let malformed = |error: rustls::pki_types::pem::Error| Error::Invalid(format!("not PEM: {error}"));
         let mut roots = RootCertStore::empty();
         match &self.tls_ca {

@@ -69,7 +69,8 @@ fn of_certificate(error: &CertificateError, host: &str) -> String {
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             let names = match error {
                 CertificateError::NotValidForNameContext { presented, .. } if !presented.is_empty() => {
-                    format!(" (only for {})", presented.join(", "))
+                    let names: Vec<_> = presented.iter().map(|name| plain_name(name)).collect();
+                    format!(" (only for {})", names.join(", "))
                 }
                 _ => String::new(),
             };
@@ -88,6 +89,12 @@ fn of_certificate(error: &CertificateError, host: &str) -> String {
             }
         }
     }
+}
+
+/// A name of a certificate without its type: rustls has `DnsName("a.example.com")` and `IpAddress(10.0.0.1)`.
+fn plain_name(name: &str) -> &str {
+    let inner = name.split_once('(').and_then(|(_, inner)| inner.strip_suffix(')'));
+    inner.unwrap_or(name).trim_matches('"')
 }
 
 fn of_alert(alert: AlertDescription) -> String {
@@ -119,6 +126,17 @@ fn of_alert(alert: AlertDescription) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_names_of_a_certificate_are_listed_plainly() {
+        for (presented, plain) in [
+            ("DnsName(\"build.example.com\")", "build.example.com"),
+            ("IpAddress(127.0.0.1)", "127.0.0.1"),
+            ("other", "other"),
+        ] {
+            assert_eq!(plain_name(presented), plain);
+        }
+    }
 
     #[test]
     fn the_cause_is_found_where_libraries_put_it_and_named_with_its_remedy() {

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use std::{fmt, hash};
 
 /// Longest hash of any supported function, in bytes.
-const MAX_HASH_BYTES: usize = 64;
+pub const MAX_HASH_BYTES: usize = 64;
 
 /// A hash function for blobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -181,6 +181,12 @@ impl Digest {
         Self { function, hash, size }
     }
 
+    /// Creates a digest from the bytes of a hash. Bytes beyond the length of a hash of `function` are not used, and a size that
+    /// does not fit the wire becomes the largest one that does.
+    pub fn from_array(function: DigestFunction, hash: [u8; MAX_HASH_BYTES], size: u64) -> Self {
+        Self::new(function, &hash[..function.hash_bytes()], size.min(i64::MAX as u64))
+    }
+
     /// Creates a digest from a hexadecimal hash and a size.
     ///
     /// # Errors
@@ -201,6 +207,13 @@ impl Digest {
         let size = u64::try_from(size)
             .map_err(|_| Error::Invalid(format!("digest {hash} has the negative size {size}")))?;
         Ok(Self { size, ..parsed })
+    }
+
+    /// A digest from the bytes of its hash; `None` when these are not as many as `function` makes, or the size does not fit the
+    /// wire.
+    pub fn from_hash(function: DigestFunction, hash: &[u8], size: u64) -> Option<Self> {
+        let fits = hash.len() == function.hash_bytes() && i64::try_from(size).is_ok();
+        fits.then(|| Self::new(function, hash, size))
     }
 
     /// A digest from the characters of its hash; `None` when these are not a hash of `function` in lower-case hexadecimal, or

@@ -38,7 +38,7 @@ pub enum Error {
     /// The caller uses more than its quota. The request may succeed after the given time.
     #[error("{message}")]
     OverQuota {
-        /// What there is too much of.
+        /// The quantity that is over its bound.
         message: String,
         /// When to retry.
         retry_after: Duration,

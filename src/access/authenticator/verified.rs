@@ -56,12 +56,12 @@ impl VerifiedCredentials {
         parts.iter().fold(keyed, |hash, part| hash.chain_update(part)).finalize().into()
     }
 
-    /// The principal of a credential that was checked and has not expired.
-    pub(super) fn get(&self, hash: &CredentialHash, now: SystemTime) -> Option<Principal> {
+    /// The principal of a credential that was checked and has not expired, and until when it counts.
+    pub(super) fn get(&self, hash: &CredentialHash, now: SystemTime) -> Option<(Principal, SystemTime)> {
         let mut entries = self.entries();
-        let (principal, until) = entries.by_hash.get(hash)?;
-        if now < *until {
-            return Some(principal.clone());
+        let known = entries.by_hash.get(hash)?;
+        if now < known.1 {
+            return Some(known.clone());
         }
         entries.by_hash.remove(hash);
         None

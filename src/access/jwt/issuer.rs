@@ -10,6 +10,7 @@ use super::{
     token::{MAX_NAME_BYTES, UnverifiedToken},
 };
 use crate::access::authenticator::VerifiedToken;
+use sha2::{Digest as _, Sha256};
 use std::time::{Duration, SystemTime};
 
 /// The largest difference between clocks that can be allowed for. More would make short-lived tokens long-lived.
@@ -52,6 +53,7 @@ pub struct IssuerRules {
     conditions: ClaimConditions,
     roles: Vec<(String, ClaimConditions)>,
     leeway: Duration,
+    mark: u64,
 }
 
 impl IssuerRules {
@@ -63,6 +65,10 @@ impl IssuerRules {
         let mut problems = Vec::new();
         if settings.issuer.is_empty() || settings.issuer.len() > MAX_NAME_BYTES {
             problems.push(("issuer", "is missing; write the exact iss of the tokens".into()));
+        }
+        // Principals are named ISSUER#SUBJECT, and an issuer is a URL without a fragment (OpenID Connect Core, section 2).
+        if settings.issuer.contains('#') {
+            problems.push(("issuer", "contains \"#\", which no issuer does".into()));
         }
         let is_text = |text: &String| !text.is_empty() && text.len() <= MAX_NAME_BYTES;
         if settings.audience.is_empty() || !settings.audience.iter().all(is_text) {
@@ -105,7 +111,13 @@ impl IssuerRules {
             conditions,
             roles,
             leeway: settings.leeway,
+            mark: mark(settings),
         })
+    }
+
+    /// A number that other rules do not have.
+    pub(super) fn mark(&self) -> u64 {
+        self.mark
     }
 
     /// The exact value of `iss`.
@@ -142,7 +154,7 @@ impl IssuerRules {
             }
         }
         let (issuer, subject) = (token.issuer.clone(), token.subject.clone());
-        Ok(VerifiedToken { issuer, subject, roles, expires })
+        Ok(VerifiedToken { issuer, subject, roles, expires, mark: self.mark })
     }
 
     /// Checks what needs no keys: issuer, audience and algorithm.
@@ -206,6 +218,12 @@ fn check_signature(token: &UnverifiedToken<'_>, keys: &KeySet) -> Result<(), Tok
     } else {
         Err(TokenRefusal::new(RefusalKind::Signature, format!("its signature by key \"{named}\" is wrong")))
     }
+}
+
+fn mark(settings: &IssuerSettings) -> u64 {
+    let sha256: [u8; 32] = Sha256::digest(format!("{settings:?}")).into();
+    let [a, b, c, d, e, f, g, h, ..] = sha256;
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
 
 type Problems = Vec<(&'static str, String)>;

@@ -117,6 +117,7 @@ fn tokens_of_every_algorithm_are_accepted_and_give_the_roles_of_their_claims() {
             subject: "repo:us/it".into(),
             roles: vec!["ci".into(), "developer".into()],
             expires: at(NOW + 600 + LEEWAY),
+            mark: verified.mark,
         };
         assert_eq!(verified, expected, "{algorithm}");
     }

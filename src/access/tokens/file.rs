@@ -5,16 +5,24 @@
 
 use super::TokenFile;
 use gorego_reapi::error::{Error, Result};
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 use std::{
     fs::{self, File},
     io::{self, ErrorKind, Read as _, Write as _},
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 /// Largest file that is read, in bytes.
 const FILE_MAX_BYTES: u64 = 16 * 1024 * 1024;
+/// How long a change waits for another one. Each takes milliseconds.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Reads the list. A file that does not exist is an empty list.
 ///
@@ -55,11 +63,26 @@ pub fn update<T>(path: &Path, change: impl FnOnce(&mut TokenFile) -> Result<T>) 
     };
     let lock = File::open(&directory).map_err(|error| failed("open the directory of", &error))?;
     // Released when the directory is closed.
-    flock(&lock, FlockOperation::LockExclusive).map_err(|error| failed("lock", &error.into()))?;
+    wait_for_lock(&lock, LOCK_LIMIT).map_err(|error| failed("lock", &error))?;
     let mut list = read(path)?;
     let changed = change(&mut list)?;
     write(path, &directory, &list.render()?).map_err(|error| failed("write", &error))?;
     Ok(changed)
+}
+
+/// Locks a directory. Any user who may read it can hold a lock for ever, so the wait ends.
+fn wait_for_lock(directory: &File, limit: Duration) -> io::Result<()> {
+    let end = Instant::now() + limit;
+    loop {
+        match flock(directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) if Instant::now() < end => thread::sleep(LOCK_INTERVAL),
+            Err(Errno::WOULDBLOCK) => {
+                let problem = format!("another process has held the lock of its directory for {limit:?}");
+                return Err(io::Error::new(ErrorKind::TimedOut, problem));
+            }
+            locked => return Ok(locked?),
+        }
+    }
 }
 
 #[expect(clippy::disallowed_methods, reason = "a token that was revoked stays revoked after a power cut")]
@@ -82,7 +105,7 @@ fn write(path: &Path, directory: &Path, text: &str) -> io::Result<()> {
 mod tests {
     use super::super::{NewToken, TokenRecord};
     use super::*;
-    use std::{thread, time::SystemTime};
+    use std::time::SystemTime;
 
     fn record() -> TokenRecord {
         let NewToken { id, sha256, .. } = NewToken::random().unwrap();
@@ -122,5 +145,16 @@ mod tests {
             assert!(update(&path, |list| list.add(record())).is_err(), "it is not replaced");
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn a_lock_that_another_process_holds_is_not_waited_for_without_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let [holder, waiter] = [(); 2].map(|()| File::open(directory.path()).unwrap());
+        wait_for_lock(&holder, Duration::ZERO).unwrap();
+        let refused = wait_for_lock(&waiter, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::TimedOut);
+        drop(holder);
+        wait_for_lock(&waiter, Duration::ZERO).unwrap();
     }
 }

@@ -12,6 +12,7 @@ use super::{
     requests::Prepared,
     settings::{ROOM_STEP_BYTES, SOUND_TRIES},
     uploads::sink::{Payload, WHOLE_BYTES, check_item, check_stream, failed},
+    volume::NewFile,
 };
 use crate::instance::{Instance, InstanceId};
 use bytes::Bytes;
@@ -19,7 +20,10 @@ use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
 };
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 impl Cas {
     /// Reads whole blobs, in the order of the digests; duplicates are allowed. It is meant for small blobs: the caller bounds
@@ -155,21 +159,43 @@ impl Cas {
     ) -> (Vec<Result<()>>, Option<Visible>) {
         let mut absent: HashSet<Digest> = prepared.absent.into_iter().collect();
         let mut files = prepared.room.map(|room| self.new_files(room));
+        let mut new: Vec<(Key, [Bytes; 1])> = Vec::new();
         let outcomes = blobs.iter().map(|(digest, payload)| {
             self.check_blob_size(digest.size(), &digest.to_string())?;
             let bytes = check_item(*digest, payload)?;
-            if !absent.contains(digest) {
-                return Ok(());
+            if absent.contains(digest) {
+                files.as_ref().map_err(|error| error.clone())?;
+                new.push((Key { digest: *digest, instance, kind: EntryKind::Blob }, [bytes]));
+                absent.remove(digest);
             }
-            let files = files.as_mut().map_err(|error| error.clone())?;
-            let key = Key { digest: *digest, instance, kind: EntryKind::Blob };
-            files.write(key, std::slice::from_ref(&bytes)).map_err(|error| failed(*digest, &error))?;
-            self.shared().remember(instance, *digest, &[bytes]);
-            absent.remove(digest);
             Ok(())
         });
-        let outcomes = outcomes.collect();
+        let mut outcomes: Vec<Result<()>> = outcomes.collect();
+        if let Ok(files) = &mut files {
+            let unwritten = self.write_new(files, &new);
+            for ((digest, _), outcome) in blobs.iter().zip(&mut outcomes) {
+                // A duplicate shares the outcome of the item that was to be written.
+                if let Some(error) = unwritten.get(digest).filter(|_| outcome.is_ok()) {
+                    *outcome = Err(error.clone());
+                }
+            }
+        }
         (outcomes, files.ok().and_then(NewFiles::commit))
+    }
+
+    /// Writes the new blobs of a batch. Returns those that could not be written.
+    fn write_new(&self, files: &mut NewFiles, blobs: &[(Key, [Bytes; 1])]) -> HashMap<Digest, Error> {
+        let new: Vec<NewFile<'_>> = blobs.iter().map(|(key, pieces)| NewFile { key: *key, pieces }).collect();
+        let mut unwritten = HashMap::new();
+        for (written, (key, pieces)) in files.write_all(&new).into_iter().zip(blobs) {
+            match written {
+                Ok(_) => self.shared().remember(key.instance, key.digest, pieces),
+                Err(error) => {
+                    unwritten.insert(key.digest, failed(key.digest, &error));
+                }
+            }
+        }
+        unwritten
     }
 }
 

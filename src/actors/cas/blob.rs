@@ -1,7 +1,7 @@
 //! Handles that carry bytes past the mailbox: [`BlobReader`] reads a stored blob, [`BlobWriter`] writes a new one.
 //!
 //! This file has the reading side: how a stored file is opened, checked and read. A blob of up to `SMALL_BLOB_BYTES` is hashed
-//! at every read. A larger blob is trusted while its length and its [`Stamp`] equal those that this process last verified.
+//! at every read, unless the volume has checked its checksums and it was hashed before. A larger blob is trusted while its length and its [`Stamp`] equal those that this process last verified.
 //! Otherwise, as after a restart, it is hashed from end to end before its first byte is served. The stamp is checked again
 //! after each read, before the bytes are handed out. A blob that does not match its digest is reported to the actor, which
 //! drops it, and is a miss for the reader. In larger blobs, changes that do not move the change time, such as those of a
@@ -10,8 +10,8 @@
 pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
     client::Cas,
-    guards::Lease,
-    index::{FoundEntry, Stamp},
+    guards::Hold,
+    index::{FileId, FoundEntry, Seal, Stamp},
     requests::{Damaged, Verified},
     settings::SMALL_BLOB_BYTES,
     volume::{self, COARSE_TICK, PIECE_BYTES, Stored},
@@ -52,7 +52,7 @@ struct OpenFile {
     found: FoundEntry,
     cas: Cas,
     /// Keeps the bytes counted while the open file keeps them on disk.
-    _lease: Arc<Lease>,
+    _hold: Arc<Hold>,
 }
 
 impl BlobReader {
@@ -62,13 +62,13 @@ impl BlobReader {
     }
 
     /// Opens a located blob. Blocks.
-    pub(super) fn open(cas: Cas, found: FoundEntry, lease: Arc<Lease>) -> Result<Self> {
+    pub(super) fn open(cas: Cas, found: FoundEntry, hold: Arc<Hold>) -> Result<Self> {
         let size = found.file.key.digest.size();
         if size <= SMALL_BLOB_BYTES {
             return read_whole(&cas, &found).map(Self::whole);
         }
         let stored = open_checked(&cas, &found)?;
-        Ok(Self::of_file(cas, found, stored, size, lease))
+        Ok(Self::of_file(cas, found, stored, size, hold))
     }
 
     /// A reader of the first `size` bytes of a checked file.
@@ -77,9 +77,9 @@ impl BlobReader {
         found: FoundEntry,
         stored: CheckedFile,
         size: u64,
-        lease: Arc<Lease>,
+        hold: Arc<Hold>,
     ) -> Self {
-        Self { size, content: BlobContent::File(Arc::new(OpenFile { stored, found, cas, _lease: lease })) }
+        Self { size, content: BlobContent::File(Arc::new(OpenFile { stored, found, cas, _hold: hold })) }
     }
 
     /// The size of the blob in bytes.
@@ -300,7 +300,7 @@ pub(super) fn known_stamp(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> R
         match cas.known_stamp(found.at)? {
             Some(known) if known == now => return Ok(Some(now)),
             // Only a verified stamp can be out of date.
-            None | Some(Stamp::UNTRUSTED) => return Ok(None),
+            None | Some(Seal::UNTRUSTED) => return Ok(None),
             Some(_) => {}
         }
     }
@@ -358,11 +358,19 @@ pub(super) fn read_whole(cas: &Cas, found: &FoundEntry) -> Result<Bytes> {
     if before.size != size {
         return Err(damaged(cas, found, format!("it has {} bytes", before.size)));
     }
-    let mut bytes = vec![0; usize::try_from(size).map_err(Error::internal)?];
-    volume::read_exact(&*file, &mut bytes, 0).map_err(|error| failed(cas, found, &error))?;
+    let checked = file.whole();
+    let is_checked = checked.is_some();
+    let bytes = match checked {
+        Some(bytes) => bytes,
+        None => {
+            let mut bytes = vec![0; usize::try_from(size).map_err(Error::internal)?];
+            volume::read_exact(&*file, &mut bytes, 0).map_err(|error| failed(cas, found, &error))?;
+            bytes.into()
+        }
+    };
     // Checked after the bytes were read, so that any earlier change shows.
     let is_known = file.look().is_ok_and(|now| now.stamp == found.stamp);
-    if size <= SMALL_BLOB_BYTES || !is_known {
+    if !is_known || (size <= SMALL_BLOB_BYTES && !is_checked) {
         let actual = digest.function().digest(&bytes);
         if actual != digest {
             return Err(damaged(cas, found, format!("its content has the digest {actual}")));
@@ -371,7 +379,7 @@ pub(super) fn read_whole(cas: &Cas, found: &FoundEntry) -> Result<Bytes> {
             tell_verified(cas, found, &*file, before.lasting);
         }
     }
-    Ok(bytes.into())
+    Ok(bytes)
 }
 
 /// Reads all of a stored file of at most `max` bytes, whose content the caller checks. Blocks.
@@ -408,7 +416,23 @@ pub(super) fn not_found(digest: Digest) -> Error {
 
 /// Opens a stored file without looking at its content. Blocks.
 pub(super) fn open(cas: &Cas, found: &FoundEntry) -> Result<Box<dyn Stored>> {
-    cas.shared().volume.open(&found.file).map_err(|error| failed(cas, found, &error))
+    open_file(cas, &found.file).map_err(|error| failed(cas, found, &error))
+}
+
+/// Opens a stored file that was looked up. Compaction may have moved it since then, unless it is leased. Blocks.
+pub(super) fn open_file(cas: &Cas, file: &FileId) -> io::Result<Box<dyn Stored>> {
+    let mut file = *file;
+    loop {
+        let error = match cas.shared().volume.open(&file) {
+            Err(error) if volume::is_lost(&error) => error,
+            opened => return opened,
+        };
+        match cas.look_up(|index| index.renew(&file.key)) {
+            // Each turn needs another move, which takes a compaction.
+            Ok(Some(found)) if found.file != file => file = found.file,
+            _ => return Err(error),
+        }
+    }
 }
 
 /// Classifies a failed read. A lost file ([`volume::is_lost`]) is reported as damaged and is a miss. Other failures, such as

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     budget::{Budget, Share},
-    caller::Caller,
+    caller::{Build, Caller, Owner},
     instance::Instance,
     nondeterminism::NonDeterminismReports,
 };
@@ -59,7 +59,7 @@ pub struct Provenance {
 /// - writing: [`Cas::write_many`], [`Cas::begin_upload`] and [`Cas::new_blob`];
 /// - results: [`Cas::get_result`] and [`Cas::put_result`].
 ///
-/// The tier would fetch a missing blob and write it to this store before handing it out, so that leases and checks keep
+/// The tier would fetch a missing blob and write it to this store before handing it out, so that holds and checks keep
 /// working. Staging, outputs, compressed reads, splits and splices are built on these calls.
 #[derive(Clone)]
 pub struct Cas {
@@ -68,6 +68,8 @@ pub struct Cas {
     shared: Arc<StoreShared>,
     /// The caller that is charged: what is read, decoded and hashed counts against its bounds and those of its peer.
     caller: Caller,
+    /// The build to which all that is looked up or stored is leased; `None` for work of the server itself.
+    lessee: Option<Owner>,
     /// Whether stored bytes are charged too. They are not when the server itself stores them.
     is_client: bool,
     /// Set for the handle of a worker thread, which may block: file work is done on that thread.
@@ -86,7 +88,14 @@ pub(super) fn spoilt() -> Error {
 
 impl Cas {
     pub(super) fn new(store: Addr<CasActor>, shared: Arc<StoreShared>) -> Self {
-        Self { store: Arc::new(store), shared, caller: Caller::default(), is_client: false, blocks: false }
+        Self {
+            store: Arc::new(store),
+            shared,
+            caller: Caller::default(),
+            lessee: None,
+            is_client: false,
+            blocks: false,
+        }
     }
 
     /// The actor's address, for messages such as [`super::InspectStore`].
@@ -120,13 +129,31 @@ impl Cas {
     /// Returns a handle for the requests of a client. Both what the client sends and what it reads count against the bounds of
     /// its connection and its peer.
     pub fn on_behalf_of(&self, caller: Caller) -> Self {
-        Self { caller, is_client: true, ..self.clone() }
+        let lessee = Some(Owner { peer: caller.peer, build: Build::UNNAMED });
+        Self { caller, lessee, is_client: true, ..self.clone() }
     }
 
     /// Returns a handle for work that the server does for a client, such as an action or a download. What is read is charged to
     /// the client, and what is stored is not.
     pub fn working_for(&self, caller: Caller) -> Self {
-        Self { caller, is_client: false, ..self.clone() }
+        let lessee = Some(Owner { peer: caller.peer, build: Build::UNNAMED });
+        Self { caller, lessee, is_client: false, ..self.clone() }
+    }
+
+    /// The same handle for a request of this build: what is looked up or stored through it is leased to the build. Otherwise it is
+    /// leased to the peer of the caller, for a shorter time.
+    pub fn for_build(self, build: Owner) -> Self {
+        Self { lessee: Some(build), ..self }
+    }
+
+    /// The same handle without leases: for what is read before it is known whether anything may be leased.
+    pub(super) fn without_leases(&self) -> Self {
+        Self { lessee: None, ..self.clone() }
+    }
+
+    /// The build to which all that is looked up or stored is leased.
+    pub(super) fn lessee(&self) -> Option<Owner> {
+        self.lessee
     }
 
     /// The caller that is charged.
@@ -193,7 +220,7 @@ impl Cas {
         let cas = self.clone();
         self.blocking(move || {
             let _place = place;
-            BlobReader::open(cas, found, Arc::new(located.lease))
+            BlobReader::open(cas, found, Arc::new(located.hold))
         })
         .await?
     }

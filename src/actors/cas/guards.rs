@@ -1,7 +1,7 @@
-//! Guards that end when they are dropped: a [`Lease`] protects blobs from eviction, a [`Reservation`] keeps disk space, and an
+//! Guards that end when they are dropped: a [`Hold`] protects blobs from eviction, a [`Reservation`] keeps disk space, and an
 //! [`UploadRoom`] is a reservation that grows with the bytes of an upload.
 //!
-//! The end of a lease is marked in the index at once. The end of a reservation is sent to the actor with `do_send`, which no
+//! The end of a hold is marked in the index at once. The end of a reservation is sent to the actor with `do_send`, which no
 //! mailbox bound refuses, so none is lost while the actor lives.
 
 use super::{
@@ -17,23 +17,23 @@ use gorego_reapi::error::Result;
 use tokio::runtime::Handle;
 
 /// Entries that are not evicted while this is held.
-pub(crate) struct Lease {
+pub(crate) struct Hold {
     cas: Cas,
     entries: Vec<EntryRef>,
 }
 
-impl Lease {
+impl Hold {
     pub(crate) fn none(cas: Cas) -> Self {
         Self { cas, entries: Vec::new() }
     }
 
-    /// Adds an entry whose lease is already counted in the index.
+    /// Adds an entry whose hold is already counted in the index.
     pub(crate) fn add(&mut self, entry: EntryRef) {
         self.entries.push(entry);
     }
 }
 
-impl Drop for Lease {
+impl Drop for Hold {
     fn drop(&mut self) {
         if !self.entries.is_empty() {
             let is_work = self.cas.shared().view.release(std::mem::take(&mut self.entries));
@@ -44,9 +44,9 @@ impl Drop for Lease {
     }
 }
 
-impl std::fmt::Debug for Lease {
+impl std::fmt::Debug for Hold {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Lease({} entries)", self.entries.len())
+        write!(f, "Hold({} entries)", self.entries.len())
     }
 }
 

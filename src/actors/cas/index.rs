@@ -4,41 +4,49 @@
 //! Blobs, their zstd forms and action results are entries of one index, so one order of use and one limit apply to all of them.
 //!
 //! Invariants, checked by the model test in `index/model.rs`:
-//! - `used + reserved` never exceeds the limit. Files that are being deleted are not counted in `used`. A writer whose room
+//! - `used + reserved` never exceeds the limit, less the overhead of the volume when they were last reserved. Files that are being deleted are not counted in `used`. A writer whose room
 //!   depends on their deletion waits for it ([`Grant::after_deletions`], [`Index::deleted`]), so the bytes on disk never exceed
 //!   the limit either.
-//! - A leased entry is never evicted.
-//! - Entries are evicted in the order of their last use; the end of a lease is a use. In a list of [`EXACT_BELOW`] entries or
+//! - An entry that is held or leased is never evicted.
+//! - Entries are evicted in the order of their last use; the end of a hold is a use. In a list of [`EXACT_BELOW`] entries or
 //!   more, using an entry among the newest quarter does not move it. At least three quarters of all entries are still evicted
 //!   before it. Builds ask for the same blobs again and again, and moving an entry touches three others at random places in
 //!   memory.
-//! - A look-up needs no exclusive access ([`Index::renew`], [`Index::lease`], [`Index::release`]): it marks the use in the
+//! - A look-up needs no exclusive access ([`Index::renew`], [`Index::hold`], [`Index::release`]): it marks the use in the
 //!   entry itself, and an eviction checks the mark before it removes the entry. [`Index::settle`] moves a used entry to the
 //!   head of the list later. Until then the entry keeps its place, but is not evicted.
 //!
-//! The index knows no paths, does no IO, and takes the time as an argument. An entry takes 144 bytes and a table slot 5. With
-//! the slack of growth, this stays below 180 bytes per blob.
+//! The index knows no paths, does no IO, and takes the time as an argument. An entry takes 88 bytes, whatever its kind, and 40
+//! more if its hash has more than 32 bytes or its size has more than 40 bits. With the hash tables at their emptiest, this is
+//! less than 100 bytes for a SHA-256 blob; a test holds this.
 
+pub use leases::LeaseTimes;
+pub(crate) use leases::{Lessee, Withdrawn};
 pub use words::*;
 
 use crate::instance::InstanceId;
-use entry::{Entry, NIL};
+use entry::{CONDEMNED, Hot, holds_of, lease_of};
 use gorego_reapi::digest::Digest;
-use hashbrown::HashTable;
-use order::Released;
-use std::{
-    hash::{BuildHasher as _, Hasher as _, RandomState},
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-};
+use leases::Leases;
+use links::Links;
+use order::UseOrder;
+use slab::Slab;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use table::SlotTable;
 
 mod entry;
 #[cfg(test)]
+mod lease_model;
+mod leases;
+mod links;
+#[cfg(test)]
 mod model;
 mod order;
+mod pins;
+mod slab;
+mod table;
 mod words;
 
-/// The slab grows by a quarter of its length and by at least this many entries. It never doubles.
-const MIN_GROWTH: usize = 1_024;
 /// Lists shorter than this are kept in the exact order of use.
 const EXACT_BELOW: usize = 1_024;
 /// Maximum number of results whose keys differ only in the size of their action. Real Actions with the same hash have the same
@@ -50,24 +58,19 @@ const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
 
 /// The index of the store; see the module documentation.
 pub(super) struct Index {
-    entries: Vec<Entry>,
-    free: u32,
-    table: HashTable<u32>,
-    hasher: RandomState,
-    newest: u32,
-    oldest: u32,
-    /// How often an entry was put at the head of the list. It wraps, which at worst loses one use.
-    links: u32,
-    /// Entries that were set aside and are not leased any more.
-    released: Released,
-    /// How many entries evictions have looked at.
-    #[cfg(test)]
-    looks: u64,
-    /// The totals, except for the leased bytes.
+    slab: Slab,
+    table: SlotTable,
+    order: UseOrder,
+    leases: Leases,
+    links: Links,
+    /// Results that went because one of their blobs went.
+    followed: Vec<Victim>,
+    /// The totals, except for what is held and leased.
     totals: Totals,
-    leased: AtomicU64,
-    high_water: u64,
-    low_water: u64,
+    /// Bytes of entries that are held,
+    held: AtomicU64,
+    /// and of those among them that are not leased.
+    unleased_held: AtomicU64,
     trimming: bool,
     evicted_ever: u64,
     deleted_ever: u64,
@@ -78,24 +81,24 @@ impl Index {
     /// A use is written to disk if the last recorded one is older than this, in seconds.
     pub(super) const TOUCH_AFTER_SECS: u32 = 3_600;
 
-    /// An empty index with a limit in bytes.
+    /// An empty index with a limit in bytes, without leases.
+    #[cfg(test)]
     pub(super) fn new(limit: u64) -> Self {
-        let marks = limit >= WATERMARKS_FROM_BYTES;
+        Self::with_leases(limit, LeaseTimes::default(), 0)
+    }
+
+    /// An empty index with a limit in bytes, whose leases last this long. Links of results to blobs take `links` bytes of memory.
+    pub(super) fn with_leases(limit: u64, times: LeaseTimes, links: u64) -> Self {
         Self {
-            entries: Vec::new(),
-            free: NIL,
-            table: HashTable::new(),
-            hasher: RandomState::new(),
-            newest: NIL,
-            oldest: NIL,
-            links: 0,
-            released: Released::default(),
-            #[cfg(test)]
-            looks: 0,
+            slab: Slab::new(),
+            table: SlotTable::new(),
+            order: UseOrder::new(),
+            leases: Leases::new(times, limit),
+            links: Links::new(links),
+            followed: Vec::new(),
             totals: Totals { limit, ..Totals::default() },
-            leased: AtomicU64::new(0),
-            high_water: if marks { limit - limit / 50 } else { limit },
-            low_water: if marks { limit - limit / 20 } else { limit },
+            held: AtomicU64::new(0),
+            unleased_held: AtomicU64::new(0),
             trimming: false,
             evicted_ever: 0,
             deleted_ever: 0,
@@ -105,7 +108,9 @@ impl Index {
 
     /// The current totals.
     pub(super) fn totals(&self) -> Totals {
-        Totals { leased: self.leased.load(Relaxed), ..self.totals }
+        let (held, leased) = (self.held.load(Relaxed), self.leases.leased());
+        let pinned = leased.saturating_add(self.unleased_held.load(Relaxed));
+        Totals { held, leased, pinned, ..self.totals }
     }
 
     /// What has happened since the start.
@@ -116,7 +121,7 @@ impl Index {
     /// The last recorded use of the entry that would be evicted first, in seconds since 1970. It may be up to
     /// [`Index::TOUCH_AFTER_SECS`] older than the last use.
     pub(super) fn oldest_use(&self) -> Option<u32> {
-        self.entries.get(self.oldest as usize).map(|entry| entry.touched.load(Relaxed))
+        self.oldest().map(|entry| entry.touched.load(Relaxed))
     }
 
     /// Bytes of files that were evicted or replaced since the start.
@@ -134,9 +139,27 @@ impl Index {
         self.slot_of(key).map(|slot| self.renew_slot(slot, now))
     }
 
+    /// Like [`Index::renew`], for a caller that needs to know only whether the entry is there.
+    pub(super) fn note_use(&self, key: &Key, now: u32) -> Option<NotedUse> {
+        self.slot_of(key).map(|slot| self.use_slot(slot, self.slab.hot(slot), now))
+    }
+
+    /// Where an entry is. This does not count as a use.
+    pub(super) fn place_of(&self, key: &Key) -> Option<EntryRef> {
+        let slot = self.slot_of(key)?;
+        Some(EntryRef { slot, generation: self.slab.hot(slot).generation })
+    }
+
+    /// The entry at a place, if it is still there. This does not count as a use.
+    pub(super) fn at(&self, at: EntryRef) -> Option<FoundEntry> {
+        self.live(at)?;
+        Some(self.found(NotedUse { at, touch_due: false, settle_due: false }))
+    }
+
     /// The digest of the newest entry whose key equals `like` apart from the size. This does not count as a use.
     pub(super) fn find_by_hash(&self, like: &Key) -> Option<Digest> {
-        self.alike(like).max_by_key(|entry| entry.generation).map(|entry| entry.key.digest)
+        let newest = self.alike(like).max_by_key(|slot| self.slab.hot(*slot).generation)?;
+        Some(self.slab.key(newest).digest)
     }
 
     /// The results of these namespaces in a part of the slots, without counting this as a use: those from `from` on, at most
@@ -148,56 +171,32 @@ impl Index {
         from: u32,
         max: usize,
     ) -> (Vec<FoundResult>, Option<u32>) {
-        let start = (from as usize).min(self.entries.len());
-        let end = start.saturating_add(max).min(self.entries.len());
-        let slots = (start as u32..).zip(self.entries.get(start..end).unwrap_or_default());
-        let is_one = |(_, entry): &(u32, &Entry)| {
-            let Key { instance: of, kind, .. } = entry.key;
+        let start = (from as usize).min(self.slab.len());
+        let end = start.saturating_add(max).min(self.slab.len());
+        let is_one = |slot: &u32| {
+            let entry = self.slab.hot(*slot);
             entry.generation != 0
-                && kind == EntryKind::Result
-                && instances.contains(&of)
-                && !entry.condemned.load(Relaxed)
+                && entry.kind() == EntryKind::Result
+                && instances.contains(&entry.instance())
+                && !entry.has(CONDEMNED)
         };
-        let found = slots.filter(is_one).map(|(slot, entry)| {
-            let generation = entry.generation;
-            FoundResult { at: EntryRef { slot, generation }, file: FileId { key: entry.key, generation } }
+        let found = (start as u32..end as u32).filter(is_one).map(|slot| {
+            let file = self.file_at(slot);
+            FoundResult { at: EntryRef { slot, generation: file.generation }, file }
         });
-        (found.collect(), (end < self.entries.len()).then_some(end as u32))
-    }
-
-    /// Looks an entry up, counts it as used, and keeps it from eviction until [`Index::release`].
-    pub(super) fn lease(&self, key: &Key, now: u32) -> Option<FoundEntry> {
-        let slot = self.slot_of(key)?;
-        let entry = &self.entries[slot as usize];
-        if entry.leases.fetch_add(1, Relaxed) == 0 {
-            self.leased.fetch_add(entry.bytes, Relaxed);
-        }
-        Some(self.renew_slot(slot, now))
-    }
-
-    /// Ends a lease. The end of an entry's last lease is a use. Does nothing if the entry was removed meanwhile. Returns
-    /// whether the entry needs [`Index::settle`].
-    pub(super) fn release(&self, at: EntryRef) -> bool {
-        let Some(entry) = self.live(at) else { return false };
-        match entry.leases.fetch_update(Relaxed, Relaxed, |leases| leases.checked_sub(1)) {
-            Ok(1) => {
-                self.leased.fetch_sub(entry.bytes, Relaxed);
-                self.mark_released(at.slot, entry)
-            }
-            _ => false,
-        }
+        (found.collect(), (end < self.slab.len()).then_some(end as u32))
     }
 
     /// Reserves `wanted` bytes for a write and evicts what is needed for them.
     ///
     /// # Errors
-    /// [`Shortage`] when leases and other reservations leave too little room. Nothing is evicted then.
+    /// [`Shortage`] when holds and other reservations leave too little room. Nothing is evicted then.
     pub(super) fn reserve(&mut self, wanted: u64) -> Result<Grant, Shortage> {
         self.check_fit(wanted, 0)?;
-        let Totals { used, reserved, limit, .. } = self.totals;
+        let Totals { used, reserved, .. } = self.totals;
         let mut victims = Vec::new();
-        // No lease can be taken meanwhile, and everything else can be evicted, so this always frees enough.
-        let target = limit - reserved - wanted;
+        // No hold or lease can be taken meanwhile, and everything else can be evicted, so this always frees enough.
+        let target = self.room().saturating_sub(reserved).saturating_sub(wanted);
         if used > target {
             self.evict_down_to(target, usize::MAX, &mut victims);
         }
@@ -208,27 +207,28 @@ impl Index {
 
     /// Evicts at most `max` entries of those that [`Index::reserve`] would evict.
     pub(super) fn evict_for(&mut self, wanted: u64, max: usize) -> Vec<Victim> {
-        let Totals { reserved, limit, .. } = self.totals;
+        let reserved = self.totals.reserved;
         let mut victims = Vec::new();
-        self.evict_down_to(limit.saturating_sub(reserved).saturating_sub(wanted), max, &mut victims);
+        self.evict_down_to(self.room().saturating_sub(reserved).saturating_sub(wanted), max, &mut victims);
         victims
     }
 
     /// Whether `wanted` bytes are free without evicting anything.
     pub(super) fn has_room(&self, wanted: u64) -> bool {
-        let Totals { used, reserved, limit, .. } = self.totals;
-        limit.saturating_sub(used).saturating_sub(reserved) >= wanted
+        let Totals { used, reserved, .. } = self.totals;
+        self.room().saturating_sub(used).saturating_sub(reserved) >= wanted
     }
 
-    /// Checks that `wanted` bytes could be freed by evicting everything that is not leased and by revoking `revocable` bytes of
+    /// Checks that `wanted` bytes could be freed by evicting everything that is not held and by revoking `revocable` bytes of
     /// earlier reservations. Reserves and evicts nothing.
     ///
     /// # Errors
     /// [`Shortage`] if they could not.
     pub(super) fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
-        let Totals { leased, reserved, limit, .. } = self.totals();
-        let free = limit.saturating_sub(leased).saturating_sub(reserved.saturating_sub(revocable));
-        if free >= wanted { Ok(()) } else { Err(Shortage { wanted, leased, reserved, limit }) }
+        let Totals { held, leased, pinned, reserved, .. } = self.totals();
+        let limit = self.room();
+        let free = limit.saturating_sub(pinned).saturating_sub(reserved.saturating_sub(revocable));
+        if free >= wanted { Ok(()) } else { Err(Shortage { wanted, held, leased, reserved, limit }) }
     }
 
     /// Ends a reservation, or what is left of one.
@@ -268,11 +268,44 @@ impl Index {
         }
     }
 
-    /// Adds a file that was found at start. If there are two files for one entry, the later one stays and the other is
-    /// returned.
-    pub(super) fn recover(&mut self, file: FileId, bytes: u64, touched: u32) -> Option<Victim> {
+    /// Sets the bytes that the volume needs besides those of the entries. Entries have to be evicted if they grow.
+    pub(super) fn set_overhead(&mut self, bytes: u64) {
+        self.totals.overhead = bytes;
+    }
+
+    /// Bytes that entries and reservations may take.
+    fn room(&self) -> u64 {
+        self.totals.limit.saturating_sub(self.totals.overhead)
+    }
+
+    /// Gives an entry another file with the same content. Refused if the entry has another file by now or somebody reads it.
+    pub(super) fn relocate(&mut self, from: &FileId, generation: u64) -> bool {
+        let Some(slot) = self.slot_of(&from.key) else { return false };
+        let entry = self.slab.hot_mut(slot);
+        let is_free = entry.generation == from.generation && !entry.is_held();
+        if is_free {
+            entry.generation = generation;
+        }
+        is_free
+    }
+
+    /// The entry that has this file.
+    pub(super) fn entry_of(&self, file: &FileId) -> Option<EntryRef> {
+        let at = EntryRef { slot: self.slot_of(&file.key)?, generation: file.generation };
+        self.live(at).map(|_| at)
+    }
+
+    /// Adds a file that was found at start. If there are two files for one entry, the newer one stays and the other is
+    /// returned. `is_newer` says whether its first argument is newer than the second.
+    pub(super) fn recover(
+        &mut self,
+        file: FileId,
+        bytes: u64,
+        touched: u32,
+        is_newer: &dyn Fn(&FileId, &FileId) -> bool,
+    ) -> Option<Victim> {
         let loser = match self.slot_of(&file.key) {
-            Some(slot) if self.entries[slot as usize].generation > file.generation => {
+            Some(slot) if is_newer(&self.file_at(slot), &file) => {
                 self.count_evicted(bytes);
                 return Some(Victim { file, bytes });
             }
@@ -286,10 +319,9 @@ impl Index {
     /// Sorts recovered entries by their recorded use.
     pub(super) fn finish_recovery(&mut self) {
         let mut order: Vec<(u32, u32)> = Vec::with_capacity(self.table.len());
-        order
-            .extend(self.table.iter().map(|&slot| (self.entries[slot as usize].touched.load(Relaxed), slot)));
+        order.extend(self.table.iter().map(|slot| (self.slab.hot(slot).touched.load(Relaxed), slot)));
         order.sort_unstable();
-        (self.newest, self.oldest) = (NIL, NIL);
+        self.clear_order();
         for (_, slot) in order {
             self.link_newest(slot);
         }
@@ -297,38 +329,71 @@ impl Index {
 
     /// Records the stamp at which the content of a file was verified.
     pub(super) fn trust(&mut self, at: EntryRef, stamp: Stamp) {
-        if let Some(entry) = self.live_mut(at) {
-            entry.stamp = stamp;
+        if self.live(at).is_some() {
+            self.slab.cold_mut(at.slot).seal = stamp.seal();
         }
     }
 
     /// The stamp of an entry that is still there.
-    pub(super) fn stamp(&self, at: EntryRef) -> Option<Stamp> {
-        self.live(at).map(|entry| entry.stamp)
+    pub(super) fn stamp(&self, at: EntryRef) -> Option<Seal> {
+        self.live(at).map(|_| self.slab.cold(at.slot).seal)
     }
 
     /// Updates a stamp after a change that left the file's content as it was. Does nothing if the stamp is no longer `before`.
     pub(super) fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
-        if let Some(entry) = self.live_mut(at).filter(|entry| entry.stamp == before) {
-            entry.stamp = after;
+        if self.stamp(at).is_some_and(|stamp| stamp == before) {
+            self.slab.cold_mut(at.slot).seal = after.seal();
         }
     }
 
     /// Hides an entry whose file turned out to be damaged or gone: look-ups no longer find it. [`Index::remove`] has to follow.
     pub(super) fn condemn(&self, at: EntryRef) {
         if let Some(entry) = self.live(at) {
-            entry.condemned.store(true, Relaxed);
+            entry.set(CONDEMNED);
         }
     }
 
-    /// Drops an entry whose file turned out to be damaged or gone, leased or not.
+    /// Drops an entry whose file turned out to be damaged or gone, held or not. If it was leased, that breaks a promise.
     pub(super) fn remove_damaged(&mut self, at: EntryRef) -> Option<Victim> {
-        let removed = self.remove(at)?;
+        let removed = self.remove_promised(at)?;
         self.tally.damaged += 1;
         Some(removed)
     }
 
-    /// Drops an entry, leased or not.
+    /// Drops an entry, held or not. If it was leased, that breaks a promise.
+    pub(super) fn remove_promised(&mut self, at: EntryRef) -> Option<Victim> {
+        let is_leased = self.leases.row(self.live(at)?.lease()).is_some();
+        self.tally.broken_promises += u64::from(is_leased);
+        Some(self.remove_slot(at.slot))
+    }
+
+    /// Records which blobs a result needs, each given once. When one of them goes, the result goes in the same step. Does nothing
+    /// if the result or one of the blobs has gone meanwhile.
+    pub(super) fn link(&mut self, at: EntryRef, blobs: &[EntryRef]) {
+        if self.live(at).is_some() && blobs.iter().all(|blob| self.live(*blob).is_some()) {
+            let slots: Vec<u32> = blobs.iter().map(|blob| blob.slot).collect();
+            self.links.add(at.slot, &slots);
+        }
+    }
+
+    /// The blobs that a result needs, if that is recorded. They are all stored.
+    pub(super) fn linked(&self, at: EntryRef) -> Option<Vec<Digest>> {
+        self.live(at)?;
+        Some(self.links.blobs(at.slot)?.map(|slot| self.slab.key(slot).digest).collect())
+    }
+
+    /// Memory that the links of results take, in bytes.
+    #[cfg(test)]
+    pub(super) fn link_bytes(&self) -> u64 {
+        self.links.bytes()
+    }
+
+    /// The files of results that went because one of their blobs went. The caller deletes them.
+    pub(super) fn take_followed(&mut self) -> Vec<Victim> {
+        std::mem::take(&mut self.followed)
+    }
+
+    /// Drops an entry that is of no use any more, held or leased or not.
     pub(super) fn remove(&mut self, at: EntryRef) -> Option<Victim> {
         self.live(at)?;
         Some(self.remove_slot(at.slot))
@@ -338,10 +403,13 @@ impl Index {
     /// Call it again until it returns nothing.
     pub(super) fn trim(&mut self, max: usize) -> Vec<Victim> {
         let Totals { used, reserved, .. } = self.totals;
-        self.trimming |= used.saturating_add(reserved) > self.high_water;
+        let room = self.room();
+        let has_marks = self.totals.limit >= WATERMARKS_FROM_BYTES;
+        let (high, low) = if has_marks { (room - room / 50, room - room / 20) } else { (room, room) };
+        self.trimming |= used.saturating_add(reserved) > high;
         let mut victims = Vec::new();
         if self.trimming {
-            self.evict_down_to(self.low_water.saturating_sub(reserved), max, &mut victims);
+            self.evict_down_to(low.saturating_sub(reserved), max, &mut victims);
             self.trimming = victims.len() == max;
         }
         victims
@@ -371,7 +439,7 @@ impl Index {
     /// Memory that the index takes, in bytes.
     #[cfg(test)]
     pub fn memory(&self) -> usize {
-        self.entries.capacity() * size_of::<Entry>() + self.table.allocation_size()
+        self.slab.memory() + self.table.memory() + self.order.memory() + self.leases.memory()
     }
 
     fn evict_down_to(&mut self, target: u64, max: usize, victims: &mut Vec<Victim>) {
@@ -390,14 +458,13 @@ impl Index {
         victim
     }
 
-    /// Entries whose key equals `like` apart from the size of the digest.
-    fn alike(&self, like: &Key) -> impl Iterator<Item = &Entry> {
-        let same = move |key: &Key| {
-            (key.kind, key.instance, key.digest.function(), key.digest.hash())
-                == (like.kind, like.instance, like.digest.function(), like.digest.hash())
+    /// The slots of entries whose key equals `like` apart from the size of the digest.
+    fn alike(&self, like: &Key) -> impl Iterator<Item = u32> {
+        let is_one = |slot: &u32| {
+            let entry = self.slab.hot(*slot);
+            entry.is_like(like, &self.slab.tails) && !entry.has(CONDEMNED)
         };
-        let entries = self.table.iter_hash(self.hash(like)).map(|&slot| &self.entries[slot as usize]);
-        entries.filter(move |entry| same(&entry.key) && !entry.condemned.load(Relaxed))
+        self.table.like(like).filter(is_one)
     }
 
     /// Removes the oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so
@@ -406,84 +473,74 @@ impl Index {
         if key.kind == EntryKind::Blob || self.alike(key).count() < MAX_ALIKE {
             return None;
         }
-        let oldest = self.alike(key).min_by_key(|entry| entry.generation).map(|entry| entry.key)?;
-        self.slot_of(&oldest).map(|slot| self.remove_slot(slot))
-    }
-
-    fn hash(&self, key: &Key) -> u64 {
-        hash_without_size(&self.hasher, key)
+        let oldest = self.alike(key).min_by_key(|slot| self.slab.hot(*slot).generation)?;
+        Some(self.remove_slot(oldest))
     }
 
     fn slot_of(&self, key: &Key) -> Option<u32> {
-        let is_it = |&slot: &u32| {
-            let entry = &self.entries[slot as usize];
-            entry.key == *key && !entry.condemned.load(Relaxed)
-        };
-        self.table.find(self.hash(key), is_it).copied()
+        self.table.find(key, |slot| {
+            let entry = self.slab.hot(slot);
+            entry.is(key, &self.slab.tails) && !entry.has(CONDEMNED)
+        })
     }
 
-    fn live(&self, at: EntryRef) -> Option<&Entry> {
-        self.entries.get(at.slot as usize).filter(|entry| entry.generation == at.generation)
-    }
-
-    fn live_mut(&mut self, at: EntryRef) -> Option<&mut Entry> {
-        self.entries.get_mut(at.slot as usize).filter(|entry| entry.generation == at.generation)
+    fn live(&self, at: EntryRef) -> Option<&Hot> {
+        self.slab.get(at.slot).filter(|entry| entry.generation == at.generation)
     }
 
     fn file_at(&self, slot: u32) -> FileId {
-        let entry = &self.entries[slot as usize];
-        FileId { key: entry.key, generation: entry.generation }
+        FileId { key: self.slab.key(slot), generation: self.slab.hot(slot).generation }
     }
 
     fn renew_slot(&self, slot: u32, now: u32) -> FoundEntry {
-        let entry = &self.entries[slot as usize];
+        self.found(self.use_slot(slot, self.slab.hot(slot), now))
+    }
+
+    fn use_slot(&self, slot: u32, entry: &Hot, now: u32) -> NotedUse {
         let settle_due = self.mark_used(entry);
         let touched = entry.touched.load(Relaxed);
         let touch_due = now.saturating_sub(touched) > Self::TOUCH_AFTER_SECS
             && entry.touched.compare_exchange(touched, now, Relaxed, Relaxed).is_ok();
-        let (generation, key, stamp) = (entry.generation, entry.key, entry.stamp);
-        let at = EntryRef { slot, generation };
-        FoundEntry { at, file: FileId { key, generation }, stamp, touch_due, settle_due }
+        NotedUse { at: EntryRef { slot, generation: entry.generation }, touch_due, settle_due }
+    }
+
+    /// What was found by a use of an entry that is there.
+    fn found(&self, NotedUse { at, touch_due, settle_due }: NotedUse) -> FoundEntry {
+        let stamp = self.slab.cold(at.slot).seal;
+        FoundEntry { at, file: self.file_at(at.slot), stamp, touch_due, settle_due }
     }
 
     fn insert(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) {
-        let key = file.key;
-        let entry = Entry::new(file, bytes, stamp, touched);
-        let slot = if self.free == NIL {
-            if self.entries.len() == self.entries.capacity() {
-                self.entries.reserve_exact(MIN_GROWTH.max(self.entries.len() / 4));
-            }
-            self.entries.push(entry);
-            (self.entries.len() - 1) as u32
-        } else {
-            let slot = self.free;
-            self.free = self.entries[slot as usize].next;
-            self.entries[slot as usize] = entry;
-            slot
-        };
-        let (entries, hasher) = (&self.entries, &self.hasher);
-        self.table.insert_unique(hash_without_size(hasher, &key), slot, |&slot| {
-            hash_without_size(hasher, &entries[slot as usize].key)
-        });
+        let slot = self.slab.add(file, bytes, stamp, touched);
+        let slab = &self.slab;
+        self.table.insert(&file.key, slot, |slot| slab.key(slot));
         self.totals.used += bytes;
-        *self.count_of(key.kind) += 1;
+        *self.count_of(file.key.kind) += 1;
         self.link_newest(slot);
     }
 
+    /// Removes an entry, and the results that need it.
     fn remove_slot(&mut self, slot: u32) -> Victim {
+        for result in self.links.results(slot) {
+            let followed = self.remove_alone(result);
+            self.tally.followed += 1;
+            self.followed.push(followed);
+        }
+        self.remove_alone(slot)
+    }
+
+    fn remove_alone(&mut self, slot: u32) -> Victim {
+        self.links.remove(slot);
         let file = self.file_at(slot);
-        let hash = self.hash(&file.key);
-        if let Ok(found) = self.table.find_entry(hash, |&candidate| candidate == slot) {
-            found.remove();
-        }
+        self.table.remove(&file.key, slot);
         self.forget(slot);
-        let entry = &mut self.entries[slot as usize];
-        let bytes = entry.bytes;
-        if std::mem::take(entry.leases.get_mut()) > 0 {
-            *self.leased.get_mut() -= bytes;
+        let bytes = self.slab.cold(slot).bytes;
+        let pin = std::mem::take(self.slab.hot_mut(slot).pin.get_mut());
+        if holds_of(pin) > 0 {
+            *self.held.get_mut() -= bytes;
         }
-        (entry.generation, entry.next) = (0, self.free);
-        self.free = slot;
+        self.leases.removed(lease_of(pin), bytes, holds_of(pin) > 0, &mut self.unleased_held);
+        self.slab.free(slot);
         self.totals.used -= bytes;
         *self.count_of(file.key.kind) -= 1;
         self.count_evicted(bytes);
@@ -502,15 +559,6 @@ impl Index {
             EntryKind::Zstd => &mut self.totals.zstd_forms,
         }
     }
-}
-
-/// The hash of a key in the table. The size is left out, so that an entry can be found by its hash alone.
-fn hash_without_size(hasher: &RandomState, key: &Key) -> u64 {
-    let Key { digest, instance, kind } = key;
-    let mut state = hasher.build_hasher();
-    state.write(digest.hash());
-    state.write_u32(u32::from(instance.0) << 16 | (*kind as u32) << 8 | digest.function() as u32);
-    state.finish()
 }
 
 impl std::fmt::Debug for Index {

@@ -3,8 +3,8 @@
 use super::{
     CasActor,
     client::{Cas, UploadStatus, going_down},
-    guards::Lease,
-    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
+    guards::Hold,
+    index::{EntryKind, EntryRef, FoundEntry, Key, Seal},
     requests::{QueryUpload, SettleUses},
     settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     view::LookUp,
@@ -29,33 +29,33 @@ pub(super) struct Located {
     /// Their zstd forms, if those were asked for.
     pub zstd: Vec<Option<FoundEntry>>,
     /// Protects what was found from eviction, if that was asked for.
-    pub lease: Lease,
+    pub hold: Hold,
 }
 
 impl Located {
-    /// The files of these digests, which were looked up, and their lease.
+    /// The files of these digests, which were looked up, and their hold.
     ///
     /// # Errors
     /// `MissingBlobs` with those that were not found.
-    pub(super) fn complete(self, digests: &[Digest]) -> Result<(Vec<FoundEntry>, Lease)> {
+    pub(super) fn complete(self, digests: &[Digest]) -> Result<(Vec<FoundEntry>, Hold)> {
         let missing = digests.iter().zip(&self.found).filter(|(_, found)| found.is_none());
         let missing: Vec<_> = missing.map(|(digest, _)| *digest).collect();
         if missing.is_empty() {
-            Ok((self.found.into_iter().flatten().collect(), self.lease))
+            Ok((self.found.into_iter().flatten().collect(), self.hold))
         } else {
             Err(Error::MissingBlobs(missing))
         }
     }
 }
 
-/// The purpose of a look-up, which decides what is leased.
+/// The purpose of a look-up, which decides what is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// To learn whether a blob is stored, or to read it at once. No lease.
+    /// To learn whether a blob is stored, or to read it at once. No hold.
     Look,
-    /// To read the blob, under a lease.
+    /// To read the blob, under a hold.
     Read,
-    /// To read the blob or its zstd form, both under a lease.
+    /// To read the blob or its zstd form, both under a hold.
     ReadZstd,
 }
 
@@ -105,7 +105,7 @@ impl Cas {
         if !self.actor().connected() {
             return Err(going_down());
         }
-        let (answer, is_work) = self.shared().view.read(look);
+        let (answer, is_work) = self.shared().view.read(self.lessee(), look);
         if is_work {
             self.actor().do_send(SettleUses);
         }
@@ -135,15 +135,14 @@ impl Cas {
         for part in digests.chunks(LOOKUPS_PER_HOLD) {
             self.look_up(|index| {
                 // The check for the empty blob comes last: it is rare, and it costs a hash.
-                let is_missing =
-                    |digest: &&Digest| index.renew_blob(instance, **digest).is_none() && !digest.is_empty();
+                let is_missing = |digest: &&Digest| !index.has_blob(instance, **digest) && !digest.is_empty();
                 part.iter().filter(is_missing).for_each(|digest| missing.add(digest));
             })?;
         }
         Ok(())
     }
 
-    /// Locates blobs. Those that are found are renewed, and leased if the purpose needs it.
+    /// Locates blobs. Those that are found are renewed, and held if the purpose needs it.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.
@@ -154,11 +153,8 @@ impl Cas {
         purpose: Purpose,
     ) -> Result<Located> {
         let capacity = digests.len();
-        let mut located = Located {
-            found: Vec::with_capacity(capacity),
-            zstd: Vec::new(),
-            lease: Lease::none(self.clone()),
-        };
+        let mut located =
+            Located { found: Vec::with_capacity(capacity), zstd: Vec::new(), hold: Hold::none(self.clone()) };
         for part in digests.chunks(LOOKUPS_PER_TURN) {
             for part in part.chunks(LOOKUPS_PER_HOLD) {
                 self.locate_part(instance.blobs(), part, purpose, &mut located)?;
@@ -175,7 +171,7 @@ impl Cas {
         purpose: Purpose,
         located: &mut Located,
     ) -> Result<()> {
-        let Located { found, zstd, lease } = located;
+        let Located { found, zstd, hold } = located;
         self.look_up(|index| {
             let mut locate = |kind| {
                 let look = |&digest: &Digest| {
@@ -183,7 +179,7 @@ impl Cas {
                     match purpose {
                         Purpose::Look => index.renew(&key),
                         Purpose::Read | Purpose::ReadZstd => {
-                            index.lease(&key).inspect(|found| lease.add(found.at))
+                            index.hold(&key).inspect(|found| hold.add(found.at))
                         }
                     }
                 };
@@ -198,7 +194,7 @@ impl Cas {
     }
 
     /// The stamp at which the content of an entry was last verified.
-    pub(super) fn known_stamp(&self, at: EntryRef) -> Result<Option<Stamp>> {
+    pub(super) fn known_stamp(&self, at: EntryRef) -> Result<Option<Seal>> {
         self.look_up(|index| index.stamp(at))
     }
 
@@ -219,7 +215,7 @@ impl Cas {
 impl CasActor {
     /// Looks an entry up and counts it as used now.
     pub(super) fn renew(&self, key: &Key) -> Option<FoundEntry> {
-        self.shared.view.read(|index| index.renew(key)).0
+        self.shared.view.read(None, |index| index.renew(key)).0
     }
 }
 

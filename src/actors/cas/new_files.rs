@@ -12,25 +12,28 @@ use super::{
     CasActor, StoreShared,
     client::{Cas, going_down},
     guards::Reservation,
-    index::{FileId, Key, Stamp},
-    requests::{Commit, EndUpload, WrittenFile},
+    index::{FileId, Key},
+    requests::{Commit, EndUpload},
     settings::FILES_PER_COMMIT,
     uploads::Attempt,
-    volume::{Draft, outside::LeftFile},
+    volume::{Draft, NewFile, WrittenFile, outside::LeftFile},
 };
+use crate::caller::Owner;
 use actix::Addr;
 use bytes::Bytes;
 use gorego_reapi::error::Result;
 use std::{io, sync::Arc};
 use tokio::sync::oneshot;
 
-/// Written files that are not visible yet, with room for them and for more.
+/// WrittenFile files that are not visible yet, with room for them and for more.
 #[derive(Debug)]
 pub(super) struct NewFiles {
     store: Addr<CasActor>,
     shared: Arc<StoreShared>,
     /// Room for the written files and for files to come.
     room: Reservation,
+    /// The build to which the files are leased.
+    lessee: Option<Owner>,
     /// The part of the room that the written files take.
     spent: u64,
     written: Vec<WrittenFile>,
@@ -53,7 +56,21 @@ impl Visible {
 impl NewFiles {
     /// An empty batch, with room for files to come.
     pub(super) fn new(store: &Addr<CasActor>, shared: &Arc<StoreShared>, room: Reservation) -> Self {
-        Self { store: store.clone(), shared: shared.clone(), room, spent: 0, written: Vec::new() }
+        Self {
+            store: store.clone(),
+            shared: shared.clone(),
+            room,
+            lessee: None,
+            spent: 0,
+            written: Vec::new(),
+        }
+    }
+
+    /// The same batch, whose files are leased to a build.
+    pub(super) fn leased_to(self, lessee: Option<Owner>) -> Self {
+        let mut files = self;
+        files.lessee = lessee;
+        files
     }
 
     /// How many bytes of room are lacking to write `bytes` more.
@@ -70,20 +87,26 @@ impl NewFiles {
     /// # Errors
     /// The errors of the volume. No partial file is left behind.
     pub(super) fn write(&mut self, key: Key, pieces: &[Bytes]) -> io::Result<FileId> {
-        let file = self.next(key);
-        let stamp = self.shared.volume.write(&file, pieces)?;
-        let size = pieces.iter().map(|bytes| bytes.len() as u64).sum();
-        Ok(self.add(file, size, stamp))
+        let lost = || Err(io::Error::other("the volume wrote nothing"));
+        self.write_all(&[NewFile { key, pieces }]).pop().unwrap_or_else(lost)
     }
 
-    /// Keeps a draft of `size` bytes whose content was checked. Blocks.
+    /// Writes bytes that were checked before, all files in one go. Blocks.
+    ///
+    /// # Errors
+    /// Each file has its own outcome, as in [`NewFiles::write`].
+    pub(super) fn write_all(&mut self, files: &[NewFile<'_>]) -> Vec<io::Result<FileId>> {
+        let written = self.shared.volume.write(files);
+        written.into_iter().map(|written| written.map(|written| self.add(written))).collect()
+    }
+
+    /// Keeps a draft whose content was checked. Blocks.
     ///
     /// # Errors
     /// The errors of [`NewFiles::write`].
-    pub(super) fn keep(&mut self, key: Key, draft: Box<dyn Draft>, size: u64) -> io::Result<FileId> {
-        let file = self.next(key);
-        let stamp = draft.keep(&file)?;
-        Ok(self.add(file, size, stamp))
+    pub(super) fn keep(&mut self, key: Key, draft: Box<dyn Draft>) -> io::Result<FileId> {
+        let written = draft.keep(key)?;
+        Ok(self.add(written))
     }
 
     /// Adopts a file that an action left behind, if that is safe. Returns `None` when it has to be copied. Blocks.
@@ -91,9 +114,8 @@ impl NewFiles {
     /// # Errors
     /// The errors of the volume.
     pub(super) fn adopt(&mut self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<FileId>> {
-        let file = self.next(key);
-        let stamp = self.shared.volume.adopt(&file, left)?;
-        Ok(stamp.map(|stamp| self.add(file, left.size(), stamp)))
+        let written = self.shared.volume.adopt(key, left)?;
+        Ok(written.map(|written| self.add(written)))
     }
 
     /// The number of files that are not handed over yet.
@@ -131,22 +153,17 @@ impl NewFiles {
             let room = room.split(if rest.is_empty() { u64::MAX } else { spent });
             let upload = if rest.is_empty() { upload.take() } else { None };
             let (reply, visible) = oneshot::channel();
-            self.store.do_send(Commit { files, room, upload, reply });
+            self.store.do_send(Commit { files, room, lessee: self.lessee, upload, reply });
             // Messages are handled in order, so the last answer covers all of them.
             (last, files) = (Some(Visible(visible)), rest);
         }
         last
     }
 
-    fn next(&self, key: Key) -> FileId {
-        FileId { key, generation: self.shared.volume.next_generation() }
-    }
-
-    fn add(&mut self, file: FileId, size: u64, stamp: Stamp) -> FileId {
-        let bytes = self.shared.volume.charge(size);
-        self.spent = self.spent.saturating_add(bytes);
-        self.written.push(WrittenFile { file, bytes, stamp });
-        file
+    fn add(&mut self, written: WrittenFile) -> FileId {
+        self.spent = self.spent.saturating_add(written.bytes);
+        self.written.push(written);
+        written.file
     }
 }
 
@@ -168,6 +185,6 @@ impl Cas {
 
     /// An empty batch of new files, with room that was reserved for them.
     pub(super) fn new_files(&self, room: Reservation) -> NewFiles {
-        NewFiles::new(self.actor(), self.shared(), room)
+        NewFiles::new(self.actor(), self.shared(), room).leased_to(self.lessee())
     }
 }

@@ -6,7 +6,7 @@
 
 use super::{
     client::{Cas, Provenance, spoilt},
-    guards::{Lease, Reservation},
+    guards::{Hold, Reservation},
     index::{EntryKind, Key},
     lookup::Purpose,
     new_files::{NewFiles, Visible},
@@ -33,12 +33,12 @@ pub struct OutputBatch {
     function: DigestFunction,
     /// Bytes on disk that the caller still expects to store.
     expected: u64,
-    /// Written files that are not visible yet, with room for more.
+    /// WrittenFile files that are not visible yet, with room for more.
     files: NewFiles,
     /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,
     /// Blobs that were stored before, which the result refers to.
-    held: Vec<Lease>,
+    held: Vec<Hold>,
 }
 
 impl Cas {
@@ -90,7 +90,7 @@ impl OutputBatch {
         let Some(key) = self.make_room(digest)? else { return Ok(digest) };
         if self.files.adopt(key, &left).map_err(failed)?.is_none() {
             let copy = self.copy(digest, &left).map_err(failed)?.ok_or_else(changed)?;
-            self.files.keep(key, copy, digest.size()).map_err(failed)?;
+            self.files.keep(key, copy).map_err(failed)?;
         }
         self.add_stored(digest);
         Ok(digest)
@@ -119,8 +119,8 @@ impl OutputBatch {
         digests.retain(|digest| !digest.is_empty());
         let instance = &self.instance;
         let located = self.cas.block_on(async |cas| cas.locate(instance, &digests, Purpose::Read).await)?;
-        let (_, lease) = located.complete(&digests)?;
-        self.held.push(lease);
+        let (_, hold) = located.complete(&digests)?;
+        self.held.push(hold);
         Ok(())
     }
 

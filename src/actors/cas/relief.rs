@@ -1,6 +1,8 @@
 //! Relief of a full disk: the store evicts its least recently used entries when actions find no disk space, or uploads soon
 //! would not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict. What others keep on
-//! disk only to be faster goes first ([`Cas::relieve_first`]).
+//! disk only to be faster goes first ([`Cas::relieve_first`]), and then what is left of deleted blobs.
+//!
+//! Leases of builds give way to a full disk, the oldest of whoever has most first; an entry that is evicted so is a broken promise.
 //!
 //! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most [`settings::RELIEF_WAIT`]. If
 //! evicting half of the store would not help, because other data fills the disk, nothing is evicted.
@@ -8,6 +10,7 @@
 use super::{
     CasActor, LOG,
     client::Cas,
+    compaction,
     index::Totals,
     reply::StoreReply,
     settings::{self, FULL_DISK_LOG_INTERVAL},
@@ -70,13 +73,14 @@ impl Cas {
             let cas = self.clone();
             let look = move || {
                 let space = cas.shared().volume.space()?;
-                match cas.shared().relieved_first.0.get().filter(|_| is_due(&space)) {
-                    Some(others) => {
-                        others();
-                        cas.shared().volume.space()
-                    }
-                    None => Ok(space),
+                if !is_due(&space) {
+                    return Ok(space);
                 }
+                if let Some(others) = cas.shared().relieved_first.0.get() {
+                    others();
+                }
+                compaction::reclaim_for_disk(cas.shared(), cas.actor(), is_due);
+                cas.shared().volume.space()
             };
             let looked = self.blocking(look).await;
             let Ok(Ok(space)) = looked else { return };
@@ -93,10 +97,10 @@ impl Receive<Relieve> for CasActor {
     type Answer = StoreReply<()>;
 
     fn receive(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Answer {
-        let Totals { used, leased, deleting, blobs, results, zstd_forms, .. } =
+        let Totals { used, held, deleting, blobs, results, zstd_forms, .. } =
             self.change(|index| index.totals());
         let store = Evictable {
-            bytes: used.saturating_sub(leased),
+            bytes: used.saturating_sub(held),
             entries: blobs.saturating_add(results).saturating_add(zstd_forms),
             deleting,
         };
@@ -104,7 +108,8 @@ impl Receive<Relieve> for CasActor {
             self.log_full_disk(&space);
             return StoreReply::Now(());
         };
-        let victims = self.change(|index| index.evict(relief.bytes, relief.entries, settings::RELIEF_BATCH));
+        let victims = self
+            .change(|index| index.evict_even_leased(relief.bytes, relief.entries, settings::RELIEF_BATCH));
         Event::warn(LOG, "disk_relieved")
             .with("entries", victims.len())
             .with("bytes", victims.iter().map(|victim| victim.bytes).sum::<u64>())

@@ -6,10 +6,14 @@
 
 use super::{
     guards::Reservation,
-    index::{EntryRef, FileId, Key, Stamp, Tally, Totals},
+    index::{EntryRef, Key, Stamp, Tally, Totals},
     uploads::{Attempt, Partial, Progress},
+    volume::{Moves, WrittenFile},
 };
-use crate::{budget::Bound, caller::Caller};
+use crate::{
+    budget::Bound,
+    caller::{Caller, Owner},
+};
 use actix::Message;
 use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
@@ -117,22 +121,15 @@ pub struct CloseStore;
 /// Fact: these files are whole and under their final names. The reply comes once they are visible.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Commit {
+pub(crate) struct Commit {
     pub files: Vec<WrittenFile>,
     /// Room for all of the files.
     pub room: Reservation,
+    /// The build to which the files are leased.
+    pub lessee: Option<Owner>,
     /// The upload that ends with this message because its blob is stored.
     pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,
-}
-
-/// A file to be made visible.
-#[derive(Debug, Clone, Copy)]
-pub struct WrittenFile {
-    pub file: FileId,
-    /// Bytes on disk.
-    pub bytes: u64,
-    pub stamp: Stamp,
 }
 
 /// Fact: look-ups have left a batch of notes in [`super::view::View`].
@@ -172,6 +169,12 @@ pub struct Damaged {
     pub at: EntryRef,
     pub reason: String,
 }
+
+/// Fact: compaction has copied files. The answer says for each copy whether it took the place of its original. Originals that
+/// turned out to be damaged are dropped.
+#[derive(Message)]
+#[rtype(result = "Vec<bool>")]
+pub(super) struct Relocate(pub Moves);
 
 /// Fact: this many bytes of evicted or replaced files are deleted from disk.
 #[derive(Message)]

@@ -93,7 +93,7 @@ impl Cas {
             // The principal may have a result of its own.
             ResultLookup::Miss if instance.private_results().is_some() => None,
             ResultLookup::Miss => Some(run()),
-            ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
+            ResultLookup::NoRoom(_) | ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
         })
     }
 
@@ -127,7 +127,8 @@ impl Cas {
         instance: Instance,
         root: Digest,
     ) -> impl Future<Output = Result<()>> + Send + use<> {
-        let was_checked = self.shared().input_roots.was_checked(&(instance.blobs(), root), Instant::now());
+        let was_checked =
+            self.shared().input_roots.was_checked(&(instance.blobs(), root), self.lessee(), Instant::now());
         let cas = self.clone();
         let check = async move { cas.check_inputs(&instance, root).await };
         let checking = (!was_checked).then(|| self.shared().runtime.spawn(check));

@@ -25,7 +25,7 @@ use gorego_reapi::{
     wire,
 };
 use prost::Message as _;
-use std::{collections::HashSet, time::SystemTime};
+use std::{collections::HashSet, sync::atomic::AtomicBool, time::SystemTime};
 
 /// The largest file of an action result that is read. A result has at most 4 MiB, and its provenance adds little.
 pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
@@ -50,6 +50,10 @@ pub struct LoadedResult {
     pub result: SharedResult,
     /// Output files, Trees, files inside Trees, Directories and logs (AC-03), each once. The empty blob is left out.
     pub references: Vec<Digest>,
+    /// The sizes of these blobs together.
+    pub bytes: u64,
+    /// Whether the index was told which blobs it needs.
+    pub is_linked: AtomicBool,
     /// Whether it may be served. Results of failed commands are stored if a client uploads them, but are never hits (AC-13).
     pub is_hit: bool,
 }
@@ -61,7 +65,15 @@ impl LoadedResult {
             references.into_iter().filter(|digest| !digest.is_empty()).collect();
         references.sort_unstable();
         references.dedup();
-        Self { generation, is_hit: result.exit_code == 0, result, references }
+        let bytes = references.iter().map(Digest::size).fold(0, u64::saturating_add);
+        Self {
+            generation,
+            is_hit: result.exit_code == 0,
+            result,
+            references,
+            bytes,
+            is_linked: AtomicBool::new(false),
+        }
     }
 
     /// The approximate memory that it takes, in bytes.

@@ -1,5 +1,6 @@
 //! [`StoreSettings`], and the fixed bounds of the store.
 
+use super::index::LeaseTimes;
 use crate::{action::TimeoutPolicy, budget::Bounds};
 use gorego_reapi::tree::{MAX_DIRECTORY_BYTES, MAX_MESSAGE_MEMORY};
 use std::{path::PathBuf, time::Duration};
@@ -17,6 +18,10 @@ pub struct StoreSettings {
     pub partial_upload_retention: Duration,
     /// The zstd level for blobs that are read compressed; one of [`gorego_reapi::compression::LEVELS`].
     pub zstd_level: i32,
+    /// How long what a build has touched is not evicted after its last request.
+    pub leases: LeaseTimes,
+    /// Memory for the links of results to the blobs that they need.
+    pub result_links_bytes: u64,
     /// Which timeouts an Action may ask for.
     pub timeouts: TimeoutPolicy,
 }
@@ -64,6 +69,9 @@ pub(super) const SMALL_TREE_BYTES: usize = 24 * 1024 * 1024;
 
 /// Large trees that are walked at the same time; others wait. One peer gets one of the two.
 pub(super) const LARGE_TREES_MAX: u64 = 2;
+
+/// A result that refers to more blobs is not linked to them: linking it would keep the index from others for too long.
+pub(super) const MAX_LINKS: usize = 16 * 1_024;
 
 /// Maximum number of blobs that one result may refer to.
 pub(super) const MAX_REFERENCES: usize = 2_000_000;
@@ -138,6 +146,9 @@ pub(super) const RELIEF_POLL: Duration = Duration::from_millis(20);
 /// Minimum interval between log lines about a disk that is full of other data.
 pub(super) const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Minimum interval between log lines about results that are not served because leases fill the store.
+pub(super) const FULL_LEASES_LOG_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Room for an upload is reserved at most this much ahead of its bytes.
 pub(super) const ROOM_STEP_BYTES: u64 = 1024 * 1024;
 
@@ -179,6 +190,13 @@ pub(super) const ZSTD_FORM_PART: u64 = 16;
 
 /// Making a form is given up after this many bytes of the blob if nothing was saved by then.
 pub(super) const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
+
+/// Pause after each MiB that is copied to reclaim the space of deleted blobs in the background, which bounds the rate to about
+/// 50 MiB/s.
+pub(super) const COMPACTION_PAUSE: Duration = Duration::from_millis(20);
+
+/// Parts of the volume that are compacted to relieve a full disk before entries are evicted.
+pub(super) const COMPACTIONS_PER_RELIEF: usize = 16;
 
 /// How often uses are written to disk and broken uploads are checked.
 pub(super) const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);

@@ -4,6 +4,7 @@ mod chunks;
 mod compressed;
 mod damage;
 mod inputs;
+mod leases;
 mod results;
 mod sharing;
 mod store;
@@ -14,7 +15,7 @@ mod volumes;
 use super::{blob::BlobReader, client::*, forms::zstd_reader::Item, *};
 use crate::{
     action::TimeoutPolicy,
-    caller::{Caller, Peer},
+    caller::{Caller, Owner, Peer},
     instance::Instance,
 };
 use bytes::Bytes;
@@ -42,6 +43,8 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         max_blob_bytes: 100 * MB,
         partial_upload_retention: Duration::from_secs(600),
         zstd_level: 1,
+        leases: LeaseTimes::default(),
+        result_links_bytes: 1 << 20,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     }
 }
@@ -52,6 +55,7 @@ struct TestStore {
     cas: Cas,
     main: Instance,
     other: Instance,
+    max_bytes: u64,
 }
 
 impl TestStore {
@@ -59,23 +63,42 @@ impl TestStore {
         Self::with_limit(1_000 * MB).await
     }
 
+    /// A store that is too small for segments, so that every blob and result has a file of its own.
+    async fn of_files() -> Self {
+        Self::with_limit(200 * MB).await
+    }
+
     async fn with_limit(max_bytes: u64) -> Self {
         Self::at(Rc::new(TempDir::new().unwrap()), max_bytes).await
     }
 
+    /// A store in which builds have leases.
+    async fn with_leases(max_bytes: u64) -> Self {
+        let root = Rc::new(TempDir::new().unwrap());
+        let leases = LeaseTimes { named: 10_800, unnamed: 900 };
+        let settings = StoreSettings { leases, ..settings_at(root.path().join("store"), max_bytes) };
+        Self::over(root, settings).await
+    }
+
     async fn at(root: Rc<TempDir>, max_bytes: u64) -> Self {
         let settings = settings_at(root.path().join("store"), max_bytes);
+        Self::over(root, settings).await
+    }
+
+    async fn over(root: Rc<TempDir>, settings: StoreSettings) -> Self {
         let instances = Instances::new(["", "other/one"]).unwrap();
         let actor =
             eventually(|| async { CasActor::open(settings.clone(), &instances, Handle::current()).ok() })
                 .await;
         let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
-        Self { root, cas: actor.launch(), main, other }
+        let max_bytes = settings.max_bytes;
+        Self { root, cas: actor.launch(), main, other, max_bytes }
     }
 
     /// Closes the store and opens it again. Closing writes only access times, so the files are as after a kill.
     async fn restart(self) -> Self {
-        self.restart_with_limit(1_000 * MB).await
+        let max_bytes = self.max_bytes;
+        self.restart_with_limit(max_bytes).await
     }
 
     async fn restart_with_limit(self, max_bytes: u64) -> Self {
@@ -135,9 +158,36 @@ impl TestStore {
         files.remove(0)
     }
 
-    /// Deletes a blob's file, so that the store drops the blob.
+    /// Where the content of a blob or result lies: a file, an offset in it, and whether others are in the same file.
+    fn place_of(&self, digest: Digest) -> (PathBuf, u64, bool) {
+        let find = |kind| {
+            let key = index::Key { digest, instance: self.main.id(), kind };
+            self.cas.shared().view.read(None, |look| look.renew(&key)).0
+        };
+        let found = [index::EntryKind::Blob, index::EntryKind::Result].into_iter().find_map(find);
+        let (path, offset) = self.cas.shared().volume.place(&found.unwrap().file).unwrap();
+        (path, offset, offset > 0)
+    }
+
+    /// Flips a bit of the content of a blob or result, where it lies.
+    fn damage(&self, digest: Digest) {
+        use std::os::unix::fs::FileExt as _;
+        let (path, offset, is_record) = self.place_of(digest);
+        if !is_record {
+            return overwrite(&path, |bytes| *bytes.last_mut().unwrap() ^= 1);
+        }
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    }
+
+    /// Destroys a blob's content, so that the store drops the blob.
     async fn lose(&self, digest: Digest) {
-        std::fs::remove_file(self.file_of(digest)).unwrap();
+        match self.place_of(digest) {
+            (_, _, true) => self.damage(digest),
+            (path, _, false) => std::fs::remove_file(path).unwrap(),
+        }
         self.cas.shared().recent.clear();
         assert!(matches!(self.get(digest).await, Err(Error::NotFound(_))));
         assert!(!self.has(digest).await);

@@ -1,6 +1,6 @@
 //! Directories and trees.
 //!
-//! [`inputs`] reads input roots for actions: every directory and file has to be stored, and workers lease what they need and
+//! [`inputs`] reads input roots for actions: every directory and file has to be stored, and workers hold what they need and
 //! copy it out. [`known_roots`] remembers the roots. The memory of large trees is bounded by one budget. [`walk`] lists the
 //! directories below a root for clients (GetTree).
 

@@ -2,12 +2,13 @@
 //! back.
 
 use super::{
-    CasActor, LOG,
+    CasActor, LOG, compaction,
     guards::Reservation,
     index::{FileId, Victim},
     requests::{Deleted, Touch, Touched},
     settings,
     uploads::Partial,
+    uptime_seconds,
     volume::Moved,
 };
 use crate::logging::Event;
@@ -27,6 +28,7 @@ impl CasActor {
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
         // Nothing is evicted for a write that would not fit even then.
         let parked = self.uploads.parked_bytes();
+        self.ease_leases(of.max(bytes), None);
         self.change(|index| index.check_fit(of.max(bytes), parked))?;
         while !self.change(|index| index.has_room(bytes))
             && let Some(partial) = self.uploads.pop_for_room()
@@ -75,7 +77,11 @@ impl CasActor {
 
     /// Evicts ahead of need.
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
-        let victims = self.change(|index| index.trim(settings::TRIM_BATCH));
+        let overhead = self.shared.volume.overhead();
+        let victims = self.change(|index| {
+            index.set_overhead(overhead);
+            index.trim(settings::TRIM_BATCH)
+        });
         if !victims.is_empty() {
             Event::info(LOG, "store_trimmed")
                 .with("entries", victims.len())
@@ -98,11 +104,12 @@ impl CasActor {
         victims: Vec<Victim>,
         ctx: &Context<Self>,
     ) -> oneshot::Receiver<Vec<FileId>> {
+        let mut victims = victims;
+        victims.extend(self.change(|index| index.take_followed()));
         let (tell, told) = oneshot::channel();
         let (shared, store) = (self.shared.clone(), ctx.address());
         self.shared.runtime.spawn_blocking(move || {
-            let delete = |victim: &Victim| Some((victim.file, shared.volume.delete(&victim.file).err()?));
-            let failures: Vec<_> = victims.iter().filter_map(delete).collect();
+            let failures = shared.volume.delete(&victims);
             if let Some((_, first)) = failures.first() {
                 // Their bytes stay on disk until the next start, which adds them to the index again.
                 Event::error(LOG, "delete_failed")
@@ -112,6 +119,8 @@ impl CasActor {
                         "could not delete the files of evicted entries; check the permissions of the store's directory"
                     ));
             }
+            // Until then, the bytes of deleted records still take room.
+            compaction::reclaim_for_writers(&shared, &store);
             store.do_send(Deleted(victims.iter().map(|victim| victim.bytes).sum()));
             // Few wait for it.
             let _ = tell.send(failures.into_iter().map(|(file, _)| file).collect());
@@ -142,7 +151,10 @@ impl CasActor {
     pub(super) fn housekeeping(&mut self, ctx: &mut Context<Self>) {
         self.write_touches(ctx.address());
         self.discard_excess(ctx);
+        self.change(|index| index.expire_leases(uptime_seconds()));
+        self.ease_leases(0, None);
         self.trim(ctx);
+        self.compact(ctx);
         let cas = self.client(ctx);
         self.shared.runtime.spawn(async move { cas.relieve_low_disk().await });
     }

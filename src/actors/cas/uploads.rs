@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     budget::Bound,
-    caller::{Caller, Peer},
+    caller::{Caller, Owner, Peer},
 };
 use actix::Addr;
 use gorego_reapi::digest::Digest;
@@ -138,6 +138,8 @@ pub struct Attempt {
     pub progress: Arc<Progress>,
     /// The blob that is uploaded.
     pub blob: Key,
+    /// The build to which the blob is leased.
+    pub lessee: Option<Owner>,
     name: Digest,
     number: u64,
     store: Addr<CasActor>,
@@ -150,7 +152,19 @@ impl Attempt {
     pub fn new(store: Addr<CasActor>, name: Digest, blob: Key, entered: Entered, room: UploadRoom) -> Self {
         let Entered { number, progress } = entered;
         let (sink, inflow, room) = (None, Inflow::Plain, Some(room));
-        Self { sink, inflow, room, keep: true, progress, blob, name, number, store, is_told: false }
+        Self {
+            sink,
+            inflow,
+            room,
+            keep: true,
+            progress,
+            blob,
+            lessee: None,
+            name,
+            number,
+            store,
+            is_told: false,
+        }
     }
 
     /// Ends this attempt, with nothing left over, and returns the report for the caller to send.

@@ -1,8 +1,8 @@
 //! [`View`]: the index, readable from every thread.
 //!
 //! Only [`super::CasActor`] adds, removes or reserves. Look-ups of blobs and results do none of that, so they read the index
-//! directly and cost no message. A look-up marks the use or the lease in the entry itself, and an eviction checks this mark
-//! before it removes anything. So an entry that was found cannot disappear before it is leased.
+//! directly and cost no message. A look-up marks the use or the hold in the entry itself, and an eviction checks this mark
+//! before it removes anything. So an entry that was found cannot disappear before it is held.
 //!
 //! Bounds: a reader holds the lock for at most [`LOOKUPS_PER_HOLD`] entries, so the actor waits about 50 us for it. The actor
 //! holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most
@@ -10,12 +10,15 @@
 //! use after the next start may suffer.
 
 use super::{
-    index::{EntryKind, EntryRef, FoundEntry, FoundResult, Index, Key, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, FoundResult, Index, Key, Lessee, NotedUse, Seal},
     requests::StoreMeasurement,
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
-    unix_seconds,
+    unix_seconds, uptime_seconds,
 };
-use crate::instance::{Instance, InstanceId};
+use crate::{
+    caller::Owner,
+    instance::{Instance, InstanceId},
+};
 use gorego_reapi::digest::Digest;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -66,17 +69,20 @@ impl View {
         self.index.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs short look-ups under one hold of the lock. Also returns whether there is work for the actor.
-    pub(super) fn read<T>(&self, look: impl FnOnce(&mut LookUp<'_>) -> T) -> (T, bool) {
+    /// Runs short look-ups under one hold of the lock. What they find is leased to the build, if there is one. Also returns
+    /// whether there is work for the actor.
+    pub(super) fn read<T>(&self, build: Option<Owner>, look: impl FnOnce(&mut LookUp<'_>) -> T) -> (T, bool) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut look_up = LookUp { index, now: unix_seconds(), notes: LookUpNotes::default() };
+        let now = unix_seconds();
+        let lessee = build.and_then(|build| index.enter(build, uptime_seconds()));
+        let mut look_up = LookUp { index, now, lessee, notes: LookUpNotes::default() };
         let answer = look(&mut look_up);
         let LookUp { index, notes, .. } = look_up;
         drop(index);
         (answer, self.note(notes))
     }
 
-    /// Ends leases. Returns whether there is work for the actor.
+    /// Ends holds. Returns whether there is work for the actor.
     pub(super) fn release(&self, entries: Vec<EntryRef>) -> bool {
         let mut unsettled = Vec::new();
         for part in entries.chunks(LOOKUPS_PER_HOLD) {
@@ -122,6 +128,7 @@ fn append<T>(notes: &mut Vec<T>, mut new: Vec<T>) -> bool {
 pub(super) struct LookUp<'a> {
     index: RwLockReadGuard<'a, Index>,
     now: u32,
+    lessee: Option<Lessee>,
     notes: LookUpNotes,
 }
 
@@ -132,15 +139,57 @@ impl LookUp<'_> {
         Some(self.noted(found))
     }
 
+    /// Whether a blob is stored; if so, counts it as used now.
+    pub(super) fn has_blob(&mut self, instance: InstanceId, digest: Digest) -> bool {
+        let key = Key { digest, instance, kind: EntryKind::Blob };
+        let Some(NotedUse { at, touch_due, settle_due }) = self.index.note_use(&key, self.now) else {
+            return false;
+        };
+        self.lease(at);
+        if settle_due {
+            self.notes.unsettled.push(at);
+        }
+        if touch_due {
+            self.notes.touches.extend(self.index.at(at));
+        }
+        true
+    }
+
     /// [`LookUp::renew`] of a blob.
     pub(super) fn renew_blob(&mut self, instance: InstanceId, digest: Digest) -> Option<FoundEntry> {
         self.renew(&Key { digest, instance, kind: EntryKind::Blob })
     }
 
     /// Looks an entry up, counts it as used now, and keeps it from eviction until [`View::release`].
-    pub(super) fn lease(&mut self, key: &Key) -> Option<FoundEntry> {
-        let found = self.index.lease(key, self.now)?;
+    pub(super) fn hold(&mut self, key: &Key) -> Option<FoundEntry> {
+        let found = self.index.hold(key, self.now)?;
         Some(self.noted(found))
+    }
+
+    /// Where a blob is. This does not count as a use.
+    pub(super) fn place_of_blob(&self, instance: InstanceId, digest: Digest) -> Option<EntryRef> {
+        let key = Key { digest, instance, kind: EntryKind::Blob };
+        self.index.place_of(&key)
+    }
+
+    /// See [`Index::linked`].
+    pub(super) fn linked(&self, at: EntryRef) -> Option<Vec<Digest>> {
+        self.index.linked(at)
+    }
+
+    /// See [`Index::can_lease`].
+    pub(super) fn can_lease(&self, bytes: u64) -> bool {
+        self.index.can_lease(bytes)
+    }
+
+    /// Whether builds have leases, and this many more bytes cannot be leased.
+    pub(super) fn lacks_leases(&self, bytes: u64) -> bool {
+        self.lessee.is_some() && !self.can_lease(bytes)
+    }
+
+    /// See [`Index::unleased_bytes`].
+    pub(super) fn unleased_bytes(&self, instance: InstanceId, blobs: &[Digest]) -> u64 {
+        self.index.unleased_bytes(blobs.iter().map(|&digest| Key { digest, instance, kind: EntryKind::Blob }))
     }
 
     /// See [`Index::results_from`].
@@ -150,7 +199,7 @@ impl LookUp<'_> {
     }
 
     /// The stamp of an entry, if it is still there.
-    pub(super) fn stamp(&self, at: EntryRef) -> Option<Stamp> {
+    pub(super) fn stamp(&self, at: EntryRef) -> Option<Seal> {
         self.index.stamp(at)
     }
 
@@ -159,7 +208,14 @@ impl LookUp<'_> {
         self.index.find_by_hash(like)
     }
 
+    fn lease(&self, at: EntryRef) {
+        if let Some(lessee) = self.lessee {
+            self.index.lease(at, lessee);
+        }
+    }
+
     fn noted(&mut self, found: FoundEntry) -> FoundEntry {
+        self.lease(found.at);
         if found.settle_due {
             self.notes.unsettled.push(found.at);
         }
@@ -173,17 +229,17 @@ impl LookUp<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::actors::cas::index::FileId;
+    use crate::actors::cas::index::{FileId, Stamp};
     use gorego_reapi::digest::DigestFunction;
     use std::{
         sync::atomic::{AtomicBool, Ordering},
         thread,
     };
 
-    /// Two threads look entries up while the owner evicts as fast as it can. A leased entry stays until it is released, and the
+    /// Two threads look entries up while the owner evicts as fast as it can. A held entry stays until it is released, and the
     /// totals balance at the end.
     #[test]
-    fn a_leased_entry_stays_while_the_owner_evicts() {
+    fn a_held_entry_stays_while_the_owner_evicts() {
         const ENTRIES: u64 = 64;
         let key = |name: u64| Key {
             digest: DigestFunction::Sha256.digest(&name.to_le_bytes()),
@@ -197,10 +253,10 @@ mod tests {
                 scope.spawn(move || {
                     for round in 0..20_000u64 {
                         let name = (round * 7 + reader * 13) % (2 * ENTRIES);
-                        let (found, _) = view.read(|look| look.lease(&key(name)));
+                        let (found, _) = view.read(None, |look| look.hold(&key(name)));
                         let Some(found) = found else { continue };
-                        let (stamp, _) = view.read(|look| look.stamp(found.at));
-                        assert_eq!(stamp, Some(found.stamp), "a leased entry is still there");
+                        let (stamp, _) = view.read(None, |look| look.stamp(found.at));
+                        assert_eq!(stamp, Some(found.stamp), "a held entry is still there");
                         view.release(vec![found.at]);
                     }
                     is_over.store(true, Ordering::Relaxed);
@@ -219,6 +275,6 @@ mod tests {
             }
         });
         let totals = view.change(|index| index.totals());
-        assert_eq!((totals.leased, totals.used <= ENTRIES), (0, true), "{totals:?}");
+        assert_eq!((totals.held, totals.used <= ENTRIES), (0, true), "{totals:?}");
     }
 }

@@ -1,9 +1,10 @@
 //! How stored bytes are laid out on disk.
 //!
 //! [`Volume`] is the interface to the rest of the store. A stored file is identified by its [`FileId`]. It is written once,
-//! opened, touched and deleted, and never changed. [`files::Files`] keeps each blob in its own file below one directory. A
-//! segment store, an object store or a shard on another machine would be another implementation of the trait. Nothing outside
-//! this module names a path or calls the file system; `tests/tidy` checks this.
+//! opened, touched and deleted, and never changed. [`local::Local`] is the volume of the product: [`segments::Segments`] has many
+//! small files in each file of the file system, and [`files::Files`] keeps larger ones on their own. An object store or a shard
+//! on another machine would be another implementation of the trait. Nothing outside this module names a path or calls the file
+//! system; `tests/tidy` checks this.
 //!
 //! A volume decides nothing. The index says which files exist and which are evicted, and callers verify contents. A volume uses
 //! the types of the index and nothing else of the store. All calls block, unless their documentation says otherwise, and are
@@ -13,16 +14,18 @@
 
 pub(crate) mod draft;
 pub(crate) mod files;
+pub(crate) mod local;
 #[cfg(test)]
 pub(crate) mod memory;
 pub(crate) mod outside;
 pub(crate) mod scan;
+pub(crate) mod segments;
 pub(crate) mod stamps;
 pub(crate) mod stored;
 
 pub(crate) use stamps::COARSE_TICK;
 
-use super::index::{FileId, Stamp};
+use super::index::{FileId, Key, Stamp, Victim};
 use crate::{disk::Space, regular_file};
 use bytes::Bytes;
 use gorego_reapi::digest::{Digest, Hasher};
@@ -40,6 +43,11 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// Bytes that a file of this size takes on disk. Does not block.
     fn charge(&self, size: u64) -> u64;
 
+    /// Bytes on disk that no file is charged for, such as those of deleted files that are not reclaimed yet. Does not block.
+    fn overhead(&self) -> u64 {
+        0
+    }
+
     /// The free space of the underlying disk.
     fn space(&self) -> io::Result<Space>;
 
@@ -49,36 +57,119 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// The size and stamp of a stored file, without opening it.
     fn look(&self, file: &FileId) -> io::Result<Look>;
 
-    /// Writes verified bytes to a new file; leaves no file behind if that fails. Returns the stamp of the file.
-    fn write(&self, file: &FileId, pieces: &[Bytes]) -> io::Result<Stamp>;
+    /// Writes verified bytes to new files, each with its own outcome. Leaves no file behind where that fails.
+    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>>;
 
     /// Begins a file whose digest is not known yet.
     fn draft(&self) -> io::Result<Box<dyn Draft>>;
 
-    /// Moves a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
-    /// hashed. Returns its stamp, or `None` if it has to be copied instead. In that case its name may be gone, but the open
-    /// file can still be read.
-    fn adopt(&self, file: &FileId, left: &LeftFile<'_>) -> io::Result<Option<Stamp>>;
+    /// Takes a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
+    /// hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open file can still be
+    /// read.
+    fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>>;
 
-    /// Deletes a stored file. A missing file is no error.
-    fn delete(&self, file: &FileId) -> io::Result<()>;
+    /// Deletes stored files. A missing file is no error. Returns those that could not be deleted.
+    fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)>;
 
     /// Records that these files are used now. `moved` gets the stamps that this changes.
     fn touch(&self, files: &[FileId], moved: &mut dyn FnMut(Vec<Moved>));
+
+    /// Of two files with the same key, the newer one has the greater sequence. It may read the disk.
+    fn sequence(&self, file: &FileId) -> u64 {
+        file.generation
+    }
+
+    /// Whether [`Volume::compact`] should be called to reclaim the bytes of deleted files. Does not block.
+    fn wants_compaction(&self) -> Option<Urgency> {
+        None
+    }
+
+    /// Reclaims bytes of deleted files, in one step. It may have to copy files that are not deleted. `relocate` gets the copies,
+    /// and returns for each whether it took the place of its original; the other copies are deleted.
+    fn compact(&self, relocate: &mut dyn FnMut(Moves) -> Vec<bool>) -> io::Result<Compacted> {
+        let _ = relocate;
+        Ok(Compacted::NothingToGain)
+    }
 
     /// Finds the files that exist at start. `is_whole` says whether the bytes of an action result are complete. `take` gets
     /// each file and returns a file to delete, if any: this one, or an earlier one that it replaces.
     fn recover(
         &self,
         is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<FileId>,
+        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
     ) -> Repairs;
+
+    /// Where the content of a file lies on disk: a path and an offset.
+    #[cfg(test)]
+    fn place(&self, file: &FileId) -> Option<(std::path::PathBuf, u64)> {
+        let _ = file;
+        None
+    }
+}
+
+/// A file to be written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NewFile<'a> {
+    /// What it is.
+    pub key: Key,
+    /// Its content, which was verified.
+    pub pieces: &'a [Bytes],
+}
+
+impl NewFile<'_> {
+    /// The length of its content.
+    pub(crate) fn size(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.len() as u64).sum()
+    }
+}
+
+/// A file that was written and is not visible yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WrittenFile {
+    /// Its identity.
+    pub file: FileId,
+    /// Bytes that it takes on disk: [`Volume::charge`] of its size.
+    pub bytes: u64,
+    /// Its stamp, at which its content was verified.
+    pub stamp: Stamp,
+}
+
+/// How soon deleted bytes should be reclaimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Urgency {
+    /// In the background, at a bounded rate.
+    Background,
+    /// Before others write: they would take more of the disk than the store may have.
+    WritersWait,
+}
+
+/// Copies that [`Volume::compact`] has made.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Moves {
+    /// The files, each with the generation of its copy.
+    pub moved: Vec<(FileId, u64)>,
+    /// Files that turned out to be damaged.
+    pub lost: Vec<FileId>,
+}
+
+/// The outcome of a step of compaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compacted {
+    /// It did something, and there may be more to reclaim.
+    Some,
+    /// There was nothing to do, or all that is left is in use.
+    NothingToGain,
 }
 
 /// An open stored file. It can be read to its end even if it is deleted meanwhile.
 pub(crate) trait Stored: Debug + Send + Sync {
     /// Its current size and stamp.
     fn look(&self) -> io::Result<Look>;
+
+    /// Its content, if that is in memory and was checked against checksums when it was read.
+    fn whole(&self) -> Option<Bytes> {
+        None
+    }
 
     /// Reads at least one byte, unless the file ends at `offset`.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
@@ -106,8 +197,8 @@ pub(crate) trait Draft: Debug + Send + Sync {
     /// The digest of everything written, computed by reading the file again.
     fn hash(&self, hasher: Hasher) -> io::Result<Digest>;
 
-    /// Turns it into the stored file `file`. The caller has verified its content. Returns its stamp.
-    fn keep(self: Box<Self>, file: &FileId) -> io::Result<Stamp>;
+    /// Turns it into a stored file. The caller has verified its content.
+    fn keep(self: Box<Self>, key: Key) -> io::Result<WrittenFile>;
 }
 
 /// The size and stamps of a stored file.
@@ -154,14 +245,25 @@ pub(crate) struct Repairs {
     pub unreadable: u64,
 }
 
-/// Whether an error means that a stored file is lost: deleted, replaced by something else, cut short, or unreadable on its
-/// disk. Other failures, such as too many open files, say nothing about the file.
+impl std::ops::AddAssign for Repairs {
+    fn add_assign(&mut self, other: Self) {
+        self.removed += other.removed;
+        self.foreign += other.foreign;
+        self.unreadable += other.unreadable;
+    }
+}
+
+/// Whether an error means that a stored file is lost: deleted, replaced by something else, cut short, damaged, or unreadable on
+/// its disk. Other failures, such as too many open files, say nothing about the file.
 pub(crate) fn is_lost(error: &io::Error) -> bool {
     let is_bad = error.raw_os_error() == Some(libc::EIO) || regular_file::is_something_else(error);
     is_bad
         || matches!(
             error.kind(),
-            io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof | io::ErrorKind::FileTooLarge
+            io::ErrorKind::NotFound
+                | io::ErrorKind::UnexpectedEof
+                | io::ErrorKind::FileTooLarge
+                | io::ErrorKind::InvalidData
         )
 }
 
@@ -199,6 +301,9 @@ pub(crate) fn read_exact(file: &dyn Stored, mut buffer: &mut [u8], mut offset: u
 
 /// Reads a whole file of at most `max` bytes.
 pub(crate) fn read_all(file: &dyn Stored, max: u64) -> io::Result<Vec<u8>> {
+    if let Some(bytes) = file.whole().filter(|bytes| bytes.len() as u64 <= max) {
+        return Ok(bytes.into());
+    }
     let size = file.look()?.size;
     if size > max {
         return Err(io::ErrorKind::FileTooLarge.into());

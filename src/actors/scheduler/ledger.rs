@@ -12,15 +12,17 @@
 //!   to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so every operation ends exactly once.
 //!
-//! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks, slots and runs,
-//! `ledger/waiting.rs` where tasks wait and why, `ledger/followers.rs` tasks without followers, `ledger/peaks.rs` what is learned
-//! of their memory,
-//! `ledger/pools.rs` pools that come and go, `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
+//! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks and slots, `ledger/conclusion.rs`
+//! the end of its runs, `ledger/waiting.rs` the queues, `ledger/explanation.rs` why an operation waits, `ledger/followers.rs` tasks
+//! without followers, `ledger/peaks.rs` what is learned of their memory, `ledger/pools.rs` pools that come and go,
+//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
 //! Each step of an operation is recorded as a [`Transition`] until [`Ledger::take_transitions`].
 
+mod conclusion;
 mod deadlines;
 mod demand;
 mod dispatch;
+mod explanation;
 #[cfg(test)]
 pub(super) mod fixtures;
 mod followers;
@@ -58,10 +60,10 @@ use std::{
 
 use demand::Demand;
 pub(crate) use dispatch::{Assignment, Check, ImageOrder, RunEnd};
+use explanation::Board;
 use followers::Unfollowed;
 use peaks::{PeakKey, Peaks};
 use task::{Task, TaskKey, TaskRun, TaskStep, key};
-use waiting::Board;
 
 /// All operations, tasks and pools; see the top of this file.
 #[derive(Debug)]

@@ -32,6 +32,8 @@ mod ranks;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use crate::caller::{Build, Owner};
+
 use crate::{actors::worker::messages::TaskId, caller::Peer};
 use peer_queue::{BuildTurn, PeerQueue};
 use ranks::Ranks;
@@ -42,19 +44,6 @@ use std::{
 
 #[cfg(test)]
 pub(crate) use ranks::STEPS_MAX;
-
-/// One run of a build tool in one instance, as a number. All runs without a name of one peer count as one build.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Build(pub u64);
-
-/// The peer and build for which a task counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Owner {
-    /// The peer from which the request came.
-    pub(crate) peer: Peer,
-    /// The build according to the client. Builds of different peers are different builds.
-    pub(crate) build: Build,
-}
 
 /// A task in a queue, for one of its owners.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

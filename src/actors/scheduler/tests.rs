@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     actors::worker::messages::{RunFailure, RunReport, RunResult, RunStage},
+    caller::Owner,
     instance::Instance,
 };
 use actix::{ActorContext, ActorFutureExt, Addr, Handler, SyncArbiter, SyncContext, WrapFuture, fut};
@@ -28,7 +29,7 @@ struct FakeStore {
 }
 
 impl InputCheck for FakeStore {
-    fn check(&self, _: Instance, _: Digest, _: Caller) -> future::BoxFuture<'static, Result<()>> {
+    fn check(&self, _: Instance, _: Digest, _: Owner) -> future::BoxFuture<'static, Result<()>> {
         let gone = || Err(Error::Unavailable("the store is going down".into()));
         future::ready(if self.is_gone { gone() } else { Ok(()) }).boxed()
     }

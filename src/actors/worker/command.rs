@@ -14,6 +14,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// The exit code of a process that a signal ended is this plus the signal (EXE-46).
+pub(super) const SIGNAL_BASE: i32 = 128;
 /// The search path for programs without a slash if the Command's environment has no PATH: that of execvp(3), without the
 /// current directory.
 pub(crate) const DEFAULT_PATH: &str = "/bin:/usr/bin";

@@ -11,6 +11,7 @@
 mod capture;
 mod cell;
 mod children;
+mod gateway;
 mod guard;
 mod init;
 pub(crate) mod probe;
@@ -32,8 +33,8 @@ use crate::{
     platform,
     sandbox::{
         identity::{self, User, Users},
-        kind::{CellKind, InnerUser, InputsAsRoot, RootFs},
-        settings::{Protections, Sandbox, SandboxMode, SandboxSettings},
+        kind::{CellKind, CellNetwork, InnerUser, InputsAsRoot, RootFs},
+        settings::{Pasta, Protections, Sandbox, SandboxMode, SandboxSettings},
     },
 };
 use gorego_reapi::{
@@ -140,6 +141,8 @@ pub struct PoolSandbox {
     pub(crate) users: Users,
     /// Whether input roots can be overlays.
     pub(crate) has_layers: bool,
+    /// The program behind the networks of cells, if it works.
+    pub(crate) pasta: Option<Pasta>,
 }
 
 impl PoolSandbox {
@@ -157,12 +160,13 @@ impl PoolSandbox {
             first_user: identity::FIRST,
             own: Vec::new(),
             root: None,
-            offers_network: false,
+            network: CellNetwork::Off,
         };
         let protections = probe::probe(&settings, runner, build_root).on;
         let users = Users::new(settings.first_user);
         let directory = build_root.path().to_owned();
-        let mut sandbox = Self { settings, protections, build_root: directory, users, has_layers: false };
+        let mut sandbox =
+            Self { settings, protections, build_root: directory, users, has_layers: false, pasta: None };
         sandbox.has_layers =
             protections.namespaces && probe::probe_layers(&sandbox, runner, build_root).is_ok();
         sandbox
@@ -200,9 +204,16 @@ impl PoolSandbox {
             let (user, group) = (user.unwrap_or(usual.user), group.unwrap_or(usual.group));
             kind.user = Some(InnerUser { user, group });
         }
-        // Without namespaces, every action has the network of the host.
-        kind.shares_network =
-            self.protections.network && self.settings.offers_network && platform::wants_network(asked);
+        // Without network namespaces, every action has the network of the host.
+        if self.protections.network && platform::wants_network(asked) {
+            if self.settings.network == CellNetwork::On && self.pasta.is_none() {
+                return Err(Error::Precondition(
+                    "the action asks for a network (network=on), and this machine cannot give it one; the start of the                      server says why"
+                        .into(),
+                ));
+            }
+            kind.network = self.settings.network.into();
+        }
         Ok(kind)
     }
 }
@@ -233,8 +244,10 @@ impl RunnerLauncher {
     pub fn new(command: Vec<OsString>, sandbox: Option<&PoolSandbox>) -> Self {
         let user = sandbox.filter(|pool| pool.protections.identity).map(|pool| pool.users.take());
         let number = user.as_ref().map_or(0, User::number);
-        let sandbox =
-            sandbox.map(|pool| Sandbox::new(&pool.settings, pool.protections, &pool.build_root, number));
+        let sandbox = sandbox.map(|pool| Sandbox {
+            pasta: pool.pasta.clone(),
+            ..Sandbox::new(&pool.settings, pool.protections, &pool.build_root, number)
+        });
         Self { command, sandbox, runner: None, _user: user, group: None, total_memory: 0 }
     }
 

@@ -1,7 +1,12 @@
 //! The messages between the scheduler and a worker.
 
 use super::cancel::CancelToken;
-use crate::{action::Action, caller::Peer, log_streams::run::RunLogs, result::SharedResult};
+use crate::{
+    action::Action,
+    caller::{Build, Owner, Peer},
+    log_streams::run::RunLogs,
+    result::SharedResult,
+};
 use actix::Recipient;
 use gorego_reapi::{digest::Digest, error::Error};
 use std::{sync::Arc, time::SystemTime};
@@ -51,6 +56,13 @@ pub struct RunOrder {
     pub tool_invocation_id: String,
     /// The name of the principal that asked first, for the result's provenance.
     pub principal: String,
+}
+
+impl RunOrder {
+    /// The build that the run belongs to. What the run reads and stores is leased to it.
+    pub fn owner(&self) -> Owner {
+        Owner { peer: self.peer, build: Build::of(&self.tool_invocation_id) }
+    }
 }
 
 /// The handles of a run that is in progress. They work only within this process: for a pool in another process, this

@@ -1,14 +1,17 @@
 //! One run, step by step: workspace, inputs, command, outputs, result.
 //!
-//! This file defines the order of the steps and what a failure in each means. It blocks and runs on a worker's own thread.
+//! This file defines the order of the steps and what a failure in each means. `run/disk_room.rs` waits for disk space,
+//! `run/ending.rs` turns the end of a command into a result. All of it blocks and runs on a worker's own thread.
 
 mod counts;
+mod disk_room;
+mod ending;
 mod errors;
 mod with_tool;
 
 use super::{
     WorkerSettings,
-    checkpoint::{Checkpoint, cancelled},
+    checkpoint::Checkpoint,
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
     exec_root::ExecRoot,
@@ -25,50 +28,26 @@ use super::{
 };
 use crate::{
     action::Command,
-    actors::cas::{client::Provenance, results::check_size},
+    actors::cas::client::Provenance,
     disk::Space,
     limits::{Exceeded, LimitedResource, Limits},
-    log_streams::{
-        LiveRun,
-        run::{LogKind, RunLogs},
-    },
+    log_streams::{LiveRun, run::RunLogs},
     logging::{Event, Field},
     sandbox::kind::CellKind,
     telemetry::SandboxFailure,
 };
-use errors::{disk_was_full, explained, is_workers_fault, log_lost};
+use errors::{disk_was_full, explained, is_workers_fault};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
     proto::reapi,
     tree::InputTree,
 };
-use rustix::{
-    fs::{self as rfs, OFlags},
-    process::geteuid,
-};
-use std::{
-    borrow::Cow,
-    fs::File,
-    io::{Read as _, Write as _},
-    path::Path,
-    thread,
-    time::{Duration, Instant, SystemTime},
-};
+use rustix::process::geteuid;
+use std::{borrow::Cow, time::SystemTime};
 
 const ACTION_FINISHED: &str = "action_finished";
 const RESULT_NOT_RECORDED: &str = "result_not_recorded";
-
-/// The exit code of a process that a signal ended is this plus the signal (EXE-46).
-pub(super) const SIGNAL_BASE: i32 = 128;
-/// How long an action waits in its slot for space on a full disk. Queued actions would only fail in its place.
-const ROOM_WAIT: Duration = Duration::from_secs(5);
-/// How long an action that ran out of disk space waits for more before it is tried again.
-const MORE_ROOM_WAIT: Duration = Duration::from_secs(2);
-/// How often the disk is checked while an action waits.
-const ROOM_POLL: Duration = Duration::from_millis(20);
-/// How much of a log is kept when its command may still be writing. It is small, so that keeping it takes little time.
-const SALVAGED_BYTES: u64 = 4 * 1024 * 1024;
 
 /// The state of one run.
 pub(super) struct ActionRun<'a> {
@@ -85,7 +64,7 @@ pub(super) struct ActionRun<'a> {
     tool_failure: Option<String>,
     /// The disk space when the run began.
     room_at_start: Option<Space>,
-    /// Whether the disk stayed full for [`ROOM_WAIT`].
+    /// Whether the disk stayed full for [`disk_room::ROOM_WAIT`].
     waited_in_vain: bool,
 }
 
@@ -181,7 +160,7 @@ impl<'a> ActionRun<'a> {
     ) -> Result<()> {
         let action = &self.order.action;
         // Held until the outputs are collected, which may refer to inputs.
-        let mut inputs = self.store.open_inputs(&action.instance, action.input_root, self.order.peer)?;
+        let mut inputs = self.store.open_inputs(&action.instance, action.input_root, self.order.owner())?;
         self.note(Point::StageStart);
         if let Some(ending) = self.run_with_tool(&mut *inputs, &kind, workspace, fetching)? {
             let root = ExecRoot::new(workspace.root()?, None);
@@ -262,188 +241,15 @@ impl<'a> ActionRun<'a> {
             false => None,
         };
         let Some(Base { lease, delta }) = base else {
-            inputs.lease_all()?;
+            inputs.hold_all()?;
             inputs::write(inputs, workspace.root()?, false, checkpoint)?;
             return Ok(None);
         };
         let mut needed = delta.blobs(tree);
         needed.extend(outputs::named::inputs_named_by(&action.command, tree));
-        inputs.lease(needed)?;
+        inputs.hold(needed)?;
         inputs::write_delta(inputs, &delta, workspace.root()?, checkpoint)?;
         Ok(Some(lease))
-    }
-
-    /// If the disk is full, waits in the slot for a while instead of letting one action after the other fail.
-    fn wait_for_room(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let disk = self.settings.build_root.disk();
-        self.room_at_start = disk.look();
-        if self.room_at_start.is_some_and(|space| space.is_low()) {
-            // Frees space before running commands have to be stopped for lack of it.
-            self.settings.build_root.relieve_disk();
-            self.room_at_start = disk.look();
-        }
-        if self.room_at_start.is_none_or(|space| !space.is_exhausted()) {
-            return Ok(());
-        }
-        self.relieve_disk(&|| self.control.cancel.is_cancelled());
-        let end = Instant::now() + ROOM_WAIT;
-        loop {
-            self.room_at_start = disk.look();
-            let Some(space) = self.room_at_start.filter(|space| !space.has_room()) else { return Ok(()) };
-            checkpoint.check()?;
-            if Instant::now() >= end {
-                self.waited_in_vain = true;
-                return Err(Error::Unavailable(format!(
-                    "the disk of this server has no room to run the action: {space}"
-                )));
-            }
-            thread::sleep(ROOM_POLL);
-        }
-    }
-
-    fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
-        if let Some(tools) = &self.settings.tools {
-            tools.clear();
-        }
-        self.settings.build_root.relieve_disk();
-        if let Some(images) = &self.settings.images {
-            images.relieve_disk();
-        }
-        self.store.relieve_disk(is_cancelled);
-    }
-
-    /// Turns a full disk into a temporary failure of this server: the store frees space, and the action may be retried
-    /// once there is more space than before.
-    fn relieved(&self, error: Error) -> Error {
-        let Error::DiskFull(message) = error else { return error };
-        let is_cancelled = || self.control.cancel.is_cancelled();
-        self.relieve_disk(&is_cancelled);
-        let disk = self.settings.build_root.disk();
-        let end = Instant::now() + MORE_ROOM_WAIT;
-        while let Some((before, now)) = self.room_at_start.zip(disk.look())
-            && !now.has_more_than(&before)
-            && !is_cancelled()
-            && Instant::now() < end
-        {
-            thread::sleep(ROOM_POLL);
-        }
-        if is_cancelled() { cancelled() } else { Error::Unavailable(message) }
-    }
-
-    /// Converts how the command ended into exit code, logs and outputs.
-    fn conclude(
-        &mut self,
-        ending: Ending,
-        workspace: &Workspace,
-        root: ExecRoot<'_>,
-        live: Option<&LiveRun>,
-        batch: &mut dyn Outputs,
-    ) -> Result<()> {
-        let action = &self.order.action;
-        outputs::open_up(workspace.top()?)?;
-        let interrupted = self.record_ending(ending, workspace)?;
-        self.store_logs(workspace, live, batch)?;
-        if let Some(error) = interrupted {
-            // EXE-45: only the logs so far are reported. A killed command has no exit code of its own.
-            self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
-            return Err(error);
-        }
-        if matches!(ending, Ending::Exceeded(_)) {
-            // The outputs of such a command are incomplete, and may be large.
-            return Ok(());
-        }
-        let uploading =
-            Checkpoint::new(&self.control.cancel, "storing the outputs", self.settings.transfer_timeout);
-        outputs::collect(root, action, batch, &uploading, &mut self.result)?;
-        check_size(&self.result).inspect_err(|_| {
-            // Keep the logs, which may say why there are so many outputs.
-            let logs = (self.result.stdout_digest.take(), self.result.stderr_digest.take());
-            let exit_code = self.result.exit_code;
-            self.result = reapi::ActionResult { exit_code, ..Default::default() };
-            (self.result.stdout_digest, self.result.stderr_digest) = logs;
-        })
-    }
-
-    /// Sets the exit code. Returns the error of a command that was interrupted. Only the logs of such a command are
-    /// kept.
-    fn record_ending(&mut self, ending: Ending, workspace: &Workspace) -> Result<Option<Error>> {
-        let action = &self.order.action;
-        self.result.exit_code = match ending {
-            Ending::Exited(code) => code,
-            Ending::Signalled(signal) => SIGNAL_BASE.saturating_add(signal),
-            Ending::NotStarted(errno) => {
-                let is_noexec = self.settings.build_root.is_noexec();
-                let (code, message) = command::not_started(&action.command, errno, is_noexec);
-                self.result.exit_code = code;
-                append(workspace, "stderr", &message)?;
-                code
-            }
-            // The same exit code as for any other file that grows too large.
-            Ending::LogTooLong(_) => SIGNAL_BASE + libc::SIGXFSZ,
-            Ending::TimedOut => {
-                return Ok(Some(Error::DeadlineExceeded(format!(
-                    "the command ran longer than its timeout of {:?} and was killed",
-                    action.timeout
-                ))));
-            }
-            Ending::Cancelled => return Ok(Some(cancelled())),
-            // The command is at fault, so this is its result. Clients would retry after an error.
-            Ending::Exceeded(_) => SIGNAL_BASE + libc::SIGKILL,
-            Ending::MemoryShort { used, total } => {
-                return Ok(Some(Error::Unavailable(run_log::memory_short(used, total))));
-            }
-            Ending::LogLost(kind, errno) => {
-                self.result.exit_code = SIGNAL_BASE + libc::SIGKILL;
-                return Err(log_lost(kind, errno));
-            }
-        };
-        Ok(None)
-    }
-
-    /// Stores the logs, which ends their streams. A log that is empty (EXE-59) or was removed by the command has no digest.
-    fn store_logs(
-        &mut self,
-        workspace: &Workspace,
-        live: Option<&LiveRun>,
-        batch: &mut dyn Outputs,
-    ) -> Result<()> {
-        let top = workspace.top()?;
-        let mut store = |kind: LogKind| {
-            let name = kind.name();
-            let is_empty = super::dir::stat_at(top, name.as_ref()).map_or(true, |stat| stat.st_size == 0);
-            if is_empty {
-                return Ok(None);
-            }
-            batch.file(top, name, outputs::open_regular(top, name, name)?).map(Some)
-        };
-        let (stdout, stderr) = (store(LogKind::Stdout)?, store(LogKind::Stderr)?);
-        batch.publish()?;
-        if let Some(live) = live {
-            live.stored(LogKind::Stdout, stdout);
-            live.stored(LogKind::Stderr, stderr);
-        }
-        self.result.stdout_digest = stdout.map(Digest::to_wire);
-        self.result.stderr_digest = stderr.map(Digest::to_wire);
-        Ok(())
-    }
-
-    /// Keeps the existing parts of the logs when the runner was lost. Some processes may still be writing, so the files
-    /// are copied and never moved into the store. Errors are ignored: the run has failed for another reason.
-    fn salvage_logs(&self, workspace: &Workspace, live: Option<&LiveRun>) {
-        for kind in [LogKind::Stdout, LogKind::Stderr] {
-            let salvage = || {
-                let file = outputs::open_regular(workspace.top()?, kind.name(), kind.name())?;
-                let mut bytes = Vec::new();
-                file.take(SALVAGED_BYTES).read_to_end(&mut bytes).map_err(Error::internal)?;
-                if bytes.is_empty() {
-                    return Ok(None);
-                }
-                self.store_bytes(bytes).map(Some)
-            };
-            if let (Some(live), Ok(digest)) = (live, salvage()) {
-                live.stored(kind, digest);
-            }
-        }
     }
 
     /// The report for users. A text that cannot be stored is left out, since the outcome of the run matters more.
@@ -475,7 +281,7 @@ impl<'a> ActionRun<'a> {
 
     fn begin_outputs(&self) -> Box<dyn Outputs + 'a> {
         let action = &self.order.action;
-        self.store.begin_outputs(&action.instance, action.digest.function())
+        self.store.begin_outputs(&action.instance, action.digest.function(), self.order.owner())
     }
 
     fn facts(&self) -> run_log::Facts<'_> {
@@ -557,13 +363,4 @@ impl<'a> ActionRun<'a> {
             .with_some("error", outcome.as_ref().err().map(|error| Field::Shown(error)))
             .log(format_args!("an action ended"));
     }
-}
-
-/// Appends a line of the server to a log of the command.
-fn append(workspace: &Workspace, name: &str, line: &str) -> Result<()> {
-    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rfs::openat(workspace.top()?, Path::new(name), flags, rfs::Mode::empty())
-        .map_err(std::io::Error::from)
-        .and_then(|file| File::from(file).write_all(line.as_bytes()))
-        .map_err(|error| Error::io(&format!("write to {name}"), &error))
 }

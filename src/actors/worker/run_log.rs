@@ -3,9 +3,8 @@
 
 use super::{
     clock::{Point, Timeline},
-    command::{EXIT_NOT_EXECUTABLE, NOEXEC},
+    command::{EXIT_NOT_EXECUTABLE, NOEXEC, SIGNAL_BASE},
     launcher::{Ending, Ran},
-    run::SIGNAL_BASE,
 };
 use crate::{action::Action, size::Size};
 use gorego_reapi::{duration, error::Error};

@@ -353,7 +353,7 @@ struct Building<'a> {
 impl Building<'_> {
     fn build(mut self, inputs: &mut dyn Inputs, checkpoint: &Checkpoint) -> Result<TreeLease> {
         let doing = |error: io::Error| Error::io("stage an input root", &error);
-        inputs.lease_all()?;
+        inputs.hold_all()?;
         let (name, root) = self.build_root.create_tree(self.place).map_err(doing)?;
         self.name = Some(name.clone());
         inputs::write(inputs, &root, true, checkpoint)?;

@@ -5,7 +5,7 @@ use crate::{
         ActionInputs, OutputBatch,
         client::{Cas, Provenance},
     },
-    caller::Peer,
+    caller::Owner,
     instance::Instance,
 };
 use gorego_reapi::{
@@ -22,10 +22,15 @@ pub trait BlobStore: Send + Sync {
     ///
     /// # Errors
     /// The errors of [`Cas::open_inputs`].
-    fn open_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>>;
+    fn open_inputs(&self, instance: &Instance, root: Digest, build: Owner) -> Result<Box<dyn Inputs>>;
 
     /// See [`Cas::begin_outputs`].
-    fn begin_outputs(&self, instance: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_>;
+    fn begin_outputs(
+        &self,
+        instance: &Instance,
+        function: DigestFunction,
+        build: Owner,
+    ) -> Box<dyn Outputs + '_>;
 
     /// See [`Cas::relieve_disk`].
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool);
@@ -73,22 +78,22 @@ pub trait Outputs {
     fn commit(self: Box<Self>) -> Result<()>;
 }
 
-/// An input root. Its leased blobs are not evicted while this is held.
+/// An input root. The blobs that it holds are not evicted until it is dropped.
 pub trait Inputs {
     /// The expanded tree of directories.
     fn tree(&self) -> &Arc<InputTree>;
 
-    /// See [`ActionInputs::lease_all`].
+    /// See [`ActionInputs::hold_all`].
     ///
     /// # Errors
-    /// The errors of [`ActionInputs::lease_all`].
-    fn lease_all(&mut self) -> Result<()>;
+    /// The errors of [`ActionInputs::hold_all`].
+    fn hold_all(&mut self) -> Result<()>;
 
-    /// See [`ActionInputs::lease`].
+    /// See [`ActionInputs::hold`].
     ///
     /// # Errors
-    /// The errors of [`ActionInputs::lease`].
-    fn lease(&mut self, blobs: Vec<Digest>) -> Result<()>;
+    /// The errors of [`ActionInputs::hold`].
+    fn hold(&mut self, blobs: Vec<Digest>) -> Result<()>;
 
     /// See [`ActionInputs::materialise`].
     ///
@@ -98,12 +103,17 @@ pub trait Inputs {
 }
 
 impl BlobStore for Cas {
-    fn open_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<Box<dyn Inputs>> {
-        Ok(Box::new(Cas::open_inputs(self, instance, root, peer)?))
+    fn open_inputs(&self, instance: &Instance, root: Digest, build: Owner) -> Result<Box<dyn Inputs>> {
+        Ok(Box::new(Cas::open_inputs(self, instance, root, build)?))
     }
 
-    fn begin_outputs(&self, instance: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_> {
-        Box::new(Cas::begin_outputs(self, instance, function, 0))
+    fn begin_outputs(
+        &self,
+        instance: &Instance,
+        function: DigestFunction,
+        build: Owner,
+    ) -> Box<dyn Outputs + '_> {
+        Box::new(Cas::begin_outputs(&self.clone().for_build(build), instance, function, 0))
     }
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
@@ -146,12 +156,12 @@ impl Inputs for ActionInputs {
         ActionInputs::tree(self)
     }
 
-    fn lease_all(&mut self) -> Result<()> {
-        ActionInputs::lease_all(self)
+    fn hold_all(&mut self) -> Result<()> {
+        ActionInputs::hold_all(self)
     }
 
-    fn lease(&mut self, blobs: Vec<Digest>) -> Result<()> {
-        ActionInputs::lease(self, blobs)
+    fn hold(&mut self, blobs: Vec<Digest>) -> Result<()> {
+        ActionInputs::hold(self, blobs)
     }
 
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {

@@ -38,7 +38,8 @@ pub(super) async fn cancel(args: &CancelArgs) -> Result<u8> {
     .await?;
     if !args.yes {
         print(&rows(&found, SystemTime::now(), terminal_width()))?;
-        remark(&format!("{} operations would be cancelled; add --yes to cancel them", found.len()));
+        let what = if found.len() == 1 { "operation" } else { "operations" };
+        remark(&format!("{} {what} would be cancelled; add --yes to cancel", found.len()));
         return Ok(code(true));
     }
     let mut all_done = true;

@@ -76,7 +76,7 @@ impl ReplayPlace {
         for pool in &mut execution.pools {
             pool.sandbox.mode = if no_sandbox { SandboxMode::Off } else { SandboxMode::Auto };
         }
-        let mut place = Place::open(&execution, runtime, None)?;
+        let mut place = Place::open(&mut execution, runtime, None)?;
         for missing in place.sandbox.iter_mut().flat_map(|(_, report)| &mut report.missing) {
             if missing.protection == Protection::Identity {
                 missing.remedy = Some("set TMPDIR to a directory on ext4, xfs, btrfs or tmpfs".into());

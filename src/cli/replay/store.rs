@@ -6,7 +6,7 @@ use crate::{
         cas::client::Provenance,
         worker::store::{BlobStore, Inputs, Outputs},
     },
-    caller::Peer,
+    caller::Owner,
     instance::Instance,
 };
 use gorego_reapi::{
@@ -47,14 +47,14 @@ impl FetchedStore {
 }
 
 impl BlobStore for FetchedStore {
-    fn open_inputs(&self, _: &Instance, root: Digest, _: Peer) -> Result<Box<dyn Inputs>> {
+    fn open_inputs(&self, _: &Instance, root: Digest, _: Owner) -> Result<Box<dyn Inputs>> {
         if root != self.tree.digest() {
             return Err(Error::internal("this is not the input root that was downloaded"));
         }
         Ok(Box::new(FetchedInputs { tree: self.tree.clone(), blobs: self.blobs.clone() }))
     }
 
-    fn begin_outputs(&self, _: &Instance, function: DigestFunction) -> Box<dyn Outputs + '_> {
+    fn begin_outputs(&self, _: &Instance, function: DigestFunction, _: Owner) -> Box<dyn Outputs + '_> {
         Box::new(NamedOutputs { store: self, function })
     }
 
@@ -72,11 +72,11 @@ impl Inputs for FetchedInputs {
     }
 
     // Nothing evicts the downloaded files.
-    fn lease_all(&mut self) -> Result<()> {
+    fn hold_all(&mut self) -> Result<()> {
         Ok(())
     }
 
-    fn lease(&mut self, _: Vec<Digest>) -> Result<()> {
+    fn hold(&mut self, _: Vec<Digest>) -> Result<()> {
         Ok(())
     }
 

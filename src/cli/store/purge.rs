@@ -42,10 +42,9 @@ struct Sum {
 }
 
 pub(super) async fn purge(args: &PurgeArgs) -> Result<u8> {
-    let request = request(args, SystemTime::now())?;
     let client = connect(&args.server).await?;
     let line = ProgressLine::new();
-    let purged = run(&client, request, args.json, &line).await;
+    let purged = run(&client, request(args), args.json, &line).await;
     line.clear();
     let Sum { found, examined, unreadable } = purged?;
     if args.json {
@@ -140,42 +139,35 @@ pub(super) fn origin(result: &gorego::ResultOrigin) -> Value {
     })
 }
 
-fn request(args: &PurgeArgs, now: SystemTime) -> Result<gorego::PurgeResultsRequest> {
+fn request(args: &PurgeArgs) -> gorego::PurgeResultsRequest {
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
-    let action_digest = args.action.as_deref().map(|written| {
-        let (hash, size) = written.split_once('/')?;
-        Some(reapi::Digest { hash: hash.to_owned(), size_bytes: size.parse().ok()? })
-    });
-    let action_digest = match action_digest {
-        Some(None) => return Err(Error::invalid("--action: expected HASH/SIZE")),
-        Some(digest) => digest,
-        None => None,
-    };
-    let since = args.since.as_deref().map(|written| since(written, now)).transpose()?;
-    Ok(gorego::PurgeResultsRequest {
+    gorego::PurgeResultsRequest {
         instance_name: args.server.instance.clone(),
-        action_digest,
+        action_digest: args.action.clone(),
         digest_function: args.digest_function.map_or(0, |function| function.wire().into()),
         invocation_id: text(&args.invocation),
         principal: text(&args.principal),
         worker: text(&args.worker),
-        since: since.map(Into::into),
+        since: args.since.map(Into::into),
         remove: args.yes,
         ..Default::default()
-    })
+    }
 }
 
-/// A time as people write it: how long ago, or when.
-fn since(written: &str, now: SystemTime) -> Result<SystemTime> {
-    if let Ok(ago) = humantime::parse_duration(written) {
-        return now.checked_sub(ago).ok_or_else(|| Error::invalid("--since: that is before 1970"));
+/// Parses `--action`.
+pub(super) fn parse_action(written: &str) -> std::result::Result<reapi::Digest, String> {
+    let parts = written.split_once('/').and_then(|(hash, size)| Some((hash, size.parse().ok()?)));
+    let (hash, size_bytes) = parts.ok_or("expected HASH/SIZE")?;
+    Ok(reapi::Digest { hash: hash.to_owned(), size_bytes })
+}
+
+/// Parses `--since`: how long ago, or when.
+pub(super) fn parse_since(written: &str, now: SystemTime) -> std::result::Result<SystemTime, String> {
+    match humantime::parse_duration(written) {
+        Ok(ago) => now.checked_sub(ago).ok_or_else(|| "this is too long ago".into()),
+        Err(_) => humantime::parse_rfc3339_weak(written)
+            .map_err(|_| "expected how long ago, as in 2h, or a time, as in 2026-01-31T12:00:00Z".into()),
     }
-    humantime::parse_rfc3339_weak(written).map_err(|_| {
-        Error::Invalid(format!(
-            "--since: \"{}\" is neither how long ago, as in 2h, nor a time, as in 2026-01-31T12:00:00Z",
-            written.escape_debug()
-        ))
-    })
 }
 
 #[cfg(test)]
@@ -186,10 +178,18 @@ mod tests {
     #[test]
     fn since_is_how_long_ago_or_when() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
-        assert_eq!(since("1h 30m", now), Ok(now - Duration::from_secs(5_400)));
-        assert_eq!(since("1970-01-01T00:01:00Z", now), Ok(UNIX_EPOCH + Duration::from_secs(60)));
+        assert_eq!(parse_since("1h 30m", now), Ok(now - Duration::from_secs(5_400)));
+        assert_eq!(parse_since("1970-01-01T00:01:00Z", now), Ok(UNIX_EPOCH + Duration::from_secs(60)));
         for bad in ["yesterday", "", "-1h"] {
-            assert!(since(bad, now).is_err(), "{bad}");
+            assert!(parse_since(bad, now).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_action_is_a_hash_and_a_size() {
+        assert_eq!(parse_action("ab/3"), Ok(reapi::Digest { hash: "ab".into(), size_bytes: 3 }));
+        for bad in ["ab", "ab/", "ab/x", ""] {
+            assert!(parse_action(bad).is_err(), "{bad}");
         }
     }
 }

@@ -66,7 +66,12 @@ fn words(stats: &gorego::StoreStats, now: SystemTime, width: Option<usize>) -> S
         "evicted        {evicted} entries ({}) in {uptime} since the start",
         size(stats.evicted_bytes)
     ));
-    say(format!("in use         {} by actions and readers", size(stats.leased_bytes)));
+    say(format!("in use         {} by actions and readers", size(stats.held_bytes)));
+    let lost = match stats.broken_promises {
+        0 => String::new(),
+        lost => format!("; {lost} leased entries were lost"),
+    };
+    say(format!("leased         {} to builds{lost}", size(stats.leased_bytes)));
     say(format!(
         "uploads        {} running, {} broken; {} reserved",
         stats.running_uploads,
@@ -96,9 +101,12 @@ fn json(stats: &gorego::StoreStats) -> Value {
     json!({
         "max_bytes": stats.max_bytes,
         "used_bytes": stats.used_bytes,
+        "held_bytes": stats.held_bytes,
         "leased_bytes": stats.leased_bytes,
+        "broken_promises": stats.broken_promises,
         "reserved_bytes": stats.reserved_bytes,
         "deleting_bytes": stats.deleting_bytes,
+        "overhead_bytes": stats.overhead_bytes,
         "blobs": stats.blobs,
         "results": stats.results,
         "zstd_forms": stats.zstd_forms,

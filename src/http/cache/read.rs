@@ -30,7 +30,7 @@ pub(super) async fn blob(
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("no blob with hash {} is in the CAS", like.hash_hex()));
-    let cas = cache.cas.on_behalf_of(call.caller());
+    let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
     let digest = cas.blob_by_hash(instance, like)?.ok_or_else(absent)?;
     stored((&cas, instance), digest, headers, call).await
 }
@@ -42,7 +42,7 @@ pub(super) async fn value(
     headers: &HeaderMap,
     call: &Call,
 ) -> Result<Response> {
-    let cas = cache.cas.on_behalf_of(call.caller());
+    let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
     let digest = value_digest((&cas, instance), key, call).await?;
     stored((&cas, instance), digest, headers, call).await
 }
@@ -51,7 +51,7 @@ pub(super) async fn value(
 pub(super) async fn result((cache, instance): Target<'_>, hash: HashInPath, call: &Call) -> Result<Response> {
     let like = like(instance, hash)?;
     let absent = || Error::NotFound(format!("the action with hash {} has no result", like.hash_hex()));
-    let cas = cache.cas.on_behalf_of(call.caller());
+    let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
     // A result that only this principal sees is found by the hash alone.
     let action = cas.action_by_hash(instance, like)?.unwrap_or(like);
     let found = cas.get_result_for(instance, action, call.principal().name()).await?;

@@ -44,7 +44,7 @@ pub(super) async fn properties(
     let properties = if is_collection {
         "<D:resourcetype><D:collection/></D:resourcetype>".to_owned()
     } else {
-        let cas = target.0.cas.on_behalf_of(call.caller());
+        let cas = target.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let size = value_digest((&cas, target.1), key, call).await?.size();
         format!("<D:resourcetype/><D:getcontentlength>{size}</D:getcontentlength>")
     };
@@ -71,7 +71,7 @@ pub(super) async fn make_collection(
     if name.is_empty() {
         return Ok(status::not_allowed(&COLLECTIONS.allow()));
     }
-    let cas = target.0.cas.on_behalf_of(call.caller());
+    let cas = target.0.cas.on_behalf_of(call.caller()).for_build(call.build());
     match value_digest((&cas, target.1), name, call).await {
         Ok(_) => Ok(status::not_allowed(&VALUES.allow())),
         Err(Error::NotFound(_)) => Ok(created()),

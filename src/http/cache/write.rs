@@ -26,7 +26,7 @@ pub(super) async fn blob(
     call: &Call,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
-    let cas = cache.cas.on_behalf_of(call.caller());
+    let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
     let upload = UploadBody::new(request, call, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, like.function());
     upload.fill(&mut blob, call).await?;
@@ -42,7 +42,7 @@ pub(super) async fn result(
     call: &Call,
 ) -> Result<Response> {
     let like = like(instance, hash)?;
-    let cas = cache.cas.on_behalf_of(call.caller());
+    let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
     let mut held = cas.hold(call.caller(), 0)?;
     let upload = UploadBody::new(request, call, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
     let bytes = upload.collect(call, |bytes| Ok(held.grow(bytes)?)).await?;
@@ -67,7 +67,7 @@ pub(super) async fn value(
     call: &Call,
 ) -> Result<Response> {
     let action = value_action(instance, key)?;
-    let cas = cache.cas.on_behalf_of(call.caller());
+    let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
     let upload = UploadBody::new(request, call, cache.max_blob_bytes, cas.decoders())?;
     let mut blob = cas.new_blob(instance, action.function());
     upload.fill(&mut blob, call).await?;

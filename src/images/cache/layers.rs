@@ -53,7 +53,7 @@ pub(in crate::images) struct NewLayer {
 }
 
 impl ImageCache {
-    /// What there is of a layer. After [`LayerState::Absent`], nobody else downloads it until that ends.
+    /// How much of a layer is stored. After [`LayerState::Absent`], nobody else downloads it until that ends.
     pub(in crate::images) fn layer(self: &Arc<Self>, digest: &ImageDigest) -> LayerState {
         let key = CacheKey::Layer(digest.clone());
         let leased = self.index().lease(&key);

@@ -1,7 +1,7 @@
 //! Content that clients push, and what is remembered across a restart.
 
 use super::{Origin, code, content, fetch, push, qualifier, sri, wanted};
-use crate::support::{Server, files_below, sha256};
+use crate::support::{Server, damage, sha256};
 use gorego_reapi::{digest::Digest, proto::asset::PushBlobRequest};
 use std::time::{Duration, SystemTime};
 use tonic::Code;
@@ -71,10 +71,7 @@ async fn bindings_survive_a_restart_and_lost_content_is_fetched_again() {
     assert_eq!(content(&second, wanted(&["urn:x"], &[])).await, b"pushed");
     assert_eq!(origin.hits(), 1);
     for digest in [sha256(b"hello"), pushed] {
-        let hash = digest.hash_hex();
-        let stored =
-            files_below(second.store()).into_iter().find(|path| path.to_string_lossy().contains(&hash));
-        std::fs::remove_file(stored.unwrap()).unwrap();
+        damage(&second, digest);
         assert!(second.client().await.read(digest).await.is_err());
     }
     assert_eq!(content(&second, request).await, b"hello");

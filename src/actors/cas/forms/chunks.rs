@@ -6,13 +6,13 @@
 //! and are evicted in the order of use like everything else.
 //!
 //! Bounds: one split per blob at a time, [`MAX_CHUNK_JOBS`] in total. Each takes two
-//! batches of [`BATCH_BYTES`] and the splitter's window in memory. Written chunks are leased until all of them are there.
+//! batches of [`BATCH_BYTES`] and the splitter's window in memory. Written chunks are held until all of them are there.
 //! Nobody holds the turn of a blob while waiting for a place, so a peer that waits for a place does not hold up another peer.
 
 use crate::actors::cas::{
     blob::{BlobReader, not_found},
     client::Cas,
-    guards::Lease,
+    guards::Hold,
     lookup::Purpose,
     memo::Memo,
     turns::{Turn, Turns},
@@ -220,7 +220,7 @@ impl Cas {
         let started = Instant::now();
         let reader = self.open(instance, blob).await?;
         let mut scan = Some(ChunkScan { reader, blob, splitter: Splitter::new(chunking), at: 0 });
-        let (mut chunks, mut leases, mut batch) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut chunks, mut holds, mut batch) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             let cut = async {
                 match scan.take() {
@@ -231,7 +231,7 @@ impl Cas {
             chunks.extend(batch.iter().map(|(digest, _)| *digest));
             let (cut, stored) = tokio::join!(cut, self.store_chunks(instance, batch));
             // Keeps all chunks until the last one is stored.
-            leases.push(stored?);
+            holds.push(stored?);
             let Some((rest, next)) = cut? else { break };
             if chunks.len() + next.len() > max_chunks {
                 self.shared().chunk_work.remember_more_than(instance, blob, chunking, max_chunks);
@@ -261,8 +261,8 @@ impl Cas {
         )))
     }
 
-    /// Stores chunks and leases them.
-    async fn store_chunks(&self, instance: &Instance, batch: Batch) -> Result<Lease> {
+    /// Stores chunks and holds them.
+    async fn store_chunks(&self, instance: &Instance, batch: Batch) -> Result<Hold> {
         let distinct: HashSet<Digest> = batch.iter().map(|(digest, _)| *digest).collect();
         self.write_many(instance, batch).await?.into_iter().collect::<Result<()>>()?;
         let distinct: Vec<Digest> = distinct.into_iter().collect();
@@ -272,7 +272,7 @@ impl Cas {
                 "chunks were evicted as soon as they were written; the store is too busy or too small".into(),
             ));
         }
-        Ok(located.lease)
+        Ok(located.hold)
     }
 }
 

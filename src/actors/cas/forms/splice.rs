@@ -1,6 +1,6 @@
 //! Splices a blob from stored chunks (CAS-35 to CAS-38).
 //!
-//! The chunks are leased and written by the same writer as an upload: hashed while they are written, and visible only if the
+//! The chunks are held and written by the same writer as an upload: hashed while they are written, and visible only if the
 //! whole matches the digest. The bytes are also cut by a chunking function. If its chunks equal those of the client, the recipe
 //! is cached and a later split costs nothing.
 //!
@@ -11,7 +11,7 @@ use crate::actors::cas::{
     blob::{BlobReader, BlobWriter},
     client::{Cas, Upload},
     forms::chunks::Chunks,
-    guards::Lease,
+    guards::Hold,
     index::FoundEntry,
     lookup::Purpose,
     volume::PIECE_BYTES,
@@ -61,7 +61,7 @@ impl Cas {
                 None => right = Some(work.begin(instance, blob, self.caller()).await?),
             }
         };
-        let (found, _leases) = self.lease_chunks(instance, &chunks).await?;
+        let (found, _holds) = self.hold_chunks(instance, &chunks).await?;
         let name = format!("splice/{blob}");
         let mut writer = match self.begin_upload(instance, &name, blob, 0).await? {
             Upload::Present => return Ok(()),
@@ -104,12 +104,12 @@ impl Cas {
         }
     }
 
-    /// Locates the chunks and leases all of them.
-    async fn lease_chunks(
+    /// Locates the chunks and holds all of them.
+    async fn hold_chunks(
         &self,
         instance: &Instance,
         chunks: &[Digest],
-    ) -> Result<(HashMap<Digest, FoundEntry>, Lease)> {
+    ) -> Result<(HashMap<Digest, FoundEntry>, Hold)> {
         let distinct: HashSet<Digest> = chunks.iter().filter(|chunk| !chunk.is_empty()).copied().collect();
         let distinct: Vec<Digest> = distinct.into_iter().collect();
         let mut found = HashMap::with_capacity(distinct.len());
@@ -121,7 +121,7 @@ impl Cas {
                 None => missing.push(*digest),
             }
         }
-        if missing.is_empty() { Ok((found, located.lease)) } else { Err(Error::missing_chunks(&missing)) }
+        if missing.is_empty() { Ok((found, located.hold)) } else { Err(Error::missing_chunks(&missing)) }
     }
 }
 
@@ -171,9 +171,9 @@ impl Concatenation {
                 self.next += 1;
                 // Only the empty chunk has no entry.
                 if let Some(&found) = self.found.get(&chunk) {
-                    // The caller holds the lease.
-                    let lease = Lease::none(self.cas.clone());
-                    self.open = Some((BlobReader::open(self.cas.clone(), found, Arc::new(lease))?, 0));
+                    // The caller holds the chunk.
+                    let hold = Hold::none(self.cas.clone());
+                    self.open = Some((BlobReader::open(self.cas.clone(), found, Arc::new(hold))?, 0));
                 }
                 continue;
             };

@@ -14,7 +14,7 @@
 use crate::actors::cas::{
     blob::{BlobReader, CheckedFile, damaged, known_stamp, open, tell_verified},
     client::Cas,
-    guards::{Lease, UploadRoom},
+    guards::{Hold, UploadRoom},
     index::{EntryKind, FoundEntry, Key, Stamp},
     new_files::Visible,
     settings::{ZSTD_FORM_PART, ZSTD_HISTORY_WEIGHT, ZSTD_PROBE_BYTES},
@@ -78,7 +78,7 @@ pub(crate) struct Form {
 impl Form {
     /// Opens a located form. Returns `None` when it turns out to be unusable, which is reported. Blocks, if need be for as long
     /// as decoding takes.
-    pub(crate) fn open(cas: &Cas, found: FoundEntry, lease: &Arc<Lease>) -> Option<Self> {
+    pub(crate) fn open(cas: &Cas, found: FoundEntry, hold: &Arc<Hold>) -> Option<Self> {
         // A damaged form is reported by the callee. Other errors, such as too many open files, say nothing about the form.
         let file = open(cas, &found).ok()?;
         let (table, stamp) = match known_stamp(cas, &found, &*file).ok()? {
@@ -88,7 +88,7 @@ impl Form {
         let size = table.sizes().1;
         let check = |cas: &Cas, found: &FoundEntry, file: &dyn Stored| Ok(check_form(cas, found, file)?.1);
         let stored = CheckedFile::new(file, stamp, check);
-        let frames = BlobReader::of_file(cas.clone(), found, stored, size, lease.clone());
+        let frames = BlobReader::of_file(cas.clone(), found, stored, size, hold.clone());
         Some(Self { frames, table })
     }
 }
@@ -245,7 +245,7 @@ impl Cas {
         target.write(&table_bytes).map_err(failed)?;
         let key = Key { digest, instance, kind: EntryKind::Zstd };
         let mut files = self.new_files(room.into_reservation());
-        files.keep(key, target, length).map_err(failed)?;
+        files.keep(key, target).map_err(failed)?;
         Ok(files.commit())
     }
 }

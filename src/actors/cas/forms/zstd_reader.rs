@@ -9,7 +9,7 @@ use crate::actors::cas::{
     blob::{BlobReader, not_found, read_whole},
     client::{Cas, going_down},
     forms::zstd_form::{Form, History},
-    guards::Lease,
+    guards::Hold,
     index::FoundEntry,
     lookup::Purpose,
     settings::SMALL_BLOB_BYTES,
@@ -172,12 +172,12 @@ impl Cas {
         let mut located = self.locate(instance, &[digest], Purpose::ReadZstd).await?;
         let (found, form) = (located.found.pop().flatten(), located.zstd.pop().flatten());
         let found = found.ok_or_else(|| not_found(digest))?;
-        let lease = Arc::new(located.lease);
+        let hold = Arc::new(located.hold);
         let place = self.place_to_hash([&found].into_iter().chain(&form)).await?;
         let cas = self.clone();
         let open = move || {
             let _place = place;
-            open_parts(&cas, found, form, lease, offset)
+            open_parts(&cas, found, form, hold, offset)
         };
         let opened = self.blocking(open).await??;
         let history = if opened.form.is_some() { None } else { self.note_zstd_read(instance, digest) };
@@ -232,7 +232,7 @@ impl Cas {
         let (cas, instance) = (self.clone(), instance.clone());
         self.blocking(move || {
             let _place = place;
-            let lease = Arc::new(located.lease);
+            let hold = Arc::new(located.hold);
             let places = digests.into_iter().zip(kept).zip(located.found).zip(located.zstd);
             places
                 .map(|(((digest, kept), found), form)| match (kept, found) {
@@ -240,7 +240,7 @@ impl Cas {
                     (_, None) => Err(not_found(digest)),
                     (Some(Some(stream)), Some(_)) => Ok(Item::Zstd(stream)),
                     (Some(None), Some(found)) => cas.read_found(&instance, &found).map(Item::Plain),
-                    (None, Some(found)) => cas.pack_item(&instance, found, form, &lease),
+                    (None, Some(found)) => cas.pack_item(&instance, found, form, &hold),
                 })
                 .collect()
         })
@@ -258,12 +258,12 @@ impl Cas {
         instance: &Instance,
         found: FoundEntry,
         form: Option<FoundEntry>,
-        lease: &Arc<Lease>,
+        hold: &Arc<Hold>,
     ) -> Result<Item> {
         let digest = found.file.key.digest;
         let is_small = digest.size() <= SMALL_BLOB_BYTES;
         if !is_small {
-            if let Some(Form { frames, .. }) = form.and_then(|form| Form::open(self, form, lease)) {
+            if let Some(Form { frames, .. }) = form.and_then(|form| Form::open(self, form, hold)) {
                 let length = usize::try_from(frames.size()).map_err(Error::internal)?;
                 return frames.read_exact(0, length).map(Item::Zstd);
             }
@@ -300,12 +300,12 @@ fn open_parts(
     cas: &Cas,
     found: FoundEntry,
     form: Option<FoundEntry>,
-    lease: Arc<Lease>,
+    hold: Arc<Hold>,
     offset: u64,
 ) -> Result<StreamSources> {
     let size = found.file.key.digest.size();
-    let form = form.and_then(|form| Form::open(cas, form, &lease));
+    let form = form.and_then(|form| Form::open(cas, form, &hold));
     let (form_from, packed_from) = form.as_ref().map_or((size, 0), |form| form.table.frame_from(offset));
-    let blob = (offset < form_from).then(|| BlobReader::open(cas.clone(), found, lease)).transpose()?;
+    let blob = (offset < form_from).then(|| BlobReader::open(cas.clone(), found, hold)).transpose()?;
     Ok(StreamSources { form_from, form: form.map(|form| (form.frames, packed_from)), blob })
 }

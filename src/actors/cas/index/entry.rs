@@ -1,60 +1,239 @@
-//! [`Entry`]: what the index keeps of one stored file.
+//! [`Hot`] and [`Cold`]: what the index keeps of one stored file.
+//!
+//! A look-up reads only the hot part, which is one cache line. The cold part is needed when an entry is read, moved in the order of
+//! use, or removed. Together they take 88 bytes.
+//!
+//! A key is kept in the hot part if its hash has at most [`HEAD_BYTES`] and its size is below [`WIDE_SIZE`], as that of every
+//! SHA-256 blob. Any other key is *wide*: the rest of it is in a [`KeyTail`] of its own.
 
-use super::{FileId, Key, Stamp, order::Aside};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use super::{EntryKind, Key, Seal};
+use crate::instance::InstanceId;
+use gorego_reapi::digest::{Digest, DigestFunction, MAX_HASH_BYTES};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-/// End of a list.
-pub(super) const NIL: u32 = u32::MAX;
+/// Bytes of a hash that the hot part has.
+pub(super) const HEAD_BYTES: usize = 32;
+/// Sizes from here on are kept in a [`KeyTail`].
+pub(super) const WIDE_SIZE: u64 = 1 << 40;
 
-/// One entry of the index.
-pub(super) struct Entry {
-    pub(super) key: Key,
-    /// 0 for a free slot, whose `next` is then the next free slot.
+/// Look-ups no longer find the entry: its file is damaged or gone.
+pub(super) const CONDEMNED: u8 = 1;
+/// The entry was used since it was put at the head of the list.
+pub(super) const USED: u8 = 2;
+/// An eviction has taken it out of the list because it was held. Only the owner of the index changes this.
+pub(super) const ASIDE: u8 = 4;
+
+/// The kind byte of a key in a [`KeyTail`].
+const WIDE: u8 = 1 << 5;
+
+/// The part of an entry that look-ups read.
+#[repr(C, align(64))]
+pub(super) struct Hot {
+    /// The first bytes of the hash; zeros after a shorter one.
+    head: [u8; HEAD_BYTES],
+    /// 0 for a free slot.
     pub(super) generation: u64,
-    pub(super) stamp: Stamp,
-    pub(super) bytes: u64,
-    pub(super) leases: AtomicU32,
+    /// What keeps it from eviction: in the low half how many holders, in the high half the name of its row of leases.
+    pub(super) pin: AtomicU64,
+    /// The low bits of the size, or the number of the [`KeyTail`].
+    size_low: u32,
     /// Seconds since 1970 of the last use that is recorded on disk.
     pub(super) touched: AtomicU32,
-    /// Neighbours in the order of use, newer and older.
-    pub(super) prev: u32,
-    pub(super) next: u32,
-    /// `Index::links` when it was last put at the head of the list.
-    pub(super) linked_at: u32,
-    /// `Index::links` when it was last used; `linked_at - 1` if it was not used since then.
-    pub(super) used_at: AtomicU32,
-    /// Set by `Index::condemn`: look-ups no longer find the entry.
-    pub(super) condemned: AtomicBool,
-    pub(super) aside: Aside,
+    instance: u16,
+    /// The epoch in which it was last put at the head of the list.
+    pub(super) linked_in: u16,
+    size_high: u8,
+    /// What the key is, with its digest function.
+    kind: u8,
+    pub(super) flags: AtomicU8,
 }
 
-impl Entry {
-    /// An entry that is not in the list yet.
-    pub(super) fn new(file: FileId, bytes: u64, stamp: Stamp, touched: u32) -> Self {
-        let FileId { key, generation } = file;
-        Self {
-            key,
-            generation,
-            stamp,
-            bytes,
-            leases: AtomicU32::new(0),
-            touched: AtomicU32::new(touched),
-            prev: NIL,
-            next: NIL,
-            linked_at: 0,
-            used_at: AtomicU32::new(0),
-            condemned: AtomicBool::new(false),
-            aside: Aside::default(),
+/// The other part of an entry.
+pub(super) struct Cold {
+    /// Bytes that its file takes on disk.
+    pub(super) bytes: u64,
+    /// The stamp at which the content of its file was last verified.
+    pub(super) seal: Seal,
+    /// The next newer entry. For an entry that is aside, the next one on the stack of released entries.
+    pub(super) prev: AtomicU32,
+    /// The next older entry; the next free slot if this one is free.
+    pub(super) next: u32,
+}
+
+/// What the hot part of a wide key has no room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KeyTail {
+    /// The rest of the hash, with zeros after it.
+    rest: [u8; MAX_HASH_BYTES - HEAD_BYTES],
+    size: u64,
+}
+
+/// The [`KeyTail`]s in use. A free one is used again.
+#[derive(Debug, Default)]
+pub(super) struct KeyTails {
+    all: Vec<KeyTail>,
+    free: Vec<u32>,
+}
+
+impl KeyTails {
+    fn add(&mut self, tail: KeyTail) -> u32 {
+        match self.free.pop() {
+            Some(number) => {
+                self.all[number as usize] = tail;
+                number
+            }
+            None => {
+                self.all.push(tail);
+                (self.all.len() - 1) as u32
+            }
         }
     }
 
-    /// Whether it was used since it was put at the head of the list. The counters wrap: while one entry is not used for days,
-    /// others may be moved to the head billions of times. So they are compared for equality only.
-    pub(super) fn is_unsettled(&self) -> bool {
-        self.used_at.load(Relaxed) != self.linked_at.wrapping_sub(1)
+    fn get(&self, number: u32) -> KeyTail {
+        self.all[number as usize]
     }
 
-    pub(super) fn is_leased(&self) -> bool {
-        self.leases.load(Relaxed) > 0
+    /// Memory that they take, in bytes.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> usize {
+        self.all.capacity() * size_of::<KeyTail>() + self.free.capacity() * size_of::<u32>()
+    }
+}
+
+/// How many holders a pin counts.
+pub(super) fn holds_of(pin: u64) -> u32 {
+    pin as u32
+}
+
+/// The name of the row of leases in a pin.
+pub(super) fn lease_of(pin: u64) -> u32 {
+    (pin >> 32) as u32
+}
+
+/// The same pin with another row of leases.
+pub(super) fn with_lease(pin: u64, lease: u32) -> u64 {
+    u64::from(lease) << 32 | pin & u64::from(u32::MAX)
+}
+
+/// Whether the hot part has no room for the whole key.
+fn is_wide(key: &Key) -> bool {
+    key.digest.hash().len() > HEAD_BYTES || key.digest.size() >= WIDE_SIZE
+}
+
+/// What the key is, with its digest function, in one byte.
+fn kind_byte(key: &Key) -> u8 {
+    key.digest.function() as u8 | (key.kind as u8) << 3
+}
+
+impl Hot {
+    /// An entry that is not in the list yet.
+    pub(super) fn new(key: &Key, generation: u64, touched: u32, tails: &mut KeyTails) -> Self {
+        let hash = key.digest.hash();
+        let (head_of, rest_of) = hash.split_at(hash.len().min(HEAD_BYTES));
+        let mut head = [0; HEAD_BYTES];
+        head[..head_of.len()].copy_from_slice(head_of);
+        let (mut kind, mut size) = (kind_byte(key), key.digest.size());
+        if is_wide(key) {
+            let mut rest = [0; MAX_HASH_BYTES - HEAD_BYTES];
+            rest[..rest_of.len()].copy_from_slice(rest_of);
+            kind |= WIDE;
+            size = tails.add(KeyTail { rest, size }).into();
+        }
+        Self {
+            head,
+            generation,
+            pin: AtomicU64::new(0),
+            size_low: size as u32,
+            touched: AtomicU32::new(touched),
+            instance: key.instance.0,
+            linked_in: 0,
+            size_high: (size >> 32) as u8,
+            kind,
+            flags: AtomicU8::new(0),
+        }
+    }
+
+    /// Frees the slot. Its tail, if it has one, can be used again.
+    pub(super) fn free(&mut self, tails: &mut KeyTails) {
+        if let Some(number) = self.tail() {
+            tails.free.push(number);
+        }
+        (self.generation, self.kind) = (0, 0);
+    }
+
+    fn tail(&self) -> Option<u32> {
+        (self.kind & WIDE != 0).then_some(self.size_low)
+    }
+
+    fn size(&self, tails: &KeyTails) -> u64 {
+        match self.tail() {
+            Some(number) => tails.get(number).size,
+            None => u64::from(self.size_low) | u64::from(self.size_high) << 32,
+        }
+    }
+
+    /// What it is.
+    pub(super) fn kind(&self) -> EntryKind {
+        EntryKind::ALL.get(usize::from(self.kind >> 3 & 3)).copied().unwrap_or(EntryKind::Blob)
+    }
+
+    /// The namespace that it is stored in.
+    pub(super) fn instance(&self) -> InstanceId {
+        InstanceId(self.instance)
+    }
+
+    /// Whether it is stored under this key.
+    pub(super) fn is(&self, key: &Key, tails: &KeyTails) -> bool {
+        self.is_like(key, tails) && self.size(tails) == key.digest.size()
+    }
+
+    /// Whether it is stored under this key, or one that differs only in the size of the digest.
+    pub(super) fn is_like(&self, key: &Key, tails: &KeyTails) -> bool {
+        let hash = key.digest.hash();
+        let (head, rest) = hash.split_at(hash.len().min(HEAD_BYTES));
+        let is_same = match <&[u8; HEAD_BYTES]>::try_from(head) {
+            Ok(head) => self.head == *head,
+            Err(_) => self.head.starts_with(head),
+        };
+        is_same
+            && self.kind & !WIDE == kind_byte(key)
+            && self.instance == key.instance.0
+            && (rest.is_empty()
+                || self.tail().is_some_and(|number| tails.get(number).rest[..rest.len()] == *rest))
+    }
+
+    /// Its key.
+    pub(super) fn key(&self, tails: &KeyTails) -> Key {
+        let function = DigestFunction::ALL.get(usize::from(self.kind & 7)).copied();
+        let mut hash = [0; MAX_HASH_BYTES];
+        hash[..HEAD_BYTES].copy_from_slice(&self.head);
+        if let Some(number) = self.tail() {
+            hash[HEAD_BYTES..].copy_from_slice(&tails.get(number).rest);
+        }
+        let function = function.unwrap_or(DigestFunction::Sha256);
+        let digest = Digest::from_array(function, hash, self.size(tails));
+        Key { digest, instance: self.instance(), kind: self.kind() }
+    }
+
+    pub(super) fn has(&self, flag: u8) -> bool {
+        self.flags.load(Relaxed) & flag != 0
+    }
+
+    /// Sets a flag; readers may do this. Returns whether it was not set before.
+    pub(super) fn set(&self, flag: u8) -> bool {
+        !self.has(flag) && self.flags.fetch_or(flag, Relaxed) & flag == 0
+    }
+
+    pub(super) fn clear(&mut self, flag: u8) {
+        *self.flags.get_mut() &= !flag;
+    }
+
+    /// The name of its row of leases, which may be gone.
+    pub(super) fn lease(&self) -> u32 {
+        lease_of(self.pin.load(Relaxed))
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        holds_of(self.pin.load(Relaxed)) > 0
     }
 }

@@ -1,98 +1,168 @@
 //! The order of use: a list of entries, the most recently used first.
 //!
-//! A leased entry needs no place in the list. An eviction that finds one sets it aside, so later evictions do not look at it
-//! again, however many entries are leased. The end of its last lease is a use and returns it to the head of the list.
+//! A held entry needs no place in the list. An eviction that finds one sets it aside, so later evictions do not look at it
+//! again, however many entries are held. The end of its last hold is a use and returns it to the head of the list.
 //! [`Index::settle`] does this for the entries that readers report to the actor. Readers need not report all of them: they also
 //! put each such entry on a stack, which is emptied before the next eviction.
+//!
+//! An eviction that finds a leased entry moves it to a list of its row. When the row ends, the whole list becomes the end of the
+//! list of all entries, in constant time. So leased entries cost one look each, too.
+//!
+//! Each list is a ring that is closed by a link of its own, so an entry can be taken out of its list without knowing which it is.
 
-use super::{EXACT_BELOW, Entry, EntryRef, Index, NIL};
+use super::{
+    EXACT_BELOW, EntryRef, Index,
+    entry::{ASIDE, Hot, USED},
+    leases::ROWS,
+};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+/// No slot.
+pub(super) const NIL: u32 = u32::MAX;
 /// The entry is not on the stack of released entries.
 const NOT_RELEASED: u32 = NIL - 1;
+/// The link that closes the list of all entries. Slots stay below it and those of the other lists, because memory ends long before.
+const ALL: u32 = NIL - 2;
+/// The number of lists.
+const LISTS: usize = ROWS + 1;
 
-/// The state of an entry that is not in the list.
-#[derive(Debug)]
-pub(super) struct Aside {
-    /// Whether an eviction has set it aside because it was leased. Only the owner of the index changes this.
-    is_aside: bool,
-    /// The next entry on the stack of released entries, [`NIL`] for the last one.
-    below: AtomicU32,
+/// In one epoch, this part of all entries is put at the head of the list.
+const EPOCHS_PER_LIST: usize = 64;
+/// An entry that was put there in one of the last epochs is recent: less than a quarter of all entries are newer.
+const RECENT_EPOCHS: u16 = 15;
+
+/// The ends of a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct ListEnds {
+    newest: u32,
+    oldest: u32,
 }
 
-impl Default for Aside {
-    fn default() -> Self {
-        Self { is_aside: false, below: AtomicU32::new(NOT_RELEASED) }
+/// The ends of the lists, and the clock of the head of the list of all entries.
+#[derive(Debug)]
+pub(super) struct UseOrder {
+    /// The list of all entries, and then those of the rows.
+    ends: Vec<ListEnds>,
+    /// It wraps, which at worst loses one use: that of an entry that thousands of times as many entries as there are have passed.
+    epoch: u16,
+    /// How many entries have been put at the head of the list in this epoch.
+    in_epoch: usize,
+    /// The top of the stack of entries that were set aside and are not held any more. Readers push entries while they share the
+    /// index, and its owner takes all of them.
+    released: AtomicU32,
+    /// How many entries evictions have looked at.
+    #[cfg(test)]
+    pub(super) looks: u64,
+}
+
+impl UseOrder {
+    pub(super) fn new() -> Self {
+        let empty = |list: usize| ListEnds { newest: link_of(list), oldest: link_of(list) };
+        Self {
+            ends: (0..LISTS).map(empty).collect(),
+            epoch: 0,
+            in_epoch: 0,
+            released: AtomicU32::new(NIL),
+            #[cfg(test)]
+            looks: 0,
+        }
+    }
+
+    /// Memory that it takes, in bytes.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> usize {
+        self.ends.capacity() * size_of::<ListEnds>()
+    }
+
+    fn all(&self) -> ListEnds {
+        self.ends[0]
+    }
+
+    #[cfg(test)]
+    pub(super) fn pass_epochs(&mut self, epochs: u16) {
+        self.epoch = self.epoch.wrapping_add(epochs);
     }
 }
 
-/// The top of the stack of released entries. Readers push entries while they share the index, and its owner takes all of them.
-#[derive(Debug)]
-pub(super) struct Released(AtomicU32);
+/// The link that closes a list.
+fn link_of(list: usize) -> u32 {
+    ALL - list as u32
+}
 
-impl Default for Released {
-    fn default() -> Self {
-        Self(AtomicU32::new(NIL))
-    }
+/// The list that a link closes; `None` for a slot.
+fn list_of(link: u32) -> Option<usize> {
+    let list = ALL.wrapping_sub(link) as usize;
+    (list < LISTS).then_some(list)
 }
 
 impl Index {
     /// Moves a used entry to the head of the list, unless that is already done.
     pub(in super::super) fn settle(&mut self, at: EntryRef) {
         let Some(entry) = self.live(at) else { return };
-        if entry.aside.is_aside {
-            self.put_back(at.slot);
-        } else if entry.is_unsettled() {
+        if entry.has(ASIDE) {
+            self.put_back_released();
+        } else if entry.has(USED) {
             self.move_to_head(at.slot);
         }
     }
 
-    /// Records the end of the last lease of an entry. Returns whether the entry needs [`Index::settle`].
-    pub(super) fn mark_released(&self, slot: u32, entry: &Entry) -> bool {
-        if !entry.aside.is_aside {
+    /// The entry that would be evicted first, as far as that is known without moving any.
+    pub(super) fn oldest(&self) -> Option<&Hot> {
+        let ListEnds { oldest, .. } = self.order.all();
+        (oldest != ALL).then(|| self.slab.hot(oldest))
+    }
+
+    /// Forgets the order of use.
+    pub(super) fn clear_order(&mut self) {
+        self.order.ends[0] = ListEnds { newest: ALL, oldest: ALL };
+    }
+
+    /// Records the end of the last hold of an entry. Returns whether the entry needs [`Index::settle`].
+    pub(super) fn mark_released(&self, slot: u32, entry: &Hot) -> bool {
+        if !entry.has(ASIDE) {
             return self.mark_used(entry);
         }
-        let Released(top) = &self.released;
+        let (top, link) = (&self.order.released, &self.slab.cold(slot).prev);
         let mut below = top.load(Relaxed);
-        // It may already be on the stack from an earlier lease.
-        if entry.aside.below.compare_exchange(NOT_RELEASED, below, Relaxed, Relaxed).is_ok() {
+        // It may already be on the stack from an earlier hold.
+        if link.compare_exchange(NOT_RELEASED, below, Relaxed, Relaxed).is_ok() {
             while let Err(changed) = top.compare_exchange_weak(below, slot, Relaxed, Relaxed) {
                 below = changed;
-                entry.aside.below.store(below, Relaxed);
+                link.store(below, Relaxed);
             }
         }
         true
     }
 
     /// Marks an entry as used, unless it is recent enough in the list. Returns whether the mark is new.
-    pub(super) fn mark_used(&self, entry: &Entry) -> bool {
-        // At most `behind` entries are newer. In a short list even the newest entry is marked, because others that were used
-        // before it may be about to move ahead of it.
-        let behind = self.links.wrapping_sub(entry.linked_at) as usize;
-        let is_new = self.table.len() >= EXACT_BELOW && behind < self.table.len() / 4;
-        if is_new || entry.used_at.load(Relaxed) == self.links {
-            return false;
-        }
-        entry.used_at.store(self.links, Relaxed);
-        true
+    pub(super) fn mark_used(&self, entry: &Hot) -> bool {
+        // In a short list even the newest entry is marked, because others that were used before it may be about to move ahead
+        // of it.
+        let is_recent =
+            self.table.len() >= EXACT_BELOW && self.order.epoch.wrapping_sub(entry.linked_in) < RECENT_EPOCHS;
+        !is_recent && entry.set(USED)
     }
 
-    /// The least recently used entry that is not leased. Older entries that are leased are set aside, and those whose use is not
-    /// settled yet move to the head of the list. So each lease and each use costs one look, and one pass sees every candidate.
+    /// The least recently used entry that is neither held nor leased. Older entries that are held or leased are set aside, and those whose use is not
+    /// settled yet move to the head of the list. So each hold and each use costs one look, and one pass sees every candidate.
     pub(super) fn oldest_evictable(&mut self) -> Option<u32> {
         self.put_back_released();
-        if self.totals.used == self.leased.load(Relaxed) {
+        if self.totals.used == self.totals().pinned {
             return None;
         }
         for _ in 0..=self.table.len() {
-            let slot = self.oldest;
-            let entry = self.entries.get(slot as usize)?;
+            let slot = self.order.all().oldest;
+            if slot == ALL {
+                return None;
+            }
             #[cfg(test)]
-            (self.looks += 1);
-            if entry.is_leased() {
-                self.unlink(slot);
-                self.entries[slot as usize].aside.is_aside = true;
-            } else if entry.is_unsettled() {
+            (self.order.looks += 1);
+            let entry = self.slab.hot(slot);
+            if entry.is_held() {
+                self.set_aside(slot);
+            } else if let Some(row) = self.leases.row(entry.lease()) {
+                self.set_aside_in(row, slot);
+            } else if entry.has(USED) {
                 self.move_to_head(slot);
             } else {
                 return Some(slot);
@@ -103,46 +173,71 @@ impl Index {
 
     /// Removes an entry from the order of use before it is removed from the index.
     pub(super) fn forget(&mut self, slot: u32) {
-        let aside = &self.entries[slot as usize].aside;
-        if aside.below.load(Relaxed) != NOT_RELEASED {
+        if self.slab.hot(slot).has(ASIDE) && *self.slab.cold_mut(slot).prev.get_mut() != NOT_RELEASED {
             self.put_back_released();
         }
-        if !self.entries[slot as usize].aside.is_aside {
+        if !self.slab.hot(slot).has(ASIDE) {
             self.unlink(slot);
         }
     }
 
     /// Puts an entry at the head of the list.
     pub(super) fn link_newest(&mut self, slot: u32) {
-        let old = self.newest;
-        self.links = self.links.wrapping_add(1);
-        let entry = &mut self.entries[slot as usize];
-        (entry.prev, entry.next, entry.linked_at) = (NIL, old, self.links);
-        *entry.used_at.get_mut() = self.links.wrapping_sub(1);
-        match old {
-            NIL => self.oldest = slot,
-            _ => self.entries[old as usize].prev = slot,
+        self.order.in_epoch += 1;
+        if self.order.in_epoch * EPOCHS_PER_LIST >= self.table.len() {
+            (self.order.epoch, self.order.in_epoch) = (self.order.epoch.wrapping_add(1), 0);
         }
-        self.newest = slot;
+        let (epoch, newest) = (self.order.epoch, self.order.all().newest);
+        let entry = self.slab.hot_mut(slot);
+        entry.linked_in = epoch;
+        entry.clear(USED);
+        self.join(slot, newest);
+        self.join(ALL, slot);
     }
 
-    /// Empties the stack of released entries.
+    /// Empties the stack of released entries. They return to the list in the order in which they were released, except those that
+    /// are held again.
     fn put_back_released(&mut self) {
-        let mut slot = std::mem::replace(self.released.0.get_mut(), NIL);
+        let (mut slot, mut first) = (std::mem::replace(self.order.released.get_mut(), NIL), NIL);
         while slot != NIL {
-            let below = self.entries[slot as usize].aside.below.get_mut();
-            let next = std::mem::replace(below, NOT_RELEASED);
-            self.put_back(slot);
-            slot = next;
+            let below = std::mem::replace(self.slab.cold_mut(slot).prev.get_mut(), first);
+            (first, slot) = (slot, below);
+        }
+        while first != NIL {
+            let next = std::mem::replace(self.slab.cold_mut(first).prev.get_mut(), NOT_RELEASED);
+            let entry = self.slab.hot_mut(first);
+            if !entry.is_held() {
+                entry.clear(ASIDE);
+                self.link_newest(first);
+            }
+            first = next;
         }
     }
 
-    /// Returns an entry that was set aside to the list, unless it is leased.
-    fn put_back(&mut self, slot: u32) {
-        let entry = &mut self.entries[slot as usize];
-        if entry.aside.is_aside && !entry.is_leased() {
-            entry.aside.is_aside = false;
-            self.link_newest(slot);
+    /// Takes a held entry out of the list.
+    fn set_aside(&mut self, slot: u32) {
+        self.unlink(slot);
+        self.slab.hot(slot).set(ASIDE);
+        *self.slab.cold_mut(slot).prev.get_mut() = NOT_RELEASED;
+    }
+
+    /// Moves a leased entry from the list of all entries to the list of its row, in which it becomes the newest one.
+    fn set_aside_in(&mut self, row: usize, slot: u32) {
+        self.unlink(slot);
+        let newest = self.order.ends[row + 1].newest;
+        self.join(slot, newest);
+        self.join(link_of(row + 1), slot);
+    }
+
+    /// Moves the list of a row to the end of the list of all entries, which were all used later.
+    pub(super) fn put_row_back(&mut self, row: usize) {
+        let link = link_of(row + 1);
+        let ListEnds { newest, oldest } =
+            std::mem::replace(&mut self.order.ends[row + 1], ListEnds { newest: link, oldest: link });
+        if newest != link {
+            let end = self.order.all().oldest;
+            self.join(end, newest);
+            self.join(oldest, ALL);
         }
     }
 
@@ -152,14 +247,20 @@ impl Index {
     }
 
     fn unlink(&mut self, slot: u32) {
-        let Entry { prev, next, .. } = self.entries[slot as usize];
-        match prev {
-            NIL => self.newest = next,
-            _ => self.entries[prev as usize].next = next,
+        let cold = self.slab.cold_mut(slot);
+        let (newer, older) = (*cold.prev.get_mut(), cold.next);
+        self.join(newer, older);
+    }
+
+    /// Makes two entries neighbours.
+    fn join(&mut self, newer: u32, older: u32) {
+        match list_of(newer) {
+            Some(list) => self.order.ends[list].newest = older,
+            None => self.slab.cold_mut(newer).next = older,
         }
-        match next {
-            NIL => self.oldest = prev,
-            _ => self.entries[next as usize].prev = prev,
+        match list_of(older) {
+            Some(list) => self.order.ends[list].oldest = newer,
+            None => *self.slab.cold_mut(older).prev.get_mut() = newer,
         }
     }
 }

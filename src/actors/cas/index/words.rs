@@ -59,8 +59,8 @@ impl EntryRef {
     }
 }
 
-/// Inode number and change time of a file, recorded when its content was last verified. No user can restore either of them. The
-/// modification time is not needed, because setting it moves the change time.
+/// Inode number and change time of a file. No user can restore either of them. The modification time is not needed, because
+/// setting it moves the change time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     inode: u64,
@@ -71,6 +71,9 @@ impl Stamp {
     /// The content is not verified and is hashed before it is served.
     pub const UNTRUSTED: Self = Self { inode: 0, changed: i64::MIN };
 
+    /// The stamp of every file that is checked whenever it is read. It was verified when it was written or first read.
+    pub const CHECKED_WHEN_READ: Self = Self { inode: 0, changed: 0 };
+
     /// The stamp of a file with this inode number and this change time, in nanoseconds since 1970.
     pub fn new(inode: u64, changed: i64) -> Self {
         Self { inode, changed }
@@ -79,6 +82,38 @@ impl Stamp {
     /// The change time, in nanoseconds since 1970.
     pub fn changed(self) -> i64 {
         self.changed
+    }
+
+    /// What the index keeps of it.
+    pub(super) fn seal(self) -> Seal {
+        if self == Self::UNTRUSTED {
+            return Seal::UNTRUSTED;
+        }
+        // An odd factor, so that two stamps with the same inode or the same change time never have the same seal.
+        let mixed = self.inode.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ self.changed as u64;
+        Seal(mixed.max(1))
+    }
+}
+
+/// The stamp of a file when its content was last verified, in half the memory. It tells only whether another stamp is the same.
+/// Two stamps that differ both in the inode and in the change time have the same seal with a probability of 2^-64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seal(u64);
+
+impl Seal {
+    /// The seal of [`Stamp::UNTRUSTED`].
+    pub const UNTRUSTED: Self = Self(0);
+}
+
+impl PartialEq<Stamp> for Seal {
+    fn eq(&self, stamp: &Stamp) -> bool {
+        *self == stamp.seal()
+    }
+}
+
+impl PartialEq<Seal> for Stamp {
+    fn eq(&self, seal: &Seal) -> bool {
+        self.seal() == *seal
     }
 }
 
@@ -89,7 +124,17 @@ pub(crate) struct FoundEntry {
     /// The file of the entry.
     pub file: FileId,
     /// The stamp of its file when its content was last verified.
-    pub stamp: Stamp,
+    pub stamp: Seal,
+    /// The use recorded on disk is out of date. Set at most once an hour for an entry.
+    pub touch_due: bool,
+    /// Its place in the order of use is out of date; [`super::Index::settle`] should be called.
+    pub settle_due: bool,
+}
+
+/// A use of an entry that was looked up only to learn whether it is there.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NotedUse {
+    pub at: EntryRef,
     /// The use recorded on disk is out of date. Set at most once an hour for an entry.
     pub touch_due: bool,
     /// Its place in the order of use is out of date; [`super::Index::settle`] should be called.
@@ -117,7 +162,9 @@ pub(crate) struct Grant {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortage {
     pub wanted: u64,
-    /// Bytes leased by running actions and open readers.
+    /// Bytes held by running actions and open readers.
+    pub held: u64,
+    /// Bytes leased by builds. Some of them may be held too.
     pub leased: u64,
     /// Bytes reserved for uploads in progress.
     pub reserved: u64,
@@ -136,13 +183,19 @@ pub struct Totals {
     pub zstd_forms: u64,
     /// Bytes on disk of all entries.
     pub used: u64,
-    /// The part of `used` that is leased.
+    /// The part of `used` that running actions and open readers hold.
+    pub held: u64,
+    /// The part of `used` that is leased to builds.
     pub leased: u64,
+    /// The part of `used` that is held or leased, or both.
+    pub pinned: u64,
     /// Bytes reserved for uploads in progress.
     pub reserved: u64,
     /// Bytes of files that are being deleted.
     pub deleting: u64,
-    /// The bound on `used` and `reserved` together, in bytes.
+    /// Bytes on disk besides those of the entries, such as those of deleted blobs that are not reclaimed yet.
+    pub overhead: u64,
+    /// The bound on `used`, `reserved` and `overhead` together, in bytes.
     pub limit: u64,
 }
 
@@ -153,16 +206,25 @@ pub struct Tally {
     pub evicted: u64,
     /// The bytes that they took on disk.
     pub evicted_bytes: u64,
+    /// Results that were dropped because one of their blobs was evicted or dropped.
+    pub followed: u64,
     /// Entries that were dropped because their files were damaged or gone.
     pub damaged: u64,
+    /// Entries that were lost while they were leased to a build.
+    pub broken_promises: u64,
+    /// Results that were not served, because leases left no room for their blobs.
+    pub refused_results: u64,
+    /// Rows of leases that were taken from builds with more than their share.
+    pub withdrawn_leases: u64,
 }
 
 impl From<Shortage> for Error {
     fn from(shortage: Shortage) -> Self {
-        let Shortage { wanted, leased, reserved, limit } = shortage;
+        let Shortage { wanted, held, leased, reserved, limit } = shortage;
         let message = format!(
-            "no room for {wanted} bytes: of the store's {limit} bytes, {leased} are in use by running actions and open \
-             readers and {reserved} are promised to other uploads (max_size_gb raises the limit)"
+            "no room for {wanted} bytes: of the store's {limit} bytes, {held} are in use by running actions and open \
+             readers, {leased} are leased to builds (cache.build_lease) and {reserved} are promised to other uploads \
+             (max_size_gb raises the limit)"
         );
         // A blob that does not fit into an empty store will not fit later either.
         Self::Exhausted {

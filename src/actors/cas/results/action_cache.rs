@@ -12,7 +12,7 @@ use crate::actors::cas::{
     lookup::Purpose,
     new_files::NewFiles,
     results::{self, DirectReferences, LoadedResult, ResultLookup, Uploader},
-    settings::{LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
+    settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
     trees::TreeRoom,
 };
 use crate::{
@@ -41,8 +41,15 @@ impl Cas {
             let found = match self.look_up_result(instance, action)? {
                 ResultLookup::Hit(result) => return self.with_room(result).await.map(Some),
                 ResultLookup::Miss => return Ok(None),
+                ResultLookup::NoRoom(wanted) => match self.ease_leases(wanted).await? {
+                    true => continue,
+                    false => return Ok(None),
+                },
                 ResultLookup::Long(found, loaded) => {
-                    self.check_unread(instance, &loaded.references).await?;
+                    if !self.has_leases_for(instance, &loaded).await? {
+                        return Ok(None);
+                    }
+                    self.without_leases().check_unread(instance, &loaded.references).await?;
                     return match self.confirm_in_parts(instance, found.at, &loaded).await? {
                         Some(result) => self.with_room(result).await.map(Some),
                         None => Ok(None),
@@ -69,8 +76,16 @@ impl Cas {
         found: FoundEntry,
     ) -> Result<Option<SharedResult>> {
         let id = instance.id();
-        let Some((result, room)) = self.read_result(instance, action, found).await? else { return Ok(None) };
-        let references = match self.references(instance, action.function(), &result).await {
+        // Its blobs are leased when it is confirmed, if there is room for that.
+        let reader = self.without_leases();
+        let Some((result, room)) = reader.read_result(instance, action, found).await? else {
+            return Ok(None);
+        };
+        let references = match self.look_up(|index| index.linked(found.at))? {
+            Some(linked) => Ok(linked),
+            None => reader.references(instance, action.function(), &result).await,
+        };
+        let references = match references {
             Ok(references) => references,
             Err(Unloadable::Server(error)) => return Err(error),
             Err(Unloadable::Result(reason)) => {
@@ -79,9 +94,12 @@ impl Cas {
             }
         };
         let (loaded, weight) = self.loaded(found.file.generation, result, references).await?;
-        self.check_unread(instance, &loaded.references).await?;
+        reader.check_unread(instance, &loaded.references).await?;
         self.shared().results.insert((id, action), loaded.clone(), weight);
         let result = if loaded.references.len() > LOOKUPS_PER_TURN {
+            if !self.has_leases_for(instance, &loaded).await? {
+                return Ok(None);
+            }
             self.confirm_in_parts(instance, found.at, &loaded).await?
         } else {
             self.confirm_loaded(instance, found, &loaded)?
@@ -114,14 +132,27 @@ impl Cas {
                 continue;
             }
             let _place = self.shared().result_checks.wait_for(self.caller(), 1).await?;
-            let (cas, lease) = (self.clone(), located.lease);
+            let (cas, hold) = (self.clone(), located.hold);
             self.blocking(move || {
-                let _lease = lease;
+                let _hold = hold;
                 unread.iter().flatten().try_for_each(|found| is_sound(&cas, found).map(drop))
             })
             .await??;
         }
         Ok(())
+    }
+
+    /// Whether there is room to lease the blobs of a result with many references, perhaps after others have lost leases.
+    async fn has_leases_for(&self, instance: &Instance, loaded: &LoadedResult) -> Result<bool> {
+        if !self.may_lack_leases(loaded)? {
+            return Ok(true);
+        }
+        let mut wanted = 0u64;
+        for part in loaded.references.chunks(LOOKUPS_PER_HOLD) {
+            wanted = wanted.saturating_add(self.unleased_bytes(instance, part)?);
+            tokio::task::yield_now().await;
+        }
+        Ok(!self.lacks_leases(wanted)? || self.ease_leases(wanted).await?)
     }
 
     /// Like [`Cas::confirm_loaded`], for a result with many references: other callers are served in between.
@@ -140,6 +171,7 @@ impl Cas {
                 return Ok(None);
             }
         }
+        self.link(instance, at, loaded)?;
         Ok(Some(loaded.result.clone()))
     }
 

@@ -6,7 +6,7 @@ use crate::{
         CasActor, LOG,
         client::Cas,
         index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
-        settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
+        settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN, MAX_LINKS},
     },
     actors::mail::Receive,
     instance::Instance,
@@ -15,7 +15,10 @@ use crate::{
 };
 use actix::Message;
 use gorego_reapi::{digest::Digest, error::Result};
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering::Relaxed};
+
+/// A file takes at most this much more on disk than its bytes.
+const BLOCK_BYTES: u64 = 64 * 1024;
 
 /// The outcome of a look-up without reading files.
 pub(crate) enum ResultLookup {
@@ -25,6 +28,8 @@ pub(crate) enum ResultLookup {
     Miss,
     /// There is a result, but its file, or blobs that were not read since the start, have to be read first.
     Cold(FoundEntry),
+    /// The result is complete, but leases leave no room for its blobs, of which this many bytes are not leased.
+    NoRoom(u64),
     /// The result is in memory, but refers to more blobs than are looked up in one turn.
     Long(FoundEntry, Arc<LoadedResult>),
 }
@@ -35,6 +40,14 @@ pub(crate) enum ResultLookup {
 pub struct Incomplete {
     pub at: EntryRef,
     pub reason: String,
+}
+
+/// Fact: a stored result needs these stored blobs.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct LinkResult {
+    pub result: EntryRef,
+    pub blobs: Vec<EntryRef>,
 }
 
 impl Cas {
@@ -72,7 +85,9 @@ impl Cas {
     ) -> Result<Option<SharedResult>> {
         Ok(match self.confirm(instance, found, loaded, false)? {
             ResultLookup::Hit(result) => Some(result),
-            ResultLookup::Miss | ResultLookup::Cold(_) | ResultLookup::Long(..) => None,
+            ResultLookup::Miss | ResultLookup::NoRoom(_) | ResultLookup::Cold(_) | ResultLookup::Long(..) => {
+                None
+            }
         })
     }
 
@@ -88,6 +103,15 @@ impl Cas {
     ) -> Result<ResultLookup> {
         if !loaded.is_hit {
             return Ok(ResultLookup::Miss);
+        }
+        if self.may_lack_leases(loaded)? {
+            let mut wanted = 0;
+            for part in loaded.references.chunks(LOOKUPS_PER_HOLD) {
+                wanted += self.unleased_bytes(instance, part)?;
+            }
+            if self.lacks_leases(wanted)? {
+                return Ok(ResultLookup::NoRoom(wanted));
+            }
         }
         let mut all_were_read = true;
         for part in loaded.references.chunks(LOOKUPS_PER_HOLD) {
@@ -107,13 +131,56 @@ impl Cas {
         if were_read && !all_were_read {
             return Ok(ResultLookup::Cold(found));
         }
+        self.link(instance, found.at, loaded)?;
         Ok(ResultLookup::Hit(loaded.result.clone()))
+    }
+
+    /// Tells the index once which blobs a result needs that has just been found complete.
+    pub(crate) fn link(&self, instance: &Instance, result: EntryRef, loaded: &LoadedResult) -> Result<()> {
+        if loaded.references.len() > MAX_LINKS || loaded.is_linked.swap(true, Relaxed) {
+            return Ok(());
+        }
+        let mut blobs = Vec::with_capacity(loaded.references.len());
+        for part in loaded.references.chunks(LOOKUPS_PER_HOLD) {
+            let places = self.look_up(|index| -> Option<Vec<EntryRef>> {
+                part.iter().map(|digest| index.place_of_blob(instance.blobs(), *digest)).collect()
+            })?;
+            // If one has gone in this moment, the next look-up finds out.
+            let Some(places) = places else { return Ok(()) };
+            blobs.extend(places);
+        }
+        self.actor().do_send(LinkResult { result, blobs });
+        Ok(())
+    }
+
+    /// Whether there may be no room to lease the blobs of a result. Cheap, and almost always false.
+    pub(crate) fn may_lack_leases(&self, loaded: &LoadedResult) -> Result<bool> {
+        let blocks = (loaded.references.len() as u64).saturating_mul(BLOCK_BYTES);
+        self.lacks_leases(loaded.bytes.saturating_add(blocks))
+    }
+
+    /// Whether there is no room to lease so many bytes. What is leased already can be leased again.
+    pub(crate) fn lacks_leases(&self, bytes: u64) -> Result<bool> {
+        Ok(bytes > 0 && self.look_up(|index| index.lacks_leases(bytes))?)
+    }
+
+    /// The bytes of these blobs that are not leased.
+    pub(crate) fn unleased_bytes(&self, instance: &Instance, blobs: &[Digest]) -> Result<u64> {
+        self.look_up(|index| index.unleased_bytes(instance.blobs(), blobs))
     }
 
     /// Drops a result that is no longer complete.
     pub(crate) fn drop_result(&self, at: EntryRef, reason: String) {
         self.shared().view.condemn(at);
         self.actor().do_send(Incomplete { at, reason });
+    }
+}
+
+impl Receive<LinkResult> for CasActor {
+    type Answer = ();
+
+    fn receive(&mut self, LinkResult { result, blobs }: LinkResult, _: &mut Self::Context) {
+        self.change(|index| index.link(result, &blobs));
     }
 }
 

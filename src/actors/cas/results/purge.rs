@@ -9,6 +9,7 @@ use crate::{
     actors::{
         cas::{
             CasActor, LOG,
+            blob::open_file,
             client::Cas,
             index::{EntryRef, FileId, FoundResult},
             reply::StoreReply,
@@ -172,7 +173,7 @@ fn read_origins(
         }
         read.examined += 1;
         let action = found.file.key.digest;
-        let file = cas.shared().volume.open(&found.file);
+        let file = open_file(cas, &found.file);
         let content = file.and_then(|file| volume::read_all(&*file, results::MAX_FILE_BYTES));
         let content = match content {
             Ok(content) => content,
@@ -201,7 +202,7 @@ impl Receive<RemoveResults> for CasActor {
     fn receive(&mut self, RemoveResults(entries): RemoveResults, ctx: &mut Self::Context) -> Self::Answer {
         let mut victims = Vec::with_capacity(entries.len());
         for part in entries.chunks(CHANGES_PER_HOLD) {
-            self.change(|index| victims.extend(part.iter().filter_map(|at| index.remove(*at))));
+            self.change(|index| victims.extend(part.iter().filter_map(|at| index.remove_promised(*at))));
         }
         if victims.is_empty() {
             return StoreReply::Now(Ok(HashSet::new()));

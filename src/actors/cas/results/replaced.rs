@@ -6,6 +6,7 @@
 use super::PreparedResult;
 use crate::{
     actors::cas::{
+        blob::open_file,
         client::Cas,
         decoding::worst_case,
         index::{EntryKind, FoundEntry, Key},
@@ -65,7 +66,7 @@ impl Cas {
         {
             return Some(loaded.result.clone());
         }
-        let file = self.shared().volume.open(&found.file).ok()?;
+        let file = open_file(self, &found.file).ok()?;
         let size = file.look().ok()?.size;
         let memory = worst_case(size.min(results::MAX_FILE_BYTES), MAX_MESSAGE_MEMORY);
         let _room = match size > UNCOUNTED_BYTES as u64 {
@@ -77,7 +78,7 @@ impl Cas {
     }
 
     fn stored_origin(&self, instance: &Instance, action: Digest, found: &FoundEntry) -> Option<StoredOrigin> {
-        let file = self.shared().volume.open(&found.file).ok()?;
+        let file = open_file(self, &found.file).ok()?;
         let bytes = volume::read_all(&*file, results::MAX_FILE_BYTES).ok()?;
         results::decode_origin(&bytes, instance.name(), action).ok()
     }

@@ -29,11 +29,11 @@ impl TestStore {
         self.cas.splice(&self.main, blob, chunks.to_vec(), small()).await
     }
 
-    /// Waits until nothing is reserved or leased and no upload is unfinished. Returns the number of blobs.
+    /// Waits until nothing is reserved or held and no upload is unfinished. Returns the number of blobs.
     async fn settled(&self) -> u64 {
         eventually(|| async {
             let StoreInspection { totals, running_uploads, partial_uploads, .. } = self.inspect().await;
-            let rest = (totals.reserved, totals.leased, running_uploads, partial_uploads);
+            let rest = (totals.reserved, totals.held, running_uploads, partial_uploads);
             (rest == (0, 0, 0, 0)).then_some(totals.blobs)
         })
         .await
@@ -75,7 +75,7 @@ async fn a_split_stores_the_chunks_and_renews_everything() {
 /// CAS-32: lost chunks are made again from the blob. Without the blob the split fails.
 #[actix::test]
 async fn lost_chunks_and_forgotten_recipes_are_made_again_and_a_lost_blob_is_not() {
-    let mut store = TestStore::new().await;
+    let mut store = TestStore::of_files().await;
     let blob = store.put(noise(LARGE, 1)).await;
     let chunks = store.split(blob).await.unwrap();
     let written = store.file_of(chunks[0]);
@@ -95,7 +95,7 @@ async fn lost_chunks_and_forgotten_recipes_are_made_again_and_a_lost_blob_is_not
 
 #[actix::test]
 async fn concurrent_splits_of_one_blob_are_done_once_and_a_caller_that_leaves_holds_up_nobody() {
-    let store = TestStore::new().await;
+    let store = TestStore::of_files().await;
     let blob = store.put(noise(3_000_000, 1)).await;
     let mut left = Box::pin(store.split(blob));
     assert!(left.as_mut().now_or_never().is_none());

@@ -302,7 +302,7 @@ async fn a_form_is_evicted_before_its_blob() {
 /// CAS-11, CAS-14: for items that are decoded in memory and for larger ones.
 #[actix::test]
 async fn compressed_items_of_a_batch_are_checked_after_decompression() {
-    let store = TestStore::new().await;
+    let store = TestStore::of_files().await;
     let zstd = |plain: &Bytes, stream: Bytes| (digest(plain), Payload::Zstd(stream));
     let (small, large, other) = (text(1_000, 1), text(3_000_000, 2), text(3_000_000, 3));
     let bomb = pack(&vec![0; 20_000_000]);

@@ -3,10 +3,10 @@
 
 use super::{
     super::{
-        index::{EntryKind, FileId, Key},
+        index::{EntryKind, Key},
         lookup::Purpose,
         volume::stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
-        volume::{Volume as _, files::Files},
+        volume::{NewFile, Volume as _, files::Files},
     },
     *,
 };
@@ -63,8 +63,8 @@ async fn materialise(store: &TestStore, blob: Digest) -> Result<()> {
     let root = store.put(prost::Message::encode_to_vec(&root)).await;
     store
         .worker(move |cas, main| {
-            let mut staged = cas.open_inputs(&main, root, Peer::default())?;
-            staged.lease_all()?;
+            let mut staged = cas.open_inputs(&main, root, Owner::default())?;
+            staged.hold_all()?;
             let target = TempDir::new().unwrap();
             let parent = fs::File::open(target.path()).unwrap();
             staged.materialise(&blob, &parent, "f", 0o644)
@@ -231,9 +231,8 @@ async fn a_result_is_dropped_if_an_output_was_damaged_before_a_restart() {
         }
         let store = store.restart().await;
         assert!(store.cas.get_result(&store.main, good).await.unwrap().is_some(), "nothing is wrong yet");
-        let file = store.file_of(output);
         let store = store.restart().await;
-        tamper(&file);
+        store.damage(output);
         // A result that was just uploaded is in memory, and its outputs are checked all the same.
         store.cas.put_result(&store.main, good, result, Provenance::default()).await.unwrap();
         for action in [good, action] {
@@ -257,9 +256,9 @@ fn recording_a_use_keeps_a_file_verified_only_if_it_was_verified() {
     let files = Files::open(root.path(), &Instances::new([""]).unwrap()).unwrap();
     let mut index = Index::new(1_000_000);
     let key = Key { digest: digest(b"x"), instance: InstanceId(0), kind: EntryKind::Blob };
-    let file = FileId { key, generation: files.next_generation() };
+    let pieces = [Bytes::from("x")];
+    let file = files.write(&[NewFile { key, pieces: &pieces }]).remove(0).unwrap().file;
     let path = files.path(&file);
-    files.write(&file, &[Bytes::from("x")]).unwrap();
     let now = || stamp_of(&fs::metadata(&path).unwrap());
     index.reserve(1).unwrap();
     index.commit(file, 1, now(), 0);
@@ -293,11 +292,12 @@ async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
     let mut located = store.cas.locate(&store.main, &[blob], Purpose::Look).await.unwrap();
     let found = located.found.remove(0).unwrap();
     let path = store.file_of(blob);
+    let before = stamp_of(&fs::metadata(&path).unwrap());
     tamper(&path);
     let after = stamp_of(&fs::metadata(&path).unwrap());
     let late = async {
         tokio::time::sleep(COARSE_TICK / 2).await;
-        store.cas.actor().do_send(Touched(vec![Touch { at: found.at, before: found.stamp, after }]));
+        store.cas.actor().do_send(Touched(vec![Touch { at: found.at, before, after }]));
     };
     let (read, opened, ()) = tokio::join!(reader.read_at(0, 10), store.cas.open(&store.main, blob), late);
     assert!(read.is_ok() && opened.is_ok(), "{read:?} {opened:?}");
@@ -322,7 +322,7 @@ fn put_in_place(path: &Path, what: &str, other: &Path) {
 /// No read blocks on such a file, before or after a restart.
 #[actix::test]
 async fn a_file_that_was_replaced_by_something_else_is_a_miss_and_is_cleared_away() {
-    let mut store = TestStore::new().await;
+    let mut store = TestStore::of_files().await;
     for (restarted, what) in [false, true]
         .into_iter()
         .flat_map(|restarted| ["FIFO", "directory", "device", "link"].map(|what| (restarted, what)))

@@ -31,8 +31,8 @@ async fn check(store: &TestStore, root: Digest) -> Result<()> {
 
 async fn stage(store: &TestStore, root: Digest) -> Result<ActionInputs> {
     let stage = move |cas: Cas, main: Instance| {
-        let mut inputs = cas.open_inputs(&main, root, Peer::default())?;
-        inputs.lease_all().map(|()| inputs)
+        let mut inputs = cas.open_inputs(&main, root, Owner::default())?;
+        inputs.hold_all().map(|()| inputs)
     };
     store.worker(stage).await
 }
@@ -102,9 +102,9 @@ async fn staged_inputs_stay_until_they_are_dropped() {
         store.put(noise(200_000, seed)).await;
     }
     assert!(store.cas.find_missing(&store.main, &[small, large, root]).await.unwrap().is_empty());
-    assert!(store.inspect().await.totals.leased >= LARGE as u64);
+    assert!(store.inspect().await.totals.held >= LARGE as u64);
     drop(staged);
-    assert_eq!(store.inspect().await.totals.leased, 0);
+    assert_eq!(store.inspect().await.totals.held, 0);
     for seed in 10..40 {
         store.put(noise(200_000, seed)).await;
     }
@@ -123,11 +123,11 @@ async fn a_root_that_was_just_checked_costs_no_look_ups_until_its_blobs_are_need
         store.put(noise(200_000, seed)).await;
     }
     assert_eq!(store.cas.check_inputs_apart(store.main.clone(), root).await, Ok(()));
-    let open = move |cas: Cas, main: Instance| cas.open_inputs(&main, root, Peer::default());
+    let open = move |cas: Cas, main: Instance| cas.open_inputs(&main, root, Owner::default());
     let mut inputs = store.worker(open).await.unwrap();
     assert_eq!(inputs.tree().nodes(), 1);
     let (nothing, one, all) = store
-        .worker(move |_, _| (inputs.lease(vec![digest(b"")]), inputs.lease(vec![file]), inputs.lease_all()))
+        .worker(move |_, _| (inputs.hold(vec![digest(b"")]), inputs.hold(vec![file]), inputs.hold_all()))
         .await;
     let mut missing = vec![file, root];
     missing.sort();
@@ -222,7 +222,7 @@ async fn a_damaged_input_is_a_missing_blob() {
     let file = store.put(noise(1_000, 1)).await;
     let root = store.put(message(&[("f", file)], &[])).await;
     let staged = stage(&store, root).await.unwrap();
-    overwrite(&store.file_of(file), |bytes| bytes[0] ^= 1);
+    store.damage(file);
     let target = TempDir::new().unwrap();
     let parent = File::open(target.path()).unwrap();
     let outcome = store.worker(move |_, _| staged.materialise(&file, &parent, "f", 0o644)).await;
@@ -265,7 +265,7 @@ async fn outputs_are_moved_or_copied_and_belong_to_the_store_afterwards() {
     assert_ne!(inode(&store.file_of(digests[1])), of_linked);
     assert_ne!(inode(&store.file_of(digests[4])), of_open, "somebody could still write it");
     drop(writer);
-    std::fs::write(exec.join("link"), "written by whoever holds the other link").unwrap();
+    std::fs::write(exec.join("link"), "written through the other link").unwrap();
     std::fs::remove_dir_all(&exec).unwrap();
     for (blob, bytes) in [(digests[0], plain), (digests[1], linked)] {
         assert_eq!(store.get(blob).await.unwrap(), bytes);

@@ -159,7 +159,7 @@ async fn results_survive_a_restart_and_stay_in_their_instance() {
 /// AC-08.
 #[actix::test]
 async fn a_hundred_racing_updates_leave_one_whole_result() {
-    let store = TestStore::new().await;
+    let store = TestStore::of_files().await;
     let action = digest(b"action");
     let updates = (0..100u8).map(|n| {
         let store = &store;
@@ -217,7 +217,7 @@ async fn a_result_that_is_being_replaced_is_never_a_miss() {
 /// A kill in the middle of an update leaves the beginning of a file that is newer than the complete one.
 #[actix::test]
 async fn a_torn_update_does_not_cost_the_result_before_it() {
-    let store = TestStore::new().await;
+    let store = TestStore::of_files().await;
     let action = digest(b"action");
     let stored = update(&store, action, reapi::ActionResult::default()).await;
     let whole = store.file_of(action);
@@ -260,7 +260,7 @@ async fn a_damaged_result_file_is_a_miss() {
     let action = digest(b"action");
     update(&store, action, reapi::ActionResult::default()).await;
     let store = store.restart().await;
-    overwrite(&store.file_of(action), |bytes| *bytes.last_mut().unwrap() ^= 1);
+    store.damage(action);
     assert_eq!(lookup(&store, action).await, None);
     assert_eq!(store.inspect().await.totals.results, 0);
 }

@@ -105,7 +105,7 @@ async fn items_of_a_batch_succeed_and_fail_independently() {
 /// A flipped bit, a short file or an empty file is a miss, never wrong bytes, and the blob can be stored again (CAS-22).
 #[actix::test]
 async fn a_damaged_file_is_a_miss_and_is_dropped() {
-    let mut store = TestStore::new().await;
+    let mut store = TestStore::of_files().await;
     for (length, restarted) in [(1_000, false), (1_000, true), (LARGE, true)] {
         for damage in [
             |bytes: &mut Vec<u8>| bytes[999] ^= 1,
@@ -142,7 +142,7 @@ async fn a_large_file_that_changed_since_it_was_written_is_hashed_again() {
 /// The process exits right after the answer, and these times determine the order of eviction after the next start.
 #[actix::test]
 async fn closing_the_store_writes_the_uses() {
-    let mut store = TestStore::new().await;
+    let mut store = TestStore::of_files().await;
     let mut blobs = Vec::new();
     for n in 0..500 {
         let blob = store.put(format!("{n}")).await;
@@ -208,7 +208,7 @@ async fn a_reader_gets_all_bytes_or_an_error() {
 /// After kill -9 at any moment, complete files are recovered, incomplete ones are removed, and nothing else is touched.
 #[actix::test]
 async fn a_restart_recovers_complete_files_and_removes_the_others() {
-    let store = TestStore::new().await;
+    let store = TestStore::of_files().await;
     let (small, large) = (store.put("small").await, store.put(noise(LARGE, 1)).await);
     let cut = store.put(noise(5_000, 2)).await;
     overwrite(&store.file_of(cut), |bytes| bytes.truncate(4_999));
@@ -250,9 +250,9 @@ async fn the_least_recently_used_blobs_make_room() {
 }
 
 /// A blob that is being read is not evicted. Until the reader is gone, a write without room fails and the error names the
-/// leased bytes. A blob above the limit is refused for good.
+/// held bytes. A blob above the limit is refused for good.
 #[actix::test]
-async fn leased_blobs_stay_and_a_full_store_reports_them() {
+async fn held_blobs_stay_and_a_full_store_reports_them() {
     let store = TestStore::with_limit(2 * MB).await;
     let held = store.put(noise(1_500_000, 1)).await;
     let reader = store.cas.open(&store.main, held).await.unwrap();
@@ -277,7 +277,7 @@ async fn leased_blobs_stay_and_a_full_store_reports_them() {
 /// The order of use survives in access times, and a lower limit is enforced at start.
 #[actix::test]
 async fn a_restart_under_a_lower_limit_keeps_what_was_used_last() {
-    let store = TestStore::new().await;
+    let store = TestStore::of_files().await;
     let mut blobs = vec![];
     for seed in 0..10u64 {
         let blob = store.put(noise(4_096, seed)).await;
@@ -300,6 +300,8 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
         max_bytes: MB,
         max_blob_bytes: MB,
         partial_upload_retention: Duration::ZERO,
+        leases: LeaseTimes::default(),
+        result_links_bytes: 1 << 20,
         zstd_level: 1,
         timeouts: TimeoutPolicy { default: Duration::ZERO, max: Duration::ZERO },
     };
@@ -320,4 +322,91 @@ async fn a_full_disk_is_relieved_of_a_part_of_the_store() {
     assert!((1..20).contains(&totals.blobs) && totals.deleting == 0, "{totals:?}");
     assert_eq!(store.files().len() as u64, totals.blobs);
     assert!(!store.has(digest(&noise(LARGE, 0))).await && store.has(digest(&noise(LARGE, 19))).await);
+}
+
+/// What an earlier version has stored as files stays where it is, and what is new goes to segments.
+#[actix::test]
+async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
+    let store = TestStore::of_files().await;
+    let (old, action) = (store.put("old").await, digest(b"action"));
+    store
+        .cas
+        .put_result(&store.main, action, reapi::ActionResult::default(), Provenance::default())
+        .await
+        .unwrap();
+    let (file, of_result) = (store.file_of(old), store.file_of(action));
+    let format = store.root.path().join("store/format");
+    std::fs::write(&format, "gorego store 1\n").unwrap();
+    let store = store.restart_with_limit(1_000 * MB).await;
+    assert_eq!(std::fs::read_to_string(&format).unwrap(), "gorego store 2\n");
+    assert_eq!(store.get(old).await.unwrap(), "old");
+    assert_eq!(store.file_of(old), file);
+    // A newer result replaces the old one, also after a restart.
+    let metadata = reapi::ExecutedActionMetadata { worker: "newer".into(), ..Default::default() };
+    let newer = reapi::ActionResult { execution_metadata: Some(metadata), ..Default::default() };
+    store.cas.put_result(&store.main, action, newer, Provenance::default()).await.unwrap();
+    let new = store.put("new").await;
+    eventually(|| async { (!of_result.exists()).then_some(()) }).await;
+    let store = store.restart().await;
+    assert_eq!(store.get(new).await.unwrap(), "new");
+    let result = store.cas.get_result(&store.main, action).await.unwrap().unwrap();
+    assert_eq!(result.execution_metadata.as_ref().unwrap().worker, "newer");
+    assert_eq!(store.files(), [file], "new blobs and results have no files of their own");
+    let TestStore { root, cas, .. } = store;
+    cas.actor().send(CloseStore).await.unwrap();
+    drop(cas);
+    std::fs::write(&format, "gorego store 3\n").unwrap();
+    let settings = settings_at(root.path().join("store"), MB);
+    let instances = Instances::new([""]).unwrap();
+    let refusal = eventually(|| async {
+        let refusal = CasActor::open(settings.clone(), &instances, Handle::current()).unwrap_err();
+        (!refusal.to_string().contains("another gorego server")).then_some(refusal)
+    })
+    .await;
+    assert!(refusal.to_string().contains("gorego store 3"), "{refusal}");
+    assert_eq!(std::fs::read_to_string(&format).unwrap(), "gorego store 3\n");
+}
+
+/// The whole store, with segments, stays within its limit on disk while most of what it stores is evicted again.
+#[actix::test]
+async fn dead_records_never_take_the_store_beyond_its_limit() {
+    let limit = 256 * MB;
+    let store = TestStore::with_limit(limit).await;
+    let on_disk = || {
+        fn bytes(directory: &Path) -> u64 {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            let size = |entry: std::fs::DirEntry| match entry.path() {
+                path if path.is_dir() => bytes(&path),
+                path => path
+                    .metadata()
+                    .map_or(0, |metadata| std::os::unix::fs::MetadataExt::blocks(&metadata) * 512),
+            };
+            entries.map(size).sum()
+        }
+        bytes(&store.root.path().join("store"))
+    };
+    // Some blobs are used again and again, among others that nobody wants any more, so that few segments die as a whole.
+    let mut hot = Vec::new();
+    for round in 0..55u64 {
+        let content = |n: u64| {
+            let mut bytes = vec![0; 60_000];
+            bytes[..8].copy_from_slice(&(round * 100 + n).to_le_bytes());
+            Bytes::from(bytes)
+        };
+        let blobs: Vec<(Digest, Bytes)> =
+            (0..100).map(content).map(|bytes| (digest(&bytes), bytes)).collect();
+        if hot.len() < 400 {
+            hot.extend(blobs.iter().step_by(10).map(|(digest, _)| *digest));
+        }
+        let outcomes = store.cas.write_many(&store.main, blobs).await.unwrap();
+        assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+        assert!(store.cas.find_missing(&store.main, &hot).await.unwrap().is_empty(), "{round}");
+        assert!(on_disk() <= limit, "{round}");
+    }
+    let totals = store.inspect().await.totals;
+    assert!(totals.used + totals.overhead <= limit && totals.used > limit / 2, "{totals:?}");
+    for digest in &hot {
+        store.get(*digest).await.unwrap();
+    }
+    assert_eq!(store.restart().await.inspect().await.totals.reserved, 0);
 }

@@ -10,7 +10,7 @@ async fn over(volume: &Memory, max_bytes: u64) -> TestStore {
     let settings = settings_at(root.path().join("nowhere"), max_bytes);
     let actor = CasActor::over(Box::new(volume.clone()), settings, Handle::current()).unwrap();
     let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
-    TestStore { root, cas: actor.launch(), main, other }
+    TestStore { root, cas: actor.launch(), main, other, max_bytes }
 }
 
 #[actix::test]
@@ -71,8 +71,8 @@ async fn every_way_in_and_out_works_without_a_file_system_and_survives_a_restart
     let path = directory.path().to_owned();
     let blob = digest(&output);
     let made = store.worker(move |cas, main| {
-        let mut staged = cas.open_inputs(&main, root, Peer::default())?;
-        staged.lease_all()?;
+        let mut staged = cas.open_inputs(&main, root, Owner::default())?;
+        staged.hold_all()?;
         staged.materialise(&blob, &File::open(&path).unwrap(), "f", 0o644)
     });
     assert_eq!(made.await, Ok(()));

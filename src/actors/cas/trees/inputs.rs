@@ -1,9 +1,9 @@
-//! Input roots: reads, checks, leases and copies them out.
+//! Input roots: reads, checks, holds and copies them out.
 //!
 //! Directories are read level by level, each distinct one once, and cached decoded for the next action, which mostly shares
 //! them. A root that was read is remembered ([`KnownRoots`](super::known_roots::KnownRoots)), and one that was checked lately is
 //! not checked again before the queue. So the cost of an action whose root is known does not depend on its number of files,
-//! until a worker leases what it needs. All missing Directories and files are reported at once, except those below a missing
+//! until a worker holds what it needs. All missing Directories and files are reported at once, except those below a missing
 //! Directory, which cannot be known (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] per message, [`MAX_TREE_DEPTH`] levels,
 //! [`MAX_TREE_NODES`] entries in distinct directories, and as many in the expanded tree.
 
@@ -11,7 +11,7 @@ use crate::actors::cas::{
     blob::{open_checked, read_whole},
     client::Cas,
     decoding::worst_case,
-    guards::Lease,
+    guards::Hold,
     index::FoundEntry,
     lookup::Purpose,
     settings::{DIRECTORIES_AT_ONCE, LOOKUPS_PER_TURN, SMALL_BLOB_BYTES},
@@ -19,7 +19,7 @@ use crate::actors::cas::{
     volume::outside::NewInput,
 };
 use crate::{
-    caller::{Caller, Peer},
+    caller::{Caller, Owner},
     instance::Instance,
 };
 use gorego_reapi::{
@@ -58,15 +58,15 @@ impl Closure {
     }
 }
 
-/// The input root of an action. What is leased of it cannot be evicted while this is held.
+/// The input root of an action. What is held of it cannot be evicted while this is held.
 #[derive(Debug)]
 pub struct ActionInputs {
     cas: Cas,
     instance: Instance,
     tree: Arc<InputTree>,
-    /// What is leased, sorted by digest.
+    /// What is held, sorted by digest.
     files: Vec<FoundEntry>,
-    leases: Vec<Lease>,
+    holds: Vec<Hold>,
 }
 
 impl ActionInputs {
@@ -75,44 +75,44 @@ impl ActionInputs {
         &self.tree
     }
 
-    /// Leases every blob of the tree. Blocks.
+    /// Holds every blob of the tree. Blocks.
     ///
     /// # Errors
     /// `MissingBlobs` with everything that is missing (EXE-26).
-    pub fn lease_all(&mut self) -> Result<()> {
+    pub fn hold_all(&mut self) -> Result<()> {
         let tree = self.tree.clone();
-        self.lease_sorted(tree.blobs())
+        self.hold_sorted(tree.blobs())
     }
 
-    /// Leases these blobs of the tree. Blocks.
+    /// Holds these blobs of the tree. Blocks.
     ///
     /// # Errors
     /// `MissingBlobs` with everything that is missing (EXE-26).
-    pub fn lease(&mut self, mut blobs: Vec<Digest>) -> Result<()> {
+    pub fn hold(&mut self, mut blobs: Vec<Digest>) -> Result<()> {
         blobs.retain(|digest| !digest.is_empty());
         blobs.sort_unstable();
         blobs.dedup();
-        self.lease_sorted(&blobs)
+        self.hold_sorted(&blobs)
     }
 
-    fn lease_sorted(&mut self, blobs: &[Digest]) -> Result<()> {
+    fn hold_sorted(&mut self, blobs: &[Digest]) -> Result<()> {
         if blobs.is_empty() {
             return Ok(());
         }
         let instance = self.instance.clone();
         let located = self.cas.block_on(async |cas| cas.locate(&instance, blobs, Purpose::Read).await)?;
-        let (found, lease) = located.complete(blobs)?;
+        let (found, hold) = located.complete(blobs)?;
         if self.files.is_empty() {
             self.files = found;
         } else {
             self.files.extend(found);
             self.files.sort_by_key(|found| found.file.key.digest);
         }
-        self.leases.push(lease);
+        self.holds.push(hold);
         Ok(())
     }
 
-    /// Copies a leased file of the tree to a new file `name` in the directory `parent`, with these permission bits. Uses a clone
+    /// Copies a held file of the tree to a new file `name` in the directory `parent`, with these permission bits. Uses a clone
     /// where the file system supports it, but never a hard link: an action may write its inputs, and nobody else may see that
     /// (EXE-43). Blocks.
     ///
@@ -126,20 +126,20 @@ impl ActionInputs {
 }
 
 impl Cas {
-    /// Reads an input root, for an action of this peer. Nothing of it is leased yet. Called from a worker thread. The number of
+    /// Reads an input root, for an action of this build. Nothing of it is held yet. Called from a worker thread. The number of
     /// slots bounds how many are open.
     ///
     /// # Errors
     /// `MissingBlobs` with everything that is missing (EXE-26), unless the root is known; `Invalid` when a Directory is
     /// malformed.
-    pub fn open_inputs(&self, instance: &Instance, root: Digest, peer: Peer) -> Result<ActionInputs> {
-        let cas = self.working_for(Caller::without_connection(peer));
+    pub fn open_inputs(&self, instance: &Instance, root: Digest, build: Owner) -> Result<ActionInputs> {
+        let cas = self.working_for(Caller::without_connection(build.peer)).for_build(build);
         let tree = match self.shared().input_roots.get(&(instance.blobs(), root)) {
             Some(known) => known,
             None => cas.block_on(async |cas| cas.walk(instance, root).await)?,
         };
         let instance = instance.clone();
-        Ok(ActionInputs { cas, instance, tree, files: Vec::new(), leases: Vec::new() })
+        Ok(ActionInputs { cas, instance, tree, files: Vec::new(), holds: Vec::new() })
     }
 
     /// Reads all Directories below a root. The room has to be kept as long as they are.
@@ -188,7 +188,7 @@ impl Cas {
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        self.shared().input_roots.insert(key, &known, Instant::now());
+        self.shared().input_roots.insert(key, &known, self.lessee(), Instant::now());
         Ok(())
     }
 
@@ -210,7 +210,7 @@ impl Cas {
         if !missing.is_empty() {
             return Err(Error::MissingBlobs(missing));
         }
-        self.shared().input_roots.insert((instance.blobs(), root), &tree, Instant::now());
+        self.shared().input_roots.insert((instance.blobs(), root), &tree, self.lessee(), Instant::now());
         Ok(tree)
     }
 
@@ -359,7 +359,7 @@ fn materialise(
     let found = match found {
         Some(found) => found,
         None if digest.is_empty() => return make().and_then(|file| file.finish(mode)).map_err(failed),
-        None => return Err(Error::internal(format!("blob {digest} of the input root is not leased"))),
+        None => return Err(Error::internal(format!("blob {digest} of the input root is not held"))),
     };
     if digest.size() <= SMALL_BLOB_BYTES {
         let bytes = read_whole(cas, found).map_err(missing)?;

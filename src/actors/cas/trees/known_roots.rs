@@ -2,13 +2,14 @@
 //!
 //! A digest identifies contents, so a root that was read never becomes stale. Only the index says whether all of it is still
 //! stored. But nothing that was just renewed is evicted before everything older is gone. So a root that was checked in the last
-//! [`CHECKED_FOR`] is taken to be complete before the queue. Whoever needs a blob leases it, and learns for certain.
+//! [`CHECKED_FOR`] is taken to be complete before the queue. A caller that needs a blob holds it, which shows for certain whether it is stored.
 //!
 //! Bounds: the roots used last are kept within [`INPUT_ROOT_MEMO_BYTES`]. Others are known for as long as somebody else has
 //! them, such as the staged trees of the workers, which have a budget of their own.
 
 use crate::{
     actors::cas::{memo::Memo, settings::INPUT_ROOT_MEMO_BYTES},
+    caller::Owner,
     instance::InstanceId,
 };
 use gorego_reapi::{digest::Digest, tree::InputTree};
@@ -42,6 +43,8 @@ struct AllRoots {
 #[derive(Debug)]
 struct KnownRoot {
     tree: Weak<InputTree>,
+    /// The build for which it was checked last.
+    build: Option<Owner>,
     checked: Instant,
 }
 
@@ -60,18 +63,18 @@ impl KnownRoots {
         self.recent.get(key).or_else(|| self.lock().roots.get(key)?.tree.upgrade())
     }
 
-    /// Whether a root need not be checked now.
-    pub(crate) fn was_checked(&self, key: &Key, now: Instant) -> bool {
+    /// Whether a root need not be checked now for this build. The check of another build has leased nothing to this one.
+    pub(crate) fn was_checked(&self, key: &Key, build: Option<Owner>, now: Instant) -> bool {
         let all = self.lock();
-        let known = all.roots.get(key).filter(|known| known.tree.strong_count() > 0);
+        let known = all.roots.get(key).filter(|known| known.tree.strong_count() > 0 && known.build == build);
         known.is_some_and(|known| now.saturating_duration_since(known.checked) < CHECKED_FOR)
     }
 
-    /// Remembers a root that was found complete.
-    pub(crate) fn insert(&self, key: Key, tree: &Arc<InputTree>, checked: Instant) {
+    /// Remembers a root that was found complete for this build.
+    pub(crate) fn insert(&self, key: Key, tree: &Arc<InputTree>, build: Option<Owner>, checked: Instant) {
         self.recent.insert(key, tree.clone(), tree.memory());
         let mut all = self.lock();
-        all.roots.insert(key, KnownRoot { tree: Arc::downgrade(tree), checked });
+        all.roots.insert(key, KnownRoot { tree: Arc::downgrade(tree), build, checked });
         if all.roots.len() >= all.prune_at {
             all.roots.retain(|_, known| known.tree.strong_count() > 0);
             all.prune_at = MIN_PRUNED.max(2 * all.roots.len());
@@ -105,11 +108,11 @@ mod tests {
     fn a_root_is_checked_again_after_a_while() {
         let (roots, now) = (KnownRoots::new(), Instant::now());
         let (key, tree) = root(1, 8);
-        assert!(!roots.was_checked(&key, now) && roots.get(&key).is_none());
-        roots.insert(key, &tree, now);
+        assert!(!roots.was_checked(&key, None, now) && roots.get(&key).is_none());
+        roots.insert(key, &tree, None, now);
         drop(tree);
-        assert!(roots.was_checked(&key, now + CHECKED_FOR / 2));
-        assert!(!roots.was_checked(&key, now + CHECKED_FOR));
+        assert!(roots.was_checked(&key, None, now + CHECKED_FOR / 2));
+        assert!(!roots.was_checked(&key, None, now + CHECKED_FOR));
         assert!(roots.get(&key).is_some(), "it is still known");
         assert!(roots.get(&(InstanceId(1), key.1)).is_none(), "to those who have its blobs");
     }
@@ -118,16 +121,16 @@ mod tests {
     fn a_root_that_is_in_use_elsewhere_stays_known_and_all_others_are_bounded() {
         let (roots, now) = (KnownRoots::within(400_000), Instant::now());
         let (key, held) = root(0, 8);
-        roots.insert(key, &held, now);
+        roots.insert(key, &held, None, now);
         for number in 1..4 * MIN_PRUNED {
             let (key, tree) = root(number, 2_000);
-            roots.insert(key, &tree, now);
+            roots.insert(key, &tree, None, now);
         }
         assert!(Arc::ptr_eq(&roots.get(&key).unwrap(), &held));
         let known = roots.lock().roots.len();
         assert!(known <= MIN_PRUNED, "{known} are known");
         roots.recent.clear();
         drop(held);
-        assert!(roots.get(&key).is_none() && !roots.was_checked(&key, now));
+        assert!(roots.get(&key).is_none() && !roots.was_checked(&key, None, now));
     }
 }

@@ -127,7 +127,7 @@ impl NewBlob {
             let key = Key { digest, instance, kind: EntryKind::Blob };
             let mut files = cas.new_files(room.into_reservation());
             let failed = |error| Error::io(&format!("store blob {digest}"), &error);
-            files.keep(key, file, digest.size()).map_err(failed)?;
+            files.keep(key, file).map_err(failed)?;
             Ok(files.commit())
         });
         if let Some(visible) = stored.await?? {

@@ -411,7 +411,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<StoreShared>) 
         };
         let draft = sink.checked(digest)?;
         let mut files = new_files(&mut attempt, shared)?;
-        files.keep(key, draft, digest.size()).map_err(|error| failed(digest, &error))?;
+        files.keep(key, draft).map_err(|error| failed(digest, &error))?;
         files
     };
     Ok(files.commit_upload(attempt))
@@ -420,7 +420,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<StoreShared>) 
 /// A [`NewFiles`] with the room of an attempt.
 fn new_files(attempt: &mut Attempt, shared: &Arc<StoreShared>) -> Result<NewFiles> {
     let room = attempt.room.take().ok_or_else(lost_room)?;
-    Ok(NewFiles::new(attempt.store(), shared, room.into_reservation()))
+    Ok(NewFiles::new(attempt.store(), shared, room.into_reservation()).leased_to(attempt.lessee))
 }
 
 fn lost_room() -> Error {

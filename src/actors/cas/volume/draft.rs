@@ -1,13 +1,13 @@
 //! [`TemporaryFile`]: a file under a temporary name, which gets its final name once its content is verified.
 
 use super::{
-    Draft,
+    Draft, WrittenFile,
     files::{StorePaths, create, in_shard},
     hash,
     stamps::{change_unobserved, stamp_of},
 };
 use crate::{
-    actors::cas::index::{FileId, Stamp},
+    actors::cas::index::{FileId, Key, Stamp},
     regular_file,
 };
 use bytes::Bytes;
@@ -67,14 +67,17 @@ impl Draft for TemporaryFile {
         hash(hasher, |piece, at| file.read_at(piece, at))
     }
 
-    fn keep(mut self: Box<Self>, file: &FileId) -> io::Result<Stamp> {
-        let written = stamp_of(&self.file.metadata()?);
+    fn keep(mut self: Box<Self>, key: Key) -> io::Result<WrittenFile> {
+        let file = FileId { key, generation: self.paths.next_generation() };
+        let metadata = self.file.metadata()?;
+        let written = stamp_of(&metadata);
         // A file that is open for writing, even by this process, gets no lease.
         self.file = self.reopen()?;
-        let path = self.paths.path(file);
+        let path = self.paths.path(&file);
         let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))?;
         self.is_kept = true;
-        Ok(moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp)))
+        let stamp = moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp));
+        Ok(WrittenFile { file, bytes: self.paths.charge(metadata.len()), stamp })
     }
 }
 

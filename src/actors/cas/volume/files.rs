@@ -1,4 +1,4 @@
-//! [`Files`]: the volume that keeps stored files below one directory.
+//! [`Files`]: keeps each stored file as a file of its own, below one directory.
 //!
 //! ```text
 //! <root>/lock                                              held while a server runs on it
@@ -9,6 +9,7 @@
 //! <root>/v1/zstd/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/tmp/<generation>                               uploads in progress; emptied at start
 //! <root>/v1/trash/                                         what start threw away; emptied in the background
+//! <root>/segments/                                         see `segments`
 //! ```
 //!
 //! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's file
@@ -19,7 +20,7 @@
 //! A power cut may lose or damage what was written last, and the hash check at the first read turns that into misses.
 
 use super::{
-    Draft, Look, Moved, Recovered, Repairs, Stored, Volume,
+    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
     draft::TemporaryFile,
     outside::LeftFile,
     scan,
@@ -27,13 +28,12 @@ use super::{
     stored::{StoredFile, look_of},
 };
 use crate::{
-    actors::cas::index::{EntryKind, FileId, Key, Stamp},
+    actors::cas::index::{EntryKind, FileId, Key, Stamp, Victim},
     disk::Space,
     instance::{InstanceId, Instances},
     regular_file,
     spread::spread_subdirectories,
 };
-use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -57,7 +57,9 @@ use std::{
 use uuid::Uuid;
 
 /// The content of `<root>/format`.
-const FORMAT: &str = "gorego store 1\n";
+const FORMAT: &str = "gorego store 2\n";
+/// The format of stores without segments. Such a store is used as it is.
+const OLD_FORMAT: &str = "gorego store 1\n";
 /// A bound on the size of that file.
 const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files, which are never written again.
@@ -69,8 +71,6 @@ const TOUCH_LEASES: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Files {
     pub(super) paths: Arc<StorePaths>,
-    block: u64,
-    generation: AtomicU64,
     _lock: File,
 }
 
@@ -82,6 +82,10 @@ pub(super) struct StorePaths {
     instances: Vec<String>,
     /// See [`has_fine_change_times`].
     has_fine_times: bool,
+    /// Bytes of a block of the file system.
+    block: u64,
+    /// The next number of a file. Segments number their records from it too.
+    sequence: Arc<AtomicU64>,
 }
 
 impl Files {
@@ -105,8 +109,9 @@ impl Files {
             rustix::fs::statvfs(&base).map_err(|error| refuse("it cannot be examined", &error))?.f_frsize;
         let has_fine_times = has_fine_change_times(&base.join("tmp"))
             .map_err(|error| refuse("a file in it cannot be written", &error))?;
-        let paths = Arc::new(StorePaths { base, instances: names, has_fine_times });
-        Ok(Self { paths, block: block.max(512), generation: AtomicU64::new(1), _lock: lock })
+        let (block, sequence) = (block.max(512), Arc::new(AtomicU64::new(1)));
+        let paths = Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence });
+        Ok(Self { paths, _lock: lock })
     }
 
     /// The path of a stored file.
@@ -117,7 +122,17 @@ impl Files {
 
     /// Records that a file of this generation exists.
     pub(super) fn saw_generation(&self, generation: u64) {
-        self.generation.fetch_max(generation.saturating_add(1), Ordering::Relaxed);
+        self.paths.sequence.fetch_max(generation.saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// The next number of a file.
+    pub(super) fn sequence(&self) -> Arc<AtomicU64> {
+        self.paths.sequence.clone()
+    }
+
+    /// The directory names of the instances, by [`InstanceId`].
+    pub(super) fn names(&self) -> Vec<String> {
+        self.paths.instances.clone()
     }
 
     /// The instances that have directories.
@@ -133,6 +148,28 @@ impl Files {
     /// [`Volume::open`] of the file at a path.
     pub(super) fn open_path(&self, path: &Path) -> io::Result<StoredFile> {
         Ok(StoredFile::new(regular_file::open(path)?, self.paths.has_fine_times))
+    }
+
+    fn write_one(&self, file: &NewFile<'_>) -> io::Result<WrittenFile> {
+        let id = FileId { key: file.key, generation: self.next_generation() };
+        let path = self.paths.path(&id);
+        let mut new = create(&path)?;
+        let written = file.pieces.iter().try_for_each(|bytes| new.write_all(bytes));
+        let metadata = written.and_then(|()| new.metadata());
+        if metadata.is_err() {
+            let _ = fs::remove_file(&path);
+        }
+        Ok(WrittenFile { file: id, bytes: self.charge(file.size()), stamp: self.stamp(&metadata?) })
+    }
+
+    /// Deletes a stored file. Anything that was put in its place is removed too.
+    fn delete_one(&self, file: &FileId) -> io::Result<()> {
+        let path = self.paths.path(file);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.paths.throw_away(&path),
+            outcome => outcome,
+        }
     }
 
     /// Sets the access time of a stored file to now. If nobody can have written the file meanwhile, returns the stamps before
@@ -152,11 +189,11 @@ impl Files {
 
 impl Volume for Files {
     fn next_generation(&self) -> u64 {
-        self.generation.fetch_add(1, Ordering::Relaxed)
+        self.paths.next_generation()
     }
 
     fn charge(&self, size: u64) -> u64 {
-        size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
+        self.paths.charge(size)
     }
 
     fn space(&self) -> io::Result<Space> {
@@ -176,26 +213,20 @@ impl Volume for Files {
         Ok(look_of(&metadata, self.paths.has_fine_times))
     }
 
-    fn write(&self, file: &FileId, pieces: &[Bytes]) -> io::Result<Stamp> {
-        let path = self.paths.path(file);
-        let mut file = create(&path)?;
-        let written = pieces.iter().try_for_each(|bytes| file.write_all(bytes));
-        let metadata = written.and_then(|()| file.metadata());
-        if metadata.is_err() {
-            let _ = fs::remove_file(&path);
-        }
-        Ok(self.stamp(&metadata?))
+    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>> {
+        files.iter().map(|file| self.write_one(file)).collect()
     }
 
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
         Ok(Box::new(TemporaryFile::create(self.paths.clone(), self.next_generation())?))
     }
 
-    fn adopt(&self, id: &FileId, left: &LeftFile<'_>) -> io::Result<Option<Stamp>> {
+    fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
         if !left.is_ours_alone() {
             return Ok(None);
         }
-        let (path, before) = (self.paths.path(id), &left.before);
+        let file = FileId { key, generation: self.next_generation() };
+        let (path, before) = (self.paths.path(&file), &left.before);
         fchmod(&left.file, Mode::from_raw_mode(STORED_MODE))?;
         if in_shard(&path, || Ok(renameat(left.parent, left.name, CWD, &path)?)).is_err() {
             // It is on another file system.
@@ -204,22 +235,18 @@ impl Volume for Files {
         let (after, moved) = (left.file.metadata()?, fs::symlink_metadata(&path)?);
         let same = (after.dev(), after.ino()) == (moved.dev(), moved.ino());
         let times = |metadata: &Metadata| (metadata.mtime(), metadata.mtime_nsec());
-        let unchanged = after.len() == id.key.digest.size() && times(&after) == times(before);
+        let unchanged = after.len() == key.digest.size() && times(&after) == times(before);
         if same && unchanged && after.nlink() == 1 {
-            return Ok(Some(self.stamp(&after)));
+            let bytes = self.charge(after.len());
+            return Ok(Some(WrittenFile { file, bytes, stamp: self.stamp(&after) }));
         }
-        self.delete(id)?;
+        self.delete_one(&file)?;
         Ok(None)
     }
 
-    /// Anything that was put in the place of the file is removed too.
-    fn delete(&self, file: &FileId) -> io::Result<()> {
-        let path = self.paths.path(file);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.paths.throw_away(&path),
-            outcome => outcome,
-        }
+    fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)> {
+        let delete = |victim: &Victim| Some((victim.file, self.delete_one(&victim.file).err()?));
+        victims.iter().filter_map(delete).collect()
     }
 
     /// Uses are recorded as access times.
@@ -242,13 +269,28 @@ impl Volume for Files {
     fn recover(
         &self,
         is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<FileId>,
+        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
     ) -> Repairs {
         scan::recover(self, is_whole, take)
+    }
+
+    #[cfg(test)]
+    fn place(&self, file: &FileId) -> Option<(PathBuf, u64)> {
+        Some((self.paths.path(file), 0))
     }
 }
 
 impl StorePaths {
+    /// A number that no file of the store has had.
+    pub(super) fn next_generation(&self) -> u64 {
+        self.sequence.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Bytes that a file of this size takes.
+    pub(super) fn charge(&self, size: u64) -> u64 {
+        size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
+    }
+
     /// The path of a stored file.
     pub(super) fn path(&self, file: &FileId) -> PathBuf {
         let Key { digest, instance, kind } = &file.key;
@@ -291,7 +333,7 @@ impl StorePaths {
 }
 
 /// The error for a directory that cannot be used as a store.
-fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -> Error {
+pub(super) fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -> Error {
     Error::Precondition(format!(
         "cannot use {} as the store: {what}: {error} (local_cache_dir chooses another directory)",
         root.display()
@@ -315,11 +357,18 @@ fn take_lock(root: &Path) -> Result<File> {
     Ok(lock)
 }
 
-/// Checks the format of a store directory. A new directory gets the current one.
+/// Checks the format of a store directory. A new directory gets the current one, and so does an older store before the first
+/// segment is made, so that no older version opens it and misses what is in segments.
 fn check_format(root: &Path) -> Result<()> {
     let format = root.join("format");
     match regular_file::read(&format, MAX_FORMAT_BYTES) {
         Ok(text) if text == FORMAT.as_bytes() => Ok(()),
+        Ok(text) if text == OLD_FORMAT.as_bytes() => {
+            let new = root.join("format.new");
+            regular_file::write(&new, FORMAT.as_bytes())
+                .and_then(|()| fs::rename(&new, &format))
+                .map_err(|error| unusable(root, "it cannot be upgraded", &error))
+        }
         Ok(text) => {
             let text = String::from_utf8_lossy(&text).chars().take(40).collect::<String>();
             Err(unusable(root, "it is of a format that this version does not know", &text.escape_debug()))
@@ -452,9 +501,9 @@ mod tests {
         assert!(error.to_string().contains("another gorego server runs on it"), "{error}");
         drop(first);
         Files::open(root.path(), &instances).unwrap();
-        fs::write(root.path().join("format"), "gorego store 2\n").unwrap();
+        fs::write(root.path().join("format"), "gorego store 3\n").unwrap();
         let error = Files::open(root.path(), &instances).unwrap_err();
-        assert!(error.to_string().contains("gorego store 2"), "{error}");
+        assert!(error.to_string().contains("gorego store 3"), "{error}");
         fs::write(root.path().join("plain"), "").unwrap();
         let error = Files::open(&root.path().join("plain"), &instances).unwrap_err();
         assert!(matches!(error, Error::Precondition(_)), "{error}");

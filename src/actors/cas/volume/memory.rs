@@ -1,10 +1,11 @@
 //! [`Memory`]: a volume in memory, for tests. They show that the store needs only what the trait promises.
 
 use super::{
-    Draft, Look, Moved, Recovered, Repairs, Stored, Volume, outside::LeftFile, stored::copy_in_pieces,
+    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile, outside::LeftFile,
+    stored::copy_in_pieces,
 };
 use crate::{
-    actors::cas::index::{FileId, Stamp},
+    actors::cas::index::{FileId, Key, Stamp, Victim},
     disk::Space,
 };
 use bytes::Bytes;
@@ -33,9 +34,11 @@ impl Memory {
     }
 
     /// Files are never changed, so the generation serves as the stamp.
-    fn keep(&self, file: &FileId, bytes: Bytes) -> Stamp {
-        self.files.lock().unwrap().insert(file.generation, (*file, bytes));
-        Stamp::new(file.generation, 0)
+    fn keep(&self, key: Key, bytes: Bytes) -> WrittenFile {
+        let file = FileId { key, generation: self.next_generation() };
+        let charge = self.charge(bytes.len() as u64);
+        self.files.lock().unwrap().insert(file.generation, (file, bytes));
+        WrittenFile { file, bytes: charge, stamp: Stamp::new(file.generation, 0) }
     }
 
     fn open_file(&self, file: &FileId) -> io::Result<Open> {
@@ -78,21 +81,23 @@ impl Volume for Memory {
         self.open_file(file)?.look()
     }
 
-    fn write(&self, file: &FileId, pieces: &[Bytes]) -> io::Result<Stamp> {
-        Ok(self.keep(file, pieces.concat().into()))
+    fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>> {
+        files.iter().map(|file| Ok(self.keep(file.key, file.pieces.concat().into()))).collect()
     }
 
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
         Ok(Box::new(Growing { bytes: Vec::new(), volume: self.clone() }))
     }
 
-    fn adopt(&self, _: &FileId, _: &LeftFile<'_>) -> io::Result<Option<Stamp>> {
+    fn adopt(&self, _: Key, _: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
         Ok(None)
     }
 
-    fn delete(&self, file: &FileId) -> io::Result<()> {
-        self.files.lock().unwrap().remove(&file.generation);
-        Ok(())
+    fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)> {
+        for victim in victims {
+            self.files.lock().unwrap().remove(&victim.file.generation);
+        }
+        Vec::new()
     }
 
     fn touch(&self, _: &[FileId], _: &mut dyn FnMut(Vec<Moved>)) {}
@@ -100,13 +105,13 @@ impl Volume for Memory {
     fn recover(
         &self,
         _: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<FileId>,
+        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
     ) -> Repairs {
         let files: Vec<_> = self.files.lock().unwrap().values().cloned().collect();
         for (file, bytes) in files {
             let recovered = Recovered { file, bytes: self.charge(bytes.len() as u64), touched: 0 };
             if let Some(loser) = take(recovered) {
-                self.delete(&loser).unwrap();
+                self.delete(&[loser]);
             }
         }
         Repairs::default()
@@ -152,7 +157,7 @@ impl Draft for Growing {
         Ok(hasher.finish())
     }
 
-    fn keep(self: Box<Self>, file: &FileId) -> io::Result<Stamp> {
-        Ok(self.volume.keep(file, self.bytes.into()))
+    fn keep(self: Box<Self>, key: Key) -> io::Result<WrittenFile> {
+        Ok(self.volume.keep(key, self.bytes.into()))
     }
 }

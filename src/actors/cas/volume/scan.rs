@@ -10,7 +10,7 @@ use super::{
     files::{Files, parse_file_name},
 };
 use crate::{
-    actors::cas::index::{EntryKind, FileId, Key},
+    actors::cas::index::{EntryKind, FileId, Key, Victim},
     instance::InstanceId,
     logging::Event,
 };
@@ -49,7 +49,7 @@ struct ShardContent {
 pub(super) fn recover(
     files: &Files,
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-    take: &mut dyn FnMut(Recovered) -> Option<FileId>,
+    take: &mut dyn FnMut(Recovered) -> Option<Victim>,
 ) -> Repairs {
     let shards: Vec<ShardId> = all_shards(files);
     let next = AtomicUsize::new(0);
@@ -76,7 +76,7 @@ pub(super) fn recover(
                 files.saw_generation(recovered.file.generation);
                 if let Some(loser) = take(recovered) {
                     sums.removed += 1;
-                    let _ = fs::remove_file(files.paths.path(&loser));
+                    let _ = fs::remove_file(files.paths.path(&loser.file));
                 }
             }
         }

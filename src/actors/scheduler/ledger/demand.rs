@@ -78,7 +78,7 @@ impl Ledger {
         }
     }
 
-    /// What there is to say of each pool in numbers, in order of preference. Costs O(pools), however many tasks there are.
+    /// The numbers of each pool, in order of preference. Costs O(pools), however many tasks there are.
     pub(crate) fn measure(&self, now: ClockReading) -> Vec<PoolMeasurement> {
         let measure = |status: PoolStatus| {
             let (waiting, oldest) = self.demand.of(status.id);

@@ -1,23 +1,23 @@
-//! The life of a task: the check of its inputs, the order of its image, the assignment to a slot, the run, and the conclusion
-//! from its end.
+//! The life of a task until it runs: the check of its inputs, the order of its image, the assignment to a slot, and the stages of
+//! the run. `conclusion` has what follows from its end.
 
-use super::{Ledger, Outcome, Task, TaskRun, TaskStep};
+use super::{Ledger, Outcome, Snapshot, TaskRun, TaskStep};
 use crate::{
     action::Action,
     actors::{
         scheduler::{
             operation::Stage,
             quota::{Load, SHARE},
-            settings::ClockReading,
+            settings::{ClockReading, SchedulerSettings},
             slots::PoolId,
             transition::{OperationEvent, Transition},
         },
         worker::{
             cancel::CancelToken,
-            messages::{Account, RunFailure, RunReport, RunStage, SlotId, StageReached, TaskId},
+            messages::{RunReport, RunStage, SlotId, StageReached, TaskId},
         },
     },
-    caller::Peer,
+    caller::{Build, Owner, Peer},
     instance::Instance,
     platform::wanted_image,
 };
@@ -25,7 +25,11 @@ use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
 };
-use std::{convert::Infallible, sync::Arc, time::SystemTime};
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 use tokio::sync::oneshot;
 
 /// A decision: check whether the inputs of a task are stored.
@@ -35,8 +39,8 @@ pub(crate) struct Check {
     pub(crate) instance: Instance,
     /// The digest of the input root.
     pub(crate) root: Digest,
-    /// The peer whose turn it was.
-    pub(crate) peer: Peer,
+    /// The peer whose turn it was, and the build that asked first. The inputs are leased to it.
+    pub(crate) build: Owner,
 }
 
 /// A decision: bring the container image that a task names.
@@ -107,7 +111,7 @@ impl Ledger {
             task: id,
             instance: task.action.instance.clone(),
             root: task.action.input_root,
-            peer: charge.owner.peer,
+            build: Owner { peer: charge.owner.peer, build: Build::of(&task.first.client.tool_invocation_id) },
         })
     }
 
@@ -130,7 +134,7 @@ impl Ledger {
     }
 
     /// The next task whose image is to be brought. Each order should be answered by [`Ledger::image_brought`], unless the task
-    /// has left. There is no bound but that of the queue: who orders only waits, and shares the pulls with all others.
+    /// has left. Only the size of the queue bounds the number of orders: a task with an order only waits, and pulls are shared.
     pub(crate) fn next_image(&mut self, now: ClockReading) -> Option<ImageOrder> {
         while let Some(id) = self.image_orders.pop_front() {
             let Some(task) = self.tasks.get_mut(&id) else { continue };
@@ -182,10 +186,6 @@ impl Ledger {
         task.position = None;
         task.attempts = task.attempts.saturating_add(1);
         self.quota.remove(task.owner, Load::TURN);
-        let limits = &self.settings;
-        let bound = [task.action.timeout, limits.transfer_timeout, limits.transfer_timeout, limits.run_slack]
-            .into_iter()
-            .fold(std::time::Duration::ZERO, std::time::Duration::saturating_add);
         let run = TaskRun {
             attempt: task.attempts,
             pool,
@@ -194,7 +194,7 @@ impl Ledger {
             charge,
             cancel: CancelToken::new(),
             started: now.at,
-            deadline: now.after(bound),
+            deadline: now.after(longest_run(&self.settings, task.action.timeout)),
             // A worker does not report its first stage.
             reached: Some((RunStage::Fetching, now.wall)),
             logs: None,
@@ -213,10 +213,19 @@ impl Ledger {
             principal: task.first.principal.name().to_owned(),
             cancel: run.cancel.clone(),
         };
+        self.show_executing(id, &run, now);
+        self.runs.insert(id, run);
+        self.count_demand(id);
+        Some(assignment)
+    }
+
+    /// Tells the operations of a task where it runs.
+    fn show_executing(&mut self, id: TaskId, run: &TaskRun, now: ClockReading) {
+        let Some(task) = self.tasks.get(&id) else { return };
         for number in task.numbers() {
-            let executing = |snapshot: &mut super::Snapshot| {
+            let executing = |snapshot: &mut Snapshot| {
                 snapshot.stage = Stage::Executing;
-                snapshot.place = Some(place.clone());
+                snapshot.place = Some(run.place.clone());
                 snapshot.run_stage = run.reached;
             };
             let Some(operation) = self.register.update(number, executing) else { continue };
@@ -228,9 +237,6 @@ impl Ledger {
             let (info, priority) = (operation.info.clone(), operation.priority);
             self.transitions.push(Transition { info, priority, event });
         }
-        self.runs.insert(id, run);
-        self.count_demand(id);
-        Some(assignment)
     }
 
     /// A worker has entered a stage of a run. Late or repeated reports are ignored.
@@ -251,183 +257,11 @@ impl Ledger {
             });
         }
     }
+}
 
-    /// A run has ended. Its slot is free, and its task ends or is tried again (EXE-62). A report about a run that is no longer
-    /// known is ignored.
-    pub(crate) fn finish(&mut self, id: TaskId, attempt: u32, end: RunEnd, now: ClockReading) {
-        let Some(run) = self.runs.get(&id).filter(|run| run.attempt == attempt) else { return };
-        let (pool, place, charge, evicted) = (run.pool, run.place.clone(), run.charge, run.evicted);
-        let (room, was_stuck) = (run.room, run.stuck);
-        let closed = matches!(end, RunEnd::Lost { pool_closed: true });
-        // This comes first, so that a task without another pool is not queued again.
-        if closed {
-            self.slots.close(pool);
-            self.move_demand(pool);
-        }
-        let failed = match &end {
-            RunEnd::Reported(Ok(_)) => false,
-            RunEnd::Reported(Err(failure)) => failure.retryable,
-            RunEnd::Lost { .. } => true,
-        };
-        let log = match &end {
-            RunEnd::Reported(Ok(report)) => report.account.log,
-            RunEnd::Reported(Err(failure)) => failure.account.log,
-            RunEnd::Lost { .. } => None,
-        };
-        if let Some(task) = self.tasks.get_mut(&id) {
-            task.keep_log(log);
-        }
-        if let RunEnd::Reported(Ok(report)) = &end {
-            self.note_memory(id, pool, &report.account);
-        }
-        match end {
-            RunEnd::Reported(Ok(report)) if report.account.out_of_memory && self.move_up(id, pool, now) => {}
-            RunEnd::Reported(Ok(report)) => {
-                let outcome = Outcome {
-                    result: Some(report.result),
-                    cached: false,
-                    error: None,
-                    message: report.account.message,
-                    server_logs: Vec::new(),
-                };
-                self.end_task(id, outcome, now);
-            }
-            RunEnd::Reported(Err(RunFailure { error: Error::Cancelled(_), .. })) | RunEnd::Lost { .. }
-                if evicted =>
-            {
-                let error = format!("pool \"{}\" was removed while the action ran", place.pool);
-                self.retry_evicted(id, error, now);
-            }
-            RunEnd::Reported(Err(failure)) if failure.retryable => self.retry(id, failure.error, now),
-            RunEnd::Reported(Err(failure)) => {
-                let message = failure.account.message;
-                self.end_task(
-                    id,
-                    Outcome { result: failure.partial, message, ..Outcome::failed(failure.error) },
-                    now,
-                );
-            }
-            RunEnd::Lost { .. } => {
-                let error = format!("the worker on slot {} of pool \"{}\" died", place.slot.0, place.pool);
-                self.retry(id, Error::Unavailable(error), now);
-            }
-        }
-        self.runs.remove(&id);
-        self.slots.release(pool, place.slot, &room, failed);
-        if was_stuck {
-            self.slots.unstick(pool);
-        }
-        if let Some(queue) = self.ready.get_mut(&pool) {
-            queue.ended(charge);
-        }
-        if closed {
-            self.end_unserved(now);
-        }
-    }
-
-    /// Queues a task again whose pool was removed. This is no failure of the action, so it does not count as an attempt.
-    pub(super) fn retry_evicted(&mut self, id: TaskId, reason: String, now: ClockReading) {
-        if let Some(task) = self.tasks.get_mut(&id) {
-            task.evictions = task.evictions.saturating_add(1);
-        }
-        self.retry(id, Error::Unavailable(reason), now);
-    }
-
-    /// Learns from a run how much memory its kind of action takes.
-    fn note_memory(&mut self, id: TaskId, pool: PoolId, account: &Account) {
-        let Some(task) = self.tasks.get(&id) else { return };
-        let Some(key) = self.peak_key(&task.first) else { return };
-        let limit = self.slots.memory(pool, &task.action);
-        // It would have taken more than it got.
-        let bytes = if account.out_of_memory { limit.saturating_add(1) } else { account.memory };
-        if bytes > 0 {
-            self.peaks.note(key, bytes);
-        }
-    }
-
-    /// Tries a task that ran out of memory again where it gets more; false if there is no such pool or it was tried often enough.
-    fn move_up(&mut self, id: TaskId, pool: PoolId, now: ClockReading) -> bool {
-        let Some(task) = self.tasks.get(&id) else { return false };
-        let (action, pools, failures) = (task.action.clone(), task.pools.clone(), task.failures());
-        let memory = self.slots.memory(pool, &action);
-        let larger = self.slots.with_more_memory(&pools, memory, &action);
-        if larger.is_empty() || failures >= self.settings.max_attempts {
-            return false;
-        }
-        if let Some(task) = self.tasks.get_mut(&id) {
-            task.more_than = Some(memory);
-        }
-        self.set_pools(id, larger);
-        let name = self.slots.name(pool);
-        let reason = format!("the action ran out of memory in pool \"{name}\", and others give it more");
-        self.retry(id, Error::Unavailable(reason), now);
-        true
-    }
-
-    /// Queues a task again, with its old age, after its worker failed. Ends it if it was tried often enough or no pool is left.
-    fn retry(&mut self, id: TaskId, reason: Error, now: ClockReading) {
-        let Some(task) = self.tasks.get_mut(&id) else { return };
-        if task.failures() >= self.settings.max_attempts {
-            let error = Error::Unavailable(format!(
-                "action {} was given up after {} tries: {reason}",
-                task.action.digest, task.attempts
-            ));
-            return self.end_task(id, Outcome::failed(error), now);
-        }
-        if !self.slots.may_wait(&task.pools) && !self.settle_for_less(id) {
-            let Some(task) = self.tasks.get(&id) else { return };
-            let error = self.slots.unserved(&task.action);
-            return self.end_task(id, Outcome::failed(error), now);
-        }
-        let Some(task) = self.tasks.get_mut(&id) else { return };
-        // Its inputs were checked before. If some are missing now, the next run reports them.
-        self.unfollowed.forget(id, task);
-        task.step = TaskStep::Ready;
-        task.waiting_since = now.at;
-        self.quota.add(task.owner, Load::TURN);
-        self.enter_queues(id);
-        self.count_demand(id);
-        let Some(task) = self.tasks.get(&id) else { return };
-        for number in task.numbers() {
-            let requeue = |snapshot: &mut super::Snapshot| {
-                snapshot.stage = Stage::Queued;
-                snapshot.place = None;
-                snapshot.run_stage = None;
-                snapshot.logs = None;
-            };
-            let Some(operation) = self.register.update(number, requeue) else { continue };
-            let (info, priority) = (operation.info.clone(), operation.priority);
-            let event = OperationEvent::Requeued { reason: reason.clone(), attempt: task.attempts };
-            self.transitions.push(Transition { info, priority, event });
-        }
-    }
-
-    /// Has a task that ran out of memory wait for all pools that suit it, because those that would give it more are gone. Its next
-    /// run may end as the last one did, which is then its result. False if that does not help.
-    fn settle_for_less(&mut self, id: TaskId) -> bool {
-        let Some(task) = self.tasks.get_mut(&id) else { return false };
-        if task.more_than.take().is_none() {
-            return false;
-        }
-        let action = task.action.clone();
-        let Ok(pools) = self.slots.matching(&action) else { return false };
-        let helps = self.slots.may_wait(&pools);
-        self.set_pools(id, pools);
-        helps
-    }
-
-    /// Ends the waiting tasks for which no pool is left.
-    pub(super) fn end_unserved(&mut self, now: ClockReading) {
-        let unserved = |task: &Task| task.step != TaskStep::Running && !self.slots.may_wait(&task.pools);
-        let unserved: Vec<_> =
-            self.tasks.iter().filter(|(_, task)| unserved(task)).map(|(id, _)| *id).collect();
-        for id in unserved {
-            if self.settle_for_less(id) {
-                continue;
-            }
-            let Some(action) = self.tasks.get(&id).map(|task| task.action.clone()) else { continue };
-            let error = self.slots.unserved(&action);
-            self.end_task(id, Outcome::failed(error), now);
-        }
-    }
+/// How long a run may take, with all transfers and the time that its worker has to report.
+fn longest_run(settings: &SchedulerSettings, timeout: Duration) -> Duration {
+    [timeout, settings.transfer_timeout, settings.transfer_timeout, settings.run_slack]
+        .into_iter()
+        .fold(Duration::ZERO, Duration::saturating_add)
 }

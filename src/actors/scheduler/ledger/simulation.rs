@@ -1,9 +1,9 @@
 //! A seeded simulation of the ledger: random clients, workers, pools and clocks against everything that must always hold.
 //!
-//! The world outside is played here: who follows what, which pools there are, which runs are out, what the CAS says. Each step
-//! is checked against it, and at the end the world is brought to rest, where every operation must have ended. A failure names
-//! its seed.
+//! `World` simulates everything outside of the ledger: the clients, the pools, the runs and the answers of the store. Each step is
+//! checked against it (`checks`). At the end nothing new arrives, and every operation must end. A failure names its seed.
 
+mod checks;
 mod pools;
 mod turns;
 
@@ -34,7 +34,7 @@ const STEPS: u32 = 1000;
 /// Operations that the world still plays with; older ones are only checked at the end.
 const RECENT: usize = 40;
 
-/// What the seeds together must have come across, lest the simulation prove nothing.
+/// Situations that the seeds together must reach. Otherwise the simulation would prove nothing.
 const SIGHTS: [&str; 41] = [
     "joined",
     "explained",
@@ -95,7 +95,7 @@ fn nothing_is_lost_doubled_or_stuck_whatever_happens() {
         seen.extend(world.seen);
     }
     for sight in SIGHTS {
-        assert!(seen.contains(sight), "no seed came across: {sight}");
+        assert!(seen.contains(sight), "no seed reached: {sight}");
     }
 }
 
@@ -357,7 +357,7 @@ impl World {
             1 => Err(Error::DiskFull("no room".into())),
             _ => Ok(()),
         };
-        // The ledger hears also of what nobody waits for any more.
+        // The ledger is also told of images for which no task waits any more.
         let has_left = !self.ledger.tasks.contains_key(&order.task);
         let sight = match (has_left, &result) {
             (true, _) => "left before its image came",
@@ -456,7 +456,11 @@ impl World {
         let Some(id) = self.pick_operation() else { return };
         let status = self.ledger.explain(&instance(), id, self.now);
         let stage = self.known[&id].stage;
-        assert_eq!(status.is_some(), stage == Stage::Queued, "who waits hears why, and nobody else");
+        assert_eq!(
+            status.is_some(),
+            stage == Stage::Queued,
+            "there is a reason for each operation that waits, and for no other"
+        );
         let Some(status) = status else { return };
         assert!(!status.reason.is_empty() && !status.pool.is_empty());
         assert!(status.busy <= status.slots && status.position != Some(0));
@@ -470,7 +474,7 @@ impl World {
 
     fn report_stage(&mut self) {
         let Some(slot) = self.pick_run() else { return };
-        // Repeated and late news are part of the game.
+        // Reports may be repeated or late.
         let stages = [RunStage::Fetching, RunStage::Running, RunStage::Uploading];
         let stage = self.random.pick(&stages).unwrap();
         let out = self.runs.get_mut(&slot).unwrap();
@@ -570,126 +574,6 @@ impl World {
         }
     }
 
-    /// What holds after every step.
-    fn check(&mut self) {
-        for Transition { info, event, .. } in self.ledger.take_transitions() {
-            let known = self.known.get_mut(&info.id).expect("a transition of an operation that was refused");
-            assert_eq!(known.completed, 0, "nothing happens after the end");
-            match event {
-                OperationEvent::Queued { joined } => {
-                    assert!(!(joined && known.do_not_cache), "uncacheable work is never merged (EXE-15)");
-                    assert!(known.stage == Stage::Queued);
-                    if joined {
-                        if self.ledger.tasks.values().any(|task| task.waiters.len() > 1) {
-                            self.seen.insert("shared");
-                        }
-                        self.seen.insert("joined");
-                    }
-                }
-                OperationEvent::Executing { attempt, .. } => {
-                    assert!(
-                        attempt >= 1 && attempt <= self.ledger.settings.max_attempts + self.pools.removed()
-                    );
-                    (known.stage, known.run_stage) = (Stage::Executing, None);
-                }
-                OperationEvent::Requeued { reason, .. } => {
-                    if reason.to_string().contains("was removed") {
-                        self.seen.insert("moved from its pool");
-                    }
-                    if reason.to_string().contains("ran out of memory") {
-                        self.seen.insert("moved to more memory");
-                    }
-                    if reason.to_string().contains("did not stop") {
-                        self.seen.insert("moved from a run that did not stop");
-                    }
-                    assert_eq!(known.stage, Stage::Executing, "only running work is requeued");
-                    self.seen.insert("requeued");
-                    (known.stage, known.run_stage) = (Stage::Queued, None);
-                }
-                OperationEvent::Completed { outcome, .. } => {
-                    known.completed += 1;
-                    known.stage = Stage::Completed;
-                    assert_eq!(outcome.cached, known.cached);
-                    assert!(outcome.result.is_some() || outcome.error.is_some());
-                    assert!(
-                        known.may_be_cancelled || !matches!(outcome.error, Some(Error::Cancelled(_))),
-                        "cancelled by somebody else (OPS-04)"
-                    );
-                    self.finished.insert(info.id);
-                    if let Some(Error::Unavailable(message)) = &outcome.error
-                        && message.contains("no client followed")
-                    {
-                        assert!(known.subscription.is_none(), "only what nobody follows makes way");
-                        self.seen.insert("made way");
-                    }
-                    match &outcome.error {
-                        None if outcome.cached => self.seen.insert("cached"),
-                        Some(Error::Invalid(_)) => self.seen.insert("unusable"),
-                        Some(Error::MissingBlobs(_)) => self.seen.insert("missing inputs"),
-                        Some(Error::Exhausted { .. }) => self.seen.insert("waited too long"),
-                        Some(Error::Unavailable(_)) => self.seen.insert("given up"),
-                        Some(Error::Precondition(_)) => self.seen.insert("ended with its pool"),
-                        _ => false,
-                    };
-                }
-            }
-        }
-        for known in self.known.values_mut().rev().take(RECENT) {
-            let Some(subscription) = &known.subscription else { continue };
-            let snapshot = subscription.snapshots.borrow();
-            assert_eq!(snapshot.stage, known.stage, "a subscriber sees each transition");
-            assert_eq!(snapshot.outcome.is_some(), snapshot.stage == Stage::Completed);
-            let run_stage = snapshot.run_stage.map(|(stage, _)| stage);
-            assert!(snapshot.stage == Stage::Completed || run_stage >= known.run_stage, "a step back");
-            known.run_stage = run_stage;
-        }
-        let ledger = &self.ledger;
-        let settings = &ledger.settings;
-        let known = self.runs.iter().filter(|((pool, _), out)| self.is_known(*pool, out));
-        assert_eq!(ledger.runs.len(), known.count(), "every run is out");
-        let mut kept = self.runs.iter().filter(|((pool, _), _)| self.pools.contains(*pool));
-        assert!(kept.all(|((pool, _), out)| self.is_known(*pool, out)), "every run of a pool is known");
-        let waiting = ledger.tasks.values().filter(|task| task.step != TaskStep::Running).count();
-        let mut quota = QueueQuota::new(settings);
-        for task in ledger.tasks.values() {
-            quota.add(task.owner, task.load());
-            assert!(
-                task.waiters.contains_key(&task.owner) && task.waiters.values().all(|own| !own.is_empty())
-            );
-        }
-        assert_eq!(quota, ledger.quota, "what there is counts, once, for the right owner");
-        assert_eq!(quota.all().waiting, waiting);
-        assert!(waiting <= settings.queue_size + self.most_out);
-        for order in &mut self.images {
-            let waits = |task: &Task| task.step == TaskStep::AwaitingImage;
-            assert_eq!(
-                order.left.try_recv().is_err_and(|left| left == TryRecvError::Empty),
-                ledger.tasks.get(&order.task).is_some_and(waits),
-                "who brings an image hears when nobody waits for it any more"
-            );
-        }
-        self.check_pools();
-        self.check_queues();
-        self.check_demand();
-        self.check_followers();
-        let unfinished: usize = ledger.tasks.values().map(|task| task.numbers().count()).sum();
-        assert_eq!(ledger.register.unfinished(), unfinished, "each operation waits for one task");
-        assert!(unfinished <= settings.unfinished_operations);
-        assert!(ledger.tasks.values().all(|task| !task.waiters.is_empty()));
-        assert!(ledger.joinable.values().all(|id| ledger.tasks.contains_key(id)));
-        let bound = settings.retained_operations + 2 * settings.retained_cached;
-        assert!(ledger.register.len() <= unfinished + bound, "what is remembered is bounded");
-        for (&(pool, _), out) in &self.runs {
-            let wanted =
-                ledger.tasks.contains_key(&out.task) && self.pools.contains(pool) && self.is_known(pool, out);
-            assert_ne!(
-                wanted,
-                out.cancel.is_cancelled(),
-                "a run is stopped exactly when nobody waits for it or its pool is gone"
-            );
-        }
-    }
-
     /// Nothing new comes, workers answer, clocks go on: everything ends.
     fn rest(&mut self) {
         self.ledger.drain(self.random.chance(30), self.now);
@@ -713,7 +597,7 @@ impl World {
         assert!(self.known.values().all(|known| known.completed == 1), "every operation ends, once");
         for known in self.known.values() {
             let Some(subscription) = &known.subscription else { continue };
-            assert!(subscription.snapshots.borrow().outcome.is_some(), "every subscriber hears of the end");
+            assert!(subscription.snapshots.borrow().outcome.is_some(), "every subscriber sees the end");
         }
         assert_eq!(self.ledger.register.len(), 0, "nothing is remembered for ever");
         let query =

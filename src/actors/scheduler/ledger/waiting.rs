@@ -1,48 +1,19 @@
-//! The queues in which tasks wait, and the answer to why an operation waits.
+//! The queues in which tasks wait.
 //!
 //! A ready task is in the queue of each pool that can run it. The first pool with a free slot for it takes it out of all queues.
-//! In each queue, the task has an entry for each owner that waits for it. Positions are not updated while tasks come and go.
-//! They are computed for all tasks at once (the *board*) when a client asks and the last board is too old. So the cost of the
-//! answers is bounded, however many clients ask.
+//! In each queue, the task has an entry for each owner that waits for it.
 
 use super::{Ledger, Task, TaskStep};
-use crate::{
-    actors::{
-        scheduler::{
-            operation::{OperationId, OperationInfo, QueueStatus},
-            queue::{Build, Charge, Owner, Queue},
-            settings::ClockReading,
-            slots::{PoolId, PoolSet},
-        },
-        worker::messages::TaskId,
+use crate::actors::{
+    scheduler::{
+        operation::OperationInfo,
+        queue::{Build, Charge, Owner, Queue},
+        settings::ClockReading,
+        slots::{PoolId, PoolSet},
     },
-    instance::Instance,
+    worker::messages::TaskId,
 };
-use std::{
-    hash::BuildHasher as _,
-    time::{Duration, Instant},
-};
-
-/// How long a board is used, so that a task is on it soon after it was queued.
-const BOARD_AGE: Duration = Duration::from_millis(100);
-
-/// The additional time for each task on the board. It is more than a hundred times the cost of a task (0.2 us were measured),
-/// so boards take at most about one per cent of the scheduler's time.
-const BOARD_AGE_PER_TASK: Duration = Duration::from_micros(50);
-
-/// When positions were computed last, and for how many tasks.
-#[derive(Debug, Default)]
-pub(super) struct Board {
-    made: Option<Instant>,
-    tasks: u32,
-}
-
-impl Board {
-    fn is_fresh(&self, now: ClockReading) -> bool {
-        let age = BOARD_AGE.saturating_add(BOARD_AGE_PER_TASK.saturating_mul(self.tasks));
-        self.made.is_some_and(|made| now.since(made) < age)
-    }
-}
+use std::hash::BuildHasher as _;
 
 impl Ledger {
     /// The owner of an operation. Builds whose hashes collide, which is very unlikely, count as one build.
@@ -192,101 +163,5 @@ impl Ledger {
             }
         }
         None
-    }
-
-    /// Why an operation waits; `None` if it does not wait or is unknown.
-    pub(crate) fn explain(
-        &mut self,
-        instance: &Instance,
-        id: OperationId,
-        now: ClockReading,
-    ) -> Option<QueueStatus> {
-        let number = self.register.find(instance, id).ok()?;
-        let id = self.register.get(number)?.task()?;
-        if self.tasks.get(&id)?.step == TaskStep::Running {
-            return None;
-        }
-        if !self.board.is_fresh(now) {
-            self.make_board(now);
-        }
-        let task = self.tasks.get(&id)?;
-        let known =
-            task.position.filter(|(pool, _)| task.step == TaskStep::Ready && self.slots.is_open(*pool));
-        let (pool, position) = match known {
-            Some((pool, position)) => (pool, Some(position)),
-            None => {
-                let open = task.pools.iter().find(|pool| self.slots.is_open(**pool));
-                (*open.or(task.pools.first())?, None)
-            }
-        };
-        let waiting = self.ready.get(&pool).map_or(0, |queue| queue.len());
-        let (busy, slots) = self.slots.count(pool);
-        let name = |pool: PoolId| self.slots.name(pool).to_string();
-        let mut reason = match task.step {
-            TaskStep::Unchecked | TaskStep::Checking => "its inputs are being looked up".to_owned(),
-            TaskStep::AwaitingImage => "its container image is being fetched".to_owned(),
-            TaskStep::Ready | TaskStep::Running if !self.slots.is_served(&task.pools) => {
-                format!("pool \"{}\" takes no more actions, and no other pool suits it", name(pool))
-            }
-            TaskStep::Ready | TaskStep::Running
-                if let Some((need, left)) = self.slots.shortage(pool, &task.action) =>
-            {
-                format!("it needs {need}, of which pool \"{}\" has {left} free", name(pool))
-            }
-            TaskStep::Ready | TaskStep::Running => {
-                let (busy, slots) = task
-                    .pools
-                    .iter()
-                    .map(|&pool| self.slots.count(pool))
-                    .fold((0, 0), |(busy, slots): (usize, usize), (b, s)| {
-                        (busy.saturating_add(b), slots.saturating_add(s))
-                    });
-                let open = task.pools.iter().filter(|pool| self.slots.is_open(**pool));
-                let names: Vec<_> = open.map(|&pool| format!("\"{}\"", name(pool))).collect();
-                let pools = if names.len() == 1 { "pool" } else { "pools" };
-                format!("{busy} of {slots} slots of {pools} {} are busy", names.join(", "))
-            }
-        };
-        if task.failures() > 0 {
-            reason.push_str(&format!(
-                "; its worker failed, this is try {} of {}",
-                task.failures().saturating_add(1),
-                self.settings.max_attempts
-            ));
-        }
-        Some(QueueStatus {
-            pool: name(pool),
-            other_pools: task
-                .pools
-                .iter()
-                .filter(|other| **other != pool && self.slots.is_open(**other))
-                .map(|&other| name(other))
-                .collect(),
-            // The board may be older than the count.
-            position: position.map(|position| position.min(waiting)),
-            waiting,
-            busy,
-            slots,
-            reason,
-        })
-    }
-
-    fn make_board(&mut self, now: ClockReading) {
-        for task in self.tasks.values_mut() {
-            task.position = None;
-        }
-        let mut count = 0u32;
-        for pool in self.slots.order().iter().copied().filter(|pool| self.slots.is_open(*pool)) {
-            let Some(queue) = self.ready.get(&pool) else { continue };
-            for (ahead, id) in queue.order().into_iter().enumerate() {
-                count = count.saturating_add(1);
-                let Some(task) = self.tasks.get_mut(&id) else { continue };
-                let position = ahead + 1;
-                if task.position.is_none_or(|(_, best)| position < best) {
-                    task.position = Some((pool, position));
-                }
-            }
-        }
-        self.board = Board { made: Some(now.at), tasks: count };
     }
 }

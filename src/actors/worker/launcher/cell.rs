@@ -9,6 +9,7 @@ use super::{
     super::clock::Moment,
     capture::Capture,
     children::KILL_LIMIT,
+    gateway::Gateway,
     init,
     protocol::{self, Ended, Failed, FromCell, News, Run, ToRunner},
     tool::{self, Pipes},
@@ -60,6 +61,8 @@ struct Cell {
     init: Pid,
     pidfd: OwnedFd,
     socket: UnixStream,
+    /// The gateway of its network, if it has one. It ends after the cell.
+    gateway: Option<Gateway>,
 }
 
 /// Why the runner stops waiting for a command.
@@ -118,7 +121,7 @@ impl Cells {
         let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
         if let Some(at) = self.ready.iter().position(|cell| cell.kind == *kind) {
             let cell = self.ready.remove(at);
-            if cell.view == view && cell.start(&exec_root, run, capture, pipes).is_ok() {
+            if cell.is_current(view) && cell.start(&exec_root, run, capture, pipes).is_ok() {
                 return Ok(cell);
             }
             self.discard(cell);
@@ -133,7 +136,7 @@ impl Cells {
     /// answered.
     pub(super) fn tidy(&mut self, kind: &CellKind) {
         self.prepare(kind);
-        self.ended.retain(|cell| !cell.wait(Duration::ZERO));
+        self.ended.retain(|cell| !cell.has_ended());
         if self.ended.len() > MOST_ENDED {
             self.ended.remove(0);
         }
@@ -249,12 +252,27 @@ impl Cell {
         let (ours, theirs) = UnixStream::pair().step("make a socket")?;
         ours.set_read_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
         ours.set_write_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
-        let init = namespaces::start(move || init::init_main(&theirs, world, passage))?;
+        let plan = world.gateway(kind)?;
+        let network = plan.as_ref().map(|_| Gateway::prepare()).transpose()?;
+        let (passage, network) = match network {
+            Some((host, inner, outer)) => (passage.with_gateway(inner, host.clone()), Some((host, outer))),
+            None => (passage, None),
+        };
+        let init = namespaces::start(world.visitor(kind), move || init::init_main(&theirs, world, passage))?;
         let pidfd = pidfd_open(init, PidfdFlags::empty()).step("watch the sandbox")?;
-        let cell = Self { kind: kind.clone(), view, init, pidfd, socket: ours };
+        let mut cell = Self { kind: kind.clone(), view, init, pidfd, socket: ours, gateway: None };
+        if let Some((plan, (host, outer))) = plan.zip(network) {
+            cell.gateway = Some(Gateway::start(&plan, init, &outer, host)?);
+        }
         world.admit(init.as_raw_pid(), kind)?;
         rustix::io::write(&cell.socket, &[init::ADMITTED]).step("start the sandbox")?;
         Ok(cell)
+    }
+
+    /// Whether the files and the network of the cell are as they would be in a new one. `view` is the number of the current
+    /// view.
+    fn is_current(&self, view: u64) -> bool {
+        self.view == view && self.gateway.as_ref().is_none_or(Gateway::is_current)
     }
 
     /// Waits until the cell is ready and sends it the order.
@@ -268,9 +286,12 @@ impl Cell {
         let ready = protocol::read::<FromCell>(&self.socket).step("wait for the sandbox")?;
         match ready.and_then(|message| message.news) {
             Some(News::Ready(_)) => {}
-            Some(News::Failed(failed)) => {
-                let error = io::Error::from_raw_os_error(failed.errno);
-                return Err(SetupFailure { step: failed.message, error });
+            Some(News::Failed(Failed { message, errno: 0 })) => {
+                let (step, error) = message.split_once(": ").unwrap_or((&message, "it failed"));
+                return Err(SetupFailure { step: step.into(), error: io::Error::other(error.to_owned()) });
+            }
+            Some(News::Failed(Failed { message, errno })) => {
+                return Err(SetupFailure { step: message, error: io::Error::from_raw_os_error(errno) });
             }
             _ => return Err(SetupFailure { step: "wait for the sandbox".into(), error: Errno::PIPE.into() }),
         }
@@ -298,6 +319,11 @@ impl Cell {
         } else {
             ended.survivors = true;
         }
+    }
+
+    /// Whether nothing of the cell is left.
+    fn has_ended(&self) -> bool {
+        self.wait(Duration::ZERO) && self.gateway.as_ref().is_none_or(|gateway| gateway.wait(Duration::ZERO))
     }
 
     /// Waits until the first process, and thus the whole cell, has ended. Returns false if that takes longer than

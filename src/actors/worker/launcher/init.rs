@@ -42,7 +42,8 @@ pub(super) fn init_main(socket: &UnixStream, world: &World, passage: Passage) ->
 }
 
 fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> {
-    sys::close_all_but(&[0, 1, 2, socket.as_raw_fd(), passage.descriptor()])?;
+    let kept: Vec<_> = passage.descriptors().chain([0, 1, 2, socket.as_raw_fd()]).collect();
+    sys::close_all_but(&kept)?;
     sys::die_with_parent()?;
     // If the runner dies, the server recognises the orphaned process by its session (see `reap`).
     rustix::process::setsid()?;
@@ -54,7 +55,7 @@ fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> 
         Ok(cell) => cell,
         Err(failure) => return tell(socket, News::Failed(in_words(&failure))),
     };
-    drop(passage);
+    let _gateway = passage.into_gateway();
     // The change of user has cleared the parent death signal.
     sys::die_with_parent()?;
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
@@ -106,7 +107,10 @@ fn run_one(
 }
 
 fn in_words(failure: &SetupFailure) -> Failed {
-    Failed { message: failure.step.clone(), errno: failure.error.raw_os_error().unwrap_or(0) }
+    match failure.error.raw_os_error() {
+        Some(errno) => Failed { message: failure.step.clone(), errno },
+        None => Failed { message: failure.to_string(), errno: 0 },
+    }
 }
 
 fn tell(socket: &UnixStream, news: News) -> io::Result<()> {

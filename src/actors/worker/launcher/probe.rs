@@ -15,10 +15,10 @@ use crate::{
     limits::Limits,
     sandbox::{
         identity::Users,
-        kind::CellKind,
+        kind::{CellKind, CellNetwork},
         layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE, TRIAL_HIDDEN, TRIAL_OPAQUE},
-        probe::{KernelFacts, Report, find},
-        settings::SandboxSettings,
+        probe::{KernelFacts, NEEDS_NETWORK, NO_PASTA, Report, find},
+        settings::{Pasta, SandboxSettings},
     },
 };
 use gorego_reapi::error::Error;
@@ -30,12 +30,15 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io,
-    path::Path,
+    os::unix::ffi::OsStringExt as _,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 /// Time limit of one attempt.
 const ATTEMPT: Duration = Duration::from_secs(10);
+/// Directories with programs, whatever PATH says.
+const USUAL_PROGRAMS: &[&str] = &["/usr/bin", "/usr/local/bin", "/bin"];
 /// A program that cannot exist. The error that it does not exist proves that all earlier steps succeeded.
 const NO_PROGRAM: &str = "/proc/no/program";
 
@@ -49,6 +52,7 @@ pub(crate) fn probe(settings: &SandboxSettings, runner: &[OsString], build_root:
             build_root: build_root.path().to_owned(),
             users,
             has_layers: false,
+            pasta: None,
         };
         let workspace = workspace(build_root)?;
         attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None, CellKind::default())
@@ -85,6 +89,34 @@ pub(crate) fn probe_layers(
     });
     build_root.remove_later(&place, name);
     tried
+}
+
+/// Finds the program behind the networks of cells, and tries it out. The error says what does not work.
+pub(crate) fn probe_gateway(
+    sandbox: &PoolSandbox,
+    runner: &[OsString],
+    build_root: &BuildRoot,
+) -> Result<Pasta, String> {
+    if !sandbox.protections.network {
+        return Err(NEEDS_NETWORK.into());
+    }
+    let pasta = find_pasta().ok_or(NO_PASTA)?;
+    let sandbox = PoolSandbox { pasta: Some(pasta.clone()), ..sandbox.clone() };
+    let kind = CellKind { network: CellNetwork::On.into(), ..CellKind::default() };
+    let workspace = workspace(build_root)?;
+    attempt(RunnerLauncher::new(runner.to_vec(), Some(&sandbox)), &workspace, None, kind)?;
+    Ok(pasta)
+}
+
+/// Looks for pasta where a shell would, and in the usual places.
+fn find_pasta() -> Option<Pasta> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let places = std::env::split_paths(&path).chain(USUAL_PROGRAMS.iter().map(PathBuf::from));
+    let found = places
+        .filter(|place| place.is_absolute())
+        .map(|place| place.join("pasta"))
+        .find(|file| file.is_file())?;
+    Some(Pasta { path: found.into_os_string().into_vec() })
 }
 
 /// Checks whether the root file system of this sandbox can be used. The error says why not.
@@ -147,7 +179,8 @@ fn attempt(
     }
 }
 
-fn this_machine() -> KernelFacts {
+/// Facts about this machine that can explain a failure.
+pub(crate) fn this_machine() -> KernelFacts {
     let sysctl = |name: &str| {
         let text = fs::read_to_string(format!("/proc/sys/{name}")).ok()?;
         text.trim().parse().ok()
@@ -157,6 +190,7 @@ fn this_machine() -> KernelFacts {
         max_net_namespaces: sysctl("user/max_net_namespaces"),
         unprivileged_userns_clone: sysctl("kernel/unprivileged_userns_clone"),
         apparmor_restrict_unprivileged_userns: sysctl("kernel/apparmor_restrict_unprivileged_userns"),
+        has_tun: Path::new("/dev/net/tun").exists(),
         kernel: kernel(),
     }
 }

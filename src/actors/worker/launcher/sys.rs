@@ -2,7 +2,11 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::process::CommandExt as _,
+    },
+    process::Command,
     ptr,
 };
 
@@ -48,6 +52,12 @@ pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
 pub fn die_with_parent() -> io::Result<()> {
     // SAFETY: takes no pointers.
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })
+}
+
+/// Makes the kernel kill the process that this command will start when the thread that starts it ends.
+pub fn let_die_with_parent(command: &mut Command) {
+    // SAFETY: the new process makes one system call and touches no memory of this one.
+    unsafe { command.pre_exec(die_with_parent) };
 }
 
 /// Kills every other process of this pid namespace. Only for its first process.

@@ -61,7 +61,7 @@ mod tests {
     use std::time::SystemTime;
 
     #[test]
-    fn a_run_has_the_outcome_of_whoever_is_at_fault() {
+    fn the_outcome_of_a_run_says_whether_action_client_or_server_is_at_fault() {
         let text = String::new;
         let exceeded = Ending::Exceeded(Exceeded { resource: LimitedResource::Memory, used: 2, limit: 1 });
         let memory_short = Ending::MemoryShort { used: 1, total: 1 };

@@ -114,11 +114,11 @@ impl Inputs for Contents {
         &self.0
     }
 
-    fn lease_all(&mut self) -> Result<()> {
+    fn hold_all(&mut self) -> Result<()> {
         Ok(())
     }
 
-    fn lease(&mut self, _: Vec<Digest>) -> Result<()> {
+    fn hold(&mut self, _: Vec<Digest>) -> Result<()> {
         Ok(())
     }
 

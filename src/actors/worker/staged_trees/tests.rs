@@ -39,11 +39,11 @@ impl Inputs for &Counted {
         Counted::tree(self)
     }
 
-    fn lease_all(&mut self) -> Result<()> {
+    fn hold_all(&mut self) -> Result<()> {
         Ok(())
     }
 
-    fn lease(&mut self, _: Vec<Digest>) -> Result<()> {
+    fn hold(&mut self, _: Vec<Digest>) -> Result<()> {
         Ok(())
     }
 

@@ -48,7 +48,7 @@ pub(super) struct Serial {
     pub uses: u64,
 }
 
-/// What becomes of a call.
+/// How a call is served.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Taken<T> {
     /// This tool serves it.

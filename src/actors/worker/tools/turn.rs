@@ -105,7 +105,7 @@ impl<'a> ToolTurn<'a> {
         let call = ToolCall::of(job.action, inputs.tree(), root).map_err(unfit)?;
         let call = call.ok_or(NotServed::NotAsked)?;
         job.check(settings).map_err(unfit)?;
-        inputs.lease_all().map_err(NotServed::Failed)?;
+        inputs.hold_all().map_err(NotServed::Failed)?;
         let Some((held, tool)) = tools.hold(&call) else {
             return Err(NotServed::Unfit("all tools are busy".into()));
         };

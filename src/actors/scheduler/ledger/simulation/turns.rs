@@ -68,7 +68,7 @@ impl World {
         entries.map(|(task, entry)| waiting(task, entry)).collect()
     }
 
-    /// What must be true of whoever was served: see the rules of [`Queue`]. Where the ledger had not noticed yet who is gone,
+    /// What must be true of the task that was served: see the rules of [`Queue`]. Where the ledger had not noticed yet who is gone,
     /// those count too, and not all can be said.
     pub(super) fn check_turn(
         &mut self,

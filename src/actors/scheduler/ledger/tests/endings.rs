@@ -235,7 +235,10 @@ fn finished_operations_are_bounded_in_bytes_too() {
     };
     assert_eq!(known(&hits), [false, false, true]);
     assert_eq!(known(&runs), [false, false, true, true]);
-    assert!(outcome(&runs[0]).result.is_some(), "whoever follows one that was forgotten has its end");
+    assert!(
+        outcome(&runs[0]).result.is_some(),
+        "a follower of an operation that was forgotten has its outcome"
+    );
     desk.ledger.forget(&instance(), runs[3].info.id).unwrap();
     desk.ledger.forget(&instance(), runs[2].info.id).unwrap();
     assert_eq!(desk.ledger.inspect().operations, 1);

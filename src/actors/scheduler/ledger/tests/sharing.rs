@@ -55,7 +55,7 @@ fn checks_and_runs_say_for_which_peer_they_are() {
         desk.try_submit(submit, resolution(&work(name), false)).unwrap();
     }
     let checks: Vec<_> = std::iter::from_fn(|| desk.ledger.next_check(desk.now)).collect();
-    assert_eq!(checks.iter().map(|check| check.peer).collect::<Vec<_>>(), [peer(1), peer(2)]);
+    assert_eq!(checks.iter().map(|check| check.build.peer).collect::<Vec<_>>(), [peer(1), peer(2)]);
     for check in checks {
         desk.ledger.inputs_checked(check.task, Ok(()), desk.now);
     }
@@ -75,7 +75,7 @@ fn a_build_or_peer_whose_checks_do_not_end_leaves_some_to_the_next() {
             desk.try_submit(submit, resolution(&work(name), false)).unwrap();
         }
         let checks = std::iter::from_fn(|| desk.ledger.next_check(desk.now));
-        checks.map(|check| check.peer).collect::<Vec<_>>()
+        checks.map(|check| check.build.peer).collect::<Vec<_>>()
     };
     assert_eq!(submit_from(1, "first", 0..100), [peer(1); 14]);
     assert_eq!(submit_from(1, "second", 400..500), [peer(1)]);

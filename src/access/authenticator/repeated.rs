@@ -1,0 +1,144 @@
+//! [`RepeatedCredential`]: the credential that a connection has sent last.
+//!
+//! Build tools send thousands of requests a second with the same header. The header of a request is compared with the last accepted
+//! header of its connection, which costs less than to parse it and to hash it: a hundredth for a signed token of a kilobyte.
+//!
+//! A connection keeps one header of at most [`CREDENTIAL_MAX_BYTES`](super::super::credential::CREDENTIAL_MAX_BYTES). It counts until its
+//! credential expires or has to be checked again, and only by the rules that accepted it. The comparison takes constant time.
+
+use super::AccessRules;
+use crate::access::principal::Principal;
+use arc_swap::ArcSwapOption;
+use std::{
+    fmt,
+    hint::black_box,
+    sync::{Arc, Weak},
+    time::SystemTime,
+};
+
+/// See the top of this file.
+#[derive(Default)]
+pub(crate) struct RepeatedCredential(ArcSwapOption<AcceptedHeader>);
+
+struct AcceptedHeader {
+    /// Secret.
+    value: Box<[u8]>,
+    principal: Principal,
+    until: Option<SystemTime>,
+    /// The rules that accepted it. A weak reference keeps other rules from having the same address.
+    rules: Weak<AccessRules>,
+}
+
+impl fmt::Debug for RepeatedCredential {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("RepeatedCredential").finish_non_exhaustive()
+    }
+}
+
+impl RepeatedCredential {
+    /// The principal of a header, if it is the last one that was accepted, and still counts.
+    pub(super) fn find(&self, value: &[u8], rules: &Arc<AccessRules>, now: SystemTime) -> Option<Principal> {
+        let last = self.0.load();
+        let last = last.as_ref()?;
+        let counts = last.until.is_none_or(|until| now < until) && last.rules.as_ptr() == Arc::as_ptr(rules);
+        (counts && are_equal(&last.value, value)).then(|| last.principal.clone())
+    }
+
+    /// Keeps a header that these rules have accepted until this time.
+    pub(super) fn keep(
+        &self,
+        value: &[u8],
+        principal: &Principal,
+        until: Option<SystemTime>,
+        rules: &Arc<AccessRules>,
+    ) {
+        let (value, principal, rules) = (value.into(), principal.clone(), Arc::downgrade(rules));
+        self.0.store(Some(Arc::new(AcceptedHeader { value, principal, until, rules })));
+    }
+}
+
+/// Whether both are the same. The time depends on their lengths alone. `subtle` does the same byte by byte.
+fn are_equal(one: &[u8], other: &[u8]) -> bool {
+    let difference = one.iter().zip(other).fold(0, |difference, (one, other)| difference | (one ^ other));
+    one.len() == other.len() && black_box(difference) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        access::{
+            authenticator::{Authentication, Authenticator, CredentialSources, Presented},
+            policy::Policy,
+            rejection::Rejection,
+            tokens::{NewToken, TokenFile, TokenRecord, TokenSet},
+        },
+        caller::Caller,
+    };
+    use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
+    use std::time::Duration;
+
+    fn rules() -> Arc<AccessRules> {
+        Arc::new(AccessRules::new(Policy::with_roles([], &[]), CredentialSources::default()))
+    }
+
+    #[test]
+    fn only_the_same_header_counts_and_only_in_its_time_and_by_its_rules() {
+        let (repeated, rules, other_rules) = (RepeatedCredential::default(), rules(), rules());
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let finds = |value: &[u8], rules, seconds| repeated.find(value, rules, at(seconds)).is_some();
+        assert!(!finds(b"", &rules, 1));
+        repeated.keep(b"Bearer secret", Principal::nobody(), Some(at(10)), &rules);
+        assert!(finds(b"Bearer secret", &rules, 9) && !finds(b"Bearer secret", &rules, 10));
+        assert!(!finds(b"Bearer secret", &other_rules, 9));
+        for other in [&b""[..], b"Bearer secre", b"Bearer secrets", b"Bearer Secret", b"bearer secret"] {
+            assert!(!finds(other, &rules, 9), "{other:?}");
+        }
+        assert!(!format!("{repeated:?}").contains("secret"));
+        repeated.keep(b"Bearer other", Principal::nobody(), None, &rules);
+        assert!(finds(b"Bearer other", &rules, 1 << 40) && !finds(b"Bearer secret", &rules, 9));
+    }
+
+    /// The rules of a server that knows this token.
+    fn knowing(token: &NewToken, expires: SystemTime) -> AccessRules {
+        let policy = Policy::with_roles([], &[]);
+        let record = TokenRecord {
+            id: token.id.clone(),
+            sha256: token.sha256,
+            roles: vec!["ci".into()],
+            created: SystemTime::UNIX_EPOCH,
+            expires: Some(expires),
+            note: String::new(),
+        };
+        let tokens = Arc::new(TokenSet::new(&TokenFile { tokens: vec![record] }, &policy));
+        AccessRules::new(policy, CredentialSources { tokens, ..Default::default() })
+    }
+
+    #[test]
+    fn a_repeated_token_is_refused_as_soon_as_it_is_revoked_or_has_expired() {
+        let [token, other] = std::array::from_fn(|_| NewToken::random().unwrap());
+        let soon = SystemTime::now() + Duration::from_secs(3_600);
+        let authenticator = Authenticator::new(knowing(&token, soon));
+        let repeated = RepeatedCredential::default();
+        let ask = |token: &NewToken| {
+            let mut headers = HeaderMap::new();
+            headers.insert(AUTHORIZATION, HeaderValue::try_from(format!("Bearer {}", token.text)).unwrap());
+            let caller = Caller::default();
+            let presented =
+                Presented { headers: &headers, certificate: None, caller, repeated: Some(&repeated) };
+            match authenticator.authenticate(&presented) {
+                Authentication::Done(outcome) => outcome,
+                pending @ Authentication::Pending(_) => panic!("{pending:?}"),
+            }
+        };
+        for _ in 0..3 {
+            assert_eq!(ask(&token).unwrap().detail(), token.id);
+            assert!(ask(&other).is_err(), "one that is refused is not kept");
+        }
+        authenticator.replace(knowing(&other, soon));
+        assert!(matches!(ask(&token), Err(Rejection::Refused(_))));
+        assert_eq!(ask(&other).unwrap().detail(), other.id);
+        authenticator.replace(knowing(&other, SystemTime::UNIX_EPOCH));
+        assert!(matches!(ask(&other), Err(Rejection::Expired(_))));
+    }
+}

@@ -1,0 +1,94 @@
+//! Compaction of the volume: bytes of deleted files are reclaimed by copying what lies among them.
+//!
+//! The volume chooses and copies ([`Volume::compact`]), and the actor gives the entries of the index their new files. Compaction
+//! runs in the background at a bounded rate. If more bytes are dead than the volume may have, deletions are reported only when
+//! enough is reclaimed, so writers that need the room wait.
+//!
+//! [`Volume::compact`]: super::volume::Volume::compact
+
+use super::{
+    CasActor, LOG, StoreShared,
+    requests::Relocate,
+    settings::{CHANGES_PER_HOLD, COMPACTION_PAUSE, COMPACTIONS_PER_RELIEF},
+    volume::{Compacted, Moves, Urgency},
+};
+use crate::{actors::mail::Receive, disk::Space, logging::Event};
+use actix::{Addr, AsyncContext as _, Context, MessageResult};
+use std::{sync::Arc, thread};
+
+impl CasActor {
+    /// Starts to compact the volume in the background if it should be and nobody does it yet.
+    pub(super) fn compact(&self, ctx: &Context<Self>) {
+        if self.shared.volume.wants_compaction().is_none() {
+            return;
+        }
+        let Ok(turn) = self.shared.compaction_turn.clone().try_acquire_owned() else { return };
+        let (shared, store) = (self.shared.clone(), ctx.address());
+        self.shared.runtime.spawn_blocking(move || {
+            while store.connected() && shared.volume.wants_compaction().is_some() && step(&shared, &store) {}
+            drop(turn);
+        });
+    }
+}
+
+/// Reclaims bytes as long as writers should wait for it. Blocks.
+pub(super) fn reclaim_for_writers(shared: &Arc<StoreShared>, store: &Addr<CasActor>) {
+    let is_due = || store.connected() && shared.volume.wants_compaction() == Some(Urgency::WritersWait);
+    while is_due() && step(shared, store) {}
+}
+
+/// Reclaims bytes while the disk is as `is_due` says, a bounded number of them. Blocks.
+pub(super) fn reclaim_for_disk(shared: &StoreShared, store: &Addr<CasActor>, is_due: fn(&Space) -> bool) {
+    for _ in 0..COMPACTIONS_PER_RELIEF {
+        if !shared.volume.space().is_ok_and(|space| is_due(&space)) || !step(shared, store) {
+            return;
+        }
+    }
+}
+
+/// Compacts one part of the volume. Returns whether there may be more to gain. Blocks.
+fn step(shared: &StoreShared, store: &Addr<CasActor>) -> bool {
+    let mut relocate = |moves: Moves| {
+        let copies = moves.moved.len();
+        if shared.volume.wants_compaction() != Some(Urgency::WritersWait) {
+            thread::sleep(COMPACTION_PAUSE);
+        }
+        let accepted = shared.runtime.block_on(store.send(Relocate(moves)));
+        // The store is closing: its index does not follow any more.
+        accepted.unwrap_or_else(|_| vec![false; copies])
+    };
+    match shared.volume.compact(&mut relocate) {
+        Ok(outcome) => outcome == Compacted::Some,
+        Err(error) => {
+            Event::warn(LOG, "compaction_failed")
+                .with_shown("error", &error)
+                .log(format_args!("could not reclaim the disk space of deleted blobs; it is tried again"));
+            false
+        }
+    }
+}
+
+impl Receive<Relocate> for CasActor {
+    type Answer = MessageResult<Relocate>;
+
+    fn receive(&mut self, Relocate(moves): Relocate, ctx: &mut Self::Context) -> Self::Answer {
+        let mut accepted = Vec::with_capacity(moves.moved.len());
+        for part in moves.moved.chunks(CHANGES_PER_HOLD) {
+            self.change(|index| {
+                accepted.extend(part.iter().map(|(file, generation)| index.relocate(file, *generation)));
+            });
+        }
+        let lost = self.change(|index| {
+            let entries: Vec<_> = moves.lost.iter().filter_map(|file| index.entry_of(file)).collect();
+            entries.into_iter().filter_map(|at| index.remove_damaged(at)).collect::<Vec<_>>()
+        });
+        for victim in &lost {
+            Event::warn(LOG, "blob_damaged").with_shown("digest", &victim.file.key.digest).log(format_args!(
+                "dropped a stored {:?}: it was found damaged when it was to be moved",
+                victim.file.key.kind
+            ));
+        }
+        self.delete(lost, ctx);
+        MessageResult(accepted)
+    }
+}

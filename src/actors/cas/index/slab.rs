@@ -1,0 +1,101 @@
+//! [`Slab`]: the memory of the entries.
+//!
+//! It grows by chunks of a fixed size. So an entry never moves, growing takes microseconds however many entries there are, and at
+//! most one chunk is not used.
+
+use super::{
+    FileId, Key, Stamp,
+    entry::{Cold, Hot, KeyTails},
+    order::NIL,
+};
+use std::sync::atomic::AtomicU32;
+
+/// Entries of a chunk, which takes 352 KiB.
+const CHUNK: usize = 4_096;
+
+/// The entries, each at a slot.
+pub(super) struct Slab {
+    hot: Vec<Vec<Hot>>,
+    cold: Vec<Vec<Cold>>,
+    pub(super) tails: KeyTails,
+    /// The first free slot.
+    free: u32,
+    /// The number of slots that were ever used.
+    len: usize,
+}
+
+impl Slab {
+    pub(super) fn new() -> Self {
+        Self { hot: Vec::new(), cold: Vec::new(), tails: KeyTails::default(), free: NIL, len: 0 }
+    }
+
+    /// The number of slots that were ever used.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn hot(&self, slot: u32) -> &Hot {
+        &self.hot[slot as usize / CHUNK][slot as usize % CHUNK]
+    }
+
+    pub(super) fn hot_mut(&mut self, slot: u32) -> &mut Hot {
+        &mut self.hot[slot as usize / CHUNK][slot as usize % CHUNK]
+    }
+
+    pub(super) fn cold(&self, slot: u32) -> &Cold {
+        &self.cold[slot as usize / CHUNK][slot as usize % CHUNK]
+    }
+
+    pub(super) fn cold_mut(&mut self, slot: u32) -> &mut Cold {
+        &mut self.cold[slot as usize / CHUNK][slot as usize % CHUNK]
+    }
+
+    /// The entry in a slot, if the slot exists.
+    pub(super) fn get(&self, slot: u32) -> Option<&Hot> {
+        self.hot.get(slot as usize / CHUNK)?.get(slot as usize % CHUNK)
+    }
+
+    /// The key of the entry in a slot.
+    pub(super) fn key(&self, slot: u32) -> Key {
+        self.hot(slot).key(&self.tails)
+    }
+
+    /// Adds an entry that is not in the list yet, and returns its slot.
+    pub(super) fn add(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) -> u32 {
+        let FileId { key, generation } = file;
+        let hot = Hot::new(&key, generation, touched, &mut self.tails);
+        let cold = Cold { bytes, seal: stamp.seal(), prev: AtomicU32::new(NIL), next: NIL };
+        if self.free != NIL {
+            let slot = self.free;
+            self.free = self.cold(slot).next;
+            (*self.hot_mut(slot), *self.cold_mut(slot)) = (hot, cold);
+            return slot;
+        }
+        if self.len.is_multiple_of(CHUNK) {
+            self.hot.push(Vec::with_capacity(CHUNK));
+            self.cold.push(Vec::with_capacity(CHUNK));
+        }
+        let (hot_chunk, cold_chunk) = (self.len / CHUNK, self.len / CHUNK);
+        self.hot[hot_chunk].push(hot);
+        self.cold[cold_chunk].push(cold);
+        self.len += 1;
+        (self.len - 1) as u32
+    }
+
+    /// Frees the slot of an entry that is in no list any more.
+    pub(super) fn free(&mut self, slot: u32) {
+        let Self { hot, tails, .. } = self;
+        hot[slot as usize / CHUNK][slot as usize % CHUNK].free(tails);
+        self.cold_mut(slot).next = self.free;
+        self.free = slot;
+    }
+
+    /// Memory that it takes, in bytes.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> usize {
+        let hot = self.hot.iter().map(|chunk| chunk.capacity() * size_of::<Hot>()).sum::<usize>();
+        let cold = self.cold.iter().map(|chunk| chunk.capacity() * size_of::<Cold>()).sum::<usize>();
+        let chunks = (self.hot.capacity() + self.cold.capacity()) * size_of::<Vec<Hot>>();
+        hot + cold + chunks + self.tails.memory()
+    }
+}

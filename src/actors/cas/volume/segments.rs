@@ -1,0 +1,419 @@
+//! [`Segments`]: small files, many to a file of the file system.
+//!
+//! ```text
+//! <root>/segments/<number>.segment    records, one after the other; see `record` and `table`
+//! <root>/segments/<number>.journal    which of them are dead, and when others were last used; see `journal`
+//! ```
+//!
+//! A batch of small files is appended with one system call, so a small file costs its checksum and a copy. A record is never
+//! changed. Its location is the generation of the stored file, so no table of locations is kept in memory.
+//!
+//! Invariants:
+//! - Every read of a record checks its checksums, and that it is the record of this file. A bad record is an error that counts as
+//!   lost.
+//! - A record that was deleted is noted in the journal before the deletion is reported, so it does not come back. A segment without
+//!   live records is removed.
+//! - Of two records of one key, the one with the greater sequence is newer, wherever they lie. A copy keeps its sequence.
+//! - Bytes on disk that no stored file is charged for ([`Segments::overhead`]) are bounded by compaction ([`compaction`]).
+//! - Nothing waits for the disk. The death of the process loses nothing that was written, and what a power cut damages is
+//!   noticed by the checksums.
+//!
+//! Locks, in this order, none of them held during IO but `head` while a new segment is created: `copying`, `head`, `all`, and the
+//! one of a segment.
+
+mod compaction;
+mod content;
+mod journal;
+mod open_files;
+mod record;
+mod recovery;
+mod segment;
+mod sizes;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub(super) use record::Location;
+use record::damaged;
+pub(crate) use sizes::{Sizes, Verdict};
+
+use super::{Look, NewFile, Stored, WrittenFile};
+use crate::{
+    actors::cas::index::{FileId, Victim},
+    instance::InstanceId,
+    regular_file,
+};
+use compaction::CompactionState;
+use open_files::OpenFiles;
+use segment::{Addition, Segment, Takes};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+use table::Head;
+use uuid::Uuid;
+
+/// All segments of a store.
+#[derive(Debug)]
+pub(crate) struct Segments {
+    directory: PathBuf,
+    /// Directory names by [`InstanceId`], as in the head of every segment of this run.
+    names: Vec<String>,
+    /// The instances of these names: all of them, in order.
+    instances: Arc<[Option<InstanceId>]>,
+    sizes: Sizes,
+    /// Numbers the files of the store in the order in which they were written.
+    sequence: Arc<AtomicU64>,
+    next_number: AtomicU64,
+    /// The segment that records are appended to.
+    head: Mutex<Option<Arc<Appended>>>,
+    all: RwLock<BTreeMap<u64, Arc<Segment>>>,
+    open: OpenFiles,
+    copying: Mutex<CompactionState>,
+    /// Held while a segment is compacted. The segments in which something had to stay, since all others were tried.
+    compacting: Mutex<HashSet<u64>>,
+    disk: AtomicU64,
+    live: AtomicU64,
+    dead: AtomicU64,
+}
+
+/// A segment that is open, with its file.
+#[derive(Debug)]
+struct Appended {
+    segment: Arc<Segment>,
+    file: Arc<File>,
+    head: Head,
+}
+
+impl Segments {
+    /// Opens the directory of the segments. [`Segments::recover`] finds those that exist.
+    ///
+    /// # Errors
+    /// The errors of the file system.
+    pub(super) fn open(
+        root: &Path,
+        names: Vec<String>,
+        sizes: Sizes,
+        sequence: Arc<AtomicU64>,
+    ) -> io::Result<Self> {
+        let directory = root.join("segments");
+        fs::create_dir_all(&directory)?;
+        let instances = (0..names.len() as u16).map(|id| Some(InstanceId(id))).collect();
+        Ok(Self {
+            directory,
+            names,
+            instances,
+            sizes,
+            sequence,
+            next_number: AtomicU64::new(1),
+            head: Mutex::default(),
+            all: RwLock::default(),
+            open: OpenFiles::new(),
+            copying: Mutex::default(),
+            compacting: Mutex::default(),
+            disk: AtomicU64::new(0),
+            live: AtomicU64::new(0),
+            dead: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether files of this size are kept here.
+    pub(super) fn takes(&self, size: u64) -> bool {
+        self.sizes.fits(size)
+    }
+
+    /// Bytes that a file of this size is charged for: those of its record.
+    pub(super) fn charge(size: u64) -> u64 {
+        record::record_bytes(size)
+    }
+
+    /// Bytes on disk that no stored file is charged for, or that compaction may leave so.
+    pub(super) fn overhead(&self) -> u64 {
+        let Takes { disk, live, dead } = self.takes_now();
+        let beside = disk.saturating_sub(live).saturating_sub(dead);
+        beside + dead.max(self.sizes.waste_allowed(disk))
+    }
+
+    /// Appends files and returns their generations. All of them are written at once, so all of them fail or none.
+    pub(super) fn write(&self, files: &[NewFile<'_>], touched: u32) -> Vec<io::Result<WrittenFile>> {
+        let first = self.sequence.fetch_add(files.len() as u64, Relaxed);
+        let additions: Vec<Addition<'_>> = (first..)
+            .zip(files)
+            .map(|(sequence, file)| Addition {
+                kind: file.key.kind,
+                digest: file.key.digest,
+                instance: file.key.instance.0,
+                pieces: file.pieces,
+                length: u32::try_from(file.size()).unwrap_or(u32::MAX),
+                touched,
+                sequence,
+            })
+            .collect();
+        match self.append(&additions, |_| Ok(())) {
+            Ok(locations) => (files.iter().zip(locations))
+                .map(|(file, location)| {
+                    let id = FileId { key: file.key, generation: location.generation() };
+                    Ok(WrittenFile { file: id, bytes: Self::charge(file.size()), stamp: content::STAMP })
+                })
+                .collect(),
+            Err(error) => files.iter().map(|_| Err(same_error(&error))).collect(),
+        }
+    }
+
+    /// Opens a stored file. Its content was read and checked when this returns.
+    ///
+    /// # Errors
+    /// `NotFound`, `UnexpectedEof` or `InvalidData` for a record that is lost.
+    pub(super) fn read(&self, at: Location, file: &FileId) -> io::Result<Box<dyn Stored>> {
+        let segment = self.find(at.segment).ok_or(io::ErrorKind::NotFound)?;
+        let content = segment.read(&*self.file_of(at.segment)?, at.slot, &file.key)?;
+        Ok(Box::new(content))
+    }
+
+    /// The size of a stored file whose record is in order.
+    ///
+    /// # Errors
+    /// The errors of [`Segments::read`].
+    pub(super) fn look(&self, at: Location, file: &FileId) -> io::Result<Look> {
+        self.read(at, file)?.look()
+    }
+
+    /// Deletes stored files. Returns those for which this could not be noted, so that they come back with the next start.
+    pub(super) fn delete(&self, victims: &[(Location, Victim)]) -> Vec<(FileId, io::Error)> {
+        let mut by_segment: BTreeMap<u64, Vec<(u32, FileId)>> = BTreeMap::new();
+        for (at, victim) in victims {
+            by_segment.entry(at.segment).or_default().push((at.slot, victim.file));
+        }
+        let mut failures = Vec::new();
+        for (number, records) in by_segment {
+            if let Err(error) = self.delete_in(number, &records, victims) {
+                failures.extend(records.iter().map(|(_, file)| (*file, same_error(&error))));
+            }
+        }
+        failures
+    }
+
+    fn delete_in(
+        &self,
+        number: u64,
+        records: &[(u32, FileId)],
+        victims: &[(Location, Victim)],
+    ) -> io::Result<()> {
+        let Some(segment) = self.find(number) else { return Ok(()) };
+        let bytes =
+            victims.iter().filter(|(at, _)| at.segment == number).map(|(_, victim)| victim.bytes).sum();
+        let slots: Vec<u32> = records.iter().map(|(slot, _)| *slot).collect();
+        // A copy that compaction has made, or the record that it was made from, would come back otherwise.
+        for twin in self.copying().twins_of(number, &slots) {
+            if let Some(segment) = self.find(twin.segment) {
+                self.bury(&segment, &[twin.slot])?;
+            }
+        }
+        if !self.forget(&segment, slots.len() as u64, bytes) {
+            self.bury(&segment, &slots)?;
+        }
+        Ok(())
+    }
+
+    /// Records that these files are used now.
+    pub(super) fn touch(&self, mut places: Vec<Location>, now: u32) {
+        places.sort_unstable();
+        for places in places.chunk_by(|one, other| one.segment == other.segment) {
+            let Some(segment) = places.first().and_then(|at| self.find(at.segment)) else { continue };
+            let slots: Vec<u32> = places.iter().map(|at| at.slot).collect();
+            let path = self.journal_path(segment.number);
+            // A lost use only affects the order of eviction.
+            if let Ok(bytes) = journal::touch(&path, segment.nonce, &slots, now, segment.records()) {
+                self.count(segment.journal_grew(bytes));
+            }
+        }
+    }
+
+    /// The sequence of a stored file; 0 if its record is damaged.
+    pub(super) fn sequence(&self, at: Location) -> u64 {
+        let header = self.find(at.segment).zip(self.file_of(at.segment).ok());
+        header
+            .and_then(|(segment, file)| segment.read_header(&file, at.slot))
+            .map_or(0, |header| header.sequence)
+    }
+
+    /// The file and the offset of the content of a record.
+    #[cfg(test)]
+    pub(crate) fn place(&self, file: &FileId) -> Option<(PathBuf, u64)> {
+        let at = Location::of(file)?;
+        let header = self.find(at.segment)?.read_header(&*self.file_of(at.segment).ok()?, at.slot)?;
+        Some((self.segment_path(at.segment), at.offset() + header.bytes() as u64))
+    }
+
+    /// Appends records. `announce` is told where they will be before they are written, and an error of it ends the write.
+    fn append(
+        &self,
+        additions: &[Addition<'_>],
+        announce: impl FnOnce(&[Location]) -> io::Result<()>,
+    ) -> io::Result<Vec<Location>> {
+        let (target, at) = self.reserve(additions)?;
+        let mut offset = at;
+        let place = |addition: &Addition<'_>| {
+            let slot = segment::slot_at(offset);
+            offset += addition.bytes();
+            Location { segment: target.segment.number, slot }
+        };
+        let locations: Vec<Location> = additions.iter().map(place).collect();
+        let announced = announce(&locations);
+        let written = announced.and_then(|()| target.segment.write(&target.file, at, additions));
+        let failed = if written.is_ok() { &[] } else { additions };
+        let (is_last, before, after) = target.segment.written(at, failed);
+        self.count((before, after));
+        if is_last {
+            self.finish(&target);
+        }
+        written.map(|()| locations)
+    }
+
+    /// Reserves a range in the open segment, or in a new one.
+    fn reserve(&self, additions: &[Addition<'_>]) -> io::Result<(Arc<Appended>, u64)> {
+        let mut full = None;
+        let reserved = {
+            let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(open) = head.as_ref() {
+                // Somebody may have removed the file. What would be written to it would be lost.
+                let is_there = open.file.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
+                let place = if is_there { open.segment.reserve(additions, self.sizes.segment) } else { None };
+                if let Some((at, before, after)) = place {
+                    self.count((before, after));
+                    return Ok((open.clone(), at));
+                }
+                full = head.take().filter(|open| open.segment.close());
+            }
+            self.create().and_then(|new| {
+                let new = head.insert(Arc::new(new));
+                let (at, before, after) = new
+                    .segment
+                    .reserve(additions, u64::MAX)
+                    .ok_or_else(|| io::Error::other("a new segment is full"))?;
+                self.count((before, after));
+                Ok((new.clone(), at))
+            })
+        };
+        if let Some(full) = full {
+            self.finish(&full);
+        }
+        reserved
+    }
+
+    /// Creates the next segment.
+    fn create(&self) -> io::Result<Appended> {
+        let number = self.next_number.fetch_add(1, Relaxed);
+        let (nonce, _) = Uuid::new_v4().as_u64_pair();
+        let head = Head { number, nonce, names: self.names.clone() };
+        let path = self.segment_path(number);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path)?;
+        let bytes = head.encode();
+        if let Err(error) = file.write_all_at(&bytes, 0) {
+            let _ = fs::remove_file(&path);
+            return Err(error);
+        }
+        let segment = Arc::new(Segment::open(&head, bytes.len() as u64, self.instances.clone()));
+        let file = Arc::new(file);
+        self.add(segment.clone());
+        self.open.add(number, file.clone());
+        Ok(Appended { segment, file, head })
+    }
+
+    /// Makes a segment known and counts what it takes.
+    fn add(&self, segment: Arc<Segment>) {
+        self.count((Takes::default(), segment.growth().takes()));
+        self.all.write().unwrap_or_else(PoisonError::into_inner).insert(segment.number, segment);
+    }
+
+    /// Completes a segment that nobody writes to any more.
+    fn finish(&self, full: &Appended) {
+        let (is_gone, before, after) = full.segment.finish(&full.file, &full.head);
+        self.count((before, after));
+        if is_gone {
+            self.remove(full.segment.number);
+        }
+    }
+
+    /// Takes records out of the count. Returns whether that was the end of the segment.
+    fn forget(&self, segment: &Segment, records: u64, bytes: u64) -> bool {
+        let (is_gone, before, after) = segment.forget(records, bytes);
+        self.count((before, after));
+        if is_gone {
+            self.remove(segment.number);
+        }
+        is_gone
+    }
+
+    /// Notes that records are dead.
+    fn bury(&self, segment: &Segment, slots: &[u32]) -> io::Result<()> {
+        let bytes = journal::bury(&self.journal_path(segment.number), segment.nonce, slots)?;
+        self.count(segment.journal_grew(bytes));
+        if segment.is_gone() {
+            // Its last record was deleted meanwhile.
+            let _ = fs::remove_file(self.journal_path(segment.number));
+        }
+        Ok(())
+    }
+
+    /// Removes the files of a segment that is gone. Readers that have it open can read on.
+    fn remove(&self, number: u64) {
+        self.all.write().unwrap_or_else(PoisonError::into_inner).remove(&number);
+        self.open.remove(number);
+        // What cannot be removed is removed by the next start, which finds no live record in it.
+        let _ = fs::remove_file(self.segment_path(number));
+        let _ = fs::remove_file(self.journal_path(number));
+    }
+
+    fn find(&self, number: u64) -> Option<Arc<Segment>> {
+        self.all.read().unwrap_or_else(PoisonError::into_inner).get(&number).cloned()
+    }
+
+    /// The file of a segment, open for reading.
+    fn file_of(&self, number: u64) -> io::Result<Arc<File>> {
+        self.open.get(number, || regular_file::open(&self.segment_path(number)))
+    }
+
+    fn copying(&self) -> MutexGuard<'_, CompactionState> {
+        self.copying.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn segment_path(&self, number: u64) -> PathBuf {
+        self.directory.join(format!("{number:012x}.segment"))
+    }
+
+    fn journal_path(&self, number: u64) -> PathBuf {
+        self.directory.join(format!("{number:012x}.journal"))
+    }
+
+    fn takes_now(&self) -> Takes {
+        let [disk, live, dead] = [&self.disk, &self.live, &self.dead].map(|total| total.load(Relaxed));
+        Takes { disk, live, dead }
+    }
+
+    /// Follows a change of what a segment takes.
+    fn count(&self, (before, after): (Takes, Takes)) {
+        let add = |total: &AtomicU64, before: u64, after: u64| {
+            // Wraps around and back, because the order of two changes is not known here.
+            total.fetch_add(after.wrapping_sub(before), Relaxed);
+        };
+        add(&self.disk, before.disk, after.disk);
+        add(&self.live, before.live, after.live);
+        add(&self.dead, before.dead, after.dead);
+    }
+}
+
+/// An error for each of several files that failed together.
+fn same_error(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
+}

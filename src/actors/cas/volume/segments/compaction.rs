@@ -1,0 +1,264 @@
+//! Compaction: the live records of a segment that is mostly dead are copied to the open segment, and its files are removed.
+//!
+//! The index decides whether a copy takes the place of a record: it refuses if the record was deleted meanwhile or somebody reads
+//! it. Nothing is removed before all records of the segment are dead, and a record that the index does not know yet counts as
+//! live.
+//!
+//! A record and its copy are twins until the segment of the record is gone. If one of them is deleted, the other one is noted as
+//! dead too, before the deletion is reported. So neither comes back with the next start.
+
+use super::{
+    Segments, journal,
+    record::{Location, damaged},
+    recovery,
+    segment::{Addition, Segment, content_of},
+    sizes::Verdict,
+    table::Row,
+};
+use crate::actors::cas::{
+    index::{FileId, Key},
+    volume::{Compacted, Moves, is_lost},
+};
+use bytes::Bytes;
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io,
+    sync::{Arc, PoisonError},
+};
+
+/// Bytes of records that are copied before the index is told.
+const COPY_BYTES: u64 = 1 << 20;
+/// A segment of which less than this part is dead is not worth copying the rest.
+const MIN_DEAD_PART: u64 = 16;
+
+/// The compaction that is under way.
+#[derive(Debug, Default)]
+pub(super) struct CompactionState {
+    /// The segment that is compacted.
+    source: Option<u64>,
+    /// Its records and their copies, in both directions.
+    twins: HashMap<Location, Location>,
+    /// Records that were deleted since its journal was read.
+    deleted: HashSet<u32>,
+}
+
+impl CompactionState {
+    /// The twins of records that are being deleted.
+    pub(super) fn twins_of(&mut self, segment: u64, slots: &[u32]) -> Vec<Location> {
+        if self.source == Some(segment) {
+            self.deleted.extend(slots);
+        }
+        let twin = |slot: &u32| self.twins.get(&Location { segment, slot: *slot }).copied();
+        slots.iter().filter_map(twin).collect()
+    }
+}
+
+/// A record to be copied.
+struct Original {
+    at: Location,
+    key: Key,
+    touched: u32,
+    sequence: u64,
+    content: [Bytes; 1],
+}
+
+impl Segments {
+    /// Whether compaction is due, and whether writers should wait for it.
+    pub(in crate::actors::cas::volume) fn verdict(&self) -> Verdict {
+        let takes = self.takes_now();
+        self.sizes.verdict(takes.disk, takes.dead)
+    }
+
+    /// Compacts the segment with the largest dead part. `relocate` tells the index of copies, and returns for each whether it took
+    /// the place of its record.
+    ///
+    /// # Errors
+    /// The errors of the file system. Nothing is lost then.
+    pub(in crate::actors::cas::volume) fn compact(
+        &self,
+        relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
+    ) -> io::Result<Compacted> {
+        let mut stuck = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(source) = self.worst(&stuck) else {
+            stuck.clear();
+            return Ok(Compacted::NothingToGain);
+        };
+        *self.copying() = CompactionState { source: Some(source.number), ..CompactionState::default() };
+        let mut moved = Vec::new();
+        let outcome = self.move_records(&source, relocate, &mut moved);
+        let mut buried = Ok(());
+        if self.find(source.number).is_some() {
+            stuck.insert(source.number);
+            // A record is left, because somebody reads it. The others must not come back with the segment.
+            if !moved.is_empty() {
+                buried = self.bury(&source, &moved);
+            }
+        }
+        *self.copying() = CompactionState::default();
+        outcome.and(buried).map(|()| Compacted::Some)
+    }
+
+    /// The complete segment with the largest dead part, if it is worth the copies. Those in which something has to stay are left
+    /// for later.
+    fn worst(&self, stuck: &HashSet<u64>) -> Option<Arc<Segment>> {
+        self.close_dead_head();
+        let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
+        let candidate = |segment: &Arc<Segment>| {
+            let takes = segment.is_complete()?;
+            let records = takes.live.saturating_add(takes.dead).max(1);
+            let is_worth = takes.dead >= records / MIN_DEAD_PART && takes.dead > 0;
+            let is_worth = is_worth && !stuck.contains(&segment.number);
+            is_worth.then(|| (takes.dead.saturating_mul(1_000) / records, segment.clone()))
+        };
+        all.values().filter_map(candidate).max_by_key(|(part, _)| *part).map(|(_, segment)| segment)
+    }
+
+    /// Closes the open segment if most of a whole segment is dead in it.
+    fn close_dead_head(&self) {
+        let closed = {
+            let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_dead =
+                |open: &Arc<super::Appended>| open.segment.growth().takes().dead > self.sizes.segment / 2;
+            head.take_if(|open| is_dead(open)).filter(|open| open.segment.close())
+        };
+        if let Some(closed) = closed {
+            self.finish(&closed);
+        }
+    }
+
+    /// Moves the live records of a segment elsewhere. `moved` gets their slots.
+    fn move_records(
+        &self,
+        source: &Segment,
+        relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
+        moved: &mut Vec<u32>,
+    ) -> io::Result<()> {
+        let file = self.file_of(source.number)?;
+        let notes = journal::read(&self.journal_path(source.number), source.nonce);
+        let rows = recovery::rows_of(&file, source)?;
+        let live: Vec<Row> = rows.into_iter().filter(|row| !notes.is_dead(row.slot)).collect();
+        let mut rest = &live[..];
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = |row: &&Row| {
+                bytes += u64::from(row.length);
+                bytes <= COPY_BYTES
+            };
+            let (part, after) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+            rest = after;
+            let mut moves = Moves::default();
+            let mut originals = Vec::with_capacity(part.len());
+            for row in part {
+                let touched = notes.touched(row.slot, row.touched);
+                match read(source, &file, row, touched) {
+                    Ok(original) => originals.extend(original),
+                    Err((lost, error)) if is_lost(&error) => moves.lost.extend(lost),
+                    Err((_, error)) => return Err(error),
+                }
+            }
+            let copies = self.copy(&originals)?;
+            let pairs = originals.iter().zip(&copies);
+            moves.moved = pairs.map(|(original, copy)| (original.file(), copy.generation())).collect();
+            let accepted = relocate(moves);
+            self.settle(source, &originals, &copies, &accepted, moved)?;
+        }
+        Ok(())
+    }
+
+    /// Writes copies of these records, which are their twins from before they are written.
+    fn copy(&self, originals: &[Original]) -> io::Result<Vec<Location>> {
+        if originals.is_empty() {
+            return Ok(Vec::new());
+        }
+        let additions: Vec<Addition<'_>> = originals.iter().map(Original::addition).collect();
+        self.append(&additions, |copies| {
+            let mut deleted = Vec::new();
+            let mut copying = self.copying();
+            for (original, copy) in originals.iter().zip(copies) {
+                copying.twins.insert(original.at, *copy);
+                copying.twins.insert(*copy, original.at);
+                if copying.deleted.contains(&original.at.slot) {
+                    deleted.push(*copy);
+                }
+            }
+            drop(copying);
+            for copy in deleted {
+                if let Some(segment) = self.find(copy.segment) {
+                    self.bury(&segment, &[copy.slot])?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Forgets the records whose copies took their place, and the other copies.
+    fn settle(
+        &self,
+        source: &Segment,
+        originals: &[Original],
+        copies: &[Location],
+        accepted: &[bool],
+        moved: &mut Vec<u32>,
+    ) -> io::Result<()> {
+        let (mut records, mut bytes) = (0, 0);
+        let mut outcome = Ok(());
+        for (at, (original, copy)) in originals.iter().zip(copies).enumerate() {
+            let size = original.addition().bytes();
+            if accepted.get(at) == Some(&true) {
+                (records, bytes) = (records + 1, bytes + size);
+                moved.push(original.at.slot);
+            } else if let Some(segment) = self.find(copy.segment) {
+                let mut copying = self.copying();
+                copying.twins.remove(&original.at);
+                copying.twins.remove(copy);
+                drop(copying);
+                if !self.forget(&segment, 1, size) {
+                    outcome = outcome.and(self.bury(&segment, &[copy.slot]));
+                }
+            }
+        }
+        self.forget(source, records, bytes);
+        outcome
+    }
+}
+
+impl Original {
+    fn file(&self) -> FileId {
+        FileId { key: self.key, generation: self.at.generation() }
+    }
+
+    fn addition(&self) -> Addition<'_> {
+        let [content] = &self.content;
+        Addition {
+            kind: self.key.kind,
+            digest: self.key.digest,
+            instance: self.key.instance.0,
+            pieces: &self.content,
+            length: content.len() as u32,
+            touched: self.touched,
+            sequence: self.sequence,
+        }
+    }
+}
+
+/// Reads a record to copy it; `None` if its instance is not served any more. An error comes with the file that is lost.
+fn read(
+    source: &Segment,
+    file: &File,
+    row: &Row,
+    touched: u32,
+) -> Result<Option<Original>, (Option<FileId>, io::Error)> {
+    let Some(instance) = source.instances.get(usize::from(row.instance)).copied().flatten() else {
+        return Ok(None);
+    };
+    let at = Location { segment: source.number, slot: row.slot };
+    let key = Key { digest: row.digest, instance, kind: row.kind };
+    let lost = |error| (Some(FileId { key, generation: at.generation() }), error);
+    let (header, record) = source.read_record(file, row.slot, None).map_err(lost)?;
+    if (header.kind, header.digest) != (row.kind, row.digest) {
+        return Err(lost(damaged("another record is in its place")));
+    }
+    let sequence = header.sequence;
+    Ok(Some(Original { at, key, touched, sequence, content: [content_of(&header, record)] }))
+}

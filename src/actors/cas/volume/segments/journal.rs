@@ -1,0 +1,158 @@
+//! The journal of a segment: which of its records are dead, and when others were last used.
+//!
+//! It is a file of its own beside the segment, because records are never changed. Each note has 16 bytes and a checksum, so what a
+//! crash leaves half-written is ignored. A journal that has grown much longer than its segment has records is written anew. It is
+//! deleted with its segment.
+
+use super::record::u32_at;
+use crate::regular_file;
+use std::{
+    collections::HashMap,
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    path::Path,
+};
+
+/// Bytes of a note: slot, last use, checksum, zeros.
+const NOTE_BYTES: usize = 16;
+/// The last use of a record that is dead. No record was used in 1970.
+const DEAD: u32 = 0;
+/// A journal is written anew when it has this many notes and twice as many as there are records.
+const MANY_NOTES: u64 = 4_096;
+/// Longer journals are not read. A segment has at most a few hundred thousand records.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// What a journal says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct JournalNotes(HashMap<u32, u32>);
+
+impl JournalNotes {
+    pub(super) fn is_dead(&self, slot: u32) -> bool {
+        self.0.get(&slot) == Some(&DEAD)
+    }
+
+    /// The last recorded use of a record, which was written at `touched`.
+    pub(super) fn touched(&self, slot: u32, touched: u32) -> u32 {
+        self.0.get(&slot).copied().unwrap_or_default().max(touched)
+    }
+
+    fn add(&mut self, slot: u32, touched: u32) {
+        let known = self.0.entry(slot).or_insert(touched);
+        // Dead is for ever.
+        *known = if touched == DEAD || *known == DEAD { DEAD } else { touched.max(*known) };
+    }
+}
+
+/// Reads a journal; a missing one is empty. JournalNotes of another segment and damaged ones are ignored.
+pub(super) fn read(path: &Path, nonce: u64) -> JournalNotes {
+    let bytes = regular_file::read(path, MAX_BYTES).unwrap_or_default();
+    let mut notes = JournalNotes::default();
+    for note in bytes.chunks_exact(NOTE_BYTES) {
+        if let (Some(slot), Some(touched), Some(sum)) = (u32_at(note, 0), u32_at(note, 4), u32_at(note, 8))
+            && sum == checksum(nonce, slot, touched)
+        {
+            notes.add(slot, touched);
+        }
+    }
+    notes
+}
+
+/// JournalNotes that these records are dead. Returns the bytes of the journal.
+pub(super) fn bury(path: &Path, nonce: u64, slots: &[u32]) -> io::Result<u64> {
+    append(path, nonce, slots, DEAD)
+}
+
+/// JournalNotes that these records were used. Returns the bytes of the journal, which is written anew if it is long for a segment with
+/// this many records.
+pub(super) fn touch(path: &Path, nonce: u64, slots: &[u32], now: u32, records: u64) -> io::Result<u64> {
+    let bytes = append(path, nonce, slots, now.max(1))?;
+    let notes = bytes / NOTE_BYTES as u64;
+    if notes < MANY_NOTES || notes / 2 < records { Ok(bytes) } else { rewrite(path, nonce) }
+}
+
+fn append(path: &Path, nonce: u64, slots: &[u32], touched: u32) -> io::Result<u64> {
+    let mut bytes = Vec::with_capacity(slots.len() * NOTE_BYTES);
+    slots.iter().for_each(|slot| encode(nonce, *slot, touched, &mut bytes));
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().write(true).create(true).truncate(false).custom_flags(flags).open(path)?;
+    write_at_end(&file, &bytes)
+}
+
+/// Writes behind the last complete note. Half a note of a failed write is overwritten.
+fn write_at_end(file: &File, bytes: &[u8]) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::from_raw_os_error(libc::ENXIO));
+    }
+    let end = metadata.len() - metadata.len() % NOTE_BYTES as u64;
+    file.write_all_at(bytes, end)?;
+    Ok(end + bytes.len() as u64)
+}
+
+fn rewrite(path: &Path, nonce: u64) -> io::Result<u64> {
+    let JournalNotes(notes) = read(path, nonce);
+    let mut bytes = Vec::with_capacity(notes.len() * NOTE_BYTES);
+    notes.iter().for_each(|(slot, touched)| encode(nonce, *slot, *touched, &mut bytes));
+    let new = path.with_extension("new");
+    regular_file::write(&new, &bytes)?;
+    fs::rename(&new, path)?;
+    Ok(bytes.len() as u64)
+}
+
+fn encode(nonce: u64, slot: u32, touched: u32, to: &mut Vec<u8>) {
+    to.extend_from_slice(&slot.to_le_bytes());
+    to.extend_from_slice(&touched.to_le_bytes());
+    to.extend_from_slice(&checksum(nonce, slot, touched).to_le_bytes());
+    to.extend_from_slice(&[0; 4]);
+}
+
+fn checksum(nonce: u64, slot: u32, touched: u32) -> u32 {
+    let sum = crc32c::crc32c(&nonce.to_le_bytes());
+    crc32c::crc32c_append(crc32c::crc32c_append(sum, &slot.to_le_bytes()), &touched.to_le_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_read_back_and_half_or_foreign_notes_are_ignored() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        assert_eq!(read(&path, 1), JournalNotes::default());
+        touch(&path, 1, &[5, 6, 7], 100, 10).unwrap();
+        bury(&path, 1, &[6]).unwrap();
+        touch(&path, 1, &[6, 7], 200, 10).unwrap();
+        touch(&path, 1, &[5], 50, 10).unwrap();
+        let check = |notes: &JournalNotes| {
+            assert_eq!([5, 6, 7].map(|slot| notes.is_dead(slot)), [false, true, false]);
+            assert_eq!((notes.touched(5, 0), notes.touched(7, 0), notes.touched(7, 300)), (100, 200, 300));
+            assert_eq!(notes.touched(8, 40), 40);
+        };
+        check(&read(&path, 1));
+        assert_eq!(read(&path, 2), JournalNotes::default(), "it is the journal of another segment");
+        // A write that failed halfway is overwritten by the next.
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(b"half", file.metadata().unwrap().len()).unwrap();
+        check(&read(&path, 1));
+        bury(&path, 1, &[9]).unwrap();
+        assert!(read(&path, 1).is_dead(9));
+        check(&read(&path, 1));
+    }
+
+    #[test]
+    fn a_journal_stays_short_however_often_records_are_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        bury(&path, 1, &[3]).unwrap();
+        let slots: Vec<u32> = (10..20).collect();
+        for now in 1..2_000 {
+            let bytes = touch(&path, 1, &slots, now, 11).unwrap();
+            assert_eq!(bytes, path.metadata().unwrap().len());
+            assert!(bytes <= (MANY_NOTES + 10) * NOTE_BYTES as u64);
+        }
+        let notes = read(&path, 1);
+        assert!(notes.is_dead(3) && notes.touched(10, 0) == 1_999);
+    }
+}

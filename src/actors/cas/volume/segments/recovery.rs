@@ -1,0 +1,300 @@
+//! Finds the records of segments at start.
+//!
+//! A complete segment has a table, and nothing else of it is read but its journal. A segment without a valid table is scanned from
+//! its head on: what a crash left unwritten or half-written is skipped, because records that follow it may have been acknowledged.
+//! It gets its table then. Several threads read, and one fills the index.
+
+use super::{
+    Segments, journal,
+    record::{Header, Location, SLOT_BYTES},
+    segment::{Segment, read_up_to, slot_at},
+    table::{Head, MAX_HEAD_BYTES, Row, TRAILER_BYTES, Trailer, rows},
+};
+use crate::{
+    actors::cas::{
+        index::{FileId, Key, Victim},
+        volume::{Recovered, Repairs},
+    },
+    instance::InstanceId,
+    regular_file,
+};
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::FileExt as _,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+        mpsc,
+    },
+    thread,
+};
+
+/// Threads that read segments. More than this do not help the one that fills the index.
+const MAX_THREADS: usize = 4;
+/// How much of a damaged part is searched at a time for the next record.
+const SEARCH_BYTES: u64 = 64 << 10;
+
+/// The records of one segment.
+struct SegmentContent {
+    segment: Segment,
+    last_sequence: u64,
+    found: Vec<Recovered>,
+}
+
+/// What became of a file with the name of a segment.
+enum SegmentRead {
+    Segment(Box<SegmentContent>),
+    /// It has nothing that can be used.
+    Useless,
+    Unreadable,
+}
+
+/// What is known of a segment before its records are counted.
+struct Opened {
+    head: Head,
+    /// Where its records end.
+    end: u64,
+    last_sequence: u64,
+    rows: Vec<Row>,
+}
+
+impl Segments {
+    /// Passes on every record that is not dead. `take` returns the file that has to go for it, if any: this one or another.
+    pub(in crate::actors::cas::volume) fn recover(
+        &self,
+        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
+    ) -> Repairs {
+        let mut repairs = Repairs::default();
+        let numbers = self.list(&mut repairs);
+        self.next_number.fetch_max(numbers.last().map_or(1, |last| last + 1), Relaxed);
+        let (next, threads) = (AtomicUsize::new(0), thread::available_parallelism().map_or(1, usize::from));
+        thread::scope(|scope| {
+            // Few segments wait, because each may have tens of thousands of records.
+            let (sender, receiver) = mpsc::sync_channel(2);
+            for _ in 0..threads.min(MAX_THREADS) {
+                let (sender, next, numbers) = (sender.clone(), &next, &numbers);
+                scope.spawn(move || {
+                    while let Some(&number) = numbers.get(next.fetch_add(1, Relaxed)) {
+                        if sender.send((number, self.read_segment(number))).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            for (number, read) in receiver {
+                match read {
+                    SegmentRead::Segment(content) => self.take_in(*content, take),
+                    SegmentRead::Unreadable => repairs.unreadable += 1,
+                    SegmentRead::Useless => {
+                        repairs.removed += 1;
+                        self.remove(number);
+                    }
+                }
+            }
+        });
+        repairs
+    }
+
+    /// Removes the segments in which no live record was found.
+    pub(in crate::actors::cas::volume) fn end_recovery(&self) {
+        let all: Vec<Arc<Segment>> = {
+            let all = self.all.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+            all.values().cloned().collect()
+        };
+        all.iter().for_each(|segment| {
+            self.forget(segment, 0, 0);
+        });
+    }
+
+    /// The numbers of the segments on disk, in order. Journals without a segment are removed.
+    fn list(&self, repairs: &mut Repairs) -> Vec<u64> {
+        let (mut numbers, mut beside) = (Vec::new(), Vec::new());
+        let Ok(entries) = fs::read_dir(&self.directory) else {
+            repairs.unreadable += 1;
+            return numbers;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let parts = name.to_str().and_then(|name| name.split_once('.'));
+            let number = parts.and_then(|(number, kind)| Some((u64::from_str_radix(number, 16).ok()?, kind)));
+            match number {
+                Some((number, "segment")) if self.segment_path(number) == entry.path() => {
+                    numbers.push(number)
+                }
+                Some((number, "journal" | "new")) => beside.push((number, entry.path())),
+                _ => repairs.foreign += 1,
+            }
+        }
+        numbers.sort_unstable();
+        for (number, path) in beside {
+            if numbers.binary_search(&number).is_err() || path.extension().is_some_and(|kind| kind == "new") {
+                let _ = fs::remove_file(path);
+            }
+        }
+        numbers
+    }
+
+    fn read_segment(&self, number: u64) -> SegmentRead {
+        let path = self.segment_path(number);
+        let file = match regular_file::open(&path) {
+            Ok(file) => file,
+            Err(_) => return SegmentRead::Unreadable,
+        };
+        let Ok(opened) = open(&file) else { return SegmentRead::Unreadable };
+        let Some(opened) = opened.filter(|opened| opened.head.number == number) else {
+            return SegmentRead::Useless;
+        };
+        let opened = match opened {
+            opened if opened.end > 0 => opened,
+            opened => match scan(&file, opened.head) {
+                Ok(scanned) => {
+                    let _ = complete(&path, &scanned);
+                    scanned
+                }
+                Err(_) => return SegmentRead::Unreadable,
+            },
+        };
+        let Ok(metadata) = file.metadata() else { return SegmentRead::Unreadable };
+        SegmentRead::Segment(Box::new(self.content(opened, metadata.len())))
+    }
+
+    /// The records of a segment that are not dead.
+    fn content(&self, opened: Opened, bytes: u64) -> SegmentContent {
+        let Opened { head, end, last_sequence, rows } = opened;
+        let position = |name: &String| self.names.iter().position(|own| own == name);
+        let id = |name: &String| position(name).map(|at| InstanceId(at as u16));
+        let instances: Arc<[Option<InstanceId>]> = head.names.iter().map(id).collect();
+        let journal = self.journal_path(head.number);
+        let notes = journal::read(&journal, head.nonce);
+        let journal_bytes = fs::symlink_metadata(&journal).map_or(0, |metadata| metadata.len());
+        let segment = Segment::complete(&head, end, (bytes, journal_bytes), instances);
+        let recovered = |row: &Row| {
+            let instance = segment.instances.get(usize::from(row.instance)).copied().flatten()?;
+            let at = Location { segment: head.number, slot: row.slot };
+            let key = Key { digest: row.digest, instance, kind: row.kind };
+            (!notes.is_dead(row.slot)).then(|| Recovered {
+                file: FileId { key, generation: at.generation() },
+                bytes: Self::charge(u64::from(row.length)),
+                touched: notes.touched(row.slot, row.touched),
+            })
+        };
+        let found = rows.iter().filter_map(recovered).collect();
+        SegmentContent { segment, last_sequence, found }
+    }
+
+    /// Counts a segment and passes its records on.
+    fn take_in(&self, content: SegmentContent, take: &mut dyn FnMut(Recovered) -> Option<Victim>) {
+        let SegmentContent { segment, last_sequence, found } = content;
+        self.sequence.fetch_max(last_sequence.saturating_add(1), Relaxed);
+        let segment = Arc::new(segment);
+        self.add(segment.clone());
+        let bytes = found.iter().map(|recovered| recovered.bytes).sum();
+        self.count(segment.found(found.len() as u64, bytes));
+        for recovered in found {
+            if let Some(loser) = take(recovered) {
+                self.delete_loser(&loser);
+            }
+        }
+    }
+
+    fn delete_loser(&self, loser: &Victim) {
+        if let Some(at) = Location::of(&loser.file) {
+            self.delete(&[(at, *loser)]);
+        }
+    }
+}
+
+/// The rows of a complete segment, in the order of the records.
+pub(super) fn rows_of(file: &File, segment: &Segment) -> io::Result<Vec<Row>> {
+    match open(file)?.filter(|opened| opened.head.nonce == segment.nonce) {
+        Some(opened) if opened.end > 0 => Ok(opened.rows),
+        Some(opened) => Ok(scan(file, opened.head)?.rows),
+        None => Err(super::damaged("a segment has lost both of its ends")),
+    }
+}
+
+/// Opens a segment by its table. Without one the end is 0. `None` if neither of its ends is valid.
+fn open(file: &File) -> io::Result<Option<Opened>> {
+    let size = file.metadata()?.len();
+    if let Some(opened) = open_by_table(file, size)? {
+        return Ok(Some(opened));
+    }
+    let mut start = Vec::new();
+    read_up_to(file, 0, 4_096, &mut start)?;
+    let Some(length) = Head::length(&start) else { return Ok(None) };
+    read_up_to(file, 0, length.min(MAX_HEAD_BYTES) as u64, &mut start)?;
+    Ok(Head::decode(&start).map(|head| Opened { head, end: 0, last_sequence: 0, rows: Vec::new() }))
+}
+
+fn open_by_table(file: &File, size: u64) -> io::Result<Option<Opened>> {
+    let mut trailer = Vec::new();
+    let Some(at) = size.checked_sub(TRAILER_BYTES as u64) else { return Ok(None) };
+    read_up_to(file, at, TRAILER_BYTES as u64, &mut trailer)?;
+    let Some(trailer) = Trailer::decode(&trailer, size) else { return Ok(None) };
+    let mut end = Vec::new();
+    read_up_to(file, trailer.table_at, size - trailer.table_at, &mut end)?;
+    let Some((head, table)) = trailer.open(&end) else { return Ok(None) };
+    let mut all = Vec::new();
+    let is_sound = rows(table, |row| all.push(row));
+    Ok(is_sound.then_some(Opened {
+        head,
+        end: trailer.table_at,
+        last_sequence: trailer.last_sequence,
+        rows: all,
+    }))
+}
+
+/// Finds the valid records of a segment without a table.
+fn scan(file: &File, head: Head) -> io::Result<Opened> {
+    let start = head.encode().len() as u64;
+    let size = file.metadata()?.len();
+    let segment = Segment::open(&head, start, Arc::default());
+    let mut opened = Opened { head, end: start, last_sequence: 0, rows: Vec::new() };
+    let mut at = start;
+    while at < size {
+        let slot = slot_at(at);
+        match segment.read_record(file, slot, None) {
+            Ok((header, _)) => {
+                let Header { kind, instance, digest, touched, length, sequence } = header;
+                opened.rows.push(Row { slot, kind, instance, touched, length, digest });
+                opened.last_sequence = opened.last_sequence.max(sequence);
+                at += header.record_bytes();
+                opened.end = at;
+            }
+            Err(error) if super::super::is_lost(&error) => {
+                at = next_candidate(file, segment.nonce, at + SLOT_BYTES, size)?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(opened)
+}
+
+/// The next place where a record may start.
+fn next_candidate(file: &File, nonce: u64, mut at: u64, size: u64) -> io::Result<u64> {
+    while at < size {
+        let mut part = Vec::new();
+        read_up_to(file, at, SEARCH_BYTES, &mut part)?;
+        let starts = |slot: &[u8]| slot.starts_with(&nonce.to_le_bytes());
+        if let Some(found) = part.chunks_exact(SLOT_BYTES as usize).position(starts) {
+            return Ok(at + found as u64 * SLOT_BYTES);
+        }
+        at += SEARCH_BYTES;
+    }
+    Ok(size)
+}
+
+/// Cuts off what follows the last record and appends the table.
+fn complete(path: &Path, opened: &Opened) -> io::Result<()> {
+    let Opened { head, end, last_sequence, rows } = opened;
+    // The file was opened for reading only, without following links; this opens the same one.
+    let file = OpenOptions::new().write(true).open(path)?;
+    let mut table = head.encode();
+    rows.iter().for_each(|row| row.encode(&mut table));
+    Trailer::append_to(&mut table, head.nonce, *end, *last_sequence);
+    file.set_len(*end)?;
+    file.write_all_at(&table, *end)
+}

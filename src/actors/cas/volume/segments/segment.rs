@@ -1,0 +1,407 @@
+//! [`Segment`]: one segment file, and how much of it is live.
+//!
+//! A segment is *open* while records are appended to it, *closed* when it is full and the last writers are finishing, and
+//! *complete* when nothing is appended any more; then it normally has a table. A complete segment without a live record is *gone*.
+//!
+//! Writers reserve a range under the lock and write without it. So a crash may leave a range unwritten in front of records that
+//! are whole.
+
+use super::{
+    content,
+    record::{FIXED_BYTES, Header, Location, SLOT_BYTES, damaged, header_bytes, record_bytes},
+    table::{Head, Row, Trailer, rows},
+};
+use crate::{
+    actors::cas::index::{EntryKind, Key},
+    instance::InstanceId,
+};
+use bytes::Bytes;
+use gorego_reapi::digest::Digest;
+use rustix::{
+    buffer::spare_capacity,
+    io::{pread, pwritev},
+};
+use std::{
+    fs::File,
+    io::{self, IoSlice},
+    os::unix::fs::FileExt as _,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// A segment is full when its table has this many bytes, about 87,000 records.
+const MAX_TABLE_BYTES: usize = 4 << 20;
+/// What a segment takes on disk beyond its bytes: the unused ends of the last blocks of its file and its journal.
+const SLACK_BYTES: u64 = 2 * 4_096;
+/// Pieces that one system call writes.
+const PIECES_AT_ONCE: usize = 1_024;
+/// How much of a record of unknown length is read at first.
+const FIRST_READ_BYTES: u64 = 4_096;
+/// Longer records are not read. Only small files are kept in segments.
+const MAX_RECORD_BYTES: u64 = 1 << 30;
+/// More than the padding of any record.
+const ZEROS: [u8; 80] = [0; 80];
+
+/// A record to be appended.
+#[derive(Debug, Clone)]
+pub(super) struct Addition<'a> {
+    pub kind: EntryKind,
+    pub digest: Digest,
+    /// The instance, by its number in this run.
+    pub instance: u16,
+    pub pieces: &'a [Bytes],
+    pub length: u32,
+    pub touched: u32,
+    pub sequence: u64,
+}
+
+impl Addition<'_> {
+    pub(super) fn bytes(&self) -> u64 {
+        record_bytes(u64::from(self.length))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SegmentStage {
+    Open,
+    Closed,
+    Complete,
+    Gone,
+}
+
+/// What changes in a segment.
+#[derive(Debug)]
+pub(super) struct SegmentGrowth {
+    stage: SegmentStage,
+    /// Where the first record is.
+    start: u64,
+    /// Where the next record goes.
+    end: u64,
+    /// Bytes of the file behind the records.
+    tail: u64,
+    /// The rows of the records, until the segment is complete.
+    rows: Vec<u8>,
+    /// Slots of records whose write failed.
+    failed: Vec<u32>,
+    last_sequence: u64,
+    writers: u32,
+    live_records: u64,
+    live_bytes: u64,
+    journal_bytes: u64,
+}
+
+impl SegmentGrowth {
+    /// What the segment takes on disk, and the part of it that is live.
+    pub(super) fn takes(&self) -> Takes {
+        if self.stage == SegmentStage::Gone {
+            return Takes::default();
+        }
+        let disk = self.end + self.tail + self.journal_bytes + SLACK_BYTES;
+        Takes { disk, live: self.live_bytes, dead: (self.end - self.start).saturating_sub(self.live_bytes) }
+    }
+}
+
+/// Bytes on disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Takes {
+    /// All of them.
+    pub disk: u64,
+    /// Those of live records.
+    pub live: u64,
+    /// Those of dead records. Compaction gives them back.
+    pub dead: u64,
+}
+
+/// One segment.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub number: u64,
+    pub nonce: u64,
+    /// The instances of this run, by their position in the list of the segment. `None` for one that is not served any more.
+    pub instances: Arc<[Option<InstanceId>]>,
+    growth: Mutex<SegmentGrowth>,
+}
+
+impl Segment {
+    /// An empty segment that is open, behind a head of this many bytes.
+    pub(super) fn open(head: &Head, head_bytes: u64, instances: Arc<[Option<InstanceId>]>) -> Self {
+        let growth = SegmentGrowth {
+            stage: SegmentStage::Open,
+            start: head_bytes,
+            end: head_bytes,
+            tail: 0,
+            rows: Vec::new(),
+            failed: Vec::new(),
+            last_sequence: 0,
+            writers: 0,
+            live_records: 0,
+            live_bytes: 0,
+            journal_bytes: 0,
+        };
+        Self { number: head.number, nonce: head.nonce, instances, growth: Mutex::new(growth) }
+    }
+
+    /// A segment of an earlier run, which is complete. Its records end at `end`; the file and its journal have these sizes.
+    pub(super) fn complete(
+        head: &Head,
+        end: u64,
+        (bytes, journal_bytes): (u64, u64),
+        instances: Arc<[Option<InstanceId>]>,
+    ) -> Self {
+        let start = head.encode().len() as u64;
+        let segment = Self::open(head, start, instances);
+        let mut growth = segment.growth();
+        growth.end = end.max(start);
+        growth.tail = bytes.saturating_sub(growth.end);
+        (growth.stage, growth.journal_bytes) = (SegmentStage::Complete, journal_bytes);
+        drop(growth);
+        segment
+    }
+
+    pub(super) fn growth(&self) -> MutexGuard<'_, SegmentGrowth> {
+        self.growth.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the counts. Returns what the segment took before and takes now.
+    fn change<T>(&self, change: impl FnOnce(&mut SegmentGrowth) -> T) -> (T, Takes, Takes) {
+        let mut growth = self.growth();
+        let before = growth.takes();
+        let answer = change(&mut growth);
+        (answer, before, growth.takes())
+    }
+
+    /// Reserves a range for these records; `None` if the segment is full. [`Segment::written`] has to follow. Also returns the
+    /// change of what the segment takes.
+    pub(super) fn reserve(&self, additions: &[Addition<'_>], max_bytes: u64) -> Option<(u64, Takes, Takes)> {
+        let (at, before, after) = self.change(|growth| {
+            let full = growth.end >= max_bytes || growth.rows.len() >= MAX_TABLE_BYTES;
+            if full || growth.stage != SegmentStage::Open {
+                return None;
+            }
+            let at = growth.end;
+            for addition in additions {
+                let Addition { kind, digest, instance, length, touched, sequence, .. } = *addition;
+                let slot = slot_at(growth.end);
+                Row { slot, kind, instance, touched, length, digest }.encode(&mut growth.rows);
+                growth.end += addition.bytes();
+                growth.live_records += 1;
+                growth.live_bytes += addition.bytes();
+                growth.last_sequence = growth.last_sequence.max(sequence);
+            }
+            growth.writers += 1;
+            Some(at)
+        });
+        at.map(|at| (at, before, after))
+    }
+
+    /// Writes records into their reserved range.
+    pub(super) fn write(&self, file: &File, at: u64, additions: &[Addition<'_>]) -> io::Result<()> {
+        let mut heads = Vec::with_capacity(additions.len() * 2 * FIXED_BYTES);
+        let mut ends = Vec::with_capacity(additions.len());
+        let mut offset = at;
+        for addition in additions {
+            let Addition { kind, digest, instance, pieces, length, touched, sequence, .. } = *addition;
+            let header = Header { kind, instance, digest, touched, length, sequence };
+            header.encode(self.nonce, slot_at(offset), pieces, &mut heads);
+            ends.push(heads.len());
+            offset += addition.bytes();
+        }
+        let (mut slices, mut start) = (Vec::with_capacity(3 * additions.len()), 0);
+        for (addition, end) in additions.iter().zip(ends) {
+            let header = heads.get(start..end).unwrap_or_default();
+            slices.push(IoSlice::new(header));
+            slices.extend(addition.pieces.iter().map(|piece| IoSlice::new(piece)));
+            let padding = addition.bytes() - (header.len() as u64 + u64::from(addition.length));
+            slices.push(IoSlice::new(ZEROS.get(..padding as usize).unwrap_or_default()));
+            start = end;
+        }
+        write_all(file, &mut slices, at)
+    }
+
+    /// A writer has finished. The records of a write that failed are dead. Returns whether the caller has to finish the segment.
+    pub(super) fn written(&self, at: u64, failed: &[Addition<'_>]) -> (bool, Takes, Takes) {
+        self.change(|growth| {
+            growth.writers -= 1;
+            let mut offset = at;
+            for addition in failed {
+                growth.failed.push(slot_at(offset));
+                growth.live_records -= 1;
+                growth.live_bytes -= addition.bytes();
+                offset += addition.bytes();
+            }
+            growth.stage == SegmentStage::Closed && growth.writers == 0
+        })
+    }
+
+    /// Nothing more is appended. Returns whether the caller has to finish the segment.
+    pub(super) fn close(&self) -> bool {
+        let mut growth = self.growth();
+        let was_open = growth.stage == SegmentStage::Open;
+        if was_open {
+            growth.stage = SegmentStage::Closed;
+        }
+        was_open && growth.writers == 0
+    }
+
+    /// Appends the table to a closed segment without writers, which is complete then. If that fails, the next start scans the
+    /// segment. Returns whether the segment is gone.
+    pub(super) fn finish(&self, file: &File, head: &Head) -> (bool, Takes, Takes) {
+        let (table_rows, failed, end, last, is_live) = {
+            let mut growth = self.growth();
+            let (rows, failed) = (std::mem::take(&mut growth.rows), std::mem::take(&mut growth.failed));
+            (rows, failed, growth.end, growth.last_sequence, growth.live_records > 0)
+        };
+        let mut table = head.encode();
+        rows(&table_rows, |row| {
+            if !failed.contains(&row.slot) {
+                row.encode(&mut table);
+            }
+        });
+        Trailer::append_to(&mut table, self.nonce, end, last);
+        let written = is_live && file.write_all_at(&table, end).is_ok();
+        self.change(|growth| {
+            growth.tail = if written { table.len() as u64 } else { 0 };
+            growth.stage = SegmentStage::Complete;
+            growth.end_if_dead()
+        })
+    }
+
+    /// Whether it may be compacted, and what it takes.
+    pub(super) fn is_complete(&self) -> Option<Takes> {
+        let growth = self.growth();
+        (growth.stage == SegmentStage::Complete).then(|| growth.takes())
+    }
+
+    /// Whether all its records are dead and nothing is appended any more.
+    pub(super) fn is_gone(&self) -> bool {
+        self.growth().stage == SegmentStage::Gone
+    }
+
+    /// Counts records that were found at start.
+    pub(super) fn found(&self, records: u64, bytes: u64) -> (Takes, Takes) {
+        let ((), before, after) = self.change(|growth| {
+            growth.live_records += records;
+            growth.live_bytes += bytes;
+        });
+        (before, after)
+    }
+
+    /// Takes records out of the count. Returns whether the segment is gone.
+    pub(super) fn forget(&self, records: u64, bytes: u64) -> (bool, Takes, Takes) {
+        self.change(|growth| {
+            growth.live_records = growth.live_records.saturating_sub(records);
+            growth.live_bytes = growth.live_bytes.saturating_sub(bytes);
+            growth.end_if_dead()
+        })
+    }
+
+    /// The journal has this many bytes now.
+    pub(super) fn journal_grew(&self, bytes: u64) -> (Takes, Takes) {
+        let ((), before, after) = self.change(|growth| growth.journal_bytes = bytes);
+        (before, after)
+    }
+
+    /// The number of live records.
+    pub(super) fn records(&self) -> u64 {
+        self.growth().live_records
+    }
+
+    /// Reads and checks the record of a stored file.
+    ///
+    /// # Errors
+    /// `InvalidData` for a record that is not what was written, `UnexpectedEof` for one that is cut off.
+    pub(super) fn read(&self, file: &File, slot: u32, key: &Key) -> io::Result<content::RecordContent> {
+        let length = (key.kind == EntryKind::Blob).then(|| key.digest.size());
+        let expected = length.map(|length| header_bytes(key.digest.function(), length) as u64 + length);
+        let (header, record) = self.read_record(file, slot, expected)?;
+        let instance = self.instances.get(usize::from(header.instance)).copied().flatten();
+        if (header.kind, header.digest, instance) != (key.kind, key.digest, Some(key.instance)) {
+            return Err(damaged("another record is in its place"));
+        }
+        Ok(content::RecordContent(content_of(&header, record)))
+    }
+
+    /// Reads and checks a record. The bytes of its header and content save a system call, if they are known.
+    ///
+    /// # Errors
+    /// The errors of [`Segment::read`].
+    pub(super) fn read_record(
+        &self,
+        file: &File,
+        slot: u32,
+        expected: Option<u64>,
+    ) -> io::Result<(Header, Vec<u8>)> {
+        let offset = Location { segment: self.number, slot }.offset();
+        let mut record = Vec::new();
+        read_up_to(file, offset, expected.unwrap_or(FIRST_READ_BYTES).min(MAX_RECORD_BYTES), &mut record)?;
+        let header =
+            Header::decode(self.nonce, slot, &record).ok_or_else(|| damaged("its header is damaged"))?;
+        let all = header.bytes() + header.length as usize;
+        read_up_to(file, offset, all as u64, &mut record)?;
+        if record.len() < all {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        record.truncate(all);
+        if header.is_whole(&record) { Ok((header, record)) } else { Err(damaged("its checksum is wrong")) }
+    }
+
+    /// Reads only the header of a record.
+    pub(super) fn read_header(&self, file: &File, slot: u32) -> Option<Header> {
+        let mut bytes = Vec::new();
+        let offset = Location { segment: self.number, slot }.offset();
+        read_up_to(file, offset, FIRST_READ_BYTES, &mut bytes).ok()?;
+        Header::decode(self.nonce, slot, &bytes)
+    }
+}
+
+impl SegmentGrowth {
+    fn end_if_dead(&mut self) -> bool {
+        let is_dead = self.stage == SegmentStage::Complete && self.live_records == 0;
+        if is_dead {
+            self.stage = SegmentStage::Gone;
+        }
+        is_dead
+    }
+}
+
+/// The content of a record.
+pub(super) fn content_of(header: &Header, record: Vec<u8>) -> Bytes {
+    let start = header.bytes();
+    Bytes::from(record).slice(start..start + header.length as usize)
+}
+
+/// The slot at an offset that is a multiple of [`SLOT_BYTES`].
+pub(super) fn slot_at(offset: u64) -> u32 {
+    u32::try_from(offset / SLOT_BYTES).unwrap_or(u32::MAX)
+}
+
+/// Appends bytes of the file from `offset + to.len()` on, until there are `wanted` or the file ends.
+pub(super) fn read_up_to(file: &File, offset: u64, wanted: u64, to: &mut Vec<u8>) -> io::Result<()> {
+    let wanted = usize::try_from(wanted).map_err(io::Error::other)?;
+    to.reserve_exact(wanted.saturating_sub(to.len()));
+    while to.len() < wanted {
+        let at = offset + to.len() as u64;
+        match pread(file, spare_capacity(to), at) {
+            Ok(0) => break,
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn write_all(file: &File, mut slices: &mut [IoSlice<'_>], mut at: u64) -> io::Result<()> {
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        let part = slices.get(..slices.len().min(PIECES_AT_ONCE)).unwrap_or_default();
+        match pwritev(file, part, at) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                IoSlice::advance_slices(&mut slices, written);
+                at += written as u64;
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}

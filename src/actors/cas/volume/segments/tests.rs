@@ -1,0 +1,497 @@
+//! Tests of the segments on a real directory: what is read, deleted, compacted and recovered, against a trivial model.
+
+use super::*;
+use crate::actors::cas::{
+    index::{EntryKind, Key},
+    volume::{Compacted, Moves, Recovered, is_lost, read_all},
+};
+use bytes::Bytes;
+use gorego_reapi::digest::DigestFunction;
+use std::collections::HashMap;
+use tempfile::TempDir;
+
+mod model;
+
+const SIZES: Sizes = Sizes { largest_file: 64 << 10, segment: 16 << 10, waste: 8 << 10 };
+
+fn names() -> Vec<String> {
+    vec!["=".into(), "=other".into(), "=+private".into()]
+}
+
+fn open_at(root: &Path) -> Segments {
+    Segments::open(root, names(), SIZES, Arc::new(AtomicU64::new(1))).unwrap()
+}
+
+fn key_of(kind: EntryKind, name: &[u8]) -> Key {
+    Key { digest: DigestFunction::Sha256.digest(name), instance: InstanceId(0), kind }
+}
+
+fn content(length: usize, seed: u8) -> Bytes {
+    (0..length).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed)).collect::<Vec<u8>>().into()
+}
+
+/// A blob whose content follows from its seed.
+fn blob(length: usize, seed: u8) -> (Key, Bytes) {
+    let bytes = content(length, seed);
+    (key_of(EntryKind::Blob, &bytes), bytes)
+}
+
+/// Segments with a trivial index of what is stored.
+struct Store {
+    root: TempDir,
+    segments: Segments,
+    index: HashMap<Key, WrittenFile>,
+}
+
+impl Store {
+    fn new() -> Self {
+        let root = TempDir::new().unwrap();
+        let segments = open_at(root.path());
+        Self { root, segments, index: HashMap::new() }
+    }
+
+    fn write(&mut self, files: &[(Key, Bytes)]) {
+        let pieces: Vec<[Bytes; 1]> = files.iter().map(|(_, bytes)| [bytes.clone()]).collect();
+        let new: Vec<NewFile<'_>> =
+            files.iter().zip(&pieces).map(|((key, _), pieces)| NewFile { key: *key, pieces }).collect();
+        for written in self.segments.write(&new, 1_000) {
+            let written = written.unwrap();
+            if let Some(old) = self.index.insert(written.file.key, written) {
+                self.drop_file(&old);
+            }
+        }
+    }
+
+    fn drop_file(&self, old: &WrittenFile) {
+        let at = Location::of(&old.file).unwrap();
+        let failures = self.segments.delete(&[(at, Victim { file: old.file, bytes: old.bytes })]);
+        assert!(failures.is_empty(), "{failures:?}");
+    }
+
+    fn delete(&mut self, key: &Key) {
+        if let Some(old) = self.index.remove(key) {
+            self.drop_file(&old);
+        }
+    }
+
+    fn read(&self, key: &Key) -> io::Result<Bytes> {
+        let file = self.index.get(key).ok_or(io::ErrorKind::NotFound)?.file;
+        let stored = self.segments.read(Location::of(&file).unwrap(), &file)?;
+        read_all(&*stored, 1 << 20).map(Bytes::from)
+    }
+
+    fn compact(&mut self) -> Compacted {
+        let index = &mut self.index;
+        let mut lost = Vec::new();
+        let outcome = self.segments.compact(&mut |moves: Moves| {
+            lost.extend(moves.lost);
+            let relocate = |(file, generation): (FileId, u64)| match index.get_mut(&file.key) {
+                Some(entry) if entry.file == file => {
+                    entry.file.generation = generation;
+                    true
+                }
+                _ => false,
+            };
+            moves.moved.into_iter().map(relocate).collect()
+        });
+        for file in lost {
+            if self.index.get(&file.key).is_some_and(|entry| entry.file == file) {
+                self.delete(&file.key);
+            }
+        }
+        outcome.unwrap()
+    }
+
+    /// Opens the directory again, as after the death of the process.
+    fn crash(self) -> Self {
+        let Self { root, segments, .. } = self;
+        drop(segments);
+        Self::reopen(root)
+    }
+
+    fn reopen(root: TempDir) -> Self {
+        let segments = open_at(root.path());
+        let mut index: HashMap<Key, WrittenFile> = HashMap::new();
+        segments.recover(&mut |Recovered { file, bytes, .. }| {
+            let written = WrittenFile { file, bytes, stamp: content::STAMP };
+            let at = |file: &FileId| Location::of(file).unwrap();
+            let known = index.get(&file.key).copied();
+            let is_older =
+                known.is_some_and(|known| segments.sequence(at(&known.file)) > segments.sequence(at(&file)));
+            let loser = if is_older { Some(written) } else { index.insert(file.key, written) };
+            loser.map(|loser| Victim { file: loser.file, bytes: loser.bytes })
+        });
+        segments.end_recovery();
+        Self { root, segments, index }
+    }
+
+    fn files(&self, kind: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.root.path().join("segments")).unwrap();
+        let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        files.retain(|path| path.extension().is_some_and(|own| own == kind));
+        files.sort();
+        files
+    }
+
+    /// The counts follow from what is stored and what is on disk.
+    fn check_counts(&self) {
+        let takes = self.segments.takes_now();
+        let live: u64 = self.index.values().map(|written| written.bytes).sum();
+        assert_eq!(takes.live, live);
+        let of_kind = |kind| self.files(kind).iter().map(|path| path.metadata().unwrap().len()).sum::<u64>();
+        let disk = of_kind("segment") + of_kind("journal");
+        assert!(takes.disk >= disk, "{takes:?} {disk}");
+        assert!(live + self.segments.overhead() >= disk);
+    }
+}
+
+#[test]
+fn a_batch_is_read_back_before_and_after_a_crash() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> =
+        [0, 1, 15, 16, 4_096, 5_000, 65_536].map(|length| blob(length, 7)).to_vec();
+    store.write(&files);
+    let result = (key_of(EntryKind::Result, b"action"), content(9_000, 3));
+    store.write(std::slice::from_ref(&result));
+    for restarted in [false, true, true] {
+        if restarted {
+            store = store.crash();
+        }
+        for (key, bytes) in files.iter().chain([&result]) {
+            assert_eq!(store.read(key).unwrap(), bytes, "{restarted}");
+        }
+        assert_eq!(store.index.len(), 8);
+        store.check_counts();
+    }
+}
+
+#[test]
+fn a_segment_without_live_records_is_removed_and_a_deleted_record_does_not_come_back() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> = (0..20).map(|seed| blob(4_000, seed)).collect();
+    files.chunks(2).for_each(|batch| store.write(batch));
+    assert!(store.files("segment").len() > 3);
+    for (key, _) in &files[..15] {
+        store.delete(key);
+    }
+    store.check_counts();
+    let mut store = store.crash();
+    assert_eq!(store.index.len(), 5);
+    store.check_counts();
+    for (key, _) in &files[15..] {
+        store.delete(key);
+    }
+    let store = store.crash();
+    assert!(store.files("segment").is_empty() && store.files("journal").is_empty());
+    assert_eq!(store.segments.takes_now(), Takes::default());
+}
+
+/// Nothing of a replaced or purged result comes back, although the crash comes before the old record is gone.
+#[test]
+fn the_newer_of_two_results_wins_after_a_crash_wherever_they_lie() {
+    let mut store = Store::new();
+    let key = key_of(EntryKind::Result, b"action");
+    store.write(&[(key, content(3_000, 1))]);
+    let old = store.index.remove(&key).unwrap();
+    (0..10).for_each(|seed| store.write(&[blob(4_000, seed)]));
+    store.write(&[(key, content(3_000, 2))]);
+    let new = store.index[&key];
+    // The old record was not deleted before the crash.
+    let mut store = store.crash();
+    assert_eq!(store.read(&key).unwrap(), content(3_000, 2));
+    // A copy of the new one keeps its age.
+    (0..10).for_each(|seed| store.delete(&blob(4_000, seed).0));
+    while store.compact() == Compacted::Some {}
+    assert!(Location::of(&old.file).is_some() && Location::of(&new.file).is_some());
+    let store = store.crash();
+    assert_eq!(store.read(&key).unwrap(), content(3_000, 2));
+    store.check_counts();
+}
+
+#[test]
+fn compaction_moves_what_is_live_and_frees_the_rest() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> = (0..40).map(|seed| blob(4_000, seed)).collect();
+    files.iter().for_each(|file| store.write(std::slice::from_ref(file)));
+    let before = store.files("segment").len();
+    for (key, _) in files.iter().step_by(2) {
+        store.delete(key);
+    }
+    while store.compact() == Compacted::Some {}
+    assert!(store.files("segment").len() < before * 2 / 3, "{before} {:?}", store.files("segment"));
+    for restarted in [false, true] {
+        if restarted {
+            store = store.crash();
+        }
+        for (at, (key, bytes)) in files.iter().enumerate() {
+            match store.read(key) {
+                Ok(read) => assert_eq!((at % 2, &read), (1, bytes)),
+                Err(error) => assert!(at % 2 == 0 && is_lost(&error), "{at} {error}"),
+            }
+        }
+        store.check_counts();
+    }
+}
+
+/// A record that somebody reads stays where it is, and its segment with it.
+#[test]
+fn a_record_that_may_not_move_keeps_its_segment_and_nothing_else_in_it() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> = (0..4).map(|seed| blob(4_000, seed)).collect();
+    store.write(&files);
+    (10..20).for_each(|seed| store.write(&[blob(4_000, seed)]));
+    store.delete(&files[0].0);
+    let held = store.index[&files[1].0].file;
+    let index = &mut store.index;
+    let mut refused = 0;
+    store
+        .segments
+        .compact(&mut |moves: Moves| {
+            let mut relocate = |(file, generation): (FileId, u64)| {
+                if file == held {
+                    refused += 1;
+                    return false;
+                }
+                index.get_mut(&file.key).unwrap().file.generation = generation;
+                true
+            };
+            moves.moved.into_iter().map(&mut relocate).collect()
+        })
+        .unwrap();
+    assert_eq!(refused, 1);
+    store.check_counts();
+    for (key, bytes) in &files[1..] {
+        assert_eq!(store.read(key).unwrap(), bytes);
+    }
+    // Deleted copies do not come back as the records that they were made from.
+    store.delete(&files[2].0);
+    let store = store.crash();
+    assert!(store.read(&files[2].0).is_err());
+    assert_eq!(store.read(&files[1].0).unwrap(), files[1].1);
+    assert_eq!(store.read(&files[3].0).unwrap(), files[3].1);
+}
+
+/// If a record is deleted while it is copied, neither the record nor the copy comes back.
+#[test]
+fn a_deletion_during_compaction_holds_after_a_crash_at_any_step() {
+    for delete_before in [true, false] {
+        let mut store = Store::new();
+        let files: Vec<(Key, Bytes)> = (0..4).map(|seed| blob(4_000, seed)).collect();
+        store.write(&files);
+        (10..20).for_each(|seed| store.write(&[blob(4_000, seed)]));
+        store.delete(&files[0].0);
+        let victim = store.index[&files[1].0];
+        let copied = TempDir::new().unwrap();
+        let segments = &store.segments;
+        let _ = segments.compact(&mut |moves: Moves| {
+            let mut accepted = vec![true; moves.moved.len()];
+            let at = moves.moved.iter().position(|(file, _)| *file == victim.file).unwrap();
+            let mut deleted = victim;
+            if delete_before {
+                accepted[at] = false;
+            } else {
+                deleted.file.generation = moves.moved[at].1;
+            }
+            let place = Location::of(&deleted.file).unwrap();
+            segments.delete(&[(place, Victim { file: deleted.file, bytes: deleted.bytes })]);
+            // The process dies here, right after the deletion was reported.
+            fs::create_dir(copied.path().join("segments")).unwrap();
+            for entry in fs::read_dir(store.root.path().join("segments")).unwrap() {
+                let path = entry.unwrap().path();
+                fs::copy(&path, copied.path().join("segments").join(path.file_name().unwrap())).unwrap();
+            }
+            accepted
+        });
+        let store = Store::reopen(copied);
+        assert!(store.read(&files[1].0).is_err(), "{delete_before}");
+        for (key, bytes) in &files[2..] {
+            assert_eq!(store.read(key).unwrap(), bytes);
+        }
+        store.check_counts();
+    }
+}
+
+/// CAS-22: however a file of the store is changed, a read returns what was written or an error that counts as lost.
+#[test]
+fn no_bit_of_any_file_can_make_a_read_wrong() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> = (0..3).map(|seed| blob(100, seed)).collect();
+    store.write(&files);
+    store.write(&[blob(16_000, 9)]);
+    store.write(&[blob(50, 10)]);
+    let (sealed, all) = (store.files("segment").remove(0), store.index.clone());
+    let good = fs::read(&sealed).unwrap();
+    let reopened = |bytes: &[u8]| {
+        let root = TempDir::new().unwrap();
+        fs::create_dir(root.path().join("segments")).unwrap();
+        for path in store.files("segment").into_iter().filter(|path| *path != sealed) {
+            fs::copy(&path, root.path().join("segments").join(path.file_name().unwrap())).unwrap();
+        }
+        fs::write(root.path().join("segments").join(sealed.file_name().unwrap()), bytes).unwrap();
+        Store::reopen(root)
+    };
+    let check = |store: &Store, what: &str| {
+        let mut readable = 0;
+        for (key, bytes) in files.iter().chain([&blob(16_000, 9), &blob(50, 10)]) {
+            match store.read(key) {
+                Ok(read) => {
+                    assert_eq!(read, bytes, "{what}");
+                    readable += 1;
+                }
+                Err(error) => assert!(is_lost(&error), "{what}: {error}"),
+            }
+        }
+        readable
+    };
+    assert_eq!(check(&reopened(&good), "nothing"), all.len());
+    let interesting = (0..600).chain(good.len() - 400..good.len());
+    for at in interesting {
+        let mut flipped = good.clone();
+        flipped[at] ^= 1 << (at % 8);
+        // At most the record with the bit is lost.
+        assert!(check(&reopened(&flipped), &format!("bit of byte {at}")) >= all.len() - 1, "{at}");
+    }
+    for end in (0..good.len()).step_by(97) {
+        check(&reopened(&good[..end]), &format!("cut at {end}"));
+    }
+}
+
+/// Nothing that was acknowledged is lost when the process dies while others write.
+#[test]
+fn a_hole_in_front_of_whole_records_is_skipped() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> = (0..3).map(|seed| blob(1_000, seed)).collect();
+    files.iter().for_each(|file| store.write(std::slice::from_ref(file)));
+    let first = Location::of(&store.index[&files[0].0].file).unwrap();
+    let path = store.files("segment").remove(0);
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&vec![0; record::record_bytes(1_000) as usize], first.offset()).unwrap();
+    let store = store.crash();
+    assert!(store.read(&files[0].0).is_err());
+    assert_eq!(store.read(&files[1].0).unwrap(), files[1].1);
+    assert_eq!(store.read(&files[2].0).unwrap(), files[2].1);
+    store.check_counts();
+    assert_eq!(store.crash().index.len(), 2);
+}
+
+#[test]
+fn swapped_or_missing_segments_are_misses() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> = (0..12).map(|seed| blob(4_000, seed)).collect();
+    files.iter().for_each(|file| store.write(std::slice::from_ref(file)));
+    let paths = store.files("segment");
+    let other = store.root.path().join("other");
+    fs::rename(&paths[0], &other).unwrap();
+    fs::rename(&paths[1], &paths[0]).unwrap();
+    fs::rename(&other, &paths[1]).unwrap();
+    fs::remove_file(&paths[2]).unwrap();
+    // Descriptors that are open keep reading the right files.
+    for restarted in [false, true] {
+        if restarted {
+            store = store.crash();
+        }
+        for (key, bytes) in &files {
+            match store.read(key) {
+                Ok(read) => assert_eq!(read, bytes),
+                Err(error) => assert!(is_lost(&error), "{error}"),
+            }
+        }
+    }
+    assert!(store.index.is_empty());
+    store.write(&files);
+    assert_eq!(store.crash().index.len(), 12);
+}
+
+/// What is written to a file that somebody has removed would be lost.
+#[test]
+fn a_removed_segment_is_not_appended_to() {
+    let mut store = Store::new();
+    store.write(&[blob(100, 1)]);
+    fs::remove_file(store.files("segment").remove(0)).unwrap();
+    store.write(&[blob(100, 2)]);
+    let store = store.crash();
+    assert_eq!(store.read(&blob(100, 2).0).unwrap(), blob(100, 2).1);
+}
+
+#[test]
+fn records_of_an_instance_that_is_not_served_any_more_are_dropped() {
+    let mut store = Store::new();
+    let (mut key, bytes) = blob(100, 1);
+    let main = key;
+    key.instance = InstanceId(1);
+    store.write(&[(main, bytes.clone()), (key, bytes.clone())]);
+    let Store { root, segments, .. } = store;
+    drop(segments);
+    let now = vec!["=new".into(), "=".into()];
+    let segments = Segments::open(root.path(), now, SIZES, Arc::new(AtomicU64::new(1))).unwrap();
+    let mut found = vec![];
+    segments.recover(&mut |recovered| {
+        found.push(recovered.file);
+        None
+    });
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].key, Key { instance: InstanceId(1), ..main }, "the instance has another number now");
+    let read = segments.read(Location::of(&found[0]).unwrap(), &found[0]).unwrap();
+    assert_eq!(read.whole().unwrap(), bytes);
+}
+
+#[test]
+fn uses_are_recorded_and_survive_compaction() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> = (0..8).map(|seed| blob(4_000, seed)).collect();
+    files.iter().for_each(|file| store.write(std::slice::from_ref(file)));
+    let place = |store: &Store, at: usize| Location::of(&store.index[&files[at].0].file).unwrap();
+    store.segments.touch(vec![place(&store, 1), place(&store, 2)], 5_000);
+    store.delete(&files[0].0);
+    store.delete(&files[3].0);
+    assert_eq!(store.compact(), Compacted::Some);
+    let Store { root, segments, .. } = store;
+    drop(segments);
+    let segments = open_at(root.path());
+    let mut touched = HashMap::new();
+    segments.recover(&mut |recovered| {
+        touched.insert(recovered.file.key, recovered.touched);
+        None
+    });
+    let of = |at: usize| touched.get(&files[at].0).copied();
+    assert_eq!([0, 1, 2, 3, 4].map(of), [None, Some(5_000), Some(5_000), None, Some(1_000)]);
+}
+
+/// Many threads write, and each batch is one piece of the file.
+#[test]
+fn writers_do_not_disturb_each_other() {
+    let store = Store::new();
+    let segments = &store.segments;
+    let all: Vec<(FileId, Bytes)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4u8)
+            .map(|thread| {
+                scope.spawn(move || {
+                    let mut written = Vec::new();
+                    for round in 0..50usize {
+                        let files: Vec<(Key, Bytes)> =
+                            (0..4).map(|at| blob(round * 17 + at, thread * 50 + at as u8)).collect();
+                        let pieces: Vec<[Bytes; 1]> =
+                            files.iter().map(|(_, bytes)| [bytes.clone()]).collect();
+                        let new: Vec<NewFile<'_>> = (files.iter().zip(&pieces))
+                            .map(|((key, _), pieces)| NewFile { key: *key, pieces })
+                            .collect();
+                        let outcomes = segments.write(&new, 1);
+                        written.extend(
+                            outcomes
+                                .into_iter()
+                                .zip(files)
+                                .map(|(outcome, (_, bytes))| (outcome.unwrap().file, bytes)),
+                        );
+                    }
+                    written
+                })
+            })
+            .collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(all.len(), 800);
+    for (file, bytes) in all {
+        let stored = segments.read(Location::of(&file).unwrap(), &file).unwrap();
+        assert_eq!(stored.whole().unwrap(), bytes);
+    }
+}

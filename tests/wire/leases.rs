@@ -1,0 +1,124 @@
+//! What a build was promised stays, over the wire (AC-03, AC-04, CAS-03; GEN-21).
+
+use crate::support::{Client, Server, directory, empty, file, sh_with, sha256};
+use gorego_reapi::{
+    digest::Digest,
+    proto::{
+        reapi::{
+            BatchUpdateBlobsRequest, FindMissingBlobsRequest, GetActionResultRequest, RequestMetadata,
+            batch_update_blobs_request,
+        },
+        rpc,
+    },
+};
+use prost::Message as _;
+use tonic::{Code, Request, metadata::MetadataValue};
+
+/// A store of this size fills within a second.
+const SMALL: (&str, &str) = ("MAX_SIZE_GB", "8 MB");
+
+/// A request of a build.
+fn of<T>(build: &str, message: T) -> Request<T> {
+    let metadata = RequestMetadata { tool_invocation_id: build.into(), ..Default::default() };
+    let mut request = Request::new(message);
+    let value = MetadataValue::from_bytes(&metadata.encode_to_vec());
+    request.metadata_mut().insert_bin("build.bazel.remote.execution.v2.requestmetadata-bin", value);
+    request
+}
+
+fn noise(bytes: usize, seed: u64) -> Vec<u8> {
+    let block = |n: u64| sha256(&[seed.to_le_bytes(), n.to_le_bytes()].concat()).hash().to_vec();
+    (0..).flat_map(block).take(bytes).collect()
+}
+
+/// Uploads a blob and returns its digest and its status.
+async fn upload(client: &Client, build: &str, data: Vec<u8>) -> (Digest, rpc::Status) {
+    let digest = sha256(&data);
+    let request = batch_update_blobs_request::Request {
+        digest: Some(digest.to_wire()),
+        data: data.into(),
+        ..Default::default()
+    };
+    let request = BatchUpdateBlobsRequest { requests: vec![request], ..Default::default() };
+    let reply = client.cas.clone().batch_update_blobs(of(build, request)).await.unwrap().into_inner();
+    (digest, reply.responses.into_iter().next().unwrap().status.unwrap())
+}
+
+async fn missing(client: &Client, build: &str, digests: &[Digest]) -> usize {
+    let blob_digests = digests.iter().map(|digest| digest.to_wire()).collect();
+    let request = FindMissingBlobsRequest { blob_digests, ..Default::default() };
+    let reply = client.cas.clone().find_missing_blobs(of(build, request)).await.unwrap();
+    reply.into_inner().missing_blob_digests.len()
+}
+
+async fn result_for(client: &Client, build: &str, action: Digest) -> Result<(), Code> {
+    let request = GetActionResultRequest { action_digest: Some(action.to_wire()), ..Default::default() };
+    let reply = client.action_cache.clone().get_action_result(of(build, request)).await;
+    reply.map(drop).map_err(|status| status.code())
+}
+
+/// Uploads five times the store.
+async fn churn(client: &Client, build: &str) -> Vec<Digest> {
+    let mut uploaded = Vec::new();
+    for seed in 0..80 {
+        let (digest, status) = upload(client, build, noise(500_000, 1_000 + seed)).await;
+        assert_eq!(status.code, 0, "{}", status.message);
+        uploaded.push(digest);
+    }
+    uploaded
+}
+
+/// User-asks failure modes 2 and 27: a hit, what FindMissingBlobs said and what an Execute used is there although another build
+/// uploads at full speed. The other build loses its own oldest leases, which breaks no promise.
+#[tokio::test]
+async fn what_a_build_was_promised_stays_while_another_fills_the_store() {
+    let server = Server::with(&[SMALL]).await;
+    let client = server.client().await;
+    let input = client.upload(noise(10_000, 1)).await;
+    let root = client.upload(directory(vec![file("in", input)], vec![], vec![])).await;
+    let action =
+        client.action(sh_with("mkdir -p d/e; cat in > d/e/n; echo out > f", &["f", "d"]), root).await;
+    let result = client.run(action).await.result.unwrap();
+    let mut promised = vec![input, root, action, sha256(b"out\n")];
+    promised.push(client.digest(result.output_directories[0].tree_digest.as_ref()));
+    let (uploaded, _) = upload(&client, "ours", noise(10_000, 2)).await;
+    promised.push(uploaded);
+    assert_eq!(missing(&client, "ours", &promised).await, 0);
+    assert_eq!(result_for(&client, "ours", action).await, Ok(()));
+
+    let others = churn(&client, "theirs").await;
+    assert_eq!(missing(&client, "", &promised).await, 0);
+    for blob in &promised {
+        assert!(client.read(*blob).await.is_ok(), "{blob}");
+    }
+    assert!(client.run(action).await.cached_result);
+    assert!(missing(&client, "", &others[..40]).await > 30, "the other build has lost its oldest");
+    assert_eq!(missing(&client, "", &others[75..]).await, 0);
+    assert!(server.log().iter().any(|line| line["event"] == "leases_withdrawn"));
+}
+
+/// At nine tenths, a result whose blobs would have to be leased too is NOT_FOUND for a build that has its share, and is logged. An
+/// upload that does not fit beside the leases is RESOURCE_EXHAUSTED.
+#[tokio::test]
+async fn leases_that_fill_the_store_cost_rebuilds_and_no_promise() {
+    let server = Server::with(&[SMALL]).await;
+    let client = server.client().await;
+    let action = client.action(sh_with("head -c 1000000 /dev/zero > f", &["f"]), empty()).await;
+    client.run(action).await;
+    let mut blobs = Vec::new();
+    for seed in 0..13 {
+        blobs.push(client.upload(noise(500_000, seed)).await);
+    }
+    // Leases end with the server, and the store stays.
+    let server = Server::on(server.kill().await, &[SMALL]).await;
+    let client = server.client().await;
+    assert_eq!(missing(&client, "full", &blobs).await, 0);
+    assert_eq!(result_for(&client, "full", action).await, Err(Code::NotFound));
+    assert!(server.log().iter().any(|line| line["event"] == "leases_full"));
+    assert_eq!(missing(&client, "full", &blobs).await, 0, "nothing was lost");
+    assert_eq!(missing(&client, "another", &blobs).await, 0, "what both need is charged to neither");
+    let (_, status) = upload(&client, "full", noise(2_000_000, 99)).await;
+    assert_eq!(status.code, Code::ResourceExhausted as i32, "{}", status.message);
+    assert!(status.message.contains("leased to builds"), "{}", status.message);
+    assert!(status.details.iter().any(|any| any.type_url.ends_with("google.rpc.RetryInfo")), "{status:?}");
+}

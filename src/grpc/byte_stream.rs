@@ -12,7 +12,7 @@ use super::{Edge, ReadStream, log_stream, stalled, write_stream::WriteStream};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
-        client::{Cas, Upload},
+        client::{SmallUpload, Upload},
         forms::zstd_reader::ZstdReader,
     },
     call::Call,
@@ -42,9 +42,6 @@ pub(crate) const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
 /// Time limit for the end of the stream after `finish_write`, which shows that no more data follows (BS-21). Most clients close
 /// their half at once, but some wait for the answer first.
 pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(1);
-
-/// A blob up to this size that comes in one message is stored at once.
-const SMALL_BLOB_BYTES: usize = 64 * 1024;
 
 #[derive(Debug)]
 pub(crate) struct ByteStreamService(pub Arc<Edge>);
@@ -121,10 +118,11 @@ impl ByteStreamService {
         let (name, check) = WriteCheck::begin(&first)?;
         let (instance, digest) = self.resolve(call, &name)?;
         let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
-        if check.is_small_blob(&first) && !cas.find_missing(&instance, &[digest]).await?.is_empty() {
-            store_small(&cas, &instance, digest, messages, first, check, call).await?;
-            let committed_size = wire_size(digest.size());
-            return Ok(Response::new(WriteResponse { committed_size }));
+        if check.is_whole(&first)
+            && let Some(upload) = cas.begin_small_upload(&instance, digest)?
+        {
+            store_small(upload, messages, first, check, call).await?;
+            return Ok(Response::new(WriteResponse { committed_size: wire_size(digest.size()) }));
         }
         let upload = cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
         let end = match (upload, name.encoding) {
@@ -289,13 +287,9 @@ impl WriteCheck {
         Ok(())
     }
 
-    /// Whether the first message is the whole of a small, uncompressed blob.
-    fn is_small_blob(&self, first: &WriteRequest) -> bool {
-        let bytes = first.data.len();
-        first.finish_write
-            && self.next_offset == 0
-            && (1..=SMALL_BLOB_BYTES).contains(&bytes)
-            && self.limit == Some(bytes as u64)
+    /// Whether this first message is the whole of an uncompressed blob.
+    fn is_whole(&self, first: &WriteRequest) -> bool {
+        first.finish_write && self.next_offset == 0 && self.limit == Some(first.data.len() as u64)
     }
 
     /// The error for a stream that ends without `finish_write` (BS-21).
@@ -309,12 +303,9 @@ impl WriteCheck {
     }
 }
 
-/// Stores a small blob that came in one message. There is nothing to resume if that fails, so it is not registered as an upload,
-/// which would cost another message to the store's actor.
+/// Stores a small blob that came in one message.
 async fn store_small(
-    cas: &Cas,
-    instance: &Instance,
-    digest: Digest,
+    upload: SmallUpload,
     mut messages: WriteStream,
     first: WriteRequest,
     mut check: WriteCheck,
@@ -325,8 +316,7 @@ async fn store_small(
     if let Ok(Some(extra)) = messages.next(CLOSE_WAIT).await {
         check.accept(&extra)?;
     }
-    let stored = cas.write_many(instance, vec![(digest, first.data)]).await?;
-    Ok(stored.into_iter().collect::<Result<()>>()?)
+    Ok(upload.store(first.data).await?)
 }
 
 /// Receives an upload until it is complete, or until another request has stored the blob.

@@ -32,6 +32,7 @@ use std::sync::Arc;
 pub use super::uploads::{
     begin::{Upload, UploadStatus},
     sink::Payload,
+    small::SmallUpload,
 };
 
 /// The origin of a result, stored with it.
@@ -161,7 +162,7 @@ impl Cas {
         self.caller
     }
 
-    fn client(&self) -> Option<Caller> {
+    pub(super) fn client(&self) -> Option<Caller> {
         self.is_client.then_some(self.caller)
     }
 

@@ -188,7 +188,7 @@ mod tests {
     };
     use futures::future::join_all;
     use gorego_reapi::digest::DigestFunction;
-    use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc, sync::mpsc};
+    use std::{collections::BTreeMap, net::Ipv4Addr, sync::mpsc};
     use tokio::runtime::{Builder, Runtime};
 
     /// A store whose file work has one thread.

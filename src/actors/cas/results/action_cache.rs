@@ -8,7 +8,8 @@ use crate::actors::cas::{
     blob::{is_sound, not_found, read_unchecked, read_unless_large, report},
     client::{Cas, Provenance},
     decoding::worst_case,
-    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
+    index::{EntryKind, EntryRef, FileId, FoundEntry, Key, Stamp},
+    joint_writes::JOINT_FILE_BYTES,
     lookup::Purpose,
     new_files::NewFiles,
     results::{self, DirectReferences, LoadedResult, ResultLookup, Uploader},
@@ -361,8 +362,15 @@ impl Cas {
         if !contents.is_empty() {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
-        let (charge, result) = (prepared.charge(self), prepared.result.clone());
-        let room = self.take_room(charge).await?;
+        let result = prepared.result.clone();
+        // One that replaces another is compared with it, which may read the disk.
+        let is_first = !is_compared || !self.has_result(&space, key)?;
+        if is_first && prepared.file.len() as u64 <= JOINT_FILE_BYTES {
+            let file = self.write_jointly(prepared.key(space.id()), prepared.file.clone()).await?;
+            prepared.remember(self, file);
+            return Ok(result);
+        }
+        let room = self.take_room(prepared.charge(self)).await?;
         let cas = self.clone();
         let visible = self.blocking(move || -> Result<_> {
             if is_compared {
@@ -376,6 +384,11 @@ impl Cas {
             visible.wait().await?;
         }
         Ok(result)
+    }
+
+    fn has_result(&self, instance: &Instance, action: Digest) -> Result<bool> {
+        let key = Key { digest: action, instance: instance.id(), kind: EntryKind::Result };
+        self.look_up(|index| index.renew(&key).is_some())
     }
 }
 
@@ -458,19 +471,27 @@ impl PreparedResult {
         files: &mut NewFiles,
         instance: InstanceId,
     ) -> Result<()> {
-        let Self { action, result, file: bytes, .. } = self;
-        let key = Key { digest: action, instance, kind: EntryKind::Result };
-        let file = files
-            .write(key, &[bytes])
-            .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
-        // Without Trees and Directories all references are known, so the first hit reads no file.
+        let written = files
+            .write(self.key(instance), std::slice::from_ref(&self.file))
+            .map_err(|error| Error::io(&format!("store the result of action {}", self.action), &error))?;
+        self.remember(cas, written);
+        Ok(())
+    }
+
+    fn key(&self, instance: InstanceId) -> Key {
+        Key { digest: self.action, instance, kind: EntryKind::Result }
+    }
+
+    /// Caches the result, whose file was written. Without Trees and Directories all references are known, so the first hit reads
+    /// no file.
+    fn remember(self, cas: &Cas, file: FileId) {
+        let Self { action, result, .. } = self;
         if let Ok(direct) = DirectReferences::of(&result, action.function())
             && direct.trees.is_empty()
             && direct.roots.is_empty()
         {
             let loaded = Arc::new(LoadedResult::new(file.generation, result, direct.blobs));
-            cas.shared().results.insert((instance, action), loaded.clone(), loaded.memory());
+            cas.shared().results.insert((file.key.instance, action), loaded.clone(), loaded.memory());
         }
-        Ok(())
     }
 }

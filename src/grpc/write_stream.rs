@@ -7,7 +7,8 @@
 //! its `finish_write`.
 //!
 //! Every client sends the data as the last field. A message in another form, or one that does not parse, is collected and decoded
-//! as a whole, and counts as unfinished until then ([`super::intake`]). Compressed messages take the way through tonic.
+//! as a whole, and counts as unfinished until then ([`super::intake`]). So is a small one ([`WHOLE_UP_TO_BYTES`]), because a small
+//! blob that is there as a whole is stored at once. Compressed messages take the way through tonic.
 //!
 //! Bound: a piece keeps the frame in memory that it came in, so a small one is copied ([`COPIED_BELOW_BYTES`]).
 
@@ -40,6 +41,8 @@ const PATH: &str = "/google.bytestream.ByteStream/Write";
 const PREFIX_BYTES: usize = 5;
 /// The fields before the data are looked for in this many bytes. The name of a blob has about 150.
 const HEAD_MAX_BYTES: usize = 4 * 1024;
+/// Messages up to this size are handed on whole.
+const WHOLE_UP_TO_BYTES: usize = 64 * 1024 + HEAD_MAX_BYTES;
 /// Pieces below this size are copied: the allocation that they are a part of has the size of the largest frame, 16 KiB.
 const COPIED_BELOW_BYTES: usize = 12 * 1024;
 
@@ -190,8 +193,8 @@ impl Pieces {
         matches!(self.state, State::Head) && self.unread.is_empty()
     }
 
-    /// The beginning of the next message. The messages of log streams and of compressed uploads are collected: a log stream takes
-    /// or refuses each as a whole, and of a compressed upload a message is decoded when it has arrived.
+    /// The beginning of the next message. Small messages are collected, and those of log streams and of compressed uploads: a log
+    /// stream takes or refuses each as a whole, and of a compressed upload a message is decoded when it has arrived.
     fn head(&mut self) -> Result<Head, Status> {
         let head = Head::parse(&self.unread)?;
         let Head::Complete { fields, data, length } = &head else { return Ok(head) };
@@ -199,7 +202,8 @@ impl Pieces {
             let name = ResourceName::parse_write(&fields.resource_name);
             self.is_plain = name.is_ok_and(|name| name.encoding == Encoding::Identity);
         }
-        Ok(if self.is_plain { head } else { Head::Unusual { length: length + data - PREFIX_BYTES } })
+        let whole = length + data - PREFIX_BYTES;
+        Ok(if self.is_plain && whole > WHOLE_UP_TO_BYTES { head } else { Head::Unusual { length: whole } })
     }
 
     /// Reads the next piece from what has arrived, if it is enough for one.
@@ -271,7 +275,7 @@ enum Head {
     Incomplete,
     /// The fields before the data, the length of the data, and the length of what comes before it.
     Complete { fields: WriteRequest, data: usize, length: usize },
-    /// A message of this length whose data is not its last field, or that does not parse.
+    /// A message of this length that is collected: usually because its data is not its last field, or because it does not parse.
     Unusual { length: usize },
 }
 
@@ -494,8 +498,8 @@ mod tests {
     proptest! {
         #[test]
         fn pieces_are_the_messages_however_they_are_cut(
-            sizes in proptest::collection::vec(prop_oneof![Just(0usize), 1usize..300, 10_000usize..40_000], 1..4),
-            frame in prop_oneof![1usize..40, 1_000usize..20_000],
+            sizes in proptest::collection::vec(prop_oneof![Just(0usize), 1usize..300, 60_000usize..100_000], 1..4),
+            frame in prop_oneof![400usize..600, 1_000usize..20_000],
             form in 0u8..3,
         ) {
             let name = |at: usize| if form == 1 && at > 0 { String::new() } else { upload(at) };
@@ -503,7 +507,7 @@ mod tests {
             let messages: Vec<_> = sizes
                 .iter()
                 .enumerate()
-                .map(|(at, bytes)| message(&name(at), 100_000 * at as i64, *bytes, at + 1 == sizes.len()))
+                .map(|(at, bytes)| message(&name(at), 1_000_000 * at as i64, *bytes, at + 1 == sizes.len()))
                 .collect();
             let encode = |message: &WriteRequest| {
                 let mut bytes = message.encode_to_vec();
@@ -540,12 +544,20 @@ mod tests {
     /// Otherwise an upload in tiny frames could keep a thousand times its size in memory.
     #[test]
     fn small_pieces_do_not_keep_their_frames() {
-        let wire = framed(&message(&upload(0), 0, 100, true).encode_to_vec());
-        let frames = cut(&wire, 50);
+        let wire = framed(&message(&upload(0), 0, 100_000, true).encode_to_vec());
+        let frames = cut(&wire, 500);
         let places: Vec<_> = frames.iter().map(|frame| frame.as_ptr_range()).collect();
         for piece in read(frames.clone(), None).0 {
             assert!(places.iter().all(|place| !place.contains(&piece.data.as_ptr())));
         }
+    }
+
+    #[test]
+    fn a_small_message_is_handed_on_whole() {
+        let small = message(&upload(0), 0, 64 * 1024, true);
+        let (pieces, error) = read(cut(&framed(&small.encode_to_vec()), 10_000), None);
+        assert!(error.is_none());
+        assert_eq!(pieces, [small]);
     }
 
     #[test]
@@ -568,8 +580,8 @@ mod tests {
 
     #[test]
     fn a_stream_that_the_client_cancels_ends_and_another_error_is_passed_on() {
-        let wire = framed(&message(&upload(0), 0, 100, false).encode_to_vec());
-        let cut_off = || cut(&wire[..wire.len() - 50], 20);
+        let wire = framed(&message(&upload(0), 0, 100_000, false).encode_to_vec());
+        let cut_off = || cut(&wire[..wire.len() - 50], 20_000);
         let (pieces, error) = read(cut_off(), Some(Status::cancelled("reset")));
         assert!(!pieces.is_empty() && error.is_none());
         let (_, error) = read(cut_off(), Some(Status::deadline_exceeded("silent")));

@@ -23,6 +23,8 @@ pub struct Principal(Arc<PrincipalState>);
 struct PrincipalState {
     kind: PrincipalKind,
     name: Box<str>,
+    /// The number of the name.
+    id: PrincipalId,
     /// What the name was made of.
     detail: Box<str>,
     roles: Vec<Arc<Role>>,
@@ -78,8 +80,9 @@ impl Principal {
         expires: Option<SystemTime>,
         mark: u64,
     ) -> Self {
-        let name = printable(kind.prefix(), detail).into();
-        Self(Arc::new(PrincipalState { kind, name, detail: detail.into(), roles, expires, mark }))
+        let name = printable(kind.prefix(), detail).into_boxed_str();
+        let id = PrincipalId::of(&name);
+        Self(Arc::new(PrincipalState { kind, name, id, detail: detail.into(), roles, expires, mark }))
     }
 
     /// A client without a credential, which has these roles.
@@ -131,7 +134,7 @@ impl Principal {
 
     /// Whom the shares of its operations belong to: itself, if it has proved who it is, or else the peer that it calls from.
     pub(crate) fn peer(&self, caller: Peer) -> Peer {
-        if self.is_anonymous() { caller } else { Peer::Principal(PrincipalId::of(self.name())) }
+        if self.is_anonymous() { caller } else { Peer::Principal(self.0.id) }
     }
 
     /// Whether both are the same client, as far as this server can tell. Their roles may differ, after a change of the rules.

@@ -135,6 +135,9 @@ impl<T> Accounts<T> {
 
     fn rank_since(&mut self, caller: Caller, since: Option<u64>) {
         let Self { holdings, waiting, .. } = self;
+        if waiting.is_empty() {
+            return;
+        }
         waiting.rank(caller.peer, holdings.of_peer(caller.peer), since);
         if let Some(connections) = waiting.get_mut(caller.peer) {
             connections.rank(caller.connection, holdings.of_connection(caller), since);

@@ -5,7 +5,7 @@
 
 use super::{Bound, Bounds};
 use crate::caller::{Caller, Peer};
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
 
 /// A peer or connection may hold this many times as much as it leaves to the next one.
 pub(super) const SHARE: u64 = 8;
@@ -55,24 +55,47 @@ impl Holdings {
     /// Takes an amount, or names the bound that does not allow it.
     pub(super) fn take(&mut self, caller: Caller, amount: u64) -> Result<(), Bound> {
         if amount > 0 {
-            self.check(caller, amount)?;
+            let (peer, connection) = (self.peers.entry(caller.peer), self.connections.entry(caller));
+            let rule = Rule { bounds: self.bounds, sharing: self.sharing, all: self.all };
+            rule.check(held(&peer), held(&connection), amount)?;
             self.all += amount;
-            *self.peers.entry(caller.peer).or_default() += amount;
-            *self.connections.entry(caller).or_default() += amount;
+            *peer.or_default() += amount;
+            *connection.or_default() += amount;
         }
         Ok(())
     }
 
-    fn check(&self, caller: Caller, amount: u64) -> Result<(), Bound> {
-        let (before_peer, before) = (self.of_peer(caller.peer), self.of_connection(caller));
-        let (of_peer, of_connection) = (before_peer.saturating_add(amount), before.saturating_add(amount));
+    pub(super) fn give_back(&mut self, caller: Caller, amount: u64) {
+        self.all = self.all.saturating_sub(amount);
+        subtract(self.peers.entry(caller.peer), amount);
+        subtract(self.connections.entry(caller), amount);
+    }
+
+    /// Whether nothing is held and no entries are left.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.all == 0 && self.peers.is_empty() && self.connections.is_empty()
+    }
+}
+
+/// Who may have more, given what all hold together.
+struct Rule {
+    bounds: Bounds,
+    sharing: Sharing,
+    all: u64,
+}
+
+impl Rule {
+    /// Names the bound that does not allow this amount to a caller whose peer and whose connection hold so much.
+    fn check(&self, of_peer_before: u64, before: u64, amount: u64) -> Result<(), Bound> {
+        let (of_peer, of_connection) = (of_peer_before.saturating_add(amount), before.saturating_add(amount));
         if of_connection > self.bounds.connection {
             return Err(Bound::Connection);
         }
         let left = self.bounds.total.saturating_sub(self.all).checked_sub(amount).ok_or(Bound::Server)?;
         let Sharing::Shares { free } = self.sharing else { return Ok(()) };
         // A caller that holds nothing may have all that is left.
-        if before_peer > 0 && (left < free || of_peer > left.saturating_mul(SHARE)) {
+        if of_peer_before > 0 && (left < free || of_peer > left.saturating_mul(SHARE)) {
             return Err(Bound::Peer);
         }
         // What the others leave to this peer, whether it has it or not, and how much of that it may have.
@@ -83,26 +106,21 @@ impl Holdings {
         }
         Ok(())
     }
+}
 
-    pub(super) fn give_back(&mut self, caller: Caller, amount: u64) {
-        self.all = self.all.saturating_sub(amount);
-        subtract(&mut self.peers, caller.peer, amount);
-        subtract(&mut self.connections, caller, amount);
-    }
-
-    /// Whether nothing is held and no entries are left.
-    #[cfg(test)]
-    pub(super) fn is_empty(&self) -> bool {
-        self.all == 0 && self.peers.is_empty() && self.connections.is_empty()
+fn held<K>(entry: &Entry<'_, K, u64>) -> u64 {
+    match entry {
+        Entry::Occupied(held) => *held.get(),
+        Entry::Vacant(_) => 0,
     }
 }
 
-/// Subtracts an amount and removes empty entries; otherwise the map would grow with every new caller.
-fn subtract<K: Eq + std::hash::Hash>(held: &mut HashMap<K, u64>, key: K, amount: u64) {
-    if let Some(left) = held.get_mut(&key) {
-        *left = left.saturating_sub(amount);
-        if *left == 0 {
-            held.remove(&key);
+/// Subtracts an amount and removes an entry that becomes empty; otherwise the map would grow with every new caller.
+fn subtract<K>(entry: Entry<'_, K, u64>, amount: u64) {
+    if let Entry::Occupied(mut held) = entry {
+        match held.get().saturating_sub(amount) {
+            0 => drop(held.remove()),
+            left => *held.get_mut() = left,
         }
     }
 }

@@ -40,6 +40,11 @@ pub struct ConnectArgs {
 }
 
 impl ConnectArgs {
+    /// Whether the command line has any of them. A credential helper may come from the environment.
+    pub(super) fn has_flags(&self) -> bool {
+        self.tls_ca.is_some() || self.tls_cert.is_some() || !self.header.is_empty()
+    }
+
     /// The options for a connection to this endpoint. Reads files of headers.
     ///
     /// # Errors

@@ -32,6 +32,9 @@ pub(super) fn run(command: &TokenCommand) -> u8 {
         TokenCommand::Revoke { ids, endpoint: Some(endpoint), connect, .. } => {
             revoke_at(ids, endpoint, connect)
         }
+        TokenCommand::Revoke { endpoint: None, connect, .. } if connect.has_flags() => Err(Error::invalid(
+            "flags for a connection need --endpoint URL, the server that is to revoke the tokens",
+        )),
         TokenCommand::Revoke { ids, endpoint: None, file, .. } => revoke(ids, file),
     };
     match outcome.and_then(|text| print(&text)) {

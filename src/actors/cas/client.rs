@@ -268,14 +268,14 @@ impl Cas {
         .await?
     }
 
-    pub(super) fn check_blob_size(&self, size: u64, what: &str) -> Result<()> {
+    pub(super) fn check_blob_size(&self, size: u64, what: impl ToString) -> Result<()> {
         let max = self.shared.settings.max_blob_bytes;
         if size <= max {
             return Ok(());
         }
         Err(Error::Invalid(format!(
             "{} has {size} bytes; this server stores blobs of at most {max} (cache.max_blob_size_gb)",
-            what.escape_debug()
+            what.to_string().escape_debug()
         )))
     }
 

@@ -58,10 +58,10 @@ impl JointWrites {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a file. Returns whether the caller has to start the job.
-    fn add(&self, file: WaitingFile) -> bool {
+    /// Adds files. Returns whether the caller has to start the job.
+    fn add(&self, files: Vec<WaitingFile>) -> bool {
         let mut queue = self.queue();
-        queue.waiting.push(file);
+        queue.waiting.extend(files);
         !std::mem::replace(&mut queue.is_served, true)
     }
 
@@ -82,13 +82,28 @@ impl Cas {
     /// `Exhausted` when there is no room; `DiskFull` or `Internal` when it cannot be written; `Unavailable` when the server is
     /// shutting down.
     pub(super) async fn write_jointly(&self, key: Key, content: Bytes) -> Result<FileId> {
-        let (answer, answered) = oneshot::channel();
-        let file = WaitingFile { key, content: [content], lessee: self.lessee(), answer };
-        if self.shared().joint_writes.add(file) {
+        self.write_all_jointly([(key, content)]).await.pop().unwrap_or_else(|| Err(going_down()))
+    }
+
+    /// [`Cas::write_jointly`] for several files. Each has its own outcome.
+    pub(super) async fn write_all_jointly(
+        &self,
+        files: impl IntoIterator<Item = (Key, Bytes)>,
+    ) -> Vec<Result<FileId>> {
+        let waiting = |(key, content)| {
+            let (answer, answered) = oneshot::channel();
+            (WaitingFile { key, content: [content], lessee: self.lessee(), answer }, answered)
+        };
+        let (files, answers): (Vec<_>, Vec<_>) = files.into_iter().map(waiting).unzip();
+        if !files.is_empty() && self.shared().joint_writes.add(files) {
             let job = Job { cas: self.clone(), is_over: false };
             self.shared().runtime.spawn_blocking(move || job.run());
         }
-        answered.await.map_err(|_| going_down())?
+        let mut outcomes = Vec::with_capacity(answers.len());
+        for answered in answers {
+            outcomes.push(answered.await.unwrap_or_else(|_| Err(going_down())));
+        }
+        outcomes
     }
 }
 
@@ -285,7 +300,7 @@ mod tests {
         let (answer, answered) = tokio::sync::oneshot::channel();
         let lost = content(1, 10);
         let file = WaitingFile { key: key(&lost), content: [lost], lessee: None, answer };
-        assert!(store.cas.shared().joint_writes.add(file));
+        assert!(store.cas.shared().joint_writes.add(vec![file]));
         drop(Job { cas: store.cas.clone(), is_over: false });
         assert!(answered.await.is_err());
         let later = content(2, 10);

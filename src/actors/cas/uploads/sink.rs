@@ -6,7 +6,7 @@
 
 use crate::actors::cas::{
     blob::hash_mismatch,
-    uploads::decoders::DecoderRoom,
+    uploads::{decoders::DecoderRoom, small::check_bytes},
     volume::{Draft, Volume},
 };
 use bytes::Bytes;
@@ -191,8 +191,8 @@ pub(crate) fn check_item(blob: Digest, payload: &Payload) -> Result<Bytes> {
         Payload::Plain(bytes) => bytes.clone(),
         Payload::Zstd(stream) => decode_all(stream, blob.size())?.into(),
     };
-    let actual = blob.function().digest(&bytes);
-    if actual == blob { Ok(bytes) } else { Err(hash_mismatch(blob, actual)) }
+    check_bytes(blob, &bytes)?;
+    Ok(bytes)
 }
 
 /// Decodes and hashes a compressed item that is already stored, without keeping its bytes.

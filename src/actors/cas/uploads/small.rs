@@ -1,7 +1,7 @@
 //! [`SmallUpload`]: an upload of a small blob whose bytes arrived all at once.
 //!
 //! If it breaks off, nothing is left to resume, so it is not registered with the actor. Its bytes are hashed on the thread of the
-//! request and written together with those of others ([`joint_writes`]).
+//! request and written together with those of others ([`joint_writes`]). Small batches are stored in the same way.
 //!
 //! Bound: the bytes count against the budget of bytes that are not written yet.
 
@@ -9,11 +9,11 @@ use crate::{
     actors::cas::{
         blob::hash_mismatch,
         client::Cas,
-        index::{EntryKind, Key},
+        index::{EntryKind, FileId, Key},
         joint_writes::JOINT_FILE_BYTES,
     },
     budget::Share,
-    instance::Instance,
+    instance::{Instance, InstanceId},
 };
 use bytes::Bytes;
 use gorego_reapi::{digest::Digest, error::Result};
@@ -49,19 +49,41 @@ impl Cas {
     }
 }
 
+impl Cas {
+    /// Stores small blobs that were checked, together with files of other requests. Each has its own outcome.
+    pub(in crate::actors::cas) async fn write_checked(
+        &self,
+        instance: InstanceId,
+        blobs: Vec<(Digest, Bytes)>,
+    ) -> Vec<Result<()>> {
+        let file = |(digest, bytes): &(Digest, Bytes)| {
+            (Key { digest: *digest, instance, kind: EntryKind::Blob }, bytes.clone())
+        };
+        let stored = self.write_all_jointly(blobs.iter().map(file).collect::<Vec<_>>()).await;
+        let remember = |(stored, (digest, bytes)): (Result<FileId>, (Digest, Bytes))| {
+            stored.map(|_| self.shared().remember(instance, digest, &[bytes]))
+        };
+        stored.into_iter().zip(blobs).map(remember).collect()
+    }
+}
+
 impl SmallUpload {
     /// Checks and stores the blob.
     ///
     /// # Errors
     /// `Invalid` when the bytes do not match the digest (BS-22); the errors of [`Cas::write_jointly`].
     pub async fn store(self, bytes: Bytes) -> Result<()> {
-        let Self { cas, blob, _room } = self;
-        let (expected, actual) = (blob.digest, blob.digest.function().digest(&bytes));
-        if actual != expected {
-            return Err(hash_mismatch(expected, actual));
-        }
-        cas.write_jointly(blob, bytes.clone()).await?;
-        cas.shared().remember(blob.instance, expected, &[bytes]);
-        Ok(())
+        check_bytes(self.blob.digest, &bytes)?;
+        let stored = self.cas.write_checked(self.blob.instance, vec![(self.blob.digest, bytes)]).await;
+        stored.into_iter().collect()
     }
+}
+
+/// Checks that these bytes are this blob.
+///
+/// # Errors
+/// `Invalid` if they are not (CAS-11, BS-22).
+pub(crate) fn check_bytes(blob: Digest, bytes: &[u8]) -> Result<()> {
+    let actual = blob.function().digest(bytes);
+    if actual == blob { Ok(()) } else { Err(hash_mismatch(blob, actual)) }
 }

@@ -105,6 +105,8 @@ impl Cas {
         if self.find_missing(instance, &digests).await?.len() < digests.len() {
             return Ok(None);
         }
+        let bytes = digests.iter().map(Digest::size).sum();
+        let Ok(memory) = self.charge_received(bytes) else { return Ok(None) };
         let check = |(digest, bytes): &(Digest, Bytes)| {
             self.check_blob_size(digest.size(), digest)?;
             check_bytes(*digest, bytes)
@@ -112,7 +114,7 @@ impl Cas {
         let mut outcomes: Vec<Result<()>> = plain.iter().map(check).collect();
         let mut checked = outcomes.iter();
         let good = plain.into_iter().filter(|_| checked.next().is_some_and(Result::is_ok)).collect();
-        let mut stored = self.write_checked(instance.blobs(), good).await.into_iter();
+        let mut stored = self.write_checked(instance.blobs(), good, memory).await.into_iter();
         for outcome in outcomes.iter_mut().filter(|outcome| outcome.is_ok()) {
             *outcome = stored.next().unwrap_or_else(|| Err(going_down()));
         }

@@ -10,8 +10,8 @@
 //!   another job.
 //! - A file for which there is no room, or that cannot be written, fails alone.
 //!
-//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a turn at most [`FILES_PER_TURN`] files. Callers charge the bytes that wait to
-//! a budget ([`super::uploads::small`]), or hold a request that is counted.
+//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a turn at most [`FILES_PER_TURN`] files. The bytes of blobs
+//! that wait are charged to a budget ([`super::uploads::small`]); those of results are not, because they are few.
 
 use super::{
     client::{Cas, going_down},
@@ -20,7 +20,7 @@ use super::{
     settings::CHANGES_PER_HOLD,
     volume::NewFile,
 };
-use crate::caller::Owner;
+use crate::{budget::Share, caller::Owner};
 use bytes::Bytes;
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -50,6 +50,8 @@ struct WaitingFile {
     key: Key,
     content: [Bytes; 1],
     lessee: Option<Owner>,
+    /// For the bytes of this file and of those that came with it.
+    _memory: Option<Share>,
     answer: oneshot::Sender<Result<FileId>>,
 }
 
@@ -82,17 +84,19 @@ impl Cas {
     /// `Exhausted` when there is no room; `DiskFull` or `Internal` when it cannot be written; `Unavailable` when the server is
     /// shutting down.
     pub(super) async fn write_jointly(&self, key: Key, content: Bytes) -> Result<FileId> {
-        self.write_all_jointly([(key, content)]).await.pop().unwrap_or_else(|| Err(going_down()))
+        self.write_all_jointly(vec![(key, content)], None).await.pop().unwrap_or_else(|| Err(going_down()))
     }
 
-    /// [`Cas::write_jointly`] for several files. Each has its own outcome.
+    /// [`Cas::write_jointly`] for several files. Each has its own outcome. `memory` is kept until they are written.
     pub(super) async fn write_all_jointly(
         &self,
-        files: impl IntoIterator<Item = (Key, Bytes)>,
+        files: Vec<(Key, Bytes)>,
+        mut memory: Option<Share>,
     ) -> Vec<Result<FileId>> {
         let waiting = |(key, content)| {
             let (answer, answered) = oneshot::channel();
-            (WaitingFile { key, content: [content], lessee: self.lessee(), answer }, answered)
+            let (lessee, _memory) = (self.lessee(), memory.take());
+            (WaitingFile { key, content: [content], lessee, _memory, answer }, answered)
         };
         let (files, answers): (Vec<_>, Vec<_>) = files.into_iter().map(waiting).unzip();
         if !files.is_empty() && self.shared().joint_writes.add(files) {
@@ -299,7 +303,7 @@ mod tests {
         let store = Store::new(1 << 30);
         let (answer, answered) = tokio::sync::oneshot::channel();
         let lost = content(1, 10);
-        let file = WaitingFile { key: key(&lost), content: [lost], lessee: None, answer };
+        let file = WaitingFile { key: key(&lost), content: [lost], lessee: None, _memory: None, answer };
         assert!(store.cas.shared().joint_writes.add(vec![file]));
         drop(Job { cas: store.cas.clone(), is_over: false });
         assert!(answered.await.is_err());

@@ -3,7 +3,7 @@
 //! If it breaks off, nothing is left to resume, so it is not registered with the actor. Its bytes are hashed on the thread of the
 //! request and written together with those of others ([`joint_writes`]). Small batches are stored in the same way.
 //!
-//! Bound: the bytes count against the budget of bytes that are not written yet.
+//! Bound: the bytes count against the budget of bytes that are not written yet, until they are written.
 
 use crate::{
     actors::cas::{
@@ -12,7 +12,7 @@ use crate::{
         index::{EntryKind, FileId, Key},
         joint_writes::JOINT_FILE_BYTES,
     },
-    budget::Share,
+    budget::{Refusal, Share},
     instance::{Instance, InstanceId},
 };
 use bytes::Bytes;
@@ -26,7 +26,8 @@ use crate::actors::cas::joint_writes;
 pub struct SmallUpload {
     cas: Cas,
     blob: Key,
-    _room: Option<Share>,
+    /// For its bytes. `None` if the server itself stores them.
+    memory: Option<Share>,
 }
 
 impl Cas {
@@ -42,24 +43,31 @@ impl Cas {
         {
             return Ok(None);
         }
-        let room = self.client().map(|caller| self.shared().received.take(caller, size)).transpose();
-        let Ok(room) = room else { return Ok(None) };
+        let Ok(memory) = self.charge_received(size) else { return Ok(None) };
         let blob = Key { digest, instance: instance.blobs(), kind: EntryKind::Blob };
-        Ok(Some(SmallUpload { cas: self.clone(), blob, _room: room }))
+        Ok(Some(SmallUpload { cas: self.clone(), blob, memory }))
     }
-}
 
-impl Cas {
-    /// Stores small blobs that were checked, together with files of other requests. Each has its own outcome.
+    /// Charges the client for bytes that wait to be written.
+    pub(in crate::actors::cas) fn charge_received(
+        &self,
+        bytes: u64,
+    ) -> std::result::Result<Option<Share>, Refusal> {
+        self.client().map(|caller| self.shared().received.take(caller, bytes)).transpose()
+    }
+
+    /// Stores small blobs that were checked, together with files of other requests. Each has its own outcome. `memory` is kept
+    /// until they are written.
     pub(in crate::actors::cas) async fn write_checked(
         &self,
         instance: InstanceId,
         blobs: Vec<(Digest, Bytes)>,
+        memory: Option<Share>,
     ) -> Vec<Result<()>> {
         let file = |(digest, bytes): &(Digest, Bytes)| {
             (Key { digest: *digest, instance, kind: EntryKind::Blob }, bytes.clone())
         };
-        let stored = self.write_all_jointly(blobs.iter().map(file).collect::<Vec<_>>()).await;
+        let stored = self.write_all_jointly(blobs.iter().map(file).collect(), memory).await;
         let remember = |(stored, (digest, bytes)): (Result<FileId>, (Digest, Bytes))| {
             stored.map(|_| self.shared().remember(instance, digest, &[bytes]))
         };
@@ -73,8 +81,9 @@ impl SmallUpload {
     /// # Errors
     /// `Invalid` when the bytes do not match the digest (BS-22); the errors of [`Cas::write_jointly`].
     pub async fn store(self, bytes: Bytes) -> Result<()> {
-        check_bytes(self.blob.digest, &bytes)?;
-        let stored = self.cas.write_checked(self.blob.instance, vec![(self.blob.digest, bytes)]).await;
+        let Self { cas, blob, memory } = self;
+        check_bytes(blob.digest, &bytes)?;
+        let stored = cas.write_checked(blob.instance, vec![(blob.digest, bytes)], memory).await;
         stored.into_iter().collect()
     }
 }

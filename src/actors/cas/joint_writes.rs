@@ -10,19 +10,20 @@
 //!   another job.
 //! - A file for which there is no room, or that cannot be written, fails alone.
 //!
-//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a turn at most [`FILES_PER_TURN`] files. The bytes of blobs
-//! that wait are charged to a budget ([`super::uploads::small`]); those of results are not, because they are few.
+//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a turn at most [`FILES_PER_TURN`] files. The bytes that
+//! wait are charged to a budget ([`super::uploads::small`]).
 
 use super::{
     client::{Cas, going_down},
-    index::{EntryKind, FileId, Key},
+    index::{FileId, Key},
     new_files::{NewFiles, Visible},
     settings::CHANGES_PER_HOLD,
+    uploads::sink::failed,
     volume::NewFile,
 };
 use crate::{budget::Share, caller::Owner};
 use bytes::Bytes;
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::error::Result;
 use std::{
     io,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -77,18 +78,13 @@ impl JointWrites {
 }
 
 impl Cas {
-    /// Stores a small file whose content was checked. Returns once it is visible to everybody. The file is written even if the
-    /// caller does not wait.
+    /// Stores small files whose content was checked. Returns once they are visible to everybody; each has its own outcome. They are
+    /// written even if the caller does not wait. `memory` is kept until then.
     ///
     /// # Errors
-    /// `Exhausted` when there is no room; `DiskFull` or `Internal` when it cannot be written; `Unavailable` when the server is
+    /// `Exhausted` when there is no room; `DiskFull` or `Internal` when a file cannot be written; `Unavailable` when the server is
     /// shutting down.
-    pub(super) async fn write_jointly(&self, key: Key, content: Bytes) -> Result<FileId> {
-        self.write_all_jointly(vec![(key, content)], None).await.pop().unwrap_or_else(|| Err(going_down()))
-    }
-
-    /// [`Cas::write_jointly`] for several files. Each has its own outcome. `memory` is kept until they are written.
-    pub(super) async fn write_all_jointly(
+    pub(super) async fn write_jointly(
         &self,
         files: Vec<(Key, Bytes)>,
         mut memory: Option<Share>,
@@ -155,7 +151,7 @@ impl Job {
         let mut stored = stored.into_iter();
         answer(files, |file| {
             let written = stored.next().unwrap_or_else(|| Err(io::Error::other("it was not written")));
-            let id = written.map_err(|error| failed(&file.key, &error))?;
+            let id = written.map_err(|error| failed(file.key.digest, &error))?;
             all_visible.clone().map(|()| id)
         });
     }
@@ -187,26 +183,16 @@ fn answer(files: Vec<WaitingFile>, mut outcome: impl FnMut(&WaitingFile) -> Resu
     }
 }
 
-/// The error for a file that could not be written.
-fn failed(key: &Key, error: &io::Error) -> Error {
-    let what = match key.kind {
-        EntryKind::Blob => "blob",
-        EntryKind::Result => "the result of action",
-        EntryKind::Zstd => "the zstd form of blob",
-    };
-    Error::io(&format!("store {what} {}", key.digest), error)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        actors::cas::{CasActor, StoreShared, tests::settings_at, volume::memory::Memory},
+        actors::cas::{CasActor, StoreShared, index::EntryKind, tests::settings_at, volume::memory::Memory},
         caller::Peer,
         instance::InstanceId,
     };
     use futures::future::join_all;
-    use gorego_reapi::digest::DigestFunction;
+    use gorego_reapi::{digest::DigestFunction, error::Error};
     use std::{collections::BTreeMap, net::Ipv4Addr, sync::mpsc};
     use tokio::runtime::{Builder, Runtime};
 
@@ -235,7 +221,7 @@ mod tests {
             let cas = &self.cas;
             let writes = files.iter().map(|(lessee, content)| async move {
                 let cas = lessee.map_or_else(|| cas.clone(), |build| cas.clone().for_build(build));
-                cas.write_jointly(key(content), content.clone()).await
+                cas.write_jointly(vec![(key(content), content.clone())], None).await.remove(0)
             });
             let shared: &StoreShared = cas.shared();
             let release = async {
@@ -308,7 +294,8 @@ mod tests {
         drop(Job { cas: store.cas.clone(), is_over: false });
         assert!(answered.await.is_err());
         let later = content(2, 10);
-        store.cas.write_jointly(key(&later), later.clone()).await.unwrap();
+        let stored = store.cas.write_jointly(vec![(key(&later), later.clone())], None).await;
+        assert!(stored[0].is_ok());
         assert!(store.has(&later));
         store.end();
     }

@@ -67,7 +67,7 @@ impl Cas {
         let file = |(digest, bytes): &(Digest, Bytes)| {
             (Key { digest: *digest, instance, kind: EntryKind::Blob }, bytes.clone())
         };
-        let stored = self.write_all_jointly(blobs.iter().map(file).collect(), memory).await;
+        let stored = self.write_jointly(blobs.iter().map(file).collect(), memory).await;
         let remember = |(stored, (digest, bytes)): (Result<FileId>, (Digest, Bytes))| {
             stored.map(|_| self.shared().remember(instance, digest, &[bytes]))
         };

@@ -130,7 +130,7 @@ impl Job {
         let cas = &self.cas;
         let runtime = &cas.shared().runtime;
         let bytes = files.iter().map(|file| self.charge(file)).sum();
-        let mut room = match runtime.block_on(cas.take_room(bytes)) {
+        let mut room = match cas.block_on(async |cas| cas.take_room(bytes).await) {
             Ok(room) => room,
             Err(_) if files.len() > 1 => return files.into_iter().for_each(|file| self.write(vec![file])),
             Err(error) => return answer(files, |_| Err(error.clone())),

@@ -67,7 +67,7 @@ enum Source {
     /// Whole messages.
     Messages(Streaming<WriteRequest>),
     /// The body of the request.
-    Pieces(Pieces),
+    Pieces(MessagePieces),
 }
 
 impl WriteStream {
@@ -77,7 +77,7 @@ impl WriteStream {
     }
 
     fn of_body(body: TonicBody) -> Self {
-        Self { source: Source::Pieces(Pieces::new(body)), waits_since: None, alarm: None }
+        Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, alarm: None }
     }
 
     /// The next piece, or `None` at the end of the stream. No piece is lost if the future is dropped.
@@ -124,17 +124,17 @@ fn silent(limit: Duration) -> Error {
 }
 
 /// Reads pieces from the body of a request.
-struct Pieces {
+struct MessagePieces {
     body: TonicBody,
     claim: Option<Arc<Claim>>,
     /// What has arrived and is not read yet.
     unread: Bytes,
-    state: State,
+    state: ReadState,
     /// Whether the stream is an uncompressed upload, as its first message says.
     is_plain: bool,
 }
 
-enum State {
+enum ReadState {
     /// Before or within the prefix of a message and the fields before its data.
     Head,
     /// Within the data of a message.
@@ -148,10 +148,10 @@ enum State {
     Whole { message: BytesMut, length: usize },
 }
 
-impl Pieces {
+impl MessagePieces {
     fn new(body: TonicBody) -> Self {
         let claim = Claim::current();
-        let pieces = Self { body, claim, unread: Bytes::new(), state: State::Head, is_plain: false };
+        let pieces = Self { body, claim, unread: Bytes::new(), state: ReadState::Head, is_plain: false };
         pieces.collect(false);
         pieces
     }
@@ -190,42 +190,46 @@ impl Pieces {
     }
 
     fn is_between_messages(&self) -> bool {
-        matches!(self.state, State::Head) && self.unread.is_empty()
+        matches!(self.state, ReadState::Head) && self.unread.is_empty()
     }
 
     /// The beginning of the next message. Small messages are collected, and those of log streams and of compressed uploads: a log
     /// stream takes or refuses each as a whole, and of a compressed upload a message is decoded when it has arrived.
-    fn head(&mut self) -> Result<Head, Status> {
-        let head = Head::parse(&self.unread)?;
-        let Head::Complete { fields, data, length } = &head else { return Ok(head) };
+    fn head(&mut self) -> Result<MessageHead, Status> {
+        let head = MessageHead::parse(&self.unread)?;
+        let MessageHead::Complete { fields, data, length } = &head else { return Ok(head) };
         if !fields.resource_name.is_empty() {
             let name = ResourceName::parse_write(&fields.resource_name);
             self.is_plain = name.is_ok_and(|name| name.encoding == Encoding::Identity);
         }
         let whole = length + data - PREFIX_BYTES;
-        Ok(if self.is_plain && whole > WHOLE_UP_TO_BYTES { head } else { Head::Unusual { length: whole } })
+        Ok(if self.is_plain && whole > WHOLE_UP_TO_BYTES {
+            head
+        } else {
+            MessageHead::Unusual { length: whole }
+        })
     }
 
     /// Reads the next piece from what has arrived, if it is enough for one.
     fn read(&mut self) -> Result<Option<WriteRequest>, Status> {
         loop {
             match &mut self.state {
-                State::Head => match self.head()? {
-                    Head::Incomplete => return Ok(None),
-                    Head::Complete { fields, data, length } => {
+                ReadState::Head => match self.head()? {
+                    MessageHead::Incomplete => return Ok(None),
+                    MessageHead::Complete { fields, data, length } => {
                         self.unread.advance(length);
                         if data == 0 {
                             return Ok(Some(fields));
                         }
-                        self.state = State::Data { next: fields, left: data };
+                        self.state = ReadState::Data { next: fields, left: data };
                     }
-                    Head::Unusual { length } => {
+                    MessageHead::Unusual { length } => {
                         self.unread.advance(PREFIX_BYTES);
-                        self.state = State::Whole { message: BytesMut::with_capacity(length), length };
+                        self.state = ReadState::Whole { message: BytesMut::with_capacity(length), length };
                         self.collect(true);
                     }
                 },
-                State::Data { next, left } => {
+                ReadState::Data { next, left } => {
                     let taken = self.unread.len().min(*left);
                     if taken == 0 {
                         return Ok(None);
@@ -234,18 +238,18 @@ impl Pieces {
                     let piece = piece(next, data, *left);
                     *left -= taken;
                     if *left == 0 {
-                        self.state = State::Head;
+                        self.state = ReadState::Head;
                     }
                     return Ok(Some(piece));
                 }
-                State::Whole { message, length } => {
+                ReadState::Whole { message, length } => {
                     let taken = self.unread.len().min(*length - message.len());
                     message.extend_from_slice(&self.unread.split_to(taken));
                     if message.len() < *length {
                         return Ok(None);
                     }
                     let message = mem::take(message).freeze();
-                    self.state = State::Head;
+                    self.state = ReadState::Head;
                     self.collect(false);
                     return codec::decode(message).map(Some);
                 }
@@ -270,7 +274,7 @@ fn piece(next: &mut WriteRequest, data: Bytes, left: usize) -> WriteRequest {
 
 /// The beginning of a message.
 #[derive(Debug, PartialEq)]
-enum Head {
+enum MessageHead {
     /// More bytes are needed.
     Incomplete,
     /// The fields before the data, the length of the data, and the length of what comes before it.
@@ -279,7 +283,7 @@ enum Head {
     Unusual { length: usize },
 }
 
-impl Head {
+impl MessageHead {
     fn parse(bytes: &[u8]) -> Result<Self, Status> {
         let Some((&[flag, a, b, c, d], rest)) = bytes.split_first_chunk::<PREFIX_BYTES>() else {
             return Ok(Self::Incomplete);
@@ -444,7 +448,7 @@ mod tests {
         frames: impl IntoIterator<Item = Bytes>,
         error: Option<Status>,
     ) -> (Vec<WriteRequest>, Option<Status>) {
-        let mut pieces = Pieces::new(TonicBody::new(Frames(frames.into_iter().collect(), error)));
+        let mut pieces = MessagePieces::new(TonicBody::new(Frames(frames.into_iter().collect(), error)));
         let mut read = Vec::new();
         loop {
             match block_on(poll_fn(|context| pieces.poll_next(context))) {

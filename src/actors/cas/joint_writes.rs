@@ -37,10 +37,10 @@ const FILES_PER_TURN: usize = CHANGES_PER_HOLD;
 
 /// Files that wait to be written; see the module documentation.
 #[derive(Debug, Default)]
-pub(super) struct JointWrites(Mutex<Queue>);
+pub(super) struct JointWrites(Mutex<WaitingFiles>);
 
 #[derive(Debug, Default)]
-struct Queue {
+struct WaitingFiles {
     waiting: Vec<WaitingFile>,
     /// Whether there is a job.
     is_served: bool,
@@ -57,7 +57,7 @@ struct WaitingFile {
 }
 
 impl JointWrites {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+    fn queue(&self) -> MutexGuard<'_, WaitingFiles> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -96,7 +96,7 @@ impl Cas {
         };
         let (files, answers): (Vec<_>, Vec<_>) = files.into_iter().map(waiting).unzip();
         if !files.is_empty() && self.shared().joint_writes.add(files) {
-            let job = Job { cas: self.clone(), is_over: false };
+            let job = JointJob { cas: self.clone(), is_over: false };
             self.shared().runtime.spawn_blocking(move || job.run());
         }
         let mut outcomes = Vec::with_capacity(answers.len());
@@ -108,13 +108,13 @@ impl Cas {
 }
 
 /// The job that writes files until none waits.
-struct Job {
+struct JointJob {
     cas: Cas,
     /// Nothing waited any more. Another job may have begun since.
     is_over: bool,
 }
 
-impl Job {
+impl JointJob {
     fn run(mut self) {
         while !self.is_over {
             let files = self.cas.shared().joint_writes.next_turn();
@@ -162,7 +162,7 @@ impl Job {
     }
 }
 
-impl Drop for Job {
+impl Drop for JointJob {
     fn drop(&mut self) {
         if self.is_over {
             return;
@@ -291,7 +291,7 @@ mod tests {
         let lost = content(1, 10);
         let file = WaitingFile { key: key(&lost), content: [lost], lessee: None, _memory: None, answer };
         assert!(store.cas.shared().joint_writes.add(vec![file]));
-        drop(Job { cas: store.cas.clone(), is_over: false });
+        drop(JointJob { cas: store.cas.clone(), is_over: false });
         assert!(answered.await.is_err());
         let later = content(2, 10);
         let stored = store.cas.write_jointly(vec![(key(&later), later.clone())], None).await;

@@ -22,6 +22,7 @@
 
 pub use leases::LeaseTimes;
 pub(crate) use leases::{Lessee, Withdrawn};
+pub(super) use recovery::Recovery;
 pub use words::*;
 
 use crate::instance::InstanceId;
@@ -43,6 +44,7 @@ mod links;
 mod model;
 mod order;
 mod pins;
+mod recovery;
 mod slab;
 mod table;
 mod words;
@@ -261,7 +263,7 @@ impl Index {
                 Some(old)
             }
             (None, _) => {
-                let crowded = self.drop_oldest_alike(&file.key);
+                let crowded = self.oldest_of_too_many(&file.key).map(|oldest| self.remove_slot(oldest));
                 self.insert(file, bytes, stamp, now);
                 crowded
             }
@@ -293,38 +295,6 @@ impl Index {
     pub(super) fn entry_of(&self, file: &FileId) -> Option<EntryRef> {
         let at = EntryRef { slot: self.slot_of(&file.key)?, generation: file.generation };
         self.live(at).map(|_| at)
-    }
-
-    /// Adds a file that was found at start. If there are two files for one entry, the newer one stays and the other is
-    /// returned. `is_newer` says whether its first argument is newer than the second.
-    pub(super) fn recover(
-        &mut self,
-        file: FileId,
-        bytes: u64,
-        touched: u32,
-        is_newer: &dyn Fn(&FileId, &FileId) -> bool,
-    ) -> Option<Victim> {
-        let loser = match self.slot_of(&file.key) {
-            Some(slot) if is_newer(&self.file_at(slot), &file) => {
-                self.count_evicted(bytes);
-                return Some(Victim { file, bytes });
-            }
-            Some(slot) => Some(self.remove_slot(slot)),
-            None => self.drop_oldest_alike(&file.key),
-        };
-        self.insert(file, bytes, Stamp::UNTRUSTED, touched);
-        loser
-    }
-
-    /// Sorts recovered entries by their recorded use.
-    pub(super) fn finish_recovery(&mut self) {
-        let mut order: Vec<(u32, u32)> = Vec::with_capacity(self.table.len());
-        order.extend(self.table.iter().map(|slot| (self.slab.hot(slot).touched.load(Relaxed), slot)));
-        order.sort_unstable();
-        self.clear_order();
-        for (_, slot) in order {
-            self.link_newest(slot);
-        }
     }
 
     /// Records the stamp at which the content of a file was verified.
@@ -436,8 +406,7 @@ impl Index {
         self.deleted_ever += bytes;
     }
 
-    /// Memory that the index takes, in bytes.
-    #[cfg(test)]
+    /// Memory that the index takes without the links of results, in bytes.
     pub fn memory(&self) -> usize {
         self.slab.memory() + self.table.memory() + self.order.memory() + self.leases.memory()
     }
@@ -467,14 +436,13 @@ impl Index {
         self.table.like(like).filter(is_one)
     }
 
-    /// Removes the oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so
-    /// more than one would need a hash collision.
-    fn drop_oldest_alike(&mut self, key: &Key) -> Option<Victim> {
+    /// The oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so more than one
+    /// would need a hash collision.
+    fn oldest_of_too_many(&self, key: &Key) -> Option<u32> {
         if key.kind == EntryKind::Blob || self.alike(key).count() < MAX_ALIKE {
             return None;
         }
-        let oldest = self.alike(key).min_by_key(|slot| self.slab.hot(*slot).generation)?;
-        Some(self.remove_slot(oldest))
+        self.alike(key).min_by_key(|slot| self.slab.hot(*slot).generation)
     }
 
     fn slot_of(&self, key: &Key) -> Option<u32> {
@@ -512,8 +480,7 @@ impl Index {
 
     fn insert(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) {
         let slot = self.slab.add(file, bytes, stamp, touched);
-        let slab = &self.slab;
-        self.table.insert(&file.key, slot, |slot| slab.key(slot));
+        self.table.insert(slot, &self.slab);
         self.totals.used += bytes;
         *self.count_of(file.key.kind) += 1;
         self.link_newest(slot);

@@ -2,7 +2,7 @@
 
 use super::{
     LOG,
-    index::{FileId, Index, LeaseTimes},
+    index::{FileId, Index, LeaseTimes, Recovery},
     results, volume,
 };
 use crate::logging::Event;
@@ -12,17 +12,15 @@ use volume::{Stored, Volume};
 /// Fills an index with the stored files. Blocks for about a second per 500,000 files.
 pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links: u64) -> Index {
     let started = Instant::now();
-    let mut index = Index::with_leases(limit, leases, links);
+    let found = Recovery::new(limit, leases, links);
     let is_whole = |stored: &dyn Stored| {
         volume::read_all(stored, results::MAX_FILE_BYTES).is_ok_and(|bytes| results::is_whole(&bytes))
     };
     let is_newer = |one: &FileId, other: &FileId| volume.sequence(one) > volume.sequence(other);
-    let repairs = volume.recover(&is_whole, &mut |found| {
-        let loser = index.recover(found.file, found.bytes, found.touched, &is_newer)?;
-        index.deleted(loser.bytes);
-        Some(loser)
-    });
-    index.finish_recovery();
+    let repairs = volume.recover(&is_whole, &|files| found.add(files));
+    let (mut index, losers) = found.finish(&is_newer);
+    // What cannot be deleted now comes back with the next start, and loses again.
+    volume.delete(&losers);
     index.set_overhead(volume.overhead());
     let totals = index.totals();
     Event::info(LOG, "store_opened")

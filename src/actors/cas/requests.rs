@@ -110,6 +110,8 @@ pub struct StoreMeasurement {
     pub tally: Tally,
     /// The last recorded use of the least recently used entry, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
+    /// Memory that the index takes, in bytes, without the links of results to blobs.
+    pub index_bytes: u64,
 }
 
 /// Stops the store after all earlier messages. The answer comes when the last uses are written to disk. Later calls get

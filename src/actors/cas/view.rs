@@ -61,7 +61,12 @@ impl View {
     /// The numbers of the index. Waits at most for the change of one part.
     pub(super) fn measure(&self) -> StoreMeasurement {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        StoreMeasurement { totals: index.totals(), tally: index.tally(), oldest_use: index.oldest_use() }
+        StoreMeasurement {
+            totals: index.totals(),
+            tally: index.tally(),
+            oldest_use: index.oldest_use(),
+            index_bytes: index.memory() as u64,
+        }
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Index> {

@@ -20,7 +20,7 @@
 //! A power cut may lose or damage what was written last, and the hash check at the first read turns that into misses.
 
 use super::{
-    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
+    Draft, Look, Moved, NewFile, Repairs, Stored, Take, Volume, WrittenFile,
     draft::TemporaryFile,
     outside::LeftFile,
     scan,
@@ -269,7 +269,7 @@ impl Volume for Files {
     fn recover(
         &self,
         is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
+        take: Take<'_>,
     ) -> Repairs {
         scan::recover(self, is_whole, take)
     }

@@ -6,11 +6,11 @@
 //! as a kill, both are read to find the complete one.
 
 use super::{
-    Recovered, Repairs, Stored, Volume as _,
+    Recovered, Repairs, Stored, Take, Volume as _,
     files::{Files, parse_file_name},
 };
 use crate::{
-    actors::cas::index::{EntryKind, FileId, Key, Victim},
+    actors::cas::index::{EntryKind, FileId, Key},
     instance::InstanceId,
     logging::Event,
 };
@@ -49,7 +49,7 @@ struct ShardContent {
 pub(super) fn recover(
     files: &Files,
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-    take: &mut dyn FnMut(Recovered) -> Option<Victim>,
+    take: Take<'_>,
 ) -> Repairs {
     let shards: Vec<ShardId> = all_shards(files);
     let next = AtomicUsize::new(0);
@@ -72,13 +72,8 @@ pub(super) fn recover(
             sums.removed += repairs.removed;
             sums.foreign += repairs.foreign;
             sums.unreadable += repairs.unreadable;
-            for recovered in found {
-                files.saw_generation(recovered.file.generation);
-                if let Some(loser) = take(recovered) {
-                    sums.removed += 1;
-                    let _ = fs::remove_file(files.paths.path(&loser.file));
-                }
-            }
+            found.iter().for_each(|recovered| files.saw_generation(recovered.file.generation));
+            take(&mut found.into_iter());
         }
     });
     empty_trash(files);

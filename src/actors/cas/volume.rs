@@ -94,11 +94,7 @@ pub(crate) trait Volume: Debug + Send + Sync {
 
     /// Finds the files that exist at start and passes each on to `take`. `is_whole` says whether the bytes of an action result are
     /// complete. There may be more than one file with the same key.
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: Take<'_>,
-    ) -> Repairs;
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs;
 
     /// Where the content of a file lies on disk: a path and an offset.
     #[cfg(test)]

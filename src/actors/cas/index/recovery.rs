@@ -57,9 +57,9 @@ impl Index {
         let loser = match self.slot_of(&file.key) {
             Some(other) if is_newer(&self.file_at(other), &file) => Some(slot),
             Some(other) => Some(other),
-            None => self.oldest_of_too_many(&file.key).map(|oldest| {
-                if self.slab.hot(oldest).generation < file.generation { oldest } else { slot }
-            }),
+            None => self
+                .oldest_of_too_many(&file.key)
+                .map(|oldest| if self.slab.hot(oldest).generation < file.generation { oldest } else { slot }),
         };
         if loser != Some(slot) {
             if let Some(other) = loser {
@@ -130,7 +130,8 @@ mod tests {
                     == (key.instance, key.kind, key.digest.function(), key.digest.hash())
                     && other.generation > file.generation
             };
-            let stays = key.kind == EntryKind::Blob || all.iter().filter(is_newer_and_like).count() < MAX_ALIKE;
+            let stays =
+                key.kind == EntryKind::Blob || all.iter().filter(is_newer_and_like).count() < MAX_ALIKE;
             lost.extend((!stays).then_some(*file));
             stays
         });

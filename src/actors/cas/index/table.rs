@@ -36,11 +36,6 @@ impl SlotTable {
         self.len
     }
 
-    /// The slots of all entries, in no order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = u32> {
-        self.parts.iter().flatten().copied()
-    }
-
     /// The slots of entries that may be stored under this key, whatever the size of its digest.
     pub(super) fn like(&self, key: &Key) -> impl Iterator<Item = u32> {
         let hash = hash_without_size(&self.hasher, key);

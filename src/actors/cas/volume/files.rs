@@ -266,11 +266,7 @@ impl Volume for Files {
         }
     }
 
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: Take<'_>,
-    ) -> Repairs {
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         scan::recover(self, is_whole, take)
     }
 

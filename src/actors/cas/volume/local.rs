@@ -183,11 +183,7 @@ impl Volume for Local {
         self.segments.compact(relocate)
     }
 
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: Take<'_>,
-    ) -> Repairs {
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         let mut repairs = self.files.recover(is_whole, take);
         repairs += self.segments.recover(take);
         repairs

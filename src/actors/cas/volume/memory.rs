@@ -102,14 +102,12 @@ impl Volume for Memory {
 
     fn touch(&self, _: &[FileId], _: &mut dyn FnMut(Vec<Moved>)) {}
 
-    fn recover(
-        &self,
-        _: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: Take<'_>,
-    ) -> Repairs {
+    fn recover(&self, _: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         let files: Vec<_> = self.files.lock().unwrap().values().cloned().collect();
-        let found = |(file, bytes): (FileId, Bytes)| {
-            Recovered { file, bytes: self.charge(bytes.len() as u64), touched: 0 }
+        let found = |(file, bytes): (FileId, Bytes)| Recovered {
+            file,
+            bytes: self.charge(bytes.len() as u64),
+            touched: 0,
         };
         take(&mut files.into_iter().map(found));
         Repairs::default()

@@ -9,7 +9,7 @@ use crate::logging::Event;
 use std::time::Instant;
 use volume::{Stored, Volume};
 
-/// Fills an index with the stored files. Blocks for about a second per 500,000 files.
+/// Fills an index with the stored files. Blocks for about a second for 500,000 files of their own or for several million records.
 pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links: u64) -> Index {
     let started = Instant::now();
     let found = Recovery::new(limit, leases, links);

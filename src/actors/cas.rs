@@ -14,10 +14,12 @@ pub(crate) mod blob;
 pub mod client;
 mod compaction;
 mod decoding;
+mod deletions;
 pub(crate) mod forms;
 mod guards;
 mod index;
 mod leasing;
+mod linking;
 mod lookup;
 mod memo;
 mod new_files;
@@ -29,6 +31,7 @@ mod requests;
 pub mod resolve;
 pub mod results;
 mod settings;
+mod store_disk;
 #[cfg(test)]
 mod tests;
 pub(crate) mod trees;
@@ -42,6 +45,7 @@ pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
+pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
 
 use crate::{
@@ -54,6 +58,7 @@ use crate::{
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bytes::Bytes;
 use client::Cas;
+use deletions::Deletions;
 use forms::{
     chunks::ChunkWork,
     zstd_form::{Encoders, History},
@@ -74,6 +79,7 @@ use std::{
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
+use store_disk::StoreDisk;
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
@@ -93,6 +99,10 @@ pub(crate) struct StoreShared {
     /// The index of what is stored. Only the actor changes it.
     view: View,
     volume: Box<dyn Volume>,
+    /// The file system of the volume.
+    disk: StoreDisk,
+    /// Files that are to be deleted.
+    deletions: Deletions,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: trees::known_roots::KnownRoots,
@@ -165,8 +175,6 @@ pub struct CasActor {
     over_limit: Vec<Victim>,
     /// The last [`Index::bytes_deleted`], for callers that wait for room.
     deleted: watch::Sender<u64>,
-    /// When the log last reported that the disk is full and the store cannot help.
-    full_disk_logged: Option<Instant>,
     /// When the log last reported that results are not served because leases fill the store.
     full_leases_logged: Option<Instant>,
 }
@@ -196,6 +204,8 @@ impl CasActor {
         let shared = StoreShared {
             view: View::new(index),
             volume,
+            disk: StoreDisk::new(settings.root.display().to_string(), settings.max_bytes),
+            deletions: Deletions::default(),
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: trees::known_roots::KnownRoots::new(),
@@ -233,7 +243,6 @@ impl CasActor {
             shared: Arc::new(shared),
             over_limit,
             deleted: watch::Sender::new(0),
-            full_disk_logged: None,
             full_leases_logged: None,
         })
     }
@@ -300,6 +309,8 @@ impl Actor for CasActor {
         let over_limit = std::mem::take(&mut self.over_limit);
         self.evict(over_limit, ctx);
         self.trim(ctx);
+        let watch = store_disk::watch(Arc::downgrade(&self.shared), ctx.address().downgrade());
+        self.shared.runtime.spawn(watch);
     }
 }
 
@@ -307,12 +318,12 @@ impl Receive<ReserveRoom> for CasActor {
     type Answer = StoreReply<Result<Reservation>>;
 
     fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
-        let ReserveRoom { bytes, of, blob } = request;
+        let ReserveRoom { bytes, of, held, blob } = request;
         if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
             let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
             return StoreReply::Now(Err(Error::Unavailable(problem)));
         }
-        match self.reserve(bytes, of, ctx) {
+        match self.reserve(bytes, of, held, ctx) {
             Ok((room, free)) => StoreReply::when(free, Ok(room)),
             Err(error) => StoreReply::Now(Err(error)),
         }
@@ -324,9 +335,12 @@ impl Receive<Commit> for CasActor {
 
     fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
         let now = unix_seconds();
-        let written = message.files.iter().map(|written| written.bytes).sum();
-        let unused = message.room.disarm().saturating_sub(written);
-        self.change(|index| index.unreserve(unused));
+        let written = message.files.iter().map(|written| written.bytes).sum::<u64>();
+        let room = message.room.disarm();
+        self.change(|index| {
+            index.unreserve(room.saturating_sub(written));
+            index.overdraw(written.saturating_sub(room));
+        });
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
         for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
             self.change(|index| {
@@ -340,6 +354,7 @@ impl Receive<Commit> for CasActor {
                 }
             });
         }
+        message.links.into_iter().for_each(|links| self.link_new(links));
         if let Some(ended) = message.upload {
             self.end_upload(ended, ctx);
         }
@@ -357,6 +372,9 @@ impl Receive<BeginUpload> for CasActor {
         let BeginUpload { name, blob, offset, .. } = message;
         if self.renew(&blob).is_some() {
             return MessageResult(Ok(Began::Present));
+        }
+        if let Err(full) = self.shared.disk.check() {
+            return MessageResult(Err(full));
         }
         match self.uploads.begin(name, blob, offset) {
             Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),

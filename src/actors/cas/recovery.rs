@@ -3,7 +3,7 @@
 use super::{
     LOG,
     index::{FileId, Index, LeaseTimes, Recovery},
-    results, volume,
+    results, unix_seconds, uptime_seconds, volume,
 };
 use crate::logging::Event;
 use std::time::Instant;
@@ -18,7 +18,7 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
     };
     let is_newer = |one: &FileId, other: &FileId| volume.sequence(one) > volume.sequence(other);
     let repairs = volume.recover(&is_whole, &|files| found.add(files));
-    let (mut index, losers) = found.finish(&is_newer);
+    let (mut index, losers) = found.finish(&is_newer, unix_seconds(), uptime_seconds());
     // What cannot be deleted now comes back with the next start, and loses again.
     volume.delete(&losers);
     index.set_overhead(volume.overhead());

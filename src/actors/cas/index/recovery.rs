@@ -33,9 +33,15 @@ impl Recovery {
         counts.into_iter().for_each(|(kind, count)| *index.count_of(kind) += count);
     }
 
-    /// Completes the index: entries are in the order of their recorded use. Of two files for one entry, the newer one stays;
+    /// Completes the index: entries are in the order of their recorded use, and those that were used shortly before are leased.
+    /// `now` is in seconds since 1970, and `uptime` is the clock of leases. Of two files for one entry, the newer one stays;
     /// `is_newer` says whether its first argument is newer than the second. The caller deletes the files that are returned.
-    pub(crate) fn finish(self, is_newer: &dyn Fn(&FileId, &FileId) -> bool) -> (Index, Vec<Victim>) {
+    pub(crate) fn finish(
+        self,
+        is_newer: &dyn Fn(&FileId, &FileId) -> bool,
+        now: u32,
+        uptime: u32,
+    ) -> (Index, Vec<Victim>) {
         let mut index = self.index.into_inner().unwrap_or_else(PoisonError::into_inner);
         let contested = index.table.fill(&index.slab);
         let losers = contested.into_iter().filter_map(|slot| index.settle_contest(slot, is_newer)).collect();
@@ -45,6 +51,7 @@ impl Recovery {
         // Stable, because this is fast for entries that were found nearly in the order of their use.
         by_use.sort();
         by_use.iter().for_each(|(_, slot)| index.link_newest(*slot));
+        index.lease_earlier(&by_use, now, uptime);
         (index, losers)
     }
 }
@@ -163,7 +170,7 @@ mod tests {
             for part in found.chunks(at_once) {
                 recovery.add(&mut part.iter().map(recovered));
             }
-            let (mut index, losers) = recovery.finish(&is_newer);
+            let (mut index, losers) = recovery.finish(&is_newer, NOW, 0);
 
             let (kept, mut lost) = expected(&found);
             let mut gone: Vec<FileId> = losers.iter().map(|loser| loser.file).collect();
@@ -202,20 +209,29 @@ mod tests {
         Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }
     }
 
-    /// However full the tables get, and also where some of them have to grow while they are filled.
+    /// However full the tables get, and also where some of them have to grow while they are filled. The parts in which files are found
+    /// do not fit the chunks of the slab.
     #[test]
-    fn a_recovered_index_takes_no_more_memory_than_any_other() {
+    fn a_recovered_index_finds_everything_and_takes_no_more_memory_than_any_other() {
         let empty = Index::with_leases(1 << 40, LeaseTimes::default(), 0).memory() as u64;
+        let found = |generation: u64| {
+            let digest = DigestFunction::Sha256.digest(&generation.to_le_bytes());
+            let file = FileId { key: Key { digest, ..some_key() }, generation };
+            Recovered { file, bytes: 1, touched: NOW }
+        };
         for count in [28_672u64, 32_768, 57_344, 61_440] {
             let recovery = Recovery::new(1 << 40, LeaseTimes::default(), 0);
-            let found = |generation: u64| {
-                let digest = DigestFunction::Sha256.digest(&generation.to_le_bytes());
-                let file = FileId { key: Key { digest, ..some_key() }, generation };
-                Recovered { file, bytes: 1, touched: NOW }
-            };
-            recovery.add(&mut (1..=count).map(found));
-            let (index, losers) = recovery.finish(&|_, _| false);
+            let all: Vec<u64> = (1..=count).collect();
+            for (part, length) in all.chunks(13_000).zip([13_000, 1, 5_000, 9_000, 13_000]) {
+                part.chunks(length).for_each(|part| recovery.add(&mut part.iter().map(|at| found(*at))));
+            }
+            let (index, losers) = recovery.finish(&|_, _| false, NOW, 0);
             assert!(losers.is_empty() && index.totals().blobs == count);
+            let is_there = |at: &u64| {
+                let Recovered { file, .. } = found(*at);
+                index.entry_of(&file).and_then(|at| index.at(at)).is_some_and(|found| found.file == file)
+            };
+            assert!(all.iter().all(is_there));
             let each = (index.memory() as u64 - empty) as f64 / count as f64;
             assert!(each <= 100.0, "{each} bytes for each of {count}");
         }

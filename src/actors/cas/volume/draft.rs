@@ -61,7 +61,7 @@ impl Draft for TemporaryFile {
         let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))?;
         self.is_kept = true;
         let stamp = moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp));
-        Ok(WrittenFile { file, bytes: self.paths.charge(metadata.len()), stamp })
+        Ok(WrittenFile { file, bytes: self.paths.taken(&metadata), stamp })
     }
 }
 

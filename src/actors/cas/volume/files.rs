@@ -64,6 +64,8 @@ const OLD_FORMAT: &str = "gorego store 1\n";
 const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files, which are never written again.
 const STORED_MODE: u32 = 0o444;
+/// The unit of `st_blocks`.
+pub(super) const BLOCK_UNIT_BYTES: u64 = 512;
 /// Files on which a lease is held at the same time while their use is recorded.
 const TOUCH_LEASES: usize = 64;
 
@@ -86,6 +88,8 @@ pub(super) struct StorePaths {
     block: u64,
     /// The next number of a file. Segments number their records from it too.
     sequence: Arc<AtomicU64>,
+    /// Bytes that the trash takes, as far as they were found.
+    pub(super) in_trash: AtomicU64,
 }
 
 impl Files {
@@ -110,7 +114,9 @@ impl Files {
         let has_fine_times = has_fine_change_times(&base.join("tmp"))
             .map_err(|error| refuse("a file in it cannot be written", &error))?;
         let (block, sequence) = (block.max(512), Arc::new(AtomicU64::new(1)));
-        let paths = Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence });
+        let in_trash = AtomicU64::new(0);
+        let paths =
+            Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence, in_trash });
         Ok(Self { paths, _lock: lock })
     }
 
@@ -159,7 +165,8 @@ impl Files {
         if metadata.is_err() {
             let _ = fs::remove_file(&path);
         }
-        Ok(WrittenFile { file: id, bytes: self.charge(file.size()), stamp: self.stamp(&metadata?) })
+        let metadata = metadata?;
+        Ok(WrittenFile { file: id, bytes: self.paths.taken(&metadata), stamp: self.stamp(&metadata) })
     }
 
     /// Deletes a stored file. Anything that was put in its place is removed too.
@@ -194,6 +201,10 @@ impl Volume for Files {
 
     fn charge(&self, size: u64) -> u64 {
         self.paths.charge(size)
+    }
+
+    fn overhead(&self) -> u64 {
+        self.paths.in_trash.load(Ordering::Relaxed)
     }
 
     fn space(&self) -> io::Result<Space> {
@@ -237,7 +248,7 @@ impl Volume for Files {
         let times = |metadata: &Metadata| (metadata.mtime(), metadata.mtime_nsec());
         let unchanged = after.len() == key.digest.size() && times(&after) == times(before);
         if same && unchanged && after.nlink() == 1 {
-            let bytes = self.charge(after.len());
+            let bytes = self.paths.taken(&after);
             return Ok(Some(WrittenFile { file, bytes, stamp: self.stamp(&after) }));
         }
         self.delete_one(&file)?;
@@ -285,6 +296,12 @@ impl StorePaths {
     /// Bytes that a file of this size takes.
     pub(super) fn charge(&self, size: u64) -> u64 {
         size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
+    }
+
+    /// Bytes that a file takes: the blocks that the file system says, and never less than [`StorePaths::charge`], because some
+    /// file systems allocate later.
+    pub(super) fn taken(&self, metadata: &Metadata) -> u64 {
+        self.charge(metadata.len()).max(metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES))
     }
 
     /// The path of a stored file.

@@ -87,7 +87,7 @@ impl Volume for Local {
     }
 
     fn overhead(&self) -> u64 {
-        self.segments.overhead()
+        self.segments.overhead().saturating_add(self.files.overhead())
     }
 
     fn space(&self) -> io::Result<Space> {

@@ -11,7 +11,7 @@ use super::{
 use std::sync::atomic::AtomicU32;
 
 /// Entries of a chunk, which takes 352 KiB.
-const CHUNK: usize = if cfg!(test) { 64 } else { 4_096 };
+const CHUNK: usize = 4_096;
 
 /// The entries, each at a slot.
 pub(super) struct Slab {

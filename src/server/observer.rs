@@ -227,7 +227,7 @@ fn pool_readings(seen: PoolSight) -> PoolReadings {
 }
 
 fn store_reading(measured: StoreMeasurement, disk: DiskSight, now: SystemTime) -> StoreReading {
-    let StoreMeasurement { totals, tally, oldest_use, index_bytes } = measured;
+    let StoreMeasurement { totals, tally, oldest_use, index_bytes, scrub } = measured;
     let used_at = oldest_use.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.into()));
     StoreReading {
         used: totals.used,
@@ -247,6 +247,9 @@ fn store_reading(measured: StoreMeasurement, disk: DiskSight, now: SystemTime) -
         refused_results: tally.refused_results,
         withdrawn_leases: tally.withdrawn_leases,
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
+        scrubbed: scrub.bytes,
+        scrub_damaged: scrub.damaged,
+        scrub_passes: scrub.passes,
         is_read_only: disk.is_full,
         disk_free: disk.space.map(|space| space.free_bytes),
         overhead: totals.overhead,

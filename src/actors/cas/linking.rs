@@ -88,10 +88,11 @@ impl CasActor {
         }
         if blobs.len() == needed.len() {
             let is_linked = self.change(|index| {
-                let result = index.entry_of(&result)?;
-                Some(index.link(result, &blobs))
+                let at = index.entry_of(&result);
+                at.into_iter().for_each(|result| index.link(result, &blobs));
+                at.is_some()
             });
-            of.is_linked().store(is_linked.is_some(), Relaxed);
+            of.is_linked().store(is_linked, Relaxed);
         }
     }
 }

@@ -192,6 +192,7 @@ impl Cas {
     /// # Errors
     /// `Exhausted` when there is no room.
     pub(super) async fn take_room(&self, bytes: u64) -> Result<Reservation> {
+        self.look_at_full_disk().await?;
         Reservation::take(self.actor(), bytes).await
     }
 

@@ -37,6 +37,10 @@ struct DiskRoom {
 impl DiskRoom {
     /// Takes note of a sample. Returns whether that changes the answer.
     fn see(&mut self, space: Space, now: Instant) -> bool {
+        if space.is_exhausted() {
+            // This explains why a write has failed, and the next sample says when there is room.
+            self.failed = None;
+        }
         let has_failed = self.failed.is_some_and(|at| now.saturating_duration_since(at) < WRITES_AFTER);
         let stays_full = self.is_full && (has_failed || !space.has_room());
         self.seen = Some(space);
@@ -203,6 +207,20 @@ impl Cas {
         DiskSight { is_full: disk.is_full.load(Relaxed), space, beside }
     }
 
+    /// If the store is read-only, looks whether there is room by now.
+    pub(super) async fn look_at_full_disk(&self) -> Result<()> {
+        if self.is_read_only() {
+            let shared = self.shared().clone();
+            let looked = self.blocking(move || {
+                if let Ok(space) = shared.volume.space() {
+                    shared.disk.see(space);
+                }
+            });
+            looked.await?;
+        }
+        Ok(())
+    }
+
     /// Whether uploads and results are refused because the file system of the store is full.
     pub fn is_read_only(&self) -> bool {
         self.shared().disk.is_full.load(Relaxed)
@@ -256,5 +274,8 @@ mod tests {
         assert!(room.fail(start) && room.is_full);
         assert!(!room.see(space(1 << 39), start + WRITES_AFTER - Duration::from_millis(1)) && room.is_full);
         assert!(room.see(space(1 << 39), start + WRITES_AFTER) && !room.is_full);
+        // A write that failed because the disk is full says nothing about later.
+        assert!(room.fail(start) && !room.see(space(0), start) && room.is_full);
+        assert!(room.see(space(2 * reserve), start) && !room.is_full);
     }
 }

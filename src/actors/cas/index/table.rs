@@ -120,7 +120,8 @@ fn outcome_of<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
 /// The hashes of these slots, by part.
 fn sort_by_part(slots: Range<usize>, hash_of: impl Fn(u32) -> u64) -> Vec<Vec<(u64, u32)>> {
     let expected = slots.len() / PARTS;
-    let mut sorted = vec![Vec::with_capacity(expected + expected / 8); PARTS];
+    let part = || Vec::with_capacity(expected + expected / 8);
+    let mut sorted: Vec<Vec<_>> = std::iter::repeat_with(part).take(PARTS).collect();
     for slot in slots {
         let hash = hash_of(slot as u32);
         sorted[part_of(hash)].push((hash, slot as u32));

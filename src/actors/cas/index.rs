@@ -32,6 +32,7 @@ use links::Links;
 use order::UseOrder;
 use slab::Slab;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+pub(crate) use table::RunJobs;
 use table::SlotTable;
 
 mod entry;

@@ -5,7 +5,7 @@
 //! there: [`SlotTable::fill`](super::table::SlotTable::fill) puts them into the hash tables, one table at a time, and then the
 //! list in the order of use is linked. An index in between cannot be asked anything; the type sees to that.
 
-use super::{EntryKind, FileId, Index, LeaseTimes, Recovered, Stamp, Victim, slab::Slab};
+use super::{EntryKind, FileId, Index, LeaseTimes, Recovered, RunJobs, Stamp, Victim, slab::Slab};
 use std::sync::{Mutex, PoisonError, atomic::Ordering::Relaxed};
 
 /// See the module documentation.
@@ -38,12 +38,13 @@ impl Recovery {
     /// `is_newer` says whether its first argument is newer than the second. The caller deletes the files that are returned.
     pub(crate) fn finish(
         self,
+        run: RunJobs<'_>,
         is_newer: &dyn Fn(&FileId, &FileId) -> bool,
         now: u32,
         uptime: u32,
     ) -> (Index, Vec<Victim>) {
         let mut index = self.index.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let contested = index.table.fill(&index.slab);
+        let contested = index.table.fill(&index.slab, run);
         let losers = contested.into_iter().filter_map(|slot| index.settle_contest(slot, is_newer)).collect();
         let mut by_use: Vec<(u32, u32)> = Vec::with_capacity(index.table.len());
         let entries = index.slab.iter().filter(|(_, entry)| entry.generation != 0);
@@ -84,7 +85,7 @@ impl Index {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         actors::cas::index::{EntryKind, Key, MAX_ALIKE},
@@ -170,7 +171,7 @@ mod tests {
             for part in found.chunks(at_once) {
                 recovery.add(&mut part.iter().map(recovered));
             }
-            let (mut index, losers) = recovery.finish(&is_newer, NOW, 0);
+            let (mut index, losers) = recovery.finish(&in_turn, &is_newer, NOW, 0);
 
             let (kept, mut lost) = expected(&found);
             let mut gone: Vec<FileId> = losers.iter().map(|loser| loser.file).collect();
@@ -204,6 +205,11 @@ mod tests {
         }
     }
 
+    /// Runs jobs one after the other, the last one first.
+    pub(in super::super) fn in_turn(jobs: usize, job: &(dyn Fn(usize) + Sync)) {
+        (0..jobs).rev().for_each(job);
+    }
+
     fn some_key() -> Key {
         let digest = DigestFunction::Sha256.digest(b"");
         Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }
@@ -225,7 +231,7 @@ mod tests {
             for (part, length) in all.chunks(13_000).zip([13_000, 1, 5_000, 9_000, 13_000]) {
                 part.chunks(length).for_each(|part| recovery.add(&mut part.iter().map(|at| found(*at))));
             }
-            let (index, losers) = recovery.finish(&|_, _| false, NOW, 0);
+            let (index, losers) = recovery.finish(&in_turn, &|_, _| false, NOW, 0);
             assert!(losers.is_empty() && index.totals().blobs == count);
             let is_there = |at: &u64| {
                 let Recovered { file, .. } = found(*at);

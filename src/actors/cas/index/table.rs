@@ -8,15 +8,18 @@ use hashbrown::{HashTable, hash_table::Entry};
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
     ops::Range,
-    thread,
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 /// The number of parts. With ten million entries, a part has 160,000 of them and grows in some milliseconds.
 const PARTS: usize = 64;
-/// Threads that fill a table. With more, the memory would be the limit.
-const MAX_FILL_THREADS: usize = 4;
+/// Jobs that fill a table at the same time, each some of the parts. With more, the memory would be the limit.
+const JOBS: usize = 4;
 /// Slots that are sorted by part before they are added. This takes 16 MiB, and a part stays in the cache for 16,000 of them.
 const FILL_AT_ONCE: usize = if cfg!(test) { 64 } else { 1 << 20 };
+
+/// Runs this many jobs, each given its number, at the same time if it can. Returns when all of them have ended.
+pub(crate) type RunJobs<'a> = &'a dyn Fn(usize, &(dyn Fn(usize) + Sync));
 
 /// The slots of all entries.
 pub(super) struct SlotTable {
@@ -59,35 +62,37 @@ impl SlotTable {
 
     /// Adds all entries of a slab to an empty table. Returns the slots that were not added, in order, because another one was there
     /// whose key differs at most in the size of the digest.
-    pub(super) fn fill(&mut self, slab: &Slab) -> Vec<u32> {
+    pub(super) fn fill(&mut self, slab: &Slab, run: RunJobs<'_>) -> Vec<u32> {
         let (hasher, len) = (&self.hasher, slab.len());
         let hash_of = |slot: u32| hash_of_entry(hasher, slab, slot);
-        let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_FILL_THREADS);
-        let mut refused = Vec::new();
         for part in &mut self.parts {
             part.reserve(len / PARTS, |&slot| hash_of(slot));
         }
+        // Each job has its own, so no job waits for another one.
+        let parts: Vec<_> =
+            self.parts.chunks_mut(PARTS / JOBS).map(|parts| Mutex::new((parts, Vec::new()))).collect();
         for start in (0..len).step_by(FILL_AT_ONCE) {
-            let slots = start..len.min(start + FILL_AT_ONCE);
-            let share = slots.len().div_ceil(threads);
-            let shares = slots.clone().step_by(share).map(|from| from..slots.end.min(from + share));
-            let sorted: Vec<_> = thread::scope(|scope| {
-                let sort = |share| scope.spawn(move || sort_by_part(share, hash_of));
-                let running: Vec<_> = shares.map(sort).collect();
-                running.into_iter().map(outcome_of).collect()
-            });
-            thread::scope(|scope| {
-                let of_thread = self.parts.chunks_mut(PARTS.div_ceil(threads)).enumerate();
-                let fill = |(nth, parts)| {
-                    let (sorted, first) = (&sorted, nth * PARTS.div_ceil(threads));
-                    scope.spawn(move || fill_parts(parts, first, sorted, slab, hash_of))
-                };
-                let running: Vec<_> = of_thread.map(fill).collect();
-                refused.extend(running.into_iter().flat_map(outcome_of));
+            let end = len.min(start + FILL_AT_ONCE);
+            let share = (end - start).div_ceil(JOBS);
+            let sorted: Vec<_> = std::iter::repeat_with(OnceLock::new).take(JOBS).collect();
+            let sorted_by = |job: usize| {
+                let from = end.min(start + job * share);
+                sorted[job].get_or_init(|| sort_by_part(from..end.min(from + share), hash_of))
+            };
+            run(JOBS, &|job| _ = sorted_by(job));
+            run(JOBS, &|job| {
+                let (parts, refused) = &mut *parts[job].lock().unwrap_or_else(PoisonError::into_inner);
+                for (part, number) in parts.iter_mut().zip(job * (PARTS / JOBS)..) {
+                    let slots = (0..JOBS).flat_map(|job| &sorted_by(job)[number]);
+                    fill_part(part, slots, refused, slab, hash_of);
+                }
             });
         }
-        self.len = self.parts.iter().map(HashTable::len).sum();
+        let refused =
+            |part: Mutex<(_, Vec<u32>)>| part.into_inner().unwrap_or_else(PoisonError::into_inner).1;
+        let mut refused: Vec<u32> = parts.into_iter().flat_map(refused).collect();
         refused.sort_unstable();
+        self.len = self.parts.iter().map(HashTable::len).sum();
         refused
     }
 
@@ -112,11 +117,6 @@ fn part_of(hash: u64) -> usize {
     (hash >> 50) as usize % PARTS
 }
 
-/// The outcome of a thread. If it has panicked, so does this one: an entry that is left out would be taken for missing.
-fn outcome_of<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
 /// The hashes of these slots, by part.
 fn sort_by_part(slots: Range<usize>, hash_of: impl Fn(u32) -> u64) -> Vec<Vec<(u64, u32)>> {
     let expected = slots.len() / PARTS;
@@ -129,25 +129,21 @@ fn sort_by_part(slots: Range<usize>, hash_of: impl Fn(u32) -> u64) -> Vec<Vec<(u
     sorted
 }
 
-/// Adds slots to some of the parts, of which the first has this number. Returns those that were not added.
-fn fill_parts(
-    parts: &mut [HashTable<u32>],
-    first: usize,
-    sorted: &[Vec<Vec<(u64, u32)>>],
+/// Adds slots to a part. Those that cannot be added are refused.
+fn fill_part<'a>(
+    part: &mut HashTable<u32>,
+    slots: impl Iterator<Item = &'a (u64, u32)>,
+    refused: &mut Vec<u32>,
     slab: &Slab,
     hash_of: impl Fn(u32) -> u64,
-) -> Vec<u32> {
-    let mut refused = Vec::new();
-    for (part, number) in parts.iter_mut().zip(first..) {
-        for &(hash, slot) in sorted.iter().flat_map(|sorted| &sorted[number]) {
-            let is_like = |other: &u32| slab.hot(*other).is_like_entry(slab.hot(slot), &slab.tails);
-            match part.entry(hash, is_like, |&slot| hash_of(slot)) {
-                Entry::Vacant(place) => _ = place.insert(slot),
-                Entry::Occupied(_) => refused.push(slot),
-            }
+) {
+    for &(hash, slot) in slots {
+        let is_like = |other: &u32| slab.hot(*other).is_like_entry(slab.hot(slot), &slab.tails);
+        match part.entry(hash, is_like, |&slot| hash_of(slot)) {
+            Entry::Vacant(place) => _ = place.insert(slot),
+            Entry::Occupied(_) => refused.push(slot),
         }
     }
-    refused
 }
 
 /// The hash of a key. The size is left out, so that an entry can be found by its hash alone.

@@ -78,7 +78,7 @@ impl Index {
 mod tests {
     use super::*;
     use crate::{
-        actors::cas::index::{FileId, Key, LeaseTimes, Recovered, Recovery, Stamp},
+        actors::cas::index::{FileId, Key, LeaseTimes, Recovered, Recovery, Stamp, recovery::tests::in_turn},
         instance::InstanceId,
     };
     use gorego_reapi::digest::DigestFunction;
@@ -119,7 +119,7 @@ mod tests {
             touched: *touched,
         };
         found.add(&mut recorded.iter().map(of));
-        let (index, losers) = found.finish(&|_, _| true, now, 0);
+        let (index, losers) = found.finish(&in_turn, &|_, _| true, now, 0);
         assert!(losers.is_empty());
         index
     }

@@ -15,7 +15,10 @@ use gorego::{
     instance::{Instance, Instances},
 };
 use gorego_reapi::digest::{Digest, DigestFunction};
-use rustix::fs::{Advice, fadvise};
+use rustix::{
+    fs::{Advice, fadvise},
+    time::{ClockId, clock_gettime},
+};
 use std::{
     collections::HashSet,
     fs::{self, File},
@@ -153,7 +156,9 @@ async fn open(load: Load) {
     let begin = Instant::now();
     let (cas, main) = open_store(&place);
     let missing = cas.find_missing(&main, &asked).await.unwrap();
-    println!("{:.2} s of it to open and ask", begin.elapsed().as_secs_f64());
+    let (elapsed, cpu) = (begin.elapsed().as_secs_f64(), clock_gettime(ClockId::ProcessCPUTime));
+    let cpu = cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9;
+    println!("{elapsed:.2} s of it to open and ask, {cpu:.2} s of CPU");
     assert_eq!(missing.into_iter().collect::<HashSet<_>>(), absent, "a wrong answer");
 
     let measured = cas.measure();

@@ -185,7 +185,8 @@ pub struct CasActor {
 }
 
 impl CasActor {
-    /// Opens a store directory and recovers its contents. Blocks for about a second per 500,000 files.
+    /// Opens a store directory and recovers its contents. Blocks for about a second for 500,000
+    /// files of their own or for several million records in segments.
     ///
     /// File work runs on the blocking threads of `runtime`.
     ///

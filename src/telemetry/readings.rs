@@ -64,6 +64,8 @@ pub struct StoreReading {
     pub results: u64,
     /// The number of zstd forms.
     pub zstd_forms: u64,
+    /// Memory of the index of the store, in bytes.
+    pub index_bytes: u64,
     /// Entries that were evicted since the start.
     pub evicted: u64,
     /// The bytes that they took.
@@ -232,6 +234,8 @@ impl StoreReading {
                 ConstGauge::new(*count as f64).encode(family.encode_family(&[("kind", *kind)])?)
             })
         })?;
+        let help = "Memory of the index of the store";
+        out.gauge("store_index_memory", bytes(), help, self.index_bytes as f64)?;
         out.counter("store_evicted_entries", None, "Entries that were evicted", self.evicted)?;
         out.counter("store_evicted", bytes(), "Bytes of entries that were evicted", self.evicted_bytes)?;
         let help = "Entries that were dropped because their files were damaged or gone";

@@ -45,6 +45,17 @@ pub(crate) struct Victim {
     pub bytes: u64,
 }
 
+/// A file that was found at start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Recovered {
+    /// The identity of the file.
+    pub file: FileId,
+    /// Bytes that it takes on disk.
+    pub bytes: u64,
+    /// Seconds since 1970 of the last recorded use.
+    pub touched: u32,
+}
+
 /// Refers to an entry without its key. It is stale once the entry's file is replaced or removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EntryRef {

@@ -24,7 +24,7 @@
 //! [`SyncPolicy::BeforeAnswer`], the content of a file is synced before it gets its name, and the name before it is acknowledged.
 
 use super::{
-    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
+    Draft, Look, Moved, NewFile, Repairs, Stored, Take, Volume, WrittenFile,
     checksum_table::ChecksumTable,
     checksums::{BLOCK_BYTES, Checksums},
     draft::TemporaryFile,
@@ -340,11 +340,7 @@ impl Volume for Files {
         }
     }
 
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
-    ) -> Repairs {
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         scan::recover(self, is_whole, take)
     }
 

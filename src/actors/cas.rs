@@ -28,6 +28,7 @@ mod reply;
 mod requests;
 pub mod resolve;
 pub mod results;
+mod scrub;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -40,7 +41,7 @@ mod volume;
 
 pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
-pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
+pub use requests::{CloseStore, InspectStore, ScrubTally, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
 pub use trees::ActionInputs;
 
@@ -58,7 +59,6 @@ use forms::{
     chunks::ChunkWork,
     zstd_form::{Encoders, History},
 };
-use futures::FutureExt as _;
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -138,6 +138,7 @@ pub(crate) struct StoreShared {
     /// Held while the disk is relieved, which is done once for all callers.
     relief_turn: tokio::sync::Mutex<()>,
     relieved_first: relief::RelievedFirst,
+    scrubbed: scrub::ScrubCounts,
 }
 
 impl StoreShared {
@@ -165,6 +166,8 @@ pub struct CasActor {
     over_limit: Vec<Victim>,
     /// The last [`Index::bytes_deleted`], for callers that wait for room.
     deleted: watch::Sender<u64>,
+    /// Runs as long as the actor. `None` once it is closed.
+    scrub: Option<scrub::Scrub>,
     /// When the log last reported that the disk is full and the store cannot help.
     full_disk_logged: Option<Instant>,
     /// When the log last reported that results are not served because leases fill the store.
@@ -192,6 +195,7 @@ impl CasActor {
             recovery::recover(&*volume, settings.max_bytes, settings.leases, settings.result_links_bytes);
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
+        let scrub = scrub::Scrub::open(&*volume);
         let shared = StoreShared {
             view: View::new(index),
             volume,
@@ -224,6 +228,7 @@ impl CasActor {
             purge_turn: tokio::sync::Mutex::default(),
             relief_turn: tokio::sync::Mutex::default(),
             relieved_first: relief::RelievedFirst::default(),
+            scrubbed: scrub::ScrubCounts::default(),
             settings,
         };
         Ok(Self {
@@ -232,6 +237,7 @@ impl CasActor {
             shared: Arc::new(shared),
             over_limit,
             deleted: watch::Sender::new(0),
+            scrub: Some(scrub),
             full_disk_logged: None,
             full_leases_logged: None,
         })
@@ -299,6 +305,9 @@ impl Actor for CasActor {
         let over_limit = std::mem::take(&mut self.over_limit);
         self.evict(over_limit, ctx);
         self.trim(ctx);
+        if let Some(scrub) = &mut self.scrub {
+            scrub.start(ctx.address().downgrade(), &self.shared);
+        }
     }
 }
 
@@ -493,8 +502,20 @@ impl Receive<CloseStore> for CasActor {
 
     fn receive(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Answer {
         let written = self.write_touches(ctx.address());
+        let (scrub, shared) = (self.scrub.take(), self.shared.clone());
+        let closed = self.shared.runtime.spawn_blocking(move || {
+            if let Some(scrub) = scrub {
+                scrub.close(&*shared.volume);
+            }
+        });
         ctx.stop();
-        // A job that panicked counts as done.
-        StoreReply::when(written.map(|written| written.map(drop)), ())
+        let all_written = async {
+            // A job that panicked counts as done.
+            if let Some(written) = written {
+                let _ = written.await;
+            }
+            let _ = closed.await;
+        };
+        StoreReply::when(Some(all_written), ())
     }
 }

@@ -226,7 +226,7 @@ fn pool_readings(seen: PoolSight) -> PoolReadings {
 }
 
 fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
-    let StoreMeasurement { totals, tally, oldest_use } = measured;
+    let StoreMeasurement { totals, tally, oldest_use, scrub } = measured;
     let used_at = oldest_use.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.into()));
     StoreReading {
         used: totals.used,
@@ -245,6 +245,9 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         refused_results: tally.refused_results,
         withdrawn_leases: tally.withdrawn_leases,
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
+        scrubbed: scrub.bytes,
+        scrub_damaged: scrub.damaged,
+        scrub_passes: scrub.passes,
     }
 }
 

@@ -80,6 +80,12 @@ pub struct StoreReading {
     pub withdrawn_leases: u64,
     /// How long the least recently used entry was not used.
     pub oldest_use: Duration,
+    /// Bytes that the scrub has verified since the start.
+    pub scrubbed: u64,
+    /// Damaged entries that the scrub has found since the start.
+    pub scrub_damaged: u64,
+    /// Passes of the scrub that ended since the start.
+    pub scrub_passes: u64,
 }
 
 /// The pools, as the scheduler described them some time ago.
@@ -230,6 +236,11 @@ impl StoreReading {
         out.counter("store_refused_results", None, help, self.refused_results)?;
         let help = "How often the oldest leases were taken from a build with more than its share";
         out.counter("store_withdrawn_leases", None, help, self.withdrawn_leases)?;
+        out.counter("store_scrubbed", bytes(), "Bytes that the scrub has verified", self.scrubbed)?;
+        let help = "Damaged entries that the scrub has found";
+        out.counter("store_scrub_damaged_entries", None, help, self.scrub_damaged)?;
+        let help = "Passes of the scrub through the whole store that have ended";
+        out.counter("store_scrub_passes", None, help, self.scrub_passes)?;
         let help = "How long ago the entry was used that would be evicted next, to within an hour";
         out.gauge("store_oldest_use", Some(Unit::Seconds), help, self.oldest_use.as_secs_f64())
     }

@@ -123,7 +123,7 @@ impl Cas {
 
     /// What the index counts. Costs one hold of the lock that look-ups share.
     pub fn measure(&self) -> StoreMeasurement {
-        self.shared.view.measure()
+        StoreMeasurement { scrub: self.shared.scrubbed.tally(), ..self.shared.view.measure() }
     }
 
     /// Returns a handle for the requests of a client. Both what the client sends and what it reads count against the bounds of

@@ -101,6 +101,17 @@ pub struct StoreInspection {
     pub oldest_use: Option<u32>,
 }
 
+/// What the scrub has done since the start of the server, in numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ScrubTally {
+    /// Bytes that were verified.
+    pub bytes: u64,
+    /// Entries that were damaged.
+    pub damaged: u64,
+    /// Passes through the whole store that ended.
+    pub passes: u64,
+}
+
 /// The store in numbers, without a message: see [`super::client::Cas::measure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StoreMeasurement {
@@ -110,6 +121,8 @@ pub struct StoreMeasurement {
     pub tally: Tally,
     /// The last recorded use of the least recently used entry, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
+    /// What the scrub has done since the start.
+    pub scrub: ScrubTally,
 }
 
 /// Stops the store after all earlier messages. The answer comes when the last uses are written to disk. Later calls get

@@ -22,6 +22,8 @@ pub struct StoreSettings {
     pub leases: LeaseTimes,
     /// Memory for the links of results to the blobs that they need.
     pub result_links_bytes: u64,
+    /// How fast the scrub reads; 0 for no scrub.
+    pub scrub_bytes_per_second: u64,
     /// Which timeouts an Action may ask for.
     pub timeouts: TimeoutPolicy,
 }

@@ -1,11 +1,13 @@
 //! Tests of the whole store: a real actor on a real directory.
 
+mod checksums;
 mod chunks;
 mod compressed;
 mod damage;
 mod inputs;
 mod leases;
 mod results;
+mod scrub;
 mod sharing;
 mod store;
 mod upload_room;
@@ -43,6 +45,7 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         max_blob_bytes: 100 * MB,
         partial_upload_retention: Duration::from_secs(600),
         zstd_level: 1,
+        scrub_bytes_per_second: 0,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },

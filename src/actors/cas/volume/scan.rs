@@ -7,7 +7,7 @@
 
 use super::{
     Recovered, Repairs, Stored, Volume as _,
-    files::{Files, parse_file_name},
+    files::{Files, StorePaths, parse_file_name},
 };
 use crate::{
     actors::cas::index::{EntryKind, FileId, Key, Victim},
@@ -20,6 +20,7 @@ use std::{
     fs::{self, DirEntry},
     io,
     os::unix::fs::MetadataExt as _,
+    path::PathBuf,
     sync::{
         atomic::{AtomicUsize, Ordering},
         mpsc,
@@ -32,11 +33,23 @@ const MAX_THREADS: usize = 8;
 /// The target of the log lines of this file.
 const LOG: &str = "gorego::cas";
 
-struct ShardId {
+/// A directory of stored files.
+pub(super) struct ShardId {
     kind: EntryKind,
     instance: InstanceId,
     function: DigestFunction,
     first: u8,
+}
+
+impl ShardId {
+    fn path(&self, paths: &StorePaths) -> PathBuf {
+        paths.shard(self.kind, self.instance, self.function, self.first)
+    }
+
+    /// Its name, which stays the same as long as its instance has the same name.
+    pub(super) fn name(&self, paths: &StorePaths) -> String {
+        paths.name_of(&self.path(paths))
+    }
 }
 
 #[derive(Default)]
@@ -74,18 +87,42 @@ pub(super) fn recover(
             sums.unreadable += repairs.unreadable;
             for recovered in found {
                 files.saw_generation(recovered.file.generation);
+                files.table.claim(recovered.file.generation);
                 if let Some(loser) = take(recovered) {
                     sums.removed += 1;
+                    files.table.remove(loser.file.generation);
                     let _ = fs::remove_file(files.paths.path(&loser.file));
                 }
             }
         }
     });
+    files.table.end_recovery();
     empty_trash(files);
     sums
 }
 
-fn all_shards(files: &Files) -> Vec<ShardId> {
+/// The stored files in the directory of this name.
+///
+/// # Errors
+/// The errors of reading the directory; `NotFound` for a name that none has.
+pub(super) fn files_in(files: &Files, name: &str) -> io::Result<Vec<FileId>> {
+    let is_it = |shard: &ShardId| shard.name(&files.paths) == name;
+    let shard = all_shards(files).into_iter().find(is_it).ok_or(io::ErrorKind::NotFound)?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir(shard.path(&files.paths))? {
+        let name = entry?.file_name();
+        if let Some((digest, generation)) =
+            name.to_str().and_then(|name| parse_file_name(shard.function, name))
+        {
+            let key = Key { digest, instance: shard.instance, kind: shard.kind };
+            found.push(FileId { key, generation });
+        }
+    }
+    Ok(found)
+}
+
+/// The directories that stored files may be in, in a fixed order.
+pub(super) fn all_shards(files: &Files) -> Vec<ShardId> {
     let mut shards = Vec::new();
     for instance in files.instances() {
         for &function in DigestFunction::ALL {
@@ -108,15 +145,14 @@ fn read_shard(
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
 ) -> ShardContent {
     let mut content = ShardContent::default();
-    let entries =
-        match fs::read_dir(files.paths.shard(shard.kind, shard.instance, shard.function, shard.first)) {
-            Ok(entries) => entries,
-            Err(error) => {
-                // A directory that was never needed does not exist.
-                content.repairs.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
-                return content;
-            }
-        };
+    let entries = match fs::read_dir(shard.path(&files.paths)) {
+        Ok(entries) => entries,
+        Err(error) => {
+            // A directory that was never needed does not exist.
+            content.repairs.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
+            return content;
+        }
+    };
     for entry in entries {
         match entry {
             Ok(entry) => read_entry(files, shard, &entry, &mut content),

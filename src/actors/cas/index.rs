@@ -22,6 +22,7 @@
 
 pub use leases::LeaseTimes;
 pub(crate) use leases::{Lessee, Withdrawn};
+pub(crate) use packing::ColdBlobs;
 pub use words::*;
 
 use crate::instance::InstanceId;
@@ -42,6 +43,7 @@ mod links;
 #[cfg(test)]
 mod model;
 mod order;
+mod packing;
 mod pins;
 mod slab;
 mod table;
@@ -516,6 +518,7 @@ impl Index {
         self.table.insert(&file.key, slot, |slot| slab.key(slot));
         self.totals.used += bytes;
         *self.count_of(file.key.kind) += 1;
+        self.count_packed(slot, true);
         self.link_newest(slot);
     }
 
@@ -531,6 +534,7 @@ impl Index {
 
     fn remove_alone(&mut self, slot: u32) -> Victim {
         self.links.remove(slot);
+        self.count_packed(slot, false);
         let file = self.file_at(slot);
         self.table.remove(&file.key, slot);
         self.forget(slot);

@@ -6,6 +6,7 @@ mod compressed;
 mod damage;
 mod inputs;
 mod leases;
+mod packing;
 mod results;
 mod scrub;
 mod sharing;
@@ -48,6 +49,7 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         scrub_bytes_per_second: 0,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
+        packing: None,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     }
 }

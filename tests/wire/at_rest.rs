@@ -5,7 +5,7 @@ use crate::{
     support::{Client, Server, eventually, files_below, sha256},
 };
 use gorego_reapi::{digest::Digest, proto::bytestream::ReadRequest};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const AT_ONCE: &[(&str, &str)] = &[("CACHE__COMPRESS_AFTER", "0s"), ("CACHE__COMPRESS_CPU_PERCENT", "100")];
 
@@ -60,6 +60,33 @@ async fn every_client_reads_what_is_kept_compressed_and_the_server_says_what_it_
     assert!(client.missing(&[blob]).await.is_empty());
     check(&client, &plain).await;
     assert!(is_packed(&server, blob));
+}
+
+/// CPU time that the thread which compresses has taken so far.
+fn cpu_time(server: &Server) -> Option<Duration> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap().flatten();
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    let mut packer = tasks.filter(|task| read(task.path().join("comm")).trim() == "store-packer");
+    let times = read(packer.next()?.path().join("schedstat"));
+    Some(Duration::from_nanos(times.split(' ').next()?.parse().ok()?))
+}
+
+#[tokio::test]
+async fn compression_takes_no_more_than_its_share_of_a_core() {
+    let share = [("CACHE__COMPRESS_AFTER", "0s"), ("CACHE__COMPRESS_CPU_PERCENT", "5")];
+    let server = Server::with(&share).await;
+    let client = server.client().await;
+    let blobs: Vec<_> = (0..30).map(|seed| text(1_500_000, seed)).collect();
+    for blob in &blobs {
+        client.upload(blob.clone()).await;
+    }
+    // Its first second is a look at an empty index.
+    eventually("it works", || cpu_time(&server).is_some_and(|time| time > Duration::from_millis(20))).await;
+    let (before, start) = (cpu_time(&server).unwrap(), Instant::now());
+    eventually("some time passes", || start.elapsed() > Duration::from_secs(3)).await;
+    let (used, passed) = (cpu_time(&server).unwrap() - before, start.elapsed());
+    assert!(used < passed / 20 + Duration::from_millis(100), "{used:?} of {passed:?}");
+    assert!(!blobs.iter().all(|blob| is_packed(&server, sha256(blob))), "there was more to do");
 }
 
 /// Whatever was acknowledged is there after each kill, and right, whether the kill came before, while or after it was compressed.

@@ -17,6 +17,9 @@ fn text(length: usize, seed: u64) -> Bytes {
     noise(length, seed).iter().map(|byte| b"the quick fox"[usize::from(byte % 13)]).collect()
 }
 
+/// Changes the bytes of a file.
+type Damage = Box<dyn Fn(&mut Vec<u8>)>;
+
 impl TestStore {
     /// Compresses what is cold, and waits until the plain files are deleted.
     async fn pack(&self, settings: PackingSettings) -> PackTally {
@@ -314,7 +317,7 @@ async fn a_damaged_packed_file_is_a_miss_and_heals() {
             bytes[at] ^= 4;
         }
     };
-    let damages: [Box<dyn Fn(&mut Vec<u8>)>; 7] = [
+    let damages: [Damage; 7] = [
         Box::new(flip(|_| 10)),
         Box::new(flip(|length| length / 2)),
         Box::new(flip(|length| length - 1)),

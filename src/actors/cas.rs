@@ -14,10 +14,12 @@ pub(crate) mod blob;
 pub mod client;
 mod compaction;
 mod decoding;
+mod deletions;
 pub(crate) mod forms;
 mod guards;
 mod index;
 mod leasing;
+mod linking;
 mod lookup;
 mod memo;
 mod new_files;
@@ -30,6 +32,7 @@ pub mod resolve;
 pub mod results;
 mod scrub;
 mod settings;
+mod store_disk;
 #[cfg(test)]
 mod tests;
 pub(crate) mod trees;
@@ -43,6 +46,7 @@ pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, ScrubTally, StoreInspection, StoreMeasurement};
 pub use settings::{PackingSettings, StoreSettings};
+pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
 
 use crate::{
@@ -55,6 +59,7 @@ use crate::{
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bytes::Bytes;
 use client::Cas;
+use deletions::Deletions;
 use forms::{
     chunks::ChunkWork,
     packing::Packer,
@@ -75,6 +80,7 @@ use std::{
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
+use store_disk::StoreDisk;
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
@@ -94,6 +100,10 @@ pub(crate) struct StoreShared {
     /// The index of what is stored. Only the actor changes it.
     view: View,
     volume: Box<dyn Volume>,
+    /// The file system of the volume.
+    disk: StoreDisk,
+    /// Files that are to be deleted.
+    deletions: Deletions,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: trees::known_roots::KnownRoots,
@@ -171,8 +181,6 @@ pub struct CasActor {
     packer: Option<Packer>,
     /// Runs as long as the actor. `None` once it is closed.
     scrub: Option<scrub::Scrub>,
-    /// When the log last reported that the disk is full and the store cannot help.
-    full_disk_logged: Option<Instant>,
     /// When the log last reported that results are not served because leases fill the store.
     full_leases_logged: Option<Instant>,
 }
@@ -202,6 +210,8 @@ impl CasActor {
         let shared = StoreShared {
             view: View::new(index),
             volume,
+            disk: StoreDisk::new(settings.root.display().to_string(), settings.max_bytes),
+            deletions: Deletions::default(),
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: trees::known_roots::KnownRoots::new(),
@@ -242,7 +252,6 @@ impl CasActor {
             deleted: watch::Sender::new(0),
             packer: None,
             scrub: Some(scrub),
-            full_disk_logged: None,
             full_leases_logged: None,
         })
     }
@@ -313,6 +322,8 @@ impl Actor for CasActor {
         if let Some(scrub) = &mut self.scrub {
             scrub.start(ctx.address().downgrade(), &self.shared);
         }
+        let watch = store_disk::watch(Arc::downgrade(&self.shared), ctx.address().downgrade());
+        self.shared.runtime.spawn(watch);
     }
 }
 
@@ -320,12 +331,12 @@ impl Receive<ReserveRoom> for CasActor {
     type Answer = StoreReply<Result<Reservation>>;
 
     fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
-        let ReserveRoom { bytes, of, blob } = request;
+        let ReserveRoom { bytes, of, held, blob } = request;
         if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
             let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
             return StoreReply::Now(Err(Error::Unavailable(problem)));
         }
-        match self.reserve(bytes, of, ctx) {
+        match self.reserve(bytes, of, held, ctx) {
             Ok((room, free)) => StoreReply::when(free, Ok(room)),
             Err(error) => StoreReply::Now(Err(error)),
         }
@@ -337,9 +348,12 @@ impl Receive<Commit> for CasActor {
 
     fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
         let now = unix_seconds();
-        let written = message.files.iter().map(|written| written.bytes).sum();
-        let unused = message.room.disarm().saturating_sub(written);
-        self.change(|index| index.unreserve(unused));
+        let written = message.files.iter().map(|written| written.bytes).sum::<u64>();
+        let room = message.room.disarm();
+        self.change(|index| {
+            index.unreserve(room.saturating_sub(written));
+            index.overdraw(written.saturating_sub(room));
+        });
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
         for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
             self.change(|index| {
@@ -353,6 +367,7 @@ impl Receive<Commit> for CasActor {
                 }
             });
         }
+        message.links.into_iter().for_each(|links| self.link_new(links));
         if let Some(ended) = message.upload {
             self.end_upload(ended, ctx);
         }
@@ -370,6 +385,9 @@ impl Receive<BeginUpload> for CasActor {
         let BeginUpload { name, blob, offset, .. } = message;
         if self.renew(&blob).is_some() {
             return MessageResult(Ok(Began::Present));
+        }
+        if let Err(full) = self.shared.disk.check() {
+            return MessageResult(Err(full));
         }
         match self.uploads.begin(name, blob, offset) {
             Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),

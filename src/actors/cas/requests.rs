@@ -7,6 +7,7 @@
 use super::{
     guards::Reservation,
     index::{EntryRef, FileId, Key, Stamp, Tally, Totals},
+    linking::NewLinks,
     uploads::{Attempt, Partial, Progress},
     volume::{Moves, WrittenFile},
 };
@@ -35,6 +36,8 @@ pub struct ReserveRoom {
     pub bytes: u64,
     /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is evicted.
     pub of: u64,
+    /// What the asker has reserved before for the same write.
+    pub held: u64,
     /// The blob that it is for, if that is known. Nothing is reserved for a blob that is stored: room for it might be made by
     /// evicting it.
     pub blob: Option<Key>,
@@ -140,6 +143,8 @@ pub(crate) struct Commit {
     pub room: Reservation,
     /// The build to which the files are leased.
     pub lessee: Option<Owner>,
+    /// The results among the files whose blobs are known.
+    pub links: Vec<NewLinks>,
     /// The upload that ends with this message because its blob is stored.
     pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,

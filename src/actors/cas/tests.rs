@@ -4,8 +4,10 @@ mod checksums;
 mod chunks;
 mod compressed;
 mod damage;
+mod disk;
 mod inputs;
 mod leases;
+mod links;
 mod packing;
 mod results;
 mod scrub;
@@ -79,7 +81,10 @@ impl TestStore {
 
     /// A store in which builds have leases.
     async fn with_leases(max_bytes: u64) -> Self {
-        let root = Rc::new(TempDir::new().unwrap());
+        Self::with_leases_at(Rc::new(TempDir::new().unwrap()), max_bytes).await
+    }
+
+    async fn with_leases_at(root: Rc<TempDir>, max_bytes: u64) -> Self {
         let leases = LeaseTimes { named: 10_800, unnamed: 900 };
         let settings = StoreSettings { leases, ..settings_at(root.path().join("store"), max_bytes) };
         Self::over(root, settings).await

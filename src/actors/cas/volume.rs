@@ -174,7 +174,7 @@ impl NewFile<'_> {
 pub(crate) struct WrittenFile {
     /// Its identity.
     pub file: FileId,
-    /// Bytes that it takes on disk: [`Volume::charge`] of its size.
+    /// Bytes that it takes on disk, which may be a little more than [`Volume::charge`] of its size.
     pub bytes: u64,
     /// Its stamp, at which its content was verified.
     pub stamp: Stamp,

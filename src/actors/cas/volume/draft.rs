@@ -101,7 +101,7 @@ impl Draft for TemporaryFile {
             .inspect_err(|_| self.table.remove(file.generation))?;
         self.is_kept = true;
         let stamp = moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp));
-        Ok(WrittenFile { file, bytes: self.paths.charge(metadata.len()), stamp })
+        Ok(WrittenFile { file, bytes: self.paths.taken(&metadata), stamp })
     }
 }
 

@@ -72,6 +72,8 @@ const OLD_FORMATS: [&str; 2] = ["gorego store 1\n", "gorego store 2\n"];
 const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files, which are never written again.
 const STORED_MODE: u32 = 0o444;
+/// The unit of `st_blocks`.
+pub(super) const BLOCK_UNIT_BYTES: u64 = 512;
 /// Files on which a lease is held at the same time while their use is recorded.
 const TOUCH_LEASES: usize = 64;
 
@@ -97,6 +99,8 @@ pub(super) struct StorePaths {
     sequence: Arc<AtomicU64>,
     /// For reads of packed files.
     decoders: Arc<FrameDecoders>,
+    /// Bytes that the trash takes, as far as they were found.
+    pub(super) in_trash: AtomicU64,
 }
 
 impl Files {
@@ -123,9 +127,10 @@ impl Files {
         let table =
             ChecksumTable::open(root).map_err(|error| refuse("its checksums cannot be opened", &error))?;
         let sequence = Arc::new(AtomicU64::new(table.last_generation().saturating_add(1)));
-        let (block, decoders) = (block.max(512), Arc::default());
-        let paths =
-            Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence, decoders });
+        let (block, decoders, in_trash) = (block.max(512), Arc::default(), AtomicU64::new(0));
+        let instances = names;
+        let paths = StorePaths { base, instances, has_fine_times, block, sequence, decoders, in_trash };
+        let paths = Arc::new(paths);
         Ok(Self { paths, table: Arc::new(table), _lock: lock })
     }
 
@@ -177,7 +182,8 @@ impl Files {
             // A file without checksums is hashed before it is served, and gets them then.
             let _ = self.table.add(&id, &Checksums::of(file.pieces));
         }
-        Ok(WrittenFile { file: id, bytes: self.charge(file.size()), stamp: self.stamp(&metadata?) })
+        let metadata = metadata?;
+        Ok(WrittenFile { file: id, bytes: self.paths.taken(&metadata), stamp: self.stamp(&metadata) })
     }
 
     /// Deletes a stored file. Anything that was put in its place is removed too.
@@ -215,12 +221,12 @@ impl Volume for Files {
         self.paths.charge(size)
     }
 
-    fn space(&self) -> io::Result<Space> {
-        Space::of(&self.paths.base)
+    fn overhead(&self) -> u64 {
+        self.paths.in_trash.load(Ordering::Relaxed) + self.table.disk_bytes()
     }
 
-    fn overhead(&self) -> u64 {
-        self.table.disk_bytes()
+    fn space(&self) -> io::Result<Space> {
+        Space::of(&self.paths.base)
     }
 
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
@@ -277,7 +283,7 @@ impl Volume for Files {
                 // As in `write_one`.
                 let _ = self.table.add(&file, sums);
             }
-            let bytes = self.charge(after.len());
+            let bytes = self.paths.taken(&after);
             return Ok(Some(WrittenFile { file, bytes, stamp: self.stamp(&after) }));
         }
         self.delete_one(&file)?;
@@ -331,6 +337,10 @@ impl Volume for Files {
         String::from_utf8(bytes).ok()
     }
 
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "after a power cut, a clean stop must not be noted that did not happen"
+    )]
     fn keep_note(&self, note: &str) -> io::Result<()> {
         let (path, new) = (self.paths.note(), self.paths.note().with_extension("new"));
         regular_file::write(&new, note.as_bytes())?;
@@ -354,6 +364,12 @@ impl StorePaths {
     /// Bytes that a file of this size takes.
     pub(super) fn charge(&self, size: u64) -> u64 {
         size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
+    }
+
+    /// Bytes that a file takes: the blocks that the file system says, and never less than [`StorePaths::charge`], because some
+    /// file systems allocate later.
+    pub(super) fn taken(&self, metadata: &Metadata) -> u64 {
+        self.charge(metadata.len()).max(metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES))
     }
 
     /// The path of a stored file.

@@ -6,8 +6,8 @@
 //! as a kill, both are read to find the complete one.
 
 use super::{
-    Recovered, Repairs, Stored, Volume as _,
-    files::{Files, StorePaths},
+    Recovered, Repairs, Stored,
+    files::{BLOCK_UNIT_BYTES, Files, StorePaths},
     names::{FileClass, parse_file_name},
 };
 use crate::{
@@ -198,7 +198,7 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
     }
     let file = shard.file(digest, generation);
     let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
-    content.found.push(Recovered { file, bytes: files.charge(metadata.len()), touched });
+    content.found.push(Recovered { file, bytes: files.paths.taken(&metadata), touched });
 }
 
 /// Removes what an interrupted update left: the beginning of a new file beside the file that it was to replace. It is the newer
@@ -221,14 +221,34 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
     });
 }
 
-/// Empties the trash on its own thread. If a crash interrupts it, the next start goes on.
+/// The blocks that a file takes, or all files in a directory.
+fn bytes_of(entry: &DirEntry) -> u64 {
+    let Ok(metadata) = entry.metadata() else { return 0 };
+    if metadata.is_dir() {
+        let inside = fs::read_dir(entry.path()).into_iter().flatten().flatten();
+        return inside.map(|entry| bytes_of(&entry)).sum();
+    }
+    metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES)
+}
+
+/// Empties the trash on its own thread, and counts what is in it until then. If a crash interrupts it, the next start goes on.
 fn empty_trash(files: &Files) {
-    let trash = files.paths.trash();
+    let paths = files.paths.clone();
     let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {
-        for entry in fs::read_dir(trash).into_iter().flatten().flatten() {
-            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let path = entry.path();
-            let _ = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        let thrown: Vec<(PathBuf, u64)> = fs::read_dir(paths.trash())
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| (entry.path(), bytes_of(&entry)))
+            .collect();
+        paths.in_trash.store(thrown.iter().map(|(_, bytes)| bytes).sum(), Ordering::Relaxed);
+        for (path, bytes) in thrown {
+            let is_directory = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
+            let removed = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+            // What cannot be removed stays counted.
+            if removed.is_ok() {
+                paths.in_trash.fetch_sub(bytes, Ordering::Relaxed);
+            }
         }
     });
     if let Err(error) = spawned {

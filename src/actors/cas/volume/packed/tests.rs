@@ -55,8 +55,8 @@ fn pack(files: &Files, plain: &[u8]) -> FileId {
         assert_eq!(packing.table.sizes().1 + end_bytes(digest, packing.table.count()) as u64, expected);
     }
     let written = packing.finish().unwrap();
-    let length = fs::metadata(files.path(&written.file)).unwrap().len();
-    assert_eq!(written.bytes, files.charge(length));
+    let metadata = fs::metadata(files.path(&written.file)).unwrap();
+    assert_eq!(written.bytes, files.paths.taken(&metadata));
     written.file
 }
 

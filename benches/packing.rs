@@ -111,6 +111,7 @@ async fn main() {
             zstd_level: 1,
             leases: LeaseTimes::default(),
             result_links_bytes: 1 << 20,
+            scrub_bytes_per_second: 0,
             packing: None,
             partial_upload_retention: Duration::from_secs(60),
             timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },

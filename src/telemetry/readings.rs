@@ -70,6 +70,8 @@ pub struct StoreReading {
     pub compressed_content: u64,
     /// and the part of `used` that they take.
     pub compressed: u64,
+    /// Memory of the index of the store, in bytes.
+    pub index_bytes: u64,
     /// Entries that were evicted since the start.
     pub evicted: u64,
     /// The bytes that they took.
@@ -244,6 +246,8 @@ impl StoreReading {
         out.gauge("store_compressed_content", bytes(), help, self.compressed_content as f64)?;
         let help = "Bytes on disk of the blobs that are kept compressed";
         out.gauge("store_compressed", bytes(), help, self.compressed as f64)?;
+        let help = "Memory of the index of the store";
+        out.gauge("store_index_memory", bytes(), help, self.index_bytes as f64)?;
         out.counter("store_evicted_entries", None, "Entries that were evicted", self.evicted)?;
         out.counter("store_evicted", bytes(), "Bytes of entries that were evicted", self.evicted_bytes)?;
         let help = "Entries that were dropped because their files were damaged or gone";

@@ -124,6 +124,8 @@ pub struct StoreMeasurement {
     pub tally: Tally,
     /// The last recorded use of the least recently used entry, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
+    /// Memory that the index takes, in bytes, without the links of results to blobs.
+    pub index_bytes: u64,
     /// What the scrub has done since the start.
     pub scrub: ScrubTally,
 }

@@ -63,8 +63,13 @@ impl View {
     /// The numbers of the index. Waits at most for the change of one part.
     pub(super) fn measure(&self) -> StoreMeasurement {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let (totals, tally, oldest_use) = (index.totals(), index.tally(), index.oldest_use());
-        StoreMeasurement { totals, tally, oldest_use, ..StoreMeasurement::default() }
+        StoreMeasurement {
+            totals: index.totals(),
+            tally: index.tally(),
+            oldest_use: index.oldest_use(),
+            index_bytes: index.memory() as u64,
+            ..StoreMeasurement::default()
+        }
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Index> {

@@ -29,6 +29,7 @@ pub(crate) mod stored;
 
 pub(crate) use stamps::COARSE_TICK;
 
+pub(crate) use super::index::Recovered;
 use super::index::{FileId, Key, Stamp, Victim};
 use crate::{disk::Space, regular_file};
 use bytes::Bytes;
@@ -115,13 +116,9 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Ok(Compacted::NothingToGain)
     }
 
-    /// Finds the files that exist at start. `is_whole` says whether the bytes of an action result are complete. `take` gets
-    /// each file and returns a file to delete, if any: this one, or an earlier one that it replaces.
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
-    ) -> Repairs;
+    /// Finds the files that exist at start and passes each on to `take`. `is_whole` says whether the bytes of an action result are
+    /// complete. There may be more than one file with the same key.
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs;
 
     /// The parts that [`Volume::files_in`] lists one at a time, in an order that restarts do not change.
     fn parts(&self) -> Vec<String> {
@@ -255,6 +252,11 @@ pub(crate) trait Draft: Debug + Send + Sync {
     /// Appends bytes to the file.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
 
+    /// Appends pieces to the file.
+    fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
+        pieces.iter().try_for_each(|piece| self.write(piece))
+    }
+
     /// The digest of everything written, computed by reading the file again.
     fn hash(&self, hasher: Hasher) -> io::Result<Digest>;
 
@@ -284,21 +286,13 @@ pub(crate) struct Moved {
     pub after: Stamp,
 }
 
-/// A file that was found at start.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Recovered {
-    /// The identity of the file.
-    pub file: FileId,
-    /// Bytes that it takes on disk.
-    pub bytes: u64,
-    /// Seconds since 1970 of the last recorded use.
-    pub touched: u32,
-}
+/// Gets the files that are found at start, some at a time. Several threads may call it.
+pub(crate) type Take<'a> = &'a (dyn Fn(&mut dyn Iterator<Item = Recovered>) + Sync);
 
 /// Counts of what was wrong in the store at start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Repairs {
-    /// Files that were removed because they were unfinished or duplicate.
+    /// Files that were removed because they were unfinished.
     pub removed: u64,
     /// Files with names that the store does not use. They are left alone.
     pub foreign: u64,

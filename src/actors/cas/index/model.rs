@@ -9,11 +9,6 @@ use std::collections::HashSet;
 pub(super) const LIMIT: u64 = 100;
 pub(super) const NOW: u32 = 1_000_000;
 
-/// Of two files, the one with the greater generation is newer.
-pub(super) fn later(one: &FileId, other: &FileId) -> bool {
-    one.generation > other.generation
-}
-
 #[derive(Debug, Clone)]
 enum Op {
     Store { name: u8, kind: EntryKind, bytes: u64 },

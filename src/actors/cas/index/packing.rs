@@ -83,11 +83,10 @@ impl Index {
 
     /// Adds a packed entry to the totals, or takes it out of them. Does nothing for others.
     pub(super) fn count_packed(&mut self, slot: u32, is_there: bool) {
-        let file = self.file_at(slot);
-        if !file.is_packed() {
+        if !FileId::is_packed_generation(self.slab.hot(slot).generation) {
             return;
         }
-        let (content, used) = (file.key.digest.size(), self.slab.cold(slot).bytes);
+        let (content, used) = (self.slab.key(slot).digest.size(), self.slab.cold(slot).bytes);
         let totals = &mut self.totals;
         for (total, amount) in [
             (&mut totals.packed_blobs, 1),

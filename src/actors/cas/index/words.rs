@@ -50,7 +50,12 @@ impl FileId {
 
     /// Whether the volume keeps it compressed.
     pub(crate) fn is_packed(&self) -> bool {
-        self.generation & Self::KIND_BITS == Self::PACKED
+        Self::is_packed_generation(self.generation)
+    }
+
+    /// Whether a file with this generation is packed.
+    pub(super) fn is_packed_generation(generation: u64) -> bool {
+        generation & Self::KIND_BITS == Self::PACKED
     }
 
     /// Whether it is a file of its own that is not compressed.
@@ -71,6 +76,17 @@ pub(crate) struct Victim {
     pub file: FileId,
     /// Bytes that it takes on disk.
     pub bytes: u64,
+}
+
+/// A file that was found at start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Recovered {
+    /// The identity of the file.
+    pub file: FileId,
+    /// Bytes that it takes on disk.
+    pub bytes: u64,
+    /// Seconds since 1970 of the last recorded use.
+    pub touched: u32,
 }
 
 /// Refers to an entry without its key. It is stale once the entry's file is replaced or removed.

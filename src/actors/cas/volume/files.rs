@@ -24,7 +24,7 @@
 //! A power cut may lose or damage what was written last, and the hash check at the first read turns that into misses.
 
 use super::{
-    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
+    Draft, Look, Moved, NewFile, Repairs, Stored, Take, Volume, WrittenFile,
     checksum_table::ChecksumTable,
     checksums::{BLOCK_BYTES, Checksums},
     draft::TemporaryFile,
@@ -316,11 +316,7 @@ impl Volume for Files {
         }
     }
 
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
-    ) -> Repairs {
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         scan::recover(self, is_whole, take)
     }
 

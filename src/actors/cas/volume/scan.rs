@@ -6,12 +6,12 @@
 //! as a kill, both are read to find the complete one.
 
 use super::{
-    Recovered, Repairs, Stored,
+    Recovered, Repairs, Stored, Take,
     files::{BLOCK_UNIT_BYTES, Files, StorePaths},
     names::{FileClass, parse_file_name},
 };
 use crate::{
-    actors::cas::index::{EntryKind, FileId, Key, Victim},
+    actors::cas::index::{EntryKind, FileId, Key},
     instance::InstanceId,
     logging::Event,
 };
@@ -70,7 +70,7 @@ struct ShardContent {
 pub(super) fn recover(
     files: &Files,
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-    take: &mut dyn FnMut(Recovered) -> Option<Victim>,
+    take: Take<'_>,
 ) -> Repairs {
     let shards: Vec<ShardId> = all_shards(files);
     let next = AtomicUsize::new(0);
@@ -93,15 +93,11 @@ pub(super) fn recover(
             sums.removed += repairs.removed;
             sums.foreign += repairs.foreign;
             sums.unreadable += repairs.unreadable;
-            for recovered in found {
-                files.saw_generation(recovered.file.sequence());
-                files.table.claim(recovered.file.generation);
-                if let Some(loser) = take(recovered) {
-                    sums.removed += 1;
-                    files.table.remove(loser.file.generation);
-                    let _ = fs::remove_file(files.paths.path(&loser.file));
-                }
+            for Recovered { file, .. } in &found {
+                files.saw_generation(file.sequence());
+                files.table.claim(file.generation);
             }
+            take(&mut found.into_iter());
         }
     });
     files.table.end_recovery();

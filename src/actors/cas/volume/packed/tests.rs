@@ -179,11 +179,9 @@ fn the_recorded_use_is_that_of_the_plain_file_and_the_name_says_that_it_is_packe
     assert!(id.is_packed() && FileId::SEQUENCES.contains(&id.sequence()));
     assert!(files.path(&id).to_string_lossy().contains("/v1/packed/"));
     assert_eq!(fs::metadata(files.path(&id)).unwrap().atime(), 1_000);
-    let mut found = vec![];
-    files.recover(&|_| true, &mut |recovered| {
-        found.push(recovered);
-        None
-    });
+    let found = Mutex::new(vec![]);
+    files.recover(&|_| true, &|recovered| found.lock().unwrap().extend(recovered));
+    let found = found.into_inner().unwrap();
     assert_eq!(found.iter().map(|found| (found.file, found.touched)).collect::<Vec<_>>(), [(id, 1_000)]);
     assert!(found[0].bytes < plain.len() as u64 / 3 * 2);
     assert_eq!(read_all(&*files.open(&found[0].file).unwrap(), 1 << 20).unwrap(), plain);

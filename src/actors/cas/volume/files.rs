@@ -7,6 +7,7 @@
 //! <root>/v1/blobs/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/results/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/results/<instance>+private/...                 the same for results that only their principals see
+//! <root>/v1/packed/<instance>/<function>/<ab>/<hash>-<size>-<generation>   blobs that are kept compressed; see `packed`
 //! <root>/v1/zstd/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/tmp/<generation>                               uploads in progress; emptied at start
 //! <root>/v1/trash/                                         what start threw away; emptied in the background
@@ -29,8 +30,10 @@ use super::{
     checksums::{BLOCK_BYTES, Checksums},
     draft::TemporaryFile,
     durable::{self, SyncPolicy, sync_directory, sync_file},
+    names::{FileClass, encode},
     outside::LeftFile,
-    root::{MAX_FORMAT_BYTES, check_format, encode, prepare, take_lock, unusable},
+    packed::{FrameDecoders, PackedFile},
+    root::{MAX_FORMAT_BYTES, check_format, prepare, take_lock, unusable},
     scan,
     stamps::{COARSE_TICK, Writers, has_fine_change_times, lease, settled, stamp_of},
     stored::{StoredFile, look_of},
@@ -42,10 +45,7 @@ use crate::{
     regular_file,
     spread::spread_subdirectories,
 };
-use gorego_reapi::{
-    digest::{Digest, DigestFunction},
-    error::Result,
-};
+use gorego_reapi::{digest::DigestFunction, error::Result};
 use rustix::fs::{CWD, Mode, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fchmod, futimens, renameat};
 use std::{
     collections::HashSet,
@@ -92,6 +92,8 @@ pub(super) struct StorePaths {
     block: u64,
     /// The next number of a file. Segments number their records from it too.
     sequence: Arc<AtomicU64>,
+    /// For reads of packed files.
+    decoders: Arc<FrameDecoders>,
     /// Bytes that the trash takes, as far as they were found.
     pub(super) in_trash: AtomicU64,
 }
@@ -120,8 +122,10 @@ impl Files {
         let table =
             ChecksumTable::open(root).map_err(|error| refuse("its checksums cannot be opened", &error))?;
         let sequence = Arc::new(AtomicU64::new(table.last_generation().saturating_add(1)));
-        let (block, in_trash) = (block.max(512), AtomicU64::new(0));
-        let paths = StorePaths { base, instances: names, policy, has_fine_times, block, sequence, in_trash };
+        let (block, decoders, in_trash) = (block.max(512), Arc::default(), AtomicU64::new(0));
+        let instances = names;
+        let paths =
+            StorePaths { base, instances, policy, has_fine_times, block, sequence, decoders, in_trash };
         Ok(Self { paths: Arc::new(paths), table: Arc::new(table), synced: Mutex::default(), _lock: lock })
     }
 
@@ -164,7 +168,8 @@ impl Files {
     /// The directory of a stored file.
     pub(super) fn directory_of(&self, file: &FileId) -> PathBuf {
         let Key { digest, instance, kind } = &file.key;
-        self.paths.shard(*kind, *instance, digest.function(), digest.hash()[0])
+        let class = FileClass { kind: *kind, is_packed: file.is_packed() };
+        self.paths.shard(class, *instance, digest.function(), digest.hash()[0])
     }
 
     /// Waits until the names in a directory of stored files are on disk, and the name of the directory too.
@@ -250,6 +255,10 @@ impl Volume for Files {
     }
 
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
+        if file.is_packed() {
+            let stored = self.open_path(&self.paths.path(file))?;
+            return Ok(Box::new(PackedFile::open(stored, file.key.digest, self.paths.decoders.clone())?));
+        }
         let open = regular_file::open(&self.paths.path(file))?;
         let sums = self.table.get(file)?;
         Ok(Box::new(StoredFile::new(open, self.paths.has_fine_times, sums)))
@@ -261,7 +270,9 @@ impl Volume for Files {
         if !metadata.is_file() {
             return Err(io::Error::from_raw_os_error(libc::ENXIO));
         }
-        Ok(look_of(&metadata, self.paths.has_fine_times))
+        let look = look_of(&metadata, self.paths.has_fine_times);
+        let size = if file.is_packed() { file.key.digest.size() } else { look.size };
+        Ok(Look { size, ..look })
     }
 
     fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>> {
@@ -270,6 +281,11 @@ impl Volume for Files {
 
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
         Ok(Box::new(TemporaryFile::create(self.paths.clone(), self.table.clone(), self.next_generation())?))
+    }
+
+    fn packed_draft(&self, used: u32) -> io::Result<Box<dyn Draft>> {
+        let (paths, table) = (self.paths.clone(), self.table.clone());
+        Ok(Box::new(TemporaryFile::create(paths, table, self.next_generation())?.packed(used)))
     }
 
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
@@ -387,21 +403,22 @@ impl StorePaths {
     /// The path of a stored file.
     pub(super) fn path(&self, file: &FileId) -> PathBuf {
         let Key { digest, instance, kind } = &file.key;
-        let mut path = self.shard(*kind, *instance, digest.function(), digest.hash()[0]);
-        path.push(format!("{}-{}-{:x}", digest.hash_hex(), digest.size(), file.generation));
+        let class = FileClass { kind: *kind, is_packed: file.is_packed() };
+        let mut path = self.shard(class, *instance, digest.function(), digest.hash()[0]);
+        path.push(format!("{}-{}-{:x}", digest.hash_hex(), digest.size(), file.sequence()));
         path
     }
 
     /// The directory of all files whose hash starts with `first`.
     pub(super) fn shard(
         &self,
-        kind: EntryKind,
+        class: FileClass,
         instance: InstanceId,
         function: DigestFunction,
         first: u8,
     ) -> PathBuf {
         let name = self.instances.get(usize::from(instance.0)).map_or("", String::as_str);
-        self.base.join(format!("{}/{name}/{}/{first:02x}", directory(kind), function.name()))
+        self.base.join(format!("{}/{name}/{}/{first:02x}", class.directory(), function.name()))
     }
 
     /// The path of an upload in progress.
@@ -463,41 +480,5 @@ pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -
             put()
         }
         (outcome, _) => outcome,
-    }
-}
-
-/// The digest and generation in the name of a stored file; `None` for a name that the store does not use.
-pub(super) fn parse_file_name(function: DigestFunction, name: &str) -> Option<(Digest, u64)> {
-    let mut parts = name.split('-');
-    let (hash, size, generation) = (parts.next()?, parts.next()?, parts.next()?);
-    let digest = Digest::parse(function, hash, size.parse().ok()?).ok()?;
-    let generation = u64::from_str_radix(generation, 16).ok().filter(|generation| *generation > 0)?;
-    (format!("{digest:?}-{generation:x}").replace('/', "-") == name).then_some((digest, generation))
-}
-
-pub(super) fn directory(kind: EntryKind) -> &'static str {
-    match kind {
-        EntryKind::Blob => "blobs",
-        EntryKind::Result => "results",
-        EntryKind::Zstd => "zstd",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn file_names_are_parsed_and_foreign_names_are_not() {
-        let function = DigestFunction::Sha256;
-        let digest = function.digest(b"x");
-        let hash = digest.hash_hex();
-        assert_eq!(parse_file_name(function, &format!("{hash}-1-ff")), Some((digest, 255)));
-        for name in ["".into(), "x".into(), hash.clone(), format!("{hash}-1"), format!("{hash}-01-ff")] {
-            assert_eq!(parse_file_name(function, &name), None, "{name}");
-        }
-        for tail in ["-1-FF", "-1-0", "--1-ff", "-1-ff-", "-1-g", "-+1-ff"] {
-            assert_eq!(parse_file_name(function, &format!("{hash}{tail}")), None, "{tail}");
-        }
     }
 }

@@ -1,11 +1,10 @@
 //! Opens the directory of a store: its lock, its format, and the directories that always exist.
 
-use super::{durable::replace, files::directory};
-use crate::{actors::cas::index::EntryKind, regular_file};
+use super::{durable::replace, names::FileClass};
+use crate::regular_file;
 use gorego_reapi::error::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 use std::{
-    fmt::Write as _,
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::OpenOptionsExt as _,
@@ -14,8 +13,8 @@ use std::{
 
 /// The content of `<root>/format`.
 const FORMAT: &str = "gorego store 3\n";
-/// Earlier formats: without segments, and without checksums of large files. Such a store is used as it is; what it lacks is added
-/// while it is used.
+/// Earlier formats: without segments, and without checksums of large files and packed files. Such a store is used as it is; what it
+/// lacks is added while it is used.
 const OLD_FORMATS: [&str; 2] = ["gorego store 1\n", "gorego store 2\n"];
 /// A bound on the size of that file, and of the note.
 pub(super) const MAX_FORMAT_BYTES: u64 = 4_096;
@@ -45,7 +44,7 @@ pub(super) fn take_lock(root: &Path) -> Result<File> {
 }
 
 /// Checks the format of a store directory. A new directory gets the current one, and so does an older store before the first
-/// segment is made, so that no older version opens it and misses what is in segments.
+/// segment or packed file is made, so that no older version opens it and misses what is in those.
 pub(super) fn check_format(root: &Path) -> Result<()> {
     let format = root.join("format");
     match regular_file::read(&format, MAX_FORMAT_BYTES) {
@@ -63,20 +62,6 @@ pub(super) fn check_format(root: &Path) -> Result<()> {
         }
         Err(error) => Err(unusable(root, "its format cannot be read", &error)),
     }
-}
-
-/// A readable directory name for an instance: distinct for each, without a slash or a leading dot.
-pub(super) fn encode(instance: &str) -> String {
-    let mut name = String::from("=");
-    for byte in instance.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => name.push(char::from(byte)),
-            _ => {
-                let _ = write!(name, "%{byte:02x}");
-            }
-        }
-    }
-    name
 }
 
 /// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the trash,
@@ -99,8 +84,8 @@ pub(super) fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
         throw(&tmp)?;
     }
     fs::create_dir(&tmp)?;
-    for kind in EntryKind::ALL {
-        let parent = base.join(directory(kind));
+    for class in FileClass::ALL {
+        let parent = base.join(class.directory());
         fs::create_dir_all(&parent)?;
         for entry in fs::read_dir(&parent)? {
             let entry = entry?;
@@ -119,14 +104,6 @@ mod tests {
         actors::cas::volume::{durable::SyncPolicy, files::Files},
         instance::Instances,
     };
-
-    #[test]
-    fn every_instance_has_a_directory_name_of_its_own() {
-        let names = ["", "a", "a/b", "a%2fb", "..", "ä", "A"];
-        let encoded: std::collections::HashSet<String> = names.iter().map(|name| encode(name)).collect();
-        assert_eq!(encoded.len(), names.len());
-        assert!(encoded.iter().all(|name| name.starts_with('=') && !name.contains('/')));
-    }
 
     #[test]
     fn a_directory_in_use_or_of_another_format_is_refused_with_the_reason() {

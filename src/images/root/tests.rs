@@ -1,4 +1,4 @@
-//! Hostile layers, and layers against a model.
+//! Tests with hostile layers, and of layers against a model.
 
 use super::*;
 use crate::images::{
@@ -15,7 +15,7 @@ use std::{
 };
 use tar::EntryType;
 
-/// A root directory beside a directory that must not be touched.
+/// A root directory next to a directory that must not be changed.
 struct Site {
     directory: tempfile::TempDir,
 }
@@ -37,7 +37,7 @@ impl Site {
         self.directory.path().join("outside").to_str().unwrap().to_owned()
     }
 
-    /// Applies layers; nothing outside may change whatever comes of it.
+    /// Applies layers, and checks that nothing outside of the root has changed.
     fn apply(&self, layers: impl IntoIterator<Item = Vec<u8>>) -> Result<(), LayerProblem> {
         let top = File::open(self.root()).unwrap();
         let mut take = |_| Ok(());
@@ -111,7 +111,7 @@ fn no_path_and_no_link_leads_out() {
         let problem = refused(site.apply_one(layer().file(path, b"x", 0o644)));
         assert!(problem.contains(".."), "{problem}");
     }
-    // Links stay within the image, as they would in it.
+    // Links stay within the image.
     let up = "../".repeat(30);
     site.apply_one(
         layer()
@@ -128,7 +128,7 @@ fn no_path_and_no_link_leads_out() {
         let archive = layer().symlink("dangling", "/nowhere/at/all").file(path, target.as_bytes(), 0o644);
         refused(site.apply_one(archive));
     }
-    // What is written replaces a link instead of following it.
+    // A written entry replaces a link instead of following it.
     let victim = format!("{outside}/victim");
     for write in [
         layer().symlink("l", &victim).file("l", b"x", 0o644),
@@ -222,7 +222,7 @@ fn room_is_taken_for_each_entry_before_it_is_written() {
     assert!(site.root().join("a/b").exists() && !site.root().join("large").exists());
 }
 
-/// What entries of a layer say in the model.
+/// The entries of layers in the model.
 #[derive(Debug, Clone)]
 enum Said {
     File(Vec<&'static str>, u8),
@@ -244,7 +244,7 @@ fn said() -> impl Strategy<Value = Said> {
     ]
 }
 
-/// An image as a list: `None` for a directory, and whether the current layer has it.
+/// An image as a map. `None` is a directory. The flag says whether the current layer has the entry.
 #[derive(Debug, Default)]
 struct Model(BTreeMap<Vec<&'static str>, (Option<u8>, bool)>);
 
@@ -253,7 +253,7 @@ impl Model {
         self.0.values_mut().for_each(|(_, own)| *own = false);
     }
 
-    /// Makes a directory and those above it; `None` where a file is in the way.
+    /// Creates a directory and its parents. `None` if a file is in the way.
     fn make(&mut self, path: &[&'static str]) -> Option<()> {
         (1..=path.len()).try_for_each(|length| {
             let node = self.0.entry(path[..length].to_vec()).or_insert((None, true));
@@ -369,7 +369,7 @@ fn what_is_decoded_takes_room_even_if_it_is_no_content_of_a_file() {
         Ok(())
     };
     let mut tree = RootTree::new(&top, &mut take);
-    // A link whose header says that a terabyte of content follows.
+    // A link whose header announces a terabyte of content.
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(EntryType::Symlink);
     header.set_path("link").unwrap();

@@ -152,6 +152,11 @@ pub(crate) fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
     OsStr::from_bytes(entry.file_name().to_bytes())
 }
 
+/// Whether the error means that there is nothing at a path.
+pub(super) fn is_absence(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP))
+}
+
 /// A position in a tree of directories.
 #[derive(Debug)]
 pub(super) struct Cursor {
@@ -173,6 +178,15 @@ impl Cursor {
     pub(super) fn new(top: File) -> io::Result<Self> {
         let stat = rfs::fstat(&top)?;
         Ok(Self { levels: vec![CursorLevel::new(top, &stat)] })
+    }
+
+    /// A cursor at an open directory, through a second handle with its own file position.
+    ///
+    /// # Errors
+    /// The errors of openat(2) and fstat(2).
+    pub(super) fn at(directory: &File) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Self::new(rfs::openat(directory, ".", flags, Mode::empty())?.into())
     }
 
     /// The current directory.

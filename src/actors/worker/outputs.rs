@@ -1,4 +1,4 @@
-//! Finds what a command left at the output paths, stores it, and reports it in the result (EXE-47 to EXE-58).
+//! Finds the outputs that a command produced, stores them, and reports them in the result (EXE-47 to EXE-58).
 //!
 //! First all outputs are scanned, then the files are stored, each once even if it is part of several outputs. The kind of an
 //! output is that of the node itself: a symbolic link is reported and never followed. The path to an output may only use links
@@ -10,7 +10,7 @@ pub(super) mod scan;
 
 use super::{
     checkpoint::Checkpoint,
-    dir::{self, FileId},
+    dir::{self, FileId, is_absence},
     exec_root::{Dir, ExecNode, ExecRoot, LayerWalk},
     store::Outputs,
 };
@@ -78,7 +78,7 @@ impl Reported {
     }
 }
 
-/// What was found at one output path.
+/// The node at one output path.
 enum OutputNode {
     File {
         name: String,
@@ -145,8 +145,8 @@ pub(super) fn collect(
     found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
 }
 
-/// Restores the owner's permissions on an exec directory, in case the command removed them. Returns the mode and time
-/// from before.
+/// Restores the owner's permissions on an exec directory, in case the command removed them. Returns its previous mode
+/// and time.
 ///
 /// # Errors
 /// None in practice.
@@ -160,7 +160,7 @@ pub(super) fn open_up(directory: &File) -> Result<Seen> {
     Ok(Seen::from(&stat))
 }
 
-/// Examines an output path; `None` if there is nothing (EXE-50).
+/// Examines an output path; `None` if nothing is there (EXE-50).
 fn look(
     root: ExecRoot<'_>,
     root_seen: Seen,
@@ -239,7 +239,7 @@ fn leads_to_directory(root: ExecRoot<'_>, output: &OutputRequest) -> bool {
     root.resolve(output.path.as_path()).is_ok()
 }
 
-/// EXE-51: the deprecated lists say what kind an output must have. A link may be in either.
+/// EXE-51: the deprecated lists say what kind an output must have. A link may be in both lists.
 fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
     match (output.kind, kind) {
         (OutputKind::File, FileType::Directory) => Err(Error::Precondition(format!(
@@ -366,7 +366,7 @@ impl Storing<'_> {
 /// Opens a regular file for the store. A file that its owner may not read is made readable.
 ///
 /// # Errors
-/// `Precondition` if it is anything else. This does not block on a FIFO and follows no link.
+/// `Precondition` if it is not a regular file. Opening does not block on a FIFO and follows no link.
 pub(super) fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
     let failed = |error: io::Error| Error::io(&format!("read output \"{path}\""), &error);
     let file = match dir::open_file(parent, OsStr::new(name)) {
@@ -389,7 +389,7 @@ fn open_parent<'a>(root: ExecRoot<'a>, parent: &RootPath, path: &str) -> Result<
     }
 }
 
-/// Classifies an error on the path to an output. The command is at fault if it caused the error. Otherwise the server is.
+/// Classifies an error on the path to an output: either the command is at fault, or this server.
 fn path_error(path: &str, error: &io::Error) -> Error {
     let fault = match Errno::from_io_error(error) {
         Some(Errno::XDEV) => "a symbolic link in its path leaves the input root",
@@ -407,11 +407,6 @@ fn open_directory<'a>(root: ExecRoot<'a>, output: &OutputRequest) -> Result<Laye
     };
     let parent = root.resolve(parent_path.as_path()).map_err(failed)?;
     LayerWalk::at(&parent, OsStr::new(name)).map_err(failed)
-}
-
-/// Whether the error means that the output was not produced: nothing is at the path, or the path does not exist.
-fn is_absence(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP))
 }
 
 fn cannot_read(name: &str, path: &str, error: &io::Error) -> Error {

@@ -1,14 +1,13 @@
 //! Tools: Bazel's persistent workers, which are processes that outlive their first action and serve others.
 //!
-//! Starting a compiler often takes longer than compiling. For such an action, Bazel says that its tool can stay, and
-//! which inputs belong to the tool ([`call`]). The tool is started once, gets one request for each action ([`codec`]),
-//! and is kept between actions ([`shelf`]). A tool runs in a sandbox of its own, like any command. The inputs in its
-//! exec root are [exchanged](exchange) for each request, and its outputs are [copied out](collect). If anything goes
-//! wrong with a tool, the tool is ended and the action runs as an ordinary command, as it does where there are no
-//! tools.
+//! Starting a compiler often takes longer than compiling. For such an action, Bazel tells the server that the tool can
+//! keep running, and which inputs belong to the tool ([`call`]). The tool is started once, gets one request for each
+//! action ([`codec`]), and is kept between actions ([`shelf`]). A tool runs in a sandbox of its own, like any command.
+//! The inputs in its exec root are [exchanged](exchange) for each request, and its outputs are [copied out](collect).
+//! If a tool fails, it is ended and the action runs as an ordinary command, as on a server without tools.
 //!
-//! [`Tools`] owns the idle tools of one pool. A tool that serves an action belongs to the worker's thread, and is
-//! counted by a [`Held`]. A thread ends tools that were idle for too long. It exits when the [`Tools`] are dropped.
+//! [`Tools`] owns the idle tools of one pool. While a tool serves an action, it belongs to the worker's thread and is
+//! counted by a [`ToolReservation`]. A thread ends tools that were idle for too long. It exits when the [`Tools`] are dropped.
 
 mod call;
 mod codec;
@@ -24,7 +23,7 @@ use super::{launcher::tool::ToolProcess, workspace::Workspace};
 use crate::logging::Event;
 use call::{ToolCall, ToolKey};
 use exchange::PlacedInputs;
-use shelf::{NotKept, Serial, Shelf, Taken};
+use shelf::{NotKept, Serial, Shelf, ToolChoice};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -57,7 +56,7 @@ struct Tool {
 
 /// The reservation of one of a pool's places for tools.
 #[derive(Debug)]
-struct Held<'a> {
+struct ToolReservation<'a> {
     tools: &'a Tools,
     serial: Serial,
     is_kept: bool,
@@ -94,24 +93,24 @@ impl Tools {
 
     /// Reserves a tool that can serve a call. Also returns the tool itself, unless it has to be started first. `None`
     /// if all places are taken by tools that serve other actions.
-    fn hold(&self, call: &ToolCall) -> Option<(Held<'_>, Option<Tool>)> {
+    fn hold(&self, call: &ToolCall) -> Option<(ToolReservation<'_>, Option<Tool>)> {
         loop {
             let taken = self.0.shelf().take(call.key);
-            let held = |serial| Held { tools: self, serial, is_kept: false };
+            let held = |serial| ToolReservation { tools: self, serial, is_kept: false };
             match taken {
-                Taken::Kept(tool, serial) => {
+                ToolChoice::Kept(tool, serial) => {
                     let held = held(serial);
                     match tool.process.problem() {
                         None => return Some((held, Some(tool))),
                         Some(problem) => self.0.end(vec![tool], &problem),
                     }
                 }
-                Taken::New(serial, evicted) => {
+                ToolChoice::New(serial, evicted) => {
                     let held = held(serial);
                     self.0.end(evicted.into_iter().collect(), "another tool needs its place");
                     return Some((held, None));
                 }
-                Taken::Full => return None,
+                ToolChoice::Full => return None,
             }
         }
     }
@@ -130,7 +129,7 @@ impl Drop for Tools {
     }
 }
 
-impl Held<'_> {
+impl ToolReservation<'_> {
     /// Keeps the tool for later calls, if it may serve another one.
     fn keep(mut self, tool: Tool) {
         self.is_kept = true;
@@ -151,7 +150,7 @@ impl Held<'_> {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for ToolReservation<'_> {
     fn drop(&mut self) {
         if !self.is_kept {
             self.tools.0.shelf().lost();

@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long to go on killing before survivors are reported. It is below the worker's time limit.
+/// How long to keep killing before survivors are reported. It is below the worker's time limit.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How long to wait for a death before looking for processes again.
 const KILL_ROUND: Duration = Duration::from_millis(10);
@@ -53,8 +53,8 @@ impl Deaths {
         sys::watch_children().map(Self)
     }
 
-    /// Waits for a death or one of the other events, for at most `limit`. It does not say which, because the caller
-    /// checks all children anyway.
+    /// Waits for a death or one of the other events, for at most `limit`. It does not report which event occurred,
+    /// because the caller checks all children anyway.
     pub(super) fn wait<'a>(&'a self, fds: &mut Vec<PollFd<'a>>, limit: Option<Duration>) -> io::Result<()> {
         fds.push(PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN));
         let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
@@ -72,8 +72,8 @@ impl Deaths {
 }
 
 impl Children {
-    /// Starts the first process of a command whose input root is at `root`. `None` as `stdin` means that of this
-    /// process.
+    /// Starts the first process of a command whose input root is at `root`. If `stdin` is `None`, the process inherits
+    /// the standard input of this process.
     ///
     /// # Errors
     /// If the kernel cannot create a process. A program that cannot be executed is not an error.
@@ -131,7 +131,8 @@ impl Children {
         }
     }
 
-    /// Kills until no child is left. `kill_others` must send SIGKILL to all remaining processes of the command.
+    /// Kills processes until no child is left. `kill_others` must send SIGKILL to all remaining processes of the
+    /// command.
     pub(super) fn clear(&mut self, deaths: &Deaths, kill_others: impl Fn()) -> io::Result<()> {
         let start = Instant::now();
         loop {

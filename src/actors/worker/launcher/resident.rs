@@ -1,9 +1,9 @@
 //! Measures the memory of a command's processes through /proc, for machines where no control group bounds it.
 //!
 //! First it adds up the private part of each process's resident memory, which is cheap. Pages that processes share
-//! after a fork are counted several times. So if the sum exceeds the limit, each page is counted once (PSS), as far as
-//! this process may read that. Files in memory (/tmp, /dev/shm) are counted only where they are mapped; they have
-//! limits of their own.
+//! after a fork are counted several times. So if the sum exceeds the limit, each page is counted once (PSS), if this
+//! process has the permission to read that value. Files in memory (/tmp, /dev/shm) are counted only where they are
+//! mapped; they have separate limits.
 
 use super::reap;
 use std::fs;

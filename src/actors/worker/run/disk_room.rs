@@ -1,4 +1,4 @@
-//! Disk space for a run: waiting for it before the run, and making some after a run that had too little.
+//! Disk space for a run: waits for space before the run, and frees space after a run that had too little.
 
 use super::ActionRun;
 use crate::actors::worker::checkpoint::{Checkpoint, cancelled};
@@ -8,7 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long an action waits in its slot for space on a full disk. Queued actions would only fail in its place.
+/// How long an action waits in its slot while the disk is full. If it failed at once, the next queued action would take
+/// the slot and fail too.
 pub(super) const ROOM_WAIT: Duration = Duration::from_secs(5);
 /// How long an action that ran out of disk space waits for more before it is tried again.
 const MORE_ROOM_WAIT: Duration = Duration::from_secs(2);
@@ -21,7 +22,7 @@ impl ActionRun<'_> {
         let disk = self.settings.build_root.disk();
         self.room_at_start = disk.look();
         if self.room_at_start.is_some_and(|space| space.is_low()) {
-            // Frees space before running commands have to be stopped for lack of it.
+            // Free space now, so that no running command has to be stopped for lack of space.
             self.settings.build_root.relieve_disk();
             self.room_at_start = disk.look();
         }
@@ -35,7 +36,7 @@ impl ActionRun<'_> {
             let Some(space) = self.room_at_start.filter(|space| !space.has_room()) else { return Ok(()) };
             checkpoint.check()?;
             if Instant::now() >= end {
-                self.waited_in_vain = true;
+                self.room_wait_expired = true;
                 return Err(Error::Unavailable(format!(
                     "the disk of this server has no room to run the action: {space}"
                 )));

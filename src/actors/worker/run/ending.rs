@@ -1,4 +1,4 @@
-//! How the end of a command becomes exit code, logs and outputs of its result.
+//! Turns the end of a command into the exit code, logs and outputs of its result.
 
 use super::{ActionRun, errors::log_lost};
 use crate::{
@@ -29,7 +29,8 @@ use std::{
     path::Path,
 };
 
-/// How much of a log is kept when its command may still be writing. It is small, so that keeping it takes little time.
+/// How much of a log is kept if its command may still be writing. The limit is small, so that copying takes little
+/// time.
 const SALVAGED_BYTES: u64 = 4 * 1024 * 1024;
 
 impl ActionRun<'_> {
@@ -52,7 +53,7 @@ impl ActionRun<'_> {
             return Err(error);
         }
         if matches!(ending, Ending::Exceeded(_)) {
-            // The outputs of such a command are incomplete, and may be large.
+            // The outputs of a command that exceeded a limit are incomplete, and may be large.
             return Ok(());
         }
         let uploading =
@@ -81,7 +82,7 @@ impl ActionRun<'_> {
                 append(workspace, "stderr", &message)?;
                 code
             }
-            // The same exit code as for any other file that grows too large.
+            // This is the exit code that any other file that grows too large leads to.
             Ending::LogTooLong(_) => SIGNAL_BASE + libc::SIGXFSZ,
             Ending::TimedOut => {
                 return Ok(Some(Error::DeadlineExceeded(format!(

@@ -18,7 +18,7 @@ pub(crate) const OPERATION_QUEUED: &str = "operation_queued";
 pub(crate) const OPERATION_EXECUTING: &str = "operation_executing";
 /// A worker failed, or its pool was removed; the operation waits again.
 pub(crate) const OPERATION_REQUEUED: &str = "operation_requeued";
-/// An operation ended. This is the only line of an operation that was over at once.
+/// An operation ended. This is the only line about an operation that was finished when it was admitted.
 pub(crate) const OPERATION_COMPLETED: &str = "operation_completed";
 /// A run neither ends nor stops, so its slot is out of service.
 pub(crate) const SLOT_STUCK: &str = "slot_stuck";
@@ -83,7 +83,7 @@ fn with_place<'a>(event: &mut Event<'a>, place: &'a RunPlace) {
 }
 
 fn with_outcome<'a>(event: &mut Event<'a>, outcome: &'a Outcome) {
-    // The metadata of a cached result describes the run that made it, not this operation.
+    // The metadata of a cached result describes the run that produced it, not this operation.
     let result = outcome.result.as_ref().filter(|_| !outcome.cached);
     let phases = result.map(|result| Phases::of(result)).unwrap_or_default();
     event

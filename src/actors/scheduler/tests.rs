@@ -1,6 +1,6 @@
-//! The actor against fake pools and a fake store: what only the shell can get wrong.
+//! Tests of the actor with fake pools and a fake store, for errors that only the shell can have.
 //!
-//! No test sleeps: fakes hand over what they were sent through channels, and answers come when a test gives them.
+//! No test sleeps: fakes pass on their messages through channels, and the tests decide when answers arrive.
 #![expect(
     clippy::disallowed_methods,
     reason = "the test bounds how many messages its unbounded channels hold"
@@ -35,13 +35,13 @@ impl InputCheck for FakeStore {
     }
 }
 
-/// A request for this work, of which the store has no result.
+/// A request for this work. The store has no result for it.
 fn ask(work: &Work) -> Admit {
     Admit { submit: submit(work), resolution: resolution(work, false) }
 }
 
-/// A pool that hands each run to the test and ends it with what the test says. A dropped sender is
-/// the end of the pool.
+/// A pool that passes each run to the test and ends it with the test's answer. A dropped sender means that the pool has
+/// ended.
 struct FakePool(mpsc::UnboundedSender<Handed>);
 
 struct Handed {
@@ -70,7 +70,7 @@ impl Handler<RunAction> for FakePool {
     }
 }
 
-/// Workers that die of every action, each with its thread.
+/// Workers that die with every action, each with its thread.
 struct Doomed;
 
 impl Actor for Doomed {
@@ -81,7 +81,7 @@ impl Handler<RunAction> for Doomed {
     type Result = actix::MessageResult<RunAction>;
 
     fn handle(&mut self, _: RunAction, _: &mut Self::Context) -> Self::Result {
-        // Quiet, unlike `panic!`: it is part of the test.
+        // Unlike `panic!`, this prints nothing.
         std::panic::resume_unwind(Box::new("doomed"))
     }
 }
@@ -94,7 +94,7 @@ fn scheduler(settings: SchedulerSettings, pool: Pool) -> Addr<SchedulerActor> {
     SchedulerActor::new(settings, vec![pool], FakeStore { is_gone: false }).start()
 }
 
-/// A scheduler whose runs the test answers.
+/// A scheduler whose runs are answered by the test.
 fn attended(slots: usize) -> (Addr<SchedulerActor>, mpsc::UnboundedReceiver<Handed>) {
     let (sender, handed) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
@@ -114,7 +114,7 @@ fn success() -> RunReport {
     Ok(Box::new(RunResult { result: Default::default(), account: Default::default() }))
 }
 
-/// EXE-01, EXE-04: from Submit to the end, with the worker's news on the way.
+/// EXE-01, EXE-04: from Submit to the end, including the reports of the worker.
 #[actix::test]
 async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     let (scheduler, mut handed) = attended(1);
@@ -136,7 +136,7 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     assert!(outcome(subscription).await.error.is_none());
 }
 
-/// EXE-02: other servers can tell from the name where the operation is.
+/// EXE-02: other servers can tell from the name which server owns the operation.
 #[actix::test]
 async fn the_name_of_an_operation_carries_the_name_of_its_server() {
     let (sender, _handed) = mpsc::unbounded_channel();
@@ -184,7 +184,7 @@ async fn two_hundred_submissions_at_once_are_one_run() {
     assert!(handed.try_recv().is_err());
 }
 
-/// The clock ticks in the actor too: EXE-14 with no grace at all.
+/// The clock ticks in the actor too. EXE-14 without any grace period.
 #[actix::test]
 async fn a_client_that_vanishes_leaves_nothing_behind() {
     let (sender, mut handed) = mpsc::unbounded_channel();
@@ -230,7 +230,7 @@ async fn a_pool_that_closes_ends_its_work_and_refuses_more() {
     assert!(matches!(refusal, Error::Unavailable(_)));
 }
 
-/// The pools of a server can be replaced under its clients.
+/// The pools of a server can be replaced while clients use it.
 #[actix::test]
 async fn a_pool_that_drains_finishes_its_runs_and_a_new_one_takes_what_waits() {
     let (scheduler, mut handed) = attended(1);
@@ -342,7 +342,7 @@ async fn a_drain_is_answered_when_the_last_run_is_over() {
     hasty.await.unwrap();
 }
 
-/// A store that dies in the middle of everything is no reason to hang.
+/// A scheduler does not hang if its store dies.
 #[actix::test]
 async fn work_whose_inputs_cannot_be_checked_ends_retryably() {
     let (sender, mut handed) = mpsc::unbounded_channel();

@@ -1,5 +1,5 @@
-//! [`Transition`]: a step in the life of an operation, as a value. The ledger returns transitions, and the log is written from
-//! them.
+//! [`Transition`]: a step of an operation, as a value. The ledger returns transitions, and the log lines are written
+//! from them.
 
 use super::operation::{OperationInfo, Outcome};
 use crate::actors::worker::messages::SlotId;
@@ -44,7 +44,7 @@ pub(crate) enum OperationEvent {
         outcome: Arc<Outcome>,
         /// The slot on which it ran last; `None` if it did not run.
         place: Option<Arc<RunPlace>>,
-        /// How long the operation waited before it ran or ended; `None` if it was over when it was admitted.
+        /// How long the operation waited before it ran or ended; `None` if it had ended when it was admitted.
         queued_for: Option<Duration>,
     },
 }
@@ -60,10 +60,10 @@ pub struct RunPlace {
     pub worker: Arc<str>,
 }
 
-/// How long the parts of a run took, by the clock of the worker. `None` for parts that were not reached.
+/// The durations of the parts of a run, by the clock of the worker. `None` for parts that were not reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Phases {
-    /// How long it took to bring in the inputs.
+    /// How long it took to fetch the inputs.
     pub(crate) fetch: Option<Duration>,
     /// How long the command ran.
     pub(crate) run: Option<Duration>,

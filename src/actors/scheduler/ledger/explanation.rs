@@ -1,4 +1,4 @@
-//! The answer to why an operation waits.
+//! Explains why an operation waits.
 //!
 //! Positions in the queues are not updated while tasks come and go. They are computed for all tasks at once (the *board*) when a
 //! client asks and the last board is too old. So the cost of the answers is bounded, however many clients ask.
@@ -14,7 +14,7 @@ use crate::{
 };
 use std::time::{Duration, Instant};
 
-/// How long a board is used, so that a task is on it soon after it was queued.
+/// How long a board is used. It is short, so that a new task is soon on the board.
 const BOARD_AGE: Duration = Duration::from_millis(100);
 
 /// The additional time for each task on the board. It is more than a hundred times the cost of a task (0.2 us were measured),
@@ -68,8 +68,8 @@ impl Ledger {
         })
     }
 
-    /// The pool in whose queue a task is furthest ahead, and its position there. A task that is on no queue, or on none that is
-    /// on the board, has a pool but no position.
+    /// The pool in whose queue a task is closest to the front, and its position there. A task that is in no queue, or
+    /// only in queues that are not on the board, has a pool but no position.
     fn best_place(&self, task: &Task) -> Option<(PoolId, Option<usize>)> {
         let on_board =
             task.position.filter(|(pool, _)| task.step == TaskStep::Ready && self.slots.is_open(*pool));
@@ -80,7 +80,7 @@ impl Ledger {
         Some((*open.or(task.pools.first())?, None))
     }
 
-    /// What a task waits for, in words. `pool` is the one that will probably run it.
+    /// Describes what a task waits for. `pool` is the pool that will probably run it.
     fn reason_to_wait(&self, task: &Task, pool: PoolId) -> String {
         let mut reason = match task.step {
             TaskStep::Unchecked | TaskStep::Checking => "its inputs are being looked up".to_owned(),

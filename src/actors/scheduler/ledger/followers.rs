@@ -1,12 +1,13 @@
-//! Tasks without followers: they go on for a while, and make way for tasks with followers.
+//! Tasks without followers: they continue for a while, and make way for tasks with followers.
 //!
-//! A client that lost its connection reconnects within seconds and finds its operation; a client that was interrupted never
-//! does. The server cannot tell them apart, so work without followers goes on as long as it delays no other work:
+//! A client that lost its connection reconnects within seconds and finds its operation; a client that was interrupted
+//! never does. The server cannot tell them apart, so work without followers continues as long as it delays no other
+//! work:
 //! - An operation without followers ends after `abandon_grace`, and a task ends with its last operation.
 //! - A waiting task without followers is behind all tasks with followers.
 //! - A running task that has had no followers for `contended_abandon_grace` ends if a task with followers waits for its slot.
 //!   Tasks that lost their followers first end first, and no more of them than tasks wait.
-//! - When the server stops, every task ends that has had no followers for `contended_abandon_grace`.
+//! - When the server stops, every task that has had no followers for `contended_abandon_grace` ends.
 //!
 //! The loss of a follower is noticed by [`Ledger::tick`], or when the task is about to get a slot. A new follower is known at
 //! once. Each task counts its followers, so a change costs O(log n) for each owner of the task. Only [`Ledger::make_way`]
@@ -26,22 +27,22 @@ use std::{
     time::Instant,
 };
 
-/// The runs that may have to make way, and the tasks for which they would.
+/// The runs that may have to make way, and the tasks for which they would do so.
 #[derive(Debug, Default)]
 pub(super) struct Unfollowed {
-    /// Running tasks without followers, by the time since when they have none.
+    /// Running tasks without followers, by the time at which they lost the last one.
     pub(super) runs: BTreeSet<(Instant, TaskId)>,
     /// Ready tasks with followers.
     pub(super) rivals: Rivals,
 }
 
 impl Unfollowed {
-    /// A task has been given a slot.
+    /// Records that a task was given a slot.
     pub(super) fn note(&mut self, id: TaskId, task: &Task) {
         self.runs.extend(task.unfollowed_since.map(|since| (since, id)));
     }
 
-    /// A task has no slot any more.
+    /// Records that a task no longer has a slot.
     pub(super) fn forget(&mut self, id: TaskId, task: &Task) {
         if let Some(since) = task.unfollowed_since {
             self.runs.remove(&(since, id));
@@ -76,14 +77,15 @@ impl Rivals {
 }
 
 impl Ledger {
-    /// An operation of this task has a follower again, or a followed operation has joined it.
+    /// Counts a follower: an operation of this task has a follower again, or a followed operation has joined it.
     pub(super) fn gain_follower(&mut self, id: TaskId) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.followers = task.followers.saturating_add(1);
         self.set_unfollowed(id, None);
     }
 
-    /// An operation of this task has lost its last follower, or a followed operation has left it.
+    /// Counts the loss of a follower: an operation of this task has lost its last follower, or a followed operation has
+    /// left it.
     pub(super) fn lose_follower(&mut self, id: TaskId, now: ClockReading) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.followers = task.followers.saturating_sub(1);

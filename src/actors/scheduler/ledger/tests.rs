@@ -1,5 +1,5 @@
-//! What the ledger promises, in sentences: admission, order, sharing, what clients see. `demand.rs`, `endings.rs`,
-//! `followers.rs`, `sharing.rs` and `room.rs` have the rest.
+//! Tests of the ledger: admission, order, sharing, and what clients see. `demand.rs`, `endings.rs`, `followers.rs`,
+//! `sharing.rs` and `room.rs` have the other topics.
 
 mod demand;
 mod endings;
@@ -23,7 +23,7 @@ use crate::{
 };
 use gorego_reapi::proto::reapi;
 
-/// A ledger with a clock, and shorthands for what its world does.
+/// A ledger with a clock, and shorthands for the events of its environment.
 struct Desk {
     ledger: Ledger,
     now: ClockReading,
@@ -57,13 +57,13 @@ impl Desk {
         self.try_submit(submit(&work), resolution(&work, true)).unwrap()
     }
 
-    /// Asks for an action that is not stored.
+    /// Submits an action that is not stored.
     fn ask_in_vain(&mut self, work: Work) -> Subscription {
         let missing = Error::MissingBlobs(vec![digest(&work)]);
         self.try_submit(submit(&work), Resolution::Unusable(missing)).unwrap()
     }
 
-    /// Has everything checked and assigned.
+    /// Answers all checks and assigns all ready tasks.
     fn dispatch(&mut self) -> Vec<Assignment> {
         while let Some(check) = self.ledger.next_check(self.now) {
             self.ledger.inputs_checked(check.task, Ok(()), self.now);
@@ -124,7 +124,7 @@ fn a_cache_hit_is_born_completed_and_takes_no_slot_and_no_room_in_the_queue() {
     assert!(desk.ledger.watch(&instance(), hit.info.id).is_ok());
 }
 
-/// EXE-02, EXE-09, EXE-12: its name is known like any other, but it takes nothing of what others wait for.
+/// EXE-02, EXE-09, EXE-12: its name is known like any other, but it takes no place in the queue.
 #[test]
 fn an_action_that_cannot_run_is_an_operation_that_is_over_at_birth() {
     let mut desk = Desk::new(1, SchedulerSettings { queue_size: 0, unfinished_operations: 0, ..settings() });
@@ -259,7 +259,7 @@ fn a_full_queue_refuses_new_work_but_not_hits_nor_what_joins() {
     assert_eq!(desk.ledger.inspect().queued, 2);
 }
 
-/// Any number of actions may name one Command of megabytes.
+/// Any number of actions may name the same Command of several megabytes.
 #[test]
 fn the_queue_is_bounded_in_bytes_too() {
     let uncacheable = Work { do_not_cache: true, ..work(1) };
@@ -274,8 +274,8 @@ fn the_queue_is_bounded_in_bytes_too() {
     desk.try_submit(submit(&uncacheable), Resolution::Run(action)).unwrap();
 }
 
-/// GEN-21: operations that join a task take no place in the queue, but each keeps what its client named. Names without a
-/// character take memory too.
+/// GEN-21: operations that join a task take no place in the queue, but each keeps the texts of its client. Empty names
+/// take memory too.
 #[test]
 fn what_clients_name_in_unfinished_operations_is_bounded_in_bytes() {
     let mut desk = Desk::new(1, SchedulerSettings { unfinished_bytes: 100_000, ..settings() });

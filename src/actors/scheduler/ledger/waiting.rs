@@ -106,9 +106,9 @@ impl Ledger {
 
     /// The next pool with a free slot and a task for it. The task is removed from all queues.
     ///
-    /// If a pool lacks the room for the task that is next, it runs no other one before: the room that becomes free is for that
-    /// task, and a part of it stays free meanwhile. Which task is next may change, as another peer comes to have fewer running
-    /// tasks. No task starves: once the running tasks of its peer have ended, its peer has its turn.
+    /// If a pool lacks the room for its next task, it runs no other task before: freed room is reserved for
+    /// that task. Which task is next may change when another peer has fewer running tasks. No task starves: once the
+    /// running tasks of its peer have ended, its peer has its turn.
     pub(super) fn next_ready(&mut self, now: ClockReading) -> Option<(PoolId, TaskId, Charge)> {
         let mut at = 0;
         let (pool, next) = loop {
@@ -143,8 +143,8 @@ impl Ledger {
         self.slots.has_room(pool, &task.action).then_some(next)
     }
 
-    /// Another pool that could run the same task now and gives it the memory that its kind of action took before, where the pool at
-    /// this place of the order gives it less.
+    /// Another pool that could run the same task now and gives it the memory that this kind of action used before. Only
+    /// for a pool, at this position of the order, that gives it less.
     fn less_tight(&mut self, pool: PoolId, id: TaskId, at: usize, now: ClockReading) -> Option<PoolId> {
         let task = self.tasks.get(&id)?;
         let (action, key) = (task.action.clone(), self.peak_key(&task.first)?);
@@ -154,8 +154,8 @@ impl Ledger {
         others.into_iter().find(|other| gives_enough(self, other) && self.able(*other, now) == Some(id))
     }
 
-    /// The task that is next in the queue of a pool. A task that has just lost its followers is first moved behind those that
-    /// have some.
+    /// The next task in the queue of a pool. A task that has just lost its followers is first moved behind those with
+    /// followers.
     fn next_in(&mut self, pool: PoolId, now: ClockReading) -> Option<TaskId> {
         while let Some((id, followed)) = self.ready.get(&pool).and_then(|queue| queue.peek(now.at)) {
             if !followed || self.is_followed(id, now) {

@@ -1,4 +1,4 @@
-//! What the numbers of a pool say.
+//! Tests of the measurements of pools.
 
 use super::*;
 
@@ -6,7 +6,7 @@ fn named(name: &str) -> PoolSpec {
     PoolSpec { name: name.into(), ..pool(1, "linux") }
 }
 
-/// Waiting, age of the oldest in seconds, and desired slots of each pool.
+/// The number of waiting tasks, the age of the oldest in seconds, and the desired slots of each pool.
 fn numbers(desk: &Desk) -> Vec<(String, usize, Option<u64>, usize)> {
     let of = |pool: PoolMeasurement| {
         let oldest = pool.oldest.map(|age| age.as_secs());
@@ -21,7 +21,7 @@ fn a_waiting_action_counts_once_where_it_would_run_first_and_moves_when_that_poo
     let at = |name: &str, waiting, oldest, desired| (name.to_owned(), waiting, oldest, desired);
     assert_eq!(numbers(&desk), [at("a", 0, None, 0), at("b", 0, None, 0)]);
     let operations: Vec<_> = (0..4).map(|name| desk.submit(work(name))).collect();
-    // Also before their inputs were checked.
+    // Tasks count even before their inputs were checked.
     assert_eq!(numbers(&desk), [at("a", 4, Some(0), 4), at("b", 0, None, 0)]);
     let running = desk.dispatch();
     assert_eq!(running.len(), 2);

@@ -1,4 +1,4 @@
-//! The ways in which work ends: lost workers, cancellation, deadlines, forgetting, shutdown.
+//! Tests of the ways in which work ends: lost workers, cancellation, deadlines, forgetting, shutdown.
 
 use super::*;
 use crate::{
@@ -31,7 +31,7 @@ fn a_lost_worker_means_another_try_in_the_old_place_and_not_for_ever() {
     assert_eq!(desk.dispatch_one().action.digest, digest(&work(2)), "the slot serves the next one");
 }
 
-/// A slot that fails at once is free again before all others; it must not get the next task too, nor the same one.
+/// A slot that fails at once is free before all others. It must get neither the next task nor the same task again.
 #[test]
 fn a_slot_that_failed_its_task_is_used_after_all_others() {
     let mut desk = Desk::new(3, SchedulerSettings { max_attempts: 9, ..settings() });
@@ -68,8 +68,8 @@ fn a_fault_of_the_command_is_no_reason_to_try_again_and_its_logs_are_kept() {
     assert_eq!(outcome(&operation).result.as_deref(), Some(&logs));
 }
 
-/// EXE-61, EXE-64: subscribers see the streams of the latest try only; the account of every try is in the outcome, under plain
-/// file names, whatever the end.
+/// EXE-61, EXE-64: subscribers see only the streams of the latest attempt. The outcome has the log of every attempt
+/// under a plain file name, however the operation ends.
 #[test]
 fn each_try_has_streams_and_an_account_of_its_own() {
     let mut desk = Desk::new(1, SchedulerSettings { max_attempts: 3, ..settings() });
@@ -83,7 +83,7 @@ fn each_try_has_streams_and_an_account_of_its_own() {
         let logs = Some(RunLogs(uuid::Uuid::from_u128(attempt.into())));
         desk.ledger.stage_reached(StageReached { task, attempt, stage: RunStage::Running, at, logs });
         assert_eq!((streams(), desk.submit(work(1)).snapshots.borrow().logs), (logs, logs));
-        // The second worker died without a word.
+        // The second worker died without a report.
         let log = (attempt != 2).then(|| digest(&work(100 + u64::from(attempt))));
         let account = Account { message: "m".into(), log, ..Account::default() };
         let error = Error::internal("the runner is gone");
@@ -254,7 +254,7 @@ fn finished_operations_are_bounded_in_bytes_too() {
     assert_eq!(desk.ledger.inspect().operations, 2, "long errors count by their length too");
 }
 
-/// EXE-62: the removal of a pool is no failure of the action, even if the run does not stop.
+/// EXE-62: the removal of a pool is not a failure of the action, even if the run does not stop.
 #[test]
 fn what_ran_in_a_removed_pool_is_tried_elsewhere_and_loses_no_attempt() {
     let mut desk = Desk::new(1, SchedulerSettings { max_attempts: 1, ..settings() });

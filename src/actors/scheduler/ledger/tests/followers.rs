@@ -1,8 +1,8 @@
-//! Work that no client follows, and the work for which it makes way.
+//! Tests of work without followers, and of the work that it makes way for.
 
 use super::*;
 
-/// Seconds that work without a follower has when others wait for its slot.
+/// How many seconds work without followers continues if other work waits.
 fn contended() -> u64 {
     settings().contended_abandon_grace.as_secs()
 }
@@ -46,7 +46,7 @@ fn the_run_that_was_left_first_makes_way_for_one_that_waits_and_the_other_goes_o
     drop(next);
 }
 
-/// EXE-14: a connection that breaks is no reason to lose work.
+/// EXE-14: work is not lost because a connection breaks.
 #[test]
 fn a_client_that_comes_back_within_the_short_grace_finds_its_work_although_others_wait() {
     let mut desk = Desk::new(1, settings());
@@ -78,13 +78,13 @@ fn a_waiting_task_that_nobody_follows_is_behind_all_others_and_makes_nobody_go()
     let _followed = desk.submit_at(work(3), 7);
     assert!(desk.dispatch().is_empty());
     desk.finish(run.task, success());
-    // Nobody has looked at followers since.
+    // The ledger has not checked the followers since.
     let run = desk.dispatch_one();
     assert_eq!(run.action.digest, digest(&work(3)));
     desk.finish(run.task, success());
     let run = desk.dispatch_one();
     assert_eq!(run.action.digest, digest(&work(2)), "a free slot is of no use to anybody else");
-    // It began long after it was left, and goes as soon as somebody waits.
+    // It started long after it lost its followers, and makes way as soon as other work waits.
     desk.after(contended());
     let another = desk.submit(work(4)).info;
     desk.after(contended());
@@ -115,7 +115,7 @@ fn runs_of_other_pools_do_not_make_way() {
     assert_eq!(is_stopped(&runs), [false, true]);
 }
 
-/// An operation that is followed keeps the task that others have left.
+/// A followed operation keeps a task alive that other clients have left.
 #[test]
 fn a_task_is_followed_as_long_as_one_of_its_operations_is() {
     let mut desk = Desk::new(1, settings());

@@ -1,4 +1,4 @@
-//! Pools that count cores and memory instead of slots.
+//! Tests of pools that count cores and memory instead of slots.
 
 use super::*;
 use crate::{actors::worker::messages::Account, limits::LimitRange};
@@ -43,7 +43,7 @@ fn a_large_task_is_not_passed_by_small_ones_for_ever() {
     let mut running: Vec<TaskId> = desk.dispatch().iter().map(|run| run.task).collect();
     assert_eq!(running.len(), 4);
     let large = desk.submit(asking(5, 4));
-    // As soon as one ends, another small one arrives.
+    // As soon as one small task ends, another one arrives.
     for name in 6.. {
         desk.finish(running.remove(0), success());
         drop(desk.submit(asking(name, 1)));
@@ -130,7 +130,7 @@ fn an_action_of_a_kind_that_ran_out_of_memory_goes_where_it_gets_more_if_both_ar
     let (small, pool) = ran_in(&mut desk, of(3, "//small"), 3);
     assert_eq!(pool, "a");
     desk.finish(small.task, success());
-    // While that pool is busy, it does not wait for it.
+    // The task does not wait for that pool while it is busy.
     let (_, pool) = ran_in(&mut desk, of(4, "//large"), 4);
     assert_eq!(pool, "a");
     desk.finish(large.task, success());

@@ -1,4 +1,4 @@
-//! Pools and builds: who gets which slot, and what those who wait are told.
+//! Tests of pools and builds: which task gets which slot, and what waiting clients are told.
 
 use super::*;
 use crate::{
@@ -15,7 +15,7 @@ fn pool_of(name: &str, slots: usize, offers: &[(&str, Offer)]) -> PoolSpec {
     PoolSpec { name: name.into(), offers, ..pool(slots, "") }
 }
 
-/// A desk over a small pool for anything, and one for work that needs a GPU.
+/// A ledger with a small pool for any action, and a pool for actions that need a GPU.
 fn two_pools(settings: SchedulerSettings) -> Desk {
     let plain = pool_of("plain", 1, &[("cores", Offer::Minimum(4))]);
     let gpu = pool_of("gpu", 1, &[("cores", Offer::Minimum(16)), ("gpu", exact("a100"))]);
@@ -92,7 +92,7 @@ fn a_build_of_thousands_cannot_starve_one_of_five() {
     let mut running = std::collections::VecDeque::from(desk.dispatch());
     let _more: Vec<_> = (5000..8000).map(|name| desk.submit_of("big", name)).collect();
     let small: Vec<_> = (9000..9005).map(|name| desk.submit_of("small", name)).collect();
-    // Its checks do not wait behind those of the other build either.
+    // The checks of this build do not wait behind those of the other build either.
     let checks: Vec<_> =
         (0..10).map(|_| desk.ledger.next_check(desk.now)).take_while(Option::is_some).collect();
     let of_small = |task: TaskId| desk.ledger.tasks[&task].first.client.tool_invocation_id == "small";
@@ -134,8 +134,8 @@ fn a_build_larger_than_the_queue_leaves_room_to_one_of_five() {
     assert_eq!(desk.ledger.inspect().queued, 0);
 }
 
-/// A build that joins an action does not wait behind another build's backlog, and is charged only for what runs on its own
-/// turn.
+/// A build that joins an action does not wait behind the backlog of another build, and is charged only for tasks that
+/// run on its own turn.
 #[test]
 fn a_shared_task_has_a_place_for_each_of_its_builds_and_runs_for_the_first_whose_turn_comes() {
     let mut desk = Desk::new(1, settings());
@@ -158,7 +158,7 @@ fn a_shared_task_has_a_place_for_each_of_its_builds_and_runs_for_the_first_whose
     assert_eq!(desk.explain(&of_a[8]).unwrap().position, Some(1));
     assert_eq!(desk.explain(&of_a[8]).unwrap().waiting, 9, "tasks are counted, not entries");
     desk.finish(busy.task, success());
-    // Neither runs anything, and the other peer came later.
+    // Neither build runs anything, and the other peer came later.
     let first = desk.dispatch_one();
     assert_eq!(first.action.digest, digest(&work(1)));
     desk.finish(first.task, success());
@@ -172,7 +172,7 @@ fn a_shared_task_has_a_place_for_each_of_its_builds_and_runs_for_the_first_whose
     assert_eq!(nameless[0], nameless[1], "all of a peer that name no build share as one");
 }
 
-/// No starvation by priority, also when the urgent work never ends.
+/// No task starves because of its priority, even if urgent tasks never end.
 #[test]
 fn a_task_gains_a_step_of_priority_with_each_interval() {
     let mut desk = Desk::new(1, SchedulerSettings { priority_ageing: Duration::from_secs(10), ..settings() });
@@ -266,7 +266,7 @@ fn who_waits_is_told_for_which_pool_at_which_position_and_why() {
     let small = desk.submit_of("small", 100);
     let runs = desk.dispatch();
     assert_eq!(desk.explain(&unchecked), None, "it runs");
-    // The board still shows what was asked first; a second later it is made anew.
+    // The board still has the positions of the first request. It is computed again after a second.
     assert_eq!(desk.explain(&big[8]).unwrap().position, None);
     desk.after(2);
     let status = desk.explain(&big[8]).unwrap();
@@ -278,7 +278,7 @@ fn who_waits_is_told_for_which_pool_at_which_position_and_why() {
     assert_eq!(desk.ledger.explain(&other, big[3].info.id, desk.now), None, "GEN-15");
     assert_eq!(runs[1].tool_invocation_id, "small");
     desk.end(runs[1].task, RunEnd::Lost { pool_closed: false });
-    // The failed slot is free, but its task has not been sent out again.
+    // The failed slot is free, but its task was not assigned again yet.
     let status = desk.explain(&small).unwrap();
     assert_eq!(status.position, None, "where it stood before its first try says nothing");
     let reason = status.reason;
@@ -290,7 +290,7 @@ fn who_waits_is_not_told_of_pools_that_are_gone() {
     let mut desk = two_pools(settings());
     let ops: Vec<_> = (1..6).map(|name| desk.submit_of("a", name)).collect();
     let runs = desk.dispatch();
-    // "plain", the preferred one, loses its workers; what ran there waits again, in its old place.
+    // The preferred pool "plain" loses its workers. Its task waits again, at its old position.
     desk.end(runs[0].task, RunEnd::Lost { pool_closed: true });
     desk.after(2);
     let status = desk.explain(&ops[0]).unwrap();

@@ -1,4 +1,4 @@
-//! [`Exit`]: the deadlines of a shutdown, and the end of the work that still runs.
+//! [`Exit`]: the deadlines of a shutdown, and the end of running work.
 
 use super::LOG;
 use crate::{
@@ -12,7 +12,7 @@ use actix::Addr;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
-/// The part of an exit in which cancelled work ends: processes are killed and directories removed.
+/// The part of the grace period in which cancelled work ends: processes are killed and directories removed.
 const CANCEL_RESERVE: Duration = Duration::from_secs(2);
 
 /// The part after that, in which clients receive the end of their streams.
@@ -29,7 +29,7 @@ pub(super) struct Exit {
 }
 
 impl Exit {
-    /// A shutdown that starts now and takes at most `grace`, but has at least the time for an orderly end.
+    /// A shutdown that starts now and takes at most `grace`, but at least the time for an orderly end.
     pub(super) fn within(grace: Duration) -> Self {
         Self { end: Instant::now() + grace.max(CANCEL_RESERVE + TELL_RESERVE + CLOSE_RESERVE) }
     }

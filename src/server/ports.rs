@@ -1,4 +1,4 @@
-//! [`Ports`]: the gRPC and the HTTP port while they are served, and how they are closed.
+//! [`Ports`]: the gRPC and the HTTP port while they are served, and their shutdown.
 
 use super::{LOG, observer::Observer};
 use crate::{
@@ -20,7 +20,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// How long a client may be inactive, once the server only waits for clients, before its connection is closed.
+/// During a shutdown, a connection whose client is inactive for this long is closed.
 const QUIET: Duration = Duration::from_secs(2);
 
 /// The ports, and what they share.
@@ -44,13 +44,13 @@ impl Ports {
         }
     }
 
-    /// Tells those who ask that the server takes no more work.
+    /// Marks the server as draining, for health checks.
     pub(super) async fn drain(&self) {
         self.observer.drain();
         self.health.drain().await;
     }
 
-    /// Takes no more connections, closes idle ones, and waits for the open requests until then.
+    /// Accepts no more connections, closes idle ones, and waits for the open requests, but not longer than `until`.
     pub(super) async fn close(self, until: Instant) {
         let Self { grpc, http, under_way, .. } = self;
         drop((grpc.close, http.close));
@@ -67,7 +67,7 @@ impl Ports {
 /// A port that is served until `close` is dropped.
 pub(super) struct ServedPort {
     close: oneshot::Sender<()>,
-    /// Yields the reason why it is not served any more.
+    /// Completes with the reason when the port is no longer served.
     ended: BoxFuture<'static, Error>,
 }
 

@@ -32,7 +32,7 @@ const PIECES_IN_FLIGHT: usize = 4;
 /// How long a stream may continue after its action has finished, before the result is used instead.
 const END_GRACE: Duration = Duration::from_secs(5);
 
-/// The outputs of one command, and what was printed of them.
+/// The outputs of one command, and the part of them that was printed.
 #[derive(Debug)]
 pub(super) struct Live {
     readers: Readers,
@@ -46,17 +46,17 @@ struct OutputFollower {
     stop: watch::Sender<bool>,
 }
 
-/// The digest of the bytes that were printed of one output.
+/// The digest of the printed bytes of one output.
 #[derive(Debug, Clone, Copy)]
 struct Shown(Digest);
 
 impl Live {
-    /// Nothing is printed yet. `readers` is notified when printing fails.
+    /// Creates the outputs before anything is printed. `readers` is notified when printing fails.
     pub(super) fn new(readers: Readers) -> Self {
         Self { readers, stdout: None, stderr: None }
     }
 
-    /// Starts to print the streams. Only the first call counts for each output.
+    /// Starts to print the streams. Only the first call has an effect for each output.
     pub(super) fn follow(&mut self, client: &Client, names: &LogNames, line: &ProgressLine) {
         let readers = self.readers.clone();
         start(&mut self.stdout, client, &names.stdout, move || readers.of(io::stdout()), line);
@@ -151,7 +151,7 @@ fn printed_digest(raw: &Bytes, digest: Option<&reapi::Digest>) -> Result<Digest>
 }
 
 impl Printed {
-    /// Prints what was not shown yet.
+    /// Prints the part that was not printed yet.
     async fn print<W: Write + Send + 'static>(
         self,
         client: &Client,
@@ -203,7 +203,7 @@ fn another_run() -> Error {
     Error::Precondition("the printed output is not the beginning of the result".into())
 }
 
-/// A sink that skips the bytes that were shown if they are equal, and otherwise refuses everything.
+/// A sink that compares the first bytes with the printed ones and skips them. If they differ, it refuses all writes.
 struct Rest<W> {
     shown: Digest,
     skipped: Option<gorego_reapi::digest::Hasher>,

@@ -1,4 +1,4 @@
-//! `gorego ops cancel`: the named operations, or all that a filter finds.
+//! `gorego ops cancel`: cancels the named operations, or all operations that match a filter.
 
 use super::{
     super::{complain, output::print, remark, table::terminal_width},
@@ -49,7 +49,7 @@ pub(super) async fn cancel(args: &CancelArgs) -> Result<u8> {
     Ok(code(all_done))
 }
 
-/// Cancels one operation and says so.
+/// Cancels one operation and reports the outcome.
 async fn cancel_one(client: &Client, name: &str) -> bool {
     let cancelled = client.cancel(name).await.and_then(|()| print(&format!("cancelled {name}\n")));
     cancelled.map_err(|error| complain(&error)).is_ok()

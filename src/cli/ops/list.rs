@@ -71,7 +71,7 @@ pub(super) fn rows(operations: &[OperationState], now: SystemTime, width: Option
     table(&COLUMNS, &operations.iter().map(row).collect::<Vec<_>>(), width)
 }
 
-/// The principal, or for an anonymous one the address.
+/// The principal; for an anonymous one, the address.
 fn who(operation: &OperationState) -> String {
     let request = &operation.request;
     match request.principal.as_str() {

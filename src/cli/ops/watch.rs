@@ -1,7 +1,7 @@
 //! `gorego ops watch`: follows an operation until its end.
 //!
-//! It asks with WaitOperation, which answers at the end of the operation or after a second. So the end is seen at once, other changes
-//! within a second, and watching does not keep alive what its own client has left, as WaitExecution would.
+//! It uses WaitOperation, which answers at the end of the operation or after a second. So the end is seen at once, and
+//! other changes within a second. Unlike WaitExecution, this does not keep an abandoned operation alive.
 
 use super::{
     super::{EXIT_FAILURE, EXIT_OK, EXIT_SIGNALLED, output::print},
@@ -15,7 +15,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Time after which the state is looked at, unless the operation ends before.
+/// Interval after which the state is read again, unless the operation ends before.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(super) async fn watch(args: &WatchArgs) -> Result<u8> {
@@ -59,7 +59,7 @@ async fn follow(client: &Client, name: &str, as_json: bool) -> Result<u8> {
     }
 }
 
-/// The state in a line.
+/// The state in one line.
 fn said(operation: &OperationState) -> String {
     let mut said = view::state(operation).to_owned();
     let more = match (&operation.finished, &operation.queue) {

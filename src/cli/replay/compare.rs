@@ -1,4 +1,4 @@
-//! Compares the outcomes of two runs of one action. Pure, but for [`first_difference`], which reads two files.
+//! Compares the outcomes of two runs of one action. Pure, except for [`first_difference`], which reads two files.
 
 use gorego_client::Listing;
 use gorego_reapi::{
@@ -14,18 +14,18 @@ use std::{
     path::Path,
 };
 
-/// How much of two files is compared at once.
+/// Number of bytes of two files that are compared at once.
 const PIECE_BYTES: usize = 64 * 1024;
-/// The longest lines that are shown, in bytes.
+/// Maximum length of shown lines in bytes.
 const SHOWN_BYTES: usize = 160;
 
-/// What is compared of a run.
+/// The compared parts of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct RunOutcome {
     pub exit_code: i32,
     pub stdout: Digest,
     pub stderr: Digest,
-    /// Everything in the outputs, by its path in the input root.
+    /// All nodes in the outputs, by their path in the input root.
     pub entries: BTreeMap<String, ListedNode>,
 }
 
@@ -37,7 +37,7 @@ pub(super) enum ListedNode {
     Directory,
 }
 
-/// One thing in which two runs differ: first what is recorded, then what was found here.
+/// A difference between two runs. The recorded value comes first, followed by the value of the local run.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum RunDifference {
     ExitCode(i32, i32),
@@ -47,17 +47,17 @@ pub(super) enum RunDifference {
     Output(String, Option<ListedNode>, Option<ListedNode>),
 }
 
-/// Where two files begin to differ.
+/// The position of the first difference between two files.
 #[derive(Debug, PartialEq)]
 pub(super) enum Spot {
-    /// In this line, counted from 1, which is text in both: what each file has there.
+    /// This line, counted from 1, is text in both files. The texts are those of each file.
     Line(u64, String, String),
     /// At this byte, counted from 1.
     Byte(u64),
 }
 
 impl RunOutcome {
-    /// The outcome that a result describes; `listing` has its outputs.
+    /// The outcome in a result. `listing` has its outputs.
     pub(super) fn new(
         result: &reapi::ActionResult,
         function: DigestFunction,
@@ -94,7 +94,7 @@ fn log_digest(function: DigestFunction, raw: &[u8], digest: Option<&reapi::Diges
     }
 }
 
-/// Everything in which a run here differs from the recorded one.
+/// All differences between the local run and the recorded one.
 pub(super) fn differences(recorded: &RunOutcome, here: &RunOutcome) -> Vec<RunDifference> {
     let mut found = Vec::new();
     if recorded.exit_code != here.exit_code {
@@ -132,7 +132,7 @@ impl fmt::Display for ListedNode {
     }
 }
 
-/// A log or file in words.
+/// The description of a log or file.
 pub(super) fn size_and_digest(digest: &Digest) -> String {
     match digest.size() {
         0 => "empty".into(),
@@ -141,7 +141,7 @@ pub(super) fn size_and_digest(digest: &Digest) -> String {
     }
 }
 
-/// Finds out where two files begin to differ; `None` when they do not.
+/// Finds the first difference between two files; `None` if they are equal.
 pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Option<Spot>> {
     let (mut recorded, mut here) = (File::open(recorded)?, File::open(here)?);
     let (mut at, mut line, mut line_start) = (0u64, 1u64, 0u64);
@@ -172,7 +172,7 @@ fn piece(file: &mut File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The beginning of the line that starts at this offset; `None` when it is no text.
+/// The beginning of the line that starts at this offset; `None` if it is not text.
 fn shown_line(file: &mut File, start: u64) -> io::Result<Option<String>> {
     file.seek(SeekFrom::Start(start))?;
     let mut bytes = Vec::new();

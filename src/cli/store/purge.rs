@@ -1,7 +1,7 @@
-//! `gorego store purge`: removes results from the action cache by where they come from.
+//! `gorego store purge`: removes results from the action cache by their origin.
 //!
-//! Without `--yes` it only shows what it would remove. The server works in pages, so that a purge can be stopped at any time and
-//! started again. If the server is restarted meanwhile, the purge begins again by itself.
+//! Without `--yes` it only shows what it would remove. The server works in pages, so a purge can be stopped at any time
+//! and started again. If the server restarts meanwhile, the purge starts again automatically.
 
 use super::{
     super::{
@@ -22,7 +22,7 @@ use gorego_reapi::{
 use serde_json::{Value, json};
 use std::time::SystemTime;
 
-/// How often a purge begins again because the server was restarted.
+/// Maximum number of times that a purge starts again because the server was restarted.
 const MAX_RESTARTS: usize = 3;
 
 const COLUMNS: [Column; 5] = [
@@ -33,7 +33,7 @@ const COLUMNS: [Column; 5] = [
     Column::text("BUILD"),
 ];
 
-/// What was found so far.
+/// The results that were found so far.
 #[derive(Debug, Default)]
 struct Sum {
     found: i64,
@@ -75,7 +75,7 @@ async fn run(
     let (mut sum, mut restarts, mut has_titles) = (Sum::default(), 0, false);
     loop {
         let page = match client.purge_results(&request).await {
-            // The token of a server that was restarted.
+            // The page token belongs to a server that was restarted.
             Err(Error::Invalid(_)) if !request.page_token.is_empty() && restarts < MAX_RESTARTS => {
                 restarts += 1;
                 request.page_token.clear();
@@ -126,7 +126,7 @@ pub(super) fn action(result: &gorego::ResultOrigin) -> String {
         .unwrap_or_default()
 }
 
-/// Where a result comes from, as JSON.
+/// The origin of a result as JSON.
 pub(super) fn origin(result: &gorego::ResultOrigin) -> Value {
     json!({
         "action_digest": action(result),
@@ -161,7 +161,7 @@ pub(super) fn parse_action(written: &str) -> std::result::Result<reapi::Digest, 
     Ok(reapi::Digest { hash: hash.to_owned(), size_bytes })
 }
 
-/// Parses `--since`: how long ago, or when.
+/// Parses `--since`: a duration before now, or a time.
 pub(super) fn parse_since(written: &str, now: SystemTime) -> std::result::Result<SystemTime, String> {
     match humantime::parse_duration(written) {
         Ok(ago) => now.checked_sub(ago).ok_or_else(|| "this is too long ago".into()),

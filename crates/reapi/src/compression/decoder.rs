@@ -114,7 +114,7 @@ impl Decoder {
     }
 
     /// Memory that a decoder needs for a stream that starts with these bytes and decodes to at most `limit` bytes; the
-    /// maximum if the bytes do not tell. The window is filled by output, so at most `limit` bytes of it are used.
+    /// maximum if the bytes do not show it. The window is filled by output, so at most `limit` bytes of it are used.
     pub fn memory(head: &[u8], limit: u64) -> u64 {
         DECODER_BYTES + window(head).unwrap_or(WINDOW_MAX_BYTES).min(WINDOW_MAX_BYTES).min(limit)
     }

@@ -33,10 +33,12 @@ pub(crate) enum Controller {
     Cpu,
     /// Processes and threads.
     Pids,
+    /// Time of the disks. Only the unified hierarchy is used for it: the old one cannot tell who wrote to a file.
+    Io,
 }
 
 impl Controller {
-    const ALL: [Self; 3] = [Self::Memory, Self::Cpu, Self::Pids];
+    const ALL: [Self; 4] = [Self::Memory, Self::Cpu, Self::Pids, Self::Io];
 
     /// The kernel's name of it.
     fn name(self) -> &'static str {
@@ -44,6 +46,7 @@ impl Controller {
             Self::Memory => "memory",
             Self::Cpu => "cpu",
             Self::Pids => "pids",
+            Self::Io => "io",
         }
     }
 }

@@ -9,6 +9,7 @@ mod bare;
 mod calls;
 mod groups;
 mod hash;
+mod image;
 mod machine;
 mod report;
 mod staging;
@@ -33,6 +34,7 @@ const GROUPS: &[Group] = &[
     ("zstd", zstd::transfers),
     ("hash", hash::large_blobs),
     ("staging", staging::staging),
+    ("image", image::unpacked),
     ("memory", groups::memory),
     ("index", groups::million_blobs),
 ];

@@ -4,10 +4,10 @@ use gorego_client::stubs::{ByteStreamClient, ContentAddressableStorageClient, Ex
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     proto::{
-        longrunning::Operation,
+        longrunning::{Operation, operation},
         reapi::{
-            Action, BatchUpdateBlobsRequest, Command as ReapiCommand, ExecuteRequest,
-            batch_update_blobs_request,
+            Action, BatchUpdateBlobsRequest, Command as ReapiCommand, ExecuteRequest, ExecuteResponse,
+            Platform, batch_update_blobs_request,
         },
     },
 };
@@ -148,6 +148,18 @@ impl Client {
         outputs: &[&str],
         salt: &str,
     ) -> Digest {
+        self.upload_action_on(None, root, arguments, outputs, salt).await
+    }
+
+    /// The same with platform properties.
+    pub async fn upload_action_on(
+        &self,
+        platform: Option<Platform>,
+        root: Digest,
+        arguments: &[&str],
+        outputs: &[&str],
+        salt: &str,
+    ) -> Digest {
         let function = DigestFunction::Sha256;
         let command = ReapiCommand {
             arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
@@ -159,6 +171,7 @@ impl Client {
             command_digest: Some(function.digest(&command).to_wire()),
             input_root_digest: Some(root.to_wire()),
             salt: salt.to_owned().into(),
+            platform,
             ..Default::default()
         }
         .encode_to_vec();
@@ -197,5 +210,14 @@ impl Client {
             last = Some(operation);
         }
         last.filter(|operation| operation.done).expect("the last message is done")
+    }
+
+    /// Runs an action that has to end with exit code 0.
+    pub async fn run_well(&self, action: Digest) {
+        let operation = self.run(action).await;
+        let Some(operation::Result::Response(response)) = operation.result else { panic!("{operation:?}") };
+        let response = ExecuteResponse::decode(response.value.as_ref()).expect("a response");
+        let code = response.result.as_ref().map(|result| result.exit_code);
+        assert_eq!(code, Some(0), "{response:?}");
     }
 }

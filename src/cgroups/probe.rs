@@ -101,7 +101,7 @@ pub(crate) struct ResourceReport {
 /// How the resources of actions are bounded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LimitReport {
-    /// Memory, CPU, processes and disk.
+    /// Memory, CPU, processes, IO and disk.
     pub resources: Vec<ResourceReport>,
     /// Memory of all actions together, in bytes.
     pub total_memory: u64,
@@ -297,7 +297,7 @@ impl Opening {
                     files::write(at, "cpu.shares", (V1_SHARE * slots).clamp(V1_SHARE, V1_MOST_SHARES))
                 }
                 // It competes with the server alone, which gets half if it needs that much.
-                (Controller::Cpu, Version::V2) | (Controller::Pids, _) => Ok(()),
+                (Controller::Cpu, Version::V2) | (Controller::Pids | Controller::Io, _) => Ok(()),
             };
             match bounded {
                 Ok(()) => true,
@@ -313,7 +313,7 @@ impl Opening {
         let without = |controller| match controller {
             Controller::Memory => Means::Watchdog,
             Controller::Pids if has_user_limit => Means::UserLimit,
-            Controller::Cpu | Controller::Pids => Means::Nothing,
+            Controller::Cpu | Controller::Pids | Controller::Io => Means::Nothing,
         };
         let mut resources: Vec<_> =
             [("memory", Controller::Memory), ("cpu", Controller::Cpu), (PROCESSES, Controller::Pids)]
@@ -334,6 +334,9 @@ impl Opening {
                     },
                 })
                 .collect();
+        // No protection depends on the controller for IO, so its absence is not reported as missing.
+        let io = self.controls.get(&Controller::Io).map_or(Means::Nothing, |io| Means::Group(io.version));
+        resources.push(ResourceReport { resource: "io", means: io, missing: None });
         resources.push(ResourceReport { resource: "disk", means: Means::Watchdog, missing: None });
         LimitReport { resources, total_memory }
     }

@@ -35,6 +35,7 @@ pub(crate) struct SlotGroup {
     memory: Option<MemoryGroup>,
     cpu: Option<Control>,
     pids: Option<PidsGroup>,
+    io: Option<Control>,
     /// The limits that are in force.
     applied: Option<Limits>,
 }
@@ -89,8 +90,14 @@ pub(crate) enum OutOfMemory {
 
 impl SlotGroup {
     pub(super) fn new(controls: &BTreeMap<Controller, Control>, name: &str, total: u64) -> io::Result<Self> {
-        let mut group =
-            Self { directories: BTreeSet::new(), memory: None, cpu: None, pids: None, applied: None };
+        let mut group = Self {
+            directories: BTreeSet::new(),
+            memory: None,
+            cpu: None,
+            pids: None,
+            io: None,
+            applied: None,
+        };
         for (controller, control) in controls {
             let directory = control.directory.join(name);
             if group.directories.insert(directory.clone()) {
@@ -101,6 +108,7 @@ impl SlotGroup {
                 Controller::Memory => group.memory = Some(MemoryGroup::new(control, total)?),
                 Controller::Cpu => group.cpu = Some(control),
                 Controller::Pids => group.pids = Some(PidsGroup::new(control)),
+                Controller::Io => group.io = Some(control),
             }
         }
         Ok(group)
@@ -129,6 +137,9 @@ impl SlotGroup {
             self.applied = None;
             if let Some(cpu) = &self.cpu {
                 bound_cpu(cpu, limits)?;
+            }
+            if let Some(io) = &self.io {
+                weigh_io(io, limits)?;
             }
         }
         if let Some(memory) = &mut self.memory {
@@ -172,11 +183,23 @@ fn bound_cpu(cpu: &Control, limits: &Limits) -> io::Result<()> {
             }
         }
         Version::V2 => {
-            let weight = limits.share.max(1).saturating_mul(V2_SHARE).min(V2_MOST_SHARES);
-            files::write(at, "cpu.weight", weight)?;
+            files::write(at, "cpu.weight", weight(limits))?;
             let quota = if quota == 0 { "max".into() } else { quota.to_string() };
             files::write(at, "cpu.max", format!("{quota} {PERIOD_US}"))
         }
+    }
+}
+
+/// The weight of an action in the unified hierarchy, for the time of the CPUs and of the disks.
+fn weight(limits: &Limits) -> u64 {
+    limits.share.max(1).saturating_mul(V2_SHARE).min(V2_MOST_SHARES)
+}
+
+/// Lets actions share the disks in proportion to their weights, where the kernel has a scheduler or cost model for that.
+fn weigh_io(io: &Control, limits: &Limits) -> io::Result<()> {
+    match files::write(&io.directory, "io.weight", weight(limits)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written,
     }
 }
 

@@ -14,9 +14,9 @@ use std::{
 use tonic::Code;
 
 const CLIENTS: usize = 8;
-/// The limit of the store, in GB: a few seconds of uploads.
-const STORE_GB: &str = "0.2";
-const STORE_BYTES: u64 = 200_000_000;
+/// The limit of the store, in GB: some seconds of uploads, and large enough for segments.
+const STORE_GB: &str = "0.6";
+const STORE_BYTES: u64 = 600_000_000;
 /// Samples of the whole run.
 const SAMPLES: u32 = 60;
 /// How much more a resource may take at the end than after the first third.

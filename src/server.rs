@@ -392,12 +392,12 @@ impl Server {
             drain(scheduler, exit).await;
         }
         // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
-        let left = exit.told().saturating_duration_since(Instant::now());
+        let left = exit.last_messages_sent().saturating_duration_since(Instant::now());
         let place = self.place.clone();
         let removal = place.map(|place| self.workers.spawn_blocking(move || place.empty(left)));
         // Clients that wait for a stream receive its end.
         self.log_streams.close();
-        ports.close(exit.told()).await;
+        ports.close(exit.last_messages_sent()).await;
         if let Some(removal) = removal {
             let _ = removal.await;
         }

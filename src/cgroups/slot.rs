@@ -447,6 +447,7 @@ mod tests {
                 memory: Some(MemoryGroup::new(control.clone(), 8 * GB).unwrap()),
                 cpu: Some(control.clone()),
                 pids: Some(PidsGroup::new(control)),
+                io: None,
                 applied: None,
             };
             let limits =

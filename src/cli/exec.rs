@@ -126,7 +126,8 @@ async fn exec(
     let mut job = Job { action, skip_cache_lookup: args.no_cache, priority: args.priority };
     upload(&client, &blobs, line).await?;
     let mut live = Live::new(readers);
-    let home = Home { client: &client, requested: &args.output, directory: &output_dir, line };
+    let destination =
+        OutputDestination { client: &client, requested: &args.output, directory: &output_dir, line };
     let mut uploaded_again = false;
     // Each remedy is used once. If it is needed again, the store is too small or its disk is failing.
     let (finished, fetched) = loop {
@@ -143,7 +144,7 @@ async fn exec(
         }
         line.say("the result was cached");
         // This is done before printing: if a stored output is damaged, the result is invalid.
-        let fetched = home.fetch(&finished).await;
+        let fetched = destination.fetch(&finished).await;
         if matches!(fetched, Err(Error::NotFound(_))) && !job.skip_cache_lookup {
             job.skip_cache_lookup = true;
             continue;
@@ -153,7 +154,7 @@ async fn exec(
     let code = conclude(&client, &finished, live, line).await?;
     match fetched {
         Some(fetched) => fetched?,
-        None => home.fetch(&finished).await?,
+        None => destination.fetch(&finished).await?,
     }
     if let Some(result) = &finished.result {
         warn_of_missing(&args.output, result);
@@ -284,14 +285,14 @@ fn exit_code(code: i32) -> u8 {
 }
 
 /// The destination of downloaded outputs.
-struct Home<'a> {
+struct OutputDestination<'a> {
     client: &'a Client,
     requested: &'a [String],
     directory: &'a Path,
     line: &'a ProgressLine,
 }
 
-impl Home<'_> {
+impl OutputDestination<'_> {
     /// Downloads the requested outputs, if there are any.
     async fn fetch(&self, finished: &Finished) -> Result<()> {
         let (Some(result), false) = (&finished.result, self.requested.is_empty()) else { return Ok(()) };

@@ -39,7 +39,7 @@ const POOLS: &str = "execution.pools";
 /// Minimum similarity (0 to 1, by edit distance) of a mistyped key to a suggested one.
 const SUGGESTION_LIMIT: f64 = 0.6;
 /// Penalty on the similarity of last segments, compared with the similarity of whole keys.
-const TAIL_HANDICAP: f64 = 0.05;
+const LAST_SEGMENT_PENALTY: f64 = 0.05;
 
 /// The source of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -393,7 +393,8 @@ fn suggestion<'a>(word: &str, candidates: impl Iterator<Item = &'a String>) -> S
         .map(|candidate| {
             let other = bare(candidate);
             let whole = strsim::normalized_damerau_levenshtein(word, other);
-            let tails = strsim::normalized_damerau_levenshtein(tail(word), tail(other)) - TAIL_HANDICAP;
+            let tails =
+                strsim::normalized_damerau_levenshtein(tail(word), tail(other)) - LAST_SEGMENT_PENALTY;
             (whole.max(tails), candidate)
         })
         .filter(|(likeness, _)| *likeness >= SUGGESTION_LIMIT)

@@ -101,12 +101,12 @@ struct StoredImage {
     name: OsString,
     /// The identity of the root directory, or of the file of a layer.
     id: dir::FileId,
-    terms: RunTerms,
+    settings: CommandSettings,
 }
 
 /// The settings of an image for commands, besides its files.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct RunTerms {
+pub(super) struct CommandSettings {
     /// Environment variables for commands that do not set them.
     pub environment: Vec<(String, String)>,
     /// The user of the command; the default user if this is `None`.
@@ -200,7 +200,10 @@ impl ImageCache {
         let image = StoredImage {
             name: name.to_owned(),
             id: dir::file_id(&root),
-            terms: RunTerms { environment, user: user.map(|(user, group)| InnerUser { user, group }) },
+            settings: CommandSettings {
+                environment,
+                user: user.map(|(user, group)| InnerUser { user, group }),
+            },
         };
         is_whole.then_some((image, bytes, (metadata.mtime(), metadata.mtime_nsec())))
     }
@@ -418,7 +421,7 @@ impl UnpackedImage {
     ///
     /// # Errors
     /// Those of the file system.
-    pub(super) fn finish(mut self, terms: RunTerms) -> Result<ImageLease> {
+    pub(super) fn finish(mut self, settings: CommandSettings) -> Result<ImageLease> {
         let cache = self.cache.clone();
         let bytes = cache.index().taken(&self.key);
         let keep = || -> io::Result<(OsString, dir::FileId)> {
@@ -426,8 +429,8 @@ impl UnpackedImage {
             let description = Description {
                 boot: cache.boot.clone().unwrap_or_default(),
                 bytes,
-                environment: terms.environment.clone(),
-                user: terms.user.map(|user| (user.user, user.group)),
+                environment: settings.environment.clone(),
+                user: settings.user.map(|user| (user.user, user.group)),
             };
             let text = serde_json::to_vec(&description).map_err(io::Error::other)?;
             let inside = dir::open_dir(&self.place, &self.name)?;
@@ -442,7 +445,7 @@ impl UnpackedImage {
         };
         let (name, id) = keep().map_err(|error| Error::io("complete an image", &error))?;
         self.name.clone_from(&name);
-        let image = Arc::new(StoredImage { name, id, terms });
+        let image = Arc::new(StoredImage { name, id, settings });
         let copy = cache.index().finish(&self.key, image.clone());
         let copy = copy.ok_or_else(|| Error::internal("an image was completed twice"))?;
         // The directory was renamed, so dropping this must not remove it.
@@ -469,8 +472,8 @@ impl ImageLease {
     }
 
     /// The settings for commands.
-    pub(super) fn terms(&self) -> &RunTerms {
-        &self.image.terms
+    pub(super) fn settings(&self) -> &CommandSettings {
+        &self.image.settings
     }
 }
 

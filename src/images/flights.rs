@@ -4,7 +4,7 @@
 //! A flight runs on a separate thread and continues after its callers have left, because the next caller may need the
 //! result. A [`Budget`] bounds the number of flights and shares them among peers: each caller waits for a place as its
 //! peer, and the first one that gets a place starts the flight for all. A failure is returned to later callers for
-//! [`FAILURE_KEPT`]. A success is forgotten when all waiting callers have it; before that, the work must store it where
+//! [`FAILURE_CACHE_TIME`]. A success is forgotten when all waiting callers have it; before that, the work must store it where
 //! later callers look first.
 
 use crate::{
@@ -24,14 +24,14 @@ use std::{
 use tokio::sync::Notify;
 
 /// How long a failure is returned to later callers.
-pub(super) const FAILURE_KEPT: Duration = Duration::from_secs(5);
+pub(super) const FAILURE_CACHE_TIME: Duration = Duration::from_secs(5);
 
 /// The running flights by key. Cheap to clone.
 #[derive(Debug)]
-pub(super) struct ImageFlights<K, T>(Arc<FlightBoard<K, T>>);
+pub(super) struct ImageFlights<K, T>(Arc<FlightTable<K, T>>);
 
 #[derive(Debug)]
-struct FlightBoard<K, T> {
+struct FlightTable<K, T> {
     /// The name of the threads.
     thread: &'static str,
     places: Budget,
@@ -58,7 +58,7 @@ where
 {
     /// Creates an empty collection. The budget bounds the number of concurrent flights.
     pub(super) fn new(thread: &'static str, places: Budget) -> Self {
-        Self(Arc::new(FlightBoard { thread, places, flights: Mutex::default(), changed: Notify::new() }))
+        Self(Arc::new(FlightTable { thread, places, flights: Mutex::default(), changed: Notify::new() }))
     }
 
     /// Returns the first available result: that of `known`, which looks for the outcome of earlier work; that of a
@@ -120,7 +120,7 @@ where
     }
 }
 
-impl<K: Eq + Hash, T: Clone> FlightBoard<K, T> {
+impl<K: Eq + Hash, T: Clone> FlightTable<K, T> {
     fn flights(&self) -> MutexGuard<'_, HashMap<K, Arc<ImageFlight<T>>>> {
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -128,7 +128,7 @@ impl<K: Eq + Hash, T: Clone> FlightBoard<K, T> {
     /// The flight for a key, which is running or has failed recently.
     fn under_way(&self, key: &K) -> Option<Arc<ImageFlight<T>>> {
         let mut flights = self.flights();
-        flights.retain(|_, flight| flight.0.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_KEPT));
+        flights.retain(|_, flight| flight.0.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_CACHE_TIME));
         flights.get(key).cloned()
     }
 

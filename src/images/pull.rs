@@ -1,7 +1,7 @@
 //! One pull: from a source to an unpacked image, step by step. Blocks.
 
 use super::{
-    cache::{ImageCache, ImageLease, RunTerms, UnpackedImage, layers::LayerState},
+    cache::{CommandSettings, ImageCache, ImageLease, UnpackedImage, layers::LayerState},
     digest::ImageDigest,
     layer,
     manifest::{BlobName, Document, ImageConfig, Manifest, Platform},
@@ -21,7 +21,7 @@ const MAX_INDEXES: usize = 2;
 
 /// Number of unpacking steps after which the free space of the disk is checked. A step is an entry or 128 KiB of a
 /// file, so at most 4 MiB are written in between. A disk counts as low when 64 reserves are left.
-const LOOK_EVERY: u64 = 32;
+const CHECK_SPACE_EVERY: u64 = 32;
 
 /// How often a pull checks for a layer that another pull is downloading.
 const LAYER_POLL: Duration = Duration::from_millis(20);
@@ -81,7 +81,7 @@ pub(super) fn pull(
     let mut steps = 0_u64;
     let mut take = |bytes| {
         time.left()?;
-        if steps.is_multiple_of(LOOK_EVERY) {
+        if steps.is_multiple_of(CHECK_SPACE_EVERY) {
             unpacked.check_disk()?;
         }
         steps += 1;
@@ -93,7 +93,7 @@ pub(super) fn pull(
     }
     drop(tree);
     let user = user::find(&config.user, unpacked.root()?).map_err(Error::Precondition)?;
-    unpacked.finish(RunTerms { environment: config.environment, user })
+    unpacked.finish(CommandSettings { environment: config.environment, user })
 }
 
 /// Applies a layer. It is downloaded unless it was kept.

@@ -10,7 +10,7 @@
 //! the hosts of a site, and a registry of a site cannot refer to the loopback interface or a cloud's metadata service.
 //! Addresses are checked when they are connected to ([`Reach`]).
 //!
-//! Every answer has limits: a time limit (the rest of the pull's time, and [`SILENCE`] for each piece) and a size limit
+//! Every answer has limits: a time limit (the rest of the pull's time, and [`READ_TIMEOUT`] for each piece) and a size limit
 //! (that of [`read_bounded`] for a document, the size in the manifest for a blob, and [`MAX_TOKEN_BYTES`] for a token).
 //! The client crate for this API, oci-client 0.18, reads documents, tokens and error pages of any size into memory.
 //! That is why the three requests are implemented here.
@@ -54,7 +54,7 @@ use tokio::{runtime::Handle, time::timeout};
 /// Time limit of connecting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum time between two pieces of an answer.
-const SILENCE: Duration = Duration::from_secs(60);
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Maximum number of redirects of a request.
 const MAX_REDIRECTS: usize = 5;
 /// Maximum size of an answer with a token.
@@ -74,7 +74,7 @@ pub(super) struct RegistryClients {
 #[derive(Debug, Clone)]
 struct RegistryClient {
     http: Client,
-    nearby: Arc<Nearby>,
+    allowed_addresses: Arc<AllowedAddresses>,
 }
 
 impl RegistryClients {
@@ -91,12 +91,12 @@ impl RegistryClients {
         }
         // An error means that the process already has a provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let nearby = Arc::new(Nearby::new(registry));
+        let allowed_addresses = Arc::new(AllowedAddresses::new(registry));
         let http = Client::builder()
             .no_proxy()
             .redirect(Policy::none())
             .referer(false)
-            .dns_resolver(NearbyResolver(nearby.clone()))
+            .dns_resolver(AllowedAddressResolver(allowed_addresses.clone()))
             .connect_timeout(CONNECT_TIMEOUT)
             .build()
             .map_err(|error| {
@@ -105,7 +105,7 @@ impl RegistryClients {
                     causes(&error)
                 ))
             })?;
-        let client = RegistryClient { http, nearby };
+        let client = RegistryClient { http, allowed_addresses };
         clients.insert(registry.host.clone(), client.clone());
         Ok(client)
     }
@@ -113,14 +113,14 @@ impl RegistryClients {
 
 /// Which addresses a registry may refer to: public ones, and those that are at least as near as its own.
 #[derive(Debug)]
-struct Nearby {
+struct AllowedAddresses {
     /// The host of the registry without the port.
     host: String,
     /// The reaches of the addresses that the registry has had.
     own: Mutex<Vec<Reach>>,
 }
 
-impl Nearby {
+impl AllowedAddresses {
     fn new(registry: &ImageRegistry) -> Self {
         let url = Url::parse(&format!("{}://{}/", registry.scheme(), registry.host)).ok();
         let host = url.as_ref().and_then(Url::host_str).map(bare).unwrap_or_default();
@@ -154,35 +154,35 @@ impl Nearby {
 /// Resolves names to addresses that may be contacted. The client connects to exactly these addresses, so they cannot
 /// change in between.
 #[derive(Debug)]
-struct NearbyResolver(Arc<Nearby>);
+struct AllowedAddressResolver(Arc<AllowedAddresses>);
 
 /// Why none of a host's addresses may be contacted.
 #[derive(Debug)]
-struct NotNearby(String);
+struct NoAllowedAddress(String);
 
-impl Display for NotNearby {
+impl Display for NoAllowedAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for NotNearby {}
+impl std::error::Error for NoAllowedAddress {}
 
-impl Resolve for NearbyResolver {
+impl Resolve for AllowedAddressResolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let nearby = self.0.clone();
+        let allowed_addresses = self.0.clone();
         Box::pin(async move {
             let mut refused = None;
             let mut allowed: Vec<SocketAddr> = Vec::new();
             // Port 0 means the port of the URL.
             for address in tokio::net::lookup_host((name.as_str(), 0)).await? {
-                match nearby.check(name.as_str(), address.ip()) {
+                match allowed_addresses.check(name.as_str(), address.ip()) {
                     Ok(()) => allowed.push(address),
                     Err(problem) => refused = Some(problem),
                 }
             }
             match refused {
-                Some(problem) if allowed.is_empty() => Err(NotNearby(problem).into()),
+                Some(problem) if allowed.is_empty() => Err(NoAllowedAddress(problem).into()),
                 _ => Ok(Box::new(allowed.into_iter()) as Addrs),
             }
         })
@@ -221,10 +221,10 @@ impl<'a> Repository<'a> {
 
     /// Waits for a step of a request on this thread.
     fn wait<T>(&self, step: impl Future<Output = std::result::Result<T, reqwest::Error>>) -> Result<T> {
-        let limit = self.time.left()?.min(SILENCE);
+        let limit = self.time.left()?.min(READ_TIMEOUT);
         match self.shared.runtime.block_on(async { timeout(limit, step).await }) {
             Ok(done) => done.map_err(|error| match refusal(&error) {
-                Some(NotNearby(problem)) => self.refused(problem),
+                Some(NoAllowedAddress(problem)) => self.refused(problem),
                 None => self.unreachable(&causes(&error)),
             }),
             Err(_) => match self.time.left() {
@@ -267,7 +267,7 @@ impl<'a> Repository<'a> {
     ) -> Result<Response> {
         let mut url = start.clone();
         for _ in 0..=MAX_REDIRECTS {
-            self.client.nearby.check_url(&url).map_err(|problem| self.refused(&problem))?;
+            self.client.allowed_addresses.check_url(&url).map_err(|problem| self.refused(&problem))?;
             let mut request = self
                 .client
                 .http
@@ -429,7 +429,7 @@ impl Read for Body<'_> {
 }
 
 /// Why an address was not contacted, if the error contains that.
-fn refusal(error: &reqwest::Error) -> Option<&NotNearby> {
+fn refusal(error: &reqwest::Error) -> Option<&NoAllowedAddress> {
     let mut next = std::error::Error::source(error);
     while let Some(error) = next {
         if let Some(refusal) = error.downcast_ref() {

@@ -50,7 +50,7 @@ const HTTP_CODES: [&str; 29] = [
     "413", "414", "415", "416", "417", "421", "429", "431", "500", "501", "502", "503", "504", "507",
 ];
 /// The index for requests whose clients left before the answer. The next index is for [`OTHER`].
-const GONE: usize = HTTP_CODES.len();
+const DISCONNECTED: usize = HTTP_CODES.len();
 
 type MethodLabels<const N: usize> = [(&'static str, String); N];
 
@@ -104,7 +104,7 @@ impl HttpMetrics {
         let listed = |status: u16| {
             HTTP_CODES.binary_search_by(|code| code.parse::<u16>().unwrap_or(0).cmp(&status)).ok()
         };
-        let code = status.map_or(GONE, |status| listed(status).unwrap_or(GONE + 1));
+        let code = status.map_or(DISCONNECTED, |status| listed(status).unwrap_or(DISCONNECTED + 1));
         self.0.ended(method, code, request);
     }
 }

@@ -33,7 +33,7 @@ const TURN_LIMIT: Duration = Duration::from_secs(10);
 /// Maximum number of peers whose failures are counted separately. All further peers are counted together.
 const PEERS_MAX: usize = 4_096;
 /// When there are more running checks than this, checks that no request waits for are removed.
-const UNDER_WAY_TIDY: usize = 1_024;
+const MAX_RUNNING_UNTIDIED: usize = 1_024;
 
 type CheckOutcome = Result<Principal, Rejection>;
 type Check = BoxFuture<'static, CheckOutcome>;
@@ -72,7 +72,7 @@ impl Checks {
         {
             return shared;
         }
-        if under_way.len() >= UNDER_WAY_TIDY {
+        if under_way.len() >= MAX_RUNNING_UNTIDIED {
             under_way.retain(|_, check| check.upgrade().is_some());
         }
         let shared = check().shared();

@@ -9,7 +9,7 @@ const MAX_CONDITIONS: usize = 64;
 
 /// Claims that do not identify the holder of the token. A condition on one of them would not restrict access: they are
 /// checked anyway, and anybody may get a token with the same value.
-const NOT_OF_THE_HOLDER: &[&str] = &["iss", "aud", "exp", "nbf", "iat", "jti"];
+const NON_IDENTIFYING: &[&str] = &["iss", "aud", "exp", "nbf", "iat", "jti"];
 
 /// The settings of conditions: the patterns of each claim, one of which must match.
 pub type ClaimSettings = BTreeMap<String, Vec<String>>;
@@ -38,7 +38,7 @@ impl ClaimConditions {
         let mut conditions = Vec::new();
         for (claim, texts) in settings {
             let named = shown(claim);
-            if claim.is_empty() || NOT_OF_THE_HOLDER.contains(&claim.as_str()) {
+            if claim.is_empty() || NON_IDENTIFYING.contains(&claim.as_str()) {
                 problems.push(format!("has \"{named}\", which says nothing about the holder of a token"));
             }
             if texts.is_empty() || texts.len() > MAX_CONDITIONS {

@@ -61,7 +61,7 @@ use std::{
 
 use demand::Demand;
 pub(crate) use dispatch::{Assignment, Check, ImageOrder, RunEnd};
-use explanation::Board;
+use explanation::QueuePositions;
 use followers::Unfollowed;
 use peaks::{PeakKey, Peaks};
 use task::{Task, TaskKey, TaskRun, TaskStep, key};
@@ -79,7 +79,7 @@ pub(crate) struct Ledger {
     unchecked: Queue,
     /// The queue of each pool.
     ready: BTreeMap<PoolId, Queue>,
-    board: Board,
+    positions: QueuePositions,
     unfollowed: Unfollowed,
     /// The memory that earlier actions used.
     peaks: Peaks,
@@ -110,7 +110,7 @@ impl Ledger {
             slots,
             quota: QueueQuota::new(&settings),
             settings,
-            board: Board::default(),
+            positions: QueuePositions::default(),
             unfollowed: Unfollowed::default(),
             peaks: Peaks::default(),
             demand: Demand::default(),

@@ -2,7 +2,7 @@
 
 use super::{
     operation::Outcome,
-    transition::{OperationEvent, Phases, RunPlace, Transition},
+    transition::{OperationEvent, Phases, SlotName, Transition},
 };
 use crate::logging::{Event, Field};
 use gorego_reapi::error::Error;
@@ -78,7 +78,7 @@ fn log_to(logger: &dyn Log, Transition { info, priority, event: step }: &Transit
     event.log_to(logger, format_args!("{message}"));
 }
 
-fn with_place<'a>(event: &mut Event<'a>, place: &'a RunPlace) {
+fn with_place<'a>(event: &mut Event<'a>, place: &'a SlotName) {
     event.with("pool", &*place.pool).with("slot", place.slot.0);
 }
 
@@ -177,7 +177,7 @@ mod tests {
         let completed = |outcome: &Outcome, place, queued_for| {
             line(OperationEvent::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
         };
-        let place = RunPlace { pool: "local".into(), slot: SlotId(2), worker: "host/2".into() };
+        let place = SlotName { pool: "local".into(), slot: SlotId(2), worker: "host/2".into() };
         let ran = completed(&outcome, Some(Arc::new(place)), Some(Duration::from_millis(15)));
         let common = json!({
             "event": "operation_completed",

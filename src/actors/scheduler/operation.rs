@@ -1,6 +1,6 @@
 //! An operation as its clients see it: its name, its state, the subscription to it, and its outcome.
 
-use super::transition::RunPlace;
+use super::transition::SlotName;
 use crate::{
     access::principal::Principal, actors::worker::messages::RunStage, caller::Peer, instance::Instance,
     log_streams::run::RunLogs, memory, node::NodeName, result::SharedResult,
@@ -147,7 +147,7 @@ pub struct Snapshot {
     /// The time of the submission.
     pub queued_at: SystemTime,
     /// The slot on which it runs or ran last.
-    pub place: Option<Arc<RunPlace>>,
+    pub place: Option<Arc<SlotName>>,
     /// The current stage of the run, and the time at which it was entered.
     pub run_stage: Option<(RunStage, SystemTime)>,
     /// The streams in which the output of the latest run can be followed, during the run and after it (EXE-64).

@@ -9,7 +9,7 @@ mod free;
 
 use crate::{
     action::Action,
-    actors::{scheduler::transition::RunPlace, worker::messages::SlotId},
+    actors::{scheduler::transition::SlotName, worker::messages::SlotId},
     limits::{LimitSettings, Room},
     platform::{self, Known, Offers, UnknownProperties},
 };
@@ -109,7 +109,7 @@ struct PoolSlots {
     limits: LimitSettings,
     /// The free part of the room.
     left: Option<Room>,
-    places: Vec<Arc<RunPlace>>,
+    places: Vec<Arc<SlotName>>,
     free: FreeSlots,
     /// The number of taken slots that are out of service.
     stuck: usize,
@@ -334,7 +334,7 @@ impl Slots {
 
     /// Takes a free slot of a pool for a task, and the room that the task needs. Both are given back with
     /// [`Slots::release`].
-    pub(crate) fn take(&mut self, id: PoolId, action: &Action) -> Option<(Arc<RunPlace>, Room)> {
+    pub(crate) fn take(&mut self, id: PoolId, action: &Action) -> Option<(Arc<SlotName>, Room)> {
         let pool = self.pools.get_mut(&id).filter(|pool| pool.state == PoolState::Open)?;
         let slot = pool.free.take()?;
         let need = pool.left.map_or_else(Room::default, |_| pool.limits.need(&action.platform));
@@ -440,7 +440,7 @@ impl PoolSlots {
         let name: Arc<str> = spec.name.into();
         let place = |slot| {
             let slot = SlotId(slot);
-            Arc::new(RunPlace { pool: name.clone(), slot, worker: slot.worker(&spec.worker).into() })
+            Arc::new(SlotName { pool: name.clone(), slot, worker: slot.worker(&spec.worker).into() })
         };
         Self {
             places: (0..spec.slots).map(place).collect(),

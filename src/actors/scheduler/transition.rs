@@ -26,7 +26,7 @@ pub(crate) enum OperationEvent {
     },
     /// Its task was given to a worker, or it joined a task that is running.
     Executing {
-        place: Arc<RunPlace>,
+        place: Arc<SlotName>,
         /// How long the operation has waited.
         queued_for: Duration,
         /// The number of the attempt, from 1.
@@ -43,7 +43,7 @@ pub(crate) enum OperationEvent {
     Completed {
         outcome: Arc<Outcome>,
         /// The slot on which it ran last; `None` if it did not run.
-        place: Option<Arc<RunPlace>>,
+        place: Option<Arc<SlotName>>,
         /// How long the operation waited before it ran or ended; `None` if it had ended when it was admitted.
         queued_for: Option<Duration>,
     },
@@ -51,7 +51,7 @@ pub(crate) enum OperationEvent {
 
 /// A slot of a pool, by names that people understand.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunPlace {
+pub struct SlotName {
     /// The name of the pool.
     pub pool: Arc<str>,
     /// The number of the slot in the pool.

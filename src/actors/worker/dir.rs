@@ -19,7 +19,7 @@ use std::{
 
 /// How many directories a [`Cursor`] keeps open. The others are opened again through "..", so this number only affects
 /// how many system calls are needed.
-const KEPT_OPEN: usize = 8;
+const MAX_OPEN: usize = 8;
 
 /// The identity of a file: device and inode.
 pub(crate) type FileId = (u64, u64);
@@ -209,7 +209,7 @@ impl Cursor {
     pub(super) fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let (open, stat) = open_accessible(self.here()?, name)?;
         self.levels.push(CursorLevel::new(open, &stat));
-        if let Some(far) = self.levels.len().checked_sub(KEPT_OPEN + 1) {
+        if let Some(far) = self.levels.len().checked_sub(MAX_OPEN + 1) {
             self.levels[far].open = None;
         }
         Ok(())

@@ -282,17 +282,17 @@ impl Runner {
             _ => lost(&error),
         })?;
         let mut stopped = match wait(socket, Instant::now().checked_add(timeout), cancel, Some(&mut guard))? {
-            Waited::Ready => None,
-            Waited::TimeUp => Some(Ending::TimedOut),
-            Waited::Cancelled => Some(Ending::Cancelled),
-            Waited::Violated(violation) => Some(violation.into()),
+            WaitOutcome::Ready => None,
+            WaitOutcome::TimeUp => Some(Ending::TimedOut),
+            WaitOutcome::Cancelled => Some(Ending::Cancelled),
+            WaitOutcome::Violated(violation) => Some(violation.into()),
         };
         if stopped.is_some() {
             let kill = ToRunner { order: Some(Order::Kill(protocol::Kill {})) };
             protocol::write(socket, &kill).map_err(|error| lost(&error))?;
             let never = CancelToken::new();
             let end = Instant::now().checked_add(KILL_GRACE);
-            if !matches!(wait(socket, end, &never, None)?, Waited::Ready) {
+            if !matches!(wait(socket, end, &never, None)?, WaitOutcome::Ready) {
                 return Err(Error::internal("a command could not be killed"));
             }
         }
@@ -365,7 +365,7 @@ fn lost(error: &std::io::Error) -> Error {
     ))
 }
 
-enum Waited {
+enum WaitOutcome {
     Ready,
     TimeUp,
     Cancelled,
@@ -378,7 +378,7 @@ fn wait(
     deadline: Option<Instant>,
     cancel: &CancelToken,
     mut guard: Option<&mut Guard<'_>>,
-) -> Result<Waited> {
+) -> Result<WaitOutcome> {
     loop {
         let now = Instant::now();
         let look = guard.as_ref().and_then(|guard| guard.next());
@@ -397,16 +397,16 @@ fn wait(
             Err(error) => return Err(Error::io("wait for a command", &error.into())),
         }
         if !fds[0].revents().is_empty() {
-            return Ok(Waited::Ready);
+            return Ok(WaitOutcome::Ready);
         }
         if cancel.is_stopped() {
-            return Ok(Waited::Cancelled);
+            return Ok(WaitOutcome::Cancelled);
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Ok(Waited::TimeUp);
+            return Ok(WaitOutcome::TimeUp);
         }
         if let Some(violation) = guard.as_mut().and_then(|guard| guard.look()) {
-            return Ok(Waited::Violated(violation));
+            return Ok(WaitOutcome::Violated(violation));
         }
     }
 }

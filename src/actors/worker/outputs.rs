@@ -134,7 +134,7 @@ pub(super) fn collect(
     }
     batch.hold(found.iter().flat_map(|(_, node)| node.inputs()).collect())?;
     batch.expect(budget.bytes_on_disk());
-    let mut storing = Storing {
+    let mut writer = OutputWriter {
         root,
         action,
         batch,
@@ -142,7 +142,7 @@ pub(super) fn collect(
         stored: HashMap::new(),
         reported: Reported { mtime: action.command.report_mtime, unix_mode: action.command.report_unix_mode },
     };
-    found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
+    found.into_iter().try_for_each(|(output, node)| writer.report(output, node, result))
 }
 
 /// Restores the owner's permissions on an exec directory, in case the command removed them. Returns its previous mode
@@ -255,7 +255,7 @@ fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
 }
 
 /// Stores outputs and adds them to the result.
-struct Storing<'a> {
+struct OutputWriter<'a> {
     root: ExecRoot<'a>,
     action: &'a Action,
     batch: &'a mut dyn Outputs,
@@ -265,7 +265,7 @@ struct Storing<'a> {
     reported: Reported,
 }
 
-impl Storing<'_> {
+impl OutputWriter<'_> {
     #[allow(deprecated)]
     fn report(
         &mut self,

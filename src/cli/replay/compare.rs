@@ -49,7 +49,7 @@ pub(super) enum RunDifference {
 
 /// The position of the first difference between two files.
 #[derive(Debug, PartialEq)]
-pub(super) enum Spot {
+pub(super) enum FirstDifference {
     /// This line, counted from 1, is text in both files. The texts are those of each file.
     Line(u64, String, String),
     /// At this byte, counted from 1.
@@ -142,7 +142,7 @@ pub(super) fn size_and_digest(digest: &Digest) -> String {
 }
 
 /// Finds the first difference between two files; `None` if they are equal.
-pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Option<Spot>> {
+pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Option<FirstDifference>> {
     let (mut recorded, mut here) = (File::open(recorded)?, File::open(here)?);
     let (mut at, mut line, mut line_start) = (0u64, 1u64, 0u64);
     loop {
@@ -154,8 +154,8 @@ pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Optio
         if same < before.len().max(now.len()) {
             let lines = (shown_line(&mut recorded, line_start)?, shown_line(&mut here, line_start)?);
             return Ok(Some(match lines {
-                (Some(before), Some(now)) if before != now => Spot::Line(line, before, now),
-                _ => Spot::Byte(at + same as u64 + 1),
+                (Some(before), Some(now)) if before != now => FirstDifference::Line(line, before, now),
+                _ => FirstDifference::Byte(at + same as u64 + 1),
             }));
         }
         if before.is_empty() {
@@ -257,14 +257,17 @@ mod tests {
         };
         assert_eq!(spot(b"", b""), None);
         assert_eq!(spot(b"a\nb\nc", b"a\nb\nc"), None);
-        assert_eq!(spot(b"a\nb1\nc", b"a\nb2\nc"), Some(Spot::Line(2, "b1".into(), "b2".into())));
-        assert_eq!(spot(b"", b"x\n"), Some(Spot::Line(1, "".into(), "x".into())));
-        assert_eq!(spot(b"a", b"a\n"), Some(Spot::Byte(2)));
-        assert_eq!(spot(b"\x7fELF\0a", b"\x7fELF\0b"), Some(Spot::Byte(6)));
+        assert_eq!(spot(b"a\nb1\nc", b"a\nb2\nc"), Some(FirstDifference::Line(2, "b1".into(), "b2".into())));
+        assert_eq!(spot(b"", b"x\n"), Some(FirstDifference::Line(1, "".into(), "x".into())));
+        assert_eq!(spot(b"a", b"a\n"), Some(FirstDifference::Byte(2)));
+        assert_eq!(spot(b"\x7fELF\0a", b"\x7fELF\0b"), Some(FirstDifference::Byte(6)));
         let long = [vec![b'\n'; PIECE_BYTES - 1], b"same\none".to_vec()].concat();
         let other = [vec![b'\n'; PIECE_BYTES - 1], b"same\nother".to_vec()].concat();
         let line = PIECE_BYTES as u64 + 1;
-        assert_eq!(spot(&long, &other), Some(Spot::Line(line, "one".into(), "other".into())));
-        assert_eq!(spot(&[b'x'; 1000], &[[b'x'; 999], [b'y'; 999]].concat()[..1000]), Some(Spot::Byte(1000)));
+        assert_eq!(spot(&long, &other), Some(FirstDifference::Line(line, "one".into(), "other".into())));
+        assert_eq!(
+            spot(&[b'x'; 1000], &[[b'x'; 999], [b'y'; 999]].concat()[..1000]),
+            Some(FirstDifference::Byte(1000))
+        );
     }
 }

@@ -2,7 +2,10 @@
 
 use super::{
     Conclusion, EXIT_DIFFERS, EXIT_TROUBLE,
-    compare::{ListedNode, RunDifference, RunOutcome, Spot, differences, first_difference, size_and_digest},
+    compare::{
+        FirstDifference, ListedNode, RunDifference, RunOutcome, differences, first_difference,
+        size_and_digest,
+    },
     fetch::{FetchedAction, Recorded},
     run::{LocalRun, ReplayPlace},
     scratch::Scratch,
@@ -292,10 +295,10 @@ fn tell_spot(text: &mut String, recorded: &Path, here: &Path) {
         return;
     }
     let _ = match first_difference(recorded, here) {
-        Ok(Some(Spot::Line(number, before, now))) => {
+        Ok(Some(FirstDifference::Line(number, before, now))) => {
             writeln!(text, "  from line {number} on:\n    recorded  {before}\n    here      {now}")
         }
-        Ok(Some(Spot::Byte(number))) => writeln!(text, "  from byte {number} on"),
+        Ok(Some(FirstDifference::Byte(number))) => writeln!(text, "  from byte {number} on"),
         Ok(None) | Err(_) => Ok(()),
     };
 }

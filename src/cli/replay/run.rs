@@ -34,7 +34,7 @@ use std::{
 use tokio::runtime::Handle;
 
 /// Added to the first user of the slots, so that the users differ from those of a root server on this machine.
-const USERS_APART: u32 = 10_000;
+const USER_OFFSET: u32 = 10_000;
 
 /// The parts that run an action on this machine.
 pub(super) struct ReplayPlace {
@@ -71,7 +71,7 @@ impl ReplayPlace {
     ) -> Result<Self> {
         let mut execution = load_for_replay(config, scratch.path(), &scratch.build(), no_sandbox)?;
         let sandbox = &mut execution.sandbox;
-        sandbox.first_user = sandbox.first_user.saturating_add(USERS_APART);
+        sandbox.first_user = sandbox.first_user.saturating_add(USER_OFFSET);
         for pool in &mut execution.pools {
             pool.sandbox.mode = if no_sandbox { SandboxMode::Off } else { SandboxMode::Auto };
         }

@@ -35,7 +35,7 @@ const COLUMNS: [Column; 5] = [
 
 /// The results that were found so far.
 #[derive(Debug, Default)]
-struct Sum {
+struct PurgeTotals {
     found: i64,
     examined: i64,
     unreadable: i64,
@@ -46,7 +46,7 @@ pub(super) async fn purge(args: &PurgeArgs) -> Result<u8> {
     let line = ProgressLine::new();
     let purged = run(&client, request(args), args.json, &line).await;
     line.clear();
-    let Sum { found, examined, unreadable } = purged?;
+    let PurgeTotals { found, examined, unreadable } = purged?;
     if args.json {
         print(&format!(
             "{}\n",
@@ -71,8 +71,8 @@ async fn run(
     mut request: gorego::PurgeResultsRequest,
     as_json: bool,
     line: &ProgressLine,
-) -> Result<Sum> {
-    let (mut sum, mut restarts, mut has_titles) = (Sum::default(), 0, false);
+) -> Result<PurgeTotals> {
+    let (mut sum, mut restarts, mut has_titles) = (PurgeTotals::default(), 0, false);
     loop {
         let page = match client.purge_results(&request).await {
             // The page token belongs to a server that was restarted.

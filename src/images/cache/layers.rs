@@ -8,7 +8,7 @@
 //! so it never competes with the image that it is downloaded for. Its digest is checked again at each use. If a layer
 //! cannot be kept, the pull that downloads it continues anyway.
 
-use super::{CacheKey, ImageCache, ImageLease, LAYER, NEW, RunTerms, StoredImage, digest_of, name_of};
+use super::{CacheKey, CommandSettings, ImageCache, ImageLease, LAYER, NEW, StoredImage, digest_of, name_of};
 use crate::{
     actors::worker::dir,
     disk::Space,
@@ -26,7 +26,7 @@ use std::{
 };
 
 /// Number of pieces of a layer after which the free space of the disk is checked. A piece is at most 128 KiB.
-const LOOK_EVERY: u32 = 8;
+const CHECK_SPACE_EVERY: u32 = 8;
 
 /// The state of a layer, from the point of view of a pull.
 #[derive(Debug)]
@@ -108,8 +108,11 @@ impl ImageCache {
         let key = CacheKey::Layer(digest_of(OsStr::new(digest))?);
         let stat =
             dir::stat_at(place, name).ok().filter(|stat| dir::file_type(stat) == FileType::RegularFile)?;
-        let image =
-            StoredImage { name: name.to_owned(), id: dir::file_id(&stat), terms: RunTerms::default() };
+        let image = StoredImage {
+            name: name.to_owned(),
+            id: dir::file_id(&stat),
+            settings: CommandSettings::default(),
+        };
         let bytes = u64::try_from(stat.st_size).ok()?.saturating_add(ENTRY_BYTES);
         #[allow(clippy::unnecessary_cast)]
         Some((key, image, bytes, (stat.st_mtime as i64, stat.st_mtime_nsec as i64)))
@@ -120,8 +123,8 @@ impl NewLayer {
     /// Stores a piece of the layer, unless the disk has no room for it.
     pub(in crate::images) fn write(&mut self, piece: &[u8]) {
         let Some((_, file)) = &mut self.file else { return };
-        let is_low =
-            self.pieces.is_multiple_of(LOOK_EVERY) && Space::of_file(file).is_ok_and(|space| space.is_low());
+        let is_low = self.pieces.is_multiple_of(CHECK_SPACE_EVERY)
+            && Space::of_file(file).is_ok_and(|space| space.is_low());
         self.pieces = self.pieces.wrapping_add(1);
         self.bytes = self.bytes.saturating_add(piece.len() as u64);
         if is_low || file.write_all(piece).is_err() {
@@ -144,7 +147,7 @@ impl NewLayer {
         let named = id.and_then(|id| rfs::renameat(&place, &unnamed, &place, &name).map(|()| id));
         match named {
             Ok(id) => {
-                let image = Arc::new(StoredImage { name, id, terms: RunTerms::default() });
+                let image = Arc::new(StoredImage { name, id, settings: CommandSettings::default() });
                 let mut index = self.cache.index();
                 if let Some(copy) = index.finish(&self.key, image) {
                     index.release(&self.key, copy);

@@ -224,7 +224,7 @@ fn room_is_taken_for_each_entry_before_it_is_written() {
 
 /// The entries of layers in the model.
 #[derive(Debug, Clone)]
-enum Said {
+enum LayerItem {
     File(Vec<&'static str>, u8),
     Directory(Vec<&'static str>),
     Hide(Vec<&'static str>),
@@ -235,12 +235,12 @@ fn path() -> impl Strategy<Value = Vec<&'static str>> {
     prop::collection::vec(prop::sample::select(vec!["a", "b", "c"]), 1..4)
 }
 
-fn said() -> impl Strategy<Value = Said> {
+fn item() -> impl Strategy<Value = LayerItem> {
     prop_oneof![
-        3 => (path(), any::<u8>()).prop_map(|(path, content)| Said::File(path, content)),
-        2 => path().prop_map(Said::Directory),
-        2 => path().prop_map(Said::Hide),
-        1 => prop::collection::vec(prop::sample::select(vec!["a", "b"]), 0..3).prop_map(Said::Opaque),
+        3 => (path(), any::<u8>()).prop_map(|(path, content)| LayerItem::File(path, content)),
+        2 => path().prop_map(LayerItem::Directory),
+        2 => path().prop_map(LayerItem::Hide),
+        1 => prop::collection::vec(prop::sample::select(vec!["a", "b"]), 0..3).prop_map(LayerItem::Opaque),
     ]
 }
 
@@ -271,21 +271,21 @@ impl Model {
         self.0.retain(|other, _| !other.starts_with(path) || own.iter().any(|own| own.starts_with(other)));
     }
 
-    fn apply(&mut self, said: &Said) -> Option<()> {
-        match said {
-            Said::File(path, content) => {
+    fn apply(&mut self, item: &LayerItem) -> Option<()> {
+        match item {
+            LayerItem::File(path, content) => {
                 self.make(&path[..path.len() - 1])?;
                 self.remove(path);
                 self.0.insert(path.clone(), (Some(*content), true));
             }
-            Said::Directory(path) => {
+            LayerItem::Directory(path) => {
                 self.make(&path[..path.len() - 1])?;
                 if self.0.get(path).is_some_and(|node| node.0.is_some()) {
                     self.remove(path);
                 }
                 self.0.insert(path.clone(), (None, true));
             }
-            Said::Hide(path) => {
+            LayerItem::Hide(path) => {
                 let above = &path[..path.len() - 1];
                 let is_below_a_file = (1..=above.len())
                     .any(|length| self.0.get(&above[..length]).is_some_and(|node| node.0.is_some()));
@@ -294,7 +294,7 @@ impl Model {
                 }
                 self.hide(path);
             }
-            Said::Opaque(path) => {
+            LayerItem::Opaque(path) => {
                 self.make(path)?;
                 let inside: Vec<_> = self
                     .0
@@ -309,15 +309,15 @@ impl Model {
     }
 }
 
-fn archive_of(layer_says: &[Said]) -> Vec<u8> {
-    let add = |archive: LayerArchive, said: &Said| match said {
-        Said::File(path, content) => archive.file(&path.join("/"), &[*content], 0o644),
-        Said::Directory(path) => archive.directory(&path.join("/"), 0o755),
-        Said::Hide(path) => {
+fn archive_of(layer_says: &[LayerItem]) -> Vec<u8> {
+    let add = |archive: LayerArchive, item: &LayerItem| match item {
+        LayerItem::File(path, content) => archive.file(&path.join("/"), &[*content], 0o644),
+        LayerItem::Directory(path) => archive.directory(&path.join("/"), 0o755),
+        LayerItem::Hide(path) => {
             let (name, above) = path.split_last().unwrap();
             archive.file(&format!("{}/.wh.{name}", above.join("/")), b"", 0o644)
         }
-        Said::Opaque(path) => archive.file(&format!("{}/.wh..wh..opq", path.join("/")), b"", 0o644),
+        LayerItem::Opaque(path) => archive.file(&format!("{}/.wh..wh..opq", path.join("/")), b"", 0o644),
     };
     layer_says.iter().fold(layer(), add).finish()
 }
@@ -340,12 +340,12 @@ fn on_disk(directory: &Path, path: &[&'static str], found: &mut BTreeMap<Vec<&'s
 proptest! {
     #[test]
     fn layers_with_whiteouts_look_like_the_model(
-        layers in prop::collection::vec(prop::collection::vec(said(), 0..8), 1..4)
+        layers in prop::collection::vec(prop::collection::vec(item(), 0..8), 1..4)
     ) {
         let mut model = Model::default();
         let is_possible = layers.iter().try_for_each(|layer| {
             model.begin_layer();
-            layer.iter().try_for_each(|said| model.apply(said))
+            layer.iter().try_for_each(|item| model.apply(item))
         });
         let site = Site::new();
         let applied = site.apply(layers.iter().map(|layer| archive_of(layer)));

@@ -4,7 +4,7 @@ use super::{Ledger, Outcome, TaskStep};
 use crate::actors::{
     scheduler::{
         settings::{ClockReading, QUEUE_FULL_RETRY},
-        transition::RunPlace,
+        transition::SlotName,
     },
     worker::messages::TaskId,
 };
@@ -14,7 +14,7 @@ use std::sync::Arc;
 impl Ledger {
     /// Enforces every deadline. It is called about once a second. Returns the slots that are now out of service because
     /// their runs neither end nor stop. These slots return to service when their workers answer.
-    pub(crate) fn tick(&mut self, now: ClockReading) -> Vec<Arc<RunPlace>> {
+    pub(crate) fn tick(&mut self, now: ClockReading) -> Vec<Arc<SlotName>> {
         self.end_overdue_waits(now);
         let stuck = self.give_up_overdue_runs(now);
         self.notice_losses(now);
@@ -44,7 +44,7 @@ impl Ledger {
         }
     }
 
-    fn give_up_overdue_runs(&mut self, now: ClockReading) -> Vec<Arc<RunPlace>> {
+    fn give_up_overdue_runs(&mut self, now: ClockReading) -> Vec<Arc<SlotName>> {
         let overdue: Vec<TaskId> = self
             .runs
             .iter()

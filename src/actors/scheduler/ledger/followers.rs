@@ -33,7 +33,7 @@ pub(super) struct Unfollowed {
     /// Running tasks without followers, by the time at which they lost the last one.
     pub(super) runs: BTreeSet<(Instant, TaskId)>,
     /// Ready tasks with followers.
-    pub(super) rivals: Rivals,
+    pub(super) waiting_counts: WaitingCounts,
 }
 
 impl Unfollowed {
@@ -52,9 +52,9 @@ impl Unfollowed {
 
 /// The number of tasks with followers that wait for a slot, by the pools that can run them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Rivals(BTreeMap<PoolSet, usize>);
+pub(super) struct WaitingCounts(BTreeMap<PoolSet, usize>);
 
-impl Rivals {
+impl WaitingCounts {
     pub(super) fn add(&mut self, pools: &PoolSet) {
         *self.0.entry(pools.clone()).or_default() += 1;
     }
@@ -110,8 +110,8 @@ impl Ledger {
         }
         let (step, pools, after) = (task.step, task.pools.clone(), task.entries(id));
         if step == TaskStep::Ready {
-            let rivals = &mut self.unfollowed.rivals;
-            if since.is_none() { rivals.add(&pools) } else { rivals.remove(&pools) }
+            let waiting_counts = &mut self.unfollowed.waiting_counts;
+            if since.is_none() { waiting_counts.add(&pools) } else { waiting_counts.remove(&pools) }
         }
         self.each_queue(step, &pools, |queue| {
             for (before, after) in before.iter().zip(&after) {
@@ -152,19 +152,19 @@ impl Ledger {
         let grace = self.settings.contended_abandon_grace;
         let is_due = |since: Instant| now.since(since) >= grace;
         let none_due = self.unfollowed.runs.first().is_none_or(|(since, _)| !is_due(*since));
-        if none_due || self.unfollowed.rivals.0.is_empty() {
+        if none_due || self.unfollowed.waiting_counts.0.is_empty() {
             return;
         }
-        let mut rivals = self.unfollowed.rivals.clone();
+        let mut waiting_counts = self.unfollowed.waiting_counts.clone();
         let stopping = self.runs.iter().filter(|(id, run)| !run.stuck && !self.tasks.contains_key(id));
         for (_, run) in stopping.filter(|(_, run)| self.slots.is_open(run.pool)) {
-            rivals.serve(run.pool);
+            waiting_counts.serve(run.pool);
         }
         let due = self.unfollowed.runs.iter().take_while(|(since, _)| is_due(*since));
         let pool_of =
             |id: TaskId| self.runs.get(&id).map(|run| run.pool).filter(|pool| self.slots.is_open(*pool));
         let ended: Vec<TaskId> = due
-            .filter(|(_, id)| pool_of(*id).is_some_and(|pool| rivals.serve(pool)))
+            .filter(|(_, id)| pool_of(*id).is_some_and(|pool| waiting_counts.serve(pool)))
             .map(|(_, id)| *id)
             .collect();
         for id in ended {

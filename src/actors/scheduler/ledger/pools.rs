@@ -112,8 +112,8 @@ impl Ledger {
             return;
         }
         if task.unfollowed_since.is_none() {
-            self.unfollowed.rivals.remove(&before);
-            self.unfollowed.rivals.add(&pools);
+            self.unfollowed.waiting_counts.remove(&before);
+            self.unfollowed.waiting_counts.add(&pools);
         }
         let entries = task.entries(id);
         let without = |pools: &PoolSet, others: &PoolSet| -> PoolSet {

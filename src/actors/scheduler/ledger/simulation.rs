@@ -40,7 +40,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// Situations that the seeds together must reach. Otherwise the simulation would not test them.
-const SIGHTS: [&str; 41] = [
+const SITUATIONS: [&str; 41] = [
     "joined",
     "explained",
     "in a later pool",
@@ -99,8 +99,8 @@ fn nothing_is_lost_doubled_or_stuck_whatever_happens() {
         assert!(done.is_ok(), "seed {seed} fails");
         seen.extend(world.seen);
     }
-    for sight in SIGHTS {
-        assert!(seen.contains(sight), "no seed reached: {sight}");
+    for situation in SITUATIONS {
+        assert!(seen.contains(situation), "no seed reached: {situation}");
     }
 }
 

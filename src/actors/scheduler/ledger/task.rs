@@ -9,7 +9,7 @@ use crate::{
             queue::{Charge, Owner, QueueEntry},
             quota::Load,
             slots::{PoolId, PoolSet},
-            transition::RunPlace,
+            transition::SlotName,
         },
         worker::{
             cancel::CancelToken,
@@ -93,7 +93,7 @@ pub(super) struct TaskRun {
     /// The number of the attempt at its task. A report of another attempt is not about this run.
     pub(super) attempt: u32,
     pub(super) pool: PoolId,
-    pub(super) place: Arc<RunPlace>,
+    pub(super) place: Arc<SlotName>,
     /// The room that it takes from its pool.
     pub(super) room: Room,
     /// The owner and priority for which it counts in the queue of its pool.

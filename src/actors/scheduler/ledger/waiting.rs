@@ -27,7 +27,7 @@ impl Ledger {
         let Some(task) = self.tasks.get(&id) else { return };
         let (entries, step, pools) = (task.entries(id), task.step, task.pools.clone());
         if step == TaskStep::Ready && task.unfollowed_since.is_none() {
-            self.unfollowed.rivals.add(&pools);
+            self.unfollowed.waiting_counts.add(&pools);
         }
         self.each_queue(step, &pools, |queue| entries.iter().for_each(|entry| queue.insert(*entry)));
     }
@@ -36,7 +36,7 @@ impl Ledger {
     pub(super) fn leave_queues(&mut self, id: TaskId, task: &Task) {
         let entries = task.entries(id);
         if task.step == TaskStep::Ready && task.unfollowed_since.is_none() {
-            self.unfollowed.rivals.remove(&task.pools);
+            self.unfollowed.waiting_counts.remove(&task.pools);
         }
         self.each_queue(task.step, &task.pools, |queue| {
             for entry in &entries {
@@ -122,7 +122,7 @@ impl Ledger {
         let (id, charge) = self.ready.get_mut(&pool)?.pop(now.at)?;
         let task = self.tasks.get(&id)?;
         if task.unfollowed_since.is_none() {
-            self.unfollowed.rivals.remove(&task.pools);
+            self.unfollowed.waiting_counts.remove(&task.pools);
         }
         let entries = task.entries(id);
         for &pool in &*task.pools {

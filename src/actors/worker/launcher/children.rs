@@ -31,7 +31,7 @@ pub(super) const KILL_LIMIT: Duration = Duration::from_secs(10);
 const KILL_ROUND: Duration = Duration::from_millis(10);
 
 /// A descriptor that is readable when a child of this process has ended.
-pub(super) struct Deaths(OwnedFd);
+pub(super) struct ChildExits(OwnedFd);
 
 /// The processes of one command, as far as they are or were children of this process.
 pub(super) struct Children {
@@ -47,7 +47,7 @@ pub(super) struct Reaped {
     pub none_left: bool,
 }
 
-impl Deaths {
+impl ChildExits {
     /// Starts to watch. From now on every signal that can be blocked is blocked in this process.
     pub(super) fn watch() -> io::Result<Self> {
         sys::watch_children().map(Self)
@@ -62,7 +62,7 @@ impl Deaths {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        if fds.last().is_some_and(|deaths| !deaths.revents().is_empty()) {
+        if fds.last().is_some_and(|child_exits| !child_exits.revents().is_empty()) {
             // One record may stand for many deaths.
             let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
             let _ = rustix::io::read(&self.0, &mut record);
@@ -133,7 +133,7 @@ impl Children {
 
     /// Kills processes until no child is left. `kill_others` must send SIGKILL to all remaining processes of the
     /// command.
-    pub(super) fn clear(&mut self, deaths: &Deaths, kill_others: impl Fn()) -> io::Result<()> {
+    pub(super) fn clear(&mut self, child_exits: &ChildExits, kill_others: impl Fn()) -> io::Result<()> {
         let start = Instant::now();
         loop {
             let reaped = self.reap_ended()?;
@@ -148,7 +148,7 @@ impl Children {
                 sys::kill_group(self.first);
             }
             kill_others();
-            deaths.wait(&mut Vec::new(), Some(KILL_ROUND))?;
+            child_exits.wait(&mut Vec::new(), Some(KILL_ROUND))?;
         }
     }
 

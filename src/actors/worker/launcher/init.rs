@@ -5,7 +5,7 @@
 //! when the command has ended or when the runner is gone, which it notices because its socket is closed.
 
 use super::{
-    children::{Children, Deaths},
+    children::{ChildExits, Children},
     protocol::{self, CellEvent, CellReady, Ended, Failed, FromCell, Run},
     spawn::Stack,
     sys,
@@ -93,17 +93,17 @@ fn run_one(
     let outputs = (stdout.as_fd(), stderr.as_fd());
     // This must come before the command is started, because the command can lower the limit on open files of this
     // process.
-    let deaths = Deaths::watch().map_err(failed)?;
+    let child_exits = ChildExits::watch().map_err(failed)?;
     let stdin = stdin.map(|stdin| stdin.as_fd());
     let mut children = Children::start(run, root, stdin, outputs, &mut Stack::new()).map_err(failed)?;
     while !children.reap_ended().map_err(failed)?.first_ended {
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
-        deaths.wait(&mut fds, None).map_err(failed)?;
+        child_exits.wait(&mut fds, None).map_err(failed)?;
         if !fds[0].revents().is_empty() {
             return Ok(None);
         }
     }
-    children.clear(&deaths, sys::kill_all_others).map_err(failed)?;
+    children.clear(&child_exits, sys::kill_all_others).map_err(failed)?;
     Ok(Some(children.report()))
 }
 

@@ -16,7 +16,7 @@
 use super::{
     capture::{BUFFER_BYTES, Capture},
     cell::Cells,
-    children::{Children, Deaths},
+    children::{ChildExits, Children},
     protocol::{self, Ended, Failed, FromRunner, Order, Reply, Run, ToRunner},
     reap,
     spawn::Stack,
@@ -60,7 +60,7 @@ enum Isolation {
 
 struct Runner {
     socket: UnixStream,
-    deaths: Deaths,
+    child_exits: ChildExits,
     stack: Stack,
     /// Buffer for output on its way to the logs.
     buffer: Vec<u8>,
@@ -78,13 +78,13 @@ fn settle() -> io::Result<Runner> {
     let maximum = getrlimit(Resource::Fsize).maximum;
     let _ = setrlimit(Resource::Fsize, Rlimit { current: maximum, maximum });
     restore_open_files(std::env::args().nth(2).and_then(|limit| limit.parse().ok()));
-    let deaths = Deaths::watch()?;
+    let child_exits = ChildExits::watch()?;
     let socket = UnixStream::from(rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?);
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
     Ok(Runner {
         socket,
-        deaths,
+        child_exits,
         stack: Stack::new(),
         buffer: vec![0; BUFFER_BYTES],
         isolation: Isolation::None,
@@ -183,7 +183,7 @@ impl Runner {
             }
             kept = if ready.output { capture.take(Instant::now(), &mut self.buffer) } else { Ok(()) };
         }
-        children.clear(&self.deaths, || {
+        children.clear(&self.child_exits, || {
             reap::kill_descendants(std::process::id());
         })?;
         let mut ended = children.report();
@@ -196,7 +196,7 @@ impl Runner {
         let mut fds = vec![PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         let pause = capture.watch(Instant::now(), &mut fds);
         let outputs = fds.len();
-        self.deaths.wait(&mut fds, pause)?;
+        self.child_exits.wait(&mut fds, pause)?;
         let is_ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
         Ok(ReadyEvents {
             order: fds.first().is_some_and(is_ready),

@@ -12,7 +12,7 @@ use std::{
 /// the slot and fail too.
 pub(super) const ROOM_WAIT: Duration = Duration::from_secs(5);
 /// How long an action that ran out of disk space waits for more before it is tried again.
-const MORE_ROOM_WAIT: Duration = Duration::from_secs(2);
+const SECOND_ROOM_WAIT: Duration = Duration::from_secs(2);
 /// How often the disk is checked while an action waits.
 const ROOM_POLL: Duration = Duration::from_millis(20);
 
@@ -63,7 +63,7 @@ impl ActionRun<'_> {
         let is_cancelled = || self.control.cancel.is_cancelled();
         self.relieve_disk(&is_cancelled);
         let disk = self.settings.build_root.disk();
-        let end = Instant::now() + MORE_ROOM_WAIT;
+        let end = Instant::now() + SECOND_ROOM_WAIT;
         while let Some((before, now)) = self.room_at_start.zip(disk.look())
             && !now.has_more_than(&before)
             && !is_cancelled()

@@ -31,7 +31,7 @@ use std::{
 
 /// How much of a log is kept if its command may still be writing. The limit is small, so that copying takes little
 /// time.
-const SALVAGED_BYTES: u64 = 4 * 1024 * 1024;
+const MAX_PARTIAL_LOG_BYTES: u64 = 4 * 1024 * 1024;
 
 impl ActionRun<'_> {
     /// Converts how the command ended into exit code, logs and outputs.
@@ -138,7 +138,7 @@ impl ActionRun<'_> {
             let salvage = || {
                 let file = outputs::open_regular(workspace.top()?, kind.name(), kind.name())?;
                 let mut bytes = Vec::new();
-                file.take(SALVAGED_BYTES).read_to_end(&mut bytes).map_err(Error::internal)?;
+                file.take(MAX_PARTIAL_LOG_BYTES).read_to_end(&mut bytes).map_err(Error::internal)?;
                 if bytes.is_empty() {
                     return Ok(None);
                 }

@@ -19,7 +19,7 @@ pub const CHECKS: &[Check] = checks![
 ];
 
 /// How often a running upload is polled until the server has received everything, and the delay in between.
-const LOOKS: usize = 40;
+const POLLS: usize = 40;
 const PAUSE: Duration = Duration::from_millis(50);
 
 async fn the_status_follows_the_upload(s: Session) -> Verdict {
@@ -35,14 +35,14 @@ async fn the_status_follows_the_upload(s: Session) -> Verdict {
     if let Some(first) = messages.next() {
         let _ = send.send(first).await;
     }
-    let (mut before, mut looks) = (0, 0);
+    let (mut before, mut polls) = (0, 0);
     // A server may report progress in its own steps, but it never goes back and is not complete.
-    while before < 50_000 && looks < LOOKS {
+    while before < 50_000 && polls < POLLS {
         let status = s.query(&name).await.wanted("QueryWriteStatus during the upload answers")?;
         ensure(!status.complete, "complete: false during the upload", "true")?;
         let now = status.committed_size;
         ensure(before <= now && now <= 50_000, format!("committed_size {before} to 50000"), now)?;
-        (before, looks) = (now, looks + 1);
+        (before, polls) = (now, polls + 1);
         tokio::time::sleep(PAUSE).await;
     }
     for message in messages {

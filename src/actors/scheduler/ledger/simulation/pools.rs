@@ -15,7 +15,7 @@ use crate::{
 use std::collections::BTreeMap;
 
 /// Maximum number of pools at the same time.
-const MOST: usize = 4;
+const MAX_POOLS: usize = 4;
 
 /// The kind of actions that a pool runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,7 +166,7 @@ impl World {
         let ids: Vec<_> = self.pools.pools.keys().copied().collect();
         let chosen = self.random.pick(&ids);
         match (self.random.below(4), chosen) {
-            (0..2, _) | (_, None) if ids.len() < MOST => self.add_pool(),
+            (0..2, _) | (_, None) if ids.len() < MAX_POOLS => self.add_pool(),
             (2, Some(id)) => {
                 self.ledger.drain_pool(id).unwrap();
                 let known = self.pools.pools.get_mut(&id).unwrap();

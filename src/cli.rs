@@ -187,7 +187,7 @@ fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error>
 }
 
 /// Prints a note to standard error. A failure to write it is ignored.
-fn remark(text: &str) {
+fn print_note(text: &str) {
     let _ = writeln!(io::stderr(), "gorego: {text}");
 }
 

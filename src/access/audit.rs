@@ -102,7 +102,7 @@ impl Audit {
     }
 
     /// Logs the refusals that were counted since the last call, and forgets peers that are quiet.
-    pub(crate) fn tell_counted(&self) {
+    pub(crate) fn log_counted(&self) {
         let now = self.now_ms();
         let mut counted = Vec::new();
         self.books().retain(|peer, denials| {
@@ -157,7 +157,7 @@ mod tests {
         assert!((PEER_DENIALS.burst..2 * PEER_DENIALS.burst).contains(&listed), "{listed}");
         assert!(audit.takes_line(peer(2)), "it hides no other");
         assert_eq!(audit.books()[&peer(1)].not_listed, 10 * PEER_DENIALS.burst - listed);
-        audit.tell_counted();
+        audit.log_counted();
         assert_eq!(audit.books()[&peer(1)].not_listed, 0);
         for number in 0..4 * PEERS_MAX as u32 {
             audit.takes_line(peer(number));

@@ -130,14 +130,14 @@ impl UserSet {
     /// long as the hash requires.
     pub fn check(&self, user: &str, password: &[u8]) -> Option<Principal> {
         let known = self.users.get(user);
-        let hash = &known.or_else(|| self.stand_in(user))?.hash;
+        let hash = &known.or_else(|| self.dummy_user(user))?.hash;
         let is_right =
             password.len() <= PASSWORD_MAX_BYTES && bcrypt::verify(password, hash).unwrap_or(false);
         known.filter(|_| is_right).map(|known| known.principal.clone())
     }
 
     /// The user whose hash is checked instead of that of an unknown user; `None` if there are no users.
-    fn stand_in(&self, unknown: &str) -> Option<&KnownUser> {
+    fn dummy_user(&self, unknown: &str) -> Option<&KnownUser> {
         let count = u64::try_from(self.names.len()).ok().filter(|count| *count > 0)?;
         let at = usize::try_from(self.choice.hash_one(unknown) % count).ok()?;
         self.users.get(self.names.get(at)?)
@@ -198,11 +198,11 @@ mod tests {
         let costs = |cost: u32| bcrypt::hash(b"p", cost).unwrap();
         let file = PasswordFile::parse(&format!("a:{}\nb:{}\n", costs(5), costs(6))).unwrap();
         let users = UserSet::new(&file, &BTreeMap::new(), &Policy::with_roles([], &[])).unwrap();
-        let stand_in = |user: &str| users.stand_in(user).unwrap().hash.clone();
+        let dummy_user = |user: &str| users.dummy_user(user).unwrap().hash.clone();
         let unknown: Vec<_> = (0..64).map(|number| format!("unknown{number}")).collect();
-        let seen: std::collections::BTreeSet<_> = unknown.iter().map(|user| stand_in(user)).collect();
+        let seen: std::collections::BTreeSet<_> = unknown.iter().map(|user| dummy_user(user)).collect();
         assert_eq!(seen.len(), 2);
-        assert!(unknown.iter().all(|user| stand_in(user) == stand_in(user)));
+        assert!(unknown.iter().all(|user| dummy_user(user) == dummy_user(user)));
         assert!(unknown.iter().all(|user| users.check(user, b"p").is_none()), "its password is not theirs");
     }
 

@@ -81,7 +81,7 @@ impl LoadedAccess {
     }
 
     /// Whether the files with these stamps must be read.
-    fn is_news(&mut self, found: &CredentialStamps) -> bool {
+    fn has_changed(&mut self, found: &CredentialStamps) -> bool {
         if *found == self.stamps || self.refused.as_ref() == Some(found) {
             self.seen = None;
             return false;
@@ -175,10 +175,10 @@ impl AccessLoader {
 
     /// Reads the files again if one of them has changed. Also logs the refusals that were counted.
     fn look(&self) {
-        self.authenticator.audit().tell_counted();
+        self.authenticator.audit().log_counted();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let found = stamps(&state.settings);
-        if state.is_news(&found) {
+        if state.has_changed(&found) {
             // The outcome is in the log.
             let _ = self.read_again(&mut state, self.sources(), found);
         }

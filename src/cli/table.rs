@@ -126,7 +126,7 @@ fn shortened(text: &str, width: usize) -> String {
 }
 
 /// A duration with its two largest units: `2d 3h`, `4m 5s`, `6s`.
-pub(super) fn rough(duration: Duration) -> String {
+pub(super) fn short_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let units =
         [(seconds / 86_400, "d"), (seconds / 3_600 % 24, "h"), (seconds / 60 % 60, "m"), (seconds % 60, "s")];
@@ -187,7 +187,7 @@ mod tests {
             (3_605, "1h"),
             (90_000, "1d 1h"),
         ] {
-            assert_eq!(rough(Duration::from_secs(seconds)), shown);
+            assert_eq!(short_duration(Duration::from_secs(seconds)), shown);
         }
     }
 }

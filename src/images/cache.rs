@@ -249,7 +249,7 @@ impl ImageCache {
         if !self.index().begin(&key) {
             return Ok(None);
         }
-        let place = self.place_again();
+        let place = self.recreated_directory();
         // If a step fails, dropping this releases the reserved room.
         let mut unpacked = UnpackedImage {
             cache: self.clone(),
@@ -278,7 +278,7 @@ impl ImageCache {
     }
 
     /// The directory at the path. It is created again if it was removed.
-    fn place_again(&self) -> Arc<File> {
+    fn recreated_directory(&self) -> Arc<File> {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         let id = |stat: rfs::Stat| dir::file_id(&stat);
         let is_there = rfs::lstat(&self.path).ok().map(id) == rfs::fstat(&**place).ok().map(id);

@@ -82,10 +82,10 @@ where
                 return Ok(known);
             }
             if let Some(flight) = self.0.under_way(key) {
-                return self.0.landing(flight).await;
+                return self.0.outcome_of(flight).await;
             }
             tokio::select! {
-                share = &mut place => return self.0.landing(self.start(key, share?, work)?).await,
+                share = &mut place => return self.0.outcome_of(self.start(key, share?, work)?).await,
                 () = changed => {}
             }
         }
@@ -107,7 +107,7 @@ where
         let run = move || {
             let outcome = catch_unwind(AssertUnwindSafe(work))
                 .unwrap_or_else(|_| Err(Error::Internal(format!("the thread {} panicked", board.thread))));
-            board.land(&key_of_own, own, outcome);
+            board.complete(&key_of_own, own, outcome);
             drop(share);
             board.changed.notify_waiters();
         };
@@ -134,7 +134,7 @@ impl<K: Eq + Hash, T: Clone> FlightTable<K, T> {
 
     /// Records the end of a flight. The waiting callers see it after the thread has dropped its reference to the
     /// result.
-    fn land(&self, key: &K, flight: Arc<ImageFlight<T>>, outcome: Result<T>) {
+    fn complete(&self, key: &K, flight: Arc<ImageFlight<T>>, outcome: Result<T>) {
         let mut flights = self.flights();
         if outcome.is_ok() {
             flights.remove(key);
@@ -144,7 +144,7 @@ impl<K: Eq + Hash, T: Clone> FlightTable<K, T> {
     }
 
     /// Waits for the end of a flight.
-    async fn landing(&self, flight: Arc<ImageFlight<T>>) -> Result<T> {
+    async fn outcome_of(&self, flight: Arc<ImageFlight<T>>) -> Result<T> {
         loop {
             let changed = self.changed.notified();
             let ended = {

@@ -18,7 +18,7 @@ impl LayerProblem {
     /// Converts an error of reading a layer: an error that the reader of the blob reports stays as it is, and any other
     /// error means a damaged archive.
     pub(super) fn of_reading(error: io::Error) -> Self {
-        match carried(&error) {
+        match inner_error(&error) {
             Some(error) => Self::Failed(error.clone()),
             None => Self::Refused(error.to_string()),
         }
@@ -34,11 +34,11 @@ impl LayerProblem {
 }
 
 /// The [`Error`] inside of an IO error that passed through a library, if there is one.
-pub(super) fn carried(error: &io::Error) -> Option<&Error> {
+pub(super) fn inner_error(error: &io::Error) -> Option<&Error> {
     let mut next: Option<&(dyn StdError + 'static)> = Some(error);
     while let Some(error) = next {
-        if let Some(carried) = error.downcast_ref() {
-            return Some(carried);
+        if let Some(inner_error) = error.downcast_ref() {
+            return Some(inner_error);
         }
         next = match error.downcast_ref::<io::Error>() {
             Some(error) => error.get_ref().map(|inner| inner as &(dyn StdError + 'static)),

@@ -47,11 +47,11 @@ impl PullTime {
     /// `Unavailable` if it has passed.
     pub(super) fn left(&self) -> Result<Duration> {
         let left = self.end.saturating_duration_since(Instant::now());
-        if left.is_zero() { Err(self.over()) } else { Ok(left) }
+        if left.is_zero() { Err(self.time_limit_passed()) } else { Ok(left) }
     }
 
     /// The error of a pull whose time limit has passed.
-    pub(super) fn over(&self) -> Error {
+    pub(super) fn time_limit_passed(&self) -> Error {
         Error::Unavailable(format!(
             "pulling it took longer than {:?} (execution.images.timeout of this server)",
             self.limit

@@ -64,7 +64,7 @@ pub(super) fn read_bounded(reader: &mut dyn Read) -> Result<Vec<u8>> {
 }
 
 fn of_reading(error: &io::Error) -> Error {
-    carried(error).cloned().unwrap_or_else(|| Error::io("read an image", error))
+    inner_error(error).cloned().unwrap_or_else(|| Error::io("read an image", error))
 }
 
 fn wrong_digest(digest: &ImageDigest) -> Error {

@@ -155,7 +155,7 @@ impl Pools {
         });
         let pool_of =
             made.await.map_err(|_| Error::internal("the workers of a pool could not be started"))?;
-        self.scheduler.send(AddPool { pool: pool_of }).await.map_err(|_| gone())??;
+        self.scheduler.send(AddPool { pool: pool_of }).await.map_err(|_| scheduler_gone())??;
         self.running().push(pool);
         Ok(())
     }
@@ -163,7 +163,7 @@ impl Pools {
     /// Stops a pool from taking actions, and removes it when its last action has ended. Returns when it takes no more
     /// actions.
     async fn retire(&self, name: &str) -> Result<()> {
-        let all = self.scheduler.send(ListPools).await.map_err(|_| gone())?;
+        let all = self.scheduler.send(ListPools).await.map_err(|_| scheduler_gone())?;
         let is_it = |pool: &&PoolStatus| *pool.name == *name && pool.state != PoolState::Draining;
         self.running().retain(|pool| pool.name != name);
         let tools = self.maker.place.tools(name);
@@ -181,7 +181,7 @@ impl Pools {
     }
 }
 
-fn gone() -> Error {
+fn scheduler_gone() -> Error {
     Error::Unavailable("the scheduler has stopped".into())
 }
 

@@ -187,7 +187,7 @@ async fn closed(stock: Vec<Call>, callers: usize) -> Recorder {
             }
         }
     };
-    together((0..callers).map(|_| tokio::spawn(caller())).collect()).await
+    join_recorders((0..callers).map(|_| tokio::spawn(caller())).collect()).await
 }
 
 /// Calls are due at a fixed rate.
@@ -229,12 +229,12 @@ async fn open(stock: Vec<Call>, callers: usize, rate: f64) -> Recorder {
             }
         }
     };
-    let recorder = together((0..callers).map(|_| tokio::spawn(caller())).collect()).await;
+    let recorder = join_recorders((0..callers).map(|_| tokio::spawn(caller())).collect()).await;
     let _ = pacer.join();
     recorder
 }
 
-async fn together(callers: Vec<tokio::task::JoinHandle<Recorder>>) -> Recorder {
+async fn join_recorders(callers: Vec<tokio::task::JoinHandle<Recorder>>) -> Recorder {
     let mut all = Recorder::new();
     for done in join_all(callers).await {
         match done {

@@ -112,7 +112,7 @@ impl KeyCache {
             return Ok(keys);
         }
         self.fetch(now).await;
-        self.serving(now).ok_or_else(|| self.why_none())
+        self.serving(now).ok_or_else(|| self.reason_for_no_keys())
     }
 
     /// Fetches the keys again, unless that was tried just now, and returns them if they are valid.
@@ -126,7 +126,7 @@ impl KeyCache {
         state.keys.clone().filter(|_| state.freshness.serves(&self.times, now))
     }
 
-    fn why_none(&self) -> String {
+    fn reason_for_no_keys(&self) -> String {
         let state = self.state();
         let problem = state.problem.as_deref().unwrap_or("they were not fetched yet");
         let location = &self.settings.location;

@@ -327,7 +327,7 @@ impl Ledger {
     pub(crate) fn drain(&mut self, cancel: bool, now: ClockReading) {
         self.draining = true;
         if !cancel {
-            self.notice_losses(now);
+            self.find_unfollowed(now);
             self.end_unfollowed(now);
             return;
         }

@@ -89,7 +89,7 @@ impl Operation {
     }
 
     /// Whether an unfinished operation has lost its last follower since it was last examined.
-    fn notice_loss(&mut self, now: ClockReading) -> bool {
+    fn has_lost_followers(&mut self, now: ClockReading) -> bool {
         let OperationState::Unfinished { unfollowed_since: since @ None, .. } = &mut self.state else {
             return false;
         };
@@ -277,15 +277,15 @@ impl Register {
     }
 
     /// Whether an operation has lost its last follower since it was last examined.
-    pub(crate) fn notice_loss(&mut self, number: u64, now: ClockReading) -> bool {
-        self.operations.get_mut(&number).is_some_and(|operation| operation.notice_loss(now))
+    pub(crate) fn has_lost_followers(&mut self, number: u64, now: ClockReading) -> bool {
+        self.operations.get_mut(&number).is_some_and(|operation| operation.has_lost_followers(now))
     }
 
     /// The tasks of all operations that have lost their last followers since they were last examined.
-    pub(crate) fn notice_losses(&mut self, now: ClockReading) -> Vec<TaskId> {
+    pub(crate) fn find_unfollowed(&mut self, now: ClockReading) -> Vec<TaskId> {
         let lost = self.operations.values_mut().filter_map(|operation| {
             let task = operation.task()?;
-            operation.notice_loss(now).then_some(task)
+            operation.has_lost_followers(now).then_some(task)
         });
         lost.collect()
     }

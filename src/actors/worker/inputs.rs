@@ -372,8 +372,8 @@ fn make_directories(root: ExecRoot<'_>, path: &RootPath, what: &str) -> Result<(
                 .and_then(|()| above.make_own(root))
                 .and_then(|own| make_beneath(&own, segment))
                 .and_then(|()| root.resolve(&prefix))
-                .map_err(|error| in_the_way(what, path, &prefix, &error))?,
-            found => found.map_err(|error| in_the_way(what, path, &prefix, &error))?,
+                .map_err(|error| blocked(what, path, &prefix, &error))?,
+            found => found.map_err(|error| blocked(what, path, &prefix, &error))?,
         };
     }
     Ok(())
@@ -391,7 +391,7 @@ fn make_beneath(above: &File, name: &str) -> io::Result<()> {
     set_mtime_at(above, ".", mtime_in(&before))
 }
 
-fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> Error {
+fn blocked(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> Error {
     let problem = match Errno::from_io_error(error) {
         Some(Errno::NOTDIR) => "is not a directory",
         Some(Errno::XDEV) => "is a symbolic link that leaves the input root",

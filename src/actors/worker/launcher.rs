@@ -176,7 +176,7 @@ impl RunnerLauncher {
             let failed = |error| Error::io("set the limits of an action", &error);
             group.begin(&launch.limits).map_err(failed)?;
         }
-        let mut runner = match self.runner.take().and_then(Runner::still_there) {
+        let mut runner = match self.runner.take().and_then(Runner::if_alive) {
             Some(runner) => runner,
             None => Runner::start(&self.command, self.sandbox.as_ref(), self.group.as_ref())?,
         };
@@ -222,7 +222,7 @@ impl Launcher for RunnerLauncher {
 
 impl Runner {
     /// This runner, unless it has died since the last action.
-    fn still_there(mut self) -> Option<Self> {
+    fn if_alive(mut self) -> Option<Self> {
         if matches!(self.child.try_wait(), Ok(None)) {
             return Some(self);
         }

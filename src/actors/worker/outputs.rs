@@ -125,7 +125,7 @@ pub(super) fn collect(
 ) -> Result<()> {
     let mut budget = NodeBudget::new();
     let mut found = Vec::new();
-    let root_seen = open_up(root.own())?;
+    let root_seen = restore_permissions(root.own())?;
     for output in &action.command.outputs {
         checkpoint.check()?;
         if let Some(node) = look(root, root_seen, output, checkpoint, &mut budget)? {
@@ -150,7 +150,7 @@ pub(super) fn collect(
 ///
 /// # Errors
 /// None in practice.
-pub(super) fn open_up(directory: &File) -> Result<Seen> {
+pub(super) fn restore_permissions(directory: &File) -> Result<Seen> {
     let failed = |error: Errno| Error::io("open up the exec directory", &error.into());
     let stat = rfs::fstat(directory).map_err(failed)?;
     let mode = Mode::from_raw_mode(stat.st_mode);
@@ -177,7 +177,7 @@ fn look(
     let Some(parent) = open_parent(root, &parent_path, path)? else { return Ok(None) };
     let stat = match parent.look(OsStr::new(name)) {
         Ok(ExecNode::Own(stat)) => stat,
-        Ok(input) => return look_at_input(root, output, input, checkpoint, budget).map(Some),
+        Ok(input) => return examine_input(root, output, input, checkpoint, budget).map(Some),
         Err(error) if is_absence(&error) => return Ok(None),
         Err(error) => return Err(path_error(path, &error)),
     };
@@ -209,7 +209,7 @@ fn look(
 }
 
 /// Examines an output path at which there is an input that the command left unchanged.
-fn look_at_input(
+fn examine_input(
     root: ExecRoot<'_>,
     output: &OutputRequest,
     input: ExecNode<'_>,

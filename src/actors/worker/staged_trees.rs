@@ -171,7 +171,7 @@ impl TreeLease {
     }
 
     /// Makes later actions copy their inputs for a while, because this tree could not be mounted.
-    pub fn could_not_be_mounted(&self) {
+    pub fn note_mount_failure(&self) {
         let until = Instant::now() + COPY_AFTER_FAILURE;
         *self.place.trees.copy_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
     }

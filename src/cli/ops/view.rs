@@ -1,6 +1,6 @@
 //! Describes an operation in words and as JSON. `docs/administration.md` documents the JSON.
 
-use super::super::table::rough;
+use super::super::table::short_duration;
 use gorego_client::{OperationState, Stage};
 use gorego_reapi::duration::time_from_wire;
 use prost_types::Timestamp;
@@ -95,7 +95,7 @@ pub(super) fn lines(operation: &OperationState, now: SystemTime) -> Vec<(&'stati
         ("state", state(operation).to_owned()),
         ("end", end(operation)),
         ("message", operation.finished.as_ref().map(|end| end.message.clone()).unwrap_or_default()),
-        ("age", age(operation, now).map(rough).unwrap_or_default()),
+        ("age", age(operation, now).map(short_duration).unwrap_or_default()),
         ("waits", queue),
         ("action", action(operation)),
         ("mnemonic", request.action_mnemonic.clone()),

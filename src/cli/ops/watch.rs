@@ -39,17 +39,17 @@ async fn follow(client: &Client, name: &str, as_json: bool) -> Result<u8> {
         }
         print(&text)?;
     }
-    let mut told = String::new();
+    let mut printed = String::new();
     loop {
-        let said = said(&operation);
-        if said != told {
+        let line = state_line(&operation);
+        if line != printed {
             let now = SystemTime::now();
             print(&if as_json {
                 format!("{}\n", view::json(&operation, now))
             } else {
-                format!("{} {}\n", humantime::format_rfc3339_seconds(now), escaped(&said))
+                format!("{} {}\n", humantime::format_rfc3339_seconds(now), escaped(&line))
             })?;
-            told = said;
+            printed = line;
         }
         if operation.finished.is_some() {
             return Ok(if view::succeeded(&operation) { EXIT_OK } else { EXIT_FAILURE });
@@ -60,15 +60,15 @@ async fn follow(client: &Client, name: &str, as_json: bool) -> Result<u8> {
 }
 
 /// The state in one line.
-fn said(operation: &OperationState) -> String {
-    let mut said = view::state(operation).to_owned();
+fn state_line(operation: &OperationState) -> String {
+    let mut line = view::state(operation).to_owned();
     let more = match (&operation.finished, &operation.queue) {
         (Some(_), _) => view::end(operation),
         (None, Some(queue)) => queue.reason.clone(),
         (None, None) => operation.metadata.worker.clone(),
     };
     if !more.is_empty() {
-        let _ = write!(said, ": {more}");
+        let _ = write!(line, ": {more}");
     }
-    said
+    line
 }

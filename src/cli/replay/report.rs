@@ -70,7 +70,7 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
         }
         on => {
             let _ = writeln!(text, "sandbox  {}", on.join(", "));
-            let _ = writeln!(text, "         {}", escaped(&whose_files(action, stage)));
+            let _ = writeln!(text, "         {}", escaped(&origin_of_programs(action, stage)));
         }
     }
     for missing in stage.missing() {
@@ -86,7 +86,7 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
 }
 
 /// The origin of the programs and libraries of the action.
-fn whose_files(action: &Action, stage: &ReplayPlace) -> String {
+fn origin_of_programs(action: &Action, stage: &ReplayPlace) -> String {
     match wanted_image(&action.platform) {
         Ok(Some(name)) if stage.has_images() => {
             format!("programs and libraries are those of the image {name}")
@@ -267,7 +267,7 @@ fn tell(text: &mut String, difference: &RunDifference, scratch: &Scratch) {
         RunDifference::Log(name, before, now) => {
             let (before, now) = (size_and_digest(before), size_and_digest(now));
             let _ = writeln!(text, "{name}\n  recorded  {before}\n  here      {now}");
-            tell_spot(text, &recorded.join(name), &scratch.path().join(name));
+            describe_first_difference(text, &recorded.join(name), &scratch.path().join(name));
             Ok(())
         }
         RunDifference::Output(path, before, now) => {
@@ -278,7 +278,7 @@ fn tell(text: &mut String, difference: &RunDifference, scratch: &Scratch) {
             };
             let (before, now) = (side(before), side(now));
             let _ = writeln!(text, "{}\n  recorded  {before}\n  here      {now}", escaped(path.as_str()));
-            tell_spot(
+            describe_first_difference(
                 text,
                 &recorded.join(OUTPUTS).join(path.as_path()),
                 &scratch.root().join(path.as_path()),
@@ -289,7 +289,7 @@ fn tell(text: &mut String, difference: &RunDifference, scratch: &Scratch) {
 }
 
 /// Describes the first difference between two files, if both exist.
-fn tell_spot(text: &mut String, recorded: &Path, here: &Path) {
+fn describe_first_difference(text: &mut String, recorded: &Path, here: &Path) {
     let is_file = |path: &Path| path.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
     if !is_file(recorded) || !is_file(here) {
         return;

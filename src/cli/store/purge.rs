@@ -8,8 +8,8 @@ use super::{
         EXIT_FAILURE, EXIT_OK,
         ops::rfc3339,
         output::print,
+        print_note,
         progress::ProgressLine,
-        remark,
         table::{Column, table, terminal_width},
     },
     PurgeArgs, connect,
@@ -56,9 +56,9 @@ pub(super) async fn purge(args: &PurgeArgs) -> Result<u8> {
         ))?;
     }
     let what = if args.yes { "removed" } else { "would be removed; add --yes to remove them" };
-    remark(&format!("of {examined} results, {found} {what}"));
+    print_note(&format!("of {examined} results, {found} {what}"));
     if unreadable > 0 {
-        remark(&format!(
+        print_note(&format!(
             "{unreadable} results could not be read; they are not served, and not removed either"
         ));
         return Ok(EXIT_FAILURE);

@@ -72,7 +72,7 @@ impl ImageCache {
         if !self.index().begin(&key) {
             return LayerState::Coming;
         }
-        let place = self.place_again();
+        let place = self.recreated_directory();
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut made = None;
         let name = self.numbered(NEW, |name| {

@@ -86,7 +86,7 @@ impl Ledger {
     /// Ends a task that has a result, unless it ran out of memory and can be tried where it gets more.
     fn conclude_result(&mut self, id: TaskId, pool: PoolId, report: RunResult, now: ClockReading) {
         self.note_memory(id, pool, &report.account);
-        if report.account.out_of_memory && self.move_up(id, pool, now) {
+        if report.account.out_of_memory && self.retry_with_more_memory(id, pool, now) {
             return;
         }
         let outcome = Outcome {
@@ -133,7 +133,7 @@ impl Ledger {
 
     /// Tries a task that ran out of memory again in pools that give it more memory. Returns false if there is no such
     /// pool, or if it was tried often enough.
-    fn move_up(&mut self, id: TaskId, pool: PoolId, now: ClockReading) -> bool {
+    fn retry_with_more_memory(&mut self, id: TaskId, pool: PoolId, now: ClockReading) -> bool {
         let Some(task) = self.tasks.get(&id) else { return false };
         let (action, pools, failures) = (task.action.clone(), task.pools.clone(), task.failures());
         let memory = self.slots.memory(pool, &action);
@@ -162,7 +162,7 @@ impl Ledger {
             ));
             return self.end_task(id, Outcome::failed(error), now);
         }
-        if !self.slots.may_wait(&task.pools) && !self.settle_for_less(id) {
+        if !self.slots.may_wait(&task.pools) && !self.accept_less_memory(id) {
             let Some(task) = self.tasks.get(&id) else { return };
             let error = self.slots.unserved(&task.action);
             return self.end_task(id, Outcome::failed(error), now);
@@ -193,7 +193,7 @@ impl Ledger {
     /// Makes a task that ran out of memory wait for all suitable pools again, because the pools that would give it more
     /// memory are gone. The result of its next run is final, even if it runs out of memory again. Returns false if that
     /// does not help.
-    fn settle_for_less(&mut self, id: TaskId) -> bool {
+    fn accept_less_memory(&mut self, id: TaskId) -> bool {
         let Some(task) = self.tasks.get_mut(&id) else { return false };
         if task.more_than.take().is_none() {
             return false;
@@ -211,7 +211,7 @@ impl Ledger {
         let unserved: Vec<_> =
             self.tasks.iter().filter(|(_, task)| unserved(task)).map(|(id, _)| *id).collect();
         for id in unserved {
-            if self.settle_for_less(id) {
+            if self.accept_less_memory(id) {
                 continue;
             }
             let Some(action) = self.tasks.get(&id).map(|task| task.action.clone()) else { continue };

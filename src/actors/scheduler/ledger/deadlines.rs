@@ -17,7 +17,7 @@ impl Ledger {
     pub(crate) fn tick(&mut self, now: ClockReading) -> Vec<Arc<SlotName>> {
         self.end_overdue_waits(now);
         let stuck = self.give_up_overdue_runs(now);
-        self.notice_losses(now);
+        self.find_unfollowed(now);
         if self.draining {
             self.end_unfollowed(now);
         }

@@ -178,7 +178,7 @@ impl Ledger {
     /// the most preferred pool that is free. Each assignment must be answered by [`Ledger::finish`] in any case.
     pub(crate) fn assign(&mut self, now: ClockReading) -> Option<Assignment> {
         let Some((pool, id, charge)) = self.next_ready(now) else {
-            self.make_way(now);
+            self.free_slots_for_followed(now);
             return None;
         };
         let task = self.tasks.get_mut(&id)?;

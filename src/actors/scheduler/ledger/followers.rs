@@ -10,7 +10,7 @@
 //! - When the server stops, every task that has had no followers for `contended_abandon_grace` ends.
 //!
 //! The loss of a follower is noticed by [`Ledger::tick`], or when the task is about to get a slot. A new follower is known at
-//! once. Each task counts its followers, so a change costs O(log n) for each owner of the task. Only [`Ledger::make_way`]
+//! once. Each task counts its followers, so a change costs O(log n) for each owner of the task. Only [`Ledger::free_slots_for_followed`]
 //! examines all runs, and only if one of them may have to end.
 
 use super::{Ledger, Outcome, Task, TaskStep};
@@ -123,8 +123,8 @@ impl Ledger {
     }
 
     /// Finds operations that have lost their followers.
-    pub(super) fn notice_losses(&mut self, now: ClockReading) {
-        for task in self.register.notice_losses(now) {
+    pub(super) fn find_unfollowed(&mut self, now: ClockReading) {
+        for task in self.register.find_unfollowed(now) {
             self.lose_follower(task, now);
         }
     }
@@ -134,7 +134,7 @@ impl Ledger {
         let Some(task) = self.tasks.get(&id) else { return false };
         let mut lost = 0;
         for number in task.numbers() {
-            if self.register.notice_loss(number, now) {
+            if self.register.has_lost_followers(number, now) {
                 lost += 1;
             } else if self.register.get(number).is_some_and(|operation| operation.is_followed()) {
                 break;
@@ -148,7 +148,7 @@ impl Ledger {
 
     /// Ends runs without followers if tasks with followers wait for their slots. Slots of runs that were already told to stop are
     /// taken into account.
-    pub(super) fn make_way(&mut self, now: ClockReading) {
+    pub(super) fn free_slots_for_followed(&mut self, now: ClockReading) {
         let grace = self.settings.contended_abandon_grace;
         let is_due = |since: Instant| now.since(since) >= grace;
         let none_due = self.unfollowed.runs.first().is_none_or(|(since, _)| !is_due(*since));

@@ -27,7 +27,7 @@ impl Ledger {
     pub(crate) fn add_pool(&mut self, spec: PoolSpec) -> Result<PoolId> {
         let id = self.slots.add(spec)?;
         self.ready.insert(id, Queue::new(self.settings.priority_ageing));
-        self.offer_pool(id);
+        self.add_to_tasks(id);
         Ok(id)
     }
 
@@ -55,7 +55,7 @@ impl Ledger {
             run.cancel.cancel();
             run.deadline = run.deadline.min(now.after(grace));
         }
-        self.withdraw_pool(id, now);
+        self.remove_from_tasks(id, now);
         Ok(())
     }
 
@@ -77,7 +77,7 @@ impl Ledger {
     /// Adds a new pool to the sets of all tasks that it suits, except tasks that ran out of as much memory as the pool
     /// gives them. A task keeps the other pools of its set, even if the new pool has made one of the task's properties
     /// known.
-    fn offer_pool(&mut self, id: PoolId) {
+    fn add_to_tasks(&mut self, id: PoolId) {
         let gives_more =
             |task: &Task| task.more_than.is_none_or(|memory| self.slots.memory(id, &task.action) > memory);
         let suited = self.tasks.iter();
@@ -91,7 +91,7 @@ impl Ledger {
     }
 
     /// Removes a removed pool from the sets of all tasks. Waiting tasks without another pool end.
-    fn withdraw_pool(&mut self, id: PoolId, now: ClockReading) {
+    fn remove_from_tasks(&mut self, id: PoolId, now: ClockReading) {
         let affected = self.tasks.iter().filter(|(_, task)| task.pools.contains(&id));
         let affected: Vec<_> = affected.map(|(id, task)| (*id, task.pools.clone())).collect();
         for (task, before) in affected {

@@ -113,12 +113,12 @@ impl Ledger {
         let mut at = 0;
         let (pool, next) = loop {
             let pool = *self.slots.order().get(at)?;
-            if let Some(next) = self.able(pool, now) {
+            if let Some(next) = self.next_runnable(pool, now) {
                 break (pool, next);
             }
             at += 1;
         };
-        let pool = self.less_tight(pool, next, at, now).unwrap_or(pool);
+        let pool = self.pool_with_more_memory(pool, next, at, now).unwrap_or(pool);
         let (id, charge) = self.ready.get_mut(&pool)?.pop(now.at)?;
         let task = self.tasks.get(&id)?;
         if task.unfollowed_since.is_none() {
@@ -137,7 +137,7 @@ impl Ledger {
     }
 
     /// The task that a pool could run now.
-    fn able(&mut self, pool: PoolId, now: ClockReading) -> Option<TaskId> {
+    fn next_runnable(&mut self, pool: PoolId, now: ClockReading) -> Option<TaskId> {
         let next = self.slots.has_free(pool).then(|| self.next_in(pool, now))??;
         let task = self.tasks.get(&next)?;
         self.slots.has_room(pool, &task.action).then_some(next)
@@ -145,13 +145,21 @@ impl Ledger {
 
     /// Another pool that could run the same task now and gives it the memory that this kind of action used before. Only
     /// for a pool, at this position of the order, that gives it less.
-    fn less_tight(&mut self, pool: PoolId, id: TaskId, at: usize, now: ClockReading) -> Option<PoolId> {
+    fn pool_with_more_memory(
+        &mut self,
+        pool: PoolId,
+        id: TaskId,
+        at: usize,
+        now: ClockReading,
+    ) -> Option<PoolId> {
         let task = self.tasks.get(&id)?;
         let (action, key) = (task.action.clone(), self.peak_key(&task.first)?);
         let needed = self.peaks.of(key).filter(|needed| *needed > self.slots.memory(pool, &action))?;
         let others: Vec<_> = self.slots.order().iter().skip(at + 1).copied().collect();
         let gives_enough = |ledger: &Self, pool: &PoolId| ledger.slots.memory(*pool, &action) >= needed;
-        others.into_iter().find(|other| gives_enough(self, other) && self.able(*other, now) == Some(id))
+        others
+            .into_iter()
+            .find(|other| gives_enough(self, other) && self.next_runnable(*other, now) == Some(id))
     }
 
     /// The next task in the queue of a pool. A task that has just lost its followers is first moved behind those with

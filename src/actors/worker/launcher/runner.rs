@@ -42,7 +42,7 @@ use std::{
 
 /// Serves the worker at the other end of standard input until the socket closes. Returns the exit code of this process.
 pub fn runner_main() -> i32 {
-    let served = settle().and_then(|mut runner| runner.serve());
+    let served = set_up_runner().and_then(|mut runner| runner.serve());
     // There are descendants only after a failure in the middle of a command.
     reap::kill_descendants(std::process::id());
     i32::from(served.is_err())
@@ -68,7 +68,7 @@ struct Runner {
 }
 
 /// Sets up what the children of this process will inherit, and takes the socket from standard input.
-fn settle() -> io::Result<Runner> {
+fn set_up_runner() -> io::Result<Runner> {
     // Close descriptors that the server failed to mark close-on-exec.
     sys::close_from(3)?;
     sys::be_subreaper()?;

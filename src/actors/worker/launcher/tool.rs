@@ -263,7 +263,7 @@ impl ToolProcess {
             return seen.into();
         }
         match protocol::read::<FromRunner>(socket).ok().flatten().and_then(|message| message.reply) {
-            Some(Reply::Ended(ended)) => how(&ended),
+            Some(Reply::Ended(ended)) => describe_ending(&ended),
             Some(Reply::Failed(failed)) => failed.message,
             None => "its runner ended".into(),
         }
@@ -334,7 +334,7 @@ fn resident(status: &str) -> u64 {
     kilobytes.unwrap_or(0).saturating_mul(1024)
 }
 
-fn how(ended: &Ended) -> String {
+fn describe_ending(ended: &Ended) -> String {
     match ended {
         Ended { incomplete_log: Some(IncompleteLog { errno: 0, .. }), .. } => {
             format!("it printed more than {MAX_LOG_BYTES} bytes to its standard error")

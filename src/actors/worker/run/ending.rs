@@ -44,7 +44,7 @@ impl ActionRun<'_> {
         batch: &mut dyn Outputs,
     ) -> Result<()> {
         let action = &self.order.action;
-        outputs::open_up(workspace.top()?)?;
+        outputs::restore_permissions(workspace.top()?)?;
         let interrupted = self.record_ending(ending, workspace)?;
         self.store_logs(workspace, live, batch)?;
         if let Some(error) = interrupted {

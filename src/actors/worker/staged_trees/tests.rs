@@ -218,7 +218,7 @@ fn a_tree_that_somebody_removed_is_made_again() {
 fn inputs_are_copied_for_a_while_after_a_tree_could_not_be_mounted() {
     let bench = Bench::new(ROOM);
     let inputs = Counted::new(&tree(1, 100));
-    bench.base(&inputs).lease.could_not_be_mounted();
+    bench.base(&inputs).lease.note_mount_failure();
     assert!(bench.stage(&inputs).unwrap().is_none());
 }
 

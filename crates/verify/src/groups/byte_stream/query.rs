@@ -1,6 +1,6 @@
 //! BS-31 to BS-33: QueryWriteStatus, which is optional.
 
-use super::write::go_on;
+use super::write::resume;
 use crate::{
     check::{Answer as _, Check, Verdict, ensure, equal, fail},
     checks,
@@ -81,7 +81,7 @@ async fn a_broken_compressed_upload_goes_on_at_a_plain_offset(s: Session) -> Ver
     }
     s.count_written(frame.len());
     s.broken_upload(messages, 1).await;
-    let committed = go_on(&s, &name, |at| {
+    let committed = resume(&s, &name, |at| {
         ensure((0..=100_000).contains(&at), "a position in the uncompressed blob, up to 100000", at)?;
         let from = usize::try_from(at).unwrap_or(usize::MAX).min(blob.data.len());
         Ok(pieces(&name, &compress(&blob.data.slice(from..))?, at, 1000))

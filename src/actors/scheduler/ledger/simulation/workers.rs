@@ -48,7 +48,7 @@ impl World {
         for _ in 0..=self.random.below(3) {
             let is_exact = self.random.chance(50);
             if is_exact {
-                self.ledger.notice_losses(self.now);
+                self.ledger.find_unfollowed(self.now);
             }
             let before: Vec<WaitingTask> = self.waiting();
             let out = |pool: PoolId| self.runs.keys().filter(|(of, _)| *of == pool).count();

@@ -1,6 +1,6 @@
 //! LOG: log streams, which can be read while they are written.
 
-use super::{Beyond, execution::stream::unlike};
+use super::{Beyond, execution::stream::unknown_name_like};
 use crate::{
     check::{Answer as _, Check, Step as _, Stop, Verdict, absent, ensure, equal, fail, show, skipped},
     checks,

@@ -1,6 +1,6 @@
 //! OPS: google.longrunning.Operations, in addition to the streams of Execution.
 
-use super::{Beyond, execution::stream::unlike};
+use super::{Beyond, execution::stream::unknown_name_like};
 use crate::{
     actions::{metadata, response, result_of},
     check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail, inline, show},

@@ -57,7 +57,7 @@ async fn methods_that_do_not_exist_are_unimplemented(s: Session) -> Verdict {
 }
 
 /// The call does not hang (see the time limit of the check) and does not fail with a server fault.
-fn sane<T>(what: &str, answer: Result<T, Status>) -> Verdict {
+fn answered<T>(what: &str, answer: Result<T, Status>) -> Verdict {
     match answer {
         Err(status) if matches!(status.code(), Code::Internal | Code::Unknown) => {
             Err(fail(format!("{what}: OK, UNIMPLEMENTED, or an error of the request"), show(&status)))

@@ -4,7 +4,7 @@ use super::{
     cache::layers::NewLayer,
     digest::{Hasher, ImageDigest},
     manifest::{BlobName, MAX_DOCUMENT_BYTES},
-    problem::{LayerProblem, carried},
+    problem::{LayerProblem, inner_error},
     reference::ImageVersion,
 };
 use gorego_reapi::error::{Error, Result};

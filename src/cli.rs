@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_and_serve_mean_the_same() {
+    fn no_subcommand_means_serve() {
         let bare = Cli::try_parse_from(["gorego", "--max-size-gb", "3"]).unwrap();
         assert!(bare.command.is_none() && bare.serve.max_size_gb == Some(Size::from_gb(3)));
         let named = Cli::try_parse_from(["gorego", "serve", "--max-size-gb", "3"]).unwrap();

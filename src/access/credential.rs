@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_credential_is_refused_without_repeating_it() {
+    fn an_invalid_credential_is_refused_without_repeating_it() {
         let long = format!("Bearer {}", "x".repeat(CREDENTIAL_MAX_BYTES));
         let mut values: Vec<Vec<u8>> = [
             "",

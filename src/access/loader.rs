@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_that_is_empty_for_a_moment_takes_nobodys_token_away() {
+    async fn a_briefly_empty_token_file_revokes_no_token() {
         let bench = Bench::new();
         let token = bench.token();
         bench.look(2);

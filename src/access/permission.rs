@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn who_may_see_the_operations_of_everybody_may_see_its_own() {
+    fn permission_to_see_all_operations_includes_the_principals_own() {
         assert!(PermissionSet::of(&[Permission::OperationsAll]).contains(Permission::OperationsOwn));
         assert!(!PermissionSet::of(&[Permission::OperationsOwn]).contains(Permission::OperationsAll));
         assert!(!PermissionSet::of(&[Permission::OperationsOwn]).has_any_of(&[Permission::Admin]));

@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn with_them_every_pool_takes_every_image_unless_a_pool_names_its_own() {
+    fn every_pool_allows_every_configured_image_unless_it_names_its_own() {
         let listed = |config: &mut Config| {
             config.execution.images.registries = vec!["R.example.com:5000".into(), "http://[::1]:80".into()];
             config.execution.images.credentials = "docker/config.json".into();
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_its_key() {
+    fn invalid_values_are_refused_with_their_key() {
         for (key, change) in [
             (
                 "registries",

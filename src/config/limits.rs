@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_that_cannot_be_are_refused_with_their_key() {
+    fn invalid_limits_are_refused_with_their_key() {
         for (toml, part) in [
             ("[execution.limits]\nmemory_gb = \"1 kB\"", "execution.limits.memory_gb"),
             ("[execution.limits]\nmemory_gb = 8\nmax_memory_gb = 4", "above max_memory_gb"),

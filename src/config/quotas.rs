@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_principal_or_no_size_is_refused() {
+    fn invalid_principals_and_sizes_are_refused() {
         let refused = |text: &str| rules(text).unwrap_err().join("\n");
         assert!(refused("[quotas.principals]\n\"a*b\" = {}").contains("\"a*b\" is neither"));
         assert!(refused("[quotas]\nupload_per_hour_gb = \"5 KB\"").contains("quotas.upload_per_hour_gb"));

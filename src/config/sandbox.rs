@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_and_users_that_cannot_be_are_refused_with_their_key() {
+    fn invalid_paths_and_users_are_refused_with_their_key() {
         for (key, change) in [
             ("visible", (|config| config.execution.sandbox.visible = vec!["/".into()]) as fn(&mut Config)),
             ("hidden", |config| config.execution.sandbox.hidden = vec!["etc".into()]),

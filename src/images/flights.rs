@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_who_want_the_same_share_one_flight_which_goes_on_when_the_first_has_left() {
+    async fn callers_with_one_key_share_a_flight_that_continues_when_the_first_caller_leaves() {
         let (flights, count) = (flights(4), Arc::new(AtomicUsize::new(0)));
         let (release, first_work) = work(&count);
         let first = tokio::spawn({

@@ -284,7 +284,7 @@ fn images_survive_the_server_and_leftovers_do_not() {
 }
 
 #[test]
-fn an_image_that_somebody_removed_is_unpacked_again() {
+fn an_image_removed_from_disk_is_unpacked_again() {
     let site = Site::new();
     let image = write_simple(&site, "layouts/image", "x");
     let images = site.open(LARGE);
@@ -299,7 +299,7 @@ fn an_image_that_somebody_removed_is_unpacked_again() {
 }
 
 #[test]
-fn all_who_want_an_image_at_once_get_the_same_one() {
+fn concurrent_requests_for_an_image_get_the_same_one() {
     let site = Site::new();
     let mut blobs = Blobs::default();
     let files = (0..2_000).fold(LayerArchive::new(), |layer, n| layer.file(&format!("f{n}"), b"x", 0o644));

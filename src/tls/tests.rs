@@ -165,7 +165,7 @@ async fn a_client_may_come_without_a_certificate_if_it_is_optional_but_not_with_
 }
 
 #[tokio::test]
-async fn what_the_two_sides_do_not_have_in_common_is_named() {
+async fn a_handshake_problem_is_named() {
     let world = World::new(false, &[], Authority::new("ca")).await;
     let other = ClientSide { alpn: vec!["http/1.1"], ..world.client() };
     let (client, accepted) = world.shake(other.config()).await;

@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn nobody_listening_is_said_plainly_with_what_to_do() {
+    async fn a_refused_connection_is_explained_with_a_remedy() {
         // The port was just released, so no server listens there.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let error =

@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_replaced_and_never_written_through() {
+    fn existing_files_are_replaced_and_never_written_through() {
         let dir = tempfile::tempdir().unwrap();
         let precious = dir.path().join("precious");
         fs::write(&precious, "old").unwrap();

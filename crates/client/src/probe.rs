@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_speaks_another_protocol_is_named() {
+    async fn an_endpoint_with_another_protocol_is_named() {
         let cases: [(&str, &[u8], Option<&str>); 9] = [
             ("grpc", b"HTTP/1.1 400 Bad Request\r\n\r\n", Some("HTTP/1")),
             ("grpcs", b"HTTP/1.1 400 Bad Request\r\n\r\n", None),

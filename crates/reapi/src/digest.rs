@@ -374,7 +374,7 @@ mod tests {
 
     /// GEN-08.
     #[test]
-    fn a_function_that_is_not_named_is_the_one_that_the_length_of_the_hash_says() {
+    fn an_unnamed_digest_function_is_inferred_from_the_hash_length() {
         use DigestFunction::{Blake3, GitSha1, Md5, Sha1, Sha256, Sha256Tree, Sha384, Sha512};
         for (chars, function) in [(32, Md5), (40, Sha1), (64, Sha256), (96, Sha384), (128, Sha512)] {
             assert_eq!(DigestFunction::infer(DigestFunction::ALL, chars), Ok(function));

@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn conditions_that_are_none_are_refused() {
+    fn invalid_conditions_are_refused() {
         for claim in ["aud", "iss", "exp", ""] {
             assert!(conditions(&[(claim, &["x"])]).unwrap_err()[0].contains("nothing about the holder"));
         }

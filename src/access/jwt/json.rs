@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn what_parsers_read_differently_or_is_no_object_is_refused() {
+    fn ambiguous_json_and_values_that_are_no_objects_are_refused() {
         for (text, problem) in [
             (r#"{"a":1,"a":1}"#, "a name twice"),
             (r#"{"a":1,"\u0061":2}"#, "a name twice"),

@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_every_value_matches_is_no_pattern() {
+    fn a_pattern_that_matches_every_value_is_refused() {
         for text in ["", "*", "**", "***"] {
             assert!(ClaimPattern::parse(text).unwrap_err().contains("no condition"), "{text}");
         }

@@ -249,7 +249,7 @@ fn the_conditions_on_claims_are_checked() {
 }
 
 #[test]
-fn what_is_not_a_token_is_refused_and_bounded() {
+fn invalid_tokens_are_refused_and_bounded() {
     let world = world();
     let good = world.signed(json!({}));
     let parts: Vec<&str> = good.split('.').collect();

@@ -355,7 +355,7 @@ mod tests {
 
     /// A task that waits again exceeds the bound; nothing wraps, and nobody gets in by that.
     #[test]
-    fn what_waits_again_may_exceed_the_bound() {
+    fn requeued_tasks_may_exceed_the_bound() {
         let mut quota = quota(2, usize::MAX);
         fill(&mut quota, owner(1, 1));
         quota.add(owner(1, 1), Load::TURN);

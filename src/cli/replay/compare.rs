@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn each_thing_that_differs_is_told_once_and_nothing_else() {
+    fn each_difference_is_reported_once_and_nothing_else() {
         let before = outcome(
             0,
             &[

@@ -176,7 +176,7 @@ mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
     #[test]
-    fn since_is_how_long_ago_or_when() {
+    fn since_accepts_a_duration_or_a_time() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
         assert_eq!(parse_since("1h 30m", now), Ok(now - Duration::from_secs(5_400)));
         assert_eq!(parse_since("1970-01-01T00:01:00Z", now), Ok(UNIX_EPOCH + Duration::from_secs(60)));

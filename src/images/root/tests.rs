@@ -153,7 +153,7 @@ fn no_path_and_no_link_leads_out() {
 }
 
 #[test]
-fn a_hard_link_to_itself_and_a_write_to_a_linked_file_harm_nobody() {
+fn a_hard_link_to_itself_and_a_write_to_a_linked_file_are_harmless() {
     let site = Site::new();
     let lower = layer().file("a", b"lower", 0o644).hard_link("b", "a").finish();
     let upper = layer().hard_link("a", "a").file("b", b"upper", 0o644).finish();
@@ -162,7 +162,7 @@ fn a_hard_link_to_itself_and_a_write_to_a_linked_file_harm_nobody() {
 }
 
 #[test]
-fn what_is_no_layer_is_refused_with_the_reason() {
+fn an_invalid_layer_is_refused_with_the_reason() {
     let whole = layer().file("file", &[b'x'; 10_000], 0o644).finish();
     let cut = &whole[..4_000];
     let kind = |kind: u8| layer().entry(EntryType::new(kind), b"x", 0o644, "", b"").finish();
@@ -360,7 +360,7 @@ proptest! {
 }
 
 #[test]
-fn what_is_decoded_takes_room_even_if_it_is_no_content_of_a_file() {
+fn decoded_bytes_take_room_even_outside_of_file_content() {
     let site = Site::new();
     let top = File::open(site.root()).unwrap();
     let mut left: u64 = 64 << 20;

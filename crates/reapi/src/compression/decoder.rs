@@ -483,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn endless_frames_that_stand_for_nothing_end() {
+    fn endless_frames_without_content_are_refused() {
         let empty = pack(b"", 1);
         let mut decoder = Decoder::new(10).unwrap();
         let mut sent = 0;

@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_noted_the_longest_time_ago_is_forgotten_first() {
+    fn the_oldest_note_is_forgotten_first() {
         let mut peaks = Peaks::default();
         (0..MAX_PEAKS as u64).for_each(|key| peaks.note(PeakKey(key), 1));
         peaks.note(PeakKey(0), 1);

@@ -126,7 +126,7 @@ fn a_cache_hit_is_born_completed_and_takes_no_slot_and_no_room_in_the_queue() {
 
 /// EXE-02, EXE-09, EXE-12: its name is known like any other, but it takes no place in the queue.
 #[test]
-fn an_action_that_cannot_run_is_an_operation_that_is_over_at_birth() {
+fn an_action_that_cannot_run_becomes_a_completed_operation_at_once() {
     let mut fixture =
         Fixture::new(1, SchedulerSettings { queue_size: 0, unfinished_operations: 0, ..settings() });
     let malformed = Resolution::Unusable(Error::invalid("no Action"));
@@ -160,7 +160,7 @@ fn an_action_that_cannot_run_is_an_operation_that_is_over_at_birth() {
 
 /// EXE-14.
 #[test]
-fn a_flood_of_what_is_over_at_once_pushes_out_nothing_of_another_kind() {
+fn a_flood_of_operations_that_end_at_once_evicts_none_of_another_kind() {
     let mut fixture =
         Fixture::new(1, SchedulerSettings { retained_operations: 2, retained_cached: 3, ..settings() });
     let worked = fixture.submit(work(0));
@@ -246,7 +246,7 @@ fn a_task_falls_back_to_the_priority_of_those_who_still_wait_for_it() {
 
 /// GEN-21, and EXE-09: refused before an operation exists.
 #[test]
-fn a_full_queue_refuses_new_work_but_not_hits_nor_what_joins() {
+fn a_full_queue_refuses_new_tasks_but_not_cache_hits_or_joining_operations() {
     let mut fixture =
         Fixture::new(1, SchedulerSettings { queue_size: 2, unfinished_operations: 4, ..settings() });
     let _running = fixture.submit(work(0));
@@ -279,7 +279,7 @@ fn the_queue_is_bounded_in_bytes_too() {
 /// GEN-21: operations that join a task take no place in the queue, but each keeps the texts of its client. Empty names
 /// take memory too.
 #[test]
-fn what_clients_name_in_unfinished_operations_is_bounded_in_bytes() {
+fn names_from_clients_in_unfinished_operations_are_bounded_in_bytes() {
     let mut fixture = Fixture::new(1, SchedulerSettings { unfinished_bytes: 100_000, ..settings() });
     let mut request = submit(&work(1));
     request.inline.output_files = vec![String::new(); 600];

@@ -384,7 +384,7 @@ fn shares(queue: &mut Queue, now: Instant, slots: usize, turns: usize) -> HashMa
 }
 
 #[test]
-fn a_peer_believes_another_that_its_work_matters_less_and_not_that_it_matters_more() {
+fn a_peer_can_make_its_tasks_less_urgent_than_those_of_others_but_not_more() {
     let (start, mut queue) = (Instant::now(), Queue::new(STEP));
     for task in 0..100 {
         queue.insert(place_of(1, -100, task, task, start));

@@ -188,7 +188,7 @@ fn the_memory_of_staged_trees_is_bounded() {
 }
 
 #[test]
-fn a_tree_that_somebody_removed_is_made_again() {
+fn a_tree_removed_from_disk_is_created_again() {
     let bench = Bench::new(ROOM);
     let inputs = Counted::new(&tree(1, 100));
     let path = bench.base(&inputs).lease.path();

@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_answer_is_recognised_by_its_first_bytes() {
+    fn invalid_answers_are_recognised_by_their_first_bytes() {
         let garbage = |encoding, text: &str| match read(encoding, text.as_bytes()) {
             Err(NoAnswer::Garbage(shown)) => shown,
             other => panic!("{text}: {other:?}"),
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_to_another_question_is_none() {
+    fn an_answer_to_another_request_is_refused() {
         for encoding in [Encoding::Proto, Encoding::Json] {
             let two = encoded(&answer(0, "done"), encoding).repeat(2);
             assert!(matches!(read(encoding, &two), Err(NoAnswer::More(_))));
@@ -362,7 +362,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_are_too_much_for_it(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..30), 0..5)) {
+        fn arbitrary_bytes_never_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..30), 0..5)) {
             for encoding in [Encoding::Proto, Encoding::Json] {
                 let mut reader = AnswerReader::new(encoding);
                 let _ = pieces.iter().try_for_each(|piece| reader.read(piece).map(|_| ()));

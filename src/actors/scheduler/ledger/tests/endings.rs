@@ -139,7 +139,7 @@ fn cancelling_the_last_operation_stops_the_task_and_the_slot_waits_for_the_worke
 
 /// EXE-14.
 #[test]
-fn work_that_nobody_follows_stops_after_the_grace_unless_somebody_comes_back() {
+fn a_task_without_followers_stops_after_the_grace_unless_a_follower_returns() {
     let grace = settings().abandon_grace.as_secs();
     let mut fixture = Fixture::new(2, settings());
     let followed = [1, 2].map(|name| fixture.submit(work(name)));
@@ -262,7 +262,7 @@ fn finished_operations_are_bounded_in_bytes_too() {
 
 /// EXE-62: the removal of a pool is not a failure of the action, even if the run does not stop.
 #[test]
-fn what_ran_in_a_removed_pool_is_tried_elsewhere_and_loses_no_attempt() {
+fn runs_of_a_removed_pool_are_retried_elsewhere_and_lose_no_attempt() {
     let mut fixture = Fixture::new(1, SchedulerSettings { max_attempts: 1, ..settings() });
     let operation = fixture.submit(work(1));
     let mut runs = Vec::new();

@@ -13,7 +13,7 @@ fn is_stopped(runs: &[Assignment]) -> Vec<bool> {
 
 /// EXE-14. Two interrupted actions on two slots, and one tiny action of the next build.
 #[test]
-fn the_run_that_was_left_first_makes_way_for_one_that_waits_and_the_other_goes_on() {
+fn the_run_that_lost_its_followers_first_ends_for_a_waiting_task_and_the_other_continues() {
     let mut fixture = Fixture::new(2, settings());
     let (first, second) = (fixture.submit(work(1)), fixture.submit(work(2)));
     let runs = fixture.dispatch();
@@ -70,7 +70,7 @@ fn a_client_that_comes_back_within_the_short_grace_finds_its_work_although_other
 }
 
 #[test]
-fn a_waiting_task_that_nobody_follows_is_behind_all_others_and_makes_nobody_go() {
+fn a_waiting_task_without_followers_is_last_and_ends_no_run() {
     let mut fixture = Fixture::new(1, settings());
     let running = fixture.submit(work(1));
     let run = fixture.dispatch_one();
@@ -98,7 +98,7 @@ fn a_waiting_task_that_nobody_follows_is_behind_all_others_and_makes_nobody_go()
 }
 
 #[test]
-fn runs_of_other_pools_do_not_make_way() {
+fn runs_of_other_pools_do_not_end_for_waiting_tasks() {
     let mut fixture = Fixture {
         ledger: ledger_with(settings(), &[(1, "linux"), (1, "plan9")]),
         now: ClockReading::now(),
@@ -137,7 +137,7 @@ fn a_task_is_followed_as_long_as_one_of_its_operations_is() {
 
 /// EXE-10.
 #[test]
-fn a_server_that_stops_ends_what_nobody_follows_and_finishes_the_rest() {
+fn a_stopping_server_ends_tasks_without_followers_and_finishes_the_others() {
     let mut fixture = Fixture::new(3, settings());
     let followed = fixture.submit(work(1));
     let _left = fixture.submit(work(2)).info;

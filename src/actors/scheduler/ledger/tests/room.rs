@@ -37,7 +37,7 @@ fn a_pool_runs_as_many_tasks_as_have_room_in_it() {
 }
 
 #[test]
-fn a_large_task_is_not_passed_by_small_ones_for_ever() {
+fn a_large_task_is_not_overtaken_by_small_ones_forever() {
     let mut fixture = Fixture::with_pools(vec![pool_with_room(4, "linux")]);
     (1..=4).for_each(|name| drop(fixture.submit(asking(name, 1))));
     let mut running: Vec<TaskId> = fixture.dispatch().iter().map(|run| run.task).collect();
@@ -57,7 +57,7 @@ fn a_large_task_is_not_passed_by_small_ones_for_ever() {
 }
 
 #[test]
-fn room_is_given_back_whatever_becomes_of_a_run() {
+fn room_is_returned_however_a_run_ends() {
     let mut fixture = Fixture::with_pools(vec![pool_with_room(2, "linux")]);
     let failure = || Err(RunFailure { retryable: true, ..RunFailure::new(Error::internal("bad luck")) });
     let _operation = fixture.submit(asking(1, 2));

@@ -258,7 +258,7 @@ fn the_nearest_pool_is_named_with_every_property_in_which_it_differs() {
 
 /// A declared pool that is busy: the operation waits, and says so.
 #[test]
-fn who_waits_is_told_for_which_pool_at_which_position_and_why() {
+fn a_waiting_operation_shows_its_pool_position_and_reason() {
     let mut fixture = Fixture::new(2, settings());
     let unchecked = fixture.submit_of("big", 0);
     assert!(fixture.explain(&unchecked).unwrap().reason.contains("inputs"));
@@ -287,7 +287,7 @@ fn who_waits_is_told_for_which_pool_at_which_position_and_why() {
 }
 
 #[test]
-fn who_waits_is_not_told_of_pools_that_are_gone() {
+fn the_reason_to_wait_does_not_name_removed_pools() {
     let mut fixture = two_pools(settings());
     let ops: Vec<_> = (1..6).map(|name| fixture.submit_of("a", name)).collect();
     let runs = fixture.dispatch();

@@ -335,8 +335,8 @@ impl ImageStore for Images {
         })?;
         Ok(LeasedImage {
             root: lease.root(),
-            environment: lease.terms().environment.clone(),
-            user: lease.terms().user,
+            environment: lease.settings().environment.clone(),
+            user: lease.settings().user,
             lease: Box::new(lease),
         })
     }

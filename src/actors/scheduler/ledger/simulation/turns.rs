@@ -192,12 +192,12 @@ impl World {
             assert_eq!(task.followers == 0, task.unfollowed_since.is_some());
             match task.step {
                 TaskStep::Running => expected.note(id, task),
-                TaskStep::Ready if task.followers > 0 => expected.rivals.add(&task.pools),
+                TaskStep::Ready if task.followers > 0 => expected.waiting_counts.add(&task.pools),
                 _ => {}
             }
         }
         assert_eq!(ledger.unfollowed.runs, expected.runs);
-        assert_eq!(ledger.unfollowed.rivals, expected.rivals);
+        assert_eq!(ledger.unfollowed.waiting_counts, expected.waiting_counts);
     }
 
     pub(super) fn check_queues(&self) {

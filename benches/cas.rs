@@ -42,6 +42,7 @@ async fn main() {
         max_bytes: 1 << 40,
         max_blob_bytes: 1 << 34,
         zstd_level: 1,
+        scrub_bytes_per_second: 0,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
         partial_upload_retention: Duration::from_secs(60),

@@ -79,6 +79,7 @@ async fn main() {
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
         zstd_level: 1,
+        scrub_bytes_per_second: 0,
     };
     let instances = Instances::new([""]).unwrap();
     let main = instances.get("").unwrap();

@@ -112,6 +112,9 @@ impl Build {
     /// All builds of a peer beyond a bound.
     pub const OTHERS: Self = Self(1);
 
+    /// All builds whose leases are from before the start of the server.
+    pub const BEFORE_START: Self = Self(u64::MAX);
+
     /// The build with this name (`tool_invocation_id`). Builds whose hashes collide, which is very unlikely, count as one build.
     pub fn of(name: &str) -> Self {
         static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);

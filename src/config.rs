@@ -168,6 +168,8 @@ pub struct CacheConfig {
     pub unnamed_build_lease: Duration,
     /// Memory for the index that records which blobs each action result needs.
     pub result_links_gb: Size,
+    /// How fast the scrub of the store reads, in MB/s; 0 for no scrub.
+    pub scrub_mb_per_second: u32,
     /// zstd level for blobs that clients read compressed, 1 to 19.
     pub zstd_level: i32,
     /// The `committed_size` in the response to a finished compressed upload.
@@ -332,6 +334,7 @@ impl Default for CacheConfig {
             build_lease: Duration::from_secs(3 * 60 * 60),
             unnamed_build_lease: Duration::from_secs(15 * 60),
             result_links_gb: Size::from_bytes(64_000_000),
+            scrub_mb_per_second: 20,
             zstd_level: 1,
             compressed_committed_size: CommittedSize::Compressed,
         }

@@ -137,6 +137,11 @@ impl LogStreams {
         }))
     }
 
+    /// Bytes of all streams of clients.
+    pub fn client_bytes(&self) -> u64 {
+        self.0.books.lock().unwrap_or_else(PoisonError::into_inner).clients.bytes()
+    }
+
     /// Checks whether clients may create streams (LOG-01).
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 //! Then the store closes. The [`Exit`] sets one deadline for all of this, whatever clients keep open. The owner actors
 //! are watched: if one dies, the process exits, because a partial server is worse than none.
 
+mod beside;
 mod exit;
 mod fill;
 mod listen;
@@ -206,6 +207,7 @@ impl Server {
             let build_root = place.build_root.clone();
             cas.relieve_first(move || build_root.relieve_disk());
         }
+        beside::count(&cas, &settings, place.as_ref(), &log_streams);
         let pools = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
             let bounds = scheduler_settings(settings.node, execution);
             let (place, execution, cas) = (place.clone(), Arc::new(execution.clone()), cas.clone());

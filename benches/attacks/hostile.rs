@@ -42,7 +42,7 @@ pub const ATTACKS: &[(&str, &str, Attack)] = &[
     ("none", "none", |_| {}),
     ("resets", "streams opened and cancelled, connection after connection", resets),
     ("unread", "3,000 BatchReadBlobs of 3.9 MB on a connection that is not read", unread),
-    ("find", "FindMissingBlobs of 80,000 digests by 20 clients", |server| block_on(find_missing(server))),
+    ("find", "FindMissingBlobs of 80,000 digests by 50 clients", |server| block_on(find_missing(server))),
     ("decode", "GetTree of a directory of 16 MB with 8 million empty entries, 4 at a time", |server| {
         block_on(decode(server))
     }),
@@ -134,7 +134,7 @@ async fn find_missing(server: SocketAddr) {
         (0..80_000u32).map(|n| DigestFunction::Sha256.digest(&n.to_be_bytes()).to_wire()).collect();
     let request = FindMissingBlobsRequest { blob_digests, ..Default::default() };
     let mut clients = Vec::new();
-    for _ in 0..20 {
+    for _ in 0..50 {
         clients.push(cas(server).await);
     }
     let storms = clients.into_iter().map(|mut client| {

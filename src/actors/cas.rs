@@ -14,10 +14,12 @@ pub(crate) mod blob;
 pub mod client;
 mod compaction;
 mod decoding;
+mod deletions;
 pub(crate) mod forms;
 mod guards;
 mod index;
 mod leasing;
+mod linking;
 mod lookup;
 mod memo;
 mod new_files;
@@ -28,7 +30,9 @@ mod reply;
 mod requests;
 pub mod resolve;
 pub mod results;
+mod scrub;
 mod settings;
+mod store_disk;
 #[cfg(test)]
 mod tests;
 pub(crate) mod trees;
@@ -40,8 +44,9 @@ mod volume;
 
 pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
-pub use requests::{CloseStore, InspectStore, StoreInspection, StoreMeasurement};
+pub use requests::{CloseStore, InspectStore, ScrubTally, StoreInspection, StoreMeasurement};
 pub use settings::StoreSettings;
+pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
 
 use crate::{
@@ -54,11 +59,11 @@ use crate::{
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
 use bytes::Bytes;
 use client::Cas;
+use deletions::Deletions;
 use forms::{
     chunks::ChunkWork,
     zstd_form::{Encoders, History},
 };
-use futures::FutureExt as _;
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -74,6 +79,7 @@ use std::{
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
+use store_disk::StoreDisk;
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
@@ -93,6 +99,10 @@ pub(crate) struct StoreShared {
     /// The index of what is stored. Only the actor changes it.
     view: View,
     volume: Box<dyn Volume>,
+    /// The file system of the volume.
+    disk: StoreDisk,
+    /// Files that are to be deleted.
+    deletions: Deletions,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: trees::known_roots::KnownRoots,
@@ -138,6 +148,7 @@ pub(crate) struct StoreShared {
     /// Held while the disk is relieved, which is done once for all callers.
     relief_turn: tokio::sync::Mutex<()>,
     relieved_first: relief::RelievedFirst,
+    scrubbed: scrub::ScrubCounts,
 }
 
 impl StoreShared {
@@ -165,8 +176,8 @@ pub struct CasActor {
     over_limit: Vec<Victim>,
     /// The last [`Index::bytes_deleted`], for callers that wait for room.
     deleted: watch::Sender<u64>,
-    /// When the log last reported that the disk is full and the store cannot help.
-    full_disk_logged: Option<Instant>,
+    /// Runs as long as the actor. `None` once it is closed.
+    scrub: Option<scrub::Scrub>,
     /// When the log last reported that results are not served because leases fill the store.
     full_leases_logged: Option<Instant>,
 }
@@ -192,9 +203,12 @@ impl CasActor {
             recovery::recover(&*volume, settings.max_bytes, settings.leases, settings.result_links_bytes);
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
+        let scrub = scrub::Scrub::open(&*volume);
         let shared = StoreShared {
             view: View::new(index),
             volume,
+            disk: StoreDisk::new(settings.root.display().to_string(), settings.max_bytes),
+            deletions: Deletions::default(),
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: trees::known_roots::KnownRoots::new(),
@@ -224,6 +238,7 @@ impl CasActor {
             purge_turn: tokio::sync::Mutex::default(),
             relief_turn: tokio::sync::Mutex::default(),
             relieved_first: relief::RelievedFirst::default(),
+            scrubbed: scrub::ScrubCounts::default(),
             settings,
         };
         Ok(Self {
@@ -232,7 +247,7 @@ impl CasActor {
             shared: Arc::new(shared),
             over_limit,
             deleted: watch::Sender::new(0),
-            full_disk_logged: None,
+            scrub: Some(scrub),
             full_leases_logged: None,
         })
     }
@@ -299,6 +314,11 @@ impl Actor for CasActor {
         let over_limit = std::mem::take(&mut self.over_limit);
         self.evict(over_limit, ctx);
         self.trim(ctx);
+        if let Some(scrub) = &mut self.scrub {
+            scrub.start(ctx.address().downgrade(), &self.shared);
+        }
+        let watch = store_disk::watch(Arc::downgrade(&self.shared), ctx.address().downgrade());
+        self.shared.runtime.spawn(watch);
     }
 }
 
@@ -306,12 +326,12 @@ impl Receive<ReserveRoom> for CasActor {
     type Answer = StoreReply<Result<Reservation>>;
 
     fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
-        let ReserveRoom { bytes, of, blob } = request;
+        let ReserveRoom { bytes, of, held, blob } = request;
         if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
             let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
             return StoreReply::Now(Err(Error::Unavailable(problem)));
         }
-        match self.reserve(bytes, of, ctx) {
+        match self.reserve(bytes, of, held, ctx) {
             Ok((room, free)) => StoreReply::when(free, Ok(room)),
             Err(error) => StoreReply::Now(Err(error)),
         }
@@ -323,9 +343,12 @@ impl Receive<Commit> for CasActor {
 
     fn receive(&mut self, message: Commit, ctx: &mut Self::Context) {
         let now = unix_seconds();
-        let written = message.files.iter().map(|written| written.bytes).sum();
-        let unused = message.room.disarm().saturating_sub(written);
-        self.change(|index| index.unreserve(unused));
+        let written = message.files.iter().map(|written| written.bytes).sum::<u64>();
+        let room = message.room.disarm();
+        self.change(|index| {
+            index.unreserve(room.saturating_sub(written));
+            index.overdraw(written.saturating_sub(room));
+        });
         let (mut superfluous, mut stored) = (Vec::new(), Vec::with_capacity(message.files.len()));
         for part in message.files.chunks(settings::CHANGES_PER_HOLD) {
             self.change(|index| {
@@ -339,6 +362,7 @@ impl Receive<Commit> for CasActor {
                 }
             });
         }
+        message.links.into_iter().for_each(|links| self.link_new(links));
         if let Some(ended) = message.upload {
             self.end_upload(ended, ctx);
         }
@@ -356,6 +380,9 @@ impl Receive<BeginUpload> for CasActor {
         let BeginUpload { name, blob, offset, .. } = message;
         if self.renew(&blob).is_some() {
             return MessageResult(Ok(Began::Present));
+        }
+        if let Err(full) = self.shared.disk.check() {
+            return MessageResult(Err(full));
         }
         match self.uploads.begin(name, blob, offset) {
             Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),
@@ -493,8 +520,20 @@ impl Receive<CloseStore> for CasActor {
 
     fn receive(&mut self, _: CloseStore, ctx: &mut Self::Context) -> Self::Answer {
         let written = self.write_touches(ctx.address());
+        let (scrub, shared) = (self.scrub.take(), self.shared.clone());
+        let closed = self.shared.runtime.spawn_blocking(move || {
+            if let Some(scrub) = scrub {
+                scrub.close(&*shared.volume);
+            }
+        });
         ctx.stop();
-        // A job that panicked counts as done.
-        StoreReply::when(written.map(|written| written.map(drop)), ())
+        let all_written = async {
+            // A job that panicked counts as done.
+            if let Some(written) = written {
+                let _ = written.await;
+            }
+            let _ = closed.await;
+        };
+        StoreReply::when(Some(all_written), ())
     }
 }

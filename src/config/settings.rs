@@ -85,6 +85,8 @@ pub struct Settings {
     pub unnamed_build_lease: Duration,
     /// Memory for the links of results to their blobs.
     pub result_links_bytes: u64,
+    /// How fast the scrub of the store reads; 0 for no scrub.
+    pub scrub_bytes_per_second: u64,
     /// zstd level for stored blobs; one of [`gorego_reapi::compression::LEVELS`].
     pub zstd_level: i32,
     /// The `committed_size` after a compressed upload (BS-25).
@@ -190,6 +192,7 @@ impl Settings {
                 build_lease: config.cache.build_lease,
                 unnamed_build_lease: config.cache.unnamed_build_lease,
                 result_links_bytes,
+                scrub_bytes_per_second: u64::from(config.cache.scrub_mb_per_second) * 1_000_000,
                 zstd_level: config.cache.zstd_level,
                 compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,

@@ -75,6 +75,11 @@ impl<V> Registry<V> {
         Ok(displaced)
     }
 
+    /// Bytes of all streams.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// The stream with this id, if it exists.
     pub(crate) fn get(&self, id: &Uuid) -> Option<&V> {
         self.entries.get(id).map(|entry| &entry.value)

@@ -24,6 +24,7 @@ pub(super) fn store_settings(settings: &Settings) -> StoreSettings {
             unnamed: whole_seconds(settings.unnamed_build_lease),
         },
         result_links_bytes: settings.result_links_bytes,
+        scrub_bytes_per_second: settings.scrub_bytes_per_second,
         zstd_level: settings.zstd_level,
         timeouts: settings
             .execution

@@ -7,7 +7,7 @@
 use super::owners::Owners;
 use crate::{
     actors::{
-        cas::StoreMeasurement,
+        cas::{DiskSight, StoreMeasurement},
         scheduler::{
             messages::{Measure, PoolMeasurement},
             slots::PoolState,
@@ -94,7 +94,8 @@ impl Observer {
 
     fn is_ready_with(&self, pools: Option<&PoolSight>) -> bool {
         let workers_live = self.pools.is_none() || can_execute(pools);
-        self.owners.check().is_ok() && workers_live && !self.is_draining.load(SeqCst)
+        let is_writable = !self.owners.cas.is_read_only();
+        self.owners.check().is_ok() && workers_live && is_writable && !self.is_draining.load(SeqCst)
     }
 
     async fn read(&self) -> Readings {
@@ -107,7 +108,7 @@ impl Observer {
             is_ready,
             connections: self.connections.measure(),
             certificate_expiry: self.tls.as_ref().map(ServerTls::certificate_expiry),
-            store: store_reading(self.owners.cas.measure(), SystemTime::now()),
+            store: store_reading(self.owners.cas.measure(), self.owners.cas.disk_sight(), SystemTime::now()),
             pools: seen.map(pool_readings),
             log_lines_dropped: logging::lines_dropped(),
             process: process::read(),
@@ -225,8 +226,8 @@ fn pool_readings(seen: PoolSight) -> PoolReadings {
     PoolReadings { age: seen.at.elapsed(), pools: PoolReading::by_name(seen.pools.iter().map(reading)) }
 }
 
-fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
-    let StoreMeasurement { totals, tally, oldest_use } = measured;
+fn store_reading(measured: StoreMeasurement, disk: DiskSight, now: SystemTime) -> StoreReading {
+    let StoreMeasurement { totals, tally, oldest_use, scrub } = measured;
     let used_at = oldest_use.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.into()));
     StoreReading {
         used: totals.used,
@@ -245,6 +246,13 @@ fn store_reading(measured: StoreMeasurement, now: SystemTime) -> StoreReading {
         refused_results: tally.refused_results,
         withdrawn_leases: tally.withdrawn_leases,
         oldest_use: used_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default(),
+        scrubbed: scrub.bytes,
+        scrub_damaged: scrub.damaged,
+        scrub_passes: scrub.passes,
+        is_read_only: disk.is_full,
+        disk_free: disk.space.map(|space| space.free_bytes),
+        overhead: totals.overhead,
+        beside: disk.beside,
     }
 }
 

@@ -46,7 +46,7 @@ pub struct ConnectionReading {
 }
 
 /// The store.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct StoreReading {
     /// Bytes on disk of all entries.
     pub used: u64,
@@ -80,6 +80,20 @@ pub struct StoreReading {
     pub withdrawn_leases: u64,
     /// The time since the last use of the least recently used entry.
     pub oldest_use: Duration,
+    /// Bytes that the scrub has verified since the start.
+    pub scrubbed: u64,
+    /// Damaged entries that the scrub has found since the start.
+    pub scrub_damaged: u64,
+    /// Passes of the scrub that ended since the start.
+    pub scrub_passes: u64,
+    /// Whether uploads and results are refused, because the file system is full.
+    pub is_read_only: bool,
+    /// The free bytes of the file system; `None` before it was looked at.
+    pub disk_free: Option<u64>,
+    /// Bytes of deleted blobs and tables that the store takes besides its entries.
+    pub overhead: u64,
+    /// What else the server keeps on the same file system, by owner.
+    pub beside: Vec<(&'static str, u64)>,
 }
 
 /// The state of the pools at the last answer of the scheduler.
@@ -230,8 +244,26 @@ impl StoreReading {
         out.counter("store_refused_results", None, help, self.refused_results)?;
         let help = "How often the oldest leases were taken from a build with more than its share";
         out.counter("store_withdrawn_leases", None, help, self.withdrawn_leases)?;
+        out.counter("store_scrubbed", bytes(), "Bytes that the scrub has verified", self.scrubbed)?;
+        let help = "Damaged entries that the scrub has found";
+        out.counter("store_scrub_damaged_entries", None, help, self.scrub_damaged)?;
+        let help = "Passes of the scrub through the whole store that have ended";
+        out.counter("store_scrub_passes", None, help, self.scrub_passes)?;
         let help = "How long ago the entry was used that would be evicted next, to within an hour";
-        out.gauge("store_oldest_use", Some(Unit::Seconds), help, self.oldest_use.as_secs_f64())
+        out.gauge("store_oldest_use", Some(Unit::Seconds), help, self.oldest_use.as_secs_f64())?;
+        let help = "Bytes that count against the limit besides those of entries: of deleted blobs, and of what is beside the store";
+        out.gauge("store_overhead", bytes(), help, self.overhead as f64)?;
+        let help = "Bytes of what the server keeps beside the store on the same file system, by owner";
+        out.family("store_beside", bytes(), help, MetricType::Gauge, |mut family| {
+            self.beside.iter().try_for_each(|(owner, taken)| {
+                ConstGauge::new(*taken as f64).encode(family.encode_family(&[("owner", *owner)])?)
+            })
+        })?;
+        if let Some(free) = self.disk_free {
+            out.gauge("store_disk_free", bytes(), "Free bytes of the file system of the store", free as f64)?;
+        }
+        let help = "1 while uploads and results are refused because the file system of the store is full";
+        out.gauge("store_read_only", None, help, f64::from(u8::from(self.is_read_only)))
     }
 }
 

@@ -87,6 +87,7 @@ pub fn store_settings(directory: &Path, max_blob_bytes: u64) -> StoreSettings {
         leases: Default::default(),
         result_links_bytes: 1 << 20,
         zstd_level: 1,
+        scrub_bytes_per_second: 0,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(60) },
     }
 }

@@ -23,7 +23,7 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
 pub const STORE: &str = "src/actors/cas";
 
 /// The rooms of the store.
-const STORE_ROOMS: &[&str] = &["index", "volume", "results", "trees", "forms", "resolve", "outputs"];
+const STORE_ROOMS: &[&str] = &["index", "volume", "results", "trees", "forms", "resolve", "outputs", "scrub"];
 
 /// The name of the store's ground floor.
 const GROUND: &str = "ground floor";
@@ -38,6 +38,7 @@ pub const STORE_ARROWS: &[(&str, &[&str])] = &[
     ("results", &["trees", GROUND, "index", "volume"]),
     ("resolve", &["results", "trees", GROUND]),
     ("outputs", &["results", GROUND, "index", "volume"]),
+    ("scrub", &["results", GROUND, "index", "volume"]),
 ];
 
 /// The one file above the rooms of the store that fills the index from what the volume and the results say.

@@ -4,13 +4,20 @@ use crate::lifecycle::upload;
 use crate::support::{
     Client, PATIENCE, Server, directory, empty, eventually, file, metadata, sh, sh_with, sha256, shared_dir,
 };
-use gorego_reapi::{digest::Digest, proto::reapi::ExecuteResponse};
+use gorego_reapi::{
+    digest::Digest,
+    proto::{
+        reapi::{ActionResult, ExecuteResponse, UpdateActionResultRequest},
+        rpc,
+    },
+};
+use prost::Message as _;
 use std::{
     fs::{self, File},
     path::PathBuf,
     time::{Duration, Instant},
 };
-use tonic::Code;
+use tonic::{Code, Status};
 
 /// Free space at the start of an action in these tests.
 const LEFT: u64 = 385_024;
@@ -142,6 +149,60 @@ async fn a_store_that_was_allowed_more_than_its_disk_holds_keeps_some_of_it_free
     eventually("the store says so", || has_logged(&server, "disk_relieved")).await;
     let missing = client.missing(&[sha256(&blob(0)), sha256(&blob(stored - 1))]).await;
     assert_eq!(missing, [sha256(&blob(0))]);
+}
+
+/// Checks a refusal for a full disk: it says when to try again, where the disk is full, and what is free (GEN-21).
+fn assert_read_only(refusal: &Status, server: &Server) {
+    assert_eq!(refusal.code(), Code::ResourceExhausted, "{refusal}");
+    let details = rpc::Status::decode(refusal.details()).unwrap().details;
+    assert!(details.iter().any(|any| any.type_url.ends_with("google.rpc.RetryInfo")), "{refusal:?}");
+    let file_system = format!("file system of {}", server.store().display());
+    assert!(refusal.message().contains(&file_system), "{refusal}");
+    assert!(refusal.message().contains("were free"), "{refusal}");
+}
+
+async fn store_result(client: &Client, action: Digest) -> Result<(), Status> {
+    let request = UpdateActionResultRequest {
+        action_digest: Some(action.to_wire()),
+        action_result: Some(ActionResult { stdout_raw: "said".into(), ..Default::default() }),
+        ..Default::default()
+    };
+    client.action_cache.clone().update_action_result(request).await.map(drop)
+}
+
+/// User-asks failure modes 20, 21 and 38: somebody else fills the disk, and evicting the little that is stored would not help. What
+/// is stored is served, nothing new is stored or half stored, and the store recovers by itself.
+#[tokio::test]
+async fn a_store_whose_disk_others_fill_is_read_only_until_there_is_room() {
+    let server = Server::on_a_disk_of(64 << 20).await;
+    let client = server.client().await;
+    let stored = client.upload(vec![7; 20_000]).await;
+    let (old, new) = (sha256(b"old action"), sha256(b"new action"));
+    store_result(&client, old).await.unwrap();
+    let ballast = ballast(&server, 0);
+    eventually("the store is read-only", || has_logged(&server, "store_read_only")).await;
+
+    assert_eq!(client.read(stored).await.unwrap(), vec![7; 20_000]);
+    assert!(client.missing(&[stored]).await.is_empty());
+    assert!(client.cached(old).await.is_some());
+    for size in [1_000, 2 << 20] {
+        let blob = vec![8; size];
+        assert_read_only(&upload(&client, &blob).await.unwrap_err(), &server);
+        assert_eq!(client.missing(&[sha256(&blob)]).await, [sha256(&blob)]);
+    }
+    assert_read_only(&store_result(&client, new).await.unwrap_err(), &server);
+    assert!(client.cached(new).await.is_none());
+    let temporary = fs::read_dir(server.inside("v1/tmp")).unwrap().count();
+    assert_eq!(temporary, 0, "nothing is left of what was refused");
+
+    fs::remove_file(ballast).unwrap();
+    eventually("there is room", || has_logged(&server, "store_writable")).await;
+    for size in [1_000, 2 << 20] {
+        upload(&client, &vec![8; size]).await.unwrap();
+    }
+    store_result(&client, new).await.unwrap();
+    assert!(client.cached(new).await.is_some());
+    assert!(!has_logged(&server, "disk_relieved"), "nothing was evicted");
 }
 
 /// The output of a command about a full disk is ignored; only the disk is checked.

@@ -12,6 +12,11 @@ use gorego_reapi::{
     },
 };
 use prost::Message as _;
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, SystemTime},
+};
 use tonic::{Code, Request, metadata::MetadataValue};
 
 /// A store of this size fills within a second.
@@ -97,6 +102,19 @@ async fn what_a_build_was_promised_stays_while_another_fills_the_store() {
     assert!(server.log().iter().any(|line| line["event"] == "leases_withdrawn"));
 }
 
+/// Sets the recorded use of all stored files to five hours ago.
+fn use_long_ago(directory: &Path) {
+    let long_ago = SystemTime::now() - Duration::from_secs(5 * 3_600);
+    for entry in fs::read_dir(directory).unwrap().flatten() {
+        if entry.path().is_dir() {
+            use_long_ago(&entry.path());
+        } else {
+            let file = fs::File::open(entry.path()).unwrap();
+            file.set_times(fs::FileTimes::new().set_accessed(long_ago)).unwrap();
+        }
+    }
+}
+
 /// At nine tenths, a result whose blobs would have to be leased too is NOT_FOUND for a build that has its share, and is logged. An
 /// upload that does not fit beside the leases is RESOURCE_EXHAUSTED.
 #[tokio::test]
@@ -109,8 +127,10 @@ async fn leases_that_fill_the_store_cost_rebuilds_and_no_promise() {
     for seed in 0..13 {
         blobs.push(client.upload(noise(500_000, seed)).await);
     }
-    // Leases end with the server, and the store stays.
-    let server = Server::on(server.kill().await, &[SMALL]).await;
+    // What was used longer ago is leased to nobody after a restart.
+    let store = server.kill().await;
+    use_long_ago(&store.path().join("v1"));
+    let server = Server::on(store, &[SMALL]).await;
     let client = server.client().await;
     assert_eq!(missing(&client, "full", &blobs).await, 0);
     assert_eq!(result_for(&client, "full", action).await, Err(Code::NotFound));

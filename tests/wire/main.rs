@@ -13,6 +13,7 @@ mod confined;
 mod damage;
 mod digest_functions;
 mod disk;
+mod eviction;
 mod execution;
 mod http_cache;
 mod images;

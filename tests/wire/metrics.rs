@@ -288,7 +288,7 @@ async fn readiness_and_health_end_with_the_drain_and_the_process_stays_alive() {
     assert_eq!(watched.status("/healthz").await, 200);
     eventually_async("ready", async || watched.status("/readyz").await == 200).await;
     watched.sees("gorego_ready", is(1.0)).await;
-    assert_eq!(health(&watched.server, EXECUTION).await, 1);
+    eventually_async("serving", async || health(&watched.server, EXECUTION).await == 1).await;
     let client = watched.server.client().await;
     let action = client.action(sh("sleep 3"), empty()).await;
     let running = client.start(action).await;

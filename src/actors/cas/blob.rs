@@ -1,11 +1,14 @@
 //! Handles that carry bytes past the mailbox: [`BlobReader`] reads a stored blob, [`BlobWriter`] writes a new one.
 //!
 //! This file has the reading side: how a stored file is opened, checked and read. A blob of up to `SMALL_BLOB_BYTES` is hashed
-//! at every read, unless the volume has checked its checksums and it was hashed before. A larger blob is trusted while its length and its [`Stamp`] equal those that this process last verified.
-//! Otherwise, as after a restart, it is hashed from end to end before its first byte is served. The stamp is checked again
-//! after each read, before the bytes are handed out. A blob that does not match its digest is reported to the actor, which
-//! drops it, and is a miss for the reader. In larger blobs, changes that do not move the change time, such as those of a
-//! failing disk, are not noticed.
+//! at every read, unless the volume has checked its checksums and it was hashed before. Every read of a larger blob checks the
+//! checksums of its blocks, so that its first byte is served at once, also after a restart. It is hashed from end to end first if
+//! it has no checksums, or if this process knows its [`Stamp`] and the stamp is another one now. The stamp is checked again after
+//! each read, before the bytes are handed out. A blob that does not match is reported to the actor, which drops it, and is a miss
+//! from then on.
+//!
+//! An input file that the kernel copies or clones for an action passes no checksum. Such a blob is hashed once in the life of the
+//! process, and again when its stamp changes ([`open_checked`]); later errors of the disk in it are left to the scrub.
 
 pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
@@ -14,7 +17,7 @@ use super::{
     index::{FileId, FoundEntry, Seal, Stamp},
     requests::{Damaged, Verified},
     settings::SMALL_BLOB_BYTES,
-    volume::{self, COARSE_TICK, PIECE_BYTES, Stored},
+    volume::{self, COARSE_TICK, PIECE_BYTES, Stored, checksums::ChecksumBuilder},
 };
 use bytes::Bytes;
 use gorego_reapi::{
@@ -67,7 +70,7 @@ impl BlobReader {
         if size <= SMALL_BLOB_BYTES {
             return read_whole(&cas, &found).map(Self::whole);
         }
-        let stored = open_checked(&cas, &found)?;
+        let stored = open_to_read(&cas, &found)?;
         Ok(Self::of_file(cas, found, stored, size, hold))
     }
 
@@ -96,7 +99,7 @@ impl BlobReader {
     /// thread: bytes in the page cache are read at once, others on a blocking thread.
     ///
     /// # Errors
-    /// `DataLoss` when the file turns out to be shorter than the blob.
+    /// `Unavailable` when the file turns out to be damaged. The blob is dropped, so a retry gets `NotFound`.
     pub async fn read_at(&self, offset: u64, max: usize) -> Result<Bytes> {
         let left = self.size.saturating_sub(offset);
         let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(max);
@@ -130,7 +133,7 @@ impl BlobReader {
     /// Reads exactly `length` bytes from `offset`, all of them within the blob. Blocks.
     ///
     /// # Errors
-    /// `DataLoss` when the file turns out to be shorter than the blob.
+    /// `Unavailable` when the file turns out to be damaged. The blob is dropped, so a retry gets `NotFound`.
     pub(super) fn read_exact(&self, offset: u64, length: usize) -> Result<Bytes> {
         let open = match &self.content {
             BlobContent::Whole(bytes) => {
@@ -203,7 +206,9 @@ impl OpenFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
         let lost = |reason: String| {
             let digest = self.found.file.key.digest;
-            Error::DataLoss(format!("blob {digest} cannot be read any further: {reason}"))
+            Error::Unavailable(format!(
+                "blob {digest} turned out to be damaged and was dropped ({reason}); it has to be uploaded again"
+            ))
         };
         let reason = loop {
             match self.stored.file().read_at(buffer, offset) {
@@ -272,6 +277,29 @@ impl CheckedFile {
     }
 }
 
+/// Opens the file of a larger blob. Its content is checked block by block when it is read, and now if that is not enough. Blocks, if
+/// need be for as long as hashing takes.
+fn open_to_read(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
+    let file = open(cas, found)?;
+    let look = file.look().map_err(|error| failed(cas, found, &error))?;
+    if !file.is_checked_when_read() || look.size != found.file.key.digest.size() {
+        let stamp = check_content(cas, found, &*file)?;
+        // It has checksums now.
+        return Ok(CheckedFile::new(open(cas, found)?, stamp, check_content));
+    }
+    let is_new = found.stamp == Seal::UNTRUSTED;
+    let stamp = match if is_new { Some(look.stamp) } else { known_stamp(cas, found, &*file)? } {
+        Some(stamp) => stamp,
+        None => check_content(cas, found, &*file)?,
+    };
+    if is_new {
+        // What is damaged at its start is a miss, and not an answer that breaks off.
+        let mut start = [0];
+        file.read_at(&mut start, 0).map_err(|error| failed(cas, found, &error))?;
+    }
+    Ok(CheckedFile::new(file, stamp, check_content))
+}
+
 /// Opens the file of a stored blob of any size and verifies its content. Blocks, if need be for as long as hashing takes.
 pub(super) fn open_checked(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
     let file = open(cas, found)?;
@@ -309,16 +337,36 @@ pub(super) fn known_stamp(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> R
 
 /// Hashes a stored blob. Returns the stamp at which it was verified and reports it to the actor. Blocks.
 fn check_content(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Stamp> {
+    check_content_slowly(cas, found, file, &mut |_| Ok(()))
+}
+
+/// [`check_content`], with a pause after each piece of these many bytes. An error of the pause ends it.
+pub(super) fn check_content_slowly(
+    cas: &Cas,
+    found: &FoundEntry,
+    file: &dyn Stored,
+    pause: &mut dyn FnMut(usize) -> io::Result<()>,
+) -> Result<Stamp> {
     let digest = found.file.key.digest;
     // Taken before hashing, because a later change in the same clock tick would not show.
     let before = file.look().map_err(|error| failed(cas, found, &error))?;
     if before.size != digest.size() {
         return Err(damaged(cas, found, format!("it has {} bytes", before.size)));
     }
-    let actual = volume::hash(digest.hasher(), |piece, at| file.read_at(piece, at))
-        .map_err(|error| failed(cas, found, &error))?;
+    let mut sums = ChecksumBuilder::default();
+    let read = |piece: &mut [u8], at| {
+        let read = file.read_at(piece, at)?;
+        sums.update(piece.get(..read).unwrap_or_default());
+        pause(read)?;
+        Ok(read)
+    };
+    let actual = volume::hash(digest.hasher(), read).map_err(|error| failed(cas, found, &error))?;
     if actual != digest {
         return Err(damaged(cas, found, format!("its content has the digest {actual}")));
+    }
+    if !file.is_checked_when_read() {
+        // Without them the file is only hashed again.
+        let _ = cas.shared().volume.add_checksums(&found.file, &sums.finish());
     }
     tell_verified(cas, found, file, before.lasting);
     Ok(before.stamp)

@@ -12,7 +12,7 @@ use super::{
     index::{FoundEntry, Stamp},
     lookup::Purpose,
     requests::StoreMeasurement,
-    settings::SMALL_BLOB_BYTES,
+    settings::{SMALL_BLOB_BYTES, StoreSettings},
     uploads::unwritten::UnwrittenPieces,
 };
 use crate::{
@@ -123,7 +123,7 @@ impl Cas {
 
     /// What the index counts. Costs one hold of the lock that look-ups share.
     pub fn measure(&self) -> StoreMeasurement {
-        self.shared.view.measure()
+        StoreMeasurement { scrub: self.shared.scrubbed.tally(), ..self.shared.view.measure() }
     }
 
     /// Returns a handle for the requests of a client. Both what the client sends and what it reads count against the bounds of
@@ -268,12 +268,14 @@ impl Cas {
     }
 
     pub(super) fn check_blob_size(&self, size: u64, what: &str) -> Result<()> {
-        let max = self.shared.settings.max_blob_bytes;
-        if size <= max {
+        let StoreSettings { max_blob_bytes, max_bytes, .. } = self.shared.settings;
+        if size <= max_blob_bytes {
             return Ok(());
         }
+        // The one of both settings that has to be raised.
+        let key = if max_blob_bytes < max_bytes { "cache.max_blob_size_gb" } else { "max_size_gb" };
         Err(Error::Invalid(format!(
-            "{} has {size} bytes; this server stores blobs of at most {max} (cache.max_blob_size_gb)",
+            "{} has {size} bytes; this server stores blobs of at most {max_blob_bytes} ({key})",
             what.escape_debug()
         )))
     }

@@ -67,18 +67,19 @@ impl Reservation {
     /// # Errors
     /// `Exhausted` when there is not enough room for all of it; `Unavailable` when the server is shutting down.
     pub async fn take(store: &Addr<CasActor>, bytes: u64) -> Result<Self> {
-        Self::take_for(store, bytes, None).await
+        Self::take_for(store, bytes, 0, None).await
     }
 
-    /// [`Reservation::take`] for this blob.
+    /// [`Reservation::take`] for this blob, by a write that has reserved `held` bytes before.
     ///
     /// # Errors
     /// Also `Unavailable` when the blob is stored already.
-    async fn take_for(store: &Addr<CasActor>, bytes: u64, blob: Option<Key>) -> Result<Self> {
+    async fn take_for(store: &Addr<CasActor>, bytes: u64, held: u64, blob: Option<Key>) -> Result<Self> {
         let mut taken = Self::new(store.clone(), 0);
         while taken.bytes < bytes {
             let of = bytes - taken.bytes;
-            let step = ReserveRoom { bytes: of.min(RESERVE_STEP_BYTES), of, blob };
+            let held = held.saturating_add(taken.bytes);
+            let step = ReserveRoom { bytes: of.min(RESERVE_STEP_BYTES), of, held, blob };
             taken.absorb(store.send(step).await.map_err(|_| going_down()).flatten()?);
         }
         Ok(taken)
@@ -192,7 +193,7 @@ impl UploadRoom {
             store.send(discard).await.map_err(|_| going_down())?;
             charge.grow(more)?;
         }
-        let reservation = Reservation::take_for(&store, more, self.blob).await?;
+        let reservation = Reservation::take_for(&store, more, self.bytes(), self.blob).await?;
         self.reservation.absorb(reservation);
         if let (Some(share), Some(charge)) = (&mut self.share, charge) {
             share.merge(charge);

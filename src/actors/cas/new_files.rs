@@ -13,6 +13,7 @@ use super::{
     client::{Cas, going_down},
     guards::Reservation,
     index::{FileId, Key},
+    linking::NewLinks,
     requests::{Commit, EndUpload},
     settings::FILES_PER_COMMIT,
     uploads::Attempt,
@@ -25,7 +26,7 @@ use gorego_reapi::error::Result;
 use std::{io, sync::Arc};
 use tokio::sync::oneshot;
 
-/// WrittenFile files that are not visible yet, with room for them and for more.
+/// Written files that are not visible yet, with room for them and for more.
 #[derive(Debug)]
 pub(super) struct NewFiles {
     store: Addr<CasActor>,
@@ -37,6 +38,8 @@ pub(super) struct NewFiles {
     /// The part of the room that the written files take.
     spent: u64,
     written: Vec<WrittenFile>,
+    /// The results among the written files whose blobs are known.
+    links: Vec<NewLinks>,
 }
 
 /// The answer to a commit.
@@ -63,6 +66,7 @@ impl NewFiles {
             lessee: None,
             spent: 0,
             written: Vec::new(),
+            links: Vec::new(),
         }
     }
 
@@ -97,7 +101,14 @@ impl NewFiles {
     /// Each file has its own outcome, as in [`NewFiles::write`].
     pub(super) fn write_all(&mut self, files: &[NewFile<'_>]) -> Vec<io::Result<FileId>> {
         let written = self.shared.volume.write(files);
-        written.into_iter().map(|written| written.map(|written| self.add(written))).collect()
+        let shared = self.shared.clone();
+        let noted = written.into_iter().map(|written| shared.disk.note_io(written));
+        noted.map(|written| written.map(|written| self.add(written))).collect()
+    }
+
+    /// Has a result of this batch linked to its blobs when it becomes visible.
+    pub(super) fn link(&mut self, links: NewLinks) {
+        self.links.push(links);
     }
 
     /// Keeps a draft whose content was checked. Blocks.
@@ -105,7 +116,7 @@ impl NewFiles {
     /// # Errors
     /// The errors of [`NewFiles::write`].
     pub(super) fn keep(&mut self, key: Key, draft: Box<dyn Draft>) -> io::Result<FileId> {
-        let written = draft.keep(key)?;
+        let written = self.shared.disk.note_io(draft.keep(key))?;
         Ok(self.add(written))
     }
 
@@ -152,8 +163,9 @@ impl NewFiles {
             // The remaining room goes back with the last part.
             let room = room.split(if rest.is_empty() { u64::MAX } else { spent });
             let upload = if rest.is_empty() { upload.take() } else { None };
+            let links = if rest.is_empty() { std::mem::take(&mut self.links) } else { Vec::new() };
             let (reply, visible) = oneshot::channel();
-            self.store.do_send(Commit { files, room, lessee: self.lessee, upload, reply });
+            self.store.do_send(Commit { files, room, lessee: self.lessee, links, upload, reply });
             // Messages are handled in order, so the last answer covers all of them.
             (last, files) = (Some(Visible(visible)), rest);
         }
@@ -180,6 +192,7 @@ impl Cas {
     /// # Errors
     /// `Exhausted` when there is no room.
     pub(super) async fn take_room(&self, bytes: u64) -> Result<Reservation> {
+        self.look_at_full_disk().await?;
         Reservation::take(self.actor(), bytes).await
     }
 

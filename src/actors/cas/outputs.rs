@@ -10,8 +10,8 @@ use super::{
     index::{EntryKind, Key},
     lookup::Purpose,
     new_files::{NewFiles, Visible},
-    results::{PreparedResult, Uploader},
-    settings::{FILES_PER_COMMIT, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
+    results::{DirectReferences, PreparedResult, Uploader},
+    settings::{FILES_PER_COMMIT, MAX_LINKS, ROOM_AHEAD_BYTES, RUN_ROOM_BYTES, RUN_ROOM_PART, SOUND_TRIES},
     volume::{Draft, PIECE_BYTES, outside::LeftFile},
 };
 use crate::instance::Instance;
@@ -33,12 +33,14 @@ pub struct OutputBatch {
     function: DigestFunction,
     /// Bytes on disk that the caller still expects to store.
     expected: u64,
-    /// WrittenFile files that are not visible yet, with room for more.
+    /// Written files that are not visible yet, with room for more.
     files: NewFiles,
     /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,
     /// Blobs that were stored before, which the result refers to.
     held: Vec<Hold>,
+    /// Every blob that was handed over or held, stored before or not, as far as results are linked to so many.
+    handed_over: HashSet<Digest>,
 }
 
 impl Cas {
@@ -52,6 +54,7 @@ impl Cas {
             files: self.new_files(Reservation::new(self.actor().clone(), 0)),
             stored: HashSet::new(),
             held: Vec::new(),
+            handed_over: HashSet::new(),
         }
     }
 
@@ -89,7 +92,8 @@ impl OutputBatch {
         }
         let Some(key) = self.make_room(digest)? else { return Ok(digest) };
         if self.files.adopt(key, &left).map_err(failed)?.is_none() {
-            let copy = self.copy(digest, &left).map_err(failed)?.ok_or_else(changed)?;
+            let copy = self.cas.shared().disk.note_io(self.copy(digest, &left));
+            let copy = copy.map_err(failed)?.ok_or_else(changed)?;
             self.files.keep(key, copy).map_err(failed)?;
         }
         self.add_stored(digest);
@@ -120,6 +124,7 @@ impl OutputBatch {
         let instance = &self.instance;
         let located = self.cas.block_on(async |cas| cas.locate(instance, &digests, Purpose::Read).await)?;
         let (_, hold) = located.complete(&digests)?;
+        digests.iter().for_each(|digest| self.note(*digest));
         self.held.push(hold);
         Ok(())
     }
@@ -139,17 +144,18 @@ impl OutputBatch {
         result: reapi::ActionResult,
         provenance: Provenance,
     ) -> Result<()> {
-        let prepared = PreparedResult::new(&self.instance, action, result, provenance, Uploader::Worker)?;
+        let mut prepared = PreparedResult::new(&self.instance, action, result, provenance, Uploader::Worker)?;
         for (_, bytes) in prepared.contents.iter() {
             self.bytes(bytes.to_vec())?;
         }
+        prepared.references = self.references(&prepared.result);
         let charge = prepared.charge(&self.cas);
         let ahead = std::mem::take(&mut self.expected);
         let lacking = self.files.lacks(charge);
         let more = self.cas.block_on(async |cas| take_room(&cas, lacking, ahead).await)?;
         self.files.add_room(more);
         self.cas.report_difference(&self.instance, &prepared);
-        prepared.write(&self.cas, &mut self.files, self.instance.id())?;
+        prepared.write(&self.cas, &mut self.files, &self.instance)?;
         self.publish_if_full();
         Ok(())
     }
@@ -174,6 +180,7 @@ impl OutputBatch {
 
     /// Reserves room for a blob; `None` when it is already stored.
     fn make_room(&mut self, digest: Digest) -> Result<Option<Key>> {
+        self.note(digest);
         let bytes = self.cas.shared().volume.charge(digest.size());
         let left = self.expected.saturating_sub(bytes);
         let ahead = std::mem::replace(&mut self.expected, left);
@@ -190,6 +197,23 @@ impl OutputBatch {
         let Some(more) = more else { return Ok(None) };
         self.files.add_room(more);
         Ok(Some(Key { digest, instance: self.instance.blobs(), kind: EntryKind::Blob }))
+    }
+
+    /// Records a blob that the result of the batch may need.
+    fn note(&mut self, digest: Digest) {
+        if self.handed_over.len() <= MAX_LINKS {
+            self.handed_over.insert(digest);
+        }
+    }
+
+    /// What the result of this batch needs, with all that is in its Trees and Directories; `None` if it is too much to link,
+    /// or if the result names something that is not of this batch.
+    fn references(&self, result: &reapi::ActionResult) -> Option<Vec<Digest>> {
+        let direct = DirectReferences::of(result, self.function).ok()?;
+        let mut named = direct.blobs.iter().chain(&direct.trees).chain(&direct.roots);
+        let is_of_batch = named.all(|digest| digest.is_empty() || self.handed_over.contains(digest));
+        let is_known = is_of_batch && self.handed_over.len() <= MAX_LINKS;
+        is_known.then(|| self.handed_over.iter().copied().collect())
     }
 
     fn add_stored(&mut self, digest: Digest) {

@@ -3,7 +3,7 @@
 use super::{
     LOG,
     index::{FileId, Index, LeaseTimes},
-    results, volume,
+    results, unix_seconds, uptime_seconds, volume,
 };
 use crate::logging::Event;
 use std::time::Instant;
@@ -22,7 +22,7 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
         index.deleted(loser.bytes);
         Some(loser)
     });
-    index.finish_recovery();
+    index.finish_recovery(unix_seconds(), uptime_seconds());
     index.set_overhead(volume.overhead());
     let totals = index.totals();
     Event::info(LOG, "store_opened")

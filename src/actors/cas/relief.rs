@@ -7,21 +7,14 @@
 //! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most [`settings::RELIEF_WAIT`]. If
 //! evicting half of the store would not help, because other data fills the disk, nothing is evicted.
 
-use super::{
-    CasActor, LOG,
-    client::Cas,
-    compaction,
-    index::Totals,
-    reply::StoreReply,
-    settings::{self, FULL_DISK_LOG_INTERVAL},
-};
+use super::{CasActor, LOG, client::Cas, compaction, index::Totals, reply::StoreReply, settings};
 use crate::{
     actors::mail::Receive,
     disk::{Evictable, Space},
     logging::Event,
 };
 use actix::{Context, Message};
-use std::{sync::OnceLock, time::Instant};
+use std::sync::OnceLock;
 
 /// Evicts what this disk needs. The answer comes when the files are deleted.
 #[derive(Message)]
@@ -97,6 +90,12 @@ impl Receive<Relieve> for CasActor {
     type Answer = StoreReply<()>;
 
     fn receive(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Answer {
+        if space.is_exhausted() {
+            // Their clients begin again, which costs less than what others have stored.
+            while let Some(partial) = self.uploads.pop_for_room() {
+                self.discard(partial, ctx);
+            }
+        }
         let Totals { used, held, deleting, blobs, results, zstd_forms, .. } =
             self.change(|index| index.totals());
         let store = Evictable {
@@ -105,7 +104,6 @@ impl Receive<Relieve> for CasActor {
             deleting,
         };
         let Some(relief) = space.relief(&store) else {
-            self.log_full_disk(&space);
             return StoreReply::Now(());
         };
         let victims = self
@@ -120,18 +118,5 @@ impl Receive<Relieve> for CasActor {
         self.delete(victims, ctx);
         let evicted = self.change(|index| index.bytes_evicted());
         StoreReply::when(self.deletions(evicted), ())
-    }
-}
-
-impl CasActor {
-    /// Logs that the disk is full and the store cannot help, at most once per [`FULL_DISK_LOG_INTERVAL`].
-    fn log_full_disk(&mut self, space: &Space) {
-        let is_due = self.full_disk_logged.is_none_or(|at| at.elapsed() >= FULL_DISK_LOG_INTERVAL);
-        if space.is_exhausted() && is_due {
-            self.full_disk_logged = Some(Instant::now());
-            Event::warn(LOG, "disk_full").with("free_bytes", space.free_bytes).log(format_args!(
-                "the disk of the store is full, and the store cannot make room: something else fills it"
-            ));
-        }
     }
 }

@@ -7,6 +7,7 @@
 use super::{
     guards::Reservation,
     index::{EntryRef, Key, Stamp, Tally, Totals},
+    linking::NewLinks,
     uploads::{Attempt, Partial, Progress},
     volume::{Moves, WrittenFile},
 };
@@ -35,6 +36,8 @@ pub struct ReserveRoom {
     pub bytes: u64,
     /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is evicted.
     pub of: u64,
+    /// What the asker has reserved before for the same write.
+    pub held: u64,
     /// The blob that it is for, if that is known. Nothing is reserved for a blob that is stored: room for it might be made by
     /// evicting it.
     pub blob: Option<Key>,
@@ -101,6 +104,17 @@ pub struct StoreInspection {
     pub oldest_use: Option<u32>,
 }
 
+/// What the scrub has done since the start of the server, in numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ScrubTally {
+    /// Bytes that were verified.
+    pub bytes: u64,
+    /// Entries that were damaged.
+    pub damaged: u64,
+    /// Passes through the whole store that ended.
+    pub passes: u64,
+}
+
 /// The store in numbers, without a message: see [`super::client::Cas::measure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StoreMeasurement {
@@ -110,6 +124,8 @@ pub struct StoreMeasurement {
     pub tally: Tally,
     /// The last recorded use of the least recently used entry, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
+    /// What the scrub has done since the start.
+    pub scrub: ScrubTally,
 }
 
 /// Stops the store after all earlier messages. The answer comes when the last uses are written to disk. Later calls get
@@ -127,6 +143,8 @@ pub(crate) struct Commit {
     pub room: Reservation,
     /// The build to which the files are leased.
     pub lessee: Option<Owner>,
+    /// The results among the files whose blobs are known.
+    pub links: Vec<NewLinks>,
     /// The upload that ends with this message because its blob is stored.
     pub upload: Option<EndUpload>,
     pub reply: oneshot::Sender<()>,

@@ -6,13 +6,15 @@
 
 mod action_cache;
 mod lookup;
+mod prepared;
 mod purge;
 mod replaced;
 
-pub(super) use action_cache::PreparedResult;
 pub(super) use lookup::ResultLookup;
+pub(super) use prepared::PreparedResult;
 pub(crate) use purge::ResultCondition;
 
+use super::linking::NeedsBlobs;
 use crate::{budget::Bounds, result::SharedResult};
 use bytes::Bytes;
 use gorego_reapi::{
@@ -80,6 +82,16 @@ impl LoadedResult {
     pub fn memory(&self) -> usize {
         let references = self.references.len() * size_of::<Digest>();
         self.result.memory().saturating_add(size_of::<Self>() + references)
+    }
+}
+
+impl NeedsBlobs for LoadedResult {
+    fn needed(&self) -> &[Digest] {
+        &self.references
+    }
+
+    fn is_linked(&self) -> &AtomicBool {
+        &self.is_linked
     }
 }
 

@@ -22,6 +22,8 @@ pub struct StoreSettings {
     pub leases: LeaseTimes,
     /// Memory for the links of results to the blobs that they need.
     pub result_links_bytes: u64,
+    /// How fast the scrub reads; 0 for no scrub.
+    pub scrub_bytes_per_second: u64,
     /// Which timeouts an Action may ask for.
     pub timeouts: TimeoutPolicy,
 }
@@ -72,6 +74,10 @@ pub(super) const LARGE_TREES_MAX: u64 = 2;
 
 /// A result that refers to more blobs is not linked to them: linking it would keep the index from others for too long.
 pub(super) const MAX_LINKS: usize = 16 * 1_024;
+
+/// Trees up to this size together are read when a client stores a result that names them, so that the result is linked to its
+/// blobs at once: some 10,000 files. Reading them takes about as long as the write of the result.
+pub(super) const LINKED_TREE_BYTES: u64 = 1024 * 1024;
 
 /// Maximum number of blobs that one result may refer to.
 pub(super) const MAX_REFERENCES: usize = 2_000_000;
@@ -131,8 +137,17 @@ pub(super) const NOTES_BATCH: usize = 1_024;
 /// Maximum number of notes of look-ups, of either kind, that are kept for the actor.
 pub(super) const NOTES_MAX: usize = 64 * 1_024;
 
-/// Entries that are evicted ahead of need in one step.
+/// Entries that are evicted ahead of need in one step. The next step follows when their files are deleted.
 pub(super) const TRIM_BATCH: usize = 1_024;
+
+/// A write that has reserved more waits for deletions while others still find room; see [`super::index::Index::reserve_beside`].
+pub(super) const SMALL_WRITE_BYTES: u64 = 8 * 1024 * 1024;
+
+/// Jobs that delete files at the same time.
+pub(super) const DELETERS: usize = 4;
+
+/// Files that one of them deletes in one go, at least if so many wait.
+pub(super) const DELETIONS_AT_ONCE: usize = 1_024;
 
 /// Entries that are evicted in one step to relieve a full disk.
 pub(super) const RELIEF_BATCH: usize = 16_384;
@@ -143,8 +158,25 @@ pub(super) const RELIEF_WAIT: Duration = Duration::from_secs(5);
 /// How often such an action checks whether it was cancelled.
 pub(super) const RELIEF_POLL: Duration = Duration::from_millis(20);
 
-/// Minimum interval between log lines about a disk that is full of other data.
-pub(super) const FULL_DISK_LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// How often the file system of the store is looked at, which takes some microseconds.
+pub(super) const LOOK_PACE: Duration = Duration::from_secs(1);
+
+/// How often while little of it is free.
+pub(super) const LOOK_PACE_LOW: Duration = Duration::from_millis(100);
+
+/// How long the store is read-only after a write has failed for lack of space, even if the file system seems to have room: with a
+/// quota, only the next write shows whether there is room.
+pub(super) const WRITES_AFTER: Duration = Duration::from_secs(5);
+
+/// What the server keeps beside the store takes at most `1 / BESIDE_PART` of the store's limit away from it. Otherwise one action
+/// that writes much would empty the cache.
+pub(super) const BESIDE_PART: u64 = 2;
+
+/// The least time between two measurements of what is beside the store,
+pub(super) const MEASURE_PACE: Duration = Duration::from_secs(1);
+
+/// and how many times longer the pause is than the measurement took.
+pub(super) const PAUSE_PER_MEASUREMENT: u32 = 19;
 
 /// Minimum interval between log lines about results that are not served because leases fill the store.
 pub(super) const FULL_LEASES_LOG_INTERVAL: Duration = Duration::from_secs(60);

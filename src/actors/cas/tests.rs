@@ -1,11 +1,15 @@
 //! Tests of the whole store: a real actor on a real directory.
 
+mod checksums;
 mod chunks;
 mod compressed;
 mod damage;
+mod disk;
 mod inputs;
 mod leases;
+mod links;
 mod results;
+mod scrub;
 mod sharing;
 mod store;
 mod upload_room;
@@ -43,6 +47,7 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         max_blob_bytes: 100 * MB,
         partial_upload_retention: Duration::from_secs(600),
         zstd_level: 1,
+        scrub_bytes_per_second: 0,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
@@ -74,7 +79,10 @@ impl TestStore {
 
     /// A store in which builds have leases.
     async fn with_leases(max_bytes: u64) -> Self {
-        let root = Rc::new(TempDir::new().unwrap());
+        Self::with_leases_at(Rc::new(TempDir::new().unwrap()), max_bytes).await
+    }
+
+    async fn with_leases_at(root: Rc<TempDir>, max_bytes: u64) -> Self {
         let leases = LeaseTimes { named: 10_800, unnamed: 900 };
         let settings = StoreSettings { leases, ..settings_at(root.path().join("store"), max_bytes) };
         Self::over(root, settings).await

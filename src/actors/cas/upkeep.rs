@@ -2,7 +2,7 @@
 //! back.
 
 use super::{
-    CasActor, LOG, compaction,
+    CasActor, LOG, deletions,
     guards::Reservation,
     index::{FileId, Victim},
     requests::{Deleted, Touch, Touched},
@@ -19,13 +19,16 @@ use tokio::{sync::oneshot, task::JoinHandle};
 
 impl CasActor {
     /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted. Fails if
-    /// the total of `of` bytes cannot fit. If a future is returned, the room is free on disk when it ends, otherwise now.
+    /// the total of `of` bytes cannot fit. If a future is returned, the room is free on disk when it ends, otherwise now. A write
+    /// that has reserved much already (`held`) leaves some of what is free on disk to others.
     pub(super) fn reserve(
         &mut self,
         bytes: u64,
         of: u64,
+        held: u64,
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
+        self.shared.disk.check()?;
         // Nothing is evicted for a write that would not fit even then.
         let parked = self.uploads.parked_bytes();
         self.ease_leases(of.max(bytes), None);
@@ -35,16 +38,9 @@ impl CasActor {
         {
             self.discard(partial, ctx);
         }
-        let mut victims = Vec::new();
-        loop {
-            let part = self.change(|index| index.evict_for(bytes, settings::CHANGES_PER_HOLD));
-            let is_last = part.len() < settings::CHANGES_PER_HOLD;
-            victims.extend(part);
-            if is_last {
-                break;
-            }
-        }
-        let grant = self.change(|index| index.reserve(bytes));
+        let mut victims = in_parts(|max| self.change(|index| index.evict_for(bytes, max)));
+        let is_large = held.saturating_add(bytes) > settings::SMALL_WRITE_BYTES;
+        let grant = self.change(|index| index.reserve_beside(bytes, is_large));
         victims.extend(grant.iter().flat_map(|grant| &grant.victims));
         self.evict(victims, ctx);
         let grant = grant?;
@@ -77,10 +73,13 @@ impl CasActor {
 
     /// Evicts ahead of need.
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
-        let overhead = self.shared.volume.overhead();
-        let victims = self.change(|index| {
-            index.set_overhead(overhead);
-            index.trim(settings::TRIM_BATCH)
+        let overhead = self.shared.volume.overhead().saturating_add(self.shared.disk.beside());
+        self.change(|index| index.set_overhead(overhead));
+        let mut left = settings::TRIM_BATCH;
+        let victims = in_parts(|max| {
+            let part = self.change(|index| index.trim(max.min(left)));
+            left -= part.len();
+            part
         });
         if !victims.is_empty() {
             Event::info(LOG, "store_trimmed")
@@ -106,26 +105,7 @@ impl CasActor {
     ) -> oneshot::Receiver<Vec<FileId>> {
         let mut victims = victims;
         victims.extend(self.change(|index| index.take_followed()));
-        let (tell, told) = oneshot::channel();
-        let (shared, store) = (self.shared.clone(), ctx.address());
-        self.shared.runtime.spawn_blocking(move || {
-            let failures = shared.volume.delete(&victims);
-            if let Some((_, first)) = failures.first() {
-                // Their bytes stay on disk until the next start, which adds them to the index again.
-                Event::error(LOG, "delete_failed")
-                    .with("entries", failures.len())
-                    .with_shown("error", first)
-                    .log(format_args!(
-                        "could not delete the files of evicted entries; check the permissions of the store's directory"
-                    ));
-            }
-            // Until then, the bytes of deleted records still take room.
-            compaction::reclaim_for_writers(&shared, &store);
-            store.do_send(Deleted(victims.iter().map(|victim| victim.bytes).sum()));
-            // Few wait for it.
-            let _ = tell.send(failures.into_iter().map(|(file, _)| file).collect());
-        });
-        told
+        deletions::delete(&self.shared, ctx.address(), victims)
     }
 
     /// Deletes the bytes of a broken upload.
@@ -175,5 +155,18 @@ impl CasActor {
                 actor.do_send(Touched(moved.into_iter().filter_map(of_entry).collect()));
             });
         }))
+    }
+}
+
+/// Evicts in parts, each of them under one hold of the lock that look-ups share. `part` evicts at most as many entries as it is told.
+fn in_parts(mut part: impl FnMut(usize) -> Vec<Victim>) -> Vec<Victim> {
+    let mut victims = Vec::new();
+    loop {
+        let more = part(settings::CHANGES_PER_HOLD);
+        let is_last = more.len() < settings::CHANGES_PER_HOLD;
+        victims.extend(more);
+        if is_last {
+            return victims;
+        }
     }
 }

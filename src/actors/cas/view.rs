@@ -10,7 +10,7 @@
 //! use after the next start may suffer.
 
 use super::{
-    index::{EntryKind, EntryRef, FoundEntry, FoundResult, Index, Key, Lessee, NotedUse, Seal},
+    index::{EntryKind, EntryRef, FileId, FoundEntry, FoundResult, Index, Key, Lessee, NotedUse, Seal},
     requests::StoreMeasurement,
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds, uptime_seconds,
@@ -61,7 +61,8 @@ impl View {
     /// The numbers of the index. Waits at most for the change of one part.
     pub(super) fn measure(&self) -> StoreMeasurement {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        StoreMeasurement { totals: index.totals(), tally: index.tally(), oldest_use: index.oldest_use() }
+        let (totals, tally, oldest_use) = (index.totals(), index.tally(), index.oldest_use());
+        StoreMeasurement { totals, tally, oldest_use, ..StoreMeasurement::default() }
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Index> {
@@ -170,6 +171,11 @@ impl LookUp<'_> {
     pub(super) fn place_of_blob(&self, instance: InstanceId, digest: Digest) -> Option<EntryRef> {
         let key = Key { digest, instance, kind: EntryKind::Blob };
         self.index.place_of(&key)
+    }
+
+    /// The entry that has this file. This does not count as a use.
+    pub(super) fn entry_of(&self, file: &FileId) -> Option<FoundEntry> {
+        self.index.at(self.index.entry_of(file)?)
     }
 
     /// See [`Index::linked`].

@@ -12,6 +12,8 @@
 //!
 //! [`outside`] has the files that do not belong to the store: outputs that actions left behind, and their input files.
 
+mod checksum_table;
+pub(crate) mod checksums;
 pub(crate) mod draft;
 pub(crate) mod files;
 pub(crate) mod local;
@@ -28,6 +30,7 @@ pub(crate) use stamps::COARSE_TICK;
 use super::index::{FileId, Key, Stamp, Victim};
 use crate::{disk::Space, regular_file};
 use bytes::Bytes;
+use checksums::Checksums;
 use gorego_reapi::digest::{Digest, Hasher};
 use outside::LeftFile;
 use std::{fmt::Debug, fs::File, io};
@@ -68,6 +71,12 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// read.
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>>;
 
+    /// Records the checksums of a stored file that has none. Its content was verified when they were made.
+    fn add_checksums(&self, file: &FileId, sums: &Checksums) -> io::Result<()> {
+        let _ = (file, sums);
+        Ok(())
+    }
+
     /// Deletes stored files. A missing file is no error. Returns those that could not be deleted.
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)>;
 
@@ -99,6 +108,28 @@ pub(crate) trait Volume: Debug + Send + Sync {
         take: &mut dyn FnMut(Recovered) -> Option<Victim>,
     ) -> Repairs;
 
+    /// The parts that [`Volume::files_in`] lists one at a time, in an order that restarts do not change.
+    fn parts(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// The files in one part. Files that are written or deleted meanwhile may be missing or in it.
+    fn files_in(&self, part: &str) -> io::Result<Vec<FileId>> {
+        let _ = part;
+        Ok(Vec::new())
+    }
+
+    /// The note that was kept last, perhaps by an earlier run; `None` if there is none that can be read.
+    fn note(&self) -> Option<String> {
+        None
+    }
+
+    /// Keeps a short note beside the files. It is on disk when this returns.
+    fn keep_note(&self, note: &str) -> io::Result<()> {
+        let _ = note;
+        Ok(())
+    }
+
     /// Where the content of a file lies on disk: a path and an offset.
     #[cfg(test)]
     fn place(&self, file: &FileId) -> Option<(std::path::PathBuf, u64)> {
@@ -128,7 +159,7 @@ impl NewFile<'_> {
 pub(crate) struct WrittenFile {
     /// Its identity.
     pub file: FileId,
-    /// Bytes that it takes on disk: [`Volume::charge`] of its size.
+    /// Bytes that it takes on disk, which may be a little more than [`Volume::charge`] of its size.
     pub bytes: u64,
     /// Its stamp, at which its content was verified.
     pub stamp: Stamp,
@@ -171,7 +202,13 @@ pub(crate) trait Stored: Debug + Send + Sync {
         None
     }
 
-    /// Reads at least one byte, unless the file ends at `offset`.
+    /// Whether every read is checked against checksums that were made with the digest. Without them, the bytes are as good as the
+    /// disk.
+    fn is_checked_when_read(&self) -> bool {
+        true
+    }
+
+    /// Reads at least one byte, unless the file ends at `offset`. A block that does not match its checksum is `InvalidData`.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// Reads bytes that are in the page cache into the spare capacity of a buffer. Does not block.
@@ -180,7 +217,7 @@ pub(crate) trait Stored: Debug + Send + Sync {
     /// Whether no other process has it open for writing, as far as that can be known.
     fn nobody_writes(&self) -> bool;
 
-    /// Copies its first `size` bytes into an empty file.
+    /// Copies its first `size` bytes into an empty file. Where the kernel copies or clones, checksums are not checked.
     fn copy_to(&self, to: &File, size: u64) -> io::Result<()>;
 }
 

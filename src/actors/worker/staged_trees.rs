@@ -257,7 +257,7 @@ impl BuildRoot {
 
     /// The space that the staged trees take.
     pub fn staged_usage(&self) -> BudgetUse {
-        self.place().map(|place| place.trees.lock().usage()).unwrap_or_default()
+        self.last_place().trees.lock().usage()
     }
 
     /// Removes staged trees that no action uses, the least recently used first, until the disk is not low any more.

@@ -28,6 +28,7 @@ use super::{
     layer,
     messages::SlotId,
     staged_trees::{StagedTrees, StagingLimits},
+    written,
 };
 use crate::{logging::Event, spread::spread_subdirectories};
 use gorego_reapi::{
@@ -171,6 +172,21 @@ impl BuildRoot {
         rfs::statvfs(&self.0.path).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NOEXEC))
     }
 
+    /// Bytes that the exec directories take on disk, with those that are not removed yet. Blocks for as long as it takes to look at
+    /// every file in them.
+    pub fn bytes_of_runs(&self) -> u64 {
+        let place = self.last_place();
+        let entries = dir::entries(&place.handle).into_iter().flatten().map_while(io::Result::ok);
+        let of_runs = entries.filter(|entry| {
+            matches!(owner(dir::entry_name(entry)), Some(EntryOwner::Run | EntryOwner::Action))
+        });
+        let bytes = |entry| {
+            let run = dir::open_dir(&place.handle, dir::entry_name(&entry)).ok();
+            run.map_or(0, |run| written::bytes_below(&run))
+        };
+        of_runs.map(bytes).fold(0, u64::saturating_add)
+    }
+
     /// Waits until the directories of all runs are removed, for at most `limit`. For a shutdown, when no more runs begin.
     /// Blocks.
     pub fn wait_until_empty(&self, limit: Duration) {
@@ -205,6 +221,11 @@ impl BuildRoot {
     /// Removes a directory of `place` on this thread.
     pub(super) fn remove_here(&self, place: &Arc<RootDirectory>, name: OsString) {
         self.0.remover.remove_here(Job { place: place.clone(), name, ticket: None });
+    }
+
+    /// The directory that was at the path last. It may have been removed since.
+    pub(super) fn last_place(&self) -> Arc<RootDirectory> {
+        self.0.places.lock().unwrap_or_else(PoisonError::into_inner).current.clone()
     }
 
     /// Returns the directory that is at the path now. Creates it again if it was removed.

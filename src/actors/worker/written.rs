@@ -69,6 +69,11 @@ impl Written {
     }
 }
 
+/// The blocks of everything below a directory, in bytes.
+pub(super) fn bytes_below(root: &File) -> u64 {
+    measure(root, &Limits::default(), Use::default()).bytes
+}
+
 /// The size of everything below a directory. Files that vanish meanwhile are not counted. Stops when the size exceeds
 /// the size `before` by more than the limits allow.
 fn measure(root: &File, limits: &Limits, before: Use) -> Use {

@@ -1,7 +1,10 @@
 //! Leases: a comparison with a naive model that keeps a set of builds for each entry, and the rules about shares and bounds.
 
 use super::{leases::ROWS, *};
-use crate::caller::{Build, Owner, Peer};
+use crate::{
+    caller::{Build, Owner, Peer},
+    instance::InstanceId,
+};
 use gorego_reapi::digest::DigestFunction;
 use proptest::prelude::*;
 use std::{

@@ -13,7 +13,10 @@
 //!
 //! Readers take leases while they share the index. Only its owner ends rows, so a row that a reader has found stays meanwhile.
 
+mod earlier;
+
 use crate::caller::{Build, Owner, Peer};
+use earlier::EARLIER;
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
@@ -34,6 +37,8 @@ const ROWS_OF_BUILD: usize = 64;
 const PERIOD_SECS: u32 = 600;
 /// or when its newest row has this part of all bytes that may be leased.
 const ROW_PART: u64 = 48;
+/// There is a new common row when the newest one has this part of them.
+const COMMON_ROW_PART: u64 = 16;
 /// Bits of the name of a row that say where it is.
 const ROW_BITS: u32 = ROWS.trailing_zeros();
 /// The first and the last name of an entry without a lease.
@@ -199,10 +204,13 @@ impl Leases {
         it.rows.back().map(|(name, _)| *name)
     }
 
-    /// The newest common row, which a build joins; a new one if it is old.
+    /// The newest common row, which a build joins; a new one if it is full or old.
     fn common_row(&self, book: &mut Book, build: usize, now: u32) -> Option<u32> {
-        let is_old = |row: &CommonRow| now.saturating_sub(row.since) >= PERIOD_SECS;
-        if book.common.back().is_none_or(is_old)
+        let wants_next = |row: &CommonRow| {
+            let is_full = self.bytes_in(row.name) > self.budget / COMMON_ROW_PART;
+            is_full || now.saturating_sub(row.since) >= PERIOD_SECS
+        };
+        if book.common.back().is_none_or(wants_next)
             && let Some(name) = book.free_common.pop_front()
         {
             self.rows[row_of(name)].name.store(name, Relaxed);
@@ -478,7 +486,8 @@ impl Book {
     fn only_peer(&self, row: &CommonRow) -> Option<Peer> {
         let is_in = |place: usize| row.builds[place / 64] & 1 << (place % 64) != 0;
         let builds = self.builds.iter().enumerate().filter(|(place, _)| is_in(*place));
-        let mut peers = builds.filter_map(|(_, build)| Some(build.as_ref()?.owner.peer));
+        let owners = builds.filter_map(|(_, build)| Some(build.as_ref()?.owner));
+        let mut peers = owners.filter(|owner| *owner != EARLIER).map(|owner| owner.peer);
         let first = peers.next()?;
         peers.all(|peer| peer == first).then_some(first)
     }

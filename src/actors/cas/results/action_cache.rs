@@ -8,26 +8,27 @@ use crate::actors::cas::{
     blob::{is_sound, not_found, read_unchecked, read_unless_large, report},
     client::{Cas, Provenance},
     decoding::worst_case,
-    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
+    index::{EntryRef, FoundEntry, Stamp},
     lookup::Purpose,
-    new_files::NewFiles,
-    results::{self, DirectReferences, LoadedResult, ResultLookup, Uploader},
-    settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN, MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES},
+    results::{self, DirectReferences, LoadedResult, PreparedResult, ResultLookup, Uploader},
+    settings::{
+        LINKED_TREE_BYTES, LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN, MAX_LINKS, MAX_REFERENCES, MAX_TREE_BYTES,
+        RESULT_READ_TRIES,
+    },
     trees::TreeRoom,
 };
 use crate::{
-    instance::{Instance, InstanceId},
+    instance::Instance,
     result::{ResultRoom, SharedResult},
 };
-use bytes::Bytes;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
-    proto::{gorego::StoredOrigin, reapi},
+    proto::reapi,
     tree::MAX_MESSAGE_MEMORY,
     wire::UNCOUNTED_BYTES,
 };
-use std::{sync::Arc, time::SystemTime};
+use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 impl Cas {
     /// Returns a stored result whose blobs are all present and just renewed (AC-03, AC-04). A result that lacks a blob is
@@ -81,7 +82,9 @@ impl Cas {
         let Some((result, room)) = reader.read_result(instance, action, found).await? else {
             return Ok(None);
         };
-        let references = match self.look_up(|index| index.linked(found.at))? {
+        let linked = self.look_up(|index| index.linked(found.at))?;
+        let is_linked = linked.is_some();
+        let references = match linked {
             Some(linked) => Ok(linked),
             None => reader.references(instance, action.function(), &result).await,
         };
@@ -94,6 +97,7 @@ impl Cas {
             }
         };
         let (loaded, weight) = self.loaded(found.file.generation, result, references).await?;
+        loaded.is_linked.store(is_linked, Relaxed);
         reader.check_unread(instance, &loaded.references).await?;
         self.shared().results.insert((id, action), loaded.clone(), weight);
         let result = if loaded.references.len() > LOOKUPS_PER_TURN {
@@ -273,6 +277,22 @@ impl Cas {
         Ok(references)
     }
 
+    /// What a new result references, if that takes no more than to read small Trees. Otherwise its first hit finds out.
+    async fn references_in_small_trees(
+        &self,
+        instance: &Instance,
+        new: &PreparedResult,
+    ) -> Option<Vec<Digest>> {
+        let direct = DirectReferences::of(&new.result, new.action.function()).ok()?;
+        let bytes = direct.trees.iter().map(Digest::size).fold(0, u64::saturating_add);
+        if direct.trees.is_empty() || !direct.roots.is_empty() || bytes > LINKED_TREE_BYTES {
+            return None;
+        }
+        let reader = self.without_leases();
+        let references = reader.references(instance, new.action.function(), &new.result).await.ok()?;
+        (references.len() <= MAX_LINKS).then_some(references)
+    }
+
     /// Reads a Tree of a result.
     async fn files_of_tree(
         &self,
@@ -361,6 +381,7 @@ impl Cas {
         if !contents.is_empty() {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
+        prepared.references = self.references_in_small_trees(&space, &prepared).await;
         let (charge, result) = (prepared.charge(self), prepared.result.clone());
         let room = self.take_room(charge).await?;
         let cas = self.clone();
@@ -369,7 +390,7 @@ impl Cas {
                 cas.report_difference(&space, &prepared);
             }
             let mut files = cas.new_files(room);
-            prepared.write(&cas, &mut files, space.id())?;
+            prepared.write(&cas, &mut files, &space)?;
             Ok(files.commit())
         });
         if let Some(visible) = visible.await?? {
@@ -399,78 +420,5 @@ impl Unloadable {
 impl From<Error> for Unloadable {
     fn from(error: Error) -> Self {
         Self::Server(error)
-    }
-}
-
-/// A result that is checked and encoded for its file.
-pub(crate) struct PreparedResult {
-    pub(super) action: Digest,
-    pub(super) result: SharedResult,
-    /// Where it comes from.
-    pub(super) origin: StoredOrigin,
-    file: Bytes,
-    /// Contents that were inlined; these blobs have to be stored first.
-    pub(crate) contents: Vec<(Digest, Bytes)>,
-}
-
-impl PreparedResult {
-    /// Checks and encodes a result.
-    ///
-    /// # Errors
-    /// The errors of [`results::normalise`].
-    pub(crate) fn new(
-        instance: &Instance,
-        action: Digest,
-        result: reapi::ActionResult,
-        provenance: Provenance,
-        uploader: Uploader,
-    ) -> Result<Self> {
-        Ok(Self::check(instance, action, result, provenance, uploader)?.encode())
-    }
-
-    /// Checks a result. It is encoded with [`PreparedResult::encode`].
-    fn check(
-        instance: &Instance,
-        action: Digest,
-        mut result: reapi::ActionResult,
-        provenance: Provenance,
-        uploader: Uploader,
-    ) -> Result<Self> {
-        let contents = results::normalise(&mut result, action.function(), uploader)?;
-        let origin = results::origin(instance.name(), action, provenance, SystemTime::now());
-        Ok(Self { action, result: result.into(), origin, file: Bytes::new(), contents })
-    }
-
-    fn encode(self) -> Self {
-        let file = results::encode(&self.origin, &self.result);
-        Self { file, ..self }
-    }
-
-    /// Bytes that the file takes on disk.
-    pub(crate) fn charge(&self, cas: &Cas) -> u64 {
-        cas.shared().volume.charge(self.file.len() as u64)
-    }
-
-    /// Writes the file, which is not visible yet. Blocks.
-    pub(in crate::actors::cas) fn write(
-        self,
-        cas: &Cas,
-        files: &mut NewFiles,
-        instance: InstanceId,
-    ) -> Result<()> {
-        let Self { action, result, file: bytes, .. } = self;
-        let key = Key { digest: action, instance, kind: EntryKind::Result };
-        let file = files
-            .write(key, &[bytes])
-            .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
-        // Without Trees and Directories all references are known, so the first hit reads no file.
-        if let Ok(direct) = DirectReferences::of(&result, action.function())
-            && direct.trees.is_empty()
-            && direct.roots.is_empty()
-        {
-            let loaded = Arc::new(LoadedResult::new(file.generation, result, direct.blobs));
-            cas.shared().results.insert((instance, action), loaded.clone(), loaded.memory());
-        }
-        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use crate::{
         CasActor, LOG,
         client::Cas,
         index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
-        settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN, MAX_LINKS},
+        settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     },
     actors::mail::Receive,
     instance::Instance,
@@ -15,7 +15,7 @@ use crate::{
 };
 use actix::Message;
 use gorego_reapi::{digest::Digest, error::Result};
-use std::sync::{Arc, atomic::Ordering::Relaxed};
+use std::sync::Arc;
 
 /// A file takes at most this much more on disk than its bytes.
 const BLOCK_BYTES: u64 = 64 * 1024;
@@ -40,14 +40,6 @@ pub(crate) enum ResultLookup {
 pub struct Incomplete {
     pub at: EntryRef,
     pub reason: String,
-}
-
-/// Fact: a stored result needs these stored blobs.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct LinkResult {
-    pub result: EntryRef,
-    pub blobs: Vec<EntryRef>,
 }
 
 impl Cas {
@@ -135,24 +127,6 @@ impl Cas {
         Ok(ResultLookup::Hit(loaded.result.clone()))
     }
 
-    /// Tells the index once which blobs a result needs that has just been found complete.
-    pub(crate) fn link(&self, instance: &Instance, result: EntryRef, loaded: &LoadedResult) -> Result<()> {
-        if loaded.references.len() > MAX_LINKS || loaded.is_linked.swap(true, Relaxed) {
-            return Ok(());
-        }
-        let mut blobs = Vec::with_capacity(loaded.references.len());
-        for part in loaded.references.chunks(LOOKUPS_PER_HOLD) {
-            let places = self.look_up(|index| -> Option<Vec<EntryRef>> {
-                part.iter().map(|digest| index.place_of_blob(instance.blobs(), *digest)).collect()
-            })?;
-            // If one has gone in this moment, the next look-up finds out.
-            let Some(places) = places else { return Ok(()) };
-            blobs.extend(places);
-        }
-        self.actor().do_send(LinkResult { result, blobs });
-        Ok(())
-    }
-
     /// Whether there may be no room to lease the blobs of a result. Cheap, and almost always false.
     pub(crate) fn may_lack_leases(&self, loaded: &LoadedResult) -> Result<bool> {
         let blocks = (loaded.references.len() as u64).saturating_mul(BLOCK_BYTES);
@@ -173,14 +147,6 @@ impl Cas {
     pub(crate) fn drop_result(&self, at: EntryRef, reason: String) {
         self.shared().view.condemn(at);
         self.actor().do_send(Incomplete { at, reason });
-    }
-}
-
-impl Receive<LinkResult> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, LinkResult { result, blobs }: LinkResult, _: &mut Self::Context) {
-        self.change(|index| index.link(result, &blobs));
     }
 }
 

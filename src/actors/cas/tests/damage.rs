@@ -164,7 +164,7 @@ async fn a_file_that_changes_under_its_reader_ends_the_read() {
     set_times(&path, (1, 0), (1, 0));
     assert_eq!(reader.read_at(0, 1_000).await.unwrap(), bytes[..1_000]);
     tamper(&path);
-    assert!(matches!(reader.read_at(0, 1_000).await, Err(Error::DataLoss(_))));
+    assert!(matches!(reader.read_at(0, 1_000).await, Err(Error::Unavailable(_))));
     assert!(!store.has(blob).await);
 }
 

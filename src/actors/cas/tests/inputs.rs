@@ -307,7 +307,8 @@ async fn outputs_become_visible_together_and_those_of_a_failed_run_are_kept_too(
 #[actix::test]
 async fn all_outputs_that_are_not_visible_yet_have_room() {
     let store = TestStore::with_limit(MB).await;
-    let held = store.cas.ask(ReserveRoom { bytes: 4_096, of: 4_096, blob: None }).await.unwrap().unwrap();
+    let held =
+        store.cas.ask(ReserveRoom { bytes: 4_096, of: 4_096, held: 0, blob: None }).await.unwrap().unwrap();
     for expected in [0, 3 * 4_096] {
         let (cas, main) = (store.cas.clone(), store.main.clone());
         let batch = store

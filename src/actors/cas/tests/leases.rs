@@ -147,6 +147,25 @@ async fn a_leased_blob_that_is_lost_is_a_broken_promise() {
     assert_eq!((inspection.tally.broken_promises, inspection.totals.leased), (1, 0));
 }
 
+/// CAS-03: what a build has touched before a restart stays after it.
+#[actix::test]
+async fn what_a_build_was_promised_before_a_restart_stays_after_it() {
+    let store = TestStore::with_leases(MB).await;
+    let mut promised = Vec::new();
+    for seed in 0..6 {
+        promised.push(store.put_of(build(1, "ours"), noise(50_000, seed)).await.unwrap());
+    }
+    store.cas.actor().send(CloseStore).await.unwrap();
+    let TestStore { root, cas, .. } = store;
+    drop(cas);
+    let store = TestStore::with_leases_at(root, MB).await;
+    store.churn(build(2, "theirs"), 1_000).await;
+    for blob in promised {
+        assert!(store.get(blob).await.is_ok(), "{blob}");
+    }
+    assert_eq!(store.inspect().await.tally.broken_promises, 0);
+}
+
 /// The inputs and outputs of an Execute belong to its build.
 #[actix::test]
 async fn inputs_and_outputs_of_an_action_are_leased_to_its_build() {

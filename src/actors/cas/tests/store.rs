@@ -201,7 +201,7 @@ async fn a_reader_gets_all_bytes_or_an_error() {
     std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
     std::fs::set_permissions(&path, permissions).unwrap();
     std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1_000).unwrap();
-    assert!(matches!(read_all(&of_cut).await, Err(Error::DataLoss(_))));
+    assert!(matches!(read_all(&of_cut).await, Err(Error::Unavailable(_))));
     assert!(!store.has(cut).await);
 }
 
@@ -303,6 +303,7 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
         zstd_level: 1,
+        scrub_bytes_per_second: 0,
         timeouts: TimeoutPolicy { default: Duration::ZERO, max: Duration::ZERO },
     };
     let error = CasActor::open(settings, &Instances::new([""]).unwrap(), Handle::current()).unwrap_err();
@@ -338,7 +339,7 @@ async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
     let format = store.root.path().join("store/format");
     std::fs::write(&format, "gorego store 1\n").unwrap();
     let store = store.restart_with_limit(1_000 * MB).await;
-    assert_eq!(std::fs::read_to_string(&format).unwrap(), "gorego store 2\n");
+    assert_eq!(std::fs::read_to_string(&format).unwrap(), "gorego store 3\n");
     assert_eq!(store.get(old).await.unwrap(), "old");
     assert_eq!(store.file_of(old), file);
     // A newer result replaces the old one, also after a restart.
@@ -355,7 +356,7 @@ async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
     let TestStore { root, cas, .. } = store;
     cas.actor().send(CloseStore).await.unwrap();
     drop(cas);
-    std::fs::write(&format, "gorego store 3\n").unwrap();
+    std::fs::write(&format, "gorego store 4\n").unwrap();
     let settings = settings_at(root.path().join("store"), MB);
     let instances = Instances::new([""]).unwrap();
     let refusal = eventually(|| async {
@@ -363,8 +364,8 @@ async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
         (!refusal.to_string().contains("another gorego server")).then_some(refusal)
     })
     .await;
-    assert!(refusal.to_string().contains("gorego store 3"), "{refusal}");
-    assert_eq!(std::fs::read_to_string(&format).unwrap(), "gorego store 3\n");
+    assert!(refusal.to_string().contains("gorego store 4"), "{refusal}");
+    assert_eq!(std::fs::read_to_string(&format).unwrap(), "gorego store 4\n");
 }
 
 /// The whole store, with segments, stays within its limit on disk while most of what it stores is evicted again.

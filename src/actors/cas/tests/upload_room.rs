@@ -7,6 +7,7 @@ use crate::actors::cas::{
     requests::EndUpload,
     uploads::sink::Sink,
 };
+use futures::FutureExt as _;
 
 /// Adds a broken upload under its own name.
 fn park(store: &TestStore, uploads: &mut Uploads, (n, blob): (u64, Key), room: UploadRoom, now: Instant) {

@@ -53,6 +53,7 @@ impl Cas {
         }
         let blob = Key { digest, instance: instance.blobs(), kind: EntryKind::Blob };
         let name = upload_name(instance, name);
+        self.look_at_full_disk().await?;
         let patience = Instant::now() + TWIN_WAIT;
         let (mut was_busy, mut looks, mut beside) = (false, 0, false);
         loop {

@@ -160,7 +160,7 @@ impl NewBlob {
             }
             Ok(sink)
         });
-        self.sink = Some(work.await??);
+        self.sink = Some(self.cas.shared().disk.note(work.await?)?);
         Ok(())
     }
 

@@ -338,7 +338,7 @@ fn is_stored(cas: &Cas, blob: &Key) -> bool {
 
 /// Whether an upload failed for lack of something, and not because of its bytes.
 fn is_shortage(error: &Error) -> bool {
-    matches!(error, Error::Exhausted { .. } | Error::Unavailable(_))
+    matches!(error, Error::Exhausted { .. } | Error::DiskFull(_) | Error::Unavailable(_))
 }
 
 /// Reserves room for `bytes` of the blob. If there is none, the bytes that were written are kept.
@@ -373,7 +373,7 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &StoreShared) -> Res
         Ok(())
     })();
     attempt.keep &= outcome.is_ok();
-    outcome
+    shared.disk.note(outcome)
 }
 
 /// Writes the last bytes, verifies the blob, gives it its final name and hands it to the actor.

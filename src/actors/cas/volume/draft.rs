@@ -2,7 +2,9 @@
 
 use super::{
     Draft, WrittenFile,
-    files::{StorePaths, create, in_shard},
+    checksum_table::ChecksumTable,
+    checksums::ChecksumBuilder,
+    files::{StorePaths, create, in_shard, needs_checksums},
     hash,
     stamps::{change_unobserved, stamp_of},
 };
@@ -25,14 +27,22 @@ pub(crate) struct TemporaryFile {
     paths: Arc<StorePaths>,
     path: PathBuf,
     file: File,
+    /// Those of the bytes that were written.
+    sums: ChecksumBuilder,
+    table: Arc<ChecksumTable>,
     is_kept: bool,
 }
 
 impl TemporaryFile {
     /// Creates the temporary file of this generation.
-    pub(super) fn create(paths: Arc<StorePaths>, generation: u64) -> io::Result<Self> {
+    pub(super) fn create(
+        paths: Arc<StorePaths>,
+        table: Arc<ChecksumTable>,
+        generation: u64,
+    ) -> io::Result<Self> {
         let path = paths.temporary_path(generation);
-        Ok(Self { file: create(&path)?, paths, path, is_kept: false })
+        let file = create(&path)?;
+        Ok(Self { file, paths, path, sums: ChecksumBuilder::default(), table, is_kept: false })
     }
 
     /// Opens the file again, for reading only.
@@ -43,7 +53,9 @@ impl TemporaryFile {
 
 impl Draft for TemporaryFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all(bytes)
+        self.file.write_all(bytes)?;
+        self.sums.update(bytes);
+        Ok(())
     }
 
     fn hash(&self, hasher: Hasher) -> io::Result<Digest> {
@@ -54,14 +66,19 @@ impl Draft for TemporaryFile {
     fn keep(mut self: Box<Self>, key: Key) -> io::Result<WrittenFile> {
         let file = FileId { key, generation: self.paths.next_generation() };
         let metadata = self.file.metadata()?;
+        if needs_checksums(&key, metadata.len()) {
+            // A file without checksums is hashed before it is served, and gets them then.
+            let _ = self.table.add(&file, &std::mem::take(&mut self.sums).finish());
+        }
         let written = stamp_of(&metadata);
         // A file that is open for writing, even by this process, gets no lease.
         self.file = self.reopen()?;
         let path = self.paths.path(&file);
-        let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))?;
+        let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))
+            .inspect_err(|_| self.table.remove(file.generation))?;
         self.is_kept = true;
         let stamp = moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp));
-        Ok(WrittenFile { file, bytes: self.paths.charge(metadata.len()), stamp })
+        Ok(WrittenFile { file, bytes: self.paths.taken(&metadata), stamp })
     }
 }
 

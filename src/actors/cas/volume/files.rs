@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/lock                                              held while a server runs on it
 //! <root>/format                                            which layout this is
+//! <root>/note                                              see `Volume::keep_note`
 //! <root>/v1/blobs/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/results/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/results/<instance>+private/...                 the same for results that only their principals see
@@ -10,17 +11,21 @@
 //! <root>/v1/tmp/<generation>                               uploads in progress; emptied at start
 //! <root>/v1/trash/                                         what start threw away; emptied in the background
 //! <root>/segments/                                         see `segments`
+//! <root>/checksums/                                        see `checksum_table`
 //! ```
 //!
 //! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's file
 //! with its full length under its final name was verified: it got the name after its hash was checked, or its bytes were
 //! checked before they were written. The name of a result does not tell the length of its file, so the file has a checksum. The
 //! name of a zstd form tells the size of its blob, so a form is decoded and hashed before it is first served, unless this
-//! process made it. A verified file is recognised by its [`Stamp`]. Nothing is fsynced: the death of the process loses nothing.
+//! process made it. A verified file is recognised by its [`Stamp`]. Files whose readers do not check all of their content have
+//! checksums of their blocks, which are checked at every read. Nothing is fsynced: the death of the process loses nothing.
 //! A power cut may lose or damage what was written last, and the hash check at the first read turns that into misses.
 
 use super::{
     Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
+    checksum_table::ChecksumTable,
+    checksums::{BLOCK_BYTES, Checksums},
     draft::TemporaryFile,
     outside::LeftFile,
     scan,
@@ -57,13 +62,16 @@ use std::{
 use uuid::Uuid;
 
 /// The content of `<root>/format`.
-const FORMAT: &str = "gorego store 2\n";
-/// The format of stores without segments. Such a store is used as it is.
-const OLD_FORMAT: &str = "gorego store 1\n";
-/// A bound on the size of that file.
+const FORMAT: &str = "gorego store 3\n";
+/// Earlier formats: without segments, and without checksums of large files. Such a store is used as it is; what it lacks is added
+/// while it is used.
+const OLD_FORMATS: [&str; 2] = ["gorego store 1\n", "gorego store 2\n"];
+/// A bound on the size of that file, and of the note.
 const MAX_FORMAT_BYTES: u64 = 4_096;
 /// Permission bits of stored files, which are never written again.
 const STORED_MODE: u32 = 0o444;
+/// The unit of `st_blocks`.
+pub(super) const BLOCK_UNIT_BYTES: u64 = 512;
 /// Files on which a lease is held at the same time while their use is recorded.
 const TOUCH_LEASES: usize = 64;
 
@@ -71,6 +79,7 @@ const TOUCH_LEASES: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Files {
     pub(super) paths: Arc<StorePaths>,
+    pub(super) table: Arc<ChecksumTable>,
     _lock: File,
 }
 
@@ -86,6 +95,8 @@ pub(super) struct StorePaths {
     block: u64,
     /// The next number of a file. Segments number their records from it too.
     sequence: Arc<AtomicU64>,
+    /// Bytes that the trash takes, as far as they were found.
+    pub(super) in_trash: AtomicU64,
 }
 
 impl Files {
@@ -109,9 +120,13 @@ impl Files {
             rustix::fs::statvfs(&base).map_err(|error| refuse("it cannot be examined", &error))?.f_frsize;
         let has_fine_times = has_fine_change_times(&base.join("tmp"))
             .map_err(|error| refuse("a file in it cannot be written", &error))?;
-        let (block, sequence) = (block.max(512), Arc::new(AtomicU64::new(1)));
-        let paths = Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence });
-        Ok(Self { paths, _lock: lock })
+        let table =
+            ChecksumTable::open(root).map_err(|error| refuse("its checksums cannot be opened", &error))?;
+        let sequence = Arc::new(AtomicU64::new(table.last_generation().saturating_add(1)));
+        let (block, in_trash) = (block.max(512), AtomicU64::new(0));
+        let paths =
+            Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence, in_trash });
+        Ok(Self { paths, table: Arc::new(table), _lock: lock })
     }
 
     /// The path of a stored file.
@@ -145,9 +160,9 @@ impl Files {
         self.paths.settled(stamp_of(metadata))
     }
 
-    /// [`Volume::open`] of the file at a path.
+    /// Opens the file at a path, without its checksums.
     pub(super) fn open_path(&self, path: &Path) -> io::Result<StoredFile> {
-        Ok(StoredFile::new(regular_file::open(path)?, self.paths.has_fine_times))
+        Ok(StoredFile::new(regular_file::open(path)?, self.paths.has_fine_times, None))
     }
 
     fn write_one(&self, file: &NewFile<'_>) -> io::Result<WrittenFile> {
@@ -158,13 +173,18 @@ impl Files {
         let metadata = written.and_then(|()| new.metadata());
         if metadata.is_err() {
             let _ = fs::remove_file(&path);
+        } else if needs_checksums(&file.key, file.size()) {
+            // A file without checksums is hashed before it is served, and gets them then.
+            let _ = self.table.add(&id, &Checksums::of(file.pieces));
         }
-        Ok(WrittenFile { file: id, bytes: self.charge(file.size()), stamp: self.stamp(&metadata?) })
+        let metadata = metadata?;
+        Ok(WrittenFile { file: id, bytes: self.paths.taken(&metadata), stamp: self.stamp(&metadata) })
     }
 
     /// Deletes a stored file. Anything that was put in its place is removed too.
     fn delete_one(&self, file: &FileId) -> io::Result<()> {
         let path = self.paths.path(file);
+        self.table.remove(file.generation);
         match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.paths.throw_away(&path),
@@ -196,12 +216,18 @@ impl Volume for Files {
         self.paths.charge(size)
     }
 
+    fn overhead(&self) -> u64 {
+        self.paths.in_trash.load(Ordering::Relaxed) + self.table.disk_bytes()
+    }
+
     fn space(&self) -> io::Result<Space> {
         Space::of(&self.paths.base)
     }
 
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
-        Ok(Box::new(self.open_path(&self.paths.path(file))?))
+        let open = regular_file::open(&self.paths.path(file))?;
+        let sums = self.table.get(file)?;
+        Ok(Box::new(StoredFile::new(open, self.paths.has_fine_times, sums)))
     }
 
     fn look(&self, file: &FileId) -> io::Result<Look> {
@@ -218,7 +244,7 @@ impl Volume for Files {
     }
 
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
-        Ok(Box::new(TemporaryFile::create(self.paths.clone(), self.next_generation())?))
+        Ok(Box::new(TemporaryFile::create(self.paths.clone(), self.table.clone(), self.next_generation())?))
     }
 
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
@@ -237,11 +263,19 @@ impl Volume for Files {
         let times = |metadata: &Metadata| (metadata.mtime(), metadata.mtime_nsec());
         let unchanged = after.len() == key.digest.size() && times(&after) == times(before);
         if same && unchanged && after.nlink() == 1 {
-            let bytes = self.charge(after.len());
+            if let Some(sums) = left.checksums().filter(|sums| needs_checksums(&key, sums.size())) {
+                // As in `write_one`.
+                let _ = self.table.add(&file, sums);
+            }
+            let bytes = self.paths.taken(&after);
             return Ok(Some(WrittenFile { file, bytes, stamp: self.stamp(&after) }));
         }
         self.delete_one(&file)?;
         Ok(None)
+    }
+
+    fn add_checksums(&self, file: &FileId, sums: &Checksums) -> io::Result<()> {
+        if needs_checksums(&file.key, sums.size()) { self.table.add(file, sums) } else { Ok(()) }
     }
 
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)> {
@@ -274,6 +308,31 @@ impl Volume for Files {
         scan::recover(self, is_whole, take)
     }
 
+    fn parts(&self) -> Vec<String> {
+        scan::all_shards(self).iter().map(|shard| shard.name(&self.paths)).collect()
+    }
+
+    fn files_in(&self, part: &str) -> io::Result<Vec<FileId>> {
+        scan::files_in(self, part)
+    }
+
+    fn note(&self) -> Option<String> {
+        let bytes = regular_file::read(&self.paths.note(), MAX_FORMAT_BYTES).ok()?;
+        String::from_utf8(bytes).ok()
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "after a power cut, a clean stop must not be noted that did not happen"
+    )]
+    fn keep_note(&self, note: &str) -> io::Result<()> {
+        let (path, new) = (self.paths.note(), self.paths.note().with_extension("new"));
+        regular_file::write(&new, note.as_bytes())?;
+        File::open(&new)?.sync_data()?;
+        fs::rename(&new, &path)?;
+        path.parent().map_or(Ok(()), |root| File::open(root)?.sync_all())
+    }
+
     #[cfg(test)]
     fn place(&self, file: &FileId) -> Option<(PathBuf, u64)> {
         Some((self.paths.path(file), 0))
@@ -289,6 +348,12 @@ impl StorePaths {
     /// Bytes that a file of this size takes.
     pub(super) fn charge(&self, size: u64) -> u64 {
         size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
+    }
+
+    /// Bytes that a file takes: the blocks that the file system says, and never less than [`StorePaths::charge`], because some
+    /// file systems allocate later.
+    pub(super) fn taken(&self, metadata: &Metadata) -> u64 {
+        self.charge(metadata.len()).max(metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES))
     }
 
     /// The path of a stored file.
@@ -316,6 +381,16 @@ impl StorePaths {
         self.base.join(format!("tmp/{generation:x}"))
     }
 
+    /// The name of a directory of files, as it is below the directory of the store.
+    pub(super) fn name_of(&self, path: &Path) -> String {
+        path.strip_prefix(&self.base).unwrap_or(path).display().to_string()
+    }
+
+    /// The path of the note.
+    fn note(&self) -> PathBuf {
+        self.base.with_file_name("note")
+    }
+
     /// The directory for files that are thrown away.
     pub(super) fn trash(&self) -> PathBuf {
         self.base.join("trash")
@@ -329,6 +404,16 @@ impl StorePaths {
     /// The stamp of a verified file, or [`Stamp::UNTRUSTED`] while another change could leave the stamp as it is.
     pub(super) fn settled(&self, stamp: Stamp) -> Stamp {
         settled(stamp, self.has_fine_times, SystemTime::now())
+    }
+}
+
+/// Whether a file of its own gets checksums of its blocks. A small blob is hashed whenever it is read, and a result has a checksum
+/// of its own.
+pub(super) fn needs_checksums(key: &Key, size: u64) -> bool {
+    match key.kind {
+        EntryKind::Blob => size > BLOCK_BYTES as u64,
+        EntryKind::Result => false,
+        EntryKind::Zstd => true,
     }
 }
 
@@ -363,7 +448,7 @@ fn check_format(root: &Path) -> Result<()> {
     let format = root.join("format");
     match regular_file::read(&format, MAX_FORMAT_BYTES) {
         Ok(text) if text == FORMAT.as_bytes() => Ok(()),
-        Ok(text) if text == OLD_FORMAT.as_bytes() => {
+        Ok(text) if OLD_FORMATS.iter().any(|old| text == old.as_bytes()) => {
             let new = root.join("format.new");
             regular_file::write(&new, FORMAT.as_bytes())
                 .and_then(|()| fs::rename(&new, &format))
@@ -501,9 +586,9 @@ mod tests {
         assert!(error.to_string().contains("another gorego server runs on it"), "{error}");
         drop(first);
         Files::open(root.path(), &instances).unwrap();
-        fs::write(root.path().join("format"), "gorego store 3\n").unwrap();
+        fs::write(root.path().join("format"), "gorego store 4\n").unwrap();
         let error = Files::open(root.path(), &instances).unwrap_err();
-        assert!(error.to_string().contains("gorego store 3"), "{error}");
+        assert!(error.to_string().contains("gorego store 4"), "{error}");
         fs::write(root.path().join("plain"), "").unwrap();
         let error = Files::open(&root.path().join("plain"), &instances).unwrap_err();
         assert!(matches!(error, Error::Precondition(_)), "{error}");

@@ -3,12 +3,14 @@
 //! ```text
 //! <root>/v1/           files of their own; see `files`
 //! <root>/segments/     small files; see `segments`
+//! <root>/checksums/    checksums of files of their own; see `checksum_table`
 //! ```
 //!
 //! Small files that an earlier version has kept on their own are read, touched and evicted where they are.
 
 use super::{
     Compacted, Draft, Look, Moved, Moves, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
+    checksums::Checksums,
     files::Files,
     outside::LeftFile,
     segments::{Location, Segments, Sizes, Verdict},
@@ -29,6 +31,9 @@ use std::{
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
+
+/// The names of parts that are segments begin with this, and no others.
+const SEGMENTS: &str = "segments/";
 
 /// The files of one store on a local disk.
 #[derive(Debug)]
@@ -87,7 +92,7 @@ impl Volume for Local {
     }
 
     fn overhead(&self) -> u64 {
-        self.segments.overhead()
+        self.segments.overhead().saturating_add(self.files.overhead())
     }
 
     fn space(&self) -> io::Result<Space> {
@@ -139,6 +144,10 @@ impl Volume for Local {
             Some(bytes) => write_small(&self.segments, key, bytes).map(Some),
             None => Ok(None),
         }
+    }
+
+    fn add_checksums(&self, file: &FileId, sums: &Checksums) -> io::Result<()> {
+        if Location::of(file).is_some() { Ok(()) } else { self.files.add_checksums(file, sums) }
     }
 
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)> {
@@ -203,6 +212,32 @@ impl Volume for Local {
         self.files.delete(&of_files);
         self.segments.end_recovery();
         repairs
+    }
+
+    fn parts(&self) -> Vec<String> {
+        let of_segments =
+            self.segments.numbers().into_iter().map(|number| format!("{SEGMENTS}{number:012x}"));
+        let mut parts = self.files.parts();
+        parts.extend(of_segments);
+        parts
+    }
+
+    fn files_in(&self, part: &str) -> io::Result<Vec<FileId>> {
+        match part.strip_prefix(SEGMENTS) {
+            Some(number) => {
+                let number = u64::from_str_radix(number, 16).map_err(|_| io::ErrorKind::NotFound)?;
+                self.segments.files_in(number)
+            }
+            None => self.files.files_in(part),
+        }
+    }
+
+    fn note(&self) -> Option<String> {
+        self.files.note()
+    }
+
+    fn keep_note(&self, note: &str) -> io::Result<()> {
+        self.files.keep_note(note)
     }
 
     #[cfg(test)]

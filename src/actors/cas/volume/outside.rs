@@ -2,11 +2,15 @@
 //!
 //! They are in the directories of workers on this machine, whatever the store's volume is.
 
-use super::{hash, stamps};
+use super::{
+    checksums::{ChecksumBuilder, Checksums},
+    hash, stamps,
+};
 use bytes::Bytes;
 use gorego_reapi::digest::{Digest, Hasher};
 use rustix::fs::{Mode, OFlags, fchmod, openat};
 use std::{
+    cell::OnceCell,
     fs::{File, Metadata},
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, MetadataExt as _},
@@ -23,6 +27,8 @@ pub(crate) struct LeftFile<'a> {
     /// Its metadata before it was hashed.
     pub(super) before: Metadata,
     writers: stamps::Writers,
+    /// The checksums of what was hashed.
+    sums: OnceCell<Checksums>,
 }
 
 impl<'a> LeftFile<'a> {
@@ -30,7 +36,7 @@ impl<'a> LeftFile<'a> {
     pub(crate) fn new(parent: &'a File, name: &'a str, file: File) -> io::Result<Self> {
         let writers = stamps::lease(&file);
         let before = file.metadata()?;
-        Ok(Self { file, parent, name, before, writers })
+        Ok(Self { file, parent, name, before, writers, sums: OnceCell::new() })
     }
 
     /// The size in bytes.
@@ -40,7 +46,19 @@ impl<'a> LeftFile<'a> {
 
     /// The digest of its content.
     pub(crate) fn hash(&self, hasher: Hasher) -> io::Result<Digest> {
-        hash(hasher, |piece, at| self.file.read_at(piece, at))
+        let mut sums = ChecksumBuilder::default();
+        let digest = hash(hasher, |piece, at| {
+            let read = self.file.read_at(piece, at)?;
+            sums.update(piece.get(..read).unwrap_or_default());
+            Ok(read)
+        })?;
+        let _ = self.sums.set(sums.finish());
+        Ok(digest)
+    }
+
+    /// The checksums of the content that was hashed first, if it was.
+    pub(super) fn checksums(&self) -> Option<&Checksums> {
+        self.sums.get()
     }
 
     /// Reads bytes from `offset`.

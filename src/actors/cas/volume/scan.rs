@@ -6,8 +6,8 @@
 //! as a kill, both are read to find the complete one.
 
 use super::{
-    Recovered, Repairs, Stored, Volume as _,
-    files::{Files, parse_file_name},
+    Recovered, Repairs, Stored,
+    files::{BLOCK_UNIT_BYTES, Files, StorePaths, parse_file_name},
 };
 use crate::{
     actors::cas::index::{EntryKind, FileId, Key, Victim},
@@ -20,6 +20,7 @@ use std::{
     fs::{self, DirEntry},
     io,
     os::unix::fs::MetadataExt as _,
+    path::PathBuf,
     sync::{
         atomic::{AtomicUsize, Ordering},
         mpsc,
@@ -32,11 +33,23 @@ const MAX_THREADS: usize = 8;
 /// The target of the log lines of this file.
 const LOG: &str = "gorego::cas";
 
-struct ShardId {
+/// A directory of stored files.
+pub(super) struct ShardId {
     kind: EntryKind,
     instance: InstanceId,
     function: DigestFunction,
     first: u8,
+}
+
+impl ShardId {
+    fn path(&self, paths: &StorePaths) -> PathBuf {
+        paths.shard(self.kind, self.instance, self.function, self.first)
+    }
+
+    /// Its name, which stays the same as long as its instance has the same name.
+    pub(super) fn name(&self, paths: &StorePaths) -> String {
+        paths.name_of(&self.path(paths))
+    }
 }
 
 #[derive(Default)]
@@ -74,18 +87,42 @@ pub(super) fn recover(
             sums.unreadable += repairs.unreadable;
             for recovered in found {
                 files.saw_generation(recovered.file.generation);
+                files.table.claim(recovered.file.generation);
                 if let Some(loser) = take(recovered) {
                     sums.removed += 1;
+                    files.table.remove(loser.file.generation);
                     let _ = fs::remove_file(files.paths.path(&loser.file));
                 }
             }
         }
     });
+    files.table.end_recovery();
     empty_trash(files);
     sums
 }
 
-fn all_shards(files: &Files) -> Vec<ShardId> {
+/// The stored files in the directory of this name.
+///
+/// # Errors
+/// The errors of reading the directory; `NotFound` for a name that none has.
+pub(super) fn files_in(files: &Files, name: &str) -> io::Result<Vec<FileId>> {
+    let is_it = |shard: &ShardId| shard.name(&files.paths) == name;
+    let shard = all_shards(files).into_iter().find(is_it).ok_or(io::ErrorKind::NotFound)?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir(shard.path(&files.paths))? {
+        let name = entry?.file_name();
+        if let Some((digest, generation)) =
+            name.to_str().and_then(|name| parse_file_name(shard.function, name))
+        {
+            let key = Key { digest, instance: shard.instance, kind: shard.kind };
+            found.push(FileId { key, generation });
+        }
+    }
+    Ok(found)
+}
+
+/// The directories that stored files may be in, in a fixed order.
+pub(super) fn all_shards(files: &Files) -> Vec<ShardId> {
     let mut shards = Vec::new();
     for instance in files.instances() {
         for &function in DigestFunction::ALL {
@@ -108,15 +145,14 @@ fn read_shard(
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
 ) -> ShardContent {
     let mut content = ShardContent::default();
-    let entries =
-        match fs::read_dir(files.paths.shard(shard.kind, shard.instance, shard.function, shard.first)) {
-            Ok(entries) => entries,
-            Err(error) => {
-                // A directory that was never needed does not exist.
-                content.repairs.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
-                return content;
-            }
-        };
+    let entries = match fs::read_dir(shard.path(&files.paths)) {
+        Ok(entries) => entries,
+        Err(error) => {
+            // A directory that was never needed does not exist.
+            content.repairs.unreadable += u64::from(error.kind() != io::ErrorKind::NotFound);
+            return content;
+        }
+    };
     for entry in entries {
         match entry {
             Ok(entry) => read_entry(files, shard, &entry, &mut content),
@@ -157,7 +193,7 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
     }
     let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
     let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
-    content.found.push(Recovered { file, bytes: files.charge(metadata.len()), touched });
+    content.found.push(Recovered { file, bytes: files.paths.taken(&metadata), touched });
 }
 
 /// Removes what an interrupted update left: the beginning of a new file beside the file that it was to replace. It is the newer
@@ -180,14 +216,34 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
     });
 }
 
-/// Empties the trash on its own thread. If a crash interrupts it, the next start goes on.
+/// The blocks that a file takes, or all files in a directory.
+fn bytes_of(entry: &DirEntry) -> u64 {
+    let Ok(metadata) = entry.metadata() else { return 0 };
+    if metadata.is_dir() {
+        let inside = fs::read_dir(entry.path()).into_iter().flatten().flatten();
+        return inside.map(|entry| bytes_of(&entry)).sum();
+    }
+    metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES)
+}
+
+/// Empties the trash on its own thread, and counts what is in it until then. If a crash interrupts it, the next start goes on.
 fn empty_trash(files: &Files) {
-    let trash = files.paths.trash();
+    let paths = files.paths.clone();
     let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {
-        for entry in fs::read_dir(trash).into_iter().flatten().flatten() {
-            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let path = entry.path();
-            let _ = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        let thrown: Vec<(PathBuf, u64)> = fs::read_dir(paths.trash())
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| (entry.path(), bytes_of(&entry)))
+            .collect();
+        paths.in_trash.store(thrown.iter().map(|(_, bytes)| bytes).sum(), Ordering::Relaxed);
+        for (path, bytes) in thrown {
+            let is_directory = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
+            let removed = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+            // What cannot be removed stays counted.
+            if removed.is_ok() {
+                paths.in_trash.fetch_sub(bytes, Ordering::Relaxed);
+            }
         }
     });
     if let Err(error) = spawned {

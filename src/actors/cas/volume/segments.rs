@@ -33,13 +33,13 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub(super) use record::Location;
 use record::damaged;
+pub(super) use record::{Location, u32_at, u64_at};
 pub(crate) use sizes::{Sizes, Verdict};
 
 use super::{Look, NewFile, Stored, WrittenFile};
 use crate::{
-    actors::cas::index::{FileId, Victim},
+    actors::cas::index::{FileId, Key, Victim},
     instance::InstanceId,
     regular_file,
 };
@@ -242,6 +242,27 @@ impl Segments {
         header
             .and_then(|(segment, file)| segment.read_header(&file, at.slot))
             .map_or(0, |header| header.sequence)
+    }
+
+    /// The numbers of the segments to which nothing is appended any more.
+    pub(super) fn numbers(&self) -> Vec<u64> {
+        let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
+        all.values().filter(|segment| segment.is_complete().is_some()).map(|segment| segment.number).collect()
+    }
+
+    /// The files whose records are in a segment, deleted ones included.
+    ///
+    /// # Errors
+    /// The errors of the file system; `NotFound` for a segment that is gone.
+    pub(super) fn files_in(&self, number: u64) -> io::Result<Vec<FileId>> {
+        let segment = self.find(number).ok_or(io::ErrorKind::NotFound)?;
+        let rows = recovery::rows_of(&*self.file_of(number)?, &segment)?;
+        let file = |row: &table::Row| {
+            let instance = segment.instances.get(usize::from(row.instance)).copied().flatten()?;
+            let generation = Location { segment: number, slot: row.slot }.generation();
+            Some(FileId { key: Key { digest: row.digest, instance, kind: row.kind }, generation })
+        };
+        Ok(rows.iter().filter_map(file).collect())
     }
 
     /// The file and the offset of the content of a record.

@@ -18,15 +18,16 @@
 //! Numbers are little-endian. Nobody outside this server knows the nonce, so a blob whose bytes look like a record is never taken
 //! for one when a segment is scanned.
 
-use crate::actors::cas::index::{EntryKind, FileId};
+use crate::actors::cas::{
+    index::{EntryKind, FileId},
+    volume::checksums::BLOCK_BYTES,
+};
 use bytes::Bytes;
 use gorego_reapi::digest::{Digest, DigestFunction};
 use std::io;
 
 /// Records start at multiples of this.
 pub(super) const SLOT_BYTES: u64 = 16;
-/// Each block of content has a checksum.
-const BLOCK_BYTES: usize = 64 * 1024;
 /// Bytes of a header before its hash.
 pub(super) const FIXED_BYTES: usize = 40;
 /// The part of a header that its checksum covers starts here.
@@ -202,11 +203,11 @@ pub(super) fn function_of(number: u8) -> Option<DigestFunction> {
     DigestFunction::from_wire(i32::from(number)).ok()
 }
 
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(in crate::actors::cas::volume) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-pub(super) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+pub(in crate::actors::cas::volume) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 

@@ -1,0 +1,106 @@
+//! Links of results to the blobs that they need: when a result is stored, and when one that was recovered is first found complete.
+//!
+//! A result that is stored brings its references along in [`Commit`](super::requests::Commit), and is linked in the
+//! step that makes it visible. If one of its blobs is not stored then, the next look-up finds out.
+
+use super::{
+    CasActor,
+    client::Cas,
+    index::{EntryKind, EntryRef, FileId, Key},
+    settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, MAX_LINKS},
+};
+use crate::{
+    actors::mail::Receive,
+    instance::{Instance, InstanceId},
+};
+use actix::{Context, Message};
+use gorego_reapi::{digest::Digest, error::Result};
+use std::{
+    fmt::Debug,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
+
+/// A result that is to be linked.
+pub(crate) trait NeedsBlobs: Debug + Send + Sync {
+    /// Every blob that it needs, each once.
+    fn needed(&self) -> &[Digest];
+
+    /// Whether the index was told so.
+    fn is_linked(&self) -> &AtomicBool;
+}
+
+/// A result that is being stored, with every blob that it needs.
+#[derive(Debug)]
+pub(crate) struct NewLinks {
+    /// The file of the result.
+    pub result: FileId,
+    /// Where its blobs are.
+    pub blobs_in: InstanceId,
+    /// The result itself.
+    pub of: Arc<dyn NeedsBlobs>,
+}
+
+/// Fact: a stored result needs these stored blobs.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct LinkResult {
+    pub result: EntryRef,
+    pub blobs: Vec<EntryRef>,
+}
+
+impl Cas {
+    /// Tells the index which blobs a result needs that has just been found complete, unless it knows.
+    pub(super) fn link(&self, instance: &Instance, result: EntryRef, of: &dyn NeedsBlobs) -> Result<()> {
+        let needed = of.needed();
+        if needed.len() > MAX_LINKS || of.is_linked().swap(true, Relaxed) {
+            return Ok(());
+        }
+        let mut blobs = Vec::with_capacity(needed.len());
+        for part in needed.chunks(LOOKUPS_PER_HOLD) {
+            let places = self.look_up(|index| -> Option<Vec<EntryRef>> {
+                part.iter().map(|digest| index.place_of_blob(instance.blobs(), *digest)).collect()
+            })?;
+            // If one has gone in this moment, the next look-up finds out.
+            let Some(places) = places else { return Ok(()) };
+            blobs.extend(places);
+        }
+        self.actor().do_send(LinkResult { result, blobs });
+        Ok(())
+    }
+}
+
+impl CasActor {
+    /// Links a result that has just become visible to its blobs, if all of them are stored.
+    pub(super) fn link_new(&self, NewLinks { result, blobs_in, of }: NewLinks) {
+        let needed = of.needed();
+        if needed.len() > MAX_LINKS {
+            return;
+        }
+        let mut blobs = Vec::with_capacity(needed.len());
+        for part in needed.chunks(CHANGES_PER_HOLD) {
+            let key = |&digest| Key { digest, instance: blobs_in, kind: EntryKind::Blob };
+            blobs.extend(self.change(|index| {
+                part.iter().filter_map(|digest| index.place_of(&key(digest))).collect::<Vec<_>>()
+            }));
+        }
+        if blobs.len() == needed.len() {
+            let is_linked = self.change(|index| {
+                let at = index.entry_of(&result);
+                at.into_iter().for_each(|result| index.link(result, &blobs));
+                at.is_some()
+            });
+            of.is_linked().store(is_linked, Relaxed);
+        }
+    }
+}
+
+impl Receive<LinkResult> for CasActor {
+    type Answer = ();
+
+    fn receive(&mut self, LinkResult { result, blobs }: LinkResult, _: &mut Context<Self>) {
+        self.change(|index| index.link(result, &blobs));
+    }
+}

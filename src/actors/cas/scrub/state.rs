@@ -1,0 +1,165 @@
+//! [`ScrubState`]: how far the scrub has come, as it is kept on disk, and [`ScrubPace`], how fast it may read. Pure.
+
+use std::time::{Duration, Instant};
+
+/// A pass begins at most this often. Errors of disks appear over months, and every read checks what it reads.
+pub(super) const PASS_EVERY: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// The scrub pauses when it is this far ahead, so that many small blobs do not each cost a pause.
+const PAUSE_FROM: Duration = Duration::from_millis(10);
+const MAGIC: &str = "gorego scrub 1";
+
+/// How far the scrub has come.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct ScrubState {
+    /// The server has stopped in good order since this was written.
+    pub stopped: bool,
+    /// The last part that was verified in this pass; empty between two passes and at the start of one.
+    pub position: String,
+    /// Whether a pass is under way.
+    pub in_pass: bool,
+    /// When the last pass began, in seconds since 1970.
+    pub began: u64,
+}
+
+/// Why a pass begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PassReason {
+    /// The server was killed, or its machine lost power. Or it is the first pass.
+    UncleanStop,
+    /// The server was stopped during a pass, which goes on.
+    Resumed,
+    /// The last one was long ago.
+    Due,
+}
+
+impl PassReason {
+    /// Its name in the log.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::UncleanStop => "unclean_stop",
+            Self::Resumed => "resumed",
+            Self::Due => "due",
+        }
+    }
+}
+
+impl ScrubState {
+    /// As text, with a checksum.
+    pub(super) fn encode(&self) -> String {
+        let Self { stopped, position, in_pass, began } = self;
+        let text =
+            format!("{MAGIC}\nstopped {stopped}\nin_pass {in_pass}\nbegan {began}\nposition {position}\n");
+        let sum = crc32c::crc32c(text.as_bytes());
+        format!("{text}sum {sum:08x}\n")
+    }
+
+    /// Reads it back. `None` for a text that is damaged, or that another version has written.
+    pub(super) fn decode(text: &str) -> Option<Self> {
+        let (body, sum) = text.strip_suffix('\n')?.rsplit_once("sum ")?;
+        if u32::from_str_radix(sum, 16).ok()? != crc32c::crc32c(body.as_bytes()) {
+            return None;
+        }
+        let mut lines = body.strip_prefix(MAGIC)?.strip_prefix('\n')?.lines();
+        let mut field = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
+        Some(Self {
+            stopped: field("stopped")?.parse().ok()?,
+            in_pass: field("in_pass")?.parse().ok()?,
+            began: field("began")?.parse().ok()?,
+            position: field("position")?.to_owned(),
+        })
+    }
+
+    /// The state of a run that begins now, and whether its first pass begins at once.
+    pub(super) fn at_start(kept: Option<Self>) -> (Self, Option<PassReason>) {
+        match kept {
+            Some(kept) if kept.stopped => {
+                let reason = kept.in_pass.then_some(PassReason::Resumed);
+                (Self { stopped: false, ..kept }, reason)
+            }
+            _ => (Self::default(), Some(PassReason::UncleanStop)),
+        }
+    }
+
+    /// How long it is until the next pass is due.
+    pub(super) fn due_in(&self, now: u64) -> Duration {
+        // A clock that was set back must not put the next pass off for years.
+        let age = Duration::from_secs(now.saturating_sub(self.began.min(now)));
+        PASS_EVERY.saturating_sub(age)
+    }
+}
+
+/// Bounds the rate of reading.
+#[derive(Debug)]
+pub(super) struct ScrubPace {
+    bytes_per_second: u64,
+    /// When what was read so far should have been read.
+    due: Instant,
+}
+
+impl ScrubPace {
+    pub(super) fn new(bytes_per_second: u64, now: Instant) -> Self {
+        Self { bytes_per_second: bytes_per_second.max(1), due: now }
+    }
+
+    /// The pause after these many bytes.
+    pub(super) fn after(&mut self, bytes: u64, now: Instant) -> Duration {
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
+        // What was not read in time is not made up for.
+        self.due = self.due.max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        let ahead = self.due.saturating_duration_since(now);
+        if ahead < PAUSE_FROM { Duration::ZERO } else { ahead }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_read_back_and_any_change_of_it_shows() {
+        let state =
+            ScrubState { stopped: true, position: "blobs/=a/sha256/0f".into(), in_pass: true, began: 17 };
+        let text = state.encode();
+        assert_eq!(ScrubState::decode(&text), Some(state));
+        for at in 0..text.len() {
+            let mut changed = text.clone().into_bytes();
+            changed[at] ^= 1;
+            let changed = String::from_utf8_lossy(&changed).into_owned();
+            assert_eq!(ScrubState::decode(&changed), None, "{changed}");
+            assert_eq!(ScrubState::decode(&text[..at]), None, "{at}");
+        }
+    }
+
+    #[test]
+    fn a_pass_is_resumed_after_a_clean_stop_and_begins_anew_after_any_other() {
+        let kept = ScrubState { stopped: true, position: "p".into(), in_pass: true, began: 9 };
+        let (state, reason) = ScrubState::at_start(Some(kept.clone()));
+        assert_eq!((&*state.position, state.stopped, reason), ("p", false, Some(PassReason::Resumed)));
+        let killed = ScrubState { stopped: false, ..kept.clone() };
+        assert_eq!(
+            ScrubState::at_start(Some(killed)),
+            (ScrubState::default(), Some(PassReason::UncleanStop))
+        );
+        assert_eq!(ScrubState::at_start(None).1, Some(PassReason::UncleanStop));
+        let idle = ScrubState { in_pass: false, position: String::new(), ..kept };
+        assert_eq!(ScrubState::at_start(Some(idle)).1, None);
+    }
+
+    #[test]
+    fn the_next_pass_is_due_a_week_after_the_last_whatever_the_clock_does() {
+        let state = ScrubState { began: 1_000_000, ..ScrubState::default() };
+        assert_eq!(state.due_in(1_000_000), PASS_EVERY);
+        assert_eq!(state.due_in(1_000_000 + PASS_EVERY.as_secs()), Duration::ZERO);
+        assert_eq!(state.due_in(10), PASS_EVERY, "the clock was set back");
+    }
+
+    #[test]
+    fn the_rate_is_kept_and_lost_time_is_not_made_up_for() {
+        let start = Instant::now();
+        let mut pace = ScrubPace::new(1_000_000, start);
+        assert_eq!(pace.after(1_000, start), Duration::ZERO, "small pieces add up");
+        assert_eq!(pace.after(99_000, start), Duration::from_millis(100));
+        let later = start + Duration::from_secs(60);
+        assert_eq!(pace.after(500_000, later), Duration::from_millis(500));
+    }
+}

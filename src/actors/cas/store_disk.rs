@@ -1,0 +1,281 @@
+//! [`StoreDisk`]: the file system of the store. Whether it has room for writes, and what else the server keeps on it.
+//!
+//! Others may fill the file system although the store is within its limit. Then the store is *read-only*: what is stored is
+//! served, and uploads and results are refused with a time to try again. A file system counts as full when it has less free than
+//! its reserve ([`Space::is_exhausted`]), or when a write has just failed for lack of space, which a quota causes too. It is looked at
+//! every [`LOOK_PACE`], and more often while it is low, so the store is writable again soon after there is room.
+//!
+//! What else the server keeps on the file system ([`Cas::count_beside`]) counts against the limit of the store, so that one limit
+//! applies to all of it. It is measured in the background, for at most a twentieth of the time of one thread.
+
+use super::{
+    CasActor, LOG, StoreShared,
+    client::Cas,
+    settings::{BESIDE_PART, LOOK_PACE, LOOK_PACE_LOW, MEASURE_PACE, PAUSE_PER_MEASUREMENT, WRITES_AFTER},
+};
+use crate::{disk::Space, logging::Event};
+use actix::WeakAddr;
+use gorego_reapi::error::{Error, Result};
+use std::{
+    fmt, io,
+    sync::{
+        Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+/// Whether there is room for writes. Pure.
+#[derive(Debug, Default)]
+struct DiskRoom {
+    is_full: bool,
+    /// When a write last failed for lack of space.
+    failed: Option<Instant>,
+    seen: Option<Space>,
+}
+
+impl DiskRoom {
+    /// Takes note of a sample. Returns whether that changes the answer.
+    fn see(&mut self, space: Space, now: Instant) -> bool {
+        if space.is_exhausted() {
+            // This explains why a write has failed, and the next sample says when there is room.
+            self.failed = None;
+        }
+        let has_failed = self.failed.is_some_and(|at| now.saturating_duration_since(at) < WRITES_AFTER);
+        let stays_full = self.is_full && (has_failed || !space.has_room());
+        self.seen = Some(space);
+        let before = std::mem::replace(&mut self.is_full, space.is_exhausted() || stays_full);
+        before != self.is_full
+    }
+
+    /// Takes note of a write that failed for lack of space. Returns whether that changes the answer.
+    fn fail(&mut self, now: Instant) -> bool {
+        self.failed = Some(now);
+        !std::mem::replace(&mut self.is_full, true)
+    }
+}
+
+/// Something that the server keeps beside the store.
+struct Beside {
+    owner: &'static str,
+    measure: Box<dyn Fn() -> u64 + Send + Sync>,
+    bytes: u64,
+    due: Instant,
+}
+
+/// See the module documentation.
+pub(super) struct StoreDisk {
+    /// Where the store is, for messages.
+    root: String,
+    /// The most bytes beside the store that count against its limit.
+    max_beside: u64,
+    room: Mutex<DiskRoom>,
+    is_full: AtomicBool,
+    beside: Mutex<Vec<Beside>>,
+    beside_bytes: AtomicU64,
+}
+
+/// What is known of the file system of the store.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct DiskSight {
+    /// Whether writes are refused.
+    pub is_full: bool,
+    /// The last sample.
+    pub space: Option<Space>,
+    /// What else the server keeps on it, by owner.
+    pub beside: Vec<(&'static str, u64)>,
+}
+
+impl StoreDisk {
+    pub(super) fn new(root: String, max_bytes: u64) -> Self {
+        Self {
+            root,
+            max_beside: max_bytes / BESIDE_PART,
+            room: Mutex::default(),
+            is_full: AtomicBool::new(false),
+            beside: Mutex::default(),
+            beside_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Bytes beside the store that count against its limit. Does not block.
+    pub(super) fn beside(&self) -> u64 {
+        self.beside_bytes.load(Relaxed).min(self.max_beside)
+    }
+
+    /// Whether there is room for writes. Does not block.
+    ///
+    /// # Errors
+    /// `DiskFull` if there is none.
+    pub(super) fn check(&self) -> Result<()> {
+        if !self.is_full.load(Relaxed) {
+            return Ok(());
+        }
+        let free = self.room().seen.map_or_else(String::new, |space| format!(": {space}"));
+        Err(Error::DiskFull(format!(
+            "the disk of this server is full, so it stores nothing until there is room on the file system of {}{free}",
+            self.root
+        )))
+    }
+
+    /// Takes note of the outcome of a write: if it failed for lack of space, the store is read-only for a while.
+    pub(super) fn note<T>(&self, outcome: Result<T>) -> Result<T> {
+        // A write that was refused because the store is read-only says nothing new.
+        if matches!(outcome, Err(Error::DiskFull(_))) && !self.is_full.load(Relaxed) {
+            let mut room = self.room();
+            if room.fail(Instant::now()) {
+                self.tell(&room);
+            }
+        }
+        outcome
+    }
+
+    /// [`StoreDisk::note`] for an outcome of the volume.
+    pub(super) fn note_io<T>(&self, outcome: io::Result<T>) -> io::Result<T> {
+        if let Err(error) = &outcome {
+            let _ = self.note::<()>(Err(Error::io("write", error)));
+        }
+        outcome
+    }
+
+    fn see(&self, space: Space) {
+        let mut room = self.room();
+        if room.see(space, Instant::now()) {
+            self.tell(&room);
+        }
+    }
+
+    /// Logs a change, which applies from now on.
+    fn tell(&self, room: &DiskRoom) {
+        self.is_full.store(room.is_full, Relaxed);
+        let free = room.seen.map(|space| space.free_bytes).unwrap_or_default();
+        let path = &self.root;
+        let (mut event, text) = if room.is_full {
+            let event = Event::warn(LOG, "store_read_only");
+            (event, "its file system is full: what is stored is served, and uploads and results are refused")
+        } else {
+            (
+                Event::info(LOG, "store_writable"),
+                "there is room on its file system again: uploads are accepted",
+            )
+        };
+        event
+            .with("free_bytes", free)
+            .with_shown("path", path)
+            .log(format_args!("the store in {path}: {text}"));
+    }
+
+    /// Measures what is due of what the server keeps beside the store. Blocks.
+    fn measure_beside(&self) {
+        let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
+        for it in beside.iter_mut() {
+            let start = Instant::now();
+            if start >= it.due {
+                it.bytes = (it.measure)();
+                it.due = Instant::now() + MEASURE_PACE.max(start.elapsed() * PAUSE_PER_MEASUREMENT);
+            }
+        }
+        let sum = beside.iter().map(|it| it.bytes).fold(0, u64::saturating_add);
+        self.beside_bytes.store(sum, Relaxed);
+    }
+
+    fn room(&self) -> MutexGuard<'_, DiskRoom> {
+        self.room.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for StoreDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StoreDisk").field("room", &self.room).finish_non_exhaustive()
+    }
+}
+
+impl Cas {
+    /// Counts something else that the server keeps on the file system of the store against its limit. `measure` returns the bytes
+    /// that it takes, and may block.
+    pub fn count_beside(&self, owner: &'static str, measure: impl Fn() -> u64 + Send + Sync + 'static) {
+        let beside = Beside { owner, measure: Box::new(measure), bytes: 0, due: Instant::now() };
+        self.shared().disk.beside.lock().unwrap_or_else(PoisonError::into_inner).push(beside);
+    }
+
+    /// What is known of the file system of the store. Waits while something is measured.
+    pub(crate) fn disk_sight(&self) -> DiskSight {
+        let disk = &self.shared().disk;
+        let space = disk.room().seen;
+        let beside = disk.beside.lock().unwrap_or_else(PoisonError::into_inner);
+        let beside = beside.iter().map(|it| (it.owner, it.bytes)).collect();
+        DiskSight { is_full: disk.is_full.load(Relaxed), space, beside }
+    }
+
+    /// If the store is read-only, looks whether there is room by now.
+    pub(super) async fn look_at_full_disk(&self) -> Result<()> {
+        if self.is_read_only() {
+            let shared = self.shared().clone();
+            let looked = self.blocking(move || {
+                if let Ok(space) = shared.volume.space() {
+                    shared.disk.see(space);
+                }
+            });
+            looked.await?;
+        }
+        Ok(())
+    }
+
+    /// Whether uploads and results are refused because the file system of the store is full.
+    pub fn is_read_only(&self) -> bool {
+        self.shared().disk.is_full.load(Relaxed)
+    }
+}
+
+/// Looks at the file system of the store as long as the store is open, and relieves it when it has become full.
+pub(super) async fn watch(shared: Weak<StoreShared>, store: WeakAddr<CasActor>) {
+    loop {
+        let Some((shared, store)) = shared.upgrade().zip(store.upgrade()).filter(|(_, it)| it.connected())
+        else {
+            return;
+        };
+        let was_full = shared.disk.is_full.load(Relaxed);
+        let cas = Cas::new(store, shared);
+        let here = cas.clone();
+        let looked = cas.blocking(move || {
+            let shared = here.shared();
+            shared.disk.measure_beside();
+            let space = shared.volume.space().ok();
+            space.inspect(|space| shared.disk.see(*space))
+        });
+        let space = looked.await.ok().flatten();
+        if !was_full && cas.is_read_only() {
+            cas.relieve_low_disk().await;
+        }
+        drop(cas);
+        let is_low = space.is_some_and(|space| space.is_low());
+        tokio::time::sleep(if is_low { LOOK_PACE_LOW } else { LOOK_PACE }).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn space(free_bytes: u64) -> Space {
+        Space { free_bytes, total_bytes: 1 << 40, free_inodes: 1 << 20, total_inodes: 1 << 21 }
+    }
+
+    #[test]
+    fn a_full_disk_is_full_until_there_is_room_and_a_failed_write_counts_for_a_while() {
+        let (mut room, start) = (DiskRoom::default(), Instant::now());
+        let reserve = space(0).reserve().bytes;
+        assert!(!room.see(space(reserve), start) && !room.is_full);
+        assert!(room.see(space(reserve - 1), start) && room.is_full);
+        assert!(!room.see(space(reserve), start) && room.is_full, "a little is not enough");
+        assert!(room.see(space(2 * reserve), start) && !room.is_full);
+        // A quota: the file system has room, and a write fails.
+        assert!(room.fail(start) && room.is_full);
+        assert!(!room.see(space(1 << 39), start + WRITES_AFTER - Duration::from_millis(1)) && room.is_full);
+        assert!(room.see(space(1 << 39), start + WRITES_AFTER) && !room.is_full);
+        // A write that failed because the disk is full says nothing about later.
+        assert!(room.fail(start) && !room.see(space(0), start) && room.is_full);
+        assert!(room.see(space(2 * reserve), start) && !room.is_full);
+    }
+}

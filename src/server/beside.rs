@@ -1,0 +1,26 @@
+//! What the server keeps beside the store. Where it is on the same file system, it counts against the store's limit.
+
+use super::place::Place;
+use crate::{actors::cas::client::Cas, config::Settings, log_streams::LogStreams};
+use std::{os::unix::fs::MetadataExt as _, path::Path, sync::Arc};
+
+/// Has the store count what else is on its file system.
+pub(super) fn count(cas: &Cas, settings: &Settings, place: Option<&Arc<Place>>, log_streams: &LogStreams) {
+    let log_streams = log_streams.clone();
+    cas.count_beside("log_streams", move || log_streams.client_bytes());
+    let Some(place) = place.filter(|place| share_disk(place.build_root.path(), &settings.cache_dir)) else {
+        return;
+    };
+    let (runs, trees) = (place.build_root.clone(), place.build_root.clone());
+    cas.count_beside("exec_directories", move || runs.bytes_of_runs());
+    cas.count_beside("staged_trees", move || trees.staged_usage().bytes);
+    if let Some(images) = place.images.clone() {
+        cas.count_beside("images", move || images.usage().bytes);
+    }
+}
+
+/// Whether two directories are on the same file system.
+fn share_disk(one: &Path, other: &Path) -> bool {
+    let device = |path: &Path| path.metadata().map(|metadata| metadata.dev()).ok();
+    device(one).is_some() && device(one) == device(other)
+}

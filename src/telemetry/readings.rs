@@ -88,11 +88,11 @@ pub struct StoreReading {
     pub scrub_passes: u64,
     /// Whether uploads and results are refused, because the file system is full.
     pub is_read_only: bool,
-    /// The free bytes of the file system; `None` before it was looked at.
+    /// The free bytes of the file system; `None` before the first measurement.
     pub disk_free: Option<u64>,
-    /// Bytes of deleted blobs and tables that the store takes besides its entries.
+    /// Bytes that the store uses besides its entries, such as deleted blobs and tables.
     pub overhead: u64,
-    /// What else the server keeps on the same file system, by owner.
+    /// The size of the other files of the server on the same file system, by owner.
     pub beside: Vec<(&'static str, u64)>,
 }
 

@@ -172,8 +172,8 @@ impl BuildRoot {
         rfs::statvfs(&self.0.path).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NOEXEC))
     }
 
-    /// Bytes that the exec directories take on disk, with those that are not removed yet. Blocks for as long as it takes to look at
-    /// every file in them.
+    /// The size of the exec directories on disk, including those that are not removed yet. Blocks while it examines every
+    /// file in them.
     pub fn bytes_of_runs(&self) -> u64 {
         let place = self.last_place();
         let entries = dir::entries(&place.handle).into_iter().flatten().map_while(io::Result::ok);

@@ -18,6 +18,7 @@ mod deletions;
 pub(crate) mod forms;
 mod guards;
 mod index;
+mod joint_writes;
 mod leasing;
 mod linking;
 mod lookup;
@@ -127,6 +128,7 @@ pub(crate) struct StoreShared {
     upload_budget: Budget,
     /// Bytes that clients sent and that are not written yet.
     received: Budget,
+    joint_writes: joint_writes::JointWrites,
     /// Memory for stored messages that are being decoded.
     decoded: Budget,
     /// Memory for results that are not small, until their requests have room for the answer.
@@ -228,6 +230,7 @@ impl CasActor {
             cold_reads: Budget::new(Bounds::shared("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
             received: Budget::new(uploads::unwritten::RECEIVED),
+            joint_writes: joint_writes::JointWrites::default(),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
             large_results: Budget::keeping_free(results::LARGE_RESULTS, results::LARGEST_RESULT),
             large_trees: Budget::new(Bounds::shared("large trees", settings::LARGE_TREES_MAX)),

@@ -40,7 +40,7 @@ fn digest(bytes: &[u8]) -> Digest {
     SHA256.digest(bytes)
 }
 
-fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
+pub(super) fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
     StoreSettings {
         root,
         max_bytes,

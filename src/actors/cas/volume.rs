@@ -223,6 +223,11 @@ pub(crate) trait Draft: Debug + Send + Sync {
     /// Appends bytes to the file.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
 
+    /// Appends pieces to the file.
+    fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
+        pieces.iter().try_for_each(|piece| self.write(piece))
+    }
+
     /// The digest of everything written, computed by reading the file again.
     fn hash(&self, hasher: Hasher) -> io::Result<Digest>;
 

@@ -12,10 +12,11 @@ use crate::{
     actors::cas::index::{FileId, Key, Stamp},
     regular_file,
 };
+use bytes::Bytes;
 use gorego_reapi::digest::{Digest, Hasher};
 use std::{
     fs::{File, remove_file, rename},
-    io::{self, Write as _},
+    io::{self, IoSlice, Write as _},
     os::unix::fs::FileExt as _,
     path::PathBuf,
     sync::Arc,
@@ -55,6 +56,22 @@ impl Draft for TemporaryFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         self.sums.update(bytes);
+        Ok(())
+    }
+
+    fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
+        let mut slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let mut left = &mut slices[..];
+        // A piece may be empty, so what is left is measured in bytes.
+        while left.iter().any(|slice| !slice.is_empty()) {
+            match self.file.write_vectored(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => IoSlice::advance_slices(&mut left, written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        pieces.iter().for_each(|piece| self.sums.update(piece));
         Ok(())
     }
 

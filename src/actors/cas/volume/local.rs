@@ -247,6 +247,13 @@ impl Draft for LocalDraft {
         large.write(bytes)
     }
 
+    fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
+        match &mut self.large {
+            Some(large) => large.write_pieces(pieces),
+            None => pieces.iter().try_for_each(|piece| self.write(piece)),
+        }
+    }
+
     fn hash(&self, mut hasher: Hasher) -> io::Result<Digest> {
         match &self.large {
             Some(large) => large.hash(hasher),

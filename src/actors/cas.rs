@@ -46,7 +46,7 @@ mod volume;
 pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, ScrubTally, StoreInspection, StoreMeasurement};
-pub use settings::StoreSettings;
+pub use settings::{PackingSettings, StoreSettings};
 pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
 
@@ -63,6 +63,7 @@ use client::Cas;
 use deletions::Deletions;
 use forms::{
     chunks::ChunkWork,
+    packing::Packer,
     zstd_form::{Encoders, History},
 };
 use gorego_reapi::{
@@ -178,6 +179,8 @@ pub struct CasActor {
     over_limit: Vec<Victim>,
     /// The last [`Index::bytes_deleted`], for callers that wait for room.
     deleted: watch::Sender<u64>,
+    /// Compresses what is cold while this actor runs.
+    packer: Option<Packer>,
     /// Runs as long as the actor. `None` once it is closed.
     scrub: Option<scrub::Scrub>,
     /// When the log last reported that results are not served because leases fill the store.
@@ -251,6 +254,7 @@ impl CasActor {
             shared: Arc::new(shared),
             over_limit,
             deleted: watch::Sender::new(0),
+            packer: None,
             scrub: Some(scrub),
             full_leases_logged: None,
         })
@@ -318,6 +322,7 @@ impl Actor for CasActor {
         let over_limit = std::mem::take(&mut self.over_limit);
         self.evict(over_limit, ctx);
         self.trim(ctx);
+        self.packer = Packer::start(&ctx.address(), &self.shared);
         if let Some(scrub) = &mut self.scrub {
             scrub.start(ctx.address().downgrade(), &self.shared);
         }

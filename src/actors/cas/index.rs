@@ -22,6 +22,7 @@
 
 pub use leases::LeaseTimes;
 pub(crate) use leases::{Lessee, Withdrawn};
+pub(crate) use packing::ColdBlobs;
 pub(super) use recovery::Recovery;
 pub use words::*;
 
@@ -44,6 +45,7 @@ mod look_ups;
 #[cfg(test)]
 mod model;
 mod order;
+mod packing;
 mod pins;
 mod recovery;
 mod room;
@@ -251,6 +253,7 @@ impl Index {
         self.table.insert(slot, &self.slab);
         self.totals.used += bytes;
         *self.count_of(file.key.kind) += 1;
+        self.count_packed(slot, true);
         self.link_newest(slot);
     }
 
@@ -266,6 +269,7 @@ impl Index {
 
     fn remove_alone(&mut self, slot: u32) -> Victim {
         self.links.remove(slot);
+        self.count_packed(slot, false);
         let file = self.file_at(slot);
         self.table.remove(&file.key, slot);
         self.forget(slot);

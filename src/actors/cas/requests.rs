@@ -6,7 +6,7 @@
 
 use super::{
     guards::Reservation,
-    index::{EntryRef, Key, Stamp, Tally, Totals},
+    index::{EntryRef, FileId, Key, Stamp, Tally, Totals},
     linking::NewLinks,
     uploads::{Attempt, Partial, Progress},
     volume::{Moves, WrittenFile},
@@ -195,6 +195,16 @@ pub struct Damaged {
 #[derive(Message)]
 #[rtype(result = "Vec<bool>")]
 pub(super) struct Relocate(pub Moves);
+
+/// Fact: the blob in this file was compressed into another one. The answer says whether that took the place of the first.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub(super) struct Repack {
+    pub from: FileId,
+    pub to: WrittenFile,
+    /// Room for the new file.
+    pub room: Reservation,
+}
 
 /// Fact: this many bytes of evicted or replaced files are deleted from disk.
 #[derive(Message)]

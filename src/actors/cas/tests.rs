@@ -8,6 +8,7 @@ mod disk;
 mod inputs;
 mod leases;
 mod links;
+mod packing;
 mod results;
 mod scrub;
 mod sharing;
@@ -50,6 +51,7 @@ pub(super) fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         scrub_bytes_per_second: 0,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
+        packing: None,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     }
 }

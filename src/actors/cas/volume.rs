@@ -19,7 +19,9 @@ pub(crate) mod files;
 pub(crate) mod local;
 #[cfg(test)]
 pub(crate) mod memory;
+mod names;
 pub(crate) mod outside;
+pub(crate) mod packed;
 pub(crate) mod scan;
 pub(crate) mod segments;
 pub(crate) mod stamps;
@@ -32,7 +34,10 @@ use super::index::{FileId, Key, Stamp, Victim};
 use crate::{disk::Space, regular_file};
 use bytes::Bytes;
 use checksums::Checksums;
-use gorego_reapi::digest::{Digest, Hasher};
+use gorego_reapi::{
+    compression::SeekTable,
+    digest::{Digest, Hasher},
+};
 use outside::LeftFile;
 use std::{fmt::Debug, fs::File, io};
 
@@ -66,6 +71,16 @@ pub(crate) trait Volume: Debug + Send + Sync {
 
     /// Begins a file whose digest is not known yet.
     fn draft(&self) -> io::Result<Box<dyn Draft>>;
+
+    /// Begins a file that becomes the packed file of a blob ([`packed::Packing`]), with `used` as the recorded time of its last
+    /// use, in seconds since 1970.
+    ///
+    /// # Errors
+    /// `Unsupported` where blobs are not kept compressed.
+    fn packed_draft(&self, used: u32) -> io::Result<Box<dyn Draft>> {
+        let _ = used;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Takes a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
     /// hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open file can still be
@@ -216,6 +231,20 @@ pub(crate) trait Stored: Debug + Send + Sync {
 
     /// Copies its first `size` bytes into an empty file. Where the kernel copies or clones, checksums are not checked.
     fn copy_to(&self, to: &File, size: u64) -> io::Result<()>;
+
+    /// The zstd frames that it is kept as; `None` if it is not kept compressed.
+    fn frames(&self) -> Option<&dyn Frames> {
+        None
+    }
+}
+
+/// The zstd frames of a stored file that is kept compressed.
+pub(crate) trait Frames {
+    /// Where they are.
+    fn table(&self) -> &SeekTable;
+
+    /// Reads at least one byte of the frames, unless they end at `offset`.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 }
 
 /// A file that is being written. It is deleted if it is dropped before it is kept.

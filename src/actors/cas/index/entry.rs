@@ -26,6 +26,9 @@ pub(super) const USED: u8 = 2;
 /// An eviction has taken it out of the list because it was held. Only the owner of the index changes this.
 pub(super) const ASIDE: u8 = 4;
 
+/// The blob does not get smaller by compression.
+pub(super) const INCOMPRESSIBLE: u8 = 8;
+
 /// The kind byte of a key in a [`KeyTail`].
 const WIDE: u8 = 1 << 5;
 

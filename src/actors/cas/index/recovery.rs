@@ -22,14 +22,23 @@ impl Recovery {
     /// Adds files that were found.
     pub(crate) fn add(&self, found: &mut dyn Iterator<Item = Recovered>) {
         let (mut slab, mut used, mut counts) = (Slab::new(), 0, EntryKind::ALL.map(|kind| (kind, 0)));
+        let (mut packed_blobs, mut packed_content, mut packed_used) = (0, 0, 0);
         for Recovered { file, bytes, touched } in found {
             used += bytes;
+            if file.is_packed() {
+                packed_blobs += 1;
+                packed_content += file.key.digest.size();
+                packed_used += bytes;
+            }
             counts.iter_mut().filter(|(kind, _)| *kind == file.key.kind).for_each(|(_, count)| *count += 1);
             slab.add(file, bytes, Stamp::UNTRUSTED, touched);
         }
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         index.slab.absorb(slab);
         index.totals.used += used;
+        index.totals.packed_blobs += packed_blobs;
+        index.totals.packed_content += packed_content;
+        index.totals.packed_used += packed_used;
         counts.into_iter().for_each(|(kind, count)| *index.count_of(kind) += count);
     }
 
@@ -77,6 +86,7 @@ impl Index {
         }
         let loser = loser?;
         let victim = Victim { file: self.file_at(loser), bytes: self.slab.cold(loser).bytes };
+        self.count_packed(loser, false);
         self.slab.free(loser);
         self.totals.used -= victim.bytes;
         *self.count_of(victim.file.key.kind) -= 1;

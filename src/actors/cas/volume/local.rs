@@ -136,6 +136,10 @@ impl Volume for Local {
         Ok(Box::new(LocalDraft { small: Vec::new(), large: None, files, segments }))
     }
 
+    fn packed_draft(&self, used: u32) -> io::Result<Box<dyn Draft>> {
+        self.files.packed_draft(used)
+    }
+
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
         if !self.segments.takes(left.size()) {
             return self.files.adopt(key, left);
@@ -177,7 +181,7 @@ impl Volume for Local {
     }
 
     fn sequence(&self, file: &FileId) -> u64 {
-        Location::of(file).map_or(file.generation, |at| self.segments.sequence(at))
+        Location::of(file).map_or(file.sequence(), |at| self.segments.sequence(at))
     }
 
     fn wants_compaction(&self) -> Option<super::Urgency> {

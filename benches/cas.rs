@@ -45,6 +45,7 @@ async fn main() {
         scrub_bytes_per_second: 0,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
+        packing: None,
         partial_upload_retention: Duration::from_secs(60),
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     };

@@ -78,6 +78,7 @@ async fn main() {
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
+        packing: None,
         zstd_level: 1,
         scrub_bytes_per_second: 0,
     };

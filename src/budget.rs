@@ -155,7 +155,6 @@ impl Budget {
     }
 
     /// Whether any request waits.
-    #[cfg(test)]
     pub fn is_awaited(&self) -> bool {
         self.accounts().is_awaited()
     }

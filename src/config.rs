@@ -172,8 +172,29 @@ pub struct CacheConfig {
     pub scrub_mb_per_second: u32,
     /// zstd level for blobs that clients read compressed, 1 to 19.
     pub zstd_level: i32,
+    /// Which blobs are kept compressed.
+    pub compress: Compress,
+    /// How long a blob must not have been used before it is compressed.
+    #[serde(with = "humantime_serde")]
+    pub compress_after: Duration,
+    /// Smaller blobs are not compressed.
+    pub compress_min_size_gb: Size,
+    /// Blobs that get smaller by less are not compressed.
+    pub compress_min_saving_percent: u32,
+    /// Bound on the CPU time for compressing, in percent of one core.
+    pub compress_cpu_percent: u32,
     /// The `committed_size` in the response to a finished compressed upload.
     pub compressed_committed_size: CommittedSize,
+}
+
+/// Which blobs are kept compressed on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compress {
+    /// No blobs, except those that are already compressed.
+    Off,
+    /// Blobs that were not used for a while.
+    Cold,
 }
 
 /// Which clients get the action results that clients write.
@@ -336,6 +357,11 @@ impl Default for CacheConfig {
             result_links_gb: Size::from_bytes(64_000_000),
             scrub_mb_per_second: 20,
             zstd_level: 1,
+            compress: Compress::Cold,
+            compress_after: Duration::from_secs(24 * 60 * 60),
+            compress_min_size_gb: Size::from_bytes(64 << 10),
+            compress_min_saving_percent: 20,
+            compress_cpu_percent: 25,
             compressed_committed_size: CommittedSize::Compressed,
         }
     }

@@ -7,8 +7,8 @@
 //!   [`log_stream`], [`asset`], [`capabilities`], [`health`], [`admin`]: the services. Reflection comes from the descriptors.
 //!   [`services`]: what `build.rs` generates. [`permissions`]: what each RPC needs.
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
-//!   [`operation_stream`], [`stalled`]: parts of answers. [`ask`]: requests to the scheduler.
-//! - [`accept`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`], [`request_log`],
+//!   [`operation_stream`], [`stalled`]: parts of answers. [`write_stream`]: the request of ByteStream.Write. [`ask`]: requests to the scheduler.
+//! - [`accept`], [`bulk`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`], [`request_log`],
 //!   [`panic_guard`], [`mod@routes`]: layers that every connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
@@ -20,6 +20,7 @@ pub(crate) mod admin;
 pub(crate) mod answers;
 pub mod ask;
 pub(crate) mod asset;
+mod bulk;
 pub(crate) mod byte_stream;
 pub(crate) mod capabilities;
 pub(crate) mod cas;
@@ -46,6 +47,7 @@ mod routes;
 pub mod services;
 mod serving;
 pub(crate) mod stalled;
+mod write_stream;
 
 use crate::{
     access::permission::Permission,
@@ -65,7 +67,7 @@ use crate::{
     gate::Gate,
     grpc::services::{
         action_cache_server::ActionCacheServer, admin_server::AdminServer,
-        byte_stream_server::ByteStreamServer, capabilities_server::CapabilitiesServer,
+        capabilities_server::CapabilitiesServer,
         content_addressable_storage_server::ContentAddressableStorageServer,
         execution_server::ExecutionServer, fetch_server::FetchServer,
         log_stream_service_server::LogStreamServiceServer, operations_server::OperationsServer,
@@ -310,7 +312,9 @@ where
         .add(limited!(ContentAddressableStorageServer::new(cas::CasService(edge.clone()))))
         .add(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
         .add(limited!(LogStreamServiceServer::new(log_stream::LogStreamService(edge.clone()))))
-        .add(limited!(ByteStreamServer::new(byte_stream::ByteStreamService(edge.clone()))))
+        .add(write_stream::ByteStreamRoute::new(byte_stream::ByteStreamService(edge.clone()), |server| {
+            limited!(server)
+        }))
         .add(limited!(FetchServer::new(asset::AssetService(edge.clone()))))
         .add(limited!(PushServer::new(asset::AssetService(edge.clone()))))
         .add(limited!(CapabilitiesServer::new(capabilities::CapabilitiesService(edge.clone()))))

@@ -18,6 +18,7 @@ mod deletions;
 pub(crate) mod forms;
 mod guards;
 mod index;
+mod joint_writes;
 mod leasing;
 mod linking;
 mod lookup;
@@ -45,7 +46,7 @@ mod volume;
 pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, ScrubTally, StoreInspection, StoreMeasurement};
-pub use settings::StoreSettings;
+pub use settings::{PackingSettings, StoreSettings};
 pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
 
@@ -62,6 +63,7 @@ use client::Cas;
 use deletions::Deletions;
 use forms::{
     chunks::ChunkWork,
+    packing::Packer,
     zstd_form::{Encoders, History},
 };
 use gorego_reapi::{
@@ -127,6 +129,7 @@ pub(crate) struct StoreShared {
     upload_budget: Budget,
     /// Bytes that clients sent and that are not written yet.
     received: Budget,
+    joint_writes: joint_writes::JointWrites,
     /// Memory for stored messages that are being decoded.
     decoded: Budget,
     /// Memory for results that are not small, until their requests have room for the answer.
@@ -176,6 +179,8 @@ pub struct CasActor {
     over_limit: Vec<Victim>,
     /// The last [`Index::bytes_deleted`], for callers that wait for room.
     deleted: watch::Sender<u64>,
+    /// Compresses what is cold while this actor runs.
+    packer: Option<Packer>,
     /// Runs as long as the actor. `None` once it is closed.
     scrub: Option<scrub::Scrub>,
     /// When the log last reported that results are not served because leases fill the store.
@@ -183,7 +188,8 @@ pub struct CasActor {
 }
 
 impl CasActor {
-    /// Opens a store directory and recovers its contents. Blocks for about a second per 500,000 files.
+    /// Opens a store directory and recovers its contents. Blocks for about a second for 500,000
+    /// files of their own or for several million records in segments.
     ///
     /// File work runs on the blocking threads of `runtime`.
     ///
@@ -227,6 +233,7 @@ impl CasActor {
             cold_reads: Budget::new(Bounds::shared("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds()),
             received: Budget::new(uploads::unwritten::RECEIVED),
+            joint_writes: joint_writes::JointWrites::default(),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
             large_results: Budget::keeping_free(results::LARGE_RESULTS, results::LARGEST_RESULT),
             large_trees: Budget::new(Bounds::shared("large trees", settings::LARGE_TREES_MAX)),
@@ -247,6 +254,7 @@ impl CasActor {
             shared: Arc::new(shared),
             over_limit,
             deleted: watch::Sender::new(0),
+            packer: None,
             scrub: Some(scrub),
             full_leases_logged: None,
         })
@@ -314,6 +322,7 @@ impl Actor for CasActor {
         let over_limit = std::mem::take(&mut self.over_limit);
         self.evict(over_limit, ctx);
         self.trim(ctx);
+        self.packer = Packer::start(&ctx.address(), &self.shared);
         if let Some(scrub) = &mut self.scrub {
             scrub.start(ctx.address().downgrade(), &self.shared);
         }

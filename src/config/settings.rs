@@ -5,7 +5,7 @@
 //! Nothing here accesses a file.
 
 use super::{
-    ClientResults, CommittedSize, Loaded, LogConfig,
+    ClientResults, CommittedSize, Compress, Loaded, LogConfig,
     access::access,
     checker::Checker,
     execution::{ExecutionSettings, execution},
@@ -36,6 +36,9 @@ use std::{
 const MAX_LOG_STREAMS: usize = 100_000;
 /// Maximum number of concurrent downloads. Each has a connection, and a thread while it is unpacked.
 const MAX_ASSET_CONCURRENCY: usize = 256;
+
+/// Smaller blobs share files with others and are not compressed.
+const COMPRESSED_FROM_BYTES: u64 = 64 << 10;
 
 /// Properties of the machine that the settings depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,6 +92,8 @@ pub struct Settings {
     pub scrub_bytes_per_second: u64,
     /// zstd level for stored blobs; one of [`gorego_reapi::compression::LEVELS`].
     pub zstd_level: i32,
+    /// Which blobs are kept compressed; `None` for none.
+    pub compression: Option<CompressionSettings>,
     /// The `committed_size` after a compressed upload (BS-25).
     pub compressed_committed_size: CommittedSize,
     /// Time limit of a shutdown after SIGTERM.
@@ -115,6 +120,19 @@ pub struct Settings {
     pub config_file: Option<PathBuf>,
     /// Valid settings that deserve a warning; logged once logging is installed.
     pub warnings: Vec<String>,
+}
+
+/// The checked settings of compression at rest; see [`super::CacheConfig`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CompressionSettings {
+    /// How long a blob must not have been used before it is compressed.
+    pub after: Duration,
+    /// Smaller blobs are not compressed.
+    pub min_bytes: u64,
+    /// Blobs that get smaller by less are not compressed; below 100.
+    pub min_saving_percent: u32,
+    /// Bound on the CPU time, in percent of one core; 1 to 100.
+    pub cpu_percent: u32,
 }
 
 /// The checked settings of the log streams of clients; see [`super::LogStreamsConfig`].
@@ -171,6 +189,7 @@ impl Settings {
         let max_size_bytes = check.size("max_size_gb", config.max_size_gb);
         let max_blob_bytes = check.size("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
         check_values(&mut check);
+        let compression = compression(&mut check);
         let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check);
@@ -194,6 +213,7 @@ impl Settings {
                 result_links_bytes,
                 scrub_bytes_per_second: u64::from(config.cache.scrub_mb_per_second) * 1_000_000,
                 zstd_level: config.cache.zstd_level,
+                compression,
                 compressed_committed_size: config.cache.compressed_committed_size,
                 shutdown_grace: config.shutdown_grace,
                 tls,
@@ -239,6 +259,27 @@ fn check_values(check: &mut Checker<'_>) {
     if let Err(problem) = check_filter(&config.log.filter) {
         check.refuse("log.filter", &problem);
     }
+}
+
+fn compression(check: &mut Checker<'_>) -> Option<CompressionSettings> {
+    let config = &check.loaded.config.cache;
+    let (after, saving, cpu) =
+        (config.compress_after, config.compress_min_saving_percent, config.compress_cpu_percent);
+    check.duration("cache.compress_after", after, true);
+    let min_bytes = config.compress_min_size_gb.bytes();
+    check.require(
+        "cache.compress_min_size_gb",
+        min_bytes >= COMPRESSED_FROM_BYTES,
+        "must be at least 64 KiB: smaller blobs share files with others and are not compressed",
+    );
+    check.require(
+        "cache.compress_min_saving_percent",
+        (1..=99).contains(&saving),
+        "must be between 1 and 99",
+    );
+    check.require("cache.compress_cpu_percent", (1..=100).contains(&cpu), "must be between 1 and 100");
+    let settings = CompressionSettings { after, min_bytes, min_saving_percent: saving, cpu_percent: cpu };
+    (config.compress == Compress::Cold).then_some(settings)
 }
 
 fn node_name(check: &mut Checker<'_>) -> NodeName {

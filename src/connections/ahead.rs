@@ -105,6 +105,11 @@ impl Ahead {
         self.fresh.swap(0, SeqCst) > 0
     }
 
+    /// Room for a buffer of the task that reads the socket, if there is any now.
+    pub(crate) fn take_buffer(&self, bytes: u64) -> Option<Share> {
+        self.budget.take_unless_awaited(self.caller, bytes)
+    }
+
     /// Subtracts the cost of what a handler has taken.
     pub fn taken(&self, cost: u64) {
         self.lower(|bytes| bytes.saturating_sub(cost));

@@ -6,14 +6,18 @@
 //!
 //! The bytes of a [`Connection`] pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that must close
 //! fails its next read or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A
-//! connection whose client is too far ahead of its handlers is not read ([`crate::connections::ahead`]).
+//! connection whose client is too far ahead of its handlers is not read ([`crate::connections::ahead`]). While much arrives, the
+//! socket is read in large pieces ([`super::bulk`]).
 //!
 //! [`Turn`] connects a connection with the task that serves it. The HTTP/2 library writes each message of more than a few hundred
 //! bytes by itself. While a turn is corked, small writes are collected, at most [`HELD_MAX_BYTES`] of them. They are written when
 //! the next one does not fit, or at the first read or flush after the cork was removed. A turn also bounds what is read in it:
 //! [`FRAMES_PER_TURN`], and nothing while [`UNSENT_STREAMS_MAX`] answered requests wait to be written.
 
-use super::conduct::{Conduct, Sent};
+use super::{
+    bulk::BulkReader,
+    conduct::{Conduct, Sent},
+};
 use crate::{
     acknowledge::Prompt,
     call::ConnectionInfo,
@@ -172,6 +176,7 @@ pub(crate) struct Connection {
     is_blocked: bool,
     /// The collected writes.
     held: Vec<u8>,
+    bulk: BulkReader,
 }
 
 impl Connection {
@@ -186,6 +191,7 @@ impl Connection {
             is_blocked: false,
             unsent: None,
             held: Vec::new(),
+            bulk: BulkReader::default(),
         }
     }
 
@@ -312,7 +318,8 @@ impl AsyncRead for Connection {
         }
         self.stream.set_answers_soon(is_corked);
         let before = buffer.filled().len();
-        match Pin::new(&mut self.stream).poll_read(context, buffer) {
+        let Self { stream, admitted, bulk, .. } = &mut *self;
+        match bulk.poll_read(stream, &admitted.state().ahead, context, buffer) {
             Poll::Ready(Ok(())) => {
                 self.judge(buffer.filled().get(before..).unwrap_or_default())?;
                 Poll::Ready(Ok(()))

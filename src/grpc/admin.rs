@@ -292,6 +292,7 @@ fn stats(store: StoreInspection) -> StoreStats {
     let Totals {
         blobs, results, zstd_forms, used, held, leased, reserved, deleting, overhead, limit, ..
     } = totals;
+    let Totals { packed_blobs, packed_content, packed_used, .. } = totals;
     let Tally { evicted: entries, evicted_bytes: bytes, broken_promises, .. } = tally;
     StoreStats {
         max_bytes: wire(limit),
@@ -305,6 +306,9 @@ fn stats(store: StoreInspection) -> StoreStats {
         blobs: wire(blobs),
         results: wire(results),
         zstd_forms: wire(zstd_forms),
+        compressed_blobs: wire(packed_blobs),
+        compressed_content_bytes: wire(packed_content),
+        compressed_used_bytes: wire(packed_used),
         evicted_entries: wire(entries),
         evicted_bytes: wire(bytes),
         oldest_use: oldest_use.map(|seconds| (UNIX_EPOCH + Duration::from_secs(seconds.into())).into()),

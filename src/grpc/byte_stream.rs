@@ -8,11 +8,11 @@
 //! the one that is being sent and the next. When an upload breaks off, the store keeps its bytes under the resource name, so
 //! that the client can resume (BS-20).
 
-use super::{Edge, ReadStream, log_stream, stalled};
+use super::{Edge, ReadStream, log_stream, stalled, write_stream::WriteStream};
 use crate::{
     actors::cas::{
         blob::{BlobReader, BlobWriter},
-        client::Upload,
+        client::{SmallUpload, Upload},
         forms::zstd_reader::ZstdReader,
     },
     call::Call,
@@ -32,7 +32,7 @@ use gorego_reapi::{
     resource_name::{Encoding, ResourceName},
 };
 use std::{pin::pin, sync::Arc, time::Duration};
-use tokio::{select, time::timeout};
+use tokio::select;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Bytes in one ReadResponse (BS-14). Large enough that framing costs little, small enough to bound the memory of a read.
@@ -80,27 +80,7 @@ impl ByteStream for ByteStreamService {
         request: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
         let call = Call::of(request.extensions());
-        let mut messages = request.into_inner();
-        let first = next_message(&mut messages, WRITE_IDLE_LIMIT).await?;
-        let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
-        if let Some(name) = LogName::parse(&first.resource_name) {
-            return log_stream::write(&self.0, &call, &name?, messages, first).await;
-        }
-        let (name, check) = WriteCheck::begin(&first)?;
-        let (instance, digest) = self.resolve(&call, &name)?;
-        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
-        let upload = cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
-        let end = match (upload, name.encoding) {
-            (Upload::Present, _) => UploadEnd::Early,
-            (Upload::Writer(writer), Encoding::Identity) => {
-                receive(*writer, messages, first, check, &call).await?
-            }
-            (Upload::Writer(writer), Encoding::Zstd) => {
-                receive(writer.decoding(), messages, first, check, &call).await?
-            }
-        };
-        let committed_size = committed_size(&name, end, self.0.settings.compressed_committed_size);
-        Ok(Response::new(WriteResponse { committed_size }))
+        self.write_stream(&call, WriteStream::of_messages(request.into_inner())).await
     }
 
     async fn query_write_status(
@@ -124,6 +104,40 @@ impl ByteStream for ByteStreamService {
 }
 
 impl ByteStreamService {
+    /// A Write, whose messages may come in pieces.
+    pub(super) async fn write_stream(
+        &self,
+        call: &Call,
+        mut messages: WriteStream,
+    ) -> Result<Response<WriteResponse>, Status> {
+        let first = messages.next(WRITE_IDLE_LIMIT).await?;
+        let first = first.ok_or_else(|| Error::invalid("the stream has no message"))?;
+        if let Some(name) = LogName::parse(&first.resource_name) {
+            return log_stream::write(&self.0, call, &name?, messages, first).await;
+        }
+        let (name, check) = WriteCheck::begin(&first)?;
+        let (instance, digest) = self.resolve(call, &name)?;
+        let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
+        if check.is_whole(&first)
+            && let Some(upload) = cas.begin_small_upload(&instance, digest)?
+        {
+            store_small(upload, messages, first, check, call).await?;
+            return Ok(Response::new(WriteResponse { committed_size: wire_size(digest.size()) }));
+        }
+        let upload = cas.begin_upload(&instance, &first.resource_name, digest, check.next_offset).await?;
+        let end = match (upload, name.encoding) {
+            (Upload::Present, _) => UploadEnd::Early,
+            (Upload::Writer(writer), Encoding::Identity) => {
+                receive(*writer, messages, first, check, call).await?
+            }
+            (Upload::Writer(writer), Encoding::Zstd) => {
+                receive(writer.decoding(), messages, first, check, call).await?
+            }
+        };
+        let committed_size = committed_size(&name, end, self.0.settings.compressed_committed_size);
+        Ok(Response::new(WriteResponse { committed_size }))
+    }
+
     /// The instance that a name contains, and the blob.
     fn resolve(&self, call: &Call, name: &ResourceName) -> Result<(Instance, Digest)> {
         let instance = self.0.gate.enter(call, &name.instance_name)?;
@@ -273,6 +287,11 @@ impl WriteCheck {
         Ok(())
     }
 
+    /// Whether this first message is the whole of an uncompressed blob.
+    fn is_whole(&self, first: &WriteRequest) -> bool {
+        first.finish_write && self.next_offset == 0 && self.limit == Some(first.data.len() as u64)
+    }
+
     /// The error for a stream that ends without `finish_write` (BS-21).
     fn unfinished(&self) -> Error {
         let of = self.limit.map(|size| format!(" of {size}")).unwrap_or_default();
@@ -284,10 +303,26 @@ impl WriteCheck {
     }
 }
 
+/// Stores a small blob that came in one message.
+async fn store_small(
+    upload: SmallUpload,
+    mut messages: WriteStream,
+    first: WriteRequest,
+    mut check: WriteCheck,
+    call: &Call,
+) -> Result<(), Status> {
+    check.accept(&first)?;
+    call.count_upload()?;
+    if let Ok(Some(extra)) = messages.next(CLOSE_WAIT).await {
+        check.accept(&extra)?;
+    }
+    Ok(upload.store(first.data).await?)
+}
+
 /// Receives an upload until it is complete, or until another request has stored the blob.
 async fn receive(
     mut writer: BlobWriter,
-    mut messages: Streaming<WriteRequest>,
+    mut messages: WriteStream,
     first: WriteRequest,
     mut check: WriteCheck,
     call: &Call,
@@ -302,7 +337,7 @@ async fn receive(
             writer.write(message.data).await?;
         }
         if finish {
-            if let Ok(Some(extra)) = next_message(&mut messages, CLOSE_WAIT).await {
+            if let Ok(Some(extra)) = messages.next(CLOSE_WAIT).await {
                 check.accept(&extra)?;
             }
             writer.finish().await?;
@@ -312,23 +347,9 @@ async fn receive(
             biased;
             // This ends the upload at once, even if the client sends nothing (BS-24).
             () = &mut superseded => return Ok(UploadEnd::Early),
-            next = next_message(&mut messages, WRITE_IDLE_LIMIT) => next?.ok_or_else(|| check.unfinished())?,
+            next = messages.next(WRITE_IDLE_LIMIT) => next?.ok_or_else(|| check.unfinished())?,
         };
     }
-}
-
-/// The next message, or `None` at the end of the stream.
-pub(super) async fn next_message(
-    messages: &mut Streaming<WriteRequest>,
-    limit: Duration,
-) -> Result<Option<WriteRequest>, Status> {
-    timeout(limit, messages.message()).await.map_err(|_| silent(limit))?
-}
-
-fn silent(limit: Duration) -> Error {
-    Error::DeadlineExceeded(format!(
-        "the upload was silent for {limit:?}; QueryWriteStatus says from where to go on"
-    ))
 }
 
 #[cfg(test)]

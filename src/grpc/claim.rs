@@ -29,9 +29,26 @@ pub(crate) struct Claim {
     share: Mutex<Option<Share>>,
     /// Whether the next poll decodes a large message, which may take long.
     is_laborious: AtomicBool,
+    /// Whether the handler takes the parts of a message as they arrive, so that nothing of an unfinished one is kept.
+    passes_on: AtomicBool,
 }
 
 impl Claim {
+    /// The claim of the call whose handler is running.
+    pub(crate) fn current() -> Option<Arc<Self>> {
+        CLAIM.try_with(Clone::clone).ok()
+    }
+
+    /// Says whether the handler takes the parts of a message as they arrive.
+    pub(crate) fn pass_on(&self, passes_on: bool) {
+        self.passes_on.store(passes_on, Ordering::Relaxed);
+    }
+
+    /// See [`Claim::pass_on`].
+    pub(crate) fn passes_on(&self) -> bool {
+        self.passes_on.load(Ordering::Relaxed)
+    }
+
     /// Replaces the share of the previous message by that of the next one.
     pub(crate) fn hold(&self, share: Share, is_laborious: bool) {
         *self.share() = Some(share);

@@ -4,7 +4,7 @@
 //! become a gigabyte before any handler sees it. Encoding large answers does not block the threads that serve other requests.
 
 use super::claim::{Claim, unhindered};
-use bytes::Buf as _;
+use bytes::{Buf as _, Bytes};
 use gorego_reapi::{
     find_missing::FindMissingBlobsRequest,
     wire::{self, Limits, UNCOUNTED_BYTES},
@@ -73,17 +73,12 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
         // This is the whole message, in one piece.
         let length = buffer.remaining();
-        let mut taken = 0;
-        if TypeId::of::<U>() == TypeId::of::<FindMissingBlobsRequest>() {
+        let taken = if TypeId::of::<U>() == TypeId::of::<FindMissingBlobsRequest>() {
             // The limit on the length bounds its memory.
-            taken = FindMissingBlobsRequest::EXPANSION_MAX.saturating_mul(length as u64);
-        } else if length > UNCOUNTED_BYTES {
-            let limits = Limits::memory(REQUEST_MAX_MEMORY);
-            let cost = wire::cost::<U>(buffer.chunk(), limits).map_err(|refusal| {
-                Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME))
-            })?;
-            taken = cost.memory.saturating_add(length as u64);
-        }
+            FindMissingBlobsRequest::EXPANSION_MAX.saturating_mul(length as u64)
+        } else {
+            measure::<U>(buffer.chunk())?
+        };
         let message = self.0.decode(buffer);
         Claim::settle(taken);
         Ok(message?.map(|message| compact(message, length)))
@@ -94,6 +89,24 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
     }
 }
 
+/// Decodes a whole message of a request that was read without tonic, with the errors of [`MeasuringDecoder`].
+pub(super) fn decode<U: Message + Name + Default>(bytes: Bytes) -> Result<U, Status> {
+    measure::<U>(&bytes)?;
+    let length = bytes.len();
+    let message = U::decode(bytes).map_err(|error| Status::internal(error.to_string()))?;
+    Ok(compact(message, length))
+}
+
+/// The memory that a message takes once it is decoded. 0 for a short one, which is not measured.
+fn measure<U: Name>(bytes: &[u8]) -> Result<u64, Status> {
+    if bytes.len() <= UNCOUNTED_BYTES {
+        return Ok(0);
+    }
+    let cost = wire::cost::<U>(bytes, Limits::memory(REQUEST_MAX_MEMORY))
+        .map_err(|refusal| Status::invalid_argument(format!("the {} is refused: {refusal}", U::NAME)))?;
+    Ok(cost.memory.saturating_add(bytes.len() as u64))
+}
+
 /// Returns the message, or a copy if most of the received bytes are unused. The bytes fields of a decoded message refer to the
 /// received buffer and keep all of it in memory, unknown fields included. A message without bytes fields does not.
 fn compact<U: Message + Name + Default>(message: U, length: usize) -> U {
@@ -102,7 +115,7 @@ fn compact<U: Message + Name + Default>(message: U, length: usize) -> U {
     if is_compact || !Claim::is_present() {
         return message;
     }
-    U::decode(bytes::Bytes::from(message.encode_to_vec())).unwrap_or(message)
+    U::decode(Bytes::from(message.encode_to_vec())).unwrap_or(message)
 }
 
 /// Encodes large messages without blocking other requests.

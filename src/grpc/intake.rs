@@ -246,8 +246,10 @@ impl<B> IncomingBody<B> {
         }
         self.rest = data.split_off(at);
         self.is_given = true;
-        self.given += data.len() as u64;
-        self.hold(self.given)?;
+        if !self.claim.passes_on() {
+            self.given += data.len() as u64;
+            self.hold(self.given)?;
+        }
         if let Some(turn) = turn {
             self.kept_back = Some(KeptBack { data, ..turn });
             return Ok(None);
@@ -260,7 +262,7 @@ impl<B> IncomingBody<B> {
     fn let_go(&mut self) -> Result<(), Status> {
         if self.kind.is_stream && std::mem::take(&mut self.is_given) {
             self.claim.let_go();
-            self.given = self.message.bytes;
+            self.given = if self.claim.passes_on() { 0 } else { self.message.bytes };
             return self.hold(self.given);
         }
         Ok(())
@@ -379,7 +381,7 @@ impl<B: Body<Data = Bytes, Error = Status> + Unpin> Body for IncomingBody<B> {
                     }
                     Poll::Pending => {
                         // The library reuses the buffer of the largest message for the next one.
-                        let most = self.largest.max(self.given);
+                        let most = if self.claim.passes_on() { 0 } else { self.largest.max(self.given) };
                         self.hold(most)?;
                         return Poll::Pending;
                     }

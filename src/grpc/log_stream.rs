@@ -5,8 +5,9 @@
 
 use super::{
     Edge, ReadStream,
-    byte_stream::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT, next_message},
+    byte_stream::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT},
     convert, stalled,
+    write_stream::WriteStream,
 };
 use crate::{
     access::permission::Permission,
@@ -34,7 +35,7 @@ use gorego_reapi::{
 };
 use std::sync::Arc;
 use tokio::select;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 
 #[derive(Debug)]
 pub(crate) struct LogStreamService(pub Arc<Edge>);
@@ -174,7 +175,7 @@ pub(super) async fn write(
     edge: &Edge,
     call: &Call,
     name: &LogName,
-    mut messages: Streaming<WriteRequest>,
+    mut messages: WriteStream,
     first: WriteRequest,
 ) -> Result<Response<WriteResponse>, Status> {
     enter(edge, call, name)?;
@@ -191,13 +192,13 @@ pub(super) async fn write(
         call.count_upload()?;
         committed = writer.append(offset, data, finish_write).await?;
         if finish_write {
-            if let Ok(Some(_)) = next_message(&mut messages, CLOSE_WAIT).await {
+            if let Ok(Some(_)) = messages.next(CLOSE_WAIT).await {
                 return Err(Error::invalid("a message follows the one with finish_write").into());
             }
             break;
         }
         message = select! {
-            next = next_message(&mut messages, WRITE_IDLE_LIMIT) => next?,
+            next = messages.next(WRITE_IDLE_LIMIT) => next?,
             closing = writer.closing() => return Err(closing.into()),
         };
     }

@@ -4,7 +4,7 @@ use crate::{
     action::TimeoutPolicy,
     actors::{
         asset::{AssetSettings, origins::Origins},
-        cas::{LeaseTimes, StoreSettings},
+        cas::{LeaseTimes, PackingSettings, StoreSettings},
         scheduler::settings::{SchedulerConfig, SchedulerSettings},
     },
     config::{ExecutionSettings, Settings},
@@ -26,6 +26,12 @@ pub(super) fn store_settings(settings: &Settings) -> StoreSettings {
         result_links_bytes: settings.result_links_bytes,
         scrub_bytes_per_second: settings.scrub_bytes_per_second,
         zstd_level: settings.zstd_level,
+        packing: settings.compression.map(|compression| PackingSettings {
+            after_secs: whole_seconds(compression.after),
+            min_bytes: compression.min_bytes,
+            min_saving_percent: compression.min_saving_percent,
+            cpu_percent: compression.cpu_percent,
+        }),
         timeouts: settings
             .execution
             .as_ref()

@@ -227,7 +227,7 @@ fn pool_readings(seen: PoolSight) -> PoolReadings {
 }
 
 fn store_reading(measured: StoreMeasurement, disk: DiskSight, now: SystemTime) -> StoreReading {
-    let StoreMeasurement { totals, tally, oldest_use, scrub } = measured;
+    let StoreMeasurement { totals, tally, oldest_use, index_bytes, scrub } = measured;
     let used_at = oldest_use.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds.into()));
     StoreReading {
         used: totals.used,
@@ -238,6 +238,10 @@ fn store_reading(measured: StoreMeasurement, disk: DiskSight, now: SystemTime) -
         blobs: totals.blobs,
         results: totals.results,
         zstd_forms: totals.zstd_forms,
+        compressed_blobs: totals.packed_blobs,
+        compressed_content: totals.packed_content,
+        compressed: totals.packed_used,
+        index_bytes,
         evicted: tally.evicted,
         evicted_bytes: tally.evicted_bytes,
         damaged: tally.damaged,

@@ -64,6 +64,14 @@ pub struct StoreReading {
     pub results: u64,
     /// The number of zstd forms.
     pub zstd_forms: u64,
+    /// The number of blobs that are kept compressed,
+    pub compressed_blobs: u64,
+    /// the bytes that they have,
+    pub compressed_content: u64,
+    /// and the part of `used` that they take.
+    pub compressed: u64,
+    /// Memory of the index of the store, in bytes.
+    pub index_bytes: u64,
     /// Entries that were evicted since the start.
     pub evicted: u64,
     /// The bytes of these entries.
@@ -232,6 +240,14 @@ impl StoreReading {
                 ConstGauge::new(*count as f64).encode(family.encode_family(&[("kind", *kind)])?)
             })
         })?;
+        let help = "Blobs that are kept compressed";
+        out.gauge("store_compressed_blobs", None, help, self.compressed_blobs as f64)?;
+        let help = "Bytes that the blobs have that are kept compressed";
+        out.gauge("store_compressed_content", bytes(), help, self.compressed_content as f64)?;
+        let help = "Bytes on disk of the blobs that are kept compressed";
+        out.gauge("store_compressed", bytes(), help, self.compressed as f64)?;
+        let help = "Memory of the index of the store";
+        out.gauge("store_index_memory", bytes(), help, self.index_bytes as f64)?;
         out.counter("store_evicted_entries", None, "Entries that were evicted", self.evicted)?;
         out.counter("store_evicted", bytes(), "Bytes of entries that were evicted", self.evicted_bytes)?;
         let help = "Entries that were dropped because their files were damaged or gone";

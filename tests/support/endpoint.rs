@@ -86,6 +86,7 @@ pub fn store_settings(directory: &Path, max_blob_bytes: u64) -> StoreSettings {
         partial_upload_retention: Duration::from_secs(600),
         leases: Default::default(),
         result_links_bytes: 1 << 20,
+        packing: None,
         zstd_level: 1,
         scrub_bytes_per_second: 0,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(60) },

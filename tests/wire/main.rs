@@ -6,6 +6,7 @@ mod abandoned;
 mod access;
 mod admin;
 mod assets;
+mod at_rest;
 mod cache_interplay;
 mod chunks;
 mod compression;

@@ -5,6 +5,7 @@
 //!
 //! - [`Decoder`]: decodes the stream of a client, in any pieces, to at most the size of the blob.
 //! - [`Encoder`]: compresses pieces of a blob to independent frames, so that a stream can start at any frame.
+//! - [`FrameDecoder`]: decodes single frames of a stream that this server made.
 //! - [`SeekTable`]: the positions of the frames of a stored stream.
 //!
 //! It computes no digests: the code that hashes the bytes verifies them. zstd is the only compressor; names and messages
@@ -12,10 +13,12 @@
 
 mod decoder;
 mod encoder;
+mod frame_decoder;
 mod seek_table;
 
 pub use decoder::{DECODER_BYTES, Decoder, Room, WINDOW_MAX_LOG, decode_all, is_frame_magic};
 pub use encoder::{Encoder, stored_frame};
+pub use frame_decoder::FrameDecoder;
 pub use seek_table::{SeekTable, TABLE_END_BYTES};
 
 /// Number of blob bytes in one frame of ours. A read at an offset decodes half a frame too much on average, and a slow

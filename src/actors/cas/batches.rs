@@ -4,14 +4,18 @@
 
 use super::{
     blob::{not_found, read_whole},
-    client::{Cas, Upload, spoilt},
+    client::{Cas, Upload, going_down, spoilt},
     guards::Reservation,
     index::{EntryKind, FoundEntry, Key},
+    joint_writes::JOINT_FILE_BYTES,
     lookup::Purpose,
     new_files::{NewFiles, Visible},
     requests::Prepared,
     settings::{ROOM_STEP_BYTES, SOUND_TRIES},
-    uploads::sink::{Payload, WHOLE_BYTES, check_item, check_stream, failed},
+    uploads::{
+        sink::{Payload, WHOLE_BYTES, check_item, check_stream, failed},
+        small::check_bytes,
+    },
     volume::NewFile,
 };
 use crate::instance::{Instance, InstanceId};
@@ -64,6 +68,9 @@ impl Cas {
     ) -> Result<Vec<Result<()>>> {
         let blobs: Arc<[(Digest, Payload)]> =
             blobs.into_iter().map(|(digest, bytes)| (digest, bytes.into())).collect();
+        if let Some(outcomes) = self.write_few(instance, &blobs).await? {
+            return Ok(outcomes);
+        }
         let mut outcomes = vec![Ok(()); blobs.len()];
         let mut all_visible = Vec::new();
         for step in in_steps(&blobs) {
@@ -84,6 +91,34 @@ impl Cas {
             visible.wait().await?;
         }
         Ok(outcomes)
+    }
+
+    /// Stores a small batch of blobs that are not stored, together with files of other requests. Returns `None` for other batches.
+    async fn write_few(
+        &self,
+        instance: &Instance,
+        blobs: &[(Digest, Payload)],
+    ) -> Result<Option<Vec<Result<()>>>> {
+        let Some(plain) = small_and_plain(blobs) else { return Ok(None) };
+        let digests: Vec<Digest> = plain.iter().map(|(digest, _)| *digest).collect();
+        // Otherwise some are stored, or there are duplicates.
+        if self.find_missing(instance, &digests).await?.len() < digests.len() {
+            return Ok(None);
+        }
+        let bytes = digests.iter().map(Digest::size).sum();
+        let Ok(memory) = self.charge_received(bytes) else { return Ok(None) };
+        let check = |(digest, bytes): &(Digest, Bytes)| {
+            self.check_blob_size(digest.size(), digest)?;
+            check_bytes(*digest, bytes)
+        };
+        let mut outcomes: Vec<Result<()>> = plain.iter().map(check).collect();
+        let mut checked = outcomes.iter();
+        let good = plain.into_iter().filter(|_| checked.next().is_some_and(Result::is_ok)).collect();
+        let mut stored = self.write_checked(instance.blobs(), good, memory).await.into_iter();
+        for outcome in outcomes.iter_mut().filter(|outcome| outcome.is_ok()) {
+            *outcome = stored.next().unwrap_or_else(|| Err(going_down()));
+        }
+        Ok(Some(outcomes))
     }
 
     /// Stores the items of a batch that share one reservation.
@@ -161,7 +196,7 @@ impl Cas {
         let mut files = prepared.room.map(|room| self.new_files(room));
         let mut new: Vec<(Key, [Bytes; 1])> = Vec::new();
         let outcomes = blobs.iter().map(|(digest, payload)| {
-            self.check_blob_size(digest.size(), &digest.to_string())?;
+            self.check_blob_size(digest.size(), digest)?;
             let bytes = check_item(*digest, payload)?;
             if absent.contains(digest) {
                 files.as_ref().map_err(|error| error.clone())?;
@@ -197,6 +232,19 @@ impl Cas {
         }
         unwritten
     }
+}
+
+/// The items of a batch, if all of them are uncompressed and of the right length, and few enough to be hashed at once.
+fn small_and_plain(blobs: &[(Digest, Payload)]) -> Option<Vec<(Digest, Bytes)>> {
+    let mut left = JOINT_FILE_BYTES;
+    let plain = blobs.iter().map(|(digest, payload)| match payload {
+        Payload::Plain(bytes) if digest.size() == bytes.len() as u64 && !bytes.is_empty() => {
+            left = left.checked_sub(digest.size())?;
+            Some((*digest, bytes.clone()))
+        }
+        Payload::Plain(_) | Payload::Zstd(_) => None,
+    });
+    plain.collect()
 }
 
 /// Groups the items of a batch, by position, into steps that share one reservation. Plain items form one step, because their

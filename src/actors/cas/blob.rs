@@ -21,6 +21,7 @@ use super::{
 };
 use bytes::Bytes;
 use gorego_reapi::{
+    compression::SeekTable,
     digest::Digest,
     error::{Error, Result},
 };
@@ -52,6 +53,8 @@ enum BlobContent {
 #[derive(Debug)]
 struct OpenFile {
     stored: CheckedFile,
+    /// Whether the zstd frames of the file are read, and not its content.
+    as_frames: bool,
     found: FoundEntry,
     cas: Cas,
     /// Keeps the bytes counted while the open file keeps them on disk.
@@ -82,7 +85,20 @@ impl BlobReader {
         size: u64,
         hold: Arc<Hold>,
     ) -> Self {
-        Self { size, content: BlobContent::File(Arc::new(OpenFile { stored, found, cas, _hold: hold })) }
+        let open = OpenFile { stored, as_frames: false, found, cas, _hold: hold };
+        Self { size, content: BlobContent::File(Arc::new(open)) }
+    }
+
+    /// A reader of the zstd frames of a checked file, with their table. `None` if the file is not kept compressed.
+    pub(super) fn of_frames(
+        cas: Cas,
+        found: FoundEntry,
+        stored: CheckedFile,
+        hold: Arc<Hold>,
+    ) -> Option<(Self, SeekTable)> {
+        let table = stored.file().frames()?.table().clone();
+        let open = OpenFile { stored, as_frames: true, found, cas, _hold: hold };
+        Some((Self { size: table.sizes().1, content: BlobContent::File(Arc::new(open)) }, table))
     }
 
     /// The size of the blob in bytes.
@@ -115,7 +131,8 @@ impl BlobReader {
         };
         let mut buffer = Vec::with_capacity(wanted);
         // A short read is fine: the caller reads on from its end.
-        let is_cached = open.stored.file().read_cached(&mut buffer, offset).is_ok_and(|read| read > 0);
+        let is_cached =
+            !open.as_frames && open.stored.file().read_cached(&mut buffer, offset).is_ok_and(|read| read > 0);
         if is_cached && open.stored.is_unchanged() {
             return Ok(buffer.into());
         }
@@ -211,7 +228,13 @@ impl OpenFile {
             ))
         };
         let reason = loop {
-            match self.stored.file().read_at(buffer, offset) {
+            let file = self.stored.file();
+            let frames = if self.as_frames { file.frames() } else { None };
+            let read = match frames {
+                Some(frames) => frames.read_at(buffer, offset),
+                None => file.read_at(buffer, offset),
+            };
+            match read {
                 Ok(0) => break "it is too short".to_owned(),
                 Ok(read) => {
                     return match self.stored.confirm(&self.cas, &self.found) {
@@ -279,7 +302,7 @@ impl CheckedFile {
 
 /// Opens the file of a larger blob. Its content is checked block by block when it is read, and now if that is not enough. Blocks, if
 /// need be for as long as hashing takes.
-fn open_to_read(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
+pub(super) fn open_to_read(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
     let file = open(cas, found)?;
     let look = file.look().map_err(|error| failed(cas, found, &error))?;
     if !file.is_checked_when_read() || look.size != found.file.key.digest.size() {
@@ -485,7 +508,7 @@ pub(super) fn open_file(cas: &Cas, file: &FileId) -> io::Result<Box<dyn Stored>>
 
 /// Classifies a failed read. A lost file ([`volume::is_lost`]) is reported as damaged and is a miss. Other failures, such as
 /// too many open files, say nothing about the blob.
-fn failed(cas: &Cas, found: &FoundEntry, error: &io::Error) -> Error {
+pub(super) fn failed(cas: &Cas, found: &FoundEntry, error: &io::Error) -> Error {
     if volume::is_lost(error) {
         return damaged(cas, found, error.to_string());
     }

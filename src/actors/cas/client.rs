@@ -32,6 +32,7 @@ use std::sync::Arc;
 pub use super::uploads::{
     begin::{Upload, UploadStatus},
     sink::Payload,
+    small::SmallUpload,
 };
 
 /// The origin of a result, stored with it.
@@ -161,7 +162,7 @@ impl Cas {
         self.caller
     }
 
-    fn client(&self) -> Option<Caller> {
+    pub(super) fn client(&self) -> Option<Caller> {
         self.is_client.then_some(self.caller)
     }
 
@@ -267,7 +268,7 @@ impl Cas {
         .await?
     }
 
-    pub(super) fn check_blob_size(&self, size: u64, what: &str) -> Result<()> {
+    pub(super) fn check_blob_size(&self, size: u64, what: impl ToString) -> Result<()> {
         let StoreSettings { max_blob_bytes, max_bytes, .. } = self.shared.settings;
         if size <= max_blob_bytes {
             return Ok(());
@@ -276,7 +277,7 @@ impl Cas {
         let key = if max_blob_bytes < max_bytes { "cache.max_blob_size_gb" } else { "max_size_gb" };
         Err(Error::Invalid(format!(
             "{} has {size} bytes; this server stores blobs of at most {max_blob_bytes} ({key})",
-            what.escape_debug()
+            what.to_string().escape_debug()
         )))
     }
 

@@ -22,6 +22,8 @@
 
 pub use leases::LeaseTimes;
 pub(crate) use leases::{Lessee, Withdrawn};
+pub(crate) use packing::ColdBlobs;
+pub(super) use recovery::Recovery;
 pub use words::*;
 
 use entry::{CONDEMNED, holds_of, lease_of};
@@ -31,6 +33,7 @@ use links::Links;
 use order::UseOrder;
 use slab::Slab;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+pub(crate) use table::RunJobs;
 use table::SlotTable;
 
 mod entry;
@@ -42,6 +45,7 @@ mod look_ups;
 #[cfg(test)]
 mod model;
 mod order;
+mod packing;
 mod pins;
 mod recovery;
 mod room;
@@ -145,7 +149,7 @@ impl Index {
                 Some(old)
             }
             (None, _) => {
-                let crowded = self.drop_oldest_alike(&file.key);
+                let crowded = self.oldest_of_too_many(&file.key).map(|oldest| self.remove_slot(oldest));
                 self.insert(file, bytes, stamp, now);
                 crowded
             }
@@ -230,28 +234,26 @@ impl Index {
         Some(self.remove_slot(at.slot))
     }
 
-    /// Memory that the index takes, in bytes.
-    #[cfg(test)]
+    /// Memory that the index takes without the links of results, in bytes.
     pub fn memory(&self) -> usize {
         self.slab.memory() + self.table.memory() + self.order.memory() + self.leases.memory()
     }
 
-    /// Removes the oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so
-    /// more than one would need a hash collision.
-    fn drop_oldest_alike(&mut self, key: &Key) -> Option<Victim> {
+    /// The oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so more than one
+    /// would need a hash collision.
+    fn oldest_of_too_many(&self, key: &Key) -> Option<u32> {
         if key.kind == EntryKind::Blob || self.alike(key).count() < MAX_ALIKE {
             return None;
         }
-        let oldest = self.alike(key).min_by_key(|slot| self.slab.hot(*slot).generation)?;
-        Some(self.remove_slot(oldest))
+        self.alike(key).min_by_key(|slot| self.slab.hot(*slot).generation)
     }
 
     fn insert(&mut self, file: FileId, bytes: u64, stamp: Stamp, touched: u32) {
         let slot = self.slab.add(file, bytes, stamp, touched);
-        let slab = &self.slab;
-        self.table.insert(&file.key, slot, |slot| slab.key(slot));
+        self.table.insert(slot, &self.slab);
         self.totals.used += bytes;
         *self.count_of(file.key.kind) += 1;
+        self.count_packed(slot, true);
         self.link_newest(slot);
     }
 
@@ -267,6 +269,7 @@ impl Index {
 
     fn remove_alone(&mut self, slot: u32) -> Victim {
         self.links.remove(slot);
+        self.count_packed(slot, false);
         let file = self.file_at(slot);
         self.table.remove(&file.key, slot);
         self.forget(slot);

@@ -80,19 +80,20 @@ impl CasActor {
             return;
         }
         let mut blobs = Vec::with_capacity(needed.len());
-        for part in needed.chunks(CHANGES_PER_HOLD) {
+        let mut rest = needed;
+        loop {
+            let (part, after) = rest.split_at(rest.len().min(CHANGES_PER_HOLD));
             let key = |&digest| Key { digest, instance: blobs_in, kind: EntryKind::Blob };
-            blobs.extend(self.change(|index| {
-                part.iter().filter_map(|digest| index.place_of(&key(digest))).collect::<Vec<_>>()
-            }));
-        }
-        if blobs.len() == needed.len() {
             let is_linked = self.change(|index| {
-                let at = index.entry_of(&result);
-                at.into_iter().for_each(|result| index.link(result, &blobs));
-                at.is_some()
+                blobs.extend(part.iter().filter_map(|digest| index.place_of(&key(digest))));
+                let all = after.is_empty() && blobs.len() == needed.len();
+                let at = index.entry_of(&result).filter(|_| all)?;
+                Some(index.link(at, &blobs))
             });
-            of.is_linked().store(is_linked, Relaxed);
+            if after.is_empty() {
+                return of.is_linked().store(is_linked.is_some(), Relaxed);
+            }
+            rest = after;
         }
     }
 }

@@ -2,27 +2,25 @@
 
 use super::{
     LOG,
-    index::{FileId, Index, LeaseTimes},
+    index::{FileId, Index, LeaseTimes, Recovery},
     results, unix_seconds, uptime_seconds, volume,
 };
 use crate::logging::Event;
-use std::time::Instant;
+use std::{thread, time::Instant};
 use volume::{Stored, Volume};
 
-/// Fills an index with the stored files. Blocks for about a second per 500,000 files.
+/// Fills an index with the stored files. Blocks for about a second for 500,000 files of their own or for several million records.
 pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links: u64) -> Index {
     let started = Instant::now();
-    let mut index = Index::with_leases(limit, leases, links);
+    let found = Recovery::new(limit, leases, links);
     let is_whole = |stored: &dyn Stored| {
         volume::read_all(stored, results::MAX_FILE_BYTES).is_ok_and(|bytes| results::is_whole(&bytes))
     };
     let is_newer = |one: &FileId, other: &FileId| volume.sequence(one) > volume.sequence(other);
-    let repairs = volume.recover(&is_whole, &mut |found| {
-        let loser = index.recover(found.file, found.bytes, found.touched, &is_newer)?;
-        index.deleted(loser.bytes);
-        Some(loser)
-    });
-    index.finish_recovery(unix_seconds(), uptime_seconds());
+    let repairs = volume.recover(&is_whole, &|files| found.add(files));
+    let (mut index, losers) = found.finish(&at_once, &is_newer, unix_seconds(), uptime_seconds());
+    // What cannot be deleted now comes back with the next start, and loses again.
+    volume.delete(&losers);
     index.set_overhead(volume.overhead());
     let totals = index.totals();
     Event::info(LOG, "store_opened")
@@ -44,4 +42,9 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
             ));
     }
     index
+}
+
+/// Runs each job on a thread of its own. If one panics, so does this: an entry that is left out would be taken for missing.
+fn at_once(jobs: usize, job: &(dyn Fn(usize) + Sync)) {
+    thread::scope(|scope| (0..jobs).for_each(|number| _ = scope.spawn(move || job(number))));
 }

@@ -6,7 +6,7 @@
 
 use super::{
     guards::Reservation,
-    index::{EntryRef, Key, Stamp, Tally, Totals},
+    index::{EntryRef, FileId, Key, Stamp, Tally, Totals},
     linking::NewLinks,
     uploads::{Attempt, Partial, Progress},
     volume::{Moves, WrittenFile},
@@ -124,6 +124,8 @@ pub struct StoreMeasurement {
     pub tally: Tally,
     /// The last recorded use of the least recently used entry, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
+    /// Memory that the index takes, in bytes, without the links of results to blobs.
+    pub index_bytes: u64,
     /// What the scrub has done since the start.
     pub scrub: ScrubTally,
 }
@@ -193,6 +195,16 @@ pub struct Damaged {
 #[derive(Message)]
 #[rtype(result = "Vec<bool>")]
 pub(super) struct Relocate(pub Moves);
+
+/// Fact: the blob in this file was compressed into another one. The answer says whether that took the place of the first.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub(super) struct Repack {
+    pub from: FileId,
+    pub to: WrittenFile,
+    /// Room for the new file.
+    pub room: Reservation,
+}
 
 /// Fact: this many bytes of evicted or replaced files are deleted from disk.
 #[derive(Message)]

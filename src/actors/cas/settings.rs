@@ -22,10 +22,38 @@ pub struct StoreSettings {
     pub leases: LeaseTimes,
     /// Memory for the links of results to the blobs that they need.
     pub result_links_bytes: u64,
+    /// Which blobs are kept compressed; `None` for none.
+    pub packing: Option<PackingSettings>,
     /// How fast the scrub reads; 0 for no scrub.
     pub scrub_bytes_per_second: u64,
     /// Which timeouts an Action may ask for.
     pub timeouts: TimeoutPolicy,
+}
+
+/// Which blobs are kept compressed, and what may be spent on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackingSettings {
+    /// Blobs that were not used for this many seconds. Uses are recorded to the hour.
+    pub after_secs: u32,
+    /// Blobs of at least this many bytes.
+    pub min_bytes: u64,
+    /// Blobs that get smaller by at least this part.
+    pub min_saving_percent: u32,
+    /// The bound on the CPU time, as a share of one core.
+    pub cpu_percent: u32,
+}
+
+impl PackingSettings {
+    /// The most bytes that something of this many bytes may take compressed.
+    pub(super) fn most_bytes(&self, plain: u64) -> u64 {
+        let kept = u128::from(100u32.saturating_sub(self.min_saving_percent));
+        u64::try_from(u128::from(plain) * kept / 100).unwrap_or(u64::MAX)
+    }
+
+    /// The pause between two passes over the index: a hundredth of the age, so that it adds little to it.
+    pub(super) fn between_passes(&self) -> Duration {
+        (Duration::from_secs(self.after_secs.into()) / 100).clamp(MIN_PASS_PAUSE, MAX_PASS_PAUSE)
+    }
 }
 
 impl StoreSettings {
@@ -222,6 +250,17 @@ pub(super) const ZSTD_FORM_PART: u64 = 16;
 
 /// Making a form is given up after this many bytes of the blob if nothing was saved by then.
 pub(super) const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
+
+/// The zstd level of blobs that are kept compressed. Higher levels take longer and save little: see docs/performance.md.
+pub(super) const PACK_LEVEL: i32 = 3;
+
+/// Bounds on the pause between two looks for blobs to compress. Each looks at every entry, which takes less than a second for ten
+/// million of them.
+const MIN_PASS_PAUSE: Duration = Duration::from_secs(1);
+const MAX_PASS_PAUSE: Duration = Duration::from_secs(600);
+
+/// How long compression at rest stands back when requests wait to compress or to hash, before it looks again.
+pub(super) const LOAD_PAUSE: Duration = Duration::from_millis(100);
 
 /// Pause after each MiB that is copied to reclaim the space of deleted blobs in the background, which bounds the rate to about
 /// 50 MiB/s.

@@ -245,7 +245,8 @@ pub(super) async fn watch(shared: Weak<StoreShared>, store: WeakAddr<CasActor>) 
         });
         let space = looked.await.ok().flatten();
         if !was_full && cas.is_read_only() {
-            cas.relieve_low_disk().await;
+            let relieving = cas.clone();
+            tokio::spawn(async move { relieving.relieve_low_disk().await });
         }
         drop(cas);
         let is_low = space.is_some_and(|space| space.is_low());

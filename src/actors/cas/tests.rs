@@ -8,6 +8,7 @@ mod disk;
 mod inputs;
 mod leases;
 mod links;
+mod packing;
 mod results;
 mod scrub;
 mod sharing;
@@ -40,7 +41,7 @@ fn digest(bytes: &[u8]) -> Digest {
     SHA256.digest(bytes)
 }
 
-fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
+pub(super) fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
     StoreSettings {
         root,
         max_bytes,
@@ -50,6 +51,7 @@ fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         scrub_bytes_per_second: 0,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
+        packing: None,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     }
 }

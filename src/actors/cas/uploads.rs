@@ -6,13 +6,14 @@
 //! when room is needed. When a bound is exceeded, the peer that holds most loses its oldest broken upload, so no peer loses an
 //! upload because another one has many. The bounds are not per connection, because an upload breaks when its connection does.
 //!
-//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, and [`new_blob`] stores
-//! bytes of unknown digest. They share [`unwritten`], [`sink`] and [`decoders`].
+//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, [`small`] stores a small
+//! blob whose bytes arrived at once, and [`new_blob`] stores bytes of unknown digest. They share [`unwritten`], [`sink`] and [`decoders`].
 
 pub(crate) mod begin;
 pub(crate) mod decoders;
 pub(crate) mod new_blob;
 pub(crate) mod sink;
+pub(crate) mod small;
 pub(crate) mod unwritten;
 pub(crate) mod writer;
 

@@ -10,7 +10,9 @@
 //! use after the next start may suffer.
 
 use super::{
-    index::{EntryKind, EntryRef, FileId, FoundEntry, FoundResult, Index, Key, Lessee, NotedUse, Seal},
+    index::{
+        ColdBlobs, EntryKind, EntryRef, FileId, FoundEntry, FoundResult, Index, Key, Lessee, NotedUse, Seal,
+    },
     requests::StoreMeasurement,
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds, uptime_seconds,
@@ -61,8 +63,13 @@ impl View {
     /// The numbers of the index. Waits at most for the change of one part.
     pub(super) fn measure(&self) -> StoreMeasurement {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let (totals, tally, oldest_use) = (index.totals(), index.tally(), index.oldest_use());
-        StoreMeasurement { totals, tally, oldest_use, ..StoreMeasurement::default() }
+        StoreMeasurement {
+            totals: index.totals(),
+            tally: index.tally(),
+            oldest_use: index.oldest_use(),
+            index_bytes: index.memory() as u64,
+            ..StoreMeasurement::default()
+        }
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Index> {
@@ -202,6 +209,26 @@ impl LookUp<'_> {
     pub(super) fn results_from(&self, instance: &Instance, from: u32) -> (Vec<FoundResult>, Option<u32>) {
         let private = instance.private_results().unwrap_or(instance.id());
         self.index.results_from([instance.id(), private], from, LOOKUPS_PER_HOLD)
+    }
+
+    /// See [`Index::cold_from`].
+    pub(super) fn cold_from(&self, cold: ColdBlobs, from: u32) -> (Vec<FoundEntry>, Option<u32>) {
+        self.index.cold_from(cold, from, LOOKUPS_PER_HOLD)
+    }
+
+    /// See [`Index::last_use`].
+    pub(super) fn last_use(&self, at: EntryRef) -> Option<u32> {
+        self.index.last_use(at)
+    }
+
+    /// See [`Index::mark_incompressible`].
+    pub(super) fn mark_incompressible(&self, at: EntryRef) {
+        self.index.mark_incompressible(at);
+    }
+
+    /// Whether this many bytes can be stored without evicting anything.
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        self.index.has_room(bytes)
     }
 
     /// The stamp of an entry, if it is still there.

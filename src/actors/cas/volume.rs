@@ -19,7 +19,9 @@ pub(crate) mod files;
 pub(crate) mod local;
 #[cfg(test)]
 pub(crate) mod memory;
+mod names;
 pub(crate) mod outside;
+pub(crate) mod packed;
 pub(crate) mod scan;
 pub(crate) mod segments;
 pub(crate) mod stamps;
@@ -27,11 +29,15 @@ pub(crate) mod stored;
 
 pub(crate) use stamps::COARSE_TICK;
 
+pub(crate) use super::index::Recovered;
 use super::index::{FileId, Key, Stamp, Victim};
 use crate::{disk::Space, regular_file};
 use bytes::Bytes;
 use checksums::Checksums;
-use gorego_reapi::digest::{Digest, Hasher};
+use gorego_reapi::{
+    compression::SeekTable,
+    digest::{Digest, Hasher},
+};
 use outside::LeftFile;
 use std::{fmt::Debug, fs::File, io};
 
@@ -65,6 +71,16 @@ pub(crate) trait Volume: Debug + Send + Sync {
 
     /// Begins a file whose digest is not known yet.
     fn draft(&self) -> io::Result<Box<dyn Draft>>;
+
+    /// Begins a file that becomes the packed file of a blob ([`packed::Packing`]), with `used` as the recorded time of its last
+    /// use, in seconds since 1970.
+    ///
+    /// # Errors
+    /// `Unsupported` where blobs are not kept compressed.
+    fn packed_draft(&self, used: u32) -> io::Result<Box<dyn Draft>> {
+        let _ = used;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Takes a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
     /// hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open file can still be
@@ -100,13 +116,9 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Ok(Compacted::NothingToGain)
     }
 
-    /// Finds the files that exist at start. `is_whole` says whether the bytes of an action result are complete. `take` gets
-    /// each file and returns a file to delete, if any: this one, or an earlier one that it replaces.
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
-    ) -> Repairs;
+    /// Finds the files that exist at start and passes each on to `take`. `is_whole` says whether the bytes of an action result are
+    /// complete. There may be more than one file with the same key.
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs;
 
     /// The parts that [`Volume::files_in`] lists one at a time, in an order that restarts do not change.
     fn parts(&self) -> Vec<String> {
@@ -219,12 +231,31 @@ pub(crate) trait Stored: Debug + Send + Sync {
 
     /// Copies its first `size` bytes into an empty file. Where the kernel copies or clones, checksums are not checked.
     fn copy_to(&self, to: &File, size: u64) -> io::Result<()>;
+
+    /// The zstd frames that it is kept as; `None` if it is not kept compressed.
+    fn frames(&self) -> Option<&dyn Frames> {
+        None
+    }
+}
+
+/// The zstd frames of a stored file that is kept compressed.
+pub(crate) trait Frames {
+    /// Where they are.
+    fn table(&self) -> &SeekTable;
+
+    /// Reads at least one byte of the frames, unless they end at `offset`.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 }
 
 /// A file that is being written. It is deleted if it is dropped before it is kept.
 pub(crate) trait Draft: Debug + Send + Sync {
     /// Appends bytes to the file.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Appends pieces to the file.
+    fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
+        pieces.iter().try_for_each(|piece| self.write(piece))
+    }
 
     /// The digest of everything written, computed by reading the file again.
     fn hash(&self, hasher: Hasher) -> io::Result<Digest>;
@@ -255,21 +286,13 @@ pub(crate) struct Moved {
     pub after: Stamp,
 }
 
-/// A file that was found at start.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Recovered {
-    /// The identity of the file.
-    pub file: FileId,
-    /// Bytes that it takes on disk.
-    pub bytes: u64,
-    /// Seconds since 1970 of the last recorded use.
-    pub touched: u32,
-}
+/// Gets the files that are found at start, some at a time. Several threads may call it.
+pub(crate) type Take<'a> = &'a (dyn Fn(&mut dyn Iterator<Item = Recovered>) + Sync);
 
 /// Counts of what was wrong in the store at start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Repairs {
-    /// Files that were removed because they were unfinished or duplicate.
+    /// Files that were removed because they were unfinished.
     pub removed: u64,
     /// Files with names that the store does not use. They are left alone.
     pub foreign: u64,

@@ -71,6 +71,16 @@ fn description(stats: &gorego::StoreStats, now: SystemTime, width: Option<usize>
         0 => String::new(),
         lost => format!("; {lost} leased entries were lost"),
     };
+    if stats.compressed_blobs > 0 {
+        let saved = stats.compressed_content_bytes.saturating_sub(stats.compressed_used_bytes);
+        say(format!(
+            "compressed     {} blobs of {} in {}; saves {}",
+            stats.compressed_blobs,
+            size(stats.compressed_content_bytes),
+            size(stats.compressed_used_bytes),
+            size(saved)
+        ));
+    }
     say(format!("leased         {} to builds{lost}", size(stats.leased_bytes)));
     say(format!(
         "uploads        {} running, {} broken; {} reserved",
@@ -110,6 +120,9 @@ fn json(stats: &gorego::StoreStats) -> Value {
         "blobs": stats.blobs,
         "results": stats.results,
         "zstd_forms": stats.zstd_forms,
+        "compressed_blobs": stats.compressed_blobs,
+        "compressed_content_bytes": stats.compressed_content_bytes,
+        "compressed_used_bytes": stats.compressed_used_bytes,
         "evicted_entries": stats.evicted_entries,
         "evicted_bytes": stats.evicted_bytes,
         "oldest_use": rfc3339(stats.oldest_use.as_ref()),

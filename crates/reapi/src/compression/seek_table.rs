@@ -5,6 +5,7 @@
 //! becomes known when they are decoded.
 
 use crate::error::{Error, Result};
+use std::ops::Range;
 
 /// Length of the end of a table: number of frames, descriptor, magic number.
 pub const TABLE_END_BYTES: usize = 9;
@@ -60,6 +61,31 @@ impl SeekTable {
         self.ends.iter().zip(starts).map(|(end, start)| (end.0 - start.0, end.1 - start.1))
     }
 
+    /// The number of frames.
+    pub fn count(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Where a frame lies, in the blob and in the stream; `None` if there are fewer frames.
+    pub fn frame(&self, number: usize) -> Option<(Range<u64>, Range<u64>)> {
+        let end = self.ends.get(number)?;
+        let start =
+            number.checked_sub(1).and_then(|before| self.ends.get(before)).copied().unwrap_or_default();
+        Some((start.0..end.0, start.1..end.1))
+    }
+
+    /// The number of the frame that holds the byte at `offset` of the blob; `None` at its end.
+    pub fn holding(&self, offset: u64) -> Option<usize> {
+        let number = self.ends.partition_point(|(plain, _)| *plain <= offset);
+        (number < self.ends.len()).then_some(number)
+    }
+
+    /// The number of the frame that has the byte at `offset` of the stream; `None` at the end of all frames.
+    pub fn covering(&self, offset: u64) -> Option<usize> {
+        let number = self.ends.partition_point(|(_, packed)| *packed <= offset);
+        (number < self.ends.len()).then_some(number)
+    }
+
     /// Encodes the table as the last frame of its stream.
     pub fn encode(&self) -> Vec<u8> {
         let content = self.ends.len() * ENTRY_BYTES + TABLE_END_BYTES;
@@ -76,12 +102,17 @@ impl SeekTable {
         frame
     }
 
+    /// The length of the table of this many frames.
+    pub fn length_for(frames: usize) -> usize {
+        HEADER_BYTES + frames * ENTRY_BYTES + TABLE_END_BYTES
+    }
+
     /// The length of the whole table, from its last bytes; `None` if they are not the end of a table.
     pub fn length(end: &[u8; TABLE_END_BYTES]) -> Option<usize> {
         let [a, b, c, d, DESCRIPTOR, magic @ ..] = *end else { return None };
         let frames = usize::try_from(u32::from_le_bytes([a, b, c, d])).ok()?;
         let ours = u32::from_le_bytes(magic) == END_MAGIC && frames <= FRAMES_MAX;
-        ours.then_some(HEADER_BYTES + frames * ENTRY_BYTES + TABLE_END_BYTES)
+        ours.then(|| Self::length_for(frames))
     }
 
     /// Reads a whole table; `None` for anything that [`SeekTable::encode`] does not write.
@@ -130,6 +161,14 @@ mod tests {
                 start = (start.0 + plain, start.1 + packed);
             }
             prop_assert_eq!(table.frame_from(offset), start);
+            let holding = table.holding(offset).and_then(|number| table.frame(number));
+            prop_assert_eq!(holding.is_some(), offset < table.sizes().0);
+            if let Some((plain, packed)) = holding {
+                prop_assert!(plain.contains(&offset));
+                let number = table.holding(offset);
+                prop_assert_eq!((table.covering(packed.start), table.covering(packed.end - 1)), (number, number));
+            }
+            prop_assert_eq!((table.frame(frames.len()), table.covering(table.sizes().1)), (None, None));
         }
 
         #[test]

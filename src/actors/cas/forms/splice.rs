@@ -48,7 +48,7 @@ impl Cas {
         chunks: Vec<Digest>,
         chunking: Chunking,
     ) -> Result<()> {
-        self.check_blob_size(blob.size(), &blob.to_string())?;
+        self.check_blob_size(blob.size(), blob)?;
         check_list(blob, &chunks)?;
         let work = &self.shared().chunk_work;
         let mut right = work.begin_or_wait(instance, blob, self.caller()).await?;

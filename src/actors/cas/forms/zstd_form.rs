@@ -12,7 +12,7 @@
 //! form; [`super::zstd_reader`] caches their frames in memory.
 
 use crate::actors::cas::{
-    blob::{BlobReader, CheckedFile, damaged, known_stamp, open, tell_verified},
+    blob::{BlobReader, CheckedFile, damaged, known_stamp, open, open_to_read, tell_verified},
     client::Cas,
     guards::{Hold, UploadRoom},
     index::{EntryKind, FoundEntry, Key, Stamp},
@@ -76,6 +76,20 @@ pub(crate) struct Form {
 }
 
 impl Form {
+    /// Opens the frames of a blob that is kept compressed; they serve as its form. `None` if it is not. Blocks, if need be for as
+    /// long as decoding and hashing takes.
+    ///
+    /// # Errors
+    /// `NotFound` when the file is damaged or gone, which is reported.
+    pub(crate) fn of_packed(cas: &Cas, found: FoundEntry, hold: &Arc<Hold>) -> Result<Option<Self>> {
+        if !found.file.is_packed() {
+            return Ok(None);
+        }
+        let stored = open_to_read(cas, &found)?;
+        let opened = BlobReader::of_frames(cas.clone(), found, stored, hold.clone());
+        Ok(opened.map(|(frames, table)| Self { frames, table }))
+    }
+
     /// Opens a located form. Returns `None` when it turns out to be unusable, which is reported. Blocks, if need be for as long
     /// as decoding takes.
     pub(crate) fn open(cas: &Cas, found: FoundEntry, hold: &Arc<Hold>) -> Option<Self> {

@@ -263,7 +263,8 @@ impl Cas {
         let digest = found.file.key.digest;
         let is_small = digest.size() <= SMALL_BLOB_BYTES;
         if !is_small {
-            if let Some(Form { frames, .. }) = form.and_then(|form| Form::open(self, form, hold)) {
+            let packed = Form::of_packed(self, found, hold)?;
+            if let Some(Form { frames, .. }) = packed.or_else(|| Form::open(self, form?, hold)) {
                 let length = usize::try_from(frames.size()).map_err(Error::internal)?;
                 return frames.read_exact(0, length).map(Item::Zstd);
             }
@@ -304,7 +305,8 @@ fn open_parts(
     offset: u64,
 ) -> Result<StreamSources> {
     let size = found.file.key.digest.size();
-    let form = form.and_then(|form| Form::open(cas, form, &hold));
+    let packed = Form::of_packed(cas, found, &hold)?;
+    let form = packed.or_else(|| Form::open(cas, form?, &hold));
     let (form_from, packed_from) = form.as_ref().map_or((size, 0), |form| form.table.frame_from(offset));
     let blob = (offset < form_from).then(|| BlobReader::open(cas.clone(), found, hold)).transpose()?;
     Ok(StreamSources { form_from, form: form.map(|form| (form.frames, packed_from)), blob })

@@ -9,7 +9,10 @@
 use super::{EntryKind, Key, Seal};
 use crate::instance::InstanceId;
 use gorego_reapi::digest::{Digest, DigestFunction, MAX_HASH_BYTES};
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+};
 
 /// Bytes of a hash that the hot part has.
 pub(super) const HEAD_BYTES: usize = 32;
@@ -22,6 +25,9 @@ pub(super) const CONDEMNED: u8 = 1;
 pub(super) const USED: u8 = 2;
 /// An eviction has taken it out of the list because it was held. Only the owner of the index changes this.
 pub(super) const ASIDE: u8 = 4;
+
+/// The blob does not get smaller by compression.
+pub(super) const INCOMPRESSIBLE: u8 = 8;
 
 /// The kind byte of a key in a [`KeyTail`].
 const WIDE: u8 = 1 << 5;
@@ -89,12 +95,18 @@ impl KeyTails {
         }
     }
 
+    /// Takes over the tails of another slab. Returns their numbers.
+    pub(super) fn append(&mut self, mut other: Self) -> Range<u32> {
+        let first = self.all.len() as u32;
+        self.all.append(&mut other.all);
+        first..self.all.len() as u32
+    }
+
     fn get(&self, number: u32) -> KeyTail {
         self.all[number as usize]
     }
 
     /// Memory that they take, in bytes.
-    #[cfg(test)]
     pub(super) fn memory(&self) -> usize {
         self.all.capacity() * size_of::<KeyTail>() + self.free.capacity() * size_of::<u32>()
     }
@@ -123,6 +135,12 @@ fn is_wide(key: &Key) -> bool {
 /// What the key is, with its digest function, in one byte.
 fn kind_byte(key: &Key) -> u8 {
     key.digest.function() as u8 | (key.kind as u8) << 3
+}
+
+/// What identifies an entry, apart from the size of its digest: the hash, and the instance, the kind and the digest function in one
+/// number.
+pub(super) fn parts_of(key: &Key) -> (&[u8], u32) {
+    (key.digest.hash(), u32::from(key.instance.0) << 16 | u32::from(kind_byte(key)))
 }
 
 impl Hot {
@@ -159,6 +177,13 @@ impl Hot {
             tails.free.push(number);
         }
         (self.generation, self.kind) = (0, 0);
+    }
+
+    /// Follows its tail, if it has one, to a number that is greater by this much.
+    pub(super) fn renumber_tail(&mut self, by: u32) {
+        if self.kind & WIDE != 0 {
+            self.size_low += by;
+        }
     }
 
     fn tail(&self) -> Option<u32> {
@@ -202,16 +227,36 @@ impl Hot {
                 || self.tail().is_some_and(|number| tails.get(number).rest[..rest.len()] == *rest))
     }
 
+    /// Whether it is stored under the same key as another entry, or one that differs only in the size of the digest.
+    pub(super) fn is_like_entry(&self, other: &Self, tails: &KeyTails) -> bool {
+        let rest = |entry: &Self| entry.tail().map(|number| tails.get(number).rest).unwrap_or_default();
+        self.head == other.head
+            && self.kind & !WIDE == other.kind & !WIDE
+            && self.instance == other.instance
+            && ((self.kind | other.kind) & WIDE == 0 || rest(self) == rest(other))
+    }
+
+    /// Passes on what identifies the entry, apart from the size of its digest, as [`parts_of`] does for its key.
+    pub(super) fn with_parts<T>(&self, tails: &KeyTails, see: impl FnOnce(&[u8], u32) -> T) -> T {
+        let names = u32::from(self.instance) << 16 | u32::from(self.kind & !WIDE);
+        match self.head.get(..self.function().hash_bytes()) {
+            Some(hash) => see(hash, names),
+            None => see(self.key(tails).digest.hash(), names),
+        }
+    }
+
+    fn function(&self) -> DigestFunction {
+        DigestFunction::ALL.get(usize::from(self.kind & 7)).copied().unwrap_or(DigestFunction::Sha256)
+    }
+
     /// Its key.
     pub(super) fn key(&self, tails: &KeyTails) -> Key {
-        let function = DigestFunction::ALL.get(usize::from(self.kind & 7)).copied();
         let mut hash = [0; MAX_HASH_BYTES];
         hash[..HEAD_BYTES].copy_from_slice(&self.head);
         if let Some(number) = self.tail() {
             hash[HEAD_BYTES..].copy_from_slice(&tails.get(number).rest);
         }
-        let function = function.unwrap_or(DigestFunction::Sha256);
-        let digest = Digest::from_array(function, hash, self.size(tails));
+        let digest = Digest::from_array(self.function(), hash, self.size(tails));
         Key { digest, instance: self.instance(), kind: self.kind() }
     }
 

@@ -409,7 +409,6 @@ impl Leases {
     }
 
     /// Memory that it takes, in bytes.
-    #[cfg(test)]
     pub(super) fn memory(&self) -> usize {
         let book = self.book();
         let builds = book.builds.capacity() * size_of::<Option<LeasingBuild>>()

@@ -9,11 +9,6 @@ use std::collections::HashSet;
 pub(super) const LIMIT: u64 = 100;
 pub(super) const NOW: u32 = 1_000_000;
 
-/// Of two files, the one with the greater generation is newer.
-pub(super) fn later(one: &FileId, other: &FileId) -> bool {
-    one.generation > other.generation
-}
-
 #[derive(Debug, Clone)]
 enum Op {
     Store { name: u8, kind: EntryKind, bytes: u64 },
@@ -24,6 +19,7 @@ enum Op {
     Reserve { bytes: u64 },
     Unreserve { nth: usize },
     Evict { bytes: u64, entries: u64 },
+    Repack { name: u8, part: u64 },
     Delete,
 }
 
@@ -40,6 +36,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (1u64..30).prop_map(|bytes| Op::Reserve { bytes }),
         1 => (0usize..8).prop_map(|nth| Op::Unreserve { nth }),
         1 => (0u64..60, 0u64..3).prop_map(|(bytes, entries)| Op::Evict { bytes, entries }),
+        2 => (name(), 1u64..4).prop_map(|(name, part)| Op::Repack { name, part }),
         2 => Just(Op::Delete),
     ]
 }
@@ -202,6 +199,20 @@ proptest! {
                     }
                     prop_assert_eq!(index.evict(bytes, entries, usize::MAX), expected);
                 }
+                Op::Repack { name, part } => {
+                    let Some(position) = model.position(&key(name, EntryKind::Blob)) else { continue };
+                    generation += 1;
+                    let (file, before, holds) = model.entries[position];
+                    let packed = FileId { generation: FileId::packed_generation(generation), ..file };
+                    let bytes = before.div_ceil(part);
+                    let (old, new) = (Victim { file, bytes: before }, Victim { file: packed, bytes });
+                    let is_free = holds == 0;
+                    let expected = if is_free { Ok(old) } else { Err(new) };
+                    prop_assert_eq!(index.repack(&file, packed.generation, bytes, Stamp::new(2, 2)), expected);
+                    let superseded = if is_free { old } else { new };
+                    model.undeleted += superseded.bytes;
+                    if is_free { model.entries[position] = (packed, bytes, 0) }
+                }
                 Op::Delete => {
                     index.deleted(model.undeleted);
                     model.undeleted = 0;
@@ -209,10 +220,14 @@ proptest! {
             }
             let totals = index.totals();
             let count = |kind| model.entries.iter().filter(|(file, ..)| file.key.kind == kind).count() as u64;
+            let packed = || model.entries.iter().filter(|(file, ..)| file.is_packed());
             prop_assert_eq!(totals, Totals {
                 blobs: count(EntryKind::Blob),
                 results: count(EntryKind::Result),
                 zstd_forms: count(EntryKind::Zstd),
+                packed_blobs: packed().count() as u64,
+                packed_content: packed().map(|(file, ..)| file.key.digest.size()).sum(),
+                packed_used: packed().map(|(_, bytes, _)| bytes).sum(),
                 used: model.used(),
                 held: model.held(),
                 leased: 0,

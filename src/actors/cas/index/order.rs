@@ -69,7 +69,6 @@ impl UseOrder {
     }
 
     /// Memory that it takes, in bytes.
-    #[cfg(test)]
     pub(super) fn memory(&self) -> usize {
         self.ends.capacity() * size_of::<ListEnds>()
     }
@@ -110,11 +109,6 @@ impl Index {
     pub(super) fn oldest(&self) -> Option<&Hot> {
         let ListEnds { oldest, .. } = self.order.all();
         (oldest != ALL).then(|| self.slab.hot(oldest))
-    }
-
-    /// Forgets the order of use.
-    pub(super) fn clear_order(&mut self) {
-        self.order.ends[0] = ListEnds { newest: ALL, oldest: ALL };
     }
 
     /// Records the end of the last hold of an entry. Returns whether the entry needs [`Index::settle`].

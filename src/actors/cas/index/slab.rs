@@ -71,15 +71,54 @@ impl Slab {
             (*self.hot_mut(slot), *self.cold_mut(slot)) = (hot, cold);
             return slot;
         }
+        self.push(hot, cold)
+    }
+
+    /// Takes over the entries of another slab. No slot is free in either of them. Full chunks are moved as they are.
+    pub(super) fn absorb(&mut self, mut other: Self) {
+        let tails = self.tails.append(std::mem::take(&mut other.tails));
+        if !tails.is_empty() {
+            other.hot.iter_mut().flatten().for_each(|entry| entry.renumber_tail(tails.start));
+        }
+        let (own, rest) = (self.pop_partial(), other.pop_partial());
+        self.hot.append(&mut other.hot);
+        self.cold.append(&mut other.cold);
+        self.len += other.len;
+        if let Some((hot, cold)) = own {
+            self.len += hot.len();
+            self.hot.push(hot);
+            self.cold.push(cold);
+        }
+        for (hot, cold) in rest.into_iter().flat_map(|(hot, cold)| hot.into_iter().zip(cold)) {
+            self.push(hot, cold);
+        }
+    }
+
+    /// All slots that were ever used.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &Hot)> {
+        (0..).zip(self.hot.iter().flatten())
+    }
+
+    fn push(&mut self, hot: Hot, cold: Cold) -> u32 {
         if self.len.is_multiple_of(CHUNK) {
             self.hot.push(Vec::with_capacity(CHUNK));
             self.cold.push(Vec::with_capacity(CHUNK));
         }
-        let (hot_chunk, cold_chunk) = (self.len / CHUNK, self.len / CHUNK);
-        self.hot[hot_chunk].push(hot);
-        self.cold[cold_chunk].push(cold);
+        let chunk = self.len / CHUNK;
+        self.hot[chunk].push(hot);
+        self.cold[chunk].push(cold);
         self.len += 1;
         (self.len - 1) as u32
+    }
+
+    /// Takes out the last chunk, unless it is full.
+    fn pop_partial(&mut self) -> Option<(Vec<Hot>, Vec<Cold>)> {
+        if self.len.is_multiple_of(CHUNK) {
+            return None;
+        }
+        let chunk = self.hot.pop().zip(self.cold.pop())?;
+        self.len -= chunk.0.len();
+        Some(chunk)
     }
 
     /// Frees the slot of an entry that is in no list any more.
@@ -91,7 +130,6 @@ impl Slab {
     }
 
     /// Memory that it takes, in bytes.
-    #[cfg(test)]
     pub(super) fn memory(&self) -> usize {
         let hot = self.hot.iter().map(|chunk| chunk.capacity() * size_of::<Hot>()).sum::<usize>();
         let cold = self.cold.iter().map(|chunk| chunk.capacity() * size_of::<Cold>()).sum::<usize>();

@@ -1,7 +1,7 @@
-//! The order of eviction, room, recovery, memory and keys of the index.
+//! The order of eviction, room, memory and keys of the index.
 
 use super::{
-    model::{LIMIT, NOW, key, later, settle, store, store_numbered},
+    model::{LIMIT, NOW, key, settle, store, store_numbered},
     room::WATERMARKS_FROM_BYTES,
     *,
 };
@@ -130,19 +130,6 @@ fn a_shortage_names_its_numbers_and_evicts_nothing() {
     assert_eq!(index.totals().blobs, 2);
 }
 
-#[test]
-fn recovery_restores_the_order_of_use_and_keeps_the_later_of_two_files() {
-    let mut index = Index::new(LIMIT);
-    let file = |name, generation| FileId { key: key(name, EntryKind::Blob), generation };
-    assert_eq!(index.recover(file(0, 1), 30, 300, &later), None);
-    assert_eq!(index.recover(file(1, 2), 30, 100, &later), None);
-    assert_eq!(index.recover(file(2, 4), 30, 200, &later), None);
-    assert_eq!(index.recover(file(2, 3), 30, 900, &later), Some(Victim { file: file(2, 3), bytes: 30 }));
-    index.finish_recovery(NOW, NOW);
-    let order: Vec<_> = index.reserve(LIMIT).unwrap().victims.into_iter().map(|v| v.file).collect();
-    assert_eq!(order, [file(1, 2), file(2, 4), file(0, 1)]);
-}
-
 /// In a list that is not kept in exact order, a use still protects an entry from the next three quarters of evictions.
 #[test]
 fn a_used_entry_outlives_three_quarters_of_a_long_list() {
@@ -198,12 +185,10 @@ fn a_sha256_blob_takes_at_most_100_bytes_of_memory() {
     let empty = index.memory() as u64;
     assert!(empty < 1 << 20, "{empty} bytes without blobs");
     let mut worst = 0;
-    for generation in 1..=COUNT {
-        let digest = DigestFunction::Sha256.digest(&generation.to_le_bytes());
-        let key = Key { digest, instance: InstanceId(0), kind: EntryKind::Blob };
-        index.recover(FileId { key, generation }, 4_096, NOW, &later);
-        if generation >= COUNT / 4 && generation % 8_192 == 0 {
-            worst = worst.max(index.memory() as u64 * 100 / generation);
+    for count in 1..=COUNT {
+        store_numbered(&mut index, count, 4_096);
+        if count >= COUNT / 4 && count % 8_192 == 0 {
+            worst = worst.max(index.memory() as u64 * 100 / count);
         }
     }
     assert!(worst <= 100 * 100, "{}.{:02} bytes each", worst / 100, worst % 100);
@@ -239,7 +224,8 @@ fn any_key_is_found_as_it_was_stored() {
     assert!(victims.iter().all(|victim| stored.contains(&victim.file)));
     let memory = index.memory();
     for file in stored {
-        index.recover(file, 1, NOW, &later);
+        index.reserve(1).unwrap();
+        index.commit(file, 1, Stamp::UNTRUSTED, NOW);
     }
     assert_eq!(index.memory(), memory, "what was free is used again");
 }

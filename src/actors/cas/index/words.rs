@@ -36,6 +36,39 @@ pub struct FileId {
     pub generation: u64,
 }
 
+impl FileId {
+    /// The numbers of files that are not in segments.
+    pub(crate) const SEQUENCES: std::ops::Range<u64> = 1..1 << 62;
+    /// The bits of a generation that say what kind of file it is, and those of a packed file.
+    const KIND_BITS: u64 = 3 << 62;
+    const PACKED: u64 = 1 << 62;
+
+    /// The generation of the packed file with this number.
+    pub(crate) fn packed_generation(sequence: u64) -> u64 {
+        Self::PACKED | sequence
+    }
+
+    /// Whether the volume keeps it compressed.
+    pub(crate) fn is_packed(&self) -> bool {
+        Self::is_packed_generation(self.generation)
+    }
+
+    /// Whether a file with this generation is packed.
+    pub(super) fn is_packed_generation(generation: u64) -> bool {
+        generation & Self::KIND_BITS == Self::PACKED
+    }
+
+    /// Whether it is a file of its own that is not compressed.
+    pub(super) fn is_plain(&self) -> bool {
+        self.generation & Self::KIND_BITS == 0
+    }
+
+    /// The number of a file that is not in a segment.
+    pub(crate) fn sequence(&self) -> u64 {
+        self.generation & !Self::KIND_BITS
+    }
+}
+
 /// A file that was evicted or replaced and is to be deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Victim {
@@ -43,6 +76,17 @@ pub(crate) struct Victim {
     pub file: FileId,
     /// Bytes that it takes on disk.
     pub bytes: u64,
+}
+
+/// A file that was found at start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Recovered {
+    /// The identity of the file.
+    pub file: FileId,
+    /// Bytes that it takes on disk.
+    pub bytes: u64,
+    /// Seconds since 1970 of the last recorded use.
+    pub touched: u32,
 }
 
 /// Refers to an entry without its key. It is stale once the entry's file is replaced or removed.
@@ -181,6 +225,12 @@ pub struct Totals {
     pub results: u64,
     /// Number of zstd forms.
     pub zstd_forms: u64,
+    /// Number of blobs that are kept compressed,
+    pub packed_blobs: u64,
+    /// the bytes that they have,
+    pub packed_content: u64,
+    /// and the part of `used` that they take.
+    pub packed_used: u64,
     /// Bytes on disk of all entries.
     pub used: u64,
     /// The part of `used` that running actions and open readers hold.

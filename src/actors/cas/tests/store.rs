@@ -302,6 +302,7 @@ async fn a_store_that_cannot_be_written_is_refused_at_start() {
         partial_upload_retention: Duration::ZERO,
         leases: LeaseTimes::default(),
         result_links_bytes: 1 << 20,
+        packing: None,
         zstd_level: 1,
         scrub_bytes_per_second: 0,
         timeouts: TimeoutPolicy { default: Duration::ZERO, max: Duration::ZERO },

@@ -47,7 +47,7 @@ impl Cas {
         digest: Digest,
         offset: u64,
     ) -> Result<Upload> {
-        self.check_blob_size(digest.size(), &digest.to_string())?;
+        self.check_blob_size(digest.size(), digest)?;
         if digest.is_empty() {
             return Ok(Upload::Present);
         }

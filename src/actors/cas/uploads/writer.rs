@@ -364,10 +364,18 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &StoreShared) -> Res
             Some(sink) => sink,
             none => none.insert(Sink::create(volume, blob).map_err(|error| failed(blob, &error))?),
         };
-        // A plain upload already has its room. What a compressed one needs is known only here.
         let mut make_room =
             |bytes| room.grow_here(&shared.runtime, volume.charge(bytes), volume.charge(blob.size()));
-        pending.iter().try_for_each(|bytes| sink.take(bytes, &mut attempt.inflow, blob, &mut make_room))?;
+        if matches!(attempt.inflow, Inflow::Plain) {
+            // It already has its room, unless more was accepted since.
+            let new = pending.iter().map(|bytes| bytes.len() as u64).sum();
+            make_room(sink.hasher.size().saturating_add(new))?;
+            sink.append(pending, blob)?;
+        } else {
+            pending
+                .iter()
+                .try_for_each(|bytes| sink.take(bytes, &mut attempt.inflow, blob, &mut make_room))?;
+        }
         // A plain upload may already have counted more bytes.
         attempt.progress.accepted.fetch_max(sink.hasher.size(), Ordering::Relaxed);
         Ok(())

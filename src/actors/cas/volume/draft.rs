@@ -12,10 +12,12 @@ use crate::{
     actors::cas::index::{FileId, Key, Stamp},
     regular_file,
 };
+use bytes::Bytes;
 use gorego_reapi::digest::{Digest, Hasher};
+use rustix::fs::{Timespec, Timestamps, UTIME_OMIT, futimens};
 use std::{
     fs::{File, remove_file, rename},
-    io::{self, Write as _},
+    io::{self, IoSlice, Write as _},
     os::unix::fs::FileExt as _,
     path::PathBuf,
     sync::Arc,
@@ -27,6 +29,8 @@ pub(crate) struct TemporaryFile {
     paths: Arc<StorePaths>,
     path: PathBuf,
     file: File,
+    /// The last use to be recorded, if it becomes a packed file.
+    packed_for: Option<u32>,
     /// Those of the bytes that were written.
     sums: ChecksumBuilder,
     table: Arc<ChecksumTable>,
@@ -41,8 +45,27 @@ impl TemporaryFile {
         generation: u64,
     ) -> io::Result<Self> {
         let path = paths.temporary_path(generation);
-        let file = create(&path)?;
-        Ok(Self { file, paths, path, sums: ChecksumBuilder::default(), table, is_kept: false })
+        let (file, sums) = (create(&path)?, ChecksumBuilder::default());
+        Ok(Self { file, paths, path, packed_for: None, sums, table, is_kept: false })
+    }
+
+    /// The same file, which becomes a packed file with this recorded use, in seconds since 1970.
+    pub(super) fn packed(self, used: u32) -> Self {
+        let mut file = self;
+        file.packed_for = Some(used);
+        file
+    }
+
+    /// The generation under which it is kept.
+    #[expect(clippy::disallowed_methods, reason = "a packed file replaces one that a power cut would spare")]
+    fn final_generation(&self) -> io::Result<u64> {
+        let generation = self.paths.next_generation();
+        let Some(used) = self.packed_for else { return Ok(generation) };
+        let time = |tv_sec, tv_nsec| Timespec { tv_sec, tv_nsec };
+        let times = Timestamps { last_access: time(used.into(), 0), last_modification: time(0, UTIME_OMIT) };
+        futimens(&self.file, &times)?;
+        self.file.sync_data()?;
+        Ok(FileId::packed_generation(generation))
     }
 
     /// Opens the file again, for reading only.
@@ -58,15 +81,32 @@ impl Draft for TemporaryFile {
         Ok(())
     }
 
+    fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
+        let mut slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let mut left = &mut slices[..];
+        // A piece may be empty, so what is left is measured in bytes.
+        while left.iter().any(|slice| !slice.is_empty()) {
+            match self.file.write_vectored(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => IoSlice::advance_slices(&mut left, written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        pieces.iter().for_each(|piece| self.sums.update(piece));
+        Ok(())
+    }
+
     fn hash(&self, hasher: Hasher) -> io::Result<Digest> {
         let file = self.reopen()?;
         hash(hasher, |piece, at| file.read_at(piece, at))
     }
 
     fn keep(mut self: Box<Self>, key: Key) -> io::Result<WrittenFile> {
-        let file = FileId { key, generation: self.paths.next_generation() };
+        let file = FileId { key, generation: self.final_generation()? };
         let metadata = self.file.metadata()?;
-        if needs_checksums(&key, metadata.len()) {
+        // A packed file has checksums of its own.
+        if self.packed_for.is_none() && needs_checksums(&key, metadata.len()) {
             // A file without checksums is hashed before it is served, and gets them then.
             let _ = self.table.add(&file, &std::mem::take(&mut self.sums).finish());
         }

@@ -7,6 +7,7 @@
 //! <root>/v1/blobs/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/results/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/results/<instance>+private/...                 the same for results that only their principals see
+//! <root>/v1/packed/<instance>/<function>/<ab>/<hash>-<size>-<generation>   blobs that are kept compressed; see `packed`
 //! <root>/v1/zstd/<instance>/<function>/<ab>/<hash>-<size>-<generation>
 //! <root>/v1/tmp/<generation>                               uploads in progress; emptied at start
 //! <root>/v1/trash/                                         what start threw away; emptied in the background
@@ -23,11 +24,13 @@
 //! A power cut may lose or damage what was written last, and the hash check at the first read turns that into misses.
 
 use super::{
-    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
+    Draft, Look, Moved, NewFile, Repairs, Stored, Take, Volume, WrittenFile,
     checksum_table::ChecksumTable,
     checksums::{BLOCK_BYTES, Checksums},
     draft::TemporaryFile,
+    names::{FileClass, encode},
     outside::LeftFile,
+    packed::{FrameDecoders, PackedFile},
     scan,
     stamps::{COARSE_TICK, Writers, has_fine_change_times, lease, settled, stamp_of},
     stored::{StoredFile, look_of},
@@ -40,14 +43,13 @@ use crate::{
     spread::spread_subdirectories,
 };
 use gorego_reapi::{
-    digest::{Digest, DigestFunction},
+    digest::DigestFunction,
     error::{Error, Result},
 };
 use rustix::fs::{
     CWD, FlockOperation, Mode, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fchmod, flock, futimens, renameat,
 };
 use std::{
-    fmt::Write as _,
     fs::{self, File, Metadata, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
@@ -63,8 +65,8 @@ use uuid::Uuid;
 
 /// The content of `<root>/format`.
 const FORMAT: &str = "gorego store 3\n";
-/// Earlier formats: without segments, and without checksums of large files. Such a store is used as it is; what it lacks is added
-/// while it is used.
+/// Earlier formats: without segments, and without checksums of large files and packed files. Such a store is used as it is; what it
+/// lacks is added while it is used.
 const OLD_FORMATS: [&str; 2] = ["gorego store 1\n", "gorego store 2\n"];
 /// A bound on the size of that file, and of the note.
 const MAX_FORMAT_BYTES: u64 = 4_096;
@@ -95,6 +97,8 @@ pub(super) struct StorePaths {
     block: u64,
     /// The next number of a file. Segments number their records from it too.
     sequence: Arc<AtomicU64>,
+    /// For reads of packed files.
+    decoders: Arc<FrameDecoders>,
     /// Bytes that the trash takes, as far as they were found.
     pub(super) in_trash: AtomicU64,
 }
@@ -123,9 +127,10 @@ impl Files {
         let table =
             ChecksumTable::open(root).map_err(|error| refuse("its checksums cannot be opened", &error))?;
         let sequence = Arc::new(AtomicU64::new(table.last_generation().saturating_add(1)));
-        let (block, in_trash) = (block.max(512), AtomicU64::new(0));
-        let paths =
-            Arc::new(StorePaths { base, instances: names, has_fine_times, block, sequence, in_trash });
+        let (block, decoders, in_trash) = (block.max(512), Arc::default(), AtomicU64::new(0));
+        let instances = names;
+        let paths = StorePaths { base, instances, has_fine_times, block, sequence, decoders, in_trash };
+        let paths = Arc::new(paths);
         Ok(Self { paths, table: Arc::new(table), _lock: lock })
     }
 
@@ -225,6 +230,10 @@ impl Volume for Files {
     }
 
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
+        if file.is_packed() {
+            let stored = self.open_path(&self.paths.path(file))?;
+            return Ok(Box::new(PackedFile::open(stored, file.key.digest, self.paths.decoders.clone())?));
+        }
         let open = regular_file::open(&self.paths.path(file))?;
         let sums = self.table.get(file)?;
         Ok(Box::new(StoredFile::new(open, self.paths.has_fine_times, sums)))
@@ -236,7 +245,9 @@ impl Volume for Files {
         if !metadata.is_file() {
             return Err(io::Error::from_raw_os_error(libc::ENXIO));
         }
-        Ok(look_of(&metadata, self.paths.has_fine_times))
+        let look = look_of(&metadata, self.paths.has_fine_times);
+        let size = if file.is_packed() { file.key.digest.size() } else { look.size };
+        Ok(Look { size, ..look })
     }
 
     fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>> {
@@ -245,6 +256,11 @@ impl Volume for Files {
 
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
         Ok(Box::new(TemporaryFile::create(self.paths.clone(), self.table.clone(), self.next_generation())?))
+    }
+
+    fn packed_draft(&self, used: u32) -> io::Result<Box<dyn Draft>> {
+        let (paths, table) = (self.paths.clone(), self.table.clone());
+        Ok(Box::new(TemporaryFile::create(paths, table, self.next_generation())?.packed(used)))
     }
 
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
@@ -300,11 +316,7 @@ impl Volume for Files {
         }
     }
 
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
-    ) -> Repairs {
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         scan::recover(self, is_whole, take)
     }
 
@@ -359,21 +371,22 @@ impl StorePaths {
     /// The path of a stored file.
     pub(super) fn path(&self, file: &FileId) -> PathBuf {
         let Key { digest, instance, kind } = &file.key;
-        let mut path = self.shard(*kind, *instance, digest.function(), digest.hash()[0]);
-        path.push(format!("{}-{}-{:x}", digest.hash_hex(), digest.size(), file.generation));
+        let class = FileClass { kind: *kind, is_packed: file.is_packed() };
+        let mut path = self.shard(class, *instance, digest.function(), digest.hash()[0]);
+        path.push(format!("{}-{}-{:x}", digest.hash_hex(), digest.size(), file.sequence()));
         path
     }
 
     /// The directory of all files whose hash starts with `first`.
     pub(super) fn shard(
         &self,
-        kind: EntryKind,
+        class: FileClass,
         instance: InstanceId,
         function: DigestFunction,
         first: u8,
     ) -> PathBuf {
         let name = self.instances.get(usize::from(instance.0)).map_or("", String::as_str);
-        self.base.join(format!("{}/{name}/{}/{first:02x}", directory(kind), function.name()))
+        self.base.join(format!("{}/{name}/{}/{first:02x}", class.directory(), function.name()))
     }
 
     /// The path of an upload in progress.
@@ -443,7 +456,7 @@ fn take_lock(root: &Path) -> Result<File> {
 }
 
 /// Checks the format of a store directory. A new directory gets the current one, and so does an older store before the first
-/// segment is made, so that no older version opens it and misses what is in segments.
+/// segment or packed file is made, so that no older version opens it and misses what is in those.
 fn check_format(root: &Path) -> Result<()> {
     let format = root.join("format");
     match regular_file::read(&format, MAX_FORMAT_BYTES) {
@@ -487,37 +500,6 @@ pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -
     }
 }
 
-/// The digest and generation in the name of a stored file; `None` for a name that the store does not use.
-pub(super) fn parse_file_name(function: DigestFunction, name: &str) -> Option<(Digest, u64)> {
-    let mut parts = name.split('-');
-    let (hash, size, generation) = (parts.next()?, parts.next()?, parts.next()?);
-    let digest = Digest::parse(function, hash, size.parse().ok()?).ok()?;
-    let generation = u64::from_str_radix(generation, 16).ok().filter(|generation| *generation > 0)?;
-    (format!("{digest:?}-{generation:x}").replace('/', "-") == name).then_some((digest, generation))
-}
-
-fn directory(kind: EntryKind) -> &'static str {
-    match kind {
-        EntryKind::Blob => "blobs",
-        EntryKind::Result => "results",
-        EntryKind::Zstd => "zstd",
-    }
-}
-
-/// A readable directory name for an instance: distinct for each, without a slash or a leading dot.
-fn encode(instance: &str) -> String {
-    let mut name = String::from("=");
-    for byte in instance.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => name.push(char::from(byte)),
-            _ => {
-                let _ = write!(name, "%{byte:02x}");
-            }
-        }
-    }
-    name
-}
-
 /// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the trash,
 /// because nobody would count their bytes.
 fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
@@ -538,8 +520,8 @@ fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
         throw(&tmp)?;
     }
     fs::create_dir(&tmp)?;
-    for kind in EntryKind::ALL {
-        let parent = base.join(directory(kind));
+    for class in FileClass::ALL {
+        let parent = base.join(class.directory());
         fs::create_dir_all(&parent)?;
         for entry in fs::read_dir(&parent)? {
             let entry = entry?;
@@ -554,28 +536,6 @@ fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn file_names_are_parsed_and_foreign_names_are_not() {
-        let function = DigestFunction::Sha256;
-        let digest = function.digest(b"x");
-        let hash = digest.hash_hex();
-        assert_eq!(parse_file_name(function, &format!("{hash}-1-ff")), Some((digest, 255)));
-        for name in ["".into(), "x".into(), hash.clone(), format!("{hash}-1"), format!("{hash}-01-ff")] {
-            assert_eq!(parse_file_name(function, &name), None, "{name}");
-        }
-        for tail in ["-1-FF", "-1-0", "--1-ff", "-1-ff-", "-1-g", "-+1-ff"] {
-            assert_eq!(parse_file_name(function, &format!("{hash}{tail}")), None, "{tail}");
-        }
-    }
-
-    #[test]
-    fn every_instance_has_a_directory_name_of_its_own() {
-        let names = ["", "a", "a/b", "a%2fb", "..", "ä", "A"];
-        let encoded: std::collections::HashSet<String> = names.iter().map(|name| encode(name)).collect();
-        assert_eq!(encoded.len(), names.len());
-        assert!(encoded.iter().all(|name| name.starts_with('=') && !name.contains('/')));
-    }
 
     #[test]
     fn a_directory_in_use_or_of_another_format_is_refused_with_the_reason() {

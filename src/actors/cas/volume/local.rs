@@ -9,7 +9,7 @@
 //! Small files that an earlier version has kept on their own are read, touched and evicted where they are.
 
 use super::{
-    Compacted, Draft, Look, Moved, Moves, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile,
+    Compacted, Draft, Look, Moved, Moves, NewFile, Repairs, Stored, Take, Volume, WrittenFile,
     checksums::Checksums,
     files::Files,
     outside::LeftFile,
@@ -136,6 +136,10 @@ impl Volume for Local {
         Ok(Box::new(LocalDraft { small: Vec::new(), large: None, files, segments }))
     }
 
+    fn packed_draft(&self, used: u32) -> io::Result<Box<dyn Draft>> {
+        self.files.packed_draft(used)
+    }
+
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>> {
         if !self.segments.takes(left.size()) {
             return self.files.adopt(key, left);
@@ -177,7 +181,7 @@ impl Volume for Local {
     }
 
     fn sequence(&self, file: &FileId) -> u64 {
-        Location::of(file).map_or(file.generation, |at| self.segments.sequence(at))
+        Location::of(file).map_or(file.sequence(), |at| self.segments.sequence(at))
     }
 
     fn wants_compaction(&self) -> Option<super::Urgency> {
@@ -192,25 +196,9 @@ impl Volume for Local {
         self.segments.compact(relocate)
     }
 
-    fn recover(
-        &self,
-        is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
-    ) -> Repairs {
-        let mut repairs = Repairs::default();
-        let mut of_files = Vec::new();
-        repairs += self.files.recover(is_whole, take);
-        repairs += self.segments.recover(&mut |found| {
-            let loser = take(found)?;
-            if Location::of(&loser.file).is_none() {
-                of_files.push(loser);
-                return None;
-            }
-            Some(loser)
-        });
-        repairs.removed += of_files.len() as u64;
-        self.files.delete(&of_files);
-        self.segments.end_recovery();
+    fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
+        let mut repairs = self.files.recover(is_whole, take);
+        repairs += self.segments.recover(take);
         repairs
     }
 
@@ -261,6 +249,13 @@ impl Draft for LocalDraft {
         let large = self.large.insert(self.files.draft()?);
         large.write(&std::mem::take(&mut self.small))?;
         large.write(bytes)
+    }
+
+    fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
+        match &mut self.large {
+            Some(large) => large.write_pieces(pieces),
+            None => pieces.iter().try_for_each(|piece| self.write(piece)),
+        }
     }
 
     fn hash(&self, mut hasher: Hasher) -> io::Result<Digest> {

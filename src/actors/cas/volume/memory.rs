@@ -1,7 +1,7 @@
 //! [`Memory`]: a volume in memory, for tests. They show that the store needs only what the trait promises.
 
 use super::{
-    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Volume, WrittenFile, outside::LeftFile,
+    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Take, Volume, WrittenFile, outside::LeftFile,
     stored::copy_in_pieces,
 };
 use crate::{
@@ -102,18 +102,14 @@ impl Volume for Memory {
 
     fn touch(&self, _: &[FileId], _: &mut dyn FnMut(Vec<Moved>)) {}
 
-    fn recover(
-        &self,
-        _: &(dyn Fn(&dyn Stored) -> bool + Sync),
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
-    ) -> Repairs {
+    fn recover(&self, _: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         let files: Vec<_> = self.files.lock().unwrap().values().cloned().collect();
-        for (file, bytes) in files {
-            let recovered = Recovered { file, bytes: self.charge(bytes.len() as u64), touched: 0 };
-            if let Some(loser) = take(recovered) {
-                self.delete(&[loser]);
-            }
-        }
+        let found = |(file, bytes): (FileId, Bytes)| Recovered {
+            file,
+            bytes: self.charge(bytes.len() as u64),
+            touched: 0,
+        };
+        take(&mut files.into_iter().map(found));
         Repairs::default()
     }
 }

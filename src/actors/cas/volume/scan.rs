@@ -6,11 +6,12 @@
 //! as a kill, both are read to find the complete one.
 
 use super::{
-    Recovered, Repairs, Stored,
-    files::{BLOCK_UNIT_BYTES, Files, StorePaths, parse_file_name},
+    Recovered, Repairs, Stored, Take,
+    files::{BLOCK_UNIT_BYTES, Files, StorePaths},
+    names::{FileClass, parse_file_name},
 };
 use crate::{
-    actors::cas::index::{EntryKind, FileId, Key, Victim},
+    actors::cas::index::{EntryKind, FileId, Key},
     instance::InstanceId,
     logging::Event,
 };
@@ -35,7 +36,7 @@ const LOG: &str = "gorego::cas";
 
 /// A directory of stored files.
 pub(super) struct ShardId {
-    kind: EntryKind,
+    class: FileClass,
     instance: InstanceId,
     function: DigestFunction,
     first: u8,
@@ -43,7 +44,14 @@ pub(super) struct ShardId {
 
 impl ShardId {
     fn path(&self, paths: &StorePaths) -> PathBuf {
-        paths.shard(self.kind, self.instance, self.function, self.first)
+        paths.shard(self.class, self.instance, self.function, self.first)
+    }
+
+    /// The file with this digest and number in it.
+    fn file(&self, digest: Digest, sequence: u64) -> FileId {
+        let key = Key { digest, instance: self.instance, kind: self.class.kind };
+        let generation = if self.class.is_packed { FileId::packed_generation(sequence) } else { sequence };
+        FileId { key, generation }
     }
 
     /// Its name, which stays the same as long as its instance has the same name.
@@ -62,7 +70,7 @@ struct ShardContent {
 pub(super) fn recover(
     files: &Files,
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
-    take: &mut dyn FnMut(Recovered) -> Option<Victim>,
+    take: Take<'_>,
 ) -> Repairs {
     let shards: Vec<ShardId> = all_shards(files);
     let next = AtomicUsize::new(0);
@@ -85,15 +93,11 @@ pub(super) fn recover(
             sums.removed += repairs.removed;
             sums.foreign += repairs.foreign;
             sums.unreadable += repairs.unreadable;
-            for recovered in found {
-                files.saw_generation(recovered.file.generation);
-                files.table.claim(recovered.file.generation);
-                if let Some(loser) = take(recovered) {
-                    sums.removed += 1;
-                    files.table.remove(loser.file.generation);
-                    let _ = fs::remove_file(files.paths.path(&loser.file));
-                }
+            for Recovered { file, .. } in &found {
+                files.saw_generation(file.sequence());
+                files.table.claim(file.generation);
             }
+            take(&mut found.into_iter());
         }
     });
     files.table.end_recovery();
@@ -111,12 +115,8 @@ pub(super) fn files_in(files: &Files, name: &str) -> io::Result<Vec<FileId>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(shard.path(&files.paths))? {
         let name = entry?.file_name();
-        if let Some((digest, generation)) =
-            name.to_str().and_then(|name| parse_file_name(shard.function, name))
-        {
-            let key = Key { digest, instance: shard.instance, kind: shard.kind };
-            found.push(FileId { key, generation });
-        }
+        let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
+        found.extend(ours.map(|(digest, sequence)| shard.file(digest, sequence)));
     }
     Ok(found)
 }
@@ -126,13 +126,13 @@ pub(super) fn all_shards(files: &Files) -> Vec<ShardId> {
     let mut shards = Vec::new();
     for instance in files.instances() {
         for &function in DigestFunction::ALL {
-            for kind in EntryKind::ALL {
+            for class in FileClass::ALL {
                 // Most digest functions were never used.
-                let first = files.paths.shard(kind, instance, function, 0);
+                let first = files.paths.shard(class, instance, function, 0);
                 if first.parent().is_none_or(|shards| !shards.exists()) {
                     continue;
                 }
-                shards.extend((0..=u8::MAX).map(|first| ShardId { kind, instance, function, first }));
+                shards.extend((0..=u8::MAX).map(|first| ShardId { class, instance, function, first }));
             }
         }
     }
@@ -159,7 +159,7 @@ fn read_shard(
             Err(_) => content.repairs.unreadable += 1,
         }
     }
-    if shard.kind == EntryKind::Result {
+    if shard.class.kind == EntryKind::Result {
         remove_torn_updates(files, &mut content, is_whole);
     }
     content
@@ -186,12 +186,13 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
         }
         return;
     }
-    if shard.kind == EntryKind::Blob && metadata.len() != digest.size() {
+    let FileClass { kind, is_packed } = shard.class;
+    if kind == EntryKind::Blob && !is_packed && metadata.len() != digest.size() {
         let _ = fs::remove_file(entry.path());
         repairs.removed += 1;
         return;
     }
-    let file = FileId { key: Key { digest, instance: shard.instance, kind: shard.kind }, generation };
+    let file = shard.file(digest, generation);
     let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
     content.found.push(Recovered { file, bytes: files.paths.taken(&metadata), touched });
 }

@@ -78,7 +78,7 @@ impl Index {
 mod tests {
     use super::*;
     use crate::{
-        actors::cas::index::{FileId, Key, LeaseTimes, Stamp},
+        actors::cas::index::{FileId, Key, LeaseTimes, Recovered, Recovery, Stamp, recovery::tests::in_turn},
         instance::InstanceId,
     };
     use gorego_reapi::digest::DigestFunction;
@@ -112,11 +112,15 @@ mod tests {
 
     /// An index that starts with these entries, given their bytes and their last recorded use.
     fn started(recorded: &HashMap<u64, (u64, u32)>, now: u32) -> Index {
-        let mut index = Index::with_leases(LIMIT, TIMES, 0);
-        for (&name, &(bytes, touched)) in recorded {
-            assert_eq!(index.recover(file(name), bytes, touched, &|_, _| true), None);
-        }
-        index.finish_recovery(now, 0);
+        let found = Recovery::new(LIMIT, TIMES, 0);
+        let of = |(name, (bytes, touched)): (&u64, &(u64, u32))| Recovered {
+            file: file(*name),
+            bytes: *bytes,
+            touched: *touched,
+        };
+        found.add(&mut recorded.iter().map(of));
+        let (index, losers) = found.finish(&in_turn, &|_, _| true, now, 0);
+        assert!(losers.is_empty());
         index
     }
 

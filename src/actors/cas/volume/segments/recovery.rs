@@ -2,50 +2,45 @@
 //!
 //! A complete segment has a table, and nothing else of it is read but its journal. A segment without a valid table is scanned from
 //! its head on: what a crash left unwritten or half-written is skipped, because records that follow it may have been acknowledged.
-//! It gets its table then. Several threads read, and one fills the index.
+//! It gets its table then. Several threads read and pass on what they find.
 
 use super::{
     Segments, journal,
     record::{Header, Location, SLOT_BYTES},
     segment::{Segment, read_up_to, slot_at},
-    table::{Head, MAX_HEAD_BYTES, Row, TRAILER_BYTES, Trailer, rows},
+    table::{Head, MAX_HEAD_BYTES, Row, TRAILER_BYTES, Trailer, are_rows, rows},
 };
 use crate::{
     actors::cas::{
-        index::{FileId, Key, Victim},
-        volume::{Recovered, Repairs},
+        index::{FileId, Key},
+        volume::{Recovered, Repairs, Take},
     },
     instance::InstanceId,
     regular_file,
 };
+use bytes::Bytes;
 use std::{
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::FileExt as _,
+    panic::resume_unwind,
     path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
-        mpsc,
     },
     thread,
 };
 
-/// Threads that read segments. More than this do not help the one that fills the index.
-const MAX_THREADS: usize = 4;
+/// Threads that read segments. Some of them wait for the disk while others decode.
+const THREADS: usize = 4;
 /// How much of a damaged part is searched at a time for the next record.
 const SEARCH_BYTES: u64 = 64 << 10;
 
-/// The records of one segment.
-struct SegmentContent {
-    segment: Segment,
-    last_sequence: u64,
-    found: Vec<Recovered>,
-}
-
-/// What became of a file with the name of a segment.
+/// The outcome of reading a file with the name of a segment.
 enum SegmentRead {
-    Segment(Box<SegmentContent>),
+    /// Its records were passed on.
+    Taken,
     /// It has nothing that can be used.
     Useless,
     Unreadable,
@@ -57,56 +52,46 @@ struct Opened {
     /// Where its records end.
     end: u64,
     last_sequence: u64,
-    rows: Vec<Row>,
+    /// The rows of its records, encoded.
+    rows: Bytes,
 }
 
 impl Segments {
-    /// Passes on every record that is not dead. `take` returns the file that has to go for it, if any: this one or another.
-    pub(in crate::actors::cas::volume) fn recover(
-        &self,
-        take: &mut dyn FnMut(Recovered) -> Option<Victim>,
-    ) -> Repairs {
+    /// Passes on every record that is not dead, and removes the segments that have no other.
+    pub(in crate::actors::cas::volume) fn recover(&self, take: Take<'_>) -> Repairs {
         let mut repairs = Repairs::default();
-        let numbers = self.list(&mut repairs);
+        let mut numbers = self.list(&mut repairs);
         self.next_number.fetch_max(numbers.last().map_or(1, |last| last + 1), Relaxed);
-        let (next, threads) = (AtomicUsize::new(0), thread::available_parallelism().map_or(1, usize::from));
+        // After a kill the last one has to be scanned. That takes longest, so it comes first.
+        let is_any = usize::from(!numbers.is_empty());
+        numbers.rotate_right(is_any);
+        let next = AtomicUsize::new(0);
         thread::scope(|scope| {
-            // Few segments wait, because each may have tens of thousands of records.
-            let (sender, receiver) = mpsc::sync_channel(2);
-            for _ in 0..threads.min(MAX_THREADS) {
-                let (sender, next, numbers) = (sender.clone(), &next, &numbers);
-                scope.spawn(move || {
-                    while let Some(&number) = numbers.get(next.fetch_add(1, Relaxed)) {
-                        if sender.send((number, self.read_segment(number))).is_err() {
-                            return;
-                        }
-                    }
-                });
-            }
-            drop(sender);
-            for (number, read) in receiver {
-                match read {
-                    SegmentRead::Segment(content) => self.take_in(*content, take),
-                    SegmentRead::Unreadable => repairs.unreadable += 1,
-                    SegmentRead::Useless => {
-                        repairs.removed += 1;
-                        self.remove(number);
-                    }
+            let read = || {
+                let mut repairs = Repairs::default();
+                while let Some(&number) = numbers.get(next.fetch_add(1, Relaxed)) {
+                    repairs += self.read_one(number, take);
                 }
+                repairs
+            };
+            let readers: Vec<_> = (0..THREADS.min(numbers.len())).map(|_| scope.spawn(read)).collect();
+            for reader in readers {
+                repairs += reader.join().unwrap_or_else(|panic| resume_unwind(panic));
             }
         });
         repairs
     }
 
-    /// Removes the segments in which no live record was found.
-    pub(in crate::actors::cas::volume) fn end_recovery(&self) {
-        let all: Vec<Arc<Segment>> = {
-            let all = self.all.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            all.values().cloned().collect()
+    fn read_one(&self, number: u64, take: Take<'_>) -> Repairs {
+        let (removed, unreadable) = match self.read_segment(number, take) {
+            SegmentRead::Taken => (0, 0),
+            SegmentRead::Unreadable => (0, 1),
+            SegmentRead::Useless => {
+                self.remove(number);
+                (1, 0)
+            }
         };
-        all.iter().for_each(|segment| {
-            self.forget(segment, 0, 0);
-        });
+        Repairs { removed, unreadable, ..Repairs::default() }
     }
 
     /// The numbers of the segments on disk, in order. Journals without a segment are removed.
@@ -137,7 +122,7 @@ impl Segments {
         numbers
     }
 
-    fn read_segment(&self, number: u64) -> SegmentRead {
+    fn read_segment(&self, number: u64, take: Take<'_>) -> SegmentRead {
         let path = self.segment_path(number);
         let file = match regular_file::open(&path) {
             Ok(file) => file,
@@ -158,20 +143,21 @@ impl Segments {
             },
         };
         let Ok(metadata) = file.metadata() else { return SegmentRead::Unreadable };
-        SegmentRead::Segment(Box::new(self.content(opened, metadata.len())))
+        self.take_in(opened, metadata.len(), take);
+        SegmentRead::Taken
     }
 
-    /// The records of a segment that are not dead.
-    fn content(&self, opened: Opened, bytes: u64) -> SegmentContent {
-        let Opened { head, end, last_sequence, rows } = opened;
+    /// Counts a segment of this size, and passes on its records that are not dead. Without any it is removed.
+    fn take_in(&self, opened: Opened, bytes: u64, take: Take<'_>) {
+        let Opened { head, end, last_sequence, rows: table } = opened;
         let position = |name: &String| self.names.iter().position(|own| own == name);
         let id = |name: &String| position(name).map(|at| InstanceId(at as u16));
         let instances: Arc<[Option<InstanceId>]> = head.names.iter().map(id).collect();
         let journal = self.journal_path(head.number);
         let notes = journal::read(&journal, head.nonce);
         let journal_bytes = fs::symlink_metadata(&journal).map_or(0, |metadata| metadata.len());
-        let segment = Segment::complete(&head, end, (bytes, journal_bytes), instances);
-        let recovered = |row: &Row| {
+        let segment = Arc::new(Segment::complete(&head, end, (bytes, journal_bytes), instances));
+        let recovered = |row: Row| {
             let instance = segment.instances.get(usize::from(row.instance)).copied().flatten()?;
             let at = Location { segment: head.number, slot: row.slot };
             let key = Key { digest: row.digest, instance, kind: row.kind };
@@ -181,37 +167,21 @@ impl Segments {
                 touched: notes.touched(row.slot, row.touched),
             })
         };
-        let found = rows.iter().filter_map(recovered).collect();
-        SegmentContent { segment, last_sequence, found }
-    }
-
-    /// Counts a segment and passes its records on.
-    fn take_in(&self, content: SegmentContent, take: &mut dyn FnMut(Recovered) -> Option<Victim>) {
-        let SegmentContent { segment, last_sequence, found } = content;
         self.sequence.fetch_max(last_sequence.saturating_add(1), Relaxed);
-        let segment = Arc::new(segment);
         self.add(segment.clone());
-        let bytes = found.iter().map(|recovered| recovered.bytes).sum();
-        self.count(segment.found(found.len() as u64, bytes));
-        for recovered in found {
-            if let Some(loser) = take(recovered) {
-                self.delete_loser(&loser);
-            }
-        }
-    }
-
-    fn delete_loser(&self, loser: &Victim) {
-        if let Some(at) = Location::of(&loser.file) {
-            self.delete(&[(at, *loser)]);
-        }
+        let (mut records, mut live) = (0, 0);
+        let found = rows(&table).filter_map(recovered);
+        take(&mut found.inspect(|found| (records, live) = (records + 1, live + found.bytes)));
+        self.count(segment.found(records, live));
+        self.forget(&segment, 0, 0);
     }
 }
 
 /// The rows of a complete segment, in the order of the records.
 pub(super) fn rows_of(file: &File, segment: &Segment) -> io::Result<Vec<Row>> {
     match open(file)?.filter(|opened| opened.head.nonce == segment.nonce) {
-        Some(opened) if opened.end > 0 => Ok(opened.rows),
-        Some(opened) => Ok(scan(file, opened.head)?.rows),
+        Some(opened) if opened.end > 0 => Ok(rows(&opened.rows).collect()),
+        Some(opened) => Ok(rows(&scan(file, opened.head)?.rows).collect()),
         None => Err(super::damaged("a segment has lost both of its ends")),
     }
 }
@@ -226,7 +196,7 @@ fn open(file: &File) -> io::Result<Option<Opened>> {
     read_up_to(file, 0, 4_096, &mut start)?;
     let Some(length) = Head::length(&start) else { return Ok(None) };
     read_up_to(file, 0, length.min(MAX_HEAD_BYTES) as u64, &mut start)?;
-    Ok(Head::decode(&start).map(|head| Opened { head, end: 0, last_sequence: 0, rows: Vec::new() }))
+    Ok(Head::decode(&start).map(|head| Opened { head, end: 0, last_sequence: 0, rows: Bytes::new() }))
 }
 
 fn open_by_table(file: &File, size: u64) -> io::Result<Option<Opened>> {
@@ -236,15 +206,11 @@ fn open_by_table(file: &File, size: u64) -> io::Result<Option<Opened>> {
     let Some(trailer) = Trailer::decode(&trailer, size) else { return Ok(None) };
     let mut end = Vec::new();
     read_up_to(file, trailer.table_at, size - trailer.table_at, &mut end)?;
+    let end = Bytes::from(end);
     let Some((head, table)) = trailer.open(&end) else { return Ok(None) };
-    let mut all = Vec::new();
-    let is_sound = rows(table, |row| all.push(row));
-    Ok(is_sound.then_some(Opened {
-        head,
-        end: trailer.table_at,
-        last_sequence: trailer.last_sequence,
-        rows: all,
-    }))
+    let Trailer { table_at, last_sequence, .. } = trailer;
+    let opened = || Opened { head, end: table_at, last_sequence, rows: end.slice_ref(table) };
+    Ok(are_rows(table).then(opened))
 }
 
 /// Finds the valid records of a segment without a table.
@@ -252,14 +218,15 @@ fn scan(file: &File, head: Head) -> io::Result<Opened> {
     let start = head.encode().len() as u64;
     let size = file.metadata()?.len();
     let segment = Segment::open(&head, start, Arc::default());
-    let mut opened = Opened { head, end: start, last_sequence: 0, rows: Vec::new() };
+    let mut opened = Opened { head, end: start, last_sequence: 0, rows: Bytes::new() };
+    let mut table = Vec::new();
     let mut at = start;
     while at < size {
         let slot = slot_at(at);
         match segment.read_record(file, slot, None) {
             Ok((header, _)) => {
                 let Header { kind, instance, digest, touched, length, sequence } = header;
-                opened.rows.push(Row { slot, kind, instance, touched, length, digest });
+                Row { slot, kind, instance, touched, length, digest }.encode(&mut table);
                 opened.last_sequence = opened.last_sequence.max(sequence);
                 at += header.record_bytes();
                 opened.end = at;
@@ -270,6 +237,7 @@ fn scan(file: &File, head: Head) -> io::Result<Opened> {
             Err(error) => return Err(error),
         }
     }
+    opened.rows = table.into();
     Ok(opened)
 }
 
@@ -293,7 +261,7 @@ fn complete(path: &Path, opened: &Opened) -> io::Result<()> {
     // The file was opened for reading only, without following links; this opens the same one.
     let file = OpenOptions::new().write(true).open(path)?;
     let mut table = head.encode();
-    rows.iter().for_each(|row| row.encode(&mut table));
+    table.extend_from_slice(rows);
     Trailer::append_to(&mut table, head.nonce, *end, *last_sequence);
     file.set_len(*end)?;
     file.write_all_at(&table, *end)

@@ -251,11 +251,7 @@ impl Segment {
             (rows, failed, growth.end, growth.last_sequence, growth.live_records > 0)
         };
         let mut table = head.encode();
-        rows(&table_rows, |row| {
-            if !failed.contains(&row.slot) {
-                row.encode(&mut table);
-            }
-        });
+        rows(&table_rows).filter(|row| !failed.contains(&row.slot)).for_each(|row| row.encode(&mut table));
         Trailer::append_to(&mut table, self.nonce, end, last);
         let written = is_live && file.write_all_at(&table, end).is_ok();
         self.change(|growth| {

@@ -110,8 +110,21 @@ impl Row {
         to.extend_from_slice(self.digest.hash());
     }
 
+    /// What follows the row at the start of `bytes`; `None` if that is no row.
+    fn skip(bytes: &[u8]) -> Option<&[u8]> {
+        let function = function_of(*bytes.get(5)?)?;
+        let hash_at = match kind_of(*bytes.get(4)?)? {
+            EntryKind::Blob => 16,
+            EntryKind::Result | EntryKind::Zstd => {
+                i64::try_from(u64_at(bytes, 16)?).ok()?;
+                24
+            }
+        };
+        bytes.get(hash_at + function.hash_bytes()..)
+    }
+
     /// Reads the row at the start of `bytes`. Also returns what follows it.
-    pub(super) fn decode(bytes: &[u8]) -> Option<(Self, &[u8])> {
+    fn decode(bytes: &[u8]) -> Option<(Self, &[u8])> {
         let kind = kind_of(*bytes.get(4)?)?;
         let function = function_of(*bytes.get(5)?)?;
         let length = u32_at(bytes, 12)?;
@@ -132,14 +145,21 @@ impl Row {
     }
 }
 
-/// Passes on the rows of a table. Returns whether all of it made sense.
-pub(super) fn rows(mut table: &[u8], mut see: impl FnMut(Row)) -> bool {
-    while !table.is_empty() {
-        let Some((row, rest)) = Row::decode(table) else { return false };
-        see(row);
+/// The rows of a table, up to the first that makes no sense.
+pub(super) fn rows(mut table: &[u8]) -> impl Iterator<Item = Row> {
+    std::iter::from_fn(move || {
+        let (row, rest) = Row::decode(table)?;
+        table = rest;
+        Some(row)
+    })
+}
+
+/// Whether every row of a table makes sense.
+pub(super) fn are_rows(mut table: &[u8]) -> bool {
+    while let Some(rest) = Row::skip(table) {
         table = rest;
     }
-    true
+    table.is_empty()
 }
 
 /// The end of a segment file.
@@ -239,17 +259,18 @@ mod tests {
         let mut end = head().encode();
         all.iter().for_each(|row| row.encode(&mut end));
         Trailer::append_to(&mut end, 0x1234, 1_000, 99);
+        let head_bytes = head().encode().len();
+        let table = &end[head_bytes..end.len() - TRAILER_BYTES];
+        for cut in 0..table.len() {
+            let (whole, found) = (are_rows(&table[..cut]), rows(&table[..cut]).count());
+            assert_eq!(whole, [(0, 0), (48, 1), (136, 2)].contains(&(cut, found)), "{cut}");
+        }
         let size = 1_000 + end.len() as u64;
         let read = |end: &[u8]| {
             let trailer = Trailer::decode(&end[end.len() - TRAILER_BYTES..], size)?;
             let (head, table) = trailer.open(end)?;
-            let mut found = vec![];
-            rows(table, |row| found.push(row)).then_some((
-                head,
-                found,
-                trailer.last_sequence,
-                trailer.table_at,
-            ))
+            let found: Vec<Row> = rows(table).collect();
+            are_rows(table).then_some((head, found, trailer.last_sequence, trailer.table_at))
         };
         assert_eq!(read(&end), Some((head(), all.to_vec(), 99, 1_000)));
         for bit in 0..end.len() * 8 {

@@ -43,6 +43,13 @@ struct Store {
     index: HashMap<Key, WrittenFile>,
 }
 
+/// The records that a start finds.
+fn found_in(segments: &Segments) -> Vec<Recovered> {
+    let found = Mutex::default();
+    segments.recover(&|records| Vec::extend(&mut found.lock().unwrap(), records));
+    found.into_inner().unwrap()
+}
+
 impl Store {
     fn new() -> Self {
         let root = TempDir::new().unwrap();
@@ -111,17 +118,17 @@ impl Store {
 
     fn reopen(root: TempDir) -> Self {
         let segments = open_at(root.path());
-        let mut index: HashMap<Key, WrittenFile> = HashMap::new();
-        segments.recover(&mut |Recovered { file, bytes, .. }| {
+        let (mut index, mut losers): (HashMap<Key, WrittenFile>, _) = (HashMap::new(), vec![]);
+        for Recovered { file, bytes, .. } in found_in(&segments) {
             let written = WrittenFile { file, bytes, stamp: content::STAMP };
             let at = |file: &FileId| Location::of(file).unwrap();
             let known = index.get(&file.key).copied();
             let is_older =
                 known.is_some_and(|known| segments.sequence(at(&known.file)) > segments.sequence(at(&file)));
             let loser = if is_older { Some(written) } else { index.insert(file.key, written) };
-            loser.map(|loser| Victim { file: loser.file, bytes: loser.bytes })
-        });
-        segments.end_recovery();
+            losers.extend(loser.map(|WrittenFile { file, bytes, .. }| (at(&file), Victim { file, bytes })));
+        }
+        segments.delete(&losers);
         Self { root, segments, index }
     }
 
@@ -424,11 +431,7 @@ fn records_of_an_instance_that_is_not_served_any_more_are_dropped() {
     drop(segments);
     let now = vec!["=new".into(), "=".into()];
     let segments = Segments::open(root.path(), now, SIZES, Arc::new(AtomicU64::new(1))).unwrap();
-    let mut found = vec![];
-    segments.recover(&mut |recovered| {
-        found.push(recovered.file);
-        None
-    });
+    let found: Vec<FileId> = found_in(&segments).into_iter().map(|recovered| recovered.file).collect();
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].key, Key { instance: InstanceId(1), ..main }, "the instance has another number now");
     let read = segments.read(Location::of(&found[0]).unwrap(), &found[0]).unwrap();
@@ -448,11 +451,8 @@ fn uses_are_recorded_and_survive_compaction() {
     let Store { root, segments, .. } = store;
     drop(segments);
     let segments = open_at(root.path());
-    let mut touched = HashMap::new();
-    segments.recover(&mut |recovered| {
-        touched.insert(recovered.file.key, recovered.touched);
-        None
-    });
+    let touched: HashMap<Key, u32> =
+        found_in(&segments).into_iter().map(|recovered| (recovered.file.key, recovered.touched)).collect();
     let of = |at: usize| touched.get(&files[at].0).copied();
     assert_eq!([0, 1, 2, 3, 4].map(of), [None, Some(5_000), Some(5_000), None, Some(1_000)]);
 }

@@ -1,0 +1,302 @@
+//! [`JointWrites`]: small files of different requests that are written together.
+//!
+//! Storing a file takes three steps: the actor reserves room, a blocking thread writes the file, and the actor makes it visible.
+//! For a small file, the wake-ups of threads between these steps cost more than the steps. So the first file starts a job on a
+//! blocking thread. Files that arrive while the job works wait for its next turn, and share one reservation, one write and one
+//! commit.
+//!
+//! Invariants:
+//! - There is at most one job. It ends when nothing waits. If it panics, the files that wait fail, and the next file starts
+//!   another job.
+//! - A file for which there is no room, or that cannot be written, fails alone.
+//!
+//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a turn at most [`FILES_PER_TURN`] files. The bytes that
+//! wait are charged to a budget ([`super::uploads::small`]).
+
+use super::{
+    client::{Cas, going_down},
+    index::{FileId, Key},
+    new_files::{NewFiles, Visible},
+    settings::CHANGES_PER_HOLD,
+    uploads::sink::failed,
+    volume::NewFile,
+};
+use crate::{budget::Share, caller::Owner};
+use bytes::Bytes;
+use gorego_reapi::error::Result;
+use std::{
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::oneshot;
+
+/// The largest file that is written jointly. Writing a larger one costs more than the wake-ups.
+pub(super) const JOINT_FILE_BYTES: u64 = 64 * 1024;
+/// The most files of one turn. The index takes them in one step.
+const FILES_PER_TURN: usize = CHANGES_PER_HOLD;
+
+/// Files that wait to be written; see the module documentation.
+#[derive(Debug, Default)]
+pub(super) struct JointWrites(Mutex<WaitingFiles>);
+
+#[derive(Debug, Default)]
+struct WaitingFiles {
+    waiting: Vec<WaitingFile>,
+    /// Whether there is a job.
+    is_served: bool,
+}
+
+#[derive(Debug)]
+struct WaitingFile {
+    key: Key,
+    content: [Bytes; 1],
+    lessee: Option<Owner>,
+    /// For the bytes of this file and of those that came with it.
+    _memory: Option<Share>,
+    answer: oneshot::Sender<Result<FileId>>,
+}
+
+impl JointWrites {
+    fn queue(&self) -> MutexGuard<'_, WaitingFiles> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds files. Returns whether the caller has to start the job.
+    fn add(&self, files: Vec<WaitingFile>) -> bool {
+        let mut queue = self.queue();
+        queue.waiting.extend(files);
+        !std::mem::replace(&mut queue.is_served, true)
+    }
+
+    /// The files of the next turn. Without any, the job is over.
+    fn next_turn(&self) -> Vec<WaitingFile> {
+        let mut queue = self.queue();
+        queue.is_served = !queue.waiting.is_empty();
+        let files = queue.waiting.len().min(FILES_PER_TURN);
+        queue.waiting.drain(..files).collect()
+    }
+}
+
+impl Cas {
+    /// Stores small files whose content was checked. Returns once they are visible to everybody; each has its own outcome. They are
+    /// written even if the caller does not wait. `memory` is kept until then.
+    ///
+    /// # Errors
+    /// `Exhausted` when there is no room; `DiskFull` or `Internal` when a file cannot be written; `Unavailable` when the server is
+    /// shutting down.
+    pub(super) async fn write_jointly(
+        &self,
+        files: Vec<(Key, Bytes)>,
+        mut memory: Option<Share>,
+    ) -> Vec<Result<FileId>> {
+        let waiting = |(key, content)| {
+            let (answer, answered) = oneshot::channel();
+            let (lessee, _memory) = (self.lessee(), memory.take());
+            (WaitingFile { key, content: [content], lessee, _memory, answer }, answered)
+        };
+        let (files, answers): (Vec<_>, Vec<_>) = files.into_iter().map(waiting).unzip();
+        if !files.is_empty() && self.shared().joint_writes.add(files) {
+            let job = JointJob { cas: self.clone(), is_over: false };
+            self.shared().runtime.spawn_blocking(move || job.run());
+        }
+        let mut outcomes = Vec::with_capacity(answers.len());
+        for answered in answers {
+            outcomes.push(answered.await.unwrap_or_else(|_| Err(going_down())));
+        }
+        outcomes
+    }
+}
+
+/// The job that writes files until none waits.
+struct JointJob {
+    cas: Cas,
+    /// Nothing waited any more. Another job may have begun since.
+    is_over: bool,
+}
+
+impl JointJob {
+    fn run(mut self) {
+        while !self.is_over {
+            let files = self.cas.shared().joint_writes.next_turn();
+            self.is_over = files.is_empty();
+            if !self.is_over {
+                self.write(files);
+            }
+        }
+    }
+
+    /// Writes files and makes them visible.
+    fn write(&self, mut files: Vec<WaitingFile>) {
+        let cas = &self.cas;
+        let runtime = &cas.shared().runtime;
+        let bytes = files.iter().map(|file| self.charge(file)).sum();
+        let mut room = match cas.block_on(async |cas| cas.take_room(bytes).await) {
+            Ok(room) => room,
+            Err(_) if files.len() > 1 => return files.into_iter().for_each(|file| self.write(vec![file])),
+            Err(error) => return answer(files, |_| Err(error.clone())),
+        };
+        files.sort_by_key(|file| file.lessee);
+        let mut stored = Vec::with_capacity(files.len());
+        let mut visible: Vec<Visible> = Vec::new();
+        for group in files.chunk_by(|one, other| one.lessee == other.lessee) {
+            let room = room.split(group.iter().map(|file| self.charge(file)).sum());
+            let lessee = group.first().and_then(|file| file.lessee);
+            let mut new = NewFiles::new(cas.actor(), cas.shared(), room).leased_to(lessee);
+            let contents: Vec<_> =
+                group.iter().map(|file| NewFile { key: file.key, pieces: &file.content }).collect();
+            stored.extend(new.write_all(&contents));
+            visible.extend(new.commit());
+        }
+        let all_visible = visible.into_iter().try_for_each(|visible| runtime.block_on(visible.wait()));
+        let mut stored = stored.into_iter();
+        answer(files, |file| {
+            let written = stored.next().unwrap_or_else(|| Err(io::Error::other("it was not written")));
+            let id = written.map_err(|error| failed(file.key.digest, &error))?;
+            all_visible.clone().map(|()| id)
+        });
+    }
+
+    /// Bytes that a file takes on disk.
+    fn charge(&self, file: &WaitingFile) -> u64 {
+        self.cas.shared().volume.charge(file.content.iter().map(|piece| piece.len() as u64).sum())
+    }
+}
+
+impl Drop for JointJob {
+    fn drop(&mut self) {
+        if self.is_over {
+            return;
+        }
+        // It panicked, or the runtime does not start jobs any more.
+        let mut queue = self.cas.shared().joint_writes.queue();
+        queue.is_served = false;
+        queue.waiting.clear();
+    }
+}
+
+/// Tells who waits for these files how that ended.
+fn answer(files: Vec<WaitingFile>, mut outcome: impl FnMut(&WaitingFile) -> Result<FileId>) {
+    for file in files {
+        let outcome = outcome(&file);
+        // Nobody may wait any more.
+        let _ = file.answer.send(outcome);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        actors::cas::{CasActor, StoreShared, index::EntryKind, tests::settings_at, volume::memory::Memory},
+        caller::Peer,
+        instance::InstanceId,
+    };
+    use futures::future::join_all;
+    use gorego_reapi::{digest::DigestFunction, error::Error};
+    use std::{collections::BTreeMap, net::Ipv4Addr, sync::mpsc};
+    use tokio::runtime::{Builder, Runtime};
+
+    /// A store whose file work has one thread.
+    struct Store {
+        cas: Cas,
+        mail: crate::actors::mail::Mail,
+        runtime: Runtime,
+    }
+
+    impl Store {
+        fn new(max_bytes: u64) -> Self {
+            let runtime =
+                Builder::new_multi_thread().worker_threads(1).max_blocking_threads(1).build().unwrap();
+            let settings = settings_at("nowhere".into(), max_bytes);
+            let actor =
+                CasActor::over(Box::new(Memory::default()), settings, runtime.handle().clone()).unwrap();
+            let mail = actor.mail();
+            Self { cas: actor.launch(), mail, runtime }
+        }
+
+        /// Stores these files after all of them wait.
+        async fn write_at_once(&self, files: &[(Option<Owner>, Bytes)]) -> Vec<Result<FileId>> {
+            let (free, busy) = mpsc::channel::<()>();
+            self.runtime.spawn_blocking(move || busy.recv());
+            let cas = &self.cas;
+            let writes = files.iter().map(|(lessee, content)| async move {
+                let cas = lessee.map_or_else(|| cas.clone(), |build| cas.clone().for_build(build));
+                cas.write_jointly(vec![(key(content), content.clone())], None).await.remove(0)
+            });
+            let shared: &StoreShared = cas.shared();
+            let release = async {
+                while shared.joint_writes.queue().waiting.len() < files.len() {
+                    tokio::task::yield_now().await;
+                }
+                drop(free);
+            };
+            futures::join!(join_all(writes), release).0
+        }
+
+        fn has(&self, content: &[u8]) -> bool {
+            self.cas.look_up(|index| index.renew(&key(content))).unwrap().is_some()
+        }
+
+        fn end(self) {
+            drop(self.cas);
+            self.runtime.shutdown_background();
+        }
+    }
+
+    fn key(content: &[u8]) -> Key {
+        let digest = DigestFunction::Sha256.digest(content);
+        Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }
+    }
+
+    fn content(seed: u8, length: usize) -> Bytes {
+        vec![seed; length].into()
+    }
+
+    fn peer(number: u8) -> Option<Owner> {
+        let peer = Peer::V4(Ipv4Addr::new(10, 0, 0, number));
+        Some(Owner { peer, ..Owner::default() })
+    }
+
+    #[actix::test]
+    async fn files_that_wait_share_a_reservation_and_a_commit_for_each_build() {
+        let store = Store::new(1 << 30);
+        let files: Vec<_> =
+            (0..100).map(|seed| (peer(seed % 2), content(seed, 1 + usize::from(seed)))).collect();
+        let stored = store.write_at_once(&files).await;
+        for ((_, content), file) in files.iter().zip(stored) {
+            assert_eq!(file.unwrap().key, key(content));
+            assert!(store.has(content));
+        }
+        assert_eq!(store.mail.by_kind(), BTreeMap::from([("Commit", 2), ("ReserveRoom", 1)]));
+        store.end();
+    }
+
+    #[actix::test]
+    async fn a_file_for_which_there_is_no_room_fails_alone() {
+        let store = Store::new(100_000);
+        let files: Vec<_> = [(1, 60_000), (2, 120_000), (3, 30_000)]
+            .map(|(seed, length)| (None, content(seed, length)))
+            .into();
+        let stored = store.write_at_once(&files).await;
+        assert!(matches!(stored[1], Err(Error::Exhausted { .. })), "{stored:?}");
+        assert!(stored[0].is_ok() && stored[2].is_ok() && store.has(&files[2].1));
+        store.end();
+    }
+
+    /// As if the job had panicked.
+    #[actix::test]
+    async fn the_files_of_a_job_that_breaks_off_fail_and_later_ones_are_stored() {
+        let store = Store::new(1 << 30);
+        let (answer, answered) = tokio::sync::oneshot::channel();
+        let lost = content(1, 10);
+        let file = WaitingFile { key: key(&lost), content: [lost], lessee: None, _memory: None, answer };
+        assert!(store.cas.shared().joint_writes.add(vec![file]));
+        drop(JointJob { cas: store.cas.clone(), is_over: false });
+        assert!(answered.await.is_err());
+        let later = content(2, 10);
+        let stored = store.cas.write_jointly(vec![(key(&later), later.clone())], None).await;
+        assert!(stored[0].is_ok());
+        assert!(store.has(&later));
+        store.end();
+    }
+}

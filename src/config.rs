@@ -191,9 +191,9 @@ pub struct CacheConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compress {
-    /// Only those that clients have uploaded compressed.
+    /// No blobs, except those that are already compressed.
     Off,
-    /// Those that were not used for a while.
+    /// Blobs that were not used for a while.
     Cold,
 }
 

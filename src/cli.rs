@@ -124,8 +124,8 @@ pub enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    // The processes that start commands for workers come first: they must stay small and single-threaded. Users have no such
-    // subcommand.
+    // This comes first, because the processes that start commands for workers must stay small and single-threaded. The
+    // subcommand is not for users.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::RUNNER_SUBCOMMAND) {
         return runner();
     }
@@ -186,8 +186,8 @@ fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error>
     runtime.map_err(|error| Error::io("start the async runtime", &error))?.block_on(work)
 }
 
-/// Prints a remark to standard error. A failure to write it is ignored.
-fn remark(text: &str) {
+/// Prints a note to standard error. A failure to write it is ignored.
+fn print_note(text: &str) {
     let _ = writeln!(io::stderr(), "gorego: {text}");
 }
 
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_and_serve_mean_the_same() {
+    fn no_subcommand_means_serve() {
         let bare = Cli::try_parse_from(["gorego", "--max-size-gb", "3"]).unwrap();
         assert!(bare.command.is_none() && bare.serve.max_size_gb == Some(Size::from_gb(3)));
         let named = Cli::try_parse_from(["gorego", "serve", "--max-size-gb", "3"]).unwrap();

@@ -53,7 +53,7 @@ pub struct Config {
     pub listen_addr: SocketAddr,
     /// Listen on a non-loopback address although everyone who can reach it can run commands here.
     pub allow_unauthenticated: bool,
-    /// Name of this server among several that serve the same clients; empty for a server that stands alone.
+    /// Name of this server among several that serve the same clients; empty for a single server.
     pub node_name: String,
     /// Instance names that clients may use; "" is the default of most clients.
     pub instance_names: Vec<String>,
@@ -80,9 +80,9 @@ pub struct Config {
     pub assets: AssetsConfig,
     /// The cache for tools that speak HTTP/1.1.
     pub http: HttpConfig,
-    /// Who may do what.
+    /// The permissions of clients.
     pub access: AccessConfig,
-    /// What each principal may use.
+    /// The limits of each principal.
     pub quotas: QuotasConfig,
 }
 
@@ -132,7 +132,7 @@ pub struct InstanceConfig {
     /// Whether clients of the instance may write action results.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub action_cache_updates: Option<bool>,
-    /// Who sees action results that clients of the instance write.
+    /// Which clients get the action results that clients of the instance write.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_results: Option<ClientResults>,
     /// Whether clients of the instance may execute actions, if the server executes any.
@@ -151,7 +151,7 @@ pub struct CacheConfig {
     pub digest_functions: Vec<DigestFunction>,
     /// Whether clients may write action results (AC-12, CAP-09).
     pub action_cache_updates: bool,
-    /// Who sees action results that clients write.
+    /// Which clients get the action results that clients write.
     pub client_results: ClientResults,
     /// Size limit of one blob (CAP-15).
     pub max_blob_size_gb: Size,
@@ -160,13 +160,13 @@ pub struct CacheConfig {
     /// How long the bytes of a broken upload are kept, so that its client can resume it.
     #[serde(with = "humantime_serde")]
     pub partial_upload_retention: Duration,
-    /// How long what a build has touched is not evicted after the last request of the build.
+    /// How long blobs and results that a build has used are not evicted after the last request of the build.
     #[serde(with = "humantime_serde")]
     pub build_lease: Duration,
-    /// The same for requests that do not say to which build they belong.
+    /// The same for requests that do not name a build.
     #[serde(with = "humantime_serde")]
     pub unnamed_build_lease: Duration,
-    /// Memory for the index of which blobs each action result needs.
+    /// Memory for the index that records which blobs each action result needs.
     pub result_links_gb: Size,
     /// Whether what is stored survives a power cut.
     pub durability: Durability,
@@ -193,13 +193,13 @@ pub struct CacheConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compress {
-    /// None that is not compressed already.
+    /// No blobs, except those that are already compressed.
     Off,
-    /// Those that were not used for a while.
+    /// Blobs that were not used for a while.
     Cold,
 }
 
-/// Who sees action results that clients write.
+/// Which clients get the action results that clients write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClientResults {
@@ -207,7 +207,7 @@ pub enum ClientResults {
     Shared,
     /// Only the principal that wrote a result gets it.
     Private,
-    /// Clients may not write any.
+    /// Clients may not write results.
     Refused,
 }
 
@@ -225,10 +225,10 @@ pub enum Durability {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CommittedSize {
-    /// The number of compressed bytes after the offset at which the upload began, as expected by Bazel, buck2 and the API's
-    /// text.
+    /// The number of compressed bytes after the offset at which the upload began. Bazel, buck2 and the text of the API
+    /// expect this value.
     Compressed,
-    /// The size of the blob, as expected by Siso and the `cas` package of the Go SDK.
+    /// The size of the blob. Siso and the `cas` package of the Go SDK expect this value.
     Uncompressed,
     /// -1, which Bazel and buck2 accept too.
     MinusOne,
@@ -244,15 +244,15 @@ pub struct ExecutionConfig {
     pub concurrency: usize,
     /// Directory for exec directories; empty for `build` in `local_cache_dir`. It is fastest on the same file system.
     pub build_root: PathBuf,
-    /// Largest number of queued tasks. Beyond it, Execute answers RESOURCE_EXHAUSTED.
+    /// Maximum number of queued tasks. Beyond it, Execute answers RESOURCE_EXHAUSTED.
     pub queue_size: usize,
-    /// Largest time that a task may wait for a slot.
+    /// Maximum time that a task may wait for a slot.
     #[serde(with = "humantime_serde")]
     pub queue_timeout: Duration,
     /// Timeout of actions that set none.
     #[serde(with = "humantime_serde")]
     pub default_timeout: Duration,
-    /// Largest timeout that an action may set.
+    /// Maximum timeout that an action may set.
     #[serde(with = "humantime_serde")]
     pub max_timeout: Duration,
     /// Time limit for fetching the inputs of an action, and again for storing its outputs.
@@ -261,9 +261,9 @@ pub struct ExecutionConfig {
     /// How long finished operations are kept.
     #[serde(with = "humantime_serde")]
     pub retention: Duration,
-    /// Largest number of finished operations that are kept. The oldest are forgotten first.
+    /// Maximum number of finished operations that are kept. The oldest are forgotten first.
     pub retained_operations: usize,
-    /// How long work continues after its last client left.
+    /// How long a task continues after its last client left.
     #[serde(with = "humantime_serde")]
     pub abandon_grace: Duration,
     /// How long it continues if other work waits for its slot, or the server shuts down.
@@ -287,11 +287,12 @@ pub struct ExecutionConfig {
     /// Platform properties of this machine's workers, if no pools are configured. An action that requires another value of
     /// one of them is refused.
     pub platform: BTreeMap<String, String>,
-    /// Pools by name. Without any, there is one pool "local", made from `concurrency` and `platform`.
+    /// Pools by name. Without any, there is one pool "local", with the slots of `concurrency` and the properties of
+    /// `platform`.
     pub pools: BTreeMap<String, PoolConfig>,
     /// The sandbox of actions.
     pub sandbox: SandboxConfig,
-    /// What one action may use.
+    /// The limits of one action.
     pub limits: LimitsConfig,
     /// Container images as root file systems of actions.
     pub images: ImagesConfig,
@@ -305,7 +306,7 @@ pub struct ExecutionConfig {
 pub struct LogStreamsConfig {
     /// Whether clients may create log streams (LOG-01).
     pub enabled: bool,
-    /// Largest number of streams. Finished ones are removed to make room for new ones.
+    /// Maximum number of streams. Finished ones are removed to make room for new ones.
     pub max_streams: usize,
     /// Limit on the total size of all streams.
     pub max_size_gb: Size,

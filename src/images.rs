@@ -1,4 +1,5 @@
-//! Container images as root file systems of actions: pulled, checked, unpacked without privileges, and kept within a budget.
+//! Container images as root file systems of actions. They are pulled, checked, unpacked without privileges, and kept
+//! within a budget.
 //!
 //! ```text
 //! reference, digest, manifest, index     names, documents and the choice of what goes (pure)
@@ -8,14 +9,15 @@
 //! flights                                pulls and lookups of tags that are under way, shared by all who want the same
 //! ```
 //!
-//! [`Images`] is what the scheduler asks before a task gets a slot, and what workers ask again when it has one. It owns the
-//! pulls that are under way: there is one for each image, which all who want the image wait for. A pull goes on when those who
-//! asked for it have left; there are at most [`MAX_PULLS`], each ends after `execution.images.timeout`, and nothing of a failed
-//! one stays. A failure is remembered for a moment, so that a build of thousands of actions does not ask a registry thousands
-//! of times for an image that it has not. The same holds for tags, whose digests are looked up.
+//! The scheduler asks [`Images`] for an image before a task gets a slot, and the worker asks again when the task has
+//! one. [`Images`] owns the running pulls. There is one pull for each image, which all callers that need the image wait
+//! for. A pull continues after its callers have left. At most [`MAX_PULLS`] run at a time, each ends after
+//! `execution.images.timeout`, and a failed pull leaves nothing behind. A failure is remembered for a short time, so
+//! that a build of thousands of actions does not ask a registry thousands of times for a missing image. The same holds
+//! for look-ups of tags.
 //!
-//! Only registries and directories that the configuration lists are contacted. What comes from them is checked by digest and
-//! treated as hostile.
+//! Only registries and directories in the configuration are contacted. Their content is checked by digest and treated
+//! as hostile.
 
 mod cache;
 pub mod digest;
@@ -69,17 +71,17 @@ use tokio::{runtime::Handle, sync::oneshot, time::timeout};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::images";
-/// How many images are pulled at the same time. Each pull decompresses, so more would only compete for the CPUs. The clients of
-/// one address get four of these.
+/// Maximum number of concurrent pulls. Each pull decompresses, so more would only compete for the CPUs. The clients of
+/// one address get four of them.
 const MAX_PULLS: u64 = 6;
-/// How many tags are looked up at the same time. Each takes a thread, which does little but wait.
+/// Maximum number of concurrent look-ups of tags. Each takes a thread, which mostly waits.
 const MAX_LOOKUPS: u64 = 18;
-/// Time limit of finding out what a tag means.
+/// Time limit for looking up a tag.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often a worker that waits for an image looks whether to go on waiting.
+/// How often a worker that waits for an image checks whether it must stop waiting.
 const WAIT_POLL: Duration = Duration::from_millis(50);
 
-/// How many tags are remembered with what they meant when they were first used.
+/// Maximum number of tags whose first digest is remembered.
 const MAX_TAGS: usize = 10_000;
 
 const IMAGE_PULLED: &str = "image_pulled";
@@ -91,7 +93,7 @@ const IMAGE_FAILED: &str = "image_failed";
 pub struct ImageSettings {
     /// Registries that may be contacted.
     pub registries: Vec<ImageRegistry>,
-    /// How images of registries that are named by a tag instead of a digest are treated.
+    /// How images that are named by a tag instead of a digest are treated.
     pub tags: TagPolicy,
     /// A Docker `config.json` with credentials for registries.
     pub credentials: Option<PathBuf>,
@@ -103,14 +105,14 @@ pub struct ImageSettings {
     pub timeout: Duration,
 }
 
-/// What the tag of an image in a registry means.
+/// How the tag of an image in a registry is resolved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TagPolicy {
-    /// Nothing: such an image is refused.
+    /// It is not resolved: such an image is refused.
     Refuse,
-    /// What the registry has under it when an action is about to run.
+    /// The digest that the registry has for it when an action is about to run.
     EachAction,
-    /// What the registry had under it when this server used it first.
+    /// The digest that the registry had for it when this server first used it.
     Once,
 }
 
@@ -124,10 +126,10 @@ struct ImagesState {
     cache: Arc<ImageCache>,
     registries: RegistryClients,
     runtime: Handle,
-    /// What tags meant when they were first used.
+    /// The digests of tags when they were first used.
     tags: Mutex<HashMap<ImageReference, ImageDigest>>,
     lookups: ImageFlights<ImageReference, ImageDigest>,
-    /// By what they read. What one origin does not have, another may have.
+    /// The pulls, by origin and digest. An image that one origin does not have may be available from another.
     pulls: ImageFlights<(ImageOrigin, ImageDigest), Arc<ImageLease>>,
 }
 
@@ -152,8 +154,8 @@ impl Images {
         })))
     }
 
-    /// Pulls images ahead of the actions that ask for them, one after the other, in the background. Failures are logged, and
-    /// tried again when an action asks.
+    /// Pulls images in the background before actions ask for them, one after the other. Failures are logged, and the
+    /// pull is tried again when an action asks for the image.
     pub fn prefetch(&self, names: Vec<String>) {
         let images = self.clone();
         let fetch = move || {
@@ -171,7 +173,7 @@ impl Images {
         let _ = thread::Builder::new().name("gorego-prefetch".into()).spawn(fetch);
     }
 
-    /// The room that the unpacked images take.
+    /// The space that the unpacked images take.
     pub(crate) fn usage(&self) -> BudgetUse {
         self.0.cache.usage()
     }
@@ -180,7 +182,7 @@ impl Images {
         self.0.tags.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Replaces which images actions may name. Pulls that are under way and images that are unpacked are not affected.
+    /// Changes which images actions may name. Running pulls and unpacked images are not affected.
     pub(crate) fn allow(&self, registries: Vec<ImageRegistry>, layouts: Vec<PathBuf>, tags: TagPolicy) {
         let settings = ImageSettings { registries, layouts, tags, ..(*self.settings()).clone() };
         self.0.settings.store(Arc::new(settings));
@@ -190,7 +192,7 @@ impl Images {
         self.0.settings.load_full()
     }
 
-    /// The registry of an image, if it has one. An origin that is not listed is refused.
+    /// The registry of an image, if it has one. Origins that are not configured are refused.
     fn check_origin<'a>(
         settings: &'a ImageSettings,
         origin: &ImageOrigin,
@@ -208,7 +210,7 @@ impl Images {
         }
     }
 
-    /// Where the image of this name comes from, if that is allowed.
+    /// The source of an image, if it is allowed.
     fn source<'a>(
         &'a self,
         settings: &'a ImageSettings,
@@ -225,7 +227,7 @@ impl Images {
         }
     }
 
-    /// The unpacked image of this name.
+    /// The unpacked image with this name, if there is one.
     async fn obtain(&self, reference: &ImageReference, caller: Caller) -> Result<Arc<ImageLease>> {
         let digest = self.resolve(reference, caller).await.map_err(|error| about(reference, error))?;
         let known = || self.0.cache.lease(&digest).map(Arc::new);
@@ -263,7 +265,7 @@ impl Images {
         self.0.lookups.join(reference, caller, known, look_up).await
     }
 
-    /// The digest that a tag has now. Blocks.
+    /// The current digest of a tag. Blocks.
     fn look_up(&self, reference: &ImageReference) -> Result<ImageDigest> {
         let settings = self.settings();
         let time = PullTime::starting(settings.timeout.min(LOOKUP_TIMEOUT));
@@ -278,7 +280,7 @@ impl Images {
         tags.entry(reference).or_insert_with(|| digest.clone());
     }
 
-    /// Pulls an image that is not there. Blocks.
+    /// Pulls an image that is not unpacked yet. Blocks.
     fn pull(&self, reference: &ImageReference, digest: &ImageDigest) -> Result<ImageLease> {
         let begun = Instant::now();
         let settings = self.settings();
@@ -293,7 +295,7 @@ impl Images {
                 if let Some(unpacked) = cache.begin(digest)? {
                     break unpacked;
                 }
-                // Another pull is bringing the same image from elsewhere.
+                // Another pull fetches the same image from another origin.
                 time.left()?;
                 thread::sleep(WAIT_POLL);
             };
@@ -333,8 +335,8 @@ impl ImageStore for Images {
         })?;
         Ok(LeasedImage {
             root: lease.root(),
-            environment: lease.terms().environment.clone(),
-            user: lease.terms().user,
+            environment: lease.settings().environment.clone(),
+            user: lease.settings().user,
             lease: Box::new(lease),
         })
     }
@@ -352,7 +354,7 @@ impl ImageSupply for Images {
         };
         let images = self.clone();
         let (mut tell, told) = oneshot::channel();
-        // It looks at the disk, so it does not run where it is awaited.
+        // This accesses the disk, so it does not run on the thread that awaits it.
         self.0.runtime.spawn(async move {
             let brought = tokio::select! {
                 brought = images.obtain(&reference, caller) => brought.map(drop),
@@ -364,8 +366,8 @@ impl ImageSupply for Images {
     }
 }
 
-/// Applies layers to an empty directory, the lowest first. `max_bytes` bounds what they may take on disk, with 4 KiB for each
-/// entry. For tests of hostile layers.
+/// Applies layers to an empty directory, the lowest first. `max_bytes` bounds the space that they may take on disk,
+/// with 4 KiB for each entry. For tests of hostile layers.
 ///
 /// # Errors
 /// `Precondition` for layers that are damaged, hostile or too large; those of the file system.
@@ -384,7 +386,7 @@ pub fn apply_layers(directory: &File, layers: &[&[u8]], max_bytes: u64) -> Resul
     })
 }
 
-/// Says of which image an error speaks.
+/// Adds the name of the image to an error.
 fn about(reference: &ImageReference, error: Error) -> Error {
     let of_image = |message: String| format!("image {reference}: {message}");
     match error {

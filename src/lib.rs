@@ -12,6 +12,7 @@ pub mod administration;
 mod budget;
 mod call;
 pub mod caller;
+mod causes;
 mod cgroups;
 pub mod cli;
 pub mod config;

@@ -40,8 +40,8 @@ pub(crate) struct SetupFailure {
 }
 
 impl SetupFailure {
-    /// A copy of this failure, for another caller that needs what could not be set up.
-    pub(crate) fn again(&self) -> Self {
+    /// Returns a copy of this failure. `io::Error` cannot be cloned, and several callers may need the same failure.
+    pub(crate) fn duplicate(&self) -> Self {
         let error = match self.error.raw_os_error() {
             Some(errno) => io::Error::from_raw_os_error(errno),
             None => io::Error::other(self.error.to_string()),

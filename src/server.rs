@@ -1,9 +1,9 @@
-//! One server process, from settings to exit. Only wiring and shutdown are here.
+//! One server process, from its settings to its exit. This room has only wiring and shutdown.
 //!
-//! Parts are created in the order store, workers, scheduler, edge, and shut down in reverse. The scheduler takes no new
-//! work and finishes its operations; then the edge takes no new connections and lets the open calls finish; then the store
-//! closes. All of this has one deadline, the [`Exit`], whatever clients keep open. The owner actors are watched: if one
-//! dies, the process exits, because a partial server is worse than none.
+//! Parts are created in the order store, workers, scheduler, ports, and are shut down in reverse. The scheduler takes
+//! no new work and finishes its operations. Then the ports accept no new connections and let the open calls finish.
+//! Then the store closes. The [`Exit`] sets one deadline for all of this, whatever clients keep open. The owner actors
+//! are watched: if one dies, the process exits, because a partial server is worse than none.
 
 mod beside;
 mod exit;
@@ -77,12 +77,12 @@ const LOG: &str = "gorego::server";
 /// The exit code after a second interrupt: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
 
-/// What is known when requests are answered.
+/// The facts that are known when the server is ready for requests.
 #[derive(Debug, Clone)]
 pub(crate) struct Ready {
     /// The listening address.
     pub address: SocketAddr,
-    /// Whether it speaks TLS.
+    /// Whether the port uses TLS.
     pub tls: bool,
     /// Which protections of the sandbox work; `None` without a sandbox.
     pub sandbox: Option<Report>,
@@ -90,8 +90,8 @@ pub(crate) struct Ready {
     pub limits: Option<LimitReport>,
 }
 
-/// Runs a server until it is told to stop. `load` reads the configuration again for a reload. `ready` is called once, as soon as
-/// requests are answered.
+/// Runs a server until it is told to stop. `load` reads the configuration again for a reload. `ready` is called once,
+/// when requests are answered.
 ///
 /// # Errors
 /// The reason why it could not start, or the death of an owner actor.
@@ -106,7 +106,8 @@ pub(crate) fn run(
         .enable_all()
         .build()
         .map_err(|error| Error::io("start the async runtime", &error))?;
-    // Both block, so they precede anything asynchronous. Each locks its directory.
+    // Opening the store and the build root blocks, so it is done before anything asynchronous starts. Each locks its
+    // directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let reports = NonDeterminismReports::open(settings.cache_dir.join("v1").join("nondeterminism"));
     let place = match &mut settings.execution {
@@ -159,7 +160,7 @@ struct Server {
     supervision: Supervision,
 }
 
-/// The configuration of the start, and the way to read it again.
+/// The configuration at the start, and the function that reads it again.
 struct Configuration {
     config: Config,
     load: Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>,
@@ -168,7 +169,7 @@ struct Configuration {
 /// The sockets of the ports.
 struct Listeners {
     grpc: TcpListener,
-    /// That of the HTTP port, if it is enabled.
+    /// The socket of the HTTP port, if that is enabled.
     http: Option<TcpListener>,
 }
 
@@ -252,7 +253,7 @@ impl Server {
         let mut ports = self.open_ports(listeners, hosts, &owners, &reloader).await?;
         ready(self.ready(ports.address));
         supervisor.ready();
-        // On the actors' thread, so that a thread that is stuck sends no sign of life.
+        // The reports run on the actors' thread. If that thread is stuck, no report is sent.
         actix_rt::spawn(owners.clone().report(
             supervision,
             self.settings.max_size_bytes,
@@ -283,7 +284,7 @@ impl Server {
         Ok(())
     }
 
-    /// The parts that take in a new configuration, and the way to read it.
+    /// The parts that can be reloaded, and the function that reads the configuration.
     fn reloader(&mut self, Configuration { config, load }: Configuration, hosts: &Hosts) -> Reloader {
         let settings = &self.settings;
         let mut parts: Vec<Box<dyn Reloadable>> = vec![
@@ -300,7 +301,7 @@ impl Server {
         Reloader::new(load, &config, parts, self.workers.clone())
     }
 
-    /// What is known when the gRPC port is open at this address.
+    /// The facts about the server when the gRPC port is open at this address.
     fn ready(&self, address: SocketAddr) -> Ready {
         let place = self.place.as_ref();
         Ready {
@@ -311,7 +312,7 @@ impl Server {
         }
     }
 
-    /// Opens both ports, and starts what runs beside them.
+    /// Opens both ports, and starts the background tasks.
     async fn open_ports(
         &self,
         Listeners { grpc, http }: Listeners,
@@ -357,7 +358,7 @@ impl Server {
         Ok(Ports { address, connections, under_way, observer, health, grpc, http })
     }
 
-    /// What the gRPC services need.
+    /// The dependencies of the gRPC services.
     fn edge(&self, shared: &http::PortContext, reloader: &Reloader) -> Arc<Edge> {
         let settings = &self.settings;
         let scheduler = self.scheduler.clone();
@@ -386,19 +387,19 @@ impl Server {
         })
     }
 
-    /// Finishes the work, and then the open requests.
+    /// Finishes the running actions, and then the open requests.
     async fn finish(&self, ports: Ports, exit: Exit) {
         ports.drain().await;
         if let Some(scheduler) = &self.scheduler {
             drain(scheduler, exit).await;
         }
         // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
-        let left = exit.told().saturating_duration_since(Instant::now());
+        let left = exit.last_messages_sent().saturating_duration_since(Instant::now());
         let place = self.place.clone();
         let removal = place.map(|place| self.workers.spawn_blocking(move || place.empty(left)));
         // Clients that wait for a stream receive its end.
         self.log_streams.close();
-        ports.close(exit.told()).await;
+        ports.close(exit.last_messages_sent()).await;
         if let Some(removal) = removal {
             let _ = removal.await;
         }
@@ -423,11 +424,11 @@ impl Server {
 fn exit_at_once(signal: StopSignal) -> ! {
     Event::warn(LOG, "server_interrupted").with("signal", signal.name()).log(format_args!("exiting at once"));
     logging::flush();
-    // The runners see their sockets close and kill their processes.
+    // The runners notice that their sockets are closed, and kill their processes.
     std::process::exit(INTERRUPTED)
 }
 
-/// Waits for a signal that ends a shutdown. There is nothing left for which a new configuration would count.
+/// Waits for a signal that ends a shutdown. Requests for a reload are ignored, because the server is stopping.
 async fn second_stop_signal(signals: &mut StopSignals) -> StopSignal {
     loop {
         match signals.next().await {
@@ -445,7 +446,7 @@ async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader, supervisor:
         match signals.next().await {
             StopSignal::Reload => {
                 let (reloader, supervisor) = (reloader.clone(), supervisor.clone());
-                // The outcome is logged. A second signal meanwhile is one more reload after this one.
+                // The outcome is logged. A signal that arrives meanwhile causes another reload afterwards.
                 tokio::spawn(async move {
                     supervisor.reloading();
                     let _ = reloader.reload(false).await;

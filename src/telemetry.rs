@@ -1,12 +1,14 @@
-//! Metrics: what the server counts while it works, what is read at a scrape, and the text that Prometheus gets.
+//! Metrics: counters, readings that are taken at a scrape, and the text for Prometheus.
 //!
-//! Rooms get handles by constructor, and hold them: a count is an atomic addition, without a look-up by label and without an
-//! allocation. What an actor owns is not counted a second time here: the wiring asks its owner at each scrape, and passes the
-//! answers as [`Readings`]. Nothing is global, so two servers in one process have separate metrics.
+//! Rooms get handles through their constructors and keep them. So counting is an atomic addition, without a look-up by
+//! label and without an allocation. State that an actor owns is not counted a second time here: at each scrape, the
+//! wiring asks its owner and passes the answers as [`Readings`]. Nothing is global, so two servers in one process have
+//! separate metrics.
 //!
-//! Invariants: every name starts with `gorego_` and is in `docs/metrics.md`, which a test compares with what is served. Every
-//! label has a bounded number of values: methods, codes, reasons and kinds come from fixed lists, pools from the scheduler,
-//! which bounds them, and names that clients choose from a table of bounded size ([`lookups`]).
+//! Invariants: every name starts with `gorego_` and is listed in `docs/metrics.md`; a test compares the list with the
+//! served text. Every label has a bounded number of values. Methods, codes, reasons and kinds come from fixed lists.
+//! The scheduler bounds the number of pools. Names that clients choose are stored in a table of bounded size
+//! ([`lookups`]).
 
 mod authentication;
 mod kinds;
@@ -61,8 +63,8 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Metrics of a server with these RPCs: their paths (`/package.Service/Method`) and their names in the text. All others are
-    /// counted as `other`.
+    /// Metrics of a server with these RPCs: their paths (`/package.Service/Method`) and their names in the text. All
+    /// other RPCs are counted as `other`.
     pub fn new(rpcs: impl IntoIterator<Item = (String, String)>) -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
         let registered = &mut registry;
@@ -87,7 +89,7 @@ impl Metrics {
     pub fn text(&self, readings: Readings) -> String {
         self.readings.set(readings);
         let mut text = String::new();
-        // A string accepts everything.
+        // Writing to a string does not fail.
         let _ = text::encode(&mut text, &self.registry);
         text
     }

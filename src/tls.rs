@@ -1,14 +1,15 @@
 //! TLS on both ports: certificates, handshakes, and the streams behind them.
 //!
-//! [`ServerTls`] owns what was read from the files of `[tls]`: an immutable [`Material`] behind an `ArcSwap`. Each handshake takes
-//! the one that is in force, so that a reload concerns new connections only. [`ServerTls::watch`] notices when the files change,
-//! also behind symbolic links. Material that cannot be used changes nothing.
+//! [`ServerTls`] owns the content of the files of `[tls]`: an immutable [`Material`] behind an `ArcSwap`. Each
+//! handshake uses the material that is in force at that time, so a reload affects only new connections.
+//! [`ServerTls::watch`] notices changes of the files, even behind symbolic links. Material that cannot be used changes
+//! nothing.
 //!
-//! Open connections are not forgotten: whoever presented a certificate that has since expired or was revoked, or whose CA was
-//! removed, is closed within a minute ([`RECHECK_INTERVAL`]).
+//! Open connections are checked again: if a client's certificate has expired, was revoked, or its CA was removed, its
+//! connection is closed within a minute ([`RECHECK_INTERVAL`]).
 //!
-//! Tickets for resumed sessions are encrypted and kept by the clients, so they take no memory here. Their keys are replaced
-//! every six hours and by each reload.
+//! Tickets for resumed sessions are encrypted and stored by the clients, so they take no memory here. The ticket keys
+//! are replaced every six hours and by each reload.
 
 mod handshake;
 mod material;
@@ -38,24 +39,24 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// Target of the log lines of this room.
 const LOG: &str = "gorego::tls";
-/// Interval between looks at the files. They are read when two looks in a row find the same change, because a certificate and
-/// its key are rarely replaced in the same moment.
+/// Interval between checks of the files. They are read when two checks in a row find the same change, because a
+/// certificate and its key are rarely replaced at the same moment.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 /// Interval between checks of the certificates of open connections.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
-/// Interval between warnings about a certificate or a list that ends soon.
+/// Interval between warnings about a certificate or a revocation list that ends soon.
 const REMIND_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
 /// The files of `[tls]`, as absolute paths.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TlsFiles {
-    /// The certificate of the server and those between it and its CA, in PEM.
+    /// The certificate chain of the server, without its CA, in PEM.
     pub cert: PathBuf,
     /// Its private key, in PEM.
     pub key: PathBuf,
-    /// The CAs that sign certificates of clients, in PEM; `None` when clients are not asked for one.
+    /// The CAs that sign client certificates, in PEM; `None` if clients are not asked for a certificate.
     pub client_ca: Option<PathBuf>,
-    /// The lists of revoked certificates of these CAs, in PEM or DER.
+    /// The revocation lists of these CAs, in PEM or DER.
     pub crl: Option<PathBuf>,
     /// Whether clients must have a certificate.
     pub client_certificate_required: bool,
@@ -68,7 +69,7 @@ pub(crate) struct ServerTls(Arc<TlsState>);
 #[derive(Debug)]
 struct TlsState {
     material: ArcSwap<Material>,
-    /// Bounds handshakes at both ports together.
+    /// Bounds the handshakes at both ports together.
     handshakes: Budget,
 }
 
@@ -77,13 +78,13 @@ struct TlsState {
 pub(crate) struct PreparedTls(Material);
 
 impl PreparedTls {
-    /// What it is, for people.
+    /// A description for people.
     pub(crate) fn description(&self) -> String {
         format!("certificate until {}", self.0.not_after_text())
     }
 }
 
-/// What the operator should know about files that can be used.
+/// The warnings about usable files.
 struct TlsWarnings {
     certificate: Option<String>,
     list: Option<String>,
@@ -122,7 +123,7 @@ impl ServerTls {
         Ok(tls)
     }
 
-    /// Checks files as [`ServerTls::open`] does, and returns what a start would warn about. Blocks.
+    /// Checks files like [`ServerTls::open`], and returns the warnings of a start. Blocks.
     ///
     /// # Errors
     /// See [`ServerTls::open`].
@@ -131,10 +132,11 @@ impl ServerTls {
         Ok([certificate, list, key].into_iter().flatten().collect())
     }
 
-    /// Reads and checks files, if they are others than those in force or have changed. Blocks.
+    /// Reads and checks files if their paths or contents differ from those in force. Blocks.
     ///
     /// # Errors
-    /// See [`ServerTls::open`]; also for a certificate that has expired, unless that in force has too.
+    /// See [`ServerTls::open`]. A certificate that has expired is also an error, unless the one in force has expired
+    /// too.
     pub(crate) fn prepare(&self, files: TlsFiles) -> Result<Option<PreparedTls>> {
         let current = self.material();
         if *current.files() == files && *current.stamps() == Stamps::of(&files) {
@@ -165,7 +167,7 @@ impl ServerTls {
     /// Reads the files again if they have changed, and uses them for new connections. Blocks. Success and failure are logged.
     ///
     /// # Errors
-    /// See [`ServerTls::prepare`]. What was in force before stays in force.
+    /// See [`ServerTls::prepare`]. The material in force is then not changed.
     fn reload(&self) -> Result<()> {
         let prepared = self.prepare(self.material().files().clone()).inspect_err(|error| {
             Event::error(LOG, "tls_not_reloaded").with_shown("error", &error).log(format_args!(
@@ -178,7 +180,7 @@ impl ServerTls {
         Ok(())
     }
 
-    /// When the certificate of the server expires, in seconds since 1970.
+    /// The expiry of the server's certificate, in seconds since 1970.
     pub(crate) fn certificate_expiry(&self) -> i64 {
         self.material().not_after()
     }
@@ -197,7 +199,7 @@ impl ServerTls {
         self.0.material.load()
     }
 
-    /// Logs what ends soon or has ended.
+    /// Logs a warning about everything that ends soon or has ended.
     fn remind(&self) {
         let material = self.material();
         let TlsWarnings { certificate, list, key } = TlsWarnings::of(&material);
@@ -217,8 +219,8 @@ impl ServerTls {
         }
     }
 
-    /// Reloads the files when they change, closes connections whose certificate is no longer accepted, and reminds of what
-    /// expires. Runs as long as the server does.
+    /// Reloads the files when they change, closes connections whose certificate is no longer accepted, and warns of
+    /// what expires. Runs as long as the server.
     pub(crate) async fn watch(self, connections: Connections) {
         let mut ticks = interval(WATCH_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -258,7 +260,7 @@ impl ServerTls {
     fn check(&self, connections: &Connections) {
         let material = self.material();
         let now = UnixTime::now();
-        // A build tool has many connections with one certificate.
+        // A build tool opens many connections with the same certificate.
         let mut verdicts: HashMap<[u8; 32], bool> = HashMap::new();
         let mut is_accepted = |certificate: &ClientCertificate| {
             *verdicts

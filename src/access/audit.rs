@@ -1,7 +1,7 @@
-//! [`Audit`]: a log event for each request that was refused, at a bounded rate.
+//! [`Audit`]: logs an event for each refused request, at a bounded rate.
 //!
-//! The events have a target of their own, so that a log filter can select them. Each peer has its own rate, so a client that is
-//! refused all the time hides no other; what it is refused beyond that is counted.
+//! The events have a separate target, so that a log filter can select them. Each peer has its own rate, so a client
+//! that is refused all the time does not hide the refusals of others. Refusals beyond the rate are counted.
 
 use super::principal::Principal;
 use crate::{
@@ -21,17 +21,17 @@ use std::{
 pub(crate) const TARGET: &str = "gorego::audit";
 /// The event of a request that was refused.
 const ACCESS_DENIED: &str = "access_denied";
-/// The event of refusals without a line.
+/// The event with the number of refusals that were not logged one by one.
 const DENIALS_NOT_LISTED: &str = "denials_not_listed";
 /// The rate of events about one peer.
 const PEER_DENIALS: Rate = Rate { burst: 50, per_second: 1 };
-/// Peers that are counted one by one; further ones are counted together.
+/// Maximum number of peers that are counted separately. All further peers are counted together.
 const PEERS_MAX: usize = 1_024;
 
 /// Why a request was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DenialKind {
-    /// It has no credential, and needs one.
+    /// The request needs a credential and has none.
     NoCredential,
     /// Its credential is not valid.
     WrongCredential,
@@ -57,11 +57,11 @@ pub(crate) struct Denial<'a> {
     pub(crate) peer: SocketAddr,
     pub(crate) principal: &'a Principal,
     pub(crate) instance: Option<&'a str>,
-    /// What the client was told.
+    /// The message that the client got.
     pub(crate) error: &'a str,
 }
 
-/// See the top of this file.
+/// Logs and counts refusals; see the top of this file.
 pub(crate) struct Audit {
     books: Mutex<HashMap<Peer, PeerDenials>>,
     start: Instant,
@@ -102,7 +102,7 @@ impl Audit {
     }
 
     /// Logs the refusals that were counted since the last call, and forgets peers that are quiet.
-    pub(crate) fn tell_counted(&self) {
+    pub(crate) fn log_counted(&self) {
         let now = self.now_ms();
         let mut counted = Vec::new();
         self.books().retain(|peer, denials| {
@@ -157,7 +157,7 @@ mod tests {
         assert!((PEER_DENIALS.burst..2 * PEER_DENIALS.burst).contains(&listed), "{listed}");
         assert!(audit.takes_line(peer(2)), "it hides no other");
         assert_eq!(audit.books()[&peer(1)].not_listed, 10 * PEER_DENIALS.burst - listed);
-        audit.tell_counted();
+        audit.log_counted();
         assert_eq!(audit.books()[&peer(1)].not_listed, 0);
         for number in 0..4 * PEERS_MAX as u32 {
             audit.takes_line(peer(number));

@@ -1,10 +1,10 @@
-//! [`Authenticator`]: finds out who sends a request. It owns the rules in force.
+//! [`Authenticator`]: determines the principal of a request. It owns the rules in force.
 //!
-//! The rules ([`AccessRules`]) are immutable and are replaced as a whole by [`Authenticator::replace`]. So every request is judged by
-//! the rules of one moment, and nothing that was checked by other rules counts any more. Most requests are authenticated at once:
-//! there is no credential, or the one of the previous request of the connection ([`RepeatedCredential`]), or a static token, or one
-//! that was checked before. Everything else is an [`Authentication::Pending`], which the request waits for in a task of its own
-//! ([`Checks`] bounds that).
+//! The rules ([`AccessRules`]) are immutable and are replaced as a whole by [`Authenticator::replace`]. So every
+//! request is judged by one consistent set of rules, and results of checks under earlier rules are not used. Most
+//! requests are authenticated at once: they have no credential, the same credential as the previous request of the
+//! connection ([`RepeatedCredential`]), a static token, or a credential that was checked before. All other requests get
+//! an [`Authentication::Pending`], and wait for it in a separate task ([`Checks`] bounds these tasks).
 
 mod checks;
 mod repeated;
@@ -36,13 +36,13 @@ use std::{
 };
 use verified::VerifiedCredentials;
 
-/// How long a password that was right is not checked again.
+/// How long a correct password is accepted without another check.
 const PASSWORD_KEPT: Duration = Duration::from_secs(10 * 60);
-/// How long a signed token that was right is not checked again. After this time, a key that its issuer has withdrawn does not
-/// count any more.
+/// How long a valid signed token is accepted without another check. So a key that its issuer has withdrawn is accepted
+/// for at most this time.
 const SIGNED_KEPT: Duration = Duration::from_secs(60);
 
-/// What a request brings to prove who sends it.
+/// The data of a request that can prove its principal.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Presented<'a> {
     /// Its headers.
@@ -51,7 +51,7 @@ pub(crate) struct Presented<'a> {
     pub(crate) certificate: Option<&'a ClientCertificate>,
     /// The connection and the peer.
     pub(crate) caller: Caller,
-    /// What its connection has sent before; `None` for a request that does not come from a socket.
+    /// The credential that its connection sent before; `None` for a request that does not come from a socket.
     pub(crate) repeated: Option<&'a RepeatedCredential>,
 }
 
@@ -67,7 +67,7 @@ impl Presented<'_> {
         self.repeated?.find(self.header()?, rules, now)
     }
 
-    /// Has the connection keep its header until this time.
+    /// Stores the header for the connection until this time.
     fn keep(&self, rules: &Arc<AccessRules>, principal: &Principal, until: Option<SystemTime>) {
         if let (Some(repeated), Some(header)) = (self.repeated, self.header()) {
             repeated.keep(header, principal, until, rules);
@@ -75,11 +75,11 @@ impl Presented<'_> {
     }
 }
 
-/// The answer to who sends a request.
+/// The result of authenticating a request.
 pub(crate) enum Authentication {
-    /// It is known now.
+    /// The result is known now.
     Done(Result<Principal, Rejection>),
-    /// It takes work, or an answer of somebody else.
+    /// The result needs expensive work or an answer from another server.
     Pending(BoxFuture<'static, Result<Principal, Rejection>>),
 }
 
@@ -94,37 +94,37 @@ impl fmt::Debug for Authentication {
 
 /// A checker of signed tokens.
 pub trait SignedTokens: fmt::Debug + Send + Sync {
-    /// Verifies a token, which is not longer than [`CREDENTIAL_MAX_BYTES`](super::credential::CREDENTIAL_MAX_BYTES), and not checked
-    /// otherwise. The implementation bounds the time and the work that this takes.
+    /// Verifies a token. It is not longer than [`CREDENTIAL_MAX_BYTES`](super::credential::CREDENTIAL_MAX_BYTES) and
+    /// has not been checked in any other way. The implementation bounds the time and the work of the check.
     ///
     /// # Errors
-    /// Why it is refused, without repeating it.
+    /// The reason for the refusal. It must not contain the token.
     fn verify<'a>(
         &'a self,
         token: &'a str,
         now: SystemTime,
     ) -> BoxFuture<'a, Result<VerifiedToken, Rejection>>;
 
-    /// Whether tokens are still accepted by the rules with this mark ([`VerifiedToken::mark`]).
+    /// Whether the rules with this mark are still in force ([`VerifiedToken::mark`]).
     fn trusts(&self, mark: u64) -> bool;
 }
 
-/// What a valid signed token says.
+/// The content of a valid signed token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifiedToken {
-    /// Who issued it, as configured.
+    /// The name of the issuer in the configuration.
     pub issuer: String,
-    /// Of whom it is, in the words of the issuer.
+    /// The subject, as the issuer names it.
     pub subject: String,
     /// The names of the roles that its claims map to.
     pub roles: Vec<String>,
     /// When it expires.
     pub expires: SystemTime,
-    /// A number of the rules that have accepted it. Other rules have another one.
+    /// A number that identifies the rules that accepted the token. Other rules have another number.
     pub mark: u64,
 }
 
-/// Where the credentials of clients come from.
+/// The sources of the clients' credentials.
 #[derive(Debug, Clone, Default)]
 pub struct CredentialSources {
     /// The static tokens.
@@ -137,7 +137,7 @@ pub struct CredentialSources {
     pub signed: Option<Arc<dyn SignedTokens>>,
 }
 
-/// The rules of one moment.
+/// An immutable set of rules.
 #[derive(Debug)]
 pub(crate) struct AccessRules {
     policy: Policy,
@@ -148,18 +148,18 @@ pub(crate) struct AccessRules {
 }
 
 impl AccessRules {
-    /// These rules, with nothing checked yet.
+    /// Creates rules with an empty cache of checked credentials.
     pub(crate) fn new(policy: Policy, sources: CredentialSources) -> Self {
         let anonymous = Principal::anonymous(policy.everybody().to_vec());
         Self { policy, anonymous, sources, verified: VerifiedCredentials::default() }
     }
 
-    /// Who may do what.
+    /// The policy.
     pub(crate) fn policy(&self) -> &Policy {
         &self.policy
     }
 
-    /// Where credentials come from.
+    /// The sources of credentials.
     pub(crate) fn sources(&self) -> &CredentialSources {
         &self.sources
     }
@@ -170,7 +170,7 @@ impl AccessRules {
         self.sources.tokens.verify(token, SystemTime::now()).is_ok()
     }
 
-    /// The same client with its roles as they are now, as far as they still exist.
+    /// The principal of the same client with its current roles. Roles that no longer exist are left out.
     fn with_current_roles(&self, principal: &Principal) -> Principal {
         let named = principal.roles().iter().map(|role| std::slice::from_ref(&role.name));
         let roles = named.filter_map(|name| self.policy.roles_named(name).ok()).flatten();
@@ -205,7 +205,7 @@ impl AccessRules {
     }
 }
 
-/// See the top of this file. Cheap to clone.
+/// Authenticates requests; see the top of this file. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Authenticator(Arc<AuthenticatorState>);
 
@@ -217,13 +217,13 @@ struct AuthenticatorState {
 }
 
 impl Authenticator {
-    /// An authenticator with these rules.
+    /// Creates an authenticator with these rules.
     pub(crate) fn new(rules: AccessRules) -> Self {
         let rules = ArcSwap::from_pointee(rules);
         Self(Arc::new(AuthenticatorState { rules, checks: Checks::default(), audit: Audit::default() }))
     }
 
-    /// An authenticator without credentials, for whom everybody is anonymous and may do everything.
+    /// Creates an authenticator without credentials: all clients are anonymous and may do everything.
     pub fn open() -> Self {
         Self::new(AccessRules::new(
             Policy::without_credentials(PermissionSet::ALL),
@@ -231,7 +231,7 @@ impl Authenticator {
         ))
     }
 
-    /// Puts other rules in force.
+    /// Replaces the rules in force.
     pub(crate) fn replace(&self, rules: AccessRules) {
         self.0.rules.store(Arc::new(rules));
     }
@@ -241,16 +241,16 @@ impl Authenticator {
         self.0.rules.load()
     }
 
-    /// Where refusals are recorded.
+    /// The audit log of refusals.
     pub(crate) fn audit(&self) -> &Audit {
         &self.0.audit
     }
 
-    /// The principal as it is by the rules in force now, for a request that was authenticated before, on a connection with this
-    /// certificate.
+    /// The current principal of a request that was authenticated before, according to the rules in force now.
+    /// `certificate` is that of its connection.
     ///
     /// # Errors
-    /// When its credential has expired, or was revoked or replaced.
+    /// If its credential has expired, or was revoked or replaced.
     pub(crate) fn renew(
         &self,
         principal: &Principal,
@@ -267,7 +267,7 @@ impl Authenticator {
             PrincipalKind::Basic => {
                 rules.sources.users.as_ref().and_then(|users| users.principal(principal.detail()).cloned())
             }
-            // Its issuer says when it ends, as long as the rules for its tokens stay the same.
+            // The token is valid until its expiry as long as the rules for its issuer stay the same.
             PrincipalKind::Jwt => {
                 let signed = rules.sources.signed.as_ref();
                 if !signed.is_some_and(|signed| signed.trusts(principal.mark())) {
@@ -284,15 +284,15 @@ impl Authenticator {
         current.ok_or_else(|| Rejection::refused(format!("the credential of {principal} was revoked")))
     }
 
-    /// The principal of a request that is not authenticated, because what it asks for is open to everybody.
+    /// The principal of a request that needs no authentication, because its method is open to all clients.
     pub(crate) fn anonymous(&self) -> Principal {
         self.rules().anonymous.clone()
     }
 
-    /// Finds out who sends a request.
+    /// Authenticates a request.
     pub(crate) fn authenticate(&self, presented: &Presented<'_>) -> Authentication {
         let rules = self.rules();
-        // A server without credentials leaves the header to whatever may be in front of it.
+        // A server without credentials ignores the header, which may be meant for a proxy in front of it.
         if !rules.policy.has_credentials() {
             return Authentication::Done(rules.without_header(presented.certificate));
         }
@@ -350,7 +350,7 @@ impl Authenticator {
         Authentication::Done(verified)
     }
 
-    /// The password of any user may be a static token, for tools that can send nothing else.
+    /// A static token is also accepted as the password of any user, for tools that only support passwords.
     fn basic(
         &self,
         rules: &Arc<AccessRules>,

@@ -1,5 +1,5 @@
-//! Users with passwords: a file in the format of htpasswd(1), with bcrypt hashes only. Pure; checking a password takes long, and
-//! is bounded by the [`authenticator`](super::authenticator).
+//! Users with passwords: a file in the format of htpasswd(1), with bcrypt hashes only. Pure. Checking a password is
+//! slow; the [`authenticator`](super::authenticator) bounds the checks.
 
 use super::{
     credential::{PASSWORD_MAX_BYTES, is_user},
@@ -15,10 +15,10 @@ use std::{
     hash::BuildHasher as _,
 };
 
-/// Most users of a file.
+/// Maximum number of users in a file.
 pub const USERS_MAX: usize = 10_000;
-/// The costs that a hash may have. A check at the greatest takes about a second; below the least, passwords can be guessed from a
-/// stolen file.
+/// The allowed cost parameters of hashes. A check with the highest cost takes about a second. With a lower cost than
+/// the lowest, passwords could be guessed from a stolen file.
 pub const COSTS: std::ops::RangeInclusive<u32> = 5..=14;
 
 /// The users of a password file, with the hashes of their passwords.
@@ -32,10 +32,10 @@ impl fmt::Debug for PasswordFile {
 }
 
 impl PasswordFile {
-    /// Parses a file. Empty lines and lines that begin with `#` are passed over.
+    /// Parses a file. Ignores empty lines and lines that begin with `#`.
     ///
     /// # Errors
-    /// `Invalid` with the number of the line at fault.
+    /// `Invalid` with the number of the faulty line.
     pub fn parse(text: &str) -> Result<Self> {
         let mut users = BTreeMap::new();
         for (index, line) in text.lines().enumerate() {
@@ -56,7 +56,7 @@ impl PasswordFile {
     }
 }
 
-/// The user and the hash of a line. Errors do not repeat what may be a password.
+/// The user and the hash of a line. Errors do not contain the line, because it may contain a password.
 fn parse_line(line: &str) -> std::result::Result<(&str, &str), String> {
     let (user, hash) = line.split_once(':').ok_or("the form is USER:HASH")?;
     if !is_user(user) {
@@ -75,7 +75,7 @@ fn parse_line(line: &str) -> std::result::Result<(&str, &str), String> {
     }
 }
 
-/// A number that changes with the hash of a password.
+/// A number that changes when the hash of a password changes.
 fn mark(hash: &str) -> u64 {
     let sha256: [u8; 32] = Sha256::digest(hash.as_bytes()).into();
     let [a, b, c, d, e, f, g, h, ..] = sha256;
@@ -86,10 +86,10 @@ fn mark(hash: &str) -> u64 {
 #[derive(Default)]
 pub struct UserSet {
     users: HashMap<String, KnownUser>,
-    /// The names of the users, one of which stands in for each unknown user, so that checking it takes as long: hashes may have
-    /// different costs.
+    /// The names of the users. For an unknown user, the hash of one of them is checked instead, so that the check takes
+    /// as long. Hashes may have different costs.
     names: Vec<String>,
-    /// Chooses it, always the same one for a name, in a way that nobody outside can tell.
+    /// Selects that user. It always selects the same one for a name, in a way that clients cannot predict.
     choice: RandomState,
 }
 
@@ -105,10 +105,10 @@ impl fmt::Debug for UserSet {
 }
 
 impl UserSet {
-    /// The users of a file, with the roles that they are given by name.
+    /// The users of a file, with the roles that the configuration gives them by name.
     ///
     /// # Errors
-    /// `Invalid` for a role that does not exist.
+    /// `Invalid` if a role does not exist.
     pub fn new(
         file: &PasswordFile,
         roles_of: &BTreeMap<String, Vec<String>>,
@@ -126,18 +126,18 @@ impl UserSet {
         Ok(Self { users, names, choice: RandomState::new() })
     }
 
-    /// The principal of a user with this password; `None` if it is wrong or there is no such user. Takes as long as the hash is
-    /// slow.
+    /// The principal of a user with this password; `None` if the password is wrong or there is no such user. Takes as
+    /// long as the hash requires.
     pub fn check(&self, user: &str, password: &[u8]) -> Option<Principal> {
         let known = self.users.get(user);
-        let hash = &known.or_else(|| self.stand_in(user))?.hash;
+        let hash = &known.or_else(|| self.dummy_user(user))?.hash;
         let is_right =
             password.len() <= PASSWORD_MAX_BYTES && bcrypt::verify(password, hash).unwrap_or(false);
         known.filter(|_| is_right).map(|known| known.principal.clone())
     }
 
-    /// The user whose hash is checked in the place of an unknown one; `None` if there are no users.
-    fn stand_in(&self, unknown: &str) -> Option<&KnownUser> {
+    /// The user whose hash is checked instead of that of an unknown user; `None` if there are no users.
+    fn dummy_user(&self, unknown: &str) -> Option<&KnownUser> {
         let count = u64::try_from(self.names.len()).ok().filter(|count| *count > 0)?;
         let at = usize::try_from(self.choice.hash_one(unknown) % count).ok()?;
         self.users.get(self.names.get(at)?)
@@ -192,17 +192,17 @@ mod tests {
         assert!(UserSet::default().check("alice", b"a").is_none());
     }
 
-    /// Otherwise the time that a refusal takes would tell which users there are, where costs differ.
+    /// Otherwise, when costs differ, the time of a refusal would tell which users exist.
     #[test]
     fn unknown_users_are_checked_with_the_costs_that_users_have() {
         let costs = |cost: u32| bcrypt::hash(b"p", cost).unwrap();
         let file = PasswordFile::parse(&format!("a:{}\nb:{}\n", costs(5), costs(6))).unwrap();
         let users = UserSet::new(&file, &BTreeMap::new(), &Policy::with_roles([], &[])).unwrap();
-        let stand_in = |user: &str| users.stand_in(user).unwrap().hash.clone();
+        let dummy_user = |user: &str| users.dummy_user(user).unwrap().hash.clone();
         let unknown: Vec<_> = (0..64).map(|number| format!("unknown{number}")).collect();
-        let seen: std::collections::BTreeSet<_> = unknown.iter().map(|user| stand_in(user)).collect();
+        let seen: std::collections::BTreeSet<_> = unknown.iter().map(|user| dummy_user(user)).collect();
         assert_eq!(seen.len(), 2);
-        assert!(unknown.iter().all(|user| stand_in(user) == stand_in(user)));
+        assert!(unknown.iter().all(|user| dummy_user(user) == dummy_user(user)));
         assert!(unknown.iter().all(|user| users.check(user, b"p").is_none()), "its password is not theirs");
     }
 

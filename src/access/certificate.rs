@@ -1,9 +1,9 @@
-//! [`ClientCertificate`]: what a verified client certificate says about its holder. Parsed once for each connection.
+//! [`ClientCertificate`]: the identity in a verified client certificate. It is parsed once for each connection.
 //!
-//! The chain was verified before ([`crate::tls`]), so its issuer is trusted. What the issuer let its holder write into it is
-//! not: names may be long, contain control characters, or imitate the notation in which they are compared. So the subject is
-//! written as in RFC 4514, which escapes what could imitate another attribute, and a certificate whose names are too long or
-//! have characters that cannot be printed is refused as a whole. Names are never shortened, because two of them could become
+//! The chain was verified before ([`crate::tls`]), so its issuer is trusted. The names that the issuer allowed are not:
+//! they may be long, contain control characters, or imitate the notation in which they are compared. So the subject is
+//! written as in RFC 4514, which escapes special characters. A certificate is refused as a whole if its names are too
+//! long or contain characters that cannot be printed. Names are never shortened, because two of them could become
 //! equal. Pure.
 
 use rustls::pki_types::CertificateDer;
@@ -16,15 +16,15 @@ use x509_parser::{
     x509::{AttributeTypeAndValue, X509Name},
 };
 
-/// Longest subject, in bytes. With a prefix it is still a name of a principal.
+/// Maximum length of a subject in bytes. With a prefix, it still fits into the name of a principal.
 pub(crate) const SUBJECT_MAX_BYTES: usize = 240;
-/// Longest alternative name, in bytes: that of a SPIFFE id is 2,048; a DNS name has at most 253.
+/// Maximum length of an alternative name in bytes: SPIFFE ids have up to 2,048, and DNS names at most 253.
 pub(crate) const NAME_MAX_BYTES: usize = 2_048;
-/// Most alternative names of a certificate.
+/// Maximum number of alternative names of a certificate.
 pub(crate) const NAMES_MAX: usize = 64;
-/// Most certificates that a client may present, its own included.
+/// Maximum number of certificates in a client's chain, including its own.
 pub(crate) const CHAIN_MAX: usize = 8;
-/// Largest chain, in bytes. It is kept as long as the connection.
+/// Maximum size of a chain in bytes. It is kept as long as the connection.
 pub(crate) const CHAIN_MAX_BYTES: usize = 32 * 1024;
 
 /// Attributes of subjects with the short names of RFC 4514, and those that OpenSSL gives to other common ones.
@@ -63,7 +63,7 @@ pub enum CertificateName {
     Email(String),
 }
 
-/// The reason why a certificate cannot stand for a client.
+/// Why a certificate cannot identify a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UnusableCertificate(&'static str);
 
@@ -74,10 +74,10 @@ impl fmt::Display for UnusableCertificate {
 }
 
 impl ClientCertificate {
-    /// Parses a chain that a client has presented, its own certificate first.
+    /// Parses the chain that a client has presented. Its own certificate comes first.
     ///
     /// # Errors
-    /// When it is malformed, exceeds a bound, or has a name that cannot be printed.
+    /// If it is malformed, exceeds a bound, or has a name that cannot be printed.
     pub fn parse(chain: &[CertificateDer<'_>]) -> Result<Self, UnusableCertificate> {
         let total: usize = chain.iter().map(|certificate| certificate.len()).sum();
         let first = chain.first().ok_or(UnusableCertificate("there is no certificate"))?;
@@ -118,7 +118,7 @@ impl ClientCertificate {
         self.not_after
     }
 
-    /// The chain as it was presented, to verify it again.
+    /// The chain as it was presented, for verifying it again.
     pub(crate) fn chain(&self) -> &[CertificateDer<'static>] {
         &self.chain
     }
@@ -155,7 +155,7 @@ fn push_attribute(
     text.push_str(short.unwrap_or(&id));
     text.push('=');
     let Ok(value) = attribute.as_str() else {
-        // As RFC 4514 writes what is no text that it can read.
+        // RFC 4514 requires this form for values that are not text.
         text.push('#');
         for byte in attribute.as_slice().iter().take(SUBJECT_MAX_BYTES) {
             // Writing to a String cannot fail.
@@ -188,7 +188,7 @@ fn names(certificate: &X509Certificate<'_>) -> Result<Vec<CertificateName>, Unus
             GeneralName::URI(text) => (text, CertificateName::Uri),
             GeneralName::RFC822Name(text) => (text, CertificateName::Email),
             GeneralName::Invalid(..) => return Err(MALFORMED),
-            // No client is known by one of the others.
+            // The other kinds of names do not identify clients.
             _ => continue,
         };
         if text.is_empty() || text.len() > NAME_MAX_BYTES || !text.bytes().all(|byte| byte.is_ascii_graphic())

@@ -1,27 +1,29 @@
-//! [`Credential`]: what the `authorization` header of a request brings. Pure. Headers are hostile until they are parsed here.
+//! [`Credential`]: parses the `authorization` header of a request. Pure. Headers are hostile until they are parsed
+//! here.
 
 use super::rejection::Rejection;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use std::fmt;
 
-/// Longest value of the header in bytes. Tokens of identity providers have one to four thousand.
+/// Maximum length of the header's value in bytes. Tokens of identity providers have one to four thousand bytes.
 pub const CREDENTIAL_MAX_BYTES: usize = 16 * 1024;
-/// Longest user name in bytes.
+/// Maximum length of a user name in bytes.
 pub const USER_MAX_BYTES: usize = 128;
-/// Longest password in bytes: bcrypt ignores what follows, so a longer one would be half a password.
+/// Maximum length of a password in bytes. bcrypt ignores further bytes, so a longer password would be only partly
+/// checked.
 pub const PASSWORD_MAX_BYTES: usize = 72;
 
-/// A credential, not checked yet. `Debug` shows no secret.
+/// A credential that is not checked yet. `Debug` shows no secret.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credential<'a> {
     /// A token (RFC 6750).
     Bearer(&'a str),
     /// A user and a password (RFC 7617).
     Basic {
-        /// The user, in printable characters without a colon.
+        /// The user name: printable characters without a colon.
         user: String,
-        /// The password, in any bytes but NUL.
+        /// The password: any bytes except NUL.
         password: Vec<u8>,
     },
 }
@@ -39,7 +41,7 @@ impl<'a> Credential<'a> {
     /// The credential in these headers; `None` if there is none.
     ///
     /// # Errors
-    /// `Malformed` if there are several, or one that cannot be understood.
+    /// `Malformed` if there are several headers, or one that cannot be parsed.
     pub fn parse(headers: &'a HeaderMap) -> Result<Option<Self>, Rejection> {
         let mut values = headers.get_all(AUTHORIZATION).iter();
         match (values.next(), values.next()) {
@@ -87,7 +89,7 @@ impl<'a> Credential<'a> {
     }
 }
 
-/// Whether a name can be that of a user of Basic.
+/// Whether a text can be a user name for Basic authentication.
 pub fn is_user(user: &str) -> bool {
     !user.is_empty()
         && user.len() <= USER_MAX_BYTES
@@ -95,7 +97,7 @@ pub fn is_user(user: &str) -> bool {
         && !user.chars().any(char::is_control)
 }
 
-/// The characters of a token in a header (RFC 9110, 11.2). A comma would begin another credential.
+/// The characters of a token in a header (RFC 9110, 11.2). A comma would start another credential.
 fn is_token68(text: &str) -> bool {
     let body = text.trim_end_matches('=');
     !body.is_empty() && body.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte))
@@ -152,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_credential_is_refused_without_repeating_it() {
+    fn an_invalid_credential_is_refused_without_repeating_it() {
         let long = format!("Bearer {}", "x".repeat(CREDENTIAL_MAX_BYTES));
         let mut values: Vec<Vec<u8>> = [
             "",

@@ -1,8 +1,8 @@
-//! The tables of `docs/securing.md`, for the tests that hold them equal to the code.
+//! The tables of `docs/securing.md`, for the tests that compare them with the code.
 
 const DOCUMENT: &str = include_str!("../../docs/securing.md");
 
-/// The rows of the table below a heading: what is in backquotes in the first two cells. "any" is a text of its own.
+/// The rows of the table below a heading: the texts in backquotes in the first two cells. "any" also counts as a text.
 pub(crate) fn table(heading: &str) -> Vec<(Vec<&'static str>, Vec<&'static str>)> {
     let section = DOCUMENT.split(&format!("\n{heading}\n")).nth(1).unwrap();
     let rows = section.lines().skip_while(|line| !line.starts_with("| `"));
@@ -15,7 +15,7 @@ pub(crate) fn table(heading: &str) -> Vec<(Vec<&'static str>, Vec<&'static str>)
     rows.collect()
 }
 
-/// How the documentation writes the permissions of a method.
+/// The permissions of a method in the notation of the documentation.
 pub(crate) fn written(permissions: super::permission::Permissions) -> Vec<&'static str> {
     if permissions == super::permission::ANY {
         return vec!["any"];

@@ -1,4 +1,4 @@
-//! [`CertificateGrant`]: which roles a client certificate gives. Pure.
+//! [`CertificateGrant`]: the roles that a client certificate gives. Pure.
 
 use super::{
     certificate::{CertificateName, ClientCertificate},
@@ -13,17 +13,18 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// The part of a certificate that a grant is about.
+/// The part of a certificate that a grant examines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CertificateField {
     /// The subject, as `openssl x509 -subject -nameopt RFC2253` prints it.
     Subject,
-    /// One of the alternative names: a URI if the pattern has a colon, an e-mail address if it has an "@" and no colon, and else a
-    /// host. An authority may check these kinds in different ways, so one never stands for another.
+    /// One of the alternative names: a URI if the pattern has a colon, an e-mail address if it has an "@" and no colon,
+    /// and a host name otherwise. An authority may check these kinds in different ways, so a name of one kind never
+    /// matches a pattern of another kind.
     Name,
 }
 
-/// What a pattern is compared with.
+/// The kind of text that a pattern is compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CertificatePart {
     Subject,
@@ -43,7 +44,7 @@ impl CertificatePart {
     }
 }
 
-/// Roles for the holders of certificates.
+/// Roles for holders of certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertificateGrant {
     part: CertificatePart,
@@ -56,7 +57,7 @@ impl CertificateGrant {
     /// Parses a grant.
     ///
     /// # Errors
-    /// Why the pattern is none.
+    /// Why the pattern is not valid.
     pub fn parse(
         field: CertificateField,
         pattern: &str,
@@ -77,7 +78,7 @@ impl CertificateGrant {
     }
 }
 
-/// The kind of a name, what a principal's name begins with for it, and its text.
+/// The kind of a name, the prefix of its principal's name, and its text.
 fn taken_apart(name: &CertificateName) -> (CertificatePart, &'static str, &str) {
     match name {
         CertificateName::Dns(text) => (CertificatePart::Dns, "DNS", text),
@@ -86,8 +87,9 @@ fn taken_apart(name: &CertificateName) -> (CertificatePart, &'static str, &str) 
     }
 }
 
-/// The holder of a certificate as principals are named: the subject, or else the first alternative name with its kind, or else the
-/// fingerprint. The text of a name could be that of a subject, but no subject begins with the word of a kind and a colon.
+/// The name of a certificate's holder in the name of its principal: the subject or, without one, the first alternative
+/// name with its kind or, without one, the fingerprint. The text of an alternative name could equal a subject, but no
+/// subject begins with the word of a kind and a colon.
 fn holder(certificate: &ClientCertificate) -> String {
     match (certificate.subject(), certificate.names().first()) {
         ("", Some(name)) => {
@@ -99,10 +101,10 @@ fn holder(certificate: &ClientCertificate) -> String {
     }
 }
 
-/// The principal of the holder of a certificate, with the roles of all grants that cover it.
+/// The principal of a certificate's holder, with the roles of all matching grants.
 ///
 /// # Errors
-/// `Invalid` for a role that does not exist.
+/// `Invalid` if a role does not exist.
 pub(super) fn principal(
     certificate: &ClientCertificate,
     grants: &[CertificateGrant],
@@ -119,7 +121,7 @@ pub(super) fn principal(
 /// The end of the validity of a certificate.
 pub(super) fn end(certificate: &ClientCertificate) -> SystemTime {
     let seconds = u64::try_from(certificate.not_after()).unwrap_or_default();
-    // A certificate without an end in this calendar ends with it.
+    // An end that cannot be represented counts as the start of the epoch, so the certificate has expired.
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 

@@ -1,9 +1,9 @@
 //! Signed tokens (JWT, OpenID Connect): verified with the public keys of their issuer, and mapped to roles.
 //!
-//! [`JwtVerifier`] is a thin shell: it picks the rules by the issuer and the audience of a token, and fetches keys
-//! ([`cache`](self)). What a token means is decided by [`IssuerRules`], whose arguments are the keys and the time. Everything in
-//! a token is hostile until its signature was checked: its length, its depth and the number of its parts are bounded, and
-//! nothing in it says where keys are.
+//! [`JwtVerifier`] is a thin shell: it selects the rules by the issuer and the audience of a token, and fetches keys
+//! ([`cache`](self)). [`IssuerRules`] decides whether a token is accepted; the keys and the time are its arguments.
+//! Everything in a token is hostile until its signature was checked: its length, its depth and the number of its parts
+//! are bounded, and it cannot determine where keys are fetched.
 
 mod algorithm;
 mod cache;
@@ -42,16 +42,16 @@ use std::{sync::Arc, time::SystemTime};
 use token::UnverifiedToken;
 use tokio::runtime::Handle;
 
-/// An issuer, as configured.
+/// The settings of an issuer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JwtSettings {
-    /// Which of its tokens are accepted.
+    /// The rules for its tokens.
     pub rules: IssuerSettings,
-    /// Where its keys are.
+    /// The location of its keys.
     pub keys: KeySettings,
 }
 
-/// Verifies tokens of all configured issuers. A reload makes a new one.
+/// Verifies tokens of all configured issuers. A reload creates a new verifier.
 #[derive(Debug, Default)]
 pub struct JwtVerifier {
     issuers: Vec<TrustedIssuer>,
@@ -63,7 +63,7 @@ struct TrustedIssuer {
     keys: Arc<KeyCache>,
 }
 
-/// Checks the files with keys of issuers. Keys at URLs are not fetched.
+/// Checks the key files of issuers. Keys at URLs are not fetched.
 ///
 /// # Errors
 /// Which file cannot be used, and why.
@@ -81,7 +81,8 @@ fn unusable_keys(rules: &IssuerSettings, keys: &KeySettings, problem: &str) -> S
 }
 
 impl JwtVerifier {
-    /// A verifier with these issuers. It takes keys over from the `previous` one where their settings are the same.
+    /// Creates a verifier for these issuers. It reuses the keys of the `previous` verifier for issuers with the same
+    /// settings.
     ///
     /// # Errors
     /// Which setting is wrong, or which file cannot be read.
@@ -129,7 +130,8 @@ impl JwtVerifier {
         }
     }
 
-    /// The issuer that a token names, with the rules for its audience. Without such rules, the first ones say what is wrong.
+    /// The issuer that a token names, with the rules for its audience. If no rules match the audience, returns the
+    /// first rules of the issuer, which then report the mismatch.
     fn issuer_of(&self, token: &UnverifiedToken<'_>) -> Result<&TrustedIssuer, TokenRefusal> {
         let of_issuer = || self.issuers.iter().filter(|issuer| issuer.rules.issuer() == token.issuer);
         let found =
@@ -159,7 +161,7 @@ impl From<TokenRefusal> for Rejection {
     fn from(refusal: TokenRefusal) -> Self {
         match refusal.kind {
             RefusalKind::Malformed => Self::Malformed(refusal.message()),
-            // The reason names addresses of this server's network.
+            // The reason contains addresses in this server's network.
             RefusalKind::KeysUnavailable => Self::Unavailable(refusal.message()),
             RefusalKind::Expired | RefusalKind::NotYetValid => Self::Expired(refusal.message()),
             RefusalKind::Issuer | RefusalKind::Audience | RefusalKind::Algorithm | RefusalKind::Claims => {

@@ -1,7 +1,7 @@
-//! [`AccessLoader`]: makes the rules from the settings and the files that they name, and again when these change.
+//! [`AccessLoader`]: builds the rules from the settings and their files, and rebuilds them when these change.
 //!
-//! A file that cannot be used changes nothing at a reload, and is a reason not to start. A file that does not exist is empty, so
-//! that removing it takes all credentials in it away.
+//! If a file cannot be used, the server does not start, and a reload changes nothing. A missing file counts as empty,
+//! so removing a file removes all credentials in it.
 
 use super::{
     authenticator::{AccessRules, Authenticator, CredentialSources, SignedTokens},
@@ -24,22 +24,22 @@ use tokio::{runtime::Handle, time::interval};
 
 /// Target of the log lines of this room.
 pub(super) const LOG: &str = "gorego::access";
-/// How often the files are looked at. They are read when two looks in a row find the same change, so that a file that is just being
-/// written, and is empty for a moment, does not take everybody's credentials away.
+/// How often the files are checked. They are read when two checks in a row find the same change. So a file that is
+/// empty for a moment while it is written does not remove the credentials.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// Largest password file in bytes.
 const PASSWORDS_MAX_BYTES: u64 = 16 * 1024 * 1024;
 
-/// See the top of this file.
+/// The loader; see the top of this file.
 #[derive(Debug)]
 pub(crate) struct AccessLoader {
     authenticator: Authenticator,
     state: Mutex<LoadedAccess>,
-    /// Where keys of issuers are fetched.
+    /// The runtime on which keys of issuers are fetched.
     runtime: Handle,
 }
 
-/// Rules that were made and are not in force yet.
+/// Rules that were built and are not in force yet.
 #[derive(Debug)]
 pub(crate) struct PreparedRules {
     rules: AccessRules,
@@ -47,7 +47,7 @@ pub(crate) struct PreparedRules {
 }
 
 impl PreparedRules {
-    /// What the rules have, for people.
+    /// A description of the rules for people.
     pub(crate) fn description(&self) -> String {
         let settings = &self.loaded.settings;
         let sources = [
@@ -65,13 +65,13 @@ impl PreparedRules {
 #[derive(Debug)]
 struct LoadedAccess {
     settings: AccessSettings,
-    /// The issuers of signed tokens; `None` for a server without them. They look after their keys themselves.
+    /// The verifier of signed tokens; `None` without issuers. It fetches and renews its keys itself.
     signed: Option<Arc<JwtVerifier>>,
-    /// What the files in force were like when they were read.
+    /// The stamps of the files in force when they were read.
     stamps: CredentialStamps,
-    /// What the files were like that were read since then and cannot be used.
+    /// The stamps of files that were read since then and cannot be used.
     refused: Option<CredentialStamps>,
-    /// What the files were like at the last look, if that was different.
+    /// The stamps of the files at the last check, if they were different.
     seen: Option<CredentialStamps>,
 }
 
@@ -80,8 +80,8 @@ impl LoadedAccess {
         Self { settings, signed, stamps, refused: None, seen: None }
     }
 
-    /// Whether the files have to be read, now that they are like this.
-    fn is_news(&mut self, found: &CredentialStamps) -> bool {
+    /// Whether the files with these stamps must be read.
+    fn has_changed(&mut self, found: &CredentialStamps) -> bool {
         if *found == self.stamps || self.refused.as_ref() == Some(found) {
             self.seen = None;
             return false;
@@ -92,10 +92,10 @@ impl LoadedAccess {
     }
 }
 
-/// The stamps of all files; `None` for one that is missing.
+/// The stamps of all files; `None` for a missing file.
 type CredentialStamps = Vec<Option<CredentialStamp>>;
 
-/// What changes when a file is replaced or written.
+/// The attributes that change when a file is replaced or written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct CredentialStamp {
     device: u64,
@@ -104,7 +104,7 @@ struct CredentialStamp {
     changed: (i64, i64),
 }
 
-/// Checks the files that the settings name, without a server. Keys of issuers are not fetched.
+/// Checks the files of the settings without a server. Keys of issuers are not fetched.
 ///
 /// # Errors
 /// `Invalid` that names the file that cannot be used.
@@ -114,12 +114,12 @@ pub(crate) fn check_files(settings: &AccessSettings) -> Result<()> {
 }
 
 impl AccessLoader {
-    /// Makes the first rules. Keys of issuers are fetched on `runtime`.
+    /// Builds the first rules. Keys of issuers are fetched on `runtime`.
     ///
     /// # Errors
     /// `Invalid` that names the file that cannot be used.
     pub(crate) fn open(settings: AccessSettings, runtime: &Handle) -> Result<Self> {
-        // Before the files are read: a change in between is noticed at the first look.
+        // The stamps are read before the files, so a change in between is noticed at the first check.
         let stamps = stamps(&settings);
         let signed = signed_tokens(&settings, None, runtime)?;
         let authenticator = Authenticator::new(load(&settings, signed.clone())?);
@@ -132,7 +132,8 @@ impl AccessLoader {
         &self.authenticator
     }
 
-    /// Makes rules from other settings, and changes nothing yet. `None` if neither these nor the files are different.
+    /// Builds rules from other settings, but does not put them in force. `None` if neither the settings nor the files
+    /// are different.
     ///
     /// # Errors
     /// `Invalid` that names the file that cannot be used.
@@ -147,8 +148,8 @@ impl AccessLoader {
         Ok(Some(PreparedRules { rules, loaded: LoadedAccess::new(settings, signed, stamps) }))
     }
 
-    /// Puts prepared rules in force. Files that have changed since they were prepared are read again, so that no token is accepted
-    /// any more that was revoked meanwhile. Blocks.
+    /// Puts prepared rules in force. Files that have changed since then are read again, so that a token that was
+    /// revoked meanwhile is not accepted. Blocks.
     pub(crate) fn apply(&self, prepared: PreparedRules) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         *state = prepared.loaded;
@@ -161,38 +162,38 @@ impl AccessLoader {
         }
     }
 
-    /// Looks at the files until the server ends.
+    /// Checks the files periodically until the server ends.
     pub(crate) async fn watch(self: Arc<Self>) {
         let mut ticks = interval(LOOK_INTERVAL);
         loop {
             ticks.tick().await;
             let loader = self.clone();
-            // A panic was logged, and the next look is a new one.
+            // A panic was logged, and the next check starts anew.
             let _ = tokio::task::spawn_blocking(move || loader.look()).await;
         }
     }
 
-    /// Reads the files again if one of them has changed. Logs the refusals that were counted too.
+    /// Reads the files again if one of them has changed. Also logs the refusals that were counted.
     fn look(&self) {
-        self.authenticator.audit().tell_counted();
+        self.authenticator.audit().log_counted();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let found = stamps(&state.settings);
-        if state.is_news(&found) {
+        if state.has_changed(&found) {
             // The outcome is in the log.
             let _ = self.read_again(&mut state, self.sources(), found);
         }
     }
 
-    /// The sources in force.
+    /// The credential sources in force.
     fn sources(&self) -> CredentialSources {
         self.authenticator.rules().sources().clone()
     }
 
-    /// Reads the files and puts what they contain in force. A file that cannot be used leaves the credentials of its kind as they are in
-    /// `sources`, and does not keep a token of another file alive that was revoked.
+    /// Reads the files and puts their content in force. If a file cannot be used, the credentials of its kind stay as
+    /// they are in `sources`. Revoked tokens in the other files are removed anyway.
     ///
     /// # Errors
-    /// Why the file with the tokens cannot be used.
+    /// Why the file of tokens cannot be used.
     fn read_again(
         &self,
         state: &mut LoadedAccess,
@@ -218,11 +219,11 @@ impl AccessLoader {
         tokens
     }
 
-    /// Removes static tokens from their file, and refuses them from now on. Returns what was removed. Blocks.
+    /// Removes static tokens from their file, and refuses them from now on. Returns the removed tokens. Blocks.
     ///
     /// # Errors
-    /// `NotFound` for an id that is unknown, and then no token is revoked; `Precondition` if the server has no tokens, or cannot
-    /// change their file.
+    /// `NotFound` if an id is unknown, in which case no token is revoked; `Precondition` if the server has no tokens,
+    /// or cannot change their file.
     pub(crate) fn revoke(&self, ids: &[String]) -> Result<Vec<TokenRecord>> {
         let path = self.state.lock().unwrap_or_else(PoisonError::into_inner).settings.tokens.clone();
         let path = path
@@ -235,7 +236,7 @@ impl AccessLoader {
     }
 }
 
-/// The issuers of signed tokens. Keys of a previous verifier are kept where their settings are the same.
+/// Creates the verifier of signed tokens. Keys of a previous verifier are reused where the settings are the same.
 fn signed_tokens(
     settings: &AccessSettings,
     previous: Option<&JwtVerifier>,
@@ -248,7 +249,7 @@ fn signed_tokens(
     verifier.map(|verifier| Some(Arc::new(verifier))).map_err(Error::Invalid)
 }
 
-/// Logs what an attempt to fetch the keys of an issuer has led to.
+/// Logs the outcome of an attempt to fetch the keys of an issuer.
 fn log_keys(location: &JwksLocation, fetched: std::result::Result<&KeySet, &str>) {
     match fetched {
         Ok(keys) => Event::info(LOG, "jwks_loaded")
@@ -378,7 +379,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_that_is_empty_for_a_moment_takes_nobodys_token_away() {
+    async fn a_briefly_empty_token_file_revokes_no_token() {
         let bench = Bench::new();
         let token = bench.token();
         bench.look(2);

@@ -1,8 +1,8 @@
-//! [`Permission`]: what a request may need, and [`PermissionSet`]. Pure.
+//! [`Permission`] and [`PermissionSet`]: the permissions that requests need. Pure.
 
 use std::fmt;
 
-/// What a request may need. The text of each in the configuration is [`Permission::name`].
+/// A permission that a request may need. Its text in the configuration is [`Permission::name`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Permission {
     /// To read blobs and trees.
@@ -17,9 +17,10 @@ pub enum Permission {
     Execute,
     /// To see, cancel and delete the operations that the principal itself has begun, and to read their live output.
     OperationsOwn,
-    /// The same for the operations of everybody. It includes [`Permission::OperationsOwn`].
+    /// The same for the operations of all principals. It includes [`Permission::OperationsOwn`].
     OperationsAll,
-    /// To fetch assets. Pushing them also takes [`Permission::AcWrite`], because others are served what was pushed.
+    /// To fetch assets. Pushing assets also requires [`Permission::AcWrite`], because pushed assets are served to
+    /// others.
     Assets,
     /// To read and write log streams of clients.
     Logs,
@@ -29,11 +30,11 @@ pub enum Permission {
     Admin,
 }
 
-/// The permissions of a method. A request needs one of them: the first, unless its handler asks for another, which depends on
-/// the resource. A method without permissions is open to everybody, and nobody is authenticated for it.
+/// The permissions of a method. A request needs one of them: usually the first, but the handler may require another
+/// one, depending on the resource. A method without permissions is open to all clients without authentication.
 pub type Permissions = &'static [Permission];
 
-/// The permissions of a method that everybody may call who may do anything at all.
+/// The permissions of a method that requires any one permission.
 pub const ANY: Permissions = &Permission::ALL;
 
 impl Permission {
@@ -93,7 +94,7 @@ impl PermissionSet {
     /// Every permission.
     pub const ALL: Self = Self::of(&Permission::ALL);
 
-    /// The set of these permissions, with those that they include.
+    /// The set of these permissions and those that they include.
     pub const fn of(permissions: &[Permission]) -> Self {
         let (mut bits, mut index) = (0, 0);
         while index < permissions.len() {
@@ -112,7 +113,7 @@ impl PermissionSet {
         self.0 & permission.bit() != 0
     }
 
-    /// Whether one of these permissions is in the set.
+    /// Whether at least one of these permissions is in the set.
     pub fn has_any_of(self, permissions: &[Permission]) -> bool {
         permissions.iter().any(|permission| self.contains(*permission))
     }
@@ -127,7 +128,7 @@ impl PermissionSet {
         Self(bits)
     }
 
-    /// The permissions of both sets.
+    /// The union of both sets.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
@@ -163,11 +164,11 @@ mod tests {
     }
 
     #[test]
-    fn who_may_see_the_operations_of_everybody_may_see_its_own() {
+    fn permission_to_see_all_operations_includes_the_principals_own() {
         assert!(PermissionSet::of(&[Permission::OperationsAll]).contains(Permission::OperationsOwn));
         assert!(!PermissionSet::of(&[Permission::OperationsOwn]).contains(Permission::OperationsAll));
         assert!(!PermissionSet::of(&[Permission::OperationsOwn]).has_any_of(&[Permission::Admin]));
-        // What a permission includes does not make it one.
+        // A permission that includes another one is not included by it.
         assert!(!PermissionSet::of(&[Permission::OperationsOwn]).has_any_of(&[Permission::OperationsAll]));
     }
 }

@@ -1,8 +1,9 @@
-//! [`Policy`]: who may do what. Pure. It is asked by the [`gate`](crate::gate) alone, for both ports.
+//! [`Policy`]: decides which principal has which permission. Pure. Only the [`gate`](crate::gate) asks it, for both
+//! ports.
 //!
-//! Two things have to permit a request: the roles of its principal, and the rules of the instance
-//! ([`InstancePolicy`](crate::instance::InstancePolicy)), which hold for everybody. Roles are asked first, by the name of the
-//! instance, so that a client without a role for it does not learn whether there is such an instance.
+//! A request needs two permissions: from the roles of its principal, and from the settings of the instance
+//! ([`InstancePolicy`](crate::instance::InstancePolicy)), which apply to all clients. Roles are checked first, by the
+//! name of the instance. So a client without a role for an instance does not learn whether the instance exists.
 
 use super::{
     permission::{Permission, PermissionSet},
@@ -16,24 +17,25 @@ use std::{collections::BTreeMap, sync::Arc};
 /// The document to which denials refer.
 const HELP: &str = "docs/securing.md";
 
-/// See the top of this file.
+/// The policy; see the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     roles: BTreeMap<String, Arc<Role>>,
-    /// The roles of everybody, with and without a credential.
+    /// The roles that all clients have, with and without a credential.
     everybody: Vec<Arc<Role>>,
-    /// Whether clients can have credentials.
+    /// Whether this server accepts credentials.
     has_credentials: bool,
 }
 
 impl Policy {
-    /// The policy of a server without credentials: everybody has these permissions everywhere, as far as instances allow it.
+    /// The policy of a server without credentials: all clients have these permissions in all instances, as far as the
+    /// instances allow it.
     pub fn without_credentials(permissions: PermissionSet) -> Self {
         Self::new([], &[], false, Some(permissions))
     }
 
-    /// The policy with the ready-made roles and these. Everybody has the roles with the given names, as far as they exist, and the
-    /// permissions in `everything`.
+    /// The policy with the predefined roles and these roles. All clients have the roles with the given names, as far as
+    /// these exist, and the permissions in `everything`.
     pub fn new(
         own: impl IntoIterator<Item = Role>,
         everybody: &[String],
@@ -57,7 +59,7 @@ impl Policy {
         Self::new(own, &everybody, true, None)
     }
 
-    /// Whether clients can have credentials.
+    /// Whether this server accepts credentials.
     pub fn has_credentials(&self) -> bool {
         self.has_credentials
     }
@@ -67,7 +69,7 @@ impl Policy {
         self.roles.values().map(|role| &**role)
     }
 
-    /// The roles of everybody.
+    /// The roles that all clients have.
     pub fn everybody(&self) -> &[Arc<Role>] {
         &self.everybody
     }
@@ -75,7 +77,7 @@ impl Policy {
     /// The roles with these names.
     ///
     /// # Errors
-    /// `Invalid` for a name that is unknown.
+    /// `Invalid` if a name is unknown.
     pub fn roles_named(&self, names: &[String]) -> Result<Vec<Arc<Role>>> {
         names.iter().map(|name| self.role(name)).collect()
     }
@@ -94,8 +96,8 @@ impl Policy {
     /// Checks that a principal has a permission in the instance with this name.
     ///
     /// # Errors
-    /// `Denied`, or `Unauthenticated` if the client has shown no credential but could. The text names the permission, and how to
-    /// get it.
+    /// `Denied`, or `Unauthenticated` if the client has sent no credential but could. The text names the permission and
+    /// explains how to get it.
     pub fn permit(&self, principal: &Principal, instance_name: &str, permission: Permission) -> Result<()> {
         if principal.may(instance_name, permission) {
             return Ok(());
@@ -104,7 +106,7 @@ impl Policy {
         Err(self.denial(principal, &[permission], &place, |role| role.permissions_in(instance_name)))
     }
 
-    /// Checks that a principal has one of these permissions in some instance.
+    /// Checks that a principal has one of these permissions in at least one instance.
     ///
     /// # Errors
     /// As [`Policy::permit`].
@@ -166,7 +168,7 @@ impl Policy {
     }
 }
 
-/// Checks what an instance allows to all of its clients, whatever their roles are.
+/// Checks that the settings of an instance allow a permission to its clients, whatever their roles are.
 ///
 /// # Errors
 /// `Denied`, with the setting that forbids it.

@@ -1,4 +1,4 @@
-//! [`Principal`]: who asks, as far as it has proved that. Pure.
+//! [`Principal`]: the proven identity of a client. Pure.
 
 use super::{
     permission::{Permission, PermissionSet},
@@ -11,32 +11,32 @@ use std::{
     time::SystemTime,
 };
 
-/// Longest name of a principal in bytes.
+/// Maximum length of a principal's name in bytes.
 pub const NAME_MAX_BYTES: usize = 256;
 /// The name of every client without a credential.
 pub const ANONYMOUS: &str = "anonymous";
 
-/// Who asks. Cheap to clone.
+/// The identity of a client, with its roles. Cheap to clone.
 #[derive(Clone)]
 pub struct Principal(Arc<PrincipalState>);
 
 struct PrincipalState {
     kind: PrincipalKind,
     name: Box<str>,
-    /// The number of the name.
+    /// The number that stands for the name.
     id: PrincipalId,
-    /// What the name was made of.
+    /// The part of the name after the prefix, before it was made printable.
     detail: Box<str>,
     roles: Vec<Arc<Role>>,
     expires: Option<SystemTime>,
-    /// Differs between two credentials of the same client.
+    /// A number that differs between two credentials of the same client.
     mark: u64,
 }
 
-/// By what a principal is known.
+/// The kind of credential that identifies a principal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PrincipalKind {
-    /// It has shown no credential.
+    /// The client has sent no credential.
     Anonymous,
     /// A static token.
     Token,
@@ -61,8 +61,9 @@ impl PrincipalKind {
 }
 
 impl Principal {
-    /// A principal with these roles. `detail` is the id of a token, a user, the subject of a certificate, or issuer and subject of a
-    /// signed token (`ISSUER#SUBJECT`); it is empty for an anonymous one. In the name, it is made printable and cut.
+    /// A principal with these roles. `detail` is the id of a token, a user, the subject of a certificate, or issuer and
+    /// subject of a signed token (`ISSUER#SUBJECT`). It is empty for an anonymous client. In the name, it is made
+    /// printable and shortened.
     pub fn new(
         kind: PrincipalKind,
         detail: &str,
@@ -72,7 +73,7 @@ impl Principal {
         Self::marked(kind, detail, roles, expires, 0)
     }
 
-    /// The same, with a number that changes when the client gets another credential.
+    /// Like [`Principal::new`], with a number that changes when the client gets another credential.
     pub fn marked(
         kind: PrincipalKind,
         detail: &str,
@@ -85,24 +86,24 @@ impl Principal {
         Self(Arc::new(PrincipalState { kind, name, id, detail: detail.into(), roles, expires, mark }))
     }
 
-    /// A client without a credential, which has these roles.
+    /// An anonymous client with these roles.
     pub fn anonymous(roles: Vec<Arc<Role>>) -> Self {
         Self::new(PrincipalKind::Anonymous, "", roles, None)
     }
 
-    /// A principal without any role. It is that of requests that were not authenticated.
+    /// A principal without roles, for requests that were not authenticated.
     pub fn nobody() -> &'static Self {
         static NOBODY: LazyLock<Principal> = LazyLock::new(|| Principal::anonymous(Vec::new()));
         &NOBODY
     }
 
-    /// By what it is known.
+    /// The kind of its credential.
     pub fn kind(&self) -> PrincipalKind {
         self.0.kind
     }
 
-    /// Its name: `anonymous`, `token:ID`, `basic:USER`, `cert:SUBJECT` or `jwt:ISSUER#SUBJECT`. It is printable, has at most
-    /// [`NAME_MAX_BYTES`], and is no secret.
+    /// Its name: `anonymous`, `token:ID`, `basic:USER`, `cert:SUBJECT` or `jwt:ISSUER#SUBJECT`. It is printable, has at
+    /// most [`NAME_MAX_BYTES`], and is not secret.
     pub fn name(&self) -> &str {
         &self.0.name
     }
@@ -127,28 +128,29 @@ impl Principal {
         self.0.expires
     }
 
-    /// Whether it has shown no credential.
+    /// Whether the client has sent no credential.
     pub fn is_anonymous(&self) -> bool {
         self.0.kind == PrincipalKind::Anonymous
     }
 
-    /// Whom the shares of its operations belong to: itself, if it has proved who it is, or else the peer that it calls from.
+    /// The peer that its shares belong to: the principal itself, or the calling peer if the client is anonymous.
     pub(crate) fn peer(&self, caller: Peer) -> Peer {
         if self.is_anonymous() { caller } else { Peer::Principal(self.0.id) }
     }
 
-    /// Whether both are the same client, as far as this server can tell. Their roles may differ, after a change of the rules.
+    /// Whether both are the same client, as far as this server can tell. Their roles may differ after a change of the
+    /// rules.
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0) || self.name() == other.name()
     }
 
-    /// What it may do in the instance with this name.
+    /// Its permissions in the instance with this name.
     pub fn permissions_in(&self, instance_name: &str) -> PermissionSet {
         let roles = self.roles().iter();
         roles.fold(PermissionSet::default(), |all, role| all.and(role.permissions_in(instance_name)))
     }
 
-    /// What it may do in some instance.
+    /// Its permissions in any instance.
     pub fn permissions_anywhere(&self) -> PermissionSet {
         let roles = self.roles().iter();
         roles.fold(PermissionSet::default(), |all, role| all.and(role.permissions_anywhere()))
@@ -186,19 +188,20 @@ impl PartialEq for Principal {
 
 impl Eq for Principal {}
 
-/// Two details that are cut to the same name would be the same principal, so a cut name ends with a hash of the whole detail.
+/// Makes a name printable and bounded. Two details could be shortened to the same name, so a shortened name ends with a
+/// hash of the whole detail.
 fn printable(prefix: &str, detail: &str) -> String {
     const CUT_HASH_CHARS: usize = 32;
     let mut name = String::from(prefix);
     for character in detail.chars() {
         match character {
-            // The escape character is escaped, so that different details have different names.
+            // The escape character is escaped too, so that different details have different names.
             '\\' => name.push_str("\\\\"),
             ' '..='~' => name.push(character),
             other => name.extend(other.escape_unicode()),
         }
     }
-    // Only cut names have the greatest length, so no other detail can spell one.
+    // Only shortened names have the maximum length, so no other detail can produce the same name.
     if name.len() >= NAME_MAX_BYTES {
         let hash = gorego_reapi::digest::DigestFunction::Sha256.digest(detail.as_bytes()).hash_hex();
         name.truncate(NAME_MAX_BYTES - CUT_HASH_CHARS - 3);

@@ -1,27 +1,27 @@
-//! [`Rejection`]: why a credential is refused. Its text is for the client and for logs, and has no secret in it. Pure.
+//! [`Rejection`]: why a credential is refused. The text is for the client and for logs, and contains no secret. Pure.
 
 use gorego_reapi::error::Error;
 use std::{fmt, time::Duration};
 
-/// See the top of this file.
+/// The reason; see the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rejection {
-    /// The request cannot be understood as having one credential.
+    /// The request does not have exactly one well-formed credential.
     Malformed(String),
     /// There is no such credential, or it was revoked.
     Refused(String),
-    /// The credential has expired, or is not valid yet.
+    /// The credential has expired or is not valid yet.
     Expired(String),
     /// The credential is genuine, but not for this server.
     Unaccepted(String),
-    /// Too many credentials are being checked, or were wrong. The request may be tried again after this time.
+    /// Too many credentials are being checked, or too many were wrong. The client may try again after this time.
     TooMany(String, Duration),
     /// The credential cannot be checked now, for example because the keys of its issuer cannot be fetched.
     Unavailable(String),
 }
 
 impl Rejection {
-    /// A rejection of a credential that is wrong.
+    /// A rejection of a wrong credential.
     pub fn refused(why: impl Into<String>) -> Self {
         Self::Refused(why.into())
     }

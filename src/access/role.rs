@@ -1,4 +1,4 @@
-//! [`Role`]: a named set of permissions for instances, and the roles that every server has. Pure.
+//! [`Role`]: a named set of permissions for instances, and the predefined roles. Pure.
 
 use super::permission::{
     Permission::{self, AcRead, AcWrite, Assets, CasRead, CasWrite, Execute, Logs, OperationsOwn},
@@ -6,19 +6,19 @@ use super::permission::{
 };
 use gorego_reapi::instance_name::check_instance_name;
 
-/// Which instances a role is for.
+/// The instances that a role applies to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InstancePattern {
-    /// `*`: all of them.
+    /// `*`: all instances.
     Every,
     /// The instance with this name.
     Named(String),
-    /// `NAME/*`: those whose names begin with this name and a slash. The text here has the slash.
+    /// `NAME/*`: the instances whose names begin with this name and a slash. The stored text includes the slash.
     Below(String),
 }
 
 impl InstancePattern {
-    /// Parses a pattern; `None` if it is none.
+    /// Parses a pattern; `None` if it is not valid.
     pub fn parse(text: &str) -> Option<Self> {
         if text == "*" {
             return Some(Self::Every);
@@ -32,7 +32,7 @@ impl InstancePattern {
         }
     }
 
-    /// Whether an instance with this name is meant.
+    /// Whether the pattern matches the instance with this name.
     pub fn covers(&self, name: &str) -> bool {
         match self {
             Self::Every => true,
@@ -42,14 +42,15 @@ impl InstancePattern {
     }
 }
 
-/// See the top of this file.
+/// The role; see the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Role {
-    /// Its name, by which principals are given it.
+    /// The name that is used to assign it to principals.
     pub name: String,
-    /// What it permits.
+    /// The permissions that it gives.
     pub permissions: PermissionSet,
-    /// In which instances. Permissions that are about the whole server, such as `metrics`, hold if any instance is listed.
+    /// The instances that it applies to. Permissions for the whole server, such as `metrics`, are given if any instance
+    /// is listed.
     pub instances: Vec<InstancePattern>,
 }
 
@@ -58,9 +59,9 @@ pub struct Role {
 pub struct ReadyMade {
     /// Its name.
     pub name: &'static str,
-    /// What it permits, in all instances.
+    /// Its permissions, in all instances.
     pub permissions: &'static [Permission],
-    /// For whom it is.
+    /// A description of its users.
     pub purpose: &'static str,
 }
 
@@ -95,13 +96,13 @@ impl Role {
         Self { name: name.to_owned(), permissions, instances: vec![InstancePattern::Every] }
     }
 
-    /// What it permits in the instance with this name.
+    /// Its permissions in the instance with this name.
     pub fn permissions_in(&self, instance_name: &str) -> PermissionSet {
         let covers = self.instances.iter().any(|pattern| pattern.covers(instance_name));
         if covers { self.permissions } else { PermissionSet::default() }
     }
 
-    /// What it permits in some instance.
+    /// Its permissions in any instance.
     pub fn permissions_anywhere(&self) -> PermissionSet {
         if self.instances.is_empty() { PermissionSet::default() } else { self.permissions }
     }

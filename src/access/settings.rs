@@ -1,12 +1,12 @@
-//! [`AccessSettings`]: what the configuration says about access, checked.
+//! [`AccessSettings`]: the checked settings of access control.
 
 use super::{grants::CertificateGrant, jwt::JwtSettings, policy::Policy};
 use std::{collections::BTreeMap, path::PathBuf};
 
-/// See the top of this file.
+/// The settings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AccessSettings {
-    /// Who may do what.
+    /// The policy.
     pub policy: Policy,
     /// Absolute path of the list of static tokens; `None` for a server without them.
     pub tokens: Option<PathBuf>,

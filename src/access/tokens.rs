@@ -1,8 +1,8 @@
-//! Static tokens: [`TokenFile`], the list of them without their secrets, and [`TokenSet`], which knows the client of one. Pure but
-//! for [`file`](mod@file), which reads and writes the list.
+//! Static tokens: [`TokenFile`] is the list of tokens without their secrets, and [`TokenSet`] finds the client of a
+//! token. Pure, except for [`file`](mod@file), which reads and writes the list.
 //!
-//! A token is `gorego_ID_SECRET`: a public id, which may be logged, and 256 random bits. The list has the SHA-256 of the whole
-//! token, which is enough to check it: nobody can try 2^256 secrets, so a slow hash would only cost time.
+//! A token is `gorego_ID_SECRET`: a public id, which may be logged, and 256 random bits. The list has the SHA-256 of
+//! the whole token. A slow hash is not necessary, because nobody can try 2^256 secrets.
 
 pub mod file;
 
@@ -23,19 +23,19 @@ use std::{
 };
 use subtle::ConstantTimeEq as _;
 
-/// The beginning of each token, by which people and scanners for secrets recognise one.
+/// The prefix of each token, by which people and secret scanners recognise one.
 pub const PREFIX: &str = "gorego_";
-/// Most tokens of a server.
+/// Maximum number of tokens of a server.
 pub const TOKENS_MAX: usize = 10_000;
-/// Longest note in bytes.
+/// Maximum length of a note in bytes.
 pub const NOTE_MAX_BYTES: usize = 200;
-/// The bytes of an id, and of a secret.
+/// The number of bytes of an id and of a secret.
 const ID_BYTES: usize = 8;
 const SECRET_BYTES: usize = 32;
 
 /// A new token. It is shown once; the server keeps only its hash.
 pub struct NewToken {
-    /// The whole token. Secret.
+    /// The whole token, which is secret.
     pub text: String,
     /// Its id.
     pub id: String,
@@ -50,7 +50,7 @@ impl fmt::Debug for NewToken {
 }
 
 impl NewToken {
-    /// Makes a token.
+    /// Creates a random token.
     ///
     /// # Errors
     /// `Internal` if the system has no random bytes.
@@ -67,7 +67,7 @@ impl NewToken {
     }
 }
 
-/// The first bytes of a hash, by which another token with the same id would be noticed.
+/// The first bytes of a hash. They distinguish two tokens with the same id.
 fn mark(sha256: &[u8; 32]) -> u64 {
     let [a, b, c, d, e, f, g, h, ..] = *sha256;
     u64::from_le_bytes([a, b, c, d, e, f, g, h])
@@ -77,7 +77,7 @@ fn hash(token: &str) -> [u8; 32] {
     Sha256::digest(token.as_bytes()).into()
 }
 
-/// The id in a token; `None` if it has not the form of a static token.
+/// The id in a token; `None` if the text is not in the form of a static token.
 pub fn id_of(token: &str) -> Option<&str> {
     let (id, secret) = token.strip_prefix(PREFIX)?.split_once('_')?;
     let is_hex = |text: &str, bytes: usize| {
@@ -86,7 +86,7 @@ pub fn id_of(token: &str) -> Option<&str> {
     (is_hex(id, ID_BYTES) && is_hex(secret, SECRET_BYTES)).then_some(id)
 }
 
-/// What the server knows about a token.
+/// The record of a token in the list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenRecord {
@@ -103,7 +103,7 @@ pub struct TokenRecord {
     /// When it expires; `None` for never.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "humantime_serde")]
     pub expires: Option<SystemTime>,
-    /// What people remember it by.
+    /// A note for people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub note: String,
 }
@@ -122,11 +122,11 @@ mod hex_text {
     }
 }
 
-/// The list of tokens, as it lies on disk.
+/// The list of tokens in its stored form.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenFile {
-    /// The tokens in the order in which they were made.
+    /// The tokens in the order of their creation.
     #[serde(default, rename = "token", skip_serializing_if = "Vec::is_empty")]
     pub tokens: Vec<TokenRecord>,
 }
@@ -135,7 +135,7 @@ impl TokenFile {
     /// Parses a list.
     ///
     /// # Errors
-    /// `Invalid` if it is malformed, too long, or has an id twice.
+    /// `Invalid` if it is malformed or too long, or if an id is repeated.
     pub fn parse(text: &str) -> Result<Self> {
         let list: Self = toml::from_str(text).map_err(|error| Error::invalid(error.to_string().trim()))?;
         if list.tokens.len() > TOKENS_MAX {
@@ -153,7 +153,7 @@ impl TokenFile {
     /// The text of the list.
     ///
     /// # Errors
-    /// `Internal` for a time that cannot be written.
+    /// `Internal` if a time cannot be written.
     pub fn render(&self) -> Result<String> {
         const HEAD: &str = "# The static tokens of a goREgo server, by their hashes. `gorego token` changes this file, and removes other\n\
                             # comments. The server reads it again when it changes.\n\n";
@@ -178,7 +178,7 @@ impl TokenFile {
     /// Removes tokens by their ids.
     ///
     /// # Errors
-    /// `NotFound` for an id that is not in the list, which then stays as it is.
+    /// `NotFound` if an id is not in the list. The list is then not changed.
     pub fn revoke(&mut self, ids: &[String]) -> Result<Vec<TokenRecord>> {
         if let Some(unknown) = ids.iter().find(|id| !self.tokens.iter().any(|token| token.id == **id)) {
             return Err(Error::NotFound(format!(
@@ -200,12 +200,12 @@ pub struct TokenSet(HashMap<String, KnownToken>);
 #[derive(Debug)]
 struct KnownToken {
     sha256: [u8; 32],
-    /// Why it cannot be used, or who has it.
+    /// The principal of the token, or why the token cannot be used.
     principal: std::result::Result<Principal, String>,
 }
 
 impl TokenSet {
-    /// The tokens of a list, with the roles that the policy gives them. A token with a role that does not exist is refused when it
+    /// The tokens of a list, with the roles that the policy gives them. A token with an unknown role is refused when it
     /// is used.
     pub fn new(list: &TokenFile, policy: &Policy) -> Self {
         let known = |token: &TokenRecord| {
@@ -223,7 +223,7 @@ impl TokenSet {
     /// The principal of a token.
     ///
     /// # Errors
-    /// Why it is refused. Only somebody who has the whole token learns more than that it is not valid.
+    /// Why it is refused. Only the holder of the whole token learns more than that it is not valid.
     pub fn verify(&self, token: &str, now: SystemTime) -> std::result::Result<Principal, Rejection> {
         let unknown = || Rejection::refused("the token is not valid here; it may have been revoked");
         let id = id_of(token).ok_or_else(unknown)?;
@@ -242,7 +242,7 @@ impl TokenSet {
         Ok(principal.clone())
     }
 
-    /// The principal of the token with this id, as long as it is valid.
+    /// The principal of the token with this id, if the token is still valid.
     pub fn principal(&self, id: &str) -> Option<&Principal> {
         self.0.get(id)?.principal.as_ref().ok()
     }

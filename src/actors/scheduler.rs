@@ -1,12 +1,14 @@
-//! The scheduler: which action runs when and where, and which clients are told.
+//! The scheduler decides which action runs when and where, and informs the clients.
 //!
-//! [`SchedulerActor`] is a thin shell around the [`Ledger`], which makes all decisions. Requests and facts go into the ledger with
-//! the time, and its decisions go out to the store and the pools. Each wait for them is a separate task whose end comes back as
-//! a message. So no handler waits, facts arrive in the order in which they were sent, and a wait costs nothing while it lasts
-//! (futures in an actix context are all polled whenever one of them wakes).
+//! [`SchedulerActor`] is a thin shell around the [`Ledger`], which makes all decisions. Requests and facts go into the
+//! ledger with the time, and its decisions go out to the store and the pools. Each wait for the store or a pool is a
+//! separate task that sends a message to the actor when it ends. So no handler waits, facts arrive in the order in
+//! which they were sent, and a pending wait costs nothing. (The futures in an actix context are all polled whenever one
+//! of them wakes.)
 //!
-//! The actor does not touch bytes, files or processes. It knows the workers as recipients of their messages and the store as
-//! [`InputCheck`], and container images as [`ImageSupply`]. The action and its cached result were looked up before the action is admitted.
+//! The actor does not touch bytes, files or processes. It knows the workers as recipients of messages, the store as an
+//! [`InputCheck`], and the container images as an [`ImageSupply`]. The action and its cached result are looked up
+//! before the action is admitted.
 
 pub mod inputs;
 mod ledger;
@@ -51,18 +53,18 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// Messages that may wait in the mailbox before senders have to wait. A message is handled in microseconds, so this keeps the
-/// actor busy and is too small to be a second queue.
+/// Number of messages that may wait in the mailbox before their senders have to wait. A message is handled in
+/// microseconds, so this number keeps the actor busy and is too small for a second queue.
 const MAILBOX: usize = 1024;
 
 /// How often deadlines are checked. Most of them are minutes.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A set of workers: what they offer, and the way to run a task on them. The workers of another machine would be one more of
-/// these.
+/// A set of workers: their properties, and a recipient that runs tasks on them. The workers of another machine would be
+/// another pool.
 #[derive(Clone)]
 pub struct Pool {
-    /// Its description. It is never sent more tasks than it has slots.
+    /// The description of the pool. The scheduler never sends it more tasks than it has slots.
     pub spec: PoolSpec,
     /// Runs a task. Each message is answered when the run has ended.
     pub runner: Recipient<RunAction>,
@@ -74,9 +76,9 @@ pub struct SchedulerActor {
     ledger: Ledger,
     runners: HashMap<PoolId, Recipient<RunAction>>,
     inputs: Box<dyn InputCheck>,
-    /// Brings container images; `None` if actions cannot name any.
+    /// Pulls container images; `None` if actions cannot name any.
     images: Option<Arc<dyn ImageSupply>>,
-    /// Time limit of a check, and of bringing an image.
+    /// Time limit of an input check, and of an image pull.
     transfer_timeout: Duration,
     /// The name of this server.
     node: NodeName,
@@ -106,7 +108,7 @@ impl SchedulerActor {
         }
     }
 
-    /// Has tasks wait for the container images that they name before they get a slot, if actions can name any.
+    /// Makes tasks wait for the container images that they name before they get a slot, if actions can name images.
     pub fn with_images(mut self, images: Option<Arc<dyn ImageSupply>>) -> Self {
         if images.is_some() {
             self.ledger.bring_images();
@@ -203,9 +205,10 @@ impl SchedulerActor {
         actix::spawn(async move {
             let end = match runner.send(run).await {
                 Ok(report) => RunEnd::Reported(report),
-                // The worker died without an answer. Workers catch panics, so a pool that still accepts messages has lost an
-                // answer rather than a thread, and its slot is used again. At worst, a task then waits inside the pool for
-                // another thread. If slots were withdrawn instead, all of them would be lost over time.
+                // The worker died without an answer. Workers catch panics. So if the pool still accepts messages, only
+                // an answer was lost and no thread, and the slot can be used again. In the worst case, a task then
+                // waits inside the pool for another thread. If slots were withdrawn instead, all of them would be lost
+                // over time.
                 Err(MailboxError::Closed | MailboxError::Timeout) => {
                     RunEnd::Lost { pool_closed: !runner.connected() }
                 }
@@ -234,7 +237,7 @@ struct InputsChecked {
     result: Result<()>,
 }
 
-/// A fact: somebody has tried to bring the image of a task.
+/// A fact: the pull of a task's image has ended.
 #[derive(Message)]
 #[rtype(result = "()")]
 struct ImageBrought {
@@ -418,7 +421,7 @@ impl Receive<DrainPool> for SchedulerActor {
         self.drained_pools.push((id, sender));
         self.settle(ctx);
         Box::pin(async {
-            // An actor that is gone has no runs either.
+            // If the actor is gone, it has no runs either.
             let _ = drained.await;
             Ok(())
         })
@@ -465,7 +468,7 @@ impl Receive<Drain> for SchedulerActor {
         self.drained.push(sender);
         self.settle(ctx);
         Box::pin(async {
-            // An actor that is gone has nothing left either.
+            // If the actor is gone, it has no tasks left either.
             let _ = drained.await;
         })
     }

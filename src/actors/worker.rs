@@ -86,11 +86,12 @@ pub struct WorkerSettings {
     pub tools: Option<Arc<Tools>>,
     /// The log streams in which the output of running commands can be followed.
     pub log_streams: LogStreams,
-    /// What is counted of runs.
+    /// The metrics of runs.
     pub metrics: RunMetrics,
 }
 
-/// What one action of a pool may use, and the control groups that enforce it. The default has neither.
+/// The limits of one action of a pool, and the control groups that enforce them. By default there are no limits and no
+/// groups.
 #[derive(Debug, Clone, Default)]
 pub struct PoolLimits {
     pub(crate) settings: LimitSettings,

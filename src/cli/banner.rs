@@ -32,7 +32,7 @@ pub(super) fn banner(settings: &Settings, ready: &Ready) -> String {
     text
 }
 
-/// The slots, and what bounds and encloses the actions in them.
+/// The slots, and the limits and the sandbox of the actions in them.
 fn describe_execution(text: &mut String, execution: &ExecutionSettings, ready: &Ready) {
     let declared = execution.pools.iter().filter(|pool| pool.is_declared);
     let pools: Vec<_> = declared.map(|pool| format!("{} {}", pool.name, pool.slots)).collect();
@@ -47,7 +47,7 @@ fn describe_execution(text: &mut String, execution: &ExecutionSettings, ready: &
     }
 }
 
-/// The protections that are on, as words.
+/// The enabled protections as text.
 pub(super) fn protections(sandbox: Option<&Report>) -> String {
     match sandbox.map(Report::names) {
         Some(names) if !names.is_empty() => names.join(", "),
@@ -55,7 +55,7 @@ pub(super) fn protections(sandbox: Option<&Report>) -> String {
     }
 }
 
-/// The protections that are on, and for each other one what that means, why, and what enables it.
+/// The enabled protections and, for each missing one, the consequence, the reason and the remedy.
 fn describe_sandbox(text: &mut String, sandbox: Option<&Report>) {
     // Writing to a String cannot fail.
     let _ = writeln!(text, "  sandbox  {}", protections(sandbox));
@@ -79,13 +79,13 @@ fn describe_sandbox(text: &mut String, sandbox: Option<&Report>) {
     }
 }
 
-/// How a client on this machine reaches the server.
+/// The address at which a client on this machine reaches the server.
 struct Endpoint {
     url: String,
     has_tls: bool,
-    /// Whether the server listens on all addresses, so that other machines need its name.
+    /// Whether the server listens on all addresses, so that other machines need this machine's name.
     is_everywhere: bool,
-    /// Whether the client commands use it without flags.
+    /// Whether it is the default of the client commands.
     is_default: bool,
 }
 
@@ -214,7 +214,7 @@ mod tests {
         assert!(off.contains("\n  sandbox  none\n    actions see this machine"), "{off}");
     }
 
-    /// A new user sees both.
+    /// A new user sees both texts.
     #[test]
     fn the_readme_has_the_same_lines_for_bazel_as_the_banner() {
         let readme = include_str!("../../README.md");

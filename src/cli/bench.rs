@@ -57,7 +57,7 @@ async fn limits(args: &BenchArgs) -> Result<Printout> {
 
 async fn server(args: &BenchArgs) -> Result<Printout> {
     let chosen = bench::find(&args.scenarios)?;
-    // Read before the run, so that nobody waits for a comparison that cannot be made.
+    // This file is read before the run, so that nobody waits for a comparison that is not possible.
     let before = args.compare.as_deref().map(read).transpose()?;
     let identity = Identity {
         tool: "gorego-bench".into(),

@@ -49,8 +49,8 @@ fn check(file: &Path) -> Result<String> {
     Ok(format!("{warnings}{} is fine\n", file.display()))
 }
 
-/// Checks the files of `[tls]` and `[access]`, as a start of the server does. Returns what it would warn about, and a warning for
-/// each section with a file that this user may not read: usually only the user of the server may.
+/// Checks the files of `[tls]` and `[access]` like a start of the server. Returns the warnings of a start, and a
+/// warning for each section with a file that this user may not read: usually only the user of the server may read them.
 fn check_named_files(settings: &Settings) -> Result<Vec<String>> {
     let access = &settings.access;
     let keys = access.jwt.iter().filter_map(|issuer| match &issuer.keys.location {
@@ -101,8 +101,8 @@ pub(super) fn load_settings(
     Ok((loaded, settings))
 }
 
-/// The settings by which `gorego replay` runs actions: those of a server here, with an own build root, inputs that are copied, and
-/// all of the sandbox that works, or none.
+/// The execution settings of `gorego replay`: those of a server on this machine, with a separate build root, copied
+/// inputs, and all protections of the sandbox that work, or no sandbox.
 ///
 /// # Errors
 /// As [`load_settings`].
@@ -212,7 +212,7 @@ mod tests {
             let error = checked(text).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");
         }
-        // The first token makes this file.
+        // `gorego token create` creates this file.
         let fine = checked(&tokens("not-yet")).unwrap();
         assert!(fine.ends_with("is fine\n") && !fine.contains("warning"), "{fine}");
     }

@@ -14,8 +14,8 @@ use std::{
 /// The variable with headers, one `NAME=VALUE` in each line.
 const HEADERS_VARIABLE: &str = "GOREGO_HEADERS";
 
-/// The heading of these flags in help texts. It is set for each of them: `next_help_heading` would also apply to the flags that follow
-/// this struct in a subcommand.
+/// The heading of these flags in help texts. It is set for each of them, because `next_help_heading` would also apply
+/// to the flags that follow this struct in a subcommand.
 const HEADING: &str = "Connection";
 
 /// Flags for TLS and credentials.
@@ -40,12 +40,12 @@ pub struct ConnectArgs {
 }
 
 impl ConnectArgs {
-    /// Whether the command line has any of them. A credential helper may come from the environment.
+    /// Whether the command line has any of these flags. A credential helper may come from the environment.
     pub(super) fn has_flags(&self) -> bool {
         self.tls_ca.is_some() || self.tls_cert.is_some() || !self.header.is_empty()
     }
 
-    /// The options for a connection to this endpoint. Reads files of headers.
+    /// The options for a connection to this endpoint. Reads the header files.
     ///
     /// # Errors
     /// `Invalid` for headers that are malformed or cannot be read.
@@ -77,7 +77,7 @@ impl ConnectArgs {
         let flags = std::mem::take(&mut options.headers);
         let named = |problem: Error| Error::Invalid(format!("{HEADERS_VARIABLE}: {problem}"));
         options.add_headers(of_environment).map_err(named)?;
-        // A flag replaces what the environment says about the same header.
+        // A flag replaces a header of the same name from the environment.
         let names: Vec<_> = flags.keys().cloned().collect();
         names.iter().for_each(|name| drop(options.headers.remove(name)));
         options.headers.extend(flags);

@@ -32,7 +32,7 @@ const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// Time limit for a cancellation before the process exits without its result.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The way in which this process ends.
+/// How this process ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum End {
     /// With this exit code.
@@ -43,7 +43,7 @@ enum End {
     Failed(Error),
 }
 
-/// What must be cancelled on the server if the process exits now.
+/// The operation that must be cancelled on the server if the process exits now.
 #[derive(Debug, Clone)]
 enum Current {
     Nothing,
@@ -84,7 +84,7 @@ async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
     let readers = Readers::default();
     let mut work = pin!(exec(args, line, &current, readers.clone()));
     let end = tokio::select! {
-        // Takes precedence over the result: nobody reads the last output.
+        // This takes precedence over the result, because the output has no reader.
         outcome = &mut work => {
             return if readers.have_left() { Ok(End::NobodyReads) } else { outcome.map(End::Code) };
         }
@@ -96,7 +96,7 @@ async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
     };
     line.say("cancelling");
     tokio::select! {
-        // The work continues meanwhile, because only it can learn the name of an operation that was just started.
+        // The work continues meanwhile, because it has to learn the name of an operation that was just started.
         _ = work => {}
         () = cancel(watching) => {}
         _ = signals.next() => {}
@@ -126,9 +126,10 @@ async fn exec(
     let mut job = Job { action, skip_cache_lookup: args.no_cache, priority: args.priority };
     upload(&client, &blobs, line).await?;
     let mut live = Live::new(readers);
-    let home = Home { client: &client, requested: &args.output, directory: &output_dir, line };
+    let destination =
+        OutputDestination { client: &client, requested: &args.output, directory: &output_dir, line };
     let mut uploaded_again = false;
-    // Each remedy is used once: a second time means that the store is too small, or its disk is failing.
+    // Each remedy is used once. If it is needed again, the store is too small or its disk is failing.
     let (finished, fetched) = loop {
         let finished = follow(&client, job.clone(), line, operation, &mut live).await;
         if is_missing(&finished) && !uploaded_again {
@@ -142,8 +143,8 @@ async fn exec(
             break (finished, None);
         }
         line.say("the result was cached");
-        // Done before printing: if a stored output is damaged, the result is invalid.
-        let fetched = home.fetch(&finished).await;
+        // This is done before printing: if a stored output is damaged, the result is invalid.
+        let fetched = destination.fetch(&finished).await;
         if matches!(fetched, Err(Error::NotFound(_))) && !job.skip_cache_lookup {
             job.skip_cache_lookup = true;
             continue;
@@ -153,7 +154,7 @@ async fn exec(
     let code = conclude(&client, &finished, live, line).await?;
     match fetched {
         Some(fetched) => fetched?,
-        None => home.fetch(&finished).await?,
+        None => destination.fetch(&finished).await?,
     }
     if let Some(result) = &finished.result {
         warn_of_missing(&args.output, result);
@@ -259,7 +260,7 @@ fn is_missing(finished: &Result<Finished>) -> bool {
 async fn conclude(client: &Client, finished: &Finished, live: Live, line: &ProgressLine) -> Result<u8> {
     line.clear();
     live.finish(client, finished.result.as_ref()).await?;
-    // For a timeout the error says enough.
+    // For a timeout the error message is sufficient.
     let timed_out = matches!(finished.error, Some(Error::DeadlineExceeded(_)));
     if !finished.message.is_empty() && !timed_out {
         let _ = writeln!(io::stderr(), "gorego: {}", gorego_reapi::escape::escaped(&finished.message));
@@ -284,14 +285,14 @@ fn exit_code(code: i32) -> u8 {
 }
 
 /// The destination of downloaded outputs.
-struct Home<'a> {
+struct OutputDestination<'a> {
     client: &'a Client,
     requested: &'a [String],
     directory: &'a Path,
     line: &'a ProgressLine,
 }
 
-impl Home<'_> {
+impl OutputDestination<'_> {
     /// Downloads the requested outputs, if there are any.
     async fn fetch(&self, finished: &Finished) -> Result<()> {
         let (Some(result), false) = (&finished.result, self.requested.is_empty()) else { return Ok(()) };
@@ -303,7 +304,7 @@ impl Home<'_> {
     }
 }
 
-/// A missing output is not an error in the protocol (EXE-50), but the user should know.
+/// The protocol does not treat a missing output as an error (EXE-50), but the user is informed.
 #[allow(deprecated)]
 fn warn_of_missing(requested: &[String], result: &reapi::ActionResult) {
     let links = result.output_symlinks.iter().chain(&result.output_file_symlinks);

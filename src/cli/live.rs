@@ -32,7 +32,7 @@ const PIECES_IN_FLIGHT: usize = 4;
 /// How long a stream may continue after its action has finished, before the result is used instead.
 const END_GRACE: Duration = Duration::from_secs(5);
 
-/// The outputs of one command, and what was printed of them.
+/// The outputs of one command, and the part of them that was printed.
 #[derive(Debug)]
 pub(super) struct Live {
     readers: Readers,
@@ -42,21 +42,21 @@ pub(super) struct Live {
 
 #[derive(Debug)]
 struct OutputFollower {
-    printing: JoinHandle<Shown>,
+    printing: JoinHandle<PrintedDigest>,
     stop: watch::Sender<bool>,
 }
 
-/// The digest of the bytes that were printed of one output.
+/// The digest of the printed bytes of one output.
 #[derive(Debug, Clone, Copy)]
-struct Shown(Digest);
+struct PrintedDigest(Digest);
 
 impl Live {
-    /// Nothing is printed yet. `readers` is notified when printing fails.
+    /// Creates the outputs before anything is printed. `readers` is notified when printing fails.
     pub(super) fn new(readers: Readers) -> Self {
         Self { readers, stdout: None, stderr: None }
     }
 
-    /// Starts to print the streams. Only the first call counts for each output.
+    /// Starts to print the streams. Only the first call has an effect for each output.
     pub(super) fn follow(&mut self, client: &Client, names: &LogNames, line: &ProgressLine) {
         let readers = self.readers.clone();
         start(&mut self.stdout, client, &names.stdout, move || readers.of(io::stdout()), line);
@@ -72,7 +72,11 @@ impl Live {
         let (stdout, stderr) = (end(self.stdout).await, end(self.stderr).await);
         let Some(result) = result else { return Ok(()) };
         let rest = |name, raw: &Bytes, digest: &Option<reapi::Digest>| {
-            Ok::<_, Error>(Printed { name, raw: raw.clone(), digest: printed_digest(raw, digest.as_ref())? })
+            Ok::<_, Error>(ResultOutput {
+                name,
+                raw: raw.clone(),
+                digest: printed_digest(raw, digest.as_ref())?,
+            })
         };
         let printed = rest("stdout", &result.stdout_raw, &result.stdout_digest)?;
         printed.print(client, stdout, || self.readers.of(io::stdout())).await?;
@@ -105,7 +109,7 @@ fn start<W: Write>(
                 }
                 hasher.update(&piece);
             }
-            Shown(hasher.finish())
+            PrintedDigest(hasher.finish())
         });
         // A failure of the stream is ignored, because the result contains its bytes.
         tokio::select! {
@@ -113,14 +117,14 @@ fn start<W: Write>(
             _ = stopped.wait_for(|stop| *stop) => {}
         }
         drop(sender);
-        writer.await.unwrap_or(Shown(Digest::empty(DigestFunction::Sha256)))
+        writer.await.unwrap_or(PrintedDigest(Digest::empty(DigestFunction::Sha256)))
     });
     *place = Some(OutputFollower { printing, stop });
 }
 
 /// Waits for the end of a stream after its action has finished.
-async fn end(follower: Option<OutputFollower>) -> Shown {
-    let nothing = Shown(Digest::empty(DigestFunction::Sha256));
+async fn end(follower: Option<OutputFollower>) -> PrintedDigest {
+    let nothing = PrintedDigest(Digest::empty(DigestFunction::Sha256));
     let Some(OutputFollower { mut printing, stop }) = follower else { return nothing };
     let shown = match timeout(END_GRACE, &mut printing).await {
         Ok(shown) => shown,
@@ -133,7 +137,7 @@ async fn end(follower: Option<OutputFollower>) -> Shown {
 }
 
 /// One output in the result.
-struct Printed {
+struct ResultOutput {
     name: &'static str,
     raw: Bytes,
     digest: Digest,
@@ -150,19 +154,19 @@ fn printed_digest(raw: &Bytes, digest: Option<&reapi::Digest>) -> Result<Digest>
     }
 }
 
-impl Printed {
-    /// Prints what was not shown yet.
+impl ResultOutput {
+    /// Prints the part that was not printed yet.
     async fn print<W: Write + Send + 'static>(
         self,
         client: &Client,
-        Shown(shown): Shown,
+        PrintedDigest(shown): PrintedDigest,
         sink: impl Fn() -> W,
     ) -> Result<()> {
         if self.digest == shown {
             return Ok(());
         }
         if self.digest.size() >= shown.size() {
-            match self.write(client, Rest::after(shown, sink())).await {
+            match self.write(client, SkipPrinted::after(shown, sink())).await {
                 Err(Error::Precondition(_)) => {}
                 done => return done,
             }
@@ -178,10 +182,14 @@ impl Printed {
             )
         };
         let _ = io::stderr().write_all(notice.as_bytes());
-        self.write(client, Rest::after(Digest::empty(DigestFunction::Sha256), sink())).await
+        self.write(client, SkipPrinted::after(Digest::empty(DigestFunction::Sha256), sink())).await
     }
 
-    async fn write<W: Write + Send + 'static>(&self, client: &Client, mut sink: Rest<W>) -> Result<()> {
+    async fn write<W: Write + Send + 'static>(
+        &self,
+        client: &Client,
+        mut sink: SkipPrinted<W>,
+    ) -> Result<()> {
         if !self.raw.is_empty() {
             let raw = self.raw.clone();
             return blocking(move || {
@@ -203,8 +211,8 @@ fn another_run() -> Error {
     Error::Precondition("the printed output is not the beginning of the result".into())
 }
 
-/// A sink that skips the bytes that were shown if they are equal, and otherwise refuses everything.
-struct Rest<W> {
+/// A sink that compares the first bytes with the printed ones and skips them. If they differ, it refuses all writes.
+struct SkipPrinted<W> {
     shown: Digest,
     skipped: Option<gorego_reapi::digest::Hasher>,
     /// Set when the bytes were different.
@@ -212,7 +220,7 @@ struct Rest<W> {
     sink: W,
 }
 
-impl<W> Rest<W> {
+impl<W> SkipPrinted<W> {
     fn after(shown: Digest, sink: W) -> Self {
         let skipped = (!shown.is_empty()).then(|| DigestFunction::Sha256.hasher(0));
         Self { shown, skipped, differs: Arc::default(), sink }
@@ -223,7 +231,7 @@ impl<W> Rest<W> {
     }
 }
 
-impl<W: Write> Write for Rest<W> {
+impl<W: Write> Write for SkipPrinted<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Some(hasher) = &mut self.skipped else { return self.sink.write(bytes) };
         let left = usize::try_from(self.shown.size() - hasher.size()).unwrap_or(usize::MAX);

@@ -1,7 +1,7 @@
 //! `gorego ops`: the operations of a server, listed, shown, cancelled and watched.
 //!
-//! Everything goes through google.longrunning.Operations, so that the commands need no more than the rights to operations, and
-//! work with other servers as far as these offer it.
+//! All subcommands use google.longrunning.Operations. So they need only permissions for operations, and they work with
+//! other servers that offer this service.
 
 mod cancel;
 mod list;
@@ -30,7 +30,7 @@ pub enum OpsCommand {
     Watch(WatchArgs),
 }
 
-/// Which operations are meant.
+/// A filter of operations.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub struct FilterArgs {
     /// Only operations in this state
@@ -148,7 +148,7 @@ pub(super) async fn connect(server: &ServerArgs) -> Result<Client> {
     Client::connect(options, &server.instance, &identity()).await
 }
 
-/// How the administrative commands introduce themselves.
+/// The identity that the administrative commands send.
 fn identity() -> Identity {
     Identity {
         tool: "gorego".into(),
@@ -189,7 +189,7 @@ impl FilterArgs {
     }
 }
 
-/// The exit code of a command that did something for each of several operations.
+/// The exit code of a command that was applied to several operations.
 fn code(all_done: bool) -> u8 {
     if all_done { EXIT_OK } else { EXIT_FAILURE }
 }

@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_person_is_told_how_many_are_ahead() {
+    fn progress_shows_the_position_in_the_queue() {
         let status = |position| QueueStatus {
             pool: "linux".into(),
             position,

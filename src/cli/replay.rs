@@ -1,10 +1,10 @@
 //! `gorego replay`: runs an action of a server again on this machine, in the sandbox that a server here would give it, and
 //! compares the outcome with the recorded one.
 //!
-//! Three steps: [`fetch`] reads everything from the server, [`mod@run`] stages and runs it with the code of a worker, and
-//! [`compare`] tells what differs. Ctrl-C, SIGTERM and SIGHUP end each of them. Everything on disk is in one directory
-//! ([`Scratch`]), which is removed at the end unless `--keep` is given. The report is printed last, when nothing is left
-//! to clean up.
+//! There are three steps: [`fetch`] reads everything from the server, [`mod@run`] stages and runs the action with the
+//! code of a worker, and [`compare`] determines the differences. Ctrl-C, SIGTERM and SIGHUP end each step. All files
+//! are in one directory ([`Scratch`]), which is removed at the end unless `--keep` is given. The report is printed
+//! last, after the clean-up.
 
 mod compare;
 mod fetch;
@@ -32,15 +32,15 @@ use std::{
 use terminal::Terminal;
 use tokio::runtime::Handle;
 
-/// The outcome differs from the recorded one, as of diff(1).
+/// The outcome differs from the recorded one. Same code as diff(1).
 const EXIT_DIFFERS: u8 = 1;
-/// The action could not be replayed or compared, as of diff(1).
+/// The action could not be replayed or compared. Same code as diff(1).
 const EXIT_TROUBLE: u8 = EXIT_USAGE;
 
-/// What standard output gets in the end, and the exit code.
+/// The text for standard output, and the exit code.
 type Conclusion = (String, u8);
 
-/// Why a step did not come to its end.
+/// Why a step ended early.
 enum ReplayStop {
     Failed(Error),
     /// A signal with this number.
@@ -86,7 +86,7 @@ async fn in_scratch(args: ReplayArgs, line: &ProgressLine) -> Result<Conclusion,
     let scratch = Arc::new(Scratch::new()?);
     let outcome = replay(args, &scratch, &mut signals, line).await;
     line.say("removing what was staged");
-    // Threads that a signal has stopped may still hold it.
+    // Threads that were stopped by a signal may still hold it.
     scratch.clear();
     outcome
 }
@@ -100,7 +100,7 @@ async fn replay(
     let stage = {
         let (config, scratch) = (args.config.clone(), scratch.clone());
         let (runtime, no_sandbox) = (Handle::current(), args.no_sandbox);
-        // First, because nothing has to be fetched if nothing can be run.
+        // This comes first, because nothing needs to be fetched if the action cannot be run.
         or_signal(signals, blocking(move || ReplayPlace::open(config, &scratch, &runtime, no_sandbox)))
             .await?
     };
@@ -125,7 +125,7 @@ async fn replay(
     Ok(conclusion)
 }
 
-/// Runs the action on a thread of its own, which ends the command before this returns.
+/// Runs the action on a separate thread, which ends the command before this returns.
 async fn run_here(
     args: &ReplayArgs,
     fetched: Arc<fetch::FetchedAction>,
@@ -142,7 +142,7 @@ async fn run_here(
             cancel.cancel();
             tokio::select! {
                 _ = running => {}
-                // The runner ends the command when this process is gone.
+                // The runner ends the command when this process has exited.
                 _ = signals.next() => {}
             }
             Err(ReplayStop::Signal(stop.number()))

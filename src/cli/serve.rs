@@ -19,7 +19,7 @@ use std::path::Path;
 
 /// Runs a server and returns the exit code of the process.
 pub(super) fn run(args: &ServeArgs) -> u8 {
-    // Before there are threads, because it changes the environment.
+    // This must happen before threads exist, because it changes the environment.
     let (supervisor, supervision) = Supervision::take();
     let loaded = supervision.and_then(|supervision| {
         let loaded = load_settings(args, environment(), addresses(&supervision.sockets))?;
@@ -57,7 +57,7 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
     }
 }
 
-/// Where the supervisor's sockets listen, as a source of the configuration.
+/// The addresses of the supervisor's sockets, as a source of the configuration.
 fn addresses(sockets: &InheritedSockets) -> Vec<SocketAddress> {
     let addresses = sockets.addresses().into_iter();
     addresses.map(|(port, address)| SocketAddress { name: port.name(), key: port.key(), address }).collect()
@@ -78,7 +78,7 @@ fn refuse(args: &ServeArgs, error: &Error) {
 /// Reports that the server is ready: as a banner for people, or as one log event.
 fn announce(style: Style, settings: &Settings, ready: &Ready) {
     let Ready { address, tls, sandbox, limits } = ready;
-    // On a terminal too: what is missing should not be overlooked.
+    // This is logged on a terminal too, so that missing protections are noticed.
     for missing in sandbox.iter().flat_map(|report| &report.missing) {
         Event::warn("gorego::server", "protection_missing")
             .with("protection", missing.protection.name())
@@ -95,7 +95,7 @@ fn announce(style: Style, settings: &Settings, ready: &Ready) {
     }
     let slots = settings.execution.as_ref().map_or(0, |execution| execution.slots);
     match style {
-        // Printed in one piece, so that no log line appears within it.
+        // The banner is printed in one write, so that no log line appears within it.
         Style::Text { .. } => logging::print(&banner(settings, ready)),
         Style::Json => {
             let config_file = settings.config_file.as_deref().unwrap_or(Path::new(""));

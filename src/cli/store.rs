@@ -1,4 +1,5 @@
-//! `gorego store`: the numbers of a server's store, and trust in its action results. Clients of the Admin service.
+//! `gorego store`: shows the numbers of a server's store, and removes action results that cannot be trusted. Client of
+//! the Admin service.
 
 mod nondeterminism;
 mod purge;

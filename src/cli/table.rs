@@ -1,7 +1,7 @@
 //! Tables for people: columns that fit the terminal.
 //!
-//! A table is never wider than the terminal, so that no line wraps: columns that can be cut are cut, widest first, and end with an
-//! ellipsis. In a pipe nothing is cut. Values are untrusted, so control characters are escaped.
+//! A table is never wider than the terminal, so that no line wraps: columns that may be cut are shortened, the widest
+//! first, and end with an ellipsis. In a pipe nothing is cut. Values are untrusted, so control characters are escaped.
 
 use gorego_reapi::escape::escaped;
 use rustix::termios::tcgetwinsize;
@@ -13,7 +13,7 @@ use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
 
 /// The space between two columns.
 const GAP: usize = 2;
-/// A column that is cut keeps this much.
+/// Minimum width of a column that is cut.
 const MIN_CUT_WIDTH: usize = 8;
 /// The end of a value that is cut.
 const ELLIPSIS: char = '…';
@@ -24,7 +24,7 @@ pub(super) struct Column {
     pub(super) title: &'static str,
     /// Whether its values may be cut.
     pub(super) may_be_cut: bool,
-    /// Whether its values are numbers, which end at the right.
+    /// Whether its values are numbers, which are aligned to the right.
     pub(super) is_number: bool,
 }
 
@@ -45,7 +45,7 @@ impl Column {
     }
 }
 
-/// The width of the terminal at standard output; `None` if that is something else.
+/// The width of the terminal at standard output; `None` if that is not a terminal.
 pub(super) fn terminal_width() -> Option<usize> {
     let stdout = io::stdout();
     if !stdout.is_terminal() {
@@ -54,7 +54,7 @@ pub(super) fn terminal_width() -> Option<usize> {
     tcgetwinsize(&stdout).ok().map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0)
 }
 
-/// The lines of a table, at most this wide. Columns without any value are left out.
+/// The lines of a table with at most this width. Columns without values are left out.
 pub(super) fn table(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> String {
     let rows: Vec<Vec<String>> =
         rows.iter().map(|row| row.iter().map(|value| escaped(value)).collect()).collect();
@@ -126,7 +126,7 @@ fn shortened(text: &str, width: usize) -> String {
 }
 
 /// A duration with its two largest units: `2d 3h`, `4m 5s`, `6s`.
-pub(super) fn rough(duration: Duration) -> String {
+pub(super) fn short_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let units =
         [(seconds / 86_400, "d"), (seconds / 3_600 % 24, "h"), (seconds / 60 % 60, "m"), (seconds % 60, "s")];
@@ -187,7 +187,7 @@ mod tests {
             (3_605, "1h"),
             (90_000, "1d 1h"),
         ] {
-            assert_eq!(rough(Duration::from_secs(seconds)), shown);
+            assert_eq!(short_duration(Duration::from_secs(seconds)), shown);
         }
     }
 }

@@ -1,4 +1,5 @@
-//! `gorego token`: makes, lists and revokes static tokens, in the file of `access.tokens`. A server can be asked to revoke them too.
+//! `gorego token`: creates, lists and revokes static tokens in the file of `access.tokens`. A server can be asked to
+//! revoke them too.
 
 use super::{
     ConnectArgs, EXIT_OK, EXIT_USAGE, ServeArgs, ServerArgs, TokenCommand, TokenFileArgs, block_on, complain,
@@ -82,7 +83,7 @@ fn create(roles: &[String], expires: Lifetime, note: &str, file: &TokenFileArgs)
     let record = TokenRecord { id, sha256, roles: roles.to_vec(), created, expires, note: note.to_owned() };
     let told = format!("token {} with {} {}", record.id, named_roles(roles), validity(&record, created));
     update(&path, |list| list.add(record))?;
-    // The token alone goes to standard output, so that it can be piped into a store of secrets.
+    // Only the token goes to standard output, so that it can be piped into a secret store.
     let _ = writeln!(
         io::stderr(),
         "gorego: {told}. It is shown only now; {} keeps its hash. Send it as `authorization: Bearer TOKEN`.",
@@ -124,7 +125,7 @@ fn revoke(ids: &[String], file: &TokenFileArgs) -> Result<String> {
     Ok(gone.iter().map(|token| revoked(&token.id, &token.roles) + "\n").collect())
 }
 
-/// Has a server revoke tokens.
+/// Asks a server to revoke tokens.
 fn revoke_at(ids: &[String], endpoint: &str, options: &ConnectArgs) -> Result<String> {
     let server =
         ServerArgs { endpoint: endpoint.to_owned(), instance: String::new(), connect: options.clone() };
@@ -151,7 +152,7 @@ fn place(file: &TokenFileArgs) -> Result<(PathBuf, Policy)> {
 }
 
 fn expiry(created: SystemTime, time: Duration) -> Result<SystemTime> {
-    /// A time that every program can read.
+    /// The latest time that all common programs can parse.
     const YEAR_9000: Duration = Duration::from_secs(221_845_392_000);
     let expires = created.checked_add(time).filter(|expires| *expires < SystemTime::UNIX_EPOCH + YEAR_9000);
     expires.ok_or_else(|| Error::invalid("--expires: too long; use never"))
@@ -173,7 +174,7 @@ fn validity(token: &TokenRecord, now: SystemTime) -> String {
     }
 }
 
-/// A token as `list` shows it.
+/// A token in the output of `list`.
 #[derive(Debug, Serialize)]
 struct ShownToken<'a> {
     id: &'a str,

@@ -28,7 +28,7 @@ type Printout = (String, bool);
 
 fn verify(args: &VerifyArgs) -> Result<Printout> {
     let options = options(args)?;
-    // Opened before the run, so that nobody waits minutes for a report that cannot be written.
+    // The file is opened before the run, so that nobody waits minutes for a report that cannot be written.
     let open = |path| File::create(path).map(|file| (path, file)).map_err(unwritable(path));
     let junit = args.junit.as_deref().map(open).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -77,7 +77,7 @@ fn selection(args: &VerifyArgs) -> Result<Selection> {
     Ok(Selection { only, level: args.level })
 }
 
-/// Lists every selected rule: its id, level and title, and its checks or the reason why it has none.
+/// Lists every selected rule with its id, level and title, and its checks or the reason why it has none.
 fn list(selection: &Selection) -> Printout {
     let mut text = String::new();
     for group in groups::ALL {

@@ -1,4 +1,4 @@
-//! `[access]`: the notation of who may do what, and its checks.
+//! `[access]`: the settings of access control, and their checks.
 
 use super::{
     Machine,
@@ -19,11 +19,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Most roles, and most patterns of one.
+/// Maximum number of roles, and of patterns of one role.
 const ROLES_MAX: usize = 1_000;
-/// Longest name of a role in bytes.
+/// Maximum length of a role's name in bytes.
 const ROLE_NAME_MAX: usize = 64;
-/// The key of roles in messages.
+/// The key of the roles in messages.
 const ROLES: &str = "access.roles";
 
 /// The `[access]` section.
@@ -34,7 +34,7 @@ pub struct AccessConfig {
     pub tokens: PathBuf,
     /// The file with users and the hashes of their passwords; empty for none.
     pub passwords: PathBuf,
-    /// The roles of clients without a credential. All others have them too.
+    /// The roles of clients without a credential. All other clients have them too.
     pub anonymous: Vec<String>,
     /// The roles of clients with certificates.
     pub certificates: Vec<CertificateConfig>,
@@ -42,7 +42,7 @@ pub struct AccessConfig {
     pub jwt: Vec<JwtConfig>,
     /// The roles of users with passwords.
     pub users: BTreeMap<String, Vec<String>>,
-    /// Roles besides the ready-made ones.
+    /// The configured roles, in addition to the predefined ones.
     pub roles: BTreeMap<String, RoleConfig>,
 }
 
@@ -64,13 +64,13 @@ pub struct CertificateConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RoleConfig {
-    /// The ready-made role whose permissions it has.
+    /// The predefined role whose permissions it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub like: Option<String>,
-    /// The permissions that it has besides.
+    /// Its additional permissions.
     #[serde(default)]
     pub permissions: Vec<String>,
-    /// In which instances it has them.
+    /// The instances that it applies to.
     #[serde(default = "everywhere")]
     pub instances: Vec<String>,
 }
@@ -80,7 +80,7 @@ fn everywhere() -> Vec<String> {
 }
 
 impl AccessConfig {
-    /// Whether clients can have credentials.
+    /// Whether the configuration has credentials.
     pub(super) fn has_credentials(&self) -> bool {
         !self.tokens.as_os_str().is_empty()
             || !self.passwords.as_os_str().is_empty()
@@ -89,7 +89,7 @@ impl AccessConfig {
     }
 }
 
-/// The checked section. `is_exposed` says whether the server listens on an address that is not of this machine alone.
+/// Checks the section. `is_exposed` says whether the server listens on an address that other machines can reach.
 pub(super) fn access(check: &mut Checker<'_>, is_exposed: bool, machine: &Machine) -> AccessSettings {
     let config = &check.loaded.config.access;
     let policy = policy(check, config, is_exposed);
@@ -150,7 +150,7 @@ fn policy(check: &mut Checker<'_>, config: &AccessConfig, is_exposed: bool) -> P
     );
     let roles: Vec<Role> =
         config.roles.iter().filter_map(|(name, role)| own_role(check, name, role)).collect();
-    // Without credentials, what everybody may do is what everybody could do before there were any.
+    // Without credentials, all clients keep the permissions of servers without access control.
     let permissions =
         if is_exposed { PermissionSet::ALL.without(Permission::Admin) } else { PermissionSet::ALL };
     let everything = (!config.has_credentials() && config.anonymous.is_empty()).then_some(permissions);
@@ -180,7 +180,7 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
     (check.problems.len() == problems).then(|| Role { name: name.to_owned(), permissions, instances })
 }
 
-/// The permissions of a role: those of the ready-made role that it is like, and its own.
+/// The permissions of a role: those of the predefined role in `like`, and its own.
 fn role_permissions(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> PermissionSet {
     let mut permissions = PermissionSet::default();
     if let Some(like) = &role.like {
@@ -240,7 +240,7 @@ fn role_instances(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Vec
 /// Refuses names of roles that do not exist.
 fn known_roles(check: &mut Checker<'_>, key: &str, names: &[String], policy: &Policy) {
     for name in names {
-        // A role of one's own with a problem of its own is reported once.
+        // A configured role with another problem is reported only once.
         let is_own = check.loaded.config.access.roles.contains_key(name);
         if let (Err(error), false) = (policy.roles_named(std::slice::from_ref(name)), is_own) {
             check.refuse(key, &error.to_string());

@@ -1,4 +1,4 @@
-//! [`Checker`]: collects what is wrong with a configuration, so that all problems are reported together.
+//! [`Checker`]: collects the problems of a configuration, so that all of them are reported together.
 
 use super::{Loaded, Machine, load::keys};
 use crate::size::Size;
@@ -9,12 +9,12 @@ use std::{
     time::Duration,
 };
 
-/// Smallest size that can be configured. A smaller one indicates a wrong unit.
+/// Minimum configurable size. A smaller one indicates a wrong unit.
 pub(super) const MIN_SIZE: Size = Size::from_bytes(1_000_000);
-/// Longest duration that can be configured. It keeps sums of times far from overflow.
+/// Maximum configurable duration. It keeps sums of times far from overflow.
 const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
 
-/// What is checked, and the problems so far.
+/// The configuration that is checked, and the problems that were found.
 pub(super) struct Checker<'a> {
     pub(super) loaded: &'a Loaded,
     pub(super) problems: Vec<String>,
@@ -25,7 +25,7 @@ impl<'a> Checker<'a> {
         Self { loaded, problems: Vec::new() }
     }
 
-    /// All problems in one error, each on a line of its own.
+    /// All problems in one error, each on its own line.
     pub(super) fn error(&self) -> Error {
         let mut text = String::from("the configuration cannot be used:");
         for problem in &self.problems {
@@ -62,7 +62,7 @@ impl<'a> Checker<'a> {
         self.require(key, duration <= MAX_DURATION, "must not be longer than 366 days");
     }
 
-    /// Parses a list of rules and refuses the key if one of them has not the given form.
+    /// Parses a list of rules. Refuses the key if one of them is malformed.
     pub(super) fn rules<T>(
         &mut self,
         key: &str,

@@ -18,11 +18,11 @@ use std::{
     time::Duration,
 };
 
-/// Largest number of concurrent actions on one machine. Each slot is a thread and a process.
+/// Maximum number of concurrent actions on one machine. Each slot is a thread and a process.
 pub(super) const MAX_CONCURRENCY: usize = 4_096;
-/// Largest number of queued tasks, and of retained operations; about 2 GB of memory.
+/// Maximum number of queued tasks, and of retained operations. They take about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;
-/// Largest absolute value of a priority. The cost of scheduling decisions grows with the number of priorities.
+/// Maximum absolute value of a priority. The cost of scheduling decisions grows with the number of priorities.
 const PRIORITY_MAX: i32 = 1_000;
 
 /// The checked settings of the scheduler and the workers; see [`super::ExecutionConfig`].
@@ -40,9 +40,9 @@ pub struct ExecutionSettings {
     pub priority_ageing: Duration,
     /// Absolute directory for exec directories.
     pub build_root: PathBuf,
-    /// Largest number of queued tasks; at least 1.
+    /// Maximum number of queued tasks; at least 1.
     pub queue_size: usize,
-    /// Largest time that a task may wait for a slot.
+    /// Maximum time that a task may wait for a slot.
     pub queue_timeout: Duration,
     /// The allowed timeouts of actions.
     pub timeouts: TimeoutPolicy,
@@ -50,9 +50,9 @@ pub struct ExecutionSettings {
     pub transfer_timeout: Duration,
     /// How long finished operations are kept.
     pub retention: Duration,
-    /// Largest number of finished operations that are kept; at least 1.
+    /// Maximum number of finished operations that are kept; at least 1.
     pub retained_operations: usize,
-    /// How long work continues after its last client left.
+    /// How long a task continues after its last client left.
     pub abandon_grace: Duration,
     /// The same if other work waits for its slot, or the server shuts down.
     pub contended_abandon_grace: Duration,
@@ -64,17 +64,17 @@ pub struct ExecutionSettings {
     pub sandbox: SandboxSettings,
     /// Container images; `None` if actions cannot name any.
     pub images: Option<ImagesSettings>,
-    /// Bazel's persistent workers; `None` when each action runs in a process of its own.
+    /// Bazel's persistent workers; `None` if each action runs in a process of its own.
     pub persistent_workers: Option<PersistentWorkersSettings>,
-    /// Most bytes of all staged input trees together; 0 for none.
+    /// Maximum number of bytes of all staged input trees together; 0 for no staging.
     pub max_staged_bytes: u64,
-    /// Memory of all actions together; 0 for a part of the machine's.
+    /// Memory of all actions together; 0 for a part of the machine's memory.
     pub total_memory_bytes: u64,
     /// Whether control groups must be able to enforce the limits of actions.
     pub limits_required: bool,
 }
 
-/// The checked section. `cache_dir` is that of the store.
+/// Checks the section. `cache_dir` is the directory of the store.
 pub(super) fn execution(
     check: &mut Checker<'_>,
     warnings: &mut Vec<String>,
@@ -127,7 +127,7 @@ pub(super) fn execution(
     }
 }
 
-/// Checks the values that stand for themselves.
+/// Checks the values that do not depend on others.
 fn check_values(check: &mut Checker<'_>, config: &ExecutionConfig) {
     check.require(
         "execution.concurrency",

@@ -1,4 +1,4 @@
-//! `[execution.images]`: the notation of container images, and its checks.
+//! `[execution.images]`: the settings of container images, and their checks.
 
 use super::{Machine, checker::Checker};
 use crate::{host::ImageRegistry, sandbox::settings::SandboxMode, size::Size};
@@ -14,7 +14,7 @@ use std::{
 pub struct ImagesConfig {
     /// Registries from which images may be pulled.
     pub registries: Vec<String>,
-    /// What a tag means.
+    /// How tags are resolved.
     pub tags: Tags,
     /// A Docker `config.json` with credentials for registries; empty for none.
     pub credentials: PathBuf,
@@ -27,15 +27,15 @@ pub struct ImagesConfig {
     pub timeout: Duration,
 }
 
-/// What the tag of an image in a registry means.
+/// How the tag of an image in a registry is resolved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tags {
-    /// Nothing: images are named by their digests.
+    /// Tags are refused: images must be named by their digests.
     Refuse,
-    /// What the registry has under it when an action is about to run.
+    /// To the digest that the registry has for the tag when an action is about to run.
     EachAction,
-    /// What the registry had under it when this server used it first.
+    /// To the digest that the registry had for the tag when this server first used it.
     Once,
 }
 
@@ -57,7 +57,7 @@ impl Default for ImagesConfig {
 pub struct ImagesSettings {
     /// Registries that may be contacted.
     pub registries: Vec<ImageRegistry>,
-    /// What a tag means.
+    /// How tags are resolved.
     pub tags: Tags,
     /// A file with credentials.
     pub credentials: Option<PathBuf>,
@@ -69,14 +69,14 @@ pub struct ImagesSettings {
     pub timeout: Duration,
 }
 
-/// The file of credentials, which no action may see.
+/// The credentials file, which no action may see.
 pub(super) fn credentials(check: &mut Checker<'_>, machine: &Machine) -> Option<PathBuf> {
     let path = &check.loaded.config.execution.images.credentials;
     let is_set = !path.as_os_str().is_empty();
     is_set.then(|| check.directory("execution.images.credentials", path, machine))
 }
 
-/// The checked section; `None` if actions cannot name images.
+/// Checks the section; `None` if actions cannot name images.
 pub(super) fn images(check: &mut Checker<'_>, credentials: Option<PathBuf>) -> Option<ImagesSettings> {
     let config = &check.loaded.config.execution.images;
     let form = "a registry, such as \"registry.example.com\", \"registry.example.com:5000\", or \"http://localhost:5000\" for one \
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn with_them_every_pool_takes_every_image_unless_a_pool_names_its_own() {
+    fn every_pool_allows_every_configured_image_unless_it_names_its_own() {
         let listed = |config: &mut Config| {
             config.execution.images.registries = vec!["R.example.com:5000".into(), "http://[::1]:80".into()];
             config.execution.images.credentials = "docker/config.json".into();
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_its_key() {
+    fn invalid_values_are_refused_with_their_key() {
         for (key, change) in [
             (
                 "registries",

@@ -1,4 +1,4 @@
-//! `[[access.jwt]]`: the notation of issuers of signed tokens, and its checks.
+//! `[[access.jwt]]`: the settings of issuers of signed tokens, and their checks.
 
 use super::{Machine, checker::Checker};
 use crate::access::jwt::{
@@ -10,15 +10,16 @@ use serde::{
 };
 use std::{collections::BTreeMap, fmt, ops::RangeInclusive, time::Duration};
 
-/// Most issuers. Each is fetched on its own.
+/// Maximum number of issuers. The keys of each are fetched separately.
 const MAX_ISSUERS: usize = 32;
-/// How often keys may be fetched. More often would be a burden on the issuer, and a removed key should not serve for longer.
+/// The allowed intervals for fetching keys. A shorter interval would burden the issuer, and with a longer one a removed
+/// key would be accepted for too long.
 const REFRESH: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(24 * 3600);
-/// The longest time for which keys may serve without an answer of the issuer.
+/// Maximum time for which keys are used without an answer of the issuer.
 const MAX_STALE: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// An `[[access.jwt]]` section: an issuer of signed tokens, and which of its tokens are accepted. What has no default must be
-/// set.
+/// An `[[access.jwt]]` section: an issuer of signed tokens, and the rules for its tokens. Keys without a default must
+/// be set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct JwtConfig {
@@ -40,7 +41,7 @@ pub struct JwtConfig {
     /// How often the keys are fetched from a URL.
     #[serde(with = "humantime_serde")]
     pub refresh: Duration,
-    /// How long keys serve after they were last fetched.
+    /// How long keys are used after they were last fetched.
     #[serde(with = "humantime_serde")]
     pub max_stale: Duration,
 }
@@ -103,7 +104,7 @@ impl<'de> Visitor<'de> for TextsVisitor {
     }
 }
 
-/// The checked issuers. Nothing is read or fetched yet.
+/// Checks the issuers. Nothing is read or fetched yet.
 pub(super) fn issuers(check: &mut Checker<'_>, machine: &Machine) -> Vec<JwtSettings> {
     let configured = &check.loaded.config.access.jwt;
     let mut problems = Vec::new();
@@ -169,7 +170,8 @@ fn issuer(
     }
 }
 
-/// Whether a token could belong to both. Which conditions it needs would then depend on the order of the entries.
+/// Whether a token could match both entries. The conditions that it must meet would then depend on the order of the
+/// entries.
 fn clash(one: &JwtSettings, other: &JwtSettings) -> bool {
     let (one, other) = (&one.rules, &other.rules);
     one.issuer == other.issuer && one.audience.iter().any(|audience| other.audience.contains(audience))

@@ -1,4 +1,4 @@
-//! `[execution.limits]`, and `limits` of a pool: the notation of what one action may use, and its checks.
+//! `[execution.limits]`, and `limits` of a pool: the limits of one action, and their checks.
 
 use super::{
     checker::{Checker, MIN_SIZE},
@@ -19,23 +19,23 @@ const SECTION: &str = "execution.limits";
 pub struct LimitsConfig {
     /// Memory of an action.
     pub memory_gb: Size,
-    /// Most memory that an action may ask for; 0: it cannot ask.
+    /// Maximum memory that an action may request; 0 if it cannot request any.
     pub max_memory_gb: Size,
-    /// Memory of all actions together; 0: that of the machine, less a reserve.
+    /// Memory of all actions together; 0 for the memory of the machine, less a reserve.
     pub total_memory_gb: Size,
     /// Swap of an action.
     pub swap_gb: Size,
     /// CPUs that an action can keep busy.
     pub cores: u64,
-    /// Most CPUs that an action may ask for; 0: it cannot ask.
+    /// Maximum number of CPUs that an action may request; 0 if it cannot request any.
     pub max_cores: u64,
-    /// Most processes that an action may ask for; 0: it cannot ask.
+    /// Maximum number of processes that an action may request; 0 if it cannot request any.
     pub max_processes: u64,
     /// Bytes that an action may write to its input root.
     pub disk_gb: Size,
-    /// Most of these that an action may ask for; 0: it cannot ask.
+    /// Maximum number of such bytes that an action may request; 0 if it cannot request any.
     pub max_disk_gb: Size,
-    /// Files and directories that an action may make in its input root.
+    /// Files and directories that an action may create in its input root.
     pub files: u64,
     /// Whether the server refuses to start where the kernel's control groups cannot enforce the limits.
     pub required: bool,
@@ -45,7 +45,7 @@ pub struct LimitsConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolLimitsConfig {
-    /// As in [`LimitsConfig`], and so are the others.
+    /// The keys are those of [`LimitsConfig`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_gb: Option<Size>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,7 +86,7 @@ impl Default for LimitsConfig {
 }
 
 impl LimitsConfig {
-    /// With the differences of a pool.
+    /// These limits with the differences of a pool.
     fn with(&self, pool: &PoolLimitsConfig) -> Self {
         Self {
             memory_gb: pool.memory_gb.unwrap_or(self.memory_gb),
@@ -102,7 +102,7 @@ impl LimitsConfig {
         }
     }
 
-    /// What is wrong with it.
+    /// The problems of these limits.
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
         for (key, size) in [
@@ -148,7 +148,7 @@ impl LimitsConfig {
     }
 }
 
-/// Checks the section, and gives the limits of an action.
+/// Checks the section. Returns the limits of an action.
 pub(super) fn limits(check: &mut Checker<'_>) -> LimitSettings {
     let config = check.loaded.config.execution.limits.clone();
     for (key, problem) in config.problems() {
@@ -157,7 +157,7 @@ pub(super) fn limits(check: &mut Checker<'_>) -> LimitSettings {
     config.checked(check.loaded.config.execution.sandbox.processes)
 }
 
-/// The limits of a pool, and what is wrong with them.
+/// The limits of a pool, and their problems.
 pub(super) fn pool_limits(check: &Checker<'_>, pool: &PoolLimitsConfig) -> (LimitSettings, Vec<String>) {
     let execution = &check.loaded.config.execution;
     let of_all = execution.limits.problems();
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_that_cannot_be_are_refused_with_their_key() {
+    fn invalid_limits_are_refused_with_their_key() {
         for (toml, part) in [
             ("[execution.limits]\nmemory_gb = \"1 kB\"", "execution.limits.memory_gb"),
             ("[execution.limits]\nmemory_gb = 8\nmax_memory_gb = 4", "above max_memory_gb"),

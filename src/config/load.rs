@@ -1,4 +1,5 @@
-//! Merges the sources of values: flags over environment over file over defaults. The sockets of a supervisor are above them all.
+//! Merges the sources of values: flags over environment over file over defaults. The sockets of a supervisor take
+//! precedence over all of them.
 //!
 //! Each source is checked separately, so an error names the line, variable or flag at fault and never the merged result.
 //! Unknown keys are refused everywhere, and the closest known key is suggested. Whether a value is valid is checked in
@@ -23,7 +24,7 @@ use toml::{Table, Value, de::DeTable};
 
 /// The configuration file of a package. It is read if no file is named and this one exists.
 pub const SYSTEM_FILE: &str = "/etc/gorego/gorego.toml";
-/// Largest configuration file that is read, in bytes. A larger file is not a configuration.
+/// Maximum size of a configuration file in bytes. A larger file is not a configuration.
 const MAX_FILE_BYTES: u64 = 1_000_000;
 /// Prefix of the environment variables that set keys.
 const ENV_PREFIX: &str = "GOREGO_";
@@ -33,12 +34,12 @@ pub const OTHER_VARIABLES: &[&str] =
 /// Tables whose keys are chosen by the user.
 const FREE_TABLES: &[&str] =
     &["access.roles", "access.users", "execution.platform", POOLS, "instances", "quotas.principals"];
-/// The one of them whose values are tables with known keys.
+/// The only one of these tables whose values are tables with known keys.
 const POOLS: &str = "execution.pools";
-/// Smallest similarity (0 to 1, by edit distance) of a mistyped key to a suggested one.
+/// Minimum similarity (0 to 1, by edit distance) of a mistyped key to a suggested one.
 const SUGGESTION_LIMIT: f64 = 0.6;
 /// Penalty on the similarity of last segments, compared with the similarity of whole keys.
-const TAIL_HANDICAP: f64 = 0.05;
+const LAST_SEGMENT_PENALTY: f64 = 0.05;
 
 /// The source of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,14 +79,14 @@ pub struct Flag {
     pub value: Value,
 }
 
-/// The address of a socket that the supervisor passed. It is where the server listens, whatever is configured.
+/// The address of a socket that the supervisor passed. The server listens on it whatever is configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SocketAddress {
     /// The name of the socket.
     pub name: &'static str,
     /// The key that it sets, such as `listen_addr`.
     pub key: &'static str,
-    /// Where it listens.
+    /// The address on which it listens.
     pub address: SocketAddr,
 }
 
@@ -202,8 +203,8 @@ pub fn from_text(path: &Path, text: &str) -> Result<Loaded> {
     Ok(loaded)
 }
 
-/// The file to read: the named one, or else the system's file if it exists. The current directory is not searched, so that
-/// a server does not depend on where it is started.
+/// The file to read: the named one or, if no file is named, the system's file if it exists. The current directory is
+/// not searched, so that a server does not depend on where it is started.
 pub fn file_to_read(named: Option<PathBuf>) -> Option<PathBuf> {
     named.or_else(|| Some(PathBuf::from(SYSTEM_FILE)).filter(|path| path.exists()))
 }
@@ -302,7 +303,7 @@ fn check_pools(pools: &DeTable<'_>) -> std::result::Result<(), Misplaced> {
     Ok(())
 }
 
-/// The key and value that an environment variable sets; `None` if it is not one of ours.
+/// The key and value that an environment variable sets; `None` if the variable is not for this server.
 fn read_variable(
     name: &OsString,
     value: &OsString,
@@ -360,8 +361,8 @@ fn is_size(key: &str) -> bool {
     key.ends_with("_gb")
 }
 
-/// Kubernetes sets variables in every pod for each service of its namespace. For a service named "gorego" they have our
-/// prefix, but are not configuration.
+/// Kubernetes sets variables in every pod for each service of its namespace. For a service named "gorego" they have the
+/// prefix of this server's variables, but they are not configuration.
 fn is_service_link(name: &str) -> bool {
     let rest = name.strip_prefix(ENV_PREFIX).unwrap_or_default();
     rest == "PORT"
@@ -392,7 +393,8 @@ fn suggestion<'a>(word: &str, candidates: impl Iterator<Item = &'a String>) -> S
         .map(|candidate| {
             let other = bare(candidate);
             let whole = strsim::normalized_damerau_levenshtein(word, other);
-            let tails = strsim::normalized_damerau_levenshtein(tail(word), tail(other)) - TAIL_HANDICAP;
+            let tails =
+                strsim::normalized_damerau_levenshtein(tail(word), tail(other)) - LAST_SEGMENT_PENALTY;
             (whole.max(tails), candidate)
         })
         .filter(|(likeness, _)| *likeness >= SUGGESTION_LIMIT)

@@ -7,13 +7,13 @@ use std::str::FromStr as _;
 /// silently ignores what it does not understand, which would lose logs.
 ///
 /// # Errors
-/// A sentence that says what is wrong.
+/// A sentence that describes the problem.
 pub(super) fn check_filter(filter: &str) -> Result<(), String> {
     let (directives, _) = filter.split_once('/').unwrap_or((filter, ""));
     for directive in directives.split(',').map(str::trim).filter(|directive| !directive.is_empty()) {
         let (target, level) = directive.split_once('=').unwrap_or(("", directive));
         let known = LevelFilter::from_str(level.trim()).is_ok();
-        // A word that is not a level is a target. But a near miss of a level is more likely a typing error.
+        // A word that is not a level is a target. But a word that is similar to a level is more likely a typing error.
         if !known && (directive.contains('=') || near_level(level)) {
             let place = if target.is_empty() { String::new() } else { format!(" of target \"{target}\"") };
             return Err(format!(

@@ -1,4 +1,4 @@
-//! `[execution.persistent_workers]`: the notation of Bazel's persistent workers, and its checks.
+//! `[execution.persistent_workers]`: the settings of Bazel's persistent workers, and their checks.
 
 use super::{checker::Checker, execution::MAX_CONCURRENCY};
 use crate::size::Size;
@@ -9,18 +9,18 @@ use std::time::Duration;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PersistentWorkersConfig {
-    /// Whether actions may be done by processes that stay for other actions.
+    /// Whether actions may be executed by processes that keep running for other actions.
     pub enabled: bool,
-    /// Most of these processes in each pool; 0 for two for each slot of the pool.
+    /// Maximum number of these processes in each pool; 0 for two for each slot of the pool.
     pub max_workers: usize,
-    /// How long one is kept after its last action.
+    /// How long a process is kept after its last action.
     #[serde(with = "humantime_serde")]
     pub idle_timeout: Duration,
-    /// Number of actions after which one ends.
+    /// Number of actions after which a process is ended.
     pub max_requests: u64,
-    /// Resident memory above which one ends after an action.
+    /// A process that uses more resident memory than this after an action is ended.
     pub max_memory_gb: Size,
-    /// How long one may take for an action before the action runs without it.
+    /// How long a process may take for an action. After this time the action runs without it.
     #[serde(with = "humantime_serde")]
     pub request_timeout: Duration,
 }
@@ -28,15 +28,15 @@ pub struct PersistentWorkersConfig {
 /// The checked section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PersistentWorkersSettings {
-    /// Most workers in each pool; `None` for two for each slot of the pool.
+    /// Maximum number of workers in each pool; `None` for two for each slot of the pool.
     pub max_workers: Option<usize>,
-    /// How long one is kept after its last action.
+    /// How long a process is kept after its last action.
     pub idle_timeout: Duration,
-    /// Number of actions after which one ends; at least 1.
+    /// Number of actions after which a process is ended; at least 1.
     pub max_requests: u64,
-    /// Resident memory in bytes above which one ends after an action.
+    /// A process that uses more resident memory in bytes than this after an action is ended.
     pub max_memory_bytes: u64,
-    /// How long one may take for an action.
+    /// How long a process may take for an action.
     pub request_timeout: Duration,
 }
 
@@ -53,7 +53,7 @@ impl Default for PersistentWorkersConfig {
     }
 }
 
-/// The checked section; `None` when it is off.
+/// Checks the section; `None` if it is off.
 pub(super) fn persistent_workers(check: &mut Checker<'_>) -> Option<PersistentWorkersSettings> {
     let config = &check.loaded.config.execution.persistent_workers;
     check.require(

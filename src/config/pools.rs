@@ -1,8 +1,9 @@
-//! `[execution.pools.NAME]`: the notation of pools.
+//! `[execution.pools.NAME]`: the settings of pools.
 //!
-//! A property is written in the shortest form that shows how it is compared: a string is exactly that value, a list is any
-//! one of its values, `{ minimum = 8 }` is at most 8, `{ size = "8 GB" }` is at most that size, and `{ ignore = true }` is any
-//! value. This file parses and prints these forms. [`crate::platform`] defines their meaning, and [`super::settings`] checks the result.
+//! A property is written in the shortest form that shows how it is compared: a string means exactly that value, a list
+//! means any one of its values, `{ minimum = 8 }` means at most 8, `{ size = "8 GB" }` means at most that size, and `{
+//! ignore = true }` means any value. This file parses and prints these forms. [`crate::platform`] defines their
+//! meaning, and [`super::settings`] checks the result.
 
 use super::{
     ExecutionConfig, Machine,
@@ -30,11 +31,11 @@ use std::fmt;
 /// The keys of a pool, for suggestions.
 pub(super) const KEYS: &[&str] = &["slots", "cores", "memory_gb", "properties", "limits", "sandbox"];
 
-/// Largest number of pools. A task is in the queue of each pool that can run it.
+/// Maximum number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
-/// Longest name of a pool, in bytes. It is a part of the names of workers.
+/// Maximum length of a pool's name in bytes. It is a part of the names of workers.
 const MAX_POOL_NAME: usize = 64;
-/// Least memory of a pool. A smaller value indicates a wrong unit.
+/// Minimum memory of a pool. A smaller value indicates a wrong unit.
 const MIN_POOL_MEMORY: Size = Size::from_bytes(16_000_000);
 /// The name of the pool that exists if none is configured.
 pub(super) const DEFAULT_POOL: &str = "local";
@@ -49,13 +50,13 @@ pub struct PoolConfig {
     /// CPUs and memory that the actions of the pool share, instead of a number of slots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cores: Option<usize>,
-    /// The memory to the CPUs.
+    /// The memory for these CPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_gb: Option<Size>,
     /// The offered values, by property name.
     #[serde(default)]
     pub properties: Offers,
-    /// What one action may use, where it differs from `[execution.limits]`.
+    /// The limits of one action, where they differ from `[execution.limits]`.
     #[serde(default)]
     pub limits: PoolLimitsConfig,
     /// Keys of `[execution.sandbox]` with another value in this pool.
@@ -179,18 +180,18 @@ pub struct PoolSettings {
     pub is_declared: bool,
     /// Number of actions that run in the pool at the same time; at least 1.
     pub slots: usize,
-    /// The offered values, by property name, those of the limits included.
+    /// The offered values, by property name, including those of the limits.
     pub offers: Offers,
-    /// What one action may use.
+    /// The limits of one action.
     pub limits: LimitSettings,
-    /// What all actions share; `None` if the pool only counts slots.
+    /// The room that all actions share; `None` if the pool only counts slots.
     pub room: Option<Room>,
     /// The sandbox of its actions.
     pub sandbox: SandboxSettings,
 }
 
 impl PoolSettings {
-    /// Stops offering a network to actions that ask for one. What the configuration itself says of these properties stays.
+    /// Stops offering a network to actions that request one. Values of these properties in the configuration stay.
     pub(crate) fn withdraw_network(&mut self) {
         self.sandbox.network = CellNetwork::Off;
         let has_sandbox = self.sandbox.mode != SandboxMode::Off;
@@ -203,7 +204,8 @@ impl PoolSettings {
     }
 }
 
-/// The configured pools, or else the default pool that `concurrency` and `platform` describe. `sandbox` is that of all pools.
+/// The configured pools, or else the default pool with the values of `concurrency` and `platform`. `sandbox` is the
+/// common sandbox of all pools.
 pub(super) fn pools(
     check: &mut Checker<'_>,
     machine: &Machine,
@@ -242,7 +244,7 @@ pub(super) fn pools(
     pools
 }
 
-/// The pool of a server without configured ones.
+/// The pool of a server without configured pools.
 fn default_pool(
     config: &ExecutionConfig,
     limits: LimitSettings,
@@ -261,7 +263,7 @@ fn default_pool(
     }
 }
 
-/// A configured pool. What is wrong with it is added to `problems`.
+/// Checks a configured pool. Its problems are added to `problems`.
 fn declared_pool(
     check: &mut Checker<'_>,
     problems: &mut Vec<String>,
@@ -301,10 +303,10 @@ fn declared_pool(
     }
 }
 
-/// Adds what every pool says of the properties that the server itself knows, unless it says something else.
+/// Adds the properties that the server itself knows, unless the pool sets them.
 fn with_built_in(mut offers: Offers, sandbox: &SandboxSettings) -> Offers {
     let has_sandbox = sandbox.mode != SandboxMode::Off;
-    // Without a sandbox, everything has the network of the host.
+    // Without a sandbox, all actions have the network of the host.
     for (name, offer) in platform::built_in(has_sandbox, sandbox.network != CellNetwork::Off || !has_sandbox)
     {
         offers.entry(name.to_owned()).or_insert(offer);
@@ -312,8 +314,8 @@ fn with_built_in(mut offers: Offers, sandbox: &SandboxSettings) -> Offers {
     offers
 }
 
-/// How many actions a pool runs at the same time at most, and what they share. An action takes one core at least, so a pool has
-/// no more slots than cores.
+/// The maximum number of concurrent actions of a pool, and the room that they share. An action takes at least one core,
+/// so a pool has at most as many slots as cores.
 fn extent(name: &str, pool: &PoolConfig) -> Result<(usize, Option<Room>), String> {
     let counts = 1..=MAX_CONCURRENCY;
     match (pool.slots, pool.cores, pool.memory_gb) {

@@ -1,4 +1,4 @@
-//! `[quotas]`: the notation of quotas, and its checks.
+//! `[quotas]`: the settings of quotas, and their checks.
 
 use super::checker::Checker;
 use crate::{
@@ -8,22 +8,22 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Most entries of `[quotas.principals]`. Each request of a principal looks at all of them.
+/// Maximum number of entries of `[quotas.principals]`. Each request of a principal is compared with all of them.
 const MAX_PRINCIPALS: usize = 256;
 
-/// The `[quotas]` section: what each principal may use in each instance. 0 is no limit.
+/// The `[quotas]` section: the limits of each principal in each instance. 0 means no limit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct QuotasConfig {
     /// Unfinished operations.
     pub operations: usize,
-    /// Those of them that wait for a worker.
+    /// Unfinished operations that wait for a worker.
     pub queued: usize,
-    /// Bytes uploaded an hour.
+    /// Bytes uploaded per hour.
     pub upload_per_hour_gb: Size,
-    /// Requests a second.
+    /// Requests per second.
     pub requests_per_second: u64,
-    /// Other limits of principals, by name or by the beginning of it and `*`.
+    /// Other limits of principals, by name or by the beginning of the name and `*`.
     pub principals: BTreeMap<String, PrincipalQuotaConfig>,
 }
 
@@ -39,25 +39,25 @@ impl Default for QuotasConfig {
     }
 }
 
-/// Where the limits of a principal differ.
+/// The limits of a principal that differ.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PrincipalQuotaConfig {
     /// Unfinished operations.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub operations: Option<usize>,
-    /// Those of them that wait for a worker.
+    /// Unfinished operations that wait for a worker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queued: Option<usize>,
-    /// Bytes uploaded an hour.
+    /// Bytes uploaded per hour.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub upload_per_hour_gb: Option<Size>,
-    /// Requests a second.
+    /// Requests per second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests_per_second: Option<u64>,
 }
 
-/// The checked section.
+/// Checks the section.
 pub(super) fn quotas(check: &mut Checker<'_>) -> QuotaRules {
     let config = &check.loaded.config.quotas;
     let key = "quotas.principals";
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_principal_or_no_size_is_refused() {
+    fn invalid_principals_and_sizes_are_refused() {
         let refused = |text: &str| rules(text).unwrap_err().join("\n");
         assert!(refused("[quotas.principals]\n\"a*b\" = {}").contains("\"a*b\" is neither"));
         assert!(refused("[quotas]\nupload_per_hour_gb = \"5 KB\"").contains("quotas.upload_per_hour_gb"));

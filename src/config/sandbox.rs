@@ -1,4 +1,4 @@
-//! `[execution.sandbox]`: the notation of the sandbox, and its checks.
+//! `[execution.sandbox]`: the settings of the sandbox, and their checks.
 
 use super::{Machine, checker::Checker, pools::PoolConfig};
 use crate::{
@@ -13,11 +13,11 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::path::{Component, Path, PathBuf};
 
-/// Most files and directories in the private /tmp, and in /dev/shm. Each takes about a kilobyte of memory.
+/// Maximum number of files and directories in the private /tmp, and in /dev/shm. Each takes about a kilobyte of memory.
 const TMP_FILES: u64 = 200_000;
-/// Largest number of processes and threads that can be configured; the kernel's own limit.
+/// Maximum number of processes and threads that can be configured. This is the kernel's own limit.
 const MAX_PROCESSES: u64 = 4_194_304;
-/// The users of the slots must be real and leave room above them.
+/// The allowed first users of slots: they must not be root, and there must be room above them.
 const USERS: std::ops::RangeInclusive<u32> = 1..=4_000_000_000;
 
 /// The `[execution.sandbox]` section.
@@ -26,14 +26,14 @@ const USERS: std::ops::RangeInclusive<u32> = 1..=4_000_000_000;
 pub struct SandboxConfig {
     /// Whether actions run in a sandbox.
     pub mode: Mode,
-    /// The files that actions find: "" for those of the host, "inputs" for those of the input root and nothing else, or the path of
-    /// a directory that is their root directory.
+    /// The root file system of actions: "" for the files of the host, "inputs" for the files of the input root alone,
+    /// or the path of a directory.
     pub rootfs: String,
-    /// Which network an action gets that asks for one.
+    /// The network of an action that requests one.
     pub network: NetworkGrant,
     /// Paths of the host that actions can read, in addition to the built-in ones.
     pub visible: Vec<PathBuf>,
-    /// Paths of the host that are hidden although something above them is visible.
+    /// Paths of the host that are hidden although a directory above them is visible.
     pub hidden: Vec<PathBuf>,
     /// Paths of the host that actions can read and write.
     pub writable: Vec<PathBuf>,
@@ -41,7 +41,7 @@ pub struct SandboxConfig {
     pub tmp_size_gb: Size,
     /// Size of the private /dev/shm of an action, in memory.
     pub shm_size_gb: Size,
-    /// Most processes and threads of one action at a time.
+    /// Maximum number of processes and threads of one action at a time.
     pub processes: u64,
     /// The first user id, and group id, of the range from which a root server gives each slot its own.
     pub first_user: u32,
@@ -55,38 +55,38 @@ pub enum Mode {
     Auto,
     /// With all protections, or the server does not start.
     Required,
-    /// No.
+    /// There is no sandbox.
     Off,
 }
 
-/// Which network an action gets that asks for one (`network=on`).
+/// The network of an action that requests one (`network=on`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NetworkGrant {
     /// None. The pool does not run such actions.
     Off,
-    /// One of its own, with a way to other machines but not to the host.
+    /// A network of its own, which reaches other machines but not the host.
     On,
-    /// The host's, as a whole.
+    /// The whole network of the host.
     Host,
 }
 
-/// The keys of `[execution.sandbox]` that a pool can have for itself.
+/// The keys of `[execution.sandbox]` that a pool can override.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolSandboxConfig {
-    /// Instead of `execution.sandbox.mode`.
+    /// Overrides `execution.sandbox.mode`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
-    /// Instead of `execution.sandbox.rootfs`.
+    /// Overrides `execution.sandbox.rootfs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rootfs: Option<String>,
-    /// Instead of `execution.sandbox.network`.
+    /// Overrides `execution.sandbox.network`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkGrant>,
 }
 
-/// What [`SandboxConfig::rootfs`] says that means the input root.
+/// The value of [`SandboxConfig::rootfs`] that means the input root.
 const INPUTS: &str = "inputs";
 
 impl Default for SandboxConfig {
@@ -106,7 +106,7 @@ impl Default for SandboxConfig {
     }
 }
 
-/// The checked section. What the server has for itself, such as its store, is hidden where it would be visible.
+/// Checks the section. The server's own paths, such as the store, are hidden where they would be visible.
 pub(super) fn sandbox(
     check: &mut Checker<'_>,
     warnings: &mut Vec<String>,
@@ -151,7 +151,7 @@ pub(super) fn sandbox(
     settings
 }
 
-/// Checks the lists of paths, each for itself and against each other.
+/// Checks each path of the lists, and compares the lists with each other.
 fn check_paths(check: &mut Checker<'_>, config: &SandboxConfig) {
     let lists = [
         ("execution.sandbox.visible", &config.visible),
@@ -197,7 +197,7 @@ impl From<NetworkGrant> for CellNetwork {
 }
 
 impl PoolSandboxConfig {
-    /// The sandbox of a pool with these keys, where `common` is that of all pools.
+    /// The sandbox of a pool with these keys. `common` is the sandbox of all pools.
     pub(super) fn apply(&self, common: &SandboxSettings) -> Result<SandboxSettings, String> {
         let mode = self.mode.map_or(common.mode, SandboxMode::from);
         let root = match &self.rootfs {
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_and_users_that_cannot_be_are_refused_with_their_key() {
+    fn invalid_paths_and_users_are_refused_with_their_key() {
         for (key, change) in [
             ("visible", (|config| config.execution.sandbox.visible = vec!["/".into()]) as fn(&mut Config)),
             ("hidden", |config| config.execution.sandbox.hidden = vec!["etc".into()]),

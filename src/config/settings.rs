@@ -32,9 +32,9 @@ use std::{
     time::Duration,
 };
 
-/// Largest number of client log streams. Each stream with bytes holds a file open.
+/// Maximum number of client log streams. Each stream with bytes keeps a file open.
 const MAX_LOG_STREAMS: usize = 100_000;
-/// Largest number of concurrent downloads. Each holds a connection, and a thread while it is unpacked.
+/// Maximum number of concurrent downloads. Each has a connection, and a thread while it is unpacked.
 const MAX_ASSET_CONCURRENCY: usize = 256;
 
 /// Smaller blobs share files with others and are not compressed.
@@ -67,7 +67,7 @@ impl Machine {
 pub struct Settings {
     /// Address on which gRPC is served.
     pub listen_addr: SocketAddr,
-    /// The name of this server among several; empty for one that stands alone.
+    /// The name of this server among several; empty for a single server.
     pub node: NodeName,
     /// The instances that clients may name.
     pub instances: Instances,
@@ -81,7 +81,8 @@ pub struct Settings {
     pub chunking: bool,
     /// How long the bytes of a broken upload are kept.
     pub partial_upload_retention: Duration,
-    /// How long what a build has touched is not evicted after its last request; zero for no such promise.
+    /// How long blobs and results that a build has used are not evicted after its last request; zero if they may be
+    /// evicted at once.
     pub build_lease: Duration,
     /// The same for requests that name no build.
     pub unnamed_build_lease: Duration,
@@ -113,9 +114,9 @@ pub struct Settings {
     pub http_addr: Option<SocketAddr>,
     /// Host names that HTTP requests may use, in addition to those of this machine.
     pub http_hosts: Vec<HostRule>,
-    /// Who may do what.
+    /// The permissions of clients.
     pub access: AccessSettings,
-    /// What each principal may use.
+    /// The limits of each principal.
     pub quotas: QuotaRules,
     /// The file that was read, for logs.
     pub config_file: Option<PathBuf>,
@@ -141,7 +142,7 @@ pub struct CompressionSettings {
 pub struct LogStreamsSettings {
     /// Whether clients may create them.
     pub enabled: bool,
-    /// Largest number of streams; at least 1.
+    /// Maximum number of streams; at least 1.
     pub max_streams: usize,
     /// Limit on the total size of all streams.
     pub max_bytes: u64,
@@ -250,7 +251,7 @@ fn cache_dir(check: &mut Checker<'_>, machine: &Machine) -> PathBuf {
     machine.cache_home.as_deref().unwrap_or(Path::new("/")).join("gorego")
 }
 
-/// Checks the values that stand for themselves.
+/// Checks the values that do not depend on others.
 fn check_values(check: &mut Checker<'_>) {
     let config = &check.loaded.config;
     check.duration("shutdown_grace", config.shutdown_grace, true);
@@ -336,7 +337,7 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     }
 }
 
-/// The policy with this treatment of the results of clients.
+/// The policy with this setting for the results of clients.
 fn with_client_results(policy: InstancePolicy, results: ClientResults) -> InstancePolicy {
     InstancePolicy {
         action_cache_updates: policy.action_cache_updates && results != ClientResults::Refused,
@@ -353,12 +354,13 @@ fn is_loopback(address: SocketAddr) -> bool {
     }
 }
 
-/// Without authentication, everyone who can reach the endpoint can run commands on this machine; without TLS, everyone who can
-/// read along on the way can take credentials.
+/// Without authentication, everyone who can reach the endpoint can run commands on this machine. Without TLS, everyone
+/// who can read the traffic can steal credentials.
 fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
     let config = &check.loaded.config;
     let has_tls = !config.tls.cert.as_os_str().is_empty();
-    // A CA that everybody needs a certificate of decides who comes in, also where it makes no difference what they may do.
+    // A required client certificate of a CA restricts who can connect, even if it does not change the permissions of a
+    // client.
     let needs_certificate =
         !config.tls.client_ca.as_os_str().is_empty() && config.tls.client_auth == ClientAuth::Required;
     let has_credentials = config.access.has_credentials() || needs_certificate;

@@ -7,13 +7,13 @@ use super::{
 use std::fmt::Write as _;
 use toml::Value;
 
-/// The effective values as TOML that can be loaded again. Values with a special meaning (such as 0 for the number of CPUs)
-/// are shown as their meaning.
+/// The effective values as TOML that can be loaded again. Values with a special meaning (such as 0 for the number of
+/// CPUs) are replaced by the values that they stand for.
 pub fn show(loaded: &Loaded, settings: &Settings) -> String {
     let mut config = loaded.config.clone();
     config.local_cache_dir.clone_from(&settings.cache_dir);
     if let Some(execution) = &settings.execution {
-        // With configured pools it must stay 0 to be loadable.
+        // If pools are configured, this must stay 0 so that the output can be loaded.
         if execution.pools.iter().all(|pool| !pool.is_declared) {
             config.execution.concurrency = execution.slots;
         }

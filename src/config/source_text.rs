@@ -1,4 +1,4 @@
-//! Points at a position in a configuration file: line, column, and a caret under the wrong words.
+//! Points at a position in a configuration file: path, line, column, and a caret under the faulty text.
 
 use std::{fmt::Write as _, ops::Range, path::Path};
 

@@ -1,4 +1,4 @@
-//! `[tls]`: the notation of TLS, and its checks.
+//! `[tls]`: the settings of TLS, and their checks.
 
 use super::{Machine, checker::Checker};
 use serde::{Deserialize, Serialize};
@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlsConfig {
-    /// Certificate of the server with those between it and its CA, in PEM; empty for no TLS.
+    /// Certificate chain of the server, without its CA, in PEM; empty for no TLS.
     pub cert: PathBuf,
     /// Private key of the certificate, in PEM.
     pub key: PathBuf,
-    /// CAs that sign certificates of clients, in PEM; empty if clients are not asked for one.
+    /// CAs that sign client certificates, in PEM; empty if clients are not asked for a certificate.
     pub client_ca: PathBuf,
-    /// Lists of revoked certificates of these CAs, in PEM or DER; empty for none.
+    /// Revocation lists of these CAs, in PEM or DER; empty for none.
     pub crl: PathBuf,
     /// Whether a client must have a certificate.
     pub client_auth: ClientAuth,
@@ -40,13 +40,13 @@ pub struct TlsSettings {
     pub key: PathBuf,
     /// Absolute path of the CAs of clients; `None` if clients are not asked for a certificate.
     pub client_ca: Option<PathBuf>,
-    /// Absolute path of the lists of revoked certificates.
+    /// Absolute path of the revocation lists.
     pub crl: Option<PathBuf>,
     /// Whether a client must have a certificate.
     pub client_auth: ClientAuth,
 }
 
-/// The checked section; `None` without TLS.
+/// Checks the section; `None` without TLS.
 pub(super) fn tls(check: &mut Checker<'_>, machine: &Machine) -> Option<TlsSettings> {
     let TlsConfig { cert, key, client_ca, crl, client_auth } = &check.loaded.config.tls;
     let is_set = |path: &Path| !path.as_os_str().is_empty();

@@ -8,12 +8,13 @@
 //! <build_root>/images/old-<number>                  one that is being removed
 //! ```
 //!
-//! An image gets its name when it is complete, by a rename. Images stay over restarts of the server, but not of the machine:
-//! nothing waits for the disk while they are written, and files that a power cut has damaged could not be told from others.
+//! An image directory is renamed to its name when it is complete. Images stay after a restart of the server, but not
+//! after a restart of the machine: nothing waits for the disk while they are written, and files that a power cut has
+//! damaged could not be detected.
 //!
-//! Each image is a whole directory. Images that share layers do not share files, only downloads ([`layers`]). In return, no file
-//! system has to be able to carry overlays, an action's root is one mount however many layers there are, and whiteouts are
-//! dealt with once.
+//! Each image is a whole directory. Images with common layers do not share files, only downloads ([`layers`]). In
+//! return, the file system need not support overlays, an action's root is one mount however many layers there are, and
+//! whiteouts are processed once.
 
 pub(super) mod layers;
 
@@ -51,21 +52,21 @@ use std::{
 const IMAGES_EVICTED: &str = "images_evicted";
 const IMAGE_NOT_REMOVED: &str = "image_not_removed";
 
-/// How many names are tried for a new directory. Only leftovers can have taken many.
+/// How many names are tried for a new directory. Only leftovers can have taken many names.
 const NAME_ATTEMPTS: usize = 10_000;
-/// The largest description of an unpacked image.
+/// Maximum size of the description of an unpacked image.
 const MAX_DESCRIPTION_BYTES: u64 = 1024 * 1024;
 /// The file with the description.
 const DESCRIPTION: &str = "image.json";
-/// What begins the names of layers.
+/// Prefix of the names of layers.
 const LAYER: &str = "layer-";
-/// What begins the names of images that are being unpacked, and of layers that are being downloaded.
+/// Prefix of the names of images that are being unpacked, and of layers that are being downloaded.
 const NEW: &str = "new-";
-/// What begins the names of what is being removed.
+/// Prefix of the names of entries that are being removed.
 const OLD: &str = "old-";
 /// The directory with the root file system.
 const ROOT: &str = "root";
-/// What the kernel gives another value at each start of the machine.
+/// The file whose content changes at each start of the machine.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The unpacked images of one directory.
@@ -79,7 +80,7 @@ pub(super) struct ImageCache {
     next: AtomicU64,
 }
 
-/// What shares the budget.
+/// The kinds of entries that share the budget.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum CacheKey {
     /// An unpacked image.
@@ -98,21 +99,21 @@ impl Spare for CacheKey {
 #[derive(Debug)]
 struct StoredImage {
     name: OsString,
-    /// Of its root directory, or of the file of a layer.
+    /// The identity of the root directory, or of the file of a layer.
     id: dir::FileId,
-    terms: RunTerms,
+    settings: CommandSettings,
 }
 
-/// What a command finds in an image besides its files.
+/// The settings of an image for commands, besides its files.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct RunTerms {
-    /// Variables, where it does not set them itself.
+pub(super) struct CommandSettings {
+    /// Environment variables for commands that do not set them.
     pub environment: Vec<(String, String)>,
-    /// Who it is; nobody special if this is missing.
+    /// The user of the command; the default user if this is `None`.
     pub user: Option<InnerUser>,
 }
 
-/// An image that stays for as long as this is held.
+/// A lease of an image, which keeps it from being removed.
 #[derive(Debug)]
 pub(super) struct ImageLease {
     cache: Arc<ImageCache>,
@@ -121,7 +122,7 @@ pub(super) struct ImageLease {
     image: Arc<StoredImage>,
 }
 
-/// `image.json`.
+/// The content of `image.json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct Description {
     boot: String,
@@ -131,8 +132,8 @@ struct Description {
 }
 
 impl ImageCache {
-    /// Opens the cache. Images of an earlier run stay, the least recently used as far as there is room; leftovers are removed
-    /// in the background.
+    /// Opens the cache. Images of an earlier run stay, as far as there is room; the least recently used ones are
+    /// removed. Leftovers are removed in the background.
     ///
     /// # Errors
     /// Those of the file system.
@@ -152,13 +153,13 @@ impl ImageCache {
         if !unused.is_empty() {
             let cache = cache.clone();
             let remove = move || unused.iter().for_each(|name| cache.remove(&cache.place(), name));
-            // If there can be no thread, they go with the next start.
+            // Without a thread, the next start removes them.
             let _ = thread::Builder::new().name("gorego-images".into()).spawn(remove);
         }
         Ok(cache)
     }
 
-    /// Takes up the images of earlier runs. Returns what is to be removed.
+    /// Adds the images of earlier runs. Returns the entries that must be removed.
     fn restore(&self) -> io::Result<Vec<OsString>> {
         let place = self.place();
         let (mut images, mut unused) = (Vec::new(), Vec::new());
@@ -199,7 +200,10 @@ impl ImageCache {
         let image = StoredImage {
             name: name.to_owned(),
             id: dir::file_id(&root),
-            terms: RunTerms { environment, user: user.map(|(user, group)| InnerUser { user, group }) },
+            settings: CommandSettings {
+                environment,
+                user: user.map(|(user, group)| InnerUser { user, group }),
+            },
         };
         is_whole.then_some((image, bytes, (metadata.mtime(), metadata.mtime_nsec())))
     }
@@ -208,17 +212,17 @@ impl ImageCache {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the images take.
+    /// The space that the images take.
     pub(super) fn usage(&self) -> BudgetUse {
         self.index().usage()
     }
 
-    /// Leases an image, if it is there.
+    /// Leases an image, if it is in the cache.
     pub(super) fn lease(self: &Arc<Self>, digest: &ImageDigest) -> Option<ImageLease> {
         let key = CacheKey::Image(digest.clone());
         let (copy, image) = self.index().lease(&key)?;
         let lease = ImageLease { cache: self.clone(), key, copy, image };
-        // Somebody may have removed it.
+        // Another process may have removed it.
         let is_there = rfs::lstat(lease.root()).is_ok_and(|stat| dir::file_id(&stat) == lease.image.id);
         if !is_there {
             self.index().forget(&lease.key, copy);
@@ -228,7 +232,7 @@ impl ImageCache {
         Some(lease)
     }
 
-    /// Notes for the next start of the server that something was used now.
+    /// Records the time of the last use for the next start of the server.
     fn touch(&self, path: impl AsRef<Path>) {
         let omit = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
@@ -236,7 +240,7 @@ impl ImageCache {
         let _ = rfs::utimensat(self.place(), path.as_ref(), &times, AtFlags::SYMLINK_NOFOLLOW);
     }
 
-    /// Makes a directory for an image that is neither here nor being unpacked; `None` for one that is.
+    /// Creates a directory for an image. `None` if the image is already unpacked or being unpacked.
     ///
     /// # Errors
     /// Those of the file system.
@@ -245,8 +249,8 @@ impl ImageCache {
         if !self.index().begin(&key) {
             return Ok(None);
         }
-        let place = self.place_again();
-        // Gives the room back if a step fails.
+        let place = self.recreated_directory();
+        // If a step fails, dropping this releases the reserved room.
         let mut unpacked = UnpackedImage {
             cache: self.clone(),
             place: place.clone(),
@@ -273,8 +277,8 @@ impl ImageCache {
         self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The directory at the path; made again if somebody has removed it.
-    fn place_again(&self) -> Arc<File> {
+    /// The directory at the path. It is created again if it was removed.
+    fn recreated_directory(&self) -> Arc<File> {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         let id = |stat: rfs::Stat| dir::file_id(&stat);
         let is_there = rfs::lstat(&self.path).ok().map(id) == rfs::fstat(&**place).ok().map(id);
@@ -284,7 +288,7 @@ impl ImageCache {
         place.clone()
     }
 
-    /// Removes all images that no action uses, for a disk that is full.
+    /// Removes all images that no action uses, to free space on a full disk.
     pub(super) fn remove_unused(&self) {
         let mut index = self.index();
         let unused = index.take_unused();
@@ -298,7 +302,7 @@ impl ImageCache {
         images: &[Arc<StoredImage>],
     ) {
         let place = self.place();
-        // Their names are free before another image may take them.
+        // Rename them first, so that their names are free for later images.
         let names: Vec<_> = images.iter().filter_map(|image| self.set_aside(&place, &image.name)).collect();
         drop(index);
         if names.is_empty() {
@@ -310,14 +314,14 @@ impl ImageCache {
             .log(format_args!("{} unpacked images were removed because room was needed", names.len()));
     }
 
-    /// Gives an image that nobody uses the name of one that is being removed. `None` if it is gone.
+    /// Renames an unused image to the name of an entry that is being removed. `None` if the image is gone.
     fn set_aside(&self, place: &File, name: &OsStr) -> Option<OsString> {
         let aside = |aside: &OsStr| rfs::renameat_with(place, name, place, aside, RenameFlags::NOREPLACE);
         self.numbered(OLD, aside).ok()
     }
 
     fn remove(&self, place: &File, name: &OsStr) {
-        // Layers are files.
+        // Layers are files, so try that first.
         let removed = match rfs::unlinkat(place, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(_) => workspace::remove(place, name),
@@ -330,7 +334,7 @@ impl ImageCache {
         }
     }
 
-    /// Tries names that begin like this until one is free.
+    /// Tries numbered names with this prefix until one is free.
     fn numbered(
         &self,
         prefix: &str,
@@ -348,7 +352,7 @@ impl ImageCache {
     }
 }
 
-/// An image that is being unpacked. Removed when dropped, unless it is complete.
+/// An image that is being unpacked. It is removed on drop unless it is complete.
 pub(super) struct UnpackedImage {
     cache: Arc<ImageCache>,
     place: Arc<File>,
@@ -367,15 +371,15 @@ impl UnpackedImage {
         self.root.as_ref().ok_or_else(|| Error::internal("the directory of an image is not open"))
     }
 
-    /// Where it will be.
+    /// The path of the complete image.
     pub(super) fn cache(&self) -> &Arc<ImageCache> {
         &self.cache
     }
 
-    /// Takes room before so many bytes are written. Other images may be removed for it.
+    /// Reserves room before this many bytes are written. Other images may be removed for that.
     ///
     /// # Errors
-    /// `Precondition` for an image that is larger than the cache; `Unavailable` when images that are in use leave no room.
+    /// `Precondition` if the image is larger than the cache; `Unavailable` if images in use leave no room.
     pub(super) fn take(&self, bytes: u64) -> Result<()> {
         let mut index = self.cache.index();
         match index.grow(&self.key, bytes) {
@@ -395,12 +399,12 @@ impl UnpackedImage {
         }
     }
 
-    /// Looks at the disk, which other files than images fill too. Unused images go if it is low.
+    /// Checks the free space of the disk, which is also used by other programs. Removes unused images if it is low.
     ///
     /// # Errors
-    /// `DiskFull` when it stays low. Actions that run must not pay for this image.
+    /// `DiskFull` if it stays low. Running actions must not fail because of this image.
     pub(super) fn check_disk(&self) -> Result<()> {
-        // Where nothing can be known, a write fails in time.
+        // If the free space cannot be read, the write itself fails when the disk is full.
         let low = || self.root.as_ref().and_then(|root| Space::of_file(root).ok()).filter(Space::is_low);
         if low().is_none() {
             return Ok(());
@@ -413,11 +417,11 @@ impl UnpackedImage {
         })
     }
 
-    /// The image is complete: it gets its name and a lease.
+    /// Completes the image: renames it to its name and leases it.
     ///
     /// # Errors
     /// Those of the file system.
-    pub(super) fn finish(mut self, terms: RunTerms) -> Result<ImageLease> {
+    pub(super) fn finish(mut self, settings: CommandSettings) -> Result<ImageLease> {
         let cache = self.cache.clone();
         let bytes = cache.index().taken(&self.key);
         let keep = || -> io::Result<(OsString, dir::FileId)> {
@@ -425,8 +429,8 @@ impl UnpackedImage {
             let description = Description {
                 boot: cache.boot.clone().unwrap_or_default(),
                 bytes,
-                environment: terms.environment.clone(),
-                user: terms.user.map(|user| (user.user, user.group)),
+                environment: settings.environment.clone(),
+                user: settings.user.map(|user| (user.user, user.group)),
             };
             let text = serde_json::to_vec(&description).map_err(io::Error::other)?;
             let inside = dir::open_dir(&self.place, &self.name)?;
@@ -434,17 +438,17 @@ impl UnpackedImage {
             let file = rfs::openat(&inside, DESCRIPTION, flags, Mode::RUSR | Mode::WUSR)?;
             File::from(file).write_all(&text)?;
             let name = name_of(&self.digest);
-            // A copy that was forgotten because something was wrong with it may still be there.
+            // A copy that was discarded because it was damaged may still be there.
             let _ = cache.set_aside(&self.place, &name).map(|aside| cache.remove(&self.place, &aside));
             rfs::renameat(&self.place, &self.name, &self.place, &name)?;
             Ok((name, id))
         };
         let (name, id) = keep().map_err(|error| Error::io("complete an image", &error))?;
         self.name.clone_from(&name);
-        let image = Arc::new(StoredImage { name, id, terms });
+        let image = Arc::new(StoredImage { name, id, settings });
         let copy = cache.index().finish(&self.key, image.clone());
         let copy = copy.ok_or_else(|| Error::internal("an image was completed twice"))?;
-        // It is not to be removed.
+        // The directory was renamed, so dropping this must not remove it.
         self.name.clear();
         Ok(ImageLease { cache, key: self.key.clone(), copy, image })
     }
@@ -456,7 +460,7 @@ impl Drop for UnpackedImage {
             self.root = None;
             self.cache.remove(&self.place, &self.name);
         }
-        // Changes nothing for a complete image.
+        // This has no effect if the image is complete.
         self.cache.index().abandon(&self.key);
     }
 }
@@ -467,9 +471,9 @@ impl ImageLease {
         self.cache.path.join(&self.image.name).join(ROOT)
     }
 
-    /// What a command finds besides the files.
-    pub(super) fn terms(&self) -> &RunTerms {
-        &self.image.terms
+    /// The settings for commands.
+    pub(super) fn settings(&self) -> &CommandSettings {
+        &self.image.settings
     }
 }
 
@@ -482,7 +486,7 @@ impl Drop for ImageLease {
 fn open_place(path: &Path) -> io::Result<File> {
     fs::create_dir_all(path)?;
     let place = File::open(path)?;
-    // Programs of an image are not for other users of this machine.
+    // Other users of this machine must not access the programs of an image.
     rfs::fchmod(&place, Mode::RWXU)?;
     Ok(place)
 }

@@ -11,7 +11,7 @@ enum ImageHash {
 }
 
 impl ImageHash {
-    /// Each with its name and the number of its hexadecimal digits.
+    /// All functions, each with its name and the number of its hexadecimal digits.
     const ALL: [(Self, &str, usize); 2] = [(Self::Sha256, "sha256", 64), (Self::Sha512, "sha512", 128)];
 
     fn name(self) -> &'static str {
@@ -49,7 +49,7 @@ impl ImageDigest {
         &self.hex
     }
 
-    /// A hasher for content that should have this digest.
+    /// A hasher for checking content against this digest.
     pub fn hasher(&self) -> Hasher {
         match self.algorithm {
             ImageHash::Sha256 => Hasher::Sha256(Sha256::new()),
@@ -57,7 +57,7 @@ impl ImageDigest {
         }
     }
 
-    /// Whether the content has this digest.
+    /// Whether the hasher's content has this digest.
     pub fn is_of(&self, content: &[u8]) -> bool {
         let mut hasher = self.hasher();
         hasher.update(content);
@@ -87,7 +87,7 @@ impl fmt::Display for ImageDigest {
     }
 }
 
-/// Computes a digest.
+/// An incremental hash computation.
 #[derive(Debug, Clone)]
 pub enum Hasher {
     /// Of SHA-256.

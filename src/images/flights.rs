@@ -1,9 +1,11 @@
-//! [`ImageFlights`]: work whose result several callers want. Those who want the same while it is under way share one flight.
+//! [`ImageFlights`]: work whose result several callers need. Callers that need the same result at the same time share
+//! one flight.
 //!
-//! A flight runs on a thread of its own and goes on when nobody waits for it any more, since the next caller may want it. The
-//! number of flights is bounded by a [`Budget`], so that the callers of one peer cannot take all places: each caller waits as the
-//! peer that it is, and the first whose turn comes starts the flight for all. A failure stays the answer for [`FAILURE_KEPT`].
-//! A success is forgotten when all who waited for it have it; its work must have put it where later callers look first.
+//! A flight runs on a separate thread and continues after its callers have left, because the next caller may need the
+//! result. A [`Budget`] bounds the number of flights and shares them among peers: each caller waits for a place as its
+//! peer, and the first one that gets a place starts the flight for all. A failure is returned to later callers for
+//! [`FAILURE_CACHE_TIME`]. A success is forgotten when all waiting callers have it; before that, the work must store it where
+//! later callers look first.
 
 use crate::{
     budget::{Budget, Share},
@@ -21,24 +23,25 @@ use std::{
 };
 use tokio::sync::Notify;
 
-/// How long a failure is the answer to everybody who wants the same.
-pub(super) const FAILURE_KEPT: Duration = Duration::from_secs(5);
+/// How long a failure is returned to later callers.
+pub(super) const FAILURE_CACHE_TIME: Duration = Duration::from_secs(5);
 
-/// ImageFlights by what they bring. Cheap to clone.
+/// The running flights by key. Cheap to clone.
 #[derive(Debug)]
-pub(super) struct ImageFlights<K, T>(Arc<FlightBoard<K, T>>);
+pub(super) struct ImageFlights<K, T>(Arc<FlightTable<K, T>>);
 
 #[derive(Debug)]
-struct FlightBoard<K, T> {
+struct FlightTable<K, T> {
     /// The name of the threads.
     thread: &'static str,
     places: Budget,
     flights: Mutex<HashMap<K, Arc<ImageFlight<T>>>>,
-    /// A flight has begun or ended.
+    /// Notified when a flight begins or ends.
     changed: Notify,
 }
 
-/// When and how a flight has ended, once it has. The result belongs to those who wait for it, and goes with the last of them.
+/// The end of a flight, once it has ended. The result is shared by the waiting callers and is dropped with the last of
+/// them.
 #[derive(Debug)]
 struct ImageFlight<T>(OnceLock<(Instant, Result<T>)>);
 
@@ -53,16 +56,17 @@ where
     K: Clone + Eq + Hash + Send + 'static,
     T: Clone + Send + Sync + 'static,
 {
-    /// No flights; at most as many at a time as the budget has places.
+    /// Creates an empty collection. The budget bounds the number of concurrent flights.
     pub(super) fn new(thread: &'static str, places: Budget) -> Self {
-        Self(Arc::new(FlightBoard { thread, places, flights: Mutex::default(), changed: Notify::new() }))
+        Self(Arc::new(FlightTable { thread, places, flights: Mutex::default(), changed: Notify::new() }))
     }
 
-    /// What `known` gives, which is what earlier work has left behind; or what the flight for the same key gives that is under way
-    /// or has failed a moment ago; or what `work` gives. A caller that leaves drops the future; the flight goes on.
+    /// Returns the first available result: that of `known`, which looks for the outcome of earlier work; that of a
+    /// running or recently failed flight with the same key; or that of `work`, in a new flight. If a caller drops the
+    /// future, the flight continues.
     ///
     /// # Errors
-    /// Those of the work, and of the machine if it has no thread for it.
+    /// Those of the work, and of the machine if no thread can be started.
     pub(super) async fn join(
         &self,
         key: &K,
@@ -72,22 +76,22 @@ where
     ) -> Result<T> {
         let mut place = pin!(self.0.places.wait_for(caller, 1));
         loop {
-            // Notices every change from here on.
+            // From here on, no change is missed.
             let changed = self.0.changed.notified();
             if let Some(known) = known() {
                 return Ok(known);
             }
             if let Some(flight) = self.0.under_way(key) {
-                return self.0.landing(flight).await;
+                return self.0.outcome_of(flight).await;
             }
             tokio::select! {
-                share = &mut place => return self.0.landing(self.start(key, share?, work)?).await,
+                share = &mut place => return self.0.outcome_of(self.start(key, share?, work)?).await,
                 () = changed => {}
             }
         }
     }
 
-    /// Starts a flight, unless somebody else has just done so.
+    /// Starts a flight, unless another caller has just started it.
     fn start(
         &self,
         key: &K,
@@ -103,7 +107,7 @@ where
         let run = move || {
             let outcome = catch_unwind(AssertUnwindSafe(work))
                 .unwrap_or_else(|_| Err(Error::Internal(format!("the thread {} panicked", board.thread))));
-            board.land(&key_of_own, own, outcome);
+            board.complete(&key_of_own, own, outcome);
             drop(share);
             board.changed.notify_waiters();
         };
@@ -116,20 +120,21 @@ where
     }
 }
 
-impl<K: Eq + Hash, T: Clone> FlightBoard<K, T> {
+impl<K: Eq + Hash, T: Clone> FlightTable<K, T> {
     fn flights(&self) -> MutexGuard<'_, HashMap<K, Arc<ImageFlight<T>>>> {
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The flight for a key, which may have failed a moment ago.
+    /// The flight for a key, which is running or has failed recently.
     fn under_way(&self, key: &K) -> Option<Arc<ImageFlight<T>>> {
         let mut flights = self.flights();
-        flights.retain(|_, flight| flight.0.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_KEPT));
+        flights.retain(|_, flight| flight.0.get().is_none_or(|(at, _)| at.elapsed() < FAILURE_CACHE_TIME));
         flights.get(key).cloned()
     }
 
-    /// A flight has ended. Nobody sees that before the thread has let go of the result.
-    fn land(&self, key: &K, flight: Arc<ImageFlight<T>>, outcome: Result<T>) {
+    /// Records the end of a flight. The waiting callers see it after the thread has dropped its reference to the
+    /// result.
+    fn complete(&self, key: &K, flight: Arc<ImageFlight<T>>, outcome: Result<T>) {
         let mut flights = self.flights();
         if outcome.is_ok() {
             flights.remove(key);
@@ -139,7 +144,7 @@ impl<K: Eq + Hash, T: Clone> FlightBoard<K, T> {
     }
 
     /// Waits for the end of a flight.
-    async fn landing(&self, flight: Arc<ImageFlight<T>>) -> Result<T> {
+    async fn outcome_of(&self, flight: Arc<ImageFlight<T>>) -> Result<T> {
         loop {
             let changed = self.changed.notified();
             let ended = {
@@ -178,7 +183,7 @@ mod tests {
         Caller::without_connection(Peer::V4([127, 0, 0, number].into()))
     }
 
-    /// Work that counts itself and ends when the sender is dropped.
+    /// Work that counts its runs and ends when the sender is dropped.
     fn work(count: &Arc<AtomicUsize>) -> (mpsc::Sender<()>, impl FnOnce() -> Result<usize> + Send + 'static) {
         let (release, held) = mpsc::channel::<()>();
         let count = count.clone();
@@ -190,7 +195,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_who_want_the_same_share_one_flight_which_goes_on_when_the_first_has_left() {
+    async fn callers_with_one_key_share_a_flight_that_continues_when_the_first_caller_leaves() {
         let (flights, count) = (flights(4), Arc::new(AtomicUsize::new(0)));
         let (release, first_work) = work(&count);
         let first = tokio::spawn({
@@ -263,7 +268,7 @@ mod tests {
         let other = flights.join(&3, caller(2), known(&brought), work);
         assert_eq!(timeout(SOON, other).await.expect("a place is left for it").unwrap(), 7);
         assert_eq!(count.load(SeqCst), 1, "the peer with many has one place of two");
-        // Those of the other peer that still wait for a place need none any more.
+        // The other peer's waiting callers no longer need a place.
         for (_, waiting) in held.drain(1..) {
             assert_eq!(timeout(SOON, waiting).await.unwrap().unwrap().unwrap(), 7);
         }

@@ -1,10 +1,11 @@
-//! [`ImageIndex`]: which images are unpacked, who uses them, and which go first. Pure.
+//! [`ImageIndex`]: records which images are unpacked and in use, and which are evicted first. Pure.
 //!
-//! How large an image is unpacked is known only at its end, so an image takes its part of the budget step by step while it is
-//! unpacked. Images that are leased stay. The others go in the order of their last use when another one needs the room. So all
-//! images together, also those that are being unpacked, never take more than the budget.
+//! The unpacked size of an image is only known at its end, so the image takes its part of the budget step by step.
+//! Leased images stay. The others are evicted in the order of their last use if another image needs the room. So all
+//! images together, including those that are being unpacked, never take more than the budget.
 //!
-//! Spare entries are kept as long as nothing else needs their room: they go before all others, and take only what is free.
+//! Spare entries are kept as long as no other entry needs their room: they are evicted before all others, and only take
+//! free room.
 
 use crate::disk::BudgetUse;
 use std::{
@@ -12,10 +13,10 @@ use std::{
     hash::Hash,
 };
 
-/// What growing needs.
+/// The answer to a request for more room.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Growth<T> {
-    /// There is room, once these are removed.
+    /// There is room after these entries are removed.
     Yes(Vec<T>),
     /// The image alone is larger than the budget.
     Never,
@@ -23,30 +24,30 @@ pub(super) enum Growth<T> {
     NotNow,
 }
 
-/// Identifies one copy of an image. One that was forgotten and unpacked again is another copy.
+/// Identifies one copy of an image. An image that was discarded and unpacked again is another copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct CopyId(u64);
 
-/// Unpacked images `T` by key.
+/// The unpacked images `T` by key.
 #[derive(Debug)]
 pub(super) struct ImageIndex<K, T> {
     budget: u64,
     charged: u64,
     images: HashMap<K, ImageEntry<T>>,
-    /// The keys of all images: the spare ones first, then by their last use, whose number is unique.
+    /// The keys of all images: spare ones first, then in the order of their last use. The numbers are unique.
     order: BTreeMap<Place, K>,
     last_use: u64,
     unpacking: HashMap<K, u64>,
     copies: u64,
 }
 
-/// What a key stands for.
+/// A key that may stand for a spare entry.
 pub(super) trait Spare {
-    /// Whether it is kept only as long as nothing else needs its room.
+    /// Whether the entry is kept only as long as no other entry needs its room.
     fn is_spare(&self) -> bool;
 }
 
-/// The place of an image in the order in which they go: what is not spare is greater.
+/// The position of an image in the order of eviction. Entries that are not spare have the greater position.
 type Place = (bool, u64);
 
 #[derive(Debug)]
@@ -59,13 +60,13 @@ struct ImageEntry<T> {
 }
 
 impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
-    /// How many images there are, and what they take together with spare entries and with what is being unpacked.
+    /// The number of images, and the space that they take, including spare entries and images that are being unpacked.
     pub(super) fn usage(&self) -> BudgetUse {
         let images = self.images.keys().filter(|key| !key.is_spare());
         BudgetUse { count: images.count() as u64, bytes: self.charged, max_bytes: self.budget }
     }
 
-    /// An empty one.
+    /// An empty index.
     pub(super) fn new(budget: u64) -> Self {
         Self {
             budget,
@@ -96,8 +97,8 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         }
     }
 
-    /// Begins to unpack an image that is neither here nor being unpacked. [`ImageIndex::finish`] or
-    /// [`ImageIndex::abandon`] has to follow. Returns whether it may begin.
+    /// Begins to unpack an image, unless it is unpacked or being unpacked. Returns whether the caller may unpack it; if
+    /// so, it must call [`ImageIndex::finish`] or [`ImageIndex::abandon`] afterwards.
     pub(super) fn begin(&mut self, key: &K) -> bool {
         let is_new = !self.images.contains_key(key) && !self.unpacking.contains_key(key);
         if is_new {
@@ -106,7 +107,7 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         is_new
     }
 
-    /// Takes room for so many more bytes of an image that is being unpacked.
+    /// Takes room for more bytes of an image that is being unpacked.
     pub(super) fn grow(&mut self, key: &K, bytes: u64) -> Growth<T> {
         let Some(own) = self.unpacking.get_mut(key) else { return Growth::NotNow };
         let grown = own.saturating_add(bytes);
@@ -130,7 +131,7 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         Growth::Yes(removed)
     }
 
-    /// Adds an image that was unpacked, and leases it.
+    /// Adds an unpacked image, and leases it.
     pub(super) fn finish(&mut self, key: &K, image: T) -> Option<CopyId> {
         let bytes = self.unpacking.remove(key)?;
         Some(self.insert(key.clone(), image, bytes, 1))
@@ -141,14 +142,15 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         self.unpacking.get(key).copied().unwrap_or(0)
     }
 
-    /// Gives back the room of an image that could not be unpacked.
+    /// Releases the room of an image that could not be unpacked.
     pub(super) fn abandon(&mut self, key: &K) {
         if let Some(bytes) = self.unpacking.remove(key) {
             self.charged -= bytes;
         }
     }
 
-    /// Adds an image of an earlier run as the one that was used last. Returns what has to go for it, which may be itself.
+    /// Adds an image of an earlier run as the most recently used one. Returns the entries that must be removed for it,
+    /// possibly itself.
     pub(super) fn restore(&mut self, key: K, image: T, bytes: u64) -> Vec<T> {
         if self.images.contains_key(&key) || bytes > self.budget {
             return vec![image];
@@ -163,14 +165,14 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         removed
     }
 
-    /// Forgets a copy that is no longer there, although it may be in use.
+    /// Discards a copy that is no longer on disk, even if it is in use.
     pub(super) fn forget(&mut self, key: &K, copy: CopyId) {
         if self.images.get(key).is_some_and(|entry| entry.copy == copy) {
             self.remove(key);
         }
     }
 
-    /// Takes all images out that nobody uses; they are to be removed.
+    /// Takes out all unused images. The caller must remove them.
     pub(super) fn take_unused(&mut self) -> Vec<T> {
         let mut removed = Vec::new();
         while let Some(oldest) = self.oldest_unused() {
@@ -241,7 +243,7 @@ mod tests {
         ]
     }
 
-    /// The same, as lists: (key, bytes, leases), the least recently used first, and the spare ones before all others.
+    /// The same as lists of (key, bytes, leases): spare entries first, then in the order of their last use.
     #[derive(Debug, Default)]
     struct Model {
         images: Vec<(u8, u64, Vec<CopyId>)>,

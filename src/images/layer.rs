@@ -1,7 +1,8 @@
-//! Reads the archive of one layer: tar, plain or compressed with gzip or zstd, told apart by its first bytes.
+//! Reads the archive of one layer: a tar archive, which may be compressed with gzip or zstd. The first bytes show the
+//! format.
 //!
-//! Memory is bounded by the decoder's window, one extension header and the names of one layer. Everything that is decoded
-//! takes room in the budget of images, so that neither large contents nor many small entries can fill the disk.
+//! Memory is bounded by the decoder's window, one extension header and the names of one layer. All decoded bytes take
+//! room in the budget of images, so neither large contents nor many small entries can fill the disk.
 
 use super::{
     problem::LayerProblem,
@@ -15,15 +16,15 @@ use flate2::read::MultiGzDecoder;
 use std::io::{BufReader, Cursor, Read};
 use tar::{Archive, EntryType};
 
-/// The largest extension header of an entry. It holds paths and extended attributes.
+/// Maximum size of an extension header, which contains paths and extended attributes.
 const EXTENSION_MAX_BYTES: u64 = 1024 * 1024;
-/// Bytes that are read at once.
+/// Number of bytes that are read at once.
 const BUFFER_BYTES: usize = 128 * 1024;
 
-/// Applies the layer that this archive holds.
+/// Applies the layer in this archive.
 ///
 /// # Errors
-/// `Refused` for an archive that is damaged or hostile.
+/// `Refused` if the archive is damaged or hostile.
 pub(super) fn unpack(mut archive: impl Read, tree: &mut RootTree<'_>) -> Result<(), LayerProblem> {
     let mut magic = Vec::new();
     archive.by_ref().take(4).read_to_end(&mut magic).map_err(LayerProblem::of_reading)?;
@@ -41,7 +42,7 @@ pub(super) fn unpack(mut archive: impl Read, tree: &mut RootTree<'_>) -> Result<
 fn entries(reader: impl Read, tree: &mut RootTree<'_>) -> Result<(), LayerProblem> {
     let mut archive = Archive::new(reader);
     let mut extensions = Extensions::default();
-    // Raw mode, because the library would read extension headers of any length into memory.
+    // Raw mode is used because the library would otherwise read extension headers of any length into memory.
     for entry in archive.entries().map_err(LayerProblem::of_reading)?.raw(true) {
         let mut entry = entry.map_err(LayerProblem::of_reading)?;
         let kind = entry.header().entry_type();
@@ -77,7 +78,7 @@ fn entries(reader: impl Read, tree: &mut RootTree<'_>) -> Result<(), LayerProble
             }
         };
         tree.apply(&path, applied)?;
-        // What is no content of a file has no use, but takes time to decode.
+        // Other content is not needed, but decoding it takes time.
         skip(&mut entry, tree)?;
     }
     Ok(())

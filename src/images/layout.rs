@@ -1,6 +1,6 @@
 //! [`LayoutDirectory`]: an OCI layout directory of this machine as a source of images.
 //!
-//! A client names the directory, so it must lie in one that the configuration lists, and no link in it leads out of that.
+//! A client names the directory, so it must be inside a configured directory, and no link in its path may leave that.
 
 use super::{
     digest::ImageDigest,
@@ -20,10 +20,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The one of the `allowed` directories in which a layout directory lies.
+/// The directory among `allowed` that contains a layout directory.
 ///
 /// # Errors
-/// `Precondition` when it lies in none.
+/// `Precondition` if there is none.
 pub(super) fn check_path<'a>(path: &Path, allowed: &'a [PathBuf]) -> Result<&'a PathBuf> {
     allowed.iter().find(|above| path.starts_with(above)).ok_or_else(|| {
         Error::Precondition(format!(
@@ -44,7 +44,7 @@ impl LayoutDirectory {
     /// Opens a layout directory below one of the `allowed` directories.
     ///
     /// # Errors
-    /// `Precondition` when it is not allowed or not there.
+    /// `Precondition` if it is not allowed or does not exist.
     pub(super) fn open(path: &Path, allowed: &[PathBuf]) -> Result<Self> {
         let above = check_path(path, allowed)?;
         let missing = |error: io::Error| {

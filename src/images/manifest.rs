@@ -1,24 +1,26 @@
 //! The documents of an image: index, manifest and configuration, and the choice of a platform. Pure.
 //!
-//! They come from outside. Each is measured before it is read ([`MAX_DOCUMENT_BYTES`]), and what is not used is not looked at.
+//! The documents are untrusted. The size of each is checked before it is parsed ([`MAX_DOCUMENT_BYTES`]), and unused
+//! parts are ignored.
 
 use super::digest::ImageDigest;
 use serde::Deserialize;
 
-/// The largest index, manifest or configuration: what the distribution specification asks registries to accept.
+/// Maximum size of an index, manifest or configuration. The distribution specification requires registries to accept
+/// this size.
 pub const MAX_DOCUMENT_BYTES: u64 = 4 * 1024 * 1024;
-/// Most layers of an image. Other implementations take no more than 127.
+/// Maximum number of layers of an image. Other implementations allow at most 127.
 const MAX_LAYERS: usize = 512;
-/// Most variables that an image adds to the environment, and their longest total length.
+/// Maximum number of environment variables of an image, and their maximum total length.
 const MAX_VARIABLES: usize = 1_000;
 const MAX_VARIABLE_BYTES: usize = 256 * 1024;
 
-/// The media types that a registry is asked for.
+/// The media types that are requested from a registry.
 pub const ACCEPTED: &str = "application/vnd.oci.image.index.v1+json, \
      application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, \
      application/vnd.docker.distribution.manifest.v2+json";
 
-/// Layers that are tar archives; which compression they have is seen from their first bytes.
+/// Media types of layers that are tar archives. The first bytes show the compression.
 const LAYERS: &[&str] = &[
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
@@ -26,7 +28,7 @@ const LAYERS: &[&str] = &[
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
 ];
 
-/// Content of an image by digest.
+/// A blob of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobName {
     /// Its digest.
@@ -35,10 +37,10 @@ pub struct BlobName {
     pub size: u64,
 }
 
-/// What a digest of an image can lead to.
+/// A document that the digest of an image can refer to.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Document {
-    /// One image for each of several platforms.
+    /// Images for several platforms.
     Index(PlatformIndex),
     /// One image.
     Manifest(Manifest),
@@ -57,7 +59,7 @@ struct IndexEntry {
     tag: Option<String>,
 }
 
-/// A kind of machine, in the words of image indexes.
+/// A platform, in the notation of image indexes.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Platform {
     #[serde(default)]
@@ -77,17 +79,17 @@ pub struct Manifest {
     pub layers: Vec<BlobName>,
 }
 
-/// What an image asks for when it runs.
+/// The settings of an image for its processes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ImageConfig {
-    /// Variables, where a command does not set them itself.
+    /// Environment variables for commands that do not set them.
     pub environment: Vec<(String, String)>,
-    /// Who a command is, by name or number; empty for nobody special.
+    /// The user of the command, by name or number; empty for the default user.
     pub user: String,
 }
 
 impl Platform {
-    /// Linux on this architecture, which is named as by Rust.
+    /// Linux on this architecture, in Rust's notation.
     pub fn linux(architecture: &str) -> Self {
         let architecture = match architecture {
             "x86_64" => "amd64",
@@ -103,7 +105,8 @@ impl Platform {
         image.os == self.os && image.architecture == self.architecture
     }
 
-    /// How well an image for this platform suits, the best first: without a variant, or with the lowest.
+    /// The rank of an image for this platform; the lowest rank is the best: without a variant, or with the lowest
+    /// variant.
     fn rank(image: &Self) -> (bool, &str) {
         (image.variant.is_some(), image.variant.as_deref().unwrap_or_default())
     }
@@ -116,7 +119,7 @@ impl Platform {
 }
 
 impl Document {
-    /// Reads an index or a manifest.
+    /// Parses an index or a manifest.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let wire: WireDocument = json(bytes)?;
         if let Some(manifests) = wire.manifests {
@@ -151,7 +154,7 @@ impl PlatformIndex {
     pub fn choose(&self, machine: &Platform) -> Result<&BlobName, String> {
         let suits = |entry: &&IndexEntry| match &entry.platform {
             Some(platform) => machine.runs(platform),
-            // It is for one platform only, and its configuration says for which.
+            // The image is for one platform only. Its configuration says for which one.
             None => self.entries.len() == 1,
         };
         let rank = |entry: &&IndexEntry| {
@@ -168,7 +171,7 @@ impl PlatformIndex {
         })
     }
 
-    /// The images of a layout directory that have this tag, or all of them.
+    /// The images of a layout directory that have this tag; all images if `tag` is `None`.
     pub fn tagged(&self, tag: Option<&str>) -> Vec<&BlobName> {
         let has_tag = |entry: &&IndexEntry| tag.is_none() || entry.tag.as_deref() == tag;
         self.entries.iter().filter(has_tag).map(|entry| &entry.blob).collect()
@@ -183,7 +186,7 @@ impl PlatformIndex {
 }
 
 impl ImageConfig {
-    /// Reads the configuration of an image that should run on this machine.
+    /// Parses the configuration of an image that should run on this machine.
     pub fn decode(bytes: &[u8], machine: &Platform) -> Result<Self, String> {
         let wire: WireConfig = json(bytes)?;
         if !machine.runs(&wire.platform) {
@@ -219,7 +222,7 @@ fn check_layer(media_type: &str) -> Result<(), String> {
 }
 
 fn json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
-    // The text of the error could quote the document, which a registry may have fetched from anywhere.
+    // The error's text could quote the document, which a registry may have fetched from anywhere.
     serde_json::from_slice(bytes).map_err(|error| {
         format!("it is not JSON of the right form (line {}, column {})", error.line(), error.column())
     })

@@ -10,14 +10,15 @@ use std::{error::Error as StdError, io};
 pub(super) enum LayerProblem {
     /// The layer is damaged or hostile.
     Refused(String),
-    /// The fault is not the layer's.
+    /// The layer is not at fault.
     Failed(Error),
 }
 
 impl LayerProblem {
-    /// Of an error while the layer was read: what the reader of the blob says of itself, or else a damaged archive.
+    /// Converts an error of reading a layer: an error that the reader of the blob reports stays as it is, and any other
+    /// error means a damaged archive.
     pub(super) fn of_reading(error: io::Error) -> Self {
-        match carried(&error) {
+        match inner_error(&error) {
             Some(error) => Self::Failed(error.clone()),
             None => Self::Refused(error.to_string()),
         }
@@ -32,12 +33,12 @@ impl LayerProblem {
     }
 }
 
-/// The error of ours that an IO error carries through a library, if it does.
-pub(super) fn carried(error: &io::Error) -> Option<&Error> {
+/// The [`Error`] inside of an IO error that passed through a library, if there is one.
+pub(super) fn inner_error(error: &io::Error) -> Option<&Error> {
     let mut next: Option<&(dyn StdError + 'static)> = Some(error);
     while let Some(error) = next {
-        if let Some(carried) = error.downcast_ref() {
-            return Some(carried);
+        if let Some(inner_error) = error.downcast_ref() {
+            return Some(inner_error);
         }
         next = match error.downcast_ref::<io::Error>() {
             Some(error) => error.get_ref().map(|inner| inner as &(dyn StdError + 'static)),
@@ -53,7 +54,7 @@ impl From<Error> for LayerProblem {
     }
 }
 
-/// An error of the file system while an entry was put in place.
+/// Converts an error of the file system while an entry was written.
 impl From<io::Error> for LayerProblem {
     fn from(error: io::Error) -> Self {
         let of_the_entry = [

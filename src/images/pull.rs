@@ -1,7 +1,7 @@
 //! One pull: from a source to an unpacked image, step by step. Blocks.
 
 use super::{
-    cache::{ImageCache, ImageLease, RunTerms, UnpackedImage, layers::LayerState},
+    cache::{CommandSettings, ImageCache, ImageLease, UnpackedImage, layers::LayerState},
     digest::ImageDigest,
     layer,
     manifest::{BlobName, Document, ImageConfig, Manifest, Platform},
@@ -16,17 +16,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How many indexes may lead to an image: registries have at most one.
+/// Maximum number of nested indexes. Registries use at most one.
 const MAX_INDEXES: usize = 2;
 
-/// After how many steps of unpacking the free space of the disk is looked at. A step is an entry or 128 KiB of a file, so at most
-/// 4 MiB are written in between, of the 64 reserves that are left when a disk counts as low.
-const LOOK_EVERY: u64 = 32;
+/// Number of unpacking steps after which the free space of the disk is checked. A step is an entry or 128 KiB of a
+/// file, so at most 4 MiB are written in between. A disk counts as low when 64 reserves are left.
+const CHECK_SPACE_EVERY: u64 = 32;
 
-/// How often a pull looks for a layer that another one is downloading.
+/// How often a pull checks for a layer that another pull is downloading.
 const LAYER_POLL: Duration = Duration::from_millis(20);
 
-/// The time that a pull may take.
+/// The time limit of a pull.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PullTime {
     limit: Duration,
@@ -34,24 +34,24 @@ pub(super) struct PullTime {
 }
 
 impl PullTime {
-    /// From now on.
+    /// A time limit that starts now.
     pub(super) fn starting(limit: Duration) -> Self {
         let now = Instant::now();
-        // A limit beyond the range of the clock means a year.
+        // A limit beyond the range of the clock is replaced by a year.
         Self { limit, end: now.checked_add(limit).unwrap_or(now + Duration::from_secs(365 * 24 * 3600)) }
     }
 
-    /// What is left of it.
+    /// The remaining time.
     ///
     /// # Errors
-    /// `Unavailable` when it is over.
+    /// `Unavailable` if it has passed.
     pub(super) fn left(&self) -> Result<Duration> {
         let left = self.end.saturating_duration_since(Instant::now());
-        if left.is_zero() { Err(self.over()) } else { Ok(left) }
+        if left.is_zero() { Err(self.time_limit_passed()) } else { Ok(left) }
     }
 
-    /// The error of a pull whose time is over.
-    pub(super) fn over(&self) -> Error {
+    /// The error of a pull whose time limit has passed.
+    pub(super) fn time_limit_passed(&self) -> Error {
         Error::Unavailable(format!(
             "pulling it took longer than {:?} (execution.images.timeout of this server)",
             self.limit
@@ -59,11 +59,11 @@ impl PullTime {
     }
 }
 
-/// Unpacks the image with this digest, or that of them which is for this machine.
+/// Unpacks the image with this digest. If the digest is that of an index, chooses the image for this machine.
 ///
 /// # Errors
-/// `Precondition` for images that are missing, damaged, hostile, too large or not for this machine; `Unavailable` for what may
-/// pass; those of the file system.
+/// `Precondition` for images that are missing, damaged, hostile, too large or not for this machine; `Unavailable` for
+/// temporary problems; those of the file system.
 pub(super) fn pull(
     source: &dyn ImageSource,
     digest: &ImageDigest,
@@ -81,7 +81,7 @@ pub(super) fn pull(
     let mut steps = 0_u64;
     let mut take = |bytes| {
         time.left()?;
-        if steps.is_multiple_of(LOOK_EVERY) {
+        if steps.is_multiple_of(CHECK_SPACE_EVERY) {
             unpacked.check_disk()?;
         }
         steps += 1;
@@ -93,10 +93,10 @@ pub(super) fn pull(
     }
     drop(tree);
     let user = user::find(&config.user, unpacked.root()?).map_err(Error::Precondition)?;
-    unpacked.finish(RunTerms { environment: config.environment, user })
+    unpacked.finish(CommandSettings { environment: config.environment, user })
 }
 
-/// Applies a layer, which is downloaded unless it was kept when another image had it.
+/// Applies a layer. It is downloaded unless it was kept.
 fn apply(
     source: &dyn ImageSource,
     name: &BlobName,
@@ -136,7 +136,7 @@ fn apply(
     }
 }
 
-/// What images have to be for.
+/// The platform that images must support.
 pub(super) fn this_machine() -> Platform {
     Platform::linux(std::env::consts::ARCH)
 }

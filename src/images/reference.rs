@@ -7,7 +7,8 @@
 //! oci:/srv/images/tools:2024.1     the image of this name in it; also @sha256:...
 //! ```
 //!
-//! The registry has to be named: there is no default one. A reference with a tag and a digest means the digest, as everywhere.
+//! The registry must be named, because there is no default registry. In a reference with a tag and a digest, the digest
+//! counts.
 
 use super::digest::ImageDigest;
 use crate::host::is_host_and_port;
@@ -16,22 +17,22 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-/// The longest reference. The longest names that registries allow are shorter.
+/// Maximum length of a reference. The longest names that registries allow are shorter.
 const MAX_BYTES: usize = 4096;
-/// The longest repository, and the longest tag, by the distribution specification.
+/// Maximum lengths of a repository and of a tag, from the distribution specification.
 const MAX_REPOSITORY_BYTES: usize = 255;
 const MAX_TAG_BYTES: usize = 128;
 
-/// Which image.
+/// A parsed reference to an image.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ImageReference {
-    /// Where it comes from.
+    /// The origin of the image.
     pub origin: ImageOrigin,
-    /// Which of those that are there.
+    /// The version of the image.
     pub version: ImageVersion,
 }
 
-/// Where an image comes from.
+/// The origin of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ImageOrigin {
     /// A registry.
@@ -45,14 +46,14 @@ pub enum ImageOrigin {
     Layout(PathBuf),
 }
 
-/// Which of the images at an origin.
+/// The version of an image at its origin.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ImageVersion {
-    /// The one with this digest.
+    /// The image with this digest.
     Digest(ImageDigest),
-    /// The one that has this tag now.
+    /// The image that has this tag now.
     Tag(String),
-    /// The only one of a layout directory.
+    /// The only image of a layout directory.
     Only,
 }
 
@@ -130,7 +131,7 @@ fn layout(rest: &str) -> Result<ImageReference, String> {
     Ok(ImageReference { origin: ImageOrigin::Layout(path.components().collect()), version })
 }
 
-/// Splits a name and what follows it: a digest, a tag, or both, of which the digest counts.
+/// Splits a name and the digest or tag that follows it. If both follow, the digest counts.
 fn split_version(text: &str) -> Result<(&str, ImageVersion), String> {
     let (rest, digest) = match text.split_once('@') {
         Some((rest, digest)) => (rest, Some(digest.parse()?)),

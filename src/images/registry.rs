@@ -1,17 +1,19 @@
 //! [`Repository`]: a repository of a registry as a source of images, over the OCI distribution API.
 //!
-//! Only `GET` is used: documents by tag or digest, blobs by digest, and a token where the registry asks for one. A redirect
-//! is followed to any host, as registries keep their blobs elsewhere, but credentials are sent only to the registry and to
-//! where it says that tokens are, and nothing is fetched without TLS unless the registry is configured so. No proxy is used.
+//! Only `GET` is used: documents by tag or digest, blobs by digest, and a token if the registry asks for one. Redirects
+//! to any host are followed, because registries store their blobs elsewhere. Credentials are sent only to the registry
+//! and to the token server that it names. Nothing is fetched without TLS unless the registry is configured so. No proxy
+//! is used.
 //!
-//! A registry must not lend itself this server's place in the network. So what it leads to must be public, or be as near to this
-//! server as the registry itself: a registry on the internet cannot lead to the hosts of a site, one of a site not to the
-//! loopback interface or the metadata service of a cloud. Addresses are checked when they are connected to ([`Reach`]).
+//! A registry must not use this server to access hosts that the registry cannot reach itself. So the addresses that it
+//! refers to must be public, or be as near to this server as the registry: a registry on the internet cannot refer to
+//! the hosts of a site, and a registry of a site cannot refer to the loopback interface or a cloud's metadata service.
+//! Addresses are checked when they are connected to ([`Reach`]).
 //!
-//! Every answer has a limit: of time (what is left of the pull, and [`SILENCE`] for each piece) and of bytes (a document's by
-//! [`read_bounded`], a blob's by the size in its manifest, a token's by [`MAX_TOKEN_BYTES`]).
-//! The client crate for this API, oci-client 0.18, reads documents, tokens and error pages into memory whatever their size;
-//! that is why the three requests are made here.
+//! Every answer has limits: a time limit (the rest of the pull's time, and [`READ_TIMEOUT`] for each piece) and a size limit
+//! (that of [`read_bounded`] for a document, the size in the manifest for a blob, and [`MAX_TOKEN_BYTES`] for a token).
+//! The client crate for this API, oci-client 0.18, reads documents, tokens and error pages of any size into memory.
+//! That is why the three requests are implemented here.
 
 pub(super) mod credentials;
 
@@ -24,6 +26,7 @@ use super::{
 };
 use crate::{
     address::Reach,
+    causes::causes,
     host::{ImageRegistry, bare},
 };
 use credentials::Credentials;
@@ -50,11 +53,11 @@ use tokio::{runtime::Handle, time::timeout};
 
 /// Time limit of connecting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
-/// The longest time between two pieces of an answer.
-const SILENCE: Duration = Duration::from_secs(60);
-/// Most redirects of one request.
+/// Maximum time between two pieces of an answer.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum number of redirects of a request.
 const MAX_REDIRECTS: usize = 5;
-/// The largest answer with a token.
+/// Maximum size of an answer with a token.
 const MAX_TOKEN_BYTES: usize = 1024 * 1024;
 
 /// The clients of all registries.
@@ -62,8 +65,8 @@ const MAX_TOKEN_BYTES: usize = 1024 * 1024;
 pub(super) struct RegistryClients {
     runtime: Handle,
     credentials: Option<PathBuf>,
-    /// By the host of the registry, of which there are as many as the configuration lists. Each is made when it is first needed,
-    /// so that a server without registries also starts on a machine without CA certificates.
+    /// The clients by the host of the registry; there are as many as registries are configured. Each is created when it
+    /// is first needed, so that a server without registries also starts on a machine without CA certificates.
     clients: Mutex<HashMap<String, RegistryClient>>,
 }
 
@@ -71,11 +74,12 @@ pub(super) struct RegistryClients {
 #[derive(Debug, Clone)]
 struct RegistryClient {
     http: Client,
-    nearby: Arc<Nearby>,
+    allowed_addresses: Arc<AllowedAddresses>,
 }
 
 impl RegistryClients {
-    /// Requests run on `runtime`. `credentials` is a Docker `config.json`, which is read for each pull.
+    /// Creates an empty set of clients. Requests run on `runtime`. `credentials` is a Docker `config.json`, which is
+    /// read for each pull.
     pub(super) fn new(runtime: Handle, credentials: Option<PathBuf>) -> Self {
         Self { runtime, credentials, clients: Mutex::default() }
     }
@@ -87,36 +91,36 @@ impl RegistryClients {
         }
         // An error means that the process already has a provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let nearby = Arc::new(Nearby::new(registry));
+        let allowed_addresses = Arc::new(AllowedAddresses::new(registry));
         let http = Client::builder()
             .no_proxy()
             .redirect(Policy::none())
             .referer(false)
-            .dns_resolver(NearbyResolver(nearby.clone()))
+            .dns_resolver(AllowedAddressResolver(allowed_addresses.clone()))
             .connect_timeout(CONNECT_TIMEOUT)
             .build()
             .map_err(|error| {
                 Error::Internal(format!(
                     "this server cannot set up pulls from registries: {}; check that CA certificates are installed",
-                    chain(&error)
+                    causes(&error)
                 ))
             })?;
-        let client = RegistryClient { http, nearby };
+        let client = RegistryClient { http, allowed_addresses };
         clients.insert(registry.host.clone(), client.clone());
         Ok(client)
     }
 }
 
-/// Which addresses a registry may lead to: public ones, and those that can be reached from no farther than its own.
+/// Which addresses a registry may refer to: public ones, and those that are at least as near as its own.
 #[derive(Debug)]
-struct Nearby {
-    /// Its host without the port.
+struct AllowedAddresses {
+    /// The host of the registry without the port.
     host: String,
-    /// The reach of the addresses that it has had.
+    /// The reaches of the addresses that the registry has had.
     own: Mutex<Vec<Reach>>,
 }
 
-impl Nearby {
+impl AllowedAddresses {
     fn new(registry: &ImageRegistry) -> Self {
         let url = Url::parse(&format!("{}://{}/", registry.scheme(), registry.host)).ok();
         let host = url.as_ref().and_then(Url::host_str).map(bare).unwrap_or_default();
@@ -124,7 +128,7 @@ impl Nearby {
         Self { host, own: Mutex::new(own) }
     }
 
-    /// Whether a host with this name may be contacted at this address.
+    /// Checks that a host with this name may be contacted at this address.
     fn check(&self, host: &str, address: IpAddr) -> std::result::Result<(), String> {
         let reach = Reach::of(address);
         let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
@@ -140,51 +144,52 @@ impl Nearby {
         Err(format!("it leads to {host} at {address}, which is not public and not where the registry is"))
     }
 
-    /// The same for a URL whose host is an address, for which no name is resolved.
+    /// The same check for a URL whose host is an address, for which no name is resolved.
     fn check_url(&self, url: &Url) -> std::result::Result<(), String> {
         let host = bare(url.host_str().unwrap_or_default());
         host.parse().map_or(Ok(()), |address| self.check(&host, address))
     }
 }
 
-/// Resolves names to addresses that may be contacted. The client connects to exactly these, so nothing can change in between.
+/// Resolves names to addresses that may be contacted. The client connects to exactly these addresses, so they cannot
+/// change in between.
 #[derive(Debug)]
-struct NearbyResolver(Arc<Nearby>);
+struct AllowedAddressResolver(Arc<AllowedAddresses>);
 
-/// Why none of the addresses of a host may be contacted.
+/// Why none of a host's addresses may be contacted.
 #[derive(Debug)]
-struct NotNearby(String);
+struct NoAllowedAddress(String);
 
-impl Display for NotNearby {
+impl Display for NoAllowedAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for NotNearby {}
+impl std::error::Error for NoAllowedAddress {}
 
-impl Resolve for NearbyResolver {
+impl Resolve for AllowedAddressResolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let nearby = self.0.clone();
+        let allowed_addresses = self.0.clone();
         Box::pin(async move {
             let mut refused = None;
             let mut allowed: Vec<SocketAddr> = Vec::new();
             // Port 0 means the port of the URL.
             for address in tokio::net::lookup_host((name.as_str(), 0)).await? {
-                match nearby.check(name.as_str(), address.ip()) {
+                match allowed_addresses.check(name.as_str(), address.ip()) {
                     Ok(()) => allowed.push(address),
                     Err(problem) => refused = Some(problem),
                 }
             }
             match refused {
-                Some(problem) if allowed.is_empty() => Err(NotNearby(problem).into()),
+                Some(problem) if allowed.is_empty() => Err(NoAllowedAddress(problem).into()),
                 _ => Ok(Box::new(allowed.into_iter()) as Addrs),
             }
         })
     }
 }
 
-/// A repository, for one pull.
+/// The repository of one pull.
 pub(super) struct Repository<'a> {
     shared: &'a RegistryClients,
     client: RegistryClient,
@@ -196,10 +201,10 @@ pub(super) struct Repository<'a> {
 }
 
 impl<'a> Repository<'a> {
-    /// Nothing is asked yet.
+    /// Prepares a pull without sending a request.
     ///
     /// # Errors
-    /// `Precondition` when the file of credentials cannot be used.
+    /// `Precondition` if the credentials file cannot be used.
     pub(super) fn new(
         shared: &'a RegistryClients,
         registry: &'a ImageRegistry,
@@ -214,13 +219,13 @@ impl<'a> Repository<'a> {
         Ok(Self { shared, client, registry, name, time, credentials, authorization: Mutex::default() })
     }
 
-    /// Waits for a step of a request, on this thread.
+    /// Waits for a step of a request on this thread.
     fn wait<T>(&self, step: impl Future<Output = std::result::Result<T, reqwest::Error>>) -> Result<T> {
-        let limit = self.time.left()?.min(SILENCE);
+        let limit = self.time.left()?.min(READ_TIMEOUT);
         match self.shared.runtime.block_on(async { timeout(limit, step).await }) {
             Ok(done) => done.map_err(|error| match refusal(&error) {
-                Some(NotNearby(problem)) => self.refused(problem),
-                None => self.unreachable(&chain(&error)),
+                Some(NoAllowedAddress(problem)) => self.refused(problem),
+                None => self.unreachable(&causes(&error)),
             }),
             Err(_) => match self.time.left() {
                 Ok(_) => Err(self.unreachable(&format_args!("it was silent for {limit:?}"))),
@@ -233,14 +238,16 @@ impl<'a> Repository<'a> {
         Error::Unavailable(format!("the registry {} cannot be reached: {problem}", self.registry.host))
     }
 
-    /// Asks for something of the repository. A registry that wants to know who asks is told once.
+    /// Requests something from the repository. If the registry requires authentication, sends the request once more
+    /// with credentials.
     fn get(&self, path: &str, accept: &'static str) -> Result<Response> {
         let ImageRegistry { host, .. } = self.registry;
         let text = format!("{}://{host}/v2/{}/{path}", self.registry.scheme(), self.name);
         let url = Url::parse(&text).map_err(|error| Error::Invalid(format!("\"{text}\": {error}")))?;
         let known = || self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut response = self.follow(&url, accept, known())?;
-        // A host that the registry redirects to is not asked what it wants to see: it would say who gets the credentials.
+        // The challenge of a host that the registry redirects to is ignored, because that host could choose who
+        // receives the credentials.
         if response.status().as_u16() == 401
             && response.url().origin() == url.origin()
             && let Some(value) = self.authorize(&response)?
@@ -260,7 +267,7 @@ impl<'a> Repository<'a> {
     ) -> Result<Response> {
         let mut url = start.clone();
         for _ in 0..=MAX_REDIRECTS {
-            self.client.nearby.check_url(&url).map_err(|problem| self.refused(&problem))?;
+            self.client.allowed_addresses.check_url(&url).map_err(|problem| self.refused(&problem))?;
             let mut request = self
                 .client
                 .http
@@ -315,7 +322,7 @@ impl<'a> Repository<'a> {
         }
     }
 
-    /// What a registry wants to see that has answered 401. `None` if there is nothing to show.
+    /// The `authorization` header for a registry that has answered 401. `None` if there are no credentials.
     fn authorize(&self, response: &Response) -> Result<Option<HeaderValue>> {
         let asked =
             response.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
@@ -332,7 +339,7 @@ impl<'a> Repository<'a> {
         Ok(self.credentials.as_ref().filter(|_| has_basic).map(Credentials::header))
     }
 
-    /// Fetches a token that allows to pull from the repository.
+    /// Fetches a token for pulling from the repository.
     fn token(&self, challenge: &ChallengeRef<'_>) -> Result<HeaderValue> {
         let parameter = |wanted: &str| {
             let mut all = challenge.params.iter();
@@ -373,7 +380,7 @@ struct Token {
 }
 
 impl ImageSource for Repository<'_> {
-    /// The digest is that of the document, not what a header of the answer says.
+    /// The digest is computed from the document and not taken from a header of the answer.
     fn resolve(&self, version: &ImageVersion) -> Result<ImageDigest> {
         let tag = match version {
             ImageVersion::Digest(digest) => return Ok(digest.clone()),
@@ -421,8 +428,8 @@ impl Read for Body<'_> {
     }
 }
 
-/// Why an address was not contacted, if that is what an error says.
-fn refusal(error: &reqwest::Error) -> Option<&NotNearby> {
+/// Why an address was not contacted, if the error contains that.
+fn refusal(error: &reqwest::Error) -> Option<&NoAllowedAddress> {
     let mut next = std::error::Error::source(error);
     while let Some(error) = next {
         if let Some(refusal) = error.downcast_ref() {
@@ -431,15 +438,4 @@ fn refusal(error: &reqwest::Error) -> Option<&NotNearby> {
         next = error.source();
     }
     None
-}
-
-/// The causes of an error, without the outermost message, which only repeats the URL.
-fn chain(error: &reqwest::Error) -> String {
-    let mut causes = Vec::new();
-    let mut next = std::error::Error::source(error);
-    while let Some(error) = next {
-        causes.push(error.to_string());
-        next = error.source();
-    }
-    if causes.is_empty() { "the request failed".into() } else { causes.join(": ") }
 }

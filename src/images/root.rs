@@ -1,12 +1,12 @@
 //! [`RootTree`]: the root file system of an image while its layers are applied.
 //!
-//! Layers are hostile. Their entries are put in place relative to an open directory, and no path leads out of the tree: as in
-//! the image itself, ".." and absolute links stop at its top (openat2 with RESOLVE_IN_ROOT). An entry never follows a link of
-//! its own name. Nothing takes privileges: all files belong to the user of the server, without set-user-id bits and extended
-//! attributes, and devices, pipes and sockets are left out. Directories and files keep their modes, but their owner can
-//! always read them.
+//! Layers are hostile. Their entries are created relative to an open directory, and no path leaves the tree: as in the
+//! image itself, ".." and absolute links stop at its top (openat2 with RESOLVE_IN_ROOT). An entry never follows a link
+//! with its own name. No privileges are needed: all files belong to the user of the server, set-user-id bits and
+//! extended attributes are dropped, and devices, pipes and sockets are left out. Directories and files keep their
+//! modes, but their owner can always read them.
 //!
-//! A whiteout hides what lower layers have, not what its own layer has, in whatever order the entries come.
+//! A whiteout hides entries of lower layers, but not of its own layer, whatever the order of the entries is.
 
 use super::problem::LayerProblem;
 use crate::actors::worker::{dir, workspace};
@@ -26,24 +26,24 @@ use std::{
     sync::Arc,
 };
 
-/// What an entry takes on disk at most, besides its content.
+/// Maximum space of an entry on disk, besides its content.
 pub(super) const ENTRY_BYTES: u64 = 4096;
-/// Most entries of all layers of an image. Each takes some bytes of memory while its layer is applied.
+/// Maximum number of entries of all layers of an image. Each takes some bytes of memory while its layer is applied.
 const MAX_ENTRIES: u64 = 2_000_000;
-/// How deep directories can be that a whiteout hides.
+/// Maximum depth of directories that a whiteout hides.
 const MAX_HIDDEN_DEPTH: usize = 256;
-/// Bytes that are copied at once.
+/// Number of bytes that are copied at once.
 const COPY_BYTES: usize = 128 * 1024;
-/// What begins the name of a whiteout.
+/// Prefix of the name of a whiteout.
 const WHITEOUT: &[u8] = b".wh.";
-/// The whiteout of everything that lower layers have in a directory.
+/// The whiteout that hides everything that lower layers have in a directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// What begins the names that a union file system of the past used for itself.
+/// Prefix of names that an old union file system reserved.
 const RESERVED: &[u8] = b".wh..wh.";
 /// The mode of directories that no layer describes.
 const DIRECTORY_MODE: u32 = 0o755;
 
-/// What a layer says about a path.
+/// An entry of a layer.
 pub(super) enum LayerEntry<'a> {
     /// A directory with this mode.
     Directory(u32),
@@ -62,21 +62,21 @@ pub(super) enum LayerEntry<'a> {
     Symlink(&'a [u8]),
     /// Another name of the file at this path.
     HardLink(&'a [u8]),
-    /// Something that no action may have: a device, a pipe or a socket.
+    /// A device, a pipe or a socket, which no action may have.
     Special,
 }
 
 /// A tree to which layers are applied.
 pub(super) struct RootTree<'a> {
     top: &'a File,
-    /// Takes room for so many bytes before they are written, and ends what takes too long.
+    /// Reserves room for bytes before they are written. Fails if the pull takes too long.
     take: &'a mut dyn FnMut(u64) -> Result<()>,
-    /// What the current layer has made: the inode of a directory and the hash of a name in it.
+    /// The entries that the current layer has created: the inode of a directory and the hash of a name in it.
     made: HashSet<(u64, u64)>,
-    /// How many entries were applied, and directories made that no entry names.
+    /// The number of applied entries, including directories that were created without an entry.
     entries: u64,
     hashes: RandomState,
-    /// The directory that was opened last, since entries come directory by directory.
+    /// The last opened directory. Entries are ordered by directory, so it is often needed again.
     last: Option<(OsString, Parent)>,
     buffer: Vec<u8>,
 }
@@ -96,7 +96,7 @@ impl Parent {
 }
 
 impl<'a> RootTree<'a> {
-    /// An empty directory becomes a tree.
+    /// Starts with an empty directory.
     pub(super) fn new(top: &'a File, take: &'a mut dyn FnMut(u64) -> Result<()>) -> Self {
         Self {
             top,
@@ -109,12 +109,12 @@ impl<'a> RootTree<'a> {
         }
     }
 
-    /// What comes next belongs to another layer.
+    /// Starts the next layer.
     pub(super) fn begin_layer(&mut self) {
         self.made.clear();
     }
 
-    /// Takes room that belongs to no file.
+    /// Reserves room that belongs to no file.
     pub(super) fn take(&mut self, bytes: u64) -> Result<(), LayerProblem> {
         Ok((self.take)(bytes)?)
     }
@@ -126,7 +126,7 @@ impl<'a> RootTree<'a> {
         self.count()?;
         let names = split(path)?;
         let Some((name, above)) = names.split_last() else {
-            // The top itself, whose mode is ours.
+            // The entry is the top directory, whose mode the server determines.
             return match entry {
                 LayerEntry::Directory(_) => Ok(()),
                 _ => Err(refuse(path, "is the top of the image, and no directory")),
@@ -199,12 +199,12 @@ impl<'a> RootTree<'a> {
             }
             file.write_all(&self.buffer[..read])?;
             left -= read as u64;
-            // Looks at the clock.
+            // Checks the time limit.
             (self.take)(0)?;
         }
         rfs::fchmod(&file, Mode::from_raw_mode(mode & 0o777 | 0o400))?;
         let time = Timespec { tv_sec: i64::try_from(mtime).unwrap_or(i64::MAX), tv_nsec: 0 };
-        // A time that the file system cannot store is of no use to anybody.
+        // Times that the file system cannot store are ignored.
         let _ = rfs::futimens(&file, &Timestamps { last_access: time, last_modification: time });
         Ok(())
     }
@@ -228,7 +228,7 @@ impl<'a> RootTree<'a> {
         Ok(rfs::linkat(&beside.handle, *of_target, &parent.handle, name, AtFlags::empty())?)
     }
 
-    /// Removes what is at the place of a new entry. A directory may stay.
+    /// Removes the existing node at the path of a new entry. A directory may stay.
     fn clear(&mut self, parent: &Parent, name: &OsStr, keeps_directory: bool) -> Result<(), LayerProblem> {
         let stat = match dir::stat_at(&parent.handle, name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -266,7 +266,7 @@ impl<'a> RootTree<'a> {
         Ok(())
     }
 
-    /// Removes what lower layers have under this name. Returns whether something of this layer stays.
+    /// Removes the nodes of lower layers with this name. Returns whether a node of the current layer stays.
     fn hide(&self, parent: &Parent, name: &OsStr, depth: usize) -> Result<bool, LayerProblem> {
         let stat = match dir::stat_at(&parent.handle, name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -292,7 +292,7 @@ impl<'a> RootTree<'a> {
         Ok(stays)
     }
 
-    /// Opens the directory at a path. What is missing of it is made.
+    /// Opens the directory at a path. Missing directories are created.
     fn make(&mut self, names: &[&OsStr]) -> Result<Parent, LayerProblem> {
         if let Some(found) = self.find(names)? {
             return Ok(found);
@@ -366,7 +366,7 @@ fn joined(names: &[&OsStr]) -> OsString {
     if names.is_empty() { ".".into() } else { names.join(OsStr::new("/")) }
 }
 
-/// The names of a path in an image; none for its top.
+/// The components of a path in an image; none for the top directory.
 fn split(path: &[u8]) -> Result<Vec<&OsStr>, LayerProblem> {
     let mut names = Vec::new();
     for name in path.split(|byte| *byte == b'/') {
@@ -384,7 +384,7 @@ fn refuse(path: &[u8], problem: &str) -> LayerProblem {
     LayerProblem::Refused(format!("\"{}\" {problem}", shown(path)))
 }
 
-/// A path for a message.
+/// A path in the form for messages.
 pub(super) fn shown(path: &[u8]) -> String {
     Path::new(OsStr::from_bytes(path)).to_string_lossy().escape_debug().take(200).collect()
 }

@@ -1,10 +1,10 @@
-//! [`ImageSource`]: where the documents and layers of an image are read from, and [`CheckedBlob`], which checks what is read.
+//! [`ImageSource`]: a source of the documents and layers of an image. [`CheckedBlob`] checks the content that is read.
 
 use super::{
     cache::layers::NewLayer,
     digest::{Hasher, ImageDigest},
     manifest::{BlobName, MAX_DOCUMENT_BYTES},
-    problem::{LayerProblem, carried},
+    problem::{LayerProblem, inner_error},
     reference::ImageVersion,
 };
 use gorego_reapi::error::{Error, Result};
@@ -12,33 +12,33 @@ use std::io::{self, Read};
 
 /// A registry's repository or a layout directory. All methods block.
 pub(super) trait ImageSource {
-    /// The digest of an image.
+    /// Returns the digest of an image.
     ///
     /// # Errors
-    /// `Precondition` when there is no such image; `Unavailable` when that cannot be found out now.
+    /// `Precondition` if there is no such image; `Unavailable` if that cannot be determined now.
     fn resolve(&self, version: &ImageVersion) -> Result<ImageDigest>;
 
-    /// An index or a manifest. The reader may give anything; see [`read_document`].
+    /// Opens an index or a manifest. The content is not checked; see [`read_document`].
     ///
     /// # Errors
     /// As [`ImageSource::resolve`].
     fn document<'a>(&'a self, digest: &ImageDigest) -> Result<Box<dyn Read + 'a>>;
 
-    /// A configuration or a layer. The reader may give anything; see [`CheckedBlob`]. An IO error of it carries an
+    /// Opens a configuration or a layer. The content is not checked; see [`CheckedBlob`]. Its IO errors contain an
     /// [`Error`].
     ///
     /// # Errors
     /// As [`ImageSource::resolve`].
     fn blob<'a>(&'a self, blob: &ImageDigest) -> Result<Box<dyn Read + 'a>>;
 
-    /// Whether what it has takes time to fetch, so that it is worth keeping.
+    /// Whether fetching content takes so long that it is worth keeping.
     fn is_remote(&self) -> bool;
 }
 
 /// Reads a document of an image, and checks its digest.
 ///
 /// # Errors
-/// `Precondition` for a document that is too large or has another digest; those of the reader.
+/// `Precondition` if the document is too large or has another digest; those of the reader.
 pub(super) fn read_document(reader: &mut dyn Read, digest: &ImageDigest) -> Result<Vec<u8>> {
     let bytes = read_bounded(reader)?;
     if !digest.is_of(&bytes) {
@@ -47,7 +47,7 @@ pub(super) fn read_document(reader: &mut dyn Read, digest: &ImageDigest) -> Resu
     Ok(bytes)
 }
 
-/// Reads a document of which no digest is known.
+/// Reads a document without a known digest.
 ///
 /// # Errors
 /// As [`read_document`].
@@ -64,7 +64,7 @@ pub(super) fn read_bounded(reader: &mut dyn Read) -> Result<Vec<u8>> {
 }
 
 fn of_reading(error: &io::Error) -> Error {
-    carried(error).cloned().unwrap_or_else(|| Error::io("read an image", error))
+    inner_error(error).cloned().unwrap_or_else(|| Error::io("read an image", error))
 }
 
 fn wrong_digest(digest: &ImageDigest) -> Error {
@@ -73,19 +73,19 @@ fn wrong_digest(digest: &ImageDigest) -> Error {
     ))
 }
 
-/// Content that must have the size and the digest by which it is called. Whoever has read what it needs calls
-/// [`CheckedBlob::check`] before it trusts that.
+/// A blob that must have the given size and digest. The reader must call [`CheckedBlob::check`] before it trusts the
+/// content.
 pub(super) struct CheckedBlob<'a> {
     reader: Box<dyn Read + 'a>,
     expected: &'a BlobName,
     left: u64,
     hasher: Hasher,
-    /// Where a copy goes, if one is kept.
+    /// The layer that a copy is written to, if one is kept.
     copy: Option<NewLayer>,
 }
 
 impl<'a> CheckedBlob<'a> {
-    /// Begins to read a blob.
+    /// Opens a blob of the source.
     ///
     /// # Errors
     /// Those of the source.
@@ -93,26 +93,26 @@ impl<'a> CheckedBlob<'a> {
         Ok(Self::reading(source.blob(&blob.digest)?, blob))
     }
 
-    /// Begins to read a blob from what should be it.
+    /// Reads a blob from this reader.
     pub(super) fn reading(reader: Box<dyn Read + 'a>, blob: &'a BlobName) -> Self {
         Self { reader, expected: blob, left: blob.size, hasher: blob.digest.hasher(), copy: None }
     }
 
-    /// What is read is also kept, if it turns out to be right.
+    /// Also keeps the content, if it turns out to be correct.
     pub(super) fn copied_to(self, copy: NewLayer) -> Self {
         Self { copy: Some(copy), ..self }
     }
 
-    /// Reads the rest and checks the whole. `used` is what became of the content so far: bytes that are not the right ones
-    /// explain any fault in it.
+    /// Reads the rest and checks the whole blob. `used` is the result of using the content so far: if the bytes are
+    /// wrong, that explains any failure.
     ///
     /// # Errors
-    /// `Precondition` for content of another size or digest, or that was refused; other failures as they are.
+    /// `Precondition` if the content has another size or digest, or was refused; other failures are returned unchanged.
     pub(super) fn check(self, used: Result<(), LayerProblem>) -> Result<()> {
         self.judge(used).map_err(BlobFault::into_error)
     }
 
-    /// The same for a blob that can be had again if these are not the right bytes.
+    /// The same for a blob that can be fetched again if the bytes are wrong.
     ///
     /// # Errors
     /// See [`BlobFault`].
@@ -141,17 +141,17 @@ impl<'a> CheckedBlob<'a> {
     }
 }
 
-/// Why a blob was of no use.
+/// Why a blob could not be used.
 #[derive(Debug)]
 pub(super) enum BlobFault {
-    /// The bytes are not those of the digest.
+    /// The bytes do not have the digest.
     Wrong(Error),
-    /// They are, or it is not known, and something else is wrong.
+    /// The bytes are right or were not checked, and another problem occurred.
     Unusable(Error),
 }
 
 impl BlobFault {
-    /// The error for those who want the image.
+    /// The error for callers that need the image.
     pub(super) fn into_error(self) -> Error {
         match self {
             Self::Wrong(error) | Self::Unusable(error) => error,

@@ -1,4 +1,4 @@
-//! Images from layout directories, from the name to the directory that an action sees.
+//! Tests of images from layout directories, from the name to the directory that an action sees.
 
 use super::{
     fixtures::{Blobs, LayerArchive, architecture, digest, gzip, tagged, zstd},
@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 
 const LARGE: u64 = 1 << 30;
 
-/// A build root, a directory that may have layouts, and what else there is.
+/// A build root, and a directory that may contain layouts.
 struct Site {
     directory: tempfile::TempDir,
     runtime: Runtime,
@@ -101,7 +101,7 @@ fn an_image_of_several_layers_is_unpacked_once_and_says_its_environment() {
     let environment = [("PATH", "/usr/bin"), ("LANG", "C")].map(|(name, value)| (name.into(), value.into()));
     assert_eq!(by_tag.environment, environment);
     assert_eq!(by_tag.user.map(|user| (user.user, user.group)), Some((7, 8)));
-    // Now nothing of the layout is needed any more but its index.
+    // From here on, only the index of the layout is needed.
     fs::remove_dir_all(site.path("layouts/tools/blobs")).unwrap();
     for name in [site.name("layouts/tools"), format!("{}@{image}", site.name("layouts/tools"))] {
         assert_eq!(images.lease(&name, Peer::default(), &never).unwrap().root, by_tag.root, "{name}");
@@ -152,7 +152,7 @@ fn only_directories_that_are_listed_are_read_and_no_link_leads_out_of_them() {
     }
     assert!(matches!(images.lease("ubuntu", Peer::default(), &never), Err(Error::Invalid(_))));
     assert!(images.lease(&site.name("layouts/fine"), Peer::default(), &never).is_ok());
-    // A blob that is a link out of the directory, or would block.
+    // A blob that is a link out of the directory, or that would block.
     let blob = site.path("layouts/image/blobs/sha256").join(inside.strip_prefix("sha256:").unwrap());
     let fresh = site.open_fresh();
     fs::rename(&blob, site.path("elsewhere/manifest")).unwrap();
@@ -164,7 +164,7 @@ fn only_directories_that_are_listed_are_read_and_no_link_leads_out_of_them() {
 }
 
 impl Site {
-    /// The same without what was unpacked.
+    /// The same store without the unpacked images.
     fn open_fresh(&self) -> Images {
         fs::remove_dir_all(self.path("build/images")).unwrap();
         self.open(LARGE)
@@ -236,7 +236,7 @@ fn images_stay_within_their_budget_and_those_in_use_stay() {
             )
         })
         .collect();
-    // Room for two.
+    // There is room for two.
     let images = site.open(220_000);
     let held = images.lease(&all[0].0, Peer::default(), &never).unwrap();
     drop(images.lease(&all[1].0, Peer::default(), &never).unwrap());
@@ -276,7 +276,7 @@ fn images_survive_the_server_and_leftovers_do_not() {
         thread::yield_now();
     }
     drop((leased, images));
-    // After a start of the machine, files that were not written in time could not be told from others.
+    // After a restart of the machine, files that were not written completely could not be detected.
     let description = place.join(names_left(&image)).join("image.json");
     let other = fs::read_to_string(&description).unwrap().replacen("\"boot\":\"", "\"boot\":\"another", 1);
     fs::write(&description, other).unwrap();
@@ -284,7 +284,7 @@ fn images_survive_the_server_and_leftovers_do_not() {
 }
 
 #[test]
-fn an_image_that_somebody_removed_is_unpacked_again() {
+fn an_image_removed_from_disk_is_unpacked_again() {
     let site = Site::new();
     let image = write_simple(&site, "layouts/image", "x");
     let images = site.open(LARGE);
@@ -299,7 +299,7 @@ fn an_image_that_somebody_removed_is_unpacked_again() {
 }
 
 #[test]
-fn all_who_want_an_image_at_once_get_the_same_one() {
+fn concurrent_requests_for_an_image_get_the_same_one() {
     let site = Site::new();
     let mut blobs = Blobs::default();
     let files = (0..2_000).fold(LayerArchive::new(), |layer, n| layer.file(&format!("f{n}"), b"x", 0o644));

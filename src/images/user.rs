@@ -1,17 +1,17 @@
-//! Who a command is in an image: `User` of its configuration as numbers.
+//! Determines the user of a command in an image: converts `User` of its configuration to numbers.
 
 use crate::{regular_file, sandbox::kind::InnerUser};
 use rustix::fs::{self as rfs, Mode, OFlags, ResolveFlags};
 use std::{fs::File, path::Path};
 
-/// The largest file with names of users or groups that is read.
+/// Maximum size of a file with names of users or groups.
 const MAX_BYTES: u64 = 1024 * 1024;
 
-/// The numbers of a user such as `1000`, `1000:100`, `build` or `build:users`, by the names in the image. `None` if nobody is
-/// named. Without a named group, it is the user's own in `/etc/passwd`, or else 0.
+/// The numbers of a user such as `1000`, `1000:100`, `build` or `build:users`, using the names in the image. `None` if
+/// no user is configured. Without a named group, the group is that of the user in `/etc/passwd`, or 0.
 ///
 /// # Errors
-/// What the image does not know.
+/// An error if the image does not have the user or group.
 pub(super) fn find(user: &str, root: &File) -> Result<Option<InnerUser>, String> {
     numbers(user, &|path| read(root, path).unwrap_or_default())
 }
@@ -37,14 +37,14 @@ fn numbers(user: &str, file: &dyn Fn(&str) -> String) -> Result<Option<InnerUser
             named.or_else(|| group.parse().ok())
         }
     };
-    // The highest number means "nobody" to the kernel.
+    // The kernel interprets the highest number as "no user".
     let real = |number: &u32| *number != u32::MAX;
     let user = number.filter(real).ok_or_else(|| unknown("user", name))?;
     let group = group_number.filter(real).ok_or_else(|| unknown("group", group.unwrap_or_default()))?;
     Ok(Some(InnerUser { user, group }))
 }
 
-/// The fields of a line that begins with this name or has this number.
+/// The fields of the line with this name or number.
 fn find_entry<'a>(text: &'a str, name: &str) -> Option<Fields<'a>> {
     let lines = text.lines().map(Fields::of);
     lines

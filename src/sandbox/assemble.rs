@@ -33,7 +33,7 @@ const ROOT_FILES: u64 = 4096;
 const MOUNT_POINTS: &[&str] = &["/sys/kernel", "/sys/fs", "/sys/firmware", "/media", "/mnt"];
 /// Maximum total size in bytes of the host files that are copied into a view.
 const MAX_COPIED_BYTES: u64 = 1024 * 1024;
-/// Maximum size of a file such as /etc/passwd that is taken over from a root file system.
+/// Maximum size of a file such as /etc/passwd that is read from a root file system.
 const MAX_NAMES_BYTES: u64 = 256 * 1024;
 
 /// A tmpfs in which a runner has a mount point for each of its views.
@@ -58,7 +58,7 @@ struct FileVersion {
     changed: (i64, i64),
 }
 
-/// A view that is complete.
+/// A complete view.
 #[derive(Debug)]
 pub(super) struct Assembled {
     tree: OwnedFd,
@@ -81,12 +81,12 @@ impl ViewMounts {
         Ok(Self { path, next: 0 })
     }
 
-    /// Mounts this in a new directory.
+    /// Attaches the mount to a new directory.
     fn attach(&mut self, mount: BorrowedFd<'_>) -> io::Result<MountPoint> {
         let path = self.path.join(self.next.to_string());
         self.next += 1;
         fs::create_dir(&path)?;
-        // From here on, dropping it cleans up if a step fails.
+        // From here on, dropping the mount point cleans up if a step fails.
         let point = MountPoint(path);
         mounts::attach(mount, CWD, &point.0)?;
         Ok(point)
@@ -134,7 +134,7 @@ impl Assembled {
         view_root.put_all(&plan.rest)?;
         let ViewRoot { root, own, copies } = view_root;
         for mount in own.iter().chain([&root]) {
-            mounts::close(mount.as_fd()).step("make the view read-only")?;
+            mounts::make_read_only(mount.as_fd()).step("make the view read-only")?;
         }
         let hidden = plan.rest.iter().filter_map(|piece| match piece {
             ViewPiece::Hidden(at) => Some((at.clone(), id_in(root.as_fd(), at))),
@@ -144,13 +144,13 @@ impl Assembled {
         Ok(Self { tree: root, _point: point, root_below, hidden, copies })
     }
 
-    /// The tree of mounts of this view.
+    /// The mount tree of this view.
     pub(super) fn tree(&self) -> BorrowedFd<'_> {
         self.tree.as_fd()
     }
 
-    /// Whether all hidden paths are still covered, the root file system is still at its path, and each copy is still
-    /// equal to the file of the host. If the host replaces a covered file by a rename, the cover is lost.
+    /// Whether all hidden paths are still covered, the root file system is still at its path, and each copy still
+    /// equals the host's file. A cover is lost if the host replaces the covered file by a rename.
     pub(super) fn is_current(&self) -> bool {
         self.root_below
             .as_ref()
@@ -173,14 +173,14 @@ fn lay_over(
     let mut lay = || {
         let tree = mounts::copy(CWD, below)?;
         if let Some(ids) = ids {
-            // If the owners cannot be mapped, actions can still read what everybody may read.
+            // If the owners cannot be mapped, actions can still read all world-readable files.
             let _ = mounts::map_ids(tree.as_fd(), ids);
         }
         let point = view_mounts.attach(tree.as_fd())?;
         let [above, below] = [above, &*point.0].map(|path| mounts::directory(CWD, path));
         let (above, below) = (above?, below?);
         let id = id_of(&rfs::fstat(&below)?);
-        // Actions can read the options of their mounts, and these paths reveal nothing about the host.
+        // Actions can read the options of their mounts. These paths reveal nothing about the host.
         let layers = format!("/proc/self/fd/{}:/proc/self/fd/{}", above.as_raw_fd(), below.as_raw_fd());
         let options = [("lowerdir", &*layers), ("redirect_dir", "nofollow")];
         Ok::<_, io::Error>((mounts::new("overlay", &options, MountAttrFlags::empty())?, id))
@@ -256,7 +256,7 @@ impl ViewRoot {
     /// Covers the file or directory at a path of the view, if there is one.
     fn hide(&self, at: &Path) -> io::Result<()> {
         let target = match mounts::open_in(self.root.as_fd(), at) {
-            // What this user cannot reach, an action cannot reach either.
+            // An action cannot reach a path that this user cannot reach.
             Err(error) if is_unreachable(&error) => return Ok(()),
             target => target?,
         };

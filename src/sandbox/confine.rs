@@ -1,4 +1,5 @@
-//! What a process gives up before it starts a command: capabilities, keys, and the right to unlimited processes.
+//! Restrictions that a process puts on itself before it starts a command: it drops capabilities and keys, and limits
+//! its processes and core dumps.
 
 use super::sys;
 use rustix::{
@@ -12,13 +13,13 @@ const OOM_SCORE: &str = "800";
 /// Highest capability number that is tried. The kernel returns EINVAL above its last one.
 const LAST_CAPABILITY: libc::c_ulong = 63;
 
-/// Ensures that no program that this process or a child runs gains a capability.
-pub(crate) fn gain_nothing() -> io::Result<()> {
+/// Ensures that neither this process nor its children can gain a capability, whatever program they run.
+pub(crate) fn forbid_new_privileges() -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
     for capability in 0..=LAST_CAPABILITY {
         match sys::drop_capability(capability) {
             Ok(()) => {}
-            // There are no more capabilities, or this process has none and so cannot gain any.
+            // There are no more capabilities, or this process has none and therefore cannot gain any.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => break,
             Err(error) => return Err(error),
         }
@@ -26,8 +27,8 @@ pub(crate) fn gain_nothing() -> io::Result<()> {
     Ok(())
 }
 
-/// The capabilities that root keeps where there are no namespaces: to act as other users and on their files. Without
-/// the others it cannot trace processes, make devices, or change the network or the mounts.
+/// The capabilities that root keeps when there are no namespaces: those for acting as other users and on their files.
+/// Without the other capabilities it cannot trace processes, create devices, or change the network or the mounts.
 const ROOT_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
@@ -36,8 +37,8 @@ const ROOT_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID);
 
-/// Gives up all capabilities except [`ROOT_CAPABILITIES`], for this process and all programs that it starts.
-pub(crate) fn keep_few_capabilities() -> io::Result<()> {
+/// Drops all capabilities except [`ROOT_CAPABILITIES`], for this process and all programs that it starts.
+pub(crate) fn restrict_root_capabilities() -> io::Result<()> {
     let _ = rustix::thread::clear_ambient_capability_set();
     let own = rustix::thread::capabilities(None)?;
     for capability in (0..=LAST_CAPABILITY).filter(|number| ROOT_CAPABILITIES.bits() & 1 << number == 0) {
@@ -57,8 +58,8 @@ pub(crate) fn keep_few_capabilities() -> io::Result<()> {
     )?)
 }
 
-/// Gives up all capabilities of this process.
-pub(crate) fn give_up_capabilities() -> io::Result<()> {
+/// Drops all capabilities of this process.
+pub(crate) fn drop_capabilities() -> io::Result<()> {
     let _ = rustix::thread::clear_ambient_capability_set();
     let none = CapabilitySet::empty();
     rustix::thread::set_capabilities(
@@ -84,14 +85,15 @@ pub(crate) fn limit_processes(limit: u64) -> io::Result<()> {
 
 /// Makes the kernel kill a process and its later children before the server when memory runs out. If this process is
 /// root of the host, they cannot undo it. Errors are ignored: the kernel refuses only if the score is higher already.
-pub(crate) fn offer_to_the_oom_killer(process: i32) {
+pub(crate) fn raise_oom_score(process: i32) {
     let _ = fs::write(format!("/proc/{process}/oom_score_adj"), OOM_SCORE);
 }
 
 /// Leaves the session keyring, which may hold keys of the server.
 pub(crate) fn new_keyring() -> io::Result<()> {
     match sys::join_new_keyring() {
-        // The kernel has no keys, a container forbids them, or there are too many. A command gets no keys either then.
+        // The kernel has no keyrings, a container forbids them, or there are too many. The command gets no keys in
+        // these cases either.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EDQUOT)) => {
             Ok(())
         }

@@ -1,8 +1,8 @@
-//! The system call filter: which requests to the kernel are refused to an action. Pure until it is installed.
+//! The system call filter, which refuses some system calls to an action. Pure until it is installed.
 //!
 //! The filter is a deny list. Compilers and language runtimes use hundreds of system calls, and the calls that stay
-//! allowed only affect what the action's namespaces contain. Refused are calls that widen the attack surface of the
-//! kernel, and calls that make namespaces or mounts.
+//! allowed only affect what the action's namespaces contain. The filter refuses calls that widen the attack surface of
+//! the kernel and calls that create namespaces or mounts.
 
 mod program;
 
@@ -94,7 +94,7 @@ const NEW_TIME: u32 = 0x80;
 /// The socket families that are allowed. For most others the kernel would load a module, and some families ignore
 /// network namespaces. Of netlink, only the protocol with which the C library lists network interfaces is allowed.
 const FAMILIES: &[libc::c_int] = &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
-/// Mask for the socket type, which shares its argument with flags such as SOCK_CLOEXEC.
+/// Mask for the socket type. The same argument contains flags such as SOCK_CLOEXEC.
 const SOCKET_TYPE: u32 = 0xf;
 
 /// The architecture as the kernel numbers it (`AUDIT_ARCH_*`); `None` if the filter does not know the system call
@@ -107,8 +107,8 @@ const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
     None
 };
 
-/// Numbers of the x32 calls. They have the architecture of x86-64 but another ABI. The number -1, with which a tracer
-/// skips a call, is not among them; the kernel answers it with ENOSYS.
+/// Numbers of the x32 calls, which report the architecture x86-64 but have another ABI. The range excludes the number
+/// -1, with which a tracer skips a call; the kernel answers that number with ENOSYS.
 const X32: Range<u32> = 0x4000_0000..u32::MAX;
 
 /// The compiled filter.
@@ -138,8 +138,8 @@ fn table(architecture: u32) -> Table {
     calls.insert(libc::SYS_clone3, vec![Case { tests: Vec::new(), answer: errno(libc::ENOSYS) }]);
     calls.insert(libc::SYS_clone, vec![refuse(&[(0, Test::HasAnyOf(NAMESPACES))])]);
     calls.insert(libc::SYS_unshare, vec![refuse(&[(0, Test::HasAnyOf(NAMESPACES | NEW_TIME))])]);
-    // Setting the limit on core dumps succeeds without effect, because another limit would switch the host's core
-    // handler on again.
+    // The limit on core dumps must stay at 1, because any other value would enable the host's core handler. Setting it
+    // succeeds without effect.
     let core = Test::Is(libc::RLIMIT_CORE);
     let ignore = |tests: &[(u8, Test)]| Case { tests: tests.to_vec(), answer: Answer::Errno(0) };
     calls.insert(libc::SYS_setrlimit, vec![ignore(&[(0, core)])]);
@@ -189,8 +189,8 @@ mod tests {
 
     #[test]
     fn the_program_is_short() {
-        // At installation the kernel evaluates the program for each of about 460 calls, and it is installed for every
-        // action.
+        // The kernel evaluates the program for each of about 460 calls when it is installed, and it is installed for
+        // every action.
         let program = Program::new().unwrap();
         assert!(program.0.len() < 256, "{}", program.0.len());
     }

@@ -34,8 +34,8 @@ const GROUPS: &str = "root:x:0:\nnogroup:x:65534:\n";
 const SOURCES_HOST_NAME_FILES: &str = "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\n\
                                 services: files\nethers: files\nrpc: files\n";
 
-/// The files that name users, groups and hosts in every view. `existing` returns the content of such a file in a root
-/// file system other than the host's; the users that it lists are kept.
+/// The files that list users, groups and hosts in every view. `existing` returns the content of such a file in a root
+/// file system other than the host's. Users listed there are kept.
 pub(crate) fn files(
     InnerUser { user, group }: InnerUser,
     existing: impl Fn(&str) -> Option<String>,

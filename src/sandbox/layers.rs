@@ -80,7 +80,7 @@ pub(super) fn mount(
             let _mapped = (Mapped::new(below, ids)?, Mapped::new(beside, ids)?);
             // The overlay changes its layers with the credentials of the process that mounts it, so that must be a user
             // that the mapped mounts know.
-            sys::with_files_of(owner, mount)
+            sys::with_file_system_user(owner, mount)
         }
         _ => mount(),
     };

@@ -58,7 +58,7 @@ pub(super) fn open_in(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> 
 }
 
 /// Opens the directory at a relative path. Fails if a component of the path is a symbolic link.
-pub(super) fn real_directory(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn directory_without_links(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
     Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
@@ -100,7 +100,7 @@ pub(super) fn restrict(mount: BorrowedFd<'_>, writable: bool, devices: bool) -> 
 }
 
 /// Makes one open mount read-only, but not the mounts below it.
-pub(super) fn close(mount: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn make_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
     set_attributes(mount, HARMLESS | libc::MOUNT_ATTR_RDONLY, 0, None)
 }
 
@@ -125,7 +125,7 @@ fn set_attributes(
 }
 
 /// Stops mounts of this process from propagating to the host. Unmounts on the host still propagate to this process.
-pub(super) fn follow_the_host() -> io::Result<()> {
+pub(super) fn stop_propagation_to_host() -> io::Result<()> {
     Ok(mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?)
 }
 

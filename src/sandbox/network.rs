@@ -2,13 +2,13 @@
 //! names, and the code that sets it up inside the cell.
 //!
 //! Such a cell has a network namespace of its own, in which `pasta` has a network interface. pasta is an ordinary
-//! process in the network of the host. It makes a socket of its own for each connection of the command, so it needs no
-//! privilege there and changes nothing of the host.
+//! process in the host's network. It opens a socket for each connection of the command, so it needs no privileges and
+//! does not change the host.
 //!
-//! pasta itself would contact every address that a frame names, also the loopback interface of the host. What keeps a
-//! command from that is a filter of frames on the interface ([`frames`]). Routes alone would not be enough: a socket
-//! that is bound to the interface (`SO_BINDTODEVICE`, `IP_PKTINFO`) passes them by. The [`routes`] exist so that a
-//! connection to an excluded address fails at once and does not time out.
+//! pasta itself would connect to every address that a frame names, including the loopback interface of the host. A
+//! filter of frames on the interface ([`frames`]) prevents that. Routes alone would not be enough, because a socket
+//! that is bound to the interface (`SO_BINDTODEVICE`, `IP_PKTINFO`) ignores them. The [`routes`] exist so that a
+//! connection to an excluded address fails at once instead of timing out.
 
 pub(crate) mod frames;
 mod routes;
@@ -33,30 +33,31 @@ pub(crate) const ADDRESS_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 100);
 pub(crate) const BITS_V4: u8 = 24;
 /// The IPv4 gateway of the cell.
 pub(crate) const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
-/// The address at which the cell finds the name server of the host, if that has an IPv4 address.
+/// The address at which the cell finds the host's name server, if that server has an IPv4 address.
 pub(crate) const RESOLVER_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 53);
 /// The IPv6 address of the cell. pasta gives it a network of 64 bits.
 pub(crate) const ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 0x64);
 /// The IPv6 gateway of the cell.
 pub(crate) const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 1);
-/// Like [`RESOLVER_V4`], if the name server of the host has only an IPv6 address.
+/// Like [`RESOLVER_V4`], for a name server that has only an IPv6 address.
 pub(crate) const RESOLVER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 0x53);
 
-/// How long to wait for the gateway. It is killed before this if it does not start.
+/// How long to wait for the gateway. The gateway's own time limit is shorter, so it normally reports its failure
+/// before.
 const GATEWAY_TIMEOUT: Duration = Duration::from_secs(15);
-/// The byte by which a cell asks its gateway to start, and by which the gateway says that it works.
+/// The byte with which a cell asks its gateway to start, and with which the gateway reports that it works.
 pub(crate) const GO: u8 = 0;
-/// Maximum length of the message of a gateway that could not start.
+/// Maximum length of the error message of a gateway that could not start.
 pub(crate) const MAX_PROBLEM: usize = 512;
 
 /// Addresses that no command can reach, whatever machine it runs on.
 const EXCLUDED_V4: &[(Ipv4Addr, u8)] = &[
-    // "This host", loopback, link-local, and everything that is no unicast address.
+    // "This host", loopback, link-local, and everything that is not a unicast address.
     (Ipv4Addr::new(0, 0, 0, 0), 8),
     (Ipv4Addr::new(127, 0, 0, 0), 8),
     (Ipv4Addr::new(169, 254, 0, 0), 16),
     (Ipv4Addr::new(224, 0, 0, 0), 3),
-    // Services of clouds for the machine itself that are not link-local: Alibaba Cloud, Azure.
+    // Cloud services for the machine itself that are not link-local: Alibaba Cloud, Azure.
     (Ipv4Addr::new(100, 100, 100, 200), 32),
     (Ipv4Addr::new(168, 63, 129, 16), 32),
 ];
@@ -115,12 +116,12 @@ pub(crate) fn host_addresses() -> Result<Vec<IpAddr>, SetupFailure> {
     Ok(addresses)
 }
 
-/// How commands resolve names: through the first name server of the host.
+/// How commands resolve names: through the host's first name server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Resolver {
-    /// The name server of the host. It may be on the host's loopback interface.
+    /// The host's name server. It may be on the host's loopback interface.
     server: IpAddr,
-    /// The line that says in which domains names are searched, if the host has one.
+    /// The search domains, if the host has any.
     search: Option<String>,
 }
 
@@ -134,7 +135,7 @@ impl Resolver {
         let servers = text.lines().filter_map(|line| after(line, "nameserver")?.parse::<IpAddr>().ok());
         let servers: Vec<_> = servers.collect();
         let server = *servers.iter().find(|server| server.is_ipv4()).or(servers.first())?;
-        // The last line counts.
+        // The last of these lines is the one that counts.
         let domains = |line: &str| after(line, "search").or_else(|| after(line, "domain"));
         Some(Self { server, search: text.lines().rev().find_map(domains) })
     }
@@ -155,7 +156,7 @@ impl Resolver {
     }
 }
 
-/// The way of a cell to its gateway, which is a process of the runner outside of the cell.
+/// The connection between a cell and its gateway, which is a process of the runner outside of the cell.
 #[derive(Debug)]
 pub(crate) struct OwnNetwork {
     /// The gateway starts when it receives [`GO`], and ends when this is closed.
@@ -168,7 +169,7 @@ impl OwnNetwork {
     /// Sets up the network of this process, which has just entered a network namespace. The host's /proc must be
     /// mounted. Returns when the gateway works.
     pub(super) fn set_up(&self) -> Result<(), SetupFailure> {
-        // Without IPv6, or where these are read-only, a new address may not be usable for the first seconds.
+        // Without IPv6, or where these settings are read-only, a new address may not be usable for the first seconds.
         for (name, value) in [("accept_dad", "0"), ("accept_ra", "0")] {
             let _ = fs::write(format!("/proc/sys/net/ipv6/conf/default/{name}"), value);
         }

@@ -6,12 +6,12 @@ use std::fmt;
 
 /// Prefix of the error of every failed attempt.
 const NOT_SET_UP: &str = "could not set up the sandbox: ";
-/// The reason of a protection that was not tried because it needs the namespaces.
+/// The reason for a protection that was not tried because it needs the namespaces.
 const NEEDS_NAMESPACES: &str = "it needs the namespaces";
 
 /// The error if pasta is not installed.
 pub(crate) const NO_PASTA: &str = "pasta is not installed";
-/// The error of an attempt with the gateway where there is no network namespace.
+/// The error of an attempt with the gateway when there is no network namespace.
 pub(crate) const NEEDS_NETWORK: &str = "it needs the network namespaces";
 
 /// A protection, with the name that users know it by.
@@ -47,7 +47,7 @@ impl Protection {
         }
     }
 
-    /// What it means for actions if this protection is missing.
+    /// The effect on actions if this protection is missing.
     pub(crate) fn consequence(self) -> &'static str {
         match self {
             Self::Namespaces => "actions see this machine and run as the user of the server",
@@ -219,7 +219,7 @@ fn explained(protection: Protection, machine: &KernelFacts, error: &str) -> Miss
             Some("put execution.build_root on ext4, xfs, btrfs or tmpfs, which can map user ids")
         }
         Protection::Landlock => Some("start Linux 5.19 or later with landlock in its lsm= parameter"),
-        // How pasta puts it depends on its version.
+        // pasta words this message differently in different versions.
         Protection::Gateway if error == NO_PASTA => {
             Some("apt-get install passt, or the package of your distribution with pasta")
         }

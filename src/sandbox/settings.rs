@@ -1,8 +1,8 @@
-//! [`Sandbox`]: the message with which a server tells a runner how to set up the sandbox.
+//! [`Sandbox`]: the message in which a server tells a runner how to set up the sandbox.
 
 use super::{
     kind::{CellKind, CellNetwork, RootFs},
-    view::{Fresh, Wanted},
+    view::{ConfiguredPaths, PrivateMounts},
 };
 use prost::Message;
 use std::{
@@ -11,10 +11,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What happens if a protection does not work on this machine.
+/// What the server does if a protection does not work on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SandboxMode {
-    /// Missing protections are left out; the rest is on.
+    /// Missing protections are left out, and the other protections are on.
     Auto,
     /// The server starts only if all protections work.
     Required,
@@ -25,7 +25,7 @@ pub enum SandboxMode {
 /// The checked `[execution.sandbox]` section.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxSettings {
-    /// What happens if a protection is missing, or that there is no sandbox.
+    /// What the server does if a protection is missing, or whether there is a sandbox at all.
     pub mode: SandboxMode,
     /// Paths of the host that are visible in addition to the built-in ones.
     pub visible: Vec<PathBuf>,
@@ -153,26 +153,30 @@ impl Sandbox {
         OsString::from_vec(self.build_root.clone()).into()
     }
 
-    pub(crate) fn wanted(&self) -> Wanted {
+    pub(crate) fn configured_paths(&self) -> ConfiguredPaths {
         let paths =
             |bytes: &[Vec<u8>]| bytes.iter().map(|path| OsString::from_vec(path.clone()).into()).collect();
-        Wanted { visible: paths(&self.visible), hidden: paths(&self.hidden), writable: paths(&self.writable) }
+        ConfiguredPaths {
+            visible: paths(&self.visible),
+            hidden: paths(&self.hidden),
+            writable: paths(&self.writable),
+        }
     }
 
-    pub(crate) fn fresh(&self) -> Fresh {
-        Fresh { tmp_bytes: self.tmp_bytes, tmp_files: self.tmp_files, shm_bytes: self.shm_bytes }
+    pub(crate) fn private_mounts(&self) -> PrivateMounts {
+        PrivateMounts { tmp_bytes: self.tmp_bytes, tmp_files: self.tmp_files, shm_bytes: self.shm_bytes }
     }
 }
 
 impl SandboxSettings {
-    /// The kind of cell for actions that ask for nothing special.
+    /// The kind of cell for actions without special requirements.
     pub(crate) fn kind(&self) -> CellKind {
         CellKind { root: self.root.clone(), ..CellKind::default() }
     }
 
     /// Whether a path of the host would be visible to actions.
     pub(crate) fn shows(&self, path: &Path) -> bool {
-        let wanted = Wanted {
+        let wanted = ConfiguredPaths {
             visible: self.visible.clone(),
             hidden: self.hidden.clone(),
             writable: self.writable.clone(),
@@ -180,8 +184,8 @@ impl SandboxSettings {
         super::view::shows(&wanted, path)
     }
 
-    /// Hides the server's own files also under other paths that lead to them through symbolic links. Returns the paths
-    /// that are hidden in addition. It resolves paths in the file system, so the server's files must exist already.
+    /// Also hides the server's own files at other paths that lead to them through symbolic links. Returns the
+    /// additional hidden paths. This resolves paths in the file system, so the server's files must exist already.
     pub(crate) fn hide_linked(&mut self) -> Vec<PathBuf> {
         let mut added = Vec::new();
         for own in self.own.iter().filter_map(|own| own.canonicalize().ok()) {
@@ -201,7 +205,7 @@ impl SandboxSettings {
         added
     }
 
-    /// A path of the server itself that lies in this root file system.
+    /// Returns a path of the server itself that lies in this root file system, if there is one.
     pub(crate) fn own_below(&self, root: &RootFs) -> Option<&Path> {
         let RootFs::Directory(root) = root else { return None };
         let root = Path::new(OsStr::from_bytes(root)).canonicalize().ok()?;

@@ -105,7 +105,7 @@ const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
 
 /// Runs `act` with the file system user and group set to these, and keeps all capabilities. The calling process must
 /// have a single thread and be root.
-pub(super) fn with_files_of<T>(
+pub(super) fn with_file_system_user<T>(
     (user, group): (u32, u32),
     act: impl FnOnce() -> io::Result<T>,
 ) -> io::Result<T> {
@@ -134,17 +134,18 @@ pub(super) fn with_effective_user<T>(user: u32, act: impl FnOnce() -> io::Result
     })
 }
 
-/// Changes the effective user, and keeps this process dumpable: otherwise nobody but root could open the files of /proc
-/// of its children.
+/// Changes the effective user and keeps this process dumpable. Otherwise only root could open the files in /proc of its
+/// children.
 fn set_effective_user(user: u32) -> io::Result<()> {
-    // SAFETY: takes only numbers. It is the system call and not the function of libc, which would tell other threads.
+    // SAFETY: takes only numbers. This makes the system call directly, because libc's function would change the user of
+    // all threads.
     if unsafe { libc::syscall(libc::SYS_setresuid, -1, user, -1) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable)?)
 }
 
-/// Runs `act`, in which a change of the user takes no capability away.
+/// Runs `act`. If `act` changes the user, the capabilities are kept.
 fn keeping_capabilities<T>(act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     // SAFETY: these calls take and return only numbers.
     let before = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };

@@ -1,4 +1,4 @@
-//! [`World`]: what all cells of one runner share, and the code that moves a process into a cell.
+//! [`World`]: the state that all cells of one runner share, and the code that moves a process into a cell.
 //!
 //! The runner [assembles](super::assemble) each view once, in a mount namespace of its own, so that starting a cell
 //! costs one copy of the tree instead of dozens of mounts. An ordinary user first enters a user namespace in which it
@@ -16,7 +16,7 @@ use super::{
     network::{OwnNetwork, Resolver},
     settings::{Pasta, Sandbox},
     sys,
-    view::{self, Fresh, ProcPlan, Wanted},
+    view::{self, ConfiguredPaths, PrivateMounts, ProcPlan},
 };
 use rustix::{
     fs::CWD,
@@ -40,7 +40,7 @@ const MAX_VIEWS: usize = 4;
 /// Directories with mounts of the sandbox, which are moved into an input root that is the root directory.
 const CELL_MOUNTS: &[&str] = &["dev", "proc", "tmp"];
 
-/// What all cells of a runner share.
+/// The state that all cells of a runner share.
 #[derive(Debug)]
 pub(crate) struct World {
     sandbox: Sandbox,
@@ -52,7 +52,7 @@ pub(crate) struct World {
     /// User and group of an action outside its cell.
     user: u32,
     group: u32,
-    /// User namespace of the idmapped mounts that show files of the server as files of the action.
+    /// User namespace of the idmapped mounts, which show the server's files as owned by the action.
     ids: Option<OwnedFd>,
     proc: ProcPlan,
     filter: Option<filter::Program>,
@@ -74,26 +74,26 @@ pub(crate) struct OpenCell {
     has_input_root_as_root: bool,
 }
 
-/// What a runner hands to the first process of a new cell.
+/// The descriptors and settings that a runner passes to the first process of a new cell.
 #[derive(Debug)]
-pub(crate) struct Passage {
+pub(crate) struct CellSetup {
     tree: OwnedFd,
     kind: CellKind,
     network: Option<OwnNetwork>,
 }
 
-/// What the gateway of a cell needs to know. It is a process that belongs to one cell.
+/// The settings of a cell's gateway. Each cell has its own gateway process.
 #[derive(Debug)]
 pub(crate) struct GatewayPlan<'a> {
     /// The program.
     pub pasta: &'a Pasta,
-    /// User and group of the program on the host; `None` for those of this process.
+    /// User and group of the program on the host; `None` to keep those of this process.
     pub owner: Option<(u32, u32)>,
     /// The name server of the host, if there is one.
     pub resolver: Option<&'a Resolver>,
 }
 
-impl Passage {
+impl CellSetup {
     /// Connects the cell to its gateway. `host` lists the addresses of the host.
     pub(crate) fn with_gateway(self, gateway: UnixStream, host: Vec<IpAddr>) -> Self {
         Self { network: Some(OwnNetwork { gateway, host }), ..self }
@@ -105,15 +105,16 @@ impl Passage {
         gateway.into_iter().chain([self.tree.as_raw_fd()])
     }
 
-    /// The socket that the first process must keep open until the cell ends, because the gateway ends when it is closed.
+    /// Returns the socket that the first process must keep open until the cell ends. The gateway ends when it is
+    /// closed.
     pub(crate) fn into_gateway(self) -> Option<UnixStream> {
         self.network.map(|network| network.gateway)
     }
 }
 
 impl World {
-    /// Makes the world for the cells of this process. The process must have a single thread; it gets a mount namespace
-    /// of its own.
+    /// Creates the world for the cells of this process. The process must have a single thread. It gets its own mount
+    /// namespace.
     pub(crate) fn new(sandbox: Sandbox) -> Result<Self, SetupFailure> {
         let (user, group) = (geteuid().as_raw(), getegid().as_raw());
         let on = sandbox.protections;
@@ -127,8 +128,8 @@ impl World {
             ((user, group), None)
         };
         sys::unshare(UnshareFlags::NEWNS).step("make a mount namespace")?;
-        mounts::follow_the_host().step("separate the mounts from the host's")?;
-        let wanted = sandbox.wanted();
+        mounts::stop_propagation_to_host().step("separate the mounts from the host's")?;
+        let wanted = sandbox.configured_paths();
         let needed: Vec<_> =
             wanted.visible.into_iter().chain(wanted.writable).chain([sandbox.build_root()]).collect();
         let mounts = ViewMounts::new(&needed)?;
@@ -143,7 +144,7 @@ impl World {
         Ok(world)
     }
 
-    /// User and group of the host that must own files which an action opens again by path; `None` for those of this
+    /// User and group on the host that must own files which an action opens again by path; `None` for those of this
     /// process.
     pub(crate) fn owner(&self) -> Option<(u32, u32)> {
         self.ids.is_some().then_some((self.user, self.group))
@@ -162,7 +163,7 @@ impl World {
         let root = kind.root_directory();
         let existing = |path: &str| root.as_ref().and_then(|root| read_names(root, path));
         let resolvers = self.resolver.as_ref().map(Resolver::conf);
-        let plan = view::view(kind, &self.sandbox.wanted(), &ThisHost, existing, resolvers);
+        let plan = view::view(kind, &self.sandbox.configured_paths(), &ThisHost, existing, resolvers);
         let ids = self.ids.as_ref().map(|ids| ids.as_fd());
         let view = Assembled::new(&mut self.mounts, &plan, root.as_deref(), ids)?;
         let number = self.next;
@@ -174,15 +175,16 @@ impl World {
         Ok(number)
     }
 
-    /// What a new cell of this kind needs, and the number of its view. Must be called before the fork.
-    pub(crate) fn passage(&mut self, kind: &CellKind) -> Result<(Passage, u64), SetupFailure> {
+    /// Prepares what a new cell of this kind needs, and returns it with the number of its view. Must be called before
+    /// the fork.
+    pub(crate) fn setup(&mut self, kind: &CellKind) -> Result<(CellSetup, u64), SetupFailure> {
         let number = self.view(kind)?;
         let known = self.views.last().ok_or(io::ErrorKind::NotFound).step("find the view of the action")?;
         let tree = mounts::copy_of(known.view.tree()).step("copy the view of the action")?;
-        Ok((Passage { tree, kind: kind.clone(), network: None }, number))
+        Ok((CellSetup { tree, kind: kind.clone(), network: None }, number))
     }
 
-    /// The gateway for cells of this kind, if they have one.
+    /// The gateway settings for cells of this kind, if they have a gateway.
     pub(crate) fn gateway(&self, kind: &CellKind) -> Result<Option<GatewayPlan<'_>>, SetupFailure> {
         if kind.network() != CellNetwork::On {
             return Ok(None);
@@ -191,15 +193,15 @@ impl World {
         Ok(Some(GatewayPlan { pasta, owner: self.owner(), resolver: self.resolver.as_ref() }))
     }
 
-    /// The user of the host, other than that of this process, whose processes must be able to enter cells of this kind.
-    pub(crate) fn visitor(&self, kind: &CellKind) -> Option<u32> {
+    /// The host user, other than that of this process, whose processes must be able to enter cells of this kind.
+    pub(crate) fn gateway_user(&self, kind: &CellKind) -> Option<u32> {
         self.owner().map(|(user, _)| user).filter(|_| kind.network() == CellNetwork::On)
     }
 
     /// Maps the user of the first process of a new cell.
-    pub(crate) fn admit(&self, process: i32, kind: &CellKind) -> Result<(), SetupFailure> {
-        // Done here and not in the cell: an action cannot lower a score that a privileged process has set.
-        confine::offer_to_the_oom_killer(process);
+    pub(crate) fn map_user(&self, process: i32, kind: &CellKind) -> Result<(), SetupFailure> {
+        // This is done outside of the cell, because an action cannot lower a score that a privileged process has set.
+        confine::raise_oom_score(process);
         let map = Map { inner: kind.user(), user: self.user, group: self.group };
         namespaces::write_maps(&process.to_string(), map, self.ids.is_some())
     }
@@ -220,11 +222,11 @@ impl World {
         Ok(tree)
     }
 
-    /// Moves the first process of a cell into its namespaces and view. Everything that it needs from outside is already
-    /// open.
-    pub(crate) fn enter(&self, passage: &Passage) -> Result<OpenCell, SetupFailure> {
+    /// Moves the first process of a cell into its namespaces and view. All descriptors that it needs from outside are
+    /// already open.
+    pub(crate) fn enter(&self, setup: &CellSetup) -> Result<OpenCell, SetupFailure> {
         let on = self.sandbox.protections;
-        let has_network = on.network && passage.kind.network() != CellNetwork::Host;
+        let has_network = on.network && setup.kind.network() != CellNetwork::Host;
         let mut own =
             UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
         if has_network {
@@ -234,8 +236,8 @@ impl World {
         if has_network {
             sys::loopback_up().step("switch on the loopback interface")?;
         }
-        // Must precede the change of the user, after which the gateway could not enter the namespace.
-        if let Some(network) = &passage.network {
+        // This must come before the change of the user, because the gateway could not enter the namespace afterwards.
+        if let Some(network) = &setup.network {
             network.set_up()?;
         }
         confine::new_keyring().step("leave the server's keyring")?;
@@ -244,34 +246,38 @@ impl World {
         let proc =
             mounts::new("proc", &[], MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC)
                 .step("mount /proc")?;
-        namespaces::become_inner(passage.kind.user(), self.ids.is_some())?;
-        mounts::become_root(passage.tree.as_fd())?;
+        namespaces::become_inner(setup.kind.user(), self.ids.is_some())?;
+        mounts::become_root(setup.tree.as_fd())?;
         mounts::attach(proc.as_fd(), CWD, Path::new("/proc")).step("mount /proc")?;
         fs::write("/proc/sys/user/max_user_namespaces", "0").step("forbid further user namespaces")?;
         restrict_proc(&self.proc)?;
-        // Other root file systems show nothing of the host.
-        let wanted = if passage.kind.root.is_none() { self.sandbox.wanted() } else { Wanted::default() };
-        mount_fresh(self.sandbox.fresh(), &wanted)?;
+        // Root file systems other than the host's show no files of the host.
+        let wanted = if setup.kind.root.is_none() {
+            self.sandbox.configured_paths()
+        } else {
+            ConfiguredPaths::default()
+        };
+        mount_private_file_systems(self.sandbox.private_mounts(), &wanted)?;
         confine::limit_cores().step("limit core dumps")?;
         confine::limit_processes(self.sandbox.processes).step("limit the number of processes")?;
-        confine::gain_nothing().step("give up new privileges")?;
+        confine::forbid_new_privileges().step("give up new privileges")?;
         let own = ["/tmp", "/dev", "/proc"].map(PathBuf::from);
         let writable = wanted.writable.into_iter().filter(|path| path.exists());
         let rules = on.landlock.then(|| landlock::Rules::new(own.into_iter().chain(writable)));
-        let has_input_root_as_root = passage.kind.has_input_root_as_root();
+        let has_input_root_as_root = setup.kind.has_input_root_as_root();
         Ok(OpenCell { rules: rules.transpose()?, has_input_root_as_root })
     }
 
-    /// The last steps: attaches the input root and gives up everything that a command must not have. Returns the path
-    /// of the input root.
-    pub(crate) fn close(&self, cell: OpenCell, exec_root: &OwnedFd) -> Result<&'static Path, SetupFailure> {
+    /// Does the last steps: attaches the input root, and drops all privileges that a command must not have. Returns the
+    /// path of the input root.
+    pub(crate) fn finish(&self, cell: OpenCell, exec_root: &OwnedFd) -> Result<&'static Path, SetupFailure> {
         let path = Path::new(if cell.has_input_root_as_root { "/" } else { EXEC_ROOT });
         if cell.has_input_root_as_root {
             become_root_with_cell(exec_root)?;
         } else {
             mounts::attach(exec_root.as_fd(), CWD, path).step("mount the input root")?;
         }
-        confine::give_up_capabilities().step("give up capabilities")?;
+        confine::drop_capabilities().step("give up capabilities")?;
         cell.rules.map_or(Ok(()), |rules| rules.restrict(path.into()))?;
         self.filter
             .as_ref()
@@ -291,24 +297,26 @@ fn become_root_with_cell(exec_root: &OwnedFd) -> Result<(), SetupFailure> {
     let mounts = CELL_MOUNTS.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
     mounts::become_root(exec_root.as_fd())?;
     for (name, mount) in mounts {
-        // The input root may have anything at this path, such as a symbolic link.
-        mounts::real_directory(exec_root.as_fd(), Path::new(name))
+        // The input root may have anything at this path, such as a symbolic link, so the path is resolved without
+        // following links.
+        mounts::directory_without_links(exec_root.as_fd(), Path::new(name))
             .and_then(|target| mounts::attach_to(mount.as_fd(), target.as_fd()))
             .step(format_args!("mount /{name} in the input root"))?;
     }
     Ok(())
 }
 
-/// Restricts this process, which is a runner, and its children where namespaces are missing. They can write only into
-/// the build root and the shared directories that every user may write to.
+/// Restricts this process, which is a runner, and its children on machines without namespaces. They can write only to
+/// the build root and to the shared directories that are writable for every user.
 pub(crate) fn restrict_in_place(sandbox: &Sandbox) -> Result<(), SetupFailure> {
     let on = sandbox.protections;
     confine::limit_cores().step("limit core dumps")?;
-    confine::keep_few_capabilities().step("give up capabilities")?;
+    confine::restrict_root_capabilities().step("give up capabilities")?;
     rustix::thread::set_no_new_privs(true).step("give up new privileges")?;
     if on.landlock {
         let shared = ["/tmp", "/var/tmp", "/dev", "/proc"].map(PathBuf::from);
-        let writable = sandbox.wanted().writable.into_iter().chain(shared).filter(|path| path.exists());
+        let writable =
+            sandbox.configured_paths().writable.into_iter().chain(shared).filter(|path| path.exists());
         landlock::Rules::new(writable)?.restrict(sandbox.build_root())?;
     }
     if on.filter {
@@ -328,16 +336,15 @@ fn restrict_proc(plan: &ProcPlan) -> Result<(), SetupFailure> {
     Ok(())
 }
 
-/// Mounts a read-only copy of the file `by` over `path`. Both may be the same.
+/// Mounts a read-only copy of the file `by` over `path`. Both paths may be the same.
 fn cover(path: &str, by: &str, is_device: bool) -> io::Result<()> {
     let tree = mounts::copy(CWD, Path::new(by))?;
     mounts::restrict(tree.as_fd(), false, is_device)?;
     mounts::attach(tree.as_fd(), CWD, Path::new(path))
 }
 
-/// Mounts the file systems that every cell has for itself, and in /tmp the host directories that are configured below
-/// it.
-fn mount_fresh(fresh: Fresh, wanted: &Wanted) -> Result<(), SetupFailure> {
+/// Mounts the private file systems of a cell, and in /tmp the host directories that are configured below it.
+fn mount_private_file_systems(fresh: PrivateMounts, wanted: &ConfiguredPaths) -> Result<(), SetupFailure> {
     let mut below_tmp = Vec::new();
     for path in wanted.below_tmp() {
         match mounts::copy(CWD, path) {

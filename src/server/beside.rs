@@ -1,10 +1,11 @@
-//! What the server keeps beside the store. Where it is on the same file system, it counts against the store's limit.
+//! The files that the server keeps beside the store. If they are on the same file system, they count against the
+//! store's limit.
 
 use super::place::Place;
 use crate::{actors::cas::client::Cas, config::Settings, log_streams::LogStreams};
 use std::{os::unix::fs::MetadataExt as _, path::Path, sync::Arc};
 
-/// Has the store count what else is on its file system.
+/// Makes the store count the other files of the server on its file system.
 pub(super) fn count(cas: &Cas, settings: &Settings, place: Option<&Arc<Place>>, log_streams: &LogStreams) {
     let log_streams = log_streams.clone();
     cas.count_beside("log_streams", move || log_streams.client_bytes());

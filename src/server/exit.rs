@@ -1,4 +1,4 @@
-//! [`Exit`]: the deadlines of a shutdown, and the end of the work that still runs.
+//! [`Exit`]: the deadlines of a shutdown, and the end of running work.
 
 use super::LOG;
 use crate::{
@@ -12,11 +12,11 @@ use actix::Addr;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
-/// The part of an exit in which cancelled work ends: processes are killed and directories removed.
+/// The part of the grace period in which cancelled work ends: processes are killed and directories removed.
 const CANCEL_RESERVE: Duration = Duration::from_secs(2);
 
 /// The part after that, in which clients receive the end of their streams.
-const TELL_RESERVE: Duration = Duration::from_secs(1);
+const LAST_MESSAGES_RESERVE: Duration = Duration::from_secs(1);
 
 /// The last part, in which the store saves state for the next start.
 const CLOSE_RESERVE: Duration = Duration::from_secs(1);
@@ -29,30 +29,30 @@ pub(super) struct Exit {
 }
 
 impl Exit {
-    /// A shutdown that starts now and takes at most `grace`, but has at least the time for an orderly end.
+    /// A shutdown that starts now and takes at most `grace`, but at least the time for an orderly end.
     pub(super) fn within(grace: Duration) -> Self {
-        Self { end: Instant::now() + grace.max(CANCEL_RESERVE + TELL_RESERVE + CLOSE_RESERVE) }
+        Self { end: Instant::now() + grace.max(CANCEL_RESERVE + LAST_MESSAGES_RESERVE + CLOSE_RESERVE) }
     }
 
     /// When running work is cancelled.
-    fn worked(self) -> Instant {
+    fn cancel_running(self) -> Instant {
         self.cancelled() - CANCEL_RESERVE
     }
 
     /// When the server stops waiting for cancelled work.
     fn cancelled(self) -> Instant {
-        self.told() - TELL_RESERVE
+        self.last_messages_sent() - LAST_MESSAGES_RESERVE
     }
 
     /// When the server stops waiting for clients.
-    pub(super) fn told(self) -> Instant {
+    pub(super) fn last_messages_sent(self) -> Instant {
         self.end - CLOSE_RESERVE
     }
 }
 
 /// Lets the scheduler finish, then ends the remaining work with a status that clients retry.
 pub(super) async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
-    if timeout_at(exit.worked(), scheduler.send(Drain { cancel: false })).await.is_ok() {
+    if timeout_at(exit.cancel_running(), scheduler.send(Drain { cancel: false })).await.is_ok() {
         return;
     }
     let left = scheduler.send(Inspect).await.unwrap_or_default();

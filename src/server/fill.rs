@@ -1,4 +1,4 @@
-//! Fills the settings of the rooms from the configuration, which knows none of them. Pure.
+//! Fills the settings of the rooms from the configuration. The configuration does not depend on the rooms. Pure.
 
 use crate::{
     action::TimeoutPolicy,
@@ -43,7 +43,7 @@ pub(super) fn store_settings(settings: &Settings) -> StoreSettings {
     }
 }
 
-/// At least one second, unless it is none.
+/// Rounds up to whole seconds.
 fn whole_seconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis().div_ceil(1_000)).unwrap_or(u32::MAX)
 }

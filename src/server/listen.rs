@@ -4,7 +4,7 @@ use gorego_reapi::error::{Error, Result};
 use std::{io::ErrorKind, net::SocketAddr};
 use tokio::net::TcpListener;
 
-/// Listens on the socket of the supervisor, if there is one, or on the address of this configuration key.
+/// Listens on the socket that the supervisor passed, or else on the address of this configuration key.
 pub(super) async fn listen(
     inherited: Option<std::net::TcpListener>,
     address: SocketAddr,

@@ -1,8 +1,8 @@
 //! [`Observer`]: the state of the server for metrics, readiness and health checks.
 //!
-//! It asks the owners of each number. The store and the connections keep theirs where they can be read at any time. The
-//! scheduler is asked with one message at a time, whose answer costs O(pools), and is waited for at most [`POOLS_WAIT`]. While
-//! it is late, the numbers of its last answer are given, together with their age.
+//! It asks the owner of each number. The store and the connections have numbers that can be read at any time. The
+//! scheduler is asked with one message at a time, whose answer costs O(pools), and is waited for at most
+//! [`POOLS_WAIT`]. If its answer is late, the numbers of the previous answer are used, together with their age.
 
 use super::owners::Owners;
 use crate::{
@@ -35,16 +35,16 @@ use tokio::{
     time::{Instant, interval, timeout},
 };
 
-/// How long a scrape waits for the scheduler, so that it takes at most twice as long.
+/// How long a scrape waits for the scheduler. A scrape takes at most twice as long.
 const POOLS_WAIT: Duration = Duration::from_millis(10);
 /// A server whose scheduler has not answered for this long is not ready.
 const POOLS_MAX_AGE: Duration = Duration::from_secs(5);
-/// Scrapes within this time get the same text, so that nobody can keep the server busy with them.
+/// Scrapes within this time get the same text, so that frequent scrapes cannot keep the server busy.
 const TEXT_MAX_AGE: Duration = Duration::from_millis(100);
-/// How often the health service is told whether actions can be executed.
+/// How often the health service is updated.
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// See the top of this file.
+/// The observer; see the top of this file.
 pub(super) struct Observer {
     metrics: Arc<Metrics>,
     owners: Owners,
@@ -54,7 +54,7 @@ pub(super) struct Observer {
     pools: Option<PoolWatch>,
     is_draining: AtomicBool,
     started: SystemTime,
-    /// The last text.
+    /// The text of the last scrape.
     text: Mutex<Option<(Instant, Bytes)>>,
 }
 
@@ -82,7 +82,7 @@ impl Observer {
         self.is_draining.store(true, SeqCst);
     }
 
-    /// Tells the health service whether actions can be executed. Runs as long as the server does.
+    /// Updates the health service with whether actions can be executed. Runs as long as the server.
     pub(super) async fn tell(self: Arc<Self>, health: Health) {
         let Some(pools) = &self.pools else { return health.set_can_execute(false).await };
         let mut ticks = interval(TELL_INTERVAL);
@@ -137,7 +137,7 @@ impl Observe for Observer {
 
     fn metrics(&self) -> BoxFuture<'_, Bytes> {
         async {
-            // Requests that wait here get the text that is being made.
+            // Concurrent requests wait here and get the same text.
             let mut text = self.text.lock().await;
             if let Some((_, text)) = text.as_ref().filter(|(at, _)| at.elapsed() < TEXT_MAX_AGE) {
                 return text.clone();
@@ -151,14 +151,14 @@ impl Observe for Observer {
     }
 }
 
-/// An answer of the scheduler, and when it came.
+/// An answer of the scheduler, with the time of its arrival.
 #[derive(Debug, Clone)]
 pub(super) struct PoolSight {
     at: Instant,
     pools: Arc<[PoolMeasurement]>,
 }
 
-/// Asks the scheduler for the numbers of its pools, and keeps its last answer.
+/// Requests the numbers of the pools from the scheduler, and keeps its last answer.
 pub(super) struct PoolWatch {
     scheduler: Recipient<Measure>,
     state: Arc<PoolWatchState>,
@@ -166,7 +166,7 @@ pub(super) struct PoolWatch {
 
 #[derive(Debug, Default)]
 struct PoolWatchState {
-    /// Whether a question is under way.
+    /// Whether a request is pending.
     is_asking: AtomicBool,
     last: watch::Sender<Option<PoolSight>>,
 }
@@ -176,13 +176,13 @@ impl PoolWatch {
         Self { scheduler, state: Arc::default() }
     }
 
-    /// The current numbers or, if the scheduler does not answer in time, the numbers of its last answer.
+    /// The current numbers. If the scheduler does not answer in time, the numbers of its last answer.
     async fn look(&self) -> Option<PoolSight> {
         let mut last = self.state.last.subscribe();
         if !self.state.is_asking.swap(true, SeqCst) {
             let (question, state) = (self.scheduler.send(Measure), self.state.clone());
             tokio::spawn(async move {
-                // Without an answer, the scheduler has stopped, and what it said last gets older.
+                // If there is no answer, the scheduler has stopped, and its last answer gets older.
                 if let Ok(pools) = question.await {
                     state.last.send_replace(Some(PoolSight { at: Instant::now(), pools: pools.into() }));
                 }
@@ -200,7 +200,7 @@ impl std::fmt::Debug for PoolWatch {
     }
 }
 
-/// Whether the scheduler lives and no pool has lost its workers.
+/// Whether the scheduler is alive and no pool has lost its workers.
 fn can_execute(seen: Option<&PoolSight>) -> bool {
     seen.is_some_and(|seen| {
         let has_lost = |pool: &PoolMeasurement| pool.status.state == PoolState::Closed;

@@ -1,7 +1,8 @@
-//! [`Owners`]: the actors that own the state of the server, and whether they answer.
+//! [`Owners`]: watches the actors that own the state of the server.
 //!
-//! Everything here runs on the actors' thread. If an owner dies, the process ends, because a partial server is worse than none. If
-//! one does not answer, the supervisor gets no more signs of life, and ends the process after its own limit.
+//! Everything here runs on the actors' thread. If an owner dies, the process exits, because a partial server is worse
+//! than none. If an owner does not answer, the reports to the supervisor stop, and the supervisor ends the process
+//! after its own time limit.
 
 use crate::{
     actors::{
@@ -23,13 +24,14 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-/// Interval between checks whether the owners live.
+/// Interval between checks that the owners are alive.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Longest interval between two reports to the supervisor. The status that people see is as old as this.
+/// Maximum interval between two reports to the supervisor. The displayed status is at most this old.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How many reports there are in the time in which the supervisor expects one. Two may be late before it acts.
+/// The number of reports in the time in which the supervisor expects one. Two of them may be late before the supervisor
+/// acts.
 const REPORTS_PER_LIMIT: u32 = 3;
 
 /// The owner actors.
@@ -78,20 +80,20 @@ impl Owners {
             Some(scheduler) => Some(scheduler.send(Inspect).await.ok()?),
             None => None,
         };
-        // The asset service shares the thread of both.
+        // The asset service runs on the same thread as the store and the scheduler.
         workers.spawn(async {}).await.ok()?;
         Some(status(&store, work, max_bytes))
     }
 }
 
-/// Sends a sign of life for each answer.
+/// Sends a report for each answer.
 async fn report(supervision: Supervision, mut answer: impl AsyncFnMut() -> Option<String>) {
     let Supervision { supervisor, watchdog, .. } = supervision;
     if !supervisor.is_there() {
         return;
     }
     let every = watchdog.map_or(REPORT_INTERVAL, |limit| (limit / REPORTS_PER_LIMIT).min(REPORT_INTERVAL));
-    // A limit of 0 is none, and an interval must not be 0.
+    // A limit of 0 means no limit, but an interval must not be 0.
     let mut ticks = interval(every.max(Duration::from_millis(1)));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -120,7 +122,7 @@ mod tests {
     use std::{cell::Cell, os::unix::net::UnixDatagram, sync::mpsc, thread};
     use tokio::{runtime::Builder, sync::oneshot};
 
-    /// Longer than some intervals between reports, and short for a test.
+    /// This is longer than some intervals between reports, and short enough for a test.
     const SILENCE: Duration = Duration::from_millis(200);
 
     fn next(reports: &UnixDatagram, patience: Duration) -> Option<String> {
@@ -130,13 +132,13 @@ mod tests {
         Some(String::from_utf8(bytes[..length].to_vec()).unwrap())
     }
 
-    /// Reads what is left in the socket, and whether more comes.
+    /// Reads the remaining reports from the socket. Returns whether no more arrive.
     fn falls_silent(reports: &UnixDatagram) -> bool {
         while next(reports, Duration::from_millis(1)).is_some() {}
         next(reports, SILENCE).is_none()
     }
 
-    /// A real server cannot be stopped in the middle of a handler, so the loop is tried alone.
+    /// A real server cannot be stopped in the middle of a handler, so the loop is tested alone.
     #[test]
     fn a_stuck_thread_or_an_owner_that_does_not_answer_sends_no_sign_of_life() {
         let directory = tempfile::tempdir().unwrap();
@@ -178,7 +180,7 @@ mod tests {
         assert_eq!(next(&reports, patience).unwrap(), "WATCHDOG=1\nSTATUS=busy\n");
         let (release, released) = mpsc::channel();
         stick.send(released).unwrap();
-        // The thread may be about to send one more.
+        // The thread may be about to send one more report.
         let _ = next(&reports, SILENCE);
         assert!(falls_silent(&reports), "the thread is stuck");
         release.send(()).unwrap();

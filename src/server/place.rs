@@ -1,4 +1,4 @@
-//! [`Place`]: the build root, the sandbox in which actions run there, and the tools that stay in it.
+//! [`Place`]: the build root, the sandbox in which actions run there, and the persistent workers.
 
 use super::LOG;
 use crate::{
@@ -36,14 +36,14 @@ use tokio::runtime::Handle;
 
 const INPUTS_COPIED: &str = "inputs_copied";
 
-/// How many more processes than a group a user may have.
+/// How many more processes than a control group a user may have.
 const SECOND_LINE: u64 = 64;
 
-/// How many persistent workers a pool has for each of its slots, unless the configuration says how many it has: with more than
-/// one, different tools need not end each other.
+/// Number of persistent workers of a pool for each of its slots, unless it is configured. With more than one, different
+/// tools do not have to displace each other.
 const WORKERS_PER_SLOT: usize = 2;
 
-/// Where actions run, made before anything asynchronous.
+/// The place where actions run. It is created before anything asynchronous starts.
 pub(crate) struct Place {
     pub(crate) build_root: BuildRoot,
     pub(crate) sandbox: Option<(PoolSandbox, Report)>,
@@ -53,13 +53,13 @@ pub(crate) struct Place {
     pub(crate) groups: Groups,
     /// How the limits of actions are enforced.
     pub(crate) limits: LimitReport,
-    /// The tools of the pools, if there are any, by the name of the pool.
+    /// The persistent workers of the pools, by the name of the pool.
     tools: Mutex<Vec<(String, Arc<Tools>)>>,
 }
 
 impl Place {
-    /// Opens the build root, and finds out which protections of the sandbox work in it. Pools whose actions could have a
-    /// network that does not work here no longer offer one.
+    /// Opens the build root, and finds out which protections of the sandbox work in it. If a network of its own does
+    /// not work for actions, the pools no longer offer it.
     pub(crate) fn open(
         execution: &mut ExecutionSettings,
         runtime: &Handle,
@@ -77,7 +77,7 @@ impl Place {
         let tools = Mutex::new(tools);
         let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
         let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
-        // The build root is locked, so no other server makes groups for it.
+        // The build root is locked, so no other server creates groups for it.
         let (groups, limits) = Groups::open(execution.total_memory_bytes, execution.slots, is_sandboxed);
         if execution.limits_required {
             refuse_missing(&limits)?;
@@ -127,7 +127,7 @@ impl Place {
         Ok((sandbox, report))
     }
 
-    /// Starts a sandbox. Fails if it is the configured paths that do not work.
+    /// Starts a sandbox. If that fails only with the configured paths, the error names them.
     fn probe(&self, settings: &SandboxSettings, runner: &[OsString]) -> Result<Report> {
         let report = probe(settings, runner, &self.build_root);
         if !report.on.namespaces && probe(&settings.without_paths(), runner, &self.build_root).on.namespaces {
@@ -139,7 +139,7 @@ impl Place {
         Ok(report)
     }
 
-    /// What the workers of a pool share.
+    /// The settings that the workers of a pool share.
     pub(crate) fn worker(
         &self,
         execution: &ExecutionSettings,
@@ -163,7 +163,7 @@ impl Place {
         }
     }
 
-    /// The sandbox of a pool, if it has one and anything of it works.
+    /// The sandbox of a pool, if it has one and at least one protection works.
     fn pool_sandbox(&self, pool: &PoolSettings) -> Option<PoolSandbox> {
         let (sandbox, report) = self.sandbox.as_ref()?;
         if report.is_empty() || pool.sandbox.mode == SandboxMode::Off {
@@ -175,7 +175,7 @@ impl Place {
         Some(sandbox)
     }
 
-    /// Stops a pool from offering a network of its own to actions, if that was tried out and does not work.
+    /// Stops a pool from offering a network of its own to actions, if that was tried and does not work.
     pub(super) fn withdraw_network(&self, pool: &mut PoolSettings) {
         let is_lacking = self.sandbox.as_ref().is_some_and(|(_, report)| report.lacks_gateway());
         if is_lacking && wants_gateway(pool) {
@@ -183,17 +183,17 @@ impl Place {
         }
     }
 
-    /// The tools of a pool, if it has any.
+    /// The persistent workers of a pool, if it has any.
     pub(super) fn tools(&self, pool: &str) -> Option<Arc<Tools>> {
         self.all_tools().iter().rfind(|(name, _)| name == pool).map(|(_, tools)| tools.clone())
     }
 
-    /// Prepares the tools of a pool that is about to be started.
+    /// Creates the persistent workers of a pool that is about to be started.
     pub(super) fn add_tools(&self, execution: &ExecutionSettings, pool: &PoolSettings) {
         self.all_tools().extend(tools(execution, pool));
     }
 
-    /// Ends tools whose pool is gone. Blocks.
+    /// Ends the persistent workers of removed pools. Blocks.
     pub(super) fn close_tools(&self, of: &Option<Arc<Tools>>) {
         if let Some(of) = of {
             of.close();
@@ -205,7 +205,7 @@ impl Place {
         self.tools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the tools, and waits until all exec directories are removed, for at most `limit`. Blocks.
+    /// Ends the persistent workers, and waits until all exec directories are removed, for at most `limit`. Blocks.
     pub(super) fn empty(&self, limit: Duration) {
         let tools = self.all_tools().clone();
         tools.iter().for_each(|(_, tools)| tools.close());
@@ -218,12 +218,12 @@ impl Place {
         self.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageStore>)
     }
 
-    /// What one action of a pool may use.
+    /// The limits of one action of a pool.
     fn pool_limits(&self, pool: &PoolSettings) -> PoolLimits {
         PoolLimits { settings: pool.limits, groups: Some(self.groups.clone()) }
     }
 
-    /// Starts a sandbox with the root file system of a pool, if it has one of its own.
+    /// Tries a sandbox with the root file system of a pool, if it has one of its own.
     pub(super) fn try_root_of(&self, pool: &PoolSettings, runner: &[OsString]) -> Result<()> {
         let Some(root) = &pool.sandbox.root else { return Ok(()) };
         let refuse = |reason: &str| {
@@ -249,7 +249,7 @@ pub(super) fn wants_gateway(pool: &PoolSettings) -> bool {
     pool.sandbox.network == CellNetwork::On && pool.sandbox.mode != SandboxMode::Off
 }
 
-/// Fails if a pool requires a protection that does not work here. The gateway is required only by pools that want it.
+/// Fails if a pool requires a protection that does not work here. Only pools that want the gateway require it.
 fn refuse_incomplete(execution: &ExecutionSettings, report: &Report) -> Result<()> {
     let required: Vec<_> =
         execution.pools.iter().filter(|pool| pool.sandbox.mode == SandboxMode::Required).collect();
@@ -274,8 +274,8 @@ fn worker_name(pool: &PoolSettings) -> String {
     if pool.is_declared { format!("{host}/{}", pool.name) } else { host }
 }
 
-/// The limit of processes of the user of a cell. Where there are groups, it is only a second line, so that the one that says
-/// when it was met comes first.
+/// The process limit of a cell's user. Where there are control groups, this is only a second limit. It is higher than
+/// that of the group, because only a group reports that its limit was reached.
 fn user_limit(execution: &ExecutionSettings, limits: &LimitReport) -> u64 {
     let bounds = execution.pools.iter().map(|pool| pool.limits.processes);
     let most = bounds.map(|bound| bound.default.max(bound.max)).max().unwrap_or(0);
@@ -310,7 +310,7 @@ pub(super) fn tag_policy(tags: Tags) -> TagPolicy {
     }
 }
 
-/// The tools of a pool, which has none yet; `None` without persistent workers.
+/// Creates the persistent workers of a pool; `None` if they are not enabled.
 fn tools(execution: &ExecutionSettings, pool: &PoolSettings) -> Option<(String, Arc<Tools>)> {
     let settings = execution.persistent_workers?;
     let limits = ToolLimits {
@@ -323,7 +323,7 @@ fn tools(execution: &ExecutionSettings, pool: &PoolSettings) -> Option<(String, 
     Some((pool.name.clone(), Arc::new(Tools::new(&pool.name, limits))))
 }
 
-/// Hides the paths of the server to which links lead, and warns of paths that are not as the configuration has them.
+/// Hides the server's own paths where links lead to them, and warns of configured paths that do not exist.
 fn warn_of_paths(settings: &mut SandboxSettings) {
     for path in settings.hide_linked() {
         Event::warn("gorego::config", "config_warning").log(format_args!(

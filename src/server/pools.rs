@@ -1,7 +1,8 @@
-//! [`Pools`]: the pools of the server, as they are at the start and as a reload of the configuration changes them.
+//! [`Pools`]: starts the pools of the server, and changes them when the configuration is reloaded.
 //!
-//! A new pool starts at once. A pool that is gone takes no more actions, and is removed when its last action has ended. A pool whose
-//! settings have changed is replaced: the new one starts, and the actions of the old one go on beside it.
+//! A new pool starts at once. A pool that was removed from the configuration takes no more actions, and is removed when
+//! its last action has ended. A pool with changed settings is replaced: the new one starts, and the actions of the old
+//! one continue.
 
 use super::place::{Place, wants_gateway};
 use crate::{
@@ -27,11 +28,11 @@ use gorego_reapi::error::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
 
-/// Makes pools.
+/// Creates pools.
 #[derive(Clone)]
 pub(super) struct PoolMaker {
     pub(super) place: Arc<Place>,
-    /// The settings with which the server was started. Those of the pools may be others by now.
+    /// The settings at the start of the server. The settings of the pools may have changed since.
     pub(super) execution: Arc<ExecutionSettings>,
     pub(super) cas: Cas,
     pub(super) log_streams: LogStreams,
@@ -39,7 +40,7 @@ pub(super) struct PoolMaker {
 }
 
 impl PoolMaker {
-    /// Starts the workers of a pool. There must be a current [`System`].
+    /// Starts the workers of a pool. Must be called where there is a current [`System`].
     pub(super) fn make(&self, pool: &PoolSettings) -> Pool {
         let worker = Arc::new(self.place.worker(
             &self.execution,
@@ -86,7 +87,7 @@ pub(super) struct Pools {
     running: Arc<Mutex<Vec<PoolSettings>>>,
 }
 
-/// What a reload does with one pool.
+/// The change of one pool by a reload.
 enum PoolChange {
     Add(PoolSettings),
     Replace(PoolSettings),
@@ -94,7 +95,7 @@ enum PoolChange {
 }
 
 impl Pools {
-    /// The pools that the scheduler was started with. To be called where the actors run.
+    /// Takes over the pools with which the scheduler was started. Must be called on the actors' thread.
     pub(super) fn new(maker: PoolMaker, scheduler: Addr<SchedulerActor>, runtime: Handle) -> Self {
         let running = Arc::new(Mutex::new(maker.execution.pools.clone()));
         Self { maker, scheduler, system: System::current(), runtime, running }
@@ -147,30 +148,31 @@ impl Pools {
         self.maker.place.add_tools(&self.maker.execution, &pool);
         self.maker.prefetch([&pool].into_iter());
         let (maker, system, settings) = (self.maker.clone(), self.system.clone(), pool.clone());
-        // Starting many threads takes a moment.
+        // Starting many threads takes time, so it is done on a thread for blocking work.
         let made = self.runtime.spawn_blocking(move || {
             System::set_current(system);
             maker.make(&settings)
         });
         let pool_of =
             made.await.map_err(|_| Error::internal("the workers of a pool could not be started"))?;
-        self.scheduler.send(AddPool { pool: pool_of }).await.map_err(|_| gone())??;
+        self.scheduler.send(AddPool { pool: pool_of }).await.map_err(|_| scheduler_gone())??;
         self.running().push(pool);
         Ok(())
     }
 
-    /// Has a pool take no more actions, and removes it when it has no more. Returns when the first is done.
+    /// Stops a pool from taking actions, and removes it when its last action has ended. Returns when it takes no more
+    /// actions.
     async fn retire(&self, name: &str) -> Result<()> {
-        let all = self.scheduler.send(ListPools).await.map_err(|_| gone())?;
+        let all = self.scheduler.send(ListPools).await.map_err(|_| scheduler_gone())?;
         let is_it = |pool: &&PoolStatus| *pool.name == *name && pool.state != PoolState::Draining;
         self.running().retain(|pool| pool.name != name);
         let tools = self.maker.place.tools(name);
         let Some(id) = all.iter().find(is_it).map(|pool| pool.id) else { return Ok(()) };
-        // The message is in the mailbox before the next one.
+        // The message is in the mailbox before the next message.
         let drained = self.scheduler.send(DrainPool { id });
         let (scheduler, place) = (self.scheduler.clone(), self.maker.place.clone());
         self.runtime.spawn(async move {
-            // Both fail only when the scheduler is gone.
+            // Both fail only if the scheduler is gone.
             let _ = drained.await;
             let _ = scheduler.send(RemovePool { id }).await;
             tokio::task::spawn_blocking(move || place.close_tools(&tools));
@@ -179,11 +181,11 @@ impl Pools {
     }
 }
 
-fn gone() -> Error {
+fn scheduler_gone() -> Error {
     Error::Unavailable("the scheduler has stopped".into())
 }
 
-/// The changes from the pools that run to the next ones, each with its description. Pure.
+/// The changes that turn the running pools into the next ones, each with its description. Pure.
 fn changes(running: &[PoolSettings], next: &[PoolSettings]) -> Vec<(PoolChange, String)> {
     let mut changes = Vec::new();
     for pool in next {
@@ -205,7 +207,7 @@ fn changes(running: &[PoolSettings], next: &[PoolSettings]) -> Vec<(PoolChange, 
     changes
 }
 
-/// Whether two pools are the same to their actions.
+/// Whether an action could not tell the two pools apart.
 fn is_same(before: &PoolSettings, after: &PoolSettings) -> bool {
     let of = |pool: &PoolSettings| {
         let sandbox = &pool.sandbox;
@@ -214,7 +216,7 @@ fn is_same(before: &PoolSettings, after: &PoolSettings) -> bool {
     of(before) == of(after) && before.offers == after.offers && before.is_declared == after.is_declared
 }
 
-/// What differs, in a few words.
+/// A short description of the differences.
 fn differences(before: &PoolSettings, after: &PoolSettings) -> String {
     let mut words = Vec::new();
     if before.slots != after.slots {
@@ -250,10 +252,10 @@ impl Reloadable for Pools {
     }
 
     fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
-        // That execution is switched off is a change of its own, which needs a restart.
+        // Switching execution off is a separate change, which needs a restart.
         let Some(next) = &next.execution else { return Ok(Vec::new()) };
         let at_start = &self.maker.execution;
-        // These are a part of every pool, but belong to what is made at the start.
+        // These settings are part of every pool, but they apply to parts that are created at the start.
         let is_bound = next.sandbox != at_start.sandbox || next.images.is_some() != at_start.images.is_some();
         let mut prepared = Vec::new();
         let mut pools = next.pools.clone();

@@ -1,4 +1,4 @@
-//! [`Ports`]: the gRPC and the HTTP port while they are served, and how they are closed.
+//! [`Ports`]: the gRPC and the HTTP port while they are served, and their shutdown.
 
 use super::{LOG, observer::Observer};
 use crate::{
@@ -20,8 +20,8 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// How long a client may be inactive, once the server only waits for clients, before its connection is closed.
-const QUIET: Duration = Duration::from_secs(2);
+/// During a shutdown, a connection whose client is inactive for this long is closed.
+const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
 /// The ports, and what they share.
 pub(super) struct Ports {
@@ -44,19 +44,19 @@ impl Ports {
         }
     }
 
-    /// Tells those who ask that the server takes no more work.
+    /// Marks the server as draining, for health checks.
     pub(super) async fn drain(&self) {
         self.observer.drain();
         self.health.drain().await;
     }
 
-    /// Takes no more connections, closes idle ones, and waits for the open requests until then.
+    /// Accepts no more connections, closes idle ones, and waits for the open requests, but not longer than `until`.
     pub(super) async fn close(self, until: Instant) {
         let Self { grpc, http, under_way, .. } = self;
         drop((grpc.close, http.close));
         select! {
             _ = async { tokio::join!(grpc.ended, http.ended) } => {}
-            _ = timeout_at(until, under_way.finished(QUIET)) => {
+            _ = timeout_at(until, under_way.finished(IDLE_LIMIT)) => {
                 Event::warn(LOG, "connections_cut")
                     .log(format_args!("closing connections that clients keep open"));
             }
@@ -67,7 +67,7 @@ impl Ports {
 /// A port that is served until `close` is dropped.
 pub(super) struct ServedPort {
     close: oneshot::Sender<()>,
-    /// Yields the reason why it is not served any more.
+    /// Completes with the reason when the port is no longer served.
     ended: BoxFuture<'static, Error>,
 }
 

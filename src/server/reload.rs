@@ -1,4 +1,4 @@
-//! The parts of the server that take in new settings while it runs, except the pools ([`super::pools`]) and TLS ([`super::tls`]).
+//! The reloadable parts of the server, except the pools ([`super::pools`]) and TLS ([`super::tls`]).
 //!
 //! A new part implements [`Reloadable`] and is added to the list in `server.rs`.
 
@@ -20,7 +20,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// A setting of this part that is in effect.
+/// The value of a reloadable setting that is in effect.
 #[derive(Debug, Clone)]
 struct InEffect<T>(Arc<Mutex<T>>);
 
@@ -29,7 +29,7 @@ impl<T: Clone + PartialEq + Send + 'static> InEffect<T> {
         Self(Arc::new(Mutex::new(value)))
     }
 
-    /// The change to another value, if it is another one.
+    /// The change to another value; `None` if the value is the same.
     fn change(
         &self,
         key: &str,
@@ -51,12 +51,12 @@ impl<T: Clone + PartialEq + Send + 'static> InEffect<T> {
     }
 }
 
-/// Two values side by side.
+/// Describes the change from one value to another.
 fn from_to(before: &impl Debug, after: &impl Debug) -> String {
     format!("{before:?} -> {after:?}")
 }
 
-/// The number of entries of a list before and after.
+/// Describes the change of a list's length.
 fn counts<T>(before: &[T], after: &[T]) -> String {
     format!("{} -> {} entries", before.len(), after.len())
 }
@@ -76,7 +76,7 @@ impl Reloadable for ReloadLogFilter {
     }
 
     fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
-        // The format stays.
+        // A reload does not change the format.
         let format = self.0.0.lock().unwrap_or_else(PoisonError::into_inner).format;
         let next = LogConfig { format, ..next.log.clone() };
         let describe = |before: &LogConfig, after: &LogConfig| from_to(&before.filter, &after.filter);
@@ -178,7 +178,7 @@ pub(super) struct ReloadImages {
     current: InEffect<AllowedImages>,
 }
 
-/// The part of the settings of images that can change.
+/// The reloadable part of the image settings.
 #[derive(Debug, Clone, PartialEq)]
 struct AllowedImages {
     registries: Vec<crate::host::ImageRegistry>,
@@ -209,7 +209,7 @@ impl Reloadable for ReloadImages {
     fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
         let (images, key) = (self.images.clone(), "execution.images");
         let Some(next) = AllowedImages::of(next) else {
-            // Pools would have to stop offering images.
+            // The pools would have to stop offering images.
             let description = "actions can no longer name images".to_owned();
             return Ok(vec![PreparedChange { key: key.into(), description, apply: None }]);
         };

@@ -15,7 +15,7 @@ pub enum AuthenticationFailure {
     Expired,
     /// They are genuine, but not for this server: issuer, audience, algorithm or a claim is not accepted.
     Unaccepted,
-    /// They could not be checked, because the keys of their issuer could not be had.
+    /// They could not be checked, because the keys of their issuer could not be fetched.
     Unchecked,
 }
 
@@ -52,7 +52,7 @@ impl AuthenticationMetrics {
 }
 
 impl Default for AuthenticationMetrics {
-    /// Counters that nobody reads.
+    /// Counters that are not part of a text.
     fn default() -> Self {
         Self::register(&mut Registry::default())
     }

@@ -7,7 +7,7 @@ use prometheus_client::{
 };
 use std::marker::PhantomData;
 
-/// An enumeration that is the value of a label.
+/// An enumeration of the values of a label.
 pub(super) trait LabelValue: Copy + PartialEq + 'static {
     /// The name of the label.
     const LABEL: &'static str;
@@ -18,7 +18,7 @@ pub(super) trait LabelValue: Copy + PartialEq + 'static {
     fn name(self) -> &'static str;
 }
 
-/// A counter for each value, all of which are there from the start.
+/// A counter for each value. All of them exist from the start.
 #[derive(Debug)]
 pub(super) struct KindCounters<K> {
     counters: Vec<Counter>,

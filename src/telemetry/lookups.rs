@@ -1,8 +1,9 @@
 //! [`LookupMetrics`]: the answers of the action cache, by instance and mnemonic.
 //!
-//! Clients choose mnemonics, so their number and form are bounded: the first [`MNEMONICS_MAX`] that look like one have series of
-//! their own, and all others are `other`. The same holds for instances beyond [`INSTANCES_MAX`]. A client that fills the table
-//! with invented names makes the numbers less detailed, and no more.
+//! Clients choose mnemonics, so their number and form are bounded: the first [`MNEMONICS_MAX`] texts that look like a
+//! mnemonic get separate series, and all others are counted as `other`. The same holds for instances beyond
+//! [`INSTANCES_MAX`]. A client that fills the table with invented names makes the numbers less detailed; it has no
+//! other effect.
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family},
@@ -14,14 +15,14 @@ use std::{
     sync::{Arc, OnceLock, PoisonError, RwLock},
 };
 
-/// Instances with series of their own.
+/// Maximum number of instances with separate series.
 pub(super) const INSTANCES_MAX: usize = 32;
-/// Mnemonics with series of their own. Bazel has some fifty for the rules of all usual languages.
+/// Maximum number of mnemonics with separate series. Bazel has about fifty for the rules of all common languages.
 pub(super) const MNEMONICS_MAX: usize = 64;
-/// The longest mnemonic with a series of its own, in bytes.
+/// Maximum length in bytes of a mnemonic with a separate series.
 const MNEMONIC_MAX_BYTES: usize = 64;
 
-/// The value for mnemonics and instances without series of their own.
+/// The value for mnemonics and instances without a separate series.
 const OTHER: &str = "other";
 /// The value for requests that name no mnemonic.
 const NONE: &str = "none";
@@ -37,11 +38,11 @@ struct LookupTable {
     family: Family<LookupLabels, Counter>,
     /// The columns of the known mnemonics, from 0.
     mnemonics: RwLock<HashMap<Box<str>, usize>>,
-    /// Rows of [`COLUMNS`] cells, one row for each instance and one for the others.
+    /// Rows of [`COLUMNS`] cells: one row for each instance, and one for all other instances.
     cells: Vec<Cell>,
 }
 
-/// The counters of hits and misses, which are made at the first look-up.
+/// The counters of hits and misses. They are created at the first look-up.
 type Cell = OnceLock<[Counter; 2]>;
 
 /// The known mnemonics, [`OTHER`] and [`NONE`].
@@ -107,14 +108,14 @@ impl LookupTable {
     }
 }
 
-/// Whether a text looks like a mnemonic, such as `CppCompile`. The values of the table's own columns do not.
+/// Whether a text looks like a mnemonic, such as `CppCompile`. The names of the table's own columns do not.
 fn is_mnemonic(text: &str) -> bool {
     let is_usual = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.+:".contains(&byte);
     text.len() <= MNEMONIC_MAX_BYTES && text.bytes().all(is_usual) && ![OTHER, NONE].contains(&text)
 }
 
 impl Default for LookupMetrics {
-    /// Counters that nobody reads.
+    /// Counters that are not part of a text.
     fn default() -> Self {
         Self::register(&mut Registry::default())
     }

@@ -1,4 +1,4 @@
-//! Numbers of this process, from the system.
+//! Reads the metrics of this process from the system.
 
 use super::readings::ProcessReading;
 use rustix::{
@@ -7,7 +7,7 @@ use rustix::{
 };
 use std::{fs, time::Duration};
 
-/// Reads the numbers of this process. What cannot be read is 0.
+/// Reads the metrics of this process. A value that cannot be read is 0.
 pub(crate) fn read() -> ProcessReading {
     let cpu = clock_gettime(ClockId::ProcessCPUTime);
     ProcessReading {
@@ -25,7 +25,7 @@ fn resident_bytes() -> Option<u64> {
     Some(kib.saturating_mul(1024))
 }
 
-/// Linux says how many there are since 6.2; before, they are counted.
+/// Since version 6.2, Linux reports the number. On older kernels the descriptors are counted.
 fn open_descriptors() -> Option<u64> {
     const DESCRIPTORS: &str = "/proc/self/fd";
     match fs::metadata(DESCRIPTORS).ok()?.len() {

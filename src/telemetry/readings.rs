@@ -1,4 +1,4 @@
-//! [`Readings`]: the numbers that are read at a scrape, and their text.
+//! [`Readings`]: the numbers that are read at a scrape, and how they are written.
 
 use prometheus_client::{
     collector::Collector,
@@ -13,14 +13,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// The numbers of a scrape. Nothing in here was counted for the scrape alone: each is kept by its owner.
+/// The numbers of a scrape. None of them is counted for the scrape alone: each is kept by its owner.
 #[derive(Debug, Clone, Default)]
 pub struct Readings {
     /// Whether the server is ready for requests.
     pub is_ready: bool,
     /// The connections of both ports.
     pub connections: ConnectionReading,
-    /// When the certificate of the server expires, in seconds since 1970; `None` without TLS.
+    /// The expiry of the server's certificate, in seconds since 1970; `None` without TLS.
     pub certificate_expiry: Option<i64>,
     /// The store.
     pub store: StoreReading,
@@ -30,18 +30,18 @@ pub struct Readings {
     pub log_lines_dropped: u64,
     /// This process.
     pub process: ProcessReading,
-    /// When it started.
+    /// The start time of the process.
     pub started: Option<SystemTime>,
 }
 
 /// The connections of both ports.
 #[derive(Debug, Clone, Default)]
 pub struct ConnectionReading {
-    /// Those that are open.
+    /// The number of open connections.
     pub open: u64,
-    /// The requests that are open on them.
+    /// The number of open requests on these connections.
     pub calls: u64,
-    /// How many the server has closed or refused since the start, by reason.
+    /// The number of connections that the server has closed or refused since the start, by reason.
     pub closed: Vec<(&'static str, u64)>,
 }
 
@@ -50,11 +50,11 @@ pub struct ConnectionReading {
 pub struct StoreReading {
     /// Bytes on disk of all entries.
     pub used: u64,
-    /// The limit on them.
+    /// The size limit.
     pub limit: u64,
-    /// The part of them that running actions and open readers hold.
+    /// The bytes that running actions and open readers hold.
     pub held: u64,
-    /// The part of them that is leased to builds.
+    /// The bytes that are leased to builds.
     pub leased: u64,
     /// Bytes that are reserved for uploads.
     pub reserved: u64,
@@ -74,19 +74,19 @@ pub struct StoreReading {
     pub index_bytes: u64,
     /// Entries that were evicted since the start.
     pub evicted: u64,
-    /// The bytes that they took.
+    /// The bytes of these entries.
     pub evicted_bytes: u64,
     /// Entries that were dropped since the start because their files were damaged or gone.
     pub damaged: u64,
-    /// Results that were dropped since the start because one of their blobs went.
+    /// Results that were dropped since the start because one of their blobs was evicted or dropped.
     pub followed: u64,
     /// Entries that were lost since the start while they were leased to a build.
     pub broken_promises: u64,
     /// Results that were not served since the start, because leases left no room for their blobs.
     pub refused_results: u64,
-    /// Rows of leases that were taken since the start from builds with more than their share.
+    /// How often the oldest leases were taken since the start from a build with more than its share.
     pub withdrawn_leases: u64,
-    /// How long the least recently used entry was not used.
+    /// The time since the last use of the least recently used entry.
     pub oldest_use: Duration,
     /// Bytes that the scrub has verified since the start.
     pub scrubbed: u64,
@@ -96,20 +96,20 @@ pub struct StoreReading {
     pub scrub_passes: u64,
     /// Whether uploads and results are refused, because the file system is full.
     pub is_read_only: bool,
-    /// The free bytes of the file system; `None` before it was looked at.
+    /// The free bytes of the file system; `None` before the first measurement.
     pub disk_free: Option<u64>,
-    /// Bytes of deleted blobs and tables that the store takes besides its entries.
+    /// Bytes that the store uses besides its entries, such as deleted blobs and tables.
     pub overhead: u64,
-    /// What else the server keeps on the same file system, by owner.
+    /// The size of the other files of the server on the same file system, by owner.
     pub beside: Vec<(&'static str, u64)>,
 }
 
-/// The pools, as the scheduler described them some time ago.
+/// The state of the pools at the last answer of the scheduler.
 #[derive(Debug, Clone, Default)]
 pub struct PoolReadings {
-    /// How long ago that was.
+    /// The age of that answer.
     pub age: Duration,
-    /// One for each name.
+    /// One entry for each name.
     pub pools: Vec<PoolReading>,
 }
 
@@ -118,7 +118,7 @@ pub struct PoolReadings {
 pub struct PoolReading {
     /// Its name.
     pub name: Arc<str>,
-    /// Slots that wait for work.
+    /// Free slots.
     pub free: usize,
     /// Slots that run an action.
     pub busy: usize,
@@ -128,12 +128,12 @@ pub struct PoolReading {
     pub waiting: usize,
     /// How long ago the oldest of them was submitted.
     pub oldest: Option<Duration>,
-    /// The slots that would be busy if there were enough.
+    /// The number of slots that would be busy if there were enough.
     pub desired: usize,
 }
 
 impl PoolReading {
-    /// Adds up the pools of each name: one that is draining may have a successor of the same name.
+    /// Adds up pools with the same name: a draining pool may have a successor with its name.
     pub fn by_name(pools: impl IntoIterator<Item = Self>) -> Vec<Self> {
         let mut by_name: BTreeMap<Arc<str>, Self> = BTreeMap::new();
         for pool in pools {
@@ -157,15 +157,15 @@ impl PoolReading {
 pub struct ProcessReading {
     /// Memory that is resident.
     pub resident_bytes: u64,
-    /// The time that its threads ran.
+    /// The CPU time of its threads.
     pub cpu: Duration,
     /// Open descriptors.
     pub open_descriptors: u64,
-    /// The limit on them, if there is one.
+    /// The limit on open descriptors, if there is one.
     pub max_descriptors: Option<u64>,
 }
 
-/// The readings of the latest scrape, as a part of the registry. Clones share them.
+/// The readings of the latest scrape as a collector of the registry. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub(super) struct ReadAtScrape(Arc<Mutex<Readings>>);
 
@@ -340,7 +340,7 @@ impl ProcessReading {
     }
 }
 
-/// Writes metrics without handles.
+/// Writes metrics that have no handles.
 struct Encoder<'a>(DescriptorEncoder<'a>);
 
 impl Encoder<'_> {

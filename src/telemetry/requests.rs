@@ -1,7 +1,8 @@
 //! [`RpcMetrics`] and [`HttpMetrics`]: the requests of the two ports, by method and code.
 //!
-//! Methods and codes come from fixed lists, so the handles are in a table. A handle is made when its first request ends, and is kept.
-//! So the text has no series of methods that nobody calls, and later requests cost no allocation and no look-up by label.
+//! Methods and codes come from fixed lists, so the handles are in a table. A handle is created when the first request
+//! with its method and code ends. So the text has no series for methods that are never called, and later requests need
+//! no allocation and no look-up by label.
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, histogram::Histogram},
@@ -12,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-/// Upper bounds of the buckets, in seconds: from a look-up in memory to an Execute that waits for its action.
+/// Upper bounds of the buckets in seconds: from a look-up in memory to an Execute that waits for its action.
 const SECONDS: [f64; 16] =
     [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0];
 
@@ -43,17 +44,17 @@ pub(super) const RPC_CODES: [&str; 17] = [
 /// The methods of HTTP that the port knows, sorted.
 const HTTP_METHODS: [&str; 8] = ["DELETE", "GET", "HEAD", "MKCOL", "OPTIONS", "POST", "PROPFIND", "PUT"];
 
-/// The statuses of HTTP that the port answers with, and that its parts may add, sorted.
+/// The HTTP statuses that the port and its parts answer with, sorted.
 const HTTP_CODES: [&str; 29] = [
     "200", "201", "204", "206", "207", "304", "400", "401", "403", "404", "405", "408", "409", "411", "412",
     "413", "414", "415", "416", "417", "421", "429", "431", "500", "501", "502", "503", "504", "507",
 ];
-/// The index of the code of a request whose client left before the answer; the next one is [`OTHER`].
-const GONE: usize = HTTP_CODES.len();
+/// The index for requests whose clients left before the answer. The next index is for [`OTHER`].
+const DISCONNECTED: usize = HTTP_CODES.len();
 
 type MethodLabels<const N: usize> = [(&'static str, String); N];
 
-/// The numbers of a request that is over.
+/// The numbers of a request that has ended.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct EndedRequest {
     pub(crate) took: Duration,
@@ -66,7 +67,7 @@ pub(crate) struct EndedRequest {
 pub struct RpcMetrics(Arc<RequestTable>);
 
 impl RpcMetrics {
-    /// `rpcs` are paths and the names of their methods in the text.
+    /// `rpcs` contains paths and the names of their methods in the text.
     pub(super) fn register(
         registry: &mut Registry,
         rpcs: impl IntoIterator<Item = (String, String)>,
@@ -81,7 +82,7 @@ impl RpcMetrics {
 }
 
 impl Default for RpcMetrics {
-    /// Metrics that nobody reads.
+    /// Metrics that are not part of a text.
     fn default() -> Self {
         Self::register(&mut Registry::default(), [])
     }
@@ -98,18 +99,18 @@ impl HttpMetrics {
         Self(Arc::new(RequestTable::register(registry, "http", methods, &codes)))
     }
 
-    /// Counts a request that ended with this status, or without one because its client left before the answer.
+    /// Counts a request that ended with this status, or with `None` if its client left before the answer.
     pub(crate) fn ended(&self, method: &str, status: Option<u16>, request: EndedRequest) {
         let listed = |status: u16| {
             HTTP_CODES.binary_search_by(|code| code.parse::<u16>().unwrap_or(0).cmp(&status)).ok()
         };
-        let code = status.map_or(GONE, |status| listed(status).unwrap_or(GONE + 1));
+        let code = status.map_or(DISCONNECTED, |status| listed(status).unwrap_or(DISCONNECTED + 1));
         self.0.ended(method, code, request);
     }
 }
 
 impl Default for HttpMetrics {
-    /// Metrics that nobody reads.
+    /// Metrics that are not part of a text.
     fn default() -> Self {
         Self::register(&mut Registry::default())
     }
@@ -120,7 +121,7 @@ impl Default for HttpMetrics {
 struct RequestTable {
     families: RequestFamilies,
     codes: Vec<&'static str>,
-    /// Sorted by key.
+    /// The methods, sorted by key.
     rows: Vec<MethodRow>,
     other: MethodRow,
 }
@@ -136,11 +137,11 @@ struct RequestFamilies {
 /// The handles of one method.
 #[derive(Debug)]
 struct MethodRow {
-    /// What requests name.
+    /// The method in requests.
     key: String,
     /// The value of the label.
     name: String,
-    /// By the index of the code.
+    /// The counters, by the index of the code.
     ended: Vec<OnceLock<Counter>>,
     rest: OnceLock<MethodHandles>,
 }

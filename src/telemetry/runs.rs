@@ -1,4 +1,4 @@
-//! [`RunMetrics`]: the runs of actions, as their workers see them.
+//! [`RunMetrics`]: the runs of actions, as counted by their workers.
 
 use super::{
     Labels,
@@ -10,14 +10,14 @@ use prometheus_client::{
 };
 use std::{sync::Arc, time::Duration};
 
-/// A part of the life of an action.
+/// A stage of an action.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StageOfRun {
     /// It waited for a slot.
     Queue,
-    /// The worker waited for room and an image, and read the input tree.
+    /// The worker waited for disk space and an image, and read the input tree.
     Fetch,
-    /// Its inputs were brought into place.
+    /// The inputs were put into place.
     Stage,
     /// The command ran.
     Run,
@@ -49,13 +49,13 @@ pub enum RunFate {
     Failed,
     /// The command ran longer than its timeout.
     TimedOut,
-    /// The command was stopped because it crossed a limit.
+    /// The command was stopped because it exceeded a limit.
     Limited,
     /// It was cancelled.
     Cancelled,
-    /// The action is at fault: inputs are missing, or what it asks for cannot be done.
+    /// The action is at fault: inputs are missing, or it asks for something that is not possible.
     Refused,
-    /// The worker is at fault. The action is tried again as a rule.
+    /// The worker is at fault. The action is usually tried again.
     Broken,
 }
 
@@ -84,10 +84,10 @@ impl LabelValue for RunFate {
     }
 }
 
-/// A failure around a command, for which the server and not the action is at fault.
+/// A failure around a command that is the server's fault and not the action's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SandboxFailure {
-    /// A runner process could not make the sandbox or start the command, or died.
+    /// A runner process could not set up the sandbox or start the command, or it died.
     Runner,
     /// A persistent worker failed; its action ran without it.
     Tool,
@@ -167,7 +167,7 @@ impl RunMetrics {
 }
 
 impl Default for RunMetrics {
-    /// Metrics that nobody reads.
+    /// Metrics that are not part of a text.
     fn default() -> Self {
         Self::register(&mut Registry::default())
     }

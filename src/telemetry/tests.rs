@@ -1,4 +1,5 @@
-//! What is served equals what is documented and used, and no name that a client chooses can break or flood the text.
+//! Tests that the served metrics are documented and used, and that names from clients can neither break nor flood the
+//! text.
 
 use super::{
     lookups::{INSTANCES_MAX, MNEMONICS_MAX},
@@ -22,7 +23,7 @@ fn metrics() -> Metrics {
     Metrics::new([(PATH.to_owned(), "ActionCache/GetActionResult".to_owned())])
 }
 
-/// Type and labels by name, as the table has them.
+/// The type and the labels of each metric in the table.
 type Described = BTreeMap<String, (String, BTreeSet<String>)>;
 
 /// All metrics, with a sample of each.
@@ -48,7 +49,7 @@ fn pool(name: &str) -> PoolReading {
     PoolReading { name: name.into(), ..PoolReading::default() }
 }
 
-/// What a text says of each metric.
+/// The description of each metric in a text.
 fn described(text: &str) -> Described {
     let mut described = Described::new();
     for line in text.lines() {
@@ -73,7 +74,7 @@ fn described(text: &str) -> Described {
     described
 }
 
-/// The labels of a sample, whose values have no escapes.
+/// The labels of a sample. Their values contain no escapes.
 fn labels(line: &str) -> BTreeMap<String, String> {
     let inner = line.split_once('{').and_then(|(_, rest)| rest.rsplit_once('}'));
     let pairs = inner.map_or("", |(inner, _)| inner).split("\",").filter(|pair| !pair.is_empty());

@@ -1,11 +1,11 @@
 //! [`TlsPort`]: the TLS handshake of an accepted connection.
 //!
-//! It runs in the task of the connection, which counts as a connection from the beginning. It has a time limit, and the work is
-//! bounded: a connection that has sent its first bytes waits for one of [`HANDSHAKES`] places, which addresses share.
-//! Connections that send nothing hold no place.
+//! It runs in the task of the connection, which is counted as a connection from the beginning. It has a time limit, and
+//! the number of concurrent handshakes is bounded: a connection that has sent its first bytes waits for one of
+//! [`HANDSHAKES`] places, which addresses share. Connections that send nothing hold no place.
 //!
-//! A client that speaks without TLS gets an answer in its own protocol, and a resumed session is only as good as its certificate
-//! is now.
+//! A client that speaks without TLS gets an answer in its own protocol. The certificate of a resumed session is
+//! verified again.
 
 use super::{
     ServerTls, Socket,
@@ -28,10 +28,12 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-/// Number of handshakes at a time at both ports. Each takes a tenth of a millisecond to some milliseconds of CPU, which depends
-/// on the keys, and waits for the network once or twice. So all of them together delay others by less than a second.
+/// Maximum number of concurrent handshakes at both ports. Each takes a tenth of a millisecond to some milliseconds of
+/// CPU, depending on the keys, and waits for the network once or twice. So all of them together delay others by less
+/// than a second.
 pub(super) const HANDSHAKES: Bounds = Bounds { what: "TLS handshakes at a time", total: 256, connection: 1 };
-/// Time limit of a handshake, from the accepted connection to its end. Long enough for a packet that is sent again twice.
+/// Time limit of a handshake, from the accepted connection to its end. It is long enough for two retransmissions of a
+/// packet.
 pub(super) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take to read why it is refused.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
@@ -48,8 +50,8 @@ impl TlsPort {
         Self { tls, protocol }
     }
 
-    /// Does the handshake of a connection. `None` when it failed, which is counted for the log, or the connection was asked to
-    /// close.
+    /// Does the handshake of a connection. `None` if it failed, which is counted for the log, or if the connection was
+    /// asked to close.
     pub(crate) async fn shake_hands(&self, stream: Prompt, admitted: &Admitted) -> Option<Socket> {
         let state = admitted.state();
         let shaken = select! {
@@ -67,7 +69,8 @@ impl TlsPort {
         }
     }
 
-    /// The error is `None` for a connection without a byte, such as that of a load balancer that looks whether the port is open.
+    /// The error is `None` for a connection that sent nothing, such as a load balancer that checks whether the port is
+    /// open.
     pub(super) async fn try_shake(
         &self,
         stream: Prompt,
@@ -100,7 +103,7 @@ impl TlsPort {
     }
 }
 
-/// The certificate of the client, if it has presented one.
+/// The client's certificate, if it has presented one.
 fn certificate(
     stream: &TlsStream<ReadAhead>,
     material: &Material,
@@ -108,21 +111,21 @@ fn certificate(
     let (_, session) = stream.get_ref();
     let Some(chain) = session.peer_certificates() else { return Ok(None) };
     if session.handshake_kind() == Some(HandshakeKind::Resumed) {
-        // The library does not verify the chain of a resumed session again.
+        // The TLS library does not verify the chain of a resumed session again.
         material.accepts(chain, UnixTime::now()).map_err(|error| problem(&error))?;
     }
     ClientCertificate::parse(chain).map(Some).map_err(|_| HandshakeProblem::Unusable)
 }
 
-/// Sends the answer to a client that speaks without TLS, and lets it arrive.
+/// Sends the answer to a client that speaks without TLS, and waits until it has arrived.
 async fn refuse(mut stream: Prompt, answer: &[u8]) {
     if matches!(timeout(REFUSAL_LIMIT, stream.write_all(answer)).await, Ok(Ok(()))) {
         linger(stream).await;
     }
 }
 
-/// Waits for the client to close. An immediate close with unread bytes would reset the connection, and the client would not
-/// learn why it is refused.
+/// Waits for the client to close. An immediate close with unread bytes would reset the connection, and the client would
+/// not learn why it was refused.
 async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let exchange = async {
         stream.shutdown().await?;

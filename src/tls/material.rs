@@ -1,7 +1,7 @@
-//! [`Material`]: what the files of `[tls]` contain, checked and ready for handshakes. Immutable.
+//! [`Material`]: the checked content of the files of `[tls]`, ready for handshakes. Immutable.
 //!
-//! Whatever would make every handshake fail later is refused here, with the key and the file: a key that belongs to another
-//! certificate, a passphrase, a CA without a list of revoked certificates where lists are used.
+//! Files that would make every handshake fail later are refused here, with the configuration key and the file: a key
+//! that belongs to another certificate, an encrypted key, a CA without a revocation list if such lists are used.
 
 use super::{TlsFiles, stamps::Stamps};
 use gorego_reapi::error::{Error, Result};
@@ -27,12 +27,12 @@ use x509_parser::{
     certificate::X509Certificate, prelude::FromDer as _, revocation_list::CertificateRevocationList,
 };
 
-/// Largest file of certificates or a key. A bundle of all public CAs has 250 KB.
+/// Maximum size of a file of certificates or a key. A bundle of all public CAs has 250 KB.
 const FILE_MAX_BYTES: u64 = 2 * 1024 * 1024;
-/// Largest file of lists of revoked certificates: some hundred thousand of them.
+/// Maximum size of a file of revocation lists, which is enough for some hundred thousand entries.
 const CRL_MAX_BYTES: u64 = 32 * 1024 * 1024;
-/// The certificate is warned about in the last part of its time, at most this long before its end. Certificates are usually
-/// replaced when a third of their time is left.
+/// Warnings about the certificate start in the last quarter of its validity, at most [`WARN_MAX`] before its end.
+/// Certificates are usually replaced when a third of their validity is left.
 const WARN_PART: u64 = 4;
 const WARN_MAX: Duration = Duration::from_secs(14 * 24 * 3600);
 /// Permission of all other users to read a file.
@@ -47,20 +47,20 @@ pub(super) enum Protocol {
     Http1,
 }
 
-/// See the top of this file.
+/// The material; see the top of this file.
 #[derive(Debug)]
 pub(super) struct Material {
     files: TlsFiles,
-    /// How the files looked before they were read.
+    /// The stamps of the files before they were read.
     stamps: Stamps,
     http2: Arc<ServerConfig>,
     http1: Arc<ServerConfig>,
-    /// Verifies certificates of clients; `None` if clients are not asked for one.
+    /// The verifier of client certificates; `None` if clients are not asked for one.
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     /// The validity of the server's certificate, in seconds since 1970.
     not_before: i64,
     not_after: i64,
-    /// The earliest time at which a list of revoked certificates should be replaced.
+    /// The earliest time at which a revocation list should be replaced.
     list_ends: Option<i64>,
     key_is_exposed: bool,
 }
@@ -114,7 +114,7 @@ impl Material {
         &self.files
     }
 
-    /// How they looked.
+    /// The stamps of these files.
     pub(super) fn stamps(&self) -> &Stamps {
         &self.stamps
     }
@@ -127,7 +127,7 @@ impl Material {
         }
     }
 
-    /// Verifies a chain that a client has presented.
+    /// Verifies a client's certificate chain.
     ///
     /// # Errors
     /// Why it is not accepted.
@@ -138,7 +138,7 @@ impl Material {
         verifier.verify_client_cert(own, others, now).map(|_| ())
     }
 
-    /// Takes the handshakes of one and the verdicts of another.
+    /// Combines the handshakes of one material with the verdicts of another.
     #[cfg(test)]
     pub(super) fn keep_sessions_of(&mut self, sessions: &Self, verdicts: &Self) {
         (self.http2, self.http1) = (sessions.http2.clone(), sessions.http1.clone());
@@ -150,7 +150,7 @@ impl Material {
         self.not_after
     }
 
-    /// The same as text.
+    /// The same time as text.
     pub(super) fn not_after_text(&self) -> String {
         time_text(self.not_after)
     }
@@ -160,7 +160,7 @@ impl Material {
         self.not_after < seconds(now)
     }
 
-    /// What is wrong with the time of the server's certificate, if anything.
+    /// Why the server's certificate is not valid now; `None` if it is valid.
     pub(super) fn ends_soon(&self, now: u64) -> Option<&'static str> {
         let now = seconds(now);
         let part = (self.not_after - self.not_before) / seconds(WARN_PART);
@@ -173,7 +173,7 @@ impl Material {
         }
     }
 
-    /// When a list of revoked certificates should have been replaced, if that is over.
+    /// When a revocation list should have been replaced, if that time has passed.
     pub(super) fn outdated_list(&self, now: u64) -> Option<String> {
         self.list_ends.filter(|ends| *ends < seconds(now)).map(time_text)
     }
@@ -210,7 +210,7 @@ fn server_config(
     };
     let mut config = builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
     config.alpn_protocols = vec![alpn.to_vec()];
-    // Without storage for sessions: clients keep the tickets.
+    // The server stores no sessions: clients store the tickets.
     config.ticketer = ring::Ticketer::new().map_err(unusable)?;
     Ok(Arc::new(config))
 }
@@ -245,12 +245,12 @@ fn verifier(
     builder.build().map_err(|error| ca.refuse(format_args!("cannot be used with tls.crl: {error}")))
 }
 
-/// The lists of revoked certificates in a file.
+/// The revocation lists in a file.
 struct RevocationLists {
     lists: Vec<CertificateRevocationListDer<'static>>,
-    /// Their issuers, as encoded names.
+    /// The encoded names of their issuers.
     issuers: BTreeSet<Vec<u8>>,
-    /// When the first of them should be replaced.
+    /// The time at which the first of them should be replaced.
     ends: Option<i64>,
 }
 
@@ -340,7 +340,7 @@ impl<'a> NamedFile<'a> {
     }
 }
 
-/// A name for an error message. The file is the operator's.
+/// A name for an error message, with special characters escaped.
 fn printable(name: &x509_parser::x509::X509Name<'_>) -> String {
     name.to_string().escape_debug().to_string()
 }

@@ -1,17 +1,18 @@
-//! The answer to a client that speaks without TLS at a TLS port, so that its user learns what to change. Pure.
+//! The answer to a client that speaks without TLS at a TLS port. It tells the user what to change. Pure.
 
-/// What to do, in all answers.
+/// The advice in all answers.
 const ADVICE: &str = "this port speaks TLS: use grpcs:// or https:// instead of grpc:// or http://";
 /// The first byte of a TLS connection: a handshake record.
 const HANDSHAKE_RECORD: u8 = 0x16;
 /// The first bytes of HTTP/2 without TLS.
 const HTTP2_PREFACE: &[u8] = b"PRI ";
-/// How many of the first bytes tell the protocol.
+/// How many of the first bytes are needed to recognise the protocol.
 pub(super) const OPENING_BYTES: usize = HTTP2_PREFACE.len();
 /// The HTTP/2 error code INADEQUATE_SECURITY (RFC 9113, section 7).
 const INADEQUATE_SECURITY: u32 = 0xc;
 
-/// The answer to a client whose first bytes are these; `None` if it begins a TLS handshake. Empty if its protocol is unknown.
+/// The answer to a client that sent these first bytes; `None` if they begin a TLS handshake. Empty if the protocol is
+/// unknown.
 pub(super) fn answer(opening: &[u8]) -> Option<Vec<u8>> {
     if opening.first() == Some(&HANDSHAKE_RECORD) {
         return None;
@@ -34,7 +35,7 @@ fn http1() -> Vec<u8> {
     .into_bytes()
 }
 
-/// Empty SETTINGS, and a GOAWAY whose debug data clients of gRPC show to their user.
+/// Empty SETTINGS, and a GOAWAY whose debug data gRPC clients show to their users.
 fn http2() -> Vec<u8> {
     let mut bytes = vec![0, 0, 0, 4, 0, 0, 0, 0, 0];
     let length = u8::try_from(8 + ADVICE.len()).unwrap_or(u8::MAX);

@@ -1,7 +1,8 @@
 //! [`ReadAhead`]: reads whole TLS records from a socket.
 //!
-//! The TLS library reads at most 4 KiB at a time when it begins a record, so that one of 16 KiB takes five system calls. This
-//! reads up to [`BUFFER_BYTES`] at once and hands them over piece by piece. A connection without unread bytes has no buffer.
+//! The TLS library reads at most 4 KiB at a time when a record begins, so a record of 16 KiB takes five system calls.
+//! This wrapper reads up to [`BUFFER_BYTES`] at once and returns them piece by piece. A connection without unread bytes
+//! has no buffer.
 
 use crate::acknowledge::Prompt;
 use std::{
@@ -11,7 +12,8 @@ use std::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Size of the buffer: the largest record, and the beginning of the next one. It stays while a connection is not read.
+/// Size of the buffer: the largest record, and the beginning of the next one. It is kept while a connection is not
+/// read.
 const BUFFER_BYTES: usize = 17 * 1024;
 
 /// A TCP stream that is read in large pieces; see the top of this file.
@@ -19,7 +21,7 @@ const BUFFER_BYTES: usize = 17 * 1024;
 pub(crate) struct ReadAhead {
     stream: Prompt,
     buffer: Vec<u8>,
-    /// How much of the buffer was handed over.
+    /// How much of the buffer was returned.
     taken: usize,
 }
 
@@ -34,7 +36,7 @@ impl ReadAhead {
         &self.stream
     }
 
-    /// The stream, for its settings.
+    /// The underlying stream, for its settings.
     pub(super) fn get_mut(&mut self) -> &mut Prompt {
         &mut self.stream
     }
@@ -52,7 +54,7 @@ impl AsyncRead for ReadAhead {
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.taken == this.buffer.len() {
-            // It is written before it is read, so its old content does not matter.
+            // The buffer is written before it is read, so its old content does not matter.
             this.buffer.resize(BUFFER_BYTES, 0);
             let mut room = ReadBuf::new(&mut this.buffer);
             let read = Pin::new(&mut this.stream).poll_read(context, &mut room);

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
-/// See the top of this file.
+/// The stream.
 #[derive(Debug)]
 pub(crate) enum Socket {
     /// Without TLS.
@@ -37,12 +37,12 @@ impl Socket {
         }
     }
 
-    /// Says whether an answer is about to be written ([`Prompt::set_answers_soon`]).
+    /// Tells the stream whether an answer is about to be written ([`Prompt::set_answers_soon`]).
     pub(crate) fn set_answers_soon(&mut self, answers_soon: bool) {
         self.prompt().set_answers_soon(answers_soon);
     }
 
-    /// Whether it may hold bytes that were written and are not in the kernel yet. A flush tells.
+    /// Whether it may hold written bytes that are not in the kernel yet. A flush writes them.
     pub(crate) fn holds_writes(&self) -> bool {
         matches!(self, Self::Tls(_))
     }

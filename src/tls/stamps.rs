@@ -1,10 +1,10 @@
-//! [`Stamps`]: how the files of `[tls]` look from outside, to notice that they were replaced.
+//! [`Stamps`]: the metadata of the files of `[tls]`, to notice that they were replaced.
 
 use super::TlsFiles;
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
-/// What changes when a file is written, replaced, made readable, or reached by another symbolic link. The time is that of the last
-/// change of the inode, which no program can set; alone it would be too coarse.
+/// The attributes that change when a file is written, replaced, made readable, or reached by another symbolic link. The
+/// time is that of the last change of the inode, which no program can set. The time alone would be too coarse.
 type Stamp = (u64, u64, u64, i64, i64);
 
 /// The stamps of all files; `None` for one that is missing.
@@ -12,7 +12,7 @@ type Stamp = (u64, u64, u64, i64, i64);
 pub(super) struct Stamps(Vec<Option<Stamp>>);
 
 impl Stamps {
-    /// Looks at the files. Symbolic links are followed, also those of directories.
+    /// Reads the stamps. Symbolic links are followed, including those of directories.
     pub(super) fn of(files: &TlsFiles) -> Self {
         let TlsFiles { cert, key, client_ca, crl, client_certificate_required: _ } = files;
         let paths = [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()];
@@ -37,7 +37,7 @@ mod tests {
     fn a_replaced_file_and_a_replaced_link_are_noticed() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
-        // As Kubernetes mounts a secret: cert -> ..data/cert, ..data -> ..1.
+        // The layout of a secret in Kubernetes: cert -> ..data/cert, ..data -> ..1.
         for version in ["..1", "..2"] {
             fs::create_dir(at(version)).unwrap();
             fs::write(at(version).join("cert"), "same length").unwrap();
@@ -64,7 +64,7 @@ mod tests {
         fs::rename(at("new"), at("key")).unwrap();
         let fourth = Stamps::of(&files);
         assert_ne!(third, fourth);
-        // A key that the server could not read, and now can.
+        // The server could not read the key before, and now it can.
         fs::set_permissions(at("key"), fs::Permissions::from_mode(0o640)).unwrap();
         assert_ne!(fourth, Stamps::of(&files));
     }

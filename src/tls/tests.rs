@@ -1,4 +1,4 @@
-//! Handshakes over loopback, with certificates that the tests make.
+//! Tests of handshakes over loopback, with certificates that the tests create.
 
 #[allow(dead_code, missing_docs)]
 #[path = "../../tests/support/certificates.rs"]
@@ -37,7 +37,7 @@ struct World {
 }
 
 impl World {
-    /// With certificates of clients from the same CA.
+    /// A server with client certificates of the same CA.
     async fn new(required: bool, revoked: &[&Pair], ca: Authority) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (cert, key) = ca.server(VALID).write(directory.path(), "server");
@@ -88,7 +88,7 @@ impl World {
     }
 }
 
-/// What a client trusts, presents and speaks.
+/// The trusted CA, the certificate and the protocol of a client.
 struct ClientSide {
     roots: String,
     pair: Option<Pair>,
@@ -165,7 +165,7 @@ async fn a_client_may_come_without_a_certificate_if_it_is_optional_but_not_with_
 }
 
 #[tokio::test]
-async fn what_the_two_sides_do_not_have_in_common_is_named() {
+async fn a_handshake_problem_is_named() {
     let world = World::new(false, &[], Authority::new("ca")).await;
     let other = ClientSide { alpn: vec!["http/1.1"], ..world.client() };
     let (client, accepted) = world.shake(other.config()).await;
@@ -176,7 +176,7 @@ async fn what_the_two_sides_do_not_have_in_common_is_named() {
     assert_eq!(accepted.err(), Some(Some(HandshakeProblem::Distrusted)));
 }
 
-/// What the server answers to these bytes, and its verdict.
+/// The answer of the server to these bytes, and its verdict.
 async fn after(world: &World, bytes: &[u8]) -> (Vec<u8>, Option<HandshakeProblem>) {
     let exchange = async {
         let mut stream = world.connect().await;
@@ -208,7 +208,7 @@ async fn earlier_versions_are_refused_with_an_alert_and_plaintext_with_an_answer
     let world = World::new(false, &[], Authority::new("ca")).await;
     for version in [0x0300, 0x0301, 0x0302] {
         let (answer, problem) = after(&world, &client_hello(version)).await;
-        // A fatal alert (2): protocol_version (70), or handshake_failure (40) for want of ciphers.
+        // A fatal alert (2): protocol_version (70), or handshake_failure (40) if there is no common cipher.
         assert!(matches!(answer[..], [0x15, 3, _, 0, 2, 2, 70 | 40]), "{answer:?}");
         assert_eq!(problem, Some(HandshakeProblem::Incompatible));
     }
@@ -241,7 +241,8 @@ async fn a_resumed_session_is_refused_once_its_certificate_is_revoked() {
         };
         assert_eq!(resumed().await, Ok(HandshakeKind::Full));
         assert_eq!(resumed().await, Ok(HandshakeKind::Resumed), "{version:?}");
-        // Only the verifier is replaced, as if the list had come in between: a reload would replace the keys of tickets too.
+        // Only the verifier is replaced, as if the list had arrived in between. A reload would also replace the ticket
+        // keys.
         let mut material = Material::read(world.tls.material().files().clone()).unwrap();
         world.write("crl.pem", &world.ca.revoked(&[&alice]));
         let now = Material::read(world.tls.material().files().clone()).unwrap();

@@ -249,7 +249,8 @@ async fn what_open_streams_hold_of_the_store_is_measured() {
     };
     let pieces = stream::once(async { piece }).chain(stream::pending());
     let upload = tokio::spawn(async move { client.bytes.clone().write(pieces).await });
-    watched.sees("gorego_store_reserved_bytes", |reserved| reserved >= (SIZE / 2) as f64).await;
+    // Room is reserved for the bytes that are written; the last ones of a silent stream wait in memory.
+    watched.sees("gorego_store_reserved_bytes", |reserved| reserved >= (SIZE / 4) as f64).await;
     upload.abort();
 }
 

@@ -1,8 +1,8 @@
 //! Makes the calls of a workload and measures them.
 //!
-//! A measurement consists of rounds. Before a round, its calls are prepared: their blobs are made and hashed, their actions
-//! uploaded. Then the clock runs while they are made. So a round costs the server only what is measured, and memory is bounded
-//! by [`STOCK_BYTES`]. The first rounds warm up and are not recorded.
+//! A measurement consists of rounds. Before a round, its calls are prepared: their blobs are created and hashed, and
+//! their actions are uploaded. Then the clock runs while the calls are made. So during a round the server only does
+//! what is measured, and memory is bounded by [`STOCK_BYTES`]. The first rounds are a warm-up and are not recorded.
 //!
 //! In an open loop, calls are due at fixed times, whether or not earlier ones have ended, and latency counts from the time at
 //! which a call was due. So a server that stalls cannot hide that by slowing its clients down ("coordinated omission").
@@ -29,13 +29,13 @@ use tokio::sync::Semaphore;
 
 /// Time that one round should take.
 const ROUND: Duration = Duration::from_secs(1);
-/// Most bytes that prepared calls may hold in memory.
+/// Maximum number of bytes that prepared calls may hold in memory.
 const STOCK_BYTES: u64 = 512 * 1024 * 1024;
-/// Most calls of one round.
+/// Maximum number of calls in a round.
 const MAX_ROUND_CALLS: u64 = 200_000;
-/// Calls that are prepared at the same time.
+/// Number of calls that are prepared concurrently.
 const PREPARED_AT_ONCE: usize = 16;
-/// A run ends after this many rounds without a success: the server refuses everything.
+/// A run ends after this many rounds without a successful call, because the server then refuses everything.
 const MAX_FAILED_ROUNDS: u32 = 3;
 
 /// When calls are made.
@@ -43,8 +43,8 @@ const MAX_FAILED_ROUNDS: u32 = 3;
 pub enum Pace {
     /// Each caller makes its next call when the previous one has ended.
     Closed,
-    /// Calls are due at this rate, per second. At most the number of callers are in progress; a call that must wait for a
-    /// caller is late, and its latency says so.
+    /// Calls are due at this rate per second. At most `callers` calls are in progress. If a call has to wait for a
+    /// caller, the waiting time is part of its latency.
     Open(f64),
 }
 
@@ -56,9 +56,9 @@ pub(crate) trait Workload: Send + Sync {
 
 /// One call, ready to be made.
 pub(crate) struct Call {
-    /// Makes it. The error is a message that does not depend on the number of the call, as far as possible.
+    /// Makes the call. As far as possible, the error message does not depend on the number of the call.
     pub(crate) make: BoxFuture<'static, std::result::Result<Work, String>>,
-    /// Memory that it holds until then.
+    /// The memory that the call holds until it is made.
     pub(crate) bytes: u64,
 }
 
@@ -70,13 +70,13 @@ impl Call {
         Self { make: Box::pin(make), bytes: 0 }
     }
 
-    /// The same call, which holds this much memory.
+    /// The same call with this memory size.
     pub(crate) fn holding(self, bytes: u64) -> Self {
         Self { bytes, ..self }
     }
 }
 
-/// What was measured, and what the server used meanwhile.
+/// The results of a measurement, and the resources that the server used.
 #[derive(Debug)]
 pub(crate) struct Measured {
     pub(crate) figures: Figures,
@@ -86,7 +86,7 @@ pub(crate) struct Measured {
 /// Measures a workload.
 ///
 /// # Errors
-/// When calls cannot be prepared.
+/// If calls cannot be prepared.
 pub(crate) async fn measure(
     name: &'static str,
     workload: &dyn Workload,
@@ -148,7 +148,7 @@ impl Rounds {
                 break;
             }
         }
-        // Calls that were being prepared beyond these are dropped; their numbers are used up.
+        // The preparation of further calls is dropped, and their numbers are not used again.
         self.next = first + self.size;
         Ok(stock)
     }
@@ -187,7 +187,7 @@ async fn closed(stock: Vec<Call>, callers: usize) -> Recorder {
             }
         }
     };
-    together((0..callers).map(|_| tokio::spawn(caller())).collect()).await
+    join_recorders((0..callers).map(|_| tokio::spawn(caller())).collect()).await
 }
 
 /// Calls are due at a fixed rate.
@@ -195,7 +195,7 @@ async fn open(stock: Vec<Call>, callers: usize, rate: f64) -> Recorder {
     let interval = Duration::from_secs_f64(1.0 / rate);
     let due = Arc::new(Semaphore::new(0));
     let (start, total) = (Instant::now(), stock.len());
-    // Timers of the runtime are a millisecond off; a thread of its own sleeps more exactly.
+    // Timers of the runtime are inexact by a millisecond. A separate thread sleeps more exactly.
     let pacer = {
         let due = due.clone();
         std::thread::spawn(move || {
@@ -229,12 +229,12 @@ async fn open(stock: Vec<Call>, callers: usize, rate: f64) -> Recorder {
             }
         }
     };
-    let recorder = together((0..callers).map(|_| tokio::spawn(caller())).collect()).await;
+    let recorder = join_recorders((0..callers).map(|_| tokio::spawn(caller())).collect()).await;
     let _ = pacer.join();
     recorder
 }
 
-async fn together(callers: Vec<tokio::task::JoinHandle<Recorder>>) -> Recorder {
+async fn join_recorders(callers: Vec<tokio::task::JoinHandle<Recorder>>) -> Recorder {
     let mut all = Recorder::new();
     for done in join_all(callers).await {
         match done {
@@ -250,7 +250,7 @@ pub(crate) fn message(method: &str, status: &tonic::Status) -> String {
     format!("{method}: {:?}: {}", status.code(), status.message())
 }
 
-/// The error for a workload that got an answer without what it needs.
+/// The error for an answer without the data that the workload needs.
 pub(crate) fn unusable(what: &str) -> Error {
     Error::Unavailable(format!("the server gave no usable answer: {what}"))
 }

@@ -1,4 +1,4 @@
-//! [`Recorder`]: what the calls of a scenario took, as a histogram; and the [`Figures`] that are read from it.
+//! [`Recorder`]: records the calls of a scenario as a histogram. [`Figures`]: the numbers that are computed from it.
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
@@ -6,12 +6,12 @@ use std::{collections::BTreeMap, time::Duration};
 
 /// Precision of a latency, in decimal digits.
 const DIGITS: u8 = 3;
-/// Longest latency that is told apart from longer ones.
+/// Maximum latency that is distinguished from longer ones.
 const MAX_LATENCY: Duration = Duration::from_secs(600);
 /// Number of different error messages that are kept.
 const MAX_MESSAGES: usize = 8;
 
-/// What one successful call did.
+/// The work of one successful call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Work {
     /// Things that the scenario counts, such as blobs or digests.
@@ -77,7 +77,7 @@ impl Recorder {
         !self.latencies.is_empty()
     }
 
-    /// The figures of calls that were made within this time.
+    /// The figures of calls in this period.
     pub(crate) fn figures(self, elapsed: Duration) -> Figures {
         let seconds = elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
         let at = |quantile| micros(self.latencies.value_at_quantile(quantile));
@@ -101,7 +101,7 @@ impl Recorder {
     }
 }
 
-/// What was measured.
+/// The measured figures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Calls that succeeded, with the right content.

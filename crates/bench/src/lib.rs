@@ -1,8 +1,9 @@
 //! Benchmarks for any server of the Remote Execution API: `gorego bench`.
 //!
-//! A [`scenario`] says what one call does. The [`driver`](drive) makes many of them, either as fast as a number of callers can
-//! ([`Pace::Closed`]) or at a fixed rate ([`Pace::Open`]), and measures each. Everything that a call needs, such as blobs that the
-//! server has never seen, is made before the clock runs, and every answer is checked: a wrong one counts as an error.
+//! A [`scenario`] defines what one call does. The [`driver`](drive) makes many calls, either as fast as a number of
+//! callers can ([`Pace::Closed`]) or at a fixed rate ([`Pace::Open`]), and measures each. Everything that a call needs,
+//! such as blobs that the server has never seen, is created before the clock runs. Every answer is checked, and a wrong
+//! one counts as an error.
 //! [`limits`] measures the machine itself, so that a result can be read as a ratio.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -43,7 +44,7 @@ pub struct Options {
     pub pid: Option<u32>,
 }
 
-/// What a run is doing, for a progress line.
+/// The progress of a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Progress {
     /// The scenario.
@@ -57,8 +58,8 @@ pub struct Progress {
 /// Runs these scenarios one after the other.
 ///
 /// # Errors
-/// When a scenario cannot be prepared, for example because the server refuses its uploads. Failed calls are no errors; they are
-/// counted.
+/// If a scenario cannot be prepared, for example because the server refuses its uploads. Failed calls are not errors;
+/// they are counted.
 pub async fn run(
     target: &Target,
     chosen: &[&'static Scenario],

@@ -1,4 +1,4 @@
-//! What this machine can do without a server: the yardsticks for the scenarios. `gorego bench limits`.
+//! Measures what this machine can do without a server, as a reference for the scenarios. `gorego bench limits`.
 
 mod bare;
 
@@ -53,7 +53,7 @@ impl Limits {
     /// store. Takes about 20 seconds.
     ///
     /// # Errors
-    /// When files cannot be written or processes not be started.
+    /// If files cannot be written or processes cannot be started.
     pub async fn measure(directory: &Path, say: &(dyn Fn(&str) + Sync)) -> Result<Self> {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let mut limits = Vec::new();
@@ -185,7 +185,7 @@ fn create(directory: &Path) -> Result<f64> {
 /// Bytes per second that reach the disk, in 10^6.
 #[allow(clippy::disallowed_methods, reason = "the disk itself is measured")]
 fn write(directory: &Path) -> Result<f64> {
-    /// Enough to be more than the cache of a disk.
+    /// This is more than the cache of a disk.
     const BYTES: usize = 512 << 20;
     let (scratch, content) = (scratch(directory)?, Noise::new(1).bytes(MESSAGE_BYTES));
     let failed = |error: std::io::Error| Error::io("write a test file", &error);

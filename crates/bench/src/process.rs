@@ -1,9 +1,9 @@
-//! What the processes of a server use: CPU time and memory, from `/proc`.
+//! Measures the resources of a server's processes, CPU time and memory, from `/proc`.
 
 use serde::{Deserialize, Serialize};
 use std::{collections::HashMap, fs, time::Duration};
 
-/// What a process and those below it have used.
+/// The resources that a process and its descendants have used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     /// CPU time in user and kernel mode, including children that have ended and were waited for.
@@ -24,12 +24,12 @@ impl Usage {
         Self { cpu: Duration::from_secs_f64(ticks as f64 / per_second as f64) }
     }
 
-    /// What was used since an earlier time.
+    /// The resources that were used since an earlier sample.
     pub(crate) fn since(&self, before: &Self) -> Self {
         Self { cpu: self.cpu.saturating_sub(before.cpu) }
     }
 
-    /// Adds what was used at another time.
+    /// Adds the resources of another sample.
     pub(crate) fn add(&mut self, other: &Self) {
         self.cpu += other.cpu;
     }
@@ -45,14 +45,14 @@ pub(crate) fn memory(pid: u32) -> Option<(u64, u64)> {
     Some((bytes("VmRSS:")?, bytes("VmHWM:")?))
 }
 
-/// What the processes of the server used.
+/// The resources that the processes of the server used.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct ServerUse {
     /// CPU time per call in microseconds, of the server and all processes below it.
     pub cpu_us_per_call: f64,
     /// Resident memory of the server after the run, in bytes.
     pub resident_bytes: u64,
-    /// The most that it has ever had, in bytes.
+    /// The peak resident memory in bytes.
     pub peak_bytes: u64,
 }
 

@@ -1,4 +1,4 @@
-//! The scenarios: what one call does, and what must be on the server before.
+//! The scenarios: what one call does, and what must be stored on the server before.
 
 mod blobs;
 mod cache;
@@ -22,7 +22,7 @@ pub struct Scenario {
     pub name: &'static str,
     /// What one call does.
     pub about: &'static str,
-    /// What is counted besides calls.
+    /// The unit that is counted besides calls.
     pub unit: &'static str,
     /// Usual number of concurrent callers.
     pub callers: usize,
@@ -177,7 +177,7 @@ pub fn find(names: &[String]) -> Result<Vec<&'static Scenario>> {
     names.iter().map(find).collect()
 }
 
-/// A workload whose calls this function prepares.
+/// A workload whose calls are prepared by this function.
 struct Calls<F>(F);
 
 impl<F> Workload for Calls<F>
@@ -189,7 +189,7 @@ where
     }
 }
 
-/// A workload of calls that need no preparation of their own.
+/// A workload whose calls need no preparation.
 pub(crate) fn ready<M>(make: impl Fn(u64) -> M + Send + Sync + 'static) -> Box<dyn Workload>
 where
     M: Future<Output = std::result::Result<crate::figures::Work, String>> + Send + 'static,
@@ -208,7 +208,7 @@ where
     Box::new(Calls(move |number| Box::pin(prepare(number)) as BoxFuture<'static, _>))
 }
 
-/// A seed that no other run has, so that what a run calls new is new to the server.
+/// A random seed, so that blobs that are meant to be new really are new to the server.
 fn seed() -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().0
 }

@@ -68,7 +68,7 @@ impl Target {
     /// Uploads blobs in batches.
     ///
     /// # Errors
-    /// Errors of the server, also if only one blob is refused.
+    /// Errors of the server, even if only one blob is refused.
     pub(crate) async fn upload(&self, blobs: impl IntoIterator<Item = bytes::Bytes>) -> Result<Vec<Digest>> {
         const BATCH_BYTES: usize = 3_000_000;
         const BATCH_BLOBS: usize = 1_000;
@@ -109,7 +109,7 @@ impl Target {
     }
 }
 
-/// Whether every blob of a batch was stored; if not, the message of the first that was not.
+/// Checks that every blob of a batch was stored. The error is the message of the first blob that was not.
 pub(crate) fn check_stored(answer: &reapi::BatchUpdateBlobsResponse) -> std::result::Result<(), String> {
     let failed = |response: &reapi::batch_update_blobs_response::Response| {
         response.status.clone().filter(|status| status.code != 0)
@@ -117,7 +117,7 @@ pub(crate) fn check_stored(answer: &reapi::BatchUpdateBlobsResponse) -> std::res
     answer.responses.iter().find_map(failed).map_or(Ok(()), |status| Err(status.message))
 }
 
-/// The error of a call that a scenario cannot do without.
+/// The error of a call that is necessary for a scenario.
 pub(crate) fn refused(method: &str, status: &Status) -> Error {
     Error::Unavailable(format!("{method} failed: {:?}: {}", status.code(), status.message()))
 }

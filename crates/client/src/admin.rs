@@ -16,10 +16,10 @@ impl Client {
         Ok(answer.await?.into_inner())
     }
 
-    /// Has the server read its configuration again.
+    /// Asks the server to read its configuration again.
     ///
     /// # Errors
-    /// `Invalid` for a configuration that the server refuses; other errors of the server.
+    /// `Invalid` if the server refuses the configuration; other errors of the server.
     pub async fn reload_config(&self, dry_run: bool) -> Result<gorego::ReloadConfigResponse> {
         let answer = self.admin().reload_config(timed(gorego::ReloadConfigRequest { dry_run })).await;
         Ok(answer.map_err(|status| from_status("ReloadConfig", &status))?.into_inner())
@@ -28,7 +28,7 @@ impl Client {
     /// A page of a purge.
     ///
     /// # Errors
-    /// `Invalid` also for the page token of a server that was restarted; other errors of the server.
+    /// `Invalid` also if the page token belongs to a server that was restarted since; other errors of the server.
     pub async fn purge_results(
         &self,
         request: &gorego::PurgeResultsRequest,
@@ -55,10 +55,10 @@ impl Client {
         Ok(answer.await?.into_inner())
     }
 
-    /// Has the server revoke static tokens.
+    /// Asks the server to revoke static tokens.
     ///
     /// # Errors
-    /// `NotFound` for an id that is unknown, and then no token is revoked; other errors of the server.
+    /// `NotFound` if an id is unknown, in which case no token is revoked; other errors of the server.
     pub async fn revoke_tokens(&self, ids: Vec<String>) -> Result<gorego::RevokeTokensResponse> {
         let answer = self.admin().revoke_tokens(timed(gorego::RevokeTokensRequest { ids })).await;
         Ok(answer.map_err(|status| from_status("RevokeTokens", &status))?.into_inner())

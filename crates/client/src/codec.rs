@@ -1,4 +1,4 @@
-//! [`Codec`]: protobuf, with the memory of each response measured before it is decoded ([`gorego_reapi::wire`]).
+//! [`Codec`]: a protobuf codec that measures the memory of each response before it is decoded ([`gorego_reapi::wire`]).
 //!
 //! A malicious server could send 16 MiB that take gigabytes once they are decoded.
 
@@ -12,7 +12,7 @@ use tonic::{
 };
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
-/// Most memory that a decoded response may take: a GetTree page with the largest Directory.
+/// Maximum memory of a decoded response: a GetTree page with the largest Directory.
 pub const ANSWER_MAX_MEMORY: u64 = 1024 * 1024 * 1024;
 
 /// The codec of all clients in [`crate::stubs`].

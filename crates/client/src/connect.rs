@@ -1,4 +1,4 @@
-//! Connects to a server, says what is wrong when that fails, and adds the header that identifies the client.
+//! Connects to a server, explains failures, and adds the header that identifies the client.
 
 use crate::{
     credentials::AuthorizedChannel,
@@ -106,8 +106,8 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn nobody_listening_is_said_plainly_with_what_to_do() {
-        // A port that has just been released.
+    async fn a_refused_connection_is_explained_with_a_remedy() {
+        // The port was just released, so no server listens there.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let error =
             connect(&format!("grpc://127.0.0.1:{port}").into(), &Identity::default()).await.unwrap_err();

@@ -1,9 +1,9 @@
-//! [`Credentials`]: the headers that prove who a client is, and [`AuthorizedChannel`], which sends them with every request.
+//! [`Credentials`]: the headers that authenticate a client. [`AuthorizedChannel`] sends them with every request.
 //!
-//! A credential helper is a program that speaks Bazel's protocol: it is run as `HELPER get`, reads `{"uri": "https://..."}`
-//! and prints `{"headers": {"authorization": ["Bearer ..."]}, "expires": "2026-01-02T03:04:05Z"}`. Its headers are used until they
-//! expire. It is run once at a time, however many requests wait for it, and its time and its output are bounded. Values never
-//! appear in messages.
+//! A credential helper is a program that implements Bazel's protocol: it is run as `HELPER get`, reads `{"uri":
+//! "https://..."}` and prints `{"headers": {"authorization": ["Bearer ..."]}, "expires": "2026-01-02T03:04:05Z"}`. Its
+//! headers are used until they expire. It is run once at a time, however many requests wait for it, and its time and
+//! output are bounded. Header values never appear in messages.
 
 use crate::header::checked_header;
 use futures::{
@@ -35,9 +35,9 @@ const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
 const HELPER_MAX_BYTES: u64 = 64 * 1024;
 /// How long headers without an expiry are used, as in Bazel.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(30 * 60);
-/// Headers are used for so long in any case, so that a wrong clock does not start a helper for every request.
+/// Minimum time for which headers are used, so that a wrong clock does not start a helper for every request.
 const LEAST_LIFETIME: Duration = Duration::from_secs(10);
-/// How much of an error message of a helper is shown.
+/// Maximum number of bytes of a helper's error message that are shown.
 const SHOWN_MAX: usize = 300;
 
 /// The headers of every request; see the top of this file. Cheap to clone.
@@ -52,10 +52,10 @@ impl Credentials {
         Self { headers: Arc::new(headers), helper: helper.map(Arc::new) }
     }
 
-    /// Asks the credential helper, if there is one and its headers are not at hand.
+    /// Runs the credential helper, if there is one and its headers are not cached.
     ///
     /// # Errors
-    /// `Denied` when it fails.
+    /// `Denied` if it fails.
     pub async fn prepare(&self) -> Result<()> {
         match &self.helper {
             Some(helper) => helper.headers().await.map(|_| ()),
@@ -63,7 +63,7 @@ impl Credentials {
         }
     }
 
-    /// Adds the headers to a request. Those that were given take precedence over those of the helper.
+    /// Adds the headers to a request. Configured headers take precedence over those of the helper.
     fn add(&self, to: &mut HeaderMap, of_helper: Option<&HeaderMap>) {
         let of_helper = of_helper.into_iter().flatten();
         for (name, value) in of_helper.filter(|(name, _)| !self.headers.contains_key(*name)) {
@@ -75,7 +75,7 @@ impl Credentials {
     }
 }
 
-/// A program that knows headers for a server.
+/// A program that provides headers for a server.
 pub(crate) struct CredentialHelper {
     program: PathBuf,
     uri: String,
@@ -96,7 +96,7 @@ impl fmt::Debug for CredentialHelper {
     }
 }
 
-/// What a helper prints.
+/// The output of a helper.
 #[derive(Deserialize)]
 struct HelperAnswer {
     #[serde(default)]
@@ -109,13 +109,13 @@ impl CredentialHelper {
         Self { program, uri, known: Mutex::default(), asking: tokio::sync::Mutex::default() }
     }
 
-    /// The headers, if they are at hand.
+    /// The cached headers, if they are still valid.
     fn known(&self) -> Option<Arc<HeaderMap>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.as_ref().filter(|known| Instant::now() < known.until).map(|known| known.headers.clone())
     }
 
-    /// The headers, from the program if they are not at hand.
+    /// The headers: cached ones, or else new ones from the program.
     async fn headers(&self) -> Result<Arc<HeaderMap>> {
         let _one_at_a_time = self.asking.lock().await;
         if let Some(known) = self.known() {
@@ -166,7 +166,8 @@ impl CredentialHelper {
     }
 }
 
-/// Reads up to one byte more than is accepted. The rest is left, so that a program that goes on writing ends by SIGPIPE.
+/// Reads at most one byte more than the limit. The rest is not read, so that a program that keeps writing is ended by
+/// SIGPIPE.
 async fn read_some(from: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Some(from) = from {
@@ -175,9 +176,9 @@ async fn read_some(from: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
     bytes
 }
 
-/// The headers in an answer, and how long they may be used.
+/// The headers in the output of a helper, and how long they may be used.
 fn read_answer(answer: &[u8], now: SystemTime) -> std::result::Result<(HeaderMap, Duration), String> {
-    // The error of the parser could show a part of a secret.
+    // The parser's error could contain a part of a secret.
     let answer: HelperAnswer = serde_json::from_slice(answer)
         .map_err(|_| "did not print {\"headers\": {NAME: [VALUE, ...]}}".to_owned())?;
     let mut headers = HeaderMap::new();
@@ -230,7 +231,7 @@ impl AuthorizedChannel {
 /// The error of a request that was not sent, or not answered.
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// The response future of the connection below.
+/// The future of a response of the connection below.
 type Sending = <Channel as Service<http::Request<Body>>>::Future;
 
 impl Service<http::Request<Body>> for AuthorizedChannel {
@@ -248,7 +249,7 @@ impl Service<http::Request<Body>> for AuthorizedChannel {
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let known = self.credentials.helper.as_ref().map(|helper| helper.known());
         if let Some(None) = known {
-            // The one that is ready makes the call.
+            // The clone that is ready must make the call.
             let next = self.channel.clone();
             let mut channel = mem::replace(&mut self.channel, next);
             let credentials = self.credentials.clone();
@@ -278,7 +279,8 @@ mod tests {
     fn helper(script: &str) -> (tempfile::TempDir, CredentialHelper) {
         let directory = tempfile::tempdir().unwrap();
         let program = directory.path().join("helper");
-        // Written by another process: this one may be forking, and a program cannot be started while it is open for writing.
+        // Another process writes the file: this process may be forking, and a program cannot be started while it is
+        // open for writing.
         let script = format!("#!/bin/sh\ncd {}\n{script}\n", directory.path().display());
         let mut write = std::process::Command::new("sh");
         write.args(["-c", r#"printf %s "$1" >"$0" && chmod 755 "$0""#]).arg(&program).arg(script);

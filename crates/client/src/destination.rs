@@ -48,7 +48,7 @@ impl Destination {
     /// Opens the directory and creates it if it does not exist.
     ///
     /// # Errors
-    /// `Invalid` when it cannot be created or opened.
+    /// `Invalid` if it cannot be created or opened.
     pub fn open(path: &Path) -> Result<Self> {
         fs::create_dir_all(path).map_err(|error| local("create", path, &error))?;
         let root = File::open(path).map_err(|error| local("open", path, &error))?;
@@ -58,7 +58,7 @@ impl Destination {
     /// Creates a file under a temporary name.
     ///
     /// # Errors
-    /// `Invalid` when the path is the root, or a component of its parent is not a directory.
+    /// `Invalid` if the path is the root, or a component of its parent is not a directory.
     pub fn create(&self, path: &RootPath, executable: bool) -> Result<PendingFile> {
         let entry = self.entry(path)?;
         // The user's umask applies.
@@ -72,7 +72,7 @@ impl Destination {
     /// Creates a symlink with exactly this target. It replaces an existing file or symlink.
     ///
     /// # Errors
-    /// `Invalid` as in [`Destination::create`], or when the target is not valid.
+    /// `Invalid` as in [`Destination::create`], or if the target is not valid.
     pub fn symlink(&self, path: &RootPath, target: &str) -> Result<()> {
         let entry = self.entry(path)?;
         symlinkat(target, &entry.parent, &entry.temporary)
@@ -83,7 +83,7 @@ impl Destination {
     /// Creates a directory and its parents. It is not an error if it exists.
     ///
     /// # Errors
-    /// `Invalid` when a component of the path is not a directory.
+    /// `Invalid` if a component of the path is not a directory.
     pub fn directory(&self, path: &RootPath) -> Result<()> {
         self.walk(path).map(|_| ())
     }
@@ -127,7 +127,7 @@ impl PendingFile {
     /// Renames the file to its final name. It replaces an existing file or symlink.
     ///
     /// # Errors
-    /// `Invalid` when a directory has that name.
+    /// `Invalid` if a directory has that name.
     pub fn commit(mut self) -> Result<()> {
         self.entry.take().map_or(Ok(()), Entry::rename)
     }
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_replaced_and_never_written_through() {
+    fn existing_files_are_replaced_and_never_written_through() {
         let dir = tempfile::tempdir().unwrap();
         let precious = dir.path().join("precious");
         fs::write(&precious, "old").unwrap();

@@ -1,7 +1,7 @@
 //! Downloads the outputs of an action, and other files of the store.
 //!
-//! The result comes from the server and may be hostile: [`Listing`] checks the paths and bounds the Trees, and [`Destination`]
-//! keeps every write below the given directory.
+//! The result comes from the server and may be hostile. [`Listing`] checks the paths and bounds the Trees, and
+//! [`Destination`] keeps every write below the given directory.
 
 use super::{
     Client, Progress, blocking,
@@ -37,7 +37,7 @@ impl Client {
         self.download_listing(self.listing(result, &RootPath::root()).await?, directory, progress).await
     }
 
-    /// Downloads everything that is listed to `directory`, as [`Client::download_outputs`] does.
+    /// Downloads all entries of a listing to `directory`, like [`Client::download_outputs`].
     ///
     /// # Errors
     /// As [`Client::download_outputs`].

@@ -1,11 +1,11 @@
-//! [`ServerUri`]: the address of a server as people write it.
+//! [`ServerUri`]: the address of a server as users write it.
 
 use gorego_reapi::error::{Error, Result};
 
 /// The port of `grpcs://host` and `https://host`.
 const TLS_PORT: u16 = 443;
 
-/// The address of a server, and whether it speaks TLS.
+/// The address of a server, and whether to use TLS.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerUri {
     uri: String,
@@ -52,7 +52,7 @@ impl ServerUri {
         &self.uri
     }
 
-    /// Whether the server is expected to speak TLS.
+    /// Whether the server is expected to use TLS.
     pub fn has_tls(&self) -> bool {
         self.has_tls
     }

@@ -194,7 +194,7 @@ impl Execution {
         Ok(answer.into_inner())
     }
 
-    /// The event for what a message newly reports.
+    /// The event for the new information in a message.
     fn take(&mut self, operation: Operation) -> Result<Option<ExecutionEvent>> {
         if !operation.name.is_empty() {
             self.name = Some(operation.name);
@@ -235,7 +235,7 @@ pub(super) fn unpack<M: Message + Default>(any: &prost_types::Any, name: &str) -
     (any.type_url.rsplit('/').next() == Some(name)).then(|| M::decode(any.value.as_slice()).ok())?
 }
 
-/// The end that a finished operation reports.
+/// The end in a finished operation.
 pub(super) fn finished(
     result: Option<gorego_reapi::proto::longrunning::operation::Result>,
 ) -> Result<Finished> {

@@ -1,9 +1,9 @@
-//! Checks headers that users give, or a credential helper does. Pure.
+//! Checks headers from users and from credential helpers. Pure.
 
 use gorego_reapi::error::{Error, Result};
 use http::{HeaderName, HeaderValue};
 
-/// Headers that belong to the protocol.
+/// Headers that belong to the protocol and cannot be set.
 const RESERVED: &[&str] = &["content-type", "content-length", "te", "host", "connection", "user-agent"];
 
 /// A header that may be sent with requests. Its value does not appear in debug output.

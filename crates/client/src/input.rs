@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_an_input_is_named() {
+    fn a_path_that_cannot_be_an_input_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let _socket = UnixListener::bind(dir.path().join("sock")).unwrap();
         let error = scan(dir.path(), &mut BlobSet::default()).unwrap_err().to_string();

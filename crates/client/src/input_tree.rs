@@ -1,4 +1,4 @@
-//! Reads messages of the store, and the Directories of a whole input root.
+//! Reads messages from the store, and the Directories of a whole input root.
 
 use super::{Client, Progress};
 use crate::codec::ANSWER_MAX_MEMORY;
@@ -19,7 +19,7 @@ impl Client {
     /// Reads a message that is stored as a blob. `what` names it in errors, as in "Action".
     ///
     /// # Errors
-    /// `MissingBlobs` when the server does not have it; `Invalid` when the blob is not such a message; other errors of the
+    /// `MissingBlobs` if the server does not have it; `Invalid` if the blob is not such a message; other errors of the
     /// server.
     pub async fn read_message<M: Message + Name + Default>(&self, digest: Digest, what: &str) -> Result<M> {
         let bytes = match self.read_bytes(digest, MAX_DIRECTORY_BYTES, &Arc::default()).await {
@@ -33,8 +33,8 @@ impl Client {
     /// Reads all Directories below a root, level by level.
     ///
     /// # Errors
-    /// `MissingBlobs` with all Directories that can be known to be missing; `Invalid` when one is malformed, or the tree is too
-    /// large or too deep; other errors of the server.
+    /// `MissingBlobs` with all Directories that are known to be missing; `Invalid` if one is malformed, or if the tree
+    /// is too large or too deep; other errors of the server.
     pub async fn input_tree(&self, root: Digest) -> Result<InputTree> {
         let mut directories = HashMap::new();
         let mut seen = HashSet::from([root]);

@@ -5,7 +5,7 @@
 //! Every call has a time limit. Failures that may pass (UNAVAILABLE, a broken stream) are retried a bounded number of
 //! times. Errors are [`gorego_reapi::error::Error`]. [`stubs`] has the bare gRPC clients.
 //!
-//! Not supported: compression, and digest functions other than SHA-256 for what is uploaded or executed.
+//! Not supported: compression, and digest functions other than SHA-256 for uploads and execution.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod admin;
@@ -84,7 +84,7 @@ pub struct Client {
     endpoint: String,
     instance: String,
     batch_bytes: u64,
-    /// The digest function of everything that is asked for.
+    /// The digest function of all requested blobs.
     function: DigestFunction,
 }
 
@@ -102,7 +102,7 @@ impl Client {
         Self::connect_for(server, instance, identity, DigestFunction::Sha256).await
     }
 
-    /// The same for reading what is stored under digests of another function. Uploads need SHA-256.
+    /// The same for reading blobs with digests of another function. Uploads need SHA-256.
     ///
     /// # Errors
     /// As [`Client::connect`]; `Precondition` when the server does not support the function.
@@ -125,7 +125,7 @@ impl Client {
         let capabilities = match client.capabilities().await {
             Ok(capabilities) => capabilities,
             Err(error) => {
-                // Some servers accept the connection of a client that they will not serve.
+                // Some servers accept the connection of a client and refuse it only later.
                 let other = match &error {
                     Error::Denied(_) | Error::Unimplemented(_) | Error::Invalid(_) => None,
                     _ => diagnose(&options).await,
@@ -162,12 +162,12 @@ impl Client {
         self.service.clone()
     }
 
-    /// The digest function of everything that is asked for.
+    /// The digest function of all requested blobs.
     pub fn digest_function(&self) -> DigestFunction {
         self.function
     }
 
-    /// The same connection for digests of another function, which the server is known to use.
+    /// The same connection for digests of another function, which the server is known to support.
     #[must_use]
     pub fn with_digest_function(self, function: DigestFunction) -> Self {
         Self { function, ..self }
@@ -291,7 +291,7 @@ async fn retrying<T, F: Future<Output = Result<T>>>(mut call: impl FnMut() -> F)
     }
 }
 
-/// The delay after this many failed attempts; `None` when a retry is pointless.
+/// The delay after this many failed attempts; `None` if a retry is pointless.
 fn backoff(error: &Error, tries: u32) -> Option<Duration> {
     let asked = match error {
         Error::Unavailable(_) => None,

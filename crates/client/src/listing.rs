@@ -1,4 +1,4 @@
-//! [`Listing`]: everything that a result consists of, one entry for each file, directory and symbolic link.
+//! [`Listing`]: the content of a result, with one entry for each file, directory and symbolic link.
 //!
 //! The result and its Trees come from a server and may be hostile: paths are checked, and Trees are bounded before they are
 //! walked. The same outputs give the same listing, whatever the encoding of their Trees.
@@ -18,18 +18,18 @@ use std::{collections::HashMap, sync::Arc};
 /// The entries of a result, with checked paths.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Listing {
-    /// Files, also those in output directories.
+    /// Files, including those in output directories.
     pub files: Vec<ListedFile>,
     /// Output directories, and all directories in them.
     pub directories: Vec<RootPath>,
-    /// Symbolic links with their targets, also those in output directories.
+    /// Symbolic links with their targets, including those in output directories.
     pub symlinks: Vec<(RootPath, String)>,
 }
 
 /// One file of a result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ListedFile {
-    /// Where it is.
+    /// Its path.
     pub path: RootPath,
     /// Its content.
     pub digest: Digest,
@@ -38,10 +38,10 @@ pub struct ListedFile {
 }
 
 impl Client {
-    /// Lists a result, whose output directories are read from the server. The paths of the result are relative to `base`.
+    /// Lists a result. Its output directories are read from the server. The paths of the result are relative to `base`.
     ///
     /// # Errors
-    /// `Invalid` for a path that leaves the input root, and for a Tree that is malformed; errors of the server.
+    /// `Invalid` if a path leaves the input root or a Tree is malformed; errors of the server.
     pub async fn listing(&self, result: &reapi::ActionResult, base: &RootPath) -> Result<Listing> {
         let mut listing = Listing::new(result, self.function, base)?;
         for output in &result.output_directories {
@@ -70,7 +70,7 @@ impl Listing {
     /// The files and links of a result, without its output directories. The paths of the result are relative to `base`.
     ///
     /// # Errors
-    /// `Invalid` for a path that leaves the input root.
+    /// `Invalid` if a path leaves the input root.
     pub fn new(result: &reapi::ActionResult, function: DigestFunction, base: &RootPath) -> Result<Self> {
         let mut listing = Self::default();
         for file in &result.output_files {
@@ -89,7 +89,7 @@ impl Listing {
     /// Adds an output directory of a result; `path` is relative to `base`.
     ///
     /// # Errors
-    /// `Invalid` for a path that leaves the input root, and when there are too many entries.
+    /// `Invalid` if a path leaves the input root, or if there are too many entries.
     pub fn add_directory(&mut self, path: &str, base: &RootPath, tree: &InputTree) -> Result<()> {
         let path = output_path(base, path)?;
         let malformed = |problem: &dyn std::fmt::Display| {

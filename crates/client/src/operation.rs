@@ -14,12 +14,12 @@ use gorego_reapi::{
     proto::{longrunning, reapi},
 };
 
-/// What a server remembers of an operation.
+/// The state of an operation on a server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OperationRecord {
     /// The action that it runs or ran.
     pub action: Digest,
-    /// How it ended, if it has.
+    /// The end of the operation, if it has ended.
     pub finished: Option<Finished>,
 }
 
@@ -27,8 +27,8 @@ impl Client {
     /// Looks up an operation (OPS-01).
     ///
     /// # Errors
-    /// `NotFound` when the server does not know it, or no longer; `Precondition` when the server does not say which action it
-    /// is; other errors of the server.
+    /// `NotFound` if the server does not know it (any more); `Precondition` if the server does not report which action
+    /// it is; other errors of the server.
     pub async fn operation(&self, name: &str) -> Result<OperationRecord> {
         let request = longrunning::GetOperationRequest { name: name.to_owned() };
         let answer = retrying(async || {
@@ -46,7 +46,7 @@ impl Client {
             .ok_or_else(|| {
                 Error::Precondition(format!("the server does not say which action operation {name} runs"))
             })?;
-        // Servers that do not set the function use the one that every client understands.
+        // Servers that do not set the function use the default of all clients.
         let function = match metadata.digest_function {
             0 => DigestFunction::infer(
                 DigestFunction::ALL,

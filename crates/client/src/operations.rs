@@ -1,4 +1,4 @@
-//! The operations of a server: listed, looked up, and waited for.
+//! Lists operations of a server, looks them up, and waits for them.
 
 use super::{
     Client, Finished, MAX_MESSAGE_BYTES,
@@ -20,30 +20,31 @@ pub use reapi::execution_stage::Value as Stage;
 /// One page of the operations of an instance.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OperationPage {
-    /// In the order of submission.
+    /// The operations in the order of submission.
     pub operations: Vec<OperationState>,
-    /// The token of the next page; empty on the last one.
+    /// The token of the next page; empty on the last page.
     pub next_page_token: String,
 }
 
-/// An operation as a server describes it. What the server does not say is empty.
+/// An operation as a server describes it. Values that the server does not report are empty.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OperationState {
     /// The whole name.
     pub name: String,
-    /// The stage that it is in.
+    /// The current stage.
     pub stage: Stage,
     /// The action that it runs or ran.
     pub action: Option<reapi::Digest>,
-    /// Times, worker and more, as far as it has got.
+    /// Times, worker and other metadata, as far as they are known.
     pub metadata: reapi::ExecutedActionMetadata,
-    /// Whose operation it is. Only goREgo says this, and only in lists: see [`Client::described_operation`].
+    /// The request that created the operation. Only goREgo reports it, and only in lists: see
+    /// [`Client::described_operation`].
     pub request: gorego::OperationRequest,
-    /// Why it waits. Only goREgo says this, and not in lists.
+    /// Why it waits. Only goREgo reports this, and not in lists.
     pub queue: Option<gorego::QueueStatus>,
     /// The streams of the latest run.
     pub logs: LogNames,
-    /// How it ended, if it has.
+    /// The end of the operation, if it has ended.
     pub finished: Option<Finished>,
 }
 
@@ -78,7 +79,7 @@ impl Client {
     /// Looks up an operation (OPS-01).
     ///
     /// # Errors
-    /// `NotFound` when the server does not know it, or no longer; other errors of the server.
+    /// `NotFound` if the server does not know it (any more); other errors of the server.
     pub async fn operation_state(&self, name: &str) -> Result<OperationState> {
         let request = longrunning::GetOperationRequest { name: name.to_owned() };
         let answer = retrying(async || {
@@ -88,14 +89,14 @@ impl Client {
         state(answer.await?.into_inner())
     }
 
-    /// Looks up an operation, and whose it is, if the server says that.
+    /// Looks up an operation with the request that created it, if the server reports that.
     ///
     /// # Errors
     /// As [`Client::operation_state`].
     pub async fn described_operation(&self, name: &str) -> Result<OperationState> {
         let mut state = self.operation_state(name).await?;
         let id = name.rsplit('/').next().unwrap_or(name);
-        // Other servers do not know this filter.
+        // Other servers do not support this filter.
         if let Ok(page) = self.list_operations(&format!("operation={id}"), 1, "").await
             && let Some(listed) = page.operations.into_iter().find(|listed| listed.name == name)
         {
@@ -104,7 +105,7 @@ impl Client {
         Ok(state)
     }
 
-    /// The state of an operation when it ends, or after `limit`, whichever is first (OPS-05).
+    /// The state of an operation when it ends or after `limit`, whichever comes first (OPS-05).
     ///
     /// # Errors
     /// As [`Client::operation_state`].

@@ -1,4 +1,5 @@
-//! [`ConnectOptions`]: the server to connect to, whom to trust, and how to prove who one is. All commands use it.
+//! [`ConnectOptions`]: the server to connect to, the trusted CAs, and the credentials of the client. All commands use
+//! it.
 
 use crate::{
     credentials::{CredentialHelper, Credentials},
@@ -23,7 +24,7 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 
 /// Time limit for connecting.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest file of certificates, a key or headers.
+/// Maximum size of a file of certificates, a key or headers.
 const FILE_MAX_BYTES: u64 = 2 * 1024 * 1024;
 
 /// The options of a connection; see the top of this file.
@@ -31,13 +32,13 @@ const FILE_MAX_BYTES: u64 = 2 * 1024 * 1024;
 pub struct ConnectOptions {
     /// The server: `grpc://host:port`, or `grpcs://host:port` for TLS.
     pub endpoint: String,
-    /// CAs that may have signed the certificate of the server, in PEM; those of this machine if there is none.
+    /// CAs that may have signed the server's certificate, in PEM; `None` for those of this machine.
     pub tls_ca: Option<PathBuf>,
     /// Certificate of the client and its private key, both in PEM.
     pub identity: Option<(PathBuf, PathBuf)>,
     /// Headers that are sent with every request.
     pub headers: HeaderMap,
-    /// A program that is asked for more headers (Bazel's credential helper protocol).
+    /// A program that provides more headers (Bazel's credential helper protocol).
     pub credential_helper: Option<PathBuf>,
 }
 
@@ -62,14 +63,14 @@ impl ConnectOptions {
     /// Reads a file with one `NAME=VALUE` in each line. Empty lines and lines that begin with `#` are ignored.
     ///
     /// # Errors
-    /// `Invalid` when it cannot be read or a line is malformed; see [`ConnectOptions::add_header`].
+    /// `Invalid` if it cannot be read or a line is malformed; see [`ConnectOptions::add_header`].
     pub fn add_headers_of_file(&mut self, path: &Path) -> Result<()> {
         let text = String::from_utf8(read(path)?);
         let text = text.map_err(|_| Error::Invalid(format!("{} is not UTF-8 text", path.display())))?;
         self.add_headers(&text).map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))
     }
 
-    /// The same for a text.
+    /// The same for the text of such a file.
     ///
     /// # Errors
     /// See [`ConnectOptions::add_headers_of_file`].
@@ -87,12 +88,12 @@ impl ConnectOptions {
     /// The address of the server.
     ///
     /// # Errors
-    /// `Invalid` when it is malformed.
+    /// `Invalid` if it is malformed.
     pub fn server(&self) -> Result<ServerUri> {
         ServerUri::parse(&self.endpoint)
     }
 
-    /// How to connect, for callers with settings of their own. Reads the certificates.
+    /// The transport settings, for callers that adjust them. Reads the certificates.
     ///
     /// # Errors
     /// `Invalid` for a malformed endpoint, for files that cannot be read, and for TLS options without TLS.
@@ -119,7 +120,7 @@ impl ConnectOptions {
 
     fn unusable_tls(&self, problem: &str) -> Error {
         match &self.identity {
-            // rustls says so, and its error does not survive in all layers.
+            // rustls reports this, but not every layer above preserves its error.
             Some((cert, key)) if problem.contains("KeyMismatch") => {
                 Error::Invalid(format!("{} is not the private key of {}", key.display(), cert.display()))
             }
@@ -141,7 +142,7 @@ impl ConnectOptions {
         })
     }
 
-    /// The configuration for a TLS connection of one's own.
+    /// The configuration for callers that make TLS connections themselves.
     pub(crate) fn rustls_config(&self) -> Result<ClientConfig> {
         let unusable = |error: rustls::Error| self.unusable_tls(&error.to_string());
         let malformed = |error: rustls::pki_types::pem::Error| Error::Invalid(format!("not PEM: {error}"));
@@ -170,14 +171,14 @@ impl ConnectOptions {
         Ok(config)
     }
 
-    /// What is sent with every request. The credential helper is not asked yet.
+    /// The headers of every request. The credential helper is not run yet.
     ///
     /// # Errors
     /// `Invalid` for a malformed endpoint.
     pub fn credentials(&self) -> Result<Credentials> {
         let server = self.server()?;
         let helper = self.credential_helper.as_ref().map(|program| {
-            // As Bazel names a gRPC server to its helpers.
+            // Bazel uses this form of a gRPC server's address for its helpers.
             let uri = server.authority().map(|authority| format!("https://{authority}/"));
             CredentialHelper::new(program.clone(), uri.unwrap_or_else(|| self.endpoint.clone()))
         });
@@ -195,7 +196,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads a file in PEM that has such an item.
+/// Reads a PEM file that contains such an item.
 fn pem(path: &Path, item: &str) -> Result<Vec<u8>> {
     let bytes = read(path)?;
     let text = String::from_utf8_lossy(&bytes);

@@ -15,15 +15,16 @@ use tokio_rustls::TlsConnector;
 
 /// The start of an HTTP/2 connection: the preface and an empty SETTINGS frame.
 const HTTP2_OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-/// The end of an HTTP/2 connection that should have been TLS: GOAWAY with the code INADEQUATE_SECURITY.
+/// The error code INADEQUATE_SECURITY of a GOAWAY frame: the server expects TLS.
 const INADEQUATE_SECURITY: [u8; 4] = [0, 0, 0, 0xc];
-/// How much of an answer tells its protocol: SETTINGS and GOAWAY of HTTP/2, without their contents.
+/// How many bytes of an answer are needed to recognise its protocol: SETTINGS and GOAWAY of HTTP/2, without their
+/// contents.
 const ANSWER_BYTES: usize = 26;
 
-/// Time limit for a server to say that it does not accept the client. One that does accept it says nothing.
+/// Time limit for a server to refuse the client. A server that accepts it sends nothing.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the user can do about a connection that could not be made; `None` if nothing more is known.
+/// What the user can do about a failed connection; `None` if nothing more is known.
 pub async fn explain(options: &ConnectOptions, error: &tonic::transport::Error) -> Option<String> {
     let server = options.server().ok()?;
     let tls = tls_error::explain(error, server.host().unwrap_or_default());
@@ -33,8 +34,8 @@ pub async fn explain(options: &ConnectOptions, error: &tonic::transport::Error) 
     }
 }
 
-/// Finds out why a server that accepts connections answers no calls: it speaks another protocol than that of the endpoint, or
-/// does not accept the client. Connects once more. Returns the end of an error message; `None` if nothing is found.
+/// Finds out why a server that accepts connections answers no calls: it uses another protocol than the endpoint says,
+/// or it refuses the client. Connects once more. Returns the end of an error message; `None` if no reason is found.
 pub async fn diagnose(options: &ConnectOptions) -> Option<String> {
     if let Ok(Some(why)) = tokio::time::timeout(REFUSAL_TIMEOUT, refusal(options)).await {
         return Some(why);
@@ -42,20 +43,20 @@ pub async fn diagnose(options: &ConnectOptions) -> Option<String> {
     foreign_protocol(options).await.map(str::to_owned)
 }
 
-/// What a server with TLS says after the handshake. With TLS 1.3 it looks at the certificate of a client only then, and the
-/// library of the calls may lose what it says.
+/// The alert of a TLS server after the handshake. With TLS 1.3, a server checks the client's certificate only then, and
+/// the library that makes the calls may lose the alert.
 async fn refusal(options: &ConnectOptions) -> Option<String> {
     let server = options.server().ok().filter(ServerUri::has_tls)?;
     let host = server.host()?;
     let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).ok()?;
     let connector = TlsConnector::from(Arc::new(options.rustls_config().ok()?));
     let stream = TcpStream::connect(server.authority()?).await.ok()?;
-    // Nothing is sent, since unread bytes at the end of a connection would replace what the server says by a reset.
+    // Nothing is sent: if the connection ended with unread bytes, a reset would replace the alert.
     let exchange = async { connector.connect(name, stream).await?.read_u8().await };
     exchange.await.err().and_then(|error| tls_error::explain(&error, host))
 }
 
-/// The protocol of a server that does not speak the one of the endpoint.
+/// The protocol of a server that does not use the protocol of the endpoint.
 async fn foreign_protocol(options: &ConnectOptions) -> Option<&'static str> {
     let server = options.server().ok()?;
     let answer = async {
@@ -72,17 +73,17 @@ async fn foreign_protocol(options: &ConnectOptions) -> Option<&'static str> {
     tokio::time::timeout(CONNECT_TIMEOUT, answer).await.ok()?
 }
 
-/// The protocol in which an HTTP/2 client was answered that speaks without TLS.
+/// The protocol of the answer to an HTTP/2 client without TLS.
 fn protocol(answer: &[u8], expects_tls: bool) -> Option<&'static str> {
     const NO_TLS: &str = "the server there does not speak TLS; write grpc:// instead of grpcs://";
     const TLS: &str = "the server there speaks TLS; write grpcs:// instead of grpc://";
     const HTTP1: &str = "the server there speaks HTTP/1 and not gRPC; name the port at which it serves gRPC";
     let is_tls = match answer {
-        // A server with TLS may say in HTTP/1 that it speaks TLS.
+        // A TLS server may answer in HTTP/1 that it requires TLS.
         [b'H', b'T', b'T', b'P', b'/', ..] => return (!expects_tls).then_some(HTTP1),
         // An alert or handshake record of TLS 1.x.
         [0x15 | 0x16, 3, ..] => true,
-        // SETTINGS of HTTP/2, and what goREgo sends at a TLS port.
+        // SETTINGS of HTTP/2, and the answer of goREgo at a TLS port.
         [0, 0, 0, 4, _, 0, 0, 0, 0, rest @ ..] => match rest {
             [_, _, _, 7, _, 0, 0, 0, 0, _, _, _, _, code @ ..] => code.starts_with(&INADEQUATE_SECURITY),
             _ => false,
@@ -102,7 +103,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_speaks_another_protocol_is_named() {
+    async fn an_endpoint_with_another_protocol_is_named() {
         let cases: [(&str, &[u8], Option<&str>); 9] = [
             ("grpc", b"HTTP/1.1 400 Bad Request\r\n\r\n", Some("HTTP/1")),
             ("grpcs", b"HTTP/1.1 400 Bad Request\r\n\r\n", None),

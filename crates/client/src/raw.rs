@@ -1,4 +1,4 @@
-//! [`Raw`]: a codec of messages as bytes, for content that the generated messages cannot express and for proxies.
+//! [`Raw`]: a codec whose messages are bytes, for content that the generated messages cannot express and for proxies.
 
 use bytes::{Buf as _, BufMut as _, Bytes};
 use tonic::{
@@ -6,7 +6,7 @@ use tonic::{
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
 
-/// Passes the bytes of messages as they are, in both directions.
+/// Passes the bytes of messages unchanged in both directions.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Raw;
 

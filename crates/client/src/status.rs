@@ -11,12 +11,13 @@ const MISSING: &str = "MISSING";
 
 /// The error of the call named `call`.
 pub fn from_status(call: &str, status: &Status) -> Error {
-    // With TLS 1.3, a server says only after the handshake that it does not accept the client.
+    // With TLS 1.3, a server refuses the client's certificate only after the handshake.
     let tls = status.source().and_then(|source| tls_error::explain(source, "this name"));
     if let Some(why) = tls {
         return Error::Denied(format!("{call}: {why}"));
     }
-    // A status with a cause was made here: the connection has failed, and nobody was asked for a permission.
+    // A status with a cause was created locally because the connection failed. It is not an answer of the server about
+    // permissions.
     if status.code() == Code::PermissionDenied && status.source().is_some() {
         return Error::Precondition(format!("{call}: {}", status.message()));
     }

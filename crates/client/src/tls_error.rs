@@ -1,9 +1,9 @@
-//! Explains why a TLS connection failed, in terms of what the user can change. Pure.
+//! Explains why a TLS connection failed, and what the user can change. Pure.
 
 use rustls::{AlertDescription, CertificateError, InvalidMessage};
 use std::{error::Error, io};
 
-/// The alerts of a server that does not accept a client.
+/// The alerts of a server that refuses a client.
 const CLIENT_ALERTS: [AlertDescription; 10] = [
     AlertDescription::CertificateRequired,
     AlertDescription::NoCertificate,
@@ -17,7 +17,7 @@ const CLIENT_ALERTS: [AlertDescription; 10] = [
     AlertDescription::DecryptError,
 ];
 
-/// What is wrong, if the cause of an error is TLS.
+/// Explains the error if its cause is TLS.
 pub(crate) fn explain(error: &(dyn Error + 'static), host: &str) -> Option<String> {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -32,14 +32,14 @@ pub(crate) fn explain(error: &(dyn Error + 'static), host: &str) -> Option<Strin
     None
 }
 
-/// The error of the TLS library in this one. The source of an I/O error is not the error that it wraps.
+/// The TLS library's error inside of this one. The source of an I/O error is not the error that it wraps.
 fn tls_cause<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     let inside = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
     let inside = inside.and_then(|inside| inside.downcast_ref());
     error.downcast_ref().or(inside)
 }
 
-/// The alert in an I/O error of an open connection, of which the HTTP/2 library keeps only the text.
+/// The alert in an I/O error of an open connection. The HTTP/2 library preserves only its text.
 fn alert_in(error: &(dyn Error + 'static)) -> Option<AlertDescription> {
     let text = error.downcast_ref::<io::Error>()?.to_string();
     let is_it = |alert: &AlertDescription| text == rustls::Error::AlertReceived(*alert).to_string();
@@ -91,7 +91,8 @@ fn of_certificate(error: &CertificateError, host: &str) -> String {
     }
 }
 
-/// A name of a certificate without its type: rustls has `DnsName("a.example.com")` and `IpAddress(10.0.0.1)`.
+/// A name of a certificate without its type. rustls formats names as `DnsName("a.example.com")` and
+/// `IpAddress(10.0.0.1)`.
 fn plain_name(name: &str) -> &str {
     let inner = name.split_once('(').and_then(|(_, inner)| inner.strip_suffix(')'));
     inner.unwrap_or(name).trim_matches('"')

@@ -92,7 +92,7 @@ pub fn queue_status(auxiliary: &[Any]) -> Option<gorego::QueueStatus> {
     })
 }
 
-/// Packs whose operation it is.
+/// Packs the request of an operation.
 pub fn pack_request(request: &gorego::OperationRequest) -> Any {
     pack(
         REQUEST,
@@ -107,7 +107,7 @@ pub fn pack_request(request: &gorego::OperationRequest) -> Any {
     )
 }
 
-/// Whose operation it is, if `auxiliary` contains it.
+/// The request of an operation, if `auxiliary` contains it.
 pub fn request(auxiliary: &[Any]) -> Option<gorego::OperationRequest> {
     let fields = find(auxiliary, REQUEST)?;
     Some(gorego::OperationRequest {

@@ -209,25 +209,25 @@ impl Digest {
         Ok(Self { size, ..parsed })
     }
 
-    /// A digest from the bytes of its hash; `None` when these are not as many as `function` makes, or the size does not fit the
-    /// wire.
+    /// Creates a digest from the bytes of its hash. `None` if their number is not that of `function`, or the size does
+    /// not fit the wire.
     pub fn from_hash(function: DigestFunction, hash: &[u8], size: u64) -> Option<Self> {
         let fits = hash.len() == function.hash_bytes() && i64::try_from(size).is_ok();
         fits.then(|| Self::new(function, hash, size))
     }
 
-    /// A digest from the characters of its hash; `None` when these are not a hash of `function` in lower-case hexadecimal, or
-    /// the size does not fit the wire.
+    /// Creates a digest from the characters of its hash. `None` if these are not a hash of `function` in lower-case
+    /// hexadecimal, or the size does not fit the wire.
     pub(crate) fn from_hex(function: DigestFunction, hash: &[u8], size: u64) -> Option<Self> {
         let mut bytes = [0; MAX_HASH_BYTES];
         const_hex::decode_to_slice(hash, &mut bytes[..function.hash_bytes()]).ok()?;
-        // The decoder takes upper case too, which is no digest of this API (GEN-01). Of the digits it takes, only the letters
-        // have bit 6, and of those only the lower-case ones have bit 5.
+        // The hex decoder also accepts upper case, which is not valid in digests (GEN-01). Of the accepted characters,
+        // only letters have bit 6, and only lower-case letters also have bit 5.
         let has_upper_case = hash.iter().fold(false, |found, byte| found | (byte & 0x60 == 0x40));
         (!has_upper_case && i64::try_from(size).is_ok()).then_some(Self { function, hash: bytes, size })
     }
 
-    /// The same hash and size as those of another function; `None` when its hashes have another length.
+    /// The same hash and size as a digest of another function; `None` if its hashes have another length.
     pub(crate) fn with_function(self, function: DigestFunction) -> Option<Self> {
         (self.function.hash_bytes() == function.hash_bytes()).then_some(Self { function, ..self })
     }
@@ -374,7 +374,7 @@ mod tests {
 
     /// GEN-08.
     #[test]
-    fn a_function_that_is_not_named_is_the_one_that_the_length_of_the_hash_says() {
+    fn an_unnamed_digest_function_is_inferred_from_the_hash_length() {
         use DigestFunction::{Blake3, GitSha1, Md5, Sha1, Sha256, Sha256Tree, Sha384, Sha512};
         for (chars, function) in [(32, Md5), (40, Sha1), (64, Sha256), (96, Sha384), (128, Sha512)] {
             assert_eq!(DigestFunction::infer(DigestFunction::ALL, chars), Ok(function));

@@ -2,10 +2,11 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The last second of the year 9999, the latest time that has a usual notation.
+/// The last second of the year 9999, the latest time in the usual notation.
 const LAST_SECOND: u64 = 253_402_300_799;
 
-/// Reads a duration; `None` if it is negative or not a valid one. `Duration::try_from` of the generated type overflows for the
+/// Converts a duration; `None` if it is negative or not valid. `Duration::try_from` of the generated type overflows for
+/// the smallest number of seconds.
 /// smallest number of seconds.
 pub fn from_wire(wire: &prost_types::Duration) -> Option<Duration> {
     let seconds = u64::try_from(wire.seconds).ok()?;
@@ -13,7 +14,7 @@ pub fn from_wire(wire: &prost_types::Duration) -> Option<Duration> {
     Some(Duration::new(seconds, nanos))
 }
 
-/// Reads a time; `None` if it is before 1970, after the year 9999, or not a valid one.
+/// Converts a time; `None` if it is before 1970, after the year 9999, or not valid.
 pub fn time_from_wire(wire: &prost_types::Timestamp) -> Option<SystemTime> {
     let since = from_wire(&prost_types::Duration { seconds: wire.seconds, nanos: wire.nanos })?;
     (since.as_secs() <= LAST_SECOND).then(|| UNIX_EPOCH.checked_add(since)).flatten()

@@ -55,7 +55,7 @@ pub enum Error {
     /// This server does not support the operation.
     #[error("{0}")]
     Unimplemented(String),
-    /// The server, or the part that was asked, is shutting down. A retry may succeed.
+    /// The server, or a part of it, is shutting down. A retry may succeed.
     #[error("{0}")]
     Unavailable(String),
     /// A client cancelled the work.
@@ -92,7 +92,7 @@ impl Error {
         }
     }
 
-    /// When to retry; `None` if waiting does not help or the code says enough.
+    /// When to retry; `None` if waiting does not help or the code is sufficient.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Exhausted { retry_after, .. } => *retry_after,
@@ -102,7 +102,7 @@ impl Error {
         }
     }
 
-    /// Bytes of memory that it holds on to.
+    /// The memory that the error holds, in bytes.
     pub fn memory(&self) -> usize {
         match self {
             Self::MissingBlobs(missing) => size_of_val(missing.as_slice()),

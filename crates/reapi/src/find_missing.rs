@@ -1,12 +1,13 @@
-//! The two messages of FindMissingBlobs, decoded into digests and encoded from them without a text for each.
+//! The two messages of FindMissingBlobs. They are decoded to digests and encoded from digests without a `String` for
+//! each.
 //!
-//! A client asks about thousands of blobs in one call. In the generated messages each digest is a text of its own, which is
-//! allocated, parsed and thrown away again. Here the usual form of a digest is read right out of the message; every other form
-//! goes through the generated decoder, so both decode alike. A test compares them.
+//! A client asks about thousands of blobs in one call. In the generated messages, each digest has a `String` that is
+//! allocated, parsed and dropped. Here the usual form of a digest is parsed directly from the message. All other forms
+//! go through the generated decoder, so both decode to the same digests. A test compares them.
 //!
-//! Memory: a request takes at most [`FindMissingBlobsRequest::EXPANSION_MAX`] times its length, and so need not be measured by
-//! [`crate::wire`] before it is decoded. After the first digest that is malformed under every function no more are kept, because
-//! the request is going to be refused.
+//! Memory: a decoded request takes at most [`FindMissingBlobsRequest::EXPANSION_MAX`] times its wire size, so it need
+//! not be measured by [`crate::wire`] before it is decoded. After the first digest that is malformed under every
+//! function, no more digests are stored, because the request will be refused.
 
 use crate::{
     digest::{Digest, DigestFunction},
@@ -23,14 +24,14 @@ const PACKAGE: &str = "build.bazel.remote.execution.v2";
 const INSTANCE_NAME: u32 = 1;
 const BLOB_DIGESTS: u32 = 2;
 const DIGEST_FUNCTION: u32 = 3;
-/// The list of an answer.
+/// The number of the list field in an answer.
 const MISSING_BLOB_DIGESTS: u32 = 2;
 
-/// The key of field 1 as a text or message, of field 2 as such, and of field 2 as a number; one byte each.
+/// The keys of field 1 as text or message, of field 2 as text or message, and of field 2 as a number. Each is one byte.
 const TEXT_1: u8 = 0x0a;
 const MESSAGE_2: u8 = 0x12;
 const NUMBER_2: u8 = 0x10;
-/// Lengths and numbers below this take one byte.
+/// Lengths and numbers below this value take one byte.
 const ONE_BYTE: u8 = 0x80;
 /// The shortest entry with a hash of any function: the key and the length of the hash, and the hash.
 const SHORTEST_ENTRY: usize = 2 + 2 * 16;
@@ -49,30 +50,31 @@ pub struct FindMissingBlobsRequest {
 }
 
 impl FindMissingBlobsRequest {
-    /// A decoded request takes at most this many times its length on the wire. The shortest entry of the list has 36 bytes and
-    /// becomes a digest of 80 bytes, and a quarter of the list may be unused.
+    /// A decoded request takes at most this many times its wire size. The shortest entry of the list has 36 bytes and
+    /// becomes a digest of 80 bytes, and a quarter of the list's capacity may be unused.
     pub const EXPANSION_MAX: u64 = 3;
 }
 
 /// Digests whose function is not known yet.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct UnresolvedDigests {
-    /// Those before the first malformed one. The function of each is the first that has hashes of this length.
+    /// The digests before the first malformed one. The function of each is the first one that has hashes of this
+    /// length.
     parsed: Vec<Digest>,
-    /// The first that is a digest under no function.
+    /// The first digest that is not valid under any function.
     malformed: Option<reapi::Digest>,
-    /// The lengths of all hashes, in characters, each once, in the order in which they came first. Only lengths that hashes of
-    /// some function have.
+    /// The distinct lengths of all hashes in characters, in the order of their first occurrence. Only lengths of some
+    /// function's hashes are included.
     hash_chars: Vec<usize>,
 }
 
 impl UnresolvedDigests {
-    /// The lengths of the hashes that may be those of a function, each once, in the order in which they came first.
+    /// The distinct lengths of hashes that are valid under some function, in the order of their first occurrence.
     pub fn hash_chars(&self) -> impl Iterator<Item = usize> {
         self.hash_chars.iter().copied()
     }
 
-    /// These as digests of `function`; `field` names the list in errors.
+    /// The digests under `function`. `field` names the list in errors.
     ///
     /// # Errors
     /// The error of the first digest that is malformed, as in [`Digest::from_wire`].
@@ -85,13 +87,13 @@ impl UnresolvedDigests {
             }
         }
         if self.malformed.is_some() {
-            // It is no digest of this function either.
+            // The digest is malformed under this function too, so this returns its error.
             self.parsed.push(Digest::from_wire(function, self.malformed.as_ref(), field)?);
         }
         Ok(self.parsed)
     }
 
-    /// Takes the next digest of a message if it has the usual form: says how many bytes that were.
+    /// Parses the next digest of a message if it has the usual form. Returns the number of its bytes.
     fn take_usual(&mut self, bytes: &[u8]) -> Option<usize> {
         let (&length, rest) = bytes.split_first().filter(|(length, _)| **length < ONE_BYTE)?;
         let entry = rest.get(..length.into())?;
@@ -107,7 +109,7 @@ impl UnresolvedDigests {
         Some(1 + entry.len())
     }
 
-    /// Adds a digest that begins `message`, and with its length takes so many bytes of it.
+    /// Adds a digest. Its entry is at the start of `message` and takes `taken` bytes of it.
     fn add(&mut self, digest: Digest, message: &[u8], taken: usize) {
         self.note(2 * digest.hash().len());
         if self.malformed.is_some() {
@@ -120,7 +122,7 @@ impl UnresolvedDigests {
         self.parsed.push(digest);
     }
 
-    /// Adds a digest in any form. The message itself is not at hand.
+    /// Adds a digest in any form, which the generated decoder has decoded.
     fn add_wire(&mut self, digest: reapi::Digest) {
         let function = first_function(digest.hash.len());
         let parsed = function
@@ -157,12 +159,12 @@ impl UnresolvedDigests {
     }
 }
 
-/// The first function with hashes of so many characters.
+/// The first function with hashes of this many characters.
 fn first_function(hash_chars: usize) -> Option<DigestFunction> {
     DigestFunction::ALL.iter().copied().find(|function| 2 * function.hash_bytes() == hash_chars)
 }
 
-/// How many entries of the usual form there may be at the start of a message.
+/// The maximum number of entries in the usual form at the start of a message.
 fn usual_entries(mut message: &[u8]) -> usize {
     let mut entries = 0;
     while let [MESSAGE_2, length, rest @ ..] = message
@@ -176,7 +178,7 @@ fn usual_entries(mut message: &[u8]) -> usize {
     entries
 }
 
-/// A number that ends with these bytes and is not too large for a size.
+/// Parses a varint of these bytes. `None` if it is too large for a size.
 fn small_number(bytes: &[u8]) -> Option<u64> {
     let (last, before) = bytes.split_last()?;
     if *last >= ONE_BYTE || before.len() > 7 || before.iter().any(|byte| *byte < ONE_BYTE) {
@@ -254,7 +256,7 @@ impl Name for FindMissingBlobsRequest {
     const PACKAGE: &'static str = PACKAGE;
 }
 
-/// The answer.
+/// The response.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct FindMissingBlobsResponse {
     /// The digests that are not stored.
@@ -268,7 +270,7 @@ impl Message for FindMissingBlobsResponse {
         }
     }
 
-    /// Answers are only sent. What a client could decode of one is what is in the list, in any form.
+    /// Servers only send responses. A client decodes the same list, in any form.
     fn merge_field(
         &mut self,
         tag: u32,
@@ -303,13 +305,13 @@ fn digest_len(digest: &Digest) -> usize {
     1 + encoding::encoded_len_varint(chars as u64) + chars + size
 }
 
-/// The length of [`encode_entry`].
+/// The length of the output of [`encode_entry`].
 fn entry_len(digest: &Digest) -> usize {
     let length = digest_len(digest);
     1 + encoding::encoded_len_varint(length as u64) + length
 }
 
-/// A digest as an element of field 2.
+/// Encodes a digest as an element of field 2.
 fn encode_entry(digest: &Digest, buffer: &mut impl BufMut) {
     buffer.put_u8(MESSAGE_2);
     encoding::encode_varint(digest_len(digest) as u64, buffer);
@@ -318,7 +320,7 @@ fn encode_entry(digest: &Digest, buffer: &mut impl BufMut) {
     rest.put_u8(TEXT_1);
     encoding::encode_varint(2 * digest.hash().len() as u64, &mut rest);
     let hex = rest.split_off_mut(..2 * digest.hash().len()).unwrap_or_default();
-    // It has the right length.
+    // The slice has the right length, so this cannot fail.
     let _ = const_hex::encode_to_slice(digest.hash(), hex);
     if digest.size() > 0 {
         rest.put_u8(NUMBER_2);

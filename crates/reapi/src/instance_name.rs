@@ -1,4 +1,4 @@
-//! Instance names: the first part of every resource name. Whether an instance exists is for the server to decide.
+//! Instance names: the first part of every resource name. The server determines whether an instance exists.
 
 use crate::error::{Error, Result};
 

@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_of_millions_of_nothings_is_refused_before_it_takes_memory() {
+    fn a_directory_with_millions_of_empty_entries_is_refused_before_it_takes_memory() {
         let refusal = Directory::decode(&b"\x0a\x00".repeat(2_000_000), SHA256).unwrap_err();
         assert!(refusal.to_string().contains("the Directory is refused"), "{refusal}");
     }

@@ -7,7 +7,7 @@ use super::check::Verdict;
 use std::{future::Future, time::Duration};
 
 /// Number of polls.
-const LOOKS: usize = 20;
+const POLLS: usize = 20;
 /// Delay between two polls.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -19,7 +19,7 @@ pub async fn within_patience<T, F>(step: impl Fn() -> F) -> Verdict<T>
 where
     F: Future<Output = Verdict<T>>,
 {
-    for _ in 1..LOOKS {
+    for _ in 1..POLLS {
         if let Ok(value) = step().await {
             return Ok(value);
         }

@@ -294,7 +294,7 @@ pub fn pieces(name: &str, data: &Bytes, first_offset: i64, piece: usize) -> Vec<
 }
 
 /// The first messages of an upload, up to this many bytes, without the end.
-pub fn half(name: &str, data: &Bytes, bytes: usize) -> Vec<WriteRequest> {
+pub fn partial_upload(name: &str, data: &Bytes, bytes: usize) -> Vec<WriteRequest> {
     let mut messages = pieces(name, &data.slice(..bytes.min(data.len())), 0, PIECE_BYTES);
     if let Some(last) = messages.last_mut() {
         last.finish_write = false;
@@ -325,6 +325,8 @@ mod tests {
             }
             assert_eq!(sum as usize, size);
         }
-        assert!(half("n", &Bytes::from_static(b"abcd"), 2).iter().all(|message| !message.finish_write));
+        assert!(
+            partial_upload("n", &Bytes::from_static(b"abcd"), 2).iter().all(|message| !message.finish_write)
+        );
     }
 }

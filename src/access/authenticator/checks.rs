@@ -1,9 +1,10 @@
-//! [`Checks`]: checks of credentials that take long, and their bounds.
+//! [`Checks`]: expensive checks of credentials, and their bounds.
 //!
-//! - Requests that bring the same credential at the same time wait for one check. So a build tool that opens a hundred calls at
-//!   once is not a hundred checks.
-//! - A password takes a slow hash, on a thread for such work. At most [`PASSWORD_CHECKS`] run at a time, shared among peers, and a
-//!   peer may be wrong at the rate [`WRONG_PASSWORDS`]. So a flood of wrong passwords takes a fraction of one CPU.
+//! - Requests with the same credential share one check while it runs. So a build tool that opens a hundred calls at
+//!   once causes one check.
+//! - A password check computes a slow hash on a thread for blocking work. At most [`PASSWORD_CHECKS`] run at a time,
+//!   shared among peers, and the rate of wrong passwords of a peer is limited to [`WRONG_PASSWORDS`]. So a flood of wrong
+//!   passwords takes a fraction of one CPU.
 
 use super::verified::CredentialHash;
 use crate::{
@@ -20,24 +21,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Passwords that are checked at a time.
+/// Maximum number of concurrent password checks.
 pub(super) const PASSWORD_CHECKS: Bounds =
     Bounds { what: "passwords that are checked", total: 2, connection: 1 };
-/// The rate at which the checks of one peer may fail; those under way count as failed.
+/// The rate at which the checks of one peer may fail. Running checks count as failed.
 pub(super) const WRONG_PASSWORDS: Rate = Rate { burst: 10, per_second: 1 };
-/// When a peer that was wrong too often may try again.
+/// How long a peer with too many wrong passwords is asked to wait.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 /// How long a check may wait for its turn.
 const TURN_LIMIT: Duration = Duration::from_secs(10);
-/// Peers whose failures are counted one by one; further ones are counted together.
+/// Maximum number of peers whose failures are counted separately. All further peers are counted together.
 const PEERS_MAX: usize = 4_096;
-/// Checks under way after which those are forgotten for which nobody waits any more.
-const UNDER_WAY_TIDY: usize = 1_024;
+/// When there are more running checks than this, checks that no request waits for are removed.
+const MAX_RUNNING_UNTIDIED: usize = 1_024;
 
 type CheckOutcome = Result<Principal, Rejection>;
 type Check = BoxFuture<'static, CheckOutcome>;
 
-/// See the top of this file.
+/// Runs checks; see the top of this file.
 pub(super) struct Checks {
     under_way: Mutex<HashMap<CredentialHash, WeakShared<Check>>>,
     places: Budget,
@@ -63,7 +64,7 @@ impl fmt::Debug for Checks {
 }
 
 impl Checks {
-    /// The check of a credential with this hash that is under way, or else this one.
+    /// Returns the running check of the credential with this hash. If there is none, starts `check`.
     pub(super) fn share(&self, hash: CredentialHash, check: impl FnOnce() -> Check) -> Shared<Check> {
         let mut under_way = lock(&self.under_way);
         if let Some(shared) =
@@ -71,7 +72,7 @@ impl Checks {
         {
             return shared;
         }
-        if under_way.len() >= UNDER_WAY_TIDY {
+        if under_way.len() >= MAX_RUNNING_UNTIDIED {
             under_way.retain(|_, check| check.upgrade().is_some());
         }
         let shared = check().shared();

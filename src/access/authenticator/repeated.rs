@@ -1,10 +1,12 @@
-//! [`RepeatedCredential`]: the credential that a connection has sent last.
+//! [`RepeatedCredential`]: the last credential that a connection has sent.
 //!
-//! Build tools send thousands of requests a second with the same header. The header of a request is compared with the last accepted
-//! header of its connection, which costs less than to parse it and to hash it: a hundredth for a signed token of a kilobyte.
+//! Build tools send thousands of requests a second with the same header. The header of a request is compared with the
+//! last accepted header of its connection. This costs less than parsing and hashing it: a hundredth for a signed token
+//! of a kilobyte.
 //!
-//! A connection keeps one header of at most [`CREDENTIAL_MAX_BYTES`](super::super::credential::CREDENTIAL_MAX_BYTES). It counts until its
-//! credential expires or has to be checked again, and only by the rules that accepted it. The comparison takes constant time.
+//! A connection keeps one header of at most [`CREDENTIAL_MAX_BYTES`](super::super::credential::CREDENTIAL_MAX_BYTES).
+//! It is valid until its credential expires or must be checked again, and only under the rules that accepted it. The
+//! comparison takes constant time.
 
 use super::AccessRules;
 use crate::access::principal::Principal;
@@ -16,16 +18,16 @@ use std::{
     time::SystemTime,
 };
 
-/// See the top of this file.
+/// The last accepted credential; see the top of this file.
 #[derive(Default)]
 pub(crate) struct RepeatedCredential(ArcSwapOption<AcceptedHeader>);
 
 struct AcceptedHeader {
-    /// Secret.
+    /// The header, which is secret.
     value: Box<[u8]>,
     principal: Principal,
     until: Option<SystemTime>,
-    /// The rules that accepted it. A weak reference keeps other rules from having the same address.
+    /// The rules that accepted it. The weak reference ensures that no other rules get the same address.
     rules: Weak<AccessRules>,
 }
 
@@ -36,7 +38,7 @@ impl fmt::Debug for RepeatedCredential {
 }
 
 impl RepeatedCredential {
-    /// The principal of a header, if it is the last one that was accepted, and still counts.
+    /// Returns the principal of a header, if it equals the last accepted header and that is still valid.
     pub(super) fn find(&self, value: &[u8], rules: &Arc<AccessRules>, now: SystemTime) -> Option<Principal> {
         let last = self.0.load();
         let last = last.as_ref()?;
@@ -44,7 +46,7 @@ impl RepeatedCredential {
         (counts && are_equal(&last.value, value)).then(|| last.principal.clone())
     }
 
-    /// Keeps a header that these rules have accepted until this time.
+    /// Stores a header that these rules have accepted until this time.
     pub(super) fn keep(
         &self,
         value: &[u8],
@@ -57,7 +59,7 @@ impl RepeatedCredential {
     }
 }
 
-/// Whether both are the same. The time depends on their lengths alone. `subtle` does the same byte by byte.
+/// Whether both slices are equal. The time depends only on their lengths. `subtle` does the same byte by byte.
 fn are_equal(one: &[u8], other: &[u8]) -> bool {
     let difference = one.iter().zip(other).fold(0, |difference, (one, other)| difference | (one ^ other));
     one.len() == other.len() && black_box(difference) == 0

@@ -1,7 +1,8 @@
-//! [`VerifiedCredentials`]: credentials that were checked, so that each is checked once for many requests.
+//! [`VerifiedCredentials`]: a cache of checked credentials, so that each is checked once for many requests.
 //!
-//! A credential is known by a hash with a key of this process. An entry ends when its credential expires, and there are at most
-//! [`VERIFIED_MAX`]. Only credentials that are right are kept, so nobody without one can displace them.
+//! A credential is stored as a keyed hash, with a random key of this process. An entry ends when its credential
+//! expires, and there are at most [`VERIFIED_MAX`] entries. Only valid credentials are stored, so clients without one
+//! cannot displace entries.
 
 use crate::access::principal::Principal;
 use sha2::{Digest as _, Sha256};
@@ -13,15 +14,15 @@ use std::{
 };
 use uuid::Uuid;
 
-/// Most entries: about a megabyte.
+/// Maximum number of entries, which take about a megabyte.
 pub(super) const VERIFIED_MAX: usize = 4_096;
 
 /// The hash of a credential.
 pub(super) type CredentialHash = [u8; 32];
 
-/// See the top of this file.
+/// The cache; see the top of this file.
 pub(super) struct VerifiedCredentials {
-    /// Makes hashes in the memory of this process useless elsewhere.
+    /// The key ensures that hashes from the memory of this process are useless elsewhere.
     key: [u8; 32],
     entries: Mutex<VerifiedEntries>,
 }
@@ -29,7 +30,7 @@ pub(super) struct VerifiedCredentials {
 #[derive(Default)]
 struct VerifiedEntries {
     by_hash: HashMap<CredentialHash, (Principal, SystemTime)>,
-    /// The hashes in the order in which they came; some are gone.
+    /// The hashes in the order of insertion. Some of them may already be removed from the map.
     order: VecDeque<CredentialHash>,
 }
 
@@ -50,13 +51,13 @@ impl fmt::Debug for VerifiedCredentials {
 }
 
 impl VerifiedCredentials {
-    /// The hash of a credential in these parts.
+    /// The hash of a credential that consists of these parts.
     pub(super) fn hash(&self, parts: &[&[u8]]) -> CredentialHash {
         let keyed = Sha256::new().chain_update(self.key);
         parts.iter().fold(keyed, |hash, part| hash.chain_update(part)).finalize().into()
     }
 
-    /// The principal of a credential that was checked and has not expired, and until when it counts.
+    /// Returns the principal of a credential that was checked and has not expired, and the end of its validity.
     pub(super) fn get(&self, hash: &CredentialHash, now: SystemTime) -> Option<(Principal, SystemTime)> {
         let mut entries = self.entries();
         let known = entries.by_hash.get(hash)?;
@@ -67,7 +68,7 @@ impl VerifiedCredentials {
         None
     }
 
-    /// Remembers a credential until this time. At the limit, the oldest entry goes.
+    /// Stores a credential until this time. If the cache is full, removes the oldest entry.
     pub(super) fn put(&self, hash: CredentialHash, principal: Principal, until: SystemTime) {
         let mut entries = self.entries();
         if entries.by_hash.insert(hash, (principal, until)).is_none() {

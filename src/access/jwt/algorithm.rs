@@ -1,7 +1,7 @@
-//! [`SignatureAlgorithm`]: the algorithms by which tokens may be signed. Pure.
+//! [`SignatureAlgorithm`]: the supported signature algorithms of tokens. Pure.
 //!
-//! All of them are asymmetric: this server only ever knows public keys. Symmetric algorithms and `none` cannot be expressed, so a
-//! public key is never taken for a shared secret.
+//! All of them are asymmetric, because this server only has public keys. Symmetric algorithms and `none` cannot be
+//! represented, so a public key is never used as a shared secret.
 
 use std::fmt;
 
@@ -66,7 +66,7 @@ impl SignatureAlgorithm {
         }
     }
 
-    /// The algorithm of this name, which is compared exactly.
+    /// The algorithm with exactly this name.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|algorithm| algorithm.name() == name)
     }

@@ -1,9 +1,9 @@
-//! [`KeyCache`]: the keys of one issuer, and when they are fetched.
+//! [`KeyCache`]: caches the keys of one issuer and decides when to fetch them.
 //!
-//! Keys are fetched in the background, so requests rarely wait. A request waits only if there are no keys that serve, or if its
-//! token names a key that is not among them. All attempts together keep a pause, so tokens with made-up keys cause no
-//! more requests than that. An attempt runs in a task of its own, which no client can end by leaving. When the last verifier
-//! that uses the cache is gone, the background task ends.
+//! Keys are fetched in the background, so requests rarely wait. A request waits only if there are no usable keys, or if
+//! its token names an unknown key. There is a minimum pause between any two attempts, so tokens with invented keys
+//! cause no additional requests. An attempt runs in a separate task, which continues if the client leaves. The
+//! background task ends when the last verifier that uses the cache is dropped.
 
 use super::{
     download::{self, FileState, KeyDocument},
@@ -18,26 +18,26 @@ use std::{
 };
 use tokio::{runtime::Handle, sync::watch};
 
-/// The least time between two downloads.
+/// Minimum time between two downloads.
 pub(super) const DOWNLOAD_PAUSE: Duration = Duration::from_secs(60);
-/// The least time between two looks at a file.
+/// Minimum time between two checks of a file.
 const FILE_PAUSE: Duration = Duration::from_secs(1);
-/// How often a file is looked at.
+/// How often a file is checked.
 const FILE_INTERVAL: Duration = Duration::from_secs(5);
-/// The longest sleep of the background task, after which it notices that nobody uses the cache any more.
+/// Maximum sleep of the background task. After this time it notices that the cache is no longer used.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
-/// Logs what has become of an attempt to fetch keys, if that is news: new keys, or the reason why there are none.
+/// Logs the outcome of an attempt to fetch keys if it is new: new keys, or a new reason why there are none.
 pub type KeyLog = fn(&JwksLocation, Result<&KeySet, &str>);
 
-/// Where the keys of an issuer come from, as configured.
+/// The configured source of an issuer's keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeySettings {
     /// The file or URL.
     pub location: JwksLocation,
     /// How often a URL is fetched again.
     pub refresh: Duration,
-    /// How long keys serve after they were last fetched.
+    /// How long keys are used after they were last fetched.
     pub max_stale: Duration,
 }
 
@@ -51,7 +51,7 @@ impl KeySettings {
     }
 }
 
-/// See the top of this file.
+/// The cache; see the top of this file.
 #[derive(Debug)]
 pub(super) struct KeyCache {
     settings: KeySettings,
@@ -73,7 +73,7 @@ struct CacheState {
 }
 
 impl KeyCache {
-    /// A cache whose keys are fetched in the background from now on. A file is read at once.
+    /// Creates a cache whose keys are fetched in the background from now on. A file is read at once.
     ///
     /// # Errors
     /// Why the file cannot be used. A URL that does not answer is tried again later.
@@ -103,7 +103,7 @@ impl KeyCache {
         &self.settings
     }
 
-    /// The keys that serve at this time. Fetches them first if there are none.
+    /// Returns the keys that are valid at this time. Fetches them first if there are none.
     ///
     /// # Errors
     /// Why there are none.
@@ -112,10 +112,10 @@ impl KeyCache {
             return Ok(keys);
         }
         self.fetch(now).await;
-        self.serving(now).ok_or_else(|| self.why_none())
+        self.serving(now).ok_or_else(|| self.reason_for_no_keys())
     }
 
-    /// Fetches the keys again, unless that was tried just now, and returns them if they serve.
+    /// Fetches the keys again, unless that was tried just now, and returns them if they are valid.
     pub(super) async fn newer(self: &Arc<Self>, now: SystemTime) -> Option<Arc<KeySet>> {
         self.fetch(now).await;
         self.serving(now)
@@ -126,7 +126,7 @@ impl KeyCache {
         state.keys.clone().filter(|_| state.freshness.serves(&self.times, now))
     }
 
-    fn why_none(&self) -> String {
+    fn reason_for_no_keys(&self) -> String {
         let state = self.state();
         let problem = state.problem.as_deref().unwrap_or("they were not fetched yet");
         let location = &self.settings.location;
@@ -139,7 +139,7 @@ impl KeyCache {
         }
     }
 
-    /// Waits for the end of an attempt: the one that is under way, or a new one if it may begin.
+    /// Waits for the end of an attempt: the running one, or a new one if it may start.
     async fn fetch(self: &Arc<Self>, now: SystemTime) {
         let mut ended = self.attempts.subscribe();
         {
@@ -160,8 +160,8 @@ impl KeyCache {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in what an attempt read. Only news are logged: a lasting problem once, and keys when there were none, after a problem, or
-    /// when their file has changed.
+    /// Stores the result of an attempt. Only changes are logged: a lasting problem once, and keys if there were none,
+    /// after a problem, or if their file has changed.
     fn take(&self, document: Result<KeyDocument, String>, began: SystemTime) {
         let location = &self.settings.location;
         let mut state = self.state();
@@ -205,7 +205,7 @@ impl CacheState {
     }
 }
 
-/// An attempt to fetch keys. Its end is told even if it panics.
+/// An attempt to fetch keys. On drop it notifies the waiting requests, even after a panic.
 struct FetchAttempt(Arc<KeyCache>);
 
 impl FetchAttempt {
@@ -223,7 +223,7 @@ impl Drop for FetchAttempt {
     }
 }
 
-/// Fetches the keys whenever it is time, as long as somebody uses them.
+/// Fetches the keys when they are due, as long as the cache is used.
 async fn keep_fresh(cache: Weak<KeyCache>) {
     while let Some(cache) = cache.upgrade() {
         if cache.state().freshness.due_in(&cache.times, SystemTime::now()).is_zero() {

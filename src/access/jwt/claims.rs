@@ -1,35 +1,35 @@
-//! [`ClaimConditions`]: what the claims of a token must be. Pure.
+//! [`ClaimConditions`]: conditions on the claims of a token. Pure.
 
 use super::{pattern::ClaimPattern, refusal::shown};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
-/// Most conditions of one set, and most patterns of one condition.
+/// Maximum number of conditions in a set, and of patterns in a condition.
 const MAX_CONDITIONS: usize = 64;
 
-/// Claims that say nothing about who the token was given to. A condition on one of them would be none: they are checked anyway,
-/// and anybody may get a token with the same value.
-const NOT_OF_THE_HOLDER: &[&str] = &["iss", "aud", "exp", "nbf", "iat", "jti"];
+/// Claims that do not identify the holder of the token. A condition on one of them would not restrict access: they are
+/// checked anyway, and anybody may get a token with the same value.
+const NON_IDENTIFYING: &[&str] = &["iss", "aud", "exp", "nbf", "iat", "jti"];
 
-/// The settings of conditions: for each claim the patterns, one of which must match.
+/// The settings of conditions: the patterns of each claim, one of which must match.
 pub type ClaimSettings = BTreeMap<String, Vec<String>>;
 
-/// Conditions, all of which a token must meet.
+/// A set of conditions, all of which a token must meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ClaimConditions(Vec<ClaimCondition>);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ClaimCondition {
-    /// A name, or a path such as `/realm_access/roles` to a claim inside of another.
+    /// A name, or a path such as `/realm_access/roles` to a nested claim.
     claim: String,
     patterns: Vec<ClaimPattern>,
 }
 
 impl ClaimConditions {
-    /// Reads conditions.
+    /// Parses conditions.
     ///
     /// # Errors
-    /// The problems, as parts of a sentence about the key.
+    /// The problems, each as the part of a sentence that follows the key.
     pub(super) fn parse(settings: &ClaimSettings) -> Result<Self, Vec<String>> {
         let mut problems = Vec::new();
         if settings.len() > MAX_CONDITIONS {
@@ -38,7 +38,7 @@ impl ClaimConditions {
         let mut conditions = Vec::new();
         for (claim, texts) in settings {
             let named = shown(claim);
-            if claim.is_empty() || NOT_OF_THE_HOLDER.contains(&claim.as_str()) {
+            if claim.is_empty() || NON_IDENTIFYING.contains(&claim.as_str()) {
                 problems.push(format!("has \"{named}\", which says nothing about the holder of a token"));
             }
             if texts.is_empty() || texts.len() > MAX_CONDITIONS {
@@ -71,7 +71,7 @@ impl ClaimCondition {
         }
     }
 
-    /// Whether a single value fits. Lists in lists and objects never do.
+    /// Whether a single value matches. Nested lists and objects never match.
     fn fits(&self, value: &Value) -> bool {
         let written;
         let text = match value {
@@ -86,7 +86,7 @@ impl ClaimCondition {
     }
 }
 
-/// The claim of this name. A name that begins with "/" is a path of names (a JSON pointer, RFC 6901).
+/// The claim with this name. A name that begins with "/" is a JSON pointer (RFC 6901).
 fn find<'a>(claims: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     let Some(path) = name.strip_prefix('/') else { return claims.get(name) };
     let unescaped = |step: &str| step.replace("~1", "/").replace("~0", "~");
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn conditions_that_are_none_are_refused() {
+    fn invalid_conditions_are_refused() {
         for claim in ["aud", "iss", "exp", ""] {
             assert!(conditions(&[(claim, &["x"])]).unwrap_err()[0].contains("nothing about the holder"));
         }

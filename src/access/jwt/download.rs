@@ -1,13 +1,13 @@
-//! Reads the document of a key set: from a file, or by https.
+//! Reads a key set: from a file or by https.
 //!
-//! A URL is the only address that is contacted: redirects are not followed, no proxy is used, and nothing in a token or in the
-//! answer leads elsewhere. An answer has at most [`MAX_KEY_SET_BYTES`] and takes at most [`TIME_LIMIT`].
+//! Only the configured URL is contacted: redirects are not followed, no proxy is used, and neither a token nor the
+//! answer can name another address. An answer has at most [`MAX_KEY_SET_BYTES`] and takes at most [`TIME_LIMIT`].
 
 use super::{
     keys::{KeySet, MAX_KEY_SET_BYTES},
     location::JwksLocation,
 };
-use crate::regular_file;
+use crate::{causes::causes, regular_file};
 use reqwest::{
     Client, StatusCode,
     header::{ACCEPT, ACCEPT_ENCODING, USER_AGENT},
@@ -21,7 +21,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time limit of a whole download. Requests with unknown keys wait for it.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 
-/// The state of a file. Another one means that the file has changed.
+/// The attributes of a file that change when the file changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FileState {
     inode: u64,
@@ -29,9 +29,9 @@ pub(super) struct FileState {
     changed: (i64, i64),
 }
 
-/// What was read.
+/// The result of reading a key set.
 pub(super) enum KeyDocument {
-    /// The keys, and for a file its state.
+    /// The keys, and the state of the file if it is a file.
     Keys(KeySet, Option<FileState>),
     /// The file has not changed.
     Unchanged,
@@ -63,7 +63,7 @@ pub(super) fn read_file(path: &Path, known: Option<FileState>) -> Result<KeyDocu
     if known == Some(state) {
         return Ok(KeyDocument::Unchanged);
     }
-    // Kubernetes mounts files as links, which `regular_file` does not follow by itself.
+    // Kubernetes mounts files as symbolic links, which `regular_file` does not follow.
     let target = fs::canonicalize(path).map_err(unreadable)?;
     let bytes = regular_file::read(&target, MAX_KEY_SET_BYTES as u64).map_err(unreadable)?;
     Ok(KeyDocument::Keys(KeySet::parse(&bytes)?, Some(state)))
@@ -105,22 +105,12 @@ async fn download(url: &str) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-/// A client for one download. It is not kept: downloads are rare, and a new one reads the CA certificates of today.
+/// Creates a client for one download. It is not kept, because downloads are rare, and a new client reads the current CA
+/// certificates.
 fn client(url: &str) -> Result<Client, String> {
     // An error means that the process already has a provider.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let builder = Client::builder().no_proxy().redirect(Policy::none()).referer(false);
     let builder = builder.connect_timeout(CONNECT_TIMEOUT).https_only(url.starts_with("https:"));
     builder.build().map_err(|error| format!("{}; check that CA certificates are installed", causes(&error)))
-}
-
-/// The causes of an error, without the outermost message, which only repeats the URL.
-fn causes(error: &reqwest::Error) -> String {
-    let mut causes = Vec::new();
-    let mut next = std::error::Error::source(error);
-    while let Some(error) = next {
-        causes.push(error.to_string());
-        next = error.source();
-    }
-    if causes.is_empty() { "the request failed".into() } else { causes.join(": ") }
 }

@@ -1,43 +1,43 @@
-//! [`Freshness`]: when keys are fetched again, and how long they serve. Pure: the time is an argument.
+//! [`Freshness`]: decides when keys are fetched again, and how long they are valid. Pure: the time is an argument.
 
 use std::time::{Duration, SystemTime};
 
-/// The times of one issuer's keys.
+/// The intervals for the keys of one issuer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FetchTimes {
     /// How often the keys are fetched in the background.
     pub(super) refresh: Duration,
-    /// How long keys serve after they were fetched.
+    /// How long keys are used after they were fetched.
     pub(super) max_stale: Duration,
-    /// The least time between two attempts, whatever asks for them.
+    /// Minimum time between two attempts of any kind.
     pub(super) pause: Duration,
 }
 
-/// When keys were last fetched, and when that was last tried.
+/// The time of the last successful attempt, and of the last attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Freshness {
     fetched: Option<SystemTime>,
     tried: Option<SystemTime>,
 }
 
-/// Time since an event. A clock that was set back counts as none.
+/// The time since an event; zero if the clock was set back.
 fn since(event: SystemTime, now: SystemTime) -> Duration {
     now.duration_since(event).unwrap_or_default()
 }
 
 impl Freshness {
-    /// Whether the keys still serve.
+    /// Whether the keys are still valid.
     pub(super) fn serves(self, times: &FetchTimes, now: SystemTime) -> bool {
         self.fetched.is_some_and(|fetched| since(fetched, now) <= times.max_stale)
     }
 
-    /// Whether another attempt is allowed. A clock that was set back by more than the pause allows one at once, so that none is
-    /// missed for long; less may be the age of a request.
+    /// Whether another attempt is allowed. If the clock was set back by more than the pause, an attempt is allowed at
+    /// once, so that keys are not outdated for long. A smaller difference may be caused by the age of a request.
     pub(super) fn may_try(self, times: &FetchTimes, now: SystemTime) -> bool {
         self.tried.is_none_or(|tried| since(tried, now) >= times.pause || since(now, tried) > times.pause)
     }
 
-    /// How long the background waits for its next attempt. After a failure it tries again as soon as it may.
+    /// How long the background task waits for its next attempt. After a failure it tries again as soon as possible.
     pub(super) fn due_in(self, times: &FetchTimes, now: SystemTime) -> Duration {
         let Some(tried) = self.tried else { return Duration::ZERO };
         let has_failed = self.fetched.is_none_or(|fetched| fetched < tried);

@@ -1,5 +1,5 @@
-//! [`IssuerRules`]: which tokens of one issuer are accepted, and which roles they give. Pure: the keys and the time are
-//! arguments.
+//! [`IssuerRules`]: decides which tokens of an issuer are accepted and which roles they give. Pure: the keys and the
+//! time are arguments.
 
 use super::{
     algorithm::SignatureAlgorithm,
@@ -13,12 +13,12 @@ use crate::access::authenticator::VerifiedToken;
 use sha2::{Digest as _, Sha256};
 use std::time::{Duration, SystemTime};
 
-/// The largest difference between clocks that can be allowed for. More would make short-lived tokens long-lived.
+/// Maximum allowed difference between clocks. A larger one would make short-lived tokens long-lived.
 pub const MAX_LEEWAY: Duration = Duration::from_secs(10 * 60);
-/// Most audiences, and most entries of roles, of one issuer.
+/// Maximum number of audiences, and of role entries, of one issuer.
 const MAX_ENTRIES: usize = 64;
 
-/// The rules of an issuer, as they are configured.
+/// The configured rules of an issuer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IssuerSettings {
     /// The exact value of `iss`.
@@ -40,11 +40,11 @@ pub struct IssuerSettings {
 pub struct ClaimRole {
     /// The name of the role.
     pub role: String,
-    /// The conditions; none for all tokens that are accepted.
+    /// The conditions. Without conditions, all accepted tokens get the role.
     pub claims: ClaimSettings,
 }
 
-/// See the top of this file.
+/// The rules of an issuer; see the top of this file.
 #[derive(Debug)]
 pub struct IssuerRules {
     issuer: String,
@@ -60,7 +60,7 @@ impl IssuerRules {
     /// Checks the settings.
     ///
     /// # Errors
-    /// All problems, each as a key and what is wrong with it.
+    /// All problems, each as a key and a description.
     pub fn new(settings: &IssuerSettings) -> Result<Self, Vec<(&'static str, String)>> {
         let mut problems = Vec::new();
         if settings.issuer.is_empty() || settings.issuer.len() > MAX_NAME_BYTES {
@@ -115,7 +115,7 @@ impl IssuerRules {
         })
     }
 
-    /// A number that other rules do not have.
+    /// A number that identifies these rules. Other rules have another number.
     pub(super) fn mark(&self) -> u64 {
         self.mark
     }
@@ -133,7 +133,7 @@ impl IssuerRules {
     /// Verifies a token of this issuer.
     ///
     /// # Errors
-    /// Why it is not accepted. `Key` may change when the keys are fetched again.
+    /// Why it is not accepted. A `Key` refusal may go away when the keys are fetched again.
     pub(super) fn verify(
         &self,
         token: &UnverifiedToken<'_>,
@@ -157,7 +157,7 @@ impl IssuerRules {
         Ok(VerifiedToken { issuer, subject, roles, expires, mark: self.mark })
     }
 
-    /// Checks what needs no keys: issuer, audience and algorithm.
+    /// Checks everything that requires no keys: issuer, audience and algorithm.
     pub(super) fn check_issued_for_us(&self, token: &UnverifiedToken<'_>) -> Result<(), TokenRefusal> {
         if token.issuer != self.issuer {
             let reason = format!("its issuer is \"{}\"", shown(&token.issuer));
@@ -174,7 +174,7 @@ impl IssuerRules {
         Ok(())
     }
 
-    /// Until when the token is accepted.
+    /// The time until which the token is accepted.
     fn check_time(&self, token: &UnverifiedToken<'_>, now: SystemTime) -> Result<SystemTime, TokenRefusal> {
         let seconds =
             |late: SystemTime, early: SystemTime| late.duration_since(early).unwrap_or_default().as_secs();

@@ -1,7 +1,7 @@
-//! [`StrictObject`]: a JSON object as tokens and key sets may have it. Pure.
+//! [`StrictObject`]: the strict form of JSON objects that tokens and key sets must have. Pure.
 //!
-//! Parsers disagree about a name that occurs twice, so two programs could read different claims in one token. Here such an
-//! object is an error, and so is one that is nested deeper than [`MAX_DEPTH`].
+//! Parsers treat repeated names differently, so two programs could read different claims in one token. Here a repeated
+//! name is an error. So is an object that is nested deeper than [`MAX_DEPTH`].
 
 use serde::{
     Deserialize, Deserializer,
@@ -10,7 +10,7 @@ use serde::{
 use serde_json::{Map, Number, Value};
 use std::fmt;
 
-/// The deepest nesting of objects and lists. Key sets need three levels, and the claims of known issuers four.
+/// Maximum nesting of objects and lists. Key sets need three levels, and the claims of known issuers four.
 pub const MAX_DEPTH: usize = 8;
 
 /// An object in which each name occurs once, at every level.
@@ -18,10 +18,10 @@ pub const MAX_DEPTH: usize = 8;
 pub(super) struct StrictObject(pub(super) Map<String, Value>);
 
 impl StrictObject {
-    /// Reads the whole text as one object.
+    /// Parses a whole text as one object.
     ///
     /// # Errors
-    /// What is wrong with it, without quoting values of it.
+    /// What is wrong with it, without its values.
     pub(super) fn parse(bytes: &[u8]) -> Result<Map<String, Value>, String> {
         let parsed: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
         Ok(parsed.0)
@@ -37,7 +37,7 @@ impl<'de> Deserialize<'de> for StrictObject {
     }
 }
 
-/// Reads a value that has at most this many levels.
+/// Parses a value with at most this many levels.
 struct StrictValue(usize);
 
 impl StrictValue {
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn what_parsers_read_differently_or_is_no_object_is_refused() {
+    fn ambiguous_json_and_values_that_are_no_objects_are_refused() {
         for (text, problem) in [
             (r#"{"a":1,"a":1}"#, "a name twice"),
             (r#"{"a":1,"\u0061":2}"#, "a name twice"),

@@ -1,7 +1,8 @@
 //! [`KeySet`]: the public keys of an issuer (a JWKS, RFC 7517). Pure.
 //!
-//! A key that cannot be used here, because it is for encryption, symmetric, too short or of an unknown kind, is left out and
-//! named. A set without any usable key is an error, so that a wrong file does not replace a right one.
+//! Keys that cannot be used here are left out and listed with the reason: keys for encryption, symmetric keys, and keys
+//! that are too short or of an unknown kind. A set without any usable key is an error, so that a wrong file does not
+//! replace a right one.
 
 use super::{
     algorithm::{KeyKind, SignatureAlgorithm},
@@ -12,18 +13,18 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::DecodingKey;
 use serde_json::{Map, Value};
 
-/// The largest key set in bytes. A key takes about 2 KiB with its certificates.
+/// Maximum size of a key set in bytes. A key takes about 2 KiB with its certificates.
 pub const MAX_KEY_SET_BYTES: usize = 256 * 1024;
-/// Most keys of a set. Large issuers publish about ten.
+/// Maximum number of keys in a set. Large issuers publish about ten.
 pub const MAX_KEYS: usize = 64;
-/// The longest id of a key, in bytes.
+/// Maximum length of a key id in bytes.
 pub(super) const MAX_KEY_ID_BYTES: usize = 256;
-/// The lengths of RSA keys in bits, which are those that `ring` accepts.
+/// The allowed lengths of RSA keys in bits, which are those that `ring` accepts.
 const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=8192;
-/// Most reasons that are named for a set without a usable key.
+/// Maximum number of reasons that are listed for a set without a usable key.
 const NAMED_REASONS: usize = 4;
 
-/// See the top of this file.
+/// A set of public keys; see the top of this file.
 #[derive(Debug)]
 pub struct KeySet {
     keys: Vec<VerificationKey>,
@@ -41,10 +42,10 @@ pub(super) struct VerificationKey {
 }
 
 impl KeySet {
-    /// Reads a JWKS document.
+    /// Parses a JWKS document.
     ///
     /// # Errors
-    /// Why it is none, or none with a key that can be used.
+    /// Why the document is not valid, or has no usable key.
     pub fn parse(document: &[u8]) -> Result<Self, String> {
         if document.len() > MAX_KEY_SET_BYTES {
             return Err(format!("the key set is larger than {MAX_KEY_SET_BYTES} bytes"));
@@ -84,10 +85,10 @@ impl KeySet {
         &self.left_out
     }
 
-    /// The keys with which a token of this algorithm and key id may be signed.
+    /// The keys that may have signed a token with this algorithm and key id.
     ///
     /// # Errors
-    /// Why there is none. A token without a key id needs a set with only one key of its kind.
+    /// Why there is none. For a token without a key id, the set must have only one key of its kind.
     pub(super) fn candidates(
         &self,
         id: Option<&str>,
@@ -111,19 +112,19 @@ impl KeySet {
     }
 }
 
-/// Why no key fits a token.
+/// Why no key matches a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MissingKey {
     /// No key has the id.
     Unknown,
     /// The key is for another algorithm.
     OtherAlgorithm,
-    /// The token names no key, and several fit.
+    /// The token names no key, and several match.
     Ambiguous,
 }
 
 impl VerificationKey {
-    /// The name of a problem follows the name of the key.
+    /// Parses a key. The errors are the part of a sentence that follows the name of the key.
     fn from_jwk(jwk: &Value) -> Result<Self, String> {
         let Value::Object(jwk) = jwk else { return Err("is not an object".into()) };
         check_purpose(jwk)?;
@@ -157,7 +158,7 @@ impl VerificationKey {
     }
 }
 
-/// Refuses keys that are not meant for checking signatures, and those that should not be in such a set at all.
+/// Refuses keys that are not for checking signatures, and keys that must not be in a public set.
 fn check_purpose(jwk: &Map<String, Value>) -> Result<(), String> {
     if jwk.contains_key("d") {
         return Err("is a private key; publish only its public part, and replace the key".into());

@@ -1,4 +1,4 @@
-//! [`JwksLocation`]: where the keys of an issuer are: a file or an https URL. Pure.
+//! [`JwksLocation`]: the location of an issuer's keys, which is a file or an https URL. Pure.
 
 use crate::host::{bare, is_host_and_port};
 use std::{
@@ -7,10 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The longest URL, in bytes.
+/// Maximum length of a URL in bytes.
 const MAX_URL_BYTES: usize = 2048;
 
-/// See the top of this file.
+/// The location; see the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JwksLocation {
     /// A file.
@@ -20,10 +20,10 @@ pub enum JwksLocation {
 }
 
 impl JwksLocation {
-    /// Reads the setting: a URL has "://". A relative path starts at `directory`.
+    /// Parses the setting. A text with "://" is a URL. A relative path starts at `directory`.
     ///
     /// # Errors
-    /// Why it is neither.
+    /// Why it is neither a URL nor a path.
     pub fn parse(text: &str, directory: &Path) -> Result<Self, String> {
         if text.is_empty() || text.contains('\0') {
             return Err(
@@ -52,7 +52,7 @@ impl JwksLocation {
     }
 }
 
-/// Whether nobody else can be in between. For tests, and for a proxy on the same machine.
+/// Whether the connection stays on this machine, so that http is safe. For tests, and for a proxy on the same machine.
 fn is_loopback(authority: &str) -> bool {
     let host = match authority.rsplit_once(':') {
         Some((host, _)) if !authority.ends_with(']') => host,

@@ -1,14 +1,14 @@
-//! [`ClaimPattern`]: what the value of a claim must look like. Pure.
+//! [`ClaimPattern`]: a pattern for the values of a claim. Pure.
 //!
-//! `*` stands for any characters but "/", `**` for any characters; everything else stands for itself. So `team/*` is every
-//! project of a group, and `team/**` also those of its subgroups.
+//! `*` matches any characters except "/", and `**` any characters. All other characters match themselves. So `team/*`
+//! matches every project of a group, and `team/**` also those of its subgroups.
 
-/// The longest pattern, in bytes.
+/// Maximum length of a pattern in bytes.
 const MAX_PATTERN_BYTES: usize = 512;
-/// The longest value that a pattern is compared with, in bytes. No longer value matches any pattern.
+/// Maximum length of a value that is compared, in bytes. Longer values match no pattern.
 const MAX_VALUE_BYTES: usize = 4 * 1024;
 
-/// See the top of this file.
+/// The pattern; see the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClaimPattern {
     pieces: Vec<PatternPiece>,
@@ -17,17 +17,18 @@ pub struct ClaimPattern {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PatternPiece {
     Byte(u8),
-    /// Any bytes but "/".
+    /// Any bytes except "/".
     Segment,
     /// Any bytes.
     Anything,
 }
 
 impl ClaimPattern {
-    /// Reads a pattern.
+    /// Parses a pattern.
     ///
     /// # Errors
-    /// Why it is none. One that every value matches is refused: it would look like a condition and be none.
+    /// Why it is not valid. A pattern that every value matches is refused, because it would look like a condition
+    /// without being one.
     pub(in crate::access) fn parse(text: &str) -> Result<Self, String> {
         if text.len() > MAX_PATTERN_BYTES {
             return Err(format!("a pattern has more than {MAX_PATTERN_BYTES} bytes"));
@@ -50,12 +51,12 @@ impl ClaimPattern {
         Ok(Self { pieces })
     }
 
-    /// Whether a value looks like this. It takes time in proportion to the product of both lengths at most.
+    /// Whether a value matches. The time is at most proportional to the product of both lengths.
     pub(in crate::access) fn matches(&self, value: &str) -> bool {
         if value.len() > MAX_VALUE_BYTES {
             return false;
         }
-        // `matched[n]` says whether the first `n` pieces match what was read of the value.
+        // `matched[n]` says whether the first `n` pieces match the part of the value that was read.
         let mut matched = vec![false; self.pieces.len() + 1];
         matched[0] = true;
         self.match_nothing(&mut matched);
@@ -74,7 +75,7 @@ impl ClaimPattern {
         matched[self.pieces.len()]
     }
 
-    /// A wildcard also matches nothing.
+    /// A wildcard also matches the empty text.
     fn match_nothing(&self, matched: &mut [bool]) {
         for (at, piece) in self.pieces.iter().enumerate() {
             if matched[at] && !matches!(piece, PatternPiece::Byte(_)) {
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_every_value_matches_is_no_pattern() {
+    fn a_pattern_that_matches_every_value_is_refused() {
         for text in ["", "*", "**", "***"] {
             assert!(ClaimPattern::parse(text).unwrap_err().contains("no condition"), "{text}");
         }

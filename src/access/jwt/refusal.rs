@@ -2,15 +2,15 @@
 
 use std::fmt;
 
-/// Longest part of a value of a token that a reason quotes, in characters.
+/// Maximum number of characters of a token's value that a reason quotes.
 const QUOTED: usize = 96;
 
-/// Why a token is not accepted. It never has the token itself, or its signature.
+/// Why a token is not accepted. It never contains the token itself or its signature.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRefusal {
     /// What is wrong.
     pub kind: RefusalKind,
-    /// The details, for the log of this server.
+    /// The details, for this server's log.
     pub reason: String,
 }
 
@@ -21,17 +21,17 @@ pub enum RefusalKind {
     Malformed,
     /// It comes from an issuer that is not configured.
     Issuer,
-    /// It was issued for somebody else.
+    /// It was issued for another audience.
     Audience,
     /// Its algorithm is not accepted.
     Algorithm,
     /// Its key is not among the keys of the issuer.
     Key,
-    /// The signature is not that of the issuer.
+    /// The signature is wrong.
     Signature,
-    /// Its time is over.
+    /// It has expired.
     Expired,
-    /// Its time has not come.
+    /// It is not valid yet.
     NotYetValid,
     /// Its claims do not meet a condition.
     Claims,
@@ -44,7 +44,7 @@ impl TokenRefusal {
         Self { kind, reason: reason.into() }
     }
 
-    /// What the client is told. It knows its own token, so it may know the reason as well, but not what this server has tried
+    /// The message for the client. The client has the token, so it may learn the reason, but not how this server tried
     /// to fetch keys.
     pub fn message(&self) -> String {
         match self.kind {
@@ -66,7 +66,7 @@ impl fmt::Display for TokenRefusal {
     }
 }
 
-/// A value of a token as a reason quotes it: on one line, and not too long.
+/// The quoted form of a token's value: on one line, and not too long.
 pub(super) fn shown(value: &str) -> String {
     let mut shown: String = value.chars().take(QUOTED).flat_map(char::escape_debug).collect();
     if value.chars().nth(QUOTED).is_some() {

@@ -1,8 +1,8 @@
-//! Checks signatures: `jsonwebtoken` reads the token, and `ring` does the cryptography. Pure.
+//! Checks signatures. `jsonwebtoken` parses the token, and `ring` does the cryptography. Pure.
 //!
-//! `jsonwebtoken` leaves cryptography to a provider, which is one for the whole process. The one here knows public keys only:
-//! it cannot sign, and it has no symmetric algorithms. The time and the claims are not checked by `jsonwebtoken`, which takes
-//! the time from a clock; see [`super::issuer`].
+//! `jsonwebtoken` uses one cryptography provider for the whole process. The provider here only supports public keys: it
+//! cannot sign, and it has no symmetric algorithms. `jsonwebtoken` does not check the time and the claims here, because
+//! it would read a clock; see [`super::issuer`].
 
 use super::algorithm::SignatureAlgorithm;
 use jsonwebtoken::{
@@ -25,16 +25,16 @@ static PROVIDER: CryptoProvider = CryptoProvider {
         let scheme = Scheme::of(*algorithm).ok_or(ErrorKind::UnsupportedAlgorithm)?;
         Ok(Box::new(RingVerifier { algorithm: *algorithm, scheme, key: key.clone() }))
     },
-    // Only for making key sets and thumbprints.
+    // These functions are only for creating key sets and thumbprints.
     key_utils: KeyUtils::new_unimplemented(),
 };
 
 /// Checks that a token is signed with this key and algorithm.
 ///
 /// # Errors
-/// The error of `jsonwebtoken`, which quotes nothing of the token.
+/// The error of `jsonwebtoken`, which does not quote the token.
 pub(super) fn check(token: &str, algorithm: SignatureAlgorithm, key: &DecodingKey) -> Result<(), Error> {
-    // Without a provider of its own, the library would panic. An error means that it has one.
+    // Without a provider, the library would panic. An error means that a provider is already installed.
     let _ = PROVIDER.install_default();
     let mut validation = Validation::new(library(algorithm));
     validation.required_spec_claims.clear();
@@ -44,7 +44,7 @@ pub(super) fn check(token: &str, algorithm: SignatureAlgorithm, key: &DecodingKe
     jsonwebtoken::decode::<IgnoredAny>(token, key, &validation).map(|_| ())
 }
 
-/// The library's name of an algorithm.
+/// The algorithm in the library's type.
 fn library(algorithm: SignatureAlgorithm) -> Algorithm {
     match algorithm {
         SignatureAlgorithm::Rs256 => Algorithm::RS256,
@@ -59,7 +59,7 @@ fn library(algorithm: SignatureAlgorithm) -> Algorithm {
     }
 }
 
-/// How `ring` checks an algorithm, by the form in which it takes the key.
+/// How `ring` checks an algorithm. The variants differ in the form of the key.
 #[derive(Clone, Copy)]
 enum Scheme {
     Rsa(&'static RsaParameters),
@@ -78,7 +78,7 @@ impl Scheme {
             Algorithm::ES256 => Self::Curve(AlgorithmFamily::Ec, &ECDSA_P256_SHA256_FIXED),
             Algorithm::ES384 => Self::Curve(AlgorithmFamily::Ec, &ECDSA_P384_SHA384_FIXED),
             Algorithm::EdDSA => Self::Curve(AlgorithmFamily::Ed, &ED25519),
-            // The symmetric ones.
+            // The symmetric algorithms.
             _ => return None,
         })
     }

@@ -1,4 +1,4 @@
-//! Tokens of an issuer, of attackers and of the past, against the rules; and keys that change.
+//! Tests of the rules with genuine tokens, forged tokens and expired tokens, and with keys that change.
 
 #[path = "../../../tests/support/key_server.rs"]
 mod key_server;
@@ -46,7 +46,7 @@ fn settings() -> IssuerSettings {
     }
 }
 
-/// What a good token says.
+/// The claims of a good token.
 fn claims() -> Value {
     json!({
         "iss": ISSUER, "aud": AUDIENCE, "sub": "repo:us/it", "exp": NOW + 600, "nbf": NOW - 5, "iat": NOW - 5,
@@ -54,7 +54,7 @@ fn claims() -> Value {
     })
 }
 
-/// The claims of a good token with some of them replaced, or removed by a null.
+/// The claims of a good token, with some of them replaced. A null removes a claim.
 fn claims_but(changes: Value) -> Value {
     let mut claims = claims();
     for (name, value) in changes.as_object().unwrap() {
@@ -147,7 +147,7 @@ fn a_signature_by_anything_but_the_named_key_and_algorithm_is_refused() {
         let (header, payload) = texts(named);
         assert_eq!(world.refused(&world.rsa.sign_texts(used, &header, &payload)), Signature, "{named}");
     }
-    // All zeros, which faulty libraries accept for ECDSA.
+    // A signature of zeros, which faulty libraries accept for ECDSA.
     assert_eq!(world.refused(&format!("{message}.{}", encode([0; 64]))), Signature);
 }
 
@@ -162,7 +162,7 @@ fn unsigned_tokens_and_tokens_with_a_shared_secret_are_refused() {
             assert!(matches!((name, kind), ("", Malformed) | (_, Algorithm)), "{name} {kind:?}");
         }
     }
-    // Key confusion: the public key, in each form in which a server may have it, as the secret.
+    // Key confusion: the public key, in each form in which a server may have it, is used as the secret.
     let jwk = world.rsa.jwk();
     let modulus = jwk["n"].as_str().unwrap();
     for secret in [modulus.as_bytes(), jwk.to_string().as_bytes(), key_set(&[&world.rsa]).as_bytes(), b""] {
@@ -249,7 +249,7 @@ fn the_conditions_on_claims_are_checked() {
 }
 
 #[test]
-fn what_is_not_a_token_is_refused_and_bounded() {
+fn invalid_tokens_are_refused_and_bounded() {
     let world = world();
     let good = world.signed(json!({}));
     let parts: Vec<&str> = good.split('.').collect();
@@ -318,7 +318,7 @@ fn duplicate_names_and_unknown_demands_are_refused() {
     }
 }
 
-/// Nothing in a token says with which key it is checked, but the id of one that is known.
+/// A token cannot choose the key that it is checked with, except by the id of a known key.
 #[test]
 fn keys_that_a_token_brings_are_ignored() {
     let world = world();
@@ -344,7 +344,7 @@ fn a_token_without_a_key_id_needs_a_key_that_is_the_only_one_of_its_kind() {
     let two = KeySet::parse(key_set(&[&world.ed25519, &SigningKey::ed25519("2")]).as_bytes()).unwrap();
     let refusal = verify_with(&world.rules, &two, &anonymous(&world.ed25519), at(NOW)).unwrap_err();
     assert_eq!(refusal.kind, Key, "{refusal}");
-    // Two keys of one id, as while an issuer changes them, are both tried.
+    // Two keys with the same id, as exist while an issuer replaces a key, are both tried.
     let same = KeySet::parse(key_set(&[&SigningKey::ed25519("ed"), &world.ed25519]).as_bytes()).unwrap();
     assert!(verify_with(&world.rules, &same, &world.signed(json!({})), at(NOW)).is_ok());
 }

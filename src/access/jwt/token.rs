@@ -1,7 +1,7 @@
-//! [`UnverifiedToken`]: a signed token (RFC 7515, RFC 7519) that was read, but whose signature was not checked. Pure.
+//! [`UnverifiedToken`]: a parsed signed token (RFC 7515, RFC 7519) whose signature is not checked. Pure.
 //!
-//! Whatever a token says about keys (`jku`, `x5u`, `jwk`, `x5c`) is ignored. Extensions that must be understood (`crit`) are
-//! refused, because none is.
+//! Everything that a token says about keys (`jku`, `x5u`, `jwk`, `x5c`) is ignored. Tokens with critical extensions
+//! (`crit`) are refused, because no extension is supported.
 
 use super::{
     algorithm::SignatureAlgorithm,
@@ -13,14 +13,14 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Map, Value};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The longest token in bytes. Those of known issuers have 1 to 4 KiB.
+/// Maximum length of a token in bytes. Those of known issuers have 1 to 4 KiB.
 pub const MAX_TOKEN_BYTES: usize = 16 * 1024;
-/// The longest issuer and subject, in bytes.
+/// Maximum length of issuer and subject in bytes.
 pub(super) const MAX_NAME_BYTES: usize = 1024;
-/// Most audiences of one token.
+/// Maximum number of audiences of a token.
 const MAX_AUDIENCES: usize = 32;
 
-/// See the top of this file. What it says may be a lie until the signature is checked.
+/// The token. Its content cannot be trusted until the signature is checked.
 #[derive(Debug)]
 pub(super) struct UnverifiedToken<'a> {
     /// The whole token.
@@ -33,7 +33,7 @@ pub(super) struct UnverifiedToken<'a> {
     pub(super) expires: SystemTime,
     pub(super) not_before: Option<SystemTime>,
     pub(super) issued: Option<SystemTime>,
-    /// All claims, those above included.
+    /// All claims, including those above.
     pub(super) claims: Map<String, Value>,
 }
 
@@ -42,10 +42,10 @@ fn malformed(reason: impl Into<String>) -> TokenRefusal {
 }
 
 impl<'a> UnverifiedToken<'a> {
-    /// Reads a token in compact form.
+    /// Parses a token in compact form.
     ///
     /// # Errors
-    /// `Malformed`, or `Algorithm` for one that is none of ours.
+    /// `Malformed`, or `Algorithm` for an algorithm that is not supported.
     pub(super) fn parse(text: &'a str) -> Result<Self, TokenRefusal> {
         if text.len() > MAX_TOKEN_BYTES {
             return Err(malformed(format!("it has {} bytes, more than {MAX_TOKEN_BYTES}", text.len())));
@@ -133,7 +133,7 @@ fn audiences(claims: &Map<String, Value>) -> Result<Vec<String>, TokenRefusal> {
     })
 }
 
-/// A number of seconds since 1970, which may have a fraction.
+/// Parses a number of seconds since 1970, which may have a fraction.
 fn time(claims: &Map<String, Value>, name: &str) -> Result<Option<SystemTime>, TokenRefusal> {
     let Some(value) = claims.get(name) else { return Ok(None) };
     let whole = value.as_u64().map(Duration::from_secs);

@@ -1,7 +1,7 @@
-//! The list of static tokens on disk: read by the server, and changed by `gorego token` and the Admin service.
+//! The list of static tokens on disk. The server reads it; `gorego token` and the Admin service change it.
 //!
-//! A change is made under a lock and takes effect as a whole, by renaming a new file into place. The file is readable for its owner
-//! alone, and a file that others may read or change is refused.
+//! A change is made under a lock. It takes effect as a whole, because a new file is renamed into place. Only the owner
+//! can read the file. A file that others may read or change is refused.
 
 use super::TokenFile;
 use gorego_reapi::error::{Error, Result};
@@ -18,9 +18,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Largest file that is read, in bytes.
+/// Maximum size of the file in bytes.
 const FILE_MAX_BYTES: u64 = 16 * 1024 * 1024;
-/// How long a change waits for another one. Each takes milliseconds.
+/// How long a change waits for another one. A change takes milliseconds.
 const LOCK_LIMIT: Duration = Duration::from_secs(10);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -49,7 +49,7 @@ pub fn read(path: &Path) -> Result<TokenFile> {
     TokenFile::parse(&text).map_err(|error| refuse(error.to_string()))
 }
 
-/// Changes the list, and returns what `change` returns. If that fails, the file stays as it is.
+/// Changes the list, and returns the result of `change`. If a step fails, the file stays unchanged.
 ///
 /// # Errors
 /// Those of [`read`] and of `change`; `Precondition` if the file cannot be written.
@@ -62,7 +62,7 @@ pub fn update<T>(path: &Path, change: impl FnOnce(&mut TokenFile) -> Result<T>) 
         _ => PathBuf::from("."),
     };
     let lock = File::open(&directory).map_err(|error| failed("open the directory of", &error))?;
-    // Released when the directory is closed.
+    // The lock is released when the directory is closed.
     wait_for_lock(&lock, LOCK_LIMIT).map_err(|error| failed("lock", &error))?;
     let mut list = read(path)?;
     let changed = change(&mut list)?;
@@ -70,7 +70,7 @@ pub fn update<T>(path: &Path, change: impl FnOnce(&mut TokenFile) -> Result<T>) 
     Ok(changed)
 }
 
-/// Locks a directory. Any user who may read it can hold a lock for ever, so the wait ends.
+/// Locks a directory. Any user who may read the directory can hold a lock, so the wait is limited.
 fn wait_for_lock(directory: &File, limit: Duration) -> io::Result<()> {
     let end = Instant::now() + limit;
     loop {
@@ -90,7 +90,7 @@ fn write(path: &Path, directory: &Path, text: &str) -> io::Result<()> {
     // A temporary file has the mode 600.
     let mut file = tempfile::Builder::new().prefix(".tokens-").tempfile_in(directory)?;
     file.write_all(text.as_bytes())?;
-    // The superuser keeps the file readable for the user of the server.
+    // If root changes the file, it stays readable for the user of the server.
     if rustix::process::geteuid().is_root() {
         let owner = fs::metadata(path).or_else(|_| fs::metadata(directory))?;
         fchown(file.as_file(), Some(owner.uid()), Some(owner.gid()))?;

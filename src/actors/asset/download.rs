@@ -11,7 +11,7 @@ use super::{
     patience::Patience,
     request::AssetRequest,
 };
-use crate::actors::cas::client::Cas;
+use crate::{actors::cas::client::Cas, causes::causes};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -100,7 +100,7 @@ impl Downloader {
                     .build()
             });
             work.await.map_err(Error::internal)?.map_err(|error| {
-                let causes = chain(&error);
+                let causes = causes(&error);
                 Error::Internal(format!(
                     "this server cannot set up downloads: {causes}; check that CA certificates are installed"
                 ))
@@ -211,7 +211,7 @@ fn of_request(error: &reqwest::Error) -> Problem {
     }
     let kind = if error.is_timeout() { FailureKind::TimedOut } else { FailureKind::Unusable };
     // The message omits the URL, which may contain a password and is reported separately.
-    Problem::origin(kind, format!("the request to the origin failed: {}", chain(error)))
+    Problem::origin(kind, format!("the request to the origin failed: {}", causes(error)))
 }
 
 fn refused_by_resolver(error: &reqwest::Error) -> Option<Problem> {
@@ -226,15 +226,4 @@ fn refused_by_resolver(error: &reqwest::Error) -> Option<Problem> {
         next = error.source();
     }
     None
-}
-
-/// The causes of an error, without the outermost message, which only repeats the URL.
-fn chain(error: &reqwest::Error) -> String {
-    let mut causes = Vec::new();
-    let mut next = std::error::Error::source(error);
-    while let Some(error) = next {
-        causes.push(error.to_string());
-        next = error.source();
-    }
-    if causes.is_empty() { "the request failed".into() } else { causes.join(": ") }
 }

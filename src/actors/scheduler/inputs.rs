@@ -1,5 +1,5 @@
-//! What tasks need before they get a slot: [`InputCheck`] is the part of the store that the scheduler needs, and [`ImageSupply`]
-//! that of container images. They are traits, so that tests need neither.
+//! What the scheduler needs from other rooms before a task gets a slot: [`InputCheck`] for the store and
+//! [`ImageSupply`] for container images. They are traits, so that tests need neither.
 
 use crate::{
     actors::cas::client::Cas,
@@ -15,10 +15,10 @@ pub trait InputCheck: 'static {
     fn check(&self, instance: Instance, root: Digest, build: Owner) -> BoxFuture<'static, Result<()>>;
 }
 
-/// Brings container images.
+/// Pulls container images.
 pub trait ImageSupply: Send + Sync {
-    /// Pulls the image of this name if it is not there. The work is done on other threads. A dropped future waits no more; the
-    /// pull goes on, since others may want it.
+    /// Pulls the image of this name if it is not unpacked yet. The work is done on other threads. If the future is
+    /// dropped, the pull continues, because other callers may need the image.
     fn bring(&self, name: &str, caller: Caller) -> BoxFuture<'static, Result<()>>;
 }
 

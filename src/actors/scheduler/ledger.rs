@@ -5,17 +5,18 @@
 //! - A task is waiting (unchecked, checking, awaiting its image if it names one, or ready, in that order) or running. Only ready
 //!   tasks are given a slot.
 //! - A ready task is in the queue of each pool that can run it. A running task is in no queue.
-//! - A task without followers waits behind all tasks with followers, and gives up its slot if one of these needs it.
+//! - Tasks without followers wait behind all tasks with followers, and give up their slots if these need them.
 //! - A task has an entry in its queues for each owner that waits for it. It counts for one of them in the [`QueueQuota`] and,
 //!   while it runs, for the owner whose turn it was.
 //! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], even if the task ends earlier: a run that was told
 //!   to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so every operation ends exactly once.
 //!
-//! This file has what clients ask for; `ledger/dispatch.rs` has the way of a task through checks and slots, `ledger/conclusion.rs`
-//! the end of its runs, `ledger/waiting.rs` the queues, `ledger/explanation.rs` why an operation waits, `ledger/followers.rs` tasks
-//! without followers, `ledger/peaks.rs` what is learned of their memory, `ledger/pools.rs` pools that come and go,
-//! `ledger/deadlines.rs` the clock, `ledger/task.rs` what tasks and runs are.
+//! This file handles the requests of clients. `ledger/dispatch.rs` handles input checks and slots,
+//! `ledger/conclusion.rs` the end of runs, `ledger/waiting.rs` the queues, `ledger/explanation.rs` why an operation
+//! waits, `ledger/followers.rs` tasks without followers, `ledger/peaks.rs` the memory use of earlier actions,
+//! `ledger/pools.rs` the changes of pools, and `ledger/deadlines.rs` the deadlines. `ledger/task.rs` defines tasks and
+//! runs.
 //! Each step of an operation is recorded as a [`Transition`] until [`Ledger::take_transitions`].
 
 mod conclusion;
@@ -60,7 +61,7 @@ use std::{
 
 use demand::Demand;
 pub(crate) use dispatch::{Assignment, Check, ImageOrder, RunEnd};
-use explanation::Board;
+use explanation::QueuePositions;
 use followers::Unfollowed;
 use peaks::{PeakKey, Peaks};
 use task::{Task, TaskKey, TaskRun, TaskStep, key};
@@ -78,9 +79,9 @@ pub(crate) struct Ledger {
     unchecked: Queue,
     /// The queue of each pool.
     ready: BTreeMap<PoolId, Queue>,
-    board: Board,
+    positions: QueuePositions,
     unfollowed: Unfollowed,
-    /// How much memory actions took.
+    /// The memory that earlier actions used.
     peaks: Peaks,
     demand: Demand,
     /// Hashes the names of builds. It is randomly keyed, so clients cannot force collisions.
@@ -89,7 +90,7 @@ pub(crate) struct Ledger {
     quota: QueueQuota,
     /// The running input checks, including those of tasks that have ended meanwhile.
     checks: BTreeMap<TaskId, Charge>,
-    /// Whether somebody brings the container images that tasks name. Otherwise such names mean nothing here.
+    /// Whether the container images of tasks are pulled. Otherwise the names of images have no meaning here.
     brings_images: bool,
     /// Tasks whose images were not ordered yet.
     image_orders: VecDeque<TaskId>,
@@ -109,7 +110,7 @@ impl Ledger {
             slots,
             quota: QueueQuota::new(&settings),
             settings,
-            board: Board::default(),
+            positions: QueuePositions::default(),
             unfollowed: Unfollowed::default(),
             peaks: Peaks::default(),
             demand: Demand::default(),
@@ -125,18 +126,19 @@ impl Ledger {
         }
     }
 
-    /// From now on, tasks wait for the container images that they name: see [`Ledger::next_image`].
+    /// From now on, tasks wait for the container images that they name. See [`Ledger::next_image`].
     pub(crate) fn bring_images(&mut self) {
         self.brings_images = true;
     }
 
-    /// Admits an action that was looked up in the store. A cached result and an action that cannot run become operations that
-    /// have already ended, so that their names are known like any other (EXE-02). Any other action joins a task of the identical
-    /// action, also if the client asked to skip the cache (EXE-17), or is queued.
+    /// Admits an action that was looked up in the store. An action that has a cached result or cannot run becomes an
+    /// operation that has already ended, so that its name is known like any other (EXE-02). Any other action joins a
+    /// task of the identical action, even if the client asked to skip the cache (EXE-17), or is queued.
     ///
     /// # Errors
-    /// `Unavailable` during a shutdown, or when no pool that suits takes tasks; `Exhausted` when the queue is full, or this peer or
-    /// build has its share; `OverQuota` when its quota is used up; `Precondition` when no pool suits (EXE-31).
+    /// `Unavailable` during a shutdown, or if no suitable pool takes tasks; `Exhausted` if the queue is full, or this
+    /// peer or build has its share; `OverQuota` if its quota is used up; `Precondition` if no pool is suitable
+    /// (EXE-31).
     pub(crate) fn admit(
         &mut self,
         submit: Submit,
@@ -164,7 +166,8 @@ impl Ledger {
         }
     }
 
-    /// Adds an operation that has already ended. Also during a shutdown, because its client may have the answer.
+    /// Adds an operation that has already ended. This also works during a shutdown, because the client may already have
+    /// the answer.
     pub(crate) fn record(&mut self, operation: FinishedOperation, now: ClockReading) -> Subscription {
         let subscription = operation.subscribe();
         let FinishedOperation { info, priority, outcome, snapshot } = operation;
@@ -268,8 +271,8 @@ impl Ledger {
         Ok(subscription)
     }
 
-    /// Ends an operation as cancelled, and its task with its last operation (OPS-03, OPS-04). A finished operation is left as it
-    /// is.
+    /// Ends an operation as cancelled. Its task ends with its last operation (OPS-03, OPS-04). A finished operation is
+    /// not changed.
     ///
     /// # Errors
     /// `NotFound`.
@@ -301,7 +304,7 @@ impl Ledger {
     pub(crate) fn list(&self, query: &ListOperations) -> Result<OperationPage> {
         let named = query.filter.pool.as_deref().map(|name| self.slots.named(name)).transpose()?;
         let named = named.unwrap_or_default();
-        // An operation that waits is in no pool yet, but in the queues of some.
+        // A waiting operation is in no pool yet, but it is in the queues of some.
         let waits_for_pool = |task| {
             let task = self.tasks.get(&task);
             task.is_some_and(|task| task.pools.iter().any(|pool| named.contains(pool)))
@@ -319,12 +322,12 @@ impl Ledger {
         }
     }
 
-    /// Admits no more actions, and ends tasks without followers; with `cancel`, ends all tasks. Both end with a status that
-    /// clients retry.
+    /// Admits no more actions, and ends tasks without followers. If `cancel` is set, ends all tasks. Both end with a
+    /// status that clients retry.
     pub(crate) fn drain(&mut self, cancel: bool, now: ClockReading) {
         self.draining = true;
         if !cancel {
-            self.notice_losses(now);
+            self.find_unfollowed(now);
             self.end_unfollowed(now);
             return;
         }
@@ -404,14 +407,15 @@ impl Ledger {
         Some(task)
     }
 
-    /// What an action is, as far as its memory is concerned; `None` if its client does not say.
+    /// The key under which the memory of an action is recorded; `None` if its client does not name a target or
+    /// mnemonic.
     fn peak_key(&self, info: &OperationInfo) -> Option<PeakKey> {
         let (target, mnemonic) = (&info.client.target_id, &info.client.action_mnemonic);
         let is_named = !target.is_empty() || !mnemonic.is_empty();
         is_named.then(|| PeakKey(self.names.hash_one((info.instance.id(), target, mnemonic))))
     }
 
-    /// Tells a run to stop. Its slot is busy until the worker reports.
+    /// Tells a run to stop. Its slot stays busy until the worker reports.
     fn stop_run(&mut self, id: TaskId, now: ClockReading) {
         if let Some(run) = self.runs.get_mut(&id) {
             run.cancel.cancel();

@@ -2,7 +2,7 @@
 
 use super::{
     operation::Outcome,
-    transition::{OperationEvent, Phases, RunPlace, Transition},
+    transition::{OperationEvent, Phases, SlotName, Transition},
 };
 use crate::logging::{Event, Field};
 use gorego_reapi::error::Error;
@@ -18,7 +18,7 @@ pub(crate) const OPERATION_QUEUED: &str = "operation_queued";
 pub(crate) const OPERATION_EXECUTING: &str = "operation_executing";
 /// A worker failed, or its pool was removed; the operation waits again.
 pub(crate) const OPERATION_REQUEUED: &str = "operation_requeued";
-/// An operation ended. This is the only line of an operation that was over at once.
+/// An operation ended. This is the only line about an operation that was finished when it was admitted.
 pub(crate) const OPERATION_COMPLETED: &str = "operation_completed";
 /// A run neither ends nor stops, so its slot is out of service.
 pub(crate) const SLOT_STUCK: &str = "slot_stuck";
@@ -78,12 +78,12 @@ fn log_to(logger: &dyn Log, Transition { info, priority, event: step }: &Transit
     event.log_to(logger, format_args!("{message}"));
 }
 
-fn with_place<'a>(event: &mut Event<'a>, place: &'a RunPlace) {
+fn with_place<'a>(event: &mut Event<'a>, place: &'a SlotName) {
     event.with("pool", &*place.pool).with("slot", place.slot.0);
 }
 
 fn with_outcome<'a>(event: &mut Event<'a>, outcome: &'a Outcome) {
-    // The metadata of a cached result describes the run that made it, not this operation.
+    // The metadata of a cached result describes the run that produced it, not this operation.
     let result = outcome.result.as_ref().filter(|_| !outcome.cached);
     let phases = result.map(|result| Phases::of(result)).unwrap_or_default();
     event
@@ -177,7 +177,7 @@ mod tests {
         let completed = |outcome: &Outcome, place, queued_for| {
             line(OperationEvent::Completed { outcome: Arc::new(outcome.clone()), place, queued_for })
         };
-        let place = RunPlace { pool: "local".into(), slot: SlotId(2), worker: "host/2".into() };
+        let place = SlotName { pool: "local".into(), slot: SlotId(2), worker: "host/2".into() };
         let ran = completed(&outcome, Some(Arc::new(place)), Some(Duration::from_millis(15)));
         let common = json!({
             "event": "operation_completed",

@@ -1,4 +1,4 @@
-//! The messages that the scheduler accepts from RPC handlers and operators. Each is one request; its reply is the whole answer.
+//! The messages that the scheduler accepts from RPC handlers and operators. Each is one request with one reply.
 
 use super::{
     Pool,
@@ -15,11 +15,12 @@ use crate::{
 use gorego_reapi::{digest::Digest, error::Result};
 use std::{sync::Arc, time::Duration};
 
-/// Admits an action and creates an operation for it. The operation joins a task of the same action, waits in the queue, or is
-/// over at once because the action cannot run. An operation with a cached result is over at once too, but see [`Record`].
+/// Admits an action and creates an operation for it. The operation joins a task of the same action, waits in the queue,
+/// or ends at once because the action cannot run. An operation with a cached result also ends at once, but see
+/// [`Record`].
 ///
 /// # Errors
-/// `Exhausted` when the queue is full, `Unavailable` during shutdown, `Precondition` when no pool suits it (EXE-31).
+/// `Exhausted` if the queue is full, `Unavailable` during shutdown, `Precondition` if no pool is suitable (EXE-31).
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<Subscription>")]
 pub struct Admit {
@@ -29,8 +30,9 @@ pub struct Admit {
     pub resolution: Resolution,
 }
 
-/// A fact: a client was given a cached result as the answer to its request. The operation becomes known under its name like any
-/// other (EXE-02). A mailbox keeps the order of its messages, so questions that clients ask about this name find it.
+/// A fact: a client was given a cached result as the answer to its request. The operation becomes known under its name
+/// like any other (EXE-02). A mailbox keeps the order of its messages, so later requests of clients about this name
+/// find it.
 #[derive(Debug, actix::Message)]
 #[rtype(result = "()")]
 pub struct Record(pub FinishedOperation);
@@ -44,7 +46,8 @@ pub struct Submit {
     pub action: Digest,
     /// Whether to run the action even if a result is cached (EXE-17).
     pub skip_cache_lookup: bool,
-    /// The requested priority; lower values run sooner. A value outside the configured range counts as the nearest in it.
+    /// The requested priority; lower values run sooner. A value outside the configured range is replaced by the nearest
+    /// value in it.
     pub priority: i32,
     /// The contents that the client wants in the response itself.
     pub inline: Inline,
@@ -52,7 +55,7 @@ pub struct Submit {
     pub client: ClientInfo,
     /// The connection and peer of the request.
     pub caller: Caller,
-    /// Who sends it, and owns the operation.
+    /// The sender, who owns the operation.
     pub principal: Principal,
     /// How many operations its sender may have.
     pub limits: OperationLimits,
@@ -70,7 +73,7 @@ impl Submit {
 /// Subscribes to an existing operation (EXE-12).
 ///
 /// # Errors
-/// `NotFound` when it is unknown or forgotten (EXE-13).
+/// `NotFound` if it is unknown or forgotten (EXE-13).
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<Subscription>")]
 pub struct Watch {
@@ -80,11 +83,11 @@ pub struct Watch {
     pub id: OperationId,
 }
 
-/// Ends one operation as cancelled. Its task stops with the last operation that waits for it (OPS-03, OPS-04). A finished
-/// operation is left as it is.
+/// Ends one operation as cancelled. Its task stops with the last operation that waits for it (OPS-03, OPS-04). A
+/// finished operation is not changed.
 ///
 /// # Errors
-/// `NotFound` when it is unknown.
+/// `NotFound` if it is unknown.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<()>")]
 pub struct Cancel {
@@ -97,7 +100,7 @@ pub struct Cancel {
 /// Removes a finished operation from the list of operations.
 ///
 /// # Errors
-/// `NotFound` when it is unknown, `Precondition` when it is not finished.
+/// `NotFound` if it is unknown, `Precondition` if it is not finished.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<()>")]
 pub struct Forget {
@@ -107,8 +110,8 @@ pub struct Forget {
     pub id: OperationId,
 }
 
-/// Asks why an operation waits. The answer is `None` when it does not wait or is unknown. Positions come from a snapshot of the
-/// queues that is taken at most every 100 ms, so that any number of clients may ask.
+/// Asks why an operation waits. The answer is `None` if it does not wait or is unknown. Positions come from a snapshot
+/// of the queues that is taken at most every 100 ms, so any number of clients may ask.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Option<Box<QueueStatus>>")]
 pub struct Explain {
@@ -121,7 +124,7 @@ pub struct Explain {
 /// Asks for a page of operations, ordered by submission, oldest first.
 ///
 /// # Errors
-/// `Invalid` when the filter names an unknown pool.
+/// `Invalid` if the filter names an unknown pool.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Result<OperationPage>")]
 pub struct ListOperations {
@@ -131,7 +134,7 @@ pub struct ListOperations {
     pub filter: OperationFilter,
     /// The submission number after which the page starts; 0 for the first page.
     pub after: u64,
-    /// Largest number of operations on the page; at least 1.
+    /// Maximum number of operations on the page; at least 1.
     pub limit: usize,
 }
 
@@ -146,7 +149,7 @@ pub struct OperationFilter {
     pub invocation: Option<String>,
     /// The `target_id` in the RequestMetadata.
     pub target: Option<String>,
-    /// The name of the pool that runs or ran it or, while it waits, of a pool that can run it.
+    /// The name of the pool that runs or ran the operation. While it waits, this is a pool that can run it.
     pub pool: Option<String>,
     /// The name of the worker that runs or ran it.
     pub worker: Option<String>,
@@ -183,10 +186,10 @@ pub struct Inspection {
     pub slots: usize,
 }
 
-/// Adds a pool. Tasks that wait and that it suits wait for it too from now on.
+/// Adds a pool. Waiting tasks that it suits wait for it too from now on.
 ///
 /// # Errors
-/// `Precondition` when there are too many pools, or one with this name that is not draining.
+/// `Precondition` if there are too many pools, or a pool with this name that is not draining.
 #[derive(actix::Message)]
 #[rtype(result = "Result<PoolId>")]
 pub struct AddPool {
@@ -194,10 +197,10 @@ pub struct AddPool {
     pub pool: Pool,
 }
 
-/// Has a pool take no more tasks. Replies when all runs of the pool have ended.
+/// Stops a pool from taking tasks. Replies when all runs of the pool have ended.
 ///
 /// # Errors
-/// `NotFound` when there is no such pool.
+/// `NotFound` if there is no such pool.
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "Result<()>")]
 pub struct DrainPool {
@@ -205,11 +208,11 @@ pub struct DrainPool {
     pub id: PoolId,
 }
 
-/// Removes a pool. Runs that it still has are stopped and their tasks are tried again in other pools; tasks that only this pool
-/// could run end.
+/// Removes a pool. Its remaining runs are stopped and their tasks are tried again in other pools. Tasks that only this
+/// pool could run end.
 ///
 /// # Errors
-/// `NotFound` when there is no such pool.
+/// `NotFound` if there is no such pool.
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "Result<()>")]
 pub struct RemovePool {
@@ -222,25 +225,28 @@ pub struct RemovePool {
 #[rtype(result = "Vec<PoolStatus>")]
 pub struct ListPools;
 
-/// Asks for the numbers of each pool, in order of preference. The answer costs O(pools), however many tasks there are.
+/// Asks for the measurements of each pool, in order of preference. The answer costs O(pools), however many tasks there
+/// are.
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "Vec<PoolMeasurement>")]
 pub struct Measure;
 
-/// A pool in numbers.
+/// The measurements of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolMeasurement {
     /// Its name, its state and its slots.
     pub status: PoolStatus,
-    /// Tasks that wait and would run here if every pool had a free slot. Each waiting task counts for one pool.
+    /// The number of waiting tasks that would run in this pool if every pool had a free slot. Each waiting task counts
+    /// for one pool.
     pub waiting: usize,
     /// How long ago the oldest of them was submitted.
     pub oldest: Option<Duration>,
-    /// The slots that would be busy now if there were enough: those that run tasks, and one for each task that waits.
+    /// The number of slots that would be busy now if there were enough: one for each running task and one for each
+    /// waiting task.
     pub desired: usize,
 }
 
-/// Has the scheduler admit no more actions. Replies when no task is left.
+/// Stops the scheduler from admitting actions. Replies when no task is left.
 #[derive(Debug, Clone, Copy, actix::Message)]
 #[rtype(result = "()")]
 pub struct Drain {

@@ -1,6 +1,6 @@
 //! An operation as its clients see it: its name, its state, the subscription to it, and its outcome.
 
-use super::transition::RunPlace;
+use super::transition::SlotName;
 use crate::{
     access::principal::Principal, actors::worker::messages::RunStage, caller::Peer, instance::Instance,
     log_streams::run::RunLogs, memory, node::NodeName, result::SharedResult,
@@ -121,7 +121,7 @@ impl Outcome {
         }
     }
 
-    /// The approximate memory that it takes, in bytes. Nothing is walked.
+    /// The approximate memory that it takes, in bytes. The cost does not depend on the size of the result.
     pub(crate) fn memory(&self) -> usize {
         let logs = self.server_logs.iter().map(|log| size_of_val(log) + memory::of_buffer(log.name.len()));
         let texts = memory::of_buffer(self.message.len()) + logs.sum::<usize>();
@@ -147,19 +147,19 @@ pub struct Snapshot {
     /// The time of the submission.
     pub queued_at: SystemTime,
     /// The slot on which it runs or ran last.
-    pub place: Option<Arc<RunPlace>>,
+    pub place: Option<Arc<SlotName>>,
     /// The current stage of the run, and the time at which it was entered.
     pub run_stage: Option<(RunStage, SystemTime)>,
     /// The streams in which the output of the latest run can be followed, during the run and after it (EXE-64).
     pub logs: Option<RunLogs>,
-    /// Why it waits. This changes whenever another operation comes or goes, so it is not set in snapshots that are pushed. A
-    /// handler that shows it asks for it with [`Explain`](super::messages::Explain).
+    /// Why it waits. This changes whenever another operation comes or goes, so it is not set in snapshots that are
+    /// pushed. A handler requests it with [`Explain`](super::messages::Explain).
     pub queue: Option<Box<QueueStatus>>,
     /// How it ended; set if and only if the stage is [`Stage::Completed`].
     pub outcome: Option<Arc<Outcome>>,
 }
 
-/// Why an operation waits, as of the last second.
+/// Why an operation waits. The data is at most about a second old.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct QueueStatus {
     /// The name of the pool that will probably run it.
@@ -219,7 +219,7 @@ pub struct OperationInfo {
     pub client: ClientInfo,
     /// The peer from which the request came.
     pub peer: Peer,
-    /// Who sent the request.
+    /// The principal that sent the request.
     pub principal: Principal,
 }
 
@@ -229,7 +229,7 @@ impl OperationInfo {
         self.id.name(&self.instance)
     }
 
-    /// The approximate memory of what the client named, in bytes: the part that clients can make large.
+    /// The approximate memory of the texts from the client, in bytes. Clients can make this part large.
     pub(crate) fn memory(&self) -> usize {
         let ClientInfo { tool_invocation_id, target_id, action_mnemonic } = &self.client;
         let texts = [tool_invocation_id, target_id, action_mnemonic];
@@ -258,7 +258,7 @@ pub struct Subscription {
     pub snapshots: watch::Receiver<Snapshot>,
 }
 
-/// An operation that is over when it begins. Nothing was told of it yet but to the holder of its [`Subscription`].
+/// An operation that has ended before it is recorded. So far, only the holder of its [`Subscription`] knows it.
 #[derive(Debug)]
 pub struct FinishedOperation {
     pub(super) info: Arc<OperationInfo>,

@@ -1,4 +1,4 @@
-//! [`OperationLoads`]: the unfinished operations of each peer in each instance, for quotas. Pure.
+//! [`OperationLoads`]: the number of unfinished operations of each peer in each instance, for quotas. Pure.
 
 use super::{
     operation::{OperationInfo, Stage},
@@ -12,7 +12,7 @@ use crate::{
 use gorego_reapi::error::Result;
 use std::collections::HashMap;
 
-/// See the top of this file. It has an entry for each peer and instance with an unfinished operation.
+/// The loads; there is an entry for each peer and instance with an unfinished operation.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct OperationLoads(HashMap<(Peer, InstanceId), OperationLoad>);
 
@@ -20,7 +20,7 @@ pub(super) struct OperationLoads(HashMap<(Peer, InstanceId), OperationLoad>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct OperationLoad {
     unfinished: usize,
-    /// Those of them that wait for a worker.
+    /// The number of them that wait for a worker.
     queued: usize,
 }
 
@@ -59,7 +59,7 @@ impl OperationLoads {
     /// Checks whether one more operation is within the limits.
     ///
     /// # Errors
-    /// `OverQuota` when it is not.
+    /// `OverQuota` if it is not.
     pub(super) fn check(&self, info: &OperationInfo, limits: OperationLimits) -> Result<()> {
         let load = self.0.get(&key(info)).copied().unwrap_or_default();
         let counts = [

@@ -1,14 +1,14 @@
 //! A queue that is fair between peers and between builds: the tasks that wait for one pool, and which of them is next.
 //!
-//! Clients choose the priority and the build name of their tasks, so these must not give one client an advantage over others.
-//! They cannot choose the address that they call from, their [`Peer`]. So shares nest: peers share the slots of the pool, and
-//! builds share the slots of their peer. The order:
-//! 1. A peer's *rank* is the most urgent priority among its waiting tasks, or 0 if that is negative. Peers of the lowest rank
-//!    are served first. So a client can make its tasks less urgent than those of other peers, but not more urgent. Among the
-//!    tasks of its own peer, it can do both (rule 3).
-//! 2. Among peers of the lowest rank, the one with the fewest running tasks in this pool is next; among equals, the one that was
-//!    served or arrived the longest time ago. A rank is *due* if its oldest task has waited long enough to make up for the
-//!    difference ([`Ranks`]). It then counts as the lowest rank: it gets its share, and no more.
+//! Clients choose the priority and the build name of their tasks, so these must not give one client an advantage over
+//! others. They cannot choose their [`Peer`], which is the address that they call from. So shares nest: peers share the
+//! slots of the pool, and builds share the slots of their peer. The order:
+//! 1. A peer's *rank* is the most urgent priority among its waiting tasks, or 0 if that is negative. Peers of the
+//!    lowest rank are served first. So a client can make its tasks less urgent than those of other peers, but not more
+//!    urgent. Among the tasks of its own peer, it can do both (rule 3).
+//! 2. Among peers of the lowest rank, the one with the fewest running tasks in this pool is next; among equals, the one
+//!    that was served or arrived the longest time ago. A rank is *due* if its oldest task has waited long enough to make
+//!    up for the difference ([`Ranks`]). It then counts as the lowest rank: it gets its share, and no more.
 //! 3. Within a peer, [`PeerQueue`] defines the order: by priority, then fairly between builds, then by age.
 //! 4. Tasks without followers go after all others, in order of age.
 //!
@@ -25,7 +25,8 @@
 //! peers, and every peer competes at the latest when its oldest task has waited for [`ranks::STEPS_MAX`] steps.
 //!
 //! Every operation costs O(log n), and [`Queue::pop`] O(r) more, where `r` is the number of ranks that are due, which is bounded by
-//! the number of peers and of configured priorities. [`Queue::order`] costs O(n log n). The queue holds entries, not tasks.
+//! the number of peers and of configured priorities. [`Queue::order`] costs O(n log n). The queue holds entries, not
+//! tasks.
 
 mod peer_queue;
 mod ranks;
@@ -248,8 +249,8 @@ impl Queue {
         });
     }
 
-    /// All tasks in the order in which they would be taken now if nothing else came or ended, ageing aside; nearly so for
-    /// tasks of several owners. Costs O(n log n).
+    /// All tasks in the order in which they would be taken if no task arrived or ended. Ageing is not considered, and
+    /// the order is only approximate for tasks of several owners. Costs O(n log n).
     pub(crate) fn order(&self) -> Vec<TaskId> {
         let mut order = Vec::with_capacity(self.len());
         let mut left: HashSet<TaskId> = self.tasks.keys().copied().collect();
@@ -264,7 +265,7 @@ impl Queue {
         while let Some((_, running, turn, peer)) = next.pop_first() {
             let Some(line) = lines.get_mut(&peer) else { continue };
             let Some((_, task)) = line.pop_front() else { continue };
-            // What was taken with another entry takes no turn of this peer.
+            // A task that was taken with another entry takes no turn of this peer.
             let is_taken = left.remove(&task);
             order.extend(is_taken.then_some(task));
             turns += u64::from(is_taken);
@@ -275,7 +276,7 @@ impl Queue {
         order
     }
 
-    /// The peer that is next.
+    /// The next peer to be served.
     fn next_peer(&self, now: Instant) -> Option<Peer> {
         let lowest = self.ranks.lowest()?;
         let competing = std::iter::once(lowest).chain(self.ranks.due(now));

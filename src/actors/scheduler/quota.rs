@@ -1,14 +1,14 @@
-//! [`QueueQuota`]: how many tasks there are and how much memory they take, in total, by peer and by build, and whether one more
-//! task may be admitted. [`PeerQuota`] is the simpler form for one number that is counted only by peer.
+//! [`QueueQuota`]: counts tasks and their memory, in total, by peer and by build, and decides whether one more task may
+//! be admitted. [`PeerQuota`] is the simpler form for one number that is counted only by peer.
 //!
-//! The quota is the bound of the queue. Without shares, a build of 50,000 actions would take every free place, because it asks
-//! most often. So a peer is admitted only while it has less than [`SHARE`] times what is free. The number of peers need not be
-//! known: the more peers take places, the less is free, and the less each may have. A peer that has nothing gets the last
-//! place. In the same way, a build may have less than [`SHARE`] times what its peer may still take. Clients name their builds, so
-//! a client that gives each request another build name gets what its peer may have, and no more.
+//! The quota bounds the queue. Without shares, a build of 50,000 actions would take every free place, because it asks
+//! most often. So a peer is admitted only while it has less than [`SHARE`] times the free places. The number of peers
+//! need not be known: the more places are taken, the less each peer may have. A peer that has nothing gets the last
+//! place. In the same way, a build may have less than [`SHARE`] times what its peer may still take. Clients name their
+//! builds, so a client that gives each request another build name gets the share of its peer, and no more.
 //!
-//! Each operation costs O(1). Nothing is taken away from a peer or a build that has more than its share because others came
-//! later. It is not admitted until enough of its tasks have run, so that places that become free go to the others.
+//! Each operation costs O(1). A peer or a build that has more than its share because others came later keeps its
+//! places. It is not admitted until enough of its tasks have run, so that freed places go to the others.
 
 use super::{
     queue::Owner,
@@ -18,9 +18,9 @@ use crate::caller::Peer;
 use gorego_reapi::error::{Error, Result};
 use std::collections::HashMap;
 
-/// A peer may have this many times what is free, and a build this many times what is left to its peer. One peer alone fills 8/9
-/// of a large queue, so little of the queue is idle. Two peers fill 8/17 each, and `n` peers leave one part in `8 n + 1` free.
-/// One build alone fills 64/81. A queue with up to this many places fills completely.
+/// A peer may have this many times the free places, and a build this many times what is left to its peer. One peer
+/// alone fills 8/9 of a large queue, so little of the queue is unused. Two peers fill 8/17 each, and `n` peers leave
+/// one part in `8 n + 1` free. One build alone fills 64/81. A queue with up to this many places fills completely.
 pub(crate) const SHARE: usize = 8;
 
 /// Part of the queue that tasks take.
@@ -43,12 +43,12 @@ pub(crate) struct QueueQuota {
     builds: HashMap<Owner, Load>,
 }
 
-/// How much more a peer may take that has `own` while this much is free. It stops when it has [`SHARE`] times what is then free.
+/// How much more a peer may take if it has `own` and this much is free. It stops at [`SHARE`] times what is then free.
 fn left_to_peer(own: usize, free: usize) -> usize {
     free.saturating_mul(SHARE).saturating_sub(own).div_ceil(SHARE + 1)
 }
 
-/// Whether a holder of `own` has its full share while this much is left.
+/// Whether a holder of `own` has its full share if this much is left.
 fn has_share(own: usize, left: usize) -> bool {
     own >= left.saturating_mul(SHARE)
 }
@@ -157,7 +157,7 @@ impl QueueQuota {
 }
 
 impl Load {
-    /// The change when a task whose weight is counted separately starts or stops to wait.
+    /// The change of the load when a task starts or stops waiting. Its weight is counted separately.
     pub(crate) const TURN: Self = Self { waiting: 1, weight: 0 };
 
     fn add(&mut self, other: Self) {
@@ -171,14 +171,14 @@ impl Load {
     }
 }
 
-/// A number of things that peers share, and how many each peer has.
+/// A number of things that peers share, and how many of them each peer has.
 #[derive(Debug)]
 pub(crate) struct PeerQuota {
     /// What is counted, for messages.
     what: &'static str,
     size: usize,
     taken: usize,
-    /// The peers that have at least one.
+    /// The peers that have at least one of them.
     peers: HashMap<Peer, usize>,
 }
 
@@ -187,7 +187,7 @@ impl PeerQuota {
         Self { what, size, taken: 0, peers: HashMap::new() }
     }
 
-    /// The number that all peers have.
+    /// The number that all peers have together.
     #[cfg(test)]
     pub(crate) fn taken(&self) -> usize {
         self.taken
@@ -215,7 +215,7 @@ impl PeerQuota {
         })
     }
 
-    /// Counts this many more for a peer. The last ones may exceed the bound.
+    /// Adds to the number of a peer. The total may exceed the bound.
     pub(crate) fn take(&mut self, peer: Peer, more: usize) {
         if more > 0 {
             self.taken = self.taken.saturating_add(more);
@@ -224,7 +224,7 @@ impl PeerQuota {
         }
     }
 
-    /// Counts this many less for a peer.
+    /// Subtracts from the number of a peer.
     pub(crate) fn give_back(&mut self, peer: Peer, less: usize) {
         let Some(own) = self.peers.get_mut(&peer) else { return };
         let less = less.min(*own);
@@ -355,7 +355,7 @@ mod tests {
 
     /// A task that waits again exceeds the bound; nothing wraps, and nobody gets in by that.
     #[test]
-    fn what_waits_again_may_exceed_the_bound() {
+    fn requeued_tasks_may_exceed_the_bound() {
         let mut quota = quota(2, usize::MAX);
         fill(&mut quota, owner(1, 1));
         quota.add(owner(1, 1), Load::TURN);

@@ -21,8 +21,8 @@ use std::{
 };
 use tokio::sync::watch;
 
-/// How many operations are examined for one page. So a filter that matches few operations gives short pages, instead of one
-/// long search that delays all other messages.
+/// How many operations are examined for one page. A filter that matches few operations gives short pages. Without this
+/// limit, one long search would delay all other messages.
 const PAGE_SCAN: usize = 10_000;
 
 /// Every operation that is unfinished or remembered, by submission number.
@@ -33,9 +33,9 @@ pub(crate) struct Register {
     last_number: u64,
     /// The unfinished operations of each peer.
     unfinished: PeerQuota,
-    /// The memory that these take, in bytes.
+    /// The memory of the unfinished operations, in bytes.
     unfinished_bytes: PeerQuota,
-    /// The same by instance.
+    /// The number of unfinished operations of each peer in each instance.
     loads: OperationLoads,
     worked: Retained,
     cached: Retained,
@@ -89,7 +89,7 @@ impl Operation {
     }
 
     /// Whether an unfinished operation has lost its last follower since it was last examined.
-    fn notice_loss(&mut self, now: ClockReading) -> bool {
+    fn has_lost_followers(&mut self, now: ClockReading) -> bool {
         let OperationState::Unfinished { unfollowed_since: since @ None, .. } = &mut self.state else {
             return false;
         };
@@ -227,7 +227,7 @@ impl Register {
     /// The number of an operation.
     ///
     /// # Errors
-    /// `NotFound` when there is no operation with this name in this instance (EXE-13, GEN-15).
+    /// `NotFound` if there is no operation with this name in this instance (EXE-13, GEN-15).
     pub(crate) fn find(&self, instance: &Instance, id: OperationId) -> Result<u64> {
         let number = self.numbers.get(&id).copied();
         let found = number.filter(|n| self.operations.get(n).is_some_and(|o| o.info.instance == *instance));
@@ -277,15 +277,15 @@ impl Register {
     }
 
     /// Whether an operation has lost its last follower since it was last examined.
-    pub(crate) fn notice_loss(&mut self, number: u64, now: ClockReading) -> bool {
-        self.operations.get_mut(&number).is_some_and(|operation| operation.notice_loss(now))
+    pub(crate) fn has_lost_followers(&mut self, number: u64, now: ClockReading) -> bool {
+        self.operations.get_mut(&number).is_some_and(|operation| operation.has_lost_followers(now))
     }
 
     /// The tasks of all operations that have lost their last followers since they were last examined.
-    pub(crate) fn notice_losses(&mut self, now: ClockReading) -> Vec<TaskId> {
+    pub(crate) fn find_unfollowed(&mut self, now: ClockReading) -> Vec<TaskId> {
         let lost = self.operations.values_mut().filter_map(|operation| {
             let task = operation.task()?;
-            operation.notice_loss(now).then_some(task)
+            operation.has_lost_followers(now).then_some(task)
         });
         lost.collect()
     }
@@ -342,8 +342,8 @@ impl Register {
     /// Checks whether a peer may have one more unfinished operation.
     ///
     /// # Errors
-    /// `Exhausted` when there are too many, or they take too much memory, or the peer has its share; `OverQuota` when it has as
-    /// many as its quota allows.
+    /// `Exhausted` if there are too many, if they take too much memory, or if the peer has its share; `OverQuota` if it
+    /// has as many as its quota allows.
     pub(crate) fn check_place(&self, info: &OperationInfo, limits: OperationLimits) -> Result<()> {
         self.unfinished.check(info.peer)?;
         self.unfinished_bytes.check(info.peer)?;
@@ -403,7 +403,7 @@ struct Retained {
 }
 
 impl Retained {
-    /// The bounds of operations that were over when they were admitted.
+    /// The bounds of operations that had ended when they were admitted.
     fn at_birth(settings: &SchedulerSettings) -> Self {
         Self {
             limit: settings.retained_cached,
@@ -424,7 +424,8 @@ impl Retained {
     }
 
     fn pop_excess(&mut self) -> Option<u64> {
-        // The latest one stays, whatever its weight, because its client may have lost the stream and ask for it.
+        // The latest operation stays, whatever its weight, because its client may have lost the stream and may ask for
+        // it.
         let too_heavy = self.bytes > self.limit_bytes && self.by_end.len() > 1;
         if self.by_end.len() > self.limit || too_heavy { self.pop() } else { None }
     }

@@ -24,15 +24,15 @@ pub struct SchedulerConfig {
     pub unknown_properties: UnknownProperties,
     /// How long a task may wait for a slot.
     pub queue_timeout: Duration,
-    /// Time limit for bringing in inputs, and again for storing outputs.
+    /// Time limit for fetching inputs, and again for storing outputs.
     pub transfer_timeout: Duration,
     /// How long finished operations are remembered.
     pub retention: Duration,
     /// How many finished operations are remembered.
     pub retained_operations: usize,
-    /// How long an operation without followers goes on.
+    /// How long an operation without followers continues.
     pub abandon_grace: Duration,
-    /// The same if a followed task waits for its slot, or the server stops.
+    /// The same if a task with followers waits for its slot, or the server stops.
     pub contended_abandon_grace: Duration,
     /// How often a task is attempted if its workers fail.
     pub max_attempts: u32,
@@ -58,7 +58,7 @@ impl Default for SchedulerSettings {
     }
 }
 
-/// The bounds of the scheduler. They keep everything from growing or waiting without end.
+/// All bounds of the scheduler. They ensure that nothing grows or waits without limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerSettings {
     /// The name of this server, for the names of its operations.
@@ -67,16 +67,18 @@ pub struct SchedulerSettings {
     /// ([`QueueQuota`](super::quota::QueueQuota)). Requeued tasks may exceed it, because they were admitted before; there are never
     /// more of them than slots.
     pub queue_size: usize,
-    /// Memory that the actions of all tasks may take, in bytes. Most tasks take a few KiB, so a full queue takes a part of it, but
-    /// a Command may take 16 MiB, and each action has its own copy of it. It is shared like `queue_size`.
+    /// Memory that the actions of all tasks may take, in bytes. Most tasks take a few KiB, so a full queue takes a part
+    /// of it. But a Command may take 16 MiB, and each action has its own copy of it. The memory is shared like
+    /// `queue_size`.
     pub queue_bytes: usize,
-    /// Unfinished operations. Peers share this number. It is separate from `queue_size`, because operations that join a task take
-    /// no room in the queue.
+    /// Number of unfinished operations. Peers share this number. It is separate from `queue_size`, because operations
+    /// that join a task take no place in the queue.
     pub unfinished_operations: usize,
-    /// Memory that the texts of these operations may take, in bytes: names of files to inline, and what clients say about
-    /// themselves. Usually these are a few hundred bytes, but they may be 20 KiB. It is shared like `unfinished_operations`.
+    /// Memory that the texts of these operations may take, in bytes: the names of files to inline, and the metadata of
+    /// the client. Usually these are a few hundred bytes, but they may be 20 KiB. The memory is shared like
+    /// `unfinished_operations`.
     pub unfinished_bytes: usize,
-    /// Concurrent input checks in the store. More of them would only queue there.
+    /// Number of concurrent input checks in the store. More checks would only queue there.
     pub concurrent_checks: usize,
     /// The range of effective priorities.
     pub priorities: Priorities,
@@ -86,32 +88,33 @@ pub struct SchedulerSettings {
     pub unknown_properties: UnknownProperties,
     /// How long a task may wait for a slot. The time starts again when the task is requeued.
     pub queue_timeout: Duration,
-    /// Time limit for bringing in inputs, and again for storing outputs.
+    /// Time limit for fetching inputs, and again for storing outputs.
     pub transfer_timeout: Duration,
-    /// Time that a run may take beyond its transfers and the timeout of the action before it counts as lost. It covers the set-up
-    /// of the exec directory, the end of a command that timed out, and a busy machine. The worker enforces the limits themselves;
-    /// this is the last resort.
+    /// Time that a run may take, beyond its transfers and the timeout of the action, before it counts as lost. It
+    /// covers the set-up of the exec directory, the end of a command that timed out, and a busy machine. The worker
+    /// enforces the limits itself; this deadline is the last resort.
     pub run_slack: Duration,
-    /// How long a run that was told to stop may go on. After that its slot is reported as stuck, and a shutdown does not wait for it.
+    /// How long a run that was told to stop may continue. After that its slot is reported as stuck, and a shutdown does not wait for it.
     pub stop_grace: Duration,
     /// How long finished operations are remembered (EXE-14).
     pub retention: Duration,
     /// How many finished operations are remembered. The oldest are forgotten first.
     pub retained_operations: usize,
-    /// Memory that the results and requests of the finished operations take that are remembered, in bytes. The oldest are
-    /// forgotten first. One result may take a hundred megabytes, so a bound on the number alone is not enough.
+    /// Memory of the results and requests of the remembered finished operations, in bytes. The oldest are forgotten
+    /// first. One result may take a hundred megabytes, so a bound on the number alone is not enough.
     pub retained_bytes: usize,
-    /// How long operations are remembered that were over at once, because the result was cached or the action cannot run. They
-    /// matter only if the stream broke before its single message; any later request gets the same answer again.
+    /// How long operations are remembered that ended when they were admitted, because the result was cached or the
+    /// action cannot run. They matter only if the stream broke before its single message. Any later request gets the
+    /// same answer again.
     pub cached_retention: Duration,
-    /// How many operations with cached results are remembered, and again how many whose action cannot run. The bounds are
-    /// separate, so that a flood of either kind cannot displace results of runs.
+    /// How many operations with cached results are remembered. The same number applies separately to those whose action
+    /// cannot run, so that a flood of either kind cannot displace results of runs.
     pub retained_cached: usize,
-    /// As `retained_bytes`, for each of these two kinds.
+    /// Like `retained_bytes`, for each of these two kinds.
     pub retained_cached_bytes: usize,
-    /// How long an operation without followers goes on (EXE-14).
+    /// How long an operation without followers continues (EXE-14).
     pub abandon_grace: Duration,
-    /// How long a task without followers goes on when a followed task waits for its slot, or the server stops; never more than
+    /// How long a task without followers continues if a followed task waits for its slot, or the server stops; at most
     /// `abandon_grace`. It is long enough for a client that lost its connection to reconnect.
     pub contended_abandon_grace: Duration,
     /// How often a task is attempted if its workers fail (EXE-62); at least 1.
@@ -119,7 +122,7 @@ pub struct SchedulerSettings {
 }
 
 impl SchedulerSettings {
-    /// The bounds that follow from the configured ones.
+    /// Derives all bounds from the configured ones.
     pub fn new(config: SchedulerConfig) -> Self {
         Self {
             node: config.node,
@@ -148,7 +151,7 @@ impl SchedulerSettings {
     }
 }
 
-/// The time on both clocks. Bounds are kept by the monotonic clock; people and clients see the wall clock.
+/// The time on both clocks. Bounds use the monotonic clock; the wall clock is for people and clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ClockReading {
     /// The monotonic clock.

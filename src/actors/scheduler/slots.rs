@@ -1,15 +1,15 @@
 //! Slots: which pools there are, what they offer, and which of their slots are free.
 //!
-//! A slot is taken with [`Slots::take`] and given back with [`Slots::release`], exactly once each. Pools come and go: each has
-//! a [`PoolId`] that is never used again, and a state. The order of the pools is that of preference
-//! ([`platform::preference`]). Nothing here knows how a pool runs a task; a pool of this machine and one of another machine
-//! look the same.
+//! A slot is taken with [`Slots::take`] and given back with [`Slots::release`], exactly once each. Pools can be added
+//! and removed: each has a [`PoolId`] that is never used again, and a state. The pools are ordered by preference
+//! ([`platform::preference`]). This module does not know how a pool runs a task; a pool of another machine looks the
+//! same.
 
 mod free;
 
 use crate::{
     action::Action,
-    actors::{scheduler::transition::RunPlace, worker::messages::SlotId},
+    actors::{scheduler::transition::SlotName, worker::messages::SlotId},
     limits::{LimitSettings, Room},
     platform::{self, Known, Offers, UnknownProperties},
 };
@@ -21,10 +21,12 @@ use std::{
     sync::Arc,
 };
 
-/// Platform properties that one action may require. Each is looked up in each pool, and real actions require a few.
+/// Maximum number of platform properties that one action may require. Each is looked up in each pool, and real actions
+/// require a few.
 pub(crate) const PROPERTIES_MAX: usize = 1_000;
 
-/// Pools at the same time, those that are draining included. A task is in the queue of each pool that can run it.
+/// Maximum number of pools at the same time, including draining ones. A task is in the queue of each pool that can run
+/// it.
 pub(crate) const POOLS_MAX: usize = 256;
 
 /// Identifies a pool. No two pools of one process have the same id, even if they have the same name.
@@ -43,7 +45,7 @@ pub(crate) type PoolSet = Arc<[PoolId]>;
 /// The description of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolSpec {
-    /// Its name, for logs, messages and filters. Two pools that take tasks have different names.
+    /// Its name, for logs, messages and filters. Two pools that take tasks never have the same name.
     pub name: String,
     /// The section of the configuration that has its properties, for messages.
     pub section: String,
@@ -55,7 +57,7 @@ pub struct PoolSpec {
     pub offers: Offers,
     /// What one task may use.
     pub limits: LimitSettings,
-    /// What its tasks share besides the slots; `None` if only slots count.
+    /// The room that its tasks share besides the slots; `None` if only slots count.
     pub room: Option<Room>,
 }
 
@@ -64,13 +66,13 @@ pub struct PoolSpec {
 pub enum PoolState {
     /// It takes tasks.
     Open,
-    /// It takes no more tasks; those that it runs go on. Somebody decided so, and will remove it.
+    /// It takes no more tasks, and its running tasks continue. An operator or a reload started this and will remove it.
     Draining,
     /// Its workers died, so it takes no more tasks.
     Closed,
 }
 
-/// A pool as people see it.
+/// The state of a pool for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolStatus {
     /// Its id, for messages to the scheduler.
@@ -87,7 +89,7 @@ pub struct PoolStatus {
     pub stuck: usize,
 }
 
-/// The slots of every pool.
+/// The slots of all pools.
 #[derive(Debug)]
 pub(crate) struct Slots {
     pools: BTreeMap<PoolId, PoolSlots>,
@@ -95,7 +97,7 @@ pub(crate) struct Slots {
     order: Vec<PoolId>,
     next: PoolId,
     known: Known,
-    /// The sets that tasks hold, so that equal ones are shared.
+    /// The sets that tasks hold. Equal sets are shared.
     sets: BTreeSet<PoolSet>,
 }
 
@@ -105,17 +107,17 @@ struct PoolSlots {
     section: String,
     offers: Offers,
     limits: LimitSettings,
-    /// What is left of the room.
+    /// The free part of the room.
     left: Option<Room>,
-    places: Vec<Arc<RunPlace>>,
+    places: Vec<Arc<SlotName>>,
     free: FreeSlots,
-    /// Taken slots that are out of service.
+    /// The number of taken slots that are out of service.
     stuck: usize,
     state: PoolState,
 }
 
 impl Slots {
-    /// These pools, with ids that ascend in the order of the list; all slots free.
+    /// Creates pools with ids that ascend in the order of the list. All slots are free.
     pub(crate) fn new(pools: Vec<PoolSpec>, unknown: UnknownProperties) -> Self {
         let mut slots = Self {
             pools: BTreeMap::new(),
@@ -130,10 +132,10 @@ impl Slots {
         slots
     }
 
-    /// Adds a pool, behind those that are preferred just as much.
+    /// Adds a pool behind those of equal preference.
     ///
     /// # Errors
-    /// `Precondition` when there are [`POOLS_MAX`] pools, or one with this name that is not draining.
+    /// `Precondition` if there are [`POOLS_MAX`] pools, or one with this name that is not draining.
     pub(crate) fn add(&mut self, spec: PoolSpec) -> Result<PoolId> {
         let has_name = |pool: &PoolSlots| pool.state != PoolState::Draining && *pool.name == *spec.name;
         if self.pools.values().any(has_name) {
@@ -161,7 +163,7 @@ impl Slots {
         id
     }
 
-    /// Has a pool take no more tasks.
+    /// Stops a pool from taking tasks.
     ///
     /// # Errors
     /// `NotFound`.
@@ -173,8 +175,8 @@ impl Slots {
         Ok(())
     }
 
-    /// Forgets a pool. Slots that are given back to it later are gone with it. The properties that it offered stay known, so
-    /// that an action which requires one of them is not run by a pool without it.
+    /// Removes a pool. Slots that are released later are ignored. The properties that it offered stay known, so that an
+    /// action which requires one of them is not run by a pool without it.
     ///
     /// # Errors
     /// `NotFound`.
@@ -205,20 +207,20 @@ impl Slots {
         self.order.iter().filter_map(status).collect()
     }
 
-    /// The pools that can run a new action, by preference.
+    /// The pools that can run a new action, in order of preference.
     ///
     /// # Errors
-    /// Those of [`Slots::matching`]; `Unavailable` when no pool that suits takes tasks.
+    /// Those of [`Slots::matching`]; `Unavailable` if no suitable pool takes tasks.
     pub(crate) fn suitable(&mut self, action: &Action) -> Result<PoolSet> {
         let pools = self.matching(action)?;
         if self.is_served(&pools) { Ok(pools) } else { Err(Self::no_workers(action)) }
     }
 
-    /// The pools that offer what an action requires, by preference, whether or not they take tasks.
+    /// The pools that offer what an action requires, in order of preference, whether or not they take tasks.
     ///
     /// # Errors
-    /// `Precondition` when no pool does, with the pool that comes nearest (EXE-31); `Unavailable` when there are no pools;
-    /// `Invalid` when the action requires more than [`PROPERTIES_MAX`] properties.
+    /// `Precondition` if no pool does, with the pool that comes nearest (EXE-31); `Unavailable` if there are no pools;
+    /// `Invalid` if the action requires more than [`PROPERTIES_MAX`] properties.
     pub(crate) fn matching(&mut self, action: &Action) -> Result<PoolSet> {
         let asked = &action.platform;
         if asked.len() > PROPERTIES_MAX {
@@ -269,7 +271,7 @@ impl Slots {
         self.shared(pools.iter().copied().filter(|other| *other != id).collect())
     }
 
-    /// The error of a task that has waited in vain.
+    /// The error of a task that waited for pools which are now gone.
     pub(crate) fn unserved(&mut self, action: &Action) -> Error {
         match self.matching(action) {
             Err(Error::Precondition(message)) => Error::Precondition(format!(
@@ -287,13 +289,13 @@ impl Slots {
         ))
     }
 
-    /// Whether one of these pools takes tasks.
+    /// Whether at least one of these pools takes tasks.
     pub(crate) fn is_served(&self, pools: &PoolSet) -> bool {
         self.of(pools).any(|pool| pool.state == PoolState::Open && !pool.places.is_empty())
     }
 
-    /// Whether tasks may wait for these pools: one at least has not lost its workers. Tasks that wait for a draining pool may
-    /// find another one before it is removed.
+    /// Whether tasks may wait for these pools: at least one has not lost its workers. Tasks that wait for a draining
+    /// pool may find another one before it is removed.
     pub(crate) fn may_wait(&self, pools: &PoolSet) -> bool {
         self.of(pools).any(|pool| pool.state != PoolState::Closed && !pool.places.is_empty())
     }
@@ -310,28 +312,29 @@ impl Slots {
         })
     }
 
-    /// What a task needs of a pool and what there is left, where that is too little.
+    /// The room that a task needs in a pool and the room that is left, if that is not enough.
     pub(crate) fn shortage(&self, id: PoolId, action: &Action) -> Option<(Room, Room)> {
         let pool = self.open(id)?;
         let (left, need) = (pool.left?, pool.limits.need(&action.platform));
         (!left.holds(&need)).then_some((need, left))
     }
 
-    /// How much memory a pool gives a task; the most if there is no limit.
+    /// How much memory a pool gives a task; the maximum if there is no limit.
     pub(crate) fn memory(&self, id: PoolId, action: &Action) -> u64 {
         let limit = self.pools.get(&id).map_or(0, |pool| pool.limits.of(&action.platform).memory);
         if limit == 0 { u64::MAX } else { limit }
     }
 
-    /// Those of these pools that take tasks and give this one more memory than that.
+    /// The pools among these that take tasks and give this task more memory than `than`.
     pub(crate) fn with_more_memory(&mut self, pools: &PoolSet, than: u64, action: &Action) -> PoolSet {
         let gives_more = |id: &PoolId| self.is_open(*id) && self.memory(*id, action) > than;
         let larger: Vec<_> = pools.iter().copied().filter(gives_more).collect();
         self.shared(larger)
     }
 
-    /// Takes a free slot of a pool for a task, and what that needs of the room. Both are given back with [`Slots::release`].
-    pub(crate) fn take(&mut self, id: PoolId, action: &Action) -> Option<(Arc<RunPlace>, Room)> {
+    /// Takes a free slot of a pool for a task, and the room that the task needs. Both are given back with
+    /// [`Slots::release`].
+    pub(crate) fn take(&mut self, id: PoolId, action: &Action) -> Option<(Arc<SlotName>, Room)> {
         let pool = self.pools.get_mut(&id).filter(|pool| pool.state == PoolState::Open)?;
         let slot = pool.free.take()?;
         let need = pool.left.map_or_else(Room::default, |_| pool.limits.need(&action.platform));
@@ -339,7 +342,7 @@ impl Slots {
         Some((pool.places.get(slot.0).cloned()?, need))
     }
 
-    /// Gives a slot back, which ran a task to its end or `failed` to.
+    /// Releases a slot. `failed` says that the slot failed to run its task.
     pub(crate) fn release(&mut self, id: PoolId, slot: SlotId, taken: &Room, failed: bool) {
         if let Some(pool) = self.pools.get_mut(&id) {
             pool.free.put(slot, failed);
@@ -347,34 +350,34 @@ impl Slots {
         }
     }
 
-    /// A taken slot is out of service until [`Slots::unstick`].
+    /// Marks a taken slot as out of service until [`Slots::unstick`].
     pub(crate) fn stick(&mut self, id: PoolId) {
         if let Some(pool) = self.pools.get_mut(&id) {
             pool.stuck = pool.stuck.saturating_add(1);
         }
     }
 
-    /// A slot that was out of service is free again.
+    /// Returns a slot that was out of service.
     pub(crate) fn unstick(&mut self, id: PoolId) {
         if let Some(pool) = self.pools.get_mut(&id) {
             pool.stuck = pool.stuck.saturating_sub(1);
         }
     }
 
-    /// The workers of a pool are gone.
+    /// Closes a pool, because its workers are gone.
     pub(crate) fn close(&mut self, id: PoolId) {
         if let Some(pool) = self.pools.get_mut(&id) {
             pool.state = PoolState::Closed;
         }
     }
 
-    /// Slots of pools that take tasks, busy or not, without those that are out of service.
+    /// The number of slots of pools that take tasks, busy or not, without those that are out of service.
     pub(crate) fn in_service(&self) -> usize {
         let open = self.order.iter().filter_map(|id| self.open(*id));
         open.map(|pool| pool.places.len().saturating_sub(pool.stuck)).sum()
     }
 
-    /// How many slots of a pool are busy, and how many it has; none if it takes no tasks.
+    /// How many slots of a pool are busy, and how many it has; both are 0 if it takes no tasks.
     pub(crate) fn count(&self, id: PoolId) -> (usize, usize) {
         self.open(id).map_or((0, 0), |pool| (pool.places.len() - pool.free.len(), pool.places.len()))
     }
@@ -389,10 +392,10 @@ impl Slots {
         self.pools.get(&id).map_or_else(|| "".into(), |pool| pool.name.clone())
     }
 
-    /// The pools with this name: one as a rule, and those that it has replaced and that are still draining.
+    /// The pools with this name: usually one, and those that it has replaced and that are still draining.
     ///
     /// # Errors
-    /// `Invalid` that lists all pools when there is none.
+    /// `Invalid`, with a list of all pools, if there is none.
     pub(crate) fn named(&self, name: &str) -> Result<Vec<PoolId>> {
         let has_name = |(id, pool): (&PoolId, &PoolSlots)| (*pool.name == *name).then_some(*id);
         let named: Vec<_> = self.pools.iter().filter_map(has_name).collect();
@@ -415,7 +418,8 @@ impl Slots {
         pools.iter().filter_map(|id| self.pools.get(id))
     }
 
-    /// There are few sets in practice. In theory there are very many, so those that no task holds are dropped.
+    /// Shares equal sets. There are few sets in practice. In theory there are very many, so those that no task holds
+    /// are dropped.
     fn shared(&mut self, pools: Vec<PoolId>) -> PoolSet {
         if let Some(set) = self.sets.get(pools.as_slice()) {
             return set.clone();
@@ -436,7 +440,7 @@ impl PoolSlots {
         let name: Arc<str> = spec.name.into();
         let place = |slot| {
             let slot = SlotId(slot);
-            Arc::new(RunPlace { pool: name.clone(), slot, worker: slot.worker(&spec.worker).into() })
+            Arc::new(SlotName { pool: name.clone(), slot, worker: slot.worker(&spec.worker).into() })
         };
         Self {
             places: (0..spec.slots).map(place).collect(),

@@ -1,6 +1,6 @@
-//! The actor against fake pools and a fake store: what only the shell can get wrong.
+//! Tests of the actor with fake pools and a fake store, for errors that only the shell can have.
 //!
-//! No test sleeps: fakes hand over what they were sent through channels, and answers come when a test gives them.
+//! No test sleeps: fakes pass on their messages through channels, and the tests decide when answers arrive.
 #![expect(
     clippy::disallowed_methods,
     reason = "the test bounds how many messages its unbounded channels hold"
@@ -35,16 +35,16 @@ impl InputCheck for FakeStore {
     }
 }
 
-/// A request for this work, of which the store has no result.
+/// A request for this work. The store has no result for it.
 fn ask(work: &Work) -> Admit {
     Admit { submit: submit(work), resolution: resolution(work, false) }
 }
 
-/// A pool that hands each run to the test and ends it with what the test says. A dropped sender is
-/// the end of the pool.
-struct FakePool(mpsc::UnboundedSender<Handed>);
+/// A pool that passes each run to the test and ends it with the test's answer. A dropped sender means that the pool has
+/// ended.
+struct FakePool(mpsc::UnboundedSender<AssignedRun>);
 
-struct Handed {
+struct AssignedRun {
     run: RunAction,
     answer: oneshot::Sender<RunReport>,
 }
@@ -58,7 +58,7 @@ impl Handler<RunAction> for FakePool {
 
     fn handle(&mut self, run: RunAction, _: &mut Self::Context) -> Self::Result {
         let (answer, answered) = oneshot::channel();
-        self.0.send(Handed { run, answer }).unwrap();
+        self.0.send(AssignedRun { run, answer }).unwrap();
         let or_die = |answer, _: &mut Self, ctx: &mut Self::Context| match answer {
             Ok(report) => fut::wrap_future(future::ready(report).left_future()),
             Err(oneshot::error::RecvError { .. }) => {
@@ -70,18 +70,18 @@ impl Handler<RunAction> for FakePool {
     }
 }
 
-/// Workers that die of every action, each with its thread.
-struct Doomed;
+/// Workers that die with every action, each with its thread.
+struct DyingWorkers;
 
-impl Actor for Doomed {
+impl Actor for DyingWorkers {
     type Context = SyncContext<Self>;
 }
 
-impl Handler<RunAction> for Doomed {
+impl Handler<RunAction> for DyingWorkers {
     type Result = actix::MessageResult<RunAction>;
 
     fn handle(&mut self, _: RunAction, _: &mut Self::Context) -> Self::Result {
-        // Quiet, unlike `panic!`: it is part of the test.
+        // Unlike `panic!`, this prints nothing.
         std::panic::resume_unwind(Box::new("doomed"))
     }
 }
@@ -94,11 +94,11 @@ fn scheduler(settings: SchedulerSettings, pool: Pool) -> Addr<SchedulerActor> {
     SchedulerActor::new(settings, vec![pool], FakeStore { is_gone: false }).start()
 }
 
-/// A scheduler whose runs the test answers.
-fn attended(slots: usize) -> (Addr<SchedulerActor>, mpsc::UnboundedReceiver<Handed>) {
-    let (sender, handed) = mpsc::unbounded_channel();
+/// A scheduler whose runs are answered by the test.
+fn attended(slots: usize) -> (Addr<SchedulerActor>, mpsc::UnboundedReceiver<AssignedRun>) {
+    let (sender, assigned) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
-    (scheduler(settings(), pool(slots, runner)), handed)
+    (scheduler(settings(), pool(slots, runner)), assigned)
 }
 
 async fn outcome(mut subscription: Subscription) -> Arc<Outcome> {
@@ -114,12 +114,12 @@ fn success() -> RunReport {
     Ok(Box::new(RunResult { result: Default::default(), account: Default::default() }))
 }
 
-/// EXE-01, EXE-04: from Submit to the end, with the worker's news on the way.
+/// EXE-01, EXE-04: from Submit to the end, including the reports of the worker.
 #[actix::test]
 async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
-    let (scheduler, mut handed) = attended(1);
+    let (scheduler, mut assigned) = attended(1);
     let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
-    let Handed { run, answer } = handed.recv().await.unwrap();
+    let AssignedRun { run, answer } = assigned.recv().await.unwrap();
     let mut follower = subscription.clone();
     reaches(&mut follower, Stage::Executing).await;
     run.control.progress.do_send(StageReached {
@@ -136,7 +136,7 @@ async fn a_submission_is_answered_at_once_and_followed_to_its_end() {
     assert!(outcome(subscription).await.error.is_none());
 }
 
-/// EXE-02: other servers can tell from the name where the operation is.
+/// EXE-02: other servers can tell from the name which server owns the operation.
 #[actix::test]
 async fn the_name_of_an_operation_carries_the_name_of_its_server() {
     let (sender, _handed) = mpsc::unbounded_channel();
@@ -156,23 +156,23 @@ async fn the_name_of_an_operation_carries_the_name_of_its_server() {
 /// EXE-16.
 #[actix::test]
 async fn a_hit_is_answered_without_any_worker() {
-    let (sender, mut handed) = mpsc::unbounded_channel();
+    let (sender, mut assigned) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
     let scheduler = scheduler(settings(), pool(1, runner));
     let hit = Admit { submit: submit(&work(1)), resolution: resolution(&work(1), true) };
     let subscription = scheduler.send(hit).await.unwrap().unwrap();
     assert!(outcome(subscription).await.cached);
-    assert!(handed.try_recv().is_err());
+    assert!(assigned.try_recv().is_err());
 }
 
 /// EXE-15, OPS-04.
 #[actix::test]
 async fn two_hundred_submissions_at_once_are_one_run() {
-    let (scheduler, mut handed) = attended(8);
+    let (scheduler, mut assigned) = attended(8);
     let submissions = (0..200).map(|_| scheduler.send(ask(&work(1))));
     let subscriptions = future::join_all(submissions).await;
     let mut subscriptions: Vec<_> = subscriptions.into_iter().map(|s| s.unwrap().unwrap()).collect();
-    let only = handed.recv().await.unwrap();
+    let only = assigned.recv().await.unwrap();
     let leaver = subscriptions.pop().unwrap();
     scheduler.send(Cancel { instance: instance(), id: leaver.info.id }).await.unwrap().unwrap();
     assert!(matches!(outcome(leaver).await.error, Some(Error::Cancelled(_))));
@@ -181,22 +181,22 @@ async fn two_hundred_submissions_at_once_are_one_run() {
     for subscription in subscriptions {
         assert!(outcome(subscription).await.error.is_none());
     }
-    assert!(handed.try_recv().is_err());
+    assert!(assigned.try_recv().is_err());
 }
 
-/// The clock ticks in the actor too: EXE-14 with no grace at all.
+/// The clock ticks in the actor too. EXE-14 without any grace period.
 #[actix::test]
 async fn a_client_that_vanishes_leaves_nothing_behind() {
-    let (sender, mut handed) = mpsc::unbounded_channel();
+    let (sender, mut assigned) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
     let settings = SchedulerSettings { abandon_grace: Duration::ZERO, ..settings() };
     let scheduler = scheduler(settings, pool(1, runner));
     drop(scheduler.send(ask(&work(1))).await.unwrap().unwrap());
-    let handed = handed.recv().await.unwrap();
+    let assigned = assigned.recv().await.unwrap();
     scheduler.send(Tick).await.unwrap();
-    assert!(handed.run.control.cancel.is_cancelled());
+    assert!(assigned.run.control.cancel.is_cancelled());
     assert_eq!(scheduler.send(Inspect).await.unwrap().running, 1, "the slot waits for its worker");
-    handed.answer.send(success()).ok().unwrap();
+    assigned.answer.send(success()).ok().unwrap();
     scheduler.send(Drain { cancel: false }).await.unwrap();
     assert_eq!(scheduler.send(Inspect).await.unwrap().running, 0);
 }
@@ -204,7 +204,7 @@ async fn a_client_that_vanishes_leaves_nothing_behind() {
 /// EXE-62.
 #[actix::test]
 async fn workers_that_die_of_an_action_do_not_take_the_scheduler_along() {
-    let runner = SyncArbiter::start(2, || Doomed).recipient();
+    let runner = SyncArbiter::start(2, || DyingWorkers).recipient();
     let scheduler = scheduler(settings(), pool(2, runner));
     for name in [1, 2] {
         let error = match scheduler.send(ask(&work(name))).await.unwrap() {
@@ -220,23 +220,23 @@ async fn workers_that_die_of_an_action_do_not_take_the_scheduler_along() {
 /// EXE-62.
 #[actix::test]
 async fn a_pool_that_closes_ends_its_work_and_refuses_more() {
-    let (scheduler, mut handed) = attended(1);
+    let (scheduler, mut assigned) = attended(1);
     let running = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
     let queued = scheduler.send(ask(&work(2))).await.unwrap().unwrap();
-    drop(handed.recv().await.unwrap().answer);
+    drop(assigned.recv().await.unwrap().answer);
     assert!(matches!(outcome(running).await.error, Some(Error::Unavailable(_))));
     assert!(matches!(outcome(queued).await.error, Some(Error::Unavailable(_))));
     let refusal = scheduler.send(ask(&work(3))).await.unwrap().unwrap_err();
     assert!(matches!(refusal, Error::Unavailable(_)));
 }
 
-/// The pools of a server can be replaced under its clients.
+/// The pools of a server can be replaced while clients use it.
 #[actix::test]
 async fn a_pool_that_drains_finishes_its_runs_and_a_new_one_takes_what_waits() {
-    let (scheduler, mut handed) = attended(1);
+    let (scheduler, mut assigned) = attended(1);
     let running = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
     let queued = scheduler.send(ask(&work(2))).await.unwrap().unwrap();
-    let run = handed.recv().await.unwrap();
+    let run = assigned.recv().await.unwrap();
     let [old] = &*scheduler.send(ListPools).await.unwrap() else { panic!("there is one pool") };
     let id = old.id;
     let mut drained = Box::pin(scheduler.send(DrainPool { id }));
@@ -244,11 +244,11 @@ async fn a_pool_that_drains_finishes_its_runs_and_a_new_one_takes_what_waits() {
     let refusal = scheduler.send(ask(&work(3))).await.unwrap().unwrap_err();
     assert!(matches!(refusal, Error::Unavailable(_)), "{refusal:?}");
 
-    let (sender, mut handed) = mpsc::unbounded_channel();
+    let (sender, mut assigned) = mpsc::unbounded_channel();
     let replacement = || pool(1, FakePool(sender.clone()).start().recipient());
     let new = scheduler.send(AddPool { pool: replacement() }).await.unwrap().unwrap();
     assert!(scheduler.send(AddPool { pool: replacement() }).await.unwrap().is_err(), "the name is taken");
-    handed.recv().await.unwrap().answer.send(success()).ok().unwrap();
+    assigned.recv().await.unwrap().answer.send(success()).ok().unwrap();
     assert!(outcome(queued).await.error.is_none());
     assert!(futures::poll!(&mut drained).is_pending(), "its run goes on");
     run.answer.send(success()).ok().unwrap();
@@ -264,18 +264,18 @@ async fn a_pool_that_drains_finishes_its_runs_and_a_new_one_takes_what_waits() {
 /// EXE-62.
 #[actix::test]
 async fn a_removed_pool_stops_its_runs_and_another_takes_them() {
-    let (scheduler, mut handed) = attended(1);
+    let (scheduler, mut assigned) = attended(1);
     let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
-    let run = handed.recv().await.unwrap();
+    let run = assigned.recv().await.unwrap();
     let id = scheduler.send(ListPools).await.unwrap()[0].id;
-    let (sender, mut handed) = mpsc::unbounded_channel();
+    let (sender, mut assigned) = mpsc::unbounded_channel();
     let spec = slots::PoolSpec { name: "other".into(), ..ledger::fixtures::pool(1, "linux") };
     let pool = Pool { spec, runner: FakePool(sender).start().recipient() };
     scheduler.send(AddPool { pool }).await.unwrap().unwrap();
     scheduler.send(RemovePool { id }).await.unwrap().unwrap();
     assert!(run.run.control.cancel.is_cancelled());
     run.answer.send(Err(RunFailure::new(Error::Cancelled("stopped".into())))).ok().unwrap();
-    handed.recv().await.unwrap().answer.send(success()).ok().unwrap();
+    assigned.recv().await.unwrap().answer.send(success()).ok().unwrap();
     assert!(outcome(subscription).await.error.is_none());
 }
 
@@ -283,7 +283,7 @@ async fn a_removed_pool_stops_its_runs_and_another_takes_them() {
 #[actix::test]
 async fn never_more_runs_than_slots_nor_more_waiting_than_the_queue_holds() {
     let works: Vec<_> = (0..9).map(work).collect();
-    let (sender, mut handed) = mpsc::unbounded_channel();
+    let (sender, mut assigned) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
     let settings = SchedulerSettings { queue_size: 4, ..settings() };
     let scheduler = scheduler(settings, pool(2, runner));
@@ -295,20 +295,20 @@ async fn never_more_runs_than_slots_nor_more_waiting_than_the_queue_holds() {
             Err(other) => panic!("{other:?}"),
         }
         if submitted < 2 {
-            runs.push(handed.recv().await.unwrap());
+            runs.push(assigned.recv().await.unwrap());
         }
     }
     assert_eq!((subscriptions.len(), refused), (6, 3));
     let counts = scheduler.send(Inspect).await.unwrap();
     assert_eq!((counts.running, counts.queued, counts.slots), (2, 4, 2));
-    assert!(handed.try_recv().is_err());
-    while let Some(Handed { answer, .. }) = runs.pop() {
+    assert!(assigned.try_recv().is_err());
+    while let Some(AssignedRun { answer, .. }) = runs.pop() {
         answer.send(success()).ok().unwrap();
         if runs.len() < 2 && scheduler.send(Inspect).await.unwrap().queued > 0 {
-            runs.push(handed.recv().await.unwrap());
+            runs.push(assigned.recv().await.unwrap());
         }
     }
-    for Handed { answer, .. } in std::iter::from_fn(|| handed.try_recv().ok()) {
+    for AssignedRun { answer, .. } in std::iter::from_fn(|| assigned.try_recv().ok()) {
         answer.send(success()).ok().unwrap();
     }
     scheduler.send(Drain { cancel: false }).await.unwrap();
@@ -320,10 +320,10 @@ async fn never_more_runs_than_slots_nor_more_waiting_than_the_queue_holds() {
 /// EXE-10.
 #[actix::test]
 async fn a_drain_is_answered_when_the_last_run_is_over() {
-    let (scheduler, mut handed) = attended(1);
+    let (scheduler, mut assigned) = attended(1);
     let running = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
     let queued = scheduler.send(ask(&work(2))).await.unwrap().unwrap();
-    let run = handed.recv().await.unwrap();
+    let run = assigned.recv().await.unwrap();
     let mut patient = Box::pin(scheduler.send(Drain { cancel: false }));
     assert!(futures::poll!(&mut patient).is_pending());
     let refusal = scheduler.send(ask(&work(1))).await.unwrap().unwrap_err();
@@ -342,14 +342,14 @@ async fn a_drain_is_answered_when_the_last_run_is_over() {
     hasty.await.unwrap();
 }
 
-/// A store that dies in the middle of everything is no reason to hang.
+/// A scheduler does not hang if its store dies.
 #[actix::test]
 async fn work_whose_inputs_cannot_be_checked_ends_retryably() {
-    let (sender, mut handed) = mpsc::unbounded_channel();
+    let (sender, mut assigned) = mpsc::unbounded_channel();
     let runner = FakePool(sender).start().recipient();
     let store = FakeStore { is_gone: true };
     let scheduler = SchedulerActor::new(settings(), vec![pool(1, runner)], store).start();
     let subscription = scheduler.send(ask(&work(1))).await.unwrap().unwrap();
     assert!(matches!(outcome(subscription).await.error, Some(Error::Unavailable(_))));
-    assert!(handed.try_recv().is_err());
+    assert!(assigned.try_recv().is_err());
 }

@@ -1,5 +1,5 @@
-//! [`Transition`]: a step in the life of an operation, as a value. The ledger returns transitions, and the log is written from
-//! them.
+//! [`Transition`]: a step of an operation, as a value. The ledger returns transitions, and the log lines are written
+//! from them.
 
 use super::operation::{OperationInfo, Outcome};
 use crate::actors::worker::messages::SlotId;
@@ -26,7 +26,7 @@ pub(crate) enum OperationEvent {
     },
     /// Its task was given to a worker, or it joined a task that is running.
     Executing {
-        place: Arc<RunPlace>,
+        place: Arc<SlotName>,
         /// How long the operation has waited.
         queued_for: Duration,
         /// The number of the attempt, from 1.
@@ -43,15 +43,15 @@ pub(crate) enum OperationEvent {
     Completed {
         outcome: Arc<Outcome>,
         /// The slot on which it ran last; `None` if it did not run.
-        place: Option<Arc<RunPlace>>,
-        /// How long the operation waited before it ran or ended; `None` if it was over when it was admitted.
+        place: Option<Arc<SlotName>>,
+        /// How long the operation waited before it ran or ended; `None` if it had ended when it was admitted.
         queued_for: Option<Duration>,
     },
 }
 
 /// A slot of a pool, by names that people understand.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunPlace {
+pub struct SlotName {
     /// The name of the pool.
     pub pool: Arc<str>,
     /// The number of the slot in the pool.
@@ -60,10 +60,10 @@ pub struct RunPlace {
     pub worker: Arc<str>,
 }
 
-/// How long the parts of a run took, by the clock of the worker. `None` for parts that were not reached.
+/// The durations of the parts of a run, by the clock of the worker. `None` for parts that were not reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Phases {
-    /// How long it took to bring in the inputs.
+    /// How long it took to fetch the inputs.
     pub(crate) fetch: Option<Duration>,
     /// How long the command ran.
     pub(crate) run: Option<Duration>,

@@ -11,20 +11,20 @@ use super::{
 };
 use actix::{Actor, AsyncContext as _, Context, Handler};
 
-/// Receives progress messages that nobody reads.
-struct Nobody;
+/// An actor type whose recipient discards all progress messages.
+struct ProgressDiscarded;
 
-impl Actor for Nobody {
+impl Actor for ProgressDiscarded {
     type Context = Context<Self>;
 }
 
-impl Handler<StageReached> for Nobody {
+impl Handler<StageReached> for ProgressDiscarded {
     type Result = ();
 
     fn handle(&mut self, _: StageReached, _: &mut Self::Context) {}
 }
 
-/// Runs an action to its end. Blocks.
+/// Runs an action to its end. This blocks the calling thread.
 pub(crate) fn run_alone(
     settings: &WorkerSettings,
     store: &dyn BlobStore,
@@ -32,8 +32,8 @@ pub(crate) fn run_alone(
     order: RunOrder,
     cancel: CancelToken,
 ) -> RunReport {
-    // The actor never starts, so messages to it are dropped.
-    let progress = Context::<Nobody>::new().address().recipient();
+    // The actor is never started, so messages to it are dropped.
+    let progress = Context::<ProgressDiscarded>::new().address().recipient();
     let run = RunAction { order, control: RunControl { cancel, progress } };
     ActionRun::new(settings, store, launcher, &run).execute()
 }

@@ -10,9 +10,9 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-/// Tells the worker thread of one run to stop. The scheduler cancels the run. The disk watch only stops its command: the run
-/// has then failed, and the worker decides what follows. The thread checks the token between two steps, and while it waits, it
-/// polls the descriptor together with that of the child.
+/// Tells the worker thread of one run to stop. The scheduler cancels the whole run. The disk watch stops only the
+/// command: the run has then failed, and the worker decides whether it is retried. The thread checks the token between
+/// two steps. While it waits for the command, it polls the token's descriptor together with that of the child.
 #[derive(Debug, Clone)]
 pub struct CancelToken(Arc<TokenState>);
 

@@ -1,8 +1,8 @@
 //! The times of the steps of a run.
 //!
-//! All times of one run are read from the monotonic clock, which the runner process shares, and are converted to wall time
-//! through one pair of readings at the start. So they keep their order and their distances even if the wall clock is set
-//! meanwhile (EXE-60). Nothing here reads a clock except [`Moment::now`] and [`Timeline::start`].
+//! All times of one run are read from the monotonic clock, which the runner process shares. They are converted to wall
+//! time by one pair of readings at the start. So their order and distances stay correct even if the wall clock is set
+//! during the run (EXE-60). Only [`Moment::now`] and [`Timeline::start`] read a clock.
 
 use gorego_reapi::{
     auxiliary::pack_resource_usage,
@@ -33,9 +33,9 @@ impl Moment {
 pub(crate) enum Point {
     /// The worker took the task.
     WorkerStart,
-    /// It began to fetch the inputs.
+    /// The worker began to fetch the inputs.
     FetchStart,
-    /// It knew the input tree and began to bring the inputs into place.
+    /// The input tree was known, and the worker began to write the inputs.
     StageStart,
     /// The inputs were in place.
     FetchEnd,
@@ -75,7 +75,7 @@ impl Timeline {
         self.points[point as usize] = Some(at);
     }
 
-    /// The time of a point, which is never before an earlier point.
+    /// The time of a point. It is never before that of an earlier point.
     pub(crate) fn at(&self, point: Point) -> Moment {
         self.points[..=point as usize].iter().flatten().copied().max().unwrap_or_default()
     }

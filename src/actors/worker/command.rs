@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The exit code of a process that a signal ended is this plus the signal (EXE-46).
+/// A process that was ended by a signal has this exit code plus the number of the signal (EXE-46).
 pub(super) const SIGNAL_BASE: i32 = 128;
 /// The search path for programs without a slash if the Command's environment has no PATH: that of execvp(3), without the
 /// current directory.
@@ -22,7 +22,7 @@ pub(crate) const DEFAULT_PATH: &str = "/bin:/usr/bin";
 /// The longest path that the kernel accepts. Longer ones cannot exist.
 const MAX_PATH_BYTES: usize = 4096;
 /// Maximum number of directories in which a program is looked for; no real PATH has as many. Program and PATH may have
-/// megabytes each, so without this bound the list of files to try could take terabytes.
+/// megabytes each, so without this bound the list of candidate files could take terabytes of memory.
 const MAX_PROGRAMS: usize = 1024;
 /// Exit code for a program that does not exist (EXE-42), as in shells.
 pub(crate) const EXIT_NOT_FOUND: i32 = 127;

@@ -19,7 +19,7 @@ use std::{
 
 /// How many directories a [`Cursor`] keeps open. The others are opened again through "..", so this number only affects
 /// how many system calls are needed.
-const KEPT_OPEN: usize = 8;
+const MAX_OPEN: usize = 8;
 
 /// The identity of a file: device and inode.
 pub(crate) type FileId = (u64, u64);
@@ -152,6 +152,11 @@ pub(crate) fn entry_name(entry: &rfs::DirEntry) -> &OsStr {
     OsStr::from_bytes(entry.file_name().to_bytes())
 }
 
+/// Whether the error means that there is nothing at a path.
+pub(super) fn is_absence(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP))
+}
+
 /// A position in a tree of directories.
 #[derive(Debug)]
 pub(super) struct Cursor {
@@ -175,6 +180,15 @@ impl Cursor {
         Ok(Self { levels: vec![CursorLevel::new(top, &stat)] })
     }
 
+    /// A cursor at an open directory, through a second handle with its own file position.
+    ///
+    /// # Errors
+    /// The errors of openat(2) and fstat(2).
+    pub(super) fn at(directory: &File) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Self::new(rfs::openat(directory, ".", flags, Mode::empty())?.into())
+    }
+
     /// The current directory.
     ///
     /// # Errors
@@ -195,7 +209,7 @@ impl Cursor {
     pub(super) fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let (open, stat) = open_accessible(self.here()?, name)?;
         self.levels.push(CursorLevel::new(open, &stat));
-        if let Some(far) = self.levels.len().checked_sub(KEPT_OPEN + 1) {
+        if let Some(far) = self.levels.len().checked_sub(MAX_OPEN + 1) {
             self.levels[far].open = None;
         }
         Ok(())

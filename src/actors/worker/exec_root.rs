@@ -15,7 +15,7 @@ use super::{
 };
 use gorego_reapi::tree::{self, Directory, InputTree};
 use rustix::{
-    fs::{self as rfs, FileType, Mode, OFlags, Stat},
+    fs::{self as rfs, FileType, Mode, Stat},
     io::Errno,
 };
 use std::{
@@ -50,7 +50,7 @@ pub struct Dir<'a> {
     below: Option<&'a Directory>,
 }
 
-/// The node with some name.
+/// The node with a given name.
 #[derive(Debug)]
 pub enum ExecNode<'a> {
     /// A node of the own layer.
@@ -94,7 +94,7 @@ impl<'a> ExecRoot<'a> {
             let own = Some(dir::open_beneath(self.own, path)?);
             return Ok(Dir { staged: None, path: path.to_owned(), own, below: None });
         }
-        let mut walk = Way { root: *self, above: Vec::new(), here: self.top()?, links: 0, names: 0 };
+        let mut walk = PathWalk { root: *self, above: Vec::new(), here: self.top()?, links: 0, names: 0 };
         walk.go(path)?;
         Ok(walk.here)
     }
@@ -140,7 +140,7 @@ impl<'a> ExecRoot<'a> {
 }
 
 /// A walk along a path that may contain links.
-struct Way<'a> {
+struct PathWalk<'a> {
     root: ExecRoot<'a>,
     /// The directories of the staged tree that are parents of the current one.
     above: Vec<Option<&'a Directory>>,
@@ -149,7 +149,7 @@ struct Way<'a> {
     names: usize,
 }
 
-impl Way<'_> {
+impl PathWalk<'_> {
     fn go(&mut self, path: &Path) -> io::Result<()> {
         let mut left: Vec<OsString> = Vec::new();
         self.push(path, &mut left)?;
@@ -163,11 +163,11 @@ impl Way<'_> {
             }
             let below = self.here.below;
             match self.here.enter(&name)? {
-                WayPart::Directory(found) => {
+                PathStep::Directory(found) => {
                     self.above.push(below);
                     self.here = found;
                 }
-                WayPart::Link(target) => {
+                PathStep::Link(target) => {
                     self.links += 1;
                     if self.links > MAX_LINKS {
                         return Err(Errno::LOOP.into());
@@ -201,7 +201,7 @@ impl Way<'_> {
     }
 }
 
-enum WayPart<'a> {
+enum PathStep<'a> {
     Directory(Dir<'a>),
     Link(OsString),
 }
@@ -260,13 +260,13 @@ impl<'a> Dir<'a> {
         Ok(OsString::from_vec(rfs::readlinkat(own, name, Vec::new())?.into_bytes()))
     }
 
-    fn enter(&self, name: &OsStr) -> io::Result<WayPart<'a>> {
+    fn enter(&self, name: &OsStr) -> io::Result<PathStep<'a>> {
         let path = self.path.join(name);
         let (own, below) = match self.look(name)? {
             ExecNode::Own(stat) if dir::file_type(&stat) == FileType::Symlink => {
-                return Ok(WayPart::Link(self.read_link(name)?));
+                return Ok(PathStep::Link(self.read_link(name)?));
             }
-            ExecNode::Link(link) => return Ok(WayPart::Link(link.target.clone().into())),
+            ExecNode::Link(link) => return Ok(PathStep::Link(link.target.clone().into())),
             ExecNode::Own(stat) if dir::file_type(&stat) == FileType::Directory => {
                 let own = self.own.as_ref().ok_or(Errno::NOENT)?;
                 let own = dir::open_beneath(own, Path::new(name))?;
@@ -276,7 +276,7 @@ impl<'a> Dir<'a> {
             ExecNode::Directory(directory) => (None, Some(directory)),
             ExecNode::Own(_) | ExecNode::File(_) => return Err(Errno::NOTDIR.into()),
         };
-        Ok(WayPart::Directory(Dir { staged: self.staged, path, own, below }))
+        Ok(PathStep::Directory(Dir { staged: self.staged, path, own, below }))
     }
 
     /// Makes sure that the own layer has this directory, and returns a handle of it. Missing directories on the path
@@ -370,11 +370,8 @@ impl<'a> LayerWalk<'a> {
     /// # Errors
     /// The errors of the file system.
     pub fn at_top(root: ExecRoot<'a>) -> io::Result<Self> {
-        // A second handle with its own file position.
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let own = File::from(rfs::openat(root.own, ".", flags, Mode::empty())?);
         let below = root.staged.map(InputTree::root);
-        Ok(Self { staged: root.staged, own: Some(Cursor::new(own)?), deeper: 0, below: vec![below] })
+        Ok(Self { staged: root.staged, own: Some(Cursor::at(root.own)?), deeper: 0, below: vec![below] })
     }
 
     /// Starts at the directory `name` of `parent`.

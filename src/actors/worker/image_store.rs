@@ -1,5 +1,5 @@
-//! [`ImageStore`]: the part of the handling of container images that a worker needs, as a trait. Usually the image that an action
-//! names has been pulled when the action gets its slot, because the scheduler has asked for it before.
+//! [`ImageStore`]: a trait with the operations on container images that a worker needs. The scheduler asks for the
+//! image of an action in advance, so the image has usually been pulled when the action gets its slot.
 
 use super::{WorkerSettings, checkpoint::Checkpoint};
 use crate::{

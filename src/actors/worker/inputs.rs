@@ -22,7 +22,7 @@ use gorego_reapi::{
     tree::{self, Directory, InputTree, NodeProperties, Symlink},
 };
 use rustix::{
-    fs::{self as rfs, AtFlags, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_OMIT},
+    fs::{self as rfs, AtFlags, Mode, Stat, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
 };
 use std::{
@@ -184,14 +184,14 @@ pub(super) fn prepare(
     if tree.has_directory_modes() {
         set_directory_modes(tree, root.own(), checkpoint)?;
         if !is_root {
-            check_way(root, &command.working_directory)?;
+            check_working_directory(root, &command.working_directory)?;
         }
     }
     Ok(())
 }
 
 /// Checks that the command can enter its working directory, now that the requested modes are set.
-fn check_way(root: ExecRoot<'_>, working_directory: &RootPath) -> Result<()> {
+fn check_working_directory(root: ExecRoot<'_>, working_directory: &RootPath) -> Result<()> {
     match root.can_enter(working_directory.as_path()) {
         Ok(false) => Err(Error::Invalid(format!(
             "the working directory \"{working_directory}\" cannot be entered: the unix_mode of a directory on the way \
@@ -372,8 +372,8 @@ fn make_directories(root: ExecRoot<'_>, path: &RootPath, what: &str) -> Result<(
                 .and_then(|()| above.make_own(root))
                 .and_then(|own| make_beneath(&own, segment))
                 .and_then(|()| root.resolve(&prefix))
-                .map_err(|error| in_the_way(what, path, &prefix, &error))?,
-            found => found.map_err(|error| in_the_way(what, path, &prefix, &error))?,
+                .map_err(|error| blocked(what, path, &prefix, &error))?,
+            found => found.map_err(|error| blocked(what, path, &prefix, &error))?,
         };
     }
     Ok(())
@@ -391,7 +391,7 @@ fn make_beneath(above: &File, name: &str) -> io::Result<()> {
     set_mtime_at(above, ".", mtime_in(&before))
 }
 
-fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> Error {
+fn blocked(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> Error {
     let problem = match Errno::from_io_error(error) {
         Some(Errno::NOTDIR) => "is not a directory",
         Some(Errno::XDEV) => "is a symbolic link that leaves the input root",
@@ -404,12 +404,7 @@ fn in_the_way(what: &str, path: &RootPath, prefix: &Path, error: &io::Error) -> 
 }
 
 pub(super) fn cursor(root: &File) -> Result<Cursor> {
-    // A second handle with its own file position.
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rfs::openat(root, ".", flags, Mode::empty())
-        .map_err(io::Error::from)
-        .and_then(|root| Cursor::new(root.into()))
-        .map_err(|error| Error::io("open the input root", &error))
+    Cursor::at(root).map_err(|error| Error::io("open the input root", &error))
 }
 
 fn cannot(doing: &str, name: &str, error: &io::Error) -> Error {

@@ -14,6 +14,7 @@ mod children;
 mod gateway;
 mod guard;
 mod init;
+mod pool_sandbox;
 pub(crate) mod probe;
 pub mod protocol;
 mod reap;
@@ -24,25 +25,20 @@ mod sys;
 pub(super) mod tool;
 mod usage;
 
-use super::{cancel::CancelToken, clock::Moment, command::Launch, workspace::BuildRoot, written::Written};
+use super::{cancel::CancelToken, clock::Moment, command::Launch, written::Written};
 use crate::{
     cgroups::{Groups, SlotGroup},
     limits::{Exceeded, Limits},
     log_streams::run::LogKind,
     logging::Event,
-    platform,
-    sandbox::{
-        identity::{self, User, Users},
-        kind::{CellKind, CellNetwork, InnerUser, InputsAsRoot, RootFs},
-        settings::{Pasta, Protections, Sandbox, SandboxMode, SandboxSettings},
-    },
+    sandbox::{identity::User, settings::Sandbox},
 };
 use gorego_reapi::{
     error::{Error, Result},
     proto::gorego,
 };
 use guard::{Guard, Violation};
-use protocol::{Ended, Failed, Order, Reply, Run, ToRunner, Unkept};
+use protocol::{Ended, Failed, IncompleteLog, Order, Reply, Run, ToRunner};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -54,10 +50,11 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt as _, net::UnixStream, process::CommandExt as _},
     },
-    path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
+
+pub use pool_sandbox::PoolSandbox;
 
 /// How long a runner may take to kill everything and answer after a `Kill`. If it takes longer, a process hangs in the
 /// kernel.
@@ -115,7 +112,7 @@ pub struct Ran {
     pub refused_processes: bool,
 }
 
-/// Turns a [`Launch`] into processes.
+/// Starts the processes of a [`Launch`].
 pub trait Launcher: Send {
     /// Prepares for the first command, so that it is not slower than later ones. Failures are reported by the next run.
     fn warm_up(&mut self);
@@ -126,96 +123,8 @@ pub trait Launcher: Send {
     /// If it is unknown how the command ended. Its files must not be used then.
     fn run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran>;
 
-    /// Kills everything that may still run, for a caller that no longer knows its state.
+    /// Kills all processes that may still run. For a caller that no longer knows the state of the launcher.
     fn reset(&mut self);
-}
-
-/// The sandbox of a pool: its settings, and which parts work on this machine. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct PoolSandbox {
-    pub(crate) settings: SandboxSettings,
-    pub(crate) protections: Protections,
-    /// The directory that contains the exec directories.
-    pub(crate) build_root: PathBuf,
-    /// The users from which each slot takes its own.
-    pub(crate) users: Users,
-    /// Whether input roots can be overlays.
-    pub(crate) has_layers: bool,
-    /// The program behind the networks of cells, if it works.
-    pub(crate) pasta: Option<Pasta>,
-}
-
-impl PoolSandbox {
-    /// A sandbox with the protections that work on this machine and default settings, for tests.
-    pub fn usual(runner: &[OsString], build_root: &BuildRoot) -> Self {
-        let settings = SandboxSettings {
-            mode: SandboxMode::Auto,
-            visible: Vec::new(),
-            hidden: Vec::new(),
-            writable: Vec::new(),
-            tmp_bytes: 1 << 30,
-            tmp_files: 10_000,
-            shm_bytes: 1 << 28,
-            processes: 1_000,
-            first_user: identity::FIRST,
-            own: Vec::new(),
-            root: None,
-            network: CellNetwork::Off,
-        };
-        let protections = probe::probe(&settings, runner, build_root).on;
-        let users = Users::new(settings.first_user);
-        let directory = build_root.path().to_owned();
-        let mut sandbox =
-            Self { settings, protections, build_root: directory, users, has_layers: false, pasta: None };
-        sandbox.has_layers =
-            protections.namespaces && probe::probe_layers(&sandbox, runner, build_root).is_ok();
-        sandbox
-    }
-
-    /// The kind of cell for an action that asks for nothing special.
-    pub(super) fn usual_kind(&self) -> CellKind {
-        self.settings.kind()
-    }
-
-    /// Whether input roots can be overlays.
-    pub fn has_layers(&self) -> bool {
-        self.has_layers
-    }
-
-    /// The kind of cell for an action that asks for these platform properties.
-    ///
-    /// # Errors
-    /// `Precondition` if this sandbox lacks something that is asked for; `Invalid` if the user is not valid.
-    pub(crate) fn kind(&self, asked: &[(String, String)]) -> Result<CellKind> {
-        let mut kind = self.settings.kind();
-        if platform::wants_input_root_as_root(asked) {
-            if !self.protections.namespaces {
-                return Err(Error::Precondition(
-                    "the action asks for its input root as its root file system (rootfs), which requires the namespaces of the \
-                     sandbox; they are off on this server"
-                        .into(),
-                ));
-            }
-            kind.root = Some(RootFs::InputRoot(InputsAsRoot {}));
-        }
-        let (user, group) = platform::wanted_user(asked).map_err(Error::Invalid)?;
-        if self.protections.namespaces && (user.is_some() || group.is_some()) {
-            let usual = kind.user();
-            let (user, group) = (user.unwrap_or(usual.user), group.unwrap_or(usual.group));
-            kind.user = Some(InnerUser { user, group });
-        }
-        // Without network namespaces, every action has the network of the host.
-        if self.protections.network && platform::wants_network(asked) {
-            if self.settings.network == CellNetwork::On && self.pasta.is_none() {
-                return Err(Error::Precondition(
-                    "the action asks for a network (network=on), and this machine cannot give it one; the start of the                      server says why"
-                        .into(),
-                ));
-            }
-            kind.network = self.settings.network.into();
-        }
-        Ok(kind)
-    }
 }
 
 /// The [`Launcher`] that runs commands through a runner process.
@@ -251,7 +160,7 @@ impl RunnerLauncher {
         Self { command, sandbox, runner: None, _user: user, group: None, total_memory: 0 }
     }
 
-    /// Adds a control group of its own to this launcher.
+    /// Gives this launcher its own control group.
     pub(crate) fn grouped(self, groups: &Groups) -> Self {
         let group = groups.slot().inspect_err(|error| {
             Event::warn("gorego::worker", SLOT_WITHOUT_GROUP).with_shown("error", error).log(format_args!(
@@ -261,13 +170,13 @@ impl RunnerLauncher {
         Self { group: group.ok(), total_memory: groups.total_memory(), ..self }
     }
 
-    /// [`Launcher::run`] without the handling of errors.
+    /// [`Launcher::run`] without error handling.
     fn try_run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
         if let Some(group) = &mut self.group {
             let failed = |error| Error::io("set the limits of an action", &error);
             group.begin(&launch.limits).map_err(failed)?;
         }
-        let mut runner = match self.runner.take().and_then(Runner::still_there) {
+        let mut runner = match self.runner.take().and_then(Runner::if_alive) {
             Some(runner) => runner,
             None => Runner::start(&self.command, self.sandbox.as_ref(), self.group.as_ref())?,
         };
@@ -313,7 +222,7 @@ impl Launcher for RunnerLauncher {
 
 impl Runner {
     /// This runner, unless it has died since the last action.
-    fn still_there(mut self) -> Option<Self> {
+    fn if_alive(mut self) -> Option<Self> {
         if matches!(self.child.try_wait(), Ok(None)) {
             return Some(self);
         }
@@ -332,8 +241,9 @@ impl Runner {
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         ours.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
         ours.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
-        // Only options that let std use posix_spawn are set: any other would make std fork this server. The own process
-        // group keeps a Ctrl-C on the server's terminal away from running commands.
+        // Only options with which std uses posix_spawn are set: any other option would make std fork this server. A
+        // Ctrl-C on the server's terminal does not reach running commands, because the runner has its own process
+        // group.
         let child = Command::new(program)
             .arg0("gorego")
             .args(arguments)
@@ -351,7 +261,7 @@ impl Runner {
             group.admit(runner.child.id()).map_err(failed)?;
         }
         if let (Some(sandbox), Some(socket)) = (sandbox, &runner.socket) {
-            let order = ToRunner { order: Some(Order::Enclose(sandbox.clone())) };
+            let order = ToRunner { order: Some(Order::UseSandbox(sandbox.clone())) };
             protocol::write(socket, &order).map_err(failed)?;
         }
         Ok(runner)
@@ -372,17 +282,17 @@ impl Runner {
             _ => lost(&error),
         })?;
         let mut stopped = match wait(socket, Instant::now().checked_add(timeout), cancel, Some(&mut guard))? {
-            Waited::Ready => None,
-            Waited::TimeUp => Some(Ending::TimedOut),
-            Waited::Cancelled => Some(Ending::Cancelled),
-            Waited::Violated(violation) => Some(violation.into()),
+            WaitOutcome::Ready => None,
+            WaitOutcome::TimeUp => Some(Ending::TimedOut),
+            WaitOutcome::Cancelled => Some(Ending::Cancelled),
+            WaitOutcome::Violated(violation) => Some(violation.into()),
         };
         if stopped.is_some() {
             let kill = ToRunner { order: Some(Order::Kill(protocol::Kill {})) };
             protocol::write(socket, &kill).map_err(|error| lost(&error))?;
             let never = CancelToken::new();
             let end = Instant::now().checked_add(KILL_GRACE);
-            if !matches!(wait(socket, end, &never, None)?, Waited::Ready) {
+            if !matches!(wait(socket, end, &never, None)?, WaitOutcome::Ready) {
                 return Err(Error::internal("a command could not be killed"));
             }
         }
@@ -427,10 +337,10 @@ fn ran(ended: Ended, stopped: Option<Ending>) -> Result<Ran> {
         return Err(Error::internal("processes of the command could not be killed"));
     }
     let kind = |is_stderr| if is_stderr { LogKind::Stderr } else { LogKind::Stdout };
-    let ending = match (stopped, ended.unkept, ended.not_started, ended.signal) {
+    let ending = match (stopped, ended.incomplete_log, ended.not_started, ended.signal) {
         (Some(stopped), ..) => stopped,
-        (None, Some(Unkept { is_stderr, errno: 0 }), ..) => Ending::LogTooLong(kind(is_stderr)),
-        (None, Some(Unkept { is_stderr, errno }), ..) => Ending::LogLost(kind(is_stderr), errno),
+        (None, Some(IncompleteLog { is_stderr, errno: 0 }), ..) => Ending::LogTooLong(kind(is_stderr)),
+        (None, Some(IncompleteLog { is_stderr, errno }), ..) => Ending::LogLost(kind(is_stderr), errno),
         (None, None, 0, 0) => Ending::Exited(ended.exit_code),
         (None, None, 0, signal) => Ending::Signalled(signal),
         (None, None, errno, _) => Ending::NotStarted(errno),
@@ -455,7 +365,7 @@ fn lost(error: &std::io::Error) -> Error {
     ))
 }
 
-enum Waited {
+enum WaitOutcome {
     Ready,
     TimeUp,
     Cancelled,
@@ -468,7 +378,7 @@ fn wait(
     deadline: Option<Instant>,
     cancel: &CancelToken,
     mut guard: Option<&mut Guard<'_>>,
-) -> Result<Waited> {
+) -> Result<WaitOutcome> {
     loop {
         let now = Instant::now();
         let look = guard.as_ref().and_then(|guard| guard.next());
@@ -487,22 +397,22 @@ fn wait(
             Err(error) => return Err(Error::io("wait for a command", &error.into())),
         }
         if !fds[0].revents().is_empty() {
-            return Ok(Waited::Ready);
+            return Ok(WaitOutcome::Ready);
         }
         if cancel.is_stopped() {
-            return Ok(Waited::Cancelled);
+            return Ok(WaitOutcome::Cancelled);
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Ok(Waited::TimeUp);
+            return Ok(WaitOutcome::TimeUp);
         }
         if let Some(violation) = guard.as_mut().and_then(|guard| guard.look()) {
-            return Ok(Waited::Violated(violation));
+            return Ok(WaitOutcome::Violated(violation));
         }
     }
 }
 
 impl Drop for Runner {
-    /// Leaves no process behind: when its socket is closed, the runner kills what it started and exits.
+    /// Leaves no process behind: the runner kills its processes and exits when its socket is closed.
     fn drop(&mut self) {
         self.socket = None;
         if !ends_within(&self.child, END_GRACE) {

@@ -59,7 +59,7 @@ pub fn is_opaque(directory: &File) -> io::Result<bool> {
     match found {
         Ok(length) => Ok(value.get(..length) == Some(YES)),
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(false),
-        // The attribute belongs to somebody else: it is longer than any valid value.
+        // The attribute was set by another program: it is longer than any valid value.
         Err(Errno::RANGE) => Ok(false),
         Err(error) => Err(error.into()),
     }

@@ -36,8 +36,8 @@ pub struct RunAction {
     pub control: RunControl,
 }
 
-/// What a worker needs to know to run an action. Plain data without handles, like the [`RunReport`] that answers it and the
-/// [`StageReached`] in between, so that all three can be sent to a worker in another process.
+/// The data that a worker needs to run an action. It contains no handles, like the [`RunReport`] that answers it and
+/// the [`StageReached`] in between, so all three can be sent to a worker in another process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunOrder {
     /// The task that the run belongs to.
@@ -52,9 +52,9 @@ pub struct RunOrder {
     pub peer: Peer,
     /// When the scheduler accepted the task (`queued_timestamp`).
     pub queued_at: SystemTime,
-    /// The tool invocation that asked first, for the result's provenance; empty if unknown.
+    /// The tool invocation of the first client, for the result's provenance; empty if unknown.
     pub tool_invocation_id: String,
-    /// The name of the principal that asked first, for the result's provenance.
+    /// The name of the first client's principal, for the result's provenance.
     pub principal: String,
 }
 

@@ -1,4 +1,4 @@
-//! Finds what a command left at the output paths, stores it, and reports it in the result (EXE-47 to EXE-58).
+//! Finds the outputs that a command produced, stores them, and reports them in the result (EXE-47 to EXE-58).
 //!
 //! First all outputs are scanned, then the files are stored, each once even if it is part of several outputs. The kind of an
 //! output is that of the node itself: a symbolic link is reported and never followed. The path to an output may only use links
@@ -10,7 +10,7 @@ pub(super) mod scan;
 
 use super::{
     checkpoint::Checkpoint,
-    dir::{self, FileId},
+    dir::{self, FileId, is_absence},
     exec_root::{Dir, ExecNode, ExecRoot, LayerWalk},
     store::Outputs,
 };
@@ -78,7 +78,7 @@ impl Reported {
     }
 }
 
-/// What was found at one output path.
+/// The node at one output path.
 enum OutputNode {
     File {
         name: String,
@@ -125,7 +125,7 @@ pub(super) fn collect(
 ) -> Result<()> {
     let mut budget = NodeBudget::new();
     let mut found = Vec::new();
-    let root_seen = open_up(root.own())?;
+    let root_seen = restore_permissions(root.own())?;
     for output in &action.command.outputs {
         checkpoint.check()?;
         if let Some(node) = look(root, root_seen, output, checkpoint, &mut budget)? {
@@ -134,7 +134,7 @@ pub(super) fn collect(
     }
     batch.hold(found.iter().flat_map(|(_, node)| node.inputs()).collect())?;
     batch.expect(budget.bytes_on_disk());
-    let mut storing = Storing {
+    let mut writer = OutputWriter {
         root,
         action,
         batch,
@@ -142,15 +142,15 @@ pub(super) fn collect(
         stored: HashMap::new(),
         reported: Reported { mtime: action.command.report_mtime, unix_mode: action.command.report_unix_mode },
     };
-    found.into_iter().try_for_each(|(output, node)| storing.report(output, node, result))
+    found.into_iter().try_for_each(|(output, node)| writer.report(output, node, result))
 }
 
-/// Restores the owner's permissions on an exec directory, in case the command removed them. Returns the mode and time
-/// from before.
+/// Restores the owner's permissions on an exec directory, in case the command removed them. Returns its previous mode
+/// and time.
 ///
 /// # Errors
 /// None in practice.
-pub(super) fn open_up(directory: &File) -> Result<Seen> {
+pub(super) fn restore_permissions(directory: &File) -> Result<Seen> {
     let failed = |error: Errno| Error::io("open up the exec directory", &error.into());
     let stat = rfs::fstat(directory).map_err(failed)?;
     let mode = Mode::from_raw_mode(stat.st_mode);
@@ -160,7 +160,7 @@ pub(super) fn open_up(directory: &File) -> Result<Seen> {
     Ok(Seen::from(&stat))
 }
 
-/// Examines an output path; `None` if there is nothing (EXE-50).
+/// Examines an output path; `None` if nothing is there (EXE-50).
 fn look(
     root: ExecRoot<'_>,
     root_seen: Seen,
@@ -177,7 +177,7 @@ fn look(
     let Some(parent) = open_parent(root, &parent_path, path)? else { return Ok(None) };
     let stat = match parent.look(OsStr::new(name)) {
         Ok(ExecNode::Own(stat)) => stat,
-        Ok(input) => return look_at_input(root, output, input, checkpoint, budget).map(Some),
+        Ok(input) => return examine_input(root, output, input, checkpoint, budget).map(Some),
         Err(error) if is_absence(&error) => return Ok(None),
         Err(error) => return Err(path_error(path, &error)),
     };
@@ -209,7 +209,7 @@ fn look(
 }
 
 /// Examines an output path at which there is an input that the command left unchanged.
-fn look_at_input(
+fn examine_input(
     root: ExecRoot<'_>,
     output: &OutputRequest,
     input: ExecNode<'_>,
@@ -239,7 +239,7 @@ fn leads_to_directory(root: ExecRoot<'_>, output: &OutputRequest) -> bool {
     root.resolve(output.path.as_path()).is_ok()
 }
 
-/// EXE-51: the deprecated lists say what kind an output must have. A link may be in either.
+/// EXE-51: the deprecated lists say what kind an output must have. A link may be in both lists.
 fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
     match (output.kind, kind) {
         (OutputKind::File, FileType::Directory) => Err(Error::Precondition(format!(
@@ -255,7 +255,7 @@ fn expect(output: &OutputRequest, kind: FileType) -> Result<()> {
 }
 
 /// Stores outputs and adds them to the result.
-struct Storing<'a> {
+struct OutputWriter<'a> {
     root: ExecRoot<'a>,
     action: &'a Action,
     batch: &'a mut dyn Outputs,
@@ -265,7 +265,7 @@ struct Storing<'a> {
     reported: Reported,
 }
 
-impl Storing<'_> {
+impl OutputWriter<'_> {
     #[allow(deprecated)]
     fn report(
         &mut self,
@@ -366,7 +366,7 @@ impl Storing<'_> {
 /// Opens a regular file for the store. A file that its owner may not read is made readable.
 ///
 /// # Errors
-/// `Precondition` if it is anything else. This does not block on a FIFO and follows no link.
+/// `Precondition` if it is not a regular file. Opening does not block on a FIFO and follows no link.
 pub(super) fn open_regular(parent: &File, name: &str, path: &str) -> Result<File> {
     let failed = |error: io::Error| Error::io(&format!("read output \"{path}\""), &error);
     let file = match dir::open_file(parent, OsStr::new(name)) {
@@ -389,7 +389,7 @@ fn open_parent<'a>(root: ExecRoot<'a>, parent: &RootPath, path: &str) -> Result<
     }
 }
 
-/// Classifies an error on the path to an output. The command is at fault if it caused the error. Otherwise the server is.
+/// Classifies an error on the path to an output: either the command is at fault, or this server.
 fn path_error(path: &str, error: &io::Error) -> Error {
     let fault = match Errno::from_io_error(error) {
         Some(Errno::XDEV) => "a symbolic link in its path leaves the input root",
@@ -407,11 +407,6 @@ fn open_directory<'a>(root: ExecRoot<'a>, output: &OutputRequest) -> Result<Laye
     };
     let parent = root.resolve(parent_path.as_path()).map_err(failed)?;
     LayerWalk::at(&parent, OsStr::new(name)).map_err(failed)
-}
-
-/// Whether the error means that the output was not produced: nothing is at the path, or the path does not exist.
-fn is_absence(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP))
 }
 
 fn cannot_read(name: &str, path: &str, error: &io::Error) -> Error {

@@ -1,7 +1,7 @@
 //! One run, step by step: workspace, inputs, command, outputs, result.
 //!
-//! This file defines the order of the steps and what a failure in each means. `run/disk_room.rs` waits for disk space,
-//! `run/ending.rs` turns the end of a command into a result. All of it blocks and runs on a worker's own thread.
+//! This file defines the order of the steps and the effect of a failure in each. `run/disk_room.rs` waits for disk
+//! space, `run/ending.rs` turns the end of a command into a result. All of it blocks and runs on a worker's own thread.
 
 mod counts;
 mod disk_room;
@@ -60,12 +60,12 @@ pub(super) struct ActionRun<'a> {
     result: reapi::ActionResult,
     /// How the command ended, once it has.
     ran: Option<Ran>,
-    /// Why a tool did not do the work of the command, if one was asked to.
+    /// Why a tool failed to run the action, if one was tried.
     tool_failure: Option<String>,
-    /// The disk space when the run began.
+    /// The free disk space when the run began.
     room_at_start: Option<Space>,
-    /// Whether the disk stayed full for [`disk_room::ROOM_WAIT`].
-    waited_in_vain: bool,
+    /// Whether the disk was still full after [`disk_room::ROOM_WAIT`].
+    room_wait_expired: bool,
 }
 
 impl<'a> ActionRun<'a> {
@@ -87,7 +87,7 @@ impl<'a> ActionRun<'a> {
             ran: None,
             tool_failure: None,
             room_at_start: None,
-            waited_in_vain: false,
+            room_wait_expired: false,
         }
     }
 
@@ -112,9 +112,9 @@ impl<'a> ActionRun<'a> {
         match outcome {
             Ok(()) => Ok(Box::new(RunResult { result: self.result.into(), account })),
             Err(error) => Err(RunFailure {
-                // After the wait it is better to let the client retry than to occupy a slot.
-                retryable: is_workers_fault(&error) && !self.waited_in_vain,
-                // Without a command that ran there is no partial result.
+                // After the wait it is better that the client retries than that the action occupies a slot.
+                retryable: is_workers_fault(&error) && !self.room_wait_expired,
+                // There is a partial result only if a command ran.
                 partial: self.ran.is_some().then(|| self.result.into()),
                 error,
                 account: Box::new(account),
@@ -131,7 +131,7 @@ impl<'a> ActionRun<'a> {
         self.note(Point::FetchStart);
         self.wait_for_room(&fetching)?;
         let mut kind = self.settings.kind(action)?;
-        // Held to the end, so that the image is not removed while the action runs.
+        // Held to the end of the run, so that the image is not removed meanwhile.
         let image = image_store::lease_for(self.settings, action, self.order.peer, &mut kind, &fetching)?;
         let command = match &image {
             Some(image) => Cow::Owned(image.complete(&action.command)),
@@ -219,12 +219,12 @@ impl<'a> ActionRun<'a> {
         self.enter(RunStage::Uploading, Point::UploadStart, live.map(LiveRun::logs));
         let stored = self.conclude(ending, workspace, root, live, batch);
         self.note(Point::UploadEnd);
-        // Without this check, outputs that somebody removed would look like outputs that were never made.
+        // Without this check, outputs in a removed directory would look like outputs that were never made.
         workspace.check_in_place()?;
         stored
     }
 
-    /// Brings the inputs into place: as a layer above a staged tree, which is returned, or as copies.
+    /// Puts the inputs into place: as a layer above a staged tree, which is returned, or as copies.
     fn stage(
         &self,
         inputs: &mut dyn Inputs,
@@ -252,7 +252,8 @@ impl<'a> ActionRun<'a> {
         Ok(Some(lease))
     }
 
-    /// The report for users. A text that cannot be stored is left out, since the outcome of the run matters more.
+    /// The explanations for users. A text that cannot be stored is left out, because the outcome of the run matters
+    /// more.
     fn account(&self, outcome: &Result<()>) -> Account {
         let facts = self.facts();
         let text = run_log::render(&facts, self.ran.as_ref(), outcome.as_ref().err());

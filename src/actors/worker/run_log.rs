@@ -94,8 +94,8 @@ fn too_many_processes(facts: &Facts<'_>) -> String {
     )
 }
 
-/// Says that the memory for all actions together was used up. This action used at most half of it.
-/// own.
+/// The message for a command that lost processes because the memory for all actions together was used up, although this
+/// action used at most half of it.
 pub(super) fn memory_short(used: u64, total: u64) -> String {
     format!(
         "the kernel killed processes of the command because the memory was used up: {} for all actions together \
@@ -105,7 +105,7 @@ pub(super) fn memory_short(used: u64, total: u64) -> String {
     )
 }
 
-/// The report about a run; `None` if there is nothing to explain: the run succeeded, the command chose its exit code,
+/// The report about a run. `None` if there is nothing to explain: the run succeeded, the command chose its exit code,
 /// or the client already knows the cause.
 pub(super) fn render(facts: &Facts<'_>, ran: Option<&Ran>, error: Option<&Error>) -> Option<String> {
     let killed = ran.is_some_and(|ran| {

@@ -5,16 +5,16 @@
 //! <build_root>/t-<number>/root/    an input root, exactly as its Directories describe it
 //! ```
 //!
-//! If the input root of an action is staged, the action needs no copy of its inputs. If its root differs little from a
-//! staged one, only the difference is written: a [`Delta`] into the action's own layer. So a tree is made for a root
-//! without a usable base, for a root that comes again with a large delta, and occasionally for one of many roots with
-//! large deltas.
+//! If the input root of an action is staged, the action needs no copy of its inputs. If it differs little from a staged
+//! tree, only the difference is written: a [`Delta`] into the action's own layer. A new tree is built for a root
+//! without a usable base, for a root that is requested again although its delta is large, and occasionally for one of
+//! many roots with large deltas.
 //!
 //! Invariants: the trees never exceed their budget on disk and in memory. A leased tree is neither changed nor removed.
-//! A tree that is not in the [`TreeIndex`] is not used. A tree is trusted only by the process that made it: the index
-//! is kept in memory, and the next start removes the trees that it finds. A tree whose top directory was removed,
-//! replaced or changed by somebody else is never leased again, and a run that used it fails as this server's fault.
-//! Changes by others further down are not noticed.
+//! A tree that is not in the [`TreeIndex`] is not used. Only the process that built a tree trusts it: the index is kept
+//! in memory, and the next start removes the trees that it finds. A tree whose top directory was removed, replaced or
+//! changed by another process is never leased again, and a run that used it fails as this server's fault. Changes
+//! further down are not noticed.
 
 pub mod delta;
 pub mod index;
@@ -57,23 +57,23 @@ pub const MAX_STAGED_NODES: u64 = 1_000_000;
 /// A root with fewer bytes, and with fewer nodes than [`StagingLimits::min_nodes`], is copied, which takes no longer
 /// than a mount.
 const MIN_BYTES: u64 = 256 * 1024;
-/// How many staged trees are considered as a base: the most recently used ones.
+/// How many staged trees are considered as a base; the most recently used ones are chosen.
 const BASES: usize = 32;
-/// How many of these are compared with the root: those that have most in common with it.
+/// How many of these are compared with the root; those that share the most directories with it are chosen.
 const COMPARED_BASES: usize = 3;
-/// How many of a root's directories are looked up in each tree to estimate what they have in common.
+/// How many of a root's directories are looked up in each tree to estimate how much they share.
 const PROBES: usize = 64;
-/// A delta that weighs no more than this is always written again for each action.
+/// A delta with at most this weight is written anew for each action.
 const SMALL_DELTA: u64 = 64;
 /// Copying this many bytes takes as long as creating one small file.
 const BYTES_PER_ENTRY: u64 = 32 * 1024;
 /// How many roots are remembered that were staged without becoming trees.
-const PASSED_ROOTS: usize = 4_096;
-/// How often an action checks whether it may go on while it waits for a tree that another action builds.
+const MAX_SEEN_ROOTS: usize = 4_096;
+/// How often an action checks whether it must stop while it waits for a tree that another action builds.
 const BUILD_POLL: Duration = Duration::from_millis(50);
 /// Maximum size of a file or directory on disk in addition to its content.
 const NODE_BYTES: u64 = 4_096;
-/// How long inputs are copied after an overlay could not be mounted although the probe at the start succeeded.
+/// How long inputs are copied after the mount of an overlay failed although the probe at the start succeeded.
 const COPY_AFTER_FAILURE: Duration = Duration::from_secs(60);
 
 /// The limits of the staged trees.
@@ -115,7 +115,7 @@ struct Tree {
     tree: Arc<InputTree>,
 }
 
-/// Identity and change time of a directory, which stay the same as long as nobody changes it.
+/// Identity and change time of a directory, which stay the same as long as the directory is not changed.
 type Unchanged = (FileId, (i64, i64));
 
 #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
@@ -154,7 +154,7 @@ impl TreeLease {
         self.tree.path()
     }
 
-    /// Checks that nobody has removed or replaced the tree. If somebody has, the tree is not used again.
+    /// Checks that the tree was not removed or replaced. If it was, it is not used again.
     ///
     /// # Errors
     /// `Unavailable` if the tree was removed, replaced or changed.
@@ -162,7 +162,7 @@ impl TreeLease {
         if self.tree.is_in(&self.place) {
             return Ok(());
         }
-        // The tree is not removed here, but with its last lease, which may be this one.
+        // The tree is removed with its last lease, which may be this one.
         let _ = self.place.trees.lock().discard(self.id);
         Err(Error::Unavailable(format!(
             "the staged inputs {} were removed or changed while the action ran",
@@ -171,7 +171,7 @@ impl TreeLease {
     }
 
     /// Makes later actions copy their inputs for a while, because this tree could not be mounted.
-    pub fn could_not_be_mounted(&self) {
+    pub fn note_mount_failure(&self) {
         let until = Instant::now() + COPY_AFTER_FAILURE;
         *self.place.trees.copy_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
     }
@@ -200,7 +200,7 @@ impl StagedTrees {
     pub fn new(limits: StagingLimits) -> Self {
         let budget =
             StagedSize { bytes: limits.max_bytes, nodes: MAX_STAGED_NODES, memory: limits.max_memory };
-        let index = Mutex::new(TreeIndex::new(budget, PASSED_ROOTS));
+        let index = Mutex::new(TreeIndex::new(budget, MAX_SEEN_ROOTS));
         Self { index, min_nodes: limits.min_nodes, built: Condvar::new(), copy_until: Mutex::new(None) }
     }
 
@@ -255,7 +255,7 @@ impl BuildRoot {
         }
     }
 
-    /// What the staged trees take.
+    /// The space that the staged trees take.
     pub fn staged_usage(&self) -> BudgetUse {
         self.last_place().trees.lock().usage()
     }
@@ -280,7 +280,7 @@ impl BuildRoot {
         lease.check_in_place().is_ok().then_some(lease)
     }
 
-    /// Leases the tree of this root. Waits for it if somebody is building it. `None` if there is none.
+    /// Leases the tree of this root. Waits if another action is building it. `None` if there is no tree.
     fn wait_for(
         &self,
         place: &Arc<RootDirectory>,
@@ -323,7 +323,7 @@ impl BuildRoot {
             .collect();
         // The sort is stable, so of equal trees the most recent one stays first.
         scored.sort_by_key(|(common, ..)| std::cmp::Reverse(*common));
-        // If more than half would be written, a tree of its own is as good.
+        // If more than half of the root would have to be written, building a tree costs about the same.
         let limit = Cost { entries: wanted.nodes() / 2, bytes: u64::MAX };
         let compared = scored.iter().take(COMPARED_BASES).filter_map(|(_, id, tree)| {
             let delta = Delta::between(wanted, &tree.tree, limit)?;
@@ -331,7 +331,7 @@ impl BuildRoot {
         });
         let (weight, base, delta) = compared.min_by_key(|(weight, ..)| *weight)?;
         let mut index = place.trees.lock();
-        if weight > SMALL_DELTA && (index.pass(key) || index.is_worn_by_deltas(base)) {
+        if weight > SMALL_DELTA && (index.note_seen(key) || index.note_large_delta(base)) {
             return None;
         }
         // It may have been evicted meanwhile.
@@ -341,12 +341,12 @@ impl BuildRoot {
     }
 }
 
-/// The permission to build a tree. Dropping it without a finished tree gives the reserved room back.
+/// The permission to build a tree. If it is dropped before the tree is finished, the reserved space is released.
 struct Building<'a> {
     build_root: &'a BuildRoot,
     place: &'a Arc<RootDirectory>,
     key: Key,
-    /// The directory of the tree as long as it is not finished.
+    /// The directory of the tree until the tree is finished.
     name: Option<OsString>,
 }
 

@@ -1,30 +1,29 @@
 //! Tools: Bazel's persistent workers, which are processes that outlive their first action and serve others.
 //!
-//! Starting a compiler often takes longer than compiling. For such an action, Bazel says that its tool can stay, and
-//! which inputs belong to the tool ([`call`]). The tool is started once, gets one request for each action ([`codec`]),
-//! and is kept between actions ([`shelf`]). A tool runs in a sandbox of its own, like any command. The inputs in its
-//! exec root are [exchanged](exchange) for each request, and its outputs are [copied out](collect). If anything goes
-//! wrong with a tool, the tool is ended and the action runs as an ordinary command, as it does where there are no
-//! tools.
+//! Starting a compiler often takes longer than compiling. For such an action, Bazel tells the server that the tool can
+//! keep running, and which inputs belong to the tool ([`call`]). The tool is started once, gets one request for each
+//! action ([`codec`]), and is kept between actions ([`idle`]). A tool runs in a sandbox of its own, like any command.
+//! The inputs in its exec root are [exchanged](exchange) for each request, and its outputs are [copied out](collect).
+//! If a tool fails, it is ended and the action runs as an ordinary command, as on a server without tools.
 //!
-//! [`Tools`] owns the idle tools of one pool. A tool that serves an action belongs to the worker's thread, and is
-//! counted by a [`Held`]. A thread ends tools that were idle for too long. It exits when the [`Tools`] are dropped.
+//! [`Tools`] owns the idle tools of one pool. While a tool serves an action, it belongs to the worker's thread and is
+//! counted by a [`ToolReservation`]. A thread ends tools that were idle for too long. It exits when the [`Tools`] are dropped.
 
 mod call;
 mod codec;
 mod collect;
 mod exchange;
-mod shelf;
+mod idle;
 mod turn;
 
-pub use shelf::ToolLimits;
+pub use idle::ToolLimits;
 pub(super) use turn::{NotServed, ToolJob, ToolTurn};
 
 use super::{launcher::tool::ToolProcess, workspace::Workspace};
 use crate::logging::Event;
 use call::{ToolCall, ToolKey};
 use exchange::PlacedInputs;
-use shelf::{NotKept, Serial, Shelf, Taken};
+use idle::{IdleTools, NotKept, ToolChoice, ToolUses};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -42,7 +41,7 @@ pub struct Tools(Arc<ToolsShared>);
 struct ToolsShared {
     pool: String,
     limits: ToolLimits,
-    shelf: Mutex<Shelf<Tool>>,
+    idle: Mutex<IdleTools<Tool>>,
     /// Wakes the thread that ends idle tools.
     changed: Condvar,
 }
@@ -57,9 +56,9 @@ struct Tool {
 
 /// The reservation of one of a pool's places for tools.
 #[derive(Debug)]
-struct Held<'a> {
+struct ToolReservation<'a> {
     tools: &'a Tools,
-    serial: Serial,
+    usage: ToolUses,
     is_kept: bool,
 }
 
@@ -69,7 +68,7 @@ impl Tools {
         let shared = Arc::new(ToolsShared {
             pool: pool.to_owned(),
             limits,
-            shelf: Mutex::new(Shelf::new(limits)),
+            idle: Mutex::new(IdleTools::new(limits)),
             changed: Condvar::new(),
         });
         let of_thread = shared.clone();
@@ -80,38 +79,38 @@ impl Tools {
 
     /// Ends all idle tools, for instance when the disk is full. Blocks until they are gone.
     pub fn clear(&self) {
-        let tools = self.0.shelf().clear();
+        let tools = self.0.idle_tools().clear();
         self.0.end(tools, "the disk is full");
     }
 
     /// Ends all idle tools and admits no new ones: a tool that serves an action ends after that action. Blocks like
     /// [`Tools::clear`].
     pub fn close(&self) {
-        let tools = self.0.shelf().close();
+        let tools = self.0.idle_tools().close();
         self.0.changed.notify_all();
         self.0.end(tools, "the server stops");
     }
 
     /// Reserves a tool that can serve a call. Also returns the tool itself, unless it has to be started first. `None`
     /// if all places are taken by tools that serve other actions.
-    fn hold(&self, call: &ToolCall) -> Option<(Held<'_>, Option<Tool>)> {
+    fn hold(&self, call: &ToolCall) -> Option<(ToolReservation<'_>, Option<Tool>)> {
         loop {
-            let taken = self.0.shelf().take(call.key);
-            let held = |serial| Held { tools: self, serial, is_kept: false };
+            let taken = self.0.idle_tools().take(call.key);
+            let held = |usage| ToolReservation { tools: self, usage, is_kept: false };
             match taken {
-                Taken::Kept(tool, serial) => {
-                    let held = held(serial);
+                ToolChoice::Kept(tool, usage) => {
+                    let held = held(usage);
                     match tool.process.problem() {
                         None => return Some((held, Some(tool))),
                         Some(problem) => self.0.end(vec![tool], &problem),
                     }
                 }
-                Taken::New(serial, evicted) => {
-                    let held = held(serial);
+                ToolChoice::New(usage, evicted) => {
+                    let held = held(usage);
                     self.0.end(evicted.into_iter().collect(), "another tool needs its place");
                     return Some((held, None));
                 }
-                Taken::Full => return None,
+                ToolChoice::Full => return None,
             }
         }
     }
@@ -130,13 +129,13 @@ impl Drop for Tools {
     }
 }
 
-impl Held<'_> {
+impl ToolReservation<'_> {
     /// Keeps the tool for later calls, if it may serve another one.
     fn keep(mut self, tool: Tool) {
         self.is_kept = true;
         let memory = tool.process.sample().memory;
         let shared = &self.tools.0;
-        let kept = shared.shelf().keep(tool, self.serial, memory, Instant::now());
+        let kept = shared.idle_tools().keep(tool, self.usage, memory, Instant::now());
         match kept {
             Ok(()) => shared.changed.notify_all(),
             Err((tool, why)) => shared.end(
@@ -151,21 +150,21 @@ impl Held<'_> {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for ToolReservation<'_> {
     fn drop(&mut self) {
         if !self.is_kept {
-            self.tools.0.shelf().lost();
+            self.tools.0.idle_tools().lost();
         }
     }
 }
 
 impl ToolsShared {
-    fn shelf(&self) -> MutexGuard<'_, Shelf<Tool>> {
-        // The shelf is consistent between two calls of its methods.
-        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    fn idle_tools(&self) -> MutexGuard<'_, IdleTools<Tool>> {
+        // The state is consistent between two calls of its methods.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends tools one after the other. The caller must not hold the lock of the shelf.
+    /// Ends tools one after the other. The caller must not hold the lock of the idle tools.
     fn end(&self, tools: Vec<Tool>, reason: &str) {
         for tool in tools {
             drop(tool);
@@ -176,24 +175,24 @@ impl ToolsShared {
         }
     }
 
-    /// The loop of the thread: ends tools that were idle for too long, until the shelf is closed.
+    /// The loop of the thread: ends tools that were idle for too long, until the pool is closed.
     fn end_idle(&self) {
-        let mut shelf = self.shelf();
-        while !shelf.is_closed() {
+        let mut idle = self.idle_tools();
+        while !idle.is_closed() {
             let now = Instant::now();
-            let expired = shelf.expire(now);
+            let expired = idle.expire(now);
             if !expired.is_empty() {
-                drop(shelf);
+                drop(idle);
                 self.end(expired, "it was idle for too long");
-                shelf = self.shelf();
+                idle = self.idle_tools();
                 continue;
             }
-            shelf = match shelf.next_expiry() {
+            idle = match idle.next_expiry() {
                 Some(next) => {
                     let left = next.saturating_duration_since(now);
-                    self.changed.wait_timeout(shelf, left).unwrap_or_else(PoisonError::into_inner).0
+                    self.changed.wait_timeout(idle, left).unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self.changed.wait(shelf).unwrap_or_else(PoisonError::into_inner),
+                None => self.changed.wait(idle).unwrap_or_else(PoisonError::into_inner),
             };
         }
     }

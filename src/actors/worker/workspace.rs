@@ -9,34 +9,34 @@
 //! ```
 //!
 //! A command in a mount namespace of its own sees its input root at a fixed path. For other commands, the path is
-//! derived from the action, because compilers and other tools write it into their output. The same action sees the same
-//! path, unless it runs more than once at the same time (`a-89abcdef-2`). The digits are the first of the action's
+//! derived from the action, because compilers and other tools write it into their output. The same action gets the same
+//! path, unless it runs more than once at the same time (`a-89abcdef-2`). The digits are the first ones of the action's
 //! hash. When a run is over, its `a-` directory is moved into the run's own directory, so that the path is free at
-//! once. A number is never used twice at the same time. All names are short, because commands create sockets below
-//! them, whose paths may have at most 108 bytes. Other users cannot enter either directory.
+//! once. Two directories never have the same number at the same time. All names are short, because commands create
+//! sockets below them, whose paths may have at most 108 bytes. Other users cannot enter any of these directories.
 //!
 //! The build root may be removed while the server runs. The next run creates it again, and runs that lost their
 //! directories fail with an error that says so.
 
+mod exec_directory;
+mod names;
 mod removal;
 
 use super::{
-    checkpoint::Checkpoint,
     dir::{self, FileId},
     disk_watch::DiskWatch,
     layer,
     messages::SlotId,
-    staged_trees::{Base, StagedTrees, StagingLimits},
-    store::Inputs,
+    staged_trees::{StagedTrees, StagingLimits},
     written,
 };
-use crate::{instance::InstanceId, logging::Event, sandbox::layers::Layers, spread::spread_subdirectories};
+use crate::{logging::Event, spread::spread_subdirectories};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
-    tree::InputTree,
 };
-use removal::{Job, Remover, Ticket};
+use names::{EntryOwner, TREE_PREFIX, numbered, owner};
+use removal::{Job, Remover};
 use rustix::{
     fs::{self as rfs, FlockOperation, Mode, RenameFlags, StatVfsMountFlags, flock},
     io::Errno,
@@ -45,26 +45,13 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
-    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError, Weak, atomic::AtomicU64},
     time::Duration,
 };
 
+pub use exec_directory::Workspace;
 pub use removal::remove;
-
-/// How many names are tried for a new directory. Only leftovers of a crash can have taken many names.
-const NAME_ATTEMPTS: u64 = 10_000;
-/// How many digits of an action's hash are in the name of its directory. Different actions with the same digits still
-/// get separate directories, like an action that runs twice.
-const HASH_DIGITS: usize = 8;
-/// The prefix of the names of directories for actions.
-const ACTION_PREFIX: &str = "a-";
-/// The prefix of the names of directories for staged trees.
-const TREE_PREFIX: &str = "t-";
 
 const BUILD_ROOT_SWEPT: &str = "build_root_swept";
 const BUILD_ROOT_NOEXEC: &str = "build_root_noexec";
@@ -93,7 +80,7 @@ struct RootDirectories {
     former: Vec<Weak<RootDirectory>>,
 }
 
-/// The directory at the path of a build root. It is locked for as long as this lives, so that no other server sweeps
+/// The directory at the path of a build root. It is locked as long as this value lives, so that no other server sweeps
 /// away the directories of running commands.
 #[derive(Debug)]
 pub(super) struct RootDirectory {
@@ -111,7 +98,7 @@ impl BuildRoot {
         Self::with_trees(path, StagingLimits::default())
     }
 
-    /// [`BuildRoot::open`] with these limits for its staged trees.
+    /// Like [`BuildRoot::open`], with these limits for the staged trees.
     ///
     /// # Errors
     /// As [`BuildRoot::open`].
@@ -167,20 +154,7 @@ impl BuildRoot {
             Ok(rfs::mkdirat(&place.handle, name, Mode::RWXU)?)
         })
         .map_err(doing)?;
-        let mut workspace = Workspace {
-            path: self.0.path.join(&name),
-            root_path: PathBuf::new(),
-            build_root: self.clone(),
-            place,
-            name,
-            for_action: None,
-            opened: None,
-            ticket: Some(ticket),
-            removes_itself: false,
-        };
-        // If a later step fails, dropping the workspace removes what was created.
-        workspace.lay_out(action).map_err(doing)?;
-        Ok(workspace)
+        Workspace::open(self, place, name, ticket, action).map_err(doing)
     }
 
     /// The path, without symbolic links.
@@ -198,8 +172,8 @@ impl BuildRoot {
         rfs::statvfs(&self.0.path).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NOEXEC))
     }
 
-    /// Bytes that the exec directories take on disk, with those that are not removed yet. Blocks for as long as it takes to look at
-    /// every file in them.
+    /// The size of the exec directories on disk, including those that are not removed yet. Blocks while it examines every
+    /// file in them.
     pub fn bytes_of_runs(&self) -> u64 {
         let place = self.last_place();
         let entries = dir::entries(&place.handle).into_iter().flatten().map_while(io::Result::ok);
@@ -254,7 +228,7 @@ impl BuildRoot {
         self.0.places.lock().unwrap_or_else(PoisonError::into_inner).current.clone()
     }
 
-    /// The directory that is at the path now. It is created again if it was removed.
+    /// Returns the directory that is at the path now. Creates it again if it was removed.
     pub(super) fn place(&self) -> Result<Arc<RootDirectory>> {
         let BuildRootState { path, places, next, remover, .. } = &*self.0;
         let mut places = places.lock().unwrap_or_else(PoisonError::into_inner);
@@ -263,7 +237,8 @@ impl BuildRoot {
         if is_there(&places.current) {
             return Ok(places.current.clone());
         }
-        // A former directory that is back cannot be opened again, because this process still holds its lock.
+        // A former directory that is at the path again cannot be opened again, because this process still holds its
+        // lock.
         places.former.retain(|place| place.strong_count() > 0);
         let back = places.former.iter().filter_map(Weak::upgrade).find(|place| is_there(place));
         if let Some(place) = back {
@@ -315,21 +290,6 @@ impl RootDirectory {
         Ok(Self { handle, id, trees: StagedTrees::new(limits) })
     }
 
-    /// Creates a directory whose name is derived from the action.
-    fn take_name(&self, action: &Digest) -> io::Result<OsString> {
-        let hash = action.hash_hex();
-        let first = format!("{ACTION_PREFIX}{}", hash.get(..HASH_DIGITS).unwrap_or(&hash));
-        for number in 1..NAME_ATTEMPTS {
-            let name = OsString::from(if number == 1 { first.clone() } else { format!("{first}-{number}") });
-            match rfs::mkdirat(&self.handle, &*name, Mode::RWXU) {
-                Ok(()) => return Ok(name),
-                Err(Errno::EXIST) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(Errno::EXIST.into())
-    }
-
     /// Finds leftovers of earlier runs, to be removed. Names derived from an action are freed at once.
     fn sweep(&self, next: &AtomicU64) -> io::Result<Vec<OsString>> {
         let mut leftovers = Vec::new();
@@ -354,214 +314,5 @@ impl RootDirectory {
         leftovers.sort_unstable();
         leftovers.dedup();
         Ok(leftovers)
-    }
-}
-
-/// Tries numbered names with this prefix until `take` accepts one.
-fn numbered(
-    prefix: &str,
-    next: &AtomicU64,
-    mut take: impl FnMut(&OsStr) -> io::Result<()>,
-) -> io::Result<OsString> {
-    for _ in 0..NAME_ATTEMPTS {
-        let number = next.fetch_add(1, Ordering::Relaxed);
-        let name = OsString::from(format!("{prefix}{number}"));
-        match take(&name) {
-            Ok(()) => return Ok(name),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Err(Errno::EXIST.into())
-}
-
-/// The kind of an entry of the build root.
-enum EntryOwner {
-    /// A run: its own directory.
-    Run,
-    /// A run: the directory with the input root, named after the action.
-    Action,
-    /// A staged tree, which may be shared by several actions.
-    Tree,
-}
-
-/// The kind of an entry of the build root by its name; `None` for foreign entries.
-fn owner(name: &OsStr) -> Option<EntryOwner> {
-    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-    let name = name.to_str()?;
-    if let Some(rest) = name.strip_prefix(ACTION_PREFIX) {
-        let (hash, number) = rest.split_once('-').unwrap_or((rest, "2"));
-        let is_hash = hash.len() == HASH_DIGITS && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
-        return (is_hash && is_number(number)).then_some(EntryOwner::Action);
-    }
-    if let Some(number) = name.strip_prefix(TREE_PREFIX) {
-        return is_number(number).then_some(EntryOwner::Tree);
-    }
-    let (slot, number) = name.split_once('-')?;
-    (is_number(slot) && is_number(number)).then_some(EntryOwner::Run)
-}
-
-/// Whether the file or directory with this identity is at a path.
-fn is_at(path: &Path, id: FileId) -> bool {
-    rfs::lstat(path).is_ok_and(|stat| dir::file_id(&stat) == id)
-}
-
-/// An exec directory; removed when dropped.
-#[derive(Debug)]
-pub struct Workspace {
-    build_root: BuildRoot,
-    place: Arc<RootDirectory>,
-    name: OsString,
-    path: PathBuf,
-    /// Name of the directory that holds the input root, if that is not the run's own directory.
-    for_action: Option<OsString>,
-    root_path: PathBuf,
-    opened: Option<OpenDirectories>,
-    ticket: Option<Ticket>,
-    removes_itself: bool,
-}
-
-#[derive(Debug)]
-struct OpenDirectories {
-    top: File,
-    /// The directory that holds the input root, if that is not `top`.
-    for_action: Option<File>,
-    root: File,
-}
-
-impl OpenDirectories {
-    fn around_root(&self) -> &File {
-        self.for_action.as_ref().unwrap_or(&self.top)
-    }
-}
-
-impl Workspace {
-    fn lay_out(&mut self, action: Option<&Digest>) -> io::Result<()> {
-        let top = dir::open_dir(&self.place.handle, &self.name)?;
-        let for_action = match action {
-            Some(action) => {
-                let name = self.for_action.insert(self.place.take_name(action)?);
-                self.root_path = self.build_root.0.path.join(&*name).join("root");
-                Some(dir::open_dir(&self.place.handle, name)?)
-            }
-            None => {
-                self.root_path = self.path.join("root");
-                None
-            }
-        };
-        let root = layer::make_directory(for_action.as_ref().unwrap_or(&top), "root")?;
-        self.opened = Some(OpenDirectories { top, for_action, root });
-        Ok(())
-    }
-
-    fn opened(&self) -> Result<&OpenDirectories> {
-        self.opened.as_ref().ok_or_else(|| Error::internal("the exec directory is not open"))
-    }
-
-    /// The run's own directory, which holds the logs.
-    ///
-    /// # Errors
-    /// None in practice: every workspace that was returned is open.
-    pub fn top(&self) -> Result<&File> {
-        self.opened().map(|opened| &opened.top)
-    }
-
-    /// The input root.
-    ///
-    /// # Errors
-    /// The errors of [`Workspace::top`].
-    pub fn root(&self) -> Result<&File> {
-        self.opened().map(|opened| &opened.root)
-    }
-
-    /// Finds or makes a base for the input root, to lie below the layer of this run; see [`BuildRoot::stage`].
-    ///
-    /// # Errors
-    /// As [`BuildRoot::stage`].
-    pub(super) fn stage<'a>(
-        &self,
-        inputs: &mut dyn Inputs,
-        wanted: &'a InputTree,
-        instance: InstanceId,
-        checkpoint: &Checkpoint,
-    ) -> Result<Option<Base<'a>>> {
-        self.build_root.stage(&self.place, inputs, wanted, instance, checkpoint)
-    }
-
-    /// Creates the work directory of the overlay and returns the layers to mount: the tree at `below` in the build
-    /// root, and the layer of this run above it.
-    ///
-    /// # Errors
-    /// The errors of the file system.
-    pub(super) fn layers(&self, below: &Path) -> Result<Layers> {
-        rfs::mkdirat(self.opened()?.around_root(), "work", Mode::RWXU)
-            .map_err(|error| Error::io("make an exec directory", &error.into()))?;
-        let work = self.root_path.with_file_name("work");
-        let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
-        Ok(Layers {
-            below: bytes(&self.build_root.0.path.join(below)),
-            own: bytes(&self.root_path),
-            work: bytes(&work),
-            is_trial: false,
-        })
-    }
-
-    /// Absolute path of the run's own directory.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Absolute path of the input root.
-    pub fn root_path(&self) -> &Path {
-        &self.root_path
-    }
-
-    /// Checks that both directories are still in place. Commands have no reason to remove them, so a loss counts as a failure
-    /// of the server.
-    ///
-    /// # Errors
-    /// `Unavailable` if one of them was removed or replaced.
-    pub fn check_in_place(&self) -> Result<()> {
-        let opened = self.opened()?;
-        let around_root = self.root_path.parent().unwrap_or(&self.root_path);
-        // Both may be the same directory.
-        for (handle, path) in [(&opened.top, self.path.as_path()), (opened.around_root(), around_root)] {
-            if !rfs::fstat(handle).is_ok_and(|stat| is_at(path, dir::file_id(&stat))) {
-                return Err(Error::Unavailable(format!(
-                    "the exec directory {} was removed while the action ran",
-                    path.display()
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes it on this thread, so that its space is free on return.
-    pub fn remove_now(mut self) {
-        self.removes_itself = true;
-    }
-}
-
-impl Drop for Workspace {
-    fn drop(&mut self) {
-        if let Some(OpenDirectories { top, for_action, .. }) = self.opened.take() {
-            // The command may have removed their permissions, and moving needs write permission on both.
-            let _ = rfs::fchmod(top, Mode::RWXU);
-            let _ = for_action.map(|for_action| rfs::fchmod(for_action, Mode::RWXU));
-        }
-        let (place, remover) = (&self.place, &self.build_root.0.remover);
-        if let Some(name) = self.for_action.take() {
-            let inside = Path::new(&self.name).join("a");
-            if rfs::renameat(&place.handle, &*name, &place.handle, &inside).is_err() {
-                remover.remove_here(Job { place: place.clone(), name, ticket: None });
-            }
-        }
-        let job =
-            Job { place: place.clone(), name: std::mem::take(&mut self.name), ticket: self.ticket.take() };
-        if self.removes_itself {
-            remover.remove_here(job);
-        } else {
-            remover.remove(job);
-        }
     }
 }

@@ -14,9 +14,9 @@ use rustix::{
 };
 use std::{ffi::OsString, fs::File, io, path::Path};
 
-/// The unit of `st_blocks`.
+/// The unit of `st_blocks` in bytes.
 const BLOCK: u64 = 512;
-/// Maximum number of directories that are held open on the way down.
+/// Maximum number of directories that are kept open on the way down.
 const KEPT_OPEN: usize = 8;
 
 /// Measures one directory.
@@ -59,8 +59,8 @@ impl Written {
             .or_else(|| crossed(LimitedResource::Files, nodes, limits.files))
     }
 
-    /// Whether the free space has shrunk so much since the start that this command may have exceeded a limit. Costs one
-    /// system call.
+    /// Whether the free space has shrunk so much since the start that this command may have exceeded a limit. This
+    /// costs one system call.
     pub(super) fn may_exceed(&self, limits: &Limits) -> bool {
         let Some((before, now)) = self.space.zip(Space::of_file(&self.root).ok()) else { return true };
         let used = |before: u64, now: u64| before.saturating_sub(now);
@@ -97,8 +97,8 @@ struct Level {
     left: Vec<OsString>,
 }
 
-/// Visits everything below a directory, until a visit returns false. Changes nothing, holds few descriptors, and gives
-/// up if directories are moved away meanwhile.
+/// Visits everything below a directory until a visit returns false. It changes nothing, keeps few descriptors open, and
+/// gives up if directories are moved away meanwhile.
 fn walk(root: &File, visit: &mut dyn FnMut(&Stat) -> bool) -> io::Result<()> {
     let mut levels = vec![enter(root.try_clone()?, visit)?];
     while let Some(level) = levels.last_mut() {

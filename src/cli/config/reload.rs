@@ -21,11 +21,11 @@ async fn reload(args: &ReloadArgs) -> Result<()> {
     print(&if args.json {
         format!("{:#}\n", json(&answer, args.dry_run))
     } else {
-        words(&answer, args.dry_run)
+        description(&answer, args.dry_run)
     })
 }
 
-fn words(answer: &gorego::ReloadConfigResponse, dry_run: bool) -> String {
+fn description(answer: &gorego::ReloadConfigResponse, dry_run: bool) -> String {
     let mut text = String::new();
     let title = if dry_run { "would change" } else { "changed" };
     for (title, changes) in [(title, &answer.applied), ("needs a restart", &answer.needs_restart)] {

@@ -1,7 +1,7 @@
-//! `gorego ops cancel`: the named operations, or all that a filter finds.
+//! `gorego ops cancel`: cancels the named operations, or all operations that match a filter.
 
 use super::{
-    super::{complain, output::print, remark, table::terminal_width},
+    super::{complain, output::print, print_note, table::terminal_width},
     CancelArgs, FilterArgs, code, connect,
     list::rows,
     names,
@@ -39,7 +39,7 @@ pub(super) async fn cancel(args: &CancelArgs) -> Result<u8> {
     if !args.yes {
         print(&rows(&found, SystemTime::now(), terminal_width()))?;
         let what = if found.len() == 1 { "operation" } else { "operations" };
-        remark(&format!("{} {what} would be cancelled; add --yes to cancel", found.len()));
+        print_note(&format!("{} {what} would be cancelled; add --yes to cancel", found.len()));
         return Ok(code(true));
     }
     let mut all_done = true;
@@ -49,7 +49,7 @@ pub(super) async fn cancel(args: &CancelArgs) -> Result<u8> {
     Ok(code(all_done))
 }
 
-/// Cancels one operation and says so.
+/// Cancels one operation and reports the outcome.
 async fn cancel_one(client: &Client, name: &str) -> bool {
     let cancelled = client.cancel(name).await.and_then(|()| print(&format!("cancelled {name}\n")));
     cancelled.map_err(|error| complain(&error)).is_ok()

@@ -4,8 +4,8 @@ use super::{
     super::{
         EXIT_OK,
         output::print,
-        remark,
-        table::{Column, rough, table, terminal_width},
+        print_note,
+        table::{Column, short_duration, table, terminal_width},
     },
     ListArgs, connect, names, view,
 };
@@ -46,7 +46,7 @@ pub(super) async fn list(args: &ListArgs) -> Result<u8> {
     }
     print(&rows(&operations, now, terminal_width()))?;
     if is_cut {
-        remark("there are more; raise --limit or narrow the list with a filter");
+        print_note("there are more; raise --limit or narrow the list with a filter");
     }
     Ok(EXIT_OK)
 }
@@ -60,10 +60,10 @@ pub(super) fn rows(operations: &[OperationState], now: SystemTime, width: Option
             short.get(operation.name.as_str()).copied().unwrap_or_default().to_owned(),
             view::state(operation).to_owned(),
             view::pool(operation).to_owned(),
-            view::age(operation, now).map(rough).unwrap_or_default(),
+            view::age(operation, now).map(short_duration).unwrap_or_default(),
             request.action_mnemonic.clone(),
             request.target_id.clone(),
-            who(operation),
+            client_name(operation),
             request.tool_invocation_id.clone(),
             view::end(operation),
         ]
@@ -71,8 +71,8 @@ pub(super) fn rows(operations: &[OperationState], now: SystemTime, width: Option
     table(&COLUMNS, &operations.iter().map(row).collect::<Vec<_>>(), width)
 }
 
-/// The principal, or for an anonymous one the address.
-fn who(operation: &OperationState) -> String {
+/// The principal; for an anonymous one, the address.
+fn client_name(operation: &OperationState) -> String {
     let request = &operation.request;
     match request.principal.as_str() {
         "" | "anonymous" => request.peer.clone(),

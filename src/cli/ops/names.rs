@@ -1,4 +1,4 @@
-//! Names of operations as people write them: the whole name, the id, or the beginning of the id.
+//! Names of operations as users type them: the whole name, the id, or the beginning of the id.
 
 use super::FilterArgs;
 use gorego_client::{Client, OperationState};
@@ -7,13 +7,13 @@ use std::collections::BTreeMap;
 
 /// Number of operations in a page.
 const PAGE: i32 = 1_000;
-/// Most pages that are read to find an id by its beginning.
+/// Maximum number of pages that are read to find an id by its beginning.
 const MAX_PAGES: usize = 100;
 /// Length of a UUID.
 const UUID_CHARS: usize = 36;
-/// The beginning of an id has at least this many characters.
+/// Minimum length of the beginning of an id.
 const MIN_PREFIX: usize = 4;
-/// Ids in tables are shown with at least this many characters.
+/// Minimum number of characters of an id in tables.
 const SHORT_ID: usize = 8;
 
 /// The id in the name of an operation.
@@ -29,7 +29,7 @@ fn uuid(id: &str) -> &str {
 /// The whole name of an operation.
 ///
 /// # Errors
-/// `NotFound` when no operation has an id that begins so, `Invalid` when several have.
+/// `NotFound` if no operation has such an id, `Invalid` if several have.
 pub(super) async fn resolve(client: &Client, written: &str) -> Result<String> {
     if written.contains('/') {
         return Ok(written.to_owned());
@@ -96,7 +96,7 @@ pub(super) async fn list_each(
     Ok(true)
 }
 
-/// The shortest beginnings by which the operations of a list can be told apart, by name.
+/// The shortest unambiguous beginnings of the ids in a list, by name.
 pub(super) fn short_ids<'a>(names: impl IntoIterator<Item = &'a str>) -> BTreeMap<&'a str, &'a str> {
     let mut ids: Vec<(&str, &str)> = names.into_iter().map(|name| (uuid(id(name)), name)).collect();
     ids.sort_unstable();

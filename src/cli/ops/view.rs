@@ -1,6 +1,6 @@
-//! What is said of an operation, in words and as JSON. `docs/administration.md` documents the JSON.
+//! Describes an operation in words and as JSON. `docs/administration.md` documents the JSON.
 
-use super::super::table::rough;
+use super::super::table::short_duration;
 use gorego_client::{OperationState, Stage};
 use gorego_reapi::duration::time_from_wire;
 use prost_types::Timestamp;
@@ -20,7 +20,7 @@ pub(super) fn state(operation: &OperationState) -> &'static str {
     }
 }
 
-/// What its worker does.
+/// What the worker is doing.
 fn step(operation: &OperationState) -> Option<&'static str> {
     let metadata = &operation.metadata;
     if metadata.output_upload_start_timestamp.is_some() {
@@ -32,7 +32,7 @@ fn step(operation: &OperationState) -> Option<&'static str> {
     }
 }
 
-/// The time since its submission; until its end, if it has ended.
+/// The time since the submission or, if it has ended, from the submission to the end.
 pub(super) fn age(operation: &OperationState, now: SystemTime) -> Option<std::time::Duration> {
     let queued = time(operation.metadata.queued_timestamp.as_ref())?;
     let end = operation.finished.as_ref().and(time(operation.metadata.worker_completed_timestamp.as_ref()));
@@ -65,7 +65,7 @@ pub(super) fn action(operation: &OperationState) -> String {
         .unwrap_or_default()
 }
 
-/// The end in a few words; empty if it has not ended.
+/// A short description of its end; empty if it has not ended.
 pub(super) fn end(operation: &OperationState) -> String {
     let Some(finished) = &operation.finished else { return String::new() };
     match (&finished.error, &finished.result) {
@@ -78,14 +78,14 @@ pub(super) fn end(operation: &OperationState) -> String {
     }
 }
 
-/// Whether it ended with success.
+/// Whether it succeeded.
 pub(super) fn succeeded(operation: &OperationState) -> bool {
     operation.finished.as_ref().is_some_and(|finished| {
         finished.error.is_none() && finished.result.as_ref().is_some_and(|result| result.exit_code == 0)
     })
 }
 
-/// The labels and values that are known, in a good order for people.
+/// The known values with their labels, in a useful order for people.
 pub(super) fn lines(operation: &OperationState, now: SystemTime) -> Vec<(&'static str, String)> {
     let (metadata, request) = (&operation.metadata, &operation.request);
     let at = |timestamp: &Option<Timestamp>| rfc3339(timestamp.as_ref()).unwrap_or_default();
@@ -95,7 +95,7 @@ pub(super) fn lines(operation: &OperationState, now: SystemTime) -> Vec<(&'stati
         ("state", state(operation).to_owned()),
         ("end", end(operation)),
         ("message", operation.finished.as_ref().map(|end| end.message.clone()).unwrap_or_default()),
-        ("age", age(operation, now).map(rough).unwrap_or_default()),
+        ("age", age(operation, now).map(short_duration).unwrap_or_default()),
         ("waits", queue),
         ("action", action(operation)),
         ("mnemonic", request.action_mnemonic.clone()),

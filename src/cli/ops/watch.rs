@@ -1,7 +1,7 @@
 //! `gorego ops watch`: follows an operation until its end.
 //!
-//! It asks with WaitOperation, which answers at the end of the operation or after a second. So the end is seen at once, other changes
-//! within a second, and watching does not keep alive what its own client has left, as WaitExecution would.
+//! It uses WaitOperation, which answers at the end of the operation or after a second. So the end is seen at once, and
+//! other changes within a second. Unlike WaitExecution, this does not keep an abandoned operation alive.
 
 use super::{
     super::{EXIT_FAILURE, EXIT_OK, EXIT_SIGNALLED, output::print},
@@ -15,7 +15,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Time after which the state is looked at, unless the operation ends before.
+/// Interval after which the state is read again, unless the operation ends before.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(super) async fn watch(args: &WatchArgs) -> Result<u8> {
@@ -39,17 +39,17 @@ async fn follow(client: &Client, name: &str, as_json: bool) -> Result<u8> {
         }
         print(&text)?;
     }
-    let mut told = String::new();
+    let mut printed = String::new();
     loop {
-        let said = said(&operation);
-        if said != told {
+        let line = state_line(&operation);
+        if line != printed {
             let now = SystemTime::now();
             print(&if as_json {
                 format!("{}\n", view::json(&operation, now))
             } else {
-                format!("{} {}\n", humantime::format_rfc3339_seconds(now), escaped(&said))
+                format!("{} {}\n", humantime::format_rfc3339_seconds(now), escaped(&line))
             })?;
-            told = said;
+            printed = line;
         }
         if operation.finished.is_some() {
             return Ok(if view::succeeded(&operation) { EXIT_OK } else { EXIT_FAILURE });
@@ -59,16 +59,16 @@ async fn follow(client: &Client, name: &str, as_json: bool) -> Result<u8> {
     }
 }
 
-/// The state in a line.
-fn said(operation: &OperationState) -> String {
-    let mut said = view::state(operation).to_owned();
+/// The state in one line.
+fn state_line(operation: &OperationState) -> String {
+    let mut line = view::state(operation).to_owned();
     let more = match (&operation.finished, &operation.queue) {
         (Some(_), _) => view::end(operation),
         (None, Some(queue)) => queue.reason.clone(),
         (None, None) => operation.metadata.worker.clone(),
     };
     if !more.is_empty() {
-        let _ = write!(said, ": {more}");
+        let _ = write!(line, ": {more}");
     }
-    said
+    line
 }

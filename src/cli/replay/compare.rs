@@ -1,4 +1,4 @@
-//! Compares the outcomes of two runs of one action. Pure, but for [`first_difference`], which reads two files.
+//! Compares the outcomes of two runs of one action. Pure, except for [`first_difference`], which reads two files.
 
 use gorego_client::Listing;
 use gorego_reapi::{
@@ -14,18 +14,18 @@ use std::{
     path::Path,
 };
 
-/// How much of two files is compared at once.
+/// Number of bytes of two files that are compared at once.
 const PIECE_BYTES: usize = 64 * 1024;
-/// The longest lines that are shown, in bytes.
+/// Maximum length of shown lines in bytes.
 const SHOWN_BYTES: usize = 160;
 
-/// What is compared of a run.
+/// The compared parts of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct RunOutcome {
     pub exit_code: i32,
     pub stdout: Digest,
     pub stderr: Digest,
-    /// Everything in the outputs, by its path in the input root.
+    /// All nodes in the outputs, by their path in the input root.
     pub entries: BTreeMap<String, ListedNode>,
 }
 
@@ -37,7 +37,7 @@ pub(super) enum ListedNode {
     Directory,
 }
 
-/// One thing in which two runs differ: first what is recorded, then what was found here.
+/// A difference between two runs. The recorded value comes first, followed by the value of the local run.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum RunDifference {
     ExitCode(i32, i32),
@@ -47,17 +47,17 @@ pub(super) enum RunDifference {
     Output(String, Option<ListedNode>, Option<ListedNode>),
 }
 
-/// Where two files begin to differ.
+/// The position of the first difference between two files.
 #[derive(Debug, PartialEq)]
-pub(super) enum Spot {
-    /// In this line, counted from 1, which is text in both: what each file has there.
+pub(super) enum FirstDifference {
+    /// This line, counted from 1, is text in both files. The texts are those of each file.
     Line(u64, String, String),
     /// At this byte, counted from 1.
     Byte(u64),
 }
 
 impl RunOutcome {
-    /// The outcome that a result describes; `listing` has its outputs.
+    /// The outcome in a result. `listing` has its outputs.
     pub(super) fn new(
         result: &reapi::ActionResult,
         function: DigestFunction,
@@ -94,7 +94,7 @@ fn log_digest(function: DigestFunction, raw: &[u8], digest: Option<&reapi::Diges
     }
 }
 
-/// Everything in which a run here differs from the recorded one.
+/// All differences between the local run and the recorded one.
 pub(super) fn differences(recorded: &RunOutcome, here: &RunOutcome) -> Vec<RunDifference> {
     let mut found = Vec::new();
     if recorded.exit_code != here.exit_code {
@@ -132,7 +132,7 @@ impl fmt::Display for ListedNode {
     }
 }
 
-/// A log or file in words.
+/// The description of a log or file.
 pub(super) fn size_and_digest(digest: &Digest) -> String {
     match digest.size() {
         0 => "empty".into(),
@@ -141,8 +141,8 @@ pub(super) fn size_and_digest(digest: &Digest) -> String {
     }
 }
 
-/// Finds out where two files begin to differ; `None` when they do not.
-pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Option<Spot>> {
+/// Finds the first difference between two files; `None` if they are equal.
+pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Option<FirstDifference>> {
     let (mut recorded, mut here) = (File::open(recorded)?, File::open(here)?);
     let (mut at, mut line, mut line_start) = (0u64, 1u64, 0u64);
     loop {
@@ -154,8 +154,8 @@ pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Optio
         if same < before.len().max(now.len()) {
             let lines = (shown_line(&mut recorded, line_start)?, shown_line(&mut here, line_start)?);
             return Ok(Some(match lines {
-                (Some(before), Some(now)) if before != now => Spot::Line(line, before, now),
-                _ => Spot::Byte(at + same as u64 + 1),
+                (Some(before), Some(now)) if before != now => FirstDifference::Line(line, before, now),
+                _ => FirstDifference::Byte(at + same as u64 + 1),
             }));
         }
         if before.is_empty() {
@@ -172,7 +172,7 @@ fn piece(file: &mut File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The beginning of the line that starts at this offset; `None` when it is no text.
+/// The beginning of the line that starts at this offset; `None` if it is not text.
 fn shown_line(file: &mut File, start: u64) -> io::Result<Option<String>> {
     file.seek(SeekFrom::Start(start))?;
     let mut bytes = Vec::new();
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn each_thing_that_differs_is_told_once_and_nothing_else() {
+    fn each_difference_is_reported_once_and_nothing_else() {
         let before = outcome(
             0,
             &[
@@ -257,14 +257,17 @@ mod tests {
         };
         assert_eq!(spot(b"", b""), None);
         assert_eq!(spot(b"a\nb\nc", b"a\nb\nc"), None);
-        assert_eq!(spot(b"a\nb1\nc", b"a\nb2\nc"), Some(Spot::Line(2, "b1".into(), "b2".into())));
-        assert_eq!(spot(b"", b"x\n"), Some(Spot::Line(1, "".into(), "x".into())));
-        assert_eq!(spot(b"a", b"a\n"), Some(Spot::Byte(2)));
-        assert_eq!(spot(b"\x7fELF\0a", b"\x7fELF\0b"), Some(Spot::Byte(6)));
+        assert_eq!(spot(b"a\nb1\nc", b"a\nb2\nc"), Some(FirstDifference::Line(2, "b1".into(), "b2".into())));
+        assert_eq!(spot(b"", b"x\n"), Some(FirstDifference::Line(1, "".into(), "x".into())));
+        assert_eq!(spot(b"a", b"a\n"), Some(FirstDifference::Byte(2)));
+        assert_eq!(spot(b"\x7fELF\0a", b"\x7fELF\0b"), Some(FirstDifference::Byte(6)));
         let long = [vec![b'\n'; PIECE_BYTES - 1], b"same\none".to_vec()].concat();
         let other = [vec![b'\n'; PIECE_BYTES - 1], b"same\nother".to_vec()].concat();
         let line = PIECE_BYTES as u64 + 1;
-        assert_eq!(spot(&long, &other), Some(Spot::Line(line, "one".into(), "other".into())));
-        assert_eq!(spot(&[b'x'; 1000], &[[b'x'; 999], [b'y'; 999]].concat()[..1000]), Some(Spot::Byte(1000)));
+        assert_eq!(spot(&long, &other), Some(FirstDifference::Line(line, "one".into(), "other".into())));
+        assert_eq!(
+            spot(&[b'x'; 1000], &[[b'x'; 999], [b'y'; 999]].concat()[..1000]),
+            Some(FirstDifference::Byte(1000))
+        );
     }
 }

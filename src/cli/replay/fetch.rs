@@ -20,17 +20,17 @@ use std::{
     time::Duration,
 };
 
-/// How many missing blobs are named.
+/// Maximum number of missing blobs that are listed.
 const NAMED_MISSING: usize = 10;
-/// What helps if blobs of an action are gone.
+/// The remedy if blobs of an action are missing.
 const MISSING_REMEDY: &str = "they were evicted. Run the action again without the cache, so that its client uploads them \
                               (Bazel: --noremote_accept_cached). A larger store keeps blobs longer (max_size_gb)";
 
-/// An action with everything that belongs to it.
+/// An action with its inputs and its recorded result.
 pub(super) struct FetchedAction {
-    /// The server that it comes from.
+    /// The server of the action.
     pub client: Client,
-    /// The action, whose output directories are to be stored as Trees.
+    /// The action. Its output directories are requested as Trees.
     pub action: Action,
     /// Its input root. The files are in the directory of blobs.
     pub tree: Arc<InputTree>,
@@ -41,11 +41,11 @@ pub(super) struct FetchedAction {
 /// A result that the server has recorded.
 pub(super) struct Recorded {
     pub result: reapi::ActionResult,
-    /// Where it comes from, in words.
+    /// A description of its origin.
     pub source: &'static str,
 }
 
-/// What is to be replayed.
+/// The thing to replay.
 #[derive(Debug, PartialEq)]
 enum Subject {
     Action(Digest),
@@ -55,7 +55,8 @@ enum Subject {
 /// Reads the action that the arguments name. `default_timeout` applies if it sets none.
 ///
 /// # Errors
-/// `Invalid` for a malformed name; `Precondition` when something is missing on the server; other errors of the server.
+/// `Invalid` if the name is malformed; `Precondition` if something is missing on the server; other errors of the
+/// server.
 pub(super) async fn fetch(
     args: &ReplayArgs,
     default_timeout: Duration,
@@ -97,7 +98,7 @@ pub(super) async fn fetch(
         .map_err(|error| explain_missing(error, "the Command", None))?;
     let timeouts = TimeoutPolicy { default: default_timeout, max: Duration::MAX };
     let mut action = Action::from_wire(instance, digest, &wire, &command, timeouts)?;
-    // Both sides are compared file by file.
+    // Output directories are compared file by file, which requires Trees.
     action.command.directory_format.tree = true;
     line.say("reading the input root");
     let tree = client
@@ -119,7 +120,7 @@ async fn download(client: &Client, tree: &InputTree, scratch: &Scratch, line: &P
     line.during("downloading", &progress, downloading).await
 }
 
-/// The result that the operation reports, or else that of the action cache.
+/// The result that the operation reports or, without one, that of the action cache.
 async fn recorded(
     client: &Client,
     action: Digest,
@@ -190,7 +191,7 @@ fn unknown_action(digest: Digest, error: Error) -> Error {
     }
 }
 
-/// Names missing blobs, with their paths where `tree` has them, and says what helps.
+/// Lists missing blobs, with their paths if `tree` has them, and the remedy.
 fn explain_missing(error: Error, what: &str, tree: Option<&InputTree>) -> Error {
     let Error::MissingBlobs(missing) = error else { return error };
     let paths = tree.map(|tree| paths_of(tree, &missing)).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! [`ReplayLauncher`]: launches the command like a worker, or a shell in its place, and keeps what the run leaves on disk.
+//! [`ReplayLauncher`]: launches the command like a worker, or a shell instead of it, and keeps the files that the run
+//! leaves.
 
 use super::{scratch::Scratch, terminal::Terminal};
 use crate::actors::worker::{
@@ -30,7 +31,7 @@ impl ReplayLauncher {
     fn run_shell(&mut self, launch: &Launch, cancel: &CancelToken) -> Result<Ran> {
         let terminal = Terminal::open()?;
         let mut environment = launch.environment.clone();
-        // Editors and pagers need it.
+        // Editors and pagers need this variable.
         if let Ok(name) = std::env::var("TERM")
             && !environment.iter().any(|variable| variable.starts_with("TERM="))
         {
@@ -48,7 +49,7 @@ impl ReplayLauncher {
         Ok(ran)
     }
 
-    /// Moves the input root, and links the logs, to where they stay when the exec directory is removed.
+    /// Moves the input root, and links the logs, to a place where they stay after the exec directory is removed.
     fn keep(&self, launch: &Launch) -> io::Result<()> {
         fs::rename(&launch.root, self.scratch.root())?;
         fs::hard_link(&launch.stdout, self.scratch.stdout())?;

@@ -1,8 +1,11 @@
-//! What `gorego replay` tells the user: the action and the sandbox at the beginning, the differences at the end.
+//! The messages of `gorego replay`: the action and the sandbox at the beginning, and the differences at the end.
 
 use super::{
     Conclusion, EXIT_DIFFERS, EXIT_TROUBLE,
-    compare::{ListedNode, RunDifference, RunOutcome, Spot, differences, first_difference, size_and_digest},
+    compare::{
+        FirstDifference, ListedNode, RunDifference, RunOutcome, differences, first_difference,
+        size_and_digest,
+    },
     fetch::{FetchedAction, Recorded},
     run::{LocalRun, ReplayPlace},
     scratch::Scratch,
@@ -29,20 +32,20 @@ use std::{
     sync::Arc,
 };
 
-/// How many differing outputs are described.
+/// Maximum number of differing outputs that are described.
 const DESCRIBED: usize = 50;
-/// How much of a long command line is shown, unless a user may want to paste it.
+/// Maximum number of characters of a command line that are shown, unless the user may want to paste it.
 const COMMAND_CHARS: usize = 400;
-/// The recorded side of a difference is downloaded up to this size, to show where it begins.
+/// Maximum size of a recorded file that is downloaded to show its first difference.
 const DOWNLOADED_BYTES: u64 = 64 * 1024 * 1024;
-/// How many of the last lines of the standard error of a command are shown that failed here.
+/// Number of lines that are shown from the end of the standard error of a command that failed in the local run.
 const LAST_LINES: usize = 10;
-/// How much of its end is looked at for that.
+/// Number of bytes that are read from the end for that.
 const TAIL_BYTES: u64 = 16 * 1024;
-/// The directory of recorded outputs, beside those of the logs.
+/// The directory of recorded outputs, next to those of the logs.
 const OUTPUTS: &str = "outputs";
 
-/// Says on standard error what is about to be run, and in which sandbox.
+/// Prints to standard error what is about to be run, and in which sandbox.
 pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: bool) {
     let action = &fetched.action;
     let mut text = format!("action   {}\n", action.digest);
@@ -67,7 +70,7 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
         }
         on => {
             let _ = writeln!(text, "sandbox  {}", on.join(", "));
-            let _ = writeln!(text, "         {}", escaped(&whose_files(action, stage)));
+            let _ = writeln!(text, "         {}", escaped(&origin_of_programs(action, stage)));
         }
     }
     for missing in stage.missing() {
@@ -82,8 +85,8 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Where the programs and libraries of the action come from.
-fn whose_files(action: &Action, stage: &ReplayPlace) -> String {
+/// The origin of the programs and libraries of the action.
+fn origin_of_programs(action: &Action, stage: &ReplayPlace) -> String {
     match wanted_image(&action.platform) {
         Ok(Some(name)) if stage.has_images() => {
             format!("programs and libraries are those of the image {name}")
@@ -96,7 +99,7 @@ fn whose_files(action: &Action, stage: &ReplayPlace) -> String {
     }
 }
 
-/// The arguments as a line for a shell.
+/// The arguments in the notation of a shell.
 fn command_line(arguments: &[String]) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-+=./,:@%".contains(c);
     let quote = |argument: &String| {
@@ -114,7 +117,7 @@ fn command_line(arguments: &[String]) -> String {
 /// Compares the outcome with the recorded one.
 ///
 /// # Errors
-/// Those of the server, of which recorded outputs are read.
+/// Those of the server from which recorded outputs are read.
 pub(super) async fn conclude(
     fetched: &FetchedAction,
     here: &LocalRun,
@@ -175,7 +178,7 @@ pub(super) async fn conclude(
     Ok((text, EXIT_DIFFERS))
 }
 
-/// Lists the outputs of the run here.
+/// Lists the outputs of the local run.
 fn own_listing(
     result: &reapi::ActionResult,
     trees: &HashMap<Digest, Vec<u8>>,
@@ -191,7 +194,8 @@ fn own_listing(
     Ok(listing)
 }
 
-/// Downloads the recorded side of files that differ. What cannot be had is left out: the digests say enough.
+/// Downloads the recorded side of files that differ. Files that cannot be downloaded are left out, because the digests
+/// show the difference.
 async fn download(
     fetched: &FetchedAction,
     recorded: &Recorded,
@@ -241,7 +245,7 @@ fn directory_of(path: &Path) -> PathBuf {
     path.parent().unwrap_or(path).to_owned()
 }
 
-/// The path of an output that is a file on both sides, with other content.
+/// The path of an output that is a file on both sides with different content.
 fn differing_output(difference: &RunDifference) -> Option<&str> {
     match difference {
         RunDifference::Output(path, Some(ListedNode::File { digest: before, .. }), now) => match now {
@@ -263,7 +267,7 @@ fn tell(text: &mut String, difference: &RunDifference, scratch: &Scratch) {
         RunDifference::Log(name, before, now) => {
             let (before, now) = (size_and_digest(before), size_and_digest(now));
             let _ = writeln!(text, "{name}\n  recorded  {before}\n  here      {now}");
-            tell_spot(text, &recorded.join(name), &scratch.path().join(name));
+            describe_first_difference(text, &recorded.join(name), &scratch.path().join(name));
             Ok(())
         }
         RunDifference::Output(path, before, now) => {
@@ -274,7 +278,7 @@ fn tell(text: &mut String, difference: &RunDifference, scratch: &Scratch) {
             };
             let (before, now) = (side(before), side(now));
             let _ = writeln!(text, "{}\n  recorded  {before}\n  here      {now}", escaped(path.as_str()));
-            tell_spot(
+            describe_first_difference(
                 text,
                 &recorded.join(OUTPUTS).join(path.as_path()),
                 &scratch.root().join(path.as_path()),
@@ -284,22 +288,22 @@ fn tell(text: &mut String, difference: &RunDifference, scratch: &Scratch) {
     };
 }
 
-/// Says where two files begin to differ, if both are there.
-fn tell_spot(text: &mut String, recorded: &Path, here: &Path) {
+/// Describes the first difference between two files, if both exist.
+fn describe_first_difference(text: &mut String, recorded: &Path, here: &Path) {
     let is_file = |path: &Path| path.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
     if !is_file(recorded) || !is_file(here) {
         return;
     }
     let _ = match first_difference(recorded, here) {
-        Ok(Some(Spot::Line(number, before, now))) => {
+        Ok(Some(FirstDifference::Line(number, before, now))) => {
             writeln!(text, "  from line {number} on:\n    recorded  {before}\n    here      {now}")
         }
-        Ok(Some(Spot::Byte(number))) => writeln!(text, "  from byte {number} on"),
+        Ok(Some(FirstDifference::Byte(number))) => writeln!(text, "  from byte {number} on"),
         Ok(None) | Err(_) => Ok(()),
     };
 }
 
-/// What differs, in a few words.
+/// A short description of the differences.
 fn summary(differences: &[RunDifference], outputs: usize) -> String {
     let mut parts = Vec::new();
     let mut differing = 0;
@@ -320,7 +324,7 @@ fn count(number: usize, noun: &str) -> String {
     format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
-/// The outcome here, when there is nothing to compare it with.
+/// Describes the outcome of the local run, if there is nothing to compare it with.
 fn describe(found: &RunOutcome, scratch: &Scratch) -> String {
     let mut text = format!(
         "exit code  {}\nstdout     {}\nstderr     {}\n",
@@ -340,7 +344,7 @@ fn describe(found: &RunOutcome, scratch: &Scratch) -> String {
     text
 }
 
-/// The end of what the command here printed to standard error.
+/// The last lines that the command of the local run printed to standard error.
 fn last_lines(scratch: &Scratch) -> String {
     let tail = || -> io::Result<Vec<u8>> {
         let mut file = fs::File::open(scratch.stderr())?;

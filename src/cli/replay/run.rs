@@ -33,16 +33,16 @@ use std::{
 };
 use tokio::runtime::Handle;
 
-/// Added to the first user of the slots, so that a server here that is root has others.
-const USERS_APART: u32 = 10_000;
+/// Added to the first user of the slots, so that the users differ from those of a root server on this machine.
+const USER_OFFSET: u32 = 10_000;
 
-/// What runs an action on this machine.
+/// The parts that run an action on this machine.
 pub(super) struct ReplayPlace {
     execution: ExecutionSettings,
     place: Place,
 }
 
-/// What a run came to.
+/// The result of a run.
 pub(super) enum Replayed {
     /// The command ended.
     Command(Box<LocalRun>),
@@ -50,7 +50,7 @@ pub(super) enum Replayed {
     ShellEnded,
 }
 
-/// The outcome of a run.
+/// The outcome of a local run.
 pub(super) struct LocalRun {
     /// The result, or the reason why the command did not end by itself.
     pub outcome: Result<reapi::ActionResult>,
@@ -59,11 +59,10 @@ pub(super) struct LocalRun {
 }
 
 impl ReplayPlace {
-    /// Finds out which protections of the sandbox work here. Blocks.
+    /// Finds out which protections of the sandbox work on this machine. Blocks.
     ///
     /// # Errors
-    /// `Invalid` for a bad configuration; `Precondition` when there is no sandbox and `no_sandbox` does not say that none is
-    /// wanted.
+    /// `Invalid` if the configuration is invalid; `Precondition` if there is no sandbox, unless `no_sandbox` is set.
     pub(super) fn open(
         config: Option<PathBuf>,
         scratch: &Scratch,
@@ -72,7 +71,7 @@ impl ReplayPlace {
     ) -> Result<Self> {
         let mut execution = load_for_replay(config, scratch.path(), &scratch.build(), no_sandbox)?;
         let sandbox = &mut execution.sandbox;
-        sandbox.first_user = sandbox.first_user.saturating_add(USERS_APART);
+        sandbox.first_user = sandbox.first_user.saturating_add(USER_OFFSET);
         for pool in &mut execution.pools {
             pool.sandbox.mode = if no_sandbox { SandboxMode::Off } else { SandboxMode::Auto };
         }
@@ -100,7 +99,7 @@ impl ReplayPlace {
         Ok(stage)
     }
 
-    /// How long a command may run that has no timeout.
+    /// The time limit of a command without a timeout.
     pub(super) fn default_timeout(&self) -> Duration {
         self.execution.timeouts.default
     }
@@ -114,7 +113,7 @@ impl ReplayPlace {
         self.report().map(Report::names).unwrap_or_default()
     }
 
-    /// The protections that are not on although they could be.
+    /// The missing protections.
     pub(super) fn missing(&self) -> &[MissingProtection] {
         self.report().map_or(&[], |report| &report.missing)
     }
@@ -129,7 +128,7 @@ impl ReplayPlace {
         self.place.limits.summary()
     }
 
-    /// The pool of the configuration that would run an action with these properties; the first if there is none.
+    /// The pool of the configuration that would run an action with these properties; the first pool if there is none.
     fn pool(&self, asked: &[(String, String)]) -> Result<&PoolSettings> {
         let pools = &self.execution.pools;
         let mut known = Known::new(self.execution.unknown_properties);
@@ -142,7 +141,7 @@ impl ReplayPlace {
     /// Stages the action and runs its command, or a shell. Blocks.
     ///
     /// # Errors
-    /// When it could not be run; `Cancelled`.
+    /// If it could not be run; `Cancelled`.
     pub(super) fn run(
         self,
         fetched: &FetchedAction,
@@ -173,7 +172,7 @@ impl ReplayPlace {
         }
         let outcome = match report {
             Ok(done) => Ok(done.result.into_inner()),
-            // Facts about the command, as opposed to failures of this machine.
+            // These failures are facts about the command, not failures of this machine.
             Err(failure) if failure.partial.is_some() && is_the_commands(&failure.error) => {
                 Err(failure.error)
             }
@@ -183,7 +182,8 @@ impl ReplayPlace {
     }
 }
 
-/// Whether a run failed because of what its command did: it ran for too long, used too much, or left outputs that are none.
+/// Whether the command caused the failure of a run: it ran for too long, used too much, or left outputs that cannot be
+/// stored.
 fn is_the_commands(error: &Error) -> bool {
     !matches!(
         error,
@@ -195,7 +195,7 @@ fn is_the_commands(error: &Error) -> bool {
     )
 }
 
-/// Log streams that nobody can read.
+/// Log streams without readers.
 fn no_log_streams(scratch: &Scratch) -> LogStreams {
     let none = StreamLimits { streams: 0, bytes: 0, stream_bytes: 0, idle: None, kept: Duration::ZERO };
     LogStreams::new(LogSettings {

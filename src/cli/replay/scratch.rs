@@ -17,7 +17,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-/// What users find in a directory that was kept.
+/// The content of a directory that was kept, for users.
 pub(super) const CONTENTS: &str = "root is the input root after the run, stdout and stderr is what the command printed, and \
                                    recorded has what the server recorded instead of outputs that differ";
 
@@ -29,10 +29,10 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// Makes the directory in that for temporary files.
+    /// Creates the directory in the directory for temporary files.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// If it cannot be created.
     pub(super) fn new() -> Result<Self> {
         let directory = std::env::temp_dir();
         let made = tempfile::Builder::new().prefix("gorego-replay-").tempdir_in(&directory);
@@ -69,17 +69,17 @@ impl Scratch {
         self.path.join("stderr")
     }
 
-    /// Where outputs go that the server has recorded.
+    /// The directory for recorded outputs.
     pub(super) fn recorded(&self) -> PathBuf {
         self.path.join("recorded")
     }
 
-    /// Leaves what users want to look at.
+    /// Keeps the files for the user.
     pub(super) fn keep(&self) {
         self.kept.store(true, Ordering::SeqCst);
     }
 
-    /// Removes everything that is not kept. Errors are ignored: the directory is one for temporary files.
+    /// Removes everything that is not kept. Errors are ignored, because the directory is temporary.
     pub(super) fn clear(&self) {
         let remove = |path: &Path| -> io::Result<()> {
             let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };

@@ -1,4 +1,5 @@
-//! [`FetchedStore`]: the store of a worker whose inputs were downloaded, and whose outputs are only named.
+//! [`FetchedStore`]: the store for a replayed action. Its inputs were downloaded, and only the digests of its outputs
+//! are computed.
 
 use super::{fetch::FetchedAction, scratch::Scratch};
 use crate::{
@@ -24,7 +25,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// How much of an output is read at once.
+/// Number of bytes of an output that are read at once.
 const PIECE_BYTES: usize = 256 * 1024;
 
 /// The inputs of one action, and the Trees of its output directories.
@@ -71,7 +72,7 @@ impl Inputs for FetchedInputs {
         &self.tree
     }
 
-    // Nothing evicts the downloaded files.
+    // The downloaded files are never evicted.
     fn hold_all(&mut self) -> Result<()> {
         Ok(())
     }
@@ -85,7 +86,7 @@ impl Inputs for FetchedInputs {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let mut file = File::from(openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?);
             if !digest.is_empty() {
-                // The kernel copies, and shares the blocks where the file system can.
+                // The kernel copies the file, and shares its blocks if the file system supports that.
                 io::copy(&mut File::open(self.blobs.join(digest.hash_hex()))?, &mut file)?;
             }
             Ok(fchmod(&file, Mode::from_raw_mode(mode & 0o7777))?)
@@ -94,7 +95,7 @@ impl Inputs for FetchedInputs {
     }
 }
 
-/// Outputs of which only the digests are wanted.
+/// Outputs of which only the digests are computed.
 struct NamedOutputs<'a> {
     store: &'a FetchedStore,
     function: DigestFunction,

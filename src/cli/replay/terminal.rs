@@ -1,7 +1,8 @@
 //! [`Terminal`]: a pseudo-terminal for a shell in the sandbox, connected to the terminal of the user.
 //!
-//! The shell never gets the terminal of the user itself: a process that has it could type into it after its end (TIOCSTI).
-//! While the shell runs, the user's terminal is in raw mode, so that Ctrl-C and the like go to the shell.
+//! The shell never gets the user's terminal itself: a process that has it could insert input that is read after its end
+//! (TIOCSTI). While the shell runs, the user's terminal is in raw mode, so that Ctrl-C and similar keys go to the
+//! shell.
 
 use gorego_reapi::error::{Error, Result};
 use rustix::{
@@ -22,16 +23,16 @@ use std::{
     thread,
 };
 
-/// How often the size of the user's terminal is looked at.
+/// How often the size of the user's terminal is checked.
 const SIZE_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 250_000_000 };
-/// How much is passed on at once.
+/// Number of bytes that are copied at once.
 const PIECE_BYTES: usize = 4096;
 
-/// A pseudo-terminal that no process has yet.
+/// A pseudo-terminal that no process uses yet.
 pub(super) struct Terminal {
     /// The side of this process.
     ours: OwnedFd,
-    /// The side of the shell. Held so that it stays open between two processes that have it.
+    /// The side of the shell. It is held so that it stays open between two processes that use it.
     theirs: OwnedFd,
     path: PathBuf,
 }
@@ -51,10 +52,10 @@ impl Terminal {
         Ok(())
     }
 
-    /// Makes a pseudo-terminal.
+    /// Creates a pseudo-terminal.
     ///
     /// # Errors
-    /// Those of the system.
+    /// The errors of the system calls.
     pub(super) fn open() -> Result<Self> {
         let make = || -> io::Result<Self> {
             let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
@@ -67,19 +68,19 @@ impl Terminal {
         make().map_err(|error| Error::io("make a terminal for the shell", &error))
     }
 
-    /// The path of the side that the shell gets.
+    /// The path of the shell's side.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Connects the user with the shell while `shell` runs.
+    /// Connects the user to the shell while `shell` runs.
     pub(super) fn during<T>(self, shell: impl FnOnce() -> T) -> T {
         let Self { ours, theirs, .. } = self;
         let raw = Raw::enter();
         let done = thread::scope(|scope| {
             let passing = scope.spawn(|| pass_on(&ours));
             let done = shell();
-            // The other side of the terminal ends when nobody has this one any more.
+            // The other side reports the end when this side is no longer open anywhere.
             drop(theirs);
             let _ = passing.join();
             done
@@ -89,7 +90,7 @@ impl Terminal {
     }
 }
 
-/// Passes bytes on in both directions until the shell's side is closed.
+/// Copies bytes in both directions until the shell's side is closed.
 fn pass_on(ours: &OwnedFd) {
     let (stdin, mut stdout) = (io::stdin(), io::stdout());
     let (mut piece, mut size, mut user_is_there) = ([0; PIECE_BYTES], None, true);
@@ -119,7 +120,7 @@ fn pass_on(ours: &OwnedFd) {
                     }
                 }
                 Err(Errno::INTR | Errno::AGAIN) => {}
-                // EIO: nobody has the other side.
+                // EIO: the other side is no longer open anywhere.
                 Ok(0) | Err(_) => return,
             }
         }

@@ -48,7 +48,7 @@ pub(super) async fn list(args: &NonDeterminismArgs) -> Result<u8> {
     }
     print(&text)?;
     if is_cut {
-        super::super::remark("there are more; raise --limit");
+        super::super::print_note("there are more; raise --limit");
     }
     Ok(EXIT_OK)
 }

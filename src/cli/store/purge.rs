@@ -1,15 +1,15 @@
-//! `gorego store purge`: removes results from the action cache by where they come from.
+//! `gorego store purge`: removes results from the action cache by their origin.
 //!
-//! Without `--yes` it only shows what it would remove. The server works in pages, so that a purge can be stopped at any time and
-//! started again. If the server is restarted meanwhile, the purge begins again by itself.
+//! Without `--yes` it only shows what it would remove. The server works in pages, so a purge can be stopped at any time
+//! and started again. If the server restarts meanwhile, the purge starts again automatically.
 
 use super::{
     super::{
         EXIT_FAILURE, EXIT_OK,
         ops::rfc3339,
         output::print,
+        print_note,
         progress::ProgressLine,
-        remark,
         table::{Column, table, terminal_width},
     },
     PurgeArgs, connect,
@@ -22,7 +22,7 @@ use gorego_reapi::{
 use serde_json::{Value, json};
 use std::time::SystemTime;
 
-/// How often a purge begins again because the server was restarted.
+/// Maximum number of times that a purge starts again because the server was restarted.
 const MAX_RESTARTS: usize = 3;
 
 const COLUMNS: [Column; 5] = [
@@ -33,9 +33,9 @@ const COLUMNS: [Column; 5] = [
     Column::text("BUILD"),
 ];
 
-/// What was found so far.
+/// The results that were found so far.
 #[derive(Debug, Default)]
-struct Sum {
+struct PurgeTotals {
     found: i64,
     examined: i64,
     unreadable: i64,
@@ -46,7 +46,7 @@ pub(super) async fn purge(args: &PurgeArgs) -> Result<u8> {
     let line = ProgressLine::new();
     let purged = run(&client, request(args), args.json, &line).await;
     line.clear();
-    let Sum { found, examined, unreadable } = purged?;
+    let PurgeTotals { found, examined, unreadable } = purged?;
     if args.json {
         print(&format!(
             "{}\n",
@@ -56,9 +56,9 @@ pub(super) async fn purge(args: &PurgeArgs) -> Result<u8> {
         ))?;
     }
     let what = if args.yes { "removed" } else { "would be removed; add --yes to remove them" };
-    remark(&format!("of {examined} results, {found} {what}"));
+    print_note(&format!("of {examined} results, {found} {what}"));
     if unreadable > 0 {
-        remark(&format!(
+        print_note(&format!(
             "{unreadable} results could not be read; they are not served, and not removed either"
         ));
         return Ok(EXIT_FAILURE);
@@ -71,11 +71,11 @@ async fn run(
     mut request: gorego::PurgeResultsRequest,
     as_json: bool,
     line: &ProgressLine,
-) -> Result<Sum> {
-    let (mut sum, mut restarts, mut has_titles) = (Sum::default(), 0, false);
+) -> Result<PurgeTotals> {
+    let (mut sum, mut restarts, mut has_titles) = (PurgeTotals::default(), 0, false);
     loop {
         let page = match client.purge_results(&request).await {
-            // The token of a server that was restarted.
+            // The page token belongs to a server that was restarted.
             Err(Error::Invalid(_)) if !request.page_token.is_empty() && restarts < MAX_RESTARTS => {
                 restarts += 1;
                 request.page_token.clear();
@@ -126,7 +126,7 @@ pub(super) fn action(result: &gorego::ResultOrigin) -> String {
         .unwrap_or_default()
 }
 
-/// Where a result comes from, as JSON.
+/// The origin of a result as JSON.
 pub(super) fn origin(result: &gorego::ResultOrigin) -> Value {
     json!({
         "action_digest": action(result),
@@ -161,7 +161,7 @@ pub(super) fn parse_action(written: &str) -> std::result::Result<reapi::Digest, 
     Ok(reapi::Digest { hash: hash.to_owned(), size_bytes })
 }
 
-/// Parses `--since`: how long ago, or when.
+/// Parses `--since`: a duration before now, or a time.
 pub(super) fn parse_since(written: &str, now: SystemTime) -> std::result::Result<SystemTime, String> {
     match humantime::parse_duration(written) {
         Ok(ago) => now.checked_sub(ago).ok_or_else(|| "this is too long ago".into()),
@@ -176,7 +176,7 @@ mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
     #[test]
-    fn since_is_how_long_ago_or_when() {
+    fn since_accepts_a_duration_or_a_time() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
         assert_eq!(parse_since("1h 30m", now), Ok(now - Duration::from_secs(5_400)));
         assert_eq!(parse_since("1970-01-01T00:01:00Z", now), Ok(UNIX_EPOCH + Duration::from_secs(60)));

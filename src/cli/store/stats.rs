@@ -5,7 +5,7 @@ use super::{
         EXIT_OK,
         ops::rfc3339,
         output::print,
-        table::{Column, rough, table, terminal_width},
+        table::{Column, short_duration, table, terminal_width},
     },
     StatsArgs, connect,
 };
@@ -27,14 +27,14 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<u8> {
     let text = if args.json {
         format!("{:#}\n", json(&stats))
     } else {
-        words(&stats, SystemTime::now(), terminal_width())
+        description(&stats, SystemTime::now(), terminal_width())
     };
     print(&text)?;
     Ok(EXIT_OK)
 }
 
 /// The numbers as a table, and the rest in sentences.
-fn words(stats: &gorego::StoreStats, now: SystemTime, width: Option<usize>) -> String {
+fn description(stats: &gorego::StoreStats, now: SystemTime, width: Option<usize>) -> String {
     let entries = stats.blobs + stats.results + stats.zstd_forms;
     let mut rows = vec![
         row("store", entries, stats.used_bytes, stats.max_bytes),
@@ -50,7 +50,7 @@ fn words(stats: &gorego::StoreStats, now: SystemTime, width: Option<usize>) -> S
     let mut text = table(&COLUMNS, &rows, width);
     let since = |timestamp: Option<&prost_types::Timestamp>| {
         let passed = timestamp.and_then(time_from_wire)?;
-        Some(rough(now.duration_since(passed).ok()?))
+        Some(short_duration(now.duration_since(passed).ok()?))
     };
     let mut say = |line: String| {
         text.push_str(&line);

@@ -4,11 +4,11 @@
 //! <build_root>/images/layer-<start of the machine>-sha256-<digits>
 //! ```
 //!
-//! A layer is kept only while nothing else needs its room: it takes what is free of the budget, and goes before any image. It takes
-//! that when it is complete, so that it never stands in the way of the image that it is downloaded for. Each use checks its
-//! digest again. Whatever goes wrong with keeping a layer, the pull that brings it goes on without.
+//! Layers only use free room of the budget, and are removed before any image. A layer takes room when it is complete,
+//! so it never competes with the image that it is downloaded for. Its digest is checked again at each use. If a layer
+//! cannot be kept, the pull that downloads it continues anyway.
 
-use super::{CacheKey, ImageCache, ImageLease, LAYER, NEW, RunTerms, StoredImage, digest_of, name_of};
+use super::{CacheKey, CommandSettings, ImageCache, ImageLease, LAYER, NEW, StoredImage, digest_of, name_of};
 use crate::{
     actors::worker::dir,
     disk::Space,
@@ -25,35 +25,36 @@ use std::{
     sync::Arc,
 };
 
-/// After how many pieces of a layer the free space of the disk is looked at. A piece is at most 128 KiB.
-const LOOK_EVERY: u32 = 8;
+/// Number of pieces of a layer after which the free space of the disk is checked. A piece is at most 128 KiB.
+const CHECK_SPACE_EVERY: u32 = 8;
 
-/// What a pull finds out about a layer.
+/// The state of a layer, from the point of view of a pull.
 #[derive(Debug)]
 pub(in crate::images) enum LayerState {
-    /// It is here. The file may have been damaged.
+    /// The layer is kept. The file may be damaged.
     Kept(ImageLease, File),
-    /// Another pull brings it now.
+    /// Another pull is downloading it.
     Coming,
-    /// This pull brings it.
+    /// This pull has to download it.
     Absent(NewLayer),
 }
 
-/// A layer that is being downloaded. Unless it is finished, nothing of it stays.
+/// A layer that is being downloaded. It is removed on drop unless it is finished.
 #[derive(Debug)]
 pub(in crate::images) struct NewLayer {
     cache: Arc<ImageCache>,
     key: CacheKey,
-    /// Missing if the layer is not kept.
+    /// The file; `None` if the layer is not kept.
     file: Option<(OsString, File)>,
-    /// Nobody else downloads it.
+    /// Whether no other pull downloads the layer.
     is_ours: bool,
     bytes: u64,
     pieces: u32,
 }
 
 impl ImageCache {
-    /// How much of a layer is stored. After [`LayerState::Absent`], nobody else downloads it until that ends.
+    /// Looks up a layer. After [`LayerState::Absent`], no other pull downloads the layer until the returned value is
+    /// dropped.
     pub(in crate::images) fn layer(self: &Arc<Self>, digest: &ImageDigest) -> LayerState {
         let key = CacheKey::Layer(digest.clone());
         let leased = self.index().lease(&key);
@@ -71,7 +72,7 @@ impl ImageCache {
         if !self.index().begin(&key) {
             return LayerState::Coming;
         }
-        let place = self.place_again();
+        let place = self.recreated_directory();
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut made = None;
         let name = self.numbered(NEW, |name| {
@@ -83,7 +84,7 @@ impl ImageCache {
         LayerState::Absent(layer)
     }
 
-    /// Removes a kept layer that turned out to be damaged.
+    /// Removes a kept layer that is damaged.
     pub(in crate::images) fn drop_layer(&self, lease: ImageLease) {
         self.index().forget(&lease.key, lease.copy);
         let place = self.place();
@@ -92,12 +93,12 @@ impl ImageCache {
         }
     }
 
-    /// What begins the names of layers that this start of the machine has written.
+    /// Prefix of the names of layers that were written since the machine was started.
     fn layer_prefix(&self) -> Option<String> {
         Some(format!("{LAYER}{}-", self.boot.as_ref()?))
     }
 
-    /// The kept layer that a file is; `None` for a file that cannot be trusted.
+    /// The kept layer in a file; `None` if the file cannot be trusted.
     pub(super) fn restored_layer(
         &self,
         place: &File,
@@ -107,8 +108,11 @@ impl ImageCache {
         let key = CacheKey::Layer(digest_of(OsStr::new(digest))?);
         let stat =
             dir::stat_at(place, name).ok().filter(|stat| dir::file_type(stat) == FileType::RegularFile)?;
-        let image =
-            StoredImage { name: name.to_owned(), id: dir::file_id(&stat), terms: RunTerms::default() };
+        let image = StoredImage {
+            name: name.to_owned(),
+            id: dir::file_id(&stat),
+            settings: CommandSettings::default(),
+        };
         let bytes = u64::try_from(stat.st_size).ok()?.saturating_add(ENTRY_BYTES);
         #[allow(clippy::unnecessary_cast)]
         Some((key, image, bytes, (stat.st_mtime as i64, stat.st_mtime_nsec as i64)))
@@ -116,11 +120,11 @@ impl ImageCache {
 }
 
 impl NewLayer {
-    /// Keeps a piece of the layer, unless the disk has no room for it.
+    /// Stores a piece of the layer, unless the disk has no room for it.
     pub(in crate::images) fn write(&mut self, piece: &[u8]) {
         let Some((_, file)) = &mut self.file else { return };
-        let is_low =
-            self.pieces.is_multiple_of(LOOK_EVERY) && Space::of_file(file).is_ok_and(|space| space.is_low());
+        let is_low = self.pieces.is_multiple_of(CHECK_SPACE_EVERY)
+            && Space::of_file(file).is_ok_and(|space| space.is_low());
         self.pieces = self.pieces.wrapping_add(1);
         self.bytes = self.bytes.saturating_add(piece.len() as u64);
         if is_low || file.write_all(piece).is_err() {
@@ -128,10 +132,10 @@ impl NewLayer {
         }
     }
 
-    /// The layer is complete and has the right digest. It stays if there is room.
+    /// Completes a layer with the right digest. It is kept if there is room.
     pub(in crate::images) fn finish(mut self) {
         let (CacheKey::Layer(digest), Some(prefix)) = (&self.key, self.cache.layer_prefix()) else { return };
-        // A spare entry displaces nothing.
+        // A spare entry displaces no other entry.
         if self.file.is_none() || !matches!(self.cache.index().grow(&self.key, self.bytes), Growth::Yes(_)) {
             return;
         }
@@ -143,7 +147,7 @@ impl NewLayer {
         let named = id.and_then(|id| rfs::renameat(&place, &unnamed, &place, &name).map(|()| id));
         match named {
             Ok(id) => {
-                let image = Arc::new(StoredImage { name, id, terms: RunTerms::default() });
+                let image = Arc::new(StoredImage { name, id, settings: CommandSettings::default() });
                 let mut index = self.cache.index();
                 if let Some(copy) = index.finish(&self.key, image) {
                     index.release(&self.key, copy);

@@ -1,6 +1,6 @@
 //! [`Credentials`]: user and password for a registry, from a `config.json` as Docker writes it.
 //!
-//! Only what the file itself has is used: no helper program is started (`credHelpers`, `credsStore`).
+//! Only credentials in the file itself are used. No helper program is started (`credHelpers`, `credsStore`).
 
 use crate::regular_file;
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -9,7 +9,7 @@ use reqwest::header::HeaderValue;
 use serde::Deserialize;
 use std::{collections::HashMap, fmt, path::Path};
 
-/// The largest file of credentials.
+/// Maximum size of the credentials file.
 const MAX_BYTES: u64 = 1024 * 1024;
 
 /// User and password.
@@ -39,10 +39,10 @@ struct AuthEntry {
 }
 
 impl Credentials {
-    /// Those for a registry; `None` if the file has none.
+    /// The credentials for a registry; `None` if the file has none.
     ///
     /// # Errors
-    /// `Precondition` when the file cannot be read.
+    /// `Precondition` if the file cannot be read.
     pub(super) fn read(file: &Path, registry: &str) -> Result<Option<Self>> {
         let refuse = |problem: &dyn fmt::Display| {
             let file = file.display();
@@ -51,14 +51,14 @@ impl Credentials {
             ))
         };
         let bytes = regular_file::read(file, MAX_BYTES).map_err(|error| refuse(&error))?;
-        // The text of the error could quote a password.
+        // The error's text could quote a password.
         let config = serde_json::from_slice(&bytes).map_err(|error| {
             refuse(&format_args!("it is not JSON of the right form (line {})", error.line()))
         })?;
         Ok(find(&config, registry))
     }
 
-    /// The header by which they are shown.
+    /// The `authorization` header with the credentials.
     pub(super) fn header(&self) -> HeaderValue {
         let encoded = BASE64.encode(format!("{}:{}", self.user, self.password));
         let mut value = HeaderValue::from_str(&format!("Basic {encoded}"))
@@ -69,7 +69,7 @@ impl Credentials {
 }
 
 fn find(config: &ConfigFile, registry: &str) -> Option<Credentials> {
-    // Docker writes hosts, and has written URLs.
+    // Docker writes hosts, and earlier versions wrote URLs.
     let host = |key: &str| {
         let rest = key.strip_prefix("https://").or(key.strip_prefix("http://")).unwrap_or(key);
         rest.split('/').next().unwrap_or_default().to_ascii_lowercase()

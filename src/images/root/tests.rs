@@ -1,4 +1,4 @@
-//! Hostile layers, and layers against a model.
+//! Tests with hostile layers, and of layers against a model.
 
 use super::*;
 use crate::images::{
@@ -15,7 +15,7 @@ use std::{
 };
 use tar::EntryType;
 
-/// A root directory beside a directory that must not be touched.
+/// A root directory next to a directory that must not be changed.
 struct Site {
     directory: tempfile::TempDir,
 }
@@ -37,7 +37,7 @@ impl Site {
         self.directory.path().join("outside").to_str().unwrap().to_owned()
     }
 
-    /// Applies layers; nothing outside may change whatever comes of it.
+    /// Applies layers, and checks that nothing outside of the root has changed.
     fn apply(&self, layers: impl IntoIterator<Item = Vec<u8>>) -> Result<(), LayerProblem> {
         let top = File::open(self.root()).unwrap();
         let mut take = |_| Ok(());
@@ -111,7 +111,7 @@ fn no_path_and_no_link_leads_out() {
         let problem = refused(site.apply_one(layer().file(path, b"x", 0o644)));
         assert!(problem.contains(".."), "{problem}");
     }
-    // Links stay within the image, as they would in it.
+    // Links stay within the image.
     let up = "../".repeat(30);
     site.apply_one(
         layer()
@@ -128,7 +128,7 @@ fn no_path_and_no_link_leads_out() {
         let archive = layer().symlink("dangling", "/nowhere/at/all").file(path, target.as_bytes(), 0o644);
         refused(site.apply_one(archive));
     }
-    // What is written replaces a link instead of following it.
+    // A written entry replaces a link instead of following it.
     let victim = format!("{outside}/victim");
     for write in [
         layer().symlink("l", &victim).file("l", b"x", 0o644),
@@ -153,7 +153,7 @@ fn no_path_and_no_link_leads_out() {
 }
 
 #[test]
-fn a_hard_link_to_itself_and_a_write_to_a_linked_file_harm_nobody() {
+fn a_hard_link_to_itself_and_a_write_to_a_linked_file_are_harmless() {
     let site = Site::new();
     let lower = layer().file("a", b"lower", 0o644).hard_link("b", "a").finish();
     let upper = layer().hard_link("a", "a").file("b", b"upper", 0o644).finish();
@@ -162,7 +162,7 @@ fn a_hard_link_to_itself_and_a_write_to_a_linked_file_harm_nobody() {
 }
 
 #[test]
-fn what_is_no_layer_is_refused_with_the_reason() {
+fn an_invalid_layer_is_refused_with_the_reason() {
     let whole = layer().file("file", &[b'x'; 10_000], 0o644).finish();
     let cut = &whole[..4_000];
     let kind = |kind: u8| layer().entry(EntryType::new(kind), b"x", 0o644, "", b"").finish();
@@ -222,9 +222,9 @@ fn room_is_taken_for_each_entry_before_it_is_written() {
     assert!(site.root().join("a/b").exists() && !site.root().join("large").exists());
 }
 
-/// What entries of a layer say in the model.
+/// The entries of layers in the model.
 #[derive(Debug, Clone)]
-enum Said {
+enum LayerItem {
     File(Vec<&'static str>, u8),
     Directory(Vec<&'static str>),
     Hide(Vec<&'static str>),
@@ -235,16 +235,16 @@ fn path() -> impl Strategy<Value = Vec<&'static str>> {
     prop::collection::vec(prop::sample::select(vec!["a", "b", "c"]), 1..4)
 }
 
-fn said() -> impl Strategy<Value = Said> {
+fn item() -> impl Strategy<Value = LayerItem> {
     prop_oneof![
-        3 => (path(), any::<u8>()).prop_map(|(path, content)| Said::File(path, content)),
-        2 => path().prop_map(Said::Directory),
-        2 => path().prop_map(Said::Hide),
-        1 => prop::collection::vec(prop::sample::select(vec!["a", "b"]), 0..3).prop_map(Said::Opaque),
+        3 => (path(), any::<u8>()).prop_map(|(path, content)| LayerItem::File(path, content)),
+        2 => path().prop_map(LayerItem::Directory),
+        2 => path().prop_map(LayerItem::Hide),
+        1 => prop::collection::vec(prop::sample::select(vec!["a", "b"]), 0..3).prop_map(LayerItem::Opaque),
     ]
 }
 
-/// An image as a list: `None` for a directory, and whether the current layer has it.
+/// An image as a map. `None` is a directory. The flag says whether the current layer has the entry.
 #[derive(Debug, Default)]
 struct Model(BTreeMap<Vec<&'static str>, (Option<u8>, bool)>);
 
@@ -253,7 +253,7 @@ impl Model {
         self.0.values_mut().for_each(|(_, own)| *own = false);
     }
 
-    /// Makes a directory and those above it; `None` where a file is in the way.
+    /// Creates a directory and its parents. `None` if a file is in the way.
     fn make(&mut self, path: &[&'static str]) -> Option<()> {
         (1..=path.len()).try_for_each(|length| {
             let node = self.0.entry(path[..length].to_vec()).or_insert((None, true));
@@ -271,21 +271,21 @@ impl Model {
         self.0.retain(|other, _| !other.starts_with(path) || own.iter().any(|own| own.starts_with(other)));
     }
 
-    fn apply(&mut self, said: &Said) -> Option<()> {
-        match said {
-            Said::File(path, content) => {
+    fn apply(&mut self, item: &LayerItem) -> Option<()> {
+        match item {
+            LayerItem::File(path, content) => {
                 self.make(&path[..path.len() - 1])?;
                 self.remove(path);
                 self.0.insert(path.clone(), (Some(*content), true));
             }
-            Said::Directory(path) => {
+            LayerItem::Directory(path) => {
                 self.make(&path[..path.len() - 1])?;
                 if self.0.get(path).is_some_and(|node| node.0.is_some()) {
                     self.remove(path);
                 }
                 self.0.insert(path.clone(), (None, true));
             }
-            Said::Hide(path) => {
+            LayerItem::Hide(path) => {
                 let above = &path[..path.len() - 1];
                 let is_below_a_file = (1..=above.len())
                     .any(|length| self.0.get(&above[..length]).is_some_and(|node| node.0.is_some()));
@@ -294,7 +294,7 @@ impl Model {
                 }
                 self.hide(path);
             }
-            Said::Opaque(path) => {
+            LayerItem::Opaque(path) => {
                 self.make(path)?;
                 let inside: Vec<_> = self
                     .0
@@ -309,15 +309,15 @@ impl Model {
     }
 }
 
-fn archive_of(layer_says: &[Said]) -> Vec<u8> {
-    let add = |archive: LayerArchive, said: &Said| match said {
-        Said::File(path, content) => archive.file(&path.join("/"), &[*content], 0o644),
-        Said::Directory(path) => archive.directory(&path.join("/"), 0o755),
-        Said::Hide(path) => {
+fn archive_of(layer_says: &[LayerItem]) -> Vec<u8> {
+    let add = |archive: LayerArchive, item: &LayerItem| match item {
+        LayerItem::File(path, content) => archive.file(&path.join("/"), &[*content], 0o644),
+        LayerItem::Directory(path) => archive.directory(&path.join("/"), 0o755),
+        LayerItem::Hide(path) => {
             let (name, above) = path.split_last().unwrap();
             archive.file(&format!("{}/.wh.{name}", above.join("/")), b"", 0o644)
         }
-        Said::Opaque(path) => archive.file(&format!("{}/.wh..wh..opq", path.join("/")), b"", 0o644),
+        LayerItem::Opaque(path) => archive.file(&format!("{}/.wh..wh..opq", path.join("/")), b"", 0o644),
     };
     layer_says.iter().fold(layer(), add).finish()
 }
@@ -340,12 +340,12 @@ fn on_disk(directory: &Path, path: &[&'static str], found: &mut BTreeMap<Vec<&'s
 proptest! {
     #[test]
     fn layers_with_whiteouts_look_like_the_model(
-        layers in prop::collection::vec(prop::collection::vec(said(), 0..8), 1..4)
+        layers in prop::collection::vec(prop::collection::vec(item(), 0..8), 1..4)
     ) {
         let mut model = Model::default();
         let is_possible = layers.iter().try_for_each(|layer| {
             model.begin_layer();
-            layer.iter().try_for_each(|said| model.apply(said))
+            layer.iter().try_for_each(|item| model.apply(item))
         });
         let site = Site::new();
         let applied = site.apply(layers.iter().map(|layer| archive_of(layer)));
@@ -360,7 +360,7 @@ proptest! {
 }
 
 #[test]
-fn what_is_decoded_takes_room_even_if_it_is_no_content_of_a_file() {
+fn decoded_bytes_take_room_even_outside_of_file_content() {
     let site = Site::new();
     let top = File::open(site.root()).unwrap();
     let mut left: u64 = 64 << 20;
@@ -369,7 +369,7 @@ fn what_is_decoded_takes_room_even_if_it_is_no_content_of_a_file() {
         Ok(())
     };
     let mut tree = RootTree::new(&top, &mut take);
-    // A link whose header says that a terabyte of content follows.
+    // A link whose header announces a terabyte of content.
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(EntryType::Symlink);
     header.set_path("link").unwrap();

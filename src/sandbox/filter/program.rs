@@ -65,7 +65,7 @@ const IF_AT_LEAST: u32 = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
 const IF_ANY_BIT: u32 = libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K;
 
 /// Maximum distance of a conditional jump: 255, minus the two unconditional jumps that may be inserted in between.
-const REACH: usize = 253;
+const MAX_JUMP: usize = 253;
 
 impl Table {
     /// Compiles the table into a program for the kernel.
@@ -163,7 +163,7 @@ impl Assembly {
 
     /// A label that leads to `target` and is close enough for a conditional jump.
     fn near(&mut self, target: Label) -> Label {
-        if self.reversed.len() - target > REACH {
+        if self.reversed.len() - target > MAX_JUMP {
             self.go(target);
             return self.reversed.len();
         }

@@ -16,7 +16,7 @@ const NEW_ROUTE: u16 = 24;
 const REQUEST_CREATE_AND_ANSWER: u16 = 0x0001 | 0x0400 | 0x0004;
 const MAIN_TABLE: u8 = 254;
 const STATIC: u8 = 4;
-const EVERYWHERE: u8 = 0;
+const SCOPE_UNIVERSE: u8 = 0;
 const UNREACHABLE: u8 = 7;
 const DESTINATION: u16 = 1;
 const HEADER_BYTES: usize = 16;
@@ -64,7 +64,16 @@ fn unreachable(range: &AddressRange) -> Vec<u8> {
     message.extend(NEW_ROUTE.to_ne_bytes());
     message.extend(REQUEST_CREATE_AND_ANSWER.to_ne_bytes());
     message.extend([0; 8]);
-    message.extend([family.as_raw() as u8, range.bits, 0, 0, MAIN_TABLE, STATIC, EVERYWHERE, UNREACHABLE]);
+    message.extend([
+        family.as_raw() as u8,
+        range.bits,
+        0,
+        0,
+        MAIN_TABLE,
+        STATIC,
+        SCOPE_UNIVERSE,
+        UNREACHABLE,
+    ]);
     message.extend([0; 4]);
     message.extend((attribute as u16).to_ne_bytes());
     message.extend(DESTINATION.to_ne_bytes());

@@ -1,4 +1,4 @@
-//! A scheduler that is late delays nobody, and is asked once.
+//! Tests with a scheduler that answers late: scrapes are not delayed, and it is asked only once.
 
 use super::*;
 use crate::actors::scheduler::slots::{PoolId, PoolStatus};
@@ -6,7 +6,7 @@ use actix::{Actor, Context, Handler, ResponseFuture};
 use futures::future::{pending, ready};
 use std::sync::atomic::AtomicUsize;
 
-/// A scheduler that answers the first questions and then no more.
+/// A scheduler that answers the first requests and then no more.
 struct Late {
     answers: usize,
     asked: Arc<AtomicUsize>,
@@ -28,7 +28,7 @@ impl Handler<Measure> for Late {
     }
 }
 
-/// A pool with one slot of each kind and two actions that wait.
+/// A pool with one slot in each state and two waiting actions.
 fn pool(state: PoolState) -> PoolMeasurement {
     let status =
         PoolStatus { id: PoolId::default(), name: "linux".into(), state, slots: 3, busy: 2, stuck: 1 };

@@ -1,4 +1,5 @@
-//! A gRPC server that does nothing, and calls to it: what the gRPC library and the loopback interface cost.
+//! A gRPC server that does nothing, and calls to it. They measure the cost of the gRPC library and the loopback
+//! interface.
 
 use super::{LARGE_BYTES, MESSAGE_BYTES, TIME};
 use crate::{
@@ -45,7 +46,7 @@ const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 /// Largest message.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
-/// A running server, on threads of its own, and a connection to it.
+/// A running server on separate threads, and a connection to it.
 pub(super) struct Bare {
     channel: Channel,
     runtime: Option<Runtime>,
@@ -55,7 +56,7 @@ impl Bare {
     /// Starts the server and connects to it.
     ///
     /// # Errors
-    /// When there is no port or no thread for it.
+    /// If there is no port or no thread for it.
     pub(super) async fn start() -> Result<Self> {
         let runtime = Runtime::new().map_err(|error| Error::io("start the threads of a server", &error))?;
         let listener = TcpListener::bind("127.0.0.1:0").await.map_err(|error| Error::io("listen", &error))?;
@@ -132,7 +133,7 @@ impl Bare {
 
 impl Drop for Bare {
     fn drop(&mut self) {
-        // A runtime may not be dropped where it would block another one.
+        // A runtime must not be dropped on a thread of another runtime, because that would block.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

@@ -133,8 +133,8 @@ pub(super) async fn read_zstd(target: &Target, _: usize) -> Result<Box<dyn Workl
     let blob = Blob::large(Noise::new(seed()).text(MESSAGE_BYTES), shared(Noise::text)).await?;
     blob.clone().write(target.clone()).await.map_err(Error::Unavailable)?;
     let name = format!("compressed-blobs/zstd/{}/{}", blob.digest.hash_hex(), blob.digest.size());
-    // The stream that a server sends for a blob is always the same, or at least the same for some time. So each distinct one is
-    // decoded once and compared with that afterwards: decoding would cost more than the transfer.
+    // The stream that a server sends for a blob is usually the same each time. So each distinct stream is decoded once,
+    // and later streams are compared with it. Decoding each would cost more than the transfer.
     let known = Arc::new(Mutex::new(None::<Vec<u8>>));
     let first = read(target, &name).await.map_err(Error::Unavailable)?.concat();
     check_zstd(&first, &blob).map_err(Error::Unavailable)?;

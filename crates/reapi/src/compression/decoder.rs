@@ -3,7 +3,7 @@
 //! Invariants: the output never exceeds the limit; the first byte beyond it is an error, so a decompression bomb stops
 //! there. Memory is a window of at most 8 MiB and one piece, whatever the frames request. A decoder with its own budget
 //! ([`Decoder::within`]) never exceeds that, and checks the header of each frame before the library reads it. Every call
-//! ends: its work is proportional to its input and output, and input without output is bounded ([`BARREN_MAX_BYTES`]).
+//! ends: its work is proportional to its input and output, and input without output is bounded ([`MAX_BYTES_WITHOUT_OUTPUT`]).
 //!
 //! Only frames of the current format and skippable frames are accepted. The library could also read formats older than 1.0,
 //! but their decoders are not maintained.
@@ -27,7 +27,7 @@ const HEAD_MAX_BYTES: usize = 4 + 1 + 4 + 8;
 
 /// Most consecutive input bytes without output. A block yields output after 128 KiB and a few bytes; only skippable and
 /// empty frames yield none, and no client needs that many.
-const BARREN_MAX_BYTES: usize = 1024 * 1024;
+const MAX_BYTES_WITHOUT_OUTPUT: usize = 1024 * 1024;
 
 /// Magic number of a frame, in wire order.
 const FRAME_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
@@ -82,7 +82,7 @@ pub struct Decoder {
     piece: Vec<u8>,
     limit: u64,
     produced: u64,
-    barren: usize,
+    without_output: usize,
     /// True between two frames and before the first.
     at_boundary: bool,
     /// The bytes of the current frame's header that were seen so far, and their number.
@@ -105,7 +105,7 @@ impl Decoder {
             piece: Vec::new(),
             limit,
             produced: 0,
-            barren: 0,
+            without_output: 0,
             at_boundary: true,
             head_seen: 0,
             head: [0; HEAD_MAX_BYTES],
@@ -114,7 +114,7 @@ impl Decoder {
     }
 
     /// Memory that a decoder needs for a stream that starts with these bytes and decodes to at most `limit` bytes; the
-    /// maximum if the bytes do not tell. The window is filled by output, so at most `limit` bytes of it are used.
+    /// maximum if the bytes do not show it. The window is filled by output, so at most `limit` bytes of it are used.
     pub fn memory(head: &[u8], limit: u64) -> u64 {
         DECODER_BYTES + window(head).unwrap_or(WINDOW_MAX_BYTES).min(WINDOW_MAX_BYTES).min(limit)
     }
@@ -237,11 +237,12 @@ impl Decoder {
     }
 
     fn count_barren(&mut self, read: usize, written: usize) -> Result<()> {
-        self.barren = if written > 0 { 0 } else { self.barren.saturating_add(read) };
-        if self.barren <= BARREN_MAX_BYTES {
+        self.without_output = if written > 0 { 0 } else { self.without_output.saturating_add(read) };
+        if self.without_output <= MAX_BYTES_WITHOUT_OUTPUT {
             return Ok(());
         }
-        Err(self.garbage(&format!("more than {BARREN_MAX_BYTES} consecutive bytes decode to nothing")))
+        Err(self
+            .garbage(&format!("more than {MAX_BYTES_WITHOUT_OUTPUT} consecutive bytes decode to nothing")))
     }
 
     fn garbage(&self, problem: &dyn std::fmt::Display) -> Error {
@@ -482,15 +483,15 @@ mod tests {
     }
 
     #[test]
-    fn endless_frames_that_stand_for_nothing_end() {
+    fn endless_frames_without_content_are_refused() {
         let empty = pack(b"", 1);
         let mut decoder = Decoder::new(10).unwrap();
         let mut sent = 0;
         while decoder.decode(&empty, |_| Ok(())).is_ok() {
             sent += empty.len();
-            assert!(sent < 2 * BARREN_MAX_BYTES);
+            assert!(sent < 2 * MAX_BYTES_WITHOUT_OUTPUT);
         }
-        let (_, outcome) = decode_in(&skippable(3 * BARREN_MAX_BYTES as u32), 10, &[1 << 20]);
+        let (_, outcome) = decode_in(&skippable(3 * MAX_BYTES_WITHOUT_OUTPUT as u32), 10, &[1 << 20]);
         assert!(outcome.is_err());
     }
 

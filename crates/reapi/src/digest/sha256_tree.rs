@@ -34,7 +34,7 @@ impl Sha256Tree {
     pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             if self.leaf_bytes == LEAF_BYTES {
-                self.put_leaf_away();
+                self.finish_leaf();
             }
             let (now, later) = bytes.split_at(bytes.len().min(LEAF_BYTES - self.leaf_bytes));
             self.leaf.update(now);
@@ -43,7 +43,7 @@ impl Sha256Tree {
         }
     }
 
-    fn put_leaf_away(&mut self) {
+    fn finish_leaf(&mut self) {
         let mut hash: Hash = std::mem::take(&mut self.leaf).finalize().into();
         self.leaf_bytes = 0;
         self.leaves += 1;

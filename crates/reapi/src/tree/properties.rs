@@ -1,4 +1,4 @@
-//! Node properties: what a client says about a file, directory or symbolic link besides its name and content.
+//! Node properties: the metadata of a file, directory or symbolic link besides its name and content.
 //!
 //! goREgo applies the mode and the mtime (EXE-37). It keeps all other properties as the client sent them, because a worker
 //! may need them: Bazel marks the tools of persistent workers with `bazel_tool_input`. A node may have at most
@@ -38,7 +38,7 @@ pub struct NamedProperties(Option<Arc<[NamedProperty]>>);
 pub struct NamedProperty {
     /// The name, exactly as the client sent it.
     pub name: String,
-    /// The value; often empty, since the name says it all.
+    /// The value. It is often empty, because the name is sufficient.
     pub value: String,
 }
 

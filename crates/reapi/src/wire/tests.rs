@@ -60,7 +60,7 @@ fn agrees<M: Message + Name + Default>(choices: &[u8]) -> std::result::Result<()
 
 proptest! {
     #[test]
-    fn what_the_decoder_takes_is_measured_within_the_expansion(
+    fn decoding_memory_is_measured_within_the_expansion(
         choices in proptest::collection::vec(any::<u8>(), 0..200),
     ) {
         agrees::<reapi::Directory>(&choices)?;

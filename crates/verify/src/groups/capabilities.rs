@@ -10,7 +10,7 @@ use crate::{
     compression::{BROTLI, DEFLATE, ZSTD, compress, decompress},
     raw,
     session::Session,
-    store::{half, pieces, stalled},
+    store::{partial_upload, pieces, stalled},
 };
 use gorego_reapi::proto::{
     reapi::{
@@ -326,7 +326,7 @@ async fn blobs_above_the_largest_size_are_refused(s: Session) -> Verdict {
     // Too large to send. The name announces the size, and a server that checks it refuses at once.
     let mut blob = s.blob(1000);
     blob.digest.size_bytes = limit.saturating_add(1);
-    let messages = half(&s.write_name(&blob), &blob.data, 1000);
+    let messages = partial_upload(&s.write_name(&blob), &blob.data, 1000);
     let upload = async { s.byte_stream().write(stalled(messages)).await };
     match timeout(REFUSAL_PATIENCE, upload).await {
         Ok(answer) => drop(answer.refused("an upload announced as one byte more than the largest", &codes)?),

@@ -1,6 +1,6 @@
 //! LOG: log streams, which can be read while they are written.
 
-use super::{Beyond, execution::stream::unlike};
+use super::{Beyond, execution::stream::unknown_name_like};
 use crate::{
     check::{Answer as _, Check, Step as _, Stop, Verdict, absent, ensure, equal, fail, show, skipped},
     checks,
@@ -132,7 +132,7 @@ async fn streams_without_a_known_parent_are_refused(s: Session) -> Verdict {
         refusal => refusal.refused("an empty parent", &[Code::InvalidArgument]).map(drop)?,
     }
     // Any name may be an instance, but an operation is either known or unknown.
-    let unknown = unlike(&operation(&s).await?);
+    let unknown = unknown_name_like(&operation(&s).await?);
     create(&s, &unknown).await.refused("an unknown parent", &[Code::InvalidArgument]).map(drop)
 }
 

@@ -1,6 +1,6 @@
 //! OPS: google.longrunning.Operations, in addition to the streams of Execution.
 
-use super::{Beyond, execution::stream::unlike};
+use super::{Beyond, execution::stream::unknown_name_like};
 use crate::{
     actions::{metadata, response, result_of},
     check::{Answer as _, Check, Step as _, Verdict, ensure, equal, fail, inline, show},
@@ -63,7 +63,10 @@ async fn getoperation_says_what_the_stream_says(s: Session) -> Verdict {
     equal("done", &seen.done, &true)?;
     equal("response", &response(&seen).own()?, &response(&ended)?)?;
     equal("metadata", &metadata(&seen).own()?, &metadata(&ended)?)?;
-    get(&s, &unlike(&running.name)).await.refused("an unknown operation", &[Code::NotFound]).map(drop)
+    get(&s, &unknown_name_like(&running.name))
+        .await
+        .refused("an unknown operation", &[Code::NotFound])
+        .map(drop)
 }
 
 async fn calls_that_are_not_offered_are_unimplemented(s: Session) -> Verdict {
@@ -104,7 +107,7 @@ async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
     let took = begin.elapsed();
     ensure(took < PROMPT, "an end at once", format!("an end after {took:?}"))?;
     cancel(&s, &name).await.wanted("CancelOperation of a finished operation is OK")?;
-    let unknown = cancel(&s, &unlike(&name)).await;
+    let unknown = cancel(&s, &unknown_name_like(&name)).await;
     unknown.refused("CancelOperation of an unknown operation", &[Code::NotFound])?;
     // Works only if this action runs on the same machine: a process that it finds proves a fault, but finding none proves
     // nothing.

@@ -1,5 +1,5 @@
-//! Keys that change, that come late, or that do not come: by URL and by file. The time of the requests is an argument; only the
-//! background task of a cache looks at a clock.
+//! Tests of keys that change, arrive late or cannot be fetched, by URL and by file. The time of the requests is an
+//! argument; only the background task of a cache reads a clock.
 
 use super::{
     RefusalKind::*,
@@ -149,7 +149,7 @@ async fn a_reload_keeps_the_keys_and_a_cache_without_users_ends() {
     assert_eq!(server.requests(), 1);
     let cache = Arc::downgrade(&next.issuers[0].keys);
     drop(next);
-    // An attempt that is under way ends first.
+    // A running attempt ends first.
     while cache.strong_count() > 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -1,4 +1,4 @@
-//! What follows from the end of a run: the task ends, or is tried again.
+//! The end of a run: its task ends or is tried again.
 
 use super::{Ledger, Outcome, Snapshot, Task, TaskRun, TaskStep, dispatch::RunEnd};
 use crate::actors::{
@@ -14,7 +14,7 @@ use crate::actors::{
 use gorego_reapi::error::Error;
 
 impl RunEnd {
-    /// Whether the failure says something about the slot and not about the action.
+    /// Whether the failure is caused by the slot and not by the action.
     fn is_failure_of_slot(&self) -> bool {
         match self {
             Self::Reported(Ok(_)) => false,
@@ -86,7 +86,7 @@ impl Ledger {
     /// Ends a task that has a result, unless it ran out of memory and can be tried where it gets more.
     fn conclude_result(&mut self, id: TaskId, pool: PoolId, report: RunResult, now: ClockReading) {
         self.note_memory(id, pool, &report.account);
-        if report.account.out_of_memory && self.move_up(id, pool, now) {
+        if report.account.out_of_memory && self.retry_with_more_memory(id, pool, now) {
             return;
         }
         let outcome = Outcome {
@@ -99,7 +99,7 @@ impl Ledger {
         self.end_task(id, outcome, now);
     }
 
-    /// Gives back what a run took.
+    /// Releases the slot and the room of a run.
     fn free_slot(&mut self, run: TaskRun, has_failed: bool) {
         self.slots.release(run.pool, run.place.slot, &run.room, has_failed);
         if run.stuck {
@@ -110,7 +110,8 @@ impl Ledger {
         }
     }
 
-    /// Queues a task again whose pool was removed. This is no failure of the action, so it does not count as an attempt.
+    /// Queues a task again whose pool was removed. This is not a failure of the action, so it does not count as an
+    /// attempt.
     pub(super) fn retry_evicted(&mut self, id: TaskId, reason: String, now: ClockReading) {
         if let Some(task) = self.tasks.get_mut(&id) {
             task.evictions = task.evictions.saturating_add(1);
@@ -118,20 +119,21 @@ impl Ledger {
         self.retry(id, Error::Unavailable(reason), now);
     }
 
-    /// Learns from a run how much memory its kind of action takes.
+    /// Records how much memory this kind of action used.
     fn note_memory(&mut self, id: TaskId, pool: PoolId, account: &Account) {
         let Some(task) = self.tasks.get(&id) else { return };
         let Some(key) = self.peak_key(&task.first) else { return };
         let limit = self.slots.memory(pool, &task.action);
-        // It would have taken more than it got.
+        // The action would have used more than its limit.
         let bytes = if account.out_of_memory { limit.saturating_add(1) } else { account.memory };
         if bytes > 0 {
             self.peaks.note(key, bytes);
         }
     }
 
-    /// Tries a task that ran out of memory again where it gets more; false if there is no such pool or it was tried often enough.
-    fn move_up(&mut self, id: TaskId, pool: PoolId, now: ClockReading) -> bool {
+    /// Tries a task that ran out of memory again in pools that give it more memory. Returns false if there is no such
+    /// pool, or if it was tried often enough.
+    fn retry_with_more_memory(&mut self, id: TaskId, pool: PoolId, now: ClockReading) -> bool {
         let Some(task) = self.tasks.get(&id) else { return false };
         let (action, pools, failures) = (task.action.clone(), task.pools.clone(), task.failures());
         let memory = self.slots.memory(pool, &action);
@@ -149,7 +151,8 @@ impl Ledger {
         true
     }
 
-    /// Queues a task again, with its old age, after its worker failed. Ends it if it was tried often enough or no pool is left.
+    /// Queues a task again after its worker failed. The task keeps its original age. Ends it if it was tried often
+    /// enough or no pool is left.
     fn retry(&mut self, id: TaskId, reason: Error, now: ClockReading) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         if task.failures() >= self.settings.max_attempts {
@@ -159,7 +162,7 @@ impl Ledger {
             ));
             return self.end_task(id, Outcome::failed(error), now);
         }
-        if !self.slots.may_wait(&task.pools) && !self.settle_for_less(id) {
+        if !self.slots.may_wait(&task.pools) && !self.accept_less_memory(id) {
             let Some(task) = self.tasks.get(&id) else { return };
             let error = self.slots.unserved(&task.action);
             return self.end_task(id, Outcome::failed(error), now);
@@ -187,9 +190,10 @@ impl Ledger {
         }
     }
 
-    /// Has a task that ran out of memory wait for all pools that suit it, because those that would give it more are gone. Its next
-    /// run may end as the last one did, which is then its result. False if that does not help.
-    fn settle_for_less(&mut self, id: TaskId) -> bool {
+    /// Makes a task that ran out of memory wait for all suitable pools again, because the pools that would give it more
+    /// memory are gone. The result of its next run is final, even if it runs out of memory again. Returns false if that
+    /// does not help.
+    fn accept_less_memory(&mut self, id: TaskId) -> bool {
         let Some(task) = self.tasks.get_mut(&id) else { return false };
         if task.more_than.take().is_none() {
             return false;
@@ -207,7 +211,7 @@ impl Ledger {
         let unserved: Vec<_> =
             self.tasks.iter().filter(|(_, task)| unserved(task)).map(|(id, _)| *id).collect();
         for id in unserved {
-            if self.settle_for_less(id) {
+            if self.accept_less_memory(id) {
                 continue;
             }
             let Some(action) = self.tasks.get(&id).map(|task| task.action.clone()) else { continue };

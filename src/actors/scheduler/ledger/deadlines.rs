@@ -4,7 +4,7 @@ use super::{Ledger, Outcome, TaskStep};
 use crate::actors::{
     scheduler::{
         settings::{ClockReading, QUEUE_FULL_RETRY},
-        transition::RunPlace,
+        transition::SlotName,
     },
     worker::messages::TaskId,
 };
@@ -12,12 +12,12 @@ use gorego_reapi::error::Error;
 use std::sync::Arc;
 
 impl Ledger {
-    /// Enforces every deadline. It is called about once a second. Returns the slots that are now out of service because their
-    /// runs neither end nor stop; they return to service when their workers answer.
-    pub(crate) fn tick(&mut self, now: ClockReading) -> Vec<Arc<RunPlace>> {
+    /// Enforces every deadline. It is called about once a second. Returns the slots that are now out of service because
+    /// their runs neither end nor stop. These slots return to service when their workers answer.
+    pub(crate) fn tick(&mut self, now: ClockReading) -> Vec<Arc<SlotName>> {
         self.end_overdue_waits(now);
         let stuck = self.give_up_overdue_runs(now);
-        self.notice_losses(now);
+        self.find_unfollowed(now);
         if self.draining {
             self.end_unfollowed(now);
         }
@@ -44,7 +44,7 @@ impl Ledger {
         }
     }
 
-    fn give_up_overdue_runs(&mut self, now: ClockReading) -> Vec<Arc<RunPlace>> {
+    fn give_up_overdue_runs(&mut self, now: ClockReading) -> Vec<Arc<SlotName>> {
         let overdue: Vec<TaskId> = self
             .runs
             .iter()
@@ -73,7 +73,8 @@ impl Ledger {
         stuck
     }
 
-    /// Forgets a run whose pool is gone and which has not stopped in time. No slot waits for its worker, so its task goes on.
+    /// Forgets a run whose pool is gone and that has not stopped in time. No slot depends on its worker, so its task
+    /// continues.
     fn give_up_evicted(&mut self, id: TaskId, now: ClockReading) {
         let Some(pool) = self.runs.get(&id).map(|run| run.place.pool.clone()) else { return };
         let reason = format!("pool \"{pool}\" was removed while the action ran, and the run did not stop");

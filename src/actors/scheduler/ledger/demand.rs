@@ -1,10 +1,10 @@
-//! [`Demand`]: the tasks that wait, by the pool in which each of them would run if every pool had a free slot.
+//! [`Demand`]: the waiting tasks, by the pool in which each of them would run if every pool had a free slot.
 //!
-//! That is the most preferred pool of the task that takes tasks; if none does, the most preferred one. Each waiting task is
-//! counted once, whether its inputs were checked or not, although it is in the queue of every pool that can run it. So the
-//! numbers of all pools add up, and an autoscaler that follows them starts no slot twice.
+//! This is the most preferred pool of the task that takes tasks or, if none does, the most preferred pool. Each waiting
+//! task is counted once, whether its inputs were checked or not, although it is in the queue of every pool that can run
+//! it. So the numbers of all pools add up, and an autoscaler that follows them starts no slot twice.
 //!
-//! A change costs O(log n). A pool that takes no more tasks costs O(log n) for each task that it had.
+//! A change costs O(log n). Draining a pool costs O(log n) for each task that was counted for it.
 
 use super::{Ledger, TaskStep};
 use crate::actors::{
@@ -17,7 +17,7 @@ use crate::actors::{
 };
 use std::{collections::BTreeMap, time::Instant};
 
-/// The waiting tasks of each pool with the times of their submission, which ascend with their ids.
+/// The waiting tasks of each pool with their submission times, which ascend with their ids.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Demand(BTreeMap<PoolId, BTreeMap<TaskId, Instant>>);
 
@@ -52,7 +52,7 @@ impl Ledger {
         open.or(pools.first()).copied()
     }
 
-    /// Counts a task where it would run now, if it waits, and nowhere else.
+    /// Counts a waiting task for the pool in which it would run now, and for no other pool.
     pub(super) fn count_demand(&mut self, id: TaskId) {
         let Some(task) = self.tasks.get(&id) else { return };
         let home = (task.step != TaskStep::Running).then(|| self.home(&task.pools)).flatten();
@@ -71,14 +71,14 @@ impl Ledger {
         }
     }
 
-    /// A pool takes no more tasks, so those that wait for it may count for another one.
+    /// Handles a pool that takes no more tasks: the tasks that wait for it may count for another pool.
     pub(super) fn move_demand(&mut self, pool: PoolId) {
         for id in self.demand.tasks(pool) {
             self.count_demand(id);
         }
     }
 
-    /// The numbers of each pool, in order of preference. Costs O(pools), however many tasks there are.
+    /// The measurements of each pool, in order of preference. Costs O(pools), however many tasks there are.
     pub(crate) fn measure(&self, now: ClockReading) -> Vec<PoolMeasurement> {
         let measure = |status: PoolStatus| {
             let (waiting, oldest) = self.demand.of(status.id);

@@ -1,5 +1,5 @@
-//! The life of a task until it runs: the check of its inputs, the order of its image, the assignment to a slot, and the stages of
-//! the run. `conclusion` has what follows from its end.
+//! The steps of a task until it runs: the check of its inputs, the order of its image, the assignment of a slot, and
+//! the stages of the run. `conclusion` handles its end.
 
 use super::{Ledger, Outcome, Snapshot, TaskRun, TaskStep};
 use crate::{
@@ -39,18 +39,18 @@ pub(crate) struct Check {
     pub(crate) instance: Instance,
     /// The digest of the input root.
     pub(crate) root: Digest,
-    /// The peer whose turn it was, and the build that asked first. The inputs are leased to it.
+    /// The peer whose turn it was, and the build of the first operation. The inputs are leased to it.
     pub(crate) build: Owner,
 }
 
-/// A decision: bring the container image that a task names.
+/// A decision: pull the container image that a task names.
 #[derive(Debug)]
 pub(crate) struct ImageOrder {
     pub(crate) task: TaskId,
     pub(crate) name: String,
     /// The peer for which the task counts.
     pub(crate) peer: Peer,
-    /// Closed when the task does not wait any more.
+    /// Closed when the task no longer waits for the image.
     pub(crate) left: oneshot::Receiver<Infallible>,
 }
 
@@ -88,12 +88,13 @@ pub(crate) enum RunEnd {
 }
 
 impl Ledger {
-    /// The next task whose inputs are to be checked, in the order of a queue; `None` while enough checks are running, or the peer
-    /// or build that is next has its share of them. Each check must be answered by [`Ledger::inputs_checked`], whatever happens.
+    /// The next task whose inputs must be checked, in the order of a queue. `None` if enough checks are running, or if
+    /// the next peer or build has its share of them. Each check must be answered by [`Ledger::inputs_checked`] in any
+    /// case.
     pub(crate) fn next_check(&mut self, now: ClockReading) -> Option<Check> {
         let left = self.settings.concurrent_checks.checked_sub(self.checks.len() + 1)?;
         let (of_peer, of_build) = self.unchecked.running_of_next(now.at);
-        // How many more its peer may have after this one.
+        // The number of further checks that its peer may have after this one.
         let left_to_peer = left.saturating_mul(SHARE).saturating_sub(of_peer + 1) / (SHARE + 1);
         if of_peer > 0 && of_peer >= left.saturating_mul(SHARE)
             || of_build > 0 && of_build >= left_to_peer.saturating_mul(SHARE)
@@ -133,8 +134,9 @@ impl Ledger {
         }
     }
 
-    /// The next task whose image is to be brought. Each order should be answered by [`Ledger::image_brought`], unless the task
-    /// has left. Only the size of the queue bounds the number of orders: a task with an order only waits, and pulls are shared.
+    /// The next task whose image must be pulled. Each order should be answered by [`Ledger::image_brought`], unless the
+    /// task has left. Only the size of the queue bounds the number of orders: a task with an order only waits, and
+    /// pulls are shared.
     pub(crate) fn next_image(&mut self, now: ClockReading) -> Option<ImageOrder> {
         while let Some(id) = self.image_orders.pop_front() {
             let Some(task) = self.tasks.get_mut(&id) else { continue };
@@ -151,8 +153,9 @@ impl Ledger {
         None
     }
 
-    /// The image of a task is there, so the task may have a slot. An error ends the task before it takes one. If the disk has no
-    /// room for the image, the task takes its slot, where room is made for what runs next.
+    /// The pull of a task's image has ended, so the task may get a slot. An error ends the task before it gets one. If
+    /// the disk has no room for the image, the task gets its slot anyway, because the worker frees disk space for the
+    /// run.
     pub(crate) fn image_brought(&mut self, id: TaskId, result: Result<()>, now: ClockReading) {
         let Some(task) = self.tasks.get_mut(&id).filter(|task| task.step == TaskStep::AwaitingImage) else {
             return;
@@ -170,19 +173,19 @@ impl Ledger {
         self.enter_queues(id);
     }
 
-    /// The next task to run, with its slot. It is `None` if there is no free slot for a ready task; runs without followers are
-    /// then told to make way for tasks with followers. Pools choose in order of preference, so a task goes to the most preferred
-    /// pool that is free. Each assignment must be answered by [`Ledger::finish`], whatever happens.
+    /// The next task to run, with its slot. `None` if there is no free slot for a ready task; then runs without
+    /// followers are stopped for waiting tasks with followers. Pools choose in order of preference, so a task goes to
+    /// the most preferred pool that is free. Each assignment must be answered by [`Ledger::finish`] in any case.
     pub(crate) fn assign(&mut self, now: ClockReading) -> Option<Assignment> {
         let Some((pool, id, charge)) = self.next_ready(now) else {
-            self.make_way(now);
+            self.free_slots_for_followed(now);
             return None;
         };
         let task = self.tasks.get_mut(&id)?;
         let (place, room) = self.slots.take(pool, &task.action)?;
         task.step = TaskStep::Running;
         self.unfollowed.note(id, task);
-        // If it is queued again, its position is another one.
+        // If the task is queued again, it has another position.
         task.position = None;
         task.attempts = task.attempts.saturating_add(1);
         self.quota.remove(task.owner, Load::TURN);
@@ -219,7 +222,7 @@ impl Ledger {
         Some(assignment)
     }
 
-    /// Tells the operations of a task where it runs.
+    /// Updates the operations of a task with the place where it runs.
     fn show_executing(&mut self, id: TaskId, run: &TaskRun, now: ClockReading) {
         let Some(task) = self.tasks.get(&id) else { return };
         for number in task.numbers() {
@@ -259,7 +262,7 @@ impl Ledger {
     }
 }
 
-/// How long a run may take, with all transfers and the time that its worker has to report.
+/// How long a run may take, including all transfers and the time that its worker has to report.
 fn longest_run(settings: &SchedulerSettings, timeout: Duration) -> Duration {
     [timeout, settings.transfer_timeout, settings.transfer_timeout, settings.run_slack]
         .into_iter()

@@ -1,7 +1,7 @@
-//! The answer to why an operation waits.
+//! Explains why an operation waits.
 //!
-//! Positions in the queues are not updated while tasks come and go. They are computed for all tasks at once (the *board*) when a
-//! client asks and the last board is too old. So the cost of the answers is bounded, however many clients ask.
+//! Positions in the queues are not updated while tasks come and go. They are computed for all tasks at once when a
+//! client asks and the last ones are too old. So the cost of the answers is bounded, however many clients ask.
 
 use super::{Ledger, Task, TaskStep};
 use crate::{
@@ -14,23 +14,23 @@ use crate::{
 };
 use std::time::{Duration, Instant};
 
-/// How long a board is used, so that a task is on it soon after it was queued.
-const BOARD_AGE: Duration = Duration::from_millis(100);
+/// How long computed positions are used. It is short, so that a new task soon has a position.
+const POSITIONS_MAX_AGE: Duration = Duration::from_millis(100);
 
-/// The additional time for each task on the board. It is more than a hundred times the cost of a task (0.2 us were measured),
-/// so boards take at most about one per cent of the scheduler's time.
-const BOARD_AGE_PER_TASK: Duration = Duration::from_micros(50);
+/// The additional time for each task that has a position. It is more than a hundred times the cost of a task (0.2 us were measured),
+/// so the computation takes at most about one per cent of the scheduler's time.
+const POSITIONS_AGE_PER_TASK: Duration = Duration::from_micros(50);
 
 /// When positions were computed last, and for how many tasks.
 #[derive(Debug, Default)]
-pub(super) struct Board {
+pub(super) struct QueuePositions {
     made: Option<Instant>,
     tasks: u32,
 }
 
-impl Board {
+impl QueuePositions {
     fn is_fresh(&self, now: ClockReading) -> bool {
-        let age = BOARD_AGE.saturating_add(BOARD_AGE_PER_TASK.saturating_mul(self.tasks));
+        let age = POSITIONS_MAX_AGE.saturating_add(POSITIONS_AGE_PER_TASK.saturating_mul(self.tasks));
         self.made.is_some_and(|made| now.since(made) < age)
     }
 }
@@ -48,8 +48,8 @@ impl Ledger {
         if self.tasks.get(&id)?.step == TaskStep::Running {
             return None;
         }
-        if !self.board.is_fresh(now) {
-            self.make_board(now);
+        if !self.positions.is_fresh(now) {
+            self.compute_positions(now);
         }
         let task = self.tasks.get(&id)?;
         let (pool, position) = self.best_place(task)?;
@@ -59,7 +59,7 @@ impl Ledger {
         Some(QueueStatus {
             pool: self.pool_name(pool).to_string(),
             other_pools: others.map(|&other| self.pool_name(other).to_string()).collect(),
-            // The board may be older than the count.
+            // The positions may be older than the count.
             position: position.map(|position| position.min(waiting)),
             waiting,
             busy,
@@ -68,19 +68,19 @@ impl Ledger {
         })
     }
 
-    /// The pool in whose queue a task is furthest ahead, and its position there. A task that is on no queue, or on none that is
-    /// on the board, has a pool but no position.
+    /// The pool in whose queue a task is closest to the front, and its position there. A task that is in no queue, or
+    /// only in queues whose positions are not known, has a pool but no position.
     fn best_place(&self, task: &Task) -> Option<(PoolId, Option<usize>)> {
-        let on_board =
+        let known =
             task.position.filter(|(pool, _)| task.step == TaskStep::Ready && self.slots.is_open(*pool));
-        if let Some((pool, position)) = on_board {
+        if let Some((pool, position)) = known {
             return Some((pool, Some(position)));
         }
         let open = task.pools.iter().find(|pool| self.slots.is_open(**pool));
         Some((*open.or(task.pools.first())?, None))
     }
 
-    /// What a task waits for, in words. `pool` is the one that will probably run it.
+    /// Describes what a task waits for. `pool` is the pool that will probably run it.
     fn reason_to_wait(&self, task: &Task, pool: PoolId) -> String {
         let mut reason = match task.step {
             TaskStep::Unchecked | TaskStep::Checking => "its inputs are being looked up".to_owned(),
@@ -117,7 +117,7 @@ impl Ledger {
     }
 
     /// Computes the positions of all tasks.
-    fn make_board(&mut self, now: ClockReading) {
+    fn compute_positions(&mut self, now: ClockReading) {
         for task in self.tasks.values_mut() {
             task.position = None;
         }
@@ -133,6 +133,6 @@ impl Ledger {
                 }
             }
         }
-        self.board = Board { made: Some(now.at), tasks: count };
+        self.positions = QueuePositions { made: Some(now.at), tasks: count };
     }
 }

@@ -17,14 +17,14 @@ use gorego_reapi::{
     path::RootPath,
 };
 
-/// An action for tests: its name is what its digest depends on.
+/// An action for tests. Its name determines its digest.
 #[derive(Clone, Copy)]
 pub(crate) struct Work {
     pub(crate) name: u64,
     pub(crate) do_not_cache: bool,
-    /// The `OSFamily` that it asks for.
+    /// The requested `OSFamily`.
     pub(crate) platform: Option<&'static str>,
-    /// The `cores` that it asks for; 0 for none.
+    /// The requested `cores`; 0 for none.
     pub(crate) cores: u64,
     /// Whether it names a container image.
     pub(crate) image: bool,

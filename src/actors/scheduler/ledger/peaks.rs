@@ -1,15 +1,16 @@
-//! [`Peaks`]: how much memory actions have taken lately, by their target and mnemonic. Pure.
+//! [`Peaks`]: how much memory recent actions used, by their target and mnemonic. Pure.
 //!
-//! Clients say which target an action belongs to and what kind it is. They can say anything, so what is learned decides only
-//! between pools that are free for an action anyway: an action that has run out of memory in one of them before is given to
-//! another. The number of entries is bounded; those that were noted the longest time ago go first.
+//! Clients send the target and mnemonic of an action. They can send anything, so the recorded memory only decides
+//! between pools that are free for an action anyway: if an action ran out of memory in one of them before, another one
+//! is chosen. The number of entries is bounded; the entries that were not updated for the longest time are removed
+//! first.
 
 use std::collections::{BTreeMap, HashMap};
 
-/// Most targets and mnemonics that are remembered. Each takes about 100 bytes.
+/// Maximum number of targets and mnemonics that are remembered. Each takes about 100 bytes.
 const MAX_PEAKS: usize = 20_000;
 
-/// A target and a mnemonic in an instance, hashed. Those whose hashes collide count as one.
+/// The hash of a target and a mnemonic in an instance. Entries whose hashes collide are merged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct PeakKey(pub(super) u64);
 
@@ -17,7 +18,7 @@ pub(super) struct PeakKey(pub(super) u64);
 #[derive(Debug, Default)]
 pub(super) struct Peaks {
     peaks: HashMap<PeakKey, NotedPeak>,
-    /// The keys by when they were noted last; the number is unique.
+    /// The keys in the order of their last update. The numbers are unique.
     order: BTreeMap<u64, PeakKey>,
     notes: u64,
 }
@@ -29,8 +30,8 @@ struct NotedPeak {
 }
 
 impl Peaks {
-    /// Notes what a run has taken. A lower peak than before is believed by halves, so that one small action does not hide what
-    /// others take.
+    /// Records the memory that a run used. A lower value than before reduces the peak only by half of the difference,
+    /// so that one small action does not hide the memory use of others.
     pub(super) fn note(&mut self, key: PeakKey, bytes: u64) {
         self.notes += 1;
         let before = self.peaks.get(&key).copied();
@@ -48,7 +49,7 @@ impl Peaks {
         }
     }
 
-    /// What is to be expected; `None` if nothing is known.
+    /// The expected memory; `None` if nothing is known.
     pub(super) fn of(&self, key: PeakKey) -> Option<u64> {
         self.peaks.get(&key).map(|peak| peak.bytes)
     }
@@ -70,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_noted_the_longest_time_ago_is_forgotten_first() {
+    fn the_oldest_note_is_forgotten_first() {
         let mut peaks = Peaks::default();
         (0..MAX_PEAKS as u64).for_each(|key| peaks.note(PeakKey(key), 1));
         peaks.note(PeakKey(0), 1);

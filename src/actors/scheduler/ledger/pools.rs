@@ -1,12 +1,11 @@
-//! Pools that come and go while tasks wait and run.
+//! Adding, draining and removing pools while tasks wait and run.
 //!
-//! A pool is added, drained and removed. Waiting tasks that a new pool suits enter its queue too. While a pool drains, it takes
-//! no more tasks, and those that it runs go on; a task that waits for this pool only waits on, so that the pool can be
-//! replaced. When a pool is removed, its runs are told to stop and their tasks are tried again in other pools, and waiting
-//! tasks that no other pool suits end.
+//! When a pool is added, waiting tasks that it suits enter its queue too. A draining pool takes no more tasks, and its
+//! running tasks continue. A task that can only run in this pool keeps waiting, because the pool may be replaced. When
+//! a pool is removed, its runs are stopped and their tasks are tried again in other pools; waiting tasks that no other
+//! pool suits end.
 //!
-//! A change looks at each task once, at a cost of O(log n) for each task that is affected. Pools change when people or
-//! machines come and go, which is rare.
+//! A change looks at each task once, and costs O(log n) for each affected task. Changes of pools are rare.
 
 use super::{Ledger, Task, TaskStep};
 use crate::actors::{
@@ -22,17 +21,17 @@ use std::sync::Arc;
 
 impl Ledger {
     /// Adds a pool. Tasks that wait and that it suits wait for it too from now on.
-    ///
+    /// Adds a pool. Waiting tasks that it suits wait for it too from now on.
     /// # Errors
-    /// `Precondition` when there are too many pools, or one with this name that is not draining.
+    /// `Precondition` if there are too many pools, or a pool with this name that is not draining.
     pub(crate) fn add_pool(&mut self, spec: PoolSpec) -> Result<PoolId> {
         let id = self.slots.add(spec)?;
         self.ready.insert(id, Queue::new(self.settings.priority_ageing));
-        self.offer_pool(id);
+        self.add_to_tasks(id);
         Ok(id)
     }
 
-    /// Has a pool take no more tasks. Those that it runs go on: see [`Ledger::runs_in`].
+    /// Stops a pool from taking tasks. Its running tasks continue: see [`Ledger::runs_in`].
     ///
     /// # Errors
     /// `NotFound`.
@@ -42,8 +41,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// Removes a pool, drained or not. What it still runs is told to stop and tried again in another pool; tasks that only this
-    /// pool could run end.
+    /// Removes a pool, drained or not. Its runs are stopped and tried again in another pool. Tasks that only this pool
+    /// could run end.
     ///
     /// # Errors
     /// `NotFound`.
@@ -56,7 +55,7 @@ impl Ledger {
             run.cancel.cancel();
             run.deadline = run.deadline.min(now.after(grace));
         }
-        self.withdraw_pool(id, now);
+        self.remove_from_tasks(id, now);
         Ok(())
     }
 
@@ -65,19 +64,20 @@ impl Ledger {
         self.slots.status()
     }
 
-    /// The name of a pool; empty when there is none.
+    /// The name of a pool; empty if there is none.
     pub(crate) fn pool_name(&self, id: PoolId) -> Arc<str> {
         self.slots.name(id)
     }
 
-    /// How many runs of a pool are still waited for.
+    /// The number of runs of a pool that have not ended.
     pub(crate) fn runs_in(&self, id: PoolId) -> usize {
         self.runs.values().filter(|run| run.pool == id && !run.stuck).count()
     }
 
-    /// A new pool is in the sets of all tasks that it suits, unless a task has run out of as much memory as the pool gives it. A task keeps the other pools of its set, for which it was admitted,
-    /// even if the new pool has made one of the task's properties known.
-    fn offer_pool(&mut self, id: PoolId) {
+    /// Adds a new pool to the sets of all tasks that it suits, except tasks that ran out of as much memory as the pool
+    /// gives them. A task keeps the other pools of its set, even if the new pool has made one of the task's properties
+    /// known.
+    fn add_to_tasks(&mut self, id: PoolId) {
         let gives_more =
             |task: &Task| task.more_than.is_none_or(|memory| self.slots.memory(id, &task.action) > memory);
         let suited = self.tasks.iter();
@@ -90,8 +90,8 @@ impl Ledger {
         }
     }
 
-    /// No task is in the queue of a removed pool. Those that wait and have no other pool end.
-    fn withdraw_pool(&mut self, id: PoolId, now: ClockReading) {
+    /// Removes a removed pool from the sets of all tasks. Waiting tasks without another pool end.
+    fn remove_from_tasks(&mut self, id: PoolId, now: ClockReading) {
         let affected = self.tasks.iter().filter(|(_, task)| task.pools.contains(&id));
         let affected: Vec<_> = affected.map(|(id, task)| (*id, task.pools.clone())).collect();
         for (task, before) in affected {
@@ -101,7 +101,7 @@ impl Ledger {
         self.end_unserved(now);
     }
 
-    /// From now on, a task can run in these pools and no others.
+    /// Restricts a task to these pools.
     pub(super) fn set_pools(&mut self, id: TaskId, pools: PoolSet) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.position = None;
@@ -112,8 +112,8 @@ impl Ledger {
             return;
         }
         if task.unfollowed_since.is_none() {
-            self.unfollowed.rivals.remove(&before);
-            self.unfollowed.rivals.add(&pools);
+            self.unfollowed.waiting_counts.remove(&before);
+            self.unfollowed.waiting_counts.add(&pools);
         }
         let entries = task.entries(id);
         let without = |pools: &PoolSet, others: &PoolSet| -> PoolSet {

@@ -9,7 +9,7 @@ use crate::{
             queue::{Charge, Owner, QueueEntry},
             quota::Load,
             slots::{PoolId, PoolSet},
-            transition::RunPlace,
+            transition::SlotName,
         },
         worker::{
             cancel::CancelToken,
@@ -39,12 +39,13 @@ pub(super) struct Task {
     /// The value of [`Action::weight`], which is expensive to compute.
     pub(super) weight: usize,
     pub(super) pools: PoolSet,
-    /// The memory with which it has run out of it. Its pools give it more, as long as there are such pools.
+    /// The memory that was too little for an earlier run. The pools of the task give it more, as long as there are such
+    /// pools.
     pub(super) more_than: Option<u64>,
-    /// The first operation; it may have been cancelled since.
+    /// The first operation. It may have been cancelled since.
     pub(super) first: Arc<OperationInfo>,
     pub(super) queued_at: SystemTime,
-    /// The same time on the monotonic clock. It does not change if the task is tried again.
+    /// The time of the submission on the monotonic clock. It does not change if the task is tried again.
     pub(super) queued: Instant,
     pub(super) waiting_since: Instant,
     pub(super) attempts: u32,
@@ -60,13 +61,14 @@ pub(super) struct Task {
     /// The time since when no waiter has followers; `None` if one has.
     pub(super) unfollowed_since: Option<Instant>,
     pub(super) step: TaskStep,
-    /// Held while somebody brings its image. Dropped with the task, so that they need not go on waiting.
+    /// Held while the image of the task is pulled. It is dropped with the task, so that the pull is no longer waited
+    /// for.
     pub(super) image_order: Option<oneshot::Sender<Infallible>>,
-    /// Texts about its runs so far, in order; at most one for each run.
+    /// Texts about its runs so far, in order. There is at most one for each run.
     pub(super) server_logs: Vec<ServerLog>,
     /// The pool in whose queue it is closest to the front, and its position there, as of the last board.
     pub(super) position: Option<(PoolId, usize)>,
-    /// The pool for whose demand it counts, while it waits.
+    /// The pool for whose demand the task counts while it waits.
     pub(super) home: Option<PoolId>,
 }
 
@@ -77,7 +79,7 @@ pub(super) enum TaskStep {
     Unchecked,
     /// The store checks its inputs.
     Checking,
-    /// Its container image is being brought.
+    /// Its container image is being pulled.
     AwaitingImage,
     /// It waits for a slot.
     Ready,
@@ -91,8 +93,8 @@ pub(super) struct TaskRun {
     /// The number of the attempt at its task. A report of another attempt is not about this run.
     pub(super) attempt: u32,
     pub(super) pool: PoolId,
-    pub(super) place: Arc<RunPlace>,
-    /// What it takes of the pool's room.
+    pub(super) place: Arc<SlotName>,
+    /// The room that it takes from its pool.
     pub(super) room: Room,
     /// The owner and priority for which it counts in the queue of its pool.
     pub(super) charge: Charge,
@@ -102,10 +104,10 @@ pub(super) struct TaskRun {
     pub(super) reached: Option<(RunStage, SystemTime)>,
     /// The streams in which its output can be followed.
     pub(super) logs: Option<RunLogs>,
-    /// Whether its deadline has passed. Its task has ended then, but its slot stays busy until the worker answers.
+    /// Whether its deadline has passed. Its task has ended, but its slot stays busy until the worker answers.
     pub(super) stuck: bool,
-    /// Whether its pool was removed. It was told to stop then, and its task is tried again in another pool, at its deadline even if
-    /// it has not stopped.
+    /// Whether its pool was removed. The run was told to stop, and its task is tried again in another pool. This
+    /// happens at the deadline of the run even if the run has not stopped.
     pub(super) evicted: bool,
 }
 

@@ -27,7 +27,7 @@ impl Ledger {
         let Some(task) = self.tasks.get(&id) else { return };
         let (entries, step, pools) = (task.entries(id), task.step, task.pools.clone());
         if step == TaskStep::Ready && task.unfollowed_since.is_none() {
-            self.unfollowed.rivals.add(&pools);
+            self.unfollowed.waiting_counts.add(&pools);
         }
         self.each_queue(step, &pools, |queue| entries.iter().for_each(|entry| queue.insert(*entry)));
     }
@@ -36,7 +36,7 @@ impl Ledger {
     pub(super) fn leave_queues(&mut self, id: TaskId, task: &Task) {
         let entries = task.entries(id);
         if task.step == TaskStep::Ready && task.unfollowed_since.is_none() {
-            self.unfollowed.rivals.remove(&task.pools);
+            self.unfollowed.waiting_counts.remove(&task.pools);
         }
         self.each_queue(task.step, &task.pools, |queue| {
             for entry in &entries {
@@ -106,23 +106,23 @@ impl Ledger {
 
     /// The next pool with a free slot and a task for it. The task is removed from all queues.
     ///
-    /// If a pool lacks the room for the task that is next, it runs no other one before: the room that becomes free is for that
-    /// task, and a part of it stays free meanwhile. Which task is next may change, as another peer comes to have fewer running
-    /// tasks. No task starves: once the running tasks of its peer have ended, its peer has its turn.
+    /// If a pool lacks the room for its next task, it runs no other task before: freed room is reserved for
+    /// that task. Which task is next may change when another peer has fewer running tasks. No task starves: once the
+    /// running tasks of its peer have ended, its peer has its turn.
     pub(super) fn next_ready(&mut self, now: ClockReading) -> Option<(PoolId, TaskId, Charge)> {
         let mut at = 0;
         let (pool, next) = loop {
             let pool = *self.slots.order().get(at)?;
-            if let Some(next) = self.able(pool, now) {
+            if let Some(next) = self.next_runnable(pool, now) {
                 break (pool, next);
             }
             at += 1;
         };
-        let pool = self.less_tight(pool, next, at, now).unwrap_or(pool);
+        let pool = self.pool_with_more_memory(pool, next, at, now).unwrap_or(pool);
         let (id, charge) = self.ready.get_mut(&pool)?.pop(now.at)?;
         let task = self.tasks.get(&id)?;
         if task.unfollowed_since.is_none() {
-            self.unfollowed.rivals.remove(&task.pools);
+            self.unfollowed.waiting_counts.remove(&task.pools);
         }
         let entries = task.entries(id);
         for &pool in &*task.pools {
@@ -137,25 +137,33 @@ impl Ledger {
     }
 
     /// The task that a pool could run now.
-    fn able(&mut self, pool: PoolId, now: ClockReading) -> Option<TaskId> {
+    fn next_runnable(&mut self, pool: PoolId, now: ClockReading) -> Option<TaskId> {
         let next = self.slots.has_free(pool).then(|| self.next_in(pool, now))??;
         let task = self.tasks.get(&next)?;
         self.slots.has_room(pool, &task.action).then_some(next)
     }
 
-    /// Another pool that could run the same task now and gives it the memory that its kind of action took before, where the pool at
-    /// this place of the order gives it less.
-    fn less_tight(&mut self, pool: PoolId, id: TaskId, at: usize, now: ClockReading) -> Option<PoolId> {
+    /// Another pool that could run the same task now and gives it the memory that this kind of action used before. Only
+    /// for a pool, at this position of the order, that gives it less.
+    fn pool_with_more_memory(
+        &mut self,
+        pool: PoolId,
+        id: TaskId,
+        at: usize,
+        now: ClockReading,
+    ) -> Option<PoolId> {
         let task = self.tasks.get(&id)?;
         let (action, key) = (task.action.clone(), self.peak_key(&task.first)?);
         let needed = self.peaks.of(key).filter(|needed| *needed > self.slots.memory(pool, &action))?;
         let others: Vec<_> = self.slots.order().iter().skip(at + 1).copied().collect();
         let gives_enough = |ledger: &Self, pool: &PoolId| ledger.slots.memory(*pool, &action) >= needed;
-        others.into_iter().find(|other| gives_enough(self, other) && self.able(*other, now) == Some(id))
+        others
+            .into_iter()
+            .find(|other| gives_enough(self, other) && self.next_runnable(*other, now) == Some(id))
     }
 
-    /// The task that is next in the queue of a pool. A task that has just lost its followers is first moved behind those that
-    /// have some.
+    /// The next task in the queue of a pool. A task that has just lost its followers is first moved behind those with
+    /// followers.
     fn next_in(&mut self, pool: PoolId, now: ClockReading) -> Option<TaskId> {
         while let Some((id, followed)) = self.ready.get(&pool).and_then(|queue| queue.peek(now.at)) {
             if !followed || self.is_followed(id, now) {

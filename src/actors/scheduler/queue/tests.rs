@@ -1,4 +1,4 @@
-//! The queue against a model that knows the rules and nothing else, and the promises that follow from them.
+//! Tests of the queue against a simple model of its rules, and of the guarantees that follow from them.
 
 use super::*;
 use proptest::{collection::vec, prelude::*};
@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 const STEP: Duration = Duration::from_secs(100);
 
-/// The rules by the letter: everything is looked at every time.
+/// The rules in a simple form: each query examines all entries.
 #[derive(Default)]
 struct Model {
     waiting: Vec<QueueEntry>,
@@ -14,7 +14,7 @@ struct Model {
     turns: HashMap<Charge, u64>,
     peer_turns: HashMap<Peer, u64>,
     turn: u64,
-    /// Peers that were served out of the order of their priorities the last time.
+    /// The peers that were served out of the order of their priorities in the last turn.
     served_due: HashSet<Peer>,
 }
 
@@ -109,7 +109,7 @@ fn place_of(from: u8, priority: i32, build: u64, task: u64, since: Instant) -> Q
     QueueEntry { priority, owner, task: TaskId(task), since, followed: true }
 }
 
-/// Where there is only one peer.
+/// For a single peer.
 fn entry(priority: i32, build: u64, task: u64, since: Instant) -> QueueEntry {
     place_of(1, priority, build, task, since)
 }
@@ -122,7 +122,7 @@ enum Step {
         build: u64,
     },
     Remove(usize),
-    /// A task is joined by one that wants it sooner, or loses it.
+    /// A task gains or loses an entry of a more urgent owner.
     Move {
         which: usize,
         priority: i32,
@@ -133,7 +133,7 @@ enum Step {
     Wait(u64),
 }
 
-/// Mostly close to each other, now and then as far apart as can be.
+/// The priorities are mostly close to each other, and sometimes as far apart as possible.
 fn priority() -> impl Strategy<Value = i32> {
     prop_oneof![8 => -1..3, 1 => Just(i32::MIN), 1 => Just(i32::MAX)]
 }
@@ -208,7 +208,7 @@ proptest! {
     fn the_order_that_is_told_is_the_order_in_which_tasks_go(
         entries in vec((0..3u8, -1..3, 0..3u64), 0..40), popped in 0..10usize, ended in vec(any::<bool>(), 10),
     ) {
-        // No step is ever made up for, so that age does not come into it.
+        // The step is so long that age never makes up for a difference.
         let (start, mut queue) = (Instant::now(), Queue::new(Duration::from_secs(1_000_000)));
         for (task, (from, priority, build)) in entries.into_iter().enumerate() {
             queue.insert(place_of(from, priority, build, task as u64, start));
@@ -223,14 +223,14 @@ proptest! {
         prop_assert_eq!(told, taken);
     }
 
-    /// However loads differ and runs end: a build with nothing running waits for each other build at most once.
+    /// Whatever the loads are: a build without running tasks waits for each other build at most once.
     #[test]
     fn a_build_that_runs_nothing_is_served_within_as_many_turns_as_there_are_builds(
         steps in vec((0..6u64, any::<bool>(), any::<usize>()), 1..200),
     ) {
         let (start, mut queue) = (Instant::now(), Queue::new(STEP));
         let mut running: Vec<Charge> = Vec::new();
-        // For each build that waits and runs nothing: how many turns it may yet be passed over.
+        // For each waiting build without running tasks: how many more turns may go to other builds.
         let mut patience: BTreeMap<Build, usize> = BTreeMap::new();
         for (task, (build, pops, which)) in steps.into_iter().enumerate() {
             if pops {
@@ -256,7 +256,8 @@ proptest! {
         }
     }
 
-    /// The flood never ends; the others come through once their age makes up for it, at every second turn at least.
+    /// The flood never ends. The other tasks are served once their age makes up for the difference, at least in every
+    /// second turn.
     #[test]
     fn no_priority_starves(
         late in vec((1..20i32, 0..3u64), 1..20), flood in 1..4u64,
@@ -289,7 +290,7 @@ proptest! {
     }
 }
 
-/// However far apart priorities are, and with everything else due as well.
+/// However far apart the priorities are, and even if all other tasks are due as well.
 #[test]
 fn no_difference_of_priority_is_too_large_to_be_made_up_for() {
     let (start, mut queue) = (Instant::now(), Queue::new(STEP));
@@ -303,8 +304,8 @@ fn no_difference_of_priority_is_too_large_to_be_made_up_for() {
     assert!(served_at(start + STEP * STEPS_MAX, 1));
 }
 
-/// The gain of a build does not depend on how much it queues: with equal run times the slots are shared evenly, one more or
-/// less, as soon as what ran when the last build came is over.
+/// A build gains nothing by queueing more tasks: with equal run times, the slots are shared evenly (up to one slot) as
+/// soon as the tasks that ran when the last build arrived have ended.
 #[test]
 fn builds_share_the_slots_evenly() {
     let start = Instant::now();
@@ -335,7 +336,7 @@ fn builds_share_the_slots_evenly() {
 }
 
 proptest! {
-    /// Whatever the others say about their priorities and builds, and however long they have waited.
+    /// Whatever priorities and builds the other peers use, and however long their tasks have waited.
     #[test]
     fn a_peer_that_runs_nothing_is_served_within_as_many_turns_as_there_are_peers(
         hostile in vec((2..6u8, any::<i32>(), any::<u64>(), 0..10_000u64), 1..100), ended in any::<u64>(),
@@ -367,7 +368,7 @@ proptest! {
     }
 }
 
-/// The shares of peers in so many turns, on this many slots that are always busy.
+/// The shares of peers in this number of turns, on this number of slots that are always busy.
 fn shares(queue: &mut Queue, now: Instant, slots: usize, turns: usize) -> HashMap<Peer, usize> {
     let (mut running, mut shares) = (VecDeque::new(), HashMap::new());
     for _ in 0..turns {
@@ -383,7 +384,7 @@ fn shares(queue: &mut Queue, now: Instant, slots: usize, turns: usize) -> HashMa
 }
 
 #[test]
-fn a_peer_believes_another_that_its_work_matters_less_and_not_that_it_matters_more() {
+fn a_peer_can_make_its_tasks_less_urgent_than_those_of_others_but_not_more() {
     let (start, mut queue) = (Instant::now(), Queue::new(STEP));
     for task in 0..100 {
         queue.insert(place_of(1, -100, task, task, start));
@@ -400,7 +401,7 @@ fn a_peer_believes_another_that_its_work_matters_less_and_not_that_it_matters_mo
     );
 }
 
-/// An action that a large backlog wants too is not behind that.
+/// An action that a large backlog also contains does not wait behind that backlog.
 #[test]
 fn a_task_of_several_owners_is_taken_when_the_turn_of_the_first_of_them_comes() {
     let (start, mut queue) = (Instant::now(), Queue::new(STEP));

@@ -1,7 +1,8 @@
 //! [`FreeSlots`]: the free slots of one pool, and which of them is used next.
 //!
-//! The slot that has been free for longest is next: its runner had the most time to prepare a sandbox. A slot that failed its
-//! last task comes after all others, because a broken slot fails at once and would otherwise be free first each time.
+//! The slot that has been free for longest is next: its runner had the most time to prepare a sandbox. A slot that
+//! failed its last task comes after all others, because a broken slot fails at once and would otherwise be free first
+//! each time.
 
 use crate::actors::worker::messages::SlotId;
 use std::collections::VecDeque;
@@ -9,9 +10,9 @@ use std::collections::VecDeque;
 /// The free slots of a pool.
 #[derive(Debug)]
 pub(super) struct FreeSlots {
-    /// Those that completed their last task, or had none. The first one is next.
+    /// Slots that completed their last task, or had none. The first one is next.
     sound: VecDeque<SlotId>,
-    /// Those that failed their last task.
+    /// Slots that failed their last task.
     suspect: VecDeque<SlotId>,
 }
 

@@ -1,4 +1,4 @@
-//! Checks that this module sees the layers as the kernel shows them.
+//! Tests that this module sees the layers as the kernel shows them.
 
 use super::*;
 use crate::actors::worker::{
@@ -19,14 +19,14 @@ use std::{collections::BTreeMap, fs, io::Read as _, process, sync::Arc, time::Du
 /// Every node by path: kind, permission bits, seconds of the mtime, and content or target.
 type View = BTreeMap<String, (char, u32, i64, String)>;
 
-/// The directories of one exec root, made as for an action.
+/// The directories of one exec root, created as for an action.
 struct Layers {
     directory: tempfile::TempDir,
     base: Arc<InputTree>,
 }
 
 impl Layers {
-    /// Makes the layer of an action that wants the tree `wanted` and gets it above the tree `base`.
+    /// Creates the layer of an action with the input root `wanted` above the tree `base`.
     fn new(base: &model::Tree, wanted: &model::Tree) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let [base, wanted] = [base, wanted].map(|tree| Arc::new(model::input_tree(tree)));

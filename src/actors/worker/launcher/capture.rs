@@ -1,14 +1,14 @@
 //! [`Capture`]: moves the standard output and error of one command from two pipes into two log files.
 //!
 //! The command gets the write ends of the pipes, as it would from a shell, so that it can open `/dev/stderr` or
-//! `/proc/self/fd/1` again in any mode. The runner moves the bytes. It owns the log files while the command runs:
-//! nobody else writes to them, and they only grow. Readers of live output rely on that.
+//! `/proc/self/fd/1` again in any mode. The runner moves the bytes. It owns the log files while the command runs: no
+//! other process writes to them, and they only grow. Readers of live output rely on that.
 //!
-//! Invariants: a log holds the bytes of its pipe in the order in which they were written, and never more than its
-//! limit. No read blocks. Memory is bounded by the two pipes and one buffer. A pipe is not read for every byte: after
-//! each read the runner pauses ([`pause`]), while the writer continues undisturbed.
+//! Invariants: a log has the bytes of its pipe in the order in which they were written, and never more than its limit.
+//! No read blocks. Memory is bounded by the two pipes and one buffer. A pipe is not read for every byte: after each
+//! read the runner pauses ([`pause`]), while the writer continues.
 
-use super::protocol::Unkept;
+use super::protocol::IncompleteLog;
 use rustix::{
     event::{PollFd, PollFlags},
     fs::{self as rfs, CWD, Gid, Mode, OFlags, Uid},
@@ -60,7 +60,7 @@ struct Stream {
     due: Instant,
 }
 
-/// Why a log does not hold everything that was printed.
+/// Why a log does not contain everything that was printed.
 enum LogFailure {
     TooLong,
     Log(io::Error),
@@ -126,7 +126,7 @@ impl Capture {
     ///
     /// # Errors
     /// If a log cannot take the data. The command must be killed then.
-    pub fn take(&mut self, now: Instant, buffer: &mut [u8]) -> Result<(), Unkept> {
+    pub fn take(&mut self, now: Instant, buffer: &mut [u8]) -> Result<(), IncompleteLog> {
         for (is_stderr, stream) in [(false, &mut self.stdout), (true, &mut self.stderr)] {
             if stream.due <= now {
                 let read = stream.read(buffer).map_err(|failure| failure.of(is_stderr))?;
@@ -144,7 +144,7 @@ impl Capture {
     ///
     /// # Errors
     /// If a log cannot take the data.
-    pub fn finish(mut self, buffer: &mut [u8]) -> Result<(), Unkept> {
+    pub fn finish(mut self, buffer: &mut [u8]) -> Result<(), IncompleteLog> {
         for (is_stderr, stream) in [(false, &mut self.stdout), (true, &mut self.stderr)] {
             stream.drain(buffer).map_err(|failure| failure.of(is_stderr))?;
         }
@@ -231,10 +231,10 @@ fn pause(read: usize, elapsed: Duration, capacity: u32) -> Duration {
 }
 
 impl LogFailure {
-    fn of(self, is_stderr: bool) -> Unkept {
+    fn of(self, is_stderr: bool) -> IncompleteLog {
         match self {
-            Self::TooLong => Unkept { is_stderr, errno: 0 },
-            Self::Log(error) => Unkept { is_stderr, errno: error.raw_os_error().unwrap_or(libc::EIO) },
+            Self::TooLong => IncompleteLog { is_stderr, errno: 0 },
+            Self::Log(error) => IncompleteLog { is_stderr, errno: error.raw_os_error().unwrap_or(libc::EIO) },
         }
     }
 }

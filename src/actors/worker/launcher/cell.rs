@@ -1,9 +1,9 @@
 //! [`Cells`]: the runner's side of the sandbox. Each command runs in a cell of its own.
 //!
 //! A cell is the first process of a new pid namespace, with a file system and network of its own ([`crate::sandbox`]).
-//! The runner starts the next cell while a command runs, in the expectation that the next command needs the same kind
-//! of cell. The new cell waits at a socket for its order. It then runs one command, reports how the command ended, and
-//! exits, and the kernel kills whatever else is in it. No cell is used twice.
+//! While a command runs, the runner starts the next cell, assuming that the next command needs the same kind of cell.
+//! The new cell waits at a socket for its order. It then runs one command, reports how the command ended, and exits.
+//! The kernel then kills all other processes in it. No cell is used twice.
 
 use super::{
     super::clock::Moment,
@@ -11,7 +11,7 @@ use super::{
     children::KILL_LIMIT,
     gateway::Gateway,
     init,
-    protocol::{self, Ended, Failed, FromCell, News, Run, ToRunner},
+    protocol::{self, CellEvent, Ended, Failed, FromCell, Run, ToRunner},
     tool::{self, Pipes},
     usage::Usage,
 };
@@ -65,7 +65,7 @@ struct Cell {
     gateway: Option<Gateway>,
 }
 
-/// Why the runner stops waiting for a command.
+/// Why the runner stops waiting for the end of a command.
 enum CommandStop {
     /// The first process has reported, or has ended without a report.
     Ended(Option<FromCell>),
@@ -74,7 +74,7 @@ enum CommandStop {
     /// The server is gone.
     ServerGone,
     /// A log could not be written.
-    Unkept(protocol::Unkept),
+    IncompleteLog(protocol::IncompleteLog),
 }
 
 impl Cells {
@@ -115,7 +115,7 @@ impl Cells {
         capture: &Capture,
         pipes: Option<&Pipes>,
     ) -> Result<Cell, SetupFailure> {
-        let world = self.world.as_mut().map_err(|failure| failure.again())?;
+        let world = self.world.as_mut().map_err(|failure| failure.duplicate())?;
         let view = world.view(kind)?;
         // Must be done only once for each command: an overlay of the same layers cannot be mounted twice.
         let exec_root = world.exec_root(Path::new(OsStr::from_bytes(&run.root)), run.layers.as_ref())?;
@@ -126,14 +126,14 @@ impl Cells {
             }
             self.discard(cell);
         }
-        let world = self.world.as_mut().map_err(|failure| failure.again())?;
+        let world = self.world.as_mut().map_err(|failure| failure.duplicate())?;
         let cell = Cell::new(world, kind)?;
         cell.start(&exec_root, run, capture, pipes)?;
         Ok(cell)
     }
 
-    /// Prepares a cell of this kind for the next command, and reaps ended cells. To be called when the command has been
-    /// answered.
+    /// Prepares a cell of this kind for the next command, and reaps ended cells. To be called after the command's
+    /// result was sent.
     pub(super) fn tidy(&mut self, kind: &CellKind) {
         self.prepare(kind);
         self.ended.retain(|cell| !cell.has_ended());
@@ -142,7 +142,7 @@ impl Cells {
         }
     }
 
-    /// Runs a command to its end; `None` if the server is gone. A command that talks with the server has `pipes`.
+    /// Runs a command to its end; `None` if the server is gone. A command that talks to the server has `pipes`.
     pub(super) fn run(
         &mut self,
         run: Run,
@@ -168,16 +168,19 @@ impl Cells {
             self.start(&kind, &run, &capture, pipes.as_ref()).map_err(|failure| not_set_up(&failure))?;
         // A tool is the only command of its runner.
         let prepares = pipes.is_none();
-        // The command has its own copies. With ours closed, the server notices when the command closes them.
+        // The command has its own copies of these descriptors. They are closed here so that the server notices when the
+        // command closes them.
         drop(pipes);
         let stop = self.follow(&cell, server, &mut capture, buffer, prepares).map_err(failed)?;
-        let unkept = match stop {
-            CommandStop::Ended(Some(FromCell { news: Some(News::Ended(news)) })) => {
-                ended = news;
+        let incomplete_log = match stop {
+            CommandStop::Ended(Some(FromCell { event: Some(CellEvent::Ended(event)) })) => {
+                ended = event;
                 self.ended.push(cell);
                 None
             }
-            CommandStop::Ended(Some(FromCell { news: Some(News::Failed(failed)) })) => return Err(failed),
+            CommandStop::Ended(Some(FromCell { event: Some(CellEvent::Failed(failed)) })) => {
+                return Err(failed);
+            }
             CommandStop::Ended(_) => {
                 return Err(Failed { message: "the sandbox ended before its command".into(), errno: 0 });
             }
@@ -185,13 +188,13 @@ impl Cells {
                 cell.kill(&mut ended);
                 None
             }
-            CommandStop::Unkept(unkept) => {
+            CommandStop::IncompleteLog(incomplete_log) => {
                 cell.kill(&mut ended);
-                Some(unkept)
+                Some(incomplete_log)
             }
             CommandStop::ServerGone => return Ok(None),
         };
-        ended.unkept = unkept.or_else(|| capture.finish(buffer).err());
+        ended.incomplete_log = incomplete_log.or_else(|| capture.finish(buffer).err());
         Ok(Some(ended))
     }
 
@@ -232,9 +235,9 @@ impl Cells {
                 });
             }
             if ready[2..].contains(&true)
-                && let Err(unkept) = capture.take(Instant::now(), buffer)
+                && let Err(incomplete_log) = capture.take(Instant::now(), buffer)
             {
-                return Ok(CommandStop::Unkept(unkept));
+                return Ok(CommandStop::IncompleteLog(incomplete_log));
             }
             if prepare_at.is_some_and(|at| Instant::now() >= at) {
                 prepare_at = None;
@@ -247,25 +250,26 @@ impl Cells {
 impl Cell {
     /// Starts the first process of a cell, which then sets up the rest.
     fn new(world: &mut World, kind: &CellKind) -> Result<Self, SetupFailure> {
-        let (passage, view) = world.passage(kind)?;
+        let (setup, view) = world.setup(kind)?;
         let world = &*world;
         let (ours, theirs) = UnixStream::pair().step("make a socket")?;
         ours.set_read_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
         ours.set_write_timeout(Some(CELL_TIMEOUT)).step("set a timeout")?;
         let plan = world.gateway(kind)?;
         let network = plan.as_ref().map(|_| Gateway::prepare()).transpose()?;
-        let (passage, network) = match network {
-            Some((host, inner, outer)) => (passage.with_gateway(inner, host.clone()), Some((host, outer))),
-            None => (passage, None),
+        let (setup, network) = match network {
+            Some((host, inner, outer)) => (setup.with_gateway(inner, host.clone()), Some((host, outer))),
+            None => (setup, None),
         };
-        let init = namespaces::start(world.visitor(kind), move || init::init_main(&theirs, world, passage))?;
+        let init =
+            namespaces::start(world.gateway_user(kind), move || init::init_main(&theirs, world, setup))?;
         let pidfd = pidfd_open(init, PidfdFlags::empty()).step("watch the sandbox")?;
         let mut cell = Self { kind: kind.clone(), view, init, pidfd, socket: ours, gateway: None };
         if let Some((plan, (host, outer))) = plan.zip(network) {
             cell.gateway = Some(Gateway::start(&plan, init, &outer, host)?);
         }
-        world.admit(init.as_raw_pid(), kind)?;
-        rustix::io::write(&cell.socket, &[init::ADMITTED]).step("start the sandbox")?;
+        world.map_user(init.as_raw_pid(), kind)?;
+        rustix::io::write(&cell.socket, &[init::USER_MAPPED]).step("start the sandbox")?;
         Ok(cell)
     }
 
@@ -284,13 +288,13 @@ impl Cell {
         pipes: Option<&Pipes>,
     ) -> Result<(), SetupFailure> {
         let ready = protocol::read::<FromCell>(&self.socket).step("wait for the sandbox")?;
-        match ready.and_then(|message| message.news) {
-            Some(News::Ready(_)) => {}
-            Some(News::Failed(Failed { message, errno: 0 })) => {
+        match ready.and_then(|message| message.event) {
+            Some(CellEvent::Ready(_)) => {}
+            Some(CellEvent::Failed(Failed { message, errno: 0 })) => {
                 let (step, error) = message.split_once(": ").unwrap_or((&message, "it failed"));
                 return Err(SetupFailure { step: step.into(), error: io::Error::other(error.to_owned()) });
             }
-            Some(News::Failed(Failed { message, errno })) => {
+            Some(CellEvent::Failed(Failed { message, errno })) => {
                 return Err(SetupFailure { step: message, error: io::Error::from_raw_os_error(errno) });
             }
             _ => return Err(SetupFailure { step: "wait for the sandbox".into(), error: Errno::PIPE.into() }),
@@ -304,7 +308,7 @@ impl Cell {
         protocol::write(&self.socket, run).step("send the command to the sandbox")
     }
 
-    /// Kills all processes of the cell, and stores in `ended` when that was and what they used.
+    /// Kills all processes of the cell. Stores in `ended` the time of the end and the resource usage.
     fn kill(self, ended: &mut Ended) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
         ended.ended_nanos = Moment::now().0;
@@ -321,7 +325,7 @@ impl Cell {
         }
     }
 
-    /// Whether nothing of the cell is left.
+    /// Whether all processes of the cell have ended.
     fn has_ended(&self) -> bool {
         self.wait(Duration::ZERO) && self.gateway.as_ref().is_none_or(|gateway| gateway.wait(Duration::ZERO))
     }

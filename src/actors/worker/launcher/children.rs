@@ -25,13 +25,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long to go on killing before survivors are reported. It is below the worker's time limit.
+/// How long to keep killing before survivors are reported. It is below the worker's time limit.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How long to wait for a death before looking for processes again.
 const KILL_ROUND: Duration = Duration::from_millis(10);
 
 /// A descriptor that is readable when a child of this process has ended.
-pub(super) struct Deaths(OwnedFd);
+pub(super) struct ChildExits(OwnedFd);
 
 /// The processes of one command, as far as they are or were children of this process.
 pub(super) struct Children {
@@ -47,14 +47,14 @@ pub(super) struct Reaped {
     pub none_left: bool,
 }
 
-impl Deaths {
+impl ChildExits {
     /// Starts to watch. From now on every signal that can be blocked is blocked in this process.
     pub(super) fn watch() -> io::Result<Self> {
         sys::watch_children().map(Self)
     }
 
-    /// Waits for a death or one of the other events, for at most `limit`. It does not say which, because the caller
-    /// checks all children anyway.
+    /// Waits for a death or one of the other events, for at most `limit`. It does not report which event occurred,
+    /// because the caller checks all children anyway.
     pub(super) fn wait<'a>(&'a self, fds: &mut Vec<PollFd<'a>>, limit: Option<Duration>) -> io::Result<()> {
         fds.push(PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN));
         let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
@@ -62,7 +62,7 @@ impl Deaths {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        if fds.last().is_some_and(|deaths| !deaths.revents().is_empty()) {
+        if fds.last().is_some_and(|child_exits| !child_exits.revents().is_empty()) {
             // One record may stand for many deaths.
             let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
             let _ = rustix::io::read(&self.0, &mut record);
@@ -72,8 +72,8 @@ impl Deaths {
 }
 
 impl Children {
-    /// Starts the first process of a command whose input root is at `root`. `None` as `stdin` means that of this
-    /// process.
+    /// Starts the first process of a command whose input root is at `root`. If `stdin` is `None`, the process inherits
+    /// the standard input of this process.
     ///
     /// # Errors
     /// If the kernel cannot create a process. A program that cannot be executed is not an error.
@@ -131,8 +131,9 @@ impl Children {
         }
     }
 
-    /// Kills until no child is left. `kill_others` must send SIGKILL to all remaining processes of the command.
-    pub(super) fn clear(&mut self, deaths: &Deaths, kill_others: impl Fn()) -> io::Result<()> {
+    /// Kills processes until no child is left. `kill_others` must send SIGKILL to all remaining processes of the
+    /// command.
+    pub(super) fn clear(&mut self, child_exits: &ChildExits, kill_others: impl Fn()) -> io::Result<()> {
         let start = Instant::now();
         loop {
             let reaped = self.reap_ended()?;
@@ -147,7 +148,7 @@ impl Children {
                 sys::kill_group(self.first);
             }
             kill_others();
-            deaths.wait(&mut Vec::new(), Some(KILL_ROUND))?;
+            child_exits.wait(&mut Vec::new(), Some(KILL_ROUND))?;
         }
     }
 

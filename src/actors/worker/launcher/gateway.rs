@@ -4,8 +4,8 @@
 //! one, `pasta`, and puts the filter of frames onto the interface that pasta has made in the cell. Only then does it
 //! tell the cell that the network works. If any of this fails, the cell fails.
 //!
-//! Both end with the cell: the first process of the cell keeps a socket to the gateway open, and its end is noticed
-//! here. Both also die with their parents, so that nothing is left when the runner is killed.
+//! Both end with the cell: the first process of the cell keeps a socket to the gateway open, and the gateway notices
+//! when that socket is closed. Both also die with their parents, so no process is left when the runner is killed.
 
 use super::{children::KILL_LIMIT, sys};
 use crate::sandbox::{
@@ -41,7 +41,7 @@ use std::{
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum length of what pasta may print before it works.
 const MAX_OUTPUT: usize = 4096;
-/// Maximum number of a descriptor of pasta. It has about 150.
+/// Maximum descriptor number of pasta that is tried. It has about 150 descriptors.
 const MAX_DESCRIPTORS: i32 = 1024;
 /// The device through which pasta exchanges frames with the cell: major and minor number.
 const TUN: (u32, u32) = (10, 200);
@@ -61,7 +61,7 @@ impl Gateway {
         Ok((host_addresses()?, inner, outer))
     }
 
-    /// Starts a gateway for the cell with this first process. It waits until the cell asks for it.
+    /// Starts a gateway for the cell with this first process. The gateway waits until the cell asks for the network.
     pub(super) fn start(
         plan: &GatewayPlan<'_>,
         cell: Pid,
@@ -125,12 +125,12 @@ fn serve(plan: &GatewayPlan<'_>, cell: Pid, socket: &UnixStream, host: &[IpAddr]
     }
 }
 
-/// Reaps the processes that pasta has left. It starts some that enter the cell for a moment, and does not wait for them.
+/// Reaps orphans of pasta. It starts some processes that enter the cell for a short time, and does not wait for them.
 fn reap_orphans() {
     while matches!(waitpid(None, WaitOptions::NOHANG), Ok(Some(_))) {}
 }
 
-/// Waits until the cell has ended or pasta has. What pasta prints is read, so that it never waits for a reader.
+/// Waits until the cell or pasta has ended. The output of pasta is read, so that pasta never blocks on it.
 fn wait_for_end(socket: &UnixStream, mut output: PipeReader) -> io::Result<()> {
     let mut buffer = [0; MAX_OUTPUT];
     loop {
@@ -146,11 +146,11 @@ fn wait_for_end(socket: &UnixStream, mut output: PipeReader) -> io::Result<()> {
     }
 }
 
-/// Starts pasta and filters what it receives from the cell.
+/// Starts pasta and installs the filter for the frames that it receives from the cell.
 fn open(plan: &GatewayPlan<'_>, cell: Pid, host: &[IpAddr]) -> Result<(Child, PipeReader), SetupFailure> {
     let (mut output, theirs) = io::pipe().step("make a pipe")?;
     if let Some((user, group)) = plan.owner {
-        // pasta opens it again, by path.
+        // pasta opens the pipe again, by path.
         let (user, group) = (Uid::from_raw(user), Gid::from_raw(group));
         fchown(&theirs, Some(user), Some(group)).step("give a pipe to the action's user")?;
     }
@@ -169,7 +169,7 @@ fn open(plan: &GatewayPlan<'_>, cell: Pid, host: &[IpAddr]) -> Result<(Child, Pi
     }
     sys::let_die_with_parent(&mut command);
     let mut pasta = command.spawn().step("start pasta")?;
-    // The command has the writing ends of the pipe, and pasta should be the only one.
+    // The command holds write ends of the pipe. They are closed here, so that only pasta has the pipe open.
     drop(command);
     let started = wait_until_ready(&mut output).and_then(|()| filter(&pasta, host));
     match started {
@@ -183,8 +183,8 @@ fn open(plan: &GatewayPlan<'_>, cell: Pid, host: &[IpAddr]) -> Result<(Child, Pi
     }
 }
 
-/// The options of pasta: a network interface with fixed addresses, nothing that leads from the host into the cell, and
-/// nothing that leads from the cell to the loopback interface of the host but queries to its name server.
+/// The options of pasta: a network interface with fixed addresses, no connections from the host into the cell, and no
+/// connections from the cell to the host's loopback interface except queries to its name server.
 fn arguments(resolver: Option<&Resolver>) -> Vec<OsString> {
     let mut all: Vec<OsString> = Vec::new();
     let mut add = |options: &[&str]| all.extend(options.iter().map(OsString::from));
@@ -203,7 +203,7 @@ fn arguments(resolver: Option<&Resolver>) -> Vec<OsString> {
     all
 }
 
-/// Reads what pasta prints until it has printed its process id.
+/// Reads the output of pasta until pasta has printed its process id.
 fn wait_until_ready(output: &mut PipeReader) -> Result<(), SetupFailure> {
     let end = Instant::now() + START_TIMEOUT;
     let mut printed = Vec::new();
@@ -226,7 +226,7 @@ fn wait_until_ready(output: &mut PipeReader) -> Result<(), SetupFailure> {
     }
 }
 
-/// What pasta complains about. It also says so if there is no system log, which is of no interest.
+/// The error message of pasta. Its complaint about a missing system log is left out.
 fn complaint(text: &str) -> String {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.ends_with("to syslog"));
     match lines.collect::<Vec<_>>().join("; ") {
@@ -235,7 +235,7 @@ fn complaint(text: &str) -> String {
     }
 }
 
-/// Puts the filter onto the interface that pasta has open.
+/// Installs the filter on the interface that pasta has open.
 fn filter(pasta: &Child, host: &[IpAddr]) -> Result<(), SetupFailure> {
     let step = "filter what the network of the sandbox carries";
     let process = i32::try_from(pasta.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH).step(step)?;

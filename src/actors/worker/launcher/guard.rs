@@ -2,7 +2,7 @@
 //!
 //! Where the kernel bounds the memory, the guard only notices that the kernel killed a process. Elsewhere it adds up
 //! the memory of the processes. It also measures what was written to the input root. The guard uses at most a twentieth
-//! of one CPU ([`LookPace`]), so a command may exceed a limit by what it can use between two measurements.
+//! of one CPU ([`MeasurementSchedule`]), so a command may exceed a limit by what it can use between two measurements.
 
 use super::resident;
 use crate::{
@@ -35,12 +35,12 @@ pub(super) enum Violation {
 
 /// The schedule of one kind of measurement.
 #[derive(Debug)]
-struct LookPace {
+struct MeasurementSchedule {
     least: Duration,
     next: Instant,
 }
 
-impl LookPace {
+impl MeasurementSchedule {
     fn new(least: Duration, now: Instant) -> Self {
         Self { least, next: now + least }
     }
@@ -66,11 +66,11 @@ pub(super) struct Guard<'a> {
     /// The process from which all processes of the command descend.
     runner: u32,
     /// Measures the memory against a limit in bytes, where the kernel does not bound it.
-    resident: Option<(LookPace, Exceeded)>,
+    resident: Option<(MeasurementSchedule, Exceeded)>,
     /// Checks whether the kernel killed a process.
-    killed: Option<LookPace>,
+    killed: Option<MeasurementSchedule>,
     /// Measures what was written to the disk.
-    written: Option<(LookPace, &'a Written)>,
+    written: Option<(MeasurementSchedule, &'a Written)>,
 }
 
 impl<'a> Guard<'a> {
@@ -94,12 +94,13 @@ impl<'a> Guard<'a> {
             limits,
             group,
             runner,
-            resident: is_watched
-                .then(|| (LookPace::new(MEMORY_PAUSE, now), Exceeded { resource, used: 0, limit })),
-            killed: is_bounded.then(|| LookPace::new(PAUSE, now)),
+            resident: is_watched.then(|| {
+                (MeasurementSchedule::new(MEMORY_PAUSE, now), Exceeded { resource, used: 0, limit })
+            }),
+            killed: is_bounded.then(|| MeasurementSchedule::new(PAUSE, now)),
             written: written
                 .filter(|_| limits.disk > 0 || limits.files > 0)
-                .map(|written| (LookPace::new(PAUSE, now), written)),
+                .map(|written| (MeasurementSchedule::new(PAUSE, now), written)),
         }
     }
 
@@ -159,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_slow_look_is_followed_by_a_long_pause() {
-        let mut pace = LookPace::new(Duration::ZERO, Instant::now());
+        let mut pace = MeasurementSchedule::new(Duration::ZERO, Instant::now());
         let start = Instant::now();
         let seen = pace.look(|| {
             std::thread::sleep(Duration::from_millis(5));

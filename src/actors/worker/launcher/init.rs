@@ -2,17 +2,17 @@
 //!
 //! It is a fork of the runner and shares no memory with it. As the first process of a pid namespace it adopts every
 //! orphan in the cell, and no process in the cell can kill it. When it exits, the kernel kills the whole cell. It exits
-//! when the command has ended, and when the runner is gone, which it notices because its socket is closed.
+//! when the command has ended or when the runner is gone, which it notices because its socket is closed.
 
 use super::{
-    children::{Children, Deaths},
-    protocol::{self, CellReady, Ended, Failed, FromCell, News, Run},
+    children::{ChildExits, Children},
+    protocol::{self, CellEvent, CellReady, Ended, Failed, FromCell, Run},
     spawn::Stack,
     sys,
 };
 use crate::sandbox::{
     SetupFailure, layers,
-    world::{Passage, World},
+    world::{CellSetup, World},
 };
 use rustix::{
     event::{PollFd, PollFlags},
@@ -30,44 +30,44 @@ use std::{
     path::Path,
 };
 
-/// The byte by which the runner says that the user of the cell is mapped.
-pub(super) const ADMITTED: u8 = 1;
+/// The byte with which the runner reports that the user of the cell is mapped.
+pub(super) const USER_MAPPED: u8 = 1;
 /// Maximum number of open files sent with an order: the input root, standard output, standard error and standard input.
 pub(super) const FILES: usize = 4;
 
-/// Main function of the first process; returns its exit code. It uses no inherited descriptors except `passage` and
+/// Main function of the first process; returns its exit code. It uses no inherited descriptors except `setup` and
 /// `socket`.
-pub(super) fn init_main(socket: &UnixStream, world: &World, passage: Passage) -> i32 {
-    i32::from(live(socket, world, passage).is_err())
+pub(super) fn init_main(socket: &UnixStream, world: &World, setup: CellSetup) -> i32 {
+    i32::from(live(socket, world, setup).is_err())
 }
 
-fn live(socket: &UnixStream, world: &World, passage: Passage) -> io::Result<()> {
-    let kept: Vec<_> = passage.descriptors().chain([0, 1, 2, socket.as_raw_fd()]).collect();
+fn live(socket: &UnixStream, world: &World, setup: CellSetup) -> io::Result<()> {
+    let kept: Vec<_> = setup.descriptors().chain([0, 1, 2, socket.as_raw_fd()]).collect();
     sys::close_all_but(&kept)?;
     sys::die_with_parent()?;
     // If the runner dies, the server recognises the orphaned process by its session (see `reap`).
     rustix::process::setsid()?;
-    let mut admitted = [0];
-    if (&*socket).read(&mut admitted)? == 0 || admitted != [ADMITTED] {
+    let mut user_mapped = [0];
+    if (&*socket).read(&mut user_mapped)? == 0 || user_mapped != [USER_MAPPED] {
         return Ok(());
     }
-    let cell = match world.enter(&passage) {
+    let cell = match world.enter(&setup) {
         Ok(cell) => cell,
-        Err(failure) => return tell(socket, News::Failed(in_words(&failure))),
+        Err(failure) => return tell(socket, CellEvent::Failed(in_words(&failure))),
     };
-    let _gateway = passage.into_gateway();
+    let _gateway = setup.into_gateway();
     // The change of user has cleared the parent death signal.
     sys::die_with_parent()?;
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
-    tell(socket, News::Ready(CellReady {}))?;
+    tell(socket, CellEvent::Ready(CellReady {}))?;
     let Some(files) = receive_open(socket)? else { return Ok(()) };
     let [root, stdout, stderr, stdin @ ..] = &*files else { return Err(io::ErrorKind::InvalidData.into()) };
     let Some(run) = protocol::read::<Run>(socket)? else { return Ok(()) };
-    match run_one(socket, || world.close(cell, root), run, (stdin.first(), stdout, stderr)) {
-        Ok(Some(ended)) => tell(socket, News::Ended(ended)),
+    match run_one(socket, || world.finish(cell, root), run, (stdin.first(), stdout, stderr)) {
+        Ok(Some(ended)) => tell(socket, CellEvent::Ended(ended)),
         Ok(None) => Ok(()),
-        Err(failed) => tell(socket, News::Failed(failed)),
+        Err(failed) => tell(socket, CellEvent::Failed(failed)),
     }
 }
 
@@ -91,18 +91,19 @@ fn run_one(
         errno: 0,
     };
     let outputs = (stdout.as_fd(), stderr.as_fd());
-    // Must precede the command, which can lower the limit on open files of this process.
-    let deaths = Deaths::watch().map_err(failed)?;
+    // This must come before the command is started, because the command can lower the limit on open files of this
+    // process.
+    let child_exits = ChildExits::watch().map_err(failed)?;
     let stdin = stdin.map(|stdin| stdin.as_fd());
     let mut children = Children::start(run, root, stdin, outputs, &mut Stack::new()).map_err(failed)?;
     while !children.reap_ended().map_err(failed)?.first_ended {
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
-        deaths.wait(&mut fds, None).map_err(failed)?;
+        child_exits.wait(&mut fds, None).map_err(failed)?;
         if !fds[0].revents().is_empty() {
             return Ok(None);
         }
     }
-    children.clear(&deaths, sys::kill_all_others).map_err(failed)?;
+    children.clear(&child_exits, sys::kill_all_others).map_err(failed)?;
     Ok(Some(children.report()))
 }
 
@@ -113,8 +114,8 @@ fn in_words(failure: &SetupFailure) -> Failed {
     }
 }
 
-fn tell(socket: &UnixStream, news: News) -> io::Result<()> {
-    protocol::write(socket, &FromCell { news: Some(news) })
+fn tell(socket: &UnixStream, event: CellEvent) -> io::Result<()> {
+    protocol::write(socket, &FromCell { event: Some(event) })
 }
 
 /// Receives the open files of an order; `None` if the sender is gone.

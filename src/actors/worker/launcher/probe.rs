@@ -37,7 +37,7 @@ use std::{
 
 /// Time limit of one attempt.
 const ATTEMPT: Duration = Duration::from_secs(10);
-/// Directories with programs, whatever PATH says.
+/// Directories with programs that are searched in addition to PATH.
 const USUAL_PROGRAMS: &[&str] = &["/usr/bin", "/usr/local/bin", "/bin"];
 /// A program that cannot exist. The error that it does not exist proves that all earlier steps succeeded.
 const NO_PROGRAM: &str = "/proc/no/program";
@@ -73,14 +73,14 @@ pub(crate) fn probe_layers(
         let workspace = workspace(build_root)?;
         let layers = workspace.layers(&Path::new(&name).join("root")).map_err(in_words)?;
         let layers = Layers { is_trial: true, ..layers };
-        // Check that the kernel understands the whiteouts and opaque directories that this server writes into a layer.
+        // Check that the kernel understands the whiteouts and opaque directories that this server writes.
         let own = workspace.root().map_err(in_words)?;
         layer::make_whiteout(own, TRIAL_HIDDEN)
             .and_then(|()| layer::set_opaque(&layer::make_directory(own, TRIAL_OPAQUE)?))
             .map_err(failed)?;
         let launcher = RunnerLauncher::new(runner.to_vec(), Some(sandbox));
         attempt(launcher, &workspace, Some(layers), CellKind::default())?;
-        // Check that this server understands how the kernel marks an opaque directory.
+        // Check that this server recognises how the kernel marks an opaque directory.
         let replaced = dir::open_dir(own, TRIAL_DIRECTORY.as_ref()).map_err(failed)?;
         match layer::is_opaque(&replaced).map_err(failed)? {
             true => Ok(()),
@@ -91,7 +91,7 @@ pub(crate) fn probe_layers(
     tried
 }
 
-/// Finds the program behind the networks of cells, and tries it out. The error says what does not work.
+/// Finds and tries out the program that provides the networks of cells. The error says what does not work.
 pub(crate) fn probe_gateway(
     sandbox: &PoolSandbox,
     runner: &[OsString],
@@ -108,7 +108,7 @@ pub(crate) fn probe_gateway(
     Ok(pasta)
 }
 
-/// Looks for pasta where a shell would, and in the usual places.
+/// Looks for pasta in PATH and in the usual directories.
 fn find_pasta() -> Option<Pasta> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let places = std::env::split_paths(&path).chain(USUAL_PROGRAMS.iter().map(PathBuf::from));
@@ -151,7 +151,7 @@ fn workspace(build_root: &BuildRoot) -> Result<Workspace, String> {
     build_root.create_unseen(SlotId(0)).map_err(|error| error.to_string())
 }
 
-/// Takes every step of a command up to the point where its program turns out not to exist.
+/// Does all steps of running a command whose program does not exist.
 fn attempt(
     mut launcher: RunnerLauncher,
     workspace: &Workspace,

@@ -2,9 +2,9 @@
 //! messages over a socket.
 //!
 //! Both ends are always the same binary, so there is no versioning. Each [`Run`] is answered by one [`FromRunner`]. A
-//! [`Kill`] makes that answer come sooner; it is ignored if nothing runs. If there is a sandbox, a [`Sandbox`] is the
-//! first order. A cell uses the same protocol: it sends [`CellReady`], receives one [`Run`], and reports how the
-//! command ended. The pipes of a command that talks with the server are sent as open files after its [`Run`].
+//! [`Kill`] ends the command early; it is ignored if no command runs. If there is a sandbox, a [`Sandbox`] is the first
+//! order. A cell uses the same protocol: it sends [`CellReady`], receives one [`Run`], and reports how the command
+//! ended. The pipes of a command that talks to the server are sent as open files after its [`Run`].
 
 use crate::sandbox::{kind::CellKind, layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
@@ -34,7 +34,7 @@ pub enum Order {
     Kill(Kill),
     /// Run all later commands in this sandbox.
     #[prost(message, tag = "3")]
-    Enclose(Sandbox),
+    UseSandbox(Sandbox),
 }
 
 /// The order to kill the running command.
@@ -77,7 +77,7 @@ pub struct Run {
     /// Path of a terminal that the command gets instead of `/dev/null` and the logs.
     #[prost(bytes = "vec", optional, tag = "10")]
     pub terminal: Option<Vec<u8>>,
-    /// Whether the command talks with the server. Its standard input and output are then pipes that are sent after this
+    /// Whether the command talks to the server. Its standard input and output are then pipes that are sent after this
     /// message ([`Pipes`](super::tool::Pipes)).
     #[prost(bool, tag = "11")]
     pub has_pipes: bool,
@@ -128,12 +128,12 @@ pub struct Ended {
     pub survivors: bool,
     /// The output whose log is incomplete, for which the command was killed.
     #[prost(message, optional, tag = "8")]
-    pub unkept: Option<Unkept>,
+    pub incomplete_log: Option<IncompleteLog>,
 }
 
 /// An output whose log is incomplete.
 #[derive(Clone, Copy, PartialEq, Message)]
-pub struct Unkept {
+pub struct IncompleteLog {
     /// Whether it is stderr; otherwise it is stdout.
     #[prost(bool, tag = "1")]
     pub is_stderr: bool,
@@ -157,13 +157,13 @@ pub struct Failed {
 #[derive(Clone, PartialEq, Message)]
 pub struct FromCell {
     /// The message.
-    #[prost(oneof = "News", tags = "1, 2, 3")]
-    pub news: Option<News>,
+    #[prost(oneof = "CellEvent", tags = "1, 2, 3")]
+    pub event: Option<CellEvent>,
 }
 
 /// A message from the first process of a cell.
 #[derive(Clone, PartialEq, prost::Oneof)]
-pub enum News {
+pub enum CellEvent {
     /// The cell waits for its order.
     #[prost(message, tag = "1")]
     Ready(CellReady),

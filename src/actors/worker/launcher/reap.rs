@@ -17,8 +17,8 @@ pub fn kill_descendants(of: u32) -> usize {
     let mut next = 0;
     while let Some(&pid) = found.get(next) {
         kill(pid);
-        // The children of the killed process are still listed here, or they have become children of the runner, which
-        // looks again.
+        // The children of the killed process are still listed here, or they have become children of the runner. The
+        // caller looks at the runner's children again.
         found.extend(children(pid));
         next += 1;
     }
@@ -39,7 +39,7 @@ pub fn descendants(of: u32, most: usize) -> Vec<u32> {
     found
 }
 
-/// How long to go on killing orphans. Survivors hang in the kernel and are left alone.
+/// How long to keep killing orphans. Survivors hang in the kernel and are left alone.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 /// How long to wait for deaths before looking again.
 const ORPHAN_ROUND: Duration = Duration::from_millis(1);

@@ -1,19 +1,19 @@
 //! Measures the memory of a command's processes through /proc, for machines where no control group bounds it.
 //!
 //! First it adds up the private part of each process's resident memory, which is cheap. Pages that processes share
-//! after a fork are counted several times. So if the sum exceeds the limit, each page is counted once (PSS), as far as
-//! this process may read that. Files in memory (/tmp, /dev/shm) are counted only where they are mapped; they have
-//! limits of their own.
+//! after a fork are counted several times. So if the sum exceeds the limit, each page is counted once (PSS), if this
+//! process has the permission to read that value. Files in memory (/tmp, /dev/shm) are counted only where they are
+//! mapped; they have separate limits.
 
 use super::reap;
 use std::fs;
 
 /// Maximum number of processes that are inspected.
-const MOST: usize = 20_000;
+const MAX_INSPECTED: usize = 20_000;
 
 /// The memory in bytes of all descendants of a process, if it exceeds `limit`.
 pub(super) fn above(of: u32, limit: u64) -> Option<u64> {
-    let processes = reap::descendants(of, MOST);
+    let processes = reap::descendants(of, MAX_INSPECTED);
     let sum = |size: fn(u32) -> Option<u64>| {
         processes.iter().filter_map(|process| size(*process)).fold(0, u64::saturating_add)
     };
@@ -61,7 +61,7 @@ mod tests {
         let mut shell = shell.spawn().unwrap();
         let mut said = [0; 2];
         shell.stdout.take().unwrap().read_exact(&mut said).unwrap();
-        let alone: u64 = reap::descendants(shell.id(), MOST).into_iter().filter_map(private).sum();
+        let alone: u64 = reap::descendants(shell.id(), MAX_INSPECTED).into_iter().filter_map(private).sum();
         let used = above(shell.id(), 32 << 20).unwrap();
         assert!(alone >= 64 << 20 && used >= 32 << 20 && used <= alone / 4 * 3, "{used} of {alone}");
         assert_eq!(above(shell.id(), alone), None);

@@ -1,4 +1,4 @@
-//! The runner process: starts commands for one worker, one at a time, and leaves no process of them behind.
+//! The runner process: runs commands for one worker, one at a time, and leaves none of their processes behind.
 //!
 //! It is this binary with the hidden subcommand `runner` and one end of a socket as its standard input. It is single
 //! threaded and small, so that forking is cheap. It kills all processes of the command (EXE-44) when the command's
@@ -9,14 +9,14 @@
 //!
 //! While a command runs, the runner moves its output from pipes into log files ([`capture`](super::capture)).
 //!
-//! The runner knows nothing of actions and time limits. It gives a command exactly what the order says (EXE-41) and
-//! default signal dispositions. The runner itself blocks every signal that can be blocked: neither a command nor a
-//! service manager that signals every process can end it before its socket closes.
+//! The runner knows nothing of actions and time limits. A command gets exactly the arguments and environment of the
+//! order (EXE-41) and default signal dispositions. The runner itself blocks every signal that can be blocked: neither a
+//! command nor a service manager that signals every process can end it before its socket closes.
 
 use super::{
     capture::{BUFFER_BYTES, Capture},
     cell::Cells,
-    children::{Children, Deaths},
+    children::{ChildExits, Children},
     protocol::{self, Ended, Failed, FromRunner, Order, Reply, Run, ToRunner},
     reap,
     spawn::Stack,
@@ -42,34 +42,34 @@ use std::{
 
 /// Serves the worker at the other end of standard input until the socket closes. Returns the exit code of this process.
 pub fn runner_main() -> i32 {
-    let served = settle().and_then(|mut runner| runner.serve());
+    let served = set_up_runner().and_then(|mut runner| runner.serve());
     // There are descendants only after a failure in the middle of a command.
     reap::kill_descendants(std::process::id());
     i32::from(served.is_err())
 }
 
-/// Where commands run.
-enum Enclosure {
+/// How commands are isolated.
+enum Isolation {
     /// In the namespaces of this process, which may be restricted.
     None,
-    /// Each in a cell of its own.
+    /// Each command runs in a cell of its own.
     Cells(Box<Cells>),
-    /// Nowhere, because this process could not be restricted.
+    /// No command can run, because this process could not be restricted.
     Failed(Failed),
 }
 
 struct Runner {
     socket: UnixStream,
-    deaths: Deaths,
+    child_exits: ChildExits,
     stack: Stack,
     /// Buffer for output on its way to the logs.
     buffer: Vec<u8>,
-    enclosure: Enclosure,
+    isolation: Isolation,
 }
 
-/// Sets up what the children of this process will inherit, and turns standard input into the socket.
-fn settle() -> io::Result<Runner> {
-    // Descriptors that the server failed to mark close-on-exec end here.
+/// Sets up what the children of this process will inherit, and takes the socket from standard input.
+fn set_up_runner() -> io::Result<Runner> {
+    // Close descriptors that the server failed to mark close-on-exec.
     sys::close_from(3)?;
     sys::be_subreaper()?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
@@ -78,16 +78,16 @@ fn settle() -> io::Result<Runner> {
     let maximum = getrlimit(Resource::Fsize).maximum;
     let _ = setrlimit(Resource::Fsize, Rlimit { current: maximum, maximum });
     restore_open_files(std::env::args().nth(2).and_then(|limit| limit.parse().ok()));
-    let deaths = Deaths::watch()?;
+    let child_exits = ChildExits::watch()?;
     let socket = UnixStream::from(rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?);
     let null = rfs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     sys::become_stdin(&null)?;
     Ok(Runner {
         socket,
-        deaths,
+        child_exits,
         stack: Stack::new(),
         buffer: vec![0; BUFFER_BYTES],
-        enclosure: Enclosure::None,
+        isolation: Isolation::None,
     })
 }
 
@@ -101,7 +101,7 @@ fn restore_open_files(limit: Option<u64>) {
     }
 }
 
-impl Enclosure {
+impl Isolation {
     fn new(sandbox: Sandbox) -> Self {
         if sandbox.protections.namespaces {
             return Self::Cells(Box::new(Cells::new(sandbox)));
@@ -119,7 +119,7 @@ impl Runner {
     fn serve(&mut self) -> io::Result<()> {
         while let Some(message) = protocol::read::<ToRunner>(&self.socket)? {
             match message.order {
-                Some(Order::Enclose(sandbox)) => self.enclosure = Enclosure::new(sandbox),
+                Some(Order::UseSandbox(sandbox)) => self.isolation = Isolation::new(sandbox),
                 Some(Order::Run(run)) => {
                     let kind = run.kind.clone().unwrap_or_default();
                     let pipes = if run.has_pipes { Some(Pipes::receive(&self.socket)?) } else { None };
@@ -130,7 +130,7 @@ impl Runner {
                         Err(failed) => Reply::Failed(failed),
                     };
                     protocol::write(&self.socket, &FromRunner { reply: Some(reply) })?;
-                    if let Enclosure::Cells(cells) = &mut self.enclosure {
+                    if let Isolation::Cells(cells) = &mut self.isolation {
                         cells.tidy(&kind);
                     }
                 }
@@ -146,16 +146,16 @@ impl Runner {
         // The limit must not exceed the hard limit of this process.
         let limit = getrlimit(Resource::Fsize).maximum.unwrap_or(u64::MAX);
         run.max_file_bytes = run.max_file_bytes.min(limit);
-        match &mut self.enclosure {
-            Enclosure::Cells(cells) => cells.run(run, pipes, &self.socket, &mut self.buffer),
-            Enclosure::Failed(failed) => Err(failed.clone()),
-            Enclosure::None if run.kind.as_ref().is_some_and(|kind| *kind != CellKind::default()) => {
+        match &mut self.isolation {
+            Isolation::Cells(cells) => cells.run(run, pipes, &self.socket, &mut self.buffer),
+            Isolation::Failed(failed) => Err(failed.clone()),
+            Isolation::None if run.kind.as_ref().is_some_and(|kind| *kind != CellKind::default()) => {
                 Err(Failed {
                     message: "this command needs the namespaces of the sandbox, and they are off".into(),
                     errno: 0,
                 })
             }
-            Enclosure::None => self.run_here(run, pipes).map_err(|error| Failed {
+            Isolation::None => self.run_here(run, pipes).map_err(|error| Failed {
                 message: format!("could not start a command: {error}"),
                 errno: error.raw_os_error().unwrap_or(0),
             }),
@@ -183,11 +183,11 @@ impl Runner {
             }
             kept = if ready.output { capture.take(Instant::now(), &mut self.buffer) } else { Ok(()) };
         }
-        children.clear(&self.deaths, || {
+        children.clear(&self.child_exits, || {
             reap::kill_descendants(std::process::id());
         })?;
         let mut ended = children.report();
-        ended.unkept = kept.and_then(|()| capture.finish(&mut self.buffer)).err();
+        ended.incomplete_log = kept.and_then(|()| capture.finish(&mut self.buffer)).err();
         Ok(server_is_there.then_some(ended))
     }
 
@@ -196,7 +196,7 @@ impl Runner {
         let mut fds = vec![PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         let pause = capture.watch(Instant::now(), &mut fds);
         let outputs = fds.len();
-        self.deaths.wait(&mut fds, pause)?;
+        self.child_exits.wait(&mut fds, pause)?;
         let is_ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
         Ok(ReadyEvents {
             order: fds.first().is_some_and(is_ready),

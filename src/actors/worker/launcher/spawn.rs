@@ -25,7 +25,7 @@ pub struct Plan {
     pub environment: Vec<CString>,
     /// Descriptor of the working directory.
     pub working_directory: RawFd,
-    /// Descriptor that becomes standard input; `None` for that of this process, which is /dev/null.
+    /// Descriptor that becomes standard input; `None` to inherit that of this process, which is /dev/null.
     pub stdin: Option<RawFd>,
     /// Descriptor that becomes standard output.
     pub stdout: RawFd,
@@ -147,7 +147,7 @@ unsafe fn prepare_and_exec(args: &ChildArgs) -> c_int {
             && libc::setrlimit(libc::RLIMIT_FSIZE, &limit(args.max_file_bytes)) >= 0
             // At a limit of 1 byte the kernel writes no core file and starts no core handler either.
             && libc::setrlimit(libc::RLIMIT_CORE, &limit(1)) >= 0
-            // If somebody kills the runner, at least the command itself is killed too.
+            // If the runner is killed, at least the command itself is killed too.
             && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) >= 0
             && libc::sigprocmask(libc::SIG_SETMASK, &args.no_signals, ptr::null_mut()) >= 0;
         if !ok {

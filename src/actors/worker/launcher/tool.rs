@@ -1,15 +1,15 @@
-//! [`ToolProcess`]: a command that outlives one action and talks with this server over its standard input and output.
+//! [`ToolProcess`]: a command that outlives one action and talks to this server over its standard input and output.
 //!
 //! A tool has a runner of its own, and therefore a user and a cell of its own. To the runner it is a command like any
 //! other, except that it gets two pipes ([`Pipes`]). All its processes are killed when this value is dropped, when the
 //! runner ends, and when the server dies. No call here waits for a tool beyond the deadline.
 
 use super::{
-    Launcher as _, PoolSandbox, RunnerLauncher,
+    CANCEL_POLL, Launcher as _, PoolSandbox, RunnerLauncher,
     cell::send_open,
     guard::{Guard, Violation},
     init::receive_open,
-    protocol::{self, Ended, FromRunner, Order, Reply, Run, ToRunner, Unkept},
+    protocol::{self, Ended, FromRunner, IncompleteLog, Order, Reply, Run, ToRunner},
     reap, sys,
 };
 use crate::{
@@ -39,17 +39,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Maximum number of bytes that a tool may print to its standard error in its whole life. The log is shown only if the
-/// tool fails.
+/// Maximum number of bytes that a tool may print to its standard error during its whole life. The log is shown only if
+/// the tool fails.
 const MAX_LOG_BYTES: u64 = 64 * 1024 * 1024;
-/// How long to wait for the reason after a tool has closed its output.
+/// How long to wait for the report of the runner after a tool has closed its output.
 const REASON_WAIT: Duration = Duration::from_secs(1);
 /// Maximum size of one read.
 const READ_BYTES: usize = 64 * 1024;
 /// Maximum number of processes of a tool that are inspected for its usage.
 const MOST_PROCESSES: usize = 10_000;
-/// How often a cancel token without a descriptor is polled.
-const CANCEL_POLL: Duration = Duration::from_millis(100);
 
 /// The tool's ends of its two pipes.
 #[derive(Debug)]
@@ -69,15 +67,15 @@ pub(in super::super) struct ToolProcess {
     limits: Limits,
 }
 
-/// Why there is no answer.
+/// Why a request was not answered.
 #[derive(Debug, PartialEq, Eq)]
-pub(in super::super) enum Silence {
-    /// The tool cannot be used any more, for this reason.
+pub(in super::super) enum ExchangeError {
+    /// The tool cannot be used any more. The text is the reason.
     Broken(String),
     /// The deadline has passed.
-    Late,
+    TimedOut,
     /// The action was cancelled.
-    Stopped,
+    Cancelled,
 }
 
 /// The resource usage of a tool's processes at one point in time.
@@ -146,7 +144,8 @@ impl ToolProcess {
         Ok(Self { launcher, requests, answers, limits: launch.limits })
     }
 
-    /// Why the tool cannot be used any more, if so: it has ended, or has printed something without a request.
+    /// Why the tool cannot be used any more: it has ended, or has printed something without a request. `None` if it can
+    /// be used.
     pub(in super::super) fn problem(&self) -> Option<String> {
         let socket = self.socket()?;
         let mut fds = [PollFd::new(&self.answers, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
@@ -160,15 +159,15 @@ impl ToolProcess {
     /// Sends a request, and passes the tool's output to `hear` until `hear` returns the answer.
     ///
     /// # Errors
-    /// Why there is no answer. The tool must not be used again then.
+    /// The reason why there is no answer. The tool must not be used again then.
     pub(in super::super) fn exchange<T>(
         &self,
         request: &[u8],
         deadline: Option<Instant>,
         cancel: &CancelToken,
         mut hear: impl FnMut(&[u8]) -> ControlFlow<std::result::Result<T, String>>,
-    ) -> std::result::Result<T, Silence> {
-        let socket = self.socket().ok_or_else(|| Silence::Broken("its runner is gone".into()))?;
+    ) -> std::result::Result<T, ExchangeError> {
+        let socket = self.socket().ok_or_else(|| ExchangeError::Broken("its runner is gone".into()))?;
         let runner = self.launcher.runner.as_ref().map_or(0, |runner| runner.child.id());
         let (group, total) = (self.launcher.group.as_ref(), self.launcher.total_memory);
         let mut guard = Guard::new(&self.limits, group, total, runner, None);
@@ -177,26 +176,28 @@ impl ToolProcess {
             let ready = self.wait(socket, !unsent.is_empty(), deadline, cancel, &mut guard)?;
             if ready.answers {
                 match rustix::io::read(&self.answers, &mut *buffer) {
-                    Ok(0) => return Err(Silence::Broken(self.reason("it closed its standard output"))),
+                    Ok(0) => return Err(ExchangeError::Broken(self.reason("it closed its standard output"))),
                     Ok(read) => {
                         if let ControlFlow::Break(heard) = hear(buffer.get(..read).unwrap_or_default()) {
-                            return heard.map_err(Silence::Broken);
+                            return heard.map_err(ExchangeError::Broken);
                         }
                         continue;
                     }
                     Err(Errno::AGAIN | Errno::INTR) => {}
-                    Err(error) => return Err(Silence::Broken(format!("its answer cannot be read: {error}"))),
+                    Err(error) => {
+                        return Err(ExchangeError::Broken(format!("its answer cannot be read: {error}")));
+                    }
                 }
             }
-            // Output from before its end was read above.
+            // The output from before the end of the tool was read above.
             if ready.ended {
-                return Err(Silence::Broken(self.reason("it ended")));
+                return Err(ExchangeError::Broken(self.reason("it ended")));
             }
             if ready.requests {
                 match rustix::io::write(&self.requests, unsent) {
                     Ok(sent) => unsent = unsent.get(sent..).unwrap_or_default(),
                     Err(Errno::AGAIN | Errno::INTR) => {}
-                    Err(_) => return Err(Silence::Broken(self.reason("it closed its standard input"))),
+                    Err(_) => return Err(ExchangeError::Broken(self.reason("it closed its standard input"))),
                 }
             }
         }
@@ -210,17 +211,17 @@ impl ToolProcess {
         deadline: Option<Instant>,
         cancel: &CancelToken,
         guard: &mut Guard<'_>,
-    ) -> std::result::Result<ToolEvents, Silence> {
+    ) -> std::result::Result<ToolEvents, ExchangeError> {
         loop {
             let now = Instant::now();
             if cancel.is_stopped() {
-                return Err(Silence::Stopped);
+                return Err(ExchangeError::Cancelled);
             }
             if deadline.is_some_and(|deadline| now >= deadline) {
-                return Err(Silence::Late);
+                return Err(ExchangeError::TimedOut);
             }
             if let Some(violation) = guard.look() {
-                return Err(Silence::Broken(match violation {
+                return Err(ExchangeError::Broken(match violation {
                     Violation::Exceeded(exceeded) => format!("it was ended because {exceeded}"),
                     Violation::MemoryShort { .. } => "it lost processes because memory was short".into(),
                 }));
@@ -239,7 +240,7 @@ impl ToolProcess {
                 left.map(|left| Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 }));
             match poll(&mut fds, timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(Silence::Broken(format!("it cannot be waited for: {error}"))),
+                Err(error) => return Err(ExchangeError::Broken(format!("it cannot be waited for: {error}"))),
             }
             let is_ready = |at: usize| fds.get(at).is_some_and(|fd: &PollFd<'_>| !fd.revents().is_empty());
             let ready = ToolEvents {
@@ -253,7 +254,7 @@ impl ToolProcess {
         }
     }
 
-    /// How the tool ended; if that is not known, `seen`.
+    /// How the tool ended. Returns `seen` if that is not known.
     fn reason(&self, seen: &str) -> String {
         let Some(socket) = self.socket() else { return seen.into() };
         let mut fds = [PollFd::new(socket, PollFlags::IN)];
@@ -262,7 +263,7 @@ impl ToolProcess {
             return seen.into();
         }
         match protocol::read::<FromRunner>(socket).ok().flatten().and_then(|message| message.reply) {
-            Some(Reply::Ended(ended)) => how(&ended),
+            Some(Reply::Ended(ended)) => describe_ending(&ended),
             Some(Reply::Failed(failed)) => failed.message,
             None => "its runner ended".into(),
         }
@@ -333,12 +334,14 @@ fn resident(status: &str) -> u64 {
     kilobytes.unwrap_or(0).saturating_mul(1024)
 }
 
-fn how(ended: &Ended) -> String {
+fn describe_ending(ended: &Ended) -> String {
     match ended {
-        Ended { unkept: Some(Unkept { errno: 0, .. }), .. } => {
+        Ended { incomplete_log: Some(IncompleteLog { errno: 0, .. }), .. } => {
             format!("it printed more than {MAX_LOG_BYTES} bytes to its standard error")
         }
-        Ended { unkept: Some(_), .. } => "what it printed to its standard error could not be kept".into(),
+        Ended { incomplete_log: Some(_), .. } => {
+            "what it printed to its standard error could not be kept".into()
+        }
         Ended { not_started: errno @ 1.., .. } => {
             format!("it could not be started: {}", io::Error::from_raw_os_error(*errno))
         }

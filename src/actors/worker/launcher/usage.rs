@@ -4,8 +4,8 @@ use gorego_reapi::proto::gorego;
 use std::time::Duration;
 
 /// Sums up rusage values. The rusage of a child includes the children that it has reaped itself, so nothing is counted
-/// twice. The maximum resident set is never below the few MiB of the runner, which the child shares until it calls
-/// exec.
+/// twice. The maximum resident set size is at least the few MiB of the runner, whose memory the child shares until it
+/// calls exec.
 #[derive(Default)]
 pub(super) struct Usage {
     user: Duration,

@@ -1,7 +1,7 @@
 //! Finds the inputs that are also named as outputs of the command. Pure.
 //!
-//! Staged inputs are not read from the store, with one exception. If the command leaves an input unchanged at the path
-//! of an output, the result refers to it, so it must not be evicted while the command runs.
+//! Staged inputs are not read from the store, with one exception. If the command leaves an input at an output path
+//! unchanged, the result refers to this input. So it must not be evicted while the command runs.
 
 use crate::action::Command;
 use gorego_reapi::{digest::Digest, tree::InputTree};

@@ -189,7 +189,7 @@ impl OutputScan {
         path: &str,
         mut visit: impl FnMut(&mut Self, usize, Here<'_, '_>) -> Result<()>,
     ) -> Result<()> {
-        let failed = |error| cannot_look(path, error);
+        let failed = |error| cannot_list(path, error);
         let cursor = &mut top;
         visit(self, 0, cursor.here().map_err(failed)?)?;
         // Each open directory with the number of its children that were entered.
@@ -263,7 +263,7 @@ impl FoundEntries {
         path: &str,
         budget: &mut NodeBudget,
     ) -> Result<()> {
-        let failed = |error| cannot_look(path, error);
+        let failed = |error| cannot_list(path, error);
         for entry in dir::entries(own).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let name = name_of(dir::entry_name(&entry), path)?;
@@ -365,7 +365,7 @@ impl Seen {
     }
 }
 
-fn cannot_look(path: &str, error: io::Error) -> Error {
+fn cannot_list(path: &str, error: io::Error) -> Error {
     Error::io(&format!("look at output directory \"{path}\""), &error)
 }
 

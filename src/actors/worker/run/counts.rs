@@ -1,4 +1,4 @@
-//! What the metrics learn of a run when it is over.
+//! Updates the metrics when a run is over.
 
 use super::{ActionRun, Point, is_workers_fault};
 use crate::{
@@ -23,8 +23,8 @@ impl ActionRun<'_> {
     }
 }
 
-/// How long each stage took that has ended. Only the first attempt at a task says how long it waited, because the others were
-/// submitted at the same time.
+/// The durations of the stages that have ended. The wait in the queue is included only for the first attempt at a task,
+/// because later attempts have the same submission time.
 fn stages(timeline: &Timeline, is_first: bool) -> impl Iterator<Item = (StageOfRun, Duration)> {
     let waited = || timeline.wall(Point::WorkerStart).duration_since(timeline.queued()).unwrap_or_default();
     let between = |from, to| timeline.reached(to).map(|_| timeline.between(from, to));

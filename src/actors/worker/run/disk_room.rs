@@ -1,4 +1,4 @@
-//! Disk space for a run: waiting for it before the run, and making some after a run that had too little.
+//! Disk space for a run: waits for space before the run, and frees space after a run that had too little.
 
 use super::ActionRun;
 use crate::actors::worker::checkpoint::{Checkpoint, cancelled};
@@ -8,10 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long an action waits in its slot for space on a full disk. Queued actions would only fail in its place.
+/// How long an action waits in its slot while the disk is full. If it failed at once, the next queued action would take
+/// the slot and fail too.
 pub(super) const ROOM_WAIT: Duration = Duration::from_secs(5);
 /// How long an action that ran out of disk space waits for more before it is tried again.
-const MORE_ROOM_WAIT: Duration = Duration::from_secs(2);
+const SECOND_ROOM_WAIT: Duration = Duration::from_secs(2);
 /// How often the disk is checked while an action waits.
 const ROOM_POLL: Duration = Duration::from_millis(20);
 
@@ -21,7 +22,7 @@ impl ActionRun<'_> {
         let disk = self.settings.build_root.disk();
         self.room_at_start = disk.look();
         if self.room_at_start.is_some_and(|space| space.is_low()) {
-            // Frees space before running commands have to be stopped for lack of it.
+            // Free space now, so that no running command has to be stopped for lack of space.
             self.settings.build_root.relieve_disk();
             self.room_at_start = disk.look();
         }
@@ -35,7 +36,7 @@ impl ActionRun<'_> {
             let Some(space) = self.room_at_start.filter(|space| !space.has_room()) else { return Ok(()) };
             checkpoint.check()?;
             if Instant::now() >= end {
-                self.waited_in_vain = true;
+                self.room_wait_expired = true;
                 return Err(Error::Unavailable(format!(
                     "the disk of this server has no room to run the action: {space}"
                 )));
@@ -62,7 +63,7 @@ impl ActionRun<'_> {
         let is_cancelled = || self.control.cancel.is_cancelled();
         self.relieve_disk(&is_cancelled);
         let disk = self.settings.build_root.disk();
-        let end = Instant::now() + MORE_ROOM_WAIT;
+        let end = Instant::now() + SECOND_ROOM_WAIT;
         while let Some((before, now)) = self.room_at_start.zip(disk.look())
             && !now.has_more_than(&before)
             && !is_cancelled()

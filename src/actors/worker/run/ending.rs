@@ -1,4 +1,4 @@
-//! How the end of a command becomes exit code, logs and outputs of its result.
+//! Turns the end of a command into the exit code, logs and outputs of its result.
 
 use super::{ActionRun, errors::log_lost};
 use crate::{
@@ -29,8 +29,9 @@ use std::{
     path::Path,
 };
 
-/// How much of a log is kept when its command may still be writing. It is small, so that keeping it takes little time.
-const SALVAGED_BYTES: u64 = 4 * 1024 * 1024;
+/// How much of a log is kept if its command may still be writing. The limit is small, so that copying takes little
+/// time.
+const MAX_PARTIAL_LOG_BYTES: u64 = 4 * 1024 * 1024;
 
 impl ActionRun<'_> {
     /// Converts how the command ended into exit code, logs and outputs.
@@ -43,7 +44,7 @@ impl ActionRun<'_> {
         batch: &mut dyn Outputs,
     ) -> Result<()> {
         let action = &self.order.action;
-        outputs::open_up(workspace.top()?)?;
+        outputs::restore_permissions(workspace.top()?)?;
         let interrupted = self.record_ending(ending, workspace)?;
         self.store_logs(workspace, live, batch)?;
         if let Some(error) = interrupted {
@@ -52,7 +53,7 @@ impl ActionRun<'_> {
             return Err(error);
         }
         if matches!(ending, Ending::Exceeded(_)) {
-            // The outputs of such a command are incomplete, and may be large.
+            // The outputs of a command that exceeded a limit are incomplete, and may be large.
             return Ok(());
         }
         let uploading =
@@ -81,7 +82,7 @@ impl ActionRun<'_> {
                 append(workspace, "stderr", &message)?;
                 code
             }
-            // The same exit code as for any other file that grows too large.
+            // This is the exit code that any other file that grows too large leads to.
             Ending::LogTooLong(_) => SIGNAL_BASE + libc::SIGXFSZ,
             Ending::TimedOut => {
                 return Ok(Some(Error::DeadlineExceeded(format!(
@@ -137,7 +138,7 @@ impl ActionRun<'_> {
             let salvage = || {
                 let file = outputs::open_regular(workspace.top()?, kind.name(), kind.name())?;
                 let mut bytes = Vec::new();
-                file.take(SALVAGED_BYTES).read_to_end(&mut bytes).map_err(Error::internal)?;
+                file.take(MAX_PARTIAL_LOG_BYTES).read_to_end(&mut bytes).map_err(Error::internal)?;
                 if bytes.is_empty() {
                     return Ok(None);
                 }

@@ -44,7 +44,7 @@ pub(super) fn explained(error: Error, base: Option<&TreeLease>) -> Error {
         return gone;
     }
     if matches!(&error, Error::Internal(message) if message.contains(MOUNT_STEP)) {
-        base.could_not_be_mounted();
+        base.note_mount_failure();
     }
     error
 }

@@ -1,4 +1,4 @@
-//! A run in which a tool does the work of the command ([`super::super::tools`]).
+//! A run in which a persistent worker executes the action ([`super::super::tools`]).
 
 use super::{ActionRun, Point, RunStage, errors::disk_was_full};
 use crate::{
@@ -22,8 +22,8 @@ const TOOL_FAILED: &str = "tool_failed";
 const TOOL_NOT_USED: &str = "tool_not_used";
 
 impl ActionRun<'_> {
-    /// Lets a tool do the work of the command, and puts the outputs into the exec directory. `None` if the command has
-    /// to run in a process of its own; the exec directory is then empty.
+    /// Lets a tool execute the action, and puts the outputs into the exec directory. `None` if the command has to run
+    /// in a process of its own; the exec directory is then empty.
     ///
     /// # Errors
     /// The errors of the inputs and of the disk; `Cancelled`.
@@ -79,8 +79,8 @@ impl ActionRun<'_> {
         self.note(Point::FetchEnd);
         self.enter(RunStage::Running, Point::RunStart, None);
         let watch = settings.build_root.disk().begin(control.cancel.clone());
-        // Bounded so that, together with an ordinary run that may follow, it does not take longer than the scheduler
-        // waits.
+        // The bound ensures that this and an ordinary run that may follow together take no longer than the
+        // scheduler waits.
         let timeout = action.timeout.min(settings.transfer_timeout);
         let heard = turn.run(timeout, &control.cancel);
         if let Some(space) = watch.end() {
@@ -99,7 +99,7 @@ impl ActionRun<'_> {
     }
 }
 
-/// Makes the output of the tool the command's standard error.
+/// Writes the output of the tool to the standard error of the command.
 fn print(workspace: &Workspace, output: &str) -> Result<()> {
     if output.is_empty() {
         return Ok(());
@@ -111,7 +111,7 @@ fn print(workspace: &Workspace, output: &str) -> Result<()> {
         .map_err(|error| Error::io("write to stderr", &error))
 }
 
-/// Removes everything that was copied into an exec root.
+/// Removes all copied files from an exec root.
 fn empty(root: &File) -> Result<()> {
     let emptied = || {
         for name in dir::names(root)? {

@@ -1,7 +1,8 @@
 //! [`Delta`]: the overlay layer that makes one tree look like another. Pure.
 //!
-//! Directories with equal digests are equal and are not compared, so the work is proportional to the directories that
-//! differ. The steps are in the order in which a layer is written: a directory comes before its content.
+//! Directories with equal digests are equal and are not compared, so the work is proportional to the number of
+//! directories that differ. The steps are in the order in which a layer is written: a directory comes before its
+//! content.
 
 use gorego_reapi::{
     digest::Digest,

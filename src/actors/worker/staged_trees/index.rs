@@ -48,13 +48,13 @@ impl StagedSize {
     }
 }
 
-/// The answer to the request to build a tree.
+/// The answer to a request to build a tree.
 #[derive(Debug, PartialEq, Eq)]
 pub enum BuildPermit<T> {
     /// The caller has to build the tree, and to remove these evicted trees. It must call [`TreeIndex::finish`] or
     /// [`TreeIndex::abandon`] afterwards.
     Build(Vec<T>),
-    /// The tree exists, or somebody is building it.
+    /// The tree exists, or another caller is building it.
     Exists,
     /// The tree does not fit next to the trees in use.
     NoRoom,
@@ -78,9 +78,9 @@ pub struct TreeIndex<K, T> {
     last_id: u64,
     building: HashMap<K, StagedSize>,
     /// Roots that were staged without becoming a tree, oldest first.
-    passed: VecDeque<K>,
-    is_passed: HashSet<K>,
-    max_passed: usize,
+    seen: VecDeque<K>,
+    is_seen: HashSet<K>,
+    max_seen: usize,
 }
 
 #[derive(Debug)]
@@ -90,14 +90,14 @@ struct StagedEntry<K, T> {
     size: StagedSize,
     leases: usize,
     used: u64,
-    /// How many large deltas were written over it since another base was last due.
+    /// How many large deltas were written over it since the last time a new tree was due.
     large_deltas: u32,
     is_current: bool,
 }
 
 impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
-    /// An empty index that remembers up to `max_passed` roots that did not become trees.
-    pub fn new(budget: StagedSize, max_passed: usize) -> Self {
+    /// An empty index that remembers up to `max_seen` roots that did not become trees.
+    pub fn new(budget: StagedSize, max_seen: usize) -> Self {
         Self {
             budget,
             charged: StagedSize::default(),
@@ -107,9 +107,9 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
             last_use: 0,
             last_id: 0,
             building: HashMap::new(),
-            passed: VecDeque::new(),
-            is_passed: HashSet::new(),
-            max_passed,
+            seen: VecDeque::new(),
+            is_seen: HashSet::new(),
+            max_seen,
         }
     }
 
@@ -216,30 +216,30 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         self.discard(oldest)
     }
 
-    /// Records that a root was staged without becoming a tree. Returns whether that is known to have happened before.
-    pub fn pass(&mut self, key: K) -> bool {
-        if !self.is_passed.insert(key) {
+    /// Records that a root was staged without becoming a tree. Returns whether this root was recorded before.
+    pub fn note_seen(&mut self, key: K) -> bool {
+        if !self.is_seen.insert(key) {
             return true;
         }
-        self.passed.push_back(key);
-        if self.passed.len() > self.max_passed
-            && let Some(oldest) = self.passed.pop_front()
+        self.seen.push_back(key);
+        if self.seen.len() > self.max_seen
+            && let Some(oldest) = self.seen.pop_front()
         {
-            self.is_passed.remove(&oldest);
+            self.is_seen.remove(&oldest);
         }
         false
     }
 
-    /// Records that a large delta will be written over this tree. Returns whether there were so many that another base
-    /// is due.
-    pub fn is_worn_by_deltas(&mut self, id: TreeId) -> bool {
+    /// Records that a large delta will be written over this tree. Returns whether there were so many that a new tree
+    /// should be built.
+    pub fn note_large_delta(&mut self, id: TreeId) -> bool {
         let Some(entry) = self.trees.get_mut(&id) else { return false };
         entry.large_deltas += 1;
-        let is_worn = entry.large_deltas > LARGE_DELTAS;
-        if is_worn {
+        let is_due = entry.large_deltas > LARGE_DELTAS;
+        if is_due {
             entry.large_deltas = 0;
         }
-        is_worn
+        is_due
     }
 
     fn remove(&mut self, id: TreeId) -> Option<T> {
@@ -422,10 +422,10 @@ mod tests {
     #[test]
     fn roots_that_did_not_become_trees_are_remembered_for_a_while() {
         let mut index = TreeIndex::<u8, ()>::new(BUDGET, 2);
-        assert!(!index.pass(1) && index.pass(1));
-        assert!(!index.pass(2) && !index.pass(3));
-        assert!(!index.pass(1), "forgotten");
-        assert!(index.pass(3));
+        assert!(!index.note_seen(1) && index.note_seen(1));
+        assert!(!index.note_seen(2) && !index.note_seen(3));
+        assert!(!index.note_seen(1), "forgotten");
+        assert!(index.note_seen(3));
     }
 
     #[test]
@@ -434,8 +434,8 @@ mod tests {
         assert_eq!(index.begin(1, StagedSize::default(), PLENTY), BuildPermit::Build(vec![]));
         let id = index.finish(1, ()).unwrap();
         for _ in 0..3 {
-            assert!((0..LARGE_DELTAS).all(|_| !index.is_worn_by_deltas(id)));
-            assert!(index.is_worn_by_deltas(id));
+            assert!((0..LARGE_DELTAS).all(|_| !index.note_large_delta(id)));
+            assert!(index.note_large_delta(id));
         }
     }
 }

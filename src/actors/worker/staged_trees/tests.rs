@@ -56,7 +56,7 @@ impl Inputs for &Counted {
     }
 }
 
-/// A build root in a directory of its own.
+/// A build root in a temporary directory.
 struct Bench {
     build_root: BuildRoot,
     directory: tempfile::TempDir,
@@ -167,13 +167,13 @@ fn the_budget_is_kept_and_a_tree_in_use_stays() {
     drop(second);
     bench.build_root.relieve_disk();
     bench.wait_for_trees(2);
-    // This is what happens when the disk is low.
+    // This is done when the disk is low.
     bench.build_root.remove_unused_trees_while(|| true);
     assert_eq!(bench.trees(), 1, "trees are removed on this thread");
     assert!(path.join("1-4/49").exists());
 }
 
-/// Links take up no bytes on disk worth counting, but their targets are in memory.
+/// Links take almost no bytes on disk, but their targets are in memory.
 #[test]
 fn the_memory_of_staged_trees_is_bounded() {
     let limits = StagingLimits { max_memory: 20_000, max_bytes: ROOM, ..StagingLimits::default() };
@@ -188,7 +188,7 @@ fn the_memory_of_staged_trees_is_bounded() {
 }
 
 #[test]
-fn a_tree_that_somebody_removed_is_made_again() {
+fn a_tree_removed_from_disk_is_created_again() {
     let bench = Bench::new(ROOM);
     let inputs = Counted::new(&tree(1, 100));
     let path = bench.base(&inputs).lease.path();
@@ -218,11 +218,11 @@ fn a_tree_that_somebody_removed_is_made_again() {
 fn inputs_are_copied_for_a_while_after_a_tree_could_not_be_mounted() {
     let bench = Bench::new(ROOM);
     let inputs = Counted::new(&tree(1, 100));
-    bench.base(&inputs).lease.could_not_be_mounted();
+    bench.base(&inputs).lease.note_mount_failure();
     assert!(bench.stage(&inputs).unwrap().is_none());
 }
 
-/// As with sources that change all the time: no root comes twice.
+/// As with sources that always change: no root is requested twice.
 #[test]
 fn after_many_large_differences_from_one_base_another_base_is_made() {
     let bench = Bench::new(ROOM);
@@ -280,7 +280,7 @@ fn the_trees_of_an_earlier_process_are_removed_and_never_used() {
     assert_eq!(inputs.files(), 200);
 }
 
-/// Somebody removes the build root while the server runs.
+/// The build root is removed while the server runs.
 #[test]
 fn trees_that_were_removed_with_the_build_root_are_made_again() {
     let bench = Bench::new(ROOM);

@@ -1,7 +1,8 @@
-//! [`ToolCall`]: what an action asks of a tool, and which tool may answer it. Pure.
+//! [`ToolCall`]: the request of an action to a tool, and the key of the tools that can serve it. Pure.
 //!
-//! Bazel says in two platform properties that an action can be done by a tool that stays, and marks the inputs that belong to
-//! the tool. The arguments that name files with further arguments become part of each request; all others start the tool.
+//! In two platform properties, Bazel says that an action can be done by a persistent worker. It marks the inputs that
+//! belong to the tool. Arguments that name files with further arguments (flag files) become part of each request; all
+//! other arguments start the tool.
 
 use super::codec::{Encoding, MAX_REQUEST_BYTES, WorkInput, WorkRequest};
 use crate::{
@@ -17,37 +18,39 @@ use gorego_reapi::{
 
 /// The node property of files that belong to the tool.
 const TOOL_INPUT: &str = "bazel_tool_input";
-/// What makes a tool stay.
-const STAY: &str = "--persistent_worker";
-/// How deep files with arguments may name further such files.
+/// The argument that makes a tool run as a persistent worker.
+const PERSISTENT_WORKER_FLAG: &str = "--persistent_worker";
+/// Maximum nesting depth of flag files.
 const MAX_FLAGFILE_DEPTH: usize = 8;
-/// What reading a file with arguments counts for besides its text, so that files that name each other end soon.
+/// What reading a flag file adds to the counted size besides its text. So the expansion of files that name each other
+/// ends soon.
 const FLAGFILE_BYTES: usize = 4096;
 
-/// Which tool may answer: two calls have the same key only if their tools are started in the same way, from the same files, for
-/// the same instance.
+/// Identifies the tools that can serve a call. Two calls have the same key only if their tools are started in the same
+/// way, from the same files, for the same instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct ToolKey(pub(super) Digest);
 
-/// What an action asks of a tool.
+/// A call of a tool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ToolCall {
-    /// Which tool may answer.
+    /// Identifies the tools that can serve this call.
     pub key: ToolKey,
     /// How messages are encoded.
     pub encoding: Encoding,
-    /// The arguments of the tool's process.
+    /// The arguments with which the tool is started.
     pub start: Vec<String>,
-    /// The arguments of the action that belong into the request, in order.
+    /// The flag file arguments of the action, which become part of the request, in order.
     flagfiles: Vec<String>,
 }
 
 impl ToolCall {
-    /// The call of an action; `None` when it does not ask for a tool. `root` identifies the directory whose files replace the
-    /// machine's, if there is one: a tool that was started in another directory at the same path finds other files.
+    /// The call of an action; `None` if the action does not ask for a tool. `root` identifies the root file system's
+    /// directory, if there is one, because a tool that was started in another directory at the same path uses other
+    /// files.
     ///
     /// # Errors
-    /// Why only a process of its own can run it.
+    /// The reason why the action can only run in a process of its own.
     pub(super) fn of(
         action: &Action,
         tree: &InputTree,
@@ -71,12 +74,12 @@ impl ToolCall {
         if tree.has_directory_modes() {
             return Err("directories have modes, which are not exchanged");
         }
-        if !is_plain_way(tree, &command.working_directory) {
+        if !has_only_directories(tree, &command.working_directory) {
             return Err("the way to the working directory is not made of directories");
         }
         let (flagfiles, mut start): (Vec<_>, Vec<_>) =
             command.arguments.iter().cloned().partition(|argument| is_flagfile(argument));
-        start.push(STAY.to_owned());
+        start.push(PERSISTENT_WORKER_FLAG.to_owned());
         if flagfiles.is_empty() || command.arguments.first().is_none_or(|program| is_flagfile(program)) {
             return Err("no argument names a file with arguments (@file)");
         }
@@ -96,10 +99,11 @@ impl ToolCall {
         Ok(Some(Self { key: identity.key(), encoding, start, flagfiles }))
     }
 
-    /// The request of this call. `read` gives the text of an input; `None` when there is no such text.
+    /// The encoded request of this call. `read` returns the text of an input, or `None` if it is not a text file among
+    /// the inputs.
     ///
     /// # Errors
-    /// Why there can be none: an argument names a file that is no input, or the request would be too large.
+    /// An argument names a file that is not an input, or the request would be too large.
     pub(super) fn request(
         &self,
         tree: &InputTree,
@@ -129,8 +133,8 @@ impl ToolCall {
     }
 }
 
-/// Whether a path leads only through directories, as far as there is anything.
-fn is_plain_way(tree: &InputTree, path: &RootPath) -> bool {
+/// Whether all existing components of a path are directories.
+fn has_only_directories(tree: &InputTree, path: &RootPath) -> bool {
     let mut here = tree.root();
     for segment in path.segments() {
         if let Some(child) = here.directories.iter().find(|child| child.name == segment) {
@@ -149,21 +153,21 @@ pub(super) fn is_tool_input(file: &tree::File) -> bool {
     file.properties.named.get(TOOL_INPUT).is_some()
 }
 
-/// Whether an argument names a file with arguments: `@file`, `-flagfile=file` or `--flagfile=file`.
+/// Whether an argument names a flag file: `@file`, `-flagfile=file` or `--flagfile=file`.
 fn is_flagfile(argument: &str) -> bool {
     ["@", "-flagfile=", "--flagfile="]
         .iter()
         .any(|prefix| argument.strip_prefix(prefix).is_some_and(|file| !file.is_empty()))
 }
 
-/// The file whose lines replace an argument. `@@` and the names of Bazel's external targets (`@repository//target`) mean no
-/// file.
+/// The file whose lines replace an argument. `@@` and labels of Bazel's external repositories (`@repository//target`)
+/// do not name files.
 fn file_of(argument: &str) -> Option<&str> {
     let file = argument.strip_prefix('@')?;
     (!file.is_empty() && !file.starts_with('@') && !file.contains("//")).then_some(file)
 }
 
-/// Replaces arguments by the lines of files.
+/// Replaces flag file arguments by the lines of the files.
 struct Expansion<'a> {
     arguments: Vec<String>,
     bytes: usize,
@@ -198,7 +202,8 @@ impl Expansion<'_> {
     }
 }
 
-/// Collects what distinguishes one tool from another. Each part has its length before it, so no two lists are the same bytes.
+/// Collects everything that distinguishes one tool from another. Each part is preceded by its length, so different
+/// lists have different bytes.
 #[derive(Default)]
 struct Identity(Vec<u8>);
 
@@ -218,7 +223,7 @@ impl Identity {
         texts.into_iter().for_each(|text| self.text(text));
     }
 
-    /// The files of the tool; false when there are none.
+    /// Adds the files of the tool. Returns false if there are none.
     fn tool_inputs(&mut self, tree: &InputTree) -> bool {
         let mut count = 0;
         for_each_file(tree, &mut |path, file| {
@@ -240,7 +245,7 @@ impl Identity {
     }
 }
 
-/// Visits the files of a tree with their paths, directory by directory, until `visit` gives false.
+/// Visits the files of a tree with their paths, directory by directory, until `visit` returns false.
 fn for_each_file(tree: &InputTree, visit: &mut dyn FnMut(&str, &tree::File) -> bool) {
     let mut open: Vec<(String, &Directory)> = vec![(String::new(), tree.root())];
     while let Some((above, directory)) = open.pop() {
@@ -255,7 +260,7 @@ fn for_each_file(tree: &InputTree, visit: &mut dyn FnMut(&str, &tree::File) -> b
     }
 }
 
-/// A path in the input root as a process in the working directory writes it.
+/// Converts a path in the input root to a path relative to the working directory.
 fn relative_to(path: &str, working_directory: &RootPath) -> String {
     if working_directory.is_root() {
         return path.to_owned();

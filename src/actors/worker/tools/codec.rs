@@ -1,35 +1,35 @@
-//! The messages between this server and a tool (Bazel's persistent worker protocol, package `blaze.worker`), and their two
-//! encodings: protobuf with a length before each message, or one JSON object per line. Pure.
+//! The messages between this server and a tool (Bazel's persistent worker protocol, package `blaze.worker`), and their
+//! two encodings: length-delimited protobuf, or one JSON object per line. Pure.
 //!
-//! A tool may print anything. An [`AnswerReader`] never holds more than [`MAX_ANSWER_BYTES`], takes time linear in what it
-//! reads, and recognises most texts that are no answer by their first bytes instead of waiting for the rest.
+//! A tool may print anything. An [`AnswerReader`] never holds more than [`MAX_ANSWER_BYTES`] and takes time linear in
+//! the bytes that it reads. It recognises most invalid answers by their first bytes instead of waiting for more.
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use prost::Message;
 use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
 
-/// Largest request. Tools read it whole into memory.
+/// Maximum size of a request. Tools read a request into memory as a whole.
 pub(super) const MAX_REQUEST_BYTES: usize = 64 * 1024 * 1024;
-/// Largest answer. Its text is what a compiler has to say about one action.
+/// Maximum size of an answer. Its text is a compiler's output for one action.
 pub(super) const MAX_ANSWER_BYTES: usize = 16 * 1024 * 1024;
-/// How much of a text that is no answer is shown.
+/// How many bytes of an invalid answer are shown.
 const SHOWN_BYTES: usize = 120;
-/// Most bytes of the length before a message: enough for 32 bits.
+/// Maximum number of bytes of the length prefix: enough for 32 bits.
 const MAX_PREFIX_BYTES: usize = 5;
-/// The first bytes of the fields of an answer: number and type.
+/// The possible first bytes of an answer: the tags (number and type) of its fields.
 const ANSWER_TAGS: &[u8] = &[1 << 3, (2 << 3) | 2, 3 << 3, 4 << 3];
 
 /// How messages are encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Encoding {
-    /// Protobuf, each message after its length.
+    /// Protobuf; each message is preceded by its length.
     Proto,
     /// JSON, one object per line.
     Json,
 }
 
-/// The work that a tool has to do.
+/// A request to a tool.
 #[derive(Clone, PartialEq, Message, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct WorkRequest {
@@ -39,7 +39,7 @@ pub(super) struct WorkRequest {
     /// The files that it may read.
     #[prost(message, repeated, tag = "2")]
     pub inputs: Vec<WorkInput>,
-    /// 0: the tool gets one request at a time.
+    /// Always 0, because a tool gets one request at a time.
     #[prost(int32, tag = "3")]
     pub request_id: i32,
 }
@@ -47,7 +47,7 @@ pub(super) struct WorkRequest {
 /// A file that a tool may read.
 #[derive(Clone, PartialEq, Message, Serialize)]
 pub(super) struct WorkInput {
-    /// Relative to the working directory.
+    /// Path relative to the working directory.
     #[prost(string, tag = "1")]
     pub path: String,
     /// Two files with the same digest have the same content.
@@ -56,7 +56,7 @@ pub(super) struct WorkInput {
     pub digest: Vec<u8>,
 }
 
-/// What a tool says when it has done its work.
+/// The answer of a tool to a request.
 #[derive(Clone, PartialEq, Message, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct WorkAnswer {
@@ -64,31 +64,31 @@ pub(super) struct WorkAnswer {
     #[prost(int32, tag = "1")]
     #[serde(alias = "exit_code")]
     pub exit_code: i32,
-    /// What the action prints.
+    /// The output of the action.
     #[prost(string, tag = "2")]
     pub output: String,
-    /// That of the request.
+    /// The id of the request.
     #[prost(int32, tag = "3")]
     #[serde(alias = "request_id")]
     pub request_id: i32,
-    /// Answers a cancellation.
+    /// Whether this answers a cancellation.
     #[prost(bool, tag = "4")]
     #[serde(alias = "was_cancelled")]
     pub was_cancelled: bool,
 }
 
-/// Something that is no answer to the request.
+/// Why the output of a tool is not a valid answer to the request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum NoAnswer {
-    /// It begins like this.
+    /// It is not an answer. It begins with this text.
     Garbage(String),
     /// It is larger than [`MAX_ANSWER_BYTES`].
     TooLarge,
-    /// There is more after the answer.
+    /// There is more output after the answer.
     More(String),
     /// It answers the request with this number.
     Other(i32),
-    /// It says that the work was cancelled, which nobody asked for.
+    /// It says that the work was cancelled, although no cancellation was sent.
     Cancelled,
 }
 
@@ -107,7 +107,7 @@ impl fmt::Display for NoAnswer {
 }
 
 impl WorkRequest {
-    /// The bytes to send; `None` when they are more than [`MAX_REQUEST_BYTES`].
+    /// The encoded request; `None` if it is larger than [`MAX_REQUEST_BYTES`].
     pub(super) fn encode_as(&self, encoding: Encoding) -> Option<Vec<u8>> {
         let bytes = match encoding {
             Encoding::Proto if self.encoded_len() > MAX_REQUEST_BYTES => return None,
@@ -122,7 +122,7 @@ impl WorkRequest {
     }
 }
 
-/// Puts an answer together from what a tool prints.
+/// Assembles an answer from the output of a tool.
 #[derive(Debug)]
 pub(super) struct AnswerReader {
     encoding: Encoding,
@@ -131,15 +131,15 @@ pub(super) struct AnswerReader {
 }
 
 impl AnswerReader {
-    /// One that has read nothing.
+    /// A reader that has read nothing.
     pub(super) fn new(encoding: Encoding) -> Self {
         Self { encoding, bytes: Vec::new(), json: JsonEnd::default() }
     }
 
-    /// Takes more of what the tool printed. Gives the answer once it is complete.
+    /// Reads more of the tool's output. Returns the answer when it is complete.
     ///
     /// # Errors
-    /// When this is not, or cannot become, the one answer to the request.
+    /// If the output is not, or cannot become, the only answer to the request.
     pub(super) fn read(&mut self, bytes: &[u8]) -> Result<Option<WorkAnswer>, NoAnswer> {
         self.bytes.extend_from_slice(bytes);
         let (answer, end) = match self.encoding {
@@ -162,7 +162,7 @@ impl AnswerReader {
         }
     }
 
-    /// A message after its length, and where it ends.
+    /// Decodes a length-delimited message. Also returns the position of its end.
     fn proto(&self) -> Result<Option<(WorkAnswer, usize)>, NoAnswer> {
         let garbage = || NoAnswer::Garbage(shown(&self.bytes));
         let prefix = self.bytes.iter().take(MAX_PREFIX_BYTES).position(|byte| byte & 0x80 == 0);
@@ -171,7 +171,7 @@ impl AnswerReader {
         };
         let (length, message) = self.bytes.split_at(prefix);
         let length = prost::decode_length_delimiter(length).map_err(|_| garbage())?;
-        // Fields come in order, so the first one is one of the known fields, however new the tool is.
+        // Fields are encoded in order, so the first one is a known field even if the tool is newer than this server.
         if length > 0 && message.first().is_some_and(|tag| !ANSWER_TAGS.contains(tag)) {
             return Err(garbage());
         }
@@ -183,7 +183,7 @@ impl AnswerReader {
         Ok(Some((answer, prefix + length)))
     }
 
-    /// An object, and where it ends.
+    /// Decodes an object. Also returns the position of its end.
     fn json(&mut self) -> Result<Option<(WorkAnswer, usize)>, NoAnswer> {
         let garbage = |bytes: &[u8]| NoAnswer::Garbage(shown(bytes));
         let start = self.bytes.iter().position(|byte| !byte.is_ascii_whitespace());
@@ -199,7 +199,7 @@ impl AnswerReader {
     }
 }
 
-/// Finds the end of an object without looking at a byte twice.
+/// Finds the end of a JSON object and looks at each byte only once.
 #[derive(Debug, Default)]
 struct JsonEnd {
     looked_at: usize,
@@ -209,7 +209,7 @@ struct JsonEnd {
 }
 
 impl JsonEnd {
-    /// The end of the object that begins in `bytes`, which may have grown since the last time.
+    /// The end of the object at the start of `bytes`. The caller may have appended to `bytes` since the last call.
     fn look(&mut self, bytes: &[u8]) -> Option<usize> {
         while let Some(byte) = bytes.get(self.looked_at) {
             self.looked_at += 1;
@@ -232,7 +232,7 @@ impl JsonEnd {
     }
 }
 
-/// The beginning of what a tool printed, for people.
+/// The beginning of the tool's output, for messages.
 pub(super) fn shown(bytes: &[u8]) -> String {
     let cut = bytes.get(..SHOWN_BYTES).unwrap_or(bytes);
     let text = String::from_utf8_lossy(cut).escape_debug().to_string();
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_answer_is_recognised_by_its_first_bytes() {
+    fn invalid_answers_are_recognised_by_their_first_bytes() {
         let garbage = |encoding, text: &str| match read(encoding, text.as_bytes()) {
             Err(NoAnswer::Garbage(shown)) => shown,
             other => panic!("{text}: {other:?}"),
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_to_another_question_is_none() {
+    fn an_answer_to_another_request_is_refused() {
         for encoding in [Encoding::Proto, Encoding::Json] {
             let two = encoded(&answer(0, "done"), encoding).repeat(2);
             assert!(matches!(read(encoding, &two), Err(NoAnswer::More(_))));
@@ -343,7 +343,7 @@ mod tests {
     }
 
     proptest! {
-        /// However the bytes are cut into pieces.
+        /// The bytes may be cut into any pieces.
         #[test]
         fn every_answer_is_read_back(
             exit_code: i32, output in ".{0,40}", is_json: bool, cuts in prop::collection::vec(0usize..80, 0..6),
@@ -362,7 +362,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_are_too_much_for_it(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..30), 0..5)) {
+        fn arbitrary_bytes_never_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..30), 0..5)) {
             for encoding in [Encoding::Proto, Encoding::Json] {
                 let mut reader = AnswerReader::new(encoding);
                 let _ = pieces.iter().try_for_each(|piece| reader.read(piece).map(|_| ()));

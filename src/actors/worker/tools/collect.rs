@@ -1,13 +1,14 @@
-//! Copies the outputs of an action out of the exec root of a tool, which lives meanwhile.
+//! Copies the outputs of an action out of the exec root of a tool while the tool keeps running.
 //!
-//! The store takes over files that no process can reach. A tool may keep files open that it has written, so its outputs are copied
-//! into the exec directory of the action, which no process sees, and stored from there as those of any other action.
+//! The store may only take over files that no process can change. A tool may keep its output files open. So its outputs
+//! are copied into the exec directory of the action, which no process can access, and are stored from there like those
+//! of any other action.
 
 use crate::{
     action::OutputRequest,
     actors::worker::{
         checkpoint::Checkpoint,
-        dir::{self, Cursor},
+        dir::{self, Cursor, is_absence},
         inputs,
     },
 };
@@ -25,14 +26,13 @@ use std::{
     fs::File,
     io::{self, Read as _},
     os::unix::ffi::OsStrExt as _,
-    path::Path,
 };
 
-/// Copies what is at the paths of `outputs` in `from` to the same paths in `to`, which no other process sees. A path with
-/// nothing is left out.
+/// Copies the nodes at the output paths from `from` to the same paths in `to`, which no other process can access. Paths
+/// that do not exist are skipped.
 ///
 /// # Errors
-/// When something cannot be copied as it is; those of the checkpoint.
+/// `Unimplemented` or `Precondition` if an output cannot be copied; those of the file system and of the checkpoint.
 pub(super) fn copy_outputs(
     from: &File,
     to: &File,
@@ -57,7 +57,7 @@ pub(super) fn copy_outputs(
         };
         let target = make_parents(to, &parent).map_err(failed)?;
         if dir::stat_at(&target, name).is_ok() {
-            // It was copied as a part of another output.
+            // The node was copied as part of another output.
             continue;
         }
         if dir::file_type(&stat) == FileType::Symlink
@@ -67,7 +67,7 @@ pub(super) fn copy_outputs(
         }
         copying.node((&source, &target), name, &stat)?;
     }
-    // What kind of thing a link leads to is reported too, and must be the same where it was copied to.
+    // The kind of a link's target is reported too, so the target must exist in the copy as well.
     match links_to_directories.into_iter().find(|link| dir::open_beneath(to, link.path.as_path()).is_err()) {
         Some(link) => {
             Err(Error::Unimplemented(format!("output \"{}\" is a link to an input", link.requested)))
@@ -76,7 +76,7 @@ pub(super) fn copy_outputs(
     }
 }
 
-/// Makes the directories of a path, without following a link.
+/// Creates the directories of a path without following a link.
 fn make_parents(to: &File, path: &RootPath) -> io::Result<File> {
     let mut here = to.try_clone()?;
     for segment in path.segments() {
@@ -96,20 +96,21 @@ struct OutputCopy<'a> {
 
 /// A directory that is being copied.
 struct CopyLevel {
-    /// Names in it that were not copied.
+    /// Names of entries that are not copied yet.
     left: Vec<OsString>,
     stat: Stat,
 }
 
 impl OutputCopy<'_> {
-    /// Copies one node, and what is in it.
+    /// Copies a node and everything below it.
     fn node(&mut self, (source, target): (&File, &File), name: &OsStr, stat: &Stat) -> Result<()> {
         if dir::file_type(stat) != FileType::Directory {
             return self.leaf((source, target), name, stat);
         }
         let failed = |error: io::Error| Error::io("copy an output directory of a tool", &error);
-        // One more, so that going up from the output itself is like going up from anywhere.
-        let (mut from, mut to) = (cursor(source).map_err(failed)?, cursor(target).map_err(failed)?);
+        // The cursors start at the parent directories, so that leaving the output itself is like leaving any other
+        // directory.
+        let (mut from, mut to) = (Cursor::at(source).map_err(failed)?, Cursor::at(target).map_err(failed)?);
         let mut levels = vec![self.enter((&mut from, &mut to), name).map_err(failed)?];
         while let Some(level) = levels.last_mut() {
             let Some(name) = level.left.pop() else {
@@ -176,7 +177,7 @@ fn copy_file((source, target): (&File, &File), name: &OsStr) -> io::Result<()> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut to = File::from(rfs::openat(target, name.as_bytes(), flags, Mode::RUSR | Mode::WUSR)?);
     if rfs::ioctl_ficlone(&to, &from).is_err() {
-        // A file that grows meanwhile is cut; its tool has not finished its work.
+        // A file that still grows is cut at this size. Its tool has not finished its work.
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         io::copy(&mut (&from).take(size), &mut to)?;
     }
@@ -190,16 +191,6 @@ fn copy_link((source, target): (&File, &File), name: &OsStr, stat: &Stat) -> io:
     inputs::set_mtime_at(target, name, inputs::mtime_in(stat))
 }
 
-/// A cursor at an open directory.
-fn cursor(directory: &File) -> io::Result<Cursor> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Cursor::new(rfs::openat(directory, Path::new("."), flags, Mode::empty())?.into())
-}
-
 fn too_large() -> Error {
     Error::Precondition("the output directories of a tool are too deep or have too many files".into())
-}
-
-fn is_absence(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP))
 }

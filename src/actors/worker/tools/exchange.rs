@@ -1,13 +1,14 @@
-//! Exchanges the inputs in the exec root of a tool, which lives meanwhile.
+//! Exchanges the inputs in the exec root of a tool while the tool keeps running.
 //!
-//! The exec root is an ordinary directory that is mounted in the tool's cell, so that a change from here is seen there at
-//! once, also by a process whose working directory it is. [`exchange`] makes it exactly the input root of the next action: what
-//! the last one left is removed, what both have stays where it is, and the rest is written anew.
+//! The exec root is an ordinary directory that is mounted in the tool's cell. Changes from outside are visible there at
+//! once, even to a process whose working directory it is. [`exchange`] turns it into exactly the input root of the next
+//! action: leftovers of the previous action are removed, inputs that both actions share stay in place, and all others
+//! are written.
 //!
-//! A hostile tool may change its exec root at any moment. Every step is relative to an open directory and follows no link
-//! ([`Cursor`]), and a directory cannot be moved out of a mount. So the worst that it can do is to mislead itself. A file counts
-//! as unchanged if its inode, size, mode and times are those that it had when it was written here; nobody in a cell can set
-//! the time of a change (ctime).
+//! A hostile tool may change its exec root at any moment. Every step is relative to an open directory and follows no
+//! link ([`Cursor`]), and a directory cannot be moved out of a mount. So a tool can corrupt only its own inputs. A file
+//! counts as unchanged if its inode, size, mode and times are the same as right after it was written here. No process
+//! in a cell can set a file's change time (ctime).
 
 use crate::actors::worker::{
     checkpoint::Checkpoint,
@@ -47,7 +48,7 @@ struct PlacedFile {
     stamp: FileStamp,
 }
 
-/// What a file is known by.
+/// The attributes that show whether a file was changed or replaced.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct FileStamp {
     id: FileId,
@@ -60,7 +61,7 @@ struct FileStamp {
 /// Why the inputs could not be exchanged.
 #[derive(Debug)]
 pub(super) enum NotExchanged {
-    /// The tool has changed this file, which belongs to it.
+    /// The tool has changed this file, which is one of the tool's own inputs.
     ToolChanged(String),
     /// Any other reason.
     Failed(Error),
@@ -72,11 +73,11 @@ impl From<Error> for NotExchanged {
     }
 }
 
-/// Makes `root` the input root `inputs`, with the working directory. Directories keep their identity, so that a tool that
-/// stands in its working directory goes on standing there.
+/// Turns `root` into the input root `inputs`, and creates the working directory. Directories that stay keep their
+/// inodes, so the working directory of a running tool stays valid.
 ///
 /// # Errors
-/// [`NotExchanged`]. The tool must not be used any more then.
+/// After any error the tool must not be used again.
 pub(super) fn exchange(
     contents: &mut PlacedInputs,
     root: &File,
@@ -101,29 +102,30 @@ pub(super) fn exchange(
 }
 
 struct Exchange<'a> {
-    /// What was written before.
+    /// The files that were written for the previous action.
     last: HashMap<String, PlacedFile>,
-    /// What is written now.
+    /// The files of the next action.
     next: HashMap<String, PlacedFile>,
     inputs: &'a dyn Inputs,
-    /// The names on the way to the working directory.
+    /// The names on the path to the working directory.
     way: Vec<&'a str>,
     nothing: &'a Directory,
     is_tool_input: fn(&tree::File) -> bool,
     checkpoint: &'a Checkpoint<'a>,
 }
 
-/// A directory in which the exchange stands.
+/// A directory that is being exchanged.
 struct ExchangeLevel<'a> {
     path: String,
     directory: &'a Directory,
-    /// How many names of the way to the working directory lead here, if they do.
+    /// How many components of the path to the working directory lead here; `None` if this directory is not on that
+    /// path.
     on_way: Option<usize>,
-    /// Directories in it that were not visited.
+    /// Subdirectories that were not visited yet.
     below: Vec<(&'a str, &'a Directory)>,
 }
 
-/// What has to be under a name.
+/// The node that a name must have.
 enum WantedNode<'a> {
     File(&'a tree::File),
     Link(&'a Symlink),
@@ -146,7 +148,7 @@ impl<'a> Exchange<'a> {
             }
             let properties = &level.directory.properties;
             let here = cursor.here().map_err(|error| cannot("leave", &level.path, &error))?;
-            // Each new entry has changed it.
+            // Creating entries has changed the time.
             inputs::set_mtime_at(here, ".", inputs::mtime_of(properties))
                 .map_err(|error| cannot("set the time of", &level.path, &error))?;
             levels.pop();
@@ -157,7 +159,7 @@ impl<'a> Exchange<'a> {
         Ok(())
     }
 
-    /// Exchanges what is in one directory, except what is in the directories in it.
+    /// Exchanges the entries of one directory, without the content of its subdirectories.
     fn level(
         &mut self,
         cursor: &Cursor,
@@ -188,7 +190,7 @@ impl<'a> Exchange<'a> {
         Ok(ExchangeLevel { path, directory, on_way, below })
     }
 
-    /// Removes what does not belong into a directory, and gives the names of what stays.
+    /// Removes unwanted entries from a directory. Returns the names of the entries that stay.
     fn clean(
         &mut self,
         here: &File,
@@ -215,20 +217,20 @@ impl<'a> Exchange<'a> {
             };
             match name.to_str() {
                 Some(name) if stays => _ = kept.insert(name.to_owned()),
-                _ => take_away(here, &name, &stat).map_err(|error| cannot("empty", path, &error))?,
+                _ => remove_entry(here, &name, &stat).map_err(|error| cannot("empty", path, &error))?,
             }
         }
         Ok(kept)
     }
 
-    /// Whether a file on disk is the one that is wanted.
+    /// Whether a file on disk is the wanted file, unchanged.
     fn stays(&self, file: &tree::File, path: &str, stat: &Stat) -> bool {
         self.last.get(path).is_some_and(|last| {
             *last == PlacedFile { stamp: FileStamp::of(stat), ..PlacedFile::wanted(file, last.stamp) }
         })
     }
 
-    /// Makes what a directory does not have.
+    /// Creates the missing entries of a directory.
     fn fill(
         &mut self,
         here: &File,
@@ -242,7 +244,8 @@ impl<'a> Exchange<'a> {
             let last = self.last.remove(&at);
             let written = match last {
                 Some(last) if kept.contains(&file.name) => last,
-                // Its digest is part of what the tool is known by, so the server has not replaced it.
+                // The digest of a tool input is part of the tool's key, so the next action has the same file. The tool
+                // must have changed it.
                 Some(_) if (self.is_tool_input)(file) => return Err(NotExchanged::ToolChanged(at)),
                 _ => self.write(here, file)?,
             };
@@ -297,7 +300,7 @@ fn is_link(here: &File, link: &Symlink, stat: &Stat) -> bool {
             .is_ok_and(|target| target.as_bytes() == link.target.as_bytes())
 }
 
-fn take_away(here: &File, name: &OsStr, stat: &Stat) -> io::Result<()> {
+fn remove_entry(here: &File, name: &OsStr, stat: &Stat) -> io::Result<()> {
     if dir::file_type(stat) == FileType::Directory {
         return remove(here, name);
     }

@@ -1,7 +1,7 @@
-//! [`ToolTurn`]: one action, served by a tool. It blocks and runs on a worker's own thread.
+//! [`ToolTurn`]: one action that is served by a tool. Its methods block and run on a worker's own thread.
 
 use super::{
-    Held, Tool, Tools,
+    Tool, ToolReservation, Tools,
     call::{ToolCall, is_tool_input},
     codec::{AnswerReader, Encoding, MAX_REQUEST_BYTES, WorkAnswer},
     collect::copy_outputs,
@@ -20,7 +20,7 @@ use crate::{
         inputs,
         launcher::{
             Ending, PoolSandbox, Ran,
-            tool::{Sample, Silence, ToolProcess},
+            tool::{ExchangeError, Sample, ToolProcess},
         },
         messages::SlotId,
         store::Inputs,
@@ -39,49 +39,49 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// An action that a tool is about to serve: its inputs are in place.
+/// An action that a tool is about to serve. The inputs are in place.
 pub(crate) struct ToolTurn<'a> {
-    held: Held<'a>,
+    reservation: ToolReservation<'a>,
     tool: Tool,
     encoding: Encoding,
     request: Vec<u8>,
     before: Sample,
 }
 
-/// An action, and what a process of its own would get.
+/// An action, with the settings that apply to a process of its own.
 #[derive(Debug)]
 pub(crate) struct ToolJob<'a> {
     /// The action.
     pub action: &'a Action,
-    /// The kind of cell.
+    /// The kind of cell that the action needs.
     pub kind: &'a CellKind,
-    /// What it may use.
+    /// The limits of the action.
     pub limits: Limits,
-    /// Where it runs.
+    /// The slot in which the action runs.
     pub slot: SlotId,
 }
 
 /// Why no tool has served an action.
 #[derive(Debug)]
 pub(crate) enum NotServed {
-    /// The action does not ask for one.
+    /// The action does not ask for a tool.
     NotAsked,
-    /// It asks for one, but runs by itself for this reason.
+    /// It asks for a tool, but has to run without one for this reason.
     Unfit(String),
-    /// The tool failed and has ended; the action runs by itself.
+    /// The tool failed and was ended. The action runs without a tool.
     ToolFailed(String),
-    /// The action fails too.
+    /// The action fails as well.
     Failed(Error),
 }
 
 impl NotServed {
-    /// What an error says that occurred while files of a tool were moved. A hostile tool may cause many of them.
+    /// Classifies an error of moving files of a tool. A hostile tool may cause many of these errors.
     fn of(error: Error) -> Self {
         match error {
             Error::Cancelled(_) | Error::MissingBlobs(_) | Error::DiskFull(_) | Error::Unavailable(_) => {
                 Self::Failed(error)
             }
-            // The run that follows says whether the tool or the action is to blame.
+            // The ordinary run that follows shows whether the tool or the action is at fault.
             Error::Invalid(reason) => Self::Unfit(reason),
             error => Self::ToolFailed(error.to_string()),
         }
@@ -89,7 +89,7 @@ impl NotServed {
 }
 
 impl<'a> ToolTurn<'a> {
-    /// Finds or starts a tool for an action, and puts the inputs in place.
+    /// Finds or starts a tool for an action, and puts the inputs into place.
     ///
     /// # Errors
     /// [`NotServed`].
@@ -106,7 +106,7 @@ impl<'a> ToolTurn<'a> {
         let call = call.ok_or(NotServed::NotAsked)?;
         job.check(settings).map_err(unfit)?;
         inputs.hold_all().map_err(NotServed::Failed)?;
-        let Some((held, tool)) = tools.hold(&call) else {
+        let Some((reservation, tool)) = tools.hold(&call) else {
             return Err(NotServed::Unfit("all tools are busy".into()));
         };
         let preparation = Preparation { settings, job, inputs, call: &call, checkpoint };
@@ -122,20 +122,20 @@ impl<'a> ToolTurn<'a> {
             }
         };
         let before = tool.process.sample();
-        Ok(Self { held, tool, encoding: call.encoding, request, before })
+        Ok(Self { reservation, tool, encoding: call.encoding, request, before })
     }
 
-    /// Has the tool do its work. The command has then ended, with what the tool says is its exit code and output.
+    /// Sends the request and waits for the answer. Returns the exit code and the output that the tool reports.
     ///
     /// # Errors
-    /// [`NotServed`]; the tool has ended then.
+    /// [`NotServed`]. The tool must then be ended.
     pub(crate) fn run(
         &self,
         timeout: Duration,
         cancel: &CancelToken,
     ) -> std::result::Result<(Ran, String), NotServed> {
         let started = Moment::now();
-        let limit = timeout.min(self.held.tools.0.limits.max_call);
+        let limit = timeout.min(self.reservation.tools.0.limits.max_call);
         let mut reader = AnswerReader::new(self.encoding);
         let answer: WorkAnswer = self
             .tool
@@ -147,10 +147,12 @@ impl<'a> ToolTurn<'a> {
                     Err(problem) => ControlFlow::Break(Err(problem.to_string())),
                 }
             })
-            .map_err(|silence| match silence {
-                Silence::Broken(reason) => NotServed::ToolFailed(self.with_last_words(reason)),
-                Silence::Late => NotServed::ToolFailed(format!("it did not answer within {limit:?}")),
-                Silence::Stopped => NotServed::Failed(crate::actors::worker::checkpoint::cancelled()),
+            .map_err(|error| match error {
+                ExchangeError::Broken(reason) => NotServed::ToolFailed(self.with_last_line(reason)),
+                ExchangeError::TimedOut => {
+                    NotServed::ToolFailed(format!("it did not answer within {limit:?}"))
+                }
+                ExchangeError::Cancelled => NotServed::Failed(crate::actors::worker::checkpoint::cancelled()),
             })?;
         let ran = Ran {
             ending: Ending::Exited(answer.exit_code),
@@ -165,7 +167,7 @@ impl<'a> ToolTurn<'a> {
     /// Copies the outputs into the exec directory of the action, and keeps the tool for another one.
     ///
     /// # Errors
-    /// [`NotServed`]; the tool has ended then.
+    /// [`NotServed`]. The tool is then ended.
     pub(crate) fn end(
         self,
         action: &Action,
@@ -174,12 +176,12 @@ impl<'a> ToolTurn<'a> {
     ) -> std::result::Result<(), NotServed> {
         let root = self.tool.workspace.root().map_err(NotServed::of)?;
         copy_outputs(root, to, &action.command.outputs, checkpoint).map_err(NotServed::of)?;
-        self.held.keep(self.tool);
+        self.reservation.keep(self.tool);
         Ok(())
     }
 
-    /// A reason, with the last line that the tool printed to its standard error.
-    fn with_last_words(&self, reason: String) -> String {
+    /// Adds the last line that the tool printed to its standard error to a reason.
+    fn with_last_line(&self, reason: String) -> String {
         let log = read_regular(&self.tool.workspace.path().join("stderr"));
         match log.ok().as_deref().map(last_line).filter(|line| !line.is_empty()) {
             Some(line) => format!("{reason}; the last that it printed to its standard error is \"{line}\""),
@@ -189,13 +191,13 @@ impl<'a> ToolTurn<'a> {
 }
 
 impl ToolJob<'_> {
-    /// Which directory is at the path of the root file system now; `None` for the files of the machine.
+    /// The identity of the directory that is the root file system now; `None` for the host's files.
     fn root_directory(&self) -> io::Result<Option<FileId>> {
         let path = self.kind.root_directory();
         path.map(|path| Ok(dir::file_id(&rfs::stat(path)?))).transpose()
     }
 
-    /// Whether a tool gives the action all that a process of its own would have.
+    /// Whether running in a tool gives the action everything that a process of its own would have.
     fn check(&self, settings: &WorkerSettings) -> std::result::Result<(), &'static str> {
         let usual = settings.sandbox.as_ref().map_or_else(CellKind::default, PoolSandbox::usual_kind);
         if *self.kind != usual {
@@ -208,7 +210,7 @@ impl ToolJob<'_> {
     }
 }
 
-/// What is needed to put the inputs of an action in place.
+/// The data for putting the inputs of an action into place.
 struct Preparation<'a> {
     settings: &'a WorkerSettings,
     job: &'a ToolJob<'a>,
@@ -218,7 +220,7 @@ struct Preparation<'a> {
 }
 
 impl Preparation<'_> {
-    /// Starts a tool among the inputs of its first action.
+    /// Puts the inputs of its first action into place, and starts a tool.
     fn start(&self) -> std::result::Result<(Tool, Vec<u8>), NotServed> {
         let (settings, job) = (self.settings, self.job);
         let workspace = match &settings.sandbox {
@@ -240,7 +242,7 @@ impl Preparation<'_> {
         Ok((Tool { process, workspace, contents }, request))
     }
 
-    /// Puts the inputs in place, and makes the request.
+    /// Puts the inputs into place, and encodes the request.
     fn exchange(
         &self,
         contents: &mut PlacedInputs,

@@ -6,7 +6,10 @@
 //! each directory of a run whose removal was not attempted yet, so that a shutdown can wait for all of them. It does
 //! not wait for retries.
 
-use super::{EntryOwner, RootDirectory, owner};
+use super::{
+    RootDirectory,
+    names::{EntryOwner, owner},
+};
 use crate::{actors::worker::dir, logging::Event};
 use rustix::{
     fs::{self as rfs, AtFlags, FileType},
@@ -24,12 +27,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Maximum number of directories that wait for removal. If there are more, removing is slower than running, and the
-/// disk would fill up.
+/// Maximum number of directories that wait for removal. If more are waiting, removal is slower than running actions,
+/// and the disk would fill up.
 const REMOVAL_BACKLOG: usize = 64;
 /// Time between a failed removal and the retry.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
-/// Maximum number of directories whose removal is retried. Others are left to the next start.
+/// Maximum number of directories whose removal is retried. The next start removes all others.
 const MAX_FAILED: usize = 256;
 /// Maximum number of directories of one tree that are open at the same time. Most trees are less deep.
 const MAX_OPEN: usize = 16;
@@ -355,7 +358,8 @@ mod tests {
         name
     }
 
-    /// The work is counted, because a path walk for each level would not show on a fast machine.
+    /// The work is counted, because the extra path walk for each level would take too little time to measure on a fast
+    /// machine.
     #[test]
     fn the_work_for_a_deep_tree_is_proportional_to_its_depth() {
         // In memory if possible: some disks take milliseconds per directory.

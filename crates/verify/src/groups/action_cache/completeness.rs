@@ -62,7 +62,7 @@ async fn every_part_of_the_key_counts(s: Session) -> Verdict {
 
 /// The blob of a result that is not stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Lost {
+enum MissingBlob {
     Nothing,
     File,
     Tree,
@@ -75,7 +75,7 @@ enum Lost {
 }
 
 /// Stores this blob unless it is the lost one.
-async fn keep(s: &Session, blob: Blob, part: Lost, lost: Lost) -> Verdict<Option<Digest>> {
+async fn keep(s: &Session, blob: Blob, part: MissingBlob, lost: MissingBlob) -> Verdict<Option<Digest>> {
     if part != lost {
         s.store(&[&blob]).await?;
     }
@@ -84,41 +84,41 @@ async fn keep(s: &Session, blob: Blob, part: Lost, lost: Lost) -> Verdict<Option
 
 /// A result with a file, a directory, stdout and stderr. All blobs but one are stored. Its directory is a Tree unless the
 /// lost blob belongs to the other representation.
-async fn result_without(s: &Session, lost: Lost) -> Verdict<ActionResult> {
+async fn result_without(s: &Session, lost: MissingBlob) -> Verdict<ActionResult> {
     let file = |name: &str, digest| FileNode { name: name.into(), digest, ..Default::default() };
-    let deep = keep(s, s.blob(100), Lost::FileDeepInTree, lost).await?;
+    let deep = keep(s, s.blob(100), MissingBlob::FileDeepInTree, lost).await?;
     let below = Directory { files: vec![file("deep", deep)], ..Default::default() };
-    let digest = keep(s, s.message(&below), Lost::DirectoryBelow, lost).await?;
-    let shallow = keep(s, s.blob(100), Lost::FileInTree, lost).await?;
+    let digest = keep(s, s.message(&below), MissingBlob::DirectoryBelow, lost).await?;
+    let shallow = keep(s, s.blob(100), MissingBlob::FileInTree, lost).await?;
     let root = Directory {
         files: vec![file("shallow", shallow)],
         directories: vec![DirectoryNode { name: "below".into(), digest }],
         ..Default::default()
     };
-    let root_directory_digest = keep(s, s.message(&root), Lost::RootDirectory, lost).await?;
+    let root_directory_digest = keep(s, s.message(&root), MissingBlob::RootDirectory, lost).await?;
     let tree = Tree { root: Some(root), children: vec![below] };
-    let tree_digest = keep(s, s.message(&tree), Lost::Tree, lost).await?;
+    let tree_digest = keep(s, s.message(&tree), MissingBlob::Tree, lost).await?;
     let directory = match lost {
-        Lost::RootDirectory | Lost::DirectoryBelow => {
+        MissingBlob::RootDirectory | MissingBlob::DirectoryBelow => {
             OutputDirectory { root_directory_digest, ..Default::default() }
         }
         _ => OutputDirectory { tree_digest, ..Default::default() },
     };
-    let digest = keep(s, s.blob(100), Lost::File, lost).await?;
+    let digest = keep(s, s.blob(100), MissingBlob::File, lost).await?;
     Ok(ActionResult {
         output_files: vec![OutputFile { path: "f".into(), digest, ..Default::default() }],
         output_directories: vec![OutputDirectory { path: "d".into(), ..directory }],
-        stdout_digest: keep(s, s.blob(100), Lost::Stdout, lost).await?,
-        stderr_digest: keep(s, s.blob(100), Lost::Stderr, lost).await?,
+        stdout_digest: keep(s, s.blob(100), MissingBlob::Stdout, lost).await?,
+        stderr_digest: keep(s, s.blob(100), MissingBlob::Stderr, lost).await?,
         ..Default::default()
     })
 }
 
 /// A complete result is a hit. The same result without one blob is either refused, or stored and then a miss.
-async fn loss_makes_a_miss(s: &Session, what: &str, lost: Lost) -> Verdict {
+async fn loss_makes_a_miss(s: &Session, what: &str, lost: MissingBlob) -> Verdict {
     s.updates_results()?;
     let action = s.fresh_action().await?;
-    let complete = result_without(s, Lost::Nothing).await?;
+    let complete = result_without(s, MissingBlob::Nothing).await?;
     s.update_result(&action, complete).await.needs("AC-08", "a complete result is stored")?;
     s.result(&action).await.needs("AC-08", "a complete result is a hit")?;
     let action = s.fresh_action().await?;
@@ -131,7 +131,7 @@ async fn loss_makes_a_miss(s: &Session, what: &str, lost: Lost) -> Verdict {
 async fn a_result_with_all_of_its_blobs_is_a_hit(s: Session) -> Verdict {
     s.updates_results()?;
     let action = s.fresh_action().await?;
-    let stored = result_without(&s, Lost::Nothing).await?;
+    let stored = result_without(&s, MissingBlob::Nothing).await?;
     s.update_result(&action, stored.clone()).await.needs("AC-08", "a complete result is stored")?;
     let hit = s.result(&action).await.needs("AC-08", "a complete result is a hit")?;
     equal("output_files", &hit.output_files, &stored.output_files)?;
@@ -141,35 +141,36 @@ async fn a_result_with_all_of_its_blobs_is_a_hit(s: Session) -> Verdict {
 }
 
 async fn an_absent_output_file_makes_a_miss(s: Session) -> Verdict {
-    loss_makes_a_miss(&s, "an absent output file", Lost::File).await
+    loss_makes_a_miss(&s, "an absent output file", MissingBlob::File).await
 }
 
 async fn an_absent_tree_makes_a_miss(s: Session) -> Verdict {
-    loss_makes_a_miss(&s, "an absent Tree", Lost::Tree).await
+    loss_makes_a_miss(&s, "an absent Tree", MissingBlob::Tree).await
 }
 
 async fn an_absent_file_within_a_tree_makes_a_miss(s: Session) -> Verdict {
-    loss_makes_a_miss(&s, "an absent file in the root of a Tree", Lost::FileInTree).await
+    loss_makes_a_miss(&s, "an absent file in the root of a Tree", MissingBlob::FileInTree).await
 }
 
 async fn an_absent_file_deep_in_a_tree_makes_a_miss(s: Session) -> Verdict {
-    loss_makes_a_miss(&s, "an absent file in a child of a Tree", Lost::FileDeepInTree).await
+    loss_makes_a_miss(&s, "an absent file in a child of a Tree", MissingBlob::FileDeepInTree).await
 }
 
 async fn an_absent_root_directory_makes_a_miss(s: Session) -> Verdict {
-    loss_makes_a_miss(&s, "an absent root_directory_digest", Lost::RootDirectory).await
+    loss_makes_a_miss(&s, "an absent root_directory_digest", MissingBlob::RootDirectory).await
 }
 
 async fn an_absent_directory_below_the_root_makes_a_miss(s: Session) -> Verdict {
-    loss_makes_a_miss(&s, "an absent Directory below root_directory_digest", Lost::DirectoryBelow).await
+    loss_makes_a_miss(&s, "an absent Directory below root_directory_digest", MissingBlob::DirectoryBelow)
+        .await
 }
 
 async fn absent_stdout_makes_a_miss(s: Session) -> Verdict {
-    loss_makes_a_miss(&s, "absent stdout", Lost::Stdout).await
+    loss_makes_a_miss(&s, "absent stdout", MissingBlob::Stdout).await
 }
 
 async fn absent_stderr_makes_a_miss(s: Session) -> Verdict {
-    loss_makes_a_miss(&s, "absent stderr", Lost::Stderr).await
+    loss_makes_a_miss(&s, "absent stderr", MissingBlob::Stderr).await
 }
 
 async fn a_failed_result_is_no_success(s: Session) -> Verdict {

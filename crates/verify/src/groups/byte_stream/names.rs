@@ -110,7 +110,7 @@ async fn an_unknown_compressor_is_no_missing_blob(s: Session) -> Verdict {
 }
 
 /// Names that are invalid for Read and, below `uploads/{uuid}/`, for the other two calls; each with a description.
-fn bad_tails(blob: &Blob) -> Vec<(&'static str, String)> {
+fn invalid_suffixes(blob: &Blob) -> Vec<(&'static str, String)> {
     let (name, hash, size) = (blob.name(), &blob.digest.hash, blob.digest.size_bytes);
     let stem = name.trim_end_matches(&format!("/{size}")).to_owned();
     vec![
@@ -134,7 +134,7 @@ fn bad_tails(blob: &Blob) -> Vec<(&'static str, String)> {
 async fn malformed_names_are_refused_by_read(s: Session) -> Verdict {
     let blob = s.stored(100).await?;
     s.read(&blob.digest).await.needs("BS-07", "the blob is read by its good name")?;
-    let mut names = bad_tails(&blob);
+    let mut names = invalid_suffixes(&blob);
     names.push(("segments after the size", format!("{}/x", blob.name())));
     names.push(("the name of an upload", format!("uploads/{}/{}", uuid::Uuid::new_v4(), blob.name())));
     for (what, tail) in names {
@@ -148,7 +148,7 @@ async fn malformed_names_are_refused_by_read(s: Session) -> Verdict {
 /// Names that Write and QueryWriteStatus must refuse.
 fn bad_write_names(s: &Session, blob: &Blob) -> Vec<(&'static str, String)> {
     let uuid = uuid::Uuid::new_v4();
-    let tails = bad_tails(blob).into_iter();
+    let tails = invalid_suffixes(blob).into_iter();
     let mut names: Vec<_> = tails.map(|(what, tail)| (what, format!("uploads/{uuid}/{tail}"))).collect();
     names.push(("no uploads", blob.name()));
     names.push(("no uuid", format!("uploads/{}", blob.name())));

@@ -1,6 +1,6 @@
 //! BS-31 to BS-33: QueryWriteStatus, which is optional.
 
-use super::write::go_on;
+use super::write::resume;
 use crate::{
     check::{Answer as _, Check, Verdict, ensure, equal, fail},
     checks,
@@ -19,7 +19,7 @@ pub const CHECKS: &[Check] = checks![
 ];
 
 /// How often a running upload is polled until the server has received everything, and the delay in between.
-const LOOKS: usize = 40;
+const POLLS: usize = 40;
 const PAUSE: Duration = Duration::from_millis(50);
 
 async fn the_status_follows_the_upload(s: Session) -> Verdict {
@@ -35,14 +35,14 @@ async fn the_status_follows_the_upload(s: Session) -> Verdict {
     if let Some(first) = messages.next() {
         let _ = send.send(first).await;
     }
-    let (mut before, mut looks) = (0, 0);
+    let (mut before, mut polls) = (0, 0);
     // A server may report progress in its own steps, but it never goes back and is not complete.
-    while before < 50_000 && looks < LOOKS {
+    while before < 50_000 && polls < POLLS {
         let status = s.query(&name).await.wanted("QueryWriteStatus during the upload answers")?;
         ensure(!status.complete, "complete: false during the upload", "true")?;
         let now = status.committed_size;
         ensure(before <= now && now <= 50_000, format!("committed_size {before} to 50000"), now)?;
-        (before, looks) = (now, looks + 1);
+        (before, polls) = (now, polls + 1);
         tokio::time::sleep(PAUSE).await;
     }
     for message in messages {
@@ -81,7 +81,7 @@ async fn a_broken_compressed_upload_goes_on_at_a_plain_offset(s: Session) -> Ver
     }
     s.count_written(frame.len());
     s.broken_upload(messages, 1).await;
-    let committed = go_on(&s, &name, |at| {
+    let committed = resume(&s, &name, |at| {
         ensure((0..=100_000).contains(&at), "a position in the uncompressed blob, up to 100000", at)?;
         let from = usize::try_from(at).unwrap_or(usize::MAX).min(blob.data.len());
         Ok(pieces(&name, &compress(&blob.data.slice(from..))?, at, 1000))

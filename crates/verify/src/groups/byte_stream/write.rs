@@ -6,7 +6,7 @@ use crate::{
     checks,
     compression::{ZSTD, compress},
     session::Session,
-    store::{half, pieces},
+    store::{partial_upload, pieces},
 };
 use bytes::Bytes;
 use futures::{StreamExt as _, future::join_all, stream};
@@ -58,7 +58,7 @@ async fn broken(s: &Session, messages: Vec<WriteRequest>) {
 /// Resumes a broken upload at the position that the server reports, with the messages that `rest` creates for this
 /// position. Returns the `committed_size`. The server may still be receiving what was sent before the break. Its answer may
 /// then be outdated, and the client asks again.
-pub async fn go_on(
+pub async fn resume(
     s: &Session,
     name: &str,
     rest: impl Fn(i64) -> Verdict<Vec<WriteRequest>>,
@@ -133,7 +133,7 @@ async fn offsets_with_gaps_and_overlaps_are_refused(s: Session) -> Verdict {
 async fn a_broken_upload_starts_over_under_its_name(s: Session) -> Verdict {
     let blob = s.blob(200_000);
     let name = s.write_name(&blob);
-    broken(&s, half(&name, &blob.data, 100_000)).await;
+    broken(&s, partial_upload(&name, &blob.data, 100_000)).await;
     is_missing(&s, "a broken upload", &blob).await?;
     let committed = s.write_messages(pieces(&name, &blob.data, 0, 50_000)).await;
     let committed = committed.wanted("the same name is accepted from offset 0 again")?;
@@ -144,8 +144,8 @@ async fn a_broken_upload_starts_over_under_its_name(s: Session) -> Verdict {
 async fn a_broken_upload_goes_on_where_the_server_says(s: Session) -> Verdict {
     let blob = s.blob(200_000);
     let name = s.write_name(&blob);
-    broken(&s, half(&name, &blob.data, 100_000)).await;
-    let committed = go_on(&s, &name, |at| {
+    broken(&s, partial_upload(&name, &blob.data, 100_000)).await;
+    let committed = resume(&s, &name, |at| {
         let from = usize::try_from(at).unwrap_or(usize::MAX);
         ensure(from <= 100_000, "a committed_size of at most what was sent", at)?;
         Ok(pieces(&name, &blob.data.slice(from.min(100_000)..), at, 50_000))
@@ -158,7 +158,7 @@ async fn a_stream_without_finish_write_stores_nothing(s: Session) -> Verdict {
     // All of the data without the end; then half of it.
     for sent in [1000, 500] {
         let blob = s.blob(1000);
-        let messages = half(&s.write_name(&blob), &blob.data, sent);
+        let messages = partial_upload(&s.write_name(&blob), &blob.data, sent);
         // Either an error, or the number of bytes that were kept.
         let answer = s.write_messages(messages).await;
         let kept = answer.or_refused(
@@ -305,7 +305,7 @@ async fn many_simultaneous_uploads_of_one_blob_all_succeed(s: Session) -> Verdic
 
 async fn cancelled_uploads_leave_nothing(s: Session) -> Verdict {
     let blobs: Vec<Blob> = (0..20).map(|_| s.blob(20_000)).collect();
-    let upload = |blob: &Blob| broken(&s, half(&s.write_name(blob), &blob.data, 10_000));
+    let upload = |blob: &Blob| broken(&s, partial_upload(&s.write_name(blob), &blob.data, 10_000));
     join_all(blobs.iter().map(upload)).await;
     let mut asked: Vec<_> = blobs.iter().map(|blob| blob.digest.clone()).collect();
     let control = s.stored(100).await?;

@@ -4,7 +4,7 @@ use crate::{
     check::{Answer as _, Check, Step as _, Verdict, ensure, equal, inline},
     checks,
     session::Session,
-    store::half,
+    store::partial_upload,
 };
 use gorego_reapi::proto::reapi::Digest;
 use tonic::Code;
@@ -83,7 +83,7 @@ async fn what_is_not_missing_is_read_at_once_over_another_connection(s: Session)
 async fn a_blob_in_upload_is_missing(s: Session) -> Verdict {
     let (blob, control) = (s.blob(100_000), s.stored(100).await?);
     let name = s.write_name(&blob);
-    let messages = half(&name, &blob.data, 50_000);
+    let messages = partial_upload(&name, &blob.data, 50_000);
     let other = s.reconnect().await.control()?;
     let upload = s.open_upload(messages);
     other.upload_reaches(&name, 50_000).await;

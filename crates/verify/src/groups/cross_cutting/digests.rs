@@ -264,7 +264,7 @@ async fn size_0_with_another_hash_is_not_the_empty_blob(s: Session) -> Verdict {
 
 /// Whether the length of a hash of this function implies this function when none is named. That is the case unless a legacy
 /// function has the same length.
-fn stands_for_itself(function: DigestFunction, listed: &[DigestFunction]) -> bool {
+fn is_implied_by_length(function: DigestFunction, listed: &[DigestFunction]) -> bool {
     let rivals: Vec<_> = listed.iter().filter(|f| f.hash_bytes() == function.hash_bytes()).collect();
     let legacy = |f: &DigestFunction| (f.wire() as i32) < digest_function::Value::Sha256tree as i32;
     rivals.len() == 1 || (legacy(&function) && rivals.iter().filter(|f| legacy(f)).count() == 1)
@@ -273,7 +273,7 @@ fn stands_for_itself(function: DigestFunction, listed: &[DigestFunction]) -> boo
 async fn an_unset_digest_function_is_inferred(s: Session) -> Verdict {
     s.cache()?;
     let listed = s.functions();
-    for function in listed.iter().copied().filter(|function| stands_for_itself(*function, &listed)) {
+    for function in listed.iter().copied().filter(|function| is_implied_by_length(*function, &listed)) {
         s.case(function.name(), async {
             let named = s.with_function(function);
             let s = named.without_function_number();
@@ -425,9 +425,12 @@ mod tests {
     #[test]
     fn legacy_functions_win_over_new_ones_of_the_same_length() {
         let all = DigestFunction::ALL;
-        assert!(stands_for_itself(DigestFunction::Sha256, all));
-        assert!(stands_for_itself(DigestFunction::Sha1, all));
-        assert!(!stands_for_itself(DigestFunction::Blake3, all));
-        assert!(stands_for_itself(DigestFunction::Blake3, &[DigestFunction::Blake3, DigestFunction::Sha1]));
+        assert!(is_implied_by_length(DigestFunction::Sha256, all));
+        assert!(is_implied_by_length(DigestFunction::Sha1, all));
+        assert!(!is_implied_by_length(DigestFunction::Blake3, all));
+        assert!(is_implied_by_length(
+            DigestFunction::Blake3,
+            &[DigestFunction::Blake3, DigestFunction::Sha1]
+        ));
     }
 }

@@ -57,7 +57,7 @@ async fn methods_that_do_not_exist_are_unimplemented(s: Session) -> Verdict {
 }
 
 /// The call does not hang (see the time limit of the check) and does not fail with a server fault.
-fn sane<T>(what: &str, answer: Result<T, Status>) -> Verdict {
+fn answered<T>(what: &str, answer: Result<T, Status>) -> Verdict {
     match answer {
         Err(status) if matches!(status.code(), Code::Internal | Code::Unknown) => {
             Err(fail(format!("{what}: OK, UNIMPLEMENTED, or an error of the request"), show(&status)))
@@ -69,18 +69,18 @@ fn sane<T>(what: &str, answer: Result<T, Status>) -> Verdict {
 async fn optional_methods_work_or_say_that_they_do_not_exist(s: Session) -> Verdict {
     let name = s.qualify(&format!("operations/{}", s.word()));
     let list = ListOperationsRequest { name: s.qualify("operations"), page_size: 1, ..Default::default() };
-    sane("ListOperations", s.operations().list_operations(list).await)?;
+    answered("ListOperations", s.operations().list_operations(list).await)?;
     let delete = DeleteOperationRequest { name: name.clone() };
-    sane("DeleteOperation of an unknown name", s.operations().delete_operation(delete).await)?;
+    answered("DeleteOperation of an unknown name", s.operations().delete_operation(delete).await)?;
     let wait = WaitOperationRequest { name, ..Default::default() };
-    sane("WaitOperation of an unknown name", s.operations().wait_operation(wait).await)?;
+    answered("WaitOperation of an unknown name", s.operations().wait_operation(wait).await)?;
     let split = SplitBlobRequest {
         instance_name: s.instance(),
         blob_digest: Some(s.unknown()),
         digest_function: s.function_number(),
         ..Default::default()
     };
-    sane("SplitBlob of an unknown blob", s.cas().split_blob(split).await)?;
+    answered("SplitBlob of an unknown blob", s.cas().split_blob(split).await)?;
     let splice = SpliceBlobRequest {
         instance_name: s.instance(),
         blob_digest: Some(s.unknown()),
@@ -88,11 +88,11 @@ async fn optional_methods_work_or_say_that_they_do_not_exist(s: Session) -> Verd
         digest_function: s.function_number(),
         ..Default::default()
     };
-    sane("SpliceBlob of unknown chunks", s.cas().splice_blob(splice).await)?;
-    sane("FetchBlob without URIs", s.fetch().fetch_blob(FetchBlobRequest::default()).await)?;
-    sane("PushBlob without URIs", s.push().push_blob(PushBlobRequest::default()).await)?;
+    answered("SpliceBlob of unknown chunks", s.cas().splice_blob(splice).await)?;
+    answered("FetchBlob without URIs", s.fetch().fetch_blob(FetchBlobRequest::default()).await)?;
+    answered("PushBlob without URIs", s.push().push_blob(PushBlobRequest::default()).await)?;
     let create = CreateLogStreamRequest { parent: String::new() };
-    sane("CreateLogStream without a parent", s.log_streams().create_log_stream(create).await)
+    answered("CreateLogStream without a parent", s.log_streams().create_log_stream(create).await)
 }
 
 async fn unsupported_values_are_argument_errors(s: Session) -> Verdict {

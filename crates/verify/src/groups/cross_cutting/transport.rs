@@ -7,7 +7,7 @@ use crate::{
     connection::METADATA_HEADER,
     raw,
     session::Session,
-    store::{half, pieces, stalled},
+    store::{partial_upload, pieces, stalled},
 };
 use base64::{
     Engine as _,
@@ -138,7 +138,7 @@ async fn a_hundred_streams_leave_room_for_a_call(s: Session) -> Verdict {
     let s = s.reconnect().await?;
     let upload = |_| {
         let (s, blob) = (s.clone(), s.blob(1000));
-        let messages = half(&s.write_name(&blob), &blob.data, 500);
+        let messages = partial_upload(&s.write_name(&blob), &blob.data, 500);
         tokio::spawn(async move { s.byte_stream().write(stalled(messages)).await.map(drop) })
     };
     let uploads: Vec<_> = (0..STREAMS - 1).map(upload).collect();

@@ -308,7 +308,7 @@ async fn every_waiter_gets_the_current_state_and_the_end(s: Session) -> Verdict 
 async fn waiting_for_an_unknown_operation_is_not_found(s: Session) -> Verdict {
     let messages = Job::sh(&s, "exit 0").story().await?;
     let name = messages.first().map(|operation| operation.name.clone()).unwrap_or_default();
-    let unknown = unlike(&name);
+    let unknown = unknown_name_like(&name);
     let answer = match s.wait(&unknown).await {
         Ok(mut run) => run.message().await,
         Err(status) => Err(status),
@@ -318,7 +318,7 @@ async fn waiting_for_an_unknown_operation_is_not_found(s: Session) -> Verdict {
 }
 
 /// An unknown name of the same form: the hex digits of its last segment are changed.
-pub fn unlike(name: &str) -> String {
+pub fn unknown_name_like(name: &str) -> String {
     let (parent, id) = name.rsplit_once('/').map_or(("", name), |(_, id)| (name.trim_end_matches(id), id));
     // A fixed pattern would be the same name in every run. Rotating the digits keeps them random.
     let turn = |letter: char| match letter.to_digit(16) {
@@ -373,13 +373,13 @@ async fn actions_that_are_not_cached_are_not_merged(s: Session) -> Verdict {
 
 #[cfg(test)]
 mod tests {
-    use super::unlike;
+    use super::unknown_name_like;
 
     #[test]
     fn an_unknown_name_has_the_form_of_the_known_one() {
         let name = "a/b/operations/6ba7b810-9dad-11d1-80b4-00c04fd430c8";
-        assert_eq!(unlike(name), "a/b/operations/6ba7b810-9dad-11d1-80b4-00c04fd430cd");
-        assert_eq!(unlike("7"), "c");
-        assert_eq!(unlike(""), "");
+        assert_eq!(unknown_name_like(name), "a/b/operations/6ba7b810-9dad-11d1-80b4-00c04fd430cd");
+        assert_eq!(unknown_name_like("7"), "c");
+        assert_eq!(unknown_name_like(""), "");
     }
 }

@@ -1,4 +1,4 @@
-//! What must hold after every step of the simulation.
+//! The invariants that are checked after every step of the simulation.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Which pools there are, and what must be true of them while they come and go.
+//! The pools of the simulation, and the invariants of adding and removing them.
 
 use super::World;
 use crate::{
@@ -14,10 +14,10 @@ use crate::{
 };
 use std::collections::BTreeMap;
 
-/// Most pools at the same time.
-const MOST: usize = 4;
+/// Maximum number of pools at the same time.
+const MAX_POOLS: usize = 4;
 
-/// What the workers of a pool run.
+/// The kind of actions that a pool runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PoolKind {
     Linux,
@@ -25,12 +25,12 @@ pub(super) enum PoolKind {
     Either,
 }
 
-/// What the tasks of a pool have besides slots.
+/// The room of a pool besides its slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PoolRoom {
-    /// Cores and memory that they share.
+    /// Cores and memory that its tasks share.
     Shared,
-    /// Each has so much memory, or any if that is 0.
+    /// Each task has this much memory; 0 for unlimited.
     Each(u64),
 }
 
@@ -46,18 +46,18 @@ struct KnownPool {
     state: KnownState,
 }
 
-/// The pools as the world sees them.
+/// The pools from the point of view of the world.
 #[derive(Default)]
 pub(super) struct Pools {
     pools: BTreeMap<PoolId, KnownPool>,
-    /// By preference; the older one first where two are equal.
+    /// In order of preference. Of two equal pools, the older one comes first.
     order: Vec<PoolId>,
     names: u32,
     removed: u32,
 }
 
 impl Pools {
-    /// A pool with a name of its own.
+    /// The description of a pool with a unique name.
     pub(super) fn new_spec(&mut self, slots: usize, kind: PoolKind, room: PoolRoom) -> PoolSpec {
         self.names += 1;
         let either = Offer::Set(vec!["linux".into(), "plan9".into()]);
@@ -86,7 +86,7 @@ impl Pools {
         });
     }
 
-    /// How many were removed. A task loses at most one attempt with each.
+    /// The number of removed pools. A task loses at most one attempt with each.
     pub(super) fn removed(&self) -> u32 {
         self.removed
     }
@@ -123,17 +123,17 @@ impl Pools {
         self.pools[&id].spec.slots
     }
 
-    /// What the tasks of a pool share; `None` if it counts slots only, or is gone.
+    /// The room that the tasks of a pool share; `None` if it only has slots, or is gone.
     pub(super) fn room(&self, id: PoolId) -> Option<Room> {
         self.pools.get(&id)?.spec.room
     }
 
-    /// What an action with these properties takes of a pool.
+    /// The room in a pool that an action with these properties takes.
     pub(super) fn need(&self, id: PoolId, platform: &[(String, String)]) -> Room {
         self.pools.get(&id).map_or_else(Room::default, |pool| pool.spec.limits.need(platform))
     }
 
-    /// The memory of a task in a pool; the most if there is no limit.
+    /// The memory of a task in a pool; the largest number if there is no limit.
     fn memory(&self, id: PoolId, platform: &[(String, String)]) -> u64 {
         match self.pools[&id].spec.limits.of(platform).memory {
             0 => u64::MAX,
@@ -145,7 +145,7 @@ impl Pools {
         &self.order
     }
 
-    /// The pools for actions that ask for this `OSFamily`, by preference.
+    /// The pools for actions that request this `OSFamily`, in order of preference.
     pub(super) fn suiting(&self, family: Option<&str>) -> Vec<PoolId> {
         let family = family.map(str::to_lowercase);
         let suits = |id: &PoolId| {
@@ -161,12 +161,12 @@ impl Pools {
 }
 
 impl World {
-    /// A pool comes, drains or goes.
+    /// Adds, drains or removes a pool.
     pub(super) fn change_pools(&mut self) {
         let ids: Vec<_> = self.pools.pools.keys().copied().collect();
         let chosen = self.random.pick(&ids);
         match (self.random.below(4), chosen) {
-            (0..2, _) | (_, None) if ids.len() < MOST => self.add_pool(),
+            (0..2, _) | (_, None) if ids.len() < MAX_POOLS => self.add_pool(),
             (2, Some(id)) => {
                 self.ledger.drain_pool(id).unwrap();
                 let known = self.pools.pools.get_mut(&id).unwrap();
@@ -202,7 +202,7 @@ impl World {
         }
     }
 
-    /// A task waits for all pools that suit it, in order, and one of them at least may take it.
+    /// Checks that each task waits for all pools that suit it, in order, and that at least one of them may take it.
     pub(super) fn check_pools(&self) {
         let ledger = &self.ledger;
         assert_eq!(ledger.slots.order(), self.pools.order());

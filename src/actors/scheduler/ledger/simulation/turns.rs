@@ -1,5 +1,4 @@
-//! What must be true of the queues at any time, of the task that is served, by the rules of [`Queue`], and of the work that
-//! nobody follows.
+//! The invariants of the queues, of the task that is served (the rules of [`Queue`]), and of work without followers.
 
 use super::{
     super::{Task, TaskRun, TaskStep, demand::Demand, followers::Unfollowed},
@@ -20,20 +19,21 @@ use std::{
     time::Instant,
 };
 
-/// A ready task as the world sees it.
+/// A ready task from the point of view of the world.
 pub(super) struct WaitingTask {
     pub(super) entry: QueueEntry,
     pub(super) pools: PoolSet,
     /// The platform properties of its action.
     pub(super) platform: Vec<(String, String)>,
-    /// What runs of its owner and priority, and of its peer, by pool.
+    /// The number of running tasks of its owner and priority, and of its peer, by pool.
     loads: HashMap<PoolId, usize>,
     peer_loads: HashMap<PoolId, usize>,
     is_followed: bool,
 }
 
 impl World {
-    /// The entries of the ready tasks, and how many of its owner and priority, and of its peer, each pool runs.
+    /// The entries of the ready tasks, with the number of running tasks of its owner and priority, and of its peer, in
+    /// each pool.
     pub(super) fn waiting(&self) -> Vec<WaitingTask> {
         let ledger = &self.ledger;
         let waiting = |task: &Task, entry: QueueEntry| {
@@ -68,8 +68,8 @@ impl World {
         entries.map(|(task, entry)| waiting(task, entry)).collect()
     }
 
-    /// What must be true of the task that was served: see the rules of [`Queue`]. Where the ledger had not noticed yet who is gone,
-    /// those count too, and not all can be said.
+    /// Checks the task that was served against the rules of [`Queue`]. Followers whose loss the ledger has not noticed
+    /// yet count as followers here, so not every rule can be checked then.
     pub(super) fn check_turn(
         &mut self,
         before: &[WaitingTask],
@@ -125,7 +125,7 @@ impl World {
         self.now.since(since) >= self.ledger.settings.priority_ageing * (steps as u32).min(STEPS_MAX)
     }
 
-    /// Of the peers that compete, one with the least running is served.
+    /// Checks that the served peer has the fewest running tasks among the competing peers.
     fn check_peer(&mut self, rivals: &[&WaitingTask], served: &WaitingTask, pool: PoolId) {
         let peers: HashSet<Peer> = rivals.iter().map(|rival| rival.entry.owner.peer).collect();
         let most_urgent = |peer: Peer| {
@@ -154,14 +154,14 @@ impl World {
         }
     }
 
-    /// The runs that were told to stop and will.
+    /// The number of runs that were told to stop and have not stopped yet.
     pub(super) fn stopping(&self) -> usize {
         let ledger = &self.ledger;
         let stops = |(id, run): &(&TaskId, &TaskRun)| !run.stuck && !ledger.tasks.contains_key(id);
         ledger.runs.iter().filter(stops).filter(|(_, run)| ledger.slots.is_open(run.pool)).count()
     }
 
-    /// After a look for a task to run that found none: as many runs have to make way as are needed, and no more.
+    /// Checks the stopped runs after the ledger found no task to run: as many runs make way as are needed, and no more.
     pub(super) fn check_way_made(&self, stopping_before: usize) {
         let ledger = &self.ledger;
         let rivals = |pool: Option<PoolId>| {
@@ -182,7 +182,7 @@ impl World {
         }
     }
 
-    /// The follower counts equal what the register says.
+    /// Checks that the follower counts agree with the register.
     pub(super) fn check_followers(&self) {
         let ledger = &self.ledger;
         let mut expected = Unfollowed::default();
@@ -192,12 +192,12 @@ impl World {
             assert_eq!(task.followers == 0, task.unfollowed_since.is_some());
             match task.step {
                 TaskStep::Running => expected.note(id, task),
-                TaskStep::Ready if task.followers > 0 => expected.rivals.add(&task.pools),
+                TaskStep::Ready if task.followers > 0 => expected.waiting_counts.add(&task.pools),
                 _ => {}
             }
         }
         assert_eq!(ledger.unfollowed.runs, expected.runs);
-        assert_eq!(ledger.unfollowed.rivals, expected.rivals);
+        assert_eq!(ledger.unfollowed.waiting_counts, expected.waiting_counts);
     }
 
     pub(super) fn check_queues(&self) {
@@ -216,7 +216,7 @@ impl World {
         }
     }
 
-    /// Each waiting task is counted once, in the first of its pools that takes tasks.
+    /// Checks that each waiting task is counted once, for the first of its pools that takes tasks.
     pub(super) fn check_demand(&self) {
         let ledger = &self.ledger;
         let mut expected = Demand::default();

@@ -1,4 +1,4 @@
-//! Pools that count cores and memory instead of slots.
+//! Tests of pools that count cores and memory instead of slots.
 
 use super::*;
 use crate::{actors::worker::messages::Account, limits::LimitRange};
@@ -21,33 +21,33 @@ fn out_of_memory() -> RunReport {
 
 #[test]
 fn a_pool_runs_as_many_tasks_as_have_room_in_it() {
-    let mut desk = Desk::with_pools(vec![pool_with_room(4, "linux")]);
+    let mut fixture = Fixture::with_pools(vec![pool_with_room(4, "linux")]);
     let operations: Vec<_> =
-        [(1, 2), (2, 0), (3, 0), (4, 0)].map(|(name, cores)| desk.submit(asking(name, cores))).into();
-    let running = desk.dispatch();
+        [(1, 2), (2, 0), (3, 0), (4, 0)].map(|(name, cores)| fixture.submit(asking(name, cores))).into();
+    let running = fixture.dispatch();
     assert_eq!(running.len(), 3, "two cores for the first, one for each of the others");
-    let status = desk.ledger.explain(&instance(), operations[3].info.id, desk.now).unwrap();
+    let status = fixture.ledger.explain(&instance(), operations[3].info.id, fixture.now).unwrap();
     assert!(
         status.reason.contains("it needs 1 core") && status.reason.contains("0 cores"),
         "{}",
         status.reason
     );
-    desk.finish(running[0].task, success());
-    assert_eq!(desk.dispatch().len(), 1);
+    fixture.finish(running[0].task, success());
+    assert_eq!(fixture.dispatch().len(), 1);
 }
 
 #[test]
-fn a_large_task_is_not_passed_by_small_ones_for_ever() {
-    let mut desk = Desk::with_pools(vec![pool_with_room(4, "linux")]);
-    (1..=4).for_each(|name| drop(desk.submit(asking(name, 1))));
-    let mut running: Vec<TaskId> = desk.dispatch().iter().map(|run| run.task).collect();
+fn a_large_task_is_not_overtaken_by_small_ones_forever() {
+    let mut fixture = Fixture::with_pools(vec![pool_with_room(4, "linux")]);
+    (1..=4).for_each(|name| drop(fixture.submit(asking(name, 1))));
+    let mut running: Vec<TaskId> = fixture.dispatch().iter().map(|run| run.task).collect();
     assert_eq!(running.len(), 4);
-    let large = desk.submit(asking(5, 4));
-    // As soon as one ends, another small one arrives.
+    let large = fixture.submit(asking(5, 4));
+    // As soon as one small task ends, another one arrives.
     for name in 6.. {
-        desk.finish(running.remove(0), success());
-        drop(desk.submit(asking(name, 1)));
-        running.extend(desk.dispatch().iter().map(|run| run.task));
+        fixture.finish(running.remove(0), success());
+        drop(fixture.submit(asking(name, 1)));
+        running.extend(fixture.dispatch().iter().map(|run| run.task));
         if stage(&large) == Stage::Executing {
             break;
         }
@@ -57,30 +57,30 @@ fn a_large_task_is_not_passed_by_small_ones_for_ever() {
 }
 
 #[test]
-fn room_is_given_back_whatever_becomes_of_a_run() {
-    let mut desk = Desk::with_pools(vec![pool_with_room(2, "linux")]);
+fn room_is_returned_however_a_run_ends() {
+    let mut fixture = Fixture::with_pools(vec![pool_with_room(2, "linux")]);
     let failure = || Err(RunFailure { retryable: true, ..RunFailure::new(Error::internal("bad luck")) });
-    let _operation = desk.submit(asking(1, 2));
+    let _operation = fixture.submit(asking(1, 2));
     for _ in 1..settings().max_attempts {
-        let run = desk.dispatch_one();
-        desk.finish(run.task, failure());
+        let run = fixture.dispatch_one();
+        fixture.finish(run.task, failure());
     }
-    let run = desk.dispatch_one();
-    desk.end(run.task, RunEnd::Lost { pool_closed: false });
-    let _next = desk.submit(asking(2, 2));
-    desk.dispatch_one();
+    let run = fixture.dispatch_one();
+    fixture.end(run.task, RunEnd::Lost { pool_closed: false });
+    let _next = fixture.submit(asking(2, 2));
+    fixture.dispatch_one();
 }
 
 #[test]
 fn a_task_that_ran_out_of_memory_is_tried_again_where_it_gets_more() {
     let gb = 1 << 30;
-    let mut desk = Desk::with_pools(vec![pool_of("a", gb), pool_of("b", 4 * gb), pool_of("c", 2 * gb)]);
-    let operation = desk.submit(work(1));
+    let mut fixture = Fixture::with_pools(vec![pool_of("a", gb), pool_of("b", 4 * gb), pool_of("c", 2 * gb)]);
+    let operation = fixture.submit(work(1));
     let mut pools = Vec::new();
     while stage(&operation) != Stage::Completed {
-        let run = desk.dispatch_one();
-        pools.push(desk.ledger.pool_name(run.pool).to_string());
-        desk.finish(run.task, out_of_memory());
+        let run = fixture.dispatch_one();
+        pools.push(fixture.ledger.pool_name(run.pool).to_string());
+        fixture.finish(run.task, out_of_memory());
     }
     assert_eq!(pools, ["a", "b"], "where there is no more, the first answer is the last");
     assert!(outcome(&operation).error.is_none() && outcome(&operation).result.is_some());
@@ -89,49 +89,49 @@ fn a_task_that_ran_out_of_memory_is_tried_again_where_it_gets_more() {
 #[test]
 fn a_task_whose_larger_pool_goes_away_runs_where_it_ran_before_and_a_smaller_one_is_not_offered_to_it() {
     let gb = 1 << 30;
-    let mut desk = Desk::with_pools(vec![pool_of("a", 2 * gb), pool_of("b", 4 * gb)]);
-    let operation = desk.submit(work(1));
-    let run = desk.dispatch_one();
-    assert_eq!(&*desk.ledger.pool_name(run.pool), "a");
-    desk.finish(run.task, out_of_memory());
-    desk.ledger.add_pool(pool_of("c", gb)).unwrap();
-    let run = desk.dispatch_one();
-    assert_eq!(&*desk.ledger.pool_name(run.pool), "b");
-    desk.ledger.remove_pool(run.pool, desk.now).unwrap();
-    desk.finish(run.task, Err(RunFailure::new(Error::Cancelled("stopped".into()))));
-    let run = desk.dispatch_one();
-    assert_eq!(&*desk.ledger.pool_name(run.pool), "a", "there is no pool with more any more");
-    desk.finish(run.task, out_of_memory());
+    let mut fixture = Fixture::with_pools(vec![pool_of("a", 2 * gb), pool_of("b", 4 * gb)]);
+    let operation = fixture.submit(work(1));
+    let run = fixture.dispatch_one();
+    assert_eq!(&*fixture.ledger.pool_name(run.pool), "a");
+    fixture.finish(run.task, out_of_memory());
+    fixture.ledger.add_pool(pool_of("c", gb)).unwrap();
+    let run = fixture.dispatch_one();
+    assert_eq!(&*fixture.ledger.pool_name(run.pool), "b");
+    fixture.ledger.remove_pool(run.pool, fixture.now).unwrap();
+    fixture.finish(run.task, Err(RunFailure::new(Error::Cancelled("stopped".into()))));
+    let run = fixture.dispatch_one();
+    assert_eq!(&*fixture.ledger.pool_name(run.pool), "a", "there is no pool with more any more");
+    fixture.finish(run.task, out_of_memory());
     assert!(outcome(&operation).error.is_none(), "{:?}", outcome(&operation));
 }
 
 #[test]
 fn an_action_of_a_kind_that_ran_out_of_memory_goes_where_it_gets_more_if_both_are_free() {
     let gb = 1 << 30;
-    let mut desk = Desk::with_pools(vec![pool_of("a", gb), pool_of("b", 4 * gb)]);
+    let mut fixture = Fixture::with_pools(vec![pool_of("a", gb), pool_of("b", 4 * gb)]);
     let of = |name, target: &str| {
         let mut submit = submit(&work(name));
         submit.client.target_id = target.into();
         submit
     };
-    let ran_in = |desk: &mut Desk, submit: Submit, name| {
-        let _operation = desk.try_submit(submit, resolution(&work(name), false)).unwrap();
-        let run = desk.dispatch_one();
-        let pool = desk.ledger.pool_name(run.pool).to_string();
+    let ran_in = |fixture: &mut Fixture, submit: Submit, name| {
+        let _operation = fixture.try_submit(submit, resolution(&work(name), false)).unwrap();
+        let run = fixture.dispatch_one();
+        let pool = fixture.ledger.pool_name(run.pool).to_string();
         (run, pool)
     };
-    let (run, pool) = ran_in(&mut desk, of(1, "//large"), 1);
+    let (run, pool) = ran_in(&mut fixture, of(1, "//large"), 1);
     assert_eq!(pool, "a");
-    desk.finish(run.task, out_of_memory());
-    let run = desk.dispatch_one();
-    desk.finish(run.task, success());
-    let (large, pool) = ran_in(&mut desk, of(2, "//large"), 2);
+    fixture.finish(run.task, out_of_memory());
+    let run = fixture.dispatch_one();
+    fixture.finish(run.task, success());
+    let (large, pool) = ran_in(&mut fixture, of(2, "//large"), 2);
     assert_eq!(pool, "b");
-    let (small, pool) = ran_in(&mut desk, of(3, "//small"), 3);
+    let (small, pool) = ran_in(&mut fixture, of(3, "//small"), 3);
     assert_eq!(pool, "a");
-    desk.finish(small.task, success());
-    // While that pool is busy, it does not wait for it.
-    let (_, pool) = ran_in(&mut desk, of(4, "//large"), 4);
+    fixture.finish(small.task, success());
+    // The task does not wait for that pool while it is busy.
+    let (_, pool) = ran_in(&mut fixture, of(4, "//large"), 4);
     assert_eq!(pool, "a");
-    desk.finish(large.task, success());
+    fixture.finish(large.task, success());
 }

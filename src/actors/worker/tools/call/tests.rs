@@ -1,4 +1,4 @@
-//! Which actions a tool can do, which tool that is, and what it is asked.
+//! Tests of which actions a tool can serve, the key of the tool, and the request.
 
 use super::*;
 use crate::{action::TimeoutPolicy, instance::Instances};
@@ -19,9 +19,9 @@ struct Case {
     platform: Vec<(&'static str, &'static str)>,
     working_directory: &'static str,
     outputs: Vec<&'static str>,
-    /// Path, content, and whether it belongs to the tool.
+    /// Path, content, and whether the file belongs to the tool.
     files: Vec<(&'static str, &'static str, bool)>,
-    /// The directory whose files replace the machine's.
+    /// The identity of the root file system's directory.
     root: Option<FileId>,
 }
 
@@ -237,7 +237,7 @@ fn files_of_arguments_that_are_missing_or_never_end_are_refused() {
     assert!(with("@args").contains("deep"));
     let often: &'static str = "@args\n".repeat(100).leak();
     assert!(with(often).contains("deep"));
-    // Without ever being deep.
+    // Many files with arguments, without deep nesting.
     let mut case = case();
     case.files[2].1 = "@empty\n".repeat(100_000).leak();
     case.files.push(("empty", "", false));

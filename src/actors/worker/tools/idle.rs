@@ -1,33 +1,33 @@
-//! [`Shelf`]: which tools of a pool are kept, which one serves a call, and which ones have to go. Pure: facts and the time go in,
-//! and what is to be done comes out.
+//! [`IdleTools`]: decides which tools of a pool are kept, which one serves a call, and which ones must end. Pure: facts and
+//! the time go in, decisions come out.
 //!
-//! A tool is on the shelf or serves one call; a tool that serves is only counted here, and belongs to who took it. Invariants:
-//! there are never more than `max_tools`, on the shelf and serving together; a tool serves only calls of its own key, one
-//! after the other, and never more than `max_uses`.
+//! A tool is either idle or serves one call. A serving tool is only counted here and is owned by its caller.
+//! Invariants: there are never more than `max_tools` tools, idle and serving together. A tool serves only calls
+//! with its own key, one after the other, and never more than `max_uses`.
 
 use super::call::ToolKey;
 use std::time::{Duration, Instant};
 
-/// The bounds of the tools of one pool.
+/// The limits of the tools of one pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ToolLimits {
-    /// Most tools of the pool at the same time.
+    /// Maximum number of tools of the pool at the same time.
     pub max_tools: usize,
     /// How long a tool is kept after its last call.
     pub max_idle: Duration,
-    /// Number of calls after which a tool ends.
+    /// Number of calls after which a tool is ended.
     pub max_uses: u64,
-    /// Memory in bytes above which a tool ends after a call.
+    /// A tool that uses more than this memory in bytes after a call is ended.
     pub max_memory: u64,
-    /// How long one call may take before the action runs by itself instead.
+    /// How long one call may take. Then the action runs without a tool.
     pub max_call: Duration,
 }
 
-/// The tools that are kept.
+/// The idle tools of a pool, and the number of serving ones.
 #[derive(Debug)]
-pub(super) struct Shelf<T> {
+pub(super) struct IdleTools<T> {
     limits: ToolLimits,
-    /// In the order of their last use, the latest at the end.
+    /// Ordered by last use; the most recently used one is last.
     kept: Vec<Kept<T>>,
     serving: usize,
     is_closed: bool,
@@ -36,26 +36,26 @@ pub(super) struct Shelf<T> {
 #[derive(Debug)]
 struct Kept<T> {
     tool: T,
-    serial: Serial,
+    usage: ToolUses,
     since: Instant,
 }
 
-/// What is known about one tool.
+/// The key and the number of uses of a tool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Serial {
+pub(super) struct ToolUses {
     pub key: ToolKey,
-    /// How many calls it has served.
+    /// How many calls the tool has served.
     pub uses: u64,
 }
 
 /// How a call is served.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Taken<T> {
-    /// This tool serves it.
-    Kept(T, Serial),
-    /// A new tool serves it. The other one has to end first.
-    New(Serial, Option<T>),
-    /// No tool serves it: all of them serve other calls.
+pub(super) enum ToolChoice<T> {
+    /// This idle tool serves it.
+    Kept(T, ToolUses),
+    /// A new tool serves it. The second tool, if any, must be ended first.
+    New(ToolUses, Option<T>),
+    /// No tool serves it, because all of them serve other calls.
     Full,
 }
 
@@ -66,49 +66,51 @@ pub(super) enum NotKept {
     Used,
     /// It takes too much memory.
     Large,
-    /// The pool ends.
+    /// The pool is closed.
     Closed,
 }
 
-impl<T> Shelf<T> {
-    /// An empty one.
+impl<T> IdleTools<T> {
+    /// No tools yet.
     pub(super) fn new(limits: ToolLimits) -> Self {
         Self { limits, kept: Vec::new(), serving: 0, is_closed: false }
     }
 
-    /// Takes a tool for a call. It must be given back with [`Shelf::keep`] or [`Shelf::lost`].
-    pub(super) fn take(&mut self, key: ToolKey) -> Taken<T> {
+    /// Takes a tool for a call. The caller must give it back with [`IdleTools::keep`], or report its end with
+    /// [`IdleTools::lost`].
+    pub(super) fn take(&mut self, key: ToolKey) -> ToolChoice<T> {
         if self.is_closed {
-            return Taken::Full;
+            return ToolChoice::Full;
         }
-        // The latest one: then those that are too many become idle for long.
-        if let Some(at) = self.kept.iter().rposition(|kept| kept.serial.key == key) {
+        // The most recently used tool is taken, so that superfluous tools stay idle and expire.
+        if let Some(at) = self.kept.iter().rposition(|kept| kept.usage.key == key) {
             self.serving += 1;
-            let Kept { tool, serial, .. } = self.kept.remove(at);
-            return Taken::Kept(tool, serial);
+            let Kept { tool, usage, .. } = self.kept.remove(at);
+            return ToolChoice::Kept(tool, usage);
         }
         let is_full = self.kept.len() + self.serving >= self.limits.max_tools;
         if is_full && self.kept.is_empty() {
-            return Taken::Full;
+            return ToolChoice::Full;
         }
         let evicted = is_full.then(|| self.kept.remove(0).tool);
         self.serving += 1;
-        Taken::New(Serial { key, uses: 0 }, evicted)
+        ToolChoice::New(ToolUses { key, uses: 0 }, evicted)
     }
 
-    /// Keeps a tool that has served a call and now takes `memory` bytes. One that is not kept has to end.
+    /// Keeps a tool that has served a call and now uses `memory` bytes. A tool that is returned as an error must be
+    /// ended.
     pub(super) fn keep(
         &mut self,
         tool: T,
-        serial: Serial,
+        usage: ToolUses,
         memory: u64,
         now: Instant,
     ) -> Result<(), (T, NotKept)> {
         self.lost();
-        let serial = Serial { uses: serial.uses + 1, ..serial };
+        let usage = ToolUses { uses: usage.uses + 1, ..usage };
         let problem = if self.is_closed {
             Some(NotKept::Closed)
-        } else if serial.uses >= self.limits.max_uses {
+        } else if usage.uses >= self.limits.max_uses {
             Some(NotKept::Used)
         } else if memory > self.limits.max_memory {
             Some(NotKept::Large)
@@ -118,22 +120,22 @@ impl<T> Shelf<T> {
         match problem {
             Some(problem) => Err((tool, problem)),
             None => {
-                self.kept.push(Kept { tool, serial, since: now });
+                self.kept.push(Kept { tool, usage, since: now });
                 Ok(())
             }
         }
     }
 
-    /// A tool that was taken has ended.
+    /// Records that a tool that was taken has ended.
     pub(super) fn lost(&mut self) {
         self.serving = self.serving.saturating_sub(1);
     }
 
-    /// Takes the tools that were idle for too long, which have to end.
+    /// Takes out the tools that were idle for too long. The caller must end them.
     pub(super) fn expire(&mut self, now: Instant) -> Vec<T> {
         let limit = self.limits.max_idle;
         let old = |kept: &Kept<T>| now.saturating_duration_since(kept.since) >= limit;
-        // The oldest ones are first.
+        // The tools that were idle the longest are first.
         let count = self.kept.iter().take_while(|kept| old(kept)).count();
         self.kept.drain(..count).map(|kept| kept.tool).collect()
     }
@@ -143,18 +145,18 @@ impl<T> Shelf<T> {
         self.kept.first().and_then(|kept| kept.since.checked_add(self.limits.max_idle))
     }
 
-    /// Takes all tools that serve no call, which have to end.
+    /// Takes out all idle tools. The caller must end them.
     pub(super) fn clear(&mut self) -> Vec<T> {
         self.kept.drain(..).map(|kept| kept.tool).collect()
     }
 
-    /// The same, and no tool is kept or taken from now on.
+    /// Takes out all idle tools like [`IdleTools::clear`]. From now on no tool is kept or taken.
     pub(super) fn close(&mut self) -> Vec<T> {
         self.is_closed = true;
         self.clear()
     }
 
-    /// Whether it was closed.
+    /// Whether [`IdleTools::close`] was called.
     pub(super) fn is_closed(&self) -> bool {
         self.is_closed
     }
@@ -178,13 +180,13 @@ mod tests {
         ToolKey(DigestFunction::Sha256.digest(&[number]))
     }
 
-    /// A tool, known by the number of its key and its own number.
+    /// A tool: the number of its key, and its own number.
     type Tool = (u8, u64);
 
     #[derive(Debug, Clone)]
     enum Step {
         Take(u8),
-        /// Gives back one of those that serve, with this memory.
+        /// Gives back one of the serving tools, which then uses this memory.
         Keep(usize, u64),
         Lose(usize),
         Wait(u64),
@@ -205,37 +207,37 @@ mod tests {
     }
 
     proptest! {
-        /// A model that knows of each tool where it is.
+        /// The model records where each tool is.
         #[test]
         fn every_tool_is_in_one_place_and_within_its_bounds(steps in steps()) {
-            let mut shelf: Shelf<Tool> = Shelf::new(LIMITS);
-            let mut serving: Vec<(Tool, Serial)> = Vec::new();
+            let mut idle: IdleTools<Tool> = IdleTools::new(LIMITS);
+            let mut serving: Vec<(Tool, ToolUses)> = Vec::new();
             let mut kept: Vec<(Tool, u64, Instant)> = Vec::new();
             let (mut now, mut next) = (Instant::now(), 0);
             for step in steps {
                 match step {
                     Step::Take(number) => {
                         let of_key = kept.iter().rposition(|(tool, ..)| tool.0 == number);
-                        match (shelf.take(key(number)), of_key) {
-                            (Taken::Kept(tool, serial), Some(at)) => {
+                        match (idle.take(key(number)), of_key) {
+                            (ToolChoice::Kept(tool, usage), Some(at)) => {
                                 let (expected, uses, _) = kept.remove(at);
-                                prop_assert_eq!((tool, serial), (expected, Serial { key: key(number), uses }));
-                                serving.push((tool, serial));
+                                prop_assert_eq!((tool, usage), (expected, ToolUses { key: key(number), uses }));
+                                serving.push((tool, usage));
                             }
-                            (Taken::New(serial, evicted), None) => {
-                                prop_assert_eq!(serial, Serial { key: key(number), uses: 0 });
+                            (ToolChoice::New(usage, evicted), None) => {
+                                prop_assert_eq!(usage, ToolUses { key: key(number), uses: 0 });
                                 let is_full = kept.len() + serving.len() == LIMITS.max_tools;
                                 prop_assert_eq!(evicted, is_full.then(|| kept.remove(0).0));
                                 next += 1;
-                                serving.push(((number, next), serial));
+                                serving.push(((number, next), usage));
                             }
-                            (Taken::Full, None) => prop_assert_eq!(serving.len(), LIMITS.max_tools),
+                            (ToolChoice::Full, None) => prop_assert_eq!(serving.len(), LIMITS.max_tools),
                             other => prop_assert!(false, "{:?}", other),
                         }
                     }
                     Step::Keep(at, memory) if at < serving.len() => {
-                        let (tool, serial) = serving.remove(at);
-                        let uses = serial.uses + 1;
+                        let (tool, usage) = serving.remove(at);
+                        let uses = usage.uses + 1;
                         let expected = if uses >= LIMITS.max_uses {
                             Err((tool, NotKept::Used))
                         } else if memory > LIMITS.max_memory {
@@ -244,34 +246,34 @@ mod tests {
                             kept.push((tool, uses, now));
                             Ok(())
                         };
-                        prop_assert_eq!(shelf.keep(tool, serial, memory, now), expected);
+                        prop_assert_eq!(idle.keep(tool, usage, memory, now), expected);
                     }
                     Step::Lose(at) if at < serving.len() => {
                         serving.remove(at);
-                        shelf.lost();
+                        idle.lost();
                     }
                     Step::Wait(seconds) => {
                         now += Duration::from_secs(seconds);
                         let old = |since: Instant| now - since >= LIMITS.max_idle;
                         let expected: Vec<_> = kept.iter().filter(|k| old(k.2)).map(|k| k.0).collect();
                         kept.retain(|k| !old(k.2));
-                        prop_assert_eq!(shelf.expire(now), expected);
+                        prop_assert_eq!(idle.expire(now), expected);
                         let soonest = kept.iter().map(|k| k.2 + LIMITS.max_idle).min();
-                        prop_assert_eq!(shelf.next_expiry(), soonest);
+                        prop_assert_eq!(idle.next_expiry(), soonest);
                     }
                     Step::Clear => {
                         let expected: Vec<_> = kept.drain(..).map(|k| k.0).collect();
-                        prop_assert_eq!(shelf.clear(), expected);
+                        prop_assert_eq!(idle.clear(), expected);
                     }
                     Step::Keep(..) | Step::Lose(_) => {}
                 }
                 prop_assert!(kept.len() + serving.len() <= LIMITS.max_tools);
             }
             let all: Vec<_> = kept.iter().map(|k| k.0).collect();
-            prop_assert_eq!(shelf.close(), all);
-            prop_assert_eq!(shelf.take(key(0)), Taken::Full);
-            for (tool, serial) in serving {
-                prop_assert_eq!(shelf.keep(tool, serial, 0, now), Err((tool, NotKept::Closed)));
+            prop_assert_eq!(idle.close(), all);
+            prop_assert_eq!(idle.take(key(0)), ToolChoice::Full);
+            for (tool, usage) in serving {
+                prop_assert_eq!(idle.keep(tool, usage, 0, now), Err((tool, NotKept::Closed)));
             }
         }
     }

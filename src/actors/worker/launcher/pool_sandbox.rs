@@ -1,0 +1,103 @@
+//! [`PoolSandbox`]: the sandbox that the slots of a pool use.
+
+use super::probe;
+use crate::{
+    actors::worker::workspace::BuildRoot,
+    platform,
+    sandbox::{
+        identity::{self, Users},
+        kind::{CellKind, CellNetwork, InnerUser, InputsAsRoot, RootFs},
+        settings::{Pasta, Protections, SandboxMode, SandboxSettings},
+    },
+};
+use gorego_reapi::error::{Error, Result};
+use std::{ffi::OsString, path::PathBuf};
+
+/// The sandbox of a pool: its settings, and which parts work on this machine. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct PoolSandbox {
+    pub(crate) settings: SandboxSettings,
+    pub(crate) protections: Protections,
+    /// The directory that contains the exec directories.
+    pub(crate) build_root: PathBuf,
+    /// The users from which each slot takes its own.
+    pub(crate) users: Users,
+    /// Whether input roots can be overlays.
+    pub(crate) has_layers: bool,
+    /// The program behind the networks of cells, if it works.
+    pub(crate) pasta: Option<Pasta>,
+}
+
+impl PoolSandbox {
+    /// A sandbox with the protections that work on this machine and default settings, for tests.
+    pub fn usual(runner: &[OsString], build_root: &BuildRoot) -> Self {
+        let settings = SandboxSettings {
+            mode: SandboxMode::Auto,
+            visible: Vec::new(),
+            hidden: Vec::new(),
+            writable: Vec::new(),
+            tmp_bytes: 1 << 30,
+            tmp_files: 10_000,
+            shm_bytes: 1 << 28,
+            processes: 1_000,
+            first_user: identity::FIRST,
+            own: Vec::new(),
+            root: None,
+            network: CellNetwork::Off,
+        };
+        let protections = probe::probe(&settings, runner, build_root).on;
+        let users = Users::new(settings.first_user);
+        let directory = build_root.path().to_owned();
+        let mut sandbox =
+            Self { settings, protections, build_root: directory, users, has_layers: false, pasta: None };
+        sandbox.has_layers =
+            protections.namespaces && probe::probe_layers(&sandbox, runner, build_root).is_ok();
+        sandbox
+    }
+
+    /// The kind of cell for an action that asks for nothing special.
+    pub(in crate::actors::worker) fn usual_kind(&self) -> CellKind {
+        self.settings.kind()
+    }
+
+    /// Whether input roots can be overlays.
+    pub fn has_layers(&self) -> bool {
+        self.has_layers
+    }
+
+    /// The kind of cell for an action with these platform properties.
+    ///
+    /// # Errors
+    /// `Precondition` if this sandbox lacks a requested feature; `Invalid` if the user is not valid.
+    pub(crate) fn kind(&self, asked: &[(String, String)]) -> Result<CellKind> {
+        let mut kind = self.settings.kind();
+        if platform::wants_input_root_as_root(asked) {
+            if !self.protections.namespaces {
+                return Err(Error::Precondition(
+                    "the action asks for its input root as its root file system (rootfs), which requires the namespaces of the \
+                     sandbox; they are off on this server"
+                        .into(),
+                ));
+            }
+            kind.root = Some(RootFs::InputRoot(InputsAsRoot {}));
+        }
+        let (user, group) = platform::wanted_user(asked).map_err(Error::Invalid)?;
+        if self.protections.namespaces && (user.is_some() || group.is_some()) {
+            let usual = kind.user();
+            let (user, group) = (user.unwrap_or(usual.user), group.unwrap_or(usual.group));
+            kind.user = Some(InnerUser { user, group });
+        }
+        // Without network namespaces, every action has the network of the host.
+        if self.protections.network && platform::wants_network(asked) {
+            if self.settings.network == CellNetwork::On && self.pasta.is_none() {
+                return Err(Error::Precondition(
+                    "the action asks for a network (network=on), and this machine cannot give it one; the server logged the \
+                     reason when it started"
+                        .into(),
+                ));
+            }
+            kind.network = self.settings.network.into();
+        }
+        Ok(kind)
+    }
+}

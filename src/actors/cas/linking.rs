@@ -87,11 +87,12 @@ impl CasActor {
             let is_linked = self.change(|index| {
                 blobs.extend(part.iter().filter_map(|digest| index.place_of(&key(digest))));
                 let all = after.is_empty() && blobs.len() == needed.len();
-                let at = index.entry_of(&result).filter(|_| all)?;
-                Some(index.link(at, &blobs))
+                let result = index.entry_of(&result).filter(|_| all);
+                result.into_iter().for_each(|result| index.link(result, &blobs));
+                result.is_some()
             });
             if after.is_empty() {
-                return of.is_linked().store(is_linked.is_some(), Relaxed);
+                return of.is_linked().store(is_linked, Relaxed);
             }
             rest = after;
         }

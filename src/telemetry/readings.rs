@@ -64,11 +64,11 @@ pub struct StoreReading {
     pub results: u64,
     /// The number of zstd forms.
     pub zstd_forms: u64,
-    /// The number of blobs that are kept compressed,
+    /// The number of blobs that are kept compressed.
     pub compressed_blobs: u64,
-    /// the bytes that they have,
+    /// The uncompressed size of these blobs.
     pub compressed_content: u64,
-    /// and the part of `used` that they take.
+    /// The size of these blobs on disk, which is a part of `used`.
     pub compressed: u64,
     /// Memory of the index of the store, in bytes.
     pub index_bytes: u64,
@@ -263,13 +263,14 @@ impl StoreReading {
         out.counter("store_scrubbed", bytes(), "Bytes that the scrub has verified", self.scrubbed)?;
         let help = "Damaged entries that the scrub has found";
         out.counter("store_scrub_damaged_entries", None, help, self.scrub_damaged)?;
-        let help = "Passes of the scrub through the whole store that have ended";
+        let help = "Completed passes of the scrub over the whole store";
         out.counter("store_scrub_passes", None, help, self.scrub_passes)?;
         let help = "How long ago the entry was used that would be evicted next, to within an hour";
         out.gauge("store_oldest_use", Some(Unit::Seconds), help, self.oldest_use.as_secs_f64())?;
-        let help = "Bytes that count against the limit besides those of entries: of deleted blobs, and of what is beside the store";
+        let help = "Bytes that count against the limit besides the entries: deleted blobs, tables and files beside the store";
         out.gauge("store_overhead", bytes(), help, self.overhead as f64)?;
-        let help = "Bytes of what the server keeps beside the store on the same file system, by owner";
+        let help =
+            "Bytes of the files that the server keeps beside the store on the same file system, by owner";
         out.family("store_beside", bytes(), help, MetricType::Gauge, |mut family| {
             self.beside.iter().try_for_each(|(owner, taken)| {
                 ConstGauge::new(*taken as f64).encode(family.encode_family(&[("owner", *owner)])?)

@@ -35,7 +35,9 @@ fn served() -> Described {
     let pools = PoolReadings { age: Duration::ZERO, pools: vec![pool("a")] };
     let closed = vec![("idle", 1)];
     let connections = ConnectionReading { closed, ..Default::default() };
+    let store = StoreReading { disk_free: Some(1), beside: vec![("images", 1)], ..StoreReading::default() };
     let readings = Readings {
+        store,
         pools: Some(pools),
         connections,
         certificate_expiry: Some(1),

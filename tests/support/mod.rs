@@ -42,10 +42,19 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// The same with a condition that is asked for.
-pub async fn eventually_async<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+pub async fn eventually_async<F: Future<Output = bool>>(what: &str, condition: impl FnMut() -> F) {
+    eventually_every(Duration::from_millis(10), what, condition).await;
+}
+
+/// The same with a condition that is asked for at this interval, because each question leaves a trace.
+pub async fn eventually_every<F: Future<Output = bool>>(
+    interval: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> F,
+) {
     let end = Instant::now() + PATIENCE;
     while !condition().await {
         assert!(Instant::now() < end, "never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(interval).await;
     }
 }

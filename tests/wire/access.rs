@@ -3,7 +3,7 @@
 mod matrix;
 
 use crate::support::{
-    Client, PATIENCE, Run, Server, empty, eventually, eventually_async, http_client, metadata, sh, shared_dir,
+    Client, PATIENCE, Run, Server, empty, eventually, eventually_every, http_client, metadata, sh, shared_dir,
 };
 use bytes::Bytes;
 use gorego::access::tokens::{NewToken, TokenRecord, file::update};
@@ -15,7 +15,12 @@ use gorego_reapi::proto::{
 };
 use prost::Message as _;
 use reqwest::StatusCode;
-use std::{collections::BTreeSet, path::PathBuf, process::Command, time::SystemTime};
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    process::Command,
+    time::{Duration, SystemTime},
+};
 use tempfile::TempDir;
 use tonic::{Code, Request, Status, client::Grpc, transport::Channel};
 
@@ -55,7 +60,10 @@ impl Guarded {
         };
         update(&self.tokens, |list| list.add(record)).unwrap();
         let channel = self.channel().await;
-        eventually_async("the server notices the token", async || is_known(&channel, &token).await).await;
+        // Only so many denials of a client are logged, and tests look for them.
+        let interval = Duration::from_millis(500);
+        let is_known = async || is_known(&channel, &token).await;
+        eventually_every(interval, "the server notices the token", is_known).await;
         token
     }
 

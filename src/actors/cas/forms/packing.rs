@@ -1,7 +1,7 @@
 //! Compression at rest: blobs that nobody has used for a while are kept compressed, in place of their plain files.
 //!
 //! One thread of low priority does it, one blob at a time and within a share of one core ([`PackPace`]). It rests while requests wait to
-//! compress or to hash, and ends with the actor. The index names the candidates ([`Index::cold_from`]), the volume knows the format
+//! compress or to hash, and ends with the actor. The index names the candidates (`Index::cold_from`), the volume knows the format
 //! ([`packed`](crate::actors::cas::volume::packed)), and the actor gives the entry its new file ([`Repack`]).
 //!
 //! Invariants:

@@ -237,8 +237,7 @@ async fn commands_and_actions_of_millions_of_nothings_are_refused_within_bounds(
 #[tokio::test(flavor = "multi_thread")]
 async fn results_of_millions_of_nothings_over_http_are_refused_within_bounds() {
     let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
-    let started = server.log().into_iter().find(|event| event["event"] == "http_started");
-    let address = started.unwrap()["listen_addr"].as_str().unwrap().to_owned();
+    let address = server.http_address();
     let bystander = Bystander::beside(&server).await;
     let puts = (0..4).map(|at| {
         let url = format!("http://{address}/ac/{}", sha256(&[at]).hash_hex());

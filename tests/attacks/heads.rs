@@ -77,8 +77,7 @@ async fn a_call_whose_connection_ends_before_its_message_is_logged_as_cancelled(
 async fn heads_over_http_that_never_end_are_not_collected() {
     let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
     let bystander = Bystander::beside(&server).await;
-    let started = server.log().into_iter().find(|event| event["event"] == "http_started");
-    let address = started.unwrap()["listen_addr"].as_str().unwrap().parse().unwrap();
+    let address = server.http_address();
     let sockets = tokio::task::spawn_blocking(move || {
         let head = format!("GET / HTTP/1.1\r\nHost: localhost\r\nX-A: {}", "a".repeat(390_000));
         let connect = |_| {

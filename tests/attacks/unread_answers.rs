@@ -179,8 +179,7 @@ async fn a_download_that_is_read_comes_through_beside_hundreds_that_are_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn downloads_over_http_that_nobody_reads_are_made_only_as_far_as_there_is_room() {
     let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
-    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
-    let http: SocketAddr = started["listen_addr"].as_str().unwrap().parse().unwrap();
+    let http = server.http_address();
     let digest = stored_blob(&server).await;
     let bystander = Bystander::beside(&server).await;
     let head = format!("GET /cas/{} HTTP/1.1\r\nhost: localhost\r\n\r\n", digest.hash_hex());

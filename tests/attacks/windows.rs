@@ -114,8 +114,7 @@ async fn decoders_with_large_windows_wait_for_room_over_http() {
     let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
     let bystander = Bystander::beside(&server).await;
     let before = resident_memory(&server);
-    let started = server.log().into_iter().find(|event| event["event"] == "http_started");
-    let address = started.unwrap()["listen_addr"].as_str().unwrap().parse().unwrap();
+    let address = server.http_address();
     let body = beginning(&[]);
     assert!(body.len() < 1_000);
     let put = |number: u8| {

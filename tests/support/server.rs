@@ -4,6 +4,7 @@ use super::{PATIENCE, client::Client};
 use serde_json::Value;
 use std::{
     io::{BufRead as _, BufReader},
+    net::SocketAddr,
     os::unix::{fs::PermissionsExt as _, process::ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -136,8 +137,22 @@ impl Server {
         self.child.id()
     }
 
+    /// The records that have been read so far. A record of what a client has just seen may come later: see [`Server::logged`].
     pub fn log(&self) -> Vec<Value> {
         self.log.lock().unwrap().clone()
+    }
+
+    /// The first record of an event, which the server may be about to write.
+    pub async fn logged(&self, event: &str) -> Value {
+        let find = || self.log().into_iter().find(|record| record["event"] == event);
+        super::eventually(&format!("{event} is logged"), || find().is_some()).await;
+        find().unwrap()
+    }
+
+    /// Where the HTTP cache listens. The server reports it before it has started.
+    pub fn http_address(&self) -> SocketAddr {
+        let started = self.log().into_iter().find(|record| record["event"] == "http_started").unwrap();
+        started["listen_addr"].as_str().unwrap().parse().unwrap()
     }
 
     /// The event of the start.

@@ -72,8 +72,7 @@ impl Guarded {
     }
 
     pub(crate) fn http(&self) -> String {
-        let started = self.server.log().into_iter().find(|event| event["event"] == "http_started").unwrap();
-        format!("http://{}", started["listen_addr"].as_str().unwrap())
+        format!("http://{}", self.server.http_address())
     }
 }
 

@@ -255,7 +255,7 @@ async fn an_action_with_different_outputs_is_reported_and_not_silently_overwritt
     assert_eq!((&report["times"], &report["differing_outputs"]), (&1.into(), &1.into()), "{reported}");
     assert_eq!(report["outputs"][0]["path"], "now");
     assert_eq!(report["later"]["action_digest"], action.to_string());
-    let logged = server.log().into_iter().find(|line| line["event"] == "outputs_differ").unwrap();
+    let logged = server.logged("outputs_differ").await;
     assert_eq!(logged["action_digest"], action.to_string());
     let words = text(&gorego(&server, &["store", "nondeterminism"]).await.stdout);
     assert!(words.contains("1 outputs differ") && words.contains("  now\n"), "{words}");
@@ -287,8 +287,7 @@ async fn results_of_clients_can_be_private_or_refused() {
     assert_eq!(own.stdout(&own.cached(action).await.unwrap()).await, "claimed");
     let executed = own.run(action).await;
     assert!(executed.cached_result);
-    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
-    let url = format!("http://{}/own/ac/{}", started["listen_addr"].as_str().unwrap(), action.hash_hex());
+    let url = format!("http://{}/own/ac/{}", server.http_address(), action.hash_hex());
     let over_http = http_client().get(&url).send().await.unwrap();
     assert_eq!(over_http.status(), 200);
     let purged = purge(

@@ -23,8 +23,7 @@ impl Http {
     async fn start(overrides: &[(&str, &str)]) -> Self {
         let address = [("HTTP__LISTEN_ADDR", "127.0.0.1:0")];
         let server = Server::with(&[&address, overrides].concat()).await;
-        let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
-        let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
+        let base = format!("http://{}", server.http_address());
         Self { server, base, client: http_client() }
     }
 
@@ -164,8 +163,7 @@ async fn values_have_any_key_are_replaced_and_survive_a_restart() {
     let server =
         Server::on(store, &[("HTTP__LISTEN_ADDR", "127.0.0.1:0"), ("INSTANCE_NAMES", r#"["", "main"]"#)])
             .await;
-    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
-    let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
+    let base = format!("http://{}", server.http_address());
     let http = Http { server, base, client: http.client };
     assert_eq!(http.get("/cache/0a1b2c").await.unwrap(), b"another");
 }

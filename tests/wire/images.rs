@@ -187,6 +187,7 @@ async fn an_image_is_pulled_once_for_all_actions_that_want_it_with_the_credentia
     // What is there needs no registry, but one that is allowed.
     registry.change(|content| content.broken = Some(StatusCode::INTERNAL_SERVER_ERROR));
     assert_eq!(finds(&client, &name).await, format!("pulled {FOUND}"));
+    server.logged("image_pulled").await;
     let pulled: Vec<_> = server.log().into_iter().filter(|event| event["event"] == "image_pulled").collect();
     assert!(pulled.len() == 1 && pulled[0]["digest"] == *digest, "{pulled:?}");
     let log = serde_json::to_string(&server.log()).unwrap();

@@ -99,7 +99,7 @@ async fn what_a_build_was_promised_stays_while_another_fills_the_store() {
     assert!(client.run(action).await.cached_result);
     assert!(missing(&client, "", &others[..40]).await > 30, "the other build has lost its oldest");
     assert_eq!(missing(&client, "", &others[75..]).await, 0);
-    assert!(server.log().iter().any(|line| line["event"] == "leases_withdrawn"));
+    server.logged("leases_withdrawn").await;
 }
 
 /// Sets the recorded use of all stored files to five hours ago.
@@ -134,7 +134,7 @@ async fn leases_that_fill_the_store_cost_rebuilds_and_no_promise() {
     let client = server.client().await;
     assert_eq!(missing(&client, "full", &blobs).await, 0);
     assert_eq!(result_for(&client, "full", action).await, Err(Code::NotFound));
-    assert!(server.log().iter().any(|line| line["event"] == "leases_full"));
+    server.logged("leases_full").await;
     assert_eq!(missing(&client, "full", &blobs).await, 0, "nothing was lost");
     assert_eq!(missing(&client, "another", &blobs).await, 0, "what both need is charged to neither");
     let (_, status) = upload(&client, "full", noise(2_000_000, 99)).await;

@@ -285,8 +285,7 @@ async fn http_refusals_are_counted_where_there_are_too_many_to_list() {
     const REFUSED: u64 = 1_000;
     const ORDINARY: usize = 300;
     let server = Server::with(&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
-    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
-    let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
+    let base = format!("http://{}", server.http_address());
     let client = http_client();
     for at in 0..REFUSED {
         let request = match at % 4 {

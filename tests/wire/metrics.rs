@@ -33,8 +33,7 @@ type Samples = BTreeMap<String, f64>;
 impl Watched {
     async fn start(overrides: &[(&str, &str)]) -> Self {
         let server = Server::with(&[&[("HTTP__LISTEN_ADDR", "127.0.0.1:0")], overrides].concat()).await;
-        let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
-        let base = format!("http://{}", started["listen_addr"].as_str().unwrap());
+        let base = format!("http://{}", server.http_address());
         Self { server, base, http: http_client() }
     }
 

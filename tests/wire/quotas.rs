@@ -28,8 +28,7 @@ fn assert_over_quota(status: &Status, what: &str) {
 }
 
 fn http_address(server: &Server) -> String {
-    let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
-    format!("http://{}", started["listen_addr"].as_str().unwrap())
+    format!("http://{}", server.http_address())
 }
 
 /// GEN-21.

@@ -35,8 +35,7 @@ impl Guarded {
     async fn start(jwks: &str) -> Self {
         let overrides = [("ACCESS__JWT", &*issuer(jwks)), ("HTTP__LISTEN_ADDR", "127.0.0.1:0")];
         let server = Server::with(&overrides).await;
-        let started = server.log().into_iter().find(|line| line["event"] == "http_started").unwrap();
-        let http = format!("http://{}", started["listen_addr"].as_str().unwrap());
+        let http = format!("http://{}", server.http_address());
         let channel = Channel::from_shared(server.endpoint()).unwrap().connect().await.unwrap();
         Self { server, http, cas: ContentAddressableStorageClient::new(channel) }
     }
@@ -195,6 +194,6 @@ async fn an_issuer_that_does_not_answer_is_no_fault_of_the_client() {
     let status = guarded.grpc(&key.token("EdDSA", &claims(json!({})))).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
     assert!(!status.message().contains(&keys.url()), "{status:?}");
-    let failed = guarded.server.log().into_iter().find(|line| line["event"] == "jwks_failed").unwrap();
+    let failed = guarded.server.logged("jwks_failed").await;
     assert!(failed["error"].as_str().unwrap().contains("503"), "{failed}");
 }

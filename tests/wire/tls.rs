@@ -71,11 +71,6 @@ impl Files {
     }
 }
 
-fn address_of_http(server: &Server) -> String {
-    let started = server.log().into_iter().find(|event| event["event"] == "http_started").unwrap();
-    started["listen_addr"].as_str().unwrap().to_owned()
-}
-
 fn events(server: &Server, name: &str) -> Vec<Value> {
     server.log().into_iter().filter(|event| event["event"] == name).collect()
 }
@@ -106,7 +101,7 @@ async fn both_ports_speak_tls_and_plaintext_is_told_so() {
     assert_eq!(client.stdout(&result).await, "hello\n");
     assert_eq!(client.stderr(&result).await.len(), 3_000_000);
 
-    let http = address_of_http(&server);
+    let http = server.http_address();
     for version in [reqwest::tls::Version::TLS_1_2, reqwest::tls::Version::TLS_1_3] {
         let client = http_client(&files.ca, None, version);
         let put =
@@ -140,7 +135,7 @@ async fn clients_prove_who_they_are_with_a_certificate_at_both_ports() {
     let files = Files::new();
     let alice = files.client("alice");
     let server = files.server(&[("TLS__CLIENT_CA", &files.at("ca.pem"))]).await;
-    let http = format!("https://{}/healthz", address_of_http(&server));
+    let http = format!("https://{}/healthz", server.http_address());
     for version in [reqwest::tls::Version::TLS_1_2, reqwest::tls::Version::TLS_1_3] {
         let known = http_client(&files.ca, Some(&alice), version).get(&http).send().await.unwrap();
         assert_eq!(known.text().await.unwrap().trim(), "ok");

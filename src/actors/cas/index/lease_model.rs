@@ -93,8 +93,8 @@ fn op() -> impl Strategy<Value = Op> {
 struct Model {
     now: u32,
     entries: HashMap<FileId, (u64, HashSet<Owner>)>,
-    /// All builds that have ever touched an entry, also those that are quiet by now.
-    touched: HashMap<FileId, HashSet<Owner>>,
+    /// The peers of which a build has touched an entry since the peer was without leases.
+    touched: HashMap<FileId, HashSet<Peer>>,
     active: HashMap<Owner, u32>,
     /// Builds that may have lost leases because they had too much. Nothing is expected of what only they have touched.
     withdrawn: HashSet<Owner>,
@@ -120,24 +120,27 @@ impl Model {
             self.withdrawn.remove(&owner);
             self.entries.values_mut().for_each(|(_, builds)| _ = builds.remove(&owner));
         }
+        let active: HashSet<Peer> = self.active.keys().map(|owner| owner.peer).collect();
+        self.touched.values_mut().for_each(|peers| peers.retain(|peer| active.contains(peer)));
     }
 
     /// A build touches an entry that is there.
     fn touch(&mut self, file: FileId, owner: Owner) {
         if let Some((_, builds)) = self.entries.get_mut(&file) {
             builds.insert(owner);
-            self.touched.entry(file).or_default().insert(owner);
+            self.touched.entry(file).or_default().insert(owner.peer);
         }
     }
 
-    /// The most that a peer may be charged with: what it has ever touched, since leases end only when the index is told to look, and
-    /// what builds have shared, since a common row counts as a whole.
+    /// The most that a peer may be charged with: what it has touched, except for what it shares with another peer.
     fn most_of(&self, peer: Peer) -> u64 {
-        let may_be_charged = |file: &FileId| {
-            let builds = self.touched.get(file);
-            builds.is_some_and(|builds| builds.len() > 1 || builds.iter().any(|owner| owner.peer == peer))
+        let may_be_charged = |file: &FileId, builds: &HashSet<Owner>| {
+            let mut peers = builds.difference(&self.withdrawn).map(|owner| owner.peer);
+            let is_shared = peers.next().is_some_and(|first| peers.any(|other| other != first));
+            !is_shared && self.touched.get(file).is_some_and(|peers| peers.contains(&peer))
         };
-        self.entries.iter().filter(|(file, _)| may_be_charged(file)).map(|(_, (bytes, _))| bytes).sum()
+        let charged = self.entries.iter().filter(|(file, (_, builds))| may_be_charged(file, builds));
+        charged.map(|(_, (bytes, _))| bytes).sum()
     }
 
     /// Whether a promise protects the entry.
@@ -392,7 +395,9 @@ fn nobody_loses_leases_within_its_share() {
         store(&mut index, file(name), 30, build(peer, 1), START).unwrap();
     }
     assert_eq!(index.totals().leased, 820);
-    assert_eq!(index.ease_leases(100, Some(build(3, 1)), START), []);
+    for asker in [Some(build(3, 1)), None] {
+        assert_eq!(index.ease_leases(100, asker, START), []);
+    }
     assert!(!index.can_lease(100));
     assert!(index.reserve(300).is_err(), "uploads are refused if even that does not fit");
     // The common rows of one peer are its own.
@@ -404,7 +409,40 @@ fn nobody_loses_leases_within_its_share() {
     }
     let withdrawn = index.ease_leases(200, Some(build(2, 1)), START + 3_600);
     assert!(index.can_lease(200) && withdrawn.iter().all(|lost| lost.build.is_none()), "{withdrawn:?}");
+    index.evict(LIMIT, 0, usize::MAX);
+    assert!(!is_there(&index, file(0)) && is_there(&index, file(39)), "the oldest are lost");
     assert_eq!(index.tally().broken_promises, 0);
+}
+
+/// Leases of builds that have been quiet for long enough count for nobody, although they have not been ended yet.
+#[test]
+fn a_build_is_charged_for_nothing_that_was_leased_before_it_returned() {
+    let times = LeaseTimes { named: 60, unnamed: 60 };
+    let returned = START + times.named;
+    let stored_by = |builds: &[Owner]| {
+        let mut index = Index::with_leases(LIMIT, times, 0);
+        for name in 0..40 {
+            store(&mut index, file(name), 20, build(1, 1), START).unwrap();
+            for owner in builds {
+                touch(&index, file(name), *owner, START);
+            }
+        }
+        index
+    };
+    // Its own rows and the common rows of its peer end.
+    let mut index = stored_by(&[build(1, 2)]);
+    for number in [1, 2] {
+        assert!(touch(&index, file(0), build(1, number), returned));
+    }
+    index.expire_leases(returned);
+    assert_eq!(index.totals().leased, 20);
+    // It shares nothing with builds that are quiet.
+    let mut index = stored_by(&[]);
+    for name in 0..40 {
+        assert!(touch(&index, file(name), build(2, 1), returned));
+    }
+    let withdrawn = index.ease_leases(200, Some(build(3, 1)), returned);
+    assert!(index.can_lease(200) && withdrawn.iter().all(|lost| lost.peer == build(2, 1).peer));
 }
 
 /// A disk that something else fills takes what it has to, from whoever has most, and that is counted.

@@ -5,11 +5,15 @@
 //! rows end, each in constant time, and so do the leases of all entries that name them. A build that has too much loses its oldest
 //! row ([`Leases::withdraw_one`]). Names of rows are never used again, so an entry may keep the name of a row that is gone.
 //!
-//! An entry that a second build touches moves to a *common* row. It stays until the last build is quiet that touched one of its
-//! entries, and is charged to no build, so that no build loses what it shares with another one.
+//! An entry that a second build touches moves to a *common* row. Such a row stays until all builds are quiet that were active
+//! while it was the newest. If only builds of one peer share its entries, it is charged to this peer, and otherwise to none, so that
+//! no peer loses what it shares with another one.
+//!
+//! A build that returns after its leases are over is another build. Its earlier rows are not charged to it, and end with the next
+//! [`Leases::expire`].
 //!
 //! Bounds: [`ROWS`] rows, of which [`COMMON_ROWS`] are common, and [`BUILDS`] builds: about 300 KiB. Beyond them, builds of a peer
-//! count as one, and periods get longer.
+//! count as one, periods get longer, and what the builds of a peer share is charged to none.
 //!
 //! Readers take leases while they share the index. Only its owner ends rows, so a row that a reader has found stays meanwhile.
 
@@ -27,8 +31,10 @@ use std::{
 
 /// Rows that there are at most.
 pub(super) const ROWS: usize = 4_096;
-/// The part of them that is common.
-const COMMON_ROWS: usize = 64;
+/// The part of them that is common,
+const COMMON_ROWS: usize = 256;
+/// and the part of those that is kept for what builds of several peers share.
+const COMMON_ROWS_OF_ALL: usize = 64;
 /// Builds that have leases at the same time. Others count as one build of their peer.
 const BUILDS: usize = 1_024;
 /// Rows that one build has at most.
@@ -37,7 +43,7 @@ const ROWS_OF_BUILD: usize = 64;
 const PERIOD_SECS: u32 = 600;
 /// or when its newest row has this part of all bytes that may be leased.
 const ROW_PART: u64 = 48;
-/// There is a new common row when the newest one has this part of them.
+/// There is a new common row when the newest one of its kind has this part of them.
 const COMMON_ROW_PART: u64 = 16;
 /// Bits of the name of a row that say where it is.
 const ROW_BITS: u32 = ROWS.trailing_zeros();
@@ -64,9 +70,11 @@ pub struct LeaseTimes {
 pub(crate) struct Lessee {
     /// The newest row of the build.
     own: u32,
-    /// The newest common row.
-    common: u32,
+    /// The newest common rows that the build has joined: the one of its peer, and the one of several peers. [`NONE`] if there is none.
+    common: [u32; 2],
     build: usize,
+    peer: Peer,
+    now: u32,
 }
 
 /// A lease that a build has lost because it had more than its share.
@@ -109,8 +117,11 @@ struct Book {
     /// The rows that are free, with the names that they get next. The one that was used last comes last.
     free: VecDeque<u32>,
     free_common: VecDeque<u32>,
-    /// The common rows, the newest one last.
-    common: VecDeque<CommonRow>,
+    /// The common rows by their places, how many there have been,
+    common: Vec<Option<CommonRow>>,
+    common_begun: u64,
+    /// and the place of the newest one of each payer.
+    newest_common: HashMap<Payer, usize>,
     /// The build of each row that is not common.
     build_of: Vec<u16>,
 }
@@ -124,10 +135,16 @@ struct LeasingBuild {
     rows: VecDeque<(u32, u32)>,
 }
 
+/// The peer that a common row is charged to; `None` if builds of several peers share its entries.
+type Payer = Option<Peer>;
+
 struct CommonRow {
     name: u32,
+    payer: Payer,
     since: u32,
-    /// The builds that have touched one of its entries, as a set of bits.
+    /// How many common rows began before it.
+    number: u64,
+    /// The builds that may have touched one of its entries, as a set of bits.
     builds: [u64; SET_WORDS],
 }
 
@@ -142,7 +159,9 @@ impl Leases {
             peers: HashMap::new(),
             free: (COMMON_ROWS..ROWS).map(first).collect(),
             free_common: (0..COMMON_ROWS).map(first).collect(),
-            common: VecDeque::new(),
+            common: std::iter::repeat_with(|| None).take(COMMON_ROWS).collect(),
+            common_begun: 0,
+            newest_common: HashMap::new(),
             build_of: vec![0; ROWS],
         };
         Self {
@@ -177,10 +196,15 @@ impl Leases {
             return None;
         }
         let mut book = self.book();
-        let build = book.place_of(owner, lasts);
-        let common = self.common_row(&mut book, build, now)?;
-        let own = self.own_row(&mut book, build, now).unwrap_or(common);
-        Some(Lessee { own, common, build })
+        let build = book.place_of(owner, lasts, now);
+        let own = self.own_row(&mut book, build, now);
+        let payers = [Some(owner.peer), None];
+        let common = payers.map(|payer| match own.is_none() || book.newest_common.contains_key(&payer) {
+            true => self.join(&mut book, build, payer, now).unwrap_or(NONE),
+            false => NONE,
+        });
+        let own = own.or_else(|| common.into_iter().find(|name| *name != NONE))?;
+        Some(Lessee { own, common, build, peer: owner.peer, now })
     }
 
     /// The newest row of a build; a new one if it is full or old.
@@ -204,41 +228,58 @@ impl Leases {
         it.rows.back().map(|(name, _)| *name)
     }
 
-    /// The newest common row, which a build joins; a new one if it is full or old.
-    fn common_row(&self, book: &mut Book, build: usize, now: u32) -> Option<u32> {
-        let wants_next = |row: &CommonRow| {
-            let is_full = self.bytes_in(row.name) > self.budget / COMMON_ROW_PART;
-            is_full || now.saturating_sub(row.since) >= PERIOD_SECS
-        };
-        if book.common.back().is_none_or(wants_next)
+    /// The newest common row with this payer, which a build joins; a new one if it is full or old, or if its builds are all quiet.
+    fn join(&self, book: &mut Book, build: usize, payer: Payer, now: u32) -> Option<u32> {
+        let newest = book.newest_common.get(&payer).and_then(|place| book.common[*place].as_ref());
+        let wants_new = newest.is_none_or(|row| {
+            let bytes = self.bytes_in(row.name);
+            let is_full = bytes > self.budget / COMMON_ROW_PART;
+            let is_old = now.saturating_sub(row.since) >= PERIOD_SECS;
+            bytes > 0 && (is_full || is_old || !book.is_any_active(&row.builds, now))
+        });
+        let kept = if payer.is_some() { COMMON_ROWS_OF_ALL } else { 0 };
+        if wants_new
+            && book.free_common.len() > kept
             && let Some(name) = book.free_common.pop_front()
         {
-            self.rows[row_of(name)].name.store(name, Relaxed);
-            book.common.push_back(CommonRow { name, since: now, builds: [0; SET_WORDS] });
+            let (place, number) = (row_of(name), book.common_begun);
+            self.rows[place].name.store(name, Relaxed);
+            book.common[place] = Some(CommonRow { name, payer, since: now, number, builds: [0; SET_WORDS] });
+            book.common_begun += 1;
+            book.newest_common.insert(payer, place);
         }
-        let newest = book.common.back_mut()?;
-        newest.builds[build / 64] |= 1 << (build % 64);
-        Some(newest.name)
+        let place = *book.newest_common.get(&payer)?;
+        let row = book.common[place].as_mut()?;
+        add_to(&mut row.builds, &set_of(build));
+        Some(row.name)
     }
 
     /// The row to which an entry in the row `from` moves when the lessee touches it; `None` if it stays.
     pub(super) fn target(&self, from: u32, lessee: Lessee) -> Option<u32> {
-        let Lessee { own, common, build } = lessee;
-        if from == own || from == common {
+        let Lessee { own, common, build, peer, now } = lessee;
+        if from != NONE && (from == own || common.contains(&from)) {
             return None;
         }
         let Some(row) = self.row(from) else { return Some(own) };
         let mut book = self.book();
-        let joined = match book.common.iter().find(|row| row.name == from) {
-            Some(older) => older.builds,
-            None if usize::from(book.build_of[row]) == build => return Some(own),
-            None => set_of(book.build_of[row].into()),
+        let of = usize::from(book.build_of[row]);
+        let (payer, joined) = match book.common.get(row) {
+            Some(older) => older.as_ref().map(|older| (older.payer, older.builds))?,
+            None if of == build => return Some(own),
+            None => (book.payer_of(of, peer), set_of(of)),
         };
-        // The lessee may have got its rows a moment ago.
-        if let Some(target) = book.common.iter_mut().find(|row| row.name == common) {
-            target.builds.iter_mut().zip(joined).for_each(|(set, more)| *set |= more);
+        if !book.is_any_active(&joined, now) {
+            return Some(own);
         }
-        Some(common)
+        let payer = payer.filter(|payer| *payer == peer);
+        let target = match self.join(&mut book, build, payer, now) {
+            Some(target) => target,
+            None => self.join(&mut book, build, None, now)?,
+        };
+        if let Some(row) = book.common[row_of(target)].as_mut() {
+            add_to(&mut row.builds, &joined);
+        }
+        (target != from).then_some(target)
     }
 
     /// Counts an entry that moved between rows. Either may be gone, or none.
@@ -298,10 +339,8 @@ impl Leases {
                 over.extend(book.leave(place));
             }
         }
-        let names: Vec<u32> =
-            book.common.iter().filter(|row| row.builds == [0; SET_WORDS]).map(|row| row.name).collect();
-        book.common.retain(|row| row.builds != [0; SET_WORDS]);
-        over.extend(names);
+        let is_over = |row: &&CommonRow| row.builds == [0; SET_WORDS];
+        over.extend(book.common.iter().flatten().filter(is_over).map(|row| row.name));
         over.into_iter().map(|name| self.end(name)).collect()
     }
 
@@ -323,8 +362,8 @@ impl Leases {
             let (charge, builds) = charges.entry(build.owner.peer).or_default();
             (*charge, *builds) = (*charge + self.bytes_of(build), *builds + 1);
         }
-        for row in &book.common {
-            if let Some(peer) = book.only_peer(row) {
+        for row in book.common.iter().flatten() {
+            if let Some(peer) = row.payer {
                 charges.entry(peer).or_default().0 += self.bytes_in(row.name);
             }
         }
@@ -345,10 +384,14 @@ impl Leases {
         let (name, build) = match losing {
             Some(build) => (build.rows.front()?.0, Some(build.owner.build)),
             None => {
-                let newest = book.common.back().map(|row| row.name);
-                let older = book.common.iter().filter(|row| Some(row.name) != newest);
-                let oldest = older.filter(|_| asker.is_none_or(|asker| asker.peer != peer));
-                (oldest.into_iter().find(|row| book.only_peer(row) == Some(peer))?.name, None)
+                let newest = book.newest_common.get(&Some(peer)).copied();
+                let older = book
+                    .common
+                    .iter()
+                    .flatten()
+                    .filter(|row| row.payer == Some(peer) && Some(row_of(row.name)) != newest);
+                let older = older.filter(|_| asker.is_none_or(|asker| asker.peer != peer));
+                (older.min_by_key(|row| row.number)?.name, None)
             }
         };
         let bytes = self.bytes_in(name);
@@ -362,7 +405,10 @@ impl Leases {
         let with_bytes = book.builds.iter().flatten().filter(|build| self.bytes_of(build) > 0);
         let name = match with_bytes.max_by_key(|build| self.bytes_of(build)) {
             Some(build) => build.rows.front()?.0,
-            None => book.common.iter().find(|row| self.bytes_in(row.name) > 0)?.name,
+            None => {
+                let rows = book.common.iter().flatten().filter(|row| self.bytes_in(row.name) > 0);
+                rows.min_by_key(|row| row.number)?.name
+            }
         };
         drop(book);
         Some(self.take(name))
@@ -371,7 +417,6 @@ impl Leases {
     /// Ends a row that is in the book.
     fn take(&mut self, name: u32) -> EndedRow {
         let book = self.book.get_mut().unwrap_or_else(PoisonError::into_inner);
-        book.common.retain(|row| row.name != name);
         for build in book.builds.iter_mut().flatten() {
             build.rows.retain(|(row, _)| *row != name);
         }
@@ -386,7 +431,7 @@ impl Leases {
         build.rows.iter().map(|(name, _)| self.bytes_in(*name)).sum()
     }
 
-    /// Ends a row that is in no list of the book any more.
+    /// Ends a row that no build has any more.
     fn end(&mut self, name: u32) -> EndedRow {
         let row = row_of(name);
         let it = &mut self.rows[row];
@@ -396,8 +441,17 @@ impl Leases {
         let book = self.book.get_mut().unwrap_or_else(PoisonError::into_inner);
         // The names of one row are used again after a million others.
         let next = name.checked_add(1 << ROW_BITS).unwrap_or((1 << ROW_BITS) | row as u32);
-        let free = if row < COMMON_ROWS { &mut book.free_common } else { &mut book.free };
-        free.push_back(next);
+        match book.common.get_mut(row) {
+            Some(common) => {
+                let ended = common.take();
+                let payer = ended.map_or(None, |ended| ended.payer);
+                if book.newest_common.get(&payer) == Some(&row) {
+                    book.newest_common.remove(&payer);
+                }
+                book.free_common.push_back(next);
+            }
+            None => book.free.push_back(next),
+        }
         EndedRow { row, held }
     }
 
@@ -416,7 +470,9 @@ impl Leases {
             + book.peers.capacity() * size_of::<(Peer, usize)>();
         let rows = ROWS * size_of::<LeaseRow>() + book.build_of.len() * size_of::<u16>();
         let names = (book.free.capacity() + book.free_common.capacity()) * size_of::<u32>();
-        builds + rows + names + book.common.capacity() * size_of::<CommonRow>()
+        let common = book.common.capacity() * size_of::<Option<CommonRow>>()
+            + book.newest_common.capacity() * size_of::<(Payer, usize)>();
+        builds + rows + names + common
     }
 }
 
@@ -431,21 +487,42 @@ pub(super) struct EndedRow {
 
 impl Book {
     /// The place of a build. If there are too many, the one of all other builds of its peer, or of everybody.
-    fn place_of(&mut self, owner: Owner, lasts: u32) -> usize {
-        let others = Owner { build: Build::OTHERS, ..owner };
-        let known = |book: &Self, owner| book.places.get(&owner).copied();
-        if let Some(place) = known(self, owner) {
+    fn place_of(&mut self, owner: Owner, lasts: u32, now: u32) -> usize {
+        if let Some(place) = self.known_place(owner, now) {
             return place;
         }
-        let (free, own) = (BUILDS - 1 - self.places.len(), self.peers.get(&owner.peer).copied().unwrap_or(0));
+        let free = BUILDS.saturating_sub(self.builds.iter().flatten().count());
+        let own = self.peers.get(&owner.peer).copied().unwrap_or(0);
         if own < free.saturating_mul(SHARE) {
             return self.add(owner, lasts);
         }
-        match known(self, others) {
+        let others = Owner { build: Build::OTHERS, ..owner };
+        match self.known_place(others, now) {
             Some(place) => place,
             None if free > 0 => self.add(others, lasts),
             None => REST,
         }
+    }
+
+    /// The place of a build that is here. One whose leases are over keeps its place until they are ended, but is not found any more.
+    fn known_place(&mut self, owner: Owner, now: u32) -> Option<usize> {
+        let place = *self.places.get(&owner)?;
+        if self.is_active(place, now) {
+            return Some(place);
+        }
+        self.places.remove(&owner);
+        None
+    }
+
+    /// Whether the leases of the build at this place last.
+    fn is_active(&self, place: usize, now: u32) -> bool {
+        let build = self.builds.get(place).and_then(Option::as_ref);
+        build.is_some_and(|build| now < build.active.saturating_add(build.lasts))
+    }
+
+    fn is_any_active(&self, builds: &[u64; SET_WORDS], now: u32) -> bool {
+        let mut places = (0..self.builds.len()).filter(|place| builds[place / 64] & 1 << (place % 64) != 0);
+        places.any(|place| self.is_active(place, now))
     }
 
     fn add(&mut self, owner: Owner, lasts: u32) -> usize {
@@ -462,7 +539,7 @@ impl Book {
 
     /// Forgets a build, which leaves the common rows. Returns the names of its own.
     fn leave(&mut self, place: usize) -> Vec<u32> {
-        for row in &mut self.common {
+        for row in self.common.iter_mut().flatten() {
             row.builds[place / 64] &= !(1 << (place % 64));
         }
         let Some(build) = self.builds.get_mut(place) else { return Vec::new() };
@@ -471,7 +548,9 @@ impl Book {
             return rows.into_iter().flatten().map(|(name, _)| name).collect();
         }
         let Some(build) = build.take() else { return Vec::new() };
-        self.places.remove(&build.owner);
+        if self.places.get(&build.owner) == Some(&place) {
+            self.places.remove(&build.owner);
+        }
         if let Some(count) = self.peers.get_mut(&build.owner.peer) {
             *count -= 1;
             if *count == 0 {
@@ -481,14 +560,11 @@ impl Book {
         build.rows.into_iter().map(|(name, _)| name).collect()
     }
 
-    /// The peer of all builds that have touched entries of a common row, if it is one.
-    fn only_peer(&self, row: &CommonRow) -> Option<Peer> {
-        let is_in = |place: usize| row.builds[place / 64] & 1 << (place % 64) != 0;
-        let builds = self.builds.iter().enumerate().filter(|(place, _)| is_in(*place));
-        let owners = builds.filter_map(|(_, build)| Some(build.as_ref()?.owner));
-        let mut peers = owners.filter(|owner| *owner != EARLIER).map(|owner| owner.peer);
-        let first = peers.next()?;
-        peers.all(|peer| peer == first).then_some(first)
+    /// Who pays for what the build at this place has touched, once a build of the peer `other` has touched it too. What was leased
+    /// before the start may well be the other's own.
+    fn payer_of(&self, place: usize, other: Peer) -> Payer {
+        let owner = self.builds.get(place).and_then(Option::as_ref)?.owner;
+        Some(if owner == EARLIER { other } else { owner.peer })
     }
 }
 
@@ -501,4 +577,8 @@ fn set_of(place: usize) -> [u64; SET_WORDS] {
     let mut set = [0; SET_WORDS];
     set[place / 64] = 1 << (place % 64);
     set
+}
+
+fn add_to(set: &mut [u64; SET_WORDS], more: &[u64; SET_WORDS]) {
+    set.iter_mut().zip(more).for_each(|(set, more)| *set |= more);
 }

@@ -4,8 +4,8 @@
 //! time that leases last, and an hour before that, is leased to one build that sends no more requests ([`EARLIER`]). Like any other
 //! build, it loses its oldest leases first if it has more than its share, and all of them when it was quiet for long enough.
 //!
-//! What a build of this run touches besides moves to a common row, as always. Such a row counts as the build's own, because the
-//! build from before may well be the same.
+//! What a build of this run touches besides moves to a common row, as always. Such a row is charged to the peer of the build, because
+//! the build from before may well be the same.
 
 use super::{LeaseRow, Leases, NONE, ROWS_OF_BUILD, row_of};
 use crate::{
@@ -23,7 +23,7 @@ impl Leases {
     /// Adds a row from before the start that is older than those added so far. `None` if there is none left.
     fn add_earlier_row(&mut self, now: u32) -> Option<u32> {
         let book = self.book.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let place = book.place_of(EARLIER, self.times.named);
+        let place = book.place_of(EARLIER, self.times.named, now);
         let build = book.builds.get_mut(place)?.as_mut()?;
         if build.rows.len() >= ROWS_OF_BUILD {
             return None;

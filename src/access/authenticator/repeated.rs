@@ -1,34 +1,45 @@
 //! [`RepeatedCredential`]: the last credential that a connection has sent.
 //!
-//! Build tools send thousands of requests a second with the same header. The header of a request is compared with the
-//! last accepted header of its connection. This costs less than parsing and hashing it: a hundredth for a signed token
-//! of a kilobyte.
+//! Build tools send thousands of requests a second with the same header. The hash of a header is compared with the hash
+//! of the last accepted header of its connection. This costs less than parsing and checking it.
 //!
-//! A connection keeps one header of at most [`CREDENTIAL_MAX_BYTES`](super::super::credential::CREDENTIAL_MAX_BYTES).
-//! It is valid until its credential expires or must be checked again, and only under the rules that accepted it. The
-//! comparison takes constant time.
+//! A connection keeps one hash of 16 bytes with a random key of this process ([`HeaderHash`]), and not the header. It
+//! is valid until its credential expires or must be checked again, and only under the rules that accepted it.
 
 use super::AccessRules;
 use crate::access::principal::Principal;
 use arc_swap::ArcSwapOption;
+use siphasher::sip128::{Hash128, SipHasher13};
 use std::{
     fmt,
-    hint::black_box,
-    sync::{Arc, Weak},
+    sync::{Arc, LazyLock, Weak},
     time::SystemTime,
 };
+use uuid::Uuid;
 
 /// The last accepted credential; see the top of this file.
 #[derive(Default)]
 pub(crate) struct RepeatedCredential(ArcSwapOption<AcceptedHeader>);
 
 struct AcceptedHeader {
-    /// The header, which is secret.
-    value: Box<[u8]>,
+    hash: HeaderHash,
     principal: Principal,
     until: Option<SystemTime>,
     /// The rules that accepted it. The weak reference ensures that no other rules get the same address.
     rules: Weak<AccessRules>,
+}
+
+/// The hash of a header. Nobody can choose another header with the same hash without the key, and a comparison says
+/// nothing about the header that was accepted.
+#[derive(PartialEq, Eq)]
+struct HeaderHash(u64, u64);
+
+impl HeaderHash {
+    fn of(header: &[u8]) -> Self {
+        static KEY: LazyLock<[u8; 16]> = LazyLock::new(|| Uuid::new_v4().into_bytes());
+        let Hash128 { h1, h2 } = SipHasher13::new_with_key(&KEY).hash(header);
+        Self(h1, h2)
+    }
 }
 
 impl fmt::Debug for RepeatedCredential {
@@ -39,30 +50,25 @@ impl fmt::Debug for RepeatedCredential {
 
 impl RepeatedCredential {
     /// Returns the principal of a header, if it equals the last accepted header and that is still valid.
-    pub(super) fn find(&self, value: &[u8], rules: &Arc<AccessRules>, now: SystemTime) -> Option<Principal> {
+    pub(super) fn find(&self, header: &[u8], rules: &Arc<AccessRules>, now: SystemTime) -> Option<Principal> {
         let last = self.0.load();
         let last = last.as_ref()?;
-        let counts = last.until.is_none_or(|until| now < until) && last.rules.as_ptr() == Arc::as_ptr(rules);
-        (counts && are_equal(&last.value, value)).then(|| last.principal.clone())
+        let is_valid =
+            last.until.is_none_or(|until| now < until) && last.rules.as_ptr() == Arc::as_ptr(rules);
+        (is_valid && last.hash == HeaderHash::of(header)).then(|| last.principal.clone())
     }
 
-    /// Stores a header that these rules have accepted until this time.
+    /// Stores the hash of a header that these rules have accepted until this time.
     pub(super) fn keep(
         &self,
-        value: &[u8],
+        header: &[u8],
         principal: &Principal,
         until: Option<SystemTime>,
         rules: &Arc<AccessRules>,
     ) {
-        let (value, principal, rules) = (value.into(), principal.clone(), Arc::downgrade(rules));
-        self.0.store(Some(Arc::new(AcceptedHeader { value, principal, until, rules })));
+        let (hash, principal, rules) = (HeaderHash::of(header), principal.clone(), Arc::downgrade(rules));
+        self.0.store(Some(Arc::new(AcceptedHeader { hash, principal, until, rules })));
     }
-}
-
-/// Whether both slices are equal. The time depends only on their lengths. `subtle` does the same byte by byte.
-fn are_equal(one: &[u8], other: &[u8]) -> bool {
-    let difference = one.iter().zip(other).fold(0, |difference, (one, other)| difference | (one ^ other));
-    one.len() == other.len() && black_box(difference) == 0
 }
 
 #[cfg(test)]

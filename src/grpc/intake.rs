@@ -37,9 +37,9 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tonic::Status;
 use tower::{Layer, Service};
 
-/// Bytes of messages that are unfinished or that no handler has taken: twenty of the largest ones, and many more of usual ones.
+/// Bytes of messages that are unfinished or that no handler has taken: sixteen of the largest ones, and many more of usual ones.
 pub(crate) const UNFINISHED: Bounds =
-    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 252 * 1024 * 1024 };
+    Bounds { what: "bytes of unfinished requests", total: 256 * 1024 * 1024, connection: 188 * 1024 * 1024 };
 /// Memory for large requests that are being decoded or answered. Two of the largest fit, and many usual ones.
 pub(crate) const DECODED: Bounds = Bounds {
     what: "bytes of large requests",

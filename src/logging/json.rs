@@ -1,7 +1,7 @@
 //! Formats a record as one line of JSON.
 //!
-//! Everything is written directly to the line. Strings, numbers and booleans use the value writers of `serde_json`; only
-//! structured values of libraries go through its serializer.
+//! Everything is written directly to the line. Numbers, booleans and strings with escapes use the value writers of
+//! `serde_json`; only structured values of libraries go through its serializer.
 
 use super::{LIBRARY_EVENT, event::EVENT};
 use log::{
@@ -25,15 +25,15 @@ pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
     let _ = write!(line, "{{\"ts\":\"{}\",\"level\":\"", humantime::format_rfc3339_millis(now));
     line.extend_from_slice(record.level().as_str().as_bytes());
     line.extend_from_slice(b"\",\"target\":");
-    write_value(line, record.target());
+    write_text(line, record.target());
     line.extend_from_slice(b",\"event\":");
     match &event {
         Some(event) => write_value(line, event),
-        None => write_value(line, LIBRARY_EVENT),
+        None => write_text(line, LIBRARY_EVENT),
     }
     line.extend_from_slice(b",\"msg\":");
     match record.args().as_str() {
-        Some(message) => write_value(line, message),
+        Some(message) => write_text(line, message),
         None => write_value(line, record.args()),
     }
     if event.is_some() {
@@ -55,6 +55,19 @@ fn write_value(line: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
     }
 }
 
+/// Appends a string as JSON. Nearly all strings need no escapes, and are copied as a whole.
+fn write_text(line: &mut Vec<u8>, text: &str) {
+    let is_plain = |byte: u8| (byte >= b' ') & (byte != b'"') & (byte != b'\\');
+    // Without an early exit, several bytes are compared at once.
+    if text.bytes().fold(true, |all, byte| all & is_plain(byte)) {
+        line.push(b'"');
+        line.extend_from_slice(text.as_bytes());
+        line.push(b'"');
+    } else {
+        write_value(line, text);
+    }
+}
+
 /// Writes key-values, each after a separator.
 struct Fields<'a> {
     line: &'a mut Vec<u8>,
@@ -68,7 +81,7 @@ impl<'kvs> VisitSource<'kvs> for Fields<'_> {
         }
         let start = self.line.len();
         self.line.extend_from_slice(self.separator);
-        write_value(self.line, key.as_str());
+        write_text(self.line, key.as_str());
         self.line.push(b':');
         let mut present = Present { line: self.line, is_absent: false };
         value.visit(&mut present)?;
@@ -114,7 +127,23 @@ impl VisitValue<'_> for Present<'_> {
     }
 
     fn visit_str(&mut self, value: &str) -> Result<(), Error> {
-        write_value(self.line, value);
+        write_text(self.line, value);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// A string is written as the serializer writes it, whatever it contains.
+        #[test]
+        fn strings_are_escaped_as_json_requires(text in "(?s)[ -~]{0,40}|.{0,40}|[\u{0}-\u{1f}\"\\\\ a]{0,20}") {
+            let mut line = Vec::new();
+            write_text(&mut line, &text);
+            prop_assert_eq!(line, serde_json::to_vec(&text).unwrap());
+        }
     }
 }

@@ -63,7 +63,8 @@ impl Scheduler {
         }))
     }
 
-    /// An operation for a request that the action cache answers. The scheduler is told, and not waited for unless it is behind.
+    /// Creates an operation for a request that the action cache answers. The scheduler is notified. The call waits for it only
+    /// if its mailbox is full.
     ///
     /// # Errors
     /// `Unavailable` when the scheduler has stopped.
@@ -119,7 +120,7 @@ impl Scheduler {
         ask(&self.0.list, message).await?
     }
 
-    /// See [`Explain`]. `None` also when the scheduler has stopped.
+    /// See [`Explain`]. The answer is `None`, too, when the scheduler has stopped.
     pub async fn explain(&self, message: Explain) -> Option<Box<QueueStatus>> {
         ask(&self.0.explain, message).await.ok().flatten()
     }

@@ -176,8 +176,8 @@ impl AssetService {
         let shown = request.qualifiers.shown();
         let shown = shown.map(|(name, value)| Qualifier { name: name.into(), value: value.into() }).collect();
         let first = request.uris.first().cloned().unwrap_or_default();
-        // The download may be slow, and its client may control the origin. Twice, because the answer contains the qualifiers
-        // too.
+        // The download may be slow, and its client may control the origin. The factor is two because the answer repeats the
+        // qualifiers.
         Claim::settle(2 * request.size() as u64);
         let outcome = assets.fetch(request, oldest, wait).await;
         let digest_function = function.wire() as i32;
@@ -214,7 +214,7 @@ impl AssetService {
     async fn push(&self, call: &Call, kind: Kind, offered: PushFields) -> Result<(), Status> {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &offered.instance_name)?;
-        // Others are served what is pushed, as they are served action results.
+        // Other clients are served pushed assets, just like action results.
         self.0.gate.require_to_publish(call, &instance)?;
         if !assets.push_enabled() {
             let message = "clients may not push assets to this server (assets.push = false)";
@@ -258,7 +258,7 @@ fn qualifiers(list: Vec<Qualifier>) -> Result<Qualifiers> {
 }
 
 fn time(wire: prost_types::Timestamp, field: &str) -> Result<SystemTime> {
-    wire.try_into().map_err(|_| Error::Invalid(format!("{field} is no valid time")))
+    wire.try_into().map_err(|_| Error::Invalid(format!("{field} is not a valid time")))
 }
 
 fn wait(wire: prost_types::Duration) -> Result<Duration> {

@@ -1,8 +1,8 @@
 //! [`BulkReader`]: reads a socket in large pieces while much arrives.
 //!
 //! The HTTP/2 library reads at most one frame at a time, so an upload of a megabyte takes more than a hundred system calls, and
-//! most of them also send an acknowledgement. Once a read has filled the library's buffer, so that more is probably there, this
-//! reads up to [`BUFFER_BYTES`] at once and hands them over piece by piece. The copy costs less than the system calls.
+//! most of them also send an acknowledgement. A read that fills the library's buffer shows that more bytes are probably waiting.
+//! From then on, up to [`BUFFER_BYTES`] are read at once and handed over piece by piece. The copy costs less than the system calls.
 //!
 //! Bounds: the buffer has a share of the budget of what clients send ahead ([`crate::connections::ahead`]); without one, the socket
 //! is read directly. It is freed as soon as the socket is empty, so an idle connection has none.
@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, ReadBuf};
 
 /// Size of the buffer: four frames of the usual size.
 const BUFFER_BYTES: usize = 64 * 1024;
-/// A read of fewer bytes says nothing about whether more is there: the library begins with a buffer of 8 KiB.
+/// A full buffer below this size does not show that more bytes are waiting: the library begins with a buffer of 8 KiB.
 const FULL_READ_BYTES: usize = 4 * 1024;
 
 /// See the top of this file.
@@ -31,7 +31,7 @@ pub(super) struct BulkReader {
 #[derive(Debug)]
 struct Buffer {
     bytes: Box<[u8]>,
-    /// The part that is not handed over yet.
+    /// The bytes `from..to` are not handed over yet.
     from: usize,
     to: usize,
     _room: Share,

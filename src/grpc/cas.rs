@@ -247,7 +247,7 @@ impl Read {
         Ok(batch)
     }
 
-    /// Its approximate memory.
+    /// The approximate memory of the batch.
     fn memory(&self) -> u64 {
         const HASH_MAX_BYTES: usize = 128;
         let entry =
@@ -267,22 +267,22 @@ impl Read {
 /// their digests (GEN-25).
 fn fit(data: Bytes, left: &mut usize) -> Result<Bytes> {
     *left = left.checked_sub(data.len()).ok_or_else(|| Error::Exhausted {
-        message: "the answer is full; ask for fewer blobs in one call, or read this one by ByteStream".into(),
+        message: "the answer is full; request fewer blobs in one call, or read this one with ByteStream".into(),
         retry_after: None,
     })?;
     Ok(data)
 }
 
 /// Bytes that an answer has left after one entry for each digest. A batch with more entries than fit is refused before it is
-/// processed, because an entry may have two bytes in a request and a hundred times as many in memory.
+/// processed, because an entry of two bytes in a request may take a hundred times as many in memory.
 fn room_beside_entries<'a>(digests: impl Iterator<Item = Option<&'a reapi::Digest>>) -> Result<usize> {
     let sizes = digests.map(|digest| ENTRY_BYTES + digest.map_or(0, |digest| digest.hash.len()));
     inline::MESSAGE_MAX_BYTES.checked_sub(sizes.sum()).ok_or_else(|| {
-        Error::invalid("this batch names more blobs than one answer has entries for; send it in parts")
+        Error::invalid("this batch names more blobs than fit into one answer; split it")
     })
 }
 
-/// The status of a failed blob. It has only a code if the message has no room left for error messages (GEN-25).
+/// The status of a failed blob. If the message has no room left, the status has only a code (GEN-25).
 fn reason(error: &Error, left: &mut usize) -> rpc::Status {
     let status = status::inline(error);
     match left.checked_sub(status.encoded_len()) {
@@ -377,7 +377,8 @@ mod tests {
         }
     }
 
-    /// CAS-14, CAS-15: compressed items count as they are sent, and together decompress to so much at most.
+    /// CAS-14, CAS-15: compressed items count with their compressed size, and their decompressed sizes have a limit of their
+    /// own.
     #[test]
     fn compressed_items_are_counted_on_the_wire_and_bounded_in_what_they_become() {
         let zstd = |size: u64| {
@@ -419,7 +420,7 @@ mod tests {
         assert!(matches!(read(vec![sized(i64::MAX); 3]), Err(Error::Invalid(_))));
     }
 
-    /// GEN-25: entries without anything in them take memory all the same.
+    /// GEN-25: empty entries take memory, too.
     #[test]
     fn a_batch_of_more_blobs_than_an_answer_has_entries_for_is_refused() {
         assert!(update(vec![item(b"x"); 40_000]).is_ok());

@@ -9,10 +9,10 @@
 //! Invariants:
 //!
 //! - The connection's task polls no request twice, and begins none after [`TURN_MAX`]. The rest of that turn is spawned, so that
-//!   other threads can take it, but at most [`SPREAD_MAX`] requests of the whole server wait for that at a time: the tasks of
-//!   other connections are behind them in the runtime's queue. What is left waits for the connection's next turn, and nothing
-//!   more is read before.
-//! - After [`TURN_MAX`] the connection's task yields.
+//!   other threads can take it. At most [`SPREAD_MAX`] such requests of the whole server may be waiting at a time, because the
+//!   tasks of other connections are behind them in the runtime's queue. Requests beyond that wait for the connection's next
+//!   turn, and nothing more is read before it.
+//! - The connection's task yields after [`TURN_MAX`].
 //! - Messages that take long to decode are not decoded in a turn, because [`super::intake`] makes them wait once.
 //! - A panic in a request ends only that request.
 //! - Collected requests are begun even if the connection has ended, and dropped if its task has.
@@ -296,7 +296,7 @@ where
     }
 }
 
-/// The time limit in `grpc-timeout`: up to eight digits and a unit. A malformed value is ignored.
+/// The time limit in the header `grpc-timeout`, which has up to eight digits and a unit. A malformed value is ignored.
 fn time_limit(headers: &HeaderMap) -> Option<Duration> {
     const DIGITS_MAX: usize = 8;
     let (unit, digits) = headers.get("grpc-timeout")?.as_bytes().split_last()?;
@@ -366,7 +366,7 @@ mod tests {
         let turn = Turn::default();
         let requests = Collected::new(turn.clone(), Arc::new(Semaphore::new(1)));
         let guard = StopCollecting(requests.clone());
-        // As in the HTTP/2 library, a request has a clone of what it was handed to.
+        // As in the HTTP/2 library, a request holds a clone of the executor that it was handed to.
         let of_request = requests.clone();
         requests.execute(async move { drop(of_request) });
         assert_eq!(turn.requests(), 1);

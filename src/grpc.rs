@@ -9,8 +9,8 @@
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`], [`operation_stream`],
 //!   [`stalled`]: parts of answers. [`write_stream`]: the request of ByteStream.Write, and [`ask`] sends requests to the
 //!   scheduler.
-//! - [`accept`], [`bulk`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`], [`request_log`],
-//!   [`panic_guard`], [`mod@routes`]: layers that every connection and call passes.
+//! - [`accept`], [`connection`], [`turn`], [`bulk`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
+//!   [`answers`], [`request_log`], [`panic_guard`], [`mod@routes`]: layers that every connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
 //! accepting when its shutdown future completes, and returns when the last connection is closed.
@@ -29,6 +29,7 @@ pub(crate) mod chunks;
 pub(crate) mod claim;
 pub(crate) mod codec;
 mod conduct;
+mod connection;
 pub mod convert;
 pub(crate) mod execution;
 pub mod filter;
@@ -48,6 +49,7 @@ mod routes;
 pub mod services;
 mod serving;
 pub(crate) mod stalled;
+mod turn;
 mod write_stream;
 
 use crate::{

@@ -24,9 +24,9 @@ pub const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A handle to the scheduler; cheap to clone.
 #[derive(Clone)]
-pub struct Scheduler(Arc<Inner>);
+pub struct Scheduler(Arc<Recipients>);
 
-struct Inner {
+struct Recipients {
     /// The name of this server.
     node: NodeName,
     admit: Recipient<Admit>,
@@ -51,7 +51,7 @@ impl Scheduler {
             + Handler<ListOperations>
             + Handler<Explain>,
     {
-        Self(Arc::new(Inner {
+        Self(Arc::new(Recipients {
             node,
             admit: address.clone().recipient(),
             record: address.clone().recipient(),

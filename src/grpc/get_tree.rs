@@ -179,7 +179,8 @@ fn attended(
 }
 
 fn not_taken() -> Error {
-    let problem = "the client took no page of this tree for too long; continue with the token of its last page";
+    let problem =
+        "the client took no page of this tree for too long; continue with the token of its last page";
     Error::Unavailable(problem.into())
 }
 

@@ -3,7 +3,7 @@
 //! hyper gives each request to an executor, which usually spawns a task. A spawned task wakes another thread, and its answer
 //! wakes the task of the connection; for a look-up in memory, this costs more than the look-up. So this executor only collects
 //! the requests of one poll of the connection ([`Collected`]). The connection's task then polls each of them once. This answers
-//! most look-ups, and all small answers are sent with one write ([`super::accept::Turn`]). A request that has to wait is spawned
+//! most look-ups, and all small answers are sent with one write ([`Turn`]). A request that has to wait is spawned
 //! as a task.
 //!
 //! Invariants:
@@ -20,7 +20,9 @@
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
     STREAM_WINDOW_BYTES, STREAMS_MAX,
-    accept::{Arrived, Connection, OpenRequest, Turn},
+    accept::Arrived,
+    connection::Connection,
+    turn::{OpenRequest, Turn},
 };
 use crate::call::ConnectionInfo;
 use bytes::Bytes;

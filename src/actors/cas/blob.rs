@@ -1,14 +1,15 @@
 //! Handles that carry bytes past the mailbox: [`BlobReader`] reads a stored blob, [`BlobWriter`] writes a new one.
 //!
-//! This file has the reading side: how a stored file is opened, checked and read. A blob of up to `SMALL_BLOB_BYTES` is hashed
-//! at every read, unless the volume has checked its checksums and it was hashed before. Every read of a larger blob checks the
-//! checksums of its blocks, so that its first byte is served at once, also after a restart. It is hashed from end to end first if
-//! it has no checksums, or if this process knows its [`Stamp`] and the stamp is another one now. The stamp is checked again after
-//! each read, before the bytes are handed out. A blob that does not match is reported to the actor, which drops it, and is a miss
-//! from then on.
+//! This file has the reading side: how a stored file is opened, checked and read. A blob of up to `SMALL_BLOB_BYTES` is hashed at
+//! every read, unless the volume has checked its checksums and it was hashed before. Every read of a larger blob checks the
+//! checksums of its blocks, so that its first byte is served at once, also after a restart. It is first hashed from end to end if
+//! it has no checksums, or if its [`Stamp`] differs from the one that this process knows. The stamp is checked again after each
+//! read, before the bytes are handed out. A blob that does not match is reported to the actor, which drops it. From then on it is
+//! a miss.
 //!
-//! An input file that the kernel copies or clones for an action passes no checksum. Such a blob is hashed once in the life of the
-//! process, and again when its stamp changes ([`open_checked`]); later errors of the disk in it are left to the scrub.
+//! The checksums of an input file are not checked when the kernel copies or clones it for an action. Such a blob is hashed once
+//! in the life of the process, and again when its stamp changes ([`open_checked`]). The scrub finds later errors of the disk in
+//! it.
 
 pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
@@ -31,9 +32,11 @@ use std::{
     thread,
 };
 
-/// How much of a blob one job reads in [`Cas::read_through`], so that a caller that leaves does not keep a thread busy for long.
+/// Number of bytes that one job reads in [`Cas::read_through`]. When the caller leaves, the thread is busy for no longer than
+/// this takes.
 const READ_THROUGH_BYTES: u64 = 8 * 1024 * 1024;
-/// How often a file whose stamp differs from the verified one is checked again, [`COARSE_TICK`] apart, before it is hashed.
+/// Number of times that a file whose stamp differs from the verified one is checked again, [`COARSE_TICK`] apart, before it is
+/// hashed.
 const STAMP_LOOKS: usize = 3;
 
 /// A stored blob, open for reading. It was checked against its digest when it was opened, and stays readable while this is
@@ -53,11 +56,11 @@ enum BlobContent {
 #[derive(Debug)]
 struct OpenFile {
     stored: CheckedFile,
-    /// Whether the zstd frames of the file are read, and not its content.
+    /// Whether the zstd frames of the file are read instead of its content.
     as_frames: bool,
     found: FoundEntry,
     cas: Cas,
-    /// Keeps the bytes counted while the open file keeps them on disk.
+    /// Keeps the entry in the index, so that its bytes are counted while the open file keeps them on disk.
     _hold: Arc<Hold>,
 }
 
@@ -106,7 +109,7 @@ impl BlobReader {
         self.size
     }
 
-    /// Whether it reads from an open file, which keeps its bytes on disk, and not from memory.
+    /// Whether the bytes are read from an open file, which keeps them on disk, and not from memory.
     pub fn is_file(&self) -> bool {
         matches!(self.content, BlobContent::File(_))
     }
@@ -167,7 +170,8 @@ impl BlobReader {
         Ok(buffer.into())
     }
 
-    /// Reads from `offset` up to the end of the blob or of the buffer: at least one byte, unless one of them is empty. Blocks.
+    /// Reads from `offset` up to the end of the blob or of the buffer. Reads at least one byte, unless either is at its end.
+    /// Blocks.
     ///
     /// # Errors
     /// The errors of [`BlobReader::read_at`].
@@ -255,7 +259,7 @@ impl OpenFile {
 /// Verifies the content of a stored file from end to end. Returns the stamp at which it was verified. Blocks.
 ///
 /// # Errors
-/// `NotFound` when it is not right, which is reported to the actor.
+/// `NotFound` when the content is wrong. This is reported to the actor.
 pub(super) type Check = fn(&Cas, &FoundEntry, &dyn Stored) -> Result<Stamp>;
 
 /// An open stored file, with its stamp when its content was last verified.
@@ -283,10 +287,10 @@ impl CheckedFile {
         self.file.look().is_ok_and(|now| now.stamp == stamp)
     }
 
-    /// Makes sure that what was read so far is right: a changed file is verified again. Blocks.
+    /// Ensures that the bytes read so far are right: a changed file is verified again. Blocks.
     ///
     /// # Errors
-    /// `NotFound` when it is not, which is reported to the actor.
+    /// `NotFound` when the content is wrong. This is reported to the actor.
     pub(super) fn confirm(&self, cas: &Cas, found: &FoundEntry) -> Result<()> {
         if self.is_unchanged() {
             return Ok(());
@@ -300,14 +304,14 @@ impl CheckedFile {
     }
 }
 
-/// Opens the file of a larger blob. Its content is checked block by block when it is read, and now if that is not enough. Blocks, if
-/// need be for as long as hashing takes.
+/// Opens the file of a larger blob. Its blocks are checked when they are read. If it has no checksums or has changed, it is
+/// hashed now. Blocks for as long as that takes.
 pub(super) fn open_to_read(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
     let file = open(cas, found)?;
     let look = file.look().map_err(|error| failed(cas, found, &error))?;
     if !file.is_checked_when_read() || look.size != found.file.key.digest.size() {
         let stamp = check_content(cas, found, &*file)?;
-        // It has checksums now.
+        // Hashing has added checksums, so the file is opened again with them.
         return Ok(CheckedFile::new(open(cas, found)?, stamp, check_content));
     }
     let is_new = found.stamp == Seal::UNTRUSTED;
@@ -316,14 +320,14 @@ pub(super) fn open_to_read(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile>
         None => check_content(cas, found, &*file)?,
     };
     if is_new {
-        // What is damaged at its start is a miss, and not an answer that breaks off.
+        // Damage at the start of the blob is a miss, not an answer that breaks off.
         let mut start = [0];
         file.read_at(&mut start, 0).map_err(|error| failed(cas, found, &error))?;
     }
     Ok(CheckedFile::new(file, stamp, check_content))
 }
 
-/// Opens the file of a stored blob of any size and verifies its content. Blocks, if need be for as long as hashing takes.
+/// Opens the file of a stored blob of any size and verifies its content. Blocks for as long as hashing takes.
 pub(super) fn open_checked(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
     let file = open(cas, found)?;
     let look = file.look().map_err(|error| failed(cas, found, &error))?;
@@ -336,8 +340,8 @@ pub(super) fn open_checked(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile>
     Ok(CheckedFile::new(file, stamp, check_content))
 }
 
-/// The current stamp of a file, if its content was verified at that stamp. The server itself moves the change time when it
-/// records a use, and the actor learns of that a moment later. So a file whose stamp differs is checked a few times before it
+/// The current stamp of a file, if its content was verified at that stamp. The server itself changes the change time when it
+/// records a use, and the actor learns of this a moment later. So a file with a different stamp is checked a few times before it
 /// is hashed. Blocks.
 pub(super) fn known_stamp(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Option<Stamp>> {
     for look in 0..STAMP_LOOKS {
@@ -363,7 +367,7 @@ fn check_content(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Sta
     check_content_slowly(cas, found, file, &mut |_| Ok(()))
 }
 
-/// [`check_content`], with a pause after each piece of these many bytes. An error of the pause ends it.
+/// Like [`check_content`], but calls `pause` after each piece with the number of its bytes. An error of `pause` ends the check.
 pub(super) fn check_content_slowly(
     cas: &Cas,
     found: &FoundEntry,
@@ -371,7 +375,7 @@ pub(super) fn check_content_slowly(
     pause: &mut dyn FnMut(usize) -> io::Result<()>,
 ) -> Result<Stamp> {
     let digest = found.file.key.digest;
-    // Taken before hashing, because a later change in the same clock tick would not show.
+    // The stamp is taken before hashing, because a later change in the same clock tick would not show.
     let before = file.look().map_err(|error| failed(cas, found, &error))?;
     if before.size != digest.size() {
         return Err(damaged(cas, found, format!("it has {} bytes", before.size)));
@@ -388,7 +392,7 @@ pub(super) fn check_content_slowly(
         return Err(damaged(cas, found, format!("its content has the digest {actual}")));
     }
     if !file.is_checked_when_read() {
-        // Without them the file is only hashed again.
+        // Without checksums, the file is only hashed again.
         let _ = cas.shared().volume.add_checksums(&found.file, &sums.finish());
     }
     tell_verified(cas, found, file, before.lasting);
@@ -403,7 +407,7 @@ pub(super) fn tell_verified(cas: &Cas, found: &FoundEntry, file: &dyn Stored, st
     }
 }
 
-/// Whether a stored blob's file is intact. The file is hashed only if its stamp does not tell. A damaged file is reported.
+/// Whether a stored blob's file is intact. The file is hashed only if its stamp does not show this. A damaged file is reported.
 /// Blocks.
 ///
 /// # Errors
@@ -439,7 +443,7 @@ pub(super) fn read_whole(cas: &Cas, found: &FoundEntry) -> Result<Bytes> {
             bytes.into()
         }
     };
-    // Checked after the bytes were read, so that any earlier change shows.
+    // The stamp is checked after the bytes were read, so that any earlier change shows.
     let is_known = file.look().is_ok_and(|now| now.stamp == found.stamp);
     if !is_known || (size <= SMALL_BLOB_BYTES && !is_checked) {
         let actual = digest.function().digest(&bytes);
@@ -459,8 +463,8 @@ pub(super) fn read_unchecked(cas: &Cas, found: &FoundEntry, max: u64) -> Result<
     volume::read_all(&*file, max).map_err(|error| failed(cas, found, &error))
 }
 
-/// Reads all of a stored file of at most `max` bytes, whose content the caller checks. Of a longer one it returns only the size,
-/// as the inner error. Blocks.
+/// Reads all of a stored file of at most `max` bytes, whose content the caller checks. For a longer file, the inner error is its
+/// size. Blocks.
 pub(super) fn read_unless_large(
     cas: &Cas,
     found: &FoundEntry,
@@ -485,12 +489,12 @@ pub(super) fn not_found(digest: Digest) -> Error {
     Error::NotFound(format!("blob {digest} is not in the CAS"))
 }
 
-/// Opens a stored file without looking at its content. Blocks.
+/// Opens a stored file without checking its content. Blocks.
 pub(super) fn open(cas: &Cas, found: &FoundEntry) -> Result<Box<dyn Stored>> {
     open_file(cas, &found.file).map_err(|error| failed(cas, found, &error))
 }
 
-/// Opens a stored file that was looked up. Compaction may have moved it since then, unless it is leased. Blocks.
+/// Opens a stored file that was looked up. If compaction has moved it since, it is looked up again. Blocks.
 pub(super) fn open_file(cas: &Cas, file: &FileId) -> io::Result<Box<dyn Stored>> {
     let mut file = *file;
     loop {
@@ -499,7 +503,7 @@ pub(super) fn open_file(cas: &Cas, file: &FileId) -> io::Result<Box<dyn Stored>>
             opened => return opened,
         };
         match cas.look_up(|index| index.renew(&file.key)) {
-            // Each turn needs another move, which takes a compaction.
+            // The loop ends, because each turn needs another compaction.
             Ok(Some(found)) if found.file != file => file = found.file,
             _ => return Err(error),
         }

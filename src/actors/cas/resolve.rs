@@ -42,8 +42,8 @@ pub(super) struct ParsedAction {
 }
 
 impl Cas {
-    /// Looks up whether an action has a complete result or has to run. With `skip_cache_lookup` the action cache is not asked
-    /// (EXE-17). `principal` asks.
+    /// Looks up whether an action has a complete result or has to run. With `skip_cache_lookup`, the action cache is not used
+    /// (EXE-17). `principal` is the principal of the request.
     ///
     /// # Errors
     /// `Unavailable` when the server is going down or the store does not answer within [`RESOLVE_TIMEOUT`]. A faulty action is
@@ -71,7 +71,7 @@ impl Cas {
         }
     }
 
-    /// The answer, if it can be given without reading a file.
+    /// Answers from memory, if that is possible.
     fn resolve_from_memory(
         &self,
         instance: &Instance,
@@ -118,7 +118,7 @@ impl Cas {
     }
 
     /// Runs [`Cas::check_inputs`] on the runtime's threads, so that the actors' thread walks no trees. A root that was checked
-    /// lately is not checked again. The check runs to its end even if nobody waits for it any more.
+    /// lately is not checked again. The check runs to its end even if the caller does not wait for it.
     ///
     /// # Errors
     /// The errors of [`Cas::check_inputs`].
@@ -144,7 +144,7 @@ impl Cas {
         }
     }
 
-    /// Reads an Action and its Command, and checks them. Small messages are decoded right here, large ones on a blocking
+    /// Reads an Action and its Command, and checks them. Small messages are decoded on this thread, large ones on a blocking
     /// thread.
     async fn read_action(&self, instance: &Instance, digest: Digest) -> Result<ParsedAction> {
         // If the Action is large, room is taken for both messages at once.
@@ -171,7 +171,7 @@ impl Cas {
         Ok(ParsedAction { action: Arc::new(action), command })
     }
 
-    /// Reads a message that has to be stored.
+    /// Reads a message, which has to be stored.
     async fn read_message(&self, instance: &Instance, digest: Digest, what: &str) -> Result<Bytes> {
         if digest.size() > MAX_ACTION_BYTES {
             let size = digest.size();

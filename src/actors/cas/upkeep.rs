@@ -20,7 +20,7 @@ use tokio::{sync::oneshot, task::JoinHandle};
 impl CasActor {
     /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted. Fails if
     /// the total of `of` bytes cannot fit. If a future is returned, the room is free on disk when it ends, otherwise now. A write
-    /// that has reserved much already (`held`) leaves some of what is free on disk to others.
+    /// that has already reserved much (`held`) leaves some of the free disk space to others.
     pub(super) fn reserve(
         &mut self,
         bytes: u64,
@@ -97,7 +97,7 @@ impl CasActor {
         }
     }
 
-    /// Deletes files, and tells when that is done which of them could not be deleted.
+    /// Deletes files. The returned receiver gets the files that could not be deleted, once the others are.
     pub(super) fn delete_and_tell(
         &self,
         victims: Vec<Victim>,
@@ -158,7 +158,7 @@ impl CasActor {
     }
 }
 
-/// Evicts in parts, each of them under one hold of the lock that look-ups share. `part` evicts at most as many entries as it is told.
+/// Evicts in parts, each under one hold of the lock that look-ups share. `part` evicts at most as many entries as its argument.
 fn in_parts(mut part: impl FnMut(usize) -> Vec<Victim>) -> Vec<Victim> {
     let mut victims = Vec::new();
     loop {

@@ -157,7 +157,7 @@ impl Index {
         }
     }
 
-    /// Gives an entry another file with the same content. Refused if the entry has another file by now or somebody reads it.
+    /// Gives an entry another file with the same content. Refused if the entry has another file by now or is being read.
     pub(super) fn relocate(&mut self, from: &FileId, generation: u64) -> bool {
         let Some(slot) = self.slot_of(&from.key) else { return false };
         let entry = self.slab.hot_mut(slot);

@@ -64,7 +64,7 @@ impl Inflow {
     /// Decodes the next bytes of the stream and passes the bytes of the blob to `put`. `left` bytes of the blob are missing.
     ///
     /// # Errors
-    /// `Invalid` when they are no zstd, or yield more than `left` (BS-26); the errors of `put`.
+    /// `Invalid` when they are not zstd, or yield more than `left` bytes (BS-26); the errors of `put`.
     pub fn take(&mut self, wire: &[u8], left: u64, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let decoder = match self {
             Self::Plain => return put(wire),

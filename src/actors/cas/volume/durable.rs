@@ -1,11 +1,12 @@
 //! Writes that survive a power cut: [`GroupCommit`], and the system calls that wait for the disk.
 //!
-//! With [`SyncPolicy::BeforeAnswer`], a file is on disk before its name is, and its name before the index knows it. One writer at a time
-//! syncs for all: whoever comes meanwhile is in the next group, so a thousand small uploads at once wait for a few syncs. The
-//! content of a large file is synced by its own writer, so that nobody else waits for it.
+//! With [`SyncPolicy::BeforeAnswer`], the content of a file is on disk before its name, and the name before the index knows the
+//! file. One writer at a time syncs for a group of writers. Writers that arrive meanwhile form the next group, so a thousand
+//! small uploads at once wait for a few syncs. The content of a large file is synced by its own writer, so that no other writer
+//! waits for it.
 //!
-//! The calls that wait for the disk go through [`sync_file`] and [`sync_directory`]. Tests observe them there, to know what a disk
-//! has for certain when its power fails (`simulation`).
+//! The calls that wait for the disk go through [`sync_file`] and [`sync_directory`]. Tests observe these calls to know what a
+//! disk certainly has when its power fails (`simulation`).
 
 use crate::regular_file;
 use std::{
@@ -19,11 +20,12 @@ use std::{
 /// When the store waits for the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SyncPolicy {
-    /// Never. What was acknowledged survives the death of the process. A power cut may take what was stored in the last half minute
-    /// or so, which is then a miss.
+    /// Never. Acknowledged entries survive the death of the process. A power cut may lose entries of about the last half minute,
+    /// which are then misses.
     #[default]
     Never,
-    /// Before it acknowledges. What was acknowledged survives a power cut too, if the disk keeps what it says to have written.
+    /// Before it acknowledges an entry. Acknowledged entries survive a power cut as well, if the disk keeps the bytes that it has
+    /// reported as written.
     BeforeAnswer,
 }
 
@@ -35,7 +37,7 @@ pub(super) fn sync_file(file: &File) -> io::Result<()> {
     file.sync_data()
 }
 
-/// Replaces a small file as a whole: after a power cut it has its old content or the new one.
+/// Replaces a small file as a whole: after a power cut, it has its old content or the new one.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let new = path.with_extension("new");
     regular_file::write(&new, bytes)?;
@@ -44,7 +46,7 @@ pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     path.parent().map_or(Ok(()), sync_directory)
 }
 
-/// Waits until all that was written to the file system of a directory is on disk.
+/// Waits until everything that was written to the file system of a directory is on disk.
 pub(super) fn sync_file_system(path: &Path) -> io::Result<()> {
     #[cfg(test)]
     super::simulation::before_sync_of_all(path)?;
@@ -59,7 +61,7 @@ pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// What a group syncs.
+/// The segments and directories that a group syncs.
 #[derive(Debug, Default)]
 pub(super) struct SyncGroup {
     /// Segments, by number.
@@ -73,7 +75,7 @@ pub(super) struct SyncGroup {
 struct SyncState {
     /// The group that is being formed.
     next: SyncGroup,
-    /// Somebody syncs for an earlier group.
+    /// Whether a writer is syncing for an earlier group.
     is_busy: bool,
 }
 
@@ -84,17 +86,17 @@ pub(super) struct GroupCommit {
     ended: Condvar,
 }
 
-/// The right to sync for a group. Dropping it lets the next group begin, also after a panic.
+/// The right to sync for a group. When it is dropped, also by a panic, the next group begins.
 struct SyncTurn<'a> {
     commit: &'a GroupCommit,
     outcome: Arc<OnceLock<Result<(), Arc<io::Error>>>>,
 }
 
 impl GroupCommit {
-    /// Adds to the next group by `add`, and returns once `sync` was called for that group. Blocks.
+    /// Adds to the next group with `add`, and returns once `sync` was called for that group. Blocks.
     ///
     /// # Errors
-    /// Those of `sync`, for everybody in the group.
+    /// The errors of `sync`, for each member of the group.
     pub(super) fn join(
         &self,
         add: impl FnOnce(&mut SyncGroup),
@@ -145,7 +147,7 @@ mod tests {
         thread,
     };
 
-    /// However many writers there are, each returns only after a sync that began after it had joined, and they share syncs.
+    /// Each of many writers returns only after a sync that began after it had joined, and writers share syncs.
     #[test]
     fn writers_share_syncs_and_each_waits_for_one_that_covers_it() {
         let (commit, syncs) = (GroupCommit::default(), AtomicU64::new(0));

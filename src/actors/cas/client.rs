@@ -7,7 +7,8 @@
 
 use super::{
     CasActor, InspectStore, StoreInspection, StoreShared,
-    blob::{BlobReader, is_sound, not_found},
+    blob::BlobReader,
+    checked::{is_sound, not_found},
     guards::UploadRoom,
     index::{FoundEntry, Stamp},
     lookup::Purpose,

@@ -180,7 +180,7 @@ impl Cas {
             )));
         }
         let read = self.read_many(instance, vec![digest]).await?.pop();
-        read.unwrap_or_else(|| Err(super::blob::not_found(digest))).map_err(|error| match error {
+        read.unwrap_or_else(|| Err(super::checked::not_found(digest))).map_err(|error| match error {
             Error::NotFound(_) => Error::MissingBlobs(vec![digest]),
             error => error,
         })

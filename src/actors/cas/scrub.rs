@@ -6,14 +6,14 @@
 //! start of the last one, and at once after an unclean stop.
 //!
 //! It has one thread of its own with the lowest priority, which never holds a lock while it reads. Its reads do not count as
-//! uses. Damaged entries are dropped in the same way as after other reads ([`super::blob::report`]). When the actor stops, the
+//! uses. Damaged entries are dropped in the same way as after other reads ([`super::checked::report`]). When the actor stops, the
 //! thread ends after at most one piece of a blob.
 
 mod state;
 
 use super::{
     CasActor, LOG, StoreShared,
-    blob::{check_content_slowly, report},
+    checked::{check_content_slowly, report},
     client::Cas,
     index::{EntryKind, FileId, FoundEntry},
     requests::ScrubTally,

@@ -10,7 +10,8 @@
 //! hold the turn of its blob, so a peer that waits for a place does not block another peer.
 
 use crate::actors::cas::{
-    blob::{BlobReader, not_found},
+    blob::BlobReader,
+    checked::not_found,
     client::Cas,
     guards::Hold,
     lookup::Purpose,

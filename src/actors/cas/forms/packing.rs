@@ -23,7 +23,7 @@ use crate::{
     actors::{
         cas::{
             CasActor, LOG, StoreShared,
-            blob::{damaged, failed, open},
+            checked::{damaged, failed, open},
             client::{Cas, going_down},
             guards::UploadRoom,
             index::{ColdBlobs, EntryKind, FoundEntry, Key, Victim},

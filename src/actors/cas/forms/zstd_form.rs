@@ -12,7 +12,8 @@
 //! form; [`super::zstd_reader`] caches their frames in memory.
 
 use crate::actors::cas::{
-    blob::{BlobReader, CheckedFile, damaged, known_stamp, open, open_to_read, tell_verified},
+    blob::BlobReader,
+    checked::{CheckedFile, damaged, known_stamp, open, open_to_read, tell_verified},
     client::Cas,
     guards::{Hold, UploadRoom},
     index::{EntryKind, FoundEntry, Key, Stamp},

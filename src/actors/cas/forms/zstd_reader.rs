@@ -6,7 +6,8 @@
 //! a time, and waiting readers take turns. An idle reader holds the output of two jobs, about half a MiB.
 
 use crate::actors::cas::{
-    blob::{BlobReader, not_found, read_whole},
+    blob::BlobReader,
+    checked::{not_found, read_whole},
     client::{Cas, going_down},
     forms::zstd_form::{Form, History},
     guards::Hold,

@@ -5,7 +5,7 @@
 //! From then on a hit is a look-up that checks and renews every reference in the index (AC-03, AC-04).
 
 use crate::actors::cas::{
-    blob::{is_sound, not_found, read_unchecked, read_unless_large, report},
+    checked::{is_sound, not_found, read_unchecked, read_unless_large, report},
     client::{Cas, Provenance},
     decoding::worst_case,
     index::{EntryRef, FoundEntry, Stamp},

@@ -9,7 +9,7 @@ use crate::{
     actors::{
         cas::{
             CasActor, LOG,
-            blob::open_file,
+            checked::open_file,
             client::Cas,
             index::{EntryRef, FileId, FoundResult},
             reply::StoreReply,

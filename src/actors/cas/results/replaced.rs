@@ -6,7 +6,7 @@
 use super::PreparedResult;
 use crate::{
     actors::cas::{
-        blob::open_file,
+        checked::open_file,
         client::Cas,
         decoding::worst_case,
         index::{EntryKind, FoundEntry, Key},

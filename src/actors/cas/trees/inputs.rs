@@ -8,7 +8,7 @@
 //! [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct directories, and as many in the expanded tree.
 
 use crate::actors::cas::{
-    blob::{open_checked, read_whole},
+    checked::{open_checked, read_whole},
     client::Cas,
     decoding::worst_case,
     guards::Hold,

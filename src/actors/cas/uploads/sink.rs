@@ -5,7 +5,6 @@
 //! blocks.
 
 use crate::actors::cas::{
-    blob::hash_mismatch,
     uploads::{decoders::DecoderRoom, small::check_bytes},
     volume::{Draft, Volume},
 };
@@ -213,4 +212,9 @@ pub(crate) fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
 /// The error for a write to the store that failed.
 pub(crate) fn failed(blob: Digest, error: &io::Error) -> Error {
     Error::io(&format!("store blob {blob}"), error)
+}
+
+/// The error for uploaded bytes that do not match their digest.
+pub(in crate::actors::cas) fn hash_mismatch(digest: Digest, actual: Digest) -> Error {
+    Error::Invalid(format!("the bytes sent for blob {digest} have the digest {actual}; nothing was stored"))
 }

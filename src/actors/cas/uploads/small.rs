@@ -7,10 +7,10 @@
 
 use crate::{
     actors::cas::{
-        blob::hash_mismatch,
         client::Cas,
         index::{EntryKind, FileId, Key},
         joint_writes::JOINT_FILE_BYTES,
+        uploads::sink::hash_mismatch,
     },
     budget::{Refusal, Share},
     instance::{Instance, InstanceId},

@@ -18,14 +18,13 @@
 
 use crate::actors::cas::{
     StoreShared,
-    blob::hash_mismatch,
     client::Cas,
     index::Key,
     new_files::{NewFiles, Visible},
     settings::UPLOAD_BUFFER_BYTES,
     uploads::Attempt,
     uploads::decoders,
-    uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed},
+    uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed, hash_mismatch},
     uploads::unwritten::UnwrittenPieces,
     volume::Volume,
 };

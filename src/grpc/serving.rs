@@ -383,6 +383,7 @@ mod tests {
     async fn a_long_turn_leaves_some_of_the_rest_to_others_and_the_rest_of_it_to_the_next_turn() {
         let turn = collected();
         let (done, is_done) = oneshot::channel();
+        // This request uses up the time of the turn.
         turn.execute(async { std::thread::sleep(TURN_MAX) });
         let here = std::thread::current().id();
         let polls = Arc::new(AtomicUsize::new(0));

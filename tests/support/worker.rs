@@ -4,6 +4,8 @@ mod input;
 mod job;
 mod store;
 
+pub use super::eventually;
+
 pub use self::{
     input::{Node, file, link, program, tool},
     job::{Job, argv, sh},
@@ -227,15 +229,6 @@ impl Bench {
 
     pub fn text(&self, digest: &Option<reapi::Digest>) -> String {
         digest.as_ref().map_or(String::new(), |d| String::from_utf8(self.store.get(d)).unwrap())
-    }
-}
-
-/// Waits for a condition that another process establishes.
-pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        actix::clock::sleep(Duration::from_millis(5)).await;
     }
 }
 

@@ -51,6 +51,7 @@ fn step(shared: &StoreShared, store: &Addr<CasActor>) -> bool {
     let mut relocate = |moves: Moves| {
         let copies = moves.moved.len();
         if shared.volume.wants_compaction() != Some(Urgency::WritersWait) {
+            // The pause bounds the rate of background work.
             thread::sleep(COMPACTION_PAUSE);
         }
         let accepted = shared.runtime.block_on(store.send(Relocate(moves)));

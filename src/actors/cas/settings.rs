@@ -185,7 +185,7 @@ pub(super) const RELIEF_BATCH: usize = 16_384;
 /// How long an action that failed for lack of disk space waits until the files of evicted entries are deleted.
 pub(super) const RELIEF_WAIT: Duration = Duration::from_secs(5);
 
-/// How often such an action checks whether it was cancelled.
+/// How often such an action checks whether it was cancelled. Cancellation is a flag without an event.
 pub(super) const RELIEF_POLL: Duration = Duration::from_millis(20);
 
 /// Interval between checks of the store's file system. A check takes a few microseconds.

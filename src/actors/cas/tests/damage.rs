@@ -21,6 +21,7 @@ use std::{
 fn wait_for_next_tick() {
     let directory = TempDir::new().unwrap();
     if !has_fine_change_times(directory.path()).unwrap() {
+        // The store trusts a stamp only once it is older than a tick.
         std::thread::sleep(2 * COARSE_TICK);
     }
 }
@@ -296,6 +297,7 @@ async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
     tamper(&path);
     let after = stamp_of(&fs::metadata(&path).unwrap());
     let late = async {
+        // The report comes between two looks at the stamp, which are a tick apart.
         tokio::time::sleep(COARSE_TICK / 2).await;
         store.cas.actor().do_send(Touched(vec![Touch { at: found.at, before, after }]));
     };

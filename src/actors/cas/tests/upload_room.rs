@@ -174,6 +174,7 @@ async fn uploads_that_do_not_fit_together_all_end() {
                 Err(Error::Exhausted { retry_after: Some(_), .. }) => {}
                 Err(error) => panic!("{error}"),
             }
+            // The clients wait for different times, so that they do not take room from each other in step for ever.
             tokio::time::sleep(Duration::from_millis(20 * seed)).await;
         }
     };

@@ -139,30 +139,20 @@ impl Drop for SyncTurn<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{
-        sync::{
-            Barrier,
-            atomic::{AtomicU64, Ordering::SeqCst},
-        },
-        thread,
-    };
+    use std::thread;
 
-    /// Each of many writers returns only after a sync that began after it had joined, and writers share syncs.
+    /// Each writer returns only after a sync that began after it had joined.
     #[test]
-    fn writers_share_syncs_and_each_waits_for_one_that_covers_it() {
-        let (commit, syncs) = (GroupCommit::default(), AtomicU64::new(0));
-        let (begun, all) = (Mutex::new(BTreeSet::<u64>::new()), Barrier::new(16));
+    fn each_writer_waits_for_a_sync_that_covers_it() {
+        let (commit, begun) = (GroupCommit::default(), Mutex::new(BTreeSet::<u64>::new()));
         let sync = |group: &SyncGroup| {
-            thread::sleep(std::time::Duration::from_millis(2));
-            syncs.fetch_add(1, SeqCst);
             begun.lock().unwrap().extend(&group.segments);
             Ok(())
         };
         thread::scope(|scope| {
             for writer in 0..16u64 {
-                let (commit, begun, all) = (&commit, &begun, &all);
+                let (commit, begun) = (&commit, &begun);
                 scope.spawn(move || {
-                    all.wait();
                     for n in 0..20 {
                         let number = writer * 100 + n;
                         let add = |group: &mut SyncGroup| assert!(group.segments.insert(number));
@@ -172,8 +162,30 @@ mod tests {
                 });
             }
         });
-        let syncs = syncs.into_inner();
-        assert!((20..=160).contains(&syncs), "{syncs} syncs for 320 writes");
+    }
+
+    #[test]
+    fn writers_that_arrive_during_a_sync_share_the_next_one() {
+        const WRITERS: u64 = 16;
+        let (commit, groups) = (GroupCommit::default(), Mutex::new(Vec::new()));
+        let sync = |group: &SyncGroup| {
+            let is_first = groups.lock().unwrap().is_empty();
+            let size = group.segments.len() as u64;
+            groups.lock().unwrap().push(size);
+            // The first sync ends when all other writers wait in the next group.
+            while is_first && size + (commit.state().next.segments.len() as u64) < WRITERS {
+                thread::yield_now();
+            }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            for writer in 0..WRITERS {
+                let (commit, sync) = (&commit, &sync);
+                scope.spawn(move || commit.join(|group| drop(group.segments.insert(writer)), sync).unwrap());
+            }
+        });
+        let groups = groups.into_inner().unwrap();
+        assert!(groups.len() <= 2 && groups.iter().sum::<u64>() == WRITERS, "{groups:?}");
     }
 
     #[test]

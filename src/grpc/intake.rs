@@ -17,6 +17,7 @@ use super::{
     codec::REQUEST_MAX_MEMORY,
 };
 use crate::{
+    alarm::Alarm,
     budget::{Bounds, Budget, Refusal, Share},
     call::Call,
     caller::Caller,
@@ -33,7 +34,7 @@ use std::{
     task::{Context, Poll, ready},
     time::Duration,
 };
-use tokio::time::{Instant, Sleep, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tower::{Layer, Service};
 
@@ -194,8 +195,8 @@ pub(crate) struct IncomingBody<B> {
     /// Bytes that arrived after `kept_back`.
     rest: Bytes,
     last: Instant,
-    /// Set at the first wait for the client. It may ring before the time limit, and is then set again.
-    silence: Option<Pin<Box<Sleep>>>,
+    /// Ends the wait for a silent client.
+    alarm: Alarm,
 }
 
 /// The end of a message that waits for its turn to be decoded.
@@ -224,7 +225,7 @@ impl<B> IncomingBody<B> {
             kept_back: None,
             rest: Bytes::new(),
             last: Instant::now(),
-            silence: None,
+            alarm: Alarm::default(),
         }
     }
 
@@ -324,21 +325,7 @@ impl<B> IncomingBody<B> {
 
     /// Ready when nothing has arrived for the time `limit`.
     fn poll_silence(&mut self, context: &mut Context<'_>, limit: Duration) -> Poll<()> {
-        let end = self.last + limit;
-        let silence = self.silence.get_or_insert_with(|| Box::pin(sleep_until(end)));
-        if silence.deadline() > end {
-            silence.as_mut().reset(end);
-        }
-        loop {
-            if silence.as_mut().poll(context).is_pending() {
-                return Poll::Pending;
-            }
-            if Instant::now() >= end {
-                return Poll::Ready(());
-            }
-            // Bytes have arrived since the timer was set.
-            silence.as_mut().reset(end);
-        }
+        self.alarm.poll(context, self.last + limit)
     }
 }
 

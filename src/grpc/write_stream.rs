@@ -19,6 +19,7 @@ pub(super) use self::route::ByteStreamRoute;
 
 use self::head::{HEAD_MAX_BYTES, MessageHead, PREFIX_BYTES};
 use super::{claim::Claim, codec};
+use crate::alarm::Alarm;
 use bytes::{Buf as _, Bytes, BytesMut};
 use futures::stream::StreamExt as _;
 use gorego_reapi::{
@@ -35,7 +36,7 @@ use std::{
     task::{Context, Poll, ready},
     time::Duration,
 };
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::Instant;
 use tonic::{Code, Status, Streaming, body::Body as TonicBody};
 
 /// Messages up to this size are handed on as a whole.
@@ -48,8 +49,8 @@ pub(super) struct WriteStream {
     source: Source,
     /// The time since which the stream waits for the client.
     waits_since: Option<Instant>,
-    /// Rings at the end of the wait, or earlier; then it is set again.
-    alarm: Option<Pin<Box<Sleep>>>,
+    /// Ends the wait for the client.
+    alarm: Alarm,
 }
 
 enum Source {
@@ -62,11 +63,11 @@ enum Source {
 impl WriteStream {
     /// A stream of messages that tonic collects.
     pub(super) fn of_messages(messages: Streaming<WriteRequest>) -> Self {
-        Self { source: Source::Messages(messages), waits_since: None, alarm: None }
+        Self { source: Source::Messages(messages), waits_since: None, alarm: Alarm::default() }
     }
 
     fn of_body(body: TonicBody) -> Self {
-        Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, alarm: None }
+        Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, alarm: Alarm::default() }
     }
 
     /// The next piece, or `None` at the end of the stream. No piece is lost if the future is dropped.
@@ -91,18 +92,8 @@ impl WriteStream {
             return polled;
         }
         let end = *self.waits_since.get_or_insert_with(Instant::now) + limit;
-        let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(end)));
-        if alarm.deadline() > end {
-            alarm.as_mut().reset(end);
-        }
-        loop {
-            ready!(alarm.as_mut().poll(context));
-            if Instant::now() >= end {
-                return Poll::Ready(Err(silent(limit).into()));
-            }
-            // A message has arrived since the alarm was set.
-            alarm.as_mut().reset(end);
-        }
+        ready!(self.alarm.poll(context, end));
+        Poll::Ready(Err(silent(limit).into()))
     }
 }
 

@@ -79,6 +79,24 @@ macro_rules! fetch_fields {
     }};
 }
 
+/// The [`PushFields`] of a request of either kind.
+macro_rules! push_fields {
+    ($request:expr, $digest:ident) => {{
+        let request = $request;
+        PushFields {
+            instance_name: request.instance_name,
+            uris: request.uris,
+            qualifiers: request.qualifiers,
+            expire_at: request.expire_at,
+            digest: request.$digest,
+            digest_field: stringify!($digest),
+            references_blobs: request.references_blobs,
+            references_directories: request.references_directories,
+            digest_function: request.digest_function,
+        }
+    }};
+}
+
 /// The response of either kind with a [`FetchAnswer`].
 macro_rules! fetch_response {
     ($answer:expr, $message:ident, $digest:ident) => {{
@@ -119,19 +137,7 @@ impl Push for AssetService {
         request: Request<PushBlobRequest>,
     ) -> Result<Response<PushBlobResponse>, Status> {
         let call = Call::of(request.extensions());
-        let request = request.into_inner();
-        let offered = PushFields {
-            instance_name: request.instance_name,
-            uris: request.uris,
-            qualifiers: request.qualifiers,
-            expire_at: request.expire_at,
-            digest: request.blob_digest,
-            digest_field: "blob_digest",
-            references_blobs: request.references_blobs,
-            references_directories: request.references_directories,
-            digest_function: request.digest_function,
-        };
-        self.push(&call, Kind::Blob, offered).await?;
+        self.push(&call, Kind::Blob, push_fields!(request.into_inner(), blob_digest)).await?;
         Ok(Response::new(PushBlobResponse {}))
     }
 
@@ -140,19 +146,7 @@ impl Push for AssetService {
         request: Request<PushDirectoryRequest>,
     ) -> Result<Response<PushDirectoryResponse>, Status> {
         let call = Call::of(request.extensions());
-        let request = request.into_inner();
-        let offered = PushFields {
-            instance_name: request.instance_name,
-            uris: request.uris,
-            qualifiers: request.qualifiers,
-            expire_at: request.expire_at,
-            digest: request.root_directory_digest,
-            digest_field: "root_directory_digest",
-            references_blobs: request.references_blobs,
-            references_directories: request.references_directories,
-            digest_function: request.digest_function,
-        };
-        self.push(&call, Kind::Directory, offered).await?;
+        self.push(&call, Kind::Directory, push_fields!(request.into_inner(), root_directory_digest)).await?;
         Ok(Response::new(PushDirectoryResponse {}))
     }
 }

@@ -34,7 +34,6 @@ pub mod resolve;
 pub mod results;
 mod scrub;
 mod settings;
-mod shared;
 mod store_disk;
 #[cfg(test)]
 mod tests;
@@ -50,34 +49,127 @@ pub use index::{LeaseTimes, Tally, Totals};
 pub use outputs::OutputBatch;
 pub use requests::{CloseStore, InspectStore, ScrubTally, StoreInspection, StoreMeasurement};
 pub use settings::{PackingSettings, StoreSettings};
-pub(crate) use shared::StoreShared;
 pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
 pub use volume::SyncPolicy;
 
 use crate::{
     actors::mail::{Mail, Receive, counted},
-    instance::Instances,
+    budget::{Bounds, Budget},
+    instance::{InstanceId, Instances},
     logging::Event,
+    nondeterminism::NonDeterminismReports,
 };
 use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
+use bytes::Bytes;
 use client::Cas;
-use forms::packing::Packer;
-use gorego_reapi::error::{Error, Result};
-use guards::Reservation;
+use deletions::Deletions;
+use forms::{
+    chunks::ChunkWork,
+    packing::Packer,
+    zstd_form::{Encoders, History},
+};
+use gorego_reapi::{
+    digest::Digest,
+    error::{Error, Result},
+    tree::Directory,
+};
 use index::{Index, Victim};
+use memo::Memo;
 use reply::StoreReply;
 use requests::*;
 use std::{
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, OnceLock},
+    thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
-use tokio::{runtime::Handle, sync::watch};
+use store_disk::StoreDisk;
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, watch},
+};
+use trees::walk::Walks;
 use uploads::Uploads;
+use view::View;
 use volume::{Volume, WrittenFile, local::Local};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::cas";
+
+/// State shared by the actor and its handles: the view of the index, budgets, and caches of immutable values.
+#[derive(Debug)]
+pub(crate) struct StoreShared {
+    settings: StoreSettings,
+    /// The index of what is stored. Only the actor changes it.
+    view: View,
+    volume: Box<dyn Volume>,
+    /// The file system of the volume.
+    disk: StoreDisk,
+    /// Files that are being deleted in the background.
+    deletions: Deletions,
+    runtime: Handle,
+    directories: Memo<Digest, Arc<Directory>>,
+    input_roots: trees::known_roots::KnownRoots,
+    actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
+    results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
+    /// Small blobs as they were written. An entry here does not mean that the blob is stored: only the index says that.
+    recent: Memo<(InstanceId, Digest), Bytes>,
+    /// Small blobs as zstd streams; `None` for blobs that do not get smaller.
+    packed: Memo<(InstanceId, Digest), Option<Bytes>>,
+    /// The history of larger blobs that were read compressed and have no form.
+    zstd_history: Memo<(InstanceId, Digest), History>,
+    encoders: Encoders,
+    /// Limits the jobs that compress at the same time.
+    encoding: Budget,
+    /// Permit to make a zstd form. Nobody waits for it: a read that does not get it leaves the form to a later read.
+    form_turn: Arc<Semaphore>,
+    /// Limits the results whose blobs are checked at the same time.
+    result_checks: Budget,
+    /// Limits the large blobs that are hashed at the same time before they are read.
+    cold_reads: Budget,
+    /// Disk space held by clients' unfinished uploads.
+    upload_budget: Budget,
+    /// Memory for bytes that clients sent and that are not written yet.
+    received: Budget,
+    joint_writes: joint_writes::JointWrites,
+    /// Memory for stored messages that are being decoded.
+    decoded: Budget,
+    /// Memory for results that are not small, until their requests have room for the answer.
+    large_results: Budget,
+    /// Limits the large trees that are walked at the same time.
+    large_trees: Budget,
+    /// Limits the walks for clients (GetTree) that run at the same time.
+    walks: Walks,
+    /// Memory for the decoders of compressed uploads.
+    decoders: Budget,
+    /// State of splits and splices. It does not say what is stored.
+    chunk_work: ChunkWork,
+    /// Receives a report when a result replaces a different one.
+    reports: OnceLock<NonDeterminismReports>,
+    /// Held while the volume is compacted in the background.
+    compaction_turn: Arc<Semaphore>,
+    /// Held by a purge while it works on a page.
+    purge_turn: tokio::sync::Mutex<()>,
+    /// Held while the disk is relieved. One relief serves all callers.
+    relief_turn: tokio::sync::Mutex<()>,
+    relieved_first: relief::RelievedFirst,
+    scrubbed: scrub::ScrubCounts,
+}
+
+impl StoreShared {
+    /// Caches a blob that was checked and written, if it is small.
+    fn remember(&self, instance: InstanceId, digest: Digest, pieces: &[Bytes]) {
+        if digest.size() <= settings::RECENT_BLOB_BYTES as u64 {
+            // The bytes are copied, because a piece of a request keeps the whole request in memory.
+            let bytes = Bytes::from(pieces.concat());
+            let weight = bytes.len() + RECENT_OVERHEAD_BYTES;
+            self.recent.insert((instance, digest), bytes, weight);
+        }
+    }
+}
+
+/// Memory of a cached blob beyond its bytes: its key, its handle and its slot in a map.
+const RECENT_OVERHEAD_BYTES: usize = 160;
 
 /// The owner of the store.
 #[derive(Debug)]
@@ -120,7 +212,44 @@ impl CasActor {
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
         let scrub = scrub::Scrub::open(&*volume);
-        let shared = StoreShared::new(volume, index, settings, runtime);
+        let shared = StoreShared {
+            view: View::new(index),
+            volume,
+            disk: StoreDisk::new(settings.root.display().to_string(), settings.max_bytes),
+            deletions: Deletions::default(),
+            runtime,
+            directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
+            input_roots: trees::known_roots::KnownRoots::new(),
+            actions: Memo::new(settings::ACTION_MEMO_BYTES),
+            results: Memo::new(settings::RESULT_MEMO_BYTES),
+            recent: Memo::new(settings::RECENT_MEMO_BYTES),
+            packed: Memo::new(settings::PACKED_MEMO_BYTES),
+            zstd_history: Memo::new(settings::ZSTD_HISTORY_BYTES),
+            encoders: Encoders::new(settings.zstd_level),
+            encoding: Budget::in_turns(Bounds::shared("jobs that compress", encoders())),
+            form_turn: Arc::new(Semaphore::new(1)),
+            result_checks: Budget::new(Bounds::shared(
+                "results that are being checked",
+                settings::RESULT_CHECKS_MAX,
+            )),
+            cold_reads: Budget::new(Bounds::shared("blobs that are being hashed", settings::COLD_READS_MAX)),
+            upload_budget: Budget::new(settings.upload_bounds()),
+            received: Budget::new(uploads::unwritten::RECEIVED),
+            joint_writes: joint_writes::JointWrites::default(),
+            decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
+            large_results: Budget::keeping_free(results::LARGE_RESULTS, results::LARGEST_RESULT),
+            large_trees: Budget::new(Bounds::shared("large trees", settings::LARGE_TREES_MAX)),
+            walks: Walks::default(),
+            decoders: Budget::new(uploads::decoders::DECODERS),
+            chunk_work: ChunkWork::default(),
+            reports: OnceLock::new(),
+            compaction_turn: Arc::new(Semaphore::new(1)),
+            purge_turn: tokio::sync::Mutex::default(),
+            relief_turn: tokio::sync::Mutex::default(),
+            relieved_first: relief::RelievedFirst::default(),
+            scrubbed: scrub::ScrubCounts::default(),
+            settings,
+        };
         Ok(Self {
             mail: Mail::default(),
             uploads: Uploads::default(),
@@ -154,6 +283,12 @@ impl CasActor {
     }
 }
 
+/// The number of compression jobs that run at the same time: one per CPU. A job takes a fraction of a second, so
+/// connections take turns.
+fn encoders() -> u64 {
+    thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
+}
+
 /// Seconds since 1970.
 fn unix_seconds() -> u32 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -184,22 +319,6 @@ impl Actor for CasActor {
         }
         let watch = store_disk::watch(Arc::downgrade(&self.shared), ctx.address().downgrade());
         self.shared.runtime.spawn(watch);
-    }
-}
-
-impl Receive<ReserveRoom> for CasActor {
-    type Answer = StoreReply<Result<Reservation>>;
-
-    fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
-        let ReserveRoom { bytes, of, held, blob } = request;
-        if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
-            let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
-            return StoreReply::Now(Err(Error::Unavailable(problem)));
-        }
-        match self.reserve(bytes, of, held, ctx) {
-            Ok((room, free)) => StoreReply::when(free, Ok(room)),
-            Err(error) => StoreReply::Now(Err(error)),
-        }
     }
 }
 
@@ -238,45 +357,11 @@ impl Receive<Commit> for CasActor {
     }
 }
 
-impl Receive<Unreserve> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
-        self.change(|index| index.unreserve(bytes));
-    }
-}
-
-impl Receive<Deleted> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
-        let deleted = self.change(|index| {
-            index.deleted(bytes);
-            index.bytes_deleted()
-        });
-        self.deleted.send_replace(deleted);
-        self.trim(ctx);
-        self.compact(ctx);
-    }
-}
-
 impl Receive<Verified> for CasActor {
     type Answer = ();
 
     fn receive(&mut self, Verified { at, stamp }: Verified, _: &mut Self::Context) {
         self.change(|index| index.trust(at, stamp));
-    }
-}
-
-impl Receive<Touched> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
-        self.change(|index| {
-            for Touch { at, before, after } in touches {
-                index.follow(at, before, after);
-            }
-        });
     }
 }
 

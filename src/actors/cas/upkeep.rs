@@ -5,15 +5,16 @@ use super::{
     CasActor, LOG, deletions,
     guards::Reservation,
     index::{FileId, Victim},
-    requests::{Deleted, Touch, Touched},
+    reply::StoreReply,
+    requests::{Deleted, ReserveRoom, Touch, Touched, Unreserve},
     settings,
     uploads::Partial,
     uptime_seconds,
     volume::Moved,
 };
-use crate::logging::Event;
+use crate::{actors::mail::Receive, logging::Event};
 use actix::{Addr, AsyncContext as _, Context};
-use gorego_reapi::error::Result;
+use gorego_reapi::error::{Error, Result};
 use std::{future::Future, time::Instant};
 use tokio::{sync::oneshot, task::JoinHandle};
 
@@ -155,6 +156,56 @@ impl CasActor {
                 actor.do_send(Touched(moved.into_iter().filter_map(of_entry).collect()));
             });
         }))
+    }
+}
+
+impl Receive<ReserveRoom> for CasActor {
+    type Answer = StoreReply<Result<Reservation>>;
+
+    fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
+        let ReserveRoom { bytes, of, held, blob } = request;
+        if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
+            let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
+            return StoreReply::Now(Err(Error::Unavailable(problem)));
+        }
+        match self.reserve(bytes, of, held, ctx) {
+            Ok((room, free)) => StoreReply::when(free, Ok(room)),
+            Err(error) => StoreReply::Now(Err(error)),
+        }
+    }
+}
+
+impl Receive<Unreserve> for CasActor {
+    type Answer = ();
+
+    fn receive(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
+        self.change(|index| index.unreserve(bytes));
+    }
+}
+
+impl Receive<Deleted> for CasActor {
+    type Answer = ();
+
+    fn receive(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
+        let deleted = self.change(|index| {
+            index.deleted(bytes);
+            index.bytes_deleted()
+        });
+        self.deleted.send_replace(deleted);
+        self.trim(ctx);
+        self.compact(ctx);
+    }
+}
+
+impl Receive<Touched> for CasActor {
+    type Answer = ();
+
+    fn receive(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
+        self.change(|index| {
+            for Touch { at, before, after } in touches {
+                index.follow(at, before, after);
+            }
+        });
     }
 }
 

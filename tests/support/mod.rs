@@ -1,12 +1,12 @@
-//! What several test crates share: servers to test, and clients for them.
+//! Helpers that several test crates share: servers to test, and clients for them.
 //!
 //! - [`server`]: the real binary as a process. Most tests use it.
-//! - [`stored`]: where blobs lie on the disk of a server.
+//! - [`stored`]: the positions of blobs on the disk of a server.
 //! - [`endpoint`]: a gRPC endpoint in the process of the test, for tests that put something else behind it.
 //! - [`images`]: container images.
 //! - [`key_server`], [`tokens`]: the keys and the signed tokens of an issuer.
 //! - [`worker`]: a worker alone, with an in-memory store.
-//! - [`certificates`]: a CA and what it signs.
+//! - [`certificates`]: a CA and the certificates that it signs.
 //! - [`client`]: clients of all services on one connection.
 //!
 //! Each test crate includes this directory as a module and uses a part of it.

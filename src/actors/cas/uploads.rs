@@ -6,8 +6,9 @@
 //! room is needed. When a bound is exceeded, the peer that holds most loses its oldest broken upload. So no peer loses an upload
 //! because another peer has many. The bounds are not per connection, because an upload breaks when its connection does.
 //!
-//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, [`small`] stores a small
-//! blob whose bytes arrived at once, and [`new_blob`] stores bytes of unknown digest. They share [`unwritten`], [`sink`] and [`decoders`].
+//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, [`small`] stores a small blob
+//! whose bytes arrived at once, and [`new_blob`] stores bytes of unknown digest. They share [`unwritten`], [`sink`] and
+//! [`decoders`].
 
 pub(crate) mod begin;
 pub(crate) mod decoders;

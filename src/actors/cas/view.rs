@@ -5,9 +5,8 @@
 //! before it removes anything. So an entry that was found cannot disappear before it is held.
 //!
 //! Bounds: a reader holds the lock for at most [`LOOKUPS_PER_HOLD`] entries, so the actor waits about 50 us for it. The actor
-//! holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most
-//! [`NOTES_MAX`] notes are kept for the actor. If a note is dropped, the use is still marked in the index; only the order of
-//! use after the next start may suffer.
+//! holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most [`NOTES_MAX`] notes are kept for the actor. If
+//! a note is dropped, the use is still marked in the index; only the order of use after the next start may suffer.
 
 use super::{
     index::{

@@ -1,8 +1,8 @@
 //! Compression at rest: blobs that were not used for a while are kept compressed instead of in plain files.
 //!
-//! One thread of low priority does it, one blob at a time and within a share of one core ([`PackPace`]). It rests while requests wait to
-//! compress or to hash, and ends with the actor. The index names the candidates (`Index::cold_from`), the volume knows the format
-//! ([`packed`](crate::actors::cas::volume::packed)), and the actor gives the entry its new file ([`Repack`]).
+//! One thread of low priority does it, one blob at a time and within a share of one core ([`PackPace`]). It rests while requests
+//! wait to compress or to hash, and ends with the actor. The index names the candidates (`Index::cold_from`), the volume knows
+//! the format ([`packed`](crate::actors::cas::volume::packed)), and the actor gives the entry its new file ([`Repack`]).
 //!
 //! Invariants:
 //! - The digest is computed from the decoded new frames, so a packed file with its final name has the right content. A blob whose

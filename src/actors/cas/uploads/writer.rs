@@ -1,10 +1,10 @@
 //! [`BlobWriter`]: an upload in progress.
 //!
 //! The caller hands over chunks and continues. A job on a blocking thread hashes and writes them: one job at a time per upload,
-//! at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget ([`UnwrittenPieces`]). When
-//! the budget is spent, each piece is written before the next one is accepted. An upload that fits into one job costs exactly
-//! one job: it is hashed in memory and written under its final name. A longer one is written under a temporary name and renamed
-//! once its hash is verified.
+//! at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget ([`UnwrittenPieces`]).
+//! When the budget is spent, each piece is written before the next one is accepted. An upload that fits into one job costs
+//! exactly one job: it is hashed in memory and written under its final name. A longer one is written under a temporary name and
+//! renamed once its hash is verified.
 //!
 //! A compressed upload is decoded by the same jobs. Its size is known only then, so it may be refused one job late. A decoder
 //! takes megabytes, so its memory is reserved ([`decoders`]) if the upload needs more than one job or yields more than

@@ -26,6 +26,12 @@ impl Alarm {
             timer.as_mut().reset(time);
         }
     }
+
+    /// Whether the alarm was never polled, so that it has no timer.
+    #[cfg(test)]
+    pub(crate) fn is_unused(&self) -> bool {
+        self.0.is_none()
+    }
 }
 
 #[cfg(test)]

@@ -69,11 +69,7 @@ use forms::{
     packing::Packer,
     zstd_form::{Encoders, History},
 };
-use gorego_reapi::{
-    digest::Digest,
-    error::{Error, Result},
-    tree::Directory,
-};
+use gorego_reapi::{digest::Digest, error::Result, tree::Directory};
 use index::{Index, Victim};
 use memo::Memo;
 use reply::StoreReply;

@@ -183,6 +183,6 @@ mod tests {
         let gate = Gate::new(Instances::new([""]).unwrap(), Authenticator::open());
         let mut standing = Standing::new(gate, Call::default());
         assert!(futures::poll!(std::future::poll_fn(|context| standing.poll(context, true))).is_pending());
-        assert!(standing.alarm.is_none());
+        assert!(standing.alarm.is_unused());
     }
 }

@@ -28,7 +28,6 @@ use gorego_reapi::wire::{self, UNCOUNTED_BYTES};
 use http::Request;
 use http_body::{Body, Frame, SizeHint};
 use std::{
-    future::Future as _,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},

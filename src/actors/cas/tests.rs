@@ -25,7 +25,7 @@ use crate::{
     instance::Instance,
 };
 use bytes::Bytes;
-use gorego_reapi::{digest::DigestFunction, proto::reapi};
+use gorego_reapi::{digest::DigestFunction, error::Error, proto::reapi};
 use std::{
     path::{Path, PathBuf},
     rc::Rc,

@@ -181,7 +181,8 @@ mod tests {
         thread::scope(|scope| {
             for writer in 0..WRITERS {
                 let (commit, sync) = (&commit, &sync);
-                scope.spawn(move || commit.join(|group| drop(group.segments.insert(writer)), sync).unwrap());
+                let add = move |group: &mut SyncGroup| assert!(group.segments.insert(writer));
+                scope.spawn(move || commit.join(add, sync).unwrap());
             }
         });
         let groups = groups.into_inner().unwrap();

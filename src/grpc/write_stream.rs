@@ -198,16 +198,17 @@ impl MessagePieces {
     fn head(&mut self) -> Result<MessageHead, Status> {
         let head = MessageHead::parse(&self.unread)?;
         let MessageHead::Complete { fields, data, length } = &head else { return Ok(head) };
+        let whole = length + data - PREFIX_BYTES;
+        let is_small = whole <= WHOLE_UP_TO_BYTES;
+        if is_small && fields.finish_write {
+            // Nothing may follow it, so nobody asks what the name says.
+            return Ok(MessageHead::Unusual { length: whole });
+        }
         if !fields.resource_name.is_empty() {
             let name = ResourceName::parse_write(&fields.resource_name);
             self.is_plain = name.is_ok_and(|name| name.encoding == Encoding::Identity);
         }
-        let whole = length + data - PREFIX_BYTES;
-        Ok(if self.is_plain && whole > WHOLE_UP_TO_BYTES {
-            head
-        } else {
-            MessageHead::Unusual { length: whole }
-        })
+        Ok(if self.is_plain && !is_small { head } else { MessageHead::Unusual { length: whole } })
     }
 
     /// Reads the next piece from what has arrived, if it is enough for one.

@@ -178,16 +178,17 @@ impl MessagePieces {
     fn head(&mut self) -> Result<MessageHead, Status> {
         let head = MessageHead::parse(&self.unread)?;
         let MessageHead::Complete { fields, data, length } = &head else { return Ok(head) };
+        let whole = length + data - PREFIX_BYTES;
+        let is_small = whole <= WHOLE_UP_TO_BYTES;
+        if is_small && fields.finish_write {
+            // No message may follow, so the name is not needed here.
+            return Ok(MessageHead::Whole { length: whole });
+        }
         if !fields.resource_name.is_empty() {
             let name = ResourceName::parse_write(&fields.resource_name);
             self.is_plain = name.is_ok_and(|name| name.encoding == Encoding::Identity);
         }
-        let whole = length + data - PREFIX_BYTES;
-        Ok(if self.is_plain && whole > WHOLE_UP_TO_BYTES {
-            head
-        } else {
-            MessageHead::Whole { length: whole }
-        })
+        Ok(if self.is_plain && !is_small { head } else { MessageHead::Whole { length: whole } })
     }
 
     /// Reads the next piece from the bytes that have arrived, if they are enough.

@@ -76,6 +76,7 @@ impl MissingDigests {
         if digests.is_empty() {
             // Most sets stay empty; the others are often large.
             places.reserve(*most, |(hash, _)| *hash);
+            digests.reserve_exact(*most);
         }
         let hash = hasher.hash_one(digest);
         let is_it = |(_, place): &(u64, usize)| digests.get(*place) == Some(digest);

@@ -79,10 +79,9 @@ impl Cas {
         skip_cache_lookup: bool,
     ) -> Result<Option<Resolution>> {
         let Some(parsed) = self.shared().actions.get(&(instance.id(), action)) else { return Ok(None) };
-        for digest in [action, parsed.command] {
-            if self.look_up(|index| index.renew_blob(instance.blobs(), digest))?.is_none() {
-                return Ok(None);
-            }
+        let blobs = [action, parsed.command];
+        if !self.look_up(|index| blobs.iter().all(|blob| index.has_blob(instance.blobs(), *blob)))? {
+            return Ok(None);
         }
         let run = || Resolution::Run(parsed.action.clone());
         if skip_cache_lookup || parsed.action.do_not_cache {

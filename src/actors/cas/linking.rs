@@ -4,7 +4,7 @@
 //! step that makes it visible. If one of its blobs is not stored then, the next look-up finds out.
 
 use super::{
-    CasActor,
+    CasActor, StoreShared,
     client::Cas,
     index::{EntryKind, EntryRef, FileId, Key},
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, MAX_LINKS},
@@ -32,7 +32,13 @@ pub(crate) trait NeedsBlobs: Debug + Send + Sync {
     fn is_linked(&self) -> &AtomicBool;
 }
 
-/// A result that is being stored, with every blob that it needs.
+/// A result that is being stored, every blob of which is known.
+pub(crate) trait NewResult: Debug + Send {
+    /// Its file is written, and not visible yet.
+    fn written(self: Box<Self>, file: FileId, store: &StoreShared) -> NewLinks;
+}
+
+/// A result whose file is written, with every blob that it needs.
 #[derive(Debug)]
 pub(crate) struct NewLinks {
     /// The file of the result.

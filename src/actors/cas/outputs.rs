@@ -148,7 +148,7 @@ impl OutputBatch {
         for (_, bytes) in prepared.contents.iter() {
             self.bytes(bytes.to_vec())?;
         }
-        prepared.references = self.references(&prepared.result);
+        prepared.references = self.references(&prepared.direct);
         let charge = prepared.charge(&self.cas);
         let ahead = std::mem::take(&mut self.expected);
         let lacking = self.files.lacks(charge);
@@ -208,8 +208,7 @@ impl OutputBatch {
 
     /// What the result of this batch needs, with all that is in its Trees and Directories; `None` if it is too much to link,
     /// or if the result names something that is not of this batch.
-    fn references(&self, result: &reapi::ActionResult) -> Option<Vec<Digest>> {
-        let direct = DirectReferences::of(result, self.function).ok()?;
+    fn references(&self, direct: &DirectReferences) -> Option<Vec<Digest>> {
         let mut named = direct.blobs.iter().chain(&direct.trees).chain(&direct.roots);
         let is_of_batch = named.all(|digest| digest.is_empty() || self.handed_over.contains(digest));
         let is_known = is_of_batch && self.handed_over.len() <= MAX_LINKS;

@@ -5,10 +5,10 @@
 //! From then on a hit is a look-up that checks and renews every reference in the index (AC-03, AC-04).
 
 use crate::actors::cas::{
-    blob::{is_sound, not_found, read_unchecked, read_unless_large, report},
+    checked::{is_sound, not_found, read_unchecked, read_unless_large, report},
     client::{Cas, Provenance},
     decoding::worst_case,
-    index::{EntryRef, FoundEntry, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
     lookup::Purpose,
     results::{self, DirectReferences, LoadedResult, PreparedResult, ResultLookup, Uploader},
     settings::{
@@ -283,7 +283,7 @@ impl Cas {
         instance: &Instance,
         new: &PreparedResult,
     ) -> Option<Vec<Digest>> {
-        let direct = DirectReferences::of(&new.result, new.action.function()).ok()?;
+        let direct = &new.direct;
         let bytes = direct.trees.iter().map(Digest::size).fold(0, u64::saturating_add);
         if direct.trees.is_empty() || !direct.roots.is_empty() || bytes > LINKED_TREE_BYTES {
             return None;
@@ -382,8 +382,14 @@ impl Cas {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
         prepared.references = self.references_in_small_trees(&space, &prepared).await;
-        let (charge, result) = (prepared.charge(self), prepared.result.clone());
-        let room = self.take_room(charge).await?;
+        let result = prepared.result.clone();
+        // A result that replaces another is compared with it, which may read the disk.
+        let is_alone = !prepared.is_small() || is_compared && self.has_result(&space, key)?;
+        if !is_alone && let Ok(memory) = self.charge_received(prepared.bytes()) {
+            let stored = self.write_jointly(vec![prepared.into_file(&space)], memory).await;
+            return stored.into_iter().collect::<Result<Vec<_>>>().map(|_| result);
+        }
+        let room = self.take_room(prepared.charge(self)).await?;
         let cas = self.clone();
         let visible = self.blocking(move || -> Result<_> {
             if is_compared {
@@ -397,6 +403,11 @@ impl Cas {
             visible.wait().await?;
         }
         Ok(result)
+    }
+
+    fn has_result(&self, instance: &Instance, action: Digest) -> Result<bool> {
+        let key = Key { digest: action, instance: instance.id(), kind: EntryKind::Result };
+        self.look_up(|index| index.renew(&key).is_some())
     }
 }
 

@@ -1,15 +1,16 @@
 //! Removes results by where they come from: the part of a purge that one request does.
 //!
-//! A purge walks the slots of the index in pages. Only the index is read under its lock; files are read on a blocking thread, one at a
-//! time and without decoding the results in them. The actor removes what was found in one message for each page, and the answer
-//! comes when the files are deleted, so that no restart brings them back. One page is worked on at a time for the whole server.
+//! A purge walks the slots of the index in pages. Only the index is read under its lock; files are read on a blocking thread, one
+//! at a time and without decoding the results in them. The actor removes what was found in one message for each page, and the
+//! answer comes when the files are deleted, so that no restart brings them back. One page is worked on at a time for the whole
+//! server.
 
 use super::replaced::origin_message;
 use crate::{
     actors::{
         cas::{
             CasActor, LOG,
-            blob::open_file,
+            checked::open_file,
             client::Cas,
             index::{EntryRef, FileId, FoundResult},
             reply::StoreReply,

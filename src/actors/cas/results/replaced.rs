@@ -1,12 +1,13 @@
 //! Notices that a result is about to replace a different one, and reports it ([`crate::nondeterminism`]).
 //!
-//! The look-up costs nothing for an action without a result, which is almost every write. Otherwise the earlier result is in memory, or
-//! its file is read. A file that takes more memory than there is at once is not compared: a report is not worth waiting for.
+//! The look-up costs nothing for an action without a result, which is almost every write. Otherwise the earlier result is in
+//! memory, or its file is read. A file that takes more memory than there is at once is not compared: a report is not worth
+//! waiting for.
 
 use super::PreparedResult;
 use crate::{
     actors::cas::{
-        blob::open_file,
+        checked::open_file,
         client::Cas,
         decoding::worst_case,
         index::{EntryKind, FoundEntry, Key},

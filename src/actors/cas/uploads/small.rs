@@ -7,10 +7,10 @@
 
 use crate::{
     actors::cas::{
-        blob::hash_mismatch,
         client::Cas,
         index::{EntryKind, FileId, Key},
-        joint_writes::JOINT_FILE_BYTES,
+        joint_writes::{JOINT_FILE_BYTES, SmallFile},
+        uploads::sink::hash_mismatch,
     },
     budget::{Refusal, Share},
     instance::{Instance, InstanceId},
@@ -64,8 +64,10 @@ impl Cas {
         blobs: Vec<(Digest, Bytes)>,
         memory: Option<Share>,
     ) -> Vec<Result<()>> {
-        let file = |(digest, bytes): &(Digest, Bytes)| {
-            (Key { digest: *digest, instance, kind: EntryKind::Blob }, bytes.clone())
+        let file = |(digest, bytes): &(Digest, Bytes)| SmallFile {
+            key: Key { digest: *digest, instance, kind: EntryKind::Blob },
+            content: bytes.clone(),
+            result: None,
         };
         let stored = self.write_jointly(blobs.iter().map(file).collect(), memory).await;
         let remember = |(stored, (digest, bytes)): (Result<FileId>, (Digest, Bytes))| {

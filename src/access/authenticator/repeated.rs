@@ -8,7 +8,7 @@
 use super::AccessRules;
 use crate::access::principal::Principal;
 use arc_swap::ArcSwapOption;
-use poly1305::{Poly1305, universal_hash::KeyInit as _};
+use polyval::{Polyval, universal_hash::UniversalHash as _};
 use std::{
     fmt,
     sync::{Arc, LazyLock, Weak},
@@ -28,20 +28,21 @@ struct AcceptedHeader {
     rules: Weak<AccessRules>,
 }
 
-/// The Poly1305 hash of a header. Two different headers of at most 64 KiB have the same hash with a probability below
-/// 2^-80 for a random key, and only this process knows the key and the hashes.
+/// The POLYVAL hash of a header, and its length. Two different headers of at most 64 KiB have the same hash with a
+/// probability below 2^-100 for a random key, and only this process knows the key and the hashes.
 #[derive(PartialEq, Eq)]
-struct HeaderHash([u8; 16]);
+struct HeaderHash {
+    hash: [u8; 16],
+    length: usize,
+}
 
 impl HeaderHash {
     fn of(header: &[u8]) -> Self {
-        static KEYED: LazyLock<Poly1305> = LazyLock::new(|| {
-            let mut key = [0; 32];
-            key[..16].copy_from_slice(Uuid::new_v4().as_bytes());
-            key[16..].copy_from_slice(Uuid::new_v4().as_bytes());
-            Poly1305::new(&key.into())
-        });
-        Self(KEYED.clone().compute_unpadded(header).into())
+        static KEYED: LazyLock<Polyval> = LazyLock::new(|| Polyval::new(&Uuid::new_v4().into_bytes().into()));
+        let mut hash = KEYED.clone();
+        // The padding with zeros is unambiguous beside the length.
+        hash.update_padded(header);
+        Self { hash: hash.finalize().into(), length: header.len() }
     }
 }
 

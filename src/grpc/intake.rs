@@ -37,10 +37,10 @@ use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tower::{Layer, Service};
 
-/// Bytes of messages that are unfinished or that no handler has taken. Twenty of the largest messages fit, and many more of the
+/// Bytes of messages that are unfinished or that no handler has taken. Sixteen of the largest messages fit, and many more of the
 /// usual size.
 pub(crate) const UNFINISHED: Bounds =
-    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 252 * 1024 * 1024 };
+    Bounds { what: "bytes of unfinished requests", total: 256 * 1024 * 1024, connection: 188 * 1024 * 1024 };
 /// Memory for large requests that are being decoded or answered. Two of the largest fit, and many usual ones.
 pub(crate) const DECODED: Bounds = Bounds {
     what: "bytes of large requests",

@@ -3,13 +3,12 @@
 //! Build tools send thousands of requests a second with the same header. The hash of a header is compared with the hash
 //! of the last accepted header of its connection. This costs less than parsing and checking it.
 //!
-//! A connection keeps one hash of 16 bytes with a random key of this process ([`HeaderHash`]), and not the header. It
-//! is valid until its credential expires or must be checked again, and only under the rules that accepted it.
+//! A connection keeps one hash with a random key of this process ([`HeaderHash`]), and not the header. It is valid until its credential expires or must be checked again, and only under the rules that accepted it.
 
 use super::AccessRules;
 use crate::access::principal::Principal;
 use arc_swap::ArcSwapOption;
-use siphasher::sip128::{Hash128, SipHasher13};
+use poly1305::{Poly1305, universal_hash::KeyInit as _};
 use std::{
     fmt,
     sync::{Arc, LazyLock, Weak},
@@ -29,16 +28,20 @@ struct AcceptedHeader {
     rules: Weak<AccessRules>,
 }
 
-/// The hash of a header. Nobody can choose another header with the same hash without the key, and a comparison says
-/// nothing about the header that was accepted.
+/// The Poly1305 hash of a header. Two different headers of at most 64 KiB have the same hash with a probability below
+/// 2^-80 for a random key, and only this process knows the key and the hashes.
 #[derive(PartialEq, Eq)]
-struct HeaderHash(u64, u64);
+struct HeaderHash([u8; 16]);
 
 impl HeaderHash {
     fn of(header: &[u8]) -> Self {
-        static KEY: LazyLock<[u8; 16]> = LazyLock::new(|| Uuid::new_v4().into_bytes());
-        let Hash128 { h1, h2 } = SipHasher13::new_with_key(&KEY).hash(header);
-        Self(h1, h2)
+        static KEYED: LazyLock<Poly1305> = LazyLock::new(|| {
+            let mut key = [0; 32];
+            key[..16].copy_from_slice(Uuid::new_v4().as_bytes());
+            key[16..].copy_from_slice(Uuid::new_v4().as_bytes());
+            Poly1305::new(&key.into())
+        });
+        Self(KEYED.clone().compute_unpadded(header).into())
     }
 }
 

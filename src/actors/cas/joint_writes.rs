@@ -1,14 +1,13 @@
 //! [`JointWrites`]: small files of different requests that are written together.
 //!
 //! Storing a file takes three steps: the actor reserves room, a blocking thread writes the file, and the actor makes it visible.
-//! For a small file, the wake-ups of threads between these steps cost more than the steps. So the first file starts a job on a
-//! blocking thread. Files that arrive while the job works wait for its next turn, and share one reservation, one write and one
-//! commit.
+//! For a small file, waking threads between these steps costs more than the steps. So the first file starts a job on a blocking
+//! thread. Files that arrive while the job works wait for its next turn, and share one reservation, one write and one commit.
 //!
 //! Invariants:
-//! - There is at most one job. It ends when nothing waits. If it panics, the files that wait fail, and the next file starts
-//!   another job.
-//! - A file for which there is no room, or that cannot be written, fails alone.
+//! - There is at most one job. It ends when no file waits. If it panics, the waiting files fail, and the next file starts another
+//!   job.
+//! - If there is no room for a file, or it cannot be written, only this file fails.
 //!
 //! Bounds: a file has at most [`JOINT_FILE_BYTES`], a result at most [`JOINT_LINKS`], and a turn at most [`FILES_PER_TURN`] files. The
 //! bytes that wait are charged to a budget ([`super::uploads::small`]).
@@ -30,9 +29,9 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-/// The largest file that is written jointly. Writing a larger one costs more than the wake-ups.
+/// The largest file that is written jointly. Writing a larger one costs more than waking the threads.
 pub(super) const JOINT_FILE_BYTES: u64 = 64 * 1024;
-/// The most files of one turn. The index takes them in one step.
+/// Largest number of files in one turn. The index is changed for all of them in one step.
 const FILES_PER_TURN: usize = CHANGES_PER_HOLD;
 /// The most blobs of a result that is written jointly. All results of a turn together have no more than the largest one that is
 /// linked.
@@ -43,7 +42,7 @@ pub(super) const JOINT_LINKS: usize = MAX_LINKS / FILES_PER_TURN;
 pub(super) struct SmallFile {
     pub key: Key,
     pub content: Bytes,
-    /// If it is the file of a result every blob of which is known: that result.
+    /// The result, if this is the file of a result whose blobs are all known.
     pub result: Option<Box<dyn NewResult>>,
 }
 
@@ -64,7 +63,7 @@ struct WaitingFile {
     content: [Bytes; 1],
     result: Option<Box<dyn NewResult>>,
     lessee: Option<Owner>,
-    /// For the bytes of this file and of those that came with it.
+    /// Memory for the bytes of this file and of the files that arrived with it.
     _memory: Option<Share>,
     answer: oneshot::Sender<Result<FileId>>,
 }
@@ -81,7 +80,7 @@ impl JointWrites {
         !std::mem::replace(&mut queue.is_served, true)
     }
 
-    /// The files of the next turn. Without any, the job is over.
+    /// The files of the next turn. If there are none, the job ends.
     fn next_turn(&self) -> Vec<WaitingFile> {
         let mut queue = self.queue();
         queue.is_served = !queue.waiting.is_empty();
@@ -123,7 +122,7 @@ impl Cas {
 /// The job that writes files until none waits.
 struct JointJob {
     cas: Cas,
-    /// Nothing waited any more. Another job may have begun since.
+    /// Whether the job has ended because no file waited. Another job may have begun since.
     is_over: bool,
 }
 
@@ -186,7 +185,7 @@ impl Drop for JointJob {
         if self.is_over {
             return;
         }
-        // It panicked, or the runtime does not start jobs any more.
+        // The job has panicked, or the runtime does not start jobs any more.
         let mut queue = self.cas.shared().joint_writes.queue();
         queue.is_served = false;
         queue.waiting.clear();
@@ -202,7 +201,7 @@ fn failed(key: &Key, error: &io::Error) -> Error {
 fn answer(files: Vec<WaitingFile>, mut outcome: impl FnMut(&WaitingFile) -> Result<FileId>) {
     for file in files {
         let outcome = outcome(&file);
-        // Nobody may wait any more.
+        // The request may have been cancelled.
         let _ = file.answer.send(outcome);
     }
 }
@@ -345,7 +344,7 @@ mod tests {
         store.end();
     }
 
-    /// As if the job had panicked.
+    /// The test drops the job to simulate a panic.
     #[actix::test]
     async fn the_files_of_a_job_that_breaks_off_fail_and_later_ones_are_stored() {
         let store = Store::new(1 << 30);

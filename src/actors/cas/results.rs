@@ -40,8 +40,9 @@ pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
 /// The memory that the largest stored result takes while it is read and decoded: its file and the message.
 pub(super) const LARGEST_RESULT: u64 = MAX_FILE_BYTES + MAX_MESSAGE_MEMORY;
 
-/// Memory for the results of requests, but for small ones: from before they are read, when the largest may come, until there is
-/// room for the answer. Enough for the largest one twice, as for messages that are decoded.
+/// Memory for the results of requests, except for small ones. It is reserved before a result is read, when its size is not
+/// known, and held until there is room for the answer. It is enough for two of the largest results, like the memory for decoded
+/// messages.
 pub(super) const LARGE_RESULTS: Bounds =
     Bounds { what: "bytes of large results", total: 2 * LARGEST_RESULT, connection: LARGEST_RESULT };
 
@@ -57,9 +58,9 @@ pub struct LoadedResult {
     pub result: SharedResult,
     /// Output files, Trees, files inside Trees, Directories and logs (AC-03), each once. The empty blob is left out.
     pub references: Vec<Digest>,
-    /// The sizes of these blobs together.
+    /// The total size of these blobs.
     pub bytes: u64,
-    /// Whether the index was told which blobs it needs.
+    /// Whether the index has links to these blobs.
     pub is_linked: AtomicBool,
     /// Whether it may be served. Results of failed commands are stored if a client uploads them, but are never hits (AC-13).
     pub is_hit: bool,
@@ -279,7 +280,7 @@ fn check_paths(result: &reapi::ActionResult, uploader: Uploader) -> Result<()> {
     Ok(())
 }
 
-/// An element of a list of outputs, as errors name it: the field and the path.
+/// The name of an element of a list of outputs in errors: the field and the path.
 #[derive(Clone, Copy)]
 struct OutputField<'a>(&'static str, &'a str);
 
@@ -290,7 +291,7 @@ impl Display for OutputField<'_> {
     }
 }
 
-/// What is stored of a result to say where it comes from.
+/// The origin that is stored with a result.
 pub fn origin(
     instance: &str,
     action: Digest,
@@ -333,7 +334,7 @@ pub fn encode(origin: &gorego::StoredOrigin, result: &reapi::ActionResult) -> By
     bytes.into()
 }
 
-/// Decodes the file content of a stored result, or returns what is wrong with it.
+/// Decodes the file content of a stored result. The error describes what is wrong with it.
 pub fn decode(
     bytes: &[u8],
     instance: &str,
@@ -353,7 +354,8 @@ pub fn decode(
     Ok(result)
 }
 
-/// Where the file content of a stored result says that it comes from; the result itself is skipped. Or what is wrong with it.
+/// Decodes the origin in the file content of a stored result and skips the result itself. The error describes what is wrong
+/// with it.
 pub fn decode_origin(
     bytes: &[u8],
     instance: &str,
@@ -455,7 +457,7 @@ mod tests {
         let empty_children = b"\x12\x00";
         assert_eq!(files_of_tree(empty_children.repeat(10).into(), SHA256), Ok(vec![]));
         assert!(files_of_tree(empty_children.repeat(2_000_001).into(), SHA256).is_err());
-        // One child with as many empty files.
+        // The Tree has one child with as many empty files.
         let files = b"\x0a\x00".repeat(2_000_001);
         let mut nested = vec![0x12];
         prost::encode_length_delimiter(files.len(), &mut nested).unwrap();

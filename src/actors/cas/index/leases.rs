@@ -386,7 +386,7 @@ impl Leases {
         match book.common.get_mut(row) {
             Some(common) => {
                 let ended = common.take();
-                let payer = ended.map_or(None, |ended| ended.payer);
+                let payer = ended.and_then(|ended| ended.payer);
                 if book.newest_common.get(&payer) == Some(&row) {
                     book.newest_common.remove(&payer);
                 }

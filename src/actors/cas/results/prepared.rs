@@ -21,18 +21,18 @@ use gorego_reapi::{
 };
 use std::{sync::Arc, time::SystemTime};
 
-/// A result that is checked and encoded for its file.
+/// A result that was checked and encoded for its file.
 pub(crate) struct PreparedResult {
     pub(super) action: Digest,
     pub(in crate::actors::cas) result: SharedResult,
-    /// Where it comes from.
+    /// The origin of the result.
     pub(super) origin: StoredOrigin,
     file: Bytes,
     /// Contents that were inlined; these blobs have to be stored first.
     pub(crate) contents: Vec<(Digest, Bytes)>,
-    /// What it names directly.
+    /// The digests that the result names directly.
     pub(in crate::actors::cas) direct: DirectReferences,
-    /// Every blob that it needs, if that is known although it names Trees or Directories.
+    /// Every blob that the result needs, if they are known although it names Trees or Directories.
     pub(in crate::actors::cas) references: Option<Vec<Digest>>,
 }
 
@@ -65,7 +65,7 @@ impl PreparedResult {
         Ok(Self { action, result, origin, file, contents, direct, references: None })
     }
 
-    /// Encodes it for its file.
+    /// Encodes the result for its file.
     pub(super) fn encode(self) -> Self {
         let file = results::encode(&self.origin, &self.result);
         Self { file, ..self }
@@ -94,18 +94,18 @@ impl PreparedResult {
         Ok(())
     }
 
-    /// Length of its file.
+    /// The length of the file.
     pub(super) fn bytes(&self) -> u64 {
         self.file.len() as u64
     }
 
-    /// Whether it may be written together with other files.
+    /// Whether the file may be written together with other files.
     pub(super) fn is_small(&self) -> bool {
         let links = self.references.as_ref().map_or(self.direct.blobs.len(), Vec::len);
         self.bytes() <= JOINT_FILE_BYTES && links <= JOINT_LINKS
     }
 
-    /// Its file in this namespace.
+    /// The file of the result in this namespace.
     pub(super) fn into_file(self, space: &Instance) -> SmallFile {
         let Self { action, result, file, direct, references, .. } = self;
         let references = if direct.is_complete() { Some(direct.blobs) } else { references };

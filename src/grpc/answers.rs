@@ -27,7 +27,8 @@ use tower::{Layer, Service};
 const UNRESERVED_MAX_BYTES: usize = 256 * 1024;
 /// Memory of a header field in addition to its name and value.
 const FIELD_BYTES: u64 = 110;
-/// Heads up to this size are not counted. Those of build clients have about 1.5 KB, or 3 KB with a signed token.
+/// Heads up to this size are not counted, so that calls of build clients are cheap: they have about 1.5 KB, or 3 KB with a signed
+/// token. All of them together take at most this much for each call that may be open.
 const UNCOUNTED_HEAD_BYTES: u64 = 4 * 1024;
 
 /// Puts an [`AnswerService`] before a service.

@@ -37,10 +37,10 @@ pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
         None => write_shown(line, record.args()),
     }
     if event.is_some() {
-        let _ = values.visit(&mut Fields { line, separator: b",", are_own: true });
+        let _ = values.visit(&mut Fields { line, separator: b"," });
     } else if values.count() > 0 {
         line.extend_from_slice(b",\"fields\":{");
-        let _ = values.visit(&mut Fields { line, separator: b"", are_own: false });
+        let _ = values.visit(&mut Fields { line, separator: b"" });
         line.push(b'}');
     }
     line.extend_from_slice(b"}\n");
@@ -60,7 +60,7 @@ fn write_text(line: &mut Vec<u8>, text: &str) {
 fn write_shown(line: &mut Vec<u8>, value: &(impl Display + ?Sized)) {
     let start = line.len();
     line.push(b'"');
-    // Writing to a Vec cannot fail.
+    // If the value fails to display itself, its text is cut short.
     let _ = write!(line, "{value}");
     let text = line.get(start + 1..).unwrap_or_default();
     if text.iter().fold(true, |all, byte| all & is_plain(*byte)) {
@@ -90,8 +90,6 @@ fn write_value(line: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
 struct Fields<'a> {
     line: &'a mut Vec<u8>,
     separator: &'static [u8],
-    /// Whether they are those of an event of this server, which have no structure.
-    are_own: bool,
 }
 
 impl<'kvs> VisitSource<'kvs> for Fields<'_> {
@@ -103,7 +101,7 @@ impl<'kvs> VisitSource<'kvs> for Fields<'_> {
         self.line.extend_from_slice(self.separator);
         write_text(self.line, key.as_str());
         self.line.push(b':');
-        let mut present = Present { line: self.line, is_own: self.are_own, is_absent: false };
+        let mut present = Present { line: self.line, is_absent: false };
         value.visit(&mut present)?;
         if present.is_absent {
             self.line.truncate(start);
@@ -117,17 +115,12 @@ impl<'kvs> VisitSource<'kvs> for Fields<'_> {
 /// Writes a value unless it is `None`.
 struct Present<'a> {
     line: &'a mut Vec<u8>,
-    is_own: bool,
     is_absent: bool,
 }
 
 impl VisitValue<'_> for Present<'_> {
     fn visit_any(&mut self, value: Value<'_>) -> Result<(), Error> {
-        if self.is_own {
-            write_shown(self.line, &value);
-        } else {
-            write_value(self.line, &value);
-        }
+        write_value(self.line, &value);
         Ok(())
     }
 

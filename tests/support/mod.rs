@@ -60,11 +60,15 @@ pub async fn eventually_every<F: Future<Output = bool>>(
 
 /// Waits for the end of a process; panics with `what` after the time limit.
 pub async fn exit_of(child: &mut Child, what: &str) -> ExitStatus {
-    let mut status = None;
-    eventually(what, || {
-        status = child.try_wait().unwrap();
-        status.is_some()
-    })
-    .await;
-    status.unwrap()
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if Instant::now() > end {
+            let _ = child.kill();
+            panic!("never happened: {what}");
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }

@@ -3,7 +3,8 @@
 //! Build tools send thousands of requests a second with the same header. The hash of a header is compared with the hash
 //! of the last accepted header of its connection. This costs less than parsing and checking it.
 //!
-//! A connection keeps one hash with a random key of this process ([`HeaderHash`]), and not the header. It is valid until its credential expires or must be checked again, and only under the rules that accepted it.
+//! A connection keeps one hash with a random key of this process ([`HeaderHash`]), and not the header. The hash is valid
+//! until its credential expires or must be checked again, and only under the rules that accepted it.
 
 use super::AccessRules;
 use crate::access::principal::Principal;
@@ -29,10 +30,10 @@ struct AcceptedHeader {
 }
 
 /// The POLYVAL hash of a header, and its length. Two different headers of at most 64 KiB have the same hash with a
-/// probability below 2^-100 for a random key, and only this process knows the key and the hashes.
+/// probability below 2^-100 for a key of 122 random bits, and only this process knows the key and the hashes.
 #[derive(PartialEq, Eq)]
 struct HeaderHash {
-    hash: [u8; 16],
+    hash: u128,
     length: usize,
 }
 
@@ -42,7 +43,7 @@ impl HeaderHash {
         let mut hash = KEYED.clone();
         // The padding with zeros is unambiguous beside the length.
         hash.update_padded(header);
-        Self { hash: hash.finalize().into(), length: header.len() }
+        Self { hash: u128::from_le_bytes(hash.finalize().into()), length: header.len() }
     }
 }
 

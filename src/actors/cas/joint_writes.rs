@@ -7,7 +7,8 @@
 //! Invariants:
 //! - There is at most one job. It ends when no file waits. If it panics, the waiting files fail, and the next file starts another
 //!   job.
-//! - If there is no room for a file, or it cannot be written, only this file fails.
+//! - If there is no room for a file, or it cannot be written, only this file fails. If files cannot be synced to the disk, the files
+//!   of one build in this turn fail.
 //!
 //! Bounds: a file has at most [`JOINT_FILE_BYTES`], a result at most [`JOINT_LINKS`], and a turn at most [`FILES_PER_TURN`] files. The
 //! bytes that wait are charged to a budget ([`super::uploads::small`]).
@@ -17,7 +18,7 @@ use super::{
     index::{EntryKind, FileId, Key},
     linking::NewResult,
     new_files::{NewFiles, Visible},
-    settings::{CHANGES_PER_HOLD, MAX_LINKS},
+    settings::{CHANGES_PER_HOLD, FILES_PER_COMMIT, MAX_LINKS},
     volume::NewFile,
 };
 use crate::{budget::Share, caller::Owner};
@@ -33,6 +34,8 @@ use tokio::sync::oneshot;
 pub(super) const JOINT_FILE_BYTES: u64 = 64 * 1024;
 /// Largest number of files in one turn. The index is changed for all of them in one step.
 const FILES_PER_TURN: usize = CHANGES_PER_HOLD;
+// A result is linked in the last step of a commit. It is visible then only if a turn is one step.
+const _: () = assert!(FILES_PER_TURN <= FILES_PER_COMMIT);
 /// The most blobs of a result that is written jointly. All results of a turn together have no more than the largest one that is
 /// linked.
 pub(super) const JOINT_LINKS: usize = MAX_LINKS / FILES_PER_TURN;
@@ -149,7 +152,7 @@ impl JointJob {
         };
         files.sort_by_key(|file| file.lessee);
         let mut stored = Vec::with_capacity(files.len());
-        let mut visible: Vec<Visible> = Vec::new();
+        let mut commits: Vec<Option<Visible>> = Vec::new();
         for group in files.chunk_by_mut(|one, other| one.lessee == other.lessee) {
             let room = room.split(group.iter().map(|file| self.charge(file)).sum());
             let lessee = group.first().and_then(|file| file.lessee);
@@ -162,15 +165,18 @@ impl JointJob {
                     new.link(result.written(*id, cas.shared()));
                 }
             }
-            stored.extend(written);
-            visible.extend(new.commit());
+            stored.extend(written.into_iter().map(|written| (written, commits.len())));
+            commits.push(new.commit());
         }
-        let all_visible = visible.into_iter().try_for_each(|visible| runtime.block_on(visible.wait()));
+        let wait =
+            |commit: Option<Visible>| commit.map_or(Ok(()), |visible| runtime.block_on(visible.wait()));
+        let visible: Vec<Result<()>> = commits.into_iter().map(wait).collect();
         let mut stored = stored.into_iter();
         answer(files, |file| {
-            let written = stored.next().unwrap_or_else(|| Err(io::Error::other("it was not written")));
+            let not_written = || (Err(io::Error::other("it was not written")), 0);
+            let (written, commit) = stored.next().unwrap_or_else(not_written);
             let id = written.map_err(|error| failed(&file.key, &error))?;
-            all_visible.clone().map(|()| id)
+            visible.get(commit).cloned().unwrap_or(Ok(())).map(|()| id)
         });
     }
 

@@ -173,6 +173,11 @@ impl LookUp<'_> {
         Some(self.noted(found))
     }
 
+    /// Whether there is an entry with this key. This does not count as a use.
+    pub(super) fn has(&self, key: &Key) -> bool {
+        self.index.place_of(key).is_some()
+    }
+
     /// Finds a blob. This does not count as a use.
     pub(super) fn place_of_blob(&self, instance: InstanceId, digest: Digest) -> Option<EntryRef> {
         let key = Key { digest, instance, kind: EntryKind::Blob };

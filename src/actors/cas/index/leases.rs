@@ -10,7 +10,7 @@
 //! no peer loses what it shares with another one.
 //!
 //! A build that returns after its leases are over is another build. Its earlier rows are not charged to it, and end with the next
-//! [`Leases::expire`].
+//! [`Leases::expire`]. The build that stands for all builds without a place keeps its rows until then.
 //!
 //! Bounds: [`ROWS`] rows, of which [`COMMON_ROWS`] are common, and [`BUILDS`] builds: about 300 KiB. Beyond them, builds of a peer
 //! count as one, periods get longer, and what the builds of a peer share is charged to none.

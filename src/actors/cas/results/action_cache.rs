@@ -385,9 +385,12 @@ impl Cas {
         }
         prepared.references = self.references_in_small_trees(&space, &prepared).await;
         let result = prepared.result.clone();
-        // A result that replaces another is compared with it, which may read the disk.
-        let is_alone = !prepared.is_small() || is_compared && self.has_result(&space, key)?;
-        if !is_alone && let Ok(memory) = self.charge_received(prepared.bytes()) {
+        // A result that replaces another is compared with it, which may read the disk. Two first results of an action that arrive
+        // at the same time are not compared.
+        let replaces =
+            is_compared && self.shared().reports.get().is_some() && self.has_result(&space, key)?;
+        let is_alone = replaces || !prepared.is_small();
+        if !is_alone && let Ok(memory) = self.charge_received(prepared.memory()) {
             let stored = self.write_jointly(vec![prepared.into_file(&space)], memory).await;
             return stored.into_iter().collect::<Result<Vec<_>>>().map(|_| result);
         }
@@ -409,7 +412,7 @@ impl Cas {
 
     fn has_result(&self, instance: &Instance, action: Digest) -> Result<bool> {
         let key = Key { digest: action, instance: instance.id(), kind: EntryKind::Result };
-        self.look_up(|index| index.renew(&key).is_some())
+        self.look_up(|index| index.has(&key))
     }
 }
 

@@ -21,6 +21,9 @@ use gorego_reapi::{
 };
 use std::{sync::Arc, time::SystemTime};
 
+/// The most memory of a result that is written jointly. A decoded result can take many times the bytes of its file.
+const JOINT_RESULT_MEMORY: u64 = 4 * JOINT_FILE_BYTES;
+
 /// A result that was checked and encoded for its file.
 pub(crate) struct PreparedResult {
     pub(super) action: Digest,
@@ -94,15 +97,21 @@ impl PreparedResult {
         Ok(())
     }
 
-    /// The length of the file.
-    pub(super) fn bytes(&self) -> u64 {
-        self.file.len() as u64
+    /// Memory that it takes until it is written.
+    pub(super) fn memory(&self) -> u64 {
+        (self.file.len() + self.result.memory() + self.links() * size_of::<Digest>()) as u64
     }
 
     /// Whether the file may be written together with other files.
     pub(super) fn is_small(&self) -> bool {
-        let links = self.references.as_ref().map_or(self.direct.blobs.len(), Vec::len);
-        self.bytes() <= JOINT_FILE_BYTES && links <= JOINT_LINKS
+        self.memory() <= JOINT_RESULT_MEMORY
+            && self.file.len() as u64 <= JOINT_FILE_BYTES
+            && self.links() <= JOINT_LINKS
+    }
+
+    /// The number of blobs that it will be linked to.
+    fn links(&self) -> usize {
+        self.references.as_ref().map_or(self.direct.blobs.len(), Vec::len)
     }
 
     /// The file of the result in this namespace.

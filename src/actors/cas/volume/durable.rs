@@ -139,7 +139,10 @@ impl Drop for SyncTurn<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::thread;
+    use std::{
+        thread,
+        time::{Duration, Instant},
+    };
 
     /// Each writer returns only after a sync that began after it had joined.
     #[test]
@@ -173,7 +176,9 @@ mod tests {
             let size = group.segments.len() as u64;
             groups.lock().unwrap().push(size);
             // The first sync ends when all other writers wait in the next group.
+            let end = Instant::now() + Duration::from_secs(30);
             while is_first && size + (commit.state().next.segments.len() as u64) < WRITERS {
+                assert!(Instant::now() < end, "the other writers do not wait");
                 thread::yield_now();
             }
             Ok(())

@@ -118,8 +118,15 @@ impl Book {
 
     /// Whether the leases of one of these builds last.
     pub(super) fn is_any_active(&self, builds: &[u64; SET_WORDS], now: u32) -> bool {
-        let mut places = (0..self.builds.len()).filter(|place| builds[place / 64] & 1 << (place % 64) != 0);
-        places.any(|place| self.is_active(place, now))
+        let places = |(at, word): (usize, &u64)| {
+            let mut left = *word;
+            std::iter::from_fn(move || {
+                let bit = (left != 0).then(|| left.trailing_zeros() as usize)?;
+                left &= left - 1;
+                Some(at * 64 + bit)
+            })
+        };
+        builds.iter().enumerate().flat_map(places).any(|place| self.is_active(place, now))
     }
 
     fn add(&mut self, owner: Owner, lasts: u32) -> usize {

@@ -6,6 +6,7 @@ mod compressed;
 mod damage;
 mod disk;
 mod durability;
+mod every_file;
 mod inputs;
 mod leases;
 mod links;

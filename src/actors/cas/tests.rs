@@ -10,6 +10,7 @@ mod every_file;
 mod inputs;
 mod leases;
 mod links;
+mod model;
 mod packing;
 mod results;
 mod scrub;

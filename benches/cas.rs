@@ -4,16 +4,16 @@
 //! the lines about the bare file system in the same run.
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use bytes::Bytes;
 use gorego::{
-    action::TimeoutPolicy,
     actors::cas::{
-        CasActor, CloseStore, LeaseTimes, StoreSettings,
+        CloseStore,
         client::{Provenance, Upload},
         resolve::Resolution,
     },
     caller::Owner,
-    instance::Instances,
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -25,7 +25,6 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     time::{Duration, Instant},
 };
-use tokio::runtime::Handle;
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 
@@ -37,22 +36,8 @@ fn report(what: &str, times: u32, elapsed: Duration) {
 async fn main() {
     let blobs: u32 = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(20_000);
     let root = tempfile::tempdir().unwrap();
-    let settings = StoreSettings {
-        root: root.path().join("store"),
-        max_bytes: 1 << 40,
-        max_blob_bytes: 1 << 34,
-        zstd_level: 1,
-        sync: Default::default(),
-        scrub_bytes_per_second: 0,
-        leases: LeaseTimes::default(),
-        result_links_bytes: 1 << 20,
-        packing: None,
-        partial_upload_retention: Duration::from_secs(60),
-        timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
-    };
-    let instances = Instances::new([""]).unwrap();
-    let main = instances.get("").unwrap();
-    let cas = CasActor::open(settings.clone(), &instances, Handle::current()).unwrap().launch();
+    let settings = support::settings(root.path().join("store"));
+    let (cas, main) = support::open(&settings);
 
     let bare = root.path().join("bare");
     fs::create_dir(&bare).unwrap();
@@ -219,13 +204,7 @@ async fn main() {
     cas.actor().send(CloseStore).await.unwrap();
     drop(cas);
     let start = Instant::now();
-    let reopened = loop {
-        // The last file operation of the closed store may still hold its lock.
-        match CasActor::open(settings.clone(), &instances, Handle::current()) {
-            Ok(actor) => break actor,
-            Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
-        }
-    };
+    let reopened = support::reopen(&settings).await;
     report(&format!("open a store of {blobs} blobs"), 1, start.elapsed());
     drop(reopened);
 }

@@ -4,19 +4,16 @@
 //! store, which also hash and write. The best of several rounds counts.
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use bytes::Bytes;
 use fastcdc::v2020::{FastCDC, Normalization};
-use gorego::{
-    action::TimeoutPolicy,
-    actors::cas::{CasActor, LeaseTimes, StoreSettings, client::Upload},
-    instance::Instances,
-};
+use gorego::actors::cas::client::Upload;
 use gorego_reapi::{
     chunking::{Chunking, Splitter},
     digest::DigestFunction,
 };
 use std::time::{Duration, Instant};
-use tokio::runtime::Handle;
 
 const BYTES: usize = 256 << 20;
 const ROUNDS: usize = 5;
@@ -70,22 +67,7 @@ async fn main() {
     report("RepMaxCDC, streamed", fastest(|| split(Chunking::REP_MAX, &bytes)), library);
 
     let root = tempfile::tempdir().unwrap();
-    let settings = StoreSettings {
-        root: root.path().join("store"),
-        max_bytes: 1 << 40,
-        max_blob_bytes: 1 << 34,
-        partial_upload_retention: Duration::from_secs(60),
-        timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
-        leases: LeaseTimes::default(),
-        result_links_bytes: 1 << 20,
-        packing: None,
-        zstd_level: 1,
-        sync: Default::default(),
-        scrub_bytes_per_second: 0,
-    };
-    let instances = Instances::new([""]).unwrap();
-    let main = instances.get("").unwrap();
-    let cas = CasActor::open(settings, &instances, Handle::current()).unwrap().launch();
+    let (cas, main) = support::open(&support::settings(root.path().join("store")));
     let start = Instant::now();
     let blob = DigestFunction::Sha256.digest(&bytes);
     report("bare: SHA-256", rate(start.elapsed()), library);

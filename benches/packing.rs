@@ -1,17 +1,19 @@
 //! Compression at rest over real files: `cargo bench --bench packing -- [DIRECTORY...]`.
 //!
-//! For each directory (`target/debug/deps` by default): what its files take plain and compressed, how fast one core compresses them, and
-//! what reads cost before and after. Files of up to 64 KiB are joined to blobs of 4 MiB, as archives of headers would be.
+//! For each directory (`target/debug/deps` by default): the disk space of its files plain and compressed, the speed of one core
+//! that compresses them, and the cost of reads before and after. Files of up to 64 KiB are joined to blobs of 4 MiB, as archives
+//! of headers would be.
 #![allow(clippy::unwrap_used)]
+
+mod support;
 
 use bytes::Bytes;
 use gorego::{
-    action::TimeoutPolicy,
     actors::cas::{
-        CasActor, CloseStore, LeaseTimes, PackingSettings, StoreSettings,
+        CloseStore, PackingSettings, StoreSettings,
         client::{Cas, Upload},
     },
-    instance::{Instance, Instances},
+    instance::Instance,
 };
 use gorego_reapi::digest::{Digest, DigestFunction};
 use std::{
@@ -19,12 +21,11 @@ use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
-use tokio::runtime::Handle;
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 const SMALL_BYTES: u64 = 64 << 10;
 const JOINED_BYTES: usize = 4 << 20;
-/// Of each directory, no more is read.
+/// Most bytes that are read of a directory.
 const MOST_BYTES: u64 = 1 << 30;
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -104,22 +105,8 @@ async fn main() {
     }
     for directory in directories {
         let root = tempfile::tempdir().unwrap();
-        let settings = StoreSettings {
-            root: root.path().join("store"),
-            max_bytes: 1 << 40,
-            max_blob_bytes: 1 << 34,
-            zstd_level: 1,
-            leases: LeaseTimes::default(),
-            result_links_bytes: 1 << 20,
-            sync: Default::default(),
-            scrub_bytes_per_second: 0,
-            packing: None,
-            partial_upload_retention: Duration::from_secs(60),
-            timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
-        };
-        let instances = Instances::new([""]).unwrap();
-        let main = instances.get("").unwrap();
-        let cas = CasActor::open(settings.clone(), &instances, Handle::current()).unwrap().launch();
+        let settings = support::settings(root.path().join("store"));
+        let (cas, main) = support::open(&settings);
         let mut blobs = vec![];
         for content in contents(&directory) {
             blobs.push(store(&cas, &main, &content).await);
@@ -144,14 +131,9 @@ async fn main() {
         let packing =
             PackingSettings { after_secs: 0, min_bytes: 1 << 16, min_saving_percent: 20, cpu_percent: 100 };
         let settings = StoreSettings { packing: Some(packing), ..settings };
-        let cas = loop {
-            match CasActor::open(settings.clone(), &instances, Handle::current()) {
-                Ok(actor) => break actor.launch(),
-                Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
-            }
-        };
+        let cas = support::reopen(&settings).await.launch();
         let (start, mut last_change, mut packed) = (Instant::now(), Instant::now(), 0);
-        // The end of the pass is when nothing has changed for two seconds.
+        // No event tells the end of the pass. It has ended when nothing has changed for two seconds.
         while last_change.elapsed() < Duration::from_secs(2) {
             tokio::time::sleep(Duration::from_millis(20)).await;
             let now = cas.measure().totals.packed_blobs;
@@ -176,7 +158,7 @@ async fn main() {
         let (first, ..) = reads(&cas, &main, &blobs).await;
         let (plain, zstd, last) = reads(&cas, &main, &blobs).await;
         println!(
-            "  packed: identity {plain:.0} MB/s ({first:.0} the first time), zstd as it lies {zstd:.0} MB/s, last byte {last:.0} us"
+            "  packed: identity {plain:.0} MB/s ({first:.0} the first time), stored zstd {zstd:.0} MB/s, last byte {last:.0} us"
         );
         cas.actor().send(CloseStore).await.unwrap();
     }

@@ -4,16 +4,15 @@
 //! dropped from the page cache, and a new process opens the store and asks which of two thousand blobs are missing. The time counts
 //! from the start of that process to its answer. A third process does the same once more, with the files in the page cache.
 //!
-//! The defaults, 200,000 blobs of 1 KiB, take some seconds; `tests/run` runs them as `cargo test --bench start`. It fails if an answer is wrong, takes longer than [`MOST`], or if
-//! the index takes more than [`MOST_BYTES`] a blob. The directory is removed at the end.
+//! The defaults, 200,000 blobs of 1 KiB, take some seconds; `tests/run` runs them as `cargo test --bench start`. It fails if an
+//! answer is wrong or takes longer than [`MOST`], or if the index takes more than [`MOST_BYTES`] for a blob. The directory is
+//! removed at the end.
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use bytes::Bytes;
-use gorego::{
-    action::TimeoutPolicy,
-    actors::cas::{CasActor, CloseStore, StoreSettings, client::Cas},
-    instance::{Instance, Instances},
-};
+use gorego::actors::cas::CloseStore;
 use gorego_reapi::digest::{Digest, DigestFunction};
 use rustix::{
     fs::{Advice, fadvise},
@@ -28,7 +27,6 @@ use std::{
     process::{Child, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
-use tokio::runtime::Handle;
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 /// Blobs of one request.
@@ -109,29 +107,10 @@ fn content(n: u64, bytes: usize) -> Bytes {
     content.into()
 }
 
-fn open_store(root: &Path) -> (Cas, Instance) {
-    let settings = StoreSettings {
-        root: root.to_owned(),
-        max_bytes: 1 << 40,
-        max_blob_bytes: 1 << 34,
-        zstd_level: 1,
-        sync: Default::default(),
-        scrub_bytes_per_second: 0,
-        leases: Default::default(),
-        result_links_bytes: 1 << 20,
-        packing: None,
-        partial_upload_retention: Duration::from_secs(60),
-        timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
-    };
-    let instances = Instances::new([""]).unwrap();
-    let main = instances.get("").unwrap();
-    (CasActor::open(settings, &instances, Handle::current()).unwrap().launch(), main)
-}
-
 /// Writes the blobs, says so, and waits to be killed.
 async fn write(load: Load) {
     let Load { blobs, bytes, place } = load;
-    let (cas, main) = open_store(&place);
+    let (cas, main) = support::open(&support::settings(place));
     let (cas, main) = (&cas, &main);
     let batch = |first: u64| async move {
         let blobs = (first..blobs.min(first + BATCH)).map(|n| content(n, bytes));
@@ -156,7 +135,7 @@ async fn open(load: Load) {
     let absent: HashSet<Digest> = (blobs..blobs + ASKED).map(digest).collect();
     let asked: Vec<Digest> = some.iter().chain(&absent).copied().collect();
     let begin = Instant::now();
-    let (cas, main) = open_store(&place);
+    let (cas, main) = support::open(&support::settings(place));
     let missing = cas.find_missing(&main, &asked).await.unwrap();
     let (elapsed, cpu) = (begin.elapsed().as_secs_f64(), clock_gettime(ClockId::ProcessCPUTime));
     let cpu = cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9;

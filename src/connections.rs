@@ -7,7 +7,8 @@
 //!
 //! Each way in which a client can hold resources without making progress has a time limit.
 //!
-//! This module also owns the counters that span the connections of a peer: cancelled calls, and the log lines about them.
+//! This module also owns the counters that cover all connections of a peer: its cancelled calls, and the log lines about
+//! them.
 
 pub(crate) mod ahead;
 pub(crate) mod answers;
@@ -58,8 +59,8 @@ pub(crate) const HEAD_LIMIT: Duration = Duration::from_secs(20);
 pub(crate) const UNREAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long a client may consume no answer although it reads its socket. Equal to the idle limit of a download.
 pub(crate) const UNTAKEN_LIMIT: Duration = crate::grpc::stalled::READ_IDLE_LIMIT;
-/// Rate of calls that one peer may cancel beyond those that it lets finish. A failed build cancels thousands of running
-/// actions at once.
+/// Rate of calls that one peer may cancel in addition to those that it lets finish. A failed build cancels thousands of
+/// running actions at once.
 pub(crate) const PEER_RESETS: Rate = Rate { burst: 10_000, per_second: 1_000 };
 /// Rate of log lines about one peer's cancelled and refused calls. Further ones are only counted.
 pub(crate) const PEER_LINES: Rate = Rate { burst: 200, per_second: 20 };
@@ -137,7 +138,7 @@ impl Connections {
         let total = CONNECTIONS_MAX.min(descriptors / CONNECTIONS_PER_DESCRIPTOR).max(1);
         let places = Bounds { what: "connections", total, connection: 1 };
         let total = CALLS_MAX.min(descriptors / CALLS_PER_DESCRIPTOR).max(1);
-        let calls = Bounds { what: "calls at a time", total, connection: crate::grpc::STREAMS_MAX.into() };
+        let calls = Bounds { what: "concurrent calls", total, connection: crate::grpc::STREAMS_MAX.into() };
         Self(Arc::new(Inner {
             clock: Clock(Instant::now()),
             places: Budget::new(places),
@@ -373,7 +374,7 @@ fn tell_one(peer: &str, what: Counted, number: u64) {
         Counted::Ended(End::Http(None)) => Event::info("gorego::http", "http_not_listed")
             .with("peer", peer)
             .with("requests", number)
-            .log(format_args!("{number} more HTTP requests of {peer} were left before their answer")),
+            .log(format_args!("{number} more HTTP requests of {peer} were cancelled before their answer")),
     }
 }
 

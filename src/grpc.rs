@@ -3,13 +3,14 @@
 //! Each service decodes, asks and encodes. Wire types stay here: only this directory, the wiring and the client know tonic.
 //! The files:
 //!
-//! - [`execution`], [`operations`], [`cas`] (with [`get_tree`] and [`chunks`]), [`action_cache`], [`byte_stream`],
-//!   [`log_stream`], [`asset`], [`capabilities`], [`health`], [`admin`]: the services. Reflection comes from the descriptors.
-//!   [`services`]: what `build.rs` generates. [`permissions`]: what each RPC needs.
-//! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
-//!   [`operation_stream`], [`stalled`]: parts of answers. [`write_stream`]: the request of ByteStream.Write. [`ask`]: requests to the scheduler.
-//! - [`accept`], [`bulk`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`], [`answers`], [`request_log`],
-//!   [`panic_guard`], [`mod@routes`]: layers that every connection and call passes.
+//! - [`execution`], [`operations`], [`cas`] (with [`get_tree`] and [`chunks`]), [`action_cache`], [`byte_stream`], [`log_stream`],
+//!   [`asset`], [`capabilities`], [`health`], [`admin`]: the services. Reflection comes from the descriptors. [`services`]: the
+//!   code that `build.rs` generates. [`permissions`]: the permissions that each RPC requires.
+//! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`], [`operation_stream`],
+//!   [`stalled`]: parts of answers. [`write_stream`]: the request of ByteStream.Write, and [`ask`] sends requests to the
+//!   scheduler.
+//! - [`accept`], [`connection`], [`turn`], [`bulk`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
+//!   [`answers`], [`request_log`], [`panic_guard`], [`mod@routes`]: layers that every connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
 //! accepting when its shutdown future completes, and returns when the last connection is closed.
@@ -28,6 +29,7 @@ pub(crate) mod chunks;
 pub(crate) mod claim;
 pub(crate) mod codec;
 mod conduct;
+mod connection;
 pub mod convert;
 pub(crate) mod execution;
 pub mod filter;
@@ -47,6 +49,7 @@ mod routes;
 pub mod services;
 mod serving;
 pub(crate) mod stalled;
+mod turn;
 mod write_stream;
 
 use crate::{
@@ -130,7 +133,7 @@ pub type ReadStream = BoxStream<'static, Result<bytestream::ReadResponse, Status
 /// The resources and settings of the services.
 #[derive(Debug)]
 pub struct Edge {
-    /// The way to the instances that requests may name.
+    /// Checks the permissions of requests, and finds the instances that they name.
     pub gate: Gate,
     /// The store of blobs and action results.
     pub cas: Cas,
@@ -144,9 +147,9 @@ pub struct Edge {
     pub under_way: UnderWay,
     /// The open connections and their limits.
     pub connections: Connections,
-    /// What the Admin service acts on, besides the store.
+    /// The parts that the Admin service uses, besides the store.
     pub administration: Administration,
-    /// What is counted.
+    /// The counters and histograms of the server.
     pub metrics: Arc<Metrics>,
     /// The settings that are visible on the wire.
     pub settings: ProtocolSettings,
@@ -189,17 +192,17 @@ impl Edge {
         })
     }
 
-    /// The operation that a request names, if its principal may see it. It is recorded in the call.
+    /// Subscribes to the operation that a request names, if its principal may see it. The id is recorded in the call.
     ///
     /// # Errors
-    /// [`Error::NotFound`] for every name that is no operation of this server (EXE-13); [`Error::Denied`],
+    /// [`Error::NotFound`] for every name that is not an operation of this server (EXE-13); [`Error::Denied`],
     /// [`Error::Unauthenticated`].
     pub(crate) async fn watch(&self, call: &Call, name: &str) -> Result<Subscription> {
         let (instance, id) = self.operation(call, name)?;
         self.watch_in(call, instance, id).await
     }
 
-    /// The same for an operation of an instance that the call has entered.
+    /// Subscribes to an operation of an instance that the call has already entered, if its principal may see the operation.
     ///
     /// # Errors
     /// As [`Edge::watch`].
@@ -216,7 +219,8 @@ impl Edge {
         Ok(subscription)
     }
 
-    /// Records that a client is told the names of the live output of an operation, if it could not read it otherwise.
+    /// Records that a client has been told the names of the live output of an operation. This permits it to read the output.
+    /// Clients that may see all operations need no record.
     pub(crate) fn tell_logs(&self, call: &Call, info: &OperationInfo, snapshot: &Snapshot) {
         if let Some(run) = snapshot.logs
             && !call.principal().may(info.instance.name(), Permission::OperationsAll)
@@ -225,7 +229,8 @@ impl Edge {
         }
     }
 
-    /// The operation that a request names, if its principal may see its own operations there. It is recorded in the call.
+    /// The instance and the id of the operation that a request names, if the principal may see its own operations in this instance.
+    /// The id is recorded in the call.
     fn operation(&self, call: &Call, name: &str) -> Result<(Instance, OperationId)> {
         let (instance_name, id) = convert::operation_name(name)?;
         let instance = self.gate.enter(call, instance_name).map_err(|error| match error {
@@ -237,14 +242,14 @@ impl Edge {
     }
 }
 
-/// The path of every RPC, with the name that its log lines and metrics have.
+/// The path of every RPC, and its name in log lines and metrics.
 pub(crate) fn rpcs() -> impl Iterator<Item = (String, String)> {
     permissions::rpcs()
 }
 
-/// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when all
-/// open streams have ended and all connections are closed. The caller ends long-lived streams by draining the scheduler and
-/// closing the log streams, and learns from [`Edge::under_way`] when the remaining ones may be cut.
+/// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when all open
+/// streams have ended and all connections are closed. The caller ends long-lived streams by draining the scheduler and closing the
+/// log streams, and [`Edge::under_way`] tells it when the remaining ones may be cut off.
 ///
 /// # Errors
 /// [`Error::Internal`] when the services cannot be created.
@@ -257,7 +262,7 @@ pub async fn serve(
     serve_with(edge, health, listener, None, shutdown).await
 }
 
-/// The same with TLS, if there is any.
+/// Serves like [`serve`], with TLS if `tls` is set.
 ///
 /// # Errors
 /// See [`serve`].

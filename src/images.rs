@@ -78,7 +78,8 @@ const MAX_PULLS: u64 = 6;
 const MAX_LOOKUPS: u64 = 18;
 /// Time limit for looking up a tag.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often a worker that waits for an image checks whether it must stop waiting.
+/// How often a worker that waits for an image checks whether it must stop waiting, because cancellation is a flag without an
+/// event.
 const WAIT_POLL: Duration = Duration::from_millis(50);
 
 /// Maximum number of tags whose first digest is remembered.

@@ -9,6 +9,7 @@ pub mod action;
 pub mod actors;
 mod address;
 pub mod administration;
+mod alarm;
 mod budget;
 mod call;
 pub mod caller;

@@ -1,9 +1,9 @@
 //! The content-addressable store and the action cache: the actor, its index, and the rooms of the store.
 //!
 //! [`CasActor`] owns the `index::Index` (which blobs are stored, their last use, their leases and reserved room) and the table
-//! of `uploads`. Other threads may look things up in the index (`view`), but only the actor changes it. The actor never touches
-//! a file. Readers and writers work on the files that its answers name, on blocking threads, and report back. All requests go
-//! through [`client::Cas`].
+//! of `uploads`. Other threads may look up entries in the index (`view`), but only the actor changes it. The actor never
+//! touches a file. Readers and writers work on the files that its answers name, on blocking threads, and report back. All
+//! requests go through [`client::Cas`].
 //!
 //! Invariants: a blob is in the index only while its whole file is on disk, and others see a blob only through the index. The
 //! file of an evicted entry is deleted in the background, and its name is never used again. Leases and reservations (`guards`)
@@ -11,6 +11,7 @@
 
 mod batches;
 pub(crate) mod blob;
+mod checked;
 pub mod client;
 mod compaction;
 mod decoding;
@@ -39,6 +40,7 @@ mod tests;
 pub(crate) mod trees;
 mod turns;
 mod upkeep;
+mod uploading;
 pub(crate) mod uploads;
 mod view;
 mod volume;
@@ -67,12 +69,7 @@ use forms::{
     packing::Packer,
     zstd_form::{Encoders, History},
 };
-use gorego_reapi::{
-    digest::Digest,
-    error::{Error, Result},
-    tree::Directory,
-};
-use guards::{Reservation, UploadRoom};
+use gorego_reapi::{digest::Digest, error::Result, tree::Directory};
 use index::{Index, Victim};
 use memo::Memo;
 use reply::StoreReply;
@@ -88,7 +85,7 @@ use tokio::{
     sync::{Semaphore, watch},
 };
 use trees::walk::Walks;
-use uploads::{Attempt, Begin, Partial, Uploads};
+use uploads::Uploads;
 use view::View;
 use volume::{Volume, WrittenFile, local::Local};
 
@@ -104,7 +101,7 @@ pub(crate) struct StoreShared {
     volume: Box<dyn Volume>,
     /// The file system of the volume.
     disk: StoreDisk,
-    /// Files that are to be deleted.
+    /// Files that are being deleted in the background.
     deletions: Deletions,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
@@ -113,12 +110,12 @@ pub(crate) struct StoreShared {
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,
     /// Small blobs as they were written. An entry here does not mean that the blob is stored: only the index says that.
     recent: Memo<(InstanceId, Digest), Bytes>,
-    /// Small blobs as zstd streams; `None` for those that do not get smaller.
+    /// Small blobs as zstd streams; `None` for blobs that do not get smaller.
     packed: Memo<(InstanceId, Digest), Option<Bytes>>,
-    /// Larger blobs that were read compressed and have no form.
+    /// The history of larger blobs that were read compressed and have no form.
     zstd_history: Memo<(InstanceId, Digest), History>,
     encoders: Encoders,
-    /// Jobs that may compress at the same time.
+    /// Limits the jobs that compress at the same time.
     encoding: Budget,
     /// Permit to make a zstd form. Nobody waits for it: a read that does not get it leaves the form to a later read.
     form_turn: Arc<Semaphore>,
@@ -128,7 +125,7 @@ pub(crate) struct StoreShared {
     cold_reads: Budget,
     /// Disk space held by clients' unfinished uploads.
     upload_budget: Budget,
-    /// Bytes that clients sent and that are not written yet.
+    /// Memory for bytes that clients sent and that are not written yet.
     received: Budget,
     joint_writes: joint_writes::JointWrites,
     /// Memory for stored messages that are being decoded.
@@ -143,13 +140,13 @@ pub(crate) struct StoreShared {
     decoders: Budget,
     /// State of splits and splices. It does not say what is stored.
     chunk_work: ChunkWork,
-    /// Where results that replace different ones are reported.
+    /// Receives a report when a result replaces a different one.
     reports: OnceLock<NonDeterminismReports>,
     /// Held while the volume is compacted in the background.
     compaction_turn: Arc<Semaphore>,
     /// Held by a purge while it works on a page.
     purge_turn: tokio::sync::Mutex<()>,
-    /// Held while the disk is relieved, which is done once for all callers.
+    /// Held while the disk is relieved. One relief serves all callers.
     relief_turn: tokio::sync::Mutex<()>,
     relieved_first: relief::RelievedFirst,
     scrubbed: scrub::ScrubCounts,
@@ -159,7 +156,7 @@ impl StoreShared {
     /// Caches a blob that was checked and written, if it is small.
     fn remember(&self, instance: InstanceId, digest: Digest, pieces: &[Bytes]) {
         if digest.size() <= settings::RECENT_BLOB_BYTES as u64 {
-            // Copied, because a piece of a request keeps the whole request in memory.
+            // The bytes are copied, because a piece of a request keeps the whole request in memory.
             let bytes = Bytes::from(pieces.concat());
             let weight = bytes.len() + RECENT_OVERHEAD_BYTES;
             self.recent.insert((instance, digest), bytes, weight);
@@ -178,13 +175,13 @@ pub struct CasActor {
     shared: Arc<StoreShared>,
     /// Entries that were evicted before the actor started.
     over_limit: Vec<Victim>,
-    /// The last [`Index::bytes_deleted`], for callers that wait for room.
+    /// The latest [`Index::bytes_deleted`]. Callers that need room wait for it to grow.
     deleted: watch::Sender<u64>,
-    /// Compresses what is cold while this actor runs.
+    /// Compresses cold blobs while this actor runs.
     packer: Option<Packer>,
-    /// Runs as long as the actor. `None` once it is closed.
+    /// The scrub, which runs as long as the actor; `None` once the actor is closed.
     scrub: Option<scrub::Scrub>,
-    /// When the log last reported that results are not served because leases fill the store.
+    /// The time of the last log line about results that are not served because leases fill the store.
     full_leases_logged: Option<Instant>,
 }
 
@@ -277,17 +274,6 @@ impl CasActor {
         self.shared.view.change(change)
     }
 
-    /// Removes an upload from the table. What is left of it is kept for its client, or discarded.
-    fn end_upload(&mut self, ended: EndUpload, ctx: &Context<Self>) {
-        if let Some(partial) = self.uploads.end(ended, Instant::now()) {
-            self.discard(partial, ctx);
-        }
-        let (_, partials) = self.uploads.counts();
-        if partials > settings::MAX_PARTIAL_UPLOADS {
-            self.discard_excess(ctx);
-        }
-    }
-
     fn client(&self, ctx: &Context<Self>) -> Cas {
         Cas::new(ctx.address(), self.shared.clone())
     }
@@ -305,8 +291,8 @@ fn unix_seconds() -> u32 {
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
 }
 
-/// Seconds since the first call, by a clock that no change of the system's time moves. Leases, which end with the process, are
-/// measured by it.
+/// Seconds since the first call, by a clock that changes of the system time do not affect. Leases are measured by this clock,
+/// because they end with the process.
 fn uptime_seconds() -> u32 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
     u32::try_from(START.elapsed().as_secs()).unwrap_or(u32::MAX)
@@ -329,22 +315,6 @@ impl Actor for CasActor {
         }
         let watch = store_disk::watch(Arc::downgrade(&self.shared), ctx.address().downgrade());
         self.shared.runtime.spawn(watch);
-    }
-}
-
-impl Receive<ReserveRoom> for CasActor {
-    type Answer = StoreReply<Result<Reservation>>;
-
-    fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
-        let ReserveRoom { bytes, of, held, blob } = request;
-        if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
-            let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
-            return StoreReply::Now(Err(Error::Unavailable(problem)));
-        }
-        match self.reserve(bytes, of, held, ctx) {
-            Ok((room, free)) => StoreReply::when(free, Ok(room)),
-            Err(error) => StoreReply::Now(Err(error)),
-        }
     }
 }
 
@@ -383,102 +353,6 @@ impl Receive<Commit> for CasActor {
     }
 }
 
-impl Receive<BeginUpload> for CasActor {
-    type Answer = MessageResult<BeginUpload>;
-
-    fn receive(&mut self, message: BeginUpload, ctx: &mut Self::Context) -> Self::Answer {
-        let BeginUpload { name, blob, offset, .. } = message;
-        if self.renew(&blob).is_some() {
-            return MessageResult(Ok(Began::Present));
-        }
-        if let Err(full) = self.shared.disk.check() {
-            return MessageResult(Err(full));
-        }
-        match self.uploads.begin(name, blob, offset) {
-            Begin::Busy(progress) => MessageResult(Ok(Began::Busy(progress))),
-            Begin::Elsewhere(committed) => MessageResult(Err(Error::Invalid(format!(
-                "the upload of blob {} has {committed} bytes so far; write_offset is {offset} and must be equal to that",
-                blob.digest
-            )))),
-            Begin::Resume(entered, Partial { sink, room }) => {
-                let mut attempt = Attempt::new(ctx.address(), name, blob, entered, room);
-                attempt.sink = Some(sink);
-                MessageResult(Ok(Began::Start(Box::new(attempt))))
-            }
-            Begin::Fresh(entered, leftover) => {
-                if let Some(partial) = leftover {
-                    self.discard(partial, ctx);
-                }
-                // An upload that cannot fit is refused before its first byte. Any other reserves room as its bytes arrive.
-                let twin = self.uploads.twin(&blob, &entered).filter(|_| !message.beside);
-                let size = self.shared.volume.charge(blob.digest.size());
-                let of_twins =
-                    if message.beside { 0 } else { self.uploads.left_to_twins(&blob, &entered, size) };
-                let wanted = size.saturating_add(of_twins);
-                self.ease_leases(wanted, None);
-                let fits = self.change(|index| index.check_fit(wanted, self.uploads.parked_bytes()));
-                let attempt = Attempt::new(
-                    ctx.address(),
-                    name,
-                    blob,
-                    entered,
-                    UploadRoom::for_blob(ctx.address(), blob),
-                );
-                MessageResult(match (fits, twin) {
-                    (Ok(()), _) => Ok(Began::Start(Box::new(attempt))),
-                    (Err(_), Some(twin)) => Ok(Began::NoRoomBeside(twin)),
-                    (Err(shortage), None) => Err(shortage.into()),
-                })
-            }
-        }
-    }
-}
-
-impl Receive<DiscardPartials> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, message: DiscardPartials, ctx: &mut Self::Context) {
-        let DiscardPartials { caller, bound, bytes } = message;
-        let mut freed = 0;
-        while freed < bytes
-            && let Some(partial) = self.uploads.pop_oldest_of(caller, bound)
-        {
-            freed += partial.room.bytes();
-            self.discard(partial, ctx);
-        }
-    }
-}
-
-impl Receive<EndUpload> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
-        self.end_upload(ended, ctx);
-    }
-}
-
-impl Receive<Unreserve> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
-        self.change(|index| index.unreserve(bytes));
-    }
-}
-
-impl Receive<Deleted> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
-        let deleted = self.change(|index| {
-            index.deleted(bytes);
-            index.bytes_deleted()
-        });
-        self.deleted.send_replace(deleted);
-        self.trim(ctx);
-        self.compact(ctx);
-    }
-}
-
 impl Receive<Verified> for CasActor {
     type Answer = ();
 
@@ -487,23 +361,11 @@ impl Receive<Verified> for CasActor {
     }
 }
 
-impl Receive<Touched> for CasActor {
-    type Answer = ();
-
-    fn receive(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
-        self.change(|index| {
-            for Touch { at, before, after } in touches {
-                index.follow(at, before, after);
-            }
-        });
-    }
-}
-
 impl Receive<Damaged> for CasActor {
     type Answer = ();
 
     fn receive(&mut self, Damaged { at, reason }: Damaged, ctx: &mut Self::Context) {
-        // A file that was evicted under its reader is not damaged: its entry is stale and nothing happens.
+        // A file that was evicted while it was being read is not damaged. Its entry is stale, and nothing happens.
         let removed = self.change(|index| index.remove_damaged(at));
         if let Some(victim) = removed {
             Event::warn(LOG, "blob_damaged")

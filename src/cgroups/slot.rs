@@ -23,7 +23,7 @@ const PERIOD_US: u64 = 100_000;
 /// How long the memory of the previous action may take to be free. The kernel takes milliseconds; what is still there then
 /// belongs to something that goes on, and counts.
 const SETTLING: Duration = Duration::from_millis(500);
-/// How long to wait before looking again.
+/// Pause between two looks at the memory of a group. No event tells when it falls.
 const SETTLING_ROUND: Duration = Duration::from_millis(2);
 /// A peak this close to the limit has met it: memory is charged in batches.
 const NEAR: u64 = 1 << 20;

@@ -23,7 +23,7 @@ const PREFIX: &str = "gorego-";
 const ATTEMPTS: u32 = 16;
 /// How long processes may take to be gone from a group that is removed.
 const REMOVAL: Duration = Duration::from_secs(2);
-/// How long to wait before looking again.
+/// Pause between two attempts to remove a group. Version 1 has no event for the end of its processes.
 const REMOVAL_ROUND: Duration = Duration::from_millis(5);
 
 /// A locked group; removed when dropped.

@@ -1,6 +1,10 @@
 //! `gorego bench`: measures a server, or this machine, and prints the results.
 
-use super::{BenchArgs, EXIT_FAILURE, EXIT_OK, EXIT_USAGE, complain, output::print, progress::ProgressLine};
+use super::{
+    BenchArgs,
+    output::{Printout, finish},
+    progress::ProgressLine,
+};
 use gorego_bench::{self as bench, Limits, Options, Pace, Target};
 use gorego_client::{Client, Identity};
 use gorego_reapi::error::{Error, Result};
@@ -18,18 +22,8 @@ pub(super) fn run(args: &BenchArgs) -> u8 {
     } else {
         in_runtime(server(args))
     };
-    match measured.and_then(|(text, good)| print(&text).map(|()| good)) {
-        Ok(true) => EXIT_OK,
-        Ok(false) => EXIT_FAILURE,
-        Err(error) => {
-            complain(&error);
-            EXIT_USAGE
-        }
-    }
+    finish(measured)
 }
-
-/// The text for standard output, and whether every call succeeded.
-type Printout = (String, bool);
 
 fn in_runtime(work: impl Future<Output = Result<Printout>>) -> Result<Printout> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();

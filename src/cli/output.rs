@@ -4,6 +4,7 @@
 //! this signal, and this one must, because a closed connection raises it too. So a failed write is detected here, and the
 //! process then ends by SIGPIPE after all: shells show 141, and pipelines treat it like any other program.
 
+use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, complain};
 use gorego_reapi::error::{Error, Result};
 use std::{
     io::{self, ErrorKind, Write},
@@ -24,6 +25,21 @@ pub(super) fn print(text: &str) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => end_by_sigpipe(),
         Err(error) => Err(unprintable(&error)),
         Ok(()) => Ok(()),
+    }
+}
+
+/// The text for standard output, and whether the command succeeded.
+pub(super) type Printout = (String, bool);
+
+/// Prints the outcome of a command. Returns its exit code.
+pub(super) fn finish(outcome: Result<Printout>) -> u8 {
+    match outcome.and_then(|(text, good)| print(&text).map(|()| good)) {
+        Ok(true) => EXIT_OK,
+        Ok(false) => EXIT_FAILURE,
+        Err(error) => {
+            complain(&error);
+            EXIT_USAGE
+        }
     }
 }
 

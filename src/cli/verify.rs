@@ -1,6 +1,9 @@
 //! `gorego verify`: runs the conformance suite against a server and prints the report.
 
-use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, VerifyArgs, complain, output::print};
+use super::{
+    VerifyArgs,
+    output::{Printout, finish, print},
+};
 use gorego_reapi::error::{Error, Result};
 use gorego_verify::{self as verify, Options, Selection, groups, rules};
 use std::{
@@ -13,18 +16,8 @@ use std::{
 /// Verifies a server, or lists the checks. Returns the exit code.
 pub(super) fn run(args: &VerifyArgs) -> u8 {
     let outcome = if args.list { selection(args).map(|chosen| list(&chosen)) } else { verify(args) };
-    match outcome.and_then(|(text, good)| print(&text).map(|()| good)) {
-        Ok(true) => EXIT_OK,
-        Ok(false) => EXIT_FAILURE,
-        Err(error) => {
-            complain(&error);
-            EXIT_USAGE
-        }
-    }
+    finish(outcome)
 }
-
-/// The text for standard output, and whether everything passed.
-type Printout = (String, bool);
 
 fn verify(args: &VerifyArgs) -> Result<Printout> {
     let options = options(args)?;

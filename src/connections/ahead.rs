@@ -7,15 +7,15 @@
 //!
 //! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most its share of [`AHEAD`].
 //!   So all connections together exceed that budget by at most [`ALWAYS_READ_BYTES`] and one read each.
-//! - A connection is read if all of its requests wait for their client, because nothing that was read is then left. So it
-//!   is unread only while a handler has bytes that it does not take. What was read in this turn of the connection's task counts
-//!   in any case, because its requests may not have begun: the library reads on until it must wait, and hands new requests over
-//!   then.
+//! - A connection is read if all of its requests wait for their client, because then all earlier bytes have been taken. So it is
+//!   unread only while a handler has bytes that it does not take. Bytes that were read in the current turn of the connection's
+//!   task count in any case, because their requests may not have begun: the library reads on until it must wait, and hands new
+//!   requests over then.
 //! - An unread connection waits for the first of three events: its handlers take enough, all of its requests wait for the
 //!   client, or the budget has room.
-//! - This wait ends. Each handler takes its bytes or ends within its own time limit, and what it has not taken is
-//!   forgotten with its stream. At the latest the connection itself ends: while it is unread, no PING is answered, so the keep-alive of
-//!   HTTP/2 closes it.
+//! - This wait ends. Each handler takes its bytes or ends within its own time limit, and bytes that it has not taken are
+//!   forgotten with its stream. At the latest, the connection itself ends: while it is unread, no PING is answered, so the
+//!   keep-alive of HTTP/2 closes it.
 //!
 //! The count is an upper bound. If a stream ends early, the HTTP/2 library may discard its bytes without reporting them.
 //! They are forgotten when all requests wait for the client, and when the open streams cannot have sent as much as is
@@ -40,7 +40,7 @@ use std::{
 
 /// Bytes that all connections may be ahead of their handlers. A single connection may use its whole window.
 pub(crate) const AHEAD: Bounds = Bounds {
-    what: "bytes that were sent ahead",
+    what: "bytes sent ahead",
     total: 128 * 1024 * 1024,
     // A whole window of messages of 16 KiB counts about one and a half times, because of the small frames between them.
     connection: 2 * crate::grpc::CONNECTION_WINDOW_BYTES as u64,
@@ -66,7 +66,7 @@ pub struct Ahead {
     budget: Budget,
     caller: Caller,
     bytes: AtomicU64,
-    /// Those of `bytes` that were read in this turn.
+    /// The part of `bytes` that was read in this turn.
     fresh: AtomicU64,
     /// Copy of the amount of `share`.
     room: AtomicU64,
@@ -100,7 +100,7 @@ impl Ahead {
         self.bytes.fetch_add(cost, SeqCst);
     }
 
-    /// The task that reads the socket stops reading for now. Returns whether it had read anything.
+    /// Ends a turn of the task that reads the socket. Returns whether anything was read in it.
     pub fn end_turn(&self) -> bool {
         self.fresh.swap(0, SeqCst) > 0
     }
@@ -115,7 +115,7 @@ impl Ahead {
         self.lower(|bytes| bytes.saturating_sub(cost));
     }
 
-    /// The count.
+    /// The cost of the bytes that the connection is ahead.
     #[cfg(test)]
     pub fn bytes(&self) -> u64 {
         self.bytes.load(SeqCst)
@@ -127,7 +127,7 @@ impl Ahead {
     }
 
     fn lower(&self, lower: impl Fn(u64) -> u64) {
-        // It always succeeds, because there is always a new value.
+        // This cannot fail, because the closure always returns a value.
         let _ = self.bytes.fetch_update(SeqCst, SeqCst, |bytes| Some(lower(bytes)));
         let (needed, room) = (self.needed(), self.room.load(SeqCst));
         if room > 0 && needed <= room / 2 {
@@ -167,7 +167,7 @@ impl Ahead {
         self.bytes.load(SeqCst) <= self.room.load(SeqCst).max(ALWAYS_READ_BYTES)
     }
 
-    /// Where all requests wait for the client, nothing is left of what was read in earlier turns.
+    /// Forgets the bytes of earlier turns if all requests wait for the client, because they have then been taken.
     fn forget_what_is_taken(&self) {
         let fresh = self.fresh.load(SeqCst);
         if self.bytes.load(SeqCst) > fresh && self.requests.load(SeqCst) == self.waiting.load(SeqCst) {
@@ -179,7 +179,7 @@ impl Ahead {
     pub fn poll_room(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
         let polled = self.poll_room_in_turn(wait, context);
         if polled.is_pending() && self.end_turn() {
-            // By the next turn the new requests have begun, and there may be nothing left to wait for.
+            // By the next turn, the new requests have begun, and the wait may be over.
             context.waker().wake_by_ref();
         }
         polled
@@ -188,7 +188,7 @@ impl Ahead {
     fn poll_room_in_turn(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
         self.forget_what_is_taken();
         while !self.may_read() {
-            // Before a last look, so that whatever changes after it wakes this task.
+            // The task is registered before the last check, so that every later change wakes it.
             self.reader.register(context.waker());
             self.forget_what_is_taken();
             if self.may_read() {
@@ -204,7 +204,7 @@ impl Ahead {
             let Ok(room) = room else { return Poll::Pending };
             self.keep(room);
             if self.needed() == 0 {
-                // Its handlers took what was read while it waited.
+                // The handlers took everything while the connection waited.
                 self.give_back();
             }
         }
@@ -336,7 +336,7 @@ mod tests {
             while self.may_read() {
                 self.ahead.received(ALWAYS_READ_BYTES);
             }
-            // It looks once more in the next turn.
+            // The reader checks again in its next turn.
             assert!(self.was_woken() && !self.may_read());
         }
 
@@ -400,7 +400,7 @@ mod tests {
         assert!(task.0.swap(false, SeqCst) && poll_room());
     }
 
-    /// Else a client could send its whole window ahead of requests that have not begun.
+    /// Otherwise a client could send its whole window ahead of requests that have not begun.
     #[test]
     fn what_is_read_before_its_request_begins_counts() {
         let admitted = Connections::default().admit(([127, 0, 0, 1], 1).into()).unwrap();
@@ -417,7 +417,7 @@ mod tests {
         assert!(!poll_room() && !task.0.swap(false, SeqCst));
         body.close();
         assert!(task.0.swap(false, SeqCst) && poll_room());
-        // Nothing of a request that never begins is left after its turn.
+        // The bytes of a request that never begins are forgotten after its turn.
         ahead.received(2 * AHEAD.connection);
         assert!(!poll_room());
         assert!(task.0.swap(false, SeqCst) && poll_room());

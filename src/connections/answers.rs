@@ -1,4 +1,4 @@
-//! Responses on their way out. Their memory is reserved before they are made, and returned when the kernel has their bytes.
+//! The memory of responses. It is reserved before they are made, and returned when the kernel has their bytes.
 //!
 //! [`ConnectionState::reserve`] waits for room, and [`ConnectionState::charge`] ties the room to the bytes. The library
 //! drops the bytes when they are written or the connection is gone, which frees the room.
@@ -23,7 +23,7 @@ use tokio::time::timeout;
 /// with the temporary memory for making them this stays below 600 MB. One connection may hold eight of them, which is more
 /// than a link of 1 Gbit/s with a latency of 100 ms has in flight.
 pub(crate) const ANSWERS: Bounds = Bounds {
-    what: "bytes of answers that were not taken",
+    what: "bytes of answers that were not read",
     total: 256 * 1024 * 1024,
     connection: 32 * 1024 * 1024,
 };
@@ -98,7 +98,7 @@ impl ConnectionState {
     /// Ties room to bytes. The returned bytes hold it until they are dropped.
     pub fn charge(self: &Arc<Self>, bytes: Bytes, room: Share) -> Bytes {
         if self.pieces.fetch_add(1, Relaxed) == 0 {
-            // Before, there was nothing that the client could have taken.
+            // The client's time begins now, because there was nothing that it could have taken before.
             self.note_progress();
         }
         Bytes::from_owner(Charged { bytes, _room: room, connection: self.clone() })

@@ -10,7 +10,7 @@ pub enum HandshakeProblem {
     Slow,
     /// The connection broke in the middle of the handshake.
     Broken,
-    /// The client sent what is no handshake.
+    /// The client sent something that is not a handshake.
     Malformed,
     /// The client has no protocol version, cipher or signature in common with the server.
     Incompatible,
@@ -52,13 +52,13 @@ impl HandshakeProblem {
         }
     }
 
-    /// What it means, and what to do.
+    /// The meaning of the problem, and how to solve it.
     pub fn explanation(self) -> &'static str {
         match self {
             Self::Plaintext => "it speaks without TLS; it should use grpcs:// or https://",
             Self::Slow => "the TLS handshake took too long",
             Self::Broken => "the connection ended during the TLS handshake",
-            Self::Malformed => "it sent what is no TLS handshake",
+            Self::Malformed => "it sent something that is not a TLS handshake",
             Self::Incompatible => "it has no TLS version (1.2, 1.3) or cipher in common with this server",
             Self::Protocol => "it speaks another protocol than the port (gRPC: h2; HTTP: http/1.1)",
             Self::NoCertificate => "it has no client certificate, and tls.client_auth requires one",
@@ -68,7 +68,7 @@ impl HandshakeProblem {
             Self::Revoked => "its certificate is revoked (tls.crl)",
             Self::Unusable => "its certificate cannot be used: its purpose, signature, names or form",
             Self::Distrusted => {
-                "it does not accept the certificate of this server (tls.cert); it needs the CA of it"
+                "it does not trust the certificate of this server (tls.cert); it needs the CA that signed it"
             }
         }
     }

@@ -73,7 +73,7 @@ impl Reason {
         }
     }
 
-    /// Its place in [`Reason::ALL`].
+    /// The index of the reason in [`Reason::ALL`].
     pub(super) fn index(self) -> usize {
         usize::from(self as u8).saturating_sub(1)
     }
@@ -96,7 +96,7 @@ pub struct ConnectionState {
     pub ahead: Ahead,
     /// The certificate that the client has presented, if any.
     certificate: OnceLock<Arc<ClientCertificate>>,
-    /// The credential that the client has sent last.
+    /// The credential that the client sent last.
     pub(crate) credential: RepeatedCredential,
     /// Its share of the connection budget; `None` once it was asked to close.
     place: Mutex<Option<Share>>,

@@ -5,14 +5,13 @@
 //! every half minute.
 
 use super::Gate;
-use crate::call::Call;
+use crate::{alarm::Alarm, call::Call};
 use gorego_reapi::error::Error;
 use std::{
-    pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::Instant;
 
 /// How often the credential of an open request is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -24,13 +23,13 @@ pub(crate) struct Standing {
     call: Call,
     next_look: Option<Instant>,
     /// Wakes the request when it waits.
-    alarm: Option<Pin<Box<Sleep>>>,
+    alarm: Alarm,
 }
 
 impl Standing {
     /// The standing of a request that has just begun.
     pub(crate) fn new(gate: Gate, call: Call) -> Self {
-        Self { gate, call, next_look: None, alarm: None }
+        Self { gate, call, next_look: None, alarm: Alarm::default() }
     }
 
     /// Ready with the reason when the request has to end. To be called whenever the request was polled; `waits` says whether it
@@ -50,11 +49,7 @@ impl Standing {
             if !waits {
                 return Poll::Pending;
             }
-            let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(next)));
-            if alarm.deadline() != next {
-                alarm.as_mut().reset(next);
-            }
-            ready!(alarm.as_mut().poll(context));
+            ready!(self.alarm.poll(context, next));
         }
     }
 
@@ -188,6 +183,6 @@ mod tests {
         let gate = Gate::new(Instances::new([""]).unwrap(), Authenticator::open());
         let mut standing = Standing::new(gate, Call::default());
         assert!(futures::poll!(std::future::poll_fn(|context| standing.poll(context, true))).is_pending());
-        assert!(standing.alarm.is_none());
+        assert!(standing.alarm.is_unused());
     }
 }

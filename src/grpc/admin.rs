@@ -1,6 +1,6 @@
 //! The Admin service (`proto/gorego/v1/admin.proto`): store, configuration and trust in action results.
 //!
-//! Each call is one audit event, with what it was about and the outcome.
+//! Each call writes one audit event, which describes the request and its outcome.
 
 use super::{Edge, convert, page_token, services::admin_server::Admin};
 use crate::{
@@ -32,16 +32,16 @@ const AUDIT: &str = "gorego::audit";
 /// Name of the audit event of this service.
 const ADMIN_REQUEST: &str = "admin_request";
 
-/// Number of results that one request for a purge looks at, at most.
+/// Largest number of results that one request for a purge examines.
 const PURGE_PAGE: usize = 1_000;
 /// Default number of reports in a page, and the largest one. A report takes up to 7 kB.
 const REPORTS_PAGE: usize = 50;
 const MAX_REPORTS_PAGE: usize = 100;
 /// Most tokens that one request revokes.
 const REVOKED_MAX: usize = 1_000;
-/// Longest id of a token in a request, in bytes. Those of tokens have 16.
+/// Longest id of a token in a request, in bytes. Real ids have 16 bytes.
 const TOKEN_ID_MAX_BYTES: usize = 64;
-/// Longest text in an audit event about what a request does, in bytes.
+/// Longest description of a request in an audit event, in bytes.
 const DETAILS_MAX_BYTES: usize = 1024;
 /// Longest text in the conditions of a purge, in bytes. Longer ones are not stored.
 const CONDITION_MAX_BYTES: usize = 512;
@@ -99,7 +99,8 @@ impl Admin for AdminService {
     }
 }
 
-/// Logs an administrative request with its outcome. `details` says what it is about; empty if the method says all.
+/// Logs an administrative request with its outcome. `details` describes the request. It is empty if the name of
+/// the method is enough.
 fn audited<T>(call: &Call, method: &str, details: &str, answer: Result<T>) -> Result<Response<T>, Status> {
     let peer = call.peer().map(|peer| peer.to_string()).unwrap_or_default();
     let error = answer.as_ref().err();
@@ -113,7 +114,7 @@ fn audited<T>(call: &Call, method: &str, details: &str, answer: Result<T>) -> Re
         .with_some("instance", call.instance().map(|instance| instance.name()))
         .with_some("details", Some(details).filter(|details| !details.is_empty()))
         .with_some("error", shown.as_deref())
-        .log(format_args!("{} asked for {method}", principal.name()));
+        .log(format_args!("{} called {method}", principal.name()));
     answer.map(Response::new).map_err(Status::from)
 }
 
@@ -134,7 +135,7 @@ impl AdminService {
             )
         });
         let (staged_trees, images, disk_free, started_at) =
-            looked.await.map_err(|_| Error::internal("the disk could not be looked at"))?;
+            looked.await.map_err(|_| Error::internal("the disk could not be inspected"))?;
         Ok(StoreStats {
             staged_trees,
             images,
@@ -230,7 +231,7 @@ impl AdminService {
     }
 }
 
-/// What a purge is about, for the audit event.
+/// Describes a purge for the audit event.
 fn purge_details(request: &PurgeResultsRequest) -> String {
     let action =
         request.action_digest.as_ref().map(|digest| format!("{}/{}", digest.hash, digest.size_bytes));

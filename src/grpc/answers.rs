@@ -23,12 +23,12 @@ use tonic::Status;
 use tower::{Layer, Service};
 
 /// Largest frame that waits for room after it was made. Only pieces of log streams are that large, and the number of concurrent
-/// reads of these is limited.
+/// reads of log streams is limited.
 const UNRESERVED_MAX_BYTES: usize = 256 * 1024;
 /// Memory of a header field in addition to its name and value.
 const FIELD_BYTES: u64 = 110;
-/// Heads up to this size are not counted. Those of build clients have about 1.5 KB, or a few KB with a token.
-const UNCOUNTED_HEAD_BYTES: u64 = 2 * 1024;
+/// Heads up to this size are not counted. Those of build clients have about 1.5 KB, or 3 KB with a signed token.
+const UNCOUNTED_HEAD_BYTES: u64 = 4 * 1024;
 
 /// Puts an [`AnswerService`] before a service.
 #[derive(Debug, Clone, Copy, Default)]
@@ -237,8 +237,8 @@ enum FrameRoom {
     Refused(Status),
 }
 
-/// Transfers the reserved room to the frame. If it is too little, it is given back first, so that nothing is held while waiting
-/// for more.
+/// Transfers the reserved room to the frame. If the reserved room is too small, it is given back first, so that the call holds
+/// nothing while it waits for more.
 fn room_for(call: &Call, data: Bytes) -> FrameRoom {
     let Some(info) = call.connection() else { return FrameRoom::Taken(data) };
     let bytes = data.len() as u64 + FRAME_BYTES;

@@ -24,9 +24,9 @@ pub const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A handle to the scheduler; cheap to clone.
 #[derive(Clone)]
-pub struct Scheduler(Arc<Inner>);
+pub struct Scheduler(Arc<Recipients>);
 
-struct Inner {
+struct Recipients {
     /// The name of this server.
     node: NodeName,
     admit: Recipient<Admit>,
@@ -51,7 +51,7 @@ impl Scheduler {
             + Handler<ListOperations>
             + Handler<Explain>,
     {
-        Self(Arc::new(Inner {
+        Self(Arc::new(Recipients {
             node,
             admit: address.clone().recipient(),
             record: address.clone().recipient(),
@@ -63,7 +63,8 @@ impl Scheduler {
         }))
     }
 
-    /// An operation for a request that the action cache answers. The scheduler is told, and not waited for unless it is behind.
+    /// Creates an operation for a request that the action cache answers. The scheduler is notified. The call waits for it only
+    /// if its mailbox is full.
     ///
     /// # Errors
     /// `Unavailable` when the scheduler has stopped.
@@ -119,7 +120,7 @@ impl Scheduler {
         ask(&self.0.list, message).await?
     }
 
-    /// See [`Explain`]. `None` also when the scheduler has stopped.
+    /// See [`Explain`]. The answer is `None`, too, when the scheduler has stopped.
     pub async fn explain(&self, message: Explain) -> Option<Box<QueueStatus>> {
         ask(&self.0.explain, message).await.ok().flatten()
     }

@@ -79,6 +79,24 @@ macro_rules! fetch_fields {
     }};
 }
 
+/// The [`PushFields`] of a request of either kind.
+macro_rules! push_fields {
+    ($request:expr, $digest:ident) => {{
+        let request = $request;
+        PushFields {
+            instance_name: request.instance_name,
+            uris: request.uris,
+            qualifiers: request.qualifiers,
+            expire_at: request.expire_at,
+            digest: request.$digest,
+            digest_field: stringify!($digest),
+            references_blobs: request.references_blobs,
+            references_directories: request.references_directories,
+            digest_function: request.digest_function,
+        }
+    }};
+}
+
 /// The response of either kind with a [`FetchAnswer`].
 macro_rules! fetch_response {
     ($answer:expr, $message:ident, $digest:ident) => {{
@@ -119,19 +137,7 @@ impl Push for AssetService {
         request: Request<PushBlobRequest>,
     ) -> Result<Response<PushBlobResponse>, Status> {
         let call = Call::of(request.extensions());
-        let request = request.into_inner();
-        let offered = PushFields {
-            instance_name: request.instance_name,
-            uris: request.uris,
-            qualifiers: request.qualifiers,
-            expire_at: request.expire_at,
-            digest: request.blob_digest,
-            digest_field: "blob_digest",
-            references_blobs: request.references_blobs,
-            references_directories: request.references_directories,
-            digest_function: request.digest_function,
-        };
-        self.push(&call, Kind::Blob, offered).await?;
+        self.push(&call, Kind::Blob, push_fields!(request.into_inner(), blob_digest)).await?;
         Ok(Response::new(PushBlobResponse {}))
     }
 
@@ -140,19 +146,7 @@ impl Push for AssetService {
         request: Request<PushDirectoryRequest>,
     ) -> Result<Response<PushDirectoryResponse>, Status> {
         let call = Call::of(request.extensions());
-        let request = request.into_inner();
-        let offered = PushFields {
-            instance_name: request.instance_name,
-            uris: request.uris,
-            qualifiers: request.qualifiers,
-            expire_at: request.expire_at,
-            digest: request.root_directory_digest,
-            digest_field: "root_directory_digest",
-            references_blobs: request.references_blobs,
-            references_directories: request.references_directories,
-            digest_function: request.digest_function,
-        };
-        self.push(&call, Kind::Directory, offered).await?;
+        self.push(&call, Kind::Directory, push_fields!(request.into_inner(), root_directory_digest)).await?;
         Ok(Response::new(PushDirectoryResponse {}))
     }
 }
@@ -176,8 +170,8 @@ impl AssetService {
         let shown = request.qualifiers.shown();
         let shown = shown.map(|(name, value)| Qualifier { name: name.into(), value: value.into() }).collect();
         let first = request.uris.first().cloned().unwrap_or_default();
-        // The download may be slow, and its client may control the origin. Twice, because the answer contains the qualifiers
-        // too.
+        // The download may be slow, and its client may control the origin. The factor is two because the answer repeats the
+        // qualifiers.
         Claim::settle(2 * request.size() as u64);
         let outcome = assets.fetch(request, oldest, wait).await;
         let digest_function = function.wire() as i32;
@@ -214,7 +208,7 @@ impl AssetService {
     async fn push(&self, call: &Call, kind: Kind, offered: PushFields) -> Result<(), Status> {
         let assets = self.assets(call)?;
         let instance = self.0.gate.enter(call, &offered.instance_name)?;
-        // Others are served what is pushed, as they are served action results.
+        // Other clients are served pushed assets, just like action results.
         self.0.gate.require_to_publish(call, &instance)?;
         if !assets.push_enabled() {
             let message = "clients may not push assets to this server (assets.push = false)";
@@ -258,7 +252,7 @@ fn qualifiers(list: Vec<Qualifier>) -> Result<Qualifiers> {
 }
 
 fn time(wire: prost_types::Timestamp, field: &str) -> Result<SystemTime> {
-    wire.try_into().map_err(|_| Error::Invalid(format!("{field} is no valid time")))
+    wire.try_into().map_err(|_| Error::Invalid(format!("{field} is not a valid time")))
 }
 
 fn wait(wire: prost_types::Duration) -> Result<Duration> {

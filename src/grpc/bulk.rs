@@ -1,8 +1,9 @@
 //! [`BulkReader`]: reads a socket in large pieces while much arrives.
 //!
 //! The HTTP/2 library reads at most one frame at a time, so an upload of a megabyte takes more than a hundred system calls, and
-//! most of them also send an acknowledgement. Once a read has filled the library's buffer, so that more is probably there, this
-//! reads up to [`BUFFER_BYTES`] at once and hands them over piece by piece. The copy costs less than the system calls.
+//! most of them also send an acknowledgement. A read that fills the library's buffer shows that more bytes are probably waiting.
+//! From then on, up to [`BUFFER_BYTES`] are read at once and handed over piece by piece. The copy costs less than the system calls.
+//! The buffer is not cleared before a read, because that would cost more than the copy.
 //!
 //! Bounds: the buffer has a share of the budget of what clients send ahead ([`crate::connections::ahead`]); without one, the socket
 //! is read directly. It is freed as soon as the socket is empty, so an idle connection has none.
@@ -10,14 +11,14 @@
 use crate::{budget::Share, connections::ahead::Ahead, tls::Socket};
 use std::{
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
 };
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead as _, AsyncReadExt as _, ReadBuf};
 
 /// Size of the buffer: four frames of the usual size.
 const BUFFER_BYTES: usize = 64 * 1024;
-/// A read of fewer bytes says nothing about whether more is there: the library begins with a buffer of 8 KiB.
+/// A full buffer below this size does not show that more bytes are waiting: the library begins with a buffer of 8 KiB.
 const FULL_READ_BYTES: usize = 4 * 1024;
 
 /// See the top of this file.
@@ -30,10 +31,9 @@ pub(super) struct BulkReader {
 
 #[derive(Debug)]
 struct Buffer {
-    bytes: Box<[u8]>,
-    /// The part that is not handed over yet.
+    bytes: Vec<u8>,
+    /// The offset of the first byte that is not handed over yet.
     from: usize,
-    to: usize,
     _room: Share,
 }
 
@@ -54,19 +54,18 @@ impl BulkReader {
                 let Some(room) = ahead.take_buffer(BUFFER_BYTES as u64) else {
                     return self.read_directly(socket, context, into);
                 };
-                let bytes = vec![0; BUFFER_BYTES].into_boxed_slice();
-                self.buffer = Some(Buffer { bytes, from: 0, to: 0, _room: room });
+                self.buffer = Some(Buffer { bytes: Vec::with_capacity(BUFFER_BYTES), from: 0, _room: room });
             }
         }
         let Some(buffer) = &mut self.buffer else { return Poll::Pending };
         if buffer.is_empty() {
-            let mut room = ReadBuf::new(&mut buffer.bytes);
-            let read = Pin::new(socket).poll_read(context, &mut room);
-            (buffer.from, buffer.to) = (0, room.filled().len());
-            self.expects_more = buffer.to > into.remaining();
-            if buffer.to == 0 {
+            buffer.from = 0;
+            buffer.bytes.clear();
+            let read = pin!(socket.read_buf(&mut buffer.bytes)).poll(context);
+            self.expects_more = buffer.bytes.len() > into.remaining();
+            if buffer.is_empty() {
                 self.buffer = None;
-                return read;
+                return read.map_ok(drop);
             }
             ready!(read)?;
         }
@@ -91,11 +90,11 @@ impl BulkReader {
 
 impl Buffer {
     fn is_empty(&self) -> bool {
-        self.from == self.to
+        self.from == self.bytes.len()
     }
 
     fn hand_over(&mut self, into: &mut ReadBuf<'_>) {
-        let unread = self.bytes.get(self.from..self.to).unwrap_or_default();
+        let unread = self.bytes.get(self.from..).unwrap_or_default();
         let piece = unread.get(..into.remaining()).unwrap_or(unread);
         into.put_slice(piece);
         self.from += piece.len();

@@ -1,12 +1,12 @@
 //! The ByteStream service: blobs of any size, in pieces.
 //!
-//! Under a compressed name, the stream contains zstd, and offsets refer to the uncompressed blob. The exception are the offsets
-//! after the first one in a Write, which count compressed bytes (BS-12, BS-27). The store compresses and decompresses.
+//! Under a compressed name, the stream contains zstd, and offsets refer to the uncompressed blob. The exceptions are the
+//! offsets after the first one in a Write, which count compressed bytes (BS-12, BS-27). The store compresses and decompresses.
 //!
-//! Two pure structs have the rules about offsets: `ReadWindow` and `WriteCheck`. The handlers move bytes between a stream and a
-//! handle of the store. A piece is read when the connection has room for it. A slow client has at most two pieces in memory:
-//! the one that is being sent and the next. When an upload breaks off, the store keeps its bytes under the resource name, so
-//! that the client can resume (BS-20).
+//! Two pure structs enforce the rules about offsets: `ReadWindow` and `WriteCheck`. The handlers move bytes between a stream
+//! and a handle of the store. A piece is read when the connection has room for it. A slow client has at most two pieces in
+//! memory: the one that is being sent and the next. When an upload breaks off, the store keeps its bytes under the resource
+//! name, so that the client can resume (BS-20).
 
 use super::{Edge, ReadStream, log_stream, stalled, write_stream::WriteStream};
 use crate::{
@@ -35,7 +35,8 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use tokio::select;
 use tonic::{Request, Response, Status, Streaming};
 
-/// Bytes in one ReadResponse (BS-14). Large enough that framing costs little, small enough to bound the memory of a read.
+/// Bytes in one ReadResponse (BS-14). This is large enough that framing costs little, and small enough to bound the memory of a
+/// read.
 pub(crate) const READ_WINDOW_BYTES: usize = 128 * 1024;
 /// Time limit between two messages of an upload. The bytes that were received are kept for a while.
 pub(crate) const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
@@ -104,7 +105,7 @@ impl ByteStream for ByteStreamService {
 }
 
 impl ByteStreamService {
-    /// A Write, whose messages may come in pieces.
+    /// Handles a Write. Its messages may arrive in pieces.
     pub(super) async fn write_stream(
         &self,
         call: &Call,
@@ -138,7 +139,7 @@ impl ByteStreamService {
         Ok(Response::new(WriteResponse { committed_size }))
     }
 
-    /// The instance that a name contains, and the blob.
+    /// Enters the instance that a resource name contains, and returns it with the digest of the blob.
     fn resolve(&self, call: &Call, name: &ResourceName) -> Result<(Instance, Digest)> {
         let instance = self.0.gate.enter(call, &name.instance_name)?;
         let digest = instance.digest_in_name(name.digest, name.function_is_named)?;
@@ -259,7 +260,7 @@ impl WriteCheck {
         Ok((name, Self { resource_name, limit, next_offset, finished: false }))
     }
 
-    /// Checks a message before its data is used. Also for the first message.
+    /// Checks a message before its data is used. The first message is checked, too.
     fn accept(&mut self, message: &WriteRequest) -> Result<()> {
         if self.finished {
             return Err(Error::invalid("a message follows the one with finish_write"));
@@ -279,7 +280,7 @@ impl WriteCheck {
         let end = self.next_offset.saturating_add(message.data.len() as u64);
         if let Some(size) = self.limit.filter(|size| end > *size) {
             return Err(Error::Invalid(format!(
-                "the upload goes on to byte {end}; its name says that the blob has {size}"
+                "the upload has data up to byte {end}, but its resource_name says that the blob has {size}"
             )));
         }
         self.next_offset = end;
@@ -287,7 +288,7 @@ impl WriteCheck {
         Ok(())
     }
 
-    /// Whether this first message is the whole of an uncompressed blob.
+    /// Whether this first message contains a whole, uncompressed blob.
     fn is_whole(&self, first: &WriteRequest) -> bool {
         first.finish_write && self.next_offset == 0 && self.limit == Some(first.data.len() as u64)
     }
@@ -297,7 +298,7 @@ impl WriteCheck {
         let of = self.limit.map(|size| format!(" of {size}")).unwrap_or_default();
         Error::Invalid(format!(
             "the stream ends at byte {}{of} without finish_write; the bytes are kept for a while, \
-             QueryWriteStatus says from where to go on",
+             QueryWriteStatus returns the offset to resume from",
             self.next_offset
         ))
     }
@@ -399,7 +400,7 @@ mod tests {
     }
 
     proptest! {
-        /// BS-07, BS-10, BS-14, BS-15: however short the reads come out.
+        /// BS-07, BS-10, BS-14, BS-15. Reads of the blob may be of any length.
         #[test]
         fn the_pieces_of_a_read_are_never_empty_or_large_and_sum_up_to_the_range(
             size in 0i64..1_000_000, offset in 0i64..1_000_000, limit in 0i64..1_000_000,
@@ -436,7 +437,8 @@ mod tests {
         assert_eq!(committed_size(&packed, UploadEnd::Sent(7), MinusOne), -1);
     }
 
-    /// BS-27: the first offset counts bytes of the blob, what follows are compressed bytes, of which there may be more.
+    /// BS-27: the first offset counts bytes of the blob. The later ones count compressed bytes, and may exceed the size of the
+    /// blob.
     #[test]
     fn offsets_of_a_compressed_upload_go_on_by_what_is_sent() {
         let name = format!("uploads/{UUID}/compressed-blobs/zstd/{HASH}/4");

@@ -47,7 +47,7 @@ impl Capabilities for CapabilitiesService {
     }
 }
 
-/// What the client may do in the instance that it asks about.
+/// The client's rights in the instance that it asks about.
 #[derive(Debug, Clone, Copy)]
 struct Rights {
     /// Write action results.

@@ -75,7 +75,7 @@ impl ContentAddressableStorage for CasService {
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
         let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
-        let batch = Update::decode(&instance, request.into_inner())?;
+        let batch = UpdateBatch::decode(&instance, request.into_inner())?;
         call.reserve_soon(inline::MESSAGE_MAX_BYTES - batch.left).await?;
         let stored = cas.write_many(&instance, batch.blobs).await?;
         let (mut responses, mut left) = (batch.responses, batch.left);
@@ -92,7 +92,7 @@ impl ContentAddressableStorage for CasService {
         request: Request<BatchReadBlobsRequest>,
     ) -> Result<Response<BatchReadBlobsResponse>, Status> {
         let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
-        let batch = Read::decode(&instance, request.into_inner())?;
+        let batch = ReadBatch::decode(&instance, request.into_inner())?;
         // The next line may wait until the client has read other answers.
         Claim::settle(batch.memory());
         call.reserve(batch.answer_bytes()).await?;
@@ -156,7 +156,7 @@ impl CasService {
 
 /// A checked BatchUpdateBlobs request: an answer for every item (CAS-09), and the items to store.
 #[derive(Debug)]
-struct Update {
+struct UpdateBatch {
     responses: Vec<batch_update_blobs_response::Response>,
     /// For each of `blobs`, its index in `responses`.
     positions: Vec<usize>,
@@ -165,7 +165,7 @@ struct Update {
     left: usize,
 }
 
-impl Update {
+impl UpdateBatch {
     /// A bad item gets its own status and does not affect the others (CAS-10). The whole request fails only for too many bytes
     /// (CAS-15) or blobs, or for an unsupported digest function.
     fn decode(instance: &Instance, request: BatchUpdateBlobsRequest) -> Result<Self> {
@@ -199,7 +199,7 @@ impl Update {
 
 /// A checked BatchReadBlobs request: an answer for every digest (CAS-17), and the digests to read.
 #[derive(Debug)]
-struct Read {
+struct ReadBatch {
     responses: Vec<batch_read_blobs_response::Response>,
     /// For each of `wanted`, its index in `responses`.
     positions: Vec<usize>,
@@ -210,7 +210,7 @@ struct Read {
     left: usize,
 }
 
-impl Read {
+impl ReadBatch {
     /// A malformed digest is reported on its own entry (CAS-23); the sum of all sizes is checked before anything is read
     /// (CAS-21).
     fn decode(instance: &Instance, request: BatchReadBlobsRequest) -> Result<Self> {
@@ -247,7 +247,7 @@ impl Read {
         Ok(batch)
     }
 
-    /// Its approximate memory.
+    /// The approximate memory of the batch.
     fn memory(&self) -> u64 {
         const HASH_MAX_BYTES: usize = 128;
         let entry =
@@ -267,22 +267,23 @@ impl Read {
 /// their digests (GEN-25).
 fn fit(data: Bytes, left: &mut usize) -> Result<Bytes> {
     *left = left.checked_sub(data.len()).ok_or_else(|| Error::Exhausted {
-        message: "the answer is full; ask for fewer blobs in one call, or read this one by ByteStream".into(),
+        message: "the answer is full; request fewer blobs in one call, or read this one with ByteStream"
+            .into(),
         retry_after: None,
     })?;
     Ok(data)
 }
 
 /// Bytes that an answer has left after one entry for each digest. A batch with more entries than fit is refused before it is
-/// processed, because an entry may have two bytes in a request and a hundred times as many in memory.
+/// processed, because an entry of two bytes in a request may take a hundred times as many in memory.
 fn room_beside_entries<'a>(digests: impl Iterator<Item = Option<&'a reapi::Digest>>) -> Result<usize> {
     let sizes = digests.map(|digest| ENTRY_BYTES + digest.map_or(0, |digest| digest.hash.len()));
-    inline::MESSAGE_MAX_BYTES.checked_sub(sizes.sum()).ok_or_else(|| {
-        Error::invalid("this batch names more blobs than one answer has entries for; send it in parts")
-    })
+    inline::MESSAGE_MAX_BYTES
+        .checked_sub(sizes.sum())
+        .ok_or_else(|| Error::invalid("this batch names more blobs than fit into one answer; split it"))
 }
 
-/// The status of a failed blob. It has only a code if the message has no room left for error messages (GEN-25).
+/// The status of a failed blob. If the message has no room left, the status has only a code (GEN-25).
 fn reason(error: &Error, left: &mut usize) -> rpc::Status {
     let status = status::inline(error);
     match left.checked_sub(status.encoded_len()) {
@@ -344,12 +345,12 @@ mod tests {
         batch_update_blobs_request::Request { digest: Some(digest(&data)), data, compressor: 0 }
     }
 
-    fn update(requests: Vec<batch_update_blobs_request::Request>) -> Result<Update> {
-        Update::decode(&instance(), BatchUpdateBlobsRequest { requests, ..Default::default() })
+    fn update(requests: Vec<batch_update_blobs_request::Request>) -> Result<UpdateBatch> {
+        UpdateBatch::decode(&instance(), BatchUpdateBlobsRequest { requests, ..Default::default() })
     }
 
-    fn read(digests: Vec<reapi::Digest>) -> Result<Read> {
-        Read::decode(&instance(), BatchReadBlobsRequest { digests, ..Default::default() })
+    fn read(digests: Vec<reapi::Digest>) -> Result<ReadBatch> {
+        ReadBatch::decode(&instance(), BatchReadBlobsRequest { digests, ..Default::default() })
     }
 
     /// CAS-09, CAS-10, CAS-14, GEN-05, GEN-10: bad items keep their place, and the function is inferred past them.
@@ -377,7 +378,8 @@ mod tests {
         }
     }
 
-    /// CAS-14, CAS-15: compressed items count as they are sent, and together decompress to so much at most.
+    /// CAS-14, CAS-15: compressed items count with their compressed size, and their decompressed sizes have a limit of their
+    /// own.
     #[test]
     fn compressed_items_are_counted_on_the_wire_and_bounded_in_what_they_become() {
         let zstd = |size: u64| {
@@ -419,7 +421,7 @@ mod tests {
         assert!(matches!(read(vec![sized(i64::MAX); 3]), Err(Error::Invalid(_))));
     }
 
-    /// GEN-25: entries without anything in them take memory all the same.
+    /// GEN-25: empty entries take memory, too.
     #[test]
     fn a_batch_of_more_blobs_than_an_answer_has_entries_for_is_refused() {
         assert!(update(vec![item(b"x"); 40_000]).is_ok());

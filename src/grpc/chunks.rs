@@ -98,7 +98,7 @@ fn check_enabled(edge: &Edge, method: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::Unimplemented(format!(
-        "{method} is switched off here (cache.chunking), as the capabilities say"
+        "{method} is disabled on this server (cache.chunking), as its capabilities say"
     )))
 }
 
@@ -117,7 +117,7 @@ fn chunking(number: i32) -> Result<Chunking> {
 
 /// Largest number of chunks of this blob that fits into an answer (GEN-25).
 fn max_chunks(blob: Digest) -> usize {
-    // The largest entry: no chunk is larger, and all have the same hash length.
+    // This is the largest possible entry: no chunk is larger, and all hashes have the same length.
     let largest = CHUNKINGS.iter().map(|chunking| *chunking.chunk_sizes().end()).max().unwrap_or_default();
     let entry = reapi::Digest { hash: blob.hash_hex(), size_bytes: largest as i64 };
     (MESSAGE_MAX_BYTES - ENVELOPE_BYTES) / (entry.encoded_len() + ENTRY_BYTES)

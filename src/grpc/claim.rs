@@ -29,7 +29,7 @@ pub(crate) struct Claim {
     share: Mutex<Option<Share>>,
     /// Whether the next poll decodes a large message, which may take long.
     is_laborious: AtomicBool,
-    /// Whether the handler takes the parts of a message as they arrive, so that nothing of an unfinished one is kept.
+    /// Whether the handler takes messages in parts as they arrive, so that unfinished messages are not kept.
     passes_on: AtomicBool,
 }
 
@@ -39,7 +39,7 @@ impl Claim {
         CLAIM.try_with(Clone::clone).ok()
     }
 
-    /// Says whether the handler takes the parts of a message as they arrive.
+    /// Sets whether the handler takes messages in parts as they arrive.
     pub(crate) fn pass_on(&self, passes_on: bool) {
         self.passes_on.store(passes_on, Ordering::Relaxed);
     }
@@ -49,7 +49,7 @@ impl Claim {
         self.passes_on.load(Ordering::Relaxed)
     }
 
-    /// Replaces the share of the previous message by that of the next one.
+    /// Replaces the share of the previous message with the share of the next one.
     pub(crate) fn hold(&self, share: Share, is_laborious: bool) {
         *self.share() = Some(share);
         self.is_laborious.store(is_laborious, Ordering::Relaxed);
@@ -60,8 +60,8 @@ impl Claim {
         CLAIM.try_with(|_| ()).is_ok()
     }
 
-    /// Gives back all but this much. Handlers also use it before they wait for their client, because they often keep only a
-    /// small part of a request.
+    /// Gives back everything above `memory` bytes. Handlers also use it before they wait for their client, because they often
+    /// keep only a small part of a request.
     pub(crate) fn settle(memory: u64) {
         let _ = CLAIM.try_with(|claim| {
             if let Some(share) = claim.share().as_mut() {

@@ -19,14 +19,14 @@ use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
 /// Memory limit of a decoded request: twice that of the largest FindMissingBlobs request.
 pub(crate) const REQUEST_MAX_MEMORY: u64 = 64 * 1024 * 1024;
-/// Messages from this size on are checked for unused bytes.
+/// Messages of at least this size are checked for unused bytes.
 const COMPACT_FROM_BYTES: usize = 1024;
-/// Answers from this size on may take more than a millisecond to encode.
+/// Answers of at least this size may take more than a millisecond to encode.
 const LARGE_ANSWER_BYTES: usize = 512 * 1024;
 /// Size of the buffers of a call before its first message. Most messages fit, and the allocator keeps freed pieces of this size
 /// for each thread. A stream that waits for its next message holds one of them.
 const BUFFER_BYTES: usize = 1024;
-/// Collected messages of a stream are sent from this size on; the default of the library.
+/// Collected messages of a stream are sent once they have this size, which is the default of the library.
 const SEND_FROM_BYTES: usize = 32 * 1024;
 
 /// The codec of all services; see the top of this file.
@@ -97,7 +97,7 @@ pub(super) fn decode<U: Message + Name + Default>(bytes: Bytes) -> Result<U, Sta
     Ok(compact(message, length))
 }
 
-/// The memory that a message takes once it is decoded. 0 for a short one, which is not measured.
+/// The memory that a message takes once it is decoded. The result is 0 for a short message, which is not measured.
 fn measure<U: Name>(bytes: &[u8]) -> Result<u64, Status> {
     if bytes.len() <= UNCOUNTED_BYTES {
         return Ok(0);

@@ -83,7 +83,7 @@ const CLIENT_TEXT_MAX_BYTES: usize = 512;
 
 /// The client metadata in the headers. Headers that do not decode are ignored (GEN-28).
 pub fn client_info(headers: &HeaderMap) -> ClientInfo {
-    /// Some clients pad, others do not.
+    /// Some clients pad the text, others do not.
     const BASE64: GeneralPurpose = GeneralPurpose::new(
         &STANDARD,
         GeneralPurposeConfig::new()
@@ -106,10 +106,10 @@ pub fn client_info(headers: &HeaderMap) -> ClientInfo {
     }
 }
 
-/// Takes `[instance/]operations/{id}` apart. The instance name is not looked up.
+/// Splits `[instance/]operations/{id}` into the instance name and the id. The instance name is not looked up.
 ///
 /// # Errors
-/// [`Error::NotFound`] for every name that this server cannot have given. Only for this code do clients run the action again
+/// [`Error::NotFound`] for every name that this server cannot have given. Clients run the action again only after this code
 /// (EXE-13).
 pub fn operation_name(name: &str) -> Result<(&str, OperationId)> {
     let unknown = || no_operation(name);
@@ -134,12 +134,12 @@ pub fn operations_of(collection: &str) -> Option<&str> {
     collection.strip_suffix("/operations").filter(|instance| !instance.is_empty())
 }
 
-/// How much an Operation message says.
+/// The level of detail of an Operation message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Detail {
-    /// What clients that run an action need. Streams send many of these.
+    /// The fields that clients need to run an action. Streams send many of these messages.
     Short,
-    /// Whose operation it is, too. For those who ask about operations.
+    /// All fields, including the owner of the operation. The Operations service sends these messages.
     Full,
 }
 
@@ -224,7 +224,7 @@ fn server_log(log: &ServerLog) -> (String, reapi::LogFile) {
     (log.name.clone(), reapi::LogFile { digest: Some(log.digest.to_wire()), human_readable: true })
 }
 
-/// The known part of the run's metadata; all of it once there is a result.
+/// The known part of the run's metadata. It is complete once there is a result.
 fn execution_metadata(snapshot: &Snapshot) -> reapi::ExecutedActionMetadata {
     let result = snapshot.outcome.as_ref().and_then(|outcome| outcome.result.as_ref());
     if let Some(metadata) = result.and_then(|result| result.execution_metadata.as_ref()) {
@@ -373,7 +373,7 @@ mod tests {
         }
     }
 
-    /// GEN-28: both names, padded and unpadded; the text of an old client is read like that of a new one.
+    /// GEN-28: both header names are read, with and without padding, and so is the text of an old client.
     #[test]
     fn who_asks_is_read_from_either_header_in_either_padding() {
         let metadata = reapi::RequestMetadata {

@@ -21,8 +21,8 @@ use gorego_reapi::{
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// Memory limit of the list of files to inline, in bytes. An operation keeps the list until it is forgotten. Clients name one
-/// or two files. Inlining is optional, so names beyond the limit are dropped.
+/// Memory limit of the list of files to inline, in bytes. An operation keeps its list until the operation is forgotten. Clients
+/// name one or two files. Inlining is optional, so names beyond the limit are dropped.
 const INLINE_LIST_MAX_BYTES: usize = 16 * 1024;
 
 #[derive(Debug)]
@@ -50,7 +50,8 @@ impl Execution for ExecutionService {
         }
         let subscription = match resolution {
             Resolution::Cached(mut result) => {
-                // The operation is remembered and weighed there. The room is for this request, until it has room for its answer.
+                // The scheduler accounts for the memory of the operation. This request keeps the room of the result until it has
+                // reserved room for its answer.
                 call.hold(result.take_room());
                 scheduler.record(submit, result).await?
             }

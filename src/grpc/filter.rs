@@ -16,7 +16,7 @@ const GRAMMAR: &str = "terms are stage=QUEUED|EXECUTING|COMPLETED, done=true|fal
 /// A parsed filter.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Filter {
-    /// The instance whose operations are wanted.
+    /// The instance whose operations are requested.
     pub instance: Option<String>,
     /// The other conditions.
     pub operations: OperationFilter,
@@ -37,7 +37,7 @@ pub fn parse(text: &str) -> Result<Filter> {
         let (word, after) = next_word(rest).ok_or_else(|| refuse(rest))?;
         rest = after.trim_start();
         if word == "AND" {
-            // It must be between two terms.
+            // `AND` must be between two terms.
             if joined || rest.is_empty() || filter == Filter::default() {
                 return Err(refuse(word));
             }

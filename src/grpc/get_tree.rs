@@ -30,7 +30,7 @@ pub const PAGE_MAX_DIRECTORIES: usize = 1_000;
 /// Size limit of the directories in a page. The rest of 4 MiB is for the page token and framing (GEN-25). A larger directory is
 /// sent in a page of its own, which only clients with a raised limit accept.
 pub const PAGE_MAX_BYTES: usize = inline::MESSAGE_MAX_BYTES - 4 * 1024;
-/// Time limit for room for a page, and for the client to take it. A full page passes in this time at 35 kB/s.
+/// Time limit for getting room for a page, and for the client to take it. In this time, a full page can be sent at 35 kB/s.
 pub const PAGE_WAIT: Duration = Duration::from_secs(120);
 /// Tag and length of one directory in a page, rounded up.
 const ENTRY_BYTES: usize = 8;
@@ -79,7 +79,7 @@ impl Paging {
             let bytes = directory.encoded_len() + ENTRY_BYTES;
             let is_full = !self.page.is_empty()
                 && (self.page.len() >= self.page_size || self.page_bytes + bytes > PAGE_MAX_BYTES);
-            // Before the position is increased, because the token points behind the last directory of its page.
+            // This comes before the position is increased, because the token points behind the last directory of its page.
             page = is_full.then(|| self.take_page(true));
             if self.position >= self.skip {
                 self.page_bytes += bytes;
@@ -127,8 +127,8 @@ fn run(paging: Paging, walk: Walk) -> impl Stream<Item = Result<GetTreeResponse>
     })
 }
 
-/// Yields each page when the connection has room for it. The page is made before. Until it is yielded, its memory counts for
-/// its walk, and a walk that waits for its place holds no room.
+/// Yields each page when the connection has room for it. The page exists before it has room. Until it is yielded, its memory
+/// counts for its walk, and a walk that waits for its place holds no room.
 fn with_room(
     pages: BoxStream<'static, Result<GetTreeResponse>>,
     call: Call,
@@ -179,7 +179,8 @@ fn attended(
 }
 
 fn not_taken() -> Error {
-    let problem = "no page of this tree was taken for too long; go on with the token of the last one";
+    let problem =
+        "the client took no page of this tree for too long; continue with the token of its last page";
     Error::Unavailable(problem.into())
 }
 

@@ -25,14 +25,15 @@ const NAMES: &[&str] = &[
     push_server::SERVICE_NAME,
 ];
 
-/// Sets the answer to health checks. Cheap to clone. [`super::serve`] gets one; the wiring keeps a clone for the drain.
+/// Sets the answer to health checks. It is cheap to clone: [`super::serve`] gets one, and the wiring keeps a clone for the
+/// drain.
 #[derive(Debug, Clone)]
 pub struct Health {
     reporter: HealthReporter,
     told: Arc<Mutex<Told>>,
 }
 
-/// What was reported last.
+/// The state that was reported last.
 #[derive(Debug)]
 struct Told {
     is_draining: bool,

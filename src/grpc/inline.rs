@@ -39,8 +39,8 @@ enum InlinedField {
     File(usize),
 }
 
-/// Prepares a result for a client. Its digests have this function. The result is copied only once the connection of `call` has
-/// room for it.
+/// Prepares a result for a client. `function` is the digest function of its digests. The result is copied only once the
+/// connection of `call` has room for it.
 ///
 /// # Errors
 /// `Exhausted` when there is no room for too long.

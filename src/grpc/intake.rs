@@ -17,6 +17,7 @@ use super::{
     codec::REQUEST_MAX_MEMORY,
 };
 use crate::{
+    alarm::Alarm,
     budget::{Bounds, Budget, Refusal, Share},
     call::Call,
     caller::Caller,
@@ -27,19 +28,19 @@ use gorego_reapi::wire::{self, UNCOUNTED_BYTES};
 use http::Request;
 use http_body::{Body, Frame, SizeHint};
 use std::{
-    future::Future as _,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
-use tokio::time::{Instant, Sleep, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tower::{Layer, Service};
 
-/// Bytes of messages that are unfinished or that no handler has taken: twenty of the largest ones, and many more of usual ones.
+/// Bytes of messages that are unfinished or that no handler has taken. Sixteen of the largest messages fit, and many more of the
+/// usual size.
 pub(crate) const UNFINISHED: Bounds =
-    Bounds { what: "bytes of unfinished requests", total: 320 * 1024 * 1024, connection: 252 * 1024 * 1024 };
+    Bounds { what: "bytes of unfinished requests", total: 256 * 1024 * 1024, connection: 188 * 1024 * 1024 };
 /// Memory for large requests that are being decoded or answered. Two of the largest fit, and many usual ones.
 pub(crate) const DECODED: Bounds = Bounds {
     what: "bytes of large requests",
@@ -53,16 +54,17 @@ const LARGEST_CLAIM: u64 = 2 * REQUEST_MAX_BYTES as u64 + REQUEST_MAX_MEMORY;
 const GZIP_RATIO_MAX: u64 = 1_100;
 /// Requests that are a stream of messages. Their handlers limit the pauses.
 const STREAMS: [&str; 2] = ["/google.bytestream.ByteStream/Write", "/grpc.reflection."];
-/// Requests up to this size are not counted, because calls are. So a client that has reached its limit can still send small
-/// requests.
+/// Requests up to this size are not counted, because the number of calls is limited. So a client that has reached its limit can
+/// still send small requests.
 const UNHELD_BYTES: u64 = 4 * 1024;
-/// Time limit without bytes before the first message, in the middle of one, and before the end of a request of one message.
+/// Time limit for a silent client before the first message, in the middle of a message, and before the end of a request of one
+/// message.
 pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// Time limit for a large message to wait for decoding.
 pub(crate) const DECODING_WAIT: Duration = Duration::from_secs(60);
-/// Messages from this size on may take more than a millisecond to decode.
+/// Messages of at least this size may take more than a millisecond to decode.
 const LABORIOUS_BYTES: u64 = 128 * 1024;
-/// The same for compressed messages.
+/// Compressed messages of at least this size may take more than a millisecond to decode.
 const LABORIOUS_COMPRESSED_BYTES: u64 = 256;
 
 /// Length of the prefix of each message: a flag and four bytes of length.
@@ -183,24 +185,24 @@ pub(crate) struct IncomingBody<B> {
     given: u64,
     /// Whether bytes were handed on since the handler asked for more.
     is_given: bool,
-    /// What the buffers for the largest message so far take.
+    /// Memory of the buffers for the largest message so far.
     largest: u64,
-    /// For the bytes that were handed on and not taken, and for those of the unfinished message.
+    /// Room for the bytes of the unfinished message, and for bytes that were handed on and not taken.
     held: Option<Share>,
     /// The end of a message that waits for its turn to be decoded.
     kept_back: Option<KeptBack>,
-    /// What came behind such an end.
+    /// Bytes that arrived after `kept_back`.
     rest: Bytes,
     last: Instant,
-    /// Set when a message was waited for.
-    silence: Option<Pin<Box<Sleep>>>,
+    /// Ends the wait for a silent client.
+    alarm: Alarm,
 }
 
-/// See [`IncomingBody::kept_back`].
+/// The end of a message that waits for its turn to be decoded.
 struct KeptBack {
     data: Bytes,
     is_laborious: bool,
-    /// `None` when it was over.
+    /// The wait for room to decode the message; `None` once the room is there.
     turn: Option<BoxFuture<'static, Result<Share, Status>>>,
 }
 
@@ -222,12 +224,12 @@ impl<B> IncomingBody<B> {
             kept_back: None,
             rest: Bytes::new(),
             last: Instant::now(),
-            silence: None,
+            alarm: Alarm::default(),
         }
     }
 
-    /// Takes bytes in up to the end of a message that has to wait for its turn, if there is one among them; then that end is kept
-    /// back, and nothing is returned.
+    /// Accepts bytes up to the end of the first message that has to wait for its turn to be decoded, and returns the bytes to
+    /// hand on. If there is such a message, its end is kept back and the result is `None`.
     fn take(&mut self, mut data: Bytes) -> Result<Option<Bytes>, Status> {
         if self.is_complete && !self.kind.is_stream && !data.is_empty() {
             return Err(Status::invalid_argument("the request has more than the one message of this method"));
@@ -257,8 +259,8 @@ impl<B> IncomingBody<B> {
         Ok(Some(data))
     }
 
-    /// The handler asks for more, so it has taken what it was given. A request of one message is held until its end, because it
-    /// is answered only then.
+    /// Gives back the room of the bytes that were handed on, because a handler that asks for more has taken them. The bytes of a
+    /// request of one message are held until its end, because it is answered only then.
     fn let_go(&mut self) -> Result<(), Status> {
         if self.kind.is_stream && std::mem::take(&mut self.is_given) {
             self.claim.let_go();
@@ -268,7 +270,7 @@ impl<B> IncomingBody<B> {
         Ok(())
     }
 
-    /// Counts so many bytes as unfinished, if they are worth it.
+    /// Counts these bytes as unfinished, unless they are too few to be counted.
     fn hold(&mut self, bytes: u64) -> Result<(), Status> {
         let bytes = if bytes > UNHELD_BYTES { bytes } else { 0 };
         match &mut self.held {
@@ -320,30 +322,16 @@ impl<B> IncomingBody<B> {
         !self.kind.is_stream || !self.is_begun || self.message.is_begun()
     }
 
-    /// Ready when nothing has arrived for this long.
+    /// Ready when nothing has arrived for the time `limit`.
     fn poll_silence(&mut self, context: &mut Context<'_>, limit: Duration) -> Poll<()> {
-        let end = self.last + limit;
-        let silence = self.silence.get_or_insert_with(|| Box::pin(sleep_until(end)));
-        if silence.deadline() > end {
-            silence.as_mut().reset(end);
-        }
-        loop {
-            if silence.as_mut().poll(context).is_pending() {
-                return Poll::Pending;
-            }
-            if Instant::now() >= end {
-                return Poll::Ready(());
-            }
-            // Bytes have arrived since the timer was set.
-            silence.as_mut().reset(end);
-        }
+        self.alarm.poll(context, self.last + limit)
     }
 }
 
 const BUSY: &str = "the server is busy with other large requests; try again later, or send smaller ones";
 
 fn silent() -> Status {
-    let problem = format!("the request broke off: it was silent for {SILENCE_LIMIT:?} before its end");
+    let problem = format!("the request is incomplete, and nothing has arrived for {SILENCE_LIMIT:?}");
     Status::deadline_exceeded(problem)
 }
 
@@ -419,7 +407,7 @@ struct PartialMessage {
     prefix: [u8; PREFIX_BYTES],
     /// Number of prefix bytes that have arrived.
     seen: usize,
-    /// Number of bytes of the message that are missing after its prefix.
+    /// Number of bytes of the message that have not arrived.
     left: u64,
     /// Number of bytes of the message that have arrived.
     bytes: u64,

@@ -1,7 +1,7 @@
 //! The LogStream service, and log streams in ByteStream: what Read, Write and QueryWriteStatus do with names that have a
 //! `logstreams` segment (LOG-01..05, EXE-64).
 //!
-//! The streams themselves are in [`crate::log_streams`]. A reader reads only when its client does.
+//! The streams themselves are in [`crate::log_streams`]. A stream is read only when its client reads.
 
 use super::{
     Edge, ReadStream,
@@ -67,7 +67,7 @@ impl server::LogStreamService for LogStreamService {
 }
 
 impl LogStreamService {
-    /// An operation can be a parent as long as this server knows it (LOG-01), for clients that may see it.
+    /// Checks that an operation can be a parent: this server knows it (LOG-01), and the client may see it.
     async fn check_operation(&self, call: &Call, instance: Instance, id: OperationId) -> Result<()> {
         match self.0.watch_in(call, instance, id).await {
             Err(Error::NotFound(unknown)) => Err(Error::Invalid(format!("parent: {unknown}"))),
@@ -94,8 +94,9 @@ fn enter(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
     edge.gate.enter_for(call, instance_name, Permission::Logs)
 }
 
-/// The same for reading. The output of a run belongs to the operations that wait for it, so it takes the same permission as these:
-/// those who were told its name as that of their own operation may read it, and others if they may see all operations.
+/// The instance of a log stream that a client wants to read. The output of a run requires the same permissions as the operations
+/// that wait for the run: principals that were told its name with an operation of their own may read it, and so may principals
+/// that may see all operations.
 fn enter_to_read(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
     let StreamId::Run(run, _) = name.id else { return enter(edge, call, name) };
     let (instance_name, _) = parse_parent(&name.parent)?;

@@ -24,8 +24,8 @@ use tonic::Status;
 /// Interval after which an unchanged state is sent again, because some proxies and clients close silent streams (EXE-11).
 pub(crate) const RESEND_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Delay after which an operation that still waits is sent again with the reason. Short enough for a person who watches; long
-/// enough that most operations of a burst run by then and need no explanation.
+/// Delay after which an operation that still waits is sent again with the reason. This is short enough for a person who
+/// watches, and long enough that most operations of a burst are running by then and need no explanation.
 pub(crate) const EXPLAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// Adds the reason why an operation waits to its snapshot.
@@ -239,7 +239,7 @@ mod tests {
         assert_eq!(messages, [Stage::Completed]);
     }
 
-    /// A slow reader may miss what lies between, never the end.
+    /// A slow reader may miss intermediate states, but never the last one.
     #[tokio::test(start_paused = true)]
     async fn the_last_state_is_seen_even_if_the_scheduler_went_away_right_after_it() {
         let (sender, subscription) = operation(queued());
@@ -287,7 +287,7 @@ mod tests {
         assert!(stream.next().await.is_none());
     }
 
-    /// The operation counts as waited for as long as its stream is there, and not longer.
+    /// The operation counts as waited for exactly as long as its stream exists.
     #[tokio::test(start_paused = true)]
     async fn dropping_the_stream_gives_the_subscription_back() {
         let (sender, subscription) = operation(executing());

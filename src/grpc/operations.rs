@@ -76,7 +76,7 @@ impl Operations for OperationsService {
                 operations.push(operation);
             }
             // Results can be long. If a page does not fit into a message, it is requested again with as many operations as fit
-            // (GEN-25). So no thousand copies of long results are made.
+            // (GEN-25). This avoids a thousand copies of long results.
             if operations.len() < page.operations.len() {
                 limit = operations.len();
                 continue;
@@ -134,7 +134,7 @@ impl Operations for OperationsService {
     }
 }
 
-/// Logs that a request has changed an operation of another principal. To change one's own needs no trace.
+/// Logs that a request has changed an operation of another principal. Changes to one's own operations are not logged.
 fn audit(call: &Call, method: &str, info: &OperationInfo) {
     let (principal, owner) = (call.principal(), &info.principal);
     if owner.is_same(principal) {
@@ -147,7 +147,7 @@ fn audit(call: &Call, method: &str, info: &OperationInfo) {
         .with("owner", owner.name())
         .with("operation", &*info.name())
         .with_some("peer", peer.as_deref())
-        .log(format_args!("{principal} asked for {method} of an operation of {owner}"));
+        .log(format_args!("{principal} called {method} on an operation of {owner}"));
 }
 
 impl OperationsService {
@@ -170,7 +170,7 @@ fn collection(name: &str) -> Option<&str> {
     (!name.is_empty()).then(|| convert::operations_of(name).unwrap_or(name))
 }
 
-/// An instance, and the owner whose operations are listed; `None` for everybody's.
+/// An instance, and the owner whose operations are listed; `None` for all owners.
 type Entered = (Instance, Option<Principal>);
 
 /// A checked ListOperations request.
@@ -191,7 +191,7 @@ impl Listing {
         let (instance, owner) = match (collection(&request.name), &instance) {
             (Some(named), Some(wanted)) if named != wanted => {
                 return Err(Error::Invalid(format!(
-                    "the name is of instance \"{}\" and the filter of instance \"{}\"; a listing is of one",
+                    "the name has instance \"{}\", but the filter has instance \"{}\"; a listing covers one instance",
                     named.escape_debug(),
                     wanted.escape_debug()
                 )));

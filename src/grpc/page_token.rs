@@ -1,7 +1,7 @@
 //! Page tokens: a position in one listing.
 //!
-//! A token contains the position and a checksum over it and the request. So a damaged token, or one of another listing, is
-//! refused instead of silently skipping entries (CAS-28). A token is not a secret and grants nothing.
+//! A token contains the position and a checksum over it and the request. So a damaged token, or a token of another
+//! listing, is refused. Otherwise it could skip entries silently (CAS-28). A token is not a secret and grants nothing.
 
 use gorego_reapi::{
     digest::DigestFunction,

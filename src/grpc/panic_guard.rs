@@ -119,7 +119,7 @@ impl<B: Body<Data = Bytes>> Body for GuardedBody<B> {
 
 /// The panic hook of the process has logged the panic; the client is told to look there.
 fn fault() -> Status {
-    Status::internal("a fault of this server; its log has the details")
+    Status::internal("internal error of this server; its log has the details")
 }
 
 #[cfg(test)]

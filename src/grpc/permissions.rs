@@ -73,7 +73,7 @@ const SERVICES: &[(&str, Methods)] = &[
     ("grpc.reflection.v1alpha.ServerReflection", &[("ServerReflectionInfo", ANY)]),
 ];
 
-/// The path of every RPC, with the name that its log lines and metrics have.
+/// The path of every RPC, and its name in log lines and metrics.
 pub(super) fn rpcs() -> impl Iterator<Item = (String, String)> {
     SERVICES.iter().flat_map(|(service, methods)| {
         let short = service.rsplit('.').next().unwrap_or(service);
@@ -110,7 +110,7 @@ mod tests {
             .collect()
     }
 
-    /// An RPC cannot be added without a decision about who may call it.
+    /// Nobody can add an RPC without deciding who may call it.
     #[test]
     fn every_rpc_has_a_row_and_every_row_an_rpc() {
         let mut rpcs = paths(DESCRIPTORS);

@@ -1,5 +1,5 @@
 //! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what they know
-//! to it. The client is authenticated here too, before anything of the body is read, so that the line also has the refusals.
+//! to it. The client is authenticated here as well, before any of the body is read, so that refused calls have a line, too.
 //!
 //! The line is written when the response has ended: after its trailers, or when the client leaves before them, which counts as
 //! CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
@@ -47,11 +47,11 @@ const ERROR_MAX_BYTES: usize = 512;
 pub(crate) struct RequestLog<S> {
     /// The service that answers the calls.
     pub inner: S,
-    /// Finds out who calls.
+    /// Authenticates the client.
     pub gate: Gate,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
-    /// Counts the calls that are over.
+    /// Counts finished calls.
     pub metrics: Arc<Metrics>,
     /// The connection.
     pub connection: ConnectionInfo,
@@ -98,7 +98,7 @@ where
 }
 
 impl<S> RequestLog<S> {
-    /// Begins a call, once its client is known.
+    /// Authenticates the client of a call and, if that succeeds at once, passes the call to its handler.
     fn begin<R, B>(&mut self, request: Request<RequestBody<R>>) -> CallProgress<S::Future, S::Error, B>
     where
         S: Service<Request<RequestBody<R>>, Response = Response<B>, Future: Send> + Clone + Send + 'static,
@@ -112,7 +112,7 @@ impl<S> RequestLog<S> {
                 Err(error) => CallProgress::Refused { error: Some(error) },
             },
             Authentication::Pending(pending) => {
-                // While it waits, it counts like a call that is answered. The layers behind take a place of their own.
+                // A waiting call needs a place, too. The layers behind take another one, so this one is given up first.
                 let place = match CallPlace::take(&call, &request) {
                     Ok(place) => place,
                     Err(refusal) => return CallProgress::Refused { error: Some(refusal.into()) },
@@ -135,7 +135,7 @@ impl<S> RequestLog<S> {
 /// The end of an answer that breaks off with this error.
 fn trailers(error: Error) -> HeaderMap {
     let mut trailers = HeaderMap::new();
-    // It fails for a message that cannot be a header, which is then left out.
+    // This fails if the message cannot be a header. Then only the code is sent.
     if Status::from(error).add_header(&mut trailers).is_err() {
         trailers.insert("grpc-status", HeaderValue::from_static("16"));
     }
@@ -151,14 +151,14 @@ pin_project_lite::pin_project! {
     /// A call on its way to its handler.
     #[project = CallProgressProjected]
     enum CallProgress<F, E, B> {
-        /// The handler has it.
+        /// The handler has the call.
         Called {
             #[pin]
             inner: F,
         },
-        /// Its client is being authenticated, and then it has.
+        /// The client is being authenticated. Then the handler gets the call.
         Waiting { answer: BoxFuture<'static, Result<Response<B>, E>> },
-        /// It is refused.
+        /// The call is refused.
         Refused { error: Option<Error> },
     }
 }
@@ -429,7 +429,7 @@ mod tests {
         }
     }
 
-    /// Otherwise one that is nobody could open calls without end, each with its head in memory.
+    /// Otherwise an unauthenticated client could open any number of calls, each with its head in memory.
     #[tokio::test]
     async fn calls_whose_client_is_not_known_yet_are_bounded_like_all_others() {
         const DESCRIPTORS: u64 = 32;

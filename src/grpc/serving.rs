@@ -3,16 +3,16 @@
 //! hyper gives each request to an executor, which usually spawns a task. A spawned task wakes another thread, and its answer
 //! wakes the task of the connection; for a look-up in memory, this costs more than the look-up. So this executor only collects
 //! the requests of one poll of the connection ([`Collected`]). The connection's task then polls each of them once. This answers
-//! most look-ups, and all small answers are sent with one write ([`super::accept::Turn`]). A request that has to wait is spawned
+//! most look-ups, and all small answers are sent with one write ([`Turn`]). A request that has to wait is spawned
 //! as a task.
 //!
 //! Invariants:
 //!
 //! - The connection's task polls no request twice, and begins none after [`TURN_MAX`]. The rest of that turn is spawned, so that
-//!   other threads can take it, but at most [`SPREAD_MAX`] requests of the whole server wait for that at a time: the tasks of
-//!   other connections are behind them in the runtime's queue. What is left waits for the connection's next turn, and nothing
-//!   more is read before.
-//! - After [`TURN_MAX`] the connection's task yields.
+//!   other threads can take it. At most [`SPREAD_MAX`] such requests of the whole server may be waiting at a time, because the
+//!   tasks of other connections are behind them in the runtime's queue. Requests beyond that wait for the connection's next
+//!   turn, and nothing more is read before it.
+//! - The connection's task yields after [`TURN_MAX`].
 //! - Messages that take long to decode are not decoded in a turn, because [`super::intake`] makes them wait once.
 //! - A panic in a request ends only that request.
 //! - Collected requests are begun even if the connection has ended, and dropped if its task has.
@@ -20,7 +20,9 @@
 use super::{
     CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
     STREAM_WINDOW_BYTES, STREAMS_MAX,
-    accept::{Arrived, Connection, OpenRequest, Turn},
+    accept::Arrived,
+    connection::Connection,
+    turn::{OpenRequest, Turn},
 };
 use crate::call::ConnectionInfo;
 use bytes::Bytes;
@@ -296,7 +298,7 @@ where
     }
 }
 
-/// The time limit in `grpc-timeout`: up to eight digits and a unit. A malformed value is ignored.
+/// The time limit in the header `grpc-timeout`, which has up to eight digits and a unit. A malformed value is ignored.
 fn time_limit(headers: &HeaderMap) -> Option<Duration> {
     const DIGITS_MAX: usize = 8;
     let (unit, digits) = headers.get("grpc-timeout")?.as_bytes().split_last()?;
@@ -366,7 +368,7 @@ mod tests {
         let turn = Turn::default();
         let requests = Collected::new(turn.clone(), Arc::new(Semaphore::new(1)));
         let guard = StopCollecting(requests.clone());
-        // As in the HTTP/2 library, a request has a clone of what it was handed to.
+        // As in the HTTP/2 library, a request holds a clone of the executor that it was handed to.
         let of_request = requests.clone();
         requests.execute(async move { drop(of_request) });
         assert_eq!(turn.requests(), 1);
@@ -381,6 +383,7 @@ mod tests {
     async fn a_long_turn_leaves_some_of_the_rest_to_others_and_the_rest_of_it_to_the_next_turn() {
         let turn = collected();
         let (done, is_done) = oneshot::channel();
+        // This request uses up the time of the turn.
         turn.execute(async { std::thread::sleep(TURN_MAX) });
         let here = std::thread::current().id();
         let polls = Arc::new(AtomicUsize::new(0));

@@ -1,8 +1,9 @@
 //! Ends reads whose clients take nothing (BS-07).
 //!
 //! A stream advances only when its client reads. So an inactive client would hold a file open, and with it bytes on disk,
-//! without limit. Nothing polls such a stream, so a task checks whether the client has asked for more. Time that the server
-//! takes does not count. A stream that was ended drops everything that it held; the client gets the error if it reads again.
+//! without limit. Nothing polls such a stream, so a task checks whether the client has asked for more. The time that the
+//! server needs does not count. A stream that was ended drops everything that it held; the client gets the error if it reads
+//! again.
 
 use super::ReadStream;
 use futures::stream::{Stream, StreamExt as _};
@@ -91,7 +92,7 @@ async fn give_up(pull: Weak<Pull>) {
 
 fn stalled() -> Error {
     Error::DeadlineExceeded(format!(
-        "nothing was taken from the download for {READ_IDLE_LIMIT:?}; read on from where it stopped"
+        "the client took nothing from the download for {READ_IDLE_LIMIT:?}; resume where it stopped"
     ))
 }
 
@@ -104,7 +105,7 @@ mod tests {
 
     const ALMOST: Duration = READ_IDLE_LIMIT.saturating_sub(Duration::from_secs(1));
 
-    /// A read of endless messages, each ready after `delay`, and what it holds meanwhile.
+    /// A read of endless messages, each ready after `delay`, and a reference to a resource that the read holds.
     fn read(delay: Duration) -> (ReadStream, Weak<()>) {
         let held = Arc::new(());
         let weak = Arc::downgrade(&held);

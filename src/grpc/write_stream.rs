@@ -1,30 +1,34 @@
 //! [`WriteStream`]: the messages of a ByteStream.Write, handed on in pieces as they arrive.
 //!
-//! tonic collects each message in a buffer of its own before it decodes it. For an upload in messages of a megabyte, this means to
-//! copy every byte once more, into memory that the kernel has to clear first. Here the fields before the data are read from the
-//! frame in which they arrive, and the data is handed on frame by frame without a copy. Each piece is a [`WriteRequest`] with its
-//! own offset, so the rules for messages apply to pieces. Only the first piece of a message has its name, and only the last one
-//! its `finish_write`.
+//! tonic collects each message in a buffer of its own before it decodes it. For an upload in messages of a megabyte, this copies
+//! every byte once more, into memory that the kernel has to clear first. Here, the fields before the data are read from the frame
+//! in which they arrive ([`head`]), and the data is handed on frame by frame without a copy. Each piece is a [`WriteRequest`] with
+//! its own offset, so the rules for messages apply to pieces. Only the first piece of a message has its name, and only the last
+//! one has its `finish_write`.
 //!
-//! Every client sends the data as the last field. A message in another form, or one that does not parse, is collected and decoded
-//! as a whole, and counts as unfinished until then ([`super::intake`]). So is a small one ([`WHOLE_UP_TO_BYTES`]), because a small
-//! blob that is there as a whole is stored at once. Compressed messages take the way through tonic.
+//! Messages of an unusual form are collected and decoded as a whole, and count as unfinished until then ([`super::intake`]). Small
+//! messages are collected as well ([`WHOLE_UP_TO_BYTES`]), because a small blob that has arrived as a whole is stored at once.
+//! Messages with gRPC compression are read by tonic ([`route`]).
 //!
-//! Bound: a piece keeps the frame in memory that it came in, so a small one is copied ([`COPIED_BELOW_BYTES`]).
+//! Bound: a piece keeps the frame in memory that it came in, so a small piece is copied ([`COPIED_BELOW_BYTES`]).
 
-use super::{REQUEST_MAX_BYTES, byte_stream::ByteStreamService, claim::Claim, codec};
-use crate::{call::Call, grpc::services::byte_stream_server::ByteStreamServer};
+mod head;
+mod route;
+
+pub(super) use self::route::ByteStreamRoute;
+
+use self::head::{HEAD_MAX_BYTES, MessageHead, PREFIX_BYTES};
+use super::{claim::Claim, codec};
+use crate::alarm::Alarm;
 use bytes::{Buf as _, Bytes, BytesMut};
-use futures::{future::BoxFuture, stream::StreamExt as _};
+use futures::stream::StreamExt as _;
 use gorego_reapi::{
     error::Error,
-    proto::bytestream::{WriteRequest, WriteResponse},
+    proto::bytestream::WriteRequest,
     resource_name::{Encoding, ResourceName},
 };
 use http_body::Body;
-use prost::encoding::decode_varint;
 use std::{
-    convert::Infallible,
     future::poll_fn,
     mem,
     pin::Pin,
@@ -32,35 +36,21 @@ use std::{
     task::{Context, Poll, ready},
     time::Duration,
 };
-use tokio::time::{Instant, Sleep, sleep_until};
-use tonic::{Code, Request, Response, Status, Streaming, body::Body as TonicBody, server::NamedService};
-use tower::Service;
+use tokio::time::Instant;
+use tonic::{Code, Status, Streaming, body::Body as TonicBody};
 
-const PATH: &str = "/google.bytestream.ByteStream/Write";
-/// Length of the flag and the length before each message.
-const PREFIX_BYTES: usize = 5;
-/// The fields before the data are looked for in this many bytes. The name of a blob has about 150.
-const HEAD_MAX_BYTES: usize = 4 * 1024;
-/// Messages up to this size are handed on whole.
+/// Messages up to this size are handed on as a whole.
 const WHOLE_UP_TO_BYTES: usize = 64 * 1024 + HEAD_MAX_BYTES;
-/// Pieces below this size are copied: the allocation that they are a part of has the size of the largest frame, 16 KiB.
+/// Pieces below this size are copied. They are a part of an allocation of 16 KiB, the size of the largest frame.
 const COPIED_BELOW_BYTES: usize = 12 * 1024;
-
-/// Tags of the fields of a [`WriteRequest`], with their wire types.
-mod tag {
-    pub(super) const RESOURCE_NAME: u64 = 1 << 3 | 2;
-    pub(super) const WRITE_OFFSET: u64 = 2 << 3;
-    pub(super) const FINISH_WRITE: u64 = 3 << 3;
-    pub(super) const DATA: u64 = 10 << 3 | 2;
-}
 
 /// The messages of one Write.
 pub(super) struct WriteStream {
     source: Source,
-    /// Since when it waits for the client.
+    /// The time since which the stream waits for the client.
     waits_since: Option<Instant>,
-    /// Set for the end of the wait, or for an earlier time.
-    alarm: Option<Pin<Box<Sleep>>>,
+    /// Ends the wait for the client.
+    alarm: Alarm,
 }
 
 enum Source {
@@ -71,19 +61,19 @@ enum Source {
 }
 
 impl WriteStream {
-    /// The messages that tonic collects.
+    /// A stream of messages that tonic collects.
     pub(super) fn of_messages(messages: Streaming<WriteRequest>) -> Self {
-        Self { source: Source::Messages(messages), waits_since: None, alarm: None }
+        Self { source: Source::Messages(messages), waits_since: None, alarm: Alarm::default() }
     }
 
     fn of_body(body: TonicBody) -> Self {
-        Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, alarm: None }
+        Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, alarm: Alarm::default() }
     }
 
     /// The next piece, or `None` at the end of the stream. No piece is lost if the future is dropped.
     ///
     /// # Errors
-    /// Errors of the stream, and `DEADLINE_EXCEEDED` when the client sends nothing for this time.
+    /// Errors of the stream, and `DEADLINE_EXCEEDED` when the client sends nothing for the time `limit`.
     pub(super) async fn next(&mut self, limit: Duration) -> Result<Option<WriteRequest>, Status> {
         poll_fn(|context| self.poll_next(context, limit)).await
     }
@@ -102,24 +92,14 @@ impl WriteStream {
             return polled;
         }
         let end = *self.waits_since.get_or_insert_with(Instant::now) + limit;
-        let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(end)));
-        if alarm.deadline() > end {
-            alarm.as_mut().reset(end);
-        }
-        loop {
-            ready!(alarm.as_mut().poll(context));
-            if Instant::now() >= end {
-                return Poll::Ready(Err(silent(limit).into()));
-            }
-            // Something has arrived since the alarm was set.
-            alarm.as_mut().reset(end);
-        }
+        ready!(self.alarm.poll(context, end));
+        Poll::Ready(Err(silent(limit).into()))
     }
 }
 
 fn silent(limit: Duration) -> Error {
     Error::DeadlineExceeded(format!(
-        "the upload was silent for {limit:?}; QueryWriteStatus says from where to go on"
+        "the client sent nothing for {limit:?}; QueryWriteStatus returns the offset to resume from"
     ))
 }
 
@@ -127,10 +107,10 @@ fn silent(limit: Duration) -> Error {
 struct MessagePieces {
     body: TonicBody,
     claim: Option<Arc<Claim>>,
-    /// What has arrived and is not read yet.
+    /// Bytes that have arrived and are not read yet.
     unread: Bytes,
     state: ReadState,
-    /// Whether the stream is an uncompressed upload, as its first message says.
+    /// Whether the stream is an upload of uncompressed data, according to its first message.
     is_plain: bool,
 }
 
@@ -156,7 +136,7 @@ impl MessagePieces {
         pieces
     }
 
-    /// Says whether the bytes of an unfinished message are kept in memory here.
+    /// Sets whether the bytes of an unfinished message are kept in memory here.
     fn collect(&self, collects: bool) {
         if let Some(claim) = &self.claim {
             claim.pass_on(!collects);
@@ -193,24 +173,25 @@ impl MessagePieces {
         matches!(self.state, ReadState::Head) && self.unread.is_empty()
     }
 
-    /// The beginning of the next message. Small messages are collected, and those of log streams and of compressed uploads: a log
-    /// stream takes or refuses each as a whole, and of a compressed upload a message is decoded when it has arrived.
+    /// The beginning of the next message. Three kinds of messages are collected: small ones, messages to log streams, which
+    /// accept or refuse each as a whole, and messages with zstd data, which are decompressed when they have arrived.
     fn head(&mut self) -> Result<MessageHead, Status> {
         let head = MessageHead::parse(&self.unread)?;
         let MessageHead::Complete { fields, data, length } = &head else { return Ok(head) };
+        let whole = length + data - PREFIX_BYTES;
+        let is_small = whole <= WHOLE_UP_TO_BYTES;
+        if is_small && fields.finish_write {
+            // No message may follow, so the name is not needed here.
+            return Ok(MessageHead::Whole { length: whole });
+        }
         if !fields.resource_name.is_empty() {
             let name = ResourceName::parse_write(&fields.resource_name);
             self.is_plain = name.is_ok_and(|name| name.encoding == Encoding::Identity);
         }
-        let whole = length + data - PREFIX_BYTES;
-        Ok(if self.is_plain && whole > WHOLE_UP_TO_BYTES {
-            head
-        } else {
-            MessageHead::Unusual { length: whole }
-        })
+        Ok(if self.is_plain && !is_small { head } else { MessageHead::Whole { length: whole } })
     }
 
-    /// Reads the next piece from what has arrived, if it is enough for one.
+    /// Reads the next piece from the bytes that have arrived, if they are enough.
     fn read(&mut self) -> Result<Option<WriteRequest>, Status> {
         loop {
             match &mut self.state {
@@ -223,7 +204,7 @@ impl MessagePieces {
                         }
                         self.state = ReadState::Data { next: fields, left: data };
                     }
-                    MessageHead::Unusual { length } => {
+                    MessageHead::Whole { length } => {
                         self.unread.advance(PREFIX_BYTES);
                         self.state = ReadState::Whole { message: BytesMut::with_capacity(length), length };
                         self.collect(true);
@@ -258,7 +239,7 @@ impl MessagePieces {
     }
 }
 
-/// The piece of a message with this data, of which this many bytes were still to come.
+/// Makes the piece of a message with this data. `left` is the length of the rest of the message's data, including this piece.
 fn piece(next: &mut WriteRequest, data: Bytes, left: usize) -> WriteRequest {
     let is_small = data.len() < COPIED_BELOW_BYTES;
     let data = if is_small { Bytes::copy_from_slice(&data) } else { data };
@@ -272,152 +253,6 @@ fn piece(next: &mut WriteRequest, data: Bytes, left: usize) -> WriteRequest {
     }
 }
 
-/// The beginning of a message.
-#[derive(Debug, PartialEq)]
-enum MessageHead {
-    /// More bytes are needed.
-    Incomplete,
-    /// The fields before the data, the length of the data, and the length of what comes before it.
-    Complete { fields: WriteRequest, data: usize, length: usize },
-    /// A message of this length that is collected: usually because its data is not its last field, or because it does not parse.
-    Unusual { length: usize },
-}
-
-impl MessageHead {
-    fn parse(bytes: &[u8]) -> Result<Self, Status> {
-        let Some((&[flag, a, b, c, d], rest)) = bytes.split_first_chunk::<PREFIX_BYTES>() else {
-            return Ok(Self::Incomplete);
-        };
-        if flag != 0 {
-            return Err(compressed(flag));
-        }
-        let length = u32::from_be_bytes([a, b, c, d]) as usize;
-        if length > REQUEST_MAX_BYTES {
-            return Err(Status::out_of_range(format!(
-                "Error, decoded message length too large: found {length} bytes, the limit is: {REQUEST_MAX_BYTES} bytes"
-            )));
-        }
-        let present = rest.get(..length).unwrap_or(rest);
-        Ok(match Self::fields(present, length) {
-            Some((fields, data)) => {
-                let length = PREFIX_BYTES + length - data;
-                Self::Complete { fields, data, length }
-            }
-            None if present.len() < length.min(HEAD_MAX_BYTES) => Self::Incomplete,
-            None => Self::Unusual { length },
-        })
-    }
-
-    /// Reads the fields of a message up to its data, and the length of the data. `None` if that is not the rest of the message, or
-    /// if anything is missing or wrong.
-    fn fields(mut bytes: &[u8], length: usize) -> Option<(WriteRequest, usize)> {
-        let mut fields = WriteRequest::default();
-        let mut left = length;
-        while left > 0 {
-            let before = bytes.len();
-            match decode_varint(&mut bytes).ok()? {
-                tag::RESOURCE_NAME => {
-                    let length = usize::try_from(decode_varint(&mut bytes).ok()?).ok()?;
-                    let (name, rest) = bytes.split_at_checked(length)?;
-                    fields.resource_name = std::str::from_utf8(name).ok()?.to_owned();
-                    bytes = rest;
-                }
-                tag::WRITE_OFFSET => fields.write_offset = decode_varint(&mut bytes).ok()? as i64,
-                tag::FINISH_WRITE => fields.finish_write = decode_varint(&mut bytes).ok()? != 0,
-                tag::DATA => {
-                    let data = usize::try_from(decode_varint(&mut bytes).ok()?).ok()?;
-                    left -= before - bytes.len();
-                    return (data == left).then_some((fields, data));
-                }
-                _ => return None,
-            }
-            left -= before - bytes.len();
-        }
-        Some((fields, 0))
-    }
-}
-
-/// The error for a message that says that it is compressed although the request does not say how. The texts are those of tonic.
-fn compressed(flag: u8) -> Status {
-    Status::internal(match flag {
-        1 => "protocol error: received message with compressed-flag but no grpc-encoding was specified"
-            .to_owned(),
-        flag => format!(
-            "protocol error: received message with invalid compression flag: {flag} (valid flags are 0 and 1), while sending request"
-        ),
-    })
-}
-
-/// The ByteStream service as it is served: Write reads its request itself.
-#[derive(Debug, Clone)]
-pub(super) struct ByteStreamRoute {
-    server: ByteStreamServer<ByteStreamService>,
-    service: Arc<ByteStreamService>,
-}
-
-impl ByteStreamRoute {
-    pub(super) fn new(
-        service: ByteStreamService,
-        limited: impl FnOnce(ByteStreamServer<ByteStreamService>) -> ByteStreamServer<ByteStreamService>,
-    ) -> Self {
-        let service = Arc::new(service);
-        Self { server: limited(ByteStreamServer::from_arc(service.clone())), service }
-    }
-}
-
-impl NamedService for ByteStreamRoute {
-    const NAME: &'static str = <ByteStreamServer<ByteStreamService> as NamedService>::NAME;
-}
-
-impl<B> Service<http::Request<B>> for ByteStreamRoute
-where
-    B: Body<Data = Bytes, Error = Status> + Send + 'static,
-{
-    type Response = http::Response<TonicBody>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        let is_plain = request.headers().get("grpc-encoding").is_none_or(|encoding| encoding == "identity");
-        if request.uri().path() != PATH || !is_plain {
-            return self.server.call(request);
-        }
-        let (head, body) = request.into_parts();
-        let write = PlainWrite { service: self.service.clone(), body: Some(TonicBody::new(body)) };
-        let request = http::Request::from_parts(head, TonicBody::empty());
-        Box::pin(async move {
-            let mut grpc = tonic::server::Grpc::new(codec::Codec::<WriteResponse, WriteRequest>::default());
-            Ok(grpc.client_streaming(write, request).await)
-        })
-    }
-}
-
-/// One Write. tonic reads the head of the request and writes the answer; the body is read here.
-struct PlainWrite {
-    service: Arc<ByteStreamService>,
-    body: Option<TonicBody>,
-}
-
-impl Service<Request<Streaming<WriteRequest>>> for PlainWrite {
-    type Response = Response<WriteResponse>;
-    type Error = Status;
-    type Future = BoxFuture<'static, Result<Response<WriteResponse>, Status>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Streaming<WriteRequest>>) -> Self::Future {
-        let call = Call::of(request.extensions());
-        let (service, body) = (self.service.clone(), self.body.take().unwrap_or_default());
-        Box::pin(async move { service.write_stream(&call, WriteStream::of_body(body)).await })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -427,7 +262,7 @@ mod tests {
     use prost::Message as _;
     use std::collections::VecDeque;
 
-    /// A body of these frames, and then this error if there is one.
+    /// A body that has these frames and ends with this error, if there is one.
     struct Frames(VecDeque<Bytes>, Option<Status>);
 
     impl Body for Frames {
@@ -443,7 +278,7 @@ mod tests {
         }
     }
 
-    /// All pieces of a body, and how it ends.
+    /// All pieces of a body, and the error at its end, if there is one.
     fn read(
         frames: impl IntoIterator<Item = Bytes>,
         error: Option<Status>,
@@ -507,7 +342,7 @@ mod tests {
             form in 0u8..3,
         ) {
             let name = |at: usize| if form == 1 && at > 0 { String::new() } else { upload(at) };
-            // The offsets have gaps, so that what was not sent together is not joined.
+            // The offsets have gaps, so that separate messages are not joined.
             let messages: Vec<_> = sizes
                 .iter()
                 .enumerate()

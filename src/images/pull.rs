@@ -23,7 +23,8 @@ const MAX_INDEXES: usize = 2;
 /// file, so at most 4 MiB are written in between. A disk counts as low when 64 reserves are left.
 const CHECK_SPACE_EVERY: u64 = 32;
 
-/// How often a pull checks for a layer that another pull is downloading.
+/// How often a pull checks for a layer that another pull is downloading. Layers take seconds, and the check also notices the end
+/// of the pull's time.
 const LAYER_POLL: Duration = Duration::from_millis(20);
 
 /// The time limit of a pull.

@@ -40,11 +40,13 @@ impl LogName {
     /// # Errors
     /// `Invalid` for a malformed name; `NotFound` for an id or token that this server never issued.
     pub fn parse(name: &str) -> Option<Result<Self>> {
-        let segments: Vec<&str> = name.split('/').collect();
-        let keyword = segments.iter().position(|segment| KEYWORDS.contains(segment))?;
-        if segments.get(keyword) != Some(&KEYWORD) {
+        let is_keyword = |segment: &&str| KEYWORDS.contains(segment);
+        // Almost all names are those of blobs.
+        if name.split('/').find(is_keyword)? != KEYWORD {
             return None;
         }
+        let segments: Vec<&str> = name.split('/').collect();
+        let keyword = segments.iter().position(is_keyword)?;
         let shown = || name.chars().take(SHOWN_CHARS).collect::<String>().escape_debug().to_string();
         let (parent, rest) = (segments.get(..keyword)?.join("/"), segments.get(keyword + 1..)?);
         let (id, token) = match *rest {

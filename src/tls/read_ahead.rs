@@ -31,11 +31,6 @@ impl ReadAhead {
         Self { stream, buffer: Vec::new(), taken: 0 }
     }
 
-    #[cfg(test)]
-    pub(super) fn get_ref(&self) -> &Prompt {
-        &self.stream
-    }
-
     /// The underlying stream, for its settings.
     pub(super) fn get_mut(&mut self) -> &mut Prompt {
         &mut self.stream

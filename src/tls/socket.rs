@@ -8,8 +8,6 @@ use std::{
     task::{Context, Poll, Waker},
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-#[cfg(test)]
-use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
 /// The stream.
@@ -26,14 +24,6 @@ impl Socket {
         match self {
             Self::Plain(stream) => stream,
             Self::Tls(stream) => stream.get_mut().0.get_mut(),
-        }
-    }
-
-    #[cfg(test)]
-    pub(crate) fn tcp(&self) -> &TcpStream {
-        match self {
-            Self::Plain(stream) => stream.get_ref(),
-            Self::Tls(stream) => stream.get_ref().0.get_ref().get_ref(),
         }
     }
 

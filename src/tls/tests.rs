@@ -272,6 +272,7 @@ async fn an_open_connection_is_closed_when_its_certificate_expires_or_is_revoked
     assert!((0..3).all(|at| closing(at).is_none()));
     world.write("crl.pem", &world.ca.revoked(&[&alice]));
     world.tls.reload().unwrap();
+    // The certificate expires in real time, after two seconds.
     let end = std::time::Instant::now() + Duration::from_secs(10);
     while closing(0).is_none() {
         assert!(std::time::Instant::now() < end, "an expired certificate keeps its connection");

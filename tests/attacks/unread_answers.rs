@@ -67,6 +67,7 @@ async fn ask_and_do_not_read(server: &Server, calls: Vec<u8>) {
         let _ = socket.write_all(&calls);
         socket
     });
+    // A server without a bound would make all answers in this time.
     tokio::time::sleep(Duration::from_secs(3)).await;
     drop(writer.await.unwrap());
     eventually("the answers are given back", || resident_memory(server) < LEFT_MAX_BYTES).await;
@@ -143,6 +144,7 @@ async fn many_connections_of_one_peer_leave_room_for_another() {
     let calls: Vec<u8> =
         raw::streams().take(50).flat_map(|stream| raw::call(stream, BATCH_READ, &request)).collect();
     let sockets = send_over_each_of(12, address(&server), [raw::preface(), calls].concat()).await;
+    // A server without a bound would make all answers in this time.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let channel = crate::harness::connect_from("127.0.0.2", &server).await;
     let mut other = ContentAddressableStorageClient::new(channel).max_decoding_message_size(8 << 20);
@@ -184,6 +186,7 @@ async fn downloads_over_http_that_nobody_reads_are_made_only_as_far_as_there_is_
     let bystander = Bystander::beside(&server).await;
     let head = format!("GET /cas/{} HTTP/1.1\r\nhost: localhost\r\n\r\n", digest.hash_hex());
     let mut sockets = send_over_each_of(600, http, head.into_bytes()).await;
+    // A server without a bound would make all answers in this time.
     tokio::time::sleep(Duration::from_secs(2)).await;
     // A connection that is read in the end gets everything.
     let mut first = sockets.swap_remove(0);

@@ -1,18 +1,16 @@
 //! ByteStream.
 
-use crate::harness::{MAX_BLOB_BYTES, Server, absent, digest, path};
+use crate::harness::{MAX_BLOB_BYTES, Server, absent, digest, path, query, read, write};
 use crate::support::{PATIENCE, eventually_async};
 use futures::future::join_all;
 use gorego_client::stubs::ByteStreamClient;
 use gorego_reapi::proto::{
-    bytestream::{
-        QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, WriteRequest, WriteResponse,
-    },
+    bytestream::{QueryWriteStatusRequest, ReadRequest, WriteRequest},
     reapi,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Response, Status};
+use tonic::Code;
 use uuid::Uuid;
 
 fn upload_name(instance: &str, digest: &reapi::Digest) -> String {
@@ -40,28 +38,6 @@ fn pieces(name: &str, data: &[u8], from: usize, size: usize) -> Vec<WriteRequest
             return messages;
         }
     }
-}
-
-async fn write(server: &Server, messages: Vec<WriteRequest>) -> Result<i64, Status> {
-    let answer = server.bytes.clone().write(tokio_stream::iter(messages)).await;
-    answer.map(Response::into_inner).map(|WriteResponse { committed_size }| committed_size)
-}
-
-async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Result<Vec<Vec<u8>>, Status> {
-    let request = ReadRequest { resource_name: name.into(), read_offset: offset, read_limit: limit };
-    let mut stream = server.bytes.clone().read(request).await?.into_inner();
-    let mut messages = Vec::new();
-    while let Some(message) = stream.message().await? {
-        messages.push(message.data.to_vec());
-    }
-    Ok(messages)
-}
-
-async fn query(server: &Server, name: &str) -> (i64, bool) {
-    let request = QueryWriteStatusRequest { resource_name: name.into() };
-    let QueryWriteStatusResponse { committed_size, complete } =
-        server.bytes.clone().query_write_status(request).await.unwrap().into_inner();
-    (committed_size, complete)
 }
 
 async fn is_missing(server: &Server, digest: &reapi::Digest) -> bool {

@@ -1,9 +1,9 @@
 //! zstd on the wire: ByteStream, batches, and gRPC's own message compression.
 
-use crate::harness::{Server, digest};
+use crate::harness::{Server, digest, query, read, write};
 use crate::support::eventually_async;
 use gorego_reapi::proto::{
-    bytestream::{QueryWriteStatusRequest, ReadRequest, WriteRequest},
+    bytestream::WriteRequest,
     reapi::{
         self, BatchReadBlobsRequest, BatchUpdateBlobsRequest, FindMissingBlobsRequest,
         batch_update_blobs_request, compressor::Value as Compressor,
@@ -11,7 +11,7 @@ use gorego_reapi::proto::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, codec::CompressionEncoding};
+use tonic::{Code, codec::CompressionEncoding};
 use uuid::Uuid;
 
 fn text(size: usize) -> Vec<u8> {
@@ -46,27 +46,6 @@ fn pieces(name: &str, stream: &[u8], from: usize, size: usize) -> Vec<WriteReque
             data: data.to_vec().into(),
         })
         .collect()
-}
-
-async fn write(server: &Server, messages: Vec<WriteRequest>) -> Result<i64, Status> {
-    let answer = server.bytes.clone().write(tokio_stream::iter(messages)).await?;
-    Ok(answer.into_inner().committed_size)
-}
-
-async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Result<Vec<Vec<u8>>, Status> {
-    let request = ReadRequest { resource_name: name.into(), read_offset: offset, read_limit: limit };
-    let mut stream = server.bytes.clone().read(request).await?.into_inner();
-    let mut messages = Vec::new();
-    while let Some(message) = stream.message().await? {
-        messages.push(message.data.to_vec());
-    }
-    Ok(messages)
-}
-
-async fn query(server: &Server, name: &str) -> (i64, bool) {
-    let request = QueryWriteStatusRequest { resource_name: name.into() };
-    let status = server.bytes.clone().query_write_status(request).await.unwrap().into_inner();
-    (status.committed_size, status.complete)
 }
 
 /// BS-07, BS-11 to BS-15, BS-25, BS-27, CAP-12: blobs are written and read in both encodings.

@@ -24,10 +24,16 @@ use gorego::{
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
-    proto::reapi,
+    proto::{
+        bytestream::{
+            QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, WriteRequest, WriteResponse,
+        },
+        reapi,
+    },
 };
 use std::{ops::Deref, sync::Arc, time::SystemTime};
 use tokio::{runtime::Handle, sync::watch};
+use tonic::{Response, Status};
 
 /// Largest blob of the test server.
 pub const MAX_BLOB_BYTES: u64 = 64_000_000;
@@ -67,12 +73,7 @@ impl Server {
             connections: Default::default(),
             administration: Default::default(),
             metrics: Default::default(),
-            settings: ProtocolSettings {
-                max_blob_bytes: MAX_BLOB_BYTES,
-                compressed_committed_size: CommittedSize::Compressed,
-                chunking: executes,
-                priorities: Priorities { min: -100, max: 100 },
-            },
+            settings: protocol_settings(executes),
         });
         Self { scheduler, endpoint: endpoint.await, _actors: actors, _directory: directory }
     }
@@ -86,6 +87,16 @@ impl Server {
     pub async fn missing(&self, digests: &[reapi::Digest]) -> Vec<reapi::Digest> {
         let digests: Vec<_> = digests.iter().map(|digest| self.digest(Some(digest))).collect();
         self.endpoint.client.missing(&digests).await.into_iter().map(Digest::to_wire).collect()
+    }
+}
+
+/// The settings that clients see.
+pub fn protocol_settings(chunking: bool) -> ProtocolSettings {
+    ProtocolSettings {
+        max_blob_bytes: MAX_BLOB_BYTES,
+        compressed_committed_size: CommittedSize::Compressed,
+        chunking,
+        priorities: Priorities { min: -100, max: 100 },
     }
 }
 
@@ -104,6 +115,31 @@ pub fn digest(bytes: &[u8]) -> reapi::Digest {
 /// The path of a digest in resource names.
 pub fn path(digest: &reapi::Digest) -> String {
     format!("blobs/{}/{}", digest.hash, digest.size_bytes)
+}
+
+/// Writes these messages. Returns the `committed_size`.
+pub async fn write(server: &Server, messages: Vec<WriteRequest>) -> Result<i64, Status> {
+    let answer = server.bytes.clone().write(tokio_stream::iter(messages)).await;
+    answer.map(Response::into_inner).map(|WriteResponse { committed_size }| committed_size)
+}
+
+/// All messages of a Read.
+pub async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Result<Vec<Vec<u8>>, Status> {
+    let request = ReadRequest { resource_name: name.into(), read_offset: offset, read_limit: limit };
+    let mut stream = server.bytes.clone().read(request).await?.into_inner();
+    let mut messages = Vec::new();
+    while let Some(message) = stream.message().await? {
+        messages.push(message.data.to_vec());
+    }
+    Ok(messages)
+}
+
+/// The `committed_size` of an upload, and whether it is complete.
+pub async fn query(server: &Server, name: &str) -> (i64, bool) {
+    let request = QueryWriteStatusRequest { resource_name: name.into() };
+    let QueryWriteStatusResponse { committed_size, complete } =
+        server.bytes.clone().query_write_status(request).await.unwrap().into_inner();
+    (committed_size, complete)
 }
 
 /// A scheduler that remembers operations and changes them only when a test tells it to.

@@ -3,7 +3,7 @@
 //! `docs/performance.md` has the figures.
 
 use crate::{
-    harness::{MAX_BLOB_BYTES, digest as digest_of},
+    harness::{MAX_BLOB_BYTES, digest as digest_of, protocol_settings},
     support::{
         Client,
         endpoint::{ActorThread, Endpoint, log_streams, store_settings},
@@ -24,9 +24,8 @@ use gorego::{
         },
         worker::{PoolLimits, WorkerActor, WorkerSettings, workspace::BuildRoot},
     },
-    config::CommittedSize,
     gate::Gate,
-    grpc::{Edge, ProtocolSettings, ask::Scheduler},
+    grpc::{Edge, ask::Scheduler},
     instance::Instances,
     node::NodeName,
     platform::UnknownProperties,
@@ -70,12 +69,7 @@ impl Server {
             connections: Default::default(),
             administration: Default::default(),
             metrics: Default::default(),
-            settings: ProtocolSettings {
-                max_blob_bytes: MAX_BLOB_BYTES,
-                compressed_committed_size: CommittedSize::Compressed,
-                chunking: false,
-                priorities: Priorities { min: -100, max: 100 },
-            },
+            settings: protocol_settings(false),
         });
         Self { cas, scheduler, mail, endpoint: endpoint.await, _actors: actors, _directory: directory }
     }

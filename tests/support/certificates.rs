@@ -120,7 +120,7 @@ fn named(name: &str) -> CertificateParams {
     params
 }
 
-/// So many seconds from now, as the time since 1970.
+/// The time that is this many seconds from now, in seconds since 1970.
 fn in_seconds(seconds: i64) -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     Duration::from_secs(now.checked_add_signed(seconds).unwrap())

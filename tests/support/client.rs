@@ -140,7 +140,7 @@ impl Client {
         self.action_with(command, root, |_| {}).await
     }
 
-    /// The same with a change to the Action.
+    /// Stores an Action for this command and input root, after `change` has changed it.
     pub async fn action_with(
         &self,
         command: ReapiCommand,
@@ -313,7 +313,7 @@ pub fn sh(script: &str) -> ReapiCommand {
     }
 }
 
-/// The same with output paths.
+/// A shell command with a standard PATH and these output paths.
 pub fn sh_with(script: &str, output_paths: &[&str]) -> ReapiCommand {
     ReapiCommand { output_paths: output_paths.iter().map(|p| (*p).into()).collect(), ..sh(script) }
 }

@@ -61,7 +61,7 @@ fn with_file(layer: LayerArchive, at: &str, from: &Path) -> LayerArchive {
     layer.file(at.trim_start_matches('/'), &fs::read(from).unwrap(), 0o755)
 }
 
-/// A layer with a shell at `image/sh`, made from what this machine has: busybox, or its own shell with its libraries.
+/// A layer with a shell at `image/sh`, made from a shell of this machine: busybox, or `/bin/sh` with its libraries.
 pub fn shell_layer() -> LayerArchive {
     let needs = |program: &Path| {
         let listed = Command::new("ldd").arg(program).output();
@@ -121,7 +121,7 @@ impl Blobs {
         json!({ "mediaType": media_type, "digest": digest, "size": self.0[digest].len() })
     }
 
-    /// Adds an image for this machine; gives the digest of its manifest.
+    /// Adds an image for this machine. Returns the digest of its manifest.
     pub fn image(&mut self, layers: Vec<Vec<u8>>, config: Value) -> String {
         let layers: Vec<_> = layers
             .into_iter()
@@ -174,7 +174,7 @@ impl Blobs {
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
-/// Says that the entry of an index has this tag.
+/// Sets the tag of an entry of an index.
 pub fn tagged(tag: &str) -> Value {
     json!({ "annotations": { "org.opencontainers.image.ref.name": tag } })
 }

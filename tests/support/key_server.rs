@@ -68,7 +68,7 @@ fn serve(mut stream: &TcpStream, answer: &Mutex<String>, requests: &AtomicUsize)
     if lines.take_while(|line| !line.is_empty()).count() > 0 {
         requests.fetch_add(1, SeqCst);
         let answer = answer.lock().unwrap().clone();
-        // A client that has read enough leaves.
+        // A client may leave as soon as it has read enough.
         let _ = stream.write_all(answer.as_bytes());
     }
 }

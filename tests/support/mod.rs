@@ -1,12 +1,12 @@
-//! What several test crates share: servers to test, and clients for them.
+//! Helpers that several test crates share: servers to test, and clients for them.
 //!
 //! - [`server`]: the real binary as a process. Most tests use it.
-//! - [`stored`]: where blobs lie on the disk of a server.
+//! - [`stored`]: the positions of blobs on the disk of a server.
 //! - [`endpoint`]: a gRPC endpoint in the process of the test, for tests that put something else behind it.
 //! - [`images`]: container images.
 //! - [`key_server`], [`tokens`]: the keys and the signed tokens of an issuer.
 //! - [`worker`]: a worker alone, with an in-memory store.
-//! - [`certificates`]: a CA and what it signs.
+//! - [`certificates`]: a CA and the certificates that it signs.
 //! - [`client`]: clients of all services on one connection.
 //!
 //! Each test crate includes this directory as a module and uses a part of it.
@@ -27,26 +27,25 @@ pub use client::*;
 pub use server::{Server, command, files_below, shared_dir};
 pub use stored::{Kind, damage, record_of};
 
-use std::time::{Duration, Instant};
+use std::{
+    process::{Child, ExitStatus},
+    time::{Duration, Instant},
+};
 
 /// Time limit of anything in a test.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits until the condition holds; panics with `what` after the time limit.
 pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < end, "never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    eventually_async(what, || std::future::ready(condition())).await;
 }
 
-/// The same with a condition that is asked for.
+/// Like [`eventually`], with an asynchronous condition.
 pub async fn eventually_async<F: Future<Output = bool>>(what: &str, condition: impl FnMut() -> F) {
     eventually_every(Duration::from_millis(10), what, condition).await;
 }
 
-/// The same with a condition that is asked for at this interval, because each question leaves a trace.
+/// Like [`eventually_async`], with a longer interval between checks of the condition, because each check leaves a trace.
 pub async fn eventually_every<F: Future<Output = bool>>(
     interval: Duration,
     what: &str,
@@ -57,4 +56,15 @@ pub async fn eventually_every<F: Future<Output = bool>>(
         assert!(Instant::now() < end, "never happened: {what}");
         tokio::time::sleep(interval).await;
     }
+}
+
+/// Waits for the end of a process; panics with `what` after the time limit.
+pub async fn exit_of(child: &mut Child, what: &str) -> ExitStatus {
+    let mut status = None;
+    eventually(what, || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    })
+    .await;
+    status.unwrap()
 }

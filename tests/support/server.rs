@@ -1,6 +1,6 @@
 //! [`Server`]: the real binary on a free port.
 
-use super::{PATIENCE, client::Client};
+use super::{PATIENCE, client::Client, exit_of};
 use serde_json::Value;
 use std::{
     io::{BufRead as _, BufReader},
@@ -9,7 +9,6 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
 };
 use tempfile::TempDir;
 
@@ -168,14 +167,7 @@ impl Server {
 
     /// Waits for the end of the process.
     pub async fn exit(&mut self) -> ExitStatus {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(Instant::now() < end, "the server does not end");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        exit_of(&mut self.child, "the server ends").await
     }
 
     /// Kills the server with SIGKILL and returns its store.

@@ -43,6 +43,7 @@ async fn a_large_upload_into_a_full_cache_of_small_blobs_does_not_stall_others()
         let begin = Instant::now();
         uploaded.push(small_client.upload(blob(4_096, 2_000_000 + uploaded.len() as u64)).await);
         waits.push(begin.elapsed());
+        // The small uploads must not be a load of their own.
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let digest = large.await.unwrap();

@@ -1,7 +1,9 @@
 //! Start, shutdown and crash of the process.
 
 use crate::execution::running;
-use crate::support::{Client, Server, command, empty, eventually, metadata, sh, sh_with, sha256, shared_dir};
+use crate::support::{
+    Client, Server, command, empty, eventually, eventually_async, metadata, sh, sh_with, sha256, shared_dir,
+};
 use gorego_client::stubs::LogStreamServiceClient;
 use gorego_reapi::proto::{
     bytestream::{ReadRequest, WriteRequest, WriteResponse},
@@ -166,6 +168,7 @@ async fn an_exit_takes_no_longer_than_its_grace() {
     let (sender, _upload) = begin_write(&client, messages.next().unwrap()).await;
     let moving = tokio::spawn(async move {
         for message in messages {
+            // The upload is slow, but goes on during the grace period.
             tokio::time::sleep(Duration::from_millis(300)).await;
             if sender.send(message).await.is_err() {
                 return;
@@ -249,18 +252,14 @@ async fn after_kill_nine_the_store_is_whole() {
     };
     let (sender, upload) = begin_write(&client, half).await;
     let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", sha256(&big).blob_name());
-    let end = std::time::Instant::now() + crate::support::PATIENCE;
-    loop {
+    eventually_async("the upload arrives", || async {
         let request =
             gorego_reapi::proto::bytestream::QueryWriteStatusRequest { resource_name: name.clone() };
         let status = client.bytes.clone().query_write_status(request).await.unwrap().into_inner();
         assert!(!status.complete);
-        if status.committed_size > 0 {
-            break;
-        }
-        assert!(std::time::Instant::now() < end, "the upload never arrives");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+        status.committed_size > 0
+    })
+    .await;
     let store = server.kill().await;
     let _ = upload.await;
     drop(sender);

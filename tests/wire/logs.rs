@@ -2,7 +2,9 @@
 
 use crate::{
     log_schema::Schema,
-    support::{Client, PATIENCE, Server, command, empty, eventually, http_client, metadata, sh, sha256},
+    support::{
+        Client, PATIENCE, Server, command, empty, eventually, exit_of, http_client, metadata, sh, sha256,
+    },
 };
 use gorego_client::stubs::CapabilitiesClient;
 use gorego_reapi::proto::{
@@ -14,10 +16,7 @@ use gorego_reapi::proto::{
 };
 use prost::Message as _;
 use serde_json::{Map, Value, json};
-use std::{
-    io::{BufRead as _, BufReader},
-    time::Instant,
-};
+use std::io::{BufRead as _, BufReader};
 use tonic::{Code, Request, metadata::MetadataValue};
 
 type Line = Map<String, Value>;
@@ -249,17 +248,7 @@ async fn a_reader_that_stops_reading_stops_nothing() {
     drop(capabilities);
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM)
         .unwrap();
-    let end = Instant::now() + PATIENCE;
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        if Instant::now() > end {
-            child.kill().unwrap();
-            panic!("the server waits for its reader");
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    };
+    let status = exit_of(&mut child, "the server ends without a reader of its log").await;
     assert_eq!(status.code(), Some(0));
 }
 

@@ -1,27 +1,15 @@
 //! Pipes to which commands print, and pipes to which `gorego` itself prints.
 
 use crate::execution::running;
-use crate::support::{Client, PATIENCE, Server, empty, eventually, sh};
+use crate::support::{Client, PATIENCE, Server, empty, eventually, exit_of, sh};
 use std::{
     io::{BufRead as _, BufReader, Read as _, pipe},
     net::{TcpListener, TcpStream},
     os::unix::process::ExitStatusExt as _,
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Command, Stdio},
     time::Instant,
 };
 use tonic::Code;
-
-/// Waits for the end of a process.
-async fn end(child: &mut Child) -> ExitStatus {
-    let limit = Instant::now() + PATIENCE;
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
-        }
-        assert!(Instant::now() < limit, "the process does not end");
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-}
 
 /// If the disk has no space for a log, the failure is the server's, whatever the command does (EXE-62).
 #[tokio::test]
@@ -64,7 +52,7 @@ async fn exec_whose_reader_leaves_cancels_the_operation_and_ends_by_sigpipe() {
         tokio::task::block_in_place(|| reader.read_line(&mut line)).unwrap();
         assert!(line.starts_with("to-std"), "{line}");
         drop(reader);
-        assert_eq!(end(&mut child).await.signal(), Some(libc::SIGPIPE), "{script}");
+        assert_eq!(exit_of(&mut child, "the process ends").await.signal(), Some(libc::SIGPIPE), "{script}");
         let cancelled = || {
             let log = server.log();
             let ends = log.iter().filter(|event| event["event"] == "operation_completed");
@@ -89,7 +77,7 @@ async fn exec_of_a_cached_result_ends_by_sigpipe_without_a_reader() {
         let (reader, writer) = pipe().unwrap();
         drop(reader);
         let mut child = exec.stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
-        assert_eq!(end(&mut child).await.signal(), Some(libc::SIGPIPE), "{script}");
+        assert_eq!(exit_of(&mut child, "the process ends").await.signal(), Some(libc::SIGPIPE), "{script}");
         let mut complaint = String::new();
         child.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
         assert_eq!(complaint, "", "nothing to tell: it is what was asked for");
@@ -104,7 +92,7 @@ async fn exec_whose_output_cannot_be_written_cancels_the_operation_and_says_why(
     let mut exec = Command::new(env!("CARGO_BIN_EXE_gorego"));
     exec.args(["exec", "--endpoint", &format!("grpc://{}", server.address()), "yes", "to-a-full-disk"]);
     let mut child = exec.stdin(Stdio::null()).stdout(full).stderr(Stdio::piped()).spawn().unwrap();
-    assert_eq!(end(&mut child).await.code(), Some(125));
+    assert_eq!(exit_of(&mut child, "the process ends").await.code(), Some(125));
     let mut complaint = String::new();
     child.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
     assert!(complaint.contains("could not print the command's output: No space left"), "{complaint}");
@@ -173,6 +161,6 @@ async fn a_server_whose_standard_error_is_closed_serves_and_stops_as_asked() {
         drop(client);
         let pid = rustix::process::Pid::from_child(&child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        assert_eq!(end(&mut child).await.code(), Some(0), "{format}");
+        assert_eq!(exit_of(&mut child, "the process ends").await.code(), Some(0), "{format}");
     }
 }

@@ -118,7 +118,7 @@ async fn both_ports_speak_tls_and_plaintext_is_told_so() {
         assert!((expiry - now - VALID.to as f64).abs() < 600.0, "{expiry}");
         assert_eq!(got.bytes().await.unwrap(), vec![7; 1_000_000]);
     }
-    let mut plain = TcpStream::connect(&http).unwrap();
+    let mut plain = TcpStream::connect(http).unwrap();
     plain.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
     let mut answer = String::new();
     plain.read_to_string(&mut answer).unwrap();

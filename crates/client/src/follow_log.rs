@@ -1,11 +1,8 @@
 //! Follows a log stream: sends all of its bytes as they appear (EXE-64, LOG-03).
 
-use super::{CALL_TIMEOUT, Client, backoff, status::from_status};
+use super::{Client, backoff, status::from_status};
 use bytes::Bytes;
-use gorego_reapi::{
-    error::{Error, Result},
-    proto::bytestream,
-};
+use gorego_reapi::error::Result;
 use tokio::sync::mpsc;
 
 impl Client {
@@ -34,16 +31,8 @@ impl Client {
         sink: &mpsc::Sender<Bytes>,
     ) -> Result<()> {
         let call = format!("log stream {name}");
-        let request = bytestream::ReadRequest {
-            resource_name: name.to_owned(),
-            read_offset: i64::try_from(*received).unwrap_or(i64::MAX),
-            read_limit: 0,
-        };
         let failed = |status: tonic::Status| from_status(&call, &status);
-        let silent = |_| Error::Unavailable(format!("{call}: the server is silent"));
-        let mut client = self.byte_stream();
-        let answer = tokio::time::timeout(CALL_TIMEOUT, client.read(request)).await.map_err(silent)?;
-        let mut stream = answer.map_err(failed)?.into_inner();
+        let mut stream = self.open_stream(name.to_owned(), *received, &call).await?;
         while let Some(message) = stream.message().await.map_err(failed)? {
             *received += message.data.len() as u64;
             if sink.send(message.data).await.is_err() {

@@ -13,6 +13,7 @@ use gorego_reapi::{
 };
 use std::{collections::HashMap, io::Write, sync::Arc};
 use tokio::sync::mpsc;
+use tonic::Streaming;
 
 /// Number of messages that may wait between the network and a slow sink.
 const CHUNKS_IN_FLIGHT: usize = 4;
@@ -75,19 +76,11 @@ impl Client {
         progress: &Progress,
     ) -> Result<()> {
         let call = format!("download of {digest}");
-        let request = bytestream::ReadRequest {
-            resource_name: self.qualify(&digest.blob_name()),
-            read_offset: i64::try_from(*received).unwrap_or(i64::MAX),
-            read_limit: 0,
-        };
         let failed = |status: tonic::Status| from_status(&call, &status);
-        let silent = |_| Error::Unavailable(format!("{call}: the server is silent"));
-        let mut client = self.byte_stream();
-        let answer = tokio::time::timeout(CALL_TIMEOUT, client.read(request)).await.map_err(silent)?;
-        let mut stream = answer.map_err(failed)?.into_inner();
+        let mut stream = self.open_stream(self.qualify(&digest.blob_name()), *received, &call).await?;
         while let Some(message) = tokio::time::timeout(STREAM_IDLE_TIMEOUT, stream.message())
             .await
-            .map_err(silent)?
+            .map_err(|_| silent(&call))?
             .map_err(failed)?
         {
             let count = message.data.len() as u64;
@@ -105,6 +98,21 @@ impl Client {
             return Err(Error::DataLoss(format!("{call}: it ends after {received} bytes")));
         }
         Ok(())
+    }
+
+    /// Starts to read a stream of bytes at an offset. `call` names the read in errors.
+    pub(super) async fn open_stream(
+        &self,
+        resource_name: String,
+        offset: u64,
+        call: &str,
+    ) -> Result<Streaming<bytestream::ReadResponse>> {
+        let read_offset = i64::try_from(offset).unwrap_or(i64::MAX);
+        let request = bytestream::ReadRequest { resource_name, read_offset, read_limit: 0 };
+        let mut client = self.byte_stream();
+        let answer = tokio::time::timeout(CALL_TIMEOUT, client.read(request)).await;
+        let answer = answer.map_err(|_| silent(call))?.map_err(|status| from_status(call, &status))?;
+        Ok(answer.into_inner())
     }
 
     /// Reads small blobs, in any order, and checks each. The sum of their sizes must be at most [`Client::batch_bytes`].
@@ -153,9 +161,13 @@ impl Client {
     }
 }
 
+fn silent(call: &str) -> Error {
+    Error::Unavailable(format!("{call}: the server is silent"))
+}
+
 fn check_digest(wanted: Digest, found: Digest) -> Result<()> {
     if wanted == found {
         return Ok(());
     }
-    Err(Error::DataLoss(format!("the server sent {found} where blob {wanted} was asked for")))
+    Err(Error::DataLoss(format!("the server sent {found} where blob {wanted} was requested")))
 }

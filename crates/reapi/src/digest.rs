@@ -237,7 +237,11 @@ impl Digest {
     ///
     /// # Errors
     /// [`Error::Invalid`] as above and as in [`Digest::parse`].
-    pub fn from_wire(function: DigestFunction, digest: Option<&reapi::Digest>, field: &str) -> Result<Self> {
+    pub fn from_wire(
+        function: DigestFunction,
+        digest: Option<&reapi::Digest>,
+        field: impl fmt::Display,
+    ) -> Result<Self> {
         match digest {
             Some(digest) if !digest.hash.is_empty() => Self::parse(function, &digest.hash, digest.size_bytes)
                 .map_err(|error| Error::Invalid(format!("{field}: {error}"))),

@@ -65,7 +65,7 @@ impl ResourceName {
         let instance_name = segments[..keyword].join("/");
         check_instance_name(&instance_name).map_err(|error| error.to_string())?;
         let mut rest = segments[keyword..].iter().copied();
-        let mut next = |what: &str| rest.next().ok_or(format!("it ends before the {what}"));
+        let mut next = |what: &str| rest.next().ok_or_else(|| format!("it ends before the {what}"));
 
         let mut word = next("keyword")?;
         if write {

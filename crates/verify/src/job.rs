@@ -305,6 +305,18 @@ impl Session {
     /// # Errors
     /// See [`Job::refusal`].
     pub async fn refusal_of(&self, request: ExecuteRequest) -> Verdict<Refusal> {
+        self.refusal_after(request, |_| Ok(())).await
+    }
+
+    /// Like [`Session::refusal_of`], and passes each unfinished operation before the refusal to `see`.
+    ///
+    /// # Errors
+    /// See [`Job::refusal`]; the errors of `see`.
+    pub async fn refusal_after(
+        &self,
+        request: ExecuteRequest,
+        mut see: impl FnMut(Operation) -> Verdict,
+    ) -> Verdict<Refusal> {
         let mut run = match self.start(request).await {
             Ok(run) => run,
             Err(status) => return Ok(Refusal::of_call(&status)),
@@ -316,7 +328,7 @@ impl Session {
                     ensure(status.code != 0, "a refusal", "the action was run")?;
                     return Ok(Refusal { status, inline: true });
                 }
-                Ok(Some(_)) => {}
+                Ok(Some(operation)) => see(operation)?,
                 Ok(None) => return Err(fail("a refusal", "the stream ended OK without an answer")),
                 Err(status) => return Ok(Refusal::of_call(&status)),
             }

@@ -3,13 +3,12 @@
 //! Build tools send thousands of requests a second with the same header. The hash of a header is compared with the hash
 //! of the last accepted header of its connection. This costs less than parsing and checking it.
 //!
-//! A connection keeps one hash of 16 bytes with a random key of this process ([`HeaderHash`]), and not the header. It
-//! is valid until its credential expires or must be checked again, and only under the rules that accepted it.
+//! A connection keeps one hash with a random key of this process ([`HeaderHash`]), and not the header. It is valid until its credential expires or must be checked again, and only under the rules that accepted it.
 
 use super::AccessRules;
 use crate::access::principal::Principal;
 use arc_swap::ArcSwapOption;
-use siphasher::sip128::{Hash128, SipHasher13};
+use polyval::{Polyval, universal_hash::UniversalHash as _};
 use std::{
     fmt,
     sync::{Arc, LazyLock, Weak},
@@ -29,16 +28,21 @@ struct AcceptedHeader {
     rules: Weak<AccessRules>,
 }
 
-/// The hash of a header. Nobody can choose another header with the same hash without the key, and a comparison says
-/// nothing about the header that was accepted.
+/// The POLYVAL hash of a header, and its length. Two different headers of at most 64 KiB have the same hash with a
+/// probability below 2^-100 for a random key, and only this process knows the key and the hashes.
 #[derive(PartialEq, Eq)]
-struct HeaderHash(u64, u64);
+struct HeaderHash {
+    hash: [u8; 16],
+    length: usize,
+}
 
 impl HeaderHash {
     fn of(header: &[u8]) -> Self {
-        static KEY: LazyLock<[u8; 16]> = LazyLock::new(|| Uuid::new_v4().into_bytes());
-        let Hash128 { h1, h2 } = SipHasher13::new_with_key(&KEY).hash(header);
-        Self(h1, h2)
+        static KEYED: LazyLock<Polyval> = LazyLock::new(|| Polyval::new(&Uuid::new_v4().into_bytes().into()));
+        let mut hash = KEYED.clone();
+        // The padding with zeros is unambiguous beside the length.
+        hash.update_padded(header);
+        Self { hash: hash.finalize().into(), length: header.len() }
     }
 }
 

@@ -22,6 +22,7 @@ use std::{
 const FILE_MAX_BYTES: u64 = 16 * 1024 * 1024;
 /// How long a change waits for another one. A change takes milliseconds.
 const LOCK_LIMIT: Duration = Duration::from_secs(10);
+/// How often the lock is tried. `flock` has no time limit, so a waiting change cannot sleep until the lock is free.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Reads the list. A file that does not exist is an empty list.

@@ -3,7 +3,7 @@
 //! Each item has its own result. Room is reserved for several items at once; items that are already stored need none.
 
 use super::{
-    blob::{not_found, read_whole},
+    checked::{not_found, read_whole},
     client::{Cas, Upload, going_down, spoilt},
     guards::Reservation,
     index::{EntryKind, FoundEntry, Key},

@@ -1,40 +1,26 @@
 //! Handles that carry bytes past the mailbox: [`BlobReader`] reads a stored blob, [`BlobWriter`] writes a new one.
 //!
-//! This file has the reading side: how a stored file is opened, checked and read. A blob of up to `SMALL_BLOB_BYTES` is hashed
-//! at every read, unless the volume has checked its checksums and it was hashed before. Every read of a larger blob checks the
-//! checksums of its blocks, so that its first byte is served at once, also after a restart. It is hashed from end to end first if
-//! it has no checksums, or if this process knows its [`Stamp`] and the stamp is another one now. The stamp is checked again after
-//! each read, before the bytes are handed out. A blob that does not match is reported to the actor, which drops it, and is a miss
-//! from then on.
-//!
-//! An input file that the kernel copies or clones for an action passes no checksum. Such a blob is hashed once in the life of the
-//! process, and again when its stamp changes ([`open_checked`]); later errors of the disk in it are left to the scrub.
+//! This file has the reader. [`super::checked`] opens and verifies its file.
 
 pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
+    checked::{CheckedFile, open_to_read, read_whole, report},
     client::Cas,
     guards::Hold,
-    index::{FileId, FoundEntry, Seal, Stamp},
-    requests::{Damaged, Verified},
+    index::FoundEntry,
     settings::SMALL_BLOB_BYTES,
-    volume::{self, COARSE_TICK, PIECE_BYTES, Stored, checksums::ChecksumBuilder},
+    volume::PIECE_BYTES,
 };
 use bytes::Bytes;
 use gorego_reapi::{
     compression::SeekTable,
-    digest::Digest,
     error::{Error, Result},
 };
-use std::{
-    io,
-    sync::{Arc, Mutex, PoisonError},
-    thread,
-};
+use std::{io, sync::Arc};
 
-/// How much of a blob one job reads in [`Cas::read_through`], so that a caller that leaves does not keep a thread busy for long.
+/// Number of bytes that one job reads in [`Cas::read_through`]. When the caller leaves, the thread is busy for no longer than
+/// this takes.
 const READ_THROUGH_BYTES: u64 = 8 * 1024 * 1024;
-/// How often a file whose stamp differs from the verified one is checked again, [`COARSE_TICK`] apart, before it is hashed.
-const STAMP_LOOKS: usize = 3;
 
 /// A stored blob, open for reading. It was checked against its digest when it was opened, and stays readable while this is
 /// held, even if it is evicted.
@@ -53,11 +39,11 @@ enum BlobContent {
 #[derive(Debug)]
 struct OpenFile {
     stored: CheckedFile,
-    /// Whether the zstd frames of the file are read, and not its content.
+    /// Whether the zstd frames of the file are read instead of its content.
     as_frames: bool,
     found: FoundEntry,
     cas: Cas,
-    /// Keeps the bytes counted while the open file keeps them on disk.
+    /// Keeps the entry in the index, so that its bytes are counted while the open file keeps them on disk.
     _hold: Arc<Hold>,
 }
 
@@ -106,7 +92,7 @@ impl BlobReader {
         self.size
     }
 
-    /// Whether it reads from an open file, which keeps its bytes on disk, and not from memory.
+    /// Whether the bytes are read from an open file, which keeps them on disk, and not from memory.
     pub fn is_file(&self) -> bool {
         matches!(self.content, BlobContent::File(_))
     }
@@ -167,7 +153,8 @@ impl BlobReader {
         Ok(buffer.into())
     }
 
-    /// Reads from `offset` up to the end of the blob or of the buffer: at least one byte, unless one of them is empty. Blocks.
+    /// Reads from `offset` up to the end of the blob or of the buffer. Reads at least one byte, unless either is at its end.
+    /// Blocks.
     ///
     /// # Errors
     /// The errors of [`BlobReader::read_at`].
@@ -250,278 +237,4 @@ impl OpenFile {
         report(&self.cas, &self.found, reason.clone());
         Err(lost(reason))
     }
-}
-
-/// Verifies the content of a stored file from end to end. Returns the stamp at which it was verified. Blocks.
-///
-/// # Errors
-/// `NotFound` when it is not right, which is reported to the actor.
-pub(super) type Check = fn(&Cas, &FoundEntry, &dyn Stored) -> Result<Stamp>;
-
-/// An open stored file, with its stamp when its content was last verified.
-#[derive(Debug)]
-pub(super) struct CheckedFile {
-    file: Box<dyn Stored>,
-    stamp: Mutex<Stamp>,
-    check: Check,
-}
-
-impl CheckedFile {
-    /// A file whose content was verified at this stamp; `check` verifies it again.
-    pub(super) fn new(file: Box<dyn Stored>, stamp: Stamp, check: Check) -> Self {
-        Self { file, stamp: Mutex::new(stamp), check }
-    }
-
-    /// The file. [`CheckedFile::confirm`] has to follow each read.
-    pub(super) fn file(&self) -> &dyn Stored {
-        &*self.file
-    }
-
-    /// Whether the file still has the verified stamp. One system call.
-    fn is_unchanged(&self) -> bool {
-        let stamp = *self.stamp.lock().unwrap_or_else(PoisonError::into_inner);
-        self.file.look().is_ok_and(|now| now.stamp == stamp)
-    }
-
-    /// Makes sure that what was read so far is right: a changed file is verified again. Blocks.
-    ///
-    /// # Errors
-    /// `NotFound` when it is not, which is reported to the actor.
-    pub(super) fn confirm(&self, cas: &Cas, found: &FoundEntry) -> Result<()> {
-        if self.is_unchanged() {
-            return Ok(());
-        }
-        let stamp = match known_stamp(cas, found, self.file())? {
-            Some(known) => known,
-            None => (self.check)(cas, found, self.file())?,
-        };
-        *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = stamp;
-        Ok(())
-    }
-}
-
-/// Opens the file of a larger blob. Its content is checked block by block when it is read, and now if that is not enough. Blocks, if
-/// need be for as long as hashing takes.
-pub(super) fn open_to_read(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
-    let file = open(cas, found)?;
-    let look = file.look().map_err(|error| failed(cas, found, &error))?;
-    if !file.is_checked_when_read() || look.size != found.file.key.digest.size() {
-        let stamp = check_content(cas, found, &*file)?;
-        // It has checksums now.
-        return Ok(CheckedFile::new(open(cas, found)?, stamp, check_content));
-    }
-    let is_new = found.stamp == Seal::UNTRUSTED;
-    let stamp = match if is_new { Some(look.stamp) } else { known_stamp(cas, found, &*file)? } {
-        Some(stamp) => stamp,
-        None => check_content(cas, found, &*file)?,
-    };
-    if is_new {
-        // What is damaged at its start is a miss, and not an answer that breaks off.
-        let mut start = [0];
-        file.read_at(&mut start, 0).map_err(|error| failed(cas, found, &error))?;
-    }
-    Ok(CheckedFile::new(file, stamp, check_content))
-}
-
-/// Opens the file of a stored blob of any size and verifies its content. Blocks, if need be for as long as hashing takes.
-pub(super) fn open_checked(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
-    let file = open(cas, found)?;
-    let look = file.look().map_err(|error| failed(cas, found, &error))?;
-    let has_its_size = look.size == found.file.key.digest.size();
-    let known = if has_its_size { known_stamp(cas, found, &*file)? } else { None };
-    let stamp = match known {
-        Some(stamp) => stamp,
-        None => check_content(cas, found, &*file)?,
-    };
-    Ok(CheckedFile::new(file, stamp, check_content))
-}
-
-/// The current stamp of a file, if its content was verified at that stamp. The server itself moves the change time when it
-/// records a use, and the actor learns of that a moment later. So a file whose stamp differs is checked a few times before it
-/// is hashed. Blocks.
-pub(super) fn known_stamp(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Option<Stamp>> {
-    for look in 0..STAMP_LOOKS {
-        if look > 0 {
-            thread::sleep(COARSE_TICK);
-        }
-        let now = file.look().map_err(|error| failed(cas, found, &error))?.stamp;
-        if now == found.stamp {
-            return Ok(Some(now));
-        }
-        match cas.known_stamp(found.at)? {
-            Some(known) if known == now => return Ok(Some(now)),
-            // Only a verified stamp can be out of date.
-            None | Some(Seal::UNTRUSTED) => return Ok(None),
-            Some(_) => {}
-        }
-    }
-    Ok(None)
-}
-
-/// Hashes a stored blob. Returns the stamp at which it was verified and reports it to the actor. Blocks.
-fn check_content(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Stamp> {
-    check_content_slowly(cas, found, file, &mut |_| Ok(()))
-}
-
-/// [`check_content`], with a pause after each piece of these many bytes. An error of the pause ends it.
-pub(super) fn check_content_slowly(
-    cas: &Cas,
-    found: &FoundEntry,
-    file: &dyn Stored,
-    pause: &mut dyn FnMut(usize) -> io::Result<()>,
-) -> Result<Stamp> {
-    let digest = found.file.key.digest;
-    // Taken before hashing, because a later change in the same clock tick would not show.
-    let before = file.look().map_err(|error| failed(cas, found, &error))?;
-    if before.size != digest.size() {
-        return Err(damaged(cas, found, format!("it has {} bytes", before.size)));
-    }
-    let mut sums = ChecksumBuilder::default();
-    let read = |piece: &mut [u8], at| {
-        let read = file.read_at(piece, at)?;
-        sums.update(piece.get(..read).unwrap_or_default());
-        pause(read)?;
-        Ok(read)
-    };
-    let actual = volume::hash(digest.hasher(), read).map_err(|error| failed(cas, found, &error))?;
-    if actual != digest {
-        return Err(damaged(cas, found, format!("its content has the digest {actual}")));
-    }
-    if !file.is_checked_when_read() {
-        // Without them the file is only hashed again.
-        let _ = cas.shared().volume.add_checksums(&found.file, &sums.finish());
-    }
-    tell_verified(cas, found, file, before.lasting);
-    Ok(before.stamp)
-}
-
-/// Reports to the actor that a file was verified, if the file still has the stamp from before it was read.
-pub(super) fn tell_verified(cas: &Cas, found: &FoundEntry, file: &dyn Stored, stamp: Stamp) {
-    let is_unchanged = file.look().is_ok_and(|now| now.stamp == stamp);
-    if is_unchanged && file.nobody_writes() {
-        cas.actor().do_send(Verified { at: found.at, stamp });
-    }
-}
-
-/// Whether a stored blob's file is intact. The file is hashed only if its stamp does not tell. A damaged file is reported.
-/// Blocks.
-///
-/// # Errors
-/// Errors that say nothing about the blob, such as too many open files.
-pub(super) fn is_sound(cas: &Cas, found: &FoundEntry) -> Result<bool> {
-    let look = cas.shared().volume.look(&found.file);
-    if look.is_ok_and(|now| now.size == found.file.key.digest.size() && now.stamp == found.stamp) {
-        return Ok(true);
-    }
-    match open_checked(cas, found) {
-        Ok(_) => Ok(true),
-        Err(Error::NotFound(_)) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Reads a stored blob into memory and verifies its content. Blocks.
-pub(super) fn read_whole(cas: &Cas, found: &FoundEntry) -> Result<Bytes> {
-    let digest = found.file.key.digest;
-    let file = open(cas, found)?;
-    let before = file.look().map_err(|error| failed(cas, found, &error))?;
-    let size = digest.size();
-    if before.size != size {
-        return Err(damaged(cas, found, format!("it has {} bytes", before.size)));
-    }
-    let checked = file.whole();
-    let is_checked = checked.is_some();
-    let bytes = match checked {
-        Some(bytes) => bytes,
-        None => {
-            let mut bytes = vec![0; usize::try_from(size).map_err(Error::internal)?];
-            volume::read_exact(&*file, &mut bytes, 0).map_err(|error| failed(cas, found, &error))?;
-            bytes.into()
-        }
-    };
-    // Checked after the bytes were read, so that any earlier change shows.
-    let is_known = file.look().is_ok_and(|now| now.stamp == found.stamp);
-    if !is_known || (size <= SMALL_BLOB_BYTES && !is_checked) {
-        let actual = digest.function().digest(&bytes);
-        if actual != digest {
-            return Err(damaged(cas, found, format!("its content has the digest {actual}")));
-        }
-        if !is_known {
-            tell_verified(cas, found, &*file, before.lasting);
-        }
-    }
-    Ok(bytes)
-}
-
-/// Reads all of a stored file of at most `max` bytes, whose content the caller checks. Blocks.
-pub(super) fn read_unchecked(cas: &Cas, found: &FoundEntry, max: u64) -> Result<Vec<u8>> {
-    let file = open(cas, found)?;
-    volume::read_all(&*file, max).map_err(|error| failed(cas, found, &error))
-}
-
-/// Reads all of a stored file of at most `max` bytes, whose content the caller checks. Of a longer one it returns only the size,
-/// as the inner error. Blocks.
-pub(super) fn read_unless_large(
-    cas: &Cas,
-    found: &FoundEntry,
-    max: u64,
-) -> Result<std::result::Result<Vec<u8>, u64>> {
-    let file = open(cas, found)?;
-    let failed = |error: io::Error| failed(cas, found, &error);
-    let size = file.look().map_err(failed)?.size;
-    if size > max {
-        return Ok(Err(size));
-    }
-    volume::read_all(&*file, max).map(Ok).map_err(failed)
-}
-
-/// The error for uploaded bytes that do not match their digest.
-pub(super) fn hash_mismatch(digest: Digest, actual: Digest) -> Error {
-    Error::Invalid(format!("the bytes sent for blob {digest} have the digest {actual}; nothing was stored"))
-}
-
-/// The error for a blob that is not stored.
-pub(super) fn not_found(digest: Digest) -> Error {
-    Error::NotFound(format!("blob {digest} is not in the CAS"))
-}
-
-/// Opens a stored file without looking at its content. Blocks.
-pub(super) fn open(cas: &Cas, found: &FoundEntry) -> Result<Box<dyn Stored>> {
-    open_file(cas, &found.file).map_err(|error| failed(cas, found, &error))
-}
-
-/// Opens a stored file that was looked up. Compaction may have moved it since then, unless it is leased. Blocks.
-pub(super) fn open_file(cas: &Cas, file: &FileId) -> io::Result<Box<dyn Stored>> {
-    let mut file = *file;
-    loop {
-        let error = match cas.shared().volume.open(&file) {
-            Err(error) if volume::is_lost(&error) => error,
-            opened => return opened,
-        };
-        match cas.look_up(|index| index.renew(&file.key)) {
-            // Each turn needs another move, which takes a compaction.
-            Ok(Some(found)) if found.file != file => file = found.file,
-            _ => return Err(error),
-        }
-    }
-}
-
-/// Classifies a failed read. A lost file ([`volume::is_lost`]) is reported as damaged and is a miss. Other failures, such as
-/// too many open files, say nothing about the blob.
-pub(super) fn failed(cas: &Cas, found: &FoundEntry, error: &io::Error) -> Error {
-    if volume::is_lost(error) {
-        return damaged(cas, found, error.to_string());
-    }
-    Error::io(&format!("read blob {}", found.file.key.digest), error)
-}
-
-pub(super) fn damaged(cas: &Cas, found: &FoundEntry, reason: String) -> Error {
-    report(cas, found, reason);
-    not_found(found.file.key.digest)
-}
-
-/// Hides the entry at once and reports it to the actor, which knows whether the file was merely evicted meanwhile.
-pub(super) fn report(cas: &Cas, found: &FoundEntry, reason: String) {
-    cas.shared().view.condemn(found.at);
-    cas.actor().do_send(Damaged { at: found.at, reason });
 }

@@ -1,4 +1,4 @@
-//! [`Cas`]: the way to the store for RPC handlers and worker threads.
+//! [`Cas`]: the handle to the store for RPC handlers and worker threads.
 //!
 //! Each call is a look-up in the index (`lookup`), or one or two messages to the actor, with file work on a blocking thread.
 //! Other files and the rooms of the store add their own calls: `batches` for several blobs at once, `uploads` for single blobs
@@ -7,7 +7,8 @@
 
 use super::{
     CasActor, InspectStore, StoreInspection, StoreShared,
-    blob::{BlobReader, is_sound, not_found},
+    blob::BlobReader,
+    checked::{is_sound, not_found},
     guards::UploadRoom,
     index::{FoundEntry, Stamp},
     lookup::Purpose,
@@ -40,19 +41,20 @@ pub use super::uploads::{
 pub struct Provenance {
     /// The worker that ran the action; empty when a client uploaded the result.
     pub worker: String,
-    /// The tool invocation that asked for it; empty when unknown.
+    /// The tool invocation that caused the run; empty when unknown.
     pub tool_invocation_id: String,
     /// Network address of the client that uploaded it; empty when a worker made it.
     pub peer: String,
-    /// Name of the principal that uploaded it or asked first for the run that made it.
+    /// Name of the principal that uploaded it or was the first to request the run that made it.
     pub principal: String,
 }
 
 /// A handle to the store. It is cheap to clone and can be used from any thread. Methods that do file work and are not `async`
 /// block and are for worker threads only: they panic on a thread that runs an async runtime.
 ///
-/// A tier, such as a backing cache or a cluster node that holds a blob, would stand in front of it. Handlers and workers use
-/// only this type and what it returns, so a tier would implement these methods and leave the rest as it is:
+/// A tier, such as a backing cache or a cluster node that holds a blob, would stand in front of this handle. Handlers and
+/// workers use only this type and the types that it returns. So a tier would implement these methods and leave the rest
+/// unchanged:
 ///
 /// - presence: [`Cas::find_missing`], [`Cas::blob_by_hash`];
 /// - reading: [`Cas::open`], [`Cas::read_many`], and [`Cas::directories`] where a walk reaches a directory that is not stored
@@ -67,13 +69,13 @@ pub struct Cas {
     /// Shared, because a clone of an address takes two allocations.
     store: Arc<Addr<CasActor>>,
     shared: Arc<StoreShared>,
-    /// The caller that is charged: what is read, decoded and hashed counts against its bounds and those of its peer.
+    /// The caller that is charged. Reading, decoding and hashing count against its bounds and the bounds of its peer.
     caller: Caller,
-    /// The build to which all that is looked up or stored is leased; `None` for work of the server itself.
+    /// The build to which all entries that are looked up or stored are leased; `None` for work of the server itself.
     lessee: Option<Owner>,
-    /// Whether stored bytes are charged too. They are not when the server itself stores them.
+    /// Whether stored bytes are charged, too. They are not when the server itself stores them.
     is_client: bool,
-    /// Set for the handle of a worker thread, which may block: file work is done on that thread.
+    /// Whether the handle belongs to a worker thread, which may block. File work is then done on that thread.
     blocks: bool,
 }
 
@@ -112,7 +114,7 @@ impl Cas {
         self.ask(InspectStore).await
     }
 
-    /// From now on, results that replace different ones are reported there. Only the first call has an effect.
+    /// From now on, `reports` receives a report when a result replaces a different one. Only the first call has an effect.
     pub(crate) fn report_to(&self, reports: NonDeterminismReports) {
         let _ = self.shared.reports.set(reports);
     }
@@ -122,37 +124,37 @@ impl Cas {
         self.shared.volume.space().ok().map(|space| space.free_bytes)
     }
 
-    /// What the index counts. Costs one hold of the lock that look-ups share.
+    /// The counters of the index. Holds the lock that look-ups share once.
     pub fn measure(&self) -> StoreMeasurement {
         StoreMeasurement { scrub: self.shared.scrubbed.tally(), ..self.shared.view.measure() }
     }
 
-    /// Returns a handle for the requests of a client. Both what the client sends and what it reads count against the bounds of
-    /// its connection and its peer.
+    /// Returns a handle for the requests of a client. Bytes that the client sends or reads count against the bounds of its
+    /// connection and its peer.
     pub fn on_behalf_of(&self, caller: Caller) -> Self {
         let lessee = Some(Owner { peer: caller.peer, build: Build::UNNAMED });
         Self { caller, lessee, is_client: true, ..self.clone() }
     }
 
-    /// Returns a handle for work that the server does for a client, such as an action or a download. What is read is charged to
-    /// the client, and what is stored is not.
+    /// Returns a handle for work that the server does for a client, such as an action or a download. Bytes that are read are
+    /// charged to the client, and bytes that are stored are not.
     pub fn working_for(&self, caller: Caller) -> Self {
         let lessee = Some(Owner { peer: caller.peer, build: Build::UNNAMED });
         Self { caller, lessee, is_client: false, ..self.clone() }
     }
 
-    /// The same handle for a request of this build: what is looked up or stored through it is leased to the build. Otherwise it is
-    /// leased to the peer of the caller, for a shorter time.
+    /// Returns this handle for a request of a build. Entries that are looked up or stored through it are leased to the build.
+    /// Without a build, they are leased to the peer of the caller, for a shorter time.
     pub fn for_build(self, build: Owner) -> Self {
         Self { lessee: Some(build), ..self }
     }
 
-    /// The same handle without leases: for what is read before it is known whether anything may be leased.
+    /// Returns a handle without leases, for reads before it is known whether anything may be leased.
     pub(super) fn without_leases(&self) -> Self {
         Self { lessee: None, ..self.clone() }
     }
 
-    /// The build to which all that is looked up or stored is leased.
+    /// The build to which all entries that are looked up or stored are leased.
     pub(super) fn lessee(&self) -> Option<Owner> {
         self.lessee
     }
@@ -226,7 +228,7 @@ impl Cas {
         .await?
     }
 
-    /// If one of these blobs is large and has to be hashed before it is read, waits for a place.
+    /// Waits for a place if one of these blobs is large and has to be hashed before it is read.
     pub(super) async fn place_to_hash(
         &self,
         found: impl IntoIterator<Item = &FoundEntry>,
@@ -273,7 +275,7 @@ impl Cas {
         if size <= max_blob_bytes {
             return Ok(());
         }
-        // The one of both settings that has to be raised.
+        // The setting that has to be raised.
         let key = if max_blob_bytes < max_bytes { "cache.max_blob_size_gb" } else { "max_size_gb" };
         Err(Error::Invalid(format!(
             "{} has {size} bytes; this server stores blobs of at most {max_blob_bytes} ({key})",
@@ -290,8 +292,8 @@ impl Cas {
         self.store.send(message).await.map_err(|_| going_down())
     }
 
-    /// Runs file work on a blocking thread, or right here if this is one. It runs to its end even if nobody waits for it any
-    /// more.
+    /// Runs file work on a blocking thread, or on this thread if the handle belongs to a worker. The work runs to its end even
+    /// if the caller does not wait for it.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,

@@ -1,8 +1,8 @@
-//! Compaction of the volume: bytes of deleted files are reclaimed by copying what lies among them.
+//! Compaction of the volume: bytes of deleted files are reclaimed by copying the live files among them.
 //!
 //! The volume chooses and copies ([`Volume::compact`]), and the actor gives the entries of the index their new files. Compaction
-//! runs in the background at a bounded rate. If more bytes are dead than the volume may have, deletions are reported only when
-//! enough is reclaimed, so writers that need the room wait.
+//! runs in the background at a bounded rate. If the volume has more dead bytes than it may have, deletions are reported only
+//! once enough of them are reclaimed. So writers that need the room wait.
 //!
 //! [`Volume::compact`]: super::volume::Volume::compact
 
@@ -17,7 +17,7 @@ use actix::{Addr, AsyncContext as _, Context, MessageResult};
 use std::{sync::Arc, thread};
 
 impl CasActor {
-    /// Starts to compact the volume in the background if it should be and nobody does it yet.
+    /// Starts to compact the volume in the background, if this is due and not already under way.
     pub(super) fn compact(&self, ctx: &Context<Self>) {
         if self.shared.volume.wants_compaction().is_none() {
             return;
@@ -31,13 +31,13 @@ impl CasActor {
     }
 }
 
-/// Reclaims bytes as long as writers should wait for it. Blocks.
+/// Reclaims bytes while writers have to wait for this. Blocks.
 pub(super) fn reclaim_for_writers(shared: &Arc<StoreShared>, store: &Addr<CasActor>) {
     let is_due = || store.connected() && shared.volume.wants_compaction() == Some(Urgency::WritersWait);
     while is_due() && step(shared, store) {}
 }
 
-/// Reclaims bytes while the disk is as `is_due` says, a bounded number of them. Blocks.
+/// Reclaims a bounded number of bytes while `is_due` holds for the disk. Blocks.
 pub(super) fn reclaim_for_disk(shared: &StoreShared, store: &Addr<CasActor>, is_due: fn(&Space) -> bool) {
     for _ in 0..COMPACTIONS_PER_RELIEF {
         if !shared.volume.space().is_ok_and(|space| is_due(&space)) || !step(shared, store) {
@@ -51,10 +51,11 @@ fn step(shared: &StoreShared, store: &Addr<CasActor>) -> bool {
     let mut relocate = |moves: Moves| {
         let copies = moves.moved.len();
         if shared.volume.wants_compaction() != Some(Urgency::WritersWait) {
+            // The pause bounds the rate of background work.
             thread::sleep(COMPACTION_PAUSE);
         }
         let accepted = shared.runtime.block_on(store.send(Relocate(moves)));
-        // The store is closing: its index does not follow any more.
+        // The store is closing, and its index takes no more changes.
         accepted.unwrap_or_else(|_| vec![false; copies])
     };
     match shared.volume.compact(&mut relocate) {

@@ -1,11 +1,11 @@
 //! [`Deletions`]: the files of evicted and replaced entries, and the jobs that delete them.
 //!
-//! Deleting takes longer than evicting: each file or journal is a call of the file system, and the space of small files is reclaimed
-//! by copying others. So victims wait in a queue, and a few jobs take many of them at a time. The room that their files take is given
-//! back as they are deleted, so whoever needs it waits for its part of the queue and no longer.
+//! Deleting takes longer than evicting: each file or journal is a call of the file system, and the space of small files is
+//! reclaimed by copying others. So victims wait in a queue, and a few jobs take many of them at a time. Room is given back as
+//! files are deleted, so a writer waits only for its own part of the queue.
 //!
-//! Bounds: [`DELETERS`] jobs. The queue holds no more than was stored, and nobody gets room for which it has to wait before it has
-//! waited.
+//! Bounds: [`DELETERS`] jobs. The queue is bounded by what was stored, because a writer gets room that depends on deletions only
+//! after them.
 
 use super::{
     CasActor, LOG, StoreShared, compaction,
@@ -25,7 +25,7 @@ use tokio::sync::oneshot;
 #[derive(Debug)]
 struct DeletionOrder {
     victims: Vec<Victim>,
-    /// Gets those that could not be deleted.
+    /// Receives the files that could not be deleted.
     tell: oneshot::Sender<Vec<FileId>>,
 }
 
@@ -56,7 +56,7 @@ impl Deletions {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes out the orders at the front, as many as one job deletes at a time.
+    /// Takes the orders at the front of the queue, as many as one job deletes at a time.
     fn take(&self) -> Vec<DeletionOrder> {
         let (mut queue, mut taken, mut victims) = (self.queue(), Vec::new(), 0);
         while victims < DELETIONS_AT_ONCE
@@ -72,7 +72,7 @@ impl Deletions {
     }
 }
 
-/// Has files deleted in the background. Returns what tells which of them could not be deleted, once that is done.
+/// Deletes files in the background. The returned receiver gets the files that could not be deleted, once the others are.
 pub(super) fn delete(
     shared: &Arc<StoreShared>,
     store: Addr<CasActor>,
@@ -92,7 +92,7 @@ pub(super) fn delete(
 }
 
 impl DeletionJob {
-    /// Deletes what waits, until nothing does. Blocks.
+    /// Deletes files until none is waiting. Blocks.
     fn run(self) {
         let mut guard = JobGuard { deletions: &self.shared.deletions, is_over: false };
         loop {
@@ -111,7 +111,7 @@ impl DeletionJob {
         let being_deleted = BeingDeleted { bytes, store: &self.store };
         let failures = self.shared.volume.delete(&victims);
         if let Some((_, first)) = failures.first() {
-            // Their bytes stay on disk until the next start, which adds them to the index again.
+            // These files stay on disk until the next start, which adds them to the index again.
             Event::error(LOG, "delete_failed")
                 .with("entries", failures.len())
                 .with_shown("error", first)
@@ -119,13 +119,13 @@ impl DeletionJob {
                     "could not delete the files of evicted entries; check the permissions of the store's directory"
                 ));
         }
-        // Until then, the bytes of deleted records still take room.
+        // Until they are reclaimed, the bytes of deleted records still take room.
         compaction::reclaim_for_writers(&self.shared, &self.store);
         drop(being_deleted);
         let failed: HashSet<FileId> = failures.into_iter().map(|(file, _)| file).collect();
         for DeletionOrder { victims, tell } in orders {
             let files = victims.into_iter().map(|victim| victim.file);
-            // Few wait for it.
+            // Few callers wait for the answer.
             let _ = tell.send(files.filter(|file| failed.contains(file)).collect());
         }
     }

@@ -1,8 +1,8 @@
 //! Guards that end when they are dropped: a [`Hold`] protects blobs from eviction, a [`Reservation`] keeps disk space, and an
 //! [`UploadRoom`] is a reservation that grows with the bytes of an upload.
 //!
-//! The end of a hold is marked in the index at once. The end of a reservation is sent to the actor with `do_send`, which no
-//! mailbox bound refuses, so none is lost while the actor lives.
+//! The end of a hold is marked in the index at once. The end of a reservation is sent to the actor with `do_send`, which
+//! ignores the bound of the mailbox, so none is lost while the actor lives.
 
 use super::{
     CasActor,
@@ -70,7 +70,7 @@ impl Reservation {
         Self::take_for(store, bytes, 0, None).await
     }
 
-    /// [`Reservation::take`] for this blob, by a write that has reserved `held` bytes before.
+    /// Like [`Reservation::take`], for a write to `blob` that has already reserved `held` bytes.
     ///
     /// # Errors
     /// Also `Unavailable` when the blob is stored already.
@@ -102,7 +102,7 @@ impl Reservation {
         Self { store: self.store.clone(), bytes }
     }
 
-    /// Ends the reservation without telling the actor; for the actor itself. Returns its bytes.
+    /// Ends the reservation without a message to the actor, which itself calls this. Returns its bytes.
     pub fn disarm(mut self) -> u64 {
         std::mem::take(&mut self.bytes)
     }
@@ -123,9 +123,9 @@ impl std::fmt::Debug for Reservation {
 }
 
 /// Disk space for an upload, reserved at most [`ROOM_STEP_BYTES`] ahead of the bytes received. A declared size reserves
-/// nothing. The bytes count against the bounds of the client's connection and peer, also while a broken upload is kept. Nobody
-/// waits for room that others hold: either evictions free enough, or the write fails and the client tries again later. So two
-/// uploads cannot wait for each other.
+/// nothing. The bytes count against the bounds of the client's connection and peer, also while a broken upload is kept. No
+/// upload waits for room that another one holds: either evictions free enough, or the write fails and the client tries again
+/// later. So two uploads cannot wait for each other.
 #[derive(Debug)]
 pub struct UploadRoom {
     reservation: Reservation,
@@ -136,17 +136,17 @@ pub struct UploadRoom {
 }
 
 impl UploadRoom {
-    /// Room for nothing yet.
+    /// Creates empty room.
     pub fn none(store: Addr<CasActor>) -> Self {
         Self { reservation: Reservation::new(store, 0), share: None, blob: None }
     }
 
-    /// Nothing yet, for an upload of this blob. It does not grow any more once the blob is stored.
+    /// Creates empty room for an upload of this blob. It stops growing once the blob is stored.
     pub fn for_blob(store: Addr<CasActor>, blob: Key) -> Self {
         Self { blob: Some(blob), ..Self::none(store) }
     }
 
-    /// Room over a reservation that is counted in the index.
+    /// Creates room from a reservation that is counted in the index.
     #[cfg(test)]
     pub fn of(reservation: Reservation) -> Self {
         Self { reservation, share: None, blob: None }
@@ -162,7 +162,7 @@ impl UploadRoom {
         self.share.as_ref().map(Share::caller)
     }
 
-    /// Charges the caller of this share from here on.
+    /// Charges the caller of this share for the room from now on.
     ///
     /// # Errors
     /// `Exhausted` at a bound of the caller.
@@ -173,7 +173,7 @@ impl UploadRoom {
         Ok(())
     }
 
-    /// Grows to `needed` bytes, and perhaps by a step more, but never beyond `most`.
+    /// Grows to `needed` bytes or up to one step beyond, but never beyond `most`.
     ///
     /// # Errors
     /// `Exhausted` when there is no room, or at a bound of the caller; `Unavailable` when the blob is stored already.
@@ -183,7 +183,7 @@ impl UploadRoom {
         };
         let more = lacking.max(ROOM_STEP_BYTES.min(most.saturating_sub(self.bytes())));
         let store = self.reservation.store.clone();
-        // Kept apart from the share held so far, so that an error, or dropping this future, gives it back.
+        // This part is kept apart from the share held so far, so that an error, or dropping this future, gives it back.
         let mut charge = self.share.as_mut().map(|share| share.split(0));
         if let Some(charge) = &mut charge
             && let Err(refusal) = charge.grow(more)
@@ -201,7 +201,7 @@ impl UploadRoom {
         Ok(())
     }
 
-    /// [`UploadRoom::grow`] on a blocking thread.
+    /// Like [`UploadRoom::grow`], on a blocking thread.
     ///
     /// # Errors
     /// See [`UploadRoom::grow`].

@@ -1,4 +1,4 @@
-//! [`Index`]: what is stored, how much room it takes, and the order of eviction. It is pure, and [`super::CasActor`] owns the
+//! [`Index`]: the stored entries, the room that they take, and the order of eviction. It is pure. [`super::CasActor`] owns the
 //! only one.
 //!
 //! Blobs, their zstd forms and action results are entries of one index, so one order of use and one limit apply to all of them.
@@ -69,13 +69,13 @@ pub(super) struct Index {
     order: UseOrder,
     leases: Leases,
     links: Links,
-    /// Results that went because one of their blobs went.
+    /// Results that were dropped because one of their blobs was removed.
     followed: Vec<Victim>,
-    /// The totals, except for what is held and leased.
+    /// The totals, except for the held and leased bytes.
     totals: Totals,
-    /// Bytes of entries that are held,
+    /// Bytes of entries that are held.
     held: AtomicU64,
-    /// and of those among them that are not leased.
+    /// Bytes of entries that are held and not leased.
     unleased_held: AtomicU64,
     trimming: bool,
     evicted_ever: u64,
@@ -93,7 +93,8 @@ impl Index {
         Self::with_leases(limit, LeaseTimes::default(), 0)
     }
 
-    /// An empty index with a limit in bytes, whose leases last this long. Links of results to blobs take `links` bytes of memory.
+    /// An empty index with a limit in bytes, whose leases last this long. Links of results to blobs take at most `links` bytes of
+    /// memory.
     pub(super) fn with_leases(limit: u64, times: LeaseTimes, links: u64) -> Self {
         Self {
             slab: Slab::new(),
@@ -119,7 +120,7 @@ impl Index {
         Totals { held, leased, pinned, ..self.totals }
     }
 
-    /// What has happened since the start.
+    /// The counts of events since the start.
     pub(super) fn tally(&self) -> Tally {
         self.tally
     }
@@ -156,7 +157,7 @@ impl Index {
         }
     }
 
-    /// Gives an entry another file with the same content. Refused if the entry has another file by now or somebody reads it.
+    /// Gives an entry another file with the same content. Refused if the entry has another file by now or is being read.
     pub(super) fn relocate(&mut self, from: &FileId, generation: u64) -> bool {
         let Some(slot) = self.slot_of(&from.key) else { return false };
         let entry = self.slab.hot_mut(slot);
@@ -181,29 +182,29 @@ impl Index {
         }
     }
 
-    /// Hides an entry whose file turned out to be damaged or gone: look-ups no longer find it. [`Index::remove`] has to follow.
+    /// Hides an entry whose file is damaged or gone: look-ups no longer find it. [`Index::remove`] has to follow.
     pub(super) fn condemn(&self, at: EntryRef) {
         if let Some(entry) = self.live(at) {
             entry.set(CONDEMNED);
         }
     }
 
-    /// Drops an entry whose file turned out to be damaged or gone, held or not. If it was leased, that breaks a promise.
+    /// Drops an entry whose file is damaged or gone, even if it is held. If it was leased, this counts as a broken promise.
     pub(super) fn remove_damaged(&mut self, at: EntryRef) -> Option<Victim> {
         let removed = self.remove_promised(at)?;
         self.tally.damaged += 1;
         Some(removed)
     }
 
-    /// Drops an entry, held or not. If it was leased, that breaks a promise.
+    /// Drops an entry, even if it is held. If it was leased, this counts as a broken promise.
     pub(super) fn remove_promised(&mut self, at: EntryRef) -> Option<Victim> {
         let is_leased = self.leases.row(self.live(at)?.lease()).is_some();
         self.tally.broken_promises += u64::from(is_leased);
         Some(self.remove_slot(at.slot))
     }
 
-    /// Records which blobs a result needs, each given once. When one of them goes, the result goes in the same step. Does nothing
-    /// if the result or one of the blobs has gone meanwhile.
+    /// Records which blobs a result needs, each given once. When one of them is removed, the result is removed in the same step.
+    /// Does nothing if the result or one of the blobs was removed meanwhile.
     pub(super) fn link(&mut self, at: EntryRef, blobs: &[EntryRef]) {
         if self.live(at).is_some() && blobs.iter().all(|blob| self.live(*blob).is_some()) {
             let slots: Vec<u32> = blobs.iter().map(|blob| blob.slot).collect();
@@ -223,12 +224,12 @@ impl Index {
         self.links.bytes()
     }
 
-    /// The files of results that went because one of their blobs went. The caller deletes them.
+    /// Takes the files of results that were dropped because one of their blobs was removed. The caller deletes them.
     pub(super) fn take_followed(&mut self) -> Vec<Victim> {
         std::mem::take(&mut self.followed)
     }
 
-    /// Drops an entry that is of no use any more, held or leased or not.
+    /// Drops an entry that is not needed any more, even if it is held or leased.
     pub(super) fn remove(&mut self, at: EntryRef) -> Option<Victim> {
         self.live(at)?;
         Some(self.remove_slot(at.slot))

@@ -1,39 +1,50 @@
 //! [`JointWrites`]: small files of different requests that are written together.
 //!
 //! Storing a file takes three steps: the actor reserves room, a blocking thread writes the file, and the actor makes it visible.
-//! For a small file, the wake-ups of threads between these steps cost more than the steps. So the first file starts a job on a
-//! blocking thread. Files that arrive while the job works wait for its next turn, and share one reservation, one write and one
-//! commit.
+//! For a small file, waking threads between these steps costs more than the steps. So the first file starts a job on a blocking
+//! thread. Files that arrive while the job works wait for its next turn, and share one reservation, one write and one commit.
 //!
 //! Invariants:
-//! - There is at most one job. It ends when nothing waits. If it panics, the files that wait fail, and the next file starts
-//!   another job.
-//! - A file for which there is no room, or that cannot be written, fails alone.
+//! - There is at most one job. It ends when no file waits. If it panics, the waiting files fail, and the next file starts another
+//!   job.
+//! - If there is no room for a file, or it cannot be written, only this file fails.
 //!
-//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a turn at most [`FILES_PER_TURN`] files. The bytes that
-//! wait are charged to a budget ([`super::uploads::small`]).
+//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a result at most [`JOINT_LINKS`], and a turn at most [`FILES_PER_TURN`] files. The
+//! bytes that wait are charged to a budget ([`super::uploads::small`]).
 
 use super::{
     client::{Cas, going_down},
-    index::{FileId, Key},
+    index::{EntryKind, FileId, Key},
+    linking::NewResult,
     new_files::{NewFiles, Visible},
-    settings::CHANGES_PER_HOLD,
-    uploads::sink::failed,
+    settings::{CHANGES_PER_HOLD, MAX_LINKS},
     volume::NewFile,
 };
 use crate::{budget::Share, caller::Owner};
 use bytes::Bytes;
-use gorego_reapi::error::Result;
+use gorego_reapi::error::{Error, Result};
 use std::{
     io,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::oneshot;
 
-/// The largest file that is written jointly. Writing a larger one costs more than the wake-ups.
+/// The largest file that is written jointly. Writing a larger one costs more than waking the threads.
 pub(super) const JOINT_FILE_BYTES: u64 = 64 * 1024;
-/// The most files of one turn. The index takes them in one step.
+/// Largest number of files in one turn. The index is changed for all of them in one step.
 const FILES_PER_TURN: usize = CHANGES_PER_HOLD;
+/// The most blobs of a result that is written jointly. All results of a turn together have no more than the largest one that is
+/// linked.
+pub(super) const JOINT_LINKS: usize = MAX_LINKS / FILES_PER_TURN;
+
+/// A small file whose content was checked.
+#[derive(Debug)]
+pub(super) struct SmallFile {
+    pub key: Key,
+    pub content: Bytes,
+    /// The result, if this is the file of a result whose blobs are all known.
+    pub result: Option<Box<dyn NewResult>>,
+}
 
 /// Files that wait to be written; see the module documentation.
 #[derive(Debug, Default)]
@@ -50,8 +61,9 @@ struct WaitingFiles {
 struct WaitingFile {
     key: Key,
     content: [Bytes; 1],
+    result: Option<Box<dyn NewResult>>,
     lessee: Option<Owner>,
-    /// For the bytes of this file and of those that came with it.
+    /// Memory for the bytes of this file and of the files that arrived with it.
     _memory: Option<Share>,
     answer: oneshot::Sender<Result<FileId>>,
 }
@@ -68,7 +80,7 @@ impl JointWrites {
         !std::mem::replace(&mut queue.is_served, true)
     }
 
-    /// The files of the next turn. Without any, the job is over.
+    /// The files of the next turn. If there are none, the job ends.
     fn next_turn(&self) -> Vec<WaitingFile> {
         let mut queue = self.queue();
         queue.is_served = !queue.waiting.is_empty();
@@ -78,7 +90,7 @@ impl JointWrites {
 }
 
 impl Cas {
-    /// Stores small files whose content was checked. Returns once they are visible to everybody; each has its own outcome. They are
+    /// Stores small files. Returns once they are visible to everybody; each has its own outcome. They are
     /// written even if the caller does not wait. `memory` is kept until then.
     ///
     /// # Errors
@@ -86,13 +98,13 @@ impl Cas {
     /// shutting down.
     pub(super) async fn write_jointly(
         &self,
-        files: Vec<(Key, Bytes)>,
+        files: Vec<SmallFile>,
         mut memory: Option<Share>,
     ) -> Vec<Result<FileId>> {
-        let waiting = |(key, content)| {
+        let waiting = |SmallFile { key, content, result }| {
             let (answer, answered) = oneshot::channel();
             let (lessee, _memory) = (self.lessee(), memory.take());
-            (WaitingFile { key, content: [content], lessee, _memory, answer }, answered)
+            (WaitingFile { key, content: [content], result, lessee, _memory, answer }, answered)
         };
         let (files, answers): (Vec<_>, Vec<_>) = files.into_iter().map(waiting).unzip();
         if !files.is_empty() && self.shared().joint_writes.add(files) {
@@ -110,7 +122,7 @@ impl Cas {
 /// The job that writes files until none waits.
 struct JointJob {
     cas: Cas,
-    /// Nothing waited any more. Another job may have begun since.
+    /// Whether the job has ended because no file waited. Another job may have begun since.
     is_over: bool,
 }
 
@@ -138,20 +150,26 @@ impl JointJob {
         files.sort_by_key(|file| file.lessee);
         let mut stored = Vec::with_capacity(files.len());
         let mut visible: Vec<Visible> = Vec::new();
-        for group in files.chunk_by(|one, other| one.lessee == other.lessee) {
+        for group in files.chunk_by_mut(|one, other| one.lessee == other.lessee) {
             let room = room.split(group.iter().map(|file| self.charge(file)).sum());
             let lessee = group.first().and_then(|file| file.lessee);
             let mut new = NewFiles::new(cas.actor(), cas.shared(), room).leased_to(lessee);
             let contents: Vec<_> =
                 group.iter().map(|file| NewFile { key: file.key, pieces: &file.content }).collect();
-            stored.extend(new.write_all(&contents));
+            let written = new.write_all(&contents);
+            for (file, written) in group.iter_mut().zip(&written) {
+                if let (Some(result), Ok(id)) = (file.result.take(), written) {
+                    new.link(result.written(*id, cas.shared()));
+                }
+            }
+            stored.extend(written);
             visible.extend(new.commit());
         }
         let all_visible = visible.into_iter().try_for_each(|visible| runtime.block_on(visible.wait()));
         let mut stored = stored.into_iter();
         answer(files, |file| {
             let written = stored.next().unwrap_or_else(|| Err(io::Error::other("it was not written")));
-            let id = written.map_err(|error| failed(file.key.digest, &error))?;
+            let id = written.map_err(|error| failed(&file.key, &error))?;
             all_visible.clone().map(|()| id)
         });
     }
@@ -167,18 +185,23 @@ impl Drop for JointJob {
         if self.is_over {
             return;
         }
-        // It panicked, or the runtime does not start jobs any more.
+        // The job has panicked, or the runtime does not start jobs any more.
         let mut queue = self.cas.shared().joint_writes.queue();
         queue.is_served = false;
         queue.waiting.clear();
     }
 }
 
-/// Tells who waits for these files how that ended.
+fn failed(key: &Key, error: &io::Error) -> Error {
+    let what = if key.kind == EntryKind::Result { "the result of action" } else { "blob" };
+    Error::io(&format!("store {what} {}", key.digest), error)
+}
+
+/// Gives the outcome of each file to the request that waits for it.
 fn answer(files: Vec<WaitingFile>, mut outcome: impl FnMut(&WaitingFile) -> Result<FileId>) {
     for file in files {
         let outcome = outcome(&file);
-        // Nobody may wait any more.
+        // The request may have been cancelled.
         let _ = file.answer.send(outcome);
     }
 }
@@ -187,12 +210,17 @@ fn answer(files: Vec<WaitingFile>, mut outcome: impl FnMut(&WaitingFile) -> Resu
 mod tests {
     use super::*;
     use crate::{
-        actors::cas::{CasActor, StoreShared, index::EntryKind, tests::settings_at, volume::memory::Memory},
+        actors::cas::{
+            CasActor, StoreShared, client::Provenance, tests::settings_at, volume::memory::Memory,
+        },
         caller::Peer,
-        instance::InstanceId,
+        instance::{InstanceId, Instances},
     };
     use futures::future::join_all;
-    use gorego_reapi::{digest::DigestFunction, error::Error};
+    use gorego_reapi::{
+        digest::{Digest, DigestFunction},
+        proto::reapi::{ActionResult, OutputFile},
+    };
     use std::{collections::BTreeMap, net::Ipv4Addr, sync::mpsc};
     use tokio::runtime::{Builder, Runtime};
 
@@ -214,23 +242,28 @@ mod tests {
             Self { cas: actor.launch(), mail, runtime }
         }
 
-        /// Stores these files after all of them wait.
-        async fn write_at_once(&self, files: &[(Option<Owner>, Bytes)]) -> Vec<Result<FileId>> {
+        /// Makes these writes of one file each, so that all of them wait for the job.
+        async fn at_once<T>(&self, writes: Vec<impl Future<Output = T>>) -> Vec<T> {
             let (free, busy) = mpsc::channel::<()>();
             self.runtime.spawn_blocking(move || busy.recv());
-            let cas = &self.cas;
-            let writes = files.iter().map(|(lessee, content)| async move {
-                let cas = lessee.map_or_else(|| cas.clone(), |build| cas.clone().for_build(build));
-                cas.write_jointly(vec![(key(content), content.clone())], None).await.remove(0)
-            });
-            let shared: &StoreShared = cas.shared();
+            let (files, shared): (usize, &StoreShared) = (writes.len(), self.cas.shared());
             let release = async {
-                while shared.joint_writes.queue().waiting.len() < files.len() {
+                while shared.joint_writes.queue().waiting.len() < files {
                     tokio::task::yield_now().await;
                 }
                 drop(free);
             };
             futures::join!(join_all(writes), release).0
+        }
+
+        /// Stores these files at once.
+        async fn write_at_once(&self, files: &[(Option<Owner>, Bytes)]) -> Vec<Result<FileId>> {
+            let cas = &self.cas;
+            let writes = files.iter().map(|(lessee, content)| async move {
+                let cas = lessee.map_or_else(|| cas.clone(), |build| cas.clone().for_build(build));
+                cas.write_jointly(vec![blob(content)], None).await.remove(0)
+            });
+            self.at_once(writes.collect()).await
         }
 
         fn has(&self, content: &[u8]) -> bool {
@@ -246,6 +279,10 @@ mod tests {
     fn key(content: &[u8]) -> Key {
         let digest = DigestFunction::Sha256.digest(content);
         Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }
+    }
+
+    fn blob(content: &Bytes) -> SmallFile {
+        SmallFile { key: key(content), content: content.clone(), result: None }
     }
 
     fn content(seed: u8, length: usize) -> Bytes {
@@ -271,6 +308,30 @@ mod tests {
         store.end();
     }
 
+    /// Each is linked to its blobs by the commit that they share.
+    #[actix::test]
+    async fn results_of_different_requests_are_written_together() {
+        let (store, output) = (Store::new(1 << 30), content(1, 10));
+        store.write_at_once(&[(None, output.clone())]).await.remove(0).unwrap();
+        let needed = key(&output).digest;
+        let file = OutputFile { path: "o".into(), digest: Some(needed.to_wire()), ..OutputFile::default() };
+        let result = ActionResult { output_files: vec![file], ..ActionResult::default() };
+        let main = Instances::new([""]).unwrap().get("").unwrap();
+        let actions: Vec<_> = (0..20).map(|seed| DigestFunction::Sha256.digest(&[seed])).collect();
+        let put =
+            |action: &Digest| store.cas.put_result(&main, *action, result.clone(), Provenance::default());
+        let stored = store.at_once(actions.iter().map(put).collect()).await;
+        assert!(stored.iter().all(Result::is_ok));
+        assert_eq!(store.mail.by_kind(), BTreeMap::from([("Commit", 2), ("ReserveRoom", 2)]));
+        for action in actions {
+            let key = Key { digest: action, instance: main.id(), kind: EntryKind::Result };
+            let linked =
+                store.cas.look_up(|index| index.renew(&key).and_then(|found| index.linked(found.at)));
+            assert_eq!(linked.unwrap(), Some(vec![needed]));
+        }
+        store.end();
+    }
+
     #[actix::test]
     async fn a_file_for_which_there_is_no_room_fails_alone() {
         let store = Store::new(100_000);
@@ -283,18 +344,25 @@ mod tests {
         store.end();
     }
 
-    /// As if the job had panicked.
+    /// The test drops the job to simulate a panic.
     #[actix::test]
     async fn the_files_of_a_job_that_breaks_off_fail_and_later_ones_are_stored() {
         let store = Store::new(1 << 30);
         let (answer, answered) = tokio::sync::oneshot::channel();
         let lost = content(1, 10);
-        let file = WaitingFile { key: key(&lost), content: [lost], lessee: None, _memory: None, answer };
+        let file = WaitingFile {
+            key: key(&lost),
+            content: [lost],
+            result: None,
+            lessee: None,
+            _memory: None,
+            answer,
+        };
         assert!(store.cas.shared().joint_writes.add(vec![file]));
         drop(JointJob { cas: store.cas.clone(), is_over: false });
         assert!(answered.await.is_err());
         let later = content(2, 10);
-        let stored = store.cas.write_jointly(vec![(key(&later), later.clone())], None).await;
+        let stored = store.cas.write_jointly(vec![blob(&later)], None).await;
         assert!(stored[0].is_ok());
         assert!(store.has(&later));
         store.end();

@@ -1,4 +1,4 @@
-//! The actor's side of leases: room for them, and what is logged about them. [`super::index`] has what they are.
+//! The actor's part of leases: it makes room for them and logs events about them. [`super::index`] defines leases.
 
 use super::{
     CasActor, LOG,
@@ -16,15 +16,15 @@ use std::time::Instant;
 #[derive(Message)]
 #[rtype(result = "bool")]
 pub struct EaseLeases {
-    /// The bytes of the blobs that are not leased yet.
+    /// The bytes of those of the blobs that are not leased yet.
     pub wanted: u64,
     /// The build that asks for the result.
     pub build: Owner,
 }
 
 impl Cas {
-    /// Makes room to lease so many more bytes to the build of this handle. Returns whether there is room. If not, the result for
-    /// which they are wanted is not served: that costs a rebuild, and a broken promise would cost a failed build.
+    /// Makes room to lease `wanted` more bytes to the build of this handle. Returns whether there is room. If there is none, the
+    /// result that needs these bytes is not served. That costs a rebuild, while a broken promise would cost a failed build.
     pub(super) async fn ease_leases(&self, wanted: u64) -> Result<bool> {
         match self.lessee() {
             Some(build) => self.ask(EaseLeases { wanted, build }).await,

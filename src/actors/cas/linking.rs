@@ -1,10 +1,10 @@
-//! Links of results to the blobs that they need: when a result is stored, and when one that was recovered is first found complete.
+//! Links results to the blobs that they need: when a result is stored, and when a recovered one is first found complete.
 //!
-//! A result that is stored brings its references along in [`Commit`](super::requests::Commit), and is linked in the
-//! step that makes it visible. If one of its blobs is not stored then, the next look-up finds out.
+//! The links of a new result are sent in [`Commit`](super::requests::Commit), and take effect in the step that makes the
+//! result visible. If one of its blobs is not stored then, the next look-up notices it.
 
 use super::{
-    CasActor,
+    CasActor, StoreShared,
     client::Cas,
     index::{EntryKind, EntryRef, FileId, Key},
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, MAX_LINKS},
@@ -25,19 +25,25 @@ use std::{
 
 /// A result that is to be linked.
 pub(crate) trait NeedsBlobs: Debug + Send + Sync {
-    /// Every blob that it needs, each once.
+    /// Every blob that the result needs, each once.
     fn needed(&self) -> &[Digest];
 
-    /// Whether the index was told so.
+    /// Whether the index has these links.
     fn is_linked(&self) -> &AtomicBool;
 }
 
-/// A result that is being stored, with every blob that it needs.
+/// A result that is being stored, every blob of which is known.
+pub(crate) trait NewResult: Debug + Send {
+    /// Its file is written, and not visible yet.
+    fn written(self: Box<Self>, file: FileId, store: &StoreShared) -> NewLinks;
+}
+
+/// A result whose file is written, with every blob that it needs.
 #[derive(Debug)]
 pub(crate) struct NewLinks {
     /// The file of the result.
     pub result: FileId,
-    /// Where its blobs are.
+    /// The namespace of its blobs.
     pub blobs_in: InstanceId,
     /// The result itself.
     pub of: Arc<dyn NeedsBlobs>,
@@ -52,7 +58,7 @@ pub struct LinkResult {
 }
 
 impl Cas {
-    /// Tells the index which blobs a result needs that has just been found complete, unless it knows.
+    /// Links a result that was just found complete to its blobs, unless it is linked already.
     pub(super) fn link(&self, instance: &Instance, result: EntryRef, of: &dyn NeedsBlobs) -> Result<()> {
         let needed = of.needed();
         if needed.len() > MAX_LINKS || of.is_linked().swap(true, Relaxed) {
@@ -63,7 +69,7 @@ impl Cas {
             let places = self.look_up(|index| -> Option<Vec<EntryRef>> {
                 part.iter().map(|digest| index.place_of_blob(instance.blobs(), *digest)).collect()
             })?;
-            // If one has gone in this moment, the next look-up finds out.
+            // If a blob was removed just now, the next look-up notices it.
             let Some(places) = places else { return Ok(()) };
             blobs.extend(places);
         }

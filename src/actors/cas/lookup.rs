@@ -26,17 +26,17 @@ use tokio::task;
 #[derive(Debug)]
 pub(super) struct Located {
     pub found: Vec<Option<FoundEntry>>,
-    /// Their zstd forms, if those were asked for.
+    /// The zstd forms of the blobs, if they were requested.
     pub zstd: Vec<Option<FoundEntry>>,
-    /// Protects what was found from eviction, if that was asked for.
+    /// Protects the entries from eviction, if this was requested.
     pub hold: Hold,
 }
 
 impl Located {
-    /// The files of these digests, which were looked up, and their hold.
+    /// The files of these digests, which were looked up, and the hold that protects them.
     ///
     /// # Errors
-    /// `MissingBlobs` with those that were not found.
+    /// `MissingBlobs` with the digests that were not found.
     pub(super) fn complete(self, digests: &[Digest]) -> Result<(Vec<FoundEntry>, Hold)> {
         let missing = digests.iter().zip(&self.found).filter(|(_, found)| found.is_none());
         let missing: Vec<_> = missing.map(|(digest, _)| *digest).collect();
@@ -51,7 +51,7 @@ impl Located {
 /// The purpose of a look-up, which decides what is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// To learn whether a blob is stored, or to read it at once. No hold.
+    /// To find out whether a blob is stored, or to read it at once. No hold is taken.
     Look,
     /// To read the blob, under a hold.
     Read,
@@ -62,7 +62,7 @@ pub(super) enum Purpose {
 /// A set of digests in the order in which they were added.
 #[derive(Default)]
 struct MissingDigests {
-    /// The most digests that it will have.
+    /// The largest number of digests that it will contain.
     most: usize,
     digests: Vec<Digest>,
     /// The hash of each digest and its position in the list.
@@ -76,6 +76,7 @@ impl MissingDigests {
         if digests.is_empty() {
             // Most sets stay empty; the others are often large.
             places.reserve(*most, |(hash, _)| *hash);
+            digests.reserve_exact(*most);
         }
         let hash = hasher.hash_one(digest);
         let is_it = |(_, place): &(u64, usize)| digests.get(*place) == Some(digest);
@@ -86,8 +87,8 @@ impl MissingDigests {
     }
 }
 
-/// Lets other tasks run after a full turn of look-ups, and now and then after smaller ones. Look-ups wait for nothing, so a caller
-/// that makes many of them would keep its thread otherwise, in whatever parts it makes them.
+/// Lets other tasks run after a full turn of look-ups, and sometimes after smaller ones. Look-ups never wait, so a caller that
+/// makes many of them would otherwise keep its thread busy, in parts of any size.
 async fn end_turn(look_ups: usize) {
     if look_ups < LOOKUPS_PER_TURN {
         task::coop::consume_budget().await;
@@ -142,7 +143,7 @@ impl Cas {
         Ok(())
     }
 
-    /// Locates blobs. Those that are found are renewed, and held if the purpose needs it.
+    /// Locates blobs. Stored blobs are renewed, and held if the purpose requires it.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.

@@ -15,14 +15,14 @@ use std::{
 
 /// Shards, so that threads that stage inputs at the same time seldom contend for one lock.
 const SHARDS: usize = 8;
-/// A value heavier than `1 / LARGEST_PART` of a shard is not kept: it would push out too much.
+/// A value heavier than `1 / LARGEST_PART` of a shard is not kept: it would displace too many others.
 const LARGEST_PART: usize = 4;
 
 /// A bounded cache; see the module documentation.
 pub(super) struct Memo<K, V> {
     shards: Vec<Mutex<MemoShard<K, V>>>,
     hasher: RandomState,
-    /// Of each shard.
+    /// The budget of each shard, in bytes.
     budget: usize,
 }
 
@@ -38,7 +38,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
         Self::with_shards(budget, SHARDS)
     }
 
-    /// One for few, heavy values: each may weigh up to `1 / LARGEST_PART` of the budget.
+    /// An empty memo for few, heavy values: each may weigh up to `1 / LARGEST_PART` of the budget.
     pub(super) fn unsharded(budget: usize) -> Self {
         Self::with_shards(budget, 1)
     }

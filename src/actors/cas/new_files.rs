@@ -38,9 +38,9 @@ pub(super) struct NewFiles {
     /// The part of the room that the written files take.
     spent: u64,
     written: Vec<WrittenFile>,
-    /// The results among the written files whose blobs are known.
+    /// Links of the written results whose blobs are known.
     links: Vec<NewLinks>,
-    /// Why earlier files of the batch could not be made durable.
+    /// The error of earlier files of the batch that could not be made durable.
     failed: Option<Error>,
 }
 
@@ -73,14 +73,14 @@ impl NewFiles {
         }
     }
 
-    /// The same batch, whose files are leased to a build.
+    /// Returns this batch, whose files are leased to a build.
     pub(super) fn leased_to(self, lessee: Option<Owner>) -> Self {
         let mut files = self;
         files.lessee = lessee;
         files
     }
 
-    /// How many bytes of room are lacking to write `bytes` more.
+    /// The number of bytes of room that are missing to write `bytes` more.
     pub(super) fn lacks(&self, bytes: u64) -> u64 {
         self.spent.saturating_add(bytes).saturating_sub(self.room.bytes())
     }
@@ -109,7 +109,7 @@ impl NewFiles {
         noted.map(|written| written.map(|written| self.add(written))).collect()
     }
 
-    /// Has a result of this batch linked to its blobs when it becomes visible.
+    /// Links a result of this batch to its blobs when it becomes visible.
     pub(super) fn link(&mut self, links: NewLinks) {
         self.links.push(links);
     }
@@ -149,7 +149,7 @@ impl NewFiles {
         self.tell(room, None)
     }
 
-    /// Like [`NewFiles::commit`], for the blob of an upload, which ends with it.
+    /// Like [`NewFiles::commit`], for the blob of an upload. The upload ends with it.
     pub(super) fn commit_upload(mut self, attempt: Attempt) -> Option<Visible> {
         let room = self.room.split(u64::MAX);
         self.tell(room, Some(attempt.into_end()))
@@ -164,7 +164,7 @@ impl NewFiles {
         while !files.is_empty() || upload.is_some() {
             let rest = files.split_off(files.len().min(FILES_PER_COMMIT));
             let spent = files.iter().map(|file| file.bytes).sum();
-            // The remaining room goes back with the last part.
+            // The remaining room is given back with the last part.
             let room = room.split(if rest.is_empty() { u64::MAX } else { spent });
             let upload = if rest.is_empty() { upload.take() } else { None };
             let links = if rest.is_empty() { std::mem::take(&mut self.links) } else { Vec::new() };
@@ -179,7 +179,7 @@ impl NewFiles {
         }
     }
 
-    /// Makes files as durable as the store promises. Those for which that fails are deleted, and nobody hears of them.
+    /// Makes files as durable as the store promises. Files for which this fails are deleted and never become visible.
     fn make_durable(&mut self, files: &mut Vec<WrittenFile>) {
         let ids: Vec<FileId> = files.iter().map(|written| written.file).collect();
         if let Err(error) = self.shared.disk.note_io(self.shared.volume.sync(&ids)) {
@@ -206,7 +206,8 @@ impl Drop for NewFiles {
 }
 
 impl Cas {
-    /// Reserves room for bytes that are there or about to come. Returns once the files that were evicted for it are deleted.
+    /// Reserves room for bytes that have arrived or are about to. Returns once the files that were evicted for it are
+    /// deleted.
     ///
     /// # Errors
     /// `Exhausted` when there is no room.

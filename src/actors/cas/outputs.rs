@@ -1,4 +1,4 @@
-//! Stores what a worker hands over: output files, bytes in memory, and the action result.
+//! Stores the outputs of workers: files, bytes in memory, and the action result.
 //!
 //! A file that nobody else can reach becomes the stored file itself: it is hashed in place, made read-only, and moved to its
 //! stored name. All processes of the action are dead by then, and a read lease ensures that nobody has the file open for
@@ -37,9 +37,10 @@ pub struct OutputBatch {
     files: NewFiles,
     /// Every blob of the batch, including those already visible.
     stored: HashSet<Digest>,
-    /// Blobs that were stored before, which the result refers to.
+    /// Holds of blobs that were stored before and that the result refers to.
     held: Vec<Hold>,
-    /// Every blob that was handed over or held, stored before or not, as far as results are linked to so many.
+    /// Every blob that was handed over or held, whether or not it was stored before, up to the number of blobs that a result is
+    /// linked to.
     handed_over: HashSet<Digest>,
 }
 
@@ -115,10 +116,10 @@ impl OutputBatch {
         Ok(digest)
     }
 
-    /// Keeps blobs that are stored, and that the result will refer to, from eviction until the end of the batch.
+    /// Holds stored blobs that the result will refer to until the end of the batch.
     ///
     /// # Errors
-    /// `MissingBlobs` with those that are not stored.
+    /// `MissingBlobs` with the blobs that are not stored.
     pub fn hold(&mut self, mut digests: Vec<Digest>) -> Result<()> {
         digests.retain(|digest| !digest.is_empty());
         let instance = &self.instance;
@@ -148,7 +149,7 @@ impl OutputBatch {
         for (_, bytes) in prepared.contents.iter() {
             self.bytes(bytes.to_vec())?;
         }
-        prepared.references = self.references(&prepared.result);
+        prepared.references = self.references(&prepared.direct);
         let charge = prepared.charge(&self.cas);
         let ahead = std::mem::take(&mut self.expected);
         let lacking = self.files.lacks(charge);
@@ -206,10 +207,9 @@ impl OutputBatch {
         }
     }
 
-    /// What the result of this batch needs, with all that is in its Trees and Directories; `None` if it is too much to link,
-    /// or if the result names something that is not of this batch.
-    fn references(&self, result: &reapi::ActionResult) -> Option<Vec<Digest>> {
-        let direct = DirectReferences::of(result, self.function).ok()?;
+    /// Every blob that the result of this batch needs, including the contents of its Trees and Directories; `None` if there are
+    /// too many to link, or if the result names a blob that is not in this batch.
+    fn references(&self, direct: &DirectReferences) -> Option<Vec<Digest>> {
         let mut named = direct.blobs.iter().chain(&direct.trees).chain(&direct.roots);
         let is_of_batch = named.all(|digest| digest.is_empty() || self.handed_over.contains(digest));
         let is_known = is_of_batch && self.handed_over.len() <= MAX_LINKS;

@@ -19,7 +19,7 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
     let is_newer = |one: &FileId, other: &FileId| volume.sequence(one) > volume.sequence(other);
     let repairs = volume.recover(&is_whole, &|files| found.add(files));
     let (mut index, losers) = found.finish(&at_once, &is_newer, unix_seconds(), uptime_seconds());
-    // What cannot be deleted now comes back with the next start, and loses again.
+    // A file that cannot be deleted now is found again at the next start, and is again not chosen.
     volume.delete(&losers);
     index.set_overhead(volume.overhead());
     let totals = index.totals();
@@ -44,7 +44,7 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
     index
 }
 
-/// Runs each job on a thread of its own. If one panics, so does this: an entry that is left out would be taken for missing.
+/// Runs each job on a thread of its own. If a job panics, this panics, too, because entries would be missing from the index.
 fn at_once(jobs: usize, job: &(dyn Fn(usize) + Sync)) {
     thread::scope(|scope| (0..jobs).for_each(|number| _ = scope.spawn(move || job(number))));
 }

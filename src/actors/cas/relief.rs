@@ -1,8 +1,9 @@
-//! Relief of a full disk: the store evicts its least recently used entries when actions find no disk space, or uploads soon
-//! would not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict. What others keep on
-//! disk only to be faster goes first ([`Cas::relieve_first`]), and then what is left of deleted blobs.
+//! Relief of a full disk: the store evicts its least recently used entries when actions find no disk space, or uploads soon would
+//! not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict. Data that other rooms keep on
+//! disk only for speed is removed first ([`Cas::relieve_first`]), and then the remaining bytes of deleted blobs are reclaimed.
 //!
-//! Leases of builds give way to a full disk, the oldest of whoever has most first; an entry that is evicted so is a broken promise.
+//! Leases of builds do not withstand a full disk: the build that has most loses its oldest leases first. An evicted entry that
+//! was leased counts as a broken promise.
 //!
 //! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most [`settings::RELIEF_WAIT`]. If
 //! evicting half of the store would not help, because other data fills the disk, nothing is evicted.
@@ -16,12 +17,12 @@ use crate::{
 use actix::{Context, Message};
 use std::sync::OnceLock;
 
-/// Evicts what this disk needs. The answer comes when the files are deleted.
+/// Evicts as much as the disk needs. The answer comes when the files are deleted.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Relieve(pub Space);
 
-/// What frees disk space before the store evicts.
+/// The action that frees disk space before the store evicts.
 #[derive(Default)]
 pub(super) struct RelievedFirst(OnceLock<Box<dyn Fn() + Send + Sync>>);
 
@@ -48,8 +49,8 @@ impl Cas {
         });
     }
 
-    /// Has `others` free disk space before the store evicts anything. It may block, and is called while the disk is low. Only
-    /// the first call has an effect.
+    /// Sets the action that frees disk space before the store evicts anything. It may block, and is called while the disk is low.
+    /// Only the first call has an effect.
     pub fn relieve_first(&self, others: impl Fn() + Send + Sync + 'static) {
         let _ = self.shared().relieved_first.0.set(Box::new(others));
     }
@@ -91,7 +92,7 @@ impl Receive<Relieve> for CasActor {
 
     fn receive(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Answer {
         if space.is_exhausted() {
-            // Their clients begin again, which costs less than what others have stored.
+            // The clients of broken uploads start again, which costs less than losing stored entries.
             while let Some(partial) = self.uploads.pop_for_room() {
                 self.discard(partial, ctx);
             }

@@ -1,8 +1,8 @@
 //! The actor's private messages: the requests and reports of [`super::client::Cas`] and the guards. Look-ups that need only the
 //! index take no message: see [`super::lookup`].
 //!
-//! Requests are sent and answered. Reports ("Fact:" below) are sent with `do_send`, which no mailbox bound refuses, and are
-//! handled in the order of sending. A dropped answer undoes itself, because the room that it grants is a [`Reservation`].
+//! Requests are sent and answered. Reports ("Fact:" below) are sent with `do_send`, which ignores the bound of the mailbox, and
+//! are handled in the order of sending. A dropped answer gives its room back, because this room is a [`Reservation`].
 
 use super::{
     guards::Reservation,
@@ -28,7 +28,7 @@ pub(super) struct Prepared {
     pub room: Result<Reservation>,
 }
 
-/// Reserves room for bytes that are there or about to come; see [`Reservation::take`].
+/// Reserves room for bytes that have arrived or are about to; see [`Reservation::take`].
 #[derive(Message)]
 #[rtype(result = "Result<Reservation>")]
 pub struct ReserveRoom {
@@ -36,10 +36,10 @@ pub struct ReserveRoom {
     pub bytes: u64,
     /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is evicted.
     pub of: u64,
-    /// What the asker has reserved before for the same write.
+    /// The bytes that the sender has already reserved for the same write.
     pub held: u64,
-    /// The blob that it is for, if that is known. Nothing is reserved for a blob that is stored: room for it might be made by
-    /// evicting it.
+    /// The blob that the room is for, if it is known. Nothing is reserved for a stored blob, because that might evict the blob
+    /// itself.
     pub blob: Option<Key>,
 }
 
@@ -51,7 +51,7 @@ pub struct BeginUpload {
     pub name: Digest,
     pub blob: Key,
     pub offset: u64,
-    /// Start even if another upload of the same blob runs and there is no room for both.
+    /// Whether to start even if another upload of the same blob is running and there is no room for both.
     pub beside: bool,
 }
 
@@ -76,7 +76,7 @@ pub struct DiscardPartials {
     pub bytes: u64,
 }
 
-/// Asks how far an upload is and whether its blob is stored.
+/// Asks for the progress of an upload, and whether its blob is stored.
 #[derive(Message)]
 #[rtype(result = "super::client::UploadStatus")]
 pub struct QueryUpload {
@@ -98,20 +98,20 @@ pub struct StoreInspection {
     pub running_uploads: usize,
     /// Broken uploads that can be resumed.
     pub partial_uploads: usize,
-    /// What has happened since the start.
+    /// Counts of events since the start.
     pub tally: Tally,
     /// The last recorded use of the entry that would be evicted first, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
 }
 
-/// What the scrub has done since the start of the server, in numbers.
+/// Counts of the scrub since the start of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ScrubTally {
     /// Bytes that were verified.
     pub bytes: u64,
     /// Entries that were damaged.
     pub damaged: u64,
-    /// Passes through the whole store that ended.
+    /// Completed passes over the whole store.
     pub passes: u64,
 }
 
@@ -120,13 +120,13 @@ pub struct ScrubTally {
 pub struct StoreMeasurement {
     /// Counts and bytes of the entries.
     pub totals: Totals,
-    /// What has happened since the start.
+    /// Counts of events since the start.
     pub tally: Tally,
     /// The last recorded use of the least recently used entry, in seconds since 1970; `None` for an empty store.
     pub oldest_use: Option<u32>,
     /// Memory that the index takes, in bytes, without the links of results to blobs.
     pub index_bytes: u64,
-    /// What the scrub has done since the start.
+    /// Counts of the scrub since the start.
     pub scrub: ScrubTally,
 }
 
@@ -145,7 +145,7 @@ pub(crate) struct Commit {
     pub room: Reservation,
     /// The build to which the files are leased.
     pub lessee: Option<Owner>,
-    /// The results among the files whose blobs are known.
+    /// Links of the results among the files whose blobs are known.
     pub links: Vec<NewLinks>,
     /// The upload that ends with this message because its blob is stored.
     pub upload: Option<EndUpload>,
@@ -196,7 +196,8 @@ pub struct Damaged {
 #[rtype(result = "Vec<bool>")]
 pub(super) struct Relocate(pub Moves);
 
-/// Fact: the blob in this file was compressed into another one. The answer says whether that took the place of the first.
+/// Fact: the blob in a file was compressed into another file. The answer says whether the new file took the place of the old
+/// one.
 #[derive(Message)]
 #[rtype(result = "bool")]
 pub(super) struct Repack {

@@ -42,8 +42,8 @@ pub(super) struct ParsedAction {
 }
 
 impl Cas {
-    /// Looks up whether an action has a complete result or has to run. With `skip_cache_lookup` the action cache is not asked
-    /// (EXE-17). `principal` asks.
+    /// Looks up whether an action has a complete result or has to run. With `skip_cache_lookup`, the action cache is not used
+    /// (EXE-17). `principal` is the principal of the request.
     ///
     /// # Errors
     /// `Unavailable` when the server is going down or the store does not answer within [`RESOLVE_TIMEOUT`]. A faulty action is
@@ -71,7 +71,7 @@ impl Cas {
         }
     }
 
-    /// The answer, if it can be given without reading a file.
+    /// Answers from memory, if that is possible.
     fn resolve_from_memory(
         &self,
         instance: &Instance,
@@ -79,10 +79,9 @@ impl Cas {
         skip_cache_lookup: bool,
     ) -> Result<Option<Resolution>> {
         let Some(parsed) = self.shared().actions.get(&(instance.id(), action)) else { return Ok(None) };
-        for digest in [action, parsed.command] {
-            if self.look_up(|index| index.renew_blob(instance.blobs(), digest))?.is_none() {
-                return Ok(None);
-            }
+        let blobs = [action, parsed.command];
+        if !self.look_up(|index| blobs.iter().all(|blob| index.has_blob(instance.blobs(), *blob)))? {
+            return Ok(None);
         }
         let run = || Resolution::Run(parsed.action.clone());
         if skip_cache_lookup || parsed.action.do_not_cache {
@@ -118,7 +117,7 @@ impl Cas {
     }
 
     /// Runs [`Cas::check_inputs`] on the runtime's threads, so that the actors' thread walks no trees. A root that was checked
-    /// lately is not checked again. The check runs to its end even if nobody waits for it any more.
+    /// lately is not checked again. The check runs to its end even if the caller does not wait for it.
     ///
     /// # Errors
     /// The errors of [`Cas::check_inputs`].
@@ -144,7 +143,7 @@ impl Cas {
         }
     }
 
-    /// Reads an Action and its Command, and checks them. Small messages are decoded right here, large ones on a blocking
+    /// Reads an Action and its Command, and checks them. Small messages are decoded on this thread, large ones on a blocking
     /// thread.
     async fn read_action(&self, instance: &Instance, digest: Digest) -> Result<ParsedAction> {
         // If the Action is large, room is taken for both messages at once.
@@ -171,7 +170,7 @@ impl Cas {
         Ok(ParsedAction { action: Arc::new(action), command })
     }
 
-    /// Reads a message that has to be stored.
+    /// Reads a message, which has to be stored.
     async fn read_message(&self, instance: &Instance, digest: Digest, what: &str) -> Result<Bytes> {
         if digest.size() > MAX_ACTION_BYTES {
             let size = digest.size();
@@ -180,7 +179,7 @@ impl Cas {
             )));
         }
         let read = self.read_many(instance, vec![digest]).await?.pop();
-        read.unwrap_or_else(|| Err(super::blob::not_found(digest))).map_err(|error| match error {
+        read.unwrap_or_else(|| Err(super::checked::not_found(digest))).map_err(|error| match error {
             Error::NotFound(_) => Error::MissingBlobs(vec![digest]),
             error => error,
         })

@@ -27,7 +27,12 @@ use gorego_reapi::{
     wire,
 };
 use prost::Message as _;
-use std::{collections::HashSet, sync::atomic::AtomicBool, time::SystemTime};
+use std::{
+    collections::HashSet,
+    fmt::{self, Display},
+    sync::atomic::AtomicBool,
+    time::SystemTime,
+};
 
 /// The largest file of an action result that is read. A result has at most 4 MiB, and its provenance adds little.
 pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
@@ -35,8 +40,9 @@ pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
 /// The memory that the largest stored result takes while it is read and decoded: its file and the message.
 pub(super) const LARGEST_RESULT: u64 = MAX_FILE_BYTES + MAX_MESSAGE_MEMORY;
 
-/// Memory for the results of requests, but for small ones: from before they are read, when the largest may come, until there is
-/// room for the answer. Enough for the largest one twice, as for messages that are decoded.
+/// Memory for the results of requests, except for small ones. It is reserved before a result is read, when its size is not
+/// known, and held until there is room for the answer. It is enough for two of the largest results, like the memory for decoded
+/// messages.
 pub(super) const LARGE_RESULTS: Bounds =
     Bounds { what: "bytes of large results", total: 2 * LARGEST_RESULT, connection: LARGEST_RESULT };
 
@@ -52,9 +58,9 @@ pub struct LoadedResult {
     pub result: SharedResult,
     /// Output files, Trees, files inside Trees, Directories and logs (AC-03), each once. The empty blob is left out.
     pub references: Vec<Digest>,
-    /// The sizes of these blobs together.
+    /// The total size of these blobs.
     pub bytes: u64,
-    /// Whether the index was told which blobs it needs.
+    /// Whether the index has links to these blobs.
     pub is_linked: AtomicBool,
     /// Whether it may be served. Results of failed commands are stored if a client uploads them, but are never hits (AC-13).
     pub is_hit: bool,
@@ -107,6 +113,11 @@ pub struct DirectReferences {
 }
 
 impl DirectReferences {
+    /// Whether nothing else is referenced, because there are no Trees and Directories.
+    pub(super) fn is_complete(&self) -> bool {
+        self.trees.is_empty() && self.roots.is_empty()
+    }
+
     /// The references of a result whose digests are of `function`.
     ///
     /// # Errors
@@ -114,11 +125,8 @@ impl DirectReferences {
     pub fn of(result: &reapi::ActionResult, function: DigestFunction) -> Result<Self> {
         let mut references = Self::default();
         for file in &result.output_files {
-            references.blobs.push(Digest::from_wire(
-                function,
-                file.digest.as_ref(),
-                &named("output_files", &file.path),
-            )?);
+            let field = OutputField("output_files", &file.path);
+            references.blobs.push(Digest::from_wire(function, file.digest.as_ref(), field)?);
         }
         for (log, field) in
             [(&result.stdout_digest, "stdout_digest"), (&result.stderr_digest, "stderr_digest")]
@@ -128,13 +136,13 @@ impl DirectReferences {
             }
         }
         for directory in &result.output_directories {
-            let field = named("output_directories", &directory.path);
+            let field = OutputField("output_directories", &directory.path);
             let (tree, root) = (&directory.tree_digest, &directory.root_directory_digest);
             if tree.is_some() || root.is_none() {
-                references.trees.push(Digest::from_wire(function, tree.as_ref(), &field)?);
+                references.trees.push(Digest::from_wire(function, tree.as_ref(), field)?);
             }
             if root.is_some() {
-                references.roots.push(Digest::from_wire(function, root.as_ref(), &field)?);
+                references.roots.push(Digest::from_wire(function, root.as_ref(), field)?);
             }
         }
         Ok(references)
@@ -184,7 +192,7 @@ pub fn check_size(result: &reapi::ActionResult) -> Result<()> {
 }
 
 /// Checks a result and normalises it for storage: execution metadata is always present (AC-09), a digest is never an empty
-/// message (AC-06), and inlined contents are removed. Returns the contents as blobs.
+/// message (AC-06), and inlined contents are removed. Returns the contents as blobs, and what the result names.
 ///
 /// # Errors
 /// [`Error::Invalid`] for digests or paths that are malformed, absolute, escaping or duplicate (AC-10), for contents that do
@@ -193,7 +201,7 @@ pub fn normalise(
     result: &mut reapi::ActionResult,
     function: DigestFunction,
     uploader: Uploader,
-) -> Result<Vec<(Digest, Bytes)>> {
+) -> Result<(Vec<(Digest, Bytes)>, DirectReferences)> {
     check_paths(result, uploader)?;
     let mut blobs = Vec::new();
     for (raw, digest, field) in [
@@ -206,20 +214,20 @@ pub fn normalise(
         extract(raw, digest, function, field, &mut blobs)?;
     }
     for file in &mut result.output_files {
-        let field = named("output_files", &file.path);
-        extract(&mut file.contents, &mut file.digest, function, &field, &mut blobs)?;
+        let field = OutputField("output_files", &file.path);
+        extract(&mut file.contents, &mut file.digest, function, field, &mut blobs)?;
     }
     check_size(result)?;
-    DirectReferences::of(result, function)?;
+    let direct = DirectReferences::of(result, function)?;
     result.execution_metadata.get_or_insert_default();
-    Ok(blobs)
+    Ok((blobs, direct))
 }
 
 fn extract(
     raw: &mut Bytes,
     digest: &mut Option<reapi::Digest>,
     function: DigestFunction,
-    field: &str,
+    field: impl Display,
     blobs: &mut Vec<(Digest, Bytes)>,
 ) -> Result<()> {
     if raw.is_empty() {
@@ -227,7 +235,7 @@ fn extract(
     }
     let actual = function.digest(raw);
     if digest.is_some() {
-        let claimed = Digest::from_wire(function, digest.as_ref(), field)?;
+        let claimed = Digest::from_wire(function, digest.as_ref(), &field)?;
         if claimed != actual {
             return Err(Error::Invalid(format!(
                 "{field}: the contents have the digest {actual}, not {claimed}"
@@ -254,7 +262,7 @@ fn check_paths(result: &reapi::ActionResult, uploader: Uploader) -> Result<()> {
             result.output_symlinks.iter().chain(old_links).map(|link| ("output_symlinks", &link.path, false)),
         );
     for (field, path, may_be_root) in paths {
-        let refuse = |problem: &str| Err(Error::Invalid(format!("{} {problem}", named(field, path))));
+        let refuse = |problem: &str| Err(Error::Invalid(format!("{} {problem}", OutputField(field, path))));
         if path.is_empty() && !may_be_root {
             return refuse("is an empty path");
         }
@@ -272,11 +280,18 @@ fn check_paths(result: &reapi::ActionResult, uploader: Uploader) -> Result<()> {
     Ok(())
 }
 
-fn named(field: &str, path: &str) -> String {
-    format!("{field} \"{}\"", path.escape_debug())
+/// The name of an element of a list of outputs in errors: the field and the path.
+#[derive(Clone, Copy)]
+struct OutputField<'a>(&'static str, &'a str);
+
+impl Display for OutputField<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(field, path) = self;
+        write!(f, "{field} \"{}\"", path.escape_debug())
+    }
 }
 
-/// What is stored of a result to say where it comes from.
+/// The origin that is stored with a result.
 pub fn origin(
     instance: &str,
     action: Digest,
@@ -319,7 +334,7 @@ pub fn encode(origin: &gorego::StoredOrigin, result: &reapi::ActionResult) -> By
     bytes.into()
 }
 
-/// Decodes the file content of a stored result, or returns what is wrong with it.
+/// Decodes the file content of a stored result. The error describes what is wrong with it.
 pub fn decode(
     bytes: &[u8],
     instance: &str,
@@ -339,7 +354,8 @@ pub fn decode(
     Ok(result)
 }
 
-/// Where the file content of a stored result says that it comes from; the result itself is skipped. Or what is wrong with it.
+/// Decodes the origin in the file content of a stored result and skips the result itself. The error describes what is wrong
+/// with it.
 pub fn decode_origin(
     bytes: &[u8],
     instance: &str,
@@ -425,7 +441,7 @@ mod tests {
         let mut lie = result.clone();
         lie.output_files[0].contents = Bytes::from_static(b"y");
         assert!(normalise(&mut lie, SHA256, Uploader::Client).is_err());
-        let blobs = normalise(&mut result, SHA256, Uploader::Client).unwrap();
+        let (blobs, _) = normalise(&mut result, SHA256, Uploader::Client).unwrap();
         assert_eq!(
             blobs.iter().map(|(digest, _)| *digest).collect::<Vec<_>>(),
             [SHA256.digest(b"out"), SHA256.digest(b"x")]
@@ -441,7 +457,7 @@ mod tests {
         let empty_children = b"\x12\x00";
         assert_eq!(files_of_tree(empty_children.repeat(10).into(), SHA256), Ok(vec![]));
         assert!(files_of_tree(empty_children.repeat(2_000_001).into(), SHA256).is_err());
-        // One child with as many empty files.
+        // The Tree has one child with as many empty files.
         let files = b"\x0a\x00".repeat(2_000_001);
         let mut nested = vec![0x12];
         prost::encode_length_delimiter(files.len(), &mut nested).unwrap();

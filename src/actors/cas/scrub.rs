@@ -1,19 +1,19 @@
 //! The scrub: reads everything that is stored, at a bounded rate, and drops what is damaged before a build needs it.
 //!
-//! Reads check the blocks that they read. The scrub checks the full digest of each blob, also of those that nobody reads and of
-//! those that the kernel copies for actions, and gives checksums to files that an older version has stored. It goes through the
-//! parts of the volume in a fixed order and remembers how far it has come, so a restart does not begin it anew. A pass begins a week
-//! after the last one did, and at once after an unclean stop.
+//! Reads check the blocks that they read. The scrub checks the full digest of each blob, including blobs that are not read and
+//! blobs that the kernel copies for actions. It also adds checksums to files that an older version has stored. It visits the
+//! parts of the volume in a fixed order and records its progress, so it continues after a restart. A pass begins a week after the
+//! start of the last one, and at once after an unclean stop.
 //!
-//! It has one thread of its own with the lowest priority, which never holds a lock while it reads, and never counts as a use. What it
-//! finds is dropped in the same way as by a reader ([`super::blob::report`]). The thread ends within one piece of a blob when the
-//! actor stops.
+//! It has one thread of its own with the lowest priority, which never holds a lock while it reads. Its reads do not count as
+//! uses. Damaged entries are dropped in the same way as after other reads ([`super::checked::report`]). When the actor stops, the
+//! thread ends after at most one piece of a blob.
 
 mod state;
 
 use super::{
     CasActor, LOG, StoreShared,
-    blob::{check_content_slowly, report},
+    checked::{check_content_slowly, report},
     client::Cas,
     index::{EntryKind, FileId, FoundEntry},
     requests::ScrubTally,
@@ -35,10 +35,10 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// The priority of the thread: it runs when nobody else wants to.
+/// The priority of the thread: it runs only while no other thread wants to.
 const NICE: i32 = 19;
 
-/// What the scrub has done since the start of the server.
+/// Counts of the scrub since the start of the server.
 #[derive(Debug, Default)]
 pub(super) struct ScrubCounts {
     bytes: AtomicU64,
@@ -58,13 +58,13 @@ impl ScrubCounts {
 #[derive(Debug)]
 pub(super) struct Scrub {
     state: Arc<Mutex<ScrubState>>,
-    /// Why a pass begins at the start.
+    /// The reason for a pass that begins at the start, if one does.
     reason: Option<PassReason>,
     /// Ends the thread when it is dropped.
     stop: Option<Sender<()>>,
 }
 
-/// What the thread works with.
+/// The state of the thread.
 struct Scrubber {
     store: WeakAddr<CasActor>,
     shared: Arc<StoreShared>,
@@ -82,13 +82,13 @@ struct Pass {
     unreadable: u64,
 }
 
-/// The server stops.
+/// The error of a pass that ends because the server stops.
 #[derive(Debug)]
 struct Stopping;
 
 impl Scrub {
-    /// Reads how far the last run has come, and notes that this one has begun. From then on, a stop is unclean until
-    /// [`Scrub::close`]. Blocks.
+    /// Reads the progress of the last run, and records that this run has begun. From then on, a stop is unclean unless
+    /// [`Scrub::close`] was called. Blocks.
     pub(super) fn open(volume: &dyn Volume) -> Self {
         let kept = volume.note().and_then(|note| ScrubState::decode(&note));
         let (state, reason) = ScrubState::at_start(kept);
@@ -117,7 +117,7 @@ impl Scrub {
         }
     }
 
-    /// Notes that the store is closed in good order. Blocks.
+    /// Records that the store was closed properly. Blocks.
     pub(super) fn close(self, volume: &dyn Volume) {
         let mut state = lock(&self.state);
         state.stopped = true;
@@ -129,7 +129,7 @@ fn lock(state: &Mutex<ScrubState>) -> MutexGuard<'_, ScrubState> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes the state to disk. If that fails, the next pass begins anew.
+/// Writes the state to disk. If this fails, the next pass starts from the beginning.
 fn keep(volume: &dyn Volume, state: &ScrubState) {
     if let Err(error) = volume.keep_note(&state.encode()) {
         failed(&error);
@@ -148,7 +148,7 @@ fn unix_seconds() -> u64 {
 
 impl Scrubber {
     fn run(mut self, mut reason: Option<PassReason>) {
-        // On Linux this is the priority of the calling thread.
+        // On Linux, this sets the priority of the calling thread.
         let _ = rustix::process::setpriority_process(None, NICE);
         loop {
             let reason = match reason.take() {
@@ -184,7 +184,7 @@ impl Scrubber {
         }
     }
 
-    /// Goes through the parts of the volume that are left.
+    /// Visits the remaining parts of the volume.
     fn pass(&mut self, reason: PassReason) -> std::result::Result<(), Stopping> {
         let started = Instant::now();
         if reason != PassReason::Resumed {
@@ -244,7 +244,7 @@ impl Scrubber {
     /// Verifies one entry.
     ///
     /// # Errors
-    /// `NotFound` for a damaged one, which is reported. Others say nothing about it.
+    /// `NotFound` for a damaged entry, which is reported. Other errors say nothing about the entry.
     fn verify(&mut self, cas: &Cas, found: &FoundEntry, pass: &mut Pass) -> Result<()> {
         let lost = |reason: String| {
             report(cas, found, reason);
@@ -258,7 +258,7 @@ impl Scrubber {
             }
         };
         let file = match self.shared.volume.open(&found.file) {
-            // It was evicted, replaced or moved meanwhile.
+            // The file was evicted, replaced or moved meanwhile.
             Err(_) if self.entry_of(&found.file).is_none() => return Ok(()),
             opened => opened.map_err(classify)?,
         };

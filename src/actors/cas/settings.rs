@@ -18,41 +18,41 @@ pub struct StoreSettings {
     pub partial_upload_retention: Duration,
     /// The zstd level for blobs that are read compressed; one of [`gorego_reapi::compression::LEVELS`].
     pub zstd_level: i32,
-    /// How long what a build has touched is not evicted after its last request.
+    /// How long entries that a build has touched are protected from eviction after its last request.
     pub leases: LeaseTimes,
     /// Memory for the links of results to the blobs that they need.
     pub result_links_bytes: u64,
-    /// When it waits for the disk.
+    /// When the store waits for the disk.
     pub sync: SyncPolicy,
     /// Which blobs are kept compressed; `None` for none.
     pub packing: Option<PackingSettings>,
-    /// How fast the scrub reads; 0 for no scrub.
+    /// The rate of the scrub; 0 for no scrub.
     pub scrub_bytes_per_second: u64,
-    /// Which timeouts an Action may ask for.
+    /// The timeouts that an Action may request.
     pub timeouts: TimeoutPolicy,
 }
 
-/// Which blobs are kept compressed, and what may be spent on it.
+/// Selects the blobs that are kept compressed, and limits the cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackingSettings {
-    /// Blobs that were not used for this many seconds. Uses are recorded to the hour.
+    /// Only blobs that were not used for this many seconds are compressed. Uses are recorded to the hour.
     pub after_secs: u32,
-    /// Blobs of at least this many bytes.
+    /// Only blobs of at least this many bytes are compressed.
     pub min_bytes: u64,
-    /// Blobs that get smaller by at least this part.
+    /// Only blobs that get smaller by at least this percentage stay compressed.
     pub min_saving_percent: u32,
     /// The bound on the CPU time, as a share of one core.
     pub cpu_percent: u32,
 }
 
 impl PackingSettings {
-    /// The most bytes that something of this many bytes may take compressed.
+    /// The largest compressed size that is worth keeping for `plain` bytes.
     pub(super) fn most_bytes(&self, plain: u64) -> u64 {
         let kept = u128::from(100u32.saturating_sub(self.min_saving_percent));
         u64::try_from(u128::from(plain) * kept / 100).unwrap_or(u64::MAX)
     }
 
-    /// The pause between two passes over the index: a hundredth of the age, so that it adds little to it.
+    /// The pause between two passes over the index: a hundredth of the age, so that blobs wait only a little longer.
     pub(super) fn between_passes(&self) -> Duration {
         (Duration::from_secs(self.after_secs.into()) / 100).clamp(MIN_PASS_PAUSE, MAX_PASS_PAUSE)
     }
@@ -76,7 +76,7 @@ pub(super) const SMALL_BLOB_BYTES: u64 = 64 * 1024;
 /// Bound on the time to look an action up: one index look-up and two small blobs.
 pub(super) const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The largest Action or Command message that is read. Those of real builds are below 1 MiB.
+/// The largest Action or Command message that is read. In real builds, they are smaller than 1 MiB.
 pub(super) const MAX_ACTION_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Bound on the memory of a decoded Action or Command. A system takes at most a few hundred thousand arguments.
@@ -96,13 +96,13 @@ pub(super) const DECODED: Bounds = Bounds {
 /// Bound on the memory of directories that are read in one job.
 pub(super) const DIRECTORIES_AT_ONCE: u64 = 64 * 1024 * 1024;
 
-/// Memory of the decoded directories of one tree up to which it does not count as large: those of about 100,000 files.
+/// A tree counts as large if its decoded directories take more memory than this, which is enough for about 100,000 files.
 pub(super) const SMALL_TREE_BYTES: usize = 24 * 1024 * 1024;
 
 /// Large trees that are walked at the same time; others wait. One peer gets one of the two.
 pub(super) const LARGE_TREES_MAX: u64 = 2;
 
-/// A result that refers to more blobs is not linked to them: linking it would keep the index from others for too long.
+/// A result that refers to more blobs is not linked to them: linking it would block the index for too long.
 pub(super) const MAX_LINKS: usize = 16 * 1_024;
 
 /// Trees up to this size together are read when a client stores a result that names them, so that the result is linked to its
@@ -146,7 +146,7 @@ pub(super) const ACTION_MEMO_BYTES: usize = 16 * 1024 * 1024;
 /// and almost all of them are smaller.
 pub(super) const RECENT_BLOB_BYTES: usize = 4 * 1024;
 
-/// Memory for such blobs: enough for the actions of a few thousand queued operations.
+/// Memory for these small blobs: enough for the actions of a few thousand queued operations.
 pub(super) const RECENT_MEMO_BYTES: usize = 16 * 1024 * 1024;
 
 /// Memory for decoded results with their reference lists.
@@ -176,7 +176,7 @@ pub(super) const SMALL_WRITE_BYTES: u64 = 8 * 1024 * 1024;
 /// Jobs that delete files at the same time.
 pub(super) const DELETERS: usize = 4;
 
-/// Files that one of them deletes in one go, at least if so many wait.
+/// Number of waiting files that one of these jobs deletes at a time.
 pub(super) const DELETIONS_AT_ONCE: usize = 1_024;
 
 /// Entries that are evicted in one step to relieve a full disk.
@@ -185,44 +185,44 @@ pub(super) const RELIEF_BATCH: usize = 16_384;
 /// How long an action that failed for lack of disk space waits until the files of evicted entries are deleted.
 pub(super) const RELIEF_WAIT: Duration = Duration::from_secs(5);
 
-/// How often such an action checks whether it was cancelled.
+/// How often such an action checks whether it was cancelled. Cancellation is a flag without an event.
 pub(super) const RELIEF_POLL: Duration = Duration::from_millis(20);
 
-/// How often the file system of the store is looked at, which takes some microseconds.
+/// Interval between checks of the store's file system. A check takes a few microseconds.
 pub(super) const LOOK_PACE: Duration = Duration::from_secs(1);
 
-/// How often while little of it is free.
+/// Interval between these checks while little of the file system is free.
 pub(super) const LOOK_PACE_LOW: Duration = Duration::from_millis(100);
 
 /// How long the store is read-only after a write has failed for lack of space, even if the file system seems to have room: with a
 /// quota, only the next write shows whether there is room.
 pub(super) const WRITES_AFTER: Duration = Duration::from_secs(5);
 
-/// What the server keeps beside the store takes at most `1 / BESIDE_PART` of the store's limit away from it. Otherwise one action
-/// that writes much would empty the cache.
+/// Data that the server keeps beside the store takes at most `1 / BESIDE_PART` of the store's limit. Otherwise one action that
+/// writes much would empty the cache.
 pub(super) const BESIDE_PART: u64 = 2;
 
-/// The least time between two measurements of what is beside the store,
+/// Shortest time between two measurements of the data beside the store.
 pub(super) const MEASURE_PACE: Duration = Duration::from_secs(1);
 
-/// and how many times longer the pause is than the measurement took.
+/// The pause after a measurement is this many times as long as the measurement took.
 pub(super) const PAUSE_PER_MEASUREMENT: u32 = 19;
 
 /// Minimum interval between log lines about results that are not served because leases fill the store.
 pub(super) const FULL_LEASES_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Room for an upload is reserved at most this much ahead of its bytes.
+/// Room for an upload is reserved at most this many bytes ahead.
 pub(super) const ROOM_STEP_BYTES: u64 = 1024 * 1024;
 
-/// Room that is reserved by one message; for more, other messages are handled in between. Evicting as many entries of 4 KiB
-/// (8,192) takes a few milliseconds.
+/// Largest room that one message reserves. Between several such messages, other messages are handled. To evict entries of 4 KiB
+/// for it (8,192) takes a few milliseconds.
 pub(super) const RESERVE_STEP_BYTES: u64 = 32 * 1024 * 1024;
 
-/// Room for the outputs of an action is reserved at most this much ahead of storing them. They are already on disk.
+/// Room for the outputs of an action is reserved at most this many bytes ahead of storing them. The outputs are already on disk.
 pub(super) const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
 
-/// The least room that a worker reserves at a time: enough for the logs, outputs and result of a small action, so that they
-/// cost one message. Unused room is given back when the action ends.
+/// The smallest room that a worker reserves at a time. It is enough for the logs, outputs and result of a small action, so that
+/// they cost one message. Unused room is given back when the action ends.
 pub(super) const RUN_ROOM_BYTES: u64 = 256 * 1024;
 
 /// In a small store, a worker reserves at most `1 / RUN_ROOM_PART` of it at a time instead.
@@ -235,33 +235,34 @@ pub(super) const FILES_PER_COMMIT: usize = 4_096;
 /// a process may open 1,024 by default.
 pub(super) const MAX_PARTIAL_UPLOADS: usize = 256;
 
-/// How far hashing and writing may be behind the network, per upload: half of it being written, half waiting.
+/// The bytes of an upload that may have arrived and are not yet hashed and written. Half of them are being written, and half are
+/// waiting.
 pub(super) const UPLOAD_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
-/// Memory for compressed small blobs: those of a few thousand batch reads.
+/// Memory for compressed small blobs: enough for a few thousand batch reads.
 pub(super) const PACKED_MEMO_BYTES: usize = 32 * 1024 * 1024;
 
-/// Memory for the record of which larger blobs were read compressed, at [`ZSTD_HISTORY_WEIGHT`] each.
+/// Memory for the histories of larger blobs that were read compressed, at [`ZSTD_HISTORY_WEIGHT`] each.
 pub(super) const ZSTD_HISTORY_BYTES: usize = 8 * 1024 * 1024;
 
-/// Memory for the record of one blob.
+/// Memory for the history of one blob.
 pub(super) const ZSTD_HISTORY_WEIGHT: usize = 128;
 
-/// A blob larger than `1 / ZSTD_FORM_PART` of the store gets no zstd form: it would push out too much.
+/// A blob larger than `1 / ZSTD_FORM_PART` of the store gets no zstd form: the form would displace too many entries.
 pub(super) const ZSTD_FORM_PART: u64 = 16;
 
-/// Making a form is given up after this many bytes of the blob if nothing was saved by then.
+/// Making a form is abandoned after this many bytes of the blob if nothing was saved by then.
 pub(super) const ZSTD_PROBE_BYTES: u64 = 8 * 1024 * 1024;
 
 /// The zstd level of blobs that are kept compressed. Higher levels take longer and save little: see docs/performance.md.
 pub(super) const PACK_LEVEL: i32 = 3;
 
-/// Bounds on the pause between two looks for blobs to compress. Each looks at every entry, which takes less than a second for ten
-/// million of them.
+/// Bounds on the pause between two searches for blobs to compress. A search examines every entry, which takes less than a second
+/// for ten million of them.
 const MIN_PASS_PAUSE: Duration = Duration::from_secs(1);
 const MAX_PASS_PAUSE: Duration = Duration::from_secs(600);
 
-/// How long compression at rest stands back when requests wait to compress or to hash, before it looks again.
+/// How long compression at rest pauses while requests wait to compress or to hash, before it checks again.
 pub(super) const LOAD_PAUSE: Duration = Duration::from_millis(100);
 
 /// Pause after each MiB that is copied to reclaim the space of deleted blobs in the background, which bounds the rate to about
@@ -280,7 +281,8 @@ pub(super) const MAILBOX_CAPACITY: usize = 1_024;
 /// How long an upload for which there is no room waits for another client's upload of the same blob.
 pub(super) const TWIN_WAIT: Duration = Duration::from_secs(300);
 
-/// How long such an upload waits for the next byte of the other one. After either time it starts and takes what room there is.
+/// How long such an upload waits for the next byte of the other upload. After either time, it starts and takes the room that
+/// there is.
 pub(super) const TWIN_STALL: Duration = Duration::from_secs(10);
 
 /// How long a client that resumes an upload waits until its own earlier stream has ended.

@@ -1,12 +1,13 @@
-//! [`StoreDisk`]: the file system of the store. Whether it has room for writes, and what else the server keeps on it.
+//! [`StoreDisk`]: the file system of the store. It knows whether there is room for writes, and what else the server keeps there.
 //!
-//! Others may fill the file system although the store is within its limit. Then the store is *read-only*: what is stored is
-//! served, and uploads and results are refused with a time to try again. A file system counts as full when it has less free than
-//! its reserve ([`Space::is_exhausted`]), or when a write has just failed for lack of space, which a quota causes too. It is looked at
-//! every [`LOOK_PACE`], and more often while it is low, so the store is writable again soon after there is room.
+//! Other programs may fill the file system although the store is within its limit. Then the store is *read-only*: stored entries
+//! are served, and uploads and results are refused with a time to try again. A file system counts as full when its free space is
+//! below its reserve ([`Space::is_exhausted`]), or when a write has just failed for lack of space, which a quota may also cause.
+//! The file system is checked every [`LOOK_PACE`], and more often while space is low, so the store is writable again soon after
+//! there is room.
 //!
-//! What else the server keeps on the file system ([`Cas::count_beside`]) counts against the limit of the store, so that one limit
-//! applies to all of it. It is measured in the background, for at most a twentieth of the time of one thread.
+//! Other data that the server keeps on the file system ([`Cas::count_beside`]) counts against the limit of the store, so that one
+//! limit applies to all data. It is measured in the background, which takes at most a twentieth of the time of one thread.
 
 use super::{
     CasActor, LOG, StoreShared,
@@ -29,16 +30,16 @@ use std::{
 #[derive(Debug, Default)]
 struct DiskRoom {
     is_full: bool,
-    /// When a write last failed for lack of space.
+    /// The time of the last write that failed for lack of space.
     failed: Option<Instant>,
     seen: Option<Space>,
 }
 
 impl DiskRoom {
-    /// Takes note of a sample. Returns whether that changes the answer.
+    /// Records a sample. Returns whether that changes the answer.
     fn see(&mut self, space: Space, now: Instant) -> bool {
         if space.is_exhausted() {
-            // This explains why a write has failed, and the next sample says when there is room.
+            // The sample explains why a write has failed. A later sample will show when there is room.
             self.failed = None;
         }
         let has_failed = self.failed.is_some_and(|at| now.saturating_duration_since(at) < WRITES_AFTER);
@@ -48,14 +49,14 @@ impl DiskRoom {
         before != self.is_full
     }
 
-    /// Takes note of a write that failed for lack of space. Returns whether that changes the answer.
+    /// Records a write that failed for lack of space. Returns whether that changes the answer.
     fn fail(&mut self, now: Instant) -> bool {
         self.failed = Some(now);
         !std::mem::replace(&mut self.is_full, true)
     }
 }
 
-/// Something that the server keeps beside the store.
+/// Data that the server keeps beside the store.
 struct Beside {
     owner: &'static str,
     measure: Box<dyn Fn() -> u64 + Send + Sync>,
@@ -65,9 +66,9 @@ struct Beside {
 
 /// See the module documentation.
 pub(super) struct StoreDisk {
-    /// Where the store is, for messages.
+    /// The path of the store, for messages.
     root: String,
-    /// The most bytes beside the store that count against its limit.
+    /// The largest number of bytes beside the store that count against its limit.
     max_beside: u64,
     room: Mutex<DiskRoom>,
     is_full: AtomicBool,
@@ -75,14 +76,14 @@ pub(super) struct StoreDisk {
     beside_bytes: AtomicU64,
 }
 
-/// What is known of the file system of the store.
+/// The latest state of the file system of the store.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct DiskSight {
     /// Whether writes are refused.
     pub is_full: bool,
     /// The last sample.
     pub space: Option<Space>,
-    /// What else the server keeps on it, by owner.
+    /// Bytes of other data that the server keeps there, by owner.
     pub beside: Vec<(&'static str, u64)>,
 }
 
@@ -118,9 +119,9 @@ impl StoreDisk {
         )))
     }
 
-    /// Takes note of the outcome of a write: if it failed for lack of space, the store is read-only for a while.
+    /// Records the outcome of a write. If it failed for lack of space, the store is read-only for a while.
     pub(super) fn note<T>(&self, outcome: Result<T>) -> Result<T> {
-        // A write that was refused because the store is read-only says nothing new.
+        // A write that was refused because the store is read-only gives no new information.
         if matches!(outcome, Err(Error::DiskFull(_))) && !self.is_full.load(Relaxed) {
             let mut room = self.room();
             if room.fail(Instant::now()) {
@@ -130,7 +131,7 @@ impl StoreDisk {
         outcome
     }
 
-    /// [`StoreDisk::note`] for an outcome of the volume.
+    /// Like [`StoreDisk::note`], for an outcome of the volume.
     pub(super) fn note_io<T>(&self, outcome: io::Result<T>) -> io::Result<T> {
         if let Err(error) = &outcome {
             let _ = self.note::<()>(Err(Error::io("write", error)));
@@ -145,7 +146,7 @@ impl StoreDisk {
         }
     }
 
-    /// Logs a change, which applies from now on.
+    /// Applies and logs a change.
     fn tell(&self, room: &DiskRoom) {
         self.is_full.store(room.is_full, Relaxed);
         let free = room.seen.map(|space| space.free_bytes).unwrap_or_default();
@@ -165,7 +166,7 @@ impl StoreDisk {
             .log(format_args!("the store in {path}: {text}"));
     }
 
-    /// Measures what is due of what the server keeps beside the store. Blocks.
+    /// Measures the data beside the store, as far as measurements are due. Blocks.
     fn measure_beside(&self) {
         let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
         for it in beside.iter_mut() {
@@ -191,14 +192,14 @@ impl fmt::Debug for StoreDisk {
 }
 
 impl Cas {
-    /// Counts something else that the server keeps on the file system of the store against its limit. `measure` returns the bytes
-    /// that it takes, and may block.
+    /// Counts other data on the file system of the store against its limit. `measure` returns the bytes that the data takes, and
+    /// may block.
     pub fn count_beside(&self, owner: &'static str, measure: impl Fn() -> u64 + Send + Sync + 'static) {
         let beside = Beside { owner, measure: Box::new(measure), bytes: 0, due: Instant::now() };
         self.shared().disk.beside.lock().unwrap_or_else(PoisonError::into_inner).push(beside);
     }
 
-    /// What is known of the file system of the store. Waits while something is measured.
+    /// The latest state of the file system of the store. Waits while it is being measured.
     pub(crate) fn disk_sight(&self) -> DiskSight {
         let disk = &self.shared().disk;
         let space = disk.room().seen;
@@ -207,7 +208,7 @@ impl Cas {
         DiskSight { is_full: disk.is_full.load(Relaxed), space, beside }
     }
 
-    /// If the store is read-only, looks whether there is room by now.
+    /// If the store is read-only, checks whether there is room by now.
     pub(super) async fn look_at_full_disk(&self) -> Result<()> {
         if self.is_read_only() {
             let shared = self.shared().clone();
@@ -227,7 +228,7 @@ impl Cas {
     }
 }
 
-/// Looks at the file system of the store as long as the store is open, and relieves it when it has become full.
+/// Checks the file system of the store for as long as the store is open, and relieves it when it has become full.
 pub(super) async fn watch(shared: Weak<StoreShared>, store: WeakAddr<CasActor>) {
     loop {
         let Some((shared, store)) = shared.upgrade().zip(store.upgrade()).filter(|(_, it)| it.connected())
@@ -271,11 +272,11 @@ mod tests {
         assert!(room.see(space(reserve - 1), start) && room.is_full);
         assert!(!room.see(space(reserve), start) && room.is_full, "a little is not enough");
         assert!(room.see(space(2 * reserve), start) && !room.is_full);
-        // A quota: the file system has room, and a write fails.
+        // With a quota, a write may fail although the file system has room.
         assert!(room.fail(start) && room.is_full);
         assert!(!room.see(space(1 << 39), start + WRITES_AFTER - Duration::from_millis(1)) && room.is_full);
         assert!(room.see(space(1 << 39), start + WRITES_AFTER) && !room.is_full);
-        // A write that failed because the disk is full says nothing about later.
+        // A failed write on a full disk has no effect once the disk has room.
         assert!(room.fail(start) && !room.see(space(0), start) && room.is_full);
         assert!(room.see(space(2 * reserve), start) && !room.is_full);
     }

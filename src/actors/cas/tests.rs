@@ -27,7 +27,7 @@ use crate::{
     instance::Instance,
 };
 use bytes::Bytes;
-use gorego_reapi::{digest::DigestFunction, proto::reapi};
+use gorego_reapi::{digest::DigestFunction, error::Error, proto::reapi};
 use std::{
     path::{Path, PathBuf},
     rc::Rc,
@@ -37,7 +37,7 @@ use tempfile::TempDir;
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 const MB: u64 = 1 << 20;
-/// Larger than a blob that is hashed at every read.
+/// A blob of this size is not hashed at every read.
 const LARGE: usize = 300_000;
 
 fn digest(bytes: &[u8]) -> Digest {
@@ -109,7 +109,8 @@ impl TestStore {
         Self { root, cas: actor.launch(), main, other, max_bytes }
     }
 
-    /// Closes the store and opens it again. Closing writes only access times, so the files are as after a kill.
+    /// Closes the store and opens it again. Closing writes only access times, so the files are the same as after a
+    /// kill.
     async fn restart(self) -> Self {
         let max_bytes = self.max_bytes;
         self.restart_with_limit(max_bytes).await
@@ -172,7 +173,8 @@ impl TestStore {
         files.remove(0)
     }
 
-    /// Where the content of a blob or result lies: a file, an offset in it, and whether others are in the same file.
+    /// The position of the content of a blob or result: a file, an offset in it, and whether other entries are in
+    /// the same file.
     fn place_of(&self, digest: Digest) -> (PathBuf, u64, bool) {
         let find = |kind| {
             let key = index::Key { digest, instance: self.main.id(), kind };
@@ -183,7 +185,7 @@ impl TestStore {
         (path, offset, offset > 0)
     }
 
-    /// Flips a bit of the content of a blob or result, where it lies.
+    /// Flips a bit of the stored content of a blob or result.
     fn damage(&self, digest: Digest) {
         use std::os::unix::fs::FileExt as _;
         let (path, offset, is_record) = self.place_of(digest);

@@ -1,7 +1,7 @@
-//! [`Turns`]: one lock per key. Work on one key is serial, work on different keys runs in parallel.
+//! [`Turns`]: one lock for each key. Work on one key is serial, and work on different keys runs in parallel.
 //!
-//! A turn ends when it is dropped, also if its caller goes away; then the next waiter proceeds. The lock of the table stays in
-//! this file and is held for map operations only.
+//! A turn ends when it is dropped, for example because its caller is cancelled. Then the next waiter proceeds. The lock of the
+//! table stays in this file and is held for map operations only.
 
 use std::{
     collections::HashMap,
@@ -13,7 +13,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 /// The locks of the keys in use.
 pub(super) struct Turns<K>(Mutex<HashMap<K, Weak<AsyncMutex<()>>>>);
 
-/// The exclusive right to work on a key, while this is held.
+/// The exclusive right to work on a key. It ends when it is dropped.
 pub(super) type Turn = OwnedMutexGuard<()>;
 
 impl<K> Default for Turns<K> {
@@ -23,12 +23,12 @@ impl<K> Default for Turns<K> {
 }
 
 impl<K: Hash + Eq> Turns<K> {
-    /// Waits until nobody works on this key.
+    /// Waits until no other caller works on this key.
     pub(super) async fn take(&self, key: K) -> Turn {
         self.line(key).lock_owned().await
     }
 
-    /// The turn, if nobody works on this key.
+    /// Takes the turn if no other caller works on this key.
     pub(super) fn take_now(&self, key: K) -> Option<Turn> {
         self.line(key).try_lock_owned().ok()
     }
@@ -66,7 +66,7 @@ mod tests {
         assert!(second.as_mut().now_or_never().is_none());
         assert!(turns.take_now("a").is_none() && turns.take_now("b").is_some());
         drop(turns.take("b").await);
-        // A waiter that gives up does not hold up those behind it.
+        // A waiter that gives up does not block the waiters behind it.
         let third = Box::pin(turns.take("a"));
         drop((second, first));
         drop(third.await);

@@ -5,22 +5,23 @@ use super::{
     CasActor, LOG, deletions,
     guards::Reservation,
     index::{FileId, Victim},
-    requests::{Deleted, Touch, Touched},
+    reply::StoreReply,
+    requests::{Deleted, ReserveRoom, Touch, Touched, Unreserve},
     settings,
     uploads::Partial,
     uptime_seconds,
     volume::Moved,
 };
-use crate::logging::Event;
+use crate::{actors::mail::Receive, logging::Event};
 use actix::{Addr, AsyncContext as _, Context};
-use gorego_reapi::error::Result;
+use gorego_reapi::error::{Error, Result};
 use std::{future::Future, time::Instant};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 impl CasActor {
     /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted. Fails if
     /// the total of `of` bytes cannot fit. If a future is returned, the room is free on disk when it ends, otherwise now. A write
-    /// that has reserved much already (`held`) leaves some of what is free on disk to others.
+    /// that has already reserved much (`held`) leaves some of the free disk space to others.
     pub(super) fn reserve(
         &mut self,
         bytes: u64,
@@ -97,7 +98,7 @@ impl CasActor {
         }
     }
 
-    /// Deletes files, and tells when that is done which of them could not be deleted.
+    /// Deletes files. The returned receiver gets the files that could not be deleted, once the others are.
     pub(super) fn delete_and_tell(
         &self,
         victims: Vec<Victim>,
@@ -158,7 +159,57 @@ impl CasActor {
     }
 }
 
-/// Evicts in parts, each of them under one hold of the lock that look-ups share. `part` evicts at most as many entries as it is told.
+impl Receive<ReserveRoom> for CasActor {
+    type Answer = StoreReply<Result<Reservation>>;
+
+    fn receive(&mut self, request: ReserveRoom, ctx: &mut Self::Context) -> Self::Answer {
+        let ReserveRoom { bytes, of, held, blob } = request;
+        if let Some(blob) = blob.filter(|blob| self.renew(blob).is_some()) {
+            let problem = format!("blob {} was stored by another upload meanwhile", blob.digest);
+            return StoreReply::Now(Err(Error::Unavailable(problem)));
+        }
+        match self.reserve(bytes, of, held, ctx) {
+            Ok((room, free)) => StoreReply::when(free, Ok(room)),
+            Err(error) => StoreReply::Now(Err(error)),
+        }
+    }
+}
+
+impl Receive<Unreserve> for CasActor {
+    type Answer = ();
+
+    fn receive(&mut self, Unreserve(bytes): Unreserve, _: &mut Self::Context) {
+        self.change(|index| index.unreserve(bytes));
+    }
+}
+
+impl Receive<Deleted> for CasActor {
+    type Answer = ();
+
+    fn receive(&mut self, Deleted(bytes): Deleted, ctx: &mut Self::Context) {
+        let deleted = self.change(|index| {
+            index.deleted(bytes);
+            index.bytes_deleted()
+        });
+        self.deleted.send_replace(deleted);
+        self.trim(ctx);
+        self.compact(ctx);
+    }
+}
+
+impl Receive<Touched> for CasActor {
+    type Answer = ();
+
+    fn receive(&mut self, Touched(touches): Touched, _: &mut Self::Context) {
+        self.change(|index| {
+            for Touch { at, before, after } in touches {
+                index.follow(at, before, after);
+            }
+        });
+    }
+}
+
+/// Evicts in parts, each under one hold of the lock that look-ups share. `part` evicts at most as many entries as its argument.
 fn in_parts(mut part: impl FnMut(usize) -> Vec<Victim>) -> Vec<Victim> {
     let mut victims = Vec::new();
     loop {

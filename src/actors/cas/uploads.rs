@@ -1,13 +1,14 @@
 //! [`Uploads`]: the actor's table of running and broken uploads. It is pure, except that it hands out files for deletion.
 //!
-//! An upload is identified by its whole resource name (BS-06). A name has one entry: its latest attempt while that runs, or the
-//! bytes that a broken attempt left. A new attempt at offset 0 takes the name over. The older attempt may still finish, but if
-//! it breaks, its bytes are discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are discarded first
-//! when room is needed. When a bound is exceeded, the peer that holds most loses its oldest broken upload, so no peer loses an
-//! upload because another one has many. The bounds are not per connection, because an upload breaks when its connection does.
+//! An upload is identified by its whole resource name (BS-06). A name has one entry: its latest attempt while that is running, or
+//! the bytes of a broken attempt. A new attempt at offset 0 takes the name over. The older attempt may still finish, but if it
+//! breaks, its bytes are discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are discarded first when
+//! room is needed. When a bound is exceeded, the peer that holds most loses its oldest broken upload. So no peer loses an upload
+//! because another peer has many. The bounds are not per connection, because an upload breaks when its connection does.
 //!
-//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, [`small`] stores a small
-//! blob whose bytes arrived at once, and [`new_blob`] stores bytes of unknown digest. They share [`unwritten`], [`sink`] and [`decoders`].
+//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, [`small`] stores a small blob
+//! whose bytes arrived at once, and [`new_blob`] stores bytes of unknown digest. They share [`unwritten`], [`sink`] and
+//! [`decoders`].
 
 pub(crate) mod begin;
 pub(crate) mod decoders;
@@ -52,7 +53,7 @@ pub struct Progress {
     fate: watch::Sender<Fate>,
 }
 
-/// How an attempt ended; flags are only ever set.
+/// How an attempt ended. Flags are never cleared.
 #[derive(Debug, Clone, Copy, Default)]
 struct Fate {
     /// The blob is stored, by this attempt or another (BS-24).
@@ -65,12 +66,12 @@ struct Fate {
 const MAX_TWINS: usize = 64;
 
 impl Progress {
-    /// Whether the blob has been stored since the attempt began, by whomever (BS-24).
+    /// Whether the blob has been stored since the attempt began, by this attempt or another (BS-24).
     pub fn is_superseded(&self) -> bool {
         self.fate.borrow().is_superseded
     }
 
-    /// Waits until [`Progress::is_superseded`], perhaps for ever.
+    /// Waits until [`Progress::is_superseded`], possibly for ever.
     pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
         self.reaches(|fate| fate.is_superseded)
     }
@@ -84,7 +85,7 @@ impl Progress {
         let mut fate = self.fate.subscribe();
         async move {
             if fate.wait_for(is_reached).await.is_err() {
-                // The sender is gone, so it can no longer happen.
+                // The sender is gone, so the flag cannot be set any more.
                 std::future::pending().await
             }
         }
@@ -124,7 +125,7 @@ impl Partial {
     }
 }
 
-/// The right to write one upload. When it is dropped, it reports to the actor what is left of it. The end of an attempt that
+/// The right to write one upload. When it is dropped, its remaining bytes are reported to the actor. The end of an attempt that
 /// stored its blob is reported together with the blob ([`Attempt::into_end`]).
 pub struct Attempt {
     /// `None` until the first bytes are written. Declared before `room`, so that the file is dropped first.
@@ -144,7 +145,7 @@ pub struct Attempt {
     name: Digest,
     number: u64,
     store: Addr<CasActor>,
-    /// The actor already knows that the attempt has ended.
+    /// Whether the actor already knows that the attempt has ended.
     is_told: bool,
 }
 
@@ -168,7 +169,7 @@ impl Attempt {
         }
     }
 
-    /// Ends this attempt, with nothing left over, and returns the report for the caller to send.
+    /// Ends this attempt without remaining bytes, and returns the report for the caller to send.
     pub fn into_end(mut self) -> EndUpload {
         self.is_told = true;
         self.end(None)
@@ -283,12 +284,12 @@ impl Uploads {
         }
     }
 
-    /// The attempt at the same blob that has got furthest.
+    /// The attempt at the same blob that has accepted the most bytes.
     pub(crate) fn twin(&self, blob: &Key, entered: &Entered) -> Option<Arc<Progress>> {
         self.twins(blob, entered).max_by_key(|twin| twin.accepted.load(Ordering::Relaxed)).cloned()
     }
 
-    /// How many bytes the other attempts at a blob of this size have still to come.
+    /// The number of bytes that the other attempts at a blob of this size still have to receive.
     pub(crate) fn left_to_twins(&self, blob: &Key, entered: &Entered, size: u64) -> u64 {
         let left = |twin: &Arc<Progress>| size.saturating_sub(twin.accepted.load(Ordering::Relaxed));
         self.twins(blob, entered).map(left).fold(0, u64::saturating_add)
@@ -353,7 +354,8 @@ impl Uploads {
         self.pop_of_largest(|partial| partial.room.bytes())
     }
 
-    /// Removes the oldest broken upload of the peer with the largest total weight. If several peers tie, the oldest of theirs.
+    /// Removes the oldest broken upload of the peer with the largest total weight. If several peers tie, removes the oldest of
+    /// their uploads.
     fn pop_of_largest(&mut self, weight: impl Fn(&Partial) -> u64) -> Option<Partial> {
         let mut weights: HashMap<Peer, u64> = HashMap::new();
         for (_, partial) in self.by_age() {
@@ -374,8 +376,8 @@ impl Uploads {
         })
     }
 
-    /// Removes the oldest broken upload that counts against this bound of the caller: one of its connection, or else of its
-    /// peer.
+    /// Removes the oldest broken upload that counts against this bound of the caller: an upload of its connection, or otherwise
+    /// of its peer.
     pub(crate) fn pop_oldest_of(&mut self, caller: Caller, bound: Bound) -> Option<Partial> {
         let counts = |other: Caller| match bound {
             Bound::Connection => other.connection == caller.connection,

@@ -5,9 +5,8 @@
 //! before it removes anything. So an entry that was found cannot disappear before it is held.
 //!
 //! Bounds: a reader holds the lock for at most [`LOOKUPS_PER_HOLD`] entries, so the actor waits about 50 us for it. The actor
-//! holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most
-//! [`NOTES_MAX`] notes are kept for the actor. If a note is dropped, the use is still marked in the index; only the order of
-//! use after the next start may suffer.
+//! holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most [`NOTES_MAX`] notes are kept for the actor. If
+//! a note is dropped, the use is still marked in the index; only the order of use after the next start may suffer.
 
 use super::{
     index::{
@@ -33,7 +32,7 @@ struct LookUpNotes {
     touches: Vec<FoundEntry>,
 }
 
-/// The index behind a lock, with the notes of its readers.
+/// The index behind a lock, and the notes of its readers for the actor.
 #[derive(Debug)]
 pub(crate) struct View {
     index: RwLock<Index>,
@@ -77,8 +76,8 @@ impl View {
         self.index.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs short look-ups under one hold of the lock. What they find is leased to the build, if there is one. Also returns
-    /// whether there is work for the actor.
+    /// Runs short look-ups under one hold of the lock. Entries that they find are leased to the build, if there is one. Also
+    /// returns whether there is work for the actor.
     pub(super) fn read<T>(&self, build: Option<Owner>, look: impl FnOnce(&mut LookUp<'_>) -> T) -> (T, bool) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let now = unix_seconds();
@@ -163,7 +162,7 @@ impl LookUp<'_> {
         true
     }
 
-    /// [`LookUp::renew`] of a blob.
+    /// Like [`LookUp::renew`], for a blob.
     pub(super) fn renew_blob(&mut self, instance: InstanceId, digest: Digest) -> Option<FoundEntry> {
         self.renew(&Key { digest, instance, kind: EntryKind::Blob })
     }
@@ -174,7 +173,7 @@ impl LookUp<'_> {
         Some(self.noted(found))
     }
 
-    /// Where a blob is. This does not count as a use.
+    /// Finds a blob. This does not count as a use.
     pub(super) fn place_of_blob(&self, instance: InstanceId, digest: Digest) -> Option<EntryRef> {
         let key = Key { digest, instance, kind: EntryKind::Blob };
         self.index.place_of(&key)
@@ -195,7 +194,7 @@ impl LookUp<'_> {
         self.index.can_lease(bytes)
     }
 
-    /// Whether builds have leases, and this many more bytes cannot be leased.
+    /// Whether builds have leases and this many more bytes cannot be leased.
     pub(super) fn lacks_leases(&self, bytes: u64) -> bool {
         self.lessee.is_some() && !self.can_lease(bytes)
     }

@@ -1,4 +1,4 @@
-//! How stored bytes are laid out on disk.
+//! The layout of stored bytes on disk.
 //!
 //! [`Volume`] is the interface to the rest of the store. A stored file is identified by its [`FileId`]. It is written once,
 //! opened, touched and deleted, and never changed. [`local::Local`] is the volume of the product: [`segments::Segments`] has many
@@ -10,7 +10,7 @@
 //! the types of the index and nothing else of the store. All calls block, unless their documentation says otherwise, and are
 //! made on blocking threads.
 //!
-//! [`outside`] has the files that do not belong to the store: outputs that actions left behind, and their input files.
+//! [`outside`] contains the files that do not belong to the store: the outputs that actions left behind, and their input files.
 
 mod checksum_table;
 pub(crate) mod checksums;
@@ -57,7 +57,7 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// Bytes that a file of this size takes on disk. Does not block.
     fn charge(&self, size: u64) -> u64;
 
-    /// Bytes on disk that no file is charged for, such as those of deleted files that are not reclaimed yet. Does not block.
+    /// Bytes on disk that no file is charged for, such as bytes of deleted files that are not reclaimed yet. Does not block.
     fn overhead(&self) -> u64 {
         0
     }
@@ -71,13 +71,13 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// The size and stamp of a stored file, without opening it.
     fn look(&self, file: &FileId) -> io::Result<Look>;
 
-    /// Writes verified bytes to new files, each with its own outcome. Leaves no file behind where that fails.
+    /// Writes verified bytes to new files, each with its own outcome. A failed write leaves no file behind.
     fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>>;
 
     /// Begins a file whose digest is not known yet.
     fn draft(&self) -> io::Result<Box<dyn Draft>>;
 
-    /// Returns once these new files are as durable as the store promises. It has to be called before anybody is told of them.
+    /// Returns once these new files are as durable as the store promises. It has to be called before they become visible.
     fn sync(&self, files: &[FileId]) -> io::Result<()> {
         let _ = files;
         Ok(())
@@ -93,12 +93,12 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Takes a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
+    /// Moves a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
     /// hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open file can still be
     /// read.
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>>;
 
-    /// Records the checksums of a stored file that has none. Its content was verified when they were made.
+    /// Records the checksums of a stored file that has none. They were made while its content was verified.
     fn add_checksums(&self, file: &FileId, sums: &Checksums) -> io::Result<()> {
         let _ = (file, sums);
         Ok(())
@@ -120,15 +120,15 @@ pub(crate) trait Volume: Debug + Send + Sync {
         None
     }
 
-    /// Reclaims bytes of deleted files, in one step. It may have to copy files that are not deleted. `relocate` gets the copies,
-    /// and returns for each whether it took the place of its original; the other copies are deleted.
+    /// Reclaims bytes of deleted files, in one step. It may have to copy files that are not deleted. `relocate` receives the
+    /// copies, and returns for each whether it took the place of its original. The other copies are deleted.
     fn compact(&self, relocate: &mut dyn FnMut(Moves) -> Vec<bool>) -> io::Result<Compacted> {
         let _ = relocate;
         Ok(Compacted::NothingToGain)
     }
 
-    /// Finds the files that exist at start and passes each on to `take`. `is_whole` says whether the bytes of an action result are
-    /// complete. There may be more than one file with the same key.
+    /// Finds the files that exist at start and passes each of them to `take`. `is_whole` returns whether the bytes of an action
+    /// result are complete. There may be more than one file with the same key.
     fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs;
 
     /// The parts that [`Volume::files_in`] lists one at a time, in an order that restarts do not change.
@@ -136,13 +136,13 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Vec::new()
     }
 
-    /// The files in one part. Files that are written or deleted meanwhile may be missing or in it.
+    /// The files in one part. Files that are written or deleted meanwhile may be missing or included.
     fn files_in(&self, part: &str) -> io::Result<Vec<FileId>> {
         let _ = part;
         Ok(Vec::new())
     }
 
-    /// The note that was kept last, perhaps by an earlier run; `None` if there is none that can be read.
+    /// The latest note, which may be from an earlier run; `None` if there is no readable note.
     fn note(&self) -> Option<String> {
         None
     }
@@ -153,7 +153,7 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Where the content of a file lies on disk: a path and an offset.
+    /// The position of a file's content on disk: a path and an offset.
     #[cfg(test)]
     fn place(&self, file: &FileId) -> Option<(std::path::PathBuf, u64)> {
         let _ = file;
@@ -164,14 +164,14 @@ pub(crate) trait Volume: Debug + Send + Sync {
 /// A file to be written.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct NewFile<'a> {
-    /// What it is.
+    /// The key of the file.
     pub key: Key,
-    /// Its content, which was verified.
+    /// The content, which was verified.
     pub pieces: &'a [Bytes],
 }
 
 impl NewFile<'_> {
-    /// The length of its content.
+    /// The length of the content.
     pub(crate) fn size(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.len() as u64).sum()
     }
@@ -193,7 +193,7 @@ pub(crate) struct WrittenFile {
 pub(crate) enum Urgency {
     /// In the background, at a bounded rate.
     Background,
-    /// Before others write: they would take more of the disk than the store may have.
+    /// Before further writes, which would exceed the disk space of the store.
     WritersWait,
 }
 
@@ -209,9 +209,9 @@ pub(crate) struct Moves {
 /// The outcome of a step of compaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compacted {
-    /// It did something, and there may be more to reclaim.
+    /// The step has reclaimed bytes or copied files, and there may be more to do.
     Some,
-    /// There was nothing to do, or all that is left is in use.
+    /// There was nothing to do, or all remaining files are in use.
     NothingToGain,
 }
 
@@ -220,13 +220,13 @@ pub(crate) trait Stored: Debug + Send + Sync {
     /// Its current size and stamp.
     fn look(&self) -> io::Result<Look>;
 
-    /// Its content, if that is in memory and was checked against checksums when it was read.
+    /// The content, if it is in memory and was checked against checksums when it was read.
     fn whole(&self) -> Option<Bytes> {
         None
     }
 
-    /// Whether every read is checked against checksums that were made with the digest. Without them, the bytes are as good as the
-    /// disk.
+    /// Whether every read is checked against checksums that were made with the digest. Without checksums, errors of the disk are
+    /// not noticed.
     fn is_checked_when_read(&self) -> bool {
         true
     }
@@ -237,13 +237,13 @@ pub(crate) trait Stored: Debug + Send + Sync {
     /// Reads bytes that are in the page cache into the spare capacity of a buffer. Does not block.
     fn read_cached(&self, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize>;
 
-    /// Whether no other process has it open for writing, as far as that can be known.
+    /// Whether no other process has the file open for writing, as far as this can be known.
     fn nobody_writes(&self) -> bool;
 
-    /// Copies its first `size` bytes into an empty file. Where the kernel copies or clones, checksums are not checked.
+    /// Copies the first `size` bytes into an empty file. Checksums are not checked if the kernel copies or clones the file.
     fn copy_to(&self, to: &File, size: u64) -> io::Result<()>;
 
-    /// The zstd frames that it is kept as; `None` if it is not kept compressed.
+    /// The zstd frames of the file; `None` if it is not kept compressed.
     fn frames(&self) -> Option<&dyn Frames> {
         None
     }
@@ -251,7 +251,7 @@ pub(crate) trait Stored: Debug + Send + Sync {
 
 /// The zstd frames of a stored file that is kept compressed.
 pub(crate) trait Frames {
-    /// Where they are.
+    /// The table of the positions of the frames.
     fn table(&self) -> &SeekTable;
 
     /// Reads at least one byte of the frames, unless they end at `offset`.
@@ -271,7 +271,7 @@ pub(crate) trait Draft: Debug + Send + Sync {
     /// The digest of everything written, computed by reading the file again.
     fn hash(&self, hasher: Hasher) -> io::Result<Digest>;
 
-    /// Turns it into a stored file. The caller has verified its content.
+    /// Turns the draft into a stored file. The caller has verified its content.
     fn keep(self: Box<Self>, key: Key) -> io::Result<WrittenFile>;
 }
 
@@ -297,15 +297,15 @@ pub(crate) struct Moved {
     pub after: Stamp,
 }
 
-/// Gets the files that are found at start, some at a time. Several threads may call it.
+/// Receives the files that are found at start, several at a time. Several threads may call it.
 pub(crate) type Take<'a> = &'a (dyn Fn(&mut dyn Iterator<Item = Recovered>) + Sync);
 
-/// Counts of what was wrong in the store at start.
+/// Counts of problems in the store at start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Repairs {
     /// Files that were removed because they were unfinished.
     pub removed: u64,
-    /// Files with names that the store does not use. They are left alone.
+    /// Files with names that the store does not use. They are ignored.
     pub foreign: u64,
     /// Files and directories that could not be read.
     pub unreadable: u64,

@@ -1,4 +1,4 @@
-//! What a walk promises: pages, tokens, bounds.
+//! Tests of GetTree: pages, tokens and bounds.
 
 use super::*;
 use crate::{
@@ -35,7 +35,7 @@ impl Blobs {
         digest
     }
 
-    /// A directory that is told apart from others by a file name of `padding` more bytes.
+    /// Adds a directory. Its file name makes it unique, and `padding` makes this name longer.
     fn directory(&mut self, name: &str, padding: usize, children: &[Digest]) -> Digest {
         let file = FileNode {
             name: format!("{name}{}", "x".repeat(padding)),
@@ -125,7 +125,7 @@ fn the_empty_digest_is_one_empty_directory_and_other_blobs_are_refused() {
     assert_eq!(pages, [GetTreeResponse { directories: vec![Directory::default()], ..Default::default() }]);
     let text = blobs.add("this is no directory");
     assert!(matches!(blobs.walk(request(text, 0)), Err(Error::Invalid(_))));
-    // Sound as far as this walk looks, and two hundred megabytes of memory.
+    // This directory is well-formed as far as the walk checks, and takes two hundred megabytes of memory.
     let empty_files = blobs.add(b"\x0a\x00".repeat(2_000_001));
     assert!(matches!(blobs.walk(request(empty_files, 0)), Err(Error::Invalid(_))));
 }
@@ -146,7 +146,7 @@ fn bad_tokens_and_sizes_are_refused() {
     assert!(matches!(blobs.walk(absent), Err(Error::Invalid(_))));
 }
 
-/// The next page, unless it has to be waited for.
+/// The next page, if it is ready.
 fn next(pages: &mut Pages) -> Option<GetTreeResponse> {
     futures::FutureExt::now_or_never(pages.next()).map(|page| page.unwrap().unwrap())
 }
@@ -173,7 +173,7 @@ fn more_walks_than_there_are_places_for_wait_in_order() {
 fn large_walks_wait_for_each_other_and_small_ones_do_not_wait_for_them() {
     let mut blobs = Blobs::default();
     let files = b"\x0a\x00".repeat(SMALL_WALK_BYTES / (2 * size_of::<FileNode>()));
-    // Small on the wire. Both its page and what is found count, before they are made.
+    // This directory is small on the wire. Its page and the directories that it names are counted before they are made.
     let large = blobs.add(files);
     let small = blobs.directory("small", 0, &[]);
     let root = blobs.directory("root", 0, &[large, small]);
@@ -200,7 +200,7 @@ fn one_peer_does_not_take_all_large_places() {
     assert_eq!(given, [true, false, true]);
 }
 
-/// Walks that wait for a place would otherwise keep the one that has it from sending its pages.
+/// Otherwise, walks that wait for a place would keep the walk that has the place from sending its pages.
 #[tokio::test]
 async fn a_walk_holds_room_for_the_pages_that_it_has_given_and_for_nothing_else() {
     let connections = Connections::default();
@@ -219,7 +219,7 @@ async fn a_walk_holds_room_for_the_pages_that_it_has_given_and_for_nothing_else(
     assert!(waiting.iter_mut().all(|pages| next(pages).is_none()), "there is one place");
     let large = next(&mut walking).unwrap().encoded_len() as u64;
     assert!(large > small);
-    // Both may go out in one frame.
+    // Both pages may be sent in one frame.
     let room = first.take_room(small + large + FRAME_BYTES).expect("room for both");
     first.give_room_back();
     assert!(state.reserve_now(ANSWERS.connection - room.amount()).is_ok(), "nobody else holds room");
@@ -258,8 +258,8 @@ fn no_page_is_larger_than_a_message_may_be() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// CAS-24, CAS-25, CAS-27, CAS-28: over random trees (each directory refers to some of those made before it), every
-    /// directory is sent once, root first, and the walk can be taken up after any page.
+    /// CAS-24, CAS-25, CAS-27, CAS-28: in random trees (each directory refers to some earlier ones), every directory is
+    /// sent once, root first, and the walk can be resumed after any page.
     #[test]
     fn any_tree_is_sent_whole_in_any_page_size_and_from_any_token(
         links in proptest::collection::vec(proptest::collection::vec(any::<prop::sample::Index>(), 0..4), 1..40),

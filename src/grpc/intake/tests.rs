@@ -1,4 +1,4 @@
-//! What is held of requests on their way in, and for how long.
+//! Tests of the memory that unfinished requests hold, and of their time limits.
 
 use super::*;
 use futures::{FutureExt as _, StreamExt as _, stream};
@@ -36,7 +36,7 @@ proptest! {
     }
 }
 
-/// A body that sends this and then nothing, and is never over.
+/// A body that sends these bytes and then nothing, and does not end.
 fn stalled(bytes: Vec<u8>, budgets: &Budgets) -> IncomingBody<TonicBody> {
     watched(stream::iter([Ok::<_, Status>(Bytes::from(bytes))]).chain(stream::pending()), budgets)
 }
@@ -65,17 +65,17 @@ async fn a_sender_that_stops_inside_of_a_message_is_not_waited_for() {
     assert_eq!(begin.elapsed().as_secs(), SILENCE_LIMIT.as_secs());
     drop(body);
     assert_eq!(budgets.unfinished.held(), 0);
-    // One that opens a stream and sends nothing is not waited for either.
+    // A client that opens a stream and sends nothing is not waited for.
     let nothing = stream::pending::<Result<Bytes, Status>>();
     let mut body = watched(nothing, &budgets);
     assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
-    // Nor is one that leaves the end of a request of one message open.
+    // A client that does not end a request of one message is not waited for.
     let mut body = stalled(message(10_000), &budgets);
     next(&mut body).await.unwrap();
     assert_eq!(next(&mut body).await.unwrap_err().code(), tonic::Code::DeadlineExceeded);
     assert_eq!(budgets.unfinished.held(), 10_005, "it is held until its end");
     drop(body);
-    // Between two messages of a stream it may be silent: that is for the handler to judge.
+    // Between two messages of a stream, a client may be silent. The handler limits these pauses.
     let mut body = stalled(message(10_000), &budgets);
     body.kind.is_stream = true;
     next(&mut body).await.unwrap();

@@ -19,9 +19,9 @@ use std::{
 use tonic::Code;
 
 /// The error of a call whose client left before the end of its request.
-const BROKEN_OFF: &str = "the request broke off before its end";
+const BROKEN_OFF: &str = "the client left before the end of its request";
 
-/// The line of an open call. It is written when this is dropped.
+/// The line of an open call. It is written when this value is dropped.
 #[derive(Debug)]
 pub(super) struct RpcLine {
     pub call: Call,

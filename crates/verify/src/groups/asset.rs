@@ -318,6 +318,7 @@ async fn a_slow_fetch_goes_on_without_its_caller(s: Session) -> Verdict {
     hurried.set_timeout(Duration::from_secs(1));
     let answer = s.fetch().fetch_blob(hurried).await;
     ensure(answer.is_err(), "no answer within a second from an origin that needs three", "an answer")?;
+    // The origin answers in this time, and the server should finish its download.
     tokio::time::sleep(SLOW).await;
     let (answer, _) = fetched(&s, request(&s, &[&uri], &[])).await?;
     equal("blob_digest", &answer.blob_digest, &Some(content.digest))?;
@@ -389,6 +390,7 @@ async fn pushed_for(s: &Session, life: Duration) -> Verdict<bool> {
         }
     }
     let left = end.duration_since(now()).unwrap_or_default();
+    // The push expires in this time.
     tokio::time::sleep(left + Duration::from_secs(1)).await;
     let [uri, _] = &uris;
     within_patience(|| async {

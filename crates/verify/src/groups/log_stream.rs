@@ -151,6 +151,7 @@ async fn each_name_serves_one_purpose(s: Session) -> Verdict {
 async fn readers_follow_a_stream_to_its_end(s: Session) -> Verdict {
     let stream = stream(&s).await?;
     let (name, target) = (stream.name.as_str(), stream.write_resource_name.as_str());
+    // The pauses let the readers see each write by itself. The verdict does not depend on them.
     let pause = async || tokio::time::sleep(Duration::from_millis(400)).await;
     let writer = async {
         pause().await;

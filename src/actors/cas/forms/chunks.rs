@@ -1,16 +1,17 @@
 //! Splits stored blobs into chunks (CAS-30 to CAS-34).
 //!
 //! Chunks are ordinary blobs. A recipe is the list of chunks that make a blob, in order. Recipes are made only here, from
-//! verified bytes, so no client can supply one. They are cached in memory. A recipe that was forgotten, or whose chunks were
-//! evicted, is made again from the blob, and only the missing chunks are written. Chunks take as much room again as their blob,
-//! and are evicted in the order of use like everything else.
+//! verified bytes, so no client can supply one. They are cached in memory. If a recipe was forgotten, or its chunks were
+//! evicted, it is made again from the blob, and only the missing chunks are written. Chunks take as much room again as their
+//! blob, and are evicted in the order of use like all entries.
 //!
-//! Bounds: one split per blob at a time, [`MAX_CHUNK_JOBS`] in total. Each takes two
-//! batches of [`BATCH_BYTES`] and the splitter's window in memory. Written chunks are held until all of them are there.
-//! Nobody holds the turn of a blob while waiting for a place, so a peer that waits for a place does not hold up another peer.
+//! Bounds: one split per blob at a time, [`MAX_CHUNK_JOBS`] in total. Each takes two batches of [`BATCH_BYTES`] and the
+//! splitter's window in memory. Written chunks are held until all of them are there. A request that waits for a place does not
+//! hold the turn of its blob, so a peer that waits for a place does not block another peer.
 
 use crate::actors::cas::{
-    blob::{BlobReader, not_found},
+    blob::BlobReader,
+    checked::not_found,
     client::Cas,
     guards::Hold,
     lookup::Purpose,
@@ -91,8 +92,8 @@ impl ChunkWork {
         Ok(Right { _place: place, _turn: turn })
     }
 
-    /// Like [`ChunkWork::begin`], but if somebody else works on this blob, waits for the end of that without a place and
-    /// returns `None`. Most often nothing is left to do then.
+    /// Like [`ChunkWork::begin`], but if another request works on this blob, waits for its end without a place and returns
+    /// `None`. Usually nothing is left to do then.
     pub(crate) async fn begin_or_wait(
         &self,
         instance: &Instance,
@@ -115,7 +116,7 @@ impl ChunkWork {
         self.recipes.insert((instance.blobs(), blob, chunking), Recipe::Chunks(chunks), weight);
     }
 
-    /// Remembers that a blob makes more than `count` chunks.
+    /// Caches that a blob makes more than `count` chunks.
     fn remember_more_than(&self, instance: &Instance, blob: Digest, chunking: Chunking, count: usize) {
         let key = (instance.blobs(), blob, chunking);
         self.recipes.insert(key, Recipe::MoreThan(count), size_of::<RecipeKey>());
@@ -128,8 +129,8 @@ impl ChunkWork {
 }
 
 impl Cas {
-    /// Returns the chunks of a stored blob, at most `max_chunks`. All of them are stored and, like the blob, just renewed
-    /// (CAS-31).
+    /// Returns the chunks of a stored blob, at most `max_chunks`. All of them are stored and were just renewed, and so was the
+    /// blob (CAS-31).
     ///
     /// # Errors
     /// `NotFound` when the blob is not stored (CAS-32), `Precondition` when it has too many chunks or the store is too small
@@ -186,7 +187,7 @@ impl Cas {
         Ok(recipe.filter(|_| missing.is_empty()))
     }
 
-    /// Cuts a blob once there is a place, unless somebody else does it first.
+    /// Cuts a blob once there is a place, unless another request does it first.
     async fn chunks_in_turn(
         &self,
         instance: &Instance,
@@ -197,7 +198,7 @@ impl Cas {
         let work = &self.shared().chunk_work;
         let mut right = work.begin_or_wait(instance, blob, self.caller()).await?;
         loop {
-            // Somebody else may have done it meanwhile.
+            // Another request may have cut the blob meanwhile.
             if let Some(recipe) = self.known_recipe(instance, blob, chunking, max_chunks).await? {
                 return Ok(recipe);
             }

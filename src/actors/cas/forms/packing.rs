@@ -1,20 +1,21 @@
-//! Compression at rest: blobs that nobody has used for a while are kept compressed, in place of their plain files.
+//! Compression at rest: blobs that were not used for a while are kept compressed instead of in plain files.
 //!
-//! One thread of low priority does it, one blob at a time and within a share of one core ([`PackPace`]). It rests while requests wait to
-//! compress or to hash, and ends with the actor. The index names the candidates (`Index::cold_from`), the volume knows the format
-//! ([`packed`](crate::actors::cas::volume::packed)), and the actor gives the entry its new file ([`Repack`]).
+//! One thread of low priority does it, one blob at a time and within a share of one core ([`PackPace`]). It rests while requests
+//! wait to compress or to hash, and ends with the actor. The index names the candidates (`Index::cold_from`), the volume knows
+//! the format ([`packed`](crate::actors::cas::volume::packed)), and the actor gives the entry its new file ([`Repack`]).
 //!
 //! Invariants:
-//! - The digest is computed from what the new frames decode to, so a packed file with its final name has the right content. A blob
-//!   whose plain file turns out to be wrong is dropped, as it would be by a read.
+//! - The digest is computed from the decoded new frames, so a packed file with its final name has the right content. A blob whose
+//!   plain file turns out to be wrong is dropped, as after a read.
 //! - A blob has one of its two files, or for a moment both. The plain file is deleted after the entry has the packed one. A start
 //!   that finds both keeps the newer one, which is the packed one.
-//! - A blob that is held keeps its plain file, and whoever has that open can read it to its end.
-//! - Compressing a blob is no use of it: its place in the order of use, the recorded time of its last use and its leases stay.
+//! - A blob that is held keeps its plain file, so readers can read it to its end.
+//! - Compressing a blob does not count as a use of it: its place in the order of use, the recorded time of its last use and its
+//!   leases stay.
 //! - Nothing is evicted to make room for a packed file.
 //!
-//! A blob of more than a few frames is sampled first. One that does not get smaller is marked in its entry and left alone until the
-//! next start.
+//! A blob of more than a few frames is sampled first. A blob that does not get smaller is marked in its entry and ignored until
+//! the next start.
 
 mod pace;
 
@@ -22,7 +23,7 @@ use crate::{
     actors::{
         cas::{
             CasActor, LOG, StoreShared,
-            blob::{damaged, failed, open},
+            checked::{damaged, failed, open},
             client::{Cas, going_down},
             guards::UploadRoom,
             index::{ColdBlobs, EntryKind, FoundEntry, Key, Victim},
@@ -53,7 +54,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Frames of a larger blob that are compressed first, to see whether it gets smaller.
+/// Number of frames of a larger blob that are compressed first, to see whether it gets smaller.
 const SAMPLES: u64 = 4;
 /// Blobs of up to this many frames are not sampled.
 const SAMPLED_FROM_FRAMES: u64 = 8;
@@ -96,9 +97,9 @@ struct PackWorker {
     shared: Arc<StoreShared>,
     settings: PackingSettings,
     pace: PackPace,
-    /// When the present piece of work began.
+    /// The time at which the current piece of work began.
     since: ThreadClock,
-    /// Closed when the thread is to end.
+    /// Closed when the thread has to end.
     stopped: mpsc::Receiver<()>,
 }
 
@@ -120,18 +121,18 @@ impl ThreadClock {
 /// The outcome for one blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Packed {
-    /// It is compressed now and takes this many bytes.
+    /// The blob is now compressed and takes this many bytes.
     Yes(u64),
-    /// It does not get smaller.
+    /// The blob does not get smaller.
     Incompressible,
-    /// It is in use, gone, or there is no room for both of its files.
+    /// The blob is in use or gone, or there is no room for both of its files.
     NotNow,
 }
 
 /// One pass over the index.
 struct PackPass {
     settings: PackingSettings,
-    /// The slot of the index to go on from; `None` at the end.
+    /// The slot of the index to continue from; `None` at the end.
     next: Option<u32>,
     tally: PackTally,
     /// `None` until there is something to compress.
@@ -143,7 +144,7 @@ impl PackPass {
         Self { settings, next: Some(0), tally: PackTally::default(), codec: None }
     }
 
-    /// Compresses what is cold in the next part of the index.
+    /// Compresses the cold blobs in the next part of the index.
     fn go_on(&mut self, cas: &Cas, pause: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let Self { settings, next, tally, codec } = self;
         let Some(start) = *next else { return Ok(()) };
@@ -162,7 +163,7 @@ impl PackPass {
     }
 }
 
-/// Compresses what is cold now. `pause` is called after each frame. Blocks.
+/// Compresses all blobs that are cold now. `pause` is called after each frame. Blocks.
 #[cfg(test)]
 pub(in crate::actors::cas) fn pack_now(
     cas: &Cas,
@@ -176,18 +177,18 @@ pub(in crate::actors::cas) fn pack_now(
     Ok(pass.tally)
 }
 
-/// What one pass over the index has done.
+/// The totals of one pass over the index.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(in crate::actors::cas) struct PackTally {
     pub blobs: u64,
-    /// The bytes that these blobs have,
+    /// The bytes of these blobs before compression.
     pub content_bytes: u64,
-    /// and those that they take now.
+    /// The bytes that they take now.
     pub bytes: u64,
     pub incompressible: u64,
 }
 
-/// What compresses and checks. It takes a few MiB, so it is kept only during a pass.
+/// The encoder and the decoder that checks its output. They take a few MiB, so they are kept only during a pass.
 struct PackCodec {
     encoder: Encoder,
     decoder: FrameDecoder,
@@ -212,7 +213,7 @@ impl PackCodec {
         Ok(length)
     }
 
-    /// Adds to a digest what the frame decodes to.
+    /// Decodes the frame and adds its content to a digest.
     fn hash(&mut self, hasher: &mut Hasher, length: usize) -> Result<()> {
         hasher.update(&self.decoder.decode(&self.frame, length)?);
         Ok(())
@@ -221,7 +222,7 @@ impl PackCodec {
 
 impl PackWorker {
     fn run(mut self) {
-        // Only this thread. If it is refused, the share of a core still bounds the work.
+        // This affects only this thread. If it is refused, the share of a core still bounds the work.
         let _ = setpriority_process(None, LOWEST_PRIORITY);
         loop {
             match self.pass() {
@@ -238,11 +239,11 @@ impl PackWorker {
         }
     }
 
-    /// Compresses what is cold.
+    /// Compresses all cold blobs.
     fn pass(&mut self) -> Result<PackTally> {
         let mut pass = PackPass::new(self.settings);
         while pass.next.is_some() {
-            // No handle is kept between the parts, so that this thread alone keeps no store open.
+            // No handle is kept between the parts, so that this thread does not keep the store open.
             let store = self.store.upgrade().ok_or_else(going_down)?;
             pass.go_on(&Cas::new(store, self.shared.clone()), &mut || self.keep_pace())?;
             self.keep_pace()?;
@@ -253,7 +254,7 @@ impl PackWorker {
     /// Rests for as long as the bound on CPU time and the requests of clients demand.
     ///
     /// # Errors
-    /// `Unavailable` when the thread is to end.
+    /// `Unavailable` when the thread has to end.
     fn keep_pace(&mut self) -> Result<()> {
         let now = ThreadClock::now();
         let (cpu, took) = (now.cpu.saturating_sub(self.since.cpu), now.at - self.since.at);
@@ -271,14 +272,14 @@ impl PackWorker {
         Ok(())
     }
 
-    /// Waits. Returns false if the thread is to end.
+    /// Waits. Returns false if the thread has to end.
     fn rest(&self, pause: Duration) -> bool {
         self.stopped.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Timeout)
     }
 }
 
 impl PackTally {
-    /// Adds the outcome for one blob. A blob that turned out to be damaged was reported and is no error.
+    /// Adds the outcome for one blob. A damaged blob was reported already and is not an error here.
     fn add(&mut self, found: &FoundEntry, packed: Result<Packed>) -> Result<()> {
         match packed {
             Ok(Packed::Yes(bytes)) => {

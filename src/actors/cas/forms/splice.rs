@@ -1,8 +1,8 @@
 //! Splices a blob from stored chunks (CAS-35 to CAS-38).
 //!
-//! The chunks are held and written by the same writer as an upload: hashed while they are written, and visible only if the
-//! whole matches the digest. The bytes are also cut by a chunking function. If its chunks equal those of the client, the recipe
-//! is cached and a later split costs nothing.
+//! The chunks are held and written by the same writer as an upload: hashed while they are written, and visible only if they
+//! match the digest as a whole. The bytes are also cut by a chunking function. If its chunks equal those of the client, the
+//! recipe is cached and a later split costs nothing.
 //!
 //! Bounds: [`SPLICE_MAX_CHUNKS`] per blob, one splice per blob at a time. Splits and splices share one bound on their total. At
 //! most [`READ_BYTES`] are read ahead of the writer.
@@ -31,11 +31,11 @@ use std::{
 /// Maximum number of chunks of one blob. At the average chunk size that this server advertises, this is a blob of 50 GB. A
 /// request has room for more only if its digests are short.
 pub(crate) const SPLICE_MAX_CHUNKS: usize = 100_000;
-/// Bytes that one job reads and cuts, while the writer is busy with the bytes before.
+/// Bytes that one job reads and cuts, while the writer is busy with the previous bytes.
 const READ_BYTES: usize = 2 * 1024 * 1024;
 
 impl Cas {
-    /// Makes a blob of chunks, in this order; a chunk may occur more than once. If the blob is already stored, it and the
+    /// Makes a blob of chunks, in this order. A chunk may occur more than once. If the blob is already stored, it and the
     /// chunks are renewed (CAS-38). `chunking` is the function whose cuts are compared with the chunks.
     ///
     /// # Errors
@@ -84,7 +84,7 @@ impl Cas {
         Ok(())
     }
 
-    /// Writes all chunks. The next ones are read while some are written.
+    /// Writes all chunks. The next chunks are read while earlier ones are written.
     async fn write_chunks(&self, mut source: Concatenation, writer: &mut BlobWriter) -> Result<Option<Cuts>> {
         let mut pieces = Vec::new();
         loop {
@@ -162,7 +162,7 @@ struct Concatenation {
 }
 
 impl Concatenation {
-    /// Reads the next bytes; none at the end. Returns `self` for the next call.
+    /// Reads the next bytes, or none at the end. Returns `self` for the next call.
     fn read(mut self) -> Result<(Self, Vec<Bytes>)> {
         let (mut pieces, mut bytes) = (Vec::new(), 0);
         while bytes < READ_BYTES {

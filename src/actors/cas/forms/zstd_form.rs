@@ -1,18 +1,19 @@
 //! The zstd form of a blob: its zstd frames in a separate file, so that they are made only once.
 //!
-//! A form is made in the background when a blob is read compressed for the second time, one form at a time. It is an entry of
-//! the index like any other: it counts toward the limit, is evicted in the order of use, and is dropped if it is damaged.
-//! Whether a blob is stored does not depend on its form. Each frame holds [`CHUNK_BYTES`] of the blob, and a [`SeekTable`]
-//! follows the frames, so a read may begin anywhere.
+//! A form is made in the background when a blob is read compressed for the second time, one form at a time. A form is an entry of
+//! the index like any other: it counts toward the limit, is evicted in the order of use, and is dropped if it is damaged. Whether
+//! a blob is stored does not depend on its form. Each frame holds [`CHUNK_BYTES`] of the blob, and a [`SeekTable`] follows the
+//! frames, so a read may begin anywhere.
 //!
-//! A form that this process made is trusted while its file is unchanged. Any other is decoded and hashed from end to end before
-//! its first byte is served.
+//! A form that this process made is trusted while its file is unchanged. Any other form is decoded and hashed from end to end
+//! before its first byte is served.
 //!
 //! A blob that does not get smaller is remembered and sent uncompressed from then on. Blobs up to `SMALL_BLOB_BYTES` get no
 //! form; [`super::zstd_reader`] caches their frames in memory.
 
 use crate::actors::cas::{
-    blob::{BlobReader, CheckedFile, damaged, known_stamp, open, open_to_read, tell_verified},
+    blob::BlobReader,
+    checked::{CheckedFile, damaged, known_stamp, open, open_to_read, tell_verified},
     client::Cas,
     guards::{Hold, UploadRoom},
     index::{EntryKind, FoundEntry, Key, Stamp},
@@ -34,16 +35,16 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// What earlier compressed reads of a blob have shown.
+/// The history of compressed reads of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum History {
-    /// It was read compressed.
+    /// The blob was read compressed.
     Read,
-    /// It does not get smaller by compression.
+    /// The blob does not get smaller by compression.
     Incompressible,
 }
 
-/// The pool of encoders of a store. It never holds more than have worked at the same time.
+/// The pool of encoders of a store. It holds at most as many as have worked at the same time.
 #[derive(Debug)]
 pub(crate) struct Encoders {
     level: i32,
@@ -76,8 +77,8 @@ pub(crate) struct Form {
 }
 
 impl Form {
-    /// Opens the frames of a blob that is kept compressed; they serve as its form. `None` if it is not. Blocks, if need be for as
-    /// long as decoding and hashing takes.
+    /// Opens the frames of a blob that is kept compressed; they serve as its form. `None` if the blob is not kept compressed.
+    /// Blocks for as long as decoding and hashing takes.
     ///
     /// # Errors
     /// `NotFound` when the file is damaged or gone, which is reported.
@@ -90,10 +91,9 @@ impl Form {
         Ok(opened.map(|(frames, table)| Self { frames, table }))
     }
 
-    /// Opens a located form. Returns `None` when it turns out to be unusable, which is reported. Blocks, if need be for as long
-    /// as decoding takes.
+    /// Opens a located form. Returns `None` when the form is unusable, which is reported. Blocks for as long as decoding takes.
     pub(crate) fn open(cas: &Cas, found: FoundEntry, hold: &Arc<Hold>) -> Option<Self> {
-        // A damaged form is reported by the callee. Other errors, such as too many open files, say nothing about the form.
+        // `open` reports a damaged form. Other errors, such as too many open files, say nothing about the form.
         let file = open(cas, &found).ok()?;
         let (table, stamp) = match known_stamp(cas, &found, &*file).ok()? {
             Some(stamp) => (table_of(cas, &found, &*file).ok()?, stamp),
@@ -146,7 +146,7 @@ fn read_table(file: &dyn Stored, length: u64) -> io::Result<Option<SeekTable>> {
     Ok(SeekTable::decode(&table).filter(|table| table.sizes().1 == table_at))
 }
 
-/// Decodes every frame and checks that it holds what the table says, and that the frames together make the blob.
+/// Decodes every frame, and checks that its sizes are those in the table and that the frames together make the blob.
 fn verify(file: &dyn Stored, table: &SeekTable, digest: Digest) -> Result<()> {
     let wrong = |problem: &str| Error::Internal(format!("as a zstd stream, {problem}"));
     let mut hasher = digest.hasher();
@@ -214,7 +214,7 @@ impl Cas {
 
     async fn try_make_form(&self, instance: &Instance, digest: Digest) -> Result<()> {
         if self.locate_form(instance, digest)?.is_some() {
-            // It was finished since this read looked for it.
+            // Another read has made the form meanwhile.
             return Ok(());
         }
         let blob = self.open(instance, digest).await?;

@@ -6,7 +6,8 @@
 //! a time, and waiting readers take turns. An idle reader holds the output of two jobs, about half a MiB.
 
 use crate::actors::cas::{
-    blob::{BlobReader, not_found, read_whole},
+    blob::BlobReader,
+    checked::{not_found, read_whole},
     client::{Cas, going_down},
     forms::zstd_form::{Form, History},
     guards::Hold,
@@ -24,9 +25,9 @@ use gorego_reapi::{
 use std::sync::Arc;
 use tokio::task::JoinHandle;
 
-/// A job ends when it has made about this much of the stream.
+/// A job ends when it has made about this many bytes of the stream.
 const JOB_OUTPUT_BYTES: usize = 128 * 1024;
-/// A job also ends when it has compressed this much of the blob.
+/// A job also ends when it has compressed this many bytes of the blob.
 const JOB_INPUT_BYTES: u64 = 4 * 1024 * 1024;
 /// In batches, blobs below this size are sent uncompressed: the frame overhead outweighs the savings.
 const WORTHWHILE_BYTES: u64 = 128;
@@ -36,7 +37,7 @@ const WORTHWHILE_BYTES: u64 = 128;
 pub struct ZstdReader {
     /// Bytes that are made and not returned yet.
     ready: BytesMut,
-    /// Frames that are made here; they precede those of the form.
+    /// Frames that are made while reading. They precede the frames of the form.
     making: Option<Making>,
     /// The frames of the form, and the position in them.
     form: Option<(BlobReader, u64)>,
@@ -161,7 +162,8 @@ impl Part {
 }
 
 impl Cas {
-    /// Opens a blob as a zstd stream of its bytes from `offset` on (BS-12). At the end of the blob it is one empty frame.
+    /// Opens a blob as a zstd stream of its bytes from `offset` on (BS-12). At the end of the blob, the stream is one empty
+    /// frame.
     ///
     /// # Errors
     /// `NotFound` when the blob is not stored. A damaged file counts as not stored, and its entry is dropped.
@@ -207,7 +209,8 @@ impl Cas {
         Ok(match bytes {
             Item::Zstd(stream) => ZstdReader::whole(&stream),
             Item::Plain(bytes) => {
-                // Uncompressed frames: an offset into a small blob is rare, or the blob does not get smaller.
+                // The frames are uncompressed: either the blob does not get smaller, or this is a read from an offset in a
+                // small blob, which is rare.
                 let mut stream = Vec::new();
                 stored_frame(&bytes, &mut stream);
                 ZstdReader::whole(&stream)
@@ -215,8 +218,8 @@ impl Cas {
         })
     }
 
-    /// Reads whole blobs as [`Cas::read_many`] does, compressed where that saves something (CAS-20). Compressed small blobs are
-    /// cached in memory. Larger ones come from their zstd form if they have one.
+    /// Reads whole blobs as [`Cas::read_many`] does, and compresses them where that saves bytes (CAS-20). Compressed small
+    /// blobs are cached in memory. Larger ones come from their zstd form if they have one.
     ///
     /// # Errors
     /// Each blob has its own result. The call fails when the server is shutting down.

@@ -1,10 +1,10 @@
-//! [`Hot`] and [`Cold`]: what the index keeps of one stored file.
+//! [`Hot`] and [`Cold`]: the two parts of an entry of the index, which stands for one stored file.
 //!
 //! A look-up reads only the hot part, which is one cache line. The cold part is needed when an entry is read, moved in the order of
 //! use, or removed. Together they take 88 bytes.
 //!
-//! A key is kept in the hot part if its hash has at most [`HEAD_BYTES`] and its size is below [`WIDE_SIZE`], as that of every
-//! SHA-256 blob. Any other key is *wide*: the rest of it is in a [`KeyTail`] of its own.
+//! A key fits into the hot part if its hash has at most [`HEAD_BYTES`] and its size is below [`WIDE_SIZE`], like the key of a
+//! SHA-256 blob. Any other key is *wide*: the rest of it is in a [`KeyTail`].
 
 use super::{EntryKind, Key, Seal};
 use crate::instance::InstanceId;
@@ -14,9 +14,9 @@ use std::{
     sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
 };
 
-/// Bytes of a hash that the hot part has.
+/// Bytes of a hash that fit into the hot part.
 pub(super) const HEAD_BYTES: usize = 32;
-/// Sizes from here on are kept in a [`KeyTail`].
+/// Sizes of at least this many bytes are kept in a [`KeyTail`].
 pub(super) const WIDE_SIZE: u64 = 1 << 40;
 
 /// Look-ups no longer find the entry: its file is damaged or gone.
@@ -35,11 +35,11 @@ const WIDE: u8 = 1 << 5;
 /// The part of an entry that look-ups read.
 #[repr(C, align(64))]
 pub(super) struct Hot {
-    /// The first bytes of the hash; zeros after a shorter one.
+    /// The first bytes of the hash. A shorter hash is padded with zeros.
     head: [u8; HEAD_BYTES],
     /// 0 for a free slot.
     pub(super) generation: u64,
-    /// What keeps it from eviction: in the low half how many holders, in the high half the name of its row of leases.
+    /// The low half is the number of holders, the high half the name of its row of leases. Both keep the entry from eviction.
     pub(super) pin: AtomicU64,
     /// The low bits of the size, or the number of the [`KeyTail`].
     size_low: u32,
@@ -49,7 +49,7 @@ pub(super) struct Hot {
     /// The epoch in which it was last put at the head of the list.
     pub(super) linked_in: u16,
     size_high: u8,
-    /// What the key is, with its digest function.
+    /// The kind of the entry, and the digest function of its key.
     kind: u8,
     pub(super) flags: AtomicU8,
 }
@@ -66,15 +66,15 @@ pub(super) struct Cold {
     pub(super) next: u32,
 }
 
-/// What the hot part of a wide key has no room for.
+/// The part of a wide key that does not fit into the hot part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct KeyTail {
-    /// The rest of the hash, with zeros after it.
+    /// The rest of the hash, padded with zeros.
     rest: [u8; MAX_HASH_BYTES - HEAD_BYTES],
     size: u64,
 }
 
-/// The [`KeyTail`]s in use. A free one is used again.
+/// The [`KeyTail`]s in use. Free places are used again.
 #[derive(Debug, Default)]
 pub(super) struct KeyTails {
     all: Vec<KeyTail>,
@@ -112,7 +112,7 @@ impl KeyTails {
     }
 }
 
-/// How many holders a pin counts.
+/// The number of holders in a pin.
 pub(super) fn holds_of(pin: u64) -> u32 {
     pin as u32
 }
@@ -132,13 +132,13 @@ fn is_wide(key: &Key) -> bool {
     key.digest.hash().len() > HEAD_BYTES || key.digest.size() >= WIDE_SIZE
 }
 
-/// What the key is, with its digest function, in one byte.
+/// The kind of an entry and the digest function of its key, in one byte.
 fn kind_byte(key: &Key) -> u8 {
     key.digest.function() as u8 | (key.kind as u8) << 3
 }
 
-/// What identifies an entry, apart from the size of its digest: the hash, and the instance, the kind and the digest function in one
-/// number.
+/// The parts of a key, apart from the size of its digest: the hash, and a number that combines the instance, the kind and the
+/// digest function.
 pub(super) fn parts_of(key: &Key) -> (&[u8], u32) {
     (key.digest.hash(), u32::from(key.instance.0) << 16 | u32::from(kind_byte(key)))
 }
@@ -171,7 +171,7 @@ impl Hot {
         }
     }
 
-    /// Frees the slot. Its tail, if it has one, can be used again.
+    /// Frees the slot and its tail, if it has one.
     pub(super) fn free(&mut self, tails: &mut KeyTails) {
         if let Some(number) = self.tail() {
             tails.free.push(number);
@@ -179,7 +179,7 @@ impl Hot {
         (self.generation, self.kind) = (0, 0);
     }
 
-    /// Follows its tail, if it has one, to a number that is greater by this much.
+    /// Adds `by` to the number of its tail, if it has one.
     pub(super) fn renumber_tail(&mut self, by: u32) {
         if self.kind & WIDE != 0 {
             self.size_low += by;
@@ -197,12 +197,12 @@ impl Hot {
         }
     }
 
-    /// What it is.
+    /// The kind of the entry.
     pub(super) fn kind(&self) -> EntryKind {
         EntryKind::ALL.get(usize::from(self.kind >> 3 & 3)).copied().unwrap_or(EntryKind::Blob)
     }
 
-    /// The namespace that it is stored in.
+    /// The namespace of the entry.
     pub(super) fn instance(&self) -> InstanceId {
         InstanceId(self.instance)
     }
@@ -236,7 +236,7 @@ impl Hot {
             && ((self.kind | other.kind) & WIDE == 0 || rest(self) == rest(other))
     }
 
-    /// Passes on what identifies the entry, apart from the size of its digest, as [`parts_of`] does for its key.
+    /// Calls `see` with the parts of the entry's key, as [`parts_of`] returns them.
     pub(super) fn with_parts<T>(&self, tails: &KeyTails, see: impl FnOnce(&[u8], u32) -> T) -> T {
         let names = u32::from(self.instance) << 16 | u32::from(self.kind & !WIDE);
         match self.head.get(..self.function().hash_bytes()) {

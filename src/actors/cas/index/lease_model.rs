@@ -23,7 +23,7 @@ fn file(name: u64) -> FileId {
     FileId { key, generation: name + 1 }
 }
 
-/// A build of a peer; number 0 is the one without a name.
+/// A build of a peer. Number 0 is the build without a name.
 fn build(peer: u8, number: u64) -> Owner {
     let build = if number == 0 { Build::UNNAMED } else { Build(number + 100) };
     Owner { peer: Peer::V4(Ipv4Addr::new(127, 0, 0, peer)), build }
@@ -43,7 +43,7 @@ fn store(index: &mut Index, file: FileId, bytes: u64, owner: Owner, now: u32) ->
     Some(victims)
 }
 
-/// FindMissingBlobs of a build. Returns whether the entry is there.
+/// Looks an entry up for a build, as FindMissingBlobs does. Returns whether the entry is stored.
 fn touch(index: &Index, file: FileId, owner: Owner, now: u32) -> bool {
     let lessee = index.enter(owner, now).unwrap();
     let found = index.note_use(&file.key, now);
@@ -88,15 +88,15 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// Which builds have touched which entries, and when they were active last.
+/// The builds that have touched each entry, and the time of their last request.
 #[derive(Default)]
 struct Model {
     now: u32,
     entries: HashMap<FileId, (u64, HashSet<Owner>)>,
-    /// The peers of which a build has touched an entry since the peer was without leases.
+    /// For each entry, the peers of the builds that have touched it, since the peer last had no leases.
     touched: HashMap<FileId, HashSet<Peer>>,
     active: HashMap<Owner, u32>,
-    /// Builds that may have lost leases because they had too much. Nothing is expected of what only they have touched.
+    /// Builds that may have lost leases because they had too much. Entries that only they have touched may be evicted.
     withdrawn: HashSet<Owner>,
 }
 
@@ -106,7 +106,7 @@ impl Model {
         self.active.insert(owner, self.now);
     }
 
-    /// Builds that have been quiet for too long have no leases any more.
+    /// Removes the builds that have been quiet for too long, because their leases have ended.
     fn forget_quiet(&mut self) {
         let now = self.now;
         let over: Vec<Owner> = self
@@ -124,7 +124,7 @@ impl Model {
         self.touched.values_mut().for_each(|peers| peers.retain(|peer| active.contains(peer)));
     }
 
-    /// A build touches an entry that is there.
+    /// Records that a build touches a stored entry.
     fn touch(&mut self, file: FileId, owner: Owner) {
         if let Some((_, builds)) = self.entries.get_mut(&file) {
             builds.insert(owner);
@@ -132,7 +132,8 @@ impl Model {
         }
     }
 
-    /// The most that a peer may be charged with: what it has touched, except for what it shares with another peer.
+    /// The largest charge of a peer: the bytes of the entries that it has touched, except for those that it shares with another
+    /// peer.
     fn most_of(&self, peer: Peer) -> u64 {
         let may_be_charged = |file: &FileId, builds: &HashSet<Owner>| {
             let mut peers = builds.difference(&self.withdrawn).map(|owner| owner.peer);
@@ -157,7 +158,7 @@ impl Model {
         Ok(())
     }
 
-    /// Leases were taken from these.
+    /// Records that leases were taken from these builds.
     fn lost(
         &mut self,
         withdrawn: &[Withdrawn],
@@ -181,8 +182,8 @@ impl Model {
 }
 
 proptest! {
-    /// Nothing that a build was promised is evicted, whatever other builds do. Only who has more than its share loses leases, and
-    /// when all builds are quiet, nothing is leased.
+    /// No entry that was promised to a build is evicted, whatever other builds do. Only builds with more than their share lose
+    /// leases. When all builds are quiet, nothing is leased.
     #[test]
     fn leases_behave_like_their_model(ops in proptest::collection::vec(op(), 1..250)) {
         let mut index = Index::with_leases(LIMIT, TIMES, 0);
@@ -326,7 +327,8 @@ fn requests_without_a_build_lease_for_a_shorter_time() {
     assert_eq!(Index::new(LIMIT).enter(build(1, 1), START), None);
 }
 
-/// The rule about shares: a build that takes all it can get loses its own oldest leases, and another one keeps everything.
+/// The rule about shares: a build that takes all it can get loses its own oldest leases, and another build keeps all of its
+/// leases.
 #[test]
 fn who_has_more_than_its_share_loses_its_own_oldest_leases() {
     for (hog, other) in [(build(1, 1), build(2, 1)), (build(1, 1), build(1, 2)), (build(1, 0), build(1, 1))] {
@@ -346,7 +348,7 @@ fn who_has_more_than_its_share_loses_its_own_oldest_leases() {
     }
 }
 
-/// Results are not served if that would take leases beyond nine tenths, unless somebody else has more than its share.
+/// A result is not served if its leases would exceed nine tenths of the store, unless another build has more than its share.
 #[test]
 fn a_build_does_not_lose_its_leases_for_results_that_it_asks_for() {
     let mut index = Index::with_leases(LIMIT, TIMES, 0);
@@ -362,7 +364,7 @@ fn a_build_does_not_lose_its_leases_for_results_that_it_asks_for() {
     );
 }
 
-/// What two builds share stays when the first one has lost its leases or has ended.
+/// Entries that two builds share stay when the first build has lost its leases or has ended.
 #[test]
 fn what_builds_share_is_charged_to_none_and_stays_until_the_last_is_quiet() {
     let mut index = Index::with_leases(LIMIT, TIMES, 0);
@@ -383,7 +385,7 @@ fn what_builds_share_is_charged_to_none_and_stays_until_the_last_is_quiet() {
     assert_eq!(index.totals().leased, 0);
 }
 
-/// Nobody has more than its share if most is shared, and then nobody loses anything.
+/// If most entries are shared, no build has more than its share, and none loses leases.
 #[test]
 fn nobody_loses_leases_within_its_share() {
     let mut index = Index::with_leases(LIMIT, TIMES, 0);
@@ -400,7 +402,7 @@ fn nobody_loses_leases_within_its_share() {
     }
     assert!(!index.can_lease(100));
     assert!(index.reserve(300).is_err(), "uploads are refused if even that does not fit");
-    // The common rows of one peer are its own.
+    // The common rows of a single peer count as its own.
     let mut index = Index::with_leases(LIMIT, TIMES, 0);
     for name in 0..40 {
         let now = START + 60 * name as u32;
@@ -414,7 +416,7 @@ fn nobody_loses_leases_within_its_share() {
     assert_eq!(index.tally().broken_promises, 0);
 }
 
-/// Leases of builds that have been quiet for long enough count for nobody, although they have not been ended yet.
+/// Expired leases are charged to no build, even before they are ended.
 #[test]
 fn a_build_is_charged_for_nothing_that_was_leased_before_it_returned() {
     let times = LeaseTimes { named: 60, unnamed: 60 };
@@ -436,7 +438,7 @@ fn a_build_is_charged_for_nothing_that_was_leased_before_it_returned() {
     }
     index.expire_leases(returned);
     assert_eq!(index.totals().leased, 20);
-    // It shares nothing with builds that are quiet.
+    // A build shares nothing with builds that are quiet.
     let mut index = stored_by(&[]);
     for name in 0..40 {
         assert!(touch(&index, file(name), build(2, 1), returned));
@@ -445,7 +447,7 @@ fn a_build_is_charged_for_nothing_that_was_leased_before_it_returned() {
     assert!(index.can_lease(200) && withdrawn.iter().all(|lost| lost.peer == build(2, 1).peer));
 }
 
-/// A disk that something else fills takes what it has to, from whoever has most, and that is counted.
+/// When something else fills the disk, leases of the build that has most are broken as necessary, and this is counted.
 #[test]
 fn leases_give_way_to_a_full_disk_and_that_breaks_promises() {
     let mut index = Index::with_leases(LIMIT, TIMES, 0);
@@ -478,13 +480,13 @@ fn evictions_look_at_each_leased_entry_once() {
     assert_eq!(victims, 2 * LEASED);
     assert!((0..LEASED).all(|name| is_there(&index, file(name))));
     assert!(index.order.looks <= 4 * LEASED, "{} looks", index.order.looks);
-    // When the leases are over, these are the least recently used.
+    // When the leases have ended, these entries are the least recently used.
     index.expire_leases(START + TIMES.named);
     let victims = index.evict(LEASED, 0, usize::MAX);
     assert!(victims.iter().all(|victim| victim.file.generation <= LEASED));
 }
 
-/// A client that gives each request another build name gets no more rows than there are, and others still have leases.
+/// A client that names another build in each request gets a bounded number of rows, and other clients still have leases.
 #[test]
 fn the_memory_of_leases_is_bounded() {
     let mut index = Index::with_leases(1 << 40, TIMES, 0);

@@ -1,9 +1,9 @@
-//! [`Leases`]: what builds have touched, and until when it stays.
+//! [`Leases`]: the entries that builds have touched, and how long they are kept for them.
 //!
 //! A lease is not kept for each blob and build. An entry names one *row* of a table, and is leased as long as the row is there. A
 //! row belongs to one build and one period, and counts the bytes of its entries. When the build has been quiet for long enough, its
 //! rows end, each in constant time, and so do the leases of all entries that name them. A build that has too much loses its oldest
-//! row ([`Leases::withdraw_one`]). Names of rows are never used again, so an entry may keep the name of a row that is gone.
+//! row ([`Leases::withdraw_one`]). A name is not given to another row, so an entry may keep the name of a row that has ended.
 //!
 //! An entry that a second build touches moves to a *common* row. Such a row stays until all builds are quiet that were active
 //! while it was the newest. If only builds of one peer share its entries, it is charged to this peer, and otherwise to none, so that
@@ -15,82 +15,76 @@
 //! Bounds: [`ROWS`] rows, of which [`COMMON_ROWS`] are common, and [`BUILDS`] builds: about 300 KiB. Beyond them, builds of a peer
 //! count as one, periods get longer, and what the builds of a peer share is charged to none.
 //!
-//! Readers take leases while they share the index. Only its owner ends rows, so a row that a reader has found stays meanwhile.
+//! Readers take leases while they share the index. Only the owner of the index ends rows, so no row ends while a reader uses it.
 
+mod book;
 mod earlier;
 
 use crate::caller::{Build, Owner, Peer};
-use earlier::EARLIER;
+use book::{BUILDS, Book, CommonRow, LeasingBuild, Payer, SET_WORDS, add_to, set_of};
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
 };
 
-/// Rows that there are at most.
+/// Maximum number of rows.
 pub(super) const ROWS: usize = 4_096;
-/// The part of them that is common,
+/// Maximum number of common rows.
 const COMMON_ROWS: usize = 256;
-/// and the part of those that is kept for what builds of several peers share.
+/// Number of common rows that are kept for entries that builds of several peers share.
 const COMMON_ROWS_OF_ALL: usize = 64;
-/// Builds that have leases at the same time. Others count as one build of their peer.
-const BUILDS: usize = 1_024;
-/// Rows that one build has at most.
+/// Maximum number of rows of one build.
 const ROWS_OF_BUILD: usize = 64;
-/// A build gets a new row after this many seconds,
+/// A build gets a new row when its newest row is this many seconds old.
 const PERIOD_SECS: u32 = 600;
-/// or when its newest row has this part of all bytes that may be leased.
+/// A build also gets a new row when its newest row has more than this fraction of the budget.
 const ROW_PART: u64 = 48;
-/// There is a new common row when the newest one of its kind has this part of them.
+/// The same fraction for common rows.
 const COMMON_ROW_PART: u64 = 16;
-/// Bits of the name of a row that say where it is.
+/// Number of low bits of a row's name that are its position in the table.
 const ROW_BITS: u32 = ROWS.trailing_zeros();
-/// The first and the last name of an entry without a lease.
+/// The name of no row, which entries without a lease have.
 pub(super) const NONE: u32 = 0;
-/// Words of a set of builds.
-const SET_WORDS: usize = BUILDS / 64;
-/// The build that all others count as when there are too many peers.
-const REST: usize = 0;
-/// A peer may have this many times as many builds as there are places left.
-const SHARE: usize = 8;
 
-/// How long leases last, in seconds, after the last request of their build. 0 means that there are none.
+/// How long leases last after the last request of their build, in seconds. 0 means that builds get no leases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LeaseTimes {
-    /// Of a build that says which one it is.
+    /// For builds with a name (`tool_invocation_id`).
     pub named: u32,
-    /// Of requests that do not.
+    /// For requests without the name of a build.
     pub unnamed: u32,
 }
 
-/// The rows in which a build leases entries now.
+/// A build and the rows in which it leases entries now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Lessee {
     /// The newest row of the build.
     own: u32,
-    /// The newest common rows that the build has joined: the one of its peer, and the one of several peers. [`NONE`] if there is none.
+    /// The newest common row of its peer and that of several peers, or [`NONE`]. The build has joined both.
     common: [u32; 2],
     build: usize,
     peer: Peer,
     now: u32,
 }
 
-/// A lease that a build has lost because it had more than its share.
+/// A row that a build has lost because it had more than its share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Withdrawn {
-    /// Whose lease it was. The build is `None` if several builds of the peer had it.
+    /// The peer that was charged for it.
     pub peer: Peer,
+    /// The build. `None` if several builds of the peer shared its entries.
     pub build: Option<Build>,
     /// The bytes that can be evicted now, unless they are held.
     pub bytes: u64,
 }
 
-/// See the module documentation.
+/// See the top of this file.
 pub(super) struct Leases {
     times: LeaseTimes,
-    /// Bytes that may be leased before look-ups of results stop to add to them.
+    /// Bytes that may be leased. Look-ups of results do not lease more.
     pub(super) budget: u64,
     rows: Box<[LeaseRow]>,
     book: Mutex<Book>,
@@ -100,75 +94,21 @@ pub(super) struct Leases {
 
 #[derive(Default)]
 struct LeaseRow {
-    /// [`NONE`] if there is no such row now.
+    /// [`NONE`] if no row is here.
     name: AtomicU32,
-    /// Bytes of the entries that name it,
+    /// Bytes of the entries with its name.
     bytes: AtomicU64,
-    /// and of those among them that are held.
+    /// Bytes of those entries that are held.
     held: AtomicU64,
-}
-
-/// Which builds and rows there are.
-struct Book {
-    places: HashMap<Owner, usize>,
-    builds: Vec<Option<LeasingBuild>>,
-    /// How many of its builds each peer has here.
-    peers: HashMap<Peer, usize>,
-    /// The rows that are free, with the names that they get next. The one that was used last comes last.
-    free: VecDeque<u32>,
-    free_common: VecDeque<u32>,
-    /// The common rows by their places, how many there have been,
-    common: Vec<Option<CommonRow>>,
-    common_begun: u64,
-    /// and the place of the newest one of each payer.
-    newest_common: HashMap<Payer, usize>,
-    /// The build of each row that is not common.
-    build_of: Vec<u16>,
-}
-
-struct LeasingBuild {
-    owner: Owner,
-    lasts: u32,
-    /// When its last request came.
-    active: u32,
-    /// Its rows with the times when they began, the newest one last.
-    rows: VecDeque<(u32, u32)>,
-}
-
-/// The peer that a common row is charged to; `None` if builds of several peers share its entries.
-type Payer = Option<Peer>;
-
-struct CommonRow {
-    name: u32,
-    payer: Payer,
-    since: u32,
-    /// How many common rows began before it.
-    number: u64,
-    /// The builds that may have touched one of its entries, as a set of bits.
-    builds: [u64; SET_WORDS],
 }
 
 impl Leases {
     pub(super) fn new(times: LeaseTimes, limit: u64) -> Self {
-        let first = |row: usize| (1 << ROW_BITS) | row as u32;
-        let rest =
-            LeasingBuild { owner: Owner::default(), lasts: times.named, active: 0, rows: VecDeque::new() };
-        let book = Book {
-            places: HashMap::new(),
-            builds: vec![Some(rest)],
-            peers: HashMap::new(),
-            free: (COMMON_ROWS..ROWS).map(first).collect(),
-            free_common: (0..COMMON_ROWS).map(first).collect(),
-            common: std::iter::repeat_with(|| None).take(COMMON_ROWS).collect(),
-            common_begun: 0,
-            newest_common: HashMap::new(),
-            build_of: vec![0; ROWS],
-        };
         Self {
             times,
             budget: limit / 10 * 9,
             rows: std::iter::repeat_with(LeaseRow::default).take(ROWS).collect(),
-            book: Mutex::new(book),
+            book: Mutex::new(Book::new(times.named)),
             leased: AtomicU64::new(0),
         }
     }
@@ -183,13 +123,13 @@ impl Leases {
         self.leased.load(Relaxed)
     }
 
-    /// The list of the row with this name, if the row is there: entries that name it are leased.
+    /// Returns the position of the row with this name, if it has not ended. Entries with its name are leased.
     pub(super) fn row(&self, name: u32) -> Option<usize> {
         let row = row_of(name);
         (name != NONE && self.rows[row].name.load(Relaxed) == name).then_some(row)
     }
 
-    /// Records a request of a build, whose leases last longer by that. `None` if builds have no leases.
+    /// Records a request of a build, which extends its leases. Returns `None` if builds get no leases.
     pub(super) fn enter(&self, owner: Owner, now: u32) -> Option<Lessee> {
         let lasts = if owner.build.is_named() { self.times.named } else { self.times.unnamed };
         if lasts == 0 {
@@ -207,7 +147,7 @@ impl Leases {
         Some(Lessee { own, common, build, peer: owner.peer, now })
     }
 
-    /// The newest row of a build; a new one if it is full or old.
+    /// Returns the newest row of a build, and begins a new one if that is full or old.
     fn own_row(&self, book: &mut Book, build: usize, now: u32) -> Option<u32> {
         let places_left = book.free.len().saturating_sub(BUILDS - book.places.len());
         let it = book.builds.get_mut(build)?.as_mut()?;
@@ -228,7 +168,8 @@ impl Leases {
         it.rows.back().map(|(name, _)| *name)
     }
 
-    /// The newest common row with this payer, which a build joins; a new one if it is full or old, or if its builds are all quiet.
+    /// Adds a build to the newest common row with this payer, and begins a new row if that is full or old, or if the leases of all its
+    /// builds are over. Returns the name of the row, or `None` if there is no row for this payer and none is free.
     fn join(&self, book: &mut Book, build: usize, payer: Payer, now: u32) -> Option<u32> {
         let newest = book.newest_common.get(&payer).and_then(|place| book.common[*place].as_ref());
         let wants_new = newest.is_none_or(|row| {
@@ -254,7 +195,7 @@ impl Leases {
         Some(row.name)
     }
 
-    /// The row to which an entry in the row `from` moves when the lessee touches it; `None` if it stays.
+    /// Returns the row to which an entry in the row `from` moves when the lessee touches it, or `None` if it stays.
     pub(super) fn target(&self, from: u32, lessee: Lessee) -> Option<u32> {
         let Lessee { own, common, build, peer, now } = lessee;
         if from != NONE && (from == own || common.contains(&from)) {
@@ -282,7 +223,7 @@ impl Leases {
         (target != from).then_some(target)
     }
 
-    /// Counts an entry that moved between rows. Either may be gone, or none.
+    /// Counts an entry that moved between rows. Either may have ended or be [`NONE`].
     pub(super) fn moved(&self, from: u32, to: u32, bytes: u64, is_held: bool, unleased_held: &AtomicU64) {
         let held = if is_held { bytes } else { 0 };
         match self.row(from) {
@@ -303,7 +244,7 @@ impl Leases {
         }
     }
 
-    /// Counts the begin of the first hold of an entry in this row; the answer is false if there is no such row.
+    /// Counts the beginning of the first hold of an entry in this row. Returns false if the row has ended.
     pub(super) fn hold(&self, name: u32, bytes: u64) -> bool {
         let row = self.row(name);
         row.is_some_and(|row| {
@@ -312,7 +253,7 @@ impl Leases {
         })
     }
 
-    /// Counts the end of the last hold of an entry in this row; the answer is false if there is no such row.
+    /// Counts the end of the last hold of an entry in this row. Returns false if the row has ended.
     pub(super) fn release(&self, name: u32, bytes: u64) -> bool {
         let row = self.row(name);
         row.is_some_and(|row| {
@@ -329,7 +270,7 @@ impl Leases {
         }
     }
 
-    /// Ends the leases of builds that have been quiet for long enough. Returns the rows that are gone.
+    /// Ends the leases of builds that have been quiet for long enough. Returns the rows that have ended.
     pub(super) fn expire(&mut self, now: u32) -> Vec<EndedRow> {
         let book = self.book.get_mut().unwrap_or_else(PoisonError::into_inner);
         let mut over = Vec::new();
@@ -344,10 +285,11 @@ impl Leases {
         over.into_iter().map(|name| self.end(name)).collect()
     }
 
-    /// Ends the oldest row of whoever has more than its share, if `wanted` more bytes are leased to the asker and that would be more
-    /// than the budget. Shares are equal: those of all peers with leases, and those of the builds of one peer. The peer with the
-    /// most is the one, and of its builds the one with the most; if it has nothing of its own, the oldest row that only builds of
-    /// this peer share. A newest row stays, and so does what the asker itself has.
+    /// Ends one row if `wanted` more bytes for the asker would exceed the budget, and if a peer has more than its share. All peers
+    /// with leases have equal shares, and so have the builds of one peer.
+    ///
+    /// The peer that is charged with the most bytes loses the oldest row of its build with the most bytes. If no build of the peer can
+    /// lose a row, the peer loses the oldest row that only its builds share. The newest row of a build stays, and the asker's rows too.
     pub(super) fn withdraw_one(
         &mut self,
         wanted: u64,
@@ -444,7 +386,7 @@ impl Leases {
         match book.common.get_mut(row) {
             Some(common) => {
                 let ended = common.take();
-                let payer = ended.map_or(None, |ended| ended.payer);
+                let payer = ended.and_then(|ended| ended.payer);
                 if book.newest_common.get(&payer) == Some(&row) {
                     book.newest_common.remove(&payer);
                 }
@@ -485,100 +427,7 @@ pub(super) struct EndedRow {
     pub(super) held: u64,
 }
 
-impl Book {
-    /// The place of a build. If there are too many, the one of all other builds of its peer, or of everybody.
-    fn place_of(&mut self, owner: Owner, lasts: u32, now: u32) -> usize {
-        if let Some(place) = self.known_place(owner, now) {
-            return place;
-        }
-        let free = BUILDS.saturating_sub(self.builds.iter().flatten().count());
-        let own = self.peers.get(&owner.peer).copied().unwrap_or(0);
-        if own < free.saturating_mul(SHARE) {
-            return self.add(owner, lasts);
-        }
-        let others = Owner { build: Build::OTHERS, ..owner };
-        match self.known_place(others, now) {
-            Some(place) => place,
-            None if free > 0 => self.add(others, lasts),
-            None => REST,
-        }
-    }
-
-    /// The place of a build that is here. One whose leases are over keeps its place until they are ended, but is not found any more.
-    fn known_place(&mut self, owner: Owner, now: u32) -> Option<usize> {
-        let place = *self.places.get(&owner)?;
-        if self.is_active(place, now) {
-            return Some(place);
-        }
-        self.places.remove(&owner);
-        None
-    }
-
-    /// Whether the leases of the build at this place last.
-    fn is_active(&self, place: usize, now: u32) -> bool {
-        let build = self.builds.get(place).and_then(Option::as_ref);
-        build.is_some_and(|build| now < build.active.saturating_add(build.lasts))
-    }
-
-    fn is_any_active(&self, builds: &[u64; SET_WORDS], now: u32) -> bool {
-        let mut places = (0..self.builds.len()).filter(|place| builds[place / 64] & 1 << (place % 64) != 0);
-        places.any(|place| self.is_active(place, now))
-    }
-
-    fn add(&mut self, owner: Owner, lasts: u32) -> usize {
-        let build = LeasingBuild { owner, lasts, active: 0, rows: VecDeque::new() };
-        let place = self.builds.iter().position(Option::is_none).unwrap_or(self.builds.len());
-        match self.builds.get_mut(place) {
-            Some(free) => *free = Some(build),
-            None => self.builds.push(Some(build)),
-        }
-        self.places.insert(owner, place);
-        *self.peers.entry(owner.peer).or_default() += 1;
-        place
-    }
-
-    /// Forgets a build, which leaves the common rows. Returns the names of its own.
-    fn leave(&mut self, place: usize) -> Vec<u32> {
-        for row in self.common.iter_mut().flatten() {
-            row.builds[place / 64] &= !(1 << (place % 64));
-        }
-        let Some(build) = self.builds.get_mut(place) else { return Vec::new() };
-        if place == REST {
-            let rows = build.as_mut().map(|build| std::mem::take(&mut build.rows));
-            return rows.into_iter().flatten().map(|(name, _)| name).collect();
-        }
-        let Some(build) = build.take() else { return Vec::new() };
-        if self.places.get(&build.owner) == Some(&place) {
-            self.places.remove(&build.owner);
-        }
-        if let Some(count) = self.peers.get_mut(&build.owner.peer) {
-            *count -= 1;
-            if *count == 0 {
-                self.peers.remove(&build.owner.peer);
-            }
-        }
-        build.rows.into_iter().map(|(name, _)| name).collect()
-    }
-
-    /// Who pays for what the build at this place has touched, once a build of the peer `other` has touched it too. What was leased
-    /// before the start may well be the other's own.
-    fn payer_of(&self, place: usize, other: Peer) -> Payer {
-        let owner = self.builds.get(place).and_then(Option::as_ref)?.owner;
-        Some(if owner == EARLIER { other } else { owner.peer })
-    }
-}
-
 /// Where the row of this name is.
 fn row_of(name: u32) -> usize {
     name as usize % ROWS
-}
-
-fn set_of(place: usize) -> [u64; SET_WORDS] {
-    let mut set = [0; SET_WORDS];
-    set[place / 64] = 1 << (place % 64);
-    set
-}
-
-fn add_to(set: &mut [u64; SET_WORDS], more: &[u64; SET_WORDS]) {
-    set.iter_mut().zip(more).for_each(|(set, more)| *set |= more);
 }

@@ -1,19 +1,20 @@
 //! [`Links`]: which blobs a result needs, and which results need a blob.
 //!
-//! A result whose blob goes can then go in the same step, and whether a result is complete costs no access to the disk. The links have
-//! a bound of their own, because a result may need any number of blobs. Beyond it, those of the results that were linked first are
-//! forgotten; such a result is read again, with its Trees, when it is asked for, and found incomplete then.
+//! With links, a result is dropped in the same step as one of its blobs, and a look-up knows without reading files whether a
+//! result is complete. Links have a bound of their own, because a result may need any number of blobs. Beyond it, the links of
+//! the results that were linked first are forgotten. Such a result and its Trees are read again at the next look-up, which finds
+//! out whether it is complete.
 //!
-//! A link is a node in two lists: those of its result, and those of its blob.
+//! A link is a node in two lists: the links of its result, and the links of its blob.
 
 use super::order::NIL;
 use std::collections::{HashMap, VecDeque};
 
-/// Memory for one link: its node, and its part of the tables at their emptiest.
+/// Memory for one link: its node, and its part of the tables when they are emptiest.
 const LINK_BYTES: u64 = 48;
 /// Memory for one result with links.
 const RESULT_BYTES: u64 = 64;
-/// A result that would take this part of all memory for links gets none.
+/// A result gets no links if they would take more than this part of the memory for links.
 const RESULT_PART: u64 = 4;
 
 /// See the module documentation.
@@ -29,9 +30,9 @@ pub(super) struct Links {
     of_result: HashMap<u32, (u32, u64)>,
     /// The first node of each blob.
     of_blob: HashMap<u32, u32>,
-    /// The results by the time when they were linked. Some are not linked any more, or again.
+    /// The results in the order in which they were linked. Entries of results that were unlinked or linked again are stale.
     by_age: VecDeque<(u32, u64)>,
-    /// How often a result was linked.
+    /// Number of times that results were linked.
     linked: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Look-ups, none of which needs exclusive access.
+//! Look-ups. None of them needs exclusive access.
 
 use super::{
     EntryKind, EntryRef, FileId, FoundEntry, FoundResult, Index, Key, NotedUse, Seal,
@@ -19,7 +19,7 @@ impl Index {
         self.slot_of(key).map(|slot| self.use_slot(slot, self.slab.hot(slot), now))
     }
 
-    /// Where an entry is. This does not count as a use.
+    /// Finds an entry. This does not count as a use.
     pub(in super::super) fn place_of(&self, key: &Key) -> Option<EntryRef> {
         let slot = self.slot_of(key)?;
         Some(EntryRef { slot, generation: self.slab.hot(slot).generation })
@@ -37,9 +37,9 @@ impl Index {
         Some(self.slab.key(newest).digest)
     }
 
-    /// The results of these namespaces in a part of the slots, without counting this as a use: those from `from` on, at most
-    /// `max` slots. Also returns the slot to go on from; `None` at the end. An entry keeps its slot until it is removed, and the
-    /// result that replaces it has the same slot.
+    /// The results of these namespaces in at most `max` slots from `from` on. This does not count as a use. Also returns the
+    /// slot to continue from; `None` at the end. An entry keeps its slot until it is removed, and the result that replaces it
+    /// has the same slot.
     pub(in super::super) fn results_from(
         &self,
         instances: [InstanceId; 2],
@@ -109,7 +109,7 @@ impl Index {
         NotedUse { at: EntryRef { slot, generation: entry.generation }, touch_due, settle_due }
     }
 
-    /// What was found by a use of an entry that is there.
+    /// The entry that a look-up has used.
     pub(super) fn found(&self, NotedUse { at, touch_due, settle_due }: NotedUse) -> FoundEntry {
         let stamp = self.slab.cold(at.slot).seal;
         FoundEntry { at, file: self.file_at(at.slot), stamp, touch_due, settle_due }

@@ -125,7 +125,7 @@ impl Model {
     }
 }
 
-/// Settles a use as the owner of an index does after a look-up.
+/// Settles a use, as the owner of an index does after a look-up.
 pub(super) fn settle(index: &mut Index, found: Option<FoundEntry>) {
     if let Some(found) = found.filter(|found| found.settle_due) {
         index.settle(found.at);
@@ -208,7 +208,7 @@ proptest! {
                     prop_assert_eq!(got.as_ref().map(|grant| &grant.victims), expected.as_ref());
                     let Some(grant) = got else { continue };
                     model.reservations.push(bytes);
-                    // It waits until all that is reserved fits on the disk.
+                    // The write waits until all reservations fit on the disk.
                     let to_wait = grant.after_deletions.saturating_sub(index.bytes_deleted());
                     let on_disk = model.used() + model.reserved() + model.undeleted - to_wait;
                     prop_assert!(to_wait <= model.undeleted && on_disk <= LIMIT);
@@ -292,8 +292,8 @@ pub(super) fn store_numbered(index: &mut Index, number: u64, bytes: u64) -> File
 }
 
 proptest! {
-    /// The owner settles look-ups late, out of order or never. It must still not evict a held entry, nor a used entry while
-    /// it keeps an unused one.
+    /// Even if the owner settles look-ups late, out of order or never, it evicts no held entry, and no used entry while it
+    /// keeps an unused one.
     #[test]
     fn an_eviction_sees_uses_that_are_not_settled(
         touches in proptest::collection::vec((0u8..20, 0u8..4), 0..60),

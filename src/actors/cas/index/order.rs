@@ -6,7 +6,7 @@
 //! put each such entry on a stack, which is emptied before the next eviction.
 //!
 //! An eviction that finds a leased entry moves it to a list of its row. When the row ends, the whole list becomes the end of the
-//! list of all entries, in constant time. So leased entries cost one look each, too.
+//! list of all entries, in constant time. So leased entries, too, cost one look each.
 //!
 //! Each list is a ring that is closed by a link of its own, so an entry can be taken out of its list without knowing which it is.
 
@@ -21,14 +21,14 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 pub(super) const NIL: u32 = u32::MAX;
 /// The entry is not on the stack of released entries.
 const NOT_RELEASED: u32 = NIL - 1;
-/// The link that closes the list of all entries. Slots stay below it and those of the other lists, because memory ends long before.
+/// The link that closes the list of all entries. Slots are smaller than the links of all lists, because memory ends long before.
 const ALL: u32 = NIL - 2;
 /// The number of lists.
 const LISTS: usize = ROWS + 1;
 
-/// In one epoch, this part of all entries is put at the head of the list.
+/// An epoch ends when this part of all entries was put at the head of the list.
 const EPOCHS_PER_LIST: usize = 64;
-/// An entry that was put there in one of the last epochs is recent: less than a quarter of all entries are newer.
+/// An entry that was put at the head in one of the last epochs is recent: less than a quarter of all entries are newer.
 const RECENT_EPOCHS: u16 = 15;
 
 /// The ends of a list.
@@ -41,16 +41,17 @@ struct ListEnds {
 /// The ends of the lists, and the clock of the head of the list of all entries.
 #[derive(Debug)]
 pub(super) struct UseOrder {
-    /// The list of all entries, and then those of the rows.
+    /// The list of all entries, followed by the lists of the rows.
     ends: Vec<ListEnds>,
-    /// It wraps, which at worst loses one use: that of an entry that thousands of times as many entries as there are have passed.
+    /// The number of the epoch. It wraps around. At worst, this loses one use of an entry that was not used while a thousand
+    /// times as many entries as the list has were put at the head.
     epoch: u16,
-    /// How many entries have been put at the head of the list in this epoch.
+    /// Number of entries that were put at the head of the list in this epoch.
     in_epoch: usize,
     /// The top of the stack of entries that were set aside and are not held any more. Readers push entries while they share the
     /// index, and its owner takes all of them.
     released: AtomicU32,
-    /// How many entries evictions have looked at.
+    /// Number of entries that evictions have examined.
     #[cfg(test)]
     pub(super) looks: u64,
 }
@@ -105,7 +106,7 @@ impl Index {
         }
     }
 
-    /// The entry that would be evicted first, as far as that is known without moving any.
+    /// The entry that would probably be evicted first. No entry is moved to find out.
     pub(super) fn oldest(&self) -> Option<&Hot> {
         let ListEnds { oldest, .. } = self.order.all();
         (oldest != ALL).then(|| self.slab.hot(oldest))
@@ -130,15 +131,16 @@ impl Index {
 
     /// Marks an entry as used, unless it is recent enough in the list. Returns whether the mark is new.
     pub(super) fn mark_used(&self, entry: &Hot) -> bool {
-        // In a short list even the newest entry is marked, because others that were used before it may be about to move ahead
-        // of it.
+        // In a short list, even the newest entry is marked, because entries that were used earlier may be about to move ahead of
+        // it.
         let is_recent =
             self.table.len() >= EXACT_BELOW && self.order.epoch.wrapping_sub(entry.linked_in) < RECENT_EPOCHS;
         !is_recent && entry.set(USED)
     }
 
-    /// The least recently used entry that is neither held nor leased. Older entries that are held or leased are set aside, and those whose use is not
-    /// settled yet move to the head of the list. So each hold and each use costs one look, and one pass sees every candidate.
+    /// The least recently used entry that is neither held nor leased. Older entries that are held or leased are set aside, and
+    /// older entries whose use is not settled yet move to the head of the list. So each hold and each use costs one look, and one
+    /// pass sees every candidate.
     pub(super) fn oldest_evictable(&mut self) -> Option<u32> {
         self.put_back_released();
         if self.totals.used == self.totals().pinned {

@@ -1,4 +1,4 @@
-//! Compression at rest, as the index sees it: which blobs are to be compressed, and how the entry of a compressed blob changes.
+//! The index's part of compression at rest: it selects the blobs to compress, and changes the entry of a compressed blob.
 
 use super::{EntryKind, EntryRef, FileId, FoundEntry, Index, Stamp, Victim, entry::INCOMPRESSIBLE};
 use std::sync::atomic::Ordering::Relaxed;
@@ -6,15 +6,15 @@ use std::sync::atomic::Ordering::Relaxed;
 /// Which blobs are worth compressing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ColdBlobs {
-    /// Their last recorded use was at this time or before, in seconds since 1970.
+    /// The latest recorded use that they may have, in seconds since 1970.
     pub(crate) used_until: u32,
-    /// They have at least this many bytes.
+    /// Their smallest size.
     pub(crate) min_bytes: u64,
 }
 
 impl Index {
-    /// The blobs to compress in a part of the slots, without counting this as a use: those from `from` on, at most `max` slots. Also
-    /// returns the slot to go on from; `None` at the end.
+    /// The blobs to compress in at most `max` slots from `from` on. This does not count as a use. Also returns the slot to
+    /// continue from; `None` at the end.
     pub(in super::super) fn cold_from(
         &self,
         cold: ColdBlobs,
@@ -45,16 +45,16 @@ impl Index {
         Some(self.live(at)?.touched.load(Relaxed))
     }
 
-    /// Records that a blob does not get smaller. It is not found by [`Index::cold_from`] any more.
+    /// Records that a blob does not get smaller. [`Index::cold_from`] skips it from now on.
     pub(in super::super) fn mark_incompressible(&self, at: EntryRef) {
         if let Some(entry) = self.live(at) {
             entry.set(INCOMPRESSIBLE);
         }
     }
 
-    /// Gives a blob another file, which takes `bytes` and was verified at this stamp. Its place in the order of use and its leases
-    /// stay. Returns the file that is to be deleted: the old one, or, as an error, the new one if the blob has another file by now or
-    /// somebody holds it.
+    /// Gives a blob another file, which takes `bytes` and was verified at this stamp. Its place in the order of use and its
+    /// leases stay. Returns the old file, which has to be deleted. If the blob is held or has another file by now, the error is
+    /// the new file, which has to be deleted instead.
     pub(in super::super) fn repack(
         &mut self,
         from: &FileId,

@@ -1,4 +1,4 @@
-//! What keeps an entry from eviction: holds of readers and running actions, and leases of builds.
+//! Pins, which keep an entry from eviction: holds of readers and running actions, and leases of builds.
 
 use super::{
     EntryKind, EntryRef, FoundEntry, Index, Key, Lessee, Victim, Withdrawn,
@@ -41,7 +41,7 @@ impl Index {
         }
     }
 
-    /// Records a request of a build, whose leases last longer by that. `None` if builds have no leases.
+    /// Records a request of a build, which extends its leases. `None` if builds have no leases.
     pub(in super::super) fn enter(&self, owner: Owner, now: u32) -> Option<Lessee> {
         self.leases.enter(owner, now)
     }
@@ -62,21 +62,21 @@ impl Index {
         }
     }
 
-    /// [`Index::lease`] of what is stored under a key.
+    /// Like [`Index::lease`], for the entry with this key.
     pub(in super::super) fn lease_key(&self, key: &Key, lessee: Lessee) {
         if let Some(at) = self.place_of(key) {
             self.lease(at, lessee);
         }
     }
 
-    /// The bytes of these blobs that are stored and not leased.
+    /// The bytes of those of these blobs that are stored and not leased.
     pub(in super::super) fn unleased_bytes(&self, blobs: impl Iterator<Item = Key>) -> u64 {
         let unleased = |slot: &u32| self.leases.row(self.slab.hot(*slot).lease()).is_none();
         let slots = blobs.filter_map(|key| self.slot_of(&key)).filter(unleased);
         slots.map(|slot| self.slab.cold(slot).bytes).sum()
     }
 
-    /// Whether so many more bytes can be leased.
+    /// Whether this many more bytes can be leased.
     pub(in super::super) fn can_lease(&self, bytes: u64) -> bool {
         self.leases.leased().saturating_add(bytes) <= self.leases.budget
     }
@@ -93,8 +93,8 @@ impl Index {
         }
     }
 
-    /// Makes room for `wanted` bytes to be leased, or as much as there can be: ends leases that are over, and takes the oldest leases
-    /// from those who have more than their share. What the asker has itself is not taken from it.
+    /// Makes room for leases of `wanted` bytes, or as much as possible: ends expired leases, and takes the oldest leases from
+    /// builds that have more than their share. The leases of the asker itself are not taken.
     pub(in super::super) fn ease_leases(
         &mut self,
         wanted: u64,
@@ -114,8 +114,8 @@ impl Index {
         all
     }
 
-    /// Like [`Index::evict`], for a disk that something else fills: where nothing else is left, leases end, the oldest of whoever has
-    /// most first. Evicting what was leased breaks a promise.
+    /// Like [`Index::evict`], for a disk that is filled by something else. When nothing else is left to evict, leases end: the
+    /// build that has most loses its oldest ones first. To evict an entry that was leased breaks a promise.
     pub(in super::super) fn evict_even_leased(
         &mut self,
         bytes: u64,
@@ -139,7 +139,7 @@ impl Index {
         victims
     }
 
-    /// Returns the entries of a row that is gone to the order of use.
+    /// Puts the entries of a row that has ended back into the order of use.
     fn end_row(&mut self, ended: EndedRow) {
         *self.unleased_held.get_mut() += ended.held;
         self.put_row_back(ended.row);

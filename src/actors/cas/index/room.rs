@@ -1,12 +1,12 @@
-//! Room: what is reserved, what is evicted for it, and what still has to be deleted.
+//! Room: reservations, the evictions that make room for them, and the bytes that are still being deleted.
 
 use super::{Grant, Index, Shortage, Totals, Victim};
 
 /// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is used.
 pub(super) const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
-/// When less than this part of a store is free, entries are evicted ahead of need,
+/// When less than this part of a store is free, entries are evicted ahead of need.
 const HIGH_WATER_PART: u64 = 50;
-/// until this part is.
+/// Evictions ahead of need end when this part of a store is free.
 const LOW_WATER_PART: u64 = 20;
 /// While less than this part is free on disk, large writes wait for deletions.
 const KEPT_FOR_SMALL_PART: u64 = 80;
@@ -30,9 +30,9 @@ impl Index {
         self.reserve_beside(wanted, false)
     }
 
-    /// [`Index::reserve`] for a write that may be large. A large write has to wait for deletions while less than
-    /// [`KEPT_FOR_SMALL_PART`] is free on disk besides, and small ones do not. So a large write into a full store waits for the
-    /// deletions that it causes, and others do not wait for them.
+    /// Like [`Index::reserve`], for a write that may be large. A large write leaves [`KEPT_FOR_SMALL_PART`] of the store free on
+    /// disk and waits for deletions until then. A small write does not. So a large write into a full store waits for the
+    /// deletions that it causes, and small writes do not wait for them.
     ///
     /// # Errors
     /// As [`Index::reserve`].
@@ -44,7 +44,7 @@ impl Index {
         self.check_fit(wanted, 0)?;
         let Totals { used, reserved, .. } = self.totals;
         let mut victims = Vec::new();
-        // No hold or lease can be taken meanwhile, and everything else can be evicted, so this always frees enough.
+        // No hold or lease can be taken meanwhile, and all other entries can be evicted, so this always frees enough.
         let target = self.room().saturating_sub(reserved).saturating_sub(wanted);
         if used > target {
             self.evict_down_to(target, usize::MAX, &mut victims);
@@ -54,7 +54,8 @@ impl Index {
         Ok(Grant { victims, after_deletions: self.free_after(kept) })
     }
 
-    /// The count of deleted bytes at which all that is reserved fits on the disk beside what is being deleted, and `kept` bytes more.
+    /// The count of deleted bytes at which all reservations and `kept` more bytes fit on the disk beside the files that are being
+    /// deleted.
     fn free_after(&self, kept: u64) -> u64 {
         let Totals { used, reserved, deleting, .. } = self.totals;
         let on_disk = used.saturating_add(reserved).saturating_add(deleting);
@@ -62,12 +63,12 @@ impl Index {
         self.deleted_ever + lacking.min(deleting)
     }
 
-    /// Whether it evicts ahead of need.
+    /// Whether entries are evicted ahead of need.
     fn has_marks(&self) -> bool {
         self.totals.limit >= WATERMARKS_FROM_BYTES
     }
 
-    /// Evicts at most `max` entries of those that [`Index::reserve`] would evict.
+    /// Evicts at most `max` of the entries that [`Index::reserve`] would evict.
     pub(in super::super) fn evict_for(&mut self, wanted: u64, max: usize) -> Vec<Victim> {
         let reserved = self.totals.reserved;
         let mut victims = Vec::new();
@@ -93,7 +94,7 @@ impl Index {
         if free >= wanted { Ok(()) } else { Err(Shortage { wanted, held, leased, reserved, limit }) }
     }
 
-    /// Ends a reservation, or what is left of one.
+    /// Ends a reservation or a part of one.
     pub(in super::super) fn unreserve(&mut self, bytes: u64) {
         self.totals.reserved = self.totals.reserved.saturating_sub(bytes);
     }

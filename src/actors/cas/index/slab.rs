@@ -1,7 +1,7 @@
 //! [`Slab`]: the memory of the entries.
 //!
-//! It grows by chunks of a fixed size. So an entry never moves, growing takes microseconds however many entries there are, and at
-//! most one chunk is not used.
+//! It grows by chunks of a fixed size. So an entry never moves, growing takes microseconds for any number of entries, and at most
+//! one chunk is unused.
 
 use super::{
     FileId, Key, Stamp,
@@ -111,7 +111,7 @@ impl Slab {
         (self.len - 1) as u32
     }
 
-    /// Takes out the last chunk, unless it is full.
+    /// Removes and returns the last chunk, unless it is full.
     fn pop_partial(&mut self) -> Option<(Vec<Hot>, Vec<Cold>)> {
         if self.len.is_multiple_of(CHUNK) {
             return None;

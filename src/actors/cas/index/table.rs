@@ -1,7 +1,7 @@
 //! [`SlotTable`]: finds the slot of a key.
 //!
-//! It consists of many small hash tables, because a hash table moves everything in it when it grows, and nothing can be looked up
-//! meanwhile. The parts grow one at a time.
+//! It consists of many small hash tables, the parts, which grow one at a time. A hash table moves all of its entries when it
+//! grows, and nothing can be looked up meanwhile.
 
 use super::{Key, entry::parts_of, slab::Slab};
 use hashbrown::{HashTable, hash_table::Entry};
@@ -11,9 +11,9 @@ use std::{
     sync::{Mutex, OnceLock, PoisonError},
 };
 
-/// The number of parts. With ten million entries, a part has 160,000 of them and grows in some milliseconds.
+/// The number of parts. With ten million entries, a part has 160,000 of them and grows in a few milliseconds.
 const PARTS: usize = 64;
-/// Jobs that fill a table at the same time, each some of the parts. With more, the memory would be the limit.
+/// Number of jobs that fill a table at the same time, each a part of it. With more jobs, memory would be the limit.
 const JOBS: usize = 4;
 /// Slots that are sorted by part before they are added. This takes 16 MiB, and a part stays in the cache for 16,000 of them.
 const FILL_AT_ONCE: usize = if cfg!(test) { 64 } else { 1 << 20 };
@@ -60,15 +60,15 @@ impl SlotTable {
         self.len += 1;
     }
 
-    /// Adds all entries of a slab to an empty table. Returns the slots that were not added, in order, because another one was there
-    /// whose key differs at most in the size of the digest.
+    /// Adds all entries of a slab to an empty table. Returns, in order, the slots that were not added because the table has an
+    /// entry whose key differs at most in the size of the digest.
     pub(super) fn fill(&mut self, slab: &Slab, run: RunJobs<'_>) -> Vec<u32> {
         let (hasher, len) = (&self.hasher, slab.len());
         let hash_of = |slot: u32| hash_of_entry(hasher, slab, slot);
         for part in &mut self.parts {
             part.reserve(len / PARTS, |&slot| hash_of(slot));
         }
-        // Each job has its own, so no job waits for another one.
+        // Each job has its own parts, so no job waits for another one.
         let parts: Vec<_> =
             self.parts.chunks_mut(PARTS / JOBS).map(|parts| Mutex::new((parts, Vec::new()))).collect();
         for start in (0..len).step_by(FILL_AT_ONCE) {
@@ -129,7 +129,7 @@ fn sort_by_part(slots: Range<usize>, hash_of: impl Fn(u32) -> u64) -> Vec<Vec<(u
     sorted
 }
 
-/// Adds slots to a part. Those that cannot be added are refused.
+/// Adds slots to a part. Returns the slots that cannot be added.
 fn fill_part<'a>(
     part: &mut HashTable<u32>,
     slots: impl Iterator<Item = &'a (u64, u32)>,
@@ -152,7 +152,7 @@ fn hash_without_size(hasher: &RandomState, key: &Key) -> u64 {
     hash_of_parts(hasher, hash, names)
 }
 
-/// The same for the key of an entry.
+/// The hash of the key of an entry, without its size.
 fn hash_of_entry(hasher: &RandomState, slab: &Slab, slot: u32) -> u64 {
     slab.hot(slot).with_parts(&slab.tails, |hash, names| hash_of_parts(hasher, hash, names))
 }

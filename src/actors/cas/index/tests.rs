@@ -35,7 +35,8 @@ fn evictions_look_at_each_held_entry_once() {
     assert!(victims.iter().all(|victim| victim.file.generation > HELD));
     assert_eq!(victims.len() as u64, HELD - 10);
     assert!(index.order.looks <= 2 * HELD, "{} looks", index.order.looks);
-    // They are evicted in the order in which their holds ended, settled or not, after entries that were used before.
+    // The entries are evicted in the order in which their holds ended, whether that was settled or not, and after entries that
+    // were used earlier.
     for (number, at) in holds.into_iter().enumerate() {
         assert!(index.release(at), "it has to return to the list");
         if number % 2 == 0 {
@@ -80,7 +81,7 @@ fn a_use_counts_however_many_epochs_ago_the_previous_use_was() {
     }
 }
 
-/// The bytes on disk never exceed the limit, and nobody waits for longer than that takes.
+/// The bytes on disk never exceed the limit, and no write waits longer than this requires.
 #[test]
 fn a_writer_waits_until_its_bytes_fit_on_disk_beside_what_is_being_deleted() {
     let mut index = Index::new(LIMIT);
@@ -100,7 +101,7 @@ fn a_writer_waits_until_its_bytes_fit_on_disk_beside_what_is_being_deleted() {
     assert!(third.victims.is_empty() && is_free(&index, &third));
 }
 
-/// A large write into a full store does not take the room that its deletions have not made yet from small ones.
+/// While a large write into a full store waits for its deletions, it takes no room from small writes.
 #[test]
 fn a_large_write_waits_for_deletions_while_small_ones_do_not() {
     let mut index = Index::new(WATERMARKS_FROM_BYTES);
@@ -176,7 +177,7 @@ fn a_large_store_is_trimmed_from_the_high_to_the_low_water_mark() {
     assert!(index.trim(3).is_empty());
 }
 
-/// Whatever the number of blobs, and thus the load of the hash tables.
+/// This holds for any number of blobs, and thus for any load of the hash tables.
 #[test]
 fn a_sha256_blob_takes_at_most_100_bytes_of_memory() {
     const COUNT: u64 = 1_000_000;
@@ -194,7 +195,7 @@ fn a_sha256_blob_takes_at_most_100_bytes_of_memory() {
     assert!(worst <= 100 * 100, "{}.{:02} bytes each", worst / 100, worst % 100);
 }
 
-/// Long hashes and large sizes lie elsewhere, and everything is found as it was stored.
+/// Long hashes and large sizes are kept in key tails. Every entry is found as it was stored.
 #[test]
 fn any_key_is_found_as_it_was_stored() {
     let sizes = [0, 1, u64::from(u32::MAX), 1 << 32, (1 << 40) - 1, 1 << 40, i64::MAX as u64];
@@ -230,7 +231,7 @@ fn any_key_is_found_as_it_was_stored() {
     assert_eq!(index.memory(), memory, "what was free is used again");
 }
 
-/// AC-03: whatever takes a blob, its results go in the same step, and others stay.
+/// AC-03: when a blob is removed for any reason, its results are removed in the same step, and other results stay.
 #[test]
 fn a_result_goes_in_the_same_step_as_its_blob() {
     type Loss = fn(&mut Index, EntryRef);

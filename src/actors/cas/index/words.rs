@@ -3,14 +3,14 @@
 use crate::instance::InstanceId;
 use gorego_reapi::{digest::Digest, error::Error};
 
-/// What an entry is.
+/// The kind of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum EntryKind {
     /// A blob, under its own digest.
     Blob,
     /// An action result, under the digest of its action.
     Result,
-    /// The zstd form of a blob, under the digest of the blob. It only saves work; nobody depends on it.
+    /// The zstd form of a blob, under the digest of the blob. It only saves work, and nothing depends on it.
     Zstd,
 }
 
@@ -39,7 +39,7 @@ pub struct FileId {
 impl FileId {
     /// The numbers of files that are not in segments.
     pub(crate) const SEQUENCES: std::ops::Range<u64> = 1..1 << 62;
-    /// The bits of a generation that say what kind of file it is, and those of a packed file.
+    /// The bits of a generation that tell the kind of the file, and their value for a packed file.
     const KIND_BITS: u64 = 3 << 62;
     const PACKED: u64 = 1 << 62;
 
@@ -97,7 +97,7 @@ pub struct EntryRef {
 }
 
 impl EntryRef {
-    /// Its place in the index.
+    /// The slot of the entry in the index.
     pub fn slot(self) -> u32 {
         self.slot
     }
@@ -128,18 +128,18 @@ impl Stamp {
         self.changed
     }
 
-    /// What the index keeps of it.
+    /// The stamp in the compact form that the index keeps.
     pub(super) fn seal(self) -> Seal {
         if self == Self::UNTRUSTED {
             return Seal::UNTRUSTED;
         }
-        // An odd factor, so that two stamps with the same inode or the same change time never have the same seal.
+        // The factor is odd, so that two stamps with the same inode or the same change time never have the same seal.
         let mixed = self.inode.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ self.changed as u64;
         Seal(mixed.max(1))
     }
 }
 
-/// The stamp of a file when its content was last verified, in half the memory. It tells only whether another stamp is the same.
+/// The stamp of a file when its content was last verified, in half the memory. It can only be compared with another stamp.
 /// Two stamps that differ both in the inode and in the change time have the same seal with a probability of 2^-64.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seal(u64);
@@ -175,7 +175,7 @@ pub(crate) struct FoundEntry {
     pub settle_due: bool,
 }
 
-/// A use of an entry that was looked up only to learn whether it is there.
+/// A use of an entry by a look-up that only asks whether the entry exists.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct NotedUse {
     pub at: EntryRef,
@@ -185,7 +185,7 @@ pub(crate) struct NotedUse {
     pub settle_due: bool,
 }
 
-/// A result that was found without being asked for.
+/// A result that was found by walking the index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FoundResult {
     pub at: EntryRef,
@@ -225,11 +225,11 @@ pub struct Totals {
     pub results: u64,
     /// Number of zstd forms.
     pub zstd_forms: u64,
-    /// Number of blobs that are kept compressed,
+    /// Number of blobs that are kept compressed.
     pub packed_blobs: u64,
-    /// the bytes that they have,
+    /// Bytes of these blobs before compression.
     pub packed_content: u64,
-    /// and the part of `used` that they take.
+    /// The part of `used` that these blobs take.
     pub packed_used: u64,
     /// Bytes on disk of all entries.
     pub used: u64,
@@ -243,13 +243,13 @@ pub struct Totals {
     pub reserved: u64,
     /// Bytes of files that are being deleted.
     pub deleting: u64,
-    /// Bytes on disk besides those of the entries, such as those of deleted blobs that are not reclaimed yet.
+    /// Bytes on disk that belong to no entry, such as the bytes of deleted blobs that are not reclaimed yet.
     pub overhead: u64,
     /// The bound on `used`, `reserved` and `overhead` together, in bytes.
     pub limit: u64,
 }
 
-/// What has happened to an index since the start of the server.
+/// Counts of the events in an index since the start of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tally {
     /// Entries that were evicted.

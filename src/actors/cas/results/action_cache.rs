@@ -1,14 +1,14 @@
 //! The action cache part of [`Cas`]: results are read, checked against what is stored, and written.
 //!
 //! The first look-up of a result reads its file, and the Trees and Directories that it names. Blobs that were not read since
-//! the start are hashed, so that no result outlives a damaged blob. The [`LoadedResult`] is immutable and cached in memory.
-//! From then on a hit is a look-up that checks and renews every reference in the index (AC-03, AC-04).
+//! the start are hashed, so that a result with a damaged blob is not served. The [`LoadedResult`] is immutable and cached in
+//! memory. From then on a hit is a look-up that checks and renews every reference in the index (AC-03, AC-04).
 
 use crate::actors::cas::{
-    blob::{is_sound, not_found, read_unchecked, read_unless_large, report},
+    checked::{is_sound, not_found, read_unchecked, read_unless_large, report},
     client::{Cas, Provenance},
     decoding::worst_case,
-    index::{EntryRef, FoundEntry, Stamp},
+    index::{EntryKind, EntryRef, FoundEntry, Key, Stamp},
     lookup::Purpose,
     results::{self, DirectReferences, LoadedResult, PreparedResult, ResultLookup, Uploader},
     settings::{
@@ -58,7 +58,7 @@ impl Cas {
                 }
                 ResultLookup::Cold(found) => found,
             };
-            // Only a result that was replaced meanwhile is worth another try.
+            // The look-up is tried again only if the result was replaced meanwhile.
             if tried.replace(found.file.generation) == Some(found.file.generation) {
                 return Ok(None);
             }
@@ -77,7 +77,7 @@ impl Cas {
         found: FoundEntry,
     ) -> Result<Option<SharedResult>> {
         let id = instance.id();
-        // Its blobs are leased when it is confirmed, if there is room for that.
+        // The blobs are leased when the result is confirmed, if there is room for that.
         let reader = self.without_leases();
         let Some((result, room)) = reader.read_result(instance, action, found).await? else {
             return Ok(None);
@@ -114,8 +114,8 @@ impl Cas {
         }
     }
 
-    /// Takes room for a result that is not small. It may be dropped from the memo while its request waits for room for the
-    /// answer, and would then be counted nowhere.
+    /// Takes room for a result that is not small. The memo may drop it while its request waits for room for the answer, and
+    /// then its memory would not be counted.
     pub(crate) async fn with_room(&self, result: SharedResult) -> Result<SharedResult> {
         if result.memory() <= UNCOUNTED_BYTES {
             return Ok(result);
@@ -146,7 +146,7 @@ impl Cas {
         Ok(())
     }
 
-    /// Whether there is room to lease the blobs of a result with many references, perhaps after others have lost leases.
+    /// Whether there is room to lease the blobs of a result with many references. Other builds may lose leases for it.
     async fn has_leases_for(&self, instance: &Instance, loaded: &LoadedResult) -> Result<bool> {
         if !self.may_lack_leases(loaded)? {
             return Ok(true);
@@ -195,7 +195,7 @@ impl Cas {
         if is_long { self.blocking(load).await } else { Ok(load()) }
     }
 
-    /// Reads and decodes the file of a result. A large one comes with the room that it takes.
+    /// Reads and decodes the file of a result. A large result is returned with the room that it takes.
     async fn read_result(
         &self,
         instance: &Instance,
@@ -209,7 +209,8 @@ impl Cas {
             Err(Error::NotFound(_)) => return Ok(None),
             Err(error) => return Err(error),
         };
-        // All room is taken before the bytes are read, that for the result first: who holds room to decode waits for nothing.
+        // All room is taken before the bytes are read, and the room for the result comes first, because a request with room
+        // to decode must not wait for anything.
         let (mut room, decoding) = match &small {
             Ok(_) => (None, None),
             Err(size) => {
@@ -246,7 +247,7 @@ impl Cas {
         .await?
     }
 
-    /// Everything that a result references.
+    /// Every blob that a result references.
     async fn references(
         &self,
         instance: &Instance,
@@ -277,13 +278,14 @@ impl Cas {
         Ok(references)
     }
 
-    /// What a new result references, if that takes no more than to read small Trees. Otherwise its first hit finds out.
+    /// Every blob that a new result references, if it is enough to read small Trees. Otherwise its first hit finds the
+    /// references.
     async fn references_in_small_trees(
         &self,
         instance: &Instance,
         new: &PreparedResult,
     ) -> Option<Vec<Digest>> {
-        let direct = DirectReferences::of(&new.result, new.action.function()).ok()?;
+        let direct = &new.direct;
         let bytes = direct.trees.iter().map(Digest::size).fold(0, u64::saturating_add);
         if direct.trees.is_empty() || !direct.roots.is_empty() || bytes > LINKED_TREE_BYTES {
             return None;
@@ -314,7 +316,7 @@ impl Cas {
         files.map_err(|error| Unloadable::Result(format!("its Tree {tree}: {error}")))
     }
 
-    /// The result of an action that this principal sees: one that all see, or else its own.
+    /// The result of an action that this principal may see: a public one, or otherwise its own.
     ///
     /// # Errors
     /// As [`Cas::get_result`].
@@ -382,8 +384,14 @@ impl Cas {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;
         }
         prepared.references = self.references_in_small_trees(&space, &prepared).await;
-        let (charge, result) = (prepared.charge(self), prepared.result.clone());
-        let room = self.take_room(charge).await?;
+        let result = prepared.result.clone();
+        // A result that replaces another is compared with it, which may read the disk.
+        let is_alone = !prepared.is_small() || is_compared && self.has_result(&space, key)?;
+        if !is_alone && let Ok(memory) = self.charge_received(prepared.bytes()) {
+            let stored = self.write_jointly(vec![prepared.into_file(&space)], memory).await;
+            return stored.into_iter().collect::<Result<Vec<_>>>().map(|_| result);
+        }
+        let room = self.take_room(prepared.charge(self)).await?;
         let cas = self.clone();
         let visible = self.blocking(move || -> Result<_> {
             if is_compared {
@@ -397,6 +405,11 @@ impl Cas {
             visible.wait().await?;
         }
         Ok(result)
+    }
+
+    fn has_result(&self, instance: &Instance, action: Digest) -> Result<bool> {
+        let key = Key { digest: action, instance: instance.id(), kind: EntryKind::Result };
+        self.look_up(|index| index.renew(&key).is_some())
     }
 }
 

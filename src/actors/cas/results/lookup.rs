@@ -17,7 +17,7 @@ use actix::Message;
 use gorego_reapi::{digest::Digest, error::Result};
 use std::sync::Arc;
 
-/// A file takes at most this much more on disk than its bytes.
+/// A file takes at most this many bytes on disk in addition to its length.
 const BLOCK_BYTES: u64 = 64 * 1024;
 
 /// The outcome of a look-up without reading files.
@@ -68,7 +68,7 @@ impl Cas {
         }
     }
 
-    /// [`Cas::look_up_result`] of a result that was just read.
+    /// Like [`Cas::look_up_result`], for a result that was just read.
     pub(crate) fn confirm_loaded(
         &self,
         instance: &Instance,
@@ -84,8 +84,9 @@ impl Cas {
     }
 
     /// Checks and renews all references of a result. If one is missing, the result is dropped (AC-03). A result that was
-    /// replaced since the look-up is still a valid answer: it was current when it was asked for (AC-08). With `were_read`, a
-    /// reference that was not read since the start makes the result a cold one, because its file may be damaged.
+    /// replaced since the look-up is still a valid answer: it was current at the time of the request (AC-08). With
+    /// `were_read`, a reference that was not read since the start makes the result a cold one, because its file may be
+    /// damaged.
     fn confirm(
         &self,
         instance: &Instance,
@@ -133,7 +134,7 @@ impl Cas {
         self.lacks_leases(loaded.bytes.saturating_add(blocks))
     }
 
-    /// Whether there is no room to lease so many bytes. What is leased already can be leased again.
+    /// Whether there is no room to lease this many bytes. Entries that are leased already can always be leased again.
     pub(crate) fn lacks_leases(&self, bytes: u64) -> Result<bool> {
         Ok(bytes > 0 && self.look_up(|index| index.lacks_leases(bytes))?)
     }

@@ -2,13 +2,15 @@
 
 use crate::{
     actors::cas::{
+        StoreShared,
         client::{Cas, Provenance},
-        index::{EntryKind, Key},
-        linking::NewLinks,
+        index::{EntryKind, FileId, Key},
+        joint_writes::{JOINT_FILE_BYTES, JOINT_LINKS, SmallFile},
+        linking::{NewLinks, NewResult},
         new_files::NewFiles,
         results::{self, DirectReferences, LoadedResult, Uploader},
     },
-    instance::Instance,
+    instance::{Instance, InstanceId},
     result::SharedResult,
 };
 use bytes::Bytes;
@@ -19,16 +21,18 @@ use gorego_reapi::{
 };
 use std::{sync::Arc, time::SystemTime};
 
-/// A result that is checked and encoded for its file.
+/// A result that was checked and encoded for its file.
 pub(crate) struct PreparedResult {
     pub(super) action: Digest,
     pub(in crate::actors::cas) result: SharedResult,
-    /// Where it comes from.
+    /// The origin of the result.
     pub(super) origin: StoredOrigin,
     file: Bytes,
     /// Contents that were inlined; these blobs have to be stored first.
     pub(crate) contents: Vec<(Digest, Bytes)>,
-    /// Every blob that it needs, if that is known although it names Trees or Directories.
+    /// The digests that the result names directly.
+    pub(in crate::actors::cas) direct: DirectReferences,
+    /// Every blob that the result needs, if they are known although it names Trees or Directories.
     pub(in crate::actors::cas) references: Option<Vec<Digest>>,
 }
 
@@ -55,12 +59,13 @@ impl PreparedResult {
         provenance: Provenance,
         uploader: Uploader,
     ) -> Result<Self> {
-        let contents = results::normalise(&mut result, action.function(), uploader)?;
+        let (contents, direct) = results::normalise(&mut result, action.function(), uploader)?;
         let origin = results::origin(instance.name(), action, provenance, SystemTime::now());
-        Ok(Self { action, result: result.into(), origin, file: Bytes::new(), contents, references: None })
+        let (result, file) = (result.into(), Bytes::new());
+        Ok(Self { action, result, origin, file, contents, direct, references: None })
     }
 
-    /// Encodes it for its file.
+    /// Encodes the result for its file.
     pub(super) fn encode(self) -> Self {
         let file = results::encode(&self.origin, &self.result);
         Self { file, ..self }
@@ -78,27 +83,54 @@ impl PreparedResult {
         files: &mut NewFiles,
         space: &Instance,
     ) -> Result<()> {
-        let references = self.all_references();
-        let Self { action, result, file: bytes, .. } = self;
-        let key = Key { digest: action, instance: space.id(), kind: EntryKind::Result };
+        let action = self.action;
+        let SmallFile { key, content, result } = self.into_file(space);
         let file = files
-            .write(key, &[bytes])
+            .write(key, &[content])
             .map_err(|error| Error::io(&format!("store the result of action {action}"), &error))?;
-        // If all references are known, the first hit reads no file, and the result is linked to its blobs now.
-        if let Some(references) = references {
-            let loaded = Arc::new(LoadedResult::new(file.generation, result, references));
-            cas.shared().results.insert((space.id(), action), loaded.clone(), loaded.memory());
-            files.link(NewLinks { result: file, blobs_in: space.blobs(), of: loaded });
+        if let Some(result) = result {
+            files.link(result.written(file, cas.shared()));
         }
         Ok(())
     }
 
-    /// Every blob that it needs, if that is known without reading Trees and Directories.
-    fn all_references(&self) -> Option<Vec<Digest>> {
-        let direct = DirectReferences::of(&self.result, self.action.function()).ok()?;
-        if direct.trees.is_empty() && direct.roots.is_empty() {
-            return Some(direct.blobs);
+    /// The length of the file.
+    pub(super) fn bytes(&self) -> u64 {
+        self.file.len() as u64
+    }
+
+    /// Whether the file may be written together with other files.
+    pub(super) fn is_small(&self) -> bool {
+        let links = self.references.as_ref().map_or(self.direct.blobs.len(), Vec::len);
+        self.bytes() <= JOINT_FILE_BYTES && links <= JOINT_LINKS
+    }
+
+    /// The file of the result in this namespace.
+    pub(super) fn into_file(self, space: &Instance) -> SmallFile {
+        let Self { action, result, file, direct, references, .. } = self;
+        let references = if direct.is_complete() { Some(direct.blobs) } else { references };
+        let known = references.map(|references| KnownResult { blobs_in: space.blobs(), result, references });
+        SmallFile {
+            key: Key { digest: action, instance: space.id(), kind: EntryKind::Result },
+            content: file,
+            result: known.map(|known| Box::new(known) as Box<dyn NewResult>),
         }
-        self.references.clone()
+    }
+}
+
+/// A result every blob of which is known. It is linked to them when it becomes visible, and its first hit reads no file.
+#[derive(Debug)]
+struct KnownResult {
+    blobs_in: InstanceId,
+    result: SharedResult,
+    references: Vec<Digest>,
+}
+
+impl NewResult for KnownResult {
+    fn written(self: Box<Self>, file: FileId, store: &StoreShared) -> NewLinks {
+        let Self { blobs_in, result, references } = *self;
+        let loaded = Arc::new(LoadedResult::new(file.generation, result, references));
+        store.results.insert((file.key.instance, file.key.digest), loaded.clone(), loaded.memory());
+        NewLinks { result: file, blobs_in, of: loaded }
     }
 }

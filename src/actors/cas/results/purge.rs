@@ -1,15 +1,15 @@
-//! Removes results by where they come from: the part of a purge that one request does.
+//! Removes results by their origin: the part of a purge that one request does.
 //!
-//! A purge walks the slots of the index in pages. Only the index is read under its lock; files are read on a blocking thread, one at a
-//! time and without decoding the results in them. The actor removes what was found in one message for each page, and the answer
-//! comes when the files are deleted, so that no restart brings them back. One page is worked on at a time for the whole server.
+//! A purge walks the slots of the index in pages. Only the index is read under its lock; files are read on a blocking thread, one
+//! at a time and without decoding the results in them. The actor removes the results of a page in one message, and the answer
+//! comes when the files are deleted, so that no restart brings them back. The whole server works on one page at a time.
 
 use super::replaced::origin_message;
 use crate::{
     actors::{
         cas::{
             CasActor, LOG,
-            blob::open_file,
+            checked::open_file,
             client::Cas,
             index::{EntryRef, FileId, FoundResult},
             reply::StoreReply,
@@ -37,7 +37,7 @@ const HOLDS_PER_PAGE: usize = 400;
 /// Bytes of result files that are read for one page. It ends with the file that exceeds this.
 const BYTES_PER_PAGE: u64 = 64 << 20;
 
-/// Which results are meant. All conditions that are set have to hold.
+/// The condition that selects results. All of its fields that are set have to match.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ResultCondition {
     /// The result of this action.
@@ -48,25 +48,25 @@ pub struct ResultCondition {
     pub principal: Option<String>,
     /// Results of this worker, or of the workers below this name.
     pub worker: Option<String>,
-    /// Results that were written then or later.
+    /// Results that were written at this time or later.
     pub since: Option<SystemTime>,
 }
 
-/// What one request has found.
+/// The outcome of one request.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct PurgePage {
-    /// Results that satisfy the condition. They are gone if that was asked for.
+    /// Results that satisfy the condition. They were removed if this was requested.
     pub results: Vec<ResultOrigin>,
-    /// Number of results that were looked at.
+    /// Number of results that were examined.
     pub examined: u64,
     /// Number of these that could not be read.
     pub unreadable: u64,
-    /// Where to go on; `None` at the end.
+    /// The slot to continue from; `None` at the end.
     pub next: Option<u32>,
 }
 
 impl ResultCondition {
-    /// Whether the result that is stored under this key satisfies it.
+    /// Whether the result that is stored under this key satisfies the condition.
     pub fn holds(&self, key: Digest, origin: &StoredOrigin) -> bool {
         let is = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|wanted| wanted == value);
         let is_below = |wanted: &String| {
@@ -87,14 +87,14 @@ impl ResultCondition {
     }
 }
 
-/// Removes these results, unless they were replaced meanwhile. The answer comes when the files are deleted, and has the ones that
-/// are gone.
+/// Removes these results, unless they were replaced meanwhile. The answer comes when the files are deleted, and names the removed
+/// results.
 #[derive(Message)]
 #[rtype(result = "Result<HashSet<FileId>>")]
 pub struct RemoveResults(Vec<EntryRef>);
 
 impl Cas {
-    /// One page of a purge: looks at about `max` results from the slot `from` on.
+    /// Works on one page of a purge: examines about `max` results from the slot `from` on.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down; `Internal` when files could not be deleted.
@@ -122,7 +122,7 @@ impl Cas {
         Ok(PurgePage { results, examined, unreadable, next })
     }
 
-    /// The results of a page, by the index alone.
+    /// The results of a page, according to the index.
     fn results_from(
         &self,
         instance: &Instance,
@@ -137,7 +137,7 @@ impl Cas {
                 break;
             }
             let (part, after) = self.look_up(|index| index.results_from(instance, from))?;
-            // The key of a private result does not tell the action.
+            // The key of a private result does not identify the action.
             let is_meant = |found: &FoundResult| {
                 let key = found.file.key;
                 condition.action.is_none_or(|wanted| wanted == key.digest || key.instance != instance.id())
@@ -153,11 +153,11 @@ struct OriginsRead {
     matching: Vec<(FoundResult, ResultOrigin)>,
     examined: u64,
     unreadable: u64,
-    /// The slot of the first result that was not read any more.
+    /// The slot of the first result that was not read.
     stopped_at: Option<u32>,
 }
 
-/// Reads where these results come from. Blocks.
+/// Reads the origins of these results. Blocks.
 fn read_origins(
     cas: &Cas,
     instance: &Instance,

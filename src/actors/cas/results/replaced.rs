@@ -1,12 +1,13 @@
-//! Notices that a result is about to replace a different one, and reports it ([`crate::nondeterminism`]).
+//! Reports that a result is about to replace a different one ([`crate::nondeterminism`]).
 //!
-//! The look-up costs nothing for an action without a result, which is almost every write. Otherwise the earlier result is in memory, or
-//! its file is read. A file that takes more memory than there is at once is not compared: a report is not worth waiting for.
+//! The look-up costs nothing for an action without a result, which is almost every write. Otherwise the earlier result is in
+//! memory, or its file is read. A result is not compared if the memory for its file is not free at once, because a report is
+//! not worth waiting for.
 
 use super::PreparedResult;
 use crate::{
     actors::cas::{
-        blob::open_file,
+        checked::open_file,
         client::Cas,
         decoding::worst_case,
         index::{EntryKind, FoundEntry, Key},
@@ -24,7 +25,7 @@ use gorego_reapi::{
 };
 use std::time::SystemTime;
 
-/// Where the result that is stored under this key comes from, as a message of the Admin service.
+/// The origin of the result that is stored under this key, as a message of the Admin service.
 pub(crate) fn origin_message(key: Digest, stored: &StoredOrigin) -> ResultOrigin {
     let action = stored.private_action_digest.clone();
     ResultOrigin {
@@ -40,7 +41,7 @@ pub(crate) fn origin_message(key: Digest, stored: &StoredOrigin) -> ResultOrigin
 }
 
 impl Cas {
-    /// Reports it if a result of this action is stored and differs from the one that is about to be stored. Blocks.
+    /// Reports a stored result of this action that differs from the one that is about to be stored. Blocks.
     pub(crate) fn report_difference(&self, instance: &Instance, prepared: &PreparedResult) {
         let Some(reports) = self.shared().reports.get() else { return };
         let action = prepared.action;
@@ -48,7 +49,7 @@ impl Cas {
         let Ok(Some(found)) = self.look_up(|index| index.renew(&key)) else { return };
         let Some(earlier) = self.stored_result(instance, action, &found) else { return };
         let Some(differences) = compare(&earlier, &prepared.result) else { return };
-        // The file has what the result in memory has not: where it comes from.
+        // Only the file contains the origin of the result.
         let Some(stored) = self.stored_origin(instance, action, &found) else { return };
         let replacement = Replacement {
             instance: instance.name().to_owned(),

@@ -1,17 +1,19 @@
-//! [`ScrubState`]: how far the scrub has come, as it is kept on disk, and [`ScrubPace`], how fast it may read. Pure.
+//! [`ScrubState`]: the progress of the scrub, which is kept on disk. [`ScrubPace`]: the rate at which it may read.
+//! Pure.
 
 use std::time::{Duration, Instant};
 
-/// A pass begins at most this often. Errors of disks appear over months, and every read checks what it reads.
+/// Shortest time between the beginnings of two passes. Errors of disks appear over months, and every read checks its
+/// bytes.
 pub(super) const PASS_EVERY: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// The scrub pauses when it is this far ahead, so that many small blobs do not each cost a pause.
 const PAUSE_FROM: Duration = Duration::from_millis(10);
 const MAGIC: &str = "gorego scrub 1";
 
-/// How far the scrub has come.
+/// The progress of the scrub.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct ScrubState {
-    /// The server has stopped in good order since this was written.
+    /// Whether the server has stopped properly since this was written.
     pub stopped: bool,
     /// The last part that was verified in this pass; empty between two passes and at the start of one.
     pub position: String,
@@ -24,16 +26,16 @@ pub(super) struct ScrubState {
 /// Why a pass begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PassReason {
-    /// The server was killed, or its machine lost power. Or it is the first pass.
+    /// The server was killed, its machine lost power, or this is the first pass.
     UncleanStop,
-    /// The server was stopped during a pass, which goes on.
+    /// The server was stopped during a pass, which continues.
     Resumed,
-    /// The last one was long ago.
+    /// The last pass began long ago.
     Due,
 }
 
 impl PassReason {
-    /// Its name in the log.
+    /// The name of the reason in the log.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::UncleanStop => "unclean_stop",
@@ -44,7 +46,7 @@ impl PassReason {
 }
 
 impl ScrubState {
-    /// As text, with a checksum.
+    /// Encodes the state as text with a checksum.
     pub(super) fn encode(&self) -> String {
         let Self { stopped, position, in_pass, began } = self;
         let text =
@@ -53,7 +55,7 @@ impl ScrubState {
         format!("{text}sum {sum:08x}\n")
     }
 
-    /// Reads it back. `None` for a text that is damaged, or that another version has written.
+    /// Decodes the text. `None` if it is damaged or was written by another version.
     pub(super) fn decode(text: &str) -> Option<Self> {
         let (body, sum) = text.strip_suffix('\n')?.rsplit_once("sum ")?;
         if u32::from_str_radix(sum, 16).ok()? != crc32c::crc32c(body.as_bytes()) {
@@ -69,7 +71,7 @@ impl ScrubState {
         })
     }
 
-    /// The state of a run that begins now, and whether its first pass begins at once.
+    /// The state of a run that begins now, and the reason for a pass if one begins at once.
     pub(super) fn at_start(kept: Option<Self>) -> (Self, Option<PassReason>) {
         match kept {
             Some(kept) if kept.stopped => {
@@ -82,7 +84,7 @@ impl ScrubState {
 
     /// How long it is until the next pass is due.
     pub(super) fn due_in(&self, now: u64) -> Duration {
-        // A clock that was set back must not put the next pass off for years.
+        // A clock that was set back must not delay the next pass for years.
         let age = Duration::from_secs(now.saturating_sub(self.began.min(now)));
         PASS_EVERY.saturating_sub(age)
     }
@@ -92,7 +94,7 @@ impl ScrubState {
 #[derive(Debug)]
 pub(super) struct ScrubPace {
     bytes_per_second: u64,
-    /// When what was read so far should have been read.
+    /// The time at which the bytes read so far are due at the allowed rate.
     due: Instant,
 }
 
@@ -101,10 +103,10 @@ impl ScrubPace {
         Self { bytes_per_second: bytes_per_second.max(1), due: now }
     }
 
-    /// The pause after these many bytes.
+    /// The pause after reading this many bytes.
     pub(super) fn after(&mut self, bytes: u64, now: Instant) -> Duration {
         let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
-        // What was not read in time is not made up for.
+        // Lost time is not made up for.
         self.due = self.due.max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
         let ahead = self.due.saturating_duration_since(now);
         if ahead < PAUSE_FROM { Duration::ZERO } else { ahead }

@@ -1,4 +1,4 @@
-//! Checksums of the blocks of large blobs: damage that nothing but the bytes shows, and stores that have no checksums yet.
+//! Tests of the block checksums of large blobs: damage that shows only in the bytes, and stores without checksums.
 
 use super::{
     super::{
@@ -10,7 +10,7 @@ use super::{
 };
 use std::{fs, os::unix::fs::FileExt as _};
 
-/// Flips a bit of a stored file in place, with the permission bits as they are (tests of it run as the owner of the file).
+/// Flips a bit of a stored file in place, and keeps its permission bits. The test has to run as the owner of the file.
 pub(super) fn flip(path: &Path, at: u64) {
     use std::os::unix::fs::PermissionsExt as _;
     let before = fs::metadata(path).unwrap().permissions();
@@ -22,7 +22,8 @@ pub(super) fn flip(path: &Path, at: u64) {
     fs::set_permissions(path, before).unwrap();
 }
 
-/// Makes the store believe that a changed file is as it was verified, as after an error of the disk, which moves no change time.
+/// Makes the store believe that a changed file was verified, as after an error of the disk, which leaves the change time as it
+/// is.
 async fn hide_change(store: &TestStore, blob: Digest) {
     let found = store.cas.locate(&store.main, &[blob], Purpose::Look).await.unwrap().found.remove(0).unwrap();
     let stamp = store.cas.shared().volume.look(&found.file).unwrap().stamp;
@@ -50,7 +51,7 @@ async fn put_in_every_way(store: &TestStore) -> Vec<Bytes> {
         writer.write(all[1].slice(at..(at + 700_001).min(all[1].len()))).await.unwrap();
     }
     writer.finish().await.unwrap();
-    // Next to the store, so that it is on the same file system.
+    // The directory is next to the store, so that it is on the same file system.
     let directory = store.root.path().join("outputs");
     fs::create_dir_all(&directory).unwrap();
     fs::write(directory.join("o"), &all[2]).unwrap();
@@ -65,7 +66,8 @@ async fn put_in_every_way(store: &TestStore) -> Vec<Bytes> {
     all
 }
 
-/// CAS-22, BS-16: what precedes a bad block is right, the read ends with an error, the blob is a miss then, and an upload heals it.
+/// CAS-22, BS-16: the bytes before a bad block are right, the read ends with an error, the blob is a miss from then on, and an
+/// upload restores it.
 #[actix::test]
 async fn an_error_of_the_disk_that_moves_no_time_ends_the_read() {
     let mut store = TestStore::new().await;
@@ -101,7 +103,7 @@ async fn an_error_of_the_disk_that_moves_no_time_ends_the_read() {
     assert_eq!(damaged, all.len() as u64, "since the restart");
 }
 
-/// What could be read, and the error after it.
+/// The bytes that could be read, and the error after them.
 async fn loop_until_error(reader: &BlobReader) -> (Vec<u8>, Error) {
     let mut read = vec![];
     loop {
@@ -126,7 +128,7 @@ async fn after_a_restart_a_blob_is_not_read_before_it_is_served() {
     let reader = store.cas.open(&store.main, blob).await.unwrap();
     assert_eq!(reader.read_at(0, 1_000).await.unwrap(), bytes[..1_000], "its end was not looked at");
     drop(reader);
-    // What is bad at its start is a miss before anything is sent (BS-08).
+    // A blob with damage at its start is a miss before anything is sent (BS-08).
     store.put(bytes.clone()).await;
     let store = store.restart().await;
     flip(&store.file_of(blob), 7);
@@ -134,8 +136,8 @@ async fn after_a_restart_a_blob_is_not_read_before_it_is_served() {
     assert!(!store.has(blob).await);
 }
 
-/// A store of an earlier version has no checksums: its blobs are hashed when they are first read, and have some from then on. The
-/// same goes for checksums that are lost or damaged.
+/// A store of an earlier version has no checksums: its blobs are hashed at their first read, and then have checksums. The same
+/// applies after checksums are lost or damaged.
 #[actix::test]
 async fn a_blob_without_checksums_is_hashed_and_gets_them() {
     let mut store = TestStore::new().await;
@@ -171,7 +173,7 @@ async fn a_blob_without_checksums_is_hashed_and_gets_them() {
     assert!(matches!(store.cas.open(&store.main, blob).await, Err(Error::NotFound(_))));
 }
 
-/// The checksums of deleted blobs go too.
+/// The checksums of deleted blobs are deleted, too.
 #[actix::test]
 async fn checksums_are_bounded_by_what_is_stored() {
     let store = TestStore::with_limit(20 * MB).await;

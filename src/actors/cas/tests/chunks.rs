@@ -1,4 +1,4 @@
-//! Splits and splices.
+//! Tests of splits and splices.
 
 use super::*;
 use futures::FutureExt as _;
@@ -60,7 +60,7 @@ async fn a_split_stores_the_chunks_and_renews_everything() {
     }
     assert_eq!(joined, bytes);
     assert_eq!(store.split(blob).await.unwrap(), chunks);
-    // A blob of a single chunk, by its size or by its content; and the empty blob.
+    // These are blobs of a single chunk, because of their size or their content, and the empty blob.
     for (bytes, count) in [(noise(1_000, 2), 1), (noise(1_100, 2), 1), (Bytes::new(), 0)] {
         let blob = store.put(bytes).await;
         assert_eq!(store.split(blob).await.unwrap(), vec![blob; count]);
@@ -104,7 +104,7 @@ async fn concurrent_splits_of_one_blob_are_done_once_and_a_caller_that_leaves_ho
     let answers = others.await;
     assert!(answers.iter().all(|answer| answer.as_ref().unwrap() == answers[0].as_ref().unwrap()));
     for chunk in answers[0].as_ref().unwrap() {
-        // Two files would mean that it was stored twice.
+        // Two files would mean that the chunk was stored twice.
         store.file_of(*chunk);
     }
     store.settled().await;
@@ -134,7 +134,7 @@ async fn a_split_that_cannot_fit_is_refused_with_the_reason_and_evicts_nothing()
     }
 }
 
-/// Also for those who wait for the split that is refused.
+/// This also applies to callers that wait for the refused split.
 #[actix::test]
 async fn a_split_into_too_many_chunks_is_refused_to_others_without_doing_it_again() {
     let store = TestStore::new().await;
@@ -173,7 +173,7 @@ async fn a_splice_joins_the_chunks_in_order_and_a_wrong_one_is_refused_and_leave
         assert!(matches!(error, Error::Invalid(_)), "{chunks:?}: {error}");
         assert!(!store.has(blob).await);
     }
-    // A chunk of the right size that is not stored.
+    // This chunk has the right size and is not stored.
     let unknown = digest(&noise(100_000, 9));
     let error = store.splice(blob, &[c1, c2, c3, unknown]).await.unwrap_err();
     assert!(matches!(&error, Error::NotFound(m) if m.contains(&unknown.to_string())), "{error}");
@@ -203,7 +203,8 @@ async fn a_splice_over_a_damaged_chunk_stores_nothing() {
     store.splice(blob, &chunks).await.unwrap();
 }
 
-/// Clients cannot forge a recipe: that of a splice is kept only if its cuts are those of the chunking function.
+/// Clients cannot forge a recipe: the recipe of a splice is kept only if its cuts are those of the chunking
+/// function.
 #[actix::test]
 async fn a_split_after_a_splice_gives_the_chunks_of_the_function_however_the_client_cut() {
     let store = TestStore::new().await;
@@ -211,7 +212,7 @@ async fn a_split_after_a_splice_gives_the_chunks_of_the_function_however_the_cli
     let blob = digest(&bytes);
     let right = cut(&bytes, small());
     let expected = digests(&right);
-    // Chunks of allowed sizes with other cuts, and chunks that are far too large.
+    // These chunks have allowed sizes but other cuts, or are far too large.
     let shifted: Vec<Bytes> = bytes.chunks(4_000).map(Bytes::copy_from_slice).collect();
     let halves: Vec<Bytes> = bytes.chunks(LARGE / 2).map(Bytes::copy_from_slice).collect();
     for (chunks, remembered) in [(&shifted, false), (&halves, false), (&right, true)] {

@@ -1,4 +1,4 @@
-//! zstd: uploads, reads from any offset, forms and batches.
+//! Tests of zstd: uploads, reads from any offset, forms and batches.
 
 use super::*;
 use crate::actors::cas::{blob::BlobWriter, settings::SMALL_BLOB_BYTES};
@@ -179,7 +179,8 @@ async fn plain_and_compressed_uploads_of_one_blob_race_and_all_succeed() {
     eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
 }
 
-/// BS-09, BS-12, BS-13, BS-15, CAP-12: with and without a form, for compressible and incompressible blobs.
+/// BS-09, BS-12, BS-13, BS-15, CAP-12. Tested with and without a form, for compressible and incompressible
+/// blobs.
 #[actix::test]
 async fn a_compressed_read_decodes_to_the_rest_of_the_blob_from_any_offset() {
     let store = TestStore::new().await;
@@ -299,7 +300,7 @@ async fn a_form_is_evicted_before_its_blob() {
     assert!(store.has(blob).await);
 }
 
-/// CAS-11, CAS-14: for items that are decoded in memory and for larger ones.
+/// CAS-11, CAS-14. Tested for items that are decoded in memory and for larger ones.
 #[actix::test]
 async fn compressed_items_of_a_batch_are_checked_after_decompression() {
     let store = TestStore::of_files().await;
@@ -324,7 +325,7 @@ async fn compressed_items_of_a_batch_are_checked_after_decompression() {
     assert_eq!(store.get(digest(&small)).await.unwrap(), small);
     assert_eq!(store.get(digest(&large)).await.unwrap(), large);
     assert!(!store.has(digest(&other)).await);
-    // An item of a blob that is already stored is checked too.
+    // An item is checked even if its blob is already stored.
     let again = store.cas.write_many(&store.main, vec![zstd(&large, pack(&other))]).await.unwrap();
     assert!(matches!(again[..], [Err(Error::Invalid(_))]));
     eventually(|| async { (store.files().len() == 3).then_some(()) }).await;

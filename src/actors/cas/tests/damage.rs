@@ -1,5 +1,5 @@
-//! Stored files that were changed by others: changed content with all times restored, and files that were replaced by something
-//! else.
+//! Tests of stored files that others have changed: changed content with all times restored, and files that were replaced by
+//! something else.
 
 use super::{
     super::{
@@ -21,6 +21,7 @@ use std::{
 fn wait_for_next_tick() {
     let directory = TempDir::new().unwrap();
     if !has_fine_change_times(directory.path()).unwrap() {
+        // The store trusts a stamp only once it is older than a tick.
         std::thread::sleep(2 * COARSE_TICK);
     }
 }
@@ -84,7 +85,7 @@ async fn upload(store: &TestStore, bytes: &Bytes) -> bool {
     }
 }
 
-/// CAS-22: however a changed blob is read, it is a miss, is dropped, and can be uploaded again.
+/// CAS-22: in every way to read it, a changed blob is a miss, is dropped, and can be uploaded again.
 #[actix::test]
 async fn changed_content_is_never_served_though_size_and_mtime_are_restored() {
     let store = TestStore::new().await;
@@ -233,7 +234,7 @@ async fn a_result_is_dropped_if_an_output_was_damaged_before_a_restart() {
         assert!(store.cas.get_result(&store.main, good).await.unwrap().is_some(), "nothing is wrong yet");
         let store = store.restart().await;
         store.damage(output);
-        // A result that was just uploaded is in memory, and its outputs are checked all the same.
+        // A result that was just uploaded is in memory, but its outputs are checked nevertheless.
         store.cas.put_result(&store.main, good, result, Provenance::default()).await.unwrap();
         for action in [good, action] {
             assert_eq!(store.cas.get_result(&store.main, action).await.unwrap(), None);
@@ -296,6 +297,7 @@ async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
     tamper(&path);
     let after = stamp_of(&fs::metadata(&path).unwrap());
     let late = async {
+        // The report comes between two looks at the stamp, which are a tick apart.
         tokio::time::sleep(COARSE_TICK / 2).await;
         store.cas.actor().do_send(Touched(vec![Touch { at: found.at, before, after }]));
     };
@@ -319,7 +321,7 @@ fn put_in_place(path: &Path, what: &str, other: &Path) {
     }
 }
 
-/// No read blocks on such a file, before or after a restart.
+/// No read blocks on a file that was replaced, before or after a restart.
 #[actix::test]
 async fn a_file_that_was_replaced_by_something_else_is_a_miss_and_is_cleared_away() {
     let mut store = TestStore::of_files().await;

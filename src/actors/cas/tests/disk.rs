@@ -1,9 +1,9 @@
-//! The file system of the store: what else is on it, and writes that find no room.
+//! Tests of the file system of the store: other data on it, and writes that find no room.
 
 use super::*;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// One limit applies to the store and to what the server keeps beside it, which takes at most half.
+/// One limit applies to the store and to the data that the server keeps beside it, which takes at most half.
 #[actix::test]
 async fn what_is_beside_the_store_counts_against_its_limit_up_to_half() {
     let store = TestStore::with_limit(10 * MB).await;
@@ -26,7 +26,7 @@ async fn what_is_beside_the_store_counts_against_its_limit_up_to_half() {
     }
 }
 
-/// A quota: the file system seems to have room, and a write fails.
+/// With a quota, the file system seems to have room, but a write fails.
 #[actix::test]
 async fn after_a_write_that_found_no_room_others_are_refused_and_reads_go_on() {
     let store = TestStore::new().await;

@@ -1,4 +1,4 @@
-//! `durability = "disk"`: what is acknowledged was synced before.
+//! Tests of `durability = "disk"`: entries are synced before they are acknowledged.
 
 use super::{
     super::volume::{SyncPolicy, simulation::SimulatedDisk},
@@ -12,7 +12,7 @@ async fn durable(root: Rc<TempDir>, max_bytes: u64) -> TestStore {
     TestStore::over(root, settings).await
 }
 
-/// Stores a blob of each size and a result in each way. Returns what was acknowledged.
+/// Stores blobs of each size and results in each way. Returns the acknowledged ones.
 async fn put_all(store: &TestStore, seed: u64) -> Vec<Result<Bytes>> {
     let all = [
         noise(3_000, seed),
@@ -42,7 +42,7 @@ async fn put_all(store: &TestStore, seed: u64) -> Vec<Result<Bytes>> {
     acknowledged
 }
 
-/// However a blob was stored, it is there after a power cut, and so is a result.
+/// A blob exists after a power cut, in whichever way it was stored, and so does a result.
 #[actix::test]
 async fn what_was_acknowledged_survives_a_power_cut() {
     for max_bytes in [1_000 * MB, 200 * MB] {
@@ -69,7 +69,7 @@ async fn what_was_acknowledged_survives_a_power_cut() {
     }
 }
 
-/// What could not be synced is not acknowledged, and nobody is told that it is there.
+/// Entries that cannot be synced are not acknowledged and do not become visible.
 #[actix::test]
 async fn a_disk_that_cannot_sync_fails_uploads() {
     let root = Rc::new(TempDir::new().unwrap());

@@ -1,4 +1,4 @@
-//! The calls of workers: staging an input root, copying files out of it, storing outputs.
+//! Tests of the calls of workers: staging an input root, copying files out of it, storing outputs.
 
 use super::*;
 use prost::Message as _;
@@ -43,7 +43,7 @@ fn store_bytes(cas: &Cas, main: &Instance, bytes: impl Into<Vec<u8>>) -> Result<
     batch.commit().map(|()| digest)
 }
 
-/// EXE-26: files of several directories and directories themselves, in one answer.
+/// EXE-26: one answer names missing files of several directories and missing directories.
 #[actix::test]
 async fn everything_missing_of_an_input_root_is_reported_at_once() {
     let store = TestStore::new().await;
@@ -91,7 +91,7 @@ async fn an_input_root_ten_thousand_directories_deep_is_refused() {
     assert!(matches!(check(&store, below).await, Err(Error::Invalid(message)) if message.contains("deeper")));
 }
 
-/// The inputs of a running action are not evicted, but can be when it is over.
+/// The inputs of a running action are not evicted, but may be when it has ended.
 #[actix::test]
 async fn staged_inputs_stay_until_they_are_dropped() {
     let store = TestStore::with_limit(MB).await;
@@ -158,7 +158,7 @@ async fn stored_blobs_that_a_result_refers_to_stay_until_the_end_of_its_batch() 
     assert_eq!(store.worker(hold).await.unwrap_err(), Error::MissingBlobs(vec![input]));
 }
 
-/// EXE-37: a worker sees the properties that goREgo itself does not apply, also when the root comes from memory.
+/// EXE-37: a worker sees the properties that goREgo itself does not apply, even when the root comes from memory.
 #[actix::test]
 async fn a_staged_input_root_has_the_node_properties_that_its_client_sent() {
     let store = TestStore::new().await;
@@ -231,7 +231,7 @@ async fn a_damaged_input_is_a_missing_blob() {
     assert!(!store.has(file).await);
 }
 
-/// A file is moved into the store if that is safe and copied otherwise. Either way nobody else can write it.
+/// A file is moved into the store if that is safe and copied otherwise. In both cases, nobody else can write it.
 #[actix::test]
 async fn outputs_are_moved_or_copied_and_belong_to_the_store_afterwards() {
     let store = TestStore::new().await;
@@ -303,7 +303,7 @@ async fn outputs_become_visible_together_and_those_of_a_failed_run_are_kept_too(
     }
 }
 
-/// This includes outputs beyond the room reserved ahead. Otherwise they would take room that is reserved for others.
+/// This includes outputs that exceed the room reserved ahead. Otherwise they would take room that is reserved for others.
 #[actix::test]
 async fn all_outputs_that_are_not_visible_yet_have_room() {
     let store = TestStore::with_limit(MB).await;

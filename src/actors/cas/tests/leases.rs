@@ -1,4 +1,4 @@
-//! Leases of builds: what they touch stays, through every call that promises something (AC-03, AC-04, CAS-03).
+//! Tests of the leases of builds: every call that promises an entry to a build protects it (AC-03, AC-04, CAS-03).
 
 use super::*;
 use crate::caller::Build;
@@ -10,7 +10,7 @@ fn build(peer: u8, name: &str) -> Owner {
 }
 
 impl TestStore {
-    /// A handle for the requests of a build.
+    /// A handle to the store for the requests of a build.
     fn of(&self, build: Owner) -> Cas {
         self.cas.on_behalf_of(Caller::without_connection(build.peer)).for_build(build)
     }
@@ -21,7 +21,7 @@ impl TestStore {
         Ok(digest)
     }
 
-    /// Uploads of another build that exceed the whole store.
+    /// Stores more blobs of a build than the whole store can hold.
     async fn churn(&self, build: Owner, seed: u64) {
         for number in 0..40 {
             self.put_of(build, noise(100_000, seed + number)).await.unwrap();
@@ -29,7 +29,7 @@ impl TestStore {
     }
 }
 
-/// A result with a file and a directory, of which only the Tree names the file.
+/// Stores a result with a file and a directory. Only the Tree names the file in the directory.
 async fn stored_result(store: &TestStore) -> (Digest, Vec<Digest>) {
     let (plain, inner) = (store.put(noise(10_000, 1)).await, store.put(noise(10_000, 2)).await);
     let node = reapi::FileNode { name: "f".into(), digest: Some(inner.to_wire()), ..Default::default() };
@@ -54,7 +54,8 @@ async fn stored_result(store: &TestStore) -> (Digest, Vec<Digest>) {
     (action, vec![plain, inner, tree])
 }
 
-/// User-asks failure modes 1 to 3: a hit is good for as long as the build goes on, with everything below its Trees.
+/// Failure modes 1 to 3 of the user requests: a hit remains complete for as long as the build runs, with everything below its
+/// Trees.
 #[actix::test]
 async fn everything_that_a_hit_refers_to_stays_whatever_others_upload() {
     let store = TestStore::with_leases(MB).await;
@@ -73,7 +74,7 @@ async fn everything_that_a_hit_refers_to_stays_whatever_others_upload() {
     assert!(inspection.tally.evicted > 50 && inspection.tally.withdrawn_leases > 0, "{inspection:?}");
 }
 
-/// Each way to promise a blob to a build: an upload, one that finds the blob stored, and FindMissingBlobs.
+/// A blob is promised to a build by an upload, by an upload that finds the blob stored, and by FindMissingBlobs.
 #[actix::test]
 async fn uploads_and_answers_that_a_blob_is_present_lease_it() {
     let store = TestStore::with_leases(MB).await;
@@ -101,8 +102,8 @@ async fn uploads_and_answers_that_a_blob_is_present_lease_it() {
     assert_eq!(store.inspect().await.tally.broken_promises, 0);
 }
 
-/// At nine tenths, a result that would add to the leases is not served; it stays, and is served when there is room. Whoever has more
-/// than its share makes room for others.
+/// When leases take nine tenths of the store, a result that needs more is not served. It is kept, and is served when there is
+/// room. A build with more than its share makes room for others.
 #[actix::test]
 async fn a_result_for_which_leases_leave_no_room_is_not_served() {
     let store = TestStore::with_leases(MB).await;
@@ -120,7 +121,7 @@ async fn a_result_for_which_leases_leave_no_room_is_not_served() {
     assert!(tally.withdrawn_leases > 0 && tally.broken_promises == 0, "{tally:?}");
 }
 
-/// Leases that cannot be taken from anybody are kept, and an upload without room is refused with a time to try again.
+/// If no leases can be taken, all are kept, and an upload without room is refused with a time to try again.
 #[actix::test]
 async fn an_upload_without_room_beside_the_leases_is_refused() {
     let store = TestStore::with_leases(MB).await;
@@ -135,7 +136,7 @@ async fn an_upload_without_room_beside_the_leases_is_refused() {
     assert!(store.cas.find_missing(&store.main, &shared).await.unwrap().is_empty());
 }
 
-/// A leased blob that turns out to be damaged is a broken promise, which is counted.
+/// A damaged leased blob is counted as a broken promise.
 #[actix::test]
 async fn a_leased_blob_that_is_lost_is_a_broken_promise() {
     let store = TestStore::with_leases(MB).await;
@@ -147,7 +148,7 @@ async fn a_leased_blob_that_is_lost_is_a_broken_promise() {
     assert_eq!((inspection.tally.broken_promises, inspection.totals.leased), (1, 0));
 }
 
-/// CAS-03: what a build has touched before a restart stays after it.
+/// CAS-03: entries that a build has touched before a restart are still protected after it.
 #[actix::test]
 async fn what_a_build_was_promised_before_a_restart_stays_after_it() {
     let store = TestStore::with_leases(MB).await;
@@ -175,7 +176,7 @@ async fn inputs_and_outputs_of_an_action_are_leased_to_its_build() {
     let root = reapi::Directory { files: vec![node], ..Default::default() };
     let root = store.put(prost::Message::encode_to_vec(&root)).await;
     let ours = build(1, "ours");
-    // Another build has had it checked just before.
+    // The root was checked for another build just before.
     store.of(build(2, "theirs")).check_inputs_apart(store.main.clone(), root).await.unwrap();
     store.of(ours).check_inputs_apart(store.main.clone(), root).await.unwrap();
     let output = store

@@ -1,4 +1,4 @@
-//! Links of results to the blobs that they need.
+//! Tests of the links of results to the blobs that they need.
 
 use super::*;
 use prost::Message as _;
@@ -21,7 +21,7 @@ fn with_tree(tree: Digest) -> reapi::ActionResult {
     reapi::ActionResult { output_directories: vec![output], ..Default::default() }
 }
 
-/// Loses a blob, and checks that the only result goes in the same step.
+/// Loses a blob, and checks that the only result is dropped in the same step.
 async fn lose_with_result(store: &TestStore, blob: Digest, how: &str) {
     let before = store.inspect().await;
     assert_eq!((before.totals.results, before.tally.followed), (1, 0), "{how}");
@@ -30,7 +30,8 @@ async fn lose_with_result(store: &TestStore, blob: Digest, how: &str) {
     assert_eq!((after.totals.results, after.tally.followed), (0, 1), "{how}");
 }
 
-/// However a result is stored, it is linked in the step that makes it visible, also to what only its Trees name.
+/// A result is linked in the step that makes it visible, in whichever way it is stored, and also to blobs that
+/// only its Trees name.
 #[actix::test]
 async fn a_result_goes_with_its_blob_although_nobody_has_asked_for_it() {
     let action = digest(b"action");
@@ -63,7 +64,7 @@ async fn a_result_goes_with_its_blob_although_nobody_has_asked_for_it() {
     lose_with_result(&store, file, "a worker stores a directory").await;
 }
 
-/// A result that a client stores before its blobs is linked once it was found complete.
+/// A result that a client stores before its blobs is linked once it is found complete.
 #[actix::test]
 async fn a_result_that_was_stored_before_its_blobs_is_linked_when_it_is_complete() {
     let (store, action) = (TestStore::of_files().await, digest(b"action"));

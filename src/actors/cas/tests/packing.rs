@@ -1,4 +1,5 @@
-//! Compression at rest: whatever becomes of the files, every reader gets the same bytes as before, or a miss.
+//! Tests of compression at rest: whatever happens to the files, every reader gets the same bytes as before,
+//! or a miss.
 
 use super::*;
 use crate::actors::cas::{
@@ -8,7 +9,7 @@ use crate::actors::cas::{
 use gorego_reapi::compression::CHUNK_BYTES;
 use std::{fs, os::unix::fs::MetadataExt as _};
 
-/// Everything that gets smaller by a fifth, at once.
+/// Compresses every blob that gets smaller by a fifth, at once.
 const AT_ONCE: PackingSettings =
     PackingSettings { after_secs: 0, min_bytes: SMALL_BLOB_BYTES, min_saving_percent: 20, cpu_percent: 100 };
 
@@ -21,14 +22,14 @@ fn text(length: usize, seed: u64) -> Bytes {
 type Damage = Box<dyn Fn(&mut Vec<u8>)>;
 
 impl TestStore {
-    /// Compresses what is cold, and waits until the plain files are deleted.
+    /// Compresses the cold blobs, and waits until the plain files are deleted.
     async fn pack(&self, settings: PackingSettings) -> PackTally {
         let tally = self.worker(move |cas, _| pack_now(&cas, settings, || Ok(()))).await.unwrap();
         self.when_deleted().await;
         tally
     }
 
-    /// Compresses what is cold, and does something once, in the middle of the first blob.
+    /// Compresses the cold blobs, and calls `meanwhile` once, in the middle of the first blob.
     async fn pack_while(&self, meanwhile: impl FnOnce(&Cas, &Instance) + Send + 'static) -> PackTally {
         let mut meanwhile = Some(meanwhile);
         let packed = move |cas: Cas, main: Instance| {
@@ -42,7 +43,7 @@ impl TestStore {
         self.worker(packed).await.unwrap()
     }
 
-    /// Reads a blob in every way there is.
+    /// Reads a blob in every possible way.
     async fn check(&self, plain: &Bytes) {
         let blob = digest(plain);
         assert_eq!(self.get(blob).await.unwrap(), plain);
@@ -69,7 +70,7 @@ impl TestStore {
         assert!(self.has(blob).await);
     }
 
-    /// Reads a damaged blob to where it ends with an error. All bytes before that are right.
+    /// Reads a damaged blob until the error, and checks that all bytes before it are right.
     async fn fails_to_read(&self, plain: &Bytes, as_zstd: bool) {
         let blob = digest(plain);
         let error = if as_zstd {
@@ -124,7 +125,7 @@ impl TestStore {
         files
     }
 
-    /// The bytes that the files of their own take on disk.
+    /// The disk space of the files outside of segments.
     fn bytes_of_files(&self) -> u64 {
         let block = rustix::fs::statvfs(self.root.path()).unwrap().f_frsize;
         let bytes = |path: &PathBuf| {
@@ -134,7 +135,7 @@ impl TestStore {
         self.files().iter().map(bytes).sum()
     }
 
-    /// Waits until everything that was superseded is deleted.
+    /// Waits until all superseded files are deleted.
     async fn when_deleted(&self) -> Totals {
         eventually(|| async {
             let totals = self.inspect().await.totals;
@@ -180,7 +181,7 @@ async fn a_cold_blob_takes_less_and_reads_as_before_also_after_a_restart() {
     }
 }
 
-/// "As it lies": the stream is the beginning of the file, byte by byte.
+/// The zstd stream of such a blob is the beginning of its file, byte by byte.
 #[actix::test]
 async fn a_compressed_read_gets_the_stored_frames_and_a_form_goes_when_its_blob_is_compressed() {
     let store = TestStore::of_files().await;
@@ -241,7 +242,7 @@ async fn only_what_is_cold_and_large_and_saves_enough_is_compressed() {
     assert_eq!(store.pack(more).await.incompressible, 1, "it saves about a half");
 }
 
-/// Small blobs lie in segments, together with others.
+/// Small blobs are in segments, together with others.
 #[actix::test]
 async fn blobs_in_segments_stay_as_they_are() {
     let store = TestStore::new().await;
@@ -253,7 +254,8 @@ async fn blobs_in_segments_stay_as_they_are() {
     store.check(&large).await;
 }
 
-/// A hold that begins while a blob is compressed wins: the reader goes on with the plain file.
+/// A hold that begins while a blob is being compressed prevents the replacement: the reader continues with
+/// the plain file.
 #[actix::test]
 async fn a_blob_that_is_opened_meanwhile_keeps_its_file() {
     let store = TestStore::of_files().await;
@@ -274,7 +276,7 @@ async fn a_blob_that_is_opened_meanwhile_keeps_its_file() {
     store.check(&plain).await;
 }
 
-/// A blob that goes while it is compressed does not come back.
+/// A blob that is removed while it is being compressed does not come back.
 #[actix::test]
 async fn a_blob_that_is_dropped_meanwhile_stays_dropped() {
     let store = TestStore::of_files().await;
@@ -306,7 +308,7 @@ async fn a_plain_file_that_is_wrong_is_dropped_when_it_would_be_compressed() {
     store.check(&plain).await;
 }
 
-/// Each kind of damage, found while the server runs and after a restart. The next upload heals it.
+/// Each kind of damage is found while the server runs and after a restart. The next upload restores the blob.
 #[actix::test]
 async fn a_damaged_packed_file_is_a_miss_and_heals() {
     let mut store = TestStore::of_files().await;
@@ -385,14 +387,14 @@ async fn whatever_a_kill_leaves_behind_is_one_right_blob() {
     let blob = store.put(plain.clone()).await;
     let plain_path = store.file_of(blob);
     let plain_bytes = fs::read(&plain_path).unwrap();
-    // Before the new file has its name.
+    // A kill before the new file has its final name leaves this.
     fs::write(store.root.path().join("store/v1/tmp/77"), &plain_bytes[..500_000]).unwrap();
     store = store.restart().await;
     store.check(&plain).await;
     assert_eq!(store.pack(AT_ONCE).await.blobs, 1);
     store.when_deleted().await;
     let packed = store.file_of(blob);
-    // After that, and before the plain file is deleted.
+    // A kill after that, and before the plain file is deleted, leaves this.
     fs::write(&plain_path, &plain_bytes).unwrap();
     store = store.restart().await;
     assert_eq!(store.files_of(blob), [packed]);
@@ -402,7 +404,8 @@ async fn whatever_a_kill_leaves_behind_is_one_right_blob() {
     store.check(&plain).await;
 }
 
-/// Compressing is no use: what was used before stays older, and the time of the last use is kept on disk.
+/// Compressing a blob does not count as a use: the order of use stays, and the time of the last use is kept
+/// on disk.
 #[actix::test]
 async fn the_order_of_use_stays_and_nothing_is_evicted() {
     let store = TestStore::with_limit(4 * MB).await;
@@ -415,7 +418,7 @@ async fn the_order_of_use_stays_and_nothing_is_evicted() {
     let totals = store.when_deleted().await;
     assert_eq!((totals.blobs, store.inspect().await.tally.evicted), (2, 0));
     assert!((used_at(store.file_of(digest(&old))) - before).abs() <= 1);
-    // Room for what was saved, and no more.
+    // This is the room that was saved, and no more.
     let rest = totals.limit - totals.used - totals.overhead - 100_000;
     store.put(noise(rest as usize, 3)).await;
     assert_eq!(store.files_of(digest(&old)).len(), 1);
@@ -451,7 +454,7 @@ async fn a_leased_blob_is_leased_with_the_bytes_that_it_takes() {
     assert!(totals.used < before.used);
 }
 
-/// The thread does what the passes above do, and does not keep the store open.
+/// The thread does the same as the passes above, and does not keep the store open.
 #[actix::test]
 async fn the_thread_compresses_while_others_read_and_ends_with_the_store() {
     let root = Rc::new(TempDir::new().unwrap());

@@ -1,4 +1,4 @@
-//! The action cache, and the look-up for an Execute.
+//! Tests of the action cache, and of the look-up for an Execute.
 
 use super::{
     super::{resolve::Resolution, settings::LOOKUPS_PER_TURN},
@@ -19,7 +19,7 @@ fn output(path: &str, content: Digest) -> reapi::OutputFile {
     reapi::OutputFile { path: path.into(), digest: Some(content.to_wire()), ..Default::default() }
 }
 
-/// A result with every kind of reference, and the name of each.
+/// A result with every kind of reference, and a name for each of them.
 async fn rich_result(store: &TestStore) -> (reapi::ActionResult, Vec<(&'static str, Digest)>) {
     let in_child = store.put("in a child of the Tree").await;
     let in_root = store.put("in the root of the Tree").await;
@@ -85,7 +85,7 @@ async fn lookup(store: &TestStore, action: Digest) -> Option<SharedResult> {
     store.cas.get_result(&store.main, action).await.unwrap()
 }
 
-/// AC-03, for each kind of reference, with the result in memory and after a restart.
+/// AC-03. Tested for each kind of reference, with the result in memory and after a restart.
 #[actix::test]
 async fn a_result_is_served_only_while_everything_it_references_is_stored() {
     let (_, kinds) = rich_result(&TestStore::new().await).await;
@@ -107,7 +107,7 @@ async fn a_result_is_served_only_while_everything_it_references_is_stored() {
     }
 }
 
-/// AC-03, for a result with more references than are looked up in one turn.
+/// AC-03. Tested for a result with more references than are looked up in one turn.
 #[actix::test]
 async fn a_result_of_thousands_of_blobs_is_served_only_while_all_of_them_are_stored() {
     let mut store = TestStore::new().await;
@@ -186,7 +186,7 @@ async fn a_hundred_racing_updates_leave_one_whole_result() {
     assert_eq!(lookup(&store, action).await.unwrap().output_files.len(), 0);
 }
 
-/// AC-08: look-ups meanwhile return the old result or the new one, even when its Trees have to be read.
+/// AC-08: look-ups during an update return the old result or the new one, even when its Trees have to be read.
 #[actix::test]
 async fn a_result_that_is_being_replaced_is_never_a_miss() {
     let store = TestStore::new().await;
@@ -265,7 +265,7 @@ async fn a_damaged_result_file_is_a_miss() {
     assert_eq!(store.inspect().await.totals.results, 0);
 }
 
-/// An Action and its Command, stored.
+/// Stores an Action and its Command.
 async fn action(store: &TestStore, salt: &str, do_not_cache: bool) -> (Digest, Digest) {
     let command = reapi::Command { arguments: vec!["true".into(), salt.into()], ..Default::default() };
     let command = store.put(command.encode_to_vec()).await;
@@ -357,7 +357,7 @@ async fn an_action_or_command_of_millions_of_empty_parts_is_refused_before_it_is
     }
 }
 
-/// More actions at once than there is memory for; Action and Command of each are large.
+/// There are more actions at once than there is memory for, because their Actions and Commands are large.
 #[actix::test]
 async fn large_actions_are_looked_up_in_turn() {
     let store = TestStore::new().await;
@@ -380,7 +380,7 @@ async fn large_actions_are_looked_up_in_turn() {
     }
 }
 
-/// Platform properties are held in memory too, so they count toward the weight of the action.
+/// Platform properties are held in memory, so they count toward the weight of the action.
 #[actix::test]
 async fn an_action_with_a_huge_platform_is_not_kept_in_memory() {
     let store = TestStore::new().await;
@@ -404,8 +404,8 @@ fn by(principal: &str) -> Provenance {
     Provenance { principal: principal.into(), ..Provenance::default() }
 }
 
-/// Results of clients with `client_results = "private"`, before and after a restart: nobody gets one of another principal, whatever
-/// key it asks for, and the result of a worker comes first.
+/// With `client_results = "private"`, before and after a restart, no client gets a result of another principal under any key, and
+/// the result of a worker has precedence.
 #[actix::test]
 async fn a_private_result_is_seen_by_its_principal_alone() {
     let root = TempDir::new().unwrap();
@@ -451,7 +451,7 @@ async fn a_private_result_is_seen_by_its_principal_alone() {
     for principal in ["token:a", "token:b"] {
         assert_eq!(target(&private, key, principal).await, None, "a key is no action");
     }
-    // A purge finds them, with the action that they are of.
+    // A purge finds private results, and names their actions.
     let condition =
         ResultCondition { principal: Some("token:b".into()), action: Some(action), ..Default::default() };
     let page = cas.purge_results(&private, &condition, 0, 10, true).await.unwrap();
@@ -459,7 +459,7 @@ async fn a_private_result_is_seen_by_its_principal_alone() {
     assert!(page.results[0].is_private && page.results[0].action_digest == Some(action.to_wire()));
     assert_eq!(target(&private, action, "token:b").await, None);
     assert_eq!(target(&private, action, "token:a").await.as_deref(), Some("of a"));
-    // What ran here is for all.
+    // Results of this server's workers are served to all.
     let (worker, space) = (cas.clone(), private.clone());
     tokio::task::spawn_blocking(move || {
         let mut batch = worker.begin_outputs(&space, action.function(), 0);
@@ -473,7 +473,7 @@ async fn a_private_result_is_seen_by_its_principal_alone() {
     }
 }
 
-/// The later result stays (AC-08), and the report has both.
+/// The later result stays (AC-08), and the report names both.
 #[actix::test]
 async fn a_different_result_of_one_action_is_reported() {
     let store = TestStore::new().await;
@@ -497,7 +497,7 @@ async fn a_different_result_of_one_action_is_reported() {
     let report = reports.page("", u64::MAX, 10).reports[0].clone();
     let (earlier, later) = (report.earlier.clone().unwrap(), report.later.clone().unwrap());
     assert_eq!((&*earlier.principal, &*later.principal, report.differing_outputs), ("c", "d", 1));
-    // A worker's result is compared too, also after the memory is lost, and a value under a key is not.
+    // A worker's result is compared as well, even after the memory is lost. A value under a key is not compared.
     store.cas.put_value(&store.main, digest(b"key"), with(one), by("a")).await.unwrap();
     store.cas.put_value(&store.main, digest(b"key"), with(two), by("a")).await.unwrap();
     assert_eq!(times(), [2]);

@@ -1,10 +1,10 @@
-//! The scrub: what it finds without any read, and how it goes on after a stop.
+//! Tests of the scrub: it finds damage without any read, and continues after a stop.
 
 use super::{checksums::flip, *};
 use std::fs;
 
 impl TestStore {
-    /// A store that is scrubbed at this rate.
+    /// Opens a store that is scrubbed at this rate.
     async fn scrubbed(root: Rc<TempDir>, bytes_per_second: u64) -> Self {
         let settings = StoreSettings {
             scrub_bytes_per_second: bytes_per_second,
@@ -30,7 +30,7 @@ impl TestStore {
 
 const FAST: u64 = 10_000 * MB;
 
-/// A root whose last server was killed: closing says otherwise, so the note is removed.
+/// Makes a closed store look as if its server was killed, by removing the note that closing leaves.
 fn killed(root: Rc<TempDir>) -> Rc<TempDir> {
     fs::remove_file(root.path().join("store/note")).unwrap();
     root
@@ -41,7 +41,8 @@ async fn put_result(store: &TestStore, action: Digest) {
     store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap();
 }
 
-/// After an unclean stop, everything is verified, whether it is read or not, and what is damaged is dropped.
+/// After an unclean stop, all entries are verified, even those that are not read, and damaged ones are
+/// dropped.
 #[actix::test]
 async fn damage_of_any_kind_is_found_without_a_read() {
     let store = TestStore::new().await;
@@ -51,14 +52,14 @@ async fn damage_of_any_kind_is_found_without_a_read() {
     let (action, kept) = (digest(b"action"), digest(b"kept"));
     put_result(&store, action).await;
     put_result(&store, kept).await;
-    // A start scans the last segment, and then it has a table, which a start believes.
+    // A start scans the last segment and gives it a table, which later starts trust.
     let store = store.restart().await;
     let path = store.file_of(blobs[0]);
     flip(&path, 2 * MB);
     store.damage(blobs[1]);
     fs::remove_file(store.file_of(blobs[2])).unwrap();
     store.damage(action);
-    // A file that vanishes while the server runs is found too.
+    // A file that vanishes while the server runs is noticed, too.
     let store = TestStore::scrubbed(killed(store.close().await), FAST).await;
     let tally = store.scrub_to_its_end().await;
     assert_eq!(tally.damaged, 3, "the file that was removed is not found by the start");
@@ -73,12 +74,12 @@ async fn damage_of_any_kind_is_found_without_a_read() {
     assert_eq!((totals.blobs, totals.results), (2, 1));
     assert_eq!(store.inspect().await.tally.damaged, 3);
     eventually(|| async { (!path.exists()).then_some(()) }).await;
-    // An upload heals it.
+    // An upload restores the blob.
     assert_eq!(store.put(large.clone()).await, blobs[0]);
     assert_eq!(store.get(blobs[0]).await.unwrap(), large);
 }
 
-/// A store of an earlier version gets its checksums without a read.
+/// A store of an earlier version gets its checksums without being read by clients.
 #[actix::test]
 async fn the_scrub_gives_checksums_to_files_that_have_none() {
     let store = TestStore::new().await;
@@ -96,14 +97,14 @@ async fn the_scrub_gives_checksums_to_files_that_have_none() {
     assert!(matches!(read_all(&reader).await, Err(Error::Unavailable(_))), "its checksums tell");
 }
 
-/// After a clean stop, a pass goes on where it was, and a finished one is not repeated.
+/// After a clean stop, a pass continues where it was, and a finished pass is not repeated.
 #[actix::test]
 async fn a_clean_stop_neither_repeats_nor_loses_a_pass() {
     let store = TestStore::new().await;
     for seed in 0..40 {
         store.put(noise(LARGE, seed)).await;
     }
-    // Slow enough that it is stopped in the middle.
+    // The rate is low enough that the pass is stopped in the middle.
     let store = TestStore::scrubbed(killed(store.close().await), 2 * MB).await;
     eventually(|| async { (store.cas.measure().scrub.bytes > 3 * LARGE as u64).then_some(()) }).await;
     let before = store.cas.measure().scrub;

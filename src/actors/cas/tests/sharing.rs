@@ -1,5 +1,5 @@
-//! Sharing of the store's threads and memory among peers: each bound leaves a place for another peer, however much the first
-//! one asks for.
+//! Tests of how peers share the store's threads and memory: each bound leaves a place for another peer, however much the first
+//! one requests.
 
 use super::{
     super::{forms::chunks::ChunkWork, settings, trees::TreeRoom},
@@ -16,12 +16,12 @@ fn client(host: u8) -> Caller {
     Caller::connected(([127, 0, 0, host], 1).into())
 }
 
-/// Takes all of a budget that this caller gets, a unit at a time.
+/// Takes as much of a budget as this caller can get, one unit at a time.
 fn all_of(budget: &Budget, caller: Caller, unit: u64) -> Vec<Share> {
     std::iter::from_fn(|| budget.take(caller, unit).ok()).collect()
 }
 
-/// Everything of a budget that a peer gets with many connections.
+/// Takes as much of a budget as a peer can get with many connections.
 fn all_of_peer(budget: &Budget, host: u8, unit: u64) -> Vec<Share> {
     let each = std::iter::repeat_with(|| all_of(budget, client(host), unit));
     let held: Vec<_> = each.take_while(|held| !held.is_empty()).flatten().collect();
@@ -124,7 +124,7 @@ async fn peers_share_checks_of_results_and_first_reads_of_blobs() {
     store.assert_shared((&shared.cold_reads, 1), read).await;
 }
 
-/// Both peers split the same blob: the first waits for a place while the other is served.
+/// Both peers split the same blob. The first one waits for a place while the other one is served.
 #[actix::test]
 async fn peers_share_places_to_split_blobs() {
     let store = TestStore::new().await;
@@ -135,7 +135,7 @@ async fn peers_share_places_to_split_blobs() {
     let split = async |cas: Cas, _| cas.split(&main, blob, chunking, usize::MAX).await;
     store.assert_shared((places, 1), split).await;
     assert_eq!(places.held(), 0);
-    // One connection alone does not keep the next one of its peer waiting either.
+    // A single connection does not make the next connection of its peer wait, either.
     let held = all_of(places, client(1), 1);
     shared.chunk_work.forget();
     let answer =

@@ -1,4 +1,4 @@
-//! Blobs: presence, damage, restart and eviction.
+//! Tests of blobs: presence, damage, restart and eviction.
 
 use super::{
     super::{lookup::Purpose, relief::Relieve, settings::LOOKUPS_PER_TURN},
@@ -25,7 +25,7 @@ async fn present_blobs_can_be_read_and_missing_ones_are_reported_once() {
     assert_eq!(found, [false, true, false, true, false, false]);
 }
 
-/// Look-ups wait for nothing, so a thread that makes many of them serves nobody else unless they yield.
+/// Look-ups never wait, so a thread that makes many of them serves no other task unless they yield.
 #[actix::test]
 async fn look_ups_let_other_tasks_run_in_whatever_parts_they_are_made() {
     let store = TestStore::new().await;
@@ -128,7 +128,7 @@ async fn a_damaged_file_is_a_miss_and_is_dropped() {
     assert_eq!(store.get(blob).await.unwrap(), noise(LARGE, 7));
 }
 
-/// A large file that this process wrote is not hashed at every read, unless it has changed.
+/// A large file that this process has written is hashed at a read only if it has changed.
 #[actix::test]
 async fn a_large_file_that_changed_since_it_was_written_is_hashed_again() {
     let store = TestStore::new().await;
@@ -161,7 +161,7 @@ async fn closing_the_store_writes_the_uses() {
     assert_eq!(stale, 0);
 }
 
-/// This also works where a test cannot mount a small disk.
+/// This test simulates a full disk, because not every test machine can mount a small one.
 #[actix::test]
 async fn a_full_disk_is_relieved_of_the_least_recently_used_entries() {
     let store = TestStore::new().await;
@@ -169,7 +169,7 @@ async fn a_full_disk_is_relieved_of_the_least_recently_used_entries() {
     for n in 0..20 {
         blobs.push(store.put(noise(4_096, n)).await);
     }
-    // Twice a thousandth of the disk has to be free, which is less than half of the store.
+    // A fifth of a percent of the disk has to be free, which is less than half of the store.
     let full = Space { free_bytes: 0, total_bytes: 16 << 20, free_inodes: 0, total_inodes: 0 };
     store.cas.actor().send(Relieve(full)).await.unwrap();
     assert_eq!(store.cas.find_missing(&store.main, &blobs).await.unwrap(), blobs[..8]);
@@ -213,7 +213,7 @@ async fn a_restart_recovers_complete_files_and_removes_the_others() {
     let cut = store.put(noise(5_000, 2)).await;
     overwrite(&store.file_of(cut), |bytes| bytes.truncate(4_999));
     let file = store.file_of(small);
-    // A second file of the same blob, as after a crash between a rename and the deletion of a superfluous file.
+    // This second file of the same blob is left by a crash between a rename and the deletion of a superfluous file.
     std::fs::copy(&file, file.with_file_name(format!("{}-5-ffff", small.hash_hex()))).unwrap();
     std::fs::write(file.with_file_name("README"), "not ours").unwrap();
     std::fs::write(file.with_file_name(format!("{}-5-", small.hash_hex())), "not ours").unwrap();
@@ -226,7 +226,7 @@ async fn a_restart_recovers_complete_files_and_removes_the_others() {
     assert_eq!(store.get(small).await.unwrap(), "small");
     assert_eq!(store.get(large).await.unwrap(), noise(LARGE, 1));
     assert!(!store.has(cut).await);
-    // Two blobs and the two foreign files.
+    // Two blobs and the two foreign files are left.
     eventually(|| async { (store.files().len() == 4).then_some(()) }).await;
     // Generations continue after the largest one found.
     store.put("new").await;
@@ -327,7 +327,7 @@ async fn a_full_disk_is_relieved_of_a_part_of_the_store() {
     assert!(!store.has(digest(&noise(LARGE, 0))).await && store.has(digest(&noise(LARGE, 19))).await);
 }
 
-/// What an earlier version has stored as files stays where it is, and what is new goes to segments.
+/// Files that an earlier version has stored stay in place, and new entries go to segments.
 #[actix::test]
 async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
     let store = TestStore::of_files().await;
@@ -344,7 +344,7 @@ async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
     assert_eq!(std::fs::read_to_string(&format).unwrap(), "gorego store 3\n");
     assert_eq!(store.get(old).await.unwrap(), "old");
     assert_eq!(store.file_of(old), file);
-    // A newer result replaces the old one, also after a restart.
+    // A newer result replaces the old one, even after a restart.
     let metadata = reapi::ExecutedActionMetadata { worker: "newer".into(), ..Default::default() };
     let newer = reapi::ActionResult { execution_metadata: Some(metadata), ..Default::default() };
     store.cas.put_result(&store.main, action, newer, Provenance::default()).await.unwrap();
@@ -388,7 +388,7 @@ async fn dead_records_never_take_the_store_beyond_its_limit() {
         }
         bytes(&store.root.path().join("store"))
     };
-    // Some blobs are used again and again, among others that nobody wants any more, so that few segments die as a whole.
+    // Some blobs are used repeatedly, among others that are not used any more, so that few segments die as a whole.
     let mut hot = Vec::new();
     for round in 0..55u64 {
         let content = |n: u64| {

@@ -1,4 +1,4 @@
-//! The disk space of uploads: what they reserve, its bounds, and how broken uploads give it back.
+//! Tests of the disk space of uploads: reservations, their bounds, and how broken uploads give them back.
 
 use super::{super::uploads::*, uploads::send, *};
 use crate::actors::cas::{
@@ -18,7 +18,7 @@ fn park(store: &TestStore, uploads: &mut Uploads, (n, blob): (u64, Key), room: U
     assert!(uploads.end(EndUpload { name, number, blob, progress, partial }, now).is_none());
 }
 
-/// A peer that keeps as many broken uploads as it can loses its own, however old those of other peers are.
+/// A peer that keeps as many broken uploads as it can loses its own ones, even if uploads of other peers are older.
 #[actix::test]
 async fn a_peer_with_many_broken_uploads_loses_its_own_and_never_anothers() {
     let store = TestStore::new().await;
@@ -42,7 +42,7 @@ async fn a_peer_with_many_broken_uploads_loses_its_own_and_never_anothers() {
     }
     assert!(uploads.pop_excess(now, hour, limit).is_none());
     assert_eq!(uploads.counts(), (0, settings::MAX_PARTIAL_UPLOADS));
-    // By bytes the other peer has most. It loses its oldest upload first, although a newer one is larger.
+    // By bytes, the other peer has most. It loses its oldest upload first, although a newer one is larger.
     park(&mut uploads, 1_000, few, 30 * MB);
     for _ in 0..2 {
         assert_eq!(peer_of(uploads.pop_for_room()), few.peer);
@@ -91,7 +91,7 @@ async fn all_there(store: &TestStore, blobs: &[Digest]) -> bool {
     store.cas.find_missing(&store.main, blobs).await.unwrap().is_empty()
 }
 
-/// Announced bytes reserve nothing and evict nothing, however they are announced. Only received bytes reserve room.
+/// Announced bytes reserve and evict nothing, in whichever way they are announced. Only received bytes reserve room.
 #[actix::test]
 async fn room_is_reserved_for_received_bytes_and_not_for_announced_ones() {
     let (store, blobs, caller) = store_with_blobs(30 * MB).await;
@@ -108,7 +108,7 @@ async fn room_is_reserved_for_received_bytes_and_not_for_announced_ones() {
         writers.push(writer);
     }
     assert_eq!(store.inspect().await.totals.reserved, 0);
-    // A batch whose items all claim a false size: a MiB each, 40 MiB in all.
+    // All items of this batch claim a false size of one MiB, 40 MiB in total.
     let lies = (0..40u8).map(|n| {
         let digest = Digest::parse(SHA256, &digest(&[n, n]).hash_hex(), 1 << 20).unwrap();
         (digest, Payload::Zstd(Bytes::from_static(b"no zstd")))
@@ -150,7 +150,7 @@ async fn a_compressed_upload_gets_room_as_it_is_decoded() {
     }
 }
 
-/// Each upload holds a part and none can have the rest. All end, and those that fail may be resumed later.
+/// Each upload holds a part of the room and none can get the rest. All of them end, and failed ones can be resumed later.
 #[actix::test]
 async fn uploads_that_do_not_fit_together_all_end() {
     let store = TestStore::with_limit(10 * MB).await;
@@ -174,6 +174,7 @@ async fn uploads_that_do_not_fit_together_all_end() {
                 Err(Error::Exhausted { retry_after: Some(_), .. }) => {}
                 Err(error) => panic!("{error}"),
             }
+            // The clients wait for different times, so that they do not take room from each other in step for ever.
             tokio::time::sleep(Duration::from_millis(20 * seed)).await;
         }
     };
@@ -204,7 +205,7 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     assert_eq!((bounds.total, bounds.connection), (300 * MB, 150 * MB));
     let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
     let budget = &store.cas.shared().upload_budget;
-    // As if the caller held this much in running uploads.
+    // This stands for running uploads of the caller.
     let held = budget.take(caller, 149 * MB).unwrap();
     let upload = async |caller: Caller, name: &str| {
         let bytes = noise(3_000_000, 1);
@@ -230,7 +231,7 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
         store.cas.query_upload(&store.main, name, blob).await.unwrap().committed
     };
     assert!(committed("uploads/a").await > 0);
-    // The connection is at its bound with this broken upload, which is discarded for the first bytes of the next.
+    // With this broken upload, the connection is at its bound. It is discarded for the first bytes of the next upload.
     drop(upload(caller, "uploads/instead").await.unwrap_err());
     assert_eq!(committed("uploads/a").await, 0);
     drop(held);

@@ -1,4 +1,4 @@
-//! Uploads: concurrent, broken, resumed and wrong ones.
+//! Tests of concurrent, broken, resumed and wrong uploads.
 
 use super::*;
 use crate::actors::cas::{blob::BlobWriter, guards::Reservation};
@@ -153,7 +153,7 @@ async fn a_broken_upload_is_resumed_where_it_stopped() {
         assert_eq!(committed().await, expected);
         drop(writer);
         assert_eq!(committed().await, expected, "never less than before");
-        // It resumes at once, while the earlier stream may not have ended yet.
+        // The client resumes at once, when the earlier stream may not have ended yet.
         let writer = begin(&store, NAME, blob, cut as u64).await.unwrap();
         assert_eq!(writer.committed(), cut as u64);
         drop(writer);
@@ -199,7 +199,7 @@ async fn a_writer_learns_that_another_upload_stored_the_blob() {
     assert!(futures::poll!(&mut late).is_pending(), "the blob is gone again");
 }
 
-/// BS-24: the one that is stored answers for all of them, and is not evicted to make room for the others.
+/// BS-24: one stored upload answers all others of the same blob, and is not evicted to make room for them.
 #[actix::test]
 async fn uploads_of_one_blob_do_not_evict_it() {
     let store = TestStore::with_limit(5 * MB).await;
@@ -254,7 +254,7 @@ async fn a_superseded_upload_takes_no_room() {
     eventually(|| async { (store.files().len() == 1).then_some(()) }).await;
 }
 
-/// BS-28, when there is no room for both.
+/// BS-28: there is no room for both uploads.
 #[actix::test]
 async fn an_upload_without_room_waits_for_another_one_of_its_blob() {
     let store = TestStore::with_limit(4 * MB).await;

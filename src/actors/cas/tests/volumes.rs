@@ -1,4 +1,4 @@
-//! The store over a volume in memory: it needs only what the trait promises.
+//! Tests of the store over a volume in memory, which show that it relies only on the promises of the trait.
 
 use super::{super::volume::memory::Memory, *};
 use std::fs::{File, read, write};
@@ -21,7 +21,7 @@ async fn every_way_in_and_out_works_without_a_file_system_and_survives_a_restart
     for bytes in &blobs {
         store.put(bytes.clone()).await;
     }
-    // A long upload, in pieces.
+    // This upload is long and arrives in pieces.
     let long = noise(5 * MB as usize, 2);
     let Upload::Writer(mut writer) =
         store.cas.begin_upload(&store.main, "uploads/x", digest(&long), 0).await.unwrap()
@@ -32,12 +32,12 @@ async fn every_way_in_and_out_works_without_a_file_system_and_survives_a_restart
         writer.write(long.slice(at..(at + 500_000).min(long.len()))).await.unwrap();
     }
     assert_eq!(writer.finish().await, Ok(digest(&long)));
-    // A blob whose digest is not known in advance.
+    // The digest of this blob is not known in advance.
     let unknown = noise(MB as usize, 3);
     let mut new = store.cas.new_blob(&store.main, SHA256);
     new.write(unknown.clone()).await.unwrap();
     assert_eq!(new.finish().await, Ok(digest(&unknown)));
-    // An output, which is copied.
+    // This output is copied.
     let (output, directory) = (noise(LARGE, 4), TempDir::new().unwrap());
     write(directory.path().join("o"), &output).unwrap();
     let path = directory.path().to_owned();
@@ -49,7 +49,7 @@ async fn every_way_in_and_out_works_without_a_file_system_and_survives_a_restart
     });
     assert_eq!(stored.await, Ok(digest(&output)));
     blobs.extend([long, unknown, output.clone()]);
-    // A result.
+    // This is a result.
     let file =
         reapi::OutputFile { path: "o".into(), digest: Some(digest(&output).to_wire()), ..Default::default() };
     let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
@@ -63,7 +63,7 @@ async fn every_way_in_and_out_works_without_a_file_system_and_survives_a_restart
         assert_eq!(store.get(digest(bytes)).await.unwrap(), bytes);
     }
     assert!(store.cas.get_result(&store.main, action).await.unwrap().is_some());
-    // An input, which is copied out.
+    // This input is copied out.
     let node =
         reapi::FileNode { name: "f".into(), digest: Some(digest(&output).to_wire()), ..Default::default() };
     let root = reapi::Directory { files: vec![node], ..Default::default() };

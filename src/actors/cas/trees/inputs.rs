@@ -1,14 +1,14 @@
-//! Input roots: reads, checks, holds and copies them out.
+//! Input roots: they are read, checked, held and copied out.
 //!
-//! Directories are read level by level, each distinct one once, and cached decoded for the next action, which mostly shares
-//! them. A root that was read is remembered ([`KnownRoots`](super::known_roots::KnownRoots)), and one that was checked lately is
-//! not checked again before the queue. So the cost of an action whose root is known does not depend on its number of files,
-//! until a worker holds what it needs. All missing Directories and files are reported at once, except those below a missing
-//! Directory, which cannot be known (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] per message, [`MAX_TREE_DEPTH`] levels,
-//! [`MAX_TREE_NODES`] entries in distinct directories, and as many in the expanded tree.
+//! Directories are read level by level, each distinct one once. Decoded directories are cached, because the next action usually
+//! shares most of them. A root that was read is remembered ([`KnownRoots`](super::known_roots::KnownRoots)), and a root that was
+//! checked recently is not checked again before the action is queued. So the cost of an action whose root is known does not
+//! depend on its number of files, until a worker holds the blobs that it needs. All missing Directories and files are reported
+//! at once, except those below a missing Directory, which cannot be known (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] per message,
+//! [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct directories, and as many in the expanded tree.
 
 use crate::actors::cas::{
-    blob::{open_checked, read_whole},
+    checked::{open_checked, read_whole},
     client::Cas,
     decoding::worst_case,
     guards::Hold,
@@ -58,13 +58,13 @@ impl Closure {
     }
 }
 
-/// The input root of an action. What is held of it cannot be evicted while this is held.
+/// The input root of an action. Blobs that it holds are not evicted.
 #[derive(Debug)]
 pub struct ActionInputs {
     cas: Cas,
     instance: Instance,
     tree: Arc<InputTree>,
-    /// What is held, sorted by digest.
+    /// The files that are held, sorted by digest.
     files: Vec<FoundEntry>,
     holds: Vec<Hold>,
 }
@@ -126,8 +126,8 @@ impl ActionInputs {
 }
 
 impl Cas {
-    /// Reads an input root, for an action of this build. Nothing of it is held yet. Called from a worker thread. The number of
-    /// slots bounds how many are open.
+    /// Reads an input root for an action of this build. None of its blobs are held yet. Called from a worker thread. The number
+    /// of slots bounds the number of open input roots.
     ///
     /// # Errors
     /// `MissingBlobs` with everything that is missing (EXE-26), unless the root is known; `Invalid` when a Directory is
@@ -142,7 +142,7 @@ impl Cas {
         Ok(ActionInputs { cas, instance, tree, files: Vec::new(), holds: Vec::new() })
     }
 
-    /// Reads all Directories below a root. The room has to be kept as long as they are.
+    /// Reads all Directories below a root. The returned room has to be kept for as long as they are.
     pub(crate) async fn closure(
         &self,
         instance: &Instance,
@@ -230,7 +230,7 @@ impl Cas {
         }
         let mut known = Vec::with_capacity(digests.len());
         let mut to_read = Vec::new();
-        // A cached directory may no longer be stored, so the index is asked for all of them.
+        // A cached directory may no longer be stored, so all of them are looked up in the index.
         let located = self.locate(instance, digests, Purpose::Look).await?;
         for (at, (&digest, found)) in digests.iter().zip(located.found).enumerate() {
             known.push(match found {
@@ -313,7 +313,7 @@ fn is_large(directories: &HashMap<Digest, Arc<Directory>>) -> bool {
     directories.values().map(|directory| 1 + directory.entries()).sum::<usize>() > MANY_NODES
 }
 
-/// How many of these directories are read in one job, at least one, and the memory that they need.
+/// The number of these directories that one job reads, at least one, and the memory that they need.
 fn first_part(to_read: &[(usize, FoundEntry)]) -> (usize, u64) {
     let (mut count, mut bytes) = (0, 0);
     for (_, found) in to_read {
@@ -340,7 +340,7 @@ fn read_directory(cas: &Cas, found: &FoundEntry) -> Result<Option<Arc<Directory>
     Ok(Some(directory))
 }
 
-/// [`ActionInputs::materialise`].
+/// Implements [`ActionInputs::materialise`].
 fn materialise(
     cas: &Cas,
     digest: &Digest,
@@ -377,7 +377,7 @@ fn materialise(
         Ok(file)
     };
     let file = copied().map_err(failed)?;
-    // The copy is right only if the file was right until the end.
+    // The copy is right only if the file did not change until the end.
     stored.confirm(cas, found).map_err(missing)?;
     file.finish(mode).map_err(failed)
 }

@@ -1,8 +1,9 @@
 //! [`Walk`]: yields the distinct directories below a root, breadth first, for GetTree.
 //!
 //! Each distinct directory is read once, so a tree that refers to one directory a million times costs no more than one that
-//! does so once (CAS-24). Directories are returned exactly as stored, because clients find children by the digest of what they
-//! get. The state of a walk ([`Frontier`]) is pure: it names the directories to read next and is given their bytes.
+//! does so once (CAS-24). Directories are returned exactly as stored, because clients find children by the digests of the
+//! directories that they receive. The state of a walk ([`Frontier`]) is pure: it names the directories to read next and is
+//! given their bytes.
 //!
 //! The memory of all walks together is bounded: [`WALKS_MAX`] run at a time, with [`SMALL_WALK_BYTES`] each, and a walk that
 //! needs more waits for one of [`LARGE_WALKS_MAX`] places. Both are shared among peers ([`Budget`]). Waiting walks cost next to
@@ -34,20 +35,20 @@ use tokio::task::coop::consume_budget;
 
 /// Maximum number of distinct directories in one walk.
 pub(crate) const MAX_DIRECTORIES: usize = 1_000_000;
-/// Memory of a found directory during the walk: its digest in the set and in the queue, both with room to grow.
+/// Memory of a found directory during the walk: its digest is in the set and in the queue, and both have room to grow.
 const FOUND_BYTES: usize = 320;
 /// Minimum size of a subdirectory on the wire: its name, and a digest of 32 characters.
 const NODE_MIN_BYTES: usize = 40;
 /// Bound on the memory of one decoded directory: about 250,000 files. Clients accept 4 MiB by default.
 const DIRECTORY_MAX_MEMORY: u64 = 96 * 1024 * 1024;
-/// Directories from this size on may take a millisecond to decode.
+/// Directories of at least this size may take a millisecond to decode.
 const LABORIOUS_BYTES: usize = 16 * 1024;
 /// Walks that run at the same time. Few clients ask for trees, and most trees take milliseconds.
 pub(crate) const WALKS_MAX: u64 = 32;
-/// Memory that a walk may take without a large place: a full page of usual directories (15 MiB) and 25,000 found ones.
+/// Memory that a walk may take without a large place: a full page of directories of usual size (15 MiB) and 25,000 found ones.
 pub(crate) const SMALL_WALK_BYTES: usize = 24 * 1024 * 1024;
-/// Walks that may take more than that at the same time: 320 MB with the most directories, and 300 MB more while the largest
-/// one is sent. One peer gets one of the two.
+/// Number of walks that may take more memory at the same time: 320 MB with the most directories, and 300 MB more while the
+/// largest one is sent. One peer gets one of the two.
 pub(crate) const LARGE_WALKS_MAX: u64 = 2;
 /// Maximum number of directories that are read at once.
 const READ_MAX_DIRECTORIES: usize = 256;
@@ -158,7 +159,8 @@ impl Frontier {
         Self { root, queue: VecDeque::from([root]), found: HashSet::from([root]) }
     }
 
-    /// The directories to read next, in the order in which [`Frontier::visit`] expects them; none at the end of the walk.
+    /// The directories to read next, in the order in which [`Frontier::visit`] expects them. The list is empty at the end of
+    /// the walk.
     fn next_batch(&mut self) -> Result<Vec<Digest>> {
         let mut batch = Vec::new();
         let mut bytes = 0u64;
@@ -214,7 +216,8 @@ impl Frontier {
     }
 }
 
-/// The approximate memory of a decoded directory. One that will be refused counts only its bytes, as it is not decoded.
+/// The approximate memory of a decoded directory. A directory that will be refused counts only its bytes, because it is not
+/// decoded.
 fn weigh(blob: &[u8]) -> usize {
     let cost = wire::cost::<Directory>(blob, Limits::memory(DIRECTORY_MAX_MEMORY));
     let memory = cost.map_or(0, |cost| cost.memory);

@@ -80,7 +80,7 @@ impl Cas {
         }
     }
 
-    /// The writer of an attempt, whose room is charged to the client.
+    /// Makes the writer of an attempt. Its room is charged to the client.
     fn write_to(&self, mut attempt: Box<Attempt>) -> Result<Upload> {
         attempt.lessee = self.lessee();
         if let Some(room) = &mut attempt.room

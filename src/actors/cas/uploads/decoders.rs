@@ -2,8 +2,9 @@
 //!
 //! A few bytes from a client can make a decoder allocate a window of up to 8 MiB, and keep it for as long as the client is
 //! silent. So memory is reserved before a decoder gets its first bytes, as much as the header of its first frame demands
-//! ([`Decoder::memory`]), and is released with the decoder. A later frame with a larger window reserves more at once or fails:
-//! a decoder that holds memory never waits for more. Small decoders are served before large ones of the same connection.
+//! ([`Decoder::memory`]), and is released with the decoder. A later frame with a larger window reserves more memory at once or
+//! fails, because a decoder that holds memory must not wait for more. Small decoders are served before large ones of the same
+//! connection.
 
 use crate::{
     budget::{Bounds, Budget, Share},

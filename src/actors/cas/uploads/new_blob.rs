@@ -19,7 +19,7 @@ use gorego_reapi::{
     error::{Error, Result},
 };
 
-/// Bytes that are collected before a blocking thread is used. A smaller blob needs no temporary file.
+/// Number of bytes that are collected before a blocking thread is used. A smaller blob needs no temporary file.
 const PIECE_BYTES: usize = 256 * 1024;
 
 /// A blob that is being received; see the module documentation.
@@ -37,7 +37,7 @@ pub struct NewBlob {
 #[derive(Debug)]
 struct HashedDraft {
     file: Box<dyn Draft>,
-    /// `None` for a function that has to know the size first: the file is then read again to hash it.
+    /// `None` for a function that has to know the size first. The file is then read again to hash it.
     hasher: Option<Hasher>,
 }
 

@@ -5,7 +5,6 @@
 //! blocks.
 
 use crate::actors::cas::{
-    blob::hash_mismatch,
     uploads::{decoders::DecoderRoom, small::check_bytes},
     volume::{Draft, Volume},
 };
@@ -64,7 +63,7 @@ impl Inflow {
     /// Decodes the next bytes of the stream and passes the bytes of the blob to `put`. `left` bytes of the blob are missing.
     ///
     /// # Errors
-    /// `Invalid` when they are no zstd, or yield more than `left` (BS-26); the errors of `put`.
+    /// `Invalid` when they are not zstd, or yield more than `left` bytes (BS-26); the errors of `put`.
     pub fn take(&mut self, wire: &[u8], left: u64, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let decoder = match self {
             Self::Plain => return put(wire),
@@ -213,4 +212,9 @@ pub(crate) fn check_stream(blob: Digest, stream: &[u8]) -> Result<()> {
 /// The error for a write to the store that failed.
 pub(crate) fn failed(blob: Digest, error: &io::Error) -> Error {
     Error::io(&format!("store blob {blob}"), error)
+}
+
+/// The error for uploaded bytes that do not match their digest.
+pub(in crate::actors::cas) fn hash_mismatch(digest: Digest, actual: Digest) -> Error {
+    Error::Invalid(format!("the bytes sent for blob {digest} have the digest {actual}; nothing was stored"))
 }

@@ -1,16 +1,16 @@
 //! [`SmallUpload`]: an upload of a small blob whose bytes arrived all at once.
 //!
 //! If it breaks off, nothing is left to resume, so it is not registered with the actor. Its bytes are hashed on the thread of the
-//! request and written together with those of others ([`joint_writes`]). Small batches are stored in the same way.
+//! request and written together with the bytes of other requests ([`joint_writes`]). Small batches are stored in the same way.
 //!
 //! Bound: the bytes count against the budget of bytes that are not written yet, until they are written.
 
 use crate::{
     actors::cas::{
-        blob::hash_mismatch,
         client::Cas,
         index::{EntryKind, FileId, Key},
-        joint_writes::JOINT_FILE_BYTES,
+        joint_writes::{JOINT_FILE_BYTES, SmallFile},
+        uploads::sink::hash_mismatch,
     },
     budget::{Refusal, Share},
     instance::{Instance, InstanceId},
@@ -26,13 +26,13 @@ use crate::actors::cas::joint_writes;
 pub struct SmallUpload {
     cas: Cas,
     blob: Key,
-    /// For its bytes. `None` if the server itself stores them.
+    /// Memory for the bytes; `None` if the server itself stores them.
     memory: Option<Share>,
 }
 
 impl Cas {
-    /// Begins an upload of a small blob, all of whose bytes are there. Returns `None` if [`Cas::begin_upload`] has to handle it:
-    /// the blob is not small, it is stored already, or there is no memory for bytes that wait.
+    /// Begins an upload of a small blob whose bytes have all arrived. Returns `None` if [`Cas::begin_upload`] has to handle it:
+    /// the blob is not small, it is stored already, or there is no memory for waiting bytes.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.
@@ -48,7 +48,7 @@ impl Cas {
         Ok(Some(SmallUpload { cas: self.clone(), blob, memory }))
     }
 
-    /// Charges the client for bytes that wait to be written.
+    /// Charges the client for bytes that are waiting to be written.
     pub(in crate::actors::cas) fn charge_received(
         &self,
         bytes: u64,
@@ -64,8 +64,10 @@ impl Cas {
         blobs: Vec<(Digest, Bytes)>,
         memory: Option<Share>,
     ) -> Vec<Result<()>> {
-        let file = |(digest, bytes): &(Digest, Bytes)| {
-            (Key { digest: *digest, instance, kind: EntryKind::Blob }, bytes.clone())
+        let file = |(digest, bytes): &(Digest, Bytes)| SmallFile {
+            key: Key { digest: *digest, instance, kind: EntryKind::Blob },
+            content: bytes.clone(),
+            result: None,
         };
         let stored = self.write_jointly(blobs.iter().map(file).collect(), memory).await;
         let remember = |(stored, (digest, bytes)): (Result<FileId>, (Digest, Bytes))| {

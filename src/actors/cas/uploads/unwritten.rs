@@ -1,8 +1,8 @@
 //! [`UnwrittenPieces`]: the pieces of an upload that have arrived and are not written yet.
 //!
-//! Starting a job on a blocking thread does not pay for a few bytes, so each upload collects some first. Thousands of stalled
-//! uploads would keep these bytes in memory, so all uploads share a [`Budget`]. If it has no room for the next piece,
-//! [`UnwrittenPieces::push`] fails, and the upload writes what it has at once and waits for that. Uploads already buffer less
+//! Starting a job on a blocking thread is not worthwhile for a few bytes, so each upload collects some first. Thousands of
+//! stalled uploads would keep these bytes in memory, so all uploads share a [`Budget`]. If it has no room for the next piece,
+//! [`UnwrittenPieces::push`] fails, and the upload writes its pieces at once and waits for that. Uploads already buffer less
 //! when half of the budget is taken ([`UnwrittenPieces::has_plenty`]), so that many uploads of one client seldom reach the
 //! bound.
 
@@ -68,7 +68,7 @@ impl UnwrittenPieces {
     /// Appends a piece, unless it is empty.
     ///
     /// # Errors
-    /// When there is no memory for it. It is added all the same, and has to be written at once.
+    /// When there is no memory for the piece. It is added nevertheless, and has to be written at once.
     pub(crate) fn push(&mut self, piece: Bytes) -> Result<(), Refusal> {
         if piece.is_empty() {
             return Ok(());

@@ -1,31 +1,30 @@
 //! [`BlobWriter`]: an upload in progress.
 //!
 //! The caller hands over chunks and continues. A job on a blocking thread hashes and writes them: one job at a time per upload,
-//! at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget ([`UnwrittenPieces`]). When
-//! the budget is spent, each piece is written before the next one is accepted. An upload that fits into one job costs exactly
-//! one job: it is hashed in memory and written under its final name. A longer one is written under a temporary name and renamed
-//! once its hash is verified.
+//! at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget ([`UnwrittenPieces`]).
+//! When the budget is spent, each piece is written before the next one is accepted. An upload that fits into one job costs
+//! exactly one job: it is hashed in memory and written under its final name. A longer one is written under a temporary name and
+//! renamed once its hash is verified.
 //!
 //! A compressed upload is decoded by the same jobs. Its size is known only then, so it may be refused one job late. A decoder
 //! takes megabytes, so its memory is reserved ([`decoders`]) if the upload needs more than one job or yields more than
 //! [`WHOLE_BYTES`]. This also bounds the blocking threads that wait for disk space, so that some are left to delete files.
 //!
-//! Disk space is reserved right before each write. An upload for which there is none fails, and its client may resume it later
-//! from the bytes that were written.
+//! Disk space is reserved right before each write. An upload fails if there is none, and its client may resume it later after the
+//! bytes that were written.
 //!
-//! The [`Attempt`] moves into the job and back. Dropping it, in the job or in the writer, reports what is left to the actor. So
-//! a client that vanishes at any moment leaves either a resumable upload or nothing.
+//! The [`Attempt`] moves into the job and back. When it is dropped, in the job or in the writer, its remaining bytes are reported
+//! to the actor. So a client that vanishes at any moment leaves either a resumable upload or nothing.
 
 use crate::actors::cas::{
     StoreShared,
-    blob::hash_mismatch,
     client::Cas,
     index::Key,
     new_files::{NewFiles, Visible},
     settings::UPLOAD_BUFFER_BYTES,
     uploads::Attempt,
     uploads::decoders,
-    uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed},
+    uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed, hash_mismatch},
     uploads::unwritten::UnwrittenPieces,
     volume::Volume,
 };
@@ -38,7 +37,7 @@ use gorego_reapi::{
 use std::sync::{Arc, atomic::Ordering};
 use tokio::task::JoinHandle;
 
-/// Starting a job does not pay for fewer bytes while more are to come.
+/// Starting a job is not worthwhile for fewer bytes while more are to come.
 const JOB_BYTES: usize = 256 * 1024;
 
 /// An upload in progress. If it is dropped before [`BlobWriter::finish`], the bytes so far are kept for a while under the
@@ -65,7 +64,7 @@ pub struct BlobWriter {
 enum UploadWork {
     Idle(Box<Attempt>),
     Running(JoinHandle<Result<Box<Attempt>>>),
-    /// Finished or failed.
+    /// The upload has finished or failed.
     Over,
 }
 
@@ -87,7 +86,7 @@ impl BlobWriter {
         }
     }
 
-    /// Treats the bytes from here on as a zstd stream, which has to begin with its own frame (BS-27).
+    /// Treats all further bytes as a zstd stream, which has to begin with a frame of its own (BS-27).
     pub fn decoding(mut self) -> Self {
         self.encoding = Encoding::Zstd;
         if let UploadWork::Idle(attempt) = &mut self.work {
@@ -175,7 +174,8 @@ impl BlobWriter {
         is_all || bytes < JOB_BYTES || (bytes < UPLOAD_BUFFER_BYTES / 2 && is_busy())
     }
 
-    /// Waits until another upload has stored the blob (BS-24). It never ends if the blob was evicted before anybody looked.
+    /// Waits until another upload has stored the blob (BS-24). The wait does not end if the blob was evicted before this was
+    /// polled.
     pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
         let (superseded, cas, blob) = (self.progress.superseded(), self.cas.clone(), self.blob);
         async move {
@@ -204,7 +204,7 @@ impl BlobWriter {
             self.discard();
             return Err(Error::Invalid(format!("blob {digest} was finished after {} bytes", self.accepted)));
         }
-        // Runs to its end, whether or not anybody still waits for it.
+        // The task runs to its end, even if the caller does not wait for it.
         let runtime = self.shared.runtime.clone();
         match runtime.spawn(self.store()).await.map_err(Error::internal)? {
             Err(error) if is_shortage(&error) && is_stored(&cas, &blob) => Ok(digest),
@@ -331,12 +331,12 @@ impl Drop for BlobWriter {
     }
 }
 
-/// Whether a blob is stored now, by whatever upload. It counts as used.
+/// Whether a blob is stored now, by any upload. This counts as a use.
 fn is_stored(cas: &Cas, blob: &Key) -> bool {
     cas.look_up(|index| index.renew(blob)).is_ok_and(|found| found.is_some())
 }
 
-/// Whether an upload failed for lack of something, and not because of its bytes.
+/// Whether an upload failed for lack of a resource, and not because of its bytes.
 fn is_shortage(error: &Error) -> bool {
     matches!(error, Error::Exhausted { .. } | Error::DiskFull(_) | Error::Unavailable(_))
 }
@@ -367,7 +367,7 @@ fn append(attempt: &mut Attempt, pending: &[Bytes], shared: &StoreShared) -> Res
         let mut make_room =
             |bytes| room.grow_here(&shared.runtime, volume.charge(bytes), volume.charge(blob.size()));
         if matches!(attempt.inflow, Inflow::Plain) {
-            // It already has its room, unless more was accepted since.
+            // The attempt already has its room, unless more bytes were accepted since.
             let new = pending.iter().map(|bytes| bytes.len() as u64).sum();
             make_room(sink.hasher.size().saturating_add(new))?;
             sink.append(pending, blob)?;

@@ -1,29 +1,28 @@
-//! [`ChecksumTable`]: the block checksums of the files that lie on their own.
+//! [`ChecksumTable`]: the block checksums of files that are not in segments.
 //!
 //! ```text
-//! <root>/checksums/<number>.sums    records, one after the other; a new file is begun at about 8 MiB
-//!
-//! head    "gorego sums 1", zeros 3, nonce 8, zeros 8
-//! record  nonce 8, CRC-32C of the rest of the record 4, CRC-32C of the rest of this header 4, generation 8, bytes of the file 8,
-//!         start of the hash 16, CRC-32C of each block of the file 4, zeros up to a multiple of 8
+//! <root>/checksums/<number>.sums    records, one after the other; see `record`. A new file is begun at about 8 MiB
 //! ```
 //!
-//! The checksums lie beside the files and not in them, because staging clones and copies whole files and an adopted output is
-//! renamed into the store. A record costs one append, while a file of checksums for each stored file would cost another inode and
+//! The checksums are beside the files and not in them, because staging clones and copies whole files, and an adopted output is
+//! renamed into the store. A record costs one append, while a checksum file for each stored file would cost another inode and
 //! block.
 //!
-//! Invariants: a record is never changed. It belongs to the file with its generation, and to no other, because it names the hash and
-//! the size too. A record that is damaged, lost or of another file means that the file has no checksums: it is hashed from end to
-//! end before it is served, and gets new ones. So nothing here has to be synced, and no deletion is noted on disk: at start, records
-//! without a file are dead. A table file in which most is dead is copied and removed.
+//! Invariants: a record is never changed. It belongs only to the file with its generation, because it also names the hash and the
+//! size. If the record of a file is damaged, lost or names another file, the file has no checksums: it is hashed from end to end
+//! before it is served, and gets new ones. So nothing here has to be synced, and deletions are not noted on disk: at start, records
+//! without a file are dead. A table file with mostly dead records is copied and removed.
 //!
-//! Memory: about 30 bytes for each file. The lock is not held during IO, but while a table file is created.
+//! Memory: about 30 bytes for each file. The lock is not held during IO, except while a table file is created.
 
-use super::{
-    checksums::Checksums,
-    is_lost,
-    segments::{again_with_directory, u32_at, u64_at},
+mod record;
+#[cfg(test)]
+mod tests;
+
+use self::record::{
+    HEAD_BYTES, RECORD_HEAD_BYTES, RecordHead, Records, UNIT_BYTES, body_at, body_of, head_of, nonce_of,
 };
+use super::{checksums::Checksums, is_lost, segments::again_with_directory};
 use crate::{actors::cas::index::FileId, regular_file};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -35,48 +34,66 @@ use std::{
 };
 use uuid::Uuid;
 
-const MAGIC: &[u8; 16] = b"gorego sums 1\0\0\0";
-const HEAD_BYTES: usize = 32;
-/// Bytes of a record before its checksums.
-const RECORD_HEAD_BYTES: usize = 48;
-/// Records start at multiples of this.
-const UNIT_BYTES: u64 = 8;
-/// The part of a record's header that its checksum covers starts here.
-const CHECKED_FROM: usize = 16;
-/// A new table file is begun when the last one has this many bytes: a few megabytes are quickly copied when most of them are dead.
+/// A new table file is begun when the last one has this many bytes. A few megabytes are copied quickly when most of them are dead.
 const MAX_FILE_BYTES: u64 = 8 << 20;
 /// Larger files are not read. The record of the largest blob has a few MB.
 const MAX_READ_BYTES: u64 = 1 << 30;
 
-/// Where a record lies: the number of the table file, and the offset in units.
+/// The position of a record: the number of its table file, and the offset in units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     number: u32,
     unit: u32,
 }
 
+impl Place {
+    fn offset(self) -> u64 {
+        u64::from(self.unit) * UNIT_BYTES
+    }
+}
+
 /// One table file.
 #[derive(Debug)]
 struct TableFile {
     nonce: u64,
-    /// Where the next record goes.
+    /// The offset of the next record.
     end: u64,
     /// Bytes of records that are not dead.
     live: u64,
-    /// Open while records are appended.
+    /// The open file, while records are appended to it.
     file: Option<Arc<File>>,
-    /// Writers that have reserved a place and are not done.
+    /// Number of writers that have reserved a place and have not finished.
     writers: u32,
+}
+
+impl TableFile {
+    /// Reserves bytes for a record and its writer. Returns the offset.
+    fn take(&mut self, length: u64) -> u64 {
+        let at = self.end;
+        self.end += length;
+        self.live += length;
+        self.writers += 1;
+        at
+    }
 }
 
 #[derive(Debug, Default)]
 struct TableState {
     places: HashMap<u64, Place>,
-    /// Records of earlier runs whose files were not found yet.
+    /// Records of earlier runs, with their lengths, whose files were not found yet.
     unclaimed: HashMap<u64, (Place, u64)>,
     files: BTreeMap<u32, TableFile>,
-    /// The greatest number of a table file so far.
+    /// The greatest number of a table file.
     last: u32,
+}
+
+impl TableState {
+    /// Counts a record as dead.
+    fn bury(&mut self, place: Place, length: u64) {
+        if let Some(file) = self.files.get_mut(&place.number) {
+            file.live = file.live.saturating_sub(length);
+        }
+    }
 }
 
 /// The checksums of a store.
@@ -87,17 +104,9 @@ pub(super) struct ChecksumTable {
     last_generation: u64,
 }
 
-/// A record, without its checksums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct RecordHead {
-    generation: u64,
-    size: u64,
-    hash: [u8; 16],
-    body_checksum: u32,
-}
-
 impl ChecksumTable {
-    /// Opens the table and finds its records. Each has to be claimed by its file before [`ChecksumTable::end_recovery`].
+    /// Opens the table and finds its records. [`ChecksumTable::claim`] has to be called for each file before
+    /// [`ChecksumTable::end_recovery`].
     ///
     /// # Errors
     /// The errors of the file system.
@@ -120,7 +129,7 @@ impl ChecksumTable {
         self.last_generation
     }
 
-    /// A file of this generation was found at start.
+    /// Keeps the record of a file with this generation, which was found at start.
     pub(super) fn claim(&self, generation: u64) {
         let mut state = self.state();
         if let Some((place, _)) = state.unclaimed.remove(&generation) {
@@ -169,7 +178,7 @@ impl ChecksumTable {
             }
             Err(error) if !is_lost(&error) => Err(error),
             Ok(_) | Err(_) => {
-                // Compaction may have moved it meanwhile.
+                // The record may have been moved meanwhile, because its table file was copied.
                 if self.place_of(file.generation).is_some_and(|(now, _)| now != place) {
                     return self.get(file);
                 }
@@ -215,7 +224,8 @@ impl ChecksumTable {
         }
     }
 
-    /// Counts a record as dead. Its length is read, and guessed if that fails: the count only decides when a file is copied.
+    /// Counts a record as dead. If its length cannot be read, the smallest length is counted, because the count only decides when a
+    /// file is copied.
     fn bury(&self, place: Place) {
         let nonce = self.state().files.get(&place.number).map(|file| file.nonce);
         let length = nonce.and_then(|nonce| {
@@ -264,7 +274,7 @@ impl ChecksumTable {
         {
             return Ok((last, table.nonce, table.take(length), file));
         }
-        // Creating a file is short, and nobody else should create a second one meanwhile.
+        // The lock is held while the file is created, which is short, so that no other writer creates a second one.
         let number = last + 1;
         let (nonce, _) = Uuid::new_v4().as_u64_pair();
         let path = self.path(number);
@@ -284,7 +294,7 @@ impl ChecksumTable {
         Ok((number, nonce, at, file))
     }
 
-    /// Removes a table file in which nothing lives, and copies one in which little does.
+    /// Removes a table file without live records. A file with few of them is copied first.
     fn tidy(&self, number: u32) {
         let (nonce, is_empty) = {
             let state = self.state();
@@ -322,24 +332,23 @@ impl ChecksumTable {
                 }
             }
         }
-        // What is left in the map could not be read.
+        // The remaining records of this file could not be read.
         self.state().places.retain(|_, place| place.number != number);
         Ok(())
     }
 
-    /// Reads the heads of the records of one table file.
+    /// Reads the headers of the records of one table file.
     fn load(&mut self, number: u32) {
         let path = self.path(number);
         self.state().last = number;
         let bytes = match regular_file::read(&path, MAX_READ_BYTES) {
             Ok(bytes) => bytes,
             Err(error) if is_lost(&error) => Vec::new(),
-            // It is left alone. Its files are hashed again.
+            // The table file is ignored, and the files of its records are hashed again.
             Err(_) => return,
         };
-        let nonce = bytes.starts_with(MAGIC).then(|| u64_at(&bytes, MAGIC.len())).flatten();
-        let Some(nonce) = nonce else {
-            // Without its nonce nothing in it can be found. Its files are hashed again.
+        let Some(nonce) = nonce_of(&bytes) else {
+            // Without the nonce, no record can be found. The files of these records are hashed again.
             let _ = fs::remove_file(path);
             return;
         };
@@ -349,7 +358,7 @@ impl ChecksumTable {
         for (at, head) in Records::new(nonce, &bytes) {
             let (place, length) = (Place { number, unit: (at / UNIT_BYTES) as u32 }, head.record_bytes());
             live += length;
-            // The last record may be cut off. What is appended must not lie within it.
+            // The last record may be cut off. New records must not overlap it.
             end = end.max(at + length);
             last_generation = last_generation.max(head.generation);
             match state.unclaimed.insert(head.generation, (place, length)) {
@@ -365,7 +374,7 @@ impl ChecksumTable {
         self.last_generation = self.last_generation.max(last_generation);
     }
 
-    /// Closes the table files of earlier runs but the last, to which records are appended.
+    /// Closes all table files except the last one, to which records are appended.
     fn close_all_but_last(&self) {
         let mut state = self.state();
         let mut files: Vec<_> = state.files.values_mut().collect();
@@ -374,138 +383,11 @@ impl ChecksumTable {
     }
 }
 
-/// Opens a table file, which may have been replaced by something else, for reading and writing.
+/// Opens a table file for reading and writing. Fails if something else is in its place.
 fn open_to_append(path: &Path) -> io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
-}
-
-impl TableState {
-    fn bury(&mut self, place: Place, length: u64) {
-        if let Some(file) = self.files.get_mut(&place.number) {
-            file.live = file.live.saturating_sub(length);
-        }
-    }
-}
-
-impl TableFile {
-    fn take(&mut self, length: u64) -> u64 {
-        let at = self.end;
-        self.end += length;
-        self.live += length;
-        self.writers += 1;
-        at
-    }
-}
-
-impl Place {
-    fn offset(self) -> u64 {
-        u64::from(self.unit) * UNIT_BYTES
-    }
-}
-
-impl RecordHead {
-    fn of(file: &FileId, size: u64) -> Self {
-        let mut hash = [0; 16];
-        let of_file = file.key.digest.hash();
-        hash.iter_mut().zip(of_file).for_each(|(to, from)| *to = *from);
-        Self { generation: file.generation, size, hash, body_checksum: 0 }
-    }
-
-    fn body_bytes(&self) -> u64 {
-        self.size.div_ceil(super::checksums::BLOCK_BYTES as u64).saturating_mul(4)
-    }
-
-    fn record_bytes(&self) -> u64 {
-        (RECORD_HEAD_BYTES as u64).saturating_add(self.body_bytes().next_multiple_of(UNIT_BYTES))
-    }
-
-    fn encode(&self, nonce: u64, body: &[u8]) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.record_bytes() as usize);
-        bytes.extend_from_slice(&nonce.to_le_bytes());
-        bytes.extend_from_slice(&crc32c::crc32c(body).to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        bytes.extend_from_slice(&self.generation.to_le_bytes());
-        bytes.extend_from_slice(&self.size.to_le_bytes());
-        bytes.extend_from_slice(&self.hash);
-        let checksum = head_checksum(&bytes);
-        if let Some(place) = bytes.get_mut(12..CHECKED_FROM) {
-            place.copy_from_slice(&checksum.to_le_bytes());
-        }
-        bytes.extend_from_slice(body);
-        bytes.resize(bytes.len().next_multiple_of(UNIT_BYTES as usize), 0);
-        bytes
-    }
-
-    /// Reads the head of a record; `None` if none is there.
-    fn decode(nonce: u64, bytes: &[u8]) -> Option<Self> {
-        let bytes = bytes.get(..RECORD_HEAD_BYTES)?;
-        if u64_at(bytes, 0)? != nonce || u32_at(bytes, 12)? != head_checksum(bytes) {
-            return None;
-        }
-        Some(Self {
-            generation: u64_at(bytes, 16)?,
-            size: u64_at(bytes, 24)?,
-            hash: bytes.get(32..48)?.try_into().ok()?,
-            body_checksum: u32_at(bytes, 8)?,
-        })
-    }
-}
-
-/// The records in the bytes of a table file, each with its offset. Damaged ones are skipped.
-struct Records<'a> {
-    nonce: u64,
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Records<'a> {
-    fn new(nonce: u64, bytes: &'a [u8]) -> Self {
-        Self { nonce, bytes, at: HEAD_BYTES }
-    }
-}
-
-impl Iterator for Records<'_> {
-    type Item = (u64, RecordHead);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            let rest = self.bytes.get(self.at..).filter(|rest| rest.len() >= RECORD_HEAD_BYTES)?;
-            let at = self.at as u64;
-            match RecordHead::decode(self.nonce, rest) {
-                Some(head) => {
-                    self.at = self.at.saturating_add(usize::try_from(head.record_bytes()).ok()?);
-                    return Some((at, head));
-                }
-                None => self.at += UNIT_BYTES as usize,
-            }
-        }
-    }
-}
-
-fn head_of(nonce: u64) -> [u8; HEAD_BYTES] {
-    let mut head = [0; HEAD_BYTES];
-    let fields = MAGIC.iter().copied().chain(nonce.to_le_bytes());
-    head.iter_mut().zip(fields).for_each(|(to, from)| *to = from);
-    head
-}
-
-/// The checksum of a record's header, which also covers that of its body.
-fn head_checksum(head: &[u8]) -> u32 {
-    let of_body = crc32c::crc32c(head.get(8..12).unwrap_or_default());
-    crc32c::crc32c_append(of_body, head.get(CHECKED_FROM..RECORD_HEAD_BYTES).unwrap_or_default())
-}
-
-fn body_of(sums: &Checksums) -> Vec<u8> {
-    sums.blocks().iter().flat_map(|sum| sum.to_le_bytes()).collect()
-}
-
-/// The body of the record at an offset, if it is as it was written.
-fn body_at<'a>(bytes: &'a [u8], at: u64, head: &RecordHead) -> Option<&'a [u8]> {
-    let start = usize::try_from(at).ok()?.checked_add(RECORD_HEAD_BYTES)?;
-    let body = bytes.get(start..)?.get(..usize::try_from(head.body_bytes()).ok()?)?;
-    (crc32c::crc32c(body) == head.body_checksum).then_some(body)
 }
 
 /// Reads the record at a place; `None` if it is damaged.
@@ -515,11 +397,7 @@ fn read_record(table: &File, nonce: u64, place: Place) -> io::Result<Option<(Rec
     let Some(head) = RecordHead::decode(nonce, &head) else { return Ok(None) };
     let mut body = vec![0; usize::try_from(head.body_bytes()).map_err(io::Error::other)?];
     table.read_exact_at(&mut body, place.offset() + RECORD_HEAD_BYTES as u64)?;
-    if crc32c::crc32c(&body) != head.body_checksum {
-        return Ok(None);
-    }
-    let sums = body.chunks_exact(4).filter_map(|sum| u32_at(sum, 0)).collect();
-    Ok(Checksums::new(head.size, sums).map(|sums| (head, sums)))
+    Ok(head.checksums(&body).map(|sums| (head, sums)))
 }
 
 /// The number of a table file with this path.
@@ -527,6 +405,3 @@ fn number_of(path: &Path) -> Option<u32> {
     let name = path.file_name()?.to_str()?.strip_suffix(".sums")?;
     u32::from_str_radix(name, 16).ok().filter(|number| format!("{number:08x}") == name)
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,11 +1,11 @@
 //! [`Checksums`]: a CRC-32C of each block of a file. Pure.
 //!
-//! They are made from the same bytes that the full digest is computed from, so they stand for this digest as long as a disk makes
-//! accidental errors only. Reading checks them at many GB/s, while a SHA-256 takes the time of one thread at 1 to 2 GB/s.
+//! They are made from the same bytes as the full digest, so they replace it as long as the disk makes only accidental errors.
+//! They are checked at many GB/s, while a thread computes SHA-256 at 1 to 2 GB/s.
 
 use std::io;
 
-/// Each block of this many bytes has a checksum; the last one of a file may be shorter.
+/// Each block of this many bytes has a checksum. The last block of a file may be shorter.
 pub(crate) const BLOCK_BYTES: usize = 64 * 1024;
 
 /// The checksums of the blocks of one file.
@@ -16,7 +16,7 @@ pub(crate) struct Checksums {
 }
 
 impl Checksums {
-    /// The checksums of a file of this size. `None` if there is not one for each block.
+    /// The checksums of a file of this size. `None` if their number is not the number of blocks.
     pub(super) fn new(size: u64, blocks: Vec<u32>) -> Option<Self> {
         (blocks.len() as u64 == size.div_ceil(BLOCK_BYTES as u64)).then_some(Self { size, blocks })
     }
@@ -38,10 +38,11 @@ impl Checksums {
         &self.blocks
     }
 
-    /// Checks whole blocks of the file, from the block at `offset` on. The last one may be the shorter one at its end.
+    /// Checks whole blocks of the file, beginning with the block at `offset`. The last one may be the shorter block at the end of
+    /// the file.
     ///
     /// # Errors
-    /// `InvalidData` that names the first bad block. It counts as lost.
+    /// `InvalidData`, which names the first bad block. The file counts as lost.
     pub(super) fn check(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let first = offset / BLOCK_BYTES as u64;
         let sums = usize::try_from(first).ok().and_then(|first| self.blocks.get(first..)).unwrap_or_default();
@@ -64,7 +65,7 @@ impl Checksums {
     }
 }
 
-/// Computes [`Checksums`] of bytes that come in pieces.
+/// Computes the [`Checksums`] of bytes that arrive in pieces.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ChecksumBuilder {
     size: u64,
@@ -75,7 +76,7 @@ pub(crate) struct ChecksumBuilder {
 }
 
 impl ChecksumBuilder {
-    /// Takes the next bytes.
+    /// Adds the next bytes.
     pub(crate) fn update(&mut self, bytes: &[u8]) {
         self.size += bytes.len() as u64;
         let mut rest = bytes;

@@ -30,9 +30,9 @@ pub(crate) struct TemporaryFile {
     paths: Arc<StorePaths>,
     path: PathBuf,
     file: File,
-    /// The last use to be recorded, if it becomes a packed file.
+    /// The last use to record, if the file becomes a packed file.
     packed_for: Option<u32>,
-    /// Those of the bytes that were written.
+    /// The checksums of the bytes that were written.
     sums: ChecksumBuilder,
     table: Arc<ChecksumTable>,
     is_kept: bool,
@@ -50,21 +50,21 @@ impl TemporaryFile {
         Ok(Self { file, paths, path, packed_for: None, sums, table, is_kept: false })
     }
 
-    /// The same file, which becomes a packed file with this recorded use, in seconds since 1970.
+    /// Makes this a draft of a packed file with this recorded use, in seconds since 1970.
     pub(super) fn packed(self, used: u32) -> Self {
         let mut file = self;
         file.packed_for = Some(used);
         file
     }
 
-    /// The generation under which it is kept.
+    /// The generation under which the file is kept.
     fn final_generation(&self) -> io::Result<u64> {
         let generation = self.paths.next_generation();
         let Some(used) = self.packed_for else { return Ok(generation) };
         let time = |tv_sec, tv_nsec| Timespec { tv_sec, tv_nsec };
         let times = Timestamps { last_access: time(used.into(), 0), last_modification: time(0, UTIME_OMIT) };
         futimens(&self.file, &times)?;
-        // It replaces a file that a power cut would spare.
+        // This file replaces one that would survive a power cut.
         sync_file(&self.file)?;
         Ok(FileId::packed_generation(generation))
     }
@@ -85,7 +85,7 @@ impl Draft for TemporaryFile {
     fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
         let mut slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
         let mut left = &mut slices[..];
-        // A piece may be empty, so what is left is measured in bytes.
+        // A piece may be empty, so the loop ends when no bytes are left.
         while left.iter().any(|slice| !slice.is_empty()) {
             match self.file.write_vectored(left) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),

@@ -15,14 +15,14 @@
 //! <root>/checksums/                                        see `checksum_table`
 //! ```
 //!
-//! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's file
-//! with its full length under its final name was verified: it got the name after its hash was checked, or its bytes were
-//! checked before they were written. The name of a result does not tell the length of its file, so the file has a checksum. The
-//! name of a zstd form tells the size of its blob, so a form is decoded and hashed before it is first served, unless this
-//! process made it. A verified file is recognised by its [`Stamp`]. Files whose readers do not check all of their content have
-//! checksums of their blocks, which are checked at every read. The death of the process loses nothing. With
-//! [`SyncPolicy::Never`], a power cut may lose or damage what was written last, and the checks turn that into misses. With
-//! [`SyncPolicy::BeforeAnswer`], the content of a file is synced before it gets its name, and the name before it is acknowledged.
+//! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's file with
+//! its full length under its final name was verified: it got the name after its hash was checked, or its bytes were checked
+//! before they were written. The name of a result does not tell the length of its file, so the file has a checksum. The name of a
+//! zstd form tells the size of its blob, so a form is decoded and hashed before it is first served, unless this process made it.
+//! A verified file is recognised by its [`Stamp`]. Files whose readers do not check all of their content have checksums of their
+//! blocks, which are checked at every read. The death of the process loses nothing. With [`SyncPolicy::Never`], a power cut may
+//! lose or damage the last writes, and the checks turn these files into misses. With [`SyncPolicy::BeforeAnswer`], the content of
+//! a file is synced before it gets its name, and the name before it is acknowledged.
 
 use super::{
     Draft, Look, Moved, NewFile, Repairs, Stored, Take, Volume, WrittenFile,
@@ -91,11 +91,11 @@ pub(super) struct StorePaths {
     has_fine_times: bool,
     /// Bytes of a block of the file system.
     block: u64,
-    /// The next number of a file. Segments number their records from it too.
+    /// The next number of a file. Segments take the numbers of their records from it as well.
     sequence: Arc<AtomicU64>,
-    /// For reads of packed files.
+    /// Decoders for reads of packed files.
     decoders: Arc<FrameDecoders>,
-    /// Bytes that the trash takes, as far as they were found.
+    /// Bytes of the trash that were found so far.
     pub(super) in_trash: AtomicU64,
 }
 
@@ -156,7 +156,7 @@ impl Files {
         (0..self.paths.instances.len() as u16).map(InstanceId)
     }
 
-    /// The stamp of a verified file with these metadata.
+    /// The stamp of a verified file with this metadata.
     fn stamp(&self, metadata: &Metadata) -> Stamp {
         self.paths.settled(stamp_of(metadata))
     }
@@ -191,7 +191,7 @@ impl Files {
 
     fn write_one(&self, file: &NewFile<'_>) -> io::Result<WrittenFile> {
         if self.paths.policy == SyncPolicy::BeforeAnswer {
-            // A power cut must not leave a part of a file under its name: it would be the newest one of its blob.
+            // A power cut must not leave a part of a file under its final name, because it would be the newest file of its blob.
             let generation = self.next_generation();
             let mut draft = TemporaryFile::create(self.paths.clone(), self.table.clone(), generation)?;
             file.pieces.iter().try_for_each(|bytes| draft.write(bytes))?;
@@ -212,7 +212,7 @@ impl Files {
         Ok(WrittenFile { file: id, bytes: self.paths.taken(&metadata), stamp: self.stamp(&metadata) })
     }
 
-    /// Deletes a stored file. Anything that was put in its place is removed too.
+    /// Deletes a stored file. Anything that was put in its place is removed as well.
     fn delete_one(&self, file: &FileId) -> io::Result<()> {
         let path = self.paths.path(file);
         self.table.remove(file.generation);
@@ -267,7 +267,7 @@ impl Volume for Files {
 
     fn look(&self, file: &FileId) -> io::Result<Look> {
         let metadata = fs::symlink_metadata(self.paths.path(file))?;
-        // The same error as when such a file is opened.
+        // Opening such a file returns the same error.
         if !metadata.is_file() {
             return Err(io::Error::from_raw_os_error(libc::ENXIO));
         }
@@ -327,11 +327,11 @@ impl Volume for Files {
         let delete = |victim: &Victim| Some((victim.file, self.delete_one(&victim.file).err()?));
         let mut failures: Vec<_> = victims.iter().filter_map(delete).collect();
         if self.paths.policy == SyncPolicy::BeforeAnswer {
-            // A result that somebody has purged must not come back. Blobs may.
+            // Purged results must not come back. Blobs may.
             let results = victims.iter().filter(|victim| victim.file.key.kind == EntryKind::Result);
             let unsynced = |victim: &Victim| {
                 let synced = sync_directory(&self.directory_of(&victim.file));
-                // A directory that was never made has nothing to come back.
+                // A directory that was never created contains nothing that could come back.
                 let error = synced.err().filter(|error| error.kind() != io::ErrorKind::NotFound)?;
                 Some((victim.file, error))
             };
@@ -343,14 +343,15 @@ impl Volume for Files {
     /// Uses are recorded as access times.
     fn touch(&self, files: &[FileId], moved: &mut dyn FnMut(Vec<Moved>)) {
         let has_fine_times = self.paths.has_fine_times;
-        // With coarse times each part sleeps a tick, so it should be large. With fine times `moved` is called at once, because
-        // readers hash a file whose new change time is not reported yet.
+        // With coarse times, each part sleeps for a tick, so it should be large. With fine times `moved` is called at once,
+        // because readers hash a file whose new change time is not reported yet.
         let at_once = if has_fine_times { 1 } else { TOUCH_LEASES };
         for (part, files) in files.chunks(at_once).enumerate() {
             let touch = |(at, file)| self.touch_one(part * at_once + at, file);
             let touched: Vec<_> = files.iter().enumerate().filter_map(touch).collect();
             if !touched.is_empty() && !has_fine_times {
-                // The leases keep others from writing these files until a change would show.
+                // The leases keep others from writing these files until the clock has ticked, because only then a change would
+                // show. There is no event to wait for.
                 thread::sleep(COARSE_TICK);
             }
             moved(touched.into_iter().map(|(moved, _leased)| moved).collect());
@@ -395,7 +396,7 @@ impl StorePaths {
         size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
     }
 
-    /// Bytes that a file takes: the blocks that the file system says, and never less than [`StorePaths::charge`], because some
+    /// Bytes that a file takes: the blocks that the file system reports, and never less than [`StorePaths::charge`], because some
     /// file systems allocate later.
     pub(super) fn taken(&self, metadata: &Metadata) -> u64 {
         self.charge(metadata.len()).max(metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES))
@@ -442,7 +443,7 @@ impl StorePaths {
         self.base.join("trash")
     }
 
-    /// Moves something that does not belong to the store out of the way; the next start deletes it.
+    /// Moves something that does not belong to the store into the trash, which the next start empties.
     pub(super) fn throw_away(&self, path: &Path) -> io::Result<()> {
         let target = self.trash().join(Uuid::new_v4().to_string());
         again_with_directory(&target, || fs::rename(path, &target))
@@ -469,7 +470,7 @@ pub(super) fn create(path: &Path) -> io::Result<File> {
     in_shard(path, || OpenOptions::new().write(true).create_new(true).mode(STORED_MODE).open(path))
 }
 
-/// Runs `put`, and again after creating the directory of `path` if that was missing. Directories are created when they are
+/// Runs `put`. If the directory of `path` is missing, creates it and runs `put` again. Directories are created when they are
 /// first needed, so an empty store starts at once.
 pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match (put(), path.parent()) {

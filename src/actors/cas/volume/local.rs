@@ -33,7 +33,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-/// The names of parts that are segments begin with this, and no others.
+/// The prefix of the names of parts that are segments. No other names of parts have it.
 const SEGMENTS: &str = "segments/";
 
 /// The files of one store on a local disk.
@@ -45,7 +45,7 @@ pub(crate) struct Local {
     policy: SyncPolicy,
 }
 
-/// A file that is being written. It stays in memory as long as it is small.
+/// A file that is being written. It stays in memory for as long as it is small.
 #[derive(Debug)]
 struct LocalDraft {
     small: Vec<u8>,
@@ -79,7 +79,7 @@ impl Local {
         let segments =
             segments.map_err(|error| super::root::unusable(root, "its segments cannot be opened", &error))?;
         if policy == SyncPolicy::BeforeAnswer {
-            // What an earlier run has written and not synced is about to be called present.
+            // Files that an earlier run has written and not synced are about to become visible.
             sync_file_system(root)
                 .map_err(|error| super::root::unusable(root, "it cannot be synced", &error))?;
         }

@@ -1,4 +1,5 @@
-//! [`Memory`]: a volume in memory, for tests. They show that the store needs only what the trait promises.
+//! [`Memory`]: a volume in memory, for tests. They show that the store relies only on the promises of the
+//! trait.
 
 use super::{
     Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Take, Volume, WrittenFile, outside::LeftFile,

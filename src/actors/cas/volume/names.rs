@@ -14,11 +14,11 @@ pub(super) fn parse_file_name(function: DigestFunction, name: &str) -> Option<(D
     (format!("{digest:?}-{generation:x}").replace('/', "-") == name).then_some((digest, generation))
 }
 
-/// What the files in a directory have in common.
+/// The properties that all files in a directory share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FileClass {
     pub(super) kind: EntryKind,
-    /// They are kept compressed.
+    /// Whether the files are kept compressed.
     pub(super) is_packed: bool,
 }
 

@@ -27,7 +27,7 @@ pub(crate) struct LeftFile<'a> {
     /// Its metadata before it was hashed.
     pub(super) before: Metadata,
     writers: stamps::Writers,
-    /// The checksums of what was hashed.
+    /// The checksums of the content that was hashed.
     sums: OnceCell<Checksums>,
 }
 
@@ -66,7 +66,7 @@ impl<'a> LeftFile<'a> {
         self.file.read_at(buffer, offset)
     }
 
-    /// Its content, if that has this digest. It is hashed again unless a lease and its times show that it has not changed since
+    /// Its content, if it has this digest. It is hashed again unless a lease and its times show that it has not changed since
     /// it was hashed.
     pub(super) fn read_unchanged(&self, digest: Digest) -> io::Result<Option<Bytes>> {
         let mut bytes = vec![0; usize::try_from(self.size()).map_err(io::Error::other)?];
@@ -87,7 +87,7 @@ impl<'a> LeftFile<'a> {
         Ok(None)
     }
 
-    /// Whether nobody else can reach it: a regular file owned by this process, with one name and no writer.
+    /// Whether nobody else can reach the file: it is a regular file owned by this process, with one name and no writer.
     pub(super) fn is_ours_alone(&self) -> bool {
         self.writers != stamps::Writers::Present
             && self.before.is_file()

@@ -7,12 +7,12 @@
 //! table       a skippable frame: the `SeekTable` of zstd's seekable format
 //! ```
 //!
-//! So any tool for zstd can read a packed file. Every read checks the CRC-32C of the frames that it needs, so damaged bytes are an
-//! error of the kind `InvalidData` and never content. The hash says which blob the file has, so that files that somebody has
-//! swapped are noticed as well.
+//! Any tool for zstd can read a packed file. Every read checks the CRC-32C of the frames that it needs, so damaged bytes are an
+//! error of the kind `InvalidData` and never content. The hash identifies the blob of the file, so that swapped files are noticed
+//! as well.
 //!
-//! A read at an offset decodes the frames that it needs and no others. An open file keeps at most one frame in memory, and only
-//! if a read has taken a part of it.
+//! A read at an offset decodes only the frames that it needs. An open file keeps at most one frame in memory, and only if a read
+//! has used a part of it.
 
 use super::{
     Draft, Frames, Look, Stored, WrittenFile, read_exact,
@@ -35,7 +35,7 @@ const CHECKSUMS_MAGIC: u32 = 0x184D_2A5D;
 const SKIPPABLE_HEAD_BYTES: usize = 8;
 /// Bytes of a checksum.
 const CHECKSUM_BYTES: usize = 4;
-/// The largest frame. One of incompressible bytes is a few bytes larger than its content.
+/// The largest frame. A frame of incompressible bytes is slightly larger than its content.
 const MAX_FRAME_BYTES: u64 = CHUNK_BYTES as u64 + 1_024;
 
 /// A packed file that is being written.
@@ -61,7 +61,7 @@ impl Packing {
         Ok(())
     }
 
-    /// The length that the file would have with another frame of `more` bytes.
+    /// The length of the file with another frame of `more` bytes.
     pub(crate) fn length_with(&self, more: usize) -> u64 {
         let end = end_bytes(self.key.digest, self.table.count() + 1);
         self.table.sizes().1 + more as u64 + end as u64
@@ -75,19 +75,19 @@ impl Packing {
     }
 }
 
-/// The first bytes in the content of the frame of the checksums.
+/// The start of the content of the frame with the checksums.
 fn head_of(digest: Digest) -> Vec<u8> {
     let mut head = format!("gorego packed 1 {}\n", digest.function().name()).into_bytes();
     head.extend_from_slice(digest.hash());
     head
 }
 
-/// Bytes of the frame of the checksums.
+/// The length of the frame with the checksums.
 fn checksums_bytes(digest: Digest, frames: usize) -> usize {
     SKIPPABLE_HEAD_BYTES + head_of(digest).len() + (frames + 1) * CHECKSUM_BYTES
 }
 
-/// Bytes after the frames of the blob.
+/// The length of everything after the frames of the blob.
 fn end_bytes(digest: Digest, frames: usize) -> usize {
     checksums_bytes(digest, frames) + SeekTable::length_for(frames)
 }
@@ -106,7 +106,7 @@ fn encode_end(digest: Digest, table: &SeekTable, checksums: &[u32]) -> Vec<u8> {
     end
 }
 
-/// The table and the checksums in the end of the packed file of a blob; `None` if it is not the end of such a file.
+/// Decodes the table and the checksums at the end of the packed file of a blob; `None` if `end` is not the end of such a file.
 fn decode_end(digest: Digest, frames: usize, end: &[u8]) -> Option<(SeekTable, Vec<u32>)> {
     let (checksums, table) = end.split_at_checked(checksums_bytes(digest, frames))?;
     let (checked, checksum) = checksums.split_last_chunk::<CHECKSUM_BYTES>()?;
@@ -127,7 +127,7 @@ fn decode_end(digest: Digest, frames: usize, end: &[u8]) -> Option<(SeekTable, V
     is_whole.then_some((table, checksums))
 }
 
-/// Decoders of frames that are kept for later reads. There are never more than have worked at the same time.
+/// Decoders of frames that are kept for later reads. There are at most as many as have worked at the same time.
 #[derive(Debug, Default)]
 pub(super) struct FrameDecoders(Mutex<Vec<FrameDecoder>>);
 
@@ -142,7 +142,7 @@ impl FrameDecoders {
     }
 }
 
-/// A packed file, open for reading: as the content of its blob, or as the frames in it.
+/// A packed file, open for reading as the content of its blob or as frames.
 #[derive(Debug)]
 pub(super) struct PackedFile {
     file: StoredFile,
@@ -150,14 +150,14 @@ pub(super) struct PackedFile {
     /// The CRC-32C of each frame.
     checksums: Vec<u32>,
     decoders: Arc<FrameDecoders>,
-    /// What a read has left of the frame that it took.
+    /// The rest of the last frame of which a read has used a part.
     rest: Mutex<Option<(FramePart, Vec<u8>)>>,
 }
 
 /// A frame, by its number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FramePart {
-    /// Its content.
+    /// The decoded content of the frame.
     Plain(usize),
     /// The frame itself.
     Frame(usize),
@@ -186,7 +186,7 @@ impl PackedFile {
         self.rest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Copies the bytes of a part from `start` on. What is left of it is kept for the next read.
+    /// Copies the bytes of a part from `start` on. The rest of the part is kept for the next read.
     fn copy(&self, part: FramePart, start: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let kept = self.rest().take_if(|(kept, _)| *kept == part);
         let bytes = match kept {
@@ -220,13 +220,13 @@ impl PackedFile {
         }
     }
 
-    /// The part with the byte at `offset` of the blob, and where that is in the part.
+    /// The part that contains the byte at `offset` of the blob, and the position of this byte in the part.
     fn plain_part(&self, offset: u64) -> Option<(FramePart, u64)> {
         let number = self.table.holding(offset)?;
         Some((FramePart::Plain(number), offset - self.table.frame(number)?.0.start))
     }
 
-    /// The same for an offset among the frames.
+    /// Like [`Self::plain_part`], for an offset in the frames.
     fn frame_part(&self, offset: u64) -> Option<(FramePart, u64)> {
         let number = self.table.covering(offset)?;
         Some((FramePart::Frame(number), offset - self.table.frame(number)?.1.start))
@@ -234,7 +234,7 @@ impl PackedFile {
 }
 
 impl Stored for PackedFile {
-    /// The size is that of the content.
+    /// The size is the size of the content.
     fn look(&self) -> io::Result<Look> {
         Ok(Look { size: self.table.sizes().0, ..self.file.look()? })
     }
@@ -243,7 +243,7 @@ impl Stored for PackedFile {
         self.plain_part(offset).map_or(Ok(0), |(part, start)| self.copy(part, start, buffer))
     }
 
-    /// Only what an earlier read has decoded is at hand.
+    /// Only bytes that an earlier read has decoded are available.
     fn read_cached(&self, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize> {
         let (part, start) = self.plain_part(offset).ok_or(io::ErrorKind::UnexpectedEof)?;
         let rest = self.rest.try_lock().map_err(|_| io::ErrorKind::WouldBlock)?;
@@ -279,7 +279,7 @@ impl Frames for PackedFile {
     }
 }
 
-/// The error for a packed file that is not as it was written.
+/// The error for a packed file that has changed since it was written.
 fn damaged() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "the compressed file of the blob is damaged")
 }

@@ -16,8 +16,8 @@ use std::{
 
 /// The content of `<root>/format`.
 const FORMAT: &str = "gorego store 3\n";
-/// Earlier formats: without segments, and without checksums of large files and packed files. Such a store is used as it is; what it
-/// lacks is added while it is used.
+/// Earlier formats: without segments, and without checksums of large files and packed files. Such a store is used as it is, and
+/// the missing parts are added while it is used.
 const OLD_FORMATS: [&str; 2] = ["gorego store 1\n", "gorego store 2\n"];
 /// A bound on the size of that file, and of the note.
 pub(super) const MAX_FORMAT_BYTES: u64 = 4_096;
@@ -43,7 +43,7 @@ pub(super) fn take_lock(root: &Path) -> Result<StoreLock> {
         .create(true)
         .truncate(false)
         .write(true)
-        // A pipe or link in its place must not hold up the start.
+        // A pipe or link in its place must not block the start.
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(root.join("lock"))
         .map_err(|error| unusable(root, "it is not writable", &error))?;
@@ -61,8 +61,8 @@ pub(super) fn take_lock(root: &Path) -> Result<StoreLock> {
     Ok(StoreLock { _file: lock, _directory: directory })
 }
 
-/// Checks the format of a store directory. A new directory gets the current one, and so does an older store before the first
-/// segment or packed file is made, so that no older version opens it and misses what is in those.
+/// Checks the format of a store directory. A new directory gets the current format. So does an older store before its first
+/// segment or packed file is made, so that no older version opens it and misses their contents.
 pub(super) fn check_format(root: &Path) -> Result<()> {
     let format = root.join("format");
     match regular_file::read(&format, MAX_FORMAT_BYTES) {

@@ -1,9 +1,9 @@
 //! Finds the files of a store directory at start.
 //!
 //! Threads read the shard directories and stat every file without opening it, so a million files take seconds. A file of the
-//! wrong length comes from a write that a kill or a power cut interrupted, and is removed. A name that the store does not use
-//! is left alone and counted. Contents are checked later, at the first read. Only if a result has two files, which is as rare
-//! as a kill, both are read to find the complete one.
+//! wrong length comes from a write that a kill or a power cut interrupted, and is removed. Names that the store does not use
+//! are ignored and counted. Contents are checked later, at the first read. If a result has two files, which is as rare as a
+//! kill, both are read to find the complete one.
 
 use super::{
     Recovered, Repairs, Stored, Take,
@@ -47,14 +47,14 @@ impl ShardId {
         paths.shard(self.class, self.instance, self.function, self.first)
     }
 
-    /// The file with this digest and number in it.
+    /// The file in this directory with this digest and number.
     fn file(&self, digest: Digest, sequence: u64) -> FileId {
         let key = Key { digest, instance: self.instance, kind: self.class.kind };
         let generation = if self.class.is_packed { FileId::packed_generation(sequence) } else { sequence };
         FileId { key, generation }
     }
 
-    /// Its name, which stays the same as long as its instance has the same name.
+    /// The name of the directory, which stays the same for as long as its instance has the same name.
     pub(super) fn name(&self, paths: &StorePaths) -> String {
         paths.name_of(&self.path(paths))
     }
@@ -179,7 +179,7 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
         return;
     };
     if !metadata.is_file() {
-        // Something else was put in the place of a stored file.
+        // Something else is in the place of a stored file.
         match files.paths.throw_away(&entry.path()) {
             Ok(()) => repairs.removed += 1,
             Err(_) => repairs.unreadable += 1,
@@ -197,8 +197,8 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
     content.found.push(Recovered { file, bytes: files.paths.taken(&metadata), touched });
 }
 
-/// Removes what an interrupted update left: the beginning of a new file beside the file that it was to replace. It is the newer
-/// of the two and must not win.
+/// Removes the remains of an interrupted update: the beginning of a new file beside the file that it should have replaced. The
+/// incomplete file is the newer one, and must not be chosen.
 fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn Fn(&dyn Stored) -> bool) {
     let mut counts: HashMap<Digest, usize> = HashMap::new();
     for Recovered { file, .. } in &content.found {
@@ -227,7 +227,7 @@ fn bytes_of(entry: &DirEntry) -> u64 {
     metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES)
 }
 
-/// Empties the trash on its own thread, and counts what is in it until then. If a crash interrupts it, the next start goes on.
+/// Empties the trash on its own thread, and counts its bytes until then. After a crash, the next start continues.
 fn empty_trash(files: &Files) {
     let paths = files.paths.clone();
     let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {
@@ -241,7 +241,7 @@ fn empty_trash(files: &Files) {
         for (path, bytes) in thrown {
             let is_directory = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
             let removed = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
-            // What cannot be removed stays counted.
+            // Files that cannot be removed stay counted.
             if removed.is_ok() {
                 paths.in_trash.fetch_sub(bytes, Ordering::Relaxed);
             }

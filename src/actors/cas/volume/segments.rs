@@ -5,22 +5,22 @@
 //! <root>/segments/<number>.journal    which of them are dead, and when others were last used; see `journal`
 //! ```
 //!
-//! A batch of small files is appended with one system call, so a small file costs its checksum and a copy. A record is never
+//! A batch of small files is appended with one system call, so a small file costs only its checksum and a copy. A record is never
 //! changed. Its location is the generation of the stored file, so no table of locations is kept in memory.
 //!
 //! Invariants:
-//! - Every read of a record checks its checksums, and that it is the record of this file. A bad record is an error that counts as
-//!   lost.
-//! - A record that was deleted is noted in the journal before the deletion is reported, so it does not come back. A segment without
+//! - Every read of a record checks its checksums, and that it is the record of this file. A bad record is an error, and its file
+//!   counts as lost.
+//! - The deletion of a record is noted in the journal before it is reported, so the record does not come back. A segment without
 //!   live records is removed.
-//! - Of two records of one key, the one with the greater sequence is newer, wherever they lie. A copy keeps its sequence.
+//! - Of two records of one key, the one with the greater sequence is newer. A copy keeps the sequence of its original.
 //! - Bytes on disk that no stored file is charged for ([`Segments::overhead`]) are bounded by compaction ([`compaction`]).
-//! - The death of the process loses nothing that was written, and what a power cut damages is noticed by the checksums. With
-//!   [`SyncPolicy::BeforeAnswer`], a segment is synced before its records are acknowledged, before it gets its table, and before the
-//!   records that it has copies of are removed.
+//! - The death of the process loses nothing that was written, and the checksums detect damage by a power cut. With
+//!   [`SyncPolicy::BeforeAnswer`], a segment is synced before its records are acknowledged, before it gets its table, and before
+//!   the originals of its copies are removed.
 //!
-//! Locks, in this order, none of them held during IO but `head` while a new segment is created: `copying`, `head`, `all`, and the
-//! one of a segment.
+//! Locks are taken in this order: `copying`, `head`, `all`, and the lock of a segment. None of them is held during IO, except
+//! `head` while a new segment is created.
 
 mod compaction;
 mod content;
@@ -70,7 +70,7 @@ pub(crate) struct Segments {
     directory: PathBuf,
     /// Directory names by [`InstanceId`], as in the head of every segment of this run.
     names: Vec<String>,
-    /// The instances of these names: all of them, in order.
+    /// The instances of these names, in the same order.
     instances: Arc<[Option<InstanceId>]>,
     sizes: Sizes,
     policy: SyncPolicy,
@@ -82,7 +82,7 @@ pub(crate) struct Segments {
     all: RwLock<BTreeMap<u64, Arc<Segment>>>,
     open: OpenFiles,
     copying: Mutex<CompactionState>,
-    /// Held while a segment is compacted. The segments in which something had to stay, since all others were tried.
+    /// Held while a segment is compacted. Contains the segments in which a record had to stay, until all others were tried.
     compacting: Mutex<HashSet<u64>>,
     disk: AtomicU64,
     live: AtomicU64,
@@ -151,7 +151,7 @@ impl Segments {
         record::record_bytes(size)
     }
 
-    /// Bytes on disk that no stored file is charged for, or that compaction may leave so.
+    /// Bytes on disk that no stored file is charged for, including the dead bytes that compaction may leave.
     pub(super) fn overhead(&self) -> u64 {
         let Takes { disk, live, dead } = self.takes_now();
         let beside = disk.saturating_sub(live).saturating_sub(dead);
@@ -184,7 +184,7 @@ impl Segments {
         }
     }
 
-    /// Opens a stored file. Its content was read and checked when this returns.
+    /// Opens a stored file, and reads and checks its content.
     ///
     /// # Errors
     /// `NotFound`, `UnexpectedEof` or `InvalidData` for a record that is lost.
@@ -194,7 +194,7 @@ impl Segments {
         Ok(Box::new(content))
     }
 
-    /// The size of a stored file whose record is in order.
+    /// The size of a stored file whose record is valid.
     ///
     /// # Errors
     /// The errors of [`Segments::read`].
@@ -202,7 +202,7 @@ impl Segments {
         self.read(at, file)?.look()
     }
 
-    /// Deletes stored files. Returns those for which this could not be noted, so that they come back with the next start.
+    /// Deletes stored files. Returns the files whose deletion could not be noted. They come back with the next start.
     pub(super) fn delete(&self, victims: &[(Location, Victim)]) -> Vec<(FileId, io::Error)> {
         let mut by_segment: BTreeMap<u64, Vec<(u32, FileId)>> = BTreeMap::new();
         for (at, victim) in victims {
@@ -227,7 +227,7 @@ impl Segments {
         let bytes =
             victims.iter().filter(|(at, _)| at.segment == number).map(|(_, victim)| victim.bytes).sum();
         let slots: Vec<u32> = records.iter().map(|(slot, _)| *slot).collect();
-        // A copy that compaction has made, or the record that it was made from, would come back otherwise.
+        // Otherwise a copy that compaction has made, or its original, would come back.
         for twin in self.copying().twins_of(number, &slots) {
             if let Some(segment) = self.find(twin.segment) {
                 self.bury(&segment, &[twin.slot])?;
@@ -241,7 +241,7 @@ impl Segments {
         Ok(())
     }
 
-    /// Makes the deletion of results last: a result that somebody has purged must not come back. Blobs may.
+    /// Makes the deletion of results durable, because purged results must not come back. Blobs may.
     fn sync_journal(&self, segment: &Segment, deleted: &[(u32, FileId)]) -> io::Result<()> {
         let is_result = |(_, file): &(u32, FileId)| file.key.kind == EntryKind::Result;
         if self.policy == SyncPolicy::Never || !deleted.iter().any(is_result) {
@@ -321,7 +321,7 @@ impl Segments {
         Some((self.segment_path(at.segment), at.offset() + header.bytes() as u64))
     }
 
-    /// Appends records. `announce` is told where they will be before they are written, and an error of it ends the write.
+    /// Appends records. `announce` receives their locations before they are written. An error of `announce` ends the write.
     fn append(
         &self,
         additions: &[Addition<'_>],
@@ -403,16 +403,16 @@ impl Segments {
         Ok(Appended { segment, file, head, head_bytes })
     }
 
-    /// Makes a segment known and counts what it takes.
+    /// Adds a segment and counts its bytes.
     fn add(&self, segment: Arc<Segment>) {
         self.count((Takes::default(), segment.growth().takes()));
         self.all.write().unwrap_or_else(PoisonError::into_inner).insert(segment.number, segment);
     }
 
-    /// Completes a segment that nobody writes to any more.
+    /// Completes a segment that has no more writers.
     fn finish(&self, full: &Appended) {
         let is_synced = self.policy == SyncPolicy::Never || sync_file(&full.file).is_ok();
-        // A table vouches for the records.
+        // The table makes the records count as written.
         let (is_gone, before, after) = full.segment.finish(&full.file, &full.head, is_synced);
         self.count((before, after));
         if is_gone {
@@ -420,7 +420,7 @@ impl Segments {
         }
     }
 
-    /// Takes records out of the count. Returns whether that was the end of the segment.
+    /// Subtracts records from the count. Returns whether the segment is gone now.
     fn forget(&self, segment: &Segment, records: u64, bytes: u64) -> bool {
         let (is_gone, before, after) = segment.forget(records, bytes);
         self.count((before, after));
@@ -430,7 +430,7 @@ impl Segments {
         is_gone
     }
 
-    /// Notes that records are dead.
+    /// Notes in the journal that records are dead.
     fn bury(&self, segment: &Segment, slots: &[u32]) -> io::Result<()> {
         let bytes = journal::bury(&self.journal_path(segment.number), segment.nonce, slots)?;
         self.count(segment.journal_grew(bytes));
@@ -445,11 +445,11 @@ impl Segments {
     fn remove(&self, number: u64) {
         self.all.write().unwrap_or_else(PoisonError::into_inner).remove(&number);
         self.open.remove(number);
-        // What cannot be removed is removed by the next start, which finds no live record in it.
+        // If this fails, the next start removes the file, because it finds no live record in it.
         let _ = fs::remove_file(self.segment_path(number));
         let _ = fs::remove_file(self.journal_path(number));
         if self.policy == SyncPolicy::BeforeAnswer {
-            // It must not come back without its journal, because a result in it may have been purged.
+            // The segment must not come back without its journal, because a result in it may have been purged.
             let _ = sync_directory(&self.directory);
         }
     }
@@ -480,10 +480,10 @@ impl Segments {
         Takes { disk, live, dead }
     }
 
-    /// Follows a change of what a segment takes.
+    /// Updates the totals after a change in a segment.
     fn count(&self, (before, after): (Takes, Takes)) {
         let add = |total: &AtomicU64, before: u64, after: u64| {
-            // Wraps around and back, because the order of two changes is not known here.
+            // The sum may wrap around and back, because the order of two changes is not known here.
             total.fetch_add(after.wrapping_sub(before), Relaxed);
         };
         add(&self.disk, before.disk, after.disk);
@@ -503,7 +503,7 @@ pub(super) fn again_with_directory<T>(path: &Path, mut put: impl FnMut() -> io::
     }
 }
 
-/// An error for each of several files that failed together.
+/// Copies the error of several files that failed together.
 fn same_error(error: &io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(number) => io::Error::from_raw_os_error(number),

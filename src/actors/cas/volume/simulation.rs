@@ -1,9 +1,10 @@
-//! A disk whose power fails, for tests: it keeps what was synced, and of everything else whatever it likes.
+//! A simulated power cut, for tests: synced data is kept, and everything else is kept or lost at random.
 //!
-//! The store runs on a real directory. [`SimulatedDisk`] observes its syncs and notes what is certain: the content of each file at its
-//! last sync, and the names in each directory at its last sync. [`SimulatedDisk::cut_power`] makes a directory as it may be found after a
-//! power cut: for each sector of each file either what was synced or what was written since, a length between the two, and for each
-//! name that has changed since its directory was synced either state of it. That is harsher than a file system with a journal.
+//! The store runs on a real directory. [`SimulatedDisk`] observes its syncs and records what is certain: the content of each file
+//! at its last sync, and the names in each directory at its last sync. [`SimulatedDisk::cut_power`] makes a directory as it may
+//! be found after a power cut. Each sector of a file has either its synced or its latest content, and the length of the file is
+//! between the two. Each name that has changed since its directory was synced is in either state. This is harsher than a file
+//! system with a journal.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -36,7 +37,7 @@ impl Random {
     }
 }
 
-/// A file or directory: its inode number may be used again, so the time of its creation belongs to it.
+/// A file or directory: its inode number and the time of its creation, because inode numbers are used again.
 type Identity = (u64, u128);
 
 /// The disk below one directory.
@@ -54,7 +55,7 @@ struct DiskState {
     /// Syncs until the power fails.
     syncs_left: Option<u32>,
     syncs_fail: bool,
-    /// What is found after the power cut.
+    /// The directory that is found after the power cut.
     image: Option<TempDir>,
 }
 
@@ -77,7 +78,7 @@ impl SimulatedDisk {
         disk
     }
 
-    /// The power fails when so many more syncs were asked for, before the last of them.
+    /// Makes the power fail after this number of further syncs, just before the last of them.
     pub(in crate::actors::cas) fn fail_power_at(&self, syncs: u32) {
         self.state().syncs_left = Some(syncs);
     }
@@ -87,12 +88,12 @@ impl SimulatedDisk {
         self.state().image.is_some()
     }
 
-    /// Syncs fail from now on, or work again.
+    /// Makes syncs fail from now on, or work again.
     pub(in crate::actors::cas) fn fail_syncs(&self, fail: bool) {
         self.state().syncs_fail = fail;
     }
 
-    /// The directory as it is found after a power cut: one that has happened, or one now.
+    /// The directory that is found after a power cut. Unless the power has failed already, it fails now.
     pub(in crate::actors::cas) fn cut_power(&self) -> TempDir {
         let mut state = self.state();
         if state.image.is_none() {
@@ -105,7 +106,7 @@ impl SimulatedDisk {
         self.state.lock().unwrap()
     }
 
-    /// Notes what is certain after a sync, unless the power fails or the sync does.
+    /// Records what is certain after a sync, unless the power or the sync fails.
     fn sync(&self, note: impl FnOnce(&mut DiskState)) -> io::Result<()> {
         let mut state = self.state();
         if state.image.is_some() {
@@ -131,7 +132,7 @@ impl DiskState {
         self.directories.insert(path.to_owned(), entries(path));
     }
 
-    /// Notes all of a directory tree.
+    /// Records everything in a directory tree.
     fn note_all(&mut self, path: &Path) {
         self.note_directory(path);
         for entry in fs::read_dir(path).unwrap().flatten() {
@@ -172,7 +173,7 @@ impl DiskState {
         }
     }
 
-    /// A mixture of what was synced and what was written.
+    /// A mixture of the synced and the latest content.
     fn cut_file(&mut self, file: Identity, written: Option<Vec<u8>>) -> Vec<u8> {
         let synced = self.files.get(&file).cloned();
         let written = written.unwrap_or_else(|| synced.clone().unwrap_or_default());
@@ -240,7 +241,7 @@ pub(super) fn before_sync_of_directory(path: &Path) -> io::Result<()> {
 pub(super) fn before_sync_of_all(path: &Path) -> io::Result<()> {
     let path = path.canonicalize()?;
     let Some(disk) = disk_of(&path) else { return Ok(()) };
-    // The whole file system, whatever directory names it.
+    // The whole file system is synced, for any directory in it.
     disk.sync(|state| state.note_all(&disk.root))
 }
 
@@ -261,12 +262,12 @@ mod power_cuts {
     const LARGE: u64 = 70_000;
     const MOST: u64 = 1 << 40;
 
-    /// What the store has acknowledged, and what it has only been asked to do.
+    /// The entries that the store has acknowledged, and the changes that it has only been asked for.
     #[derive(Default)]
     struct Model {
-        /// Blobs that are there, by name.
+        /// Blobs that must exist, by name.
         blobs: BTreeMap<Digest, FileId>,
-        /// For each result the versions that may be found, and whether one must be.
+        /// For each result, the versions that may be found, and whether one must be found.
         results: BTreeMap<u64, (BTreeSet<u64>, bool)>,
         result_files: BTreeMap<u64, FileId>,
     }
@@ -293,7 +294,7 @@ mod power_cuts {
         key_of(EntryKind::Result, DigestFunction::Sha256.digest(&name.to_le_bytes()))
     }
 
-    /// The bytes of a version of a result, with a checksum as results have one.
+    /// The bytes of a version of a result, with a checksum like real results.
     fn result(name: u64, version: u64) -> Bytes {
         let body = [name, version].map(u64::to_le_bytes).concat();
         [DigestFunction::Sha256.digest(&body).hash(), &body].concat().into()
@@ -344,7 +345,7 @@ mod power_cuts {
                 70..85 => {
                     let victim = self.pick();
                     if let Some((digest, file)) = victim {
-                        // It may come back, because nobody relies on its absence.
+                        // A deleted blob may come back, because nothing relies on its absence.
                         self.model.blobs.remove(&digest);
                         self.delete(file);
                     }
@@ -416,7 +417,7 @@ mod power_cuts {
             let _ = outcome.unwrap_or(Compacted::NothingToGain);
         }
 
-        /// Opens what a power cut has left. With `must`, everything that was acknowledged has to be there.
+        /// Opens the directory that a power cut has left. With `must`, it has to contain everything that was acknowledged.
         fn check(&self, image: &TempDir, must: bool, sync: SyncPolicy) {
             let (volume, index) = open(image.path(), self.sizes, sync);
             let content = |key: &Key| {
@@ -425,7 +426,7 @@ mod power_cuts {
                 let bytes = read_all(&*stored, MOST).ok()?;
                 let digest = DigestFunction::Sha256.digest(&bytes);
                 let is_right = key.kind == EntryKind::Result || digest == key.digest;
-                // Readers hash what has no checksums, and small blobs.
+                // Readers hash small blobs and files without checksums.
                 let is_hashed = !stored.is_checked_when_read() || key.digest.size() <= 65_536;
                 assert!(is_right || is_hashed, "wrong bytes of {key:?} would be served");
                 is_right.then_some(Bytes::from(bytes))
@@ -443,7 +444,7 @@ mod power_cuts {
                     None => assert!(!must || !must_be, "result {name} is lost"),
                 }
             }
-            // The store goes on.
+            // The store continues to work.
             let bytes = Bytes::from_static(b"after the power cut");
             let key = key_of(EntryKind::Blob, DigestFunction::Sha256.digest(&bytes));
             assert!(volume.write(&[NewFile { key, pieces: &[bytes] }])[0].is_ok());
@@ -477,7 +478,7 @@ mod power_cuts {
         Sizes::for_tests(4_096, 40_000)
     }
 
-    /// Whatever was acknowledged is there after a power cut, with the right bytes.
+    /// Everything that was acknowledged exists after a power cut, with the right bytes.
     #[test]
     fn with_disk_durability_a_power_cut_loses_nothing_that_was_acknowledged() {
         for seed in 0..40 {
@@ -486,7 +487,7 @@ mod power_cuts {
         }
     }
 
-    /// Without syncs, a power cut may take anything, and what is left is right or is noticed.
+    /// Without syncs, a power cut may lose anything, and the remaining files are right or their damage is noticed.
     #[test]
     fn with_process_durability_a_power_cut_never_leaves_wrong_bytes() {
         for seed in 0..40 {

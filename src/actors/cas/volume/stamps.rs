@@ -1,14 +1,14 @@
 //! Takes [`Stamp`]s, which show whether a file has changed.
 //!
 //! A stamp is a file's inode number and its change time. Every write, and every change of the modification time, sets the
-//! change time to the present, and no user can set it otherwise. A stamp is not conclusive in two cases. Then the file counts
-//! as unverified and is hashed before it is served:
+//! change time to the present, and no user can set it otherwise. A stamp is not conclusive in two cases. In both, the file
+//! counts as unverified and is hashed before it is served:
 //!
 //! - On kernels before 6.13, and on file systems without fine-grained timestamps, a second change within one tick of the clock
 //!   leaves the change time as it is. [`has_fine_change_times`] detects this. Where change times are coarse, a stamp counts
 //!   only once it is older than [`COARSE_TICK`]. One gap remains there: a reader that opens a file within that time of its last
 //!   change does not see another change by somebody else within the same tick.
-//! - The store's own renames and touches move the change time too. They are made under a read lease (fcntl(2)), which is
+//! - The store's own renames and touches set the change time as well. They are made under a read lease (fcntl(2)), which is
 //!   granted only if nobody has the file open for writing, and which keeps others from opening it for writing:
 //!   [`change_unobserved`].
 
@@ -67,7 +67,7 @@ pub(crate) enum Writers {
     /// Nobody has it open for writing, and nobody can open it for writing until the lease ends: with [`end_lease`], or when the
     /// file is closed.
     ShutOut,
-    /// Somebody has it open for writing.
+    /// A process has the file open for writing.
     Present,
     /// The file system has no leases.
     Unknown,
@@ -103,8 +103,8 @@ pub(crate) fn nobody_writes(file: &File) -> bool {
     writers != Writers::Present
 }
 
-/// Runs `change`, which moves the change time of a file, and returns the new stamp. Returns `None` if the stamp before was not
-/// `expected`, or if the file may have been written meanwhile. `file` must be open for reading only.
+/// Runs `change`, which sets the change time of a file, and returns the new stamp. Returns `None` if the stamp was not
+/// `expected` before, or if the file may have been written meanwhile. `file` must be open for reading only.
 ///
 /// # Errors
 /// The errors of `change`.

@@ -21,7 +21,7 @@ use std::{
 pub(crate) struct StoredFile {
     file: File,
     has_fine_times: bool,
-    /// `None` for a file whose readers check all of it, and for one that an older version has stored.
+    /// `None` for a file whose readers check all of its content, and for a file that an older version has stored.
     sums: Option<Checksums>,
 }
 
@@ -165,7 +165,7 @@ impl Stored for StoredFile {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => {}
-                // Across file systems, or where the kernel cannot do it.
+                // The kernel cannot copy this file, for example to another file system.
                 Err(_) if read_at == 0 => return copy_in_pieces(self, to, size),
                 Err(error) => return Err(error.into()),
             }
@@ -202,7 +202,7 @@ mod tests {
         StoredFile::new(File::open(path).unwrap(), true, sums)
     }
 
-    /// Any read returns the right bytes, whether it begins at a block or not, and makes progress until the end.
+    /// Any read returns the right bytes, whether or not it begins at a block, and makes progress until the end.
     #[test]
     fn reads_of_any_offset_and_length_return_the_bytes_of_the_file() {
         let directory = tempfile::tempdir().unwrap();
@@ -232,7 +232,7 @@ mod tests {
         }
     }
 
-    /// Every read that covers a bad block fails, and every other one succeeds, also if the file is longer or shorter.
+    /// Every read that covers a bad block fails, and every other read succeeds, even if the file is longer or shorter.
     #[test]
     fn no_byte_of_a_bad_block_is_returned() {
         let directory = tempfile::tempdir().unwrap();

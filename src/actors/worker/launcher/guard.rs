@@ -163,6 +163,7 @@ mod tests {
         let mut pace = MeasurementSchedule::new(Duration::ZERO, Instant::now());
         let start = Instant::now();
         let seen = pace.look(|| {
+            // The duration of the look is what is tested.
             std::thread::sleep(Duration::from_millis(5));
             Some(())
         });

@@ -19,7 +19,7 @@ use std::{
 pub(super) const ROOM_WAIT: Duration = Duration::from_secs(5);
 /// How long an action that ran out of disk space waits for more before it is tried again.
 const SECOND_ROOM_WAIT: Duration = Duration::from_secs(2);
-/// How often the disk is checked while an action waits.
+/// How often the disk is checked while an action waits. No event tells when another program frees space.
 const ROOM_POLL: Duration = Duration::from_millis(20);
 
 impl ActionRun<'_> {

@@ -1,7 +1,7 @@
 //! EXE-22 to EXE-32: refusals of missing blobs, malformed messages, platforms and timeouts.
 
 use crate::{
-    actions::{metadata, response},
+    actions::metadata,
     blob::{Blob, tail},
     check::{Check, Step as _, Verdict, ensure, equal, fail, inline, show, show_inline},
     checks,
@@ -347,29 +347,13 @@ async fn refusal_or_wait(job: &Job) -> Verdict<Option<Refusal>> {
     let s = job.session();
     job.upload().await?;
     let mut name = String::new();
-    let answer = tokio::time::timeout(PLATFORM_PATIENCE, async {
-        let mut run = match s.start(s.execute_request(&job.digest())).await {
-            Ok(run) => run,
-            Err(status) => return Ok(Refusal::of_call(&status)),
-        };
-        loop {
-            match run.message().await {
-                Ok(Some(operation)) if operation.done => {
-                    let status = response(&operation)?.status.unwrap_or_default();
-                    ensure(status.code != 0, "a refusal", "the action was run")?;
-                    return Ok(Refusal { status, inline: true });
-                }
-                Ok(Some(operation)) => {
-                    let executing = metadata(&operation)?.stage == i32::from(Stage::Executing);
-                    ensure(!executing, "a refusal", "the action is executing")?;
-                    name = operation.name;
-                }
-                Ok(None) => return Err(fail("a refusal", "an end with OK")),
-                Err(status) => return Ok(Refusal::of_call(&status)),
-            }
-        }
+    let refusal = s.refusal_after(s.execute_request(&job.digest()), |operation| {
+        let executing = metadata(&operation)?.stage == i32::from(Stage::Executing);
+        ensure(!executing, "a refusal", "the action is executing")?;
+        name = operation.name;
+        Ok(())
     });
-    let answer = answer.await;
+    let answer = tokio::time::timeout(PLATFORM_PATIENCE, refusal).await;
     match answer {
         Ok(answer) => answer.map(Some),
         Err(_) => {

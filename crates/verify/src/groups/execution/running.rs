@@ -156,6 +156,7 @@ async fn what_an_action_leaves_running_is_killed(s: Session) -> Verdict {
     equal("stdout", &printed.as_str(), &"left\n")?;
     let took = begin.elapsed();
     ensure(took < 2 * PROMPT, "an end with the main process", format!("an end after {took:?}"))?;
+    // A server may kill the processes after its answer.
     tokio::time::sleep(Duration::from_secs(1)).await;
     // Works only if this action runs on the same machine: a process that it finds proves a fault, but finding none proves
     // nothing.

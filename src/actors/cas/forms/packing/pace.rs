@@ -5,11 +5,11 @@ use std::time::Duration;
 /// Rests are at least this long, so that a thread does not wake up for every millisecond of work.
 const LEAST_REST: Duration = Duration::from_millis(20);
 
-/// Says how long a thread has to rest after its work.
+/// Computes how long a thread has to rest after its work.
 #[derive(Debug)]
 pub(super) struct PackPace {
     percent: u32,
-    /// The rest that the work so far has made necessary.
+    /// The rest that is due for the work so far.
     owed: Duration,
 }
 
@@ -33,7 +33,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Whatever the pieces of work take, no more than the share is used in all, apart from one piece and one rest.
+        /// For pieces of any length, the total work stays within the share, apart from one piece and one rest.
         #[test]
         fn the_share_holds(percent in 1u32..=100, pieces in proptest::collection::vec((0u64..50, 0u64..100), 1..200)) {
             let mut pace = PackPace::new(percent);

@@ -1,11 +1,12 @@
-//! Leases from before the start.
+//! Leases that were granted before the start of the server.
 //!
-//! Leases are kept in memory, but the last use of each entry is on disk, to within an hour. So at the start, what was used in the
-//! time that leases last, and an hour before that, is leased to one build that sends no more requests ([`EARLIER`]). Like any other
-//! build, it loses its oldest leases first if it has more than its share, and all of them when it was quiet for long enough.
+//! Leases are kept in memory, but the last use of each entry is on disk, to within an hour. So at the start, the entries that
+//! were used within the time that leases last, and within the hour before that, are leased to one build that sends no requests
+//! ([`EARLIER`]). Like any other build, it loses its oldest leases first if it has more than its share, and all of them when it
+//! was quiet for long enough.
 //!
-//! What a build of this run touches besides moves to a common row, as always. Such a row is charged to the peer of the build, because
-//! the build from before may well be the same.
+//! When a build of this run touches such an entry, the entry moves to a common row, as always. This row is charged to the peer of
+//! the build, because the earlier build may well be the same one.
 
 use super::{LeaseRow, Leases, NONE, ROWS_OF_BUILD, row_of};
 use crate::{
@@ -14,13 +15,13 @@ use crate::{
 };
 use std::sync::PoisonError;
 
-/// The build of all leases from before the start.
+/// The build of all leases that were granted before the start.
 pub(super) const EARLIER: Owner = Owner { peer: Peer::Unknown, build: Build::BEFORE_START };
-/// The rows that these leases are spread over, by their age.
+/// The number of rows that these leases are spread over, by their age.
 const EARLIER_ROWS: u32 = 32;
 
 impl Leases {
-    /// Adds a row from before the start that is older than those added so far. `None` if there is none left.
+    /// Adds a row for earlier leases that is older than the rows added so far. `None` if no row is left.
     fn add_earlier_row(&mut self, now: u32) -> Option<u32> {
         let book = self.book.get_mut().unwrap_or_else(PoisonError::into_inner);
         let place = book.place_of(EARLIER, self.times.named, now);
@@ -38,8 +39,9 @@ impl Leases {
 }
 
 impl Index {
-    /// Leases the entries that were used shortly before the start, as far as the budget of leases allows. `by_use` has the last
-    /// recorded use of every entry with its slot, the oldest first. `now` is in seconds since 1970, and `uptime` is the clock of leases.
+    /// Leases the entries that were used shortly before the start, as far as the budget of leases allows. `by_use` contains the
+    /// last recorded use and the slot of every entry, the oldest first. `now` is in seconds since 1970, and `uptime` is the clock
+    /// of leases.
     pub(in super::super) fn lease_earlier(&mut self, by_use: &[(u32, u32)], now: u32, uptime: u32) {
         if self.leases.times.named == 0 {
             return;
@@ -48,7 +50,7 @@ impl Index {
         let period = (window / EARLIER_ROWS).max(1);
         let (mut row, mut left) = (None, self.leases.budget);
         for &(touched, slot) in by_use.iter().rev() {
-            // A use in the future comes from a clock that was set back.
+            // A recorded use may be in the future if the clock was set back.
             let age = now.saturating_sub(touched);
             if age > window {
                 break;
@@ -125,8 +127,8 @@ mod tests {
     }
 
     proptest! {
-        /// What a build has touched within the time of its leases is not evicted after a restart either, until that time has passed
-        /// since the start. What nobody has touched for long is not leased.
+        /// Entries that a build has touched within the time of its leases are not evicted after a restart, either, until this
+        /// time has passed since the start. Entries that were not touched for longer are not leased.
         #[test]
         fn what_was_touched_shortly_before_a_restart_is_leased_after_it(
             touches in proptest::collection::vec((0u64..40, 1u8..4, 0u32..2_000), 1..60),
@@ -169,7 +171,7 @@ mod tests {
         }
     }
 
-    /// The newest are leased if not all of them can be, and never more than the budget.
+    /// If not all entries can be leased, the newest ones are, and never more than the budget allows.
     #[test]
     fn leases_from_before_the_start_stay_within_the_budget() {
         let recorded = (0..50).map(|name| (name, (20, START + name as u32))).collect();
@@ -180,7 +182,7 @@ mod tests {
         assert!((0..5).all(|name| !is_there(&index, name)) && (5..50).all(|name| is_there(&index, name)));
     }
 
-    /// The only build of a server that goes on after a restart can fill the store, although it has touched most of it before.
+    /// A single build that continues after a restart can fill the store, although it touched most entries before the restart.
     #[test]
     fn a_build_that_goes_on_after_a_restart_finds_room_for_what_it_uploads() {
         let recorded = (0..45).map(|name| (name, (20, START + name as u32))).collect();

@@ -21,6 +21,8 @@ pub(super) struct Tolerance {
     pub(super) lost: usize,
     /// At the next start, of what was uploaded again.
     pub(super) lost_at_restart: usize,
+    /// At the next start, of what was stored after the fault.
+    pub(super) new_lost_at_restart: usize,
 }
 
 impl Tolerance {
@@ -37,11 +39,14 @@ impl Tolerance {
             // Everything else only saves work.
             _ => 0,
         };
-        // A segment that has no table yet is found by its head. One that is open can be read until the restart.
-        let is_gone_at_restart = kind == "segment"
-            && (is_appended && fault == Fault::Flip(0)
-                || is_running && [Fault::Delete, Fault::Swap, Fault::Unreadable].contains(&fault));
-        Self { lost, lost_at_restart: if is_gone_at_restart { usize::MAX } else { 0 } }
+        let most = |is_gone: bool| if is_gone { usize::MAX } else { 0 };
+        // A segment that has no table yet is found by its head.
+        let is_headless = kind == "segment" && is_appended && fault == Fault::Flip(0);
+        // One that is open can be read until the restart.
+        let is_unseen = kind == "segment"
+            && is_running
+            && [Fault::Delete, Fault::Swap, Fault::Unreadable].contains(&fault);
+        Self { lost, lost_at_restart: most(is_headless || is_unseen), new_lost_at_restart: most(is_headless) }
     }
 }
 

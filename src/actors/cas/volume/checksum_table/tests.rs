@@ -9,7 +9,7 @@ use gorego_reapi::digest::DigestFunction;
 use std::collections::BTreeMap;
 use tempfile::TempDir;
 
-/// The file of a blob that is named by a number.
+/// The file of a blob whose name is a number.
 fn file(generation: u64, name: u64) -> FileId {
     let digest = DigestFunction::Sha256.digest(&name.to_le_bytes());
     FileId { key: Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }, generation }
@@ -52,7 +52,7 @@ fn checksums_are_found_until_they_are_removed_also_after_a_restart() {
         }
         assert_eq!(table.get(&file(1, 2)).unwrap(), None, "another blob has the generation of an old one");
         live.retain(|n| *n != 1);
-        // A file that is not there after a restart, as after a kill between two deletions.
+        // This file is gone after a restart, as after a kill between two deletions.
         live.pop();
         drop(table);
         table = reopen(&root, live.clone());
@@ -61,7 +61,7 @@ fn checksums_are_found_until_they_are_removed_also_after_a_restart() {
     }
 }
 
-/// A damaged record is as good as none. It never yields wrong checksums, and never hides another record.
+/// A damaged record counts as absent. It never yields wrong checksums, and never hides another record.
 #[test]
 fn any_changed_byte_costs_at_most_one_record() {
     let root = TempDir::new().unwrap();
@@ -90,7 +90,7 @@ fn any_changed_byte_costs_at_most_one_record() {
         assert!((1..=3).all(|n| table.get(&file(n, n)).unwrap().is_none()), "{at}");
         fs::write(&path, &bytes).unwrap();
     }
-    // What a kill has cut off does not swallow what is written next.
+    // A record that a kill has cut off does not hide the next one.
     for end in 0..bytes.len() {
         fs::write(&path, &bytes[..end]).unwrap();
         let table = reopen(&root, 1..=3);
@@ -103,7 +103,7 @@ fn any_changed_byte_costs_at_most_one_record() {
     }
 }
 
-/// Against a trivial model: random additions and removals, with restarts, and the table files stay small.
+/// Compares random additions, removals and restarts with a trivial model, and checks that the table files stay small.
 #[test]
 fn the_table_keeps_what_lives_and_little_else() {
     let root = TempDir::new().unwrap();
@@ -142,7 +142,7 @@ fn the_table_keeps_what_lives_and_little_else() {
     assert!(on_disk < 4 * live + 3 * MAX_FILE_BYTES, "{on_disk} bytes for {live} live ones");
 }
 
-/// Something else in the place of a table file blocks nobody.
+/// Something else in the place of a table file blocks no call.
 #[test]
 fn a_table_file_that_was_replaced_or_removed_is_done_without() {
     let root = TempDir::new().unwrap();

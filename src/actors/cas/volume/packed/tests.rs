@@ -1,4 +1,4 @@
-//! Packed files on their own: what is read from them, and what damage does.
+//! Tests of packed files without a store: reads and damage.
 
 use super::{
     super::{SyncPolicy, Volume as _, files::Files, read_all},
@@ -23,7 +23,7 @@ fn files() -> (TempDir, Files) {
     (root, files)
 }
 
-/// Parts of a blob, each with its own kind of content: runs, text and noise.
+/// A blob of several parts, each with its own kind of content: runs, text and noise.
 fn content(parts: &[(u8, usize)]) -> Vec<u8> {
     let mut state = 0x9E37_79B9_7F4A_7C15u64;
     let mut bytes = vec![];
@@ -78,7 +78,7 @@ fn parts() -> impl Strategy<Value = Vec<(u8, usize)>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Whatever the content is and wherever a read begins and ends, it gets the bytes of the blob. The frames are a zstd stream of it.
+    /// A read of any range of any content returns the bytes of the blob. The frames are a zstd stream of the blob.
     #[test]
     fn a_packed_file_reads_like_its_blob(
         parts in parts(),
@@ -97,7 +97,7 @@ proptest! {
             let read = file.read_at(&mut buffer, at as u64).unwrap();
             prop_assert_eq!(read == 0, length == 0 || at == plain.len(), "a read gets something, unless there is nothing");
             prop_assert_eq!(&buffer[..read], &plain[at..at + read]);
-            // What is left of a frame is at hand, and is the same.
+            // The rest of a frame is available without blocking, and has the same bytes.
             let mut cached = Vec::with_capacity(1_000);
             if file.read_cached(&mut cached, (at + read) as u64).is_ok() {
                 prop_assert_eq!(&cached[..], &plain[at + read..at + read + cached.len()]);
@@ -117,7 +117,7 @@ proptest! {
         prop_assert_eq!(zstd::decode_all(&whole[..]).unwrap(), plain, "any decoder reads the file");
     }
 
-    /// Wherever a file is damaged, a read gets an error or the right bytes, as content and as frames.
+    /// After damage at any position, a read returns an error or the right bytes, both as content and as frames.
     #[test]
     fn damage_is_an_error_and_never_content(
         parts in parts(),
@@ -153,7 +153,7 @@ proptest! {
     }
 }
 
-/// Replaces a file, which is not writable.
+/// Replaces a file that is not writable.
 fn replace(path: &PathBuf, bytes: &[u8]) {
     fs::remove_file(path).unwrap();
     fs::write(path, bytes).unwrap();

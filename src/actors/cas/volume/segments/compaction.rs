@@ -1,11 +1,10 @@
 //! Compaction: the live records of a segment that is mostly dead are copied to the open segment, and its files are removed.
 //!
-//! The index decides whether a copy takes the place of a record: it refuses if the record was deleted meanwhile or somebody reads
-//! it. Nothing is removed before all records of the segment are dead, and a record that the index does not know yet counts as
-//! live.
+//! The index decides whether a copy takes the place of a record: it refuses if the record was deleted meanwhile or is being read.
+//! A segment is removed only when all of its records are dead, and a record that the index does not know yet counts as live.
 //!
-//! A record and its copy are twins until the segment of the record is gone. If one of them is deleted, the other one is noted as
-//! dead too, before the deletion is reported. So neither comes back with the next start.
+//! A record and its copy are twins until the segment of the record is gone. If one of them is deleted, the other one is also
+//! noted as dead before the deletion is reported. So neither comes back with the next start.
 
 use super::{
     Segments, journal,
@@ -29,15 +28,15 @@ use std::{
 
 /// Bytes of records that are copied before the index is told.
 const COPY_BYTES: u64 = 1 << 20;
-/// A segment of which less than this part is dead is not worth copying the rest.
+/// A segment is not worth copying if less than this part of it is dead.
 const MIN_DEAD_PART: u64 = 16;
 
-/// The compaction that is under way.
+/// The running compaction.
 #[derive(Debug, Default)]
 pub(super) struct CompactionState {
     /// The segment that is compacted.
     source: Option<u64>,
-    /// Its records and their copies, in both directions.
+    /// The records of the segment and their copies, in both directions.
     twins: HashMap<Location, Location>,
     /// Records that were deleted since its journal was read.
     deleted: HashSet<u32>,
@@ -90,7 +89,7 @@ impl Segments {
         let mut buried = Ok(());
         if self.find(source.number).is_some() {
             stuck.insert(source.number);
-            // A record is left, because somebody reads it. The others must not come back with the segment.
+            // A record is left because it is being read. The others must not come back with the segment.
             if !moved.is_empty() {
                 buried = self.bury(&source, &moved);
             }
@@ -99,8 +98,8 @@ impl Segments {
         outcome.and(buried).map(|()| Compacted::Some)
     }
 
-    /// The complete segment with the largest dead part, if it is worth the copies. Those in which something has to stay are left
-    /// for later.
+    /// The complete segment with the largest dead part, if it is worth the copies. Segments in which a record has to stay are
+    /// left for later.
     fn worst(&self, stuck: &HashSet<u64>) -> Option<Arc<Segment>> {
         self.close_dead_head();
         let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
@@ -127,7 +126,7 @@ impl Segments {
         }
     }
 
-    /// Moves the live records of a segment elsewhere. `moved` gets their slots.
+    /// Moves the live records of a segment to another one. `moved` receives their slots.
     fn move_records(
         &self,
         source: &Segment,
@@ -166,7 +165,7 @@ impl Segments {
         Ok(())
     }
 
-    /// Writes copies of these records, which are their twins from before they are written.
+    /// Writes copies of these records. They are registered as twins before they are written.
     fn copy(&self, originals: &[Original]) -> io::Result<Vec<Location>> {
         if originals.is_empty() {
             return Ok(Vec::new());
@@ -198,7 +197,7 @@ impl Segments {
         Ok(copies)
     }
 
-    /// Forgets the records whose copies took their place, and the other copies.
+    /// Forgets the records whose copies took their place, and the copies that did not.
     fn settle(
         &self,
         source: &Segment,
@@ -248,7 +247,7 @@ impl Original {
     }
 }
 
-/// Reads a record to copy it; `None` if its instance is not served any more. An error comes with the file that is lost.
+/// Reads a record to copy it; `None` if its instance is not served any more. An error contains the lost file.
 fn read(
     source: &Segment,
     file: &File,

@@ -1,4 +1,4 @@
-//! [`RecordContent`]: the bytes of a record that were read and checked, as an open stored file.
+//! [`RecordContent`]: an open stored file with the bytes of a record, which were read and checked.
 
 use crate::actors::cas::{
     index::Stamp,

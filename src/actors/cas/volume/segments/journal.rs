@@ -1,8 +1,8 @@
-//! The journal of a segment: which of its records are dead, and when others were last used.
+//! The journal of a segment: it notes which records are dead, and when the others were last used.
 //!
-//! It is a file of its own beside the segment, because records are never changed. Each note has 16 bytes and a checksum, so what a
-//! crash leaves half-written is ignored. A journal that has grown much longer than its segment has records is written anew. It is
-//! deleted with its segment.
+//! It is a file of its own beside the segment, because records are never changed. Each note has 16 bytes, which include a
+//! checksum, so a note that a crash has left half-written is ignored. A journal with many more notes than its segment has records
+//! is rewritten. It is deleted with its segment.
 
 use super::{again_with_directory, record::u32_at};
 use crate::regular_file;
@@ -18,12 +18,12 @@ use std::{
 const NOTE_BYTES: usize = 16;
 /// The last use of a record that is dead. No record was used in 1970.
 const DEAD: u32 = 0;
-/// A journal is written anew when it has this many notes and twice as many as there are records.
+/// A journal is rewritten when it has this many notes, and twice as many as the segment has records.
 const MANY_NOTES: u64 = 4_096;
 /// Longer journals are not read. A segment has at most a few hundred thousand records.
 const MAX_BYTES: u64 = 256 << 20;
 
-/// What a journal says.
+/// The content of a journal.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct JournalNotes(HashMap<u32, u32>);
 
@@ -32,19 +32,19 @@ impl JournalNotes {
         self.0.get(&slot) == Some(&DEAD)
     }
 
-    /// The last recorded use of a record, which was written at `touched`.
+    /// The last recorded use of a record that was written at `touched`.
     pub(super) fn touched(&self, slot: u32, touched: u32) -> u32 {
         self.0.get(&slot).copied().unwrap_or_default().max(touched)
     }
 
     fn add(&mut self, slot: u32, touched: u32) {
         let known = self.0.entry(slot).or_insert(touched);
-        // Dead is for ever.
+        // A dead record stays dead.
         *known = if touched == DEAD || *known == DEAD { DEAD } else { touched.max(*known) };
     }
 }
 
-/// Reads a journal; a missing one is empty. JournalNotes of another segment and damaged ones are ignored.
+/// Reads a journal. A missing journal is empty. Damaged notes and notes of another segment are ignored.
 pub(super) fn read(path: &Path, nonce: u64) -> JournalNotes {
     let bytes = regular_file::read(path, MAX_BYTES).unwrap_or_default();
     let mut notes = JournalNotes::default();
@@ -58,12 +58,12 @@ pub(super) fn read(path: &Path, nonce: u64) -> JournalNotes {
     notes
 }
 
-/// JournalNotes that these records are dead. Returns the bytes of the journal.
+/// Notes that these records are dead. Returns the length of the journal.
 pub(super) fn bury(path: &Path, nonce: u64, slots: &[u32]) -> io::Result<u64> {
     append(path, nonce, slots, DEAD)
 }
 
-/// JournalNotes that these records were used. Returns the bytes of the journal, which is written anew if it is long for a segment with
+/// Notes that these records were used. Returns the length of the journal, which is rewritten if it is long for a segment with
 /// this many records.
 pub(super) fn touch(path: &Path, nonce: u64, slots: &[u32], now: u32, records: u64) -> io::Result<u64> {
     let bytes = append(path, nonce, slots, now.max(1))?;
@@ -86,7 +86,7 @@ fn append(path: &Path, nonce: u64, slots: &[u32], touched: u32) -> io::Result<u6
     write_at_end(&file, &bytes)
 }
 
-/// Writes behind the last complete note. Half a note of a failed write is overwritten.
+/// Writes after the last complete note. A partial note of a failed write is overwritten.
 fn write_at_end(file: &File, bytes: &[u8]) -> io::Result<u64> {
     let metadata = file.metadata()?;
     if !metadata.is_file() {
@@ -139,7 +139,7 @@ mod tests {
         };
         check(&read(&path, 1));
         assert_eq!(read(&path, 2), JournalNotes::default(), "it is the journal of another segment");
-        // A write that failed halfway is overwritten by the next.
+        // The next write overwrites the partial note of a failed write.
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         file.write_all_at(b"half", file.metadata().unwrap().len()).unwrap();
         check(&read(&path, 1));

@@ -12,10 +12,10 @@ use std::{
 
 /// Most segments that are open for reading.
 const MAX_OPEN: u64 = 128;
-/// The part of the process's descriptors that they may take.
+/// The part of the process's descriptors that open segments may use.
 const DESCRIPTORS_PART: u64 = 16;
 
-/// Open segments by number. A file that a reader holds stays open until the reader has finished.
+/// Open segments by number. A file stays open until its last reader has finished.
 #[derive(Debug)]
 pub(super) struct OpenFiles {
     max: usize,
@@ -25,7 +25,7 @@ pub(super) struct OpenFiles {
 }
 
 impl OpenFiles {
-    /// As many as the limit of the process allows.
+    /// Keeps as many segments open as the limit of the process allows.
     pub(super) fn new() -> Self {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let max = (limit.unwrap_or(u64::MAX) / DESCRIPTORS_PART).clamp(2, MAX_OPEN);
@@ -46,7 +46,7 @@ impl OpenFiles {
         Ok(file)
     }
 
-    /// Keeps a file open. The least recently used one is closed for it.
+    /// Keeps a file open, and closes the least recently used one if there are too many.
     pub(super) fn add(&self, number: u64, file: Arc<File>) {
         let now = self.clock.fetch_add(1, Relaxed);
         let mut files = self.files.write().unwrap_or_else(PoisonError::into_inner);

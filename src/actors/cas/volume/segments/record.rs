@@ -15,8 +15,8 @@
 //!     content, and zeros up to what the longest hash would take and to a multiple of 16
 //! ```
 //!
-//! Numbers are little-endian. Nobody outside this server knows the nonce, so a blob whose bytes look like a record is never taken
-//! for one when a segment is scanned.
+//! Numbers are little-endian. Only this server knows the nonce, so a blob whose bytes look like a record is not mistaken for one
+//! when a segment is scanned.
 
 use crate::actors::cas::{
     index::{EntryKind, FileId},
@@ -33,8 +33,8 @@ pub(super) const FIXED_BYTES: usize = 40;
 /// The part of a header that its checksum covers starts here.
 const CHECKED_FROM: usize = 12;
 
-/// Where a record lies. It serves as the generation of the stored file: the highest bit says that it is a record, and the lowest
-/// bits are the slot. A number of a segment is used once.
+/// The location of a record. It serves as the generation of the stored file: the highest bit marks it as a record, and the lowest
+/// bits are the slot. The number of a segment is used only once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Location {
     pub(super) segment: u64,
@@ -57,7 +57,7 @@ impl Location {
         self.segment
     }
 
-    /// The generation of a file that lies here.
+    /// The generation of the file at this location.
     pub(super) fn generation(self) -> u64 {
         Self::IS_RECORD | (self.segment << Self::SLOT_BITS) | u64::from(self.slot)
     }
@@ -68,7 +68,7 @@ impl Location {
     }
 }
 
-/// What a header says.
+/// The fields of a header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
     pub kind: EntryKind,
@@ -158,7 +158,7 @@ impl Header {
     }
 }
 
-/// The error for a record that is not what was written. It counts as lost.
+/// The error for a record that has changed since it was written. Its file counts as lost.
 pub(super) fn damaged(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
@@ -167,7 +167,7 @@ fn header_checksum(slot: u32, header: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&slot.to_le_bytes()), header.get(CHECKED_FROM..).unwrap_or_default())
 }
 
-/// Passes on the checksum of each block of content that is in pieces.
+/// Calls `see` with the checksum of each block of content that is in pieces.
 fn for_each_block(pieces: &[Bytes], mut see: impl FnMut(u32)) {
     let (mut sum, mut filled) = (0, 0);
     for piece in pieces {
@@ -245,7 +245,7 @@ mod tests {
         assert_eq!(Location::of(&FileId { key, generation: 1 << 62 }), None);
     }
 
-    /// Any changed bit of the header or the content shows, and so does another place.
+    /// Any changed bit of the header or the content is detected, and so is a record in another place.
     #[test]
     fn a_record_with_any_bit_flipped_is_rejected() {
         for length in [0usize, 1, 15, 16, 100] {

@@ -1,8 +1,8 @@
 //! Finds the records of segments at start.
 //!
-//! A complete segment has a table, and nothing else of it is read but its journal. A segment without a valid table is scanned from
-//! its head on: what a crash left unwritten or half-written is skipped, because records that follow it may have been acknowledged.
-//! It gets its table then. Several threads read and pass on what they find.
+//! A complete segment has a table, and only its table and its journal are read. A segment without a valid table is scanned from
+//! its head on. Parts that a crash has left unwritten or half-written are skipped, because records that follow them may have been
+//! acknowledged. Then the segment gets its table. Several threads read segments and pass on the records.
 
 use super::{
     Segments, journal,
@@ -34,22 +34,22 @@ use std::{
 
 /// Threads that read segments. Some of them wait for the disk while others decode.
 const THREADS: usize = 4;
-/// How much of a damaged part is searched at a time for the next record.
+/// Number of bytes of a damaged part that are searched for the next record at a time.
 const SEARCH_BYTES: u64 = 64 << 10;
 
 /// The outcome of reading a file with the name of a segment.
 enum SegmentRead {
-    /// Its records were passed on.
+    /// The records were passed on.
     Taken,
-    /// It has nothing that can be used.
+    /// The file has nothing that can be used.
     Useless,
     Unreadable,
 }
 
-/// What is known of a segment before its records are counted.
+/// A segment whose records are not counted yet.
 struct Opened {
     head: Head,
-    /// Where its records end.
+    /// The offset of the end of its records.
     end: u64,
     last_sequence: u64,
     /// The rows of its records, encoded.
@@ -57,12 +57,12 @@ struct Opened {
 }
 
 impl Segments {
-    /// Passes on every record that is not dead, and removes the segments that have no other.
+    /// Passes on every record that is not dead, and removes the segments that have none.
     pub(in crate::actors::cas::volume) fn recover(&self, take: Take<'_>) -> Repairs {
         let mut repairs = Repairs::default();
         let mut numbers = self.list(&mut repairs);
         self.next_number.fetch_max(numbers.last().map_or(1, |last| last + 1), Relaxed);
-        // After a kill the last one has to be scanned. That takes longest, so it comes first.
+        // After a kill, the last segment has to be scanned. This takes longest, so it comes first.
         let is_any = usize::from(!numbers.is_empty());
         numbers.rotate_right(is_any);
         let next = AtomicUsize::new(0);
@@ -147,7 +147,7 @@ impl Segments {
         SegmentRead::Taken
     }
 
-    /// Counts a segment of this size, and passes on its records that are not dead. Without any it is removed.
+    /// Counts a segment of this size, and passes on its records that are not dead. A segment without such records is removed.
     fn take_in(&self, opened: Opened, bytes: u64, take: Take<'_>) {
         let Opened { head, end, last_sequence, rows: table } = opened;
         let position = |name: &String| self.names.iter().position(|own| own == name);
@@ -186,7 +186,7 @@ pub(super) fn rows_of(file: &File, segment: &Segment) -> io::Result<Vec<Row>> {
     }
 }
 
-/// Opens a segment by its table. Without one the end is 0. `None` if neither of its ends is valid.
+/// Opens a segment by its table. Without a table, the end is 0. `None` if neither the head nor the table is valid.
 fn open(file: &File) -> io::Result<Option<Opened>> {
     let size = file.metadata()?.len();
     if let Some(opened) = open_by_table(file, size)? {
@@ -255,10 +255,10 @@ fn next_candidate(file: &File, nonce: u64, mut at: u64, size: u64) -> io::Result
     Ok(size)
 }
 
-/// Cuts off what follows the last record and appends the table.
+/// Cuts off everything after the last record and appends the table.
 fn complete(path: &Path, opened: &Opened) -> io::Result<()> {
     let Opened { head, end, last_sequence, rows } = opened;
-    // The file was opened for reading only, without following links; this opens the same one.
+    // The file was opened for reading only and without following links. This opens the same file.
     let file = OpenOptions::new().write(true).open(path)?;
     let mut table = head.encode();
     table.extend_from_slice(rows);

@@ -1,10 +1,10 @@
-//! [`Segment`]: one segment file, and how much of it is live.
+//! [`Segment`]: one segment file, and the count of its live records.
 //!
 //! A segment is *open* while records are appended to it, *closed* when it is full and the last writers are finishing, and
-//! *complete* when nothing is appended any more; then it normally has a table. A complete segment without a live record is *gone*.
+//! *complete* when nothing is appended any more. A complete segment normally has a table. A complete segment without a live
+//! record is *gone*.
 //!
-//! Writers reserve a range under the lock and write without it. So a crash may leave a range unwritten in front of records that
-//! are whole.
+//! Writers reserve a range under the lock and write without it. So a crash may leave an unwritten range before complete records.
 
 use super::{
     content,
@@ -30,11 +30,11 @@ use std::{
 
 /// A segment is full when its table has this many bytes, about 87,000 records.
 const MAX_TABLE_BYTES: usize = 4 << 20;
-/// What a segment takes on disk beyond its bytes: the unused ends of the last blocks of its file and its journal.
+/// The disk space of a segment beyond its bytes: the unused ends of the last blocks of its file and its journal.
 const SLACK_BYTES: u64 = 2 * 4_096;
-/// Pieces that one system call writes.
+/// Number of pieces that one system call writes.
 const PIECES_AT_ONCE: usize = 1_024;
-/// How much of a record of unknown length is read at first.
+/// Number of bytes of a record of unknown length that are read at first.
 const FIRST_READ_BYTES: u64 = 4_096;
 /// Longer records are not read. Only small files are kept in segments.
 const MAX_RECORD_BYTES: u64 = 1 << 30;
@@ -68,15 +68,15 @@ enum SegmentStage {
     Gone,
 }
 
-/// What changes in a segment.
+/// The state of a segment that changes.
 #[derive(Debug)]
 pub(super) struct SegmentGrowth {
     stage: SegmentStage,
-    /// Where the first record is.
+    /// The offset of the first record.
     start: u64,
-    /// Where the next record goes.
+    /// The offset of the next record.
     end: u64,
-    /// Bytes of the file behind the records.
+    /// Bytes of the file after the records.
     tail: u64,
     /// The rows of the records, until the segment is complete.
     rows: Vec<u8>,
@@ -90,7 +90,7 @@ pub(super) struct SegmentGrowth {
 }
 
 impl SegmentGrowth {
-    /// What the segment takes on disk, and the part of it that is live.
+    /// The disk space of the segment, and its live part.
     pub(super) fn takes(&self) -> Takes {
         if self.stage == SegmentStage::Gone {
             return Takes::default();
@@ -103,11 +103,11 @@ impl SegmentGrowth {
 /// Bytes on disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Takes {
-    /// All of them.
+    /// All bytes of the segment.
     pub disk: u64,
-    /// Those of live records.
+    /// Bytes of live records.
     pub live: u64,
-    /// Those of dead records. Compaction gives them back.
+    /// Bytes of dead records, which compaction reclaims.
     pub dead: u64,
 }
 
@@ -116,13 +116,14 @@ pub(super) struct Takes {
 pub(super) struct Segment {
     pub number: u64,
     pub nonce: u64,
-    /// The instances of this run, by their position in the list of the segment. `None` for one that is not served any more.
+    /// The instances of this run, by their position in the list of the segment. `None` for an instance that is not served any
+    /// more.
     pub instances: Arc<[Option<InstanceId>]>,
     growth: Mutex<SegmentGrowth>,
 }
 
 impl Segment {
-    /// An empty segment that is open, behind a head of this many bytes.
+    /// An open, empty segment with a head of this many bytes.
     pub(super) fn open(head: &Head, head_bytes: u64, instances: Arc<[Option<InstanceId>]>) -> Self {
         let growth = SegmentGrowth {
             stage: SegmentStage::Open,
@@ -161,7 +162,7 @@ impl Segment {
         self.growth.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the counts. Returns what the segment took before and takes now.
+    /// Changes the counts. Returns the disk space of the segment before and after the change.
     fn change<T>(&self, change: impl FnOnce(&mut SegmentGrowth) -> T) -> (T, Takes, Takes) {
         let mut growth = self.growth();
         let before = growth.takes();
@@ -170,7 +171,7 @@ impl Segment {
     }
 
     /// Reserves a range for these records; `None` if the segment is full. [`Segment::written`] has to follow. Also returns the
-    /// change of what the segment takes.
+    /// disk space before and after.
     pub(super) fn reserve(&self, additions: &[Addition<'_>], max_bytes: u64) -> Option<(u64, Takes, Takes)> {
         let (at, before, after) = self.change(|growth| {
             let full = growth.end >= max_bytes || growth.rows.len() >= MAX_TABLE_BYTES;
@@ -217,7 +218,7 @@ impl Segment {
         write_all(file, &mut slices, at)
     }
 
-    /// A writer has finished. The records of a write that failed are dead. Returns whether the caller has to finish the segment.
+    /// Ends a write. The records of a failed write are dead. Returns whether the caller has to finish the segment.
     pub(super) fn written(&self, at: u64, failed: &[Addition<'_>]) -> (bool, Takes, Takes) {
         self.change(|growth| {
             growth.writers -= 1;
@@ -232,7 +233,7 @@ impl Segment {
         })
     }
 
-    /// Nothing more is appended. Returns whether the caller has to finish the segment.
+    /// Closes the segment, so that nothing more is appended. Returns whether the caller has to finish the segment.
     pub(super) fn close(&self) -> bool {
         let mut growth = self.growth();
         let was_open = growth.stage == SegmentStage::Open;
@@ -242,8 +243,8 @@ impl Segment {
         was_open && growth.writers == 0
     }
 
-    /// Appends the table to a closed segment without writers, which is complete then. If that fails, the next start scans the
-    /// segment. Returns whether the segment is gone.
+    /// Completes a closed segment without writers by appending its table. If this fails, the next start scans the segment.
+    /// Returns whether the segment is gone.
     pub(super) fn finish(&self, file: &File, head: &Head, may_have_table: bool) -> (bool, Takes, Takes) {
         let (table_rows, failed, end, last, is_live) = {
             let mut growth = self.growth();
@@ -261,13 +262,13 @@ impl Segment {
         })
     }
 
-    /// Whether it may be compacted, and what it takes.
+    /// The disk space of the segment, if it is complete and may be compacted.
     pub(super) fn is_complete(&self) -> Option<Takes> {
         let growth = self.growth();
         (growth.stage == SegmentStage::Complete).then(|| growth.takes())
     }
 
-    /// Whether all its records are dead and nothing is appended any more.
+    /// Whether all records are dead and nothing is appended any more.
     pub(super) fn is_gone(&self) -> bool {
         self.growth().stage == SegmentStage::Gone
     }
@@ -281,7 +282,7 @@ impl Segment {
         (before, after)
     }
 
-    /// Takes records out of the count. Returns whether the segment is gone.
+    /// Subtracts records from the count. Returns whether the segment is gone.
     pub(super) fn forget(&self, records: u64, bytes: u64) -> (bool, Takes, Takes) {
         self.change(|growth| {
             growth.live_records = growth.live_records.saturating_sub(records);
@@ -290,7 +291,7 @@ impl Segment {
         })
     }
 
-    /// The journal has this many bytes now.
+    /// Records the current length of the journal.
     pub(super) fn journal_grew(&self, bytes: u64) -> (Takes, Takes) {
         let ((), before, after) = self.change(|growth| growth.journal_bytes = bytes);
         (before, after)
@@ -304,7 +305,7 @@ impl Segment {
     /// Reads and checks the record of a stored file.
     ///
     /// # Errors
-    /// `InvalidData` for a record that is not what was written, `UnexpectedEof` for one that is cut off.
+    /// `InvalidData` for a record that has changed since it was written, `UnexpectedEof` for one that is cut off.
     pub(super) fn read(&self, file: &File, slot: u32, key: &Key) -> io::Result<content::RecordContent> {
         let length = (key.kind == EntryKind::Blob).then(|| key.digest.size());
         let expected = length.map(|length| header_bytes(key.digest.function(), length) as u64 + length);
@@ -316,7 +317,7 @@ impl Segment {
         Ok(content::RecordContent(content_of(&header, record)))
     }
 
-    /// Reads and checks a record. The bytes of its header and content save a system call, if they are known.
+    /// Reads and checks a record. If the lengths of its header and content are known, one system call is saved.
     ///
     /// # Errors
     /// The errors of [`Segment::read`].

@@ -1,10 +1,10 @@
 //! [`Sizes`]: the bounds of segments, for the limit of a store. Pure.
 
-/// Larger files are kept as files of their own. Creating a file costs about as much as to copy this many bytes and check them.
+/// Larger files are kept as files of their own. Creating a file costs about as much as copying and checking this many bytes.
 const LARGEST_FILE_BYTES: u64 = 64 << 10;
-/// Smaller stores keep every file on its own: a few segments would be a large part of them.
+/// Smaller stores have no segments, because a few segments would be a large part of them.
 const SEGMENTS_FROM_BYTES: u64 = 256 << 20;
-/// A segment is at most this part of the store.
+/// A segment takes at most this part of the store.
 const SEGMENT_PART: u64 = 256;
 const MIN_SEGMENT_BYTES: u64 = 1 << 20;
 const MAX_SEGMENT_BYTES: u64 = 64 << 20;
@@ -59,7 +59,7 @@ impl Sizes {
     }
 }
 
-/// What the dead bytes call for.
+/// The action that the dead bytes require.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Verdict {
     Fine,

@@ -8,8 +8,8 @@
 //! trailer  nonce 8, offset of the table 8, last sequence 8, bytes of the table 4, zeros 4, CRC-32C of all that 4, "END1"
 //! ```
 //!
-//! With a valid table, a start reads nothing else of the segment. So either end may be damaged without a loss: the table has what
-//! the head says, and without a table the records are scanned.
+//! With a valid table, a start reads nothing else of the segment. So either end may be damaged without a loss: the table has a
+//! copy of the head, and without a table the records are scanned.
 
 use super::record::{function_number, function_of, kind_number, kind_of, u32_at, u64_at};
 use crate::actors::cas::index::EntryKind;
@@ -21,14 +21,14 @@ const END: &[u8; 4] = b"END1";
 const HEAD_FIXED_BYTES: usize = 40;
 /// Bytes of a trailer.
 pub(super) const TRAILER_BYTES: usize = 40;
-/// The largest head that is read. Thousands of instances with long names have less.
+/// The largest head that is read. Thousands of instances with long names fit.
 pub(super) const MAX_HEAD_BYTES: usize = 16 << 20;
 
 /// The start of a segment file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Head {
     pub number: u64,
-    /// Random, and part of every record.
+    /// A random number that is a part of every record.
     pub nonce: u64,
     /// The directory names of the instances. Records name an instance by its position.
     pub names: Vec<String>,
@@ -84,7 +84,7 @@ impl Head {
     }
 }
 
-/// One record, as the table has it.
+/// The entry of one record in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Row {
     pub slot: u32,
@@ -110,7 +110,7 @@ impl Row {
         to.extend_from_slice(self.digest.hash());
     }
 
-    /// What follows the row at the start of `bytes`; `None` if that is no row.
+    /// The bytes after the row at the start of `bytes`; `None` if there is no valid row.
     fn skip(bytes: &[u8]) -> Option<&[u8]> {
         let function = function_of(*bytes.get(5)?)?;
         let hash_at = match kind_of(*bytes.get(4)?)? {
@@ -123,7 +123,7 @@ impl Row {
         bytes.get(hash_at + function.hash_bytes()..)
     }
 
-    /// Reads the row at the start of `bytes`. Also returns what follows it.
+    /// Reads the row at the start of `bytes`. Also returns the bytes after it.
     fn decode(bytes: &[u8]) -> Option<(Self, &[u8])> {
         let kind = kind_of(*bytes.get(4)?)?;
         let function = function_of(*bytes.get(5)?)?;
@@ -145,7 +145,7 @@ impl Row {
     }
 }
 
-/// The rows of a table, up to the first that makes no sense.
+/// The rows of a table, up to the first invalid one.
 pub(super) fn rows(mut table: &[u8]) -> impl Iterator<Item = Row> {
     std::iter::from_fn(move || {
         let (row, rest) = Row::decode(table)?;
@@ -154,7 +154,7 @@ pub(super) fn rows(mut table: &[u8]) -> impl Iterator<Item = Row> {
     })
 }
 
-/// Whether every row of a table makes sense.
+/// Whether every row of a table is valid.
 pub(super) fn are_rows(mut table: &[u8]) -> bool {
     while let Some(rest) = Row::skip(table) {
         table = rest;

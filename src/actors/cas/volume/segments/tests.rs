@@ -1,4 +1,4 @@
-//! Tests of the segments on a real directory: what is read, deleted, compacted and recovered, against a trivial model.
+//! Tests of the segments on a real directory: reads, deletions, compaction and recovery, against a trivial model.
 
 use super::*;
 use crate::actors::cas::{
@@ -36,7 +36,7 @@ fn blob(length: usize, seed: u8) -> (Key, Bytes) {
     (key_of(EntryKind::Blob, &bytes), bytes)
 }
 
-/// Segments with a trivial index of what is stored.
+/// Segments with a trivial index of the stored files.
 struct Store {
     root: TempDir,
     segments: Segments,
@@ -140,7 +140,7 @@ impl Store {
         files
     }
 
-    /// The counts follow from what is stored and what is on disk.
+    /// Checks the counts against the stored files and the disk.
     fn check_counts(&self) {
         let takes = self.segments.takes_now();
         let live: u64 = self.index.values().map(|written| written.bytes).sum();
@@ -193,7 +193,7 @@ fn a_segment_without_live_records_is_removed_and_a_deleted_record_does_not_come_
     assert_eq!(store.segments.takes_now(), Takes::default());
 }
 
-/// Nothing of a replaced or purged result comes back, although the crash comes before the old record is gone.
+/// A replaced or purged result does not come back, although the crash comes before the old record is gone.
 #[test]
 fn the_newer_of_two_results_wins_after_a_crash_wherever_they_lie() {
     let mut store = Store::new();
@@ -240,7 +240,7 @@ fn compaction_moves_what_is_live_and_frees_the_rest() {
     }
 }
 
-/// A record that somebody reads stays where it is, and its segment with it.
+/// A record that is being read stays in place, and so does its segment.
 #[test]
 fn a_record_that_may_not_move_keeps_its_segment_and_nothing_else_in_it() {
     let mut store = Store::new();
@@ -270,7 +270,7 @@ fn a_record_that_may_not_move_keeps_its_segment_and_nothing_else_in_it() {
     for (key, bytes) in &files[1..] {
         assert_eq!(store.read(key).unwrap(), bytes);
     }
-    // Deleted copies do not come back as the records that they were made from.
+    // The originals of deleted copies do not come back.
     store.delete(&files[2].0);
     let store = store.crash();
     assert!(store.read(&files[2].0).is_err());
@@ -318,7 +318,8 @@ fn a_deletion_during_compaction_holds_after_a_crash_at_any_step() {
     }
 }
 
-/// CAS-22: however a file of the store is changed, a read returns what was written or an error that counts as lost.
+/// CAS-22: after any change to a file of the store, a read returns what was written, or an error that marks the file
+/// as lost.
 #[test]
 fn no_bit_of_any_file_can_make_a_read_wrong() {
     let mut store = Store::new();
@@ -355,7 +356,7 @@ fn no_bit_of_any_file_can_make_a_read_wrong() {
     for at in interesting {
         let mut flipped = good.clone();
         flipped[at] ^= 1 << (at % 8);
-        // At most the record with the bit is lost.
+        // At most the record with the changed bit is lost.
         assert!(check(&reopened(&flipped), &format!("bit of byte {at}")) >= all.len() - 1, "{at}");
     }
     for end in (0..good.len()).step_by(97) {
@@ -409,7 +410,7 @@ fn swapped_or_missing_segments_are_misses() {
     assert_eq!(store.crash().index.len(), 12);
 }
 
-/// What is written to a file that somebody has removed would be lost.
+/// Writes to a file that was removed by hand would be lost.
 #[test]
 fn a_removed_segment_is_not_appended_to() {
     let mut store = Store::new();

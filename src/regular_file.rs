@@ -14,10 +14,18 @@ use std::{
 /// Opens a regular file for reading.
 ///
 /// # Errors
-/// The errors of open(2); [`is_something_else`] recognises the case of another kind of file.
+/// The errors of open(2); [`is_something_else`] recognises the case of another kind of file. `InvalidData` for a file whose permissions
+/// do not let this process read it, although its directory can be entered.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = opened.map_err(|error| match error.kind() {
+        // The directory can be entered, so it is this file that somebody has closed.
+        io::ErrorKind::PermissionDenied if fs::symlink_metadata(path).is_ok() => {
+            io::Error::new(io::ErrorKind::InvalidData, "this process may not read the file any more")
+        }
+        _ => error,
+    })?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
 }
 

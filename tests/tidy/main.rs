@@ -5,6 +5,7 @@
 //! anything else is compiled.
 #![allow(clippy::unwrap_used)]
 
+mod faults;
 mod files;
 mod ids;
 mod rooms;
@@ -114,6 +115,13 @@ fn links_between_documents_lead_somewhere() {
 #[test]
 fn documents_name_paths_that_exist() {
     none(&files::dead_paths(&FILES));
+}
+
+#[test]
+fn every_fault_of_the_list_has_a_test() {
+    let list = FILES.iter().find(|file| file.path == faults::LIST).expect("the list of faults exists");
+    assert!(faults::rows(&list.text).count() >= faults::LEAST);
+    none(&faults::untested(&FILES, list));
 }
 
 #[test]

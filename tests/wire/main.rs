@@ -16,6 +16,7 @@ mod digest_functions;
 mod disk;
 mod eviction;
 mod execution;
+mod faults;
 mod http_cache;
 mod images;
 mod inputs;

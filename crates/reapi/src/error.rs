@@ -147,9 +147,24 @@ impl Error {
             StorageFull | QuotaExceeded => {
                 Self::DiskFull(format!("could not {doing}: the disk of this server is full"))
             }
+            _ if is_of_the_machine(error) => Self::Unavailable(format!("could not {doing}: {error}")),
             _ => Self::Internal(format!("could not {doing}: {error}")),
         }
     }
+}
+
+/// Whether an error of a system call comes from the state of the machine, such as too few descriptors or a read-only file system, and
+/// not from what was asked for.
+fn is_of_the_machine(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{
+        OutOfMemory, PermissionDenied, ReadOnlyFilesystem, StaleNetworkFileHandle, TimedOut, WouldBlock,
+    };
+    /// EMFILE, ENFILE and EIO, for which there are no kinds.
+    const NUMBERS: [i32; 3] = [24, 23, 5];
+    matches!(
+        error.kind(),
+        OutOfMemory | PermissionDenied | ReadOnlyFilesystem | StaleNetworkFileHandle | TimedOut | WouldBlock
+    ) || error.raw_os_error().is_some_and(|number| NUMBERS.contains(&number))
 }
 
 /// How long a client should wait before it tries a full disk again.

@@ -167,7 +167,8 @@ impl<'a> ActionRun<'a> {
             return self.store_outputs(ending, workspace, root, None, batch);
         }
         let tree = inputs.tree().clone();
-        let base = self.stage(&mut *inputs, &tree, workspace, fetching)?;
+        let staged = self.stage(&mut *inputs, &tree, workspace, fetching);
+        let base = staged.map_err(|error| self.with_sizes(error, &tree))?;
         let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
         let mount_points = kind.has_input_root_as_root().then(|| MountPoints::make(root)).transpose()?;
         let is_root = self.settings.sandbox.is_none() && geteuid().is_root();

@@ -11,16 +11,45 @@ pub(super) const NOW: u32 = 1_000_000;
 
 #[derive(Debug, Clone)]
 enum Op {
-    Store { name: u8, kind: EntryKind, bytes: u64 },
-    Renew { name: u8, kind: EntryKind },
-    Hold { name: u8, kind: EntryKind },
-    Release { nth: usize },
-    Lose { name: u8, kind: EntryKind },
-    Reserve { bytes: u64 },
-    Unreserve { nth: usize },
-    Evict { bytes: u64, entries: u64 },
-    Repack { name: u8, part: u64 },
+    Store {
+        name: u8,
+        kind: EntryKind,
+        bytes: u64,
+    },
+    Renew {
+        name: u8,
+        kind: EntryKind,
+    },
+    Hold {
+        name: u8,
+        kind: EntryKind,
+    },
+    Release {
+        nth: usize,
+    },
+    Lose {
+        name: u8,
+        kind: EntryKind,
+    },
+    Reserve {
+        bytes: u64,
+    },
+    Unreserve {
+        nth: usize,
+    },
+    Evict {
+        bytes: u64,
+        entries: u64,
+    },
+    Repack {
+        name: u8,
+        part: u64,
+    },
     Delete,
+    /// The clock of the system is set, forward or back.
+    SetClock {
+        now: u32,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -38,6 +67,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0u64..60, 0u64..3).prop_map(|(bytes, entries)| Op::Evict { bytes, entries }),
         2 => (name(), 1u64..4).prop_map(|(name, part)| Op::Repack { name, part }),
         2 => Just(Op::Delete),
+        1 => any::<u32>().prop_map(|now| Op::SetClock { now }),
     ]
 }
 
@@ -108,7 +138,7 @@ proptest! {
     fn the_index_behaves_like_its_model(ops in proptest::collection::vec(op(), 1..200)) {
         let (mut index, mut model) = (Index::new(LIMIT), Model::default());
         let mut holds: Vec<EntryRef> = vec![];
-        let mut generation = 0;
+        let (mut generation, mut now) = (0, NOW);
         for op in ops {
             match op {
                 Op::Store { name, kind, bytes } => {
@@ -118,7 +148,7 @@ proptest! {
                     let got = index.reserve(bytes).ok().map(|grant| grant.victims);
                     prop_assert_eq!(&got, &expected);
                     if got.is_none() { continue }
-                    let lost = index.commit(file, bytes, Stamp::new(1, 1), NOW);
+                    let lost = index.commit(file, bytes, Stamp::new(1, 1), now);
                     let expected = match (model.position(&file.key), kind) {
                         (Some(position), EntryKind::Blob | EntryKind::Zstd) => {
                             model.use_at(position);
@@ -135,7 +165,7 @@ proptest! {
                 }
                 Op::Renew { name, kind } => {
                     let position = model.position(&key(name, kind));
-                    let found = index.renew(&key(name, kind), NOW);
+                    let found = index.renew(&key(name, kind), now);
                     settle(&mut index, found);
                     let found = found.map(|found| found.file);
                     prop_assert_eq!(found, position.map(|position| model.entries[position].0));
@@ -143,7 +173,7 @@ proptest! {
                 }
                 Op::Hold { name, kind } => {
                     let position = model.position(&key(name, kind));
-                    let found = index.hold(&key(name, kind), NOW);
+                    let found = index.hold(&key(name, kind), now);
                     settle(&mut index, found);
                     prop_assert_eq!(found.is_some(), position.is_some());
                     if let (Some(found), Some(position)) = (found, position) {
@@ -213,6 +243,7 @@ proptest! {
                     model.undeleted += superseded.bytes;
                     if is_free { model.entries[position] = (packed, bytes, 0) }
                 }
+                Op::SetClock { now: set } => now = set,
                 Op::Delete => {
                     index.deleted(model.undeleted);
                     model.undeleted = 0;

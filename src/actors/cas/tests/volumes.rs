@@ -93,3 +93,45 @@ async fn evicted_entries_leave_the_volume() {
     eventually(|| async { (volume.len() == blobs).then_some(()) }).await;
     assert_eq!(store.get(digest(&noise(LARGE, 9))).await.unwrap(), noise(LARGE, 9));
 }
+
+/// An error that says nothing about a file, such as too few descriptors, is UNAVAILABLE and never a miss, and nothing is dropped.
+#[actix::test]
+async fn errors_of_the_machine_are_unavailable_and_cost_nothing() {
+    let volume = Memory::default();
+    let store = over(&volume, 1_000 * MB).await;
+    let blobs = [Bytes::from_static(b"small"), noise(LARGE, 1)];
+    for bytes in &blobs {
+        store.put(bytes.clone()).await;
+    }
+    let output = digest(&blobs[1]);
+    let file = reapi::OutputFile { path: "o".into(), digest: Some(output.to_wire()), ..Default::default() };
+    let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
+    let action = digest(b"action");
+    store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap();
+    for errno in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EAGAIN, libc::EROFS, libc::ESTALE] {
+        volume.fail_with(errno);
+        store.cas.shared().recent.clear();
+        store.cas.shared().results.clear();
+        let error = std::io::Error::from_raw_os_error(errno);
+        let is_unavailable =
+            |what: &str, error: Error| assert!(matches!(error, Error::Unavailable(_)), "{what}: {error}");
+        for bytes in &blobs {
+            let blob = digest(bytes);
+            is_unavailable("read", store.get(blob).await.unwrap_err());
+            let many = store.cas.read_many(&store.main, vec![blob]).await.unwrap().remove(0);
+            is_unavailable("read many", many.unwrap_err());
+            assert!(store.has(blob).await, "{error} is no miss");
+        }
+        is_unavailable("result", store.cas.get_result(&store.main, action).await.unwrap_err());
+        let new = noise(1_000, 7);
+        let stored = store.cas.write_many(&store.main, vec![(digest(&new), new)]).await.unwrap().remove(0);
+        is_unavailable("write", stored.unwrap_err());
+        volume.fail_with(0);
+        for bytes in &blobs {
+            assert_eq!(store.get(digest(bytes)).await.unwrap(), bytes);
+        }
+        assert!(store.cas.get_result(&store.main, action).await.unwrap().is_some());
+    }
+    let inspection = store.inspect().await;
+    assert_eq!((inspection.tally.damaged, inspection.totals.reserved), (0, 0));
+}

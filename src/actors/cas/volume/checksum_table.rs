@@ -22,7 +22,7 @@ mod tests;
 use self::record::{
     HEAD_BYTES, RECORD_HEAD_BYTES, RecordHead, Records, UNIT_BYTES, body_at, body_of, head_of, nonce_of,
 };
-use super::{checksums::Checksums, is_lost};
+use super::{checksums::Checksums, is_lost, segments::again_with_directory};
 use crate::{actors::cas::index::FileId, regular_file};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -278,7 +278,9 @@ impl ChecksumTable {
         let number = last + 1;
         let (nonce, _) = Uuid::new_v4().as_u64_pair();
         let path = self.path(number);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path)?;
+        let file = again_with_directory(&path, || {
+            OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path)
+        })?;
         if let Err(error) = file.write_all_at(&head_of(nonce), 0) {
             let _ = fs::remove_file(&path);
             return Err(error);

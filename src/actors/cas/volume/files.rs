@@ -33,8 +33,9 @@ use super::{
     names::{FileClass, encode},
     outside::LeftFile,
     packed::{FrameDecoders, PackedFile},
-    root::{MAX_FORMAT_BYTES, check_format, prepare, take_lock, unusable},
+    root::{MAX_FORMAT_BYTES, StoreLock, check_format, prepare, take_lock, unusable},
     scan,
+    segments::again_with_directory,
     stamps::{COARSE_TICK, Writers, has_fine_change_times, lease, settled, stamp_of},
     stored::{StoredFile, look_of},
 };
@@ -76,7 +77,7 @@ pub(crate) struct Files {
     pub(super) table: Arc<ChecksumTable>,
     /// Directories whose own names were synced.
     synced: Mutex<HashSet<PathBuf>>,
-    _lock: File,
+    _lock: StoreLock,
 }
 
 /// The paths of the files of a store.
@@ -444,7 +445,8 @@ impl StorePaths {
 
     /// Moves something that does not belong to the store into the trash, which the next start empties.
     pub(super) fn throw_away(&self, path: &Path) -> io::Result<()> {
-        fs::rename(path, self.trash().join(Uuid::new_v4().to_string()))
+        let target = self.trash().join(Uuid::new_v4().to_string());
+        again_with_directory(&target, || fs::rename(path, &target))
     }
 
     /// The stamp of a verified file, or [`Stamp::UNTRUSTED`] while another change could leave the stamp as it is.

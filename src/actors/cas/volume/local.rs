@@ -68,7 +68,7 @@ impl Local {
         Self::with_sizes(root, instances, Sizes::of(max_bytes), policy)
     }
 
-    pub(super) fn with_sizes(
+    pub(in crate::actors::cas) fn with_sizes(
         root: &Path,
         instances: &Instances,
         sizes: Sizes,

@@ -17,7 +17,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI32, AtomicU64, Ordering},
     },
 };
 
@@ -26,9 +26,23 @@ use std::{
 pub(crate) struct Memory {
     files: Arc<Mutex<BTreeMap<u64, (FileId, Bytes)>>>,
     last_number: Arc<AtomicU64>,
+    /// The number of the error with which every call fails that opens or writes a file; 0 for none.
+    fault: Arc<AtomicI32>,
 }
 
 impl Memory {
+    /// Fails every call that opens or writes a file from now on, or with 0 no more.
+    pub(crate) fn fail_with(&self, errno: i32) {
+        self.fault.store(errno, Ordering::Relaxed);
+    }
+
+    fn fault(&self) -> io::Result<()> {
+        match self.fault.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
     /// The number of files.
     pub(crate) fn len(&self) -> usize {
         self.files.lock().unwrap().len()
@@ -43,6 +57,7 @@ impl Memory {
     }
 
     fn open_file(&self, file: &FileId) -> io::Result<Open> {
+        self.fault()?;
         let files = self.files.lock().unwrap();
         let (_, bytes) = files.get(&file.generation).ok_or(io::ErrorKind::NotFound)?;
         Ok(Open { bytes: bytes.clone(), stamp: Stamp::new(file.generation, 0) })
@@ -83,10 +98,15 @@ impl Volume for Memory {
     }
 
     fn write(&self, files: &[NewFile<'_>]) -> Vec<io::Result<WrittenFile>> {
-        files.iter().map(|file| Ok(self.keep(file.key, file.pieces.concat().into()))).collect()
+        let write = |file: &NewFile<'_>| {
+            self.fault()?;
+            Ok(self.keep(file.key, file.pieces.concat().into()))
+        };
+        files.iter().map(write).collect()
     }
 
     fn draft(&self) -> io::Result<Box<dyn Draft>> {
+        self.fault()?;
         Ok(Box::new(Growing { bytes: Vec::new(), volume: self.clone() }))
     }
 

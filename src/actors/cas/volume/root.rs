@@ -3,7 +3,10 @@
 use super::{durable::replace, names::FileClass};
 use crate::regular_file;
 use gorego_reapi::error::{Error, Result};
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 use std::{
     fs::{self, File, OpenOptions},
     io,
@@ -26,8 +29,16 @@ pub(super) fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -
     ))
 }
 
-/// Locks a store directory, until the returned file is closed.
-pub(super) fn take_lock(root: &Path) -> Result<File> {
+/// The locks on a store directory, until they are dropped.
+#[derive(Debug)]
+pub(super) struct StoreLock {
+    _file: File,
+    /// The directory itself, because somebody may remove the file. `None` where directories cannot be locked, such as on NFS.
+    _directory: Option<File>,
+}
+
+/// Locks a store directory.
+pub(super) fn take_lock(root: &Path) -> Result<StoreLock> {
     let lock = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -36,11 +47,18 @@ pub(super) fn take_lock(root: &Path) -> Result<File> {
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(root.join("lock"))
         .map_err(|error| unusable(root, "it is not writable", &error))?;
+    let in_use = || unusable(root, "it is in use", &"another gorego server runs on it");
     flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-        rustix::io::Errno::WOULDBLOCK => unusable(root, "it is in use", &"another gorego server runs on it"),
+        Errno::WOULDBLOCK => in_use(),
         error => unusable(root, "it cannot be locked", &error),
     })?;
-    Ok(lock)
+    let directory = File::open(root).map_err(|error| unusable(root, "it cannot be read", &error))?;
+    let directory = match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Some(directory),
+        Err(Errno::WOULDBLOCK) => return Err(in_use()),
+        Err(_) => None,
+    };
+    Ok(StoreLock { _file: lock, _directory: directory })
 }
 
 /// Checks the format of a store directory. A new directory gets the current format. So does an older store before its first
@@ -110,6 +128,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let instances = Instances::new([""]).unwrap();
         let first = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap();
+        let error = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap_err();
+        assert!(error.to_string().contains("another gorego server runs on it"), "{error}");
+        // A lock file that somebody removes does not let a second server in.
+        fs::remove_file(root.path().join("lock")).unwrap();
         let error = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap_err();
         assert!(error.to_string().contains("another gorego server runs on it"), "{error}");
         drop(first);

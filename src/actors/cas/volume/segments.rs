@@ -95,6 +95,16 @@ struct Appended {
     segment: Arc<Segment>,
     file: Arc<File>,
     head: Head,
+    head_bytes: u64,
+}
+
+impl Appended {
+    /// Whether its path still leads to this file, with a head. What is written to a file that somebody has removed, replaced or emptied
+    /// would be lost.
+    fn is_in_place(&self, path: &Path) -> bool {
+        let (Ok(open), Ok(there)) = (self.file.metadata(), fs::symlink_metadata(path)) else { return false };
+        (open.dev(), open.ino()) == (there.dev(), there.ino()) && open.len() >= self.head_bytes
+    }
 }
 
 impl Segments {
@@ -342,9 +352,9 @@ impl Segments {
         let reserved = {
             let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(open) = head.as_ref() {
-                // If the file was removed by hand, writes to it would be lost.
-                let is_there = open.file.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
-                let place = if is_there { open.segment.reserve(additions, self.sizes.segment) } else { None };
+                let is_in_place = open.is_in_place(&self.segment_path(open.segment.number));
+                let place =
+                    if is_in_place { open.segment.reserve(additions, self.sizes.segment) } else { None };
                 if let Some((at, before, after)) = place {
                     self.count((before, after));
                     return Ok((open.clone(), at));
@@ -373,7 +383,9 @@ impl Segments {
         let (nonce, _) = Uuid::new_v4().as_u64_pair();
         let head = Head { number, nonce, names: self.names.clone() };
         let path = self.segment_path(number);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path)?;
+        let file = again_with_directory(&path, || {
+            OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path)
+        })?;
         let bytes = head.encode();
         let written = file.write_all_at(&bytes, 0).and_then(|()| match self.policy {
             SyncPolicy::Never => Ok(()),
@@ -383,11 +395,12 @@ impl Segments {
             let _ = fs::remove_file(&path);
             return Err(error);
         }
-        let segment = Arc::new(Segment::open(&head, bytes.len() as u64, self.instances.clone()));
+        let head_bytes = bytes.len() as u64;
+        let segment = Arc::new(Segment::open(&head, head_bytes, self.instances.clone()));
         let file = Arc::new(file);
         self.add(segment.clone());
         self.open.add(number, file.clone());
-        Ok(Appended { segment, file, head })
+        Ok(Appended { segment, file, head, head_bytes })
     }
 
     /// Adds a segment and counts its bytes.
@@ -476,6 +489,17 @@ impl Segments {
         add(&self.disk, before.disk, after.disk);
         add(&self.live, before.live, after.live);
         add(&self.dead, before.dead, after.dead);
+    }
+}
+
+/// Runs `put`, and again after making the directory of `path` if somebody has removed it.
+pub(super) fn again_with_directory<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    match (put(), path.parent()) {
+        (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(directory)?;
+            put()
+        }
+        (outcome, _) => outcome,
     }
 }
 

@@ -149,6 +149,7 @@ impl DiskState {
         let image = TempDir::new().unwrap();
         self.cut_directory(root, image.path());
         self.image = Some(image);
+        self.syncs_left = None;
     }
 
     fn cut_directory(&mut self, from: &Path, to: &Path) {

@@ -1,8 +1,14 @@
 //! Disk space for a run: waits for space before the run, and frees space after a run that had too little.
 
 use super::ActionRun;
-use crate::actors::worker::checkpoint::{Checkpoint, cancelled};
-use gorego_reapi::error::{Error, Result};
+use crate::{
+    actors::worker::checkpoint::{Checkpoint, cancelled},
+    size::Size,
+};
+use gorego_reapi::{
+    error::{Error, Result},
+    tree::InputTree,
+};
 use std::{
     thread,
     time::{Duration, Instant},
@@ -43,6 +49,17 @@ impl ActionRun<'_> {
             }
             thread::sleep(ROOM_POLL);
         }
+    }
+
+    /// The error of inputs for which the disk has no room names both sizes. Inputs that are larger than the whole disk never fit.
+    pub(super) fn with_sizes(&self, error: Error, tree: &InputTree) -> Error {
+        let space = self.settings.build_root.disk().look();
+        let (Error::DiskFull(_), Some(space)) = (&error, space) else { return error };
+        let message = format!(
+            "the input root of the action has {}, and the disk of execution.build_root has no room for it: {space}",
+            Size::from_bytes(tree.bytes()).rounded()
+        );
+        if tree.bytes() > space.total_bytes { Error::Precondition(message) } else { Error::DiskFull(message) }
     }
 
     fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {

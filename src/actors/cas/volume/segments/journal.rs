@@ -4,13 +4,13 @@
 //! checksum, so a note that a crash has left half-written is ignored. A journal with many more notes than its segment has records
 //! is rewritten. It is deleted with its segment.
 
-use super::record::u32_at;
+use super::{again_with_directory, record::u32_at};
 use crate::regular_file;
 use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::Path,
 };
 
@@ -75,7 +75,14 @@ fn append(path: &Path, nonce: u64, slots: &[u32], touched: u32) -> io::Result<u6
     let mut bytes = Vec::with_capacity(slots.len() * NOTE_BYTES);
     slots.iter().for_each(|slot| encode(nonce, *slot, touched, &mut bytes));
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let file = OpenOptions::new().write(true).create(true).truncate(false).custom_flags(flags).open(path)?;
+    let open = || OpenOptions::new().write(true).create(true).truncate(false).custom_flags(flags).open(path);
+    let file = match again_with_directory(path, open) {
+        // The journal belongs to this process, whatever somebody has done to its permissions.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o644)).and_then(|()| open())?
+        }
+        opened => opened?,
+    };
     write_at_end(&file, &bytes)
 }
 

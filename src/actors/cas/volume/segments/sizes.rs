@@ -33,7 +33,7 @@ impl Sizes {
 
     /// Small bounds, so that a test fills, closes and compacts many segments.
     #[cfg(test)]
-    pub(in crate::actors::cas::volume) fn for_tests(segment: u64, waste: u64) -> Self {
+    pub(in crate::actors::cas) fn for_tests(segment: u64, waste: u64) -> Self {
         Self { largest_file: LARGEST_FILE_BYTES, segment, waste }
     }
 

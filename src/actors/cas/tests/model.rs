@@ -1,0 +1,515 @@
+//! The whole store against a trivial model: random requests of several builds on a store that is always full, with results, purges,
+//! readers, compaction, restarts, kills and power cuts.
+//!
+//! The model is a map of what was acknowledged. Nothing wrong is ever served, and everything that was acknowledged is there or was
+//! evicted: no more is missing than the store says that it has evicted. What was promised to a build with less than its share is always
+//! there, and a purged or replaced result never comes back.
+
+use super::{
+    super::{
+        requests::Relocate,
+        results::ResultCondition,
+        volume::{
+            Moves,
+            local::Local,
+            segments::Sizes,
+            simulation::{Random, SimulatedDisk},
+        },
+    },
+    *,
+};
+use crate::caller::Build;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::Ipv4Addr,
+    sync::Arc,
+};
+
+const MAX_BYTES: u64 = 1_200 << 10;
+/// Small segments, so that many are filled, closed and compacted.
+const SEGMENT_BYTES: u64 = 48 << 10;
+const WASTE_BYTES: u64 = MAX_BYTES / 10;
+/// What the build has promised that has to keep all of it: well below its share.
+const PROMISED_MAX: u64 = 100 << 10;
+/// The lock, the format and the note.
+const SMALL_FILES: u64 = 3 * 4_096;
+/// The number of the builds that upload; the first has to keep all of its promises.
+const BUILDS: u64 = 3;
+const NOBODY: u64 = BUILDS;
+const RESULTS: u64 = 24;
+const STEPS: u64 = 200;
+
+fn build(number: u64) -> Owner {
+    let peer = Peer::V4(Ipv4Addr::new(127, 0, 0, number as u8));
+    Owner { peer, build: Build::of(&format!("build {number}")) }
+}
+
+/// What may be found.
+#[derive(Default)]
+struct Model {
+    /// Blobs that were acknowledged.
+    blobs: BTreeMap<Digest, Bytes>,
+    /// The versions of each result that may be found with the blobs that they refer to, and whether one was acknowledged and not purged.
+    results: BTreeMap<u64, (BTreeMap<u64, Vec<Digest>>, bool)>,
+    /// What build 0 was promised, with the bytes that it takes.
+    promised: HashMap<Digest, u64>,
+}
+
+/// What all runs have done, so that none of them is empty.
+#[derive(Debug, Default, Clone, Copy)]
+struct Happened {
+    evicted: u64,
+    followed: u64,
+    withdrawn: u64,
+    moved: u64,
+    promises_kept: u64,
+    hits: u64,
+    purged: u64,
+    kills: u64,
+    power_cuts: u64,
+}
+
+struct ModelRun {
+    random: Random,
+    sync: SyncPolicy,
+    disk: Option<Arc<SimulatedDisk>>,
+    store: Option<TestStore>,
+    readers: Vec<(Digest, BlobReader)>,
+    model: Model,
+    /// Entries that earlier runs of the store have evicted, or dropped with their blobs.
+    evicted_before: u64,
+    purged_in_this_run: u64,
+    happened: Happened,
+}
+
+/// The content of a version of a result, which refers to blobs.
+fn result_of(name: u64, version: u64, blobs: &[Digest]) -> reapi::ActionResult {
+    let file = |(at, blob): (usize, &Digest)| reapi::OutputFile {
+        path: format!("o{at}"),
+        digest: Some(blob.to_wire()),
+        ..Default::default()
+    };
+    let output_files = blobs.iter().enumerate().map(file).collect();
+    let stdout_raw = [name, version].map(u64::to_le_bytes).concat().into();
+    reapi::ActionResult { output_files, stdout_raw, ..Default::default() }
+}
+
+fn action(name: u64) -> Digest {
+    digest(&name.to_le_bytes())
+}
+
+impl ModelRun {
+    async fn new(seed: u64, sync: SyncPolicy) -> Self {
+        let mut run = Self {
+            random: Random(seed),
+            sync,
+            disk: None,
+            store: None,
+            readers: vec![],
+            model: Model::default(),
+            evicted_before: 0,
+            purged_in_this_run: 0,
+            happened: Happened::default(),
+        };
+        run.open(Rc::new(TempDir::new().unwrap())).await;
+        run
+    }
+
+    async fn open(&mut self, root: Rc<TempDir>) {
+        let seed = self.random.below(u64::MAX);
+        // A disk of the same directory would be found first.
+        self.disk = None;
+        self.disk = (self.sync == SyncPolicy::BeforeAnswer).then(|| SimulatedDisk::new(root.path(), seed));
+        let instances = Instances::new(["", "other/one"]).unwrap();
+        let settings = StoreSettings {
+            sync: self.sync,
+            leases: LeaseTimes { named: 10_800, unnamed: 900 },
+            ..settings_at(root.path().join("store"), MAX_BYTES)
+        };
+        let sizes = Sizes::for_tests(SEGMENT_BYTES, WASTE_BYTES);
+        // The jobs of a killed store may still be ending.
+        let volume =
+            eventually(|| async { Local::with_sizes(&settings.root, &instances, sizes, self.sync).ok() })
+                .await;
+        let actor = CasActor::over(Box::new(volume), settings, Handle::current()).unwrap();
+        let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
+        self.store = Some(TestStore { root, cas: actor.launch(), main, other, max_bytes: MAX_BYTES });
+    }
+
+    fn store(&self) -> &TestStore {
+        self.store.as_ref().unwrap()
+    }
+
+    /// The handle of a build, or of nobody, who is promised nothing.
+    fn of(&self, number: u64) -> Cas {
+        if number == NOBODY {
+            return self.store().cas.clone();
+        }
+        let build = build(number);
+        self.store().cas.on_behalf_of(Caller::without_connection(build.peer)).for_build(build)
+    }
+
+    fn main(&self) -> Instance {
+        self.store().main.clone()
+    }
+
+    fn is_off(&self) -> bool {
+        self.disk.as_ref().is_some_and(|disk| disk.is_off())
+    }
+
+    /// A refusal for lack of room is fine, and so is any error once the power is off.
+    fn excuse<T>(&self, outcome: Result<T>) -> Option<T> {
+        match outcome {
+            Ok(done) => Some(done),
+            Err(Error::Exhausted { .. }) => None,
+            Err(_) if self.is_off() => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn new_blob(&mut self, most: u64) -> Bytes {
+        let length = 1 + self.random.below(most);
+        noise(length as usize, self.random.below(1 << 40))
+    }
+
+    /// Some of the blobs that were acknowledged.
+    fn some_blobs(&mut self, most: u64) -> Vec<Digest> {
+        let all: Vec<Digest> = self.model.blobs.keys().copied().collect();
+        let count = self.random.below(most) + 1;
+        (0..count)
+            .filter_map(|_| all.get(self.random.below(all.len().max(1) as u64) as usize).copied())
+            .collect()
+    }
+
+    /// The build that has to keep all of its promises, if it has not had enough, or another one, or nobody.
+    fn any_uploader(&mut self) -> u64 {
+        match self.random.below(BUILDS + 1) {
+            0 if self.has_enough() => NOBODY,
+            number => number,
+        }
+    }
+
+    /// The same without the other builds: what two builds have touched is charged to neither, and would fill the store.
+    fn any_reader(&mut self) -> u64 {
+        if self.random.below(3) == 0 && !self.has_enough() { 0 } else { NOBODY }
+    }
+
+    fn has_enough(&self) -> bool {
+        self.model.promised.values().sum::<u64>() >= PROMISED_MAX
+    }
+
+    fn promise(&mut self, number: u64, blob: Digest) {
+        if number == 0 {
+            self.model.promised.insert(blob, blob.size() + 4_096);
+        }
+    }
+
+    async fn step(&mut self) {
+        match self.random.below(100) {
+            0..40 => self.put_batch().await,
+            40..46 => self.put_stream().await,
+            46..58 => self.put_result().await,
+            58..70 => self.find_missing().await,
+            70..82 => self.get_result().await,
+            82..86 => self.purge().await,
+            86..90 => self.open_reader().await,
+            90..94 => self.close_reader().await,
+            _ => self.compact().await,
+        }
+    }
+
+    async fn put_batch(&mut self) {
+        let (number, count) = (self.any_uploader(), 1 + self.random.below(12));
+        let blobs: Vec<(Digest, Bytes)> =
+            (0..count).map(|_| self.new_blob(8_000)).map(|bytes| (digest(&bytes), bytes)).collect();
+        let outcome = self.of(number).write_many(&self.main(), blobs.clone()).await;
+        let outcomes = self.excuse(outcome).unwrap_or_default();
+        for ((blob, bytes), outcome) in blobs.into_iter().zip(outcomes) {
+            if self.excuse(outcome).is_some() {
+                self.model.blobs.insert(blob, bytes);
+                self.promise(number, blob);
+            }
+        }
+    }
+
+    /// A blob that is too large for a segment, or one that is not.
+    async fn put_stream(&mut self) {
+        let most = if self.random.below(2) == 0 { 10_000 } else { 120_000 };
+        let (number, bytes) = (1 + self.random.below(BUILDS), self.new_blob(most));
+        let cas = self.of(number);
+        let begun = cas.begin_upload(&self.main(), "uploads/x", digest(&bytes), 0).await;
+        let Some(Upload::Writer(mut writer)) = self.excuse(begun) else { return };
+        for piece in bytes.chunks(50_000) {
+            let written = writer.write(bytes.slice_ref(piece)).await;
+            if self.excuse(written).is_none() {
+                return;
+            }
+        }
+        let finished = writer.finish().await;
+        if self.excuse(finished).is_some() {
+            self.model.blobs.insert(digest(&bytes), bytes);
+        }
+    }
+
+    async fn put_result(&mut self) {
+        let (name, version) = (self.random.below(RESULTS), self.random.below(1 << 40));
+        let blobs = self.some_blobs(3);
+        self.model.results.entry(name).or_default().0.insert(version, blobs.clone());
+        let result = result_of(name, version, &blobs);
+        let number = 1 + self.random.below(BUILDS);
+        let cas = self.of(number);
+        let stored = cas.put_result(&self.main(), action(name), result, Provenance::default()).await;
+        if self.excuse(stored).is_some() {
+            self.model.results.insert(name, (BTreeMap::from([(version, blobs)]), true));
+        }
+    }
+
+    /// What is called present is promised.
+    async fn find_missing(&mut self) {
+        let (number, blobs) = (self.any_reader(), self.some_blobs(6));
+        let missing = self.of(number).find_missing(&self.main(), &blobs).await.unwrap();
+        for blob in blobs.into_iter().filter(|blob| !missing.contains(blob)) {
+            self.promise(number, blob);
+        }
+    }
+
+    /// A hit is one of the versions that were stored last, and all that it refers to is promised.
+    async fn get_result(&mut self) {
+        let (number, name) = (self.any_reader(), self.random.below(RESULTS));
+        let found = self.of(number).get_result(&self.main(), action(name)).await;
+        let Some(Some(found)) = self.excuse(found) else { return };
+        self.happened.hits += 1;
+        self.check_version(name, &found);
+        for file in &found.output_files {
+            let blob = Digest::from_wire(SHA256, file.digest.as_ref(), "digest").unwrap();
+            assert!(self.store().has(blob).await, "a hit without its blob");
+            self.promise(number, blob);
+        }
+    }
+
+    fn check_version(&self, name: u64, found: &reapi::ActionResult) {
+        let allowed = self.model.results.get(&name).map(|(versions, _)| versions);
+        // Its standard output is a blob by now, and tells the version.
+        let is_version = |version: &u64| {
+            let content = [name, *version].map(u64::to_le_bytes).concat();
+            found.stdout_raw == content || found.stdout_digest == Some(digest(&content).to_wire())
+        };
+        let is_allowed = allowed.is_some_and(|versions| versions.keys().any(is_version));
+        assert!(is_allowed, "result {name} was purged or replaced, and is back: {found:?}");
+    }
+
+    async fn purge(&mut self) {
+        let name = self.random.below(RESULTS);
+        self.purged_in_this_run += 1;
+        let condition = ResultCondition { action: Some(action(name)), ..Default::default() };
+        self.model.results.entry(name).or_default().1 = false;
+        match self.store().cas.purge_results(&self.main(), &condition, 0, 100_000, true).await {
+            Ok(page) => {
+                self.model.results.remove(&name);
+                self.happened.purged += page.results.len() as u64;
+            }
+            Err(error) => assert!(self.is_off(), "{error}"),
+        }
+    }
+
+    async fn open_reader(&mut self) {
+        let Some(blob) = self.some_blobs(1).pop() else { return };
+        match self.store().cas.open(&self.main(), blob).await {
+            Ok(reader) => self.readers.push((blob, reader)),
+            Err(Error::NotFound(_)) => {}
+            Err(error) => assert!(self.is_off(), "{error}"),
+        }
+    }
+
+    /// An open reader reads to the end, whatever happened to the blob meanwhile.
+    async fn close_reader(&mut self) {
+        if let Some((blob, reader)) = self.readers.pop() {
+            assert_eq!(read_all(&reader).await.unwrap(), self.model.blobs[&blob]);
+        }
+    }
+
+    /// One step of compaction, as in the background.
+    async fn compact(&mut self) {
+        let compact = |cas: Cas, _| {
+            let (shared, mut moved) = (cas.shared(), 0);
+            let outcome = shared.volume.compact(&mut |moves: Moves| {
+                let copies = moves.moved.len();
+                let accepted = shared.runtime.block_on(cas.actor().send(Relocate(moves)));
+                let accepted = accepted.unwrap_or_else(|_| vec![false; copies]);
+                moved += accepted.iter().filter(|accepted| **accepted).count() as u64;
+                accepted
+            });
+            (outcome.map(drop), moved)
+        };
+        let (outcome, moved) = self.store().worker(compact).await;
+        assert!(outcome.is_ok() || self.is_off(), "{outcome:?}");
+        self.happened.moved += moved;
+    }
+
+    /// Everything that may be said of the store at any time.
+    async fn check(&mut self) {
+        let store = self.store();
+        let mut absent = BTreeSet::new();
+        for (blob, bytes) in &self.model.blobs {
+            match store.get(*blob).await {
+                Ok(read) => assert_eq!(read, bytes),
+                Err(Error::NotFound(_)) => _ = absent.insert(*blob),
+                Err(error) => panic!("{blob}: {error}"),
+            }
+        }
+        let mut results_absent = 0;
+        for (name, (versions, must_be)) in &self.model.results {
+            match store.cas.get_result(&store.main, action(*name)).await.unwrap() {
+                Some(found) => self.check_version(*name, &found),
+                None if versions.values().flatten().any(|blob| absent.contains(blob)) => {}
+                None => results_absent += usize::from(*must_be),
+            }
+        }
+        let absent = (absent.len() + results_absent) as u64;
+        let tally = store.cas.measure().tally;
+        // Only a purge takes what is leased.
+        assert!(tally.broken_promises <= self.purged_in_this_run && tally.damaged == 0, "{tally:?}");
+        let evicted = self.evicted_before + tally.evicted + tally.followed;
+        assert!(absent <= evicted, "{absent} entries are missing, and {evicted} were evicted");
+        let promised: Vec<Digest> = self.model.promised.keys().copied().collect();
+        let missing = store.cas.find_missing(&store.main, &promised).await.unwrap();
+        assert_eq!(missing, [], "promised to a build with less than its share");
+        let totals = eventually(|| async {
+            let totals = store.inspect().await.totals;
+            (totals.deleting == 0).then_some(totals)
+        });
+        let totals = totals.await;
+        assert!(totals.used + totals.reserved <= totals.limit, "{totals:?}");
+        let on_disk: u64 = files_of_store(store).map(|bytes| bytes.div_ceil(4_096) * 4_096).sum();
+        assert!(on_disk <= MAX_BYTES + SMALL_FILES, "{on_disk} bytes on disk, {totals:?}");
+        self.happened.promises_kept += promised.len() as u64;
+    }
+
+    /// Remembers what this run of the store has done, and ends it. Nothing but uses is written at the end.
+    async fn abandon(&mut self) -> Rc<TempDir> {
+        self.readers.clear();
+        let TestStore { root, cas, .. } = self.store.take().unwrap();
+        let tally = cas.measure().tally;
+        assert!(tally.broken_promises <= std::mem::take(&mut self.purged_in_this_run), "{tally:?}");
+        // The actor would live on. What it has begun goes on while the next one starts.
+        let _ = cas.actor().send(CloseStore).await;
+        self.evicted_before += tally.evicted + tally.followed;
+        self.happened.evicted += tally.evicted;
+        self.happened.followed += tally.followed;
+        self.happened.withdrawn += tally.withdrawn_leases;
+        root
+    }
+
+    /// The process dies, perhaps in the middle of a request.
+    async fn kill(&mut self) {
+        let root = self.abandon().await;
+        self.happened.kills += 1;
+        self.open(root).await;
+    }
+
+    /// The power fails, perhaps in the middle of a request. What was deleted and not synced may be back, so the store may have to evict
+    /// at its start, also what was promised.
+    async fn cut_power(&mut self) {
+        self.abandon().await;
+        let image = self.disk.take().unwrap().cut_power();
+        self.happened.power_cuts += 1;
+        self.open(Rc::new(image)).await;
+        let promised: Vec<Digest> = self.model.promised.keys().copied().collect();
+        let missing = self.store().cas.find_missing(&self.main(), &promised).await.unwrap();
+        self.model.promised.retain(|blob, _| !missing.contains(blob));
+    }
+
+    /// The same build goes on after a restart: it asks again for what it needs.
+    async fn resume_build(&mut self) {
+        let promised: Vec<Digest> = self.model.promised.keys().copied().collect();
+        let missing = self.of(0).find_missing(&self.main(), &promised).await.unwrap();
+        assert_eq!(missing, [], "promised before the restart");
+    }
+
+    async fn run(mut self) -> Happened {
+        for _ in 0..STEPS {
+            if let Some(disk) = self.disk.as_ref().filter(|_| self.random.below(40) == 0) {
+                disk.fail_power_at(1 + self.random.below(12) as u32);
+            }
+            match self.random.below(60) {
+                0 if self.disk.is_none() => {
+                    // The request is dropped at whatever it waits for.
+                    let after = Duration::from_micros(self.random.below(3_000));
+                    let _ = tokio::time::timeout(after, self.step()).await;
+                    self.kill().await;
+                    self.check_and_resume().await;
+                }
+                1 if !self.is_off() => {
+                    self.kill().await;
+                    self.check_and_resume().await;
+                }
+                2..5 if !self.is_off() => self.check().await,
+                _ => self.step().await,
+            }
+            if self.is_off() {
+                self.cut_power().await;
+                self.check_and_resume().await;
+            }
+        }
+        self.check().await;
+        while !self.readers.is_empty() {
+            self.close_reader().await;
+        }
+        self.abandon().await;
+        self.happened
+    }
+
+    async fn check_and_resume(&mut self) {
+        self.resume_build().await;
+        self.check().await;
+    }
+}
+
+/// The sizes of the files of a store.
+fn files_of_store(store: &TestStore) -> impl Iterator<Item = u64> {
+    let mut directories = vec![store.root.path().join("store")];
+    let mut sizes = vec![];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            match entry.metadata() {
+                Ok(metadata) if metadata.is_dir() => directories.push(entry.path()),
+                Ok(metadata) => sizes.push(metadata.len()),
+                Err(_) => {}
+            }
+        }
+    }
+    sizes.into_iter()
+}
+
+async fn runs(seeds: std::ops::Range<u64>, sync: SyncPolicy) -> Happened {
+    let mut all = Happened::default();
+    for seed in seeds {
+        println!("seed {seed} {sync:?}");
+        let one = ModelRun::new(seed, sync).await.run().await;
+        all.evicted += one.evicted;
+        all.followed += one.followed;
+        all.withdrawn += one.withdrawn;
+        all.moved += one.moved;
+        all.promises_kept += one.promises_kept;
+        all.hits += one.hits;
+        all.purged += one.purged;
+        all.kills += one.kills;
+        all.power_cuts += one.power_cuts;
+    }
+    println!("{all:?}");
+    let least =
+        [all.evicted, all.followed, all.withdrawn, all.moved, all.promises_kept, all.hits, all.purged];
+    assert!(least.into_iter().all(|count| count > 10), "{all:?}");
+    all
+}
+
+/// CAS-05, CAS-22, AC-03.
+#[actix::test]
+async fn index_leases_segments_compaction_and_eviction_survive_kills_like_their_model() {
+    assert!(runs(0..12, SyncPolicy::Never).await.kills > 10);
+}
+
+#[actix::test]
+async fn index_leases_segments_compaction_and_eviction_survive_power_cuts_like_their_model() {
+    assert!(runs(100..110, SyncPolicy::BeforeAnswer).await.power_cuts > 10);
+}

@@ -76,7 +76,7 @@ impl Fault {
                     .filter(|other| kind_of(other) == kind_of(file) || is_top(file) && is_top(other))
                     .min();
                 if let Some(other) = other {
-                    renameat_with(CWD, path, CWD, &store.join(other), RenameFlags::EXCHANGE).unwrap();
+                    renameat_with(CWD, path, CWD, store.join(other), RenameFlags::EXCHANGE).unwrap();
                 }
             }
             Self::Unreadable => mode(0),

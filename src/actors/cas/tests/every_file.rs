@@ -242,7 +242,7 @@ fn a_directory_that_is_removed_or_closed_is_made_again_or_waited_for() {
                         fs::remove_dir_all(&directory).unwrap();
                         stock.read(&store).await;
                     } else {
-                        fs::set_permissions(&directory, fs::Permissions::from_mode(0o000)).unwrap();
+                        fs::set_permissions(&directory, fs::Permissions::from_mode(0o0)).unwrap();
                         stock.read_while_closed(&store).await;
                         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
                         assert_eq!(stock.read(&store).await, 0, "nothing was dropped");

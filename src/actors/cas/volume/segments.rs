@@ -99,11 +99,12 @@ struct Appended {
 }
 
 impl Appended {
-    /// Whether its path still leads to this file, with a head. What is written to a file that somebody has removed, replaced or emptied
-    /// would be lost.
+    /// Whether its path still leads to this file, with a head and with permissions for its owner. The next start would not find what is
+    /// written to a file that somebody has removed, replaced, emptied or closed.
     fn is_in_place(&self, path: &Path) -> bool {
         let (Ok(open), Ok(there)) = (self.file.metadata(), fs::symlink_metadata(path)) else { return false };
-        (open.dev(), open.ino()) == (there.dev(), there.ino()) && open.len() >= self.head_bytes
+        let is_ours = there.mode() & 0o600 == 0o600;
+        (open.dev(), open.ino()) == (there.dev(), there.ino()) && is_ours && open.len() >= self.head_bytes
     }
 }
 

@@ -416,6 +416,20 @@ fn nobody_loses_leases_within_its_share() {
     assert_eq!(index.tally().broken_promises, 0);
 }
 
+/// Dead records and files beside the store leave less room for entries. Leases are bounded by that room, so uploads of a build that
+/// has filled it go on.
+#[test]
+fn leases_do_not_fill_the_room_that_other_bytes_leave() {
+    let mut index = Index::with_leases(LIMIT, TIMES, 0);
+    index.set_overhead(400);
+    for name in 0..100 {
+        let now = START + 60 * name as u32;
+        assert!(store(&mut index, file(name), 20, build(1, 1), now).is_some(), "{name}");
+        assert!(index.totals().leased <= 560, "nine tenths, and the entry that exceeded them");
+    }
+    assert!(index.tally().withdrawn_leases > 0 && index.tally().broken_promises == 0);
+}
+
 /// Expired leases are charged to no build, even before they are ended.
 #[test]
 fn a_build_is_charged_for_nothing_that_was_leased_before_it_returned() {

@@ -102,15 +102,25 @@ struct LeaseRow {
     held: AtomicU64,
 }
 
+/// The bytes that may be leased of this room.
+fn budget_of(room: u64) -> u64 {
+    room / 10 * 9
+}
+
 impl Leases {
     pub(super) fn new(times: LeaseTimes, limit: u64) -> Self {
         Self {
             times,
-            budget: limit / 10 * 9,
+            budget: budget_of(limit),
             rows: std::iter::repeat_with(LeaseRow::default).take(ROWS).collect(),
             book: Mutex::new(Book::new(times.named)),
             leased: AtomicU64::new(0),
         }
+    }
+
+    /// Bounds the leases to nine tenths of the room that the store has for entries now.
+    pub(super) fn set_budget(&mut self, room: u64) {
+        self.budget = budget_of(room);
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {

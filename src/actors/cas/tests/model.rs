@@ -60,6 +60,7 @@ struct Model {
 struct Happened {
     evicted: u64,
     followed: u64,
+    withdrawn: u64,
     moved: u64,
     promises_kept: u64,
     hits: u64,
@@ -391,6 +392,7 @@ impl ModelRun {
         // The actor would live on. What it has begun goes on while the next one starts.
         let _ = cas.actor().send(CloseStore).await;
         let tally = cas.measure().tally;
+        self.happened.withdrawn += tally.withdrawn_leases;
         assert!(tally.broken_promises <= std::mem::take(&mut self.purged_in_this_run), "{tally:?}");
         self.evicted_before += tally.evicted + tally.followed;
         self.happened.evicted += tally.evicted;
@@ -486,6 +488,7 @@ async fn runs(seeds: std::ops::Range<u64>, sync: SyncPolicy) -> Happened {
         let one = ModelRun::new(seed, sync).await.run().await;
         all.evicted += one.evicted;
         all.followed += one.followed;
+        all.withdrawn += one.withdrawn;
         all.moved += one.moved;
         all.promises_kept += one.promises_kept;
         all.hits += one.hits;
@@ -494,7 +497,7 @@ async fn runs(seeds: std::ops::Range<u64>, sync: SyncPolicy) -> Happened {
         all.power_cuts += one.power_cuts;
     }
     println!("{all:?}");
-    let least = [all.evicted, all.moved, all.promises_kept, all.hits, all.purged];
+    let least = [all.evicted, all.withdrawn, all.moved, all.promises_kept, all.hits, all.purged];
     assert!(least.into_iter().all(|count| count > 10) && all.followed > 0, "{all:?}");
     all
 }

@@ -19,8 +19,15 @@ use std::sync::PoisonError;
 pub(super) const EARLIER: Owner = Owner { peer: Peer::Unknown, build: Build::BEFORE_START };
 /// The number of rows that these leases are spread over, by their age.
 const EARLIER_ROWS: u32 = 32;
+/// A row with more than this fraction of the budget is followed by another one, whatever its age. Otherwise the leases of a short burst
+/// would be one row, which nobody could take away. All rows together are fewer than [`ROWS_OF_BUILD`].
+const EARLIER_ROW_PART: u64 = 24;
 
 impl Leases {
+    fn is_full_earlier_row(&self, name: u32) -> bool {
+        self.bytes_in(name) > self.budget / EARLIER_ROW_PART
+    }
+
     /// Adds a row for earlier leases that is older than the rows added so far. `None` if no row is left.
     fn add_earlier_row(&mut self, now: u32) -> Option<u32> {
         let book = self.book.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -62,7 +69,7 @@ impl Index {
             let Some(rest) = left.checked_sub(bytes) else { break };
             left = rest;
             let name = match row {
-                Some((of, name)) if of == age / period => name,
+                Some((of, name)) if of == age / period && !self.leases.is_full_earlier_row(name) => name,
                 _ => {
                     let Some(name) = self.leases.add_earlier_row(uptime) else { break };
                     row = Some((age / period, name));
@@ -180,6 +187,20 @@ mod tests {
         let mut index = index;
         index.evict(LIMIT, 0, usize::MAX);
         assert!((0..5).all(|name| !is_there(&index, name)) && (5..50).all(|name| is_there(&index, name)));
+    }
+
+    /// What was used in one burst before the restart does not keep other builds from uploading for hours.
+    #[test]
+    fn leases_of_a_burst_before_the_start_give_way_to_uploads() {
+        let recorded = (0..50).map(|name| (name, (20, START))).collect();
+        let mut index = started(&recorded, START);
+        for name in 100..300 {
+            index.ease_leases(20, None, 0);
+            index.reserve(20).unwrap_or_else(|shortage| panic!("{name}: {shortage:?}"));
+            index.commit(file(name), 20, Stamp::new(1, 1), 0);
+            touch(&index, name, build(1), 0);
+        }
+        assert_eq!(index.tally().broken_promises, 0);
     }
 
     /// A single build that continues after a restart can fill the store, although it touched most entries before the restart.

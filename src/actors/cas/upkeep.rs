@@ -4,7 +4,7 @@
 use super::{
     CasActor, LOG, deletions,
     guards::Reservation,
-    index::{FileId, Victim},
+    index::{FileId, Totals, Victim},
     reply::StoreReply,
     requests::{Deleted, ReserveRoom, Touch, Touched, Unreserve},
     settings,
@@ -75,7 +75,14 @@ impl CasActor {
     /// Evicts ahead of need.
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
         let overhead = self.shared.volume.overhead().saturating_add(self.shared.disk.beside());
-        self.change(|index| index.set_overhead(overhead));
+        let Totals { pinned, limit, .. } = self.change(|index| {
+            index.set_overhead(overhead);
+            index.totals()
+        });
+        if pinned.saturating_add(overhead) > limit {
+            // Files that were deleted shortly before a power cut may be back. Without this, leases would keep all of them.
+            self.ease_leases(0, None);
+        }
         let mut left = settings::TRIM_BATCH;
         let victims = in_parts(|max| {
             let part = self.change(|index| index.trim(max.min(left)));

@@ -128,15 +128,15 @@ async fn inputs_can_be_read_and_changed_and_outputs_are_collected() {
         assert_eq!(host.client.stdout(&result).await, "inin", "{}", host.client.stderr(&result).await);
         assert_eq!(host.client.output(&result, "a").await, "inmore\n");
         assert_eq!(result.output_directories.len(), 2);
+        eventually("the exec directory is removed", || {
+            fs::read_dir(host.server.store().join("build")).unwrap().next().is_none()
+        })
+        .await;
         // No stored file may have a set-user-id bit, because its owner is the server.
         for path in files_below(host.server.store()) {
             let mode = fs::metadata(&path).map_or(0, |metadata| metadata.permissions().mode());
             assert_eq!(mode & 0o6000, 0, "{} has mode {mode:o}", path.display());
         }
-        eventually("the exec directory is removed", || {
-            fs::read_dir(host.server.store().join("build")).unwrap().next().is_none()
-        })
-        .await;
     })
     .await;
 }

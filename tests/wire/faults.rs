@@ -177,9 +177,9 @@ async fn a_restart_with_most_of_the_store_to_evict_answers_at_once() {
         let missing = client.missing(&all).await;
         println!("{large} to {small}: answered after {:?}", started.elapsed());
         assert!(missing.len() as u64 > BLOBS / 2, "{} are missing", missing.len());
-        let last = all[all.len() - 1];
-        assert!(!missing.contains(&last), "what was used last stays");
-        assert_eq!(client.read(last).await.unwrap(), blob(BLOBS - 1));
+        // All were stored within a second or two, and uses are recorded in seconds, so any of them may have been evicted.
+        let kept = (0..BLOBS).find(|n| !missing.contains(&all[*n as usize])).unwrap();
+        assert_eq!(client.read(all[kept as usize]).await.unwrap(), blob(kept));
         client.upload(vec![3; 100_000]).await;
     }
 }

@@ -94,8 +94,8 @@ fn result(data: &[u8]) {
     let _ = results::decode(data, "", action);
     let Some(mut result) = decode::<reapi::ActionResult>(data) else { return };
     match results::normalise(&mut result, FUNCTION, Uploader::Client) {
-        Ok(blobs) => {
-            assert!(blobs.iter().all(|(digest, bytes)| FUNCTION.digest(bytes) == *digest));
+        Ok((contents, _)) => {
+            assert!(contents.iter().all(|(digest, bytes)| FUNCTION.digest(bytes) == *digest));
             DirectReferences::of(&result, FUNCTION).expect("what was accepted has digests");
             let origin = results::origin("", action, Default::default(), SystemTime::UNIX_EPOCH);
             let stored = results::encode(&origin, &result);

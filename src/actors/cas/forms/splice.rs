@@ -1,7 +1,7 @@
 //! Splices a blob from stored chunks (CAS-35 to CAS-38).
 //!
-//! The chunks are held and written by the same writer as an upload: hashed while they are written, and visible only if they
-//! match the digest as a whole. The bytes are also cut by a chunking function. If its chunks equal those of the client, the
+//! The chunks are held, and written by the writer of uploads. It hashes them, and the blob becomes visible only if all bytes
+//! together match its digest. The bytes are also cut by a chunking function. If its chunks equal those of the client, the
 //! recipe is cached and a later split costs nothing.
 //!
 //! Bounds: [`SPLICE_MAX_CHUNKS`] per blob, one splice per blob at a time. Splits and splices share one bound on their total. At

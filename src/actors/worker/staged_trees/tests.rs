@@ -90,6 +90,7 @@ impl Bench {
         let end = Instant::now() + Duration::from_secs(20);
         while self.trees() != count {
             assert!(Instant::now() < end, "{} trees instead of {count}", self.trees());
+            // Trees are removed by other threads, which report to nobody.
             thread::sleep(Duration::from_millis(5));
         }
     }

@@ -7,7 +7,7 @@ use crate::actors::cas::{
     settings::{PackingSettings, SMALL_BLOB_BYTES},
 };
 use gorego_reapi::compression::decode_all;
-use std::{collections::HashSet, fs};
+use std::collections::HashSet;
 
 /// Blobs of this size have files of their own, of three blocks.
 const SIZE: usize = 150_000;
@@ -133,7 +133,7 @@ impl Stock {
                 store.cas.read_many(&store.main, vec![blob]).await.unwrap().remove(0),
                 read_zstd(store, bytes).await,
                 read_many_zstd(store, bytes).await,
-                materialise(store, bytes).await,
+                damage::materialise(store, digest(bytes)).await,
                 store.get(blob).await,
             ];
             let is_there = store.has(blob).await;
@@ -227,22 +227,4 @@ async fn read_many_zstd(store: &TestStore, bytes: &Bytes) -> Result<Bytes> {
         Item::Plain(bytes) => bytes,
         Item::Zstd(stream) => decode_all(&stream, bytes.len() as u64).unwrap().into(),
     })
-}
-
-/// As an input of an action.
-async fn materialise(store: &TestStore, bytes: &Bytes) -> Result<Bytes> {
-    let blob = digest(bytes);
-    let file = reapi::FileNode { name: "f".into(), digest: Some(blob.to_wire()), ..Default::default() };
-    let root = reapi::Directory { files: vec![file], ..Default::default() };
-    let root = store.put(prost::Message::encode_to_vec(&root)).await;
-    store
-        .worker(move |cas, main| {
-            let mut staged = cas.open_inputs(&main, root, Owner::default())?;
-            staged.hold_all()?;
-            let target = TempDir::new().unwrap();
-            let parent = fs::File::open(target.path()).unwrap();
-            staged.materialise(&blob, &parent, "f", 0o644)?;
-            Ok(fs::read(target.path().join("f")).unwrap().into())
-        })
-        .await
 }

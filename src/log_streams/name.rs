@@ -49,15 +49,20 @@ impl LogName {
         let keyword = segments.iter().position(is_keyword)?;
         let shown = || name.chars().take(SHOWN_CHARS).collect::<String>().escape_debug().to_string();
         let (parent, rest) = (segments.get(..keyword)?.join("/"), segments.get(keyword + 1..)?);
+        let malformed = || {
+            Error::Invalid(format!(
+                "resource name \"{}\" is malformed; the form is {{parent}}/logstreams/{{id}}[/{{token}}]",
+                shown()
+            ))
+        };
+        // With an empty parent there is no slash; otherwise one stream would have two names.
+        if name.starts_with('/') {
+            return Some(Err(malformed()));
+        }
         let (id, token) = match *rest {
             [id] => (id, None),
             [id, token] => (id, Some(token)),
-            _ => {
-                return Some(Err(Error::Invalid(format!(
-                    "resource name \"{}\" is malformed; the form is {{parent}}/logstreams/{{id}}[/{{token}}]",
-                    shown()
-                ))));
-            }
+            _ => return Some(Err(malformed())),
         };
         let unknown = || Error::NotFound(format!("log stream \"{}\" is unknown to this server", shown()));
         let parsed = || {
@@ -188,7 +193,12 @@ mod tests {
             assert_eq!(LogName::parse(&name), None, "{name}");
         }
         let upper = id.to_string().to_uppercase();
-        for name in ["logstreams".into(), format!("logstreams/{id}/a/b"), format!("a/logstreams/{id}/t/")] {
+        for name in [
+            "logstreams".into(),
+            format!("logstreams/{id}/a/b"),
+            format!("a/logstreams/{id}/t/"),
+            format!("/logstreams/{id}"),
+        ] {
             assert!(matches!(LogName::parse(&name), Some(Err(Error::Invalid(_)))), "{name}");
         }
         for name in ["logstreams/".into(), format!("logstreams/{upper}"), format!("logstreams/{id}/token")] {
@@ -198,7 +208,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_read_as_a_name_is_written_the_same(name in "(a/|b/)?logstreams/[0-9a-f/-]{0,80}(stdout|stderr)?") {
+        fn whatever_is_read_as_a_name_is_written_the_same(name in "(a/|b/|/)?logstreams/[0-9a-f/-]{0,80}(stdout|stderr)?") {
             if let Some(Ok(parsed)) = LogName::parse(&name) {
                 prop_assert_eq!(parsed.to_string(), name);
             }

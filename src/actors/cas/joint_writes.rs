@@ -3,10 +3,11 @@
 //! Storing a file takes three steps: the actor reserves room, a blocking thread writes the file, and the actor makes it visible.
 //! For a small file, waking threads between these steps costs more than the steps. So the first file starts a job on a blocking
 //! thread. Files that arrive while the job works wait for its next turn, and share one reservation, one write and one commit.
+//! From its second turn on, a job reserves room for later turns, too.
 //!
 //! Invariants:
-//! - There is at most one job. It ends when no file waits. If it panics, the waiting files fail, and the next file starts another
-//!   job.
+//! - There is at most one job. It ends when no file waits, and gives unused room back. If it panics, the waiting files fail, and
+//!   the next file starts another job.
 //! - If there is no room for a file, or it cannot be written, only this file fails. If files cannot be synced to the disk, the files
 //!   of one build in this turn fail.
 //!
@@ -15,10 +16,11 @@
 
 use super::{
     client::{Cas, going_down},
+    guards::Reservation,
     index::{EntryKind, FileId, Key},
     linking::NewResult,
     new_files::{NewFiles, Visible},
-    settings::{CHANGES_PER_HOLD, FILES_PER_COMMIT, MAX_LINKS},
+    settings::{CHANGES_PER_HOLD, FILES_PER_COMMIT, MAX_LINKS, ROOM_STEP_BYTES, RUN_ROOM_PART},
     volume::NewFile,
 };
 use crate::{budget::Share, caller::Owner};
@@ -111,7 +113,7 @@ impl Cas {
         };
         let (files, answers): (Vec<_>, Vec<_>) = files.into_iter().map(waiting).unzip();
         if !files.is_empty() && self.shared().joint_writes.add(files) {
-            let job = JointJob { cas: self.clone(), is_over: false };
+            let job = JointJob::new(self.clone());
             self.shared().runtime.spawn_blocking(move || job.run());
         }
         let mut outcomes = Vec::with_capacity(answers.len());
@@ -125,31 +127,54 @@ impl Cas {
 /// The job that writes files until none waits.
 struct JointJob {
     cas: Cas,
+    /// Room for later turns.
+    room: Reservation,
+    /// Whether the job has had a turn.
+    has_begun: bool,
     /// Whether the job has ended because no file waited. Another job may have begun since.
     is_over: bool,
 }
 
 impl JointJob {
+    fn new(cas: Cas) -> Self {
+        let room = Reservation::new(cas.actor().clone(), 0);
+        Self { cas, room, has_begun: false, is_over: false }
+    }
+
     fn run(mut self) {
         while !self.is_over {
             let files = self.cas.shared().joint_writes.next_turn();
             self.is_over = files.is_empty();
             if !self.is_over {
                 self.write(files);
+                self.has_begun = true;
             }
         }
     }
 
+    /// Room for this many bytes. If several turns follow one another, more files are expected, and more room is reserved.
+    fn take_room(&mut self, bytes: u64) -> Result<Reservation> {
+        let lacking = bytes.saturating_sub(self.room.bytes());
+        let step = ROOM_STEP_BYTES.min(self.cas.shared().settings.max_bytes / RUN_ROOM_PART);
+        let wanted = if self.has_begun && lacking > 0 { lacking.max(step) } else { lacking };
+        let more = self.cas.block_on(async |cas| match cas.take_room(wanted).await {
+            Err(Error::Exhausted { .. }) if wanted > lacking => cas.take_room(lacking).await,
+            room => room,
+        })?;
+        self.room.absorb(more);
+        Ok(self.room.split(bytes))
+    }
+
     /// Writes files and makes them visible.
-    fn write(&self, mut files: Vec<WaitingFile>) {
-        let cas = &self.cas;
-        let runtime = &cas.shared().runtime;
+    fn write(&mut self, mut files: Vec<WaitingFile>) {
         let bytes = files.iter().map(|file| self.charge(file)).sum();
-        let mut room = match cas.block_on(async |cas| cas.take_room(bytes).await) {
+        let mut room = match self.take_room(bytes) {
             Ok(room) => room,
             Err(_) if files.len() > 1 => return files.into_iter().for_each(|file| self.write(vec![file])),
             Err(error) => return answer(files, |_| Err(error.clone())),
         };
+        let cas = &self.cas;
+        let runtime = &cas.shared().runtime;
         files.sort_by_key(|file| file.lessee);
         let mut stored = Vec::with_capacity(files.len());
         let mut commits: Vec<Option<Visible>> = Vec::new();
@@ -314,6 +339,23 @@ mod tests {
         store.end();
     }
 
+    #[actix::test]
+    async fn a_job_of_many_turns_reserves_room_ahead_and_gives_the_rest_back() {
+        let store = Store::new(100 << 30);
+        let files: Vec<_> =
+            (0..4 * FILES_PER_TURN).map(|number| (None, Bytes::from(format!("file {number}")))).collect();
+        let stored = store.write_at_once(&files).await;
+        assert!(stored.iter().all(Result::is_ok));
+        let expected = BTreeMap::from([("Commit", 4), ("ReserveRoom", 2), ("Unreserve", 1)]);
+        // The job ends after its last answer.
+        while store.mail.by_kind() != expected {
+            assert!(store.mail.by_kind().values().sum::<u64>() < 7, "{:?}", store.mail.by_kind());
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(store.cas.measure().totals.reserved, 0);
+        store.end();
+    }
+
     /// Each is linked to its blobs by the commit that they share.
     #[actix::test]
     async fn results_of_different_requests_are_written_together() {
@@ -365,7 +407,7 @@ mod tests {
             answer,
         };
         assert!(store.cas.shared().joint_writes.add(vec![file]));
-        drop(JointJob { cas: store.cas.clone(), is_over: false });
+        drop(JointJob::new(store.cas.clone()));
         assert!(answered.await.is_err());
         let later = content(2, 10);
         let stored = store.cas.write_jointly(vec![blob(&later)], None).await;

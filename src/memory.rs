@@ -1,11 +1,17 @@
-//! Returns memory to the system after large requests.
+//! Keeps the memory of the process close to what is in use.
 //!
-//! The allocator keeps freed memory in about one arena per thread and returns only what is free at the end of an arena. A
-//! large message consists of many small allocations, so a burst of them used to keep hundreds of megabytes resident. Code
+//! The allocator of glibc keeps freed memory in arenas and returns only what is free at the end of one. By default there
+//! are up to eight arenas per core, so that threads seldom share one. [`limit_arenas`] allows one per core, because more
+//! threads than that do not run at once.
+//!
+//! A large message consists of many small allocations, so a burst of them used to keep hundreds of megabytes resident. Code
 //! that frees large amounts reports them to [`freed`], and a task then calls malloc_trim.
 
 use std::{
+    env,
+    num::NonZero,
     sync::atomic::{AtomicU64, Ordering},
+    thread,
     time::Duration,
 };
 use tokio::{runtime::Handle, time::sleep};
@@ -14,6 +20,9 @@ use tokio::{runtime::Handle, time::sleep};
 const WORTH_BYTES: u64 = 32 * 1024 * 1024;
 /// Interval between checks of the amount.
 const INTERVAL: Duration = Duration::from_secs(3);
+
+/// Fewest arenas that are allowed.
+const ARENAS_MIN: usize = 2;
 
 /// Overhead of one allocation.
 const ALLOCATION_BYTES: usize = 8;
@@ -35,6 +44,23 @@ pub(crate) fn of_buffer(length: usize) -> usize {
 pub(crate) fn freed(bytes: u64) {
     FREED.fetch_add(bytes, Ordering::Relaxed);
 }
+
+/// Limits the arenas of the allocator. Must be called before threads are started, because existing arenas stay. The user's
+/// own setting has precedence.
+#[cfg(target_env = "gnu")]
+pub(crate) fn limit_arenas() {
+    if ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"].iter().any(|name| env::var_os(name).is_some()) {
+        return;
+    }
+    let cores = thread::available_parallelism().map_or(ARENAS_MIN, NonZero::get);
+    let arenas = i32::try_from(cores.max(ARENAS_MIN)).unwrap_or(i32::MAX);
+    // SAFETY: mallopt takes no pointers. If it fails, the default stays.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+}
+
+/// Other allocators have no arenas.
+#[cfg(not(target_env = "gnu"))]
+pub(crate) fn limit_arenas() {}
 
 /// Trims the allocator's arenas whenever enough was freed. Never returns.
 pub(crate) async fn give_back() {

@@ -11,6 +11,7 @@ use crate::{
     cgroups::LimitReport,
     config::{Config, LogConfig, Settings, SocketAddress},
     logging::{self, Event, Style},
+    memory,
     server::{self, Ready},
     supervisor::{InheritedSockets, Supervision},
 };
@@ -19,7 +20,8 @@ use std::path::Path;
 
 /// Runs a server and returns the exit code of the process.
 pub(super) fn run(args: &ServeArgs) -> u8 {
-    // This must happen before threads exist, because it changes the environment.
+    // Both must happen before threads exist; the second changes the environment.
+    memory::limit_arenas();
     let (supervisor, supervision) = Supervision::take();
     let loaded = supervision.and_then(|supervision| {
         let loaded = load_settings(args, environment(), addresses(&supervision.sockets))?;

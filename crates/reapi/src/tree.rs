@@ -279,6 +279,8 @@ pub fn distinct_blobs(directories: &HashMap<Digest, Arc<Directory>>) -> Vec<Dige
         directories.keys().copied().chain(files).filter(|digest| !digest.is_empty()).collect();
     blobs.sort_unstable();
     blobs.dedup();
+    // Trees are kept in memory, where the unused capacity of the vector would double it.
+    blobs.shrink_to_fit();
     blobs
 }
 

@@ -207,7 +207,8 @@ impl CasActor {
             recovery::recover(&*volume, settings.max_bytes, settings.leases, settings.result_links_bytes);
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
-        let scrub = scrub::Scrub::open(&*volume);
+        let found = index.totals();
+        let scrub = scrub::Scrub::open(&*volume, found.blobs + found.results == 0);
         let shared = StoreShared {
             view: View::new(index),
             volume,

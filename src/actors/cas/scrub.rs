@@ -88,10 +88,10 @@ struct Stopping;
 
 impl Scrub {
     /// Reads the progress of the last run, and records that this run has begun. From then on, a stop is unclean unless
-    /// [`Scrub::close`] was called. Blocks.
-    pub(super) fn open(volume: &dyn Volume) -> Self {
+    /// [`Scrub::close`] was called. `is_empty` says whether the store has no entries. Blocks.
+    pub(super) fn open(volume: &dyn Volume, is_empty: bool) -> Self {
         let kept = volume.note().and_then(|note| ScrubState::decode(&note));
-        let (state, reason) = ScrubState::at_start(kept);
+        let (state, reason) = ScrubState::at_start(kept, is_empty, unix_seconds());
         keep(volume, &state);
         Self { state: Arc::new(Mutex::new(state)), reason, stop: None }
     }

@@ -26,7 +26,7 @@ pub(super) struct ScrubState {
 /// Why a pass begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PassReason {
-    /// The server was killed, its machine lost power, or this is the first pass.
+    /// The server was killed, its machine lost power, or nothing is known about its last stop.
     UncleanStop,
     /// The server was stopped during a pass, which continues.
     Resumed,
@@ -71,9 +71,11 @@ impl ScrubState {
         })
     }
 
-    /// The state of a run that begins now, and the reason for a pass if one begins at once.
-    pub(super) fn at_start(kept: Option<Self>) -> (Self, Option<PassReason>) {
+    /// The state of a run that begins at `now`, in seconds since 1970, and the reason for a pass if one begins at once.
+    /// An empty store counts as read.
+    pub(super) fn at_start(kept: Option<Self>, is_empty: bool, now: u64) -> (Self, Option<PassReason>) {
         match kept {
+            _ if is_empty => (Self { began: now, ..Self::default() }, None),
             Some(kept) if kept.stopped => {
                 let reason = kept.in_pass.then_some(PassReason::Resumed);
                 (Self { stopped: false, ..kept }, reason)
@@ -135,16 +137,25 @@ mod tests {
     #[test]
     fn a_pass_is_resumed_after_a_clean_stop_and_begins_anew_after_any_other() {
         let kept = ScrubState { stopped: true, position: "p".into(), in_pass: true, began: 9 };
-        let (state, reason) = ScrubState::at_start(Some(kept.clone()));
+        let (state, reason) = ScrubState::at_start(Some(kept.clone()), false, 20);
         assert_eq!((&*state.position, state.stopped, reason), ("p", false, Some(PassReason::Resumed)));
         let killed = ScrubState { stopped: false, ..kept.clone() };
         assert_eq!(
-            ScrubState::at_start(Some(killed)),
+            ScrubState::at_start(Some(killed), false, 20),
             (ScrubState::default(), Some(PassReason::UncleanStop))
         );
-        assert_eq!(ScrubState::at_start(None).1, Some(PassReason::UncleanStop));
+        assert_eq!(ScrubState::at_start(None, false, 20).1, Some(PassReason::UncleanStop));
         let idle = ScrubState { in_pass: false, position: String::new(), ..kept };
-        assert_eq!(ScrubState::at_start(Some(idle)).1, None);
+        assert_eq!(ScrubState::at_start(Some(idle), false, 20).1, None);
+    }
+
+    #[test]
+    fn an_empty_store_needs_no_pass_before_the_next_one_is_due() {
+        for kept in [None, Some(ScrubState { in_pass: true, position: "p".into(), ..ScrubState::default() })]
+        {
+            let (state, reason) = ScrubState::at_start(kept, true, 1_000_000);
+            assert_eq!((reason, state.due_in(1_000_000)), (None, PASS_EVERY));
+        }
     }
 
     #[test]

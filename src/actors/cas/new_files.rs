@@ -15,7 +15,7 @@ use super::{
     index::{FileId, Key, Victim},
     linking::NewLinks,
     requests::{Commit, EndUpload},
-    settings::FILES_PER_COMMIT,
+    settings::{FILES_PER_COMMIT, WRITTEN_TOGETHER_BYTES},
     uploads::Attempt,
     volume::{Draft, NewFile, WrittenFile, outside::LeftFile},
 };
@@ -23,7 +23,7 @@ use crate::caller::Owner;
 use actix::Addr;
 use bytes::Bytes;
 use gorego_reapi::error::{Error, Result};
-use std::{io, sync::Arc};
+use std::{io, slice, sync::Arc};
 use tokio::sync::oneshot;
 
 /// Written files that are not visible yet, with room for them and for more.
@@ -38,9 +38,11 @@ pub(super) struct NewFiles {
     /// The part of the room that the written files take.
     spent: u64,
     written: Vec<WrittenFile>,
+    /// Small files that are not written yet, and the room that they will take.
+    waiting: (Vec<(Key, Bytes)>, u64),
     /// Links of the written results whose blobs are known.
     links: Vec<NewLinks>,
-    /// The error of earlier files of the batch that could not be made durable.
+    /// The error of earlier files of the batch that could not be written together or made durable.
     failed: Option<Error>,
 }
 
@@ -68,6 +70,7 @@ impl NewFiles {
             lessee: None,
             spent: 0,
             written: Vec::new(),
+            waiting: (Vec::new(), 0),
             links: Vec::new(),
             failed: None,
         }
@@ -82,7 +85,8 @@ impl NewFiles {
 
     /// The number of bytes of room that are missing to write `bytes` more.
     pub(super) fn lacks(&self, bytes: u64) -> u64 {
-        self.spent.saturating_add(bytes).saturating_sub(self.room.bytes())
+        let needed = self.spent.saturating_add(self.waiting.1).saturating_add(bytes);
+        needed.saturating_sub(self.room.bytes())
     }
 
     pub(super) fn add_room(&mut self, more: Reservation) {
@@ -107,6 +111,37 @@ impl NewFiles {
         let shared = self.shared.clone();
         let noted = written.into_iter().map(|written| shared.disk.note_io(written));
         noted.map(|written| written.map(|written| self.add(written))).collect()
+    }
+
+    /// Adds a small file, which is written together with others that follow. This is done at the latest when the batch is handed
+    /// over. Blocks.
+    ///
+    /// # Errors
+    /// The errors of [`NewFiles::write_waiting`].
+    pub(super) fn write_soon(&mut self, key: Key, content: Bytes) -> Result<()> {
+        self.waiting.1 += self.shared.volume.charge(content.len() as u64);
+        self.waiting.0.push((key, content));
+        if self.waiting.1 < WRITTEN_TOGETHER_BYTES { Ok(()) } else { self.write_waiting() }
+    }
+
+    /// Writes the small files that wait. Blocks.
+    ///
+    /// # Errors
+    /// The first error of the volume. Handing over the batch fails, too.
+    pub(super) fn write_waiting(&mut self) -> Result<()> {
+        let (waiting, _) = std::mem::take(&mut self.waiting);
+        let files: Vec<NewFile<'_>> = waiting
+            .iter()
+            .map(|(key, content)| NewFile { key: *key, pieces: slice::from_ref(content) })
+            .collect();
+        for (file, written) in files.iter().zip(self.write_all(&files)) {
+            if let Err(error) = written {
+                let error = Error::io(&format!("store blob {}", file.key.digest), &error);
+                self.failed = Some(error.clone());
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
     /// Links a result of this batch to its blobs when it becomes visible.
@@ -134,11 +169,13 @@ impl NewFiles {
 
     /// The number of files that are not handed over yet.
     pub(super) fn len(&self) -> usize {
-        self.written.len()
+        self.written.len() + self.waiting.0.len()
     }
 
     /// Hands over the written files, once they are durable, and keeps the remaining room. Returns `None` if there are none.
     pub(super) fn publish(&mut self) -> Option<Visible> {
+        // They are written first, so that their room is among the spent. An error is kept in `failed`.
+        let _ = self.write_waiting();
         let room = self.room.split(self.spent);
         self.tell(room, None)
     }
@@ -157,6 +194,8 @@ impl NewFiles {
 
     /// Sends the files to the actor in parts, so that no message takes long.
     fn tell(&mut self, mut room: Reservation, mut upload: Option<EndUpload>) -> Option<Visible> {
+        // An error is kept in `failed`.
+        let _ = self.write_waiting();
         let mut files = std::mem::take(&mut self.written);
         self.spent = 0;
         self.make_durable(&mut files);

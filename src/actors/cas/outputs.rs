@@ -2,12 +2,14 @@
 //!
 //! A file that nobody else can reach becomes the stored file itself: it is hashed in place, made read-only, and moved to its
 //! stored name. All processes of the action are dead by then, and a read lease ensures that nobody has the file open for
-//! writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
+//! writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied. A small file is
+//! read into memory and written together with other small files.
 
 use super::{
     client::{Cas, Provenance, spoilt},
     guards::{Hold, Reservation},
     index::{EntryKind, Key},
+    joint_writes::JOINT_FILE_BYTES,
     lookup::Purpose,
     new_files::{NewFiles, Visible},
     results::{DirectReferences, PreparedResult, Uploader},
@@ -21,7 +23,11 @@ use gorego_reapi::{
     error::{Error, Result},
     proto::reapi,
 };
-use std::{collections::HashSet, fs::File, io};
+use std::{
+    collections::HashSet,
+    fs::File,
+    io::{self, Read as _},
+};
 
 /// Blobs and the result that refers to them, which a worker stores together. Room is reserved ahead, and they become visible
 /// together. If the batch is dropped, the files written so far become visible too. The methods block and are for worker
@@ -83,10 +89,15 @@ impl OutputBatch {
     pub fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest> {
         let failed =
             |error: io::Error| Error::io(&format!("store output \"{}\"", name.escape_debug()), &error);
-        let left = LeftFile::new(parent, name, file).map_err(failed)?;
-        self.cas.check_blob_size(left.size(), name)?;
         let changed =
             || Error::Precondition(format!("output \"{}\" changed while it was stored", name.escape_debug()));
+        let size = file.metadata().map_err(failed)?.len();
+        self.cas.check_blob_size(size, name)?;
+        if size <= JOINT_FILE_BYTES {
+            let content = read_small(&file, size).map_err(failed)?.ok_or_else(changed)?;
+            return self.bytes(content);
+        }
+        let left = LeftFile::new(parent, name, file).map_err(failed)?;
         let digest = left.hash(self.function.hasher(left.size())).map_err(failed)?;
         if digest.size() != left.size() {
             return Err(changed());
@@ -109,9 +120,13 @@ impl OutputBatch {
         let digest = self.function.digest(&bytes);
         self.cas.check_blob_size(digest.size(), "an output")?;
         let Some(key) = self.make_room(digest)? else { return Ok(digest) };
-        self.files
-            .write(key, &[Bytes::from(bytes)])
-            .map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
+        let content = Bytes::from(bytes);
+        if digest.size() <= JOINT_FILE_BYTES {
+            self.files.write_soon(key, content)?;
+        } else {
+            let written = self.files.write(key, &[content]);
+            written.map_err(|error| Error::io(&format!("store blob {digest}"), &error))?;
+        }
         self.add_stored(digest);
         Ok(digest)
     }
@@ -149,6 +164,8 @@ impl OutputBatch {
         for (_, bytes) in prepared.contents.iter() {
             self.bytes(bytes.to_vec())?;
         }
+        // A result is not written before the blobs that it needs.
+        self.files.write_waiting()?;
         prepared.references = self.references(&prepared.direct);
         let charge = prepared.charge(&self.cas);
         let ahead = std::mem::take(&mut self.expected);
@@ -241,6 +258,13 @@ impl OutputBatch {
         }
         Ok((hasher.finish() == digest).then_some(copy))
     }
+}
+
+/// The content of a file of `size` bytes; `None` if it has another size by now.
+fn read_small(file: &File, size: u64) -> io::Result<Option<Vec<u8>>> {
+    let mut content = Vec::with_capacity(size as usize + 1);
+    file.take(size + 1).read_to_end(&mut content)?;
+    Ok((content.len() as u64 == size).then_some(content))
 }
 
 /// Waits until handed-over files are visible. The actor handles messages in order, so the last answer covers all of them.

@@ -221,6 +221,9 @@ pub(super) const RESERVE_STEP_BYTES: u64 = 32 * 1024 * 1024;
 /// Room for the outputs of an action is reserved at most this many bytes ahead of storing them. The outputs are already on disk.
 pub(super) const ROOM_AHEAD_BYTES: u64 = 64 * 1024 * 1024;
 
+/// Small outputs of an action are written together once they take this many bytes.
+pub(super) const WRITTEN_TOGETHER_BYTES: u64 = 256 * 1024;
+
 /// The smallest room that a worker reserves at a time. It is enough for the logs, outputs and result of a small action, so that
 /// they cost one message. Unused room is given back when the action ends.
 pub(super) const RUN_ROOM_BYTES: u64 = 256 * 1024;

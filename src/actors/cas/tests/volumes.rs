@@ -135,3 +135,36 @@ async fn errors_of_the_machine_are_unavailable_and_cost_nothing() {
     let inspection = store.inspect().await;
     assert_eq!((inspection.tally.damaged, inspection.totals.reserved), (0, 0));
 }
+
+/// They are written after they were handed over, so the batch has to remember the error.
+#[actix::test]
+async fn small_outputs_that_cannot_be_written_fail_their_batch_and_no_result_needs_them() {
+    let volume = Memory::default();
+    let store = over(&volume, 1_000 * MB).await;
+    let (action, output) = (digest(b"action"), digest(b"output"));
+    for with_result in [true, false] {
+        let faulty = volume.clone();
+        let committed = store.worker(move |cas, main| {
+            let mut outputs = cas.begin_outputs(&main, SHA256, 0);
+            assert_eq!(outputs.bytes(b"output".to_vec()), Ok(output));
+            faulty.fail_with(libc::EMFILE);
+            if with_result {
+                let file = reapi::OutputFile {
+                    path: "o".into(),
+                    digest: Some(output.to_wire()),
+                    ..Default::default()
+                };
+                let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
+                assert!(outputs.result(action, result, Provenance::default()).is_err());
+                faulty.fail_with(0);
+            }
+            let committed = outputs.commit();
+            faulty.fail_with(0);
+            committed
+        });
+        assert!(matches!(committed.await, Err(Error::Unavailable(_))));
+        assert!(!store.has(output).await);
+        assert!(store.cas.get_result(&store.main, action).await.unwrap().is_none());
+    }
+    assert_eq!(store.inspect().await.totals.reserved, 0);
+}

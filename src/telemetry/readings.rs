@@ -13,7 +13,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// The numbers of a scrape. None of them is counted for the scrape alone: each is kept by its owner.
+/// The numbers of a scrape. The owner of each number keeps it, so nothing is counted for the scrape alone.
 #[derive(Debug, Clone, Default)]
 pub struct Readings {
     /// Whether the server is ready for requests.

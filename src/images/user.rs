@@ -8,10 +8,10 @@ use std::{fs::File, path::Path};
 const MAX_BYTES: u64 = 1024 * 1024;
 
 /// The numbers of a user such as `1000`, `1000:100`, `build` or `build:users`, using the names in the image. `None` if
-/// no user is configured. Without a named group, the group is that of the user in `/etc/passwd`, or 0.
+/// no user is configured. Without a named group, the group is the user's group in `/etc/passwd`, or 0.
 ///
 /// # Errors
-/// An error if the image does not have the user or group.
+/// If the image does not have the user or group.
 pub(super) fn find(user: &str, root: &File) -> Result<Option<InnerUser>, String> {
     numbers(user, &|path| read(root, path).unwrap_or_default())
 }

@@ -388,7 +388,8 @@ async fn a_registry_cannot_lead_this_server_to_addresses_that_are_farther_inside
         let name = format!("docker://{}/team/tools@{digest}", registries.address());
         let (code, message) = refused(&client, &name).await;
         assert!(
-            code == Code::FailedPrecondition && message.contains("not public and not where the registry is"),
+            code == Code::FailedPrecondition
+                && message.contains("neither public nor in a network like the registry"),
             "{target}: {code:?} {message}"
         );
     }

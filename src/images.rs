@@ -4,7 +4,7 @@
 //! ```text
 //! reference, digest, manifest, index     names and documents of images, and the choice of what is evicted (pure)
 //! layout, registry                       where images come from: a directory of this machine, the distribution API
-//! layer, root, user                      the archive of a layer; the tree to which layers are applied; the names of users in it
+//! layer, root, user                      the archive of a layer; the tree to which layers are applied; the users in it
 //! pull, cache                            one pull; the unpacked images on disk and their leases
 //! flights                                running pulls and lookups of tags, shared by all callers with the same need
 //! ```

@@ -304,7 +304,7 @@ struct ToolEvents {
 }
 
 impl Sample {
-    /// The times in `/proc/PID/stat`: those of the process and of the children that it has reaped.
+    /// The CPU times in `/proc/PID/stat`, of the process and of the children that it has reaped.
     fn of_stat(stat: &str) -> Option<Self> {
         // The name of the program is in parentheses, and may itself contain parentheses and spaces.
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();

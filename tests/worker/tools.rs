@@ -19,8 +19,8 @@ const LIMITS: ToolLimits = ToolLimits {
     max_call: Duration::from_secs(60),
 };
 
-/// As a persistent worker it executes the arguments of each request. Without `--persistent_worker` it executes its
-/// arguments file.
+/// The program of the tool. As a persistent worker it executes the arguments of each request. Without
+/// `--persistent_worker` it executes its arguments file.
 const TOOL: &str = r#"
 import base64, json, os, subprocess, sys, time
 served = 0

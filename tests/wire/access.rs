@@ -155,7 +155,7 @@ impl Owner {
     }
 }
 
-/// Stores an action with a token of the same user that is not the client's token.
+/// Stores the action of a script with the owner's token.
 pub(crate) async fn action(owner: &Owner, script: &str) -> gorego_reapi::digest::Digest {
     use gorego_reapi::proto::reapi::{Action, BatchUpdateBlobsRequest, batch_update_blobs_request};
     let command = sh(script).encode_to_vec();

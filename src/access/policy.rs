@@ -1,4 +1,4 @@
-//! [`Policy`]: decides which principal has which permission. Pure. Only the [`gate`](crate::gate) asks it, for both
+//! [`Policy`]: decides which principal has which permission. Pure. Only the [`gate`](crate::gate) uses it, for both
 //! ports.
 //!
 //! A request needs two permissions: from the roles of its principal, and from the settings of the instance
@@ -168,7 +168,7 @@ impl Policy {
     }
 }
 
-/// Checks that the settings of an instance allow a permission to its clients, whatever their roles are.
+/// Checks that the settings of an instance allow a permission to its clients, for any roles.
 ///
 /// # Errors
 /// `Denied`, with the setting that forbids it.

@@ -66,7 +66,8 @@ impl IssuerRules {
         if settings.issuer.is_empty() || settings.issuer.len() > MAX_NAME_BYTES {
             problems.push(("issuer", "is missing; write the exact iss of the tokens".into()));
         }
-        // Principals are named ISSUER#SUBJECT, and an issuer is a URL without a fragment (OpenID Connect Core, section 2).
+        // Principals are named ISSUER#SUBJECT, and an issuer is a URL without a fragment (OpenID Connect Core, section
+        // 2).
         if settings.issuer.contains('#') {
             problems.push(("issuer", "contains \"#\", which no issuer does".into()));
         }

@@ -120,7 +120,7 @@ async fn download(client: &Client, tree: &InputTree, scratch: &Scratch, line: &P
     line.during("downloading", &progress, downloading).await
 }
 
-/// The result that the operation reports or, without one, that of the action cache.
+/// The result that the operation reports or, if it reports none, the result in the action cache.
 async fn recorded(
     client: &Client,
     action: Digest,

@@ -180,7 +180,7 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
     (check.problems.len() == problems).then(|| Role { name: name.to_owned(), permissions, instances })
 }
 
-/// The permissions of a role: those of the predefined role in `like`, and its own.
+/// The permissions of a role: its own, and the permissions of the predefined role in `like`.
 fn role_permissions(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> PermissionSet {
     let mut permissions = PermissionSet::default();
     if let Some(like) = &role.like {

@@ -1,8 +1,8 @@
 //! The checked configuration, as the rest of the server uses it.
 //!
-//! A [`Settings`] is valid by construction: limits hold, directories are absolute, sizes are in bytes, and values such as
-//! zero or empty are replaced by their meaning. All problems are reported together, each with its key, value and source.
-//! Nothing here accesses a file.
+//! A [`Settings`] is valid by construction: limits hold, directories are absolute, sizes are in bytes, and values such
+//! as zero or empty are replaced by their meaning. All problems are reported together, each with its key, value and
+//! source. Nothing here accesses a file.
 
 use super::{
     ClientResults, CommittedSize, Compress, Durability, Loaded, LogConfig,
@@ -112,7 +112,7 @@ pub struct Settings {
     pub assets: AssetsSettings,
     /// Address of the HTTP/1.1 cache, if it is enabled.
     pub http_addr: Option<SocketAddr>,
-    /// Host names that HTTP requests may use, in addition to those of this machine.
+    /// Host names that HTTP requests may use, in addition to the names of this machine.
     pub http_hosts: Vec<HostRule>,
     /// The permissions of clients.
     pub access: AccessSettings,
@@ -292,7 +292,7 @@ fn node_name(check: &mut Checker<'_>) -> NodeName {
     })
 }
 
-/// The instances in `instance_names` and those with their own policy.
+/// The instances in `instance_names` and the instances with their own policy.
 fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let config = &check.loaded.config;
     let functions = |check: &mut Checker<'_>, key: &str, listed: &[DigestFunction]| {

@@ -1,7 +1,7 @@
 //! Uploads blobs concurrently: small ones in batches, large ones with ByteStream.
 //!
-//! Files are read when they are sent, so the concurrent calls bound the memory. A file that changed since it was hashed is
-//! an error that names it.
+//! Files are read when they are sent, so the concurrent calls bound the memory. A file that changed since it was hashed
+//! is an error that names it.
 
 use super::{
     BlobSet, Client, Progress, Source, backoff,

@@ -163,8 +163,8 @@ impl Gate {
         allowed_by(instance, Permission::AcWrite)?;
         if instance.policy().private_results {
             return Err(Error::Denied(
-                "what clients store under this instance name is for themselves alone (client_results = \"private\"), and \
-                 everybody would be served this"
+                "results of clients under this instance name are private (client_results = \"private\"), but this \
+                 would be served to all clients"
                     .into(),
             ));
         }

@@ -248,7 +248,7 @@ impl Images {
         let policy = if is_layout { TagPolicy::EachAction } else { settings.tags };
         if policy == TagPolicy::Refuse {
             return Err(Error::Precondition(
-                "it is named by a tag, which may mean another image tomorrow; name it by its digest, or see \
+                "it is named by a tag, which may name another image later; name it by its digest, or see \
                  execution.images.tags of this server"
                     .into(),
             ));

@@ -46,7 +46,7 @@ impl PasswordFile {
             let (user, hash) =
                 parse_line(line).map_err(|why| Error::Invalid(format!("line {}: {why}", index + 1)))?;
             if users.insert(user.to_owned(), hash.to_owned()).is_some() {
-                return Err(Error::Invalid(format!("line {}: user \"{user}\" is there twice", index + 1)));
+                return Err(Error::Invalid(format!("line {}: user \"{user}\" appears twice", index + 1)));
             }
             if users.len() > USERS_MAX {
                 return Err(Error::Invalid(format!("there are more than {USERS_MAX} users")));

@@ -158,7 +158,8 @@ impl Policy {
         };
         if principal.is_anonymous() && self.has_credentials {
             return Error::Unauthenticated(format!(
-                "this takes a credential with {what} {place}, and the request has none ({roles}); {HELP} says how to get and send \
+                "this needs a credential with {what} {place}, and the request has none ({roles}); {HELP} says how to \
+                 get and send \
                  one"
             ));
         }

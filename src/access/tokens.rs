@@ -168,7 +168,7 @@ impl TokenFile {
     pub fn add(&mut self, record: TokenRecord) -> Result<()> {
         if self.tokens.len() >= TOKENS_MAX {
             return Err(Error::Precondition(format!(
-                "there are {TOKENS_MAX} tokens, and there may not be more; revoke some"
+                "there are {TOKENS_MAX} tokens, the most that are allowed; revoke some"
             )));
         }
         self.tokens.push(record);

@@ -172,7 +172,7 @@ impl SchedulerActor {
             let result = tokio::select! {
                 brought = tokio::time::timeout(limit, brought) => brought.unwrap_or_else(|_| {
                     Err(Error::Unavailable(format!(
-                        "image {name} was not there within {limit:?} (execution.transfer_timeout of this server)"
+                        "image {name} was not ready within {limit:?} (execution.transfer_timeout of this server)"
                     )))
                 }),
                 _ = left => return,

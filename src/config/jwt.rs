@@ -116,7 +116,7 @@ pub(super) fn issuers(check: &mut Checker<'_>, machine: &Machine) -> Vec<JwtSett
         let mut of_issuer = Vec::new();
         if let Some(settings) = issuer(config, machine, &mut of_issuer) {
             if issuers.iter().any(|other| clash(other, &settings)) {
-                of_issuer.push(("audience", "is that of another entry with the same issuer".into()));
+                of_issuer.push(("audience", "is also in another entry with the same issuer".into()));
             }
             issuers.push(settings);
         }

@@ -368,11 +368,11 @@ fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str
         return;
     }
     let (lack, danger) = if has_credentials {
-        ("there is no TLS", "everybody who can read along on the way to it can take credentials and use them")
+        ("there is no TLS", "everyone who can read the network traffic can steal credentials and use them")
     } else {
         (
             "there is no authentication",
-            "everybody who can reach it can run commands on this machine and change what the cache answers",
+            "everyone who can reach it can run commands on this machine and change the content of the cache",
         )
     };
     if config.allow_unauthenticated {
@@ -382,8 +382,8 @@ fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str
             key,
             &format!(
                 "is not a loopback address, and {lack}, so {danger}. Configure [tls] and [access] (docs/securing.md), or listen \
-                 on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where everybody is trusted that far, set \
-                 allow_unauthenticated = true"
+                 on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where every user is trusted \
+                 with this, set allow_unauthenticated = true"
             ),
         );
     }

@@ -129,7 +129,7 @@ impl<'a> RootTree<'a> {
             // The entry is the top directory, whose mode the server determines.
             return match entry {
                 LayerEntry::Directory(_) => Ok(()),
-                _ => Err(refuse(path, "is the top of the image, and no directory")),
+                _ => Err(refuse(path, "is the top of the image but not a directory")),
             };
         };
         let result = match name.as_bytes() {

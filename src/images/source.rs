@@ -69,7 +69,7 @@ fn of_reading(error: &io::Error) -> Error {
 
 fn wrong_digest(digest: &ImageDigest) -> Error {
     Error::Precondition(format!(
-        "what is stored as {digest} has another digest, so it is damaged or was replaced"
+        "the content stored as {digest} has another digest, so it is damaged or was replaced"
     ))
 }
 

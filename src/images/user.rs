@@ -25,7 +25,7 @@ fn numbers(user: &str, file: &dyn Fn(&str) -> String) -> Result<Option<InnerUser
     let entry = find_entry(&passwd, name);
     let unknown = |kind: &str, name: &str| {
         let shown: String = name.escape_debug().take(60).collect();
-        format!("its user is the {kind} \"{shown}\", which it does not know")
+        format!("its user is the {kind} \"{shown}\", which it does not have")
     };
     let number = entry.and_then(|fields| fields.get(2)?.parse().ok()).or_else(|| name.parse().ok());
     let own_group = entry.and_then(|fields| fields.get(3)?.parse().ok()).unwrap_or(0);
@@ -103,7 +103,7 @@ mod tests {
             assert_eq!(find(user), Ok(expected), "{user}");
         }
         for user in ["nobody", "build:nogroup", "4294967295", "-1", ":5"] {
-            assert!(find(user).unwrap_err().contains("does not know"), "{user}");
+            assert!(find(user).unwrap_err().contains("does not have"), "{user}");
         }
     }
 }

@@ -132,7 +132,7 @@ impl Place {
         let report = probe(settings, runner, &self.build_root);
         if !report.on.namespaces && probe(&settings.without_paths(), runner, &self.build_root).on.namespaces {
             return Err(Error::Precondition(format!(
-                "the sandbox works, but not with what execution.sandbox.visible, hidden and writable name: {}",
+                "the sandbox works, but not with the paths in execution.sandbox.visible, hidden and writable: {}",
                 report.missing.iter().map(|missing| &*missing.reason).collect::<Vec<_>>().join(". ")
             )));
         }
@@ -235,7 +235,7 @@ impl Place {
         };
         let sandbox = self.pool_sandbox(pool).filter(|sandbox| sandbox.protections.namespaces);
         let Some(sandbox) = sandbox else {
-            return refuse("it takes the namespaces of the sandbox, which are off");
+            return refuse("it needs the namespaces of the sandbox, which are off");
         };
         if let Some(own) = sandbox.settings.own_below(root) {
             return refuse(&format!("it contains {}, which is the server's own", own.display()));

@@ -81,7 +81,7 @@ async fn pools_come_and_go_with_the_configuration_and_nothing_that_runs_is_lost(
         "{reloaded}"
     );
     assert_eq!(reloaded["needs_restart"], Value::Array(vec![]));
-    assert_eq!(reloaded["applied"][1]["description"], "replaced: slots 1 -> 2; what it runs goes on");
+    assert_eq!(reloaded["applied"][1]["description"], "replaced: slots 1 -> 2; its running actions continue");
     for arch in ["new", "one"] {
         let result = client.run(asking(&client, "echo here", arch).await).await.result.unwrap();
         let worker = result.execution_metadata.unwrap().worker;

@@ -36,7 +36,7 @@ impl Client {
             while let Some(chunk) = receiver.blocking_recv() {
                 hasher.update(&chunk);
                 sink.write_all(&chunk).map_err(|error| {
-                    Error::Invalid(format!("could not write what blob {digest} holds: {error}"))
+                    Error::Invalid(format!("could not write the content of blob {digest}: {error}"))
                 })?;
             }
             Ok((sink, hasher.finish()))

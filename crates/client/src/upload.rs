@@ -47,7 +47,9 @@ impl Client {
         let mut todo = HashMap::new();
         for digest in missing {
             let source = blobs.get(&digest).ok_or_else(|| {
-                Error::Internal(format!("the server says that {digest} is missing, which was not asked"))
+                Error::Internal(format!(
+                    "the server says that {digest} is missing, although the request did not contain it"
+                ))
             })?;
             todo.insert(digest, source.clone());
         }

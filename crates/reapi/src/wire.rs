@@ -82,8 +82,8 @@ impl fmt::Display for Refusal {
             Self::Malformed(problem) => write!(formatter, "it does not parse: {problem}"),
             Self::Memory { most, fields } => write!(
                 formatter,
-                "decoded it would take more than the {most} bytes of memory that one message may take ({fields} fields were \
-                 counted up to there)"
+                "decoded it would take more than the {most} bytes of memory that one message may take ({fields} \
+                 fields were counted before the limit)"
             ),
             Self::Fields(most) => write!(formatter, "it has more than {most} fields"),
         }

@@ -89,13 +89,13 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
 fn origin_of_programs(action: &Action, stage: &ReplayPlace) -> String {
     match wanted_image(&action.platform) {
         Ok(Some(name)) if stage.has_images() => {
-            format!("programs and libraries are those of the image {name}")
+            format!("programs and libraries come from the image {name}")
         }
         Ok(Some(name)) => format!(
-            "programs and libraries are those of this machine, not of the image {name}: the configuration has no \
+            "programs and libraries come from this machine, not from the image {name}: the configuration has no \
              [execution.images]"
         ),
-        Ok(None) | Err(_) => "programs and libraries are those of this machine".into(),
+        Ok(None) | Err(_) => "programs and libraries come from this machine".into(),
     }
 }
 

@@ -107,7 +107,7 @@ pub(super) async fn miss(target: &Target, _: usize) -> Result<Box<dyn Workload>>
             match target.action_cache().get_action_result(get_request(&target, action)).await {
                 Err(status) if status.code() == Code::NotFound => Ok(ONE),
                 Err(status) => Err(message("GetActionResult", &status)),
-                Ok(_) => Err("GetActionResult gave a result that nobody stored".into()),
+                Ok(_) => Err("GetActionResult gave a result that was never stored".into()),
             }
         }
     }))

@@ -237,7 +237,7 @@ fn complaint(text: &str) -> String {
 
 /// Installs the filter on the interface that pasta has open.
 fn filter(pasta: &Child, host: &[IpAddr]) -> Result<(), SetupFailure> {
-    let step = "filter what the network of the sandbox carries";
+    let step = "filter the traffic of the sandbox's network";
     let process = i32::try_from(pasta.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH).step(step)?;
     let pidfd = pidfd_open(process, PidfdFlags::empty()).step(step)?;
     // An ordinary user may not list the descriptors in /proc, because pasta has protected itself from being traced.

@@ -339,9 +339,7 @@ fn describe_ending(ended: &Ended) -> String {
         Ended { incomplete_log: Some(IncompleteLog { errno: 0, .. }), .. } => {
             format!("it printed more than {MAX_LOG_BYTES} bytes to its standard error")
         }
-        Ended { incomplete_log: Some(_), .. } => {
-            "what it printed to its standard error could not be kept".into()
-        }
+        Ended { incomplete_log: Some(_), .. } => "its standard error could not be kept".into(),
         Ended { not_started: errno @ 1.., .. } => {
             format!("it could not be started: {}", io::Error::from_raw_os_error(*errno))
         }

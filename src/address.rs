@@ -1,8 +1,8 @@
 //! [`Reach`]: from where an IP address can be reached. Pure.
 //!
-//! A server that contacts addresses which others choose must not lend them its own place in the network: services on its
-//! loopback interface, the metadata service of a cloud, the hosts of an internal network. Everything that is not known to be
-//! public counts as inside.
+//! A server that contacts addresses which others choose must not lend them its own place in the network: services on
+//! its loopback interface, the metadata service of a cloud, the hosts of an internal network. Everything that is not
+//! known to be public counts as inside.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

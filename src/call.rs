@@ -1,7 +1,7 @@
 //! [`Call`]: one request, at either port. It is made once, where the request comes in.
 //!
-//! It says who asks and over which connection, holds the room for the answer, and collects what the log line needs. Handlers
-//! take the caller from it and add what they find out.
+//! It says who asks and over which connection, holds the room for the answer, and collects what the log line needs.
+//! Handlers take the caller from it and add what they find out.
 
 use crate::{
     access::{
@@ -200,8 +200,8 @@ impl Call {
         drop(mem::replace(&mut *self.0.result.lock().unwrap_or_else(PoisonError::into_inner), room));
     }
 
-    /// Like [`Call::reserve`], but only answers up to [`SMALL_ANSWER_BYTES`] wait. For handlers that hold the answer or a
-    /// large request in memory while they wait.
+    /// Like [`Call::reserve`], but only answers up to [`SMALL_ANSWER_BYTES`] wait. For handlers that hold the answer or
+    /// a large request in memory while they wait.
     ///
     /// # Errors
     /// `Exhausted` when there is no room for a larger answer at once, or none for a small one for too long.
@@ -222,8 +222,8 @@ impl Call {
     pub(crate) async fn reserve_piece(&self, max: usize) -> Result<usize> {
         let Some(connection) = self.connection() else { return Ok(max) };
         if self.room().is_some() {
-            // Small gRPC messages are collected into one frame while more are ready. They are sent first, so that no more
-            // than one piece is held.
+            // Small gRPC messages are collected into one frame while more are ready. They are sent first, so that no
+            // more than one piece is held.
             tokio::task::yield_now().await;
         }
         let (piece, room) = connection.state.reserve_piece(max).await?;
@@ -231,7 +231,8 @@ impl Call {
         Ok(piece)
     }
 
-    /// Takes this much of the reserved room, if there is as much. A remainder that is only enough for framing is taken too.
+    /// Takes this much of the reserved room, if there is as much. A remainder that is only enough for framing is taken
+    /// too.
     pub(crate) fn take_room(&self, bytes: u64) -> Option<Share> {
         let mut kept = self.room();
         let all = kept.as_mut().filter(|kept| kept.amount() >= bytes)?;

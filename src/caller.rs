@@ -1,9 +1,9 @@
 //! [`Caller`]: the origin of a request, for limits.
 //!
 //! Limits are shared out by [`Peer`] and, within a peer, by [`ConnectionId`], because a client cannot forge them: it
-//! chooses its metadata and its number of connections, but not its network address. This is not authentication. What belongs to
-//! a client rather than to its connection, such as its operations, is shared by principals where clients have proved who they
-//! are; such a principal is a peer too.
+//! chooses its metadata and its number of connections, but not its network address. This is not authentication. What
+//! belongs to a client rather than to its connection, such as its operations, is shared by principals where clients
+//! have proved who they are; such a principal is a peer too.
 
 use std::{
     fmt,
@@ -15,8 +15,8 @@ use std::{
     },
 };
 
-/// Whom a share of a limit belongs to. For connections and requests it is the machine or network at the other end: an address
-/// without the port.
+/// Whom a share of a limit belongs to. For connections and requests it is the machine or network at the other end: an
+/// address without the port.
 ///
 /// IPv6 addresses are reduced to their first 64 bits, because one customer usually controls all addresses below such a
 /// prefix.
@@ -33,14 +33,14 @@ pub enum Peer {
     Principal(PrincipalId),
 }
 
-/// The number of a principal, the same for all that have the same name. It is unique within this process for all practical
-/// purposes.
+/// The number of a principal, the same for all that have the same name. It is unique within this process for all
+/// practical purposes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrincipalId(u64);
 
 impl PrincipalId {
-    /// The number of the principal with this name. Its hash has a secret key, so that nobody can choose a name with the number
-    /// of somebody else.
+    /// The number of the principal with this name. Its hash has a secret key, so that nobody can choose a name with the
+    /// number of somebody else.
     pub fn of(name: &str) -> Self {
         static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
         Self(KEY.hash_one(name))
@@ -57,8 +57,8 @@ impl Peer {
     }
 }
 
-/// One number for each peer. Every request looks its peer up several times, and the derived implementation hashes an address in
-/// several pieces, which takes three times as long.
+/// One number for each peer. Every request looks its peer up several times, and the derived implementation hashes an
+/// address in several pieces, which takes three times as long.
 impl Hash for Peer {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(match self {
@@ -115,7 +115,8 @@ impl Build {
     /// All builds whose leases are from before the start of the server.
     pub const BEFORE_START: Self = Self(u64::MAX);
 
-    /// The build with this name (`tool_invocation_id`). Builds whose hashes collide, which is very unlikely, count as one build.
+    /// The build with this name (`tool_invocation_id`). Builds whose hashes collide, which is very unlikely, count as
+    /// one build.
     pub fn of(name: &str) -> Self {
         static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
         if name.is_empty() { Self::UNNAMED } else { Self(KEY.hash_one(name).max(2)) }

@@ -1,15 +1,15 @@
 //! Control groups (cgroups): how the kernel is told what one action may use.
 //!
 //! [`Groups`] finds out at the start which controllers this process may use below its own group: those of the unified
-//! hierarchy (v2) where they are delegated to it, else those of the old hierarchies (v1). It makes one group for all actions,
-//! and one below it for each slot. A [`SlotGroup`] holds the runner of its slot, so everything that the runner starts is in it
-//! from its first instruction on, without a move on the hot path.
+//! hierarchy (v2) where they are delegated to it, else those of the old hierarchies (v1). It makes one group for all
+//! actions, and one below it for each slot. A [`SlotGroup`] holds the runner of its slot, so everything that the runner
+//! starts is in it from its first instruction on, without a move on the hot path.
 //!
-//! A group is used for one action after the other, because a group for each action would not go away as long as the page cache
-//! has a page that the action read or wrote; thousands of such groups slow the kernel down.
+//! A group is used for one action after the other, because a group for each action would not go away as long as the
+//! page cache has a page that the action read or wrote; thousands of such groups slow the kernel down.
 //!
-//! The group of all actions is locked (flock) by its server. The lock ends with the process, whatever ends it, so a group that
-//! is not locked is left over, and the next server that starts beside it kills what is in it and removes it.
+//! The group of all actions is locked (flock) by its server. The lock ends with the process, whatever ends it, so a
+//! group that is not locked is left over, and the next server that starts beside it kills what is in it and removes it.
 //!
 //! This room knows nothing of actions, commands and workers.
 

@@ -1,8 +1,9 @@
 //! [`Gate`]: the way into an instance, for the requests of both ports.
 //!
-//! A handler gets an [`Instance`] only here, and can do nothing in the store or with operations without one. So each request
-//! is checked against the [`Policy`](crate::access::policy::Policy). Before its handler is asked, and before its body is read, a
-//! request is identified ([`Gate::identify`]), and must be one that its client may make in some instance ([`Gate::pass`]).
+//! A handler gets an [`Instance`] only here, and can do nothing in the store or with operations without one. So each
+//! request is checked against the [`Policy`](crate::access::policy::Policy). Before its handler is asked, and before
+//! its body is read, a request is identified ([`Gate::identify`]), and must be one that its client may make in some
+//! instance ([`Gate::pass`]).
 
 mod standing;
 
@@ -63,8 +64,8 @@ impl Gate {
         self.0.quotas.operations_of(call.principal())
     }
 
-    /// Who sends a request with these headers, and whether it may make this request at all. Nobody is identified for a method
-    /// that is open to everybody.
+    /// Who sends a request with these headers, and whether it may make this request at all. Nobody is identified for a
+    /// method that is open to everybody.
     pub(crate) fn identify(&self, call: &Call, headers: &HeaderMap) -> Authentication {
         if call.permissions().is_some_and(<[Permission]>::is_empty) {
             return Authentication::Done(Ok(self.0.authenticator.anonymous()));
@@ -82,8 +83,8 @@ impl Gate {
         CHALLENGES
     }
 
-    /// Records who sends a request, and checks that its client may call its method in some instance. So the body of a request that
-    /// is denied in any case is not read.
+    /// Records who sends a request, and checks that its client may call its method in some instance. So the body of a
+    /// request that is denied in any case is not read.
     ///
     /// # Errors
     /// `Unauthenticated` or `Denied`; that of the rejection.
@@ -94,8 +95,8 @@ impl Gate {
         self.0.authenticator.rules().policy().permit_anywhere(call.principal(), needed)
     }
 
-    /// Checks that a request may go on: that the credential of its principal is still valid, and that the principal still has all
-    /// permissions that the request has needed so far.
+    /// Checks that a request may go on: that the credential of its principal is still valid, and that the principal
+    /// still has all permissions that the request has needed so far.
     ///
     /// # Errors
     /// `Unauthenticated` or `Denied`.
@@ -117,8 +118,8 @@ impl Gate {
         self.0.authenticator.audit().denied(denial);
     }
 
-    /// The instance that a request names, if its principal has the permission that the method needs. It is recorded in the
-    /// call.
+    /// The instance that a request names, if its principal has the permission that the method needs. It is recorded in
+    /// the call.
     ///
     /// # Errors
     /// `Invalid` for a malformed or unknown name; `Denied`, `Unauthenticated`; `OverQuota`.
@@ -201,8 +202,9 @@ impl Gate {
         Ok(instance)
     }
 
-    /// Counts a request for the quotas of its principal, once. Uploads count with what they have sent so far; the rest counts
-    /// while it comes ([`Call::count_upload`]). Administration is not counted, so that quotas cannot lock an operator out.
+    /// Counts a request for the quotas of its principal, once. Uploads count with what they have sent so far; the rest
+    /// counts while it comes ([`Call::count_upload`]). Administration is not counted, so that quotas cannot lock an
+    /// operator out.
     fn count(&self, call: &Call, instance: &Instance, needed: &[Permission]) -> Result<()> {
         let quotas = &self.0.quotas;
         if quotas.are_off() || call.is_counted() || needed.contains(&Permission::Admin) {

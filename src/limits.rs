@@ -1,9 +1,9 @@
 //! What one action may use: memory, CPUs, processes, disk. Pure.
 //!
 //! A pool has a default for each resource, and a most that an action may ask for with a platform property
-//! ([`LimitSettings::of`]). Where there is such a most, the pool offers the property ([`LimitSettings::offers`]), so that an
-//! action that asks for more is refused like one that asks for any other property which no pool has. How the limits are
-//! enforced is the worker's concern.
+//! ([`LimitSettings::of`]). Where there is such a most, the pool offers the property ([`LimitSettings::offers`]), so
+//! that an action that asks for more is refused like one that asks for any other property which no pool has. How the
+//! limits are enforced is the worker's concern.
 
 use crate::{
     platform::{Offer, Offers, parse_size},
@@ -127,8 +127,8 @@ impl LimitSettings {
         Room { cores: share, memory }
     }
 
-    /// These limits in a pool that has this much for all of its actions: none gets more than that, and one that asks for no
-    /// memory gets the part of one core.
+    /// These limits in a pool that has this much for all of its actions: none gets more than that, and one that asks
+    /// for no memory gets the part of one core.
     pub fn within(self, room: &Room) -> Self {
         let at_most = |value: u64, most: u64| if value == 0 { most } else { value.min(most) };
         let max = at_most(self.memory.max, room.memory);
@@ -138,7 +138,8 @@ impl LimitSettings {
         Self { memory, cores, ..self }
     }
 
-    /// The properties that a pool with these limits offers. What it offers under one of these names already is left alone.
+    /// The properties that a pool with these limits offers. What it offers under one of these names already is left
+    /// alone.
     pub fn offers(&self, mut offers: Offers) -> Offers {
         for (name, max, offer) in [
             (MEMORY, self.memory.max, Offer::Size as fn(u64) -> Offer),

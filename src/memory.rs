@@ -1,8 +1,8 @@
 //! Returns memory to the system after large requests.
 //!
-//! The allocator keeps freed memory in about one arena per thread and returns only what is free at the end of an arena. A
-//! large message consists of many small allocations, so a burst of them used to keep hundreds of megabytes resident. Code
-//! that frees large amounts reports them to [`freed`], and a task then calls malloc_trim.
+//! The allocator keeps freed memory in about one arena per thread and returns only what is free at the end of an arena.
+//! A large message consists of many small allocations, so a burst of them used to keep hundreds of megabytes resident.
+//! Code that frees large amounts reports them to [`freed`], and a task then calls malloc_trim.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},

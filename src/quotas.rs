@@ -1,9 +1,9 @@
 //! Quotas: what each principal may use in each instance, so that one cannot take everything from the others.
 //!
 //! A principal that has proved itself has one account in an instance, whatever machine it calls from. Clients without a
-//! credential have one for each address. [`accounts`] counts requests and uploaded bytes; the scheduler counts operations, whose
-//! limits travel with each [`Submit`](crate::actors::scheduler::messages::Submit). The [`gate`](crate::gate) asks here, once for
-//! each request.
+//! credential have one for each address. [`accounts`] counts requests and uploaded bytes; the scheduler counts
+//! operations, whose limits travel with each [`Submit`](crate::actors::scheduler::messages::Submit). The
+//! [`gate`](crate::gate) asks here, once for each request.
 //!
 //! Without limits, a request costs one atomic load. New rules count for the next request.
 

@@ -1,7 +1,7 @@
 //! [`SharedResult`]: an action result in memory, and the memory that it takes.
 //!
-//! A result is immutable once it is made, and is measured then, so that everybody who keeps it or copies it knows its size
-//! without a walk over it. One with many short parts takes a multiple of its encoded length.
+//! A result is immutable once it is made, and is measured then, so that everybody who keeps it or copies it knows its
+//! size without a walk over it. One with many short parts takes a multiple of its encoded length.
 
 use crate::{budget::Share, memory};
 use gorego_reapi::{

@@ -1,10 +1,11 @@
 //! [`StopSignals`]: the signals that ask this process to stop, or a server to read its configuration again.
 //!
-//! SIGHUP has two meanings. If a server runs on a terminal, the terminal was closed, and the server stops. Otherwise somebody
-//! asks it to read its configuration again, as of any daemon.
+//! SIGHUP has two meanings. If a server runs on a terminal, the terminal was closed, and the server stops. Otherwise
+//! somebody asks it to read its configuration again, as of any daemon.
 //!
-//! A signal that was ignored when the process started stays ignored, as `nohup` expects of SIGHUP. A server receives the others in
-//! any case: a shell without job control ignores SIGINT for what it starts in the background, and there must be a way to stop it.
+//! A signal that was ignored when the process started stays ignored, as `nohup` expects of SIGHUP. A server receives
+//! the others in any case: a shell without job control ignores SIGINT for what it starts in the background, and there
+//! must be a way to stop it.
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use gorego_reapi::error::{Error, Result};

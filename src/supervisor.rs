@@ -1,9 +1,9 @@
 //! The process that started the server, where it is systemd or speaks its protocol (sd_notify(3) and sd_listen_fds(3)).
 //!
-//! [`Supervision::take`] reads the environment of that protocol once, before there are threads, and removes it, so that no child
-//! inherits it. The result is plain values: the [`Supervisor`] to report to, the [`InheritedSockets`] to serve on, and the watchdog
-//! time of the supervisor. `src/server.rs` decides when each of them is used. A server that was started by hand has none of them,
-//! and every report is then a no-op.
+//! [`Supervision::take`] reads the environment of that protocol once, before there are threads, and removes it, so that
+//! no child inherits it. The result is plain values: the [`Supervisor`] to report to, the [`InheritedSockets`] to serve
+//! on, and the watchdog time of the supervisor. `src/server.rs` decides when each of them is used. A server that was
+//! started by hand has none of them, and every report is then a no-op.
 
 mod notify;
 mod sockets;
@@ -33,8 +33,8 @@ impl Supervision {
     /// Takes it out of the environment of this process.
     ///
     /// # Errors
-    /// [`Error::Precondition`](gorego_reapi::error::Error::Precondition) if an inherited socket cannot be served on. The
-    /// supervisor is returned in any case, so that it can be told.
+    /// [`Error::Precondition`](gorego_reapi::error::Error::Precondition) if an inherited socket cannot be served on.
+    /// The supervisor is returned in any case, so that it can be told.
     pub(crate) fn take() -> (Supervisor, Result<Self>) {
         let supervisor = Supervisor::connect(std::env::var_os("NOTIFY_SOCKET"));
         let watchdog = sd_notify::watchdog_enabled();

@@ -1,8 +1,8 @@
 //! [`Accounts`]: what each caller holds of a budget, which callers wait for more, and which of them is next. Pure.
 //!
-//! The peer that holds least is served first, and of its connections the one that holds least. So a peer that holds nothing goes
-//! before everybody who holds something. Among equals, the one that was served or came longest ago is first. A connection has
-//! one request served at a time, its small ones first.
+//! The peer that holds least is served first, and of its connections the one that holds least. So a peer that holds
+//! nothing goes before everybody who holds something. Among equals, the one that was served or came longest ago is
+//! first. A connection has one request served at a time, its small ones first.
 
 use super::{Bound, holdings::Holdings};
 use crate::caller::{Caller, ConnectionId, Peer};
@@ -101,8 +101,9 @@ impl<T> Accounts<T> {
         waiter
     }
 
-    /// Takes the amount of the first waiting request for which there is room, and removes it from the line. A request that is
-    /// too large for what the server has left ends the search, so that smaller requests behind it cannot starve it.
+    /// Takes the amount of the first waiting request for which there is room, and removes it from the line. A request
+    /// that is too large for what the server has left ends the search, so that smaller requests behind it cannot starve
+    /// it.
     pub(super) fn next(&mut self) -> Option<Waiter<T>> {
         let mut found = None;
         for (_, connections) in self.waiting.iter() {
@@ -145,9 +146,9 @@ impl<T> Accounts<T> {
     }
 }
 
-/// Takes the amount of the first request of a peer for which there is room. The search skips the rest of a peer when its share,
-/// or what is left of it, is too small for the first, because it may have thousands of connections. Only few connections can
-/// be at a fixed limit of their own.
+/// Takes the amount of the first request of a peer for which there is room. The search skips the rest of a peer when
+/// its share, or what is left of it, is too small for the first, because it may have thousands of connections. Only few
+/// connections can be at a fixed limit of their own.
 fn next_of_peer<T>(connections: &Connections<T>, holdings: &mut Holdings) -> Result<(Caller, Ticket), Bound> {
     for (_, requests) in connections.iter() {
         let Some((ticket, waiter)) = requests.first_key_value() else { continue };

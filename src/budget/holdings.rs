@@ -1,7 +1,8 @@
 //! [`Holdings`]: who holds how much of a budget, and who may have more. Pure.
 //!
-//! The same rule holds at two levels. A peer that holds something may hold up to [`SHARE`] times what is left of the budget
-//! after its request. A connection that holds something may hold up to [`SHARE`] times what is then left of its peer's share.
+//! The same rule holds at two levels. A peer that holds something may hold up to [`SHARE`] times what is left of the
+//! budget after its request. A connection that holds something may hold up to [`SHARE`] times what is then left of its
+//! peer's share.
 
 use super::{Bound, Bounds};
 use crate::caller::{Caller, Peer};

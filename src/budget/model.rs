@@ -173,7 +173,8 @@ impl Model {
 }
 
 proptest! {
-    /// Nothing is granted beyond a bound, callers that hold nothing go first, and no request waits for an amount that is free.
+    /// Nothing is granted beyond a bound, callers that hold nothing go first, and no request waits for an amount that
+    /// is free.
     #[test]
     fn a_budget_behaves_like_its_model(
         (bounds, sharing) in budget(),

@@ -54,7 +54,8 @@ fn work_that_no_connection_waits_for_counts_for_its_own_peer() {
     let _other = budget.take(other, 300).unwrap();
 }
 
-/// A caller that asks for more than its share waits or is refused, and the next connection and the next peer are served at once.
+/// A caller that asks for more than its share waits or is refused, and the next connection and the next peer are served
+/// at once.
 #[test]
 fn a_connection_leaves_room_for_the_next_one_of_its_peer_and_a_peer_for_the_next_peer() {
     // Places in all, and how many a peer, and a single connection, may have.

@@ -176,8 +176,8 @@ impl Means {
 type Missing = (String, Option<String>);
 
 impl Groups {
-    /// Makes the groups that this process may make, and says how each resource is bounded. `total_memory` is for all actions
-    /// together; 0 for a part of what there is. `slots` is how many actions run at the same time at most, and
+    /// Makes the groups that this process may make, and says how each resource is bounded. `total_memory` is for all
+    /// actions together; 0 for a part of what there is. `slots` is how many actions run at the same time at most, and
     /// `has_user_limit` whether the number of processes of an action has a limit without groups.
     pub(crate) fn open(total_memory: u64, slots: usize, has_user_limit: bool) -> (Self, LimitReport) {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
@@ -342,8 +342,8 @@ impl Opening {
     }
 }
 
-/// Makes the group of all actions below `own`, and enables these controllers for it and for the groups of the slots. Moves this
-/// process out of `own` if it has to.
+/// Makes the group of all actions below `own`, and enables these controllers for it and for the groups of the slots.
+/// Moves this process out of `own` if it has to.
 fn open_unified(
     own: &Path,
     offered: &[Controller],

@@ -12,16 +12,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Processes in the group that are not the action's: the runner, the first processes of cells, and those of ended cells that
-/// are not reaped yet.
+/// Processes in the group that are not the action's: the runner, the first processes of cells, and those of ended cells
+/// that are not reaped yet.
 const OWN_PROCESSES: u64 = 8;
 /// The weight of one CPU's share in the unified hierarchy, and the largest weight.
 const V2_SHARE: u64 = 100;
 const V2_MOST_SHARES: u64 = 10_000;
 /// The period in which time of the CPUs is counted, in microseconds; the kernel's default.
 const PERIOD_US: u64 = 100_000;
-/// How long the memory of the previous action may take to be free. The kernel takes milliseconds; what is still there then
-/// belongs to something that goes on, and counts.
+/// How long the memory of the previous action may take to be free. The kernel takes milliseconds; what is still there
+/// then belongs to something that goes on, and counts.
 const SETTLING: Duration = Duration::from_millis(500);
 /// Pause between two looks at the memory of a group. No event tells when it falls.
 const SETTLING_ROUND: Duration = Duration::from_millis(2);
@@ -43,7 +43,8 @@ pub(crate) struct SlotGroup {
 #[derive(Debug)]
 struct MemoryGroup {
     control: Control,
-    /// Counts what the OOM killer did here. Files that are read for each action stay open, which makes that take 1 us each.
+    /// Counts what the OOM killer did here. Files that are read for each action stay open, which makes that take 1 us
+    /// each.
     events: File,
     /// What is in use, the page cache included.
     usage: File,
@@ -195,7 +196,8 @@ fn weight(limits: &Limits) -> u64 {
     limits.share.max(1).saturating_mul(V2_SHARE).min(V2_MOST_SHARES)
 }
 
-/// Lets actions share the disks in proportion to their weights, where the kernel has a scheduler or cost model for that.
+/// Lets actions share the disks in proportion to their weights, where the kernel has a scheduler or cost model for
+/// that.
 fn weigh_io(io: &Control, limits: &Limits) -> io::Result<()> {
     match files::write(&io.directory, "io.weight", weight(limits)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -250,7 +252,8 @@ impl MemoryGroup {
         let both = memory.saturating_add(limits.swap);
         match (self.control.version, memory) {
             (Version::V1, 0) => {
-                // The sum with the swap can never be below the memory. Without accounting of swap, there is no such file.
+                // The sum with the swap can never be below the memory. Without accounting of swap, there is no such
+                // file.
                 let _ = files::write(at, "memory.memsw.limit_in_bytes", -1);
                 files::write(at, "memory.limit_in_bytes", -1)
             }
@@ -340,8 +343,8 @@ impl Peak {
     }
 }
 
-/// Whose fault it was that the kernel killed a process of this action. Without a limit of its own, an action that has used more
-/// than half of what there is for all has nobody else to blame.
+/// Whose fault it was that the kernel killed a process of this action. Without a limit of its own, an action that has
+/// used more than half of what there is for all has nobody else to blame.
 fn verdict(is_own: bool, peak: Option<u64>, limit: u64, total: u64) -> OutOfMemory {
     if is_own {
         let used = peak.unwrap_or(limit);

@@ -83,7 +83,8 @@ fn locked(directory: &Path) -> io::Result<File> {
     }
 }
 
-/// Kills what is in a group and the groups below it, and removes them. What cannot be removed is left to the next start.
+/// Kills what is in a group and the groups below it, and removes them. What cannot be removed is left to the next
+/// start.
 pub(super) fn remove(directory: &Path) {
     let end = Instant::now() + REMOVAL;
     loop {
@@ -100,7 +101,8 @@ fn kill(directory: &Path) {
     let processes = processes.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?));
     let own = rustix::process::getpid();
     let (mine, others): (Vec<Pid>, Vec<Pid>) = processes.partition(|process| *process == own);
-    // It kills also what forks faster than it is found, but only newer kernels have it, and only in the unified hierarchy.
+    // It kills also what forks faster than it is found, but only newer kernels have it, and only in the unified
+    // hierarchy.
     if mine.is_empty() && files::write(directory, "cgroup.kill", 1).is_ok() {
         return;
     }

@@ -1,8 +1,8 @@
 //! [`Standing`]: whether an open request may go on. A token may be revoked, or expire, while a stream is open.
 //!
-//! It is looked at every [`LOOK_INTERVAL`], whether the request waits or moves. Requests that are over at once cost nothing. Those of
-//! anonymous clients are looked at only when they move, so that they need no alarm: streams that clients keep open move at least
-//! every half minute.
+//! It is looked at every [`LOOK_INTERVAL`], whether the request waits or moves. Requests that are over at once cost
+//! nothing. Those of anonymous clients are looked at only when they move, so that they need no alarm: streams that
+//! clients keep open move at least every half minute.
 
 use super::Gate;
 use crate::{alarm::Alarm, call::Call};
@@ -32,8 +32,8 @@ impl Standing {
         Self { gate, call, next_look: None, alarm: Alarm::default() }
     }
 
-    /// Ready with the reason when the request has to end. To be called whenever the request was polled; `waits` says whether it
-    /// then waits.
+    /// Ready with the reason when the request has to end. To be called whenever the request was polled; `waits` says
+    /// whether it then waits.
     pub(crate) fn poll(&mut self, context: &mut Context<'_>, waits: bool) -> Poll<Error> {
         let waits = waits && !self.call.principal().is_anonymous();
         loop {

@@ -1,7 +1,9 @@
-//! [`QuotaAccounts`]: what principals have used lately, in requests and bytes. Pure: the time is an argument, in milliseconds.
+//! [`QuotaAccounts`]: what principals have used lately, in requests and bytes. Pure: the time is an argument, in
+//! milliseconds.
 //!
-//! Memory is bounded: there are at most [`MAX_ACCOUNTS`]. An account whose buckets are full again says no more than a new one,
-//! and is forgotten when there is no place for another. As long as all are in use, further principals share one account.
+//! Memory is bounded: there are at most [`MAX_ACCOUNTS`]. An account whose buckets are full again says no more than a
+//! new one, and is forgotten when there is no place for another. As long as all are in use, further principals share
+//! one account.
 
 use super::limits::QuotaLimits;
 use crate::{
@@ -76,7 +78,8 @@ impl QuotaAccount {
 impl QuotaAccounts {
     /// Takes this much from an account. Takes nothing if that is too much, and returns when to try again.
     ///
-    /// An amount above all that can be saved up takes everything, so that a single large message is not refused for ever.
+    /// An amount above all that can be saved up takes everything, so that a single large message is not refused for
+    /// ever.
     pub(super) fn take(
         &mut self,
         key: AccountKey,

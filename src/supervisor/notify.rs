@@ -1,7 +1,8 @@
 //! [`Supervisor`]: reports to the process that started the server, as datagrams on a socket.
 //!
 //! A report never holds the server up for long. Those that matter once (ready, stopping, reloading) wait up to
-//! [`SEND_LIMIT`] for room in the socket. Those that are repeated (status and signs of life) are dropped when there is none.
+//! [`SEND_LIMIT`] for room in the socket. Those that are repeated (status and signs of life) are dropped when there is
+//! none.
 
 use rustix::net::{SendFlags, send};
 use sd_notify::NotifyState;

@@ -1,8 +1,8 @@
-//! [`InheritedSockets`]: listening sockets that the supervisor opened (socket activation). Clients can connect while the server
-//! starts or restarts, and wait for it.
+//! [`InheritedSockets`]: listening sockets that the supervisor opened (socket activation). Clients can connect while
+//! the server starts or restarts, and wait for it.
 //!
-//! A socket is for the port that its name says ([`PortName`]). A socket that the server cannot serve on is an error, because the
-//! supervisor would otherwise keep a port open that nobody answers.
+//! A socket is for the port that its name says ([`PortName`]). A socket that the server cannot serve on is an error,
+//! because the supervisor would otherwise keep a port open that nobody answers.
 
 use gorego_reapi::error::{Error, Result};
 use rustix::net::{AddressFamily, SocketType, sockopt};

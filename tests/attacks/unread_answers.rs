@@ -109,7 +109,8 @@ async fn long_result(server: &Server) -> (Digest, String) {
     (action, done.name)
 }
 
-/// An operation that is remembered is copied for each answer, a result that is too long for the memo is decoded for each.
+/// An operation that is remembered is copied for each answer, a result that is too long for the memo is decoded for
+/// each.
 #[tokio::test(flavor = "multi_thread")]
 async fn results_that_nobody_reads_are_copied_and_decoded_only_as_far_as_there_is_room() {
     let server = Server::start().await;

@@ -15,8 +15,8 @@ const MAX_FILE_BYTES: u64 = 256 * 1024 * 1024;
 #[derive(Debug)]
 pub(super) struct BindingsFile {
     path: PathBuf,
-    /// The number of the newest write, locked by the running one. The last write at the end of the process may find an earlier
-    /// one still running.
+    /// The number of the newest write, locked by the running one. The last write at the end of the process may find an
+    /// earlier one still running.
     newest: Mutex<u64>,
 }
 

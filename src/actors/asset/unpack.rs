@@ -1,11 +1,12 @@
-//! Unpacks archives: tar (plain or compressed with gzip, xz or zstd) and zip, which are told apart by their first bytes.
+//! Unpacks archives: tar (plain or compressed with gzip, xz or zstd) and zip, which are told apart by their first
+//! bytes.
 //!
 //! Entries go through [`Layout`], which refuses hostile ones, and contents go straight to the store. Memory is bounded,
-//! whatever the archive claims: one piece of one file, the layout, and the decoder, which has a limit too. All decoded bytes,
-//! including headers, count against one limit, which stops a bomb.
+//! whatever the archive claims: one piece of one file, the layout, and the decoder, which has a limit too. All decoded
+//! bytes, including headers, count against one limit, which stops a bomb.
 //!
-//! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files are
-//! refused.
+//! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files
+//! are refused.
 
 pub(crate) mod extensions;
 pub(crate) mod zstd_frames;
@@ -33,15 +34,16 @@ use zstd_frames::ZstdFrames;
 
 /// Bound on the memory of an xz decoder: a little more than the highest preset needs.
 const XZ_MEMORY_BYTES: u64 = 128 * 1024 * 1024;
-/// The largest window of a zstd frame, as a power of two: 128 MiB, the most that `zstd --ultra` uses without `--long=31`.
+/// The largest window of a zstd frame, as a power of two: 128 MiB, the most that `zstd --ultra` uses without
+/// `--long=31`.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// The largest extension header of a tar entry. It holds one or two paths.
 const EXTENSION_MAX_BYTES: u64 = 64 * 1024;
-/// Bound on the bytes that are read to find and read the central directory of a zip: enough for 65,534 entries with long names.
-/// The length that the archive claims is not reliable, and all of it is read into memory.
+/// Bound on the bytes that are read to find and read the central directory of a zip: enough for 65,534 entries with
+/// long names. The length that the archive claims is not reliable, and all of it is read into memory.
 const ZIP_DIRECTORY_MAX_BYTES: u64 = 64 * 1024 * 1024;
-/// Memory for the decoders of all archives that are unpacked at the same time: two of the largest, one of them for an address,
-/// and many small ones.
+/// Memory for the decoders of all archives that are unpacked at the same time: two of the largest, one of them for an
+/// address, and many small ones.
 pub(crate) const DECODERS: Bounds =
     Bounds::shared("bytes of memory to unpack archives", 2 * LARGE_DECODER_BYTES + 32 * SMALL_DECODER_BYTES);
 /// What a decoder with a large dictionary takes: that of xz or zstd.

@@ -20,7 +20,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
     let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = opened.map_err(|error| match error.kind() {
-        // The directory can be entered, so it is this file that somebody has closed.
+        // The directory can be entered, so the permissions of this file were changed.
         io::ErrorKind::PermissionDenied if fs::symlink_metadata(path).is_ok() => {
             io::Error::new(io::ErrorKind::InvalidData, "this process may not read the file any more")
         }
@@ -52,7 +52,7 @@ pub(crate) fn read_open(file: &File, max: u64) -> io::Result<Vec<u8>> {
     if bytes.len() as u64 > max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
 }
 
-/// Writes a new file and replaces whatever has its path.
+/// Writes a new file. It replaces anything that exists at its path.
 ///
 /// # Errors
 /// The errors of open(2) and write(2).

@@ -19,7 +19,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 use tokio::{runtime::Handle, sync::Mutex};
 use toml::Value;
 
-/// Target of this room's log lines.
+/// Target of the log lines of this module.
 const LOG: &str = "gorego::reload";
 /// Event of a reload that has changed the running configuration.
 const CONFIG_RELOADED: &str = "config_reloaded";
@@ -63,11 +63,11 @@ pub(crate) struct KeyChange {
 /// The outcome of a reload.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Reloaded {
-    /// What has changed.
+    /// Changes that were made.
     pub(crate) applied: Vec<KeyChange>,
-    /// What needs a restart.
+    /// Changes that need a restart.
     pub(crate) needs_restart: Vec<KeyChange>,
-    /// What could not be changed, with the reason.
+    /// Changes that failed, with the reason.
     failed: Vec<KeyChange>,
     /// Settings that are valid but may surprise.
     pub(crate) warnings: Vec<String>,
@@ -123,8 +123,8 @@ impl Reloader {
         Self(Arc::new(ReloaderState { load: Box::new(load), parts, running, runtime }))
     }
 
-    /// Reads the configuration again and takes in what can change. With `dry_run`, only says what that would be. It
-    /// runs to its end even if nobody waits for it any more.
+    /// Reads the configuration again and takes in what can change. With `dry_run`, only says what would change. A
+    /// reload runs to its end even if its caller has stopped waiting.
     ///
     /// # Errors
     /// `Invalid` or `Precondition` that name each key and value at fault; then nothing has changed. `Internal` if a
@@ -249,7 +249,7 @@ mod tests {
         filter: Arc<SyncMutex<String>>,
     }
 
-    /// Takes in `shutdown_grace`, which is behind `log.filter`, and counts its changes.
+    /// Takes in `shutdown_grace`, which comes after `log.filter`, and counts its changes.
     struct LaterPart(Arc<AtomicUsize>);
 
     impl Reloadable for LaterPart {

@@ -149,7 +149,7 @@ impl Model {
         None
     }
 
-    /// What must hold whenever this is served.
+    /// What must be true whenever this request is served.
     fn assert_is_fair(&self, served: Request) {
         let (of_peer, of_connection) = (self.of_peer(served.caller), self.of_connection(served.caller));
         for other in &self.waiting {

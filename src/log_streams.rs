@@ -42,7 +42,7 @@ use uuid::Uuid;
 
 pub use registry::StreamLimits;
 
-/// Size limit of a client stream in bytes, far above any log that people read.
+/// Size limit of a client stream in bytes. It is far above any log that people read.
 pub const MAX_STREAM_BYTES: u64 = 256 * 1024 * 1024;
 /// Number of concurrent readers. Each may hold a file open, and readers of run streams poll it ten times a second.
 pub const MAX_READERS: u64 = 1024;
@@ -158,8 +158,8 @@ impl LogStreams {
     /// name (LOG-01). It is charged to that client until it is finished.
     ///
     /// # Errors
-    /// `Unimplemented` if clients may not create streams; `Exhausted` when there are too many, in total or of this
-    /// caller.
+    /// `Unimplemented` if clients may not create streams; `Exhausted` if there are too many streams, in total or of
+    /// this caller.
     pub fn create(&self, parent: String, caller: Caller) -> Result<LogName> {
         self.check_creation()?;
         let held =

@@ -1,9 +1,9 @@
-//! One server process, from its settings to its exit. This room has only wiring and shutdown.
+//! One server process, from its settings to its exit. This module has only wiring and shutdown.
 //!
 //! Parts are created in the order store, workers, scheduler, ports, and are shut down in reverse. The scheduler takes
 //! no new work and finishes its operations. Then the ports accept no new connections and let the open calls finish.
-//! Then the store closes. The [`Exit`] sets one deadline for all of this, whatever clients keep open. The owner actors
-//! are watched: if one dies, the process exits, because a partial server is worse than none.
+//! Then the store closes. The [`Exit`] sets one deadline for all of this, even if clients keep requests open. The owner
+//! actors are watched: if one dies, the process exits, because a partial server is worse than none.
 
 mod beside;
 mod exit;
@@ -170,7 +170,7 @@ struct Configuration {
 /// The sockets of the ports.
 struct Listeners {
     grpc: TcpListener,
-    /// The socket of the HTTP port, if that is enabled.
+    /// The socket of the HTTP port, if the port is enabled.
     http: Option<TcpListener>,
 }
 

@@ -1,8 +1,8 @@
 //! [`Follower`]: a reader of one stream, from any offset to the end (LOG-03, EXE-64).
 //!
-//! It pulls: bytes stay in the file until it asks for them, so a slow reader costs no memory and delays nobody. Appends
-//! to client streams wake it. The runner's writes to a log do not, so while a reader exists, it polls the file every
-//! [`TAIL_INTERVAL`]. The end of a run wakes it too.
+//! It pulls: bytes stay in the file until it asks for them, so a slow reader costs no memory and delays no other
+//! client. Appends to client streams wake it. The runner's writes to a log do not, so while a reader exists, it polls
+//! the file every [`TAIL_INTERVAL`]. The end of a run wakes it too.
 
 use super::{
     run::{RunState, Tail},

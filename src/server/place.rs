@@ -58,8 +58,8 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Opens the build root, and finds out which protections of the sandbox work in it. If a network of its own does
-    /// not work for actions, the pools no longer offer it.
+    /// Opens the build root, and finds out which protections of the sandbox work in it. If actions cannot have a
+    /// network of their own, the pools do not offer it.
     pub(crate) fn open(
         execution: &mut ExecutionSettings,
         runtime: &Handle,
@@ -275,7 +275,7 @@ fn worker_name(pool: &PoolSettings) -> String {
 }
 
 /// The process limit of a cell's user. Where there are control groups, this is only a second limit. It is higher than
-/// that of the group, because only a group reports that its limit was reached.
+/// the limit of the group, because only a group reports that its limit was reached.
 fn user_limit(execution: &ExecutionSettings, limits: &LimitReport) -> u64 {
     let bounds = execution.pools.iter().map(|pool| pool.limits.processes);
     let most = bounds.map(|bound| bound.default.max(bound.max)).max().unwrap_or(0);

@@ -121,7 +121,7 @@ impl Assets {
     /// Binds stored content to every URI of the request (AST-11).
     ///
     /// # Errors
-    /// `MissingBlobs` when it or something that it refers to is not stored; `Invalid` when it does not match the
+    /// `MissingBlobs` if the content or something that it refers to is not stored; `Invalid` if it does not match the
     /// checksum among the qualifiers, or when a Directory is malformed.
     pub async fn push(
         &self,
@@ -246,7 +246,7 @@ impl Assets {
     }
 }
 
-/// Checks that a download can honour the qualifiers, of which `unsupported` cannot be.
+/// Checks that a download can honour the qualifiers. It cannot honour those in `unsupported`.
 fn check_downloadable(
     request: &AssetRequest,
     unsupported: Vec<String>,

@@ -362,7 +362,7 @@ mod tests {
     use super::*;
     use crate::budget::Bounds;
 
-    /// A connection that joins another one's flight does not wait behind all downloads of that one.
+    /// A connection that joins the flight of another connection does not wait behind all downloads of that connection.
     #[tokio::test]
     async fn a_flight_starts_when_the_turn_of_any_of_its_connections_comes() {
         for host in [1, 2] {

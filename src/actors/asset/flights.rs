@@ -4,7 +4,7 @@
 //! start. A caller does not join a flight that began before the oldest content that it accepts (AST-08). It gets a new
 //! flight, which later callers join. The number of flights and the bytes of their requests are bounded. Peers share
 //! both bounds, and a flight counts for the peer that began it. A flight that waits for its turn waits in the queue of
-//! every peer that has joined it, so that nobody waits behind the other downloads of the first peer.
+//! every peer that has joined it, so that no peer waits behind the other downloads of the first peer.
 
 use super::{
     flight::Outcome,
@@ -20,8 +20,8 @@ use tokio::{sync::watch, time::Instant};
 
 /// Bound on the flights that are running or waiting for their turn. More are refused.
 const FLIGHTS: Bounds = Bounds::shared("fetches that are running or waiting", 10_000);
-/// Bound on the bytes of the requests of all flights. Most take a kilobyte, but a request may have megabytes of
-/// qualifiers, and it outlives its call.
+/// Bound on the bytes of the requests of all flights. Most requests take a kilobyte, but a request may have megabytes
+/// of qualifiers, and it outlives its call.
 const FLIGHT_BYTES: Bounds = Bounds::shared("bytes of such requests", 64 * 1024 * 1024);
 /// The largest request: its URIs and its qualifiers.
 const LARGEST_REQUEST: u64 = (MAX_URIS * MAX_URI_BYTES + MAX_QUALIFIERS * 2 * MAX_QUALIFIER_BYTES) as u64;
@@ -61,7 +61,7 @@ pub(super) struct Begun {
     pub outcome: watch::Receiver<Option<Outcome>>,
     /// When it has to end. Callers that join may extend this.
     pub latest: watch::Receiver<Instant>,
-    /// The connections that want it, as far as it waits for their turns.
+    /// The connections for whose turns the flight waits.
     pub callers: watch::Receiver<Vec<Caller>>,
 }
 

@@ -102,7 +102,7 @@ async fn what_is_sent_ahead_of_slow_handlers_is_bounded_and_uploads_beside_it_co
     holding.iter().for_each(tokio::task::JoinHandle::abort);
 }
 
-/// What a call is ahead does not count less because another one was.
+/// The bytes that a call is ahead count fully, even if another call was ahead before.
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_that_are_cancelled_do_not_hide_what_others_are_ahead() {
     let server = Server::start().await;

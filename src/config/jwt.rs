@@ -254,7 +254,7 @@ mod tests {
         assert!(refused("RS256", "HS256").contains("symmetric"));
         assert!(refused("my-company", "*").contains("no condition"));
         let twice = issuers_of(&format!("{GOOD}{GOOD}")).unwrap_err();
-        assert!(twice[0].contains("audience of entry 2 is that of another entry"), "{twice:?}");
+        assert!(twice[0].contains("audience of entry 2 is also in another entry"), "{twice:?}");
         assert!(
             issuers_of(&format!("{GOOD}{}", GOOD.replace("gorego.example.com", "other.example.com"))).is_ok()
         );

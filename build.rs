@@ -1,4 +1,4 @@
-//! Generates the server side of each service in `proto/`. The messages are those of `gorego-reapi`.
+//! Generates the server side of each service in `proto/`. The messages come from `gorego-reapi`.
 
 use std::error::Error;
 
@@ -16,7 +16,7 @@ const SERVICES: &[(&str, &str, &str)] = &[
     ("google/longrunning/operations.proto", ".google.longrunning", "longrunning"),
     ("gorego/v1/admin.proto", ".gorego.v1", "gorego"),
 ];
-/// The messages of the server that are not the generated ones.
+/// Messages for which the server has its own types instead of the generated ones.
 const FIND_MISSING: [&str; 2] = ["FindMissingBlobsRequest", "FindMissingBlobsResponse"];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -1,7 +1,7 @@
 //! The cost of the store without the network: `cargo bench --bench cas [-- BLOBS]`.
 //!
-//! Prints one line per measurement. Times are wall-clock times of one thread and its blocking threads. Compare them with
-//! the lines about the bare file system in the same run.
+//! Prints one line per measurement. Times are wall-clock times of one thread and its blocking threads. Compare them
+//! with the lines about the bare file system in the same run.
 #![allow(clippy::unwrap_used)]
 
 mod support;

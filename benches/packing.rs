@@ -1,8 +1,8 @@
 //! Compression at rest over real files: `cargo bench --bench packing -- [DIRECTORY...]`.
 //!
-//! For each directory (`target/debug/deps` by default): the disk space of its files plain and compressed, the speed of one core
-//! that compresses them, and the cost of reads before and after. Files of up to 64 KiB are joined to blobs of 4 MiB, as archives
-//! of headers would be.
+//! For each directory (`target/debug/deps` by default): the disk space of its files plain and compressed, the speed of
+//! one core that compresses them, and the cost of reads before and after. Files of up to 64 KiB are joined to blobs of
+//! 4 MiB, as archives of headers would be.
 #![allow(clippy::unwrap_used)]
 
 mod support;

@@ -1,12 +1,14 @@
-//! How long a store with many small blobs takes to start after it was killed: `cargo bench --bench start [-- BLOBS [BYTES [DIRECTORY]]]`.
+//! How long a store with many small blobs takes to start after it was killed: `cargo bench --bench start [-- BLOBS
+//! [BYTES [DIRECTORY]]]`.
 //!
-//! One process writes the blobs through the store itself and is killed as soon as the last one is acknowledged. Then the files are
-//! dropped from the page cache, and a new process opens the store and asks which of two thousand blobs are missing. The time counts
-//! from the start of that process to its answer. A third process does the same once more, with the files in the page cache.
+//! One process writes the blobs through the store itself and is killed as soon as the last one is acknowledged. Then
+//! the files are dropped from the page cache, and a new process opens the store and asks which of two thousand blobs
+//! are missing. The time counts from the start of that process to its answer. A third process does the same once more,
+//! with the files in the page cache.
 //!
-//! The defaults, 200,000 blobs of 1 KiB, take some seconds; `tests/run` runs them as `cargo test --bench start`. It fails if an
-//! answer is wrong or takes longer than [`MOST`], or if the index takes more than [`MOST_BYTES`] for a blob. The directory is
-//! removed at the end.
+//! The defaults, 200,000 blobs of 1 KiB, take some seconds; `tests/run` runs them as `cargo test --bench start`. It
+//! fails if an answer is wrong or takes longer than [`MOST`], or if the index takes more than [`MOST_BYTES`] for a
+//! blob. The directory is removed at the end.
 #![allow(clippy::unwrap_used)]
 
 mod support;

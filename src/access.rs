@@ -19,11 +19,12 @@
 //!
 //! - **Signed tokens** (`access/jwt`) implement [`SignedTokens`](authenticator::SignedTokens): `verify` gets the token
 //!   and the time, and returns the issuer, the subject, the names of the roles, and the expiry. It is called for every
-//!   bearer token that is not a static token, outside of the fast path, and may wait. The authenticator caches the result
-//!   under a hash of the token until the token expires. It creates the principal and looks up its roles in the policy.
-//!   The implementation is a field of [`CredentialSources`](authenticator::CredentialSources).
+//!   bearer token that is not a static token, outside of the fast path, and may wait. The authenticator caches the
+//!   result under a hash of the token until the token expires. It creates the principal and looks up its roles in the
+//!   policy. The implementation is a field of [`CredentialSources`](authenticator::CredentialSources).
 //! - **Client certificates**: the state of a connection has the certificate that was verified in its handshake, and
-//!   [`Presented`](authenticator::Presented) passes it on. An `authorization` header takes precedence over a certificate.
+//!   [`Presented`](authenticator::Presented) passes it on. An `authorization` header takes precedence over a
+//!   certificate.
 //!
 //! Invariants: a credential that cannot be verified is refused, even for requests that anonymous clients may make. A
 //! token or a password is never logged or shown; the name of a principal may be. Nothing here blocks the actors'

@@ -3,8 +3,8 @@
 //! The kernel delays an acknowledgement by about 40 ms, to send it along with an answer. A client that uses Nagle's
 //! algorithm and writes a request in two pieces (ccache: head and body) delays its second piece until the first is
 //! acknowledged, so each side waits for the other. The kernel's option against this, `TCP_QUICKACK`, does not persist
-//! (tcp(7)). So it is set whenever a reader has drained the socket and nothing was written since that would have carried
-//! the acknowledgement.
+//! (tcp(7)). So it is set whenever a reader has drained the socket and nothing was written since that would have
+//! carried the acknowledgement.
 
 use std::{
     io::{self, IoSlice},
@@ -116,8 +116,8 @@ mod tests {
         net::TcpListener,
     };
 
-    /// The median latency of requests that a client writes in two pieces, with Nagle's algorithm. A delayed acknowledgement
-    /// adds at least 40 ms.
+    /// The median latency of requests that a client writes in two pieces, with Nagle's algorithm. A delayed
+    /// acknowledgement adds at least 40 ms.
     #[tokio::test]
     async fn a_request_in_two_pieces_does_not_wait_for_an_acknowledgement() {
         const REQUESTS: usize = 41;

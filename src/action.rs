@@ -1,7 +1,7 @@
 //! Actions and commands from requests, checked.
 //!
-//! An [`Action`] is valid by construction: it has arguments, its paths stay inside the input root, and this server allows
-//! its timeout. Whether its inputs are stored is not checked here.
+//! An [`Action`] is valid by construction: it has arguments, its paths stay inside the input root, and this server
+//! allows its timeout. Whether its inputs are stored is not checked here.
 
 use crate::{instance::Instance, memory};
 use gorego_reapi::{
@@ -220,8 +220,8 @@ impl Command {
     }
 }
 
-/// The outputs of a command: `output_paths` or, if it is empty, the two legacy lists (EXE-47). A path in both legacy lists
-/// may be of either kind (EXE-51). A path that is listed twice is collected once (EXE-49).
+/// The outputs of a command: `output_paths` or, if it is empty, the two legacy lists (EXE-47). A path in both legacy
+/// lists may be of either kind (EXE-51). A path that is listed twice is collected once (EXE-49).
 #[allow(deprecated)]
 fn outputs(command: &reapi::Command, working_directory: &RootPath) -> Result<Vec<OutputRequest>> {
     let mut outputs: Vec<OutputRequest> = Vec::new();

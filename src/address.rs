@@ -1,8 +1,8 @@
 //! [`Reach`]: from where an IP address can be reached. Pure.
 //!
-//! A server that contacts addresses which others choose must not lend them its own place in the network: services on its
-//! loopback interface, the metadata service of a cloud, the hosts of an internal network. Everything that is not known to be
-//! public counts as inside.
+//! A server that contacts addresses chosen by clients must not give them access to what only the server can reach:
+//! services on its loopback interface, the metadata service of a cloud, the hosts of an internal network. Every address
+//! that is not known to be public counts as internal.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -17,12 +17,12 @@ pub enum Reach {
     Link,
     /// From this machine only.
     Loopback,
-    /// From nowhere, or from where is unknown: unspecified, multicast, reserved and documentation addresses.
+    /// From nowhere, or unknown: unspecified, multicast, reserved and documentation addresses.
     Unknown,
 }
 
 impl Reach {
-    /// The reach of an address, in whatever notation: an IPv4 address in an IPv6 address counts as itself.
+    /// The reach of an address. An IPv4 address that is embedded in an IPv6 address counts as the IPv4 address.
     pub fn of(address: IpAddr) -> Self {
         match address.to_canonical() {
             IpAddr::V4(address) => Self::of_v4(address),

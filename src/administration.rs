@@ -1,12 +1,12 @@
-//! [`Administration`]: what the Admin service acts on, besides the store. Only the wiring knows all of it.
+//! [`Administration`]: the parts of the server that the Admin service acts on, besides the store.
 
 use crate::{access::AccessLoader, disk::BudgetUse, nondeterminism::NonDeterminismReports, reload::Reloader};
 use std::{fmt, sync::Arc, time::SystemTime};
 
-/// Reads how much of their budget some things take. It may block.
+/// Reads how much of its disk budget a cache takes. May block.
 type Gauge = Arc<dyn Fn() -> BudgetUse + Send + Sync>;
 
-/// See the top of this file. The default is a server that has none of it.
+/// See the top of this file. The default is a server that has none of these parts.
 #[derive(Clone)]
 pub struct Administration {
     /// When the server started.
@@ -17,9 +17,9 @@ pub struct Administration {
     pub images: Option<Gauge>,
     /// The actions that were seen with different outputs.
     pub(crate) reports: NonDeterminismReports,
-    /// Reads the configuration again; `None` if there is none to read.
+    /// Reads the configuration again; `None` if the server has no configuration to read.
     pub(crate) reloader: Option<Reloader>,
-    /// Revokes static tokens; `None` if there is nothing to revoke them from.
+    /// Revokes static tokens; `None` if the server has no access rules.
     pub(crate) access: Option<Arc<AccessLoader>>,
 }
 

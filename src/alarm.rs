@@ -6,8 +6,8 @@ use std::{
 };
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// A timer that exists from its first poll on. A later time does not move it: it rings at the earlier one, and is then set
-/// again. So a time that moves with every frame of a stream costs nothing.
+/// A timer that exists from its first poll on. A later time does not move it: it rings at the earlier one, and is then
+/// set again. So a time that moves with every frame of a stream costs nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Alarm(Option<Pin<Box<Sleep>>>);
 

@@ -1,21 +1,22 @@
 //! [`Budget`]: a limit that all callers share, such as the number of bytes of unread answers.
 //!
-//! A budget has limits for the whole server, for each [`Peer`](crate::caller::Peer) and for each connection. That of the
-//! server is fixed. A peer has a dynamic share: it may hold up to eight times as much as is free. So a single peer gets 8/9
-//! of everything, two peers get 8/17 each, and so on; the number of peers need not be known. Connections share what their peer
-//! may have by the same rule, so a single connection gets 8/9 of 8/9. A connection may have a lower fixed limit as well
-//! ([`Bounds::connection`]). A peer that holds nothing may take all that is free, and a connection that holds nothing all that
-//! its peer may have. Where one request may take a large part of the budget, the budget also keeps an amount free from peers
-//! that already hold something ([`Budget::keeping_free`]).
+//! A budget has limits for the whole server, for each [`Peer`](crate::caller::Peer) and for each connection. The limit
+//! of the server is fixed. A peer has a dynamic share: it may hold up to eight times as much as is free. So a single
+//! peer gets 8/9 of everything, two peers get 8/17 each, and so on; the number of peers need not be known. Connections
+//! share what their peer may have by the same rule, so a single connection gets 8/9 of 8/9. A connection may have a
+//! lower fixed limit as well ([`Bounds::connection`]). A peer that holds nothing may take all that is free, and a
+//! connection that holds nothing all that its peer may have. Where one request may take a large part of the budget, the
+//! budget also keeps an amount free from peers that already hold something ([`Budget::keeping_free`]).
 //!
-//! Where everything is held for a short time only, nothing is kept free: a single connection may hold all of it, and the next
-//! one is served as soon as something is returned ([`Budget::in_turns`]).
+//! Where everything is held for a short time only, nothing is kept free: a single connection may hold the whole budget,
+//! and the next one is served as soon as something is returned ([`Budget::in_turns`]).
 //!
 //! Holders have a [`Share`], which returns itself when it is dropped. [`Budget::take`] fails at the limit;
-//! [`Budget::wait_for`] waits. Of those who wait, the peer that holds least is served first, and of its connections the one that
-//! holds least; among equals they take turns, one request at a time. So a connection that holds nothing never waits for one
-//! that holds something and wants more. A connection or peer at its own limit does not block the others. Within a connection,
-//! small requests go before large ones ([`Budget::wait_for_small`]). A request that is dropped while it waits leaves no trace.
+//! [`Budget::wait_for`] waits. Among the waiting peers, the one that holds least is served first, and among its
+//! connections, the one that holds least. Equals take turns, one request at a time. So a connection that holds nothing
+//! never waits for one that holds something and wants more. A connection or peer at its own limit does not block the
+//! others. Within a connection, small requests go before large ones ([`Budget::wait_for_small`]). A request that is
+//! dropped while it waits leaves no trace.
 //!
 //! The accounting is done by the plain structs in `holdings` and `accounts`, which have no clock and no tasks.
 
@@ -43,7 +44,7 @@ pub struct Bounds {
     pub what: &'static str,
     /// Limit for all callers together.
     pub total: u64,
-    /// Fixed limit for one connection; as much as `total` where there is none but its share.
+    /// Fixed limit for one connection. Equal to `total` if only the share limits a connection.
     pub connection: u64,
 }
 
@@ -123,13 +124,13 @@ impl Budget {
         Self::keeping_free(bounds, 0)
     }
 
-    /// Creates a budget in which a peer that holds something may take more only while `free` remains for the others. `free`
-    /// should be the most that one request takes.
+    /// Creates a budget in which a peer that holds something may take more only while `free` remains for the others.
+    /// `free` should be the most that one request takes.
     pub fn keeping_free(bounds: Bounds, free: u64) -> Self {
         Self::shared_out(bounds, Sharing::Shares { free })
     }
 
-    /// Creates a budget for short work, of which a single connection may hold everything while nobody else waits.
+    /// Creates a budget for short work. A single connection may hold all of it while no other request waits.
     pub fn in_turns(bounds: Bounds) -> Self {
         Self::shared_out(bounds, Sharing::Turns)
     }
@@ -187,13 +188,14 @@ impl Budget {
     /// Waits until an amount is available and takes it. The caller bounds the wait by dropping the future.
     ///
     /// # Errors
-    /// When the amount exceeds the limit of a connection.
+    /// The limit of a connection, if the amount exceeds it.
     pub async fn wait_for(&self, caller: Caller, amount: u64) -> Result<Share, Refusal> {
         self.wait(caller, amount, RequestSize::Large).await
     }
 
-    /// Like [`Budget::wait_for`], but goes before all waiting large requests of the same connection. Only for amounts that
-    /// are a small fraction of the connection's limit, because large requests wait as long as small ones use all of it.
+    /// Like [`Budget::wait_for`], but goes before all waiting large requests of the same connection. Only for amounts
+    /// that are a small fraction of the connection's limit, because large requests wait as long as small ones use all
+    /// of it.
     ///
     /// # Errors
     /// As [`Budget::wait_for`].

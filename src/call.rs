@@ -1,7 +1,7 @@
-//! [`Call`]: one request, at either port. It is made once, where the request comes in.
+//! [`Call`]: one request, at either port. It is made once, when the request arrives.
 //!
-//! It says who asks and over which connection, holds the room for the answer, and collects what the log line needs. Handlers
-//! take the caller from it and add what they find out.
+//! It knows the client and the connection, holds the room for the answer, and collects what the log line needs.
+//! Handlers take the caller from it and add what they learn about the request.
 
 use crate::{
     access::{
@@ -39,7 +39,7 @@ pub(crate) const SMALL_ANSWER_BYTES: usize = 64 * 1024;
 /// The connection of a request.
 #[derive(Debug, Clone)]
 pub(crate) struct ConnectionInfo {
-    /// Its state.
+    /// The state of the connection.
     pub(crate) state: Arc<ConnectionState>,
     /// All connections.
     pub(crate) connections: Connections,
@@ -75,14 +75,14 @@ struct CallState {
     /// `None` for a method that is unknown.
     permissions: Option<Permissions>,
     instance: OnceLock<Instance>,
-    /// The permissions with which it goes on in the instance, as [`PermissionSet::bits`].
+    /// The permissions that the request needs in the instance to go on, as [`PermissionSet::bits`].
     used: AtomicU16,
     notes: Mutex<Notes>,
     /// Room for the next part of the answer.
     room: Mutex<Option<Share>>,
     /// The room of a result that was read for this request, until there is room for the answer.
     result: Mutex<Option<Arc<ResultRoom>>>,
-    /// Set when it was counted for the quotas of its principal. An upload that has a quota has a meter.
+    /// Set when the request was counted for the quotas of its principal. An upload that has a quota has a meter.
     counted: OnceLock<Option<UploadMeter>>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
@@ -91,7 +91,7 @@ struct CallState {
     unfinished: Option<Unfinished>,
 }
 
-/// What handlers find out for the log line.
+/// What handlers record for the log line.
 #[derive(Debug, Default)]
 pub(crate) struct Notes {
     pub(crate) operation: Option<OperationId>,
@@ -104,7 +104,7 @@ pub(crate) struct Notes {
 }
 
 impl Call {
-    /// A request that has just come in.
+    /// A request that has just arrived.
     pub(crate) fn begin(
         connection: Option<ConnectionInfo>,
         client: ClientInfo,
@@ -114,7 +114,8 @@ impl Call {
         Self(Arc::new(CallState { connection, client, permissions, unfinished, ..CallState::default() }))
     }
 
-    /// The call of a request with these extensions. Without one, it is a call from nowhere, which may do nothing.
+    /// The call of a request with these extensions. Without a call in them, the result is a call of an unknown client,
+    /// which has no permissions.
     pub(crate) fn of(extensions: &Extensions) -> Self {
         extensions.get::<Self>().cloned().unwrap_or_default()
     }
@@ -124,12 +125,12 @@ impl Call {
         let _ = self.0.principal.set(principal);
     }
 
-    /// Who sends the request; somebody without any permission as long as that is not known.
+    /// The identity of the client. It has no permissions until it is recorded.
     pub(crate) fn principal(&self) -> &Principal {
         self.0.principal.get().unwrap_or_else(|| Principal::nobody())
     }
 
-    /// The name of its principal, if that has shown a credential.
+    /// The name of the principal, if the client has presented a credential.
     pub(crate) fn known_principal(&self) -> Option<&str> {
         Some(self.principal()).filter(|principal| !principal.is_anonymous()).map(Principal::name)
     }
@@ -170,7 +171,7 @@ impl Call {
         self.0.connection.as_ref()
     }
 
-    /// The origin of an action result that the request brings.
+    /// The origin of an action result that the request uploads.
     pub(crate) fn provenance(&self) -> Provenance {
         Provenance {
             worker: String::new(),
@@ -186,7 +187,7 @@ impl Call {
     /// Waits for room for this much of the answer, and keeps it for what is sent next.
     ///
     /// # Errors
-    /// `Exhausted` when there is none for too long.
+    /// `Exhausted` if there is no room for too long.
     pub(crate) async fn reserve(&self, bytes: usize) -> Result<()> {
         if let Some(connection) = self.connection() {
             self.keep(connection.state.reserve(bytes as u64 + 2 * FRAME_BYTES).await?);
@@ -200,11 +201,11 @@ impl Call {
         drop(mem::replace(&mut *self.0.result.lock().unwrap_or_else(PoisonError::into_inner), room));
     }
 
-    /// Like [`Call::reserve`], but only answers up to [`SMALL_ANSWER_BYTES`] wait. For handlers that hold the answer or a
-    /// large request in memory while they wait.
+    /// Like [`Call::reserve`], but only answers up to [`SMALL_ANSWER_BYTES`] wait. For handlers that hold the answer or
+    /// a large request in memory while they wait.
     ///
     /// # Errors
-    /// `Exhausted` when there is no room for a larger answer at once, or none for a small one for too long.
+    /// `Exhausted` if there is no room for a larger answer now, or no room for a small one for too long.
     pub(crate) async fn reserve_soon(&self, bytes: usize) -> Result<()> {
         if bytes <= SMALL_ANSWER_BYTES {
             return self.reserve(bytes).await;
@@ -222,8 +223,8 @@ impl Call {
     pub(crate) async fn reserve_piece(&self, max: usize) -> Result<usize> {
         let Some(connection) = self.connection() else { return Ok(max) };
         if self.room().is_some() {
-            // Small gRPC messages are collected into one frame while more are ready. They are sent first, so that no more
-            // than one piece is held.
+            // Small gRPC messages are collected into one frame while more are ready. They are sent first, so that no
+            // more than one piece is held.
             tokio::task::yield_now().await;
         }
         let (piece, room) = connection.state.reserve_piece(max).await?;
@@ -231,7 +232,8 @@ impl Call {
         Ok(piece)
     }
 
-    /// Takes this much of the reserved room, if there is as much. A remainder that is only enough for framing is taken too.
+    /// Takes this much of the reserved room, if there is as much. A remainder that is only enough for framing is taken
+    /// too.
     pub(crate) fn take_room(&self, bytes: u64) -> Option<Share> {
         let mut kept = self.room();
         let all = kept.as_mut().filter(|kept| kept.amount() >= bytes)?;
@@ -251,7 +253,7 @@ impl Call {
         }
     }
 
-    /// Gives unused room back.
+    /// Returns unused room.
     pub(crate) fn give_room_back(&self) {
         drop(self.room().take());
     }
@@ -269,7 +271,7 @@ impl Call {
     }
 }
 
-/// What the log line and a shutdown need.
+/// What the log line and a shutdown need to know.
 impl Call {
     /// Records the instance.
     pub(crate) fn note_instance(&self, instance: &Instance) {
@@ -281,17 +283,17 @@ impl Call {
         self.0.instance.get()
     }
 
-    /// Records a permission with which it goes on in the instance that it has entered.
+    /// Records a permission that the request needs to go on in the instance that it has entered.
     pub(crate) fn note_permission(&self, permission: Permission) {
         self.0.used.fetch_or(PermissionSet::of(&[permission]).bits(), Relaxed);
     }
 
-    /// The permissions with which it goes on in the instance that it has entered.
+    /// The permissions that the request needs to go on in the instance that it has entered.
     pub(crate) fn used_permissions(&self) -> PermissionSet {
         PermissionSet::from_bits(self.0.used.load(Relaxed))
     }
 
-    /// Why it was refused, if it was.
+    /// Why the request was refused; `None` if it was not.
     pub(crate) fn denial(&self) -> DenialKind {
         match self.0.principal.get() {
             None => DenialKind::WrongCredential,
@@ -330,20 +332,21 @@ impl Call {
         mem::take(&mut self.notes())
     }
 
-    /// Whether it was counted for the quotas of its principal.
+    /// Whether the request was counted for the quotas of its principal.
     pub(crate) fn is_counted(&self) -> bool {
         self.0.counted.get().is_some()
     }
 
-    /// Records that it was counted for the quotas of its principal, and what counts the bytes of its upload.
+    /// Records that the request was counted for the quotas of its principal, and the meter of its upload.
     pub(crate) fn note_counted(&self, meter: Option<UploadMeter>) {
         let _ = self.0.counted.set(meter);
     }
 
-    /// Counts the bytes of an upload that have come since the last time for the quota of the principal, if it has one.
+    /// Counts the bytes of an upload that have arrived since the last call for the quota of the principal, if it has
+    /// one.
     ///
     /// # Errors
-    /// `OverQuota` when there were too many in the last hour.
+    /// `OverQuota` if the principal has uploaded too many bytes in the last hour.
     pub(crate) fn count_upload(&self) -> Result<()> {
         match self.0.counted.get() {
             Some(Some(meter)) => meter.count_up_to(self.bytes_in()),

@@ -1,9 +1,9 @@
 //! [`Caller`]: the origin of a request, for limits.
 //!
 //! Limits are shared out by [`Peer`] and, within a peer, by [`ConnectionId`], because a client cannot forge them: it
-//! chooses its metadata and its number of connections, but not its network address. This is not authentication. What belongs to
-//! a client rather than to its connection, such as its operations, is shared by principals where clients have proved who they
-//! are; such a principal is a peer too.
+//! chooses its metadata and its number of connections, but not its network address. This is not authentication. For
+//! clients that have authenticated, what belongs to the client rather than to its connection, such as its operations,
+//! is shared out by principal. Such a principal is a peer too.
 
 use std::{
     fmt,
@@ -15,8 +15,8 @@ use std::{
     },
 };
 
-/// Whom a share of a limit belongs to. For connections and requests it is the machine or network at the other end: an address
-/// without the port.
+/// The owner of a share of a limit. For connections and requests it is the machine or network at the other end: an
+/// address without the port.
 ///
 /// IPv6 addresses are reduced to their first 64 bits, because one customer usually controls all addresses below such a
 /// prefix.
@@ -29,18 +29,17 @@ pub enum Peer {
     V4(Ipv4Addr),
     /// The first 64 bits of an IPv6 address.
     V6([u16; 4]),
-    /// A client that has proved who it is, wherever it calls from.
+    /// A client that has authenticated, whatever its address is.
     Principal(PrincipalId),
 }
 
-/// The number of a principal, the same for all that have the same name. It is unique within this process for all practical
-/// purposes.
+/// A number that stands for the name of a principal. Two names practically never have the same number within a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrincipalId(u64);
 
 impl PrincipalId {
-    /// The number of the principal with this name. Its hash has a secret key, so that nobody can choose a name with the number
-    /// of somebody else.
+    /// The number of the principal with this name. It is a hash with a secret key, so that no client can choose a name
+    /// that has the number of another principal.
     pub fn of(name: &str) -> Self {
         static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
         Self(KEY.hash_one(name))
@@ -48,7 +47,7 @@ impl PrincipalId {
 }
 
 impl Peer {
-    /// How a refusal names the peer to the peer.
+    /// How a refusal refers to the peer that gets it.
     pub(crate) fn own_name(self) -> &'static str {
         match self {
             Self::Principal(_) => "your principal",
@@ -57,8 +56,8 @@ impl Peer {
     }
 }
 
-/// One number for each peer. Every request looks its peer up several times, and the derived implementation hashes an address in
-/// several pieces, which takes three times as long.
+/// One number for each peer. Every request looks its peer up several times, and the derived implementation hashes an
+/// address in several pieces, which takes three times as long.
 impl Hash for Peer {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(match self {
@@ -107,7 +106,7 @@ impl fmt::Display for Peer {
 pub struct Build(pub u64);
 
 impl Build {
-    /// All requests of a peer that do not say to which run they belong.
+    /// All requests of a peer that do not say which build they belong to.
     pub const UNNAMED: Self = Self(0);
     /// All builds of a peer beyond a bound.
     pub const OTHERS: Self = Self(1);
@@ -115,13 +114,14 @@ impl Build {
     /// All builds whose leases are from before the start of the server.
     pub const BEFORE_START: Self = Self(u64::MAX);
 
-    /// The build with this name (`tool_invocation_id`). Builds whose hashes collide, which is very unlikely, count as one build.
+    /// The build with this name (`tool_invocation_id`). Builds whose hashes collide, which is very unlikely, count as
+    /// one build.
     pub fn of(name: &str) -> Self {
         static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
         if name.is_empty() { Self::UNNAMED } else { Self(KEY.hash_one(name).max(2)) }
     }
 
-    /// Whether it is one that a client has named.
+    /// Whether a client has named this build.
     pub fn is_named(self) -> bool {
         self != Self::UNNAMED
     }

@@ -1,17 +1,17 @@
 //! Control groups (cgroups): how the kernel is told what one action may use.
 //!
-//! [`Groups`] finds out at the start which controllers this process may use below its own group: those of the unified
-//! hierarchy (v2) where they are delegated to it, else those of the old hierarchies (v1). It makes one group for all actions,
-//! and one below it for each slot. A [`SlotGroup`] holds the runner of its slot, so everything that the runner starts is in it
-//! from its first instruction on, without a move on the hot path.
+//! [`Groups`] finds out at the start which controllers this process may use below its own group: the controllers of the
+//! unified hierarchy (v2) that are delegated to it, and otherwise the controllers of the old hierarchies (v1). It makes
+//! one group for all actions, and one below it for each slot. A [`SlotGroup`] holds the runner of its slot, so
+//! everything that the runner starts is in it from its first instruction on, without a move on the hot path.
 //!
-//! A group is used for one action after the other, because a group for each action would not go away as long as the page cache
-//! has a page that the action read or wrote; thousands of such groups slow the kernel down.
+//! The actions of a slot use the same group one after the other. A group for each action would persist in the kernel as
+//! long as the page cache has a page that the action read or wrote, and thousands of such groups slow the kernel down.
 //!
-//! The group of all actions is locked (flock) by its server. The lock ends with the process, whatever ends it, so a group that
-//! is not locked is left over, and the next server that starts beside it kills what is in it and removes it.
+//! The group of all actions is locked (flock) by its server. The lock ends with the process in every case. So a group
+//! that is not locked is left over, and the next server that starts beside it kills the processes in it and removes it.
 //!
-//! This room knows nothing of actions, commands and workers.
+//! This module does not know actions, commands or workers.
 
 mod files;
 mod find;
@@ -24,23 +24,24 @@ pub(crate) use slot::{OutOfMemory, SlotGroup};
 
 use std::{fmt, path::PathBuf};
 
-/// What a group can bound, one controller of the kernel each.
+/// A resource that a group can bound. The kernel has one controller for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Controller {
     /// Bytes of memory.
     Memory,
-    /// Time of the CPUs.
+    /// CPU time.
     Cpu,
-    /// Processes and threads.
+    /// Number of processes and threads.
     Pids,
-    /// Time of the disks. Only the unified hierarchy is used for it: the old one cannot tell who wrote to a file.
+    /// Disk time. Only the unified hierarchy is used for it, because the old one does not know which group wrote to a
+    /// file.
     Io,
 }
 
 impl Controller {
     const ALL: [Self; 4] = [Self::Memory, Self::Cpu, Self::Pids, Self::Io];
 
-    /// The kernel's name of it.
+    /// The name that the kernel has for the controller.
     fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
@@ -51,12 +52,12 @@ impl Controller {
     }
 }
 
-/// Which of the kernel's interfaces a controller has.
+/// The kernel interface of a controller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Version {
-    /// A hierarchy of its own.
+    /// A separate hierarchy (v1).
     V1,
-    /// The unified hierarchy.
+    /// The unified hierarchy (v2).
     V2,
 }
 

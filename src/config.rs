@@ -1,9 +1,9 @@
 //! Configuration: one typed tree with built-in defaults.
 //!
-//! `gorego.toml` at the top of the project is the same tree as text, with comments; a test keeps the two equal. [`load()`]
-//! merges flags over environment over file over defaults and records the source of each value. [`settings`] checks the
-//! result and converts it to types that are valid by construction. A [`Config`] is plain data and may be invalid; the rest
-//! of the server only sees [`Settings`].
+//! `gorego.toml` at the top of the project is the same tree as text, with comments; a test keeps the two equal.
+//! [`load()`] merges flags over environment over file over defaults and records the source of each value. [`settings`]
+//! checks the result and converts it to types that are valid by construction. A [`Config`] is plain data and may be
+//! invalid; the rest of the server only sees [`Settings`].
 
 mod access;
 mod checker;
@@ -118,7 +118,7 @@ pub struct AssetsConfig {
 pub struct HttpConfig {
     /// Address of the HTTP/1.1 cache; empty to disable it.
     pub listen_addr: String,
-    /// Host names that requests may use, in addition to those of this machine.
+    /// Host names that requests may use, in addition to the names of this machine.
     pub allowed_hosts: Vec<String>,
 }
 
@@ -215,7 +215,7 @@ pub enum ClientResults {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
-    /// It survives the death of the server; a power cut takes what was stored last.
+    /// It survives the death of the server; a power cut loses what was stored last.
     Process,
     /// It survives a power cut: an upload is acknowledged when it is on disk.
     Disk,
@@ -284,8 +284,8 @@ pub struct ExecutionConfig {
     pub priority_ageing: Duration,
     /// The treatment of platform properties that no pool configures.
     pub unknown_properties: UnknownProperties,
-    /// Platform properties of this machine's workers, if no pools are configured. An action that requires another value of
-    /// one of them is refused.
+    /// Platform properties of this machine's workers, if no pools are configured. An action that requires another value
+    /// of one of them is refused.
     pub platform: BTreeMap<String, String>,
     /// Pools by name. Without any, there is one pool "local", with the slots of `concurrency` and the properties of
     /// `platform`.

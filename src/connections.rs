@@ -1,14 +1,14 @@
 //! [`Connections`]: the open connections of both ports, and the decision which of them to close.
 //!
 //! A connection holds a descriptor and memory for as long as its client likes. So their number is limited, which leaves
-//! descriptors for files and commands, and the limit is shared among peers as in every [`Budget`]. A client at its limit
-//! replaces the connection that has been idle for longest: one of its own peer or, if the server is at its limit, one of
-//! the peer with the most connections. If all of them are busy, the new connection is refused.
+//! descriptors for files and commands, and the limit is shared among peers as in every [`Budget`]. A client at its
+//! limit replaces the connection that has been idle for longest: one of its own peer or, if the server is at its limit,
+//! one of the peer with the most connections. If all of them are busy, the new connection is refused.
 //!
 //! Each way in which a client can hold resources without making progress has a time limit.
 //!
-//! This module also owns the counters that cover all connections of a peer: its cancelled calls, and the log lines about
-//! them.
+//! This module also owns the counters that cover all connections of a peer: its cancelled calls, and the log lines
+//! about them.
 
 pub(crate) mod ahead;
 pub(crate) mod answers;
@@ -43,10 +43,11 @@ use tokio::time::{Instant, interval};
 pub(crate) const CONNECTIONS_MAX: u64 = 8_192;
 /// Connections may use this fraction of the process's descriptors.
 pub(crate) const CONNECTIONS_PER_DESCRIPTOR: u64 = 8;
-/// Largest number of concurrent calls on all connections, if there are enough descriptors. Each call may hold a file open.
+/// Largest number of concurrent calls on all connections, if there are enough descriptors. Each call may hold a file
+/// open.
 pub(crate) const CALLS_MAX: u64 = 65_536;
-/// Memory for request headers that are larger than usual: enough for thousands of calls with a long token. Headers within
-/// the limit of the HTTP/2 library can take 200 KB.
+/// Memory for request headers that are larger than usual: enough for thousands of calls with a long token. Headers
+/// within the limit of the HTTP/2 library can take 200 KB.
 pub(crate) const HEADS: Bounds =
     Bounds { what: "bytes of large headers", total: 128 * 1024 * 1024, connection: 48 * 1024 * 1024 };
 /// Calls may use this fraction of the process's descriptors.
@@ -233,8 +234,8 @@ impl Connections {
         takes
     }
 
-    /// Every second, closes connections that exceed a time limit and logs the counted events. Runs as long as the server
-    /// does.
+    /// Every second, closes connections that exceed a time limit and logs the counted events. Runs as long as the
+    /// server does.
     pub async fn sweep(self) {
         let inner = Arc::downgrade(&self.0);
         drop(self);
@@ -260,8 +261,8 @@ impl Connections {
         self.tell_counted();
     }
 
-    /// Logs the events that were counted since the last call. [`Self::sweep`] calls it every second, and a shutdown once
-    /// more.
+    /// Logs the events that were counted since the last call. [`Self::sweep`] calls it every second, and a shutdown
+    /// once more.
     pub fn tell_counted(&self) {
         let tally = std::mem::take(&mut self.books().tally);
         tell(tally);

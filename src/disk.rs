@@ -1,8 +1,9 @@
 //! The free space of a file system, and when it counts as full. Pure, except for [`Space::of`].
 //!
-//! The server cannot observe that a write of another process failed for lack of space. It can only sample how much space is
-//! free. A disk with less free space than its [`Reserve`] counts as full. Two cases are missed: a write that fails although
-//! more than the reserve is free (a large allocation, a quota), and a disk that is full only between two samples.
+//! The server cannot observe that a write of another process failed for lack of space. It can only sample how much
+//! space is free. A disk with less free space than its [`Reserve`] counts as full. Two cases are missed: a write that
+//! fails although more than the reserve is free (a large allocation, a quota), and a disk that is full only between two
+//! samples.
 
 use crate::size::Size;
 use rustix::{
@@ -37,7 +38,8 @@ const NEAR_BYTES: u64 = 1 << 30;
 /// The same threshold for inodes.
 const NEAR_INODES: u64 = 100_000;
 /// Sampling intervals for a disk that is nearly full, could soon be full, or has plenty of space. A sample takes some
-/// microseconds. Compilers delete the files that they could not finish, so a full disk may have free space again very soon.
+/// microseconds. Compilers delete the files that they could not finish, so a full disk may have free space again very
+/// soon.
 const PACE_LOW: Duration = Duration::from_millis(1);
 const PACE_NEAR: Duration = Duration::from_millis(5);
 const PACE_FAR: Duration = Duration::from_millis(100);
@@ -149,8 +151,8 @@ impl Space {
         !self.has(1)
     }
 
-    /// Whether there is enough space to start new work. The threshold is higher than that of [`Space::is_exhausted`], so
-    /// that the two do not alternate.
+    /// Whether there is enough space to start new work. The threshold is higher than that of [`Space::is_exhausted`],
+    /// so that the two do not alternate.
     pub fn has_room(&self) -> bool {
         self.has(ROOM)
     }
@@ -181,9 +183,9 @@ impl Space {
         }
     }
 
-    /// What a store on this disk should evict so that [`RELIEF`] reserves are free. It is at most a fraction of the store,
-    /// unless new work still could not start. `None` when nothing is needed, or when even half of the store would not help,
-    /// because then something else fills the disk.
+    /// What a store on this disk should evict so that [`RELIEF`] reserves are free. It is at most a fraction of the
+    /// store, unless new work still could not start. `None` when nothing is needed, or when even half of the store
+    /// would not help, because then something else fills the disk.
     pub fn relief(&self, store: &Evictable) -> Option<Relief> {
         let Reserve { bytes, inodes } = self.reserve();
         let free = self.free_bytes.saturating_add(store.deleting);

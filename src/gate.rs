@@ -1,8 +1,9 @@
 //! [`Gate`]: the way into an instance, for the requests of both ports.
 //!
-//! A handler gets an [`Instance`] only here, and can do nothing in the store or with operations without one. So each request
-//! is checked against the [`Policy`](crate::access::policy::Policy). Before its handler is asked, and before its body is read, a
-//! request is identified ([`Gate::identify`]), and must be one that its client may make in some instance ([`Gate::pass`]).
+//! Only the gate gives a handler an [`Instance`], and without one it can neither use the store nor operations. So each
+//! request is checked against the [`Policy`](crate::access::policy::Policy). Before its handler runs and before its
+//! body is read, the client of a request is identified ([`Gate::identify`]), and must be allowed to make this request
+//! in some instance ([`Gate::pass`]).
 
 mod standing;
 
@@ -27,7 +28,7 @@ use gorego_reapi::error::{Error, Result};
 use http::HeaderMap;
 use std::{sync::Arc, time::SystemTime};
 
-/// A token can be sent as a password too, for tools that have only that.
+/// A token can also be sent as a password, for tools that support only passwords.
 const CHALLENGES: &[&str] = &["Bearer realm=\"goREgo\"", "Basic realm=\"goREgo\", charset=\"UTF-8\""];
 
 /// See the top of this file. Cheap to clone.
@@ -48,7 +49,7 @@ impl Gate {
         Self::counting(instances, authenticator, Quotas::default(), AuthenticationMetrics::default())
     }
 
-    /// A gate at which quotas count too, and which counts credentials that are not accepted.
+    /// A gate that also applies quotas, and counts credentials that are not accepted.
     pub(crate) fn counting(
         instances: Instances,
         authenticator: Authenticator,
@@ -58,13 +59,13 @@ impl Gate {
         Self(Arc::new(GateState { instances, authenticator, quotas, failures }))
     }
 
-    /// How many operations the principal of a request may have.
+    /// The limits on the operations of the principal of a request.
     pub(crate) fn operation_limits(&self, call: &Call) -> OperationLimits {
         self.0.quotas.operations_of(call.principal())
     }
 
-    /// Who sends a request with these headers, and whether it may make this request at all. Nobody is identified for a method
-    /// that is open to everybody.
+    /// Identifies the client of a request with these headers, or rejects its credential. For a method that needs no
+    /// permission, every client counts as anonymous.
     pub(crate) fn identify(&self, call: &Call, headers: &HeaderMap) -> Authentication {
         if call.permissions().is_some_and(<[Permission]>::is_empty) {
             return Authentication::Done(Ok(self.0.authenticator.anonymous()));
@@ -77,16 +78,16 @@ impl Gate {
         })
     }
 
-    /// The ways in which a client can authenticate, as `WWW-Authenticate` has them.
+    /// The ways in which a client can authenticate, as values of `WWW-Authenticate`.
     pub(crate) fn challenges(&self) -> &'static [&'static str] {
         CHALLENGES
     }
 
-    /// Records who sends a request, and checks that its client may call its method in some instance. So the body of a request that
-    /// is denied in any case is not read.
+    /// Records the client of a request, and checks that it may call the method in some instance. So the body of a
+    /// request that is denied in every instance is not read.
     ///
     /// # Errors
-    /// `Unauthenticated` or `Denied`; that of the rejection.
+    /// `Unauthenticated` or `Denied`, as [`Gate::identify`] has found.
     pub(crate) fn pass(&self, call: &Call, identified: Result<Principal, Rejection>) -> Result<()> {
         let principal = identified.inspect_err(|rejection| self.0.failures.failed(kind(rejection)))?;
         call.identify(principal);
@@ -94,7 +95,7 @@ impl Gate {
         self.0.authenticator.rules().policy().permit_anywhere(call.principal(), needed)
     }
 
-    /// Checks that a request may go on: that the credential of its principal is still valid, and that the principal still has all
+    /// Checks that a request may go on: the credential of its principal is still valid, and the principal still has all
     /// permissions that the request has needed so far.
     ///
     /// # Errors
@@ -117,26 +118,26 @@ impl Gate {
         self.0.authenticator.audit().denied(denial);
     }
 
-    /// The instance that a request names, if its principal has the permission that the method needs. It is recorded in the
-    /// call.
+    /// The instance that a request names, if its principal has the permission that the method needs. It is recorded in
+    /// the call.
     ///
     /// # Errors
-    /// `Invalid` for a malformed or unknown name; `Denied`, `Unauthenticated`; `OverQuota`.
+    /// `Invalid` for a malformed or unknown name; `Denied`; `Unauthenticated`; `OverQuota`.
     pub(crate) fn enter(&self, call: &Call, name: &str) -> Result<Instance> {
         let needed = call.permissions().ok_or_else(no_row)?.first().copied();
         self.admit(call, name, needed.as_slice())
     }
 
-    /// Like [`Gate::enter`], with another permission of the method than its first one.
+    /// Like [`Gate::enter`], with a permission of the method that is not its first one.
     ///
     /// # Errors
-    /// See [`Gate::enter`]; `Internal` if it is none of the method.
+    /// See [`Gate::enter`]; `Internal` if the permission is not one of the method's.
     pub(crate) fn enter_for(&self, call: &Call, name: &str, permission: Permission) -> Result<Instance> {
         let is_listed = call.permissions().is_some_and(|permissions| permissions.contains(&permission));
         self.admit(call, name, &[is_listed.then_some(permission).ok_or_else(no_row)?])
     }
 
-    /// Like [`Gate::enter`], for which each of the permissions of the method is enough.
+    /// Like [`Gate::enter`], but any one of the permissions of the method is enough.
     ///
     /// # Errors
     /// See [`Gate::enter`].
@@ -154,7 +155,7 @@ impl Gate {
         Ok(())
     }
 
-    /// Checks that a request may store what all clients of the instance are served from now on.
+    /// Checks that a request may store entries that all clients of the instance are served from.
     ///
     /// # Errors
     /// `Denied`, `Unauthenticated`.
@@ -163,8 +164,8 @@ impl Gate {
         allowed_by(instance, Permission::AcWrite)?;
         if instance.policy().private_results {
             return Err(Error::Denied(
-                "what clients store under this instance name is for themselves alone (client_results = \"private\"), and \
-                 everybody would be served this"
+                "results of clients under this instance name are private (client_results = \"private\"), but this \
+                 would be served to all clients"
                     .into(),
             ));
         }
@@ -185,7 +186,8 @@ impl Gate {
         self.permit(call, instance.name(), &[permission]).is_ok() && allowed_by(instance, permission).is_ok()
     }
 
-    /// Enters with one of these permissions. What an instance forbids to everybody counts if there is just one.
+    /// Enters with one of these permissions. If there is only one, an instance that forbids it to all clients refuses
+    /// it.
     fn admit(&self, call: &Call, name: &str, needed: &[Permission]) -> Result<Instance> {
         let found = self.0.instances.get(name);
         if let Ok(instance) = &found {
@@ -201,8 +203,9 @@ impl Gate {
         Ok(instance)
     }
 
-    /// Counts a request for the quotas of its principal, once. Uploads count with what they have sent so far; the rest counts
-    /// while it comes ([`Call::count_upload`]). Administration is not counted, so that quotas cannot lock an operator out.
+    /// Counts a request for the quotas of its principal, once. An upload counts with the bytes that it has sent so far;
+    /// the rest is counted as it arrives ([`Call::count_upload`]). Administration is not counted, so that quotas cannot
+    /// lock an operator out.
     fn count(&self, call: &Call, instance: &Instance, needed: &[Permission]) -> Result<()> {
         let quotas = &self.0.quotas;
         if quotas.are_off() || call.is_counted() || needed.contains(&Permission::Admin) {

@@ -1,8 +1,9 @@
 //! Entries of the host lists and network lists in the configuration: what they match. Pure.
 //!
-//! A [`HostRule`] is a name or an address, `*.example.com`, or `*`; a [`HostPortRule`] may name a port too; a [`Network`] is a
-//! range of addresses; a [`ImageRegistry`] is one host that container images come from. They are parsed here, so that the configuration can check them; the rooms that use them decide what a
-//! match means. Hosts are compared in the form that [`bare`] returns.
+//! A [`HostRule`] is a name or an address, `*.example.com`, or `*`; a [`HostPortRule`] may name a port too; a
+//! [`Network`] is a range of addresses; an [`ImageRegistry`] is one host that container images come from. They are
+//! parsed here, so that the configuration can check them; the rooms that use them decide what a match means. Hosts are
+//! compared in the form that [`bare`] returns.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -76,7 +77,7 @@ impl HostPortRule {
     }
 }
 
-/// Whether this is a host with an optional port, and nothing that means more in a URL.
+/// Whether the text is only a host with an optional port, without other parts of a URL.
 pub fn is_host_and_port(text: &str) -> bool {
     let (name, port) = match text.rsplit_once(':') {
         Some((name, port)) if !text.ends_with(']') => (name, Some(port)),
@@ -92,15 +93,15 @@ pub fn is_host_and_port(text: &str) -> bool {
 /// A registry of container images.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageRegistry {
-    /// Host and, unless it is the usual one, port; in lower case.
+    /// The host in lower case, with the port unless it is the default one.
     pub host: String,
     /// Whether it is contacted without TLS.
     pub is_plain: bool,
 }
 
 impl ImageRegistry {
-    /// Parses an entry such as `registry.example.com`, or `http://localhost:5000` for a registry without TLS; `None` if it is
-    /// neither.
+    /// Parses an entry such as `registry.example.com`, or `http://localhost:5000` for a registry without TLS; `None` if
+    /// it is neither.
     pub fn parse(text: &str) -> Option<Self> {
         let (host, is_plain) = match text.strip_prefix("http://") {
             Some(host) => (host, true),
@@ -130,7 +131,7 @@ impl Network {
         (bits <= if first.is_ipv4() { 32 } else { 128 }).then_some(Self { first, bits })
     }
 
-    /// Whether an address is in the range. An IPv4 address is the same one however it is written.
+    /// Whether an address is in the range. An IPv4 address in IPv6 notation counts as the IPv4 address.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.first, address.to_canonical()) {
             (IpAddr::V4(first), IpAddr::V4(address)) => {

@@ -1,8 +1,8 @@
-//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]): the [`cache`], what operators ask for ([`operations`]),
-//! and the front page.
+//! The HTTP/1.1 port. Its paths are divided among mounts ([`Router`]): the [`cache`], health and metrics
+//! ([`operations`]), and the front page.
 //!
-//! What all mounts share is here: connections, the check of the host name, places among the calls, log lines, and the status
-//! of errors. A new mount implements [`Mount`] and takes one line in [`Port::new`].
+//! This module has what all mounts share: connections, the check of the host name, places among the calls, log lines,
+//! and the status of errors. A new mount implements [`Mount`] and takes one line in [`Port::new`].
 //!
 //! Nothing here depends on gRPC. A request counts like a call ([`Connections::calls`]), and its body counts like any
 //! upload. The only state of this module is the budget of decoders.
@@ -47,8 +47,8 @@ use tokio::{net::TcpListener, select};
 
 /// Target of the log lines of this module.
 const LOG: &str = "gorego::http";
-/// Number of concurrent compressed uploads; further ones are told to retry. Each holds the window that its client chose, at
-/// most 8 MiB.
+/// Number of concurrent compressed uploads; further ones are told to retry. Each holds the window that its client
+/// chose, at most 8 MiB.
 const DECODERS: Bounds = Bounds { what: "encoded uploads at a time", total: 256, connection: 1 };
 
 /// A part of the port.
@@ -74,17 +74,17 @@ pub struct Port {
     /// The open connections of all ports.
     connections: Connections,
     decoders: Budget,
-    /// Counts the requests that are over.
+    /// Counts the requests that have ended.
     metrics: Arc<Metrics>,
 }
 
 impl Port {
-    /// A port with the cache, what operators ask for, and the front page.
+    /// Creates a port with the cache, the paths for operators, and the front page.
     pub(crate) fn new(cache: Cache, operations: Operations, shared: PortContext) -> Self {
         let mut port = Self::empty(shared);
         port.mounts.mount(cache::ROUTES, Box::new(cache));
         port.mounts.mount(operations::ROUTES, Box::new(operations));
-        // Behind all others, because its page lists them.
+        // The front page is mounted last, because it lists all other paths.
         port.mounts.mount(front::ROUTES, Box::new(Front { page: index(&port.mounts) }));
         port
     }
@@ -95,7 +95,7 @@ impl Port {
         Self { mounts: Router::default(), gate, hosts, under_way, connections, decoders, metrics }
     }
 
-    /// Finds out who sends a request, and whether it may make this request at all.
+    /// Authenticates the sender of a request, and checks whether it may make this request.
     async fn authenticate(&self, call: &Call, headers: &HeaderMap) -> Result<()> {
         let identified = match self.gate.identify(call, headers) {
             Authentication::Done(done) => done,
@@ -105,10 +105,10 @@ impl Port {
     }
 }
 
-/// What all mounts of a port share with the rest of the server.
+/// The parts of the server that all mounts of a port share.
 #[derive(Debug)]
 pub(crate) struct PortContext {
-    /// Finds out who calls, and lets requests into instances.
+    /// Authenticates callers and admits requests to instances.
     pub(crate) gate: Gate,
     /// The host names that requests may use.
     pub(crate) hosts: Hosts,
@@ -116,11 +116,11 @@ pub(crate) struct PortContext {
     pub(crate) under_way: UnderWay,
     /// The open connections of all ports.
     pub(crate) connections: Connections,
-    /// Counts the requests that are over.
+    /// Counts the requests that have ended.
     pub(crate) metrics: Arc<Metrics>,
 }
 
-/// What the port serves, for people who open it in a browser or mistake its paths.
+/// The text of the front page: the paths that the port serves.
 fn index<M>(mounts: &Router<M>) -> String {
     format!("this is goREgo's HTTP port; it serves {}", mounts.index())
 }
@@ -160,7 +160,7 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
         return line.follow(response);
     }
     let caller = call.caller();
-    // Before the client is known: finding out who it is may take a while.
+    // The place is taken before the client is authenticated, because that may take a while.
     let place = match port.connections.calls().take(caller, 1) {
         Ok(place) => place,
         Err(refusal) => {
@@ -197,7 +197,7 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
 }
 
 impl Port {
-    /// Adds to a response with status 401 how a client can authenticate (RFC 9110, 11.6.1).
+    /// Adds the accepted kinds of authentication to a response with status 401 (RFC 9110, 11.6.1).
     fn challenged(&self, mut response: Response) -> Response {
         if response.status() == StatusCode::UNAUTHORIZED {
             for challenge in self.gate.challenges() {
@@ -257,7 +257,7 @@ mod tests {
 
     const NUMBERS: &[Route] = &[Route { at: RoutePlace::Path("numbers"), methods: OPEN, shown: "/numbers" }];
 
-    /// The smallest mount.
+    /// A minimal mount.
     #[derive(Debug)]
     struct Numbers;
 

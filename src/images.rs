@@ -2,11 +2,11 @@
 //! within a budget.
 //!
 //! ```text
-//! reference, digest, manifest, index     names, documents and the choice of what goes (pure)
+//! reference, digest, manifest, index     names and documents of images, and the choice of what is evicted (pure)
 //! layout, registry                       where images come from: a directory of this machine, the distribution API
-//! layer, root, user                      the archive of a layer; the tree to which layers are applied; the names of users in it
+//! layer, root, user                      the archive of a layer; the tree to which layers are applied; the users in it
 //! pull, cache                            one pull; the unpacked images on disk and their leases
-//! flights                                pulls and lookups of tags that are under way, shared by all who want the same
+//! flights                                running pulls and lookups of tags, shared by all callers with the same need
 //! ```
 //!
 //! The scheduler asks [`Images`] for an image before a task gets a slot, and the worker asks again when the task has
@@ -71,15 +71,15 @@ use tokio::{runtime::Handle, sync::oneshot, time::timeout};
 
 /// Target of this room's log lines.
 const LOG: &str = "gorego::images";
-/// Maximum number of concurrent pulls. Each pull decompresses, so more would only compete for the CPUs. The clients of
-/// one address get four of them.
+/// Maximum number of concurrent pulls. Each pull decompresses layers, so more pulls would only compete for the CPUs.
+/// The clients of one address get four of them.
 const MAX_PULLS: u64 = 6;
 /// Maximum number of concurrent look-ups of tags. Each takes a thread, which mostly waits.
 const MAX_LOOKUPS: u64 = 18;
 /// Time limit for looking up a tag.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often a worker that waits for an image checks whether it must stop waiting, because cancellation is a flag without an
-/// event.
+/// How often a worker that waits for an image checks whether it must stop waiting, because cancellation is a flag
+/// without an event.
 const WAIT_POLL: Duration = Duration::from_millis(50);
 
 /// Maximum number of tags whose first digest is remembered.
@@ -135,11 +135,11 @@ struct ImagesState {
 }
 
 impl Images {
-    /// Opens the images in a directory of the build root, which this process must have locked. Requests to registries run on
-    /// `runtime`.
+    /// Opens the images in a directory of the build root, which this process must have locked. Requests to registries
+    /// run on `runtime`.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub fn open(settings: ImageSettings, build_root: &Path, runtime: Handle) -> Result<Self> {
         let registries = RegistryClients::new(runtime.clone(), settings.credentials.clone());
         let cache = ImageCache::open(&build_root.join("images"), settings.max_bytes)?;
@@ -248,7 +248,7 @@ impl Images {
         let policy = if is_layout { TagPolicy::EachAction } else { settings.tags };
         if policy == TagPolicy::Refuse {
             return Err(Error::Precondition(
-                "it is named by a tag, which may mean another image tomorrow; name it by its digest, or see \
+                "it is named by a tag, which may name another image later; name it by its digest, or see \
                  execution.images.tags of this server"
                     .into(),
             ));
@@ -371,7 +371,7 @@ impl ImageSupply for Images {
 /// with 4 KiB for each entry. For tests of hostile layers.
 ///
 /// # Errors
-/// `Precondition` for layers that are damaged, hostile or too large; those of the file system.
+/// `Precondition` for layers that are damaged, hostile or too large; the errors of the file system.
 pub fn apply_layers(directory: &File, layers: &[&[u8]], max_bytes: u64) -> Result<()> {
     let mut left = max_bytes;
     let mut take = |bytes: u64| {
@@ -387,7 +387,7 @@ pub fn apply_layers(directory: &File, layers: &[&[u8]], max_bytes: u64) -> Resul
     })
 }
 
-/// Adds the name of the image to an error.
+/// Puts the name of the image in front of the message of an error.
 fn about(reference: &ImageReference, error: Error) -> Error {
     let of_image = |message: String| format!("image {reference}: {message}");
     match error {

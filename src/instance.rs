@@ -1,9 +1,10 @@
 //! Instances: separate namespaces behind one endpoint.
 //!
-//! Blobs, action results and operations of one instance are invisible from another (GEN-15), unless the configuration lets
-//! them share blobs. Results of clients can be invisible to other principals of the same instance: they are kept in a second
-//! namespace, under keys that depend on the principal ([`Instance::private_result`]). An [`Instance`] is always one that is configured. An unknown name is an error that no client mistakes
-//! for a cache miss (GEN-14). The [`InstancePolicy`] of an instance says what its clients may do.
+//! Blobs, action results and operations of one instance are invisible from another (GEN-15), unless the configuration
+//! lets them share blobs. Results of clients can be invisible to other principals of the same instance: they are kept
+//! in a second namespace, under keys that depend on the principal ([`Instance::private_result`]). Every [`Instance`] is
+//! configured. An unknown name is an error that no client mistakes for a cache miss (GEN-14). The [`InstancePolicy`] of
+//! an instance says what its clients may do.
 
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -65,7 +66,7 @@ impl Instance {
         self.id
     }
 
-    /// The namespace of its blobs. It is another instance's if they share blobs (GEN-15).
+    /// The namespace of its blobs. It belongs to another instance if they share blobs (GEN-15).
     pub fn blobs(&self) -> InstanceId {
         self.blobs
     }
@@ -75,9 +76,9 @@ impl Instance {
         (self.private != self.id).then_some(self.private)
     }
 
-    /// The namespace and the key of the result of an action that only this principal sees; `None` if the instance has no such results.
-    /// The key is a digest of the names of both, so no other principal can ask for it. The size of the action is no part of it,
-    /// because HTTP clients do not know it.
+    /// The namespace and the key of the result of an action that only this principal sees; `None` if the instance has
+    /// no such results. The key is a digest of the names of both, so no other principal can ask for it. The size of the
+    /// action is not part of the key, because HTTP clients do not know it.
     pub(crate) fn private_result(&self, principal: &str, action: Digest) -> Option<(Self, Digest)> {
         let space = Self { id: self.private_results()?, ..self.clone() };
         let text = format!("goREgo private result\0{}\0{principal}", action.hash_hex());
@@ -99,8 +100,8 @@ impl Instance {
         if self.name().is_empty() { rest.to_owned() } else { format!("{}/{rest}", self.name()) }
     }
 
-    /// The digest function of a request: the one with the number in the request; otherwise the one that the first hash of a
-    /// known length implies; otherwise the preferred one (GEN-08). Hashes of other lengths are left to
+    /// The digest function of a request: the one with the number in the request; otherwise the one that the first hash
+    /// of a known length implies; otherwise the preferred one (GEN-08). Hashes of other lengths are left to
     /// [`Digest::from_wire`], which refuses them one by one or together (GEN-10).
     ///
     /// # Errors
@@ -121,8 +122,8 @@ impl Instance {
         }
     }
 
-    /// Checks the digest in a resource name. Names do not include the older functions, and one client omits the newer ones
-    /// too: if the server has only one function with this hash length, the client means that one.
+    /// Checks the digest in a resource name. Names do not include the older functions, and one client omits the newer
+    /// ones too: if the server has only one function with this hash length, the client means that one.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a function that is not enabled here (GEN-09).
@@ -181,8 +182,8 @@ impl Instances {
     /// Creates instances with these names and policies, with ids in this order.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a malformed or repeated name, an empty list, or a policy that shares the blobs of an instance
-    /// that does not exist or itself shares another's.
+    /// [`Error::Invalid`] for a malformed or repeated name, an empty list, or a policy that shares the blobs of an
+    /// instance that does not exist or itself shares another's.
     pub fn with_policies(instances: impl IntoIterator<Item = (String, InstancePolicy)>) -> Result<Self> {
         let mut map: HashMap<String, Instance> = HashMap::new();
         for (name, policy) in instances {
@@ -195,7 +196,7 @@ impl Instances {
             let inner = Arc::new(Inner { name: name.clone(), policy });
             map.insert(name, Instance { id, blobs: id, private: id, inner });
         }
-        // Private results have namespaces of their own, behind those of all instances.
+        // The namespaces of private results have the numbers after all instances.
         let numbers = map.len()..;
         let mut with_private: Vec<&mut Instance> =
             map.values_mut().filter(|instance| instance.inner.policy.private_results).collect();

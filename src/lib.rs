@@ -1,6 +1,7 @@
 //! goREgo: remote execution for Bazel and every other build tool that speaks the Remote Execution API, in one process.
 //!
-//! `ARCHITECTURE.md` is the map of this crate: who owns what, who sends what to whom, and one Execute from file to file.
+//! `ARCHITECTURE.md` is the map of this crate: who owns what, who sends what to whom, and one Execute from file to
+//! file.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod access;

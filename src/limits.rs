@@ -1,9 +1,9 @@
 //! What one action may use: memory, CPUs, processes, disk. Pure.
 //!
-//! A pool has a default for each resource, and a most that an action may ask for with a platform property
-//! ([`LimitSettings::of`]). Where there is such a most, the pool offers the property ([`LimitSettings::offers`]), so that an
-//! action that asks for more is refused like one that asks for any other property which no pool has. How the limits are
-//! enforced is the worker's concern.
+//! A pool has a default for each resource, and a maximum that an action may ask for with a platform property
+//! ([`LimitSettings::of`]). If there is such a maximum, the pool offers the property ([`LimitSettings::offers`]). So an
+//! action that asks for more is refused like an action that requires any other property which no pool offers. The
+//! worker enforces the limits.
 
 use crate::{
     platform::{Offer, Offers, parse_size},
@@ -20,16 +20,16 @@ pub(crate) const PIDS: &str = "pids";
 /// Bytes on disk.
 pub(crate) const DISK: &str = "disk";
 
-/// The default of a limit, and the most that an action may ask for. 0 means none: no limit, or no asking.
+/// The default of a limit, and the maximum that an action may ask for. 0 means no limit, or that actions cannot ask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LimitRange {
-    /// For an action that does not ask.
+    /// The limit of an action that does not ask for one.
     pub default: u64,
-    /// For one that does.
+    /// The maximum that an action may ask for.
     pub max: u64,
 }
 
-/// What a pool has for all actions that run in it, or what one of them takes of it.
+/// The resources that a pool has for all of its running actions, or the part that one action takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Room {
     /// CPUs.
@@ -55,7 +55,7 @@ impl Room {
     }
 }
 
-/// For people.
+/// The text for people.
 impl fmt::Display for Room {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let cores = if self.cores == 1 { "core" } else { "cores" };
@@ -70,7 +70,7 @@ pub struct LimitSettings {
     pub memory: LimitRange,
     /// Swap in bytes that an action may use besides its memory.
     pub swap: u64,
-    /// CPUs. An action that asks for some gets a share of the machine in proportion; the default is a bound.
+    /// CPUs. An action that asks for CPUs gets a proportional share of the machine; the default is an upper bound.
     pub cores: LimitRange,
     /// Processes and threads at a time.
     pub processes: LimitRange,
@@ -99,11 +99,12 @@ pub struct Limits {
     pub files: u64,
 }
 
-/// The least memory that an action can ask for, in bytes: less would be a limit on the runner and not on the action.
+/// The smallest memory limit that an action can ask for, in bytes. A smaller one would limit the runner rather than the
+/// action.
 const LEAST_MEMORY: u64 = 16_000_000;
 
 impl LimitSettings {
-    /// The limits of an action with these platform properties, which the pool has found to suit it.
+    /// The limits of an action with these platform properties. The pool must have accepted them.
     pub fn of(&self, platform: &[(String, String)]) -> Limits {
         let cores = number(platform, CORES).filter(|_| self.cores.max > 0);
         Limits {
@@ -121,14 +122,14 @@ impl LimitSettings {
         }
     }
 
-    /// What an action with these platform properties takes of its pool.
+    /// The part of the pool's resources that an action with these platform properties takes.
     pub fn need(&self, platform: &[(String, String)]) -> Room {
         let Limits { share, memory, .. } = self.of(platform);
         Room { cores: share, memory }
     }
 
-    /// These limits in a pool that has this much for all of its actions: none gets more than that, and one that asks for no
-    /// memory gets the part of one core.
+    /// These limits in a pool with these resources for all of its actions. No action gets more than that, and an action
+    /// that asks for no memory gets the memory that belongs to one core.
     pub fn within(self, room: &Room) -> Self {
         let at_most = |value: u64, most: u64| if value == 0 { most } else { value.min(most) };
         let max = at_most(self.memory.max, room.memory);
@@ -138,7 +139,8 @@ impl LimitSettings {
         Self { memory, cores, ..self }
     }
 
-    /// The properties that a pool with these limits offers. What it offers under one of these names already is left alone.
+    /// The properties that a pool with these limits offers. A value that it already offers under one of these names
+    /// stays.
     pub fn offers(&self, mut offers: Offers) -> Offers {
         for (name, max, offer) in [
             (MEMORY, self.memory.max, Offer::Size as fn(u64) -> Offer),
@@ -155,7 +157,7 @@ impl LimitSettings {
 }
 
 impl LimitRange {
-    /// What an action gets that asks for this much.
+    /// The limit of an action that asks for this much.
     fn of(self, asked: Option<u64>) -> u64 {
         match asked {
             Some(asked) if self.max > 0 => asked.clamp(1, self.max),
@@ -191,14 +193,14 @@ pub enum LimitedResource {
     Files,
 }
 
-/// The crossing of a limit.
+/// A limit that was exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exceeded {
-    /// What there was too little of.
+    /// The resource.
     pub resource: LimitedResource,
-    /// How much was used at most.
+    /// The highest amount that was used.
     pub used: u64,
-    /// How much was allowed.
+    /// The amount that was allowed.
     pub limit: u64,
 }
 

@@ -1,13 +1,13 @@
 //! Log streams: bytes that can be read while they are still being written (LOG-01..05, EXE-64).
 //!
-//! [`LogStreams`] owns both kinds. *Run streams* are the standard output and error of a running action. They cost nothing
-//! until a client reads them: a reader follows the log file that the runner writes, and once the worker has stored that
-//! file, the stream is the stored blob. *Client streams* are created by CreateLogStream and written by ByteStream.Write.
-//! Their bytes are in an unlinked spool file, which the kernel frees when the last reader closes it.
+//! [`LogStreams`] owns both kinds. *Run streams* are the standard output and error of a running action. They cost
+//! nothing until a client reads them: a reader follows the log file that the runner writes, and once the worker has
+//! stored that file, the stream is the stored blob. *Client streams* are created by CreateLogStream and written by
+//! ByteStream.Write. Their bytes are in an unlinked spool file, which the kernel frees when the last reader closes it.
 //!
-//! Invariants: a stream only grows; a reader gets each byte once and in order, and never delays the writer; everything is
-//! bounded ([`StreamLimits`] and the constants below); and every stream ends by itself, by idling, or at shutdown. Unfinished
-//! client streams are charged to their clients with a [`Budget`].
+//! Invariants: a stream only grows; a reader gets each byte once and in order, and never delays the writer; everything
+//! is bounded ([`StreamLimits`] and the constants below); and every stream ends by itself, by idling, or at shutdown.
+//! Unfinished client streams are charged to their clients with a [`Budget`].
 //!
 //! The bookkeeping is pure ([`registry`]). Its lock is taken only in this file, and never held across IO or a wait. The
 //! wire format ([`crate::grpc::log_stream`]) and the blobs of finished run streams are handled elsewhere.
@@ -42,7 +42,7 @@ use uuid::Uuid;
 
 pub use registry::StreamLimits;
 
-/// Size limit of a client stream in bytes, far above any log that people read.
+/// Size limit of a client stream in bytes. It is far above any log that people read.
 pub const MAX_STREAM_BYTES: u64 = 256 * 1024 * 1024;
 /// Number of concurrent readers. Each may hold a file open, and readers of run streams poll it ten times a second.
 pub const MAX_READERS: u64 = 1024;
@@ -154,11 +154,12 @@ impl LogStreams {
         Err(Error::Unimplemented(message.into()))
     }
 
-    /// Creates a stream below `parent`, which the caller has checked. Only the client that created it knows its write name
-    /// (LOG-01). It is charged to that client until it is finished.
+    /// Creates a stream below `parent`, which the caller has checked. Only the client that created it knows its write
+    /// name (LOG-01). It is charged to that client until it is finished.
     ///
     /// # Errors
-    /// `Unimplemented` if clients may not create streams; `Exhausted` when there are too many, in total or of this caller.
+    /// `Unimplemented` if clients may not create streams; `Exhausted` if there are too many streams, in total or of
+    /// this caller.
     pub fn create(&self, parent: String, caller: Caller) -> Result<LogName> {
         self.check_creation()?;
         let held =
@@ -195,8 +196,8 @@ impl LogStreams {
     /// A reader of a stream, from any offset to its end (LOG-03).
     ///
     /// # Errors
-    /// `Invalid` for a write name (LOG-02); `NotFound` for an unknown stream; `Exhausted` when there are too many readers,
-    /// in total or of this caller.
+    /// `Invalid` for a write name (LOG-02); `NotFound` for an unknown stream; `Exhausted` when there are too many
+    /// readers, in total or of this caller.
     pub fn follow(&self, name: &LogName, caller: Caller) -> Result<Follower> {
         if name.token.is_some() {
             return Err(Error::invalid("a write_resource_name cannot be read; omit its last segment"));
@@ -219,8 +220,8 @@ impl LogStreams {
         }
     }
 
-    /// Registers the streams of a run that writes to the files `stdout` and `stderr` in `directory`; `None` when there are
-    /// too many streams. The only system call creates an unguessable id.
+    /// Registers the streams of a run that writes to the files `stdout` and `stderr` in `directory`; `None` when there
+    /// are too many streams. The only system call creates an unguessable id.
     pub fn begin_run(&self, instance: &Instance, directory: &Path) -> Option<LiveRun> {
         let id = Uuid::new_v4();
         let run = Arc::new(RunStreams::new(instance.clone(), directory.to_owned()));
@@ -320,12 +321,12 @@ impl Writer {
         Error::Unavailable("this server is shutting down, and its log streams end with it".into())
     }
 
-    /// Appends bytes at `offset`, which must be the length of the stream. `finish` completes the stream. Readers see the
-    /// bytes when this returns. A started write is completed even if the future is dropped.
+    /// Appends bytes at `offset`, which must be the length of the stream. `finish` completes the stream. Readers see
+    /// the bytes when this returns. A started write is completed even if the future is dropped.
     ///
     /// # Errors
-    /// `Invalid` for any other offset; `Precondition` after the end (LOG-04); `OutOfRange` beyond the limit of one stream;
-    /// `Exhausted` at the limit of all streams; errors of the disk.
+    /// `Invalid` for any other offset; `Precondition` after the end (LOG-04); `OutOfRange` beyond the limit of one
+    /// stream; `Exhausted` at the limit of all streams; errors of the disk.
     pub async fn append(&self, offset: u64, data: Bytes, finish: bool) -> Result<Committed> {
         let turn = self.stream.spool.turn(offset).await?;
         let size = data.len() as u64;

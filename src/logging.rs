@@ -1,13 +1,13 @@
 //! Logs: records of the `log` crate with key-values, filtered by env_logger and written as JSON lines or as text.
 //!
-//! A line is either an [`Event`] of this server or a message of a library. Library messages have `event = "library"` and
-//! nest their key-values in an object, so that a library can never change the type of a documented field. `docs/logs.md`
-//! lists events and fields. Each thread formats lines in its own reusable buffer and hands them to one writer thread, which
-//! writes them to standard error in batches. So lines never mix, and no thread waits for standard error. Lines of level
-//! error are written immediately. Panics are logged like everything else. At the end of the process, [`flush`] or a
-//! [`FlushOnDrop`] writes the last lines.
+//! A line is either an [`Event`] of this server or a message of a library. Library messages have `event = "library"`
+//! and nest their key-values in an object, so that a library can never change the type of a documented field.
+//! `docs/logs.md` lists events and fields. Each thread formats lines in its own reusable buffer and hands them to one
+//! writer thread, which writes them to standard error in batches. So lines never mix, and no thread waits for standard
+//! error. Lines of level error are written immediately. Panics are logged like everything else. At the end of the
+//! process, [`flush`] or a [`FlushOnDrop`] writes the last lines.
 //!
-//! This module decides how lines are formatted and written. What is logged is decided where it happens.
+//! This module decides how lines are formatted and written. The code that logs an event decides what is logged.
 
 mod event;
 mod hand_over;
@@ -37,8 +37,8 @@ pub const LIBRARY_EVENT: &str = "library";
 pub const PANIC_EVENT: &str = "panic";
 /// The event that marks missing lines. They were produced faster than standard error accepted them.
 pub const LINES_DROPPED: &str = "log_lines_dropped";
-/// How long an exiting process or a panicking thread waits for standard error to accept lines. A live reader needs less; a
-/// dead one must not block the exit.
+/// How long an exiting process or a panicking thread waits for standard error to accept lines. A live reader needs
+/// less; a dead one must not block the exit.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
 /// A thread's line buffer is shrunk to this size, so that a long line does not occupy memory for ever.
 const KEPT_BUFFER_BYTES: usize = 16 * 1024;
@@ -155,8 +155,8 @@ fn logger(config: &LogConfig, style: Style, out: Option<&HandOver>) -> env_logge
 
 /// Formats a record into this thread's buffer and passes the line to `use_line`.
 fn with_line<T>(style: Style, record: &Record<'_>, use_line: impl FnOnce(&[u8]) -> T) -> T {
-    // The buffer is taken out, so that a value that logs while it is formatted finds an empty buffer. While the thread's
-    // locals are destroyed there is no buffer; lines are still written.
+    // The buffer is taken out, so that a value that logs while it is formatted finds an empty buffer. While the
+    // thread's locals are destroyed there is no buffer; lines are still written.
     let mut line = LINE.try_with(RefCell::take).unwrap_or_default();
     line.clear();
     write_line(&mut line, style, record);

@@ -80,6 +80,6 @@ fn trim() {
     unsafe { libc::malloc_trim(0) };
 }
 
-/// Other allocators return memory by themselves.
+/// Other allocators return memory without a call.
 #[cfg(not(target_env = "gnu"))]
 fn trim() {}

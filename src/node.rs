@@ -1,7 +1,7 @@
 //! [`NodeName`]: the name of a server among several that serve the same clients. Pure.
 //!
-//! The name of an operation carries the name of the server that owns it, so that every other server can tell where a request
-//! about the operation has to go. A server that stands alone needs no name.
+//! The name of an operation carries the name of the server that owns it, so that every other server can tell where a
+//! request about the operation has to go. A server that stands alone needs no name.
 
 use gorego_reapi::error::{Error, Result};
 use std::{fmt, str::FromStr};
@@ -9,8 +9,8 @@ use std::{fmt, str::FromStr};
 /// Longest name of a server, in bytes. It is a part of the name of each operation.
 pub const MAX_NODE_NAME: usize = 16;
 
-/// The name of a server: up to [`MAX_NODE_NAME`] lower-case letters, digits and inner `-`; empty for a server that stands
-/// alone.
+/// The name of a server: up to [`MAX_NODE_NAME`] lower-case letters, digits and inner `-`; empty for a server that
+/// stands alone.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct NodeName {
     /// The name, padded with zeros. No name contains a zero.

@@ -1,12 +1,14 @@
 //! [`NonDeterminismReports`]: the actions that were seen with different outputs.
 //!
-//! The later result replaces the earlier one in the action cache. The API demands that: a client replaces a bad entry by an execution
-//! with `skip_cache_lookup`, and an update replaces the entry (AC-08). If the earlier result stayed, only an administrator could repair
-//! the cache. So that nothing is overwritten silently, each such action gets a report and a warning in the log.
+//! The later result replaces the earlier one in the action cache. The API demands that: a client replaces a bad entry
+//! by an execution with `skip_cache_lookup`, and an update replaces the entry (AC-08). If the earlier result stayed,
+//! only an administrator could repair the cache. So that nothing is overwritten silently, each such action gets a
+//! report and a warning in the log.
 //!
-//! Bounds: at most [`MAX_REPORTS`] reports of one action each, the latest ones, with at most [`compare::MAX_OUTPUTS`] outputs each. An action
-//! is logged the first time, the second, the fourth and so on. The reports are saved every few seconds and at the end, so a killed
-//! server loses the last ones; the log has them. [`compare()`] and [`ReportList`] are pure.
+//! Bounds: at most [`MAX_REPORTS`] reports of one action each, the latest ones, with at most [`compare::MAX_OUTPUTS`]
+//! outputs each. An action is logged the first time, the second, the fourth and so on. The reports are saved every few
+//! seconds and at the end, so a killed server loses the last ones; the log has them. [`compare()`] and [`ReportList`]
+//! are pure.
 
 mod compare;
 
@@ -62,13 +64,13 @@ pub struct NonDeterminismReports(Arc<ReportsState>);
 #[derive(Debug, Default)]
 struct ReportsState {
     list: Mutex<ReportList>,
-    /// Where they are saved; `None` for tests.
+    /// The file in which they are saved; `None` for tests.
     file: Option<PathBuf>,
-    /// Held while the file is written. Has the number of the last report in it.
+    /// The number of the last report in the file. The lock is held while the file is written.
     saved: Mutex<u64>,
 }
 
-/// The reports in the order in which they were seen last, by a number that only grows.
+/// The reports in the order in which they were seen last, by ascending numbers.
 #[derive(Debug, Default)]
 struct ReportList {
     reports: BTreeMap<u64, Arc<NonDeterminism>>,
@@ -82,7 +84,7 @@ struct ReportList {
 pub(crate) struct ReportPage {
     /// The latest first.
     pub(crate) reports: Vec<Arc<NonDeterminism>>,
-    /// Where to go on; `None` at the end.
+    /// The value of `before` for the next page; `None` on the last page.
     pub(crate) next: Option<u64>,
 }
 
@@ -130,13 +132,13 @@ impl NonDeterminismReports {
         self.list().page(instance, before, max)
     }
 
-    /// Saves the reports now and then. Does not end.
+    /// Saves changed reports every [`SAVE_INTERVAL`]. Does not end.
     pub(crate) async fn keep_saved(self) {
         let mut ticks = tokio::time::interval(SAVE_INTERVAL);
         loop {
             ticks.tick().await;
             let reports = self.clone();
-            // A save that fails is logged, and the next one comes soon.
+            // A failed save is logged, and the next one follows soon.
             let _ = tokio::task::spawn_blocking(move || reports.save()).await;
         }
     }
@@ -242,7 +244,7 @@ fn shown_action(report: &NonDeterminism) -> String {
     digest.map(|digest| format!("{}/{}", digest.hash, digest.size_bytes)).unwrap_or_default()
 }
 
-/// Where a result comes from, in a few words.
+/// A short description of the origin of a result.
 fn source(origin: &ResultOrigin) -> String {
     let place = if origin.worker.is_empty() { &origin.peer } else { &origin.worker };
     format!("{place} ({})", origin.principal)

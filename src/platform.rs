@@ -1,8 +1,9 @@
 //! Platform properties: what pools offer, what actions require, and how these differ.
 //!
-//! Pure matching (EXE-31). A property that some pool offers is *known*. An action that requires a known property runs only
-//! in pools that offer it. Other properties are *unknown*: clients use such names to separate cache entries, so they are
-//! ignored unless the configuration refuses them. If an action names a property more than once, each value must match.
+//! Pure matching (EXE-31). A property that some pool offers is *known*. An action that requires a known property runs
+//! only in pools that offer it. Other properties are *unknown*: clients use such names to separate cache entries, so
+//! they are ignored unless the configuration refuses them. If an action names a property more than once, each value
+//! must match.
 
 use crate::size::Size;
 use std::{
@@ -15,11 +16,11 @@ const DIFFERENCES_SHOWN: usize = 8;
 /// Number of characters of a client's name or value that a message shows.
 const TEXT_SHOWN: usize = 100;
 
-/// Bazel's own name for the persistent worker that may do the action.
+/// Bazel's property that names the persistent worker which may run the action.
 pub(crate) const WORKER_KEY: &str = "persistentWorkerKey";
-/// How messages to that worker are encoded.
+/// The property that names the encoding of the messages to that worker.
 pub(crate) const WORKER_PROTOCOL: &str = "persistentWorkerProtocol";
-/// Properties that say how an action may run faster, and never where it has to. They are never a reason to refuse it.
+/// Properties that say how an action may run faster. They do not restrict where it runs, and never cause a refusal.
 const HINTS: &[&str] = &[WORKER_KEY, WORKER_PROTOCOL];
 
 /// The values of one property that a pool accepts.
@@ -37,25 +38,25 @@ pub enum Offer {
     Ignore,
 }
 
-/// The property of an action that needs a network, and other names that clients have for it.
+/// The property of an action that needs a network, and the other names that clients use for it.
 const NETWORK: &str = "network";
 const NETWORK_ALIASES: &[&str] = &["dockerNetwork", "sandboxNetwork"];
-/// Values that ask for a network. Clients that know kinds of networks name the one of their container runtime.
+/// Values that ask for a network. Some clients name a network of their container runtime instead.
 const ON: &[&str] = &["on", "true", "1", "standard", "bridge", "host"];
-/// Values that ask for none.
+/// Values that ask for no network.
 const OFF: &[&str] = &["off", "false", "0", "none", ""];
 /// The property of an action whose input root is its root file system, and its value.
 const ROOTFS: &str = "rootfs";
 const ROOTFS_INPUTS: &str = "inputs";
 
-/// The numbers of the user and the group that an action sees itself as.
+/// The properties that set the user id and group id that an action sees as its own.
 const USER: &str = "unixUID";
 const GROUP: &str = "unixGID";
-/// The property of an action that names a container image, and values that name none.
+/// The property of an action that names a container image, and the values that name no image.
 const IMAGE: &str = "container-image";
 const NO_IMAGE: &[&str] = &["", "none"];
 
-/// The properties that the server itself knows, as a pool offers them with or without a sandbox and a network.
+/// The properties that the server defines, as a pool offers them with or without a sandbox and a network.
 pub fn built_in(has_sandbox: bool, has_network: bool) -> impl Iterator<Item = (&'static str, Offer)> {
     let words: &[&[&str]] = if has_network { &[ON, OFF] } else { &[OFF] };
     let words = Offer::Set(words.concat().into_iter().map(str::to_owned).collect());
@@ -64,7 +65,7 @@ pub fn built_in(has_sandbox: bool, has_network: bool) -> impl Iterator<Item = (&
     network.chain(has_sandbox.then(|| (ROOTFS, Offer::Exact(ROOTFS_INPUTS.into())))).chain(numbers)
 }
 
-/// The numbers of the user and the group that an action asks for. The error names a value that is no such number.
+/// The user id and group id that an action asks for. The error names a value that is not a valid id.
 pub fn wanted_user(asked: &[(String, String)]) -> Result<(Option<u32>, Option<u32>), String> {
     let number = |wanted: &str| {
         let Some((_, value)) = asked.iter().find(|(name, _)| name == wanted) else { return Ok(None) };
@@ -89,7 +90,7 @@ fn is_network(name: &str) -> bool {
 /// The container image that an action asks for.
 ///
 /// # Errors
-/// When it names several.
+/// If the action names several images.
 pub fn wanted_image(asked: &[(String, String)]) -> Result<Option<&str>, String> {
     let is_image = |(name, value): &&(String, String)| name == IMAGE && !NO_IMAGE.contains(&&**value);
     let mut names = asked.iter().filter(is_image).map(|(_, value)| value.as_str());
@@ -111,7 +112,7 @@ pub fn named_images<'a>(pools: impl Iterator<Item = &'a Offers>) -> BTreeSet<&'a
     names.map(String::as_str).filter(|name| !NO_IMAGE.contains(name)).collect()
 }
 
-/// The pools of a server that can have images. If no pool says which it takes, each takes all.
+/// The pools of a server that can run images. If no pool names its images, every pool accepts all of them.
 pub fn offer_images<'a>(pools: impl Iterator<Item = &'a mut Offers>) {
     let pools: Vec<_> = pools.collect();
     if pools.iter().all(|offers| !offers.contains_key(IMAGE)) {
@@ -202,7 +203,7 @@ pub struct Known {
 }
 
 impl Known {
-    /// No property is known yet.
+    /// Creates the value in which no property is known yet.
     pub fn new(unknown: UnknownProperties) -> Self {
         Self { names: BTreeSet::new(), unknown }
     }
@@ -256,8 +257,9 @@ fn shown(text: &str) -> String {
     text.chars().flat_map(char::escape_debug).take(TEXT_SHOWN).collect()
 }
 
-/// The sort key of pools, from most to least preferred. Work goes where it takes least from others: fewest properties
-/// first, then the smallest minimums, then by name.
+/// The sort key of pools, from most to least preferred. The most specialised pools come last, so that they stay free
+/// for work that needs them: pools with the fewest properties come first, then those with the smallest amounts, then by
+/// name.
 pub fn preference(name: &str, offers: &Offers) -> (usize, Vec<u64>, String) {
     let is_demand = |(name, offer): (&String, &Offer)| match &**name {
         // Every pool has these.

@@ -1,11 +1,11 @@
-//! Quotas: what each principal may use in each instance, so that one cannot take everything from the others.
+//! Quotas: what each principal may use in each instance, so that no principal can take everything.
 //!
-//! A principal that has proved itself has one account in an instance, whatever machine it calls from. Clients without a
-//! credential have one for each address. [`accounts`] counts requests and uploaded bytes; the scheduler counts operations, whose
-//! limits travel with each [`Submit`](crate::actors::scheduler::messages::Submit). The [`gate`](crate::gate) asks here, once for
-//! each request.
+//! A principal that has authenticated has one account in each instance, whatever machine it calls from. Clients without
+//! a credential have one account for each address. [`accounts`] counts requests and uploaded bytes; the scheduler
+//! counts operations, whose limits are part of each [`Submit`](crate::actors::scheduler::messages::Submit). The
+//! [`gate`](crate::gate) asks here, once for each request.
 //!
-//! Without limits, a request costs one atomic load. New rules count for the next request.
+//! Without limits, a request costs one atomic load. New rules apply from the next request on.
 
 mod accounts;
 pub mod limits;
@@ -29,7 +29,7 @@ pub struct Quotas(Arc<QuotasState>);
 
 #[derive(Debug)]
 struct QuotasState {
-    /// `None` if nobody has a limit.
+    /// `None` if no principal has a limit.
     rules: ArcSwapOption<QuotaRules>,
     accounts: Mutex<QuotaAccounts>,
     start: Instant,
@@ -40,7 +40,7 @@ struct QuotasState {
 pub struct OperationLimits {
     /// Unfinished operations.
     pub operations: Option<usize>,
-    /// Those of them that wait for a worker.
+    /// Unfinished operations that wait for a worker.
     pub queued: Option<usize>,
 }
 
@@ -60,12 +60,12 @@ impl Quotas {
         quotas
     }
 
-    /// Replaces the rules. What was used before counts on where a limit stays the same.
+    /// Replaces the rules. Where a limit stays the same, earlier use still counts.
     pub fn replace(&self, rules: QuotaRules) {
         self.0.rules.store((!rules.are_off()).then(|| Arc::new(rules)));
     }
 
-    /// Whether nobody has a limit.
+    /// Whether no principal has a limit.
     pub(crate) fn are_off(&self) -> bool {
         self.0.rules.load().is_none()
     }
@@ -79,7 +79,7 @@ impl Quotas {
     /// Counts a request.
     ///
     /// # Errors
-    /// `OverQuota` when there were too many.
+    /// `OverQuota` if there were too many requests.
     pub(crate) fn count_request(
         &self,
         principal: &Principal,
@@ -93,7 +93,7 @@ impl Quotas {
         })
     }
 
-    /// What counts the bytes of an upload; `None` if there is no limit.
+    /// A meter for the bytes of an upload; `None` if there is no limit.
     pub(crate) fn upload_meter(
         &self,
         principal: &Principal,
@@ -139,7 +139,7 @@ impl UploadMeter {
     /// Counts the bytes of the request up to this sum.
     ///
     /// # Errors
-    /// `OverQuota` when there were too many in the last hour.
+    /// `OverQuota` if the principal has uploaded too many bytes in the last hour.
     pub(crate) fn count_up_to(&self, received: u64) -> Result<()> {
         let new = received.saturating_sub(self.paid.fetch_max(received, Relaxed));
         let limits = self.quotas.limits_of(&self.principal).unwrap_or_default();
@@ -156,7 +156,7 @@ impl AccountKey {
     }
 }
 
-/// How a refusal names a principal.
+/// How a refusal refers to a principal.
 fn named(principal: &Principal) -> &str {
     if principal.is_anonymous() { "your address" } else { principal.name() }
 }

@@ -42,7 +42,7 @@ impl Bucket {
         self.rate.burst
     }
 
-    /// How many milliseconds later it has this many tokens. More than the burst never fit.
+    /// The time in milliseconds until the bucket has this many tokens. It never has more than the burst.
     pub(crate) fn ready_in_ms(&mut self, amount: u64, now_ms: u64) -> u64 {
         self.refill(now_ms);
         let lacking = amount.saturating_mul(THOUSAND).saturating_sub(self.left);

@@ -1,8 +1,8 @@
 //! Opens files of the store that another process may have replaced.
 //!
-//! Other processes of the same user can put anything in the place of a stored file. A FIFO or device would block the thread
-//! that opens or reads it, and a symbolic link would lead out of the store. So files are opened without following links and
-//! without blocking, and only regular files are read.
+//! Other processes of the same user can put anything in the place of a stored file. A FIFO or device would block the
+//! thread that opens or reads it, and a symbolic link would lead out of the store. So files are opened without
+//! following links and without blocking, and only regular files are read.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -14,13 +14,13 @@ use std::{
 /// Opens a regular file for reading.
 ///
 /// # Errors
-/// The errors of open(2); [`is_something_else`] recognises the case of another kind of file. `InvalidData` for a file whose permissions
-/// do not let this process read it, although its directory can be entered.
+/// The errors of open(2); [`is_something_else`] recognises the case of another kind of file. `InvalidData` for a file
+/// whose permissions do not let this process read it, although its directory can be entered.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
     let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = opened.map_err(|error| match error.kind() {
-        // The directory can be entered, so it is this file that somebody has closed.
+        // The directory can be entered, so the permissions of this file were changed.
         io::ErrorKind::PermissionDenied if fs::symlink_metadata(path).is_ok() => {
             io::Error::new(io::ErrorKind::InvalidData, "this process may not read the file any more")
         }
@@ -52,7 +52,7 @@ pub(crate) fn read_open(file: &File, max: u64) -> io::Result<Vec<u8>> {
     if bytes.len() as u64 > max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
 }
 
-/// Writes a new file and replaces whatever has its path.
+/// Writes a new file. It replaces anything that exists at its path.
 ///
 /// # Errors
 /// The errors of open(2) and write(2).

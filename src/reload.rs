@@ -1,10 +1,11 @@
 //! [`Reloader`]: takes in a new configuration while the server runs.
 //!
-//! The configuration is read again from the same sources as at the start, and checked as a whole: first its values, then every
-//! [`Reloadable`] part, which may look at files that it names. Only then is anything changed. So an invalid configuration changes
-//! nothing. Keys that no part takes in need a restart; they keep their running values, and every later reload says so again.
-//! A change that was checked can still fail, for example because a thread cannot be started. The other changes are made all the
-//! same, the answer names both, and the next reload tries again what has failed.
+//! The configuration is read again from the same sources as at the start, and checked as a whole: first its values,
+//! then every [`Reloadable`] part, which may look at files that it names. Only then is anything changed. So an invalid
+//! configuration changes nothing. Keys that no part takes in need a restart; they keep their running values, and every
+//! later reload says so again. A change that was checked can still fail, for example because a thread cannot be
+//! started. The other changes are made all the same, the answer names both, and the next reload tries again what has
+//! failed.
 //!
 //! One reload runs at a time. Reading and checking happen on a blocking thread; the actors only get messages.
 
@@ -18,7 +19,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 use tokio::{runtime::Handle, sync::Mutex};
 use toml::Value;
 
-/// Target of this room's log lines.
+/// Target of the log lines of this module.
 const LOG: &str = "gorego::reload";
 /// Event of a reload that has changed the running configuration.
 const CONFIG_RELOADED: &str = "config_reloaded";
@@ -34,8 +35,8 @@ pub(crate) trait Reloadable: Send + Sync {
     /// The keys that it takes in, such as `log.filter`, or sections, such as `access`, for all keys below.
     fn keys(&self) -> &'static [&'static str];
 
-    /// Checks new settings and the files that they name, and says what would change. Changes nothing. It is called for every reload,
-    /// since a file may have changed under the same name. Blocks; not called on the actors' thread.
+    /// Checks new settings and the files that they name, and says what would change. Changes nothing. It is called for
+    /// every reload, since a file may have changed under the same name. Blocks; not called on the actors' thread.
     ///
     /// # Errors
     /// `Invalid` or `Precondition` that name the key and the value at fault.
@@ -62,11 +63,11 @@ pub(crate) struct KeyChange {
 /// The outcome of a reload.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Reloaded {
-    /// What has changed.
+    /// Changes that were made.
     pub(crate) applied: Vec<KeyChange>,
-    /// What needs a restart.
+    /// Changes that need a restart.
     pub(crate) needs_restart: Vec<KeyChange>,
-    /// What could not be changed, with the reason.
+    /// Changes that failed, with the reason.
     failed: Vec<KeyChange>,
     /// Settings that are valid but may surprise.
     pub(crate) warnings: Vec<String>,
@@ -122,12 +123,12 @@ impl Reloader {
         Self(Arc::new(ReloaderState { load: Box::new(load), parts, running, runtime }))
     }
 
-    /// Reads the configuration again and takes in what can change. With `dry_run`, only says what that would be. It runs to its end
-    /// even if nobody waits for it any more.
+    /// Reads the configuration again and takes in what can change. With `dry_run`, only says what would change. A
+    /// reload runs to its end even if its caller has stopped waiting.
     ///
     /// # Errors
-    /// `Invalid` or `Precondition` that name each key and value at fault; then nothing has changed. `Internal` if a change has failed; it
-    /// also names the changes that were made.
+    /// `Invalid` or `Precondition` that name each key and value at fault; then nothing has changed. `Internal` if a
+    /// change has failed; it also names the changes that were made.
     pub(crate) async fn reload(&self, dry_run: bool) -> Result<Reloaded> {
         let reloader = self.clone();
         let reload = self.0.runtime.spawn(async move { reloader.reload_once(dry_run).await });
@@ -248,7 +249,7 @@ mod tests {
         filter: Arc<SyncMutex<String>>,
     }
 
-    /// Takes in `shutdown_grace`, which is behind `log.filter`, and counts its changes.
+    /// Takes in `shutdown_grace`, which comes after `log.filter`, and counts its changes.
     struct LaterPart(Arc<AtomicUsize>);
 
     impl Reloadable for LaterPart {

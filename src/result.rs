@@ -1,7 +1,7 @@
 //! [`SharedResult`]: an action result in memory, and the memory that it takes.
 //!
-//! A result is immutable once it is made, and is measured then, so that everybody who keeps it or copies it knows its size
-//! without a walk over it. One with many short parts takes a multiple of its encoded length.
+//! A result is immutable and is measured once, when it is made. So its holders know its size without a walk over it. A
+//! result with many short parts takes a multiple of its encoded length.
 
 use crate::{budget::Share, memory};
 use gorego_reapi::{
@@ -15,7 +15,7 @@ use std::{ops::Deref, sync::Arc};
 #[derive(Debug, Clone)]
 pub struct SharedResult {
     measured: Arc<Measured>,
-    /// The room of a result that is not small, if it is accounted for nowhere else.
+    /// The room of a result that is not small, unless its holder accounts for it.
     room: Option<Arc<ResultRoom>>,
 }
 
@@ -48,7 +48,7 @@ impl SharedResult {
         self.room.take()
     }
 
-    /// The result itself: without a copy, if nobody shares it.
+    /// The result itself, without a copy if this is the only holder.
     pub fn into_inner(self) -> ActionResult {
         match Arc::try_unwrap(self.measured) {
             Ok(measured) => measured.result,

@@ -1,9 +1,9 @@
-//! One server process, from its settings to its exit. This room has only wiring and shutdown.
+//! One server process, from its settings to its exit. This module has only wiring and shutdown.
 //!
 //! Parts are created in the order store, workers, scheduler, ports, and are shut down in reverse. The scheduler takes
 //! no new work and finishes its operations. Then the ports accept no new connections and let the open calls finish.
-//! Then the store closes. The [`Exit`] sets one deadline for all of this, whatever clients keep open. The owner actors
-//! are watched: if one dies, the process exits, because a partial server is worse than none.
+//! Then the store closes. The [`Exit`] sets one deadline for all of this, even if clients keep requests open. The owner
+//! actors are watched: if one dies, the process exits, because a partial server is worse than none.
 
 mod beside;
 mod exit;
@@ -116,7 +116,8 @@ pub(crate) fn run(
     };
     let runtime: Arc<Runtime> = Arc::new(runtime);
     let workers = runtime.handle().clone();
-    // Dropping a runtime waits for its threads, which may be stuck in a system call. The process ends after this function.
+    // Dropping a runtime waits for its threads, which may be stuck in a system call. The process ends after this
+    // function.
     let _kept = std::mem::ManuallyDrop::new(runtime.clone());
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
@@ -127,8 +128,8 @@ pub(crate) fn run(
     })
 }
 
-/// Raises the limit of open files to the maximum, because every connection and every broken upload holds one. Returns the
-/// previous soft limit, which commands inherit.
+/// Raises the limit of open files to the maximum, because every connection and every broken upload holds one. Returns
+/// the previous soft limit, which commands inherit.
 fn raise_open_files() -> Option<u64> {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).ok()?;
@@ -169,7 +170,7 @@ struct Configuration {
 /// The sockets of the ports.
 struct Listeners {
     grpc: TcpListener,
-    /// The socket of the HTTP port, if that is enabled.
+    /// The socket of the HTTP port, if the port is enabled.
     http: Option<TcpListener>,
 }
 
@@ -405,7 +406,8 @@ impl Server {
         }
     }
 
-    /// Saves the asset bindings, the reports, and the recent uses, which determine the order of eviction after the next start.
+    /// Saves the asset bindings, the reports, and the recent uses, which determine the order of eviction after the next
+    /// start.
     async fn close_store(&self, exit: Exit) {
         let reports = self.reports.clone();
         let saving = self.workers.spawn_blocking(move || reports.save());

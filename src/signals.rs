@@ -1,10 +1,11 @@
 //! [`StopSignals`]: the signals that ask this process to stop, or a server to read its configuration again.
 //!
-//! SIGHUP has two meanings. If a server runs on a terminal, the terminal was closed, and the server stops. Otherwise somebody
-//! asks it to read its configuration again, as of any daemon.
+//! SIGHUP has two meanings. If a server runs on a terminal, the terminal was closed, and the server stops. Otherwise it
+//! reads its configuration again, as daemons usually do.
 //!
-//! A signal that was ignored when the process started stays ignored, as `nohup` expects of SIGHUP. A server receives the others in
-//! any case: a shell without job control ignores SIGINT for what it starts in the background, and there must be a way to stop it.
+//! A signal that was ignored when the process started stays ignored, as `nohup` expects of SIGHUP. A server receives
+//! the others in any case: a shell without job control ignores SIGINT for what it starts in the background, and there
+//! must be a way to stop it.
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use gorego_reapi::error::{Error, Result};
@@ -66,7 +67,7 @@ impl StopSignals {
     /// Starts to listen for the signals that stop a server. From now on they do not end the process by themselves.
     ///
     /// # Errors
-    /// Those of the system.
+    /// The errors of the system calls.
     pub(crate) fn of_server() -> Result<Self> {
         let has_terminal = io::stdin().is_terminal() || io::stderr().is_terminal();
         let hangup = if has_terminal { StopSignal::Hangup } else { StopSignal::Reload };
@@ -77,7 +78,7 @@ impl StopSignals {
     /// The same for a client command, which no ignored signal stops.
     ///
     /// # Errors
-    /// Those of the system.
+    /// The errors of the system calls.
     pub(crate) fn of_client() -> Result<Self> {
         Self::listen(StopSignal::STOPS.into_iter().filter(|stop| !stop.is_ignored()))
     }

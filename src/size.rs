@@ -2,8 +2,8 @@
 //!
 //! A bare number is in GB of 10^9 bytes, as the names of the keys say. A text is a number with an SI unit (`kB`, `MB`,
 //! `GB`, `TB`, `PB`) or an IEC unit (`KiB`, `MiB`, `GiB`, `TiB`, `PiB`), in any capitalisation. A [`Size`] is a whole
-//! number of bytes up to [`Size::MAX`]; whether it is valid for its key is checked in [`config`](crate::config). The output
-//! of [`Display`](fmt::Display) and serde parses to the same size.
+//! number of bytes up to [`Size::MAX`]; whether it is valid for its key is checked in [`config`](crate::config). The
+//! output of [`Display`](fmt::Display) and serde parses to the same size.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::{fmt, str::FromStr};

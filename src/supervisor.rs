@@ -1,9 +1,10 @@
-//! The process that started the server, where it is systemd or speaks its protocol (sd_notify(3) and sd_listen_fds(3)).
+//! The process that started the server, if it is systemd or speaks the protocol of systemd (sd_notify(3) and
+//! sd_listen_fds(3)).
 //!
-//! [`Supervision::take`] reads the environment of that protocol once, before there are threads, and removes it, so that no child
-//! inherits it. The result is plain values: the [`Supervisor`] to report to, the [`InheritedSockets`] to serve on, and the watchdog
-//! time of the supervisor. `src/server.rs` decides when each of them is used. A server that was started by hand has none of them,
-//! and every report is then a no-op.
+//! [`Supervision::take`] reads the environment of that protocol once, before there are threads, and removes it, so that
+//! no child inherits it. The result is plain values: the [`Supervisor`] to report to, the [`InheritedSockets`] to serve
+//! on, and the watchdog time of the supervisor. `src/server.rs` decides when each of them is used. A server that was
+//! started by hand has none of these, and every report is then a no-op.
 
 mod notify;
 mod sockets;
@@ -18,10 +19,10 @@ use std::time::Duration;
 const VARIABLES: &[&str] =
     &["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"];
 
-/// What the supervisor offers and expects.
+/// The parts of the protocol that the supervisor uses.
 #[derive(Debug, Default)]
 pub(crate) struct Supervision {
-    /// Where reports go.
+    /// The receiver of reports.
     pub supervisor: Supervisor,
     /// Listening sockets that the supervisor opened for this process.
     pub sockets: InheritedSockets,
@@ -30,11 +31,11 @@ pub(crate) struct Supervision {
 }
 
 impl Supervision {
-    /// Takes it out of the environment of this process.
+    /// Reads the variables of the protocol and removes them from the environment of this process.
     ///
     /// # Errors
-    /// [`Error::Precondition`](gorego_reapi::error::Error::Precondition) if an inherited socket cannot be served on. The
-    /// supervisor is returned in any case, so that it can be told.
+    /// [`Error::Precondition`](gorego_reapi::error::Error::Precondition) if an inherited socket cannot be served on.
+    /// The supervisor is returned in any case, so that the error can be reported to it.
     pub(crate) fn take() -> (Supervisor, Result<Self>) {
         let supervisor = Supervisor::connect(std::env::var_os("NOTIFY_SOCKET"));
         let watchdog = sd_notify::watchdog_enabled();
@@ -50,7 +51,7 @@ impl Supervision {
     }
 }
 
-/// Whether this thread is the only one of the process. Tests have more.
+/// Whether the process has only this thread. Tests have more.
 fn is_single_threaded() -> bool {
     std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1)
 }

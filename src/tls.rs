@@ -164,7 +164,8 @@ impl ServerTls {
         self.remind();
     }
 
-    /// Reads the files again if they have changed, and uses them for new connections. Blocks. Success and failure are logged.
+    /// Reads the files again if they have changed, and uses them for new connections. Blocks. Success and failure are
+    /// logged.
     ///
     /// # Errors
     /// See [`ServerTls::prepare`]. The material in force is then not changed.
@@ -199,7 +200,7 @@ impl ServerTls {
         self.0.material.load()
     }
 
-    /// Logs a warning about everything that ends soon or has ended.
+    /// Logs a warning if the certificate expires soon, a revocation list is outdated, or other users can read the key.
     fn remind(&self) {
         let material = self.material();
         let TlsWarnings { certificate, list, key } = TlsWarnings::of(&material);
@@ -219,8 +220,8 @@ impl ServerTls {
         }
     }
 
-    /// Reloads the files when they change, closes connections whose certificate is no longer accepted, and warns of
-    /// what expires. Runs as long as the server.
+    /// Reloads the files when they change, closes connections whose certificate is no longer accepted, and warns about
+    /// an expiring certificate and outdated revocation lists. Runs as long as the server.
     pub(crate) async fn watch(self, connections: Connections) {
         let mut ticks = interval(WATCH_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

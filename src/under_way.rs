@@ -1,10 +1,10 @@
 //! [`UnderWay`]: the requests that may finish during a shutdown, as long as they make progress.
 //!
-//! At any time a request waits either for the server or for its client: for the server while it works on an answer, for the
-//! client while bytes of the request are missing or bytes of the answer are not taken. The requests that wait for the
-//! server are counted, and so is the progress of clients. A shutdown waits while any request waits for the server, and
-//! while clients make progress. An inactive client cannot delay it. Streams that a client may keep open indefinitely are
-//! not counted, and neither are connections.
+//! At any time a request waits either for the server or for its client: for the server while it works on an answer, for
+//! the client while bytes of the request are missing or bytes of the answer are not taken. The requests that wait for
+//! the server are counted, and so is the progress of clients. A shutdown waits while any request waits for the server,
+//! and while clients make progress. An inactive client cannot delay it. Streams that a client may keep open
+//! indefinitely are not counted, and neither are connections.
 
 use std::{
     sync::{
@@ -49,8 +49,8 @@ impl UnderWay {
         Unfinished { counts: self.0.clone(), turn: AtomicU8::new(SERVER) }
     }
 
-    /// Returns when, for the duration `quiet`, no request waited for the server and no client made progress. New requests
-    /// are still possible until the server stops accepting them.
+    /// Returns when, for the duration `quiet`, no request waited for the server and no client made progress. New
+    /// requests are still possible until the server stops accepting them.
     pub async fn finished(&self, quiet: Duration) {
         let (mut seen, mut since) = (None, Instant::now());
         loop {

@@ -1,8 +1,8 @@
-//! Work that takes long, on a thread that serves others too.
+//! Runs slow work on a thread that also serves other tasks.
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-/// Does work that takes long while other tasks go on elsewhere, where the runtime can do that.
+/// Runs slow work while other tasks go on, on other threads if the runtime has several.
 pub(crate) fn unhindered<T>(work: impl FnOnce() -> T) -> T {
     let can_move =
         Handle::try_current().is_ok_and(|here| here.runtime_flavor() == RuntimeFlavor::MultiThread);

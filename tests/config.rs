@@ -351,7 +351,7 @@ fn strangers_are_kept_out_unless_somebody_says_otherwise() {
         let error = check(&format!("listen_addr = \"{address}\"")).unwrap_err();
         assert!(error.contains("allow_unauthenticated = true"), "{error}");
         let allowed = check(&format!("listen_addr = \"{address}\"\nallow_unauthenticated = true")).unwrap();
-        assert!(allowed.warnings[0].contains("everybody"), "{:?}", allowed.warnings);
+        assert!(allowed.warnings[0].contains("everyone"), "{:?}", allowed.warnings);
     }
     for address in ["127.0.0.1:1", "127.8.8.8:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
         let settings = check(&format!("listen_addr = \"{address}\"")).unwrap();

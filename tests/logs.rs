@@ -129,8 +129,8 @@ const CHILD: &str = "GOREGO_TEST_LOG_CHILD";
 /// Number of lines that it logs last.
 const LAST_WORDS: usize = 5000;
 
-/// Not a test, but the process of the next one: a message of a library, a panic in a thread, and an exit right after many
-/// lines.
+/// Not a test, but the process of the next one: a message of a library, a panic in a thread, and an exit right after
+/// many lines.
 #[test]
 #[ignore = "a process of another test"]
 fn a_process_with_a_log() {

@@ -1,6 +1,6 @@
-//! `gorego replay` with a real server: what it compares, what it leaves behind, and what it says when it cannot replay.
+//! `gorego replay` with a real server: its comparisons, the files that it leaves, and its messages if it cannot replay.
 //!
-//! Run by root, most tests run twice: as root, and as an ordinary user.
+//! If root runs them, most tests run twice: as root, and as an ordinary user.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -29,14 +29,14 @@ use tempfile::TempDir;
 /// The ordinary user.
 const USER: u32 = 65534;
 
-/// Somebody who replays actions, with a directory for temporary files.
+/// A user who replays actions, with a directory for temporary files.
 struct User {
     home: TempDir,
     id: Option<u32>,
 }
 
 impl User {
-    /// All users that this process can be.
+    /// All users as which this process can run commands.
     fn each() -> Vec<Self> {
         let mut ids = vec![None];
         if rustix::process::geteuid().is_root() {
@@ -86,7 +86,7 @@ impl User {
         Said::new(output(self.command(server, args)).await)
     }
 
-    /// The one directory that was kept.
+    /// The only directory that was kept.
     fn kept(&self) -> PathBuf {
         let mut entries = fs::read_dir(self.tmp()).unwrap().map(|entry| entry.unwrap().path());
         let kept = entries.next().expect("a directory was kept");
@@ -99,7 +99,7 @@ impl User {
     }
 }
 
-/// What a replay said, and its exit code.
+/// The output of a replay, and its exit code.
 #[derive(Debug)]
 struct Said {
     code: Option<i32>,
@@ -113,7 +113,7 @@ impl Said {
         Self { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
     }
 
-    /// Panics unless this was the exit code, and standard output and error together have these parts.
+    /// Panics unless this was the exit code, and standard output and error together contain these parts.
     fn expect(&self, code: i32, parts: &[&str]) {
         assert_eq!(self.code, Some(code), "{self:#?}");
         for part in parts {
@@ -142,7 +142,7 @@ async fn executed(client: &Client, command: reapi::Command, root: Digest) -> (St
     (action.to_string(), response.result.unwrap())
 }
 
-/// A command whose outputs are of every kind, in a working directory, one of them above it.
+/// A command in a working directory with outputs of every kind. One of them is above the working directory.
 fn deterministic(secret: &Path) -> reapi::Command {
     let script = format!(
         "./../tool pwd; mkdir -p d/e; echo x > d/e/f; chmod +x d/e/f; ln -s e d/l; echo y > ../beside; \
@@ -158,7 +158,7 @@ async fn an_action_that_does_the_same_in_its_sandbox_is_the_same_and_leaves_noth
     let client = server.client().await;
     let root = inputs(&client).await;
     for user in User::each() {
-        // Neither side sees it.
+        // Neither side sees this output.
         let secret = user.home.path().join("secret");
         fs::write(&secret, "secret").unwrap();
         let (action, result) = executed(&client, deterministic(&secret), root).await;
@@ -276,7 +276,7 @@ async fn a_signal_ends_the_command_and_removes_what_was_staged() {
     let server = Server::start().await;
     let client = server.client().await;
     for user in User::each() {
-        // The same argument names the process here.
+        // The argument identifies the process on this machine.
         let number = format!("10{}", std::process::id());
         let command = sh(&format!("exec sleep {number}"));
         let action = client.action(command, empty()).await.to_string();
@@ -310,7 +310,7 @@ struct AtTerminal {
 }
 
 impl AtTerminal {
-    /// A terminal, and what opens its other end.
+    /// A terminal, and the path that opens its other end.
     fn new() -> (Self, impl Fn() -> fs::File) {
         let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         unlockpt(&terminal).unwrap();
@@ -320,7 +320,7 @@ impl AtTerminal {
         let heard = said.clone();
         std::thread::spawn(move || {
             let mut piece = [0; 1024];
-            // An error means that nobody has the other end any more.
+            // An error means that the other end is closed.
             while let Ok(count @ 1..) = reading.read(&mut piece) {
                 let text = String::from_utf8_lossy(&piece[..count]).replace('\r', "");
                 heard.lock().unwrap().push_str(&text);
@@ -358,7 +358,7 @@ async fn the_shell_stands_where_the_command_would_run_and_has_a_terminal_of_its_
         }
         terminal.types("ls /etc/shadow; echo not:$?\n");
         terminal.sees("\nnot:2\n").await;
-        // Ctrl-C ends what runs in the shell, and neither the shell nor the replay.
+        // Ctrl-C ends the program that runs in the shell, but neither the shell nor the replay.
         let number = format!("20{}", std::process::id());
         terminal.types(&format!("sleep {number}\n"));
         eventually("it sleeps", || !processes_with(&["sleep", &number]).is_empty()).await;
@@ -374,7 +374,7 @@ async fn the_shell_stands_where_the_command_would_run_and_has_a_terminal_of_its_
     user.replay(&server, &["ab/1", "--shell"]).await.expect(2, &["needs a terminal"]);
 }
 
-/// The author of an action would get everything that the user can read.
+/// Otherwise the author of an action would get every file that the user can read.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_sandbox_an_action_runs_only_if_the_user_insists() {
     let server = Server::start().await;

@@ -1,6 +1,6 @@
-//! The conformance suite with servers that are wrong on purpose. Each [fault](faults) must be found by the checks of the
-//! rules that it breaks, and without a fault all checks pass. A check that would also pass with a server that does nothing,
-//! or the wrong thing, is worthless; this test detects such checks.
+//! The conformance suite with servers that are wrong on purpose. Each [fault](faults) must be found by the checks of
+//! the rules that it breaks, and without a fault all checks pass. A check that would also pass with a server that does
+//! nothing, or the wrong thing, is worthless; this test detects such checks.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod faults;

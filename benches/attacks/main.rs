@@ -1,8 +1,8 @@
 //! Measures how long a bystander waits during an attack: `cargo bench --bench attacks`, or with the names of attacks.
 //!
 //! The hostile client is one thread of a separate process, which runs this program again. The bystander requests the
-//! capabilities from another address, one call at a time. Each attack has a fresh server and lasts [`DURATION`]. The output
-//! is a Markdown table. The benchmark never fails.
+//! capabilities from another address, one call at a time. Each attack has a fresh server and lasts [`DURATION`]. The
+//! output is a Markdown table. The benchmark never fails.
 
 mod hostile;
 #[allow(dead_code, missing_docs, clippy::unwrap_used)]

@@ -1,8 +1,8 @@
 //! Small calls at full rate: how many a second, and how much CPU time of the server each takes.
 //!
-//! The calls are made by tasks that each wait for their answer, over one connection. Beside each figure stands what a bare
-//! tonic server does with a call of the same shape, measured right before. The goals are CPU times. Rates depend on what the
-//! client leaves of the machine, so they are to be read as a share of the bare rate.
+//! The calls are made by tasks that each wait for their answer, over one connection. Beside each figure stands what a
+//! bare tonic server does with a call of the same shape, measured right before. The goals are CPU times. Rates depend
+//! on what the client leaves of the machine, so they are to be read as a share of the bare rate.
 
 use crate::{
     bare::Bare,

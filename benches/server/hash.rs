@@ -20,7 +20,8 @@ const MESSAGE_BYTES: usize = 128 << 10;
 const PIECE_BYTES: usize = 256 << 10;
 const ROUNDS: u64 = 3;
 
-/// Hashing in pieces, an upload, and the first read after a restart, which hashes the stored file, with BLAKE3 and SHA-256.
+/// Hashing in pieces, an upload, and the first read after a restart, which hashes the stored file, with BLAKE3 and
+/// SHA-256.
 pub fn large_blobs(report: &mut Report) {
     for function in [DigestFunction::Blake3, DigestFunction::Sha256] {
         let [mut library, mut pieces, mut up, mut cold] = [0f64; 4];

@@ -1,8 +1,9 @@
-//! The performance of the server, as ratios to the limits of this machine. Both sides of a ratio are measured in one run.
+//! The performance of the server, as ratios to the limits of this machine. Both sides of a ratio are measured in one
+//! run.
 //!
 //! `cargo bench --bench server` prints one table; `cargo bench --bench server -- spawn cached` only those groups. The
-//! server under test and the bare tonic server for comparison run in separate processes, and this program is the client of
-//! both, so that both sides of a ratio include the same network cost. The benchmark never fails; its results are for
+//! server under test and the bare tonic server for comparison run in separate processes, and this program is the client
+//! of both, so that both sides of a ratio include the same network cost. The benchmark never fails; its results are for
 //! reading.
 
 mod bare;

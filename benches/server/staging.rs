@@ -1,7 +1,7 @@
 //! What it costs to bring inputs into place and to take outputs in.
 //!
-//! The inputs are in the store, and an action with the same root ran before ("warm"), so that only their way to the command is
-//! measured. Beside each figure stands a bare spawn, which needs no inputs.
+//! The inputs are in the store, and an action with the same root ran before ("warm"), so that only their way to the
+//! command is measured. Beside each figure stands a bare spawn, which needs no inputs.
 
 use crate::{
     machine::{cpu_time, percentiles, spawn_latency},

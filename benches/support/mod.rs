@@ -40,8 +40,8 @@ pub fn open(settings: &StoreSettings) -> (Cas, Instance) {
     (store, instances.get("").unwrap())
 }
 
-/// Opens a store that was just closed. The last file operation of the closed store may still hold its lock, and no event tells
-/// its end.
+/// Opens a store that was just closed. The last file operation of the closed store may still hold its lock, and no
+/// event tells its end.
 pub async fn reopen(settings: &StoreSettings) -> CasActor {
     let instances = Instances::new([""]).unwrap();
     let end = Instant::now() + LOCKED;

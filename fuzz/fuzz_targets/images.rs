@@ -11,7 +11,7 @@ use gorego_reapi::error::Error;
 use libfuzzer_sys::fuzz_target;
 use std::fs::{self, File};
 
-/// Limit on what layers may take on disk in this test.
+/// Limit on the disk space of layers in this test.
 const MAX_BYTES: u64 = 1024 * 1024;
 
 fuzz_target!(|data: &[u8]| {
@@ -24,7 +24,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// A reference that is accepted is written in a form that means the same.
+/// The text of an accepted reference has the same meaning as the reference.
 fn reference(text: &str) {
     match ImageReference::parse(text) {
         Ok(reference) => assert_eq!(ImageReference::parse(&reference.to_string()), Ok(reference)),
@@ -42,8 +42,8 @@ fn documents(bytes: &[u8]) {
     }
 }
 
-/// Two layers, separated by a line with a dash. Whatever they are, nothing changes beside their directory, and no fault of theirs is
-/// reported as one of the server.
+/// Two layers, separated by a line with a dash. Layers never change anything outside their directory, and their errors
+/// are never reported as faults of the server.
 fn layers(bytes: &[u8]) {
     let separator = b"\n-\n";
     let at = bytes.windows(separator.len()).position(|window| window == separator);

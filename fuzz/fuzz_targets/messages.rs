@@ -1,6 +1,6 @@
-//! Stored messages: Action with Command, Directory, Tree, ActionResult, and the file of a result. The first byte selects
-//! one of them. Each is measured before it is decoded: everything that decodes was measured, and takes at most the memory
-//! that its size allows.
+//! Stored messages: Action with Command, Directory, Tree, ActionResult, and the file of a result. The first byte
+//! selects one of them. Each message is measured before it is decoded. Every message that can be decoded must have been
+//! accepted by the measurement, and takes at most the memory that its size allows.
 
 #![no_main]
 

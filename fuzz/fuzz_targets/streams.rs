@@ -1,5 +1,5 @@
-//! Streams of bytes: zstd decoding and encoding, chunks, and the table of a stored stream. The first byte selects one of
-//! them.
+//! Streams of bytes: zstd decoding and encoding, chunks, and the table of a stored stream. The first byte selects one
+//! of them.
 
 #![no_main]
 
@@ -55,9 +55,9 @@ fn encode(plain: &[u8], level: i32) {
     }
 }
 
-/// The chunks are the stream, and do not depend on how it arrives.
+/// The chunks together are the stream, and do not depend on how it arrives.
 fn chunk(data: &[u8], parameter: u8, piece: usize) {
-    // Small ones, so that there is more than one chunk.
+    // Small chunks, so that there is more than one.
     let chunkings = [
         Chunking::fast_cdc(1024 << (parameter & 3), u32::from(parameter)),
         Chunking::rep_max(64 + u32::from(parameter & 15), u32::from(parameter) * 8),

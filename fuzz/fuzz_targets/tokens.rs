@@ -1,5 +1,5 @@
-//! Signed tokens, key sets, the credentials of requests, and the files of static tokens and passwords. The first byte selects one of
-//! them.
+//! Signed tokens, key sets, the credentials of requests, and the files of static tokens and passwords. The first byte
+//! selects one of them.
 
 #![no_main]
 
@@ -58,7 +58,7 @@ fuzz_target!(|data: &[u8]| {
         (3, _) => credential(data),
         (4, Ok(text)) => {
             let location = JwksLocation::parse(text, Path::new("/"));
-            // It may still have a host that cannot exist, such as 1.2.3.4.5.
+            // The URL may still have a host that cannot exist, such as 1.2.3.4.5.
             if let Ok(JwksLocation::Url(url)) = location
                 && let Ok(url) = url::Url::parse(&url)
             {
@@ -80,7 +80,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// A token with a signature that nobody made.
+/// A token with an arbitrary signature.
 fn token(header: &str, payload: &str) -> String {
     let [header, payload, signature] =
         [header.as_bytes(), payload.as_bytes(), &[7; 64]].map(|part| URL_SAFE_NO_PAD.encode(part));
@@ -92,7 +92,7 @@ fn refused(token: &str, keys: &KeySet) {
     let now = UNIX_EPOCH + Duration::from_secs(1_900_000_000);
     let refusal = verify_with(&ISSUER.0, keys, token, now).expect_err("nobody signed it");
     assert!(refusal.reason.len() < 2_000 && !refusal.reason.contains(['\n', '\r']), "{refusal}");
-    // Nothing that only a signature proves is looked at before it is checked.
+    // The claims of a token are not evaluated before its signature is checked.
     assert!(!matches!(refusal.kind, RefusalKind::Expired | RefusalKind::NotYetValid | RefusalKind::Claims));
 }
 

@@ -247,7 +247,7 @@ impl Authenticator {
     }
 
     /// The current principal of a request that was authenticated before, according to the rules in force now.
-    /// `certificate` is that of its connection.
+    /// `certificate` is the certificate of its connection.
     ///
     /// # Errors
     /// If its credential has expired, or was revoked or replaced.

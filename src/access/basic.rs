@@ -46,7 +46,7 @@ impl PasswordFile {
             let (user, hash) =
                 parse_line(line).map_err(|why| Error::Invalid(format!("line {}: {why}", index + 1)))?;
             if users.insert(user.to_owned(), hash.to_owned()).is_some() {
-                return Err(Error::Invalid(format!("line {}: user \"{user}\" is there twice", index + 1)));
+                return Err(Error::Invalid(format!("line {}: user \"{user}\" appears twice", index + 1)));
             }
             if users.len() > USERS_MAX {
                 return Err(Error::Invalid(format!("there are more than {USERS_MAX} users")));
@@ -89,7 +89,8 @@ pub struct UserSet {
     /// The names of the users. For an unknown user, the hash of one of them is checked instead, so that the check takes
     /// as long. Hashes may have different costs.
     names: Vec<String>,
-    /// Selects that user. It always selects the same one for a name, in a way that clients cannot predict.
+    /// Selects the user whose hash is checked. It always selects the same one for a name, in a way that clients cannot
+    /// predict.
     choice: RandomState,
 }
 
@@ -136,7 +137,7 @@ impl UserSet {
         known.filter(|_| is_right).map(|known| known.principal.clone())
     }
 
-    /// The user whose hash is checked instead of that of an unknown user; `None` if there are no users.
+    /// The user whose hash is checked in place of an unknown user's hash; `None` if there are no users.
     fn dummy_user(&self, unknown: &str) -> Option<&KnownUser> {
         let count = u64::try_from(self.names.len()).ok().filter(|count| *count > 0)?;
         let at = usize::try_from(self.choice.hash_one(unknown) % count).ok()?;
@@ -192,7 +193,7 @@ mod tests {
         assert!(UserSet::default().check("alice", b"a").is_none());
     }
 
-    /// Otherwise, when costs differ, the time of a refusal would tell which users exist.
+    /// If the costs differed, the time of a refusal would otherwise show which users exist.
     #[test]
     fn unknown_users_are_checked_with_the_costs_that_users_have() {
         let costs = |cost: u32| bcrypt::hash(b"p", cost).unwrap();

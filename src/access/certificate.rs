@@ -97,8 +97,8 @@ impl ClientCertificate {
         })
     }
 
-    /// The subject as in RFC 4514, the most specific attribute first, as `openssl x509 -subject -nameopt RFC2253` prints it:
-    /// `CN=alice,OU=Build,O=Example`. Empty for a certificate that has only alternative names.
+    /// The subject as in RFC 4514, the most specific attribute first, as `openssl x509 -subject -nameopt RFC2253`
+    /// prints it: `CN=alice,OU=Build,O=Example`. Empty for a certificate that has only alternative names.
     pub fn subject(&self) -> &str {
         &self.subject
     }

@@ -1,4 +1,4 @@
-//! [`Policy`]: decides which principal has which permission. Pure. Only the [`gate`](crate::gate) asks it, for both
+//! [`Policy`]: decides which principal has which permission. Pure. Only the [`gate`](crate::gate) uses it, for both
 //! ports.
 //!
 //! A request needs two permissions: from the roles of its principal, and from the settings of the instance
@@ -158,7 +158,8 @@ impl Policy {
         };
         if principal.is_anonymous() && self.has_credentials {
             return Error::Unauthenticated(format!(
-                "this takes a credential with {what} {place}, and the request has none ({roles}); {HELP} says how to get and send \
+                "this needs a credential with {what} {place}, and the request has none ({roles}); {HELP} says how to \
+                 get and send \
                  one"
             ));
         }
@@ -168,7 +169,7 @@ impl Policy {
     }
 }
 
-/// Checks that the settings of an instance allow a permission to its clients, whatever their roles are.
+/// Checks that the settings of an instance allow a permission to its clients, for any roles.
 ///
 /// # Errors
 /// `Denied`, with the setting that forbids it.

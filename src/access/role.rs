@@ -80,7 +80,7 @@ pub const READY_MADE: [ReadyMade; 5] = [
     ReadyMade {
         name: "ci",
         permissions: &[CasRead, CasWrite, AcRead, AcWrite, Execute, OperationsOwn, Assets, Logs],
-        purpose: "a developer whose own results others are served, such as a build machine",
+        purpose: "a developer that may also write action results, such as a build machine",
     },
     ReadyMade {
         name: "worker",

@@ -2,7 +2,7 @@
 //! token. Pure, except for [`file`](mod@file), which reads and writes the list.
 //!
 //! A token is `gorego_ID_SECRET`: a public id, which may be logged, and 256 random bits. The list has the SHA-256 of
-//! the whole token. A slow hash is not necessary, because nobody can try 2^256 secrets.
+//! the whole token. A slow hash is not necessary, because an attacker cannot try 2^256 secrets.
 
 pub mod file;
 
@@ -168,7 +168,7 @@ impl TokenFile {
     pub fn add(&mut self, record: TokenRecord) -> Result<()> {
         if self.tokens.len() >= TOKENS_MAX {
             return Err(Error::Precondition(format!(
-                "there are {TOKENS_MAX} tokens, and there may not be more; revoke some"
+                "there are {TOKENS_MAX} tokens, the most that are allowed; revoke some"
             )));
         }
         self.tokens.push(record);

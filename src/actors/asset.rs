@@ -1,13 +1,14 @@
 //! Remote assets: content by URI, fetched or pushed (AST-01..11).
 //!
-//! [`AssetActor`] owns the [`bindings::Bindings`] (which content an asset stands for) and the flights (running downloads). It
-//! decides and never waits: a flight is a separate task on the runtime, and reports to the actor when it has ended. All
-//! requests go through [`client::Assets`], which also checks that bound content is still stored.
+//! [`AssetActor`] owns the [`bindings::Bindings`] (which content an asset stands for) and the flights (running
+//! downloads). It decides and never waits: a flight is a separate task on the runtime, and reports to the actor when it
+//! has ended. All requests go through [`client::Assets`], which also checks that bound content is still stored.
 //!
-//! Invariants: callers that want the same asset share one flight, unless it began too long ago for them ([`flights`]). A flight
-//! ends at the latest deadline of its callers, and at most `assets.timeout` after its start, whether or not anybody still
-//! waits. Content is bound only once it is stored and its checksum is verified, and it never replaces newer content. Bindings
-//! survive a restart. Those of the last seconds before a kill may be lost, which costs a download. Waits go grpc > asset > cas.
+//! Invariants: callers that want the same asset share one flight, unless it began too long ago for them ([`flights`]).
+//! A flight ends at the latest deadline of its callers, and at most `assets.timeout` after its start, whether or not a
+//! caller still waits. Content is bound only once it is stored and its checksum is verified, and it never replaces
+//! newer content. Bindings survive a restart. Bindings from the last seconds before a kill may be lost, which costs a
+//! download. Waits go grpc > asset > cas.
 
 pub(crate) mod bindings;
 pub(crate) mod client;
@@ -48,7 +49,7 @@ use std::{
 };
 use tokio::{runtime::Handle, sync::watch, time::Instant};
 
-/// Target of this room's log lines.
+/// Target of the log lines of this module.
 const LOG: &str = "gorego::asset";
 /// How often changed bindings are saved.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -87,8 +88,8 @@ pub(crate) struct AssetShared {
     cas: Cas,
     runtime: Handle,
     downloader: Downloader,
-    /// Limits the flights that download at the same time. A peer gets all but the last ones, and
-    /// one of its connections all but the last of these.
+    /// Limits the flights that download at the same time. A few of the places are not available to a single peer, and a
+    /// few more are not available to a single connection.
     runway: Budget,
     /// Memory for the decoders of archives that are unpacked.
     unpacking: Budget,
@@ -150,8 +151,8 @@ impl AssetActor {
         Assets::new(self.start(), shared)
     }
 
-    /// Saves the bindings in the background, if they changed. They are copied in parts, between which other messages are
-    /// handled, and encoded on another thread.
+    /// Saves the bindings in the background, if they changed. They are copied in parts, between which other messages
+    /// are handled, and encoded on another thread.
     fn save(&mut self, ctx: &mut Context<Self>) {
         if self.unsaved && !self.saving {
             (self.unsaved, self.saving) = (false, true);
@@ -272,7 +273,8 @@ impl Receive<CloseAssets> for AssetActor {
 
     fn receive(&mut self, _: CloseAssets, ctx: &mut Self::Context) {
         if self.unsaved || self.saving {
-            // Blocking is fine: this is the last thing that the actor does, and only the end of the process waits for it.
+            // Blocking is fine: this is the last thing that the actor does, and only the end of the process waits for
+            // it.
             self.saves += 1;
             self.shared.file.write(self.saves, &self.bindings.encode());
         }

@@ -1,8 +1,8 @@
 //! [`Mail`]: counts the messages that an actor has handled, by kind.
 //!
-//! An actor implements [`Receive`] for each message. [`counted!`] implements `Handler` for all of them: it counts the message
-//! and passes it on. So every message is counted, however it was sent. Messages determine the cost of an actor: its thread
-//! handles one at a time, and each takes two wake-ups.
+//! An actor implements [`Receive`] for each message. [`counted!`] implements `Handler` for all of them: it counts the
+//! message and passes it on. So every message is counted, however it was sent. Messages determine the cost of an actor:
+//! its thread handles one at a time, and each takes two wake-ups.
 
 use actix::{Actor, Message};
 use std::{

@@ -172,7 +172,7 @@ impl SchedulerActor {
             let result = tokio::select! {
                 brought = tokio::time::timeout(limit, brought) => brought.unwrap_or_else(|_| {
                     Err(Error::Unavailable(format!(
-                        "image {name} was not there within {limit:?} (execution.transfer_timeout of this server)"
+                        "image {name} was not ready within {limit:?} (execution.transfer_timeout of this server)"
                     )))
                 }),
                 _ = left => return,
@@ -205,10 +205,10 @@ impl SchedulerActor {
         actix::spawn(async move {
             let end = match runner.send(run).await {
                 Ok(report) => RunEnd::Reported(report),
-                // The worker died without an answer. Workers catch panics. So if the pool still accepts messages, only
-                // an answer was lost and no thread, and the slot can be used again. In the worst case, a task then
-                // waits inside the pool for another thread. If slots were withdrawn instead, all of them would be lost
-                // over time.
+                // The worker died without an answer. Workers catch panics. So if the pool still accepts messages, an
+                // answer was lost but no thread, and the slot can be used again. In the worst case, a task then waits
+                // inside the pool for another thread. If slots were withdrawn instead, all of them would be lost over
+                // time.
                 Err(MailboxError::Closed | MailboxError::Timeout) => {
                     RunEnd::Lost { pool_closed: !runner.connected() }
                 }

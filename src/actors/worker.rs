@@ -1,8 +1,9 @@
 //! Workers: each actor of a SyncArbiter pool runs one action at a time, on its own thread.
 //!
-//! A worker owns the exec directory and the processes of the action that it runs, and nothing else. Its thread may block. It
-//! never queues: the scheduler sends a [`RunAction`] only to a free slot. The reply is the complete outcome of the run. A panic
-//! is caught and becomes a reply too, because a panicking handler would end the thread for good and shrink the pool by one.
+//! A worker owns only the exec directory and the processes of the action that it runs. Its thread may block. It never
+//! queues: the scheduler sends a [`RunAction`] only to a free slot. The reply is the complete outcome of the run. A
+//! panic is caught and becomes a reply too, because a panicking handler would end the thread for good and shrink the
+//! pool by one.
 
 pub(crate) mod alone;
 pub mod cancel;
@@ -125,7 +126,7 @@ impl WorkerSettings {
         }
     }
 
-    /// The runner command of a server: this very binary, even if the file on disk was replaced. Commands get
+    /// The runner command of a server: the binary of this process, even if the file on disk was replaced. Commands get
     /// `open_files` as their soft limit on open files, if the server has changed its own.
     pub fn own_runner(open_files: Option<u64>) -> Vec<OsString> {
         let mut command = vec!["/proc/self/exe".into(), RUNNER_SUBCOMMAND.into()];

@@ -1,8 +1,8 @@
 //! [`Accounts`]: what each caller holds of a budget, which callers wait for more, and which of them is next. Pure.
 //!
-//! The peer that holds least is served first, and of its connections the one that holds least. So a peer that holds nothing goes
-//! before everybody who holds something. Among equals, the one that was served or came longest ago is first. A connection has
-//! one request served at a time, its small ones first.
+//! The peer that holds least is served first, and of its connections the one that holds least. So a peer that holds
+//! nothing goes before every peer that holds something. Among equals, the one that was served or arrived longest ago is
+//! first. A connection has one request served at a time, its small ones first.
 
 use super::{Bound, holdings::Holdings};
 use crate::caller::{Caller, ConnectionId, Peer};
@@ -71,7 +71,7 @@ impl<T> Accounts<T> {
         Ok(())
     }
 
-    /// [`Accounts::next`] may have somebody to serve afterwards.
+    /// Returns an amount. Afterwards, [`Accounts::next`] may find a request to serve.
     pub(super) fn give_back(&mut self, caller: Caller, amount: u64) {
         self.holdings.give_back(caller, amount);
         self.rank(caller);
@@ -87,7 +87,7 @@ impl<T> Accounts<T> {
         (size, number)
     }
 
-    /// Takes a request out that need not be served any more. [`Accounts::next`] may have somebody to serve afterwards.
+    /// Removes a request that need not be served any more. Afterwards, [`Accounts::next`] may find a request to serve.
     pub(super) fn remove(&mut self, caller: Caller, ticket: Ticket) -> Option<Waiter<T>> {
         let peer = self.waiting.get_mut(caller.peer)?;
         let requests = peer.get_mut(caller.connection)?;
@@ -101,8 +101,9 @@ impl<T> Accounts<T> {
         waiter
     }
 
-    /// Takes the amount of the first waiting request for which there is room, and removes it from the line. A request that is
-    /// too large for what the server has left ends the search, so that smaller requests behind it cannot starve it.
+    /// Takes the amount of the first waiting request for which there is room, and removes it from the line. A request
+    /// that is too large for what the server has left ends the search, so that smaller requests behind it cannot starve
+    /// it.
     pub(super) fn next(&mut self) -> Option<Waiter<T>> {
         let mut found = None;
         for (_, connections) in self.waiting.iter() {
@@ -128,7 +129,7 @@ impl<T> Accounts<T> {
         self.last_number
     }
 
-    /// Puts a caller that waits in its place again after a change of what it holds.
+    /// Moves a waiting caller to its new place in the line after the amount that it holds has changed.
     fn rank(&mut self, caller: Caller) {
         self.rank_since(caller, None);
     }
@@ -145,9 +146,9 @@ impl<T> Accounts<T> {
     }
 }
 
-/// Takes the amount of the first request of a peer for which there is room. The search skips the rest of a peer when its share,
-/// or what is left of it, is too small for the first, because it may have thousands of connections. Only few connections can
-/// be at a fixed limit of their own.
+/// Takes the amount of the first request of a peer for which there is room. The search skips the rest of a peer when
+/// its share, or what is left of it, is too small for the first, because it may have thousands of connections. Only few
+/// connections can be at a fixed limit of their own.
 fn next_of_peer<T>(connections: &Connections<T>, holdings: &mut Holdings) -> Result<(Caller, Ticket), Bound> {
     for (_, requests) in connections.iter() {
         let Some((ticket, waiter)) = requests.first_key_value() else { continue };
@@ -160,16 +161,16 @@ fn next_of_peer<T>(connections: &Connections<T>, holdings: &mut Holdings) -> Res
     Err(Bound::Connection)
 }
 
-/// The place of somebody in a line: least first.
+/// The place of a peer or connection in a line: least first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     /// The amount that it holds.
     held: u64,
-    /// The number of its arrival in the line, or of its last turn.
+    /// The number that it got when it joined the line, or at its last turn.
     since: u64,
 }
 
-/// Those who wait, in the order of their ranks.
+/// The waiting peers or connections, in the order of their ranks.
 #[derive(Debug)]
 struct Line<K, V> {
     entries: HashMap<K, (Rank, V)>,
@@ -200,7 +201,7 @@ impl<K: Copy + Ord + Hash, V: Default> Line<K, V> {
         self.order.iter().filter_map(|(_, key)| Some((*key, self.get(*key)?)))
     }
 
-    /// Adds one with this rank, unless it is there.
+    /// Adds an entry with this rank, unless it is in the line already.
     fn enter(&mut self, key: K, rank: Rank) -> &mut V {
         let order = &mut self.order;
         let (_, value) = self.entries.entry(key).or_insert_with(|| {
@@ -216,7 +217,7 @@ impl<K: Copy + Ord + Hash, V: Default> Line<K, V> {
         }
     }
 
-    /// Changes the rank of one that is there.
+    /// Changes the rank of an entry that is in the line.
     fn rank(&mut self, key: K, held: u64, since: Option<u64>) {
         let Some((rank, _)) = self.entries.get_mut(&key) else { return };
         let changed = Rank { held, since: since.unwrap_or(rank.since) };

@@ -1,16 +1,17 @@
-//! [`Holdings`]: who holds how much of a budget, and who may have more. Pure.
+//! [`Holdings`]: how much of a budget each caller holds, and which callers may have more. Pure.
 //!
-//! The same rule holds at two levels. A peer that holds something may hold up to [`SHARE`] times what is left of the budget
-//! after its request. A connection that holds something may hold up to [`SHARE`] times what is then left of its peer's share.
+//! The same rule holds at two levels. A peer that holds something may hold up to [`SHARE`] times what is left of the
+//! budget after its request. A connection that holds something may hold up to [`SHARE`] times what is then left of its
+//! peer's share.
 
 use super::{Bound, Bounds};
 use crate::caller::{Caller, Peer};
 use std::collections::{HashMap, hash_map::Entry};
 
-/// A peer or connection may hold this many times as much as it leaves to the next one.
+/// A peer or connection may hold this many times the amount that it leaves to the next one.
 pub(super) const SHARE: u64 = 8;
 
-/// The rule for those that want more than they hold.
+/// The rule for callers that hold something and want more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sharing {
     /// They may have their shares, and a peer only while `free` remains.
@@ -78,7 +79,7 @@ impl Holdings {
     }
 }
 
-/// Who may have more, given what all hold together.
+/// Decides who may have more, given the amount that all callers hold together.
 struct Rule {
     bounds: Bounds,
     sharing: Sharing,
@@ -86,7 +87,7 @@ struct Rule {
 }
 
 impl Rule {
-    /// Names the bound that does not allow this amount to a caller whose peer and whose connection hold so much.
+    /// Returns the bound that does not allow this amount to a caller whose peer and connection hold these amounts.
     fn check(&self, of_peer_before: u64, before: u64, amount: u64) -> Result<(), Bound> {
         let (of_peer, of_connection) = (of_peer_before.saturating_add(amount), before.saturating_add(amount));
         if of_connection > self.bounds.connection {
@@ -98,7 +99,7 @@ impl Rule {
         if of_peer_before > 0 && (left < free || of_peer > left.saturating_mul(SHARE)) {
             return Err(Bound::Peer);
         }
-        // What the others leave to this peer, whether it has it or not, and how much of that it may have.
+        // The amount that the others leave to this peer, including what it holds, and how much of that it may have.
         let for_peer = of_peer.saturating_add(left);
         let share = (for_peer - for_peer.div_ceil(SHARE + 1)).min(for_peer.saturating_sub(free));
         if before > 0 && of_connection > share.saturating_sub(of_peer).saturating_mul(SHARE) {

@@ -149,7 +149,7 @@ impl Model {
         None
     }
 
-    /// What must hold whenever this is served.
+    /// What must be true whenever this request is served.
     fn assert_is_fair(&self, served: Request) {
         let (of_peer, of_connection) = (self.of_peer(served.caller), self.of_connection(served.caller));
         for other in &self.waiting {
@@ -173,7 +173,8 @@ impl Model {
 }
 
 proptest! {
-    /// Nothing is granted beyond a bound, callers that hold nothing go first, and no request waits for an amount that is free.
+    /// Nothing is granted beyond a bound, callers that hold nothing go first, and no request waits for an amount that
+    /// is free.
     #[test]
     fn a_budget_behaves_like_its_model(
         (bounds, sharing) in budget(),

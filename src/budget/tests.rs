@@ -54,10 +54,11 @@ fn work_that_no_connection_waits_for_counts_for_its_own_peer() {
     let _other = budget.take(other, 300).unwrap();
 }
 
-/// A caller that asks for more than its share waits or is refused, and the next connection and the next peer are served at once.
+/// A caller that asks for more than its share waits or is refused, and the next connection and the next peer are served
+/// at once.
 #[test]
 fn a_connection_leaves_room_for_the_next_one_of_its_peer_and_a_peer_for_the_next_peer() {
-    // Places in all, and how many a peer, and a single connection, may have.
+    // The number of places, and how many of them a peer and a single connection may have.
     for (total, of_peer, of_connection) in [
         (1, 1, 1),
         (2, 1, 1),
@@ -80,7 +81,7 @@ fn a_connection_leaves_room_for_the_next_one_of_its_peer_and_a_peer_for_the_next
     }
 }
 
-/// Also where there are too few places to keep one free.
+/// This is also true if there are too few places to keep one free.
 #[tokio::test]
 async fn a_connection_that_holds_nothing_goes_before_those_of_its_peer_that_want_more() {
     for budget in [Budget::new(Bounds::shared("places", 4)), Budget::in_turns(Bounds::shared("places", 3))] {

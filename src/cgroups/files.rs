@@ -1,4 +1,4 @@
-//! The files of a group: small texts that are read and written as a whole.
+//! Reads and writes the files of a group. Each is a short text that is read and written as a whole.
 
 use std::{
     fs::{self, File},
@@ -7,24 +7,24 @@ use std::{
     path::Path,
 };
 
-/// Longest text of a file that is kept open.
+/// Maximum length of the text of a file that is kept open.
 const MAX_TEXT: usize = 4096;
 
 /// Writes a value.
 pub(super) fn write(directory: &Path, name: &str, value: impl ToString) -> io::Result<()> {
-    // An open for writing that creates nothing: a group has the files that it has.
+    // Opening must not create a file, because a group has a fixed set of files.
     File::options()
         .write(true)
         .open(directory.join(name))
         .and_then(|file| file.write_all_at(value.to_string().as_bytes(), 0))
 }
 
-/// Reads a file that is a number; `None` if it is missing or is none, such as `max`.
+/// Reads a number from a file; `None` if the file is missing or has another text, such as `max`.
 pub(super) fn number(directory: &Path, name: &str) -> Option<u64> {
     fs::read_to_string(directory.join(name)).ok()?.trim().parse().ok()
 }
 
-/// The number behind a word at the start of a line, as in `oom_kill 3`.
+/// The number after a word at the start of a line, as in `oom_kill 3`.
 pub(super) fn field(text: &str, word: &str) -> Option<u64> {
     let mut lines = text.lines().filter_map(|line| line.split_once(' '));
     lines.find(|(name, _)| *name == word)?.1.trim().parse().ok()

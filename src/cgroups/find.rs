@@ -1,4 +1,4 @@
-//! Where the groups of this process are, from `/proc/self/cgroup` and `/proc/self/mountinfo`. Pure.
+//! Finds the directories of this process's groups from `/proc/self/cgroup` and `/proc/self/mountinfo`. Pure.
 
 use super::Controller;
 use std::{
@@ -13,13 +13,13 @@ use std::{
 pub(super) struct OwnGroups {
     /// In the unified hierarchy.
     pub v2: Option<PathBuf>,
-    /// In the old hierarchies. Several controllers may have one.
+    /// In the old hierarchies. Several controllers may share a hierarchy.
     pub v1: BTreeMap<Controller, PathBuf>,
 }
 
 /// A mounted hierarchy.
 struct Hierarchy {
-    /// The group at the top of what is mounted.
+    /// The group that is at the top of the mount.
     root: PathBuf,
     /// Where it is mounted.
     point: PathBuf,
@@ -28,7 +28,7 @@ struct Hierarchy {
     options: Vec<String>,
 }
 
-/// Finds the own groups in the texts of the two files.
+/// Finds the groups of this process in the texts of the two files.
 pub(super) fn find(groups: &str, mounts: &str) -> OwnGroups {
     let mounts: Vec<_> = mounts.lines().filter_map(parse_mount).collect();
     let mut found = OwnGroups::default();
@@ -57,7 +57,7 @@ pub(super) fn find(groups: &str, mounts: &str) -> OwnGroups {
     found
 }
 
-/// Parses a line of mountinfo; `None` for anything that is no hierarchy.
+/// Parses a line of mountinfo; `None` if it is not about a hierarchy.
 fn parse_mount(line: &str) -> Option<Hierarchy> {
     let (mount, file_system) = line.split_once(" - ")?;
     let mut fields = file_system.split(' ');
@@ -72,7 +72,7 @@ fn parse_mount(line: &str) -> Option<Hierarchy> {
 }
 
 impl Hierarchy {
-    /// The directory of a group; `None` if it lies outside of what is mounted.
+    /// The directory of a group; `None` if it is outside the mount.
     fn directory(&self, group: &str) -> Option<PathBuf> {
         let inside = Path::new(group).strip_prefix(&self.root).ok()?;
         let is_plain = inside.components().all(|part| matches!(part, std::path::Component::Normal(_)));

@@ -1,4 +1,4 @@
-//! [`Groups`]: which controllers work here, found by using them, and the groups made with them.
+//! [`Groups`]: tries which controllers work on this machine, and makes the groups that use them.
 
 use super::{
     Control, Controller, Version, files,
@@ -17,16 +17,16 @@ use std::{
     },
 };
 
-/// How to start a server so that it may make groups.
+/// How to start a server that may make groups.
 const DELEGATE: &str =
     "start the server as a service with Delegate=yes, or with systemd-run --user --scope -p Delegate=yes";
-/// A resource, in reports.
+/// The name of a resource in reports.
 const PROCESSES: &str = "processes";
-/// What is left to the rest of the machine of its memory: a tenth, within these bounds.
+/// The memory that is left to the rest of the machine: a tenth, within these bounds.
 const RESERVE_PART: u64 = 10;
 const MIN_RESERVE: u64 = 256_000_000;
 const MAX_RESERVE: u64 = 4_000_000_000;
-/// The weight of one CPU's share in the old hierarchy.
+/// The weight of one CPU in the old hierarchy.
 pub(super) const V1_SHARE: u64 = 1024;
 /// Largest `cpu.shares`.
 const V1_MOST_SHARES: u64 = 262_144;
@@ -41,31 +41,31 @@ struct GroupsState {
     /// Memory of all actions together, in bytes.
     total: u64,
     next: AtomicUsize,
-    /// Removed at the end of the server.
+    /// Removed when the server ends.
     made: Mutex<MadeGroups>,
 }
 
-/// What was made in the hierarchies.
+/// The groups that were made in the hierarchies.
 #[derive(Debug, Default)]
 struct MadeGroups {
     /// The group of all actions in each hierarchy.
     trees: Vec<GroupTree>,
-    /// Where this process is, if it had to leave its own group.
+    /// The group of this process, if it had to leave its own.
     refuge: Option<Refuge>,
 }
 
-/// A group for this process alone, beside the group of its actions.
+/// A group that has only this process, beside the group of its actions.
 #[derive(Debug)]
 struct Refuge {
     _tree: GroupTree,
-    /// The group that it came from.
+    /// The group that the process was in before.
     own: PathBuf,
-    /// What was enabled there.
+    /// The controllers that were enabled there.
     controllers: Vec<Controller>,
 }
 
 impl Drop for Refuge {
-    /// Leaves the own group as it was, so that it can have processes again.
+    /// Restores the group that the process was in before, so that it can have processes again.
     fn drop(&mut self) {
         for controller in &self.controllers {
             let _ = files::write(&self.own, "cgroup.subtree_control", format!("-{}", controller.name()));
@@ -74,12 +74,12 @@ impl Drop for Refuge {
     }
 }
 
-/// How something is bounded.
+/// The way in which a resource is bounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Means {
     /// By a control group.
     Group(Version),
-    /// By this server, which looks from time to time.
+    /// By this server, which checks the use at intervals.
     Watchdog,
     /// By a limit of each process's user (RLIMIT_NPROC).
     UserLimit,
@@ -90,11 +90,11 @@ pub(crate) enum Means {
 /// How one resource is bounded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ResourceReport {
-    /// What.
+    /// The resource.
     pub resource: &'static str,
-    /// How.
+    /// The way in which it is bounded.
     pub means: Means,
-    /// Why not by a control group, and what helps.
+    /// Why no control group bounds it, and what helps.
     pub missing: Option<(String, Option<String>)>,
 }
 
@@ -110,11 +110,11 @@ pub(crate) struct LimitReport {
 /// Resources that no control group bounds, for one reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MissingLimits {
-    /// What, and how it is bounded instead.
+    /// The resources, and how each is bounded instead.
     pub resources: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// What helps, if that is known.
+    /// What helps, if it is known.
     pub remedy: Option<String>,
 }
 
@@ -129,7 +129,7 @@ impl fmt::Display for MissingLimits {
 }
 
 impl LimitReport {
-    /// What no control group bounds, by reason.
+    /// The resources that no control group bounds, grouped by reason.
     pub(crate) fn missing(&self) -> Vec<MissingLimits> {
         let mut missing: Vec<MissingLimits> = Vec::new();
         for one in &self.resources {
@@ -153,7 +153,7 @@ impl LimitReport {
         groups.any(|one| one.resource == PROCESSES)
     }
 
-    /// One line for people and logs.
+    /// A summary in one line, for people and logs.
     pub(crate) fn summary(&self) -> String {
         let words = self.resources.iter().map(|one| format!("{}: {}", one.resource, one.means.words()));
         words.collect::<Vec<_>>().join(", ")
@@ -161,7 +161,7 @@ impl LimitReport {
 }
 
 impl Means {
-    /// For people and logs.
+    /// The text for people and logs.
     pub(crate) fn words(self) -> String {
         match self {
             Self::Group(version) => version.to_string(),
@@ -176,9 +176,10 @@ impl Means {
 type Missing = (String, Option<String>);
 
 impl Groups {
-    /// Makes the groups that this process may make, and says how each resource is bounded. `total_memory` is for all actions
-    /// together; 0 for a part of what there is. `slots` is how many actions run at the same time at most, and
-    /// `has_user_limit` whether the number of processes of an action has a limit without groups.
+    /// Makes the groups that this process may make, and returns how each resource is bounded. `total_memory` is the
+    /// memory of all actions together in bytes; 0 means most of the memory of the machine. `slots` is the maximum
+    /// number of actions that run at the same time, and `has_user_limit` says whether the number of processes of an
+    /// action is limited without groups.
     pub(crate) fn open(total_memory: u64, slots: usize, has_user_limit: bool) -> (Self, LimitReport) {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let own = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
@@ -196,7 +197,7 @@ impl Groups {
     /// Makes the group of a slot.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub(crate) fn slot(&self) -> io::Result<SlotGroup> {
         let number = self.0.next.fetch_add(1, Ordering::Relaxed);
         SlotGroup::new(&self.0.controls, &format!("slot-{number}"), self.0.total)
@@ -207,12 +208,12 @@ impl Groups {
         self.0.total
     }
 
-    /// Kills what is left in the groups and removes them. For the end of the server.
+    /// Kills the processes that are left in the groups and removes the groups. Called when the server ends.
     pub(crate) fn remove(&self) {
         let MadeGroups { trees, refuge } =
             std::mem::take(&mut *self.0.made.lock().unwrap_or_else(PoisonError::into_inner));
         drop(trees);
-        // Its own group can have processes only when there are no groups with controllers below it.
+        // The group that this process was in can have processes only if no groups with controllers are below it.
         drop(refuge);
     }
 }
@@ -225,7 +226,7 @@ struct Opening {
 }
 
 impl Opening {
-    /// Takes the controllers that the unified hierarchy has for this process.
+    /// Uses the controllers that the unified hierarchy has for this process.
     fn unified(&mut self, own: &OwnGroups) {
         let Some(own) = &own.v2 else { return };
         tree::sweep(own);
@@ -253,7 +254,7 @@ impl Opening {
         }
     }
 
-    /// Takes the controllers that the old hierarchies have, where the unified one has them not.
+    /// Uses the controllers of the old hierarchies that the unified one does not have.
     fn old(&mut self, own: &OwnGroups) {
         let mut made: BTreeMap<&Path, io::Result<PathBuf>> = BTreeMap::new();
         for controller in Controller::ALL {
@@ -280,23 +281,23 @@ impl Opening {
         }
     }
 
-    /// Bounds all actions together, and gives up a controller that does not obey.
+    /// Bounds all actions together. A controller that cannot be set is not used.
     fn bound_all(&mut self, total: u64, slots: usize) {
         let slots = slots as u64;
         self.controls.retain(|controller, control| {
             let at = &control.directory;
             let bounded = match (controller, control.version) {
                 (Controller::Memory, Version::V1) => {
-                    // Only old kernels have this off.
+                    // This is off only in old kernels.
                     let _ = files::write(at, "memory.use_hierarchy", 1);
                     files::write(at, "memory.limit_in_bytes", total)
                 }
                 (Controller::Memory, Version::V2) => files::write(at, "memory.max", total),
-                // It competes with each process beside it, the server's among them.
+                // The group competes with each process beside it, including the server.
                 (Controller::Cpu, Version::V1) => {
                     files::write(at, "cpu.shares", (V1_SHARE * slots).clamp(V1_SHARE, V1_MOST_SHARES))
                 }
-                // It competes with the server alone, which gets half if it needs that much.
+                // The group competes only with the server, which gets half if it needs that much.
                 (Controller::Cpu, Version::V2) | (Controller::Pids | Controller::Io, _) => Ok(()),
             };
             match bounded {
@@ -342,8 +343,8 @@ impl Opening {
     }
 }
 
-/// Makes the group of all actions below `own`, and enables these controllers for it and for the groups of the slots. Moves this
-/// process out of `own` if it has to.
+/// Makes the group of all actions below `own`, and enables these controllers for it and for the groups of the slots.
+/// Moves this process out of `own` if it has to.
 fn open_unified(
     own: &Path,
     offered: &[Controller],
@@ -373,7 +374,7 @@ fn enable(group: &Path, controllers: &[Controller]) -> io::Result<Vec<Controller
     for controller in controllers {
         match files::write(group, "cgroup.subtree_control", format!("+{}", controller.name())) {
             Ok(()) => enabled.push(*controller),
-            // The memory comes first, and the others can be busy only together with it.
+            // Memory is tried first. If another controller is busy, memory is busy too.
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Err(error),
             Err(error) => failed = Some(error),
         }
@@ -395,7 +396,7 @@ fn explain(own: &Path, error: &io::Error) -> Missing {
     (reason, Some(remedy))
 }
 
-/// The memory that there is for this process: that of the machine, or of a group that it is in.
+/// The memory that this process can use: the memory of the machine, or the limit of a group that the process is in.
 fn available(own: &OwnGroups) -> u64 {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;

@@ -1,4 +1,4 @@
-//! [`SlotGroup`]: the group of one slot, in which one action runs after the other.
+//! [`SlotGroup`]: the group of one slot. Its actions run one after the other.
 
 use super::{Control, Controller, Version, files, probe::V1_SHARE, tree};
 use crate::limits::{Exceeded, LimitedResource, Limits};
@@ -12,20 +12,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Processes in the group that are not the action's: the runner, the first processes of cells, and those of ended cells that
-/// are not reaped yet.
+/// The number of processes in the group that do not belong to the action: the runner, the first processes of cells, and
+/// processes of ended cells that are not reaped yet.
 const OWN_PROCESSES: u64 = 8;
-/// The weight of one CPU's share in the unified hierarchy, and the largest weight.
+/// The weight of one CPU in the unified hierarchy, and the largest weight.
 const V2_SHARE: u64 = 100;
 const V2_MOST_SHARES: u64 = 10_000;
-/// The period in which time of the CPUs is counted, in microseconds; the kernel's default.
+/// The period for which CPU time is limited, in microseconds; the kernel's default.
 const PERIOD_US: u64 = 100_000;
-/// How long the memory of the previous action may take to be free. The kernel takes milliseconds; what is still there then
-/// belongs to something that goes on, and counts.
+/// How long to wait until the memory of the previous action is free. The kernel takes milliseconds. Memory that is in
+/// use after that belongs to something that still runs, and counts.
 const SETTLING: Duration = Duration::from_millis(500);
-/// Pause between two looks at the memory of a group. No event tells when it falls.
+/// Pause between two checks of the memory of a group. The kernel has no event for a decrease.
 const SETTLING_ROUND: Duration = Duration::from_millis(2);
-/// A peak this close to the limit has met it: memory is charged in batches.
+/// A peak this close to the limit has reached it, because memory is charged in batches.
 const NEAR: u64 = 1 << 20;
 
 /// The group of one slot; removed when dropped.
@@ -43,23 +43,25 @@ pub(crate) struct SlotGroup {
 #[derive(Debug)]
 struct MemoryGroup {
     control: Control,
-    /// Counts what the OOM killer did here. Files that are read for each action stay open, which makes that take 1 us each.
+    /// Counts the kills of the OOM killer in this group. Files that are read for each action stay open, so that a read
+    /// takes 1 us.
     events: File,
-    /// What is in use, the page cache included.
+    /// The memory in use, including the page cache.
     usage: File,
     peak: Option<Peak>,
     /// Memory of all actions together, in bytes.
     total: u64,
-    /// Its limit, in bytes; 0 for none.
+    /// The memory limit in bytes; 0 for no limit.
     limit: u64,
     before: MemoryEvents,
 }
 
-/// The most that was used.
+/// The peak of the memory use.
 #[derive(Debug)]
 struct Peak {
     file: File,
-    /// What it was when the action began, where the kernel cannot reset it: in the unified hierarchy before Linux 6.12.
+    /// The peak when the action began, if the kernel cannot reset it. In the unified hierarchy, it can since Linux
+    /// 6.12.
     before: Option<u64>,
 }
 
@@ -79,12 +81,12 @@ struct PidsGroup {
     before: u64,
 }
 
-/// The kernel killed processes of an action for lack of memory.
+/// Why the kernel killed processes of an action for lack of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OutOfMemory {
     /// The action used too much.
     Exceeded(Exceeded),
-    /// There was too little for all that ran. `used` is the action's part of it, at most.
+    /// The running actions together used too much. The action used at most `used` of it.
     Shared { used: u64, total: u64 },
 }
 
@@ -117,7 +119,7 @@ impl SlotGroup {
     /// Moves a process, which starts all others, into the group.
     ///
     /// # Errors
-    /// Those of the kernel.
+    /// The errors of the kernel.
     pub(crate) fn admit(&self, process: u32) -> io::Result<()> {
         self.directories.iter().try_for_each(|group| files::write(group, "cgroup.procs", process))
     }
@@ -130,7 +132,7 @@ impl SlotGroup {
     /// Prepares the group for an action with these limits.
     ///
     /// # Errors
-    /// Those of the kernel.
+    /// The errors of the kernel.
     pub(crate) fn begin(&mut self, limits: &Limits) -> io::Result<()> {
         let is_new = self.applied.as_ref() != Some(limits);
         if is_new {
@@ -175,7 +177,7 @@ fn bound_cpu(cpu: &Control, limits: &Limits) -> io::Result<()> {
     match cpu.version {
         Version::V1 => {
             files::write(at, "cpu.shares", limits.share.max(1).saturating_mul(V1_SHARE))?;
-            // Kernels without it have only shares.
+            // Kernels without this file support only shares.
             let quota = if quota == 0 { "-1".into() } else { quota.to_string() };
             match files::write(at, "cpu.cfs_quota_us", quota) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound && limits.cores == 0 => Ok(()),
@@ -190,12 +192,13 @@ fn bound_cpu(cpu: &Control, limits: &Limits) -> io::Result<()> {
     }
 }
 
-/// The weight of an action in the unified hierarchy, for the time of the CPUs and of the disks.
+/// The weight of an action in the unified hierarchy, for CPU time and disk time.
 fn weight(limits: &Limits) -> u64 {
     limits.share.max(1).saturating_mul(V2_SHARE).min(V2_MOST_SHARES)
 }
 
-/// Lets actions share the disks in proportion to their weights, where the kernel has a scheduler or cost model for that.
+/// Lets actions share the disks in proportion to their weights, where the kernel has a scheduler or cost model for
+/// that.
 fn weigh_io(io: &Control, limits: &Limits) -> io::Result<()> {
     match files::write(&io.directory, "io.weight", weight(limits)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -236,7 +239,7 @@ impl MemoryGroup {
         Ok(())
     }
 
-    /// Waits until what the previous action had in memory, such as its /tmp, is gone, if it could be in the way.
+    /// Waits until the memory of the previous action, such as its /tmp, is free, if it could affect this action.
     fn settle(&self, limit: u64) {
         let end = Instant::now() + SETTLING;
         while self.current() > limit / 2 && self.held() > limit / 2 && Instant::now() < end {
@@ -250,7 +253,8 @@ impl MemoryGroup {
         let both = memory.saturating_add(limits.swap);
         match (self.control.version, memory) {
             (Version::V1, 0) => {
-                // The sum with the swap can never be below the memory. Without accounting of swap, there is no such file.
+                // The sum with the swap can never be below the memory. Without accounting of swap, there is no such
+                // file.
                 let _ = files::write(at, "memory.memsw.limit_in_bytes", -1);
                 files::write(at, "memory.limit_in_bytes", -1)
             }
@@ -284,7 +288,7 @@ impl MemoryGroup {
         files::text(&self.usage).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     }
 
-    /// What is in use and cannot be reclaimed: the memory of processes, and files in memory.
+    /// The memory in use that cannot be reclaimed: the memory of processes, and files in memory.
     fn held(&self) -> u64 {
         let text = fs::read_to_string(self.control.directory.join("memory.stat")).unwrap_or_default();
         let anonymous = match self.control.version {
@@ -329,7 +333,7 @@ impl Peak {
         }
     }
 
-    /// The most that this action has used, if that is known.
+    /// The peak memory of this action, if it is known.
     fn reached(&self) -> Option<u64> {
         let peak = self.read()?;
         self.before.is_none_or(|before| peak > before).then_some(peak)
@@ -340,8 +344,8 @@ impl Peak {
     }
 }
 
-/// Whose fault it was that the kernel killed a process of this action. Without a limit of its own, an action that has used more
-/// than half of what there is for all has nobody else to blame.
+/// Decides why the kernel killed a process of this action. An action has used too much if its own limit was reached, or
+/// if it used more than half of the memory of all actions. Otherwise all actions together used too much.
 fn verdict(is_own: bool, peak: Option<u64>, limit: u64, total: u64) -> OutOfMemory {
     if is_own {
         let used = peak.unwrap_or(limit);
@@ -410,7 +414,7 @@ mod tests {
         assert_eq!(peak.reached(), None);
     }
 
-    /// On plain files: what is written where, for each interface of the kernel.
+    /// Uses plain files to test what is written to which file, for each interface of the kernel.
     #[test]
     fn limits_are_written_as_each_interface_wants_them() {
         for version in [Version::V1, Version::V2] {
@@ -487,7 +491,7 @@ mod tests {
                     matches!(group.out_of_memory(), Some(OutOfMemory::Exceeded(of)) if of.resource == own)
                 );
             }
-            // The next action is not blamed for it.
+            // The kill does not count for the next action.
             group.begin(&limits).unwrap();
             assert_eq!((group.out_of_memory(), group.refused_processes()), (None, false));
         }

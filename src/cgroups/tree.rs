@@ -1,6 +1,6 @@
 //! [`GroupTree`]: the group of all actions of one server in one hierarchy, with the groups of the slots below it.
 //!
-//! It is locked as long as its server lives. Trees that are not locked are left over.
+//! It is locked while its server runs. Trees that are not locked are left over from earlier servers.
 
 use super::files;
 use rustix::{
@@ -19,11 +19,11 @@ use std::{
 
 /// Names of the groups of servers start with this.
 const PREFIX: &str = "gorego-";
-/// How often another name is tried.
+/// How many names are tried.
 const ATTEMPTS: u32 = 16;
-/// How long processes may take to be gone from a group that is removed.
+/// How long the processes of a group that is removed may take to end.
 const REMOVAL: Duration = Duration::from_secs(2);
-/// Pause between two attempts to remove a group. Version 1 has no event for the end of its processes.
+/// Pause between two attempts to remove a group. Version 1 has no event for the end of the processes.
 const REMOVAL_ROUND: Duration = Duration::from_millis(5);
 
 /// A locked group; removed when dropped.
@@ -43,7 +43,7 @@ impl GroupTree {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 made => made?,
             }
-            // Another server that starts at this moment may have taken it for left over.
+            // Another server that starts at the same time may have removed the group as left over.
             if let Ok(lock) = locked(&directory) {
                 return Ok(Self { directory, _lock: lock });
             }
@@ -62,7 +62,7 @@ impl Drop for GroupTree {
     }
 }
 
-/// Removes what servers that are gone have left below `own`.
+/// Removes the groups below `own` that ended servers have left over.
 pub(super) fn sweep(own: &Path) {
     for entry in fs::read_dir(own).into_iter().flatten().flatten() {
         let is_ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
@@ -83,7 +83,8 @@ fn locked(directory: &Path) -> io::Result<File> {
     }
 }
 
-/// Kills what is in a group and the groups below it, and removes them. What cannot be removed is left to the next start.
+/// Kills the processes in a group and in the groups below it, and removes these groups. The next start tries again to
+/// remove the groups that are left.
 pub(super) fn remove(directory: &Path) {
     let end = Instant::now() + REMOVAL;
     loop {
@@ -100,7 +101,8 @@ fn kill(directory: &Path) {
     let processes = processes.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?));
     let own = rustix::process::getpid();
     let (mine, others): (Vec<Pid>, Vec<Pid>) = processes.partition(|process| *process == own);
-    // It kills also what forks faster than it is found, but only newer kernels have it, and only in the unified hierarchy.
+    // This also kills processes that fork faster than they are found. Only newer kernels have this file, and only in
+    // the unified hierarchy.
     if mine.is_empty() && files::write(directory, "cgroup.kill", 1).is_ok() {
         return;
     }
@@ -132,7 +134,7 @@ fn groups_below(directory: &Path) -> Vec<PathBuf> {
 mod tests {
     use super::*;
 
-    /// On directories that are no groups: locks and names work the same there.
+    /// Uses ordinary directories, where locks and names work in the same way.
     #[test]
     fn only_trees_without_a_server_are_left_over() {
         let own = tempfile::tempdir().unwrap();

@@ -213,12 +213,12 @@ pub struct ReplayArgs {
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
-    /// Digest function of the action, such as blake3 [default: the one that the length of the hash suggests, or that of the
-    /// operation]
+    /// Digest function of the action, such as blake3 [default: the one that the length of the hash suggests, or the one
+    /// of the operation]
     #[arg(long, value_name = "NAME", value_parser = parse_digest_function)]
     pub digest_function: Option<DigestFunction>,
-    /// Configuration file, of which the section "execution" applies, for its sandbox and limits [default: /etc/gorego/gorego.toml if it
-    /// exists]
+    /// Configuration file, of which the section "execution" applies, for its sandbox and limits [default:
+    /// /etc/gorego/gorego.toml if it exists]
     #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Open a shell where the command would run, instead of running it
@@ -227,7 +227,7 @@ pub struct ReplayArgs {
     /// Leave the directory with the input root, the outputs and the recorded outputs that differ, and say where it is
     #[arg(long)]
     pub keep: bool,
-    /// Run the action without a sandbox, with all that you can read and change within its reach
+    /// Run the action without a sandbox: it can read and change everything that you can
     #[arg(long)]
     pub no_sandbox: bool,
 }
@@ -301,16 +301,17 @@ pub struct BenchArgs {
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
-    /// Number of concurrent callers [default: that of the scenario]
+    /// Number of concurrent callers [default: as the scenario says]
     #[arg(long, value_name = "N")]
     pub callers: Option<NonZeroUsize>,
-    /// Make this many calls per second, whether or not earlier ones have ended [default: as many as the callers can make]
+    /// Make this many calls per second, whether or not earlier ones have ended [default: as many as the callers can
+    /// make]
     #[arg(long, value_name = "N", value_parser = parse_rate)]
     pub rate: Option<f64>,
     /// Measured time of each scenario
     #[arg(long, default_value = "5s", value_name = "TIME", value_parser = parse_timeout)]
     pub duration: Duration,
-    /// Time before that in which calls are made but not measured
+    /// Warm-up time before the measured time, in which calls are made but not measured
     #[arg(long, default_value = "1s", value_name = "TIME", value_parser = parse_timeout)]
     pub warm_up: Duration,
     /// Process id of the server, to report its CPU time and memory

@@ -51,7 +51,7 @@ async fn limits(args: &BenchArgs) -> Result<Printout> {
 
 async fn server(args: &BenchArgs) -> Result<Printout> {
     let chosen = bench::find(&args.scenarios)?;
-    // This file is read before the run, so that nobody waits for a comparison that is not possible.
+    // This file is read before the run, so that an unusable file is reported at once.
     let before = args.compare.as_deref().map(read).transpose()?;
     let identity = Identity {
         tool: "gorego-bench".into(),

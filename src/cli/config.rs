@@ -101,8 +101,8 @@ pub(super) fn load_settings(
     Ok((loaded, settings))
 }
 
-/// The execution settings of `gorego replay`: those of a server on this machine, with a separate build root, copied
-/// inputs, and all protections of the sandbox that work, or no sandbox.
+/// The execution settings of `gorego replay`: the settings of a server on this machine, but with a separate build root,
+/// copied inputs, and all protections of the sandbox that work, or no sandbox.
 ///
 /// # Errors
 /// As [`load_settings`].
@@ -131,8 +131,8 @@ pub(super) fn load_for_replay(
     settings.execution.ok_or_else(|| Error::internal("execution is not enabled"))
 }
 
-/// The log format, even if the configuration is invalid: from all sources if only the values are inconsistent, otherwise
-/// from environment and flags.
+/// The log format, even if the configuration is invalid: from all sources if only the values are inconsistent,
+/// otherwise from environment and flags.
 pub(super) fn log_format(args: &ServeArgs, env: Vec<(OsString, OsString)>) -> LogFormat {
     let format = |file, env| {
         let flags = flags(args).ok()?;

@@ -21,7 +21,7 @@ const HEADING: &str = "Connection";
 /// Flags for TLS and credentials.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ConnectArgs {
-    /// CA certificates to trust, in PEM [default: those of this machine]
+    /// CA certificates to trust, in PEM [default: the CA certificates of this machine]
     #[arg(long, value_name = "FILE", help_heading = HEADING)]
     pub tls_ca: Option<PathBuf>,
     /// Client certificate, in PEM
@@ -30,8 +30,9 @@ pub struct ConnectArgs {
     /// Private key of that certificate, in PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert", help_heading = HEADING)]
     pub tls_key: Option<PathBuf>,
-    /// Send this header with every request, or the headers of a file with one NAME=VALUE per line (repeatable). Other users
-    /// can read command lines, so put secrets into a file, or into GOREGO_HEADERS, which has the format of the file
+    /// Send this header with every request, or the headers of a file with one NAME=VALUE per line (repeatable). Other
+    /// users can read command lines, so put secrets into a file, or into GOREGO_HEADERS, which has the format of the
+    /// file
     #[arg(long, value_name = "NAME=VALUE|@FILE", help_heading = HEADING)]
     pub header: Vec<String>,
     /// Get headers from this program, which speaks the protocol of Bazel's --credential_helper

@@ -1,8 +1,9 @@
 //! `gorego exec`: runs one command on a server as if it ran locally.
 //!
 //! Builds the Action, uploads its blobs, follows the operation, prints standard output and error unmodified while the
-//! command runs, downloads the outputs and exits with the exit code of the command. Ctrl-C, SIGTERM, SIGHUP and unwritable
-//! output (its reader has exited, its disk is full) cancel the operation on the server before the process exits.
+//! command runs, downloads the outputs and exits with the exit code of the command. Ctrl-C, SIGTERM, SIGHUP and
+//! unwritable output (its reader has exited, its disk is full) cancel the operation on the server before the process
+//! exits.
 
 use super::{
     EXIT_INFRASTRUCTURE, EXIT_SIGNALLED, EXIT_TIMEOUT, ExecArgs, complain,

@@ -1,9 +1,9 @@
-//! Prints the output of a command while it runs. Each byte is printed once and in order, whether it comes from a log stream
-//! or from the result.
+//! Prints the output of a command while it runs. Each byte is printed once and in order, whether it comes from a log
+//! stream or from the result.
 //!
-//! The log streams of the first attempt are followed to their end, and then the rest of the result is printed. If a server
-//! has no log streams, or they break, only the result is printed. If the printed bytes are not the beginning of the result,
-//! because a worker failed and the action was run again, the whole result is printed after a notice.
+//! The log streams of the first attempt are followed to their end, and then the rest of the result is printed. If a
+//! server has no log streams, or they break, only the result is printed. If the printed bytes are not the beginning of
+//! the result, because a worker failed and the action was run again, the whole result is printed after a notice.
 
 use super::{output::Readers, progress::ProgressLine};
 use bytes::Bytes;

@@ -36,16 +36,16 @@ pub struct FilterArgs {
     /// Only operations in this state
     #[arg(long, value_name = "STATE")]
     pub state: Option<StateArg>,
-    /// Only those of this run of a build tool (Bazel's invocation id)
+    /// Only operations of this run of a build tool (Bazel's invocation id)
     #[arg(long, value_name = "ID")]
     pub invocation: Option<String>,
-    /// Only those of this target
+    /// Only operations of this target
     #[arg(long, value_name = "LABEL")]
     pub target: Option<String>,
-    /// Only those that run in this pool, or can while they wait
+    /// Only operations that run in this pool, or wait and can run in it
     #[arg(long, value_name = "NAME")]
     pub pool: Option<String>,
-    /// Only those that this worker runs or ran
+    /// Only operations that this worker runs or ran
     #[arg(long, value_name = "NAME")]
     pub worker: Option<String>,
 }
@@ -67,7 +67,7 @@ pub struct ListArgs {
     /// The server.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// Which operations.
+    /// The operations to list.
     #[command(flatten)]
     pub filter: FilterArgs,
     /// Also list operations that have ended and that the server remembers
@@ -107,7 +107,7 @@ pub struct CancelArgs {
     /// Instead of names: all operations of this kind that have not ended.
     #[command(flatten)]
     pub filter: FilterArgs,
-    /// Cancel what the filter finds; without it, only show that
+    /// Cancel the operations that the filter finds; without it, only show them
     #[arg(long)]
     pub yes: bool,
 }

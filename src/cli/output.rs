@@ -1,8 +1,9 @@
 //! Writes to standard output and error, and detects that their readers have exited.
 //!
-//! If the reader of a pipe exits early (`| head -1`), SIGPIPE ends a Unix program at its next write. Rust programs ignore
-//! this signal, and this one must, because a closed connection raises it too. So a failed write is detected here, and the
-//! process then ends by SIGPIPE after all: shells show 141, and pipelines treat it like any other program.
+//! If the reader of a pipe exits early (`| head -1`), SIGPIPE ends a Unix program at its next write. Rust programs
+//! ignore this signal, and this one must, because a closed connection raises it too. So a failed write is detected
+//! here, and the process then ends by SIGPIPE after all: shells show 141, and pipelines treat it like any other
+//! program.
 
 use super::{EXIT_FAILURE, EXIT_OK, EXIT_USAGE, complain};
 use gorego_reapi::error::{Error, Result};
@@ -50,8 +51,8 @@ pub(super) fn unprintable(error: &io::Error) -> Error {
 
 /// Ends this process like a program that writes to a pipe without a reader.
 pub(super) fn end_by_sigpipe() -> ! {
-    // SAFETY: all values are plain, and sigemptyset initialises the set. The old disposition of the signal is not needed
-    // any more.
+    // SAFETY: all values are plain, and sigemptyset initialises the set. The old disposition of the signal is not
+    // needed any more.
     unsafe {
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let mut pipe = std::mem::zeroed();

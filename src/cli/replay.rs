@@ -1,5 +1,5 @@
-//! `gorego replay`: runs an action of a server again on this machine, in the sandbox that a server here would give it, and
-//! compares the outcome with the recorded one.
+//! `gorego replay`: runs an action of a server again on this machine, in the sandbox that a server here would give it,
+//! and compares the outcome with the recorded one.
 //!
 //! There are three steps: [`fetch`] reads everything from the server, [`mod@run`] stages and runs the action with the
 //! code of a worker, and [`compare`] determines the differences. Ctrl-C, SIGTERM and SIGHUP end each step. All files

@@ -43,7 +43,7 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
     if let Some(problem) = supervisor.problem() {
         Event::warn("gorego::server", "supervisor_unreachable")
             .with("error", problem)
-            .log(format_args!("the supervisor cannot be told how the server is: {problem}"));
+            .log(format_args!("the state of the server cannot be reported to the supervisor: {problem}"));
     }
     supervisor.status("opening the store");
     let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));

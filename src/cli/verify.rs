@@ -21,7 +21,7 @@ pub(super) fn run(args: &VerifyArgs) -> u8 {
 
 fn verify(args: &VerifyArgs) -> Result<Printout> {
     let options = options(args)?;
-    // The file is opened before the run, so that nobody waits minutes for a report that cannot be written.
+    // The file is opened before the run, so that an unwritable file is reported at once and not after minutes.
     let open = |path| File::create(path).map(|file| (path, file)).map_err(unwritable(path));
     let junit = args.junit.as_deref().map(open).transpose()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();

@@ -174,13 +174,13 @@ fn own_role(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> Option<Ro
     check.require(
         ROLES,
         !is_ready_made,
-        &format!("\"{name}\" is a ready-made role; give yours another name"),
+        &format!("\"{name}\" is a predefined role; give your role another name"),
     );
     let (permissions, instances) = (role_permissions(check, name, role), role_instances(check, name, role));
     (check.problems.len() == problems).then(|| Role { name: name.to_owned(), permissions, instances })
 }
 
-/// The permissions of a role: those of the predefined role in `like`, and its own.
+/// The permissions of a role: its own, and the permissions of the predefined role in `like`.
 fn role_permissions(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> PermissionSet {
     let mut permissions = PermissionSet::default();
     if let Some(like) = &role.like {
@@ -191,7 +191,7 @@ fn role_permissions(check: &mut Checker<'_>, name: &str, role: &RoleConfig) -> P
                 check.refuse(
                     ROLES,
                     &format!(
-                        "{name}.like = \"{}\" is not a ready-made role: {}",
+                        "{name}.like = \"{}\" is not a predefined role: {}",
                         like.escape_debug(),
                         known.join(", ")
                     ),

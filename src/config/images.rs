@@ -103,7 +103,7 @@ pub(super) fn images(check: &mut Checker<'_>, credentials: Option<PathBuf>) -> O
     check.require(
         &format!("execution.images.{key}"),
         sandbox != SandboxMode::Off || !execution.pools.is_empty(),
-        "takes the sandbox, which is off (execution.sandbox.mode)",
+        "needs the sandbox, which is off (execution.sandbox.mode)",
     );
     Some(ImagesSettings {
         registries,

@@ -116,7 +116,7 @@ pub(super) fn issuers(check: &mut Checker<'_>, machine: &Machine) -> Vec<JwtSett
         let mut of_issuer = Vec::new();
         if let Some(settings) = issuer(config, machine, &mut of_issuer) {
             if issuers.iter().any(|other| clash(other, &settings)) {
-                of_issuer.push(("audience", "is that of another entry with the same issuer".into()));
+                of_issuer.push(("audience", "is also in another entry with the same issuer".into()));
             }
             issuers.push(settings);
         }
@@ -254,7 +254,7 @@ mod tests {
         assert!(refused("RS256", "HS256").contains("symmetric"));
         assert!(refused("my-company", "*").contains("no condition"));
         let twice = issuers_of(&format!("{GOOD}{GOOD}")).unwrap_err();
-        assert!(twice[0].contains("audience of entry 2 is that of another entry"), "{twice:?}");
+        assert!(twice[0].contains("audience of entry 2 is also in another entry"), "{twice:?}");
         assert!(
             issuers_of(&format!("{GOOD}{}", GOOD.replace("gorego.example.com", "other.example.com"))).is_ok()
         );

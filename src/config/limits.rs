@@ -45,7 +45,7 @@ pub struct LimitsConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolLimitsConfig {
-    /// The keys are those of [`LimitsConfig`].
+    /// The keys are the same as in [`LimitsConfig`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_gb: Option<Size>,
     #[serde(skip_serializing_if = "Option::is_none")]

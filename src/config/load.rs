@@ -1,9 +1,9 @@
 //! Merges the sources of values: flags over environment over file over defaults. The sockets of a supervisor take
 //! precedence over all of them.
 //!
-//! Each source is checked separately, so an error names the line, variable or flag at fault and never the merged result.
-//! Unknown keys are refused everywhere, and the closest known key is suggested. Whether a value is valid is checked in
-//! [`super::settings`].
+//! Each source is checked separately, so an error names the line, variable or flag at fault and never the merged
+//! result. Unknown keys are refused everywhere, and the closest known key is suggested. Whether a value is valid is
+//! checked in [`super::settings`].
 
 use super::{
     Config, pools,
@@ -79,7 +79,7 @@ pub struct Flag {
     pub value: Value,
 }
 
-/// The address of a socket that the supervisor passed. The server listens on it whatever is configured.
+/// The address of a socket that the supervisor passed. The server listens on it, and ignores the configured address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SocketAddress {
     /// The name of the socket.
@@ -158,8 +158,8 @@ pub fn variable_of(key: &str) -> String {
 /// Merges all sources into one configuration.
 ///
 /// # Errors
-/// [`Error::Invalid`] that names the file and line, variable or flag, and the problem. For a mistyped key it suggests the
-/// closest one.
+/// [`Error::Invalid`] that names the file and line, variable or flag, and the problem. For a mistyped key it suggests
+/// the closest one.
 pub fn load(sources: &Sources) -> Result<Loaded> {
     let known: BTreeMap<String, Value> = keys(&Config::default()).into_iter().collect();
     let mut merged = Table::new();

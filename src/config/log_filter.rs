@@ -3,8 +3,8 @@
 use log::LevelFilter;
 use std::str::FromStr as _;
 
-/// Checks that env_logger understands a filter: `level`, `target` or `target=level`, separated by commas. Its own parser
-/// silently ignores what it does not understand, which would lose logs.
+/// Checks that env_logger understands a filter: `level`, `target` or `target=level`, separated by commas. Its own
+/// parser silently ignores what it does not understand, which would lose logs.
 ///
 /// # Errors
 /// A sentence that describes the problem.

@@ -180,7 +180,7 @@ pub struct PoolSettings {
     pub is_declared: bool,
     /// Number of actions that run in the pool at the same time; at least 1.
     pub slots: usize,
-    /// The offered values, by property name, including those of the limits.
+    /// The offered values, by property name, including the values that the limits imply.
     pub offers: Offers,
     /// The limits of one action.
     pub limits: LimitSettings,

@@ -1,8 +1,8 @@
 //! The checked configuration, as the rest of the server uses it.
 //!
-//! A [`Settings`] is valid by construction: limits hold, directories are absolute, sizes are in bytes, and values such as
-//! zero or empty are replaced by their meaning. All problems are reported together, each with its key, value and source.
-//! Nothing here accesses a file.
+//! A [`Settings`] is valid by construction: limits hold, directories are absolute, sizes are in bytes, and values such
+//! as zero or empty are replaced by their meaning. All problems are reported together, each with its key, value and
+//! source. Nothing here accesses a file.
 
 use super::{
     ClientResults, CommittedSize, Compress, Durability, Loaded, LogConfig,
@@ -112,7 +112,7 @@ pub struct Settings {
     pub assets: AssetsSettings,
     /// Address of the HTTP/1.1 cache, if it is enabled.
     pub http_addr: Option<SocketAddr>,
-    /// Host names that HTTP requests may use, in addition to those of this machine.
+    /// Host names that HTTP requests may use, in addition to the names of this machine.
     pub http_hosts: Vec<HostRule>,
     /// The permissions of clients.
     pub access: AccessSettings,
@@ -292,7 +292,7 @@ fn node_name(check: &mut Checker<'_>) -> NodeName {
     })
 }
 
-/// The instances in `instance_names` and those with their own policy.
+/// The instances in `instance_names` and the instances with their own policy.
 fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let config = &check.loaded.config;
     let functions = |check: &mut Checker<'_>, key: &str, listed: &[DigestFunction]| {
@@ -368,11 +368,11 @@ fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str
         return;
     }
     let (lack, danger) = if has_credentials {
-        ("there is no TLS", "everybody who can read along on the way to it can take credentials and use them")
+        ("there is no TLS", "everyone who can read the network traffic can steal credentials and use them")
     } else {
         (
             "there is no authentication",
-            "everybody who can reach it can run commands on this machine and change what the cache answers",
+            "everyone who can reach it can run commands on this machine and change the content of the cache",
         )
     };
     if config.allow_unauthenticated {
@@ -382,8 +382,8 @@ fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str
             key,
             &format!(
                 "is not a loopback address, and {lack}, so {danger}. Configure [tls] and [access] (docs/securing.md), or listen \
-                 on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where everybody is trusted that far, set \
-                 allow_unauthenticated = true"
+                 on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where every user is trusted \
+                 with this, set allow_unauthenticated = true"
             ),
         );
     }

@@ -1,5 +1,5 @@
-//! [`Ahead`]: counts what a client has sent over an HTTP/2 connection and no handler has taken, and decides whether more
-//! may be read.
+//! [`Ahead`]: counts what a client has sent over an HTTP/2 connection and no handler has taken, and decides whether
+//! more may be read.
 //!
 //! HTTP/2 lets every client send ahead as much as its window allows
 //! ([`CONNECTION_WINDOW_BYTES`](crate::grpc::CONNECTION_WINDOW_BYTES)), and a granted window cannot be revoked. So the
@@ -7,19 +7,19 @@
 //!
 //! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most its share of [`AHEAD`].
 //!   So all connections together exceed that budget by at most [`ALWAYS_READ_BYTES`] and one read each.
-//! - A connection is read if all of its requests wait for their client, because then all earlier bytes have been taken. So it is
-//!   unread only while a handler has bytes that it does not take. Bytes that were read in the current turn of the connection's
-//!   task count in any case, because their requests may not have begun: the library reads on until it must wait, and hands new
-//!   requests over then.
-//! - An unread connection waits for the first of three events: its handlers take enough, all of its requests wait for the
-//!   client, or the budget has room.
-//! - This wait ends. Each handler takes its bytes or ends within its own time limit, and bytes that it has not taken are
-//!   forgotten with its stream. At the latest, the connection itself ends: while it is unread, no PING is answered, so the
-//!   keep-alive of HTTP/2 closes it.
+//! - A connection is read if all of its requests wait for their client, because then all earlier bytes have been taken.
+//!   So it is unread only while a handler has bytes that it does not take. Bytes that were read in the current turn of
+//!   the connection's task count in any case, because their requests may not have begun: the library reads on until it
+//!   must wait, and hands new requests over then.
+//! - An unread connection waits for the first of three events: its handlers take enough, all of its requests wait for
+//!   the client, or the budget has room.
+//! - This wait ends. Each handler takes its bytes or ends within its own time limit, and bytes that it has not taken
+//!   are forgotten with its stream. At the latest, the connection itself ends: while it is unread, no PING is answered,
+//!   so the keep-alive of HTTP/2 closes it.
 //!
-//! The count is an upper bound. If a stream ends early, the HTTP/2 library may discard its bytes without reporting them.
-//! They are forgotten when all requests wait for the client, and when the open streams cannot have sent as much as is
-//! counted ([`Ahead::at_most`]).
+//! The count is an upper bound. If a stream ends early, the HTTP/2 library may discard its bytes without reporting
+//! them. They are forgotten when all requests wait for the client, and when the open streams cannot have sent as much
+//! as is counted ([`Ahead::at_most`]).
 
 use super::ConnectionState;
 use crate::{

@@ -4,8 +4,8 @@
 //! drops the bytes when they are written or the connection is gone, which frees the room.
 //!
 //! A stream that nobody reads holds two pieces of its blob: the one in the HTTP/2 library, and the next, which hyper
-//! requests before it knows whether the window has room. The pieces get smaller as the connection holds more, so a thousand
-//! such streams leave room for one that is read, and they do not wait behind large responses
+//! requests before it knows whether the window has room. The pieces get smaller as the connection holds more, so a
+//! thousand such streams leave room for one that is read, and they do not wait behind large responses
 //! ([`ConnectionState::reserve_piece`]).
 
 use super::ConnectionState;
@@ -19,9 +19,9 @@ use std::{
 };
 use tokio::time::timeout;
 
-/// Limits on the bytes of responses that clients have not taken. The server may hold 64 of the largest messages; together
-/// with the temporary memory for making them this stays below 600 MB. One connection may hold eight of them, which is more
-/// than a link of 1 Gbit/s with a latency of 100 ms has in flight.
+/// Limits on the bytes of responses that clients have not taken. The server may hold 64 of the largest messages;
+/// together with the temporary memory for making them this stays below 600 MB. One connection may hold eight of them,
+/// which is more than a link of 1 Gbit/s with a latency of 100 ms has in flight.
 pub(crate) const ANSWERS: Bounds = Bounds {
     what: "bytes of answers that were not read",
     total: 256 * 1024 * 1024,

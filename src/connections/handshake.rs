@@ -1,5 +1,5 @@
-//! [`HandshakeProblem`]: why a connection to a TLS port was closed before its first request. They are counted for each peer
-//! and logged once a second ([`super::Connections::note_handshake`]).
+//! [`HandshakeProblem`]: why a connection to a TLS port was closed before its first request. They are counted for each
+//! peer and logged once a second ([`super::Connections::note_handshake`]).
 
 /// See the top of this file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

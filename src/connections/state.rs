@@ -1,7 +1,7 @@
 //! [`ConnectionState`]: the state of one connection, shared by its socket, its calls and the sweep.
 //!
-//! All fields are atomic, because every read, write and call of the connection updates them, and the sweep reads thousands
-//! of them. Times are milliseconds of the [`Clock`] of [`super::Connections`]; 0 means "not now".
+//! All fields are atomic, because every read, write and call of the connection updates them, and the sweep reads
+//! thousands of them. Times are milliseconds of the [`Clock`] of [`super::Connections`]; 0 means "not now".
 
 use super::{Ahead, Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT};
 use crate::{

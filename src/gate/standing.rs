@@ -1,8 +1,8 @@
 //! [`Standing`]: whether an open request may go on. A token may be revoked, or expire, while a stream is open.
 //!
-//! It is looked at every [`LOOK_INTERVAL`], whether the request waits or moves. Requests that are over at once cost nothing. Those of
-//! anonymous clients are looked at only when they move, so that they need no alarm: streams that clients keep open move at least
-//! every half minute.
+//! It is checked every [`LOOK_INTERVAL`], whether the request waits or makes progress. Short requests cost nothing.
+//! Requests of anonymous clients are checked only when they make progress, so they need no alarm: streams that clients
+//! keep open make progress at least every half minute.
 
 use super::Gate;
 use crate::{alarm::Alarm, call::Call};
@@ -13,7 +13,7 @@ use std::{
 };
 use tokio::time::Instant;
 
-/// How often the credential of an open request is looked at.
+/// How often the credential of an open request is checked.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// See the top of this file.
@@ -32,8 +32,8 @@ impl Standing {
         Self { gate, call, next_look: None, alarm: Alarm::default() }
     }
 
-    /// Ready with the reason when the request has to end. To be called whenever the request was polled; `waits` says whether it
-    /// then waits.
+    /// Ready, with the reason, when the request has to end. Must be called after each poll of the request; `waits` says
+    /// whether the request is pending.
     pub(crate) fn poll(&mut self, context: &mut Context<'_>, waits: bool) -> Poll<Error> {
         let waits = waits && !self.call.principal().is_anonymous();
         loop {

@@ -294,17 +294,14 @@ impl AsyncWrite for Connection {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{
-            accept::{Arrived, connections},
-            turn::FRAMES_PER_TURN,
-        },
+        super::{accept::connections, turn::FRAMES_PER_TURN},
         *,
     };
     use crate::connections::{
         Connections,
         answers::{ANSWERS, ROOM_WAIT},
     };
-    use futures::stream::{Stream, StreamExt as _};
+    use futures::stream::StreamExt as _;
     use std::pin::pin;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -312,17 +309,18 @@ mod tests {
         time::timeout,
     };
 
-    /// The next connection, after its handshake.
-    async fn established(arrivals: &mut (impl Stream<Item = io::Result<Arrived>> + Unpin)) -> Connection {
-        arrivals.next().await.unwrap().unwrap().establish().await.unwrap()
+    /// A connection after its handshake, and its client.
+    async fn connected() -> (Connection, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut arrivals = pin!(connections(listener, Connections::default(), None));
+        let arrived = arrivals.next().await.unwrap().unwrap();
+        (arrived.establish().await.unwrap(), client)
     }
 
     #[tokio::test]
     async fn small_writes_are_collected_until_the_cork_is_out_and_large_ones_are_not() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut connections = pin!(connections(listener, Connections::default(), None));
-        let mut connection = established(&mut connections).await;
+        let (mut connection, mut client) = connected().await;
         let turn = connection.turn();
         let mut received = [0; 2 * HELD_MAX_BYTES];
         turn.begin(true, true);
@@ -349,10 +347,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_turn_reads_a_bounded_number_of_frames() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut connections = pin!(connections(listener, Connections::default(), None));
-        let mut connection = established(&mut connections).await;
+        let (mut connection, mut client) = connected().await;
         let turn = connection.turn();
         let empty_data = [0, 0, 0, 0, 0, 0, 0, 0, 1];
         client.write_all(&[b'x'; 24]).await.unwrap();
@@ -369,10 +364,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_read_its_answers_is_not_read_until_it_does() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut connections = pin!(connections(listener, Connections::default(), None));
-        let mut connection = established(&mut connections).await;
+        let (mut connection, mut client) = connected().await;
         let turn = connection.turn();
         client.write_all(&[b'x'; 24]).await.unwrap();
         let streams: Vec<u8> = (0..=UNSENT_STREAMS_MAX).map(|at| u8::try_from(2 * at + 1).unwrap()).collect();
@@ -405,10 +397,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_takes_frames_of_large_answers_is_waited_for_though_no_answer_is_done() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut connections = pin!(connections(listener, Connections::default(), None));
-        let mut connection = established(&mut connections).await;
+        let (mut connection, _client) = connected().await;
         let state = connection.connect_info().state;
         let _unsent = state.reserve(ANSWERS.connection).await.unwrap();
         let mut next = pin!(state.reserve(1_000));

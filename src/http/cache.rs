@@ -1,17 +1,18 @@
-//! The cache over HTTP/1.1, for tools that do not speak gRPC: Bazel's `--remote_cache=http://`, ccache, sccache, Gradle.
+//! The cache over HTTP/1.1, for tools that do not speak gRPC: Bazel's `--remote_cache=http://`, ccache, sccache,
+//! Gradle.
 //!
-//! The same store under the same rules, with other names:
+//! It serves the same store under the same rules, with other names:
 //!
 //! - `/cas/HASH`: blobs. Content that does not match the hash is refused.
-//! - `/ac/HASH`: action results in Bazel's format: an ActionResult message under the hash of its Action. gRPC clients see
-//!   the same results. They are checked in the same way when they are written, and are complete when they are read.
+//! - `/ac/HASH`: action results in Bazel's format: an ActionResult message under the hash of its Action. gRPC clients
+//!   see the same results. They are checked in the same way when they are written, and are complete when they are read.
 //! - `/cache/KEY`: opaque values under any key, for tools with their own format. They are stored as blobs, and action
-//!   results that no client can request bind them to their keys, so they are evicted and survive restarts like everything
-//!   else. For WebDAV clients, every key that ends with a slash is a collection ([`webdav`]).
+//!   results that no client can request bind them to their keys, so they are evicted and survive restarts like
+//!   everything else. For WebDAV clients, every key that ends with a slash is a collection ([`webdav`]).
 //!
-//! Each path may start with the name of an instance. A hash comes without a size, so the store looks for a blob with this
-//! hash. If a result is written before its Action, the size is unknown and the result is stored under size 0: HTTP clients
-//! find it, gRPC clients do not. Bazel uploads the Action first.
+//! Each path may start with the name of an instance. A hash comes without a size, so the store looks for a blob with
+//! this hash. If a result is written before its Action, the size is unknown and the result is stored under size 0: HTTP
+//! clients find it, gRPC clients do not. Bazel uploads the Action first.
 
 mod body;
 pub mod range;

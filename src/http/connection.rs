@@ -1,7 +1,8 @@
-//! Connections: admitted by [`Connections`], served one request at a time, and closed so that the last response arrives.
+//! Connections: admitted by [`Connections`], served one request at a time, and closed so that the last response
+//! arrives.
 //!
-//! Handshakes are done by the task of the connection. Every wait for a client is limited: for the head of a request here, for its body by the mounts, and for an unread
-//! response in the kernel.
+//! Handshakes are done by the task of the connection. Every wait for a client is limited: for the head of a request
+//! here, for its body by the mounts, and for an unread response in the kernel.
 
 use crate::{
     acknowledge::Prompt,
@@ -51,14 +52,14 @@ const HEAD_LIMIT: Duration = Duration::from_secs(60);
 /// Size of the read buffer, which also limits the head of a request. Browsers and proxies send far less. Bodies pass
 /// through it in any size.
 const READ_MAX_BYTES: usize = 64 * 1024;
-/// Heads up to this size are not counted. Those of build clients have a few KB with a token.
+/// Heads up to this size are not counted. Heads of build clients have a few KB with a token.
 const UNCOUNTED_HEAD_BYTES: u64 = 4 * 1024;
 /// Larger heads count in steps of this size, by which the read buffer grows.
 const HEAD_STEP_BYTES: u64 = 16 * 1024;
 /// How long a client may leave sent bytes unread before the kernel drops the connection.
 const UNREAD_LIMIT: Duration = Duration::from_secs(60);
-/// How long the rest of a request is read and discarded, if it was answered before its end. An immediate close would reset
-/// the connection, and the client might never see the response.
+/// How long the rest of a request is read and discarded, if it was answered before its end. An immediate close would
+/// reset the connection, and the client might never see the response.
 const LINGER: Duration = Duration::from_secs(2);
 /// Number of bytes that are discarded at a time.
 const LINGER_BYTES: usize = 16 * 1024;
@@ -107,8 +108,8 @@ pub(super) async fn serve(
                 let head = head.clone();
                 answer(ends.clone(), request).inspect(move |_| head.end()).boxed()
             };
-            // A connection is asked to close if it is idle, or if its client does not read the responses. So a request that
-            // is dropped here waits for its client.
+            // A connection is asked to close if it is idle, or if its client does not read the responses. So a request
+            // that is dropped here waits for its client.
             select! {
                 () = serve_one(stream, closed, answer) => {}
                 _ = poll_fn(|context| state.poll_closing(context)) => {}
@@ -120,15 +121,15 @@ pub(super) async fn serve(
     closing.closed().await;
 }
 
-/// Sets TCP_NODELAY, because small responses would otherwise wait for delayed acknowledgements, and a time limit for unread
-/// data. If an option cannot be set, the connection works without it.
+/// Sets TCP_NODELAY, because small responses would otherwise wait for delayed acknowledgements, and a time limit for
+/// unread data. If an option cannot be set, the connection works without it.
 fn prepare(stream: &mut TcpStream) {
     let _ = stream.set_nodelay(true);
     let limit = u32::try_from(UNREAD_LIMIT.as_millis()).unwrap_or(u32::MAX);
     let _ = rustix::net::sockopt::set_tcp_user_timeout(&*stream, limit);
 }
 
-/// Does the handshake, where the port has one. `None` when it failed.
+/// Does the TLS handshake if the port uses TLS. `None` when it failed.
 async fn establish(stream: TcpStream, admitted: &Admitted, tls: Option<TlsPort>) -> Option<Socket> {
     let stream = Prompt::new(stream);
     match tls {
@@ -172,9 +173,9 @@ async fn serve_one(
     }
 }
 
-/// Memory of the head of the request that a connection is about to send or is being answered. Heads of more than
-/// [`UNCOUNTED_HEAD_BYTES`] share a budget with those of the gRPC port, so that connections that send nothing but heads cannot take
-/// all memory.
+/// The memory of the request head that a connection sends or that is being answered. Heads of more than
+/// [`UNCOUNTED_HEAD_BYTES`] share a budget with the heads of the gRPC port, so that connections that send nothing but
+/// heads cannot take all memory.
 #[derive(Debug)]
 struct HeadRoom {
     heads: Budget,
@@ -184,7 +185,7 @@ struct HeadRoom {
 
 #[derive(Debug, Default)]
 struct HeadState {
-    /// Whether a request is being answered. What is read meanwhile belongs to its body.
+    /// Whether a request is being answered. Bytes that are read meanwhile belong to its body.
     is_answered: bool,
     bytes: u64,
     share: Option<Share>,
@@ -196,12 +197,12 @@ impl HeadRoom {
         Self { heads, caller, state: Mutex::default() }
     }
 
-    /// The head is complete.
+    /// Records that the head is complete.
     fn begin(&self) {
         self.state().is_answered = true;
     }
 
-    /// The next head begins.
+    /// Records that the next head begins.
     fn end(&self) {
         *self.state() = HeadState::default();
     }
@@ -354,7 +355,7 @@ mod tests {
             client.write_all(head.as_bytes()).await.unwrap();
             assert!(!rest(&mut client).await.contains("200 OK"));
         }
-        // A client that keeps the connection open is not waited for either.
+        // The server does not wait for a client that keeps the connection open either.
         let (mut client, _closing) = connect().await;
         client.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
         assert!(rest(&mut client).await.starts_with("HTTP/1.1 400"));
@@ -413,7 +414,7 @@ mod tests {
         let (mut client, mut stream, room, _admitted) = open(2);
         client.write_all(&[b'a'; READ_MAX_BYTES]).await.unwrap();
         stream.read_exact(&mut [0; READ_MAX_BYTES]).await.unwrap();
-        // What follows a head is not counted, and its room is free again after the answer.
+        // Bytes after a head are not counted, and the room of the head is free again after the answer.
         room.begin();
         let held = connections.heads().held();
         client.write_all(&[b'a'; READ_MAX_BYTES]).await.unwrap();

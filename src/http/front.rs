@@ -10,7 +10,7 @@ use axum::{extract::Request, http::StatusCode, response::Response};
 use futures::future::{BoxFuture, FutureExt as _, ready};
 use gorego_reapi::error::Result;
 
-/// What [`Front`] serves.
+/// The routes of [`Front`].
 pub(super) const ROUTES: &[Route] = &[Route { at: RoutePlace::Path(""), methods: OPEN, shown: "" }];
 
 /// The mount of the front page.

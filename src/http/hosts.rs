@@ -1,9 +1,9 @@
 //! [`Hosts`]: the host names for which the HTTP port answers. Pure.
 //!
-//! A web page can point its own name at this machine (DNS rebinding). The browser then treats this server as the page's own
-//! site, and the page could read and write the cache. Every request contains the name, so unknown names are refused.
-//! Addresses cannot be rebound, but only those that lead here are accepted: loopback, and the address that the connection
-//! was made to.
+//! A web page can point its own name at this machine (DNS rebinding). The browser then treats this server as the page's
+//! own site, and the page could read and write the cache. Every request contains the name, so unknown names are
+//! refused. Addresses cannot be rebound. Still, only addresses of this server are accepted: loopback, and the address
+//! to which the client has connected.
 
 use crate::host::{HostRule, bare};
 use arc_swap::ArcSwap;
@@ -28,12 +28,12 @@ pub(crate) enum HostRefusal {
 }
 
 impl Hosts {
-    /// These hosts.
+    /// Accepts these hosts.
     pub(crate) fn new(hosts: Vec<HostRule>) -> Self {
         Self(Arc::new(ArcSwap::from_pointee(hosts)))
     }
 
-    /// Replaces them.
+    /// Replaces the configured hosts.
     pub(crate) fn replace(&self, hosts: Vec<HostRule>) {
         self.0.store(Arc::new(hosts));
     }

@@ -1,6 +1,6 @@
-//! What operators and their tools ask for: whether the server is alive, whether it is ready, and its metrics.
+//! The paths for operators and their tools: whether the server is alive, whether it is ready, and its metrics.
 //!
-//! The answers to the first two are yes or no and nothing else, because everybody may ask.
+//! The answers to the first two only say yes or no, because these paths need no credential.
 
 use super::{
     Mount,
@@ -23,7 +23,7 @@ const ALIVE: RoutePlace = RoutePlace::Path("healthz");
 const READY: RoutePlace = RoutePlace::Path("readyz");
 const METRICS: RoutePlace = RoutePlace::Path("metrics");
 
-/// What [`Operations`] serves.
+/// The routes of [`Operations`].
 pub(super) const ROUTES: &[Route] = &[
     Route { at: ALIVE, methods: OPEN, shown: "/healthz (health check)" },
     Route { at: RoutePlace::Path("status"), methods: OPEN, shown: "" },
@@ -35,7 +35,7 @@ pub(super) const ROUTES: &[Route] = &[
     },
 ];
 
-/// Who knows how the server is. Each answer comes in bounded time.
+/// The source of the state and the metrics of the server. Each answer comes in bounded time.
 pub(crate) trait Observe: fmt::Debug + Send + Sync {
     /// Whether the server takes requests of all kinds that it is configured for.
     fn is_ready(&self) -> BoxFuture<'_, bool>;

@@ -1,7 +1,7 @@
 //! One log line for each request, and its metrics, when its response has ended or its client is gone.
 //!
-//! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are rate-limited
-//! per peer and then only counted (`Connections::takes_line`).
+//! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are
+//! rate-limited per peer and then only counted (`Connections::takes_line`).
 
 use super::{LOG, Port};
 use crate::{

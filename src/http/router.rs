@@ -1,13 +1,13 @@
 //! [`Router`]: which mount serves a path. Pure. Paths are hostile until they are matched here.
 //!
-//! A mount is added with the [`Route`]s that it serves. The first route that covers a path decides, whatever the method is.
+//! A mount is added with the [`Route`]s that it serves. The first route that covers a path decides, for all methods.
 
 use crate::access::permission::Permissions;
 
 /// Methods with the permissions that they need.
 pub type Methods = &'static [(&'static str, Permissions)];
 
-/// The methods of a resource that everybody may read, without a credential.
+/// The methods of a resource that may be read without a credential.
 pub const OPEN: Methods = &[("GET", &[]), ("HEAD", &[])];
 
 /// Paths of one kind, and the methods that they support.
@@ -97,7 +97,7 @@ impl<M> Default for Router<M> {
 }
 
 impl<M> Router<M> {
-    /// Adds a mount behind those that are there.
+    /// Adds a mount after the existing ones.
     pub fn mount(&mut self, routes: &'static [Route], mount: M) {
         self.mounts.push((routes, mount));
     }
@@ -127,7 +127,8 @@ impl<M> Router<M> {
         self.mounts.iter().flat_map(|(routes, mount)| routes.iter().map(move |route| (mount, route)))
     }
 
-    /// Splits a path at its first keyword. So an instance whose name contains a keyword as a segment cannot be addressed.
+    /// Splits a path at its first keyword. So an instance whose name contains a keyword as a segment cannot be
+    /// addressed.
     fn take_apart<'a>(&self, path: &'a str) -> Parts<'a> {
         let mut start = 0;
         for segment in path.split('/') {

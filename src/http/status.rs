@@ -1,4 +1,4 @@
-//! Converts an [`Error`] to an HTTP status. This is the only place that does. Bodies are one line of text for people.
+//! Converts an [`Error`] to an HTTP status. No other code does this. Bodies are one line of text for people.
 
 use axum::{
     body::Body,

@@ -139,7 +139,7 @@ impl ImageCache {
     /// removed. Leftovers are removed in the background.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub(super) fn open(path: &Path, max_bytes: u64) -> Result<Arc<Self>> {
         let doing =
             |error: io::Error| Error::io(&format!("open the directory of images {}", path.display()), &error);

@@ -4,8 +4,8 @@
 //! A flight runs on a separate thread and continues after its callers have left, because the next caller may need the
 //! result. A [`Budget`] bounds the number of flights and shares them among peers: each caller waits for a place as its
 //! peer, and the first one that gets a place starts the flight for all. A failure is returned to later callers for
-//! [`FAILURE_CACHE_TIME`]. A success is forgotten when all waiting callers have it; before that, the work must store it where
-//! later callers look first.
+//! [`FAILURE_CACHE_TIME`]. A success is forgotten when all waiting callers have it; before that, the work must store it
+//! where later callers look first.
 
 use crate::{
     budget::{Budget, Share},
@@ -61,12 +61,12 @@ where
         Self(Arc::new(FlightTable { thread, places, flights: Mutex::default(), changed: Notify::new() }))
     }
 
-    /// Returns the first available result: that of `known`, which looks for the outcome of earlier work; that of a
-    /// running or recently failed flight with the same key; or that of `work`, in a new flight. If a caller drops the
-    /// future, the flight continues.
+    /// Returns the first available result. `known` looks for the outcome of earlier work. Next comes a running or
+    /// recently failed flight with the same key. Otherwise a new flight runs `work`. If a caller drops the future, the
+    /// flight continues.
     ///
     /// # Errors
-    /// Those of the work, and of the machine if no thread can be started.
+    /// The errors of the work; an error of the system if no thread can be started.
     pub(super) async fn join(
         &self,
         key: &K,

@@ -304,7 +304,7 @@ mod tests {
                         }
                     }
                     Act::Release(key) => {
-                        // Only leases that were taken end. Those of forgotten copies have no effect.
+                        // Only leases that were taken end. Ending a lease of a forgotten copy has no effect.
                         if let Some(copy) = model.forgotten.pop() {
                             index.release(&key, copy);
                         }

@@ -23,8 +23,8 @@ const MAX_INDEXES: usize = 2;
 /// file, so at most 4 MiB are written in between. A disk counts as low when 64 reserves are left.
 const CHECK_SPACE_EVERY: u64 = 32;
 
-/// How often a pull checks for a layer that another pull is downloading. Layers take seconds, and the check also notices the end
-/// of the pull's time.
+/// How often a pull checks for a layer that another pull is downloading. Layers take seconds, and the check also
+/// notices the end of the pull's time.
 const LAYER_POLL: Duration = Duration::from_millis(20);
 
 /// The time limit of a pull.
@@ -60,11 +60,11 @@ impl PullTime {
     }
 }
 
-/// Unpacks the image with this digest. If the digest is that of an index, chooses the image for this machine.
+/// Unpacks the image with this digest. If the digest names an index, chooses the image for this machine.
 ///
 /// # Errors
 /// `Precondition` for images that are missing, damaged, hostile, too large or not for this machine; `Unavailable` for
-/// temporary problems; those of the file system.
+/// temporary problems; the errors of the file system.
 pub(super) fn pull(
     source: &dyn ImageSource,
     digest: &ImageDigest,

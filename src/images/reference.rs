@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! docker://registry.example.com:5000/team/tools@sha256:ab12...    a digest: always the same image
-//! docker://registry.example.com:5000/team/tools:2024.1            a tag: what the registry has under it
+//! docker://registry.example.com:5000/team/tools:2024.1            a tag: the image that the registry has for it
 //! oci:/srv/images/tools            a layout directory of the server with one image
 //! oci:/srv/images/tools:2024.1     the image of this name in it; also @sha256:...
 //! ```

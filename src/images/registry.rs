@@ -2,18 +2,18 @@
 //!
 //! Only `GET` is used: documents by tag or digest, blobs by digest, and a token if the registry asks for one. Redirects
 //! to any host are followed, because registries store their blobs elsewhere. Credentials are sent only to the registry
-//! and to the token server that it names. Nothing is fetched without TLS unless the registry is configured so. No proxy
-//! is used.
+//! and to the token server that it names. Nothing is fetched without TLS unless the configuration allows it for the
+//! registry. No proxy is used.
 //!
 //! A registry must not use this server to access hosts that the registry cannot reach itself. So the addresses that it
-//! refers to must be public, or be as near to this server as the registry: a registry on the internet cannot refer to
-//! the hosts of a site, and a registry of a site cannot refer to the loopback interface or a cloud's metadata service.
-//! Addresses are checked when they are connected to ([`Reach`]).
+//! refers to must be public, or be in a network of the same kind as the registry: a registry on the internet cannot
+//! refer to hosts of a private network, and a registry in a private network cannot refer to the loopback interface or a
+//! cloud's metadata service. Addresses are checked when they are connected to ([`Reach`]).
 //!
-//! Every answer has limits: a time limit (the rest of the pull's time, and [`READ_TIMEOUT`] for each piece) and a size limit
-//! (that of [`read_bounded`] for a document, the size in the manifest for a blob, and [`MAX_TOKEN_BYTES`] for a token).
-//! The client crate for this API, oci-client 0.18, reads documents, tokens and error pages of any size into memory.
-//! That is why the three requests are implemented here.
+//! Every answer has limits: a time limit (the rest of the pull's time, and [`READ_TIMEOUT`] for each piece) and a size
+//! limit (the limit of [`read_bounded`] for a document, the size in the manifest for a blob, and [`MAX_TOKEN_BYTES`]
+//! for a token). The client crate for this API, oci-client 0.18, reads documents, tokens and error pages of any size
+//! into memory. Therefore the three requests are implemented here.
 
 pub(super) mod credentials;
 
@@ -111,7 +111,7 @@ impl RegistryClients {
     }
 }
 
-/// Which addresses a registry may refer to: public ones, and those that are at least as near as its own.
+/// The addresses that a registry may refer to: public ones, and addresses with the reach of its own address.
 #[derive(Debug)]
 struct AllowedAddresses {
     /// The host of the registry without the port.
@@ -141,7 +141,9 @@ impl AllowedAddresses {
         if reach == Reach::Public || own.contains(&reach) {
             return Ok(());
         }
-        Err(format!("it leads to {host} at {address}, which is not public and not where the registry is"))
+        Err(format!(
+            "it leads to {host} at {address}, which is neither public nor in a network like the registry's"
+        ))
     }
 
     /// The same check for a URL whose host is an address, for which no name is resolved.

@@ -6,7 +6,7 @@
 //! extended attributes are dropped, and devices, pipes and sockets are left out. Directories and files keep their
 //! modes, but their owner can always read them.
 //!
-//! A whiteout hides entries of lower layers, but not of its own layer, whatever the order of the entries is.
+//! A whiteout hides entries of lower layers, but never of its own layer, in any order of the entries.
 
 use super::problem::LayerProblem;
 use crate::actors::worker::{dir, workspace};
@@ -38,7 +38,7 @@ const COPY_BYTES: usize = 128 * 1024;
 const WHITEOUT: &[u8] = b".wh.";
 /// The whiteout that hides everything that lower layers have in a directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// Prefix of names that an old union file system reserved.
+/// Prefix of the names that aufs, an old union file system, reserves.
 const RESERVED: &[u8] = b".wh..wh.";
 /// The mode of directories that no layer describes.
 const DIRECTORY_MODE: u32 = 0o755;
@@ -129,7 +129,7 @@ impl<'a> RootTree<'a> {
             // The entry is the top directory, whose mode the server determines.
             return match entry {
                 LayerEntry::Directory(_) => Ok(()),
-                _ => Err(refuse(path, "is the top of the image, and no directory")),
+                _ => Err(refuse(path, "is the top of the image but not a directory")),
             };
         };
         let result = match name.as_bytes() {

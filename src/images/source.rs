@@ -38,7 +38,7 @@ pub(super) trait ImageSource {
 /// Reads a document of an image, and checks its digest.
 ///
 /// # Errors
-/// `Precondition` if the document is too large or has another digest; those of the reader.
+/// `Precondition` if the document is too large or has another digest; the errors of the reader.
 pub(super) fn read_document(reader: &mut dyn Read, digest: &ImageDigest) -> Result<Vec<u8>> {
     let bytes = read_bounded(reader)?;
     if !digest.is_of(&bytes) {
@@ -69,7 +69,7 @@ fn of_reading(error: &io::Error) -> Error {
 
 fn wrong_digest(digest: &ImageDigest) -> Error {
     Error::Precondition(format!(
-        "what is stored as {digest} has another digest, so it is damaged or was replaced"
+        "the content stored as {digest} has another digest, so it is damaged or was replaced"
     ))
 }
 
@@ -88,7 +88,7 @@ impl<'a> CheckedBlob<'a> {
     /// Opens a blob of the source.
     ///
     /// # Errors
-    /// Those of the source.
+    /// The errors of the source.
     pub(super) fn open(source: &'a dyn ImageSource, blob: &'a BlobName) -> Result<Self> {
         Ok(Self::reading(source.blob(&blob.digest)?, blob))
     }

@@ -8,10 +8,10 @@ use std::{fs::File, path::Path};
 const MAX_BYTES: u64 = 1024 * 1024;
 
 /// The numbers of a user such as `1000`, `1000:100`, `build` or `build:users`, using the names in the image. `None` if
-/// no user is configured. Without a named group, the group is that of the user in `/etc/passwd`, or 0.
+/// no user is configured. Without a named group, the group is the user's group in `/etc/passwd`, or 0.
 ///
 /// # Errors
-/// An error if the image does not have the user or group.
+/// If the image does not have the user or group.
 pub(super) fn find(user: &str, root: &File) -> Result<Option<InnerUser>, String> {
     numbers(user, &|path| read(root, path).unwrap_or_default())
 }
@@ -25,7 +25,7 @@ fn numbers(user: &str, file: &dyn Fn(&str) -> String) -> Result<Option<InnerUser
     let entry = find_entry(&passwd, name);
     let unknown = |kind: &str, name: &str| {
         let shown: String = name.escape_debug().take(60).collect();
-        format!("its user is the {kind} \"{shown}\", which it does not know")
+        format!("its user is the {kind} \"{shown}\", which it does not have")
     };
     let number = entry.and_then(|fields| fields.get(2)?.parse().ok()).or_else(|| name.parse().ok());
     let own_group = entry.and_then(|fields| fields.get(3)?.parse().ok()).unwrap_or(0);
@@ -103,7 +103,7 @@ mod tests {
             assert_eq!(find(user), Ok(expected), "{user}");
         }
         for user in ["nobody", "build:nogroup", "4294967295", "-1", ":5"] {
-            assert!(find(user).unwrap_err().contains("does not know"), "{user}");
+            assert!(find(user).unwrap_err().contains("does not have"), "{user}");
         }
     }
 }

@@ -1,8 +1,8 @@
 //! [`Follower`]: a reader of one stream, from any offset to the end (LOG-03, EXE-64).
 //!
-//! It pulls: bytes stay in the file until it asks for them, so a slow reader costs no memory and delays nobody. Appends to
-//! client streams wake it. The runner's writes to a log do not, so while a reader exists, it polls the file every
-//! [`TAIL_INTERVAL`]. The end of a run wakes it too.
+//! It pulls: bytes stay in the file until it asks for them, so a slow reader costs no memory and delays no other
+//! client. Appends to client streams wake it. The runner's writes to a log do not, so while a reader exists, it polls
+//! the file every [`TAIL_INTERVAL`]. The end of a run wakes it too.
 
 use super::{
     run::{RunState, Tail},
@@ -17,7 +17,8 @@ use gorego_reapi::{
 use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
 use tokio::{select, sync::watch, time::sleep};
 
-/// Polling interval for the log of a running command: fast enough for a person, at the cost of about one small system call.
+/// Polling interval for the log of a running command: fast enough for a person, at the cost of about one small system
+/// call.
 pub(crate) const TAIL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The next part of a stream.
@@ -58,8 +59,8 @@ impl Follower {
     /// Waits for bytes at `offset` and returns at most `max` of them.
     ///
     /// # Errors
-    /// `OutOfRange` when the stream ended before `offset`; `NotFound` when its bytes are lost; `DeadlineExceeded` when the
-    /// stream was not written to for too long; `Unavailable` when the server shuts down.
+    /// `OutOfRange` when the stream ended before `offset`; `NotFound` when its bytes are lost; `DeadlineExceeded` when
+    /// the stream was not written to for too long; `Unavailable` when the server shuts down.
     pub async fn next(&mut self, offset: u64, max: usize) -> Result<Piece> {
         let closing = &mut self.closing;
         let piece = async {

@@ -41,7 +41,7 @@ impl LogName {
     /// `Invalid` for a malformed name; `NotFound` for an id or token that this server never issued.
     pub fn parse(name: &str) -> Option<Result<Self>> {
         let is_keyword = |segment: &&str| KEYWORDS.contains(segment);
-        // Almost all names are those of blobs.
+        // Almost all names refer to blobs.
         if name.split('/').find(is_keyword)? != KEYWORD {
             return None;
         }

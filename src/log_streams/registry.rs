@@ -1,7 +1,7 @@
 //! The [`Registry`]: the existing streams with their sizes and times, and the rules for their removal. Pure.
 //!
-//! Invariants: the streams and their bytes never exceed [`StreamLimits`]; an unfinished stream is removed only if it is idle;
-//! when room is needed, the stream that finished first is removed first.
+//! Invariants: the streams and their bytes never exceed [`StreamLimits`]; an unfinished stream is removed only if it is
+//! idle; when room is needed, the stream that finished first is removed first.
 
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -88,8 +88,8 @@ impl<V> Registry<V> {
     /// Reserves bytes before they are written. Returns the finished streams that were removed to make room.
     ///
     /// # Errors
-    /// `NotFound` when the stream was removed; `OutOfRange` beyond the limit of one stream; `Exhausted` at the limit of all
-    /// streams.
+    /// `NotFound` when the stream was removed; `OutOfRange` beyond the limit of one stream; `Exhausted` at the limit of
+    /// all streams.
     pub(crate) fn grow(&mut self, id: &Uuid, bytes: u64, now: Instant) -> Result<Vec<V>> {
         let entry = self.entries.get(id).filter(|entry| !entry.finished);
         let entry = entry.ok_or_else(|| Error::NotFound("the log stream does not exist any more".into()))?;

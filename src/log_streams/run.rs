@@ -54,11 +54,11 @@ pub(super) struct RunStreams {
     pub(super) instance: Instance,
     directory: PathBuf,
     states: watch::Sender<[RunState; 2]>,
-    /// The clients that were told the names, because an operation of theirs waits for the run.
+    /// The clients that were told the names, because their operations wait for the run.
     told: Mutex<Vec<Principal>>,
 }
 
-/// Most clients that are remembered for one run.
+/// Maximum number of clients that are remembered for one run.
 const TOLD_MAX: usize = 256;
 
 impl RunStreams {

@@ -1,7 +1,7 @@
 //! [`Spool`]: the bytes of a client stream, in an unlinked file.
 //!
-//! Appends are serialized. The visible length changes only after the bytes are in the file, so readers never see missing
-//! bytes and never wait for a writer. The registry enforces the limits on the length.
+//! Appends are serialized. The visible length changes only after the bytes are in the file, so readers never see
+//! missing bytes and never wait for a writer. The registry enforces the limits on the length.
 
 use super::Committed;
 use bytes::Bytes;

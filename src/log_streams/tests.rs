@@ -203,7 +203,7 @@ async fn the_streams_of_a_run_that_is_lost_end_after_what_there_was() {
     ));
 }
 
-/// Whatever a command puts in the place of its log is not read.
+/// If a command replaces its log with something that is not a regular file, it is not read.
 #[tokio::test]
 async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
     let bench = Bench::new(limits());

@@ -1,8 +1,8 @@
 //! [`Event`]: the only way in which this program logs.
 //!
-//! An event is built on the stack, field by field, and passed to the `log` crate as a record with key-values. Nothing is
-//! formatted or allocated until the record is written, so a filtered event costs little. `docs/logs.md` lists the names of
-//! events and fields; a test finds them in the source by the way in which they are written.
+//! An event is built on the stack, field by field, and passed to the `log` crate as a record with key-values. Nothing
+//! is formatted or allocated until the record is written, so a filtered event costs little. `docs/logs.md` lists the
+//! names of events and fields; a test finds them in the source by the way in which they are written.
 
 use log::{
     Level, Log, Record,

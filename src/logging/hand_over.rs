@@ -2,13 +2,14 @@
 //!
 //! Logging appends to a buffer and returns, so an actor or RPC never waits for a slow, blocked or missing reader of
 //! standard error. The writer takes all waiting lines and writes them with one call. A line after a pause is written
-//! immediately. After each write the writer pauses for a few milliseconds while lines accumulate, so a busy server needs
-//! one wake-up per batch instead of one per line. The pause ends early when a batch is full, when a line is urgent, and
-//! when a thread waits in [`HandOver::flush`]. If the process is killed, at most the lines of one pause are lost.
+//! immediately. After each write the writer pauses for a few milliseconds while lines accumulate, so a busy server
+//! needs one wake-up per batch instead of one per line. The pause ends early when a batch is full, when a line is
+//! urgent, and when a thread waits in [`HandOver::flush`]. If the process is killed, at most the lines of one pause are
+//! lost.
 //!
-//! Invariants: lines are written in the order in which they were queued; a line is written completely or not at all, unless
-//! a write fails in the middle; the buffer is bounded, and lines that find it full are dropped, counted and reported at the
-//! place where they are missing; no lock is held during a write. Levels and fields are unknown here.
+//! Invariants: lines are written in the order in which they were queued; a line is written completely or not at all,
+//! unless a write fails in the middle; the buffer is bounded, and lines that find it full are dropped, counted and
+//! reported at the place where they are missing; no lock is held during a write. Levels and fields are unknown here.
 
 use std::{
     io::{self, ErrorKind, Write},
@@ -20,13 +21,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most bytes of waiting lines: some 10,000 lines, which is the log of a few thousand actions that are submitted at once.
-/// The writer may hold as many again.
+/// Most bytes of waiting lines: some 10,000 lines, which is the log of a few thousand actions that are submitted at
+/// once. The writer may hold as many again.
 pub(super) const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// A batch of this size is written without a pause. It is what a pipe accepts in one call.
 const BATCH_BYTES: usize = 64 * 1024;
-/// How long the writer pauses after it took a batch. At 200 wake-ups per second, waking costs less than writing. Nobody who
-/// follows the log notices the delay.
+/// How long the writer pauses after it took a batch. At 200 wake-ups per second, waking costs less than writing. A
+/// reader of the log does not notice the delay.
 const BATCH_TIME: Duration = Duration::from_millis(5);
 /// Buffer capacity that is kept after a burst: a full batch and the lines that arrive while it is written.
 const KEPT_BYTES: usize = 4 * BATCH_BYTES;
@@ -61,7 +62,7 @@ struct Shared {
     state: Mutex<State>,
     /// Wakes the writer.
     arrived: Condvar,
-    /// Signals that the writer is done with what it took.
+    /// Signals that the writer is done with the lines that it took.
     written: Condvar,
     pace: Pace,
     /// Number of lines that were dropped or could not be written since the start.
@@ -71,8 +72,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     waiting: Vec<u8>,
-    /// Number of lines dropped since the writer last took the buffer. After the first one, all are dropped until then, so
-    /// that all missing lines are missing in one place.
+    /// Number of lines dropped since the writer last took the buffer. After the first one, all are dropped until then,
+    /// so that all missing lines are missing in one place.
     dropped: u64,
     /// Number of lines received, including dropped ones.
     arrived: u64,
@@ -153,8 +154,8 @@ impl HandOver {
         }
     }
 
-    /// Waits up to `patience` until all lines queued before this call are written or reported as dropped. Returns whether
-    /// they are.
+    /// Waits up to `patience` until all lines queued before this call are written or reported as dropped. Returns
+    /// whether they are.
     pub(super) fn flush(&self, patience: Duration) -> bool {
         let mut state = self.0.lock();
         let goal = state.arrived;
@@ -196,8 +197,8 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until lines should be written, possibly after the pause that ends at `rested`, and moves all of them to the
-    /// empty `batch`. Returns the number of the last line, and how many lines are missing after it.
+    /// Waits until lines should be written, possibly after the pause that ends at `rested`, and moves all of them to
+    /// the empty `batch`. Returns the number of the last line, and how many lines are missing after it.
     fn take(&self, batch: &mut Vec<u8>, rested: Instant) -> (u64, u64) {
         let mut state = self.lock();
         loop {
@@ -248,8 +249,8 @@ impl<W: Write> BatchWriter<W> {
         let mut rested = Instant::now();
         loop {
             let (upto, dropped) = shared.take(&mut batch, rested);
-            // Counted from here and not from the end of the write, which may be slow: lines that arrived meanwhile have
-            // waited.
+            // The pause counts from here and not from the end of the write, which may be slow: lines that arrived
+            // meanwhile have waited.
             rested = Instant::now() + shared.pace.time;
             if self.lost > 0 {
                 let mut before = Vec::new();

@@ -15,9 +15,9 @@ use std::{fmt::Display, io::Write as _, time::SystemTime};
 /// ambiguous.
 const COMMON: &[&str] = &["ts", "level", "target", EVENT, "msg"];
 
-/// Appends the record as one JSON object and a newline: `ts`, `level`, `target`, `event`, `msg`, then its key-values with
-/// their types. Absent values are omitted. A record without an event comes from a library, and its key-values are nested in
-/// the object `fields`.
+/// Appends the record as one JSON object and a newline: `ts`, `level`, `target`, `event`, `msg`, then its key-values
+/// with their types. Absent values are omitted. A record without an event comes from a library, and its key-values are
+/// nested in the object `fields`.
 pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
     let values = record.key_values();
     let event = values.get(Key::from(EVENT));

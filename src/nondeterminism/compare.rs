@@ -1,7 +1,8 @@
 //! [`compare`]: the outputs in which two results of one action differ. Pure.
 //!
-//! Compared are the files with their contents and executable bits, the directories, the symlinks and the exit code. Standard output and
-//! error are not compared, because many tools print times there, and no later action sees them. Nor is execution metadata.
+//! The comparison covers files with their contents and executable bits, directories, symlinks and the exit code. It
+//! omits execution metadata, and also standard output and error, because many tools print times there and no later
+//! action sees them.
 
 use gorego_reapi::{
     proto::{gorego::OutputDifference, reapi},

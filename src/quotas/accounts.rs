@@ -1,7 +1,8 @@
-//! [`QuotaAccounts`]: what principals have used lately, in requests and bytes. Pure: the time is an argument, in milliseconds.
+//! [`QuotaAccounts`]: what principals have used lately, in requests and bytes. Pure: the time is an argument, in
+//! milliseconds.
 //!
-//! Memory is bounded: there are at most [`MAX_ACCOUNTS`]. An account whose buckets are full again says no more than a new one,
-//! and is forgotten when there is no place for another. As long as all are in use, further principals share one account.
+//! Memory is bounded: there are at most [`MAX_ACCOUNTS`]. An account whose buckets are full again is equal to a new
+//! one, and is forgotten when its place is needed. While all accounts are in use, further principals share one account.
 
 use super::limits::QuotaLimits;
 use crate::{
@@ -11,9 +12,9 @@ use crate::{
 };
 use std::{collections::HashMap, time::Duration};
 
-/// Most accounts. One takes about 200 bytes.
+/// Maximum number of accounts. An account takes about 200 bytes.
 pub(super) const MAX_ACCOUNTS: usize = 10_000;
-/// How often accounts may be searched for those that can be forgotten.
+/// The shortest time between two searches for accounts that can be forgotten.
 const TIDY_INTERVAL_MS: u64 = 1_000;
 /// How many seconds' worth of requests may come at once: build tools send their requests in bursts.
 const BURST_SECONDS: u64 = 2;
@@ -21,7 +22,7 @@ const SECONDS_OF_AN_HOUR: u64 = 3_600;
 /// The shortest and the longest time after which a client is asked to try again.
 const RETRY_SECONDS: std::ops::RangeInclusive<u64> = 1..=60;
 
-/// Whose account, and where.
+/// The principal of an account, and its instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct AccountKey {
     pub(crate) peer: Peer,
@@ -32,7 +33,7 @@ pub(crate) struct AccountKey {
 #[derive(Debug, Default)]
 pub(super) struct QuotaAccounts {
     accounts: HashMap<AccountKey, QuotaAccount>,
-    /// That of all for which there is no place.
+    /// The account of all principals for which there is no place.
     shared: Option<QuotaAccount>,
     tidied_ms: u64,
 }
@@ -66,7 +67,7 @@ impl QuotaAccount {
         Self { limits, requests: requests.map(bucket), upload: upload.map(bucket) }
     }
 
-    /// Whether it says no more than a new one.
+    /// Whether it is equal to a new account.
     fn is_idle(&mut self, now_ms: u64) -> bool {
         let mut buckets = self.requests.iter_mut().chain(&mut self.upload);
         buckets.all(|bucket| bucket.is_full(now_ms))
@@ -76,7 +77,7 @@ impl QuotaAccount {
 impl QuotaAccounts {
     /// Takes this much from an account. Takes nothing if that is too much, and returns when to try again.
     ///
-    /// An amount above all that can be saved up takes everything, so that a single large message is not refused for ever.
+    /// An amount that exceeds a full account takes everything, so that a single large message is not refused for ever.
     pub(super) fn take(
         &mut self,
         key: AccountKey,
@@ -99,11 +100,12 @@ impl QuotaAccounts {
         Err(Duration::from_secs(seconds.clamp(*RETRY_SECONDS.start(), *RETRY_SECONDS.end())))
     }
 
-    /// The account of this key. One whose limits have changed begins anew.
+    /// The account of this key. If its limits have changed, it starts again as a new account.
     fn account(&mut self, key: AccountKey, limits: QuotaLimits, now_ms: u64) -> &mut QuotaAccount {
         if self.accounts.len() >= MAX_ACCOUNTS && !self.accounts.contains_key(&key) && !self.make_room(now_ms)
         {
-            // It keeps the limits of whoever came first until it is idle, or else each other one would fill it again.
+            // The shared account keeps the limits of the first principal until it is idle. Otherwise each principal
+            // with other limits would fill it again.
             let shared = self.shared.get_or_insert_with(|| QuotaAccount::new(limits, now_ms));
             if shared.limits != limits && shared.is_idle(now_ms) {
                 *shared = QuotaAccount::new(limits, now_ms);
@@ -199,7 +201,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes when, nobody gets more than the burst and the rate.
+        /// No sequence of requests gets more than the burst and the rate.
         #[test]
         fn nobody_gets_more_than_the_limit(
             steps in prop::collection::vec((0..4_u32, 0..700_u64, 1..9_u64), 1..200),

@@ -5,11 +5,11 @@
 pub struct QuotaLimits {
     /// Unfinished operations.
     pub operations: Option<usize>,
-    /// Those of them that wait for a worker.
+    /// Unfinished operations that wait for a worker.
     pub queued: Option<usize>,
-    /// Bytes uploaded an hour.
+    /// Uploaded bytes per hour.
     pub upload_bytes: Option<u64>,
-    /// Requests a second.
+    /// Requests per second.
     pub requests: Option<u64>,
 }
 
@@ -18,12 +18,12 @@ pub struct QuotaLimits {
 pub enum PrincipalPattern {
     /// The principal with this name.
     Named(String),
-    /// Those whose names begin with this text, each with an account of its own.
+    /// The principals whose names begin with this text. Each has an account of its own.
     Prefix(String),
 }
 
 impl PrincipalPattern {
-    /// Parses a name of a principal, or the beginning of one and `*`; `None` if it is neither.
+    /// Parses the name of a principal, or the beginning of a name followed by `*`. `None` if the text is neither.
     pub fn parse(text: &str) -> Option<Self> {
         match text.strip_suffix('*') {
             Some(prefix) if !prefix.contains('*') => Some(Self::Prefix(prefix.to_owned())),
@@ -32,7 +32,7 @@ impl PrincipalPattern {
         }
     }
 
-    /// How closely it describes a principal; `None` if it does not.
+    /// How closely the pattern describes a principal; `None` if it does not match.
     fn closeness(&self, name: &str) -> Option<usize> {
         match self {
             Self::Named(own) => (own == name).then_some(usize::MAX),
@@ -44,14 +44,14 @@ impl PrincipalPattern {
 /// The limits of all principals.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct QuotaRules {
-    /// For those that are not listed.
+    /// The limits of principals that are not listed.
     pub default: QuotaLimits,
-    /// For the others. The closest pattern counts.
+    /// The limits of the others. The closest pattern applies.
     pub principals: Vec<(PrincipalPattern, QuotaLimits)>,
 }
 
 impl QuotaRules {
-    /// Whether nobody has a limit.
+    /// Whether no principal has a limit.
     pub fn are_off(&self) -> bool {
         let mut all = self.principals.iter().map(|(_, limits)| limits).chain([&self.default]);
         all.all(|limits| *limits == QuotaLimits::default())

@@ -291,7 +291,7 @@ impl ViewRoot {
         Ok((self.directory(parent)?, Path::new(name)))
     }
 
-    /// Copies a small file that everybody may read. Mounts anything else.
+    /// Copies a small file that every user may read. Mounts any other file.
     fn copy(&mut self, path: &Path) -> io::Result<()> {
         let file = match open_regular(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -319,7 +319,7 @@ impl ViewRoot {
     }
 }
 
-/// Opens a regular file of the host that everybody may read; `None` for anything else.
+/// Opens a regular file of the host that every user may read; `None` for any other file.
 fn open_regular(path: &Path) -> io::Result<Option<(OwnedFd, Stat)>> {
     let everybody = Mode::RUSR | Mode::RGRP | Mode::ROTH;
     let is_open_to_all = |stat: &Stat| {

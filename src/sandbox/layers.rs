@@ -1,5 +1,5 @@
 //! The input root of an action as an overlay: a writable upper layer of the action's own over a shared lower tree that
-//! nobody may change.
+//! never changes.
 //!
 //! The runner mounts the overlay as the user who owns both layers on disk, and hands it to the cell as an open mount.
 //! The overlay is `volatile`: neither a copy-up nor the unmount waits for the disk (which would take 20 ms). This is

@@ -19,8 +19,8 @@ pub(crate) struct Map {
 }
 
 /// Forks this process into a new user and pid namespace, as the first process there. The child runs `child` and exits
-/// with the code that it returns. Processes of the user `owner` outside may enter the namespace; without one, only those
-/// of this process's user may. The calling process must have a single thread.
+/// with the code that it returns. Processes of the user `owner` outside may enter the namespace; without an owner, only
+/// processes of this process's user may. The calling process must have a single thread.
 pub(crate) fn start(owner: Option<u32>, child: impl FnOnce() -> i32) -> Result<Pid, SetupFailure> {
     let fork = || sys::fork(sys::NEW_USER_AND_PID, child);
     let started = match owner {

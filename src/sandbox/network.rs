@@ -25,8 +25,8 @@ use std::{
 
 /// Name of the interface in the cell.
 pub(crate) const INTERFACE: &str = "eth0";
-// The addresses in the cell are the same for every action and every machine. They come from ranges that are reserved for
-// documentation, so no host that an action may want to reach has one of them.
+// The addresses in the cell are the same for every action and every machine. They come from ranges that are reserved
+// for documentation, so no host that an action may want to reach has one of them.
 /// The IPv4 address of the cell.
 pub(crate) const ADDRESS_V4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 100);
 /// Length of the network part of [`ADDRESS_V4`].
@@ -84,7 +84,8 @@ pub(crate) struct AddressRange {
     pub bits: u8,
 }
 
-/// The addresses that a command cannot reach: those that no command can reach, and those of the host itself.
+/// The addresses that a command cannot reach: the ranges that no command can reach, and the addresses of the host
+/// itself.
 pub(crate) fn excluded(host: &[IpAddr]) -> Vec<AddressRange> {
     let v4 = EXCLUDED_V4.iter().map(|(first, bits)| AddressRange { first: (*first).into(), bits: *bits });
     let v6 = EXCLUDED_V6.iter().map(|(first, bits)| AddressRange { first: (*first).into(), bits: *bits });

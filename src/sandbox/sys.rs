@@ -62,8 +62,8 @@ pub(super) fn set_mount_attributes(
 
 /// Brings up the loopback interface of this network namespace.
 pub(super) fn loopback_up() -> io::Result<()> {
-    // SAFETY: socket(2) returns a descriptor that nobody else owns. `ifreq` is a plain C struct for which all zeros is
-    // a valid value, and the ioctl only reads it.
+    // SAFETY: socket(2) returns a descriptor that has no other owner. `ifreq` is a plain C struct for which all zeros
+    // is a valid value, and the ioctl only reads it.
     unsafe {
         let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
         if socket < 0 {
@@ -170,8 +170,8 @@ pub(super) fn interface_addresses() -> io::Result<Vec<IpAddr>> {
     let mut addresses = Vec::new();
     let mut next = first;
     while !next.is_null() {
-        // SAFETY: `next` is an entry of that list. Its address is null or a socket address of the length that belongs to
-        // its family. It need not be aligned for that type.
+        // SAFETY: `next` is an entry of that list. Its address is null or a socket address of the length that belongs
+        // to its family. It need not be aligned for that type.
         unsafe {
             let address = (*next).ifa_addr;
             if !address.is_null() {

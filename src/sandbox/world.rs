@@ -87,7 +87,7 @@ pub(crate) struct CellSetup {
 pub(crate) struct GatewayPlan<'a> {
     /// The program.
     pub pasta: &'a Pasta,
-    /// User and group of the program on the host; `None` to keep those of this process.
+    /// User and group of the program on the host; `None` to keep the user and group of this process.
     pub owner: Option<(u32, u32)>,
     /// The name server of the host, if there is one.
     pub resolver: Option<&'a Resolver>,
@@ -144,8 +144,8 @@ impl World {
         Ok(world)
     }
 
-    /// User and group on the host that must own files which an action opens again by path; `None` for those of this
-    /// process.
+    /// User and group on the host that must own files which an action opens again by path; `None` for the user and
+    /// group of this process.
     pub(crate) fn owner(&self) -> Option<(u32, u32)> {
         self.ids.is_some().then_some((self.user, self.group))
     }
@@ -193,7 +193,7 @@ impl World {
         Ok(Some(GatewayPlan { pasta, owner: self.owner(), resolver: self.resolver.as_ref() }))
     }
 
-    /// The host user, other than that of this process, whose processes must be able to enter cells of this kind.
+    /// The host user whose processes must be able to enter cells of this kind, if it is not the user of this process.
     pub(crate) fn gateway_user(&self, kind: &CellKind) -> Option<u32> {
         self.owner().map(|(user, _)| user).filter(|_| kind.network() == CellNetwork::On)
     }

@@ -1,4 +1,5 @@
-//! Fills the settings of the rooms from the configuration. The configuration does not depend on the rooms. Pure.
+//! Fills the settings of each part of the server from the configuration. The configuration does not depend on these
+//! parts. Pure.
 
 use crate::{
     action::TimeoutPolicy,

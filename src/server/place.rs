@@ -58,8 +58,8 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Opens the build root, and finds out which protections of the sandbox work in it. If a network of its own does
-    /// not work for actions, the pools no longer offer it.
+    /// Opens the build root, and finds out which protections of the sandbox work in it. If actions cannot have a
+    /// network of their own, the pools do not offer it.
     pub(crate) fn open(
         execution: &mut ExecutionSettings,
         runtime: &Handle,
@@ -132,7 +132,7 @@ impl Place {
         let report = probe(settings, runner, &self.build_root);
         if !report.on.namespaces && probe(&settings.without_paths(), runner, &self.build_root).on.namespaces {
             return Err(Error::Precondition(format!(
-                "the sandbox works, but not with what execution.sandbox.visible, hidden and writable name: {}",
+                "the sandbox works, but not with the paths in execution.sandbox.visible, hidden and writable: {}",
                 report.missing.iter().map(|missing| &*missing.reason).collect::<Vec<_>>().join(". ")
             )));
         }
@@ -235,7 +235,7 @@ impl Place {
         };
         let sandbox = self.pool_sandbox(pool).filter(|sandbox| sandbox.protections.namespaces);
         let Some(sandbox) = sandbox else {
-            return refuse("it takes the namespaces of the sandbox, which are off");
+            return refuse("it needs the namespaces of the sandbox, which are off");
         };
         if let Some(own) = sandbox.settings.own_below(root) {
             return refuse(&format!("it contains {}, which is the server's own", own.display()));
@@ -275,7 +275,7 @@ fn worker_name(pool: &PoolSettings) -> String {
 }
 
 /// The process limit of a cell's user. Where there are control groups, this is only a second limit. It is higher than
-/// that of the group, because only a group reports that its limit was reached.
+/// the limit of the group, because only a group reports that its limit was reached.
 fn user_limit(execution: &ExecutionSettings, limits: &LimitReport) -> u64 {
     let bounds = execution.pools.iter().map(|pool| pool.limits.processes);
     let most = bounds.map(|bound| bound.default.max(bound.max)).max().unwrap_or(0);

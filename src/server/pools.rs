@@ -192,7 +192,8 @@ fn changes(running: &[PoolSettings], next: &[PoolSettings]) -> Vec<(PoolChange, 
         match running.iter().find(|other| other.name == pool.name) {
             Some(before) if is_same(before, pool) => {}
             Some(before) => {
-                let description = format!("replaced: {}; what it runs goes on", differences(before, pool));
+                let description =
+                    format!("replaced: {}; its running actions continue", differences(before, pool));
                 changes.push((PoolChange::Replace(pool.clone()), description));
             }
             None => {
@@ -201,7 +202,7 @@ fn changes(running: &[PoolSettings], next: &[PoolSettings]) -> Vec<(PoolChange, 
         }
     }
     for gone in running.iter().filter(|pool| next.iter().all(|other| other.name != pool.name)) {
-        let description = "removed; what it runs goes on".to_owned();
+        let description = "removed; its running actions continue".to_owned();
         changes.push((PoolChange::Remove(gone.name.clone()), description));
     }
     changes
@@ -329,11 +330,11 @@ mod tests {
         let pool = |name: &str| format!("[execution.pools.{name}]\nslots = 1\n");
         assert_eq!(
             described(&(pool("a") + &pool("b")), &(pool("b") + &pool("c"))),
-            ["+c added with 1 slots", "-a removed; what it runs goes on"]
+            ["+c added with 1 slots", "-a removed; its running actions continue"]
         );
         assert_eq!(
             described("", &pool("a")),
-            ["+a added with 1 slots", "-local removed; what it runs goes on"]
+            ["+a added with 1 slots", "-local removed; its running actions continue"]
         );
     }
 }

@@ -242,7 +242,7 @@ impl Reloadable for ReloadAccess {
         let description = prepared.description();
         let apply = async move {
             let applied = tokio::task::spawn_blocking(move || loader.apply(prepared)).await;
-            applied.map_err(|_| Error::internal("the rules of access could not be put in force"))
+            applied.map_err(|_| Error::internal("the rules of access could not be applied"))
         };
         Ok(vec![PreparedChange { key: "access".into(), description, apply: Some(Box::pin(apply)) }])
     }

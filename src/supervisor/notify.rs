@@ -1,7 +1,7 @@
 //! [`Supervisor`]: reports to the process that started the server, as datagrams on a socket.
 //!
-//! A report never holds the server up for long. Those that matter once (ready, stopping, reloading) wait up to
-//! [`SEND_LIMIT`] for room in the socket. Those that are repeated (status and signs of life) are dropped when there is none.
+//! A report never delays the server for long. Reports that are sent once (ready, stopping, reloading) wait up to
+//! [`SEND_LIMIT`] for room in the socket. Repeated reports (status and signs of life) are dropped if there is no room.
 
 use rustix::net::{SendFlags, send};
 use sd_notify::NotifyState;
@@ -24,14 +24,14 @@ use std::{
 
 /// How long a report may wait for a supervisor that does not read.
 const SEND_LIMIT: Duration = Duration::from_secs(1);
-/// Longest status line, in bytes. It is shown in one line, and errors can be long.
+/// Maximum length of the status line in bytes. It is displayed in one line, and errors can be long.
 const MAX_STATUS: usize = 512;
 
-/// The way to the supervisor, if there is one. Cheap to clone.
+/// The connection to the supervisor, if there is one. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Supervisor {
     socket: Option<Arc<UnixDatagram>>,
-    /// Why there is none, although one was announced.
+    /// Why there is no connection, although a supervisor was announced.
     problem: Option<Arc<str>>,
     is_stopping: Arc<AtomicBool>,
 }
@@ -49,17 +49,17 @@ impl Supervisor {
         }
     }
 
-    /// Why the supervisor cannot be told anything, although it wants to be.
+    /// Why the supervisor, which expects reports, cannot receive any.
     pub(crate) fn problem(&self) -> Option<&str> {
         self.problem.as_deref()
     }
 
-    /// Whether there is a supervisor that wants to be told.
+    /// Whether there is a supervisor that expects reports.
     pub(crate) fn is_there(&self) -> bool {
         self.socket.is_some()
     }
 
-    /// Requests are answered from now on, or again after a reload.
+    /// Reports that requests are answered from now on, or that a reload has ended.
     pub(crate) fn ready(&self) {
         // A reload may end after the shutdown has begun.
         if !self.is_stopping.load(Ordering::Relaxed) {
@@ -67,27 +67,28 @@ impl Supervisor {
         }
     }
 
-    /// The configuration is being read again. [`Supervisor::ready`] says that this has ended, whatever came of it.
+    /// Reports that the configuration is being read again. [`Supervisor::ready`] reports the end, whether the reload
+    /// succeeded or not.
     pub(crate) fn reloading(&self) {
         match NotifyState::monotonic_usec_now() {
             Ok(now) => self.tell(&[NotifyState::Reloading, now]),
-            // A supervisor that requires the time would end the server.
+            // A supervisor that requires the time would otherwise end the server.
             Err(_) => self.status("reloading"),
         }
     }
 
-    /// The server begins its shutdown.
+    /// Reports that the server begins its shutdown.
     pub(crate) fn stopping(&self) {
         self.is_stopping.store(true, Ordering::Relaxed);
         self.tell(&[NotifyState::Stopping]);
     }
 
-    /// A line for people who ask the supervisor how the server is.
+    /// Reports the status line, which the supervisor displays to people.
     pub(crate) fn status(&self, text: &str) {
         self.mention(&[NotifyState::Status(&self.line(text))]);
     }
 
-    /// The server lives, and this is how it is.
+    /// Reports that the server is alive, with its status line.
     pub(crate) fn alive(&self, text: &str) {
         self.mention(&[NotifyState::Watchdog, NotifyState::Status(&self.line(text))]);
     }
@@ -102,14 +103,14 @@ impl Supervisor {
         line
     }
 
-    /// Sends a report that matters once. A supervisor that is gone is no reason to stop.
+    /// Sends a report that is not repeated. If the supervisor is gone, the server goes on.
     fn tell(&self, states: &[NotifyState<'_>]) {
         if let Some(socket) = &self.socket {
             let _ = socket.send(message(states).as_bytes());
         }
     }
 
-    /// Sends a report that is repeated anyway, without waiting.
+    /// Sends a report that is repeated later, without waiting.
     fn mention(&self, states: &[NotifyState<'_>]) {
         if let Some(socket) = &self.socket {
             let _ = send(socket, message(states).as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
@@ -163,7 +164,7 @@ mod tests {
             assert!(reloading.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{reloading}");
             supervisor.stopping();
             assert_eq!(received(&socket), "STOPPING=1\n");
-            // The end of a reload says nothing any more.
+            // The end of the reload is not reported after the shutdown has begun.
             supervisor.ready();
             supervisor.status("a\nb");
             assert_eq!(

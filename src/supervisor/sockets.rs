@@ -1,8 +1,8 @@
-//! [`InheritedSockets`]: listening sockets that the supervisor opened (socket activation). Clients can connect while the server
-//! starts or restarts, and wait for it.
+//! [`InheritedSockets`]: listening sockets that the supervisor opened (socket activation). Clients can connect while
+//! the server starts or restarts; they wait until it is ready.
 //!
-//! A socket is for the port that its name says ([`PortName`]). A socket that the server cannot serve on is an error, because the
-//! supervisor would otherwise keep a port open that nobody answers.
+//! The name of a socket says which port it is for ([`PortName`]). A socket that the server cannot serve on is an error,
+//! because the supervisor would otherwise keep a port open on which no process answers.
 
 use gorego_reapi::error::{Error, Result};
 use rustix::net::{AddressFamily, SocketType, sockopt};
@@ -11,7 +11,7 @@ use std::{
     os::fd::{FromRawFd as _, OwnedFd, RawFd},
 };
 
-/// The name of a socket to which the supervisor gave none.
+/// The name of a socket to which the supervisor gave no name.
 const NAMELESS: &str = "unknown";
 
 /// A port of the server, by the name that its socket has (`FileDescriptorName=` in a socket unit).
@@ -26,7 +26,7 @@ pub(crate) enum PortName {
 impl PortName {
     const ALL: [Self; 2] = [Self::Grpc, Self::Http];
 
-    /// The name of its socket.
+    /// The name of the socket for this port.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Grpc => "grpc",
@@ -61,12 +61,12 @@ impl InheritedSockets {
             ))
         };
         let announced: Vec<_> = sd_notify::listen_fds_with_names().map_err(unusable)?.collect();
-        // SAFETY: the supervisor opened these descriptors for this process, and nothing else in it knows them.
+        // SAFETY: the supervisor opened these descriptors for this process, and nothing else in the process uses them.
         let owned = |fd: RawFd| unsafe { OwnedFd::from_raw_fd(fd) };
         Self::from_named(announced.into_iter().map(|(fd, name)| (name, owned(fd))).collect())
     }
 
-    /// Gives each socket to its port.
+    /// Assigns each socket to its port.
     fn from_named(named: Vec<(String, OwnedFd)>) -> Result<Self> {
         let is_alone = named.len() == 1;
         let mut sockets = Self::default();

@@ -51,7 +51,7 @@ const COLUMNS: usize = MNEMONICS_MAX + 2;
 impl LookupMetrics {
     pub(super) fn register(registry: &mut Registry) -> Self {
         let family = Family::<LookupLabels, Counter>::default();
-        let help = "Look-ups of action results, by what the cache had";
+        let help = "Look-ups of action results, by outcome";
         registry.register("action_cache_lookups", help, family.clone());
         let cells = (0..(INSTANCES_MAX + 1) * COLUMNS).map(|_| Cell::new()).collect();
         Self(Arc::new(LookupTable { family, mnemonics: RwLock::default(), cells }))

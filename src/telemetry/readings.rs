@@ -13,7 +13,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// The numbers of a scrape. None of them is counted for the scrape alone: each is kept by its owner.
+/// The numbers of a scrape. The owner of each number keeps it, so nothing is counted for the scrape alone.
 #[derive(Debug, Clone, Default)]
 pub struct Readings {
     /// Whether the server is ready for requests.
@@ -212,7 +212,7 @@ impl Collector for ReadAtScrape {
 impl ConnectionReading {
     fn encode(&self, out: &mut Encoder<'_>) -> fmt::Result {
         out.gauge("connections", None, "Open connections of both ports", self.open as f64)?;
-        out.gauge("requests_open", None, "Requests that are not over, of both ports", self.calls as f64)?;
+        out.gauge("requests_open", None, "Open requests of both ports", self.calls as f64)?;
         let help = "Connections that this server closed or refused, by reason";
         out.family("connections_closed", None, help, MetricType::Counter, |mut family| {
             self.closed.iter().try_for_each(|(reason, count)| {
@@ -232,7 +232,7 @@ impl StoreReading {
         let help =
             "Bytes of entries that are leased to builds, and that are not evicted until the leases end";
         out.gauge("store_leased", bytes(), help, self.leased as f64)?;
-        out.gauge("store_reserved", bytes(), "Bytes that are promised to uploads", self.reserved as f64)?;
+        out.gauge("store_reserved", bytes(), "Bytes that are reserved for uploads", self.reserved as f64)?;
         let help = "Entries of the store, by kind";
         let entries = [("blob", self.blobs), ("result", self.results), ("zstd_form", self.zstd_forms)];
         out.family("store_entries", None, help, MetricType::Gauge, |mut family| {
@@ -242,7 +242,7 @@ impl StoreReading {
         })?;
         let help = "Blobs that are kept compressed";
         out.gauge("store_compressed_blobs", None, help, self.compressed_blobs as f64)?;
-        let help = "Bytes that the blobs have that are kept compressed";
+        let help = "Uncompressed bytes of the blobs that are kept compressed";
         out.gauge("store_compressed_content", bytes(), help, self.compressed_content as f64)?;
         let help = "Bytes on disk of the blobs that are kept compressed";
         out.gauge("store_compressed", bytes(), help, self.compressed as f64)?;
@@ -265,7 +265,7 @@ impl StoreReading {
         out.counter("store_scrub_damaged_entries", None, help, self.scrub_damaged)?;
         let help = "Completed passes of the scrub over the whole store";
         out.counter("store_scrub_passes", None, help, self.scrub_passes)?;
-        let help = "How long ago the entry was used that would be evicted next, to within an hour";
+        let help = "Time since the last use of the entry that would be evicted next, to within an hour";
         out.gauge("store_oldest_use", Some(Unit::Seconds), help, self.oldest_use.as_secs_f64())?;
         let help = "Bytes that count against the limit besides the entries: deleted blobs, tables and files beside the store";
         out.gauge("store_overhead", bytes(), help, self.overhead as f64)?;

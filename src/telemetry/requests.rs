@@ -168,13 +168,13 @@ impl RequestTable {
         };
         let RequestFamilies { ended, seconds, received, sent } = &families;
         let name = |what: &str| format!("{port}_{what}");
-        let help = "Requests that are over, by method and code";
+        let help = "Finished requests, by method and code";
         registry.register(name("requests"), help, ended.clone());
         let help = "How long requests took, from their headers to the end of their answers";
         registry.register_with_unit(name("request"), help, Unit::Seconds, seconds.clone());
-        let help = "Bytes of the bodies of requests that are over, as they came in";
+        let help = "Bytes of the bodies of finished requests, as received";
         registry.register_with_unit(name("received"), help, Unit::Bytes, received.clone());
-        let help = "Bytes of the bodies of answers that are over, as they were sent";
+        let help = "Bytes of the bodies of finished answers, as sent";
         registry.register_with_unit(name("sent"), help, Unit::Bytes, sent.clone());
         let row = |(key, name)| MethodRow {
             key,

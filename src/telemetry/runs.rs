@@ -124,7 +124,7 @@ pub struct RunMetrics(Arc<RunHandles>);
 
 #[derive(Debug)]
 struct RunHandles {
-    /// In the order of [`StageOfRun::ALL`].
+    /// The histograms of the stages, in the order of [`StageOfRun::ALL`].
     stages: Vec<Histogram>,
     fates: KindCounters<RunFate>,
     failures: KindCounters<SandboxFailure>,

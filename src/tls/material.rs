@@ -324,7 +324,8 @@ impl<'a> NamedFile<'a> {
         PrivateKeyDer::from_pem_slice(&self.bytes).map_err(|_| {
             let is_encrypted = self.bytes.windows(9).any(|part| part == b"ENCRYPTED");
             self.refuse(if is_encrypted {
-                "is encrypted, and nobody is there to give the passphrase; decrypt it with `openssl pkey -in FILE -out NEW`"
+                "is encrypted, and the server cannot ask for the passphrase; decrypt it with `openssl pkey -in FILE \
+                 -out NEW`"
             } else {
                 "has no private key in PEM (BEGIN PRIVATE KEY)"
             })

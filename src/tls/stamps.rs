@@ -4,7 +4,7 @@ use super::TlsFiles;
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 /// The attributes that change when a file is written, replaced, made readable, or reached by another symbolic link. The
-/// time is that of the last change of the inode, which no program can set. The time alone would be too coarse.
+/// time is the change time of the inode (ctime), which no program can set. The time alone would be too coarse.
 type Stamp = (u64, u64, u64, i64, i64);
 
 /// The stamps of all files; `None` for one that is missing.

@@ -1,4 +1,4 @@
-//! Many connections: silent ones, incomplete ones, and more than there are places for.
+//! Many connections: silent ones, incomplete ones, and more than the server has places for.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -45,7 +45,7 @@ async fn one_peer_cannot_take_all_connections_nor_the_descriptors_of_files_and_c
     timeout(Duration::from_secs(5), fresh).await.expect("new connections are served");
     let descriptors = std::fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap().count();
     assert!(descriptors < 700, "{descriptors} descriptors are open");
-    // Commands and files work beside them.
+    // Commands and files work meanwhile.
     let client = server.client().await;
     let ran = timeout(Duration::from_secs(20), client.run_command(sh("echo hello"))).await.expect("it ends");
     assert_eq!(client.stdout(&ran).await, "hello\n");

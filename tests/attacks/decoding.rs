@@ -155,8 +155,8 @@ const UPDATE_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/Update
 const GET_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
 const PUSH_BLOB: &str = "/build.bazel.remote.asset.v1.Push/PushBlob";
 
-/// Requests of 15 MB that would take a gigabyte, for every field that may be a list; one of them also compressed to a few
-/// kilobytes.
+/// Requests of 15 MB that would take a gigabyte, for every field that may be a list; one of them also compressed to a
+/// few kilobytes.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_of_millions_of_nothings_are_refused_within_bounds() {
     let server = Arc::new(Server::start().await);

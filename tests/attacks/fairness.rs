@@ -1,5 +1,5 @@
-//! Fairness with untrusted metadata: an address queues thousands of actions, each with the most urgent priority and its own
-//! build id.
+//! Fairness with untrusted metadata: an address queues thousands of actions, each with the most urgent priority and its
+//! own build id.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -14,8 +14,8 @@ use tonic::{Code, Request, metadata::MetadataValue};
 const ACTIONS: usize = 3_000;
 /// Run time of each of them.
 const RUN_TIME: &str = "0.2";
-/// How long the single action of the other peer may wait: two runs, and a margin for a busy machine. In order of arrival it
-/// would wait five minutes.
+/// How long the single action of the other peer may wait: two runs, and a margin for a busy machine. In order of
+/// arrival it would wait five minutes.
 const FAIR_WAIT: Duration = Duration::from_secs(15);
 
 /// Starts an Execute with this metadata.

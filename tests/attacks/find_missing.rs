@@ -63,8 +63,8 @@ async fn a_storm_of_large_look_ups_is_answered_beside_others_and_its_memory_goes
     eventually(&what, || resident_memory(&server) < before + KEPT_MAX_BYTES).await;
 }
 
-/// They differ only in their last characters. A hash of the prefix made all of them collide, so each was compared with all
-/// others.
+/// They differ only in their last characters. A hash of the prefix made all of them collide, so each was compared with
+/// all others.
 #[tokio::test(flavor = "multi_thread")]
 async fn digests_that_begin_alike_take_no_longer_than_others() {
     let server = Server::start().await;

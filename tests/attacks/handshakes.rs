@@ -23,7 +23,7 @@ const SLOW: usize = 1_000;
 /// The beginning of a ClientHello: it says that 300 more bytes follow.
 const OPENING: &[u8] = &[0x16, 3, 1, 1, 0x30, 1, 0, 1, 0x2c, 3, 3];
 
-/// A slow client holds a place for ten seconds; everybody else gets one at once.
+/// A slow client holds a place for ten seconds. All other clients get a place at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_handshakes_of_one_address_hold_nobody_else_up_and_end() {
     let (directory, ca) = (tempfile::tempdir().unwrap(), Authority::new("ca"));
@@ -34,7 +34,7 @@ async fn slow_handshakes_of_one_address_hold_nobody_else_up_and_end() {
     let slow = tokio::task::spawn_blocking(move || {
         let connect = |at: usize| {
             let mut socket = raw::connect_from("127.0.0.1", address);
-            // Some send nothing, some the beginning.
+            // Some connections send nothing, others send the beginning.
             socket.write_all(if at.is_multiple_of(4) { &[] } else { OPENING }).unwrap();
             socket
         };

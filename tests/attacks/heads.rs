@@ -15,7 +15,8 @@ fn connect(server: &Server) -> TcpStream {
     socket
 }
 
-/// The start of a call with 1,850 fields of one byte each: references to a name that the first call has put into the table.
+/// The start of a call with 1,850 fields of one byte each: references to a name that the first call has put into the
+/// table.
 fn large_head(stream: u32) -> Vec<u8> {
     const NAMES: u8 = 26;
     let mut block = raw::header_block(FIND_MISSING);

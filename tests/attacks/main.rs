@@ -1,8 +1,8 @@
 //! One client against all others: the cost that a hostile or broken client may cause for the server and other clients.
 //!
-//! Each attack is bounded in number and time. It comes from 127.0.0.1; the bystander comes from 127.0.0.2, which is another
-//! peer. During and after each attack, the server's peak resident memory stays under [`harness::MEMORY_MAX_BYTES`], and the
-//! bystander is answered within [`harness::BYSTANDER_LIMIT`].
+//! Each attack is bounded in number and time. It comes from 127.0.0.1; the bystander comes from 127.0.0.2, which is
+//! another peer. During and after each attack, the server's peak resident memory stays under
+//! [`harness::MEMORY_MAX_BYTES`], and the bystander is answered within [`harness::BYSTANDER_LIMIT`].
 
 #![allow(clippy::unwrap_used)]
 

@@ -72,8 +72,8 @@ async fn large_requests_without_an_end_leave_room_for_those_of_another_peer() {
     assert_memory_is_bounded(&server);
 }
 
-/// The received bytes of thousands of uploads are written when there are too many, even if each upload has less than a
-/// write is worth. If the buffers of silent uploads take too much memory, further ones are refused.
+/// The received bytes of thousands of uploads are written when there are too many, even if each upload has too few
+/// bytes for a write to be worthwhile. If the buffers of silent uploads take too much memory, further ones are refused.
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_that_stop_after_their_first_message_are_not_kept_in_memory() {
     const UPLOADS: u32 = 2_500;

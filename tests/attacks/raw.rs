@@ -91,7 +91,8 @@ pub fn connect_from(address: &str, server: SocketAddr) -> TcpStream {
     TcpStream::from(socket)
 }
 
-/// Reads frames until the server closes, and returns the code of its GOAWAY, if it sent one. Panics when it does not close.
+/// Reads frames until the server closes, and returns the code of its GOAWAY, if it sent one. Panics when it does not
+/// close.
 pub fn goodbye(socket: &mut TcpStream) -> Option<u32> {
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut bytes = Vec::new();
@@ -126,8 +127,8 @@ pub fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = V
     panic!("the server took all of it");
 }
 
-/// Makes a whole call and reads until it is answered. The server accepts streams in order, so all earlier ones have been
-/// accepted by then.
+/// Makes a whole call and reads until it is answered. The server accepts streams in order, so all earlier ones have
+/// been accepted by then.
 pub fn call_and_wait(socket: &mut TcpStream, stream: u32, path: &str, message: &impl prost::Message) {
     socket.write_all(&call(stream, path, message)).unwrap();
     read_until(socket, |kind, flags, of| of == stream && kind == HEADERS && flags & END_STREAM != 0);
@@ -160,8 +161,8 @@ fn try_read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) -
     }
 }
 
-/// Sends a PING and reads until it is answered. By then the HTTP/2 library has read all earlier frames, but may not have
-/// accepted them.
+/// Sends a PING and reads until it is answered. By then the HTTP/2 library has read all earlier frames, but may not
+/// have accepted them.
 pub fn ping(socket: &mut TcpStream) {
     socket.write_all(&frame(PING, 0, 0, b"are you?")).unwrap();
     read_until(socket, |kind, flags, _| kind == PING && flags & ACK != 0);

@@ -71,8 +71,8 @@ impl Neighbour {
     }
 }
 
-/// Five uploads that declare 50 GB together, as much as the store may have, send one byte each and stay open. A batch of
-/// items that claim to be a MiB each declares another 20 GB.
+/// Five uploads that declare 50 GB together, as much as the store may have, send one byte each and stay open. A batch
+/// of items that claim to be a MiB each declares another 20 GB.
 #[tokio::test]
 async fn uploads_that_declare_everything_and_send_a_byte_evict_nothing_and_hold_up_nobody() {
     let server = Server::start().await;

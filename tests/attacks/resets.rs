@@ -1,5 +1,5 @@
-//! Frames that cost their sender nothing: streams that are opened and cancelled (CVE-2023-44487), pings, empty frames, and
-//! headers without an end. A connection that sends too many is closed with ENHANCE_YOUR_CALM.
+//! Frames that cost their sender nothing: streams that are opened and cancelled (CVE-2023-44487), pings, empty frames,
+//! and headers without an end. A connection that sends too many is closed with ENHANCE_YOUR_CALM.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded},

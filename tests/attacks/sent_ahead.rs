@@ -26,8 +26,8 @@ const FRAMES_PER_STREAM: usize = 1_000;
 /// How long the server does not read until it counts as having stopped.
 const STOPPED: Duration = Duration::from_secs(3);
 
-/// Opens two calls that wait for their turn to be decoded, and sends as much behind their messages as the windows allow. May cancel
-/// the second one then. Returns whether the server stopped reading before that.
+/// Opens two calls that wait for their turn to be decoded, and sends as much behind their messages as the windows
+/// allow. May cancel the second one then. Returns whether the server stopped reading before that.
 fn send_ahead(server: SocketAddr, cancels: bool) -> (TcpStream, bool) {
     let mut socket = raw::connect_from("127.0.0.1", server);
     socket.write_all(&[raw::preface(), raw::frame(SETTINGS, ACK, 0, &[])].concat()).unwrap();
@@ -80,8 +80,8 @@ async fn upload_in_parallel(channel: Channel, seed: u8) {
     uploads.expect("all uploads come through").unwrap();
 }
 
-/// The other clients are another peer, and another connection of the same peer. The latter has no share left, and continues
-/// with what every connection may send ahead.
+/// The other clients are another peer, and another connection of the same peer. The latter has no share left, and
+/// continues with what every connection may send ahead.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_sent_ahead_of_slow_handlers_is_bounded_and_uploads_beside_it_come_through() {
     let server = Server::start().await;
@@ -102,7 +102,7 @@ async fn what_is_sent_ahead_of_slow_handlers_is_bounded_and_uploads_beside_it_co
     holding.iter().for_each(tokio::task::JoinHandle::abort);
 }
 
-/// What a call is ahead does not count less because another one was.
+/// The bytes that a call is ahead count fully, even if another call was ahead before.
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_that_are_cancelled_do_not_hide_what_others_are_ahead() {
     let server = Server::start().await;

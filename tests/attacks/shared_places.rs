@@ -1,5 +1,5 @@
-//! Long work has places that peers and their connections share: if one of them wants more than its share, only its own work
-//! waits.
+//! Long work has places that peers and their connections share: if one of them wants more than its share, only its own
+//! work waits.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -35,8 +35,8 @@ fn is_ok(response: &FetchBlobResponse) -> bool {
     response.status.as_ref().is_some_and(|status| status.code == Code::Ok as i32)
 }
 
-/// AST-09: also a download that the first connection has requested, and that waits behind all of its others. The other clients
-/// are another connection of the same peer, and another peer.
+/// AST-09: this also holds for a download that the first connection has requested, and that waits behind all other
+/// downloads of that connection. The other clients are another connection of the same peer, and another peer.
 #[tokio::test]
 async fn downloads_that_hang_hold_up_nobody_but_their_own_client() {
     let hanging = Arc::new(AtomicUsize::new(0));

@@ -1,4 +1,4 @@
-//! Responses that nobody reads are held up to a limit, and not longer than their connection.
+//! Unread responses are held up to a limit, and not longer than their connection.
 
 use crate::{
     harness::{Bystander, MEMORY_MAX_BYTES, assert_memory_is_bounded, resident_memory},
@@ -109,7 +109,8 @@ async fn long_result(server: &Server) -> (Digest, String) {
     (action, done.name)
 }
 
-/// An operation that is remembered is copied for each answer, a result that is too long for the memo is decoded for each.
+/// An operation that is remembered is copied for each answer, and a result that is too long for the memo is decoded for
+/// each answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn results_that_nobody_reads_are_copied_and_decoded_only_as_far_as_there_is_room() {
     let server = Server::start().await;
@@ -188,7 +189,7 @@ async fn downloads_over_http_that_nobody_reads_are_made_only_as_far_as_there_is_
     let mut sockets = send_over_each_of(600, http, head.into_bytes()).await;
     // A server without a bound would make all answers in this time.
     tokio::time::sleep(Duration::from_secs(2)).await;
-    // A connection that is read in the end gets everything.
+    // If a client reads its connection in the end, it gets everything.
     let mut first = sockets.swap_remove(0);
     drop(sockets);
     first.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

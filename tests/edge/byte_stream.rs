@@ -1,4 +1,4 @@
-//! ByteStream.
+//! The ByteStream service over the wire.
 
 use crate::harness::{MAX_BLOB_BYTES, Server, absent, digest, path, query, read, write};
 use crate::support::{PATIENCE, eventually_async};
@@ -48,7 +48,7 @@ fn blob(size: usize) -> Vec<u8> {
     (0..size).map(|n| (n % 251) as u8).collect()
 }
 
-/// Its answers wait for its window, which it can only enlarge if it is read.
+/// The answers wait for the client's window, which it can enlarge only if the server reads from it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_with_a_small_window_gets_all_that_it_reads_at_once() {
     let server = Server::start().await;

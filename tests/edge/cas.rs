@@ -1,4 +1,4 @@
-//! ContentAddressableStorage and ActionCache.
+//! The services ContentAddressableStorage and ActionCache over the wire.
 
 use crate::harness::{Server, absent, digest};
 use gorego_reapi::proto::reapi::{
@@ -135,7 +135,8 @@ async fn the_answer_for_very_many_absent_blobs_stays_within_a_message() {
     assert!(codes.into_iter().all(|code| code == Code::NotFound as i32));
 }
 
-/// GEN-25: if the response would not fit into a message, the request is refused as a whole, however small the blobs are.
+/// GEN-25: if the response would not fit into a message, the request is refused as a whole, however small the blobs
+/// are.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_of_more_blobs_than_a_message_has_entries_for_is_refused() {
     let server = Server::start().await;

@@ -104,7 +104,7 @@ async fn a_parent_is_an_instance_or_an_operation_that_is_known() {
 #[tokio::test]
 async fn where_clients_may_make_no_streams_the_service_says_so() {
     let server = Server::with(false).await;
-    // The error concerns the service, whatever the request.
+    // The error is about the service, for every request.
     for parent in [PARENT, "", "nope", "operations/1"] {
         assert_eq!(code(create(&server, parent).await), Code::Unimplemented, "{parent:?}");
     }

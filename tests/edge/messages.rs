@@ -1,4 +1,5 @@
-//! What a call costs in messages to actors: a store, a scheduler and a worker as in the server, behind a real endpoint.
+//! Counts the messages to actors that a call costs. A store, a scheduler and a worker run as in the server, behind a
+//! real endpoint.
 //!
 //! `docs/performance.md` has the figures.
 
@@ -41,7 +42,7 @@ use prost::Message as _;
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 use tokio::runtime::Handle;
 
-/// The most that an Execute may cost which runs: one more than it does.
+/// The most messages that an Execute whose action runs may cost: one more than it does cost.
 const EXECUTE_MAX: u64 = 10;
 
 /// A server in this process whose actors' mail is counted.
@@ -74,7 +75,7 @@ impl Server {
         Self { cas, scheduler, mail, endpoint: endpoint.await, _actors: actors, _directory: directory }
     }
 
-    /// What the actors have handled, once they have handled all that was sent so far.
+    /// The number of messages that each actor has handled, after all messages that were sent so far.
     async fn handled(&self) -> BTreeMap<&'static str, u64> {
         self.cas.actor().send(InspectStore).await.unwrap();
         self.scheduler.send(Inspect).await.unwrap();
@@ -162,8 +163,8 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
     })
 }
 
-/// An action whose input root has five levels and three files, which prints to both of its logs and makes a file; with all its
-/// blobs, of which it is the last.
+/// The blobs of an action; the last one is the Action. Its input root has five levels and three files. Its command
+/// prints to both logs and makes a file.
 fn action() -> Vec<Vec<u8>> {
     let script = "cat one a/b/c/d/three > out; echo said; echo complained >&2";
     let command = Command {
@@ -202,7 +203,7 @@ fn sum(cost: &BTreeMap<&str, u64>) -> u64 {
     cost.values().sum()
 }
 
-/// Each message is a wake-up of the one thread on which all actors but the workers live, and most make a caller wait.
+/// Each message wakes the one thread on which all actors except the workers run, and most messages make a caller wait.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_execute_costs_few_messages_and_one_from_the_cache_one() {
     let server = Server::start().await;

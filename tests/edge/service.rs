@@ -104,8 +104,8 @@ async fn reflection_lists_every_service_in_both_versions() {
     assert!(answers.next().await.unwrap().is_ok());
 }
 
-/// GEN-27: the HTTP/2 library closes a connection on which too many small frames wait to be processed. A build that starts
-/// 2,000 actions at once sends that many.
+/// GEN-27: the HTTP/2 library closes a connection on which too many small frames wait to be processed. A build that
+/// starts 2,000 actions at once sends that many.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_thousand_small_requests_at_once_on_one_connection_are_all_answered() {
     let server = Server::start().await;

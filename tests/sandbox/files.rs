@@ -4,7 +4,7 @@ use crate::{support::*, with_each};
 use gorego_reapi::proto::reapi;
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
-/// Not visible are the store, the configuration, other users' files and the passwords of the machine.
+/// The store, the configuration, other users' files and the passwords of the machine are not visible.
 #[tokio::test]
 async fn only_the_listed_files_of_the_host_exist() {
     with_each(&[], async |host| {
@@ -109,7 +109,7 @@ async fn links_and_dots_do_not_lead_out_of_the_sandbox() {
     .await;
 }
 
-/// Whatever the user of an action is, its outputs belong to the server, and its inputs have the declared attributes.
+/// For every user of an action, its outputs belong to the server, and its inputs have the declared attributes.
 #[tokio::test]
 async fn inputs_can_be_read_and_changed_and_outputs_are_collected() {
     with_each(&[], async |host| {

@@ -68,7 +68,7 @@ async fn an_image_is_never_changed_and_its_links_do_not_lead_out() {
         for stolen in ["/process", "/etc/shadow"] {
             assert_ne!(run(&format!("read line < {stolen}")).await.exit_code, 0, "{stolen}");
         }
-        // The host names are those of the sandbox.
+        // The host names come from the sandbox.
         assert_eq!(
             says("read line < /leak; echo $line; read line < /etc/hostname; echo $line").await,
             "build\nbuild\n"

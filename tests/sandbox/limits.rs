@@ -199,7 +199,7 @@ async fn control_groups_are_removed_on_shutdown_and_after_a_crash() {
     .await;
 }
 
-/// What it opens is its own: the limit is that of a process, and the server and other actions have theirs.
+/// The limit applies to each process, so the bomb does not use up descriptors of the server or of other actions.
 #[tokio::test]
 async fn a_descriptor_bomb_reaches_its_own_limit_and_harms_nobody() {
     with_each(&[("EXECUTION__CONCURRENCY", "2")], async |host| {

@@ -1,6 +1,6 @@
-//! The network of actions that may have one of their own (`network = "on"`): what they reach, and what they do not.
+//! Actions with their own network (`network = "on"`): the addresses that they can and cannot reach.
 //!
-//! Each test runs in a network and mount namespace of its own, which stands for the machine. A second network namespace
+//! Each test runs in its own network and mount namespace, which stands for the machine. A second network namespace
 //! stands for the internet. So nothing outside of the test is needed or touched.
 
 use crate::{Host, processes_with, support::*, with_each};
@@ -21,11 +21,11 @@ use std::{
 const PORT: u16 = 7777;
 /// Name of an abstract socket of the machine.
 const ABSTRACT: &str = "gorego-network-test";
-/// How a process of the gateway looks like in a list of processes.
+/// A part of the command line of a gateway process.
 const PASTA: &str = "--config-net --ns-ifname";
 
-/// The machine: `wan` leads to the internet, and there are other addresses of its own. Its /dev/net/tun is open to all,
-/// as udev makes it, and its name server listens on the loopback interface.
+/// The machine: `wan` leads to the internet, and the machine has other addresses. Its /dev/net/tun is open to all, as
+/// udev makes it, and its name server listens on the loopback interface.
 const MACHINE: &str = "
     mount --make-rprivate /
     ip link set lo up
@@ -77,7 +77,7 @@ fn missing(program: &str) -> bool {
     !found.unwrap().success()
 }
 
-/// Runs a test on a machine of its own, in a thread of its own, because other tests must not get its namespaces.
+/// Runs a test on its own machine and in its own thread, because other tests must not get its namespaces.
 fn on_own_machine(test: impl AsyncFnOnce() + Send + 'static) {
     if !rustix::process::geteuid().is_root() {
         return eprintln!("skipped: only root can make a network to test with");
@@ -107,7 +107,7 @@ fn on_own_machine(test: impl AsyncFnOnce() + Send + 'static) {
     }
 }
 
-/// Starts a thread with a network namespace of its own. It first sends the path of the namespace. When it is told that the
+/// Starts a thread with its own network namespace. It first sends the path of the namespace. When it is told that the
 /// machine is connected to it, it brings the internet up, and sends an empty text when that is done.
 fn start_internet() -> (mpsc::Receiver<String>, mpsc::Sender<()>) {
     let (to_test, from_internet) = mpsc::channel();
@@ -135,7 +135,8 @@ fn setup(script: &str, variables: &[(&str, &str)]) {
     assert!(status.success(), "{script}");
 }
 
-/// Serves a text over TCP and UDP at an address of this thread's network, if it has the address. Without IPv6 it does not.
+/// Serves a text over TCP and UDP at an address of this thread's network, if it has the address. Without IPv6 it does
+/// not.
 fn serve(address: &str, text: &str) {
     let ip: std::net::IpAddr = address.parse().unwrap();
     let (Ok(tcp), Ok(udp)) = (TcpListener::bind((ip, PORT)), UdpSocket::bind((ip, PORT))) else {
@@ -145,7 +146,7 @@ fn serve(address: &str, text: &str) {
     let (over_tcp, over_udp) = (text.to_owned(), text.to_owned());
     thread::spawn(move || {
         for mut peer in tcp.incoming().flatten() {
-            // A connection that is closed with something unread is reset.
+            // A connection that is closed with unread bytes is reset.
             let _ = peer.read(&mut [0; 100]).and_then(|_| peer.write_all(over_tcp.as_bytes()));
         }
     });
@@ -157,7 +158,7 @@ fn serve(address: &str, text: &str) {
     });
 }
 
-/// A name server on the loopback interface, by which every name has the address of the internet's host.
+/// A name server on the loopback interface. It gives every name the address of the internet's host.
 fn serve_names() {
     let socket = UdpSocket::bind(("127.0.0.53", 53)).unwrap();
     thread::spawn(move || {
@@ -221,7 +222,7 @@ fn an_action_with_a_network_reaches_other_machines_and_not_this_one() {
             let machine =
                 ["127.0.0.1", "::1", "198.51.100.2", "172.31.7.1", "169.254.7.1", "fd00:7::2", "169.254.169.254"];
             for (kind, ip) in machine.into_iter().flat_map(|ip| [("tcp", ip), ("udp", ip)]) {
-                // A socket that is bound to the interface passes the routes by.
+                // A socket that is bound to the interface bypasses the routes.
                 for device in [None, Some("eth0")] {
                     let (exit, said, _) = with_network(host, talk(kind, ip, device)).await;
                     assert_ne!(exit, 0, "{kind} {ip} {device:?}: {said}");
@@ -234,7 +235,7 @@ fn an_action_with_a_network_reaches_other_machines_and_not_this_one() {
                 "perl -MSocket -e 'socket(S, PF_UNIX, SOCK_STREAM, 0); connect(S, sockaddr_un(\"\\0{ABSTRACT}\")) or die $!'"
             );
             assert_ne!(with_network(host, sh(&connect)).await.0, 0);
-            // Whoever does not ask has no network, in the same pool too.
+            // An action that does not ask for a network has none, even in the same pool.
             let did = host.run_command(talk("tcp", "198.51.100.10", None)).await;
             assert!(did.exit_code != 0 && did.stderr.contains("unreachable"), "{}", did.stderr);
             assert!(!host.says("ls /etc").await.contains("resolv.conf"));
@@ -249,7 +250,7 @@ fn an_action_with_a_network_resolves_names_and_cannot_change_its_network() {
         with_each(ON, async |host| {
             let (exit, said, error) = with_network(host, sh("getent ahostsv4 server.example")).await;
             assert!(exit == 0 && said.starts_with("198.51.100.10 "), "{said}{error}");
-            // The same on every machine.
+            // The result is the same on every machine.
             let (_, said, _) =
                 with_network(host, sh("cat /etc/resolv.conf; cat /proc/net/route | wc -l")).await;
             assert!(said.starts_with("nameserver 203.0.113.53\n"), "{said}");
@@ -279,7 +280,7 @@ fn gateways() -> usize {
     processes_with(PASTA).iter().filter(is_own).count()
 }
 
-/// The processes below this one that have ended and were not reaped, but for the cells that have just ended.
+/// The processes below this one that have ended and were not reaped, without the cells that have just ended.
 fn zombies(server: u32) -> usize {
     let has_parent = |status: &str, parent: u32| status.contains(&format!("\nPPid:\t{parent}\n"));
     let statuses: Vec<_> = fs::read_dir("/proc")
@@ -312,7 +313,7 @@ fn no_gateway_outlives_its_action_or_the_server() {
                 with_network(host, sh("(setsid sleep 1000 &) ; true")).await;
             }
             eventually("only the gateway of the next cell is left", || gateways() <= 1).await;
-            // pasta leaves processes that it has started and not waited for.
+            // pasta leaves processes that it has not waited for.
             eventually("nothing is left unreaped", || zombies(host.server.pid()) == 0).await;
             let running = host.client.start(asking(host, sh(": in-a-network; sleep 1000")).await).await;
             eventually("the action runs", || !processes_with(": in-a-network").is_empty()).await;

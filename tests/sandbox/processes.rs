@@ -64,12 +64,12 @@ async fn a_daemon_does_not_outlive_its_action() {
     .await;
 }
 
-/// Whatever waits for the end of the action, to do something after it, ends with it.
+/// A process that waits for the end of the action in order to act afterwards ends with the action.
 #[tokio::test]
 async fn nothing_that_waits_for_the_end_of_an_action_outlives_it() {
     with_each(&[], async |host| {
         let marker = format!("waits-in-{}", host.server.pid());
-        // A double fork, a child that waits for its parent, and an END block beside a closed output.
+        // A double fork, a child that waits for its parent, and an END block with a closed output.
         host.says(&format!(
             "perl -e 'exit if fork; require POSIX; POSIX::setsid(); exit if fork; $0 = \"{marker}\"; close STDOUT; close STDERR; \
              $SIG{{$_}} = \"IGNORE\" for qw(TERM HUP INT PIPE); END {{ sleep 1000 }} sleep 1 while getppid() != 0; sleep 1000' & \

@@ -16,8 +16,8 @@ use std::{
 const PROGRAMS: &[&str] =
     &["sh", "cat", "ls", "id", "touch", "mkdir", "rm", "rmdir", "chmod", "stat", "uname"];
 
-/// Makes a small root file system that everybody can read: some programs, the libraries that they need, and an /etc of
-/// its own.
+/// Makes a small root file system that all users can read: some programs, the libraries that they need, and its own
+/// /etc.
 fn root_file_system() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path();

@@ -30,7 +30,7 @@ async fn says(client: &Client, script: &str, root: Digest) -> String {
     client.stdout(&result).await
 }
 
-/// The number of directories in the build root: those of runs and their actions, and those of staged trees.
+/// The numbers of directories in the build root: of runs and their actions, and of staged trees.
 fn directories(server: &Server) -> (usize, usize) {
     let names = fs::read_dir(server.store().join("build")).unwrap().flatten();
     let (trees, runs): (Vec<_>, Vec<_>) =
@@ -227,7 +227,8 @@ fn stored(server: &Server, digest: Digest) -> std::path::PathBuf {
     find(&server.store().join("v1/blobs"), &digest.hash_hex()).unwrap()
 }
 
-/// Each way to write to a file, tried on an input that is in a staged tree. The action changes its own copy; the tree stays.
+/// Each way to write to a file, tried on an input that is in a staged tree. The action changes its own copy; the tree
+/// stays.
 #[tokio::test]
 async fn no_way_to_write_changes_what_the_next_action_finds() {
     with_each(&[], async |host| {
@@ -239,7 +240,7 @@ async fn no_way_to_write_changes_what_the_next_action_finds() {
             "echo x >> d/f1",
             "chmod 777 d/f2; touch d/f2; touch -d 1990-01-01 d/f3",
             "mv d/f4 d/moved; ln d/f5 d/linked; echo x > d/linked; rm d/f6; mkdir d/f6; rm -r d; mkdir d",
-            // By a second name of an open file, and by memory that is shared with it.
+            // These write through a second name of an open file, and through memory that is shared with it.
             "exec 3< d/f5; echo x > /proc/self/fd/3; echo x > /proc/$$/root/build/d/f7; echo x > /proc/self/cwd/d/f6",
             "perl -e 'open F, \"+<\", \"d/f0\" or die; truncate F, 1 or die; seek F, 0, 2; print F \"x\"'",
             "perl -e 'open F, \"+<\", \"d/f1\" or die; my $p = syscall(9, 0, 4096, 3, 1, fileno(F), 0); die if $p < 0; \

@@ -36,10 +36,10 @@ pub struct Valid {
     pub to: i64,
 }
 
-/// Valid now and for years.
+/// A certificate that is valid now and for years.
 pub const VALID: Valid = Valid { from: -86_400, to: 10 * 365 * 86_400 };
 
-/// A CA.
+/// A CA for tests.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {

@@ -59,7 +59,7 @@ impl Drop for Endpoint {
 pub struct ActorThread(System);
 
 impl ActorThread {
-    /// Starts actors on a thread of their own, as the server does.
+    /// Starts actors on a separate thread, as the server does.
     pub fn start<T: Send + 'static>(start: impl FnOnce() -> T + Send + 'static) -> (Self, T) {
         let (sender, receiver) = mpsc::channel();
         thread::spawn(move || {

@@ -13,7 +13,7 @@ use std::{
 };
 use tar::{Builder, EntryType, Header};
 
-/// The archive of a layer. Names are taken as they are, also those that no ordinary program would write.
+/// The archive of a layer. Names are used unchanged, even names that no ordinary program would write.
 pub struct LayerArchive(Builder<Vec<u8>>);
 
 impl LayerArchive {

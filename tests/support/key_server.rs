@@ -12,7 +12,7 @@ use std::{
     thread,
 };
 
-/// See the top of this file. It ends with the process of the test.
+/// The server; see the top of this file. It ends with the process of the test.
 pub struct KeyServer {
     address: SocketAddr,
     answer: Arc<Mutex<String>>,

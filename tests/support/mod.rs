@@ -32,7 +32,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Time limit of anything in a test.
+/// Time limit of each wait in a test.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits until the condition holds; panics with `what` after the time limit.
@@ -45,7 +45,8 @@ pub async fn eventually_async<F: Future<Output = bool>>(what: &str, condition: i
     eventually_every(Duration::from_millis(10), what, condition).await;
 }
 
-/// Like [`eventually_async`], with a longer interval between checks of the condition, because each check leaves a trace.
+/// Like [`eventually_async`], with a longer interval between checks of the condition, because each check leaves a
+/// trace.
 pub async fn eventually_every<F: Future<Output = bool>>(
     interval: Duration,
     what: &str,

@@ -49,7 +49,7 @@ impl Server {
         Self::on_a_disk_with(options, &[]).await
     }
 
-    /// The same with settings.
+    /// Like [`Server::on_a_disk`], with environment overrides.
     pub async fn on_a_disk_with(options: &str, overrides: &[(&str, &str)]) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
         let mount = format!("mount -t tmpfs -o {options} none {}", store.path().display());
@@ -91,11 +91,11 @@ impl Server {
         let lines = log.clone();
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
-                // Anything but JSON, such as a panic message, is kept as text for tests that fail.
+                // A line that is not JSON, such as a panic message, is kept as text for tests that fail.
                 let event = serde_json::from_str(&line).unwrap_or(Value::String(line));
                 let address = (event["event"] == "server_started")
                     .then(|| event["listen_addr"].as_str().unwrap_or_default().to_owned());
-                // A test that is told of the start finds it in the log.
+                // The event is stored first, so that a test that learns of the start finds it in the log.
                 lines.lock().unwrap().push(event);
                 if let Some(address) = address {
                     let _ = started.send(address);
@@ -136,7 +136,8 @@ impl Server {
         self.child.id()
     }
 
-    /// The records that have been read so far. A record of what a client has just seen may come later: see [`Server::logged`].
+    /// The records that have been read so far. A record of what a client has just seen may come later: see
+    /// [`Server::logged`].
     pub fn log(&self) -> Vec<Value> {
         self.log.lock().unwrap().clone()
     }
@@ -148,7 +149,7 @@ impl Server {
         find().unwrap()
     }
 
-    /// Where the HTTP cache listens. The server reports it before it has started.
+    /// The address on which the HTTP cache listens. The server reports it before it has started.
     pub fn http_address(&self) -> SocketAddr {
         let started = self.log().into_iter().find(|record| record["event"] == "http_started").unwrap();
         started["listen_addr"].as_str().unwrap().parse().unwrap()
@@ -190,11 +191,11 @@ impl Drop for Server {
     }
 }
 
-/// Where tests and actions find the same files, in spite of the sandbox.
+/// The directory in which tests and actions find the same files, in spite of the sandbox.
 fn shared() -> PathBuf {
     let path = std::env::temp_dir().join("gorego-tests-shared");
     std::fs::create_dir_all(&path).unwrap();
-    // Not if another user made it.
+    // This fails if another user made the directory.
     let _ = std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o1777));
     path
 }
@@ -236,7 +237,7 @@ fn mount_namespace() -> &'static [&'static str] {
     )
 }
 
-/// The same from a shell, after a script in it has succeeded.
+/// Like [`command`], from a shell in which a script has succeeded.
 fn in_shell(mut shell: Command, script: &str, store: &Path) -> Command {
     let serve = command(store);
     shell

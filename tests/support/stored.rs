@@ -1,4 +1,4 @@
-//! Where the blobs of a server lie on its disk: in files of their own, or as records of segments
+//! Finds the blobs of a server on its disk: in separate files, or as records of segments
 //! (`src/actors/cas/volume/segments/record.rs` has the layout).
 
 use super::{Server, files_below};

@@ -90,7 +90,7 @@ impl SigningKey {
         self.sign_texts(header["alg"].as_str().unwrap(), &header.to_string(), &claims.to_string())
     }
 
-    /// A token with these texts as header and payload.
+    /// A token with these two texts as its header and payload.
     pub fn sign_texts(&self, algorithm: &str, header: &str, payload: &str) -> String {
         let message = format!("{}.{}", encode(header), encode(payload));
         let signature = self.sign(algorithm, message.as_bytes());
@@ -127,7 +127,7 @@ fn ecdsa(algorithm: &'static EcdsaSigningAlgorithm) -> EcdsaKeyPair {
     EcdsaKeyPair::from_pkcs8(algorithm, document.as_ref(), &random).unwrap()
 }
 
-/// A key set with the public keys of these.
+/// A key set with these public keys.
 pub fn key_set(keys: &[&SigningKey]) -> String {
     json!({"keys": keys.iter().map(|key| key.jwk()).collect::<Vec<_>>()}).to_string()
 }

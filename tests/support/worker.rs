@@ -90,8 +90,8 @@ pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Ben
     with_bench(max_output_file_bytes, StagingLimits::default(), None, |_, _| None, body)
 }
 
-/// Runs a test with a sandboxed worker that stages all inputs, if this machine supports that. Its commands may write files of up
-/// to this size.
+/// Runs a test with a sandboxed worker that stages all inputs, if this machine supports that. Its commands may write
+/// files of up to this size.
 pub fn with_staging(max_output_file_bytes: u64, body: impl AsyncFn(&Bench)) {
     let limits = StagingLimits { min_nodes: 0, ..StagingLimits::default() };
     with_bench(max_output_file_bytes, limits, None, sandbox_with_layers, async |bench| {
@@ -109,8 +109,8 @@ fn sandbox_with_layers(runner: &[OsString], build_root: &BuildRoot) -> Option<Po
     sandbox.has_layers().then_some(sandbox)
 }
 
-/// Runs a test three times: with a worker that copies all inputs, with one that does so in a sandbox, and with one that stages all
-/// inputs. The last two need a machine that supports them.
+/// Runs a test three times: with a worker that copies all inputs, with one that does so in a sandbox, and with one that
+/// stages all inputs. The last two need a machine that supports them.
 pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
     with_worker(&body);
     for min_nodes in [u64::MAX, 0] {
@@ -119,7 +119,8 @@ pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
     }
 }
 
-/// Runs a test with one worker that keeps tools, first without a sandbox and then in one, if this machine supports that.
+/// Runs a test with one worker that keeps tools, first without a sandbox and then in one, if this machine supports
+/// that.
 pub fn with_tools(limits: ToolLimits, body: impl AsyncFn(&Bench)) {
     let sandbox = |runner: &[OsString], build_root: &BuildRoot| Some(PoolSandbox::usual(runner, build_root));
     with_bench(1 << 30, StagingLimits::default(), Some(limits), |_, _| None, &body);

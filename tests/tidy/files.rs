@@ -72,7 +72,8 @@ pub fn dead_paths(files: &[Source]) -> Vec<String> {
 /// The document that quotes messages of the program in its headings.
 pub const MESSAGES: &str = "docs/troubleshooting.md";
 
-/// Messages in the headings of a document that no file of the product contains. `...` in a heading stands for what differs.
+/// Messages in the headings of a document that no file of the product contains. `...` in a heading stands for what
+/// differs.
 pub fn dead_messages(files: &[Source], document: &str) -> Vec<String> {
     let product = files.iter().filter(|file| file.is_rust() && !file.is_test());
     let texts: Vec<_> = product.map(|file| joined_lines(&file.text)).collect();

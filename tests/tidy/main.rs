@@ -1,8 +1,8 @@
 //! Checks that the source tree follows the rules of `ARCHITECTURE.md`, `CONTRIBUTING.md` and `docs/rules.md`.
 //!
-//! Each rule is a small function from the files to a list of problems, with its own test on a bad sample. This crate uses
-//! only the standard library and reads the tree as text, so `.ci/run` can build and run it alone in a few seconds, before
-//! anything else is compiled.
+//! Each rule is a small function from the files to a list of problems, with its own test on a bad sample. This crate
+//! uses only the standard library and reads the tree as text, so `.ci/run` can build and run it alone in a few seconds,
+//! before anything else is compiled.
 #![allow(clippy::unwrap_used)]
 
 mod faults;

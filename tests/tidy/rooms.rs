@@ -1,5 +1,5 @@
-//! Rooms: the top-level modules of a crate, and each actor. Their imports form no cycles except the listed ones, and each
-//! room is on the map of `ARCHITECTURE.md`.
+//! Rooms: the top-level modules of a crate, and each actor. Their imports form no cycles except the listed ones, and
+//! each room is on the map of `ARCHITECTURE.md`.
 
 use crate::tree::Source;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 /// The document with the map.
 pub const MAP: &str = "ARCHITECTURE.md";
 
-/// Imports that close a cycle today, each with what would remove it. The list may only get shorter: an entry that closes no
-/// cycle any more must be removed.
+/// Imports that close a cycle today, each with what would remove it. The list may only get shorter: an entry that
+/// closes no cycle any more must be removed.
 pub const CYCLES: &[(&str, &str, &str)] = &[
     (
         "error",
@@ -18,8 +18,9 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
     ("connections", "grpc", "the bounds of connections are derived from the limits of a gRPC connection"),
 ];
 
-/// The store is large enough to have rooms of its own: those of its modules that are listed here, and the ground floor, which is
-/// all of its other files. `src/actors/cas.rs` puts them together, as `src/lib.rs` does with the rooms of the server, and is none.
+/// The store is large enough to have rooms of its own: those of its modules that are listed here, and the ground floor,
+/// which is all of its other files. `src/actors/cas.rs` puts them together, as `src/lib.rs` does with the rooms of the
+/// server, and is none.
 pub const STORE: &str = "src/actors/cas";
 
 /// The rooms of the store.
@@ -44,8 +45,8 @@ pub const STORE_ARROWS: &[(&str, &[&str])] = &[
 /// The one file above the rooms of the store that fills the index from what the volume and the results say.
 const STORE_START: &str = "src/actors/cas/recovery.rs";
 
-/// The rooms that the configuration may import: checked values without state, and the settings of access and logging. Every other
-/// room declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
+/// The rooms that the configuration may import: checked values without state, and the settings of access and logging.
+/// Every other room declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
 pub const CONFIG_MAY: &[&str] = &[
     "access", "action", "host", "instance", "limits", "logging", "node", "platform", "quotas", "sandbox",
     "size",
@@ -140,8 +141,8 @@ fn store_imports(file: &Source) -> BTreeSet<&'static str> {
     targets
 }
 
-/// Files of the store outside the volume that name the file system. A handle that a worker hands over (`fs::File`) is no file of the
-/// store, and the settings name the directory that the volume gets.
+/// Files of the store outside the volume that name the file system. A handle that a worker hands over (`fs::File`) is
+/// no file of the store, and the settings name the directory that the volume gets.
 pub fn store_disk(files: &[Source]) -> Vec<String> {
     const DISK: &[&str] =
         &["fs", "Path", "PathBuf", "OpenOptions", "FileExt", "MetadataExt", "Metadata", "regular_file"];
@@ -292,8 +293,8 @@ fn places(files: &[Source]) -> BTreeSet<String> {
     places
 }
 
-/// The paths at the starts of the lines of the map, without `.rs` and the last slash. The first path of a line is relative
-/// to the root of the repository; the others are relative to the directory of the previous one or to the root.
+/// The paths at the starts of the lines of the map, without `.rs` and the last slash. The first path of a line is
+/// relative to the root of the repository; the others are relative to the directory of the previous one or to the root.
 fn on_the_map(block: &str, files: &[Source]) -> BTreeSet<String> {
     let mut named = BTreeSet::new();
     for line in block.lines().filter(|line| !line.starts_with(' ')) {

@@ -64,8 +64,8 @@ pub const WORDS: &[Word] = &[
     },
 ];
 
-/// Files without a clock, disk, network, actor or thread: their results depend only on their arguments. `ARCHITECTURE.md`
-/// calls them pure.
+/// Files without a clock, disk, network, actor or thread: their results depend only on their arguments.
+/// `ARCHITECTURE.md` calls them pure.
 pub const PURE: &[&str] = &[
     "src/budget/accounts",
     "src/budget/holdings",
@@ -149,8 +149,8 @@ const ELSEWHERE: &[&str] = &[
     concat!("/work", "/"),
 ];
 
-/// Hosts of package registries. Packages are fetched by their ordinary clients, which know their registry. A machine behind
-/// a mirror configures the client, and nothing here overrides that.
+/// Hosts of package registries. Packages are fetched by their ordinary clients, which know their registry. A machine
+/// behind a mirror configures the client, and nothing here overrides that.
 const REGISTRIES: &[&str] = &[
     concat!("crates", ".io"),
     concat!("static.rust", "-lang.org"),

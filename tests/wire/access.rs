@@ -1,4 +1,4 @@
-//! Who may do what, on both ports: the matrix of all requests, and what belongs to whom.
+//! Permissions on both ports: the matrix of all requests, and the owners of operations and results.
 
 mod matrix;
 
@@ -155,7 +155,7 @@ impl Owner {
     }
 }
 
-/// Stores an action without a client's token: the server has it from the same user under another one.
+/// Stores the action of a script with the owner's token.
 pub(crate) async fn action(owner: &Owner, script: &str) -> gorego_reapi::digest::Digest {
     use gorego_reapi::proto::reapi::{Action, BatchUpdateBlobsRequest, batch_update_blobs_request};
     let command = sh(script).encode_to_vec();
@@ -198,7 +198,7 @@ async fn operations_and_their_output_belong_to_whom_began_them_and_administrator
         assert_eq!(owner.listed().await, listed);
     }
     assert_eq!(other.cancel(&name).await, Err(Code::PermissionDenied));
-    // Whoever runs the same action has an operation of its own, and reads the output of the run that both share.
+    // Another client that runs the same action has its own operation, and reads the output of the shared run.
     let mut joined = other.run(action).await;
     let own = joined.until(|operation| !metadata(operation).stdout_stream_name.is_empty()).await;
     assert_ne!(own.name, name);
@@ -299,7 +299,7 @@ async fn capabilities_tell_what_a_client_may_do_and_anonymous_clients_may_do_wha
     assert!(client.cached(empty()).await.is_none(), "a reader may look");
     let refused = client.execution.clone().execute(client.request(empty())).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
-    // A wrong credential is refused also where none is needed.
+    // A wrong credential is refused even if the method needs none.
     let request = with("gorego_x", GetCapabilitiesRequest::default());
     assert_eq!(
         client.capabilities.clone().get_capabilities(request).await.unwrap_err().code(),

@@ -24,7 +24,7 @@ pub async fn gorego(server: &Server, args: &[&str]) -> Output {
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
 
-/// The same, with JSON at standard output.
+/// Like [`gorego`], and parses the JSON on standard output.
 async fn json(server: &Server, args: &[&str]) -> Value {
     let output = gorego(server, args).await;
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -85,7 +85,7 @@ async fn operations_are_listed_with_whose_they_are_and_can_be_cancelled_by_the_b
     let shown = text(&gorego(&server, &["ops", "show", &id[..8]]).await.stdout);
     assert!(shown.contains("waits") && shown.contains("build-2"), "{shown}");
 
-    // By filter, it only shows what it would do unless it is told to.
+    // With a filter, it only shows what it would do, unless `--yes` is given.
     let dry = gorego(&server, &["ops", "cancel", "--invocation", "build-1"]).await;
     assert!(dry.status.success() && text(&dry.stderr).contains("--yes"));
     assert!(running("sleep 7461"));
@@ -113,7 +113,7 @@ async fn a_watched_operation_is_followed_to_its_end() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gorego"));
     command.args(["ops", "watch", "--json", &name]).env_clear().env("GOREGO_ENDPOINT", server.endpoint());
     let child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
-    // It asks now and then while it watches.
+    // It asks the server periodically while it watches.
     eventually("the operation is watched", || {
         server.log().iter().any(|line| {
             line["event"] == "rpc_finished"
@@ -152,7 +152,7 @@ async fn purge(client: &Client, request: gorego::PurgeResultsRequest) -> gorego:
     AdminClient::new(client.channel.clone()).purge_results(request).await.unwrap().into_inner()
 }
 
-/// What an administrator removes does not come back, even if the server is killed right after the answer.
+/// A result that an administrator removes does not come back, even if the server is killed right after the answer.
 #[tokio::test]
 async fn a_purge_shows_what_it_would_remove_and_removes_it_for_good() {
     let server = Server::start().await;
@@ -238,7 +238,7 @@ async fn a_purge_keeps_to_its_instance_and_its_conditions() {
     assert!(other.cached(again).await.is_some(), "other instances are not touched");
 }
 
-/// What an action made differently is reported, also after a restart, and the later result is served.
+/// Different outputs of one action are reported, also after a restart, and the later result is served.
 #[tokio::test]
 async fn an_action_with_different_outputs_is_reported_and_not_silently_overwritten() {
     let mut server = Server::start().await;
@@ -312,7 +312,7 @@ async fn results_of_clients_can_be_private_or_refused() {
     assert!(refused.message().contains("client_results"), "{refused}");
 }
 
-/// A page ends, and the next one goes on behind it, until all results were looked at once.
+/// Each page continues where the previous one has ended, until every result was examined once.
 #[tokio::test]
 async fn a_purge_of_many_results_goes_page_by_page() {
     const RESULTS: usize = 700;
@@ -347,7 +347,7 @@ async fn a_purge_of_many_results_goes_page_by_page() {
     }
     assert!(pages > 1);
     assert_eq!((removed, examined), (RESULTS, RESULTS as i64));
-    // Nothing of them comes back.
+    // None of them comes back.
     let server = Server::on(server.kill().await, &[]).await;
     request.remove = false;
     assert_eq!(purge(&server.client().await, request).await.examined, 0);

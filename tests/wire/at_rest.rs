@@ -13,7 +13,7 @@ fn text(size: usize, seed: usize) -> Vec<u8> {
     (0..size).map(|n| b"some words and some more"[(n * n / 7 + n / 100 * seed) % 24]).collect()
 }
 
-/// A part of a blob, as a client reads it that has asked for zstd or not.
+/// Reads a part of a blob, with or without zstd.
 async fn read(client: &Client, blob: Digest, zstd: bool, offset: usize) -> Vec<u8> {
     let name =
         if zstd { blob.blob_name().replace("blobs/", "compressed-blobs/zstd/") } else { blob.blob_name() };
@@ -41,7 +41,7 @@ fn is_packed(server: &Server, blob: Digest) -> bool {
     files.len() == 1 && files[0].to_string_lossy().contains("/v1/packed/")
 }
 
-/// CAS-22, BS-12: before and after a crash, and in a server that does not compress.
+/// CAS-22, BS-12. This holds before and after a crash, and in a server that does not compress.
 #[tokio::test]
 async fn every_client_reads_what_is_kept_compressed_and_the_server_says_what_it_saves() {
     let server = Server::with(AT_ONCE).await;
@@ -62,7 +62,7 @@ async fn every_client_reads_what_is_kept_compressed_and_the_server_says_what_it_
     assert!(is_packed(&server, blob));
 }
 
-/// CPU time that the thread which compresses has taken so far.
+/// The CPU time that the compressing thread has used so far.
 fn cpu_time(server: &Server) -> Option<Duration> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap().flatten();
     let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
@@ -80,7 +80,7 @@ async fn compression_takes_no_more_than_its_share_of_a_core() {
     for blob in &blobs {
         client.upload(blob.clone()).await;
     }
-    // Its first second is a look at an empty index.
+    // In its first second the thread finds an empty index.
     eventually("it works", || cpu_time(&server).is_some_and(|time| time > Duration::from_millis(20))).await;
     let (before, start) = (cpu_time(&server).unwrap(), Instant::now());
     eventually("some time passes", || start.elapsed() > Duration::from_secs(3)).await;
@@ -89,7 +89,8 @@ async fn compression_takes_no_more_than_its_share_of_a_core() {
     assert!(!blobs.iter().all(|blob| is_packed(&server, sha256(blob))), "there was more to do");
 }
 
-/// Whatever was acknowledged is there after each kill, and right, whether the kill came before, while or after it was compressed.
+/// Every acknowledged blob is stored and intact after each kill, whether the kill came before, during or after its
+/// compression.
 #[tokio::test]
 async fn a_kill_at_any_moment_loses_nothing() {
     let mut server = Server::with(AT_ONCE).await;
@@ -101,7 +102,7 @@ async fn a_kill_at_any_moment_loses_nothing() {
             client.upload(plain.clone()).await;
             stored.push(plain);
         }
-        // Passes are a second apart, and compressing all of it takes a part of that.
+        // Passes start a second apart, and compressing all blobs takes less than that.
         tokio::time::sleep(Duration::from_millis(137 * round)).await;
         drop(client);
         server = Server::on(server.kill().await, AT_ONCE).await;

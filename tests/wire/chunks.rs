@@ -87,8 +87,8 @@ impl Client {
     }
 }
 
-/// After one more line in the middle of a large file, only a few per cent of it are transferred. CAS-30, CAS-33, CAS-34,
-/// CAS-37, CAP-16, CAP-17.
+/// After one more line in the middle of a large file, only a few per cent of it are transferred. CAS-30, CAS-33,
+/// CAS-34, CAS-37, CAP-16, CAP-17.
 #[tokio::test]
 async fn a_line_added_to_a_large_file_uploads_a_few_per_cent_of_it() {
     let server = Server::start().await;

@@ -1,4 +1,5 @@
-//! Ways around permissions: what a client may do is neither widened by the detour that it takes nor kept when it was withdrawn.
+//! Attempts to get around permissions: an indirect request gives no more permissions, and a withdrawn permission ends
+//! at once.
 
 use crate::access::{Guarded, Owner, action, with};
 use crate::support::{Client, PATIENCE, Server, empty, eventually, http_client, sh, shared_dir};
@@ -18,13 +19,13 @@ use std::process::{Command, Output};
 use tokio::time::timeout;
 use tonic::Code;
 
-/// A result may name any blob, so inlining would hand it out to whoever may write results.
+/// A result may name any blob, so inlining would disclose it to every client that may write results.
 #[tokio::test]
 async fn results_inline_nothing_for_a_client_that_may_not_read_blobs() {
     let roles = r#"{ results = { permissions = ["ac.read", "ac.write"] } }"#;
     let guarded = Guarded::start(&[("ACCESS__ROLES", roles)]).await;
     let [ci, results] = [Owner::start(&guarded, "ci").await, Owner::start(&guarded, "results").await];
-    // The action stands for a secret as well: its bytes are those of a stored blob.
+    // The Action stands for a secret as well, because it is a stored blob.
     let secret = action(&ci, "echo secret").await;
     let key = ci.client.function.digest(b"some action");
     let request = UpdateActionResultRequest {
@@ -97,7 +98,7 @@ async fn a_stream_about_the_operation_of_somebody_else_ends_with_the_permission_
     let request = with(&admin.token.text, WaitExecutionRequest { name });
     let mut watched = admin.client.execution.clone().wait_execution(request).await.unwrap().into_inner();
     watched.message().await.unwrap();
-    // It may still see operations of its own.
+    // It may still see its own operations.
     update(&guarded.tokens, |list| {
         let own = list.tokens.iter_mut().find(|token| token.id == admin.token.id).unwrap();
         own.roles = vec!["developer".into()];
@@ -118,7 +119,7 @@ async fn a_stream_about_the_operation_of_somebody_else_ends_with_the_permission_
     assert_eq!(run.finish().await.result.unwrap().exit_code, 0);
 }
 
-/// `gorego token revoke` with the token of somebody.
+/// Runs `gorego token revoke` with this token.
 async fn revoke(server: &Server, token: &str, ids: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gorego"));
     command.env_clear().env("GOREGO_HEADERS", format!("authorization=Bearer {token}"));

@@ -18,7 +18,7 @@ use std::{
 };
 use tonic::Code;
 
-/// Larger than files that are hashed at every read.
+/// The size of a blob that is not hashed at every read.
 const LARGE: usize = 300_000;
 
 fn stored_file(server: &Server, digest: Digest) -> PathBuf {
@@ -31,8 +31,8 @@ fn stored_file(server: &Server, digest: Digest) -> PathBuf {
 
 /// Flips a bit of a stored file in place, and restores its size, mode and times.
 fn tamper(server: &Server, digest: Digest) {
-    // Longer than a tick of the kernel's clock. Within a coarse tick, a second change would not be visible in the change
-    // time.
+    // This is longer than a tick of the kernel's clock. Within one tick, a second change would not be visible in the
+    // change time.
     std::thread::sleep(Duration::from_millis(40));
     let path = stored_file(server, digest);
     let before = fs::metadata(&path).unwrap();
@@ -139,7 +139,7 @@ async fn exec_runs_an_action_again_whose_cached_output_is_gone() {
     assert_eq!(fs::read(home.path().join("o")).unwrap(), output);
 }
 
-/// AC-03: an output that was damaged while the server was down invalidates the result, whether it was read or not.
+/// AC-03: an output that was damaged while the server was down invalidates the result, even if it was not read before.
 #[tokio::test]
 async fn a_result_is_gone_after_a_restart_when_its_output_went_bad() {
     let server = Server::start().await;

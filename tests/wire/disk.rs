@@ -166,8 +166,8 @@ async fn store_result(client: &Client, action: Digest) -> Result<(), Status> {
     client.action_cache.clone().update_action_result(request).await.map(drop)
 }
 
-/// User-asks failure modes 20, 21 and 38: somebody else fills the disk, and evicting the little that is stored would not help. What
-/// is stored is served, nothing new is stored or half stored, and the store recovers by itself.
+/// User-asks failure modes 20, 21 and 38: another program fills the disk, and evicting the few stored blobs would not
+/// help. Stored blobs are served, no new blob is stored completely or partly, and the store recovers by itself.
 #[tokio::test]
 async fn a_store_whose_disk_others_fill_is_read_only_until_there_is_room() {
     let server = Server::on_a_disk_of(64 << 20).await;
@@ -258,7 +258,7 @@ async fn exec_directories_of_actions_that_are_cancelled_at_exit_are_gone() {
     assert_eq!(left, Vec::<PathBuf>::new());
 }
 
-/// They are there to be faster, and leave room for everything else.
+/// Staged inputs only save time, so they leave room for everything else.
 #[tokio::test]
 async fn staged_inputs_take_at_most_half_of_the_space_that_is_free_without_them() {
     let server = Server::on_a_disk_of(64 << 20).await;

@@ -1,4 +1,4 @@
-//! A full store: what one client writes is not what others wait for.
+//! A full store: clients do not wait for the writes of other clients.
 
 use crate::lifecycle::upload;
 use crate::support::{Server, sha256};
@@ -19,8 +19,8 @@ fn blob(bytes: usize, seed: u64) -> Vec<u8> {
     blob
 }
 
-/// User-asks failure mode 37, scaled down: a blob of half of the store into a cache full of small blobs. Others upload meanwhile, and
-/// what they have just stored stays.
+/// User-asks failure mode 37, scaled down: a blob of half of the store into a cache full of small blobs. Other clients
+/// upload meanwhile, and the blobs that they have just stored stay.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_upload_into_a_full_cache_of_small_blobs_does_not_stall_others() {
     let leases = [("CACHE__BUILD_LEASE", "0s"), ("CACHE__UNNAMED_BUILD_LEASE", "0s")];
@@ -43,7 +43,7 @@ async fn a_large_upload_into_a_full_cache_of_small_blobs_does_not_stall_others()
         let begin = Instant::now();
         uploaded.push(small_client.upload(blob(4_096, 2_000_000 + uploaded.len() as u64)).await);
         waits.push(begin.elapsed());
-        // The small uploads must not be a load of their own.
+        // The small uploads must not load the server themselves.
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let digest = large.await.unwrap();

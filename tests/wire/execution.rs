@@ -63,7 +63,7 @@ async fn arguments_and_environment_arrive_byte_for_byte() {
     assert_eq!(client.stdout(&result).await, "A=1\n2\0EMPTY=\0");
 }
 
-/// Text is executed as Linux would execute it, whatever it would mean as a message.
+/// The text is executed as Linux would execute it, even if it parses as a message.
 #[tokio::test]
 async fn a_dozen_arguments_as_long_as_the_system_takes_them_arrive() {
     let server = Server::start().await;
@@ -87,7 +87,7 @@ async fn a_program_that_cannot_be_started_fails_at_once_and_says_why() {
         assert_eq!(result.exit_code, code, "{program}");
         assert!(client.stderr(&result).await.contains(program), "{program}");
     }
-    // Found in the PATH of the command.
+    // The program is found in the PATH of the command.
     let result = client.run_command(Command { arguments: vec!["true".into()], ..sh("") }).await;
     assert_eq!(result.exit_code, 0);
 }
@@ -225,8 +225,8 @@ async fn an_operation_can_be_joined_by_name_before_and_after_its_end() {
     }
 }
 
-/// EXE-02, EXE-09, EXE-22, EXE-25, EXE-27, OPS-01, OPS-03: what is wrong with an action, and not with the request, ends an
-/// operation like any other.
+/// EXE-02, EXE-09, EXE-22, EXE-25, EXE-27, OPS-01, OPS-03: a fault of the action, unlike a fault of the request, ends
+/// an ordinary operation.
 #[tokio::test]
 async fn an_action_that_cannot_run_is_an_operation_that_is_over_at_once() {
     let server = Server::start().await;
@@ -284,7 +284,7 @@ async fn identical_actions_in_flight_are_run_once() {
         let action =
             client.action_with(sh(&script), empty(), |action| action.do_not_cache = do_not_cache).await;
         std::fs::write(&log, "").unwrap();
-        // Each slot of a root server is another user.
+        // Each slot of a root server has another user.
         std::fs::set_permissions(&log, std::fs::Permissions::from_mode(0o666)).unwrap();
         let mut runs = Vec::new();
         for _ in 0..8 {
@@ -352,7 +352,8 @@ async fn a_full_queue_says_when_to_come_back() {
     assert!(retry.is_some());
 }
 
-/// EXE-31: from Action or Command; an unlisted property is ignored, because clients use such properties to separate caches.
+/// EXE-31: from Action or Command; an unlisted property is ignored, because clients use such properties to separate
+/// caches.
 #[tokio::test]
 #[allow(deprecated)]
 async fn a_platform_that_no_pool_offers_is_refused_at_once() {

@@ -1,5 +1,5 @@
-//! Faults of the storage that show on the wire and that no other file is about: few descriptors, slow links, streams that break off, and
-//! restarts with too much in the store. `docs/faults.md` lists all faults with their tests.
+//! Faults of the storage that show on the wire and that no other file tests: few descriptors, slow links, streams that
+//! break, and restarts with too much in the store. `docs/faults.md` lists all faults with their tests.
 
 use crate::lifecycle::upload;
 use crate::support::{Client, Server, directory, file, sh, sh_with, sha256};
@@ -19,7 +19,7 @@ fn noise(bytes: usize, seed: u64) -> Vec<u8> {
     (0..).flat_map(block).take(bytes).collect()
 }
 
-/// An action with many inputs of its own that makes many outputs. Returns what it is expected to print.
+/// An action with many inputs that no other action has, and with many outputs. Returns the text that it must print.
 async fn action_of_many_files(client: &Client, number: usize, files: usize) -> (Digest, String) {
     let inputs = (0..files).map(|at| format!("input {number} {at}").into_bytes());
     let digests = client.upload_all(inputs).await;
@@ -57,7 +57,8 @@ async fn actions_with_more_files_than_descriptors_run_side_by_side() {
     }
 }
 
-/// The inputs name one file so often that they are larger than the whole disk. That is said once, with both sizes, and other actions go on.
+/// The inputs contain one file so often that they are larger than the whole disk. The error is returned once, with both
+/// sizes, and other actions run.
 #[tokio::test]
 async fn an_action_whose_inputs_no_disk_can_hold_is_refused_with_both_sizes() {
     let server = Server::on_a_disk_of(48 << 20).await;
@@ -78,7 +79,8 @@ async fn an_action_whose_inputs_no_disk_can_hold_is_refused_with_both_sizes() {
     assert_eq!(client.stdout(&result).await, "well\n");
 }
 
-/// BS-20: a blob over a link that is too slow for the deadline of a call. Each try goes on where the last one has come to.
+/// BS-20: a blob over a link that is too slow for the deadline of a call. Each attempt continues where the last one
+/// ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_over_a_slow_link_whose_calls_time_out_is_resumed_to_its_end() {
     const PIECE: usize = 64 << 10;
@@ -109,7 +111,7 @@ async fn an_upload_over_a_slow_link_whose_calls_time_out_is_resumed_to_its_end()
                 finish_write: at + data.len() == blob.len(),
                 data: data.to_vec().into(),
             };
-            // The link passes so many bytes a second.
+            // This limits the bytes per second of the link.
             tokio::time::sleep(Duration::from_millis(20)).await;
             if sender.send(message).await.is_err() {
                 break;
@@ -128,7 +130,7 @@ async fn an_upload_over_a_slow_link_whose_calls_time_out_is_resumed_to_its_end()
     assert_eq!(client.read(sha256(&blob)).await.unwrap(), blob);
 }
 
-/// BS-07, BS-08: clients read on where a stream has ended; nothing is missing or doubled.
+/// BS-07, BS-08: clients continue where a stream has ended; no byte is missing or doubled.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_that_breaks_off_goes_on_at_its_offset() {
     let server = Server::start().await;
@@ -162,7 +164,7 @@ async fn a_restart_with_most_of_the_store_to_evict_answers_at_once() {
     const BLOBS: u64 = 6_000;
     let blob = |n: u64| [&n.to_le_bytes()[..], &[1; 4_000]].concat();
     let leases = [("CACHE__BUILD_LEASE", "0s"), ("CACHE__UNNAMED_BUILD_LEASE", "0s")];
-    // With segments, and with a file for each blob.
+    // The first store has segments, and the second has a file for each blob.
     for (large, small) in [("400 MB", "12 MB"), ("200 MB", "12 MB")] {
         let server = Server::with(&[("MAX_SIZE_GB", large), leases[0], leases[1]]).await;
         let client = server.client().await;
@@ -177,7 +179,8 @@ async fn a_restart_with_most_of_the_store_to_evict_answers_at_once() {
         let missing = client.missing(&all).await;
         println!("{large} to {small}: answered after {:?}", started.elapsed());
         assert!(missing.len() as u64 > BLOBS / 2, "{} are missing", missing.len());
-        // All were stored within a second or two, and uses are recorded in seconds, so any of them may have been evicted.
+        // All blobs were stored within a second or two, and uses are recorded in seconds, so any of them may have been
+        // evicted.
         let kept = (0..BLOBS).find(|n| !missing.contains(&all[*n as usize])).unwrap();
         assert_eq!(client.read(all[kept as usize]).await.unwrap(), blob(kept));
         client.upload(vec![3; 100_000]).await;

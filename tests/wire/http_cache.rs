@@ -69,7 +69,7 @@ fn cas(content: &[u8]) -> String {
     format!("/cas/{}", sha256(content).hash_hex())
 }
 
-/// More than one piece of anything, and not too regular.
+/// Content that is larger than one piece in any protocol, and not too regular.
 fn large() -> Vec<u8> {
     (0..1_500_000u32).map(|n| (n / 7).wrapping_mul(n) as u8).collect()
 }
@@ -95,7 +95,7 @@ async fn blobs_are_those_of_grpc_clients_and_have_the_hash_of_their_path() {
     }
     let uploaded = grpc.upload("by gRPC").await;
     assert_eq!(http.get(&format!("/cas/{}", uploaded.hash_hex())).await.unwrap(), b"by gRPC");
-    // Other functions by name or length, as in resource names.
+    // A path selects another function by its name or by the length of the hash, as in resource names.
     let blake3 = DigestFunction::Blake3.digest(b"hello");
     let path = format!("/cas/blake3/{}", blake3.hash_hex());
     assert_eq!(http.put(&path, "hello").await, StatusCode::CREATED);
@@ -191,7 +191,7 @@ async fn ranges_are_served_and_those_outside_refused() {
     assert_eq!(outside.status(), StatusCode::RANGE_NOT_SATISFIABLE);
     let shown = format!("bytes */{}", content.len());
     assert_eq!(outside.headers()[header::CONTENT_RANGE], shown.as_str());
-    // Neither for HEAD, nor for a validator that this server never issued.
+    // A range applies neither to HEAD, nor with a validator that this server never issued.
     let head = http.send("HEAD", &cas(&content), &[("range", "bytes=1-2")], "").await;
     assert_eq!(head.status(), StatusCode::OK);
     assert_eq!(head.headers()[header::CONTENT_LENGTH], content.len().to_string().as_str());
@@ -206,7 +206,7 @@ async fn ranges_are_served_and_those_outside_refused() {
 async fn zstd_is_spoken_both_ways() {
     let http = Http::start(&[]).await;
     for content in [large(), b"small".to_vec(), vec![0; 3_000_000]] {
-        // Two frames, as parallel compressors write them.
+        // The body has two frames, as parallel compressors write them.
         let (first, second) = content.split_at(content.len() / 3);
         let frames = [first, second].map(|part| zstd::encode_all(part, 3).unwrap()).concat();
         let put = http.send("PUT", &cas(&content), &[("content-encoding", "zstd")], frames.clone()).await;
@@ -268,8 +268,8 @@ async fn what_cannot_be_done_has_the_status_that_says_so() {
     assert_eq!(&answer, b"HTTP/1.1 413");
 }
 
-/// The requests of sccache's storage layer: the root and every directory exist before anything is written, at any depth,
-/// with and without an instance prefix.
+/// The requests of sccache's storage layer: the root and every directory exist before anything is written, at any
+/// depth, with and without an instance prefix.
 #[tokio::test]
 async fn webdav_clients_find_every_collection_there() {
     let http = Http::start(&[("INSTANCE_NAMES", r#"["", "team/a"]"#)]).await;
@@ -360,8 +360,8 @@ async fn a_host_that_is_not_this_server_is_not_answered() {
     }
 }
 
-/// ccache sends head and body separately and uses Nagle's algorithm. If the head is acknowledged late, each request takes
-/// at least 40 ms.
+/// ccache sends head and body separately and uses Nagle's algorithm. If the head is acknowledged late, each request
+/// takes at least 40 ms.
 #[tokio::test]
 async fn an_upload_whose_head_and_body_come_apart_is_not_held_up() {
     const UPLOADS: usize = 51;
@@ -399,7 +399,7 @@ async fn every_request_leaves_one_line_and_the_server_stops_in_good_order() {
     http.put(&cas(b"hello"), "hello").await;
     http.get(&cas(b"hello")).await;
     http.get("/cache/none").await;
-    // An upload that breaks.
+    // This upload breaks.
     let mut raw = TcpStream::connect(http.base.strip_prefix("http://").unwrap()).await.unwrap();
     let head = format!("PUT {} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nhalf", cas(b"x"));
     raw.write_all(head.as_bytes()).await.unwrap();

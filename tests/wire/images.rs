@@ -44,7 +44,7 @@ fn image(blobs: &mut Blobs, marker: &str) -> String {
     blobs.image(layers, config)
 }
 
-/// A command that finds its shell by the PATH of the image, and says what it finds.
+/// A command that finds its shell by the PATH of the image, and prints what it sees.
 fn look() -> Command {
     const SCRIPT: &str = "read marker < /etc/marker; \
         while read key value rest; do case $key in Uid:) uid=$value;; Gid:) gid=$value;; esac; done < /proc/self/status; \
@@ -84,7 +84,7 @@ async fn refused(client: &Client, image: &str) -> (Code, String) {
     (Code::from_i32(status.code), status.message)
 }
 
-/// A server that has the sandbox; `None` on a machine that cannot.
+/// A server with the sandbox; `None` if this machine does not support it.
 async fn server(overrides: &[(&str, &str)]) -> Option<Server> {
     server_on(Arc::new(tempfile::tempdir().unwrap()), overrides).await
 }
@@ -184,7 +184,7 @@ async fn an_image_is_pulled_once_for_all_actions_that_want_it_with_the_credentia
     for blob in layers {
         assert_eq!(registry.served(&format!("/elsewhere/{blob}")), 1, "{blob}");
     }
-    // What is there needs no registry, but one that is allowed.
+    // An unpacked image needs no answer of its registry, but the registry must still be allowed.
     registry.change(|content| content.broken = Some(StatusCode::INTERNAL_SERVER_ERROR));
     assert_eq!(finds(&client, &name).await, format!("pulled {FOUND}"));
     server.logged("image_pulled").await;
@@ -326,7 +326,7 @@ async fn an_action_waits_for_its_image_in_the_queue_and_leaves_its_slot_to_other
         (run, queued.name)
     };
     let at = |rest: &str| format!("docker://{}/team/tools{rest}", registry.address());
-    // Both what a tag means and the image itself are waited for in the queue.
+    // An action waits in the queue for the digest of a tag and for the image itself.
     let waiting = [start(at(":v1")).await, start(at(&format!("@{digest}"))).await];
     eventually("the registry was asked", || registry.0.lock().unwrap().requests == 2).await;
     let plain = client.run(client.action(sh_with("echo done > out", &["out"]), empty()).await).await;
@@ -388,13 +388,14 @@ async fn a_registry_cannot_lead_this_server_to_addresses_that_are_farther_inside
         let name = format!("docker://{}/team/tools@{digest}", registries.address());
         let (code, message) = refused(&client, &name).await;
         assert!(
-            code == Code::FailedPrecondition && message.contains("not public and not where the registry is"),
+            code == Code::FailedPrecondition
+                && message.contains("neither public nor in a network like the registry"),
             "{target}: {code:?} {message}"
         );
     }
 }
 
-/// EXE-62: an image for which the disk has no room is nobody else's fault.
+/// EXE-62: an image for which the disk has no room does not harm other actions.
 #[tokio::test]
 async fn an_image_that_would_fill_the_disk_is_given_up_before_it_stops_other_actions() {
     let site = shared_dir();
@@ -450,7 +451,7 @@ async fn a_layer_that_several_images_have_is_downloaded_once_and_again_if_what_w
     let Some(server) = server(&settings).await else { return };
     let client = server.client().await;
     let at = |number: usize| format!("docker://{}/team/tools@{}", registry.address(), images[number].1);
-    // Those that are pulled at the same time wait for one download too.
+    // Images that are pulled at the same time share one download too.
     let (first, second) = (at(0), at(1));
     let (first, second) = tokio::join!(finds(&client, &first), finds(&client, &second));
     assert_eq!([first, second], [format!("first {FOUND}"), format!("second {FOUND}")]);

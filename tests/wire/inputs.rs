@@ -203,7 +203,7 @@ async fn a_symlink_does_not_lead_the_server_out_of_the_root() {
     std::fs::write(outside.path().join("secret"), "secret").unwrap();
     let target = outside.path().to_str().unwrap();
     let root = client.upload(directory(vec![], vec![], vec![symlink("d", target)])).await;
-    // As the parent of an output that would have to be created, and as an output to be collected.
+    // The link is the parent of an output that would have to be created, and an output to be collected.
     refused(&client, client.action(sh_with("true", &["d/new/file"]), root).await, "d/new").await;
     assert!(!outside.path().join("new").exists());
     let working = Command { working_directory: "d/w".into(), ..sh("true") };

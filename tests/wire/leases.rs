@@ -1,4 +1,4 @@
-//! What a build was promised stays, over the wire (AC-03, AC-04, CAS-03; GEN-21).
+//! Leases over the wire: the blobs that a build was promised stay (AC-03, AC-04, CAS-03; GEN-21).
 
 use crate::support::{Client, Server, directory, empty, file, sh_with, sha256};
 use gorego_reapi::{
@@ -22,7 +22,7 @@ use tonic::{Code, Request, metadata::MetadataValue};
 /// A store of this size fills within a second.
 const SMALL: (&str, &str) = ("MAX_SIZE_GB", "8 MB");
 
-/// A request of a build.
+/// Adds the metadata of a build to a request.
 fn of<T>(build: &str, message: T) -> Request<T> {
     let metadata = RequestMetadata { tool_invocation_id: build.into(), ..Default::default() };
     let mut request = Request::new(message);
@@ -73,8 +73,8 @@ async fn churn(client: &Client, build: &str) -> Vec<Digest> {
     uploaded
 }
 
-/// User-asks failure modes 2 and 27: a hit, what FindMissingBlobs said and what an Execute used is there although another build
-/// uploads at full speed. The other build loses its own oldest leases, which breaks no promise.
+/// User-asks failure modes 2 and 27: the blobs of a hit, of an answer of FindMissingBlobs and of an Execute stay
+/// although another build uploads at full speed. The other build loses its own oldest leases, which breaks no promise.
 #[tokio::test]
 async fn what_a_build_was_promised_stays_while_another_fills_the_store() {
     let server = Server::with(&[SMALL]).await;
@@ -115,8 +115,8 @@ fn use_long_ago(directory: &Path) {
     }
 }
 
-/// At nine tenths, a result whose blobs would have to be leased too is NOT_FOUND for a build that has its share, and is logged. An
-/// upload that does not fit beside the leases is RESOURCE_EXHAUSTED.
+/// At nine tenths, a result whose blobs would have to be leased too is NOT_FOUND for a build that has its share, and is
+/// logged. An upload that does not fit beside the leases is RESOURCE_EXHAUSTED.
 #[tokio::test]
 async fn leases_that_fill_the_store_cost_rebuilds_and_no_promise() {
     let server = Server::with(&[SMALL]).await;
@@ -127,7 +127,7 @@ async fn leases_that_fill_the_store_cost_rebuilds_and_no_promise() {
     for seed in 0..13 {
         blobs.push(client.upload(noise(500_000, seed)).await);
     }
-    // What was used longer ago is leased to nobody after a restart.
+    // Blobs whose last use is longer ago are not leased after a restart.
     let store = server.kill().await;
     use_long_ago(&store.path().join("v1"));
     let server = Server::on(store, &[SMALL]).await;

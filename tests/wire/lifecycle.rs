@@ -66,7 +66,7 @@ async fn sigterm_lets_an_upload_finish_and_waits_for_nothing_else() {
     sender.send(messages.next().unwrap()).await.unwrap();
     server.signal("TERM");
     eventually("stopping is logged", || server.log().iter().any(|e| e["event"] == "server_stopping")).await;
-    // Much longer than idle connections are kept.
+    // The upload takes much longer than idle connections are kept.
     for message in messages {
         tokio::time::sleep(Duration::from_millis(500)).await;
         sender.send(message).await.unwrap();
@@ -119,7 +119,7 @@ async fn exit_time(server: &mut Server) -> Duration {
     asked.elapsed()
 }
 
-/// With the default grace period of half a minute.
+/// The grace period is the default of half a minute.
 #[tokio::test]
 async fn sigterm_does_not_wait_for_an_action_that_nobody_follows() {
     let mut server = Server::start().await;
@@ -154,7 +154,7 @@ async fn sigterm_does_not_wait_for_clients_that_do_nothing() {
     assert!(took < Duration::from_secs(15), "{took:?}");
 }
 
-/// Everything that can delay an exit, at once.
+/// Everything that can delay an exit happens at once.
 #[tokio::test]
 async fn an_exit_takes_no_longer_than_its_grace() {
     let mut server = Server::with(&[("SHUTDOWN_GRACE", "6s")]).await;
@@ -197,7 +197,7 @@ async fn retryable_end(run: crate::support::Run) -> i32 {
     }
 }
 
-/// Whoever replaces a certificate or a log file sends SIGHUP at any time.
+/// Programs that replace certificates or log files send SIGHUP at any time.
 #[tokio::test]
 async fn a_hangup_during_a_shutdown_cuts_nothing_short() {
     let mut server = Server::start().await;
@@ -231,8 +231,8 @@ async fn two_interrupts_end_the_server_at_once() {
     eventually("nothing is left running", || !running("sleep 7453")).await;
 }
 
-/// kill -9 during an upload and an action: acknowledged data is there and correct, other data is not visible, the command
-/// is gone, the exec directories are removed, and the space of the broken upload is free again.
+/// kill -9 during an upload and an action: acknowledged data is there and correct, other data is not visible, the
+/// command is gone, the exec directories are removed, and the space of the broken upload is free again.
 #[tokio::test]
 async fn after_kill_nine_the_store_is_whole() {
     let server = Server::start().await;
@@ -359,8 +359,8 @@ async fn a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself() {
     assert_eq!(client.run(writes_too_much).await.result.unwrap().exit_code, 0);
 }
 
-/// BS-29: the kept bytes of broken uploads hold files open, and must leave descriptors for others. The default limit of a
-/// process is 1,024.
+/// BS-29: the kept bytes of broken uploads hold files open, and must leave descriptors for others. The default limit of
+/// a process is 1,024.
 #[tokio::test(flavor = "multi_thread")]
 async fn any_number_of_broken_uploads_leaves_the_server_reachable() {
     let server = Server::after("ulimit -n 1024").await;

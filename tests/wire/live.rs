@@ -209,7 +209,7 @@ async fn a_message_explains_what_an_exit_code_does_not() {
     assert!(response.message.contains("could not be started"), "{}", response.message);
 }
 
-/// EXE-61, EXE-62, EXE-64: each try has a log; its streams end although nobody finished them.
+/// EXE-61, EXE-62, EXE-64: each try has a log; its streams end although no worker finished them.
 #[tokio::test]
 async fn runs_that_are_lost_leave_an_account_of_each_try() {
     // In the sandbox, no command can kill the process that runs it.
@@ -254,7 +254,7 @@ async fn ten_megabytes_arrive_live_as_they_are_stored() {
     assert_eq!(result.stdout_digest, Some(sha256(&bytes).to_wire()));
 }
 
-/// EXE-64, LOG-03: a stream only grows, whatever the command does to its standard error.
+/// EXE-64, LOG-03: a stream only grows, even if the command truncates or reopens its standard error.
 #[tokio::test]
 async fn a_reader_gets_each_byte_of_a_command_that_truncates_its_output() {
     let server = Server::start().await;
@@ -276,7 +276,8 @@ async fn a_reader_gets_each_byte_of_a_command_that_truncates_its_output() {
     assert_eq!(client.stderr(&result).await, "a longer line\ntwo\nthree\n");
 }
 
-/// In a pipe, as in a build script: the first line is printed while the command still runs, and nothing is printed twice.
+/// In a pipe, as in a build script: the first line is printed while the command still runs, and nothing is printed
+/// twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_shows_the_first_line_before_the_command_ends() {
     let server = Server::start().await;

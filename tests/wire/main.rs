@@ -1,4 +1,4 @@
-//! Behaviour over the wire: the real binary and a real client. Rule ids are those of `docs/rules.md`.
+//! Behaviour over the wire: the real binary and a real client. `docs/rules.md` lists the rule ids.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! Metrics and health of the real binary: each metric is seen to move for the reason that `docs/metrics.md` gives.
+//! Metrics and health of the real binary: each metric changes for the reason that `docs/metrics.md` gives.
 
 use crate::support::{PATIENCE, Server, empty, eventually_async, files_below, http_client, sh, sha256};
 use futures::{StreamExt as _, stream};
@@ -248,7 +248,7 @@ async fn what_open_streams_hold_of_the_store_is_measured() {
     };
     let pieces = stream::once(async { piece }).chain(stream::pending());
     let upload = tokio::spawn(async move { client.bytes.clone().write(pieces).await });
-    // Room is reserved for the bytes that are written; the last ones of a silent stream wait in memory.
+    // Room is reserved for the bytes that are written. The last bytes of a stalled stream wait in memory.
     watched.sees("gorego_store_reserved_bytes", |reserved| reserved >= (SIZE / 4) as f64).await;
     upload.abort();
 }
@@ -261,7 +261,7 @@ async fn connections_that_the_server_closes_are_counted_by_reason() {
     let address = watched.server.endpoint().trim_start_matches("http://").to_owned();
     let mut client = TcpStream::connect(address).await.unwrap();
     client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
-    // Of a type that HTTP/2 does not know.
+    // These frames have a type that HTTP/2 does not know.
     let frames = [0, 0, 0, 0xb0, 0, 0, 0, 0, 0].repeat(60_000);
     // The connection may be closed before the last one.
     let _ = client.write_all(&frames).await;
@@ -335,7 +335,7 @@ async fn failed_authentications_are_counted_and_the_metrics_need_a_permission() 
     open.sees("gorego_http_requests_total{method=\"GET\",code=\"401\"}", is(2.0)).await;
 }
 
-/// A scrape asks the owners of the numbers once, and those who come together share its text.
+/// A scrape asks the owners of the numbers once, and simultaneous scrapes share its text.
 #[tokio::test]
 async fn many_scrapes_at_once_get_the_same_text() {
     let watched = Watched::start(&[]).await;

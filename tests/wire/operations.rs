@@ -35,7 +35,7 @@ async fn cancelling_kills_the_command_and_ends_the_stream() {
     assert_eq!(gone.code(), Code::NotFound);
 }
 
-/// OPS-04, EXE-14: the loss of a client does not stop work that others wait for.
+/// OPS-04, EXE-14: the loss of a client does not stop work that other clients wait for.
 #[tokio::test]
 async fn cancelling_one_waiter_leaves_the_others_running() {
     let server = Server::with(&[("EXECUTION__ABANDON_GRACE", "1s")]).await;

@@ -11,7 +11,7 @@ use std::{
 };
 use tonic::Code;
 
-/// If the disk has no space for a log, the failure is the server's, whatever the command does (EXE-62).
+/// If the disk has no space for a log, the failure counts as the server's, even if the command succeeds (EXE-62).
 #[tokio::test]
 async fn a_disk_that_fills_with_a_log_is_an_infrastructure_failure_and_passes() {
     let server = Server::on_a_disk_of(24 << 20).await;
@@ -141,8 +141,8 @@ async fn every_command_that_prints_ends_by_sigpipe_without_a_reader_and_fails_on
 async fn a_server_whose_standard_error_is_closed_serves_and_stops_as_asked() {
     for format in ["text", "json"] {
         let store = tempfile::tempdir().unwrap();
-        // The server cannot print which port it took, so it gets one that was free a moment ago. Other tests use other
-        // addresses.
+        // The server cannot print the port that it took, so it gets a port that was free a moment ago. Other tests use
+        // other addresses.
         let address = TcpListener::bind("127.0.0.77:0").unwrap().local_addr().unwrap().to_string();
         let (reader, writer) = pipe().unwrap();
         drop(reader);

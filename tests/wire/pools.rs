@@ -74,7 +74,7 @@ async fn an_operation_that_waits_says_in_which_pool_at_which_position_and_why() 
     assert!(worker.ends_with("/gpu/0"), "{worker}");
     let _first = client.start(asking(&client, "echo 1", &special).await).await;
     let mut second = client.start(asking(&client, "echo 2", &special).await).await;
-    // In the stream, without a request.
+    // The stream reports it without a request.
     let told = second.until(|operation| queue_status(operation).is_some()).await;
     let mut operations = client.operations.clone();
     let mut status = queue_status(&told).unwrap();

@@ -1,4 +1,4 @@
-//! Quotas on the wire: what a principal or an address may use, and what it is told when that is used up.
+//! Quotas on the wire: the limits of a principal or an address, and the errors when a limit is reached.
 
 use crate::support::{
     Client, Run, Server, empty, eventually_async, http_client,
@@ -17,7 +17,7 @@ use serde_json::json;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tonic::{Code, Request, Status, metadata::AsciiMetadataValue};
 
-/// Checks that a refusal is one by a quota, and says when to try again.
+/// Checks that a refusal names the quota and says when to try again.
 fn assert_over_quota(status: &Status, what: &str) {
     assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
     assert!(status.message().contains(what) && status.message().contains("quota"), "{status:?}");
@@ -69,7 +69,7 @@ async fn uploads_beyond_the_quota_of_an_hour_end_at_once() {
         Server::with(&[("QUOTAS__UPLOAD_PER_HOUR_GB", "2 MB"), ("HTTP__LISTEN_ADDR", "127.0.0.1:0")]).await;
     let client = server.client().await;
     let digest = client.upload(vec![1; 1_500_000]).await;
-    // A stream is refused while it comes.
+    // A stream is refused while it is received.
     let blob = vec![2; 3_000_000];
     let name = format!("uploads/{}/blobs/{}", uuid::Uuid::new_v4(), client.function.digest(&blob));
     let pieces: Vec<_> = blob.chunks(300_000).collect();
@@ -86,7 +86,7 @@ async fn uploads_beyond_the_quota_of_an_hour_end_at_once() {
     let answer = put.send().await.unwrap();
     assert_eq!(answer.status(), StatusCode::TOO_MANY_REQUESTS);
     assert!(answer.headers().contains_key(RETRY_AFTER));
-    // What was stored can be read without end.
+    // Reads of stored blobs have no limit.
     for _ in 0..3 {
         assert_eq!(client.read(digest).await.unwrap().len(), 1_500_000);
     }
@@ -113,7 +113,7 @@ async fn operations_count_for_the_principal_wherever_it_calls_from() {
     let mut start = async |subject: &str, number| {
         let claims = json!({"iss": "https://i", "aud": "a", "sub": subject, "exp": now + 600, "owner": "us"});
         let bearer = format!("Bearer {}", key.token("EdDSA", &claims));
-        // Each has a connection of its own.
+        // Each has its own connection.
         let run = start(&server.client().await, &bearer.parse().unwrap(), number).await?;
         runs.push(run);
         Ok::<(), Status>(())

@@ -54,7 +54,7 @@ async fn asking(client: &Client, script: &str, arch: &str) -> gorego_reapi::dige
 
 const POOLS: &str = "[execution.pools.one]\nslots = 1\nproperties = { Arch = \"one\" }\n";
 
-/// What runs in a pool that is replaced or removed goes on, and new work goes to the pools that are there now.
+/// Actions that run in a replaced or removed pool continue, and new actions go to the current pools.
 #[tokio::test]
 async fn pools_come_and_go_with_the_configuration_and_nothing_that_runs_is_lost() {
     let configured = Configured::start(&format!(
@@ -81,7 +81,7 @@ async fn pools_come_and_go_with_the_configuration_and_nothing_that_runs_is_lost(
         "{reloaded}"
     );
     assert_eq!(reloaded["needs_restart"], Value::Array(vec![]));
-    assert_eq!(reloaded["applied"][1]["description"], "replaced: slots 1 -> 2; what it runs goes on");
+    assert_eq!(reloaded["applied"][1]["description"], "replaced: slots 1 -> 2; its running actions continue");
     for arch in ["new", "one"] {
         let result = client.run(asking(&client, "echo here", arch).await).await.result.unwrap();
         let worker = result.execution_metadata.unwrap().worker;
@@ -121,7 +121,7 @@ async fn a_bad_file_changes_nothing_and_the_answer_names_key_and_value() {
     let log = configured.server.log();
     assert!(log.iter().all(|line| line["event"] != "pool_added" && line["level"] != "DEBUG"));
 
-    // What is valid is shown by a dry run, and done by the next reload.
+    // A dry run shows a valid change, and the next reload makes it.
     configured.write(&format!("shutdown_grace = \"7s\"\n[log]\nfilter = \"gorego=debug\"\n{POOLS}"));
     let dry = gorego(&configured.server, &["config", "reload", "--dry-run"]).await;
     let said = String::from_utf8(dry.stdout).unwrap();
@@ -140,7 +140,7 @@ async fn a_bad_file_changes_nothing_and_the_answer_names_key_and_value() {
     .await;
 }
 
-/// A server without a terminal takes SIGHUP for a reload.
+/// A server without a terminal reloads its configuration on SIGHUP.
 #[tokio::test]
 async fn a_hangup_reloads_the_allow_lists_without_a_pause() {
     let configured = Configured::start("[assets]\nallowed_hosts = []\n");

@@ -1,4 +1,4 @@
-//! Signed tokens on the wire, at both ports: those of an issuer, of attackers, and of keys that change.
+//! Signed tokens on the wire, at both ports: tokens of an issuer and of attackers, and keys that change.
 
 use crate::support::{
     Server, eventually_async, http_client,
@@ -40,21 +40,21 @@ impl Guarded {
         Self { server, http, cas: ContentAddressableStorageClient::new(channel) }
     }
 
-    /// Asks for something that takes the permission to read.
+    /// Makes a request that needs the permission to read.
     async fn grpc(&self, token: &str) -> Result<(), Status> {
         let mut request = Request::new(FindMissingBlobsRequest::default());
         request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
         self.cas.clone().find_missing_blobs(request).await.map(|_| ())
     }
 
-    /// Stores a value, which takes the permission to write results.
+    /// Stores a value, which needs the permission to write results.
     async fn put(&self, token: &str) -> (StatusCode, String) {
         let request = http_client().put(format!("{}/cache/key", self.http)).bearer_auth(token).body("value");
         let response = request.send().await.unwrap();
         (response.status(), response.text().await.unwrap())
     }
 
-    /// The reason why both ports refuse a token. They give the same one, but for its age in seconds.
+    /// The reason why both ports refuse a token. Both give the same reason, except for the age in seconds.
     async fn refusal(&self, token: &str) -> String {
         let status = self.grpc(token).await.expect_err(token);
         assert_eq!(status.code(), Code::Unauthenticated, "{status:?}");
@@ -108,7 +108,7 @@ async fn tokens_of_the_issuer_give_the_roles_of_their_claims() {
     assert_eq!(keys.requests(), 1, "one download serves all");
 }
 
-/// Each is refused at both ports with the same words, and none of them appears in the log.
+/// Each token is refused at both ports with the same message, and no token appears in the log.
 #[tokio::test]
 async fn hostile_tokens_are_refused_with_the_reason() {
     let (rsa, ed) = (SigningKey::rsa("rsa"), SigningKey::ed25519("ed"));

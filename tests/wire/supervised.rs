@@ -17,7 +17,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
-/// Where the first inherited descriptor is.
+/// The number of the first inherited descriptor.
 const FIRST: i32 = 3;
 
 /// The supervisor's end of the reports.
@@ -49,7 +49,7 @@ impl Reports {
     }
 }
 
-/// `gorego serve` as a supervisor starts it with these sockets.
+/// The command with which a supervisor starts `gorego serve` with these sockets.
 fn supervised(store: &Path, reports: &Reports, sockets: Vec<(&str, OwnedFd)>) -> Command {
     let serve = command(store);
     let mut shell = Command::new("sh");
@@ -62,12 +62,12 @@ fn supervised(store: &Path, reports: &Reports, sockets: Vec<(&str, OwnedFd)>) ->
     if !sockets.is_empty() {
         shell.env("LISTEN_FDS", sockets.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
     }
-    // Out of the way of the numbers that they get in the child.
+    // These numbers must not collide with the numbers in the child.
     let sockets: Vec<_> =
         sockets.into_iter().map(|(_, fd)| rustix::io::fcntl_dupfd_cloexec(fd, FIRST + 8).unwrap()).collect();
     let place = move || {
         for (fd, number) in sockets.iter().zip(FIRST..) {
-            // SAFETY: dup2 may be called between fork and exec, and the numbers belong to nobody there.
+            // SAFETY: dup2 may be called between fork and exec, and no code there owns these numbers.
             if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
                 return Err(std::io::Error::last_os_error());
             }

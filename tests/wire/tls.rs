@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 use tonic::transport::Channel;
 
-/// A directory with `server.pem`, `server.key` and `ca.pem`, and what has signed them.
+/// A directory with `server.pem`, `server.key` and `ca.pem`, and the CA that has signed them.
 struct Files {
     directory: TempDir,
     ca: Authority,
@@ -154,7 +154,7 @@ async fn clients_prove_who_they_are_with_a_certificate_at_both_ports() {
 #[tokio::test]
 async fn a_new_certificate_is_used_for_new_connections_and_open_ones_go_on() {
     let files = Files::new();
-    // As Kubernetes mounts a secret: the files are links through a directory that is a link too.
+    // This is how Kubernetes mounts a secret: the files are links through a directory that is a link too.
     let mount = files.directory.path().join("mount");
     let version = |name: &str, pair: &Pair| {
         fs::create_dir_all(mount.join(name)).unwrap();
@@ -188,7 +188,7 @@ async fn a_new_certificate_is_used_for_new_connections_and_open_ones_go_on() {
     eventually("the bad pair is reported", || !events(&server, "tls_not_reloaded").is_empty()).await;
     files.channel(&server, None).await;
 
-    // The new one ends within its last quarter, which is said.
+    // The new certificate is in its last quarter, so the server logs a warning.
     version("..3", &files.ca.server(Valid { from: -9 * 86_400, to: 86_400 }));
     swap("..3");
     eventually("the good pair is used", || !events(&server, "tls_reloaded").is_empty()).await;
@@ -284,7 +284,7 @@ async fn a_certificate_for_another_name_is_refused_with_the_names_that_it_has() 
     let files = Files::new();
     let server = files.server(&[]).await;
     let port = server.address().rsplit_once(':').unwrap().1;
-    // The same machine by a name that is not in the certificate.
+    // The endpoint names the same machine by a name that is not in the certificate.
     let options = ConnectOptions {
         tls_ca: Some(files.at("ca.pem").into()),
         ..format!("grpcs://[::ffff:127.0.0.1]:{port}").into()

@@ -61,7 +61,7 @@ fn a_working_directory_that_modes_of_the_input_root_make_inaccessible_is_refused
     });
 }
 
-/// EXE-33. The files of an action look the same whenever and in whatever order they were written.
+/// EXE-33. The files of an action look the same at any time and in any order of writing.
 #[test]
 fn everything_in_an_input_root_has_the_same_time() {
     with_each_staging(async |bench| {

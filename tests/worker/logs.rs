@@ -1,4 +1,4 @@
-//! The output of commands.
+//! The standard output and error of commands, as the worker stores them.
 
 use crate::support::*;
 use gorego_reapi::error::Error;

@@ -1,4 +1,4 @@
-//! The outputs of a result, and what is stored.
+//! The outputs of a result, and the blobs that are stored for it.
 
 use crate::support::*;
 use gorego_reapi::{auxiliary::resource_usage, error::Error, proto::reapi};
@@ -202,7 +202,8 @@ fn damage_to_logs_or_to_the_path_of_an_output_is_the_fault_of_the_command() {
 #[test]
 fn deep_and_wide_outputs_are_collected_and_removed() {
     with_each_staging(async |bench| {
-        // In steps, because no path may be that long. Without -P, a shell uses the whole path.
+        // The shell enters the directories in steps, because no path may be that long. Without -P, it uses the whole
+        // path.
         let script = "step=$(printf 'dddddddd/%.0s' $(seq 300))
             for i in $(seq 10); do mkdir -p $step && cd -P $step || exit; done; printf leaf > leaf";
         let result = bench.result(&sh(script).outputs(&["dddddddd"])).await;

@@ -19,8 +19,8 @@ const LIMITS: ToolLimits = ToolLimits {
     max_call: Duration::from_secs(60),
 };
 
-/// As a persistent worker it executes the arguments of each request. Without `--persistent_worker` it executes its
-/// arguments file.
+/// The program of the tool. As a persistent worker it executes the arguments of each request. Without
+/// `--persistent_worker` it executes its arguments file.
 const TOOL: &str = r#"
 import base64, json, os, subprocess, sys, time
 served = 0
@@ -254,7 +254,7 @@ fn an_action_whose_tool_fails_runs_without_it() {
     with_python(limits, async |bench| {
         for (trouble, reason) in [
             ("mumble Hello, world", "printed \"Hello, world"),
-            ("die", "exit code 3; the last that it printed to its standard error is \"last words\""),
+            ("die", "exit code 3; the last line of its standard error is \"last words\""),
             ("sleep 60", "did not answer within 1.5s"),
             ("id 9", "answered request 9"),
             ("afterwards", "after its answer"),

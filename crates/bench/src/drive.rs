@@ -4,8 +4,9 @@
 //! their actions are uploaded. Then the clock runs while the calls are made. So during a round the server only does
 //! what is measured, and memory is bounded by [`STOCK_BYTES`]. The first rounds are a warm-up and are not recorded.
 //!
-//! In an open loop, calls are due at fixed times, whether or not earlier ones have ended, and latency counts from the time at
-//! which a call was due. So a server that stalls cannot hide that by slowing its clients down ("coordinated omission").
+//! In an open loop, calls are due at fixed times, whether or not earlier ones have ended, and latency counts from the
+//! time at which a call was due. So a server that stalls cannot hide that by slowing its clients down ("coordinated
+//! omission").
 
 use crate::{
     Options, Progress,

@@ -20,7 +20,7 @@ pub(crate) struct Work {
     pub(crate) bytes: u64,
 }
 
-/// The calls of one caller, or of all.
+/// Records the calls of one caller, or of all callers.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     latencies: Histogram<u64>,
@@ -67,7 +67,7 @@ impl Recorder {
         other.errors.into_iter().for_each(|(message, count)| self.note(message, count));
     }
 
-    /// Number of calls, failed ones too.
+    /// Number of calls, including failed ones.
     pub(crate) fn calls(&self) -> u64 {
         self.latencies.len() + self.failed
     }

@@ -1,4 +1,4 @@
-//! Measures what this machine can do without a server, as a reference for the scenarios. `gorego bench limits`.
+//! `gorego bench limits`: measures what this machine can do without a server, as a reference for the scenarios.
 
 mod bare;
 
@@ -42,15 +42,15 @@ pub struct Limit {
     pub name: String,
     /// What was done.
     pub about: String,
-    /// How much of that per second.
+    /// The measured rate per second, in `unit`.
     pub per_second: f64,
     /// The unit of `per_second`.
     pub unit: String,
 }
 
 impl Limits {
-    /// Measures the limits. Files are written to a temporary directory below `directory`, which should be on the disk of the
-    /// store. Takes about 20 seconds.
+    /// Measures the limits. Files are written to a temporary directory below `directory`, which should be on the disk
+    /// of the store. Takes about 20 seconds.
     ///
     /// # Errors
     /// If files cannot be written or processes cannot be started.

@@ -22,13 +22,13 @@ pub struct Report {
 pub struct ScenarioReport {
     /// Name of the scenario.
     pub name: String,
-    /// What `units_per_second` counts.
+    /// The unit that `units_per_second` counts.
     pub unit: String,
     /// Number of concurrent callers.
     pub callers: usize,
     /// What was measured.
     pub figures: Figures,
-    /// What the server used, if its process id was given.
+    /// The resources that the server used, if its process id was given.
     pub server: Option<ServerUse>,
 }
 

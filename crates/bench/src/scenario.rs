@@ -1,4 +1,4 @@
-//! The scenarios: what one call does, and what must be stored on the server before.
+//! The scenarios: the work of one call, and the blobs that must be stored on the server before it.
 
 mod blobs;
 mod cache;
@@ -200,7 +200,7 @@ where
     }))
 }
 
-/// A workload each of whose calls is prepared by a future.
+/// A workload whose calls are prepared by futures.
 fn prepared<P>(prepare: impl Fn(u64) -> P + Send + Sync + 'static) -> Box<dyn Workload>
 where
     P: Future<Output = Result<Call>> + Send + 'static,

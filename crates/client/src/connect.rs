@@ -17,9 +17,9 @@ use tonic::{
     service::{Interceptor, interceptor::InterceptedService},
 };
 
-/// Flow-control windows: the bytes that the server may send ahead on the connection and on one stream. They are large and
-/// fixed. The HTTP/2 library derives from the connection window how many small messages may wait, and closes the connection
-/// when hundreds of streams exceed that at once.
+/// Flow-control windows: the bytes that the server may send ahead on the connection and on one stream. They are large
+/// and fixed. The HTTP/2 library derives from the connection window how many small messages may wait, and closes the
+/// connection when hundreds of streams exceed that at once.
 const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// Interval between probes of an idle connection, and time limit for the answer (GEN-26).

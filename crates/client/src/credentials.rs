@@ -63,7 +63,7 @@ impl Credentials {
         }
     }
 
-    /// Adds the headers to a request. Configured headers take precedence over those of the helper.
+    /// Adds the headers to a request. Configured headers take precedence over headers of the helper.
     fn add(&self, to: &mut HeaderMap, of_helper: Option<&HeaderMap>) {
         let of_helper = of_helper.into_iter().flatten();
         for (name, value) in of_helper.filter(|(name, _)| !self.headers.contains_key(*name)) {

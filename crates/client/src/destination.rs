@@ -1,8 +1,9 @@
 //! A local directory that contains all outputs, even if the output names are hostile.
 //!
-//! Every path is walked from the directory's descriptor, one segment at a time, without following symbolic links, no matter
-//! who created them. Files and symlinks are created under a temporary name and renamed into place, so existing entries are
-//! replaced and never written through, and an interrupted download leaves no partial file. All operations block.
+//! Every path is walked from the directory's descriptor, one segment at a time, without following symbolic links, no
+//! matter who created them. Files and symlinks are created under a temporary name and renamed into place, so existing
+//! entries are replaced and never written through, and an interrupted download leaves no partial file. All operations
+//! block.
 
 use super::local;
 use gorego_reapi::{

@@ -42,8 +42,8 @@ pub struct Job {
 pub enum ExecutionEvent {
     /// The operation entered this stage (EXE-04).
     Stage(Stage),
-    /// The names of the log streams of a run. They can be followed while it runs and for a while after (EXE-64). Each run
-    /// of the action reports its own.
+    /// The names of the log streams of a run. They can be followed while it runs and for a while after (EXE-64). Each
+    /// run of the action reports its own.
     Logs(LogNames),
     /// The operation is still waiting, and the server gives the reason.
     Waiting(Box<gorego::QueueStatus>),
@@ -115,8 +115,8 @@ impl Execution {
         self.name.as_deref()
     }
 
-    /// The next change, or `None` after [`ExecutionEvent::Finished`]. A broken stream is resumed with WaitExecution. If the server
-    /// has forgotten the operation, the action is submitted again. Both happen a bounded number of times.
+    /// The next change, or `None` after [`ExecutionEvent::Finished`]. A broken stream is resumed with WaitExecution. If
+    /// the server has forgotten the operation, the action is submitted again. Both happen a bounded number of times.
     ///
     /// # Errors
     /// The error of the server; `Unavailable` when it cannot be reached again.
@@ -135,8 +135,8 @@ impl Execution {
                     let stable = self.stream.take().is_some() && self.opened_at.elapsed() >= STABLE_AFTER;
                     self.failures = if stable { 1 } else { self.failures + 1 };
                     match (&error, &self.name) {
-                        // EXE-13: the server has forgotten the operation, for example after a restart. Submit the action
-                        // again, a bounded number of times.
+                        // EXE-13: the server has forgotten the operation, for example after a restart. Submit the
+                        // action again, a bounded number of times.
                         (Error::NotFound(_), Some(_)) if self.reruns < MAX_RERUNS => {
                             self.reruns += 1;
                             self.name = None;

@@ -1,8 +1,8 @@
 //! Converts a local directory to an input root: canonical Directory messages (GEN-30) and the files that they name.
 //!
-//! Symbolic links are kept and never followed. A file is executable if its owner may execute it. Anything that cannot be an
-//! input (a socket, a name that is not UTF-8) is an error that names it, because an action with a missing input fails in
-//! ways that are hard to understand.
+//! Symbolic links are kept and never followed. A file is executable if its owner may execute it. Anything that cannot
+//! be an input (a socket, a name that is not UTF-8) is an error that names it, because an action with a missing input
+//! fails in ways that are hard to understand.
 
 use super::{blobs::BlobSet, local};
 use gorego_reapi::{
@@ -64,7 +64,8 @@ pub fn scan(root: &Path, blobs: &mut BlobSet) -> Result<Digest> {
     Err(Error::internal("a directory was left twice"))
 }
 
-/// Adds the topmost directory, which was read to its end, to `blobs` and to its parent. Returns its digest if it is the root.
+/// Adds the topmost directory, which was read to its end, to `blobs` and to its parent. Returns its digest if it is the
+/// root.
 fn leave(stack: &mut Vec<Open>, blobs: &mut BlobSet) -> Option<Digest> {
     let Open { name, mut message, .. } = stack.pop()?;
     sort(&mut message);
@@ -75,7 +76,8 @@ fn leave(stack: &mut Vec<Open>, blobs: &mut BlobSet) -> Option<Digest> {
 }
 
 impl Open {
-    /// Adds a file or symlink to the message, and the content of a file to `blobs`. A directory is returned, to be read next.
+    /// Adds a file or symlink to the message, and the content of a file to `blobs`. A directory is returned, to be read
+    /// next.
     fn add(&mut self, entry: &fs::DirEntry, blobs: &mut BlobSet) -> Result<Option<Self>> {
         let path = entry.path();
         let kind = entry.file_type().map_err(|error| local("look at", &path, &error))?;

@@ -1,9 +1,9 @@
 //! A client of the Remote Execution API, for `gorego exec`, `gorego verify`, tests and benchmarks.
 //!
-//! A [`Client`] is one connection to one instance. It is cheap to clone, and its calls may run concurrently. It works with
-//! any REAPI server and trusts none: downloads are checked against their digests and written only below the destination.
-//! Every call has a time limit. Failures that may pass (UNAVAILABLE, a broken stream) are retried a bounded number of
-//! times. Errors are [`gorego_reapi::error::Error`]. [`stubs`] has the bare gRPC clients.
+//! A [`Client`] is one connection to one instance. It is cheap to clone, and its calls may run concurrently. It works
+//! with any REAPI server and trusts none: downloads are checked against their digests and written only below the
+//! destination. Every call has a time limit. Failures that may pass (UNAVAILABLE, a broken stream) are retried a
+//! bounded number of times. Errors are [`gorego_reapi::error::Error`]. [`stubs`] has the bare gRPC clients.
 //!
 //! Not supported: compression, and digest functions other than SHA-256 for uploads and execution.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -89,7 +89,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to a server (an endpoint such as `grpc://host:port`, or [`ConnectOptions`]) and requests its capabilities.
+    /// Connects to a server (an endpoint such as `grpc://host:port`, or [`ConnectOptions`]) and requests its
+    /// capabilities.
     ///
     /// # Errors
     /// `Invalid` for a malformed endpoint or instance name; `Unavailable` with a hint when no server answers;
@@ -102,7 +103,7 @@ impl Client {
         Self::connect_for(server, instance, identity, DigestFunction::Sha256).await
     }
 
-    /// The same for reading blobs with digests of another function. Uploads need SHA-256.
+    /// Like [`Client::connect`], for reading blobs with digests of another function. Uploads need SHA-256.
     ///
     /// # Errors
     /// As [`Client::connect`]; `Precondition` when the server does not support the function.

@@ -1,7 +1,7 @@
 //! [`Listing`]: the content of a result, with one entry for each file, directory and symbolic link.
 //!
-//! The result and its Trees come from a server and may be hostile: paths are checked, and Trees are bounded before they are
-//! walked. The same outputs give the same listing, whatever the encoding of their Trees.
+//! The result and its Trees come from a server and may be hostile: paths are checked, and Trees are bounded before they
+//! are walked. The same outputs give the same listing for any encoding of their Trees.
 
 use super::{Client, codec::ANSWER_MAX_MEMORY};
 use gorego_reapi::{

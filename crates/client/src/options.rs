@@ -32,7 +32,7 @@ const FILE_MAX_BYTES: u64 = 2 * 1024 * 1024;
 pub struct ConnectOptions {
     /// The server: `grpc://host:port`, or `grpcs://host:port` for TLS.
     pub endpoint: String,
-    /// CAs that may have signed the server's certificate, in PEM; `None` for those of this machine.
+    /// CAs that may have signed the server's certificate, in PEM; `None` for the CAs of this machine.
     pub tls_ca: Option<PathBuf>,
     /// Certificate of the client and its private key, both in PEM.
     pub identity: Option<(PathBuf, PathBuf)>,
@@ -70,7 +70,7 @@ impl ConnectOptions {
         self.add_headers(&text).map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))
     }
 
-    /// The same for the text of such a file.
+    /// Like [`ConnectOptions::add_headers_of_file`], with the text of such a file.
     ///
     /// # Errors
     /// See [`ConnectOptions::add_headers_of_file`].

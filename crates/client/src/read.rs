@@ -22,7 +22,8 @@ impl Client {
     /// Reads a blob into `sink` and returns the sink. A broken stream is resumed at the same offset.
     ///
     /// # Errors
-    /// `DataLoss` when the bytes do not match the digest; `Invalid` when writing to the sink fails; errors of the server.
+    /// `DataLoss` when the bytes do not match the digest; `Invalid` when writing to the sink fails; errors of the
+    /// server.
     pub async fn read_into<W: Write + Send + 'static>(
         &self,
         digest: Digest,
@@ -35,7 +36,7 @@ impl Client {
             while let Some(chunk) = receiver.blocking_recv() {
                 hasher.update(&chunk);
                 sink.write_all(&chunk).map_err(|error| {
-                    Error::Invalid(format!("could not write what blob {digest} holds: {error}"))
+                    Error::Invalid(format!("could not write the content of blob {digest}: {error}"))
                 })?;
             }
             Ok((sink, hasher.finish()))
@@ -115,7 +116,8 @@ impl Client {
         Ok(answer.into_inner())
     }
 
-    /// Reads small blobs, in any order, and checks each. The sum of their sizes must be at most [`Client::batch_bytes`].
+    /// Reads small blobs, in any order, and checks each. The sum of their sizes must be at most
+    /// [`Client::batch_bytes`].
     ///
     /// # Errors
     /// The first error of any blob.

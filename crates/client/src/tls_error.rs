@@ -83,7 +83,8 @@ fn of_certificate(error: &CertificateError, host: &str) -> String {
         other => {
             let text = other.to_string();
             if text.contains("CaUsedAsEndEntity") {
-                "is that of a CA; the server needs one that the CA has signed, without CA:TRUE".into()
+                "is a CA certificate; the server needs a certificate that the CA has signed, without CA:TRUE"
+                    .into()
             } else {
                 format!("cannot be used: {text}")
             }

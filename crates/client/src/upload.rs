@@ -1,7 +1,7 @@
 //! Uploads blobs concurrently: small ones in batches, large ones with ByteStream.
 //!
-//! Files are read when they are sent, so the concurrent calls bound the memory. A file that changed since it was hashed is
-//! an error that names it.
+//! Files are read when they are sent, so the concurrent calls bound the memory. A file that changed since it was hashed
+//! is an error that names it.
 
 use super::{
     BlobSet, Client, Progress, Source, backoff,
@@ -47,7 +47,9 @@ impl Client {
         let mut todo = HashMap::new();
         for digest in missing {
             let source = blobs.get(&digest).ok_or_else(|| {
-                Error::Internal(format!("the server says that {digest} is missing, which was not asked"))
+                Error::Internal(format!(
+                    "the server says that {digest} is missing, although the request did not contain it"
+                ))
             })?;
             todo.insert(digest, source.clone());
         }

@@ -2,9 +2,9 @@
 //! [`gorego::OperationRequest`].
 //!
 //! On the wire each is an `Any` that holds a `google.protobuf.Struct`, a type that every protobuf runtime can print.
-//! Clients that show metadata as JSON fail on an `Any` of an unknown type. The Struct has one field, named after the kind
-//! of metadata. Its value is a Struct whose field names include their units. Results that earlier versions stored contain
-//! the message itself; [`modernise`] converts them. Pure.
+//! Clients that show metadata as JSON fail on an `Any` of an unknown type. The Struct has one field, named after the
+//! kind of metadata. Its value is a Struct whose field names include their units. Results that earlier versions stored
+//! contain the message itself; [`modernise`] converts them. Pure.
 
 use crate::{duration, proto::gorego};
 use prost::Message as _;

@@ -1,8 +1,9 @@
 //! Content-defined chunking: the bytes of a blob decide where it is cut, so blobs with common parts share chunks.
 //!
-//! [`Chunking`] is a chunking function of the API with its parameters; [`Splitter`] cuts a stream of bytes with it. Pure:
-//! no IO, no digests, no store. Invariants: the concatenated chunks are the stream; the cuts do not depend on how the bytes
-//! arrive; a splitter holds at most [`Chunking::lookahead`] plus what was pushed since the last chunk was taken.
+//! [`Chunking`] is a chunking function of the API with its parameters; [`Splitter`] cuts a stream of bytes with it.
+//! Pure: no IO, no digests, no store. Invariants: the concatenated chunks are the stream; the cuts do not depend on how
+//! the bytes arrive; a splitter holds at most [`Chunking::lookahead`] plus what was pushed since the last chunk was
+//! taken.
 
 mod fast_cdc;
 mod rep_max;
@@ -25,8 +26,8 @@ pub enum Chunking {
 }
 
 impl Chunking {
-    /// The function that this server advertises and prefers. It uses the parameters that the API recommends, because only
-    /// clients with equal parameters share chunks.
+    /// The function that this server advertises and prefers. It uses the parameters that the API recommends, because
+    /// only clients with equal parameters share chunks.
     pub const FAST_CDC: Self = Self::FastCdc2020(fast_cdc::Parameters::RECOMMENDED);
     /// The other advertised function, with the recommended parameters.
     pub const REP_MAX: Self = Self::RepMaxCdc(rep_max::Parameters::RECOMMENDED);
@@ -36,7 +37,8 @@ impl Chunking {
         fast_cdc::Parameters::new(average, seed).map(Self::FastCdc2020)
     }
 
-    /// RepMaxCDC with other sizes; `None` unless the minimum is from 64 bytes to 1 MiB and the horizon is at most 16 MiB.
+    /// RepMaxCDC with other sizes; `None` unless the minimum is from 64 bytes to 1 MiB and the horizon is at most 16
+    /// MiB.
     pub fn rep_max(min: u32, horizon: u32) -> Option<Self> {
         rep_max::Parameters::new(min, horizon).map(Self::RepMaxCdc)
     }
@@ -74,7 +76,7 @@ impl Chunking {
         min as u64..=max as u64
     }
 
-    /// Whether every blob of this size is a single chunk, whatever its content.
+    /// Whether every blob of this size is a single chunk, for any content.
     pub fn is_one_chunk(self, size: u64) -> bool {
         match self {
             Self::FastCdc2020(parameters) => size <= parameters.min() as u64,
@@ -91,8 +93,8 @@ impl Chunking {
     }
 }
 
-/// Cuts one stream of bytes into chunks. Call [`Splitter::push`] with bytes as they arrive and [`Splitter::end`] after the
-/// last. Take chunks with [`Splitter::next_chunk`] at any time.
+/// Cuts one stream of bytes into chunks. Call [`Splitter::push`] with bytes as they arrive and [`Splitter::end`] after
+/// the last. Take chunks with [`Splitter::next_chunk`] at any time.
 #[derive(Debug)]
 pub struct Splitter {
     cutter: Cutter,

@@ -1,7 +1,7 @@
 //! Digests: the names of blobs.
 //!
-//! A [`Digest`] is valid by construction: its hash has the length of its function, and its size fits the wire's `int64`.
-//! Digests from the wire are parsed only here. The parser never changes case and never guesses (GEN-01..05).
+//! A [`Digest`] is valid by construction: its hash has the length of its function, and its size fits the wire's
+//! `int64`. Digests from the wire are parsed only here. The parser never changes case and never guesses (GEN-01..05).
 
 pub use hasher::Hasher;
 
@@ -68,9 +68,9 @@ impl DigestFunction {
         })
     }
 
-    /// The function that a client means if it sends a hash of this length without naming a function. It is chosen `among`
-    /// the enabled ones: the only function with this hash length or, if there are several, the one that is older than the
-    /// `digest_function` field (GEN-08).
+    /// The function that a client means if it sends a hash of this length without naming a function. It is chosen
+    /// `among` the enabled ones: the only function with this hash length or, if there are several, the one that is
+    /// older than the `digest_function` field (GEN-08).
     ///
     /// # Errors
     /// [`Error::Invalid`] when no function matches, or several match and none is the older one.
@@ -165,8 +165,9 @@ pub struct Digest {
     size: u64,
 }
 
-/// Hashes the whole hash: clients choose the digests that they send and can make many with a common prefix. For the same
-/// reason, tables of digests use the standard library's keyed SipHash; faster hashers do not resist deliberate collisions.
+/// Hashes the whole hash: clients choose the digests that they send and can make many with a common prefix. For the
+/// same reason, tables of digests use the standard library's keyed SipHash; faster hashers do not resist deliberate
+/// collisions.
 impl hash::Hash for Digest {
     fn hash<H: hash::Hasher>(&self, state: &mut H) {
         state.write(self.hash());
@@ -181,8 +182,8 @@ impl Digest {
         Self { function, hash, size }
     }
 
-    /// Creates a digest from the bytes of a hash. Bytes beyond the length of a hash of `function` are not used, and a size that
-    /// does not fit the wire becomes the largest one that does.
+    /// Creates a digest from the bytes of a hash. Bytes beyond the length of a hash of `function` are not used, and a
+    /// size that does not fit the wire becomes the largest one that does.
     pub fn from_array(function: DigestFunction, hash: [u8; MAX_HASH_BYTES], size: u64) -> Self {
         Self::new(function, &hash[..function.hash_bytes()], size.min(i64::MAX as u64))
     }
@@ -209,8 +210,8 @@ impl Digest {
         Ok(Self { size, ..parsed })
     }
 
-    /// Creates a digest from the bytes of its hash. `None` if their number is not that of `function`, or the size does
-    /// not fit the wire.
+    /// Creates a digest from the bytes of its hash. `None` if their number is not the hash length of `function`, or the
+    /// size does not fit the wire.
     pub fn from_hash(function: DigestFunction, hash: &[u8], size: u64) -> Option<Self> {
         let fits = hash.len() == function.hash_bytes() && i64::try_from(size).is_ok();
         fits.then(|| Self::new(function, hash, size))
@@ -232,11 +233,11 @@ impl Digest {
         (self.function.hash_bytes() == function.hash_bytes()).then_some(Self { function, ..self })
     }
 
-    /// Parses the digest in a wire message; `field` names it in errors. An absent message or an empty hash is an error and
-    /// never means the empty blob (GEN-05).
+    /// Parses the digest in a wire message; `field` names it in errors. An absent message or an empty hash is an error
+    /// and never means the empty blob (GEN-05).
     ///
     /// # Errors
-    /// [`Error::Invalid`] as above and as in [`Digest::parse`].
+    /// [`Error::Invalid`] for an absent message or an empty hash, and as in [`Digest::parse`].
     pub fn from_wire(
         function: DigestFunction,
         digest: Option<&reapi::Digest>,

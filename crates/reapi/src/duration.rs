@@ -1,13 +1,12 @@
-//! Durations and times from the wire.
+//! Converts durations and times from the wire.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The last second of the year 9999, the latest time in the usual notation.
 const LAST_SECOND: u64 = 253_402_300_799;
 
-/// Converts a duration; `None` if it is negative or not valid. `Duration::try_from` of the generated type overflows for
-/// the smallest number of seconds.
-/// smallest number of seconds.
+/// Converts a duration; `None` if it is negative or not valid. `Duration::try_from` of the generated type is not used,
+/// because it overflows for the smallest number of seconds.
 pub fn from_wire(wire: &prost_types::Duration) -> Option<Duration> {
     let seconds = u64::try_from(wire.seconds).ok()?;
     let nanos = u32::try_from(wire.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;

@@ -1,7 +1,8 @@
 //! The reasons why a request fails.
 //!
-//! Servers and clients share this enum. Each variant corresponds to one gRPC code, but gRPC types appear only in `status`,
-//! which converts errors in one exhaustive match. A command that ran and failed is not an error; it is an exit code.
+//! Servers and clients share this enum. Each variant corresponds to one gRPC code, but gRPC types appear only in
+//! `status`, which converts errors in one exhaustive match. A command that ran and failed is not an error; it is an
+//! exit code.
 
 use crate::digest::Digest;
 use std::time::Duration;
@@ -139,8 +140,8 @@ impl Error {
         Self::NotFound(format!("{}; upload these chunks and splice again", missing_message(missing)))
     }
 
-    /// The error of a failed file operation. A full disk is for the operator to fix and can be retried; anything else is a
-    /// fault of this server. `doing` completes "could not ...".
+    /// The error of a failed file operation. A full disk is for the operator to fix and can be retried; anything else
+    /// is a fault of this server. `doing` completes "could not ...".
     pub fn io(doing: &str, error: &std::io::Error) -> Self {
         use std::io::ErrorKind::{QuotaExceeded, StorageFull};
         match error.kind() {
@@ -153,8 +154,8 @@ impl Error {
     }
 }
 
-/// Whether an error of a system call comes from the state of the machine, such as too few descriptors or a read-only file system, and
-/// not from what was asked for.
+/// Whether an error of a system call comes from the state of the machine, such as too few descriptors or a read-only
+/// file system, and not from the request.
 fn is_of_the_machine(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{
         OutOfMemory, PermissionDenied, ReadOnlyFilesystem, StaleNetworkFileHandle, TimedOut, WouldBlock,

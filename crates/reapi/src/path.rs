@@ -1,7 +1,7 @@
 //! Paths from the wire. They are hostile until checked.
 //!
-//! A [`RootPath`] is normalised and lexically stays below the input root. Symbolic links can still lead elsewhere; the code
-//! that opens the path must prevent that. Nothing here accesses a disk.
+//! A [`RootPath`] is normalised and lexically stays below the input root. Symbolic links can still lead elsewhere; the
+//! code that opens the path must prevent that. Nothing here accesses a disk.
 
 use std::{fmt, path::Path};
 

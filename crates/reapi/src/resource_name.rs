@@ -1,7 +1,7 @@
 //! ByteStream resource names.
 //!
-//! The grammar of BS-01 to BS-05. Parsing starts at the keyword, so the instance name may have any number of segments. The
-//! caller checks whether the instance exists.
+//! This module implements the grammar of BS-01 to BS-05. Parsing starts at the keyword, so the instance name may have
+//! any number of segments. The caller checks whether the instance exists.
 
 use crate::{
     digest::{Digest, DigestFunction},
@@ -23,8 +23,8 @@ pub enum Encoding {
 pub struct ResourceName {
     /// The instance part: well formed, but not looked up.
     pub instance_name: String,
-    /// The blob. If the name does not include a digest function, the instance may support only one that matches and mean
-    /// that one.
+    /// The blob. If the name does not include a digest function, this digest has the legacy function with hashes of
+    /// this length. The instance may replace the function with another one of the same length.
     pub digest: Digest,
     /// Whether the name includes the digest function.
     pub function_is_named: bool,
@@ -79,7 +79,8 @@ impl ResourceName {
         }
         let encoding = match word {
             "blobs" => Encoding::Identity,
-            // Uncompressed bytes have names without a compressor. Accepting "identity" would give them two names (BS-04).
+            // Uncompressed bytes have names without a compressor. Accepting "identity" would give them two names
+            // (BS-04).
             "compressed-blobs" => match next("compressor")? {
                 "zstd" => Encoding::Zstd,
                 other => {

@@ -1,9 +1,9 @@
-//! Converts an [`Error`] to a gRPC status. This is the only place that does.
+//! Converts an [`Error`] to a gRPC status. No other code does this.
 //!
-//! One exhaustive match gives the code, and the variant alone determines the details. A status leaves the server in one of
-//! two ways, each with its own size limit: in trailers, where many clients accept at most 8 KiB (GEN-19), or inside a
-//! message, which can hold a long list of missing blobs. Codes that clients retry are used only for errors that a retry can
-//! fix (GEN-20).
+//! One exhaustive match gives the code, and the variant alone determines the details. A status leaves the server in one
+//! of two ways, each with its own size limit: in trailers, where many clients accept at most 8 KiB (GEN-19), or inside
+//! a message, which can hold a long list of missing blobs. Codes that clients retry are used only for errors that a
+//! retry can fix (GEN-20).
 
 use crate::{
     any::pack,
@@ -22,8 +22,8 @@ pub const MESSAGE_MAX_BYTES: usize = 1024;
 /// Longest serialized `google.rpc.Status` in trailers: what remains beside the longest message and 512 bytes of other
 /// trailers, before base64 turns three bytes into four.
 pub const DETAILS_MAX_BYTES: usize = (TRAILERS_MAX_BYTES - 3 * MESSAGE_MAX_BYTES - 512) / 4 * 3;
-/// Most missing blobs that one message lists. A client uploads these and gets the rest when it retries. 30,000 take about 3
-/// MB of a 4 MiB message.
+/// Most missing blobs that one message lists. A client uploads these and gets the rest when it retries. 30,000 take
+/// about 3 MB of a 4 MiB message.
 pub const INLINE_VIOLATIONS_MAX: usize = 30_000;
 
 /// The violation type for a missing blob, exactly as clients expect it (EXE-22).
@@ -76,8 +76,8 @@ pub fn inline_ok() -> rpc::Status {
     rpc::Status::default()
 }
 
-/// The status of a whole RPC, small enough for trailers. Details are sent as a `google.rpc.Status` that repeats the code
-/// and message (GEN-17), or not at all if there are none.
+/// The status of a whole RPC, small enough for trailers. Details are sent as a `google.rpc.Status` that repeats the
+/// code and message (GEN-17), or not at all if there are none.
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let bare = render(&error, 0);
@@ -97,7 +97,7 @@ fn render(error: &Error, violations: usize) -> rpc::Status {
             let violations = missing.iter().take(violations).map(violation).collect();
             Some(pack("google.rpc.PreconditionFailure", &rpc::PreconditionFailure { violations }))
         }
-        // Only errors that pass with time carry it, because clients retry whatever carries it (GEN-21).
+        // Only temporary errors have a RetryInfo, because clients retry every error that has one (GEN-21).
         _ => error.retry_after().map(|delay| {
             let retry_delay = prost_types::Duration::try_from(delay).ok();
             pack("google.rpc.RetryInfo", &rpc::RetryInfo { retry_delay })

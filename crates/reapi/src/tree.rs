@@ -1,7 +1,7 @@
 //! Directories and trees: the contents of an input root, checked, and the wire form of output directories.
 //!
-//! A [`Directory`] has safe, unique names and well-formed digests (EXE-28); this is checked before anything is written. An
-//! [`InputTree`] is a whole input root that holds each distinct directory once.
+//! A [`Directory`] has safe, unique names and well-formed digests (EXE-28); this is checked before anything is written.
+//! An [`InputTree`] is a whole input root that holds each distinct directory once.
 
 mod properties;
 
@@ -194,8 +194,8 @@ impl InputTree {
     /// Creates a tree from its root and all directories below it.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the tree is deeper than [`MAX_TREE_DEPTH`] or expands to more than [`MAX_TREE_NODES`] nodes;
-    /// [`Error::MissingBlobs`] when `directories` lacks a directory.
+    /// [`Error::Invalid`] when the tree is deeper than [`MAX_TREE_DEPTH`] or expands to more than [`MAX_TREE_NODES`]
+    /// nodes; [`Error::MissingBlobs`] when `directories` lacks a directory.
     pub fn new(root: Digest, directories: HashMap<Digest, Arc<Directory>>) -> Result<Self> {
         let extent = measure(root, &directories)?;
         let blobs = distinct_blobs(&directories);
@@ -241,7 +241,7 @@ impl InputTree {
         }
     }
 
-    /// Whether any directory has permission bits of its own.
+    /// Whether the permission bits of any directory are set.
     pub fn has_directory_modes(&self) -> bool {
         self.has_modes
     }

@@ -1,10 +1,10 @@
 //! Decoding of untrusted messages within a memory bound.
 //!
-//! An empty element of a list takes two bytes on the wire and over a hundred in memory, at any depth. So every received or
-//! stored message is measured before it is decoded: [`cost`] walks the wire format with the [`Layout`] of the message type
-//! and adds up the allocations of the decoded form. The walk itself allocates nothing. It interprets fields as the decoder
-//! does and refuses what the decoder would refuse, so everything that is decoded was counted. Groups are refused too; no
-//! version of these APIs uses them.
+//! An empty element of a list takes two bytes on the wire and over a hundred in memory, at any depth. So every received
+//! or stored message is measured before it is decoded: [`cost`] walks the wire format with the [`Layout`] of the
+//! message type and adds up the allocations of the decoded form. The walk itself allocates nothing. It interprets
+//! fields as the decoder does and refuses what the decoder would refuse, so everything that is decoded was counted.
+//! Groups are refused too; no version of these APIs uses them.
 //!
 //! Messages below [`UNCOUNTED_BYTES`] are decoded without measuring.
 
@@ -19,8 +19,8 @@ use layout::{Field, Kind, Layout, Layouts};
 use prost::{Message, Name};
 use std::{fmt, sync::LazyLock};
 
-/// Messages up to this size are decoded without being measured: the worst of them takes two megabytes. Nearly all requests
-/// are smaller.
+/// Messages up to this size are decoded without being measured: the worst of them takes two megabytes. Nearly all
+/// requests are smaller.
 pub const UNCOUNTED_BYTES: usize = 16 * 1024;
 /// A decoded message takes at most this many times its wire size; a test verifies it.
 pub const EXPANSION_MAX: u64 = 384;
@@ -82,8 +82,8 @@ impl fmt::Display for Refusal {
             Self::Malformed(problem) => write!(formatter, "it does not parse: {problem}"),
             Self::Memory { most, fields } => write!(
                 formatter,
-                "decoded it would take more than the {most} bytes of memory that one message may take ({fields} fields were \
-                 counted up to there)"
+                "decoded it would take more than the {most} bytes of memory that one message may take ({fields} \
+                 fields were counted before the limit)"
             ),
             Self::Fields(most) => write!(formatter, "it has more than {most} fields"),
         }
@@ -122,8 +122,8 @@ pub fn has_bytes<M: Name>() -> bool {
     LAYOUTS.by_name(&M::full_name()).is_none_or(|layout| layout.has_bytes)
 }
 
-/// Whether the request message of a method (`/package.Service/Method`) contains lists at any depth. Other messages never
-/// take much more memory than bytes on the wire. Unknown methods count as having lists.
+/// Whether the request message of a method (`/package.Service/Method`) contains lists at any depth. Other messages
+/// never take much more memory than bytes on the wire. Unknown methods count as having lists.
 pub fn request_has_lists(method: &str) -> bool {
     LAYOUTS.request_has_lists(method).unwrap_or(true)
 }
@@ -221,8 +221,8 @@ impl Walk {
         }
     }
 
-    /// Counts elements of a list. A list has capacity for four when it is created, and for up to twice its length when it
-    /// grows.
+    /// Counts elements of a list. A list has capacity for four when it is created, and for up to twice its length when
+    /// it grows.
     fn list(&mut self, elements: u64, element: u64, is_first: bool) -> std::result::Result<(), Refusal> {
         let doubled = elements.saturating_mul(2);
         self.charge(element.saturating_mul(if is_first { doubled.saturating_add(2) } else { doubled }))

@@ -1,5 +1,5 @@
-//! The proto definitions in this repository are wire-identical to the public API: the compiled descriptors contain exactly
-//! the messages, fields, numbers, types, labels, enum values and RPCs of the tables in `proto/reapi-fields.md`.
+//! The proto definitions in this repository are wire-identical to the public API: the compiled descriptors contain
+//! exactly the messages, fields, numbers, types, labels, enum values and RPCs of the tables in `proto/reapi-fields.md`.
 
 use gorego_reapi::proto::DESCRIPTORS;
 use prost_reflect::{

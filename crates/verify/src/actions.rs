@@ -17,8 +17,8 @@ use prost::Message as _;
 use tonic::{Code, Status, Streaming};
 
 impl Session {
-    /// A shell command with a standard PATH and the platform of the run. A unique comment at the end of the script makes
-    /// sure that no two checks share an action.
+    /// A shell command with a standard PATH and the platform of the run. A unique comment at the end of the script
+    /// makes sure that no two checks share an action.
     pub fn shell(&self, script: &str, output_paths: &[&str]) -> Command {
         let platform = self.platform();
         #[allow(deprecated)]

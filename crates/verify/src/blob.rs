@@ -61,7 +61,7 @@ pub struct Salt {
 }
 
 impl Salt {
-    /// Creates a salt that differs from those of all other runs.
+    /// Creates a salt that differs from the salts of all other runs.
     pub fn new() -> Self {
         Self { run: uuid::Uuid::new_v4(), next: AtomicU64::new(0) }
     }

@@ -1,13 +1,13 @@
 //! Checks, their verdicts, and the helpers with which a check states what it expects.
 //!
-//! A check is an async function from a [`Session`] to a [`Verdict`]: `Ok(())` passes, and `?` on any of the helpers below
-//! ends it with the reason. A check of a refusal first shows that the valid form is accepted. Otherwise it would pass
-//! against a server that does nothing.
+//! A check is an async function from a [`Session`] to a [`Verdict`]: `Ok(())` passes, and `?` on any of the helpers
+//! below ends it with the reason. A check of a refusal first shows that the valid form is accepted. Otherwise it would
+//! pass against a server that does nothing.
 //!
-//! A failure concerns the check's own rules. If a preparatory step fails, the check says so with [`Answer::control`] and
-//! [`Step::control`], or with [`Answer::needs`] and [`Step::needs`] if another rule with its own check requires that step.
-//! Helpers that many checks share name the rule that they depend on; in a check of that rule, their failure is the check's
-//! own. So one fault causes one failure, and not one in every check that depends on it.
+//! A failure concerns the check's own rules. If a preparatory step fails, the check says so with [`Answer::control`]
+//! and [`Step::control`], or with [`Answer::needs`] and [`Step::needs`] if another rule with its own check requires
+//! that step. Helpers that many checks share name the rule that they depend on; in a check of that rule, their failure
+//! is the check's own. So one fault causes one failure, and not one in every check that depends on it.
 
 use super::{rules, rules::Level, session::Session};
 use futures::future::BoxFuture;
@@ -120,14 +120,14 @@ pub trait Step<T>: Sized {
     /// Unmet for a failure.
     fn control(self) -> Verdict<T>;
 
-    /// The step is the subject of another rule: if it fails, the check is skipped if that rule fails in the same run, and
-    /// inconclusive otherwise.
+    /// The step is the subject of another rule: if it fails, the check is skipped if that rule fails in the same run,
+    /// and inconclusive otherwise.
     ///
     /// # Errors
     /// Unmet for a failure.
     fn needs(self, rule: &'static str) -> Verdict<T>;
 
-    /// The step is the subject of this check, whatever its helper says.
+    /// The step is the subject of this check, even if its helper says otherwise.
     ///
     /// # Errors
     /// A failure instead of `Unmet`.
@@ -211,8 +211,8 @@ pub trait Answer<T> {
     /// A failure when it is OK or has another code.
     fn refused(self, what: &str, codes: &[Code]) -> Verdict<Status>;
 
-    /// The value of a response that is OK, or `None` if it fails with one of these codes. For errors that may be reported
-    /// for the call or for an entry of its response.
+    /// The value of a response that is OK, or `None` if it fails with one of these codes. For errors that may be
+    /// reported for the call or for an entry of its response.
     ///
     /// # Errors
     /// A failure when it has another code.

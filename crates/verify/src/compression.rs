@@ -35,8 +35,8 @@ pub fn decompress(data: &[u8], limit: usize) -> Verdict<Bytes> {
     Ok(bytes.into())
 }
 
-/// Time limit for the refusal of a [`bomb`]: far more than a server needs to detect the size, far less than it needs to
-/// decompress everything.
+/// Time limit for the refusal of a [`bomb`]: it is far longer than a server needs to detect the size, and far shorter
+/// than it needs to decompress everything.
 const BOMB_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Waits for the response to a [`bomb`].

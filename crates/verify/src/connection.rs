@@ -1,6 +1,6 @@
-//! Connections with the limits of a default client: messages of up to 4 MiB, headers of up to 8 KiB (GEN-19, GEN-25). Every
-//! request has a deadline, so that the server does not work for long on an abandoned check, and carries the identity of the
-//! client and its credentials.
+//! Connections with the limits of a default client: messages of up to 4 MiB, headers of up to 8 KiB (GEN-19, GEN-25).
+//! Every request has a deadline, so that the server does not work for long on an abandoned check, and carries the
+//! identity of the client and its credentials.
 
 use super::{
     Options,
@@ -110,8 +110,8 @@ impl Target {
         self.open(&self.endpoint, &self.credentials).await
     }
 
-    /// Opens a new connection whose requests have these headers instead of credentials. A client certificate is presented all the
-    /// same.
+    /// Opens a new connection whose requests have these headers instead of credentials. A client certificate is
+    /// presented all the same.
     ///
     /// # Errors
     /// See [`Target::connect`].

@@ -1,7 +1,7 @@
 //! The groups of rules with their checks; one file or directory for each.
 //!
-//! To add a check, write one async function in the file of its group and name it in the file's `CHECKS`. A rule that cannot
-//! be checked over the wire is named in the file's `BEYOND`, with what would be needed.
+//! To add a check, write one async function in the file of its group and name it in the file's `CHECKS`. A rule that
+//! cannot be checked over the wire is named in the file's `BEYOND`, with what would be needed.
 
 mod action_cache;
 mod asset;

@@ -1,11 +1,11 @@
 //! Jobs: unique commands with small input roots.
 //!
-//! Programs are `/bin/sh` and standard coreutils. A server whose workers lack them cannot be verified beyond its refusals.
-//! Each [`Job`] has its own salt, so the result of another run can never answer it. Messages are built by hand and not
-//! validated, because some checks need invalid ones.
+//! Programs are `/bin/sh` and standard coreutils. A server whose workers lack them cannot be verified beyond its
+//! refusals. Each [`Job`] has its own salt, so the result of another run can never answer it. Messages are built by
+//! hand and not validated, because some checks need invalid ones.
 //!
-//! Before the first action, the suite finds out whether the server runs actions at all ([`Session::runs_actions`]). If it
-//! does not, checks that need a result are skipped with the reason.
+//! Before the first action, the suite finds out whether the server runs actions at all ([`Session::runs_actions`]). If
+//! it does not, checks that need a result are skipped with the reason.
 
 use super::{
     actions::{OperationStream, response, result_of},
@@ -338,8 +338,8 @@ impl Session {
     /// Passes if the server runs a trivial action, which is tried once in a run.
     ///
     /// # Errors
-    /// Absent when execution is not claimed; skipped when the action was refused or no worker ran it; needs CAP-08 when it
-    /// failed. Malformed responses are left to the checks.
+    /// Absent when execution is not claimed; skipped when the action was refused or no worker ran it; needs CAP-08 when
+    /// it failed. Malformed responses are left to the checks.
     pub async fn runs_actions(&self) -> Verdict {
         self.executes()?;
         self.first_action().get_or_init(|| self.try_first_action()).await.clone()

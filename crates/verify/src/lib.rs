@@ -1,17 +1,17 @@
 //! `gorego verify`: a conformance suite for any server of the Remote Execution API.
 //!
-//! It speaks only the wire protocol and knows nothing else about the server. The rules are those of `docs/rules.md`
-//! ([`rules`]). Each group of rules has a file in [`groups`]. Each check is a small async function that gets a session and
-//! reports what it expected and what it observed.
+//! It speaks only the wire protocol and knows nothing else about the server. `docs/rules.md` has the rules in full
+//! ([`rules`]). Each group of rules has a file in [`groups`]. Each check is a small async function that gets a session
+//! and reports what it expected and what it observed.
 //!
 //! A run is safe on a server that others use: every blob, action and result contains the salt of the run, so nothing is
-//! shared with other clients; only operations of the run itself are cancelled; the written bytes are counted and reported.
-//! Checks do not depend on each other or on what the server has stored. Each has its own connection, because a server may
-//! close one because of what a check sends, and a client because of what it receives (GEN-19). Each check and the whole run
-//! have a time limit.
+//! shared with other clients; only operations of the run itself are cancelled; the written bytes are counted and
+//! reported. Checks do not depend on each other or on what the server has stored. Each has its own connection: a server
+//! may close a connection because of a request, and a client because of a response (GEN-19). Each check and the whole
+//! run have a time limit.
 //!
-//! Faults that need an operator (a full disk, a lost worker, a corrupt file) are not covered. Such rules are reported as
-//! skipped, with the reason.
+//! Faults that need an operator (a full disk, a lost worker, a corrupt file) are not covered. Such rules are reported
+//! as skipped, with the reason.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod actions;
@@ -48,8 +48,8 @@ pub const CHECK_LIMIT: Duration = Duration::from_secs(30);
 const LARGE_FACTOR: u32 = 10;
 /// Time limit of a run. Checks that have not started by then are skipped.
 pub const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);
-/// Default number of concurrent checks: enough to overlap waiting times, few enough that a server with a handful of slots
-/// answers each in time.
+/// Default number of concurrent checks: enough to overlap waiting times, few enough that a server with a handful of
+/// slots answers each in time.
 pub const DEFAULT_JOBS: NonZeroUsize = NonZeroUsize::new(8).unwrap();
 
 /// The server to verify, and how.
@@ -61,13 +61,13 @@ pub struct Options {
     pub instance: String,
     /// A second instance of the same server, for the checks that instances are isolated.
     pub other_instance: Option<String>,
-    /// API name of the digest function for all checks that are not about digest functions. The default is SHA256, or else
-    /// the first one that the server lists.
+    /// API name of the digest function for all checks that are not about digest functions. The default is SHA256, or
+    /// else the first one that the server lists.
     pub digest_function: Option<String>,
     /// Platform properties of every action, for servers that require them.
     pub platform: Vec<(String, String)>,
-    /// Host name under which the server can reach this machine, for checks in which it fetches from here. The default is
-    /// the loopback address.
+    /// Host name under which the server can reach this machine, for checks in which it fetches from here. The default
+    /// is the loopback address.
     pub asset_origin: Option<String>,
     /// Time limit of one check.
     pub check_limit: Duration,

@@ -1,4 +1,5 @@
-//! The results of a run: rows, their judgement, and the table for people. The submodules write machine-readable formats.
+//! The results of a run: rows, their judgement, and the table for people. The submodules write machine-readable
+//! formats.
 
 mod json;
 mod junit;
@@ -207,8 +208,8 @@ impl Report {
         !counts.contains_key(&Judgement::Fail) && !counts.contains_key(&Judgement::Inconclusive)
     }
 
-    /// Reduces one fault to one failure: what is inconclusive because of a rule that itself failed becomes skipped. So does a check
-    /// for whose preparation this caller lacks a permission.
+    /// Reduces one fault to one failure: what is inconclusive because of a rule that itself failed becomes skipped. So
+    /// does a check for whose preparation this caller lacks a permission.
     pub fn settle(&mut self) {
         for row in &mut self.rows {
             if let Some(why) = row.outcome.denial() {

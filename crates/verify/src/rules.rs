@@ -11,7 +11,7 @@ use std::fmt;
 pub enum Level {
     /// The behaviour is optional.
     May,
-    /// Good servers behave so. A failure is a warning.
+    /// Good servers follow the rule. A failure is a warning.
     Should,
     /// A client breaks otherwise.
     Must,

@@ -1,7 +1,7 @@
 //! A session: one connection to the server, one instance, one digest function, and the clients of all services.
 //!
-//! It is cheap to clone and to modify: [`Session::with_instance`], [`Session::with_function`], [`Session::reconnect`]. All
-//! sessions of a run share its salt, its options and the capabilities that the server reported at the beginning.
+//! It is cheap to clone and to modify: [`Session::with_instance`], [`Session::with_function`], [`Session::reconnect`].
+//! All sessions of a run share its salt, its options and the capabilities that the server reported at the beginning.
 
 use super::{
     Options,

@@ -1,5 +1,6 @@
-//! The calls of the store. Each makes exactly the request that its name says and returns the response unchanged, so that a
-//! check can judge it. Only [`Session::store`] judges the response itself: it stores what a check needs before it starts.
+//! The calls of the store. Each makes exactly the request that its name says and returns the response unchanged, so
+//! that a check can judge it. Only [`Session::store`] judges the response itself: it stores what a check needs before
+//! it starts.
 
 use super::{
     blob::Blob,
@@ -247,7 +248,8 @@ impl Session {
 }
 
 impl Session {
-    /// Starts an upload and aborts it when the server reports that it has received this many bytes, or after ample time.
+    /// Starts an upload and aborts it when the server reports that it has received this many bytes, or after ample
+    /// time.
     pub async fn broken_upload(&self, messages: Vec<WriteRequest>, bytes: i64) {
         let name = messages.first().map(|message| message.resource_name.clone()).unwrap_or_default();
         let upload = self.open_upload(messages);

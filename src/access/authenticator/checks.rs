@@ -3,8 +3,8 @@
 //! - Requests with the same credential share one check while it runs. So a build tool that opens a hundred calls at
 //!   once causes one check.
 //! - A password check computes a slow hash on a thread for blocking work. At most [`PASSWORD_CHECKS`] run at a time,
-//!   shared among peers, and the rate of wrong passwords of a peer is limited to [`WRONG_PASSWORDS`]. So a flood of wrong
-//!   passwords takes a fraction of one CPU.
+//!   shared among peers, and the rate of wrong passwords of a peer is limited to [`WRONG_PASSWORDS`]. So a flood of
+//!   wrong passwords takes a fraction of one CPU.
 
 use super::verified::CredentialHash;
 use crate::{

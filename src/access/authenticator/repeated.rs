@@ -3,8 +3,8 @@
 //! Build tools send thousands of requests a second with the same header. The hash of a header is compared with the hash
 //! of the last accepted header of its connection. This costs less than parsing and checking it.
 //!
-//! A connection keeps one hash with a random key of this process ([`HeaderHash`]), and not the header. The hash is valid
-//! until its credential expires or must be checked again, and only under the rules that accepted it.
+//! A connection keeps one hash with a random key of this process ([`HeaderHash`]), and not the header. The hash is
+//! valid until its credential expires or must be checked again, and only under the rules that accepted it.
 
 use super::AccessRules;
 use crate::access::principal::Principal;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 const MAX_CONDITIONS: usize = 64;
 
 /// Claims that do not identify the holder of the token. A condition on one of them would not restrict access: they are
-/// checked anyway, and anybody may get a token with the same value.
+/// checked anyway, and any user of the issuer may get a token with the same value.
 const NON_IDENTIFYING: &[&str] = &["iss", "aud", "exp", "nbf", "iat", "jti"];
 
 /// The settings of conditions: the patterns of each claim, one of which must match.

@@ -66,9 +66,10 @@ impl IssuerRules {
         if settings.issuer.is_empty() || settings.issuer.len() > MAX_NAME_BYTES {
             problems.push(("issuer", "is missing; write the exact iss of the tokens".into()));
         }
-        // Principals are named ISSUER#SUBJECT, and an issuer is a URL without a fragment (OpenID Connect Core, section 2).
+        // Principals are named ISSUER#SUBJECT, and an issuer is a URL without a fragment (OpenID Connect Core, section
+        // 2).
         if settings.issuer.contains('#') {
-            problems.push(("issuer", "contains \"#\", which no issuer does".into()));
+            problems.push(("issuer", "contains \"#\", which an issuer must not contain".into()));
         }
         let is_text = |text: &String| !text.is_empty() && text.len() <= MAX_NAME_BYTES;
         if settings.audience.is_empty() || !settings.audience.iter().all(is_text) {
@@ -85,8 +86,8 @@ impl IssuerRules {
         let algorithms = algorithms(&settings.algorithms, &mut problems);
         let own = conditions("claims", &settings.claims, &mut problems);
         if settings.claims.is_empty() {
-            let problem = "is missing; anybody may get a token of a public issuer with any audience, so say whose tokens are \
-                           accepted, such as { repository_owner = \"my-company\" }";
+            let problem = "is missing; every user of a public issuer can get a token with any audience, so name the \
+                           holders of accepted tokens, such as { repository_owner = \"my-company\" }";
             problems.push(("claims", problem.into()));
         }
         let mut roles = Vec::new();
@@ -168,7 +169,7 @@ impl IssuerRules {
             return Err(TokenRefusal::new(RefusalKind::Audience, reason));
         }
         if !self.algorithms.contains(&token.algorithm) {
-            let reason = format!("its algorithm {} is not among those of the issuer", token.algorithm);
+            let reason = format!("its algorithm {} is not accepted for this issuer", token.algorithm);
             return Err(TokenRefusal::new(RefusalKind::Algorithm, reason));
         }
         Ok(())
@@ -241,7 +242,8 @@ fn algorithms(names: &[String], problems: &mut Problems) -> Vec<SignatureAlgorit
                 let name = shown(name);
                 let problem = if name.starts_with("HS") {
                     format!(
-                        "has {name}, which is symmetric: whoever can check such a token can also make one; use one of {all}"
+                        "has {name}, which is symmetric: every server that can check such a token can also forge one; \
+                         use one of {all}"
                     )
                 } else {
                     format!("has \"{name}\"; known are {all}")

@@ -44,9 +44,7 @@ impl JwksLocation {
             return Err("is not a URL with a host and no user".into());
         }
         if !is_secure && !is_loopback(authority) {
-            return Err(
-                "is an http URL: anybody between here and there could replace the keys; use https".into()
-            );
+            return Err("is an http URL: an attacker on the network could replace the keys; use https".into());
         }
         Ok(Self::Url(text.to_owned()))
     }

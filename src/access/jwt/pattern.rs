@@ -1,7 +1,7 @@
 //! [`ClaimPattern`]: a pattern for the values of a claim. Pure.
 //!
 //! `*` matches any characters except "/", and `**` any characters. All other characters match themselves. So `team/*`
-//! matches every project of a group, and `team/**` also those of its subgroups.
+//! matches every project of a group, and `team/**` also the projects of its subgroups.
 
 /// Maximum length of a pattern in bytes.
 const MAX_PATTERN_BYTES: usize = 512;

@@ -13,7 +13,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Map, Value};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Maximum length of a token in bytes. Those of known issuers have 1 to 4 KiB.
+/// Maximum length of a token in bytes. Tokens of known issuers have 1 to 4 KiB.
 pub const MAX_TOKEN_BYTES: usize = 16 * 1024;
 /// Maximum length of issuer and subject in bytes.
 pub(super) const MAX_NAME_BYTES: usize = 1024;

@@ -53,7 +53,7 @@ pub fn read(path: &Path) -> Result<TokenFile> {
 /// Changes the list, and returns the result of `change`. If a step fails, the file stays unchanged.
 ///
 /// # Errors
-/// Those of [`read`] and of `change`; `Precondition` if the file cannot be written.
+/// The errors of [`read`] and of `change`; `Precondition` if the file cannot be written.
 pub fn update<T>(path: &Path, change: impl FnOnce(&mut TokenFile) -> Result<T>) -> Result<T> {
     let failed = |doing: &str, error: &io::Error| {
         Error::Precondition(format!("could not {doing} token file {}: {error}", path.display()))

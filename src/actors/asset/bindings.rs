@@ -1,7 +1,7 @@
-//! [`Bindings`]: which content each asset stands for. It is pure, and [`super::AssetActor`] owns the only one.
+//! [`Bindings`]: which content each asset stands for. Pure. [`super::AssetActor`] owns the only instance.
 //!
-//! A binding does not imply that the content is still stored: users of a binding check that. An expired binding is kept until
-//! room is needed, because "expired" is a better answer than "unknown".
+//! A binding does not imply that the content is still stored: users of a binding check that. An expired binding is kept
+//! until room is needed, because "expired" is a better answer than "unknown".
 
 use super::request::AssetKey;
 use gorego_reapi::{
@@ -17,7 +17,7 @@ use std::{
     time::SystemTime,
 };
 
-/// Maximum number of bindings, about 20 MB. Beyond it the least recently used one is dropped.
+/// Maximum number of bindings, about 20 MB. Beyond it, the least recently used binding is dropped.
 pub(crate) const MAX_BINDINGS: usize = 50_000;
 /// Maximum number of references of one binding. Build tools use a few.
 pub(crate) const MAX_REFERENCES: usize = 1_000;
@@ -113,8 +113,8 @@ impl Bindings {
         }
     }
 
-    /// Looks up what an asset stands for, and counts it as a use. Content older than `oldest` is not returned; if `oldest` is
-    /// in the future, nothing is (AST-08).
+    /// Looks up what an asset stands for, and counts it as a use. Content older than `oldest` is not returned; if
+    /// `oldest` is in the future, nothing is (AST-08).
     pub(crate) fn look_up(
         &mut self,
         key: &AssetKey,
@@ -137,7 +137,8 @@ impl Bindings {
         fresh
     }
 
-    /// A binding is no longer at this place in the order. A copy that has not come to it yet takes it later.
+    /// Records that a binding is no longer at this place in the order. A copy that has not reached it yet takes it
+    /// later.
     fn note_moved(&mut self, key: AssetKey, before: u64) {
         if let Some(copying) = &mut self.copying
             && (copying.after + 1..=copying.end).contains(&before)
@@ -178,8 +179,8 @@ impl Bindings {
         }
     }
 
-    /// Like [`Bindings::bind`], for content that took a while to arrive: content that was requested or pushed later stays. A
-    /// time in the future is ignored, because the clock must have been set back.
+    /// Like [`Bindings::bind`], for content that took a while to arrive: content that was requested or pushed later
+    /// stays. A time in the future is ignored, because the clock must have been set back.
     pub(crate) fn bind_unless_newer(&mut self, key: AssetKey, binding: Binding, now: SystemTime) {
         let bound = self.entries.get(&key).map(|entry| entry.binding.obtained_at);
         if !bound.is_some_and(|bound| binding.obtained_at < bound && bound <= now) {
@@ -200,9 +201,9 @@ impl Bindings {
         self.copying = Some(Copying { after: 0, end: self.uses, moved: VecDeque::new() });
     }
 
-    /// Appends up to `max` bindings to the copy that was begun, in the order of use. Returns whether there are more. Bindings may
-    /// be used, replaced and added between two calls. Those that were added meanwhile may be left out, and each of the others is
-    /// copied once, so the copy ends however often they are used.
+    /// Appends up to `max` bindings to the copy that was begun, in the order of use. Returns whether there are more.
+    /// Bindings may be used, replaced and added between two calls. Bindings that are added during the copy may be left
+    /// out. Each of the others is copied once, so the copy ends even if they are used all the time.
     pub(crate) fn copy(&mut self, copy: &mut Vec<(AssetKey, Binding)>, max: usize) -> bool {
         let Some(copying) = &mut self.copying else { return false };
         let mut copied = 0;
@@ -398,7 +399,7 @@ mod tests {
         let distinct: std::collections::HashSet<_> = names.iter().copied().collect();
         assert_eq!((names.len(), distinct.len()), (30, 30));
         assert!((0..30).all(|name| distinct.contains(&key(name))));
-        // The next one has the others, in the order of use.
+        // The next copy has the others, in the order of use.
         copy.clear();
         bindings.begin_copy();
         while bindings.copy(&mut copy, 7) {}

@@ -1,7 +1,7 @@
 //! [`Assets`]: the handle through which RPC handlers use remote assets.
 //!
-//! Bound content is served only while all of it is stored, which is checked at that moment and renews it (AST-06). Bound
-//! content that is no longer stored is fetched again.
+//! Bound content is served only while all of it is stored, which is checked at that moment and renews it (AST-06).
+//! Bound content that is no longer stored is fetched again.
 
 use super::{
     AssetActor, AssetShared,
@@ -54,9 +54,9 @@ impl Assets {
         self.shared.settings.push
     }
 
-    /// Gets an asset: content that is bound to one of its URIs, or else a download from the first URI that has it. `wait`
-    /// bounds how long this takes. The download runs until the latest deadline of all callers that wait for it, even if they
-    /// leave (AST-09).
+    /// Gets an asset: content that is bound to one of its URIs, or else a download from the first URI that has it.
+    /// `wait` bounds how long this takes. The download runs until the latest deadline of all callers that wait for it,
+    /// even if they leave (AST-09).
     ///
     /// # Errors
     /// The failure of the origins, a fault of this server, or an invalid or unsupported qualifier.
@@ -121,8 +121,8 @@ impl Assets {
     /// Binds stored content to every URI of the request (AST-11).
     ///
     /// # Errors
-    /// `MissingBlobs` when it or something that it refers to is not stored; `Invalid` when it does not match the checksum among
-    /// the qualifiers, or when a Directory is malformed.
+    /// `MissingBlobs` if the content or something that it refers to is not stored; `Invalid` if it does not match the
+    /// checksum among the qualifiers, or when a Directory is malformed.
     pub async fn push(
         &self,
         request: AssetRequest,
@@ -246,7 +246,7 @@ impl Assets {
     }
 }
 
-/// Checks that a download can honour the qualifiers, of which `unsupported` cannot be.
+/// Checks that a download can honour the qualifiers. It cannot honour those in `unsupported`.
 fn check_downloadable(
     request: &AssetRequest,
     unsupported: Vec<String>,

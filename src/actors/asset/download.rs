@@ -1,8 +1,8 @@
 //! One download: from a URI to a blob, through redirects, within the rules of [`Origins`](super::origins::Origins).
 //!
-//! The bytes are stored as they arrive. The target of a redirect is checked like the first URI. Headers from qualifiers are
-//! sent only to the origin that they are meant for. No proxy is used, because it would connect to addresses that this server
-//! has not checked.
+//! The bytes are stored as they arrive. The target of a redirect is checked like the first URI. Headers from qualifiers
+//! are sent only to the origin that they are meant for. No proxy is used, because it would connect to addresses that
+//! this server has not checked.
 
 use super::{
     AssetSettings,
@@ -31,7 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// State shared by all downloads.
 #[derive(Debug)]
 pub(super) struct Downloader {
-    /// Created when it is first needed, so that a server that fetches nothing also starts on a machine without CA certificates.
+    /// Created when it is first needed, so that a server that fetches nothing also starts on a machine without CA
+    /// certificates.
     client: OnceCell<Client>,
     settings: Arc<AssetSettings>,
 }
@@ -49,8 +50,8 @@ pub(super) struct DownloadSource<'a> {
     pub patience: Patience,
 }
 
-/// Resolves names to addresses that may be contacted. The client connects to exactly these addresses, so nothing can change in
-/// between.
+/// Resolves names to addresses that may be contacted. The client connects to exactly these addresses, so nothing can
+/// change in between.
 #[derive(Debug)]
 struct CheckingResolver(Arc<AssetSettings>);
 

@@ -52,8 +52,8 @@ const MESSAGE_MAX_BYTES: usize = 4 * 1024;
 /// Bytes that are read at once from a stored archive or an unpacked file.
 const PIECE_BYTES: usize = 128 * 1024;
 
-/// Starts a flight. It ends at the latest deadline of its callers, and always reports to the actor. The age of its content
-/// counts from `asked_at`, not from its last byte.
+/// Starts a flight. It ends at the latest deadline of its callers, and always reports to the actor. The age of its
+/// content counts from `asked_at`, not from its last byte.
 pub(super) fn launch(
     shared: Arc<AssetShared>,
     actor: Addr<AssetActor>,
@@ -134,8 +134,8 @@ fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
     }
 }
 
-/// Waits for permission to download, for each connection that wants this flight. The first permission that is granted is
-/// used for all of them.
+/// Waits for permission to download, for each connection that wants this flight. The first permission that is granted
+/// is used for all of them.
 async fn take_off(runway: &Budget, mut callers: watch::Receiver<Vec<Caller>>) -> Result<Share> {
     let mut lines = FuturesUnordered::new();
     loop {
@@ -362,7 +362,7 @@ mod tests {
     use super::*;
     use crate::budget::Bounds;
 
-    /// A connection that joins another one's flight does not wait behind all downloads of that one.
+    /// A connection that joins the flight of another connection does not wait behind all downloads of that connection.
     #[tokio::test]
     async fn a_flight_starts_when_the_turn_of_any_of_its_connections_comes() {
         for host in [1, 2] {

@@ -1,10 +1,10 @@
 //! [`Flights`]: the running downloads, and which callers may join which. It is pure: times are arguments.
 //!
-//! Invariants: a flight ends at the latest deadline of its callers, and never later than the end that was fixed at its start. A
-//! caller does not join a flight that began before the oldest content that it accepts (AST-08). It gets a new flight, which
-//! later callers join. The number of flights and the bytes of their requests are bounded. Peers share both bounds, and a flight
-//! counts for the peer that began it. A flight that waits for its turn waits in the queue of every peer that has joined it, so
-//! that nobody waits behind the other downloads of the first peer.
+//! Invariants: a flight ends at the latest deadline of its callers, and never later than the end that was fixed at its
+//! start. A caller does not join a flight that began before the oldest content that it accepts (AST-08). It gets a new
+//! flight, which later callers join. The number of flights and the bytes of their requests are bounded. Peers share
+//! both bounds, and a flight counts for the peer that began it. A flight that waits for its turn waits in the queue of
+//! every peer that has joined it, so that no peer waits behind the other downloads of the first peer.
 
 use super::{
     flight::Outcome,
@@ -20,8 +20,8 @@ use tokio::{sync::watch, time::Instant};
 
 /// Bound on the flights that are running or waiting for their turn. More are refused.
 const FLIGHTS: Bounds = Bounds::shared("fetches that are running or waiting", 10_000);
-/// Bound on the bytes of the requests of all flights. Most take a kilobyte, but a request may have megabytes of qualifiers, and
-/// it outlives its call.
+/// Bound on the bytes of the requests of all flights. Most requests take a kilobyte, but a request may have megabytes
+/// of qualifiers, and it outlives its call.
 const FLIGHT_BYTES: Bounds = Bounds::shared("bytes of such requests", 64 * 1024 * 1024);
 /// The largest request: its URIs and its qualifiers.
 const LARGEST_REQUEST: u64 = (MAX_URIS * MAX_URI_BYTES + MAX_QUALIFIERS * 2 * MAX_QUALIFIER_BYTES) as u64;
@@ -61,7 +61,7 @@ pub(super) struct Begun {
     pub outcome: watch::Receiver<Option<Outcome>>,
     /// When it has to end. Callers that join may extend this.
     pub latest: watch::Receiver<Instant>,
-    /// The connections that want it, as far as it waits for their turns.
+    /// The connections for whose turns the flight waits.
     pub callers: watch::Receiver<Vec<Caller>>,
 }
 
@@ -97,8 +97,8 @@ impl Default for Flights {
 }
 
 impl Flights {
-    /// Joins the newest flight for an asset, if there is one and its content will be new enough. The flight is extended to
-    /// `deadline`, but not beyond its end.
+    /// Joins the newest flight for an asset, if there is one and its content will be new enough. The flight is extended
+    /// to `deadline`, but not beyond its end.
     pub(super) fn join(
         &self,
         key: AssetKey,

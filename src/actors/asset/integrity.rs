@@ -47,7 +47,7 @@ impl Integrity {
         Ok(Self(checksums))
     }
 
-    /// A hasher that has to get every byte of the content.
+    /// Creates a hasher, which must get every byte of the content.
     pub fn witness(&self) -> Witness {
         let asks = |wanted| self.0.iter().any(|(algorithm, _)| *algorithm == wanted);
         Witness {
@@ -57,7 +57,7 @@ impl Integrity {
         }
     }
 
-    /// Whether the content that a witness of this has hashed matches one of the checksums.
+    /// Whether the content that was hashed with [`Self::witness`] matches one of the checksums.
     pub fn is_met_by(&self, witness: Witness) -> bool {
         let seen = [
             (Algorithm::Sha256, witness.sha256.map(|state| state.finalize().to_vec())),

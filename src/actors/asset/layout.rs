@@ -1,8 +1,8 @@
 //! [`Layout`]: the tree that an archive describes, and its canonical Directory messages. It is pure.
 //!
-//! A layout accepts only safe entries of an untrusted archive: paths are relative and without "..", no path appears twice, only
-//! directories have children, and no link leads out of the archive. Paths pass only through real directories, and a link may
-//! have ".." only at its front, so no chain of links leads out either.
+//! A layout accepts only safe entries of an untrusted archive: paths are relative and without "..", no path appears
+//! twice, only directories have children, and no link leads out of the archive. Paths pass only through real
+//! directories, and a link may have ".." only at its front, so no chain of links leads out either.
 
 use bytes::Bytes;
 use gorego_reapi::{
@@ -139,7 +139,8 @@ impl Layout {
         Ok(self)
     }
 
-    /// The digest of the root Directory, and every Directory as a canonical blob, with sorted children and no properties.
+    /// The digest of the root Directory, and every Directory as a canonical blob, with sorted children and no
+    /// properties.
     pub fn directories(&self, function: DigestFunction) -> (Digest, Vec<(Digest, Bytes)>) {
         let mut blobs = Vec::new();
         let root = encode(&self.root, function, &mut blobs);

@@ -32,8 +32,8 @@ pub struct BindAsset {
     pub binding: Binding,
 }
 
-/// Starts a flight, or joins a running one if its content will be new enough. If a flight has ended since the caller's look-up,
-/// its content is the answer.
+/// Starts a flight, or joins a running one if its content will be new enough. If a flight has ended since the caller's
+/// look-up, its content is the answer.
 ///
 /// # Errors
 /// `Exhausted` when there are too many flights, or too many of this caller.

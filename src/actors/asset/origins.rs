@@ -1,7 +1,7 @@
 //! [`Origins`]: which hosts and addresses a download may contact (AST-10). It is pure.
 //!
-//! A host is checked by its name before it is resolved, and again at every redirect. Each address that a name resolves to is
-//! checked before it is connected to, so a name cannot be pointed at an internal address after it was checked.
+//! A host is checked by its name before it is resolved, and again at every redirect. Each address that a name resolves
+//! to is checked before it is connected to, so a name cannot be pointed at an internal address after it was checked.
 
 use crate::{
     address::Reach,
@@ -34,7 +34,8 @@ impl Origins {
         Self(Arc::new(ArcSwap::from_pointee(OriginRules { hosts, networks })))
     }
 
-    /// Replaces what is allowed, also for downloads that are under way: each host and address is checked when its turn comes.
+    /// Replaces what is allowed, also for downloads that are under way: each host and address is checked when its turn
+    /// comes.
     pub fn replace(&self, hosts: Vec<HostPortRule>, networks: Vec<Network>) {
         self.0.store(Arc::new(OriginRules { hosts, networks }));
     }

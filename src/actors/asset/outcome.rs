@@ -34,7 +34,8 @@ pub enum FailureKind {
     Denied,
     /// The fetch took too long.
     TimedOut,
-    /// The content is not what was asked for (wrong checksum, damaged or hostile archive), or the origin cannot be reached.
+    /// The content is not what was asked for (wrong checksum, damaged or hostile archive), or the origin cannot be
+    /// reached.
     Unusable,
     /// The content is larger than this server accepts, or the origin limits the request rate.
     TooMuch,

@@ -1,7 +1,7 @@
 //! [`Patience`]: how long a mirror may be silent before the next one is tried (AST-09).
 //!
-//! Only silence is limited, not the whole download: a mirror that is sending is better than one that nobody has tried, and
-//! large content takes time. The allowed silence is a share of the remaining time. So even if many mirrors accept the
+//! Only silence is limited, not the whole download: a mirror that is sending is better than an untried one, and large
+//! content takes time. The allowed silence is a share of the remaining time. So even if many mirrors accept the
 //! connection and hang, each is tried before the callers' time is up, unless only a few seconds are left.
 
 use super::outcome::{FailureKind, Problem};

@@ -15,8 +15,8 @@ const MAX_FILE_BYTES: u64 = 256 * 1024 * 1024;
 #[derive(Debug)]
 pub(super) struct BindingsFile {
     path: PathBuf,
-    /// The number of the newest write, locked by the running one. The last write at the end of the process may find an earlier
-    /// one still running.
+    /// The number of the newest write, locked by the running one. The last write at the end of the process may find an
+    /// earlier one still running.
     newest: Mutex<u64>,
 }
 
@@ -35,7 +35,7 @@ impl BindingsFile {
         };
         read.unwrap_or_else(|problem| {
             Event::warn(LOG, "bindings_lost").with("error", &problem).log(format_args!(
-                "what assets stand for could not be read from {} and is forgotten: {problem}",
+                "the bindings of assets could not be read from {} and are forgotten: {problem}",
                 self.path.display()
             ));
             Bindings::default()
@@ -53,7 +53,7 @@ impl BindingsFile {
         let written = regular_file::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &self.path));
         if let Err(error) = &written {
             Event::warn(LOG, "bindings_not_saved").with_shown("error", error).log(format_args!(
-                "what assets stand for could not be written to {}: {error}",
+                "the bindings of assets could not be written to {}: {error}",
                 self.path.display()
             ));
         }

@@ -1,7 +1,7 @@
 //! [`AssetRequest`]: a checked request of a client. This file is pure.
 //!
-//! The URIs and the qualifiers together identify an asset. Every qualifier counts, even those that only affect the download:
-//! content that was fetched with credentials is not served to clients that do not have them.
+//! The URIs and the qualifiers together identify an asset. Every qualifier counts, even if it affects only the
+//! download: content that was fetched with credentials is not served to clients that do not have them.
 
 use super::integrity::Integrity;
 use crate::instance::Instance;
@@ -29,8 +29,8 @@ const DIRECTORY: &str = "directory";
 const HEADER: &str = "http_header:";
 const HEADER_OF_URI: &str = "http_header_url:";
 
-/// Headers that clients may not set: they concern the connection, or would request other bytes than the whole file, or another
-/// host than the one that was checked.
+/// Headers that clients may not set: they concern the connection, or would request other bytes than the whole file, or
+/// another host than the one that was checked.
 const RESERVED_HEADERS: &[&str] = &[
     "accept-encoding",
     "connection",
@@ -156,7 +156,7 @@ impl Qualifiers {
         self.0.keys().map(String::as_str).filter(|name| !known(name)).collect()
     }
 
-    /// The headers for the URI at `index`: those for all URIs, overridden by those for this one (AST-03).
+    /// The headers for the URI at `index`: the headers for all URIs, overridden by the headers for this URI (AST-03).
     ///
     /// # Errors
     /// `Invalid` for a malformed or reserved header, and for an index without a URI.

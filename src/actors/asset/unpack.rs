@@ -1,11 +1,12 @@
-//! Unpacks archives: tar (plain or compressed with gzip, xz or zstd) and zip, which are told apart by their first bytes.
+//! Unpacks archives: tar (plain or compressed with gzip, xz or zstd) and zip, which are told apart by their first
+//! bytes.
 //!
-//! Entries go through [`Layout`], which refuses hostile ones, and contents go straight to the store. Memory is bounded,
-//! whatever the archive claims: one piece of one file, the layout, and the decoder, which has a limit too. All decoded bytes,
-//! including headers, count against one limit, which stops a bomb.
+//! Entries go through [`Layout`], which refuses hostile ones, and contents go straight to the store. Memory is bounded
+//! and does not depend on what the archive claims: one piece of one file, the layout, and the decoder, which has a
+//! limit too. All decoded bytes, including headers, count against one limit, which stops a bomb.
 //!
-//! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files are
-//! refused.
+//! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files
+//! are refused.
 
 pub(crate) mod extensions;
 pub(crate) mod zstd_frames;
@@ -33,20 +34,21 @@ use zstd_frames::ZstdFrames;
 
 /// Bound on the memory of an xz decoder: a little more than the highest preset needs.
 const XZ_MEMORY_BYTES: u64 = 128 * 1024 * 1024;
-/// The largest window of a zstd frame, as a power of two: 128 MiB, the most that `zstd --ultra` uses without `--long=31`.
+/// The largest window of a zstd frame, as a power of two: 128 MiB, the most that `zstd --ultra` uses without
+/// `--long=31`.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// The largest extension header of a tar entry. It holds one or two paths.
 const EXTENSION_MAX_BYTES: u64 = 64 * 1024;
-/// Bound on the bytes that are read to find and read the central directory of a zip: enough for 65,534 entries with long names.
-/// The length that the archive claims is not reliable, and all of it is read into memory.
+/// Bound on the bytes that are read to find and read the central directory of a zip: enough for 65,534 entries with
+/// long names. The length that the archive claims is not reliable, and all of it is read into memory.
 const ZIP_DIRECTORY_MAX_BYTES: u64 = 64 * 1024 * 1024;
-/// Memory for the decoders of all archives that are unpacked at the same time: two of the largest, one of them for an address,
-/// and many small ones.
+/// Memory for the decoders of all archives that are unpacked at the same time. It is enough for two of the largest
+/// decoders and many small ones; a single peer can have only one of the largest.
 pub(crate) const DECODERS: Bounds =
     Bounds::shared("bytes of memory to unpack archives", 2 * LARGE_DECODER_BYTES + 32 * SMALL_DECODER_BYTES);
-/// What a decoder with a large dictionary takes: that of xz or zstd.
+/// The memory of a decoder with a large dictionary: xz or zstd.
 pub(crate) const LARGE_DECODER_BYTES: u64 = 128 * 1024 * 1024;
-/// What any other takes: its buffers.
+/// The memory of any other decoder, which has only buffers.
 const SMALL_DECODER_BYTES: u64 = 1024 * 1024;
 /// The length of the first bytes by which formats are told apart.
 pub(crate) const MAGIC_BYTES: usize = 6;
@@ -62,7 +64,7 @@ pub trait Contents {
     fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem>;
 }
 
-/// The most memory that unpacking an archive takes beside its layout, by its first bytes and its length.
+/// The maximum memory that unpacking an archive takes besides its layout, given its first bytes and its length.
 pub(crate) fn decoder_bytes(magic: &[u8], length: u64) -> u64 {
     match magic {
         // The list of contents is read as a whole, and parsed.

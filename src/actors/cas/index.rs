@@ -39,6 +39,8 @@ use table::SlotTable;
 mod entry;
 #[cfg(test)]
 mod lease_model;
+#[cfg(test)]
+mod lease_rules;
 mod leases;
 mod links;
 mod look_ups;

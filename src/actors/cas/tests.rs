@@ -12,6 +12,7 @@ mod leases;
 mod links;
 mod model;
 mod packing;
+mod resolve;
 mod results;
 mod scrub;
 mod sharing;

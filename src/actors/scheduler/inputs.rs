@@ -11,7 +11,8 @@ use gorego_reapi::{digest::Digest, error::Result};
 
 /// Checks whether the inputs of a task are stored.
 pub trait InputCheck: 'static {
-    /// See [`Cas::check_inputs`]. The work is done on other threads; polling the future costs the actors' thread next to nothing.
+    /// See [`Cas::check_inputs`]. The work is done on other threads; polling the future is cheap for the actors'
+    /// thread.
     fn check(&self, instance: Instance, root: Digest, build: Owner) -> BoxFuture<'static, Result<()>>;
 }
 

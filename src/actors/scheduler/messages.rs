@@ -83,8 +83,8 @@ pub struct Watch {
     pub id: OperationId,
 }
 
-/// Ends one operation as cancelled. Its task stops with the last operation that waits for it (OPS-03, OPS-04). A
-/// finished operation is not changed.
+/// Cancels one operation. Its task stops with the last operation that waits for it (OPS-03, OPS-04). A finished
+/// operation is not changed.
 ///
 /// # Errors
 /// `NotFound` if it is unknown.
@@ -153,9 +153,9 @@ pub struct OperationFilter {
     pub pool: Option<String>,
     /// The name of the worker that runs or ran it.
     pub worker: Option<String>,
-    /// Its id.
+    /// The id of the operation.
     pub operation: Option<super::operation::OperationId>,
-    /// Its owner.
+    /// The principal that owns the operation.
     pub owner: Option<Principal>,
 }
 

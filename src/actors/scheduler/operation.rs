@@ -13,8 +13,8 @@ use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-/// Identifies an operation among those of all servers (EXE-02). Its text is the last segment of
-/// `[instance/]operations/{id}`: a UUID or, on a server with a name, `node.uuid`.
+/// Identifies an operation across all servers (EXE-02). Its text is the last segment of `[instance/]operations/{id}`: a
+/// UUID or, on a server with a name, `node.uuid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OperationId {
     node: NodeName,
@@ -99,7 +99,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// A result from the action cache.
+    /// The outcome of an operation with a result from the action cache.
     pub(crate) fn cached(result: SharedResult) -> Self {
         Self {
             result: Some(result),
@@ -110,7 +110,7 @@ impl Outcome {
         }
     }
 
-    /// There is no result.
+    /// The outcome of an operation without a result.
     pub(crate) fn failed(error: Error) -> Self {
         Self {
             result: None,
@@ -215,7 +215,7 @@ pub struct OperationInfo {
     pub action: Digest,
     /// The contents that its client wants in the response.
     pub inline: Inline,
-    /// What the client said about itself.
+    /// The parts of the client's RequestMetadata that the server uses.
     pub client: ClientInfo,
     /// The peer from which the request came.
     pub peer: Peer,
@@ -258,7 +258,7 @@ pub struct Subscription {
     pub snapshots: watch::Receiver<Snapshot>,
 }
 
-/// An operation that has ended before it is recorded. So far, only the holder of its [`Subscription`] knows it.
+/// An operation that has ended before it is recorded. Until then, only the holder of its [`Subscription`] knows it.
 #[derive(Debug)]
 pub struct FinishedOperation {
     pub(super) info: Arc<OperationInfo>,

@@ -7,26 +7,28 @@
 //!    lowest rank are served first. So a client can make its tasks less urgent than those of other peers, but not more
 //!    urgent. Among the tasks of its own peer, it can do both (rule 3).
 //! 2. Among peers of the lowest rank, the one with the fewest running tasks in this pool is next; among equals, the one
-//!    that was served or arrived the longest time ago. A rank is *due* if its oldest task has waited long enough to make
-//!    up for the difference ([`Ranks`]). It then counts as the lowest rank: it gets its share, and no more.
+//!    that was served or arrived the longest time ago. A rank is *due* if its oldest task has waited long enough to
+//!    make up for the difference ([`Ranks`]). It then counts as the lowest rank: it gets its share, and no more.
 //! 3. Within a peer, [`PeerQueue`] defines the order: by priority, then fairly between builds, then by age.
 //! 4. Tasks without followers go after all others, in order of age.
 //!
-//! A task that several owners wait for has an entry for each of them. It is taken with the first entry whose turn comes, and
-//! counts as running for that owner; the caller removes the other entries. So an owner does not wait longer because another
-//! owner with a long backlog wants the same task.
+//! A task that several owners wait for has an entry for each of them. It is taken with the first entry whose turn
+//! comes, and counts as running for that owner; the caller removes the other entries. So an owner does not wait longer
+//! because another owner with a long backlog wants the same task.
 //!
-//! Why peers come before priorities: otherwise a peer that calls everything urgent would get the whole pool, and no range of
-//! priorities that is useful within a team is small enough to prevent that. Why positive priorities count between peers:
-//! priorities are mostly used for nightly builds that yield to people, and these run on other machines. Within one address,
-//! which may be a CI machine or everybody behind a proxy, priorities and builds work as if there were no peers.
+//! Why peers come before priorities: otherwise a peer that calls everything urgent would get the whole pool, and no
+//! range of priorities that is useful within a team is small enough to prevent that. Why positive priorities count
+//! between peers: priorities are mostly used for nightly builds that yield to people, and these run on other machines.
+//! Within one address, which may be a CI machine or all users behind a proxy, priorities and builds work as if there
+//! were no peers.
 //!
-//! Why no peer starves: among the competing peers, one without a running task is served within as many turns as there are such
-//! peers, and every peer competes at the latest when its oldest task has waited for [`ranks::STEPS_MAX`] steps.
+//! Why no peer starves: among the competing peers, one without a running task is served within as many turns as there
+//! are such peers, and every peer competes at the latest when its oldest task has waited for [`ranks::STEPS_MAX`]
+//! steps.
 //!
-//! Every operation costs O(log n), and [`Queue::pop`] O(r) more, where `r` is the number of ranks that are due, which is bounded by
-//! the number of peers and of configured priorities. [`Queue::order`] costs O(n log n). The queue holds entries, not
-//! tasks.
+//! Every operation costs O(log n), and [`Queue::pop`] O(r) more, where `r` is the number of ranks that are due, which
+//! is bounded by the number of peers and of configured priorities. [`Queue::order`] costs O(n log n). The queue holds
+//! entries, not tasks.
 
 mod peer_queue;
 mod ranks;
@@ -97,9 +99,9 @@ struct WaitingPeer {
 /// The peers of one rank.
 #[derive(Debug, Default)]
 struct Group {
-    /// (tasks running, turn, peer): the least is next.
+    /// The peers by number of running tasks, then by turn. The first one is next.
     order: BTreeSet<(usize, u64, Peer)>,
-    /// By the oldest of each peer's most urgent tasks.
+    /// The peers by the submission time of the oldest of their most urgent tasks.
     oldest: BTreeSet<(Instant, Peer)>,
 }
 

@@ -131,7 +131,8 @@ impl QueueQuota {
         })
     }
 
-    /// Adds a load to an owner. Tasks that were admitted before, and wait again or have a new owner, may exceed the bounds.
+    /// Adds a load to an owner. Tasks that were admitted before, and wait again or have a new owner, may exceed the
+    /// bounds.
     pub(crate) fn add(&mut self, owner: Owner, load: Load) {
         self.all.add(load);
         self.peers.entry(owner.peer).or_default().add(load);
@@ -256,7 +257,7 @@ mod tests {
         Owner { peer: peer(peer_number), build: Build(build) }
     }
 
-    /// How many more tasks come in, each for the next of these owners.
+    /// Adds tasks, each for the next of these owners, until one is refused. Returns how many were added.
     fn fill_in_turn(quota: &mut QueueQuota, owners: impl IntoIterator<Item = Owner>) -> usize {
         let admit = |owner: &Owner| {
             let is_admitted = quota.check(*owner, ONE.weight).is_ok();
@@ -272,7 +273,7 @@ mod tests {
         fill_in_turn(quota, std::iter::repeat(owner))
     }
 
-    /// A peer that calls each of its actions a build of its own.
+    /// Adds tasks of a peer that names another build for each task.
     fn fill_with_builds(quota: &mut QueueQuota, peer: u8) -> usize {
         fill_in_turn(quota, (0..).map(|build| owner(peer, build)))
     }
@@ -283,7 +284,7 @@ mod tests {
         refusal.to_string()
     }
 
-    /// GEN-21. Whatever it calls its builds.
+    /// GEN-21. The names of the builds make no difference.
     #[test]
     fn a_peer_alone_fills_eight_ninths_and_others_find_room() {
         let mut quota = quota(9_000, usize::MAX);
@@ -353,7 +354,7 @@ mod tests {
         assert!(quota.builds.is_empty() && quota.peers.is_empty(), "what is over is forgotten");
     }
 
-    /// A task that waits again exceeds the bound; nothing wraps, and nobody gets in by that.
+    /// A task that waits again may exceed the bound. No counter wraps, and no further task is admitted because of it.
     #[test]
     fn requeued_tasks_may_exceed_the_bound() {
         let mut quota = quota(2, usize::MAX);

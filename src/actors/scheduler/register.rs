@@ -1,8 +1,8 @@
 //! The register of operations: their names, their watch cells, and how long they are remembered.
 //!
-//! Invariants: an operation is completed exactly once. An unfinished operation is never forgotten. An operation is found only
-//! under its own instance (GEN-15). Changing a snapshot notifies its subscribers, so that no update can be missed. The ledger
-//! decides which operations share a task, and when one ends.
+//! Invariants: an operation is completed exactly once. An unfinished operation is never forgotten. An operation is
+//! found only under its own instance (GEN-15). Changing a snapshot notifies its subscribers, so that no update can be
+//! missed. The ledger decides which operations share a task, and when one ends.
 
 use super::{
     messages::{ListOperations, OperationPage},
@@ -56,14 +56,14 @@ pub(crate) struct Operation {
 
 #[derive(Debug)]
 enum OperationState {
-    /// It waits for a task. The time is that at which the register noticed that it has no followers.
+    /// It waits for a task. `unfollowed_since` is the time at which the register noticed that it has no followers.
     Unfinished { task: TaskId, unfollowed_since: Option<Instant> },
     /// It has ended.
     Finished { at: Instant, kind: FinishedKind },
 }
 
-/// The kinds of finished operations. Each has its own bounds, so that many operations of one kind cannot displace those of
-/// another.
+/// The kinds of finished operations. Each has its own bounds, so that many operations of one kind do not displace
+/// operations of another kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FinishedKind {
     /// It waited for a task.
@@ -244,8 +244,8 @@ impl Register {
         self.operations.get(&number)
     }
 
-    /// Subscribes to an operation. The second value is its task, if the operation is unfinished and was known to have no
-    /// followers.
+    /// Subscribes to an operation. The second value is its task, if the operation is unfinished and was known to have
+    /// no followers.
     pub(crate) fn subscribe(&mut self, number: u64) -> Option<(Subscription, Option<TaskId>)> {
         let operation = self.operations.get_mut(&number)?;
         let gained = match &mut operation.state {
@@ -303,7 +303,8 @@ impl Register {
             .collect()
     }
 
-    /// A page of an instance's operations, oldest first. `waits_for_pool` returns whether a task waits for the pool in the filter.
+    /// A page of an instance's operations, oldest first. `waits_for_pool` returns whether a task waits for the pool in
+    /// the filter.
     pub(crate) fn page(
         &self,
         query: &ListOperations,

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 pub use crate::action::Priorities;
 
-/// How long a client is asked to wait when the queue is full (GEN-21). Retries of many clients at this interval are a small
-/// load, and most actions run longer.
+/// How long a client is asked to wait when the queue is full (GEN-21). Retries of many clients at this interval are a
+/// small load, and most actions run longer.
 pub(crate) const QUEUE_FULL_RETRY: Duration = Duration::from_secs(5);
 
 /// The part of the settings that an operator chooses. `server/fill.rs` fills it from the configuration.
@@ -32,7 +32,7 @@ pub struct SchedulerConfig {
     pub retained_operations: usize,
     /// How long an operation without followers continues.
     pub abandon_grace: Duration,
-    /// The same if a task with followers waits for its slot, or the server stops.
+    /// Like `abandon_grace`, for a slot that a task with followers waits for, or while the server stops.
     pub contended_abandon_grace: Duration,
     /// How often a task is attempted if its workers fail.
     pub max_attempts: u32,
@@ -63,9 +63,9 @@ impl Default for SchedulerSettings {
 pub struct SchedulerSettings {
     /// The name of this server, for the names of its operations.
     pub node: NodeName,
-    /// Tasks that may wait for a slot, including those whose inputs are being checked. Peers and their builds share this number
-    /// ([`QueueQuota`](super::quota::QueueQuota)). Requeued tasks may exceed it, because they were admitted before; there are never
-    /// more of them than slots.
+    /// Tasks that may wait for a slot, including those whose inputs are being checked. Peers and their builds share
+    /// this number ([`QueueQuota`](super::quota::QueueQuota)). Requeued tasks may exceed it, because they were admitted
+    /// before; there are never more of them than slots.
     pub queue_size: usize,
     /// Memory that the actions of all tasks may take, in bytes. Most tasks take a few KiB, so a full queue takes a part
     /// of it. But a Command may take 16 MiB, and each action has its own copy of it. The memory is shared like
@@ -94,7 +94,8 @@ pub struct SchedulerSettings {
     /// covers the set-up of the exec directory, the end of a command that timed out, and a busy machine. The worker
     /// enforces the limits itself; this deadline is the last resort.
     pub run_slack: Duration,
-    /// How long a run that was told to stop may continue. After that its slot is reported as stuck, and a shutdown does not wait for it.
+    /// How long a run that was told to stop may continue. After that its slot is reported as stuck, and a shutdown does
+    /// not wait for it.
     pub stop_grace: Duration,
     /// How long finished operations are remembered (EXE-14).
     pub retention: Duration,
@@ -103,8 +104,8 @@ pub struct SchedulerSettings {
     /// Memory of the results and requests of the remembered finished operations, in bytes. The oldest are forgotten
     /// first. One result may take a hundred megabytes, so a bound on the number alone is not enough.
     pub retained_bytes: usize,
-    /// How long operations are remembered that ended when they were admitted, because the result was cached or the
-    /// action cannot run. They matter only if the stream broke before its single message. Any later request gets the
+    /// How long an operation is remembered if it ended when it was admitted, because the result was cached or the
+    /// action cannot run. It matters only if the stream broke before its single message. Any later request gets the
     /// same answer again.
     pub cached_retention: Duration,
     /// How many operations with cached results are remembered. The same number applies separately to those whose action
@@ -171,7 +172,8 @@ impl ClockReading {
         self.at.saturating_duration_since(earlier)
     }
 
-    /// The instant after this delay. A delay that cannot be represented is replaced by 136 years, which is never reached.
+    /// The instant after this delay. A delay that cannot be represented is replaced by 136 years, which is never
+    /// reached.
     pub fn after(self, delay: Duration) -> Instant {
         self.at.checked_add(delay).unwrap_or_else(|| self.at + Duration::from_secs(u32::MAX.into()))
     }

@@ -72,7 +72,7 @@ pub enum PoolState {
     Closed,
 }
 
-/// The state of a pool for people.
+/// The state of a pool, as operators see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolStatus {
     /// Its id, for messages to the scheduler.
@@ -166,7 +166,7 @@ impl Slots {
     /// Stops a pool from taking tasks.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound` if there is no such pool.
     pub(crate) fn drain(&mut self, id: PoolId) -> Result<()> {
         let pool = self.pools.get_mut(&id).ok_or_else(|| unknown(id))?;
         if pool.state == PoolState::Open {
@@ -179,7 +179,7 @@ impl Slots {
     /// action which requires one of them is not run by a pool without it.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound` if there is no such pool.
     pub(crate) fn remove(&mut self, id: PoolId) -> Result<()> {
         self.pools.remove(&id).ok_or_else(|| unknown(id))?;
         self.order.retain(|other| *other != id);
@@ -210,7 +210,7 @@ impl Slots {
     /// The pools that can run a new action, in order of preference.
     ///
     /// # Errors
-    /// Those of [`Slots::matching`]; `Unavailable` if no suitable pool takes tasks.
+    /// The errors of [`Slots::matching`]; `Unavailable` if no suitable pool takes tasks.
     pub(crate) fn suitable(&mut self, action: &Action) -> Result<PoolSet> {
         let pools = self.matching(action)?;
         if self.is_served(&pools) { Ok(pools) } else { Err(Self::no_workers(action)) }
@@ -219,8 +219,8 @@ impl Slots {
     /// The pools that offer what an action requires, in order of preference, whether or not they take tasks.
     ///
     /// # Errors
-    /// `Precondition` if no pool does, with the pool that comes nearest (EXE-31); `Unavailable` if there are no pools;
-    /// `Invalid` if the action requires more than [`PROPERTIES_MAX`] properties.
+    /// `Precondition` if no pool does (EXE-31), with the name of the pool that comes nearest; `Unavailable` if there
+    /// are no pools; `Invalid` if the action requires more than [`PROPERTIES_MAX`] properties.
     pub(crate) fn matching(&mut self, action: &Action) -> Result<PoolSet> {
         let asked = &action.platform;
         if asked.len() > PROPERTIES_MAX {

@@ -70,7 +70,7 @@ impl Handler<RunAction> for FakePool {
     }
 }
 
-/// Workers that die with every action, each with its thread.
+/// Workers that die with every action, and their threads with them.
 struct DyingWorkers;
 
 impl Actor for DyingWorkers {
@@ -184,7 +184,7 @@ async fn two_hundred_submissions_at_once_are_one_run() {
     assert!(assigned.try_recv().is_err());
 }
 
-/// The clock ticks in the actor too. EXE-14 without any grace period.
+/// EXE-14, without a grace period: the actor acts on the tick of its clock.
 #[actix::test]
 async fn a_client_that_vanishes_leaves_nothing_behind() {
     let (sender, mut assigned) = mpsc::unbounded_channel();

@@ -49,7 +49,7 @@ pub(crate) enum OperationEvent {
     },
 }
 
-/// A slot of a pool, by names that people understand.
+/// A slot of a pool, by the names that logs and clients use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SlotName {
     /// The name of the pool.

@@ -1,4 +1,4 @@
-//! Runs one action without a scheduler, for `gorego replay`. The steps, the staging and the sandbox are those of a
+//! Runs one action without a scheduler, for `gorego replay`. It uses the steps, the staging and the sandbox of a
 //! worker.
 
 use super::{

@@ -12,7 +12,7 @@ use std::sync::{
 
 /// Tells the worker thread of one run to stop. The scheduler cancels the whole run. The disk watch stops only the
 /// command: the run has then failed, and the worker decides whether it is retried. The thread checks the token between
-/// two steps. While it waits for the command, it polls the token's descriptor together with that of the child.
+/// two steps. While it waits for the command, it polls the descriptors of the token and of the child.
 #[derive(Debug, Clone)]
 pub struct CancelToken(Arc<TokenState>);
 

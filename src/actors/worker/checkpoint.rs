@@ -14,7 +14,7 @@ pub(super) struct Checkpoint<'a> {
 }
 
 impl<'a> Checkpoint<'a> {
-    /// A checkpoint for a step that may take `limit` from now. `step` is the subject of "... took longer than".
+    /// A checkpoint for a step that may take `limit` from now. `step` begins the error message "... took longer than".
     pub(super) fn new(cancel: &'a CancelToken, step: &'static str, limit: Duration) -> Self {
         // A limit beyond the range of the clock means no limit.
         Self { cancel, step, limit, deadline: Instant::now().checked_add(limit) }

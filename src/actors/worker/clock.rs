@@ -53,8 +53,8 @@ pub(crate) enum Point {
 
 const POINTS: usize = Point::WorkerEnd as usize + 1;
 
-/// The times of one run. A point that was not reached has the time of the previous one, so that there are always nine ordered
-/// timestamps.
+/// The times of one run. A point that was not reached has the time of the previous one, so that there are always nine
+/// ordered timestamps.
 #[derive(Debug, Clone)]
 pub(crate) struct Timeline {
     queued: SystemTime,
@@ -75,7 +75,7 @@ impl Timeline {
         self.points[point as usize] = Some(at);
     }
 
-    /// The time of a point. It is never before that of an earlier point.
+    /// The time of a point. It is never before the time of an earlier point.
     pub(crate) fn at(&self, point: Point) -> Moment {
         self.points[..=point as usize].iter().flatten().copied().max().unwrap_or_default()
     }

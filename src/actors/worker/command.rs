@@ -1,5 +1,5 @@
-//! The command of an action on this machine: which files to try as its program, its environment in the kernel's format, and the
-//! exit code of a program that cannot be started. This file is pure.
+//! The command of an action on this machine: which files to try as its program, its environment in the kernel's format,
+//! and the exit code of a program that cannot be started. This file is pure.
 
 use super::workspace::Workspace;
 use crate::{
@@ -16,8 +16,8 @@ use std::{
 
 /// A process that was ended by a signal has this exit code plus the number of the signal (EXE-46).
 pub(super) const SIGNAL_BASE: i32 = 128;
-/// The search path for programs without a slash if the Command's environment has no PATH: that of execvp(3), without the
-/// current directory.
+/// The search path for programs without a slash if the Command's environment has no PATH. It is the default of
+/// execvp(3) without the current directory.
 pub(crate) const DEFAULT_PATH: &str = "/bin:/usr/bin";
 /// The longest path that the kernel accepts. Longer ones cannot exist.
 const MAX_PATH_BYTES: usize = 4096;

@@ -1,8 +1,9 @@
-//! Safe ways to open files and directories in an exec directory, in spite of symbolic links, mounts and missing permissions.
+//! Safe ways to open files and directories in an exec directory, in spite of symbolic links, mounts and missing
+//! permissions.
 //!
-//! A hostile command may have made anything in an exec directory. So every step is relative to an open directory: a single step
-//! never follows a link, and a path of several steps never leaves the directory that it starts from (openat2, Linux 5.6). A
-//! [`Cursor`] walks trees of any depth with a bounded number of descriptors.
+//! A hostile command may have made anything in an exec directory. So every step is relative to an open directory: a
+//! single step never follows a link, and a path of several steps never leaves the directory that it starts from
+//! (openat2, Linux 5.6). A [`Cursor`] walks trees of any depth with a bounded number of descriptors.
 
 use rustix::{
     fs::{self as rfs, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
@@ -44,8 +45,8 @@ pub(crate) fn open_dir(parent: &File, name: &OsStr) -> io::Result<File> {
     open2(parent, name, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV)
 }
 
-/// Like [`open_dir`], but a directory that its owner may not read, write or search is made accessible first. Also returns the
-/// stat from before that.
+/// Like [`open_dir`], but a directory that its owner may not read, write or search is made accessible first. Also
+/// returns the stat from before that.
 ///
 /// # Errors
 /// The errors of openat2(2); `EXDEV` for a mount point.
@@ -67,8 +68,8 @@ pub(crate) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, 
     Ok((opened, stat))
 }
 
-/// Opens the file `name` in `parent` for reading. Never follows a link and never waits for the other end of a FIFO. The caller
-/// checks the type of the file.
+/// Opens the file `name` in `parent` for reading. Never follows a link and never waits for the other end of a FIFO. The
+/// caller checks the type of the file.
 ///
 /// # Errors
 /// The errors of openat2(2).
@@ -84,11 +85,11 @@ pub(crate) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
     }
 }
 
-/// Opens the directory at `path`, which may go through symbolic links as long as they stay beneath `root`. The handle can only
-/// be used to name entries in it (`O_PATH`).
+/// Opens the directory at `path`, which may go through symbolic links as long as they stay beneath `root`. The handle
+/// can only be used to name entries in it (`O_PATH`).
 ///
 /// # Errors
-/// `EXDEV` if a link leads out of `root`; otherwise those of openat2(2).
+/// `EXDEV` if a link leads out of `root`; otherwise the errors of openat2(2).
 pub(crate) fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     open2(root, path.as_os_str(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, resolve)

@@ -1,9 +1,9 @@
 //! Watches the file system of the exec directories while commands run on it.
 //!
-//! A command whose write failed for lack of space may still exit with 0 and leave half a file. So an action fails if the disk
-//! was full while it ran, whatever its exit code; see [`crate::disk`] for what counts as full and what is not detected. One thread
-//! samples for all slots, only while something runs, and stops every running command when the disk is full: its result would be
-//! unusable, and its end frees space.
+//! A command whose write failed for lack of space may still exit with 0 and leave half a file. So an action fails if
+//! the disk was full while it ran, whatever its exit code; see [`crate::disk`] for what counts as full and what is not
+//! detected. One thread samples for all slots, only while something runs, and stops every running command when the disk
+//! is full: its result would be unusable, and its end frees space.
 //!
 //! [`Runs`] is the pure part: the effect of a sample on the runs.
 
@@ -143,7 +143,8 @@ pub struct RunWatch<'a> {
 }
 
 impl RunWatch<'_> {
-    /// Ends the watch after the command, with one more sample. Returns the first sample that counted as full, if there was one.
+    /// Ends the watch after the command, with one more sample. Returns the first sample that counted as full, if there
+    /// was one.
     pub fn end(self) -> Option<Space> {
         let sample = self.watch.look();
         let mut state = self.watch.0.lock();

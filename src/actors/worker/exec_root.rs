@@ -88,7 +88,7 @@ impl<'a> ExecRoot<'a> {
     /// Finds the directory at `path`. The path may use symbolic links as long as they stay beneath the root.
     ///
     /// # Errors
-    /// `EXDEV` if a link leads out of the root; otherwise those of openat2(2).
+    /// `EXDEV` if a link leads out of the root; otherwise the errors of openat2(2).
     pub fn resolve(&self, path: &Path) -> io::Result<Dir<'a>> {
         if self.staged.is_none() {
             let own = Some(dir::open_beneath(self.own, path)?);
@@ -224,7 +224,7 @@ impl<'a> Dir<'a> {
     /// Finds the node with this name.
     ///
     /// # Errors
-    /// `NotFound` if there is none; otherwise those of fstatat(2).
+    /// `NotFound` if there is none; otherwise the errors of fstatat(2).
     pub fn look(&self, name: &OsStr) -> io::Result<ExecNode<'a>> {
         if let Some(own) = &self.own {
             match dir::stat_at(own, name) {
@@ -242,7 +242,7 @@ impl<'a> Dir<'a> {
     /// Checks that there is no node with this name, not even a dangling link.
     ///
     /// # Errors
-    /// `AlreadyExists` if there is one; those of fstatat(2).
+    /// `AlreadyExists` if there is one; the errors of fstatat(2).
     pub fn must_lack(&self, name: &OsStr) -> io::Result<()> {
         match self.look(name) {
             Ok(_) => Err(Errno::EXIST.into()),

@@ -13,12 +13,13 @@ use std::{any::Any, fmt, path::PathBuf};
 
 /// Provides the root file systems of images. Every method blocks.
 pub trait ImageStore: Send + Sync + fmt::Debug {
-    /// Leases the root file system of an image for an action of this peer, and pulls the image first if necessary. `check` is
-    /// called between short waits. Its error ends the call, but not the pull, because other actions may wait for it.
+    /// Leases the root file system of an image for an action of this peer, and pulls the image first if necessary.
+    /// `check` is called between short waits. Its error ends the call, but not the pull, because other actions may wait
+    /// for it.
     ///
     /// # Errors
     /// `Invalid` for an invalid name; `Precondition` for an image that cannot be pulled or used; `Unavailable` for
-    /// temporary problems; those of `check`.
+    /// temporary problems; the errors of `check`.
     fn lease(&self, name: &str, peer: Peer, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage>;
 
     /// Removes images that are not in use, to free space on a full disk.
@@ -52,8 +53,8 @@ impl LeasedImage {
 /// fetching inputs.
 ///
 /// # Errors
-/// The errors of [`ImageStore::lease`]; an error if the action asks for a combination that is not possible, or if the pool
-/// cannot use images.
+/// The errors of [`ImageStore::lease`]; an error if the action asks for a combination that is not possible, or if the
+/// pool cannot use images.
 pub(super) fn lease_for(
     settings: &WorkerSettings,
     action: &Action,

@@ -1,11 +1,11 @@
-//! Writes an input root exactly as its Directories describe it (EXE-33 to EXE-37). Then creates the directories that the
-//! command relies on: its working directory (EXE-39) and the parents of its outputs (EXE-38).
+//! Writes an input root exactly as its Directories describe it (EXE-33 to EXE-37). Then creates the directories that
+//! the command relies on: its working directory (EXE-39) and the parents of its outputs (EXE-38).
 //!
-//! A node without an mtime gets [`INPUT_TIME`], so that what a command sees does not depend on when or in which order it was
-//! written. Each step preserves the times of the directories that it changes.
+//! A node without an mtime gets [`INPUT_TIME`], so that what a command sees does not depend on when or in which order
+//! it was written. Each step preserves the times of the directories that it changes.
 //!
-//! No link is followed while the tree is written, so a symbolic link in it cannot redirect a later entry. Absolute link targets
-//! are created as given; the server announces this (CAP-14, EXE-36).
+//! No link is followed while the tree is written, so a symbolic link in it cannot redirect a later entry. Absolute link
+//! targets are created as given; the server announces this (CAP-14, EXE-36).
 
 use super::{
     checkpoint::Checkpoint,
@@ -35,19 +35,19 @@ use std::{
 
 /// Permission bits of directories and executable files.
 pub(super) const EXECUTABLE: u32 = 0o755;
-/// Permission bits of other files.
+/// Permission bits of files that are not executable.
 const PLAIN: u32 = 0o644;
 
 /// The mtime of every input, and of every directory that this module creates, unless its node properties name another:
-/// 2000-01-01T00:00:00Z. With equal times no file looks newer than its source (make, ninja). The time is after 1980 in every
-/// time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
+/// 2000-01-01T00:00:00Z. With equal times no file looks newer than its source (make, ninja). The time is after 1980 in
+/// every time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
 pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
 
 /// Writes a whole input root into the empty directory `top`. All its files must be leased. If nothing will be created
 /// in it afterwards (`is_complete`), the modes of its directories are set too.
 ///
 /// # Errors
-/// The errors of the store, and those of the checkpoint, which is checked before each file.
+/// The errors of the store and of the checkpoint, which is checked before each file.
 pub(super) fn write(
     inputs: &dyn Inputs,
     top: &File,
@@ -157,12 +157,12 @@ impl<'a> MountPoints<'a> {
     }
 }
 
-/// Creates the directories that the command relies on in an exec root whose files are in place. `is_root`: permissions
-/// do not restrict the command.
+/// Creates the directories that the command relies on in an exec root whose files are in place. `is_root` means that
+/// permissions do not restrict the command.
 ///
 /// # Errors
 /// `Invalid` if a link or file of the tree is in the way of the working directory or of an output's parent, or if a
-/// mode forbids the command to enter its working directory; those of the checkpoint.
+/// mode forbids the command to enter its working directory; the errors of the checkpoint.
 pub(super) fn prepare(
     tree: &InputTree,
     root: ExecRoot<'_>,

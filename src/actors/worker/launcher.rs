@@ -5,8 +5,8 @@
 //! answers when the command and all its descendants are gone. Time limits and cancellation are handled on this side.
 //!
 //! A runner that dies or does not answer is replaced. Its surviving processes become children of this process and are
-//! killed. A command that kills its runner cannot be told apart from other causes: the run is reported as a fault of
-//! this server that is worth a retry, and the scheduler bounds the number of attempts.
+//! killed. The server cannot tell whether the command killed its runner. So it reports the run as a fault of its own
+//! that may be retried, and the scheduler bounds the number of attempts.
 
 mod capture;
 mod cell;

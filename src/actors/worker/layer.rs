@@ -68,7 +68,7 @@ pub fn is_opaque(directory: &File) -> io::Result<bool> {
 /// Replaces a whiteout by an opaque directory, which hides the same entry of the layer below.
 ///
 /// # Errors
-/// `AlreadyExists` if something other than a whiteout is there; those of the file system.
+/// `AlreadyExists` if something other than a whiteout is there; the errors of the file system.
 pub fn make_opaque(parent: &File, name: &str) -> io::Result<File> {
     if !is_whiteout(&dir::stat_at(parent, OsStr::new(name))?) {
         return Err(Errno::EXIST.into());

@@ -1,8 +1,8 @@
 //! Finds the outputs that a command produced, stores them, and reports them in the result (EXE-47 to EXE-58).
 //!
-//! First all outputs are scanned, then the files are stored, each once even if it is part of several outputs. The kind of an
-//! output is that of the node itself: a symbolic link is reported and never followed. The path to an output may only use links
-//! that stay in the input root. The kind of a link target outside of the input root is not examined.
+//! First all outputs are scanned, then the files are stored, each once even if it is part of several outputs. The kind
+//! of an output is the kind of the node itself: a symbolic link is reported and never followed. The path to an output
+//! may only use links that stay in the input root. The kind of a link target outside of the input root is not examined.
 
 pub(super) mod encode;
 pub(super) mod named;
@@ -114,8 +114,8 @@ impl OutputNode {
 /// them from being evicted.
 ///
 /// # Errors
-/// `Precondition` with the name of an output that cannot be stored; those of the store; those of the checkpoint, which
-/// is checked before each file.
+/// `Precondition` with the name of an output that cannot be stored; the errors of the store; the errors of the
+/// checkpoint, which is checked before each file.
 pub(super) fn collect(
     root: ExecRoot<'_>,
     action: &Action,

@@ -1,5 +1,5 @@
-//! Explains a failed run to users: a line for `ExecuteResponse.message`, and a text for `ExecuteResponse.server_logs` (EXE-61).
-//! A successful run has neither and costs nothing here. This file is pure.
+//! Explains a failed run to users: a line for `ExecuteResponse.message`, and a text for `ExecuteResponse.server_logs`
+//! (EXE-61). A successful run has neither and costs nothing here. This file is pure.
 
 use super::{
     clock::{Point, Timeline},
@@ -14,7 +14,8 @@ use std::{
 };
 
 /// Why the sandbox's filter kills a process with SIGSYS.
-const FOREIGN_CALLS: &str = "it used system calls of another architecture, such as those of a 32-bit program, which the \
+const FOREIGN_CALLS: &str = "it used system calls of another architecture, such as the calls of a 32-bit program, \
+                             which the \
                              sandbox forbids (docs/sandbox.md)";
 
 /// The facts of a run, except its ending.
@@ -72,7 +73,7 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
             facts.stdout_bytes,
             facts.stderr_bytes
         ),
-        Ending::Cancelled => "the command was killed because nobody waits for it any more".into(),
+        Ending::Cancelled => "the command was killed because no client waits for it any more".into(),
         Ending::LogTooLong(kind) => format!(
             "the command was killed because it printed more to its {} than the {limit} bytes allowed \
              (execution.max_output_file_gb)",

@@ -7,7 +7,8 @@
 //! If a tool fails, it is ended and the action runs as an ordinary command, as on a server without tools.
 //!
 //! [`Tools`] owns the idle tools of one pool. While a tool serves an action, it belongs to the worker's thread and is
-//! counted by a [`ToolReservation`]. A thread ends tools that were idle for too long. It exits when the [`Tools`] are dropped.
+//! counted by a [`ToolReservation`]. A thread ends tools that were idle for too long. It exits when the [`Tools`] are
+//! dropped.
 
 mod call;
 mod codec;

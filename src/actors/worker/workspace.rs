@@ -172,8 +172,8 @@ impl BuildRoot {
         rfs::statvfs(&self.0.path).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NOEXEC))
     }
 
-    /// The size of the exec directories on disk, including those that are not removed yet. Blocks while it examines every
-    /// file in them.
+    /// The size of the exec directories on disk, including those that are not removed yet. Blocks while it examines
+    /// every file in them.
     pub fn bytes_of_runs(&self) -> u64 {
         let place = self.last_place();
         let entries = dir::entries(&place.handle).into_iter().flatten().map_while(io::Result::ok);
@@ -187,8 +187,8 @@ impl BuildRoot {
         of_runs.map(bytes).fold(0, u64::saturating_add)
     }
 
-    /// Waits until the directories of all runs are removed, for at most `limit`. For a shutdown, when no more runs begin.
-    /// Blocks.
+    /// Waits until the directories of all runs are removed, for at most `limit`. For a shutdown, when no more runs
+    /// begin. Blocks.
     pub fn wait_until_empty(&self, limit: Duration) {
         let left = self.0.remover.wait(limit);
         if left > 0 {

@@ -78,7 +78,7 @@ pub(super) fn bytes_below(root: &File) -> u64 {
 /// the size `before` by more than the limits allow.
 fn measure(root: &File, limits: &Limits, before: Use) -> Use {
     let mut found = Use::default();
-    // The result of a walk that ended early is good enough.
+    // A walk that ended early gives a sufficient result.
     let _ = walk(root, &mut |stat| {
         found.nodes += 1;
         found.bytes = found.bytes.saturating_add((stat.st_blocks.max(0) as u64).saturating_mul(BLOCK));

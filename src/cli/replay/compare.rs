@@ -50,9 +50,9 @@ pub(super) enum RunDifference {
 /// The position of the first difference between two files.
 #[derive(Debug, PartialEq)]
 pub(super) enum FirstDifference {
-    /// This line, counted from 1, is text in both files. The texts are those of each file.
+    /// The first different line, counted from 1, if it is text in both files, with its text in each file.
     Line(u64, String, String),
-    /// At this byte, counted from 1.
+    /// The first different byte, counted from 1.
     Byte(u64),
 }
 

@@ -120,7 +120,7 @@ async fn download(client: &Client, tree: &InputTree, scratch: &Scratch, line: &P
     line.during("downloading", &progress, downloading).await
 }
 
-/// The result that the operation reports or, without one, that of the action cache.
+/// The result that the operation reports or, if it reports none, the result in the action cache.
 async fn recorded(
     client: &Client,
     action: Digest,
@@ -135,8 +135,8 @@ async fn recorded(
     }
     Ok(match client.action_result(action).await? {
         Some(result) => Ok(Recorded { result, source: "the result in the action cache" }),
-        None => Err("the action cache has no result of this action. It keeps those of successful actions only; the result of \
-                     a failed action is known as long as its operation: replay it by the name of the operation"
+        None => Err("the action cache has no result of this action. It only keeps results of successful actions. The \
+                     result of a failed action is kept as long as its operation: replay it by the name of the operation"
             .into()),
     })
 }
@@ -185,7 +185,7 @@ fn unknown_action(digest: Digest, error: Error) -> Error {
              it is not the digest of an action"
         )),
         Error::Invalid(problem) => Error::Invalid(format!(
-            "{problem}. The digest of an action is needed, not that of an output or input"
+            "{problem}. The digest of an action is needed, not the digest of an output or input"
         )),
         error => error,
     }

@@ -42,7 +42,7 @@ const DOWNLOADED_BYTES: u64 = 64 * 1024 * 1024;
 const LAST_LINES: usize = 10;
 /// Number of bytes that are read from the end for that.
 const TAIL_BYTES: u64 = 16 * 1024;
-/// The directory of recorded outputs, next to those of the logs.
+/// The directory of recorded outputs, next to the recorded logs.
 const OUTPUTS: &str = "outputs";
 
 /// Prints to standard error what is about to be run, and in which sandbox.
@@ -89,13 +89,13 @@ pub(super) fn introduce(fetched: &FetchedAction, stage: &ReplayPlace, shell: boo
 fn origin_of_programs(action: &Action, stage: &ReplayPlace) -> String {
     match wanted_image(&action.platform) {
         Ok(Some(name)) if stage.has_images() => {
-            format!("programs and libraries are those of the image {name}")
+            format!("programs and libraries come from the image {name}")
         }
         Ok(Some(name)) => format!(
-            "programs and libraries are those of this machine, not of the image {name}: the configuration has no \
+            "programs and libraries come from this machine, not from the image {name}: the configuration has no \
              [execution.images]"
         ),
-        Ok(None) | Err(_) => "programs and libraries are those of this machine".into(),
+        Ok(None) | Err(_) => "programs and libraries come from this machine".into(),
     }
 }
 
@@ -117,7 +117,7 @@ fn command_line(arguments: &[String]) -> String {
 /// Compares the outcome with the recorded one.
 ///
 /// # Errors
-/// Those of the server from which recorded outputs are read.
+/// The errors of the server from which recorded outputs are read.
 pub(super) async fn conclude(
     fetched: &FetchedAction,
     here: &LocalRun,

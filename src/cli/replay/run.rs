@@ -33,7 +33,7 @@ use std::{
 };
 use tokio::runtime::Handle;
 
-/// Added to the first user of the slots, so that the users differ from those of a root server on this machine.
+/// Added to the first user of the slots, so that the users differ from the users of a root server on this machine.
 const USER_OFFSET: u32 = 10_000;
 
 /// The parts that run an action on this machine.

@@ -63,8 +63,8 @@ pub(super) async fn of_message(message: &impl prost::Message, call: &Call) -> Re
     Ok(Body::from(call.charge(message.encode_to_vec().into())))
 }
 
-/// Lets other requests run between two pieces. The kernel takes megabytes for a client that reads nothing, so that a body would
-/// otherwise be written in one go.
+/// Lets other requests run between two pieces. Otherwise a body could be written without a pause, because the kernel
+/// accepts megabytes for a client that reads nothing.
 async fn give_way() {
     tokio::task::yield_now().await;
 }
@@ -136,8 +136,8 @@ impl UploadBody {
     /// The next decoded bytes; `None` at the end.
     ///
     /// # Errors
-    /// `Invalid` when the bytes do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded` when
-    /// none arrive in time; `Exhausted` when there is no room for a decoder for too long.
+    /// `Invalid` when the bytes do not decode or end early; `OutOfRange` when there are too many; `DeadlineExceeded`
+    /// when none arrive in time; `Exhausted` when there is no room for a decoder for too long.
     pub(super) async fn next(&mut self, call: &Call) -> Result<Option<Bytes>> {
         loop {
             if let Some(piece) = self.decode()? {
@@ -196,8 +196,8 @@ impl UploadBody {
         Ok(())
     }
 
-    /// Collects a small upload of at most `max` bytes in memory. `hold` is called with the size of each piece before it is
-    /// added.
+    /// Collects a small upload of at most `max` bytes in memory. `hold` is called with the size of each piece before it
+    /// is added.
     ///
     /// # Errors
     /// See [`UploadBody::next`]; and the errors of `hold`.

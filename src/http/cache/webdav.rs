@@ -1,8 +1,8 @@
 //! PROPFIND and MKCOL, which WebDAV clients (sccache) send before they write (RFC 4918).
 //!
 //! The store has no directories, so every collection always exists, and creating one changes nothing. The members of a
-//! collection are unknown: a collection is described alone, and a request for everything below it (`Depth: infinity`) is
-//! refused, as the RFC allows. Every response is small.
+//! collection are unknown: a collection is described alone, and a request for everything below it (`Depth: infinity`)
+//! is refused, as the RFC allows. Every response is small.
 
 use super::{COLLECTIONS, Target, VALUES, body::UploadBody, read::value_digest, write::created};
 use crate::{call::Call, http::status};

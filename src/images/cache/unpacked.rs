@@ -1,7 +1,7 @@
 //! [`UnpackedImage`]: an image that is being unpacked into the cache.
 //!
-//! It has a temporary name and reserved room. [`UnpackedImage::finish`] gives it its final name and leases it. If it is dropped
-//! before, the directory is removed and the room is released.
+//! It has a temporary name and reserved room. [`UnpackedImage::finish`] gives it its final name and leases it. If it is
+//! dropped before, the directory is removed and the room is released.
 
 use super::{
     CacheKey, CommandSettings, DESCRIPTION, Description, ImageCache, ImageLease, NEW, ROOT, StoredImage,
@@ -28,7 +28,7 @@ impl ImageCache {
     /// Creates a directory for an image. `None` if the image is already unpacked or being unpacked.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub(in crate::images) fn begin(self: &Arc<Self>, digest: &ImageDigest) -> Result<Option<UnpackedImage>> {
         let key = CacheKey::Image(digest.clone());
         if !self.index().begin(&key) {
@@ -126,7 +126,7 @@ impl UnpackedImage {
     /// Completes the image: renames it to its name and leases it.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// The errors of the file system.
     pub(in crate::images) fn finish(mut self, settings: CommandSettings) -> Result<ImageLease> {
         let cache = self.cache.clone();
         let bytes = cache.index().taken(&self.key);

@@ -1,4 +1,5 @@
-//! Tests: no thread waits for the writer, no line is lost without a report, and lines are delayed only for a limited time.
+//! Tests: no thread waits for the writer, no line is lost without a report, and lines are delayed only for a limited
+//! time.
 
 use super::*;
 use std::{
@@ -6,7 +7,7 @@ use std::{
     sync::mpsc,
 };
 
-/// After this time, anything here counts as stuck.
+/// After this time, a thread or a write counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn report(line: &mut Vec<u8>, lines: u64) {

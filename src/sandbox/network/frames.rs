@@ -167,7 +167,7 @@ mod tests {
     }
 
     proptest! {
-        /// Near the ends of a range, where a wrong mask or jump shows.
+        /// Tests addresses near the ends of a range, where a wrong mask or jump would show.
         #[test]
         fn a_packet_passes_unless_its_destination_is_excluded(
             ranges in prop::collection::vec((address(), 1..=128u8), 0..20),

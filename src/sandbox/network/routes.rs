@@ -25,7 +25,7 @@ const ATTRIBUTE_BYTES: usize = 4;
 
 /// Makes these addresses unreachable in this network namespace.
 pub(super) fn exclude(ranges: &[AddressRange]) -> Result<(), SetupFailure> {
-    // The default protocol is that of routes.
+    // The default protocol of netlink sockets is for routes.
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)
         .step("open a socket for routes")?;
     for range in ranges {

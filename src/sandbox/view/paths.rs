@@ -114,9 +114,7 @@ pub(crate) fn problem(path: &Path) -> Option<&'static str> {
         return Some("is the whole machine; name the directories that actions need");
     }
     if OWN.iter().any(|own| path.starts_with(own)) || path == Path::new(TMP) {
-        return Some(
-            "lies where the sandbox has files of its own (/proc, /dev, /tmp itself, /var/tmp, /build)",
-        );
+        return Some("lies where the sandbox has its own files (/proc, /dev, /tmp itself, /var/tmp, /build)");
     }
     None
 }

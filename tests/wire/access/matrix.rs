@@ -1,5 +1,5 @@
-//! The matrix: every principal, every RPC and HTTP request, every instance. The tables of `docs/securing.md` are the expectation;
-//! unit tests hold them equal to the code.
+//! The matrix: every principal, every RPC and HTTP request, every instance. The tables of `docs/securing.md` are the
+//! expectation; unit tests hold them equal to the code.
 
 use super::{Guarded, call};
 use crate::support::http_client;
@@ -28,8 +28,9 @@ fn table(heading: &str) -> Vec<(Vec<&'static str>, Vec<&'static str>)> {
     rows.collect()
 }
 
-/// A request of an RPC about an instance. It is malformed or about nothing, so that whoever may make it changes nothing. If a method
-/// needs different permissions for different resources, it is about one that needs this permission.
+/// A request of an RPC about an instance. It is malformed or names nothing that exists, so that it changes nothing even
+/// if it is allowed. If a method needs different permissions for different resources, the request names a resource that
+/// needs this permission.
 fn message(path: &str, instance: &str, permission: &str) -> Bytes {
     let inside = |rest: String| if instance.is_empty() { rest } else { format!("{instance}/{rest}") };
     let blob = format!("blobs/{}/1", "0".repeat(64));
@@ -68,15 +69,15 @@ fn principals() -> BTreeMap<&'static str, [BTreeSet<&'static str>; 2]> {
     principals
 }
 
-/// Whether a request of this kind is allowed to somebody with these permissions.
+/// Whether a request of this kind is allowed with these permissions.
 fn is_allowed(path: &str, permission: &str, here: &BTreeSet<&str>, anywhere: bool) -> bool {
     match permission {
         "any" if path.contains("Reflection") => anywhere,
         "any" => !here.is_empty(),
-        // Nobody was told of this output.
+        // No client knows the name of this output.
         "operations.own" if path.contains("ByteStream") => here.contains("operations.all"),
         _ if path.contains("Push/Push") => here.contains("assets") && here.contains("ac.write"),
-        // A list of one's own operations is empty, and one that is unknown belongs to nobody.
+        // The list of the client's own operations is empty, and an unknown operation has no owner.
         "operations.all" if !path.contains("ByteStream") => here.contains("operations.own"),
         _ => here.contains(permission),
     }
@@ -122,7 +123,7 @@ async fn every_principal_may_call_what_its_role_permits_in_its_instances_and_not
                 }
                 cells += 1;
             }
-            // GEN-23: without a credential or with a wrong one.
+            // GEN-23: these requests have no credential or a wrong one.
             let wrong = NewToken::random().unwrap();
             for token in [None, Some(wrong.text.as_str()), Some("x.y.z")] {
                 let code = ask(token).await.err().map_or(Code::Ok, |status| status.code());
@@ -163,7 +164,7 @@ async fn every_principal_may_request_over_http_what_its_role_permits_and_nothing
             for (role, token, permissions) in &tokens {
                 let here = &permissions[at];
                 let allowed = needed.is_empty() || needed.iter().any(|permission| here.contains(permission));
-                // As a token, and as a password for tools that can send nothing else.
+                // The credential is sent as a token, and as a password for tools that can only send passwords.
                 let bearer = ask(&|request| request.bearer_auth(&token.text)).await.status();
                 let basic = ask(&|request| request.basic_auth("x", Some(&token.text))).await.status();
                 for status in [bearer, basic] {

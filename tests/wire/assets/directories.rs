@@ -59,7 +59,7 @@ async fn an_archive_becomes_directories_with_everything_in_the_cas() {
     assert_eq!(tree(&client, below.root_directory_digest).await.len(), 1);
     let none = fetch_directory(&server, &uri, "pkg/nonsense").await;
     assert_eq!(none.status.unwrap().code, Code::NotFound as i32);
-    // Again from the binding, and pushed under another name.
+    // The directory comes from the binding the second time, and is also pushed under another name.
     let hits = origin.hits();
     let again = fetch_directory(&server, &uri, "").await;
     assert_eq!((again.root_directory_digest, origin.hits()), (response.root_directory_digest.clone(), hits));

@@ -29,14 +29,14 @@ pub(super) struct Content {
     pub(super) tags: HashMap<String, String>,
     /// User and password, if it asks for a token.
     pub(super) login: Option<String>,
-    /// What was asked for, with the status of the answer.
+    /// The requested paths, each with the status of the answer.
     pub(super) asked: Vec<(String, u16)>,
     pub(super) address: String,
-    /// The status of all answers, if something is wrong.
+    /// The status of all answers, if the registry is broken.
     pub(super) broken: Option<StatusCode>,
-    /// There is no answer at all.
+    /// Whether the registry sends no answer at all.
     pub(super) is_silent: bool,
-    /// How many requests came.
+    /// The number of requests.
     pub(super) requests: usize,
     /// The address of the host that has the blobs; empty for this one.
     pub(super) redirects_to: String,
@@ -56,7 +56,7 @@ impl TestRegistry {
         self.0.lock().unwrap().address.clone()
     }
 
-    /// How often a path that ends like this was answered with content.
+    /// How often a path with this ending was answered with content.
     pub(super) fn served(&self, end: &str) -> usize {
         self.0
             .lock()

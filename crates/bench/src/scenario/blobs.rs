@@ -1,4 +1,4 @@
-//! Existence checks and batches of small blobs.
+//! Scenarios with existence checks and batches of small blobs.
 
 use super::{prepared, ready, seed};
 use crate::{

@@ -1,4 +1,4 @@
-//! The action cache, and the capabilities.
+//! Scenarios for the action cache and the capabilities.
 
 use super::{prepared, ready, seed};
 use crate::{
@@ -14,7 +14,7 @@ use tonic::Code;
 
 /// Results that are read again and again.
 const RESULTS: usize = 1_000;
-/// One call, one result.
+/// The work of a call that reads or writes one result.
 const ONE: Work = Work { units: 1, bytes: 0 };
 
 pub(super) async fn capabilities(target: &Target, _: usize) -> Result<Box<dyn Workload>> {
@@ -107,7 +107,7 @@ pub(super) async fn miss(target: &Target, _: usize) -> Result<Box<dyn Workload>>
             match target.action_cache().get_action_result(get_request(&target, action)).await {
                 Err(status) if status.code() == Code::NotFound => Ok(ONE),
                 Err(status) => Err(message("GetActionResult", &status)),
-                Ok(_) => Err("GetActionResult gave a result that nobody stored".into()),
+                Ok(_) => Err("GetActionResult gave a result that was never stored".into()),
             }
         }
     }))

@@ -1,4 +1,4 @@
-//! Actions that run.
+//! Scenarios with actions that run.
 
 use super::{prepared, ready, seed};
 use crate::{
@@ -88,7 +88,7 @@ async fn run(
     }
 }
 
-/// Actions that run this command on the input root that `root` gives for a number, each once.
+/// A workload of actions, each with this command and with the input root that `root` returns for its number.
 fn runs<R>(
     target: &Target,
     command: Digest,

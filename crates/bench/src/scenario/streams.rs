@@ -1,4 +1,4 @@
-//! ByteStream: small and large blobs.
+//! Scenarios with ByteStream: small and large blobs.
 
 use super::{
     blobs::{SMALL_BYTES, STORED_BLOBS, stored},
@@ -166,7 +166,7 @@ fn check_zstd(stream: &[u8], blob: &Blob) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Reads a whole blob, as the messages that came.
+/// Reads a whole blob. Returns the data of each message.
 async fn read(target: &Target, name: &str) -> std::result::Result<Vec<Bytes>, String> {
     let request = ReadRequest { resource_name: target.resource(name), ..Default::default() };
     let answer = target.byte_stream().read(request).await;

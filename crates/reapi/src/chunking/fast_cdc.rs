@@ -1,7 +1,7 @@
 //! FastCDC 2020 as the API defines it: normalisation level 2, chunks from a quarter of the average to four times the
 //! average. The gear table holds the MD5 of 64 copies of each byte, and each entry is XORed with the seed.
 //!
-//! The search for a cut is the one of the `fastcdc` crate, which the API names as its reference (CAS-34).
+//! The `fastcdc` crate, which the API names as its reference, searches for the cuts (CAS-34).
 
 use crate::proto::reapi;
 use fastcdc::v2020::{Normalization, cut_gear, get_gear_with_seed, select_masks};

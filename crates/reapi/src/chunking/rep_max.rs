@@ -1,14 +1,15 @@
-//! RepMaxCDC: cuts where a rolling hash over 64 bytes is largest, so that each chunk has one to two times the minimum size.
+//! RepMaxCDC: cuts where a rolling hash over 64 bytes is largest, so that each chunk has one to two times the minimum
+//! size.
 //!
 //! A chunk may end from `min` to `min + horizon` bytes after its start, and at least `min` bytes before the end of the
-//! blob. Some chunk will end at the position in this range with the largest hash (the first one, if several are equal). If
-//! that would make this chunk `2 * min` bytes or longer, the search is repeated in the range that ends `min` bytes before
-//! that position, so that a later chunk can still end there. This continues until a position is near enough. A blob shorter
-//! than `2 * min` is one chunk.
+//! blob. Some chunk will end at the position in this range with the largest hash (the first one, if several are equal).
+//! If that would make this chunk `2 * min` bytes or longer, the search is repeated in the range that ends `min` bytes
+//! before that position, so that a later chunk can still end there. This continues until a position is near enough. A
+//! blob shorter than `2 * min` is one chunk.
 //!
-//! The hash (gear, with FastCDC's table) at a position depends only on the 64 bytes before it. So the largest hash of each
-//! block of positions is kept from chunk to chunk, and a search compares blocks. Only the blocks at the two ends of a range
-//! are hashed again.
+//! The hash (gear, with FastCDC's table) at a position depends only on the 64 bytes before it. So the largest hash of
+//! each block of positions is kept from chunk to chunk, and a search compares blocks. Only the blocks at the two ends
+//! of a range are hashed again.
 
 use crate::proto::reapi;
 use fastcdc::v2020::get_gear_with_seed;
@@ -19,7 +20,8 @@ const HASH_WINDOW: usize = 64;
 /// Range of the minimum size. The API has no upper bound; this one and `MAX_HORIZON` bound the memory of a split.
 const MINIMA: std::ops::RangeInclusive<u32> = 64..=1_048_576;
 const MAX_HORIZON: u32 = 16 * 1_048_576;
-/// Number of positions in a block. A search hashes at most two blocks again and reads one entry for each block in between.
+/// Number of positions in a block. A search hashes at most two blocks again and reads one entry for each block in
+/// between.
 const BLOCK: usize = 4_096;
 
 /// The parameters of RepMaxCDC, within the accepted range.

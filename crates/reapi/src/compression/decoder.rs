@@ -2,67 +2,26 @@
 //!
 //! Invariants: the output never exceeds the limit; the first byte beyond it is an error, so a decompression bomb stops
 //! there. Memory is a window of at most 8 MiB and one piece, whatever the frames request. A decoder with its own budget
-//! ([`Decoder::within`]) never exceeds that, and checks the header of each frame before the library reads it. Every call
-//! ends: its work is proportional to its input and output, and input without output is bounded ([`MAX_BYTES_WITHOUT_OUTPUT`]).
+//! ([`Decoder::within`]) never exceeds that, and checks the header of each frame before the library reads it. Every
+//! call ends: its work is proportional to its input and output, and input without output is bounded
+//! ([`MAX_BYTES_WITHOUT_OUTPUT`]).
 //!
-//! Only frames of the current format and skippable frames are accepted. The library could also read formats older than 1.0,
-//! but their decoders are not maintained.
+//! Only frames of the current format and skippable frames are accepted. The library could also read formats older than
+//! 1.0, but their decoders are not maintained.
 
-use super::PIECE_BYTES;
+use super::{
+    PIECE_BYTES,
+    frame_head::{FRAME_MAGIC, HEAD_MAX_BYTES, SKIPPABLE_MAGIC, WINDOW_MAX_BYTES, WINDOW_MAX_LOG, window},
+};
 use crate::error::{Error, Result};
 use zstd::stream::raw::{DParameter, Decoder as Context, Operation as _};
-
-/// Logarithm of the largest window: 8 MiB, which every decoder must grant and which is the most that clients' levels use.
-pub const WINDOW_MAX_LOG: u32 = 23;
-
-/// The largest window in bytes.
-const WINDOW_MAX_BYTES: u64 = 1 << WINDOW_MAX_LOG;
 
 /// Memory of a decoder besides its window: tables, one piece, and two blocks of input and output, rounded up.
 pub const DECODER_BYTES: u64 = 1024 * 1024;
 
-/// Longest frame header, without the optional content size where the window is known without it: magic number, descriptor,
-/// dictionary, size.
-const HEAD_MAX_BYTES: usize = 4 + 1 + 4 + 8;
-
 /// Most consecutive input bytes without output. A block yields output after 128 KiB and a few bytes; only skippable and
 /// empty frames yield none, and no client needs that many.
 const MAX_BYTES_WITHOUT_OUTPUT: usize = 1024 * 1024;
-
-/// Magic number of a frame, in wire order.
-const FRAME_MAGIC: [u8; 4] = 0xFD2F_B528u32.to_le_bytes();
-/// Magic number of a skippable frame; the lower four bits of the first byte are free.
-const SKIPPABLE_MAGIC: [u8; 4] = 0x184D_2A50u32.to_le_bytes();
-
-/// Whether an accepted frame starts with these bytes.
-pub fn is_frame_magic(magic: [u8; 4]) -> bool {
-    let [first, rest @ ..] = magic;
-    let [skippable, after @ ..] = SKIPPABLE_MAGIC;
-    magic == FRAME_MAGIC || (first & 0xF0 == skippable && rest == after)
-}
-
-/// The window of the frame that starts with these bytes. `None` if the bytes are too few to tell or start a skippable frame
-/// (RFC 8878, 3.1.1.1).
-fn window(head: &[u8]) -> Option<u64> {
-    let (magic, head) = head.split_first_chunk::<4>()?;
-    let (&descriptor, head) = head.split_first()?;
-    if *magic != FRAME_MAGIC {
-        return None;
-    }
-    let is_single_segment = descriptor & 0x20 != 0;
-    if !is_single_segment {
-        let &window = head.first()?;
-        let (exponent, mantissa) = (window >> 3, u64::from(window & 7));
-        let base = 1u64 << (10 + exponent);
-        return Some(base + base / 8 * mantissa);
-    }
-    // In a single-segment frame the content is the window. Its size follows the dictionary id.
-    let dictionary = [0, 1, 2, 4].get(usize::from(descriptor & 3))?;
-    let length = 1 << (descriptor >> 6);
-    let size = head.get(*dictionary..*dictionary + length)?;
-    let value = size.iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte));
-    Some(if length == 2 { value + 256 } else { value })
-}
 
 /// A reservation of memory for the window of one decoder, counted elsewhere. Dropping it returns the memory.
 pub trait Room: Send + Sync {
@@ -139,9 +98,9 @@ impl Decoder {
     /// Decodes the next bytes of the stream completely and passes the output to `take` in non-empty pieces.
     ///
     /// # Errors
-    /// `Invalid` when the bytes are not a zstd stream, need too large a window or yield more than the limit; `Exhausted`
-    /// when there is no memory for a later frame's larger window; the errors of `take`. The decoder cannot be used after an
-    /// error.
+    /// `Invalid` when the bytes are not a zstd stream, need too large a window or yield more than the limit;
+    /// `Exhausted` when there is no memory for a later frame's larger window; the errors of `take`. The decoder cannot
+    /// be used after an error.
     pub fn decode(&mut self, mut input: &[u8], mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         while let Some(piece) = self.next(&mut input)? {
             take(piece)?;
@@ -149,8 +108,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// Decodes the next non-empty piece and removes its input from the front of `input`. `None` when all input is consumed
-    /// and all output was returned.
+    /// Decodes the next non-empty piece and removes its input from the front of `input`. `None` when all input is
+    /// consumed and all output was returned.
     ///
     /// # Errors
     /// As [`Decoder::decode`].
@@ -441,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn the_head_of_a_frame_says_what_it_takes() {
+    fn the_head_of_a_frame_says_how_much_memory_it_takes() {
         let none =
             |head: &[u8]| assert_eq!(Decoder::memory(head, u64::MAX), DECODER_BYTES + WINDOW_MAX_BYTES);
         for log in [17, 21, WINDOW_MAX_LOG] {
@@ -451,17 +410,8 @@ mod tests {
             assert_eq!(Decoder::memory(&stream, 1_000), DECODER_BYTES + 1_000);
             none(&stream[..5]);
         }
-        for size in [0, 1, 255, 256, 257, 65_791, 65_792, 1_000_000] {
-            let frame = zstd::bulk::compress(&vec![7; size], 1).unwrap();
-            let is_single_segment = frame[4] & 0x20 != 0;
-            assert!(!is_single_segment || window(&frame) == Some(size as u64), "{size}");
-            assert!(window(&frame).is_some_and(|window| window >= 1 << 10 || is_single_segment));
-        }
         none(&skippable(100));
         none(b"");
-        // The largest window that a header can express, and a single segment larger than 2^63 bytes.
-        assert_eq!(window(&[&FRAME_MAGIC[..], &[0, 0xFF]].concat()), Some((1 << 41) / 8 * 15));
-        assert_eq!(window(&[&FRAME_MAGIC[..], &[0xE0], &[0xFF; 8]].concat()), Some(u64::MAX));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! [`Encoder`]: compresses pieces of a blob to frames.
 //!
-//! Each frame holds at most [`CHUNK_BYTES`] of the blob, states its content size, and does not depend on earlier frames.
-//! Its window is its content, far below what decoders grant by default (BS-13). Incompressible content is stored
-//! uncompressed in its frame, which costs 10 bytes and no decoding time.
+//! Each frame holds at most [`CHUNK_BYTES`] of the blob, states its content size, and does not depend on earlier
+//! frames. Its window is its content, far below what decoders grant by default (BS-13). Incompressible content is
+//! stored uncompressed in its frame, which costs 10 bytes and no decoding time.
 
 use super::{CHUNK_BYTES, saves};
 use crate::error::{Error, Result};

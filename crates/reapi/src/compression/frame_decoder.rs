@@ -1,7 +1,8 @@
 //! [`FrameDecoder`]: decodes single frames of a stream that this server made, in any order.
 //!
-//! The frames are in memory and their content has a known size, so no window is kept between calls. The input may be damaged:
-//! then the answer is an error or other bytes of the right length, and the caller checks which by a checksum or digest.
+//! The frames are in memory and their content has a known size, so no window is kept between calls. The input may be
+//! damaged. Then the result is an error, or wrong bytes of the right length, which the caller detects by a checksum or
+//! digest.
 
 use crate::error::{Error, Result};
 
@@ -19,7 +20,7 @@ impl FrameDecoder {
         Ok(Self { context: zstd::bulk::Decompressor::new().map_err(Error::internal)? })
     }
 
-    /// The content of a frame, or of several in a row, which has `plain` bytes.
+    /// The content of one or several consecutive frames, which must have `plain` bytes.
     ///
     /// # Errors
     /// `Invalid` when the bytes are not frames with a content of this size.

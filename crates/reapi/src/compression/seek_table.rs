@@ -1,8 +1,8 @@
 //! [`SeekTable`]: which bytes of the blob each frame of a stored stream holds.
 //!
-//! On disk the table is the last frame of the stream: a skippable frame in zstd's seekable format, so any tool can read a
-//! stored stream as a `.zst` file. When a table is read back, only its arithmetic is checked. Whether the frames match it
-//! becomes known when they are decoded.
+//! On disk the table is the last frame of the stream: a skippable frame in zstd's seekable format, so any tool can read
+//! a stored stream as a `.zst` file. When a table is read back, only its arithmetic is checked. A mismatch with the
+//! frames shows when they are decoded.
 
 use crate::error::{Error, Result};
 use std::ops::Range;
@@ -44,8 +44,8 @@ impl SeekTable {
         self.ends.last().copied().unwrap_or_default()
     }
 
-    /// The first frame that starts at or after `offset` of the blob, as its positions in the blob and in the stream. The
-    /// ends of both if there is none.
+    /// The first frame that starts at or after `offset` of the blob, as its positions in the blob and in the stream. If
+    /// there is none, the ends of the blob and of the stream.
     pub fn frame_from(&self, offset: u64) -> (u64, u64) {
         if offset == 0 {
             return (0, 0);

@@ -1,8 +1,8 @@
 //! SHA256TREE: SHA-256 of each KiB, joined by a binary tree (see DigestFunction in the API).
 //!
-//! The hash of a blob of at most [`LEAF_BYTES`] is its SHA-256. A larger blob is split after the largest power of two that
-//! leaves a non-empty right part. The concatenated hashes of both parts are one block for the compression function of
-//! SHA-256, which starts from other constants and omits the final addition.
+//! The hash of a blob of at most [`LEAF_BYTES`] is its SHA-256. A larger blob is split after the largest power of two
+//! that leaves a non-empty right part. The concatenated hashes of both parts are one block for the compression function
+//! of SHA-256, which starts from other constants and omits the final addition.
 //!
 //! Memory is one hash per level: two subtrees of equal size are joined at once.
 
@@ -90,8 +90,8 @@ mod tests {
         join(&by_definition(left), &by_definition(right))
     }
 
-    /// Values from an independent implementation, written from the definition in another language for this test, without a
-    /// library for the compression function.
+    /// Values from an independent implementation, written from the definition in another language for this test,
+    /// without a library for the compression function.
     #[test]
     fn known_blobs_have_their_known_hashes() {
         for (size, hash) in [

@@ -1,4 +1,4 @@
-//! The messages here against the generated ones.
+//! Compares the hand-written messages with the generated ones.
 
 use super::*;
 use crate::error::Error;
@@ -6,7 +6,7 @@ use proptest::{collection::vec, prelude::*};
 
 const FIELD: &str = "blob_digests";
 
-/// What a client may write in the place of a hash.
+/// Bytes that a client may write in place of a hash.
 fn hash() -> impl Strategy<Value = Vec<u8>> {
     let lengths = prop_oneof![
         8 => Just(64usize), 2 => Just(32), 2 => Just(40), 1 => Just(96), 1 => Just(128), 1 => 0..140usize
@@ -28,7 +28,7 @@ fn hash() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// A key and its content, as in a message; not always what the type has.
+/// A key and its content as in a message. The type may not have such a field.
 fn field(key: u8, content: &[u8]) -> Vec<u8> {
     let mut bytes = vec![key];
     if key & 7 == 2 {
@@ -43,7 +43,7 @@ fn number() -> impl Strategy<Value = Vec<u8>> {
     (number, 0..3usize).prop_map(|(number, longer)| {
         let mut bytes = Vec::new();
         encoding::encode_varint(number, &mut bytes);
-        // A number may be written longer than it needs to be, up to ten bytes.
+        // A number may be written with more bytes than necessary, up to ten.
         for _ in 0..longer.min(9usize.saturating_sub(bytes.len())) {
             *bytes.last_mut().unwrap() |= 0x80;
             bytes.push(0);
@@ -52,7 +52,7 @@ fn number() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// A Digest as it is usually written, or with any fields in any order.
+/// A Digest in its usual form, or with any fields in any order.
 fn digest() -> impl Strategy<Value = Vec<u8>> {
     let usual =
         (hash(), number()).prop_map(|(hash, size)| [field(TEXT_1, &hash), field(NUMBER_2, &size)].concat());
@@ -78,13 +78,13 @@ fn request() -> impl Strategy<Value = Vec<u8>> {
     ];
     (vec(fields, 0..30), 0..20usize).prop_map(|(fields, cut)| {
         let mut message = fields.concat();
-        // The last one is cut off now and then.
+        // The last field is sometimes truncated.
         message.truncate(message.len() - if cut < 3 { cut.min(message.len()) } else { 0 });
         message
     })
 }
 
-/// What [`UnresolvedDigests::resolve`] has to say.
+/// The expected result of [`UnresolvedDigests::resolve`].
 fn resolve(wire: &reapi::FindMissingBlobsRequest, function: DigestFunction) -> Result<Vec<Digest>> {
     wire.blob_digests.iter().map(|digest| Digest::from_wire(function, Some(digest), FIELD)).collect()
 }
@@ -93,7 +93,7 @@ proptest! {
     /// GEN-01..05, GEN-08, CAS-06.
     #[test]
     fn a_request_is_decoded_as_the_generated_one_is(bytes in request(), piece in 1..100usize) {
-        // Also where it lies in pieces.
+        // The message is also decoded from two pieces.
         let (first, second) = bytes.split_at(piece.min(bytes.len()));
         for read in [FindMissingBlobsRequest::decode(&*bytes), FindMissingBlobsRequest::decode(first.chain(second))] {
             let (ours, theirs) = match (read, reapi::FindMissingBlobsRequest::decode(&*bytes)) {
@@ -108,7 +108,7 @@ proptest! {
             for &function in DigestFunction::ALL {
                 prop_assert_eq!(ours.blob_digests.clone().resolve(function, FIELD), resolve(&theirs, function));
             }
-            // Whatever lengths an instance knows, it finds the same first one.
+            // For any set of lengths that an instance knows, both forms lead to the same first one.
             for known in 0..1u32 << 5 {
                 let known = |chars: &usize| {
                     [32, 40, 64, 96, 128].iter().position(|c| c == chars).is_some_and(|at| known >> at & 1 == 1)
@@ -161,7 +161,7 @@ fn only_the_first_malformed_digest_is_kept() {
     assert_eq!(refusal, Error::Invalid("blob_digests is not set".into()));
 }
 
-/// Its memory is bounded by its length, so nothing has to be measured before it is decoded.
+/// The memory of a request is bounded by its length, so it need not be measured before it is decoded.
 #[test]
 fn a_decoded_request_takes_a_few_times_its_length_at_most() {
     const COUNT: u32 = 1_001;
@@ -169,7 +169,7 @@ fn a_decoded_request_takes_a_few_times_its_length_at_most() {
         let mut bytes = Vec::new();
         for n in 0..COUNT {
             if n % gap == 0 {
-                // Another field hides how many digests follow.
+                // Another field hides the number of the digests that follow.
                 encoding::int32::encode(DIGEST_FUNCTION, &1, &mut bytes);
             }
             let digest = reapi::Digest { hash: format!("{n:032x}"), size_bytes: 0 };

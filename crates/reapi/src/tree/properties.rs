@@ -1,7 +1,7 @@
 //! Node properties: the metadata of a file, directory or symbolic link besides its name and content.
 //!
-//! goREgo applies the mode and the mtime (EXE-37). It keeps all other properties as the client sent them, because a worker
-//! may need them: Bazel marks the tools of persistent workers with `bazel_tool_input`. A node may have at most
+//! goREgo applies the mode and the mtime (EXE-37). It keeps all other properties as the client sent them, because a
+//! worker may need them: Bazel marks the tools of persistent workers with `bazel_tool_input`. A node may have at most
 //! [`MAX_PROPERTIES`] of them, and the memory that they take counts in [`Directory::memory`](super::Directory::memory).
 
 use crate::{

@@ -1,8 +1,8 @@
-//! [`Layout`]: the fields of a message and the memory that they take, computed from the descriptors from which the messages
-//! were generated.
+//! [`Layout`]: the fields of a message and the memory that they take, computed from the descriptors from which the
+//! messages were generated.
 //!
-//! Sizes are the sizes of the generated Rust structs, rounded up where the layout is not known; a test compares them with
-//! `size_of`.
+//! Sizes are the sizes of the generated Rust structs, rounded up where the layout is not known; a test compares them
+//! with `size_of`.
 
 use prost::Message as _;
 use prost_types::{
@@ -26,9 +26,9 @@ const POINTER_BYTES: u32 = 8;
 pub struct Layout {
     /// Size of the struct without what it points to.
     pub size: u32,
-    /// Sorted by field number.
+    /// The fields of the message, sorted by field number.
     fields: Vec<Field>,
-    /// Whether there are bytes in it, at whatever depth.
+    /// Whether a field at any depth is of the type `bytes`.
     pub has_bytes: bool,
 }
 
@@ -53,7 +53,7 @@ pub enum Kind {
     Number(u32),
     /// Text, without an inner structure.
     Text,
-    /// Bytes, which refer to those that were decoded.
+    /// Bytes, which refer to the bytes of the encoded message.
     Bytes,
     /// A message with this layout.
     Message(usize),
@@ -137,7 +137,7 @@ impl Layouts {
         self.any_field(layout, |field| field.repeated)
     }
 
-    /// Whether a message of this layout may have a field like this, at whatever depth.
+    /// Whether a message of this layout may have a field like this, at any depth.
     fn any_field(&self, layout: &Layout, is_it: impl Fn(&Field) -> bool) -> bool {
         let mut seen = vec![false; self.layouts.len()];
         let mut stack = vec![layout];

@@ -1,5 +1,5 @@
-//! CAP: the capabilities of a server, compared with its behaviour. Versions and lists first, then the features that they
-//! claim.
+//! CAP: the capabilities of a server, compared with its behaviour. The checks of versions and lists come first, then
+//! the checks of the claimed features.
 
 use super::Beyond;
 use crate::{
@@ -126,7 +126,7 @@ async fn every_listed_digest_function_works(s: Session) -> Verdict {
     for function in s.functions() {
         s.case(function.name(), async {
             let s = s.with_function(function);
-            // Long enough that SHA256TREE differs from SHA256.
+            // These blobs are long enough that SHA256TREE differs from SHA256.
             let (streamed, batched) = (s.blob(3000), s.blob(3000));
             s.store(&[&batched]).await.own()?;
             s.write(&streamed).await.wanted("an upload is accepted")?;
@@ -282,7 +282,7 @@ async fn batch_compressors_are_accepted_exactly_as_listed(s: Session) -> Verdict
             let blob = s.text(1000);
             let mut item = s.item(&blob);
             item.compressor = number;
-            // Unknown compressors are refused by number, whatever the data.
+            // Unknown compressors are refused by number, for any data.
             item.data = compress(&blob.data)?;
             if listed.contains(&number) && number != ZSTD {
                 return Ok(());
@@ -323,7 +323,7 @@ async fn blobs_above_the_largest_size_are_refused(s: Session) -> Verdict {
         refused.refused("a blob of one byte more", &codes)?;
         return Ok(());
     }
-    // Too large to send. The name announces the size, and a server that checks it refuses at once.
+    // Such a blob is too large to send. The name announces the size, and a server that checks it refuses at once.
     let mut blob = s.blob(1000);
     blob.digest.size_bytes = limit.saturating_add(1);
     let messages = partial_upload(&s.write_name(&blob), &blob.data, 1000);
@@ -419,7 +419,7 @@ async fn every_connection_gets_the_same_answer_quickly(s: Session) -> Verdict {
                 let answer = capabilities(&s).await.wanted("GetCapabilities answers")?;
                 times.push(begin.elapsed());
                 let begin = Instant::now();
-                // An unimplemented call needs no processing, whatever the answer.
+                // An unimplemented call needs no processing, so its answer does not matter.
                 let _ = raw::call(
                     s.service(),
                     raw::path::NO_SUCH_METHOD,

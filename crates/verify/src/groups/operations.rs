@@ -109,8 +109,8 @@ async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
     cancel(&s, &name).await.wanted("CancelOperation of a finished operation is OK")?;
     let unknown = cancel(&s, &unknown_name_like(&name)).await;
     unknown.refused("CancelOperation of an unknown operation", &[Code::NotFound])?;
-    // Works only if this action runs on the same machine: a process that it finds proves a fault, but finding none proves
-    // nothing.
+    // Works only if this action runs on the same machine: a process that it finds proves a fault, but finding none
+    // proves nothing.
     let look = format!(
         "for process in /proc/[0-9]*; do line=$(tr '\\0' ' ' < $process/cmdline 2>/dev/null)
          case \"$line\" in '{sleep} ') echo alive;; esac; done; exit 0"
@@ -123,8 +123,8 @@ async fn a_cancelled_operation_ends_inside_its_response(s: Session) -> Verdict {
     .await
 }
 
-/// Two clients with separate connections run one action. Returns the stream and name of the first, and the stream of the
-/// other.
+/// Two clients with separate connections run one action. Returns the stream and name of the first, and the stream of
+/// the other.
 async fn two_clients(
     s: &Session,
 ) -> Verdict<(crate::actions::OperationStream, String, crate::actions::OperationStream)> {

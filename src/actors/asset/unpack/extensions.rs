@@ -1,4 +1,5 @@
-//! [`Extensions`]: the extension headers of tar archives (GNU and PAX), as far as an unpacked tree depends on them. Pure.
+//! [`Extensions`]: the extension headers of tar archives (GNU and PAX), as far as an unpacked tree depends on them.
+//! Pure.
 
 use tar::{EntryType, PaxExtensions};
 

@@ -1,8 +1,8 @@
 //! [`ZstdFrames`]: decodes a zstd stream frame by frame and checks the magic number of each frame.
 //!
-//! By itself, the library continues with the next frame. If it is built with legacy support, it also decodes frames of the
-//! formats before 1.0, with code that is no longer maintained and must not get untrusted input. (This crate cannot disable that
-//! feature alone, because other dependencies enable it too.)
+//! By itself, the library continues with the next frame. If it is built with legacy support, it also decodes frames of
+//! the formats before 1.0, with code that is no longer maintained and must not get untrusted input. (This crate cannot
+//! disable that feature alone, because other dependencies enable it too.)
 
 use super::ZSTD_WINDOW_LOG_MAX;
 use gorego_reapi::compression::is_frame_magic;

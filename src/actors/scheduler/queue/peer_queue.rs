@@ -2,15 +2,15 @@
 //!
 //! The order:
 //! 1. Tasks of one priority are a class. The most urgent class is served first.
-//! 2. A class that is due ([`Ranks`]) gets every second turn; of several due classes, the most overdue one. It does not get all
-//!    turns, because otherwise an old backlog would delay everything new until it is gone.
-//! 3. In a class, the build with the fewest running tasks of this class is next; among equals, the one that was served or
-//!    arrived the longest time ago. So builds share the turns of their class, however many tasks each one queues.
+//! 2. A class that is due ([`Ranks`]) gets every second turn; of several due classes, the most overdue one. It does not
+//!    get all turns, because otherwise an old backlog would delay everything new until it is gone.
+//! 3. In a class, the build with the fewest running tasks of this class is next; among equals, the one that was served
+//!    or arrived the longest time ago. So builds share the turns of their class, however many tasks each one queues.
 //! 4. In a build, tasks go in order of age.
 //!
-//! Why no build starves: each turn of a class goes to a build with the least load, which then moves behind its equals. So a build
-//! without a running task is served within as many turns of its class as there are builds in it. A class is either the most
-//! urgent one or becomes due, and then at most every second turn goes to another class.
+//! Why no build starves: each turn of a class goes to a build with the least load, which then moves behind its equals.
+//! So a build without a running task is served within as many turns of its class as there are builds in it. A class is
+//! either the most urgent one or becomes due, and then at most every second turn goes to another class.
 
 use super::{Build, QueueEntry, ranks::Ranks};
 use crate::actors::worker::messages::TaskId;
@@ -49,7 +49,7 @@ struct Class {
     /// A task that several builds wait for is listed for each of them.
     tasks: BTreeMap<(TaskId, Build), Instant>,
     builds: HashMap<Build, WaitingBuild>,
-    /// (tasks running, turn, build): the least is next.
+    /// The builds by number of running tasks, then by turn. The first one is next.
     order: BTreeSet<(usize, u64, Build)>,
 }
 
@@ -112,8 +112,8 @@ impl PeerQueue {
     pub(super) fn order(&self) -> Vec<(i32, TaskId)> {
         let mut order = Vec::new();
         for (&priority, class) in &self.classes {
-            // After `i` of its tasks, a build has `running + i` running tasks. It is behind equals of which fewer tasks were
-            // taken, because their last turn is longer ago.
+            // After `i` of its tasks, a build has `running + i` running tasks. It is behind equals of which fewer tasks
+            // were taken, because their last turn is longer ago.
             let waiting = class.builds.values().flat_map(|waiting| {
                 let entry = |(i, &task)| (waiting.turn.running + i, i, waiting.turn.at, task);
                 waiting.tasks.iter().enumerate().map(entry)

@@ -1,21 +1,22 @@
-//! [`Ranks`]: which of several priorities is the most urgent, and which have waited long enough to make up for the difference.
+//! [`Ranks`]: which of several priorities is the most urgent, and which have waited long enough to make up for the
+//! difference.
 //!
-//! A task gains one step of priority for every interval (`step`) that it waits. A priority whose oldest task has made up for
-//! the difference to the most urgent priority is *due*. No difference counts for more than [`STEPS_MAX`] steps. Tasks that have
-//! waited that long come before all others that are due, the oldest first. Clients choose their priorities, and a large
-//! difference would otherwise mean that a task waits for ever.
+//! A task gains one step of priority for every interval (`step`) that it waits. A priority whose oldest task has made
+//! up for the difference to the most urgent priority is *due*. No difference counts for more than [`STEPS_MAX`] steps.
+//! Tasks that have waited that long come before all others that are due, the oldest first. Clients choose their
+//! priorities, and a large difference would otherwise mean that a task waits for ever.
 //!
 //! No timer has to move tasks. A task of priority `p` that was queued at `t` is as urgent as a new one of
-//! priority `b` when `p - (now - t) / step <= b`, which is `t + p * step <= now + b * step`: the left side never changes, so
-//! priorities can be kept in order of the left side of their oldest task.
+//! priority `b` when `p - (now - t) / step <= b`, which is `t + p * step <= now + b * step`: the left side never
+//! changes, so priorities can be kept in order of the left side of their oldest task.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
-/// Most steps of priority that a task has to make up for. By default a step is a minute and this is an hour. That is more than
-/// teams need to order their builds, and less than a task may wait.
+/// Most steps of priority that a task has to make up for. By default a step is a minute and this is an hour. That is
+/// more than teams need to order their builds, and less than a task may wait.
 pub(crate) const STEPS_MAX: u32 = 60;
 
 /// Priorities with waiting tasks, each with the submission time of its oldest task. Setting one costs O(log n).

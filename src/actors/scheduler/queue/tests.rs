@@ -109,7 +109,7 @@ fn place_of(from: u8, priority: i32, build: u64, task: u64, since: Instant) -> Q
     QueueEntry { priority, owner, task: TaskId(task), since, followed: true }
 }
 
-/// For a single peer.
+/// An entry of a single peer.
 fn entry(priority: i32, build: u64, task: u64, since: Instant) -> QueueEntry {
     place_of(1, priority, build, task, since)
 }
@@ -223,7 +223,7 @@ proptest! {
         prop_assert_eq!(told, taken);
     }
 
-    /// Whatever the loads are: a build without running tasks waits for each other build at most once.
+    /// A build without running tasks waits for each other build at most once, whatever the loads are.
     #[test]
     fn a_build_that_runs_nothing_is_served_within_as_many_turns_as_there_are_builds(
         steps in vec((0..6u64, any::<bool>(), any::<usize>()), 1..200),
@@ -290,7 +290,7 @@ proptest! {
     }
 }
 
-/// However far apart the priorities are, and even if all other tasks are due as well.
+/// This holds for any two priorities, even if all other tasks are due as well.
 #[test]
 fn no_difference_of_priority_is_too_large_to_be_made_up_for() {
     let (start, mut queue) = (Instant::now(), Queue::new(STEP));
@@ -336,7 +336,7 @@ fn builds_share_the_slots_evenly() {
 }
 
 proptest! {
-    /// Whatever priorities and builds the other peers use, and however long their tasks have waited.
+    /// This holds for any priorities and builds of the other peers, and however long their tasks have waited.
     #[test]
     fn a_peer_that_runs_nothing_is_served_within_as_many_turns_as_there_are_peers(
         hostile in vec((2..6u8, any::<i32>(), any::<u64>(), 0..10_000u64), 1..100), ended in any::<u64>(),

@@ -32,12 +32,12 @@ pub const BUFFER_BYTES: usize = 64 * 1024;
 /// times faster than expected, or leaves half of each page of the pipe empty.
 const GOAL_PART: u32 = 4;
 /// Longest pause after a read. A command that prints a byte at a time wakes the runner at most 500 times a second. A
-/// command that prints a lot after a silence waits this long once.
+/// command that prints a lot after a pause waits this long once.
 const READ_PAUSE: Duration = Duration::from_millis(2);
 /// A shorter pause is skipped, because the kernel would make it longer.
 const SHORTEST_PAUSE: Duration = Duration::from_micros(200);
 
-/// Both outputs of a command.
+/// The standard output and standard error of a command.
 pub struct Capture {
     stdout: Stream,
     stderr: Stream,

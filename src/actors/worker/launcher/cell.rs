@@ -38,7 +38,8 @@ use std::{
 const CELL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a command must run before the next cell is started at the same time. A shorter command is answered first.
 const PREPARE_AFTER: Duration = Duration::from_millis(2);
-/// Maximum number of ended cells that the kernel is still tearing down. Above it, the runner waits for the oldest.
+/// Maximum number of ended cells that the kernel is still tearing down. If there are more, the runner waits for the
+/// oldest.
 const MOST_ENDED: usize = 4;
 /// Maximum number of cells that wait for a command. Each is of another kind.
 const MOST_READY: usize = 2;
@@ -273,8 +274,8 @@ impl Cell {
         Ok(cell)
     }
 
-    /// Whether the files and the network of the cell are as they would be in a new one. `view` is the number of the current
-    /// view.
+    /// Whether the files and the network of the cell are as they would be in a new one. `view` is the number of the
+    /// current view.
     fn is_current(&self, view: u64) -> bool {
         self.view == view && self.gateway.as_ref().is_none_or(Gateway::is_current)
     }

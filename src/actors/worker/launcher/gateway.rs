@@ -1,8 +1,8 @@
 //! The gateway of a cell whose command may use a network ([`crate::sandbox::network`]): two processes beside the cell.
 //!
 //! The first one is a fork of the runner. When the cell has made its network namespace, this process starts the second
-//! one, `pasta`, and puts the filter of frames onto the interface that pasta has made in the cell. Only then does it
-//! tell the cell that the network works. If any of this fails, the cell fails.
+//! one, `pasta`, and puts the filter of frames onto the interface that pasta has made in the cell. Then it tells the
+//! cell that the network works. If a step fails, the cell fails.
 //!
 //! Both end with the cell: the first process of the cell keeps a socket to the gateway open, and the gateway notices
 //! when that socket is closed. Both also die with their parents, so no process is left when the runner is killed.
@@ -73,7 +73,7 @@ impl Gateway {
         Ok(Self { process, pidfd, host })
     }
 
-    /// Whether the addresses of the host are still those that the filter drops.
+    /// Whether the host still has the addresses that it had when the filter was made.
     pub(super) fn is_current(&self) -> bool {
         host_addresses().is_ok_and(|host| host == self.host)
     }
@@ -164,7 +164,7 @@ fn open(plan: &GatewayPlan<'_>, cell: Pid, host: &[IpAddr]) -> Result<(Child, Pi
         .stdout(Stdio::from(OwnedFd::from(theirs.try_clone().step("make a pipe")?)))
         .stderr(Stdio::from(OwnedFd::from(theirs)));
     if let Some((user, group)) = plan.owner {
-        // Without supplementary groups, because this process is root.
+        // Supplementary groups are dropped, because this process is root.
         command.uid(user).gid(group);
     }
     sys::let_die_with_parent(&mut command);
@@ -193,8 +193,8 @@ fn arguments(resolver: Option<&Resolver>) -> Vec<OsString> {
     add(&["--config-net", "--ns-ifname", INTERFACE, "--netmask", &BITS_V4.to_string()]);
     add(&["--address", &ADDRESS_V4.to_string(), "--gateway", &GATEWAY_V4.to_string()]);
     add(&["--address", &ADDRESS_V6.to_string(), "--gateway", &GATEWAY_V6.to_string()]);
-    // pasta takes the first name server of the host's resolv.conf. It must not be named here: with `--dns`, versions of 2023
-    // no longer read that file, and do not pass on queries to the server that is named.
+    // pasta takes the first name server of the host's resolv.conf. It must not be named here: with `--dns`, versions of
+    // 2023 no longer read that file, and do not pass on queries to the server that is named.
     if let Some(resolver) = resolver {
         add(&["--dns-forward", &resolver.inside().to_string()]);
     }
@@ -237,7 +237,7 @@ fn complaint(text: &str) -> String {
 
 /// Installs the filter on the interface that pasta has open.
 fn filter(pasta: &Child, host: &[IpAddr]) -> Result<(), SetupFailure> {
-    let step = "filter what the network of the sandbox carries";
+    let step = "filter the traffic of the sandbox's network";
     let process = i32::try_from(pasta.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH).step(step)?;
     let pidfd = pidfd_open(process, PidfdFlags::empty()).step(step)?;
     // An ordinary user may not list the descriptors in /proc, because pasta has protected itself from being traced.

@@ -41,8 +41,8 @@ pub fn descendants(of: u32, most: usize) -> Vec<u32> {
 
 /// How long to keep killing orphans. Survivors hang in the kernel and are left alone.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
-/// Pause between two searches for orphans. Their deaths cannot be awaited: to wait for any child would reap the children of other
-/// threads.
+/// Pause between two searches for orphans. Their deaths cannot be awaited: to wait for any child would reap the
+/// children of other threads.
 const ORPHAN_ROUND: Duration = Duration::from_millis(1);
 
 /// Kills and reaps the orphans of runners that have died. This process must be a child subreaper. Its own children are

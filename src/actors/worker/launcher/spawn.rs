@@ -25,7 +25,8 @@ pub struct Plan {
     pub environment: Vec<CString>,
     /// Descriptor of the working directory.
     pub working_directory: RawFd,
-    /// Descriptor that becomes standard input; `None` to inherit that of this process, which is /dev/null.
+    /// Descriptor that becomes standard input; `None` to inherit the standard input of this process, which is
+    /// /dev/null.
     pub stdin: Option<RawFd>,
     /// Descriptor that becomes standard output.
     pub stdout: RawFd,
@@ -87,8 +88,8 @@ pub fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
         error: 0,
     };
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
-    // SAFETY: the stack is ours, writable and not in use; everything that `args` points to outlives the call, and the call
-    // returns only after the child has left our memory by exec or exit.
+    // SAFETY: the stack is ours, writable and not in use; everything that `args` points to outlives the call, and the
+    // call returns only after the child has left our memory by exec or exit.
     let pid = unsafe { libc::clone(child, stack.top(), flags, ptr::from_mut(&mut args).cast()) };
     if pid < 0 {
         return Err(io::Error::last_os_error());
@@ -120,8 +121,8 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
 /// Runs in the child on its own stack. It shares the memory of the runner, which is suspended meanwhile.
 extern "C" fn child(args: *mut c_void) -> c_int {
     let args = args.cast::<ChildArgs>();
-    // SAFETY: `spawn` passes a ChildArgs that lives until this process execs or exits, and nobody else touches it. Only
-    // async-signal-safe functions are called.
+    // SAFETY: `spawn` passes a ChildArgs that lives until this process execs or exits, and no other code accesses it.
+    // Only async-signal-safe functions are called.
     unsafe {
         let error = prepare_and_exec(&*args);
         ptr::write_volatile(&raw mut (*args).error, error);

@@ -12,7 +12,7 @@ use std::{
 
 /// Closes every descriptor from `first` on.
 ///
-/// For the start of a process, before it has opened any descriptor that it will use.
+/// To be called at the start of a process, before it has opened any descriptor that it will use.
 ///
 /// # Errors
 /// On kernels before Linux 5.9.
@@ -24,7 +24,7 @@ pub fn close_from(first: RawFd) -> io::Result<()> {
 
 /// Closes every descriptor except these.
 ///
-/// For the start of a process that uses no other inherited descriptor.
+/// To be called at the start of a process that uses no other inherited descriptor.
 ///
 /// # Errors
 /// On kernels before Linux 5.9.
@@ -97,7 +97,7 @@ pub fn default_signals() {
 /// # Errors
 /// The errors of the system calls.
 pub fn watch_children() -> io::Result<OwnedFd> {
-    // SAFETY: the sets are initialised before use, and signalfd returns a descriptor that nobody else owns.
+    // SAFETY: the sets are initialised before use, and signalfd returns a descriptor that has no other owner.
     unsafe {
         let (mut all, mut deaths) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);

@@ -304,7 +304,7 @@ struct ToolEvents {
 }
 
 impl Sample {
-    /// The times in `/proc/PID/stat`: those of the process and of the children that it has reaped.
+    /// The CPU times in `/proc/PID/stat`, of the process and of the children that it has reaped.
     fn of_stat(stat: &str) -> Option<Self> {
         // The name of the program is in parentheses, and may itself contain parentheses and spaces.
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
@@ -339,9 +339,7 @@ fn describe_ending(ended: &Ended) -> String {
         Ended { incomplete_log: Some(IncompleteLog { errno: 0, .. }), .. } => {
             format!("it printed more than {MAX_LOG_BYTES} bytes to its standard error")
         }
-        Ended { incomplete_log: Some(_), .. } => {
-            "what it printed to its standard error could not be kept".into()
-        }
+        Ended { incomplete_log: Some(_), .. } => "its standard error could not be kept".into(),
         Ended { not_started: errno @ 1.., .. } => {
             format!("it could not be started: {}", io::Error::from_raw_os_error(*errno))
         }

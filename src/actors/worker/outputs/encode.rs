@@ -1,7 +1,7 @@
 //! Encodes a scanned directory as Directory and Tree messages (EXE-55 to EXE-57). This file is pure.
 //!
-//! The encoding is canonical: entries are sorted, each distinct Directory appears once, and the order of the Directories
-//! depends only on the content.
+//! The encoding is canonical: entries are sorted, each distinct Directory appears once, and the order of the
+//! Directories depends only on the content.
 
 use super::{
     Reported,
@@ -34,8 +34,9 @@ impl Encoded {
         let mut digests: Vec<Option<Digest>> = vec![None; scan.directories.len()];
         let mut position: HashMap<Digest, usize> = HashMap::new();
         let mut directories = Vec::new();
-        // Children have larger positions than their parents, so the backward iteration visits them first. A Directory is
-        // appended when it is first visited, thus after all its children. The reverse of that order has all parents first.
+        // Children have larger positions than their parents, so the backward iteration visits them first. A Directory
+        // is appended when it is first visited, thus after all its children. The reverse of that order has all parents
+        // first.
         for (at, found) in scan.directories.iter().enumerate().rev() {
             let bytes = directory(found, scan, &digests, reported)?.encode_to_vec();
             let digest = function.digest(&bytes);

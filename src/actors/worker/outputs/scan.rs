@@ -99,8 +99,8 @@ pub(crate) struct OutputScan {
     pub directories: Vec<FoundDirectory>,
 }
 
-/// Counts down the nodes from [`MAX_OUTPUT_NODES`] and their names and targets from [`MAX_OUTPUT_NAME_BYTES`], and sums up the
-/// sizes of files.
+/// Counts down the nodes from [`MAX_OUTPUT_NODES`] and their names and targets from [`MAX_OUTPUT_NAME_BYTES`], and sums
+/// up the sizes of files.
 #[derive(Debug)]
 pub(crate) struct NodeBudget {
     nodes: u64,
@@ -254,7 +254,8 @@ struct FoundEntries {
 }
 
 impl FoundEntries {
-    /// Lists the own layer. A whiteout has its meaning only in a layer (`is_layer`). `hides` receives all names.
+    /// Lists the own layer. Whiteouts are skipped in a layer (`is_layer`), and are ordinary nodes elsewhere. `hides`
+    /// receives all names.
     fn list_own(
         &mut self,
         own: &File,

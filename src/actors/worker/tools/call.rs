@@ -22,8 +22,8 @@ const TOOL_INPUT: &str = "bazel_tool_input";
 const PERSISTENT_WORKER_FLAG: &str = "--persistent_worker";
 /// Maximum nesting depth of flag files.
 const MAX_FLAGFILE_DEPTH: usize = 8;
-/// What reading a flag file adds to the counted size besides its text. So the expansion of files that name each other
-/// ends soon.
+/// The size that each read of a flag file counts besides its text. So the expansion of files that name each other ends
+/// soon.
 const FLAGFILE_BYTES: usize = 4096;
 
 /// Identifies the tools that can serve a call. Two calls have the same key only if their tools are started in the same
@@ -69,13 +69,13 @@ impl ToolCall {
         };
         let command = &action.command;
         if command.outputs.iter().any(|output| output.path.is_root()) {
-            return Err("an output is the whole input root, in which the tool's files are");
+            return Err("an output is the whole input root, which contains the tool's files");
         }
         if tree.has_directory_modes() {
             return Err("directories have modes, which are not exchanged");
         }
         if !has_only_directories(tree, &command.working_directory) {
-            return Err("the way to the working directory is not made of directories");
+            return Err("a component of the path of the working directory is not a directory");
         }
         let (flagfiles, mut start): (Vec<_>, Vec<_>) =
             command.arguments.iter().cloned().partition(|argument| is_flagfile(argument));
@@ -85,7 +85,7 @@ impl ToolCall {
         }
         let mut identity = Identity::default();
         if !identity.tool_inputs(tree) {
-            return Err("no input is marked as one of the tool (bazel_tool_input)");
+            return Err("no input is marked as an input of the tool (bazel_tool_input)");
         }
         identity.number(action.instance.id().0.into());
         identity.text(&format!("{root:?}"));

@@ -1,8 +1,8 @@
 //! Copies the outputs of an action out of the exec root of a tool while the tool keeps running.
 //!
 //! The store may only take over files that no process can change. A tool may keep its output files open. So its outputs
-//! are copied into the exec directory of the action, which no process can access, and are stored from there like those
-//! of any other action.
+//! are copied into the exec directory of the action, which no process can access, and are stored from there like the
+//! outputs of any other action.
 
 use crate::{
     action::OutputRequest,
@@ -32,7 +32,8 @@ use std::{
 /// that do not exist are skipped.
 ///
 /// # Errors
-/// `Unimplemented` or `Precondition` if an output cannot be copied; those of the file system and of the checkpoint.
+/// `Unimplemented` or `Precondition` if an output cannot be copied; the errors of the file system and of the
+/// checkpoint.
 pub(super) fn copy_outputs(
     from: &File,
     to: &File,

@@ -184,7 +184,7 @@ impl<'a> ToolTurn<'a> {
     fn with_last_line(&self, reason: String) -> String {
         let log = read_regular(&self.tool.workspace.path().join("stderr"));
         match log.ok().as_deref().map(last_line).filter(|line| !line.is_empty()) {
-            Some(line) => format!("{reason}; the last that it printed to its standard error is \"{line}\""),
+            Some(line) => format!("{reason}; the last line of its standard error is \"{line}\""),
             None => reason,
         }
     }
@@ -201,10 +201,10 @@ impl ToolJob<'_> {
     fn check(&self, settings: &WorkerSettings) -> std::result::Result<(), &'static str> {
         let usual = settings.sandbox.as_ref().map_or_else(CellKind::default, PoolSandbox::usual_kind);
         if *self.kind != usual {
-            return Err("it has a root file system, an image or a network of its own");
+            return Err("it has its own root file system, image or network");
         }
         if self.limits.disk > 0 || self.limits.files > 0 {
-            return Err("what it writes is limited (disk, files)");
+            return Err("the bytes and files that it writes are limited (disk, files)");
         }
         Ok(())
     }

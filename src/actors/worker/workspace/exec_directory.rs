@@ -164,8 +164,8 @@ impl Workspace {
         &self.root_path
     }
 
-    /// Checks that both directories are still in place. Commands have no reason to remove them, so a loss counts as a failure
-    /// of the server.
+    /// Checks that both directories are still in place. Commands have no reason to remove them, so a loss counts as a
+    /// failure of the server.
     ///
     /// # Errors
     /// `Unavailable` if one of them was removed or replaced.

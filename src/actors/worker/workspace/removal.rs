@@ -214,9 +214,10 @@ pub fn remove(parent: &File, name: &OsStr) -> io::Result<()> {
 
 /// The removal of one tree.
 ///
-/// At most [`MAX_OPEN`] directories are open at a time. A subdirectory of the deepest one is moved to the top of the tree and
-/// removed from there. So each directory is opened once, and the cost of a step does not depend on the depth of the tree. Going
-/// back through ".." would depend on it: in a bind mount the kernel walks up to the root of the mount.
+/// At most [`MAX_OPEN`] directories are open at a time. A subdirectory of the deepest one is moved to the top of the
+/// tree and removed from there. So each directory is opened once, and the cost of a step does not depend on the depth
+/// of the tree. Going back through ".." would depend on it: in a bind mount the kernel walks up to the root of the
+/// mount.
 #[derive(Debug, Default)]
 struct Removal {
     failure: Option<io::Error>,

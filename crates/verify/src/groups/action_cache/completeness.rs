@@ -82,8 +82,8 @@ async fn keep(s: &Session, blob: Blob, part: MissingBlob, lost: MissingBlob) -> 
     Ok(Some(blob.digest))
 }
 
-/// A result with a file, a directory, stdout and stderr. All blobs but one are stored. Its directory is a Tree unless the
-/// lost blob belongs to the other representation.
+/// A result with a file, a directory, stdout and stderr. All blobs but one are stored. Its directory is a Tree unless
+/// the lost blob belongs to the other representation.
 async fn result_without(s: &Session, lost: MissingBlob) -> Verdict<ActionResult> {
     let file = |name: &str, digest| FileNode { name: name.into(), digest, ..Default::default() };
     let deep = keep(s, s.blob(100), MissingBlob::FileDeepInTree, lost).await?;

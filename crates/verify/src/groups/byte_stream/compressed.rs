@@ -76,7 +76,7 @@ async fn a_compressed_read_from_an_offset_is_the_rest(s: Session) -> Verdict {
 
 async fn compressed_reads_decode_with_default_settings(s: Session) -> Verdict {
     zstd(&s)?;
-    // Large enough that a window above 8 MiB could be used.
+    // The first blob is large enough for a window above 8 MiB.
     for blob in [s.text(9_000_000), s.blob(100_000), s.empty()] {
         s.case(format!("a blob of {} bytes", blob.data.len()), async {
             s.store(&[&blob]).await?;

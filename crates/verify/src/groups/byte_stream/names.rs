@@ -57,8 +57,8 @@ async fn functions_with_a_segment_are_read_and_written_with_it(s: Session) -> Ve
             equal("committed_size", &s.write(&blob).await.wanted(&what)?, &3000)?;
             let read = s.read(&blob.digest).await.wanted(&format!("{} is read", blob.name()))?;
             ensure(read == blob.data, "its bytes", "others")?;
-            // Without the segment, the hash belongs to the legacy function with this length. If the server has none, it may
-            // infer the only function that matches, as in requests (GEN-08); buck2 never writes the segment.
+            // Without the segment, the hash belongs to the legacy function with this length. If the server has none, it
+            // may infer the only function that matches, as in requests (GEN-08); buck2 never writes the segment.
             let rival = |other: &DigestFunction| {
                 other.resource_segment().is_none() && other.hash_bytes() == function.hash_bytes()
             };

@@ -73,7 +73,7 @@ async fn a_broken_compressed_upload_goes_on_at_a_plain_offset(s: Session) -> Ver
     let blob = s.text(200_000);
     let name = s.compressed_write_name(&blob);
     s.query(&name).await.offered("QueryWriteStatus of a compressed upload answers")?;
-    // One frame with half of the blob, and no more.
+    // The upload sends one frame, with half of the blob.
     let frame = compress(&blob.data.slice(..100_000))?;
     let mut messages = pieces(&name, &frame, 0, 1000);
     if let Some(last) = messages.last_mut() {

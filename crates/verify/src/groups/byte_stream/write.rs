@@ -56,8 +56,8 @@ async fn broken(s: &Session, messages: Vec<WriteRequest>) {
 }
 
 /// Resumes a broken upload at the position that the server reports, with the messages that `rest` creates for this
-/// position. Returns the `committed_size`. The server may still be receiving what was sent before the break. Its answer may
-/// then be outdated, and the client asks again.
+/// position. Returns the `committed_size`. The server may still be receiving what was sent before the break. Its answer
+/// may then be outdated, and the client asks again.
 pub async fn resume(
     s: &Session,
     name: &str,
@@ -155,11 +155,11 @@ async fn a_broken_upload_goes_on_where_the_server_says(s: Session) -> Verdict {
 }
 
 async fn a_stream_without_finish_write_stores_nothing(s: Session) -> Verdict {
-    // All of the data without the end; then half of it.
+    // The first upload sends all of the data without the end, and the second sends half of it.
     for sent in [1000, 500] {
         let blob = s.blob(1000);
         let messages = partial_upload(&s.write_name(&blob), &blob.data, sent);
-        // Either an error, or the number of bytes that were kept.
+        // The answer is either an error, or the number of bytes that were kept.
         let answer = s.write_messages(messages).await;
         let kept = answer.or_refused(
             &format!("{sent} of 1000 bytes without finish_write"),

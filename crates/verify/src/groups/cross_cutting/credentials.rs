@@ -19,7 +19,7 @@ async fn a_request_with_a_wrong_credential_or_none_is_unauthenticated(s: Session
     let wrong = HeaderValue::from_str(&format!("Bearer {}", s.word()));
     headers.insert(AUTHORIZATION, wrong.map_err(|_| skipped("no header can be made"))?);
     let wrong = s.stranger(headers).await?.missing(&asked).await;
-    // Clients without a credential may have rights of their own, but a wrong credential is no credential.
+    // Clients without a credential may have permissions, but a wrong credential must not give them.
     if without.is_ok() && wrong.is_ok() {
         return Err(skipped("needs a server that asks for credentials"));
     }

@@ -262,8 +262,8 @@ async fn size_0_with_another_hash_is_not_the_empty_blob(s: Session) -> Verdict {
     Ok(())
 }
 
-/// Whether the length of a hash of this function implies this function when none is named. That is the case unless a legacy
-/// function has the same length.
+/// Whether the length of a hash of this function implies this function when none is named. That is the case unless a
+/// legacy function has the same length.
 fn is_implied_by_length(function: DigestFunction, listed: &[DigestFunction]) -> bool {
     let rivals: Vec<_> = listed.iter().filter(|f| f.hash_bytes() == function.hash_bytes()).collect();
     let legacy = |f: &DigestFunction| (f.wire() as i32) < digest_function::Value::Sha256tree as i32;

@@ -39,7 +39,7 @@ pub const CHECKS: &[Check] = checks![
 const MODEST_BATCH_BYTES: usize = 16 * 1024 * 1024;
 /// Number of concurrent streams that clients expect (GEN-27).
 const STREAMS: usize = 100;
-/// Ample time for opening them.
+/// The time after which they are certainly open.
 const STREAMS_OPEN: Duration = Duration::from_millis(500);
 /// Time limit of a call while they are open.
 const STREAM_PATIENCE: Duration = Duration::from_secs(5);

@@ -31,7 +31,7 @@ async fn run(job: &Job, skip_cache_lookup: bool) -> Verdict<(String, bool)> {
     Ok((job.session().stdout_of(&result).await?, cached))
 }
 
-/// How often an action is repeated, and the delay in between. A server that is finishing a run is done with it by then.
+/// How often an action is repeated, and the delay in between. A server that is finishing a run has finished it by then.
 const REPETITIONS: usize = 8;
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -55,7 +55,7 @@ async fn cached_result_says_whether_the_cache_answered(s: Session) -> Verdict {
 
 /// The output of a repetition shows where its result came from, except in one case: earlier output with `cached_result`
 /// false. A server may share a run that is just finishing with a new caller. That is not an answer of its cache, and it
-/// ends. A server that answers so repeatedly answers from its cache.
+/// happens once. A server that answers so repeatedly answers from its cache.
 async fn a_repetition_tells_where_it_is_from(job: &Job, first: String) -> Verdict {
     let mut printed = BTreeSet::from([first]);
     for _ in 0..REPETITIONS {
@@ -71,7 +71,7 @@ async fn a_repetition_tells_where_it_is_from(job: &Job, first: String) -> Verdic
         }
         tokio::time::sleep(PAUSE).await;
     }
-    // With the first run: each repetition was a run of its own.
+    // The first run counts too. Here each repetition was a separate run.
     let always_ran = printed.len() > REPETITIONS;
     let seen = format!("cached_result false {REPETITIONS} times for what was printed before");
     ensure(always_ran, "cached_result true for what comes from the action cache", seen)

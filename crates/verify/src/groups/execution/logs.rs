@@ -25,7 +25,7 @@ pub const CHECKS: &[Check] = checks![
 const SHORT_MESSAGE_BYTES: usize = 4096;
 
 async fn logs_are_stored_byte_for_byte(s: Session) -> Verdict {
-    // Either no digest or that of the empty blob, but never a zero-valued one.
+    // The digest is absent or names the empty blob, but is never zero-valued.
     let silent = s.case("a silent command", Job::sh(&s, "exit 0").result()).await?;
     for (what, digest) in [("stdout_digest", &silent.stdout_digest), ("stderr_digest", &silent.stderr_digest)]
     {

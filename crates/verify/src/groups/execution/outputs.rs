@@ -126,7 +126,7 @@ async fn symlinks_are_reported_with_their_targets(s: Session) -> Verdict {
     let expected =
         vec![("dangling", "nowhere/at/all"), ("directory", "d"), ("file", "./f"), ("round", "d/../f")];
     equal("targets", &targets, &expected)?;
-    // Older clients read the two legacy lists, newer ones `output_symlinks` (EXE-53).
+    // Older clients read the two legacy lists, and newer clients read `output_symlinks` (EXE-53).
     #[allow(deprecated)]
     let old = result.output_file_symlinks.iter().chain(&result.output_directory_symlinks);
     let mut old: Vec<_> = old.map(|link| (link.path.as_str(), link.target.as_str())).collect();

@@ -80,7 +80,7 @@ fn subject(s: &Session, blob: &Blob) -> String {
 }
 
 async fn each_kind_of_missing_blob_is_a_failed_precondition(s: Session) -> Verdict {
-    // In the order of [`Job::blobs`].
+    // The kinds are in the order of [`Job::blobs`].
     let kinds =
         ["an input file", "a file below", "a Directory below", "the input root", "the Command", "the Action"];
     for (left_out, kind) in kinds.into_iter().enumerate() {
@@ -247,7 +247,7 @@ async fn malformed_directory_entries_are_refused(s: Session) -> Verdict {
     for root in twice.into_iter().chain(named) {
         let what = format!("an input root of {}", names_in(&root));
         run(&root).refused(&what, &[Code::InvalidArgument]).await?;
-        // Also below the root.
+        // The check also covers a directory below the root.
         let inner = s.message(&root);
         let outer = Directory {
             directories: vec![DirectoryNode { name: "inner".into(), digest: Some(inner.digest.clone()) }],

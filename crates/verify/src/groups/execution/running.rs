@@ -68,7 +68,7 @@ fn leaks(name: &str) -> bool {
 async fn the_environment_is_that_of_the_command(s: Session) -> Verdict {
     let variables =
         [("A", "two words"), ("B", " padded "), ("EMPTY", ""), ("LINES", "a\nb"), ("Z", "ünï=$A")];
-    // Without a shell, which would set its own variables.
+    // The command runs without a shell, which would set its own variables.
     let printed = Job::args(&s, ["/usr/bin/env", "-0"]).env(&variables).stdout().await?;
     let seen: Vec<_> = printed.split_terminator('\0').filter_map(|entry| entry.split_once('=')).collect();
     for wanted in variables.iter().chain(&[("PATH", PATH)]) {
@@ -158,8 +158,8 @@ async fn what_an_action_leaves_running_is_killed(s: Session) -> Verdict {
     ensure(took < 2 * PROMPT, "an end with the main process", format!("an end after {took:?}"))?;
     // A server may kill the processes after its answer.
     tokio::time::sleep(Duration::from_secs(1)).await;
-    // Works only if this action runs on the same machine: a process that it finds proves a fault, but finding none proves
-    // nothing.
+    // Works only if this action runs on the same machine: a process that it finds proves a fault, but finding none
+    // proves nothing.
     let look = format!(
         "for process in /proc/[0-9]*; do line=$(tr '\\0' ' ' < $process/cmdline 2>/dev/null)
          case \"$line\" in '{sleep} ') echo alive;; esac; done; exit 0"
@@ -173,7 +173,7 @@ async fn what_an_action_leaves_running_is_killed(s: Session) -> Verdict {
 }
 
 async fn a_timeout_keeps_the_output_so_far(s: Session) -> Verdict {
-    // Long enough to print, even if a worker starts commands slowly. The timeout may include the start.
+    // The timeout is long enough to print, even if a worker starts commands slowly. The timeout may include the start.
     const TIMEOUT: Duration = Duration::from_secs(3);
     let job = Job::sh(&s, "echo out; echo err >&2; sleep 9").timeout(TIMEOUT);
     let begin = Instant::now();

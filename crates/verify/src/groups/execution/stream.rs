@@ -338,9 +338,9 @@ async fn an_operation_outlives_its_client(s: Session) -> Verdict {
     // A separate connection, which is closed with it.
     let name = {
         let client = s.reconnect().await?;
-        // A server may give the slot of an action that nobody follows to another one. So this action is followed until it
-        // runs. It ends before such a server would stop it, but not before a server that ties operations to connections
-        // would.
+        // A server may give the slot of an action without followers to another action. So this action is followed until
+        // it runs. It ends before such a server would stop it, but after a server that ties operations to connections
+        // would have stopped it.
         let mut run = Job::sh(&client, "sleep 0.5").uncached().start().await?;
         let runs = |operation: &Operation| operation.done || rank(operation).is_ok_and(|stage| stage >= 3);
         run.until("running", runs).await?.name

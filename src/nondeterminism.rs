@@ -309,9 +309,9 @@ mod tests {
         assert_eq!(times(&again.page("", u64::MAX, 9)), [1, 1]);
         again.add(replacement("", 1), SystemTime::UNIX_EPOCH);
         assert_eq!(times(&again.page("", u64::MAX, 9)), [2, 1]);
-        // It still decodes, to a report with another path.
+        // The damaged file still decodes, to a report with another worker.
         let mut bytes = std::fs::read(&file).unwrap();
-        let at = bytes.len() - 1;
+        let at = bytes.windows(6).position(|part| part == b"host/1").unwrap();
         bytes[at] ^= 1;
         std::fs::write(&file, bytes).unwrap();
         assert_eq!(times(&NonDeterminismReports::open(file).page("", u64::MAX, 9)), [0; 0]);

@@ -15,7 +15,7 @@ struct Unfinished {
 }
 
 /// Bytes that are uploaded before the damage, and after it.
-const PART: usize = 1_500_000;
+const PART: usize = 400_000;
 
 impl Unfinished {
     /// Uploads the first part of a blob.

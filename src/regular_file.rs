@@ -130,7 +130,7 @@ mod tests {
         fs::write(&file, "content").unwrap();
         std::os::unix::fs::symlink("file", &link).unwrap();
         let mode = || fs::metadata(&file).unwrap().permissions().mode() & 0o777;
-        fs::set_permissions(&file, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o0)).unwrap();
         for other in [link, directory.path().to_owned(), directory.path().join("absent")] {
             assert!(!restore_permissions(&other, 0o600) && mode() == 0, "{}", other.display());
         }

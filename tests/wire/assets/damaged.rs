@@ -58,7 +58,7 @@ impl Harm {
             Self::Empty => bytes.clear(),
             Self::Extend => bytes.extend([7; 700]),
             Self::Other => bytes = fs::read(other).unwrap(),
-            Self::Closed => return fs::set_permissions(file, fs::Permissions::from_mode(0)).unwrap(),
+            Self::Closed => return fs::set_permissions(file, fs::Permissions::from_mode(0o0)).unwrap(),
             Self::Delete | Self::Fifo | Self::Link | Self::Directory => {
                 fs::remove_file(file).unwrap();
                 match self {

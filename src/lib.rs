@@ -43,6 +43,7 @@ mod server;
 mod signals;
 pub mod size;
 mod spread;
+mod state_file;
 mod supervisor;
 pub mod telemetry;
 mod tls;

@@ -14,7 +14,7 @@ mod compare;
 
 pub(crate) use compare::{OutputDifferences, compare};
 
-use crate::{logging::Event, regular_file};
+use crate::{logging::Event, state_file};
 use gorego_reapi::{
     digest::Digest,
     proto::gorego::{NonDeterminism, ResultOrigin, StoredNonDeterminism},
@@ -23,7 +23,6 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::{
     collections::{BTreeMap, HashMap},
-    fs, io,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -156,8 +155,7 @@ impl NonDeterminismReports {
         }
         let reports = reports.iter().map(|report| (**report).clone()).collect();
         let bytes = StoredNonDeterminism { reports }.encode_to_vec();
-        let fresh = file.with_extension("new");
-        match regular_file::write(&fresh, &bytes).and_then(|()| fs::rename(&fresh, file)) {
+        match state_file::replace(file, &bytes) {
             Ok(()) => *saved = last,
             Err(error) => {
                 Event::warn(LOG, "reports_not_saved").with_shown("error", &error).log(format_args!(
@@ -220,11 +218,8 @@ impl ReportList {
 
 fn read(file: &std::path::Path) -> Result<ReportList, String> {
     let mut list = ReportList::default();
-    let bytes = match regular_file::read(file, MAX_FILE_BYTES) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(list),
-        Err(error) => return Err(error.to_string()),
-    };
+    let read = state_file::read(file, MAX_FILE_BYTES).map_err(|error| error.to_string())?;
+    let Some(bytes) = read else { return Ok(list) };
     let stored: StoredNonDeterminism =
         wire::decode(&bytes[..], MAX_FILE_MEMORY, "list of reports").map_err(|error| error.to_string())?;
     for report in stored.reports {
@@ -316,7 +311,11 @@ mod tests {
         assert_eq!(times(&again.page("", u64::MAX, 9)), [1, 1]);
         again.add(replacement("", 1), SystemTime::UNIX_EPOCH);
         assert_eq!(times(&again.page("", u64::MAX, 9)), [2, 1]);
-        fs::write(&file, b"\xff\xff").unwrap();
+        // The damaged file still decodes, to a report with another worker.
+        let mut bytes = std::fs::read(&file).unwrap();
+        let at = bytes.windows(6).position(|part| part == b"host/1").unwrap();
+        bytes[at] ^= 1;
+        std::fs::write(&file, bytes).unwrap();
         assert_eq!(times(&NonDeterminismReports::open(file).page("", u64::MAX, 9)), [0; 0]);
     }
 }

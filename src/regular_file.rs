@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::Path,
 };
 
@@ -29,6 +29,27 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
 }
 
+/// Like [`open`], for a file that belongs to this process: if its permissions do not let the owner read it, they are restored.
+///
+/// # Errors
+/// See [`open`].
+pub(crate) fn open_own(path: &Path) -> io::Result<File> {
+    match open(path) {
+        Err(_) if restore_permissions(path, 0o400) => open(path),
+        opened => opened,
+    }
+}
+
+/// Gives the owner of a regular file these permissions, if it does not have them. Returns whether that changed anything. Only the owner
+/// can do that.
+pub(crate) fn restore_permissions(path: &Path, bits: u32) -> bool {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return false };
+    let mode = metadata.permissions().mode();
+    metadata.is_file()
+        && mode & bits != bits
+        && fs::set_permissions(path, fs::Permissions::from_mode(mode | bits)).is_ok()
+}
+
 /// Whether [`open`] failed because the path is not a regular file: a link, socket, FIFO, device or directory.
 pub(crate) fn is_something_else(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO | libc::ENOTDIR | libc::ENODEV))
@@ -40,6 +61,14 @@ pub(crate) fn is_something_else(error: &io::Error) -> bool {
 /// The errors of [`open`] and read(2); `FileTooLarge` for a larger file.
 pub(crate) fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     read_open(&open(path)?, max)
+}
+
+/// Like [`read`], for a file that belongs to this process; see [`open_own`].
+///
+/// # Errors
+/// See [`read`].
+pub(crate) fn read_own(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    read_open(&open_own(path)?, max)
 }
 
 /// Like [`read`], for an open file.
@@ -91,5 +120,23 @@ mod tests {
             assert_eq!(read(&path(name), 100).unwrap(), b"new", "{name}");
         }
         assert_eq!(read(&path("file"), 100).unwrap(), b"content", "the link was replaced, not followed");
+    }
+
+    /// Root is refused nothing, so the test asks for the permissions themselves.
+    #[test]
+    fn a_file_without_permissions_gets_them_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, link) = (directory.path().join("file"), directory.path().join("link"));
+        fs::write(&file, "content").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        let mode = || fs::metadata(&file).unwrap().permissions().mode() & 0o777;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o0)).unwrap();
+        for other in [link, directory.path().to_owned(), directory.path().join("absent")] {
+            assert!(!restore_permissions(&other, 0o600) && mode() == 0, "{}", other.display());
+        }
+        assert!(restore_permissions(&file, 0o400) && mode() == 0o400);
+        assert!(restore_permissions(&file, 0o600) && mode() == 0o600);
+        assert!(!restore_permissions(&file, 0o400) && mode() == 0o600, "nothing is missing");
+        assert_eq!(read_own(&file, 7).unwrap(), b"content");
     }
 }

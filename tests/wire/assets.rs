@@ -1,5 +1,6 @@
 //! Remote Asset, with test origins on 127.0.0.1 (AST-01..11).
 
+mod damaged;
 mod directories;
 mod pushed;
 

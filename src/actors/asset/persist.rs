@@ -1,9 +1,8 @@
-//! [`BindingsFile`]: the file in which bindings survive a restart. It is written under another name and then renamed.
+//! [`BindingsFile`]: the file in which bindings survive a restart.
 
 use super::{LOG, bindings::Bindings};
-use crate::{logging::Event, regular_file};
+use crate::{logging::Event, state_file};
 use std::{
-    fs, io,
     path::PathBuf,
     sync::{Mutex, PoisonError},
 };
@@ -28,9 +27,9 @@ impl BindingsFile {
 
     /// Reads the bindings. An unreadable file is logged and ignored, because every binding can be made again. Blocks.
     pub(super) fn load(&self) -> Bindings {
-        let read = match regular_file::read(&self.path, MAX_FILE_BYTES) {
-            Ok(bytes) => Bindings::decode(&bytes).map_err(ToOwned::to_owned),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Bindings::default(),
+        let read = match state_file::read(&self.path, MAX_FILE_BYTES) {
+            Ok(Some(bytes)) => Bindings::decode(&bytes).map_err(ToOwned::to_owned),
+            Ok(None) => return Bindings::default(),
             Err(error) => Err(error.to_string()),
         };
         read.unwrap_or_else(|problem| {
@@ -49,8 +48,7 @@ impl BindingsFile {
             return true;
         }
         *newest = number;
-        let fresh = self.path.with_extension("new");
-        let written = regular_file::write(&fresh, bytes).and_then(|()| fs::rename(&fresh, &self.path));
+        let written = state_file::replace(&self.path, bytes);
         if let Err(error) = &written {
             Event::warn(LOG, "bindings_not_saved").with_shown("error", error).log(format_args!(
                 "the bindings of assets could not be written to {}: {error}",

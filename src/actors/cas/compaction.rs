@@ -4,12 +4,18 @@
 //! runs in the background at a bounded rate. If the volume has more dead bytes than it may have, deletions are reported only
 //! once enough of them are reclaimed. So writers that need the room wait.
 //!
+//! Bounds: a job compacts at most [`COMPACTIONS_AT_ONCE`] parts. If that does not reclaim enough, the dead bytes count as bytes that
+//! the store cannot use, and writers that find no room are refused.
+//!
 //! [`Volume::compact`]: super::volume::Volume::compact
 
 use super::{
     CasActor, LOG, StoreShared,
+    index::FileId,
     requests::Relocate,
-    settings::{CHANGES_PER_HOLD, COMPACTION_PAUSE, COMPACTIONS_PER_RELIEF},
+    settings::{
+        CHANGES_PER_HOLD, COMPACTION_PAUSE, COMPACTIONS_AT_ONCE, COMPACTIONS_PER_RELIEF, LOOKUPS_PER_HOLD,
+    },
     volume::{Compacted, Moves, Urgency},
 };
 use crate::{actors::mail::Receive, disk::Space, logging::Event};
@@ -25,7 +31,7 @@ impl CasActor {
         let Ok(turn) = self.shared.compaction_turn.clone().try_acquire_owned() else { return };
         let (shared, store) = (self.shared.clone(), ctx.address());
         self.shared.runtime.spawn_blocking(move || {
-            while store.connected() && shared.volume.wants_compaction().is_some() && step(&shared, &store) {}
+            reclaim(&shared, &store, COMPACTIONS_AT_ONCE, || shared.volume.wants_compaction().is_some());
             drop(turn);
         });
     }
@@ -33,14 +39,20 @@ impl CasActor {
 
 /// Reclaims bytes while writers have to wait for this. Blocks.
 pub(super) fn reclaim_for_writers(shared: &Arc<StoreShared>, store: &Addr<CasActor>) {
-    let is_due = || store.connected() && shared.volume.wants_compaction() == Some(Urgency::WritersWait);
-    while is_due() && step(shared, store) {}
+    let is_due = || shared.volume.wants_compaction() == Some(Urgency::WritersWait);
+    reclaim(shared, store, COMPACTIONS_AT_ONCE, is_due);
 }
 
 /// Reclaims a bounded number of bytes while `is_due` holds for the disk. Blocks.
 pub(super) fn reclaim_for_disk(shared: &StoreShared, store: &Addr<CasActor>, is_due: fn(&Space) -> bool) {
-    for _ in 0..COMPACTIONS_PER_RELIEF {
-        if !shared.volume.space().is_ok_and(|space| is_due(&space)) || !step(shared, store) {
+    let is_due = || shared.volume.space().is_ok_and(|space| is_due(&space));
+    reclaim(shared, store, COMPACTIONS_PER_RELIEF, is_due);
+}
+
+/// Compacts at most `parts` parts of the volume, while `is_due` holds and there may be more to gain. Blocks.
+fn reclaim(shared: &StoreShared, store: &Addr<CasActor>, parts: usize, is_due: impl Fn() -> bool) {
+    for _ in 0..parts {
+        if !store.connected() || !is_due() || !step(shared, store) {
             return;
         }
     }
@@ -58,7 +70,7 @@ fn step(shared: &StoreShared, store: &Addr<CasActor>) -> bool {
         // The store is closing, and its index takes no more changes.
         accepted.unwrap_or_else(|_| vec![false; copies])
     };
-    match shared.volume.compact(&mut relocate) {
+    match shared.volume.compact(&|files| may_move(shared, files), &mut relocate) {
         Ok(outcome) => outcome == Compacted::Some,
         Err(error) => {
             Event::warn(LOG, "compaction_failed")
@@ -67,6 +79,18 @@ fn step(shared: &StoreShared, store: &Addr<CasActor>) -> bool {
             false
         }
     }
+}
+
+/// For each of these files, whether an entry has it and may get another one.
+pub(super) fn may_move(shared: &StoreShared, files: &[FileId]) -> Vec<bool> {
+    let mut answers = Vec::with_capacity(files.len());
+    for part in files.chunks(LOOKUPS_PER_HOLD) {
+        // This is no use of the entries, so there is no work for the actor.
+        let (of_part, _): (Vec<bool>, bool) =
+            shared.view.read(None, |look| part.iter().map(|file| look.may_move(file)).collect());
+        answers.extend(of_part);
+    }
+    answers
 }
 
 impl Receive<Relocate> for CasActor {

@@ -161,13 +161,22 @@ impl Index {
 
     /// Gives an entry another file with the same content. Refused if the entry has another file by now or is being read.
     pub(super) fn relocate(&mut self, from: &FileId, generation: u64) -> bool {
-        let Some(slot) = self.slot_of(&from.key) else { return false };
-        let entry = self.slab.hot_mut(slot);
-        let is_free = entry.generation == from.generation && !entry.is_held();
-        if is_free {
-            entry.generation = generation;
+        let movable = self.movable(from);
+        if let Some(slot) = movable {
+            self.slab.hot_mut(slot).generation = generation;
         }
-        is_free
+        movable.is_some()
+    }
+
+    /// Whether [`Index::relocate`] would give the entry of this file another one.
+    pub(super) fn may_move(&self, file: &FileId) -> bool {
+        self.movable(file).is_some()
+    }
+
+    fn movable(&self, file: &FileId) -> Option<u32> {
+        let slot = self.slot_of(&file.key)?;
+        let entry = self.slab.hot(slot);
+        (entry.generation == file.generation && !entry.is_held()).then_some(slot)
     }
 
     /// Records the stamp at which the content of a file was verified.

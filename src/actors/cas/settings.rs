@@ -272,6 +272,10 @@ pub(super) const LOAD_PAUSE: Duration = Duration::from_millis(100);
 /// 50 MiB/s.
 pub(super) const COMPACTION_PAUSE: Duration = Duration::from_millis(20);
 
+/// Parts of the volume that one job compacts. A segment is at most 1/256 of a store, so the job can compact a small store as a whole; in
+/// a large one, it reclaims more than the deletions that wait for it.
+pub(super) const COMPACTIONS_AT_ONCE: usize = 256;
+
 /// Parts of the volume that are compacted to relieve a full disk before entries are evicted.
 pub(super) const COMPACTIONS_PER_RELIEF: usize = 16;
 

@@ -25,7 +25,7 @@ use super::{blob::BlobReader, client::*, forms::zstd_reader::Item, *};
 use crate::{
     action::TimeoutPolicy,
     caller::{Caller, Owner, Peer},
-    instance::Instance,
+    instance::{Instance, InstancePolicy},
 };
 use bytes::Bytes;
 use gorego_reapi::{digest::DigestFunction, error::Error, proto::reapi};
@@ -59,6 +59,14 @@ pub(super) fn settings_at(root: PathBuf, max_bytes: u64) -> StoreSettings {
         packing: None,
         timeouts: TimeoutPolicy { default: Duration::from_secs(60), max: Duration::from_secs(600) },
     }
+}
+
+/// The instances of every store. Principals have results of their own in the last one.
+fn instances() -> Instances {
+    let private = InstancePolicy { private_results: true, ..InstancePolicy::default() };
+    let names =
+        [("", InstancePolicy::default()), ("other/one", InstancePolicy::default()), ("private", private)];
+    Instances::with_policies(names.map(|(name, policy)| (name.to_owned(), policy))).unwrap()
 }
 
 /// A running store. Every test runs on one thread, so blocking calls go through [`TestStore::worker`].
@@ -101,7 +109,7 @@ impl TestStore {
     }
 
     async fn over(root: Rc<TempDir>, settings: StoreSettings) -> Self {
-        let instances = Instances::new(["", "other/one"]).unwrap();
+        let instances = instances();
         let actor =
             eventually(|| async { CasActor::open(settings.clone(), &instances, Handle::current()).ok() })
                 .await;

@@ -189,6 +189,11 @@ impl LookUp<'_> {
         self.index.at(self.index.entry_of(file)?)
     }
 
+    /// See [`Index::may_move`].
+    pub(super) fn may_move(&self, file: &FileId) -> bool {
+        self.index.may_move(file)
+    }
+
     /// See [`Index::linked`].
     pub(super) fn linked(&self, at: EntryRef) -> Option<Vec<Digest>> {
         self.index.linked(at)

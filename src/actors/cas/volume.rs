@@ -120,10 +120,15 @@ pub(crate) trait Volume: Debug + Send + Sync {
         None
     }
 
-    /// Reclaims bytes of deleted files, in one step. It may have to copy files that are not deleted. `relocate` receives the
-    /// copies, and returns for each whether it took the place of its original. The other copies are deleted.
-    fn compact(&self, relocate: &mut dyn FnMut(Moves) -> Vec<bool>) -> io::Result<Compacted> {
-        let _ = relocate;
+    /// Reclaims bytes of deleted files, in one step. It may have to copy files that are not deleted. `may_move` returns for each
+    /// file whether it is stored and may be moved. The others are not copied. `relocate` receives the copies, and returns for each
+    /// whether it took the place of its original. The other copies are deleted.
+    fn compact(
+        &self,
+        may_move: &dyn Fn(&[FileId]) -> Vec<bool>,
+        relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
+    ) -> io::Result<Compacted> {
+        let _ = (may_move, relocate);
         Ok(Compacted::NothingToGain)
     }
 

@@ -5,16 +5,13 @@
 //! evicted: no more is missing than the store says that it has evicted. What was promised to a build with less than its share is always
 //! there, and a purged or replaced result never comes back.
 
+mod requests;
+
 use super::{
-    super::{
-        requests::Relocate,
-        results::ResultCondition,
-        volume::{
-            Moves,
-            local::Local,
-            segments::Sizes,
-            simulation::{Random, SimulatedDisk},
-        },
+    super::volume::{
+        local::Local,
+        segments::Sizes,
+        simulation::{Random, SimulatedDisk},
     },
     *,
 };
@@ -38,6 +35,8 @@ const BUILDS: u64 = 3;
 const NOBODY: u64 = BUILDS;
 const RESULTS: u64 = 24;
 const STEPS: u64 = 200;
+/// Every request ends before this.
+const REQUEST_MAX: Duration = Duration::from_secs(60);
 
 fn build(number: u64) -> Owner {
     let peer = Peer::V4(Ipv4Addr::new(127, 0, 0, number as u8));
@@ -120,7 +119,7 @@ impl ModelRun {
         // A disk of the same directory would be found first.
         self.disk = None;
         self.disk = (self.sync == SyncPolicy::BeforeAnswer).then(|| SimulatedDisk::new(root.path(), seed));
-        let instances = Instances::new(["", "other/one"]).unwrap();
+        let instances = instances();
         let settings = StoreSettings {
             sync: self.sync,
             leases: LeaseTimes { named: 10_800, unnamed: 900 },
@@ -204,89 +203,6 @@ impl ModelRun {
         }
     }
 
-    async fn step(&mut self) {
-        match self.random.below(100) {
-            0..40 => self.put_batch().await,
-            40..46 => self.put_stream().await,
-            46..58 => self.put_result().await,
-            58..70 => self.find_missing().await,
-            70..82 => self.get_result().await,
-            82..86 => self.purge().await,
-            86..90 => self.open_reader().await,
-            90..94 => self.close_reader().await,
-            _ => self.compact().await,
-        }
-    }
-
-    async fn put_batch(&mut self) {
-        let (number, count) = (self.any_uploader(), 1 + self.random.below(12));
-        let blobs: Vec<(Digest, Bytes)> =
-            (0..count).map(|_| self.new_blob(8_000)).map(|bytes| (digest(&bytes), bytes)).collect();
-        let outcome = self.of(number).write_many(&self.main(), blobs.clone()).await;
-        let outcomes = self.excuse(outcome).unwrap_or_default();
-        for ((blob, bytes), outcome) in blobs.into_iter().zip(outcomes) {
-            if self.excuse(outcome).is_some() {
-                self.model.blobs.insert(blob, bytes);
-                self.promise(number, blob);
-            }
-        }
-    }
-
-    /// A blob that is too large for a segment, or one that is not.
-    async fn put_stream(&mut self) {
-        let most = if self.random.below(2) == 0 { 10_000 } else { 120_000 };
-        let (number, bytes) = (1 + self.random.below(BUILDS), self.new_blob(most));
-        let cas = self.of(number);
-        let begun = cas.begin_upload(&self.main(), "uploads/x", digest(&bytes), 0).await;
-        let Some(Upload::Writer(mut writer)) = self.excuse(begun) else { return };
-        for piece in bytes.chunks(50_000) {
-            let written = writer.write(bytes.slice_ref(piece)).await;
-            if self.excuse(written).is_none() {
-                return;
-            }
-        }
-        let finished = writer.finish().await;
-        if self.excuse(finished).is_some() {
-            self.model.blobs.insert(digest(&bytes), bytes);
-        }
-    }
-
-    async fn put_result(&mut self) {
-        let (name, version) = (self.random.below(RESULTS), self.random.below(1 << 40));
-        let blobs = self.some_blobs(3);
-        self.model.results.entry(name).or_default().0.insert(version, blobs.clone());
-        let result = result_of(name, version, &blobs);
-        let number = 1 + self.random.below(BUILDS);
-        let cas = self.of(number);
-        let stored = cas.put_result(&self.main(), action(name), result, Provenance::default()).await;
-        if self.excuse(stored).is_some() {
-            self.model.results.insert(name, (BTreeMap::from([(version, blobs)]), true));
-        }
-    }
-
-    /// What is called present is promised.
-    async fn find_missing(&mut self) {
-        let (number, blobs) = (self.any_reader(), self.some_blobs(6));
-        let missing = self.of(number).find_missing(&self.main(), &blobs).await.unwrap();
-        for blob in blobs.into_iter().filter(|blob| !missing.contains(blob)) {
-            self.promise(number, blob);
-        }
-    }
-
-    /// A hit is one of the versions that were stored last, and all that it refers to is promised.
-    async fn get_result(&mut self) {
-        let (number, name) = (self.any_reader(), self.random.below(RESULTS));
-        let found = self.of(number).get_result(&self.main(), action(name)).await;
-        let Some(Some(found)) = self.excuse(found) else { return };
-        self.happened.hits += 1;
-        self.check_version(name, &found);
-        for file in &found.output_files {
-            let blob = Digest::from_wire(SHA256, file.digest.as_ref(), "digest").unwrap();
-            assert!(self.store().has(blob).await, "a hit without its blob");
-            self.promise(number, blob);
-        }
-    }
-
     fn check_version(&self, name: u64, found: &reapi::ActionResult) {
         let allowed = self.model.results.get(&name).map(|(versions, _)| versions);
         // Its standard output is a blob by now, and tells the version.
@@ -296,54 +212,6 @@ impl ModelRun {
         };
         let is_allowed = allowed.is_some_and(|versions| versions.keys().any(is_version));
         assert!(is_allowed, "result {name} was purged or replaced, and is back: {found:?}");
-    }
-
-    async fn purge(&mut self) {
-        let name = self.random.below(RESULTS);
-        self.purged_in_this_run += 1;
-        let condition = ResultCondition { action: Some(action(name)), ..Default::default() };
-        self.model.results.entry(name).or_default().1 = false;
-        match self.store().cas.purge_results(&self.main(), &condition, 0, 100_000, true).await {
-            Ok(page) => {
-                self.model.results.remove(&name);
-                self.happened.purged += page.results.len() as u64;
-            }
-            Err(error) => assert!(self.is_off(), "{error}"),
-        }
-    }
-
-    async fn open_reader(&mut self) {
-        let Some(blob) = self.some_blobs(1).pop() else { return };
-        match self.store().cas.open(&self.main(), blob).await {
-            Ok(reader) => self.readers.push((blob, reader)),
-            Err(Error::NotFound(_)) => {}
-            Err(error) => assert!(self.is_off(), "{error}"),
-        }
-    }
-
-    /// An open reader reads to the end, whatever happened to the blob meanwhile.
-    async fn close_reader(&mut self) {
-        if let Some((blob, reader)) = self.readers.pop() {
-            assert_eq!(read_all(&reader).await.unwrap(), self.model.blobs[&blob]);
-        }
-    }
-
-    /// One step of compaction, as in the background.
-    async fn compact(&mut self) {
-        let compact = |cas: Cas, _| {
-            let (shared, mut moved) = (cas.shared(), 0);
-            let outcome = shared.volume.compact(&mut |moves: Moves| {
-                let copies = moves.moved.len();
-                let accepted = shared.runtime.block_on(cas.actor().send(Relocate(moves)));
-                let accepted = accepted.unwrap_or_else(|_| vec![false; copies]);
-                moved += accepted.iter().filter(|accepted| **accepted).count() as u64;
-                accepted
-            });
-            (outcome.map(drop), moved)
-        };
-        let (outcome, moved) = self.store().worker(compact).await;
-        assert!(outcome.is_ok() || self.is_off(), "{outcome:?}");
-        self.happened.moved += moved;
     }
 
     /// Everything that may be said of the store at any time.
@@ -358,11 +226,17 @@ impl ModelRun {
             }
         }
         let mut results_absent = 0;
-        for (name, (versions, must_be)) in &self.model.results {
-            match store.cas.get_result(&store.main, action(*name)).await.unwrap() {
-                Some(found) => self.check_version(*name, &found),
-                None if versions.values().flatten().any(|blob| absent.contains(blob)) => {}
-                None => results_absent += usize::from(*must_be),
+        // Also those that were purged.
+        for name in 0..RESULTS {
+            let found = store.cas.get_result(&store.main, action(name)).await.unwrap();
+            match (found, self.model.results.get(&name)) {
+                (Some(found), _) => self.check_version(name, &found),
+                (None, Some((versions, must_be)))
+                    if !versions.values().flatten().any(|blob| absent.contains(blob)) =>
+                {
+                    results_absent += usize::from(*must_be);
+                }
+                (None, _) => {}
             }
         }
         let absent = (absent.len() + results_absent) as u64;
@@ -444,7 +318,7 @@ impl ModelRun {
                     self.check_and_resume().await;
                 }
                 2..5 if !self.is_off() => self.check().await,
-                _ => self.step().await,
+                _ => tokio::time::timeout(REQUEST_MAX, self.step()).await.expect("a request did not end"),
             }
             if self.is_off() {
                 self.cut_power().await;

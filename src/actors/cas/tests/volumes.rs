@@ -6,7 +6,7 @@ use std::fs::{File, read, write};
 /// A store over this volume. Nothing is stored below `root`.
 async fn over(volume: &Memory, max_bytes: u64) -> TestStore {
     let root = Rc::new(TempDir::new().unwrap());
-    let instances = Instances::new(["", "other/one"]).unwrap();
+    let instances = instances();
     let settings = settings_at(root.path().join("nowhere"), max_bytes);
     let actor = CasActor::over(Box::new(volume.clone()), settings, Handle::current()).unwrap();
     let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
@@ -92,6 +92,20 @@ async fn evicted_entries_leave_the_volume() {
     assert!(blobs < 10);
     eventually(|| async { (volume.len() == blobs).then_some(()) }).await;
     assert_eq!(store.get(digest(&noise(LARGE, 9))).await.unwrap(), noise(LARGE, 9));
+}
+
+/// Writers wait for the deletion of what they displace, but not for compaction that reclaims nothing.
+#[actix::test]
+async fn compaction_in_vain_ends_and_holds_up_no_writer() {
+    let volume = Memory::that_reclaims_nothing();
+    let store = over(&volume, MB).await;
+    let write = async {
+        for seed in 0..10 {
+            store.put(noise(LARGE, seed)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), write).await.expect("a writer waits for ever");
+    assert!(volume.steps_in_vain() > 0);
 }
 
 /// An error that says nothing about a file, such as too few descriptors, is UNAVAILABLE and never a miss, and nothing is dropped.

@@ -220,7 +220,7 @@ impl ChecksumTable {
         let open = self.state().files.get(&number).and_then(|file| file.file.clone());
         match open {
             Some(file) => Ok(file),
-            None => regular_file::open(&self.path(number)).map(Arc::new),
+            None => regular_file::open_own(&self.path(number)).map(Arc::new),
         }
     }
 
@@ -319,7 +319,7 @@ impl ChecksumTable {
     }
 
     fn copy_live(&self, number: u32, nonce: u64) -> io::Result<()> {
-        let bytes = regular_file::read(&self.path(number), MAX_READ_BYTES)?;
+        let bytes = regular_file::read_own(&self.path(number), MAX_READ_BYTES)?;
         for (at, head) in Records::new(nonce, &bytes) {
             let place = Place { number, unit: (at / UNIT_BYTES) as u32 };
             if self.state().places.get(&head.generation) != Some(&place) {
@@ -341,7 +341,7 @@ impl ChecksumTable {
     fn load(&mut self, number: u32) {
         let path = self.path(number);
         self.state().last = number;
-        let bytes = match regular_file::read(&path, MAX_READ_BYTES) {
+        let bytes = match regular_file::read_own(&path, MAX_READ_BYTES) {
             Ok(bytes) => bytes,
             Err(error) if is_lost(&error) => Vec::new(),
             // The table file is ignored, and the files of its records are hashed again.

@@ -30,6 +30,8 @@ pub(crate) struct TemporaryFile {
     paths: Arc<StorePaths>,
     path: PathBuf,
     file: File,
+    /// The stamp after the last change by this process; `None` once somebody else has changed the file.
+    own: Option<Stamp>,
     /// The last use to record, if the file becomes a packed file.
     packed_for: Option<u32>,
     /// The checksums of the bytes that were written.
@@ -47,7 +49,8 @@ impl TemporaryFile {
     ) -> io::Result<Self> {
         let path = paths.temporary_path(generation);
         let (file, sums) = (create(&path)?, ChecksumBuilder::default());
-        Ok(Self { file, paths, path, packed_for: None, sums, table, is_kept: false })
+        let own = Some(stamp_of(&file.metadata()?));
+        Ok(Self { file, own, paths, path, packed_for: None, sums, table, is_kept: false })
     }
 
     /// Makes this a draft of a packed file with this recorded use, in seconds since 1970.
@@ -57,13 +60,21 @@ impl TemporaryFile {
         file
     }
 
+    /// Changes the file. An upload may take minutes, and somebody else may change the file between two writes.
+    fn change(&mut self, change: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+        let is_own = self.own == Some(stamp_of(&self.file.metadata()?));
+        change(&mut self.file)?;
+        self.own = if is_own { Some(stamp_of(&self.file.metadata()?)) } else { None };
+        Ok(())
+    }
+
     /// The generation under which the file is kept.
-    fn final_generation(&self) -> io::Result<u64> {
+    fn final_generation(&mut self) -> io::Result<u64> {
         let generation = self.paths.next_generation();
         let Some(used) = self.packed_for else { return Ok(generation) };
         let time = |tv_sec, tv_nsec| Timespec { tv_sec, tv_nsec };
         let times = Timestamps { last_access: time(used.into(), 0), last_modification: time(0, UTIME_OMIT) };
-        futimens(&self.file, &times)?;
+        self.change(|file| Ok(futimens(file, &times)?))?;
         // This file replaces one that would survive a power cut.
         sync_file(&self.file)?;
         Ok(FileId::packed_generation(generation))
@@ -77,23 +88,14 @@ impl TemporaryFile {
 
 impl Draft for TemporaryFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all(bytes)?;
+        self.change(|file| file.write_all(bytes))?;
         self.sums.update(bytes);
         Ok(())
     }
 
     fn write_pieces(&mut self, pieces: &[Bytes]) -> io::Result<()> {
         let mut slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-        let mut left = &mut slices[..];
-        // A piece may be empty, so the loop ends when no bytes are left.
-        while left.iter().any(|slice| !slice.is_empty()) {
-            match self.file.write_vectored(left) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => IoSlice::advance_slices(&mut left, written),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+        self.change(|file| write_all(file, &mut slices))?;
         pieces.iter().for_each(|piece| self.sums.update(piece));
         Ok(())
     }
@@ -114,16 +116,31 @@ impl Draft for TemporaryFile {
         if self.paths.policy == SyncPolicy::BeforeAnswer {
             sync_file(&self.file)?;
         }
-        let written = stamp_of(&metadata);
         // A file that is open for writing, even by this process, gets no lease.
         self.file = self.reopen()?;
         let path = self.paths.path(&file);
-        let moved = change_unobserved(&self.file, written, || in_shard(&path, || rename(&self.path, &path)))
+        // A file that somebody else has changed is not trusted, so it is hashed before it is used.
+        let own = self.own.unwrap_or(Stamp::UNTRUSTED);
+        let moved = change_unobserved(&self.file, own, || in_shard(&path, || rename(&self.path, &path)))
             .inspect_err(|_| self.table.remove(file.generation))?;
         self.is_kept = true;
         let stamp = moved.map_or(Stamp::UNTRUSTED, |stamp| self.paths.settled(stamp));
         Ok(WrittenFile { file, bytes: self.paths.taken(&metadata), stamp })
     }
+}
+
+/// Writes all of these pieces.
+fn write_all(file: &mut File, mut left: &mut [IoSlice<'_>]) -> io::Result<()> {
+    // A piece may be empty, so the loop ends when no bytes are left.
+    while left.iter().any(|slice| !slice.is_empty()) {
+        match file.write_vectored(left) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut left, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 impl Drop for TemporaryFile {

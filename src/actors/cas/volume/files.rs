@@ -163,7 +163,7 @@ impl Files {
 
     /// Opens the file at a path, without its checksums.
     pub(super) fn open_path(&self, path: &Path) -> io::Result<StoredFile> {
-        Ok(StoredFile::new(regular_file::open(path)?, self.paths.has_fine_times, None))
+        Ok(StoredFile::new(regular_file::open_own(path)?, self.paths.has_fine_times, None))
     }
 
     /// The directory of a stored file.
@@ -260,7 +260,7 @@ impl Volume for Files {
             let stored = self.open_path(&self.paths.path(file))?;
             return Ok(Box::new(PackedFile::open(stored, file.key.digest, self.paths.decoders.clone())?));
         }
-        let open = regular_file::open(&self.paths.path(file))?;
+        let open = regular_file::open_own(&self.paths.path(file))?;
         let sums = self.table.get(file)?;
         Ok(Box::new(StoredFile::new(open, self.paths.has_fine_times, sums)))
     }
@@ -371,7 +371,7 @@ impl Volume for Files {
     }
 
     fn note(&self) -> Option<String> {
-        let bytes = regular_file::read(&self.paths.note(), MAX_FORMAT_BYTES).ok()?;
+        let bytes = regular_file::read_own(&self.paths.note(), MAX_FORMAT_BYTES).ok()?;
         String::from_utf8(bytes).ok()
     }
 

@@ -229,8 +229,12 @@ impl Volume for Local {
         }
     }
 
-    fn compact(&self, relocate: &mut dyn FnMut(Moves) -> Vec<bool>) -> io::Result<Compacted> {
-        self.segments.compact(relocate)
+    fn compact(
+        &self,
+        may_move: &dyn Fn(&[FileId]) -> Vec<bool>,
+        relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
+    ) -> io::Result<Compacted> {
+        self.segments.compact(may_move, relocate)
     }
 
     fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {

@@ -2,8 +2,8 @@
 //! trait.
 
 use super::{
-    Draft, Look, Moved, NewFile, Recovered, Repairs, Stored, Take, Volume, WrittenFile, outside::LeftFile,
-    stored::copy_in_pieces,
+    Compacted, Draft, Look, Moved, Moves, NewFile, Recovered, Repairs, Stored, Take, Urgency, Volume,
+    WrittenFile, outside::LeftFile, stored::copy_in_pieces,
 };
 use crate::{
     actors::cas::index::{FileId, Key, Stamp, Victim},
@@ -28,9 +28,16 @@ pub(crate) struct Memory {
     last_number: Arc<AtomicU64>,
     /// The number of the error with which every call fails that opens or writes a file; 0 for none.
     fault: Arc<AtomicI32>,
+    /// Counts the steps of compaction, none of which reclaims anything; `None` for a volume without dead bytes.
+    in_vain: Option<Arc<AtomicU64>>,
 }
 
 impl Memory {
+    /// A volume that always has too many dead bytes, whatever is compacted.
+    pub(crate) fn that_reclaims_nothing() -> Self {
+        Self { in_vain: Some(Arc::default()), ..Self::default() }
+    }
+
     /// Fails every call that opens or writes a file from now on, or with 0 no more.
     pub(crate) fn fail_with(&self, errno: i32) {
         self.fault.store(errno, Ordering::Relaxed);
@@ -41,6 +48,11 @@ impl Memory {
             0 => Ok(()),
             errno => Err(io::Error::from_raw_os_error(errno)),
         }
+    }
+
+    /// The number of steps of compaction that have reclaimed nothing.
+    pub(crate) fn steps_in_vain(&self) -> u64 {
+        self.in_vain.as_ref().map_or(0, |steps| steps.load(Ordering::Relaxed))
     }
 
     /// The number of files.
@@ -122,6 +134,20 @@ impl Volume for Memory {
     }
 
     fn touch(&self, _: &[FileId], _: &mut dyn FnMut(Vec<Moved>)) {}
+
+    fn wants_compaction(&self) -> Option<Urgency> {
+        self.in_vain.as_ref().map(|_| Urgency::WritersWait)
+    }
+
+    fn compact(
+        &self,
+        _: &dyn Fn(&[FileId]) -> Vec<bool>,
+        _: &mut dyn FnMut(Moves) -> Vec<bool>,
+    ) -> io::Result<Compacted> {
+        let Some(steps) = &self.in_vain else { return Ok(Compacted::NothingToGain) };
+        steps.fetch_add(1, Ordering::Relaxed);
+        Ok(Compacted::Some)
+    }
 
     fn recover(&self, _: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         let files: Vec<_> = self.files.lock().unwrap().values().cloned().collect();

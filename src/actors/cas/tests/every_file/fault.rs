@@ -93,6 +93,7 @@ pub(super) fn kind_of(file: &Path) -> String {
     match top[..] {
         ["segments", _] => extension,
         ["checksums", _] => "checksums".into(),
+        ["v1", "results"] if text.contains("+private/") => "v1/private".into(),
         _ => top.join("/"),
     }
 }

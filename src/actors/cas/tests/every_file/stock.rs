@@ -1,4 +1,5 @@
-//! What a store has, and has to return: blobs of every form, results that refer to them, and a result that was purged.
+//! What a store has, and has to return: blobs of every form, results that refer to them, results of single principals, a blob of another
+//! instance, and a result that was purged.
 
 use super::{super::*, fault::Fault};
 use crate::actors::cas::{
@@ -7,12 +8,16 @@ use crate::actors::cas::{
     settings::{PackingSettings, SMALL_BLOB_BYTES},
 };
 use gorego_reapi::compression::decode_all;
-use std::collections::HashSet;
+use std::{cell::Cell, collections::HashSet};
 
 /// Blobs of this size have files of their own, of three blocks.
 const SIZE: usize = 150_000;
 /// What a compressible blob takes compressed, which is too much for a segment.
 const COMPRESSED: usize = 80_000;
+/// The number of ways to read a blob.
+pub(super) const WAYS: usize = 6;
+/// The principals that have a private result of one action.
+const PRINCIPALS: [&str; 2] = ["token:a", "token:b"];
 
 /// How many entries a fault may cost.
 #[derive(Debug)]
@@ -23,19 +28,21 @@ pub(super) struct Tolerance {
     pub(super) lost_at_restart: usize,
     /// At the next start, of what was stored after the fault.
     pub(super) new_lost_at_restart: usize,
+    /// A start may find a result again that was purged.
+    pub(super) purged_may_return: bool,
 }
 
 impl Tolerance {
     pub(super) fn of(kind: &str, fault: Fault, is_running: bool, is_appended: bool) -> Self {
         let lost = match (kind, fault) {
-            (_, Fault::Open) => 0,
+            (_, Fault::Open | Fault::Unreadable) => 0,
             ("segment", Fault::Extend) => 0,
             ("segment", Fault::Flip(_)) if !is_appended => 1,
             // A sector may be at the border of two records.
             ("segment", Fault::Zeros) if !is_appended => 2,
             ("segment", _) => usize::MAX,
-            ("v1/blobs" | "v1/packed" | "v1/results", Fault::Swap) => 2,
-            ("v1/blobs" | "v1/packed" | "v1/results", _) => 1,
+            ("v1/blobs" | "v1/packed" | "v1/results" | "v1/private", Fault::Swap) => 2,
+            ("v1/blobs" | "v1/packed" | "v1/results" | "v1/private", _) => 1,
             // Everything else only saves work.
             _ => 0,
         };
@@ -43,10 +50,14 @@ impl Tolerance {
         // A segment that has no table yet is found by its head.
         let is_headless = kind == "segment" && is_appended && fault == Fault::Flip(0);
         // One that is open can be read until the restart.
-        let is_unseen = kind == "segment"
-            && is_running
-            && [Fault::Delete, Fault::Swap, Fault::Unreadable].contains(&fault);
-        Self { lost, lost_at_restart: most(is_headless || is_unseen), new_lost_at_restart: most(is_headless) }
+        let is_unseen = kind == "segment" && is_running && [Fault::Delete, Fault::Swap].contains(&fault);
+        Self {
+            lost,
+            lost_at_restart: most(is_headless || is_unseen),
+            new_lost_at_restart: most(is_headless),
+            purged_may_return: kind == "journal"
+                && ![Fault::Open, Fault::Unreadable, Fault::Extend].contains(&fault),
+        }
     }
 }
 
@@ -55,7 +66,13 @@ pub(super) struct Stock {
     blobs: Vec<Bytes>,
     /// Each refers to one of the blobs.
     results: Vec<(Digest, reapi::ActionResult)>,
+    /// Only the other instance has it.
+    of_other: Bytes,
+    /// The action that each of [`PRINCIPALS`] has a result of.
+    private: Digest,
     purged: Digest,
+    /// Counts the calls of [`Stock::read`] on all clones. Each begins with another way to read.
+    reads: Rc<Cell<usize>>,
 }
 
 impl Stock {
@@ -82,13 +99,21 @@ impl Stock {
             let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
             results.push((digest(format!("{seed} {number}").as_bytes()), result));
         }
-        let stock = Self { blobs, results, purged: digest(format!("{seed} purged").as_bytes()) };
+        let stock = Self {
+            blobs,
+            results,
+            of_other: noise(SIZE, seed + 104),
+            private: digest(format!("{seed} private").as_bytes()),
+            purged: digest(format!("{seed} purged").as_bytes()),
+            reads: Rc::default(),
+        };
         // Older results, which are replaced and removed.
         let older = reapi::ActionResult { exit_code: 0, stdout_raw: "older".into(), ..Default::default() };
         for action in [stock.results[0].0, stock.results[1].0, stock.purged] {
             store.cas.put_result(&store.main, action, older.clone(), Provenance::default()).await.unwrap();
         }
         stock.put_results(store).await;
+        stock.put_apart(store).await;
         let purge = ResultCondition { action: Some(stock.purged), ..Default::default() };
         let page = store.cas.purge_results(&store.main, &purge, 0, 1_000, true).await.unwrap();
         assert_eq!(page.results.len(), 1);
@@ -108,6 +133,40 @@ impl Stock {
         }
     }
 
+    /// What not everybody sees.
+    async fn put_apart(&self, store: &TestStore) {
+        let of_other = vec![(digest(&self.of_other), self.of_other.clone())];
+        store.cas.write_many(&store.other, of_other).await.unwrap().remove(0).unwrap();
+        for principal in PRINCIPALS {
+            let link =
+                reapi::OutputSymlink { path: "l".into(), target: principal.into(), ..Default::default() };
+            let result = reapi::ActionResult { output_symlinks: vec![link], ..Default::default() };
+            let by = Provenance { principal: principal.into(), ..Default::default() };
+            store.cas.put_result(&private_instance(), self.private, result, by).await.unwrap();
+        }
+    }
+
+    /// Nobody sees what belongs to others. Returns the number of entries that are lost.
+    async fn read_apart(&self, store: &TestStore) -> usize {
+        let mut lost = 0;
+        for principal in ["token:c", "token:a", "token:b"] {
+            let found = store.cas.get_result_for(&private_instance(), self.private, principal).await.unwrap();
+            match found {
+                Some(found) => assert_eq!(found.output_symlinks[0].target, principal),
+                None => lost += usize::from(PRINCIPALS.contains(&principal)),
+            }
+        }
+        let of_other = digest(&self.of_other);
+        assert!(store.get(of_other).await.is_err(), "it belongs to another instance");
+        let read = async { read_all(&store.cas.open(&store.other, of_other).await?).await };
+        match read.await {
+            Ok(read) => assert_eq!(read, self.of_other),
+            Err(Error::NotFound(_) | Error::Unavailable(_)) => lost += 1,
+            Err(error) => panic!("not a miss: {error}"),
+        }
+        lost
+    }
+
     /// Right after a start, everything that a hit refers to can be read (AC-03).
     pub(super) async fn check_hits(&self, store: &TestStore) {
         for ((action, result), bytes) in self.results.iter().zip(&self.blobs) {
@@ -118,6 +177,12 @@ impl Stock {
         }
     }
 
+    /// Asks for everything without reading it.
+    pub(super) async fn look_up(&self, store: &TestStore) {
+        let blobs: Vec<Digest> = self.blobs.iter().map(|bytes| digest(bytes)).collect();
+        store.cas.find_missing(&store.main, &blobs).await.unwrap();
+    }
+
     /// Reads everything in every way. Only misses are forgiven, and each of them shows in FindMissingBlobs. Returns the number of
     /// entries that are lost; a result does not count if its blob is lost.
     pub(super) async fn read(&self, store: &TestStore) -> usize {
@@ -125,17 +190,14 @@ impl Stock {
         shared.recent.clear();
         shared.packed.clear();
         shared.results.clear();
+        let first = self.reads.replace(self.reads.get() + 1);
         let mut lost = HashSet::new();
         for bytes in &self.blobs {
             let blob = digest(bytes);
-            let reads = [
-                self.read_by_stream(store, bytes).await,
-                store.cas.read_many(&store.main, vec![blob]).await.unwrap().remove(0),
-                read_zstd(store, bytes).await,
-                read_many_zstd(store, bytes).await,
-                damage::materialise(store, digest(bytes)).await,
-                store.get(blob).await,
-            ];
+            let mut reads = vec![];
+            for way in first..first + WAYS {
+                reads.push(read_by(way, store, bytes).await);
+            }
             let is_there = store.has(blob).await;
             for read in reads {
                 match read {
@@ -160,7 +222,7 @@ impl Stock {
                 None => results_lost += usize::from(!lost.contains(&digest(bytes))),
             }
         }
-        lost.len() + results_lost
+        lost.len() + results_lost + self.read_apart(store).await
     }
 
     /// While a directory cannot be entered, what is in it cannot be read, and is not missing.
@@ -185,20 +247,6 @@ impl Stock {
         assert_eq!(store.cas.get_result(&store.main, self.purged).await.unwrap(), None, "it was purged");
     }
 
-    /// In pieces, some of them twice.
-    async fn read_by_stream(&self, store: &TestStore, bytes: &Bytes) -> Result<Bytes> {
-        let reader = store.cas.open(&store.main, digest(bytes)).await?;
-        let mut at = 0;
-        while at < bytes.len() {
-            for _ in 0..2 {
-                let piece = reader.read_at(at as u64, 70_000).await?;
-                assert!(!piece.is_empty() && piece == bytes[at..at + piece.len()], "wrong bytes were served");
-            }
-            at += 50_000;
-        }
-        Ok(bytes.clone())
-    }
-
     /// What a client does that finds something missing.
     pub(super) async fn heal(&self, store: &TestStore) {
         for bytes in &self.blobs {
@@ -206,10 +254,43 @@ impl Stock {
             assert_eq!(store.get(digest(bytes)).await.unwrap(), bytes);
         }
         self.put_results(store).await;
+        self.put_apart(store).await;
         for (action, _) in &self.results {
             assert!(store.cas.get_result(&store.main, *action).await.unwrap().is_some());
         }
     }
+}
+
+/// The instance in which each principal has results of its own.
+fn private_instance() -> Instance {
+    instances().get("private").unwrap()
+}
+
+/// Reads a blob in one of the [`WAYS`].
+pub(super) async fn read_by(way: usize, store: &TestStore, bytes: &Bytes) -> Result<Bytes> {
+    let blob = digest(bytes);
+    match way % WAYS {
+        0 => damage::materialise(store, blob).await,
+        1 => read_by_stream(store, bytes).await,
+        2 => store.cas.read_many(&store.main, vec![blob]).await.unwrap().remove(0),
+        3 => read_zstd(store, bytes).await,
+        4 => read_many_zstd(store, bytes).await,
+        _ => store.get(blob).await,
+    }
+}
+
+/// In pieces, some of them twice.
+async fn read_by_stream(store: &TestStore, bytes: &Bytes) -> Result<Bytes> {
+    let reader = store.cas.open(&store.main, digest(bytes)).await?;
+    let mut at = 0;
+    while at < bytes.len() {
+        for _ in 0..2 {
+            let piece = reader.read_at(at as u64, 70_000).await?;
+            assert!(!piece.is_empty() && piece == bytes[at..at + piece.len()], "wrong bytes were served");
+        }
+        at += 50_000;
+    }
+    Ok(bytes.clone())
 }
 
 async fn read_zstd(store: &TestStore, bytes: &Bytes) -> Result<Bytes> {

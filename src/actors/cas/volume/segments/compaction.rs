@@ -1,7 +1,9 @@
 //! Compaction: the live records of a segment that is mostly dead are copied to the open segment, and its files are removed.
 //!
-//! The index decides whether a copy takes the place of a record: it refuses if the record was deleted meanwhile or is being read.
-//! A segment is removed only when all of its records are dead, and a record that the index does not know yet counts as live.
+//! The index decides which records are copied: those that it has and that nobody reads. The journal is not asked, because its notes may be
+//! lost, and dead records that are copied again and again would never be reclaimed. The index also decides whether a copy takes the
+//! place of a record: it refuses if the record was deleted meanwhile or is being read. A segment is removed only when all of its
+//! records are dead, and a record that the index does not know yet counts as live.
 //!
 //! A record and its copy are twins until the segment of the record is gone. If one of them is deleted, the other one is also
 //! noted as dead before the deletion is reported. So neither comes back with the next start.
@@ -38,7 +40,7 @@ pub(super) struct CompactionState {
     source: Option<u64>,
     /// The records of the segment and their copies, in both directions.
     twins: HashMap<Location, Location>,
-    /// Records that were deleted since its journal was read.
+    /// Records that were deleted since the index was asked which ones to copy.
     deleted: HashSet<u32>,
 }
 
@@ -69,13 +71,14 @@ impl Segments {
         self.sizes.verdict(takes.disk, takes.dead)
     }
 
-    /// Compacts the segment with the largest dead part. `relocate` tells the index of copies, and returns for each whether it took
-    /// the place of its record.
+    /// Compacts the segment with the largest dead part. `may_move` asks the index which files are stored and may be moved. `relocate`
+    /// tells it of copies, and returns for each whether it took the place of its record.
     ///
     /// # Errors
     /// The errors of the file system. Nothing is lost then.
     pub(in crate::actors::cas::volume) fn compact(
         &self,
+        may_move: &dyn Fn(&[FileId]) -> Vec<bool>,
         relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
     ) -> io::Result<Compacted> {
         let mut stuck = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -85,7 +88,7 @@ impl Segments {
         };
         *self.copying() = CompactionState { source: Some(source.number), ..CompactionState::default() };
         let mut moved = Vec::new();
-        let outcome = self.move_records(&source, relocate, &mut moved);
+        let outcome = self.move_records(&source, may_move, relocate, &mut moved);
         let mut buried = Ok(());
         if self.find(source.number).is_some() {
             stuck.insert(source.number);
@@ -130,17 +133,23 @@ impl Segments {
     fn move_records(
         &self,
         source: &Segment,
+        may_move: &dyn Fn(&[FileId]) -> Vec<bool>,
         relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
         moved: &mut Vec<u32>,
     ) -> io::Result<()> {
         let file = self.file_of(source.number)?;
-        let notes = journal::read(&self.journal_path(source.number), source.nonce);
+        // Without the journal, only the last uses are lost.
+        let notes = journal::read(&self.journal_path(source.number), source.nonce).unwrap_or_default();
         let rows = recovery::rows_of(&file, source)?;
-        let live: Vec<Row> = rows.into_iter().filter(|row| !notes.is_dead(row.slot)).collect();
+        let all: Vec<(Row, FileId)> =
+            rows.into_iter().filter_map(|row| Some((row, source.file_of(&row)?))).collect();
+        let files: Vec<FileId> = all.iter().map(|(_, file)| *file).collect();
+        let movable = all.into_iter().zip(may_move(&files)).filter(|(_, may_move)| *may_move);
+        let live: Vec<(Row, FileId)> = movable.map(|(record, _)| record).collect();
         let mut rest = &live[..];
         while !rest.is_empty() {
             let mut bytes = 0;
-            let fits = |row: &&Row| {
+            let fits = |(row, _): &&(Row, FileId)| {
                 bytes += u64::from(row.length);
                 bytes <= COPY_BYTES
             };
@@ -148,12 +157,12 @@ impl Segments {
             rest = after;
             let mut moves = Moves::default();
             let mut originals = Vec::with_capacity(part.len());
-            for row in part {
+            for (row, id) in part {
                 let touched = notes.touched(row.slot, row.touched);
-                match read(source, &file, row, touched) {
-                    Ok(original) => originals.extend(original),
-                    Err((lost, error)) if is_lost(&error) => moves.lost.extend(lost),
-                    Err((_, error)) => return Err(error),
+                match read(source, &file, row, touched, id.key) {
+                    Ok(original) => originals.push(original),
+                    Err(error) if is_lost(&error) => moves.lost.push(*id),
+                    Err(error) => return Err(error),
                 }
             }
             let copies = self.copy(&originals)?;
@@ -247,23 +256,13 @@ impl Original {
     }
 }
 
-/// Reads a record to copy it; `None` if its instance is not served any more. An error contains the lost file.
-fn read(
-    source: &Segment,
-    file: &File,
-    row: &Row,
-    touched: u32,
-) -> Result<Option<Original>, (Option<FileId>, io::Error)> {
-    let Some(instance) = source.instances.get(usize::from(row.instance)).copied().flatten() else {
-        return Ok(None);
-    };
+/// Reads a record to copy it.
+fn read(source: &Segment, file: &File, row: &Row, touched: u32, key: Key) -> io::Result<Original> {
     let at = Location { segment: source.number, slot: row.slot };
-    let key = Key { digest: row.digest, instance, kind: row.kind };
-    let lost = |error| (Some(FileId { key, generation: at.generation() }), error);
-    let (header, record) = source.read_record(file, row.slot, None).map_err(lost)?;
+    let (header, record) = source.read_record(file, row.slot, None)?;
     if (header.kind, header.digest) != (row.kind, row.digest) {
-        return Err(lost(damaged("another record is in its place")));
+        return Err(damaged("another record is in its place"));
     }
     let sequence = header.sequence;
-    Ok(Some(Original { at, key, touched, sequence, content: [content_of(&header, record)] }))
+    Ok(Original { at, key, touched, sequence, content: [content_of(&header, record)] })
 }

@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::Path,
 };
 
@@ -45,8 +45,14 @@ impl JournalNotes {
 }
 
 /// Reads a journal. A missing journal is empty. Damaged notes and notes of another segment are ignored.
-pub(super) fn read(path: &Path, nonce: u64) -> JournalNotes {
-    let bytes = regular_file::read(path, MAX_BYTES).unwrap_or_default();
+///
+/// # Errors
+/// The errors of [`regular_file::read_own`] for a journal that exists. It may have notes.
+pub(super) fn read(path: &Path, nonce: u64) -> io::Result<JournalNotes> {
+    let bytes = match regular_file::read_own(path, MAX_BYTES) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        read => read?,
+    };
     let mut notes = JournalNotes::default();
     for note in bytes.chunks_exact(NOTE_BYTES) {
         if let (Some(slot), Some(touched), Some(sum)) = (u32_at(note, 0), u32_at(note, 4), u32_at(note, 8))
@@ -55,7 +61,7 @@ pub(super) fn read(path: &Path, nonce: u64) -> JournalNotes {
             notes.add(slot, touched);
         }
     }
-    notes
+    Ok(notes)
 }
 
 /// Notes that these records are dead. Returns the length of the journal.
@@ -77,10 +83,7 @@ fn append(path: &Path, nonce: u64, slots: &[u32], touched: u32) -> io::Result<u6
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let open = || OpenOptions::new().write(true).create(true).truncate(false).custom_flags(flags).open(path);
     let file = match again_with_directory(path, open) {
-        // The journal belongs to this process, whatever somebody has done to its permissions.
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            fs::set_permissions(path, fs::Permissions::from_mode(0o644)).and_then(|()| open())?
-        }
+        Err(_) if regular_file::restore_permissions(path, 0o600) => open()?,
         opened => opened?,
     };
     write_at_end(&file, &bytes)
@@ -98,7 +101,7 @@ fn write_at_end(file: &File, bytes: &[u8]) -> io::Result<u64> {
 }
 
 fn rewrite(path: &Path, nonce: u64) -> io::Result<u64> {
-    let JournalNotes(notes) = read(path, nonce);
+    let JournalNotes(notes) = read(path, nonce)?;
     let mut bytes = Vec::with_capacity(notes.len() * NOTE_BYTES);
     notes.iter().for_each(|(slot, touched)| encode(nonce, *slot, *touched, &mut bytes));
     let new = path.with_extension("new");
@@ -127,7 +130,7 @@ mod tests {
     fn notes_are_read_back_and_half_or_foreign_notes_are_ignored() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("journal");
-        assert_eq!(read(&path, 1), JournalNotes::default());
+        assert_eq!(read(&path, 1).unwrap(), JournalNotes::default());
         touch(&path, 1, &[5, 6, 7], 100, 10).unwrap();
         bury(&path, 1, &[6]).unwrap();
         touch(&path, 1, &[6, 7], 200, 10).unwrap();
@@ -137,15 +140,28 @@ mod tests {
             assert_eq!((notes.touched(5, 0), notes.touched(7, 0), notes.touched(7, 300)), (100, 200, 300));
             assert_eq!(notes.touched(8, 40), 40);
         };
-        check(&read(&path, 1));
-        assert_eq!(read(&path, 2), JournalNotes::default(), "it is the journal of another segment");
+        check(&read(&path, 1).unwrap());
+        assert_eq!(read(&path, 2).unwrap(), JournalNotes::default(), "it is the journal of another segment");
         // The next write overwrites the partial note of a failed write.
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         file.write_all_at(b"half", file.metadata().unwrap().len()).unwrap();
-        check(&read(&path, 1));
+        check(&read(&path, 1).unwrap());
         bury(&path, 1, &[9]).unwrap();
-        assert!(read(&path, 1).is_dead(9));
-        check(&read(&path, 1));
+        assert!(read(&path, 1).unwrap().is_dead(9));
+        check(&read(&path, 1).unwrap());
+    }
+
+    /// A journal that cannot be read is not rewritten, because its notes about deleted records would be lost.
+    #[test]
+    fn a_journal_that_cannot_be_read_keeps_its_notes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        bury(&path, 1, &[3]).unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(MAX_BYTES).unwrap();
+        assert!(touch(&path, 1, &[4], 100, 1).is_err());
+        file.set_len(NOTE_BYTES as u64).unwrap();
+        assert!(read(&path, 1).unwrap().is_dead(3));
     }
 
     #[test]
@@ -159,7 +175,7 @@ mod tests {
             assert_eq!(bytes, path.metadata().unwrap().len());
             assert!(bytes <= (MANY_NOTES + 10) * NOTE_BYTES as u64);
         }
-        let notes = read(&path, 1);
+        let notes = read(&path, 1).unwrap();
         assert!(notes.is_dead(3) && notes.touched(10, 0) == 1_999);
     }
 }

@@ -6,13 +6,13 @@
 
 use super::{
     Segments, journal,
-    record::{Header, Location, SLOT_BYTES},
+    record::{Header, SLOT_BYTES},
     segment::{Segment, read_up_to, slot_at},
     table::{Head, MAX_HEAD_BYTES, Row, TRAILER_BYTES, Trailer, are_rows, rows},
 };
 use crate::{
     actors::cas::{
-        index::{FileId, Key},
+        index::EntryKind,
         volume::{Recovered, Repairs, Take},
     },
     instance::InstanceId,
@@ -124,10 +124,7 @@ impl Segments {
 
     fn read_segment(&self, number: u64, take: Take<'_>) -> SegmentRead {
         let path = self.segment_path(number);
-        let file = match regular_file::open(&path) {
-            Ok(file) => file,
-            Err(_) => return SegmentRead::Unreadable,
-        };
+        let Ok(file) = regular_file::open_own(&path) else { return SegmentRead::Unreadable };
         let Ok(opened) = open(&file) else { return SegmentRead::Unreadable };
         let Some(opened) = opened.filter(|opened| opened.head.number == number) else {
             return SegmentRead::Useless;
@@ -155,14 +152,15 @@ impl Segments {
         let instances: Arc<[Option<InstanceId>]> = head.names.iter().map(id).collect();
         let journal = self.journal_path(head.number);
         let notes = journal::read(&journal, head.nonce);
+        // Notes that cannot be read may say that a result was purged. A blob that was deleted may come back.
+        let has_notes = notes.is_ok();
+        let notes = notes.unwrap_or_default();
         let journal_bytes = fs::symlink_metadata(&journal).map_or(0, |metadata| metadata.len());
         let segment = Arc::new(Segment::complete(&head, end, (bytes, journal_bytes), instances));
         let recovered = |row: Row| {
-            let instance = segment.instances.get(usize::from(row.instance)).copied().flatten()?;
-            let at = Location { segment: head.number, slot: row.slot };
-            let key = Key { digest: row.digest, instance, kind: row.kind };
-            (!notes.is_dead(row.slot)).then(|| Recovered {
-                file: FileId { key, generation: at.generation() },
+            let is_dead = notes.is_dead(row.slot) || row.kind == EntryKind::Result && !has_notes;
+            Some(Recovered {
+                file: segment.file_of(&row).filter(|_| !is_dead)?,
                 bytes: Self::charge(u64::from(row.length)),
                 touched: notes.touched(row.slot, row.touched),
             })
@@ -259,6 +257,7 @@ fn next_candidate(file: &File, nonce: u64, mut at: u64, size: u64) -> io::Result
 fn complete(path: &Path, opened: &Opened) -> io::Result<()> {
     let Opened { head, end, last_sequence, rows } = opened;
     // The file was opened for reading only and without following links. This opens the same file.
+    regular_file::restore_permissions(path, 0o600);
     let file = OpenOptions::new().write(true).open(path)?;
     let mut table = head.encode();
     table.extend_from_slice(rows);

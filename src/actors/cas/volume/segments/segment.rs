@@ -12,7 +12,7 @@ use super::{
     table::{Head, Row, Trailer, rows},
 };
 use crate::{
-    actors::cas::index::{EntryKind, Key},
+    actors::cas::index::{EntryKind, FileId, Key},
     instance::InstanceId,
 };
 use bytes::Bytes;
@@ -266,6 +266,13 @@ impl Segment {
     pub(super) fn is_complete(&self) -> Option<Takes> {
         let growth = self.growth();
         (growth.stage == SegmentStage::Complete).then(|| growth.takes())
+    }
+
+    /// The file whose record has this row; `None` if its instance is not served any more.
+    pub(super) fn file_of(&self, row: &Row) -> Option<FileId> {
+        let instance = self.instances.get(usize::from(row.instance)).copied().flatten()?;
+        let generation = Location { segment: self.number, slot: row.slot }.generation();
+        Some(FileId { key: Key { digest: row.digest, instance, kind: row.kind }, generation })
     }
 
     /// Whether all records are dead and nothing is appended any more.

@@ -140,10 +140,10 @@ fn half_of_the_budget_is_left_to_actions_that_run() {
 fn a_run_that_comes_meanwhile_waits_for_the_tree() {
     let bench = Bench::new(ROOM);
     let inputs = Counted::new(&tree(1, 100));
+    let (mut gated, gate) = inputs.gated(50);
+    let cancel = CancelToken::without_event();
     thread::scope(|scope| {
-        let (mut gated, gate) = inputs.gated(50);
-        let cancel = CancelToken::without_event();
-        let ahead = scope.spawn(|| bench.ahead_of(&mut gated, &cancel.clone(), PATIENCE));
+        let ahead = scope.spawn(|| bench.ahead_of(&mut gated, &cancel, PATIENCE));
         gate.wait();
         assert_eq!(bench.ahead(&inputs), Ok(false), "it does not wait for its own tree");
         let run = scope.spawn(|| bench.base(&inputs).delta.steps.len());
@@ -178,10 +178,10 @@ fn a_run_builds_the_tree_itself_if_it_could_not_be_built_before() {
 fn nothing_is_left_of_a_tree_whose_action_has_ended_and_none_is_begun_for_an_action_that_runs() {
     let bench = Bench::new(ROOM);
     let inputs = Counted::new(&tree(1, 100));
+    let (mut gated, gate) = inputs.gated(50);
+    let cancel = CancelToken::without_event();
     thread::scope(|scope| {
-        let (mut gated, gate) = inputs.gated(50);
-        let cancel = CancelToken::without_event();
-        let ahead = scope.spawn(|| bench.ahead_of(&mut gated, &cancel.clone(), PATIENCE));
+        let ahead = scope.spawn(|| bench.ahead_of(&mut gated, &cancel, PATIENCE));
         gate.wait();
         cancel.cancel();
         gate.open();
@@ -204,8 +204,8 @@ fn a_tree_that_is_being_built_may_become_the_base() {
     let mut similar = tree(1, 1_000);
     similar.remove("/1-4/44");
     let similar = Counted::new(&similar);
+    let (mut gated, gate) = inputs.gated(500);
     thread::scope(|scope| {
-        let (mut gated, gate) = inputs.gated(500);
         let first = scope.spawn(|| bench.ahead_of(&mut gated, &CancelToken::without_event(), PATIENCE));
         gate.wait();
         let limit = Duration::from_millis(60);

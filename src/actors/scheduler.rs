@@ -36,7 +36,7 @@ use crate::{
 };
 use actix::{Actor, AsyncContext, Context, Message, MessageResult, Recipient, ResponseFuture};
 use futures::future::ready;
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::error::Result;
 use inputs::{ImageSupply, InputCheck};
 use ledger::{Ledger, RunEnd};
 use messages::{

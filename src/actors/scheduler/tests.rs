@@ -19,7 +19,7 @@ use crate::{
 };
 use actix::{ActorContext, ActorFutureExt, Addr, Handler, SyncArbiter, SyncContext, WrapFuture, fut};
 use futures::future::{self, FutureExt};
-use gorego_reapi::digest::Digest;
+use gorego_reapi::{digest::Digest, error::Error};
 use std::{sync::Arc, time::SystemTime};
 use tokio::sync::mpsc;
 

@@ -133,8 +133,8 @@ struct World {
     images: Vec<ImageOrder>,
     /// The staging orders that have not been answered.
     stagings: Vec<StagingOrder>,
-    /// The tasks for which there was such an order.
-    staged: HashSet<TaskId>,
+    /// The tasks for which there was such an order, with the number of their attempts at that time.
+    staged: HashMap<TaskId, u32>,
     /// The runs that have not been answered, by slot.
     runs: BTreeMap<(PoolId, SlotId), Out>,
     pools: Pools,
@@ -193,7 +193,7 @@ impl World {
             checks: Vec::new(),
             images: Vec::new(),
             stagings: Vec::new(),
-            staged: HashSet::new(),
+            staged: HashMap::new(),
             runs: BTreeMap::new(),
             pools,
             most_out: 0,

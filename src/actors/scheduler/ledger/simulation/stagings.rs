@@ -22,7 +22,7 @@ impl World {
                 "only what waits for it"
             );
             assert!(task.unfollowed_since.is_none(), "not what nobody follows");
-            assert!(self.staged.insert(order.task), "once for each task");
+            assert!(self.staged.insert(order.task, task.attempts).is_none(), "once for each task");
             self.seen.insert("staged ahead");
             if let Some(front) = self.front(order.pool) {
                 let at = front.iter().position(|id| *id == order.task).expect("it is near the front");
@@ -55,7 +55,7 @@ impl World {
     }
 
     fn wants_staging(&self, id: TaskId) -> bool {
-        !self.staged.contains(&id) && self.ledger.tasks[&id].unfollowed_since.is_none()
+        !self.staged.contains_key(&id) && self.ledger.tasks[&id].unfollowed_since.is_none()
     }
 
     pub(super) fn answer_staging(&mut self) {
@@ -77,7 +77,7 @@ impl World {
                 task.is_none(),
                 "an order is cancelled when its task ends"
             );
-            let has_run = task.is_none_or(|task| task.attempts > 0);
+            let has_run = task.is_none_or(|task| task.attempts > self.staged[&order.task]);
             assert_eq!(order.cancel.is_stopped(), has_run, "and stopped when its task gets a slot");
             self.seen.insert(match task {
                 None => "left while its inputs were staged",

@@ -20,6 +20,7 @@ mod queue;
 mod quota;
 mod register;
 pub mod settings;
+mod settle;
 pub mod slots;
 #[cfg(test)]
 mod tests;
@@ -28,17 +29,16 @@ pub mod transition;
 use crate::{
     actors::{
         mail::{Mail, Receive, counted},
-        worker::messages::{RunAction, RunControl, RunOrder, StageReached, TaskId},
+        worker::messages::{RunAction, StageAhead, StageReached, TaskId},
     },
-    caller::Caller,
     logging::Event,
     node::NodeName,
 };
-use actix::{Actor, AsyncContext, Context, MailboxError, Message, MessageResult, Recipient, ResponseFuture};
+use actix::{Actor, AsyncContext, Context, Message, MessageResult, Recipient, ResponseFuture};
 use futures::future::ready;
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::error::Result;
 use inputs::{ImageSupply, InputCheck};
-use ledger::{Assignment, Check, ImageOrder, Ledger, RunEnd};
+use ledger::{Ledger, RunEnd};
 use messages::{
     AddPool, Admit, Cancel, Drain, DrainPool, Explain, Forget, Inspect, Inspection, ListOperations,
     ListPools, Measure, OperationPage, Record, RemovePool, Watch,
@@ -68,6 +68,9 @@ pub struct Pool {
     pub spec: PoolSpec,
     /// Runs a task. Each message is answered when the run has ended.
     pub runner: Recipient<RunAction>,
+    /// Stages the inputs of tasks that wait for the pool; `None` if the pool cannot. Each message is answered when that
+    /// has ended.
+    pub stager: Option<Recipient<StageAhead>>,
 }
 
 /// The owner of all operations, tasks and slots.
@@ -75,6 +78,7 @@ pub struct SchedulerActor {
     mail: Mail,
     ledger: Ledger,
     runners: HashMap<PoolId, Recipient<RunAction>>,
+    stagers: HashMap<PoolId, Recipient<StageAhead>>,
     inputs: Box<dyn InputCheck>,
     /// Pulls container images; `None` if actions cannot name any.
     images: Option<Arc<dyn ImageSupply>>,
@@ -90,21 +94,30 @@ pub struct SchedulerActor {
 impl SchedulerActor {
     /// A scheduler over these pools.
     pub fn new(settings: SchedulerSettings, pools: Vec<Pool>, inputs: impl InputCheck) -> Self {
-        let (specs, runners): (Vec<_>, Vec<_>) =
-            pools.into_iter().map(|Pool { spec, runner }| (spec, runner)).unzip();
-        let ledger = Ledger::new(settings, specs);
+        let ledger = Ledger::new(settings, pools.iter().map(|pool| pool.spec.clone()).collect());
         // The ids ascend in the order of the list.
         let ids: BTreeSet<_> = ledger.pools().into_iter().map(|pool| pool.id).collect();
-        Self {
+        let mut scheduler = Self {
             mail: Mail::default(),
             ledger,
-            runners: ids.into_iter().zip(runners).collect(),
+            runners: HashMap::new(),
+            stagers: HashMap::new(),
             inputs: Box::new(inputs),
             images: None,
             transfer_timeout: settings.transfer_timeout,
             node: settings.node,
             drained: Vec::new(),
             drained_pools: Vec::new(),
+        };
+        ids.into_iter().zip(pools).for_each(|(id, pool)| scheduler.connect(id, pool.runner, pool.stager));
+        scheduler
+    }
+
+    fn connect(&mut self, id: PoolId, runner: Recipient<RunAction>, stager: Option<Recipient<StageAhead>>) {
+        self.runners.insert(id, runner);
+        if let Some(stager) = stager {
+            self.stagers.insert(id, stager);
+            self.ledger.stage_ahead_in(id);
         }
     }
 
@@ -120,101 +133,6 @@ impl SchedulerActor {
     /// The counter of the messages that the actor handles.
     pub fn mail(&self) -> Mail {
         self.mail.clone()
-    }
-
-    /// Carries out the decisions of the ledger. It is called after every change to the ledger.
-    fn settle(&mut self, ctx: &mut Context<Self>) {
-        let now = ClockReading::now();
-        while let Some(check) = self.ledger.next_check(now) {
-            self.send_check(check, ctx);
-        }
-        while let Some(order) = self.ledger.next_image(now) {
-            self.send_image_order(order, ctx);
-        }
-        while let Some(assignment) = self.ledger.assign(now) {
-            self.send_run(assignment, ctx);
-        }
-        self.log_transitions();
-        if self.ledger.is_idle() {
-            for waiter in self.drained.drain(..) {
-                // The sender of the Drain may be gone.
-                let _ = waiter.send(());
-            }
-        }
-        let ledger = &self.ledger;
-        for (_, waiter) in self.drained_pools.extract_if(.., |(pool, _)| ledger.runs_in(*pool) == 0) {
-            let _ = waiter.send(());
-        }
-    }
-
-    fn log_transitions(&mut self) {
-        for transition in self.ledger.take_transitions() {
-            log::transition(&transition);
-        }
-    }
-
-    fn send_check(&self, Check { task, instance, root, build }: Check, ctx: &mut Context<Self>) {
-        let checking = tokio::time::timeout(self.transfer_timeout, self.inputs.check(instance, root, build));
-        let scheduler = ctx.address();
-        actix::spawn(async move {
-            let silent =
-                |_| Err(Error::Unavailable("the store of this server does not answer; try again".into()));
-            let result = checking.await.unwrap_or_else(silent);
-            scheduler.do_send(InputsChecked { task, result });
-        });
-    }
-
-    fn send_image_order(&self, ImageOrder { task, name, peer, left }: ImageOrder, ctx: &mut Context<Self>) {
-        let Some(images) = &self.images else { return };
-        let brought = images.bring(&name, Caller::without_connection(peer));
-        let (scheduler, limit) = (ctx.address(), self.transfer_timeout);
-        actix::spawn(async move {
-            let result = tokio::select! {
-                brought = tokio::time::timeout(limit, brought) => brought.unwrap_or_else(|_| {
-                    Err(Error::Unavailable(format!(
-                        "image {name} was not ready within {limit:?} (execution.transfer_timeout of this server)"
-                    )))
-                }),
-                _ = left => return,
-            };
-            scheduler.do_send(ImageBrought { task, result });
-        });
-    }
-
-    fn send_run(&self, assignment: Assignment, ctx: &mut Context<Self>) {
-        let Assignment {
-            task,
-            attempt,
-            pool,
-            slot,
-            action,
-            peer,
-            queued_at,
-            tool_invocation_id,
-            principal,
-            cancel,
-        } = assignment;
-        let scheduler = ctx.address();
-        let Some(runner) = self.runners.get(&pool).cloned() else {
-            return scheduler.do_send(RunEnded { task, attempt, end: RunEnd::Lost { pool_closed: true } });
-        };
-        let run = RunAction {
-            order: RunOrder { task, attempt, slot, action, peer, queued_at, tool_invocation_id, principal },
-            control: RunControl { cancel, progress: scheduler.clone().recipient() },
-        };
-        actix::spawn(async move {
-            let end = match runner.send(run).await {
-                Ok(report) => RunEnd::Reported(report),
-                // The worker died without an answer. Workers catch panics. So if the pool still accepts messages, an
-                // answer was lost but no thread, and the slot can be used again. In the worst case, a task then waits
-                // inside the pool for another thread. If slots were withdrawn instead, all of them would be lost over
-                // time.
-                Err(MailboxError::Closed | MailboxError::Timeout) => {
-                    RunEnd::Lost { pool_closed: !runner.connected() }
-                }
-            };
-            scheduler.do_send(RunEnded { task, attempt, end });
-        });
     }
 }
 
@@ -252,6 +170,13 @@ struct RunEnded {
     task: TaskId,
     attempt: u32,
     end: RunEnd,
+}
+
+/// A fact: a pool has staged the inputs of a waiting task, or has given up.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct StagingEnded {
+    pool: PoolId,
 }
 
 /// A fact: time has passed.
@@ -307,6 +232,15 @@ impl Receive<ImageBrought> for SchedulerActor {
 
     fn receive(&mut self, ImageBrought { task, result }: ImageBrought, ctx: &mut Self::Context) {
         self.ledger.image_brought(task, result, ClockReading::now());
+        self.settle(ctx);
+    }
+}
+
+impl Receive<StagingEnded> for SchedulerActor {
+    type Answer = ();
+
+    fn receive(&mut self, StagingEnded { pool }: StagingEnded, ctx: &mut Self::Context) {
+        self.ledger.staging_ended(pool);
         self.settle(ctx);
     }
 }
@@ -391,12 +325,12 @@ impl Receive<AddPool> for SchedulerActor {
 
     fn receive(
         &mut self,
-        AddPool { pool: Pool { spec, runner } }: AddPool,
+        AddPool { pool: Pool { spec, runner, stager } }: AddPool,
         ctx: &mut Self::Context,
     ) -> Self::Answer {
         let (name, slots) = (spec.name.clone(), spec.slots);
         let id = self.ledger.add_pool(spec)?;
-        self.runners.insert(id, runner);
+        self.connect(id, runner, stager);
         Event::info(log::TARGET, log::POOL_ADDED)
             .with("pool", &*name)
             .with("slots", slots)
@@ -436,6 +370,7 @@ impl Receive<RemovePool> for SchedulerActor {
         self.ledger.remove_pool(id, ClockReading::now())?;
         // Its workers end when the last run has reported.
         self.runners.remove(&id);
+        self.stagers.remove(&id);
         Event::info(log::TARGET, log::POOL_REMOVED)
             .with("pool", &*name)
             .with("running", self.ledger.runs_in(id))

@@ -22,6 +22,7 @@ mod outputs;
 mod run;
 mod run_log;
 pub mod staged_trees;
+pub mod staging;
 pub mod store;
 pub mod tools;
 pub mod workspace;
@@ -39,7 +40,10 @@ use crate::{
     telemetry::{RunFate, RunMetrics, SandboxFailure},
 };
 use actix::{Actor, MessageResult, SyncContext};
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::{
+    error::{Error, Result},
+    tree::InputTree,
+};
 use image_store::ImageStore;
 use launcher::{Launcher, PoolSandbox, RunnerLauncher};
 use messages::{RunAction, RunFailure};
@@ -101,8 +105,14 @@ pub struct PoolLimits {
 
 impl WorkerSettings {
     /// Whether input roots can be overlays.
-    fn has_layers(&self) -> bool {
+    pub(crate) fn has_layers(&self) -> bool {
         self.sandbox.as_ref().is_some_and(PoolSandbox::has_layers)
+    }
+
+    /// Whether this input root can be an overlay. The first change to a staged file copies it up, and the kernel counts
+    /// that as a write of the command.
+    fn can_stage(&self, tree: &InputTree) -> bool {
+        self.has_layers() && tree.largest_file() <= self.max_output_file_bytes
     }
 
     /// The kind of cell for an action.

@@ -13,7 +13,7 @@ use crate::{
             messages::{AddPool, DrainPool, ListPools, RemovePool},
             slots::{PoolSpec, PoolState, PoolStatus},
         },
-        worker::{WorkerActor, WorkerSettings},
+        worker::{WorkerActor, WorkerSettings, staging::StagingActor},
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     log_streams::LogStreams,
@@ -48,6 +48,11 @@ impl PoolMaker {
             self.log_streams.clone(),
             self.metrics.clone(),
         ));
+        let store = Arc::new(self.cas.clone());
+        let stager = worker.has_layers().then(|| {
+            let (worker, store) = (worker.clone(), store.clone());
+            SyncArbiter::start(1, move || StagingActor::new(worker.clone(), store.clone())).recipient()
+        });
         let spec = PoolSpec {
             name: pool.name.clone(),
             section: if pool.is_declared {
@@ -61,9 +66,8 @@ impl PoolMaker {
             limits: pool.limits,
             room: pool.room,
         };
-        let store = Arc::new(self.cas.clone());
         let workers = SyncArbiter::start(pool.slots, move || WorkerActor::new(worker.clone(), store.clone()));
-        Pool { spec, runner: workers.recipient() }
+        Pool { spec, runner: workers.recipient(), stager }
     }
 
     /// Pulls the images that pools name, ahead of their actions.

@@ -156,7 +156,7 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
             limits: Default::default(),
             room: None,
         };
-        let pool = Pool { spec, runner: workers.recipient() };
+        let pool = Pool { spec, runner: workers.recipient(), stager: None };
         let scheduler = SchedulerActor::new(of_scheduler, vec![pool], cas.clone());
         let mail = [of_store, scheduler.mail(), of_workers];
         (cas, scheduler.start(), mail)

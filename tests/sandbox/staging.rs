@@ -1,7 +1,13 @@
-//! Staged inputs with a real store: the effects of a crash, a damaged blob and eviction.
+//! Staged inputs with a real store: the effects of a crash, a damaged blob and eviction, and of a wait for a slot.
 
 use crate::{processes_with, support::*, with_each};
-use gorego_reapi::{digest::Digest, proto::reapi};
+use gorego_reapi::{
+    digest::Digest,
+    proto::{
+        longrunning::{CancelOperationRequest, GetOperationRequest},
+        reapi,
+    },
+};
 use prost::Message as _;
 use std::{fs, path::Path};
 
@@ -213,6 +219,116 @@ async fn without_a_budget_inputs_are_copied() {
     let (root, _) = root_of(&client, 50, "text").await;
     assert_eq!(says(&client, "cat d/f3; ! grep -q ' /build overlay ' /proc/mounts", root).await, "text 3\n");
     assert_eq!(directories(&server).1, 0);
+}
+
+const ONE_SLOT: (&str, &str) = ("EXECUTION__CONCURRENCY", "1");
+const DEBUG_LOG: (&str, &str) = ("LOG__FILTER", "info,gorego=debug");
+
+/// An action that holds the only slot until the test ends it.
+struct Holder {
+    run: Run,
+    gate: tempfile::TempDir,
+}
+
+impl Holder {
+    async fn start(client: &Client) -> Self {
+        let gate = shared_dir();
+        let script = format!("until test -e {}/open; do sleep 0.02; done", gate.path().display());
+        let mut run = client.start(client.action(sh(&script), empty()).await).await;
+        run.until(|operation| metadata(operation).stage == 3).await;
+        Self { run, gate }
+    }
+
+    async fn end(self) {
+        fs::write(self.gate.path().join("open"), "").unwrap();
+        assert_eq!(self.run.finish().await.result.unwrap().exit_code, 0);
+    }
+}
+
+/// Starts an action that waits for a slot.
+async fn waiting(client: &Client, script: &str, root: Digest) -> Run {
+    let action = client.action_with(sh(script), root, |action| action.do_not_cache = true).await;
+    client.start(action).await
+}
+
+#[tokio::test]
+async fn the_inputs_of_a_waiting_action_are_staged_while_the_one_before_it_runs() {
+    let server = Server::with(&[ONE_SLOT, DEBUG_LOG]).await;
+    let client = server.client().await;
+    let holder = Holder::start(&client).await;
+    let (root, _) = root_of(&client, 300, "text").await;
+    let run = waiting(&client, "cat d/f7; ls d | wc -l", root).await;
+    let event = server.logged("staged_ahead").await;
+    assert!(event["error"].is_null(), "{event}");
+    assert_eq!(directories(&server), (1, 1), "the one before it still runs");
+    holder.end().await;
+    let result = run.finish().await.result.unwrap();
+    assert_eq!(client.stdout(&result).await, "text 7\n300\n");
+    assert_eq!(directories(&server).1, 1, "the run uses that tree");
+    // The tree of a cancelled action can be used by another one.
+    let holder = Holder::start(&client).await;
+    let (other, _) = root_of(&client, 300, "other").await;
+    let mut cancelled = waiting(&client, "true", other).await;
+    let name = cancelled.next().await.unwrap().name;
+    eventually("it is staged", || directories(&server) == (1, 2)).await;
+    client.operations.clone().cancel_operation(CancelOperationRequest { name }).await.unwrap();
+    holder.end().await;
+    assert_eq!(says(&client, "cat d/f9", other).await, "other 9\n");
+    eventually("nothing but the trees is left", || directories(&server) == (0, 2)).await;
+}
+
+#[tokio::test]
+async fn a_damaged_blob_fails_the_waiting_action_no_earlier_and_no_differently() {
+    let server = Server::with(&[ONE_SLOT, DEBUG_LOG]).await;
+    let client = server.client().await;
+    let holder = Holder::start(&client).await;
+    let (root, files) = root_of(&client, 30, &"text ".repeat(20_000)).await;
+    let path = stored(&server, files[20]);
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    fs::write(&path, "damaged").unwrap();
+    let mut run = waiting(&client, "true", root).await;
+    let event = server.logged("staged_ahead").await;
+    assert!(event["error"].is_string(), "{event}");
+    eventually("what was staged of it is removed", || directories(&server) == (1, 0)).await;
+    let request = GetOperationRequest { name: run.next().await.unwrap().name };
+    let now = client.operations.clone().get_operation(request).await.unwrap().into_inner();
+    assert_eq!(metadata(&now).stage, 2, "it waits");
+    holder.end().await;
+    let status = run.finish().await.status.unwrap();
+    assert_eq!(status.code, tonic::Code::FailedPrecondition as i32, "{status:?}");
+    // The next attempt of a client uploads the blob.
+    let holder = Holder::start(&client).await;
+    client.upload(format!("{} 20\n", "text ".repeat(20_000))).await;
+    let run = waiting(&client, "wc -l < d/f20", root).await;
+    eventually("it is staged", || directories(&server) == (1, 1)).await;
+    holder.end().await;
+    assert_eq!(client.stdout(&run.finish().await.result.unwrap()).await.trim(), "1");
+}
+
+/// The budget has room for two of these trees, and half of it for one.
+#[tokio::test]
+async fn staging_ahead_takes_no_room_from_actions_that_run() {
+    let server = Server::with(&[ONE_SLOT, ("EXECUTION__STAGED_INPUTS_GB", "1 MB")]).await;
+    let client = server.client().await;
+    let gate = shared_dir();
+    let script =
+        format!("until test -e {}/open; do sleep 0.02; done; ls d | wc -l; cat d/f99", gate.path().display());
+    let (kept, _) = root_of(&client, 100, "kept").await;
+    let mut holder = waiting(&client, &script, kept).await;
+    holder.until(|operation| metadata(operation).stage == 3).await;
+    let mut runs = Vec::new();
+    for at in 0..4 {
+        let (root, _) = root_of(&client, 100, &format!("other {at}")).await;
+        runs.push(waiting(&client, "cat d/f42", root).await);
+    }
+    fs::write(gate.path().join("open"), "").unwrap();
+    let result = holder.finish().await.result.unwrap();
+    assert_eq!(client.stdout(&result).await, "100\nkept 99\n");
+    for (at, run) in runs.into_iter().enumerate() {
+        let result = run.finish().await.result.unwrap();
+        assert_eq!(client.stdout(&result).await, format!("other {at} 42\n"));
+    }
+    eventually("the others are removed", || directories(&server).1 <= 2).await;
 }
 
 /// The path of a stored blob's file.

@@ -19,14 +19,16 @@ use gorego::{
         PoolLimits, WorkerActor, WorkerSettings,
         launcher::PoolSandbox,
         messages::{
-            RunAction, RunControl, RunFailure, RunOrder, RunReport, RunStage, SlotId, StageReached, TaskId,
+            RunAction, RunControl, RunFailure, RunOrder, RunReport, RunStage, SlotId, StageAhead,
+            StageReached, TaskId,
         },
         staged_trees::StagingLimits,
+        staging::StagingActor,
         store::BlobStore,
         tools::{ToolLimits, Tools},
         workspace::BuildRoot,
     },
-    caller::Peer,
+    caller::{Build, Owner, Peer},
     instance::Instances,
     log_streams::{LogSettings, LogStreams, StreamLimits},
 };
@@ -67,6 +69,7 @@ pub struct Bench {
     pub is_sandboxed: bool,
     pub stages: Arc<Mutex<Vec<RunStage>>>,
     worker: Addr<WorkerActor>,
+    stager: Addr<StagingActor>,
     listener: Addr<Listener>,
     _directory: tempfile::TempDir,
 }
@@ -157,6 +160,8 @@ fn with_bench<T>(
             metrics: Default::default(),
         });
         let handle: Arc<dyn BlobStore> = Arc::new(Handle(store.clone()));
+        let (same, store_of_stager) = (settings.clone(), handle.clone());
+        let stager = SyncArbiter::start(1, move || StagingActor::new(same.clone(), store_of_stager.clone()));
         let worker = SyncArbiter::start(1, move || WorkerActor::new(settings.clone(), handle.clone()));
         let stages = Arc::new(Mutex::new(Vec::new()));
         let listener = Listener(stages.clone()).start();
@@ -166,6 +171,7 @@ fn with_bench<T>(
             is_sandboxed,
             stages,
             worker,
+            stager,
             listener,
             _directory: directory,
         };
@@ -217,6 +223,19 @@ impl Bench {
             })
             .await
             .expect("the worker lives")
+    }
+
+    /// Has the inputs of a waiting action staged.
+    pub async fn stage_ahead(&self, job: &Job) {
+        let (action, cancel) = (Arc::new(self.action(job)), job.cancel.clone());
+        let owner = Owner { peer: Peer::default(), build: Build::of("invocation") };
+        self.stager.send(StageAhead { task: TaskId(7), action, owner, cancel }).await.expect("it lives");
+    }
+
+    /// The number of staged trees.
+    pub fn trees(&self) -> usize {
+        let entries = std::fs::read_dir(&self.build_root).unwrap().flatten();
+        entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"t-")).count()
     }
 
     /// The result of an action that must run to its end.

@@ -9,6 +9,7 @@ mod logs;
 mod outputs;
 #[path = "../support/mod.rs"]
 mod shared;
+mod staging;
 mod tools;
 
 use shared::worker as support;

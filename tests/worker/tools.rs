@@ -11,7 +11,7 @@ use std::{path::Path, time::Duration};
 /// Path of Python, which is also visible in the sandbox.
 const PYTHON: &str = "/usr/bin/python3";
 
-const LIMITS: ToolLimits = ToolLimits {
+pub(crate) const LIMITS: ToolLimits = ToolLimits {
     max_tools: 2,
     max_idle: Duration::from_secs(600),
     max_uses: 1000,

@@ -15,7 +15,7 @@
 //! This file handles the requests of clients. `ledger/dispatch.rs` handles input checks and slots,
 //! `ledger/conclusion.rs` the end of runs, `ledger/waiting.rs` the queues, `ledger/explanation.rs` why an operation
 //! waits, `ledger/followers.rs` tasks without followers, `ledger/peaks.rs` the memory use of earlier actions,
-//! `ledger/pools.rs` the changes of pools, and `ledger/deadlines.rs` the deadlines. `ledger/task.rs` defines tasks and
+//! `ledger/staging.rs` the staging of inputs during the wait, `ledger/pools.rs` the changes of pools, and `ledger/deadlines.rs` the deadlines. `ledger/task.rs` defines tasks and
 //! runs.
 //! Each step of an operation is recorded as a [`Transition`] until [`Ledger::take_transitions`].
 
@@ -31,6 +31,7 @@ mod peaks;
 mod pools;
 #[cfg(test)]
 mod simulation;
+mod staging;
 mod task;
 #[cfg(test)]
 mod tests;
@@ -64,6 +65,7 @@ pub(crate) use dispatch::{Assignment, Check, ImageOrder, RunEnd};
 use explanation::QueuePositions;
 use followers::Unfollowed;
 use peaks::{PeakKey, Peaks};
+pub(crate) use staging::StagingOrder;
 use task::{Task, TaskKey, TaskRun, TaskStep, key};
 
 /// All operations, tasks and pools; see the top of this file.
@@ -94,6 +96,8 @@ pub(crate) struct Ledger {
     brings_images: bool,
     /// Tasks whose images were not ordered yet.
     image_orders: VecDeque<TaskId>,
+    /// The pools that can stage the inputs of waiting tasks, and whether each is doing so.
+    staging: BTreeMap<PoolId, bool>,
     draining: bool,
     transitions: Vec<Transition>,
 }
@@ -121,6 +125,7 @@ impl Ledger {
             checks: BTreeMap::new(),
             brings_images: false,
             image_orders: VecDeque::new(),
+            staging: BTreeMap::new(),
             draining: false,
             transitions: Vec::new(),
         }
@@ -240,6 +245,7 @@ impl Ledger {
             unfollowed_since: None,
             step: TaskStep::Unchecked,
             image_order: None,
+            staging: None,
             server_logs: Vec::new(),
             position: None,
             home: None,
@@ -403,6 +409,9 @@ impl Ledger {
         self.unfollowed.forget(id, &task);
         if let Some(home) = task.home {
             self.demand.remove(home, id);
+        }
+        if let Some(staging) = &task.staging {
+            staging.cancel();
         }
         Some(task)
     }

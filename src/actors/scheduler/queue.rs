@@ -251,30 +251,42 @@ impl Queue {
         });
     }
 
-    /// All tasks in the order in which they would be taken if no task arrived or ended. Ageing is not considered, and
-    /// the order is only approximate for tasks of several owners. Costs O(n log n).
+    /// All tasks in the order of [`Queue::first`]. Costs O(n log n).
     pub(crate) fn order(&self) -> Vec<TaskId> {
-        let mut order = Vec::with_capacity(self.len());
-        let mut left: HashSet<TaskId> = self.tasks.keys().copied().collect();
-        let mut lines: HashMap<Peer, VecDeque<(i32, TaskId)>> =
-            self.peers.iter().map(|(peer, waiting)| (*peer, waiting.queue.order().into())).collect();
+        self.first(usize::MAX)
+    }
+
+    /// The first `count` tasks in the order in which they would be taken if no task arrived or ended. Ageing is not
+    /// considered. For tasks of several owners, the order is only approximate, and some may be left out. The cost
+    /// depends on `count` and not on the length of the queue.
+    pub(crate) fn first(&self, count: usize) -> Vec<TaskId> {
+        let mut order = Vec::with_capacity(count.min(self.len()));
+        let mut seen = HashSet::with_capacity(count.min(self.len()));
+        // Each of these peers has its turn before those that come after them.
         let mut next: BTreeSet<(i32, usize, u64, Peer)> = (self.groups.iter())
             .flat_map(|(rank, group)| {
                 group.order.iter().map(|&(running, turn, peer)| (*rank, running, turn, peer))
             })
+            .take(count)
             .collect();
+        let line = |peer: &Peer| Some((*peer, self.peers.get(peer)?.queue.first(count).into()));
+        let mut lines: HashMap<Peer, VecDeque<(i32, TaskId)>> =
+            next.iter().filter_map(|(_, _, _, peer)| line(peer)).collect();
         let mut turns = self.turns;
-        while let Some((_, running, turn, peer)) = next.pop_first() {
+        while order.len() < count
+            && let Some((_, running, turn, peer)) = next.pop_first()
+        {
             let Some(line) = lines.get_mut(&peer) else { continue };
             let Some((_, task)) = line.pop_front() else { continue };
             // A task that was taken with another entry takes no turn of this peer.
-            let is_taken = left.remove(&task);
+            let is_taken = seen.insert(task);
             order.extend(is_taken.then_some(task));
             turns += u64::from(is_taken);
             let (running, turn) = if is_taken { (running + 1, turns) } else { (running, turn) };
             next.extend(line.front().map(|(priority, _)| (rank(*priority), running, turn, peer)));
         }
-        order.extend(self.unfollowed.keys().map(|(task, _)| *task).filter(|task| left.remove(task)));
+        let unfollowed = self.unfollowed.keys().map(|(task, _)| *task).filter(|task| seen.insert(*task));
+        order.extend(unfollowed.take(count - order.len()));
         order
     }
 

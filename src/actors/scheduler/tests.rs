@@ -19,7 +19,7 @@ use crate::{
 };
 use actix::{ActorContext, ActorFutureExt, Addr, Handler, SyncArbiter, SyncContext, WrapFuture, fut};
 use futures::future::{self, FutureExt};
-use gorego_reapi::digest::Digest;
+use gorego_reapi::{digest::Digest, error::Error};
 use std::{sync::Arc, time::SystemTime};
 use tokio::sync::mpsc;
 
@@ -87,7 +87,7 @@ impl Handler<RunAction> for DyingWorkers {
 }
 
 fn pool(slots: usize, runner: Recipient<RunAction>) -> Pool {
-    Pool { spec: ledger::fixtures::pool(slots, "linux"), runner }
+    Pool { spec: ledger::fixtures::pool(slots, "linux"), runner, stager: None }
 }
 
 fn scheduler(settings: SchedulerSettings, pool: Pool) -> Addr<SchedulerActor> {
@@ -270,7 +270,7 @@ async fn a_removed_pool_stops_its_runs_and_another_takes_them() {
     let id = scheduler.send(ListPools).await.unwrap()[0].id;
     let (sender, mut assigned) = mpsc::unbounded_channel();
     let spec = slots::PoolSpec { name: "other".into(), ..ledger::fixtures::pool(1, "linux") };
-    let pool = Pool { spec, runner: FakePool(sender).start().recipient() };
+    let pool = Pool { spec, runner: FakePool(sender).start().recipient(), stager: None };
     scheduler.send(AddPool { pool }).await.unwrap().unwrap();
     scheduler.send(RemovePool { id }).await.unwrap().unwrap();
     assert!(run.run.control.cancel.is_cancelled());

@@ -26,7 +26,15 @@ struct TokenState {
 impl CancelToken {
     /// A new token. If no descriptor is free, it still works between steps.
     pub fn new() -> Self {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok();
+        Self::with(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok())
+    }
+
+    /// A token for work that is only checked between steps. It takes no descriptor.
+    pub fn without_event() -> Self {
+        Self::with(None)
+    }
+
+    fn with(event: Option<OwnedFd>) -> Self {
         Self(Arc::new(TokenState {
             cancelled: AtomicBool::new(false),
             stopped: AtomicBool::new(false),

@@ -20,6 +20,11 @@ impl<'a> Checkpoint<'a> {
         Self { cancel, step, limit, deadline: Instant::now().checked_add(limit) }
     }
 
+    /// Whether nothing new should be begun. The step itself may continue if it was not cancelled.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.cancel.is_stopped()
+    }
+
     /// Checks that the step may continue.
     ///
     /// # Errors

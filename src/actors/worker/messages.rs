@@ -75,6 +75,22 @@ pub struct RunControl {
     pub progress: Recipient<StageReached>,
 }
 
+/// Stages the inputs of a waiting action, so that its run finds them on disk. It never fails: the run stages what is not
+/// staged. The answer means that the next request can be sent.
+#[derive(Debug, actix::Message)]
+#[rtype(result = "()")]
+pub struct StageAhead {
+    /// The task that waits, for logs.
+    pub task: TaskId,
+    /// The checked action.
+    pub action: Arc<Action>,
+    /// The build that the task belongs to. What is read is leased to it.
+    pub owner: Owner,
+    /// Stopped when the task has a slot: then a tree is not begun any more. Cancelled when the task has ended: then a
+    /// tree that was begun is not finished either.
+    pub cancel: CancelToken,
+}
+
 /// The stages of a run, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RunStage {

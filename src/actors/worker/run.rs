@@ -234,10 +234,7 @@ impl<'a> ActionRun<'a> {
         checkpoint: &Checkpoint,
     ) -> Result<Option<TreeLease>> {
         let action = &self.order.action;
-        // The first change to a staged file copies it up, and the kernel counts that as a write of the command.
-        let has_layers =
-            self.settings.has_layers() && tree.largest_file() <= self.settings.max_output_file_bytes;
-        let base = match has_layers {
+        let base = match self.settings.can_stage(tree) {
             true => workspace.stage(inputs, tree, action.instance.blobs(), checkpoint)?,
             false => None,
         };

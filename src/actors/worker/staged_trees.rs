@@ -16,6 +16,7 @@
 //! changed by another process is never leased again, and a run that used it fails as this server's fault. Changes
 //! further down are not noticed.
 
+mod ahead;
 pub mod delta;
 pub mod index;
 #[cfg(test)]
@@ -208,9 +209,11 @@ impl StagedTrees {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_paused(&self) -> bool {
+    /// Whether a root is staged now, and not copied.
+    fn stages(&self, wanted: &InputTree) -> bool {
+        let is_small = wanted.nodes() < self.min_nodes && wanted.bytes() < MIN_BYTES;
         let until = *self.copy_until.lock().unwrap_or_else(PoisonError::into_inner);
-        until.is_some_and(|until| Instant::now() < until)
+        !is_small && until.is_none_or(|until| Instant::now() >= until)
     }
 }
 
@@ -228,8 +231,7 @@ impl BuildRoot {
         instance: InstanceId,
         checkpoint: &Checkpoint,
     ) -> Result<Option<Base<'a>>> {
-        let is_small = wanted.nodes() < place.trees.min_nodes && wanted.bytes() < MIN_BYTES;
-        if is_small || place.trees.is_paused() {
+        if !place.trees.stages(wanted) {
             return Ok(None);
         }
         let key = (instance, wanted.digest());
@@ -246,13 +248,25 @@ impl BuildRoot {
                 BuildPermit::NoRoom => return Ok(None),
                 BuildPermit::Exists => {}
                 BuildPermit::Build(evicted) => {
-                    let building = Building { build_root: self, place, key, name: None };
-                    evicted.iter().for_each(|tree| self.remove_later(place, tree.name.clone()));
-                    let lease = building.build(inputs, checkpoint)?;
+                    let lease = self.build(place, key, evicted, inputs, checkpoint)?;
                     return Ok(Some(Base { lease, delta: Delta::default() }));
                 }
             }
         }
+    }
+
+    /// Builds a tree that the index has permitted, and removes the trees that were evicted for it.
+    fn build(
+        &self,
+        place: &Arc<RootDirectory>,
+        key: Key,
+        evicted: Vec<Arc<Tree>>,
+        inputs: &mut dyn Inputs,
+        checkpoint: &Checkpoint,
+    ) -> Result<TreeLease> {
+        let building = Building { build_root: self, place, key, name: None };
+        evicted.iter().for_each(|tree| self.remove_later(place, tree.name.clone()));
+        building.build(inputs, checkpoint)
     }
 
     /// The space that the staged trees take.
@@ -306,11 +320,29 @@ impl BuildRoot {
         }
     }
 
-    /// The best base among the most recently used trees; `None` if the root should become a tree of its own.
+    /// A lease of the best base; `None` if the root should become a tree of its own.
     fn similar<'a>(&self, place: &Arc<RootDirectory>, wanted: &'a InputTree, key: Key) -> Option<Base<'a>> {
+        let (weight, base, delta) = self.best_base(place, wanted, key.0)?;
+        let mut index = place.trees.lock();
+        if weight > SMALL_DELTA && (index.note_seen(key) || index.note_large_delta(base)) {
+            return None;
+        }
+        // It may have been evicted meanwhile.
+        let tree = index.lease_again(base)?;
+        drop(index);
+        Some(Base { lease: self.leased(place, base, tree)?, delta })
+    }
+
+    /// The most recently used tree with the smallest delta, the delta, and its weight. `None` if no delta is worth it.
+    fn best_base<'a>(
+        &self,
+        place: &RootDirectory,
+        wanted: &'a InputTree,
+        instance: InstanceId,
+    ) -> Option<(u64, TreeId, Delta<'a>)> {
         let latest: Vec<_> = {
             let index = place.trees.lock();
-            let of_instance = index.latest(BASES).filter(|(_, (instance, _), _)| *instance == key.0);
+            let of_instance = index.latest(BASES).filter(|(_, (of, _), _)| *of == instance);
             of_instance.map(|(id, _, tree)| (id, tree.clone())).collect()
         };
         let probes = probes(wanted);
@@ -329,15 +361,7 @@ impl BuildRoot {
             let delta = Delta::between(wanted, &tree.tree, limit)?;
             Some((weight(delta.cost), *id, delta))
         });
-        let (weight, base, delta) = compared.min_by_key(|(weight, ..)| *weight)?;
-        let mut index = place.trees.lock();
-        if weight > SMALL_DELTA && (index.note_seen(key) || index.note_large_delta(base)) {
-            return None;
-        }
-        // It may have been evicted meanwhile.
-        let tree = index.lease_again(base)?;
-        drop(index);
-        Some(Base { lease: self.leased(place, base, tree)?, delta })
+        compared.min_by_key(|(weight, ..)| *weight)
     }
 }
 

@@ -17,6 +17,7 @@ mod exchange;
 mod idle;
 mod turn;
 
+pub(super) use call::wants_tool;
 pub use idle::ToolLimits;
 pub(super) use turn::{NotServed, ToolJob, ToolTurn};
 

@@ -30,6 +30,8 @@ pub struct MemoryStore {
     pub results: Mutex<HashMap<Digest, reapi::ActionResult>>,
     /// The blobs that batches were asked to hold.
     pub held: Mutex<HashSet<Digest>>,
+    /// A blob that the next `open_inputs` finds, but that turns out to be missing when it is written.
+    pub lost_next: Mutex<Option<Digest>>,
     /// Makes `open_inputs` panic once.
     pub panic_next: Mutex<bool>,
 }
@@ -55,6 +57,7 @@ struct Opened {
     tree: Arc<InputTree>,
     blobs: HashMap<Digest, Vec<u8>>,
     held: HashSet<Digest>,
+    lost: Option<Digest>,
 }
 
 impl BlobStore for Handle {
@@ -72,7 +75,8 @@ impl BlobStore for Handle {
             directories.insert(digest, Arc::new(directory));
         }
         let tree = Arc::new(InputTree::new(root, directories)?);
-        Ok(Box::new(Opened { tree, blobs, held: HashSet::new() }))
+        let lost = self.0.lost_next.lock().unwrap().take();
+        Ok(Box::new(Opened { tree, blobs, held: HashSet::new(), lost }))
     }
 
     fn begin_outputs(&self, _: &Instance, function: DigestFunction, _: Owner) -> Box<dyn Outputs + '_> {
@@ -137,6 +141,9 @@ impl Inputs for Opened {
     }
 
     fn materialise(&self, digest: &Digest, parent: &File, name: &str, mode: u32) -> Result<()> {
+        if self.lost == Some(*digest) {
+            return Err(Error::MissingBlobs(vec![*digest]));
+        }
         assert!(digest.is_empty() || self.held.contains(digest), "{name} is not held");
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(mode)).unwrap();

@@ -127,7 +127,7 @@ impl ActionInputs {
 
 impl Cas {
     /// Reads an input root for an action of this build. None of its blobs are held yet. Called from a worker thread. The number
-    /// of slots bounds the number of open input roots.
+    /// of slots and of pools bounds the number of open input roots.
     ///
     /// # Errors
     /// `MissingBlobs` with everything that is missing (EXE-26), unless the root is known; `Invalid` when a Directory is

@@ -184,6 +184,9 @@ impl Ledger {
         let task = self.tasks.get_mut(&id)?;
         let (place, room) = self.slots.take(pool, &task.action)?;
         task.step = TaskStep::Running;
+        if let Some(staging) = &task.staging {
+            staging.stop();
+        }
         self.unfollowed.note(id, task);
         // If the task is queued again, it has another position.
         task.position = None;

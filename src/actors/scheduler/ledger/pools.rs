@@ -49,6 +49,7 @@ impl Ledger {
     pub(crate) fn remove_pool(&mut self, id: PoolId, now: ClockReading) -> Result<()> {
         self.slots.remove(id)?;
         self.ready.remove(&id);
+        self.staging.remove(&id);
         let grace = self.settings.stop_grace;
         for run in self.runs.values_mut().filter(|run| run.pool == id) {
             run.evicted = true;

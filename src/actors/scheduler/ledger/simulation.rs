@@ -1,13 +1,14 @@
 //! A seeded simulation of the ledger: random clients, workers, pools and clocks, with checks of all invariants.
 //!
 //! `World` simulates everything outside of the ledger: the clients (`clients`), the store and the workers (`workers`),
-//! and changes of the pools (`pools`). Each step of the ledger is checked against it (`checks`, `turns`). At the end
+//! the staging of inputs (`stagings`), and changes of the pools (`pools`). Each step of the ledger is checked against it (`checks`, `turns`). At the end
 //! nothing new arrives, and every operation must end. A failure names its seed.
 
 mod checks;
 mod clients;
 mod pools;
 mod random;
+mod stagings;
 mod turns;
 mod workers;
 
@@ -40,7 +41,7 @@ const STEPS: u32 = 1000;
 const RECENT: usize = 40;
 
 /// Situations that the seeds together must reach. Otherwise the simulation would not test them.
-const SITUATIONS: [&str; 41] = [
+const SITUATIONS: [&str; 46] = [
     "joined",
     "explained",
     "in a later pool",
@@ -77,6 +78,11 @@ const SITUATIONS: [&str; 41] = [
     "image brought",
     "image failed",
     "left before its image came",
+    "staged ahead",
+    "staged behind the first",
+    "left while its inputs were staged",
+    "ran while its inputs were staged",
+    "staged for a removed pool",
     "ran out of memory",
     "moved to more memory",
     "passed a pool in which its kind ran out of memory",
@@ -125,6 +131,10 @@ struct World {
     checks: Vec<TaskId>,
     /// The images that are being pulled.
     images: Vec<ImageOrder>,
+    /// The staging orders that have not been answered.
+    stagings: Vec<StagingOrder>,
+    /// The tasks for which there was such an order, with the number of their attempts at that time.
+    staged: HashMap<TaskId, u32>,
     /// The runs that have not been answered, by slot.
     runs: BTreeMap<(PoolId, SlotId), Out>,
     pools: Pools,
@@ -173,8 +183,8 @@ impl World {
         }
         // Ids ascend in the order of the list.
         let ids: BTreeSet<PoolId> = ledger.pools().iter().map(|pool| pool.id).collect();
-        ids.into_iter().zip(specs).for_each(|(id, spec)| pools.insert(id, spec));
-        Self {
+        ids.iter().copied().zip(specs).for_each(|(id, spec)| pools.insert(id, spec));
+        let mut world = Self {
             random,
             ledger,
             now: ClockReading::now(),
@@ -182,18 +192,24 @@ impl World {
             next_id: 1,
             checks: Vec::new(),
             images: Vec::new(),
+            stagings: Vec::new(),
+            staged: HashMap::new(),
             runs: BTreeMap::new(),
             pools,
             most_out: 0,
             finished: HashSet::new(),
             seen: HashSet::new(),
-        }
+        };
+        ids.into_iter().for_each(|id| world.may_stage_in(id));
+        world
     }
 
     fn step(&mut self) {
         match self.random.below(100) {
             0..25 => self.submit(),
-            25..35 => self.send_checks(),
+            25..33 => self.send_checks(),
+            33 => self.send_stagings(),
+            34 => self.answer_staging(),
             35..41 => self.answer_check(),
             41..45 => self.answer_image(),
             45..60 => self.assign(),
@@ -227,6 +243,8 @@ impl World {
             self.answer_check();
             self.answer_image();
             self.assign();
+            self.send_stagings();
+            self.answer_staging();
             self.end_run();
             self.advance(Duration::from_secs(1));
             self.check();

@@ -64,6 +64,8 @@ pub(super) struct Task {
     /// Held while the image of the task is pulled. It is dropped with the task, so that the pull is no longer waited
     /// for.
     pub(super) image_order: Option<oneshot::Sender<Infallible>>,
+    /// Stops the staging of its inputs, which was ordered while it waited. A task has at most one such order.
+    pub(super) staging: Option<CancelToken>,
     /// Texts about its runs so far, in order. There is at most one for each run.
     pub(super) server_logs: Vec<ServerLog>,
     /// The pool in whose queue it is closest to the front, and its position there, as of the last board.

@@ -1,11 +1,12 @@
 //! Tests of the ledger: admission, order, sharing, and what clients see. `demand.rs`, `endings.rs`, `followers.rs`,
-//! `sharing.rs` and `room.rs` have the other topics.
+//! `sharing.rs`, `staging.rs` and `room.rs` have the other topics.
 
 mod demand;
 mod endings;
 mod followers;
 mod room;
 mod sharing;
+mod staging;
 
 use super::{fixtures::*, *};
 use crate::{

@@ -108,18 +108,25 @@ impl PeerQueue {
         }
     }
 
-    /// All tasks in the order in which they would be taken if none arrived or ended; ageing is not considered.
-    pub(super) fn order(&self) -> Vec<(i32, TaskId)> {
+    /// The first `count` tasks in the order in which they would be taken if none arrived or ended; ageing is not considered.
+    pub(super) fn first(&self, count: usize) -> Vec<(i32, TaskId)> {
         let mut order = Vec::new();
         for (&priority, class) in &self.classes {
+            let left = count - order.len();
+            if left == 0 {
+                break;
+            }
             // After `i` of its tasks, a build has `running + i` running tasks. It is behind equals of which fewer tasks
             // were taken, because their last turn is longer ago.
-            let waiting = class.builds.values().flat_map(|waiting| {
+            let first = class.order.iter().take(left);
+            let builds = first.filter_map(|(_, _, build)| class.builds.get(build));
+            let waiting = builds.flat_map(|waiting| {
                 let entry = |(i, &task)| (waiting.turn.running + i, i, waiting.turn.at, task);
-                waiting.tasks.iter().enumerate().map(entry)
+                waiting.tasks.iter().take(left).enumerate().map(entry)
             });
             let mut waiting: Vec<_> = waiting.collect();
             waiting.sort_unstable();
+            waiting.truncate(left);
             order.extend(waiting.into_iter().map(|(_, _, _, task)| (priority, task)));
         }
         order

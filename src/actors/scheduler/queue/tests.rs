@@ -219,6 +219,9 @@ proptest! {
             }
         }
         let told = queue.order();
+        for count in 0..=told.len() + 1 {
+            prop_assert_eq!(&queue.first(count)[..], &told[..count.min(told.len())]);
+        }
         let taken: Vec<_> = std::iter::from_fn(|| queue.pop(start)).map(|(task, _)| task).collect();
         prop_assert_eq!(told, taken);
     }

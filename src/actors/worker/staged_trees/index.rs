@@ -162,9 +162,7 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         }
         let half_of_free = self.charged.with(free, |charged, free| charged.saturating_add(free) / 2);
         let budget = self.budget.with(half_of_free, u64::min);
-        let unused = self.trees.values().filter(|entry| entry.leases == 0);
-        let unused = unused.fold(StagedSize::default(), |sum, entry| sum.plus(entry.size));
-        if !self.charged.minus(unused).plus(size).fits(budget) {
+        if !self.in_use().plus(size).fits(budget) {
             return BuildPermit::NoRoom;
         }
         let mut removed = Vec::new();
@@ -175,6 +173,19 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         self.charged = self.charged.plus(size);
         self.building.insert(key, size);
         BuildPermit::Build(removed)
+    }
+
+    /// Like [`TreeIndex::begin`], for a tree that no action needs yet. It gets room only if it and the trees in use take
+    /// at most half of the budget. So it stays until its action runs, and leaves room for actions that run before.
+    pub fn begin_ahead(&mut self, key: K, size: StagedSize, free: StagedSize) -> BuildPermit<T> {
+        let half = self.budget.with(self.budget, |budget, _| budget / 2);
+        if self.in_use().plus(size).fits(half) { self.begin(key, size, free) } else { BuildPermit::NoRoom }
+    }
+
+    /// The room of the trees that are leased or being built.
+    fn in_use(&self) -> StagedSize {
+        let unused = self.trees.values().filter(|entry| entry.leases == 0);
+        self.charged.minus(unused.fold(StagedSize::default(), |sum, entry| sum.plus(entry.size)))
     }
 
     /// Adds a tree that was built, and leases it. `None` if [`TreeIndex::begin`] has not permitted it.
@@ -201,6 +212,17 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
     /// Whether a tree is being built.
     pub fn is_building(&self, key: K) -> bool {
         self.building.contains_key(&key)
+    }
+
+    /// The trees that are being built.
+    pub fn builds(&self) -> Vec<K> {
+        self.building.keys().copied().collect()
+    }
+
+    /// Whether a root with a large delta over this tree would become a tree if it came now. Records nothing.
+    pub fn is_tree_due(&self, key: K, base: TreeId) -> bool {
+        let over_base = self.trees.get(&base).map_or(0, |entry| entry.large_deltas);
+        self.is_seen.contains(&key) || over_base >= LARGE_DELTAS
     }
 
     /// The `count` most recently used trees, the most recent first.
@@ -264,6 +286,7 @@ mod tests {
         Release(usize),
         Discard(usize),
         Begin(u8, StagedSize, StagedSize),
+        BeginAhead(u8, StagedSize, StagedSize),
         Finish(u8),
         Abandon(u8),
         TakeOldest,
@@ -283,6 +306,7 @@ mod tests {
             3 => (0..20usize).prop_map(Act::Release),
             1 => (0..20usize).prop_map(Act::Discard),
             3 => (key(), size(120), size(400)).prop_map(|(key, size, free)| Act::Begin(key, size, free)),
+            2 => (key(), size(80), size(400)).prop_map(|(key, size, free)| Act::BeginAhead(key, size, free)),
             3 => key().prop_map(Act::Finish),
             1 => key().prop_map(Act::Abandon),
             1 => Just(Act::TakeOldest),
@@ -319,6 +343,13 @@ mod tests {
 
         fn oldest_unused(&self) -> Option<usize> {
             self.trees.iter().position(|tree| tree.leases == 0)
+        }
+
+        fn begin_ahead(&mut self, key: u8, size: StagedSize, free: StagedSize) -> BuildPermit<usize> {
+            let unused = self.trees.iter().filter(|tree| tree.leases == 0);
+            let unused = unused.map(|tree| tree.size).fold(StagedSize::default(), StagedSize::plus);
+            let used = self.total().minus(unused).plus(size);
+            if used.plus(used).fits(BUDGET) { self.begin(key, size, free) } else { BuildPermit::NoRoom }
         }
 
         fn begin(&mut self, key: u8, size: StagedSize, free: StagedSize) -> BuildPermit<usize> {
@@ -390,6 +421,10 @@ mod tests {
                     Act::Begin(key, size, free) => {
                         prop_assert_eq!(index.begin(key, size, free), model.begin(key, size, free));
                     }
+                    Act::BeginAhead(key, size, free) => {
+                        let begun = index.begin_ahead(key, size, free);
+                        prop_assert_eq!(begun, model.begin_ahead(key, size, free));
+                    }
                     Act::Finish(key) => {
                         let number = ids.len();
                         let finished = index.finish(key, number);
@@ -434,8 +469,8 @@ mod tests {
         assert_eq!(index.begin(1, StagedSize::default(), PLENTY), BuildPermit::Build(vec![]));
         let id = index.finish(1, ()).unwrap();
         for _ in 0..3 {
-            assert!((0..LARGE_DELTAS).all(|_| !index.note_large_delta(id)));
-            assert!(index.note_large_delta(id));
+            assert!((0..LARGE_DELTAS).all(|_| !index.is_tree_due(2, id) && !index.note_large_delta(id)));
+            assert!(index.is_tree_due(2, id) && index.note_large_delta(id));
         }
     }
 }

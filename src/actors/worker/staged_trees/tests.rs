@@ -1,5 +1,7 @@
 //! Tests of staged trees on a real disk.
 
+mod ahead;
+
 use super::{
     model::{self, Contents, Shown},
     *,

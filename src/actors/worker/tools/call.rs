@@ -56,13 +56,10 @@ impl ToolCall {
         tree: &InputTree,
         root: Option<FileId>,
     ) -> Result<Option<Self>, &'static str> {
-        let property = |wanted: &str| {
-            action.platform.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.as_str())
-        };
-        if property(WORKER_KEY).is_none() {
+        if !wants_tool(action) {
             return Ok(None);
         }
-        let encoding = match property(WORKER_PROTOCOL) {
+        let encoding = match property(action, WORKER_PROTOCOL) {
             None | Some("" | "proto" | "protobuf") => Encoding::Proto,
             Some("json") => Encoding::Json,
             Some(_) => return Err("persistentWorkerProtocol is neither \"proto\" nor \"json\""),
@@ -133,6 +130,16 @@ impl ToolCall {
     }
 }
 
+/// Whether an action asks for a tool.
+pub(crate) fn wants_tool(action: &Action) -> bool {
+    property(action, WORKER_KEY).is_some()
+}
+
+/// The first value of a platform property.
+fn property<'a>(action: &'a Action, wanted: &str) -> Option<&'a str> {
+    action.platform.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.as_str())
+}
+
 /// Whether all existing components of a path are directories.
 fn has_only_directories(tree: &InputTree, path: &RootPath) -> bool {
     let mut here = tree.root();
@@ -160,7 +167,7 @@ fn is_flagfile(argument: &str) -> bool {
         .any(|prefix| argument.strip_prefix(prefix).is_some_and(|file| !file.is_empty()))
 }
 
-/// The file whose lines replace an argument. `@@` and labels of Bazel's external repositories (`@repository//target`)
+/// The file whose lines replace an argument. `` and labels of Bazel's external repositories (`@repository//target`)
 /// do not name files.
 fn file_of(argument: &str) -> Option<&str> {
     let file = argument.strip_prefix('@')?;

@@ -9,6 +9,7 @@ impl World {
         self.check_runs();
         self.check_tasks();
         self.check_images();
+        self.check_stagings();
         self.check_pools();
         self.check_queues();
         self.check_demand();

@@ -196,6 +196,7 @@ impl World {
         let id = self.ledger.add_pool(spec.clone()).unwrap();
         assert!(self.ledger.add_pool(spec.clone()).is_err(), "names are unique");
         self.pools.insert(id, spec);
+        self.may_stage_in(id);
         self.seen.insert("pool added");
         if self.ledger.ready[&id].len() > 0 {
             self.seen.insert("pool added for those who wait");

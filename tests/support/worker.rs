@@ -175,6 +175,7 @@ fn with_bench<T>(
             listener,
             _directory: directory,
         };
+        eventually("the tree of the probe is removed", || bench.trees() == 0).await;
         body(&bench).await
     })
 }

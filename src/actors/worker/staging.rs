@@ -45,6 +45,7 @@ impl StagingActor {
             return Ok(false);
         }
         let checkpoint = Checkpoint::new(cancel, "staging the inputs", settings.transfer_timeout);
+        checkpoint.check()?;
         let mut inputs = self.store.open_inputs(&action.instance, action.input_root, *owner)?;
         let tree = inputs.tree().clone();
         if !settings.can_stage(&tree) {

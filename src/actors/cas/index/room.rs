@@ -113,7 +113,7 @@ impl Index {
     /// Sets the bytes that the volume needs besides those of the entries. Entries have to be evicted if they grow.
     pub(in super::super) fn set_overhead(&mut self, bytes: u64) {
         self.totals.overhead = bytes;
-        // Otherwise leases could fill the room that is left, and nobody's would end when an upload needs some of it.
+        // Otherwise leases could fill the room that is left, and none of them would end when an upload needs some of it.
         self.leases.set_budget(self.room());
     }
 

@@ -92,7 +92,7 @@ impl Bench {
         let end = Instant::now() + Duration::from_secs(20);
         while self.trees() != count {
             assert!(Instant::now() < end, "{} trees instead of {count}", self.trees());
-            // Trees are removed by other threads, which report to nobody.
+            // Other threads remove the trees and send no message when they have.
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -225,18 +225,20 @@ fn inputs_are_copied_for_a_while_after_a_tree_could_not_be_mounted() {
     assert!(bench.stage(&inputs).unwrap().is_none());
 }
 
+/// An input root that differs much from `tree(1, 1_000)`, and in each round from all other rounds.
+fn much_changed(round: u64) -> Counted {
+    let mut changed = tree(1, 1_000);
+    changed.extend(tree(50, 200));
+    changed.insert("/1-3/33".into(), Shown::File(round, true));
+    Counted::new(&changed)
+}
+
 /// As with sources that always change: no root is requested twice.
 #[test]
 fn after_many_large_differences_from_one_base_another_base_is_made() {
     let bench = Bench::new(ROOM);
     drop(bench.base(&Counted::new(&tree(1, 1_000))));
-    let changed = |round: u64| {
-        let mut changed = tree(1, 1_000);
-        changed.extend(tree(50, 200));
-        changed.insert("/1-3/33".into(), Shown::File(round, true));
-        Counted::new(&changed)
-    };
-    let costs: Vec<_> = (2..20).map(|round| bench.base(&changed(round)).delta.cost.entries).collect();
+    let costs: Vec<_> = (2..20).map(|round| bench.base(&much_changed(round)).delta.cost.entries).collect();
     assert_eq!(costs[..8], [222; 8]);
     assert_eq!(costs[8..], [[0].as_slice(), &[2; 9]].concat());
 }

@@ -20,7 +20,7 @@ pub(super) const EARLIER: Owner = Owner { peer: Peer::Unknown, build: Build::BEF
 /// The number of rows that these leases are spread over, by their age.
 const EARLIER_ROWS: u32 = 32;
 /// A row with more than this fraction of the budget is followed by another one, whatever its age. Otherwise the leases of a short burst
-/// would be one row, which nobody could take away. All rows together are fewer than [`ROWS_OF_BUILD`].
+/// would be one row, which could only be withdrawn as a whole. All rows together are fewer than [`ROWS_OF_BUILD`].
 const EARLIER_ROW_PART: u64 = 24;
 
 impl Leases {

@@ -146,7 +146,7 @@ impl Stock {
         }
     }
 
-    /// Nobody sees what belongs to others. Returns the number of entries that are lost.
+    /// No principal sees the results of others. Returns the number of entries that are lost.
     async fn read_apart(&self, store: &TestStore) -> usize {
         let mut lost = 0;
         for principal in ["token:c", "token:a", "token:b"] {

@@ -1,7 +1,7 @@
 //! Compaction: the live records of a segment that is mostly dead are copied to the open segment, and its files are removed.
 //!
-//! The index decides which records are copied: those that it has and that nobody reads. The journal is not asked, because its notes may be
-//! lost, and dead records that are copied again and again would never be reclaimed. The index also decides whether a copy takes the
+//! The index decides which records are copied: all that it has, except records that are being read. The journal is not asked, because
+//! its notes may be lost, and dead records that are copied again and again would never be reclaimed. The index also decides whether a copy takes the
 //! place of a record: it refuses if the record was deleted meanwhile or is being read. A segment is removed only when all of its
 //! records are dead, and a record that the index does not know yet counts as live.
 //!

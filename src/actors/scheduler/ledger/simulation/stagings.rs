@@ -21,7 +21,7 @@ impl World {
                 task.step == TaskStep::Ready && task.pools.contains(&order.pool),
                 "only what waits for it"
             );
-            assert!(task.unfollowed_since.is_none(), "not what nobody follows");
+            assert!(task.unfollowed_since.is_none(), "a task without followers is left out");
             assert!(self.staged.insert(order.task, task.attempts).is_none(), "once for each task");
             self.seen.insert("staged ahead");
             if let Some(front) = self.front(order.pool) {

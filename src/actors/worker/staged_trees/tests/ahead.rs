@@ -103,18 +103,12 @@ fn no_tree_is_built_that_the_run_would_not_build() {
 fn the_tree_that_is_due_after_many_large_differences_is_built_ahead_too() {
     let bench = Bench::new(ROOM);
     drop(bench.base(&Counted::new(&tree(1, 1_000))));
-    let changed = |round: u64| {
-        let mut changed = tree(1, 1_000);
-        changed.extend(tree(50, 200));
-        changed.insert("/1-3/33".into(), Shown::File(round, true));
-        Counted::new(&changed)
-    };
     for round in 2..10 {
-        assert_eq!(bench.ahead(&changed(round)), Ok(false));
-        assert_eq!(bench.base(&changed(round)).delta.cost.entries, 222);
+        assert_eq!(bench.ahead(&much_changed(round)), Ok(false));
+        assert_eq!(bench.base(&much_changed(round)).delta.cost.entries, 222);
     }
-    assert_eq!(bench.ahead(&changed(10)), Ok(true));
-    assert_eq!(bench.base(&changed(11)).delta.cost.entries, 2);
+    assert_eq!(bench.ahead(&much_changed(10)), Ok(true));
+    assert_eq!(bench.base(&much_changed(11)).delta.cost.entries, 2);
 }
 
 #[test]

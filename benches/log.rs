@@ -1,6 +1,6 @@
 //! The cost of a log line: `cargo bench --bench log`. Prints a line for each way of logging.
 //!
-//! The lines are those of a finished RPC. Each way runs in its own process, whose standard error is a file. Afterwards
+//! Each line reports a finished RPC. Each way runs in its own process, whose standard error is a file. Afterwards
 //! this file is searched for reports of dropped lines. The benchmark measures the CPU time of the logging threads and
 //! the writer thread, not wall-clock time, so that a busy machine has little influence.
 

@@ -18,7 +18,7 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
     ("connections", "grpc", "the bounds of connections are derived from the limits of a gRPC connection"),
 ];
 
-/// The store is large enough to have rooms of its own: those of its modules that are listed here, and the ground floor,
+/// The store is large enough to have rooms of its own: the modules that are listed here, and the ground floor,
 /// which is all of its other files. `src/actors/cas.rs` puts them together, as `src/lib.rs` does with the rooms of the
 /// server, and is none.
 pub const STORE: &str = "src/actors/cas";

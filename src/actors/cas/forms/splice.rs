@@ -1,7 +1,7 @@
 //! Splices a blob from stored chunks (CAS-35 to CAS-38).
 //!
 //! The chunks are held, and written by the writer of uploads. It hashes them, and the blob becomes visible only if all bytes
-//! together match its digest. The bytes are also cut by a chunking function. If its chunks equal those of the client, the
+//! together match its digest. The bytes are also cut by a chunking function. If the client has cut the same chunks, the
 //! recipe is cached and a later split costs nothing.
 //!
 //! Bounds: [`SPLICE_MAX_CHUNKS`] per blob, one splice per blob at a time. Splits and splices share one bound on their total. At

@@ -52,7 +52,8 @@ impl StagingActor {
             return Ok(false);
         }
         let instance = action.instance.blobs();
-        settings.build_root.stage_ahead(&mut *inputs, &tree, instance, &checkpoint)
+        let build_root = &settings.build_root;
+        build_root.stage_ahead(&mut *inputs, &tree, instance, || build_root.disk().look(), &checkpoint)
     }
 
     fn log(&self, request: &StageAhead, staged: &Result<bool>, begun: Instant) {

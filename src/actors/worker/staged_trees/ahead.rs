@@ -13,6 +13,7 @@ use crate::{
         store::Inputs,
         workspace::{BuildRoot, RootDirectory},
     },
+    disk::Space,
     instance::InstanceId,
 };
 use gorego_reapi::{error::Result, tree::InputTree};
@@ -20,7 +21,7 @@ use std::sync::{Arc, PoisonError};
 
 impl BuildRoot {
     /// Makes a staged tree of the input root `wanted` if its run would make one. Returns whether it has made one.
-    /// `inputs` has the blobs of `wanted`. No tree is begun once the checkpoint is stopped.
+    /// `inputs` has the blobs of `wanted`, and `look` samples the disk. No tree is begun once the checkpoint is stopped.
     ///
     /// # Errors
     /// The errors of the checkpoint, of the store and of the file system.
@@ -29,6 +30,7 @@ impl BuildRoot {
         inputs: &mut dyn Inputs,
         wanted: &InputTree,
         instance: InstanceId,
+        look: impl Fn() -> Option<Space>,
         checkpoint: &Checkpoint,
     ) -> Result<bool> {
         let place = self.place()?;
@@ -37,7 +39,7 @@ impl BuildRoot {
             return Ok(false);
         }
         wait_for_builds(&place, checkpoint)?;
-        let space = self.disk().look();
+        let space = look();
         if checkpoint.is_stopped()
             || space.is_some_and(|space| space.is_low())
             || self.is_staged(&place, key)

@@ -1,6 +1,7 @@
 //! Trees that are built before their actions run.
 
 use super::*;
+use crate::disk::Space;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -67,7 +68,7 @@ impl Bench {
     fn ahead_of(&self, inputs: &mut dyn Inputs, cancel: &CancelToken, limit: Duration) -> Result<bool> {
         let tree = inputs.tree().clone();
         let checkpoint = Checkpoint::new(cancel, "a test", limit);
-        self.build_root.stage_ahead(inputs, &tree, INSTANCE, &checkpoint)
+        self.build_root.stage_ahead(inputs, &tree, INSTANCE, || None, &checkpoint)
     }
 }
 
@@ -128,6 +129,21 @@ fn half_of_the_budget_is_left_to_actions_that_run() {
     assert_eq!(roots[1].files(), 50);
     drop(bench.base(&roots[1]));
     assert_eq!(roots[1].files(), 100, "it was the least recently used one");
+}
+
+#[test]
+fn nothing_is_built_while_the_disk_is_low() {
+    let bench = Bench::new(ROOM);
+    let inputs = Counted::new(&tree(1, 100));
+    let cancel = CancelToken::without_event();
+    let checkpoint = Checkpoint::new(&cancel, "a test", PATIENCE);
+    let with = |free_bytes| {
+        let space = Space { free_bytes, total_bytes: 1 << 40, free_inodes: 0, total_inodes: 0 };
+        bench.build_root.stage_ahead(&mut &inputs, inputs.tree(), INSTANCE, || Some(space), &checkpoint)
+    };
+    let reserve = Space { free_bytes: 0, total_bytes: 1 << 40, free_inodes: 0, total_inodes: 0 }.reserve();
+    assert_eq!((with(2 * reserve.bytes), inputs.files()), (Ok(false), 0));
+    assert_eq!((with(1 << 39), inputs.files()), (Ok(true), 100));
 }
 
 #[test]

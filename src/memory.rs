@@ -8,10 +8,7 @@
 //! that frees large amounts reports them to [`freed`], and a task then calls malloc_trim.
 
 use std::{
-    env,
-    num::NonZero,
     sync::atomic::{AtomicU64, Ordering},
-    thread,
     time::Duration,
 };
 use tokio::{runtime::Handle, time::sleep};
@@ -22,6 +19,7 @@ const WORTH_BYTES: u64 = 32 * 1024 * 1024;
 const INTERVAL: Duration = Duration::from_secs(3);
 
 /// Fewest arenas that are allowed.
+#[cfg(target_env = "gnu")]
 const ARENAS_MIN: usize = 2;
 
 /// Overhead of one allocation.
@@ -49,13 +47,20 @@ pub(crate) fn freed(bytes: u64) {
 /// own setting has precedence.
 #[cfg(target_env = "gnu")]
 pub(crate) fn limit_arenas() {
-    if ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"].iter().any(|name| env::var_os(name).is_some()) {
+    let tunables = std::env::var_os("GLIBC_TUNABLES").unwrap_or_default();
+    if std::env::var_os("MALLOC_ARENA_MAX").is_some() || sets_arenas(&tunables.to_string_lossy()) {
         return;
     }
-    let cores = thread::available_parallelism().map_or(ARENAS_MIN, NonZero::get);
+    let cores = std::thread::available_parallelism().map_or(ARENAS_MIN, std::num::NonZero::get);
     let arenas = i32::try_from(cores.max(ARENAS_MIN)).unwrap_or(i32::MAX);
     // SAFETY: mallopt takes no pointers. If it fails, the default stays.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+}
+
+/// Whether a value of `GLIBC_TUNABLES` sets a number of arenas.
+#[cfg(target_env = "gnu")]
+fn sets_arenas(tunables: &str) -> bool {
+    tunables.split(':').any(|tunable| tunable.starts_with("glibc.malloc.arena_"))
 }
 
 /// Other allocators have no arenas.
@@ -83,3 +88,14 @@ fn trim() {
 /// Other allocators return memory without a call.
 #[cfg(not(target_env = "gnu"))]
 fn trim() {}
+
+#[cfg(all(test, target_env = "gnu"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_setting_of_arenas_has_precedence() {
+        assert!(sets_arenas("glibc.malloc.hugetlb=1:glibc.malloc.arena_max=4"));
+        assert!(!sets_arenas("glibc.malloc.hugetlb=1") && !sets_arenas(""));
+    }
+}

@@ -1,6 +1,6 @@
 //! Which waiting tasks have their inputs staged before they get a slot.
 //!
-//! Each pool stages the inputs of one task at a time, of the one that is closest to the front of its queue. Only tasks
+//! Each pool stages the inputs of one task at a time, and takes the task closest to the front of its queue. Only tasks
 //! near the front are considered, so that the trees are still there when the tasks run. A task is considered once, so a
 //! task that is tried again or moves in the queue costs nothing more. Tasks without followers are left out, because they
 //! will probably not run.
@@ -19,7 +19,7 @@ use crate::{
 use std::sync::Arc;
 
 /// Maximum number of tasks at the front of a queue whose inputs are staged. A pool with fewer slots considers as many
-/// tasks as it has slots. More would only displace trees: a pool stages one root at a time.
+/// tasks as it has slots. The trees of more tasks could be evicted before their tasks run.
 pub(super) const MAX_STAGED_AHEAD: usize = 8;
 
 /// A decision: stage the inputs of a waiting task.

@@ -2,7 +2,7 @@
 //!
 //! Nothing is built that the run would not build: no small root, no root with a usable base, and no root that is staged
 //! or being built. What is built stays in the index without a lease, as a tree does after a run. If the run comes
-//! meanwhile, it waits for the tree like for one that another action builds; if the tree could not be built, it builds
+//! meanwhile, it waits for the tree as for a tree that another action builds; if the tree could not be built, it builds
 //! the tree itself. Nothing is built while the disk is low, or if the tree and those in use would take more than half of
 //! the budget.
 

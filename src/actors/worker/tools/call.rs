@@ -167,8 +167,8 @@ fn is_flagfile(argument: &str) -> bool {
         .any(|prefix| argument.strip_prefix(prefix).is_some_and(|file| !file.is_empty()))
 }
 
-/// The file whose lines replace an argument. `` and labels of Bazel's external repositories (`@repository//target`)
-/// do not name files.
+/// The file whose lines replace an argument. Arguments that start with two at signs and labels of Bazel's external
+/// repositories (`@repository//target`) do not name files.
 fn file_of(argument: &str) -> Option<&str> {
     let file = argument.strip_prefix('@')?;
     (!file.is_empty() && !file.starts_with('@') && !file.contains("//")).then_some(file)

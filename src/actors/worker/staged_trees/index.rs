@@ -76,11 +76,17 @@ pub struct TreeIndex<K, T> {
     order: BTreeMap<u64, TreeId>,
     last_use: u64,
     last_id: u64,
-    building: HashMap<K, StagedSize>,
+    building: HashMap<K, TreeInConstruction>,
     /// Roots that were staged without becoming a tree, oldest first.
     seen: VecDeque<K>,
     is_seen: HashSet<K>,
     max_seen: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct TreeInConstruction {
+    size: StagedSize,
+    is_ahead: bool,
 }
 
 #[derive(Debug)]
@@ -93,6 +99,8 @@ struct StagedEntry<K, T> {
     /// How many large deltas were written over it since the last time a new tree was due.
     large_deltas: u32,
     is_current: bool,
+    /// Whether it was built ahead of a run that has not leased it yet.
+    awaits_run: bool,
 }
 
 impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
@@ -125,10 +133,22 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         Some((id, self.lease_again(id)?))
     }
 
+    /// Like [`TreeIndex::lease`], for a caller that only checks the tree: it still awaits its run, if it did before.
+    pub fn lease_to_check(&mut self, key: K) -> Option<(TreeId, T)> {
+        let id = *self.current.get(&key)?;
+        let awaits_run = self.trees.get(&id)?.awaits_run;
+        let tree = self.lease_again(id)?;
+        if let Some(entry) = self.trees.get_mut(&id) {
+            entry.awaits_run = awaits_run;
+        }
+        Some((id, tree))
+    }
+
     /// Leases the tree with this id, if it can still be leased.
     pub fn lease_again(&mut self, id: TreeId) -> Option<T> {
         let entry = self.trees.get_mut(&id).filter(|entry| entry.is_current)?;
         entry.leases += 1;
+        entry.awaits_run = false;
         self.order.remove(&entry.used);
         self.last_use += 1;
         entry.used = self.last_use;
@@ -171,15 +191,25 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
             removed.push(oldest);
         }
         self.charged = self.charged.plus(size);
-        self.building.insert(key, size);
+        self.building.insert(key, TreeInConstruction { size, is_ahead: false });
         BuildPermit::Build(removed)
     }
 
-    /// Like [`TreeIndex::begin`], for a tree that no action needs yet. It gets room only if it and the trees in use take
-    /// at most half of the budget. So it stays until its action runs, and leaves room for actions that run before.
+    /// Like [`TreeIndex::begin`], for a tree that no action needs yet. It gets room only if it, the trees in use and those
+    /// that still await their runs take at most half of the budget. So these trees do not evict each other, and leave room
+    /// for actions that run before.
     pub fn begin_ahead(&mut self, key: K, size: StagedSize, free: StagedSize) -> BuildPermit<T> {
         let half = self.budget.with(self.budget, |budget, _| budget / 2);
-        if self.in_use().plus(size).fits(half) { self.begin(key, size, free) } else { BuildPermit::NoRoom }
+        let awaiting = self.trees.values().filter(|entry| entry.leases == 0 && entry.awaits_run);
+        let awaiting = awaiting.fold(StagedSize::default(), |sum, entry| sum.plus(entry.size));
+        if !self.in_use().plus(awaiting).plus(size).fits(half) {
+            return BuildPermit::NoRoom;
+        }
+        let permit = self.begin(key, size, free);
+        if matches!(permit, BuildPermit::Build(_)) {
+            self.building.insert(key, TreeInConstruction { size, is_ahead: true });
+        }
+        permit
     }
 
     /// The room of the trees that are leased or being built.
@@ -190,22 +220,23 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
 
     /// Adds a tree that was built, and leases it. `None` if [`TreeIndex::begin`] has not permitted it.
     pub fn finish(&mut self, key: K, tree: T) -> Option<TreeId> {
-        let size = self.building.remove(&key)?;
+        let TreeInConstruction { size, is_ahead: awaits_run } = self.building.remove(&key)?;
         self.last_use += 1;
         self.last_id += 1;
         let id = TreeId(self.last_id);
         self.order.insert(self.last_use, id);
         self.current.insert(key, id);
         let used = self.last_use;
-        let entry = StagedEntry { key, tree, size, leases: 1, used, large_deltas: 0, is_current: true };
+        let entry =
+            StagedEntry { key, tree, size, leases: 1, used, large_deltas: 0, is_current: true, awaits_run };
         self.trees.insert(id, entry);
         Some(id)
     }
 
     /// Gives back the room of a tree that could not be built.
     pub fn abandon(&mut self, key: K) {
-        if let Some(size) = self.building.remove(&key) {
-            self.charged = self.charged.minus(size);
+        if let Some(tree) = self.building.remove(&key) {
+            self.charged = self.charged.minus(tree.size);
         }
     }
 
@@ -281,7 +312,8 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Act {
-        Lease(u8),
+        /// By a run, or to check the tree.
+        Lease(u8, bool),
         /// Ends one of the leases of the tree with this number.
         Release(usize),
         Discard(usize),
@@ -302,7 +334,7 @@ mod tests {
             })
         };
         prop_oneof![
-            3 => key().prop_map(Act::Lease),
+            3 => (key(), any::<bool>()).prop_map(|(key, runs)| Act::Lease(key, runs)),
             3 => (0..20usize).prop_map(Act::Release),
             1 => (0..20usize).prop_map(Act::Discard),
             3 => (key(), size(120), size(400)).prop_map(|(key, size, free)| Act::Begin(key, size, free)),
@@ -320,6 +352,7 @@ mod tests {
         size: StagedSize,
         leases: usize,
         is_discarded: bool,
+        awaits_run: bool,
     }
 
     /// The rules of the index in a simple but slow form.
@@ -327,7 +360,8 @@ mod tests {
     struct Model {
         /// The most recently used tree is last.
         trees: Vec<ModelTree>,
-        building: Vec<(u8, StagedSize)>,
+        /// Key, size, and whether it is built ahead.
+        building: Vec<(u8, StagedSize, bool)>,
     }
 
     impl Model {
@@ -346,10 +380,17 @@ mod tests {
         }
 
         fn begin_ahead(&mut self, key: u8, size: StagedSize, free: StagedSize) -> BuildPermit<usize> {
-            let unused = self.trees.iter().filter(|tree| tree.leases == 0);
+            let unused = self.trees.iter().filter(|tree| tree.leases == 0 && !tree.awaits_run);
             let unused = unused.map(|tree| tree.size).fold(StagedSize::default(), StagedSize::plus);
             let used = self.total().minus(unused).plus(size);
-            if used.plus(used).fits(BUDGET) { self.begin(key, size, free) } else { BuildPermit::NoRoom }
+            if !used.plus(used).fits(BUDGET) {
+                return BuildPermit::NoRoom;
+            }
+            let permit = self.begin(key, size, free);
+            if let (BuildPermit::Build(_), Some(begun)) = (&permit, self.building.last_mut()) {
+                begun.2 = true;
+            }
+            permit
         }
 
         fn begin(&mut self, key: u8, size: StagedSize, free: StagedSize) -> BuildPermit<usize> {
@@ -372,7 +413,7 @@ mod tests {
                 };
                 removed.push(self.trees.remove(oldest).number);
             }
-            self.building.push((key, size));
+            self.building.push((key, size, false));
             BuildPermit::Build(removed)
         }
     }
@@ -386,13 +427,14 @@ mod tests {
             let mut ids = Vec::new();
             for act in acts {
                 match act {
-                    Act::Lease(key) => {
-                        let leased = index.lease(key);
+                    Act::Lease(key, runs) => {
+                        let leased = if runs { index.lease(key) } else { index.lease_to_check(key) };
                         let position = model.position(key);
                         prop_assert_eq!(leased.map(|(_, number)| number), position.map(|at| model.trees[at].number));
                         if let Some(position) = position {
                             let mut tree = model.trees.remove(position);
                             tree.leases += 1;
+                            tree.awaits_run &= !runs;
                             model.trees.push(tree);
                         }
                     }
@@ -432,8 +474,8 @@ mod tests {
                         prop_assert_eq!(finished.is_some(), at.is_some());
                         if let Some((at, id)) = at.zip(finished) {
                             ids.push(id);
-                            let (key, size) = model.building.remove(at);
-                            model.trees.push(ModelTree { key, number, size, leases: 1, is_discarded: false });
+                            let (key, size, awaits_run) = model.building.remove(at);
+                            model.trees.push(ModelTree { key, number, size, leases: 1, is_discarded: false, awaits_run });
                         }
                     }
                     Act::Abandon(key) => {

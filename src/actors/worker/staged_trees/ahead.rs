@@ -30,7 +30,7 @@ impl BuildRoot {
         inputs: &mut dyn Inputs,
         wanted: &InputTree,
         instance: InstanceId,
-        look: impl Fn() -> Option<Space>,
+        look: impl FnOnce() -> Option<Space>,
         checkpoint: &Checkpoint,
     ) -> Result<bool> {
         let place = self.place()?;

@@ -34,7 +34,8 @@ fn act() -> impl Strategy<Value = Act> {
         3 => (0..20usize).prop_map(Act::Release),
         1 => (0..20usize).prop_map(Act::Discard),
         3 => (key(), size(120), size(400)).prop_map(|(key, size, free)| Act::Begin(key, size, free)),
-        2 => (key(), size(80), size(400)).prop_map(|(key, size, free)| Act::BeginAhead(key, size, free)),
+        // Small trees, so that several of them await their runs within half of the budget.
+        4 => (key(), size(40), size(800)).prop_map(|(key, size, free)| Act::BeginAhead(key, size, free)),
         3 => key().prop_map(Act::Finish),
         1 => key().prop_map(Act::Abandon),
         1 => Just(Act::TakeOldest),

@@ -8,8 +8,9 @@ const PLENTY: StagedSize = StagedSize { bytes: u64::MAX, nodes: u64::MAX, memory
 
 #[derive(Debug, Clone)]
 enum Act {
-    /// By a run, or to check the tree.
-    Lease(u8, bool),
+    Lease(u8),
+    /// A lease that ends at once.
+    Check(u8),
     /// Ends one of the leases of the tree with this number.
     Release(usize),
     Discard(usize),
@@ -30,7 +31,8 @@ fn act() -> impl Strategy<Value = Act> {
         })
     };
     prop_oneof![
-        3 => (key(), any::<bool>()).prop_map(|(key, runs)| Act::Lease(key, runs)),
+        2 => key().prop_map(Act::Lease),
+        2 => key().prop_map(Act::Check),
         3 => (0..20usize).prop_map(Act::Release),
         1 => (0..20usize).prop_map(Act::Discard),
         3 => (key(), size(120), size(400)).prop_map(|(key, size, free)| Act::Begin(key, size, free)),
@@ -123,14 +125,24 @@ proptest! {
         let mut ids = Vec::new();
         for act in acts {
             match act {
-                Act::Lease(key, runs) => {
-                    let leased = if runs { index.lease(key) } else { index.lease_to_check(key) };
+                Act::Lease(key) => {
+                    let leased = index.lease(key);
                     let position = model.position(key);
                     prop_assert_eq!(leased.map(|(_, number)| number), position.map(|at| model.trees[at].number));
                     if let Some(position) = position {
                         let mut tree = model.trees.remove(position);
                         tree.leases += 1;
-                        tree.awaits_run &= !runs;
+                        tree.awaits_run = false;
+                        model.trees.push(tree);
+                    }
+                }
+                Act::Check(key) => {
+                    let leased = index.lease_to_check(key);
+                    let position = model.position(key);
+                    prop_assert_eq!(leased.map(|(_, number)| number), position.map(|at| model.trees[at].number));
+                    if let Some((position, (id, _))) = position.zip(leased) {
+                        prop_assert_eq!(index.release(id), None);
+                        let tree = model.trees.remove(position);
                         model.trees.push(tree);
                     }
                 }

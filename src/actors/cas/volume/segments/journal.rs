@@ -5,7 +5,7 @@
 //! is rewritten. It is deleted with its segment.
 
 use super::{again_with_directory, record::u32_at};
-use crate::regular_file;
+use crate::{actors::cas::volume::durable, regular_file};
 use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},
@@ -21,7 +21,7 @@ const DEAD: u32 = 0;
 /// A journal is rewritten when it has this many notes, and twice as many as the segment has records.
 const MANY_NOTES: u64 = 4_096;
 /// Longer journals are not read. A segment has at most a few hundred thousand records.
-const MAX_BYTES: u64 = 256 << 20;
+pub(super) const MAX_BYTES: u64 = 256 << 20;
 
 /// The content of a journal.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -41,6 +41,12 @@ impl JournalNotes {
         let known = self.0.entry(slot).or_insert(touched);
         // A dead record stays dead.
         *known = if touched == DEAD || *known == DEAD { DEAD } else { touched.max(*known) };
+    }
+
+    fn encode(&self, nonce: u64) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.0.len() * NOTE_BYTES);
+        self.0.iter().for_each(|(slot, touched)| encode(nonce, *slot, *touched, &mut bytes));
+        bytes
     }
 }
 
@@ -100,10 +106,19 @@ fn write_at_end(file: &File, bytes: &[u8]) -> io::Result<u64> {
     Ok(end + bytes.len() as u64)
 }
 
+/// Replaces a journal that cannot be read. The new one only notes that these records are dead. It is on disk when this returns, so
+/// the notes of the old one do not come back.
+///
+/// # Errors
+/// The errors of the file system. The old journal is unchanged then.
+pub(super) fn replace(path: &Path, nonce: u64, dead: impl Iterator<Item = u32>) -> io::Result<JournalNotes> {
+    let notes = JournalNotes(dead.map(|slot| (slot, DEAD)).collect());
+    durable::replace(path, &notes.encode(nonce))?;
+    Ok(notes)
+}
+
 fn rewrite(path: &Path, nonce: u64) -> io::Result<u64> {
-    let JournalNotes(notes) = read(path, nonce)?;
-    let mut bytes = Vec::with_capacity(notes.len() * NOTE_BYTES);
-    notes.iter().for_each(|(slot, touched)| encode(nonce, *slot, *touched, &mut bytes));
+    let bytes = read(path, nonce)?.encode(nonce);
     let new = path.with_extension("new");
     regular_file::write(&new, &bytes)?;
     fs::rename(&new, path)?;

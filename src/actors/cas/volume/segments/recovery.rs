@@ -5,7 +5,8 @@
 //! acknowledged. Then the segment gets its table. Several threads read segments and pass on the records.
 
 use super::{
-    Segments, journal,
+    Segments,
+    journal::{self, JournalNotes},
     record::{Header, SLOT_BYTES},
     segment::{Segment, read_up_to, slot_at},
     table::{Head, MAX_HEAD_BYTES, Row, TRAILER_BYTES, Trailer, are_rows, rows},
@@ -16,6 +17,7 @@ use crate::{
         volume::{Recovered, Repairs, Take},
     },
     instance::InstanceId,
+    logging::Event,
     regular_file,
 };
 use bytes::Bytes;
@@ -32,6 +34,7 @@ use std::{
     thread,
 };
 
+const LOG: &str = "gorego::cas";
 /// Threads that read segments. Some of them wait for the disk while others decode.
 const THREADS: usize = 4;
 /// Number of bytes of a damaged part that are searched for the next record at a time.
@@ -140,27 +143,50 @@ impl Segments {
             },
         };
         let Ok(metadata) = file.metadata() else { return SegmentRead::Unreadable };
-        self.take_in(opened, metadata.len(), take);
-        SegmentRead::Taken
+        match self.notes_of(&opened) {
+            Ok(notes) => {
+                self.take_in(opened, &notes, metadata.len(), take);
+                SegmentRead::Taken
+            }
+            Err(error) => {
+                Event::warn(LOG, "segment_left_out")
+                    .with_shown("segment", &path.display())
+                    .with_shown("error", &error)
+                    .log(format_args!(
+                        "the journal of this segment can neither be read nor replaced; the next start tries again; if it fails \
+                         again, remove the segment and its journal"
+                    ));
+                SegmentRead::Unreadable
+            }
+        }
+    }
+
+    /// The notes about the records of a segment. A journal that cannot be read may note that a result was purged. It is replaced by
+    /// one that notes all results as dead. A blob that was deleted may come back.
+    ///
+    /// # Errors
+    /// The errors of the file system for a journal that can neither be read nor replaced.
+    fn notes_of(&self, segment: &Opened) -> io::Result<JournalNotes> {
+        let Opened { head, rows: table, .. } = segment;
+        let journal = self.journal_path(head.number);
+        journal::read(&journal, head.nonce).or_else(|_| {
+            let results = rows(table).filter(|row| row.kind == EntryKind::Result);
+            journal::replace(&journal, head.nonce, results.map(|row| row.slot))
+        })
     }
 
     /// Counts a segment of this size, and passes on its records that are not dead. A segment without such records is removed.
-    fn take_in(&self, opened: Opened, bytes: u64, take: Take<'_>) {
+    fn take_in(&self, opened: Opened, notes: &JournalNotes, bytes: u64, take: Take<'_>) {
         let Opened { head, end, last_sequence, rows: table } = opened;
         let position = |name: &String| self.names.iter().position(|own| own == name);
         let id = |name: &String| position(name).map(|at| InstanceId(at as u16));
         let instances: Arc<[Option<InstanceId>]> = head.names.iter().map(id).collect();
         let journal = self.journal_path(head.number);
-        let notes = journal::read(&journal, head.nonce);
-        // Notes that cannot be read may say that a result was purged. A blob that was deleted may come back.
-        let has_notes = notes.is_ok();
-        let notes = notes.unwrap_or_default();
         let journal_bytes = fs::symlink_metadata(&journal).map_or(0, |metadata| metadata.len());
         let segment = Arc::new(Segment::complete(&head, end, (bytes, journal_bytes), instances));
         let recovered = |row: Row| {
-            let is_dead = notes.is_dead(row.slot) || row.kind == EntryKind::Result && !has_notes;
             Some(Recovered {
-                file: segment.file_of(&row).filter(|_| !is_dead)?,
+                file: segment.file_of(&row).filter(|_| !notes.is_dead(row.slot))?,
                 bytes: Self::charge(u64::from(row.length)),
                 touched: notes.touched(row.slot, row.touched),
             })

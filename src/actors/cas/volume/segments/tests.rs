@@ -322,19 +322,46 @@ fn a_removed_segment_is_not_appended_to() {
 
 /// A blob whose deletion is forgotten may come back, a result may not.
 #[test]
-fn results_are_misses_if_the_journal_that_may_purge_them_cannot_be_read() {
+fn results_stay_misses_if_the_journal_that_may_purge_them_cannot_be_read_for_a_while() {
     let mut store = Store::new();
     let purged = (key_of(EntryKind::Result, b"purged"), content(500, 1));
     let kept = (key_of(EntryKind::Result, b"kept"), content(500, 2));
     store.write(&[purged.clone(), kept, blob(100, 3), blob(100, 4)]);
     store.delete(&purged.0);
     let journal = store.files("journal").remove(0);
-    fs::remove_file(&journal).unwrap();
-    fs::create_dir(&journal).unwrap();
+    let file = OpenOptions::new().write(true).open(&journal).unwrap();
+    let bytes = file.metadata().unwrap().len();
+    file.set_len(journal::MAX_BYTES + 1).unwrap();
     let store = store.crash();
-    let kinds: Vec<EntryKind> = store.index.keys().map(|key| key.kind).collect();
-    assert_eq!(kinds, [EntryKind::Blob; 2]);
-    assert_eq!(store.read(&blob(100, 3).0).unwrap(), content(100, 3));
+    let check = |store: &Store| {
+        assert!(store.index.len() == 2 && store.index.keys().all(|key| key.kind == EntryKind::Blob));
+        assert_eq!(store.read(&blob(100, 3).0).unwrap(), content(100, 3));
+    };
+    check(&store);
+    file.set_len(bytes).unwrap();
+    check(&store.crash());
+}
+
+/// Without the notes of its journal, a segment could bring back a purged result.
+#[test]
+fn a_segment_is_left_out_while_its_journal_can_neither_be_read_nor_replaced() {
+    let mut store = Store::new();
+    let purged = (key_of(EntryKind::Result, b"purged"), content(500, 1));
+    store.write(&[purged.clone(), blob(100, 3)]);
+    store.delete(&purged.0);
+    let journal = store.files("journal").remove(0);
+    let aside = journal.with_extension("aside");
+    fs::rename(&journal, &aside).unwrap();
+    fs::create_dir(&journal).unwrap();
+    let mut store = store.crash();
+    assert!(store.index.is_empty());
+    assert_eq!(store.segments.recover(&|_| ()).unreadable, 1);
+    store.write(&[blob(100, 5)]);
+    fs::remove_dir(&journal).unwrap();
+    fs::rename(&aside, &journal).unwrap();
+    let store = store.crash();
+    let found: Vec<Key> = [3, 5].map(|seed| blob(100, seed).0).into();
+    assert!(store.index.len() == 2 && found.iter().all(|key| store.index.contains_key(key)));
 }
 
 #[test]

@@ -93,6 +93,19 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     OpenOptions::new().write(true).create_new(true).open(path)?.write_all(bytes)
 }
 
+/// Runs a test on a thread that obeys the permissions of files even if its user is root. Threads that it starts do so too.
+#[cfg(test)]
+pub(crate) fn obeying_permissions<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
+    use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+    let run = move || {
+        let own = capabilities(None).unwrap();
+        let overriding = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+        set_capabilities(None, CapabilitySets { effective: own.effective - overriding, ..own }).unwrap();
+        test()
+    };
+    std::thread::spawn(run).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

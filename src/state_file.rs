@@ -37,9 +37,10 @@ pub(crate) fn replace(path: &Path, state: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
-    fn a_file_with_any_bit_flipped_or_any_part_missing_is_rejected() {
+    fn a_file_with_any_bit_flipped_or_any_part_missing_is_rejected_and_a_closed_one_is_read() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
         assert_eq!(read(&path, 100).unwrap(), None);
@@ -56,6 +57,11 @@ mod tests {
                 assert!(read(&path, 100).is_err(), "cut at {at}");
             }
         }
+        replace(&path, b"state").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o0)).unwrap();
+        let closed = path.clone();
+        let found = regular_file::obeying_permissions(move || read(&closed, 100));
+        assert_eq!(found.unwrap().unwrap(), b"state", "its permissions are restored");
         replace(&path, &[0; 69]).unwrap();
         assert_eq!(read(&path, 100).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
     }

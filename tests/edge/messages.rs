@@ -23,7 +23,7 @@ use gorego::{
             settings::{Priorities, SchedulerConfig, SchedulerSettings},
             slots::PoolSpec,
         },
-        worker::{PoolLimits, WorkerActor, WorkerSettings, workspace::BuildRoot},
+        worker::{PoolLimits, WorkerActor, WorkerSettings, staging::StagingActor, workspace::BuildRoot},
     },
     gate::Gate,
     grpc::{Edge, ask::Scheduler},
@@ -144,6 +144,8 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
         let (of_store, of_workers) = (store.mail(), Mail::default());
         let cas = store.launch();
         let (blobs, counted) = (Arc::new(cas.clone()), of_workers.clone());
+        let (of_stager, inputs) = (worker.clone(), blobs.clone());
+        let stager = SyncArbiter::start(1, move || StagingActor::new(of_stager.clone(), inputs.clone()));
         let workers = SyncArbiter::start(1, move || {
             WorkerActor::new(worker.clone(), blobs.clone()).counted_in(counted.clone())
         });
@@ -156,7 +158,7 @@ fn actors(directory: &Path, instances: &Instances) -> (ActorThread, Actors) {
             limits: Default::default(),
             room: None,
         };
-        let pool = Pool { spec, runner: workers.recipient(), stager: None };
+        let pool = Pool { spec, runner: workers.recipient(), stager: Some(stager.recipient()) };
         let scheduler = SchedulerActor::new(of_scheduler, vec![pool], cas.clone());
         let mail = [of_store, scheduler.mail(), of_workers];
         (cas, scheduler.start(), mail)

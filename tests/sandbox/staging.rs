@@ -307,7 +307,7 @@ async fn a_damaged_blob_fails_the_waiting_action_no_earlier_and_no_differently()
 
 /// The budget has room for two of these trees, and half of it for one.
 #[tokio::test]
-async fn staging_ahead_takes_no_room_from_actions_that_run() {
+async fn waiting_actions_find_their_inputs_although_their_trees_do_not_fit_together() {
     let server = Server::with(&[ONE_SLOT, ("EXECUTION__STAGED_INPUTS_GB", "1 MB")]).await;
     let client = server.client().await;
     let gate = shared_dir();

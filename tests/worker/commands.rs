@@ -186,10 +186,11 @@ fn a_command_that_kills_its_runner_is_reported_and_the_next_one_runs() {
 #[test]
 fn a_panic_becomes_a_report_and_the_worker_goes_on() {
     with_worker(async |bench| {
-        *bench.store.panic_next.lock().unwrap() = true;
-        let failure = bench.failure(&sh("true")).await;
-        assert!(failure.retryable && failure.error.to_string().contains("as the test asked"));
-        assert_eq!(bench.result(&sh("true")).await.exit_code, 0);
+        *bench.store.panic_next.lock().unwrap() = Some(bench.store.put("text"));
+        let job = sh("true").root(bench.input(&[("input", file("text"))]));
+        let failure = bench.failure(&job).await;
+        assert!(failure.retryable && failure.error.to_string().contains("that the test asked for"));
+        assert_eq!(bench.result(&job).await.exit_code, 0);
     });
 }
 

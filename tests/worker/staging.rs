@@ -67,9 +67,10 @@ fn a_missing_blob_a_panic_or_the_end_of_the_action_leaves_nothing_behind_and_sta
         *bench.store.lost_next.lock().unwrap() = Some(blob);
         bench.stage_ahead(&job).await;
         eventually("the incomplete tree is removed", || bench.trees() == 0).await;
-        *bench.store.panic_next.lock().unwrap() = true;
+        *bench.store.panic_next.lock().unwrap() = Some(blob);
         bench.stage_ahead(&job).await;
-        assert_eq!(bench.trees(), 0);
+        assert_eq!(*bench.store.panic_next.lock().unwrap(), None);
+        eventually("what the panic left is removed", || bench.trees() == 0).await;
 
         bench.stage_ahead(&job).await;
         assert_eq!(bench.trees(), 1);

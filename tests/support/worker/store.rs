@@ -32,8 +32,8 @@ pub struct MemoryStore {
     pub held: Mutex<HashSet<Digest>>,
     /// A blob that the next `open_inputs` finds, but that turns out to be missing when it is written.
     pub lost_next: Mutex<Option<Digest>>,
-    /// Makes `open_inputs` panic once.
-    pub panic_next: Mutex<bool>,
+    /// A blob that the next `open_inputs` finds, but whose writing panics.
+    pub panic_next: Mutex<Option<Digest>>,
 }
 
 impl MemoryStore {
@@ -58,14 +58,12 @@ struct Opened {
     blobs: HashMap<Digest, Vec<u8>>,
     held: HashSet<Digest>,
     lost: Option<Digest>,
+    panics: Option<Digest>,
 }
 
 impl BlobStore for Handle {
     fn open_inputs(&self, _: &Instance, root: Digest, _: Owner) -> Result<Box<dyn Inputs>> {
         let blobs = self.0.blobs.lock().unwrap().clone();
-        if std::mem::take(&mut *self.0.panic_next.lock().unwrap()) {
-            panic!("as the test asked");
-        }
         let (mut directories, mut todo) = (HashMap::new(), vec![root]);
         while let Some(digest) = todo.pop() {
             let bytes = if digest.is_empty() { Some(&[][..]) } else { blobs.get(&digest).map(|b| &**b) };
@@ -75,8 +73,9 @@ impl BlobStore for Handle {
             directories.insert(digest, Arc::new(directory));
         }
         let tree = Arc::new(InputTree::new(root, directories)?);
-        let lost = self.0.lost_next.lock().unwrap().take();
-        Ok(Box::new(Opened { tree, blobs, held: HashSet::new(), lost }))
+        let [lost, panics] =
+            [&self.0.lost_next, &self.0.panic_next].map(|digest| digest.lock().unwrap().take());
+        Ok(Box::new(Opened { tree, blobs, held: HashSet::new(), lost, panics }))
     }
 
     fn begin_outputs(&self, _: &Instance, function: DigestFunction, _: Owner) -> Box<dyn Outputs + '_> {
@@ -144,6 +143,7 @@ impl Inputs for Opened {
         if self.lost == Some(*digest) {
             return Err(Error::MissingBlobs(vec![*digest]));
         }
+        assert_ne!(self.panics, Some(*digest), "the panic that the test asked for");
         assert!(digest.is_empty() || self.held.contains(digest), "{name} is not held");
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(mode)).unwrap();

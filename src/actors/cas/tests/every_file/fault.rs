@@ -1,9 +1,7 @@
 //! What can happen to a file, and how it is done.
 
-use rustix::{
-    fs::{CWD, RenameFlags, renameat_with},
-    thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities},
-};
+use crate::regular_file;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use std::{
     fs,
     os::unix::fs::{FileExt as _, PermissionsExt as _},
@@ -124,15 +122,7 @@ pub(super) fn copy_store(from: &Path, to: &Path) {
     }
 }
 
-/// Runs a test on a thread that obeys the permissions of files even if its user is root. Threads that it starts do so too.
+/// Runs a test that obeys the permissions of files even if its user is root.
 pub(super) fn obeying_permissions<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-    let run = move || {
-        let own = capabilities(None).unwrap();
-        let overriding = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
-        set_capabilities(None, CapabilitySets { effective: own.effective - overriding, ..own }).unwrap();
-        actix::System::new().block_on(test());
-    };
-    if let Err(panic) = std::thread::spawn(run).join() {
-        std::panic::resume_unwind(panic);
-    }
+    regular_file::obeying_permissions(move || actix::System::new().block_on(test()));
 }

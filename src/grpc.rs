@@ -1,19 +1,21 @@
 //! The protocol edge: gRPC services over the scheduler and the store.
 //!
-//! Each service decodes, asks and encodes. Wire types stay here: only this directory, the wiring and the client know tonic.
-//! The files:
+//! Each service decodes, asks and encodes. Wire types stay here: only this directory, the wiring and the client know
+//! tonic. The files:
 //!
-//! - [`execution`], [`operations`], [`cas`] (with [`get_tree`] and [`chunks`]), [`action_cache`], [`byte_stream`], [`log_stream`],
-//!   [`asset`], [`capabilities`], [`health`], [`admin`]: the services. Reflection comes from the descriptors. [`services`]: the
-//!   code that `build.rs` generates. [`permissions`]: the permissions that each RPC requires.
-//! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`], [`operation_stream`],
-//!   [`stalled`]: parts of answers. [`write_stream`]: the request of ByteStream.Write, and [`ask`] sends requests to the
-//!   scheduler.
-//! - [`accept`], [`connection`], [`turn`], [`bulk`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`], [`codec`],
-//!   [`answers`], [`request_log`], [`panic_guard`], [`mod@routes`]: layers that every connection and call passes.
+//! - [`execution`], [`operations`], [`cas`] (with [`get_tree`] and [`chunks`]), [`action_cache`], [`byte_stream`],
+//!   [`log_stream`], [`asset`], [`capabilities`], [`health`], [`admin`]: the services. Reflection comes from the
+//!   descriptors. [`services`]: the code that `build.rs` generates. [`permissions`]: the permissions that each RPC
+//!   requires.
+//! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
+//!   [`operation_stream`], [`stalled`]: parts of answers. [`write_stream`]: the request of ByteStream.Write, and
+//!   [`ask`] sends requests to the scheduler.
+//! - [`accept`], [`connection`], [`turn`], [`bulk`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`],
+//!   [`codec`], [`answers`], [`request_log`], [`panic_guard`], [`mod@routes`]: layers that every connection and call
+//!   passes.
 //!
-//! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`] stops
-//! accepting when its shutdown future completes, and returns when the last connection is closed.
+//! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`]
+//! stops accepting when its shutdown future completes, and returns when the last connection is closed.
 
 pub(crate) mod accept;
 pub(crate) mod action_cache;
@@ -103,24 +105,24 @@ use tower::ServiceBuilder;
 pub const REQUEST_MAX_BYTES: usize = 16 * 1024 * 1024;
 /// Number of concurrent streams on one connection. A build tool keeps one open for every action that waits or runs.
 pub const STREAMS_MAX: u32 = 20_000;
-/// Number of streams that a client may have reset before the server has processed them. A failed build cancels hundreds of
-/// calls at once; the library's default of 20 would close its connection.
+/// Number of streams that a client may have reset before the server has processed them. A failed build cancels hundreds
+/// of calls at once; the library's default of 20 would close its connection.
 pub const PENDING_RESETS_MAX: usize = STREAMS_MAX as usize;
 /// Flow-control window of a stream: the bytes that it may send ahead of its handler. Sufficient for a fast link with a
 /// latency of 10 ms.
 pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// Flow-control window of a connection: the bytes that it may send ahead of all its handlers, while all connections
 /// together are within their limit ([`crate::connections::ahead`]). Collected parts of unfinished messages are counted
-/// elsewhere ([`intake`]). The HTTP/2 library derives from it how many small frames may wait: half of it in bytes, at 256
-/// for each. A smaller or adaptive window would close connections on which 170 small requests arrive at once.
+/// elsewhere ([`intake`]). The HTTP/2 library derives from it how many small frames may wait: half of it in bytes, at
+/// 256 for each. A smaller or adaptive window would close connections on which 170 small requests arrive at once.
 pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// Largest header list of a request, in bytes.
 pub const HEADERS_MAX_BYTES: u32 = 64 * 1024;
-/// Idle time after which the client is pinged. Together with [`PING_TIMEOUT`], a connection that was dropped by a NAT is
-/// noticed within two minutes.
+/// Idle time after which the client is pinged. Together with [`PING_TIMEOUT`], a connection that was dropped by a NAT
+/// is noticed within two minutes.
 pub const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// Time limit for the answer to a ping. Longer than a message may wait for its turn to be decoded, because the server does not
-/// read a connection while its requests wait for the server ([`crate::connections::ahead`]).
+/// Time limit for the answer to a ping. Longer than a message may wait for its turn to be decoded, because the server
+/// does not read a connection while its requests wait for the server ([`crate::connections::ahead`]).
 pub const PING_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// The response messages of Execute and WaitExecution.
@@ -202,7 +204,8 @@ impl Edge {
         self.watch_in(call, instance, id).await
     }
 
-    /// Subscribes to an operation of an instance that the call has already entered, if its principal may see the operation.
+    /// Subscribes to an operation of an instance that the call has already entered, if its principal may see the
+    /// operation.
     ///
     /// # Errors
     /// As [`Edge::watch`].
@@ -219,8 +222,8 @@ impl Edge {
         Ok(subscription)
     }
 
-    /// Records that a client has been told the names of the live output of an operation. This permits it to read the output.
-    /// Clients that may see all operations need no record.
+    /// Records that a client has been told the names of the live output of an operation. This permits it to read the
+    /// output. Clients that may see all operations need no record.
     pub(crate) fn tell_logs(&self, call: &Call, info: &OperationInfo, snapshot: &Snapshot) {
         if let Some(run) = snapshot.logs
             && !call.principal().may(info.instance.name(), Permission::OperationsAll)
@@ -229,8 +232,8 @@ impl Edge {
         }
     }
 
-    /// The instance and the id of the operation that a request names, if the principal may see its own operations in this instance.
-    /// The id is recorded in the call.
+    /// The instance and the id of the operation that a request names, if the principal may see its own operations in
+    /// this instance. The id is recorded in the call.
     fn operation(&self, call: &Call, name: &str) -> Result<(Instance, OperationId)> {
         let (instance_name, id) = convert::operation_name(name)?;
         let instance = self.gate.enter(call, instance_name).map_err(|error| match error {
@@ -247,9 +250,9 @@ pub(crate) fn rpcs() -> impl Iterator<Item = (String, String)> {
     permissions::rpcs()
 }
 
-/// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when all open
-/// streams have ended and all connections are closed. The caller ends long-lived streams by draining the scheduler and closing the
-/// log streams, and [`Edge::under_way`] tells it when the remaining ones may be cut off.
+/// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when
+/// all open streams have ended and all connections are closed. The caller ends long-lived streams by draining the
+/// scheduler and closing the log streams, and [`Edge::under_way`] tells it when the remaining ones may be cut off.
 ///
 /// # Errors
 /// [`Error::Internal`] when the services cannot be created.

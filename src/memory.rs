@@ -1,11 +1,11 @@
 //! Keeps the memory of the process close to what is in use.
 //!
-//! The allocator of glibc keeps freed memory in arenas and returns only what is free at the end of one. By default there
-//! are up to eight arenas per core, so that threads seldom share one. [`limit_arenas`] allows one per core, because more
-//! threads than that do not run at once.
+//! The allocator of glibc keeps freed memory in arenas and returns only what is free at the end of one. By default
+//! there are up to eight arenas per core, so that threads seldom share one. [`limit_arenas`] allows one per core,
+//! because more threads than that do not run at once.
 //!
-//! A large message consists of many small allocations, so a burst of them used to keep hundreds of megabytes resident. Code
-//! that frees large amounts reports them to [`freed`], and a task then calls malloc_trim.
+//! A large message consists of many small allocations, so a burst of them used to keep hundreds of megabytes resident.
+//! Code that frees large amounts reports them to [`freed`], and a task then calls malloc_trim.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -43,8 +43,8 @@ pub(crate) fn freed(bytes: u64) {
     FREED.fetch_add(bytes, Ordering::Relaxed);
 }
 
-/// Limits the arenas of the allocator. Must be called before threads are started, because existing arenas stay. The user's
-/// own setting has precedence.
+/// Limits the arenas of the allocator. Must be called before threads are started, because existing arenas stay. The
+/// user's own setting has precedence.
 #[cfg(target_env = "gnu")]
 pub(crate) fn limit_arenas() {
     let tunables = std::env::var_os("GLIBC_TUNABLES").unwrap_or_default();

@@ -29,7 +29,8 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::from_raw_os_error(libc::ENXIO)) }
 }
 
-/// Like [`open`], for a file that belongs to this process: if its permissions do not let the owner read it, they are restored.
+/// Like [`open`], for a file that belongs to this process: if its permissions do not let the owner read it, they are
+/// restored.
 ///
 /// # Errors
 /// See [`open`].
@@ -40,8 +41,8 @@ pub(crate) fn open_own(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Gives the owner of a regular file these permissions, if it does not have them. Returns whether that changed anything. Only the owner
-/// can do that.
+/// Gives the owner of a regular file these permissions, if it does not have them. Returns whether that changed
+/// anything. Only the owner can do that.
 pub(crate) fn restore_permissions(path: &Path, bits: u32) -> bool {
     let Ok(metadata) = fs::symlink_metadata(path) else { return false };
     let mode = metadata.permissions().mode();
@@ -93,7 +94,8 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     OpenOptions::new().write(true).create_new(true).open(path)?.write_all(bytes)
 }
 
-/// Runs a test on a thread that obeys the permissions of files even if its user is root. Threads that it starts do so too.
+/// Runs a test on a thread that obeys the permissions of files even if its user is root. Threads that it starts do so
+/// too.
 #[cfg(test)]
 pub(crate) fn obeying_permissions<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
     use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};

@@ -1,5 +1,5 @@
-//! Remote assets: checksums, qualifiers, allowed origins, archive layouts, and whole archives. The first byte selects one
-//! of them.
+//! Remote assets: checksums, qualifiers, allowed origins, archive layouts, and whole archives. The first byte selects
+//! one of them.
 
 #![no_main]
 

@@ -1,5 +1,5 @@
-//! Names in text: digests, resource names, operation names, log streams, instance names, paths. An accepted name has one
-//! meaning, and is found again under its canonical form.
+//! Names in text: digests, resource names, operation names, log streams, instance names, paths. An accepted name has
+//! one meaning, and is found again under its canonical form.
 
 #![no_main]
 

@@ -55,8 +55,8 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// One line for each property, as name=value. The list of differences is short and on one line. There are no differences
-/// exactly if every known property matches.
+/// One line for each property, as name=value. The list of differences is short and on one line. There are no
+/// differences exactly if every known property matches.
 fn properties(text: &str) {
     let asked = text.lines().filter_map(|line| line.split_once('='));
     let asked: Vec<_> = asked.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();

@@ -1,13 +1,13 @@
 //! The content-addressable store and the action cache: the actor, its index, and the rooms of the store.
 //!
-//! [`CasActor`] owns the `index::Index` (which blobs are stored, their last use, their leases and reserved room) and the table
-//! of `uploads`. Other threads may look up entries in the index (`view`), but only the actor changes it. The actor never
-//! touches a file. Readers and writers work on the files that its answers name, on blocking threads, and report back. All
-//! requests go through [`client::Cas`].
+//! [`CasActor`] owns the `index::Index` (which blobs are stored, their last use, their leases and reserved room) and
+//! the table of `uploads`. Other threads may look up entries in the index (`view`), but only the actor changes it. The
+//! actor never touches a file. Readers and writers work on the files that its answers name, on blocking threads, and
+//! report back. All requests go through [`client::Cas`].
 //!
-//! Invariants: a blob is in the index only while its whole file is on disk, and others see a blob only through the index. The
-//! file of an evicted entry is deleted in the background, and its name is never used again. Leases and reservations (`guards`)
-//! end when they are dropped. No handler waits: an answer that needs IO is a separate future.
+//! Invariants: a blob is in the index only while its whole file is on disk, and others see a blob only through the
+//! index. The file of an evicted entry is deleted in the background, and its name is never used again. Leases and
+//! reservations (`guards`) end when they are dropped. No handler waits: an answer that needs IO is a separate future.
 
 mod batches;
 pub(crate) mod blob;
@@ -292,8 +292,8 @@ fn unix_seconds() -> u32 {
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
 }
 
-/// Seconds since the first call, by a clock that changes of the system time do not affect. Leases are measured by this clock,
-/// because they end with the process.
+/// Seconds since the first call, by a clock that changes of the system time do not affect. Leases are measured by this
+/// clock, because they end with the process.
 fn uptime_seconds() -> u32 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
     u32::try_from(START.elapsed().as_secs()).unwrap_or(u32::MAX)

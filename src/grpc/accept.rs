@@ -1,8 +1,9 @@
 //! Accepts connections.
 //!
-//! Options are set on each accepted socket, because tonic's own settings do not reach sockets that it did not accept itself.
-//! When the process is out of descriptors, accepting pauses instead of spinning. A connection that [`Connections`] has no place
-//! for is closed at once. Handshakes are done by the task of the connection ([`Arrived::establish`]).
+//! Options are set on each accepted socket, because tonic's own settings do not reach sockets that it did not accept
+//! itself. When the process is out of descriptors, accepting pauses instead of spinning. A connection that
+//! [`Connections`] has no place for is closed at once. Handshakes are done by the task of the connection
+//! ([`Arrived::establish`]).
 
 use super::connection::Connection;
 use crate::{
@@ -21,8 +22,9 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 /// Pause after a failed accept: long enough for connections to close, too short for clients to notice.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
-/// Accepts the connections of a listener. Nagle's algorithm is off, because with it every small answer would wait about 40 ms for
-/// the client's delayed acknowledgement. The server's acknowledgements are not delayed either, for clients that leave it on.
+/// Accepts the connections of a listener. Nagle's algorithm is off, because with it every small answer would wait about
+/// 40 ms for the client's delayed acknowledgement. The server's acknowledgements are not delayed either, for clients
+/// that leave it on.
 pub(super) fn connections(
     listener: TcpListener,
     connections: Connections,

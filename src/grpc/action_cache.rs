@@ -1,5 +1,5 @@
-//! The ActionCache service. The key is any digest: it need not name an Action, because one client stores results under digests
-//! of other blobs. `GetActionResult` must not decode them.
+//! The ActionCache service. The key is any digest: it need not name an Action, because one client stores results under
+//! digests of other blobs. `GetActionResult` must not decode them.
 
 use super::{Edge, convert, inline};
 use crate::{
@@ -34,7 +34,8 @@ impl ActionCache for ActionCacheService {
         call.note_action(action);
         let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let found = cas.get_result_for(&instance, action, call.principal().name()).await?;
-        // The result of a failed action is returned to the client that executed it, and is never served from the cache (AC-13).
+        // The result of a failed action is returned to the client that executed it, and is never served from the cache
+        // (AC-13).
         let found = found.filter(|result| result.exit_code == 0);
         call.note_cached(found.is_some());
         let result =

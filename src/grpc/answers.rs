@@ -1,8 +1,9 @@
 //! Answers on their way out. Each frame of a response holds its room until it is written to the socket.
 //!
-//! Handlers reserve room before they make a large answer ([`Call::reserve`]). Here the room is transferred to the frame. A
-//! frame without reserved room waits for room, or is refused if it is too large to be kept in memory meanwhile. The number of
-//! calls and the memory for their heads are bounded here too, because each call costs memory before it is answered.
+//! Handlers reserve room before they make a large answer ([`Call::reserve`]). Here the room is transferred to the
+//! frame. A frame without reserved room waits for room, or is refused if it is too large to be kept in memory
+//! meanwhile. The number of calls and the memory for their heads are bounded here too, because each call costs memory
+//! before it is answered.
 
 use crate::{
     budget::{Refusal, Share},
@@ -22,13 +23,13 @@ use std::{
 use tonic::Status;
 use tower::{Layer, Service};
 
-/// Largest frame that waits for room after it was made. Only pieces of log streams are that large, and the number of concurrent
-/// reads of log streams is limited.
+/// Largest frame that waits for room after it was made. Only pieces of log streams are that large, and the number of
+/// concurrent reads of log streams is limited.
 const UNRESERVED_MAX_BYTES: usize = 256 * 1024;
 /// Memory of a header field in addition to its name and value.
 const FIELD_BYTES: u64 = 110;
-/// Heads up to this size are not counted, so that calls of build clients are cheap: they have about 1.5 KB, or 3 KB with a signed
-/// token. All of them together take at most this much for each call that may be open.
+/// Heads up to this size are not counted, so that calls of build clients are cheap: they have about 1.5 KB, or 3 KB
+/// with a signed token. All of them together take at most this much for each call that may be open.
 const UNCOUNTED_HEAD_BYTES: u64 = 4 * 1024;
 
 /// Puts an [`AnswerService`] before a service.
@@ -238,8 +239,8 @@ enum FrameRoom {
     Refused(Status),
 }
 
-/// Transfers the reserved room to the frame. If the reserved room is too small, it is given back first, so that the call holds
-/// nothing while it waits for more.
+/// Transfers the reserved room to the frame. If the reserved room is too small, it is given back first, so that the
+/// call holds nothing while it waits for more.
 fn room_for(call: &Call, data: Bytes) -> FrameRoom {
     let Some(info) = call.connection() else { return FrameRoom::Taken(data) };
     let bytes = data.len() as u64 + FRAME_BYTES;

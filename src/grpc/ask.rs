@@ -1,7 +1,7 @@
 //! [`Scheduler`]: the handle of RPC handlers to the scheduler.
 //!
-//! It holds one recipient for each message instead of an address. So handlers depend on the messages but not on the actor, and
-//! tests can use another actor.
+//! It holds one recipient for each message instead of an address. So handlers depend on the messages but not on the
+//! actor, and tests can use another actor.
 
 use crate::{
     actors::scheduler::{
@@ -18,8 +18,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Time limit for an answer of the scheduler. It usually answers within microseconds; the limit ends calls on an overloaded
-/// machine.
+/// Time limit for an answer of the scheduler. It usually answers within microseconds; the limit ends calls on an
+/// overloaded machine.
 pub const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A handle to the scheduler; cheap to clone.
@@ -63,8 +63,8 @@ impl Scheduler {
         }))
     }
 
-    /// Creates an operation for a request that the action cache answers. The scheduler is notified. The call waits for it only
-    /// if its mailbox is full.
+    /// Creates an operation for a request that the action cache answers. The scheduler is notified. The call waits for
+    /// it only if its mailbox is full.
     ///
     /// # Errors
     /// `Unavailable` when the scheduler has stopped.

@@ -1,7 +1,7 @@
 //! The Fetch and Push services of the Remote Asset API (AST-01..11).
 //!
-//! A failure of an origin is reported as a status inside the answer. Errors of this server and of the request are the status of
-//! the RPC (AST-05).
+//! A failure of an origin is reported as a status inside the answer. Errors of this server and of the request are the
+//! status of the RPC (AST-05).
 
 use super::{Edge, claim::Claim};
 use crate::{
@@ -170,8 +170,8 @@ impl AssetService {
         let shown = request.qualifiers.shown();
         let shown = shown.map(|(name, value)| Qualifier { name: name.into(), value: value.into() }).collect();
         let first = request.uris.first().cloned().unwrap_or_default();
-        // The download may be slow, and its client may control the origin. The factor is two because the answer repeats the
-        // qualifiers.
+        // The download may be slow, and its client may control the origin. The factor is two because the answer repeats
+        // the qualifiers.
         Claim::settle(2 * request.size() as u64);
         let outcome = assets.fetch(request, oldest, wait).await;
         let digest_function = function.wire() as i32;

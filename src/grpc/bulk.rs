@@ -1,12 +1,13 @@
 //! [`BulkReader`]: reads a socket in large pieces while much arrives.
 //!
-//! The HTTP/2 library reads at most one frame at a time, so an upload of a megabyte takes more than a hundred system calls, and
-//! most of them also send an acknowledgement. A read that fills the library's buffer shows that more bytes are probably waiting.
-//! From then on, up to [`BUFFER_BYTES`] are read at once and handed over piece by piece. The copy costs less than the system calls.
-//! The buffer is not cleared before a read, because that would cost more than the copy.
+//! The HTTP/2 library reads at most one frame at a time, so an upload of a megabyte takes more than a hundred system
+//! calls, and most of them also send an acknowledgement. A read that fills the library's buffer shows that more bytes
+//! are probably waiting. From then on, up to [`BUFFER_BYTES`] are read at once and handed over piece by piece. The copy
+//! costs less than the system calls. The buffer is not cleared before a read, because that would cost more than the
+//! copy.
 //!
-//! Bounds: the buffer has a share of the budget of what clients send ahead ([`crate::connections::ahead`]); without one, the socket
-//! is read directly. It is freed as soon as the socket is empty, so an idle connection has none.
+//! Bounds: the buffer has a share of the budget of what clients send ahead ([`crate::connections::ahead`]); without
+//! one, the socket is read directly. It is freed as soon as the socket is empty, so an idle connection has none.
 
 use crate::{budget::Share, connections::ahead::Ahead, tls::Socket};
 use std::{

@@ -1,12 +1,13 @@
 //! The ByteStream service: blobs of any size, in pieces.
 //!
-//! Under a compressed name, the stream contains zstd, and offsets refer to the uncompressed blob. The exceptions are the
-//! offsets after the first one in a Write, which count compressed bytes (BS-12, BS-27). The store compresses and decompresses.
+//! Under a compressed name, the stream contains zstd, and offsets refer to the uncompressed blob. The exceptions are
+//! the offsets after the first one in a Write, which count compressed bytes (BS-12, BS-27). The store compresses and
+//! decompresses.
 //!
-//! Two pure structs enforce the rules about offsets: `ReadWindow` and `WriteCheck`. The handlers move bytes between a stream
-//! and a handle of the store. A piece is read when the connection has room for it. A slow client has at most two pieces in
-//! memory: the one that is being sent and the next. When an upload breaks off, the store keeps its bytes under the resource
-//! name, so that the client can resume (BS-20).
+//! Two pure structs enforce the rules about offsets: `ReadWindow` and `WriteCheck`. The handlers move bytes between a
+//! stream and a handle of the store. A piece is read when the connection has room for it. A slow client has at most two
+//! pieces in memory: the one that is being sent and the next. When an upload breaks off, the store keeps its bytes
+//! under the resource name, so that the client can resume (BS-20).
 
 use super::{Edge, ReadStream, log_stream, stalled, write_stream::WriteStream};
 use crate::{
@@ -35,13 +36,13 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use tokio::select;
 use tonic::{Request, Response, Status, Streaming};
 
-/// Bytes in one ReadResponse (BS-14). This is large enough that framing costs little, and small enough to bound the memory of a
-/// read.
+/// Bytes in one ReadResponse (BS-14). This is large enough that framing costs little, and small enough to bound the
+/// memory of a read.
 pub(crate) const READ_WINDOW_BYTES: usize = 128 * 1024;
 /// Time limit between two messages of an upload. The bytes that were received are kept for a while.
 pub(crate) const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
-/// Time limit for the end of the stream after `finish_write`, which shows that no more data follows (BS-21). Most clients close
-/// their half at once, but some wait for the answer first.
+/// Time limit for the end of the stream after `finish_write`, which shows that no more data follows (BS-21). Most
+/// clients close their half at once, but some wait for the answer first.
 pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -244,7 +245,8 @@ struct WriteCheck {
 }
 
 impl WriteCheck {
-    /// Parses the name and the first offset of the first message (BS-18). Its data is checked by [`WriteCheck::accept`].
+    /// Parses the name and the first offset of the first message (BS-18). Its data is checked by
+    /// [`WriteCheck::accept`].
     fn begin(first: &WriteRequest) -> Result<(ResourceName, Self)> {
         if first.resource_name.is_empty() {
             return Err(Error::invalid("resource_name is not set on the first message"));
@@ -437,8 +439,8 @@ mod tests {
         assert_eq!(committed_size(&packed, UploadEnd::Sent(7), MinusOne), -1);
     }
 
-    /// BS-27: the first offset counts bytes of the blob. The later ones count compressed bytes, and may exceed the size of the
-    /// blob.
+    /// BS-27: the first offset counts bytes of the blob. The later ones count compressed bytes, and may exceed the size
+    /// of the blob.
     #[test]
     fn offsets_of_a_compressed_upload_go_on_by_what_is_sent() {
         let name = format!("uploads/{UUID}/compressed-blobs/zstd/{HASH}/4");

@@ -1,5 +1,5 @@
-//! The Capabilities service: what this endpoint can do. It depends only on the settings and the policy, so it is cheap and the
-//! same on every connection (CAP-19). Other files of this directory implement what it promises.
+//! The Capabilities service: what this endpoint can do. It depends only on the settings and the policy, so it is cheap
+//! and the same on every connection (CAP-19). Other files of this directory implement what it promises.
 
 use super::{Edge, ProtocolSettings, cas::BATCH_MAX_BYTES, chunks};
 use crate::{
@@ -23,7 +23,8 @@ use tonic::{Request, Response, Status};
 
 /// Oldest supported version. Clients refuse a server whose oldest version is newer than this (CAP-02).
 const LOW_VERSION: (i32, i32) = (2, 0);
-/// Newest supported version: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for `argv[0]` (CAP-04).
+/// Newest supported version: 2.1 promises `output_paths`, 2.2 `Action.platform`, 2.3 today's rules for `argv[0]`
+/// (CAP-04).
 const HIGH_VERSION: (i32, i32) = (2, 3);
 
 #[derive(Debug)]

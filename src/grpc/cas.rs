@@ -30,13 +30,13 @@ use prost::Message as _;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// Size limit of the payload of a batch call, as advertised in the capabilities (CAP-10). The rest of 4 MiB has room for the
-/// digests and statuses of more than a thousand blobs (CAP-11).
+/// Size limit of the payload of a batch call, as advertised in the capabilities (CAP-10). The rest of 4 MiB has room
+/// for the digests and statuses of more than a thousand blobs (CAP-11).
 pub(crate) const BATCH_MAX_BYTES: u64 = 4_000_000;
 
-/// Limit on the decompressed bytes of the compressed items of one batch. A full batch reaches it at a compression ratio of 60;
-/// such blobs can be sent with ByteStream. It bounds the time and disk space that one call takes. Memory is bounded without it,
-/// because items are decoded one by one, and large ones into files.
+/// Limit on the decompressed bytes of the compressed items of one batch. A full batch reaches it at a compression ratio
+/// of 60; such blobs can be sent with ByteStream. It bounds the time and disk space that one call takes. Memory is
+/// bounded without it, because items are decoded one by one, and large ones into files.
 pub(crate) const BATCH_DECODED_MAX_BYTES: u64 = 256 * 1024 * 1024;
 
 /// Tags and lengths of one entry of a batch answer, rounded up.
@@ -63,7 +63,8 @@ impl ContentAddressableStorage for CasService {
         drop(digests);
         let kept = missing_blob_digests.len() * size_of::<Digest>();
         let answer = FindMissingBlobsResponse { missing_blob_digests };
-        // The digests of the request are freed, so a call that waits here does not hold memory that other requests need.
+        // The digests of the request are freed, so a call that waits here does not hold memory that other requests
+        // need.
         Claim::settle(kept as u64);
         call.reserve_soon(answer.encoded_len()).await?;
         Ok(Response::new(answer))
@@ -166,8 +167,8 @@ struct UpdateBatch {
 }
 
 impl UpdateBatch {
-    /// A bad item gets its own status and does not affect the others (CAS-10). The whole request fails only for too many bytes
-    /// (CAS-15) or blobs, or for an unsupported digest function.
+    /// A bad item gets its own status and does not affect the others (CAS-10). The whole request fails only for too
+    /// many bytes (CAS-15) or blobs, or for an unsupported digest function.
     fn decode(instance: &Instance, request: BatchUpdateBlobsRequest) -> Result<Self> {
         let sum = request.requests.iter().map(|item| item.data.len() as u64).sum();
         check_batch_size("upload", sum)?;
@@ -211,8 +212,8 @@ struct ReadBatch {
 }
 
 impl ReadBatch {
-    /// A malformed digest is reported on its own entry (CAS-23); the sum of all sizes is checked before anything is read
-    /// (CAS-21).
+    /// A malformed digest is reported on its own entry (CAS-23); the sum of all sizes is checked before anything is
+    /// read (CAS-21).
     fn decode(instance: &Instance, request: BatchReadBlobsRequest) -> Result<Self> {
         let left = room_beside_entries(request.digests.iter().map(Some))?;
         let function =
@@ -263,8 +264,8 @@ impl ReadBatch {
     }
 }
 
-/// Takes room in the message for a blob. Only batches of thousands of tiny blobs near the limit run out of room, because of
-/// their digests (GEN-25).
+/// Takes room in the message for a blob. Only batches of thousands of tiny blobs near the limit run out of room,
+/// because of their digests (GEN-25).
 fn fit(data: Bytes, left: &mut usize) -> Result<Bytes> {
     *left = left.checked_sub(data.len()).ok_or_else(|| Error::Exhausted {
         message: "the answer is full; request fewer blobs in one call, or read this one with ByteStream"
@@ -274,8 +275,8 @@ fn fit(data: Bytes, left: &mut usize) -> Result<Bytes> {
     Ok(data)
 }
 
-/// Bytes that an answer has left after one entry for each digest. A batch with more entries than fit is refused before it is
-/// processed, because an entry of two bytes in a request may take a hundred times as many in memory.
+/// Bytes that an answer has left after one entry for each digest. A batch with more entries than fit is refused before
+/// it is processed, because an entry of two bytes in a request may take a hundred times as many in memory.
 fn room_beside_entries<'a>(digests: impl Iterator<Item = Option<&'a reapi::Digest>>) -> Result<usize> {
     let sizes = digests.map(|digest| ENTRY_BYTES + digest.map_or(0, |digest| digest.hash.len()));
     inline::MESSAGE_MAX_BYTES
@@ -378,8 +379,8 @@ mod tests {
         }
     }
 
-    /// CAS-14, CAS-15: compressed items count with their compressed size, and their decompressed sizes have a limit of their
-    /// own.
+    /// CAS-14, CAS-15: compressed items count with their compressed size, and their decompressed sizes have a limit of
+    /// their own.
     #[test]
     fn compressed_items_are_counted_on_the_wire_and_bounded_in_what_they_become() {
         let zstd = |size: u64| {

@@ -1,7 +1,7 @@
 //! SplitBlob and SpliceBlob: checks of the requests, and the capabilities of chunking. The store does the work.
 //!
-//! Only the functions in [`CHUNKINGS`] are supported, and only with their parameters. So clients that split blobs themselves
-//! get the same chunks.
+//! Only the functions in [`CHUNKINGS`] are supported, and only with their parameters. So clients that split blobs
+//! themselves get the same chunks.
 
 use super::{Edge, convert, inline::MESSAGE_MAX_BYTES};
 use crate::{

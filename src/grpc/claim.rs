@@ -1,10 +1,11 @@
-//! [`Claim`]: the memory that a call holds for its request, from the arrival of its last byte until its handler is done.
+//! [`Claim`]: the memory that a call holds for its request, from the arrival of its last byte until its handler is
+//! done.
 //!
-//! The memory of a decoded message is known only when the whole message has arrived, and computing it takes time. So before
-//! [`super::intake`] hands on a large message, it reserves the most that the message could take. Few messages can hold that
-//! much at a time; others wait in turn. [`super::codec`] measures and decodes the message and gives back what is not needed.
-//! The rest is held until the call is answered, or until the handler of a stream requests the next message. This work does not
-//! block the threads that serve other requests ([`unhindered`]).
+//! The memory of a decoded message is known only when the whole message has arrived, and computing it takes time. So
+//! before [`super::intake`] hands on a large message, it reserves the most that the message could take. Few messages
+//! can hold that much at a time; others wait in turn. [`super::codec`] measures and decodes the message and gives back
+//! what is not needed. The rest is held until the call is answered, or until the handler of a stream requests the next
+//! message. This work does not block the threads that serve other requests ([`unhindered`]).
 
 pub(crate) use crate::unhindered::unhindered;
 
@@ -60,8 +61,8 @@ impl Claim {
         CLAIM.try_with(|_| ()).is_ok()
     }
 
-    /// Gives back everything above `memory` bytes. Handlers also use it before they wait for their client, because they often
-    /// keep only a small part of a request.
+    /// Gives back everything above `memory` bytes. Handlers also use it before they wait for their client, because they
+    /// often keep only a small part of a request.
     pub(crate) fn settle(memory: u64) {
         let _ = CLAIM.try_with(|claim| {
             if let Some(share) = claim.share().as_mut() {

@@ -1,7 +1,8 @@
 //! [`Codec`]: protobuf. The memory of a message is measured before it is decoded ([`gorego_reapi::wire`]).
 //!
-//! An empty list entry has two bytes on the wire (fewer if compressed) and more than a hundred in memory, so a kilobyte could
-//! become a gigabyte before any handler sees it. Encoding large answers does not block the threads that serve other requests.
+//! An empty list entry has two bytes on the wire (fewer if compressed) and more than a hundred in memory, so a kilobyte
+//! could become a gigabyte before any handler sees it. Encoding large answers does not block the threads that serve
+//! other requests.
 
 use super::claim::{Claim, unhindered};
 use bytes::{Buf as _, Bytes};
@@ -23,8 +24,8 @@ pub(crate) const REQUEST_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 const COMPACT_FROM_BYTES: usize = 1024;
 /// Answers of at least this size may take more than a millisecond to encode.
 const LARGE_ANSWER_BYTES: usize = 512 * 1024;
-/// Size of the buffers of a call before its first message. Most messages fit, and the allocator keeps freed pieces of this size
-/// for each thread. A stream that waits for its next message holds one of them.
+/// Size of the buffers of a call before its first message. Most messages fit, and the allocator keeps freed pieces of
+/// this size for each thread. A stream that waits for its next message holds one of them.
 const BUFFER_BYTES: usize = 1024;
 /// Collected messages of a stream are sent once they have this size, which is the default of the library.
 const SEND_FROM_BYTES: usize = 32 * 1024;
@@ -107,8 +108,9 @@ fn measure<U: Name>(bytes: &[u8]) -> Result<u64, Status> {
     Ok(cost.memory.saturating_add(bytes.len() as u64))
 }
 
-/// Returns the message, or a copy if most of the received bytes are unused. The bytes fields of a decoded message refer to the
-/// received buffer and keep all of it in memory, unknown fields included. A message without bytes fields does not.
+/// Returns the message, or a copy if most of the received bytes are unused. The bytes fields of a decoded message refer
+/// to the received buffer and keep all of it in memory, unknown fields included. A message without bytes fields does
+/// not.
 fn compact<U: Message + Name + Default>(message: U, length: usize) -> U {
     let is_compact =
         length < COMPACT_FROM_BYTES || !wire::has_bytes::<U>() || message.encoded_len() >= length / 2;

@@ -1,9 +1,9 @@
 //! [`Conduct`]: limits on the behaviour of a connection, based on the frames in both directions. Pure.
 //!
-//! To open and cancel a stream costs a client nothing, but costs this server the work of a call (CVE-2023-44487). The HTTP/2
-//! library bounds how many cancelled streams are pending, but not their rate. So each cancelled stream takes a token from a
-//! bucket that finished streams refill. Frames without payload or effect (PING, SETTINGS, empty DATA) take tokens from
-//! another bucket, which answers refill.
+//! To open and cancel a stream costs a client nothing, but costs this server the work of a call (CVE-2023-44487). The
+//! HTTP/2 library bounds how many cancelled streams are pending, but not their rate. So each cancelled stream takes a
+//! token from a bucket that finished streams refill. Frames without payload or effect (PING, SETTINGS, empty DATA) take
+//! tokens from another bucket, which answers refill.
 //!
 //! It also counts the bytes that the client has sent on each open stream, for [`crate::connections::ahead`].
 
@@ -19,10 +19,11 @@ use std::collections::HashMap;
 
 /// Rate of cancelled streams on a connection that finishes none. A failed build cancels all its running actions.
 pub(super) const RESETS: Rate = Rate { burst: 5_000, per_second: 200 };
-/// Rate of frames without payload or effect, in units of a WINDOW_UPDATE. While clients download, they send pings and small
-/// window updates, so each frame of an answer pays for [`UPDATES_PER_DATA`].
+/// Rate of frames without payload or effect, in units of a WINDOW_UPDATE. While clients download, they send pings and
+/// small window updates, so each frame of an answer pays for [`UPDATES_PER_DATA`].
 pub(super) const NOISE: Rate = Rate { burst: 640_000, per_second: 64_000 };
-/// The cost of a PING, SETTINGS, PRIORITY, an empty frame, or a frame of an unknown type. Each needs an answer or a lookup.
+/// The cost of a PING, SETTINGS, PRIORITY, an empty frame, or a frame of an unknown type. Each needs an answer or a
+/// lookup.
 const NOISE_COST: u64 = 64;
 /// The credit for a frame of an answer.
 const UPDATES_PER_DATA: u64 = 2 * NOISE_COST;

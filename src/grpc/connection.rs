@@ -1,14 +1,14 @@
 //! [`Connection`]: an accepted connection with the limits that apply to it.
 //!
-//! Its bytes pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that must close fails its next read
-//! or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A connection whose client is too
-//! far ahead of its handlers is not read ([`crate::connections::ahead`]). While much arrives, the socket is read in large pieces
-//! ([`super::bulk`]).
+//! Its bytes pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that must close fails its
+//! next read or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A connection
+//! whose client is too far ahead of its handlers is not read ([`crate::connections::ahead`]). While much arrives, the
+//! socket is read in large pieces ([`super::bulk`]).
 //!
-//! The HTTP/2 library writes each message of more than a few hundred bytes by itself. While a [`Turn`] is corked, small writes are
-//! collected, at most [`HELD_MAX_BYTES`] of them. They are written when the next one does not fit, or at the first read or flush
-//! after the cork was removed. Nothing is read in a turn that is used up, or while the socket is full and more than
-//! [`UNSENT_STREAMS_MAX`] answered requests wait to be written.
+//! The HTTP/2 library writes each message of more than a few hundred bytes by itself. While a [`Turn`] is corked, small
+//! writes are collected, at most [`HELD_MAX_BYTES`] of them. They are written when the next one does not fit, or at the
+//! first read or flush after the cork was removed. Nothing is read in a turn that is used up, or while the socket is
+//! full and more than [`UNSENT_STREAMS_MAX`] answered requests wait to be written.
 
 use super::{
     bulk::BulkReader,
@@ -28,9 +28,10 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::Connected;
 
-/// Limit on streams without a running request while the socket takes no more bytes. Their answers wait for a client that does not
-/// read, and take memory that no other bound counts (70 KB for this many). A client that reads its socket but grants no window is
-/// still read, because its window updates arrive on the same connection and its answers are charged until they are written.
+/// Limit on streams without a running request while the socket takes no more bytes. Their answers wait for a client
+/// that does not read, and take memory that no other bound counts (70 KB for this many). A client that reads its socket
+/// but grants no window is still read, because its window updates arrive on the same connection and its answers are
+/// charged until they are written.
 const UNSENT_STREAMS_MAX: usize = 64;
 
 /// Largest number of bytes that a cork holds back: one or two packets over loopback, or dozens of small answers.

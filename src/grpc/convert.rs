@@ -109,8 +109,8 @@ pub fn client_info(headers: &HeaderMap) -> ClientInfo {
 /// Splits `[instance/]operations/{id}` into the instance name and the id. The instance name is not looked up.
 ///
 /// # Errors
-/// [`Error::NotFound`] for every name that this server cannot have given. Clients run the action again only after this code
-/// (EXE-13).
+/// [`Error::NotFound`] for every name that this server cannot have given. Clients run the action again only after this
+/// code (EXE-13).
 pub fn operation_name(name: &str) -> Result<(&str, OperationId)> {
     let unknown = || no_operation(name);
     let (collection, id) = name.rsplit_once('/').ok_or_else(unknown)?;
@@ -143,8 +143,8 @@ pub enum Detail {
     Full,
 }
 
-/// The Operation message of a snapshot. `result` is the result of the outcome, prepared for this client with inlined contents.
-/// It is ignored if there is no outcome.
+/// The Operation message of a snapshot. `result` is the result of the outcome, prepared for this client with inlined
+/// contents. It is ignored if there is no outcome.
 pub fn operation(
     info: &OperationInfo,
     snapshot: &Snapshot,

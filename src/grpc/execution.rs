@@ -21,8 +21,8 @@ use gorego_reapi::{
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// Memory limit of the list of files to inline, in bytes. An operation keeps its list until the operation is forgotten. Clients
-/// name one or two files. Inlining is optional, so names beyond the limit are dropped.
+/// Memory limit of the list of files to inline, in bytes. An operation keeps its list until the operation is forgotten.
+/// Clients name one or two files. Inlining is optional, so names beyond the limit are dropped.
 const INLINE_LIST_MAX_BYTES: usize = 16 * 1024;
 
 #[derive(Debug)]
@@ -39,8 +39,8 @@ impl Execution for ExecutionService {
         let submit = submission(&self.0.gate, &call, request.into_inner())?;
         call.note_action(submit.action);
         let Submit { instance, action, skip_cache_lookup, caller, principal, .. } = &submit;
-        // A missing or malformed action is not an error of the call. It is reported inside a final Operation, where every
-        // client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
+        // A missing or malformed action is not an error of the call. It is reported inside a final Operation, where
+        // every client finds the list of missing blobs. One client drops the details of a call's status (EXE-25).
         let cas = self.0.cas.working_for(*caller).for_build(call.build());
         let resolution = cas.resolve_action(instance, *action, *skip_cache_lookup, principal.name()).await?;
         match &resolution {
@@ -50,8 +50,8 @@ impl Execution for ExecutionService {
         }
         let subscription = match resolution {
             Resolution::Cached(mut result) => {
-                // The scheduler accounts for the memory of the operation. This request keeps the room of the result until it has
-                // reserved room for its answer.
+                // The scheduler accounts for the memory of the operation. This request keeps the room of the result
+                // until it has reserved room for its answer.
                 call.hold(result.take_room());
                 scheduler.record(submit, result).await?
             }

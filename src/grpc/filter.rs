@@ -1,7 +1,8 @@
 //! The filter of ListOperations: `stage=QUEUED AND done=false invocation=...`.
 //!
-//! Terms are `key=value`, joined by `AND` or spaces. All of them must match. A value may be quoted to contain spaces. Unknown
-//! terms are refused with the grammar and never ignored, because a filter that silently matches everything is worse than none.
+//! Terms are `key=value`, joined by `AND` or spaces. All of them must match. A value may be quoted to contain spaces.
+//! Unknown terms are refused with the grammar and never ignored, because a filter that silently matches everything is
+//! worse than none.
 
 use crate::actors::scheduler::{messages::OperationFilter, operation::Stage};
 use gorego_reapi::error::{Error, Result};

@@ -1,8 +1,8 @@
 //! GetTree: the directories below a root, in pages.
 //!
-//! One call streams the whole tree in pages (CAS-27). The store walks the tree ([`Walk`]) and bounds the memory of all walks. A
-//! page token contains the number of directories up to the end of its page. A call with a token walks from the root again and
-//! skips that many. The server keeps no state between calls.
+//! One call streams the whole tree in pages (CAS-27). The store walks the tree ([`Walk`]) and bounds the memory of all
+//! walks. A page token contains the number of directories up to the end of its page. A call with a token walks from the
+//! root again and skips that many. The server keeps no state between calls.
 //!
 //! The walk of a client that does not read ends after [`PAGE_WAIT`], so that it cannot block others.
 
@@ -27,10 +27,11 @@ use tokio::{sync::mpsc, time::timeout};
 
 /// Default and largest number of directories in a page.
 pub const PAGE_MAX_DIRECTORIES: usize = 1_000;
-/// Size limit of the directories in a page. The rest of 4 MiB is for the page token and framing (GEN-25). A larger directory is
-/// sent in a page of its own, which only clients with a raised limit accept.
+/// Size limit of the directories in a page. The rest of 4 MiB is for the page token and framing (GEN-25). A larger
+/// directory is sent in a page of its own, which only clients with a raised limit accept.
 pub const PAGE_MAX_BYTES: usize = inline::MESSAGE_MAX_BYTES - 4 * 1024;
-/// Time limit for getting room for a page, and for the client to take it. In this time, a full page can be sent at 35 kB/s.
+/// Time limit for getting room for a page, and for the client to take it. In this time, a full page can be sent at 35
+/// kB/s.
 pub const PAGE_WAIT: Duration = Duration::from_secs(120);
 /// Tag and length of one directory in a page, rounded up.
 const ENTRY_BYTES: usize = 8;
@@ -70,8 +71,8 @@ impl Paging {
         Ok(Self { root, position: 0, skip, page_size, page: Vec::new(), page_bytes: 0, page_weight: 0 })
     }
 
-    /// Adds the next directory of the walk. Returns the page if the directory does not fit into it, so at least one directory
-    /// follows such a page.
+    /// Adds the next directory of the walk. Returns the page if the directory does not fit into it, so at least one
+    /// directory follows such a page.
     fn take(&mut self, visited: Visited) -> Option<GetTreeResponse> {
         let Visited { directory, weight } = visited;
         let mut page = None;
@@ -79,7 +80,8 @@ impl Paging {
             let bytes = directory.encoded_len() + ENTRY_BYTES;
             let is_full = !self.page.is_empty()
                 && (self.page.len() >= self.page_size || self.page_bytes + bytes > PAGE_MAX_BYTES);
-            // This comes before the position is increased, because the token points behind the last directory of its page.
+            // This comes before the position is increased, because the token points behind the last directory of its
+            // page.
             page = is_full.then(|| self.take_page(true));
             if self.position >= self.skip {
                 self.page_bytes += bytes;
@@ -105,8 +107,8 @@ fn binding(root: &Digest) -> String {
     format!("tree of {}/{root}", root.function().name())
 }
 
-/// The pages of a tree. The walk starts when there is a place for it. Dropping the stream frees the place or stops waiting for
-/// one.
+/// The pages of a tree. The walk starts when there is a place for it. Dropping the stream frees the place or stops
+/// waiting for one.
 ///
 /// A page is sent when the connection has room for it.
 pub(super) fn pages(cas: &Cas, instance: &Instance, paging: Paging, call: Call) -> TreeStream {
@@ -127,8 +129,8 @@ fn run(paging: Paging, walk: Walk) -> impl Stream<Item = Result<GetTreeResponse>
     })
 }
 
-/// Yields each page when the connection has room for it. The page exists before it has room. Until it is yielded, its memory
-/// counts for its walk, and a walk that waits for its place holds no room.
+/// Yields each page when the connection has room for it. The page exists before it has room. Until it is yielded, its
+/// memory counts for its walk, and a walk that waits for its place holds no room.
 fn with_room(
     pages: BoxStream<'static, Result<GetTreeResponse>>,
     call: Call,

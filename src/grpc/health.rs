@@ -1,7 +1,7 @@
 //! grpc.health.v1: the status of the whole server under the empty name, and of each service under its own name.
 //!
-//! Execution is NOT_SERVING on a server that runs no actions, and while no worker can run any. During a drain everything is
-//! NOT_SERVING.
+//! Execution is NOT_SERVING on a server that runs no actions, and while no worker can run any. During a drain
+//! everything is NOT_SERVING.
 
 use super::services::{
     action_cache_server, byte_stream_server, capabilities_server, content_addressable_storage_server,
@@ -25,8 +25,8 @@ const NAMES: &[&str] = &[
     push_server::SERVICE_NAME,
 ];
 
-/// Sets the answer to health checks. It is cheap to clone: [`super::serve`] gets one, and the wiring keeps a clone for the
-/// drain.
+/// Sets the answer to health checks. It is cheap to clone: [`super::serve`] gets one, and the wiring keeps a clone for
+/// the drain.
 #[derive(Debug, Clone)]
 pub struct Health {
     reporter: HealthReporter,
@@ -60,8 +60,8 @@ impl Health {
         self.reporter.set_service_status(execution_server::SERVICE_NAME, status).await;
     }
 
-    /// Reports NOT_SERVING for everything, at the start of a drain. Load balancers stop sending requests, and watchers are
-    /// notified.
+    /// Reports NOT_SERVING for everything, at the start of a drain. Load balancers stop sending requests, and watchers
+    /// are notified.
     pub async fn drain(&self) {
         let mut told = self.told.lock().await;
         told.is_draining = true;

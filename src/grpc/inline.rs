@@ -1,8 +1,8 @@
 //! Inlined contents of results: stdout, stderr and output files, if the client asks for them and they fit.
 //!
-//! A client gets contents only if it asks for them, no matter who stored the result (AC-05), and in addition to their digest
-//! (AC-06). Contents that do not fit into one message are left out, but never the result itself (AC-07). So are contents for
-//! clients that may not read blobs: a client may upload a result that names any blob.
+//! A client gets contents only if it asks for them, no matter who stored the result (AC-05), and in addition to their
+//! digest (AC-06). Contents that do not fit into one message are left out, but never the result itself (AC-07). So are
+//! contents for clients that may not read blobs: a client may upload a result that names any blob.
 
 use crate::{
     access::permission::Permission,
@@ -70,8 +70,8 @@ pub(crate) async fn prepare(
     Ok(copy)
 }
 
-/// Room for an answer with this result: for its copy, or for its encoding where that is longer. An operation repeats the
-/// metadata.
+/// Room for an answer with this result: for its copy, or for its encoding where that is longer. An operation repeats
+/// the metadata.
 fn answer_bytes(result: &SharedResult) -> usize {
     let metadata = result.execution_metadata.as_ref().map_or(0, reapi::ExecutedActionMetadata::encoded_len);
     result.memory().max(result.encoded_len() + metadata) + ENVELOPE_BYTES

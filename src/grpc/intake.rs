@@ -1,13 +1,13 @@
 //! Request messages on their way in: limits on unfinished messages in bytes and time, and when messages are handed on.
 //!
-//! A message is collected completely before its handler sees it, and HTTP/2 returns flow-control window for the collected
-//! bytes. So one connection could leave the largest message unfinished on each of its streams. Here the bytes of unfinished
-//! messages are counted ([`UNFINISHED`]) until the handler asks for what follows them. A sender that stops in the middle of a
-//! message, or before the end of a request of one message, is given up after a time limit.
+//! A message is collected completely before its handler sees it, and HTTP/2 returns flow-control window for the
+//! collected bytes. So one connection could leave the largest message unfinished on each of its streams. Here the bytes
+//! of unfinished messages are counted ([`UNFINISHED`]) until the handler asks for what follows them. A sender that
+//! stops in the middle of a message, or before the end of a request of one message, is given up after a time limit.
 //!
 //! A message that may take much memory or time to decode is handed on when there is room for it ([`DECODED`], and
-//! [`super::claim`]). Until then its last piece, and everything after it, is held back. This applies to compressed messages,
-//! and to messages above [`UNCOUNTED_BYTES`] whose type contains lists.
+//! [`super::claim`]). Until then its last piece, and everything after it, is held back. This applies to compressed
+//! messages, and to messages above [`UNCOUNTED_BYTES`] whose type contains lists.
 //!
 //! Most methods take one message. A second one is refused, because the library would decode and discard it.
 
@@ -37,8 +37,8 @@ use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tower::{Layer, Service};
 
-/// Bytes of messages that are unfinished or that no handler has taken. Sixteen of the largest messages fit, and many more of the
-/// usual size.
+/// Bytes of messages that are unfinished or that no handler has taken. Sixteen of the largest messages fit, and many
+/// more of the usual size.
 pub(crate) const UNFINISHED: Bounds =
     Bounds { what: "bytes of unfinished requests", total: 256 * 1024 * 1024, connection: 188 * 1024 * 1024 };
 /// Memory for large requests that are being decoded or answered. Two of the largest fit, and many usual ones.
@@ -47,18 +47,18 @@ pub(crate) const DECODED: Bounds = Bounds {
     total: 256 * 1024 * 1024,
     connection: 256 * 1024 * 1024 - LARGEST_CLAIM,
 };
-/// Largest claim of one request on [`DECODED`]: its compressed bytes, its plain bytes, and the decoded message. This much is
-/// kept free for other peers.
+/// Largest claim of one request on [`DECODED`]: its compressed bytes, its plain bytes, and the decoded message. This
+/// much is kept free for other peers.
 const LARGEST_CLAIM: u64 = 2 * REQUEST_MAX_BYTES as u64 + REQUEST_MAX_MEMORY;
 /// Upper bound of gzip's compression ratio, which is 1,032.
 const GZIP_RATIO_MAX: u64 = 1_100;
 /// Requests that are a stream of messages. Their handlers limit the pauses.
 const STREAMS: [&str; 2] = ["/google.bytestream.ByteStream/Write", "/grpc.reflection."];
-/// Requests up to this size are not counted, because the number of calls is limited. So a client that has reached its limit can
-/// still send small requests.
+/// Requests up to this size are not counted, because the number of calls is limited. So a client that has reached its
+/// limit can still send small requests.
 const UNHELD_BYTES: u64 = 4 * 1024;
-/// Time limit for a silent client before the first message, in the middle of a message, and before the end of a request of one
-/// message.
+/// Time limit for a silent client before the first message, in the middle of a message, and before the end of a request
+/// of one message.
 pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// Time limit for a large message to wait for decoding.
 pub(crate) const DECODING_WAIT: Duration = Duration::from_secs(60);
@@ -228,8 +228,8 @@ impl<B> IncomingBody<B> {
         }
     }
 
-    /// Accepts bytes up to the end of the first message that has to wait for its turn to be decoded, and returns the bytes to
-    /// hand on. If there is such a message, its end is kept back and the result is `None`.
+    /// Accepts bytes up to the end of the first message that has to wait for its turn to be decoded, and returns the
+    /// bytes to hand on. If there is such a message, its end is kept back and the result is `None`.
     fn take(&mut self, mut data: Bytes) -> Result<Option<Bytes>, Status> {
         if self.is_complete && !self.kind.is_stream && !data.is_empty() {
             return Err(Status::invalid_argument("the request has more than the one message of this method"));
@@ -259,8 +259,8 @@ impl<B> IncomingBody<B> {
         Ok(Some(data))
     }
 
-    /// Gives back the room of the bytes that were handed on, because a handler that asks for more has taken them. The bytes of a
-    /// request of one message are held until its end, because it is answered only then.
+    /// Gives back the room of the bytes that were handed on, because a handler that asks for more has taken them. The
+    /// bytes of a request of one message are held until its end, because it is answered only then.
     fn let_go(&mut self) -> Result<(), Status> {
         if self.kind.is_stream && std::mem::take(&mut self.is_given) {
             self.claim.let_go();

@@ -1,5 +1,5 @@
-//! The LogStream service, and log streams in ByteStream: what Read, Write and QueryWriteStatus do with names that have a
-//! `logstreams` segment (LOG-01..05, EXE-64).
+//! The LogStream service, and log streams in ByteStream: what Read, Write and QueryWriteStatus do with names that have
+//! a `logstreams` segment (LOG-01..05, EXE-64).
 //!
 //! The streams themselves are in [`crate::log_streams`]. A stream is read only when its client reads.
 
@@ -76,8 +76,8 @@ impl LogStreamService {
     }
 }
 
-/// The instance and the operation that the parent of a stream names. The API leaves it to the server what a parent may be; the
-/// empty name is the instance of that name, as in every other call, if the server has one (LOG-01).
+/// The instance and the operation that the parent of a stream names. The API leaves it to the server what a parent may
+/// be; the empty name is the instance of that name, as in every other call, if the server has one (LOG-01).
 fn parse_parent(parent: &str) -> Result<(&str, Option<OperationId>)> {
     let is_operation = parent.split('/').rev().nth(1) == Some("operations");
     if !is_operation {
@@ -94,9 +94,9 @@ fn enter(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
     edge.gate.enter_for(call, instance_name, Permission::Logs)
 }
 
-/// The instance of a log stream that a client wants to read. The output of a run requires the same permissions as the operations
-/// that wait for the run: principals that were told its name with an operation of their own may read it, and so may principals
-/// that may see all operations.
+/// The instance of a log stream that a client wants to read. The output of a run requires the same permissions as the
+/// operations that wait for the run: principals that were told its name with an operation of their own may read it, and
+/// so may principals that may see all operations.
 fn enter_to_read(edge: &Edge, call: &Call, name: &LogName) -> Result<Instance> {
     let StreamId::Run(run, _) = name.id else { return enter(edge, call, name) };
     let (instance_name, _) = parse_parent(&name.parent)?;
@@ -170,8 +170,8 @@ impl Reading {
     }
 }
 
-/// ByteStream.Write to a log stream: appends each message as it arrives, so that readers get it at once. A Write that ends
-/// without `finish_write` leaves the stream open (LOG-05).
+/// ByteStream.Write to a log stream: appends each message as it arrives, so that readers get it at once. A Write that
+/// ends without `finish_write` leaves the stream open (LOG-05).
 pub(super) async fn write(
     edge: &Edge,
     call: &Call,

@@ -1,9 +1,10 @@
 //! The stream of one operation: the answer to Execute and WaitExecution.
 //!
-//! It follows the operation's watch cell. It sends the current snapshot at once, then each change, repeats the snapshot while
-//! nothing changes, and ends right after COMPLETED. A repeated snapshot of a waiting operation says why it waits. If the cell
-//! changes faster than the client reads, intermediate states are skipped, but never the last one. The stream ends with OK only
-//! after `done` (EXE-10). If the scheduler stops before, it ends with UNAVAILABLE, which every client retries.
+//! It follows the operation's watch cell. It sends the current snapshot at once, then each change, repeats the snapshot
+//! while nothing changes, and ends right after COMPLETED. A repeated snapshot of a waiting operation says why it waits.
+//! If the cell changes faster than the client reads, intermediate states are skipped, but never the last one. The
+//! stream ends with OK only after `done` (EXE-10). If the scheduler stops before, it ends with UNAVAILABLE, which every
+//! client retries.
 
 use super::{
     Edge,
@@ -21,7 +22,8 @@ use gorego_reapi::{error::Error, proto::longrunning::Operation};
 use std::{sync::Arc, time::Duration};
 use tonic::Status;
 
-/// Interval after which an unchanged state is sent again, because some proxies and clients close silent streams (EXE-11).
+/// Interval after which an unchanged state is sent again, because some proxies and clients close silent streams
+/// (EXE-11).
 pub(crate) const RESEND_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Delay after which an operation that still waits is sent again with the reason. This is short enough for a person who

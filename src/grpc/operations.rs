@@ -75,8 +75,8 @@ impl Operations for OperationsService {
                 left = rest.unwrap_or(0);
                 operations.push(operation);
             }
-            // Results can be long. If a page does not fit into a message, it is requested again with as many operations as fit
-            // (GEN-25). This avoids a thousand copies of long results.
+            // Results can be long. If a page does not fit into a message, it is requested again with as many operations
+            // as fit (GEN-25). This avoids a thousand copies of long results.
             if operations.len() < page.operations.len() {
                 limit = operations.len();
                 continue;
@@ -163,8 +163,8 @@ impl OperationsService {
     }
 }
 
-/// The instance whose operations are listed: `[instance/]operations`, or the instance name alone, which BuildGrid's `bgd`
-/// sends, also with a slash at the end. `None` for the empty name.
+/// The instance whose operations are listed: `[instance/]operations`, or the instance name alone, which BuildGrid's
+/// `bgd` sends, also with a slash at the end. `None` for the empty name.
 fn collection(name: &str) -> Option<&str> {
     let name = name.strip_suffix('/').unwrap_or(name);
     (!name.is_empty()).then(|| convert::operations_of(name).unwrap_or(name))

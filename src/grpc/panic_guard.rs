@@ -1,6 +1,7 @@
 //! A panic in a handler becomes INTERNAL. The connection and the process continue.
 //!
-//! Handlers own no state, so continuing is safe. Panics in the actors that own state are not caught; they end the process.
+//! Handlers own no state, so continuing is safe. Panics in the actors that own state are not caught; they end the
+//! process.
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};

@@ -20,8 +20,8 @@ type Methods = &'static [(&'static str, Permissions)];
 /// The permissions of a method that is about an operation: the first is enough for one's own operations.
 const OPERATIONS: Permissions = &[OperationsOwn, OperationsAll];
 
-/// Every method of every service. The methods of ByteStream need another permission for log streams, which depends on the
-/// stream.
+/// Every method of every service. The methods of ByteStream need another permission for log streams, which depends on
+/// the stream.
 const SERVICES: &[(&str, Methods)] = &[
     (execution::SERVICE_NAME, &[("Execute", &[Execute]), ("WaitExecution", OPERATIONS)]),
     (action_cache::SERVICE_NAME, &[("GetActionResult", &[AcRead]), ("UpdateActionResult", &[AcWrite])]),

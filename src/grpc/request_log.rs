@@ -1,8 +1,9 @@
-//! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what they know
-//! to it. The client is authenticated here as well, before any of the body is read, so that refused calls have a line, too.
+//! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what
+//! they know to it. The client is authenticated here as well, before any of the body is read, so that refused calls
+//! have a line, too.
 //!
-//! The line is written when the response has ended: after its trailers, or when the client leaves before them, which counts as
-//! CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
+//! The line is written when the response has ended: after its trailers, or when the client leaves before them, which
+//! counts as CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
 
 mod line;
 
@@ -246,8 +247,8 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = self.project();
-        // The transport polls again when it has passed on the previous frame. It may hold one frame that the client has not
-        // taken.
+        // The transport polls again when it has passed on the previous frame. It may hold one frame that the client has
+        // not taken.
         if let Some(line) = this.line.as_ref() {
             line.call.client_moved();
         }
@@ -308,8 +309,8 @@ pin_project_lite::pin_project! {
 
     impl<R> PinnedDrop for RequestBody<R> {
         fn drop(this: Pin<&mut Self>) {
-            // The library discards received bytes that nobody has read, and the connection stops counting them when the stream
-            // closes. Subtracting them here too would hide bytes of other streams.
+            // The library discards received bytes that nobody has read, and the connection stops counting them when the
+            // stream closes. Subtracting them here too would hide bytes of other streams.
             if let Some(open) = this.project().open {
                 open.close();
             }

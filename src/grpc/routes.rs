@@ -1,4 +1,5 @@
-//! [`Routes`]: finds the service that a request names. A path is `/SERVICE/METHOD`; the service itself finds the method.
+//! [`Routes`]: finds the service that a request names. A path is `/SERVICE/METHOD`; the service itself finds the
+//! method.
 
 use futures::future::{BoxFuture, FutureExt as _, ready};
 use http::{Request, Response};

@@ -1,17 +1,17 @@
 //! Serves connections. Requests that arrive together are answered together, by the task of their connection.
 //!
-//! hyper gives each request to an executor, which usually spawns a task. A spawned task wakes another thread, and its answer
-//! wakes the task of the connection; for a look-up in memory, this costs more than the look-up. So this executor only collects
-//! the requests of one poll of the connection ([`Collected`]). The connection's task then polls each of them once. This answers
-//! most look-ups, and all small answers are sent with one write ([`Turn`]). A request that has to wait is spawned
-//! as a task.
+//! hyper gives each request to an executor, which usually spawns a task. A spawned task wakes another thread, and its
+//! answer wakes the task of the connection; for a look-up in memory, this costs more than the look-up. So this executor
+//! only collects the requests of one poll of the connection ([`Collected`]). The connection's task then polls each of
+//! them once. This answers most look-ups, and all small answers are sent with one write ([`Turn`]). A request that has
+//! to wait is spawned as a task.
 //!
 //! Invariants:
 //!
-//! - The connection's task polls no request twice, and begins none after [`TURN_MAX`]. The rest of that turn is spawned, so that
-//!   other threads can take it. At most [`SPREAD_MAX`] such requests of the whole server may be waiting at a time, because the
-//!   tasks of other connections are behind them in the runtime's queue. Requests beyond that wait for the connection's next
-//!   turn, and nothing more is read before it.
+//! - The connection's task polls no request twice, and begins none after [`TURN_MAX`]. The rest of that turn is
+//!   spawned, so that other threads can take it. At most [`SPREAD_MAX`] such requests of the whole server may be
+//!   waiting at a time, because the tasks of other connections are behind them in the runtime's queue. Requests beyond
+//!   that wait for the connection's next turn, and nothing more is read before it.
 //! - The connection's task yields after [`TURN_MAX`].
 //! - Messages that take long to decode are not decoded in a turn, because [`super::intake`] makes them wait once.
 //! - A panic in a request ends only that request.
@@ -51,14 +51,14 @@ use tokio::{
 use tonic::{Status, transport::server::Connected as _};
 use tower::Service;
 
-/// Time limit for the requests of one turn: about ten of the slowest look-ups. It bounds how long answers of this connection
-/// are delayed.
+/// Time limit for the requests of one turn: about ten of the slowest look-ups. It bounds how long answers of this
+/// connection are delayed.
 const TURN_MAX: Duration = Duration::from_micros(500);
 /// Limit on spawned requests that have not begun: enough to keep dozens of threads busy until the next turn.
 const SPREAD_MAX: usize = 64;
 
-/// Serves connections until `shutdown` completes. Then it accepts no more, sends GOAWAY, and returns when the last connection
-/// is closed.
+/// Serves connections until `shutdown` completes. Then it accepts no more, sends GOAWAY, and returns when the last
+/// connection is closed.
 pub(super) async fn serve<S, B>(
     connections: impl Stream<Item = io::Result<Arrived>>,
     service: impl Fn(ConnectionInfo) -> S + Clone + Send + 'static,

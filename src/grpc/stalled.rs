@@ -1,9 +1,9 @@
 //! Ends reads whose clients take nothing (BS-07).
 //!
-//! A stream advances only when its client reads. So an inactive client would hold a file open, and with it bytes on disk,
-//! without limit. Nothing polls such a stream, so a task checks whether the client has asked for more. The time that the
-//! server needs does not count. A stream that was ended drops everything that it held; the client gets the error if it reads
-//! again.
+//! A stream advances only when its client reads. So an inactive client would hold a file open, and with it bytes on
+//! disk, without limit. Nothing polls such a stream, so a task checks whether the client has asked for more. The time
+//! that the server needs does not count. A stream that was ended drops everything that it held; the client gets the
+//! error if it reads again.
 
 use super::ReadStream;
 use futures::stream::{Stream, StreamExt as _};

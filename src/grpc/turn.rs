@@ -1,15 +1,16 @@
 //! [`Turn`]: the state that a connection shares with the task that serves it.
 //!
-//! A turn is one round of work of that task ([`super::serving`]). It bounds how many frames are read, and may be corked: then the
-//! connection collects small writes ([`super::connection`]).
+//! A turn is one round of work of that task ([`super::serving`]). It bounds how many frames are read, and may be
+//! corked: then the connection collects small writes ([`super::connection`]).
 
 use std::sync::{
     Arc,
     atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
 };
 
-/// Limit on the frames that are read in a turn, so that the HTTP/2 library hands over the requests that it has. It allows 2 MiB
-/// of an upload. Without it, the library would first read everything that has arrived, and keep a stream for each request.
+/// Limit on the frames that are read in a turn, so that the HTTP/2 library hands over the requests that it has. It
+/// allows 2 MiB of an upload. Without it, the library would first read everything that has arrived, and keep a stream
+/// for each request.
 pub(super) const FRAMES_PER_TURN: usize = 128;
 
 /// See the top of this file. Cheap to clone.

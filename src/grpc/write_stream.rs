@@ -1,14 +1,14 @@
 //! [`WriteStream`]: the messages of a ByteStream.Write, handed on in pieces as they arrive.
 //!
-//! tonic collects each message in a buffer of its own before it decodes it. For an upload in messages of a megabyte, this copies
-//! every byte once more, into memory that the kernel has to clear first. Here, the fields before the data are read from the frame
-//! in which they arrive ([`head`]), and the data is handed on frame by frame without a copy. Each piece is a [`WriteRequest`] with
-//! its own offset, so the rules for messages apply to pieces. Only the first piece of a message has its name, and only the last
-//! one has its `finish_write`.
+//! tonic collects each message in a buffer of its own before it decodes it. For an upload in messages of a megabyte,
+//! this copies every byte once more, into memory that the kernel has to clear first. Here, the fields before the data
+//! are read from the frame in which they arrive ([`head`]), and the data is handed on frame by frame without a copy.
+//! Each piece is a [`WriteRequest`] with its own offset, so the rules for messages apply to pieces. Only the first
+//! piece of a message has its name, and only the last one has its `finish_write`.
 //!
-//! Messages of an unusual form are collected and decoded as a whole, and count as unfinished until then ([`super::intake`]). Small
-//! messages are collected as well ([`WHOLE_UP_TO_BYTES`]), because a small blob that has arrived as a whole is stored at once.
-//! Messages with gRPC compression are read by tonic ([`route`]).
+//! Messages of an unusual form are collected and decoded as a whole, and count as unfinished until then
+//! ([`super::intake`]). Small messages are collected as well ([`WHOLE_UP_TO_BYTES`]), because a small blob that has
+//! arrived as a whole is stored at once. Messages with gRPC compression are read by tonic ([`route`]).
 //!
 //! Bound: a piece keeps the frame in memory that it came in, so a small piece is copied ([`COPIED_BELOW_BYTES`]).
 
@@ -173,8 +173,9 @@ impl MessagePieces {
         matches!(self.state, ReadState::Head) && self.unread.is_empty()
     }
 
-    /// The beginning of the next message. Three kinds of messages are collected: small ones, messages to log streams, which
-    /// accept or refuse each as a whole, and messages with zstd data, which are decompressed when they have arrived.
+    /// The beginning of the next message. Three kinds of messages are collected: small ones, messages to log streams,
+    /// which accept or refuse each as a whole, and messages with zstd data, which are decompressed when they have
+    /// arrived.
     fn head(&mut self) -> Result<MessageHead, Status> {
         let head = MessageHead::parse(&self.unread)?;
         let MessageHead::Complete { fields, data, length } = &head else { return Ok(head) };
@@ -239,7 +240,8 @@ impl MessagePieces {
     }
 }
 
-/// Makes the piece of a message with this data. `left` is the length of the rest of the message's data, including this piece.
+/// Makes the piece of a message with this data. `left` is the length of the rest of the message's data, including this
+/// piece.
 fn piece(next: &mut WriteRequest, data: Bytes, left: usize) -> WriteRequest {
     let is_small = data.len() < COPIED_BELOW_BYTES;
     let data = if is_small { Bytes::copy_from_slice(&data) } else { data };

@@ -1,7 +1,7 @@
 //! The combinators with which faults are written: one small function for the change, one combinator for the place.
 //!
-//! A combinator names the method that it changes; calls of other methods pass unchanged. Messages are decoded only where
-//! the fault changes them.
+//! A combinator names the method that it changes; calls of other methods pass unchanged. Messages are decoded only
+//! where the fault changes them.
 
 use super::proxy::{Behaviour, Call, Messages, Reply, Upstream};
 use bytes::Bytes;
@@ -231,7 +231,8 @@ async fn rewrite(
     write_blob(upstream, instance, job.action.encode_to_vec()).await
 }
 
-/// Changes the final result of every Execute with work that may read and write blobs. The last argument is the instance.
+/// Changes the final result of every Execute with work that may read and write blobs. The last argument is the
+/// instance.
 pub fn result_with_blobs<F>(
     change: impl Fn(ActionResult, Upstream, String) -> F + Send + Sync + 'static,
 ) -> Behaviour

@@ -1,7 +1,8 @@
 //! Faulty servers: each is correct except for one fault.
 //!
-//! A [`Fault`] has a name, the rules that it breaks, and a [`Behaviour`] for the [proxy](proxy) in front of a real server.
-//! Each file below has the faults of one part of the API; `change` has the combinators with which they are written.
+//! A [`Fault`] has a name, the rules that it breaks, and a [`Behaviour`] for the [proxy](proxy) in front of a real
+//! server. Each file below has the faults of one part of the API; `change` has the combinators with which they are
+//! written.
 
 mod action_cache;
 mod asset;

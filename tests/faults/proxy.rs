@@ -1,9 +1,10 @@
 //! A gRPC proxy without knowledge of services: messages pass as bytes, so that everything without a fault arrives
 //! unchanged.
 //!
-//! Every call, unary or streaming, is a [`Call`]: a path, headers and a stream of messages. [`Upstream::forward`] makes the
-//! same call to the real server and returns the [`Reply`]: headers, and messages up to the final status. A [`Behaviour`] is
-//! applied in between. A client that disconnects drops the reply, and with it the call to the real server.
+//! Every call, unary or streaming, is a [`Call`]: a path, headers and a stream of messages. [`Upstream::forward`] makes
+//! the same call to the real server and returns the [`Reply`]: headers, and messages up to the final status. A
+//! [`Behaviour`] is applied in between. A client that disconnects drops the reply, and with it the call to the real
+//! server.
 
 use axum::Router;
 use bytes::Bytes;
@@ -68,8 +69,8 @@ impl Upstream {
             .max_encoding_message_size(usize::MAX);
         let ready = client.ready().await;
         ready.map_err(|error| Status::unavailable(format!("the real server is not there: {error}")))?;
-        // A client that aborts has not finished its request, so the end is not forwarded. The reply is dropped soon, which
-        // cancels the call.
+        // A client that aborts has not finished its request, so the end is not forwarded. The reply is dropped soon,
+        // which cancels the call.
         let messages = call.messages.flat_map(|message| match message {
             Ok(message) => stream::once(async { message }).left_stream(),
             Err(_) => stream::pending().right_stream(),

@@ -8,6 +8,9 @@ const LINES: usize = 600;
 /// Most lines in a file of tests.
 const TEST_LINES: usize = 1_000;
 
+/// Most characters in a line of a comment. Code is formatted by rustfmt.
+const COMMENT_COLUMNS: usize = 120;
+
 /// Files that may be longer, each with the reason. Empty today.
 pub const LONGER: &[(&str, &str)] = &[];
 
@@ -32,6 +35,25 @@ pub fn long(files: &[Source], exceptions: &[(&str, &str)]) -> Vec<String> {
     let stale = exceptions.iter().filter(|(path, _)| is_stale(path));
     long.chain(stale.map(|(path, _)| format!("{path} is no exception any more: take it off the list")))
         .collect()
+}
+
+/// Lines of comments that are too wide. Tables in code blocks may be wider.
+pub fn wide(files: &[Source]) -> Vec<String> {
+    let mut wide = Vec::new();
+    for file in files.iter().filter(|file| file.is_rust()) {
+        let mut is_block = false;
+        for (at, line) in file.text.lines().enumerate() {
+            let Some(comment) = line.trim_start().strip_prefix("//") else {
+                is_block = false;
+                continue;
+            };
+            is_block ^= comment.trim_start_matches(['/', '!', ' ']).starts_with("```");
+            if !is_block && line.chars().count() > COMMENT_COLUMNS {
+                wide.push(format!("{}:{} is wider than {COMMENT_COLUMNS} columns", file.path, at + 1));
+            }
+        }
+    }
+    wide
 }
 
 /// Links in documents whose targets do not exist in the repository.
@@ -131,6 +153,16 @@ fn a_long_file_is_found_unless_it_is_an_exception() {
     assert_eq!(long(&[lines("src/a.rs", LINES + 1), lines("src/a/tests.rs", TEST_LINES + 1)], &[]).len(), 2);
     assert!(long(&[lines("src/a.rs", LINES + 1)], &[("src/a.rs", "a table")]).is_empty());
     assert_eq!(long(&[lines("src/a.rs", LINES)], &[("src/a.rs", "a table")]).len(), 1);
+}
+
+#[test]
+fn a_wide_comment_is_found_outside_of_code_blocks() {
+    let at = |start: &str, width: usize| format!("{start}{}\n", "x".repeat(width - start.len()));
+    let of = |text: &str| wide(&[Source::new("src/a.rs", text)]);
+    assert_eq!(of(&at("    // ", COMMENT_COLUMNS + 1)), ["src/a.rs:1 is wider than 120 columns"]);
+    assert_eq!(of(&format!("/// a\n{}", at("/// ", COMMENT_COLUMNS + 1))).len(), 1);
+    assert!(of(&(at("//! ", COMMENT_COLUMNS) + &at("let a = ", 200))).is_empty());
+    assert!(of(&format!("/// ```text\n{}/// ```\n", at("/// ", 200))).is_empty());
 }
 
 #[test]

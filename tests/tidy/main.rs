@@ -108,6 +108,11 @@ fn no_file_is_too_long() {
 }
 
 #[test]
+fn no_comment_is_too_wide() {
+    none(&files::wide(&FILES));
+}
+
+#[test]
 fn links_between_documents_lead_somewhere() {
     none(&files::dead_links(&FILES));
 }

@@ -1,4 +1,5 @@
-//! Which waiting actions have their inputs staged, and that nothing depends on it. tests/sandbox has the scheduler's part.
+//! Which waiting actions have their inputs staged, and that nothing depends on it. tests/sandbox has the scheduler's
+//! part.
 
 use super::{
     support::{Bench, eventually, file, sh, with_staging, with_tools, with_worker},

@@ -30,8 +30,8 @@ use std::{
 };
 
 impl Cas {
-    /// Reads whole blobs, in the order of the digests; duplicates are allowed. It is meant for small blobs: the caller bounds
-    /// their total size.
+    /// Reads whole blobs, in the order of the digests; duplicates are allowed. It is meant for small blobs: the caller
+    /// bounds their total size.
     ///
     /// # Errors
     /// Each blob has its own result. The call fails when the server is shutting down.
@@ -93,7 +93,8 @@ impl Cas {
         Ok(outcomes)
     }
 
-    /// Stores a small batch of blobs that are not stored, together with files of other requests. Returns `None` for other batches.
+    /// Stores a small batch of blobs that are not stored, together with files of other requests. Returns `None` for
+    /// other batches.
     async fn write_few(
         &self,
         instance: &Instance,
@@ -157,8 +158,8 @@ impl Cas {
         }
     }
 
-    /// Reserves room for the blobs that are not stored. The files of stored blobs are checked, so a damaged blob is dropped and
-    /// counts as not stored.
+    /// Reserves room for the blobs that are not stored. The files of stored blobs are checked, so a damaged blob is
+    /// dropped and counts as not stored.
     pub(super) async fn prepare(&self, instance: &Instance, digests: Vec<Digest>) -> Result<Prepared> {
         for _ in 0..SOUND_TRIES {
             let absent = self.find_missing(instance, &digests).await?;
@@ -247,8 +248,8 @@ fn small_and_plain(blobs: &[(Digest, Payload)]) -> Option<Vec<(Digest, Bytes)>> 
     plain.collect()
 }
 
-/// Groups the items of a batch, by position, into steps that share one reservation. Plain items form one step, because their
-/// bytes are already there. Compressed items declare their size only in the digest, so a step reserves at most
+/// Groups the items of a batch, by position, into steps that share one reservation. Plain items form one step, because
+/// their bytes are already there. Compressed items declare their size only in the digest, so a step reserves at most
 /// [`ROOM_STEP_BYTES`] for them; a larger item is a step of its own.
 fn in_steps(blobs: &[(Digest, Payload)]) -> Vec<Vec<usize>> {
     let (mut plain, mut steps): (Vec<usize>, Vec<Vec<usize>>) = (Vec::new(), Vec::new());

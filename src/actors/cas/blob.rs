@@ -18,12 +18,12 @@ use gorego_reapi::{
 };
 use std::{io, sync::Arc};
 
-/// Number of bytes that one job reads in [`Cas::read_through`]. When the caller leaves, the thread is busy for no longer than
-/// this takes.
+/// Number of bytes that one job reads in [`Cas::read_through`]. When the caller leaves, the thread is busy for no
+/// longer than this takes.
 const READ_THROUGH_BYTES: u64 = 8 * 1024 * 1024;
 
-/// A stored blob, open for reading. It was checked against its digest when it was opened, and stays readable while this is
-/// held, even if it is evicted.
+/// A stored blob, open for reading. It was checked against its digest when it was opened, and stays readable while this
+/// is held, even if it is evicted.
 #[derive(Debug)]
 pub struct BlobReader {
     size: u64,
@@ -97,8 +97,8 @@ impl BlobReader {
         matches!(self.content, BlobContent::File(_))
     }
 
-    /// Reads up to `max` bytes from `offset`; the result is empty only at the end of the blob. Does not block the caller's
-    /// thread: bytes in the page cache are read at once, others on a blocking thread.
+    /// Reads up to `max` bytes from `offset`; the result is empty only at the end of the blob. Does not block the
+    /// caller's thread: bytes in the page cache are read at once, others on a blocking thread.
     ///
     /// # Errors
     /// `Unavailable` when the file turns out to be damaged. The blob is dropped, so a retry gets `NotFound`.
@@ -153,8 +153,8 @@ impl BlobReader {
         Ok(buffer.into())
     }
 
-    /// Reads from `offset` up to the end of the blob or of the buffer. Reads at least one byte, unless either is at its end.
-    /// Blocks.
+    /// Reads from `offset` up to the end of the blob or of the buffer. Reads at least one byte, unless either is at its
+    /// end. Blocks.
     ///
     /// # Errors
     /// The errors of [`BlobReader::read_at`].
@@ -175,8 +175,8 @@ impl BlobReader {
 }
 
 impl Cas {
-    /// Passes all bytes of a blob to `see`, in pieces, on a blocking thread. Waits for a place among the blobs that are being
-    /// hashed.
+    /// Passes all bytes of a blob to `see`, in pieces, on a blocking thread. Waits for a place among the blobs that are
+    /// being hashed.
     ///
     /// # Errors
     /// The errors of [`BlobReader::read_at`].

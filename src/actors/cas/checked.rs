@@ -1,14 +1,14 @@
 //! [`CheckedFile`]: an open stored file whose content was verified, and the ways to open and verify one.
 //!
-//! A blob of up to `SMALL_BLOB_BYTES` is hashed at every read, unless the volume has checked its checksums and it was hashed
-//! before. Every read of a larger blob checks the checksums of its blocks, so that its first byte is served at once, even after a
-//! restart. It is first hashed from end to end if it has no checksums, or if its [`Stamp`] differs from the one that this process
-//! knows. The stamp is checked again after each read, before the bytes are handed out. A blob that does not match is reported to
-//! the actor, which drops it. From then on it is a miss.
+//! A blob of up to `SMALL_BLOB_BYTES` is hashed at every read, unless the volume has checked its checksums and it was
+//! hashed before. Every read of a larger blob checks the checksums of its blocks, so that its first byte is served at
+//! once, even after a restart. It is first hashed from end to end if it has no checksums, or if its [`Stamp`] differs
+//! from the one that this process knows. The stamp is checked again after each read, before the bytes are handed out. A
+//! blob that does not match is reported to the actor, which drops it. From then on it is a miss.
 //!
-//! The checksums of an input file are not checked when the kernel copies or clones it for an action. Such a blob is hashed once
-//! in the life of the process, and again when its stamp changes ([`open_checked`]). The scrub finds later errors of the disk in
-//! it.
+//! The checksums of an input file are not checked when the kernel copies or clones it for an action. Such a blob is
+//! hashed once in the life of the process, and again when its stamp changes ([`open_checked`]). The scrub finds later
+//! errors of the disk in it.
 
 use super::{
     client::Cas,
@@ -28,8 +28,8 @@ use std::{
     thread,
 };
 
-/// Number of times that a file whose stamp differs from the verified one is checked again, [`COARSE_TICK`] apart, before it is
-/// hashed.
+/// Number of times that a file whose stamp differs from the verified one is checked again, [`COARSE_TICK`] apart,
+/// before it is hashed.
 const STAMP_LOOKS: usize = 3;
 
 /// Verifies the content of a stored file from end to end. Returns the stamp at which it was verified. Blocks.
@@ -80,8 +80,8 @@ impl CheckedFile {
     }
 }
 
-/// Opens the file of a larger blob. Its blocks are checked when they are read. If it has no checksums or has changed, it is
-/// hashed now. Blocks for as long as that takes.
+/// Opens the file of a larger blob. Its blocks are checked when they are read. If it has no checksums or has changed,
+/// it is hashed now. Blocks for as long as that takes.
 pub(super) fn open_to_read(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile> {
     let file = open(cas, found)?;
     let look = file.look().map_err(|error| failed(cas, found, &error))?;
@@ -116,9 +116,9 @@ pub(super) fn open_checked(cas: &Cas, found: &FoundEntry) -> Result<CheckedFile>
     Ok(CheckedFile::new(file, stamp, check_content))
 }
 
-/// The current stamp of a file, if its content was verified at that stamp. The server itself changes the change time when it
-/// records a use, and the actor learns of this a moment later. So a file with a different stamp is checked a few times before it
-/// is hashed. Blocks.
+/// The current stamp of a file, if its content was verified at that stamp. The server itself changes the change time
+/// when it records a use, and the actor learns of this a moment later. So a file with a different stamp is checked a
+/// few times before it is hashed. Blocks.
 pub(super) fn known_stamp(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Option<Stamp>> {
     for look in 0..STAMP_LOOKS {
         if look > 0 {
@@ -143,7 +143,8 @@ fn check_content(cas: &Cas, found: &FoundEntry, file: &dyn Stored) -> Result<Sta
     check_content_slowly(cas, found, file, &mut |_| Ok(()))
 }
 
-/// Like [`check_content`], but calls `pause` after each piece with the number of its bytes. An error of `pause` ends the check.
+/// Like [`check_content`], but calls `pause` after each piece with the number of its bytes. An error of `pause` ends
+/// the check.
 pub(super) fn check_content_slowly(
     cas: &Cas,
     found: &FoundEntry,
@@ -183,8 +184,8 @@ pub(super) fn tell_verified(cas: &Cas, found: &FoundEntry, file: &dyn Stored, st
     }
 }
 
-/// Whether a stored blob's file is intact. The file is hashed only if its stamp does not show this. A damaged file is reported.
-/// Blocks.
+/// Whether a stored blob's file is intact. The file is hashed only if its stamp does not show this. A damaged file is
+/// reported. Blocks.
 ///
 /// # Errors
 /// Errors that say nothing about the blob, such as too many open files.
@@ -239,8 +240,8 @@ pub(super) fn read_unchecked(cas: &Cas, found: &FoundEntry, max: u64) -> Result<
     volume::read_all(&*file, max).map_err(|error| failed(cas, found, &error))
 }
 
-/// Reads all of a stored file of at most `max` bytes, whose content the caller checks. For a longer file, the inner error is its
-/// size. Blocks.
+/// Reads all of a stored file of at most `max` bytes, whose content the caller checks. For a longer file, the inner
+/// error is its size. Blocks.
 pub(super) fn read_unless_large(
     cas: &Cas,
     found: &FoundEntry,
@@ -281,8 +282,8 @@ pub(super) fn open_file(cas: &Cas, file: &FileId) -> io::Result<Box<dyn Stored>>
     }
 }
 
-/// Classifies a failed read. A lost file ([`volume::is_lost`]) is reported as damaged and is a miss. Other failures, such as
-/// too many open files, say nothing about the blob.
+/// Classifies a failed read. A lost file ([`volume::is_lost`]) is reported as damaged and is a miss. Other failures,
+/// such as too many open files, say nothing about the blob.
 pub(super) fn failed(cas: &Cas, found: &FoundEntry, error: &io::Error) -> Error {
     if volume::is_lost(error) {
         return damaged(cas, found, error.to_string());

@@ -1,9 +1,9 @@
 //! [`Cas`]: the handle to the store for RPC handlers and worker threads.
 //!
-//! Each call is a look-up in the index (`lookup`), or one or two messages to the actor, with file work on a blocking thread.
-//! Other files and the rooms of the store add their own calls: `batches` for several blobs at once, `uploads` for single blobs
-//! and downloads, `outputs` for workers, `results` for the action cache, `trees` for directories and input roots, `forms` for
-//! compressed blobs and chunks.
+//! Each call is a look-up in the index (`lookup`), or one or two messages to the actor, with file work on a blocking
+//! thread. Other files and the rooms of the store add their own calls: `batches` for several blobs at once, `uploads`
+//! for single blobs and downloads, `outputs` for workers, `results` for the action cache, `trees` for directories and
+//! input roots, `forms` for compressed blobs and chunks.
 
 use super::{
     CasActor, InspectStore, StoreInspection, StoreShared,
@@ -49,16 +49,16 @@ pub struct Provenance {
     pub principal: String,
 }
 
-/// A handle to the store. It is cheap to clone and can be used from any thread. Methods that do file work and are not `async`
-/// block and are for worker threads only: they panic on a thread that runs an async runtime.
+/// A handle to the store. It is cheap to clone and can be used from any thread. Methods that do file work and are not
+/// `async` block and are for worker threads only: they panic on a thread that runs an async runtime.
 ///
-/// A tier, such as a backing cache or a cluster node that holds a blob, would stand in front of this handle. Handlers and
-/// workers use only this type and the types that it returns. So a tier would implement these methods and leave the rest
-/// unchanged:
+/// A tier, such as a backing cache or a cluster node that holds a blob, would stand in front of this handle. Handlers
+/// and workers use only this type and the types that it returns. So a tier would implement these methods and leave the
+/// rest unchanged:
 ///
 /// - presence: [`Cas::find_missing`], [`Cas::blob_by_hash`];
-/// - reading: [`Cas::open`], [`Cas::read_many`], and [`Cas::directories`] where a walk reaches a directory that is not stored
-///   here;
+/// - reading: [`Cas::open`], [`Cas::read_many`], and [`Cas::directories`] where a walk reaches a directory that is not
+///   stored here;
 /// - writing: [`Cas::write_many`], [`Cas::begin_upload`] and [`Cas::new_blob`];
 /// - results: [`Cas::get_result`] and [`Cas::put_result`].
 ///
@@ -114,7 +114,8 @@ impl Cas {
         self.ask(InspectStore).await
     }
 
-    /// From now on, `reports` receives a report when a result replaces a different one. Only the first call has an effect.
+    /// From now on, `reports` receives a report when a result replaces a different one. Only the first call has an
+    /// effect.
     pub(crate) fn report_to(&self, reports: NonDeterminismReports) {
         let _ = self.shared.reports.set(reports);
     }
@@ -129,22 +130,22 @@ impl Cas {
         StoreMeasurement { scrub: self.shared.scrubbed.tally(), ..self.shared.view.measure() }
     }
 
-    /// Returns a handle for the requests of a client. Bytes that the client sends or reads count against the bounds of its
-    /// connection and its peer.
+    /// Returns a handle for the requests of a client. Bytes that the client sends or reads count against the bounds of
+    /// its connection and its peer.
     pub fn on_behalf_of(&self, caller: Caller) -> Self {
         let lessee = Some(Owner { peer: caller.peer, build: Build::UNNAMED });
         Self { caller, lessee, is_client: true, ..self.clone() }
     }
 
-    /// Returns a handle for work that the server does for a client, such as an action or a download. Bytes that are read are
-    /// charged to the client, and bytes that are stored are not.
+    /// Returns a handle for work that the server does for a client, such as an action or a download. Bytes that are
+    /// read are charged to the client, and bytes that are stored are not.
     pub fn working_for(&self, caller: Caller) -> Self {
         let lessee = Some(Owner { peer: caller.peer, build: Build::UNNAMED });
         Self { caller, lessee, is_client: false, ..self.clone() }
     }
 
-    /// Returns this handle for a request of a build. Entries that are looked up or stored through it are leased to the build.
-    /// Without a build, they are leased to the peer of the caller, for a shorter time.
+    /// Returns this handle for a request of a build. Entries that are looked up or stored through it are leased to the
+    /// build. Without a build, they are leased to the peer of the caller, for a shorter time.
     pub fn for_build(self, build: Owner) -> Self {
         Self { lessee: Some(build), ..self }
     }
@@ -247,8 +248,8 @@ impl Cas {
         &self.shared.decoders
     }
 
-    /// Whether these blobs are stored and their files are intact. Files whose state is not known are hashed. Damaged blobs are
-    /// dropped.
+    /// Whether these blobs are stored and their files are intact. Files whose state is not known are hashed. Damaged
+    /// blobs are dropped.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.
@@ -292,8 +293,8 @@ impl Cas {
         self.store.send(message).await.map_err(|_| going_down())
     }
 
-    /// Runs file work on a blocking thread, or on this thread if the handle belongs to a worker. The work runs to its end even
-    /// if the caller does not wait for it.
+    /// Runs file work on a blocking thread, or on this thread if the handle belongs to a worker. The work runs to its
+    /// end even if the caller does not wait for it.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,

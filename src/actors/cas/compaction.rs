@@ -1,11 +1,11 @@
 //! Compaction of the volume: bytes of deleted files are reclaimed by copying the live files among them.
 //!
-//! The volume chooses and copies ([`Volume::compact`]), and the actor gives the entries of the index their new files. Compaction
-//! runs in the background at a bounded rate. If the volume has more dead bytes than it may have, deletions are reported only
-//! once enough of them are reclaimed. So writers that need the room wait.
+//! The volume chooses and copies ([`Volume::compact`]), and the actor gives the entries of the index their new files.
+//! Compaction runs in the background at a bounded rate. If the volume has more dead bytes than it may have, deletions
+//! are reported only once enough of them are reclaimed. So writers that need the room wait.
 //!
-//! Bounds: a job compacts at most [`COMPACTIONS_AT_ONCE`] parts. If that does not reclaim enough, the dead bytes count as bytes that
-//! the store cannot use, and writers that find no room are refused.
+//! Bounds: a job compacts at most [`COMPACTIONS_AT_ONCE`] parts. If that does not reclaim enough, the dead bytes count
+//! as bytes that the store cannot use, and writers that find no room are refused.
 //!
 //! [`Volume::compact`]: super::volume::Volume::compact
 

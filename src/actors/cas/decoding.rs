@@ -1,11 +1,11 @@
 //! The memory budget for decoding stored messages, shared among peers.
 //!
-//! The memory of a message is known only once it is read. So room is reserved for the worst case of its size before it is read,
-//! and held until the message is converted to something else. A request that holds room never waits for more, so no two
-//! requests wait for each other. Small messages need no room.
+//! The memory of a message is known only once it is read. So room is reserved for the worst case of its size before it
+//! is read, and held until the message is converted to something else. A request that holds room never waits for more,
+//! so no two requests wait for each other. Small messages need no room.
 //!
-//! Room is charged to the caller of the handle. A message of half a MiB may take as much as the largest, so the budget is
-//! enough for two of the largest, and one peer leaves room for one message of the others.
+//! Room is charged to the caller of the handle. A message of half a MiB may take as much as the largest, so the budget
+//! is enough for two of the largest, and one peer leaves room for one message of the others.
 
 use super::client::Cas;
 use crate::{budget::Share, memory};

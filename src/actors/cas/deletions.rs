@@ -1,11 +1,11 @@
 //! [`Deletions`]: the files of evicted and replaced entries, and the jobs that delete them.
 //!
-//! Deleting takes longer than evicting: each file or journal is a call of the file system, and the space of small files is
-//! reclaimed by copying others. So victims wait in a queue, and a few jobs take many of them at a time. Room is given back as
-//! files are deleted, so a writer waits only for its own part of the queue.
+//! Deleting takes longer than evicting: each file or journal is a call of the file system, and the space of small files
+//! is reclaimed by copying others. So victims wait in a queue, and a few jobs take many of them at a time. Room is
+//! given back as files are deleted, so a writer waits only for its own part of the queue.
 //!
-//! Bounds: [`DELETERS`] jobs. The queue is bounded by what was stored, because a writer gets room that depends on deletions only
-//! after them.
+//! Bounds: [`DELETERS`] jobs. The queue is bounded by what was stored, because a writer gets room that depends on
+//! deletions only after them.
 
 use super::{
     CasActor, LOG, StoreShared, compaction,
@@ -72,7 +72,8 @@ impl Deletions {
     }
 }
 
-/// Deletes files in the background. The returned receiver gets the files that could not be deleted, once the others are.
+/// Deletes files in the background. The returned receiver gets the files that could not be deleted, once the others
+/// are.
 pub(super) fn delete(
     shared: &Arc<StoreShared>,
     store: Addr<CasActor>,

@@ -1,8 +1,8 @@
-//! Guards that end when they are dropped: a [`Hold`] protects blobs from eviction, a [`Reservation`] keeps disk space, and an
-//! [`UploadRoom`] is a reservation that grows with the bytes of an upload.
+//! Guards that end when they are dropped: a [`Hold`] protects blobs from eviction, a [`Reservation`] keeps disk space,
+//! and an [`UploadRoom`] is a reservation that grows with the bytes of an upload.
 //!
-//! The end of a hold is marked in the index at once. The end of a reservation is sent to the actor with `do_send`, which
-//! ignores the bound of the mailbox, so none is lost while the actor lives.
+//! The end of a hold is marked in the index at once. The end of a reservation is sent to the actor with `do_send`,
+//! which ignores the bound of the mailbox, so none is lost while the actor lives.
 
 use super::{
     CasActor,
@@ -123,9 +123,9 @@ impl std::fmt::Debug for Reservation {
 }
 
 /// Disk space for an upload, reserved at most [`ROOM_STEP_BYTES`] ahead of the bytes received. A declared size reserves
-/// nothing. The bytes count against the bounds of the client's connection and peer, also while a broken upload is kept. No
-/// upload waits for room that another one holds: either evictions free enough, or the write fails and the client tries again
-/// later. So two uploads cannot wait for each other.
+/// nothing. The bytes count against the bounds of the client's connection and peer, also while a broken upload is kept.
+/// No upload waits for room that another one holds: either evictions free enough, or the write fails and the client
+/// tries again later. So two uploads cannot wait for each other.
 #[derive(Debug)]
 pub struct UploadRoom {
     reservation: Reservation,

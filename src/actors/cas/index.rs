@@ -1,24 +1,25 @@
-//! [`Index`]: the stored entries, the room that they take, and the order of eviction. It is pure. [`super::CasActor`] owns the
-//! only one.
+//! [`Index`]: the stored entries, the room that they take, and the order of eviction. It is pure. [`super::CasActor`]
+//! owns the only one.
 //!
-//! Blobs, their zstd forms and action results are entries of one index, so one order of use and one limit apply to all of them.
+//! Blobs, their zstd forms and action results are entries of one index, so one order of use and one limit apply to all
+//! of them.
 //!
 //! Invariants, checked by the model test in `index/model.rs`:
-//! - `used + reserved` never exceeds the limit, less the overhead of the volume when they were last reserved. Files that are being
-//!   deleted are not counted in `used`. A writer whose room depends on their deletion waits for it ([`Grant::after_deletions`],
-//!   [`Index::deleted`]), so the bytes on disk never exceed the limit either.
+//! - `used + reserved` never exceeds the limit, less the overhead of the volume when they were last reserved. Files
+//!   that are being deleted are not counted in `used`. A writer whose room depends on their deletion waits for it
+//!   ([`Grant::after_deletions`], [`Index::deleted`]), so the bytes on disk never exceed the limit either.
 //! - An entry that is held or leased is never evicted.
-//! - Entries are evicted in the order of their last use; the end of a hold is a use. In a list of [`EXACT_BELOW`] entries or
-//!   more, using an entry among the newest quarter does not move it. At least three quarters of all entries are still evicted
-//!   before it. Builds ask for the same blobs again and again, and moving an entry touches three others at random places in
-//!   memory.
-//! - A look-up needs no exclusive access ([`Index::renew`], [`Index::hold`], [`Index::release`]): it marks the use in the
-//!   entry itself, and an eviction checks the mark before it removes the entry. [`Index::settle`] moves a used entry to the
-//!   head of the list later. Until then the entry keeps its place, but is not evicted.
+//! - Entries are evicted in the order of their last use; the end of a hold is a use. In a list of [`EXACT_BELOW`]
+//!   entries or more, using an entry among the newest quarter does not move it. At least three quarters of all entries
+//!   are still evicted before it. Builds ask for the same blobs again and again, and moving an entry touches three
+//!   others at random places in memory.
+//! - A look-up needs no exclusive access ([`Index::renew`], [`Index::hold`], [`Index::release`]): it marks the use in
+//!   the entry itself, and an eviction checks the mark before it removes the entry. [`Index::settle`] moves a used
+//!   entry to the head of the list later. Until then the entry keeps its place, but is not evicted.
 //!
-//! The index knows no paths, does no IO, and takes the time as an argument. An entry takes 88 bytes, whatever its kind, and 40
-//! more if its hash has more than 32 bytes or its size has more than 40 bits. With the hash tables at their emptiest, this is
-//! less than 100 bytes for a SHA-256 blob; a test holds this.
+//! The index knows no paths, does no IO, and takes the time as an argument. An entry takes 88 bytes, whatever its kind,
+//! and 40 more if its hash has more than 32 bytes or its size has more than 40 bits. With the hash tables at their
+//! emptiest, this is less than 100 bytes for a SHA-256 blob; a test holds this.
 
 pub use leases::LeaseTimes;
 pub(crate) use leases::{Lessee, Withdrawn};
@@ -59,9 +60,9 @@ mod words;
 
 /// Lists shorter than this are kept in the exact order of use.
 const EXACT_BELOW: usize = 1_024;
-/// Maximum number of results whose keys differ only in the size of their action. Real Actions with the same hash have the same
-/// size. The table is hashed without sizes so that an entry can be found by hash alone, and many such entries would make its
-/// look-ups slow.
+/// Maximum number of results whose keys differ only in the size of their action. Real Actions with the same hash have
+/// the same size. The table is hashed without sizes so that an entry can be found by hash alone, and many such entries
+/// would make its look-ups slow.
 const MAX_ALIKE: usize = 8;
 
 /// The index of the store; see the module documentation.
@@ -95,8 +96,8 @@ impl Index {
         Self::with_leases(limit, LeaseTimes::default(), 0)
     }
 
-    /// An empty index with a limit in bytes, whose leases last this long. Links of results to blobs take at most `links` bytes of
-    /// memory.
+    /// An empty index with a limit in bytes, whose leases last this long. Links of results to blobs take at most
+    /// `links` bytes of memory.
     pub(super) fn with_leases(limit: u64, times: LeaseTimes, links: u64) -> Self {
         Self {
             slab: Slab::new(),
@@ -133,9 +134,9 @@ impl Index {
         self.oldest().map(|entry| entry.touched.load(Relaxed))
     }
 
-    /// Makes a file visible that was written under a reservation of at least `bytes`. A result replaces an earlier one (AC-08).
-    /// If the blob or form is already stored, the new file is superfluous (BS-28). The caller deletes the file that is
-    /// returned.
+    /// Makes a file visible that was written under a reservation of at least `bytes`. A result replaces an earlier one
+    /// (AC-08). If the blob or form is already stored, the new file is superfluous (BS-28). The caller deletes the file
+    /// that is returned.
     pub(super) fn commit(&mut self, file: FileId, bytes: u64, stamp: Stamp, now: u32) -> Option<Victim> {
         self.unreserve(bytes);
         let existing = self.slot_of(&file.key);
@@ -159,7 +160,8 @@ impl Index {
         }
     }
 
-    /// Gives an entry another file with the same content. Refused if the entry has another file by now or is being read.
+    /// Gives an entry another file with the same content. Refused if the entry has another file by now or is being
+    /// read.
     pub(super) fn relocate(&mut self, from: &FileId, generation: u64) -> bool {
         let movable = self.movable(from);
         if let Some(slot) = movable {
@@ -186,7 +188,8 @@ impl Index {
         }
     }
 
-    /// Updates a stamp after a change that left the file's content as it was. Does nothing if the stamp is no longer `before`.
+    /// Updates a stamp after a change that left the file's content as it was. Does nothing if the stamp is no longer
+    /// `before`.
     pub(super) fn follow(&mut self, at: EntryRef, before: Stamp, after: Stamp) {
         if self.stamp(at).is_some_and(|stamp| stamp == before) {
             self.slab.cold_mut(at.slot).seal = after.seal();
@@ -200,7 +203,8 @@ impl Index {
         }
     }
 
-    /// Drops an entry whose file is damaged or gone, even if it is held. If it was leased, this counts as a broken promise.
+    /// Drops an entry whose file is damaged or gone, even if it is held. If it was leased, this counts as a broken
+    /// promise.
     pub(super) fn remove_damaged(&mut self, at: EntryRef) -> Option<Victim> {
         let removed = self.remove_promised(at)?;
         self.tally.damaged += 1;
@@ -214,8 +218,8 @@ impl Index {
         Some(self.remove_slot(at.slot))
     }
 
-    /// Records which blobs a result needs, each given once. When one of them is removed, the result is removed in the same step.
-    /// Does nothing if the result or one of the blobs was removed meanwhile.
+    /// Records which blobs a result needs, each given once. When one of them is removed, the result is removed in the
+    /// same step. Does nothing if the result or one of the blobs was removed meanwhile.
     pub(super) fn link(&mut self, at: EntryRef, blobs: &[EntryRef]) {
         if self.live(at).is_some() && blobs.iter().all(|blob| self.live(*blob).is_some()) {
             let slots: Vec<u32> = blobs.iter().map(|blob| blob.slot).collect();
@@ -251,8 +255,8 @@ impl Index {
         self.slab.memory() + self.table.memory() + self.order.memory() + self.leases.memory()
     }
 
-    /// The oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so more than one
-    /// would need a hash collision.
+    /// The oldest of [`MAX_ALIKE`] entries that differ only in size. Blobs are exempt: their content is verified, so
+    /// more than one would need a hash collision.
     fn oldest_of_too_many(&self, key: &Key) -> Option<u32> {
         if key.kind == EntryKind::Blob || self.alike(key).count() < MAX_ALIKE {
             return None;

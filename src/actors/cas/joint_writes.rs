@@ -1,18 +1,18 @@
 //! [`JointWrites`]: small files of different requests that are written together.
 //!
-//! Storing a file takes three steps: the actor reserves room, a blocking thread writes the file, and the actor makes it visible.
-//! For a small file, waking threads between these steps costs more than the steps. So the first file starts a job on a blocking
-//! thread. Files that arrive while the job works wait for its next turn, and share one reservation, one write and one commit.
-//! From its second turn on, a job reserves room for later turns, too.
+//! Storing a file takes three steps: the actor reserves room, a blocking thread writes the file, and the actor makes it
+//! visible. For a small file, waking threads between these steps costs more than the steps. So the first file starts a
+//! job on a blocking thread. Files that arrive while the job works wait for its next turn, and share one reservation,
+//! one write and one commit. From its second turn on, a job reserves room for later turns, too.
 //!
 //! Invariants:
-//! - There is at most one job. It ends when no file waits, and gives unused room back. If it panics, the waiting files fail, and
-//!   the next file starts another job.
-//! - If there is no room for a file, or it cannot be written, only this file fails. If files cannot be synced to the disk, the files
-//!   of one build in this turn fail.
+//! - There is at most one job. It ends when no file waits, and gives unused room back. If it panics, the waiting files
+//!   fail, and the next file starts another job.
+//! - If there is no room for a file, or it cannot be written, only this file fails. If files cannot be synced to the
+//!   disk, the files of one build in this turn fail.
 //!
-//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a result at most [`JOINT_LINKS`], and a turn at most [`FILES_PER_TURN`] files. The
-//! bytes that wait are charged to a budget ([`super::uploads::small`]).
+//! Bounds: a file has at most [`JOINT_FILE_BYTES`], a result at most [`JOINT_LINKS`], and a turn at most
+//! [`FILES_PER_TURN`] files. The bytes that wait are charged to a budget ([`super::uploads::small`]).
 
 use super::{
     client::{Cas, going_down},
@@ -38,8 +38,8 @@ pub(super) const JOINT_FILE_BYTES: u64 = 64 * 1024;
 const FILES_PER_TURN: usize = CHANGES_PER_HOLD;
 // A result is linked in the last step of a commit. It is visible then only if a turn is one step.
 const _: () = assert!(FILES_PER_TURN <= FILES_PER_COMMIT);
-/// The most blobs of a result that is written jointly. All results of a turn together have no more than the largest one that is
-/// linked.
+/// The most blobs of a result that is written jointly. All results of a turn together have no more than the largest one
+/// that is linked.
 pub(super) const JOINT_LINKS: usize = MAX_LINKS / FILES_PER_TURN;
 
 /// A small file whose content was checked.
@@ -99,8 +99,8 @@ impl Cas {
     /// written even if the caller does not wait. `memory` is kept until then.
     ///
     /// # Errors
-    /// `Exhausted` when there is no room; `DiskFull` or `Internal` when a file cannot be written; `Unavailable` when the server is
-    /// shutting down.
+    /// `Exhausted` when there is no room; `DiskFull` or `Internal` when a file cannot be written; `Unavailable` when
+    /// the server is shutting down.
     pub(super) async fn write_jointly(
         &self,
         files: Vec<SmallFile>,
@@ -152,7 +152,8 @@ impl JointJob {
         }
     }
 
-    /// Room for this many bytes. If several turns follow one another, more files are expected, and more room is reserved.
+    /// Room for this many bytes. If several turns follow one another, more files are expected, and more room is
+    /// reserved.
     fn take_room(&mut self, bytes: u64) -> Result<Reservation> {
         let lacking = bytes.saturating_sub(self.room.bytes());
         let step = ROOM_STEP_BYTES.min(self.cas.shared().settings.max_bytes / RUN_ROOM_PART);

@@ -23,8 +23,9 @@ pub struct EaseLeases {
 }
 
 impl Cas {
-    /// Makes room to lease `wanted` more bytes to the build of this handle. Returns whether there is room. If there is none, the
-    /// result that needs these bytes is not served. That costs a rebuild, while a broken promise would cost a failed build.
+    /// Makes room to lease `wanted` more bytes to the build of this handle. Returns whether there is room. If there is
+    /// none, the result that needs these bytes is not served. That costs a rebuild, while a broken promise would cost a
+    /// failed build.
     pub(super) async fn ease_leases(&self, wanted: u64) -> Result<bool> {
         match self.lessee() {
             Some(build) => self.ask(EaseLeases { wanted, build }).await,

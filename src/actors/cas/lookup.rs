@@ -87,8 +87,8 @@ impl MissingDigests {
     }
 }
 
-/// Lets other tasks run after a full turn of look-ups, and sometimes after smaller ones. Look-ups never wait, so a caller that
-/// makes many of them would otherwise keep its thread busy, in parts of any size.
+/// Lets other tasks run after a full turn of look-ups, and sometimes after smaller ones. Look-ups never wait, so a
+/// caller that makes many of them would otherwise keep its thread busy, in parts of any size.
 async fn end_turn(look_ups: usize) {
     if look_ups < LOOKUPS_PER_TURN {
         task::coop::consume_budget().await;
@@ -113,8 +113,8 @@ impl Cas {
         Ok(answer)
     }
 
-    /// Returns the digests that are not stored, each once, and renews the others (CAS-01..04). The empty blob is never missing
-    /// (GEN-06).
+    /// Returns the digests that are not stored, each once, and renews the others (CAS-01..04). The empty blob is never
+    /// missing (GEN-06).
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.

@@ -1,11 +1,11 @@
 //! [`Memo`]: a cache of decoded, immutable values, bounded by their weight in bytes.
 //!
-//! Two generations approximate the order of use. A value that is used moves to the young generation. When the young generation
-//! reaches half of the budget, it replaces the old one, which is dropped. Every operation takes constant time, and there is no
-//! linked list to maintain.
+//! Two generations approximate the order of use. A value that is used moves to the young generation. When the young
+//! generation reaches half of the budget, it replaces the old one, which is dropped. Every operation takes constant
+//! time, and there is no linked list to maintain.
 //!
-//! The locks stay in this file and are held for one map operation. A memo never decides whether a blob is stored: only the
-//! index does.
+//! The locks stay in this file and are held for one map operation. A memo never decides whether a blob is stored: only
+//! the index does.
 
 use std::{
     collections::HashMap,

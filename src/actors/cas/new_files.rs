@@ -1,12 +1,12 @@
 //! [`NewFiles`]: the one way into the store.
 //!
-//! Batches, uploads, outputs, results, zstd forms and chunks take the same steps: reserve room, check the bytes, write and
-//! stamp a new file, charge it, and let the actor make it visible. This file has the steps from writing on. Room comes from
-//! [`Cas::take_room`] when the size is known, and from a [`super::guards::UploadRoom`] that grows with the bytes when it is
-//! not.
+//! Batches, uploads, outputs, results, zstd forms and chunks take the same steps: reserve room, check the bytes, write
+//! and stamp a new file, charge it, and let the actor make it visible. This file has the steps from writing on. Room
+//! comes from [`Cas::take_room`] when the size is known, and from a [`super::guards::UploadRoom`] that grows with the
+//! bytes when it is not.
 //!
-//! Invariant: every written file is handed to the actor, at the latest when `NewFiles` is dropped. So every file on disk is
-//! counted, and unused room is given back.
+//! Invariant: every written file is handed to the actor, at the latest when `NewFiles` is dropped. So every file on
+//! disk is counted, and unused room is given back.
 
 use super::{
     CasActor, StoreShared,
@@ -113,8 +113,8 @@ impl NewFiles {
         noted.map(|written| written.map(|written| self.add(written))).collect()
     }
 
-    /// Adds a small file, which is written together with others that follow. This is done at the latest when the batch is handed
-    /// over. Blocks.
+    /// Adds a small file, which is written together with others that follow. This is done at the latest when the batch
+    /// is handed over. Blocks.
     ///
     /// # Errors
     /// The errors of [`NewFiles::write_waiting`].
@@ -172,7 +172,8 @@ impl NewFiles {
         self.written.len() + self.waiting.0.len()
     }
 
-    /// Hands over the written files, once they are durable, and keeps the remaining room. Returns `None` if there are none.
+    /// Hands over the written files, once they are durable, and keeps the remaining room. Returns `None` if there are
+    /// none.
     pub(super) fn publish(&mut self) -> Option<Visible> {
         // They are written first, so that their room is among the spent. An error is kept in `failed`.
         let _ = self.write_waiting();

@@ -1,9 +1,9 @@
 //! Stores the outputs of workers: files, bytes in memory, and the action result.
 //!
-//! A file that nobody else can reach becomes the stored file itself: it is hashed in place, made read-only, and moved to its
-//! stored name. All processes of the action are dead by then, and a read lease ensures that nobody has the file open for
-//! writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied. A small file is
-//! read into memory and written together with other small files.
+//! A file that nobody else can reach becomes the stored file itself: it is hashed in place, made read-only, and moved
+//! to its stored name. All processes of the action are dead by then, and a read lease ensures that nobody has the file
+//! open for writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
+//! A small file is read into memory and written together with other small files.
 
 use super::{
     client::{Cas, Provenance, spoilt},
@@ -29,9 +29,9 @@ use std::{
     io::{self, Read as _},
 };
 
-/// Blobs and the result that refers to them, which a worker stores together. Room is reserved ahead, and they become visible
-/// together. If the batch is dropped, the files written so far become visible too. The methods block and are for worker
-/// threads.
+/// Blobs and the result that refers to them, which a worker stores together. Room is reserved ahead, and they become
+/// visible together. If the batch is dropped, the files written so far become visible too. The methods block and are
+/// for worker threads.
 #[derive(Debug)]
 pub struct OutputBatch {
     cas: Cas,
@@ -45,8 +45,8 @@ pub struct OutputBatch {
     stored: HashSet<Digest>,
     /// Holds of blobs that were stored before and that the result refers to.
     held: Vec<Hold>,
-    /// Every blob that was handed over or held, whether or not it was stored before, up to the number of blobs that a result is
-    /// linked to.
+    /// Every blob that was handed over or held, whether or not it was stored before, up to the number of blobs that a
+    /// result is linked to.
     handed_over: HashSet<Digest>,
 }
 
@@ -80,9 +80,9 @@ impl Cas {
 }
 
 impl OutputBatch {
-    /// Stores a file that an action left behind. The file itself is moved into the store if nobody else can reach it (one link,
-    /// owned by this process, same file system, no writer); otherwise it is copied. `file` is open for reading, and
-    /// `parent`/`name` is its path, which may be gone afterwards. Returns the digest.
+    /// Stores a file that an action left behind. The file itself is moved into the store if nobody else can reach it
+    /// (one link, owned by this process, same file system, no writer); otherwise it is copied. `file` is open for
+    /// reading, and `parent`/`name` is its path, which may be gone afterwards. Returns the digest.
     ///
     /// # Errors
     /// `Exhausted` when there is no room; `Invalid` when it exceeds the largest allowed blob.
@@ -224,8 +224,8 @@ impl OutputBatch {
         }
     }
 
-    /// Every blob that the result of this batch needs, including the contents of its Trees and Directories; `None` if there are
-    /// too many to link, or if the result names a blob that is not in this batch.
+    /// Every blob that the result of this batch needs, including the contents of its Trees and Directories; `None` if
+    /// there are too many to link, or if the result names a blob that is not in this batch.
     fn references(&self, direct: &DirectReferences) -> Option<Vec<Digest>> {
         let mut named = direct.blobs.iter().chain(&direct.trees).chain(&direct.roots);
         let is_of_batch = named.all(|digest| digest.is_empty() || self.handed_over.contains(digest));
@@ -267,7 +267,8 @@ fn read_small(file: &File, size: u64) -> io::Result<Option<Vec<u8>>> {
     Ok((content.len() as u64 == size).then_some(content))
 }
 
-/// Waits until handed-over files are visible. The actor handles messages in order, so the last answer covers all of them.
+/// Waits until handed-over files are visible. The actor handles messages in order, so the last answer covers all of
+/// them.
 fn wait_for(cas: &Cas, visible: Option<Visible>) -> Result<()> {
     match visible {
         Some(visible) => cas.block_on(async |_| visible.wait().await),

@@ -9,7 +9,8 @@ use crate::logging::Event;
 use std::{thread, time::Instant};
 use volume::{Stored, Volume};
 
-/// Fills an index with the stored files. Blocks for about a second for 500,000 files of their own or for several million records.
+/// Fills an index with the stored files. Blocks for about a second for 500,000 files of their own or for several
+/// million records.
 pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links: u64) -> Index {
     let started = Instant::now();
     let found = Recovery::new(limit, leases, links);
@@ -44,7 +45,8 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
     index
 }
 
-/// Runs each job on a thread of its own. If a job panics, this panics, too, because entries would be missing from the index.
+/// Runs each job on a thread of its own. If a job panics, this panics, too, because entries would be missing from the
+/// index.
 fn at_once(jobs: usize, job: &(dyn Fn(usize) + Sync)) {
     thread::scope(|scope| (0..jobs).for_each(|number| _ = scope.spawn(move || job(number))));
 }

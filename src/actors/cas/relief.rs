@@ -1,12 +1,14 @@
-//! Relief of a full disk: the store evicts its least recently used entries when actions find no disk space, or uploads soon would
-//! not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict. Data that other rooms keep on
-//! disk only for speed is removed first ([`Cas::relieve_first`]), and then the remaining bytes of deleted blobs are reclaimed.
+//! Relief of a full disk: the store evicts its least recently used entries when actions find no disk space, or uploads
+//! soon would not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict. Data that
+//! other rooms keep on disk only for speed is removed first ([`Cas::relieve_first`]), and then the remaining bytes of
+//! deleted blobs are reclaimed.
 //!
-//! Leases of builds do not withstand a full disk: the build that has most loses its oldest leases first. An evicted entry that
-//! was leased counts as a broken promise.
+//! Leases of builds do not withstand a full disk: the build that has most loses its oldest leases first. An evicted
+//! entry that was leased counts as a broken promise.
 //!
-//! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most [`settings::RELIEF_WAIT`]. If
-//! evicting half of the store would not help, because other data fills the disk, nothing is evicted.
+//! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most
+//! [`settings::RELIEF_WAIT`]. If evicting half of the store would not help, because other data fills the disk, nothing
+//! is evicted.
 
 use super::{CasActor, LOG, client::Cas, compaction, index::Totals, reply::StoreReply, settings};
 use crate::{
@@ -33,8 +35,8 @@ impl std::fmt::Debug for RelievedFirst {
 }
 
 impl Cas {
-    /// Frees disk space after an action failed for lack of it. Called from a worker thread. Blocks until the space is free or
-    /// the action is cancelled, for a bounded time.
+    /// Frees disk space after an action failed for lack of it. Called from a worker thread. Blocks until the space is
+    /// free or the action is cancelled, for a bounded time.
     pub fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
         self.block_on(async |cas| {
             let cancelled = async {
@@ -49,8 +51,8 @@ impl Cas {
         });
     }
 
-    /// Sets the action that frees disk space before the store evicts anything. It may block, and is called while the disk is low.
-    /// Only the first call has an effect.
+    /// Sets the action that frees disk space before the store evicts anything. It may block, and is called while the
+    /// disk is low. Only the first call has an effect.
     pub fn relieve_first(&self, others: impl Fn() + Send + Sync + 'static) {
         let _ = self.shared().relieved_first.0.set(Box::new(others));
     }

@@ -1,8 +1,9 @@
-//! The actor's private messages: the requests and reports of [`super::client::Cas`] and the guards. Look-ups that need only the
-//! index take no message: see [`super::lookup`].
+//! The actor's private messages: the requests and reports of [`super::client::Cas`] and the guards. Look-ups that need
+//! only the index take no message: see [`super::lookup`].
 //!
-//! Requests are sent and answered. Reports ("Fact:" below) are sent with `do_send`, which ignores the bound of the mailbox, and
-//! are handled in the order of sending. A dropped answer gives its room back, because this room is a [`Reservation`].
+//! Requests are sent and answered. Reports ("Fact:" below) are sent with `do_send`, which ignores the bound of the
+//! mailbox, and are handled in the order of sending. A dropped answer gives its room back, because this room is a
+//! [`Reservation`].
 
 use super::{
     guards::Reservation,
@@ -34,12 +35,13 @@ pub(super) struct Prepared {
 pub struct ReserveRoom {
     /// At most [`RESERVE_STEP_BYTES`](super::settings::RESERVE_STEP_BYTES).
     pub bytes: u64,
-    /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is evicted.
+    /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is
+    /// evicted.
     pub of: u64,
     /// The bytes that the sender has already reserved for the same write.
     pub held: u64,
-    /// The blob that the room is for, if it is known. Nothing is reserved for a stored blob, because that might evict the blob
-    /// itself.
+    /// The blob that the room is for, if it is known. Nothing is reserved for a stored blob, because that might evict
+    /// the blob itself.
     pub blob: Option<Key>,
 }
 
@@ -100,7 +102,8 @@ pub struct StoreInspection {
     pub partial_uploads: usize,
     /// Counts of events since the start.
     pub tally: Tally,
-    /// The last recorded use of the entry that would be evicted first, in seconds since 1970; `None` for an empty store.
+    /// The last recorded use of the entry that would be evicted first, in seconds since 1970; `None` for an empty
+    /// store.
     pub oldest_use: Option<u32>,
 }
 
@@ -190,14 +193,14 @@ pub struct Damaged {
     pub reason: String,
 }
 
-/// Fact: compaction has copied files. The answer says for each copy whether it took the place of its original. Originals that
-/// turned out to be damaged are dropped.
+/// Fact: compaction has copied files. The answer says for each copy whether it took the place of its original.
+/// Originals that turned out to be damaged are dropped.
 #[derive(Message)]
 #[rtype(result = "Vec<bool>")]
 pub(super) struct Relocate(pub Moves);
 
-/// Fact: the blob in a file was compressed into another file. The answer says whether the new file took the place of the old
-/// one.
+/// Fact: the blob in a file was compressed into another file. The answer says whether the new file took the place of
+/// the old one.
 #[derive(Message)]
 #[rtype(result = "bool")]
 pub(super) struct Repack {
@@ -212,8 +215,8 @@ pub(super) struct Repack {
 #[rtype(result = "()")]
 pub struct Deleted(pub u64);
 
-/// Fact: a stream of an upload ended without its blob, or found the blob already stored. A stream that stored its blob ends
-/// with [`Commit`].
+/// Fact: a stream of an upload ended without its blob, or found the blob already stored. A stream that stored its blob
+/// ends with [`Commit`].
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct EndUpload {

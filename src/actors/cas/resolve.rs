@@ -1,11 +1,11 @@
 //! Look-ups for an Execute request: [`Cas::resolve_action`] and [`Cas::check_inputs_apart`].
 //!
-//! An action that was looked up before is answered from memory, on the calling thread: its Action and Command must still be
-//! stored, and its result may be complete. Otherwise the files are read. An action with `do_not_cache` is never answered from
-//! the cache (EXE-19), so the Action is always read before its result is served.
+//! An action that was looked up before is answered from memory, on the calling thread: its Action and Command must
+//! still be stored, and its result may be complete. Otherwise the files are read. An action with `do_not_cache` is
+//! never answered from the cache (EXE-19), so the Action is always read before its result is served.
 //!
-//! Actions are measured before they are decoded, and large ones are decoded on a blocking thread when there is room for them
-//! ([`super::decoding`]).
+//! Actions are measured before they are decoded, and large ones are decoded on a blocking thread when there is room for
+//! them ([`super::decoding`]).
 
 use super::{
     client::{Cas, going_down},
@@ -42,12 +42,12 @@ pub(super) struct ParsedAction {
 }
 
 impl Cas {
-    /// Looks up whether an action has a complete result or has to run. With `skip_cache_lookup`, the action cache is not used
-    /// (EXE-17). `principal` is the principal of the request.
+    /// Looks up whether an action has a complete result or has to run. With `skip_cache_lookup`, the action cache is
+    /// not used (EXE-17). `principal` is the principal of the request.
     ///
     /// # Errors
-    /// `Unavailable` when the server is going down or the store does not answer within [`RESOLVE_TIMEOUT`]. A faulty action is
-    /// not an error of this call: see [`Resolution::Unusable`].
+    /// `Unavailable` when the server is going down or the store does not answer within [`RESOLVE_TIMEOUT`]. A faulty
+    /// action is not an error of this call: see [`Resolution::Unusable`].
     pub async fn resolve_action(
         &self,
         instance: &Instance,
@@ -116,8 +116,8 @@ impl Cas {
         Ok(Resolution::Run(action))
     }
 
-    /// Runs [`Cas::check_inputs`] on the runtime's threads, so that the actors' thread walks no trees. A root that was checked
-    /// lately is not checked again. The check runs to its end even if the caller does not wait for it.
+    /// Runs [`Cas::check_inputs`] on the runtime's threads, so that the actors' thread walks no trees. A root that was
+    /// checked lately is not checked again. The check runs to its end even if the caller does not wait for it.
     ///
     /// # Errors
     /// The errors of [`Cas::check_inputs`].
@@ -143,8 +143,8 @@ impl Cas {
         }
     }
 
-    /// Reads an Action and its Command, and checks them. Small messages are decoded on this thread, large ones on a blocking
-    /// thread.
+    /// Reads an Action and its Command, and checks them. Small messages are decoded on this thread, large ones on a
+    /// blocking thread.
     async fn read_action(&self, instance: &Instance, digest: Digest) -> Result<ParsedAction> {
         // If the Action is large, room is taken for both messages at once.
         let room = match worst_case(digest.size()) {

@@ -1,8 +1,8 @@
 //! Action results: validation, file format, and references.
 //!
-//! This file is pure. A stored result is one file: the SHA-256 of the rest, then a [`gorego::StoredResult`]. A file with a
-//! wrong checksum or key is a miss. Results never carry inlined contents on disk or in memory: contents become blobs before a
-//! result is stored, and are read back on request when it is served (AC-05).
+//! This file is pure. A stored result is one file: the SHA-256 of the rest, then a [`gorego::StoredResult`]. A file
+//! with a wrong checksum or key is a miss. Results never carry inlined contents on disk or in memory: contents become
+//! blobs before a result is stored, and are read back on request when it is served (AC-05).
 
 mod action_cache;
 mod lookup;
@@ -40,9 +40,9 @@ pub(super) const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;
 /// The memory that the largest stored result takes while it is read and decoded: its file and the message.
 pub(super) const LARGEST_RESULT: u64 = MAX_FILE_BYTES + MAX_MESSAGE_MEMORY;
 
-/// Memory for the results of requests, except for small ones. It is reserved before a result is read, when its size is not
-/// known, and held until there is room for the answer. It is enough for two of the largest results, like the memory for decoded
-/// messages.
+/// Memory for the results of requests, except for small ones. It is reserved before a result is read, when its size is
+/// not known, and held until there is room for the answer. It is enough for two of the largest results, like the memory
+/// for decoded messages.
 pub(super) const LARGE_RESULTS: Bounds =
     Bounds { what: "bytes of large results", total: 2 * LARGEST_RESULT, connection: LARGEST_RESULT };
 
@@ -62,7 +62,8 @@ pub struct LoadedResult {
     pub bytes: u64,
     /// Whether the index has links to these blobs.
     pub is_linked: AtomicBool,
-    /// Whether it may be served. Results of failed commands are stored if a client uploads them, but are never hits (AC-13).
+    /// Whether it may be served. Results of failed commands are stored if a client uploads them, but are never hits
+    /// (AC-13).
     pub is_hit: bool,
 }
 
@@ -172,8 +173,8 @@ pub enum Uploader {
     Worker,
 }
 
-/// The largest result, without contents that are inlined on request. With the Operation around it, it fits the 4 MiB message
-/// that clients accept by default (GEN-25).
+/// The largest result, without contents that are inlined on request. With the Operation around it, it fits the 4 MiB
+/// message that clients accept by default (GEN-25).
 pub const RESULT_MAX_BYTES: usize = (4 * 1024 - 64) * 1024;
 
 /// Checks that a result fits into a message to clients.
@@ -191,12 +192,12 @@ pub fn check_size(result: &reapi::ActionResult) -> Result<()> {
     )))
 }
 
-/// Checks a result and normalises it for storage: execution metadata is always present (AC-09), a digest is never an empty
-/// message (AC-06), and inlined contents are removed. Returns the contents as blobs, and what the result names.
+/// Checks a result and normalises it for storage: execution metadata is always present (AC-09), a digest is never an
+/// empty message (AC-06), and inlined contents are removed. Returns the contents as blobs, and what the result names.
 ///
 /// # Errors
-/// [`Error::Invalid`] for digests or paths that are malformed, absolute, escaping or duplicate (AC-10), for contents that do
-/// not match their digest, and for a result that is too large.
+/// [`Error::Invalid`] for digests or paths that are malformed, absolute, escaping or duplicate (AC-10), for contents
+/// that do not match their digest, and for a result that is too large.
 pub fn normalise(
     result: &mut reapi::ActionResult,
     function: DigestFunction,
@@ -354,8 +355,8 @@ pub fn decode(
     Ok(result)
 }
 
-/// Decodes the origin in the file content of a stored result and skips the result itself. The error describes what is wrong
-/// with it.
+/// Decodes the origin in the file content of a stored result and skips the result itself. The error describes what is
+/// wrong with it.
 pub fn decode_origin(
     bytes: &[u8],
     instance: &str,

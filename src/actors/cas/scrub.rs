@@ -1,13 +1,13 @@
 //! The scrub: reads everything that is stored, at a bounded rate, and drops what is damaged before a build needs it.
 //!
-//! Reads check the blocks that they read. The scrub checks the full digest of each blob, including blobs that are not read and
-//! blobs that the kernel copies for actions. It also adds checksums to files that an older version has stored. It visits the
-//! parts of the volume in a fixed order and records its progress, so it continues after a restart. A pass begins a week after the
-//! start of the last one, and at once after an unclean stop.
+//! Reads check the blocks that they read. The scrub checks the full digest of each blob, including blobs that are not
+//! read and blobs that the kernel copies for actions. It also adds checksums to files that an older version has stored.
+//! It visits the parts of the volume in a fixed order and records its progress, so it continues after a restart. A pass
+//! begins a week after the start of the last one, and at once after an unclean stop.
 //!
-//! It has one thread of its own with the lowest priority, which never holds a lock while it reads. Its reads do not count as
-//! uses. Damaged entries are dropped in the same way as after other reads ([`super::checked::report`]). When the actor stops, the
-//! thread ends after at most one piece of a blob.
+//! It has one thread of its own with the lowest priority, which never holds a lock while it reads. Its reads do not
+//! count as uses. Damaged entries are dropped in the same way as after other reads ([`super::checked::report`]). When
+//! the actor stops, the thread ends after at most one piece of a blob.
 
 mod state;
 

@@ -1,13 +1,15 @@
-//! [`StoreDisk`]: the file system of the store. It knows whether there is room for writes, and what else the server keeps there.
+//! [`StoreDisk`]: the file system of the store. It knows whether there is room for writes, and what else the server
+//! keeps there.
 //!
-//! Other programs may fill the file system although the store is within its limit. Then the store is *read-only*: stored entries
-//! are served, and uploads and results are refused with a time to try again. A file system counts as full when its free space is
-//! below its reserve ([`Space::is_exhausted`]), or when a write has just failed for lack of space, which a quota may also cause.
-//! The file system is checked every [`LOOK_PACE`], and more often while space is low, so the store is writable again soon after
-//! there is room.
+//! Other programs may fill the file system although the store is within its limit. Then the store is *read-only*:
+//! stored entries are served, and uploads and results are refused with a time to try again. A file system counts as
+//! full when its free space is below its reserve ([`Space::is_exhausted`]), or when a write has just failed for lack of
+//! space, which a quota may also cause. The file system is checked every [`LOOK_PACE`], and more often while space is
+//! low, so the store is writable again soon after there is room.
 //!
-//! Other data that the server keeps on the file system ([`Cas::count_beside`]) counts against the limit of the store, so that one
-//! limit applies to all data. It is measured in the background, which takes at most a twentieth of the time of one thread.
+//! Other data that the server keeps on the file system ([`Cas::count_beside`]) counts against the limit of the store,
+//! so that one limit applies to all data. It is measured in the background, which takes at most a twentieth of the time
+//! of one thread.
 
 use super::{
     CasActor, LOG, StoreShared,
@@ -192,8 +194,8 @@ impl fmt::Debug for StoreDisk {
 }
 
 impl Cas {
-    /// Counts other data on the file system of the store against its limit. `measure` returns the bytes that the data takes, and
-    /// may block.
+    /// Counts other data on the file system of the store against its limit. `measure` returns the bytes that the data
+    /// takes, and may block.
     pub fn count_beside(&self, owner: &'static str, measure: impl Fn() -> u64 + Send + Sync + 'static) {
         let beside = Beside { owner, measure: Box::new(measure), bytes: 0, due: Instant::now() };
         self.shared().disk.beside.lock().unwrap_or_else(PoisonError::into_inner).push(beside);

@@ -1,7 +1,7 @@
 //! [`Turns`]: one lock for each key. Work on one key is serial, and work on different keys runs in parallel.
 //!
-//! A turn ends when it is dropped, for example because its caller is cancelled. Then the next waiter proceeds. The lock of the
-//! table stays in this file and is held for map operations only.
+//! A turn ends when it is dropped, for example because its caller is cancelled. Then the next waiter proceeds. The lock
+//! of the table stays in this file and is held for map operations only.
 
 use std::{
     collections::HashMap,

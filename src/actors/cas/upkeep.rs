@@ -1,5 +1,5 @@
-//! The actor's upkeep: it reserves room, deletes files and records uses. All file work runs on blocking threads and reports
-//! back.
+//! The actor's upkeep: it reserves room, deletes files and records uses. All file work runs on blocking threads and
+//! reports back.
 
 use super::{
     CasActor, LOG, deletions,
@@ -19,9 +19,9 @@ use std::{future::Future, time::Instant};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 impl CasActor {
-    /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted. Fails if
-    /// the total of `of` bytes cannot fit. If a future is returned, the room is free on disk when it ends, otherwise now. A write
-    /// that has already reserved much (`held`) leaves some of the free disk space to others.
+    /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted.
+    /// Fails if the total of `of` bytes cannot fit. If a future is returned, the room is free on disk when it ends,
+    /// otherwise now. A write that has already reserved much (`held`) leaves some of the free disk space to others.
     pub(super) fn reserve(
         &mut self,
         bytes: u64,
@@ -80,7 +80,8 @@ impl CasActor {
             index.totals()
         });
         if pinned.saturating_add(overhead) > limit {
-            // Files that were deleted shortly before a power cut may be back. Without this, leases would keep all of them.
+            // Files that were deleted shortly before a power cut may be back. Without this, leases would keep all of
+            // them.
             self.ease_leases(0, None);
         }
         let mut left = settings::TRIM_BATCH;
@@ -147,8 +148,8 @@ impl CasActor {
         self.shared.runtime.spawn(async move { cas.relieve_low_disk().await });
     }
 
-    /// Records uses on disk, from which the next start recovers the order of use. Returns the job that does it, if there is
-    /// anything to record.
+    /// Records uses on disk, from which the next start recovers the order of use. Returns the job that does it, if
+    /// there is anything to record.
     pub(super) fn write_touches(&self, actor: Addr<Self>) -> Option<JoinHandle<()>> {
         let (touches, shared) = (self.shared.view.take_touches(), self.shared.clone());
         if touches.is_empty() {
@@ -216,7 +217,8 @@ impl Receive<Touched> for CasActor {
     }
 }
 
-/// Evicts in parts, each under one hold of the lock that look-ups share. `part` evicts at most as many entries as its argument.
+/// Evicts in parts, each under one hold of the lock that look-ups share. `part` evicts at most as many entries as its
+/// argument.
 fn in_parts(mut part: impl FnMut(usize) -> Vec<Victim>) -> Vec<Victim> {
     let mut victims = Vec::new();
     loop {

@@ -51,8 +51,8 @@ impl Receive<BeginUpload> for CasActor {
                 if let Some(partial) = leftover {
                     self.discard(partial, ctx);
                 }
-                // An upload that cannot fit is refused before its first byte. Any other upload reserves room as its bytes
-                // arrive.
+                // An upload that cannot fit is refused before its first byte. Any other upload reserves room as its
+                // bytes arrive.
                 let twin = self.uploads.twin(&blob, &entered).filter(|_| !message.beside);
                 let size = self.shared.volume.charge(blob.digest.size());
                 let of_twins =

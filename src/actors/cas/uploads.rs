@@ -1,14 +1,16 @@
-//! [`Uploads`]: the actor's table of running and broken uploads. It is pure, except that it hands out files for deletion.
+//! [`Uploads`]: the actor's table of running and broken uploads. It is pure, except that it hands out files for
+//! deletion.
 //!
-//! An upload is identified by its whole resource name (BS-06). A name has one entry: its latest attempt while that is running, or
-//! the bytes of a broken attempt. A new attempt at offset 0 takes the name over. The older attempt may still finish, but if it
-//! breaks, its bytes are discarded (BS-20). Broken uploads are bounded in number, bytes and age, and are discarded first when
-//! room is needed. When a bound is exceeded, the peer that holds most loses its oldest broken upload. So no peer loses an upload
-//! because another peer has many. The bounds are not per connection, because an upload breaks when its connection does.
+//! An upload is identified by its whole resource name (BS-06). A name has one entry: its latest attempt while that is
+//! running, or the bytes of a broken attempt. A new attempt at offset 0 takes the name over. The older attempt may
+//! still finish, but if it breaks, its bytes are discarded (BS-20). Broken uploads are bounded in number, bytes and
+//! age, and are discarded first when room is needed. When a bound is exceeded, the peer that holds most loses its
+//! oldest broken upload. So no peer loses an upload because another peer has many. The bounds are not per connection,
+//! because an upload breaks when its connection does.
 //!
-//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, [`small`] stores a small blob
-//! whose bytes arrived at once, and [`new_blob`] stores bytes of unknown digest. They share [`unwritten`], [`sink`] and
-//! [`decoders`].
+//! The modules below handle the incoming bytes: [`begin`] starts an upload, [`writer`] writes one, [`small`] stores a
+//! small blob whose bytes arrived at once, and [`new_blob`] stores bytes of unknown digest. They share [`unwritten`],
+//! [`sink`] and [`decoders`].
 
 pub(crate) mod begin;
 pub(crate) mod decoders;
@@ -91,8 +93,8 @@ impl Progress {
         }
     }
 
-    /// Waits for the end of the attempt, until `deadline` or until it has accepted nothing for [`TWIN_STALL`]. Returns whether
-    /// it ended.
+    /// Waits for the end of the attempt, until `deadline` or until it has accepted nothing for [`TWIN_STALL`]. Returns
+    /// whether it ended.
     pub async fn ends_before(&self, deadline: tokio::time::Instant) -> bool {
         let mut ended = std::pin::pin!(self.ended());
         loop {
@@ -125,8 +127,8 @@ impl Partial {
     }
 }
 
-/// The right to write one upload. When it is dropped, its remaining bytes are reported to the actor. The end of an attempt that
-/// stored its blob is reported together with the blob ([`Attempt::into_end`]).
+/// The right to write one upload. When it is dropped, its remaining bytes are reported to the actor. The end of an
+/// attempt that stored its blob is reported together with the blob ([`Attempt::into_end`]).
 pub struct Attempt {
     /// `None` until the first bytes are written. Declared before `room`, so that the file is dropped first.
     pub sink: Option<Sink>,
@@ -354,8 +356,8 @@ impl Uploads {
         self.pop_of_largest(|partial| partial.room.bytes())
     }
 
-    /// Removes the oldest broken upload of the peer with the largest total weight. If several peers tie, removes the oldest of
-    /// their uploads.
+    /// Removes the oldest broken upload of the peer with the largest total weight. If several peers tie, removes the
+    /// oldest of their uploads.
     fn pop_of_largest(&mut self, weight: impl Fn(&Partial) -> u64) -> Option<Partial> {
         let mut weights: HashMap<Peer, u64> = HashMap::new();
         for (_, partial) in self.by_age() {
@@ -376,8 +378,8 @@ impl Uploads {
         })
     }
 
-    /// Removes the oldest broken upload that counts against this bound of the caller: an upload of its connection, or otherwise
-    /// of its peer.
+    /// Removes the oldest broken upload that counts against this bound of the caller: an upload of its connection, or
+    /// otherwise of its peer.
     pub(crate) fn pop_oldest_of(&mut self, caller: Caller, bound: Bound) -> Option<Partial> {
         let counts = |other: Caller| match bound {
             Bound::Connection => other.connection == caller.connection,
@@ -387,8 +389,8 @@ impl Uploads {
         self.unpark(name)
     }
 
-    /// Removes a broken upload if a bound is exceeded: it is too old, there are too many, or they hold too much of a store of
-    /// `limit` bytes.
+    /// Removes a broken upload if a bound is exceeded: it is too old, there are too many, or they hold too much of a
+    /// store of `limit` bytes.
     pub(crate) fn pop_excess(&mut self, now: Instant, retention: Duration, limit: u64) -> Option<Partial> {
         let (&(since, _), &oldest) = self.parked.first_key_value()?;
         if now.saturating_duration_since(since) >= retention {

@@ -1,12 +1,13 @@
 //! [`View`]: the index, readable from every thread.
 //!
-//! Only [`super::CasActor`] adds, removes or reserves. Look-ups of blobs and results do none of that, so they read the index
-//! directly and cost no message. A look-up marks the use or the hold in the entry itself, and an eviction checks this mark
-//! before it removes anything. So an entry that was found cannot disappear before it is held.
+//! Only [`super::CasActor`] adds, removes or reserves. Look-ups of blobs and results do none of that, so they read the
+//! index directly and cost no message. A look-up marks the use or the hold in the entry itself, and an eviction checks
+//! this mark before it removes anything. So an entry that was found cannot disappear before it is held.
 //!
-//! Bounds: a reader holds the lock for at most [`LOOKUPS_PER_HOLD`] entries, so the actor waits about 50 us for it. The actor
-//! holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most [`NOTES_MAX`] notes are kept for the actor. If
-//! a note is dropped, the use is still marked in the index; only the order of use after the next start may suffer.
+//! Bounds: a reader holds the lock for at most [`LOOKUPS_PER_HOLD`] entries, so the actor waits about 50 us for it. The
+//! actor holds it for about [`CHANGES_PER_HOLD`], except when the index grows. At most [`NOTES_MAX`] notes are kept for
+//! the actor. If a note is dropped, the use is still marked in the index; only the order of use after the next start
+//! may suffer.
 
 use super::{
     index::{
@@ -44,8 +45,8 @@ impl View {
         Self { index: RwLock::new(index), notes: Mutex::default() }
     }
 
-    /// Changes the index; only the actor may call it. Noted uses are settled first. The lock is released when `change` returns,
-    /// so two changes in one expression cannot deadlock.
+    /// Changes the index; only the actor may call it. Noted uses are settled first. The lock is released when `change`
+    /// returns, so two changes in one expression cannot deadlock.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Index) -> T) -> T {
         let unsettled = std::mem::take(&mut self.notes().unsettled);
         let mut rest = unsettled.as_slice();
@@ -76,8 +77,8 @@ impl View {
         self.index.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs short look-ups under one hold of the lock. Entries that they find are leased to the build, if there is one. Also
-    /// returns whether there is work for the actor.
+    /// Runs short look-ups under one hold of the lock. Entries that they find are leased to the build, if there is one.
+    /// Also returns whether there is work for the actor.
     pub(super) fn read<T>(&self, build: Option<Owner>, look: impl FnOnce(&mut LookUp<'_>) -> T) -> (T, bool) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let now = unix_seconds();
@@ -278,8 +279,8 @@ mod tests {
         thread,
     };
 
-    /// Two threads look entries up while the owner evicts as fast as it can. A held entry stays until it is released, and the
-    /// totals balance at the end.
+    /// Two threads look entries up while the owner evicts as fast as it can. A held entry stays until it is released,
+    /// and the totals balance at the end.
     #[test]
     fn a_held_entry_stays_while_the_owner_evicts() {
         const ENTRIES: u64 = 64;

@@ -1,16 +1,17 @@
 //! The layout of stored bytes on disk.
 //!
-//! [`Volume`] is the interface to the rest of the store. A stored file is identified by its [`FileId`]. It is written once,
-//! opened, touched and deleted, and never changed. [`local::Local`] is the volume of the product: [`segments::Segments`] has many
-//! small files in each file of the file system, and [`files::Files`] keeps larger ones on their own. An object store or a shard
-//! on another machine would be another implementation of the trait. Nothing outside this module names a path or calls the file
-//! system; `tests/tidy` checks this.
+//! [`Volume`] is the interface to the rest of the store. A stored file is identified by its [`FileId`]. It is written
+//! once, opened, touched and deleted, and never changed. [`local::Local`] is the volume of the product:
+//! [`segments::Segments`] has many small files in each file of the file system, and [`files::Files`] keeps larger ones
+//! on their own. An object store or a shard on another machine would be another implementation of the trait. Nothing
+//! outside this module names a path or calls the file system; `tests/tidy` checks this.
 //!
-//! A volume decides nothing. The index says which files exist and which are evicted, and callers verify contents. A volume uses
-//! the types of the index and nothing else of the store. All calls block, unless their documentation says otherwise, and are
-//! made on blocking threads.
+//! A volume decides nothing. The index says which files exist and which are evicted, and callers verify contents. A
+//! volume uses the types of the index and nothing else of the store. All calls block, unless their documentation says
+//! otherwise, and are made on blocking threads.
 //!
-//! [`outside`] contains the files that do not belong to the store: the outputs that actions left behind, and their input files.
+//! [`outside`] contains the files that do not belong to the store: the outputs that actions left behind, and their
+//! input files.
 
 mod checksum_table;
 pub(crate) mod checksums;
@@ -57,7 +58,8 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// Bytes that a file of this size takes on disk. Does not block.
     fn charge(&self, size: u64) -> u64;
 
-    /// Bytes on disk that no file is charged for, such as bytes of deleted files that are not reclaimed yet. Does not block.
+    /// Bytes on disk that no file is charged for, such as bytes of deleted files that are not reclaimed yet. Does not
+    /// block.
     fn overhead(&self) -> u64 {
         0
     }
@@ -77,14 +79,15 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// Begins a file whose digest is not known yet.
     fn draft(&self) -> io::Result<Box<dyn Draft>>;
 
-    /// Returns once these new files are as durable as the store promises. It has to be called before they become visible.
+    /// Returns once these new files are as durable as the store promises. It has to be called before they become
+    /// visible.
     fn sync(&self, files: &[FileId]) -> io::Result<()> {
         let _ = files;
         Ok(())
     }
 
-    /// Begins a file that becomes the packed file of a blob ([`packed::Packing`]), with `used` as the recorded time of its last
-    /// use, in seconds since 1970.
+    /// Begins a file that becomes the packed file of a blob ([`packed::Packing`]), with `used` as the recorded time of
+    /// its last use, in seconds since 1970.
     ///
     /// # Errors
     /// `Unsupported` where blobs are not kept compressed.
@@ -93,9 +96,9 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Moves a file that an action left behind into the store, if nobody else can reach it and it has not changed since it was
-    /// hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open file can still be
-    /// read.
+    /// Moves a file that an action left behind into the store, if nobody else can reach it and it has not changed since
+    /// it was hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open
+    /// file can still be read.
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>>;
 
     /// Records the checksums of a stored file that has none. They were made while its content was verified.
@@ -120,9 +123,9 @@ pub(crate) trait Volume: Debug + Send + Sync {
         None
     }
 
-    /// Reclaims bytes of deleted files, in one step. It may have to copy files that are not deleted. `may_move` returns for each
-    /// file whether it is stored and may be moved. The others are not copied. `relocate` receives the copies, and returns for each
-    /// whether it took the place of its original. The other copies are deleted.
+    /// Reclaims bytes of deleted files, in one step. It may have to copy files that are not deleted. `may_move` returns
+    /// for each file whether it is stored and may be moved. The others are not copied. `relocate` receives the copies,
+    /// and returns for each whether it took the place of its original. The other copies are deleted.
     fn compact(
         &self,
         may_move: &dyn Fn(&[FileId]) -> Vec<bool>,
@@ -132,8 +135,8 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Ok(Compacted::NothingToGain)
     }
 
-    /// Finds the files that exist at start and passes each of them to `take`. `is_whole` returns whether the bytes of an action
-    /// result are complete. There may be more than one file with the same key.
+    /// Finds the files that exist at start and passes each of them to `take`. `is_whole` returns whether the bytes of
+    /// an action result are complete. There may be more than one file with the same key.
     fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs;
 
     /// The parts that [`Volume::files_in`] lists one at a time, in an order that restarts do not change.
@@ -230,13 +233,14 @@ pub(crate) trait Stored: Debug + Send + Sync {
         None
     }
 
-    /// Whether every read is checked against checksums that were made with the digest. Without checksums, errors of the disk are
-    /// not noticed.
+    /// Whether every read is checked against checksums that were made with the digest. Without checksums, errors of the
+    /// disk are not noticed.
     fn is_checked_when_read(&self) -> bool {
         true
     }
 
-    /// Reads at least one byte, unless the file ends at `offset`. A block that does not match its checksum is `InvalidData`.
+    /// Reads at least one byte, unless the file ends at `offset`. A block that does not match its checksum is
+    /// `InvalidData`.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// Reads bytes that are in the page cache into the spare capacity of a buffer. Does not block.
@@ -245,7 +249,8 @@ pub(crate) trait Stored: Debug + Send + Sync {
     /// Whether no other process has the file open for writing, as far as this can be known.
     fn nobody_writes(&self) -> bool;
 
-    /// Copies the first `size` bytes into an empty file. Checksums are not checked if the kernel copies or clones the file.
+    /// Copies the first `size` bytes into an empty file. Checksums are not checked if the kernel copies or clones the
+    /// file.
     fn copy_to(&self, to: &File, size: u64) -> io::Result<()>;
 
     /// The zstd frames of the file; `None` if it is not kept compressed.
@@ -324,8 +329,8 @@ impl std::ops::AddAssign for Repairs {
     }
 }
 
-/// Whether an error means that a stored file is lost: deleted, replaced by something else, cut short, damaged, or unreadable on
-/// its disk. Other failures, such as too many open files, say nothing about the file.
+/// Whether an error means that a stored file is lost: deleted, replaced by something else, cut short, damaged, or
+/// unreadable on its disk. Other failures, such as too many open files, say nothing about the file.
 pub(crate) fn is_lost(error: &io::Error) -> bool {
     let is_bad = error.raw_os_error() == Some(libc::EIO) || regular_file::is_something_else(error);
     is_bad

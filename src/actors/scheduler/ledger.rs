@@ -2,22 +2,22 @@
 //!
 //! It owns the operations, the tasks that they wait for, the queues and the slots. Its invariants:
 //! - An unfinished operation waits for exactly one task, and a task without operations does not exist.
-//! - A task is waiting (unchecked, checking, awaiting its image if it names one, or ready, in that order) or running. Only ready
-//!   tasks are given a slot.
+//! - A task is waiting (unchecked, checking, awaiting its image if it names one, or ready, in that order) or running.
+//!   Only ready tasks are given a slot.
 //! - A ready task is in the queue of each pool that can run it. A running task is in no queue.
 //! - Tasks without followers wait behind all tasks with followers, and give up their slots if these need them.
-//! - A task has an entry in its queues for each owner that waits for it. It counts for one of them in the [`QueueQuota`] and,
-//!   while it runs, for the owner whose turn it was.
-//! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], even if the task ends earlier: a run that was told
-//!   to stop, or was given up, holds its slot until its worker answers.
+//! - A task has an entry in its queues for each owner that waits for it. It counts for one of them in the
+//!   [`QueueQuota`] and, while it runs, for the owner whose turn it was.
+//! - A slot belongs to one run from [`Ledger::assign`] until [`Ledger::finish`], even if the task ends earlier: a run
+//!   that was told to stop, or was given up, holds its slot until its worker answers.
 //! - Every state has a deadline that [`Ledger::tick`] enforces, so every operation ends exactly once.
 //!
 //! This file handles the requests of clients. `ledger/dispatch.rs` handles input checks and slots,
 //! `ledger/conclusion.rs` the end of runs, `ledger/waiting.rs` the queues, `ledger/explanation.rs` why an operation
 //! waits, `ledger/followers.rs` tasks without followers, `ledger/peaks.rs` the memory use of earlier actions,
-//! `ledger/staging.rs` the staging of inputs during the wait, `ledger/pools.rs` the changes of pools, and `ledger/deadlines.rs` the deadlines. `ledger/task.rs` defines tasks and
-//! runs.
-//! Each step of an operation is recorded as a [`Transition`] until [`Ledger::take_transitions`].
+//! `ledger/staging.rs` the staging of inputs during the wait, `ledger/pools.rs` the changes of pools, and
+//! `ledger/deadlines.rs` the deadlines. `ledger/task.rs` defines tasks and runs. Each step of an operation is recorded
+//! as a [`Transition`] until [`Ledger::take_transitions`].
 
 mod conclusion;
 mod deadlines;

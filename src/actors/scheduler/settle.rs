@@ -1,4 +1,5 @@
-//! Carries out the decisions of the ledger: sends checks and image orders, runs and staging orders, and logs transitions.
+//! Carries out the decisions of the ledger: sends checks and image orders, runs and staging orders, and logs
+//! transitions.
 
 use super::{
     ImageBrought, InputsChecked, RunEnded, SchedulerActor, StagingEnded,

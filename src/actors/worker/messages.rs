@@ -75,8 +75,8 @@ pub struct RunControl {
     pub progress: Recipient<StageReached>,
 }
 
-/// Stages the inputs of a waiting action, so that its run finds them on disk. It never fails: the run stages what is not
-/// staged. The answer means that the next request can be sent.
+/// Stages the inputs of a waiting action, so that its run finds them on disk. It never fails: the run stages what is
+/// not staged. The answer means that the next request can be sent.
 #[derive(Debug, actix::Message)]
 #[rtype(result = "()")]
 pub struct StageAhead {

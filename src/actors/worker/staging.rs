@@ -1,8 +1,8 @@
 //! [`StagingActor`]: stages the inputs of waiting actions, so that their runs find them on disk.
 //!
 //! A pool whose actions see their inputs through overlays has one such actor, with a thread of its own. The scheduler
-//! sends it one action at a time. Nothing depends on it: errors are logged at level debug, and the run stages what is not
-//! staged.
+//! sends it one action at a time. Nothing depends on it: errors are logged at level debug, and the run stages what is
+//! not staged.
 
 use super::{
     WorkerSettings, checkpoint::Checkpoint, messages::StageAhead, panic_message, store::BlobStore, tools,

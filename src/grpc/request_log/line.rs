@@ -38,8 +38,8 @@ pub(super) struct RpcLine {
 }
 
 impl RpcLine {
-    /// Reads the code and the message from headers or trailers. If the client left before the end of its request, the library
-    /// reports INTERNAL "Missing request message."; such a call counts as cancelled.
+    /// Reads the code and the message from headers or trailers. If the client left before the end of its request, the
+    /// library reports INTERNAL "Missing request message."; such a call counts as cancelled.
     pub(super) fn read_status(&mut self, headers: &HeaderMap) {
         if let Some(code) = headers.get("grpc-status") {
             let code = Code::from_bytes(code.as_bytes());
@@ -56,8 +56,8 @@ impl RpcLine {
 }
 
 impl RpcLine {
-    /// Whether the call gets its own log line. Calls that cost the client nothing (cancelled, refused, nothing sent) are
-    /// rate-limited by peer and counted beyond that.
+    /// Whether the call gets its own log line. Calls that cost the client nothing (cancelled, refused, nothing sent)
+    /// are rate-limited by peer and counted beyond that.
     fn is_listed(&self) -> bool {
         let code = self.code.unwrap_or(Code::Cancelled);
         let sent_nothing = self.call.bytes_in() == 0;

@@ -1,6 +1,7 @@
 //! [`MessageHead`]: the beginning of a message of ByteStream.Write: its prefix and the fields before its data. Pure.
 //!
-//! Every client sends the data as the last field. A message in another form, or one that does not parse, is decoded as a whole.
+//! Every client sends the data as the last field. A message in another form, or one that does not parse, is decoded as
+//! a whole.
 
 use crate::grpc::REQUEST_MAX_BYTES;
 use gorego_reapi::proto::bytestream::WriteRequest;
@@ -57,8 +58,8 @@ impl MessageHead {
         })
     }
 
-    /// Reads the fields of a message up to its data, and the length of the data. `None` if the data is not the rest of the
-    /// message, or if anything is missing or malformed.
+    /// Reads the fields of a message up to its data, and the length of the data. `None` if the data is not the rest of
+    /// the message, or if anything is missing or malformed.
     fn fields(mut bytes: &[u8], length: usize) -> Option<(WriteRequest, usize)> {
         let mut fields = WriteRequest::default();
         let mut left = length;

@@ -1,5 +1,5 @@
-//! [`ByteStreamRoute`]: the ByteStream service as it is served. It reads the messages of an uncompressed Write itself, as a
-//! [`WriteStream`]. tonic handles everything else.
+//! [`ByteStreamRoute`]: the ByteStream service as it is served. It reads the messages of an uncompressed Write itself,
+//! as a [`WriteStream`]. tonic handles everything else.
 
 use super::WriteStream;
 use crate::{

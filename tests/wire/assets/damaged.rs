@@ -82,8 +82,8 @@ async fn stop(mut server: Server) -> Arc<TempDir> {
     server.shared_store()
 }
 
-/// Whatever happens to these files, between two runs or while the server runs, the server starts, an asset stands for the right
-/// content or for nothing, and a report is right or gone. What is bound afterwards survives the next restart.
+/// Whatever happens to these files, between two runs or while the server runs, the server starts, an asset stands for
+/// the right content or for nothing, and a report is right or gone. What is bound afterwards survives the next restart.
 #[tokio::test]
 async fn what_assets_stand_for_and_reports_are_right_or_forgotten() {
     let server = Server::start().await;

@@ -1,13 +1,13 @@
 //! Splits stored blobs into chunks (CAS-30 to CAS-34).
 //!
-//! Chunks are ordinary blobs. A recipe is the list of chunks that make a blob, in order. Recipes are made only here, from
-//! verified bytes, so no client can supply one. They are cached in memory. If a recipe was forgotten, or its chunks were
-//! evicted, it is made again from the blob, and only the missing chunks are written. Chunks take as much room again as their
-//! blob, and are evicted in the order of use like all entries.
+//! Chunks are ordinary blobs. A recipe is the list of chunks that make a blob, in order. Recipes are made only here,
+//! from verified bytes, so no client can supply one. They are cached in memory. If a recipe was forgotten, or its
+//! chunks were evicted, it is made again from the blob, and only the missing chunks are written. Chunks take as much
+//! room again as their blob, and are evicted in the order of use like all entries.
 //!
 //! Bounds: one split per blob at a time, [`MAX_CHUNK_JOBS`] in total. Each takes two batches of [`BATCH_BYTES`] and the
-//! splitter's window in memory. Written chunks are held until all of them are there. A request that waits for a place does not
-//! hold the turn of its blob, so a peer that waits for a place does not block another peer.
+//! splitter's window in memory. Written chunks are held until all of them are there. A request that waits for a place
+//! does not hold the turn of its blob, so a peer that waits for a place does not block another peer.
 
 use crate::actors::cas::{
     blob::BlobReader,
@@ -33,8 +33,8 @@ use gorego_reapi::{
 };
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
-/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait. A peer gets four of them, and
-/// one of its connections three.
+/// Splits and splices that run at the same time; each keeps about two cores busy. Others wait. A peer gets four of
+/// them, and one of its connections three.
 const MAX_CHUNK_JOBS: u64 = 5;
 /// Chunks are written in batches of about this many bytes, while the next batch is cut and hashed.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
@@ -92,8 +92,8 @@ impl ChunkWork {
         Ok(Right { _place: place, _turn: turn })
     }
 
-    /// Like [`ChunkWork::begin`], but if another request works on this blob, waits for its end without a place and returns
-    /// `None`. Usually nothing is left to do then.
+    /// Like [`ChunkWork::begin`], but if another request works on this blob, waits for its end without a place and
+    /// returns `None`. Usually nothing is left to do then.
     pub(crate) async fn begin_or_wait(
         &self,
         instance: &Instance,
@@ -129,12 +129,12 @@ impl ChunkWork {
 }
 
 impl Cas {
-    /// Returns the chunks of a stored blob, at most `max_chunks`. All of them are stored and were just renewed, and so was the
-    /// blob (CAS-31).
+    /// Returns the chunks of a stored blob, at most `max_chunks`. All of them are stored and were just renewed, and so
+    /// was the blob (CAS-31).
     ///
     /// # Errors
-    /// `NotFound` when the blob is not stored (CAS-32), `Precondition` when it has too many chunks or the store is too small
-    /// for the blob and its chunks, `Exhausted` when there is no room for them now.
+    /// `NotFound` when the blob is not stored (CAS-32), `Precondition` when it has too many chunks or the store is too
+    /// small for the blob and its chunks, `Exhausted` when there is no room for them now.
     pub async fn split(
         &self,
         instance: &Instance,

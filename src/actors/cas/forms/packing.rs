@@ -1,21 +1,22 @@
 //! Compression at rest: blobs that were not used for a while are kept compressed instead of in plain files.
 //!
-//! One thread of low priority does it, one blob at a time and within a share of one core ([`PackPace`]). It rests while requests
-//! wait to compress or to hash, and ends with the actor. The index names the candidates (`Index::cold_from`), the volume knows
-//! the format ([`packed`](crate::actors::cas::volume::packed)), and the actor gives the entry its new file ([`Repack`]).
+//! One thread of low priority does it, one blob at a time and within a share of one core ([`PackPace`]). It rests while
+//! requests wait to compress or to hash, and ends with the actor. The index names the candidates (`Index::cold_from`),
+//! the volume knows the format ([`packed`](crate::actors::cas::volume::packed)), and the actor gives the entry its new
+//! file ([`Repack`]).
 //!
 //! Invariants:
-//! - The digest is computed from the decoded new frames, so a packed file with its final name has the right content. A blob whose
-//!   plain file turns out to be wrong is dropped, as after a read.
-//! - A blob has one of its two files, or for a moment both. The plain file is deleted after the entry has the packed one. A start
-//!   that finds both keeps the newer one, which is the packed one.
+//! - The digest is computed from the decoded new frames, so a packed file with its final name has the right content. A
+//!   blob whose plain file turns out to be wrong is dropped, as after a read.
+//! - A blob has one of its two files, or for a moment both. The plain file is deleted after the entry has the packed
+//!   one. A start that finds both keeps the newer one, which is the packed one.
 //! - A blob that is held keeps its plain file, so readers can read it to its end.
-//! - Compressing a blob does not count as a use of it: its place in the order of use, the recorded time of its last use and its
-//!   leases stay.
+//! - Compressing a blob does not count as a use of it: its place in the order of use, the recorded time of its last use
+//!   and its leases stay.
 //! - Nothing is evicted to make room for a packed file.
 //!
-//! A blob of more than a few frames is sampled first. A blob that does not get smaller is marked in its entry and ignored until
-//! the next start.
+//! A blob of more than a few frames is sampled first. A blob that does not get smaller is marked in its entry and
+//! ignored until the next start.
 
 mod pace;
 
@@ -306,7 +307,8 @@ impl PackTally {
     }
 }
 
-/// Compresses one blob and gives it the packed file in place of its plain one. `pause` is called after each frame. Blocks.
+/// Compresses one blob and gives it the packed file in place of its plain one. `pause` is called after each frame.
+/// Blocks.
 ///
 /// # Errors
 /// `NotFound` when its file is damaged or gone, which is reported. The errors of `pause`.

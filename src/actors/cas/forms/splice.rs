@@ -1,11 +1,11 @@
 //! Splices a blob from stored chunks (CAS-35 to CAS-38).
 //!
-//! The chunks are held, and written by the writer of uploads. It hashes them, and the blob becomes visible only if all bytes
-//! together match its digest. The bytes are also cut by a chunking function. If the client has cut the same chunks, the
-//! recipe is cached and a later split costs nothing.
+//! The chunks are held, and written by the writer of uploads. It hashes them, and the blob becomes visible only if all
+//! bytes together match its digest. The bytes are also cut by a chunking function. If the client has cut the same
+//! chunks, the recipe is cached and a later split costs nothing.
 //!
-//! Bounds: [`SPLICE_MAX_CHUNKS`] per blob, one splice per blob at a time. Splits and splices share one bound on their total. At
-//! most [`READ_BYTES`] are read ahead of the writer.
+//! Bounds: [`SPLICE_MAX_CHUNKS`] per blob, one splice per blob at a time. Splits and splices share one bound on their
+//! total. At most [`READ_BYTES`] are read ahead of the writer.
 
 use crate::actors::cas::{
     blob::{BlobReader, BlobWriter},
@@ -28,19 +28,19 @@ use std::{
     sync::Arc,
 };
 
-/// Maximum number of chunks of one blob. At the average chunk size that this server advertises, this is a blob of 50 GB. A
-/// request has room for more only if its digests are short.
+/// Maximum number of chunks of one blob. At the average chunk size that this server advertises, this is a blob of 50
+/// GB. A request has room for more only if its digests are short.
 pub(crate) const SPLICE_MAX_CHUNKS: usize = 100_000;
 /// Bytes that one job reads and cuts, while the writer is busy with the previous bytes.
 const READ_BYTES: usize = 2 * 1024 * 1024;
 
 impl Cas {
-    /// Makes a blob of chunks, in this order. A chunk may occur more than once. If the blob is already stored, it and the
-    /// chunks are renewed (CAS-38). `chunking` is the function whose cuts are compared with the chunks.
+    /// Makes a blob of chunks, in this order. A chunk may occur more than once. If the blob is already stored, it and
+    /// the chunks are renewed (CAS-38). `chunking` is the function whose cuts are compared with the chunks.
     ///
     /// # Errors
-    /// `Invalid` when the chunks do not make the blob (CAS-35); `NotFound` when some are not stored (CAS-36); `Exhausted` when
-    /// there is no room.
+    /// `Invalid` when the chunks do not make the blob (CAS-35); `NotFound` when some are not stored (CAS-36);
+    /// `Exhausted` when there is no room.
     pub async fn splice(
         &self,
         instance: &Instance,

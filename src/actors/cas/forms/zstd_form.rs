@@ -1,15 +1,15 @@
 //! The zstd form of a blob: its zstd frames in a separate file, so that they are made only once.
 //!
-//! A form is made in the background when a blob is read compressed for the second time, one form at a time. A form is an entry of
-//! the index like any other: it counts toward the limit, is evicted in the order of use, and is dropped if it is damaged. Whether
-//! a blob is stored does not depend on its form. Each frame holds [`CHUNK_BYTES`] of the blob, and a [`SeekTable`] follows the
-//! frames, so a read may begin anywhere.
+//! A form is made in the background when a blob is read compressed for the second time, one form at a time. A form is
+//! an entry of the index like any other: it counts toward the limit, is evicted in the order of use, and is dropped if
+//! it is damaged. Whether a blob is stored does not depend on its form. Each frame holds [`CHUNK_BYTES`] of the blob,
+//! and a [`SeekTable`] follows the frames, so a read may begin anywhere.
 //!
-//! A form that this process made is trusted while its file is unchanged. Any other form is decoded and hashed from end to end
-//! before its first byte is served.
+//! A form that this process made is trusted while its file is unchanged. Any other form is decoded and hashed from end
+//! to end before its first byte is served.
 //!
-//! A blob that does not get smaller is remembered and sent uncompressed from then on. Blobs up to `SMALL_BLOB_BYTES` get no
-//! form; [`super::zstd_reader`] caches their frames in memory.
+//! A blob that does not get smaller is remembered and sent uncompressed from then on. Blobs up to `SMALL_BLOB_BYTES`
+//! get no form; [`super::zstd_reader`] caches their frames in memory.
 
 use crate::actors::cas::{
     blob::BlobReader,
@@ -77,8 +77,8 @@ pub(crate) struct Form {
 }
 
 impl Form {
-    /// Opens the frames of a blob that is kept compressed; they serve as its form. `None` if the blob is not kept compressed.
-    /// Blocks for as long as decoding and hashing takes.
+    /// Opens the frames of a blob that is kept compressed; they serve as its form. `None` if the blob is not kept
+    /// compressed. Blocks for as long as decoding and hashing takes.
     ///
     /// # Errors
     /// `NotFound` when the file is damaged or gone, which is reported.
@@ -91,7 +91,8 @@ impl Form {
         Ok(opened.map(|(frames, table)| Self { frames, table }))
     }
 
-    /// Opens a located form. Returns `None` when the form is unusable, which is reported. Blocks for as long as decoding takes.
+    /// Opens a located form. Returns `None` when the form is unusable, which is reported. Blocks for as long as
+    /// decoding takes.
     pub(crate) fn open(cas: &Cas, found: FoundEntry, hold: &Arc<Hold>) -> Option<Self> {
         // `open` reports a damaged form. Other errors, such as too many open files, say nothing about the form.
         let file = open(cas, &found).ok()?;
@@ -107,7 +108,8 @@ impl Form {
     }
 }
 
-/// Decodes and hashes a form. Returns its table and the stamp at which it was verified, and reports it to the actor. Blocks.
+/// Decodes and hashes a form. Returns its table and the stamp at which it was verified, and reports it to the actor.
+/// Blocks.
 ///
 /// # Errors
 /// `NotFound` when it is damaged, which is reported.
@@ -180,8 +182,8 @@ impl Cas {
         self.look_up(|index| index.renew(&key))
     }
 
-    /// Records a compressed read of a larger blob without a form, and returns what earlier reads have shown. From the second
-    /// read on, a form is made in the background.
+    /// Records a compressed read of a larger blob without a form, and returns what earlier reads have shown. From the
+    /// second read on, a form is made in the background.
     pub(crate) fn note_zstd_read(&self, instance: &Instance, digest: Digest) -> Option<History> {
         let shared = self.shared();
         let key = (instance.blobs(), digest);

@@ -1,9 +1,10 @@
 //! [`ZstdReader`]: a stored blob as a zstd stream from any offset. Also compresses small blobs for batch reads.
 //!
-//! The stream consists of independent frames that begin at multiples of [`CHUNK_BYTES`], except for the first, which begins at
-//! the offset. So the stream can be decoded without earlier bytes (BS-12). Frames come from the blob's zstd form if there is
-//! one. Otherwise they are made by jobs on blocking threads, one job ahead of the caller. At most one encoder per CPU works at
-//! a time, and waiting readers take turns. An idle reader holds the output of two jobs, about half a MiB.
+//! The stream consists of independent frames that begin at multiples of [`CHUNK_BYTES`], except for the first, which
+//! begins at the offset. So the stream can be decoded without earlier bytes (BS-12). Frames come from the blob's zstd
+//! form if there is one. Otherwise they are made by jobs on blocking threads, one job ahead of the caller. At most one
+//! encoder per CPU works at a time, and waiting readers take turns. An idle reader holds the output of two jobs, about
+//! half a MiB.
 
 use crate::actors::cas::{
     blob::BlobReader,
@@ -162,8 +163,8 @@ impl Part {
 }
 
 impl Cas {
-    /// Opens a blob as a zstd stream of its bytes from `offset` on (BS-12). At the end of the blob, the stream is one empty
-    /// frame.
+    /// Opens a blob as a zstd stream of its bytes from `offset` on (BS-12). At the end of the blob, the stream is one
+    /// empty frame.
     ///
     /// # Errors
     /// `NotFound` when the blob is not stored. A damaged file counts as not stored, and its entry is dropped.
@@ -209,8 +210,8 @@ impl Cas {
         Ok(match bytes {
             Item::Zstd(stream) => ZstdReader::whole(&stream),
             Item::Plain(bytes) => {
-                // The frames are uncompressed: either the blob does not get smaller, or this is a read from an offset in a
-                // small blob, which is rare.
+                // The frames are uncompressed: either the blob does not get smaller, or this is a read from an offset
+                // in a small blob, which is rare.
                 let mut stream = Vec::new();
                 stored_frame(&bytes, &mut stream);
                 ZstdReader::whole(&stream)
@@ -218,8 +219,8 @@ impl Cas {
         })
     }
 
-    /// Reads whole blobs as [`Cas::read_many`] does, and compresses them where that saves bytes (CAS-20). Compressed small
-    /// blobs are cached in memory. Larger ones come from their zstd form if they have one.
+    /// Reads whole blobs as [`Cas::read_many`] does, and compresses them where that saves bytes (CAS-20). Compressed
+    /// small blobs are cached in memory. Larger ones come from their zstd form if they have one.
     ///
     /// # Errors
     /// Each blob has its own result. The call fails when the server is shutting down.

@@ -1,10 +1,10 @@
 //! [`Hot`] and [`Cold`]: the two parts of an entry of the index, which stands for one stored file.
 //!
-//! A look-up reads only the hot part, which is one cache line. The cold part is needed when an entry is read, moved in the order of
-//! use, or removed. Together they take 88 bytes.
+//! A look-up reads only the hot part, which is one cache line. The cold part is needed when an entry is read, moved in
+//! the order of use, or removed. Together they take 88 bytes.
 //!
-//! A key fits into the hot part if its hash has at most [`HEAD_BYTES`] and its size is below [`WIDE_SIZE`], like the key of a
-//! SHA-256 blob. Any other key is *wide*: the rest of it is in a [`KeyTail`].
+//! A key fits into the hot part if its hash has at most [`HEAD_BYTES`] and its size is below [`WIDE_SIZE`], like the
+//! key of a SHA-256 blob. Any other key is *wide*: the rest of it is in a [`KeyTail`].
 
 use super::{EntryKind, Key, Seal};
 use crate::instance::InstanceId;
@@ -39,7 +39,8 @@ pub(super) struct Hot {
     head: [u8; HEAD_BYTES],
     /// 0 for a free slot.
     pub(super) generation: u64,
-    /// The low half is the number of holders, the high half the name of its row of leases. Both keep the entry from eviction.
+    /// The low half is the number of holders, the high half the name of its row of leases. Both keep the entry from
+    /// eviction.
     pub(super) pin: AtomicU64,
     /// The low bits of the size, or the number of the [`KeyTail`].
     size_low: u32,
@@ -137,8 +138,8 @@ fn kind_byte(key: &Key) -> u8 {
     key.digest.function() as u8 | (key.kind as u8) << 3
 }
 
-/// The parts of a key, apart from the size of its digest: the hash, and a number that combines the instance, the kind and the
-/// digest function.
+/// The parts of a key, apart from the size of its digest: the hash, and a number that combines the instance, the kind
+/// and the digest function.
 pub(super) fn parts_of(key: &Key) -> (&[u8], u32) {
     (key.digest.hash(), u32::from(key.instance.0) << 16 | u32::from(kind_byte(key)))
 }

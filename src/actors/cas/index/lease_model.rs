@@ -118,8 +118,8 @@ impl Model {
         }
     }
 
-    /// The largest charge of a peer: the bytes of the entries that it has touched, except for those that it shares with another
-    /// peer.
+    /// The largest charge of a peer: the bytes of the entries that it has touched, except for those that it shares with
+    /// another peer.
     fn most_of(&self, peer: Peer) -> u64 {
         let may_be_charged = |file: &FileId, builds: &HashSet<Owner>| {
             let mut peers = builds.difference(&self.withdrawn).map(|owner| owner.peer);
@@ -168,8 +168,8 @@ impl Model {
 }
 
 proptest! {
-    /// No entry that was promised to a build is evicted, whatever other builds do. Only builds with more than their share lose
-    /// leases. When all builds are quiet, nothing is leased.
+    /// No entry that was promised to a build is evicted, whatever other builds do. Only builds with more than their
+    /// share lose leases. When all builds are quiet, nothing is leased.
     #[test]
     fn leases_behave_like_their_model(ops in proptest::collection::vec(op(), 1..250)) {
         let mut index = Index::with_leases(LIMIT, TIMES, 0);

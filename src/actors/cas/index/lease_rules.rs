@@ -21,7 +21,8 @@ fn is_there(index: &Index, file: FileId) -> bool {
     index.slot_of(&file.key).is_some()
 }
 
-/// A hit at minute 0 is still readable at minute 8, and at the end of a build of 8 hours, whatever others upload meanwhile.
+/// A hit at minute 0 is still readable at minute 8, and at the end of a build of 8 hours, whatever others upload
+/// meanwhile.
 #[test]
 fn what_a_build_has_touched_stays_while_it_is_active_and_for_a_time_after() {
     let mut index = Index::with_leases(LIMIT, TIMES, 0);
@@ -65,8 +66,8 @@ fn requests_without_a_build_lease_for_a_shorter_time() {
     assert_eq!(Index::new(LIMIT).enter(build(1, 1), START), None);
 }
 
-/// The rule about shares: a build that takes all it can get loses its own oldest leases, and another build keeps all of its
-/// leases.
+/// The rule about shares: a build that takes all it can get loses its own oldest leases, and another build keeps all of
+/// its leases.
 #[test]
 fn who_has_more_than_its_share_loses_its_own_oldest_leases() {
     for (hog, other) in [(build(1, 1), build(2, 1)), (build(1, 1), build(1, 2)), (build(1, 0), build(1, 1))] {
@@ -86,7 +87,8 @@ fn who_has_more_than_its_share_loses_its_own_oldest_leases() {
     }
 }
 
-/// A result is not served if its leases would exceed nine tenths of the store, unless another build has more than its share.
+/// A result is not served if its leases would exceed nine tenths of the store, unless another build has more than its
+/// share.
 #[test]
 fn a_build_does_not_lose_its_leases_for_results_that_it_asks_for() {
     let mut index = Index::with_leases(LIMIT, TIMES, 0);
@@ -154,8 +156,8 @@ fn nobody_loses_leases_within_its_share() {
     assert_eq!(index.tally().broken_promises, 0);
 }
 
-/// Dead records and files beside the store leave less room for entries. Leases are bounded by that room, so uploads of a build that
-/// has filled it go on.
+/// Dead records and files beside the store leave less room for entries. Leases are bounded by that room, so uploads of
+/// a build that has filled it go on.
 #[test]
 fn leases_do_not_fill_the_room_that_other_bytes_leave() {
     let mut index = Index::with_leases(LIMIT, TIMES, 0);
@@ -238,7 +240,8 @@ fn evictions_look_at_each_leased_entry_once() {
     assert!(victims.iter().all(|victim| victim.file.generation <= LEASED));
 }
 
-/// A client that names another build in each request gets a bounded number of rows, and other clients still have leases.
+/// A client that names another build in each request gets a bounded number of rows, and other clients still have
+/// leases.
 #[test]
 fn the_memory_of_leases_is_bounded() {
     let mut index = Index::with_leases(1 << 40, TIMES, 0);

@@ -1,21 +1,23 @@
 //! [`Leases`]: the entries that builds have touched, and how long they are kept for them.
 //!
-//! A lease is not kept for each blob and build. An entry names one *row* of a table, and is leased as long as the row is there. A
-//! row belongs to one build and one period, and counts the bytes of its entries. When the build has been quiet for long enough, its
-//! rows end, each in constant time, and so do the leases of all entries that name them. A build that has too much loses its oldest
-//! row ([`Leases::withdraw_one`]). A name is not given to another row, so an entry may keep the name of a row that has ended.
+//! A lease is not kept for each blob and build. An entry names one *row* of a table, and is leased as long as the row
+//! is there. A row belongs to one build and one period, and counts the bytes of its entries. When the build has been
+//! quiet for long enough, its rows end, each in constant time, and so do the leases of all entries that name them. A
+//! build that has too much loses its oldest row ([`Leases::withdraw_one`]). A name is not given to another row, so an
+//! entry may keep the name of a row that has ended.
 //!
-//! An entry that a second build touches moves to a *common* row. Such a row stays until all builds are quiet that were active
-//! while it was the newest. If only builds of one peer share its entries, it is charged to this peer, and otherwise to none, so that
-//! no peer loses what it shares with another one.
+//! An entry that a second build touches moves to a *common* row. Such a row stays until all builds are quiet that were
+//! active while it was the newest. If only builds of one peer share its entries, it is charged to this peer, and
+//! otherwise to none, so that no peer loses what it shares with another one.
 //!
-//! A build that returns after its leases are over is another build. Its earlier rows are not charged to it, and end with the next
-//! [`Leases::expire`]. The build that stands for all builds without a place keeps its rows until then.
+//! A build that returns after its leases are over is another build. Its earlier rows are not charged to it, and end
+//! with the next [`Leases::expire`]. The build that stands for all builds without a place keeps its rows until then.
 //!
-//! Bounds: [`ROWS`] rows, of which [`COMMON_ROWS`] are common, and [`BUILDS`] builds: about 300 KiB. Beyond them, builds of a peer
-//! count as one, periods get longer, and what the builds of a peer share is charged to none.
+//! Bounds: [`ROWS`] rows, of which [`COMMON_ROWS`] are common, and [`BUILDS`] builds: about 300 KiB. Beyond them,
+//! builds of a peer count as one, periods get longer, and what the builds of a peer share is charged to none.
 //!
-//! Readers take leases while they share the index. Only the owner of the index ends rows, so no row ends while a reader uses it.
+//! Readers take leases while they share the index. Only the owner of the index ends rows, so no row ends while a reader
+//! uses it.
 
 mod book;
 mod earlier;
@@ -178,8 +180,9 @@ impl Leases {
         it.rows.back().map(|(name, _)| *name)
     }
 
-    /// Adds a build to the newest common row with this payer, and begins a new row if that is full or old, or if the leases of all its
-    /// builds are over. Returns the name of the row, or `None` if there is no row for this payer and none is free.
+    /// Adds a build to the newest common row with this payer, and begins a new row if that is full or old, or if the
+    /// leases of all its builds are over. Returns the name of the row, or `None` if there is no row for this payer and
+    /// none is free.
     fn join(&self, book: &mut Book, build: usize, payer: Payer, now: u32) -> Option<u32> {
         let newest = book.newest_common.get(&payer).and_then(|place| book.common[*place].as_ref());
         let wants_new = newest.is_none_or(|row| {
@@ -295,11 +298,12 @@ impl Leases {
         over.into_iter().map(|name| self.end(name)).collect()
     }
 
-    /// Ends one row if `wanted` more bytes for the asker would exceed the budget, and if a peer has more than its share. All peers
-    /// with leases have equal shares, and so have the builds of one peer.
+    /// Ends one row if `wanted` more bytes for the asker would exceed the budget, and if a peer has more than its
+    /// share. All peers with leases have equal shares, and so have the builds of one peer.
     ///
-    /// The peer that is charged with the most bytes loses the oldest row of its build with the most bytes. If no build of the peer can
-    /// lose a row, the peer loses the oldest row that only its builds share. The newest row of a build stays, and the asker's rows too.
+    /// The peer that is charged with the most bytes loses the oldest row of its build with the most bytes. If no build
+    /// of the peer can lose a row, the peer loses the oldest row that only its builds share. The newest row of a build
+    /// stays, and the asker's rows too.
     pub(super) fn withdraw_one(
         &mut self,
         wanted: u64,

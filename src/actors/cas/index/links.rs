@@ -1,9 +1,9 @@
 //! [`Links`]: which blobs a result needs, and which results need a blob.
 //!
-//! With links, a result is dropped in the same step as one of its blobs, and a look-up knows without reading files whether a
-//! result is complete. Links have a bound of their own, because a result may need any number of blobs. Beyond it, the links of
-//! the results that were linked first are forgotten. Such a result and its Trees are read again at the next look-up, which finds
-//! out whether it is complete.
+//! With links, a result is dropped in the same step as one of its blobs, and a look-up knows without reading files
+//! whether a result is complete. Links have a bound of their own, because a result may need any number of blobs. Beyond
+//! it, the links of the results that were linked first are forgotten. Such a result and its Trees are read again at the
+//! next look-up, which finds out whether it is complete.
 //!
 //! A link is a node in two lists: the links of its result, and the links of its blob.
 
@@ -30,7 +30,8 @@ pub(super) struct Links {
     of_result: HashMap<u32, (u32, u64)>,
     /// The first node of each blob.
     of_blob: HashMap<u32, u32>,
-    /// The results in the order in which they were linked. Entries of results that were unlinked or linked again are stale.
+    /// The results in the order in which they were linked. Entries of results that were unlinked or linked again are
+    /// stale.
     by_age: VecDeque<(u32, u64)>,
     /// Number of times that results were linked.
     linked: u64,

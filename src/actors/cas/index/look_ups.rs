@@ -37,9 +37,9 @@ impl Index {
         Some(self.slab.key(newest).digest)
     }
 
-    /// The results of these namespaces in at most `max` slots from `from` on. This does not count as a use. Also returns the
-    /// slot to continue from; `None` at the end. An entry keeps its slot until it is removed, and the result that replaces it
-    /// has the same slot.
+    /// The results of these namespaces in at most `max` slots from `from` on. This does not count as a use. Also
+    /// returns the slot to continue from; `None` at the end. An entry keeps its slot until it is removed, and the
+    /// result that replaces it has the same slot.
     pub(in super::super) fn results_from(
         &self,
         instances: [InstanceId; 2],

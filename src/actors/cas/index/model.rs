@@ -133,7 +133,8 @@ pub(super) fn settle(index: &mut Index, found: Option<FoundEntry>) {
 }
 
 proptest! {
-    /// Only the oldest entries that are not held are evicted, and only when needed. The totals are right and the limit holds.
+    /// Only the oldest entries that are not held are evicted, and only when needed. The totals are right and the limit
+    /// holds.
     #[test]
     fn the_index_behaves_like_its_model(ops in proptest::collection::vec(op(), 1..200)) {
         let (mut index, mut model) = (Index::new(LIMIT), Model::default());
@@ -292,8 +293,8 @@ pub(super) fn store_numbered(index: &mut Index, number: u64, bytes: u64) -> File
 }
 
 proptest! {
-    /// Even if the owner settles look-ups late, out of order or never, it evicts no held entry, and no used entry while it
-    /// keeps an unused one.
+    /// Even if the owner settles look-ups late, out of order or never, it evicts no held entry, and no used entry while
+    /// it keeps an unused one.
     #[test]
     fn an_eviction_sees_uses_that_are_not_settled(
         touches in proptest::collection::vec((0u8..20, 0u8..4), 0..60),

@@ -1,14 +1,15 @@
 //! The order of use: a list of entries, the most recently used first.
 //!
-//! A held entry needs no place in the list. An eviction that finds one sets it aside, so later evictions do not look at it
-//! again, however many entries are held. The end of its last hold is a use and returns it to the head of the list.
-//! [`Index::settle`] does this for the entries that readers report to the actor. Readers need not report all of them: they also
-//! put each such entry on a stack, which is emptied before the next eviction.
+//! A held entry needs no place in the list. An eviction that finds one sets it aside, so later evictions do not look at
+//! it again, however many entries are held. The end of its last hold is a use and returns it to the head of the list.
+//! [`Index::settle`] does this for the entries that readers report to the actor. Readers need not report all of them:
+//! they also put each such entry on a stack, which is emptied before the next eviction.
 //!
-//! An eviction that finds a leased entry moves it to a list of its row. When the row ends, the whole list becomes the end of the
-//! list of all entries, in constant time. So leased entries, too, cost one look each.
+//! An eviction that finds a leased entry moves it to a list of its row. When the row ends, the whole list becomes the
+//! end of the list of all entries, in constant time. So leased entries, too, cost one look each.
 //!
-//! Each list is a ring that is closed by a link of its own, so an entry can be taken out of its list without knowing which it is.
+//! Each list is a ring that is closed by a link of its own, so an entry can be taken out of its list without knowing
+//! which it is.
 
 use super::{
     EXACT_BELOW, EntryRef, Index,
@@ -21,7 +22,8 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 pub(super) const NIL: u32 = u32::MAX;
 /// The entry is not on the stack of released entries.
 const NOT_RELEASED: u32 = NIL - 1;
-/// The link that closes the list of all entries. Slots are smaller than the links of all lists, because memory ends long before.
+/// The link that closes the list of all entries. Slots are smaller than the links of all lists, because memory ends
+/// long before.
 const ALL: u32 = NIL - 2;
 /// The number of lists.
 const LISTS: usize = ROWS + 1;
@@ -43,13 +45,13 @@ struct ListEnds {
 pub(super) struct UseOrder {
     /// The list of all entries, followed by the lists of the rows.
     ends: Vec<ListEnds>,
-    /// The number of the epoch. It wraps around. At worst, this loses one use of an entry that was not used while a thousand
-    /// times as many entries as the list has were put at the head.
+    /// The number of the epoch. It wraps around. At worst, this loses one use of an entry that was not used while a
+    /// thousand times as many entries as the list has were put at the head.
     epoch: u16,
     /// Number of entries that were put at the head of the list in this epoch.
     in_epoch: usize,
-    /// The top of the stack of entries that were set aside and are not held any more. Readers push entries while they share the
-    /// index, and its owner takes all of them.
+    /// The top of the stack of entries that were set aside and are not held any more. Readers push entries while they
+    /// share the index, and its owner takes all of them.
     released: AtomicU32,
     /// Number of entries that evictions have examined.
     #[cfg(test)]
@@ -131,16 +133,16 @@ impl Index {
 
     /// Marks an entry as used, unless it is recent enough in the list. Returns whether the mark is new.
     pub(super) fn mark_used(&self, entry: &Hot) -> bool {
-        // In a short list, even the newest entry is marked, because entries that were used earlier may be about to move ahead of
-        // it.
+        // In a short list, even the newest entry is marked, because entries that were used earlier may be about to move
+        // ahead of it.
         let is_recent =
             self.table.len() >= EXACT_BELOW && self.order.epoch.wrapping_sub(entry.linked_in) < RECENT_EPOCHS;
         !is_recent && entry.set(USED)
     }
 
-    /// The least recently used entry that is neither held nor leased. Older entries that are held or leased are set aside, and
-    /// older entries whose use is not settled yet move to the head of the list. So each hold and each use costs one look, and one
-    /// pass sees every candidate.
+    /// The least recently used entry that is neither held nor leased. Older entries that are held or leased are set
+    /// aside, and older entries whose use is not settled yet move to the head of the list. So each hold and each use
+    /// costs one look, and one pass sees every candidate.
     pub(super) fn oldest_evictable(&mut self) -> Option<u32> {
         self.put_back_released();
         if self.totals.used == self.totals().pinned {
@@ -191,8 +193,8 @@ impl Index {
         self.join(ALL, slot);
     }
 
-    /// Empties the stack of released entries. They return to the list in the order in which they were released, except those that
-    /// are held again.
+    /// Empties the stack of released entries. They return to the list in the order in which they were released, except
+    /// those that are held again.
     fn put_back_released(&mut self) {
         let (mut slot, mut first) = (std::mem::replace(self.order.released.get_mut(), NIL), NIL);
         while slot != NIL {

@@ -1,4 +1,5 @@
-//! The index's part of compression at rest: it selects the blobs to compress, and changes the entry of a compressed blob.
+//! The index's part of compression at rest: it selects the blobs to compress, and changes the entry of a compressed
+//! blob.
 
 use super::{EntryKind, EntryRef, FileId, FoundEntry, Index, Stamp, Victim, entry::INCOMPRESSIBLE};
 use std::sync::atomic::Ordering::Relaxed;
@@ -13,8 +14,8 @@ pub(crate) struct ColdBlobs {
 }
 
 impl Index {
-    /// The blobs to compress in at most `max` slots from `from` on. This does not count as a use. Also returns the slot to
-    /// continue from; `None` at the end.
+    /// The blobs to compress in at most `max` slots from `from` on. This does not count as a use. Also returns the slot
+    /// to continue from; `None` at the end.
     pub(in super::super) fn cold_from(
         &self,
         cold: ColdBlobs,
@@ -52,9 +53,9 @@ impl Index {
         }
     }
 
-    /// Gives a blob another file, which takes `bytes` and was verified at this stamp. Its place in the order of use and its
-    /// leases stay. Returns the old file, which has to be deleted. If the blob is held or has another file by now, the error is
-    /// the new file, which has to be deleted instead.
+    /// Gives a blob another file, which takes `bytes` and was verified at this stamp. Its place in the order of use and
+    /// its leases stay. Returns the old file, which has to be deleted. If the blob is held or has another file by now,
+    /// the error is the new file, which has to be deleted instead.
     pub(in super::super) fn repack(
         &mut self,
         from: &FileId,

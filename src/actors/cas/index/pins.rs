@@ -46,7 +46,8 @@ impl Index {
         self.leases.enter(owner, now)
     }
 
-    /// Leases an entry to a build. Zstd forms are not leased: they only save work. Does nothing if the entry was removed meanwhile.
+    /// Leases an entry to a build. Zstd forms are not leased: they only save work. Does nothing if the entry was
+    /// removed meanwhile.
     pub(in super::super) fn lease(&self, at: EntryRef, lessee: Lessee) {
         let Some(entry) = self.live(at).filter(|entry| entry.kind() != EntryKind::Zstd) else { return };
         let mut pin = entry.pin.load(Relaxed);
@@ -93,8 +94,8 @@ impl Index {
         }
     }
 
-    /// Makes room for leases of `wanted` bytes, or as much as possible: ends expired leases, and takes the oldest leases from
-    /// builds that have more than their share. The leases of the asker itself are not taken.
+    /// Makes room for leases of `wanted` bytes, or as much as possible: ends expired leases, and takes the oldest
+    /// leases from builds that have more than their share. The leases of the asker itself are not taken.
     pub(in super::super) fn ease_leases(
         &mut self,
         wanted: u64,
@@ -114,8 +115,8 @@ impl Index {
         all
     }
 
-    /// Like [`Index::evict`], for a disk that is filled by something else. When nothing else is left to evict, leases end: the
-    /// build that has most loses its oldest ones first. To evict an entry that was leased breaks a promise.
+    /// Like [`Index::evict`], for a disk that is filled by something else. When nothing else is left to evict, leases
+    /// end: the build that has most loses its oldest ones first. To evict an entry that was leased breaks a promise.
     pub(in super::super) fn evict_even_leased(
         &mut self,
         bytes: u64,

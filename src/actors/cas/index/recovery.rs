@@ -1,9 +1,10 @@
 //! [`Recovery`]: an index that is being filled with the files that are found at start.
 //!
-//! There may be ten million files, and nothing is served before they are known. So while files are found, entries are only
-//! written one after the other, by the threads that find them. The steps that access memory at random are done once, when all
-//! files are known: [`SlotTable::fill`](super::table::SlotTable::fill) puts the entries into the hash tables, one table at a
-//! time, and then the list in the order of use is linked. The type ensures that an incomplete index has no look-ups.
+//! There may be ten million files, and nothing is served before they are known. So while files are found, entries are
+//! only written one after the other, by the threads that find them. The steps that access memory at random are done
+//! once, when all files are known: [`SlotTable::fill`](super::table::SlotTable::fill) puts the entries into the hash
+//! tables, one table at a time, and then the list in the order of use is linked. The type ensures that an incomplete
+//! index has no look-ups.
 
 use super::{EntryKind, FileId, Index, LeaseTimes, Recovered, RunJobs, Stamp, Victim, slab::Slab};
 use std::sync::{Mutex, PoisonError, atomic::Ordering::Relaxed};
@@ -42,9 +43,10 @@ impl Recovery {
         counts.into_iter().for_each(|(kind, count)| *index.count_of(kind) += count);
     }
 
-    /// Completes the index. Entries are put into the order of their recorded use, and recently used ones are leased. `now` is in
-    /// seconds since 1970, and `uptime` is the clock of leases. Of two files for one entry, the newer one is kept; `is_newer`
-    /// returns whether its first argument is newer than the second. The caller deletes the files that are returned.
+    /// Completes the index. Entries are put into the order of their recorded use, and recently used ones are leased.
+    /// `now` is in seconds since 1970, and `uptime` is the clock of leases. Of two files for one entry, the newer one
+    /// is kept; `is_newer` returns whether its first argument is newer than the second. The caller deletes the files
+    /// that are returned.
     pub(crate) fn finish(
         self,
         run: RunJobs<'_>,
@@ -67,8 +69,8 @@ impl Recovery {
 }
 
 impl Index {
-    /// Decides about an entry that was not added to the table, because the table has entries that differ from it at most in the
-    /// size of the digest. One of them may have to be removed. No entry is in the order of use yet.
+    /// Decides about an entry that was not added to the table, because the table has entries that differ from it at
+    /// most in the size of the digest. One of them may have to be removed. No entry is in the order of use yet.
     fn settle_contest(&mut self, slot: u32, is_newer: &dyn Fn(&FileId, &FileId) -> bool) -> Option<Victim> {
         let file = self.file_at(slot);
         let loser = match self.slot_of(&file.key) {
@@ -157,15 +159,16 @@ pub(super) mod tests {
     }
 
     proptest! {
-        /// Files are found in any order and in parts of any size, and some keys have two or more files. The index has the newest
-        /// file of each key, unless too many keys differ only in the size of the digest. The totals and the order of eviction are
-        /// right.
+        /// Files are found in any order and in parts of any size, and some keys have two or more files. The index has
+        /// the newest file of each key, unless too many keys differ only in the size of the digest. The totals and the
+        /// order of eviction are right.
         #[test]
         fn of_all_files_that_were_found_the_newest_of_each_key_are_recovered(
             found in proptest::collection::vec((key(), any::<u16>(), 1u64..50, 0u32..30), 0..400),
             at_once in 1usize..300,
         ) {
-            // No two files were stored at the same moment. A blob that was moved has a greater generation than newer ones.
+            // No two files were stored at the same moment. A blob that was moved has a greater generation than newer
+            // ones.
             let found: Vec<(FileId, Found)> = (found.into_iter().enumerate())
                 .map(|(at, (key, stored, bytes, touched))| {
                     let stored = u32::from(stored) << 10 | at as u32;
@@ -201,7 +204,8 @@ pub(super) mod tests {
             prop_assert_eq!(of_kinds, [EntryKind::Blob, EntryKind::Result, EntryKind::Zstd].map(count));
             prop_assert_eq!(totals.used, kept.iter().map(|(_, (_, _, bytes, _))| bytes).sum::<u64>());
             prop_assert_eq!((totals.deleting, totals.held, totals.reserved), (0, 0, 0));
-            // Afterwards, the index works as usual: a new entry is added, and all entries are evicted in the order of use.
+            // Afterwards, the index works as usual: a new entry is added, and all entries are evicted in the order of
+            // use.
             let new = Key { instance: InstanceId(9), ..found.first().map_or_else(some_key, |(file, _)| file.key) };
             let new = FileId { key: new, generation: 1 << 40 };
             index.reserve(1).unwrap();
@@ -226,8 +230,8 @@ pub(super) mod tests {
         Key { digest, instance: InstanceId(0), kind: EntryKind::Blob }
     }
 
-    /// The tables get full to any degree, and some grow while they are filled. The parts in which files are found differ in size
-    /// from the chunks of the slab.
+    /// The tables get full to any degree, and some grow while they are filled. The parts in which files are found
+    /// differ in size from the chunks of the slab.
     #[test]
     fn a_recovered_index_finds_everything_and_takes_no_more_memory_than_any_other() {
         let empty = Index::with_leases(1 << 40, LeaseTimes::default(), 0).memory() as u64;

@@ -2,7 +2,8 @@
 
 use super::{Grant, Index, Shortage, Totals, Victim};
 
-/// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is used.
+/// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is
+/// used.
 pub(super) const WATERMARKS_FROM_BYTES: u64 = 64 << 20;
 /// When less than this part of a store is free, entries are evicted ahead of need.
 const HIGH_WATER_PART: u64 = 50;
@@ -30,9 +31,9 @@ impl Index {
         self.reserve_beside(wanted, false)
     }
 
-    /// Like [`Index::reserve`], for a write that may be large. A large write leaves [`KEPT_FOR_SMALL_PART`] of the store free on
-    /// disk and waits for deletions until then. A small write does not. So a large write into a full store waits for the
-    /// deletions that it causes, and small writes do not wait for them.
+    /// Like [`Index::reserve`], for a write that may be large. A large write leaves [`KEPT_FOR_SMALL_PART`] of the
+    /// store free on disk and waits for deletions until then. A small write does not. So a large write into a full
+    /// store waits for the deletions that it causes, and small writes do not wait for them.
     ///
     /// # Errors
     /// As [`Index::reserve`].
@@ -54,8 +55,8 @@ impl Index {
         Ok(Grant { victims, after_deletions: self.free_after(kept) })
     }
 
-    /// The count of deleted bytes at which all reservations and `kept` more bytes fit on the disk beside the files that are being
-    /// deleted.
+    /// The count of deleted bytes at which all reservations and `kept` more bytes fit on the disk beside the files that
+    /// are being deleted.
     fn free_after(&self, kept: u64) -> u64 {
         let Totals { used, reserved, deleting, .. } = self.totals;
         let on_disk = used.saturating_add(reserved).saturating_add(deleting);
@@ -82,8 +83,8 @@ impl Index {
         self.room().saturating_sub(used).saturating_sub(reserved) >= wanted
     }
 
-    /// Checks that `wanted` bytes could be freed by evicting everything that is not held and by revoking `revocable` bytes of
-    /// earlier reservations. Reserves and evicts nothing.
+    /// Checks that `wanted` bytes could be freed by evicting everything that is not held and by revoking `revocable`
+    /// bytes of earlier reservations. Reserves and evicts nothing.
     ///
     /// # Errors
     /// [`Shortage`] if they could not.
@@ -113,7 +114,8 @@ impl Index {
     /// Sets the bytes that the volume needs besides those of the entries. Entries have to be evicted if they grow.
     pub(in super::super) fn set_overhead(&mut self, bytes: u64) {
         self.totals.overhead = bytes;
-        // Otherwise leases could fill the room that is left, and none of them would end when an upload needs some of it.
+        // Otherwise leases could fill the room that is left, and none of them would end when an upload needs some of
+        // it.
         self.leases.set_budget(self.room());
     }
 
@@ -122,8 +124,8 @@ impl Index {
         self.totals.limit.saturating_sub(self.totals.overhead)
     }
 
-    /// Evicts ahead of need: once the high-water mark is passed, down to the low-water mark, at most `max` entries per call.
-    /// Call it again until it returns nothing.
+    /// Evicts ahead of need: once the high-water mark is passed, down to the low-water mark, at most `max` entries per
+    /// call. Call it again until it returns nothing.
     pub(in super::super) fn trim(&mut self, max: usize) -> Vec<Victim> {
         let Totals { used, reserved, .. } = self.totals;
         let room = self.room();
@@ -140,8 +142,8 @@ impl Index {
         victims
     }
 
-    /// Evicts the least recently used entries until at least `bytes` bytes and `entries` entries are evicted, at most `max`
-    /// entries.
+    /// Evicts the least recently used entries until at least `bytes` bytes and `entries` entries are evicted, at most
+    /// `max` entries.
     pub(in super::super) fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
         let (mut victims, mut evicted) = (Vec::new(), 0u64);
         while (evicted < bytes || (victims.len() as u64) < entries)

@@ -1,7 +1,7 @@
 //! [`Slab`]: the memory of the entries.
 //!
-//! It grows by chunks of a fixed size. So an entry never moves, growing takes microseconds for any number of entries, and at most
-//! one chunk is unused.
+//! It grows by chunks of a fixed size. So an entry never moves, growing takes microseconds for any number of entries,
+//! and at most one chunk is unused.
 
 use super::{
     FileId, Key, Stamp,

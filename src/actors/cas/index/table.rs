@@ -1,7 +1,7 @@
 //! [`SlotTable`]: finds the slot of a key.
 //!
-//! It consists of many small hash tables, the parts, which grow one at a time. A hash table moves all of its entries when it
-//! grows, and nothing can be looked up meanwhile.
+//! It consists of many small hash tables, the parts, which grow one at a time. A hash table moves all of its entries
+//! when it grows, and nothing can be looked up meanwhile.
 
 use super::{Key, entry::parts_of, slab::Slab};
 use hashbrown::{HashTable, hash_table::Entry};
@@ -15,7 +15,8 @@ use std::{
 const PARTS: usize = 64;
 /// Number of jobs that fill a table at the same time, each a part of it. With more jobs, memory would be the limit.
 const JOBS: usize = 4;
-/// Slots that are sorted by part before they are added. This takes 16 MiB, and a part stays in the cache for 16,000 of them.
+/// Slots that are sorted by part before they are added. This takes 16 MiB, and a part stays in the cache for 16,000 of
+/// them.
 const FILL_AT_ONCE: usize = if cfg!(test) { 64 } else { 1 << 20 };
 
 /// Runs this many jobs, each given its number, at the same time if it can. Returns when all of them have ended.
@@ -60,8 +61,8 @@ impl SlotTable {
         self.len += 1;
     }
 
-    /// Adds all entries of a slab to an empty table. Returns, in order, the slots that were not added because the table has an
-    /// entry whose key differs at most in the size of the digest.
+    /// Adds all entries of a slab to an empty table. Returns, in order, the slots that were not added because the table
+    /// has an entry whose key differs at most in the size of the digest.
     pub(super) fn fill(&mut self, slab: &Slab, run: RunJobs<'_>) -> Vec<u32> {
         let (hasher, len) = (&self.hasher, slab.len());
         let hash_of = |slot: u32| hash_of_entry(hasher, slab, slot);

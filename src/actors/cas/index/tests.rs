@@ -35,8 +35,8 @@ fn evictions_look_at_each_held_entry_once() {
     assert!(victims.iter().all(|victim| victim.file.generation > HELD));
     assert_eq!(victims.len() as u64, HELD - 10);
     assert!(index.order.looks <= 2 * HELD, "{} looks", index.order.looks);
-    // The entries are evicted in the order in which their holds ended, whether that was settled or not, and after entries that
-    // were used earlier.
+    // The entries are evicted in the order in which their holds ended, whether that was settled or not, and after
+    // entries that were used earlier.
     for (number, at) in holds.into_iter().enumerate() {
         assert!(index.release(at), "it has to return to the list");
         if number % 2 == 0 {
@@ -62,7 +62,8 @@ fn entries_that_are_used_together_are_evicted_in_the_order_of_their_use() {
     assert_eq!(order, [form, blob]);
 }
 
-/// In a long list, a use of an entry that many others have passed is marked, except when the clock of the list has wrapped since.
+/// In a long list, a use of an entry that many others have passed is marked, except when the clock of the list has
+/// wrapped since.
 #[test]
 fn a_use_counts_however_many_epochs_ago_the_previous_use_was() {
     for epochs in [15, 16, 1 << 10, 1 << 15, u16::MAX] {

@@ -103,8 +103,8 @@ impl EntryRef {
     }
 }
 
-/// Inode number and change time of a file. No user can restore either of them. The modification time is not needed, because
-/// setting it moves the change time.
+/// Inode number and change time of a file. No user can restore either of them. The modification time is not needed,
+/// because setting it moves the change time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     inode: u64,
@@ -139,8 +139,9 @@ impl Stamp {
     }
 }
 
-/// The stamp of a file when its content was last verified, in half the memory. It can only be compared with another stamp.
-/// Two stamps that differ both in the inode and in the change time have the same seal with a probability of 2^-64.
+/// The stamp of a file when its content was last verified, in half the memory. It can only be compared with another
+/// stamp. Two stamps that differ both in the inode and in the change time have the same seal with a probability of
+/// 2^-64.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seal(u64);
 

@@ -1,8 +1,9 @@
 //! The action cache part of [`Cas`]: results are read, checked against what is stored, and written.
 //!
-//! The first look-up of a result reads its file, and the Trees and Directories that it names. Blobs that were not read since
-//! the start are hashed, so that a result with a damaged blob is not served. The [`LoadedResult`] is immutable and cached in
-//! memory. From then on a hit is a look-up that checks and renews every reference in the index (AC-03, AC-04).
+//! The first look-up of a result reads its file, and the Trees and Directories that it names. Blobs that were not read
+//! since the start are hashed, so that a result with a damaged blob is not served. The [`LoadedResult`] is immutable
+//! and cached in memory. From then on a hit is a look-up that checks and renews every reference in the index (AC-03,
+//! AC-04).
 
 use crate::actors::cas::{
     checked::{is_sound, not_found, read_unchecked, read_unless_large, report},
@@ -31,8 +32,8 @@ use gorego_reapi::{
 use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 impl Cas {
-    /// Returns a stored result whose blobs are all present and just renewed (AC-03, AC-04). A result that lacks a blob is
-    /// dropped.
+    /// Returns a stored result whose blobs are all present and just renewed (AC-03, AC-04). A result that lacks a blob
+    /// is dropped.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.
@@ -114,8 +115,8 @@ impl Cas {
         }
     }
 
-    /// Takes room for a result that is not small. The memo may drop it while its request waits for room for the answer, and
-    /// then its memory would not be counted.
+    /// Takes room for a result that is not small. The memo may drop it while its request waits for room for the answer,
+    /// and then its memory would not be counted.
     pub(crate) async fn with_room(&self, result: SharedResult) -> Result<SharedResult> {
         if result.memory() <= UNCOUNTED_BYTES {
             return Ok(result);
@@ -125,8 +126,8 @@ impl Cas {
         Ok(result.holding(Some(ResultRoom::new(room))))
     }
 
-    /// Hashes the blobs of a result that were not read since the start. Damaged blobs are dropped, and then the result is
-    /// dropped when it is confirmed.
+    /// Hashes the blobs of a result that were not read since the start. Damaged blobs are dropped, and then the result
+    /// is dropped when it is confirmed.
     async fn check_unread(&self, instance: &Instance, references: &[Digest]) -> Result<()> {
         for part in references.chunks(LOOKUPS_PER_TURN) {
             let located = self.locate(instance, part, Purpose::Read).await?;
@@ -209,8 +210,8 @@ impl Cas {
             Err(Error::NotFound(_)) => return Ok(None),
             Err(error) => return Err(error),
         };
-        // All room is taken before the bytes are read, and the room for the result comes first, because a request with room
-        // to decode must not wait for anything.
+        // All room is taken before the bytes are read, and the room for the result comes first, because a request with
+        // room to decode must not wait for anything.
         let (mut room, decoding) = match &small {
             Ok(_) => (None, None),
             Err(size) => {
@@ -336,8 +337,8 @@ impl Cas {
         }
     }
 
-    /// Stores a result and atomically replaces an earlier one (AC-08). Inlined contents become blobs first (AC-05). Execution
-    /// metadata is always present afterwards (AC-09). Returns the stored result.
+    /// Stores a result and atomically replaces an earlier one (AC-08). Inlined contents become blobs first (AC-05).
+    /// Execution metadata is always present afterwards (AC-09). Returns the stored result.
     ///
     /// # Errors
     /// `Invalid` for digests or output paths that are malformed, absolute, escaping or duplicate (AC-10).
@@ -385,8 +386,8 @@ impl Cas {
         }
         prepared.references = self.references_in_small_trees(&space, &prepared).await;
         let result = prepared.result.clone();
-        // A result that replaces another is compared with it, which may read the disk. Two first results of an action that arrive
-        // at the same time are not compared.
+        // A result that replaces another is compared with it, which may read the disk. Two first results of an action
+        // that arrive at the same time are not compared.
         let replaces =
             is_compared && self.shared().reports.get().is_some() && self.has_result(&space, key)?;
         let is_alone = replaces || !prepared.is_small();

@@ -43,8 +43,8 @@ pub struct Incomplete {
 }
 
 impl Cas {
-    /// The full digest of an action that has a result and of which only the hash is known. If several results are stored under
-    /// the hash, the digest of the newest one.
+    /// The full digest of an action that has a result and of which only the hash is known. If several results are
+    /// stored under the hash, the digest of the newest one.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.
@@ -83,8 +83,8 @@ impl Cas {
         })
     }
 
-    /// Checks and renews all references of a result. If one is missing, the result is dropped (AC-03). A result that was
-    /// replaced since the look-up is still a valid answer: it was current at the time of the request (AC-08). With
+    /// Checks and renews all references of a result. If one is missing, the result is dropped (AC-03). A result that
+    /// was replaced since the look-up is still a valid answer: it was current at the time of the request (AC-08). With
     /// `were_read`, a reference that was not read since the start makes the result a cold one, because its file may be
     /// damaged.
     fn confirm(

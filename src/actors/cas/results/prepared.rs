@@ -127,7 +127,8 @@ impl PreparedResult {
     }
 }
 
-/// A result every blob of which is known. It is linked to them when it becomes visible, and its first hit reads no file.
+/// A result every blob of which is known. It is linked to them when it becomes visible, and its first hit reads no
+/// file.
 #[derive(Debug)]
 struct KnownResult {
     blobs_in: InstanceId,

@@ -1,8 +1,9 @@
 //! Removes results by their origin: the part of a purge that one request does.
 //!
-//! A purge walks the slots of the index in pages. Only the index is read under its lock; files are read on a blocking thread, one
-//! at a time and without decoding the results in them. The actor removes the results of a page in one message, and the answer
-//! comes when the files are deleted, so that no restart brings them back. The whole server works on one page at a time.
+//! A purge walks the slots of the index in pages. Only the index is read under its lock; files are read on a blocking
+//! thread, one at a time and without decoding the results in them. The actor removes the results of a page in one
+//! message, and the answer comes when the files are deleted, so that no restart brings them back. The whole server
+//! works on one page at a time.
 
 use super::replaced::origin_message;
 use crate::{
@@ -87,8 +88,8 @@ impl ResultCondition {
     }
 }
 
-/// Removes these results, unless they were replaced meanwhile. The answer comes when the files are deleted, and names the removed
-/// results.
+/// Removes these results, unless they were replaced meanwhile. The answer comes when the files are deleted, and names
+/// the removed results.
 #[derive(Message)]
 #[rtype(result = "Result<HashSet<FileId>>")]
 pub struct RemoveResults(Vec<EntryRef>);

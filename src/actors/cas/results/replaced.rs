@@ -1,8 +1,8 @@
 //! Reports that a result is about to replace a different one ([`crate::nondeterminism`]).
 //!
-//! The look-up costs nothing for an action without a result, which is almost every write. Otherwise the earlier result is in
-//! memory, or its file is read. A result is not compared if the memory for its file is not free at once, because a report is
-//! not worth waiting for.
+//! The look-up costs nothing for an action without a result, which is almost every write. Otherwise the earlier result
+//! is in memory, or its file is read. A result is not compared if the memory for its file is not free at once, because
+//! a report is not worth waiting for.
 
 use super::PreparedResult;
 use crate::{

@@ -22,8 +22,8 @@ pub(super) fn flip(path: &Path, at: u64) {
     fs::set_permissions(path, before).unwrap();
 }
 
-/// Makes the store believe that a changed file was verified, as after an error of the disk, which leaves the change time as it
-/// is.
+/// Makes the store believe that a changed file was verified, as after an error of the disk, which leaves the change
+/// time as it is.
 async fn hide_change(store: &TestStore, blob: Digest) {
     let found = store.cas.locate(&store.main, &[blob], Purpose::Look).await.unwrap().found.remove(0).unwrap();
     let stamp = store.cas.shared().volume.look(&found.file).unwrap().stamp;
@@ -66,8 +66,8 @@ async fn put_in_every_way(store: &TestStore) -> Vec<Bytes> {
     all
 }
 
-/// CAS-22, BS-16: the bytes before a bad block are right, the read ends with an error, the blob is a miss from then on, and an
-/// upload restores it.
+/// CAS-22, BS-16: the bytes before a bad block are right, the read ends with an error, the blob is a miss from then on,
+/// and an upload restores it.
 #[actix::test]
 async fn an_error_of_the_disk_that_moves_no_time_ends_the_read() {
     let mut store = TestStore::new().await;
@@ -136,8 +136,8 @@ async fn after_a_restart_a_blob_is_not_read_before_it_is_served() {
     assert!(!store.has(blob).await);
 }
 
-/// A store of an earlier version has no checksums: its blobs are hashed at their first read, and then have checksums. The same
-/// applies after checksums are lost or damaged.
+/// A store of an earlier version has no checksums: its blobs are hashed at their first read, and then have checksums.
+/// The same applies after checksums are lost or damaged.
 #[actix::test]
 async fn a_blob_without_checksums_is_hashed_and_gets_them() {
     let mut store = TestStore::new().await;

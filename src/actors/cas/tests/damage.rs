@@ -1,5 +1,5 @@
-//! Tests of stored files that others have changed: changed content with all times restored, and files that were replaced by
-//! something else.
+//! Tests of stored files that others have changed: changed content with all times restored, and files that were
+//! replaced by something else.
 
 use super::{
     super::{
@@ -284,7 +284,8 @@ fn recording_a_use_keeps_a_file_verified_only_if_it_was_verified() {
     assert_eq!(index.renew(&key, 0).unwrap().stamp, found.stamp, "a change by somebody else came first");
 }
 
-/// Readers wait a moment for the report of such a change instead of hashing the file, whose content would be wrong here.
+/// Readers wait a moment for the report of such a change instead of hashing the file, whose content would be wrong
+/// here.
 #[actix::test]
 async fn a_change_that_the_server_is_about_to_report_is_waited_for() {
     let store = TestStore::new().await;

@@ -1,7 +1,8 @@
-//! Every kind of damage to every kind of file of a store, while it is stopped, while it runs, and in what it has just written.
+//! Every kind of damage to every kind of file of a store, while it is stopped, while it runs, and in what it has just
+//! written.
 //!
-//! Whatever the fault, nothing wrong is served, what lies in other files stays, an upload heals what was lost, and what is stored after
-//! the fault survives a restart.
+//! Whatever the fault, nothing wrong is served, what lies in other files stays, an upload heals what was lost, and what
+//! is stored after the fault survives a restart.
 
 mod fault;
 mod stock;
@@ -89,8 +90,9 @@ async fn read_all_of(stocks: &[Stock], store: &TestStore) -> usize {
     lost
 }
 
-/// Damages one file, and checks the store from then on. `file` is the one to damage; [`When::Written`] takes the last new one of its kind
-/// instead. With `looks_up_first`, look-ups come before the first read. Returns whether there was one.
+/// Damages one file, and checks the store from then on. `file` is the one to damage; [`When::Written`] takes the last
+/// new one of its kind instead. With `looks_up_first`, look-ups come before the first read. Returns whether there was
+/// one.
 async fn check_fault(
     template: &Path,
     stock: &Stock,

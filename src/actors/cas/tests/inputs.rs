@@ -111,8 +111,8 @@ async fn staged_inputs_stay_until_they_are_dropped() {
     assert!(!store.has(large).await);
 }
 
-/// A client that has just uploaded its inputs does not wait for a second check of each, and an action whose inputs are staged
-/// never needs them from the store.
+/// A client that has just uploaded its inputs does not wait for a second check of each, and an action whose inputs are
+/// staged never needs them from the store.
 #[actix::test]
 async fn a_root_that_was_just_checked_costs_no_look_ups_until_its_blobs_are_needed() {
     let store = TestStore::with_limit(MB).await;
@@ -303,7 +303,8 @@ async fn outputs_become_visible_together_and_those_of_a_failed_run_are_kept_too(
     }
 }
 
-/// This includes outputs that exceed the room reserved ahead. Otherwise they would take room that is reserved for others.
+/// This includes outputs that exceed the room reserved ahead. Otherwise they would take room that is reserved for
+/// others.
 #[actix::test]
 async fn all_outputs_that_are_not_visible_yet_have_room() {
     let store = TestStore::with_limit(MB).await;

@@ -54,8 +54,8 @@ async fn stored_result(store: &TestStore) -> (Digest, Vec<Digest>) {
     (action, vec![plain, inner, tree])
 }
 
-/// Failure modes 1 to 3 of the user requests: a hit remains complete for as long as the build runs, with everything below its
-/// Trees.
+/// Failure modes 1 to 3 of the user requests: a hit remains complete for as long as the build runs, with everything
+/// below its Trees.
 #[actix::test]
 async fn everything_that_a_hit_refers_to_stays_whatever_others_upload() {
     let store = TestStore::with_leases(MB).await;
@@ -102,8 +102,8 @@ async fn uploads_and_answers_that_a_blob_is_present_lease_it() {
     assert_eq!(store.inspect().await.tally.broken_promises, 0);
 }
 
-/// When leases take nine tenths of the store, a result that needs more is not served. It is kept, and is served when there is
-/// room. A build with more than its share makes room for others.
+/// When leases take nine tenths of the store, a result that needs more is not served. It is kept, and is served when
+/// there is room. A build with more than its share makes room for others.
 #[actix::test]
 async fn a_result_for_which_leases_leave_no_room_is_not_served() {
     let store = TestStore::with_leases(MB).await;

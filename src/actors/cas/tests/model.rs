@@ -1,9 +1,9 @@
-//! The whole store against a trivial model: random requests of several builds on a store that is always full, with results, purges,
-//! readers, compaction, restarts, kills and power cuts.
+//! The whole store against a trivial model: random requests of several builds on a store that is always full, with
+//! results, purges, readers, compaction, restarts, kills and power cuts.
 //!
-//! The model is a map of what was acknowledged. Nothing wrong is ever served, and everything that was acknowledged is there or was
-//! evicted: no more is missing than the store says that it has evicted. What was promised to a build with less than its share is always
-//! there, and a purged or replaced result never comes back.
+//! The model is a map of what was acknowledged. Nothing wrong is ever served, and everything that was acknowledged is
+//! there or was evicted: no more is missing than the store says that it has evicted. What was promised to a build with
+//! less than its share is always there, and a purged or replaced result never comes back.
 
 mod requests;
 
@@ -48,7 +48,8 @@ fn build(number: u64) -> Owner {
 struct Model {
     /// Blobs that were acknowledged.
     blobs: BTreeMap<Digest, Bytes>,
-    /// The versions of each result that may be found with the blobs that they refer to, and whether one was acknowledged and not purged.
+    /// The versions of each result that may be found with the blobs that they refer to, and whether one was
+    /// acknowledged and not purged.
     results: BTreeMap<u64, (BTreeMap<u64, Vec<Digest>>, bool)>,
     /// What build 0 was promised, with the bytes that it takes.
     promised: HashMap<Digest, u64>,
@@ -281,8 +282,8 @@ impl ModelRun {
         self.open(root).await;
     }
 
-    /// The power fails, perhaps in the middle of a request. What was deleted and not synced may be back, so the store may have to evict
-    /// at its start, also what was promised.
+    /// The power fails, perhaps in the middle of a request. What was deleted and not synced may be back, so the store
+    /// may have to evict at its start, also what was promised.
     async fn cut_power(&mut self) {
         self.abandon().await;
         let image = self.disk.take().unwrap().cut_power();

@@ -266,8 +266,8 @@ fn by(principal: &str) -> Provenance {
     Provenance { principal: principal.into(), ..Provenance::default() }
 }
 
-/// With `client_results = "private"`, before and after a restart, no client gets a result of another principal under any key, and
-/// the result of a worker has precedence.
+/// With `client_results = "private"`, before and after a restart, no client gets a result of another principal under
+/// any key, and the result of a worker has precedence.
 #[actix::test]
 async fn a_private_result_is_seen_by_its_principal_alone() {
     let root = TempDir::new().unwrap();

@@ -1,5 +1,5 @@
-//! Tests of how peers share the store's threads and memory: each bound leaves a place for another peer, however much the first
-//! one requests.
+//! Tests of how peers share the store's threads and memory: each bound leaves a place for another peer, however much
+//! the first one requests.
 
 use super::{
     super::{forms::chunks::ChunkWork, settings, trees::TreeRoom},
@@ -30,8 +30,8 @@ fn all_of_peer(budget: &Budget, host: u8, unit: u64) -> Vec<Share> {
 }
 
 impl TestStore {
-    /// Asserts that while a peer holds its full share of a budget, its next request waits, and the same request of another peer
-    /// is answered.
+    /// Asserts that while a peer holds its full share of a budget, its next request waits, and the same request of
+    /// another peer is answered.
     async fn assert_shared<T>(
         &self,
         (budget, unit): (&Budget, u64),

@@ -102,7 +102,8 @@ async fn items_of_a_batch_succeed_and_fail_independently() {
     assert_eq!(store.inspect().await.totals.reserved, 0);
 }
 
-/// A flipped bit, a short file or an empty file is a miss, never wrong bytes, and the blob can be stored again (CAS-22).
+/// A flipped bit, a short file or an empty file is a miss, never wrong bytes, and the blob can be stored again
+/// (CAS-22).
 #[actix::test]
 async fn a_damaged_file_is_a_miss_and_is_dropped() {
     let mut store = TestStore::of_files().await;
@@ -249,8 +250,8 @@ async fn the_least_recently_used_blobs_make_room() {
     assert!(!store.has(digest(&noise(998, 1))).await);
 }
 
-/// A blob that is being read is not evicted. Until the reader is gone, a write without room fails and the error names the
-/// held bytes. A blob above the limit is refused for good.
+/// A blob that is being read is not evicted. Until the reader is gone, a write without room fails and the error names
+/// the held bytes. A blob above the limit is refused for good.
 #[actix::test]
 async fn held_blobs_stay_and_a_full_store_reports_them() {
     let store = TestStore::with_limit(2 * MB).await;

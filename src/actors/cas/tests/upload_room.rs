@@ -150,7 +150,8 @@ async fn a_compressed_upload_gets_room_as_it_is_decoded() {
     }
 }
 
-/// Each upload holds a part of the room and none can get the rest. All of them end, and failed ones can be resumed later.
+/// Each upload holds a part of the room and none can get the rest. All of them end, and failed ones can be resumed
+/// later.
 #[actix::test]
 async fn uploads_that_do_not_fit_together_all_end() {
     let store = TestStore::with_limit(10 * MB).await;
@@ -239,7 +240,8 @@ async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     assert!(committed("uploads/instead").await > 0);
     let kept = budget.held();
     assert!(kept >= 2_900_000, "broken uploads count: {kept}");
-    // Other connections of the first peer take all that a peer may have, and the peer's broken upload is discarded for a new one.
+    // Other connections of the first peer take all that a peer may have, and the peer's broken upload is discarded for
+    // a new one.
     let each = std::iter::repeat_with(|| {
         let mut share = budget.take(Caller::connected("127.0.0.1:2".parse().unwrap()), 0).unwrap();
         while share.grow(MB / 4).is_ok() {}

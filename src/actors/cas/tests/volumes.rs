@@ -108,7 +108,8 @@ async fn compaction_in_vain_ends_and_holds_up_no_writer() {
     assert!(volume.steps_in_vain() > 0);
 }
 
-/// An error that says nothing about a file, such as too few descriptors, is UNAVAILABLE and never a miss, and nothing is dropped.
+/// An error that says nothing about a file, such as too few descriptors, is UNAVAILABLE and never a miss, and nothing
+/// is dropped.
 #[actix::test]
 async fn errors_of_the_machine_are_unavailable_and_cost_nothing() {
     let volume = Memory::default();

@@ -1,11 +1,12 @@
 //! Input roots: they are read, checked, held and copied out.
 //!
-//! Directories are read level by level, each distinct one once. Decoded directories are cached, because the next action usually
-//! shares most of them. A root that was read is remembered ([`KnownRoots`](super::known_roots::KnownRoots)), and a root that was
-//! checked recently is not checked again before the action is queued. So the cost of an action whose root is known does not
-//! depend on its number of files, until a worker holds the blobs that it needs. All missing Directories and files are reported
-//! at once, except those below a missing Directory, which cannot be known (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] per message,
-//! [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in distinct directories, and as many in the expanded tree.
+//! Directories are read level by level, each distinct one once. Decoded directories are cached, because the next action
+//! usually shares most of them. A root that was read is remembered ([`KnownRoots`](super::known_roots::KnownRoots)),
+//! and a root that was checked recently is not checked again before the action is queued. So the cost of an action
+//! whose root is known does not depend on its number of files, until a worker holds the blobs that it needs. All
+//! missing Directories and files are reported at once, except those below a missing Directory, which cannot be known
+//! (EXE-26). Bounds: [`MAX_DIRECTORY_BYTES`] per message, [`MAX_TREE_DEPTH`] levels, [`MAX_TREE_NODES`] entries in
+//! distinct directories, and as many in the expanded tree.
 
 use crate::actors::cas::{
     checked::{open_checked, read_whole},
@@ -112,9 +113,9 @@ impl ActionInputs {
         Ok(())
     }
 
-    /// Copies a held file of the tree to a new file `name` in the directory `parent`, with these permission bits. Uses a clone
-    /// where the file system supports it, but never a hard link: an action may write its inputs, and nobody else may see that
-    /// (EXE-43). Blocks.
+    /// Copies a held file of the tree to a new file `name` in the directory `parent`, with these permission bits. Uses
+    /// a clone where the file system supports it, but never a hard link: an action may write its inputs, and nobody
+    /// else may see that (EXE-43). Blocks.
     ///
     /// # Errors
     /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.
@@ -126,8 +127,8 @@ impl ActionInputs {
 }
 
 impl Cas {
-    /// Reads an input root for an action of this build. None of its blobs are held yet. Called from a worker thread. The number
-    /// of slots and of pools bounds the number of open input roots.
+    /// Reads an input root for an action of this build. None of its blobs are held yet. Called from a worker thread.
+    /// The number of slots and of pools bounds the number of open input roots.
     ///
     /// # Errors
     /// `MissingBlobs` with everything that is missing (EXE-26), unless the root is known; `Invalid` when a Directory is

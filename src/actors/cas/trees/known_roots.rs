@@ -1,12 +1,12 @@
 //! [`KnownRoots`]: the input roots that were read, and the time when each was last found complete.
 //!
-//! A digest identifies contents, so a root that was read never becomes stale. Only the index says whether all of it is still
-//! stored. But entries that were just renewed are evicted last. So a root that was checked within the last [`CHECKED_FOR`] is
-//! assumed to be complete when its action is queued. A caller that needs a blob holds it, which shows for certain whether it is
-//! stored.
+//! A digest identifies contents, so a root that was read never becomes stale. Only the index says whether all of it is
+//! still stored. But entries that were just renewed are evicted last. So a root that was checked within the last
+//! [`CHECKED_FOR`] is assumed to be complete when its action is queued. A caller that needs a blob holds it, which
+//! shows for certain whether it is stored.
 //!
-//! Bounds: the roots used last are kept within [`INPUT_ROOT_MEMO_BYTES`]. Other roots are known for as long as they are used
-//! elsewhere, such as by the staged trees of the workers, which have a budget of their own.
+//! Bounds: the roots used last are kept within [`INPUT_ROOT_MEMO_BYTES`]. Other roots are known for as long as they are
+//! used elsewhere, such as by the staged trees of the workers, which have a budget of their own.
 
 use crate::{
     actors::cas::{memo::Memo, settings::INPUT_ROOT_MEMO_BYTES},
@@ -22,8 +22,8 @@ use std::{
 
 /// How long a root that was found complete is not checked again. Renewing the blobs of a root takes 0.4 us for each.
 const CHECKED_FOR: Duration = Duration::from_secs(10);
-/// Roots that are not used any more are forgotten when there are at least this many roots, and twice as many as were in use the
-/// last time.
+/// Roots that are not used any more are forgotten when there are at least this many roots, and twice as many as were in
+/// use the last time.
 const MIN_PRUNED: usize = 1_024;
 
 /// The instance of a root's blobs, and the digest of the root.
@@ -65,8 +65,8 @@ impl KnownRoots {
         self.recent.get(key).or_else(|| self.lock().roots.get(key)?.tree.upgrade())
     }
 
-    /// Whether a root need not be checked for this build now. A check for another build does not count, because it has leased
-    /// nothing to this build.
+    /// Whether a root need not be checked for this build now. A check for another build does not count, because it has
+    /// leased nothing to this build.
     pub(crate) fn was_checked(&self, key: &Key, build: Option<Owner>, now: Instant) -> bool {
         let all = self.lock();
         let known = all.roots.get(key).filter(|known| known.tree.strong_count() > 0 && known.build == build);

@@ -6,8 +6,8 @@ use crate::{
 };
 use gorego_reapi::error::Result;
 
-/// Permission to hold the directories of one tree in memory. A tree above `SMALL_TREE_BYTES` takes one of `LARGE_TREES_MAX`
-/// places, of which one peer gets all but one. A holder never waits for a second place.
+/// Permission to hold the directories of one tree in memory. A tree above `SMALL_TREE_BYTES` takes one of
+/// `LARGE_TREES_MAX` places, of which one peer gets all but one. A holder never waits for a second place.
 #[derive(Debug)]
 pub(crate) struct TreeRoom<'a> {
     cas: &'a Cas,

@@ -1,14 +1,14 @@
 //! [`Walk`]: yields the distinct directories below a root, breadth first, for GetTree.
 //!
-//! Each distinct directory is read once, so a tree that refers to one directory a million times costs no more than one that
-//! does so once (CAS-24). Directories are returned exactly as stored, because clients find children by the digests of the
-//! directories that they receive. The state of a walk ([`Frontier`]) is pure: it names the directories to read next and is
-//! given their bytes.
+//! Each distinct directory is read once, so a tree that refers to one directory a million times costs no more than one
+//! that does so once (CAS-24). Directories are returned exactly as stored, because clients find children by the digests
+//! of the directories that they receive. The state of a walk ([`Frontier`]) is pure: it names the directories to read
+//! next and is given their bytes.
 //!
-//! The memory of all walks together is bounded: [`WALKS_MAX`] run at a time, with [`SMALL_WALK_BYTES`] each, and a walk that
-//! needs more waits for one of [`LARGE_WALKS_MAX`] places. Both are shared among peers ([`Budget`]). Waiting walks cost next to
-//! nothing. Directories that the caller still holds count too. A walk that is dropped gives up its places, or its place in the
-//! queue.
+//! The memory of all walks together is bounded: [`WALKS_MAX`] run at a time, with [`SMALL_WALK_BYTES`] each, and a walk
+//! that needs more waits for one of [`LARGE_WALKS_MAX`] places. Both are shared among peers ([`Budget`]). Waiting walks
+//! cost next to nothing. Directories that the caller still holds count too. A walk that is dropped gives up its places,
+//! or its place in the queue.
 
 use crate::{
     actors::cas::client::Cas,
@@ -45,10 +45,11 @@ const DIRECTORY_MAX_MEMORY: u64 = 96 * 1024 * 1024;
 const LABORIOUS_BYTES: usize = 16 * 1024;
 /// Walks that run at the same time. Few clients ask for trees, and most trees take milliseconds.
 pub(crate) const WALKS_MAX: u64 = 32;
-/// Memory that a walk may take without a large place: a full page of directories of usual size (15 MiB) and 25,000 found ones.
+/// Memory that a walk may take without a large place: a full page of directories of usual size (15 MiB) and 25,000
+/// found ones.
 pub(crate) const SMALL_WALK_BYTES: usize = 24 * 1024 * 1024;
-/// Number of walks that may take more memory at the same time: 320 MB with the most directories, and 300 MB more while the
-/// largest one is sent. One peer gets one of the two.
+/// Number of walks that may take more memory at the same time: 320 MB with the most directories, and 300 MB more while
+/// the largest one is sent. One peer gets one of the two.
 pub(crate) const LARGE_WALKS_MAX: u64 = 2;
 /// Maximum number of directories that are read at once.
 const READ_MAX_DIRECTORIES: usize = 256;
@@ -100,12 +101,12 @@ impl Walk {
         Self { frontier: Frontier::new(root), ready: Vec::new().into_iter(), held, read: Box::new(read) }
     }
 
-    /// The next directory; `None` at the end. `kept` is the approximate memory of earlier directories that the caller still
-    /// holds.
+    /// The next directory; `None` at the end. `kept` is the approximate memory of earlier directories that the caller
+    /// still holds.
     ///
     /// # Errors
-    /// `NotFound` when the root is not stored; `Invalid` when a blob is not a Directory; `Precondition` when the tree is too
-    /// large.
+    /// `NotFound` when the root is not stored; `Invalid` when a blob is not a Directory; `Precondition` when the tree
+    /// is too large.
     pub async fn next(&mut self, kept: usize) -> Result<Option<Visited>> {
         loop {
             if let Some((digest, blob)) = self.ready.next() {
@@ -159,8 +160,8 @@ impl Frontier {
         Self { root, queue: VecDeque::from([root]), found: HashSet::from([root]) }
     }
 
-    /// The directories to read next, in the order in which [`Frontier::visit`] expects them. The list is empty at the end of
-    /// the walk.
+    /// The directories to read next, in the order in which [`Frontier::visit`] expects them. The list is empty at the
+    /// end of the walk.
     fn next_batch(&mut self) -> Result<Vec<Digest>> {
         let mut batch = Vec::new();
         let mut bytes = 0u64;
@@ -216,8 +217,8 @@ impl Frontier {
     }
 }
 
-/// The approximate memory of a decoded directory. A directory that will be refused counts only its bytes, because it is not
-/// decoded.
+/// The approximate memory of a decoded directory. A directory that will be refused counts only its bytes, because it is
+/// not decoded.
 fn weigh(blob: &[u8]) -> usize {
     let cost = wire::cost::<Directory>(blob, Limits::memory(DIRECTORY_MAX_MEMORY));
     let memory = cost.map_or(0, |cost| cost.memory);
@@ -245,8 +246,8 @@ impl Walks {
     }
 }
 
-/// The places of [`Walks`] that one walk holds. Only a walk that has a place waits for a large one, and a walk that has both
-/// waits only for its caller. So all walks end if their callers continue or give up.
+/// The places of [`Walks`] that one walk holds. Only a walk that has a place waits for a large one, and a walk that has
+/// both waits only for its caller. So all walks end if their callers continue or give up.
 #[derive(Debug)]
 struct WalkPlaces {
     walks: Walks,

@@ -38,8 +38,8 @@ impl Cas {
     /// `write_offset`. Offset 0 discards the bytes of an earlier attempt (BS-20).
     ///
     /// # Errors
-    /// `Invalid` when the blob is too large or `offset` is not the position of that upload; `Exhausted` when there is no room;
-    /// `Unavailable` when an earlier stream of this upload does not end.
+    /// `Invalid` when the blob is too large or `offset` is not the position of that upload; `Exhausted` when there is
+    /// no room; `Unavailable` when an earlier stream of this upload does not end.
     pub async fn begin_upload(
         &self,
         instance: &Instance,

@@ -1,10 +1,10 @@
 //! The memory budget for decoders of compressed uploads, shared by the gRPC and the HTTP port.
 //!
-//! A few bytes from a client can make a decoder allocate a window of up to 8 MiB, and keep it for as long as the client is
-//! silent. So memory is reserved before a decoder gets its first bytes, as much as the header of its first frame demands
-//! ([`Decoder::memory`]), and is released with the decoder. A later frame with a larger window reserves more memory at once or
-//! fails, because a decoder that holds memory must not wait for more. Small decoders are served before large ones of the same
-//! connection.
+//! A few bytes from a client can make a decoder allocate a window of up to 8 MiB, and keep it for as long as the client
+//! is silent. So memory is reserved before a decoder gets its first bytes, as much as the header of its first frame
+//! demands ([`Decoder::memory`]), and is released with the decoder. A later frame with a larger window reserves more
+//! memory at once or fails, because a decoder that holds memory must not wait for more. Small decoders are served
+//! before large ones of the same connection.
 
 use crate::{
     budget::{Bounds, Budget, Share},
@@ -19,7 +19,8 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 /// Most clients compress with windows of 2 MiB, of which 85 fit; some use windows of 8 MiB. Each decoder takes at least
-/// [`DECODER_BYTES`], so there are at most 256. This leaves some blocking threads free when all of them wait for the disk.
+/// [`DECODER_BYTES`], so there are at most 256. This leaves some blocking threads free when all of them wait for the
+/// disk.
 pub(crate) const DECODERS: Bounds = Bounds {
     what: "bytes of memory to decompress uploads",
     total: 256 * DECODER_BYTES,

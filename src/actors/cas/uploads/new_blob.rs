@@ -1,8 +1,9 @@
 //! [`NewBlob`]: stores bytes whose digest and size are known only at the end.
 //!
-//! Downloads and HTTP uploads work like this. A small blob stays in memory and is then stored like any small blob. A larger one
-//! is written under a temporary name and gets its final name when its digest is known. Room is reserved in steps, ahead of the
-//! bytes. Nothing is visible before [`NewBlob::finish`], and dropping a `NewBlob` leaves nothing behind.
+//! Downloads and HTTP uploads work like this. A small blob stays in memory and is then stored like any small blob. A
+//! larger one is written under a temporary name and gets its final name when its digest is known. Room is reserved in
+//! steps, ahead of the bytes. Nothing is visible before [`NewBlob::finish`], and dropping a `NewBlob` leaves nothing
+//! behind.
 //!
 
 use crate::actors::cas::{
@@ -140,8 +141,8 @@ impl NewBlob {
     async fn spill(&mut self) -> Result<()> {
         self.make_room().await?;
         let pending = self.received.take();
-        // While the file is with the job, or lost by an error, `self.sink` is empty and `size` exceeds the pending bytes, so
-        // `finish` fails.
+        // While the file is with the job, or lost by an error, `self.sink` is empty and `size` exceeds the pending
+        // bytes, so `finish` fails.
         let (cas, sink, function) = (self.cas.clone(), self.sink.take(), self.function);
         let work = self.cas.blocking(move || -> Result<HashedDraft> {
             let failed = |error| Error::io("store a new blob", &error);

@@ -1,8 +1,8 @@
 //! [`Sink`], the file of an upload, and [`Inflow`], the decoding of its stream.
 //!
-//! A sink hashes exactly what it writes, so its hash always matches its file, and a broken upload can be resumed from there. An
-//! inflow converts what the client sends to bytes of the blob. It belongs to one stream; a sink may outlive it. Everything here
-//! blocks.
+//! A sink hashes exactly what it writes, so its hash always matches its file, and a broken upload can be resumed from
+//! there. An inflow converts what the client sends to bytes of the blob. It belongs to one stream; a sink may outlive
+//! it. Everything here blocks.
 
 use crate::actors::cas::{
     uploads::{decoders::DecoderRoom, small::check_bytes},
@@ -60,7 +60,8 @@ impl Inflow {
         Ok(())
     }
 
-    /// Decodes the next bytes of the stream and passes the bytes of the blob to `put`. `left` bytes of the blob are missing.
+    /// Decodes the next bytes of the stream and passes the bytes of the blob to `put`. `left` bytes of the blob are
+    /// missing.
     ///
     /// # Errors
     /// `Invalid` when they are not zstd, or yield more than `left` bytes (BS-26); the errors of `put`.
@@ -142,8 +143,8 @@ impl Sink {
         })
     }
 
-    /// Writes the next bytes of an uncompressed stream, for which there is room. Pieces are written together and then hashed, in
-    /// runs that stay in the processor's cache between the two.
+    /// Writes the next bytes of an uncompressed stream, for which there is room. Pieces are written together and then
+    /// hashed, in runs that stay in the processor's cache between the two.
     ///
     /// # Errors
     /// `DiskFull` or `Internal` when they cannot be written.

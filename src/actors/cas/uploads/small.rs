@@ -1,7 +1,8 @@
 //! [`SmallUpload`]: an upload of a small blob whose bytes arrived all at once.
 //!
-//! If it breaks off, nothing is left to resume, so it is not registered with the actor. Its bytes are hashed on the thread of the
-//! request and written together with the bytes of other requests ([`joint_writes`]). Small batches are stored in the same way.
+//! If it breaks off, nothing is left to resume, so it is not registered with the actor. Its bytes are hashed on the
+//! thread of the request and written together with the bytes of other requests ([`joint_writes`]). Small batches are
+//! stored in the same way.
 //!
 //! Bound: the bytes count against the budget of bytes that are not written yet, until they are written.
 
@@ -31,8 +32,8 @@ pub struct SmallUpload {
 }
 
 impl Cas {
-    /// Begins an upload of a small blob whose bytes have all arrived. Returns `None` if [`Cas::begin_upload`] has to handle it:
-    /// the blob is not small, it is stored already, or there is no memory for waiting bytes.
+    /// Begins an upload of a small blob whose bytes have all arrived. Returns `None` if [`Cas::begin_upload`] has to
+    /// handle it: the blob is not small, it is stored already, or there is no memory for waiting bytes.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.
@@ -56,8 +57,8 @@ impl Cas {
         self.client().map(|caller| self.shared().received.take(caller, bytes)).transpose()
     }
 
-    /// Stores small blobs that were checked, together with files of other requests. Each has its own outcome. `memory` is kept
-    /// until they are written.
+    /// Stores small blobs that were checked, together with files of other requests. Each has its own outcome. `memory`
+    /// is kept until they are written.
     pub(in crate::actors::cas) async fn write_checked(
         &self,
         instance: InstanceId,

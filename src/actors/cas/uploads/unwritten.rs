@@ -1,10 +1,10 @@
 //! [`UnwrittenPieces`]: the pieces of an upload that have arrived and are not written yet.
 //!
-//! Starting a job on a blocking thread is not worthwhile for a few bytes, so each upload collects some first. Thousands of
-//! stalled uploads would keep these bytes in memory, so all uploads share a [`Budget`]. If it has no room for the next piece,
-//! [`UnwrittenPieces::push`] fails, and the upload writes its pieces at once and waits for that. Uploads already buffer less
-//! when half of the budget is taken ([`UnwrittenPieces::has_plenty`]), so that many uploads of one client seldom reach the
-//! bound.
+//! Starting a job on a blocking thread is not worthwhile for a few bytes, so each upload collects some first. Thousands
+//! of stalled uploads would keep these bytes in memory, so all uploads share a [`Budget`]. If it has no room for the
+//! next piece, [`UnwrittenPieces::push`] fails, and the upload writes its pieces at once and waits for that. Uploads
+//! already buffer less when half of the budget is taken ([`UnwrittenPieces::has_plenty`]), so that many uploads of one
+//! client seldom reach the bound.
 
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
@@ -57,8 +57,8 @@ impl UnwrittenPieces {
         self.bytes
     }
 
-    /// Whether this upload may buffer a lot: all uploads together, and those of its connection, hold less than half of their
-    /// bounds.
+    /// Whether this upload may buffer a lot: all uploads together, and those of its connection, hold less than half of
+    /// their bounds.
     pub(crate) fn has_plenty(&self) -> bool {
         self.account.as_ref().is_none_or(|(budget, caller)| {
             budget.held() < RECEIVED.total / 2 && budget.held_by(*caller) < RECEIVED.connection / 2

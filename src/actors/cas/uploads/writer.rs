@@ -1,20 +1,21 @@
 //! [`BlobWriter`]: an upload in progress.
 //!
-//! The caller hands over chunks and continues. A job on a blocking thread hashes and writes them: one job at a time per upload,
-//! at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget ([`UnwrittenPieces`]).
-//! When the budget is spent, each piece is written before the next one is accepted. An upload that fits into one job costs
-//! exactly one job: it is hashed in memory and written under its final name. A longer one is written under a temporary name and
-//! renamed once its hash is verified.
+//! The caller hands over chunks and continues. A job on a blocking thread hashes and writes them: one job at a time per
+//! upload, at most [`UPLOAD_BUFFER_BYTES`] behind. Bytes that are not written yet are charged to a memory budget
+//! ([`UnwrittenPieces`]). When the budget is spent, each piece is written before the next one is accepted. An upload
+//! that fits into one job costs exactly one job: it is hashed in memory and written under its final name. A longer one
+//! is written under a temporary name and renamed once its hash is verified.
 //!
-//! A compressed upload is decoded by the same jobs. Its size is known only then, so it may be refused one job late. A decoder
-//! takes megabytes, so its memory is reserved ([`decoders`]) if the upload needs more than one job or yields more than
-//! [`WHOLE_BYTES`]. This also bounds the blocking threads that wait for disk space, so that some are left to delete files.
+//! A compressed upload is decoded by the same jobs. Its size is known only then, so it may be refused one job late. A
+//! decoder takes megabytes, so its memory is reserved ([`decoders`]) if the upload needs more than one job or yields
+//! more than [`WHOLE_BYTES`]. This also bounds the blocking threads that wait for disk space, so that some are left to
+//! delete files.
 //!
-//! Disk space is reserved right before each write. An upload fails if there is none, and its client may resume it later after the
-//! bytes that were written.
+//! Disk space is reserved right before each write. An upload fails if there is none, and its client may resume it later
+//! after the bytes that were written.
 //!
-//! The [`Attempt`] moves into the job and back. When it is dropped, in the job or in the writer, its remaining bytes are reported
-//! to the actor. So a client that vanishes at any moment leaves either a resumable upload or nothing.
+//! The [`Attempt`] moves into the job and back. When it is dropped, in the job or in the writer, its remaining bytes
+//! are reported to the actor. So a client that vanishes at any moment leaves either a resumable upload or nothing.
 
 use crate::actors::cas::{
     StoreShared,
@@ -40,8 +41,8 @@ use tokio::task::JoinHandle;
 /// Starting a job is not worthwhile for fewer bytes while more are to come.
 const JOB_BYTES: usize = 256 * 1024;
 
-/// An upload in progress. If it is dropped before [`BlobWriter::finish`], the bytes so far are kept for a while under the
-/// upload's name, so that the client can resume (BS-20).
+/// An upload in progress. If it is dropped before [`BlobWriter::finish`], the bytes so far are kept for a while under
+/// the upload's name, so that the client can resume (BS-20).
 #[derive(Debug)]
 pub struct BlobWriter {
     digest: Digest,
@@ -108,12 +109,13 @@ impl BlobWriter {
         self.progress.accepted.load(Ordering::Relaxed)
     }
 
-    /// Accepts the next bytes. They are hashed and written on a blocking thread while the caller receives the next message, at
-    /// most a few MiB behind. An upload for which there is no room accepts and ignores them while another one has stored the blob.
+    /// Accepts the next bytes. They are hashed and written on a blocking thread while the caller receives the next
+    /// message, at most a few MiB behind. An upload for which there is no room accepts and ignores them while another
+    /// one has stored the blob.
     ///
     /// # Errors
-    /// `Invalid` as soon as there are more bytes than the digest says (BS-22) or they are not valid zstd (BS-26); `Exhausted`
-    /// when the disk is full or too many compressed uploads are running.
+    /// `Invalid` as soon as there are more bytes than the digest says (BS-22) or they are not valid zstd (BS-26);
+    /// `Exhausted` when the disk is full or too many compressed uploads are running.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         if self.is_redundant {
             return Ok(());
@@ -165,8 +167,8 @@ impl BlobWriter {
         Ok(())
     }
 
-    /// Whether the received bytes may stay in memory: there are too few for a job, a job is running, or the upload is complete
-    /// and `finish` will write them.
+    /// Whether the received bytes may stay in memory: there are too few for a job, a job is running, or the upload is
+    /// complete and `finish` will write them.
     fn may_wait(&self) -> bool {
         let is_all = self.encoding == Encoding::Identity && self.accepted == self.digest.size();
         let is_busy = || matches!(self.work, UploadWork::Running(_)) && self.received.has_plenty();
@@ -174,8 +176,8 @@ impl BlobWriter {
         is_all || bytes < JOB_BYTES || (bytes < UPLOAD_BUFFER_BYTES / 2 && is_busy())
     }
 
-    /// Waits until another upload has stored the blob (BS-24). The wait does not end if the blob was evicted before this was
-    /// polled.
+    /// Waits until another upload has stored the blob (BS-24). The wait does not end if the blob was evicted before
+    /// this was polled.
     pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
         let (superseded, cas, blob) = (self.progress.superseded(), self.cas.clone(), self.blob);
         async move {
@@ -232,8 +234,9 @@ impl BlobWriter {
         Ok(digest)
     }
 
-    /// Takes the attempt out once there is room for all accepted bytes. The size of a compressed upload is known only once it
-    /// is decoded: a small blob gets its full room here, and the job of a larger one reserves room as it decodes.
+    /// Takes the attempt out once there is room for all accepted bytes. The size of a compressed upload is known only
+    /// once it is decoded: a small blob gets its full room here, and the job of a larger one reserves room as it
+    /// decodes.
     async fn idle_with_room(&mut self) -> Result<Box<Attempt>> {
         // The attempt is put back first, so that `drop` finds it if this future is dropped.
         self.work = UploadWork::Idle(self.idle().await?);
@@ -305,8 +308,8 @@ impl Drop for BlobWriter {
         let (pending, shared) = (self.received.take(), self.shared.clone());
         let (is_plain, accepted, has_decoder) =
             (self.encoding == Encoding::Identity, self.accepted, self.has_decoder);
-        // The accepted bytes of a plain upload were reported as committed (BS-31), so they are written, if there is room,
-        // before the attempt ends. A compressed upload reports bytes only once they are decoded.
+        // The accepted bytes of a plain upload were reported as committed (BS-31), so they are written, if there is
+        // room, before the attempt ends. A compressed upload reports bytes only once they are decoded.
         self.shared.runtime.spawn(async move {
             let mut attempt = match work {
                 UploadWork::Idle(attempt) => attempt,

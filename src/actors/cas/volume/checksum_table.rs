@@ -4,14 +4,15 @@
 //! <root>/checksums/<number>.sums    records, one after the other; see `record`. A new file is begun at about 8 MiB
 //! ```
 //!
-//! The checksums are beside the files and not in them, because staging clones and copies whole files, and an adopted output is
-//! renamed into the store. A record costs one append, while a checksum file for each stored file would cost another inode and
-//! block.
+//! The checksums are beside the files and not in them, because staging clones and copies whole files, and an adopted
+//! output is renamed into the store. A record costs one append, while a checksum file for each stored file would cost
+//! another inode and block.
 //!
-//! Invariants: a record is never changed. It belongs only to the file with its generation, because it also names the hash and the
-//! size. If the record of a file is damaged, lost or names another file, the file has no checksums: it is hashed from end to end
-//! before it is served, and gets new ones. So nothing here has to be synced, and deletions are not noted on disk: at start, records
-//! without a file are dead. A table file with mostly dead records is copied and removed.
+//! Invariants: a record is never changed. It belongs only to the file with its generation, because it also names the
+//! hash and the size. If the record of a file is damaged, lost or names another file, the file has no checksums: it is
+//! hashed from end to end before it is served, and gets new ones. So nothing here has to be synced, and deletions are
+//! not noted on disk: at start, records without a file are dead. A table file with mostly dead records is copied and
+//! removed.
 //!
 //! Memory: about 30 bytes for each file. The lock is not held during IO, except while a table file is created.
 
@@ -34,7 +35,8 @@ use std::{
 };
 use uuid::Uuid;
 
-/// A new table file is begun when the last one has this many bytes. A few megabytes are copied quickly when most of them are dead.
+/// A new table file is begun when the last one has this many bytes. A few megabytes are copied quickly when most of
+/// them are dead.
 const MAX_FILE_BYTES: u64 = 8 << 20;
 /// Larger files are not read. The record of the largest blob has a few MB.
 const MAX_READ_BYTES: u64 = 1 << 30;
@@ -224,8 +226,8 @@ impl ChecksumTable {
         }
     }
 
-    /// Counts a record as dead. If its length cannot be read, the smallest length is counted, because the count only decides when a
-    /// file is copied.
+    /// Counts a record as dead. If its length cannot be read, the smallest length is counted, because the count only
+    /// decides when a file is copied.
     fn bury(&self, place: Place) {
         let nonce = self.state().files.get(&place.number).map(|file| file.nonce);
         let length = nonce.and_then(|nonce| {

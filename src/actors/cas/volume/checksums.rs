@@ -1,7 +1,7 @@
 //! [`Checksums`]: a CRC-32C of each block of a file. Pure.
 //!
-//! They are made from the same bytes as the full digest, so they replace it as long as the disk makes only accidental errors.
-//! They are checked at many GB/s, while a thread computes SHA-256 at 1 to 2 GB/s.
+//! They are made from the same bytes as the full digest, so they replace it as long as the disk makes only accidental
+//! errors. They are checked at many GB/s, while a thread computes SHA-256 at 1 to 2 GB/s.
 
 use std::io;
 
@@ -38,8 +38,8 @@ impl Checksums {
         &self.blocks
     }
 
-    /// Checks whole blocks of the file, beginning with the block at `offset`. The last one may be the shorter block at the end of
-    /// the file.
+    /// Checks whole blocks of the file, beginning with the block at `offset`. The last one may be the shorter block at
+    /// the end of the file.
     ///
     /// # Errors
     /// `InvalidData`, which names the first bad block. The file counts as lost.

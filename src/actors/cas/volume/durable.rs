@@ -1,12 +1,12 @@
 //! Writes that survive a power cut: [`GroupCommit`], and the system calls that wait for the disk.
 //!
-//! With [`SyncPolicy::BeforeAnswer`], the content of a file is on disk before its name, and the name before the index knows the
-//! file. One writer at a time syncs for a group of writers. Writers that arrive meanwhile form the next group, so a thousand
-//! small uploads at once wait for a few syncs. The content of a large file is synced by its own writer, so that no other writer
-//! waits for it.
+//! With [`SyncPolicy::BeforeAnswer`], the content of a file is on disk before its name, and the name before the index
+//! knows the file. One writer at a time syncs for a group of writers. Writers that arrive meanwhile form the next
+//! group, so a thousand small uploads at once wait for a few syncs. The content of a large file is synced by its own
+//! writer, so that no other writer waits for it.
 //!
-//! The calls that wait for the disk go through [`sync_file`] and [`sync_directory`]. Tests observe these calls to know what a
-//! disk certainly has when its power fails (`simulation`).
+//! The calls that wait for the disk go through [`sync_file`] and [`sync_directory`]. Tests observe these calls to know
+//! what a disk certainly has when its power fails (`simulation`).
 
 use crate::regular_file;
 use std::{
@@ -20,12 +20,12 @@ use std::{
 /// When the store waits for the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SyncPolicy {
-    /// Never. Acknowledged entries survive the death of the process. A power cut may lose entries of about the last half minute,
-    /// which are then misses.
+    /// Never. Acknowledged entries survive the death of the process. A power cut may lose entries of about the last
+    /// half minute, which are then misses.
     #[default]
     Never,
-    /// Before it acknowledges an entry. Acknowledged entries survive a power cut as well, if the disk keeps the bytes that it has
-    /// reported as written.
+    /// Before it acknowledges an entry. Acknowledged entries survive a power cut as well, if the disk keeps the bytes
+    /// that it has reported as written.
     BeforeAnswer,
 }
 

@@ -15,14 +15,15 @@
 //! <root>/checksums/                                        see `checksum_table`
 //! ```
 //!
-//! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's file with
-//! its full length under its final name was verified: it got the name after its hash was checked, or its bytes were checked
-//! before they were written. The name of a result does not tell the length of its file, so the file has a checksum. The name of a
-//! zstd form tells the size of its blob, so a form is decoded and hashed before it is first served, unless this process made it.
-//! A verified file is recognised by its [`Stamp`]. Files whose readers do not check all of their content have checksums of their
-//! blocks, which are checked at every read. The death of the process loses nothing. With [`SyncPolicy::Never`], a power cut may
-//! lose or damage the last writes, and the checks turn these files into misses. With [`SyncPolicy::BeforeAnswer`], the content of
-//! a file is synced before it gets its name, and the name before it is acknowledged.
+//! Invariants: a generation is used once, so deleting an old file can never hit a newer one of the same blob. A blob's
+//! file with its full length under its final name was verified: it got the name after its hash was checked, or its
+//! bytes were checked before they were written. The name of a result does not tell the length of its file, so the file
+//! has a checksum. The name of a zstd form tells the size of its blob, so a form is decoded and hashed before it is
+//! first served, unless this process made it. A verified file is recognised by its [`Stamp`]. Files whose readers do
+//! not check all of their content have checksums of their blocks, which are checked at every read. The death of the
+//! process loses nothing. With [`SyncPolicy::Never`], a power cut may lose or damage the last writes, and the checks
+//! turn these files into misses. With [`SyncPolicy::BeforeAnswer`], the content of a file is synced before it gets its
+//! name, and the name before it is acknowledged.
 
 use super::{
     Draft, Look, Moved, NewFile, Repairs, Stored, Take, Volume, WrittenFile,
@@ -191,7 +192,8 @@ impl Files {
 
     fn write_one(&self, file: &NewFile<'_>) -> io::Result<WrittenFile> {
         if self.paths.policy == SyncPolicy::BeforeAnswer {
-            // A power cut must not leave a part of a file under its final name, because it would be the newest file of its blob.
+            // A power cut must not leave a part of a file under its final name, because it would be the newest file of
+            // its blob.
             let generation = self.next_generation();
             let mut draft = TemporaryFile::create(self.paths.clone(), self.table.clone(), generation)?;
             file.pieces.iter().try_for_each(|bytes| draft.write(bytes))?;
@@ -223,8 +225,9 @@ impl Files {
         }
     }
 
-    /// Sets the access time of a stored file to now. If nobody can have written the file meanwhile, returns the stamps before
-    /// and after, and the file, which holds a lease. The caller has to know whether the content was verified before.
+    /// Sets the access time of a stored file to now. If nobody can have written the file meanwhile, returns the stamps
+    /// before and after, and the file, which holds a lease. The caller has to know whether the content was verified
+    /// before.
     fn touch_one(&self, at: usize, file: &FileId) -> Option<(Moved, File)> {
         let time = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
         let times = Timestamps { last_access: time(UTIME_NOW), last_modification: time(UTIME_OMIT) };
@@ -343,15 +346,15 @@ impl Volume for Files {
     /// Uses are recorded as access times.
     fn touch(&self, files: &[FileId], moved: &mut dyn FnMut(Vec<Moved>)) {
         let has_fine_times = self.paths.has_fine_times;
-        // With coarse times, each part sleeps for a tick, so it should be large. With fine times `moved` is called at once,
-        // because readers hash a file whose new change time is not reported yet.
+        // With coarse times, each part sleeps for a tick, so it should be large. With fine times `moved` is called at
+        // once, because readers hash a file whose new change time is not reported yet.
         let at_once = if has_fine_times { 1 } else { TOUCH_LEASES };
         for (part, files) in files.chunks(at_once).enumerate() {
             let touch = |(at, file)| self.touch_one(part * at_once + at, file);
             let touched: Vec<_> = files.iter().enumerate().filter_map(touch).collect();
             if !touched.is_empty() && !has_fine_times {
-                // The leases keep others from writing these files until the clock has ticked, because only then a change would
-                // show. There is no event to wait for.
+                // The leases keep others from writing these files until the clock has ticked, because only then a
+                // change would show. There is no event to wait for.
                 thread::sleep(COARSE_TICK);
             }
             moved(touched.into_iter().map(|(moved, _leased)| moved).collect());
@@ -396,8 +399,8 @@ impl StorePaths {
         size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
     }
 
-    /// Bytes that a file takes: the blocks that the file system reports, and never less than [`StorePaths::charge`], because some
-    /// file systems allocate later.
+    /// Bytes that a file takes: the blocks that the file system reports, and never less than [`StorePaths::charge`],
+    /// because some file systems allocate later.
     pub(super) fn taken(&self, metadata: &Metadata) -> u64 {
         self.charge(metadata.len()).max(metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES))
     }
@@ -455,8 +458,8 @@ impl StorePaths {
     }
 }
 
-/// Whether a file of its own gets checksums of its blocks. A small blob is hashed whenever it is read, and a result has a checksum
-/// of its own.
+/// Whether a file of its own gets checksums of its blocks. A small blob is hashed whenever it is read, and a result has
+/// a checksum of its own.
 pub(super) fn needs_checksums(key: &Key, size: u64) -> bool {
     match key.kind {
         EntryKind::Blob => size > BLOCK_BYTES as u64,
@@ -470,8 +473,8 @@ pub(super) fn create(path: &Path) -> io::Result<File> {
     in_shard(path, || OpenOptions::new().write(true).create_new(true).mode(STORED_MODE).open(path))
 }
 
-/// Runs `put`. If the directory of `path` is missing, creates it and runs `put` again. Directories are created when they are
-/// first needed, so an empty store starts at once.
+/// Runs `put`. If the directory of `path` is missing, creates it and runs `put` again. Directories are created when
+/// they are first needed, so an empty store starts at once.
 pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match (put(), path.parent()) {
         (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {

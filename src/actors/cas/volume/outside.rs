@@ -1,4 +1,5 @@
-//! Files that do not belong to the store: [`LeftFile`], which an action left behind, and [`NewInput`], which an action gets.
+//! Files that do not belong to the store: [`LeftFile`], which an action left behind, and [`NewInput`], which an action
+//! gets.
 //!
 //! They are in the directories of workers on this machine, whatever the store's volume is.
 
@@ -16,8 +17,8 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _},
 };
 
-/// A file that an action left behind, open for reading. All processes of the action are dead. While this is held, a read lease
-/// keeps others from opening the file for writing, or has shown that somebody already has it open.
+/// A file that an action left behind, open for reading. All processes of the action are dead. While this is held, a
+/// read lease keeps others from opening the file for writing, or has shown that somebody already has it open.
 #[derive(Debug)]
 pub(crate) struct LeftFile<'a> {
     pub(super) file: File,
@@ -66,8 +67,8 @@ impl<'a> LeftFile<'a> {
         self.file.read_at(buffer, offset)
     }
 
-    /// Its content, if it has this digest. It is hashed again unless a lease and its times show that it has not changed since
-    /// it was hashed.
+    /// Its content, if it has this digest. It is hashed again unless a lease and its times show that it has not changed
+    /// since it was hashed.
     pub(super) fn read_unchanged(&self, digest: Digest) -> io::Result<Option<Bytes>> {
         let mut bytes = vec![0; usize::try_from(self.size()).map_err(io::Error::other)?];
         let mut filled = 0;
@@ -101,8 +102,8 @@ impl<'a> LeftFile<'a> {
 pub(crate) struct NewInput(File);
 
 impl NewInput {
-    /// Creates an empty file. If an earlier node has made a link of this name, this is an error, so that no link leads out of
-    /// the directory.
+    /// Creates an empty file. If an earlier node has made a link of this name, this is an error, so that no link leads
+    /// out of the directory.
     pub(crate) fn create(parent: &File, name: &str) -> io::Result<Self> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(Self(openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?.into()))

@@ -7,12 +7,12 @@
 //! table       a skippable frame: the `SeekTable` of zstd's seekable format
 //! ```
 //!
-//! Any tool for zstd can read a packed file. Every read checks the CRC-32C of the frames that it needs, so damaged bytes are an
-//! error of the kind `InvalidData` and never content. The hash identifies the blob of the file, so that swapped files are noticed
-//! as well.
+//! Any tool for zstd can read a packed file. Every read checks the CRC-32C of the frames that it needs, so damaged
+//! bytes are an error of the kind `InvalidData` and never content. The hash identifies the blob of the file, so that
+//! swapped files are noticed as well.
 //!
-//! A read at an offset decodes only the frames that it needs. An open file keeps at most one frame in memory, and only if a read
-//! has used a part of it.
+//! A read at an offset decodes only the frames that it needs. An open file keeps at most one frame in memory, and only
+//! if a read has used a part of it.
 
 use super::{
     Draft, Frames, Look, Stored, WrittenFile, read_exact,
@@ -106,7 +106,8 @@ fn encode_end(digest: Digest, table: &SeekTable, checksums: &[u32]) -> Vec<u8> {
     end
 }
 
-/// Decodes the table and the checksums at the end of the packed file of a blob; `None` if `end` is not the end of such a file.
+/// Decodes the table and the checksums at the end of the packed file of a blob; `None` if `end` is not the end of such
+/// a file.
 fn decode_end(digest: Digest, frames: usize, end: &[u8]) -> Option<(SeekTable, Vec<u32>)> {
     let (checksums, table) = end.split_at_checked(checksums_bytes(digest, frames))?;
     let (checked, checksum) = checksums.split_last_chunk::<CHECKSUM_BYTES>()?;

@@ -16,8 +16,8 @@ use std::{
 
 /// The content of `<root>/format`.
 const FORMAT: &str = "gorego store 3\n";
-/// Earlier formats: without segments, and without checksums of large files and packed files. Such a store is used as it is, and
-/// the missing parts are added while it is used.
+/// Earlier formats: without segments, and without checksums of large files and packed files. Such a store is used as it
+/// is, and the missing parts are added while it is used.
 const OLD_FORMATS: [&str; 2] = ["gorego store 1\n", "gorego store 2\n"];
 /// A bound on the size of that file, and of the note.
 pub(super) const MAX_FORMAT_BYTES: u64 = 4_096;
@@ -33,7 +33,8 @@ pub(super) fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -
 #[derive(Debug)]
 pub(super) struct StoreLock {
     _file: File,
-    /// The directory itself, because somebody may remove the file. `None` where directories cannot be locked, such as on NFS.
+    /// The directory itself, because somebody may remove the file. `None` where directories cannot be locked, such as
+    /// on NFS.
     _directory: Option<File>,
 }
 
@@ -61,8 +62,8 @@ pub(super) fn take_lock(root: &Path) -> Result<StoreLock> {
     Ok(StoreLock { _file: lock, _directory: directory })
 }
 
-/// Checks the format of a store directory. A new directory gets the current format. So does an older store before its first
-/// segment or packed file is made, so that no older version opens it and misses their contents.
+/// Checks the format of a store directory. A new directory gets the current format. So does an older store before its
+/// first segment or packed file is made, so that no older version opens it and misses their contents.
 pub(super) fn check_format(root: &Path) -> Result<()> {
     let format = root.join("format");
     match regular_file::read(&format, MAX_FORMAT_BYTES) {
@@ -82,8 +83,8 @@ pub(super) fn check_format(root: &Path) -> Result<()> {
     }
 }
 
-/// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the trash,
-/// because nobody would count their bytes.
+/// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the
+/// trash, because nobody would count their bytes.
 pub(super) fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
     let trash = base.join("trash");
     fs::create_dir_all(&trash)?;

@@ -1,9 +1,9 @@
 //! Finds the files of a store directory at start.
 //!
-//! Threads read the shard directories and stat every file without opening it, so a million files take seconds. A file of the
-//! wrong length comes from a write that a kill or a power cut interrupted, and is removed. Names that the store does not use
-//! are ignored and counted. Contents are checked later, at the first read. If a result has two files, which is as rare as a
-//! kill, both are read to find the complete one.
+//! Threads read the shard directories and stat every file without opening it, so a million files take seconds. A file
+//! of the wrong length comes from a write that a kill or a power cut interrupted, and is removed. Names that the store
+//! does not use are ignored and counted. Contents are checked later, at the first read. If a result has two files,
+//! which is as rare as a kill, both are read to find the complete one.
 
 use super::{
     Recovered, Repairs, Stored, Take,
@@ -197,8 +197,8 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
     content.found.push(Recovered { file, bytes: files.paths.taken(&metadata), touched });
 }
 
-/// Removes the remains of an interrupted update: the beginning of a new file beside the file that it should have replaced. The
-/// incomplete file is the newer one, and must not be chosen.
+/// Removes the remains of an interrupted update: the beginning of a new file beside the file that it should have
+/// replaced. The incomplete file is the newer one, and must not be chosen.
 fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn Fn(&dyn Stored) -> bool) {
     let mut counts: HashMap<Digest, usize> = HashMap::new();
     for Recovered { file, .. } in &content.found {

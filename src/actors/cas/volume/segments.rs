@@ -5,22 +5,24 @@
 //! <root>/segments/<number>.journal    which of them are dead, and when others were last used; see `journal`
 //! ```
 //!
-//! A batch of small files is appended with one system call, so a small file costs only its checksum and a copy. A record is never
-//! changed. Its location is the generation of the stored file, so no table of locations is kept in memory.
+//! A batch of small files is appended with one system call, so a small file costs only its checksum and a copy. A
+//! record is never changed. Its location is the generation of the stored file, so no table of locations is kept in
+//! memory.
 //!
 //! Invariants:
-//! - Every read of a record checks its checksums, and that it is the record of this file. A bad record is an error, and its file
-//!   counts as lost.
-//! - The deletion of a record is noted in the journal before it is reported, so the record does not come back. A segment without
-//!   live records is removed.
+//! - Every read of a record checks its checksums, and that it is the record of this file. A bad record is an error, and
+//!   its file counts as lost.
+//! - The deletion of a record is noted in the journal before it is reported, so the record does not come back. A
+//!   segment without live records is removed.
 //! - Of two records of one key, the one with the greater sequence is newer. A copy keeps the sequence of its original.
-//! - Bytes on disk that no stored file is charged for ([`Segments::overhead`]) are bounded by compaction ([`compaction`]).
+//! - Bytes on disk that no stored file is charged for ([`Segments::overhead`]) are bounded by compaction
+//!   ([`compaction`]).
 //! - The death of the process loses nothing that was written, and the checksums detect damage by a power cut. With
-//!   [`SyncPolicy::BeforeAnswer`], a segment is synced before its records are acknowledged, before it gets its table, and before
-//!   the originals of its copies are removed.
+//!   [`SyncPolicy::BeforeAnswer`], a segment is synced before its records are acknowledged, before it gets its table,
+//!   and before the originals of its copies are removed.
 //!
-//! Locks are taken in this order: `copying`, `head`, `all`, and the lock of a segment. None of them is held during IO, except
-//! `head` while a new segment is created.
+//! Locks are taken in this order: `copying`, `head`, `all`, and the lock of a segment. None of them is held during IO,
+//! except `head` while a new segment is created.
 
 mod append;
 mod compaction;
@@ -81,7 +83,8 @@ pub(crate) struct Segments {
     all: RwLock<BTreeMap<u64, Arc<Segment>>>,
     open: OpenFiles,
     copying: Mutex<CompactionState>,
-    /// Held while a segment is compacted. Contains the segments in which a record had to stay, until all others were tried.
+    /// Held while a segment is compacted. Contains the segments in which a record had to stay, until all others were
+    /// tried.
     compacting: Mutex<HashSet<u64>>,
     disk: AtomicU64,
     live: AtomicU64,

@@ -1,10 +1,10 @@
 //! A simulated power cut, for tests: synced data is kept, and everything else is kept or lost at random.
 //!
-//! The store runs on a real directory. [`SimulatedDisk`] observes its syncs and records what is certain: the content of each file
-//! at its last sync, and the names in each directory at its last sync. [`SimulatedDisk::cut_power`] makes a directory as it may
-//! be found after a power cut. Each sector of a file has either its synced or its latest content, and the length of the file is
-//! between the two. Each name that has changed since its directory was synced is in either state. This is harsher than a file
-//! system with a journal.
+//! The store runs on a real directory. [`SimulatedDisk`] observes its syncs and records what is certain: the content of
+//! each file at its last sync, and the names in each directory at its last sync. [`SimulatedDisk::cut_power`] makes a
+//! directory as it may be found after a power cut. Each sector of a file has either its synced or its latest content,
+//! and the length of the file is between the two. Each name that has changed since its directory was synced is in
+//! either state. This is harsher than a file system with a journal.
 
 mod power_cuts;
 

@@ -1,15 +1,15 @@
 //! Takes [`Stamp`]s, which show whether a file has changed.
 //!
-//! A stamp is a file's inode number and its change time. Every write, and every change of the modification time, sets the
-//! change time to the present, and no user can set it otherwise. A stamp is not conclusive in two cases. In both, the file
-//! counts as unverified and is hashed before it is served:
+//! A stamp is a file's inode number and its change time. Every write, and every change of the modification time, sets
+//! the change time to the present, and no user can set it otherwise. A stamp is not conclusive in two cases. In both,
+//! the file counts as unverified and is hashed before it is served:
 //!
-//! - On kernels before 6.13, and on file systems without fine-grained timestamps, a second change within one tick of the clock
-//!   leaves the change time as it is. [`has_fine_change_times`] detects this. Where change times are coarse, a stamp counts
-//!   only once it is older than [`COARSE_TICK`]. One gap remains there: a reader that opens a file within that time of its last
-//!   change does not see another change by somebody else within the same tick.
-//! - The store's own renames and touches set the change time as well. They are made under a read lease (fcntl(2)), which is
-//!   granted only if nobody has the file open for writing, and which keeps others from opening it for writing:
+//! - On kernels before 6.13, and on file systems without fine-grained timestamps, a second change within one tick of
+//!   the clock leaves the change time as it is. [`has_fine_change_times`] detects this. Where change times are coarse,
+//!   a stamp counts only once it is older than [`COARSE_TICK`]. One gap remains there: a reader that opens a file
+//!   within that time of its last change does not see another change by somebody else within the same tick.
+//! - The store's own renames and touches set the change time as well. They are made under a read lease (fcntl(2)),
+//!   which is granted only if nobody has the file open for writing, and which keeps others from opening it for writing:
 //!   [`change_unobserved`].
 
 use crate::actors::cas::index::Stamp;
@@ -41,8 +41,8 @@ pub(crate) fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> St
     if has_fine_times || age > COARSE_TICK.as_nanos() as i128 { stamp } else { Stamp::UNTRUSTED }
 }
 
-/// Whether two successive changes of a file in this directory always differ in their change times. Creates a file and removes
-/// it.
+/// Whether two successive changes of a file in this directory always differ in their change times. Creates a file and
+/// removes it.
 ///
 /// # Errors
 /// The errors of the file system.
@@ -64,8 +64,8 @@ pub(crate) fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
 /// Whether others may write a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Writers {
-    /// Nobody has it open for writing, and nobody can open it for writing until the lease ends: with [`end_lease`], or when the
-    /// file is closed.
+    /// Nobody has it open for writing, and nobody can open it for writing until the lease ends: with [`end_lease`], or
+    /// when the file is closed.
     ShutOut,
     /// A process has the file open for writing.
     Present,
@@ -75,9 +75,9 @@ pub(crate) enum Writers {
 
 /// Takes a read lease on a file that is open for reading only. Fails if somebody has the file open for writing.
 pub(crate) fn lease(file: &File) -> Writers {
-    // A process that opens the file for writing waits for the end of the lease, and this process gets a signal. It is set to
-    // SIGURG, which is ignored by default; the default SIGIO would end the process. SAFETY: these commands take integers, and
-    // the descriptor is open.
+    // A process that opens the file for writing waits for the end of the lease, and this process gets a signal. It is
+    // set to SIGURG, which is ignored by default; the default SIGIO would end the process. SAFETY: these commands take
+    // integers, and the descriptor is open.
     let taken = unsafe {
         libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) == 0
             && libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) == 0
@@ -95,8 +95,8 @@ pub(crate) fn end_lease(file: &File) {
     let _ = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
 }
 
-/// Whether no process has this file open for writing. A writer could change it through a mapping without moving the change
-/// time. `file` must be open for reading only.
+/// Whether no process has this file open for writing. A writer could change it through a mapping without moving the
+/// change time. `file` must be open for reading only.
 pub(crate) fn nobody_writes(file: &File) -> bool {
     let writers = lease(file);
     end_lease(file);

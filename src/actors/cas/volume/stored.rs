@@ -1,7 +1,7 @@
 //! [`StoredFile`]: a stored file on disk, open for reading.
 //!
-//! A file with checksums is read in whole blocks, and each block is checked before its bytes are handed out. Where a read begins or
-//! ends within a block, the rest of the block is read too.
+//! A file with checksums is read in whole blocks, and each block is checked before its bytes are handed out. Where a
+//! read begins or ends within a block, the rest of the block is read too.
 
 use super::{
     Look, PIECE_BYTES, Stored,
@@ -90,8 +90,8 @@ impl StoredFile {
         let read =
             unsafe { libc::preadv2(self.file.as_raw_fd(), &raw const vector, 1, offset, libc::RWF_NOWAIT) };
         let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
-        // SAFETY: the buffer was asked for its spare capacity, so it has `read` initialised bytes more now: the kernel has
-        // written this many, which it was told is at most that capacity.
+        // SAFETY: the buffer was asked for its spare capacity, so it has `read` initialised bytes more now: the kernel
+        // has written this many, which it was told is at most that capacity.
         unsafe { buffer.set_len(buffer.len() + read) };
         Ok(read)
     }

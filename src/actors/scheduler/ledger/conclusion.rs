@@ -33,8 +33,8 @@ impl RunEnd {
 }
 
 impl Ledger {
-    /// A run has ended. Its slot is free, and its task ends or is tried again (EXE-62). A report about a run that is no longer
-    /// known is ignored.
+    /// A run has ended. Its slot is free, and its task ends or is tried again (EXE-62). A report about a run that is no
+    /// longer known is ignored.
     pub(crate) fn finish(&mut self, id: TaskId, attempt: u32, end: RunEnd, now: ClockReading) {
         let Some(run) = self.runs.get(&id).filter(|run| run.attempt == attempt) else { return };
         let pool = run.pool;

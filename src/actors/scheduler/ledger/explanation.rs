@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 /// How long computed positions are used. It is short, so that a new task soon has a position.
 const POSITIONS_MAX_AGE: Duration = Duration::from_millis(100);
 
-/// The additional time for each task that has a position. It is more than a hundred times the cost of a task (0.2 us were measured),
-/// so the computation takes at most about one per cent of the scheduler's time.
+/// The additional time for each task that has a position. It is more than a hundred times the cost of a task (0.2 us
+/// were measured), so the computation takes at most about one per cent of the scheduler's time.
 const POSITIONS_AGE_PER_TASK: Duration = Duration::from_micros(50);
 
 /// When positions were computed last, and for how many tasks.

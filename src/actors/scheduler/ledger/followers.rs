@@ -5,13 +5,13 @@
 //! work:
 //! - An operation without followers ends after `abandon_grace`, and a task ends with its last operation.
 //! - A waiting task without followers is behind all tasks with followers.
-//! - A running task that has had no followers for `contended_abandon_grace` ends if a task with followers waits for its slot.
-//!   Tasks that lost their followers first end first, and no more of them than tasks wait.
+//! - A running task that has had no followers for `contended_abandon_grace` ends if a task with followers waits for its
+//!   slot. Tasks that lost their followers first end first, and no more of them than tasks wait.
 //! - When the server stops, every task that has had no followers for `contended_abandon_grace` ends.
 //!
-//! The loss of a follower is noticed by [`Ledger::tick`], or when the task is about to get a slot. A new follower is known at
-//! once. Each task counts its followers, so a change costs O(log n) for each owner of the task. Only [`Ledger::free_slots_for_followed`]
-//! examines all runs, and only if one of them may have to end.
+//! The loss of a follower is noticed by [`Ledger::tick`], or when the task is about to get a slot. A new follower is
+//! known at once. Each task counts its followers, so a change costs O(log n) for each owner of the task. Only
+//! [`Ledger::free_slots_for_followed`] examines all runs, and only if one of them may have to end.
 
 use super::{Ledger, Outcome, Task, TaskStep};
 use crate::actors::{
@@ -146,8 +146,8 @@ impl Ledger {
         self.tasks.get(&id).is_some_and(|task| task.followers > 0)
     }
 
-    /// Ends runs without followers if tasks with followers wait for their slots. Slots of runs that were already told to stop are
-    /// taken into account.
+    /// Ends runs without followers if tasks with followers wait for their slots. Slots of runs that were already told
+    /// to stop are taken into account.
     pub(super) fn free_slots_for_followed(&mut self, now: ClockReading) {
         let grace = self.settings.contended_abandon_grace;
         let is_due = |since: Instant| now.since(since) >= grace;

@@ -1,8 +1,8 @@
 //! A seeded simulation of the ledger: random clients, workers, pools and clocks, with checks of all invariants.
 //!
 //! `World` simulates everything outside of the ledger: the clients (`clients`), the store and the workers (`workers`),
-//! the staging of inputs (`stagings`), and changes of the pools (`pools`). Each step of the ledger is checked against it (`checks`, `turns`). At the end
-//! nothing new arrives, and every operation must end. A failure names its seed.
+//! the staging of inputs (`stagings`), and changes of the pools (`pools`). Each step of the ledger is checked against
+//! it (`checks`, `turns`). At the end nothing new arrives, and every operation must end. A failure names its seed.
 
 mod checks;
 mod clients;

@@ -2,8 +2,8 @@
 //!
 //! Each pool stages the inputs of one task at a time, and takes the task closest to the front of its queue. Only tasks
 //! near the front are considered, so that the trees are still there when the tasks run. A task is considered once, so a
-//! task that is tried again or moves in the queue costs nothing more. Tasks without followers are left out, because they
-//! will probably not run.
+//! task that is tried again or moves in the queue costs nothing more. Tasks without followers are left out, because
+//! they will probably not run.
 //!
 //! Staging is only an optimisation: a task does not wait for it and does not fail with it.
 

@@ -1,5 +1,5 @@
-//! Tasks and runs. A task is the work of one action, and a run is one attempt at it. A run may outlive its task, if no operation
-//! waits for the task any more.
+//! Tasks and runs. A task is the work of one action, and a run is one attempt at it. A run may outlive its task, if no
+//! operation waits for the task any more.
 
 use crate::{
     action::Action,
@@ -51,8 +51,8 @@ pub(super) struct Task {
     pub(super) attempts: u32,
     /// The number of attempts that ended because their pools were removed. They do not count against `max_attempts`.
     pub(super) evictions: u32,
-    /// The operations that wait, as (priority, number), by owner. There is at least one owner, and no set is empty. The first
-    /// operation of each set determines the queue entry of the task for this owner.
+    /// The operations that wait, as (priority, number), by owner. There is at least one owner, and no set is empty. The
+    /// first operation of each set determines the queue entry of the task for this owner.
     pub(super) waiters: BTreeMap<Owner, BTreeSet<(i32, u64)>>,
     /// The owner for which the task counts in the quota of the queue; one of the above.
     pub(super) owner: Owner,

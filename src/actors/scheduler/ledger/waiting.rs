@@ -1,7 +1,7 @@
 //! The queues in which tasks wait.
 //!
-//! A ready task is in the queue of each pool that can run it. The first pool with a free slot for it takes it out of all queues.
-//! In each queue, the task has an entry for each owner that waits for it.
+//! A ready task is in the queue of each pool that can run it. The first pool with a free slot for it takes it out of
+//! all queues. In each queue, the task has an entry for each owner that waits for it.
 
 use super::{Ledger, Task, TaskStep};
 use crate::actors::{

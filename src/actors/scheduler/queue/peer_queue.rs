@@ -108,7 +108,8 @@ impl PeerQueue {
         }
     }
 
-    /// The first `count` tasks in the order in which they would be taken if none arrived or ended; ageing is not considered.
+    /// The first `count` tasks in the order in which they would be taken if none arrived or ended; ageing is not
+    /// considered.
     pub(super) fn first(&self, count: usize) -> Vec<(i32, TaskId)> {
         let mut order = Vec::new();
         for (&priority, class) in &self.classes {

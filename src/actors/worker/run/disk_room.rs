@@ -51,7 +51,8 @@ impl ActionRun<'_> {
         }
     }
 
-    /// The error of inputs for which the disk has no room names both sizes. Inputs that are larger than the whole disk never fit.
+    /// The error of inputs for which the disk has no room names both sizes. Inputs that are larger than the whole disk
+    /// never fit.
     pub(super) fn with_sizes(&self, error: Error, tree: &InputTree) -> Error {
         let space = self.settings.build_root.disk().look();
         let (Error::DiskFull(_), Some(space)) = (&error, space) else { return error };

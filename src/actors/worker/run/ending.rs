@@ -104,7 +104,8 @@ impl ActionRun<'_> {
         Ok(None)
     }
 
-    /// Stores the logs, which ends their streams. A log that is empty (EXE-59) or was removed by the command has no digest.
+    /// Stores the logs, which ends their streams. A log that is empty (EXE-59) or was removed by the command has no
+    /// digest.
     fn store_logs(
         &mut self,
         workspace: &Workspace,

@@ -3,8 +3,8 @@
 //! Nothing is built that the run would not build: no small root, no root with a usable base, and no root that is staged
 //! or being built. What is built stays in the index without a lease, as a tree does after a run. If the run comes
 //! meanwhile, it waits for the tree as for a tree that another action builds; if the tree could not be built, it builds
-//! the tree itself. Nothing is built while the disk is low, or if the tree, those in use and those that still await their
-//! runs would take more than half of the budget.
+//! the tree itself. Nothing is built while the disk is low, or if the tree, those in use and those that still await
+//! their runs would take more than half of the budget.
 
 use super::{BUILD_POLL, BuildPermit, Key, SMALL_DELTA, UNLIMITED, free_of, size_of_tree};
 use crate::{
@@ -21,7 +21,8 @@ use std::sync::{Arc, PoisonError};
 
 impl BuildRoot {
     /// Makes a staged tree of the input root `wanted` if its run would make one. Returns whether it has made one.
-    /// `inputs` has the blobs of `wanted`, and `look` samples the disk. No tree is begun once the checkpoint is stopped.
+    /// `inputs` has the blobs of `wanted`, and `look` samples the disk. No tree is begun once the checkpoint is
+    /// stopped.
     ///
     /// # Errors
     /// The errors of the checkpoint, of the store and of the file system.

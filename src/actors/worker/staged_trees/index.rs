@@ -200,9 +200,9 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         BuildPermit::Build(removed)
     }
 
-    /// Like [`TreeIndex::begin`], for a tree that no action needs yet. It gets room only if it, the trees in use and those
-    /// that still await their runs take at most half of the budget. So these trees do not evict each other, and leave room
-    /// for actions that run before. A tree whose run never comes counts until it is evicted.
+    /// Like [`TreeIndex::begin`], for a tree that no action needs yet. It gets room only if it, the trees in use and
+    /// those that still await their runs take at most half of the budget. So these trees do not evict each other, and
+    /// leave room for actions that run before. A tree whose run never comes counts until it is evicted.
     pub fn begin_ahead(&mut self, key: K, size: StagedSize, free: StagedSize) -> BuildPermit<T> {
         let half = self.budget.with(self.budget, |budget, _| budget / 2);
         if !self.room_without(|entry| entry.leases == 0 && !entry.awaits_run).plus(size).fits(half) {

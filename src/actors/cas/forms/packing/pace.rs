@@ -19,8 +19,8 @@ impl PackPace {
         Self { percent: percent.clamp(1, 100), owed: Duration::ZERO }
     }
 
-    /// How long to rest after a piece of work that has taken this much CPU time and this long. Time in which the work had to wait
-    /// counts as rest, but no rest is saved up for later.
+    /// How long to rest after a piece of work that has taken this much CPU time and this long. Time in which the work
+    /// had to wait counts as rest, but no rest is saved up for later.
     pub(super) fn rest_after(&mut self, cpu: Duration, took: Duration) -> Duration {
         self.owed = (self.owed + cpu.saturating_mul(100) / self.percent).saturating_sub(took);
         if self.owed < LEAST_REST { Duration::ZERO } else { std::mem::take(&mut self.owed) }

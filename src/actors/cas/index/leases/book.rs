@@ -81,7 +81,8 @@ impl Book {
         }
     }
 
-    /// Returns the place of a build. If there are too many builds, it is the place of the other builds of its peer, or [`REST`].
+    /// Returns the place of a build. If there are too many builds, it is the place of the other builds of its peer, or
+    /// [`REST`].
     pub(super) fn place_of(&mut self, owner: Owner, lasts: u32, now: u32) -> usize {
         if let Some(place) = self.known_place(owner, now) {
             return place;
@@ -99,8 +100,8 @@ impl Book {
         }
     }
 
-    /// Returns the place of a build whose leases last. A build whose leases are over keeps its place until they are ended, but it is
-    /// not found any more.
+    /// Returns the place of a build whose leases last. A build whose leases are over keeps its place until they are
+    /// ended, but it is not found any more.
     fn known_place(&mut self, owner: Owner, now: u32) -> Option<usize> {
         let place = *self.places.get(&owner)?;
         if self.is_active(place, now) {
@@ -164,8 +165,8 @@ impl Book {
         build.rows.into_iter().map(|(name, _)| name).collect()
     }
 
-    /// Returns who pays for an entry of the build at this place when a build of the peer `other` touches it too. An entry that was
-    /// leased before the start is charged to `other`, which may well have leased it.
+    /// Returns who pays for an entry of the build at this place when a build of the peer `other` touches it too. An
+    /// entry that was leased before the start is charged to `other`, which may well have leased it.
     pub(super) fn payer_of(&self, place: usize, other: Peer) -> Payer {
         let owner = self.builds.get(place).and_then(Option::as_ref)?.owner;
         Some(if owner == EARLIER { other } else { owner.peer })

@@ -1,12 +1,12 @@
 //! Leases that were granted before the start of the server.
 //!
-//! Leases are kept in memory, but the last use of each entry is on disk, to within an hour. So at the start, the entries that
-//! were used within the time that leases last, and within the hour before that, are leased to one build that sends no requests
-//! ([`EARLIER`]). Like any other build, it loses its oldest leases first if it has more than its share, and all of them when it
-//! was quiet for long enough.
+//! Leases are kept in memory, but the last use of each entry is on disk, to within an hour. So at the start, the
+//! entries that were used within the time that leases last, and within the hour before that, are leased to one build
+//! that sends no requests ([`EARLIER`]). Like any other build, it loses its oldest leases first if it has more than its
+//! share, and all of them when it was quiet for long enough.
 //!
-//! When a build of this run touches such an entry, the entry moves to a common row, as always. This row is charged to the peer of
-//! the build, because the earlier build may well be the same one.
+//! When a build of this run touches such an entry, the entry moves to a common row, as always. This row is charged to
+//! the peer of the build, because the earlier build may well be the same one.
 
 use super::{LeaseRow, Leases, NONE, ROWS_OF_BUILD, row_of};
 use crate::{
@@ -19,8 +19,9 @@ use std::sync::PoisonError;
 pub(super) const EARLIER: Owner = Owner { peer: Peer::Unknown, build: Build::BEFORE_START };
 /// The number of rows that these leases are spread over, by their age.
 const EARLIER_ROWS: u32 = 32;
-/// A row with more than this fraction of the budget is followed by another one, whatever its age. Otherwise the leases of a short burst
-/// would be one row, which could only be withdrawn as a whole. All rows together are fewer than [`ROWS_OF_BUILD`].
+/// A row with more than this fraction of the budget is followed by another one, whatever its age. Otherwise the leases
+/// of a short burst would be one row, which could only be withdrawn as a whole. All rows together are fewer than
+/// [`ROWS_OF_BUILD`].
 const EARLIER_ROW_PART: u64 = 24;
 
 impl Leases {
@@ -46,9 +47,9 @@ impl Leases {
 }
 
 impl Index {
-    /// Leases the entries that were used shortly before the start, as far as the budget of leases allows. `by_use` contains the
-    /// last recorded use and the slot of every entry, the oldest first. `now` is in seconds since 1970, and `uptime` is the clock
-    /// of leases.
+    /// Leases the entries that were used shortly before the start, as far as the budget of leases allows. `by_use`
+    /// contains the last recorded use and the slot of every entry, the oldest first. `now` is in seconds since 1970,
+    /// and `uptime` is the clock of leases.
     pub(in super::super) fn lease_earlier(&mut self, by_use: &[(u32, u32)], now: u32, uptime: u32) {
         if self.leases.times.named == 0 {
             return;
@@ -134,8 +135,8 @@ mod tests {
     }
 
     proptest! {
-        /// Entries that a build has touched within the time of its leases are not evicted after a restart, either, until this
-        /// time has passed since the start. Entries that were not touched for longer are not leased.
+        /// Entries that a build has touched within the time of its leases are not evicted after a restart, either,
+        /// until this time has passed since the start. Entries that were not touched for longer are not leased.
         #[test]
         fn what_was_touched_shortly_before_a_restart_is_leased_after_it(
             touches in proptest::collection::vec((0u64..40, 1u8..4, 0u32..2_000), 1..60),
@@ -203,7 +204,8 @@ mod tests {
         assert_eq!(index.tally().broken_promises, 0);
     }
 
-    /// A single build that continues after a restart can fill the store, although it touched most entries before the restart.
+    /// A single build that continues after a restart can fill the store, although it touched most entries before the
+    /// restart.
     #[test]
     fn a_build_that_goes_on_after_a_restart_finds_room_for_what_it_uploads() {
         let recorded = (0..45).map(|name| (name, (20, START + name as u32))).collect();

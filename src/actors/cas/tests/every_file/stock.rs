@@ -1,5 +1,5 @@
-//! What a store has, and has to return: blobs of every form, results that refer to them, results of single principals, a blob of another
-//! instance, and a result that was purged.
+//! What a store has, and has to return: blobs of every form, results that refer to them, results of single principals,
+//! a blob of another instance, and a result that was purged.
 
 use super::{super::*, fault::Fault};
 use crate::actors::cas::{
@@ -183,8 +183,8 @@ impl Stock {
         store.cas.find_missing(&store.main, &blobs).await.unwrap();
     }
 
-    /// Reads everything in every way. Only misses are forgiven, and each of them shows in FindMissingBlobs. Returns the number of
-    /// entries that are lost; a result does not count if its blob is lost.
+    /// Reads everything in every way. Only misses are forgiven, and each of them shows in FindMissingBlobs. Returns the
+    /// number of entries that are lost; a result does not count if its blob is lost.
     pub(super) async fn read(&self, store: &TestStore) -> usize {
         let shared = store.cas.shared();
         shared.recent.clear();

@@ -45,8 +45,8 @@ fn temporary_files(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// An upload whose file somebody changes meanwhile stores the right bytes, or its blob is missing, whichever way it is read first.
-/// Another try succeeds.
+/// An upload whose file somebody changes meanwhile stores the right bytes, or its blob is missing, whichever way it is
+/// read first. Another try succeeds.
 #[test]
 fn damage_to_the_file_of_an_upload_in_progress_is_never_served() {
     obeying_permissions(|| async {

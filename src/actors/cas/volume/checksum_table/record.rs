@@ -107,7 +107,8 @@ impl RecordHead {
     }
 }
 
-/// Iterates over the headers of the records in the bytes of a table file, each with its offset. Damaged records are skipped.
+/// Iterates over the headers of the records in the bytes of a table file, each with its offset. Damaged records are
+/// skipped.
 pub(super) struct Records<'a> {
     nonce: u64,
     bytes: &'a [u8],

@@ -1,12 +1,14 @@
-//! Compaction: the live records of a segment that is mostly dead are copied to the open segment, and its files are removed.
+//! Compaction: the live records of a segment that is mostly dead are copied to the open segment, and its files are
+//! removed.
 //!
-//! The index decides which records are copied: all that it has, except records that are being read. The journal is not asked, because
-//! its notes may be lost, and dead records that are copied again and again would never be reclaimed. The index also decides whether a copy takes the
-//! place of a record: it refuses if the record was deleted meanwhile or is being read. A segment is removed only when all of its
-//! records are dead, and a record that the index does not know yet counts as live.
+//! The index decides which records are copied: all that it has, except records that are being read. The journal is not
+//! asked, because its notes may be lost, and dead records that are copied again and again would never be reclaimed. The
+//! index also decides whether a copy takes the place of a record: it refuses if the record was deleted meanwhile or is
+//! being read. A segment is removed only when all of its records are dead, and a record that the index does not know
+//! yet counts as live.
 //!
-//! A record and its copy are twins until the segment of the record is gone. If one of them is deleted, the other one is also
-//! noted as dead before the deletion is reported. So neither comes back with the next start.
+//! A record and its copy are twins until the segment of the record is gone. If one of them is deleted, the other one is
+//! also noted as dead before the deletion is reported. So neither comes back with the next start.
 
 use super::{
     Segments, journal,
@@ -71,8 +73,8 @@ impl Segments {
         self.sizes.verdict(takes.disk, takes.dead)
     }
 
-    /// Compacts the segment with the largest dead part. `may_move` asks the index which files are stored and may be moved. `relocate`
-    /// tells it of copies, and returns for each whether it took the place of its record.
+    /// Compacts the segment with the largest dead part. `may_move` asks the index which files are stored and may be
+    /// moved. `relocate` tells it of copies, and returns for each whether it took the place of its record.
     ///
     /// # Errors
     /// The errors of the file system. Nothing is lost then.
@@ -101,8 +103,8 @@ impl Segments {
         outcome.and(buried).map(|()| Compacted::Some)
     }
 
-    /// The complete segment with the largest dead part, if it is worth the copies. Segments in which a record has to stay are
-    /// left for later.
+    /// The complete segment with the largest dead part, if it is worth the copies. Segments in which a record has to
+    /// stay are left for later.
     fn worst(&self, stuck: &HashSet<u64>) -> Option<Arc<Segment>> {
         self.close_dead_head();
         let all = self.all.read().unwrap_or_else(PoisonError::into_inner);

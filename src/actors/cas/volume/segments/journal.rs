@@ -1,8 +1,8 @@
 //! The journal of a segment: it notes which records are dead, and when the others were last used.
 //!
-//! It is a file of its own beside the segment, because records are never changed. Each note has 16 bytes, which include a
-//! checksum, so a note that a crash has left half-written is ignored. A journal with many more notes than its segment has records
-//! is rewritten. It is deleted with its segment.
+//! It is a file of its own beside the segment, because records are never changed. Each note has 16 bytes, which include
+//! a checksum, so a note that a crash has left half-written is ignored. A journal with many more notes than its segment
+//! has records is rewritten. It is deleted with its segment.
 
 use super::{again_with_directory, record::u32_at};
 use crate::{actors::cas::volume::durable, regular_file};
@@ -75,8 +75,8 @@ pub(super) fn bury(path: &Path, nonce: u64, slots: &[u32]) -> io::Result<u64> {
     append(path, nonce, slots, DEAD)
 }
 
-/// Notes that these records were used. Returns the length of the journal, which is rewritten if it is long for a segment with
-/// this many records.
+/// Notes that these records were used. Returns the length of the journal, which is rewritten if it is long for a
+/// segment with this many records.
 pub(super) fn touch(path: &Path, nonce: u64, slots: &[u32], now: u32, records: u64) -> io::Result<u64> {
     let bytes = append(path, nonce, slots, now.max(1))?;
     let notes = bytes / NOTE_BYTES as u64;
@@ -106,8 +106,8 @@ fn write_at_end(file: &File, bytes: &[u8]) -> io::Result<u64> {
     Ok(end + bytes.len() as u64)
 }
 
-/// Replaces a journal that cannot be read. The new one only notes that these records are dead. It is on disk when this returns, so
-/// the notes of the old one do not come back.
+/// Replaces a journal that cannot be read. The new one only notes that these records are dead. It is on disk when this
+/// returns, so the notes of the old one do not come back.
 ///
 /// # Errors
 /// The errors of the file system. The old journal is unchanged then.

@@ -15,8 +15,8 @@
 //!     content, and zeros up to what the longest hash would take and to a multiple of 16
 //! ```
 //!
-//! Numbers are little-endian. Only this server knows the nonce, so a blob whose bytes look like a record is not mistaken for one
-//! when a segment is scanned.
+//! Numbers are little-endian. Only this server knows the nonce, so a blob whose bytes look like a record is not
+//! mistaken for one when a segment is scanned.
 
 use crate::actors::cas::{
     index::{EntryKind, FileId},
@@ -33,8 +33,8 @@ pub(super) const FIXED_BYTES: usize = 40;
 /// The part of a header that its checksum covers starts here.
 const CHECKED_FROM: usize = 12;
 
-/// The location of a record. It serves as the generation of the stored file: the highest bit marks it as a record, and the lowest
-/// bits are the slot. The number of a segment is used only once.
+/// The location of a record. It serves as the generation of the stored file: the highest bit marks it as a record, and
+/// the lowest bits are the slot. The number of a segment is used only once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Location {
     pub(super) segment: u64,
@@ -83,7 +83,8 @@ pub(super) struct Header {
     pub sequence: u64,
 }
 
-/// Bytes of a record. They depend on the length of its content only, so that a file can be charged before its digest is known.
+/// Bytes of a record. They depend on the length of its content only, so that a file can be charged before its digest is
+/// known.
 pub(super) fn record_bytes(length: u64) -> u64 {
     let header = header_bytes(DigestFunction::Sha512, length) as u64;
     header.saturating_add(length).checked_next_multiple_of(SLOT_BYTES).unwrap_or(u64::MAX)
@@ -116,7 +117,8 @@ impl Header {
         }
     }
 
-    /// Reads the header at the start of `bytes`; `None` if it is not a valid header for this slot, or not all of it is there.
+    /// Reads the header at the start of `bytes`; `None` if it is not a valid header for this slot, or not all of it is
+    /// there.
     pub(super) fn decode(nonce: u64, slot: u32, bytes: &[u8]) -> Option<Self> {
         if bytes.get(..8)? != nonce.to_le_bytes() {
             return None;

@@ -1,8 +1,9 @@
 //! Finds the records of segments at start.
 //!
-//! A complete segment has a table, and only its table and its journal are read. A segment without a valid table is scanned from
-//! its head on. Parts that a crash has left unwritten or half-written are skipped, because records that follow them may have been
-//! acknowledged. Then the segment gets its table. Several threads read segments and pass on the records.
+//! A complete segment has a table, and only its table and its journal are read. A segment without a valid table is
+//! scanned from its head on. Parts that a crash has left unwritten or half-written are skipped, because records that
+//! follow them may have been acknowledged. Then the segment gets its table. Several threads read segments and pass on
+//! the records.
 
 use super::{
     Segments,
@@ -161,8 +162,8 @@ impl Segments {
         }
     }
 
-    /// The notes about the records of a segment. A journal that cannot be read may note that a result was purged. It is replaced by
-    /// one that notes all results as dead. A blob that was deleted may come back.
+    /// The notes about the records of a segment. A journal that cannot be read may note that a result was purged. It is
+    /// replaced by one that notes all results as dead. A blob that was deleted may come back.
     ///
     /// # Errors
     /// The errors of the file system for a journal that can neither be read nor replaced.
@@ -175,7 +176,8 @@ impl Segments {
         })
     }
 
-    /// Counts a segment of this size, and passes on its records that are not dead. A segment without such records is removed.
+    /// Counts a segment of this size, and passes on its records that are not dead. A segment without such records is
+    /// removed.
     fn take_in(&self, opened: Opened, notes: &JournalNotes, bytes: u64, take: Take<'_>) {
         let Opened { head, end, last_sequence, rows: table } = opened;
         let position = |name: &String| self.names.iter().position(|own| own == name);

@@ -1,10 +1,11 @@
 //! [`Segment`]: one segment file, and the count of its live records.
 //!
-//! A segment is *open* while records are appended to it, *closed* when it is full and the last writers are finishing, and
-//! *complete* when nothing is appended any more. A complete segment normally has a table. A complete segment without a live
-//! record is *gone*.
+//! A segment is *open* while records are appended to it, *closed* when it is full and the last writers are finishing,
+//! and *complete* when nothing is appended any more. A complete segment normally has a table. A complete segment
+//! without a live record is *gone*.
 //!
-//! Writers reserve a range under the lock and write without it. So a crash may leave an unwritten range before complete records.
+//! Writers reserve a range under the lock and write without it. So a crash may leave an unwritten range before complete
+//! records.
 
 use super::{
     content,
@@ -116,8 +117,8 @@ pub(super) struct Takes {
 pub(super) struct Segment {
     pub number: u64,
     pub nonce: u64,
-    /// The instances of this run, by their position in the list of the segment. `None` for an instance that is not served any
-    /// more.
+    /// The instances of this run, by their position in the list of the segment. `None` for an instance that is not
+    /// served any more.
     pub instances: Arc<[Option<InstanceId>]>,
     growth: Mutex<SegmentGrowth>,
 }
@@ -141,7 +142,8 @@ impl Segment {
         Self { number: head.number, nonce: head.nonce, instances, growth: Mutex::new(growth) }
     }
 
-    /// A segment of an earlier run, which is complete. Its records end at `end`; the file and its journal have these sizes.
+    /// A segment of an earlier run, which is complete. Its records end at `end`; the file and its journal have these
+    /// sizes.
     pub(super) fn complete(
         head: &Head,
         end: u64,
@@ -170,8 +172,8 @@ impl Segment {
         (answer, before, growth.takes())
     }
 
-    /// Reserves a range for these records; `None` if the segment is full. [`Segment::written`] has to follow. Also returns the
-    /// disk space before and after.
+    /// Reserves a range for these records; `None` if the segment is full. [`Segment::written`] has to follow. Also
+    /// returns the disk space before and after.
     pub(super) fn reserve(&self, additions: &[Addition<'_>], max_bytes: u64) -> Option<(u64, Takes, Takes)> {
         let (at, before, after) = self.change(|growth| {
             let full = growth.end >= max_bytes || growth.rows.len() >= MAX_TABLE_BYTES;
@@ -243,8 +245,8 @@ impl Segment {
         was_open && growth.writers == 0
     }
 
-    /// Completes a closed segment without writers by appending its table. If this fails, the next start scans the segment.
-    /// Returns whether the segment is gone.
+    /// Completes a closed segment without writers by appending its table. If this fails, the next start scans the
+    /// segment. Returns whether the segment is gone.
     pub(super) fn finish(&self, file: &File, head: &Head, may_have_table: bool) -> (bool, Takes, Takes) {
         let (table_rows, failed, end, last, is_live) = {
             let mut growth = self.growth();

@@ -1,6 +1,7 @@
 //! [`Sizes`]: the bounds of segments, for the limit of a store. Pure.
 
-/// Larger files are kept as files of their own. Creating a file costs about as much as copying and checking this many bytes.
+/// Larger files are kept as files of their own. Creating a file costs about as much as copying and checking this many
+/// bytes.
 const LARGEST_FILE_BYTES: u64 = 64 << 10;
 /// Smaller stores have no segments, because a few segments would be a large part of them.
 const SEGMENTS_FROM_BYTES: u64 = 256 << 20;

@@ -1,4 +1,5 @@
-//! The two ends of a segment file: its [`Head`], and the table of its records, which is added when the segment is full. Pure.
+//! The two ends of a segment file: its [`Head`], and the table of its records, which is added when the segment is full.
+//! Pure.
 //!
 //! ```text
 //! head     "gorego segment 1", number 8, nonce 8, bytes of the head 4, CRC-32C 4, the names of the instances, zeros
@@ -8,8 +9,8 @@
 //! trailer  nonce 8, offset of the table 8, last sequence 8, bytes of the table 4, zeros 4, CRC-32C of all that 4, "END1"
 //! ```
 //!
-//! With a valid table, a start reads nothing else of the segment. So either end may be damaged without a loss: the table has a
-//! copy of the head, and without a table the records are scanned.
+//! With a valid table, a start reads nothing else of the segment. So either end may be damaged without a loss: the
+//! table has a copy of the head, and without a table the records are scanned.
 
 use super::record::{function_number, function_of, kind_number, kind_of, u32_at, u64_at};
 use crate::actors::cas::index::EntryKind;

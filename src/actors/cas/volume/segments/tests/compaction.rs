@@ -132,7 +132,8 @@ fn uses_are_recorded_and_survive_compaction() {
     assert_eq!([0, 1, 2, 3, 4].map(of), [None, Some(5_000), Some(5_000), None, Some(1_000)]);
 }
 
-/// Without the notes about deleted records, dead records are not copied as if they were live, so all of them are reclaimed.
+/// Without the notes about deleted records, dead records are not copied as if they were live, so all of them are
+/// reclaimed.
 #[test]
 fn dead_records_are_reclaimed_although_the_journals_lose_their_notes() {
     let mut store = Store::new();

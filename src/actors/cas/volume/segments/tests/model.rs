@@ -63,8 +63,8 @@ fn tear(store: &Store, cut: u16, as_zeros: bool) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
-    /// A crash changes nothing. After a torn write, files may be missing, but no content is wrong, no deleted file is back, and
-    /// no older result takes the place of a newer one.
+    /// A crash changes nothing. After a torn write, files may be missing, but no content is wrong, no deleted file is
+    /// back, and no older result takes the place of a newer one.
     #[test]
     fn segments_are_a_map(ops in ops()) {
         let mut store = Store::new();
@@ -108,8 +108,8 @@ proptest! {
                 }
             }
             if may_miss {
-                // A result that has lost its last version may show an earlier one, if a crash came before that was deleted.
-                // Here it was deleted, so the result is a miss.
+                // A result that has lost its last version may show an earlier one, if a crash came before that was
+                // deleted. Here it was deleted, so the result is a miss.
                 let lost: Vec<Key> = model.keys().filter(|key| store.read(key).is_err()).copied().collect();
                 for key in lost {
                     store.delete(&key);

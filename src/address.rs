@@ -9,15 +9,15 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// From where an address can be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
-    /// From everywhere: it belongs to the public internet.
+    /// Reached from everywhere: it belongs to the public internet.
     Public,
-    /// From within a site or provider: private networks, unique local addresses, carrier-grade NAT.
+    /// Reached from within a site or provider: private networks, unique local addresses, carrier-grade NAT.
     Site,
-    /// From the same link: metadata services of clouds among others.
+    /// Reached from the same link: metadata services of clouds among others.
     Link,
-    /// From this machine only.
+    /// Reached from this machine only.
     Loopback,
-    /// From nowhere, or unknown: unspecified, multicast, reserved and documentation addresses.
+    /// Reached from nowhere, or unknown: unspecified, multicast, reserved and documentation addresses.
     Unknown,
 }
 

@@ -6,7 +6,7 @@ use std::{fmt, sync::Arc, time::SystemTime};
 /// Reads how much of its disk budget a cache takes. May block.
 type Gauge = Arc<dyn Fn() -> BudgetUse + Send + Sync>;
 
-/// See the top of this file. The default is a server that has none of these parts.
+/// The parts of the server that the Admin service acts on. The default is a server that has none of these parts.
 #[derive(Clone)]
 pub struct Administration {
     /// When the server started.

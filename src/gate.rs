@@ -31,7 +31,7 @@ use std::{sync::Arc, time::SystemTime};
 /// A token can also be sent as a password, for tools that support only passwords.
 const CHALLENGES: &[&str] = &["Bearer realm=\"goREgo\"", "Basic realm=\"goREgo\", charset=\"UTF-8\""];
 
-/// See the top of this file. Cheap to clone.
+/// Admits requests to instances. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Gate(Arc<GateState>);
 

@@ -2,8 +2,8 @@
 //!
 //! A [`HostRule`] is a name or an address, `*.example.com`, or `*`; a [`HostPortRule`] may name a port too; a
 //! [`Network`] is a range of addresses; an [`ImageRegistry`] is one host that container images come from. They are
-//! parsed here, so that the configuration can check them; the rooms that use them decide what a match means. Hosts are
-//! compared in the form that [`bare`] returns.
+//! parsed here, so that the configuration can check them; the modules that use them decide what a match means. Hosts
+//! are compared in the form that [`bare`] returns.
 
 use std::net::{IpAddr, Ipv6Addr};
 

@@ -69,7 +69,7 @@ use std::{
 };
 use tokio::{runtime::Handle, sync::oneshot, time::timeout};
 
-/// Target of this room's log lines.
+/// Target of this module's log lines.
 const LOG: &str = "gorego::images";
 /// Maximum number of concurrent pulls. Each pull decompresses layers, so more pulls would only compete for the CPUs.
 /// The clients of one address get four of them.

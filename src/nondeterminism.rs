@@ -36,7 +36,7 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(10);
 const MAX_FILE_BYTES: u64 = 64 * 1024 * 1024;
 /// A bound on the memory of the decoded file.
 const MAX_FILE_MEMORY: u64 = 256 * 1024 * 1024;
-/// Target of this room's log lines.
+/// Target of this module's log lines.
 const LOG: &str = "gorego::nondeterminism";
 /// Event of an action with different outputs.
 const OUTPUTS_DIFFER: &str = "outputs_differ";
@@ -56,7 +56,7 @@ pub(crate) struct Replacement {
     pub(crate) differences: OutputDifferences,
 }
 
-/// See the top of this file. Cheap to clone.
+/// The reports of actions that were seen with different outputs. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct NonDeterminismReports(Arc<ReportsState>);
 

@@ -23,7 +23,7 @@ use std::{
     time::Instant,
 };
 
-/// See the top of this file. Cheap to clone.
+/// The quotas of all principals and instances. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Quotas(Arc<QuotasState>);
 

@@ -93,7 +93,7 @@ impl Reloaded {
 /// Reads the configuration from its sources.
 type Load = Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>;
 
-/// See the top of this file. Cheap to clone.
+/// Takes in a new configuration while the server runs. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Reloader(Arc<ReloaderState>);
 

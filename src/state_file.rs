@@ -1,5 +1,5 @@
-//! Small files in which a room keeps its state across restarts, with a checksum, so that a damaged one is noticed as a
-//! whole.
+//! Small files in which a module keeps its state across restarts, with a checksum, so that a damaged one is noticed as
+//! a whole.
 //!
 //! A file is written under another name and then renamed. It is not synced: after a power cut, it may be an earlier
 //! one, empty or damaged.

@@ -37,7 +37,7 @@ use stamps::Stamps;
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-/// Target of the log lines of this room.
+/// Target of the log lines of this module.
 const LOG: &str = "gorego::tls";
 /// Interval between checks of the files. They are read when two checks in a row find the same change, because a
 /// certificate and its key are rarely replaced at the same moment.

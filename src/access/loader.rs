@@ -22,7 +22,7 @@ use std::{
 };
 use tokio::{runtime::Handle, time::interval};
 
-/// Target of the log lines of this room.
+/// Target of the log lines of this module.
 pub(super) const LOG: &str = "gorego::access";
 /// How often the files are checked. They are read when two checks in a row find the same change. So a file that is
 /// empty for a moment while it is written does not remove the credentials.

@@ -159,8 +159,7 @@ impl Policy {
         if principal.is_anonymous() && self.has_credentials {
             return Error::Unauthenticated(format!(
                 "this needs a credential with {what} {place}, and the request has none ({roles}); {HELP} says how to \
-                 get and send \
-                 one"
+                 get and send one"
             ));
         }
         Error::Denied(format!(

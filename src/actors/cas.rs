@@ -1,4 +1,4 @@
-//! The content-addressable store and the action cache: the actor, its index, and the rooms of the store.
+//! The content-addressable store and the action cache: the actor, its index, and the modules of the store.
 //!
 //! [`CasActor`] owns the `index::Index` (which blobs are stored, their last use, their leases and reserved room) and
 //! the table of `uploads`. Other threads may look up entries in the index (`view`), but only the actor changes it. The
@@ -89,7 +89,7 @@ use uploads::Uploads;
 use view::View;
 use volume::{Volume, WrittenFile, local::Local};
 
-/// Target of this room's log lines.
+/// Target of this module's log lines.
 const LOG: &str = "gorego::cas";
 
 /// State shared by the actor and its handles: the view of the index, budgets, and caches of immutable values.

@@ -32,7 +32,7 @@ pub(super) struct Waiter<T> {
 /// The position of a waiting request in its connection: small ones first, then in order of arrival.
 pub(super) type Ticket = (RequestSize, u64);
 
-/// See the top of this file.
+/// The shares and waiting callers of a budget.
 #[derive(Debug)]
 pub(super) struct Accounts<T> {
     holdings: Holdings,

@@ -11,9 +11,9 @@ use std::{
 /// The directories of this process's own groups.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct OwnGroups {
-    /// In the unified hierarchy.
+    /// The group in the unified hierarchy.
     pub v2: Option<PathBuf>,
-    /// In the old hierarchies. Several controllers may share a hierarchy.
+    /// The groups in the old hierarchies. Several controllers may share a hierarchy.
     pub v1: BTreeMap<Controller, PathBuf>,
 }
 

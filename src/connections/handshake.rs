@@ -1,7 +1,7 @@
 //! [`HandshakeProblem`]: why a connection to a TLS port was closed before its first request. They are counted for each
 //! peer and logged once a second ([`super::Connections::note_handshake`]).
 
-/// See the top of this file.
+/// The reason why a connection to a TLS port was closed before its first request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HandshakeProblem {
     /// The client speaks without TLS.

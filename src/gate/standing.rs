@@ -16,7 +16,7 @@ use tokio::time::Instant;
 /// How often the credential of an open request is checked.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// See the top of this file.
+/// Says whether an open request may go on.
 #[derive(Debug)]
 pub(crate) struct Standing {
     gate: Gate,

@@ -22,7 +22,7 @@ const BUFFER_BYTES: usize = 64 * 1024;
 /// A full buffer below this size does not show that more bytes are waiting: the library begins with a buffer of 8 KiB.
 const FULL_READ_BYTES: usize = 4 * 1024;
 
-/// See the top of this file.
+/// A socket that is read in large pieces while much arrives.
 #[derive(Debug, Default)]
 pub(super) struct BulkReader {
     buffer: Option<Buffer>,

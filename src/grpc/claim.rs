@@ -24,7 +24,7 @@ tokio::task_local! {
     static CLAIM: Arc<Claim>;
 }
 
-/// See the top of this file.
+/// The memory that a call holds for its request.
 #[derive(Debug, Default)]
 pub(crate) struct Claim {
     share: Mutex<Option<Share>>,

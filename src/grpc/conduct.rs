@@ -28,7 +28,7 @@ const NOISE_COST: u64 = 64;
 /// The credit for a frame of an answer.
 const UPDATES_PER_DATA: u64 = 2 * NOISE_COST;
 
-/// See the top of this file.
+/// Counts the frames of a connection and limits its behaviour.
 #[derive(Debug)]
 pub(super) struct Conduct {
     inward: FrameReader,

@@ -37,7 +37,7 @@ const UNSENT_STREAMS_MAX: usize = 64;
 /// Largest number of bytes that a cork holds back: one or two packets over loopback, or dozens of small answers.
 const HELD_MAX_BYTES: usize = 16 * 1024;
 
-/// See the top of this file.
+/// An accepted connection with its limits.
 pub(crate) struct Connection {
     stream: Socket,
     admitted: Admitted,

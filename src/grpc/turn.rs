@@ -13,7 +13,7 @@ use std::sync::{
 /// for each request.
 pub(super) const FRAMES_PER_TURN: usize = 128;
 
-/// See the top of this file. Cheap to clone.
+/// The state that a connection shares with the task that serves it. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Turn(Arc<TurnState>);
 

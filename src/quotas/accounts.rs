@@ -29,7 +29,7 @@ pub(crate) struct AccountKey {
     pub(crate) instance: InstanceId,
 }
 
-/// See the top of this file.
+/// The recent use of all principals, in requests and bytes.
 #[derive(Debug, Default)]
 pub(super) struct QuotaAccounts {
     accounts: HashMap<AccountKey, QuotaAccount>,

@@ -8,7 +8,7 @@
 mod faults;
 mod files;
 mod ids;
-mod rooms;
+mod modules;
 mod tree;
 mod types;
 mod words;
@@ -64,31 +64,32 @@ fn no_registry_is_named() {
 }
 
 #[test]
-fn rooms_import_each_other_without_cycles() {
-    let crates = rooms::imports(&FILES);
-    let cycles: Vec<_> = crates.values().flat_map(|imports| rooms::cycles(imports, rooms::CYCLES)).collect();
+fn modules_import_each_other_without_cycles() {
+    let crates = modules::imports(&FILES);
+    let cycles: Vec<_> =
+        crates.values().flat_map(|imports| modules::cycles(imports, modules::CYCLES)).collect();
     none(&cycles);
-    none(&rooms::stale(crates.values(), rooms::CYCLES));
+    none(&modules::stale(crates.values(), modules::CYCLES));
 }
 
 #[test]
 fn the_configuration_imports_no_room_that_it_configures() {
-    none(&rooms::config_strays(&rooms::imports(&FILES)["src"]));
+    none(&modules::config_strays(&modules::imports(&FILES)["src"]));
 }
 
 #[test]
-fn rooms_of_the_store_import_each_other_along_the_arrows() {
-    none(&rooms::store_strays(&FILES, rooms::STORE_ARROWS));
+fn modules_of_the_store_import_each_other_along_the_arrows() {
+    none(&modules::store_strays(&FILES, modules::STORE_ARROWS));
 }
 
 #[test]
 fn only_the_volume_of_the_store_knows_how_bytes_lie_on_disk() {
-    none(&rooms::store_disk(&FILES));
+    none(&modules::store_disk(&FILES));
 }
 
 #[test]
 fn the_map_is_complete_and_true() {
-    none(&rooms::map(&FILES, text(rooms::MAP)));
+    none(&modules::map(&FILES, text(modules::MAP)));
 }
 
 #[test]

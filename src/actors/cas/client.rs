@@ -1,7 +1,7 @@
 //! [`Cas`]: the handle to the store for RPC handlers and worker threads.
 //!
 //! Each call is a look-up in the index (`lookup`), or one or two messages to the actor, with file work on a blocking
-//! thread. Other files and the rooms of the store add their own calls: `batches` for several blobs at once, `uploads`
+//! thread. The other modules of the store add their own calls: `batches` for several blobs at once, `uploads`
 //! for single blobs and downloads, `outputs` for workers, `results` for the action cache, `trees` for directories and
 //! input roots, `forms` for compressed blobs and chunks.
 

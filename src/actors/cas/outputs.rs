@@ -80,12 +80,14 @@ impl Cas {
 }
 
 impl OutputBatch {
-    /// Stores a file that an action left behind. The file itself is moved into the store if nobody else can reach it
-    /// (one link, owned by this process, same file system, no writer); otherwise it is copied. `file` is open for
-    /// reading, and `parent`/`name` is its path, which may be gone afterwards. Returns the digest.
+    /// Stores a file that an action left behind. A small file is read and written with the other small files of the
+    /// batch. A larger file is moved into the store if nobody else can reach it (one link, owned by this process, same
+    /// file system, no writer); otherwise it is copied. `file` is open for reading, and `parent`/`name` is its path,
+    /// which may be gone afterwards. Returns the digest.
     ///
     /// # Errors
-    /// `Exhausted` when there is no room; `Invalid` when it exceeds the largest allowed blob.
+    /// `Exhausted` when there is no room; `Invalid` when it exceeds the largest allowed blob; `Precondition` when the
+    /// file changes meanwhile; the errors of reading and writing it.
     pub fn file(&mut self, parent: &File, name: &str, file: File) -> Result<Digest> {
         let failed =
             |error: io::Error| Error::io(&format!("store output \"{}\"", name.escape_debug()), &error);
@@ -112,10 +114,12 @@ impl OutputBatch {
         Ok(digest)
     }
 
-    /// Stores bytes from memory.
+    /// Stores bytes from memory. A few bytes are written with other small files, at the latest by
+    /// [`OutputBatch::publish`], which then reports the errors of writing them.
     ///
     /// # Errors
-    /// `Exhausted` when there is no room.
+    /// `Exhausted` when there is no room; `Invalid` when they exceed the largest allowed blob; the errors of writing
+    /// them.
     pub fn bytes(&mut self, bytes: Vec<u8>) -> Result<Digest> {
         let digest = self.function.digest(&bytes);
         self.cas.check_blob_size(digest.size(), "an output")?;

@@ -1,6 +1,6 @@
 //! Relief of a full disk: the store evicts its least recently used entries when actions find no disk space, or uploads
 //! soon would not, even if it is within its own limit. [`crate::disk::Space::relief`] says how much to evict. Data that
-//! other rooms keep on disk only for speed is removed first ([`Cas::relieve_first`]), and then the remaining bytes of
+//! other modules keep on disk only for speed is removed first ([`Cas::relieve_first`]), and then the remaining bytes of
 //! deleted blobs are reclaimed.
 //!
 //! Leases of builds do not withstand a full disk: the build that has most loses its oldest leases first. An evicted

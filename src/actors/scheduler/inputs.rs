@@ -1,4 +1,4 @@
-//! What the scheduler needs from other rooms before a task gets a slot: [`InputCheck`] for the store and
+//! What the scheduler needs from other modules before a task gets a slot: [`InputCheck`] for the store and
 //! [`ImageSupply`] for container images. They are traits, so that tests need neither.
 
 use crate::{

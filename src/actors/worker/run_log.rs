@@ -15,8 +15,7 @@ use std::{
 
 /// Why the sandbox's filter kills a process with SIGSYS.
 const FOREIGN_CALLS: &str = "it used system calls of another architecture, such as the calls of a 32-bit program, \
-                             which the \
-                             sandbox forbids (docs/sandbox.md)";
+                             which the sandbox forbids (docs/sandbox.md)";
 
 /// The facts of a run, except its ending.
 #[derive(Debug)]

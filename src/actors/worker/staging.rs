@@ -61,13 +61,17 @@ impl StagingActor {
         if matches!(staged, Ok(false) | Err(Error::Cancelled(_))) {
             return;
         }
+        let outcome = match staged {
+            Ok(_) => "the inputs of a waiting action were staged",
+            Err(_) => "the inputs of a waiting action could not be staged; its run stages them itself",
+        };
         Event::debug("gorego::worker", STAGED_AHEAD)
             .with("task", request.task.0)
             .with("pool", &*self.settings.pool)
             .with_shown("action_digest", &request.action.digest)
             .with("elapsed_ms", begun.elapsed().as_millis() as u64)
             .with_some("error", staged.as_ref().err().map(|error| Field::Shown(error)))
-            .log(format_args!("the inputs of a waiting action were staged, unless there is an error"));
+            .log(format_args!("{outcome}"));
     }
 }
 

@@ -21,7 +21,7 @@ mod tag {
     pub(super) const DATA: u64 = 10 << 3 | 2;
 }
 
-/// See the top of this file.
+/// The beginning of a message of ByteStream.Write, as far as it has arrived.
 #[derive(Debug, PartialEq)]
 pub(super) enum MessageHead {
     /// More bytes are needed.

@@ -20,7 +20,7 @@ use tower::Service;
 
 const PATH: &str = "/google.bytestream.ByteStream/Write";
 
-/// See the top of this file.
+/// The ByteStream service, in which uncompressed writes are read by this crate and everything else by tonic.
 #[derive(Debug, Clone)]
 pub(in crate::grpc) struct ByteStreamRoute {
     server: ByteStreamServer<ByteStreamService>,

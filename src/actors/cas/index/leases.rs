@@ -83,7 +83,7 @@ pub(crate) struct Withdrawn {
     pub bytes: u64,
 }
 
-/// See the top of this file.
+/// The entries that builds have touched, with the end of their leases.
 pub(super) struct Leases {
     times: LeaseTimes,
     /// Bytes that may be leased. Look-ups of results do not lease more.

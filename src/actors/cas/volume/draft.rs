@@ -60,7 +60,8 @@ impl TemporaryFile {
         file
     }
 
-    /// Changes the file. An upload may take minutes, and somebody else may change the file between two writes.
+    /// Changes the file, and notes if somebody else has changed it since this process did. Such a file is hashed again
+    /// before it is read.
     fn change(&mut self, change: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
         let is_own = self.own == Some(stamp_of(&self.file.metadata()?));
         change(&mut self.file)?;

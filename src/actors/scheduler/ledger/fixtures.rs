@@ -1,4 +1,4 @@
-//! Actions, requests and ledgers for the tests of this room.
+//! Actions, requests and ledgers for the tests of this module.
 
 use super::*;
 use crate::{

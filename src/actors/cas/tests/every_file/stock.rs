@@ -133,7 +133,7 @@ impl Stock {
         }
     }
 
-    /// What not everybody sees.
+    /// Stores what only one instance or one principal sees.
     async fn put_apart(&self, store: &TestStore) {
         let of_other = vec![(digest(&self.of_other), self.of_other.clone())];
         store.cas.write_many(&store.other, of_other).await.unwrap().remove(0).unwrap();
@@ -279,7 +279,7 @@ pub(super) async fn read_by(way: usize, store: &TestStore, bytes: &Bytes) -> Res
     }
 }
 
-/// In pieces, some of them twice.
+/// Reads a blob in pieces, and each piece twice.
 async fn read_by_stream(store: &TestStore, bytes: &Bytes) -> Result<Bytes> {
     let reader = store.cas.open(&store.main, digest(bytes)).await?;
     let mut at = 0;

@@ -2,10 +2,10 @@
 //! removed.
 //!
 //! The index decides which records are copied: all that it has, except records that are being read. The journal is not
-//! asked, because its notes may be lost, and dead records that are copied again and again would never be reclaimed. The
+//! asked. Its notes may be lost, and dead records would then be copied again and again and never be reclaimed. The
 //! index also decides whether a copy takes the place of a record: it refuses if the record was deleted meanwhile or is
-//! being read. A segment is removed only when all of its records are dead, and a record that the index does not know
-//! yet counts as live.
+//! being read. A segment is removed only when all of its records are dead. A record that was written but is not in the
+//! index yet counts as live.
 //!
 //! A record and its copy are twins until the segment of the record is gone. If one of them is deleted, the other one is
 //! also noted as dead before the deletion is reported. So neither comes back with the next start.

@@ -1,5 +1,5 @@
-//! Rooms: the top-level modules of a crate, and each actor. Their imports form no cycles except the listed ones, and
-//! each room is on the map of `ARCHITECTURE.md`.
+//! The modules at the top of each crate, and the actors, which count as such modules. Their imports form no cycles
+//! except the listed ones, and each module is on the map of `ARCHITECTURE.md`.
 
 use crate::tree::Source;
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,63 +18,64 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
     ("connections", "grpc", "the bounds of connections are derived from the limits of a gRPC connection"),
 ];
 
-/// The store is large enough to have rooms of its own: the modules that are listed here, and the ground floor,
-/// which is all of its other files. `src/actors/cas.rs` puts them together, as `src/lib.rs` does with the rooms of the
-/// server, and is none.
+/// The store is large enough to have rules of its own for its modules: those that are listed here, and the base, which
+/// is all of its other files. `src/actors/cas.rs` puts them together, as `src/lib.rs` does with the modules of the
+/// server, and belongs to none of them.
 pub const STORE: &str = "src/actors/cas";
 
-/// The rooms of the store.
-const STORE_ROOMS: &[&str] = &["index", "volume", "results", "trees", "forms", "resolve", "outputs", "scrub"];
+/// The modules of the store.
+const STORE_MODULES: &[&str] =
+    &["index", "volume", "results", "trees", "forms", "resolve", "outputs", "scrub"];
 
-/// The name of the store's ground floor.
-const GROUND: &str = "ground floor";
+/// The name of the other files of the store.
+const BASE: &str = "base";
 
-/// Which rooms of the store a room may import, the ground floor included. Nothing leads back, so there are no cycles.
+/// Which modules of the store a module may import, the base included. Nothing leads back, so there are no cycles.
 pub const STORE_ARROWS: &[(&str, &[&str])] = &[
     ("index", &[]),
     ("volume", &["index"]),
-    (GROUND, &["index", "volume"]),
-    ("trees", &[GROUND, "index", "volume"]),
-    ("forms", &[GROUND, "index", "volume"]),
-    ("results", &["trees", GROUND, "index", "volume"]),
-    ("resolve", &["results", "trees", GROUND]),
-    ("outputs", &["results", GROUND, "index", "volume"]),
-    ("scrub", &["results", GROUND, "index", "volume"]),
+    (BASE, &["index", "volume"]),
+    ("trees", &[BASE, "index", "volume"]),
+    ("forms", &[BASE, "index", "volume"]),
+    ("results", &["trees", BASE, "index", "volume"]),
+    ("resolve", &["results", "trees", BASE]),
+    ("outputs", &["results", BASE, "index", "volume"]),
+    ("scrub", &["results", BASE, "index", "volume"]),
 ];
 
-/// The one file above the rooms of the store that fills the index from what the volume and the results say.
+/// The one file above the modules of the store that fills the index from what the volume and the results say.
 const STORE_START: &str = "src/actors/cas/recovery.rs";
 
-/// The rooms that the configuration may import: checked values without state, and the settings of access and logging.
-/// Every other room declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
+/// The modules that the configuration may import: checked values without state, and the settings of access and logging.
+/// Every other module declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
 pub const CONFIG_MAY: &[&str] = &[
     "access", "action", "host", "instance", "limits", "logging", "node", "platform", "quotas", "sandbox",
     "size",
 ];
 
-/// The imports between the rooms of one crate, each with a file that contains it.
+/// The imports between the modules of one crate, each with a file that contains it.
 pub type Imports = BTreeMap<String, BTreeMap<String, String>>;
 
-/// The crate and the room of a file: `src/actors/cas/index.rs` is `actors::cas` of `src`.
-pub fn room(path: &str) -> Option<(&str, String)> {
+/// The crate and the module of a file: `src/actors/cas/index.rs` is `actors::cas` of `src`.
+pub fn module(path: &str) -> Option<(&str, String)> {
     let end = path.find("src/")? + "src".len();
     let (home, inner) = (&path[..end], path[end + 1..].strip_suffix(".rs")?);
     let known_home = home == "src" || (home.starts_with("crates/") && home.matches('/').count() == 2);
     let mut segments = inner.split('/');
     let first = segments.next()?;
-    let room = match (first, segments.next()) {
+    let module = match (first, segments.next()) {
         ("actors", Some(actor)) => format!("actors::{actor}"),
         _ => first.to_owned(),
     };
-    (known_home && !matches!(inner, "lib" | "main")).then_some((home, room))
+    (known_home && !matches!(inner, "lib" | "main")).then_some((home, module))
 }
 
-/// The imports between the rooms of each crate.
+/// The imports between the modules of each crate.
 pub fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
-    let homes: BTreeSet<_> = files.iter().filter_map(|file| room(&file.path)).collect();
+    let homes: BTreeSet<_> = files.iter().filter_map(|file| module(&file.path)).collect();
     let mut crates: BTreeMap<&str, Imports> = BTreeMap::new();
     for file in files {
-        let Some((home, own)) = room(&file.path) else { continue };
+        let Some((home, own)) = module(&file.path) else { continue };
         let of_own = crates.entry(home).or_default().entry(own.clone()).or_default();
         for target in paths_from_root(&file.code()).iter().map(|path| target(path)) {
             if target != own && homes.contains(&(home, target.clone())) {
@@ -85,25 +86,25 @@ pub fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
     crates
 }
 
-/// Rooms that the configuration imports and may not.
+/// Modules that the configuration imports and may not.
 pub fn config_strays(imports: &Imports) -> Vec<String> {
     let targets = imports.get("config").into_iter().flatten();
     let strays = targets.filter(|(target, _)| !CONFIG_MAY.contains(&target.as_str()));
     strays
         .map(|(target, file)| {
             format!(
-                "{file} imports `{target}`: a room declares its settings, and src/server/fill.rs fills them from the configuration"
+                "{file} imports `{target}`: a module declares its settings, and src/server/fill.rs fills them from the configuration"
             )
         })
         .collect()
 }
 
-/// Imports between the rooms of the store that are not among the arrows.
+/// Imports between the modules of the store that are not among the arrows.
 pub fn store_strays(files: &[Source], arrows: &[(&str, &[&str])]) -> Vec<String> {
     let mut strays = Vec::new();
     for file in files.iter().filter(|file| file.path != STORE_START) {
-        let Some(own) = store_room(&file.path) else { continue };
-        let may = arrows.iter().find(|(room, _)| *room == own).map_or(&[][..], |(_, may)| may);
+        let Some(own) = store_module(&file.path) else { continue };
+        let may = arrows.iter().find(|(module, _)| *module == own).map_or(&[][..], |(_, may)| may);
         for target in store_imports(file) {
             if target != own && !may.contains(&target) {
                 strays.push(format!("{} imports `{target}` of the store into `{own}`", file.path));
@@ -113,14 +114,14 @@ pub fn store_strays(files: &[Source], arrows: &[(&str, &[&str])]) -> Vec<String>
     strays
 }
 
-/// The room of the store that a file belongs to.
-fn store_room(path: &str) -> Option<&str> {
+/// The module of the store that a file belongs to.
+fn store_module(path: &str) -> Option<&str> {
     let inner = path.strip_prefix(STORE)?.strip_prefix('/')?.strip_suffix(".rs")?;
     let module = inner.split('/').next()?;
-    Some(if STORE_ROOMS.contains(&module) { module } else { GROUND })
+    Some(if STORE_MODULES.contains(&module) { module } else { BASE })
 }
 
-/// The rooms of the store that a file names. Names of types and constants lead to `cas.rs` itself and are left out.
+/// The modules of the store that a file names. Names of types and constants lead to `cas.rs` itself and are left out.
 fn store_imports(file: &Source) -> BTreeSet<&'static str> {
     let code = file.code();
     let depth = file.path.matches('/').count() - STORE.matches('/').count();
@@ -130,10 +131,10 @@ fn store_imports(file: &Source) -> BTreeSet<&'static str> {
     let from_root = from_root.iter().filter_map(|path| path.strip_prefix("actors::cas::"));
     for path in from_root.map(str::to_owned).chain(paths_from(&code, &up)) {
         let module = path.split("::").next().unwrap_or_default();
-        match STORE_ROOMS.iter().find(|room| **room == module) {
-            Some(room) => _ = targets.insert(*room),
+        match STORE_MODULES.iter().find(|known| **known == module) {
+            Some(known) => _ = targets.insert(*known),
             None if module.starts_with(char::is_lowercase) && path.contains("::") => {
-                targets.insert(GROUND);
+                targets.insert(BASE);
             }
             None => {}
         }
@@ -161,7 +162,7 @@ pub fn store_disk(files: &[Source]) -> Vec<String> {
     found
 }
 
-/// The room that contains a path such as `actors::cas::Cas`.
+/// The module that contains a path such as `actors::cas::Cas`.
 fn target(path: &str) -> String {
     let mut segments = path.split("::");
     match (segments.next(), segments.next()) {
@@ -246,22 +247,22 @@ pub fn stale<'a>(
         .collect()
 }
 
-/// Whether imports lead from one room to another without the given ones.
+/// Whether imports lead from one module to another without the given ones.
 fn reaches(imports: &Imports, from: &str, to: &str, without: &dyn Fn(&str, &str) -> bool) -> bool {
     let (mut seen, mut open) = (BTreeSet::new(), vec![from]);
-    while let Some(room) = open.pop() {
-        if room == to {
+    while let Some(module) = open.pop() {
+        if module == to {
             return true;
         }
-        if seen.insert(room) {
-            let targets = imports.get(room).into_iter().flat_map(BTreeMap::keys);
-            open.extend(targets.map(String::as_str).filter(|target| !without(room, target)));
+        if seen.insert(module) {
+            let targets = imports.get(module).into_iter().flat_map(BTreeMap::keys);
+            open.extend(targets.map(String::as_str).filter(|target| !without(module, target)));
         }
     }
     false
 }
 
-/// Rooms, crates and directories of tests that are missing on the map, and paths on the map that do not exist.
+/// Modules, crates and directories of tests that are missing on the map, and paths on the map that do not exist.
 pub fn map(files: &[Source], document: &str) -> Vec<String> {
     let block = document.split("## Map").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap_or_default();
     let named = on_the_map(block, files);
@@ -275,7 +276,7 @@ pub fn map(files: &[Source], document: &str) -> Vec<String> {
     missing.chain(gone).collect()
 }
 
-/// What must be on the map: the rooms of the server, the crates, and the directories of tests.
+/// What must be on the map: the modules of the server, the crates, and the directories of tests.
 fn places(files: &[Source]) -> BTreeSet<String> {
     let mut places = BTreeSet::new();
     for file in files {
@@ -326,11 +327,11 @@ mod tests {
 
     #[test]
     fn a_file_belongs_to_a_room() {
-        assert_eq!(room("src/actors/cas/index.rs"), Some(("src", "actors::cas".into())));
-        assert_eq!(room("src/grpc.rs"), Some(("src", "grpc".into())));
-        assert_eq!(room("crates/reapi/src/digest/tests.rs"), Some(("crates/reapi/src", "digest".into())));
-        assert_eq!(room("src/lib.rs"), None);
-        assert_eq!(room("tests/wire/main.rs"), None);
+        assert_eq!(module("src/actors/cas/index.rs"), Some(("src", "actors::cas".into())));
+        assert_eq!(module("src/grpc.rs"), Some(("src", "grpc".into())));
+        assert_eq!(module("crates/reapi/src/digest/tests.rs"), Some(("crates/reapi/src", "digest".into())));
+        assert_eq!(module("src/lib.rs"), None);
+        assert_eq!(module("tests/wire/main.rs"), None);
     }
 
     #[test]

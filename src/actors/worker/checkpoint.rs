@@ -25,6 +25,12 @@ impl<'a> Checkpoint<'a> {
         self.cancel.is_stopped()
     }
 
+    /// Whether half of the time for the step is over.
+    pub(super) fn is_half_over(&self) -> bool {
+        let half = self.deadline.and_then(|deadline| deadline.checked_sub(self.limit / 2));
+        half.is_some_and(|half| Instant::now() >= half)
+    }
+
     /// Checks that the step may continue.
     ///
     /// # Errors

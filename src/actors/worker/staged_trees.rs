@@ -196,6 +196,16 @@ pub struct Base<'a> {
     pub delta: Delta<'a>,
 }
 
+/// The outcome of a wait for the tree of a root.
+#[derive(Debug)]
+enum TreeWait {
+    Found(TreeLease),
+    /// There is no tree, and none is being built.
+    NoTree,
+    /// The tree is still being built.
+    TooLong,
+}
+
 impl StagedTrees {
     /// No trees yet.
     pub fn new(limits: StagingLimits) -> Self {
@@ -219,7 +229,8 @@ impl StagedTrees {
 
 impl BuildRoot {
     /// Finds a base for the input root `wanted` among the trees of `place`, or makes a tree of it. `None` if the root
-    /// should be copied. `inputs` has the blobs of `wanted`.
+    /// should be copied, which includes a root whose tree another action has been building for too long. `inputs` has
+    /// the blobs of `wanted`.
     ///
     /// # Errors
     /// The errors of the checkpoint, of the store and of the file system.
@@ -236,8 +247,10 @@ impl BuildRoot {
         }
         let key = (instance, wanted.digest());
         loop {
-            if let Some(lease) = self.wait_for(place, key, checkpoint)? {
-                return Ok(Some(Base { lease, delta: Delta::default() }));
+            match self.wait_for(place, key, checkpoint)? {
+                TreeWait::Found(lease) => return Ok(Some(Base { lease, delta: Delta::default() })),
+                TreeWait::NoTree => {}
+                TreeWait::TooLong => return Ok(None),
             }
             if let Some(base) = self.similar(place, wanted, key) {
                 return Ok(Some(base));
@@ -294,25 +307,24 @@ impl BuildRoot {
         lease.check_in_place().is_ok().then_some(lease)
     }
 
-    /// Leases the tree of this root. Waits if another action is building it. `None` if there is no tree.
-    fn wait_for(
-        &self,
-        place: &Arc<RootDirectory>,
-        key: Key,
-        checkpoint: &Checkpoint,
-    ) -> Result<Option<TreeLease>> {
+    /// Leases the tree of this root. Waits if it is being built, at most for half of the time that the checkpoint allows,
+    /// so that there is time left to copy the inputs.
+    fn wait_for(&self, place: &Arc<RootDirectory>, key: Key, checkpoint: &Checkpoint) -> Result<TreeWait> {
         let mut index = place.trees.lock();
         loop {
             if let Some((id, tree)) = index.lease(key) {
                 drop(index);
                 if let Some(lease) = self.leased(place, id, tree) {
-                    return Ok(Some(lease));
+                    return Ok(TreeWait::Found(lease));
                 }
                 index = place.trees.lock();
                 continue;
             }
             if !index.is_building(key) {
-                return Ok(None);
+                return Ok(TreeWait::NoTree);
+            }
+            if checkpoint.is_half_over() {
+                return Ok(TreeWait::TooLong);
             }
             let waited = place.trees.built.wait_timeout(index, BUILD_POLL);
             (index, _) = waited.unwrap_or_else(PoisonError::into_inner);

@@ -75,8 +75,12 @@ impl Bench {
     }
 
     fn stage<'a>(&self, inputs: &'a Counted) -> Result<Option<Base<'a>>> {
+        self.stage_within(inputs, Duration::from_secs(60))
+    }
+
+    fn stage_within<'a>(&self, inputs: &'a Counted, limit: Duration) -> Result<Option<Base<'a>>> {
         let cancel = CancelToken::new();
-        let checkpoint = Checkpoint::new(&cancel, "a test", Duration::from_secs(60));
+        let checkpoint = Checkpoint::new(&cancel, "a test", limit);
         self.build_root.stage(&self.build_root.place()?, &mut &*inputs, inputs.tree(), INSTANCE, &checkpoint)
     }
 

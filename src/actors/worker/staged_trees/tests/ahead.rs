@@ -186,6 +186,22 @@ fn a_run_builds_the_tree_itself_if_it_could_not_be_built_before() {
 }
 
 #[test]
+fn a_run_copies_its_inputs_if_the_tree_takes_too_long() {
+    let bench = Bench::new(ROOM);
+    let inputs = Counted::new(&tree(1, 100));
+    let (mut gated, gate) = inputs.gated(50);
+    thread::scope(|scope| {
+        let ahead = scope.spawn(|| bench.ahead_of(&mut gated, &CancelToken::without_event(), PATIENCE));
+        gate.wait();
+        let run = bench.stage_within(&inputs, Duration::from_secs(2));
+        assert!(matches!(run, Ok(None)), "{run:?}");
+        gate.open();
+        assert_eq!(ahead.join().unwrap(), Ok(true));
+    });
+    assert_eq!((inputs.files(), bench.trees()), (100, 1));
+}
+
+#[test]
 fn nothing_is_left_of_a_tree_whose_action_has_ended_and_none_is_begun_for_an_action_that_runs() {
     let bench = Bench::new(ROOM);
     let inputs = Counted::new(&tree(1, 100));

@@ -320,7 +320,7 @@ where
         .add(limited!(ContentAddressableStorageServer::new(cas::CasService(edge.clone()))))
         .add(limited!(ActionCacheServer::new(action_cache::ActionCacheService(edge.clone()))))
         .add(limited!(LogStreamServiceServer::new(log_stream::LogStreamService(edge.clone()))))
-        .add(write_stream::ByteStreamRoute::new(byte_stream::ByteStreamService(edge.clone()), |server| {
+        .add(byte_stream::ByteStreamRoute::new(byte_stream::ByteStreamService(edge.clone()), |server| {
             limited!(server)
         }))
         .add(limited!(FetchServer::new(asset::AssetService(edge.clone()))))

@@ -105,9 +105,10 @@ impl ConnectionState {
     }
 }
 
-/// The room for a piece, including its HTTP/2 and message frames.
+/// The room for a piece, including its HTTP/2 frames and the beginning of its message, which may have a frame of its
+/// own.
 fn piece_room(bytes: usize) -> u64 {
-    bytes as u64 + 2 * FRAME_BYTES
+    bytes as u64 + 3 * FRAME_BYTES
 }
 
 fn within_connection(bytes: u64) -> u64 {

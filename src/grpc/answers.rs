@@ -264,7 +264,8 @@ fn charge(call: &Call, data: Bytes, room: Share) -> Bytes {
     }
 }
 
-fn trailers(status: &Status) -> HeaderMap {
+/// The trailers of a response that ends with this status.
+pub(super) fn trailers(status: &Status) -> HeaderMap {
     let mut trailers = HeaderMap::new();
     // This fails only if the text of the status does not fit into a header. The code is set in any case.
     let _ = status.add_header(&mut trailers);

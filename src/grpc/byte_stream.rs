@@ -9,6 +9,11 @@
 //! pieces in memory: the one that is being sent and the next. When an upload breaks off, the store keeps its bytes
 //! under the resource name, so that the client can resume (BS-20).
 
+mod read_body;
+mod route;
+
+pub(super) use route::ByteStreamRoute;
+
 use super::{Edge, ReadStream, log_stream, stalled, write_stream::WriteStream};
 use crate::{
     actors::cas::{

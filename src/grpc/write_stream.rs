@@ -8,14 +8,12 @@
 //!
 //! Messages of an unusual form are collected and decoded as a whole, and count as unfinished until then
 //! ([`super::intake`]). Small messages are collected as well ([`WHOLE_UP_TO_BYTES`]), because a small blob that has
-//! arrived as a whole is stored at once. Messages with gRPC compression are read by tonic ([`route`]).
+//! arrived as a whole is stored at once. Messages with gRPC compression are read by tonic
+//! ([`super::byte_stream`]).
 //!
 //! Bound: a piece keeps the frame in memory that it came in, so a small piece is copied ([`COPIED_BELOW_BYTES`]).
 
 mod head;
-mod route;
-
-pub(super) use self::route::ByteStreamRoute;
 
 use self::head::{HEAD_MAX_BYTES, MessageHead, PREFIX_BYTES};
 use super::{claim::Claim, codec};
@@ -66,7 +64,7 @@ impl WriteStream {
         Self { source: Source::Messages(messages), waits_since: None, alarm: Alarm::default() }
     }
 
-    fn of_body(body: TonicBody) -> Self {
+    pub(super) fn of_body(body: TonicBody) -> Self {
         Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, alarm: Alarm::default() }
     }
 

@@ -307,8 +307,8 @@ impl BuildRoot {
         lease.check_in_place().is_ok().then_some(lease)
     }
 
-    /// Leases the tree of this root. Waits if it is being built, at most for half of the time that the checkpoint allows,
-    /// so that there is time left to copy the inputs.
+    /// Leases the tree of this root. Waits if it is being built, at most for half of the time that the checkpoint
+    /// allows, so that there is time left to copy the inputs.
     fn wait_for(&self, place: &Arc<RootDirectory>, key: Key, checkpoint: &Checkpoint) -> Result<TreeWait> {
         let mut index = place.trees.lock();
         loop {

@@ -4,8 +4,9 @@
 //! Compaction runs in the background at a bounded rate. If the volume has more dead bytes than it may have, deletions
 //! are reported only once enough of them are reclaimed. So writers that need the room wait.
 //!
-//! Bounds: a job compacts at most [`COMPACTIONS_AT_ONCE`] parts. If that does not reclaim enough, the dead bytes count
-//! as bytes that the store cannot use, and writers that find no room are refused.
+//! Bounds: a job compacts at most [`COMPACTIONS_AT_ONCE`] parts. If that does not reclaim enough, for example because
+//! the disk has no room for the copies, nothing more is evicted until it does ([`StoreShared::reclaims_in_vain`]).
+//! Evicting would only turn live bytes into dead ones. Writers that need room are refused meanwhile.
 //!
 //! [`Volume::compact`]: super::volume::Volume::compact
 
@@ -20,7 +21,10 @@ use super::{
 };
 use crate::{actors::mail::Receive, disk::Space, logging::Event};
 use actix::{Addr, AsyncContext as _, Context, MessageResult};
-use std::{sync::Arc, thread};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    thread,
+};
 
 impl CasActor {
     /// Starts to compact the volume in the background, if this is due and not already under way.
@@ -41,6 +45,15 @@ impl CasActor {
 pub(super) fn reclaim_for_writers(shared: &Arc<StoreShared>, store: &Addr<CasActor>) {
     let is_due = || shared.volume.wants_compaction() == Some(Urgency::WritersWait);
     reclaim(shared, store, COMPACTIONS_AT_ONCE, is_due);
+    shared.reclaimed_too_little.store(is_due(), Relaxed);
+}
+
+impl StoreShared {
+    /// Whether the volume still has more dead bytes than it may have, although they were to be reclaimed for writers.
+    pub(super) fn reclaims_in_vain(&self) -> bool {
+        self.reclaimed_too_little.load(Relaxed)
+            && self.volume.wants_compaction() == Some(Urgency::WritersWait)
+    }
 }
 
 /// Reclaims a bounded number of bytes while `is_due` holds for the disk. Blocks.

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{actors::mail::Receive, logging::Event};
 use actix::{Addr, AsyncContext as _, Context};
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::error::{DISK_FULL_RETRY, Error, Result};
 use std::{future::Future, time::Instant};
 use tokio::{sync::oneshot, task::JoinHandle};
 
@@ -30,6 +30,12 @@ impl CasActor {
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
         self.shared.disk.check()?;
+        if self.shared.reclaims_in_vain() {
+            let overhead = self.note_overhead();
+            if !self.change(|index| index.has_room(bytes)) {
+                return Err(not_reclaimed(bytes, overhead));
+            }
+        }
         // Nothing is evicted for a write that would not fit even then.
         let parked = self.uploads.parked_bytes();
         self.ease_leases(of.max(bytes), None);
@@ -72,13 +78,20 @@ impl CasActor {
         })
     }
 
+    /// Tells the index how many bytes the store takes besides those of the entries, and returns them.
+    fn note_overhead(&mut self) -> u64 {
+        let overhead = self.shared.volume.overhead().saturating_add(self.shared.disk.beside());
+        self.change(|index| index.set_overhead(overhead));
+        overhead
+    }
+
     /// Evicts ahead of need.
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
-        let overhead = self.shared.volume.overhead().saturating_add(self.shared.disk.beside());
-        let Totals { pinned, limit, .. } = self.change(|index| {
-            index.set_overhead(overhead);
-            index.totals()
-        });
+        let overhead = self.note_overhead();
+        if self.shared.reclaims_in_vain() {
+            return;
+        }
+        let Totals { pinned, limit, .. } = self.change(|index| index.totals());
         if pinned.saturating_add(overhead) > limit {
             // Files that were deleted shortly before a power cut may be back. Without this, leases would keep all of
             // them.
@@ -214,6 +227,18 @@ impl Receive<Touched> for CasActor {
                 index.follow(at, before, after);
             }
         });
+    }
+}
+
+/// The error for a write that has no room until deleted blobs are reclaimed.
+fn not_reclaimed(wanted: u64, overhead: u64) -> Error {
+    Error::Exhausted {
+        message: format!(
+            "no room for {wanted} bytes: {overhead} bytes of the store are taken by deleted blobs that could not be \
+             reclaimed, and by files beside the blobs; it is tried again, and the log of the server says what failed \
+             (compaction_failed)"
+        ),
+        retry_after: Some(DISK_FULL_RETRY),
     }
 }
 

@@ -89,10 +89,13 @@ impl Index {
     /// # Errors
     /// [`Shortage`] if they could not.
     pub(in super::super) fn check_fit(&self, wanted: u64, revocable: u64) -> Result<(), Shortage> {
-        let Totals { held, leased, pinned, reserved, .. } = self.totals();
-        let limit = self.room();
-        let free = limit.saturating_sub(pinned).saturating_sub(reserved.saturating_sub(revocable));
-        if free >= wanted { Ok(()) } else { Err(Shortage { wanted, held, leased, reserved, limit }) }
+        let Totals { held, leased, pinned, reserved, overhead, limit, .. } = self.totals();
+        let free = self.room().saturating_sub(pinned).saturating_sub(reserved.saturating_sub(revocable));
+        if free >= wanted {
+            Ok(())
+        } else {
+            Err(Shortage { wanted, held, leased, reserved, overhead, limit })
+        }
     }
 
     /// Ends a reservation or a part of one.

@@ -128,7 +128,10 @@ fn a_shortage_names_its_numbers_and_evicts_nothing() {
     store(&mut index, 1, 20);
     index.hold(&held.key, NOW).unwrap();
     let shortage = index.reserve(50).unwrap_err();
-    assert_eq!(shortage, Shortage { wanted: 50, held: 60, leased: 0, reserved: 0, limit: LIMIT });
+    assert_eq!(
+        shortage,
+        Shortage { wanted: 50, held: 60, leased: 0, reserved: 0, overhead: 0, limit: LIMIT }
+    );
     assert_eq!(index.totals().blobs, 2);
 }
 

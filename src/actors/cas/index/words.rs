@@ -213,6 +213,8 @@ pub struct Shortage {
     pub leased: u64,
     /// Bytes reserved for uploads in progress.
     pub reserved: u64,
+    /// Bytes that the volume needs besides those of the entries, deleted blobs among them that are not reclaimed yet.
+    pub overhead: u64,
     /// The size limit of the store, in bytes.
     pub limit: u64,
 }
@@ -271,11 +273,12 @@ pub struct Tally {
 
 impl From<Shortage> for Error {
     fn from(shortage: Shortage) -> Self {
-        let Shortage { wanted, held, leased, reserved, limit } = shortage;
+        let Shortage { wanted, held, leased, reserved, overhead, limit } = shortage;
         let message = format!(
             "no room for {wanted} bytes: of the store's {limit} bytes, {held} are in use by running actions and open \
-             readers, {leased} are leased to builds (cache.build_lease) and {reserved} are promised to other uploads \
-             (max_size_gb raises the limit)"
+             readers, {leased} are leased to builds (cache.build_lease), {reserved} are promised to other uploads, and \
+             {overhead} are taken by deleted blobs that are not reclaimed yet and by files beside the blobs (max_size_gb \
+             raises the limit)"
         );
         // A blob that does not fit into an empty store will not fit later either.
         Self::Exhausted {

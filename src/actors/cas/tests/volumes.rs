@@ -1,6 +1,9 @@
 //! Tests of the store over a volume in memory, which show that it relies only on the promises of the trait.
 
-use super::{super::volume::memory::Memory, *};
+use super::{
+    super::volume::{Volume as _, memory::Memory},
+    *,
+};
 use std::fs::{File, read, write};
 
 /// A store over this volume. Nothing is stored below `root`.
@@ -94,18 +97,33 @@ async fn evicted_entries_leave_the_volume() {
     assert_eq!(store.get(digest(&noise(LARGE, 9))).await.unwrap(), noise(LARGE, 9));
 }
 
-/// Writers wait for the deletion of what they displace, but not for compaction that reclaims nothing.
+/// Writers wait for the deletion of what they displace, but not for compaction that reclaims nothing. The bytes that it
+/// leaves count, so they are refused in the end.
 #[actix::test]
-async fn compaction_in_vain_ends_and_holds_up_no_writer() {
+async fn writers_are_refused_while_compaction_does_not_reclaim_the_bytes_that_they_need() {
     let volume = Memory::that_reclaims_nothing();
     let store = over(&volume, MB).await;
-    let write = async {
-        for seed in 0..10 {
-            store.put(noise(LARGE, seed)).await;
-        }
+    let write = async |seed| {
+        let new = noise(100_000, seed);
+        let written = store.cas.write_many(&store.main, vec![(digest(&new), new)]);
+        let written = tokio::time::timeout(Duration::from_secs(30), written).await;
+        written.expect("a writer waits for ever").unwrap().remove(0)
     };
-    tokio::time::timeout(Duration::from_secs(30), write).await.expect("a writer waits for ever");
+    let mut refused = 0;
+    for seed in 0..30 {
+        match write(seed).await {
+            Ok(_) => assert_eq!(refused, 0, "nothing was reclaimed since"),
+            Err(Error::Exhausted { retry_after: Some(_), .. }) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+        // The room of the first write was granted before it was known that nothing is reclaimed for it.
+        assert!(store.inspect().await.totals.used + volume.overhead() <= MB + 100_000);
+    }
+    assert_eq!(refused, 19);
+    assert!(store.inspect().await.totals.used >= 8 * 100_000, "what is stored stays");
     assert!(volume.steps_in_vain() > 0);
+    volume.reclaim();
+    eventually(|| async { write(100).await.ok() }).await;
 }
 
 /// An error that says nothing about a file, such as too few descriptors, is UNAVAILABLE and never a miss, and nothing

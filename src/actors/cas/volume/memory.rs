@@ -28,14 +28,27 @@ pub(crate) struct Memory {
     last_number: Arc<AtomicU64>,
     /// The number of the error with which every call fails that opens or writes a file; 0 for none.
     fault: Arc<AtomicI32>,
-    /// Counts the steps of compaction, none of which reclaims anything; `None` for a volume without dead bytes.
-    in_vain: Option<Arc<AtomicU64>>,
+    /// `None` for a volume whose deleted files take no bytes.
+    dead: Option<Arc<DeadBytes>>,
+}
+
+/// The bytes of deleted files, which compaction does not reclaim.
+#[derive(Debug, Default)]
+struct DeadBytes {
+    bytes: AtomicU64,
+    /// The number of steps of compaction.
+    steps: AtomicU64,
 }
 
 impl Memory {
-    /// A volume that always has too many dead bytes, whatever is compacted.
+    /// A volume in which deleted files keep their bytes, whatever is compacted.
     pub(crate) fn that_reclaims_nothing() -> Self {
-        Self { in_vain: Some(Arc::default()), ..Self::default() }
+        Self { dead: Some(Arc::default()), ..Self::default() }
+    }
+
+    /// Reclaims the bytes of all deleted files.
+    pub(crate) fn reclaim(&self) {
+        self.dead.iter().for_each(|dead| dead.bytes.store(0, Ordering::Relaxed));
     }
 
     /// Fails every call that opens or writes a file from now on, or with 0 no more.
@@ -52,7 +65,7 @@ impl Memory {
 
     /// The number of steps of compaction that have reclaimed nothing.
     pub(crate) fn steps_in_vain(&self) -> u64 {
-        self.in_vain.as_ref().map_or(0, |steps| steps.load(Ordering::Relaxed))
+        self.dead.as_ref().map_or(0, |dead| dead.steps.load(Ordering::Relaxed))
     }
 
     /// The number of files.
@@ -97,6 +110,10 @@ impl Volume for Memory {
         size.max(1)
     }
 
+    fn overhead(&self) -> u64 {
+        self.dead.as_ref().map_or(0, |dead| dead.bytes.load(Ordering::Relaxed))
+    }
+
     fn space(&self) -> io::Result<Space> {
         Ok(Space { free_bytes: 1 << 40, total_bytes: 1 << 40, free_inodes: 1 << 30, total_inodes: 0 })
     }
@@ -129,6 +146,9 @@ impl Volume for Memory {
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)> {
         for victim in victims {
             self.files.lock().unwrap().remove(&victim.file.generation);
+            if let Some(dead) = &self.dead {
+                dead.bytes.fetch_add(victim.bytes, Ordering::Relaxed);
+            }
         }
         Vec::new()
     }
@@ -136,7 +156,7 @@ impl Volume for Memory {
     fn touch(&self, _: &[FileId], _: &mut dyn FnMut(Vec<Moved>)) {}
 
     fn wants_compaction(&self) -> Option<Urgency> {
-        self.in_vain.as_ref().map(|_| Urgency::WritersWait)
+        (self.overhead() > 0).then_some(Urgency::WritersWait)
     }
 
     fn compact(
@@ -144,8 +164,8 @@ impl Volume for Memory {
         _: &dyn Fn(&[FileId]) -> Vec<bool>,
         _: &mut dyn FnMut(Moves) -> Vec<bool>,
     ) -> io::Result<Compacted> {
-        let Some(steps) = &self.in_vain else { return Ok(Compacted::NothingToGain) };
-        steps.fetch_add(1, Ordering::Relaxed);
+        let Some(dead) = &self.dead else { return Ok(Compacted::NothingToGain) };
+        dead.steps.fetch_add(1, Ordering::Relaxed);
         Ok(Compacted::Some)
     }
 

@@ -75,7 +75,7 @@ use memo::Memo;
 use reply::StoreReply;
 use requests::*;
 use std::{
-    sync::{Arc, LazyLock, OnceLock, atomic::AtomicBool},
+    sync::{Arc, LazyLock, OnceLock},
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -103,8 +103,7 @@ pub(crate) struct StoreShared {
     disk: StoreDisk,
     /// Files that are being deleted in the background.
     deletions: Deletions,
-    /// Whether the last compaction for writers left more dead bytes than the volume may have.
-    reclaimed_too_little: AtomicBool,
+    reclaiming: compaction::Reclaiming,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: trees::known_roots::KnownRoots,
@@ -216,7 +215,7 @@ impl CasActor {
             volume,
             disk: StoreDisk::new(settings.root.display().to_string(), settings.max_bytes),
             deletions: Deletions::default(),
-            reclaimed_too_little: AtomicBool::new(false),
+            reclaiming: compaction::Reclaiming::default(),
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: trees::known_roots::KnownRoots::new(),

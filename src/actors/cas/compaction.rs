@@ -22,7 +22,10 @@ use super::{
 use crate::{actors::mail::Receive, disk::Space, logging::Event};
 use actix::{Addr, AsyncContext as _, Context, MessageResult};
 use std::{
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
     thread,
 };
 
@@ -43,16 +46,44 @@ impl CasActor {
 
 /// Reclaims bytes while writers have to wait for this. Blocks.
 pub(super) fn reclaim_for_writers(shared: &Arc<StoreShared>, store: &Addr<CasActor>) {
-    let is_due = || shared.volume.wants_compaction() == Some(Urgency::WritersWait);
-    reclaim(shared, store, COMPACTIONS_AT_ONCE, is_due);
-    shared.reclaimed_too_little.store(is_due(), Relaxed);
+    let _job = ReclaimJob::begin(&shared.reclaiming);
+    reclaim(shared, store, COMPACTIONS_AT_ONCE, || do_writers_wait(shared));
+    shared.reclaiming.was_in_vain.store(do_writers_wait(shared), Relaxed);
+}
+
+fn do_writers_wait(shared: &StoreShared) -> bool {
+    shared.volume.wants_compaction() == Some(Urgency::WritersWait)
+}
+
+/// The jobs that reclaim bytes for writers.
+#[derive(Debug, Default)]
+pub(super) struct Reclaiming {
+    jobs: AtomicUsize,
+    /// Whether the last job to end left more dead bytes than the volume may have.
+    was_in_vain: AtomicBool,
+}
+
+/// A running job. It ends with the drop.
+struct ReclaimJob<'a>(&'a Reclaiming);
+
+impl<'a> ReclaimJob<'a> {
+    fn begin(reclaiming: &'a Reclaiming) -> Self {
+        reclaiming.jobs.fetch_add(1, Relaxed);
+        Self(reclaiming)
+    }
+}
+
+impl Drop for ReclaimJob<'_> {
+    fn drop(&mut self) {
+        self.0.jobs.fetch_sub(1, Relaxed);
+    }
 }
 
 impl StoreShared {
-    /// Whether the volume still has more dead bytes than it may have, although they were to be reclaimed for writers.
+    /// Whether the volume has more dead bytes than it may have, although all jobs that reclaim them have ended.
     pub(super) fn reclaims_in_vain(&self) -> bool {
-        self.reclaimed_too_little.load(Relaxed)
-            && self.volume.wants_compaction() == Some(Urgency::WritersWait)
+        let Reclaiming { jobs, was_in_vain } = &self.reclaiming;
+        was_in_vain.load(Relaxed) && jobs.load(Relaxed) == 0 && do_writers_wait(self)
     }
 }
 

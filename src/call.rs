@@ -15,7 +15,10 @@ use crate::{
     },
     budget::Share,
     caller::{Build, Caller, Owner},
-    connections::{Admitted, ConnectionState, Connections, answers::FRAME_BYTES},
+    connections::{
+        Admitted, ConnectionState, Connections,
+        answers::{FRAME_BYTES, room_with_frames},
+    },
     instance::Instance,
     quotas::UploadMeter,
     result::ResultRoom,
@@ -190,7 +193,7 @@ impl Call {
     /// `Exhausted` if there is no room for too long.
     pub(crate) async fn reserve(&self, bytes: usize) -> Result<()> {
         if let Some(connection) = self.connection() {
-            self.keep(connection.state.reserve(bytes as u64 + 2 * FRAME_BYTES).await?);
+            self.keep(connection.state.reserve(room_with_frames(bytes)).await?);
         }
         self.hold(None);
         Ok(())
@@ -211,7 +214,7 @@ impl Call {
             return self.reserve(bytes).await;
         }
         if let Some(connection) = self.connection() {
-            self.keep(connection.state.reserve_now(bytes as u64 + 2 * FRAME_BYTES)?);
+            self.keep(connection.state.reserve_now(room_with_frames(bytes))?);
         }
         Ok(())
     }
@@ -223,8 +226,8 @@ impl Call {
     pub(crate) async fn reserve_piece(&self, max: usize) -> Result<usize> {
         let Some(connection) = self.connection() else { return Ok(max) };
         if self.room().is_some() {
-            // Small gRPC messages are collected into one frame while more are ready. They are sent first, so that no
-            // more than one piece is held.
+            // The piece before was not taken yet: tonic collects small messages while more are ready. They are sent
+            // first, so that no more than one piece is held.
             tokio::task::yield_now().await;
         }
         let (piece, room) = connection.state.reserve_piece(max).await?;

@@ -75,7 +75,7 @@ use memo::Memo;
 use reply::StoreReply;
 use requests::*;
 use std::{
-    sync::{Arc, LazyLock, OnceLock},
+    sync::{Arc, LazyLock, OnceLock, atomic::AtomicBool},
     thread,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -103,7 +103,8 @@ pub(crate) struct StoreShared {
     disk: StoreDisk,
     /// Files that are being deleted in the background.
     deletions: Deletions,
-    reclaiming: compaction::Reclaiming,
+    /// Whether the last compaction for writers has reclaimed nothing, and none has reclaimed anything since.
+    reclaims_nothing: AtomicBool,
     runtime: Handle,
     directories: Memo<Digest, Arc<Directory>>,
     input_roots: trees::known_roots::KnownRoots,
@@ -215,7 +216,7 @@ impl CasActor {
             volume,
             disk: StoreDisk::new(settings.root.display().to_string(), settings.max_bytes),
             deletions: Deletions::default(),
-            reclaiming: compaction::Reclaiming::default(),
+            reclaims_nothing: AtomicBool::new(false),
             runtime,
             directories: Memo::new(settings::DIRECTORY_MEMO_BYTES),
             input_roots: trees::known_roots::KnownRoots::new(),

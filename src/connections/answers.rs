@@ -81,12 +81,12 @@ impl ConnectionState {
             _ if held <= ANSWERS.connection / 4 * 3 => max.min(SMALL_PIECE_BYTES),
             _ => max.min(SMALLEST_PIECE_BYTES),
         };
-        if let Some(room) = self.answers.take_small(self.caller, piece_room(piece)) {
+        if let Some(room) = self.answers.take_small(self.caller, room_with_frames(piece)) {
             return Ok((piece, room));
         }
         // Only a small amount is waited for, so that it does not block the requests behind it for long.
         let piece = piece.min(SMALLEST_PIECE_BYTES);
-        let room = self.answers.wait_for_small(self.caller, piece_room(piece));
+        let room = self.answers.wait_for_small(self.caller, room_with_frames(piece));
         Ok((piece, self.wait_while_read(room).await?))
     }
 
@@ -105,9 +105,9 @@ impl ConnectionState {
     }
 }
 
-/// The room for a piece, including its HTTP/2 frames and the beginning of its message, which may have a frame of its
-/// own.
-fn piece_room(bytes: usize) -> u64 {
+/// The room for an answer or a piece of it, including its HTTP/2 frames and the beginning of its message, which may
+/// have a frame of its own.
+pub(crate) fn room_with_frames(bytes: usize) -> u64 {
     bytes as u64 + 3 * FRAME_BYTES
 }
 

@@ -121,9 +121,11 @@ pub(super) fn read(edge: &Edge, call: &Call, name: &LogName, request: &ReadReque
         offset,
         left: if limit == 0 { u64::MAX } else { limit },
     };
-    let messages = stream::try_unfold(reading, |mut reading| async move {
-        let data = reading.next().await?;
-        Ok(data.map(|data| (ReadResponse { data }, reading)))
+    let messages = stream::try_unfold((reading, call.clone()), |(mut reading, call)| async move {
+        let Some(data) = reading.next().await? else { return Ok(None) };
+        // Room is reserved only now, because the next output may come after hours.
+        call.reserve(data.len()).await?;
+        Ok(Some((ReadResponse { data }, (reading, call))))
     });
     Ok(stalled::watched(messages.boxed()))
 }

@@ -4,9 +4,10 @@
 //! Compaction runs in the background at a bounded rate. If the volume has more dead bytes than it may have, deletions
 //! are reported only once enough of them are reclaimed. So writers that need the room wait.
 //!
-//! Bounds: a job compacts at most [`COMPACTIONS_AT_ONCE`] parts. If that does not reclaim enough, for example because
-//! the disk has no room for the copies, nothing more is evicted until it does ([`StoreShared::reclaims_in_vain`]).
-//! Evicting would only turn live bytes into dead ones. Writers that need room are refused meanwhile.
+//! Bounds: a job compacts at most [`COMPACTIONS_AT_ONCE`] parts. A job for writers may reclaim nothing, for example
+//! because the disk has no room for the copies. Then nothing is evicted for writers until something is reclaimed
+//! ([`StoreShared::reclaims_in_vain`]), because that would only turn live bytes into dead ones. Writers that find no
+//! room are refused meanwhile.
 //!
 //! [`Volume::compact`]: super::volume::Volume::compact
 
@@ -15,17 +16,16 @@ use super::{
     index::FileId,
     requests::Relocate,
     settings::{
-        CHANGES_PER_HOLD, COMPACTION_PAUSE, COMPACTIONS_AT_ONCE, COMPACTIONS_PER_RELIEF, LOOKUPS_PER_HOLD,
+        CHANGES_PER_HOLD, COMPACTION_FAILURES, COMPACTION_PAUSE, COMPACTIONS_AT_ONCE, COMPACTIONS_PER_RELIEF,
+        LOOKUPS_PER_HOLD,
     },
     volume::{Compacted, Moves, Urgency},
 };
 use crate::{actors::mail::Receive, disk::Space, logging::Event};
 use actix::{Addr, AsyncContext as _, Context, MessageResult};
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
-    },
+    io,
+    sync::{Arc, atomic::Ordering::Relaxed},
     thread,
 };
 
@@ -46,44 +46,20 @@ impl CasActor {
 
 /// Reclaims bytes while writers have to wait for this. Blocks.
 pub(super) fn reclaim_for_writers(shared: &Arc<StoreShared>, store: &Addr<CasActor>) {
-    let _job = ReclaimJob::begin(&shared.reclaiming);
-    reclaim(shared, store, COMPACTIONS_AT_ONCE, || do_writers_wait(shared));
-    shared.reclaiming.was_in_vain.store(do_writers_wait(shared), Relaxed);
+    let has_reclaimed = reclaim(shared, store, COMPACTIONS_AT_ONCE, || do_writers_wait(shared));
+    if !has_reclaimed && do_writers_wait(shared) {
+        shared.reclaims_nothing.store(true, Relaxed);
+    }
 }
 
 fn do_writers_wait(shared: &StoreShared) -> bool {
     shared.volume.wants_compaction() == Some(Urgency::WritersWait)
 }
 
-/// The jobs that reclaim bytes for writers.
-#[derive(Debug, Default)]
-pub(super) struct Reclaiming {
-    jobs: AtomicUsize,
-    /// Whether the last job to end left more dead bytes than the volume may have.
-    was_in_vain: AtomicBool,
-}
-
-/// A running job. It ends with the drop.
-struct ReclaimJob<'a>(&'a Reclaiming);
-
-impl<'a> ReclaimJob<'a> {
-    fn begin(reclaiming: &'a Reclaiming) -> Self {
-        reclaiming.jobs.fetch_add(1, Relaxed);
-        Self(reclaiming)
-    }
-}
-
-impl Drop for ReclaimJob<'_> {
-    fn drop(&mut self) {
-        self.0.jobs.fetch_sub(1, Relaxed);
-    }
-}
-
 impl StoreShared {
-    /// Whether the volume has more dead bytes than it may have, although all jobs that reclaim them have ended.
+    /// Whether the volume has more dead bytes than it may have, and the last job for writers has reclaimed nothing.
     pub(super) fn reclaims_in_vain(&self) -> bool {
-        let Reclaiming { jobs, was_in_vain } = &self.reclaiming;
-        was_in_vain.load(Relaxed) && jobs.load(Relaxed) == 0 && do_writers_wait(self)
+        self.reclaims_nothing.load(Relaxed) && do_writers_wait(self)
     }
 }
 
@@ -93,17 +69,41 @@ pub(super) fn reclaim_for_disk(shared: &StoreShared, store: &Addr<CasActor>, is_
     reclaim(shared, store, COMPACTIONS_PER_RELIEF, is_due);
 }
 
-/// Compacts at most `parts` parts of the volume, while `is_due` holds and there may be more to gain. Blocks.
-fn reclaim(shared: &StoreShared, store: &Addr<CasActor>, parts: usize, is_due: impl Fn() -> bool) {
+/// Compacts at most `parts` parts of the volume, while `is_due` holds and there may be more to gain. Returns whether it
+/// has reclaimed any. Blocks.
+fn reclaim(shared: &StoreShared, store: &Addr<CasActor>, parts: usize, is_due: impl Fn() -> bool) -> bool {
+    let (mut has_reclaimed, mut failures) = (false, 0);
     for _ in 0..parts {
-        if !store.connected() || !is_due() || !step(shared, store) {
-            return;
+        if !store.connected() || failures == COMPACTION_FAILURES {
+            break;
+        }
+        if !is_due() {
+            shared.reclaims_nothing.store(false, Relaxed);
+            break;
+        }
+        match step(shared, store) {
+            Ok(Compacted::Reclaimed) => {
+                has_reclaimed = true;
+                shared.reclaims_nothing.store(false, Relaxed);
+            }
+            Ok(Compacted::Kept) => {}
+            Ok(Compacted::NothingToGain) => break,
+            Err(error) => {
+                failures += 1;
+                Event::warn(LOG, "compaction_failed").with_shown("error", &error).log(format_args!(
+                    "could not reclaim the disk space of deleted blobs; it is tried again"
+                ));
+            }
         }
     }
+    has_reclaimed
 }
 
-/// Compacts one part of the volume. Returns whether there may be more to gain. Blocks.
-fn step(shared: &StoreShared, store: &Addr<CasActor>) -> bool {
+/// Compacts one part of the volume. Blocks.
+///
+/// # Errors
+/// The errors of the file system.
+fn step(shared: &StoreShared, store: &Addr<CasActor>) -> io::Result<Compacted> {
     let mut relocate = |moves: Moves| {
         let copies = moves.moved.len();
         if shared.volume.wants_compaction() != Some(Urgency::WritersWait) {
@@ -114,15 +114,7 @@ fn step(shared: &StoreShared, store: &Addr<CasActor>) -> bool {
         // The store is closing, and its index takes no more changes.
         accepted.unwrap_or_else(|_| vec![false; copies])
     };
-    match shared.volume.compact(&|files| may_move(shared, files), &mut relocate) {
-        Ok(outcome) => outcome == Compacted::Some,
-        Err(error) => {
-            Event::warn(LOG, "compaction_failed")
-                .with_shown("error", &error)
-                .log(format_args!("could not reclaim the disk space of deleted blobs; it is tried again"));
-            false
-        }
-    }
+    shared.volume.compact(&|files| may_move(shared, files), &mut relocate)
 }
 
 /// For each of these files, whether an entry has it and may get another one.

@@ -283,6 +283,9 @@ pub(super) const COMPACTION_PAUSE: Duration = Duration::from_millis(20);
 /// store as a whole; in a large one, it reclaims more than the deletions that wait for it.
 pub(super) const COMPACTIONS_AT_ONCE: usize = 256;
 
+/// A job ends after this many parts that could not be compacted.
+pub(super) const COMPACTION_FAILURES: usize = 4;
+
 /// Parts of the volume that are compacted to relieve a full disk before entries are evicted.
 pub(super) const COMPACTIONS_PER_RELIEF: usize = 16;
 

@@ -20,7 +20,8 @@ use tokio::{sync::oneshot, task::JoinHandle};
 
 impl CasActor {
     /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted.
-    /// Fails if the total of `of` bytes cannot fit. If a future is returned, the room is free on disk when it ends,
+    /// Fails if the total of `of` bytes cannot fit, or if entries would have to be evicted while the bytes of earlier
+    /// evictions cannot be reclaimed. If a future is returned, the room is free on disk when it ends,
     /// otherwise now. A write that has already reserved much (`held`) leaves some of the free disk space to others.
     pub(super) fn reserve(
         &mut self,
@@ -30,12 +31,6 @@ impl CasActor {
         ctx: &Context<Self>,
     ) -> Result<(Reservation, Option<impl Future<Output = ()> + use<>>)> {
         self.shared.disk.check()?;
-        if self.shared.reclaims_in_vain() {
-            let overhead = self.note_overhead();
-            if !self.change(|index| index.has_room(bytes)) {
-                return Err(not_reclaimed(bytes, overhead));
-            }
-        }
         // Nothing is evicted for a write that would not fit even then.
         let parked = self.uploads.parked_bytes();
         self.ease_leases(of.max(bytes), None);
@@ -44,6 +39,13 @@ impl CasActor {
             && let Some(partial) = self.uploads.pop_for_room()
         {
             self.discard(partial, ctx);
+        }
+        if self.shared.reclaims_in_vain() {
+            let overhead = self.note_overhead();
+            if !self.change(|index| index.has_room(bytes)) {
+                self.compact(ctx);
+                return Err(not_reclaimed(bytes, overhead));
+            }
         }
         let mut victims = in_parts(|max| self.change(|index| index.evict_for(bytes, max)));
         let is_large = held.saturating_add(bytes) > settings::SMALL_WRITE_BYTES;
@@ -235,8 +237,8 @@ fn not_reclaimed(wanted: u64, overhead: u64) -> Error {
     Error::Exhausted {
         message: format!(
             "no room for {wanted} bytes: {overhead} bytes of the store are taken by deleted blobs that could not be \
-             reclaimed, and by files beside the blobs; it is tried again, and the log of the server says what failed \
-             (compaction_failed)"
+             reclaimed, and by files beside the blobs; the server goes on trying; if the log has compaction_failed, it \
+             says why"
         ),
         retry_after: Some(DISK_FULL_RETRY),
     }

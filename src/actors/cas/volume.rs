@@ -217,9 +217,11 @@ pub(crate) struct Moves {
 /// The outcome of a step of compaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compacted {
-    /// The step has reclaimed bytes or copied files, and there may be more to do.
-    Some,
-    /// There was nothing to do, or all remaining files are in use.
+    /// A part was reclaimed, and there may be more to do.
+    Reclaimed,
+    /// A part was tried and stays, because some of its files are in use. There may be more to do.
+    Kept,
+    /// No part that was not tried has enough to reclaim.
     NothingToGain,
 }
 

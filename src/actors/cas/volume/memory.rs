@@ -166,7 +166,7 @@ impl Volume for Memory {
     ) -> io::Result<Compacted> {
         let Some(dead) = &self.dead else { return Ok(Compacted::NothingToGain) };
         dead.steps.fetch_add(1, Ordering::Relaxed);
-        Ok(Compacted::Some)
+        Ok(Compacted::Kept)
     }
 
     fn recover(&self, _: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {

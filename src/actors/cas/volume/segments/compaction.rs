@@ -91,8 +91,9 @@ impl Segments {
         *self.copying() = CompactionState { source: Some(source.number), ..CompactionState::default() };
         let mut moved = Vec::new();
         let outcome = self.move_records(&source, may_move, relocate, &mut moved);
-        let mut buried = Ok(());
+        let (mut compacted, mut buried) = (Compacted::Reclaimed, Ok(()));
         if self.find(source.number).is_some() {
+            compacted = Compacted::Kept;
             stuck.insert(source.number);
             // A record is left because it is being read. The others must not come back with the segment.
             if !moved.is_empty() {
@@ -100,30 +101,40 @@ impl Segments {
             }
         }
         *self.copying() = CompactionState::default();
-        outcome.and(buried).map(|()| Compacted::Some)
+        outcome.and(buried).map(|()| compacted)
     }
 
     /// The complete segment with the largest dead part, if it is worth the copies. Segments in which a record has to
     /// stay are left for later.
     fn worst(&self, stuck: &HashSet<u64>) -> Option<Arc<Segment>> {
-        self.close_dead_head();
+        self.close_head_if(|dead| dead > self.sizes.segment / 2);
+        let worst = self.worst_with(stuck, MIN_DEAD_PART);
+        if worst.is_some() || self.verdict() != Verdict::Urgent {
+            return worst;
+        }
+        // Many segments that are a little dead may together exceed what may be dead.
+        self.close_head_if(|dead| dead > 0);
+        self.worst_with(stuck, u64::MAX)
+    }
+
+    /// The complete segment with the largest dead part, if it has at least this part.
+    fn worst_with(&self, stuck: &HashSet<u64>, min_dead_part: u64) -> Option<Arc<Segment>> {
         let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
         let candidate = |segment: &Arc<Segment>| {
             let takes = segment.is_complete()?;
             let records = takes.live.saturating_add(takes.dead).max(1);
-            let is_worth = takes.dead >= records / MIN_DEAD_PART && takes.dead > 0;
+            let is_worth = takes.dead >= records / min_dead_part && takes.dead > 0;
             let is_worth = is_worth && !stuck.contains(&segment.number);
             is_worth.then(|| (takes.dead.saturating_mul(1_000) / records, segment.clone()))
         };
         all.values().filter_map(candidate).max_by_key(|(part, _)| *part).map(|(_, segment)| segment)
     }
 
-    /// Closes the open segment if most of a whole segment is dead in it.
-    fn close_dead_head(&self) {
+    /// Closes the open segment if it has so many dead bytes.
+    fn close_head_if(&self, is_enough: impl Fn(u64) -> bool) {
         let closed = {
             let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-            let is_dead =
-                |open: &Arc<super::Appended>| open.segment.growth().takes().dead > self.sizes.segment / 2;
+            let is_dead = |open: &Arc<super::Appended>| is_enough(open.segment.growth().takes().dead);
             head.take_if(|open| is_dead(open)).filter(|open| open.segment.close())
         };
         if let Some(closed) = closed {

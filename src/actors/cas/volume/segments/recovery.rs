@@ -144,6 +144,8 @@ impl Segments {
             },
         };
         let Ok(metadata) = file.metadata() else { return SegmentRead::Unreadable };
+        // Also if the segment is left out: records of this run are newer than its records, which may return later.
+        self.sequence.fetch_max(opened.last_sequence.saturating_add(1), Relaxed);
         match self.notes_of(&opened) {
             Ok(notes) => {
                 self.take_in(opened, &notes, metadata.len(), take);
@@ -179,7 +181,7 @@ impl Segments {
     /// Counts a segment of this size, and passes on its records that are not dead. A segment without such records is
     /// removed.
     fn take_in(&self, opened: Opened, notes: &JournalNotes, bytes: u64, take: Take<'_>) {
-        let Opened { head, end, last_sequence, rows: table } = opened;
+        let Opened { head, end, rows: table, .. } = opened;
         let position = |name: &String| self.names.iter().position(|own| own == name);
         let id = |name: &String| position(name).map(|at| InstanceId(at as u16));
         let instances: Arc<[Option<InstanceId>]> = head.names.iter().map(id).collect();
@@ -193,7 +195,6 @@ impl Segments {
                 touched: notes.touched(row.slot, row.touched),
             })
         };
-        self.sequence.fetch_max(last_sequence.saturating_add(1), Relaxed);
         self.add(segment.clone());
         let (mut records, mut live) = (0, 0);
         let found = rows(&table).filter_map(recovered);

@@ -73,7 +73,7 @@ fn modules_import_each_other_without_cycles() {
 }
 
 #[test]
-fn the_configuration_imports_no_room_that_it_configures() {
+fn the_configuration_imports_no_module_that_it_configures() {
     none(&modules::config_strays(&modules::imports(&FILES)["src"]));
 }
 

@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_belongs_to_a_room() {
+    fn a_file_belongs_to_a_module() {
         assert_eq!(module("src/actors/cas/index.rs"), Some(("src", "actors::cas".into())));
         assert_eq!(module("src/grpc.rs"), Some(("src", "grpc".into())));
         assert_eq!(module("crates/reapi/src/digest/tests.rs"), Some(("crates/reapi/src", "digest".into())));
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn a_room_that_the_configuration_imports_is_found() {
+    fn a_module_that_the_configuration_imports_is_found() {
         let files = [
             ("src/config/settings.rs", "use crate::{actors::cas::StoreSettings, grpc::Edge, size::Size};"),
             ("src/actors/cas.rs", ""),
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn an_actor_is_a_room_of_its_own() {
+    fn an_actor_is_a_module_of_its_own() {
         let files =
             [("src/actors/a.rs", "use crate::actors::b;"), ("src/actors/b.rs", "use crate::actors::{a::X};")];
         assert_eq!(cycles(&graph(&files), &[]).len(), 2);
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn the_map_has_every_room_and_nothing_else() {
+    fn the_map_has_every_module_and_nothing_else() {
         let files: Vec<_> = [
             "src/a.rs",
             "src/a/x.rs",

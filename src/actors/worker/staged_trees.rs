@@ -229,8 +229,8 @@ impl StagedTrees {
 
 impl BuildRoot {
     /// Finds a base for the input root `wanted` among the trees of `place`, or makes a tree of it. `None` if the root
-    /// should be copied, which includes a root whose tree another action has been building for too long. `inputs` has
-    /// the blobs of `wanted`.
+    /// should be copied. A root is also copied if its tree has been under construction elsewhere for too long. `inputs`
+    /// has the blobs of `wanted`.
     ///
     /// # Errors
     /// The errors of the checkpoint, of the store and of the file system.

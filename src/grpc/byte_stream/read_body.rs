@@ -19,8 +19,8 @@ use tonic::Status;
 const COPIED_BYTES: usize = 8 * 1024;
 /// The number of the field `data` of a [`ReadResponse`].
 const DATA_FIELD: u32 = 10;
-/// A message begins with a flag and four bytes of its length. Then come the key of the field and the length of the data,
-/// which has at most five bytes.
+/// A message begins with a flag and four bytes of its length. Then come the key of the field and the length of the
+/// data, which has at most five bytes.
 const HEAD_MAX_BYTES: usize = 5 + 1 + 5;
 
 /// The messages of a Read and the status after them.

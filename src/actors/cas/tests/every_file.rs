@@ -187,7 +187,7 @@ fn every_fault_in_every_kind_of_file(max_bytes: u64, when: When, expected: &'sta
             let has_two = files.len() > 1 && ["segment", "v1/blobs"].contains(&&*kind);
             for fault in Fault::ALL {
                 alternating = !alternating;
-                // Between two runs, each fault is found by a look-up in one file and by a read in another one.
+                // Between two runs, each fault is found by a look-up once and by a read once.
                 let samples = match when {
                     When::Stopped => vec![(first, true), (last, false)],
                     When::Running if has_two => vec![(first, alternating), (last, !alternating)],

@@ -2,9 +2,9 @@
 //!
 //! Nothing is built that the run would not build: no small root, no root with a usable base, and no root that is staged
 //! or being built. What is built stays in the index without a lease, as a tree does after a run. If the run comes
-//! meanwhile, it waits for the tree as for a tree that another action builds; if the tree could not be built, it builds
-//! the tree itself. Nothing is built while the disk is low, or if the tree, those in use and those that still await
-//! their runs would take more than half of the budget.
+//! meanwhile, it waits for the tree as for a tree that another action builds, at most for half of its time; if the tree
+//! could not be built, it builds the tree itself. Nothing is built while the disk is low, or if the tree, those in use
+//! and those that still await their runs would take more than half of the budget.
 
 use super::{BUILD_POLL, BuildPermit, Key, SMALL_DELTA, UNLIMITED, free_of, size_of_tree};
 use crate::{

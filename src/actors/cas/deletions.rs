@@ -4,12 +4,16 @@
 //! is reclaimed by copying others. So victims wait in a queue, and a few jobs take many of them at a time. Room is
 //! given back as files are deleted, so a writer waits only for its own part of the queue.
 //!
+//! Of two results of an action, the older one is deleted first. Otherwise a crash between the two deletions would bring
+//! it back. So one job at a time deletes results, in the order in which they were handed over, and no two of one action
+//! together.
+//!
 //! Bounds: [`DELETERS`] jobs. The queue is bounded by what was stored, because a writer gets room that depends on
 //! deletions only after them.
 
 use super::{
     CasActor, LOG, StoreShared, compaction,
-    index::{FileId, Victim},
+    index::{EntryKind, FileId, Key, Victim},
     requests::Deleted,
     settings::{DELETERS, DELETIONS_AT_ONCE},
 };
@@ -31,8 +35,19 @@ struct DeletionOrder {
 
 #[derive(Debug, Default)]
 struct DeletionQueue {
-    waiting: VecDeque<DeletionOrder>,
+    /// Orders with results.
+    results: VecDeque<DeletionOrder>,
+    others: VecDeque<DeletionOrder>,
+    /// Whether a job deletes results now.
+    are_results_taken: bool,
     jobs: usize,
+}
+
+/// What one job deletes at a time.
+#[derive(Debug, Default)]
+struct DeletionBatch {
+    orders: Vec<DeletionOrder>,
+    has_results: bool,
 }
 
 /// See the module documentation.
@@ -56,19 +71,48 @@ impl Deletions {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the orders at the front of the queue, as many as one job deletes at a time.
-    fn take(&self) -> Vec<DeletionOrder> {
-        let (mut queue, mut taken, mut victims) = (self.queue(), Vec::new(), 0);
-        while victims < DELETIONS_AT_ONCE
-            && let Some(order) = queue.waiting.pop_front()
-        {
-            victims += order.victims.len();
-            taken.push(order);
-        }
-        if taken.is_empty() {
+    /// Takes the next orders. If there are none, the job ends.
+    fn take(&self) -> DeletionBatch {
+        let mut queue = self.queue();
+        let batch = queue.take();
+        if batch.orders.is_empty() {
             queue.jobs -= 1;
         }
-        taken
+        batch
+    }
+}
+
+impl DeletionQueue {
+    fn add(&mut self, order: DeletionOrder) {
+        let has_results = order.results().next().is_some();
+        if has_results { &mut self.results } else { &mut self.others }.push_back(order);
+    }
+
+    /// Takes the orders at the front, as many as one job deletes at a time.
+    fn take(&mut self) -> DeletionBatch {
+        let has_results = !self.are_results_taken && !self.results.is_empty();
+        let waiting = if has_results { &mut self.results } else { &mut self.others };
+        self.are_results_taken |= has_results;
+        let (mut orders, mut victims, mut results) = (Vec::new(), 0, HashSet::new());
+        while victims < DELETIONS_AT_ONCE
+            && let Some(order) = waiting.pop_front()
+        {
+            if order.results().any(|key| results.contains(key)) {
+                waiting.push_front(order);
+                break;
+            }
+            results.extend(order.results().copied());
+            victims += order.victims.len();
+            orders.push(order);
+        }
+        DeletionBatch { orders, has_results }
+    }
+}
+
+impl DeletionOrder {
+    /// The keys of the results among the victims.
+    fn results(&self) -> impl Iterator<Item = &Key> {
+        self.victims.iter().map(|victim| &victim.file.key).filter(|key| key.kind == EntryKind::Result)
     }
 }
 
@@ -81,7 +125,7 @@ pub(super) fn delete(
 ) -> oneshot::Receiver<Vec<FileId>> {
     let (tell, told) = oneshot::channel();
     let mut queue = shared.deletions.queue();
-    queue.waiting.push_back(DeletionOrder { victims, tell });
+    queue.add(DeletionOrder { victims, tell });
     let is_due = queue.jobs < DELETERS;
     queue.jobs += usize::from(is_due);
     drop(queue);
@@ -95,14 +139,16 @@ pub(super) fn delete(
 impl DeletionJob {
     /// Deletes files until none is waiting. Blocks.
     fn run(self) {
-        let mut guard = JobGuard { deletions: &self.shared.deletions, is_over: false };
+        let mut guard = JobGuard { deletions: &self.shared.deletions, is_over: false, has_results: false };
         loop {
-            let orders = self.shared.deletions.take();
+            let DeletionBatch { orders, has_results } = self.shared.deletions.take();
             if orders.is_empty() {
                 guard.is_over = true;
                 return;
             }
+            guard.has_results = has_results;
             self.carry_out(orders);
+            guard.give_back_results();
         }
     }
 
@@ -132,14 +178,26 @@ impl DeletionJob {
     }
 }
 
-/// Gives the place of a job back if it panics.
+/// Gives back what a job has taken, even if it panics.
 struct JobGuard<'a> {
     deletions: &'a Deletions,
+    /// Whether the job has given its place back.
     is_over: bool,
+    /// Whether the job deletes results now.
+    has_results: bool,
+}
+
+impl JobGuard<'_> {
+    fn give_back_results(&mut self) {
+        if std::mem::take(&mut self.has_results) {
+            self.deletions.queue().are_results_taken = false;
+        }
+    }
 }
 
 impl Drop for JobGuard<'_> {
     fn drop(&mut self) {
+        self.give_back_results();
         if !self.is_over {
             self.deletions.queue().jobs -= 1;
         }
@@ -149,5 +207,46 @@ impl Drop for JobGuard<'_> {
 impl Drop for BeingDeleted<'_> {
     fn drop(&mut self) {
         self.store.do_send(Deleted(self.bytes));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instance::InstanceId;
+    use gorego_reapi::digest::DigestFunction;
+
+    fn order(names: &[(EntryKind, &str)]) -> DeletionOrder {
+        let victim = |&(kind, name): &(EntryKind, &str)| {
+            let digest = DigestFunction::Sha256.digest(name.as_bytes());
+            let key = Key { digest, instance: InstanceId(0), kind };
+            Victim { file: FileId { key, generation: 0 }, bytes: 1 }
+        };
+        DeletionOrder { victims: names.iter().map(victim).collect(), tell: oneshot::channel().0 }
+    }
+
+    fn victims(batch: &DeletionBatch) -> usize {
+        batch.orders.iter().map(|order| order.victims.len()).sum()
+    }
+
+    /// AC-08.
+    #[test]
+    fn an_older_result_is_deleted_before_a_newer_one_and_blobs_wait_for_neither() {
+        let result = |name| (EntryKind::Result, name);
+        let blob = |name| (EntryKind::Blob, name);
+        let mut queue = DeletionQueue::default();
+        queue.add(order(&[result("a"), blob("x")]));
+        queue.add(order(&[result("b")]));
+        queue.add(order(&[blob("y")]));
+        queue.add(order(&[result("a")]));
+        let first = queue.take();
+        assert!(first.has_results && victims(&first) == 3, "the second result of an action waits");
+        let other = queue.take();
+        assert!(!other.has_results && victims(&other) == 1, "{other:?}");
+        assert!(queue.take().orders.is_empty(), "the first job has not ended");
+        queue.are_results_taken = false;
+        let last = queue.take();
+        assert!(last.has_results && victims(&last) == 1);
+        assert!(queue.take().orders.is_empty());
     }
 }

@@ -224,7 +224,7 @@ impl Instances {
                 }
                 None => {
                     return Err(Error::Invalid(format!(
-                        "instance name \"{}\" shares the blobs of \"{owner}\", which is not listed",
+                        "instance name \"{}\" shares the blobs of \"{owner}\", which is not among the instance_names",
                         instance.name()
                     )));
                 }

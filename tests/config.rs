@@ -111,6 +111,7 @@ fn errors_in_a_file_show_the_place_and_what_was_meant() {
             &[":2:1: unknown key \"listen_adr\"", "did you mean \"listen_addr\"", "^^^^^^^^^^"][..],
         ),
         ("[execution]\nconcurency = 1\n", &[":2:1: ", "did you mean \"execution.concurrency\""]),
+        ("[htp]\nlisten_addr = \"127.0.0.1:1\"\n", &[":1:2: unknown key \"htp\"", "did you mean \"http\""]),
         ("concurrency = 1\n", &[":1:1: ", "did you mean \"execution.concurrency\""]),
         ("[exection]\nconcurrency = 1\n", &[":1:2: unknown key \"exection\""]),
         ("execution = 1\n", &[":1:13: ", "is a section", "[execution]"]),

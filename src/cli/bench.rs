@@ -50,6 +50,15 @@ async fn limits(args: &BenchArgs) -> Result<Printout> {
 }
 
 async fn server(args: &BenchArgs) -> Result<Printout> {
+    if bench::scenarios().any(|scenario| scenario.name == args.endpoint) {
+        return Err(Error::Invalid(format!(
+            "\"{}\" is a scenario; name the server before it, as in `gorego bench grpc://127.0.0.1:50051 {}`",
+            args.endpoint, args.endpoint
+        )));
+    }
+    if let Some(pid) = args.pid.filter(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+        return Err(Error::Invalid(format!("there is no process {pid} on this machine (--pid)")));
+    }
     let chosen = bench::find(&args.scenarios)?;
     // This file is read before the run, so that an unusable file is reported at once.
     let before = args.compare.as_deref().map(read).transpose()?;

@@ -5,7 +5,7 @@
 
 mod cancel;
 mod list;
-mod names;
+pub(super) mod names;
 mod show;
 mod view;
 mod watch;

@@ -13,7 +13,7 @@ use crate::size::Size;
 use gorego_reapi::error::{Error, Result};
 use serde::Deserialize as _;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
     fmt, fs,
     io::ErrorKind,
@@ -280,11 +280,21 @@ fn walk(
         } else if is_section {
             return Err((value.span(), format!("\"{key}\" is a section; write its keys below [{key}]")));
         } else {
-            let hint = suggestion(&key, known.keys());
+            let sections: BTreeSet<String> =
+                known.keys().flat_map(|known| sections_of(known)).map(str::to_owned).collect();
+            let hint = match value.get_ref().as_table() {
+                Some(_) => suggestion(&key, sections.iter()),
+                None => suggestion(&key, known.keys()),
+            };
             return Err((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
         }
     }
     Ok(())
+}
+
+/// The sections that a key lies in, outermost first.
+fn sections_of(key: &str) -> impl Iterator<Item = &str> {
+    key.match_indices('.').filter_map(|(at, _)| key.get(..at))
 }
 
 /// Refuses unknown keys of pools. serde detects all other errors in them.

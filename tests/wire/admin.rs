@@ -258,7 +258,7 @@ async fn an_action_with_different_outputs_is_reported_and_not_silently_overwritt
     let logged = server.logged("outputs_differ").await;
     assert_eq!(logged["action_digest"], action.to_string());
     let words = text(&gorego(&server, &["store", "nondeterminism"]).await.stdout);
-    assert!(words.contains("1 outputs differ") && words.contains("  now\n"), "{words}");
+    assert!(words.contains("differing outputs: 1;") && words.contains("  now\n"), "{words}");
     server.signal("TERM");
     server.exit().await;
     let server = Server::on(server.shared_store(), &[]).await;

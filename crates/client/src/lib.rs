@@ -183,7 +183,15 @@ impl Client {
         retrying(async || {
             let mut client = CapabilitiesClient::new(self.service.clone());
             let answer = client.get_capabilities(timed(request.clone())).await;
-            answer.map(tonic::Response::into_inner).map_err(|status| from_status("GetCapabilities", &status))
+            answer.map(tonic::Response::into_inner).map_err(|status| {
+                let error = from_status("GetCapabilities", &status);
+                // A status with a cause was created locally.
+                if std::error::Error::source(&status).is_some() {
+                    not_grpc(error, &self.endpoint)
+                } else {
+                    error
+                }
+            })
         })
         .await
     }
@@ -317,6 +325,19 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
 /// The error of a failed operation on a local file; `doing` completes "could not ...".
 fn local(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
     Error::Invalid(format!("could not {doing} {}: {error}", path.display()))
+}
+
+/// The error of a first call that got no answer of gRPC, with the likeliest cause.
+fn not_grpc(error: Error, endpoint: &str) -> Error {
+    let explain = |text: String| {
+        format!("{text} ({endpoint} may be the HTTP port of the server; its gRPC port is needed)")
+    };
+    match error {
+        Error::Unavailable(text) => Error::Unavailable(explain(text)),
+        Error::Cancelled(text) => Error::Cancelled(explain(text)),
+        Error::Internal(text) => Error::Internal(explain(text)),
+        error => error,
+    }
 }
 
 #[cfg(test)]

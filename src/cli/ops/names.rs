@@ -26,14 +26,18 @@ fn uuid(id: &str) -> &str {
     id.rsplit('.').next().unwrap_or(id)
 }
 
-/// The whole name of an operation.
+/// The whole name of an operation. The beginning of an id may follow `operations/`, as in a name.
 ///
 /// # Errors
 /// `NotFound` if no operation has such an id, `Invalid` if several have.
-pub(super) async fn resolve(client: &Client, written: &str) -> Result<String> {
-    if written.contains('/') {
+pub(in crate::cli) async fn resolve(client: &Client, written: &str) -> Result<String> {
+    let is_hex = |byte: u8| byte.is_ascii_hexdigit() || byte == b'-';
+    let (is_name, tail) = (written.contains('/'), uuid(id(written)));
+    let is_beginning = (MIN_PREFIX..UUID_CHARS).contains(&tail.len()) && tail.bytes().all(is_hex);
+    if is_name && !is_beginning {
         return Ok(written.to_owned());
     }
+    let written = id(written);
     if uuid(written).len() == UUID_CHARS {
         return Ok(client.operation_name(written));
     }

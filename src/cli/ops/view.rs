@@ -32,11 +32,15 @@ fn step(operation: &OperationState) -> Option<&'static str> {
     }
 }
 
-/// The time since the submission or, if it has ended, from the submission to the end.
+/// The time since the submission or, if it has ended, from the submission to the end. `None` if it has ended without a
+/// run, because only the end of a run is on record.
 pub(super) fn age(operation: &OperationState, now: SystemTime) -> Option<std::time::Duration> {
     let queued = time(operation.metadata.queued_timestamp.as_ref())?;
-    let end = operation.finished.as_ref().and(time(operation.metadata.worker_completed_timestamp.as_ref()));
-    end.unwrap_or(now).duration_since(queued).ok()
+    let end = match operation.finished {
+        Some(_) => time(operation.metadata.worker_completed_timestamp.as_ref())?,
+        None => now,
+    };
+    end.duration_since(queued).ok()
 }
 
 fn time(timestamp: Option<&Timestamp>) -> Option<SystemTime> {

@@ -3,7 +3,7 @@
 use super::scratch::Scratch;
 use crate::{
     action::{Action, TimeoutPolicy},
-    cli::{ReplayArgs, progress::ProgressLine},
+    cli::{ReplayArgs, ops::names, progress::ProgressLine},
     instance::Instances,
 };
 use gorego_client::{Client, Identity, OperationRecord, Progress};
@@ -82,6 +82,7 @@ pub(super) async fn fetch(
     let (client, digest, record) = match subject {
         Subject::Action(digest) => (client, digest, None),
         Subject::Operation(name) => {
+            let name = names::resolve(&client, &name).await?;
             let record = client.operation(&name).await.map_err(|error| unknown_operation(&name, error))?;
             (client.with_digest_function(record.action.function()), record.action, Some(record))
         }

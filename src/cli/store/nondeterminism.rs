@@ -59,7 +59,7 @@ fn describe(text: &mut String, report: &gorego::NonDeterminism) {
     // Writing to a String cannot fail.
     let _ = writeln!(
         text,
-        "action {}: {} outputs differ; {} times since {}",
+        "action {}: differing outputs: {}; times seen: {}, since {}",
         super::purge::action(&later),
         report.differing_outputs,
         report.times,

@@ -153,7 +153,7 @@ impl Segments {
             }
             Err(error) => {
                 Event::warn(LOG, "segment_left_out")
-                    .with_shown("segment", &path.display())
+                    .with_shown("path", &path.display())
                     .with_shown("error", &error)
                     .log(format_args!(
                         "the journal of this segment can neither be read nor replaced; the next start tries again; if it fails \

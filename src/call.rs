@@ -229,6 +229,9 @@ impl Call {
             // The piece before was not taken yet: tonic collects small messages while more are ready. They are sent
             // first, so that no more than one piece is held.
             tokio::task::yield_now().await;
+            // The piece may have been shorter than its room. Otherwise what is left of each piece would add up until
+            // the connection has no room for anything.
+            self.give_room_back();
         }
         let (piece, room) = connection.state.reserve_piece(max).await?;
         self.keep(room);
@@ -410,5 +413,25 @@ impl Call {
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
         self.0.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connections::answers::ANSWERS;
+
+    #[tokio::test]
+    async fn what_short_pieces_leave_of_their_room_does_not_add_up() {
+        let connections = Connections::default();
+        let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let call = Call::begin(Some(ConnectionInfo::of(&admitted)), Default::default(), None, None);
+        let piece = 128 * 1024;
+        for _ in 0..3 {
+            assert_eq!(call.reserve_piece(piece).await, Ok(piece));
+            drop(call.take_room(1_000).expect("room for a short piece"));
+        }
+        let others = admitted.state().reserve_now(ANSWERS.connection - room_with_frames(piece));
+        assert!(others.is_ok(), "only the last piece may hold room");
     }
 }

@@ -78,7 +78,6 @@ fn reclaim(shared: &StoreShared, store: &Addr<CasActor>, parts: usize, is_due: i
             break;
         }
         if !is_due() {
-            shared.reclaims_nothing.store(false, Relaxed);
             break;
         }
         match step(shared, store) {
@@ -95,6 +94,9 @@ fn reclaim(shared: &StoreShared, store: &Addr<CasActor>, parts: usize, is_due: i
                 ));
             }
         }
+    }
+    if !do_writers_wait(shared) {
+        shared.reclaims_nothing.store(false, Relaxed);
     }
     has_reclaimed
 }

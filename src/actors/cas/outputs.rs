@@ -1,9 +1,9 @@
 //! Stores the outputs of workers: files, bytes in memory, and the action result.
 //!
-//! A file that nobody else can reach becomes the stored file itself: it is hashed in place, made read-only, and moved
-//! to its stored name. All processes of the action are dead by then, and a read lease ensures that nobody has the file
-//! open for writing from before it is hashed until it is stored. Any other file is copied, and hashed as it is copied.
-//! A small file is read into memory and written together with other small files.
+//! A file that no other process can reach becomes the stored file. It is hashed in place, made read-only, and moved to
+//! its stored name. All processes of the action are dead by then. A read lease, taken before the file is hashed,
+//! ensures that no process has it open for writing until it is stored. Any other file is copied, and hashed as it is
+//! copied. A small file is read into memory and written together with other small files.
 
 use super::{
     client::{Cas, Provenance, spoilt},
@@ -81,9 +81,9 @@ impl Cas {
 
 impl OutputBatch {
     /// Stores a file that an action left behind. A small file is read and written with the other small files of the
-    /// batch. A larger file is moved into the store if nobody else can reach it (one link, owned by this process, same
-    /// file system, no writer); otherwise it is copied. `file` is open for reading, and `parent`/`name` is its path,
-    /// which may be gone afterwards. Returns the digest.
+    /// batch. A larger file is moved into the store if no other process can reach it (one link, owned by this process,
+    /// same file system, no writer); otherwise it is copied. `file` is open for reading, and `parent`/`name` is its
+    /// path, which may be gone afterwards. Returns the digest.
     ///
     /// # Errors
     /// `Exhausted` when there is no room; `Invalid` when it exceeds the largest allowed blob; `Precondition` when the

@@ -96,9 +96,9 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Moves a file that an action left behind into the store, if nobody else can reach it and it has not changed since
-    /// it was hashed. Returns `None` if it has to be copied instead. In that case its name may be gone, but the open
-    /// file can still be read.
+    /// Moves a file that an action left behind into the store. The file must be out of reach of other processes and
+    /// unchanged since it was hashed. Returns `None` if it has to be copied instead. In that case its name may be gone,
+    /// but the open file can still be read.
     fn adopt(&self, key: Key, left: &LeftFile<'_>) -> io::Result<Option<WrittenFile>>;
 
     /// Records the checksums of a stored file that has none. They were made while its content was verified.

@@ -213,7 +213,8 @@ pub struct Shortage {
     pub leased: u64,
     /// Bytes reserved for uploads in progress.
     pub reserved: u64,
-    /// Bytes that the volume needs besides those of the entries, deleted blobs among them that are not reclaimed yet.
+    /// Bytes that the volume takes in addition to those of the entries. They include deleted blobs that are not
+    /// reclaimed yet.
     pub overhead: u64,
     /// The size limit of the store, in bytes.
     pub limit: u64,

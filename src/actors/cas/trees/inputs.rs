@@ -114,8 +114,8 @@ impl ActionInputs {
     }
 
     /// Copies a held file of the tree to a new file `name` in the directory `parent`, with these permission bits. Uses
-    /// a clone where the file system supports it, but never a hard link: an action may write its inputs, and nobody
-    /// else may see that (EXE-43). Blocks.
+    /// a clone where the file system supports it, but never a hard link: an action may write to its inputs, and no
+    /// other action may see that (EXE-43). Blocks.
     ///
     /// # Errors
     /// `MissingBlobs` when the stored file turns out to be damaged; `DiskFull` when the disk is full.

@@ -57,8 +57,8 @@ impl UnwrittenPieces {
         self.bytes
     }
 
-    /// Whether this upload may buffer a lot: all uploads together, and those of its connection, hold less than half of
-    /// their bounds.
+    /// Whether this upload may buffer many bytes. It may while all uploads hold less than half of their common bound,
+    /// and those of its connection less than half of theirs.
     pub(crate) fn has_plenty(&self) -> bool {
         self.account.as_ref().is_none_or(|(budget, caller)| {
             budget.held() < RECEIVED.total / 2 && budget.held_by(*caller) < RECEIVED.connection / 2

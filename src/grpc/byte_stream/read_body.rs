@@ -1,7 +1,7 @@
 //! [`ReadBody`]: the body of the response to a ByteStream.Read.
 //!
-//! tonic would copy the data of each message into a buffer of its own. Here the beginning of a message and its data are
-//! two frames, and the data is sent from the buffer into which it was read. Small messages are one frame.
+//! tonic would copy the data of each message into a buffer of its own. Here the beginning of a message and the rest of
+//! its data are two frames, and the rest is sent from the buffer into which it was read. Small messages are one frame.
 
 use crate::grpc::ReadStream;
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -17,6 +17,9 @@ use tonic::Status;
 
 /// Data of at most this size is copied behind the beginning of its message, which costs less than a frame of its own.
 const COPIED_BYTES: usize = 8 * 1024;
+/// The beginning of a message carries this much of larger data. A client may close a connection with too many small
+/// frames: h2 counts those of less than 256 bytes.
+const FIRST_BYTES: usize = 1024;
 /// The number of the field `data` of a [`ReadResponse`].
 const DATA_FIELD: u32 = 10;
 /// A message begins with a flag and four bytes of its length. Then come the key of the field and the length of the
@@ -27,13 +30,13 @@ const HEAD_MAX_BYTES: usize = 5 + 1 + 5;
 pub(super) struct ReadBody {
     /// `None` after the last message.
     messages: Option<ReadStream>,
-    /// The data of a message whose beginning was sent.
-    data: Option<Bytes>,
+    /// The rest of the data of a message whose beginning was sent.
+    rest: Option<Bytes>,
 }
 
 impl ReadBody {
     pub(super) fn new(messages: ReadStream) -> Self {
-        Self { messages: Some(messages), data: None }
+        Self { messages: Some(messages), rest: None }
     }
 }
 
@@ -45,15 +48,15 @@ impl Body for ReadBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Some(data) = self.data.take() {
-            return Poll::Ready(Some(Ok(Frame::data(data))));
+        if let Some(rest) = self.rest.take() {
+            return Poll::Ready(Some(Ok(Frame::data(rest))));
         }
         let Some(messages) = &mut self.messages else { return Poll::Ready(None) };
         let status = match ready!(messages.poll_next_unpin(context)) {
             Some(Ok(message)) => {
-                let (head, data) = encode(message);
-                self.data = data;
-                return Poll::Ready(Some(Ok(Frame::data(head))));
+                let (beginning, rest) = encode(message);
+                self.rest = rest;
+                return Poll::Ready(Some(Ok(Frame::data(beginning))));
             }
             Some(Err(status)) => status,
             None => Status::ok(""),
@@ -63,27 +66,25 @@ impl Body for ReadBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.messages.is_none() && self.data.is_none()
+        self.messages.is_none() && self.rest.is_none()
     }
 }
 
-/// Encodes a message. If the data is not in the first part, it is the second one.
+/// Encodes a message as its beginning and the rest of its data, which is `None` if the beginning carries all of it.
 fn encode(message: ReadResponse) -> (Bytes, Option<Bytes>) {
     let length = message.encoded_len();
-    let ReadResponse { data } = message;
-    let is_copied = data.len() <= COPIED_BYTES;
-    let mut head = BytesMut::with_capacity(HEAD_MAX_BYTES + if is_copied { data.len() } else { 0 });
-    head.put_u8(0);
-    head.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-    if !data.is_empty() {
-        encode_key(DATA_FIELD, WireType::LengthDelimited, &mut head);
-        encode_varint(data.len() as u64, &mut head);
+    let ReadResponse { mut data } = message;
+    let size = data.len();
+    let rest = (size > COPIED_BYTES).then(|| data.split_off(FIRST_BYTES));
+    let mut beginning = BytesMut::with_capacity(HEAD_MAX_BYTES + data.len());
+    beginning.put_u8(0);
+    beginning.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+    if size > 0 {
+        encode_key(DATA_FIELD, WireType::LengthDelimited, &mut beginning);
+        encode_varint(size as u64, &mut beginning);
     }
-    if is_copied {
-        head.put_slice(&data);
-        return (head.freeze(), None);
-    }
-    (head.freeze(), Some(data))
+    beginning.put_slice(&data);
+    (beginning.freeze(), rest)
 }
 
 #[cfg(test)]
@@ -130,12 +131,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn large_data_is_sent_without_a_copy() {
+    async fn large_data_is_sent_without_a_copy_and_in_no_small_frame() {
         let large = message(COPIED_BYTES + 1);
         let mut body = body(vec![Ok(large.clone())]);
-        let [head, data] = [frame(&mut body).await, frame(&mut body).await];
-        assert!(head.unwrap().into_data().unwrap().len() <= HEAD_MAX_BYTES);
-        assert_eq!(data.unwrap().into_data().unwrap().as_ptr(), large.data.as_ptr());
+        let frames = [frame(&mut body).await, frame(&mut body).await];
+        let [beginning, rest] = frames.map(|frame| frame.unwrap().into_data().unwrap());
+        assert!((FIRST_BYTES..=FIRST_BYTES + HEAD_MAX_BYTES).contains(&beginning.len()));
+        assert_eq!(rest.as_ptr(), large.data[FIRST_BYTES..].as_ptr());
+        assert_eq!(rest.len(), large.data.len() - FIRST_BYTES);
     }
 
     /// BS-16.

@@ -80,6 +80,11 @@ pub struct Reserve {
     pub inodes: u64,
 }
 
+/// Whether a call failed because a disk is full, or because of a quota.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// The content of a store on a file system, as far as it can be evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evictable {

@@ -47,6 +47,28 @@ fn code(response: &ExecuteResponse) -> Code {
     Code::from_i32(response.status.as_ref().map_or(0, |status| status.code))
 }
 
+/// A store that has filled its disk leaves neither space nor inodes to the next start.
+#[tokio::test]
+async fn a_server_starts_on_a_full_disk_serves_reads_and_recovers_by_itself() {
+    let earlier = Server::start().await;
+    let kept = earlier.client().await.upload("kept").await;
+    let seed = earlier.kill().await;
+    let server = Server::in_own_mounts(&format!(
+        r#"mount -t tmpfs -o size=8m,nr_inodes=400 none "$STORE"; cp -a {}/. "$STORE"; mkdir "$STORE/ballast"
+        head -c 20000000 /dev/zero > "$STORE/ballast/bytes"
+        n=0; while touch "$STORE/ballast/$n"; do n=$((n+1)); done; true"#,
+        seed.path().display()
+    ));
+    let client = server.client().await;
+    assert_eq!(client.read(kept).await.unwrap(), b"kept");
+    let refused = upload(&client, &[1; 100_000]).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    fs::remove_dir_all(server.inside("ballast")).unwrap();
+    upload(&client, &[1; 100_000]).await.unwrap();
+    let action = client.action(sh_with("echo > f", &["f"]), empty()).await;
+    assert_eq!(code(&client.run(action).await), Code::Ok);
+}
+
 /// EXE-62: the command exits with 0 and a truncated output. The action runs again once there is space.
 #[tokio::test]
 async fn an_output_that_a_full_disk_cut_short_is_no_result() {

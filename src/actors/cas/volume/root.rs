@@ -1,7 +1,7 @@
 //! Opens the directory of a store: its lock, its format, and the directories that always exist.
 
 use super::{durable::replace, names::FileClass};
-use crate::regular_file;
+use crate::{disk::is_full, regular_file};
 use gorego_reapi::error::{Error, Result};
 use rustix::{
     fs::{FlockOperation, flock},
@@ -84,7 +84,8 @@ pub(super) fn check_format(root: &Path) -> Result<()> {
 }
 
 /// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the
-/// trash, because nobody would count their bytes.
+/// trash, because nobody would count their bytes. On a full disk, empties the trash first, which otherwise happens in
+/// the background.
 pub(super) fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
     let trash = base.join("trash");
     fs::create_dir_all(&trash)?;
@@ -102,7 +103,15 @@ pub(super) fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
     if tmp.try_exists()? {
         throw(&tmp)?;
     }
-    fs::create_dir(&tmp)?;
+    match fs::create_dir(&tmp) {
+        Err(error) if is_full(&error) => {
+            for entry in fs::read_dir(&trash)? {
+                remove(&entry?.path())?;
+            }
+            fs::create_dir(&tmp)?;
+        }
+        created => created?,
+    }
     for class in FileClass::ALL {
         let parent = base.join(class.directory());
         fs::create_dir_all(&parent)?;
@@ -114,6 +123,12 @@ pub(super) fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Removes a file, or a directory with its content.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    let is_directory = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+    if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use super::{
     Recovered, Repairs, Stored, Take,
     files::{BLOCK_UNIT_BYTES, Files, StorePaths},
     names::{FileClass, parse_file_name},
+    root,
 };
 use crate::{
     actors::cas::index::{EntryKind, FileId, Key},
@@ -239,10 +240,8 @@ fn empty_trash(files: &Files) {
             .collect();
         paths.in_trash.store(thrown.iter().map(|(_, bytes)| bytes).sum(), Ordering::Relaxed);
         for (path, bytes) in thrown {
-            let is_directory = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
-            let removed = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
             // Files that cannot be removed stay counted.
-            if removed.is_ok() {
+            if root::remove(&path).is_ok() {
                 paths.in_trash.fetch_sub(bytes, Ordering::Relaxed);
             }
         }

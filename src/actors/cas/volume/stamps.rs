@@ -12,7 +12,7 @@
 //!   which is granted only if nobody has the file open for writing, and which keeps others from opening it for writing:
 //!   [`change_unobserved`].
 
-use crate::actors::cas::index::Stamp;
+use crate::{actors::cas::index::Stamp, disk::is_full};
 use std::{
     fs::{File, Metadata, OpenOptions},
     io::{self, Write as _},
@@ -42,11 +42,18 @@ pub(crate) fn settled(stamp: Stamp, has_fine_times: bool, now: SystemTime) -> St
 }
 
 /// Whether two successive changes of a file in this directory always differ in their change times. Creates a file and
-/// removes it.
+/// removes it. A full disk has no room for the file, so its change times count as coarse.
 ///
 /// # Errors
 /// The errors of the file system.
 pub(crate) fn has_fine_change_times(directory: &Path) -> io::Result<bool> {
+    match changes_are_told_apart(directory) {
+        Err(error) if is_full(&error) => Ok(false),
+        told_apart => told_apart,
+    }
+}
+
+fn changes_are_told_apart(directory: &Path) -> io::Result<bool> {
     let path = directory.join("probe");
     let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;

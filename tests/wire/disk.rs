@@ -2,8 +2,8 @@
 
 use crate::lifecycle::upload;
 use crate::support::{
-    Client, Server, directory, empty, eventually, eventually_async, file, metadata, sh, sh_with, sha256,
-    shared_dir,
+    Client, Server, directory, empty, eventually, eventually_async, eventually_every, file, metadata, sh,
+    sh_with, sha256, shared_dir,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -16,6 +16,7 @@ use prost::Message as _;
 use std::{
     fs::{self, File},
     path::PathBuf,
+    time::Duration,
 };
 use tonic::{Code, Status};
 
@@ -67,6 +68,26 @@ async fn a_server_starts_on_a_full_disk_serves_reads_and_recovers_by_itself() {
     upload(&client, &[1; 100_000]).await.unwrap();
     let action = client.action(sh_with("echo > f", &["f"]), empty()).await;
     assert_eq!(code(&client.run(action).await), Code::Ok);
+}
+
+/// The small blobs of this store lie in one segment, and a full disk has no room to note which of them are deleted. The
+/// store gives the segment up.
+#[tokio::test]
+async fn a_store_of_small_blobs_that_has_filled_its_disk_takes_uploads_again() {
+    let server = Server::on_a_disk_with("size=12m", &[("MAX_SIZE_GB", "50")]).await;
+    let client = server.client().await;
+    let mut blobs = (0..1_000u32).map(|n| n.to_le_bytes().repeat(10_000));
+    let refused = loop {
+        if let Err(status) = upload(&client, &blobs.next().unwrap()).await {
+            break status;
+        }
+    };
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    let (shared, blob) = (&client, &[1; 40_000]);
+    let is_taken = || async move { upload(shared, blob).await.is_ok() };
+    eventually_every(Duration::from_millis(100), "an upload is taken", is_taken).await;
+    assert!(has_logged(&server, "segment_given_up"), "{:#?}", server.log());
+    assert_eq!(client.read(sha256(blob)).await.unwrap(), blob);
 }
 
 /// EXE-62: the command exits with 0 and a truncated output. The action runs again once there is space.

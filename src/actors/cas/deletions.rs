@@ -163,7 +163,7 @@ impl DeletionJob {
                 .with("entries", failures.len())
                 .with_shown("error", first)
                 .log(format_args!(
-                    "could not delete the files of evicted entries; check the permissions of the store's directory"
+                    "could not delete the files of evicted entries, which come back with the next start"
                 ));
         }
         // Until they are reclaimed, the bytes of deleted records still take room.

@@ -232,12 +232,12 @@ impl Cas {
 
 /// Checks the file system of the store for as long as the store is open, and relieves it when it has become full.
 pub(super) async fn watch(shared: Weak<StoreShared>, store: WeakAddr<CasActor>) {
+    let mut was_full = false;
     loop {
         let Some((shared, store)) = shared.upgrade().zip(store.upgrade()).filter(|(_, it)| it.connected())
         else {
             return;
         };
-        let was_full = shared.disk.is_full.load(Relaxed);
         let cas = Cas::new(store, shared);
         let here = cas.clone();
         let looked = cas.blocking(move || {
@@ -247,10 +247,12 @@ pub(super) async fn watch(shared: Weak<StoreShared>, store: WeakAddr<CasActor>) 
             space.inspect(|space| shared.disk.see(*space))
         });
         let space = looked.await.ok().flatten();
-        if !was_full && cas.is_read_only() {
+        let is_full = cas.is_read_only();
+        if is_full && !was_full {
             let relieving = cas.clone();
             tokio::spawn(async move { relieving.relieve_low_disk().await });
         }
+        was_full = is_full;
         drop(cas);
         let is_low = space.is_some_and(|space| space.is_low());
         tokio::time::sleep(if is_low { LOOK_PACE_LOW } else { LOOK_PACE }).await;

@@ -135,6 +135,12 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Ok(Compacted::NothingToGain)
     }
 
+    /// The files beside which the most bytes are dead. When all of them are deleted, these bytes are reclaimed without
+    /// a write. Empty if no bytes are dead.
+    fn files_beside_dead(&self) -> io::Result<Vec<FileId>> {
+        Ok(Vec::new())
+    }
+
     /// Finds the files that exist at start and passes each of them to `take`. `is_whole` returns whether the bytes of
     /// an action result are complete. There may be more than one file with the same key.
     fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs;

@@ -237,6 +237,10 @@ impl Volume for Local {
         self.segments.compact(may_move, relocate)
     }
 
+    fn files_beside_dead(&self) -> io::Result<Vec<FileId>> {
+        self.segments.files_beside_dead()
+    }
+
     fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
         let mut repairs = self.files.recover(is_whole, take);
         repairs += self.segments.recover(take);

@@ -28,8 +28,10 @@ use bytes::Bytes;
 use gorego_reapi::{digest::Digest, error::Result};
 use http::Extensions;
 use std::{
+    future::poll_fn,
     mem,
     net::SocketAddr,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed},
@@ -193,10 +195,26 @@ impl Call {
     /// `Exhausted` if there is no room for too long.
     pub(crate) async fn reserve(&self, bytes: usize) -> Result<()> {
         if let Some(connection) = self.connection() {
-            self.keep(connection.state.reserve(room_with_frames(bytes)).await?);
+            self.keep(self.wait_for_room(connection.state.reserve(room_with_frames(bytes))).await?);
         }
         self.hold(None);
         Ok(())
+    }
+
+    /// Waits for room, which clients free when they take their answers. So a shutdown does not wait for this request
+    /// meanwhile.
+    pub(crate) async fn wait_for_room<T>(&self, room: impl Future<Output = T>) -> T {
+        let mut room = pin!(room);
+        let room = poll_fn(|context| {
+            let polled = room.as_mut().poll(context);
+            if polled.is_pending() {
+                self.wait_for_client();
+            }
+            polled
+        });
+        let room = room.await;
+        self.client_moved();
+        room
     }
 
     /// Keeps the room of a result until there is room for the answer, or the request ends. Replaces what was kept.
@@ -233,7 +251,7 @@ impl Call {
             // the connection has no room for anything.
             self.give_room_back();
         }
-        let (piece, room) = connection.state.reserve_piece(max).await?;
+        let (piece, room) = self.wait_for_room(connection.state.reserve_piece(max)).await?;
         self.keep(room);
         Ok(piece)
     }
@@ -419,7 +437,9 @@ impl Call {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connections::answers::ANSWERS;
+    use crate::{connections::answers::ANSWERS, under_way::UnderWay};
+    use std::time::Duration;
+    use tokio::time::{sleep, timeout};
 
     #[tokio::test]
     async fn what_short_pieces_leave_of_their_room_does_not_add_up() {
@@ -433,5 +453,25 @@ mod tests {
         }
         let others = admitted.state().reserve_now(ANSWERS.connection - room_with_frames(piece));
         assert!(others.is_ok(), "only the last piece may hold room");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shutdown_does_not_wait_for_reads_that_wait_until_their_client_takes_something() {
+        const QUIET: Duration = Duration::from_secs(2);
+        let (connections, under_way) = (Connections::default(), UnderWay::default());
+        let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let info = Some(ConnectionInfo::of(&admitted));
+        let call = Call::begin(info, Default::default(), None, Some(under_way.begin()));
+        let others = admitted.state().reserve_now(ANSWERS.connection).unwrap();
+        let mut waiting = pin!(call.reserve_piece(1_000));
+        assert!(timeout(QUIET, waiting.as_mut()).await.is_err());
+        tokio::select! {
+            () = under_way.finished(QUIET) => {}
+            _ = waiting.as_mut() => panic!("there is no room"),
+            () = sleep(2 * QUIET) => panic!("the shutdown waits for a request that waits for its client"),
+        }
+        drop(others);
+        assert_eq!(waiting.await, Ok(1_000));
+        assert!(timeout(2 * QUIET, under_way.finished(QUIET)).await.is_err(), "the server has to go on");
     }
 }

@@ -143,11 +143,3 @@ impl Drop for Charged {
         self.connection.pieces.fetch_sub(1, Relaxed);
     }
 }
-
-/// Like [`ConnectionState::reserve`], but the future owns the connection.
-///
-/// # Errors
-/// See [`ConnectionState::reserve`].
-pub(crate) async fn reserve_owned(connection: Arc<ConnectionState>, bytes: u64) -> Result<Share> {
-    connection.reserve(bytes).await
-}

@@ -8,7 +8,7 @@
 use crate::{
     budget::{Refusal, Share},
     call::Call,
-    connections::answers::{FRAME_BYTES, reserve_owned},
+    connections::answers::FRAME_BYTES,
     memory,
 };
 use bytes::Bytes;
@@ -251,7 +251,9 @@ fn room_for(call: &Call, data: Bytes) -> FrameRoom {
     match info.state.reserve_now(bytes) {
         Ok(room) => FrameRoom::Taken(charge(call, data, room)),
         Err(_) if data.len() <= UNRESERVED_MAX_BYTES => {
-            FrameRoom::Waits(WaitingFrame { data, room: reserve_owned(info.state.clone(), bytes).boxed() })
+            let (call, connection) = (call.clone(), info.state.clone());
+            let room = async move { call.wait_for_room(connection.reserve(bytes)).await };
+            FrameRoom::Waits(WaitingFrame { data, room: room.boxed() })
         }
         Err(refusal) => FrameRoom::Refused(gorego_reapi::error::Error::from(refusal).into()),
     }

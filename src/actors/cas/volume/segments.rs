@@ -89,6 +89,8 @@ pub(crate) struct Segments {
     disk: AtomicU64,
     live: AtomicU64,
     dead: AtomicU64,
+    /// Bytes on disk of the segments that the start could not read.
+    left_out: AtomicU64,
 }
 
 impl Segments {
@@ -122,6 +124,7 @@ impl Segments {
             disk: AtomicU64::new(0),
             live: AtomicU64::new(0),
             dead: AtomicU64::new(0),
+            left_out: AtomicU64::new(0),
         })
     }
 
@@ -138,7 +141,7 @@ impl Segments {
     /// Bytes on disk that no stored file is charged for, including the dead bytes that compaction may leave.
     pub(super) fn overhead(&self) -> u64 {
         let Takes { disk, live, dead } = self.takes_now();
-        let beside = disk.saturating_sub(live).saturating_sub(dead);
+        let beside = disk.saturating_sub(live).saturating_sub(dead) + self.left_out.load(Relaxed);
         beside + dead.max(self.sizes.waste_allowed(disk))
     }
 

@@ -20,8 +20,8 @@ const NOTE_BYTES: usize = 16;
 const DEAD: u32 = 0;
 /// A journal is rewritten when it has this many notes, and twice as many as the segment has records.
 const MANY_NOTES: u64 = 4_096;
-/// Longer journals are not read. A segment has at most a few hundred thousand records.
-pub(super) const MAX_BYTES: u64 = 256 << 20;
+/// Longer journals are not read. A segment has about 90,000 records at most, and its journal a few notes for each.
+pub(super) const MAX_BYTES: u64 = 16 << 20;
 
 /// The content of a journal.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -79,8 +79,21 @@ pub(super) fn bury(path: &Path, nonce: u64, slots: &[u32]) -> io::Result<u64> {
 /// segment with this many records.
 pub(super) fn touch(path: &Path, nonce: u64, slots: &[u32], now: u32, records: u64) -> io::Result<u64> {
     let bytes = append(path, nonce, slots, now.max(1))?;
+    if is_long(bytes, records) { rewrite(path, nonce) } else { Ok(bytes) }
+}
+
+/// Rewrites a journal that is long for a segment with this many records.
+///
+/// # Errors
+/// The errors of the file system. The journal is as before then.
+pub(super) fn shorten(path: &Path, nonce: u64, records: u64) -> io::Result<()> {
+    let bytes = fs::symlink_metadata(path)?.len();
+    if is_long(bytes, records) { rewrite(path, nonce).map(drop) } else { Ok(()) }
+}
+
+fn is_long(bytes: u64, records: u64) -> bool {
     let notes = bytes / NOTE_BYTES as u64;
-    if notes < MANY_NOTES || notes / 2 < records { Ok(bytes) } else { rewrite(path, nonce) }
+    notes >= MANY_NOTES && notes / 2 >= records
 }
 
 fn append(path: &Path, nonce: u64, slots: &[u32], touched: u32) -> io::Result<u64> {
@@ -113,15 +126,15 @@ fn write_at_end(file: &File, bytes: &[u8]) -> io::Result<u64> {
 /// The errors of the file system. The old journal is unchanged then.
 pub(super) fn replace(path: &Path, nonce: u64, dead: impl Iterator<Item = u32>) -> io::Result<JournalNotes> {
     let notes = JournalNotes(dead.map(|slot| (slot, DEAD)).collect());
+    // A directory in its place can only be replaced if it is empty.
+    let _ = fs::remove_dir(path);
     durable::replace(path, &notes.encode(nonce))?;
     Ok(notes)
 }
 
 fn rewrite(path: &Path, nonce: u64) -> io::Result<u64> {
     let bytes = read(path, nonce)?.encode(nonce);
-    let new = path.with_extension("new");
-    regular_file::write(&new, &bytes)?;
-    fs::rename(&new, path)?;
+    durable::replace(path, &bytes)?;
     Ok(bytes.len() as u64)
 }
 
@@ -176,6 +189,20 @@ mod tests {
         file.set_len(MAX_BYTES).unwrap();
         assert!(touch(&path, 1, &[4], 100, 1).is_err());
         file.set_len(NOTE_BYTES as u64).unwrap();
+        assert!(read(&path, 1).unwrap().is_dead(3));
+    }
+
+    #[test]
+    fn a_journal_that_is_long_for_its_segment_is_shortened() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        bury(&path, 1, &[3]).unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(MAX_BYTES).unwrap();
+        shorten(&path, 1, MAX_BYTES).unwrap();
+        assert_eq!(path.metadata().unwrap().len(), MAX_BYTES, "it is not long for that many records");
+        shorten(&path, 1, 1_000).unwrap();
+        assert_eq!(path.metadata().unwrap().len(), NOTE_BYTES as u64);
         assert!(read(&path, 1).unwrap().is_dead(3));
     }
 

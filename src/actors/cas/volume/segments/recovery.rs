@@ -8,14 +8,14 @@
 use super::{
     Segments,
     journal::{self, JournalNotes},
-    record::{Header, SLOT_BYTES},
+    record::{Header, Location, SLOT_BYTES},
     segment::{Segment, read_up_to, slot_at},
     table::{Head, MAX_HEAD_BYTES, Row, TRAILER_BYTES, Trailer, are_rows, rows},
 };
 use crate::{
     actors::cas::{
         index::EntryKind,
-        volume::{Recovered, Repairs, Take},
+        volume::{Recovered, Repairs, Take, files::BLOCK_UNIT_BYTES},
     },
     instance::InstanceId,
     logging::Event,
@@ -25,7 +25,7 @@ use bytes::Bytes;
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::FileExt as _,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
     panic::resume_unwind,
     path::Path,
     sync::{
@@ -89,7 +89,11 @@ impl Segments {
     fn read_one(&self, number: u64, take: Take<'_>) -> Repairs {
         let (removed, unreadable) = match self.read_segment(number, take) {
             SegmentRead::Taken => (0, 0),
-            SegmentRead::Unreadable => (0, 1),
+            SegmentRead::Unreadable => {
+                let paths = [self.segment_path(number), self.journal_path(number)];
+                self.left_out.fetch_add(paths.iter().map(|path| disk_bytes(path)).sum(), Relaxed);
+                (0, 1)
+            }
             SegmentRead::Useless => {
                 self.remove(number);
                 (1, 0)
@@ -110,7 +114,9 @@ impl Segments {
             let parts = name.to_str().and_then(|name| name.split_once('.'));
             let number = parts.and_then(|(number, kind)| Some((u64::from_str_radix(number, 16).ok()?, kind)));
             match number {
-                Some((number, "segment")) if self.segment_path(number) == entry.path() => {
+                Some((number, "segment"))
+                    if number <= Location::MAX_FOUND && self.segment_path(number) == entry.path() =>
+                {
                     numbers.push(number)
                 }
                 Some((number, "journal" | "new")) => beside.push((number, entry.path())),
@@ -172,6 +178,8 @@ impl Segments {
     fn notes_of(&self, segment: &Opened) -> io::Result<JournalNotes> {
         let Opened { head, rows: table, .. } = segment;
         let journal = self.journal_path(head.number);
+        // Otherwise the store would lose room for nothing.
+        let _ = journal::shorten(&journal, head.nonce, rows(table).count() as u64);
         journal::read(&journal, head.nonce).or_else(|_| {
             let results = rows(table).filter(|row| row.kind == EntryKind::Result);
             journal::replace(&journal, head.nonce, results.map(|row| row.slot))
@@ -202,6 +210,11 @@ impl Segments {
         self.count(segment.found(records, live));
         self.forget(&segment, 0, 0);
     }
+}
+
+/// Bytes that a file takes on disk.
+fn disk_bytes(path: &Path) -> u64 {
+    fs::symlink_metadata(path).map_or(0, |metadata| metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES))
 }
 
 /// The rows of a complete segment, in the order of the records.

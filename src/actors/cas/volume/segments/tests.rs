@@ -320,6 +320,21 @@ fn a_removed_segment_is_not_appended_to() {
     assert_eq!(store.read(&blob(100, 2).0).unwrap(), blob(100, 2).1);
 }
 
+/// The number of a segment is a part of the locations of its records, which have 37 bits for it.
+#[test]
+fn a_file_that_is_named_like_a_segment_with_a_huge_number_leaves_numbers_for_new_segments() {
+    let mut store = Store::new();
+    store.write(&[blob(100, 1)]);
+    for number in [Location::MAX_FOUND + 1, u64::MAX] {
+        fs::write(store.segments.segment_path(number), "strange").unwrap();
+    }
+    let mut store = store.crash();
+    store.write(&[blob(100, 2)]);
+    assert_eq!(store.read(&blob(100, 2).0).unwrap(), blob(100, 2).1);
+    let store = store.crash();
+    assert!(store.index.len() == 2 && store.read(&blob(100, 1).0).unwrap() == blob(100, 1).1);
+}
+
 /// A blob whose deletion is forgotten may come back, a result may not.
 #[test]
 fn results_stay_misses_if_the_journal_that_may_purge_them_cannot_be_read_for_a_while() {
@@ -353,12 +368,14 @@ fn a_segment_is_left_out_while_its_journal_can_neither_be_read_nor_replaced() {
     let journal = store.files("journal").remove(0);
     let aside = journal.with_extension("aside");
     fs::rename(&journal, &aside).unwrap();
-    fs::create_dir(&journal).unwrap();
+    fs::create_dir_all(journal.join("not empty")).unwrap();
     let mut store = store.crash();
     assert!(store.index.is_empty());
+    let takes = fs::metadata(store.files("segment").remove(0)).unwrap().len();
+    assert!(store.segments.overhead() >= takes, "its bytes count");
     assert_eq!(store.segments.recover(&|_| ()).unreadable, 1);
     store.write(&[blob(100, 5), (replaced, content(500, 7))]);
-    fs::remove_dir(&journal).unwrap();
+    fs::remove_dir_all(&journal).unwrap();
     fs::rename(&aside, &journal).unwrap();
     let store = store.crash();
     let expected = [blob(100, 3).0, blob(100, 5).0, replaced];

@@ -41,7 +41,7 @@ use persistent_workers::PersistentWorkersConfig;
 use pools::PoolConfig;
 use quotas::QuotasConfig;
 use sandbox::SandboxConfig;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 use tls::TlsConfig;
 
@@ -50,6 +50,7 @@ use tls::TlsConfig;
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Address on which gRPC is served.
+    #[serde(deserialize_with = "address")]
     pub listen_addr: SocketAddr,
     /// Listen on a non-loopback address although everyone who can reach it can run commands here.
     pub allow_unauthenticated: bool,
@@ -313,6 +314,12 @@ pub struct LogStreamsConfig {
     /// How long a stream is kept after it is finished, or after the last write to it.
     #[serde(with = "humantime_serde")]
     pub retention: Duration,
+}
+
+fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+    String::deserialize(deserializer)?
+        .parse()
+        .map_err(|_| D::Error::custom("expected an IP address and a port, such as \"127.0.0.1:50051\""))
 }
 
 impl Default for Config {

@@ -218,9 +218,13 @@ fn take_file(
 ) -> Result<()> {
     let refuse = |span, message: &str| Error::Invalid(point_at(path, text, span, message));
     let document = DeTable::parse(text).map_err(|error| refuse(error.span(), error.message()))?;
-    let mut found = Vec::new();
-    walk(document.get_ref(), "", known, &mut found)
-        .map_err(|(span, problem)| refuse(Some(span), &problem))?;
+    let (mut found, mut misplaced) = (Vec::new(), Vec::new());
+    walk(document.get_ref(), "", known, &mut found, &mut misplaced);
+    if !misplaced.is_empty() {
+        let all: Vec<String> =
+            misplaced.into_iter().map(|(span, problem)| point_at(path, text, Some(span), &problem)).collect();
+        return Err(Error::Invalid(all.join("\n")));
+    }
     // serde checks the types over the text, because it knows the position of every value.
     toml::from_str::<Config>(text).map_err(|error| refuse(error.span(), error.message()))?;
     let values: Table = toml::from_str(text).map_err(|error| refuse(error.span(), error.message()))?;
@@ -257,28 +261,29 @@ fn read_text(path: &Path) -> Result<String> {
 
 type Misplaced = (std::ops::Range<usize>, String);
 
-/// Collects the keys of a document with their positions. Refuses unknown keys.
+/// Collects the keys of a document with their positions, and those that are unknown or no keys at all.
 fn walk(
     table: &DeTable<'_>,
     prefix: &str,
     known: &BTreeMap<String, Value>,
     found: &mut Vec<(String, usize)>,
-) -> std::result::Result<(), Misplaced> {
-    // In the order of the text, so that the first error is the topmost one.
+    misplaced: &mut Vec<Misplaced>,
+) {
     let mut entries: Vec<_> = table.iter().collect();
+    // In the order of the text.
     entries.sort_by_key(|(name, _)| name.span().start);
     for (name, value) in entries {
         let key = format!("{prefix}{}", name.get_ref());
         let is_section = known.keys().any(|k| k.strip_prefix(&key).is_some_and(|rest| rest.starts_with('.')));
         if known.contains_key(&key) {
             if let (POOLS, Some(pools)) = (key.as_str(), value.get_ref().as_table()) {
-                check_pools(pools)?;
+                check_pools(pools, misplaced);
             }
             found.push((key, name.span().start));
         } else if let (true, Some(section)) = (is_section, value.get_ref().as_table()) {
-            walk(section, &format!("{key}."), known, found)?;
+            walk(section, &format!("{key}."), known, found, misplaced);
         } else if is_section {
-            return Err((value.span(), format!("\"{key}\" is a section; write its keys below [{key}]")));
+            misplaced.push((value.span(), format!("\"{key}\" is a section; write its keys below [{key}]")));
         } else {
             let sections: BTreeSet<String> =
                 known.keys().flat_map(|known| sections_of(known)).map(str::to_owned).collect();
@@ -286,10 +291,9 @@ fn walk(
                 Some(_) => suggestion(&key, sections.iter()),
                 None => suggestion(&key, known.keys()),
             };
-            return Err((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
+            misplaced.push((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
         }
     }
-    Ok(())
 }
 
 /// The sections that a key lies in, outermost first.
@@ -297,8 +301,8 @@ fn sections_of(key: &str) -> impl Iterator<Item = &str> {
     key.match_indices('.').filter_map(|(at, _)| key.get(..at))
 }
 
-/// Refuses unknown keys of pools. serde detects all other errors in them.
-fn check_pools(pools: &DeTable<'_>) -> std::result::Result<(), Misplaced> {
+/// Collects the unknown keys of pools. serde detects all other errors in them.
+fn check_pools(pools: &DeTable<'_>, misplaced: &mut Vec<Misplaced>) {
     for (pool, keys) in pools {
         for name in keys.get_ref().as_table().into_iter().flatten().map(|(name, _)| name) {
             if !pools::KEYS.contains(&&**name.get_ref()) {
@@ -306,11 +310,10 @@ fn check_pools(pools: &DeTable<'_>) -> std::result::Result<(), Misplaced> {
                 let known: Vec<_> =
                     pools::KEYS.iter().map(|known| format!("{POOLS}.{}.{known}", pool.get_ref())).collect();
                 let hint = suggestion(&key, known.iter());
-                return Err((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
+                misplaced.push((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
             }
         }
     }
-    Ok(())
 }
 
 /// The key and value that an environment variable sets; `None` if the variable is not for this server.

@@ -48,8 +48,9 @@ fn blob(size: usize) -> Vec<u8> {
     (0..size).map(|n| (n % 251) as u8).collect()
 }
 
-/// The answers wait for the client's window, which it can enlarge only if the server reads from it. There are few reads,
-/// because windows cut frames into pieces, and the client's h2 ends a connection at about 100 frames of a few bytes.
+/// The answers wait for the client's window, which it can enlarge only if the server reads from it. There are few
+/// reads, because windows cut frames into pieces, and the client's h2 ends a connection at about 100 frames of a few
+/// bytes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_with_a_small_window_gets_all_that_it_reads_at_once() {
     let server = Server::start().await;

@@ -10,8 +10,8 @@
 //! entry that was leased counts as a broken promise.
 //!
 //! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries and [`settings::GIVEN_UP_PER_RELIEF`] whole
-//! segments, a wait of at most [`settings::RELIEF_WAIT`]. If evicting half of the store would not help, because other data fills the disk, nothing
-//! is evicted.
+//! segments, a wait of at most [`settings::RELIEF_WAIT`]. If evicting half of the store would not help, because other
+//! data fills the disk, nothing is evicted.
 
 use super::{
     CasActor, LOG,

@@ -17,7 +17,7 @@ use super::{
     CasActor, LOG,
     client::Cas,
     compaction,
-    index::{EntryRef, FileId, Totals, Victim},
+    index::{FileId, Totals, Victim},
     reply::StoreReply,
     settings,
 };
@@ -159,12 +159,7 @@ impl Receive<GiveUp> for CasActor {
     fn receive(&mut self, GiveUp(files): GiveUp, ctx: &mut Context<Self>) -> Self::Answer {
         let mut victims = Vec::new();
         for part in files.chunks(settings::CHANGES_PER_HOLD) {
-            self.change(|index| {
-                let movable = part.iter().filter(|file| index.may_move(file));
-                let entries: Vec<EntryRef> = movable.filter_map(|file| index.entry_of(file)).collect();
-                // Some results go with the blobs that they need.
-                victims.extend(entries.into_iter().filter_map(|at| index.remove_promised(at)));
-            });
+            victims.extend(self.change(|index| index.evict_files(part)));
         }
         if !victims.is_empty() {
             Event::warn(LOG, "segment_given_up")

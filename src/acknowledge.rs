@@ -37,7 +37,7 @@ impl Prompt {
     }
 
     /// Says whether an answer is about to be written, which makes an acknowledgement of its own unnecessary.
-    pub fn set_answers_soon(&mut self, answers_soon: bool) {
+    pub(crate) fn set_answers_soon(&mut self, answers_soon: bool) {
         self.answers_soon = answers_soon;
     }
 

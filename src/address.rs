@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// From where an address can be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reach {
+pub(crate) enum Reach {
     /// Reached from everywhere: it belongs to the public internet.
     Public,
     /// Reached from within a site or provider: private networks, unique local addresses, carrier-grade NAT.
@@ -23,7 +23,7 @@ pub enum Reach {
 
 impl Reach {
     /// The reach of an address. An IPv4 address that is embedded in an IPv6 address counts as the IPv4 address.
-    pub fn of(address: IpAddr) -> Self {
+    pub(crate) fn of(address: IpAddr) -> Self {
         match address.to_canonical() {
             IpAddr::V4(address) => Self::of_v4(address),
             IpAddr::V6(address) => Self::of_v6(address),

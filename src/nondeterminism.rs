@@ -58,7 +58,7 @@ pub(crate) struct Replacement {
 
 /// The reports of actions that were seen with different outputs. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct NonDeterminismReports(Arc<ReportsState>);
+pub(crate) struct NonDeterminismReports(Arc<ReportsState>);
 
 #[derive(Debug, Default)]
 struct ReportsState {

@@ -3,7 +3,7 @@
 
 /// The reason why a connection to a TLS port was closed before its first request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum HandshakeProblem {
+pub(crate) enum HandshakeProblem {
     /// The client speaks without TLS.
     Plaintext,
     /// The handshake took too long.
@@ -34,7 +34,7 @@ pub enum HandshakeProblem {
 
 impl HandshakeProblem {
     /// The value in the log.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Plaintext => "plaintext",
             Self::Slow => "slow",
@@ -53,7 +53,7 @@ impl HandshakeProblem {
     }
 
     /// The meaning of the problem, and how to solve it.
-    pub fn explanation(self) -> &'static str {
+    pub(crate) fn explanation(self) -> &'static str {
         match self {
             Self::Plaintext => "it speaks without TLS; it should use grpcs:// or https://",
             Self::Slow => "the TLS handshake took too long",

@@ -13,11 +13,11 @@ use tonic::{
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
 /// Maximum memory of a decoded response: a GetTree page with the largest Directory.
-pub const ANSWER_MAX_MEMORY: u64 = 1024 * 1024 * 1024;
+pub(crate) const ANSWER_MAX_MEMORY: u64 = 1024 * 1024 * 1024;
 
 /// The codec of all clients in [`crate::stubs`].
 #[derive(Debug)]
-pub struct Codec<T, U>(PhantomData<(T, U)>);
+pub(crate) struct Codec<T, U>(PhantomData<(T, U)>);
 
 impl<T, U> Default for Codec<T, U> {
     fn default() -> Self {
@@ -46,7 +46,7 @@ where
 
 /// A decoder for messages that take at most [`ANSWER_MAX_MEMORY`].
 #[derive(Debug)]
-pub struct MeasuringDecoder<U>(ProstDecoder<U>);
+pub(crate) struct MeasuringDecoder<U>(ProstDecoder<U>);
 
 impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
     type Item = U;

@@ -24,14 +24,14 @@ use std::{
 
 /// The directory for outputs. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Destination {
+pub(crate) struct Destination {
     root: Arc<OwnedFd>,
     shown: PathBuf,
 }
 
 /// A file that is being written. It is removed unless it is committed.
 #[derive(Debug)]
-pub struct PendingFile {
+pub(crate) struct PendingFile {
     file: File,
     entry: Option<Entry>,
 }
@@ -50,7 +50,7 @@ impl Destination {
     ///
     /// # Errors
     /// `Invalid` if it cannot be created or opened.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         fs::create_dir_all(path).map_err(|error| local("create", path, &error))?;
         let root = File::open(path).map_err(|error| local("open", path, &error))?;
         Ok(Self { root: Arc::new(root.into()), shown: path.to_owned() })
@@ -60,7 +60,7 @@ impl Destination {
     ///
     /// # Errors
     /// `Invalid` if the path is the root, or a component of its parent is not a directory.
-    pub fn create(&self, path: &RootPath, executable: bool) -> Result<PendingFile> {
+    pub(crate) fn create(&self, path: &RootPath, executable: bool) -> Result<PendingFile> {
         let entry = self.entry(path)?;
         // The user's umask applies.
         let mode = Mode::from_raw_mode(if executable { 0o777 } else { 0o666 });
@@ -74,7 +74,7 @@ impl Destination {
     ///
     /// # Errors
     /// `Invalid` as in [`Destination::create`], or if the target is not valid.
-    pub fn symlink(&self, path: &RootPath, target: &str) -> Result<()> {
+    pub(crate) fn symlink(&self, path: &RootPath, target: &str) -> Result<()> {
         let entry = self.entry(path)?;
         symlinkat(target, &entry.parent, &entry.temporary)
             .map_err(|error| local("create the symlink", &entry.shown, &error.into()))?;
@@ -85,7 +85,7 @@ impl Destination {
     ///
     /// # Errors
     /// `Invalid` if a component of the path is not a directory.
-    pub fn directory(&self, path: &RootPath) -> Result<()> {
+    pub(crate) fn directory(&self, path: &RootPath) -> Result<()> {
         self.walk(path).map(|_| ())
     }
 
@@ -129,7 +129,7 @@ impl PendingFile {
     ///
     /// # Errors
     /// `Invalid` if a directory has that name.
-    pub fn commit(mut self) -> Result<()> {
+    pub(crate) fn commit(mut self) -> Result<()> {
         self.entry.take().map_or(Ok(()), Entry::rename)
     }
 }

@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 const MISSING: &str = "MISSING";
 
 /// The error of the call named `call`.
-pub fn from_status(call: &str, status: &Status) -> Error {
+pub(crate) fn from_status(call: &str, status: &Status) -> Error {
     // With TLS 1.3, a server refuses the client's certificate only after the handshake.
     let tls = status.source().and_then(|source| tls_error::explain(source, "this name"));
     if let Some(why) = tls {
@@ -27,7 +27,7 @@ pub fn from_status(call: &str, status: &Status) -> Error {
 }
 
 /// The error in a status inside a message; `None` when it is OK or absent.
-pub fn from_message(call: &str, status: Option<&rpc::Status>) -> Option<Error> {
+pub(crate) fn from_message(call: &str, status: Option<&rpc::Status>) -> Option<Error> {
     let status = status.filter(|status| status.code != 0)?;
     Some(from_parts(call, Code::from_i32(status.code), &status.message, &status.details))
 }

@@ -3,7 +3,7 @@
 //! They are the messages on the wire and the stored form of blobs such as `Action` and `Directory`. The services are
 //! generated where they are used: clients in `gorego-client`, servers in `gorego`.
 
-#[allow(missing_docs, clippy::all, clippy::pedantic, rustdoc::all)]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rustdoc::all)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/messages.rs"));
 }

@@ -153,7 +153,7 @@ impl Session {
 ///
 /// # Errors
 /// A failure when the status is not OK. Needs EXE-08 when there is no result.
-pub fn result_of(response: ExecuteResponse) -> Verdict<ActionResult> {
+pub(crate) fn result_of(response: ExecuteResponse) -> Verdict<ActionResult> {
     inline("ExecuteResponse.status", response.status.as_ref(), &[Code::Ok])?;
     response.result.ok_or_else(|| fail("ExecuteResponse.result is set", "it is not set")).needs("EXE-08")
 }
@@ -239,7 +239,7 @@ impl OperationStream {
 ///
 /// # Errors
 /// Needs EXE-03 when it is absent or of another type.
-pub fn metadata(operation: &Operation) -> Verdict<ExecuteOperationMetadata> {
+pub(crate) fn metadata(operation: &Operation) -> Verdict<ExecuteOperationMetadata> {
     let what = "Operation.metadata is a packed ExecuteOperationMetadata";
     let any = operation.metadata.as_ref().ok_or_else(|| fail(what, "no metadata")).needs("EXE-03")?;
     if !any.type_url.ends_with("/build.bazel.remote.execution.v2.ExecuteOperationMetadata") {
@@ -252,7 +252,7 @@ pub fn metadata(operation: &Operation) -> Verdict<ExecuteOperationMetadata> {
 ///
 /// # Errors
 /// Needs EXE-07 when there is none.
-pub fn response(operation: &Operation) -> Verdict<ExecuteResponse> {
+pub(crate) fn response(operation: &Operation) -> Verdict<ExecuteResponse> {
     let what = "the last Operation carries a packed ExecuteResponse";
     match &operation.result {
         Some(operation::Result::Response(any))

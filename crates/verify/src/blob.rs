@@ -34,7 +34,7 @@ impl Blob {
 }
 
 /// `[function/]hash/size`, as in resource names (BS-03).
-pub fn tail(function: DigestFunction, digest: &reapi::Digest) -> String {
+pub(crate) fn tail(function: DigestFunction, digest: &reapi::Digest) -> String {
     use digest_function::Value;
     // By number, so that functions that this build adds later have their segment too.
     let segment = match function.wire() {
@@ -47,7 +47,7 @@ pub fn tail(function: DigestFunction, digest: &reapi::Digest) -> String {
 }
 
 /// The digest with the first character of its hash changed: well formed, but of no stored blob.
-pub fn another_hash(digest: &reapi::Digest) -> reapi::Digest {
+pub(crate) fn another_hash(digest: &reapi::Digest) -> reapi::Digest {
     let flipped = if digest.hash.starts_with('0') { "1" } else { "0" };
     let rest = digest.hash.get(1..).unwrap_or_default();
     reapi::Digest { hash: format!("{flipped}{rest}"), size_bytes: digest.size_bytes }
@@ -55,29 +55,29 @@ pub fn another_hash(digest: &reapi::Digest) -> reapi::Digest {
 
 /// A source of unique bytes.
 #[derive(Debug)]
-pub struct Salt {
+pub(crate) struct Salt {
     run: uuid::Uuid,
     next: AtomicU64,
 }
 
 impl Salt {
     /// Creates a salt that differs from the salts of all other runs.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { run: uuid::Uuid::new_v4(), next: AtomicU64::new(0) }
     }
 
     /// The name of the run.
-    pub fn run(&self) -> String {
+    pub(crate) fn run(&self) -> String {
         self.run.to_string()
     }
 
     /// A new word on each call.
-    pub fn word(&self) -> String {
+    pub(crate) fn word(&self) -> String {
         format!("{}-{}", self.run, self.next.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Incompressible bytes. They are unique if there are at least 16 of them.
-    pub fn noise(&self, size: usize) -> Vec<u8> {
+    pub(crate) fn noise(&self, size: usize) -> Vec<u8> {
         let [high, low] = [self.run.as_u128() >> 64, self.run.as_u128()].map(|half| half as u64);
         let mut state = high ^ self.next.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut bytes = Vec::with_capacity(size + 8);
@@ -94,7 +94,7 @@ impl Salt {
     }
 
     /// Compressible text. It is unique if it has at least 60 bytes.
-    pub fn text(&self, size: usize) -> Vec<u8> {
+    pub(crate) fn text(&self, size: usize) -> Vec<u8> {
         let mut bytes = format!("{}\n", self.word()).into_bytes();
         let line = b"the quick brown fox jumps over the lazy dog\n";
         while bytes.len() < size {

@@ -19,7 +19,7 @@ use tonic::{Code, Status};
 const SHOWN_CHARS: usize = 300;
 
 /// The result of a check. The value is for checks with several steps.
-pub type Verdict<T = ()> = Result<T, Stop>;
+pub(crate) type Verdict<T = ()> = Result<T, Stop>;
 
 /// The reason why a check ends without passing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,17 +81,17 @@ macro_rules! checks {
     };
 }
 
-pub fn fail(expected: impl Display, observed: impl Display) -> Stop {
+pub(crate) fn fail(expected: impl Display, observed: impl Display) -> Stop {
     Stop::Fail { expected: expected.to_string(), observed: shorten(&observed.to_string()) }
 }
 
 /// The server lacks an optional feature.
-pub fn absent(why: impl Display) -> Stop {
+pub(crate) fn absent(why: impl Display) -> Stop {
     Stop::Absent(why.to_string())
 }
 
 /// The check cannot be performed here.
-pub fn skipped(why: impl Display) -> Stop {
+pub(crate) fn skipped(why: impl Display) -> Stop {
     Stop::Skipped(why.to_string())
 }
 
@@ -99,7 +99,7 @@ pub fn skipped(why: impl Display) -> Stop {
 ///
 /// # Errors
 /// A failure otherwise.
-pub fn ensure(condition: bool, expected: impl Display, observed: impl Display) -> Verdict {
+pub(crate) fn ensure(condition: bool, expected: impl Display, observed: impl Display) -> Verdict {
     if condition { Ok(()) } else { Err(fail(expected, observed)) }
 }
 
@@ -107,13 +107,13 @@ pub fn ensure(condition: bool, expected: impl Display, observed: impl Display) -
 ///
 /// # Errors
 /// A failure otherwise.
-pub fn equal<T: PartialEq + Debug>(what: &str, observed: &T, expected: &T) -> Verdict {
+pub(crate) fn equal<T: PartialEq + Debug>(what: &str, observed: &T, expected: &T) -> Verdict {
     let say = |value: &T| shorten(&format!("{what} {value:?}"));
     ensure(observed == expected, say(expected), say(observed))
 }
 
 /// The meaning of a failed step for the rule that is checked.
-pub trait Step<T>: Sized {
+pub(crate) trait Step<T>: Sized {
     /// The step is a positive control: if it fails, the check is inconclusive.
     ///
     /// # Errors
@@ -180,7 +180,7 @@ impl Stop {
 }
 
 /// The response of a server, compared with the expected one.
-pub trait Answer<T> {
+pub(crate) trait Answer<T> {
     /// The value of a response that must be OK; `what` is a sentence, such as "the upload is accepted".
     ///
     /// # Errors
@@ -263,31 +263,31 @@ impl<T: Debug> Answer<T> for Result<T, Status> {
 ///
 /// # Errors
 /// A failure when its code is not among `codes`, which may include `Code::Ok`.
-pub fn inline(what: &str, status: Option<&rpc::Status>, codes: &[Code]) -> Verdict {
+pub(crate) fn inline(what: &str, status: Option<&rpc::Status>, codes: &[Code]) -> Verdict {
     let code = status.map_or(0, |status| status.code);
     let seen = || status.map_or_else(|| "no status".to_owned(), show_inline);
     ensure(codes.iter().any(|wanted| *wanted as i32 == code), format!("{what}: {}", names(codes)), seen())
 }
 
 /// `NAME: message`, with the cause if it lies in the client's connection.
-pub fn show(status: &Status) -> String {
+pub(crate) fn show(status: &Status) -> String {
     let cause = std::error::Error::source(status).map(|error| format!(" ({})", innermost(error)));
     let name = code_name(status.code() as i32);
     shorten(&format!("{name}: {}{}", status.message(), cause.unwrap_or_default()))
 }
 
 /// The innermost cause. The outer errors only say "transport error".
-pub fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+pub(crate) fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     std::iter::successors(Some(error), |error| error.source()).last().unwrap_or(error).to_string()
 }
 
 /// `NAME: message` for a status inside a message.
-pub fn show_inline(status: &rpc::Status) -> String {
+pub(crate) fn show_inline(status: &rpc::Status) -> String {
     shorten(&format!("inline {}: {}", code_name(status.code), status.message))
 }
 
 /// The name of a code as in the gRPC documentation.
-pub fn code_name(code: i32) -> String {
+pub(crate) fn code_name(code: i32) -> String {
     rpc::Code::try_from(code).map_or_else(|_| format!("code {code}"), |code| code.as_str_name().to_owned())
 }
 

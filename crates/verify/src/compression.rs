@@ -5,11 +5,11 @@ use bytes::Bytes;
 use std::{future::Future, io::Read as _, time::Duration};
 
 /// The value of zstd in the API.
-pub const ZSTD: i32 = 1;
+pub(crate) const ZSTD: i32 = 1;
 /// The value of deflate in the API.
-pub const DEFLATE: i32 = 2;
+pub(crate) const DEFLATE: i32 = 2;
 /// The value of brotli in the API.
-pub const BROTLI: i32 = 3;
+pub(crate) const BROTLI: i32 = 3;
 /// Logarithm of the largest window that decoders accept by default (BS-13).
 const WINDOW_LOG_MAX: u32 = 23;
 
@@ -17,7 +17,7 @@ const WINDOW_LOG_MAX: u32 = 23;
 ///
 /// # Errors
 /// A failure of this program.
-pub fn compress(data: &[u8]) -> Verdict<Bytes> {
+pub(crate) fn compress(data: &[u8]) -> Verdict<Bytes> {
     zstd::encode_all(data, 1).map(Bytes::from).map_err(|error| fail("zstd of this program compresses", error))
 }
 
@@ -25,7 +25,7 @@ pub fn compress(data: &[u8]) -> Verdict<Bytes> {
 ///
 /// # Errors
 /// A failure that says why it does not decode.
-pub fn decompress(data: &[u8], limit: usize) -> Verdict<Bytes> {
+pub(crate) fn decompress(data: &[u8], limit: usize) -> Verdict<Bytes> {
     let undecodable = |error| fail("data that a zstd decoder takes with default settings", error);
     let mut decoder = zstd::Decoder::new(data).map_err(undecodable)?;
     decoder.window_log_max(WINDOW_LOG_MAX).map_err(undecodable)?;
@@ -43,7 +43,7 @@ const BOMB_PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// A failure when it is so late that the server must have decompressed everything.
-pub async fn defused<T>(answer: impl Future<Output = T>) -> Verdict<T> {
+pub(crate) async fn defused<T>(answer: impl Future<Output = T>) -> Verdict<T> {
     let late = |_| fail(format!("a refusal of a bomb within {BOMB_PATIENCE:?}"), "no answer");
     tokio::time::timeout(BOMB_PATIENCE, answer).await.map_err(late)
 }
@@ -52,6 +52,6 @@ pub async fn defused<T>(answer: impl Future<Output = T>) -> Verdict<T> {
 ///
 /// # Errors
 /// See [`compress`].
-pub fn bomb(mebibytes: usize) -> Verdict<Bytes> {
+pub(crate) fn bomb(mebibytes: usize) -> Verdict<Bytes> {
     Ok(compress(&vec![0; 1024 * 1024])?.repeat(mebibytes).into())
 }

@@ -23,17 +23,17 @@ use tonic::{
 };
 
 /// Time limit for connecting, and for the first GetCapabilities.
-pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Header limit of grpc-java and C-core by default (GEN-19).
 const MAX_HEADER_BYTES: u32 = 8 * 1024;
 /// Flow-control windows of streams and connections. They are large, so that a slow check does not block others on its
 /// connection.
 const WINDOW_BYTES: (u32, u32) = (16 * 1024 * 1024, 64 * 1024 * 1024);
 /// The request metadata header (GEN-28).
-pub const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
+pub(crate) const METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
 /// A connection whose requests carry a deadline and the identity of the run.
-pub type Service = InterceptedService<AuthorizedChannel, Header>;
+pub(crate) type Service = InterceptedService<AuthorizedChannel, Header>;
 
 /// An interceptor that adds the deadline and the identity to each request.
 #[derive(Debug, Clone)]
@@ -66,7 +66,7 @@ fn identity(salt: &Salt) -> BinaryMetadataValue {
 
 /// The server under test, and how to connect to it.
 #[derive(Debug)]
-pub struct Target {
+pub(crate) struct Target {
     options: ConnectOptions,
     endpoint: Endpoint,
     credentials: Credentials,
@@ -78,7 +78,7 @@ impl Target {
     ///
     /// # Errors
     /// `Invalid` for a malformed endpoint, and for certificates and headers that cannot be used.
-    pub fn new(options: &Options, salt: &Salt) -> Result<Self> {
+    pub(crate) fn new(options: &Options, salt: &Salt) -> Result<Self> {
         let endpoint = options
             .server
             .transport()?
@@ -98,7 +98,7 @@ impl Target {
     ///
     /// # Errors
     /// `Denied` when it fails.
-    pub async fn prepare(&self) -> Result<()> {
+    pub(crate) async fn prepare(&self) -> Result<()> {
         self.credentials.prepare().await
     }
 
@@ -106,7 +106,7 @@ impl Target {
     ///
     /// # Errors
     /// A failure when the server does not accept it.
-    pub async fn connect(&self) -> Verdict<AuthorizedChannel> {
+    pub(crate) async fn connect(&self) -> Verdict<AuthorizedChannel> {
         self.open(&self.endpoint, &self.credentials).await
     }
 
@@ -115,7 +115,7 @@ impl Target {
     ///
     /// # Errors
     /// See [`Target::connect`].
-    pub async fn connect_with(&self, headers: HeaderMap) -> Verdict<AuthorizedChannel> {
+    pub(crate) async fn connect_with(&self, headers: HeaderMap) -> Verdict<AuthorizedChannel> {
         let options = ConnectOptions { headers, credential_helper: None, ..self.options.clone() };
         let credentials = options.credentials().map_err(|error| fail("headers that can be sent", error))?;
         self.open(&self.endpoint, &credentials).await
@@ -125,13 +125,13 @@ impl Target {
     ///
     /// # Errors
     /// See [`Target::connect`].
-    pub async fn connect_pinging(&self, interval: Duration) -> Verdict<AuthorizedChannel> {
+    pub(crate) async fn connect_pinging(&self, interval: Duration) -> Verdict<AuthorizedChannel> {
         let endpoint = self.endpoint.clone().http2_keep_alive_interval(interval);
         self.open(&endpoint.keep_alive_while_idle(true), &self.credentials).await
     }
 
     /// Adds the deadline and the identity to a connection.
-    pub fn service(&self, channel: AuthorizedChannel) -> Service {
+    pub(crate) fn service(&self, channel: AuthorizedChannel) -> Service {
         InterceptedService::new(channel, self.header.clone())
     }
 

@@ -27,17 +27,17 @@ use std::time::Duration;
 use tonic::{Code, Status};
 
 /// PATH for the programs of checks.
-pub const PATH: &str = "/usr/bin:/bin";
+pub(crate) const PATH: &str = "/usr/bin:/bin";
 /// Time limit for the end of a stream after its last message (EXE-05); far more than a server needs.
-pub const END_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const END_LIMIT: Duration = Duration::from_secs(5);
 /// How long the first action may wait for a worker before the server counts as having none.
 const FIRST_ACTION_LIMIT: Duration = Duration::from_secs(20);
 /// Exit codes by which shells and servers report that a program cannot be started (EXE-42).
-pub const NOT_STARTED: [i32; 2] = [126, 127];
+pub(crate) const NOT_STARTED: [i32; 2] = [126, 127];
 
 /// An action under construction, with every blob that it needs.
 #[derive(Debug, Clone)]
-pub struct Job {
+pub(crate) struct Job {
     session: Session,
     /// The command. Changes to it change the digest of the Action.
     pub command: Command,
@@ -48,12 +48,12 @@ pub struct Job {
 
 impl Job {
     /// Runs a shell script with an empty input root.
-    pub fn sh(session: &Session, script: impl AsRef<str>) -> Self {
+    pub(crate) fn sh(session: &Session, script: impl AsRef<str>) -> Self {
         Self::args(session, ["/bin/sh", "-c", script.as_ref()])
     }
 
     /// Runs a program with an empty input root.
-    pub fn args<A: Into<String>>(session: &Session, arguments: impl IntoIterator<Item = A>) -> Self {
+    pub(crate) fn args<A: Into<String>>(session: &Session, arguments: impl IntoIterator<Item = A>) -> Self {
         let platform = session.platform();
         #[allow(deprecated)]
         let command = Command {
@@ -72,7 +72,7 @@ impl Job {
     }
 
     /// Sets the input root.
-    pub fn over(self, root: &Folder) -> Self {
+    pub(crate) fn over(self, root: &Folder) -> Self {
         let (digest, inputs) = root.blobs(&self.session);
         let mut job = self.over_blobs(inputs);
         job.action.input_root_digest = Some(digest);
@@ -80,13 +80,13 @@ impl Job {
     }
 
     /// Adds blobs to upload, for input roots that are built by hand.
-    pub fn over_blobs(mut self, blobs: impl IntoIterator<Item = Blob>) -> Self {
+    pub(crate) fn over_blobs(mut self, blobs: impl IntoIterator<Item = Blob>) -> Self {
         self.inputs.extend(blobs);
         self
     }
 
     /// Sets the root Directory without checking it.
-    pub fn over_root(self, root: &Directory, files: impl IntoIterator<Item = Blob>) -> Self {
+    pub(crate) fn over_root(self, root: &Directory, files: impl IntoIterator<Item = Blob>) -> Self {
         let blob = self.session.message(root);
         let digest = blob.digest.clone();
         let mut job = self.over_blobs(files).over_blobs([blob]);
@@ -95,68 +95,68 @@ impl Job {
     }
 
     /// Sets `output_paths`.
-    pub fn outputs<P: Into<String>>(mut self, paths: impl IntoIterator<Item = P>) -> Self {
+    pub(crate) fn outputs<P: Into<String>>(mut self, paths: impl IntoIterator<Item = P>) -> Self {
         self.command.output_paths = paths.into_iter().map(Into::into).collect();
         self
     }
 
     /// Sets the working directory.
-    pub fn within(mut self, working_directory: &str) -> Self {
+    pub(crate) fn within(mut self, working_directory: &str) -> Self {
         working_directory.clone_into(&mut self.command.working_directory);
         self
     }
 
-    pub fn env(mut self, variables: &[(&str, &str)]) -> Self {
+    pub(crate) fn env(mut self, variables: &[(&str, &str)]) -> Self {
         let list = &mut self.command.environment_variables;
         list.extend(variables.iter().map(|(name, value)| variable(name, value)));
         list.sort_by(|a, b| a.name.cmp(&b.name));
         self
     }
 
-    pub fn timeout(mut self, timeout: Duration) -> Self {
+    pub(crate) fn timeout(mut self, timeout: Duration) -> Self {
         self.action.timeout = timeout.try_into().ok();
         self
     }
 
     /// Sets `do_not_cache`.
-    pub fn uncached(mut self) -> Self {
+    pub(crate) fn uncached(mut self) -> Self {
         self.action.do_not_cache = true;
         self
     }
 
-    pub fn command(mut self, change: impl FnOnce(&mut Command)) -> Self {
+    pub(crate) fn command(mut self, change: impl FnOnce(&mut Command)) -> Self {
         change(&mut self.command);
         self
     }
 
-    pub fn action(mut self, change: impl FnOnce(&mut Action)) -> Self {
+    pub(crate) fn action(mut self, change: impl FnOnce(&mut Action)) -> Self {
         change(&mut self.action);
         self
     }
 
     /// The session in which the job runs.
-    pub fn session(&self) -> &Session {
+    pub(crate) fn session(&self) -> &Session {
         &self.session
     }
 
     /// The Command as a blob.
-    pub fn command_blob(&self) -> Blob {
+    pub(crate) fn command_blob(&self) -> Blob {
         self.session.message(&self.command)
     }
 
     /// The Action as a blob.
-    pub fn action_blob(&self) -> Blob {
+    pub(crate) fn action_blob(&self) -> Blob {
         let command_digest = Some(self.command_blob().digest);
         self.session.message(&Action { command_digest, ..self.action.clone() })
     }
 
     /// The digest of the Action.
-    pub fn digest(&self) -> Digest {
+    pub(crate) fn digest(&self) -> Digest {
         self.action_blob().digest
     }
 
     /// All blobs that must be stored: inputs, Command, Action.
-    pub fn blobs(&self) -> Vec<Blob> {
+    pub(crate) fn blobs(&self) -> Vec<Blob> {
         let mut blobs = self.inputs.clone();
         blobs.extend([self.command_blob(), self.action_blob()]);
         blobs
@@ -166,7 +166,7 @@ impl Job {
     ///
     /// # Errors
     /// Absent or skipped if the server does not run actions; the errors of [`Session::store`].
-    pub async fn upload(&self) -> Verdict<Digest> {
+    pub(crate) async fn upload(&self) -> Verdict<Digest> {
         self.session.runs_actions().await?;
         self.session.store(&self.blobs().iter().collect::<Vec<_>>()).await?;
         Ok(self.digest())
@@ -176,7 +176,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::upload`]; a failure when Execute is refused, because a trivial action has been accepted before.
-    pub async fn start(&self) -> Verdict<OperationStream> {
+    pub(crate) async fn start(&self) -> Verdict<OperationStream> {
         self.start_with(|_| {}).await
     }
 
@@ -184,7 +184,10 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::start`].
-    pub async fn start_with(&self, change: impl FnOnce(&mut ExecuteRequest)) -> Verdict<OperationStream> {
+    pub(crate) async fn start_with(
+        &self,
+        change: impl FnOnce(&mut ExecuteRequest),
+    ) -> Verdict<OperationStream> {
         let mut request = self.session.execute_request(&self.upload().await?);
         change(&mut request);
         self.session.start(request).await.wanted("Execute is accepted")
@@ -194,7 +197,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::start`]; a failure when there is no response.
-    pub async fn response(&self) -> Verdict<ExecuteResponse> {
+    pub(crate) async fn response(&self) -> Verdict<ExecuteResponse> {
         self.start().await?.finish().await
     }
 
@@ -202,7 +205,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::response`]; a failure when the status is not OK.
-    pub async fn result(&self) -> Verdict<ActionResult> {
+    pub(crate) async fn result(&self) -> Verdict<ActionResult> {
         result_of(self.response().await?)
     }
 
@@ -210,7 +213,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::result`]; a failure for a non-zero exit code.
-    pub async fn stdout(&self) -> Verdict<String> {
+    pub(crate) async fn stdout(&self) -> Verdict<String> {
         let result = self.result().await?;
         let text = self.session.log_text(result.stdout_digest.as_ref(), &result.stdout_raw).await?;
         if result.exit_code != 0 {
@@ -225,7 +228,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::start`]; a failure when the stream ends differently.
-    pub async fn story(&self) -> Verdict<Vec<Operation>> {
+    pub(crate) async fn story(&self) -> Verdict<Vec<Operation>> {
         story(self.start().await?).await
     }
 
@@ -233,7 +236,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::upload`]; a failure when a command was run or the stream ends without an answer.
-    pub async fn refusal(&self) -> Verdict<Refusal> {
+    pub(crate) async fn refusal(&self) -> Verdict<Refusal> {
         let action = self.upload().await?;
         self.session.refusal(&action).await
     }
@@ -242,7 +245,7 @@ impl Job {
     ///
     /// # Errors
     /// See [`Job::refusal`]; a failure for another code.
-    pub async fn refused(&self, what: &str, codes: &[Code]) -> Verdict<Refusal> {
+    pub(crate) async fn refused(&self, what: &str, codes: &[Code]) -> Verdict<Refusal> {
         let refusal = self.session.case(what, self.refusal()).await?;
         inline(what, Some(&refusal.status), codes)?;
         Ok(refusal)
@@ -253,7 +256,7 @@ impl Job {
 ///
 /// # Errors
 /// Unmet when it does not end with OK soon after `done` (EXE-05).
-pub async fn story(mut run: OperationStream) -> Verdict<Vec<Operation>> {
+pub(crate) async fn story(mut run: OperationStream) -> Verdict<Vec<Operation>> {
     let mut messages = Vec::new();
     loop {
         let next = match messages.last() {
@@ -424,38 +427,38 @@ impl Session {
 
 /// A directory of an input root.
 #[derive(Debug, Clone, Default)]
-pub struct Folder {
+pub(crate) struct Folder {
     files: Vec<(FileNode, Bytes)>,
     folders: Vec<(String, Folder)>,
     symlinks: Vec<SymlinkNode>,
 }
 
 impl Folder {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
-    pub fn file(self, name: &str, data: impl Into<Bytes>) -> Self {
+    pub(crate) fn file(self, name: &str, data: impl Into<Bytes>) -> Self {
         self.node(FileNode { name: name.to_owned(), ..Default::default() }, data)
     }
 
     /// Adds an executable file.
-    pub fn program(self, name: &str, data: impl Into<Bytes>) -> Self {
+    pub(crate) fn program(self, name: &str, data: impl Into<Bytes>) -> Self {
         self.node(FileNode { name: name.to_owned(), is_executable: true, ..Default::default() }, data)
     }
 
     /// Adds a file with this node. The digest is filled in.
-    pub fn node(mut self, node: FileNode, data: impl Into<Bytes>) -> Self {
+    pub(crate) fn node(mut self, node: FileNode, data: impl Into<Bytes>) -> Self {
         self.files.push((node, data.into()));
         self
     }
 
-    pub fn folder(mut self, name: &str, folder: Folder) -> Self {
+    pub(crate) fn folder(mut self, name: &str, folder: Folder) -> Self {
         self.folders.push((name.to_owned(), folder));
         self
     }
 
-    pub fn symlink(mut self, name: &str, target: &str) -> Self {
+    pub(crate) fn symlink(mut self, name: &str, target: &str) -> Self {
         let symlink = SymlinkNode { name: name.to_owned(), target: target.to_owned(), node_properties: None };
         self.symlinks.push(symlink);
         self
@@ -483,7 +486,7 @@ impl Folder {
     }
 
     /// The digest of the root, and all blobs. Empty blobs are omitted, as clients do (GEN-06).
-    pub fn blobs(&self, session: &Session) -> (Digest, Vec<Blob>) {
+    pub(crate) fn blobs(&self, session: &Session) -> (Digest, Vec<Blob>) {
         let mut blobs = Vec::new();
         let root = session.message(&self.directory(session, &mut blobs));
         let digest = root.digest.clone();
@@ -493,6 +496,6 @@ impl Folder {
     }
 }
 
-pub fn variable(name: &str, value: &str) -> EnvironmentVariable {
+pub(crate) fn variable(name: &str, value: &str) -> EnvironmentVariable {
     EnvironmentVariable { name: name.to_owned(), value: value.to_owned() }
 }

@@ -18,11 +18,11 @@ use std::{
 use tokio::{net::TcpListener, task::JoinHandle};
 
 /// The default name of this machine.
-pub const LOCAL_HOST: &str = "127.0.0.1";
+pub(crate) const LOCAL_HOST: &str = "127.0.0.1";
 
 /// The response for a path.
 #[derive(Debug, Clone)]
-pub enum Page {
+pub(crate) enum Page {
     Content(Bytes),
     /// These bytes after a delay.
     Slow(Bytes, Duration),
@@ -35,7 +35,7 @@ pub enum Page {
 
 /// An HTTP server for one check; see the top of this file.
 #[derive(Debug)]
-pub struct Origin {
+pub(crate) struct Origin {
     authority: String,
     site: Arc<Mutex<Site>>,
     serving: JoinHandle<()>,
@@ -52,7 +52,7 @@ impl Origin {
     ///
     /// # Errors
     /// Skipped when no port is available.
-    pub async fn start(host: &str) -> Verdict<Self> {
+    pub(crate) async fn start(host: &str) -> Verdict<Self> {
         let ip = if host == LOCAL_HOST { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
         let no_port = |error| Stop::Skipped(format!("no port to serve an origin from: {error}"));
         let listener = TcpListener::bind((ip, 0)).await.map_err(no_port)?;
@@ -67,18 +67,18 @@ impl Origin {
     }
 
     /// Serves this page at a path and returns its URL.
-    pub fn page(&self, path: &str, page: Page) -> String {
+    pub(crate) fn page(&self, path: &str, page: Page) -> String {
         self.site().pages.insert(format!("/{path}"), page);
         format!("http://{}/{path}", self.authority)
     }
 
     /// How often a path was requested.
-    pub fn visits(&self, path: &str) -> usize {
+    pub(crate) fn visits(&self, path: &str) -> usize {
         self.site().visits.get(&format!("/{path}")).copied().unwrap_or_default()
     }
 
     /// The reason to stop a check whose server never contacted the origin.
-    pub fn unreachable(&self, why: &str) -> Stop {
+    pub(crate) fn unreachable(&self, why: &str) -> Stop {
         skipped(format!(
             "the server does not fetch from {}: {why}; allow it there, or say with --asset-origin under which name it finds \
              this machine",

@@ -15,7 +15,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 ///
 /// # Errors
 /// The error of the last attempt.
-pub async fn within_patience<T, F>(step: impl Fn() -> F) -> Verdict<T>
+pub(crate) async fn within_patience<T, F>(step: impl Fn() -> F) -> Verdict<T>
 where
     F: Future<Output = Verdict<T>>,
 {

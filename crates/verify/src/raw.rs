@@ -10,23 +10,24 @@ use tonic::{
 };
 
 /// Paths of these calls.
-pub mod path {
-    pub const GET_CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+pub(crate) mod path {
+    pub(crate) const GET_CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
     /// A method that no server implements.
-    pub const NO_SUCH_METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/NoSuchMethod";
-    pub const FIND_MISSING: &str =
+    pub(crate) const NO_SUCH_METHOD: &str = "/build.bazel.remote.execution.v2.Capabilities/NoSuchMethod";
+    pub(crate) const FIND_MISSING: &str =
         "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
-    pub const BATCH_UPDATE: &str =
+    pub(crate) const BATCH_UPDATE: &str =
         "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchUpdateBlobs";
-    pub const BATCH_READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
-    pub const GET_ACTION_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
+    pub(crate) const BATCH_READ: &str =
+        "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
+    pub(crate) const GET_ACTION_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/GetActionResult";
 }
 
 /// Makes a unary call with these request bytes and returns the response bytes.
 ///
 /// # Errors
 /// The status of the server.
-pub async fn call(service: Service, path: &str, request: Request<Bytes>) -> Result<Bytes, Status> {
+pub(crate) async fn call(service: Service, path: &str, request: Request<Bytes>) -> Result<Bytes, Status> {
     call_on(service, path, request).await
 }
 
@@ -34,7 +35,7 @@ pub async fn call(service: Service, path: &str, request: Request<Bytes>) -> Resu
 ///
 /// # Errors
 /// The status of the server.
-pub async fn call_on<S>(service: S, path: &str, request: Request<Bytes>) -> Result<Bytes, Status>
+pub(crate) async fn call_on<S>(service: S, path: &str, request: Request<Bytes>) -> Result<Bytes, Status>
 where
     S: GrpcService<tonic::body::Body>,
     S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,

@@ -446,7 +446,7 @@ fn choose_function(asked: Option<&str>, capabilities: &ServerCapabilities) -> Re
 ///
 /// # Errors
 /// Absent when it is not in the list.
-pub fn listed(what: &str, list: &[i32], number: i32) -> Verdict {
+pub(crate) fn listed(what: &str, list: &[i32], number: i32) -> Verdict {
     let claimed = list.contains(&number);
     if claimed { Ok(()) } else { Err(Stop::Absent(format!("the server does not list {what}"))) }
 }

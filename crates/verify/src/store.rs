@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
 /// Number of bytes in one WriteRequest: well below every limit on messages.
-pub const PIECE_BYTES: usize = 64 * 1024;
+pub(crate) const PIECE_BYTES: usize = 64 * 1024;
 /// How long a server may take to report the received part of an upload, and the delay between two polls.
 const UPLOAD_PATIENCE: Duration = Duration::from_secs(2);
 const UPLOAD_PAUSE: Duration = Duration::from_millis(20);
@@ -277,7 +277,7 @@ impl Session {
 }
 
 /// The write messages for these bytes. Only the first one has the name, and only the last one has `finish_write`.
-pub fn pieces(name: &str, data: &Bytes, first_offset: i64, piece: usize) -> Vec<WriteRequest> {
+pub(crate) fn pieces(name: &str, data: &Bytes, first_offset: i64, piece: usize) -> Vec<WriteRequest> {
     let mut messages = Vec::new();
     let mut at = 0usize;
     loop {
@@ -296,7 +296,7 @@ pub fn pieces(name: &str, data: &Bytes, first_offset: i64, piece: usize) -> Vec<
 }
 
 /// The first messages of an upload, up to this many bytes, without the end.
-pub fn partial_upload(name: &str, data: &Bytes, bytes: usize) -> Vec<WriteRequest> {
+pub(crate) fn partial_upload(name: &str, data: &Bytes, bytes: usize) -> Vec<WriteRequest> {
     let mut messages = pieces(name, &data.slice(..bytes.min(data.len())), 0, PIECE_BYTES);
     if let Some(last) = messages.last_mut() {
         last.finish_write = false;
@@ -305,7 +305,9 @@ pub fn partial_upload(name: &str, data: &Bytes, bytes: usize) -> Vec<WriteReques
 }
 
 /// A stream of messages that stays open after the last one until it is dropped.
-pub fn stalled(messages: Vec<WriteRequest>) -> impl futures::Stream<Item = WriteRequest> + Send + 'static {
+pub(crate) fn stalled(
+    messages: Vec<WriteRequest>,
+) -> impl futures::Stream<Item = WriteRequest> + Send + 'static {
     stream::iter(messages).chain(stream::pending())
 }
 

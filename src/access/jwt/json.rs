@@ -11,7 +11,7 @@ use serde_json::{Map, Number, Value};
 use std::fmt;
 
 /// Maximum nesting of objects and lists. Key sets need three levels, and the claims of known issuers four.
-pub const MAX_DEPTH: usize = 8;
+pub(super) const MAX_DEPTH: usize = 8;
 
 /// An object in which each name occurs once, at every level.
 #[derive(Debug, Clone, PartialEq)]

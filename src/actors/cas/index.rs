@@ -251,7 +251,7 @@ impl Index {
     }
 
     /// Memory that the index takes without the links of results, in bytes.
-    pub fn memory(&self) -> usize {
+    pub(super) fn memory(&self) -> usize {
         self.slab.memory() + self.table.memory() + self.order.memory() + self.leases.memory()
     }
 

@@ -163,18 +163,18 @@ pub(crate) struct ClockReading {
 
 impl ClockReading {
     /// The current time, by the clock of the runtime, which tests may pause.
-    pub fn now() -> Self {
+    pub(crate) fn now() -> Self {
         Self { at: tokio::time::Instant::now().into_std(), wall: SystemTime::now() }
     }
 
     /// The time since an earlier instant; zero if it is not earlier.
-    pub fn since(self, earlier: Instant) -> Duration {
+    pub(crate) fn since(self, earlier: Instant) -> Duration {
         self.at.saturating_duration_since(earlier)
     }
 
     /// The instant after this delay. A delay that cannot be represented is replaced by 136 years, which is never
     /// reached.
-    pub fn after(self, delay: Duration) -> Instant {
+    pub(crate) fn after(self, delay: Duration) -> Instant {
         self.at.checked_add(delay).unwrap_or_else(|| self.at + Duration::from_secs(u32::MAX.into()))
     }
 }

@@ -33,14 +33,14 @@ const MAX_NAMES: usize = 4_096;
 
 /// The files of one action. Must not be used while a process of the action is alive.
 #[derive(Debug, Clone, Copy)]
-pub struct ExecRoot<'a> {
+pub(super) struct ExecRoot<'a> {
     own: &'a File,
     staged: Option<&'a InputTree>,
 }
 
 /// A directory of an [`ExecRoot`].
 #[derive(Debug)]
-pub struct Dir<'a> {
+pub(super) struct Dir<'a> {
     staged: Option<&'a InputTree>,
     /// Its path from the top, without links.
     path: PathBuf,
@@ -52,7 +52,7 @@ pub struct Dir<'a> {
 
 /// The node with a given name.
 #[derive(Debug)]
-pub enum ExecNode<'a> {
+pub(super) enum ExecNode<'a> {
     /// A node of the own layer.
     Own(Stat),
     /// A file of the staged tree.
@@ -65,7 +65,7 @@ pub enum ExecNode<'a> {
 
 impl ExecNode<'_> {
     /// Whether it is a directory. A link to a directory is not.
-    pub fn is_directory(&self) -> bool {
+    pub(super) fn is_directory(&self) -> bool {
         match self {
             Self::Own(stat) => dir::file_type(stat) == FileType::Directory,
             Self::Directory(_) => true,
@@ -76,12 +76,12 @@ impl ExecNode<'_> {
 
 impl<'a> ExecRoot<'a> {
     /// The files of the layer `own` above the tree `staged`.
-    pub fn new(own: &'a File, staged: Option<&'a InputTree>) -> Self {
+    pub(super) fn new(own: &'a File, staged: Option<&'a InputTree>) -> Self {
         Self { own, staged }
     }
 
     /// The top of the own layer.
-    pub fn own(&self) -> &'a File {
+    pub(super) fn own(&self) -> &'a File {
         self.own
     }
 
@@ -89,7 +89,7 @@ impl<'a> ExecRoot<'a> {
     ///
     /// # Errors
     /// `EXDEV` if a link leads out of the root; otherwise the errors of openat2(2).
-    pub fn resolve(&self, path: &Path) -> io::Result<Dir<'a>> {
+    pub(super) fn resolve(&self, path: &Path) -> io::Result<Dir<'a>> {
         if self.staged.is_none() {
             let own = Some(dir::open_beneath(self.own, path)?);
             return Ok(Dir { staged: None, path: path.to_owned(), own, below: None });
@@ -103,7 +103,7 @@ impl<'a> ExecRoot<'a> {
     ///
     /// # Errors
     /// As [`ExecRoot::resolve`].
-    pub fn can_enter(&self, path: &Path) -> io::Result<bool> {
+    pub(super) fn can_enter(&self, path: &Path) -> io::Result<bool> {
         let mut prefix = PathBuf::from(".");
         for name in [None].into_iter().chain(path.iter().map(Some)) {
             prefix.extend(name);
@@ -208,7 +208,7 @@ enum PathStep<'a> {
 
 impl<'a> Dir<'a> {
     /// A handle of the directory in the own layer, for opening entries in it.
-    pub fn own(&self) -> Option<&File> {
+    pub(super) fn own(&self) -> Option<&File> {
         self.own.as_ref()
     }
 
@@ -225,7 +225,7 @@ impl<'a> Dir<'a> {
     ///
     /// # Errors
     /// `NotFound` if there is none; otherwise the errors of fstatat(2).
-    pub fn look(&self, name: &OsStr) -> io::Result<ExecNode<'a>> {
+    pub(super) fn look(&self, name: &OsStr) -> io::Result<ExecNode<'a>> {
         if let Some(own) = &self.own {
             match dir::stat_at(own, name) {
                 Ok(stat) if self.staged.is_some() && layer::is_whiteout(&stat) => {
@@ -243,7 +243,7 @@ impl<'a> Dir<'a> {
     ///
     /// # Errors
     /// `AlreadyExists` if there is one; the errors of fstatat(2).
-    pub fn must_lack(&self, name: &OsStr) -> io::Result<()> {
+    pub(super) fn must_lack(&self, name: &OsStr) -> io::Result<()> {
         match self.look(name) {
             Ok(_) => Err(Errno::EXIST.into()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -255,7 +255,7 @@ impl<'a> Dir<'a> {
     ///
     /// # Errors
     /// The errors of readlinkat(2).
-    pub fn read_link(&self, name: &OsStr) -> io::Result<OsString> {
+    pub(super) fn read_link(&self, name: &OsStr) -> io::Result<OsString> {
         let own = self.own.as_ref().ok_or(Errno::NOENT)?;
         Ok(OsString::from_vec(rfs::readlinkat(own, name, Vec::new())?.into_bytes()))
     }
@@ -284,7 +284,7 @@ impl<'a> Dir<'a> {
     ///
     /// # Errors
     /// The errors of the file system.
-    pub fn make_own(&self, root: ExecRoot<'a>) -> io::Result<File> {
+    pub(super) fn make_own(&self, root: ExecRoot<'a>) -> io::Result<File> {
         if let (None, Some(own)) = (self.staged, &self.own) {
             return own.try_clone();
         }
@@ -345,7 +345,7 @@ fn below<'a>(
 
 /// A position in a tree of directories, in both layers at once.
 #[derive(Debug)]
-pub struct LayerWalk<'a> {
+pub(super) struct LayerWalk<'a> {
     staged: Option<&'a InputTree>,
     own: Option<Cursor>,
     /// How many levels the position is below the last directory that the own layer has.
@@ -355,7 +355,7 @@ pub struct LayerWalk<'a> {
 
 /// The current directory of a [`LayerWalk`].
 #[derive(Debug, Clone, Copy)]
-pub struct Here<'w, 'a> {
+pub(super) struct Here<'w, 'a> {
     /// The directory in the own layer.
     pub own: Option<&'w File>,
     /// The directory in the staged tree, if it is visible.
@@ -369,7 +369,7 @@ impl<'a> LayerWalk<'a> {
     ///
     /// # Errors
     /// The errors of the file system.
-    pub fn at_top(root: ExecRoot<'a>) -> io::Result<Self> {
+    pub(super) fn at_top(root: ExecRoot<'a>) -> io::Result<Self> {
         let below = root.staged.map(InputTree::root);
         Ok(Self { staged: root.staged, own: Some(Cursor::at(root.own)?), deeper: 0, below: vec![below] })
     }
@@ -378,7 +378,7 @@ impl<'a> LayerWalk<'a> {
     ///
     /// # Errors
     /// The errors of openat2(2).
-    pub fn at(parent: &Dir<'a>, name: &OsStr) -> io::Result<Self> {
+    pub(super) fn at(parent: &Dir<'a>, name: &OsStr) -> io::Result<Self> {
         let staged = parent.staged;
         match parent.look(name)? {
             ExecNode::Own(_) => {
@@ -398,7 +398,7 @@ impl<'a> LayerWalk<'a> {
     ///
     /// # Errors
     /// None in practice: the current directory is always open.
-    pub fn here(&self) -> io::Result<Here<'_, 'a>> {
+    pub(super) fn here(&self) -> io::Result<Here<'_, 'a>> {
         let own = match &self.own {
             Some(cursor) if self.deeper == 0 => Some(cursor.here()?),
             _ => None,
@@ -410,7 +410,7 @@ impl<'a> LayerWalk<'a> {
     ///
     /// # Errors
     /// The errors of [`Cursor::down`].
-    pub fn down(&mut self, name: &OsStr) -> io::Result<()> {
+    pub(super) fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let directory = self.below.last().copied().flatten();
         let entered = match &mut self.own {
             Some(cursor) if self.deeper == 0 => match cursor.down(name) {
@@ -437,7 +437,7 @@ impl<'a> LayerWalk<'a> {
     ///
     /// # Errors
     /// The errors of [`Cursor::up`].
-    pub fn up(&mut self) -> io::Result<()> {
+    pub(super) fn up(&mut self) -> io::Result<()> {
         self.below.pop();
         match &mut self.own {
             Some(cursor) if self.deeper == 0 => cursor.up(),

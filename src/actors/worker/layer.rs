@@ -15,7 +15,7 @@ const OPAQUE: &str = "user.overlay.opaque";
 const YES: &[u8] = b"y";
 
 /// Whether a file of a layer is a whiteout, which hides an entry of the layer below.
-pub fn is_whiteout(stat: &Stat) -> bool {
+pub(super) fn is_whiteout(stat: &Stat) -> bool {
     dir::file_type(stat) == FileType::CharacterDevice && stat.st_rdev == 0
 }
 
@@ -23,7 +23,7 @@ pub fn is_whiteout(stat: &Stat) -> bool {
 ///
 /// # Errors
 /// The errors of mknod(2).
-pub fn make_whiteout(parent: &File, name: &str) -> io::Result<()> {
+pub(super) fn make_whiteout(parent: &File, name: &str) -> io::Result<()> {
     Ok(rfs::mknodat(parent, name, FileType::CharacterDevice, Mode::empty(), 0)?)
 }
 
@@ -31,7 +31,7 @@ pub fn make_whiteout(parent: &File, name: &str) -> io::Result<()> {
 ///
 /// # Errors
 /// The errors of setxattr(2).
-pub fn set_opaque(directory: &File) -> io::Result<()> {
+pub(super) fn set_opaque(directory: &File) -> io::Result<()> {
     Ok(rfs::fsetxattr(directory, OPAQUE, YES, XattrFlags::empty())?)
 }
 
@@ -39,7 +39,7 @@ pub fn set_opaque(directory: &File) -> io::Result<()> {
 ///
 /// # Errors
 /// The errors of getxattr(2).
-pub fn is_opaque(directory: &File) -> io::Result<bool> {
+pub(super) fn is_opaque(directory: &File) -> io::Result<bool> {
     let mut value = [0; 4];
     // fgetxattr(2) does not work on an O_PATH handle, but getxattr(2) on its path in /proc does.
     let itself = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
@@ -69,7 +69,7 @@ pub fn is_opaque(directory: &File) -> io::Result<bool> {
 ///
 /// # Errors
 /// `AlreadyExists` if something other than a whiteout is there; the errors of the file system.
-pub fn make_opaque(parent: &File, name: &str) -> io::Result<File> {
+pub(super) fn make_opaque(parent: &File, name: &str) -> io::Result<File> {
     if !is_whiteout(&dir::stat_at(parent, OsStr::new(name))?) {
         return Err(Errno::EXIST.into());
     }
@@ -83,7 +83,7 @@ pub fn make_opaque(parent: &File, name: &str) -> io::Result<File> {
 ///
 /// # Errors
 /// The errors of the file system.
-pub fn make_directory(parent: &File, name: &str) -> io::Result<File> {
+pub(super) fn make_directory(parent: &File, name: &str) -> io::Result<File> {
     let mode = Mode::from_raw_mode(super::inputs::EXECUTABLE);
     rfs::mkdirat(parent, name, mode)?;
     let made = dir::open_dir(parent, OsStr::new(name))?;

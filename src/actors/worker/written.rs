@@ -21,7 +21,7 @@ const KEPT_OPEN: usize = 8;
 
 /// Measures one directory.
 #[derive(Debug)]
-pub struct Written {
+pub(super) struct Written {
     root: File,
     before: Use,
     /// The free space when the command started.

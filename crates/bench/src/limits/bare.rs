@@ -29,7 +29,7 @@ use tonic::{
     transport::{Channel, Endpoint, Server, server::TcpIncoming},
 };
 
-#[allow(missing_docs, dead_code, clippy::all, clippy::pedantic, rustdoc::all)]
+#[allow(missing_docs, unreachable_pub, dead_code, clippy::all, clippy::pedantic, rustdoc::all)]
 mod generated {
     tonic::include_proto!("build.bazel.remote.execution.v2");
     tonic::include_proto!("google.bytestream");

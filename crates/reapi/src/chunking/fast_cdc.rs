@@ -44,7 +44,7 @@ impl Parameters {
 
 /// Finds the ends of chunks. Keeps no state between chunks.
 #[derive(Debug)]
-pub struct Cutter {
+pub(super) struct Cutter {
     parameters: Parameters,
     strict: u64,
     relaxed: u64,
@@ -55,14 +55,14 @@ pub struct Cutter {
 
 impl Cutter {
     /// Computes the tables for these parameters.
-    pub fn new(parameters: Parameters) -> Self {
+    pub(super) fn new(parameters: Parameters) -> Self {
         let (strict, relaxed) = select_masks(parameters.average as usize, Normalization::Level2);
         let (gear, gear_shifted) = get_gear_with_seed(parameters.seed.into());
         Self { parameters, strict, relaxed, gear, gear_shifted }
     }
 
     /// Length of the first chunk of `window`. The window has [`Parameters::max`] bytes or ends at the end of the blob.
-    pub fn cut(&self, window: &[u8]) -> usize {
+    pub(super) fn cut(&self, window: &[u8]) -> usize {
         let (min, max) = (self.parameters.min(), self.parameters.max());
         let average = self.parameters.average as usize;
         let (strict, relaxed) = (self.strict, self.relaxed);

@@ -80,7 +80,7 @@ impl Candidate {
 
 /// Finds the ends of consecutive chunks.
 #[derive(Debug)]
-pub struct Cutter {
+pub(super) struct Cutter {
     parameters: Parameters,
     gear: Cow<'static, [u64]>,
     /// Start of the window, in bytes from the start of the blob.
@@ -92,14 +92,14 @@ pub struct Cutter {
 
 impl Cutter {
     /// Creates a cutter at the start of a blob.
-    pub fn new(parameters: Parameters) -> Self {
+    pub(super) fn new(parameters: Parameters) -> Self {
         let (gear, _) = get_gear_with_seed(0);
         Self { parameters, gear, start: 0, best: VecDeque::new(), first_block: 0 }
     }
 
     /// Length of the first chunk of `window`. The window has [`Parameters::lookahead`] bytes or ends at the end of the
     /// blob. The next window starts where this chunk ends.
-    pub fn cut(&mut self, window: &[u8]) -> usize {
+    pub(super) fn cut(&mut self, window: &[u8]) -> usize {
         let length = self.find(window);
         self.start += length as u64;
         while self.first_block * (BLOCK as u64) < self.start && self.best.pop_front().is_some() {

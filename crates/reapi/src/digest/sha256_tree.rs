@@ -19,7 +19,7 @@ type Hash = [u8; 32];
 
 /// The hashing state of one blob.
 #[derive(Clone, Default)]
-pub struct Sha256Tree {
+pub(super) struct Sha256Tree {
     /// The current leaf. A full leaf is closed only when more bytes follow, so the last leaf is never empty.
     leaf: Sha256,
     leaf_bytes: usize,
@@ -31,7 +31,7 @@ pub struct Sha256Tree {
 
 impl Sha256Tree {
     /// Adds the next bytes of the blob.
-    pub fn update(&mut self, mut bytes: &[u8]) {
+    pub(super) fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             if self.leaf_bytes == LEAF_BYTES {
                 self.finish_leaf();
@@ -56,7 +56,7 @@ impl Sha256Tree {
     }
 
     /// The hash of all bytes that were added.
-    pub fn finish(self) -> Hash {
+    pub(super) fn finish(self) -> Hash {
         let last: Hash = self.leaf.finalize().into();
         self.subtrees.iter().rev().fold(last, |right, left| join(left, &right))
     }

@@ -23,7 +23,7 @@ const POINTER_BYTES: u32 = 8;
 
 /// The memory layout of one message type.
 #[derive(Debug, Default)]
-pub struct Layout {
+pub(super) struct Layout {
     /// Size of the struct without what it points to.
     pub size: u32,
     /// The fields of the message, sorted by field number.
@@ -34,7 +34,7 @@ pub struct Layout {
 
 /// One field of a message type.
 #[derive(Debug, Clone, Copy)]
-pub struct Field {
+pub(super) struct Field {
     number: u32,
     /// Index among the fields of the message.
     pub place: u32,
@@ -48,7 +48,7 @@ pub struct Field {
 
 /// The content of a field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     /// A number of this many bytes on the wire, or of at least one.
     Number(u32),
     /// Text, without an inner structure.
@@ -65,7 +65,7 @@ pub enum Kind {
 
 impl Layout {
     /// Looks up a field by its number.
-    pub fn field(&self, number: u64) -> Option<&Field> {
+    pub(super) fn field(&self, number: u64) -> Option<&Field> {
         // Most messages number their fields from 1 without gaps.
         let guess = usize::try_from(number).ok()?.checked_sub(1)?;
         if let Some(field) = self.fields.get(guess).filter(|field| u64::from(field.number) == number) {
@@ -78,7 +78,7 @@ impl Layout {
 
 /// The layouts of all message types in a descriptor set.
 #[derive(Debug, Default)]
-pub struct Layouts {
+pub(super) struct Layouts {
     layouts: Vec<Layout>,
     names: HashMap<String, usize>,
     /// Whether the requests of a method contain lists, by method path.
@@ -90,7 +90,7 @@ impl Layouts {
     ///
     /// # Errors
     /// When the descriptor set does not parse.
-    pub fn read(descriptors: &[u8]) -> Result<Self, prost::DecodeError> {
+    pub(super) fn read(descriptors: &[u8]) -> Result<Self, prost::DecodeError> {
         let files = FileDescriptorSet::decode(descriptors)?.file;
         let mut types = Types::default();
         for file in &files {
@@ -118,17 +118,17 @@ impl Layouts {
     }
 
     /// Whether the requests of a method contain lists; `None` for an unknown method.
-    pub fn request_has_lists(&self, path: &str) -> Option<bool> {
+    pub(super) fn request_has_lists(&self, path: &str) -> Option<bool> {
         self.methods.get(path).copied()
     }
 
     /// Looks up the layout of a message type by its full name.
-    pub fn by_name(&self, full_name: &str) -> Option<&Layout> {
+    pub(super) fn by_name(&self, full_name: &str) -> Option<&Layout> {
         self.names.get(full_name).and_then(|at| self.layouts.get(*at))
     }
 
     /// Looks up a layout by the index that a field holds.
-    pub fn at(&self, at: usize) -> Option<&Layout> {
+    pub(super) fn at(&self, at: usize) -> Option<&Layout> {
         self.layouts.get(at)
     }
 

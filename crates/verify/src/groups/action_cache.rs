@@ -9,5 +9,5 @@ pub(crate) mod updates;
 use super::Beyond;
 
 /// Rules that cannot be checked over the wire.
-pub const BEYOND: &[Beyond] =
+pub(super) const BEYOND: &[Beyond] =
     &[("AC-04", "needs a store that is about to evict, which is not for a server in use")];

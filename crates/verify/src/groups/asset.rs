@@ -20,7 +20,7 @@ use sha2::{Sha256, Sha384, Sha512};
 use std::time::{Duration, SystemTime};
 use tonic::{Code, Request, Status};
 
-pub const CHECKS: &[Check] = checks![
+pub(super) const CHECKS: &[Check] = checks![
     a_fetch_of_nothing_and_doubled_qualifiers_are_refused => "AST-01";
     unknown_qualifiers_are_not_ignored => "AST-02";
     headers_and_names_of_content_are_understood => "AST-03";
@@ -37,7 +37,7 @@ pub const CHECKS: &[Check] = checks![
 ];
 
 /// Rules that cannot be checked over the wire.
-pub const BEYOND: &[Beyond] = &[];
+pub(super) const BEYOND: &[Beyond] = &[];
 
 /// The timeout of each fetch, so that an unreachable origin leads to an answer.
 const FETCH_LIMIT: Duration = Duration::from_secs(10);

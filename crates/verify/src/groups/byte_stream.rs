@@ -9,7 +9,7 @@ pub(crate) mod write;
 use super::Beyond;
 
 /// Rules that cannot be checked over the wire.
-pub const BEYOND: &[Beyond] = &[
+pub(super) const BEYOND: &[Beyond] = &[
     ("BS-16", "needs a file that is damaged in the server's store"),
     ("BS-17", "needs a look at the memory of the server"),
 ];

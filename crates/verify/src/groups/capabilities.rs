@@ -23,7 +23,7 @@ use std::{collections::BTreeSet, time::Duration};
 use tokio::time::{Instant, timeout};
 use tonic::{Code, Status};
 
-pub const CHECKS: &[Check] = checks![
+pub(super) const CHECKS: &[Check] = checks![
     what_is_claimed_answers => "CAP-01";
     the_versions_are_set_and_overlap_2 => "CAP-02";
     the_deprecated_version_is_older => "CAP-03";
@@ -45,7 +45,7 @@ pub const CHECKS: &[Check] = checks![
 ];
 
 /// Rules that cannot be checked over the wire.
-pub const BEYOND: &[Beyond] = &[];
+pub(super) const BEYOND: &[Beyond] = &[];
 
 /// To test the size limit, blobs up to this size are really sent; larger ones are only announced.
 const MODEST_BLOB_BYTES: i64 = 64 * 1024 * 1024;

@@ -9,7 +9,7 @@ pub(crate) mod tree;
 use super::Beyond;
 
 /// Rules that cannot be checked over the wire.
-pub const BEYOND: &[Beyond] = &[
+pub(super) const BEYOND: &[Beyond] = &[
     ("CAS-04", "needs a store that is about to evict, which is not for a server in use"),
     ("CAS-08", "needs a fault in the server's index"),
 ];

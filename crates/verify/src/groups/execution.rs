@@ -12,7 +12,7 @@ pub(crate) mod trees;
 use super::Beyond;
 
 /// Rules that need the help of an operator.
-pub const BEYOND: &[Beyond] =
+pub(super) const BEYOND: &[Beyond] =
     &[("EXE-62", "needs a worker to be killed in the middle of an action, which this suite cannot do")];
 
 /// A script whose output is different each time.

@@ -15,7 +15,7 @@ use gorego_reapi::proto::{
 use std::{collections::BTreeSet, time::Duration};
 use tonic::{Code, Status};
 
-pub const CHECKS: &[Check] = checks![
+pub(super) const CHECKS: &[Check] = checks![
     streams_have_a_name_to_read_and_a_secret_one_to_write => "LOG-01";
     streams_without_a_known_parent_are_refused => "LOG-01";
     each_name_serves_one_purpose => "LOG-02";
@@ -25,7 +25,7 @@ pub const CHECKS: &[Check] = checks![
 ];
 
 /// Rules that cannot be checked over the wire.
-pub const BEYOND: &[Beyond] = &[];
+pub(super) const BEYOND: &[Beyond] = &[];
 
 /// Number of base64 characters for 128 bits.
 const TOKEN_LETTERS: usize = 22;

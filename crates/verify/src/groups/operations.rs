@@ -19,7 +19,7 @@ use gorego_reapi::proto::{
 use std::time::{Duration, Instant};
 use tonic::{Code, Status};
 
-pub const CHECKS: &[Check] = checks![
+pub(super) const CHECKS: &[Check] = checks![
     getoperation_says_what_the_stream_says => "OPS-01";
     calls_that_are_not_offered_are_unimplemented => "OPS-02";
     a_cancelled_operation_ends_inside_its_response => "OPS-03";
@@ -29,7 +29,7 @@ pub const CHECKS: &[Check] = checks![
 ];
 
 /// Rules that cannot be checked over the wire.
-pub const BEYOND: &[Beyond] = &[];
+pub(super) const BEYOND: &[Beyond] = &[];
 
 /// Time limit for a requested end.
 const PROMPT: Duration = Duration::from_secs(10);

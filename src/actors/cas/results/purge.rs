@@ -40,7 +40,7 @@ const BYTES_PER_PAGE: u64 = 64 << 20;
 
 /// The condition that selects results. All of its fields that are set have to match.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct ResultCondition {
+pub(crate) struct ResultCondition {
     /// The result of this action.
     pub action: Option<Digest>,
     /// Results that this run of a build tool caused.
@@ -55,7 +55,7 @@ pub struct ResultCondition {
 
 /// The outcome of one request.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct PurgePage {
+pub(crate) struct PurgePage {
     /// Results that satisfy the condition. They were removed if this was requested.
     pub results: Vec<ResultOrigin>,
     /// Number of results that were examined.
@@ -68,7 +68,7 @@ pub struct PurgePage {
 
 impl ResultCondition {
     /// Whether the result that is stored under this key satisfies the condition.
-    pub fn holds(&self, key: Digest, origin: &StoredOrigin) -> bool {
+    pub(crate) fn holds(&self, key: Digest, origin: &StoredOrigin) -> bool {
         let is = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|wanted| wanted == value);
         let is_below = |wanted: &String| {
             origin.worker.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))

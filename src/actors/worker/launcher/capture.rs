@@ -27,7 +27,7 @@ use std::{
 };
 
 /// Maximum size of one read: the capacity of a pipe whose size was not changed.
-pub const BUFFER_BYTES: usize = 64 * 1024;
+pub(super) const BUFFER_BYTES: usize = 64 * 1024;
 /// A pipe should be full to 1/`GOAL_PART` when it is read. With a quarter, the writer does not wait even if it is four
 /// times faster than expected, or leaves half of each page of the pipe empty.
 const GOAL_PART: u32 = 4;
@@ -38,7 +38,7 @@ const READ_PAUSE: Duration = Duration::from_millis(2);
 const SHORTEST_PAUSE: Duration = Duration::from_micros(200);
 
 /// The standard output and standard error of a command.
-pub struct Capture {
+pub(super) struct Capture {
     stdout: Stream,
     stderr: Stream,
     /// The terminal that the command gets instead of both pipes. The logs then stay empty.
@@ -71,7 +71,7 @@ impl Capture {
     ///
     /// # Errors
     /// The errors of the system calls.
-    pub fn open(stdout: &[u8], stderr: &[u8], limit: u64) -> io::Result<Self> {
+    pub(super) fn open(stdout: &[u8], stderr: &[u8], limit: u64) -> io::Result<Self> {
         Ok(Self {
             stdout: Stream::open(stdout, limit)?,
             stderr: Stream::open(stderr, limit)?,
@@ -83,7 +83,7 @@ impl Capture {
     ///
     /// # Errors
     /// When the terminal cannot be opened.
-    pub fn or_terminal(self, path: Option<&[u8]>) -> io::Result<Self> {
+    pub(super) fn or_terminal(self, path: Option<&[u8]>) -> io::Result<Self> {
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
         let open = |path| rfs::openat(CWD, OsStr::from_bytes(path), flags, Mode::empty());
         Ok(Self { terminal: path.map(open).transpose()?, ..self })
@@ -93,7 +93,7 @@ impl Capture {
     ///
     /// # Errors
     /// If this process may not change the owner.
-    pub fn give_to(&self, owner: Option<(u32, u32)>) -> io::Result<()> {
+    pub(super) fn give_to(&self, owner: Option<(u32, u32)>) -> io::Result<()> {
         let Some((user, group)) = owner else { return Ok(()) };
         for stream in [&self.stdout, &self.stderr] {
             // Both ends are the same inode.
@@ -103,7 +103,7 @@ impl Capture {
     }
 
     /// The descriptors that become standard output and error of the command.
-    pub fn writing_ends(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
+    pub(super) fn writing_ends(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
         match &self.terminal {
             Some(terminal) => (terminal.as_fd(), terminal.as_fd()),
             None => (self.stdout.writing_end.as_fd(), self.stderr.writing_end.as_fd()),
@@ -111,7 +111,7 @@ impl Capture {
     }
 
     /// Adds the pipes that should be read now to `fds`. Returns the time until the next other pipe should be read.
-    pub fn watch<'a>(&'a self, now: Instant, fds: &mut Vec<PollFd<'a>>) -> Option<Duration> {
+    pub(super) fn watch<'a>(&'a self, now: Instant, fds: &mut Vec<PollFd<'a>>) -> Option<Duration> {
         let mut soonest: Option<Duration> = None;
         for stream in [&self.stdout, &self.stderr] {
             match stream.due.checked_duration_since(now).filter(|wait| !wait.is_zero()) {
@@ -126,7 +126,7 @@ impl Capture {
     ///
     /// # Errors
     /// If a log cannot take the data. The command must be killed then.
-    pub fn take(&mut self, now: Instant, buffer: &mut [u8]) -> Result<(), IncompleteLog> {
+    pub(super) fn take(&mut self, now: Instant, buffer: &mut [u8]) -> Result<(), IncompleteLog> {
         for (is_stderr, stream) in [(false, &mut self.stdout), (true, &mut self.stderr)] {
             if stream.due <= now {
                 let read = stream.read(buffer).map_err(|failure| failure.of(is_stderr))?;
@@ -144,7 +144,7 @@ impl Capture {
     ///
     /// # Errors
     /// If a log cannot take the data.
-    pub fn finish(mut self, buffer: &mut [u8]) -> Result<(), IncompleteLog> {
+    pub(super) fn finish(mut self, buffer: &mut [u8]) -> Result<(), IncompleteLog> {
         for (is_stderr, stream) in [(false, &mut self.stdout), (true, &mut self.stderr)] {
             stream.drain(buffer).map_err(|failure| failure.of(is_stderr))?;
         }

@@ -12,7 +12,7 @@ use std::{
 };
 
 /// Sends SIGKILL to every descendant of a process, but not to the process itself. Returns the number of descendants.
-pub fn kill_descendants(of: u32) -> usize {
+pub(super) fn kill_descendants(of: u32) -> usize {
     let mut found = children(of);
     let mut next = 0;
     while let Some(&pid) = found.get(next) {
@@ -27,7 +27,7 @@ pub fn kill_descendants(of: u32) -> usize {
 
 /// The descendants of a process, limited to about `most`. Processes that start or end meanwhile may be missing or
 /// included.
-pub fn descendants(of: u32, most: usize) -> Vec<u32> {
+pub(super) fn descendants(of: u32, most: usize) -> Vec<u32> {
     let mut found = children(of);
     let mut next = 0;
     while let Some(&pid) = found.get(next)
@@ -47,7 +47,7 @@ const ORPHAN_ROUND: Duration = Duration::from_millis(1);
 
 /// Kills and reaps the orphans of runners that have died. This process must be a child subreaper. Its own children are
 /// in its session. Processes that a runner starts are in other sessions, and no process can join a session.
-pub fn kill_orphans() {
+pub(super) fn kill_orphans() {
     let Some(own) = session(0) else { return };
     let start = Instant::now();
     loop {

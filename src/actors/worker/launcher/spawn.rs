@@ -16,7 +16,7 @@ use std::{
 const STACK_BYTES: usize = 64 * 1024;
 
 /// Everything that is needed to start a process.
-pub struct Plan {
+pub(super) struct Plan {
     /// Files to try, in order.
     pub programs: Vec<CString>,
     /// The arguments, including argv\[0\].
@@ -39,7 +39,7 @@ pub struct Plan {
 }
 
 /// A process that was started, or that failed to execute its program.
-pub struct Spawned {
+pub(super) struct Spawned {
     /// Process id. The process is a child of this one and must be reaped in both cases.
     pub pid: libc::pid_t,
     /// Errno if no program could be executed; otherwise 0.
@@ -65,7 +65,7 @@ struct ChildArgs {
 ///
 /// # Errors
 /// If the kernel cannot create a process.
-pub fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
+pub(super) fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
     let (programs, arguments) = (pointers(&plan.programs), pointers(&plan.arguments));
     let environment = pointers(&plan.environment);
     // SAFETY: all zeros is a valid value of sigset_t; sigemptyset then makes it the empty set.
@@ -100,11 +100,11 @@ pub fn spawn(plan: &Plan, stack: &mut Stack) -> io::Result<Spawned> {
 }
 
 /// Reusable memory for the child's stack.
-pub struct Stack(Vec<u128>);
+pub(super) struct Stack(Vec<u128>);
 
 impl Stack {
     /// A stack of [`STACK_BYTES`].
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         // u128 has the alignment that the ABI requires for a stack.
         Self(vec![0; STACK_BYTES / size_of::<u128>()])
     }

@@ -16,7 +16,7 @@ use std::{
 ///
 /// # Errors
 /// On kernels before Linux 5.9.
-pub fn close_from(first: RawFd) -> io::Result<()> {
+pub(super) fn close_from(first: RawFd) -> io::Result<()> {
     // SAFETY: takes no pointers. The caller ensures, as documented above, that no descriptor in use is closed.
     let closed = unsafe { libc::syscall(libc::SYS_close_range, first.unsigned_abs(), libc::c_uint::MAX, 0) };
     if closed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -28,7 +28,7 @@ pub fn close_from(first: RawFd) -> io::Result<()> {
 ///
 /// # Errors
 /// On kernels before Linux 5.9.
-pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
+pub(super) fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
     let mut kept: Vec<_> = kept.iter().map(|fd| fd.unsigned_abs()).collect();
     kept.sort_unstable();
     let mut first = 0;
@@ -49,19 +49,19 @@ pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
 ///
 /// # Errors
 /// None in practice.
-pub fn die_with_parent() -> io::Result<()> {
+pub(super) fn die_with_parent() -> io::Result<()> {
     // SAFETY: takes no pointers.
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })
 }
 
 /// Makes the kernel kill the process that this command will start when the thread that starts it ends.
-pub fn let_die_with_parent(command: &mut Command) {
+pub(super) fn let_die_with_parent(command: &mut Command) {
     // SAFETY: the new process makes one system call and touches no memory of this one.
     unsafe { command.pre_exec(die_with_parent) };
 }
 
 /// Kills every other process of this pid namespace. Only for its first process.
-pub fn kill_all_others() {
+pub(super) fn kill_all_others() {
     // SAFETY: takes no pointers. All other processes in the namespace descend from the command.
     unsafe { libc::kill(-1, libc::SIGKILL) };
 }
@@ -70,7 +70,7 @@ pub fn kill_all_others() {
 ///
 /// # Errors
 /// The errors of dup2(2).
-pub fn become_stdin(file: &OwnedFd) -> io::Result<()> {
+pub(super) fn become_stdin(file: &OwnedFd) -> io::Result<()> {
     // SAFETY: `file` is open, and descriptor 0 has no owner in a process that does not use std's stdin.
     check(unsafe { libc::dup2(file.as_raw_fd(), 0) })
 }
@@ -79,13 +79,13 @@ pub fn become_stdin(file: &OwnedFd) -> io::Result<()> {
 ///
 /// # Errors
 /// None in practice.
-pub fn be_subreaper() -> io::Result<()> {
+pub(super) fn be_subreaper() -> io::Result<()> {
     // SAFETY: takes no pointers.
     check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) })
 }
 
 /// Resets all signals to their default dispositions, above all SIGPIPE, because ignored signals are inherited.
-pub fn default_signals() {
+pub(super) fn default_signals() {
     for signal in 1..=libc::SIGRTMAX() {
         // SAFETY: SIG_DFL is a valid disposition. Signals that cannot be changed are refused without harm.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
@@ -96,7 +96,7 @@ pub fn default_signals() {
 ///
 /// # Errors
 /// The errors of the system calls.
-pub fn watch_children() -> io::Result<OwnedFd> {
+pub(super) fn watch_children() -> io::Result<OwnedFd> {
     // SAFETY: the sets are initialised before use, and signalfd returns a descriptor that has no other owner.
     unsafe {
         let (mut all, mut deaths) = (std::mem::zeroed(), std::mem::zeroed());
@@ -111,7 +111,7 @@ pub fn watch_children() -> io::Result<OwnedFd> {
 }
 
 /// The result of looking for a child that has ended but is not reaped yet.
-pub enum EndedChild {
+pub(super) enum EndedChild {
     /// There is no child.
     None,
     /// All children are running.
@@ -124,7 +124,7 @@ pub enum EndedChild {
 ///
 /// # Errors
 /// The errors of the system calls.
-pub fn ended_child() -> io::Result<EndedChild> {
+pub(super) fn ended_child() -> io::Result<EndedChild> {
     // SAFETY: `info` is a plain C struct that waitid fills in. If no child has ended, its zeroed pid stays 0.
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
@@ -147,7 +147,7 @@ pub fn ended_child() -> io::Result<EndedChild> {
 ///
 /// # Errors
 /// The errors of the system calls.
-pub fn reap(pid: libc::pid_t) -> io::Result<(libc::c_int, libc::rusage)> {
+pub(super) fn reap(pid: libc::pid_t) -> io::Result<(libc::c_int, libc::rusage)> {
     // SAFETY: both are plain C values that wait4 fills in.
     unsafe {
         let (mut status, mut usage) = (0, std::mem::zeroed());
@@ -157,14 +157,14 @@ pub fn reap(pid: libc::pid_t) -> io::Result<(libc::c_int, libc::rusage)> {
 }
 
 /// Kills the process group that `leader` created. The group may be empty.
-pub fn kill_group(leader: libc::pid_t) {
+pub(super) fn kill_group(leader: libc::pid_t) {
     // SAFETY: takes no pointers. `leader` is an unreaped child of this process that called setsid, so the group is its
     // own.
     unsafe { libc::kill(-leader, libc::SIGKILL) };
 }
 
 /// Ticks per second, the unit in which the kernel reports times of processes.
-pub fn ticks_per_second() -> u64 {
+pub(super) fn ticks_per_second() -> u64 {
     // SAFETY: takes and returns a number.
     let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
     u64::try_from(ticks).ok().filter(|ticks| *ticks > 0).unwrap_or(100)

@@ -60,7 +60,7 @@ pub(crate) enum Content {
 
 impl Content {
     /// Its digest, if it is stored.
-    pub fn digest(self) -> Option<Digest> {
+    pub(crate) fn digest(self) -> Option<Digest> {
         match self {
             Self::Own(_) => None,
             Self::Stored(digest) => Some(digest),
@@ -343,17 +343,17 @@ impl From<&Stat> for Seen {
 
 impl Seen {
     /// A file of a staged tree.
-    pub fn of_file(file: &tree::File) -> Self {
+    pub(crate) fn of_file(file: &tree::File) -> Self {
         Self::staged(FileType::RegularFile, inputs::mode_of(file), &file.properties)
     }
 
     /// A link of a staged tree.
-    pub fn of_link(link: &Symlink) -> Self {
+    pub(crate) fn of_link(link: &Symlink) -> Self {
         Self::staged(FileType::Symlink, LINK_MODE, &link.properties)
     }
 
     /// A directory of a staged tree.
-    pub fn of_directory(directory: &Directory) -> Self {
+    pub(crate) fn of_directory(directory: &Directory) -> Self {
         let mode = directory.properties.unix_mode.unwrap_or(inputs::EXECUTABLE);
         Self::staged(FileType::Directory, mode, &directory.properties)
     }

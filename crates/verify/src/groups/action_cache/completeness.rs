@@ -14,7 +14,7 @@ use gorego_reapi::{
 };
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     a_miss_is_not_found => "AC-01";
     every_part_of_the_key_counts => "AC-02";
     a_result_with_all_of_its_blobs_is_a_hit => "AC-03";

@@ -8,7 +8,7 @@ use crate::{
 };
 use gorego_reapi::proto::reapi::{ActionResult, Digest, GetActionResultRequest, OutputFile};
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     nothing_is_inlined_unasked => "AC-05";
     raw_logs_are_handed_out_by_digest => "AC-05", "AC-06";
     what_is_inlined_on_request_is_the_blob => "AC-06";

@@ -13,7 +13,7 @@ use gorego_reapi::proto::reapi::{
 use prost::Message as _;
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     an_update_is_seen_over_another_connection => "AC-08";
     a_later_update_replaces_the_earlier_one => "AC-08";
     racing_updates_leave_one_whole_result => "AC-08";

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use gorego_reapi::proto::reapi::Digest;
 use tonic::{Code, Status};
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     a_compressed_read_takes_no_limit => "BS-11";
     a_compressed_read_from_an_offset_is_the_rest => "BS-12";
     compressed_reads_decode_with_default_settings => "BS-13", "BS-15";

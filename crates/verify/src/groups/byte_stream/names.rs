@@ -10,7 +10,7 @@ use crate::{
 use gorego_reapi::digest::DigestFunction;
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     write_names_may_go_on_after_the_size => "BS-02";
     functions_with_a_segment_are_read_and_written_with_it => "BS-03";
     unknown_and_upper_case_functions_are_refused => "BS-03";

@@ -11,7 +11,7 @@ use crate::{
 use std::time::Duration;
 use tokio_stream::wrappers::ReceiverStream;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     the_status_follows_the_upload => "BS-31";
     a_stored_blob_is_complete_under_any_name => "BS-31";
     an_upload_that_nobody_began_is_at_0 => "BS-32";

@@ -11,7 +11,7 @@ use futures::stream;
 use gorego_reapi::proto::bytestream::{ReadRequest, WriteRequest};
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     blobs_of_every_size_are_read_whole => "BS-07", "BS-15";
     any_offset_gives_the_rest => "BS-07", "BS-15";
     an_absent_blob_is_not_found => "BS-08";

@@ -14,7 +14,7 @@ use gorego_reapi::proto::bytestream::WriteRequest;
 use std::time::Duration;
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     the_name_may_be_on_the_first_or_on_every_message => "BS-18", "BS-23";
     a_name_that_changes_or_is_missing_is_refused => "BS-18";
     offsets_with_gaps_and_overlaps_are_refused => "BS-19";
@@ -58,7 +58,7 @@ async fn broken(s: &Session, messages: Vec<WriteRequest>) {
 /// Resumes a broken upload at the position that the server reports, with the messages that `rest` creates for this
 /// position. Returns the `committed_size`. The server may still be receiving what was sent before the break. Its answer
 /// may then be outdated, and the client asks again.
-pub async fn resume(
+pub(crate) async fn resume(
     s: &Session,
     name: &str,
     rest: impl Fn(i64) -> Verdict<Vec<WriteRequest>>,

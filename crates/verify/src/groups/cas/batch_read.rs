@@ -9,7 +9,7 @@ use crate::{
 use gorego_reapi::proto::reapi::{BatchReadBlobsResponse, Digest, batch_read_blobs_response::Response};
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     every_digest_has_a_response_with_digest_and_status => "CAS-17", "CAS-18", "CAS-19";
     no_digests_have_no_responses => "CAS-17";
     data_is_compressed_only_as_acceptable => "CAS-20";

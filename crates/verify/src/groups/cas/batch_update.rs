@@ -11,7 +11,7 @@ use bytes::Bytes;
 use gorego_reapi::proto::reapi::{BatchUpdateBlobsResponse, Digest};
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     every_item_has_a_response => "CAS-09";
     no_items_have_no_responses => "CAS-09";
     a_bad_item_leaves_the_others_alone => "CAS-10";

@@ -14,7 +14,7 @@ use gorego_reapi::proto::reapi::{
 };
 use tonic::{Code, Status};
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     split_chunks_join_to_the_blob => "CAS-30", "CAS-31";
     splitting_what_is_not_there_is_not_found => "CAS-32";
     chunks_keep_to_the_bounds_of_their_function => "CAS-33";

@@ -9,7 +9,7 @@ use crate::{
 use gorego_reapi::proto::reapi::Digest;
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     exactly_the_absent_blobs_are_missing => "CAS-01";
     nothing_asked_is_nothing_missing => "CAS-02";
     a_digest_asked_five_times_is_missing_once => "CAS-02";

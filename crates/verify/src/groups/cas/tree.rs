@@ -13,7 +13,7 @@ use prost::Message as _;
 use std::collections::HashSet;
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     a_tree_of_two_to_the_thirty_paths_is_sent_by_its_directories => "CAS-24";
     parents_come_before_children_in_a_stable_order => "CAS-25", "CAS-24";
     an_absent_descendant_is_skipped => "CAS-26";

@@ -8,7 +8,7 @@ use crate::{
 use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     a_request_with_a_wrong_credential_or_none_is_unauthenticated => "GEN-23";
 ];
 

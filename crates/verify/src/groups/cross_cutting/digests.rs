@@ -18,7 +18,7 @@ use gorego_reapi::{
 };
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     upper_case_hashes_are_refused => "GEN-01";
     hashes_of_another_length_or_alphabet_are_refused => "GEN-02";
     negative_and_overflowing_sizes_are_refused => "GEN-03";

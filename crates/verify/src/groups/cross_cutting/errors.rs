@@ -21,7 +21,7 @@ use gorego_reapi::proto::{
 use prost::Message as _;
 use tonic::{Code, Request, Status};
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     methods_that_do_not_exist_are_unimplemented => "GEN-16";
     optional_methods_work_or_say_that_they_do_not_exist => "GEN-16", "OPS-02";
     unsupported_values_are_argument_errors => "GEN-16", "BS-04";

@@ -9,7 +9,7 @@ use crate::{
 use gorego_reapi::proto::{longrunning::GetOperationRequest, reapi::GetCapabilitiesRequest};
 use tonic::{Code, Status};
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     messages_and_resource_names_mean_the_same_instance => "GEN-12", "BS-01";
     instance_names_of_several_segments_work => "GEN-12", "BS-01";
     malformed_instance_names_are_refused => "GEN-13";

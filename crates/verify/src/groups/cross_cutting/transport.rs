@@ -22,7 +22,7 @@ use prost::Message as _;
 use std::time::Duration;
 use tonic::{Code, Request, metadata::MetadataMap};
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     a_batch_of_one_blob_may_have_the_full_size => "GEN-24", "CAP-10", "CAS-15";
     a_batch_of_4000_blobs_may_have_the_full_size => "GEN-24", "CAP-10", "CAS-15";
     one_write_message_may_have_the_full_size => "GEN-24";

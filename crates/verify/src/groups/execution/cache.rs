@@ -13,7 +13,7 @@ use gorego_reapi::proto::reapi::{ActionResult, OutputFile};
 use std::{collections::BTreeSet, time::Duration};
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     cached_result_says_whether_the_cache_answered => "EXE-16";
     skip_cache_lookup_runs_again_and_replaces_the_result => "EXE-17";
     a_success_is_cached_by_the_time_it_is_done => "EXE-18";

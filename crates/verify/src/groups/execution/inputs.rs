@@ -11,7 +11,7 @@ use gorego_reapi::proto::reapi::{
 };
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     the_input_root_is_reproduced_and_holds_nothing_else => "EXE-33";
     only_executable_inputs_can_be_run => "EXE-34";
     symlinks_have_their_exact_targets => "EXE-35";

@@ -12,7 +12,7 @@ use gorego_reapi::proto::reapi::{ActionResult, ExecuteRequest, ExecutedActionMet
 use std::time::Duration;
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     logs_are_stored_byte_for_byte => "EXE-59";
     contents_are_inlined_only_on_request => "EXE-59";
     metadata_is_present_and_its_times_are_in_order => "EXE-60";

@@ -10,7 +10,7 @@ use gorego_reapi::proto::reapi::{ActionResult, Digest, symlink_absolute_path_str
 use std::time::Duration;
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     output_paths_replace_the_old_lists => "EXE-47";
     paths_are_reported_to_the_letter => "EXE-48";
     each_output_is_reported_once => "EXE-49";

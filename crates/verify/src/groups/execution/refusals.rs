@@ -19,7 +19,7 @@ use prost::Message as _;
 use std::time::Duration;
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     each_kind_of_missing_blob_is_a_failed_precondition => "EXE-22";
     subjects_of_missing_blobs_are_their_names => "EXE-23";
     missing_blobs_are_the_only_detail => "EXE-24";

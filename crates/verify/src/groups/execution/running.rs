@@ -11,7 +11,7 @@ use futures::future::try_join_all;
 use std::time::{Duration, Instant};
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     arguments_arrive_byte_for_byte => "EXE-40";
     programs_are_found_by_path_and_by_name => "EXE-40";
     the_environment_is_that_of_the_command => "EXE-41";

@@ -13,7 +13,7 @@ use gorego_reapi::proto::{longrunning::Operation, reapi::execution_stage::Value 
 use std::time::{Duration, Instant};
 use tonic::Code;
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     the_first_message_comes_at_once => "EXE-01";
     operations_have_a_name_of_their_own_which_waitexecution_takes => "EXE-02";
     every_message_carries_the_metadata_of_its_action => "EXE-03";
@@ -318,7 +318,7 @@ async fn waiting_for_an_unknown_operation_is_not_found(s: Session) -> Verdict {
 }
 
 /// An unknown name of the same form: the hex digits of its last segment are changed.
-pub fn unknown_name_like(name: &str) -> String {
+pub(crate) fn unknown_name_like(name: &str) -> String {
     let (parent, id) = name.rsplit_once('/').map_or(("", name), |(_, id)| (name.trim_end_matches(id), id));
     // A fixed pattern would be the same name in every run. Rotating the digits keeps them random.
     let turn = |letter: char| match letter.to_digit(16) {

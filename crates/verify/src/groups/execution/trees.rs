@@ -13,7 +13,7 @@ use gorego_reapi::proto::reapi::{
 use prost::Message as _;
 use std::collections::{BTreeSet, HashMap};
 
-pub const CHECKS: &[Check] = checks![
+pub(crate) const CHECKS: &[Check] = checks![
     a_tree_holds_each_directory_once_and_all_its_files_are_stored => "EXE-55", "GEN-30";
     the_tree_of_an_empty_directory_is_two_bytes => "EXE-56";
     trees_are_sorted_as_they_claim_and_equal_directories_have_equal_trees => "EXE-57";

@@ -29,7 +29,7 @@ use std::{
 use tonic::{Request, metadata::MetadataValue, transport::Channel};
 
 /// The first argument of a hostile process.
-pub const SUBCOMMAND: &str = "hostile";
+pub(crate) const SUBCOMMAND: &str = "hostile";
 /// A process that is not killed ends by itself after this time.
 const LIFETIME: Duration = Duration::from_secs(60);
 
@@ -38,7 +38,7 @@ const PACKAGE: &str = "/build.bazel.remote.execution.v2";
 type Attack = fn(SocketAddr);
 
 /// Name, description and function of each attack.
-pub const ATTACKS: &[(&str, &str, Attack)] = &[
+pub(crate) const ATTACKS: &[(&str, &str, Attack)] = &[
     ("none", "none", |_| {}),
     ("resets", "streams opened and cancelled, connection after connection", resets),
     ("unread", "3,000 BatchReadBlobs of 3.9 MB on a connection that is not read", unread),
@@ -57,7 +57,7 @@ pub const ATTACKS: &[(&str, &str, Attack)] = &[
 ];
 
 /// Runs one attack.
-pub fn attack(name: &str, address: &str) {
+pub(crate) fn attack(name: &str, address: &str) {
     std::thread::spawn(|| {
         std::thread::sleep(LIFETIME);
         std::process::exit(0);

@@ -23,18 +23,18 @@ use tonic::{
 };
 
 /// The argument with which this program becomes the bare server.
-pub const SUBCOMMAND: &str = "bare-server";
+pub(crate) const SUBCOMMAND: &str = "bare-server";
 
 /// A running bare server. It is stopped when dropped.
-pub struct Bare {
+pub(crate) struct Bare {
     child: Child,
     /// `http://host:port` for clients.
-    pub endpoint: String,
+    pub(crate) endpoint: String,
 }
 
 impl Bare {
     /// Starts a bare server and waits until it listens.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let program = std::env::current_exe().expect("this program has a path");
         let mut child =
             Command::new(program).arg(SUBCOMMAND).stdout(Stdio::piped()).spawn().expect("it starts");
@@ -45,7 +45,7 @@ impl Bare {
     }
 
     /// Process id of the server.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 }
@@ -58,7 +58,7 @@ impl Drop for Bare {
 }
 
 /// Serves until the process is killed.
-pub fn serve() {
+pub(crate) fn serve() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");

@@ -115,7 +115,7 @@ async fn bare_unary(callers: usize) -> Figure {
 }
 
 /// GetActionResult of an action without a result, and of one with three outputs.
-pub fn action_results(report: &mut Report) {
+pub(crate) fn action_results(report: &mut Report) {
     let runtime = Runtime::new().expect("a runtime");
     let bare = runtime.block_on(bare_unary(CALLERS));
     let target = Target::start();
@@ -174,7 +174,7 @@ async fn put_result(store: &Client, client: &mut ActionCacheClient<Channel>) -> 
 }
 
 /// ByteStream.Read of a small blob.
-pub fn small_reads(report: &mut Report) {
+pub(crate) fn small_reads(report: &mut Report) {
     let runtime = Runtime::new().expect("a runtime");
     let read = |client: ByteStreamClient<Channel>, request: ReadRequest| {
         move || {
@@ -216,7 +216,7 @@ pub fn small_reads(report: &mut Report) {
 }
 
 /// Look-ups of 1,000 digests: all of them stored, and half of them.
-pub fn find_missing(report: &mut Report) {
+pub(crate) fn find_missing(report: &mut Report) {
     let calls = calls() / 4;
     let runtime = Runtime::new().expect("a runtime");
     let bare = runtime.block_on(bare_unary(FIND_CALLERS));
@@ -256,7 +256,7 @@ pub fn find_missing(report: &mut Report) {
 }
 
 /// Executes that the action cache answers.
-pub fn cached_execute(report: &mut Report) {
+pub(crate) fn cached_execute(report: &mut Report) {
     let runtime = Runtime::new().expect("a runtime");
     let bare = runtime.block_on(bare_unary(CALLERS));
     let target = Target::start();

@@ -23,7 +23,7 @@ use tonic::transport::Channel;
 /// Number of concurrent calls for goals that say "64 at once".
 const AT_ONCE: usize = 64;
 
-pub fn runtime() -> Runtime {
+pub(crate) fn runtime() -> Runtime {
     Runtime::new().expect("a runtime")
 }
 
@@ -39,7 +39,7 @@ async fn rate<F: Future>(count: usize, call: impl Fn(usize) -> F) -> f64 {
 }
 
 /// Uncached actions without work, one at a time and many at once.
-pub fn noop_execute(report: &mut Report) {
+pub(crate) fn noop_execute(report: &mut Report) {
     const ONE_AT_A_TIME: usize = 300;
     const MANY: usize = 3_000;
     let target = Target::start();
@@ -96,7 +96,7 @@ pub fn noop_execute(report: &mut Report) {
 }
 
 /// Many actions submitted at once: the time until every stream has sent a message.
-pub fn enqueue_burst(report: &mut Report) {
+pub(crate) fn enqueue_burst(report: &mut Report) {
     const ACTIONS: usize = 2_000;
     let target = Target::start();
     let (last, done, took) = runtime().block_on(async {
@@ -148,7 +148,7 @@ pub fn enqueue_burst(report: &mut Report) {
 }
 
 /// Large blobs by ByteStream, compared with the same chunks from the bare server.
-pub fn streams(report: &mut Report) {
+pub(crate) fn streams(report: &mut Report) {
     const SIZE: usize = 512 << 20;
     const CHUNK: usize = 128 << 10;
     const ROUNDS: usize = 3;
@@ -185,7 +185,7 @@ pub fn streams(report: &mut Report) {
 }
 
 /// Incompressible bytes, made once, so that the client spends no time on making them.
-pub fn incompressible(size: usize) -> Vec<u8> {
+pub(crate) fn incompressible(size: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut blob = vec![0u8; size];
     for word in blob.chunks_exact_mut(8) {
@@ -195,7 +195,12 @@ pub fn incompressible(size: usize) -> Vec<u8> {
     blob
 }
 
-pub async fn write(client: &ByteStreamClient<Channel>, digest: Digest, bytes: &Bytes, chunk: usize) -> f64 {
+pub(crate) async fn write(
+    client: &ByteStreamClient<Channel>,
+    digest: Digest,
+    bytes: &Bytes,
+    chunk: usize,
+) -> f64 {
     let name = format!("uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/{}", digest.blob_name());
     let (bytes, size) = (bytes.clone(), bytes.len());
     let messages = (0..size).step_by(chunk).map(move |offset| {
@@ -213,7 +218,7 @@ pub async fn write(client: &ByteStreamClient<Channel>, digest: Digest, bytes: &B
     size as f64 / start.elapsed().as_secs_f64()
 }
 
-pub async fn read(client: &ByteStreamClient<Channel>, request: ReadRequest, size: usize) -> f64 {
+pub(crate) async fn read(client: &ByteStreamClient<Channel>, request: ReadRequest, size: usize) -> f64 {
     let start = Instant::now();
     let mut stream = client.clone().read(request).await.expect("it is there").into_inner();
     let mut received = 0;
@@ -225,7 +230,7 @@ pub async fn read(client: &ByteStreamClient<Channel>, request: ReadRequest, size
 }
 
 /// Resident memory when idle, and with a long queue of watched operations.
-pub fn memory(report: &mut Report) {
+pub(crate) fn memory(report: &mut Report) {
     const QUEUED: usize = 10_000;
     const CONNECTIONS: usize = 10;
     let target = Target::start();
@@ -256,7 +261,7 @@ pub fn memory(report: &mut Report) {
 }
 
 /// A store of a million small blobs: the memory of its index, and the time until it serves after a restart.
-pub fn million_blobs(report: &mut Report) {
+pub(crate) fn million_blobs(report: &mut Report) {
     const BLOBS: usize = 1_000_000;
     const BATCH: usize = 4_000;
     let target = Target::start();

@@ -22,7 +22,7 @@ const ROUNDS: u64 = 3;
 
 /// Hashing in pieces, an upload, and the first read after a restart, which hashes the stored file, with BLAKE3 and
 /// SHA-256.
-pub fn large_blobs(report: &mut Report) {
+pub(crate) fn large_blobs(report: &mut Report) {
     for function in [DigestFunction::Blake3, DigestFunction::Sha256] {
         let [mut library, mut pieces, mut up, mut cold] = [0f64; 4];
         let mut blob: Vec<u8> = (0..SIZE as u64 / 8).flat_map(|n| (n * n + n).to_le_bytes()).collect();

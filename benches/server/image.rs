@@ -22,7 +22,7 @@ const ACTIONS: usize = 300;
 const GOAL: Duration = Duration::from_micros(500);
 
 /// Both run the shell of the image, or of this machine, with a script that does nothing.
-pub fn unpacked(report: &mut Report) {
+pub(crate) fn unpacked(report: &mut Report) {
     let site = tempfile::tempdir().expect("a directory");
     let layout = site.path().join("image");
     let mut blobs = Blobs::default();

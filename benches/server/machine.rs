@@ -7,14 +7,14 @@ use std::{
 };
 
 /// The median and the 99th percentile of some durations.
-pub fn percentiles(mut samples: Vec<Duration>) -> (Duration, Duration) {
+pub(crate) fn percentiles(mut samples: Vec<Duration>) -> (Duration, Duration) {
     samples.sort();
     let at = |share: usize| samples.get(samples.len() * share / 100).copied().unwrap_or_default();
     (at(50), at(99))
 }
 
 /// The time to spawn `/bin/true` and wait for it, one at a time.
-pub fn spawn_latency(runs: usize) -> Duration {
+pub(crate) fn spawn_latency(runs: usize) -> Duration {
     let samples = (0..runs).map(|_| {
         let start = Instant::now();
         Command::new("/bin/true").status().expect("/bin/true runs");
@@ -24,7 +24,7 @@ pub fn spawn_latency(runs: usize) -> Duration {
 }
 
 /// How many `/bin/true` this many threads can spawn and reap per second.
-pub fn spawn_rate(threads: usize, runs: usize) -> f64 {
+pub(crate) fn spawn_rate(threads: usize, runs: usize) -> f64 {
     let left = AtomicUsize::new(runs);
     let start = Instant::now();
     std::thread::scope(|scope| {
@@ -40,7 +40,7 @@ pub fn spawn_rate(threads: usize, runs: usize) -> f64 {
 }
 
 /// CPU time of a server and its runners, which are its children; not of the commands, which are children of theirs.
-pub fn cpu_time(server: u32) -> Duration {
+pub(crate) fn cpu_time(server: u32) -> Duration {
     std::iter::once(server).chain(children(server)).map(cpu_time_alone).sum()
 }
 
@@ -65,7 +65,7 @@ fn cpu_time_alone(pid: u32) -> Duration {
 }
 
 /// Resident memory of a process in bytes.
-pub fn resident(pid: u32) -> u64 {
+pub(crate) fn resident(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("VmRSS:")).unwrap_or_default();
     line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024

@@ -119,7 +119,7 @@ async fn noops(client: &Client, roots: &[Digest], what: &str) -> Vec<Digest> {
 }
 
 /// Input roots that were used before, and outputs.
-pub fn staging(report: &mut Report) {
+pub(crate) fn staging(report: &mut Report) {
     let spawn = spawn_latency(300);
     let target = Target::start();
     let runtime = Runtime::new().expect("a runtime");

@@ -27,23 +27,23 @@ use tonic::{
 const UNDER: &str = "BENCH_UNDER";
 
 /// A running goREgo. It is stopped when dropped.
-pub struct Target {
+pub(crate) struct Target {
     child: Child,
     store: TempDir,
     /// `http://host:port` for clients.
-    pub endpoint: String,
+    pub(crate) endpoint: String,
     /// The time from spawn to the line that says it listens.
-    pub startup: Duration,
+    pub(crate) startup: Duration,
 }
 
 impl Target {
     /// Starts a server with an empty store.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::start_on(tempfile::tempdir().expect("a directory"), &[])
     }
 
     /// Starts a server with this store and additional environment variables.
-    pub fn start_on(store: TempDir, environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start_on(store: TempDir, environment: &[(&str, &str)]) -> Self {
         let start = Instant::now();
         let mut words = std::env::var(UNDER).unwrap_or_default();
         words = format!("{words} {}", env!("CARGO_BIN_EXE_gorego"));
@@ -72,12 +72,12 @@ impl Target {
         Self { child, store, endpoint: format!("http://{address}"), startup }
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Stops the server and returns its store.
-    pub fn into_store(mut self) -> TempDir {
+    pub(crate) fn into_store(mut self) -> TempDir {
         self.stop();
         std::mem::replace(&mut self.store, tempfile::tempdir().expect("a directory"))
     }
@@ -104,19 +104,19 @@ const STREAM_WINDOW: u32 = 16 << 20;
 
 /// A connection with the calls that the groups make.
 #[derive(Clone)]
-pub struct Client {
-    pub cas: ContentAddressableStorageClient<Channel>,
-    pub bytes: ByteStreamClient<Channel>,
+pub(crate) struct Client {
+    pub(crate) cas: ContentAddressableStorageClient<Channel>,
+    pub(crate) bytes: ByteStreamClient<Channel>,
     execution: ExecutionClient<Channel>,
 }
 
 impl Client {
-    pub async fn connect(endpoint: &str) -> Self {
+    pub(crate) async fn connect(endpoint: &str) -> Self {
         Self::connect_with(endpoint, None).await
     }
 
     /// The same with TLS, if there is a configuration for it.
-    pub async fn connect_with(endpoint: &str, tls: Option<ClientTlsConfig>) -> Self {
+    pub(crate) async fn connect_with(endpoint: &str, tls: Option<ClientTlsConfig>) -> Self {
         let endpoint = Channel::from_shared(endpoint.to_owned())
             .expect("an endpoint")
             // Large and fixed: the HTTP/2 library derives from it how many small messages may wait, and closes the
@@ -136,12 +136,12 @@ impl Client {
     }
 
     /// Uploads an action that runs `arguments` in an empty root. The salt makes it unique.
-    pub async fn upload_action(&self, arguments: &[&str], salt: &str) -> Digest {
+    pub(crate) async fn upload_action(&self, arguments: &[&str], salt: &str) -> Digest {
         self.upload_action_in(Digest::empty(DigestFunction::Sha256), arguments, &[], salt).await
     }
 
     /// Uploads an action that runs `arguments` in this root and makes these outputs. The salt makes it unique.
-    pub async fn upload_action_in(
+    pub(crate) async fn upload_action_in(
         &self,
         root: Digest,
         arguments: &[&str],
@@ -152,7 +152,7 @@ impl Client {
     }
 
     /// The same with platform properties.
-    pub async fn upload_action_on(
+    pub(crate) async fn upload_action_on(
         &self,
         platform: Option<Platform>,
         root: Digest,
@@ -181,7 +181,7 @@ impl Client {
     }
 
     /// Uploads blobs that fit into one batch.
-    pub async fn upload(&self, blobs: impl IntoIterator<Item = Vec<u8>>) {
+    pub(crate) async fn upload(&self, blobs: impl IntoIterator<Item = Vec<u8>>) {
         let requests = blobs
             .into_iter()
             .map(|data| batch_update_blobs_request::Request {
@@ -198,12 +198,12 @@ impl Client {
         }
     }
 
-    pub async fn execute(&self, action: Digest) -> Streaming<Operation> {
+    pub(crate) async fn execute(&self, action: Digest) -> Streaming<Operation> {
         let request = ExecuteRequest { action_digest: Some(action.to_wire()), ..Default::default() };
         self.execution.clone().execute(request).await.expect("it is accepted").into_inner()
     }
 
-    pub async fn run(&self, action: Digest) -> Operation {
+    pub(crate) async fn run(&self, action: Digest) -> Operation {
         let mut stream = self.execute(action).await;
         let mut last = None;
         while let Some(operation) = stream.message().await.expect("the stream goes on") {
@@ -213,7 +213,7 @@ impl Client {
     }
 
     /// Runs an action that has to end with exit code 0.
-    pub async fn run_well(&self, action: Digest) {
+    pub(crate) async fn run_well(&self, action: Digest) {
         let operation = self.run(action).await;
         let Some(operation::Result::Response(response)) = operation.result else { panic!("{operation:?}") };
         let response = ExecuteResponse::decode(response.value.as_ref()).expect("a response");

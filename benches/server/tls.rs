@@ -19,7 +19,7 @@ const ROUNDS: usize = 5;
 const GOAL: f64 = 0.65;
 
 /// Uploads and downloads with and without TLS in turns, and the best of each.
-pub fn transfers(report: &mut Report) {
+pub(crate) fn transfers(report: &mut Report) {
     let directory = tempfile::tempdir().expect("a directory");
     let key = KeyPair::generate().expect("a key");
     let params = CertificateParams::new(vec!["localhost".to_owned()]).expect("parameters");

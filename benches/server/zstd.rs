@@ -25,7 +25,7 @@ const ROUNDS: u64 = 3;
 const FORM_WAIT: Duration = Duration::from_secs(5);
 
 /// Compressed uploads and downloads of 256 MiB of machine code.
-pub fn transfers(report: &mut Report) {
+pub(crate) fn transfers(report: &mut Report) {
     let runtime = Runtime::new().expect("a runtime");
     let target = Target::start();
     let program = std::fs::read(env!("CARGO_BIN_EXE_gorego")).expect("the server's own program");
@@ -67,7 +67,7 @@ pub fn transfers(report: &mut Report) {
 }
 
 /// Bytes of the blob per second.
-pub fn speed(work: impl FnOnce()) -> f64 {
+pub(crate) fn speed(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();
     SIZE as f64 / start.elapsed().as_secs_f64()

@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 const LOCKED: Duration = Duration::from_secs(30);
 
 /// Settings of a store that never evicts and does no work in the background.
-pub fn settings(root: PathBuf) -> StoreSettings {
+pub(crate) fn settings(root: PathBuf) -> StoreSettings {
     StoreSettings {
         root,
         max_bytes: 1 << 40,
@@ -34,7 +34,7 @@ pub fn settings(root: PathBuf) -> StoreSettings {
 }
 
 /// Opens a store with one instance, the default one.
-pub fn open(settings: &StoreSettings) -> (Cas, Instance) {
+pub(crate) fn open(settings: &StoreSettings) -> (Cas, Instance) {
     let instances = Instances::new([""]).unwrap();
     let store = CasActor::open(settings.clone(), &instances, Handle::current()).unwrap().launch();
     (store, instances.get("").unwrap())
@@ -42,7 +42,7 @@ pub fn open(settings: &StoreSettings) -> (Cas, Instance) {
 
 /// Opens a store that was just closed. The last file operation of the closed store may still hold its lock, and no
 /// event tells its end.
-pub async fn reopen(settings: &StoreSettings) -> CasActor {
+pub(crate) async fn reopen(settings: &StoreSettings) -> CasActor {
     let instances = Instances::new([""]).unwrap();
     let end = Instant::now() + LOCKED;
     loop {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use tonic::{Code, Request, Status, codec::CompressionEncoding, transport::Channel};
 
 /// A message field with this number and content.
-pub fn field(number: u8, content: &[u8]) -> Vec<u8> {
+pub(crate) fn field(number: u8, content: &[u8]) -> Vec<u8> {
     let mut message = vec![number << 3 | 2];
     prost::encode_length_delimiter(content.len(), &mut message).unwrap();
     [&message[..], content].concat()
@@ -126,7 +126,7 @@ async fn results_whose_trees_are_millions_of_nothings_are_misses_within_bounds()
 }
 
 /// Runs an attack on its own thread, so that the CPU time of its client does not delay the bystander.
-pub async fn apart<F: Future<Output = ()>>(attack: impl FnOnce() -> F + Send + 'static) {
+pub(crate) async fn apart<F: Future<Output = ()>>(attack: impl FnOnce() -> F + Send + 'static) {
     let run = move || {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(attack())
     };
@@ -148,7 +148,8 @@ async fn call(
     client.unary(Request::new(message.into()), path, Raw).await.map(|response| response.into_inner())
 }
 
-pub const FIND_MISSING: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
+pub(crate) const FIND_MISSING: &str =
+    "/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
 const BATCH_UPDATE: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchUpdateBlobs";
 const BATCH_READ: &str = "/build.bazel.remote.execution.v2.ContentAddressableStorage/BatchReadBlobs";
 const UPDATE_RESULT: &str = "/build.bazel.remote.execution.v2.ActionCache/UpdateActionResult";

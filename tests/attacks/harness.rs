@@ -12,35 +12,35 @@ use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 use tonic::transport::{Channel, Endpoint};
 
 /// Largest resident memory that an attack may cause, with default settings.
-pub const MEMORY_MAX_BYTES: u64 = 600_000_000;
+pub(crate) const MEMORY_MAX_BYTES: u64 = 600_000_000;
 /// Largest time that the bystander may wait for an answer.
-pub const BYSTANDER_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const BYSTANDER_LIMIT: Duration = Duration::from_secs(5);
 /// Interval between the requests of the bystander.
 const BYSTANDER_PAUSE: Duration = Duration::from_millis(20);
 
 /// A new connection from this loopback address, such as "127.0.0.2".
-pub async fn connect_from(address: &str, server: &Server) -> Channel {
+pub(crate) async fn connect_from(address: &str, server: &Server) -> Channel {
     let address: IpAddr = address.parse().unwrap();
     Endpoint::from_shared(server.endpoint()).unwrap().local_address(Some(address)).connect().await.unwrap()
 }
 
 /// Another peer, which requests the server's capabilities repeatedly.
-pub struct Bystander {
+pub(crate) struct Bystander {
     leave: oneshot::Sender<()>,
     asking: JoinHandle<Verdict>,
 }
 
 /// The observations of a bystander.
-pub struct Verdict {
+pub(crate) struct Verdict {
     /// Number of answers that it received.
-    pub answers: u64,
+    pub(crate) answers: u64,
     /// Its longest wait for an answer.
-    pub slowest: Duration,
+    pub(crate) slowest: Duration,
 }
 
 impl Bystander {
     /// A bystander that has received its first answer.
-    pub async fn beside(server: &Server) -> Self {
+    pub(crate) async fn beside(server: &Server) -> Self {
         let mut client = CapabilitiesClient::new(connect_from("127.0.0.2", server).await);
         client.get_capabilities(GetCapabilitiesRequest::default()).await.unwrap();
         let (leave, mut left) = oneshot::channel();
@@ -62,26 +62,26 @@ impl Bystander {
     }
 
     /// Makes one more request and ends. Panics when an answer took longer than [`BYSTANDER_LIMIT`].
-    pub async fn leave(self) -> Verdict {
+    pub(crate) async fn leave(self) -> Verdict {
         let _ = self.leave.send(());
         self.asking.await.unwrap()
     }
 }
 
 /// Panics when the peak resident memory of the server exceeds [`MEMORY_MAX_BYTES`].
-pub fn assert_memory_is_bounded(server: &Server) {
+pub(crate) fn assert_memory_is_bounded(server: &Server) {
     let peak = peak_memory(server);
     assert!(peak < MEMORY_MAX_BYTES, "the server had {} MB resident", peak / 1_000_000);
 }
 
 /// The peak resident memory of the server, in bytes.
-pub fn peak_memory(server: &Server) -> u64 {
+pub(crate) fn peak_memory(server: &Server) -> u64 {
     memory(server, "VmHWM")
 }
 
 /// The current resident memory of the server, in bytes.
 #[allow(dead_code)]
-pub fn resident_memory(server: &Server) -> u64 {
+pub(crate) fn resident_memory(server: &Server) -> u64 {
     memory(server, "VmRSS")
 }
 

@@ -38,7 +38,7 @@ fn call_without_end(
 }
 
 /// Makes two calls that never end, whose requests take all of the decoding memory that one peer can have.
-pub async fn hold_the_room_to_decode(server: &Server) -> [JoinHandle<Result<(), Status>>; 2] {
+pub(crate) async fn hold_the_room_to_decode(server: &Server) -> [JoinHandle<Result<(), Status>>; 2] {
     let before = resident_memory(server);
     // One connection does not get all of it.
     let connections = [connect_from("127.0.0.1", server).await, connect_from("127.0.0.1", server).await];

@@ -6,24 +6,24 @@ use std::{
     time::Duration,
 };
 
-pub const DATA: u8 = 0;
-pub const HEADERS: u8 = 1;
-pub const RST_STREAM: u8 = 3;
-pub const SETTINGS: u8 = 4;
-pub const PING: u8 = 6;
-pub const GOAWAY: u8 = 7;
-pub const WINDOW_UPDATE: u8 = 8;
-pub const CONTINUATION: u8 = 9;
-pub const ACK: u8 = 0x1;
-pub const END_STREAM: u8 = 0x1;
-pub const END_HEADERS: u8 = 0x4;
-pub const ENHANCE_YOUR_CALM: u32 = 0xb;
+pub(crate) const DATA: u8 = 0;
+pub(crate) const HEADERS: u8 = 1;
+pub(crate) const RST_STREAM: u8 = 3;
+pub(crate) const SETTINGS: u8 = 4;
+pub(crate) const PING: u8 = 6;
+pub(crate) const GOAWAY: u8 = 7;
+pub(crate) const WINDOW_UPDATE: u8 = 8;
+pub(crate) const CONTINUATION: u8 = 9;
+pub(crate) const ACK: u8 = 0x1;
+pub(crate) const END_STREAM: u8 = 0x1;
+pub(crate) const END_HEADERS: u8 = 0x4;
+pub(crate) const ENHANCE_YOUR_CALM: u32 = 0xb;
 
 /// The largest possible window.
 const WINDOW_MAX: u32 = (1 << 31) - 1;
 
 /// A frame.
-pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
     bytes.extend([kind, flags]);
     bytes.extend(stream.to_be_bytes());
@@ -32,7 +32,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// The opening frames of a client that accepts everything.
-pub fn preface() -> Vec<u8> {
+pub(crate) fn preface() -> Vec<u8> {
     let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     let mut window = 4u16.to_be_bytes().to_vec();
     window.extend(WINDOW_MAX.to_be_bytes());
@@ -42,7 +42,7 @@ pub fn preface() -> Vec<u8> {
 }
 
 /// The header block of a call of this method.
-pub fn header_block(path: &str) -> Vec<u8> {
+pub(crate) fn header_block(path: &str) -> Vec<u8> {
     let text = |text: &str| {
         let mut bytes = vec![u8::try_from(text.len()).unwrap()];
         bytes.extend(text.as_bytes());
@@ -62,12 +62,12 @@ pub fn header_block(path: &str) -> Vec<u8> {
 }
 
 /// The HEADERS frame of a call.
-pub fn headers(stream: u32, path: &str) -> Vec<u8> {
+pub(crate) fn headers(stream: u32, path: &str) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, stream, &header_block(path))
 }
 
 /// A whole call with this message.
-pub fn call(stream: u32, path: &str, message: &impl prost::Message) -> Vec<u8> {
+pub(crate) fn call(stream: u32, path: &str, message: &impl prost::Message) -> Vec<u8> {
     let mut payload = vec![0];
     payload.extend((message.encoded_len() as u32).to_be_bytes());
     payload.extend(message.encode_to_vec());
@@ -77,12 +77,12 @@ pub fn call(stream: u32, path: &str, message: &impl prost::Message) -> Vec<u8> {
 }
 
 /// The ids of the streams that a client may open, in order.
-pub fn streams() -> impl Iterator<Item = u32> {
+pub(crate) fn streams() -> impl Iterator<Item = u32> {
     (1..).step_by(2)
 }
 
 /// A socket that is connected from this address.
-pub fn connect_from(address: &str, server: SocketAddr) -> TcpStream {
+pub(crate) fn connect_from(address: &str, server: SocketAddr) -> TcpStream {
     let from: IpAddr = address.parse().unwrap();
     let socket =
         rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
@@ -93,7 +93,7 @@ pub fn connect_from(address: &str, server: SocketAddr) -> TcpStream {
 
 /// Reads frames until the server closes, and returns the code of its GOAWAY, if it sent one. Panics when it does not
 /// close.
-pub fn goodbye(socket: &mut TcpStream) -> Option<u32> {
+pub(crate) fn goodbye(socket: &mut TcpStream) -> Option<u32> {
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut bytes = Vec::new();
     let mut buffer = vec![0; 64 * 1024];
@@ -118,7 +118,7 @@ pub fn goodbye(socket: &mut TcpStream) -> Option<u32> {
 }
 
 /// Writes until the server closes. Panics when the server accepts everything.
-pub fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = Vec<u8>>) {
+pub(crate) fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = Vec<u8>>) {
     for piece in pieces {
         if socket.write_all(&piece).is_err() {
             return;
@@ -129,13 +129,13 @@ pub fn write_until_closed(socket: &mut TcpStream, pieces: impl Iterator<Item = V
 
 /// Makes a whole call and reads until it is answered. The server accepts streams in order, so all earlier ones have
 /// been accepted by then.
-pub fn call_and_wait(socket: &mut TcpStream, stream: u32, path: &str, message: &impl prost::Message) {
+pub(crate) fn call_and_wait(socket: &mut TcpStream, stream: u32, path: &str, message: &impl prost::Message) {
     socket.write_all(&call(stream, path, message)).unwrap();
     read_until(socket, |kind, flags, of| of == stream && kind == HEADERS && flags & END_STREAM != 0);
 }
 
 /// Reads frames until one has this type, flags and stream.
-pub fn read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) {
+pub(crate) fn read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) {
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     try_read_until(socket, is_it).unwrap();
 }
@@ -163,13 +163,13 @@ fn try_read_until(socket: &mut TcpStream, is_it: impl Fn(u8, u8, u32) -> bool) -
 
 /// Sends a PING and reads until it is answered. By then the HTTP/2 library has read all earlier frames, but may not
 /// have accepted them.
-pub fn ping(socket: &mut TcpStream) {
+pub(crate) fn ping(socket: &mut TcpStream) {
     socket.write_all(&frame(PING, 0, 0, b"are you?")).unwrap();
     read_until(socket, |kind, flags, _| kind == PING && flags & ACK != 0);
 }
 
 /// The same, unless it is not answered for so long.
-pub fn ping_within(socket: &mut TcpStream, patience: Duration) -> std::io::Result<()> {
+pub(crate) fn ping_within(socket: &mut TcpStream, patience: Duration) -> std::io::Result<()> {
     socket.set_read_timeout(Some(patience))?;
     socket.write_all(&frame(PING, 0, 0, b"are you?"))?;
     try_read_until(socket, |kind, flags, _| kind == PING && flags & ACK != 0)

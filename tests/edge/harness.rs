@@ -36,23 +36,23 @@ use tokio::{runtime::Handle, sync::watch};
 use tonic::{Response, Status};
 
 /// Largest blob of the test server.
-pub const MAX_BLOB_BYTES: u64 = 64_000_000;
+pub(crate) const MAX_BLOB_BYTES: u64 = 64_000_000;
 
 /// A running endpoint with the instances "" and "a/b/c".
-pub struct Server {
-    pub scheduler: actix::Addr<FakeScheduler>,
-    pub endpoint: Endpoint,
+pub(crate) struct Server {
+    pub(crate) scheduler: actix::Addr<FakeScheduler>,
+    pub(crate) endpoint: Endpoint,
     _actors: ActorThread,
     _directory: tempfile::TempDir,
 }
 
 impl Server {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(true).await
     }
 
     /// Without `executes`, the endpoint is a read-only cache.
-    pub async fn with(executes: bool) -> Self {
+    pub(crate) async fn with(executes: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let policy = || InstancePolicy { action_cache_updates: executes, ..InstancePolicy::default() };
         let instances = ["", "a/b/c"].map(|name| (name.to_owned(), policy()));
@@ -79,19 +79,19 @@ impl Server {
     }
 
     /// Stores blobs in the default instance.
-    pub async fn store(&self, blobs: &[&[u8]]) {
+    pub(crate) async fn store(&self, blobs: &[&[u8]]) {
         self.upload_all(blobs.iter().copied()).await;
     }
 
     /// The digests that the default instance does not have.
-    pub async fn missing(&self, digests: &[reapi::Digest]) -> Vec<reapi::Digest> {
+    pub(crate) async fn missing(&self, digests: &[reapi::Digest]) -> Vec<reapi::Digest> {
         let digests: Vec<_> = digests.iter().map(|digest| self.digest(Some(digest))).collect();
         self.endpoint.client.missing(&digests).await.into_iter().map(Digest::to_wire).collect()
     }
 }
 
 /// The settings that clients see.
-pub fn protocol_settings(chunking: bool) -> ProtocolSettings {
+pub(crate) fn protocol_settings(chunking: bool) -> ProtocolSettings {
     ProtocolSettings {
         max_blob_bytes: MAX_BLOB_BYTES,
         compressed_committed_size: CommittedSize::Compressed,
@@ -108,23 +108,28 @@ impl Deref for Server {
     }
 }
 
-pub fn digest(bytes: &[u8]) -> reapi::Digest {
+pub(crate) fn digest(bytes: &[u8]) -> reapi::Digest {
     DigestFunction::Sha256.digest(bytes).to_wire()
 }
 
 /// The path of a digest in resource names.
-pub fn path(digest: &reapi::Digest) -> String {
+pub(crate) fn path(digest: &reapi::Digest) -> String {
     format!("blobs/{}/{}", digest.hash, digest.size_bytes)
 }
 
 /// Writes these messages. Returns the `committed_size`.
-pub async fn write(server: &Server, messages: Vec<WriteRequest>) -> Result<i64, Status> {
+pub(crate) async fn write(server: &Server, messages: Vec<WriteRequest>) -> Result<i64, Status> {
     let answer = server.bytes.clone().write(tokio_stream::iter(messages)).await;
     answer.map(Response::into_inner).map(|WriteResponse { committed_size }| committed_size)
 }
 
 /// All messages of a Read.
-pub async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Result<Vec<Vec<u8>>, Status> {
+pub(crate) async fn read(
+    server: &Server,
+    name: &str,
+    offset: i64,
+    limit: i64,
+) -> Result<Vec<Vec<u8>>, Status> {
     let request = ReadRequest { resource_name: name.into(), read_offset: offset, read_limit: limit };
     let mut stream = server.bytes.clone().read(request).await?.into_inner();
     let mut messages = Vec::new();
@@ -135,7 +140,7 @@ pub async fn read(server: &Server, name: &str, offset: i64, limit: i64) -> Resul
 }
 
 /// The `committed_size` of an upload, and whether it is complete.
-pub async fn query(server: &Server, name: &str) -> (i64, bool) {
+pub(crate) async fn query(server: &Server, name: &str) -> (i64, bool) {
     let request = QueryWriteStatusRequest { resource_name: name.into() };
     let QueryWriteStatusResponse { committed_size, complete } =
         server.bytes.clone().query_write_status(request).await.unwrap().into_inner();
@@ -144,7 +149,7 @@ pub async fn query(server: &Server, name: &str) -> (i64, bool) {
 
 /// A scheduler that remembers operations and changes them only when a test tells it to.
 #[derive(Default)]
-pub struct FakeScheduler {
+pub(crate) struct FakeScheduler {
     refusal: Option<Error>,
     operations: Vec<(Arc<OperationInfo>, watch::Sender<Snapshot>)>,
 }
@@ -167,17 +172,17 @@ impl Actor for FakeScheduler {
 /// Makes every later Admit fail with this error.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Refuse(pub Error);
+pub(crate) struct Refuse(pub Error);
 
 /// Sets the next state of the newest operation. The answer is the number of its subscribers.
 #[derive(Message)]
 #[rtype(result = "usize")]
-pub struct Show(pub Snapshot);
+pub(crate) struct Show(pub Snapshot);
 
 /// Stops the actor as a panic would.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Die;
+pub(crate) struct Die;
 
 impl Handler<Refuse> for FakeScheduler {
     type Result = ();
@@ -285,15 +290,15 @@ impl Handler<ListOperations> for FakeScheduler {
     }
 }
 
-pub fn queued() -> Snapshot {
+pub(crate) fn queued() -> Snapshot {
     Snapshot::queued(SystemTime::now())
 }
 
-pub fn executing() -> Snapshot {
+pub(crate) fn executing() -> Snapshot {
     Snapshot { stage: Stage::Executing, ..queued() }
 }
 
-pub fn completed(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
+pub(crate) fn completed(result: Option<reapi::ActionResult>, error: Option<Error>) -> Snapshot {
     let outcome = Outcome {
         result: result.map(Into::into),
         cached: false,
@@ -305,6 +310,6 @@ pub fn completed(result: Option<reapi::ActionResult>, error: Option<Error>) -> S
 }
 
 /// The digest of a blob that is not stored.
-pub fn absent(n: u64) -> Digest {
+pub(crate) fn absent(n: u64) -> Digest {
     DigestFunction::Sha256.digest(format!("absent {n}").as_bytes())
 }

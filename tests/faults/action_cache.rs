@@ -49,7 +49,7 @@ fn remembering(
     )
 }
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let (get, update) = ("GetActionResult", "UpdateActionResult");
     vec![
         fault("a miss is an empty result", &["AC-01"], {

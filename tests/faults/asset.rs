@@ -11,7 +11,7 @@ use gorego_reapi::proto::{
 };
 use tonic::{Code, Status};
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let fetch = "FetchBlob";
     vec![
         fault("a fetch of nothing is a miss", &["AST-01"], {

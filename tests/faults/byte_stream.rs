@@ -38,7 +38,7 @@ fn with_large_window(compressed: &[u8]) -> std::io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let mut faults = names();
     faults.extend(read());
     faults.extend(write());

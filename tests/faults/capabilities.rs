@@ -36,7 +36,7 @@ fn version(major: i32, minor: i32) -> Option<SemVer> {
     Some(SemVer { major, minor, ..Default::default() })
 }
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let calls = AtomicI64::new(0);
     vec![
         fault("neither cache nor execution is claimed", &["CAP-01"], {

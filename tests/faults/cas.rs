@@ -34,7 +34,7 @@ fn pages(change: impl Fn(&mut GetTreeResponse) + Send + Sync + 'static) -> Behav
     response("GetTree", change)
 }
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let mut faults = find_missing();
     faults.extend(batch_update());
     faults.extend(batch_read());

@@ -20,17 +20,17 @@ use std::{future::Future, sync::Arc};
 use tonic::Status;
 
 /// Type names of packed messages.
-pub const METADATA_TYPE: &str =
+pub(crate) const METADATA_TYPE: &str =
     "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteOperationMetadata";
-pub const RESPONSE_TYPE: &str = "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteResponse";
+pub(crate) const RESPONSE_TYPE: &str = "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteResponse";
 
 /// No fault.
-pub fn nothing() -> Behaviour {
+pub(crate) fn nothing() -> Behaviour {
     Arc::new(|call, upstream| async move { upstream.forward(call).await }.boxed())
 }
 
 /// Calls of one method go to `handler`, all others to the real server.
-pub fn instead<F>(
+pub(crate) fn instead<F>(
     method: &'static str,
     handler: impl Fn(Call, Upstream) -> F + Send + Sync + 'static,
 ) -> Behaviour
@@ -47,7 +47,7 @@ where
 }
 
 /// Changes each request message of one method.
-pub fn request<M: Message + Default + 'static>(
+pub(crate) fn request<M: Message + Default + 'static>(
     method: &'static str,
     change: impl Fn(&mut M) + Send + Sync + 'static,
 ) -> Behaviour {
@@ -60,7 +60,7 @@ pub fn request<M: Message + Default + 'static>(
 }
 
 /// Changes each response message of one method.
-pub fn response<M: Message + Default + 'static>(
+pub(crate) fn response<M: Message + Default + 'static>(
     method: &'static str,
     change: impl Fn(&mut M) + Send + Sync + 'static,
 ) -> Behaviour {
@@ -72,7 +72,7 @@ pub fn response<M: Message + Default + 'static>(
 }
 
 /// Changes the response of a unary method, depending on the request.
-pub fn exchange<Q, R>(
+pub(crate) fn exchange<Q, R>(
     method: &'static str,
     change: impl Fn(&Q, Result<R, Status>) -> Result<R, Status> + Send + Sync + 'static,
 ) -> Behaviour
@@ -92,7 +92,7 @@ where
 }
 
 /// Replaces the response stream of one method by one made from it.
-pub fn messages(
+pub(crate) fn messages(
     method: &'static str,
     change: impl Fn(Messages) -> Messages + Send + Sync + 'static,
 ) -> Behaviour {
@@ -114,7 +114,7 @@ pub fn messages(
 }
 
 /// Replaces the error with which a call of one method ends by another error, or by a last message and OK.
-pub fn failure(
+pub(crate) fn failure(
     method: &'static str,
     change: impl Fn(Status) -> Result<Option<Bytes>, Status> + Send + Sync + 'static,
 ) -> Behaviour {
@@ -130,14 +130,14 @@ pub fn failure(
 }
 
 /// Replaces one error code of a method by another.
-pub fn code(method: &'static str, from: tonic::Code, to: tonic::Code) -> Behaviour {
+pub(crate) fn code(method: &'static str, from: tonic::Code, to: tonic::Code) -> Behaviour {
     failure(method, move |status| {
         Err(if status.code() == from { Status::new(to, status.message()) } else { status })
     })
 }
 
 /// Answers the calls of one method without forwarding them to the real server.
-pub fn answer<M: Message>(method: &'static str, message: M) -> Behaviour {
+pub(crate) fn answer<M: Message>(method: &'static str, message: M) -> Behaviour {
     let message = Bytes::from(message.encode_to_vec());
     instead(method, move |_, _| {
         let message = message.clone();
@@ -146,7 +146,7 @@ pub fn answer<M: Message>(method: &'static str, message: M) -> Behaviour {
 }
 
 /// Combines two changes of different methods.
-pub fn both(method: &'static str, first: Behaviour, otherwise: Behaviour) -> Behaviour {
+pub(crate) fn both(method: &'static str, first: Behaviour, otherwise: Behaviour) -> Behaviour {
     Arc::new(
         move |call, upstream| {
             if call.method() == method { first(call, upstream) } else { otherwise(call, upstream) }
@@ -155,12 +155,12 @@ pub fn both(method: &'static str, first: Behaviour, otherwise: Behaviour) -> Beh
 }
 
 /// Changes the calls of all methods.
-pub fn every(change: impl Fn(&'static str) -> Behaviour, methods: &[&'static str]) -> Behaviour {
+pub(crate) fn every(change: impl Fn(&'static str) -> Behaviour, methods: &[&'static str]) -> Behaviour {
     methods.iter().fold(nothing(), |rest, method| both(method, change(method), rest))
 }
 
 /// Changes every Operation that Execute and WaitExecution send.
-pub fn operation(change: impl Fn(&mut Operation) + Send + Sync + 'static) -> Behaviour {
+pub(crate) fn operation(change: impl Fn(&mut Operation) + Send + Sync + 'static) -> Behaviour {
     let change = Arc::new(change);
     let on = |method| {
         let change = change.clone();
@@ -170,12 +170,12 @@ pub fn operation(change: impl Fn(&mut Operation) + Send + Sync + 'static) -> Beh
 }
 
 /// Changes the final response of every Execute and WaitExecution.
-pub fn execute_response(change: impl Fn(&mut ExecuteResponse) + Send + Sync + 'static) -> Behaviour {
+pub(crate) fn execute_response(change: impl Fn(&mut ExecuteResponse) + Send + Sync + 'static) -> Behaviour {
     operation(move |operation| change_response(operation, &change))
 }
 
 /// Changes the result in every such response.
-pub fn result(change: impl Fn(&mut ActionResult) + Send + Sync + 'static) -> Behaviour {
+pub(crate) fn result(change: impl Fn(&mut ActionResult) + Send + Sync + 'static) -> Behaviour {
     execute_response(move |response| {
         if let Some(result) = &mut response.result {
             change(result);
@@ -184,16 +184,16 @@ pub fn result(change: impl Fn(&mut ActionResult) + Send + Sync + 'static) -> Beh
 }
 
 /// The action of an Execute, for faults that change it.
-pub struct Job {
-    pub action: Action,
-    pub command: Command,
+pub(crate) struct Job {
+    pub(crate) action: Action,
+    pub(crate) command: Command,
     /// The root Directory of the inputs.
-    pub root: Directory,
+    pub(crate) root: Directory,
 }
 
 /// Executes another Action than the requested one: Action, Command and root are read, changed and stored. The request
 /// carries the new digest, and the metadata of the operation the one that the client expects.
-pub fn job(change: impl Fn(&mut Job) + Send + Sync + 'static) -> Behaviour {
+pub(crate) fn job(change: impl Fn(&mut Job) + Send + Sync + 'static) -> Behaviour {
     let change = Arc::new(change);
     instead("Execute", move |call, upstream| {
         let change = change.clone();
@@ -233,7 +233,7 @@ async fn rewrite(
 
 /// Changes the final result of every Execute with work that may read and write blobs. The last argument is the
 /// instance.
-pub fn result_with_blobs<F>(
+pub(crate) fn result_with_blobs<F>(
     change: impl Fn(ActionResult, Upstream, String) -> F + Send + Sync + 'static,
 ) -> Behaviour
 where
@@ -266,7 +266,9 @@ where
 }
 
 /// Replaces the Tree of every output directory of every Execute by bytes made from it.
-pub fn trees(change: impl Fn(Tree, &mut OutputDirectory) -> Vec<u8> + Send + Sync + 'static) -> Behaviour {
+pub(crate) fn trees(
+    change: impl Fn(Tree, &mut OutputDirectory) -> Vec<u8> + Send + Sync + 'static,
+) -> Behaviour {
     let change = Arc::new(change);
     result_with_blobs(move |mut result, upstream, instance| {
         let change = change.clone();
@@ -283,7 +285,7 @@ pub fn trees(change: impl Fn(Tree, &mut OutputDirectory) -> Vec<u8> + Send + Syn
 }
 
 /// Reads a message from the store of the real server.
-pub async fn read_message<M: Message + Default>(
+pub(crate) async fn read_message<M: Message + Default>(
     upstream: &Upstream,
     instance: &str,
     digest: &Digest,
@@ -292,7 +294,7 @@ pub async fn read_message<M: Message + Default>(
 }
 
 /// Reads a blob from the real server.
-pub async fn read_blob(upstream: &Upstream, instance: &str, digest: Digest) -> Option<Bytes> {
+pub(crate) async fn read_blob(upstream: &Upstream, instance: &str, digest: Digest) -> Option<Bytes> {
     let request = BatchReadBlobsRequest {
         instance_name: instance.to_owned(),
         digests: vec![digest],
@@ -305,7 +307,7 @@ pub async fn read_blob(upstream: &Upstream, instance: &str, digest: Digest) -> O
 }
 
 /// Stores a blob on the real server.
-pub async fn write_blob(upstream: &Upstream, instance: &str, data: Vec<u8>) -> Option<Digest> {
+pub(crate) async fn write_blob(upstream: &Upstream, instance: &str, data: Vec<u8>) -> Option<Digest> {
     let digest = gorego_reapi::digest::DigestFunction::Sha256.digest(&data).to_wire();
     let item = batch_update_blobs_request::Request {
         digest: Some(digest.clone()),
@@ -322,7 +324,7 @@ pub async fn write_blob(upstream: &Upstream, instance: &str, data: Vec<u8>) -> O
 }
 
 /// Reads the only request message of a call. Also returns the unchanged call.
-pub async fn read_request<M: Message + Default>(mut call: Call) -> Result<(M, Call), Status> {
+pub(crate) async fn read_request<M: Message + Default>(mut call: Call) -> Result<(M, Call), Status> {
     let bytes = call.messages.next().await.unwrap_or_else(|| Ok(Bytes::new()))?;
     let message = decode(bytes.clone())?;
     let messages = stream::once(async { Ok(bytes) }).chain(call.messages).boxed();
@@ -330,13 +332,13 @@ pub async fn read_request<M: Message + Default>(mut call: Call) -> Result<(M, Ca
 }
 
 /// The same call with another message.
-pub fn with_request(call: Call, message: &impl Message) -> Call {
+pub(crate) fn with_request(call: Call, message: &impl Message) -> Call {
     let bytes = Bytes::from(message.encode_to_vec());
     Call { messages: stream::once(async { Ok(bytes) }).boxed(), ..call }
 }
 
 /// Makes a unary call.
-pub async fn unary<R: Message + Default>(upstream: &Upstream, call: Call) -> Result<R, Status> {
+pub(crate) async fn unary<R: Message + Default>(upstream: &Upstream, call: Call) -> Result<R, Status> {
     let mut reply = upstream.forward(call).await?;
     let bytes = reply.messages.next().await.unwrap_or_else(|| Err(Status::internal("no answer")))?;
     // The status may still be an error.
@@ -345,7 +347,7 @@ pub async fn unary<R: Message + Default>(upstream: &Upstream, call: Call) -> Res
 }
 
 /// Changes one encoded message.
-pub fn edit<M: Message + Default>(
+pub(crate) fn edit<M: Message + Default>(
     message: Result<Bytes, Status>,
     change: &(impl Fn(&mut M) + ?Sized),
 ) -> Result<Bytes, Status> {
@@ -355,12 +357,12 @@ pub fn edit<M: Message + Default>(
 }
 
 /// Decodes a message of the real server or the suite.
-pub fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, Status> {
+pub(crate) fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, Status> {
     M::decode(bytes).map_err(|error| Status::internal(format!("the proxy cannot read a message: {error}")))
 }
 
 /// Changes the packed metadata of an operation.
-pub fn change_metadata(operation: &mut Operation, change: impl FnOnce(&mut ExecuteOperationMetadata)) {
+pub(crate) fn change_metadata(operation: &mut Operation, change: impl FnOnce(&mut ExecuteOperationMetadata)) {
     if let Some(any) = &mut operation.metadata {
         let mut metadata = Message::decode(any.value.as_slice()).unwrap_or_default();
         change(&mut metadata);
@@ -369,7 +371,7 @@ pub fn change_metadata(operation: &mut Operation, change: impl FnOnce(&mut Execu
 }
 
 /// Changes the packed response of an operation.
-pub fn change_response(operation: &mut Operation, change: impl FnOnce(&mut ExecuteResponse)) {
+pub(crate) fn change_response(operation: &mut Operation, change: impl FnOnce(&mut ExecuteResponse)) {
     if let Some(operation::Result::Response(any)) = &mut operation.result {
         let mut response = ExecuteResponse::decode(any.value.as_slice()).unwrap_or_default();
         change(&mut response);

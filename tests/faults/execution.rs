@@ -33,7 +33,7 @@ mod streams;
 
 const STREAMS: &[&str] = &["Execute", "WaitExecution"];
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let mut faults = streams::faults();
     faults.extend(cache());
     faults.extend(missing());
@@ -88,7 +88,7 @@ fn inline_failure(change: impl Fn(&mut rpc::Status) + Send + Sync + 'static) -> 
 }
 
 /// Ends the stream of a failed operation with its status, with at most this many bytes of details.
-pub fn inline_as_status(max_details: usize) -> Behaviour {
+pub(crate) fn inline_as_status(max_details: usize) -> Behaviour {
     streams(move |messages| {
         let changed = messages.map(move |message| {
             let mut operation = decode::<Operation>(message?)?;
@@ -108,9 +108,9 @@ pub fn inline_as_status(max_details: usize) -> Behaviour {
 }
 
 /// Results of finished operations by the hash of their action.
-pub type Results = Arc<Mutex<HashMap<String, ActionResult>>>;
+pub(crate) type Results = Arc<Mutex<HashMap<String, ActionResult>>>;
 
-pub fn hash(digest: Option<&Digest>) -> String {
+pub(crate) fn hash(digest: Option<&Digest>) -> String {
     digest.map(|digest| digest.hash.clone()).unwrap_or_default()
 }
 

@@ -35,7 +35,7 @@ fn with_detail(status: &Status, type_url: &str, value: Vec<u8>) -> Status {
     Status::with_details(status.code(), status.message(), details.encode_to_vec().into())
 }
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let find = "FindMissingBlobs";
     let mut faults = vec![
         fault(

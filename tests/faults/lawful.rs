@@ -20,7 +20,7 @@ use std::{
 const LAG: usize = 2;
 
 /// Each behaviour, with the rules that it follows.
-pub fn all() -> Vec<Fault> {
+pub(crate) fn all() -> Vec<Fault> {
     vec![
         fault("a request that comes while a run is being wound up joins it", &["EXE-16"], {
             let seen = Arc::new(Mutex::new(HashMap::<String, Vec<ActionResult>>::new()));

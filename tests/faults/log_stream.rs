@@ -12,7 +12,7 @@ use gorego_reapi::proto::{
 };
 use tonic::Status;
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let create = "CreateLogStream";
     vec![
         fault("all streams have one name", &["LOG-01"], {

@@ -9,44 +9,44 @@ mod asset;
 mod byte_stream;
 mod capabilities;
 mod cas;
-pub mod change;
+pub(crate) mod change;
 mod execution;
 mod general;
-pub mod lawful;
+pub(crate) mod lawful;
 mod log_stream;
 mod operations;
 mod outputs;
-pub mod proxy;
+pub(crate) mod proxy;
 
-pub use execution::inline_as_status;
+pub(crate) use execution::inline_as_status;
 use proxy::{Behaviour, Proxy, Transport};
 
 /// One fault.
-pub struct Fault {
+pub(crate) struct Fault {
     /// A short description of the fault.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// At least these rules must fail.
-    pub breaks: &'static [&'static str],
+    pub(crate) breaks: &'static [&'static str],
     /// The change to calls.
-    pub behaviour: Behaviour,
+    pub(crate) behaviour: Behaviour,
     /// The change to the connection.
-    pub transport: Transport,
+    pub(crate) transport: Transport,
 }
 
 impl Fault {
     /// Starts a proxy with this fault in front of the server at `endpoint`.
-    pub async fn before(&self, endpoint: &str) -> Proxy {
+    pub(crate) async fn before(&self, endpoint: &str) -> Proxy {
         Proxy::start(endpoint, self.transport, self.behaviour.clone()).await
     }
 }
 
 /// Creates a fault of calls.
-pub fn fault(name: &'static str, breaks: &'static [&'static str], behaviour: Behaviour) -> Fault {
+pub(crate) fn fault(name: &'static str, breaks: &'static [&'static str], behaviour: Behaviour) -> Fault {
     Fault { name, breaks, behaviour, transport: Transport::default() }
 }
 
 /// All faults.
-pub fn all() -> Vec<Fault> {
+pub(crate) fn all() -> Vec<Fault> {
     [
         general::faults(),
         capabilities::faults(),

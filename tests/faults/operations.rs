@@ -17,7 +17,7 @@ use gorego_reapi::proto::{
 use prost::Message as _;
 use tonic::{Code, Status};
 
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     vec![
         fault("GetOperation has another name", &["OPS-01"], {
             response::<Operation>("GetOperation", |operation| operation.name.push('x'))
@@ -110,7 +110,7 @@ pub fn faults() -> Vec<Fault> {
 }
 
 /// Cancels every operation of the same action, like a server that does not count waiting clients.
-pub async fn cancel_all_of_its_action(upstream: &Upstream, name: &str) {
+pub(crate) async fn cancel_all_of_its_action(upstream: &Upstream, name: &str) {
     let mut client = OperationsClient::new(upstream.0.clone());
     let action = |mut operation: Operation| {
         let mut digest = None;

@@ -23,7 +23,7 @@ fn absent() -> Digest {
 }
 
 #[allow(deprecated)]
-pub fn faults() -> Vec<Fault> {
+pub(crate) fn faults() -> Vec<Fault> {
     let mut faults = paths();
     faults.extend(directories());
     faults.extend(logs());

@@ -21,37 +21,38 @@ use tonic::{
 };
 
 /// The messages of one direction. An error is the final status.
-pub type Messages = BoxStream<'static, Result<Bytes, Status>>;
+pub(crate) type Messages = BoxStream<'static, Result<Bytes, Status>>;
 
 /// The effect of a fault on a call.
-pub type Behaviour = Arc<dyn Fn(Call, Upstream) -> BoxFuture<'static, Result<Reply, Status>> + Send + Sync>;
+pub(crate) type Behaviour =
+    Arc<dyn Fn(Call, Upstream) -> BoxFuture<'static, Result<Reply, Status>> + Send + Sync>;
 
 /// Windows so large that the proxy does not limit the suite.
 const WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 
 /// A call of the client.
-pub struct Call {
-    pub path: PathAndQuery,
-    pub metadata: MetadataMap,
-    pub messages: Messages,
+pub(crate) struct Call {
+    pub(crate) path: PathAndQuery,
+    pub(crate) metadata: MetadataMap,
+    pub(crate) messages: Messages,
 }
 
 impl Call {
     /// The name of the method without its service.
-    pub fn method(&self) -> &str {
+    pub(crate) fn method(&self) -> &str {
         self.path.path().rsplit('/').next().unwrap_or_default()
     }
 }
 
 /// The response to a call.
-pub struct Reply {
-    pub metadata: MetadataMap,
-    pub messages: Messages,
+pub(crate) struct Reply {
+    pub(crate) metadata: MetadataMap,
+    pub(crate) messages: Messages,
 }
 
 impl Reply {
     /// Responds with exactly these messages, and OK.
-    pub fn of(messages: impl IntoIterator<Item = Bytes>) -> Self {
+    pub(crate) fn of(messages: impl IntoIterator<Item = Bytes>) -> Self {
         let messages: Vec<_> = messages.into_iter().map(Ok).collect();
         Self { metadata: MetadataMap::new(), messages: stream::iter(messages).boxed() }
     }
@@ -59,11 +60,11 @@ impl Reply {
 
 /// The real server.
 #[derive(Clone)]
-pub struct Upstream(pub Channel);
+pub(crate) struct Upstream(pub Channel);
 
 impl Upstream {
     /// Makes the call to the real server.
-    pub async fn forward(&self, call: Call) -> Result<Reply, Status> {
+    pub(crate) async fn forward(&self, call: Call) -> Result<Reply, Status> {
         let mut client = tonic::client::Grpc::new(self.0.clone())
             .max_decoding_message_size(usize::MAX)
             .max_encoding_message_size(usize::MAX);
@@ -85,20 +86,20 @@ impl Upstream {
 
 /// The stream limit of the connection, for a fault below the level of calls.
 #[derive(Clone, Copy, Default)]
-pub struct Transport {
+pub(crate) struct Transport {
     /// Number of concurrent streams of one connection.
-    pub max_streams: Option<u32>,
+    pub(crate) max_streams: Option<u32>,
 }
 
 /// A proxy that serves until it is dropped.
-pub struct Proxy {
-    pub endpoint: String,
+pub(crate) struct Proxy {
+    pub(crate) endpoint: String,
     serving: JoinHandle<()>,
 }
 
 impl Proxy {
     /// Starts a proxy on a free port.
-    pub async fn start(server: &str, transport: Transport, behaviour: Behaviour) -> Self {
+    pub(crate) async fn start(server: &str, transport: Transport, behaviour: Behaviour) -> Self {
         let upstream = Endpoint::from_shared(server.to_owned())
             .unwrap()
             .tcp_nodelay(true)

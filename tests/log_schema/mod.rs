@@ -5,27 +5,27 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// The documented events and fields.
 #[derive(Debug)]
-pub struct Schema {
+pub(crate) struct Schema {
     /// The type of each field that every line has.
-    pub common: BTreeMap<String, String>,
+    pub(crate) common: BTreeMap<String, String>,
     /// The type of each field of events.
-    pub fields: BTreeMap<String, String>,
+    pub(crate) fields: BTreeMap<String, String>,
     /// The documented events, by name.
-    pub events: BTreeMap<String, Event>,
+    pub(crate) events: BTreeMap<String, Event>,
 }
 
 /// The documented form of the lines of one event.
 #[derive(Debug)]
-pub struct Event {
+pub(crate) struct Event {
     /// Its level; `any` if a library chooses it.
-    pub level: String,
+    pub(crate) level: String,
     /// Its fields. The value is true if the field is always present.
-    pub fields: BTreeMap<String, bool>,
+    pub(crate) fields: BTreeMap<String, bool>,
 }
 
 impl Schema {
     /// Reads the schema from `docs/logs.md`. Panics if the page contradicts itself.
-    pub fn documented() -> Self {
+    pub(crate) fn documented() -> Self {
         let mut schema = Self { common: BTreeMap::new(), fields: BTreeMap::new(), events: BTreeMap::new() };
         let mut section = "";
         for line in include_str!("../../docs/logs.md").lines() {
@@ -56,7 +56,7 @@ impl Schema {
     }
 
     /// Checks one line and returns its fields.
-    pub fn check(&self, line: &str) -> Result<Map<String, Value>, String> {
+    pub(crate) fn check(&self, line: &str) -> Result<Map<String, Value>, String> {
         let object: Map<String, Value> =
             serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}: {line}"))?;
         let event = object.get("event").and_then(Value::as_str).unwrap_or_default();

@@ -18,24 +18,24 @@ use support::{Client, Run, empty};
 use tonic::Status;
 
 /// A number from the environment.
-pub fn setting(name: &str, default: u64) -> u64 {
+pub(crate) fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect(name))
 }
 
 /// SplitMix64, so that a seed repeats a run.
 #[derive(Clone)]
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
     /// A generator with the seed of the environment, or a new one, which is printed.
-    pub fn seeded(test: &str) -> Self {
+    pub(crate) fn seeded(test: &str) -> Self {
         let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
         let seed = setting("LONG_SEED", now.as_nanos() as u64);
         println!("{test}: LONG_SEED={seed}");
         Self(seed)
     }
 
-    pub fn number(&mut self) -> u64 {
+    pub(crate) fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -43,17 +43,17 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.number() % bound
     }
 
     /// A generator for another task.
-    pub fn fork(&mut self) -> Self {
+    pub(crate) fn fork(&mut self) -> Self {
         Self(self.number())
     }
 
     /// Bytes of a size that is usually small.
-    pub fn blob(&mut self) -> Vec<u8> {
+    pub(crate) fn blob(&mut self) -> Vec<u8> {
         let most = 1 << self.below(22);
         let words = 1 + self.below(most) / 8;
         (0..words).flat_map(|_| self.number().to_le_bytes()).collect()
@@ -61,20 +61,20 @@ impl Random {
 }
 
 /// One step of a client. A call that fails leaves nothing acknowledged.
-pub struct Load {
-    pub client: Client,
-    pub random: Random,
+pub(crate) struct Load {
+    pub(crate) client: Client,
+    pub(crate) random: Random,
 }
 
 /// What the server has acknowledged.
-pub enum Stored {
+pub(crate) enum Stored {
     Blob(Digest, Vec<u8>),
     /// An action that has run, and the content of its output.
     Result(Digest, String),
 }
 
 impl Load {
-    pub async fn step(&mut self) -> Result<Stored, Status> {
+    pub(crate) async fn step(&mut self) -> Result<Stored, Status> {
         match self.random.below(10) {
             0..4 => {
                 let blob = self.random.blob();

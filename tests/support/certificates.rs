@@ -13,15 +13,15 @@ use std::{
 
 /// A certificate with its key, in PEM.
 #[derive(Debug, Clone)]
-pub struct Pair {
-    pub cert: String,
-    pub key: String,
-    pub serial: u64,
+pub(crate) struct Pair {
+    pub(crate) cert: String,
+    pub(crate) key: String,
+    pub(crate) serial: u64,
 }
 
 impl Pair {
     /// Writes `NAME.pem` and `NAME.key`, and returns their paths.
-    pub fn write(&self, directory: &Path, name: &str) -> (PathBuf, PathBuf) {
+    pub(crate) fn write(&self, directory: &Path, name: &str) -> (PathBuf, PathBuf) {
         let paths = (directory.join(format!("{name}.pem")), directory.join(format!("{name}.key")));
         std::fs::write(&paths.0, &self.cert).unwrap();
         std::fs::write(&paths.1, &self.key).unwrap();
@@ -31,19 +31,19 @@ impl Pair {
 
 /// How long a certificate is valid, from now; negative for the past.
 #[derive(Debug, Clone, Copy)]
-pub struct Valid {
-    pub from: i64,
-    pub to: i64,
+pub(crate) struct Valid {
+    pub(crate) from: i64,
+    pub(crate) to: i64,
 }
 
 /// A certificate that is valid now and for years.
-pub const VALID: Valid = Valid { from: -86_400, to: 10 * 365 * 86_400 };
+pub(crate) const VALID: Valid = Valid { from: -86_400, to: 10 * 365 * 86_400 };
 
 /// A CA for tests.
-pub struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub(crate) struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    pub fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let mut params = named(name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -52,12 +52,12 @@ impl Authority {
     }
 
     /// Its own certificate.
-    pub fn pem(&self) -> String {
+    pub(crate) fn pem(&self) -> String {
         self.0.pem()
     }
 
     /// A certificate of a server on this machine.
-    pub fn server(&self, valid: Valid) -> Pair {
+    pub(crate) fn server(&self, valid: Valid) -> Pair {
         self.issue(named("server"), valid, |params| {
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
             params.subject_alt_names = vec![
@@ -68,7 +68,7 @@ impl Authority {
     }
 
     /// A certificate of a client with this common name.
-    pub fn client(&self, name: &str, valid: Valid) -> Pair {
+    pub(crate) fn client(&self, name: &str, valid: Valid) -> Pair {
         self.issue(named(name), valid, |params| {
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         })
@@ -93,7 +93,7 @@ impl Authority {
     }
 
     /// The list of these revoked certificates.
-    pub fn revoked(&self, pairs: &[&Pair]) -> String {
+    pub(crate) fn revoked(&self, pairs: &[&Pair]) -> String {
         let epoch = date_time_ymd(1970, 1, 1);
         let revoked = pairs.iter().map(|pair| RevokedCertParams {
             serial_number: SerialNumber::from(pair.serial),

@@ -22,7 +22,7 @@ use prost::Message as _;
 use tonic::{Code, Status, transport::Channel};
 
 /// An HTTP client without a proxy.
-pub fn http_client() -> reqwest::Client {
+pub(crate) fn http_client() -> reqwest::Client {
     // The library asks for a provider even where no TLS is spoken. An error means that there is one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().no_proxy().build().unwrap()
@@ -30,28 +30,28 @@ pub fn http_client() -> reqwest::Client {
 
 /// The clients of all services on one connection.
 #[derive(Clone)]
-pub struct Client {
-    pub channel: Channel,
-    pub cas: ContentAddressableStorageClient<Channel>,
-    pub bytes: ByteStreamClient<Channel>,
-    pub action_cache: ActionCacheClient<Channel>,
-    pub execution: ExecutionClient<Channel>,
-    pub operations: OperationsClient<Channel>,
-    pub capabilities: CapabilitiesClient<Channel>,
+pub(crate) struct Client {
+    pub(crate) channel: Channel,
+    pub(crate) cas: ContentAddressableStorageClient<Channel>,
+    pub(crate) bytes: ByteStreamClient<Channel>,
+    pub(crate) action_cache: ActionCacheClient<Channel>,
+    pub(crate) execution: ExecutionClient<Channel>,
+    pub(crate) operations: OperationsClient<Channel>,
+    pub(crate) capabilities: CapabilitiesClient<Channel>,
     /// The instance name in all requests of the helpers.
-    pub instance: String,
+    pub(crate) instance: String,
     /// The digest function of the helpers.
-    pub function: DigestFunction,
+    pub(crate) function: DigestFunction,
 }
 
 impl Client {
     /// Opens a new connection.
-    pub async fn connect(endpoint: String) -> Self {
+    pub(crate) async fn connect(endpoint: String) -> Self {
         Self::over(Channel::from_shared(endpoint).unwrap().connect().await.unwrap())
     }
 
     /// Uses an existing connection.
-    pub fn over(channel: Channel) -> Self {
+    pub(crate) fn over(channel: Channel) -> Self {
         Self {
             cas: ContentAddressableStorageClient::new(channel.clone()),
             bytes: ByteStreamClient::new(channel.clone()),
@@ -66,26 +66,29 @@ impl Client {
     }
 
     /// A resource name below the instance.
-    pub fn name(&self, rest: &str) -> String {
+    pub(crate) fn name(&self, rest: &str) -> String {
         if self.instance.is_empty() { rest.into() } else { format!("{}/{rest}", self.instance) }
     }
 
     /// The value of `digest_function` in the helpers' requests: 0 if all clients omit it (GEN-08).
-    pub fn wire_function(&self) -> i32 {
+    pub(crate) fn wire_function(&self) -> i32 {
         if self.function == DigestFunction::Sha256 { 0 } else { self.function.wire().into() }
     }
 
     /// Parses a digest that the server sent.
-    pub fn digest(&self, digest: Option<&gorego_reapi::proto::reapi::Digest>) -> Digest {
+    pub(crate) fn digest(&self, digest: Option<&gorego_reapi::proto::reapi::Digest>) -> Digest {
         Digest::from_wire(self.function, digest, "digest").unwrap()
     }
 
-    pub async fn upload(&self, data: impl Into<Vec<u8>>) -> Digest {
+    pub(crate) async fn upload(&self, data: impl Into<Vec<u8>>) -> Digest {
         self.upload_all([data]).await[0]
     }
 
     /// Stores blobs in one call.
-    pub async fn upload_all<D: Into<Vec<u8>>>(&self, blobs: impl IntoIterator<Item = D>) -> Vec<Digest> {
+    pub(crate) async fn upload_all<D: Into<Vec<u8>>>(
+        &self,
+        blobs: impl IntoIterator<Item = D>,
+    ) -> Vec<Digest> {
         let mut digests = Vec::new();
         let mut requests = Vec::new();
         for blob in blobs {
@@ -108,7 +111,7 @@ impl Client {
     }
 
     /// The digests that are not stored.
-    pub async fn missing(&self, digests: &[Digest]) -> Vec<Digest> {
+    pub(crate) async fn missing(&self, digests: &[Digest]) -> Vec<Digest> {
         let request = FindMissingBlobsRequest {
             instance_name: self.instance.clone(),
             blob_digests: digests.iter().map(|d| d.to_wire()).collect(),
@@ -119,13 +122,13 @@ impl Client {
     }
 
     /// Reads a blob with ByteStream.
-    pub async fn read(&self, digest: Digest) -> Result<Vec<u8>, Status> {
+    pub(crate) async fn read(&self, digest: Digest) -> Result<Vec<u8>, Status> {
         let resource_name = self.name(&digest.blob_name());
         self.read_request(ReadRequest { resource_name, ..Default::default() }).await
     }
 
     /// Reads with ByteStream to the end.
-    pub async fn read_request(&self, request: ReadRequest) -> Result<Vec<u8>, Status> {
+    pub(crate) async fn read_request(&self, request: ReadRequest) -> Result<Vec<u8>, Status> {
         let mut stream = self.bytes.clone().read(request).await?.into_inner();
         let mut bytes = Vec::new();
         while let Some(message) = stream.message().await? {
@@ -136,12 +139,12 @@ impl Client {
     }
 
     /// Stores an Action for this command and input root.
-    pub async fn action(&self, command: ReapiCommand, root: Digest) -> Digest {
+    pub(crate) async fn action(&self, command: ReapiCommand, root: Digest) -> Digest {
         self.action_with(command, root, |_| {}).await
     }
 
     /// Stores an Action for this command and input root, after `change` has changed it.
-    pub async fn action_with(
+    pub(crate) async fn action_with(
         &self,
         command: ReapiCommand,
         root: Digest,
@@ -157,12 +160,12 @@ impl Client {
         self.upload_all([command, action.encode_to_vec()]).await[1]
     }
 
-    pub async fn start(&self, action: Digest) -> Run {
+    pub(crate) async fn start(&self, action: Digest) -> Run {
         self.start_request(self.request(action)).await.unwrap()
     }
 
     /// An Execute request for this action.
-    pub fn request(&self, action: Digest) -> ExecuteRequest {
+    pub(crate) fn request(&self, action: Digest) -> ExecuteRequest {
         ExecuteRequest {
             instance_name: self.instance.clone(),
             action_digest: Some(action.to_wire()),
@@ -172,16 +175,16 @@ impl Client {
     }
 
     /// Starts an Execute with the whole request.
-    pub async fn start_request(&self, request: ExecuteRequest) -> Result<Run, Status> {
+    pub(crate) async fn start_request(&self, request: ExecuteRequest) -> Result<Run, Status> {
         Ok(Run(self.execution.clone().execute(request).await?.into_inner()))
     }
 
-    pub async fn run(&self, action: Digest) -> ExecuteResponse {
+    pub(crate) async fn run(&self, action: Digest) -> ExecuteResponse {
         self.start(action).await.finish().await
     }
 
     /// Executes a command with an empty input root. It must run.
-    pub async fn run_command(&self, command: ReapiCommand) -> ActionResult {
+    pub(crate) async fn run_command(&self, command: ReapiCommand) -> ActionResult {
         let action = self.action(command, empty()).await;
         let response = self.run(action).await;
         assert_eq!(response.status.clone().unwrap_or_default().code, 0, "{response:?}");
@@ -189,7 +192,7 @@ impl Client {
     }
 
     /// The cached result of an action, if there is one.
-    pub async fn cached(&self, action: Digest) -> Option<ActionResult> {
+    pub(crate) async fn cached(&self, action: Digest) -> Option<ActionResult> {
         let request = GetActionResultRequest {
             instance_name: self.instance.clone(),
             action_digest: Some(action.to_wire()),
@@ -206,12 +209,12 @@ impl Client {
     }
 
     /// The standard output in a result.
-    pub async fn stdout(&self, result: &ActionResult) -> String {
+    pub(crate) async fn stdout(&self, result: &ActionResult) -> String {
         self.text(result.stdout_digest.as_ref()).await
     }
 
     /// The standard error in a result.
-    pub async fn stderr(&self, result: &ActionResult) -> String {
+    pub(crate) async fn stderr(&self, result: &ActionResult) -> String {
         self.text(result.stderr_digest.as_ref()).await
     }
 
@@ -221,18 +224,18 @@ impl Client {
     }
 
     /// The content of an output file.
-    pub async fn output(&self, result: &ActionResult, path: &str) -> String {
+    pub(crate) async fn output(&self, result: &ActionResult, path: &str) -> String {
         let file = result.output_files.iter().find(|f| f.path == path);
         self.text(file.unwrap_or_else(|| panic!("no output {path}: {result:?}")).digest.as_ref()).await
     }
 }
 
 /// An Execute or WaitExecution stream.
-pub struct Run(pub tonic::Streaming<Operation>);
+pub(crate) struct Run(pub tonic::Streaming<Operation>);
 
 impl Run {
     /// The next message; `None` at the end.
-    pub async fn next(&mut self) -> Option<Operation> {
+    pub(crate) async fn next(&mut self) -> Option<Operation> {
         let message = tokio::time::timeout(PATIENCE, self.0.message()).await.expect("a message in time");
         let operation = message.unwrap()?;
         // EXE-02, EXE-03, EXE-05, EXE-07 on every message of every test.
@@ -245,7 +248,7 @@ impl Run {
     }
 
     /// Reads until a message satisfies the condition.
-    pub async fn until(&mut self, condition: impl Fn(&Operation) -> bool) -> Operation {
+    pub(crate) async fn until(&mut self, condition: impl Fn(&Operation) -> bool) -> Operation {
         loop {
             let operation = self.next().await.expect("the stream went on");
             if condition(&operation) {
@@ -255,7 +258,7 @@ impl Run {
     }
 
     /// Reads to the end, which must be clean.
-    pub async fn finish(mut self) -> ExecuteResponse {
+    pub(crate) async fn finish(mut self) -> ExecuteResponse {
         let last = self.until(|operation| operation.done).await;
         assert!(self.next().await.is_none(), "EXE-05: the stream ends after done");
         response(&last)
@@ -263,14 +266,14 @@ impl Run {
 }
 
 /// The metadata of an operation.
-pub fn metadata(operation: &Operation) -> ExecuteOperationMetadata {
+pub(crate) fn metadata(operation: &Operation) -> ExecuteOperationMetadata {
     let any = operation.metadata.as_ref().expect("EXE-03: metadata is on every message");
     assert_eq!(any.type_url, "type.googleapis.com/build.bazel.remote.execution.v2.ExecuteOperationMetadata");
     ExecuteOperationMetadata::decode(&*any.value).unwrap()
 }
 
 /// The response of a finished operation.
-pub fn response(operation: &Operation) -> ExecuteResponse {
+pub(crate) fn response(operation: &Operation) -> ExecuteResponse {
     let Some(operation::Result::Response(any)) = &operation.result else {
         panic!("EXE-07: no response in {operation:?}");
     };
@@ -279,7 +282,7 @@ pub fn response(operation: &Operation) -> ExecuteResponse {
 }
 
 /// The MISSING subjects of a status; checks that they are its only detail (EXE-22..24).
-pub fn missing_subjects(status: &rpc::Status) -> Vec<String> {
+pub(crate) fn missing_subjects(status: &rpc::Status) -> Vec<String> {
     assert_eq!(status.code, Code::FailedPrecondition as i32, "{status:?}");
     assert_eq!(status.details.len(), 1, "EXE-24");
     assert_eq!(status.details[0].type_url, "type.googleapis.com/google.rpc.PreconditionFailure");
@@ -292,17 +295,17 @@ pub fn missing_subjects(status: &rpc::Status) -> Vec<String> {
 }
 
 /// The SHA-256 digest of bytes.
-pub fn sha256(bytes: &[u8]) -> Digest {
+pub(crate) fn sha256(bytes: &[u8]) -> Digest {
     DigestFunction::Sha256.digest(bytes)
 }
 
 /// The digest of the empty blob, which is also an empty directory.
-pub fn empty() -> Digest {
+pub(crate) fn empty() -> Digest {
     Digest::empty(DigestFunction::Sha256)
 }
 
 /// A shell command with a standard PATH.
-pub fn sh(script: &str) -> ReapiCommand {
+pub(crate) fn sh(script: &str) -> ReapiCommand {
     ReapiCommand {
         arguments: vec!["/bin/sh".into(), "-c".into(), script.into()],
         environment_variables: vec![EnvironmentVariable {
@@ -314,27 +317,27 @@ pub fn sh(script: &str) -> ReapiCommand {
 }
 
 /// A shell command with a standard PATH and these output paths.
-pub fn sh_with(script: &str, output_paths: &[&str]) -> ReapiCommand {
+pub(crate) fn sh_with(script: &str, output_paths: &[&str]) -> ReapiCommand {
     ReapiCommand { output_paths: output_paths.iter().map(|p| (*p).into()).collect(), ..sh(script) }
 }
 
 /// A file node.
-pub fn file(name: &str, digest: Digest) -> FileNode {
+pub(crate) fn file(name: &str, digest: Digest) -> FileNode {
     FileNode { name: name.into(), digest: Some(digest.to_wire()), ..Default::default() }
 }
 
 /// A directory node.
-pub fn subdirectory(name: &str, digest: Digest) -> DirectoryNode {
+pub(crate) fn subdirectory(name: &str, digest: Digest) -> DirectoryNode {
     DirectoryNode { name: name.into(), digest: Some(digest.to_wire()) }
 }
 
 /// A symlink node.
-pub fn symlink(name: &str, target: &str) -> SymlinkNode {
+pub(crate) fn symlink(name: &str, target: &str) -> SymlinkNode {
     SymlinkNode { name: name.into(), target: target.into(), ..Default::default() }
 }
 
 /// The bytes of a Directory.
-pub fn directory(
+pub(crate) fn directory(
     files: Vec<FileNode>,
     directories: Vec<DirectoryNode>,
     symlinks: Vec<SymlinkNode>,

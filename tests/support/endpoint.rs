@@ -19,17 +19,17 @@ use std::{
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
 /// A running endpoint, and a client that is connected to it.
-pub struct Endpoint {
-    pub address: SocketAddr,
-    pub client: Client,
-    pub health: Health,
-    pub serving: JoinHandle<Result<()>>,
+pub(crate) struct Endpoint {
+    pub(crate) address: SocketAddr,
+    pub(crate) client: Client,
+    pub(crate) health: Health,
+    pub(crate) serving: JoinHandle<Result<()>>,
     stop: Option<oneshot::Sender<()>>,
 }
 
 impl Endpoint {
     /// Serves on a free port.
-    pub async fn start(edge: Edge) -> Self {
+    pub(crate) async fn start(edge: Edge) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let health = Health::serving().await;
@@ -44,7 +44,7 @@ impl Endpoint {
     }
 
     /// Begins the shutdown.
-    pub fn shut_down(&mut self) {
+    pub(crate) fn shut_down(&mut self) {
         drop(self.stop.take());
     }
 }
@@ -56,11 +56,11 @@ impl Drop for Endpoint {
 }
 
 /// The thread of the actors, until this is dropped.
-pub struct ActorThread(System);
+pub(crate) struct ActorThread(System);
 
 impl ActorThread {
     /// Starts actors on a separate thread, as the server does.
-    pub fn start<T: Send + 'static>(start: impl FnOnce() -> T + Send + 'static) -> (Self, T) {
+    pub(crate) fn start<T: Send + 'static>(start: impl FnOnce() -> T + Send + 'static) -> (Self, T) {
         let (sender, receiver) = mpsc::channel();
         thread::spawn(move || {
             let system = System::new();
@@ -78,7 +78,7 @@ impl Drop for ActorThread {
 }
 
 /// The settings of a store below this directory.
-pub fn store_settings(directory: &Path, max_blob_bytes: u64) -> StoreSettings {
+pub(crate) fn store_settings(directory: &Path, max_blob_bytes: u64) -> StoreSettings {
     StoreSettings {
         root: directory.join("store"),
         max_bytes: 1 << 30,
@@ -95,7 +95,7 @@ pub fn store_settings(directory: &Path, max_blob_bytes: u64) -> StoreSettings {
 }
 
 /// Log streams with limits that a test can reach.
-pub fn log_streams(client_streams: bool, spool_directory: &Path) -> LogStreams {
+pub(crate) fn log_streams(client_streams: bool, spool_directory: &Path) -> LogStreams {
     let kept = Duration::from_secs(600);
     // One client may have 40 of them.
     let clients =

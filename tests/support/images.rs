@@ -14,30 +14,37 @@ use std::{
 use tar::{Builder, EntryType, Header};
 
 /// The archive of a layer. Names are used unchanged, even names that no ordinary program would write.
-pub struct LayerArchive(Builder<Vec<u8>>);
+pub(crate) struct LayerArchive(Builder<Vec<u8>>);
 
 impl LayerArchive {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Builder::new(Vec::new()))
     }
 
-    pub fn directory(self, path: &str, mode: u32) -> Self {
+    pub(crate) fn directory(self, path: &str, mode: u32) -> Self {
         self.entry(EntryType::Directory, path.as_bytes(), mode, "", b"")
     }
 
-    pub fn file(self, path: &str, content: &[u8], mode: u32) -> Self {
+    pub(crate) fn file(self, path: &str, content: &[u8], mode: u32) -> Self {
         self.entry(EntryType::Regular, path.as_bytes(), mode, "", content)
     }
 
-    pub fn symlink(self, path: &str, target: &str) -> Self {
+    pub(crate) fn symlink(self, path: &str, target: &str) -> Self {
         self.entry(EntryType::Symlink, path.as_bytes(), 0o777, target, b"")
     }
 
-    pub fn hard_link(self, path: &str, target: &str) -> Self {
+    pub(crate) fn hard_link(self, path: &str, target: &str) -> Self {
         self.entry(EntryType::Link, path.as_bytes(), 0o644, target, b"")
     }
 
-    pub fn entry(mut self, kind: EntryType, path: &[u8], mode: u32, target: &str, content: &[u8]) -> Self {
+    pub(crate) fn entry(
+        mut self,
+        kind: EntryType,
+        path: &[u8],
+        mode: u32,
+        target: &str,
+        content: &[u8],
+    ) -> Self {
         let mut header = Header::new_gnu();
         let fields = header.as_gnu_mut().unwrap();
         fields.name[..path.len()].copy_from_slice(path);
@@ -51,7 +58,7 @@ impl LayerArchive {
         self
     }
 
-    pub fn finish(self) -> Vec<u8> {
+    pub(crate) fn finish(self) -> Vec<u8> {
         self.0.into_inner().unwrap()
     }
 }
@@ -62,7 +69,7 @@ fn with_file(layer: LayerArchive, at: &str, from: &Path) -> LayerArchive {
 }
 
 /// A layer with a shell at `image/sh`, made from a shell of this machine: busybox, or `/bin/sh` with its libraries.
-pub fn shell_layer() -> LayerArchive {
+pub(crate) fn shell_layer() -> LayerArchive {
     let needs = |program: &Path| {
         let listed = Command::new("ldd").arg(program).output();
         let text =
@@ -83,22 +90,22 @@ pub fn shell_layer() -> LayerArchive {
     layer
 }
 
-pub fn gzip(bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap()
 }
 
-pub fn zstd(bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::encode_all(bytes, 1).unwrap()
 }
 
-pub fn digest(bytes: &[u8]) -> String {
+pub(crate) fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", const_hex::encode(Sha256::digest(bytes)))
 }
 
 /// The architecture of this machine, in the words of image indexes.
-pub fn architecture() -> &'static str {
+pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -108,21 +115,21 @@ pub fn architecture() -> &'static str {
 
 /// The blobs of some images, by digest.
 #[derive(Clone, Default)]
-pub struct Blobs(pub BTreeMap<String, Vec<u8>>);
+pub(crate) struct Blobs(pub BTreeMap<String, Vec<u8>>);
 
 impl Blobs {
-    pub fn put(&mut self, bytes: Vec<u8>) -> String {
+    pub(crate) fn put(&mut self, bytes: Vec<u8>) -> String {
         let digest = digest(&bytes);
         self.0.insert(digest.clone(), bytes);
         digest
     }
 
-    pub fn descriptor(&self, digest: &str, media_type: &str) -> Value {
+    pub(crate) fn descriptor(&self, digest: &str, media_type: &str) -> Value {
         json!({ "mediaType": media_type, "digest": digest, "size": self.0[digest].len() })
     }
 
     /// Adds an image for this machine. Returns the digest of its manifest.
-    pub fn image(&mut self, layers: Vec<Vec<u8>>, config: Value) -> String {
+    pub(crate) fn image(&mut self, layers: Vec<Vec<u8>>, config: Value) -> String {
         let layers: Vec<_> = layers
             .into_iter()
             .map(|layer| {
@@ -148,19 +155,19 @@ impl Blobs {
     }
 
     /// An index of these manifests, as text.
-    pub fn index(&self, entries: &[Value]) -> String {
+    pub(crate) fn index(&self, entries: &[Value]) -> String {
         json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": entries }).to_string()
     }
 
     /// The entry of an index for a manifest.
-    pub fn entry(&self, digest: &str, more: Value) -> Value {
+    pub(crate) fn entry(&self, digest: &str, more: Value) -> Value {
         let mut entry = self.descriptor(digest, MANIFEST);
         entry.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         entry
     }
 
     /// Writes a layout directory with these entries of its index.
-    pub fn write_layout(&self, directory: &Path, entries: &[Value]) {
+    pub(crate) fn write_layout(&self, directory: &Path, entries: &[Value]) {
         let blobs = directory.join("blobs/sha256");
         fs::create_dir_all(&blobs).unwrap();
         for (digest, bytes) in &self.0 {
@@ -171,10 +178,10 @@ impl Blobs {
     }
 }
 
-pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 /// Sets the tag of an entry of an index.
-pub fn tagged(tag: &str) -> Value {
+pub(crate) fn tagged(tag: &str) -> Value {
     json!({ "annotations": { "org.opencontainers.image.ref.name": tag } })
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 /// The server; see the top of this file. It ends with the process of the test.
-pub struct KeyServer {
+pub(crate) struct KeyServer {
     address: SocketAddr,
     answer: Arc<Mutex<String>>,
     requests: Arc<AtomicUsize>,
@@ -21,7 +21,7 @@ pub struct KeyServer {
 
 impl KeyServer {
     /// A server that answers every request with this document.
-    pub fn start(document: &str) -> Self {
+    pub(crate) fn start(document: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = Self {
             address: listener.local_addr().unwrap(),
@@ -40,17 +40,17 @@ impl KeyServer {
     }
 
     /// The URL of the key set.
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("http://{}/jwks", self.address)
     }
 
     /// Answers with this document from now on.
-    pub fn publish(&self, document: &str) {
+    pub(crate) fn publish(&self, document: &str) {
         self.answer_with("200 OK", "", document);
     }
 
     /// Answers with this status, these lines of the header, and this body from now on.
-    pub fn answer_with(&self, status: &str, header: &str, body: &str) {
+    pub(crate) fn answer_with(&self, status: &str, header: &str, body: &str) {
         let length = body.len();
         *self.answer.lock().unwrap() = format!(
             "HTTP/1.1 {status}\r\n{header}Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
@@ -58,7 +58,7 @@ impl KeyServer {
     }
 
     /// The number of requests so far.
-    pub fn requests(&self) -> usize {
+    pub(crate) fn requests(&self) -> usize {
         self.requests.load(SeqCst)
     }
 }

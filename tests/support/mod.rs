@@ -13,19 +13,19 @@
 
 #![allow(dead_code, unused_imports, clippy::unwrap_used, missing_docs)]
 
-pub mod certificates;
-pub mod client;
-pub mod endpoint;
-pub mod images;
-pub mod key_server;
-pub mod server;
-pub mod stored;
-pub mod tokens;
-pub mod worker;
+pub(crate) mod certificates;
+pub(crate) mod client;
+pub(crate) mod endpoint;
+pub(crate) mod images;
+pub(crate) mod key_server;
+pub(crate) mod server;
+pub(crate) mod stored;
+pub(crate) mod tokens;
+pub(crate) mod worker;
 
-pub use client::*;
-pub use server::{Server, command, files_below, shared_dir};
-pub use stored::{Kind, damage, record_of};
+pub(crate) use client::*;
+pub(crate) use server::{Server, command, files_below, shared_dir};
+pub(crate) use stored::{Kind, damage, record_of};
 
 use std::{
     process::{Child, ExitStatus},
@@ -33,21 +33,21 @@ use std::{
 };
 
 /// Time limit of each wait in a test.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits until the condition holds; panics with `what` after the time limit.
-pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     eventually_async(what, || std::future::ready(condition())).await;
 }
 
 /// Like [`eventually`], with an asynchronous condition.
-pub async fn eventually_async<F: Future<Output = bool>>(what: &str, condition: impl FnMut() -> F) {
+pub(crate) async fn eventually_async<F: Future<Output = bool>>(what: &str, condition: impl FnMut() -> F) {
     eventually_every(Duration::from_millis(10), what, condition).await;
 }
 
 /// Like [`eventually_async`], with a longer interval between checks of the condition, because each check leaves a
 /// trace.
-pub async fn eventually_every<F: Future<Output = bool>>(
+pub(crate) async fn eventually_every<F: Future<Output = bool>>(
     interval: Duration,
     what: &str,
     mut condition: impl FnMut() -> F,
@@ -60,7 +60,7 @@ pub async fn eventually_every<F: Future<Output = bool>>(
 }
 
 /// Waits for the end of a process; panics with `what` after the time limit.
-pub async fn exit_of(child: &mut Child, what: &str) -> ExitStatus {
+pub(crate) async fn exit_of(child: &mut Child, what: &str) -> ExitStatus {
     let end = Instant::now() + PATIENCE;
     loop {
         if let Some(status) = child.try_wait().unwrap() {

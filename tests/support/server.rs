@@ -13,7 +13,7 @@ use std::{
 use tempfile::TempDir;
 
 /// A server process.
-pub struct Server {
+pub(crate) struct Server {
     child: Child,
     address: String,
     store: Arc<TempDir>,
@@ -22,42 +22,42 @@ pub struct Server {
 
 impl Server {
     /// Starts a server with defaults on an empty store.
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(&[]).await
     }
 
     /// Starts a server on an empty store, with environment overrides such as `("EXECUTION__CONCURRENCY", "1")`.
-    pub async fn with(overrides: &[(&str, &str)]) -> Self {
+    pub(crate) async fn with(overrides: &[(&str, &str)]) -> Self {
         Self::on(Arc::new(tempfile::tempdir().unwrap()), overrides).await
     }
 
     /// Starts a server on this store.
-    pub async fn on(store: Arc<TempDir>, overrides: &[(&str, &str)]) -> Self {
+    pub(crate) async fn on(store: Arc<TempDir>, overrides: &[(&str, &str)]) -> Self {
         let mut command = command(store.path());
         command.envs(overrides.iter().map(|(key, value)| (format!("GOREGO_{key}"), value)));
         Self::spawn(command, store)
     }
 
     /// Starts a server whose store is on a separate disk of this many bytes; see [`Server::on_a_disk`].
-    pub async fn on_a_disk_of(bytes: usize) -> Self {
+    pub(crate) async fn on_a_disk_of(bytes: usize) -> Self {
         Self::on_a_disk(&format!("size={bytes}")).await
     }
 
     /// Starts a server whose store is on a tmpfs with these mount options, in its own mount namespace; see
     /// [`Server::inside`].
-    pub async fn on_a_disk(options: &str) -> Self {
+    pub(crate) async fn on_a_disk(options: &str) -> Self {
         Self::on_a_disk_with(options, &[]).await
     }
 
     /// Like [`Server::on_a_disk`], with environment overrides.
-    pub async fn on_a_disk_with(options: &str, overrides: &[(&str, &str)]) -> Self {
+    pub(crate) async fn on_a_disk_with(options: &str, overrides: &[(&str, &str)]) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
         let mount = format!("mount -t tmpfs -o {options} none {}", store.path().display());
         Self::with_own_mounts(&mount, overrides, store)
     }
 
     /// Starts a server in its own mount namespace, from a shell that has run this script. There, `$STORE` is the store.
-    pub fn in_own_mounts(script: &str) -> Self {
+    pub(crate) fn in_own_mounts(script: &str) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
         Self::with_own_mounts(&format!("STORE={}; {script}", store.path().display()), &[], store)
     }
@@ -71,19 +71,19 @@ impl Server {
     }
 
     /// Starts a server from a shell that has run this script.
-    pub async fn after(script: &str) -> Self {
+    pub(crate) async fn after(script: &str) -> Self {
         let store = Arc::new(tempfile::tempdir().unwrap());
         Self::spawn(in_shell(Command::new("sh"), script, store.path()), store)
     }
 
     /// The path of a file in the store as the server sees it, including its mounts.
-    pub fn inside(&self, name: &str) -> PathBuf {
+    pub(crate) fn inside(&self, name: &str) -> PathBuf {
         let store = self.store.path().join(name);
         PathBuf::from(format!("/proc/{}/root{}", self.pid(), store.display()))
     }
 
     /// Starts a server with this command, which comes from [`command`].
-    pub fn spawn(mut command: Command, store: Arc<TempDir>) -> Self {
+    pub(crate) fn spawn(mut command: Command, store: Arc<TempDir>) -> Self {
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let (started, listening) = std::sync::mpsc::channel();
@@ -109,70 +109,70 @@ impl Server {
         Self { child, address, store, log }
     }
 
-    pub fn endpoint(&self) -> String {
+    pub(crate) fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    pub fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.address
     }
 
     /// Opens a new connection.
-    pub async fn client(&self) -> Client {
+    pub(crate) async fn client(&self) -> Client {
         Client::connect(self.endpoint()).await
     }
 
     /// The directory of blobs and results.
-    pub fn store(&self) -> &Path {
+    pub(crate) fn store(&self) -> &Path {
         self.store.path()
     }
 
     /// The store, for another server after this one has ended.
-    pub fn shared_store(&self) -> Arc<TempDir> {
+    pub(crate) fn shared_store(&self) -> Arc<TempDir> {
         self.store.clone()
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// The records that have been read so far. A record of what a client has just seen may come later: see
     /// [`Server::logged`].
-    pub fn log(&self) -> Vec<Value> {
+    pub(crate) fn log(&self) -> Vec<Value> {
         self.log.lock().unwrap().clone()
     }
 
     /// The first record of an event, which the server may be about to write.
-    pub async fn logged(&self, event: &str) -> Value {
+    pub(crate) async fn logged(&self, event: &str) -> Value {
         let find = || self.log().into_iter().find(|record| record["event"] == event);
         super::eventually(&format!("{event} is logged"), || find().is_some()).await;
         find().unwrap()
     }
 
     /// The address on which the HTTP cache listens. The server reports it before it has started.
-    pub fn http_address(&self) -> SocketAddr {
+    pub(crate) fn http_address(&self) -> SocketAddr {
         let started = self.log().into_iter().find(|record| record["event"] == "http_started").unwrap();
         started["listen_addr"].as_str().unwrap().parse().unwrap()
     }
 
     /// The event of the start.
-    pub fn started(&self) -> Value {
+    pub(crate) fn started(&self) -> Value {
         self.log().into_iter().find(|event| event["event"] == "server_started").unwrap()
     }
 
     /// Sends a signal by name.
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let status = Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status();
         assert!(status.unwrap().success());
     }
 
     /// Waits for the end of the process.
-    pub async fn exit(&mut self) -> ExitStatus {
+    pub(crate) async fn exit(&mut self) -> ExitStatus {
         exit_of(&mut self.child, "the server ends").await
     }
 
     /// Kills the server with SIGKILL and returns its store.
-    pub async fn kill(mut self) -> Arc<TempDir> {
+    pub(crate) async fn kill(mut self) -> Arc<TempDir> {
         self.signal("KILL");
         assert_eq!(self.exit().await.signal(), Some(9));
         self.store.clone()
@@ -201,14 +201,14 @@ fn shared() -> PathBuf {
 }
 
 /// A directory that actions see at the same path and can change.
-pub fn shared_dir() -> TempDir {
+pub(crate) fn shared_dir() -> TempDir {
     let directory = tempfile::tempdir_in(shared()).unwrap();
     std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
     directory
 }
 
 /// `gorego serve` on this store and a free port, in a clean environment.
-pub fn command(store: &Path) -> Command {
+pub(crate) fn command(store: &Path) -> Command {
     let writable = format!("[\"{}\"]", shared().display());
     let mut command = Command::new(env!("CARGO_BIN_EXE_gorego"));
     command
@@ -253,7 +253,7 @@ fn in_shell(mut shell: Command, script: &str, store: &Path) -> Command {
 }
 
 /// Every regular file below a directory.
-pub fn files_below(directory: &Path) -> Vec<PathBuf> {
+pub(crate) fn files_below(directory: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut open = vec![directory.to_owned()];
     while let Some(directory) = open.pop() {

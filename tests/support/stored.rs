@@ -11,13 +11,13 @@ use std::{
 
 /// The number of a kind of record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     Blob = 1,
     Zstd = 3,
 }
 
 /// The segment of a record, and the offset of its content, which is not empty.
-pub fn record_of(server: &Server, digest: Digest, kind: Kind) -> Option<(PathBuf, u64)> {
+pub(crate) fn record_of(server: &Server, digest: Digest, kind: Kind) -> Option<(PathBuf, u64)> {
     let segments = files_below(&server.store().join("segments"));
     segments.into_iter().find_map(|path| {
         let bytes = fs::read(&path).ok()?;
@@ -33,7 +33,7 @@ pub fn record_of(server: &Server, digest: Digest, kind: Kind) -> Option<(PathBuf
 }
 
 /// Flips a bit of a stored blob, wherever it lies.
-pub fn damage(server: &Server, digest: Digest) {
+pub(crate) fn damage(server: &Server, digest: Digest) {
     let hash = digest.hash_hex();
     let named = |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&hash));
     let file = files_below(server.store()).into_iter().find(named).map(|path| (path, 0));

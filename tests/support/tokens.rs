@@ -18,9 +18,9 @@ use serde_json::{Value, json};
 const RSA_KEY: &[u8] = include_bytes!("rsa_key.pk8");
 
 /// A private key of an issuer.
-pub struct SigningKey {
+pub(crate) struct SigningKey {
     /// Its `kid`.
-    pub id: String,
+    pub(crate) id: String,
     pair: Pair,
 }
 
@@ -32,34 +32,34 @@ enum Pair {
 }
 
 /// base64url without padding.
-pub fn encode(bytes: impl AsRef<[u8]>) -> String {
+pub(crate) fn encode(bytes: impl AsRef<[u8]>) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
 impl SigningKey {
     /// The RSA key; it is always the same one.
-    pub fn rsa(id: &str) -> Self {
+    pub(crate) fn rsa(id: &str) -> Self {
         Self { id: id.into(), pair: Pair::Rsa(RsaKeyPair::from_pkcs8(RSA_KEY).unwrap()) }
     }
 
     /// A new key on P-256.
-    pub fn p256(id: &str) -> Self {
+    pub(crate) fn p256(id: &str) -> Self {
         Self { id: id.into(), pair: Pair::P256(ecdsa(&ECDSA_P256_SHA256_FIXED_SIGNING)) }
     }
 
     /// A new key on P-384.
-    pub fn p384(id: &str) -> Self {
+    pub(crate) fn p384(id: &str) -> Self {
         Self { id: id.into(), pair: Pair::P384(ecdsa(&ECDSA_P384_SHA384_FIXED_SIGNING)) }
     }
 
     /// A new Ed25519 key.
-    pub fn ed25519(id: &str) -> Self {
+    pub(crate) fn ed25519(id: &str) -> Self {
         let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
         Self { id: id.into(), pair: Pair::Ed25519(Ed25519KeyPair::from_pkcs8(document.as_ref()).unwrap()) }
     }
 
     /// The public key, as a key set has it.
-    pub fn jwk(&self) -> Value {
+    pub(crate) fn jwk(&self) -> Value {
         let coordinates = |curve: &str, point: &[u8]| {
             let (x, y) = point[1..].split_at(point.len() / 2);
             json!({"kty": "EC", "crv": curve, "x": encode(x), "y": encode(y)})
@@ -81,24 +81,24 @@ impl SigningKey {
     }
 
     /// A token with this algorithm, the id of the key and these claims.
-    pub fn token(&self, algorithm: &str, claims: &Value) -> String {
+    pub(crate) fn token(&self, algorithm: &str, claims: &Value) -> String {
         self.token_with(&json!({"typ": "JWT", "alg": algorithm, "kid": self.id}), claims)
     }
 
     /// A token with any header, signed by the algorithm that it names.
-    pub fn token_with(&self, header: &Value, claims: &Value) -> String {
+    pub(crate) fn token_with(&self, header: &Value, claims: &Value) -> String {
         self.sign_texts(header["alg"].as_str().unwrap(), &header.to_string(), &claims.to_string())
     }
 
     /// A token with these two texts as its header and payload.
-    pub fn sign_texts(&self, algorithm: &str, header: &str, payload: &str) -> String {
+    pub(crate) fn sign_texts(&self, algorithm: &str, header: &str, payload: &str) -> String {
         let message = format!("{}.{}", encode(header), encode(payload));
         let signature = self.sign(algorithm, message.as_bytes());
         format!("{message}.{}", encode(signature))
     }
 
     /// Signs bytes.
-    pub fn sign(&self, algorithm: &str, message: &[u8]) -> Vec<u8> {
+    pub(crate) fn sign(&self, algorithm: &str, message: &[u8]) -> Vec<u8> {
         let random = SystemRandom::new();
         match &self.pair {
             Pair::Rsa(pair) => {
@@ -128,12 +128,12 @@ fn ecdsa(algorithm: &'static EcdsaSigningAlgorithm) -> EcdsaKeyPair {
 }
 
 /// A key set with these public keys.
-pub fn key_set(keys: &[&SigningKey]) -> String {
+pub(crate) fn key_set(keys: &[&SigningKey]) -> String {
     json!({"keys": keys.iter().map(|key| key.jwk()).collect::<Vec<_>>()}).to_string()
 }
 
 /// A token that is authenticated with a shared secret, as an attacker makes one who knows a public key.
-pub fn symmetric_token(header: &Value, claims: &Value, secret: &[u8]) -> String {
+pub(crate) fn symmetric_token(header: &Value, claims: &Value, secret: &[u8]) -> String {
     let message = format!("{}.{}", encode(header.to_string()), encode(claims.to_string()));
     let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, secret);
     format!("{message}.{}", encode(ring::hmac::sign(&key, message.as_bytes())))

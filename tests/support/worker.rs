@@ -4,9 +4,9 @@ mod input;
 mod job;
 mod store;
 
-pub use super::eventually;
+pub(crate) use super::eventually;
 
-pub use self::{
+pub(crate) use self::{
     input::{Node, file, link, program, tool},
     job::{Job, argv, sh},
     store::{Handle, MemoryStore},
@@ -44,7 +44,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-pub const SHA256: DigestFunction = DigestFunction::Sha256;
+pub(crate) const SHA256: DigestFunction = DigestFunction::Sha256;
 
 /// An actor that records stages.
 struct Listener(Arc<Mutex<Vec<RunStage>>>);
@@ -62,12 +62,12 @@ impl Handler<StageReached> for Listener {
 }
 
 /// A worker with an in-memory store.
-pub struct Bench {
-    pub store: Arc<MemoryStore>,
-    pub build_root: PathBuf,
+pub(crate) struct Bench {
+    pub(crate) store: Arc<MemoryStore>,
+    pub(crate) build_root: PathBuf,
     /// Commands run in a sandbox.
-    pub is_sandboxed: bool,
-    pub stages: Arc<Mutex<Vec<RunStage>>>,
+    pub(crate) is_sandboxed: bool,
+    pub(crate) stages: Arc<Mutex<Vec<RunStage>>>,
     worker: Addr<WorkerActor>,
     stager: Addr<StagingActor>,
     listener: Addr<Listener>,
@@ -75,7 +75,7 @@ pub struct Bench {
 }
 
 /// Log streams with limits that no test reaches.
-pub fn log_streams() -> LogStreams {
+pub(crate) fn log_streams() -> LogStreams {
     let kept = Duration::from_secs(600);
     let limits = StreamLimits { streams: 1_000, bytes: 1 << 30, stream_bytes: 1 << 30, idle: None, kept };
     let spool_directory = std::env::temp_dir();
@@ -83,19 +83,19 @@ pub fn log_streams() -> LogStreams {
 }
 
 /// Runs a test with one worker, whose commands may write files of up to 1 GiB.
-pub fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
+pub(crate) fn with_worker<T>(body: impl AsyncFnOnce(&Bench) -> T) -> T {
     with_worker_of(1 << 30, body)
 }
 
 /// Runs a test with one worker, whose commands may write files of up to this size.
-pub fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Bench) -> T) -> T {
+pub(crate) fn with_worker_of<T>(max_output_file_bytes: u64, body: impl AsyncFnOnce(&Bench) -> T) -> T {
     // Most tests look at their commands from outside. tests/sandbox is about the sandbox.
     with_bench(max_output_file_bytes, StagingLimits::default(), None, |_, _| None, body)
 }
 
 /// Runs a test with a sandboxed worker that stages all inputs, if this machine supports that. Its commands may write
 /// files of up to this size.
-pub fn with_staging(max_output_file_bytes: u64, body: impl AsyncFn(&Bench)) {
+pub(crate) fn with_staging(max_output_file_bytes: u64, body: impl AsyncFn(&Bench)) {
     let limits = StagingLimits { min_nodes: 0, ..StagingLimits::default() };
     with_bench(max_output_file_bytes, limits, None, sandbox_with_layers, async |bench| {
         if bench.is_sandboxed {
@@ -114,7 +114,7 @@ fn sandbox_with_layers(runner: &[OsString], build_root: &BuildRoot) -> Option<Po
 
 /// Runs a test three times: with a worker that copies all inputs, with one that does so in a sandbox, and with one that
 /// stages all inputs. The last two need a machine that supports them.
-pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
+pub(crate) fn with_each_staging(body: impl AsyncFn(&Bench)) {
     with_worker(&body);
     for min_nodes in [u64::MAX, 0] {
         let limits = StagingLimits { min_nodes, ..StagingLimits::default() };
@@ -124,7 +124,7 @@ pub fn with_each_staging(body: impl AsyncFn(&Bench)) {
 
 /// Runs a test with one worker that keeps tools, first without a sandbox and then in one, if this machine supports
 /// that.
-pub fn with_tools(limits: ToolLimits, body: impl AsyncFn(&Bench)) {
+pub(crate) fn with_tools(limits: ToolLimits, body: impl AsyncFn(&Bench)) {
     let sandbox = |runner: &[OsString], build_root: &BuildRoot| Some(PoolSandbox::usual(runner, build_root));
     with_bench(1 << 30, StagingLimits::default(), Some(limits), |_, _| None, &body);
     with_bench(1 << 30, StagingLimits::default(), Some(limits), sandbox, &body);
@@ -181,7 +181,7 @@ fn with_bench<T>(
 }
 
 impl Bench {
-    pub fn action(&self, job: &Job) -> Action {
+    pub(crate) fn action(&self, job: &Job) -> Action {
         let root = job.root.unwrap_or(Digest::empty(SHA256));
         let wire = reapi::Action {
             command_digest: Some(self.store.put(job.command.encode_to_vec()).to_wire()),
@@ -204,7 +204,7 @@ impl Bench {
         Action::from_wire(instance, digest, &wire, &job.command, policy).unwrap()
     }
 
-    pub async fn report(&self, job: &Job) -> RunReport {
+    pub(crate) async fn report(&self, job: &Job) -> RunReport {
         self.worker
             .send(RunAction {
                 order: RunOrder {
@@ -227,34 +227,34 @@ impl Bench {
     }
 
     /// Has the inputs of a waiting action staged.
-    pub async fn stage_ahead(&self, job: &Job) {
+    pub(crate) async fn stage_ahead(&self, job: &Job) {
         let (action, cancel) = (Arc::new(self.action(job)), job.cancel.clone());
         let owner = Owner { peer: Peer::default(), build: Build::of("invocation") };
         self.stager.send(StageAhead { task: TaskId(7), action, owner, cancel }).await.expect("it lives");
     }
 
     /// The number of staged trees.
-    pub fn trees(&self) -> usize {
+    pub(crate) fn trees(&self) -> usize {
         let entries = std::fs::read_dir(&self.build_root).unwrap().flatten();
         entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"t-")).count()
     }
 
     /// The result of an action that must run to its end.
-    pub async fn result(&self, job: &Job) -> reapi::ActionResult {
+    pub(crate) async fn result(&self, job: &Job) -> reapi::ActionResult {
         self.report(job).await.unwrap_or_else(|failure| panic!("{}", failure.error)).result.into_inner()
     }
 
-    pub async fn failure(&self, job: &Job) -> RunFailure {
+    pub(crate) async fn failure(&self, job: &Job) -> RunFailure {
         self.report(job).await.expect_err("the run fails")
     }
 
-    pub fn text(&self, digest: &Option<reapi::Digest>) -> String {
+    pub(crate) fn text(&self, digest: &Option<reapi::Digest>) -> String {
         digest.as_ref().map_or(String::new(), |d| String::from_utf8(self.store.get(d)).unwrap())
     }
 }
 
 /// Whether a process exists and is not a zombie.
-pub fn is_alive(pid: &str) -> bool {
+pub(crate) fn is_alive(pid: &str) -> bool {
     std::fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat"))
         .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('Z'))
 }

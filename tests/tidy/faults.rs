@@ -3,15 +3,15 @@
 use crate::tree::Source;
 
 /// The list of the faults.
-pub const LIST: &str = "docs/faults.md";
+pub(crate) const LIST: &str = "docs/faults.md";
 /// How many faults the list has at least, so that a table that cannot be read does not pass.
-pub const LEAST: usize = 30;
+pub(crate) const LEAST: usize = 30;
 
 /// Runs tests that are otherwise ignored, for a shorter time.
 const SUITE: &str = "tests/run";
 
 /// What is wrong with the rows of the tables: a fault without a test, or a test that is not there or does not run.
-pub fn untested(files: &[Source], list: &Source) -> Vec<String> {
+pub(crate) fn untested(files: &[Source], list: &Source) -> Vec<String> {
     let mut problems = Vec::new();
     let suite = files.iter().find(|file| file.path == SUITE).map_or("", |file| &file.text);
     for row in rows(&list.text) {
@@ -33,7 +33,7 @@ pub fn untested(files: &[Source], list: &Source) -> Vec<String> {
 }
 
 /// The rows of the tables, without their heads.
-pub fn rows(list: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn rows(list: &str) -> impl Iterator<Item = &str> {
     let is_row = |line: &&str| line.starts_with("| ") && !line.starts_with("| Fault ");
     list.lines().filter(is_row)
 }

@@ -12,10 +12,10 @@ const TEST_LINES: usize = 1_000;
 const COMMENT_COLUMNS: usize = 120;
 
 /// Files that may be longer, each with the reason. Empty today.
-pub const LONGER: &[(&str, &str)] = &[];
+pub(crate) const LONGER: &[(&str, &str)] = &[];
 
 /// Rust files that do not start with `//!`.
-pub fn silent(files: &[Source]) -> Vec<String> {
+pub(crate) fn silent(files: &[Source]) -> Vec<String> {
     let silent = files.iter().filter(|file| file.is_rust() && !file.text.starts_with("//!"));
     silent
         .map(|file| format!("{} does not begin with `//!`: say what it is and what it owns", file.path))
@@ -23,7 +23,7 @@ pub fn silent(files: &[Source]) -> Vec<String> {
 }
 
 /// Rust files that are too long, and exceptions that are not needed.
-pub fn long(files: &[Source], exceptions: &[(&str, &str)]) -> Vec<String> {
+pub(crate) fn long(files: &[Source], exceptions: &[(&str, &str)]) -> Vec<String> {
     let too_long = |file: &Source| {
         let limit = if file.is_test() { TEST_LINES } else { LINES };
         file.is_rust() && file.text.lines().count() > limit
@@ -38,7 +38,7 @@ pub fn long(files: &[Source], exceptions: &[(&str, &str)]) -> Vec<String> {
 }
 
 /// Lines of comments that are too wide. Tables in code blocks may be wider.
-pub fn wide(files: &[Source]) -> Vec<String> {
+pub(crate) fn wide(files: &[Source]) -> Vec<String> {
     let mut wide = Vec::new();
     for file in files.iter().filter(|file| file.is_rust()) {
         let mut is_block = false;
@@ -57,7 +57,7 @@ pub fn wide(files: &[Source]) -> Vec<String> {
 }
 
 /// Links in documents whose targets do not exist in the repository.
-pub fn dead_links(files: &[Source]) -> Vec<String> {
+pub(crate) fn dead_links(files: &[Source]) -> Vec<String> {
     let documents = files.iter().filter(|file| file.path.ends_with(".md"));
     documents
         .flat_map(|document| {
@@ -70,7 +70,7 @@ pub fn dead_links(files: &[Source]) -> Vec<String> {
 }
 
 /// Paths in backquotes in documents, such as `src/grpc.rs`, that do not exist in the repository.
-pub fn dead_paths(files: &[Source]) -> Vec<String> {
+pub(crate) fn dead_paths(files: &[Source]) -> Vec<String> {
     let tops: BTreeSet<_> = files.iter().filter_map(|file| Some(file.path.split_once('/')?.0)).collect();
     let is_path = |text: &str| {
         let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "_-./".contains(c));
@@ -92,11 +92,11 @@ pub fn dead_paths(files: &[Source]) -> Vec<String> {
 }
 
 /// The document that quotes messages of the program in its headings.
-pub const MESSAGES: &str = "docs/troubleshooting.md";
+pub(crate) const MESSAGES: &str = "docs/troubleshooting.md";
 
 /// Messages in the headings of a document that no file of the product contains. `...` in a heading stands for what
 /// differs.
-pub fn dead_messages(files: &[Source], document: &str) -> Vec<String> {
+pub(crate) fn dead_messages(files: &[Source], document: &str) -> Vec<String> {
     let product = files.iter().filter(|file| file.is_rust() && !file.is_test());
     let texts: Vec<_> = product.map(|file| joined_lines(&file.text)).collect();
     let headings = document.lines().filter_map(|line| line.strip_prefix("### `"));

@@ -4,7 +4,7 @@ use crate::tree::Source;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The list of the rules.
-pub const LIST: &str = "docs/rules.md";
+pub(crate) const LIST: &str = "docs/rules.md";
 /// Possible places of the conformance suite's table of rules.
 const TABLES: &[&str] = &["src/verify/rules.rs", "crates/verify/src/rules.rs"];
 /// The directory with the checks of the conformance suite.
@@ -16,10 +16,10 @@ const LEVELS: &[&str] = &["must", "should", "may"];
 
 /// Rules that no test and no check can cover, each with the reason. Empty today. The rules that cannot be checked from
 /// outside (`BEYOND` in the conformance suite) have separate tests.
-pub const UNTESTABLE: &[(&str, &str)] = &[];
+pub(crate) const UNTESTABLE: &[(&str, &str)] = &[];
 
 /// Every id in a text, such as `CAS-12`.
-pub fn cited(text: &str) -> BTreeSet<&str> {
+pub(crate) fn cited(text: &str) -> BTreeSet<&str> {
     let mut found = BTreeSet::new();
     for (at, _) in text.match_indices('-') {
         let begin = text[..at]
@@ -39,7 +39,7 @@ pub fn cited(text: &str) -> BTreeSet<&str> {
 ///
 /// # Errors
 /// The fault in a line.
-pub fn listed(list: &str) -> Result<BTreeMap<&str, &str>, String> {
+pub(crate) fn listed(list: &str) -> Result<BTreeMap<&str, &str>, String> {
     let mut rules = BTreeMap::new();
     for line in list.lines().filter(|line| line.starts_with("- **")) {
         let rule = line.strip_prefix("- **").and_then(|rest| rest.split_once("** ("));
@@ -58,7 +58,7 @@ pub fn listed(list: &str) -> Result<BTreeMap<&str, &str>, String> {
 }
 
 /// The rules of the conformance suite's table with their levels: `must("CAS-12", "title", "clients"),`.
-pub fn tabled(table: &str) -> BTreeMap<&str, &str> {
+pub(crate) fn tabled(table: &str) -> BTreeMap<&str, &str> {
     let mut rules = BTreeMap::new();
     for level in LEVELS {
         for (at, call) in table.match_indices(&format!("{level}(")) {
@@ -72,7 +72,7 @@ pub fn tabled(table: &str) -> BTreeMap<&str, &str> {
 }
 
 /// Differences between the list and the table, in ids and levels.
-pub fn differences(list: &BTreeMap<&str, &str>, table: &BTreeMap<&str, &str>) -> Vec<String> {
+pub(crate) fn differences(list: &BTreeMap<&str, &str>, table: &BTreeMap<&str, &str>) -> Vec<String> {
     let ids: BTreeSet<_> = list.keys().chain(table.keys()).collect();
     let different = ids.into_iter().filter(|id| list.get(*id) != table.get(*id));
     different
@@ -88,7 +88,7 @@ pub fn differences(list: &BTreeMap<&str, &str>, table: &BTreeMap<&str, &str>) ->
 }
 
 /// Ids that are cited but not listed.
-pub fn unknown(files: &[Source], list: &BTreeMap<&str, &str>) -> Vec<String> {
+pub(crate) fn unknown(files: &[Source], list: &BTreeMap<&str, &str>) -> Vec<String> {
     let cite = |file: &Source| {
         let unknown = cited(&file.text).into_iter().filter(|id| !list.contains_key(id));
         unknown.map(|id| format!("{} cites {id}, which is not in {LIST}", file.path)).collect::<Vec<_>>()
@@ -97,7 +97,11 @@ pub fn unknown(files: &[Source], list: &BTreeMap<&str, &str>) -> Vec<String> {
 }
 
 /// Rules that neither a test nor a check cites, and exceptions that are not needed.
-pub fn untested(files: &[Source], list: &BTreeMap<&str, &str>, exceptions: &[(&str, &str)]) -> Vec<String> {
+pub(crate) fn untested(
+    files: &[Source],
+    list: &BTreeMap<&str, &str>,
+    exceptions: &[(&str, &str)],
+) -> Vec<String> {
     let mut tested = BTreeSet::new();
     for file in files.iter().filter(|file| file.is_rust() && !file.lies_in(&["tests/tidy"])) {
         tested.extend(cited(if file.lies_in(CHECKS) { registered(&file.text) } else { file.tests() }));
@@ -117,7 +121,7 @@ fn registered(text: &str) -> &str {
 }
 
 /// The table of the conformance suite.
-pub fn table(files: &[Source]) -> Option<&Source> {
+pub(crate) fn table(files: &[Source]) -> Option<&Source> {
     files.iter().find(|file| TABLES.contains(&file.path.as_str()))
 }
 

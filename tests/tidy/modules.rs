@@ -5,11 +5,11 @@ use crate::tree::Source;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The document with the map.
-pub const MAP: &str = "ARCHITECTURE.md";
+pub(crate) const MAP: &str = "ARCHITECTURE.md";
 
 /// Imports that close a cycle today, each with what would remove it. The list may only get shorter: an entry that
 /// closes no cycle any more must be removed.
-pub const CYCLES: &[(&str, &str, &str)] = &[
+pub(crate) const CYCLES: &[(&str, &str, &str)] = &[
     (
         "error",
         "digest",
@@ -21,7 +21,7 @@ pub const CYCLES: &[(&str, &str, &str)] = &[
 /// The store is large enough to have rules of its own for its modules: those that are listed here, and the base, which
 /// is all of its other files. `src/actors/cas.rs` puts them together, as `src/lib.rs` does with the modules of the
 /// server, and belongs to none of them.
-pub const STORE: &str = "src/actors/cas";
+pub(crate) const STORE: &str = "src/actors/cas";
 
 /// The modules of the store.
 const STORE_MODULES: &[&str] =
@@ -31,7 +31,7 @@ const STORE_MODULES: &[&str] =
 const BASE: &str = "base";
 
 /// Which modules of the store a module may import, the base included. Nothing leads back, so there are no cycles.
-pub const STORE_ARROWS: &[(&str, &[&str])] = &[
+pub(crate) const STORE_ARROWS: &[(&str, &[&str])] = &[
     ("index", &[]),
     ("volume", &["index"]),
     (BASE, &["index", "volume"]),
@@ -48,16 +48,16 @@ const STORE_START: &str = "src/actors/cas/recovery.rs";
 
 /// The modules that the configuration may import: checked values without state, and the settings of access and logging.
 /// Every other module declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
-pub const CONFIG_MAY: &[&str] = &[
+pub(crate) const CONFIG_MAY: &[&str] = &[
     "access", "action", "host", "instance", "limits", "logging", "node", "platform", "quotas", "sandbox",
     "size",
 ];
 
 /// The imports between the modules of one crate, each with a file that contains it.
-pub type Imports = BTreeMap<String, BTreeMap<String, String>>;
+pub(crate) type Imports = BTreeMap<String, BTreeMap<String, String>>;
 
 /// The crate and the module of a file: `src/actors/cas/index.rs` is `actors::cas` of `src`.
-pub fn module(path: &str) -> Option<(&str, String)> {
+pub(crate) fn module(path: &str) -> Option<(&str, String)> {
     let end = path.find("src/")? + "src".len();
     let (home, inner) = (&path[..end], path[end + 1..].strip_suffix(".rs")?);
     let known_home = home == "src" || (home.starts_with("crates/") && home.matches('/').count() == 2);
@@ -71,7 +71,7 @@ pub fn module(path: &str) -> Option<(&str, String)> {
 }
 
 /// The imports between the modules of each crate.
-pub fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
+pub(crate) fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
     let homes: BTreeSet<_> = files.iter().filter_map(|file| module(&file.path)).collect();
     let mut crates: BTreeMap<&str, Imports> = BTreeMap::new();
     for file in files {
@@ -87,7 +87,7 @@ pub fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
 }
 
 /// Modules that the configuration imports and may not.
-pub fn config_strays(imports: &Imports) -> Vec<String> {
+pub(crate) fn config_strays(imports: &Imports) -> Vec<String> {
     let targets = imports.get("config").into_iter().flatten();
     let strays = targets.filter(|(target, _)| !CONFIG_MAY.contains(&target.as_str()));
     strays
@@ -100,7 +100,7 @@ pub fn config_strays(imports: &Imports) -> Vec<String> {
 }
 
 /// Imports between the modules of the store that are not among the arrows.
-pub fn store_strays(files: &[Source], arrows: &[(&str, &[&str])]) -> Vec<String> {
+pub(crate) fn store_strays(files: &[Source], arrows: &[(&str, &[&str])]) -> Vec<String> {
     let mut strays = Vec::new();
     for file in files.iter().filter(|file| file.path != STORE_START) {
         let Some(own) = store_module(&file.path) else { continue };
@@ -144,7 +144,7 @@ fn store_imports(file: &Source) -> BTreeSet<&'static str> {
 
 /// Files of the store outside the volume that name the file system. A handle that a worker hands over (`fs::File`) is
 /// no file of the store, and the settings name the directory that the volume gets.
-pub fn store_disk(files: &[Source]) -> Vec<String> {
+pub(crate) fn store_disk(files: &[Source]) -> Vec<String> {
     const DISK: &[&str] =
         &["fs", "Path", "PathBuf", "OpenOptions", "FileExt", "MetadataExt", "Metadata", "regular_file"];
     let theirs = ["src/actors/cas/volume", "src/actors/cas/settings"];
@@ -218,7 +218,7 @@ fn expand<'a>(rest: &'a str, prefix: &str, found: &mut Vec<String>) -> &'a str {
 }
 
 /// Cycles among the imports of one crate, except for the listed ones.
-pub fn cycles(imports: &Imports, listed: &[(&str, &str, &str)]) -> Vec<String> {
+pub(crate) fn cycles(imports: &Imports, listed: &[(&str, &str, &str)]) -> Vec<String> {
     let is_listed = |from: &str, to: &str| listed.iter().any(|(a, b, _)| (*a, *b) == (from, to));
     let mut found = Vec::new();
     for (from, targets) in imports {
@@ -232,7 +232,7 @@ pub fn cycles(imports: &Imports, listed: &[(&str, &str, &str)]) -> Vec<String> {
 }
 
 /// Listed imports that close no cycle in any crate.
-pub fn stale<'a>(
+pub(crate) fn stale<'a>(
     crates: impl Iterator<Item = &'a Imports> + Clone,
     listed: &[(&str, &str, &str)],
 ) -> Vec<String> {
@@ -263,7 +263,7 @@ fn reaches(imports: &Imports, from: &str, to: &str, without: &dyn Fn(&str, &str)
 }
 
 /// Modules, crates and directories of tests that are missing on the map, and paths on the map that do not exist.
-pub fn map(files: &[Source], document: &str) -> Vec<String> {
+pub(crate) fn map(files: &[Source], document: &str) -> Vec<String> {
     let block = document.split("## Map").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap_or_default();
     let named = on_the_map(block, files);
     let missing = places(files).into_iter().filter(|place| !named.contains(place.as_str()));

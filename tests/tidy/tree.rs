@@ -7,25 +7,25 @@ const SKIPPED: &[&str] = &[".git", "target", "artifacts", "corpus", "node_module
 
 /// One text file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
+pub(crate) struct Source {
     /// Path relative to the root of the repository, with slashes.
-    pub path: String,
-    pub text: String,
+    pub(crate) path: String,
+    pub(crate) text: String,
 }
 
 impl Source {
     /// Creates a file with this content.
-    pub fn new(path: &str, text: &str) -> Self {
+    pub(crate) fn new(path: &str, text: &str) -> Self {
         Self { path: path.into(), text: text.into() }
     }
 
     /// Whether it is Rust code.
-    pub fn is_rust(&self) -> bool {
+    pub(crate) fn is_rust(&self) -> bool {
         self.path.ends_with(".rs")
     }
 
     /// Whether it is in one of these places: `src/grpc` is `src/grpc.rs` and everything below `src/grpc/`.
-    pub fn lies_in(&self, places: &[&str]) -> bool {
+    pub(crate) fn lies_in(&self, places: &[&str]) -> bool {
         places.iter().any(|place| {
             self.path
                 .strip_prefix(place)
@@ -34,7 +34,7 @@ impl Source {
     }
 
     /// Whether it contains only test code.
-    pub fn is_test(&self) -> bool {
+    pub(crate) fn is_test(&self) -> bool {
         let in_tests = self.path.starts_with("tests/") || self.path.contains("/tests/");
         let name = self.path.rsplit('/').next().unwrap_or_default();
         in_tests
@@ -44,12 +44,12 @@ impl Source {
     }
 
     /// The part that is compiled into the product, with comments.
-    pub fn product(&self) -> &str {
+    pub(crate) fn product(&self) -> &str {
         if self.is_test() { "" } else { self.text.split("#[cfg(test)]").next().unwrap_or_default() }
     }
 
     /// The part that is compiled only for tests, with comments.
-    pub fn tests(&self) -> &str {
+    pub(crate) fn tests(&self) -> &str {
         if self.is_test() {
             &self.text
         } else {
@@ -58,13 +58,13 @@ impl Source {
     }
 
     /// [`Self::product`], without comments and the contents of strings.
-    pub fn code(&self) -> String {
+    pub(crate) fn code(&self) -> String {
         code(self.product())
     }
 }
 
 /// All text files of the source below `root`, ordered by path.
-pub fn read(root: &Path) -> Vec<Source> {
+pub(crate) fn read(root: &Path) -> Vec<Source> {
     let mut found = Vec::new();
     collect(root, "", &mut found);
     found.sort_by(|a, b| a.path.cmp(&b.path));
@@ -92,7 +92,7 @@ fn collect(root: &Path, below: &str, found: &mut Vec<Source>) {
 }
 
 /// Rust code without comments and with empty string and character literals.
-pub fn code(text: &str) -> String {
+pub(crate) fn code(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
     let (mut out, mut at) = (String::with_capacity(text.len()), 0);
     while let Some(&c) = chars.get(at) {
@@ -172,7 +172,7 @@ fn end_of_raw_string(chars: &[char], from: usize) -> Option<usize> {
 }
 
 /// Whether a word occurs in code as a whole word.
-pub fn names(code: &str, word: &str) -> bool {
+pub(crate) fn names(code: &str, word: &str) -> bool {
     let part_of_word = |c: char| c.is_alphanumeric() || c == '_';
     code.match_indices(word).any(|(at, _)| {
         !code[..at].ends_with(part_of_word) && !code[at + word.len()..].starts_with(part_of_word)

@@ -4,10 +4,10 @@ use crate::tree::Source;
 use std::collections::BTreeMap;
 
 /// Names that several types of the server have. New ones need a reason: each type should say in its name what it is.
-pub const SHARED: &[&str] = &["Command", "End", "Fields", "Inner", "Place", "Runner"];
+pub(crate) const SHARED: &[&str] = &["Command", "End", "Fields", "Inner", "Place", "Runner"];
 
 /// Names that stand for several types of the server's product code.
-pub fn homonyms(files: &[Source], shared: &[&str]) -> Vec<String> {
+pub(crate) fn homonyms(files: &[Source], shared: &[&str]) -> Vec<String> {
     let paths = paths_by_name(files);
     let is_shared = |name: &str| shared.contains(&name);
     let several = paths.iter().filter(|(name, paths)| paths.len() > 1 && !is_shared(name));
@@ -17,7 +17,7 @@ pub fn homonyms(files: &[Source], shared: &[&str]) -> Vec<String> {
 }
 
 /// Listed names that do not stand for several types any more.
-pub fn stale(files: &[Source], shared: &[&str]) -> Vec<String> {
+pub(crate) fn stale(files: &[Source], shared: &[&str]) -> Vec<String> {
     let paths = paths_by_name(files);
     let is_stale = |name: &&&str| paths.get(**name).is_none_or(|paths| paths.len() < 2);
     shared

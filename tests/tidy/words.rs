@@ -3,17 +3,17 @@
 use crate::tree::{Source, names};
 
 /// A word that only some places may contain.
-pub struct Word {
+pub(crate) struct Word {
     /// The word, or path.
-    pub word: &'static str,
+    pub(crate) word: &'static str,
     /// The places that may contain it.
-    pub only: &'static [&'static str],
+    pub(crate) only: &'static [&'static str],
     /// The reason, for the error message.
-    pub why: &'static str,
+    pub(crate) why: &'static str,
 }
 
 /// The restricted words.
-pub const WORDS: &[Word] = &[
+pub(crate) const WORDS: &[Word] = &[
     Word {
         word: "tonic",
         only: &[
@@ -66,7 +66,7 @@ pub const WORDS: &[Word] = &[
 
 /// Files without a clock, disk, network, actor or thread: their results depend only on their arguments.
 /// `ARCHITECTURE.md` calls them pure.
-pub const PURE: &[&str] = &[
+pub(crate) const PURE: &[&str] = &[
     "src/budget/accounts",
     "src/budget/holdings",
     "src/actors/scheduler/ledger",
@@ -170,7 +170,7 @@ const REGISTRIES: &[&str] = &[
 ];
 
 /// Restricted words in other places.
-pub fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
+pub(crate) fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
     let product = files.iter().filter(|file| file.is_rust() && !file.is_test());
     let coded = product.map(|file| (file, file.code()));
     coded
@@ -182,7 +182,7 @@ pub fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
 }
 
 /// Uses of a clock, a disk and the like in pure files.
-pub fn impure(files: &[Source], pure: &[&str]) -> Vec<String> {
+pub(crate) fn impure(files: &[Source], pure: &[&str]) -> Vec<String> {
     let pure = files.iter().filter(|file| file.is_rust() && file.lies_in(pure));
     pure.flat_map(|file| {
         // Build scripts pass their results in `env!`, which is not the environment of the process.
@@ -194,7 +194,7 @@ pub fn impure(files: &[Source], pure: &[&str]) -> Vec<String> {
 }
 
 /// References to documents that are not in the repository, and to fault numbers, whose list is not in the repository.
-pub fn elsewhere(files: &[Source]) -> Vec<String> {
+pub(crate) fn elsewhere(files: &[Source]) -> Vec<String> {
     let mut found = Vec::new();
     for file in files {
         for (number, line) in file.text.lines().enumerate() {
@@ -219,7 +219,7 @@ fn numbered_fault(line: &str) -> bool {
 }
 
 /// Hosts of registries in any file but the lock file, which cargo writes.
-pub fn registries(files: &[Source]) -> Vec<String> {
+pub(crate) fn registries(files: &[Source]) -> Vec<String> {
     let ours = files.iter().filter(|file| !file.path.ends_with("Cargo.lock"));
     ours.flat_map(|file| {
         let named = REGISTRIES.iter().filter(|host| file.text.contains(*host));

@@ -18,7 +18,7 @@ use std::process::{Command, Output, Stdio};
 use tonic::{Code, Request, metadata::MetadataValue};
 
 /// Runs the binary as a client of this server.
-pub async fn gorego(server: &Server, args: &[&str]) -> Output {
+pub(crate) async fn gorego(server: &Server, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gorego"));
     command.args(args).env_clear().env("GOREGO_ENDPOINT", server.endpoint()).stdin(Stdio::null());
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()

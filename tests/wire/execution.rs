@@ -376,7 +376,7 @@ async fn a_platform_that_no_pool_offers_is_refused_at_once() {
 }
 
 /// Whether a process with this text in its command line is running.
-pub fn running(marker: &str) -> bool {
+pub(crate) fn running(marker: &str) -> bool {
     let args = marker.replace(' ', "\0");
     std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
         std::fs::read_to_string(entry.path().join("cmdline")).is_ok_and(|line| line.contains(&args))

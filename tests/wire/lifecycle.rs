@@ -377,7 +377,7 @@ async fn any_number_of_broken_uploads_leaves_the_server_reachable() {
 }
 
 /// Stores a blob with ByteStream.
-pub async fn upload(client: &Client, blob: &[u8]) -> Result<i64, Status> {
+pub(crate) async fn upload(client: &Client, blob: &[u8]) -> Result<i64, Status> {
     let reply = client.bytes.clone().write(tokio_stream::iter(messages(blob, 1 << 20))).await?;
     Ok(reply.into_inner().committed_size)
 }

@@ -73,7 +73,7 @@ impl<K: Hash + Eq + Clone, V: Clone> Memo<K, V> {
     }
 
     #[cfg(test)]
-    pub fn clear(&self) {
+    pub(super) fn clear(&self) {
         for shard in &self.shards {
             let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
             (shard.young, shard.old, shard.young_weight) = Default::default();

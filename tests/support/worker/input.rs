@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 /// A node of an input root.
 #[derive(Clone)]
-pub enum Node {
+pub(crate) enum Node {
     File(String),
     Program(String),
     /// A program that belongs to a persistent worker.
@@ -16,25 +16,25 @@ pub enum Node {
     Dir,
 }
 
-pub fn file(content: &str) -> Node {
+pub(crate) fn file(content: &str) -> Node {
     Node::File(content.into())
 }
 
-pub fn program(content: &str) -> Node {
+pub(crate) fn program(content: &str) -> Node {
     Node::Program(content.into())
 }
 
-pub fn tool(content: &str) -> Node {
+pub(crate) fn tool(content: &str) -> Node {
     Node::Tool(content.into())
 }
 
-pub fn link(target: &str) -> Node {
+pub(crate) fn link(target: &str) -> Node {
     Node::Link(target.into())
 }
 
 impl Bench {
     /// Stores an input root. Each entry is a path and a node.
-    pub fn input(&self, entries: &[(&str, Node)]) -> Digest {
+    pub(crate) fn input(&self, entries: &[(&str, Node)]) -> Digest {
         #[derive(Default)]
         struct Building {
             nodes: Vec<(String, Node)>,

@@ -6,23 +6,23 @@ use std::time::Duration;
 
 /// An action under construction. Most tests begin with [`sh`].
 #[derive(Clone)]
-pub struct Job {
-    pub command: reapi::Command,
-    pub root: Option<Digest>,
-    pub timeout: Duration,
-    pub do_not_cache: bool,
+pub(crate) struct Job {
+    pub(crate) command: reapi::Command,
+    pub(crate) root: Option<Digest>,
+    pub(crate) timeout: Duration,
+    pub(crate) do_not_cache: bool,
     /// Platform properties.
-    pub platform: Vec<(String, String)>,
-    pub cancel: CancelToken,
+    pub(crate) platform: Vec<(String, String)>,
+    pub(crate) cancel: CancelToken,
 }
 
 /// An action that runs a shell script.
-pub fn sh(script: &str) -> Job {
+pub(crate) fn sh(script: &str) -> Job {
     argv(&["/bin/sh", "-c", script]).env("PATH", "/usr/bin:/bin")
 }
 
 /// An action that runs a program.
-pub fn argv(arguments: &[&str]) -> Job {
+pub(crate) fn argv(arguments: &[&str]) -> Job {
     Job {
         command: reapi::Command {
             arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
@@ -37,34 +37,34 @@ pub fn argv(arguments: &[&str]) -> Job {
 }
 
 impl Job {
-    pub fn env(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
         self.command
             .environment_variables
             .push(reapi::command::EnvironmentVariable { name: name.into(), value: value.into() });
         self
     }
 
-    pub fn outputs(mut self, paths: &[&str]) -> Self {
+    pub(crate) fn outputs(mut self, paths: &[&str]) -> Self {
         self.command.output_paths = paths.iter().map(|p| (*p).to_owned()).collect();
         self
     }
 
-    pub fn workdir(mut self, path: &str) -> Self {
+    pub(crate) fn workdir(mut self, path: &str) -> Self {
         self.command.working_directory = path.into();
         self
     }
 
-    pub fn root(mut self, root: Digest) -> Self {
+    pub(crate) fn root(mut self, root: Digest) -> Self {
         self.root = Some(root);
         self
     }
 
-    pub fn platform(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn platform(mut self, name: &str, value: &str) -> Self {
         self.platform.push((name.into(), value.into()));
         self
     }
 
-    pub fn timeout(mut self, timeout: Duration) -> Self {
+    pub(crate) fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }

@@ -25,33 +25,33 @@ use std::{
 
 /// An in-memory store. Like the real one, it moves output files instead of copying them if possible.
 #[derive(Default)]
-pub struct MemoryStore {
-    pub blobs: Mutex<HashMap<Digest, Vec<u8>>>,
-    pub results: Mutex<HashMap<Digest, reapi::ActionResult>>,
+pub(crate) struct MemoryStore {
+    pub(crate) blobs: Mutex<HashMap<Digest, Vec<u8>>>,
+    pub(crate) results: Mutex<HashMap<Digest, reapi::ActionResult>>,
     /// The blobs that batches were asked to hold.
-    pub held: Mutex<HashSet<Digest>>,
+    pub(crate) held: Mutex<HashSet<Digest>>,
     /// A blob that the next `open_inputs` finds, but that turns out to be missing when it is written.
-    pub lost_next: Mutex<Option<Digest>>,
+    pub(crate) lost_next: Mutex<Option<Digest>>,
     /// A blob that the next `open_inputs` finds, but whose writing panics.
-    pub panic_next: Mutex<Option<Digest>>,
+    pub(crate) panic_next: Mutex<Option<Digest>>,
 }
 
 impl MemoryStore {
-    pub fn put(&self, bytes: impl Into<Vec<u8>>) -> Digest {
+    pub(crate) fn put(&self, bytes: impl Into<Vec<u8>>) -> Digest {
         let bytes = bytes.into();
         let digest = SHA256.digest(&bytes);
         self.blobs.lock().unwrap().insert(digest, bytes);
         digest
     }
 
-    pub fn get(&self, digest: &reapi::Digest) -> Vec<u8> {
+    pub(crate) fn get(&self, digest: &reapi::Digest) -> Vec<u8> {
         let digest = Digest::parse(SHA256, &digest.hash, digest.size_bytes).unwrap();
         self.blobs.lock().unwrap().get(&digest).expect("the blob is stored").clone()
     }
 }
 
 /// A shared handle, which implements the trait.
-pub struct Handle(pub Arc<MemoryStore>);
+pub(crate) struct Handle(pub Arc<MemoryStore>);
 
 struct Opened {
     tree: Arc<InputTree>,

@@ -1,6 +1,10 @@
 //! [`AccessSettings`]: the checked settings of access control.
 
-use super::{grants::CertificateGrant, jwt::JwtSettings, policy::Policy};
+use super::{
+    grants::CertificateGrant,
+    jwt::{JwksLocation, JwtSettings},
+    policy::Policy,
+};
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// The settings.
@@ -18,4 +22,15 @@ pub struct AccessSettings {
     pub certificates: Vec<CertificateGrant>,
     /// The issuers of signed tokens. All roles that they give exist.
     pub jwt: Vec<JwtSettings>,
+}
+
+impl AccessSettings {
+    /// The files that the section names: tokens, passwords and the keys of issuers.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        let keys = self.jwt.iter().filter_map(|issuer| match &issuer.keys.location {
+            JwksLocation::File(path) => Some(path),
+            JwksLocation::Url(_) => None,
+        });
+        self.tokens.iter().chain(&self.passwords).chain(keys)
+    }
 }

@@ -6,10 +6,10 @@ use super::{
     ConfigCommand, EXIT_OK, EXIT_USAGE, LogFormatArg, ServeArgs, complain, environment, output::print,
 };
 use crate::{
-    access::{check_files, jwt::JwksLocation},
+    access::check_files,
     config::{
-        ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, SocketAddress, Sources, load,
-        load::file_to_read, show::show,
+        ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, SocketAddress, Sources, TlsSettings,
+        load, load::file_to_read, show::show,
     },
     server::check_tls_files,
 };
@@ -52,22 +52,14 @@ fn check(file: &Path) -> Result<String> {
 /// Checks the files of `[tls]` and `[access]` like a start of the server. Returns the warnings of a start, and a
 /// warning for each section with a file that this user may not read: usually only the user of the server may read them.
 fn check_named_files(settings: &Settings) -> Result<Vec<String>> {
-    let access = &settings.access;
-    let keys = access.jwt.iter().filter_map(|issuer| match &issuer.keys.location {
-        JwksLocation::File(path) => Some(path),
-        JwksLocation::Url(_) => None,
-    });
-    let of_access = access.tokens.iter().chain(&access.passwords).chain(keys);
-    let of_tls = settings.tls.iter().flat_map(|tls| {
-        [Some(&tls.cert), Some(&tls.key), tls.client_ca.as_ref(), tls.crl.as_ref()].into_iter().flatten()
-    });
+    let of_tls = settings.tls.iter().flat_map(TlsSettings::files);
     let mut warnings = match forbidden(of_tls) {
         Some(path) => vec![not_checked("[tls]", path)],
         None => check_tls_files(settings)?,
     };
-    match forbidden(of_access) {
+    match forbidden(settings.access.files()) {
         Some(path) => warnings.push(not_checked("[access]", path)),
-        None => check_files(access)?,
+        None => check_files(&settings.access)?,
     }
     Ok(warnings)
 }

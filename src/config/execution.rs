@@ -74,11 +74,13 @@ pub struct ExecutionSettings {
     pub limits_required: bool,
 }
 
-/// Checks the section. `cache_dir` is the directory of the store.
+/// Checks the section. `cache_dir` is the directory of the store. `own` are the paths of other sections that no action
+/// may see.
 pub(super) fn execution(
     check: &mut Checker<'_>,
     warnings: &mut Vec<String>,
     cache_dir: &Path,
+    own: &[&Path],
     machine: &Machine,
 ) -> ExecutionSettings {
     let config = &check.loaded.config.execution;
@@ -88,10 +90,9 @@ pub(super) fn execution(
     } else {
         check.directory("execution.build_root", &config.build_root, machine)
     };
-    let config_file = check.loaded.file.as_deref();
     let credentials = images::credentials(check, machine);
-    let own = [cache_dir, &build_root].into_iter().chain(config_file).chain(credentials.as_deref());
-    let own: Vec<_> = own.collect();
+    let own: Vec<&Path> =
+        own.iter().copied().chain([build_root.as_path()]).chain(credentials.as_deref()).collect();
     let sandbox = sandbox(check, warnings, &own, machine);
     let mut pools = pools(check, machine, &sandbox);
     let images = images::images(check, credentials.clone());

@@ -264,6 +264,7 @@ mod tests {
         sandbox::settings::SandboxSettings,
     };
     use gorego_reapi::error::Result;
+    use std::path::Path;
 
     fn checked(change: impl FnOnce(&mut Config)) -> Result<(SandboxSettings, Vec<String>)> {
         let mut loaded = Loaded::defaults();
@@ -283,6 +284,24 @@ mod tests {
         let (_, warnings) =
             checked(|config| config.execution.sandbox.writable = vec!["/var".into()]).unwrap();
         assert!(warnings.iter().any(|warning| warning.contains("can change")), "{warnings:?}");
+    }
+
+    #[test]
+    fn keys_and_credentials_in_a_visible_directory_are_hidden_too() {
+        let (settings, warnings) = checked(|config| {
+            config.execution.sandbox.visible = vec!["/srv".into()];
+            config.tls.cert = "/srv/cert".into();
+            config.tls.key = "/srv/key".into();
+            config.access.tokens = "/srv/tokens".into();
+            config.access.passwords = "/srv/passwords".into();
+            config.execution.images.credentials = "/srv/credentials".into();
+        })
+        .unwrap();
+        let own = ["cert", "key", "tokens", "passwords", "credentials"];
+        for path in own.map(|name| Path::new("/srv").join(name)) {
+            assert!(settings.hidden.contains(&path) && settings.own.contains(&path), "{}", path.display());
+        }
+        assert_eq!(warnings.len(), own.len(), "{warnings:?}");
     }
 
     #[test]

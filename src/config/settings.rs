@@ -192,13 +192,15 @@ impl Settings {
         let max_blob_bytes = check.size("cache.max_blob_size_gb", config.cache.max_blob_size_gb);
         check_values(&mut check);
         let compression = compression(&mut check);
-        let execution = execution(&mut check, &mut warnings, &cache_dir, machine);
         let log_streams = log_streams(&mut check);
         let assets = assets(&mut check);
         let quotas = quotas(&mut check);
         let tls = tls(&mut check, machine);
         let is_exposed = [Some(config.listen_addr), http_addr].into_iter().flatten().any(|a| !is_loopback(a));
         let access = access(&mut check, is_exposed, machine);
+        let secrets = tls.iter().flat_map(TlsSettings::files).chain(access.files());
+        let own: Vec<&Path> = secrets.chain([&cache_dir]).chain(&loaded.file).map(PathBuf::as_path).collect();
+        let execution = execution(&mut check, &mut warnings, &cache_dir, &own, machine);
         let result_links_bytes = check.size("cache.result_links_gb", config.cache.result_links_gb);
         match (instances, check.problems.is_empty()) {
             (Some(instances), true) => Ok(Self {

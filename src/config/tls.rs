@@ -46,6 +46,13 @@ pub struct TlsSettings {
     pub client_auth: ClientAuth,
 }
 
+impl TlsSettings {
+    /// The files that the section names.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        [Some(&self.cert), Some(&self.key), self.client_ca.as_ref(), self.crl.as_ref()].into_iter().flatten()
+    }
+}
+
 /// Checks the section; `None` without TLS.
 pub(super) fn tls(check: &mut Checker<'_>, machine: &Machine) -> Option<TlsSettings> {
     let TlsConfig { cert, key, client_ca, crl, client_auth } = &check.loaded.config.tls;

@@ -1,10 +1,13 @@
 //! The files that an action sees and can change.
 
-use crate::{support::*, with_each};
+use crate::{GROUP, USER, support::*, with_each};
 use gorego_reapi::proto::reapi;
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, chown},
+};
 
-/// The store, the configuration, other users' files and the passwords of the machine are not visible.
+/// The store, other users' files and the passwords of the machine are not visible.
 #[tokio::test]
 async fn only_the_listed_files_of_the_host_exist() {
     with_each(&[], async |host| {
@@ -215,6 +218,32 @@ async fn hidden_files_are_also_hidden_behind_links() {
         for path in ["link/keys/k", "real/keys/k", "key", "real/key"] {
             host.cannot(&format!("grep secret {at}/{path}")).await;
         }
+    })
+    .await;
+}
+
+/// The user of the server may read its tokens, and an action of an ordinary user's server has the same user.
+#[tokio::test]
+async fn the_credentials_of_the_server_are_hidden_in_visible_directories() {
+    let Some(directory) = shown_directory("credentials") else { return };
+    let top = directory.path();
+    let tokens = top.join("tokens");
+    fs::write(top.join("other"), "shown").unwrap();
+    let visible = list(&[top.to_owned()]);
+    let overrides = [
+        ("EXECUTION__SANDBOX__VISIBLE", &*visible),
+        ("ACCESS__TOKENS", tokens.to_str().unwrap()),
+        ("ACCESS__ANONYMOUS", r#"["admin"]"#),
+    ];
+    let create = ["token", "create", "--role", "ci", "--expires", "1d", "--file", tokens.to_str().unwrap()];
+    let created = std::process::Command::new(env!("CARGO_BIN_EXE_gorego")).args(create).output().unwrap();
+    assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
+    if rustix::process::geteuid().is_root() {
+        chown(&tokens, Some(USER), Some(GROUP)).unwrap();
+    }
+    with_each(&overrides, async |host| {
+        assert_eq!(host.says(&format!("cat {}/other", top.display())).await, "shown");
+        host.cannot(&format!("grep . {}", tokens.display())).await;
     })
     .await;
 }

@@ -60,6 +60,10 @@ const MAILBOX: usize = 1024;
 /// How often deadlines are checked. Most of them are minutes.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How many tasks are examined per tick to find the builds that are active. With 100,000 tasks, each is examined every
+/// 100 s, which is a small part of a useful lease.
+const TASKS_PER_TICK: usize = 1_000;
+
 /// A set of workers: their properties, and a recipient that runs tasks on them. The workers of another machine would be
 /// another pool.
 #[derive(Clone)]
@@ -188,6 +192,10 @@ impl Receive<Tick> for SchedulerActor {
     type Answer = ();
 
     fn receive(&mut self, _: Tick, ctx: &mut Self::Context) {
+        let builds = self.ledger.active_builds(TASKS_PER_TICK);
+        if !builds.is_empty() {
+            self.inputs.keep_active(builds);
+        }
         for place in self.ledger.tick(ClockReading::now()) {
             Event::warn(log::TARGET, log::SLOT_STUCK)
                 .with("pool", &*place.pool)

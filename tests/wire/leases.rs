@@ -1,6 +1,6 @@
 //! Leases over the wire: the blobs that a build was promised stay (AC-03, AC-04, CAS-03; GEN-21).
 
-use crate::support::{Client, Server, directory, empty, file, sh_with, sha256};
+use crate::support::{Client, Run, Server, directory, empty, eventually_async, file, sh_with, sha256};
 use gorego_reapi::{
     digest::Digest,
     proto::{
@@ -15,7 +15,7 @@ use prost::Message as _;
 use std::{
     fs,
     path::Path,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 use tonic::{Code, Request, metadata::MetadataValue};
 
@@ -100,6 +100,23 @@ async fn what_a_build_was_promised_stays_while_another_fills_the_store() {
     assert!(missing(&client, "", &others[..40]).await > 30, "the other build has lost its oldest");
     assert_eq!(missing(&client, "", &others[75..]).await, 0);
     server.logged("leases_withdrawn").await;
+}
+
+/// A build is active while it waits for an action, although it sends no requests.
+#[tokio::test]
+async fn what_a_build_was_promised_stays_while_it_waits_for_an_action() {
+    let server = Server::with(&[SMALL, ("CACHE__BUILD_LEASE", "2s")]).await;
+    let client = server.client().await;
+    let action = client.action(sh_with("sleep 6; echo > f", &["f"]), empty()).await;
+    let (promised, _) = upload(&client, "ours", noise(10_000, 2)).await;
+    let run = client.execution.clone().execute(of("ours", client.request(action))).await.unwrap();
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(5) {
+        churn(&client, "theirs").await;
+    }
+    assert_eq!(missing(&client, "", &[promised]).await, 0);
+    let end = Run(run.into_inner()).finish().await;
+    assert_eq!(end.status.unwrap_or_default().code, 0);
 }
 
 /// Sets the recorded use of all stored files to five hours ago.

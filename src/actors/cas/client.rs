@@ -28,7 +28,7 @@ use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
 };
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 pub use super::uploads::{
     begin::{Upload, UploadStatus},
@@ -148,6 +148,16 @@ impl Cas {
     /// build. Without a build, they are leased to the peer of the caller, for a shorter time.
     pub fn for_build(self, build: Owner) -> Self {
         Self { lessee: Some(build), ..self }
+    }
+
+    /// Extends the leases of builds that are active although they send no requests. Does not block.
+    pub(crate) fn keep_active(&self, builds: HashSet<Owner>) {
+        let shared = self.shared.clone();
+        self.shared.runtime.spawn(async move {
+            for build in builds {
+                shared.view.read(Some(build), |_| ());
+            }
+        });
     }
 
     /// Returns a handle without leases, for reads before it is known whether anything may be leased.

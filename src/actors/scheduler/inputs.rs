@@ -8,12 +8,16 @@ use crate::{
 };
 use futures::future::{BoxFuture, FutureExt as _};
 use gorego_reapi::{digest::Digest, error::Result};
+use std::collections::HashSet;
 
-/// Checks whether the inputs of a task are stored.
+/// Checks whether the inputs of a task are stored, and keeps what is promised to builds.
 pub trait InputCheck: 'static {
     /// See [`Cas::check_inputs`]. The work is done on other threads; polling the future is cheap for the actors'
     /// thread.
     fn check(&self, instance: Instance, root: Digest, build: Owner) -> BoxFuture<'static, Result<()>>;
+
+    /// See [`Cas::keep_active`]. Does not block.
+    fn keep_active(&self, builds: HashSet<Owner>);
 }
 
 /// Pulls container images.
@@ -27,5 +31,9 @@ impl InputCheck for Cas {
     fn check(&self, instance: Instance, root: Digest, build: Owner) -> BoxFuture<'static, Result<()>> {
         let cas = self.working_for(Caller::without_connection(build.peer)).for_build(build);
         cas.check_inputs_apart(instance, root).boxed()
+    }
+
+    fn keep_active(&self, builds: HashSet<Owner>) {
+        Self::keep_active(self, builds);
     }
 }

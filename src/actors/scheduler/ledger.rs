@@ -14,11 +14,13 @@
 //!
 //! This file handles the requests of clients. `ledger/dispatch.rs` handles input checks and slots,
 //! `ledger/conclusion.rs` the end of runs, `ledger/waiting.rs` the queues, `ledger/explanation.rs` why an operation
-//! waits, `ledger/followers.rs` tasks without followers, `ledger/peaks.rs` the memory use of earlier actions,
+//! waits, `ledger/followers.rs` tasks without followers, `ledger/active_builds.rs` the builds whose leases have to be
+//! kept, `ledger/peaks.rs` the memory use of earlier actions,
 //! `ledger/staging.rs` the staging of inputs during the wait, `ledger/pools.rs` the changes of pools, and
 //! `ledger/deadlines.rs` the deadlines. `ledger/task.rs` defines tasks and runs. Each step of an operation is recorded
 //! as a [`Transition`] until [`Ledger::take_transitions`].
 
+mod active_builds;
 mod conclusion;
 mod deadlines;
 mod demand;
@@ -98,6 +100,8 @@ pub(crate) struct Ledger {
     image_orders: VecDeque<TaskId>,
     /// The pools that can stage the inputs of waiting tasks, and whether each is doing so.
     staging: BTreeMap<PoolId, bool>,
+    /// The last task that [`Ledger::active_builds`] has examined.
+    examined: Option<TaskId>,
     draining: bool,
     transitions: Vec<Transition>,
 }
@@ -126,6 +130,7 @@ impl Ledger {
             brings_images: false,
             image_orders: VecDeque::new(),
             staging: BTreeMap::new(),
+            examined: None,
             draining: false,
             transitions: Vec::new(),
         }

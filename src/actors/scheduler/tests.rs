@@ -20,7 +20,7 @@ use crate::{
 use actix::{ActorContext, ActorFutureExt, Addr, Handler, SyncArbiter, SyncContext, WrapFuture, fut};
 use futures::future::{self, FutureExt};
 use gorego_reapi::{digest::Digest, error::Error};
-use std::{sync::Arc, time::SystemTime};
+use std::{collections::HashSet, sync::Arc, time::SystemTime};
 use tokio::sync::mpsc;
 
 /// A store that has all inputs, unless it is gone.
@@ -33,6 +33,8 @@ impl InputCheck for FakeStore {
         let gone = || Err(Error::Unavailable("the store is going down".into()));
         future::ready(if self.is_gone { gone() } else { Ok(()) }).boxed()
     }
+
+    fn keep_active(&self, _: HashSet<Owner>) {}
 }
 
 /// A request for this work. The store has no result for it.

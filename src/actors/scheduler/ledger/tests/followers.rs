@@ -1,6 +1,7 @@
 //! Tests of work without followers, and of the work that it makes way for.
 
 use super::*;
+use crate::caller::{Build, Owner};
 
 /// How many seconds work without followers continues if other work waits.
 fn contended() -> u64 {
@@ -44,6 +45,30 @@ fn the_run_that_lost_its_followers_first_ends_for_a_waiting_task_and_the_other_c
         "a client that is back keeps its slot"
     );
     drop(next);
+}
+
+/// The store must keep what a build was promised while it waits for an action.
+#[test]
+fn builds_that_follow_a_task_are_active_and_a_bounded_number_of_tasks_is_examined_at_a_time() {
+    let mut fixture = Fixture::new(1, settings());
+    let build = |name: &str| Owner { build: Build::of(name), peer: Default::default() };
+    let submit = |fixture: &mut Fixture, name: &str, number| {
+        fixture.try_submit(submit_of(name, &work(number)), resolution(&work(number), false)).unwrap()
+    };
+    let running = submit(&mut fixture, "a", 1);
+    let run = fixture.dispatch_one();
+    let (_joined, waiting) = (submit(&mut fixture, "b", 1), submit(&mut fixture, "c", 2));
+    let examine = |fixture: &mut Fixture| -> Vec<BTreeSet<Owner>> {
+        (0..3).map(|_| fixture.ledger.active_builds(1).into_iter().collect()).collect()
+    };
+    let both = [build("a"), build("b")].into_iter().collect::<BTreeSet<_>>();
+    assert_eq!(examine(&mut fixture), [both.clone(), [build("c")].into(), [].into()]);
+    drop(waiting);
+    fixture.after(1);
+    assert_eq!(examine(&mut fixture), [both, [].into(), [].into()], "nobody waits for it");
+    fixture.finish(run.task, success());
+    assert!(examine(&mut fixture).iter().all(BTreeSet::is_empty));
+    drop(running);
 }
 
 /// EXE-14: work is not lost because a connection breaks.

@@ -3,24 +3,14 @@
 //! other modules keep on disk only for speed is removed first ([`Cas::relieve_first`]), and then the remaining bytes of
 //! deleted blobs are reclaimed.
 //!
-//! A disk that is completely full has no room to note which small files are dead, nor to copy the live ones among them.
-//! Then the evictions free nothing, and the store gives up whole segments, those with the largest dead part first.
-//!
 //! Leases of builds do not withstand a full disk: the build that has most loses its oldest leases first. An evicted
 //! entry that was leased counts as a broken promise.
 //!
-//! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries and [`settings::GIVEN_UP_PER_RELIEF`] whole
-//! segments, a wait of at most [`settings::RELIEF_WAIT`]. If evicting half of the store would not help, because other
-//! data fills the disk, nothing is evicted.
+//! Bounds: one relief at a time, at most [`settings::RELIEF_BATCH`] entries, a wait of at most
+//! [`settings::RELIEF_WAIT`]. If evicting half of the store would not help, because other data fills the disk, nothing
+//! is evicted.
 
-use super::{
-    CasActor, LOG,
-    client::Cas,
-    compaction,
-    index::{FileId, Totals, Victim},
-    reply::StoreReply,
-    settings,
-};
+use super::{CasActor, LOG, client::Cas, compaction, index::Totals, reply::StoreReply, settings};
 use crate::{
     actors::mail::Receive,
     disk::{Evictable, Space},
@@ -29,16 +19,10 @@ use crate::{
 use actix::{Context, Message};
 use std::sync::OnceLock;
 
-/// Evicts as much as the disk needs. The answer comes when the files are deleted, and says whether any were.
+/// Evicts as much as the disk needs. The answer comes when the files are deleted.
 #[derive(Message)]
-#[rtype(result = "bool")]
+#[rtype(result = "()")]
 pub struct Relieve(pub Space);
-
-/// Evicts the entries of these files, except those that are held, because the bytes between them are dead and cannot
-/// be reclaimed otherwise. The answer comes when the files are deleted, and says whether any were.
-#[derive(Message)]
-#[rtype(result = "bool")]
-struct GiveUp(Vec<FileId>);
 
 /// The action that frees disk space before the store evicts.
 #[derive(Default)]
@@ -96,32 +80,17 @@ impl Cas {
             };
             let looked = self.blocking(look).await;
             let Ok(Ok(space)) = looked else { return };
-            if is_due(&space) && self.ask(Relieve(space)).await.unwrap_or(false) {
-                self.give_up_segments().await;
+            if is_due(&space) {
+                let _ = self.ask(Relieve(space)).await;
             }
         };
         // Deletions that are not done by then continue in the background.
         let _ = tokio::time::timeout(settings::RELIEF_WAIT, relieved).await;
     }
-
-    /// Evicts everything that is beside dead bytes while the disk stays full although entries were evicted.
-    async fn give_up_segments(&self) {
-        for _ in 0..settings::GIVEN_UP_PER_RELIEF {
-            let shared = self.shared().clone();
-            let look = move || {
-                let is_full = shared.volume.space()?.is_exhausted();
-                if is_full { shared.volume.files_beside_dead() } else { Ok(Vec::new()) }
-            };
-            let Ok(Ok(files)) = self.blocking(look).await else { return };
-            if files.is_empty() || !self.ask(GiveUp(files)).await.unwrap_or(false) {
-                return;
-            }
-        }
-    }
 }
 
 impl Receive<Relieve> for CasActor {
-    type Answer = StoreReply<bool>;
+    type Answer = StoreReply<()>;
 
     fn receive(&mut self, Relieve(space): Relieve, ctx: &mut Context<Self>) -> Self::Answer {
         if space.is_exhausted() {
@@ -134,11 +103,13 @@ impl Receive<Relieve> for CasActor {
             self.change(|index| index.totals());
         let store = Evictable {
             bytes: used.saturating_sub(held),
-            entries: blobs.saturating_add(results).saturating_add(zstd_forms),
+            // Others take no inodes.
+            entries: (blobs.saturating_add(results).saturating_add(zstd_forms))
+                .saturating_sub(self.shared.volume.packed_together()),
             deleting,
         };
         let Some(relief) = space.relief(&store) else {
-            return StoreReply::Now(false);
+            return StoreReply::Now(());
         };
         let victims = self
             .change(|index| index.evict_even_leased(relief.bytes, relief.entries, settings::RELIEF_BATCH));
@@ -149,37 +120,8 @@ impl Receive<Relieve> for CasActor {
             .log(format_args!(
                 "the disk of the store is nearly full; evicted the least recently used entries"
             ));
-        self.delete_and_wait(victims, ctx)
-    }
-}
-
-impl Receive<GiveUp> for CasActor {
-    type Answer = StoreReply<bool>;
-
-    fn receive(&mut self, GiveUp(files): GiveUp, ctx: &mut Context<Self>) -> Self::Answer {
-        let mut victims = Vec::new();
-        for part in files.chunks(settings::CHANGES_PER_HOLD) {
-            victims.extend(self.change(|index| index.evict_files(part)));
-        }
-        if !victims.is_empty() {
-            Event::warn(LOG, "segment_given_up")
-                .with("entries", victims.len())
-                .with("bytes", victims.iter().map(|victim| victim.bytes).sum::<u64>())
-                .log(format_args!(
-                    "the disk of the store is full, and the bytes of deleted blobs cannot be reclaimed; evicted all \
-                     entries of a segment to remove its file"
-                ));
-        }
-        self.delete_and_wait(victims, ctx)
-    }
-}
-
-impl CasActor {
-    /// Deletes evicted files. The answer says whether there were any, once they are deleted.
-    fn delete_and_wait(&self, victims: Vec<Victim>, ctx: &Context<Self>) -> StoreReply<bool> {
-        let are_some = !victims.is_empty();
         self.delete(victims, ctx);
         let evicted = self.change(|index| index.bytes_evicted());
-        StoreReply::when(self.deletions(evicted), are_some)
+        StoreReply::when(self.deletions(evicted), ())
     }
 }

@@ -289,9 +289,6 @@ pub(super) const COMPACTION_FAILURES: usize = 4;
 /// Parts of the volume that are compacted to relieve a full disk before entries are evicted.
 pub(super) const COMPACTIONS_PER_RELIEF: usize = 16;
 
-/// Segments whose entries are all evicted to relieve a disk that stays full.
-pub(super) const GIVEN_UP_PER_RELIEF: usize = 16;
-
 /// How often uses are written to disk and broken uploads are checked.
 pub(super) const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
 

@@ -135,10 +135,9 @@ pub(crate) trait Volume: Debug + Send + Sync {
         Ok(Compacted::NothingToGain)
     }
 
-    /// The files beside which the most bytes are dead. When all of them are deleted, these bytes are reclaimed without
-    /// a write. Empty if no bytes are dead.
-    fn files_beside_dead(&self) -> io::Result<Vec<FileId>> {
-        Ok(Vec::new())
+    /// The number of stored files that are no files of the file system.
+    fn packed_together(&self) -> u64 {
+        0
     }
 
     /// Finds the files that exist at start and passes each of them to `take`. `is_whole` returns whether the bytes of

@@ -52,24 +52,6 @@ fn what_a_build_has_touched_stays_while_it_is_active_and_for_a_time_after() {
     assert!(!is_there(&index, hit), "nothing keeps it after that");
 }
 
-/// A full disk can only be relieved of whole segments.
-#[test]
-fn entries_that_are_given_up_are_evicted_unless_they_are_held_and_leases_count_as_broken() {
-    let mut index = Index::with_leases(LIMIT, TIMES, 0);
-    for name in 0..4 {
-        store(&mut index, file(name), 10, build(1, 1), START).unwrap();
-    }
-    let held = index.hold(&file(0).key, START).unwrap().at;
-    let replaced = FileId { generation: 77, ..file(1) };
-    let victims = index.evict_files(&[file(0), replaced, file(2), file(9)]);
-    assert_eq!(victims, [Victim { file: file(2), bytes: 10 }]);
-    assert!([0, 1, 3].iter().all(|name| is_there(&index, file(*name))) && !is_there(&index, file(2)));
-    let tally = index.tally();
-    assert_eq!((tally.evicted, tally.evicted_bytes, tally.broken_promises), (1, 10, 1));
-    index.release(held);
-    assert_eq!(index.evict_files(&[file(0)]).len(), 1);
-}
-
 #[test]
 fn requests_without_a_build_lease_for_a_shorter_time() {
     let mut index = Index::with_leases(LIMIT, TIMES, 0);

@@ -1,7 +1,7 @@
 //! Pins, which keep an entry from eviction: holds of readers and running actions, and leases of builds.
 
 use super::{
-    EntryKind, EntryRef, FileId, FoundEntry, Index, Key, Lessee, Victim, Withdrawn,
+    EntryKind, EntryRef, FoundEntry, Index, Key, Lessee, Victim, Withdrawn,
     entry::{holds_of, lease_of, with_lease},
     leases::EndedRow,
 };
@@ -136,20 +136,6 @@ impl Index {
             self.tally.broken_promises += more.len() as u64;
             evicted += more.iter().map(|victim| victim.bytes).sum::<u64>();
             victims.extend(more);
-        }
-        victims
-    }
-
-    /// Evicts the entries of these files, except those that are held. If one of them is leased, this breaks a promise.
-    pub(in super::super) fn evict_files(&mut self, files: &[FileId]) -> Vec<Victim> {
-        let mut victims = Vec::new();
-        for file in files {
-            // Some results go with the blobs that they need.
-            if let Some(slot) = self.movable(file) {
-                let is_leased = self.leases.row(self.slab.hot(slot).lease()).is_some();
-                self.tally.broken_promises += u64::from(is_leased);
-                victims.push(self.evict_slot(slot));
-            }
         }
         victims
     }

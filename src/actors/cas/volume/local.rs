@@ -237,8 +237,8 @@ impl Volume for Local {
         self.segments.compact(may_move, relocate)
     }
 
-    fn files_beside_dead(&self) -> io::Result<Vec<FileId>> {
-        self.segments.files_beside_dead()
+    fn packed_together(&self) -> u64 {
+        self.segments.records()
     }
 
     fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {

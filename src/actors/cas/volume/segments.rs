@@ -12,8 +12,9 @@
 //! Invariants:
 //! - Every read of a record checks its checksums, and that it is the record of this file. A bad record is an error, and
 //!   its file counts as lost.
-//! - The deletion of a record is noted in the journal before it is reported, so the record does not come back. A
-//!   segment without live records is removed.
+//! - The deletion of a record is noted in the journal before it is reported, so the record does not come back. If the
+//!   disk has no space for the note, the blocks of the record are given back first. A segment without live records is
+//!   removed.
 //! - Of two records of one key, the one with the greater sequence is newer. A copy keeps the sequence of its original.
 //! - Bytes on disk that no stored file is charged for ([`Segments::overhead`]) are bounded by compaction
 //!   ([`compaction`]).
@@ -47,23 +48,30 @@ use super::{
 };
 use crate::{
     actors::cas::index::{EntryKind, FileId, Victim},
+    disk::is_full,
     instance::InstanceId,
     regular_file,
 };
 use append::Appended;
 use compaction::CompactionState;
 use open_files::OpenFiles;
+use rustix::fs::{FallocateFlags, fallocate};
 use segment::{Addition, Segment, Takes};
 use std::{
     collections::{BTreeMap, HashSet},
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io,
+    ops::Range,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
+
+/// Holes in segments have a multiple of this size, which is that of a block of most file systems.
+const HOLE_BYTES: u64 = 4_096;
 
 /// All segments of a store.
 #[derive(Debug)]
@@ -222,10 +230,24 @@ impl Segments {
             }
         }
         if !self.forget(&segment, slots.len() as u64, bytes) {
-            self.bury(&segment, &slots)?;
+            match self.bury(&segment, &slots) {
+                Err(error) if is_full(&error) => {
+                    let dead = victims.iter().filter(|(at, _)| at.segment == number);
+                    let dead = dead.map(|(at, victim)| at.offset()..at.offset() + victim.bytes);
+                    punch(&self.segment_path(number), dead.collect())?;
+                    self.bury(&segment, &slots)?;
+                }
+                buried => buried?,
+            }
             self.sync_journal(&segment, records)?;
         }
         Ok(())
+    }
+
+    /// The number of live records.
+    pub(super) fn records(&self) -> u64 {
+        let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
+        all.values().map(|segment| segment.records()).sum()
     }
 
     /// Makes the deletion of results durable, because purged results must not come back. Blobs may.
@@ -379,6 +401,22 @@ impl Segments {
         add(&self.live, before.live, after.live);
         add(&self.dead, before.dead, after.dead);
     }
+}
+
+/// Gives the blocks of these ranges of a file back to the file system. Nobody reads the ranges any more. A full disk may
+/// have no other space for the note that their records are dead.
+fn punch(path: &Path, mut ranges: Vec<Range<u64>>) -> io::Result<()> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;
+    ranges.sort_unstable_by_key(|range| range.start);
+    for adjacent in ranges.chunk_by(|one, next| one.end == next.start) {
+        let (Some(first), Some(last)) = (adjacent.first(), adjacent.last()) else { continue };
+        let (start, end) = (first.start.next_multiple_of(HOLE_BYTES), last.end / HOLE_BYTES * HOLE_BYTES);
+        if start < end {
+            fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, end - start)?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs `put`, and again after making the directory of `path` if somebody has removed it.

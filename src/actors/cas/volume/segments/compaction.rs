@@ -104,19 +104,6 @@ impl Segments {
         outcome.and(buried).map(|()| compacted)
     }
 
-    /// The files in the segment with the largest dead part, deleted ones included. Empty if no bytes are dead.
-    ///
-    /// # Errors
-    /// The errors of the file system.
-    pub(in crate::actors::cas::volume) fn files_beside_dead(&self) -> io::Result<Vec<FileId>> {
-        let _compacting = self.compacting.lock().unwrap_or_else(PoisonError::into_inner);
-        self.close_head_if(|dead| dead > 0);
-        match self.worst_with(&HashSet::new(), u64::MAX) {
-            Some(segment) => self.files_in(segment.number),
-            None => Ok(Vec::new()),
-        }
-    }
-
     /// The complete segment with the largest dead part, if it is worth the copies. Segments in which a record has to
     /// stay are left for later.
     fn worst(&self, stuck: &HashSet<u64>) -> Option<Arc<Segment>> {

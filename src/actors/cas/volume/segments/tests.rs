@@ -7,7 +7,12 @@ use crate::actors::cas::{
 };
 use bytes::Bytes;
 use gorego_reapi::digest::DigestFunction;
-use std::{cell::RefCell, collections::HashMap, fs::OpenOptions, os::unix::fs::FileExt as _};
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    fs::OpenOptions,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+};
 use tempfile::TempDir;
 
 mod compaction;
@@ -333,6 +338,33 @@ fn a_file_that_is_named_like_a_segment_with_a_huge_number_leaves_numbers_for_new
     assert_eq!(store.read(&blob(100, 2).0).unwrap(), blob(100, 2).1);
     let store = store.crash();
     assert!(store.index.len() == 2 && store.read(&blob(100, 1).0).unwrap() == blob(100, 1).1);
+}
+
+/// A full disk has no space for the note that records are dead, except that of the records.
+#[test]
+fn the_blocks_of_dead_records_are_given_back_without_harm_to_their_neighbours() {
+    let mut store = Store::new();
+    let blobs: Vec<_> = (0..6).map(|seed| blob(5_000, seed)).collect();
+    store.write(&blobs);
+    let dead: Vec<WrittenFile> = blobs[1..4].iter().map(|(key, _)| store.index[key]).collect();
+    let ranges = dead.iter().map(|dead| {
+        let start = Location::of(&dead.file).unwrap().offset();
+        start..start + dead.bytes
+    });
+    let path = store.files("segment").remove(0);
+    let blocks = || fs::metadata(&path).unwrap().blocks();
+    let before = blocks();
+    punch(&path, ranges.collect()).unwrap();
+    assert!(
+        blocks() <= before - 2 * HOLE_BYTES / 512,
+        "three adjacent records have at least two whole blocks"
+    );
+    blobs[1..4].iter().for_each(|(key, _)| store.delete(key));
+    let store = store.crash();
+    assert_eq!(store.index.len(), 3);
+    for (key, bytes) in [&blobs[0], &blobs[4], &blobs[5]] {
+        assert_eq!(store.read(key).unwrap(), bytes);
+    }
 }
 
 /// A blob whose deletion is forgotten may come back, a result may not.

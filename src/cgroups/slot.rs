@@ -159,6 +159,11 @@ impl SlotGroup {
         self.memory.as_ref()?.out_of_memory()
     }
 
+    /// Whether the group limits the number of processes.
+    pub(crate) fn counts_processes(&self) -> bool {
+        self.pids.is_some()
+    }
+
     /// Whether the kernel refused to start a process since [`SlotGroup::begin`], because there were too many.
     pub(crate) fn refused_processes(&self) -> bool {
         self.pids.as_ref().is_some_and(|pids| pids.refusals() > pids.before)

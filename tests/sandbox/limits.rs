@@ -127,6 +127,21 @@ async fn the_result_of_a_fork_bomb_names_its_limit() {
     .await;
 }
 
+/// An action gets as many processes as it asks for, up to a limit, and other actions get the default.
+#[tokio::test]
+async fn an_action_may_start_as_many_processes_as_it_has_asked_for() {
+    let limits = [("EXECUTION__SANDBOX__PROCESSES", "40"), ("EXECUTION__LIMITS__MAX_PROCESSES", "100")];
+    with_each(&limits, async |host| {
+        let script = "n=0; while [ $n -lt 60 ]; do sleep 2 & n=$((n+1)); done";
+        for (asked, is_enough) in [(&[][..], false), (&[("pids", "50")], false), (&[("pids", "100")], true)] {
+            let (_, response) = run(host, script, asked).await;
+            let exit_code = response.result.as_ref().unwrap().exit_code;
+            assert_eq!(exit_code == 0, is_enough, "{asked:?}: {response:?}");
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_disk_bomb_and_an_inode_bomb_are_ended_and_the_message_names_limit_and_setting() {
     let limits = [

@@ -170,6 +170,12 @@ impl RunnerLauncher {
         Self { group: group.ok(), total_memory: groups.total_memory(), ..self }
     }
 
+    /// The order to run this launch.
+    fn order(&self, launch: &Launch) -> Run {
+        let is_counted = self.group.as_ref().is_some_and(SlotGroup::counts_processes);
+        Run::of(launch, is_counted)
+    }
+
     /// [`Launcher::run`] without error handling.
     fn try_run(&mut self, launch: &Launch, timeout: Duration, cancel: &CancelToken) -> Result<Ran> {
         if let Some(group) = &mut self.group {
@@ -189,7 +195,7 @@ impl RunnerLauncher {
         let process = runner.child.id();
         let guard =
             Guard::new(&launch.limits, self.group.as_ref(), self.total_memory, process, written.as_ref());
-        let outcome = runner.run(launch, timeout, cancel, guard);
+        let outcome = runner.run(self.order(launch), timeout, cancel, guard);
         self.runner = Some(runner);
         let refused_processes = self.group.as_ref().is_some_and(SlotGroup::refused_processes);
         Ok(Ran { refused_processes, ..outcome? })
@@ -269,12 +275,12 @@ impl Runner {
 
     fn run(
         &mut self,
-        launch: &Launch,
+        run: Run,
         timeout: Duration,
         cancel: &CancelToken,
         mut guard: Guard<'_>,
     ) -> Result<Ran> {
-        let order = ToRunner { order: Some(Order::Run(Run::from(launch))) };
+        let order = ToRunner { order: Some(Order::Run(run)) };
         let Some(socket) = &self.socket else { return Err(Error::internal("the runner was given up")) };
         let started = Moment::now();
         protocol::write(socket, &order).map_err(|error| match error.kind() {
@@ -431,8 +437,9 @@ fn ends_within(child: &Child, limit: Duration) -> bool {
     matches!(poll(&mut fds, timeout.as_ref()), Ok(1))
 }
 
-impl From<&Launch> for Run {
-    fn from(launch: &Launch) -> Self {
+impl Run {
+    /// The order for this launch. `is_counted` says whether a control group limits the number of its processes.
+    fn of(launch: &Launch, is_counted: bool) -> Self {
         let bytes = |texts: &[String]| texts.iter().map(|text| text.clone().into_bytes()).collect();
         let path = |path: &std::path::Path| path.as_os_str().as_bytes().to_vec();
         Self {
@@ -448,6 +455,8 @@ impl From<&Launch> for Run {
             kind: Some(launch.kind.clone()),
             terminal: launch.terminal.as_deref().map(path),
             has_pipes: false,
+            // Only a control group reports that its limit was reached, so the limit of the user is higher.
+            processes: if is_counted { 0 } else { launch.limits.processes },
         }
     }
 }

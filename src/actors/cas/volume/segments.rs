@@ -403,8 +403,8 @@ impl Segments {
     }
 }
 
-/// Gives the blocks of these ranges of a file back to the file system. Nobody reads the ranges any more. A full disk may
-/// have no other space for the note that their records are dead.
+/// Gives the blocks of these ranges of a file back to the file system. Nobody reads the ranges any more. A full disk
+/// may have no other space for the note that their records are dead.
 fn punch(path: &Path, mut ranges: Vec<Range<u64>>) -> io::Result<()> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;

@@ -11,7 +11,7 @@ use super::{
     sys,
 };
 use crate::sandbox::{
-    SetupFailure, layers,
+    SetupFailure, confine, layers,
     world::{CellSetup, World},
 };
 use rustix::{
@@ -91,6 +91,10 @@ fn run_one(
         errno: 0,
     };
     let outputs = (stdout.as_fd(), stderr.as_fd());
+    if run.processes > 0 {
+        // The limit of the cell is the largest of all pools, because a cell is made before its command is known.
+        confine::limit_processes(run.processes).map_err(failed)?;
+    }
     // This must come before the command is started, because the command can lower the limit on open files of this
     // process.
     let child_exits = ChildExits::watch().map_err(failed)?;

@@ -81,6 +81,9 @@ pub struct Run {
     /// message ([`Pipes`](super::tool::Pipes)).
     #[prost(bool, tag = "11")]
     pub has_pipes: bool,
+    /// Maximum number of processes and threads of the user of the cell; 0 for the limit that the cell has already.
+    #[prost(uint64, tag = "12")]
+    pub processes: u64,
 }
 
 /// The answer to a [`Run`].

@@ -136,9 +136,10 @@ impl ToolProcess {
             group.begin(&launch.limits).map_err(failed)?;
         }
         launcher.warm_up();
+        let run = Run { has_pipes: true, ..launcher.order(launch) };
         let socket = launcher.runner.as_ref().and_then(|runner| runner.socket.as_ref());
         let socket = socket.ok_or_else(|| Error::internal("could not start a runner process for a tool"))?;
-        let order = ToRunner { order: Some(Order::Run(Run { has_pipes: true, ..Run::from(launch) })) };
+        let order = ToRunner { order: Some(Order::Run(run)) };
         protocol::write(socket, &order).map_err(failed)?;
         send_open(socket, &[their_requests.as_fd(), their_answers.as_fd()]).map_err(failed)?;
         Ok(Self { launcher, requests, answers, limits: launch.limits })

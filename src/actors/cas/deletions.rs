@@ -158,12 +158,13 @@ impl DeletionJob {
         let being_deleted = BeingDeleted { bytes, store: &self.store };
         let failures = self.shared.volume.delete(&victims);
         if let Some((_, first)) = failures.first() {
-            // These files stay on disk until the next start, which adds them to the index again.
+            // Until it works, the next start adds these files to the index again.
             Event::error(LOG, "delete_failed")
                 .with("entries", failures.len())
                 .with_shown("error", first)
                 .log(format_args!(
-                    "could not delete the files of evicted entries, which come back with the next start"
+                    "could not delete the files of evicted entries; unless a later try succeeds, they come back with the next \
+                     start"
                 ));
         }
         // Until they are reclaimed, the bytes of deleted records still take room.

@@ -159,7 +159,8 @@ impl CasActor {
         self.ease_leases(0, None);
         self.trim(ctx);
         self.compact(ctx);
-        let cas = self.client(ctx);
+        let (cas, shared) = (self.client(ctx), self.shared.clone());
+        self.shared.runtime.spawn_blocking(move || shared.volume.delete_again());
         self.shared.runtime.spawn(async move { cas.relieve_low_disk().await });
     }
 

@@ -204,6 +204,10 @@ impl Volume for Local {
         failures
     }
 
+    fn delete_again(&self) {
+        self.segments.note_again();
+    }
+
     fn touch(&self, files: &[FileId], moved: &mut dyn FnMut(Vec<Moved>)) {
         let records: Vec<Location> = files.iter().filter_map(Location::of).collect();
         if !records.is_empty() {

@@ -99,6 +99,9 @@ pub(crate) struct Segments {
     dead: AtomicU64,
     /// Bytes on disk of the segments that the start could not read.
     left_out: AtomicU64,
+    /// Slots of deleted records whose deletion could not be noted, by the number of the segment. They would come back
+    /// with the next start.
+    unnoted: Mutex<BTreeMap<u64, Vec<u32>>>,
 }
 
 impl Segments {
@@ -133,6 +136,7 @@ impl Segments {
             live: AtomicU64::new(0),
             dead: AtomicU64::new(0),
             left_out: AtomicU64::new(0),
+            unnoted: Mutex::default(),
         })
     }
 
@@ -230,18 +234,41 @@ impl Segments {
             }
         }
         if !self.forget(&segment, slots.len() as u64, bytes) {
-            match self.bury(&segment, &slots) {
-                Err(error) if is_full(&error) => {
-                    let dead = victims.iter().filter(|(at, _)| at.segment == number);
-                    let dead = dead.map(|(at, victim)| at.offset()..at.offset() + victim.bytes);
-                    punch(&self.segment_path(number), dead.collect())?;
-                    self.bury(&segment, &slots)?;
+            let buried = self.bury(&segment, &slots).or_else(|error| {
+                if !is_full(&error) {
+                    return Err(error);
                 }
-                buried => buried?,
+                let dead = victims.iter().filter(|(at, _)| at.segment == number);
+                let dead = dead.map(|(at, victim)| at.offset()..at.offset() + victim.bytes);
+                punch(&self.segment_path(number), dead.collect())?;
+                self.bury(&segment, &slots)
+            });
+            if buried.is_err() {
+                self.unnoted().entry(number).or_default().extend(slots);
             }
+            buried?;
             self.sync_journal(&segment, records)?;
         }
         Ok(())
+    }
+
+    /// Notes the deletions that could not be noted before, as far as that works now.
+    pub(super) fn note_again(&self) {
+        let unnoted = std::mem::take(&mut *self.unnoted());
+        for (number, slots) in unnoted {
+            let Some(segment) = self.find(number) else { continue };
+            let noted = self.bury(&segment, &slots).and_then(|()| match self.policy {
+                SyncPolicy::Never => Ok(()),
+                SyncPolicy::BeforeAnswer => sync_file(&regular_file::open(&self.journal_path(number))?),
+            });
+            if noted.is_err() {
+                self.unnoted().entry(number).or_default().extend(slots);
+            }
+        }
+    }
+
+    fn unnoted(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<u32>>> {
+        self.unnoted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The number of live records.

@@ -367,6 +367,24 @@ fn the_blocks_of_dead_records_are_given_back_without_harm_to_their_neighbours() 
     }
 }
 
+/// The disk may be full, or the journal may not be writable for a while.
+#[test]
+fn a_deletion_that_could_not_be_noted_is_noted_later() {
+    let mut store = Store::new();
+    let purged = (key_of(EntryKind::Result, b"purged"), content(500, 1));
+    store.write(&[purged.clone(), blob(100, 2)]);
+    let file = store.index.remove(&purged.0).unwrap();
+    let victim = Victim { file: file.file, bytes: file.bytes };
+    let journal = store.segments.journal_path(Location::of(&file.file).unwrap().segment);
+    fs::create_dir(&journal).unwrap();
+    assert_eq!(store.segments.delete(&[(Location::of(&file.file).unwrap(), victim)]).len(), 1);
+    store.segments.note_again();
+    fs::remove_dir(&journal).unwrap();
+    store.segments.note_again();
+    let store = store.crash();
+    assert!(store.index.len() == 1 && store.index.contains_key(&blob(100, 2).0));
+}
+
 /// A blob whose deletion is forgotten may come back, a result may not.
 #[test]
 fn results_stay_misses_if_the_journal_that_may_purge_them_cannot_be_read_for_a_while() {

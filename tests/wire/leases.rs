@@ -1,6 +1,6 @@
 //! Leases over the wire: the blobs that a build was promised stay (AC-03, AC-04, CAS-03; GEN-21).
 
-use crate::support::{Client, Run, Server, directory, empty, eventually_async, file, sh_with, sha256};
+use crate::support::{Client, Run, Server, directory, empty, file, sh_with, sha256};
 use gorego_reapi::{
     digest::Digest,
     proto::{

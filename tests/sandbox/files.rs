@@ -248,6 +248,25 @@ async fn the_credentials_of_the_server_are_hidden_in_visible_directories() {
     .await;
 }
 
+/// The action sees a program of root that has the set-user-id bit.
+#[tokio::test]
+async fn a_set_user_id_program_of_the_host_grants_no_rights() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can make a program of root");
+        return;
+    }
+    let Some(directory) = shown_directory("set-user-id") else { return };
+    let program = directory.path().join("id");
+    fs::copy("/usr/bin/id", &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o6755)).unwrap();
+    let visible = list(&[directory.path().to_owned()]);
+    with_each(&[("EXECUTION__SANDBOX__VISIBLE", &*visible)], async |host| {
+        let at = program.display();
+        assert_eq!(host.says(&format!("{at} -u; {at} -ru; {at} -g")).await, "1000\n1000\n1000");
+    })
+    .await;
+}
+
 /// Editors and key rotation replace files like this. The kernel removes a cover together with the file below it.
 #[tokio::test]
 async fn hidden_files_stay_hidden_when_the_host_replaces_them() {

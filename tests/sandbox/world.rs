@@ -20,7 +20,7 @@ async fn every_action_is_the_same_user_at_the_same_place() {
 }
 
 #[tokio::test]
-async fn a_set_user_id_program_grants_no_rights() {
+async fn a_set_user_id_program_of_the_action_grants_no_rights() {
     with_each(&[], async |host| {
         assert_eq!(host.says("cp /usr/bin/id x && chmod 6755 x && ./x -u && ./x -ru").await, "1000\n1000");
         assert_eq!(

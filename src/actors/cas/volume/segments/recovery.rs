@@ -180,9 +180,17 @@ impl Segments {
         let journal = self.journal_path(head.number);
         // Otherwise the store would lose room for nothing.
         let _ = journal::shorten(&journal, head.nonce, rows(table).count() as u64);
-        journal::read(&journal, head.nonce).or_else(|_| {
+        journal::read(&journal, head.nonce).or_else(|error| {
             let results = rows(table).filter(|row| row.kind == EntryKind::Result);
-            journal::replace(&journal, head.nonce, results.map(|row| row.slot))
+            let notes = journal::replace(&journal, head.nonce, results.map(|row| row.slot))?;
+            Event::warn(LOG, "journal_replaced")
+                .with_shown("path", &journal.display())
+                .with_shown("error", &error)
+                .log(format_args!(
+                    "a journal could not be read and was replaced; the action results of its segment are dropped, and \
+                     blobs that were deleted may be back"
+                ));
+            Ok(notes)
         })
     }
 

@@ -91,6 +91,7 @@ async fn a_store_of_small_blobs_that_has_filled_its_disk_evicts_a_part_of_them()
     let gone = client.missing(&stored).await;
     assert!((1..=stored.len() / 2).contains(&gone.len()), "{} of {}", gone.len(), stored.len());
     assert!(!has_logged(&server, "delete_failed"), "{:#?}", server.log());
+    assert!(has_logged(&server, "store_larger_than_disk"));
     for (n, digest) in stored.iter().enumerate().filter(|(_, digest)| !gone.contains(digest)) {
         assert_eq!(client.read(*digest).await.unwrap(), blob(n as u32));
     }

@@ -5,7 +5,7 @@ use super::{
     index::{FileId, Index, LeaseTimes, Recovery},
     results, unix_seconds, uptime_seconds, volume,
 };
-use crate::logging::Event;
+use crate::{disk::Space, logging::Event, size::Size};
 use std::{thread, time::Instant};
 use volume::{Stored, Volume};
 
@@ -33,6 +33,19 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
         .with("ignored", repairs.foreign)
         .with("elapsed_ms", started.elapsed().as_millis() as u64)
         .log(format_args!("the store has {} blobs and {} action results", totals.blobs, totals.results));
+    if let Ok(Space { total_bytes, .. }) = volume.space()
+        && (1..limit).contains(&total_bytes)
+    {
+        Event::warn(LOG, "store_larger_than_disk")
+            .with("max_size_bytes", limit)
+            .with("disk_bytes", total_bytes)
+            .log(format_args!(
+                "max_size_gb is {}, but the file system of the store has only {}: leases can fill it, and then blobs are \
+                 evicted although builds use them; lower max_size_gb",
+                Size::from_bytes(limit).rounded(),
+                Size::from_bytes(total_bytes).rounded()
+            ));
+    }
     if repairs.removed + repairs.foreign + repairs.unreadable > 0 {
         Event::warn(LOG, "store_repaired")
             .with("removed", repairs.removed)

@@ -67,7 +67,9 @@ async fn execute(client: &Client, request: ExecuteRequest) -> String {
 /// One line for each RPC and each step of an operation, with the documented fields and values.
 #[tokio::test]
 async fn every_line_of_a_server_is_documented_and_says_what_happened() {
-    let overrides = [("LOG__FILTER", "info,gorego=debug"), ("INSTANCE_NAMES", r#"["", "main/a"]"#)];
+    // A store that is larger than its disk would get a warning.
+    let size = ("MAX_SIZE_GB", "1");
+    let overrides = [("LOG__FILTER", "info,gorego=debug"), ("INSTANCE_NAMES", r#"["", "main/a"]"#), size];
     let mut server = Server::with(&overrides).await;
     let client = Client { instance: "main/a".into(), ..server.client().await };
     let mut rpcs = 0;

@@ -54,6 +54,11 @@ fn libraries_are_named_only_where_they_belong() {
 }
 
 #[test]
+fn the_places_of_rules_exist() {
+    none(&words::nowhere(&FILES));
+}
+
+#[test]
 fn pure_code_has_no_clock_and_no_disk() {
     none(&words::impure(&FILES, words::PURE));
 }

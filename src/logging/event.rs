@@ -55,17 +55,17 @@ impl<'a> Event<'a> {
         Self::new(Level::Error, target, name)
     }
 
-    /// An unexpected condition.
+    /// Starts a warning.
     pub fn warn(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Warn, target, name)
     }
 
-    /// Normal operation.
+    /// Starts an event of normal operation.
     pub fn info(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Info, target, name)
     }
 
-    /// Details for debugging.
+    /// Starts an event with details for debugging.
     pub fn debug(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Debug, target, name)
     }

@@ -6,9 +6,9 @@
 use crate::{
     harness::{MAX_BLOB_BYTES, digest as digest_of, protocol_settings},
     support::{
-        Client,
+        Client, empty,
         endpoint::{ActorThread, Endpoint, log_streams, store_settings},
-        sha256,
+        sh_with, sha256,
     },
 };
 use actix::{Actor, Addr, SyncArbiter};
@@ -228,6 +228,20 @@ async fn an_execute_costs_few_messages_and_one_from_the_cache_one() {
         assert!(hit.cached_result);
         assert_eq!(sum(&cost), 1, "{cost:?}");
     }
+}
+
+/// Outputs are prepared and made visible together.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_outputs_cost_no_message_each() {
+    let server = Server::start().await;
+    let script = "mkdir d; for n in $(seq 1000); do echo $n > d/$n; done";
+    let command = sh_with(script, &["d"]);
+    let action = server.client().action(command, empty()).await;
+    let (fresh, cost) = server.cost(server.client().run(action)).await;
+    let result = fresh.result.unwrap();
+    assert_eq!((result.exit_code, result.output_directories.len()), (0, 1));
+    assert!(sum(&cost) <= EXECUTE_MAX, "{}: {cost:?}", sum(&cost));
+    assert_eq!(server.client().read(sha256(b"1000\n")).await.unwrap(), b"1000\n");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,9 +44,7 @@ pub(crate) const SMALL_ANSWER_BYTES: usize = 64 * 1024;
 /// The connection of a request.
 #[derive(Debug, Clone)]
 pub(crate) struct ConnectionInfo {
-    /// The state of the connection.
     pub(crate) state: Arc<ConnectionState>,
-    /// All connections.
     pub(crate) connections: Connections,
 }
 

@@ -78,7 +78,6 @@ struct ReportList {
     last: u64,
 }
 
-/// A page of reports.
 #[derive(Debug, Default)]
 pub(crate) struct ReportPage {
     /// The latest first.

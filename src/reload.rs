@@ -65,7 +65,6 @@ pub(crate) struct KeyChange {
 pub(crate) struct Reloaded {
     /// Changes that were made.
     pub(crate) applied: Vec<KeyChange>,
-    /// Changes that need a restart.
     pub(crate) needs_restart: Vec<KeyChange>,
     /// Changes that failed, with the reason.
     failed: Vec<KeyChange>,

@@ -45,7 +45,6 @@ const SIGNED_KEPT: Duration = Duration::from_secs(60);
 /// The data of a request that can prove its principal.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Presented<'a> {
-    /// Its headers.
     pub(crate) headers: &'a HeaderMap,
     /// The certificate of its connection, which was verified in the handshake.
     pub(crate) certificate: Option<&'a ClientCertificate>,
@@ -154,12 +153,10 @@ impl AccessRules {
         Self { policy, anonymous, sources, verified: VerifiedCredentials::default() }
     }
 
-    /// The policy.
     pub(crate) fn policy(&self) -> &Policy {
         &self.policy
     }
 
-    /// The sources of credentials.
     pub(crate) fn sources(&self) -> &CredentialSources {
         &self.sources
     }

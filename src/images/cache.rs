@@ -329,7 +329,6 @@ impl ImageLease {
         self.cache.path.join(&self.image.name).join(ROOT)
     }
 
-    /// The settings for commands.
     pub(super) fn settings(&self) -> &CommandSettings {
         &self.image.settings
     }

@@ -43,7 +43,6 @@ const RESERVED: &[u8] = b".wh..wh.";
 /// The mode of directories that no layer describes.
 const DIRECTORY_MODE: u32 = 0o755;
 
-/// An entry of a layer.
 pub(super) enum LayerEntry<'a> {
     /// A directory with this mode.
     Directory(u32),

@@ -49,7 +49,6 @@ struct QuotaAccount {
 /// The quantity that is over its quota.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Metered {
-    /// Requests.
     Requests,
     /// Bytes of uploads.
     Upload,

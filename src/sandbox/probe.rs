@@ -25,7 +25,6 @@ pub(crate) enum Protection {
     Identity,
     /// The filter of system calls.
     Filter,
-    /// Landlock.
     Landlock,
     /// Networks of their own for actions that may use one. Tried only if a pool wants it.
     Gateway,

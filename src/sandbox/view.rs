@@ -92,7 +92,6 @@ pub(crate) struct PrivateMounts {
 /// The kind of file at a path of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// A directory.
     Directory,
     /// A symbolic link with this target.
     Link(PathBuf),

@@ -61,7 +61,6 @@ fn counts<T>(before: &[T], after: &[T]) -> String {
     format!("{} -> {} entries", before.len(), after.len())
 }
 
-/// The log filter.
 pub(super) struct ReloadLogFilter(InEffect<LogConfig>);
 
 impl ReloadLogFilter {

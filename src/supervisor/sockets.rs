@@ -100,7 +100,6 @@ impl InheritedSockets {
         Ok(sockets)
     }
 
-    /// The addresses of the sockets.
     pub(crate) fn addresses(&self) -> Vec<(PortName, SocketAddr)> {
         let sockets = [(PortName::Grpc, &self.grpc), (PortName::Http, &self.http)];
         let address = |listener: &TcpListener| listener.local_addr().ok();

@@ -139,12 +139,10 @@ impl Job {
         &self.session
     }
 
-    /// The Command as a blob.
     pub(crate) fn command_blob(&self) -> Blob {
         self.session.message(&self.command)
     }
 
-    /// The Action as a blob.
     pub(crate) fn action_blob(&self) -> Blob {
         let command_digest = Some(self.command_blob().digest);
         self.session.message(&Action { command_digest, ..self.action.clone() })

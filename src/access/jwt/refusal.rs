@@ -29,9 +29,9 @@ pub enum RefusalKind {
     Key,
     /// The signature is wrong.
     Signature,
-    /// It has expired.
+    /// Its time `exp` has passed.
     Expired,
-    /// It is not valid yet.
+    /// Its time `nbf` has not come.
     NotYetValid,
     /// Its claims do not meet a condition.
     Claims,

@@ -35,7 +35,6 @@ struct DeletionOrder {
 
 #[derive(Debug, Default)]
 struct DeletionQueue {
-    /// Orders with results.
     results: VecDeque<DeletionOrder>,
     others: VecDeque<DeletionOrder>,
     /// Whether a job deletes results now.

@@ -67,7 +67,6 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// The free space of the underlying disk.
     fn space(&self) -> io::Result<Space>;
 
-    /// Opens a stored file.
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>>;
 
     /// The size and stamp of a stored file, without opening it.

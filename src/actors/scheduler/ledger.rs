@@ -81,7 +81,6 @@ pub(crate) struct Ledger {
     joinable: HashMap<TaskKey, TaskId>,
     runs: BTreeMap<TaskId, TaskRun>,
     unchecked: Queue,
-    /// The queue of each pool.
     ready: BTreeMap<PoolId, Queue>,
     positions: QueuePositions,
     unfollowed: Unfollowed,

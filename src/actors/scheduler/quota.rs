@@ -252,7 +252,6 @@ mod tests {
         Peer::V4(Ipv4Addr::new(127, 0, 0, number))
     }
 
-    /// A build of a peer.
     fn owner(peer_number: u8, build: u64) -> Owner {
         Owner { peer: peer(peer_number), build: Build(build) }
     }

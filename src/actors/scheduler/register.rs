@@ -239,7 +239,6 @@ impl Register {
         })
     }
 
-    /// The operation of this number.
     pub(crate) fn get(&self, number: u64) -> Option<&Operation> {
         self.operations.get(&number)
     }

@@ -266,7 +266,6 @@ impl Slots {
         self.shared(both)
     }
 
-    /// This set without one of its pools.
     pub(crate) fn without(&mut self, pools: &PoolSet, id: PoolId) -> PoolSet {
         self.shared(pools.iter().copied().filter(|other| *other != id).collect())
     }
@@ -387,7 +386,6 @@ impl Slots {
         self.open(id).is_some()
     }
 
-    /// The name of a pool.
     pub(crate) fn name(&self, id: PoolId) -> Arc<str> {
         self.pools.get(&id).map_or_else(|| "".into(), |pool| pool.name.clone())
     }

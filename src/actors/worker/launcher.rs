@@ -170,7 +170,6 @@ impl RunnerLauncher {
         Self { group: group.ok(), total_memory: groups.total_memory(), ..self }
     }
 
-    /// The order to run this launch.
     fn order(&self, launch: &Launch) -> Run {
         let is_counted = self.group.as_ref().is_some_and(SlotGroup::counts_processes);
         Run::of(launch, is_counted)

@@ -108,7 +108,6 @@ pub struct StagedTrees {
     copy_until: Mutex<Option<Instant>>,
 }
 
-/// One tree.
 #[derive(Debug)]
 struct Tree {
     name: OsString,

@@ -104,7 +104,6 @@ struct PackWorker {
     stopped: mpsc::Receiver<()>,
 }
 
-/// The clocks of the thread.
 #[derive(Debug, Clone, Copy)]
 struct ThreadClock {
     cpu: Duration,

@@ -62,7 +62,6 @@ impl Index {
         (found.collect(), (end < self.slab.len()).then_some(end as u32))
     }
 
-    /// The entry that has this file.
     pub(in super::super) fn entry_of(&self, file: &FileId) -> Option<EntryRef> {
         let at = EntryRef { slot: self.slot_of(&file.key)?, generation: file.generation };
         self.live(at).map(|_| at)

@@ -33,7 +33,6 @@ const EPOCHS_PER_LIST: usize = 64;
 /// An entry that was put at the head in one of the last epochs is recent: less than a quarter of all entries are newer.
 const RECENT_EPOCHS: u16 = 15;
 
-/// The ends of a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct ListEnds {
     newest: u32,

@@ -54,7 +54,6 @@ impl Place {
     }
 }
 
-/// One table file.
 #[derive(Debug)]
 struct TableFile {
     nonce: u64,
@@ -199,7 +198,6 @@ impl ChecksumTable {
         }
     }
 
-    /// Bytes on disk.
     pub(super) fn disk_bytes(&self) -> u64 {
         self.state().files.values().map(|file| file.end).sum()
     }

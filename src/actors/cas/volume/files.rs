@@ -436,7 +436,6 @@ impl StorePaths {
         path.strip_prefix(&self.base).unwrap_or(path).display().to_string()
     }
 
-    /// The path of the note.
     fn note(&self) -> PathBuf {
         self.base.with_file_name("note")
     }

@@ -88,7 +88,6 @@ impl Local {
     }
 }
 
-/// Writes one file to the segments.
 fn write_small(segments: &Segments, key: Key, bytes: Bytes) -> io::Result<WrittenFile> {
     let pieces = [bytes];
     let written = segments.write(&[NewFile { key, pieces: &pieces }], unix_seconds());

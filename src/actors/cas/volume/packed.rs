@@ -33,7 +33,6 @@ use std::{
 const CHECKSUMS_MAGIC: u32 = 0x184D_2A5D;
 /// Bytes of a skippable frame before its content.
 const SKIPPABLE_HEAD_BYTES: usize = 8;
-/// Bytes of a checksum.
 const CHECKSUM_BYTES: usize = 4;
 /// The largest frame. A frame of incompressible bytes is slightly larger than its content.
 const MAX_FRAME_BYTES: u64 = CHUNK_BYTES as u64 + 1_024;

@@ -72,7 +72,6 @@ enum CommandStop {
     Ended(Option<FromCell>),
     /// The server has ordered to kill the command.
     Killed,
-    /// The server is gone.
     ServerGone,
     /// A log could not be written.
     IncompleteLog(protocol::IncompleteLog),

@@ -29,7 +29,6 @@ pub enum Shown {
     File(u64, bool),
     /// A link whose target is this number.
     Link(u64),
-    /// A directory.
     Directory,
 }
 

@@ -18,7 +18,6 @@ pub(crate) const CHECKS: &[Check] = checks![
     a_malformed_digest_is_an_error_of_its_own => "CAS-23";
 ];
 
-/// The only response for this digest.
 fn only<'a>(answer: &'a BatchReadBlobsResponse, digest: &Digest) -> Verdict<&'a Response> {
     let found: Vec<_> = answer.responses.iter().filter(|one| one.digest.as_ref() == Some(digest)).collect();
     match found[..] {

@@ -61,7 +61,6 @@ impl RecordHead {
         self.size.div_ceil(BLOCK_BYTES as u64).saturating_mul(4)
     }
 
-    /// Bytes of the record.
     pub(super) fn record_bytes(&self) -> u64 {
         (RECORD_HEAD_BYTES as u64).saturating_add(self.body_bytes().next_multiple_of(UNIT_BYTES))
     }

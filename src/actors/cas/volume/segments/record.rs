@@ -93,7 +93,6 @@ pub(super) fn record_bytes(length: u64) -> u64 {
     header.saturating_add(length).checked_next_multiple_of(SLOT_BYTES).unwrap_or(u64::MAX)
 }
 
-/// Bytes of a header.
 pub(super) fn header_bytes(function: DigestFunction, length: u64) -> usize {
     let blocks = length.div_ceil(BLOCK_BYTES as u64) as usize;
     FIXED_BYTES + function.hash_bytes() + 4 * blocks
@@ -148,7 +147,6 @@ impl Header {
         header_bytes(self.digest.function(), u64::from(self.length))
     }
 
-    /// Bytes of the record.
     pub(super) fn record_bytes(&self) -> u64 {
         record_bytes(u64::from(self.length))
     }

@@ -112,7 +112,6 @@ pub(super) struct Takes {
     pub dead: u64,
 }
 
-/// One segment.
 #[derive(Debug)]
 pub(super) struct Segment {
     pub number: u64,
@@ -369,7 +368,6 @@ impl SegmentGrowth {
     }
 }
 
-/// The content of a record.
 pub(super) fn content_of(header: &Header, record: Vec<u8>) -> Bytes {
     let start = header.bytes();
     Bytes::from(record).slice(start..start + header.length as usize)

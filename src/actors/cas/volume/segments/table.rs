@@ -20,7 +20,6 @@ const MAGIC: &[u8; 16] = b"gorego segment 1";
 const END: &[u8; 4] = b"END1";
 /// Bytes of a head before the names.
 const HEAD_FIXED_BYTES: usize = 40;
-/// Bytes of a trailer.
 pub(super) const TRAILER_BYTES: usize = 40;
 /// The largest head that is read. Thousands of instances with long names fit.
 pub(super) const MAX_HEAD_BYTES: usize = 16 << 20;

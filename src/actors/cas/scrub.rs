@@ -28,7 +28,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
     thread,
@@ -71,6 +71,8 @@ struct Scrubber {
     state: Arc<Mutex<ScrubState>>,
     stop: Receiver<()>,
     pace: ScrubPace,
+    /// Whether the last state was written to disk.
+    is_kept: AtomicBool,
 }
 
 /// Counts of one pass.
@@ -109,6 +111,7 @@ impl Scrub {
             state: self.state.clone(),
             stop: stopped,
             pace: ScrubPace::new(rate, Instant::now()),
+            is_kept: AtomicBool::new(true),
         };
         let reason = self.reason;
         match thread::Builder::new().name("store-scrub".into()).spawn(move || scrubber.run(reason)) {
@@ -180,7 +183,12 @@ impl Scrubber {
         let mut state = lock(&self.state);
         if !state.stopped {
             change(&mut state);
-            keep(&*self.shared.volume, &state);
+            let kept = self.shared.volume.keep_note(&state.encode());
+            // A full disk refuses each note of a pass.
+            if let Some(error) = kept.as_ref().err().filter(|_| self.is_kept.load(Relaxed)) {
+                failed(error);
+            }
+            self.is_kept.store(kept.is_ok(), Relaxed);
         }
     }
 

@@ -17,7 +17,6 @@ use uuid::Uuid;
 /// Maximum number of entries, which take about a megabyte.
 pub(super) const VERIFIED_MAX: usize = 4_096;
 
-/// The hash of a credential.
 pub(super) type CredentialHash = [u8; 32];
 
 /// The cache; see the top of this file.

@@ -13,9 +13,9 @@ const MAX_URL_BYTES: usize = 2048;
 /// The location; see the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JwksLocation {
-    /// A file.
+    /// Absolute path of a file.
     File(PathBuf),
-    /// A URL.
+    /// The URL from which the key set is fetched.
     Url(String),
 }
 

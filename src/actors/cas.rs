@@ -289,7 +289,6 @@ fn encoders() -> u64 {
     thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
 }
 
-/// Seconds since 1970.
 fn unix_seconds() -> u32 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)

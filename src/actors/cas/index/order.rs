@@ -18,7 +18,7 @@ use super::{
 };
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-/// No slot.
+/// No slot: the end of a list.
 pub(super) const NIL: u32 = u32::MAX;
 /// The entry is not on the stack of released entries.
 const NOT_RELEASED: u32 = NIL - 1;
@@ -33,7 +33,6 @@ const EPOCHS_PER_LIST: usize = 64;
 /// An entry that was put at the head in one of the last epochs is recent: less than a quarter of all entries are newer.
 const RECENT_EPOCHS: u16 = 15;
 
-/// The ends of a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct ListEnds {
     newest: u32,

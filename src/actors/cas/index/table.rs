@@ -97,7 +97,6 @@ impl SlotTable {
         refused
     }
 
-    /// Removes the slot of a key.
     pub(super) fn remove(&mut self, key: &Key, slot: u32) {
         let hash = hash_without_size(&self.hasher, key);
         let part = &mut self.parts[part_of(hash)];

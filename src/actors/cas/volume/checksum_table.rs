@@ -54,7 +54,7 @@ impl Place {
     }
 }
 
-/// One table file.
+/// The state of one file of the table.
 #[derive(Debug)]
 struct TableFile {
     nonce: u64,
@@ -199,7 +199,7 @@ impl ChecksumTable {
         }
     }
 
-    /// Bytes on disk.
+    /// Bytes that the table takes on disk.
     pub(super) fn disk_bytes(&self) -> u64 {
         self.state().files.values().map(|file| file.end).sum()
     }

@@ -88,7 +88,7 @@ pub(super) struct StorePaths {
     /// Directory names by [`InstanceId`].
     instances: Vec<String>,
     pub(super) policy: SyncPolicy,
-    /// See [`has_fine_change_times`].
+    /// The result of [`has_fine_change_times`] for the file system of the store.
     has_fine_times: bool,
     /// Bytes of a block of the file system.
     block: u64,
@@ -436,7 +436,6 @@ impl StorePaths {
         path.strip_prefix(&self.base).unwrap_or(path).display().to_string()
     }
 
-    /// The path of the note.
     fn note(&self) -> PathBuf {
         self.base.with_file_name("note")
     }

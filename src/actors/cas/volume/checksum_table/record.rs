@@ -56,12 +56,10 @@ impl RecordHead {
         Self { generation: file.generation, size, hash, body_checksum: 0 }
     }
 
-    /// Bytes of the checksums.
     pub(super) fn body_bytes(&self) -> u64 {
         self.size.div_ceil(BLOCK_BYTES as u64).saturating_mul(4)
     }
 
-    /// Bytes of the record.
     pub(super) fn record_bytes(&self) -> u64 {
         (RECORD_HEAD_BYTES as u64).saturating_add(self.body_bytes().next_multiple_of(UNIT_BYTES))
     }

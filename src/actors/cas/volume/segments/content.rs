@@ -10,7 +10,6 @@ use std::{fs::File, io};
 /// Records are never changed and every read of one is checked, so all of them have the same stamp.
 pub(super) const STAMP: Stamp = Stamp::CHECKED_WHEN_READ;
 
-/// The content of a record.
 #[derive(Debug)]
 pub(super) struct RecordContent(pub Bytes);
 

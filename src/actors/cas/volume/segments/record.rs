@@ -65,7 +65,6 @@ impl Location {
         Self::IS_RECORD | (self.segment << Self::SLOT_BITS) | u64::from(self.slot)
     }
 
-    /// The offset in the segment.
     pub(super) fn offset(self) -> u64 {
         u64::from(self.slot) * SLOT_BYTES
     }
@@ -80,7 +79,7 @@ pub(super) struct Header {
     pub digest: Digest,
     /// Seconds since 1970 of the last use, when the record was written.
     pub touched: u32,
-    /// Bytes of content.
+    /// Length of the content in bytes.
     pub length: u32,
     /// Grows with every stored file. A copy of a record has the sequence of the original.
     pub sequence: u64,
@@ -93,7 +92,6 @@ pub(super) fn record_bytes(length: u64) -> u64 {
     header.saturating_add(length).checked_next_multiple_of(SLOT_BYTES).unwrap_or(u64::MAX)
 }
 
-/// Bytes of a header.
 pub(super) fn header_bytes(function: DigestFunction, length: u64) -> usize {
     let blocks = length.div_ceil(BLOCK_BYTES as u64) as usize;
     FIXED_BYTES + function.hash_bytes() + 4 * blocks
@@ -148,7 +146,6 @@ impl Header {
         header_bytes(self.digest.function(), u64::from(self.length))
     }
 
-    /// Bytes of the record.
     pub(super) fn record_bytes(&self) -> u64 {
         record_bytes(u64::from(self.length))
     }

@@ -101,7 +101,7 @@ impl SegmentGrowth {
     }
 }
 
-/// Bytes on disk.
+/// The bytes that a segment takes on disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Takes {
     /// All bytes of the segment.
@@ -112,7 +112,7 @@ pub(super) struct Takes {
     pub dead: u64,
 }
 
-/// One segment.
+/// A segment, and what is known about its records.
 #[derive(Debug)]
 pub(super) struct Segment {
     pub number: u64,
@@ -369,7 +369,6 @@ impl SegmentGrowth {
     }
 }
 
-/// The content of a record.
 pub(super) fn content_of(header: &Header, record: Vec<u8>) -> Bytes {
     let start = header.bytes();
     Bytes::from(record).slice(start..start + header.length as usize)

@@ -115,7 +115,6 @@ impl WorkerSettings {
         self.has_layers() && tree.largest_file() <= self.max_output_file_bytes
     }
 
-    /// The kind of cell for an action.
     fn kind(&self, action: &Action) -> Result<CellKind> {
         match &self.sandbox {
             Some(sandbox) => sandbox.kind(&action.platform),

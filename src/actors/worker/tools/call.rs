@@ -31,7 +31,6 @@ const FLAGFILE_BYTES: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct ToolKey(pub(super) Digest);
 
-/// A call of a tool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ToolCall {
     /// Identifies the tools that can serve this call.

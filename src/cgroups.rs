@@ -27,9 +27,7 @@ use std::{fmt, path::PathBuf};
 /// A resource that a group can bound. The kernel has one controller for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Controller {
-    /// Bytes of memory.
     Memory,
-    /// CPU time.
     Cpu,
     /// Number of processes and threads.
     Pids,

@@ -50,7 +50,7 @@ pub struct Metrics {
     pub lookups: LookupMetrics,
     /// The runs of actions.
     pub runs: RunMetrics,
-    /// Failed authentications.
+    /// The requests whose credentials were not accepted.
     pub authentication: AuthenticationMetrics,
     registry: Registry,
     readings: ReadAtScrape,

@@ -186,12 +186,10 @@ impl ServerTls {
         self.material().not_after()
     }
 
-    /// TLS for the gRPC port.
     pub(crate) fn grpc_port(&self) -> TlsPort {
         TlsPort::new(self.clone(), Protocol::Http2)
     }
 
-    /// TLS for the HTTP port.
     pub(crate) fn http_port(&self) -> TlsPort {
         TlsPort::new(self.clone(), Protocol::Http1)
     }

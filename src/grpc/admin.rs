@@ -250,7 +250,6 @@ fn purge_details(request: &PurgeResultsRequest) -> String {
     shorten(format!("{what} {}", conditions.join(" ")), DETAILS_MAX_BYTES)
 }
 
-/// The condition in a request.
 fn condition(instance: &Instance, request: &PurgeResultsRequest) -> Result<ResultCondition> {
     let text = |value: &str, field: &str| match value.len() {
         0 => Ok(None),

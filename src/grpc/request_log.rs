@@ -48,13 +48,13 @@ const ERROR_MAX_BYTES: usize = 512;
 pub(crate) struct RequestLog<S> {
     /// The service that answers the calls.
     pub inner: S,
-    /// Authenticates the client.
+    /// Determines the principal of each call.
     pub gate: Gate,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
-    /// Counts finished calls.
+    /// Counts finished calls, for the metrics.
     pub metrics: Arc<Metrics>,
-    /// The connection.
+    /// The connection that the calls arrive on.
     pub connection: ConnectionInfo,
 }
 

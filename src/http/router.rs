@@ -13,9 +13,9 @@ pub const OPEN: Methods = &[("GET", &[]), ("HEAD", &[])];
 /// Paths of one kind, and the methods that they support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
-    /// The paths.
+    /// The paths that the route covers.
     pub at: RoutePlace,
-    /// The supported methods.
+    /// The supported methods, each with the permissions that it needs.
     pub methods: Methods,
     /// The paths and their meaning, for [`Router::index`]. A route without a text is not listed.
     pub shown: &'static str,

@@ -70,7 +70,6 @@ pub(super) struct RegistryClients {
     clients: Mutex<HashMap<String, RegistryClient>>,
 }
 
-/// The client of one registry.
 #[derive(Debug, Clone)]
 struct RegistryClient {
     http: Client,

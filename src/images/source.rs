@@ -93,7 +93,6 @@ impl<'a> CheckedBlob<'a> {
         Ok(Self::reading(source.blob(&blob.digest)?, blob))
     }
 
-    /// Reads a blob from this reader.
     pub(super) fn reading(reader: Box<dyn Read + 'a>, blob: &'a BlobName) -> Self {
         Self { reader, expected: blob, left: blob.size, hasher: blob.digest.hasher(), copy: None }
     }

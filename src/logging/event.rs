@@ -37,13 +37,13 @@ pub struct Event<'a> {
 /// The value of a field.
 #[derive(Clone, Copy)]
 pub enum Field<'a> {
-    /// A string.
+    /// A borrowed string.
     Text(&'a str),
-    /// A non-negative integer.
+    /// A number that is never negative, such as a count or a size.
     Unsigned(u64),
-    /// A signed integer.
+    /// A number that may be negative.
     Signed(i64),
-    /// A boolean.
+    /// A boolean value.
     Flag(bool),
     /// A value that is formatted as a string when it is written.
     Shown(&'a dyn fmt::Display),
@@ -55,17 +55,17 @@ impl<'a> Event<'a> {
         Self::new(Level::Error, target, name)
     }
 
-    /// An unexpected condition.
+    /// Starts a warning about an unexpected condition.
     pub fn warn(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Warn, target, name)
     }
 
-    /// Normal operation.
+    /// Starts an event of normal operation.
     pub fn info(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Info, target, name)
     }
 
-    /// Details for debugging.
+    /// Starts an event with details for debugging.
     pub fn debug(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Debug, target, name)
     }
@@ -74,7 +74,7 @@ impl<'a> Event<'a> {
         Self { level, target, name, fields: [("", Field::Flag(false)); FIELDS_MAX], count: 0 }
     }
 
-    /// Adds a field.
+    /// Adds a field. Fields are written in the order in which they were added.
     pub fn with(&mut self, key: &'static str, value: impl Into<Field<'a>>) -> &mut Self {
         debug_assert!(self.count < FIELDS_MAX, "{} has too many fields", self.name);
         if let Some(field) = self.fields.get_mut(self.count) {

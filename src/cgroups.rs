@@ -1,4 +1,4 @@
-//! Control groups (cgroups): how the kernel is told what one action may use.
+//! Control groups (cgroups): enforces the resource limits of actions.
 //!
 //! [`Groups`] finds out at the start which controllers this process may use below its own group: the controllers of the
 //! unified hierarchy (v2) that are delegated to it, and otherwise the controllers of the old hierarchies (v1). It makes

@@ -44,12 +44,12 @@ impl Room {
         need.cores <= self.cores && need.memory <= self.memory
     }
 
-    /// What is left without this much.
+    /// Subtracts `need`, saturating at zero.
     pub fn without(&self, need: &Self) -> Self {
         Self { cores: self.cores.saturating_sub(need.cores), memory: self.memory.saturating_sub(need.memory) }
     }
 
-    /// What is left with this much given back.
+    /// Adds `need` back.
     pub fn with(&self, need: &Self) -> Self {
         Self { cores: self.cores.saturating_add(need.cores), memory: self.memory.saturating_add(need.memory) }
     }

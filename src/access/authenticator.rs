@@ -120,7 +120,7 @@ pub struct VerifiedToken {
     pub roles: Vec<String>,
     /// The time at which the token expires (`exp`).
     pub expires: SystemTime,
-    /// A number that identifies the rules that accepted the token. Other rules have another number.
+    /// A number that identifies the rules that accepted the token. Each rule set has its own number.
     pub mark: u64,
 }
 

@@ -19,7 +19,7 @@ use tokio::io::{AsyncRead as _, AsyncReadExt as _, ReadBuf};
 
 /// Size of the buffer: four frames of the usual size.
 const BUFFER_BYTES: usize = 64 * 1024;
-/// A full buffer below this size does not show that more bytes are waiting: the library begins with a buffer of 8 KiB.
+/// A smaller full buffer is no evidence that more bytes are waiting: the library begins with a buffer of 8 KiB.
 const FULL_READ_BYTES: usize = 4 * 1024;
 
 /// A socket that is read in large pieces while much arrives.

@@ -133,7 +133,7 @@ impl<S> RequestLog<S> {
     }
 }
 
-/// The end of an answer that breaks off with this error.
+/// The trailers of an answer that is aborted with this error.
 fn trailers(error: Error) -> HeaderMap {
     let mut trailers = HeaderMap::new();
     // This fails if the message cannot be a header. Then only the code is sent.

@@ -105,7 +105,7 @@ impl<M> Router<M> {
     /// Finds the mount that serves a request.
     ///
     /// # Errors
-    /// What is wrong with the path or the method.
+    /// [`Missed`] says whether the path or the method is wrong.
     pub fn find<'a>(&'a self, method: &str, path: &'a str) -> Result<(&'a M, RoutedPath<'a>), Missed> {
         let path = path.trim_start_matches('/');
         let parts = self.take_apart(path);

@@ -55,7 +55,7 @@ impl<'a> Event<'a> {
         Self::new(Level::Error, target, name)
     }
 
-    /// Starts a warning about an unexpected condition.
+    /// Starts a warning.
     pub fn warn(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Warn, target, name)
     }

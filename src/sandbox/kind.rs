@@ -28,7 +28,7 @@ pub struct CellKind {
 pub enum CellNetwork {
     /// A loopback interface of its own, and nothing else.
     Off = 0,
-    /// A network of its own, with a way to other machines but not to this one ([`super::network`]).
+    /// A separate network that reaches other machines but not the host ([`super::network`]).
     On = 1,
     /// The whole network of the host.
     Host = 2,

@@ -36,7 +36,7 @@ pub struct KeySet {
 pub(super) struct VerificationKey {
     id: Option<String>,
     kind: KeyKind,
-    /// The only algorithm for which it may be used, if the set says so.
+    /// The algorithm to which the key set restricts this key, if any.
     algorithm: Option<SignatureAlgorithm>,
     pub(super) key: DecodingKey,
 }

@@ -193,7 +193,7 @@ impl Bindings {
         }
     }
 
-    /// Begins a copy of the bindings that there are now.
+    /// Starts copying the current bindings.
     pub(crate) fn begin_copy(&mut self) {
         self.copying = Some(Copying { after: 0, end: self.uses, moved: VecDeque::new() });
     }

@@ -301,8 +301,8 @@ pub(super) const MAILBOX_CAPACITY: usize = 1_024;
 /// How long an upload for which there is no room waits for another client's upload of the same blob.
 pub(super) const TWIN_WAIT: Duration = Duration::from_secs(300);
 
-/// How long such an upload waits for the next byte of the other upload. After either time, it starts and takes the room
-/// that there is.
+/// How long such an upload waits for the next byte of the other upload. After either time, it starts and uses the
+/// available space.
 pub(super) const TWIN_STALL: Duration = Duration::from_secs(10);
 
 /// How long a client that resumes an upload waits until its own earlier stream has ended.

@@ -208,7 +208,7 @@ fn look(
     }))
 }
 
-/// Examines an output path at which there is an input that the command left unchanged.
+/// Examines an output path that still holds an unchanged input.
 fn examine_input(
     root: ExecRoot<'_>,
     output: &OutputRequest,

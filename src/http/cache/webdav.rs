@@ -89,7 +89,7 @@ fn is_collection(key: &str) -> bool {
 enum Depth {
     /// Only the resource itself.
     Zero,
-    /// Also its members, none of which are known.
+    /// The collection and its members, which are not listed.
     One,
     /// Everything below it. This is the default of the protocol.
     Infinity,
@@ -147,7 +147,7 @@ mod tests {
     }
 
     proptest! {
-        /// A key cannot close its element or add another one.
+        /// A key cannot inject XML.
         #[test]
         fn no_key_can_break_the_answer(key in "\\PC{0,60}") {
             let href = href("", &key);

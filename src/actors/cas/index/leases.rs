@@ -104,7 +104,7 @@ struct LeaseRow {
     held: AtomicU64,
 }
 
-/// The bytes that may be leased of this room.
+/// How many of `room` bytes may be leased.
 fn budget_of(room: u64) -> u64 {
     room / 10 * 9
 }
@@ -411,7 +411,7 @@ impl Leases {
         EndedRow { row, held }
     }
 
-    /// The builds and rows that there are.
+    /// The number of builds and rows.
     #[cfg(test)]
     pub(super) fn counts(&self) -> (usize, usize) {
         let book = self.book();

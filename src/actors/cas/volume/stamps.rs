@@ -21,7 +21,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Longer than a tick of any kernel's clock (10 ms at 100 Hz).
+/// Longer than one clock tick of any kernel (10 ms at 100 Hz).
 pub(crate) const COARSE_TICK: Duration = Duration::from_millis(20);
 /// The fcntl(2) command of this name, which the libc crate lacks. It is the same on every architecture.
 const F_SETSIG: libc::c_int = 10;

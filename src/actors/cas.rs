@@ -119,7 +119,8 @@ pub(crate) struct StoreShared {
     encoders: Encoders,
     /// Limits the jobs that compress at the same time.
     encoding: Budget,
-    /// Permit to make a zstd form. Nobody waits for it: a read that does not get it leaves the form to a later read.
+    /// Permit to make a zstd form. No request waits for it: a read that does not get it leaves the form to a later
+    /// read.
     form_turn: Arc<Semaphore>,
     /// Limits the results whose blobs are checked at the same time.
     result_checks: Budget,

@@ -309,8 +309,8 @@ pin_project_lite::pin_project! {
 
     impl<R> PinnedDrop for RequestBody<R> {
         fn drop(this: Pin<&mut Self>) {
-            // The library discards received bytes that nobody has read, and the connection stops counting them when the
-            // stream closes. Subtracting them here too would hide bytes of other streams.
+            // The library discards received bytes that no handler has read, and the connection stops counting them when
+            // the stream closes. Subtracting them here too would hide bytes of other streams.
             if let Some(open) = this.project().open {
                 open.close();
             }

@@ -381,7 +381,7 @@ impl Segments {
     }
 }
 
-/// Runs `put`, and again after making the directory of `path` if somebody has removed it.
+/// Runs `put`. If the directory of `path` was removed, makes it again and retries.
 pub(super) fn again_with_directory<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match (put(), path.parent()) {
         (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {

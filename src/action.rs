@@ -100,9 +100,9 @@ impl TimeoutPolicy {
 /// A range of priorities that contains 0 (CAP-18). Lower values are more urgent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Priorities {
-    /// The most urgent.
+    /// The lowest value, which is the most urgent priority.
     pub min: i32,
-    /// The least urgent.
+    /// The highest value, which is the least urgent priority.
     pub max: i32,
 }
 

@@ -45,6 +45,7 @@ pub(crate) const SMALL_ANSWER_BYTES: usize = 64 * 1024;
 #[derive(Debug, Clone)]
 pub(crate) struct ConnectionInfo {
     pub(crate) state: Arc<ConnectionState>,
+    /// The set of all connections, this one included.
     pub(crate) connections: Connections,
 }
 
@@ -275,7 +276,7 @@ impl Call {
         }
     }
 
-    /// Returns unused room.
+    /// Returns the room that no part of the answer has used.
     pub(crate) fn give_room_back(&self) {
         drop(self.room().take());
     }
@@ -295,7 +296,6 @@ impl Call {
 
 /// What the log line and a shutdown need to know.
 impl Call {
-    /// Records the instance.
     pub(crate) fn note_instance(&self, instance: &Instance) {
         let _ = self.0.instance.set(instance.clone());
     }
@@ -324,12 +324,10 @@ impl Call {
         }
     }
 
-    /// Records the operation.
     pub(crate) fn note_operation(&self, id: OperationId) {
         self.notes().operation = Some(id);
     }
 
-    /// Records the action.
     pub(crate) fn note_action(&self, action: Digest) {
         self.notes().action = Some(action);
     }

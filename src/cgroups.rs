@@ -1,4 +1,4 @@
-//! Control groups (cgroups): how the kernel is told what one action may use.
+//! Control groups (cgroups): enforces the resource limits of actions.
 //!
 //! [`Groups`] finds out at the start which controllers this process may use below its own group: the controllers of the
 //! unified hierarchy (v2) that are delegated to it, and otherwise the controllers of the old hierarchies (v1). It makes
@@ -27,9 +27,7 @@ use std::{fmt, path::PathBuf};
 /// A resource that a group can bound. The kernel has one controller for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Controller {
-    /// Bytes of memory.
     Memory,
-    /// CPU time.
     Cpu,
     /// Number of processes and threads.
     Pids,

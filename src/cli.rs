@@ -41,7 +41,7 @@ use std::{
 };
 pub use token::Lifetime;
 
-/// The subcommand succeeded.
+/// The exit code of a subcommand that succeeded.
 pub const EXIT_OK: u8 = 0;
 /// A server failed, or could not start for a reason outside its configuration.
 pub const EXIT_FAILURE: u8 = 1;

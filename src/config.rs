@@ -87,7 +87,7 @@ pub struct Config {
     pub quotas: QuotasConfig,
 }
 
-/// The `[assets]` section.
+/// The `[assets]` section: remote assets.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AssetsConfig {
@@ -113,7 +113,7 @@ pub struct AssetsConfig {
     pub max_age: Duration,
 }
 
-/// The `[http]` section.
+/// The `[http]` section: the port of the HTTP cache, metrics and health.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
@@ -144,7 +144,7 @@ pub struct InstanceConfig {
     pub blobs_of: Option<String>,
 }
 
-/// The `[cache]` section.
+/// The `[cache]` section: the store and the action cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CacheConfig {
@@ -235,7 +235,7 @@ pub enum CommittedSize {
     MinusOne,
 }
 
-/// The `[execution]` section.
+/// The `[execution]` section: queue, pools and how actions run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExecutionConfig {
@@ -297,11 +297,11 @@ pub struct ExecutionConfig {
     pub limits: LimitsConfig,
     /// Container images as root file systems of actions.
     pub images: ImagesConfig,
-    /// Bazel's persistent workers.
+    /// The use of Bazel's persistent workers.
     pub persistent_workers: PersistentWorkersConfig,
 }
 
-/// The `[log_streams]` section.
+/// The `[log_streams]` section: log streams of clients.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogStreamsConfig {

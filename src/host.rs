@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv6Addr};
 /// An entry of a host list in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HostRule {
-    /// Matches every host.
+    /// Matches every host, written as `*`.
     Any,
     /// Matches this name or address.
     Is(String),

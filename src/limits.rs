@@ -13,11 +13,11 @@ use std::fmt;
 
 /// The platform properties with which an action asks for a resource.
 pub(crate) const MEMORY: &str = "memory";
-/// CPUs.
+/// The property for the number of CPUs.
 pub(crate) const CORES: &str = "cores";
-/// Processes and threads.
+/// The property for the number of processes and threads.
 pub(crate) const PIDS: &str = "pids";
-/// Bytes on disk.
+/// The property for the bytes on disk.
 pub(crate) const DISK: &str = "disk";
 
 /// The default of a limit, and the maximum that an action may ask for. 0 means no limit, or that actions cannot ask.
@@ -32,7 +32,7 @@ pub struct LimitRange {
 /// The resources that a pool has for all of its running actions, or the part that one action takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Room {
-    /// CPUs.
+    /// Number of CPU cores.
     pub cores: u64,
     /// Memory in bytes.
     pub memory: u64,
@@ -66,7 +66,7 @@ impl fmt::Display for Room {
 /// The limits of the actions of one pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LimitSettings {
-    /// Memory in bytes.
+    /// Memory of all processes of an action, in bytes.
     pub memory: LimitRange,
     /// Swap in bytes that an action may use besides its memory.
     pub swap: u64,
@@ -74,7 +74,7 @@ pub struct LimitSettings {
     pub cores: LimitRange,
     /// Processes and threads at a time.
     pub processes: LimitRange,
-    /// Bytes on disk.
+    /// Bytes that an action may have on disk.
     pub disk: LimitRange,
     /// Files and directories on disk; 0 for no limit.
     pub files: u64,
@@ -83,9 +83,9 @@ pub struct LimitSettings {
 /// The limits of one action. 0 means none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Limits {
-    /// Memory in bytes.
+    /// Memory of all processes, in bytes.
     pub memory: u64,
-    /// Swap in bytes.
+    /// Swap in bytes besides the memory.
     pub swap: u64,
     /// The share of the machine, in CPUs; at least 1.
     pub share: u64,
@@ -93,7 +93,7 @@ pub struct Limits {
     pub cores: u64,
     /// Processes and threads at a time.
     pub processes: u64,
-    /// Bytes on disk.
+    /// Bytes that the action may have on disk.
     pub disk: u64,
     /// Files and directories on disk.
     pub files: u64,
@@ -187,7 +187,7 @@ pub enum LimitedResource {
     Memory,
     /// The memory of all actions together.
     AllMemory,
-    /// Bytes on disk.
+    /// The bytes of one action on disk.
     Disk,
     /// Files and directories on disk.
     Files,
@@ -196,7 +196,7 @@ pub enum LimitedResource {
 /// A limit that was exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exceeded {
-    /// The resource.
+    /// The resource that was used up.
     pub resource: LimitedResource,
     /// The highest amount that was used.
     pub used: u64,

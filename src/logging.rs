@@ -48,7 +48,7 @@ const KEPT_BUFFER_BYTES: usize = 16 * 1024;
 pub enum Style {
     /// One JSON object per line.
     Json,
-    /// Human-readable text.
+    /// Human-readable text, one line per record.
     Text {
         /// Whether levels are coloured.
         colour: bool,

@@ -52,7 +52,7 @@ pub(crate) struct Replacement {
     pub(crate) earlier: ResultOrigin,
     /// Where the later one comes from.
     pub(crate) later: ResultOrigin,
-    /// What differs.
+    /// The differences between the outputs of the two results.
     pub(crate) differences: OutputDifferences,
 }
 
@@ -80,7 +80,7 @@ struct ReportList {
 
 #[derive(Debug, Default)]
 pub(crate) struct ReportPage {
-    /// The latest first.
+    /// The reports of the page, the latest first.
     pub(crate) reports: Vec<Arc<NonDeterminism>>,
     /// The value of `before` for the next page; `None` on the last page.
     pub(crate) next: Option<u64>,

@@ -26,7 +26,7 @@ const HINTS: &[&str] = &[WORKER_KEY, WORKER_PROTOCOL];
 /// The values of one property that a pool accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Offer {
-    /// Exactly this value.
+    /// Exactly this value, as a string.
     Exact(String),
     /// Any of these values.
     Set(Vec<String>),
@@ -34,7 +34,7 @@ pub enum Offer {
     Minimum(u64),
     /// A size up to this many bytes. Actions require at least a size, and the pool has this much.
     Size(u64),
-    /// Any value.
+    /// Any value; the property does not restrict the pool.
     Ignore,
 }
 

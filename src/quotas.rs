@@ -38,7 +38,7 @@ struct QuotasState {
 /// The limits on the operations of one principal in one instance. `None` is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct OperationLimits {
-    /// Unfinished operations.
+    /// Maximum number of unfinished operations.
     pub operations: Option<usize>,
     /// Unfinished operations that wait for a worker.
     pub queued: Option<usize>,

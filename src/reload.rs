@@ -1,8 +1,8 @@
-//! [`Reloader`]: takes in a new configuration while the server runs.
+//! [`Reloader`]: applies a new configuration while the server runs.
 //!
 //! The configuration is read again from the same sources as at the start, and checked as a whole: first its values,
 //! then every [`Reloadable`] part, which may look at files that it names. Only then is anything changed. So an invalid
-//! configuration changes nothing. Keys that no part takes in need a restart; they keep their running values, and every
+//! configuration changes nothing. Keys that no part applies need a restart; they keep their running values, and every
 //! later reload says so again. A change that was checked can still fail, for example because a thread cannot be
 //! started. The other changes are made all the same, the answer names both, and the next reload tries again what has
 //! failed.
@@ -32,7 +32,7 @@ const SHOWN_CHARS: usize = 120;
 
 /// A part of the server that can take in new settings while it runs.
 pub(crate) trait Reloadable: Send + Sync {
-    /// The keys that it takes in, such as `log.filter`, or sections, such as `access`, for all keys below.
+    /// The keys that it applies, such as `log.filter`, or sections, such as `access`, for all keys below.
     fn keys(&self) -> &'static [&'static str];
 
     /// Checks new settings and the files that they name, and says what would change. Changes nothing. It is called for
@@ -122,8 +122,8 @@ impl Reloader {
         Self(Arc::new(ReloaderState { load: Box::new(load), parts, running, runtime }))
     }
 
-    /// Reads the configuration again and takes in what can change. With `dry_run`, only says what would change. A
-    /// reload runs to its end even if its caller has stopped waiting.
+    /// Reads the configuration again and applies the reloadable settings. With `dry_run`, only says what would change.
+    /// A reload runs to its end even if its caller has stopped waiting.
     ///
     /// # Errors
     /// `Invalid` or `Precondition` that name each key and value at fault; then nothing has changed. `Internal` if a
@@ -182,7 +182,7 @@ impl ReloaderState {
         Ok((loaded, settings, prepared))
     }
 
-    /// Whether a part takes in this key.
+    /// Whether a part applies this key.
     fn is_taken_in(&self, key: &str) -> bool {
         let covers = |taken: &&str| {
             key.strip_prefix(*taken).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))

@@ -1,6 +1,6 @@
 //! The sandbox: the file system, processes and network that one action sees, and the code that moves a process into it.
 //!
-//! This room knows nothing of actions, commands and workers. A runner process makes one [`World`](world::World): the
+//! This module knows nothing of actions, commands and workers. A runner process makes one [`World`](world::World): the
 //! files of the host that every action may see, assembled as one tree of mounts. For each action the runner starts a
 //! *cell* from the world. A cell is a set of new namespaces with a copy of that tree; when its first process ends, the
 //! kernel kills every other process in it. A cell is never used twice.

@@ -80,7 +80,7 @@ const INTERRUPTED: i32 = 130;
 /// The facts that are known when the server is ready for requests.
 #[derive(Debug, Clone)]
 pub(crate) struct Ready {
-    /// The listening address.
+    /// The address on which gRPC is served.
     pub address: SocketAddr,
     /// Whether the port uses TLS.
     pub tls: bool,

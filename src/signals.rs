@@ -19,7 +19,7 @@ pub(crate) enum StopSignal {
     Hangup,
     /// The configuration is to be read again.
     Reload,
-    /// Ctrl-C.
+    /// The user has pressed Ctrl-C (SIGINT).
     Interrupt,
     /// What a service manager sends.
     Terminate,
@@ -60,7 +60,6 @@ impl StopSignal {
     }
 }
 
-/// Listens for [`StopSignal`]s.
 pub(crate) struct StopSignals(Vec<(StopSignal, Signal)>);
 
 impl StopSignals {

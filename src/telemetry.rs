@@ -1,7 +1,7 @@
 //! Metrics: counters, readings that are taken at a scrape, and the text for Prometheus.
 //!
-//! Rooms get handles through their constructors and keep them. So counting is an atomic addition, without a look-up by
-//! label and without an allocation. State that an actor owns is not counted a second time here: at each scrape, the
+//! Modules get handles through their constructors and keep them. So counting is an atomic addition, without a look-up
+//! by label and without an allocation. State that an actor owns is not counted a second time here: at each scrape, the
 //! wiring asks its owner and passes the answers as [`Readings`]. Nothing is global, so two servers in one process have
 //! separate metrics.
 //!
@@ -50,7 +50,7 @@ pub struct Metrics {
     pub lookups: LookupMetrics,
     /// The runs of actions.
     pub runs: RunMetrics,
-    /// Failed authentications.
+    /// The requests whose credentials were not accepted.
     pub authentication: AuthenticationMetrics,
     registry: Registry,
     readings: ReadAtScrape,

@@ -2,7 +2,7 @@
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-/// Runs slow work while other tasks go on, on other threads if the runtime has several.
+/// Runs blocking work without stalling other tasks; on a multi-threaded runtime they move to other threads.
 pub(crate) fn unhindered<T>(work: impl FnOnce() -> T) -> T {
     let can_move =
         Handle::try_current().is_ok_and(|here| here.runtime_flavor() == RuntimeFlavor::MultiThread);

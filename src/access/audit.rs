@@ -85,7 +85,7 @@ impl fmt::Debug for Audit {
 }
 
 impl Audit {
-    /// Records a refusal.
+    /// Logs a refused request, or only counts it if its peer has caused many.
     pub(crate) fn denied(&self, denial: &Denial<'_>) {
         if !self.takes_line(denial.peer.into()) {
             return;

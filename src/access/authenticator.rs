@@ -45,6 +45,7 @@ const SIGNED_KEPT: Duration = Duration::from_secs(60);
 /// The data of a request that can prove its principal.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Presented<'a> {
+    /// The headers of the request, which may contain a credential.
     pub(crate) headers: &'a HeaderMap,
     /// The certificate of its connection, which was verified in the handshake.
     pub(crate) certificate: Option<&'a ClientCertificate>,
@@ -117,7 +118,7 @@ pub struct VerifiedToken {
     pub subject: String,
     /// The names of the roles that its claims map to.
     pub roles: Vec<String>,
-    /// When it expires.
+    /// The time at which the token expires (`exp`).
     pub expires: SystemTime,
     /// A number that identifies the rules that accepted the token. Each rule set has its own number.
     pub mark: u64,
@@ -126,7 +127,7 @@ pub struct VerifiedToken {
 /// The sources of the clients' credentials.
 #[derive(Debug, Clone, Default)]
 pub struct CredentialSources {
-    /// The static tokens.
+    /// The static tokens; an empty set without a token file.
     pub tokens: Arc<TokenSet>,
     /// The users with passwords; `None` without a password file.
     pub users: Option<Arc<UserSet>>,
@@ -286,7 +287,7 @@ impl Authenticator {
         self.rules().anonymous.clone()
     }
 
-    /// Authenticates a request.
+    /// Determines the principal of a request from its headers and its connection.
     pub(crate) fn authenticate(&self, presented: &Presented<'_>) -> Authentication {
         let rules = self.rules();
         // A server without credentials ignores the header, which may be meant for a proxy in front of it.

@@ -55,11 +55,11 @@ pub struct ClientCertificate {
 /// An alternative name of the holder of a certificate (`subjectAltName`).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum CertificateName {
-    /// A host name.
+    /// A host name (`dNSName`).
     Dns(String),
     /// A URI, such as a SPIFFE id.
     Uri(String),
-    /// An e-mail address.
+    /// An e-mail address (`rfc822Name`).
     Email(String),
 }
 

@@ -7,13 +7,13 @@ use std::fmt;
 pub enum Permission {
     /// To read blobs and trees.
     CasRead,
-    /// To write blobs.
+    /// To upload blobs, at either port.
     CasWrite,
     /// To read action results.
     AcRead,
     /// To write action results.
     AcWrite,
-    /// To run actions.
+    /// To run actions on the workers of this server.
     Execute,
     /// To see, cancel and delete the operations that the principal itself has begun, and to read their live output.
     OperationsOwn,
@@ -38,7 +38,7 @@ pub type Permissions = &'static [Permission];
 pub const ANY: Permissions = &Permission::ALL;
 
 impl Permission {
-    /// All permissions.
+    /// All permissions that exist.
     pub const ALL: [Self; 11] = [
         Self::CasRead,
         Self::CasWrite,
@@ -91,7 +91,7 @@ impl fmt::Display for Permission {
 pub struct PermissionSet(u16);
 
 impl PermissionSet {
-    /// Every permission.
+    /// The set with every permission.
     pub const ALL: Self = Self::of(&Permission::ALL);
 
     /// The set of these permissions and those that they include.

@@ -64,7 +64,7 @@ impl Policy {
         self.has_credentials
     }
 
-    /// All roles.
+    /// All roles by name, both predefined and configured ones.
     pub fn roles(&self) -> impl Iterator<Item = &Role> {
         self.roles.values().map(|role| &**role)
     }

@@ -38,13 +38,13 @@ struct PrincipalState {
 pub enum PrincipalKind {
     /// The client has sent no credential.
     Anonymous,
-    /// A static token.
+    /// A static token of this server.
     Token,
     /// A name and a password.
     Basic,
-    /// A client certificate.
+    /// A client certificate that the handshake has verified.
     Certificate,
-    /// A signed token.
+    /// A signed token (JWT) of a configured issuer.
     Jwt,
 }
 
@@ -118,7 +118,7 @@ impl Principal {
         self.0.mark
     }
 
-    /// Its roles.
+    /// The roles that determine the permissions of this principal.
     pub fn roles(&self) -> &[Arc<Role>] {
         &self.0.roles
     }

@@ -9,7 +9,7 @@ use gorego_reapi::instance_name::check_instance_name;
 /// The instances that a role applies to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InstancePattern {
-    /// `*`: all instances.
+    /// All instances, written as `*`.
     Every,
     /// The instance with this name.
     Named(String),
@@ -57,7 +57,7 @@ pub struct Role {
 /// A role that every server has.
 #[derive(Debug, Clone, Copy)]
 pub struct ReadyMade {
-    /// Its name.
+    /// The name, which the configuration may use like that of a configured role.
     pub name: &'static str,
     /// Its permissions, in all instances.
     pub permissions: &'static [Permission],

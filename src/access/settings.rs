@@ -7,10 +7,10 @@ use super::{
 };
 use std::{collections::BTreeMap, path::PathBuf};
 
-/// The settings.
+/// The settings of access control.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AccessSettings {
-    /// The policy.
+    /// The roles, and which of them all clients have.
     pub policy: Policy,
     /// Absolute path of the list of static tokens; `None` for a server without them.
     pub tokens: Option<PathBuf>,

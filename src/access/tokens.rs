@@ -37,9 +37,9 @@ const SECRET_BYTES: usize = 32;
 pub struct NewToken {
     /// The whole token, which is secret.
     pub text: String,
-    /// Its id.
+    /// The public id, which is also a part of the token.
     pub id: String,
-    /// Its hash.
+    /// The SHA-256 of the whole token.
     pub sha256: [u8; 32],
 }
 
@@ -90,7 +90,7 @@ pub fn id_of(token: &str) -> Option<&str> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenRecord {
-    /// Its public id.
+    /// The public id of the token.
     pub id: String,
     /// The SHA-256 of the whole token.
     #[serde(with = "hex_text")]

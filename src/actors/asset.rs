@@ -67,7 +67,7 @@ pub struct AssetSettings {
     pub push: bool,
     /// Maximum number of flights at the same time.
     pub concurrency: usize,
-    /// The largest download.
+    /// Maximum size of one download.
     pub max_download_bytes: u64,
     /// Maximum size of the unpacked content of an archive.
     pub max_unpacked_bytes: u64,

@@ -119,7 +119,8 @@ pub(crate) struct StoreShared {
     encoders: Encoders,
     /// Limits the jobs that compress at the same time.
     encoding: Budget,
-    /// Permit to make a zstd form. Nobody waits for it: a read that does not get it leaves the form to a later read.
+    /// Permit to make a zstd form. No request waits for it: a read that does not get it leaves the form to a later
+    /// read.
     form_turn: Arc<Semaphore>,
     /// Limits the results whose blobs are checked at the same time.
     result_checks: Budget,
@@ -289,7 +290,6 @@ fn encoders() -> u64 {
     thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
 }
 
-/// Seconds since 1970.
 fn unix_seconds() -> u32 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)

@@ -17,7 +17,7 @@ use std::{
 pub(super) enum RequestSize {
     /// A small fraction of the connection's limit.
     Small,
-    /// Everything else.
+    /// A larger part of the connection's limit.
     Large,
 }
 

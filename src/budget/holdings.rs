@@ -16,7 +16,7 @@ pub(super) const SHARE: u64 = 8;
 pub(super) enum Sharing {
     /// They may have their shares, and a peer only while `free` remains.
     Shares {
-        /// See [`Budget::keeping_free`](super::Budget::keeping_free).
+        /// The amount that [`Budget::keeping_free`](super::Budget::keeping_free) was given.
         free: u64,
     },
     /// They may have everything.

@@ -10,6 +10,7 @@ use std::{
 /// Maximum length of the text of a file that is kept open.
 const MAX_TEXT: usize = 4096;
 
+/// Writes a value into a file of the group, which must exist.
 pub(super) fn write(directory: &Path, name: &str, value: impl ToString) -> io::Result<()> {
     // Opening must not create a file, because a group has a fixed set of files.
     File::options()

@@ -17,7 +17,7 @@ pub(super) struct OwnGroups {
     pub v1: BTreeMap<Controller, PathBuf>,
 }
 
-/// A mounted hierarchy.
+/// A hierarchy of control groups that is mounted.
 struct Hierarchy {
     /// The group that is at the top of the mount.
     root: PathBuf,

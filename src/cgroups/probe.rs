@@ -28,7 +28,7 @@ const MIN_RESERVE: u64 = 256_000_000;
 const MAX_RESERVE: u64 = 4_000_000_000;
 /// The weight of one CPU in the old hierarchy.
 pub(super) const V1_SHARE: u64 = 1024;
-/// Largest `cpu.shares`.
+/// The largest value that `cpu.shares` accepts.
 const V1_MOST_SHARES: u64 = 262_144;
 
 /// The groups of this server's actions. Cheap to clone.
@@ -83,14 +83,14 @@ pub(crate) enum Means {
     Watchdog,
     /// By a limit of each process's user (RLIMIT_NPROC).
     UserLimit,
-    /// Not at all.
+    /// The resource is not bounded.
     Nothing,
 }
 
 /// How one resource is bounded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ResourceReport {
-    /// The resource.
+    /// Name of the resource, for messages.
     pub resource: &'static str,
     /// The way in which it is bounded.
     pub means: Means,
@@ -112,7 +112,7 @@ pub(crate) struct LimitReport {
 pub(crate) struct MissingLimits {
     /// The resources, and how each is bounded instead.
     pub resources: String,
-    /// The reason.
+    /// Why no control group bounds them.
     pub reason: String,
     /// What helps, if it is known.
     pub remedy: Option<String>,

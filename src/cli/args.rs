@@ -19,7 +19,7 @@ pub struct ServerArgs {
     /// Instance name
     #[arg(long, env = "GOREGO_INSTANCE", default_value = "", value_name = "NAME")]
     pub instance: String,
-    /// TLS and credentials
+    /// TLS and credentials of the connection to the server.
     #[command(flatten)]
     pub connect: ConnectArgs,
 }
@@ -84,7 +84,7 @@ pub struct ReloadArgs {
     /// Only check the configuration and say what would change
     #[arg(long)]
     pub dry_run: bool,
-    /// The server.
+    /// The server that answers the command, and the connection to it.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Print JSON (docs/administration.md)
@@ -127,7 +127,7 @@ pub enum TokenCommand {
         /// Have this server revoke them, instead of changing a file here
         #[arg(long, value_name = "URL", conflicts_with = "file")]
         endpoint: Option<String>,
-        /// TLS and credentials
+        /// TLS and credentials of the connection to the server.
         #[command(flatten)]
         connect: ConnectArgs,
         /// Where tokens are kept
@@ -153,7 +153,7 @@ pub struct ExecArgs {
     /// The server
     #[arg(long, env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
-    /// TLS and credentials
+    /// TLS and credentials of the connection to the server.
     #[command(flatten)]
     pub connect: ConnectArgs,
     /// Instance name
@@ -207,7 +207,7 @@ pub struct ReplayArgs {
         value_name = "URL"
     )]
     pub endpoint: String,
-    /// TLS and credentials
+    /// TLS and credentials of the connection to the server.
     #[command(flatten)]
     pub connect: ConnectArgs,
     /// Instance name
@@ -238,7 +238,7 @@ pub struct VerifyArgs {
     /// The server
     #[arg(env = "GOREGO_ENDPOINT", default_value = "grpc://127.0.0.1:50051", value_name = "URL")]
     pub endpoint: String,
-    /// TLS and credentials
+    /// TLS and credentials of the connection to the server.
     #[command(flatten)]
     pub connect: ConnectArgs,
     /// Instance name
@@ -295,7 +295,7 @@ pub struct BenchArgs {
     /// Scenarios to run, in this order [default: all]
     #[arg(value_name = "SCENARIO")]
     pub scenarios: Vec<String>,
-    /// TLS and credentials
+    /// TLS and credentials of the connection to the server.
     #[command(flatten)]
     pub connect: ConnectArgs,
     /// Instance name

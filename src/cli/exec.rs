@@ -38,7 +38,7 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 enum End {
     /// With this exit code.
     Code(u8),
-    /// By SIGPIPE.
+    /// By SIGPIPE, because the reader of the output is gone.
     NobodyReads,
     /// With this error message.
     Failed(Error),

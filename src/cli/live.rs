@@ -136,7 +136,6 @@ async fn end(follower: Option<OutputFollower>) -> PrintedDigest {
     shown.unwrap_or(nothing)
 }
 
-/// One output in the result.
 struct ResultOutput {
     name: &'static str,
     raw: Bytes,

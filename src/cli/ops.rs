@@ -64,7 +64,7 @@ pub enum StateArg {
 /// The flags of `gorego ops list`.
 #[derive(Debug, Clone, Args)]
 pub struct ListArgs {
-    /// The server.
+    /// The server that answers the command, and the connection to it.
     #[command(flatten)]
     pub server: ServerArgs,
     /// The operations to list.
@@ -87,7 +87,7 @@ pub struct ShowArgs {
     /// Names or ids of operations, or the beginning of ids
     #[arg(required = true, value_name = "OPERATION")]
     pub operations: Vec<String>,
-    /// The server.
+    /// The server that answers the command, and the connection to it.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Print JSON (docs/administration.md)
@@ -101,7 +101,7 @@ pub struct CancelArgs {
     /// Names or ids of operations, or the beginning of ids
     #[arg(required_unless_present_any = ["state", "invocation", "target", "pool", "worker"], value_name = "OPERATION")]
     pub operations: Vec<String>,
-    /// The server.
+    /// The server that answers the command, and the connection to it.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Instead of names: all operations of this kind that have not ended.
@@ -118,7 +118,7 @@ pub struct WatchArgs {
     /// Name or id of an operation, or the beginning of its id
     #[arg(value_name = "OPERATION")]
     pub operation: String,
-    /// The server.
+    /// The server that answers the command, and the connection to it.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Print one JSON object for each change (docs/administration.md)

@@ -24,7 +24,7 @@ pub enum StoreCommand {
 /// The flags of `gorego store stats`.
 #[derive(Debug, Clone, Args)]
 pub struct StatsArgs {
-    /// The server.
+    /// The server that answers the command, and the connection to it.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Print JSON (docs/administration.md)
@@ -57,7 +57,7 @@ pub struct PurgeArgs {
     /// Remove them; without it, only show which ones
     #[arg(long)]
     pub yes: bool,
-    /// The server.
+    /// The server that answers the command, and the connection to it.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Print one JSON object for each result, and one for the sum (docs/administration.md)
@@ -71,7 +71,7 @@ pub struct NonDeterminismArgs {
     /// List at most this many
     #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub limit: u32,
-    /// The server.
+    /// The server that answers the command, and the connection to it.
     #[command(flatten)]
     pub server: ServerArgs,
     /// Print JSON (docs/administration.md)

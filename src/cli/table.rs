@@ -18,7 +18,6 @@ const MIN_CUT_WIDTH: usize = 8;
 /// The end of a value that is cut.
 const ELLIPSIS: char = '…';
 
-/// A column.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Column {
     pub(super) title: &'static str,

@@ -50,13 +50,13 @@ pub(super) fn run(command: &TokenCommand) -> u8 {
 /// How long a token is valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lifetime {
-    /// For this time.
+    /// For this time from its creation.
     For(Duration),
     /// Until it is revoked.
     Unlimited,
 }
 
-/// Parses `--expires`.
+/// Parses the value of `--expires`: `never`, or a duration.
 pub(super) fn parse_lifetime(text: &str) -> std::result::Result<Lifetime, String> {
     if text == "never" {
         return Ok(Lifetime::Unlimited);

@@ -26,7 +26,7 @@ const ROLE_NAME_MAX: usize = 64;
 /// The key of the roles in messages.
 const ROLES: &str = "access.roles";
 
-/// The `[access]` section.
+/// The `[access]` section: the roles of clients, and the sources of their credentials.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AccessConfig {
@@ -60,14 +60,14 @@ pub struct CertificateConfig {
     pub roles: Vec<String>,
 }
 
-/// An `[access.roles.NAME]` section.
+/// An `[access.roles.NAME]` section: one configured role.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RoleConfig {
     /// The predefined role whose permissions it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub like: Option<String>,
-    /// Its additional permissions.
+    /// Names of permissions that it has in addition.
     #[serde(default)]
     pub permissions: Vec<String>,
     /// The instances that it applies to.

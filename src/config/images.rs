@@ -33,9 +33,9 @@ pub struct ImagesConfig {
 pub enum Tags {
     /// Tags are refused: images must be named by their digests.
     Refuse,
-    /// To the digest that the registry has for the tag when an action is about to run.
+    /// A tag stands for the digest that the registry has for it when an action is about to run.
     EachAction,
-    /// To the digest that the registry had for the tag when this server first used it.
+    /// A tag stands for the digest that the registry had for it when this server first used it.
     Once,
 }
 

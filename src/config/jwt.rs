@@ -27,7 +27,7 @@ pub struct JwtConfig {
     pub issuer: String,
     /// The accepted audiences (`aud`).
     pub audience: Texts,
-    /// The accepted algorithms.
+    /// The signature algorithms that are accepted, by their JWT names.
     pub algorithms: Texts,
     /// The file or https URL with the keys of the issuer.
     pub jwks: String,

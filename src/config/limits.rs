@@ -102,7 +102,6 @@ impl LimitsConfig {
         }
     }
 
-    /// The problems of these limits.
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
         for (key, size) in [

@@ -44,7 +44,7 @@ const LAST_SEGMENT_PENALTY: f64 = 0.05;
 /// The source of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// A built-in default.
+    /// The default that is built into the program.
     Default,
     /// A line of a file, counted from 1.
     File(PathBuf, usize),

@@ -5,7 +5,7 @@ use crate::size::Size;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// The `[execution.persistent_workers]` section.
+/// The `[execution.persistent_workers]` section: tools that outlive an action.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PersistentWorkersConfig {
@@ -25,7 +25,7 @@ pub struct PersistentWorkersConfig {
     pub request_timeout: Duration,
 }
 
-/// The checked section.
+/// The section after all checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PersistentWorkersSettings {
     /// Maximum number of workers in each pool; `None` for two for each slot of the pool.

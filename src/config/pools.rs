@@ -40,7 +40,7 @@ const MIN_POOL_MEMORY: Size = Size::from_bytes(16_000_000);
 /// The name of the pool that exists if none is configured.
 pub(super) const DEFAULT_POOL: &str = "local";
 
-/// An `[execution.pools.NAME]` section.
+/// An `[execution.pools.NAME]` section: one pool of slots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PoolConfig {

@@ -15,13 +15,13 @@ const MAX_PRINCIPALS: usize = 256;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct QuotasConfig {
-    /// Unfinished operations.
+    /// Maximum number of unfinished operations; 0 for no limit.
     pub operations: usize,
     /// Unfinished operations that wait for a worker.
     pub queued: usize,
     /// Bytes uploaded per hour.
     pub upload_per_hour_gb: Size,
-    /// Requests per second.
+    /// Maximum number of requests per second; 0 for no limit.
     pub requests_per_second: u64,
     /// Other limits of principals, by name or by the beginning of the name and `*`.
     pub principals: BTreeMap<String, PrincipalQuotaConfig>,
@@ -43,7 +43,7 @@ impl Default for QuotasConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PrincipalQuotaConfig {
-    /// Unfinished operations.
+    /// Maximum number of unfinished operations; `None` for the general limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub operations: Option<usize>,
     /// Unfinished operations that wait for a worker.
@@ -52,12 +52,11 @@ pub struct PrincipalQuotaConfig {
     /// Bytes uploaded per hour.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub upload_per_hour_gb: Option<Size>,
-    /// Requests per second.
+    /// Maximum number of requests per second; `None` for the general limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests_per_second: Option<u64>,
 }
 
-/// Checks the section.
 pub(super) fn quotas(check: &mut Checker<'_>) -> QuotaRules {
     let config = &check.loaded.config.quotas;
     let key = "quotas.principals";

@@ -20,7 +20,7 @@ const MAX_PROCESSES: u64 = 4_194_304;
 /// The allowed first users of slots: they must not be root, and there must be room above them.
 const USERS: std::ops::RangeInclusive<u32> = 1..=4_000_000_000;
 
-/// The `[execution.sandbox]` section.
+/// The `[execution.sandbox]` section: what actions see and may do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SandboxConfig {
@@ -75,13 +75,13 @@ pub enum NetworkGrant {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolSandboxConfig {
-    /// Overrides `execution.sandbox.mode`.
+    /// Overrides `execution.sandbox.mode` for this pool.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
-    /// Overrides `execution.sandbox.rootfs`.
+    /// Overrides `execution.sandbox.rootfs` for this pool.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rootfs: Option<String>,
-    /// Overrides `execution.sandbox.network`.
+    /// Overrides `execution.sandbox.network` for this pool.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkGrant>,
 }

@@ -4,7 +4,7 @@ use super::{Machine, checker::Checker};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// The `[tls]` section.
+/// The `[tls]` section: the certificate of both ports, and those of clients.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlsConfig {
@@ -31,7 +31,7 @@ pub enum ClientAuth {
     Optional,
 }
 
-/// The checked section.
+/// The section after all checks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TlsSettings {
     /// Absolute path of the certificate.

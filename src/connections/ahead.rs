@@ -179,7 +179,7 @@ impl Ahead {
     pub fn poll_room(&self, wait: &mut Option<Wait>, context: &mut Context<'_>) -> Poll<()> {
         let polled = self.poll_room_in_turn(wait, context);
         if polled.is_pending() && self.end_turn() {
-            // By the next turn, the new requests have begun, and the wait may be over.
+            // Poll again: starting the new requests may have ended the wait.
             context.waker().wake_by_ref();
         }
         polled

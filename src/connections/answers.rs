@@ -3,9 +3,9 @@
 //! [`ConnectionState::reserve`] waits for room, and [`ConnectionState::charge`] ties the room to the bytes. The library
 //! drops the bytes when they are written or the connection is gone, which frees the room.
 //!
-//! A stream that nobody reads holds two pieces of its blob: the one in the HTTP/2 library, and the next, which hyper
-//! requests before it knows whether the window has room. The pieces get smaller as the connection holds more, so a
-//! thousand such streams leave room for one that is read, and they do not wait behind large responses
+//! A stream that its client does not read holds two pieces of its blob: the one in the HTTP/2 library, and the next,
+//! which hyper requests before it knows whether the window has room. The pieces get smaller as the connection holds
+//! more, so a thousand such streams leave room for one that is read, and they do not wait behind large responses
 //! ([`ConnectionState::reserve_piece`]).
 
 use super::ConnectionState;

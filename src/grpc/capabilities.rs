@@ -51,9 +51,9 @@ impl Capabilities for CapabilitiesService {
 /// The client's rights in the instance that it asks about.
 #[derive(Debug, Clone, Copy)]
 struct Rights {
-    /// Write action results.
+    /// Whether the client may write action results.
     updates: bool,
-    /// Execute actions.
+    /// Whether the client may execute actions.
     executes: bool,
 }
 

@@ -45,7 +45,7 @@ impl Claim {
         self.passes_on.store(passes_on, Ordering::Relaxed);
     }
 
-    /// See [`Claim::pass_on`].
+    /// Whether the handler takes messages in parts as they arrive.
     pub(crate) fn passes_on(&self) -> bool {
         self.passes_on.load(Ordering::Relaxed)
     }

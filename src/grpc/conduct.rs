@@ -1,9 +1,9 @@
 //! [`Conduct`]: limits on the behaviour of a connection, based on the frames in both directions. Pure.
 //!
-//! To open and cancel a stream costs a client nothing, but costs this server the work of a call (CVE-2023-44487). The
-//! HTTP/2 library bounds how many cancelled streams are pending, but not their rate. So each cancelled stream takes a
-//! token from a bucket that finished streams refill. Frames without payload or effect (PING, SETTINGS, empty DATA) take
-//! tokens from another bucket, which answers refill.
+//! Opening and cancelling a stream costs a client nothing, but costs this server the work of a call (CVE-2023-44487).
+//! The HTTP/2 library bounds how many cancelled streams are pending, but not their rate. So each cancelled stream takes
+//! a token from a bucket that finished streams refill. Frames without payload or effect (PING, SETTINGS, empty DATA)
+//! take tokens from another bucket, which answers refill.
 //!
 //! It also counts the bytes that the client has sent on each open stream, for [`crate::connections::ahead`].
 

@@ -49,7 +49,7 @@ pub(crate) struct Connection {
     unsent: Option<Waker>,
     /// Whether the socket did not take the last write.
     is_blocked: bool,
-    /// The collected writes.
+    /// Writes that were collected for one system call.
     held: Vec<u8>,
     bulk: BulkReader,
 }
@@ -70,7 +70,6 @@ impl Connection {
         }
     }
 
-    /// The turns of this connection.
     pub(super) fn turn(&self) -> Turn {
         self.turn.clone()
     }

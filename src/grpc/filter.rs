@@ -14,12 +14,12 @@ pub const FILTER_MAX_BYTES: usize = 4 * 1024;
 const GRAMMAR: &str = "terms are stage=QUEUED|EXECUTING|COMPLETED, done=true|false, invocation=ID, target=LABEL, \
      pool=NAME, worker=NAME, operation=ID and instance=NAME, each at most once, joined by AND or spaces";
 
-/// A parsed filter.
+/// The parsed filter of a ListOperations request.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Filter {
     /// The instance whose operations are requested.
     pub instance: Option<String>,
-    /// The other conditions.
+    /// The conditions on operations of that instance.
     pub operations: OperationFilter,
 }
 

@@ -47,7 +47,7 @@ pub struct Paging {
     page_size: usize,
     page: Vec<Directory>,
     page_bytes: usize,
-    /// Memory of `page`.
+    /// The memory that the directories in `page` take.
     page_weight: usize,
 }
 

@@ -48,13 +48,13 @@ const ERROR_MAX_BYTES: usize = 512;
 pub(crate) struct RequestLog<S> {
     /// The service that answers the calls.
     pub inner: S,
-    /// Authenticates the client.
+    /// Determines the principal of each call.
     pub gate: Gate,
     /// Counts the calls that a shutdown waits for.
     pub under_way: UnderWay,
-    /// Counts finished calls.
+    /// Counts finished calls, for the metrics.
     pub metrics: Arc<Metrics>,
-    /// The connection.
+    /// The connection that the calls arrive on.
     pub connection: ConnectionInfo,
 }
 
@@ -133,7 +133,7 @@ impl<S> RequestLog<S> {
     }
 }
 
-/// The end of an answer that breaks off with this error.
+/// The trailers of an answer that is aborted with this error.
 fn trailers(error: Error) -> HeaderMap {
     let mut trailers = HeaderMap::new();
     // This fails if the message cannot be a header. Then only the code is sent.
@@ -309,8 +309,8 @@ pin_project_lite::pin_project! {
 
     impl<R> PinnedDrop for RequestBody<R> {
         fn drop(this: Pin<&mut Self>) {
-            // The library discards received bytes that nobody has read, and the connection stops counting them when the
-            // stream closes. Subtracting them here too would hide bytes of other streams.
+            // The library discards received bytes that no handler has read, and the connection stops counting them when
+            // the stream closes. Subtracting them here too would hide bytes of other streams.
             if let Some(open) = this.project().open {
                 open.close();
             }

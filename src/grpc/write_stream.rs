@@ -52,7 +52,7 @@ pub(super) struct WriteStream {
 }
 
 enum Source {
-    /// Whole messages.
+    /// Complete messages, which tonic decodes.
     Messages(Streaming<WriteRequest>),
     /// The body of the request.
     Pieces(MessagePieces),

@@ -67,7 +67,6 @@ const LINGER_BYTES: usize = 16 * 1024;
 /// Both ends of a connection.
 #[derive(Debug, Clone)]
 pub(super) struct Ends {
-    /// The connection to the client.
     pub client: ConnectionInfo,
     /// The local address to which the client has connected.
     pub here: IpAddr,

@@ -28,7 +28,6 @@ pub(crate) enum HostRefusal {
 }
 
 impl Hosts {
-    /// Accepts these hosts.
     pub(crate) fn new(hosts: Vec<HostRule>) -> Self {
         Self(Arc::new(ArcSwap::from_pointee(hosts)))
     }

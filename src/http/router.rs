@@ -13,9 +13,9 @@ pub const OPEN: Methods = &[("GET", &[]), ("HEAD", &[])];
 /// Paths of one kind, and the methods that they support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
-    /// The paths.
+    /// The paths that the route covers.
     pub at: RoutePlace,
-    /// The supported methods.
+    /// The supported methods, each with the permissions that it needs.
     pub methods: Methods,
     /// The paths and their meaning, for [`Router::index`]. A route without a text is not listed.
     pub shown: &'static str,
@@ -105,7 +105,7 @@ impl<M> Router<M> {
     /// Finds the mount that serves a request.
     ///
     /// # Errors
-    /// What is wrong with the path or the method.
+    /// [`Missed`] says whether the path or the method is wrong.
     pub fn find<'a>(&'a self, method: &str, path: &'a str) -> Result<(&'a M, RoutedPath<'a>), Missed> {
         let path = path.trim_start_matches('/');
         let parts = self.take_apart(path);

@@ -86,9 +86,9 @@ pub(super) struct ImageCache {
 /// The kinds of entries that share the budget.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum CacheKey {
-    /// An unpacked image.
+    /// An image that is unpacked into a directory of its own.
     Image(ImageDigest),
-    /// A compressed layer.
+    /// A layer as it was downloaded.
     Layer(ImageDigest),
 }
 

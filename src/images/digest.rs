@@ -22,11 +22,11 @@ impl ImageHash {
     }
 }
 
-/// A checked digest.
+/// A digest with a supported algorithm, written as `ALGORITHM:HEX`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ImageDigest {
     algorithm: ImageHash,
-    /// Lower-case hexadecimal digits.
+    /// The hash in lower-case hexadecimal digits.
     hex: String,
 }
 
@@ -90,9 +90,9 @@ impl fmt::Display for ImageDigest {
 /// An incremental hash computation.
 #[derive(Debug, Clone)]
 pub enum Hasher {
-    /// Of SHA-256.
+    /// A computation of SHA-256.
     Sha256(Sha256),
-    /// Of SHA-512.
+    /// A computation of SHA-512.
     Sha512(Sha512),
 }
 

@@ -66,7 +66,6 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         BudgetUse { count: images.count() as u64, bytes: self.charged, max_bytes: self.budget }
     }
 
-    /// An empty index.
     pub(super) fn new(budget: u64) -> Self {
         Self {
             budget,

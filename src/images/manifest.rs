@@ -31,9 +31,9 @@ const LAYERS: &[&str] = &[
 /// A blob of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobName {
-    /// Its digest.
+    /// The digest that the content must have.
     pub digest: ImageDigest,
-    /// Its length.
+    /// The declared length in bytes.
     pub size: u64,
 }
 
@@ -42,7 +42,7 @@ pub struct BlobName {
 pub enum Document {
     /// Images for several platforms.
     Index(PlatformIndex),
-    /// One image.
+    /// The image for one platform.
     Manifest(Manifest),
 }
 
@@ -70,10 +70,10 @@ pub struct Platform {
     variant: Option<String>,
 }
 
-/// An image.
+/// The configuration and the layers of one image.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Manifest {
-    /// Its configuration.
+    /// The configuration document of the image.
     pub config: BlobName,
     /// Its layers, the lowest first.
     pub layers: Vec<BlobName>,

@@ -35,7 +35,7 @@ pub struct ImageReference {
 /// The origin of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ImageOrigin {
-    /// A registry.
+    /// A repository in a registry.
     Registry {
         /// Host and, if it was named, port; in lower case.
         registry: String,

@@ -46,15 +46,15 @@ const DIRECTORY_MODE: u32 = 0o755;
 pub(super) enum LayerEntry<'a> {
     /// A directory with this mode.
     Directory(u32),
-    /// A regular file.
+    /// A regular file with its content.
     File {
-        /// Permission bits.
+        /// Permission bits of the file.
         mode: u32,
-        /// Seconds since 1970.
+        /// Modification time in seconds since 1970.
         mtime: u64,
         /// Length of the content.
         size: u64,
-        /// Its bytes.
+        /// The content, `size` bytes long.
         content: &'a mut dyn Read,
     },
     /// A symbolic link to this target.
@@ -80,7 +80,7 @@ pub(super) struct RootTree<'a> {
     buffer: Vec<u8>,
 }
 
-/// An open directory.
+/// An open directory with its inode number.
 #[derive(Clone)]
 struct Parent {
     handle: Arc<File>,

@@ -75,7 +75,6 @@ impl<V> Registry<V> {
         Ok(displaced)
     }
 
-    /// Bytes of all streams.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }

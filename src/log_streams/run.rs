@@ -21,9 +21,9 @@ pub struct RunLogs(pub Uuid);
 /// One of the two outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum LogKind {
-    /// The standard output.
+    /// What the command writes to its standard output.
     Stdout,
-    /// The standard error.
+    /// What the command writes to its standard error.
     Stderr,
 }
 

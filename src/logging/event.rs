@@ -37,13 +37,13 @@ pub struct Event<'a> {
 /// The value of a field.
 #[derive(Clone, Copy)]
 pub enum Field<'a> {
-    /// A string.
+    /// A borrowed string.
     Text(&'a str),
-    /// A non-negative integer.
+    /// A number that is never negative, such as a count or a size.
     Unsigned(u64),
-    /// A signed integer.
+    /// A number that may be negative.
     Signed(i64),
-    /// A boolean.
+    /// A boolean value.
     Flag(bool),
     /// A value that is formatted as a string when it is written.
     Shown(&'a dyn fmt::Display),
@@ -74,7 +74,7 @@ impl<'a> Event<'a> {
         Self { level, target, name, fields: [("", Field::Flag(false)); FIELDS_MAX], count: 0 }
     }
 
-    /// Adds a field.
+    /// Adds a field. Fields are written in the order in which they were added.
     pub fn with(&mut self, key: &'static str, value: impl Into<Field<'a>>) -> &mut Self {
         debug_assert!(self.count < FIELDS_MAX, "{} has too many fields", self.name);
         if let Some(field) = self.fields.get_mut(self.count) {

@@ -60,7 +60,7 @@ pub(super) struct HandOver(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Wakes the writer.
+    /// Wakes the writer when lines have arrived.
     arrived: Condvar,
     /// Signals that the writer is done with the lines that it took.
     written: Condvar,
@@ -239,7 +239,7 @@ struct BatchWriter<W> {
     lost: u64,
     /// Whether the last output is an incomplete line.
     torn: bool,
-    /// See [`Pace::patience`].
+    /// The value of [`Pace::patience`].
     patience: Duration,
 }
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The `[log]` section.
+/// The `[log]` section: the log on standard error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
@@ -20,7 +20,7 @@ pub enum LogFormat {
     Auto,
     /// One JSON object per line.
     Json,
-    /// Human-readable text.
+    /// Human-readable text, one line per record.
     Text,
 }
 

@@ -14,7 +14,7 @@ use std::{fmt::Write as _, io::Write as _, time::SystemTime};
 /// The column at which key-values start if the message is short enough, so that they align.
 const MESSAGE_WIDTH: usize = 44;
 
-/// Appends `TIME LEVEL room message key=value ...` and a newline. The time is in UTC, and the room is the target
+/// Appends `TIME LEVEL module message key=value ...` and a newline. The time is in UTC, and the module is the target
 /// without "gorego::".
 pub fn write_text(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>, colour: bool) {
     let stamp = humantime::format_rfc3339_millis(now).to_string();

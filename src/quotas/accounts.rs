@@ -49,8 +49,9 @@ struct QuotaAccount {
 /// The quantity that is over its quota.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Metered {
+    /// Requests at either port.
     Requests,
-    /// Bytes of uploads.
+    /// The bytes of uploads.
     Upload,
 }
 

@@ -3,13 +3,13 @@
 /// What one principal may use in one instance. `None` is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct QuotaLimits {
-    /// Unfinished operations.
+    /// Maximum number of unfinished operations.
     pub operations: Option<usize>,
     /// Unfinished operations that wait for a worker.
     pub queued: Option<usize>,
     /// Uploaded bytes per hour.
     pub upload_bytes: Option<u64>,
-    /// Requests per second.
+    /// Maximum number of requests per second, on average.
     pub requests: Option<u64>,
 }
 

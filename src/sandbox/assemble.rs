@@ -58,7 +58,7 @@ struct FileVersion {
     changed: (i64, i64),
 }
 
-/// A complete view.
+/// A view whose mounts are all made.
 #[derive(Debug)]
 pub(super) struct Assembled {
     tree: OwnedFd,
@@ -193,7 +193,7 @@ struct ViewRoot {
     root: OwnedFd,
     /// Mounts of the sandbox that become read-only when the view is complete.
     own: Vec<OwnedFd>,
-    /// See [`Assembled::copies`].
+    /// The host files that were copied, as in [`Assembled::copies`].
     copies: Vec<(PathBuf, FileVersion)>,
 }
 

@@ -111,7 +111,7 @@ const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
 /// -1, with which a tracer skips a call; the kernel answers that number with ENOSYS.
 const X32: Range<u32> = 0x4000_0000..u32::MAX;
 
-/// The compiled filter.
+/// The filter as a BPF program that the kernel can load.
 #[derive(Debug, Clone)]
 pub(crate) struct Program(BpfProgram);
 

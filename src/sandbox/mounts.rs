@@ -38,7 +38,6 @@ pub(super) fn copy_of(mount: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(open_tree(mount, c"", flags)?)
 }
 
-/// Attaches a mount at a path.
 pub(super) fn attach(mount: BorrowedFd<'_>, parent: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     Ok(move_mount(mount, c"", parent, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }

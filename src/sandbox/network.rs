@@ -61,7 +61,7 @@ const EXCLUDED_V4: &[(Ipv4Addr, u8)] = &[
     (Ipv4Addr::new(100, 100, 100, 200), 32),
     (Ipv4Addr::new(168, 63, 129, 16), 32),
 ];
-/// Like [`EXCLUDED_V4`].
+/// The same for IPv6.
 const EXCLUDED_V6: &[(Ipv6Addr, u8)] = &[
     // Loopback, unspecified, and IPv4 addresses in IPv6 notation; link-local; multicast.
     (Ipv6Addr::UNSPECIFIED, 64),

@@ -25,6 +25,7 @@ pub(crate) enum Protection {
     Identity,
     /// The filter of system calls.
     Filter,
+    /// Landlock rules, which protect files in addition to the mounts.
     Landlock,
     /// Networks of their own for actions that may use one. Tried only if a pool wants it.
     Gateway,
@@ -73,7 +74,6 @@ impl Protection {
 /// A protection that does not work on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MissingProtection {
-    /// The protection.
     pub protection: Protection,
     /// The reason, with the step that failed.
     pub reason: String,
@@ -145,13 +145,13 @@ impl fmt::Display for MissingProtection {
 /// Facts about the machine that can explain a failure.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct KernelFacts {
-    /// user.max_user_namespaces
+    /// The value of user.max_user_namespaces; `None` if it cannot be read.
     pub max_user_namespaces: Option<u64>,
-    /// user.max_net_namespaces
+    /// The value of user.max_net_namespaces; `None` if it cannot be read.
     pub max_net_namespaces: Option<u64>,
-    /// kernel.unprivileged_userns_clone
+    /// The value of kernel.unprivileged_userns_clone, which only some kernels have.
     pub unprivileged_userns_clone: Option<u64>,
-    /// kernel.apparmor_restrict_unprivileged_userns
+    /// The value of kernel.apparmor_restrict_unprivileged_userns, which only some kernels have.
     pub apparmor_restrict_unprivileged_userns: Option<u64>,
     /// Whether there is a /dev/net/tun.
     pub has_tun: bool,

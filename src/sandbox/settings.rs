@@ -115,7 +115,7 @@ pub struct Protections {
     /// The filter of system calls.
     #[prost(bool, tag = "4")]
     pub filter: bool,
-    /// Landlock.
+    /// Landlock rules, which protect files in addition to the mounts.
     #[prost(bool, tag = "5")]
     pub landlock: bool,
     /// Networks of their own for actions that may use one. Needs `network`.

@@ -197,7 +197,7 @@ pub(super) fn interface_addresses() -> io::Result<Vec<IpAddr>> {
 
 /// Filters the frames that the kernel hands to the process that has this tap interface open.
 pub(super) fn filter_frames(tap: BorrowedFd<'_>, program: &mut [libc::sock_filter]) -> io::Result<()> {
-    /// TUNATTACHFILTER from linux/if_tun.h.
+    /// The number of TUNATTACHFILTER in linux/if_tun.h.
     const ATTACH_FILTER: u32 = 0x4010_54d5;
     let length = u16::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
     let program = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };

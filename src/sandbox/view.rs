@@ -35,7 +35,7 @@ pub(crate) enum ViewPiece {
     Directory(PathBuf),
     /// A small file system of the sandbox, which becomes read-only when the view is complete.
     Own(PathBuf),
-    /// A symbolic link.
+    /// A symbolic link that the sandbox makes.
     Link {
         /// Path of the link.
         at: PathBuf,
@@ -46,7 +46,7 @@ pub(crate) enum ViewPiece {
     File {
         /// Path of the file.
         at: PathBuf,
-        /// Its content.
+        /// The content of the file.
         text: String,
     },
     /// A file or directory of the host, with everything mounted below it.
@@ -95,7 +95,7 @@ pub(crate) enum Kind {
     Directory,
     /// A symbolic link with this target.
     Link(PathBuf),
-    /// Anything else.
+    /// Any other kind of file.
     Other,
 }
 

@@ -85,7 +85,7 @@ pub(crate) struct CellSetup {
 /// The settings of a cell's gateway. Each cell has its own gateway process.
 #[derive(Debug)]
 pub(crate) struct GatewayPlan<'a> {
-    /// The program.
+    /// The pasta program that serves the network.
     pub pasta: &'a Pasta,
     /// User and group of the program on the host; `None` to keep the user and group of this process.
     pub owner: Option<(u32, u32)>,

@@ -34,7 +34,7 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 /// acts.
 const REPORTS_PER_LIMIT: u32 = 3;
 
-/// The owner actors.
+/// The actors that own the state of the server.
 #[derive(Clone)]
 pub(super) struct Owners {
     pub cas: Cas,

@@ -28,7 +28,7 @@ use gorego_reapi::error::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
 
-/// Creates pools.
+/// Creates pools from their settings, at the start and by a reload.
 #[derive(Clone)]
 pub(super) struct PoolMaker {
     pub(super) place: Arc<Place>,
@@ -136,7 +136,6 @@ impl Pools {
         place.try_root_of(pool, &WorkerSettings::own_runner(place.open_files))
     }
 
-    /// Makes one change.
     async fn apply(self, change: PoolChange) -> Result<()> {
         match change {
             PoolChange::Add(pool) => self.start(pool).await,

@@ -72,7 +72,7 @@ pub(super) struct ServedPort {
 }
 
 impl ServedPort {
-    /// Serves gRPC.
+    /// Serves gRPC on this listener.
     pub(super) fn grpc(
         (edge, health): (Arc<Edge>, Health),
         listener: TcpListener,

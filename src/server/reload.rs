@@ -61,6 +61,7 @@ fn counts<T>(before: &[T], after: &[T]) -> String {
     format!("{} -> {} entries", before.len(), after.len())
 }
 
+/// Applies `[log] filter` of a new configuration.
 pub(super) struct ReloadLogFilter(InEffect<LogConfig>);
 
 impl ReloadLogFilter {

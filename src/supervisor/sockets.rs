@@ -17,9 +17,7 @@ const NAMELESS: &str = "unknown";
 /// A port of the server, by the name that its socket has (`FileDescriptorName=` in a socket unit).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PortName {
-    /// The gRPC port.
     Grpc,
-    /// The HTTP port.
     Http,
 }
 
@@ -46,9 +44,9 @@ impl PortName {
 /// The sockets of a server, at most one for each port.
 #[derive(Debug, Default)]
 pub(crate) struct InheritedSockets {
-    /// For gRPC.
+    /// The listening socket of the gRPC port, if one was passed.
     pub grpc: Option<TcpListener>,
-    /// For HTTP.
+    /// The listening socket of the HTTP port, if one was passed.
     pub http: Option<TcpListener>,
 }
 

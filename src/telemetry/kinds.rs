@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 pub(super) trait LabelValue: Copy + PartialEq + 'static {
     /// The name of the label.
     const LABEL: &'static str;
-    /// All values.
+    /// All values. Each has a counter from the start.
     const ALL: &'static [Self];
 
     /// The value in the text.

@@ -22,13 +22,13 @@ pub struct Readings {
     pub connections: ConnectionReading,
     /// The expiry of the server's certificate, in seconds since 1970; `None` without TLS.
     pub certificate_expiry: Option<i64>,
-    /// The store.
+    /// The state of the store.
     pub store: StoreReading,
     /// The pools; `None` for a server that runs no actions, and before the scheduler has answered for the first time.
     pub pools: Option<PoolReadings>,
     /// Log lines that were dropped since the start.
     pub log_lines_dropped: u64,
-    /// This process.
+    /// The resources of this process.
     pub process: ProcessReading,
     /// The start time of the process.
     pub started: Option<SystemTime>,
@@ -45,12 +45,12 @@ pub struct ConnectionReading {
     pub closed: Vec<(&'static str, u64)>,
 }
 
-/// The store.
+/// The state of the store.
 #[derive(Debug, Clone, Default)]
 pub struct StoreReading {
     /// Bytes on disk of all entries.
     pub used: u64,
-    /// The size limit.
+    /// The size limit of the store, in bytes.
     pub limit: u64,
     /// The bytes that running actions and open readers hold.
     pub held: u64,
@@ -113,12 +113,12 @@ pub struct PoolReadings {
     pub pools: Vec<PoolReading>,
 }
 
-/// A pool.
+/// The state of the pools with one name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PoolReading {
-    /// Its name.
+    /// The name of the pool.
     pub name: Arc<str>,
-    /// Free slots.
+    /// Slots that could take an action now.
     pub free: usize,
     /// Slots that run an action.
     pub busy: usize,
@@ -159,7 +159,7 @@ pub struct ProcessReading {
     pub resident_bytes: u64,
     /// The CPU time of its threads.
     pub cpu: Duration,
-    /// Open descriptors.
+    /// Number of descriptors that are open.
     pub open_descriptors: u64,
     /// The limit on open descriptors, if there is one.
     pub max_descriptors: Option<u64>,

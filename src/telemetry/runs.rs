@@ -19,7 +19,7 @@ pub enum StageOfRun {
     Fetch,
     /// The inputs were put into place.
     Stage,
-    /// The command ran.
+    /// The time in which the command ran.
     Run,
     /// Its outputs were stored.
     Upload,
@@ -51,7 +51,7 @@ pub enum RunFate {
     TimedOut,
     /// The command was stopped because it exceeded a limit.
     Limited,
-    /// It was cancelled.
+    /// The run was stopped because its task was cancelled.
     Cancelled,
     /// The action is at fault: inputs are missing, or it asks for something that is not possible.
     Refused,

@@ -41,9 +41,9 @@ const OTHERS_READ: u32 = 0o004;
 /// The application protocol of a port, as in ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Protocol {
-    /// The gRPC port.
+    /// HTTP/2, for the gRPC port.
     Http2,
-    /// The HTTP port.
+    /// HTTP/1.1, for the HTTP port.
     Http1,
 }
 

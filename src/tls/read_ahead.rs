@@ -26,7 +26,6 @@ pub(crate) struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// Wraps a stream.
     pub(super) fn new(stream: Prompt) -> Self {
         Self { stream, buffer: Vec::new(), taken: 0 }
     }

@@ -10,12 +10,11 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::server::TlsStream;
 
-/// The stream.
 #[derive(Debug)]
 pub(crate) enum Socket {
-    /// Without TLS.
+    /// A TCP stream without TLS.
     Plain(Prompt),
-    /// After the handshake.
+    /// A TLS stream after its handshake.
     Tls(Box<TlsStream<ReadAhead>>),
 }
 

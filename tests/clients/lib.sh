@@ -1,7 +1,8 @@
 # What the client scripts share: a server of their own on a free port, and checks that are sentences.
 # Sourced; expects $gorego (the binary).
 #
-# A script ends with 0 when every check held, with 1 when one did not, and with 77 when its client cannot be installed here.
+# A script ends with 0 when every check held, with 1 when one did not, and with 77 when its client cannot be installed
+# here.
 
 # Where clients are installed, once; they stay for the next run.
 cache=${CLIENTS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/gorego-clients}
@@ -77,7 +78,8 @@ check() {
   fi
 }
 
-# skip REASON: ends the script, because its client cannot be installed on this machine. Earlier failures still fail the script.
+# skip REASON: ends the script, because its client cannot be installed on this machine. Earlier failures still fail the
+# script.
 skip() {
   echo "SKIP: $1"
   [ "$failed" = 0 ] || exit 1
@@ -144,7 +146,7 @@ needs_go() {
     have go || skip "Go is not installed"
     echo "building ${package##*/} with Go"
     GOBIN=$directory timeout 400 go install "$package@latest" >/dev/null 2>&1 ||
-      skip "the Go package $package could not be had"
+      skip "the Go package $package could not be installed"
   done
 }
 

@@ -16,7 +16,7 @@ const MAX_MESSAGES: usize = 8;
 pub(crate) struct Work {
     /// Things that the scenario counts, such as blobs or digests.
     pub(crate) units: u64,
-    /// Bytes of content.
+    /// Bytes of blob content that the call read or wrote.
     pub(crate) bytes: u64,
 }
 
@@ -37,7 +37,7 @@ impl Recorder {
         Self { latencies, work: Work::default(), errors: BTreeMap::new(), failed: 0 }
     }
 
-    /// Adds a call.
+    /// Counts a finished call: its latency and work, or its error message.
     pub(crate) fn record(&mut self, latency: Duration, outcome: Result<Work, String>) {
         match outcome {
             Ok(work) => {
@@ -101,14 +101,14 @@ impl Recorder {
     }
 }
 
-/// The measured figures.
+/// The figures of the measured calls of one scenario.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Calls that succeeded, with the right content.
     pub calls: u64,
     /// Calls that failed, or whose content was wrong.
     pub failed: u64,
-    /// Measured time.
+    /// Length of the measurement, in seconds.
     pub seconds: f64,
     /// Successful calls per second.
     pub calls_per_second: f64,
@@ -122,7 +122,7 @@ pub struct Figures {
     pub errors: BTreeMap<String, u64>,
 }
 
-/// Latencies in microseconds.
+/// Latencies of the successful calls, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Latency {
     /// Arithmetic mean.
@@ -135,7 +135,7 @@ pub struct Latency {
     pub p99: f64,
     /// 99.9th percentile.
     pub p999: f64,
-    /// The longest.
+    /// The longest latency.
     pub max: f64,
 }
 

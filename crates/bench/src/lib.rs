@@ -29,7 +29,7 @@ pub use target::Target;
 use gorego_reapi::error::Result;
 use std::time::Duration;
 
-/// How to measure.
+/// How long and with which load each scenario is measured.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Number of concurrent callers; `None` uses the default of each scenario.
@@ -47,7 +47,7 @@ pub struct Options {
 /// The progress of a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Progress {
-    /// The scenario.
+    /// Name of the scenario that runs now.
     pub scenario: &'static str,
     /// Calls that were measured so far.
     pub calls: u64,

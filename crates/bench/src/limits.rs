@@ -31,16 +31,16 @@ const SMALL_BYTES: usize = 4096;
 pub struct Limits {
     /// Number of CPUs that this process may use.
     pub cpus: usize,
-    /// What was measured.
+    /// The limits, in the order of their measurements.
     pub limits: Vec<Limit>,
 }
 
-/// One limit.
+/// A rate that this machine reaches without a server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Limit {
-    /// Its name.
+    /// A short name of the measured work, for the table.
     pub name: String,
-    /// What was done.
+    /// What was done to measure the rate, in a few words.
     pub about: String,
     /// The measured rate per second, in `unit`.
     pub per_second: f64,

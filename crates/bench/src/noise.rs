@@ -12,7 +12,6 @@ impl Noise {
         Self(seed)
     }
 
-    /// The next number.
     pub(crate) fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.0;

@@ -80,7 +80,7 @@ fn processes() -> HashMap<u32, Process> {
         .collect()
 }
 
-/// Reads `/proc/PID/stat`.
+/// Parses the text of `/proc/PID/stat`. Returns `None` if a field is missing.
 fn parse(stat: &str) -> Option<Process> {
     // The name of the program is in brackets, and may contain brackets and spaces.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();

@@ -7,9 +7,9 @@ use std::fmt::Write as _;
 /// The results of a run. Its JSON form is stable: fields are only added.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// The server.
+    /// URL of the measured server.
     pub endpoint: String,
-    /// The instance name.
+    /// The instance in which the calls were made.
     pub instance: String,
     /// Calls per second in an open loop; `None` for a closed loop.
     pub rate: Option<f64>,
@@ -26,7 +26,7 @@ pub struct ScenarioReport {
     pub unit: String,
     /// Number of concurrent callers.
     pub callers: usize,
-    /// What was measured.
+    /// The figures of the measured calls.
     pub figures: Figures,
     /// The resources that the server used, if its process id was given.
     pub server: Option<ServerUse>,

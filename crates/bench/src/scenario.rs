@@ -16,7 +16,7 @@ use std::fmt;
 /// Sets a scenario up on a server, for this many callers.
 type Start = for<'a> fn(&'a Target, usize) -> BoxFuture<'a, Result<Box<dyn Workload>>>;
 
-/// One scenario.
+/// A kind of call that can be measured.
 pub struct Scenario {
     /// Its name on the command line.
     pub name: &'static str,

@@ -16,7 +16,7 @@ use tonic::Status;
 
 /// Digests of all scenarios.
 pub(crate) const FUNCTION: DigestFunction = DigestFunction::Sha256;
-/// Largest accepted message.
+/// Maximum size of a decoded answer.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
 /// One connection to one instance of a server. Cheap to clone; all calls share the connection.
@@ -25,7 +25,7 @@ pub struct Target {
     service: Service,
     /// The endpoint, for the report.
     pub endpoint: String,
-    /// The instance name.
+    /// The instance in which all calls are made.
     pub instance: String,
 }
 
@@ -94,7 +94,7 @@ impl Target {
         check_stored(&answer).map_err(Error::Unavailable)
     }
 
-    /// A BatchUpdateBlobs request.
+    /// Makes a BatchUpdateBlobs request that uploads these blobs uncompressed.
     pub(crate) fn batch(&self, blobs: Vec<bytes::Bytes>) -> reapi::BatchUpdateBlobsRequest {
         let request = |data: bytes::Bytes| reapi::batch_update_blobs_request::Request {
             digest: Some(FUNCTION.digest(&data).to_wire()),

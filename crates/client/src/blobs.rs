@@ -14,7 +14,7 @@ use std::{
 /// The source of a blob's bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// Bytes in memory.
+    /// Bytes that are already in memory.
     Bytes(Bytes),
     /// A local file. It is read when it is sent.
     File(PathBuf),

@@ -68,7 +68,6 @@ impl Client {
         InputTree::new(root, directories)
     }
 
-    /// Reads small blobs.
     async fn read_all(&self, digests: Vec<Digest>) -> Result<HashMap<Digest, Bytes>> {
         let mut blobs = HashMap::with_capacity(digests.len());
         // The empty blob is never fetched (GEN-06).

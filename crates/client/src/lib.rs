@@ -153,7 +153,7 @@ impl Client {
         &self.endpoint
     }
 
-    /// The instance name.
+    /// The name of the instance that requests are for; it may be empty.
     pub fn instance(&self) -> &str {
         &self.instance
     }

@@ -29,9 +29,9 @@ pub struct Listing {
 /// One file of a result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ListedFile {
-    /// Its path.
+    /// The path relative to the input root.
     pub path: RootPath,
-    /// Its content.
+    /// The digest of its content.
     pub digest: Digest,
     /// Whether it has the executable bit.
     pub executable: bool,

@@ -29,9 +29,9 @@ pub struct OperationPage {
 /// An operation as a server describes it. Values that the server does not report are empty.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OperationState {
-    /// The whole name.
+    /// The complete name, with the instance if there is one.
     pub name: String,
-    /// The current stage.
+    /// The stage at the time of the answer.
     pub stage: Stage,
     /// The action that it runs or ran.
     pub action: Option<reapi::Digest>,

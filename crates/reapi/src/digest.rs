@@ -299,7 +299,7 @@ impl Digest {
     }
 }
 
-/// Formats as `hash/size`.
+/// Formats the digest as `hash/size`, with the hash in lower-case hexadecimal.
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.hash_hex(), self.size)

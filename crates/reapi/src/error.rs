@@ -41,7 +41,7 @@ pub enum Error {
     OverQuota {
         /// The quantity that is over its bound.
         message: String,
-        /// When to retry.
+        /// The time after which a retry may succeed.
         retry_after: Duration,
     },
     /// The disk of this server is full. The request may succeed after [`DISK_FULL_RETRY`].

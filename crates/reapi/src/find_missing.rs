@@ -38,10 +38,10 @@ const SHORTEST_ENTRY: usize = 2 + 2 * 16;
 /// The longest wire form of a digest: keys, lengths, the longest hash and the largest size.
 const LONGEST_DIGEST: usize = 3 + 2 * 64 + 11;
 
-/// The request.
+/// The request message of FindMissingBlobs.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct FindMissingBlobsRequest {
-    /// The namespace.
+    /// The instance in which the blobs are looked up.
     pub instance_name: String,
     /// The digests to look for.
     pub blob_digests: UnresolvedDigests,
@@ -256,7 +256,7 @@ impl Name for FindMissingBlobsRequest {
     const PACKAGE: &'static str = PACKAGE;
 }
 
-/// The response.
+/// The response message of FindMissingBlobs.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct FindMissingBlobsResponse {
     /// The digests that are not stored.

@@ -12,9 +12,9 @@ use crate::{
 /// The encoding of a blob's bytes on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Encoding {
-    /// Uncompressed.
+    /// The bytes as they are (`blobs`).
     Identity,
-    /// A zstd stream.
+    /// One zstd stream (`compressed-blobs/zstd`).
     Zstd,
 }
 

@@ -94,7 +94,6 @@ impl Job {
         job
     }
 
-    /// Sets `output_paths`.
     pub(crate) fn outputs<P: Into<String>>(mut self, paths: impl IntoIterator<Item = P>) -> Self {
         self.command.output_paths = paths.into_iter().map(Into::into).collect();
         self
@@ -118,7 +117,7 @@ impl Job {
         self
     }
 
-    /// Sets `do_not_cache`.
+    /// Keeps the result of the action out of the action cache (`do_not_cache`).
     pub(crate) fn uncached(mut self) -> Self {
         self.action.do_not_cache = true;
         self

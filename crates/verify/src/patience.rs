@@ -6,7 +6,7 @@
 use super::check::Verdict;
 use std::{future::Future, time::Duration};
 
-/// Number of polls.
+/// Number of polls before a condition counts as not met.
 const POLLS: usize = 20;
 /// Delay between two polls.
 const PAUSE: Duration = Duration::from_millis(250);

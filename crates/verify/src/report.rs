@@ -72,7 +72,7 @@ impl From<Verdict> for CheckOutcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Judgement {
-    /// The check passed.
+    /// The server follows the rule, as far as the check can see.
     Pass,
     /// A `must` failed, or a `should` in a strict run.
     Fail,

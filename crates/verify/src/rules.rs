@@ -17,7 +17,7 @@ pub enum Level {
     Must,
 }
 
-/// One rule.
+/// A requirement on servers of the API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rule {
     /// The id, such as `CAS-12`.
@@ -70,7 +70,7 @@ pub const ALL: &[(&str, &[Rule])] = &[
     ("LOG", LOG),
 ];
 
-/// The cross-cutting rules.
+/// The rules that apply to all services.
 pub const GEN: &[Rule] = &[
     must("GEN-01", "a hash is lower-case hex and never folded", "Bazel"),
     must("GEN-02", "a hash of another length or alphabet is refused", ""),

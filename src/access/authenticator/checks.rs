@@ -80,7 +80,7 @@ impl Checks {
         shared
     }
 
-    /// Checks a password.
+    /// Checks a password on another thread. Wrong passwords are limited for each peer.
     pub(super) async fn password(
         &self,
         users: Arc<UserSet>,

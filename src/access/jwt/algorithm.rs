@@ -8,17 +8,17 @@ use std::fmt;
 /// An algorithm of RFC 7518 or RFC 8037.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SignatureAlgorithm {
-    /// RSASSA-PKCS1-v1_5 with SHA-256.
+    /// RSASSA-PKCS1-v1_5 with SHA-256 (`RS256`).
     Rs256,
-    /// RSASSA-PKCS1-v1_5 with SHA-384.
+    /// RSASSA-PKCS1-v1_5 with SHA-384 (`RS384`).
     Rs384,
-    /// RSASSA-PKCS1-v1_5 with SHA-512.
+    /// RSASSA-PKCS1-v1_5 with SHA-512 (`RS512`).
     Rs512,
-    /// RSASSA-PSS with SHA-256.
+    /// RSASSA-PSS with SHA-256 (`PS256`).
     Ps256,
-    /// RSASSA-PSS with SHA-384.
+    /// RSASSA-PSS with SHA-384 (`PS384`).
     Ps384,
-    /// RSASSA-PSS with SHA-512.
+    /// RSASSA-PSS with SHA-512 (`PS512`).
     Ps512,
     /// ECDSA on P-256 with SHA-256.
     Es256,
@@ -38,7 +38,7 @@ pub(super) enum KeyKind {
 }
 
 impl SignatureAlgorithm {
-    /// All algorithms.
+    /// All algorithms that the configuration may accept.
     pub const ALL: [Self; 9] = [
         Self::Rs256,
         Self::Rs384,

@@ -116,7 +116,7 @@ impl IssuerRules {
         })
     }
 
-    /// A number that identifies these rules. Other rules have another number.
+    /// A number that identifies these rules. Each rule set has its own number.
     pub(super) fn mark(&self) -> u64 {
         self.mark
     }

@@ -31,7 +31,7 @@ pub struct KeySet {
     left_out: Vec<String>,
 }
 
-/// A public key.
+/// A public key of an issuer, with which signatures are checked.
 #[derive(Debug)]
 pub(super) struct VerificationKey {
     id: Option<String>,

@@ -13,9 +13,9 @@ const MAX_URL_BYTES: usize = 2048;
 /// The location; see the top of this file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JwksLocation {
-    /// The path of a file with the key set.
+    /// Absolute path of a file.
     File(PathBuf),
-    /// The URL from which the key set is downloaded.
+    /// The URL from which the key set is fetched.
     Url(String),
 }
 

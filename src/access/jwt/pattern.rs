@@ -19,7 +19,7 @@ enum PatternPiece {
     Byte(u8),
     /// Any bytes except "/".
     Segment,
-    /// Any bytes.
+    /// Any bytes, also "/".
     Anything,
 }
 

@@ -8,7 +8,7 @@ const QUOTED: usize = 96;
 /// Why a token is not accepted. It never contains the token itself or its signature.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRefusal {
-    /// What is wrong.
+    /// The kind of problem, without details.
     pub kind: RefusalKind,
     /// The details, for this server's log.
     pub reason: String,
@@ -29,7 +29,7 @@ pub enum RefusalKind {
     Key,
     /// The signature is wrong.
     Signature,
-    /// Its time `exp` has passed.
+    /// The token has expired.
     Expired,
     /// Its time `nbf` has not come.
     NotYetValid,

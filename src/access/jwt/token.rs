@@ -23,7 +23,7 @@ const MAX_AUDIENCES: usize = 32;
 /// The token. Its content cannot be trusted until the signature is checked.
 #[derive(Debug)]
 pub(super) struct UnverifiedToken<'a> {
-    /// The whole token.
+    /// The token as the client sent it.
     pub(super) text: &'a str,
     pub(super) algorithm: SignatureAlgorithm,
     pub(super) key_id: Option<String>,

@@ -30,7 +30,7 @@ pub struct Binding {
     pub digest: Digest,
     /// When the content was asked for at its origin, or pushed.
     pub obtained_at: SystemTime,
-    /// When it expires.
+    /// When the content expires; `None` if it never does.
     pub expires_at: Option<SystemTime>,
     /// Other blobs and Directories that have to be stored for it to be served.
     pub references: Arc<References>,
@@ -57,7 +57,7 @@ pub enum KnownAsset {
     Fresh(Binding),
     /// There is content, but it is expired or older than the caller accepts (AST-08).
     Stale,
-    /// Nothing is bound.
+    /// No content is bound to the asset.
     Nothing,
 }
 

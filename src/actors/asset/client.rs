@@ -257,7 +257,7 @@ fn check_downloadable(
         return Ok(());
     }
     if was_bound {
-        // Usable pushed content under such a qualifier would have been found.
+        // Reached only if no usable content was pushed under these qualifiers.
         let message = "the content pushed under these qualifiers is expired, too old or no longer stored";
         return Err(Problem::origin(FailureKind::NotFound, message));
     }

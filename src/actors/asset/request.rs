@@ -55,7 +55,7 @@ const RESERVED_HEADERS: &[&str] = &[
 /// The form in which an asset is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AssetKind {
-    /// A single blob.
+    /// A single blob, stored as it was downloaded.
     Blob,
     /// A Directory with everything below it, unpacked from an archive.
     Directory,

@@ -35,6 +35,7 @@ struct DeletionOrder {
 
 #[derive(Debug, Default)]
 struct DeletionQueue {
+    /// Orders with at least one result.
     results: VecDeque<DeletionOrder>,
     others: VecDeque<DeletionOrder>,
     /// Whether a job deletes results now.

@@ -85,7 +85,7 @@ impl Reservation {
         Ok(taken)
     }
 
-    /// The reserved bytes.
+    /// Number of bytes that are reserved.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -136,7 +136,7 @@ pub struct UploadRoom {
 }
 
 impl UploadRoom {
-    /// Creates empty room.
+    /// Creates room without a reservation, which is not tied to a blob.
     pub fn none(store: Addr<CasActor>) -> Self {
         Self { reservation: Reservation::new(store, 0), share: None, blob: None }
     }
@@ -152,7 +152,7 @@ impl UploadRoom {
         Self { reservation, share: None, blob: None }
     }
 
-    /// The reserved bytes.
+    /// Number of bytes that are reserved.
     pub fn bytes(&self) -> u64 {
         self.reservation.bytes()
     }

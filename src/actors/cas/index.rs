@@ -116,7 +116,6 @@ impl Index {
         }
     }
 
-    /// The current totals.
     pub(super) fn totals(&self) -> Totals {
         let (held, leased) = (self.held.load(Relaxed), self.leases.leased());
         let pinned = leased.saturating_add(self.unleased_held.load(Relaxed));

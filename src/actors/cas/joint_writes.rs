@@ -95,7 +95,7 @@ impl JointWrites {
 }
 
 impl Cas {
-    /// Stores small files. Returns once they are visible to everybody; each has its own outcome. They are
+    /// Stores small files. Returns once they are visible to all requests; each has its own outcome. They are
     /// written even if the caller does not wait. `memory` is kept until then.
     ///
     /// # Errors

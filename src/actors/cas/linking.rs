@@ -46,7 +46,7 @@ pub(crate) struct NewLinks {
     pub result: FileId,
     /// The namespace of its blobs.
     pub blobs_in: InstanceId,
-    /// The result itself.
+    /// The content of the result, which lists the blobs that it needs.
     pub of: Arc<dyn NeedsBlobs>,
 }
 

@@ -51,7 +51,7 @@ pub(super) struct NewFiles {
 pub(super) struct Visible(Result<oneshot::Receiver<()>>);
 
 impl Visible {
-    /// Waits until the files are visible to everybody.
+    /// Waits until the files are visible to all requests.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down; errors of the disk, if files could not be made durable.

@@ -33,7 +33,7 @@ pub(super) struct Prepared {
 #[derive(Message)]
 #[rtype(result = "Result<Reservation>")]
 pub struct ReserveRoom {
-    /// At most [`RESERVE_STEP_BYTES`](super::settings::RESERVE_STEP_BYTES).
+    /// Bytes to reserve; at most [`RESERVE_STEP_BYTES`](super::settings::RESERVE_STEP_BYTES).
     pub bytes: u64,
     /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is
     /// evicted.

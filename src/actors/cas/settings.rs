@@ -161,7 +161,7 @@ pub(super) const LOOKUPS_PER_TURN: usize = 1_024;
 /// Entries that are looked up under one hold of the index's lock, during which the actor cannot change it.
 pub(super) const LOOKUPS_PER_HOLD: usize = 256;
 
-/// Entries that the actor changes under one hold of the index's lock, during which nobody can look anything up.
+/// Entries that the actor changes under one hold of the index's lock, during which no look-up can run.
 pub(super) const CHANGES_PER_HOLD: usize = 256;
 
 /// Notes of look-ups, of either kind, after which the actor is woken.
@@ -218,8 +218,8 @@ pub(super) const FULL_LEASES_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Room for an upload is reserved at most this many bytes ahead.
 pub(super) const ROOM_STEP_BYTES: u64 = 1024 * 1024;
 
-/// Largest room that one message reserves. Between several such messages, other messages are handled. To evict entries
-/// of 4 KiB for it (8,192) takes a few milliseconds.
+/// Largest room that one message reserves. Between several such messages, other messages are handled. Evicting 8,192
+/// entries of 4 KiB for it takes a few milliseconds.
 pub(super) const RESERVE_STEP_BYTES: u64 = 32 * 1024 * 1024;
 
 /// Room for the outputs of an action is reserved at most this many bytes ahead of storing them. The outputs are already
@@ -298,8 +298,8 @@ pub(super) const MAILBOX_CAPACITY: usize = 1_024;
 /// How long an upload for which there is no room waits for another client's upload of the same blob.
 pub(super) const TWIN_WAIT: Duration = Duration::from_secs(300);
 
-/// How long such an upload waits for the next byte of the other upload. After either time, it starts and takes the room
-/// that there is.
+/// How long such an upload waits for the next byte of the other upload. After either time, it starts and uses the
+/// available space.
 pub(super) const TWIN_STALL: Duration = Duration::from_secs(10);
 
 /// How long a client that resumes an upload waits until its own earlier stream has ended.

@@ -83,7 +83,7 @@ pub(super) struct StoreDisk {
 pub(crate) struct DiskSight {
     /// Whether writes are refused.
     pub is_full: bool,
-    /// The last sample.
+    /// The latest sample of the free space, if there is one.
     pub space: Option<Space>,
     /// Bytes of other data that the server keeps there, by owner.
     pub beside: Vec<(&'static str, u64)>,

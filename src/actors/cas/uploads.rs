@@ -121,7 +121,6 @@ pub struct Partial {
 }
 
 impl Partial {
-    /// The peer that uploaded it.
     fn peer(&self) -> Peer {
         self.room.caller().unwrap_or_default().peer
     }

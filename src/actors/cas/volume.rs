@@ -195,7 +195,7 @@ impl NewFile<'_> {
 /// A file that was written and is not visible yet.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WrittenFile {
-    /// Its identity.
+    /// The identity under which the index will know it.
     pub file: FileId,
     /// Bytes that it takes on disk, which may be a little more than [`Volume::charge`] of its size.
     pub bytes: u64,

@@ -20,7 +20,7 @@ pub trait InputCheck: 'static {
     fn keep_active(&self, builds: HashSet<Owner>);
 }
 
-/// Pulls container images.
+/// Brings the container images of queued tasks onto this machine.
 pub trait ImageSupply: Send + Sync {
     /// Pulls the image of this name if it is not unpacked yet. The work is done on other threads. If the future is
     /// dropped, the pull continues, because other callers may need the image.

@@ -141,7 +141,7 @@ pub struct ListOperations {
 /// Conditions on operations. `None` matches every operation.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OperationFilter {
-    /// The current stage.
+    /// The stage that the operation is in.
     pub stage: Option<super::operation::Stage>,
     /// Whether the operation is finished.
     pub done: Option<bool>,

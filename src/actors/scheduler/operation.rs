@@ -142,7 +142,7 @@ pub struct ServerLog {
 /// The state of an operation as a subscriber sees it.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    /// The current stage.
+    /// The stage that the operation is in.
     pub stage: Stage,
     /// The time of the submission.
     pub queued_at: SystemTime,
@@ -252,7 +252,7 @@ pub struct ClientInfo {
 /// A subscription to one operation. While a client holds one, the operation counts as followed.
 #[derive(Debug, Clone)]
 pub struct Subscription {
-    /// The operation.
+    /// The immutable part of the operation.
     pub info: Arc<OperationInfo>,
     /// The current snapshot and all later ones.
     pub snapshots: watch::Receiver<Snapshot>,
@@ -262,7 +262,7 @@ pub struct Subscription {
 #[derive(Debug)]
 pub struct FinishedOperation {
     pub(super) info: Arc<OperationInfo>,
-    /// The requested priority.
+    /// The priority that the client requested.
     pub(super) priority: i32,
     pub(super) outcome: Arc<Outcome>,
     pub(super) snapshot: watch::Sender<Snapshot>,

@@ -42,7 +42,6 @@ pub(crate) struct Register {
     unusable: Retained,
 }
 
-/// An operation in the register.
 #[derive(Debug)]
 pub(crate) struct Operation {
     pub(crate) info: Arc<OperationInfo>,
@@ -58,7 +57,7 @@ pub(crate) struct Operation {
 enum OperationState {
     /// It waits for a task. `unfollowed_since` is the time at which the register noticed that it has no followers.
     Unfinished { task: TaskId, unfollowed_since: Option<Instant> },
-    /// It has ended.
+    /// It ended at this time, in this way.
     Finished { at: Instant, kind: FinishedKind },
 }
 

@@ -155,9 +155,9 @@ impl SchedulerSettings {
 /// The time on both clocks. Bounds use the monotonic clock; the wall clock is for people and clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ClockReading {
-    /// The monotonic clock.
+    /// The time on the monotonic clock.
     pub at: Instant,
-    /// The wall clock.
+    /// The time on the wall clock.
     pub wall: SystemTime,
 }
 

@@ -64,7 +64,7 @@ pub struct PoolSpec {
 /// Whether a pool takes tasks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PoolState {
-    /// It takes tasks.
+    /// It takes tasks while it has free slots.
     Open,
     /// It takes no more tasks, and its running tasks continue. An operator or a reload started this and will remove it.
     Draining,
@@ -77,7 +77,7 @@ pub enum PoolState {
 pub struct PoolStatus {
     /// Its id, for messages to the scheduler.
     pub id: PoolId,
-    /// Its name.
+    /// The name that logs, metrics and clients use.
     pub name: Arc<str>,
     /// Whether it takes tasks.
     pub state: PoolState,

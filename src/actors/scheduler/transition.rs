@@ -34,12 +34,12 @@ pub(crate) enum OperationEvent {
     },
     /// A worker failed while it ran the task, or its pool was removed; the task waits again.
     Requeued {
-        /// The failure.
+        /// The failure of the worker, or the removal of the pool.
         reason: Error,
         /// The number of the failed attempt, from 1.
         attempt: u32,
     },
-    /// The operation ended.
+    /// The operation ended, with a result or an error.
     Completed {
         outcome: Arc<Outcome>,
         /// The slot on which it ran last; `None` if it did not run.

@@ -39,11 +39,11 @@ pub(crate) enum Point {
     StageStart,
     /// The inputs were in place.
     FetchEnd,
-    /// The command started.
+    /// The command began to run.
     RunStart,
-    /// The command ended.
+    /// The command ended or was killed.
     RunEnd,
-    /// Storing outputs began.
+    /// The worker began to store the outputs.
     UploadStart,
     /// The outputs were stored.
     UploadEnd,

@@ -212,7 +212,7 @@ impl<'a> Dir<'a> {
         self.own.as_ref()
     }
 
-    /// Its permission bits.
+    /// The permission bits, from the own layer if the directory is there.
     fn mode(&self) -> io::Result<Mode> {
         Ok(match (&self.own, self.below) {
             (Some(own), _) => Mode::from_raw_mode(rfs::fstat(own)?.st_mode),
@@ -360,7 +360,7 @@ pub(super) struct Here<'w, 'a> {
     pub own: Option<&'w File>,
     /// The directory in the staged tree, if it is visible.
     pub below: Option<&'a Directory>,
-    /// The staged tree.
+    /// The staged tree below the own layer, if there is one.
     pub staged: Option<&'a InputTree>,
 }
 

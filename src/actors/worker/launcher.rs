@@ -100,11 +100,11 @@ pub enum Ending {
 /// The result of a command that ran. All its processes are gone.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ran {
-    /// How it ended.
+    /// How its first process ended.
     pub ending: Ending,
     /// Resource usage of all its processes together.
     pub usage: gorego::ResourceUsage,
-    /// When it started.
+    /// When its first process started.
     pub started: Moment,
     /// When its first process ended or was killed.
     pub ended: Moment,

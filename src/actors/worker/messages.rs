@@ -30,7 +30,7 @@ impl SlotId {
 #[derive(Debug, actix::Message)]
 #[rtype(result = "RunReport")]
 pub struct RunAction {
-    /// What to run.
+    /// The data of the run.
     pub order: RunOrder,
     /// The connection between the scheduler and the run while it lasts.
     pub control: RunControl,
@@ -46,7 +46,7 @@ pub struct RunOrder {
     pub attempt: u32,
     /// The slot that the task was given.
     pub slot: SlotId,
-    /// The checked action.
+    /// The action, which has been validated.
     pub action: Arc<Action>,
     /// The peer that asked for it. What the run reads and stores counts against the limits of this peer.
     pub peer: Peer,
@@ -82,7 +82,7 @@ pub struct RunControl {
 pub struct StageAhead {
     /// The task that waits, for logs.
     pub task: TaskId,
-    /// The checked action.
+    /// The action, which has been validated.
     pub action: Arc<Action>,
     /// The build that the task belongs to. What is read is leased to it.
     pub owner: Owner,
@@ -96,7 +96,7 @@ pub struct StageAhead {
 pub enum RunStage {
     /// Inputs are being brought into place.
     Fetching,
-    /// The command runs.
+    /// The command is running.
     Running,
     /// Outputs are being collected and stored.
     Uploading,
@@ -147,7 +147,7 @@ pub struct Account {
 /// The action could not be run, or its command did not end by itself.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunFailure {
-    /// The cause.
+    /// Why the action has no regular result.
     pub error: Error,
     /// What could be kept: logs and metadata of a command that timed out (EXE-45).
     pub partial: Option<SharedResult>,

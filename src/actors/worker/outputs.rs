@@ -40,9 +40,9 @@ const MAX_TARGET_BYTES: usize = 4_096;
 /// Mode and time of a node when it was scanned.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Seen {
-    /// `st_mode`.
+    /// Type and permission bits, as in `st_mode`.
     pub mode: u32,
-    /// The modification time.
+    /// The modification time, as in `st_mtim`.
     pub mtime: prost_types::Timestamp,
 }
 
@@ -208,7 +208,7 @@ fn look(
     }))
 }
 
-/// Examines an output path at which there is an input that the command left unchanged.
+/// Examines an output path that still holds an unchanged input.
 fn examine_input(
     root: ExecRoot<'_>,
     output: &OutputRequest,

@@ -108,6 +108,7 @@ pub struct StagedTrees {
     copy_until: Mutex<Option<Instant>>,
 }
 
+/// A staged tree on disk, and its Directories in memory.
 #[derive(Debug)]
 struct Tree {
     name: OsString,
@@ -206,7 +207,7 @@ enum TreeWait {
 }
 
 impl StagedTrees {
-    /// No trees yet.
+    /// Starts without trees. `limits` bounds those that will be kept.
     pub fn new(limits: StagingLimits) -> Self {
         let budget =
             StagedSize { bytes: limits.max_bytes, nodes: MAX_STAGED_NODES, memory: limits.max_memory };

@@ -19,7 +19,7 @@ const BLOCK: u64 = 512;
 /// Maximum number of directories that are kept open on the way down.
 const KEPT_OPEN: usize = 8;
 
-/// Measures one directory.
+/// Measures what an action writes below one directory.
 #[derive(Debug)]
 pub(super) struct Written {
     root: File,

@@ -60,7 +60,7 @@ pub(super) fn pool(operation: &OperationState) -> &str {
     }
 }
 
-/// `hash/size`.
+/// The digest of the action as `hash/size`; empty if it is not known.
 pub(super) fn action(operation: &OperationState) -> String {
     operation
         .action
@@ -82,7 +82,7 @@ pub(super) fn end(operation: &OperationState) -> String {
     }
 }
 
-/// Whether it succeeded.
+/// Whether it has ended without an error and with exit code 0.
 pub(super) fn succeeded(operation: &OperationState) -> bool {
     operation.finished.as_ref().is_some_and(|finished| {
         finished.error.is_none() && finished.result.as_ref().is_some_and(|result| result.exit_code == 0)

@@ -59,7 +59,6 @@ async fn follow(client: &Client, name: &str, as_json: bool) -> Result<u8> {
     }
 }
 
-/// The state in one line.
 fn state_line(operation: &OperationState) -> String {
     let mut line = view::state(operation).to_owned();
     let more = match (&operation.finished, &operation.queue) {

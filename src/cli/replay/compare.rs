@@ -41,7 +41,7 @@ pub(super) enum ListedNode {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum RunDifference {
     ExitCode(i32, i32),
-    /// `stdout` or `stderr`.
+    /// The log `stdout` or `stderr`, by the digests of both contents.
     Log(&'static str, Digest, Digest),
     /// The output at this path.
     Output(String, Option<ListedNode>, Option<ListedNode>),

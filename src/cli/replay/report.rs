@@ -256,7 +256,6 @@ fn differing_output(difference: &RunDifference) -> Option<&str> {
     }
 }
 
-/// Describes one difference.
 fn tell(text: &mut String, difference: &RunDifference, scratch: &Scratch) {
     let recorded = scratch.recorded();
     // Writing to a String cannot fail.

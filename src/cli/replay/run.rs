@@ -44,9 +44,9 @@ pub(super) struct ReplayPlace {
 
 /// The result of a run.
 pub(super) enum Replayed {
-    /// The command ended.
+    /// The outcome of the command.
     Command(Box<LocalRun>),
-    /// The shell ended.
+    /// The shell of `--shell` ended.
     ShellEnded,
 }
 
@@ -113,7 +113,7 @@ impl ReplayPlace {
         self.report().map(Report::names).unwrap_or_default()
     }
 
-    /// The missing protections.
+    /// The protections that the sandbox lacks on this machine.
     pub(super) fn missing(&self) -> &[MissingProtection] {
         self.report().map_or(&[], |report| &report.missing)
     }

@@ -154,7 +154,7 @@ fn request(args: &PurgeArgs) -> gorego::PurgeResultsRequest {
     }
 }
 
-/// Parses `--action`.
+/// Parses the digest in `--action`, written as HASH/SIZE.
 pub(super) fn parse_action(written: &str) -> std::result::Result<reapi::Digest, String> {
     let parts = written.split_once('/').and_then(|(hash, size)| Some((hash, size.parse().ok()?)));
     let (hash, size_bytes) = parts.ok_or("expected HASH/SIZE")?;

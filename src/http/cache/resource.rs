@@ -11,7 +11,7 @@ pub const MAX_KEY_BYTES: usize = 1_024;
 /// The parsed form of the end of a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resource<'a> {
-    /// `cas/[function/]hash`: a blob.
+    /// `cas/[function/]hash`: the blob with this hash.
     Blob(HashInPath),
     /// `ac/[function/]hash`: the action result of the Action with this hash.
     Result(HashInPath),

@@ -12,7 +12,7 @@ use std::{collections::HashMap, fmt, path::Path};
 /// Maximum size of the credentials file.
 const MAX_BYTES: u64 = 1024 * 1024;
 
-/// User and password.
+/// The user and password for one registry.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Credentials {
     user: String,

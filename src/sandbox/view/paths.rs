@@ -71,6 +71,7 @@ pub(crate) const RESOLVERS: &str = "/etc/resolv.conf";
 /// The part of the host's /sys that every root file system gets.
 pub(super) const CPUS: &str = "/sys/devices/system/cpu";
 
+/// The paths that the configuration adds and hides.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct ConfiguredPaths {
     /// Paths that are visible in addition to [`HOST`].

@@ -42,7 +42,7 @@ const READ_ONLY_PROC_FILES: &[&str] = &[
 /// Changes to a freshly mounted /proc.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ProcPlan {
-    /// Paths to hide.
+    /// Paths to cover, so that their content is hidden.
     pub hidden: Vec<&'static str>,
     /// Paths to make read-only.
     pub fixed: Vec<&'static str>,

@@ -43,7 +43,7 @@ use generated::{
 /// Flow-control windows of both sides.
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
-/// Largest message.
+/// Maximum size of a decoded message.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
 /// A running server on separate threads, and a connection to it.

@@ -25,7 +25,7 @@ const OUTPUTS: usize = 200;
 /// Bytes of each of them.
 const OUTPUT_BYTES: u64 = 4096;
 
-/// An encoded Command.
+/// Encodes a Command that runs these arguments and declares these output paths.
 pub(super) fn command(arguments: &[&str], outputs: &[&str]) -> Bytes {
     let own = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
     let path = reapi::command::EnvironmentVariable { name: "PATH".into(), value: "/usr/bin:/bin".into() };
@@ -49,7 +49,6 @@ pub(super) fn action(command: Digest, root: Digest, salt: &str) -> Bytes {
     action.encode_to_vec().into()
 }
 
-/// Uploads one blob.
 async fn one(target: &Target, blob: Bytes) -> Result<Digest> {
     target.upload([blob]).await?.pop().ok_or_else(|| unusable("no digest"))
 }
@@ -136,7 +135,6 @@ pub(super) async fn cached(target: &Target, _: usize) -> Result<Box<dyn Workload
     }))
 }
 
-/// A Directory with these files and directories.
 fn directory(files: Vec<(String, Digest)>, directories: Vec<(String, Digest)>) -> Bytes {
     let directory = reapi::Directory {
         files: files

@@ -33,7 +33,7 @@ pub struct NodeProperties {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NamedProperties(Option<Arc<[NamedProperty]>>);
 
-/// One named property.
+/// A node property with a name, besides the mode and the time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedProperty {
     /// The name, exactly as the client sent it.

@@ -68,7 +68,7 @@ struct Part {
 /// An item of a batch read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Item {
-    /// The blob itself.
+    /// The uncompressed content of the blob.
     Plain(Bytes),
     /// A zstd stream of the blob, which is smaller.
     Zstd(Bytes),

@@ -249,6 +249,7 @@ impl Hot {
         DigestFunction::ALL.get(usize::from(self.kind & 7)).copied().unwrap_or(DigestFunction::Sha256)
     }
 
+    /// The complete key. `tails` has the rest of hashes that are too long for an entry.
     pub(super) fn key(&self, tails: &KeyTails) -> Key {
         let mut hash = [0; MAX_HASH_BYTES];
         hash[..HEAD_BYTES].copy_from_slice(&self.head);

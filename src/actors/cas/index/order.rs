@@ -18,7 +18,7 @@ use super::{
 };
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-/// No slot.
+/// No slot: the end of a list.
 pub(super) const NIL: u32 = u32::MAX;
 /// The entry is not on the stack of released entries.
 const NOT_RELEASED: u32 = NIL - 1;

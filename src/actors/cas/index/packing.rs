@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering::Relaxed;
 pub(crate) struct ColdBlobs {
     /// The latest recorded use that they may have, in seconds since 1970.
     pub(crate) used_until: u32,
-    /// Their smallest size.
+    /// Minimum size of the blobs.
     pub(crate) min_bytes: u64,
 }
 

@@ -223,7 +223,7 @@ pub struct Shortage {
 /// Counts and bytes of an index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Totals {
-    /// Number of blobs.
+    /// Number of blobs, including those that are kept compressed.
     pub blobs: u64,
     /// Number of action results.
     pub results: u64,

@@ -28,7 +28,6 @@ const JOINT_RESULT_MEMORY: u64 = 4 * JOINT_FILE_BYTES;
 pub(crate) struct PreparedResult {
     pub(super) action: Digest,
     pub(in crate::actors::cas) result: SharedResult,
-    /// The origin of the result.
     pub(super) origin: StoredOrigin,
     file: Bytes,
     /// Contents that were inlined; these blobs have to be stored first.

@@ -341,7 +341,6 @@ fn read_directory(cas: &Cas, found: &FoundEntry) -> Result<Option<Arc<Directory>
     Ok(Some(directory))
 }
 
-/// Implements [`ActionInputs::materialise`].
 fn materialise(
     cas: &Cas,
     digest: &Digest,

@@ -86,7 +86,7 @@ impl Cas {
         if let Some(room) = &mut attempt.room
             && let Err(error) = self.pay_for(room)
         {
-            // A partial upload without a share would be charged to nobody, so it is not kept.
+            // A partial upload without a share could not be charged to a client, so it is not kept.
             attempt.keep = false;
             return Err(error);
         }

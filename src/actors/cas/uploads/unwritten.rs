@@ -47,7 +47,7 @@ impl UnwrittenPieces {
         self.account.as_ref().map(|(_, caller)| *caller).unwrap_or_default()
     }
 
-    /// The first piece.
+    /// The first piece; empty if there is none.
     pub(crate) fn head(&self) -> &[u8] {
         self.pieces.bytes.first().map(AsRef::as_ref).unwrap_or_default()
     }

@@ -54,6 +54,7 @@ impl Place {
     }
 }
 
+/// The state of one file of the table.
 #[derive(Debug)]
 struct TableFile {
     nonce: u64,
@@ -198,6 +199,7 @@ impl ChecksumTable {
         }
     }
 
+    /// Bytes that the table takes on disk.
     pub(super) fn disk_bytes(&self) -> u64 {
         self.state().files.values().map(|file| file.end).sum()
     }

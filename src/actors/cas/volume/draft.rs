@@ -30,7 +30,7 @@ pub(crate) struct TemporaryFile {
     paths: Arc<StorePaths>,
     path: PathBuf,
     file: File,
-    /// The stamp after the last change by this process; `None` once somebody else has changed the file.
+    /// The stamp after the last change by this process; `None` once another process has changed the file.
     own: Option<Stamp>,
     /// The last use to record, if the file becomes a packed file.
     packed_for: Option<u32>,
@@ -60,7 +60,7 @@ impl TemporaryFile {
         file
     }
 
-    /// Changes the file, and notes if somebody else has changed it since this process did. Such a file is hashed again
+    /// Changes the file, and notes if another process has changed it since this one did. Such a file is hashed again
     /// before it is read.
     fn change(&mut self, change: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
         let is_own = self.own == Some(stamp_of(&self.file.metadata()?));
@@ -120,7 +120,7 @@ impl Draft for TemporaryFile {
         // A file that is open for writing, even by this process, gets no lease.
         self.file = self.reopen()?;
         let path = self.paths.path(&file);
-        // A file that somebody else has changed is not trusted, so it is hashed before it is used.
+        // A file that another process has changed is not trusted, so it is hashed before it is used.
         let own = self.own.unwrap_or(Stamp::UNTRUSTED);
         let moved = change_unobserved(&self.file, own, || in_shard(&path, || rename(&self.path, &path)))
             .inspect_err(|_| self.table.remove(file.generation))?;

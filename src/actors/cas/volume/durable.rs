@@ -64,7 +64,7 @@ pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
 /// The segments and directories that a group syncs.
 #[derive(Debug, Default)]
 pub(super) struct SyncGroup {
-    /// Segments, by number.
+    /// Numbers of the segments to sync.
     pub segments: BTreeSet<u64>,
     /// Directories in which files got their names.
     pub directories: BTreeSet<PathBuf>,

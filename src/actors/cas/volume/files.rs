@@ -88,7 +88,7 @@ pub(super) struct StorePaths {
     /// Directory names by [`InstanceId`].
     instances: Vec<String>,
     pub(super) policy: SyncPolicy,
-    /// See [`has_fine_change_times`].
+    /// The result of [`has_fine_change_times`] for the file system of the store.
     has_fine_times: bool,
     /// Bytes of a block of the file system.
     block: u64,
@@ -225,9 +225,9 @@ impl Files {
         }
     }
 
-    /// Sets the access time of a stored file to now. If nobody can have written the file meanwhile, returns the stamps
-    /// before and after, and the file, which holds a lease. The caller has to know whether the content was verified
-    /// before.
+    /// Sets the access time of a stored file to now. If no process can have written the file meanwhile, returns the
+    /// stamps before and after, and the file, which holds a lease. The caller has to know whether the content was
+    /// verified before.
     fn touch_one(&self, at: usize, file: &FileId) -> Option<(Moved, File)> {
         let time = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
         let times = Timestamps { last_access: time(UTIME_NOW), last_modification: time(UTIME_OMIT) };

@@ -94,7 +94,6 @@ fn write_small(segments: &Segments, key: Key, bytes: Bytes) -> io::Result<Writte
     written.into_iter().next().unwrap_or_else(|| Err(io::ErrorKind::Other.into()))
 }
 
-/// Seconds since 1970.
 fn unix_seconds() -> u32 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)

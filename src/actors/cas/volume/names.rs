@@ -30,7 +30,6 @@ impl FileClass {
         Self { kind: EntryKind::Zstd, is_packed: false },
     ];
 
-    /// The name of the directory.
     pub(super) fn directory(self) -> &'static str {
         match self.kind {
             _ if self.is_packed => "packed",

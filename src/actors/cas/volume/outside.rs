@@ -18,7 +18,7 @@ use std::{
 };
 
 /// A file that an action left behind, open for reading. All processes of the action are dead. While this is held, a
-/// read lease keeps others from opening the file for writing, or has shown that somebody already has it open.
+/// read lease keeps others from opening the file for writing, or has shown that a process already has it open.
 #[derive(Debug)]
 pub(crate) struct LeftFile<'a> {
     pub(super) file: File,
@@ -88,7 +88,8 @@ impl<'a> LeftFile<'a> {
         Ok(None)
     }
 
-    /// Whether nobody else can reach the file: it is a regular file owned by this process, with one name and no writer.
+    /// Whether no other process can reach the file: it is a regular file owned by this process, with one name and no
+    /// writer.
     pub(super) fn is_ours_alone(&self) -> bool {
         self.writers != stamps::Writers::Present
             && self.before.is_file()

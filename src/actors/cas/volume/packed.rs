@@ -159,7 +159,7 @@ pub(super) struct PackedFile {
 enum FramePart {
     /// The decoded content of the frame.
     Plain(usize),
-    /// The frame itself.
+    /// The frame as it is in the file.
     Frame(usize),
 }
 

@@ -33,8 +33,8 @@ pub(super) fn unusable(root: &Path, what: &str, error: &dyn std::fmt::Display) -
 #[derive(Debug)]
 pub(super) struct StoreLock {
     _file: File,
-    /// The directory itself, because somebody may remove the file. `None` where directories cannot be locked, such as
-    /// on NFS.
+    /// The directory itself, because another process may remove the lock file. `None` where directories cannot be
+    /// locked, such as on NFS.
     _directory: Option<File>,
 }
 
@@ -84,7 +84,7 @@ pub(super) fn check_format(root: &Path) -> Result<()> {
 }
 
 /// Creates the directories that always exist. Moves temporary files, and instances that are no longer served, to the
-/// trash, because nobody would count their bytes. On a full disk, empties the trash first, which otherwise happens in
+/// trash, because their bytes would not be counted. On a full disk, empties the trash first, which otherwise happens in
 /// the background.
 pub(super) fn prepare(base: &Path, instances: &[String]) -> io::Result<()> {
     let trash = base.join("trash");
@@ -146,7 +146,7 @@ mod tests {
         let first = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap();
         let error = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap_err();
         assert!(error.to_string().contains("another gorego server runs on it"), "{error}");
-        // A lock file that somebody removes does not let a second server in.
+        // A second server stays out even if the lock file was removed.
         fs::remove_file(root.path().join("lock")).unwrap();
         let error = Files::open(root.path(), &instances, SyncPolicy::Never).unwrap_err();
         assert!(error.to_string().contains("another gorego server runs on it"), "{error}");

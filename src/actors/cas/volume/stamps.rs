@@ -7,10 +7,10 @@
 //! - On kernels before 6.13, and on file systems without fine-grained timestamps, a second change within one tick of
 //!   the clock leaves the change time as it is. [`has_fine_change_times`] detects this. Where change times are coarse,
 //!   a stamp counts only once it is older than [`COARSE_TICK`]. One gap remains there: a reader that opens a file
-//!   within that time of its last change does not see another change by somebody else within the same tick.
+//!   within that time of its last change does not see a change by another process within the same tick.
 //! - The store's own renames and touches set the change time as well. They are made under a read lease (fcntl(2)),
-//!   which is granted only if nobody has the file open for writing, and which keeps others from opening it for writing:
-//!   [`change_unobserved`].
+//!   which is granted only if no process has the file open for writing, and which keeps others from opening it for
+//!   writing: [`change_unobserved`].
 
 use crate::{actors::cas::index::Stamp, disk::is_full};
 use std::{
@@ -71,8 +71,8 @@ fn changes_are_told_apart(directory: &Path) -> io::Result<bool> {
 /// Whether others may write a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Writers {
-    /// Nobody has it open for writing, and nobody can open it for writing until the lease ends: with [`end_lease`], or
-    /// when the file is closed.
+    /// No process has it open for writing, and none can open it for writing until the lease ends: with [`end_lease`],
+    /// or when the file is closed.
     ShutOut,
     /// A process has the file open for writing.
     Present,
@@ -80,7 +80,7 @@ pub(crate) enum Writers {
     Unknown,
 }
 
-/// Takes a read lease on a file that is open for reading only. Fails if somebody has the file open for writing.
+/// Takes a read lease on a file that is open for reading only. Fails if a process has the file open for writing.
 pub(crate) fn lease(file: &File) -> Writers {
     // A process that opens the file for writing waits for the end of the lease, and this process gets a signal. It is
     // set to SIGURG, which is ignored by default; the default SIGIO would end the process. SAFETY: these commands take

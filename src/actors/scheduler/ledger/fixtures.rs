@@ -22,7 +22,7 @@ use gorego_reapi::{
 pub(crate) struct Work {
     pub(crate) name: u64,
     pub(crate) do_not_cache: bool,
-    /// The requested `OSFamily`.
+    /// The requested value of the property `OSFamily`.
     pub(crate) platform: Option<&'static str>,
     /// The requested `cores`; 0 for none.
     pub(crate) cores: u64,

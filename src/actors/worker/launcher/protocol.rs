@@ -18,7 +18,7 @@ pub const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
 /// An order to the runner.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToRunner {
-    /// The order.
+    /// The order; `None` only in a malformed message.
     #[prost(oneof = "Order", tags = "1, 2, 3")]
     pub order: Option<Order>,
 }
@@ -50,7 +50,7 @@ pub struct Run {
     /// The arguments, including argv\[0\].
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub arguments: Vec<Vec<u8>>,
-    /// The whole environment.
+    /// All environment variables of the command, as `NAME=value`.
     #[prost(bytes = "vec", repeated, tag = "3")]
     pub environment: Vec<Vec<u8>>,
     /// Path of the input root.
@@ -89,7 +89,7 @@ pub struct Run {
 /// The answer to a [`Run`].
 #[derive(Clone, PartialEq, Message)]
 pub struct FromRunner {
-    /// The result.
+    /// The result; `None` only in a malformed message.
     #[prost(oneof = "Reply", tags = "1, 2")]
     pub reply: Option<Reply>,
 }
@@ -159,7 +159,7 @@ pub struct Failed {
 /// A message from the first process of a cell.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromCell {
-    /// The message.
+    /// The message; `None` only if it is malformed.
     #[prost(oneof = "CellEvent", tags = "1, 2, 3")]
     pub event: Option<CellEvent>,
 }

@@ -21,7 +21,7 @@ pub(super) struct Plan {
     pub programs: Vec<CString>,
     /// The arguments, including argv\[0\].
     pub arguments: Vec<CString>,
-    /// The whole environment.
+    /// All environment variables, as `NAME=value`.
     pub environment: Vec<CString>,
     /// Descriptor of the working directory.
     pub working_directory: RawFd,

@@ -1,6 +1,6 @@
 //! [`ToolProcess`]: a command that outlives one action and talks to this server over its standard input and output.
 //!
-//! A tool has a runner of its own, and therefore a user and a cell of its own. To the runner it is a command like any
+//! A tool has a runner of its own, and therefore a user and a cell of its own. For the runner it is a command like any
 //! other, except that it gets two pipes ([`Pipes`]). All its processes are killed when this value is dropped, when the
 //! runner ends, and when the server dies. No call here waits for a tool beyond the deadline.
 

@@ -45,7 +45,7 @@ pub(crate) struct FoundFile {
     pub name: String,
     /// Its content, and whether that is stored.
     pub content: Content,
-    /// Mode and time.
+    /// Mode and time when it was found.
     pub seen: Seen,
 }
 
@@ -73,7 +73,7 @@ impl Content {
 pub(crate) struct FoundLink {
     /// Name in its directory.
     pub name: String,
-    /// The target, unchanged.
+    /// The target exactly as the link has it.
     pub target: String,
     pub seen: Seen,
 }

@@ -46,7 +46,7 @@ pub struct Cost {
 pub struct Delta<'a> {
     /// The steps in order.
     pub steps: Vec<DeltaStep<'a>>,
-    /// Their total cost.
+    /// The total cost of the steps.
     pub cost: Cost,
 }
 

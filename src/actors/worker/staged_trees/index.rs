@@ -18,11 +18,11 @@ const LARGE_DELTAS: u32 = 8;
 /// The size of one or more trees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StagedSize {
-    /// Bytes on disk.
+    /// Bytes that the files take on disk.
     pub bytes: u64,
     /// Files, directories and links.
     pub nodes: u64,
-    /// Bytes in memory.
+    /// Bytes of memory that the Directories take.
     pub memory: u64,
 }
 

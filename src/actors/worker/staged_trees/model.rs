@@ -29,6 +29,7 @@ pub enum Shown {
     File(u64, bool),
     /// A link whose target is this number.
     Link(u64),
+    /// A directory, whatever it contains.
     Directory,
 }
 

@@ -22,8 +22,7 @@ const TOOL_INPUT: &str = "bazel_tool_input";
 const PERSISTENT_WORKER_FLAG: &str = "--persistent_worker";
 /// Maximum nesting depth of flag files.
 const MAX_FLAGFILE_DEPTH: usize = 8;
-/// The size that each read of a flag file counts besides its text. So the expansion of files that name each other ends
-/// soon.
+/// Charged per flag file in addition to its text, so that files that include each other reach the limit quickly.
 const FLAGFILE_BYTES: usize = 4096;
 
 /// Identifies the tools that can serve a call. Two calls have the same key only if their tools are started in the same

@@ -29,7 +29,6 @@ pub(super) enum Encoding {
     Json,
 }
 
-/// A request to a tool.
 #[derive(Clone, PartialEq, Message, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct WorkRequest {

@@ -63,7 +63,7 @@ struct FileStamp {
 pub(super) enum NotExchanged {
     /// The tool has changed this file, which is one of the tool's own inputs.
     ToolChanged(String),
-    /// Any other reason.
+    /// The exchange failed for another reason.
     Failed(Error),
 }
 

@@ -71,7 +71,6 @@ pub(super) enum NotKept {
 }
 
 impl<T> IdleTools<T> {
-    /// No tools yet.
     pub(super) fn new(limits: ToolLimits) -> Self {
         Self { limits, kept: Vec::new(), serving: 0, is_closed: false }
     }

@@ -51,7 +51,6 @@ pub(crate) struct ToolTurn<'a> {
 /// An action, with the settings that apply to a process of its own.
 #[derive(Debug)]
 pub(crate) struct ToolJob<'a> {
-    /// The action.
     pub action: &'a Action,
     /// The kind of cell that the action needs.
     pub kind: &'a CellKind,

@@ -56,7 +56,6 @@ impl RecordHead {
         Self { generation: file.generation, size, hash, body_checksum: 0 }
     }
 
-    /// Bytes of the checksums.
     pub(super) fn body_bytes(&self) -> u64 {
         self.size.div_ceil(BLOCK_BYTES as u64).saturating_mul(4)
     }

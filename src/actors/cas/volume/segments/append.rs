@@ -1,5 +1,5 @@
-//! Appends records to the open segment. A new segment is created when it is full, or when somebody has removed or
-//! replaced its file.
+//! Appends records to the open segment. A new segment is created when it is full, or when another process has
+//! removed or replaced its file.
 
 use super::{
     Segments, again_with_directory,
@@ -28,7 +28,7 @@ pub(super) struct Appended {
 
 impl Appended {
     /// Whether its path still leads to this file, with a head. The next start would not find what is written to a file
-    /// that somebody has removed, replaced or emptied.
+    /// that another process has removed, replaced or emptied.
     fn is_in_place(&self, path: &Path) -> bool {
         let (Ok(open), Ok(there)) = (self.file.metadata(), fs::symlink_metadata(path)) else { return false };
         (open.dev(), open.ino()) == (there.dev(), there.ino()) && open.len() >= self.head_bytes

@@ -35,7 +35,7 @@ const COPY_BYTES: u64 = 1 << 20;
 /// A segment is not worth copying if less than this part of it is dead.
 const MIN_DEAD_PART: u64 = 16;
 
-/// The running compaction.
+/// The state of the running compaction; empty if none runs.
 #[derive(Debug, Default)]
 pub(super) struct CompactionState {
     /// The segment that is compacted.

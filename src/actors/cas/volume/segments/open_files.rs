@@ -20,7 +20,7 @@ const DESCRIPTORS_PART: u64 = 16;
 pub(super) struct OpenFiles {
     max: usize,
     files: RwLock<HashMap<u64, (Arc<File>, AtomicU64)>>,
-    /// Counts uses.
+    /// Grows with each use of a file, to find the least recently used one.
     clock: AtomicU64,
 }
 

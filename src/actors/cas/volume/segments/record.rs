@@ -65,7 +65,6 @@ impl Location {
         Self::IS_RECORD | (self.segment << Self::SLOT_BITS) | u64::from(self.slot)
     }
 
-    /// The offset in the segment.
     pub(super) fn offset(self) -> u64 {
         u64::from(self.slot) * SLOT_BYTES
     }
@@ -80,7 +79,7 @@ pub(super) struct Header {
     pub digest: Digest,
     /// Seconds since 1970 of the last use, when the record was written.
     pub touched: u32,
-    /// Bytes of content.
+    /// Length of the content in bytes.
     pub length: u32,
     /// Grows with every stored file. A copy of a record has the sequence of the original.
     pub sequence: u64,

@@ -101,7 +101,7 @@ impl SegmentGrowth {
     }
 }
 
-/// Bytes on disk.
+/// The bytes that a segment takes on disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Takes {
     /// All bytes of the segment.
@@ -112,6 +112,7 @@ pub(super) struct Takes {
     pub dead: u64,
 }
 
+/// A segment, and what is known about its records.
 #[derive(Debug)]
 pub(super) struct Segment {
     pub number: u64,

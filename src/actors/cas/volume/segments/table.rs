@@ -92,7 +92,7 @@ pub(super) struct Row {
     /// The position of the instance in the list of the segment.
     pub instance: u16,
     pub touched: u32,
-    /// Bytes of content.
+    /// Length of the content in bytes.
     pub length: u32,
     pub digest: Digest,
 }

@@ -430,6 +430,22 @@ impl Segments {
     }
 }
 
+/// Gives the blocks of these ranges of a file back to the file system. Nobody reads the ranges any more. A full disk
+/// may have no other space for the note that their records are dead.
+fn punch(path: &Path, mut ranges: Vec<Range<u64>>) -> io::Result<()> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;
+    ranges.sort_unstable_by_key(|range| range.start);
+    for adjacent in ranges.chunk_by(|one, next| one.end == next.start) {
+        let (Some(first), Some(last)) = (adjacent.first(), adjacent.last()) else { continue };
+        let (start, end) = (first.start.next_multiple_of(HOLE_BYTES), last.end / HOLE_BYTES * HOLE_BYTES);
+        if start < end {
+            fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, end - start)?;
+        }
+    }
+    Ok(())
+}
+
 /// Runs `put`. If the directory of `path` was removed, makes it again and retries.
 pub(super) fn again_with_directory<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match (put(), path.parent()) {

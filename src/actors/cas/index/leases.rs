@@ -432,16 +432,16 @@ impl Leases {
     }
 }
 
-/// A row that is gone.
+/// A row that has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct EndedRow {
-    /// Which one it was.
+    /// Its position in the table.
     pub(super) row: usize,
     /// The bytes of its entries that are held.
     pub(super) held: u64,
 }
 
-/// Where the row of this name is.
+/// The position of the row with this name.
 fn row_of(name: u32) -> usize {
     name as usize % ROWS
 }

@@ -104,12 +104,13 @@ pub(crate) fn untested(
 ) -> Vec<String> {
     let mut tested = BTreeSet::new();
     for file in files.iter().filter(|file| file.is_rust() && !file.lies_in(&["tests/tidy"])) {
-        tested.extend(cited(if file.lies_in(CHECKS) { registered(&file.text) } else { file.tests() }));
+        let text = if file.lies_in(CHECKS) { registered(&file.text).to_owned() } else { file.tests() };
+        tested.extend(cited(&text).into_iter().map(str::to_owned));
     }
     let excepted = |id: &str| exceptions.iter().any(|(except, _)| *except == id);
-    let untested = list.keys().filter(|id| !tested.contains(*id) && !excepted(id));
+    let untested = list.keys().filter(|id| !tested.contains(**id) && !excepted(id));
     let untested = untested.map(|id| format!("{id} is cited by no test and no check"));
-    let stale = exceptions.iter().filter(|(id, _)| tested.contains(id) || !list.contains_key(id));
+    let stale = exceptions.iter().filter(|(id, _)| tested.contains(*id) || !list.contains_key(id));
     untested
         .chain(stale.map(|(id, _)| format!("{id} is no exception any more: take it off the list")))
         .collect()

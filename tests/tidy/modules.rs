@@ -77,7 +77,7 @@ pub(crate) fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
     for file in files {
         let Some((home, own)) = module(&file.path) else { continue };
         let of_own = crates.entry(home).or_default().entry(own.clone()).or_default();
-        for target in paths_from_root(&file.code()).iter().map(|path| target(path)) {
+        for target in paths_from_root(file.code()).iter().map(|path| target(path)) {
             if target != own && homes.contains(&(home, target.clone())) {
                 of_own.entry(target).or_insert_with(|| file.path.clone());
             }
@@ -127,9 +127,9 @@ fn store_imports(file: &Source) -> BTreeSet<&'static str> {
     let depth = file.path.matches('/').count() - STORE.matches('/').count();
     let up = "super::".repeat(depth);
     let mut targets = BTreeSet::new();
-    let from_root = paths_from_root(&code);
+    let from_root = paths_from_root(code);
     let from_root = from_root.iter().filter_map(|path| path.strip_prefix("actors::cas::"));
-    for path in from_root.map(str::to_owned).chain(paths_from(&code, &up)) {
+    for path in from_root.map(str::to_owned).chain(paths_from(code, &up)) {
         let module = path.split("::").next().unwrap_or_default();
         match STORE_MODULES.iter().find(|known| **known == module) {
             Some(known) => _ = targets.insert(*known),

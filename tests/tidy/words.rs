@@ -175,7 +175,7 @@ pub(crate) fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
     let coded = product.map(|file| (file, file.code()));
     coded
         .flat_map(|(file, code)| {
-            let stray = words.iter().filter(move |word| !file.lies_in(word.only) && names(&code, word.word));
+            let stray = words.iter().filter(move |word| !file.lies_in(word.only) && names(code, word.word));
             stray.map(|word| format!("{} names `{}`: {}", file.path, word.word, word.why))
         })
         .collect()

@@ -46,12 +46,23 @@ pub(crate) const STORE_ARROWS: &[(&str, &[&str])] = &[
 /// The one file above the modules of the store that fills the index from what the volume and the results say.
 const STORE_START: &str = "src/actors/cas/recovery.rs";
 
+/// The parts of the store that may name the file system.
+const STORE_ON_DISK: &[&str] = &["src/actors/cas/volume", "src/actors/cas/settings"];
+
 /// The modules that the configuration may import: checked values without state, and the settings of access and logging.
 /// Every other module declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
 pub(crate) const CONFIG_MAY: &[&str] = &[
     "access", "action", "host", "instance", "limits", "logging", "node", "platform", "quotas", "sandbox",
     "size",
 ];
+
+/// The files and directories that the rules of this file name.
+pub(crate) fn places_of_rules() -> impl Iterator<Item = String> {
+    let store = STORE_MODULES.iter().map(|module| format!("{STORE}/{module}"));
+    let configured = CONFIG_MAY.iter().map(|module| format!("src/{module}"));
+    let others = [STORE, STORE_START].iter().chain(STORE_ON_DISK).map(ToString::to_string);
+    store.chain(configured).chain(others)
+}
 
 /// The imports between the modules of one crate, each with a file that contains it.
 pub(crate) type Imports = BTreeMap<String, BTreeMap<String, String>>;
@@ -147,16 +158,15 @@ fn store_imports(file: &Source) -> BTreeSet<&'static str> {
 pub(crate) fn store_disk(files: &[Source]) -> Vec<String> {
     const DISK: &[&str] =
         &["fs", "Path", "PathBuf", "OpenOptions", "FileExt", "MetadataExt", "Metadata", "regular_file"];
-    let theirs = ["src/actors/cas/volume", "src/actors/cas/settings"];
-    let others = files
-        .iter()
-        .filter(|file| file.is_rust() && !file.is_test() && file.lies_in(&[STORE]) && !file.lies_in(&theirs));
+    let others = files.iter().filter(|file| {
+        file.is_rust() && !file.is_test() && file.lies_in(&[STORE]) && !file.lies_in(STORE_ON_DISK)
+    });
     let mut found = Vec::new();
     for file in others {
         let code = file.code().replace("fs::File", "");
         let named = DISK.iter().filter(|word| crate::tree::names(&code, word));
         found.extend(named.map(|word| {
-            format!("{} names `{word}`: only {} knows how bytes lie on disk", file.path, theirs[0])
+            format!("{} names `{word}`: only {} knows how bytes lie on disk", file.path, STORE_ON_DISK[0])
         }));
     }
     found

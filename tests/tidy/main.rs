@@ -9,6 +9,7 @@ mod faults;
 mod files;
 mod ids;
 mod modules;
+mod pure;
 mod tree;
 mod types;
 mod words;
@@ -57,13 +58,22 @@ fn the_places_that_rules_name_exist() {
     none(&words::unused(&FILES, words::WORDS));
     let of_modules: Vec<_> = modules::places_of_rules().collect();
     let others = [ids::LIST, ids::TABLE, ids::CHECKS, faults::LIST, faults::SUITE, files::MESSAGES];
-    let places = words::PURE.iter().copied().chain(others);
-    none(&words::gone(&FILES, places.chain(of_modules.iter().map(String::as_str))));
+    none(&words::gone(&FILES, others.into_iter().chain(of_modules.iter().map(String::as_str))));
 }
 
 #[test]
 fn pure_code_has_no_clock_and_no_disk() {
-    none(&words::impure(&FILES, words::PURE));
+    none(&pure::impure(&FILES));
+}
+
+#[test]
+fn modules_that_call_themselves_pure_are_checked() {
+    none(&pure::unclear(&FILES));
+}
+
+#[test]
+fn the_map_calls_pure_what_is_checked() {
+    none(&pure::map(&FILES, text(modules::MAP)));
 }
 
 #[test]

@@ -274,8 +274,7 @@ fn reaches(imports: &Imports, from: &str, to: &str, without: &dyn Fn(&str, &str)
 
 /// Modules, crates and directories of tests that are missing on the map, and paths on the map that do not exist.
 pub(crate) fn map(files: &[Source], document: &str) -> Vec<String> {
-    let block = document.split("## Map").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap_or_default();
-    let named = on_the_map(block, files);
+    let named: BTreeSet<_> = entries(document, files).into_iter().flat_map(|entry| entry.places).collect();
     let missing = places(files).into_iter().filter(|place| !named.contains(place.as_str()));
     let missing = missing.map(|place| format!("{place} is not on the map of {MAP}"));
     let exists = |path: &str| files.iter().any(|file| file.lies_in(&[path]) || file.path == path);
@@ -304,22 +303,45 @@ fn places(files: &[Source]) -> BTreeSet<String> {
     places
 }
 
-/// The paths at the starts of the lines of the map, without `.rs` and the last slash. The first path of a line is
-/// relative to the root of the repository; the others are relative to the directory of the previous one or to the root.
-fn on_the_map(block: &str, files: &[Source]) -> BTreeSet<String> {
-    let mut named = BTreeSet::new();
-    for line in block.lines().filter(|line| !line.starts_with(' ')) {
-        let words = line.split_whitespace().map(|word| word.trim_end_matches(','));
-        let mut beside = String::new();
-        for word in words.take_while(|word| word.ends_with('/') || word.ends_with(".rs")) {
-            let plain = word.trim_end_matches('/').trim_end_matches(".rs");
-            let path = [format!("{beside}{plain}"), plain.to_owned()];
-            let path = path.iter().find(|path| exists(files, path)).unwrap_or(&path[0]).clone();
-            beside = path.rfind('/').map_or_else(String::new, |slash| path[..=slash].to_owned());
-            named.insert(path);
+/// One entry of the map.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// The paths at its start, without `.rs` and the last slash.
+    pub(crate) places: Vec<String>,
+    /// What the map says about them, on one line.
+    pub(crate) text: String,
+}
+
+/// The entries of the map. The first path of an entry is relative to the root of the repository; the others are
+/// relative to the directory of the previous one or to the root.
+pub(crate) fn entries(document: &str, files: &[Source]) -> Vec<Entry> {
+    let block = document.split("## Map").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap_or_default();
+    let mut entries: Vec<Entry> = Vec::new();
+    for line in block.lines().filter(|line| !line.is_empty()) {
+        let mut words = line.split_whitespace().peekable();
+        if !line.starts_with(' ') {
+            let (mut places, mut beside) = (Vec::new(), String::new());
+            while let Some(word) = words.next_if(|word| is_path(word.trim_end_matches(','))) {
+                let plain = word.trim_end_matches(',').trim_end_matches('/').trim_end_matches(".rs");
+                let path = [format!("{beside}{plain}"), plain.to_owned()];
+                let path = path.iter().find(|path| exists(files, path)).unwrap_or(&path[0]).clone();
+                beside = path.rfind('/').map_or_else(String::new, |slash| path[..=slash].to_owned());
+                places.push(path);
+            }
+            entries.push(Entry { places, text: String::new() });
+        }
+        if let Some(entry) = entries.last_mut() {
+            for word in words {
+                entry.text.push_str(word);
+                entry.text.push(' ');
+            }
         }
     }
-    named
+    entries
+}
+
+fn is_path(word: &str) -> bool {
+    word.ends_with('/') || word.ends_with(".rs")
 }
 
 fn exists(files: &[Source], path: &str) -> bool {

@@ -250,6 +250,15 @@ fn is_for_tests(attribute: &str) -> bool {
     condition.starts_with("test)") || condition.starts_with("all(test,")
 }
 
+/// Code without all functions of this name; `None` if there is none.
+pub(crate) fn without_functions(code: &str, name: &str) -> Option<String> {
+    let heads = [format!("fn {name}("), format!("fn {name}<")];
+    let starts = heads.iter().flat_map(|head| code.match_indices(head)).map(|(at, _)| at);
+    let mut functions: Vec<_> = starts.map(|at| at..end_of_item(code.as_bytes(), at)).collect();
+    functions.sort_by_key(|function| function.start);
+    (!functions.is_empty()).then(|| without(code, &functions))
+}
+
 /// The start of the item that has an attribute, with what stands above the attribute.
 fn start_of_item(text: &str, attribute: usize) -> usize {
     let mut start = attribute;

@@ -1,4 +1,4 @@
-//! Restrictions on names: libraries, clocks, disks and documents.
+//! Restrictions on names: libraries, unsafe code, documents and registries.
 
 use crate::tree::{Source, names};
 
@@ -50,75 +50,6 @@ pub(crate) const WORDS: &[Word] = &[
         only: &[],
         why: "a damaged blob is noticed when it is read, so nobody waits for the disk",
     },
-];
-
-/// Files without a clock, disk, network, actor or thread: their results depend only on their arguments.
-/// `ARCHITECTURE.md` calls them pure.
-pub(crate) const PURE: &[&str] = &[
-    "src/budget/accounts",
-    "src/budget/holdings",
-    "src/actors/scheduler/ledger",
-    "src/actors/scheduler/queue",
-    "src/actors/scheduler/operation_loads",
-    "src/actors/scheduler/quota",
-    "src/actors/scheduler/slots",
-    "src/actors/cas/index",
-    "src/actors/asset/bindings",
-    "src/actors/asset/layout",
-    "src/actors/asset/origins",
-    "src/images/digest",
-    "src/images/reference",
-    "src/images/manifest",
-    "src/images/index",
-    "src/log_streams/name",
-    "src/log_streams/registry",
-    "src/platform",
-    "src/host",
-    "src/node",
-    "src/instance",
-    "src/action",
-    "src/access/credential",
-    "src/access/grants",
-    "src/access/permission",
-    "src/access/policy",
-    "src/access/principal",
-    "src/access/rejection",
-    "src/access/role",
-    "src/access/certificate",
-    "src/tls/plaintext",
-    "src/quotas/accounts",
-    "src/quotas/limits",
-    "src/access/jwt/algorithm",
-    "src/access/jwt/claims",
-    "src/access/jwt/freshness",
-    "src/access/jwt/issuer",
-    "src/access/jwt/json",
-    "src/access/jwt/keys",
-    "src/access/jwt/location",
-    "src/access/jwt/pattern",
-    "src/access/jwt/refusal",
-    "src/access/jwt/signature",
-    "src/access/jwt/token",
-    "src/http/router",
-    "src/http/hosts",
-    "src/http/cache/resource",
-    "src/http/cache/range",
-    "crates/reapi/src",
-];
-
-/// Names that pure code does not use.
-const IMPURE: &[&str] = &[
-    "Instant::now",
-    "SystemTime::now",
-    "Moment::now",
-    "ClockReading::now",
-    "fs",
-    "env",
-    "thread",
-    "spawn",
-    "TcpStream",
-    "TcpListener",
-    "actix",
 ];
 
 /// Documents of the authors that are not in the repository.
@@ -177,18 +108,6 @@ pub(crate) fn unused(files: &[Source], words: &[Word]) -> Vec<String> {
 pub(crate) fn gone<'a>(files: &[Source], places: impl Iterator<Item = &'a str>) -> Vec<String> {
     let is_gone = |place: &&str| !files.iter().any(|file| file.path == *place || file.lies_in(&[place]));
     places.filter(is_gone).map(|place| format!("a rule names {place}, which does not exist")).collect()
-}
-
-/// Uses of a clock, a disk and the like in pure files.
-pub(crate) fn impure(files: &[Source], pure: &[&str]) -> Vec<String> {
-    let pure = files.iter().filter(|file| file.is_rust() && file.lies_in(pure));
-    pure.flat_map(|file| {
-        // Build scripts pass their results in `env!`, which is not the environment of the process.
-        let code = file.code().replace("env!", "");
-        let used = IMPURE.iter().filter(move |word| names(&code, word));
-        used.map(|word| format!("{} is pure, but names `{word}`", file.path))
-    })
-    .collect()
 }
 
 /// References to documents that are not in the repository, and to fault numbers, whose list is not in the repository.
@@ -252,14 +171,6 @@ fn a_place_of_a_rule_that_does_not_exist_is_found() {
     let files = [Source::new("src/grpc/cas.rs", ""), Source::new("docs/rules.md", "")];
     let places = ["src/grpc", "src/grpc/cas", "src/grpc/cas.rs", "docs/rules.md", "src/grp"];
     assert_eq!(gone(&files, places.into_iter()), ["a rule names src/grp, which does not exist"]);
-}
-
-#[test]
-fn a_clock_in_a_pure_file_is_found() {
-    let bad = Source::new("src/ledger/queue.rs", "let now = Instant::now();");
-    assert_eq!(impure(&[bad], &["src/ledger"]), ["src/ledger/queue.rs is pure, but names `Instant::now`"]);
-    let good = Source::new("src/ledger.rs", "fn f(at: Instant) { known(at) }\n#[cfg(test)]\nInstant::now()");
-    assert!(impure(&[good], &["src/ledger"]).is_empty());
 }
 
 #[test]

@@ -2,11 +2,11 @@
 
 use crate::tree::{Source, names};
 
-/// A word that only some places may contain.
+/// Words that only some places may contain.
 pub(crate) struct Word {
-    /// The word, or path.
-    pub(crate) word: &'static str,
-    /// The places that may contain it.
+    /// The words, or paths. All have the same places.
+    pub(crate) words: &'static [&'static str],
+    /// The places that may contain them.
     pub(crate) only: &'static [&'static str],
     /// The reason, for the error message.
     pub(crate) why: &'static str,
@@ -15,22 +15,22 @@ pub(crate) struct Word {
 /// The restricted words.
 pub(crate) const WORDS: &[Word] = &[
     Word {
-        word: "tonic",
+        words: &["tonic"],
         only: &["src/grpc", "crates/client", "crates/verify", "crates/bench", "crates/reapi/src/status"],
         why: "the gRPC library stays at the edge: only the services and the clients know it",
     },
     Word {
-        word: "actix",
+        words: &["actix"],
         only: &["src/actors", "src/server", "src/grpc/ask"],
         why: "only actors, the wiring and the one place that asks an actor for a handler know the actor library",
     },
     Word {
-        word: "reqwest",
+        words: &["reqwest"],
         only: &["src/actors/asset", "src/images/registry", "src/access/jwt/download"],
         why: "only the download of assets, the pull of images and the keys of issuers take contact by HTTP",
     },
     Word {
-        word: "unsafe",
+        words: &["unsafe"],
         only: &[
             "src/actors/worker/launcher/sys",
             "src/actors/worker/launcher/spawn",
@@ -46,9 +46,10 @@ pub(crate) const WORDS: &[Word] = &[
         why: "unsafe code stays in the few files that make system calls which no safe library offers",
     },
     Word {
-        word: "fsync",
-        only: &[],
-        why: "a damaged blob is noticed when it is read, so nobody waits for the disk",
+        words: &["sync_all", "sync_data", "syncfs", "fsync", "fdatasync", "sync_file_range"],
+        only: &["src/actors/cas/volume/durable", "src/access/tokens/file", "crates/bench/src/limits"],
+        why: "only these wait for the disk: the store, for `cache.durability` and packed files, the list of tokens, so that \
+              a revoked token stays revoked, and the benchmark of the disk",
     },
 ];
 
@@ -87,21 +88,29 @@ pub(crate) fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
     let coded = product.map(|file| (file, file.code()));
     coded
         .flat_map(|(file, code)| {
-            let stray = words.iter().filter(move |word| !file.lies_in(word.only) && names(code, word.word));
-            stray.map(|word| format!("{} names `{}`: {}", file.path, word.word, word.why))
+            let elsewhere = words.iter().filter(|word| !file.lies_in(word.only));
+            let named = elsewhere.flat_map(move |word| {
+                let named = word.words.iter().filter(|name| names(code, name));
+                named.map(move |name| (name, word.why))
+            });
+            named.map(|(name, why)| format!("{} names `{name}`: {why}", file.path))
         })
         .collect()
 }
 
-/// Places that may name a restricted word, do not exist or do not name it, and so would hide a later mistake.
+/// Places that may name restricted words and name none of them, or do not exist. They would hide a later mistake.
 pub(crate) fn unused(files: &[Source], words: &[Word]) -> Vec<String> {
-    let places = words.iter().flat_map(|word| word.only.iter().map(move |place| (word.word, *place)));
-    let is_used = |word: &str, place: &str| {
+    let places = words.iter().flat_map(|word| word.only.iter().map(move |place| (word.words, *place)));
+    let is_used = |words: &[&str], place: &str| {
         let mut there = files.iter().filter(|file| file.is_rust() && file.lies_in(&[place]));
-        there.any(|file| names(file.code(), word))
+        there.any(|file| words.iter().any(|word| names(file.code(), word)))
     };
-    let unused = places.filter(|(word, place)| !is_used(word, place));
-    unused.map(|(word, place)| format!("{place} does not name `{word}`: take it off the list")).collect()
+    let unused = places.filter(|(words, place)| !is_used(words, place));
+    unused
+        .map(|(words, place)| {
+            format!("{place} does not name `{}`: take it off the list", words.join("` or `"))
+        })
+        .collect()
 }
 
 /// Places of rules that do not exist.
@@ -147,7 +156,7 @@ pub(crate) fn registries(files: &[Source]) -> Vec<String> {
 
 #[test]
 fn a_word_outside_its_home_is_found() {
-    let word = || Word { word: "tonic", only: &["src/grpc"], why: "edge" };
+    let word = || Word { words: &["tonic"], only: &["src/grpc"], why: "edge" };
     let bad = Source::new("src/budget.rs", "use tonic::Code;");
     assert_eq!(strays(&[bad], &[word()]), ["src/budget.rs names `tonic`: edge"]);
     let good = [
@@ -159,8 +168,17 @@ fn a_word_outside_its_home_is_found() {
 }
 
 #[test]
+fn every_call_that_waits_for_the_disk_is_found() {
+    for call in ["file.sync_all()?", "file.sync_data()?", "rustix::fs::syncfs(file)", "libc::fsync(file)"] {
+        let found = |path: &str| strays(&[Source::new(path, &format!("fn f() {{ {call}; }}"))], WORDS).len();
+        assert_eq!(found("src/state_file.rs"), 1, "{call}");
+        assert_eq!(found("src/actors/cas/volume/durable.rs"), 0, "{call}");
+    }
+}
+
+#[test]
 fn a_place_that_does_not_name_its_word_is_found() {
-    let word = || Word { word: "tonic", only: &["src/grpc", "src/server"], why: "edge" };
+    let word = || Word { words: &["tonic"], only: &["src/grpc", "src/server"], why: "edge" };
     let files =
         [Source::new("src/grpc/cas.rs", "use tonic::Code;"), Source::new("src/server.rs", "// tonic")];
     assert_eq!(unused(&files, &[word()]), ["src/server does not name `tonic`: take it off the list"]);

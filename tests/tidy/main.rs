@@ -54,11 +54,17 @@ fn libraries_are_named_only_where_they_belong() {
 }
 
 #[test]
+fn handlers_do_not_name_what_only_the_store_knows() {
+    none(&words::banned(&FILES, words::BANS));
+}
+
+#[test]
 fn the_places_that_rules_name_exist() {
     none(&words::unused(&FILES, words::WORDS));
     let of_modules: Vec<_> = modules::places_of_rules().collect();
     let others = [ids::LIST, ids::TABLE, ids::CHECKS, faults::LIST, faults::SUITE, files::MESSAGES];
-    none(&words::gone(&FILES, others.into_iter().chain(of_modules.iter().map(String::as_str))));
+    let banned = words::BANS.iter().flat_map(|ban| ban.places).copied();
+    none(&words::gone(&FILES, others.into_iter().chain(banned).chain(of_modules.iter().map(String::as_str))));
 }
 
 #[test]

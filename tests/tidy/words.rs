@@ -51,7 +51,34 @@ pub(crate) const WORDS: &[Word] = &[
         why: "only these wait for the disk: the store, for `cache.durability` and packed files, the list of tokens, so that \
               a revoked token stays revoked, and the benchmark of the disk",
     },
+    Word {
+        words: &["info!", "warn!", "error!", "debug!", "trace!", "log!"],
+        only: &[],
+        why: "log lines are made with `Event`, so that each has a name and fields",
+    },
+    Word {
+        words: &["log::logger"],
+        only: &["src/logging/event", "src/actors/scheduler/log"],
+        why: "log lines are made with `Event`, so that each has a name and fields",
+    },
 ];
+
+/// Words that some places may not contain.
+pub(crate) struct Ban {
+    /// The words, or paths.
+    pub(crate) words: &'static [&'static str],
+    /// The places that may not contain them.
+    pub(crate) places: &'static [&'static str],
+    /// The reason, for the error message.
+    pub(crate) why: &'static str,
+}
+
+/// The banned words.
+pub(crate) const BANS: &[Ban] = &[Ban {
+    words: &["Index", "cas::index"],
+    places: &["src/grpc", "src/http"],
+    why: "handlers ask the store through `Cas`, and only its actor and its modules know the index",
+}];
 
 /// Documents of the authors that are not in the repository.
 const ELSEWHERE: &[&str] = &[
@@ -96,6 +123,18 @@ pub(crate) fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
             named.map(|(name, why)| format!("{} names `{name}`: {why}", file.path))
         })
         .collect()
+}
+
+/// Banned words in the product.
+pub(crate) fn banned(files: &[Source], bans: &[Ban]) -> Vec<String> {
+    let mut found = Vec::new();
+    for ban in bans {
+        for file in files.iter().filter(|file| file.is_rust() && file.lies_in(ban.places)) {
+            let named = ban.words.iter().filter(|word| names(file.code(), word));
+            found.extend(named.map(|word| format!("{} names `{word}`: {}", file.path, ban.why)));
+        }
+    }
+    found
 }
 
 /// Places that may name restricted words and name none of them, or do not exist. They would hide a later mistake.
@@ -174,6 +213,31 @@ fn every_call_that_waits_for_the_disk_is_found() {
         assert_eq!(found("src/state_file.rs"), 1, "{call}");
         assert_eq!(found("src/actors/cas/volume/durable.rs"), 0, "{call}");
     }
+}
+
+#[test]
+fn a_log_line_without_an_event_is_found() {
+    for call in
+        ["log::info!(\"x\")", "warn!(\"x\")", "log::log!(Level::Info, \"x\")", "log::logger().log(record)"]
+    {
+        let found = |path: &str| strays(&[Source::new(path, &format!("fn f() {{ {call}; }}"))], WORDS).len();
+        assert_eq!(found("src/grpc/cas.rs"), 1, "{call}");
+        assert_eq!(found("tests/logs.rs"), 0, "{call}");
+    }
+    let event = Source::new(
+        "src/grpc/cas.rs",
+        "use log::{Level, Log}; Event::info(LOG, NAME).log(\"info!\"); a.log != b",
+    );
+    assert!(strays(&[event], WORDS).is_empty());
+}
+
+#[test]
+fn the_index_of_the_store_in_a_handler_is_found() {
+    let found = |path: &str, code: &str| banned(&[Source::new(path, code)], BANS).len();
+    assert_eq!(found("src/grpc/cas.rs", "fn f(index: &Index) {}"), 1);
+    assert_eq!(found("src/http/cache/read.rs", "use crate::actors::cas::index::Key;"), 1);
+    assert_eq!(found("src/grpc/cas.rs", "fn f(index: usize, error: IndexError) {}"), 0);
+    assert_eq!(found("src/actors/cas/upkeep.rs", "fn f(index: &Index) {}"), 0);
 }
 
 #[test]

@@ -54,6 +54,11 @@ fn libraries_are_named_only_where_they_belong() {
 }
 
 #[test]
+fn the_table_of_restricted_words_is_that_of_the_rules() {
+    none(&words::table(text(modules::MAP), words::WORDS));
+}
+
+#[test]
 fn handlers_do_not_name_what_only_the_store_knows() {
     none(&words::banned(&FILES, words::BANS));
 }

@@ -1,6 +1,7 @@
 //! Restrictions on names: libraries, unsafe code, documents and registries.
 
 use crate::tree::{Source, names};
+use std::collections::BTreeSet;
 
 /// Words that only some places may contain.
 pub(crate) struct Word {
@@ -125,6 +126,33 @@ pub(crate) fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
         .collect()
 }
 
+/// The section with the table of the restricted words, in the same document as the map.
+const SECTION: &str = "## What is absent, on purpose";
+
+/// Differences between the restricted words and their table: ``| `word` | `place`, `place` |``, or `nowhere`.
+pub(crate) fn table(document: &str, words: &[Word]) -> Vec<String> {
+    let section =
+        document.split(SECTION).nth(1).and_then(|rest| rest.split("\n## ").next()).unwrap_or_default();
+    let quoted = |cell: &str| -> BTreeSet<String> {
+        let quoted = cell.split('`').skip(1).step_by(2);
+        quoted.map(|text| text.trim_end_matches('/').trim_end_matches(".rs").to_owned()).collect()
+    };
+    let rows: BTreeSet<_> = section
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .filter_map(|line| line.trim_matches('|').split_once('|'))
+        .map(|(words, places)| (quoted(words), quoted(places)))
+        .collect();
+    let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
+    let rules: BTreeSet<_> = words.iter().map(|word| (owned(word.words), owned(word.only))).collect();
+    let show = |(words, places): &(BTreeSet<String>, BTreeSet<String>)| format!("{words:?} in {places:?}");
+    let missing =
+        rules.difference(&rows).map(|rule| format!("the table of {SECTION:?} lacks {}", show(rule)));
+    let wrong =
+        rows.difference(&rules).map(|row| format!("no rule allows {}, as {SECTION:?} has it", show(row)));
+    missing.chain(wrong).collect()
+}
+
 /// Banned words in the product.
 pub(crate) fn banned(files: &[Source], bans: &[Ban]) -> Vec<String> {
     let mut found = Vec::new();
@@ -238,6 +266,23 @@ fn the_index_of_the_store_in_a_handler_is_found() {
     assert_eq!(found("src/http/cache/read.rs", "use crate::actors::cas::index::Key;"), 1);
     assert_eq!(found("src/grpc/cas.rs", "fn f(index: usize, error: IndexError) {}"), 0);
     assert_eq!(found("src/actors/cas/upkeep.rs", "fn f(index: &Index) {}"), 0);
+}
+
+#[test]
+fn the_words_and_their_table_are_compared() {
+    let words = [
+        Word { words: &["tonic"], only: &["src/grpc", "crates/verify"], why: "" },
+        Word { words: &["log!", "info!"], only: &[], why: "" },
+    ];
+    let found = |tonic: &str, log: &str| {
+        let rows = format!("| word | where |\n|---|---|\n{tonic}\n{log}\n");
+        table(&format!("{SECTION}\n\n{rows}\n## Next\n\n| `x` | `y` |\n"), &words).len()
+    };
+    let log = "| `info!`, `log!` | nowhere |";
+    assert_eq!(found("| `tonic` | `crates/verify`, `src/grpc.rs` |", log), 0);
+    assert_eq!(found("| `tonic` | `src/grpc` |", log), 2);
+    assert_eq!(found("| `tonic` | `crates/verify`, `src/grpc` |", "| `log!` | nowhere |"), 2);
+    assert_eq!(found("| `tonic` | `crates/verify`, `src/grpc` |", ""), 1);
 }
 
 #[test]

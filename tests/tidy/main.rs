@@ -143,6 +143,11 @@ fn no_comment_is_too_wide() {
 }
 
 #[test]
+fn documentation_says_more_than_a_name() {
+    none(&files::terse(&FILES));
+}
+
+#[test]
 fn links_between_documents_lead_somewhere() {
     none(&files::dead_links(&FILES));
 }

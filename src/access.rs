@@ -1,9 +1,9 @@
 //! Authentication and authorization. A credential becomes a [`Principal`](principal::Principal), whose roles give it
 //! permissions. The [`Policy`](policy::Policy) decides whether they are sufficient.
 //!
-//! - [`permission`], [`role`], [`principal`], [`policy`]: the rules. Pure.
-//! - [`credential`]: the credential in the `authorization` header of a request, parsed once. Pure.
-//! - [`certificate`]: the content of a client certificate; [`grants`]: the roles that it gives. Pure.
+//! - [`permission`], [`role`], [`principal`], [`policy`]: the rules.
+//! - [`credential`]: the credential in the `authorization` header of a request, parsed once.
+//! - [`certificate`]: the content of a client certificate; [`grants`]: the roles that it gives.
 //! - [`authenticator`]: turns credential, certificate and time into a principal. It owns the rules in force. These are
 //!   immutable values behind an `ArcSwap` and are replaced as a whole.
 //! - [`tokens`]: static tokens; [`basic`]: users with passwords. Both are immutable values, read from files.

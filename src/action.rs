@@ -1,4 +1,4 @@
-//! Actions and commands from requests, checked.
+//! Actions and commands from requests, checked. Pure.
 //!
 //! An [`Action`] is valid by construction: it has arguments, its paths stay inside the input root, and this server
 //! allows its timeout. Whether its inputs are stored is not checked here.

@@ -1,4 +1,5 @@
-//! The free space of a file system, and when it counts as full. Pure, except for [`Space::of`].
+//! The free space of a file system, and when it counts as full. Pure, except for [`Space::of`], [`Space::of_file`] and
+//! [`Space::from_kernel`].
 //!
 //! The server cannot observe that a write of another process failed for lack of space. It can only sample how much
 //! space is free. A disk with less free space than its [`Reserve`] counts as full. Two cases are missed: a write that
@@ -6,11 +7,7 @@
 //! samples.
 
 use crate::size::Size;
-use rustix::{
-    fs::{StatFs, fstatfs, statfs},
-    process::geteuid,
-};
-use std::{fs::File, io, path::Path, time::Duration};
+use std::{io, path::Path, time::Duration};
 
 /// The reserve is the disk size divided by this, within the limits below.
 const RESERVE_PART: u64 = 1_024;
@@ -111,22 +108,22 @@ impl Space {
     /// # Errors
     /// The errors of statfs(2).
     pub fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self::from_kernel(&statfs(path)?))
+        Ok(Self::from_kernel(&rustix::fs::statfs(path)?))
     }
 
     /// Samples the file system that contains an open file. Blocks.
     ///
     /// # Errors
     /// The errors of fstatfs(2).
-    pub fn of_file(file: &File) -> io::Result<Self> {
-        Ok(Self::from_kernel(&fstatfs(file)?))
+    pub fn of_file(file: &std::fs::File) -> io::Result<Self> {
+        Ok(Self::from_kernel(&rustix::fs::fstatfs(file)?))
     }
 
     #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
-    fn from_kernel(stat: &StatFs) -> Self {
+    fn from_kernel(stat: &rustix::fs::StatFs) -> Self {
         let block = if stat.f_frsize > 0 { stat.f_frsize as u64 } else { stat.f_bsize as u64 };
         let (total, free, available) = (stat.f_blocks as u64, stat.f_bfree as u64, stat.f_bavail as u64);
-        let blocks = if stat.f_type as i64 == EXT4 && geteuid().is_root() {
+        let blocks = if stat.f_type as i64 == EXT4 && rustix::process::geteuid().is_root() {
             available_to_root(total, free, available)
         } else {
             available

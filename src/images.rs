@@ -2,7 +2,7 @@
 //! within a budget.
 //!
 //! ```text
-//! reference, digest, manifest, index     names and documents of images, and the choice of what is evicted (pure)
+//! reference, digest, manifest, index     names and documents of images, and the choice of what is evicted
 //! layout, registry                       where images come from: a directory of this machine, the distribution API
 //! layer, root, user                      the archive of a layer; the tree to which layers are applied; the users in it
 //! pull, cache                            one pull; the unpacked images on disk and their leases

@@ -1,4 +1,4 @@
-//! Instances: separate namespaces behind one endpoint.
+//! Instances: separate namespaces behind one endpoint. Pure.
 //!
 //! Blobs, action results and operations of one instance are invisible from another (GEN-15), unless the configuration
 //! lets them share blobs. Results of clients can be invisible to other principals of the same instance: they are kept

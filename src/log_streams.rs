@@ -9,8 +9,8 @@
 //! is bounded ([`StreamLimits`] and the constants below); and every stream ends by itself, by idling, or at shutdown.
 //! Unfinished client streams are charged to their clients with a [`Budget`].
 //!
-//! The bookkeeping is pure ([`registry`]). Its lock is taken only in this file, and never held across IO or a wait. The
-//! wire format ([`crate::grpc::log_stream`]) and the blobs of finished run streams are handled elsewhere.
+//! The bookkeeping ([`registry`]) does no IO. Its lock is taken only in this file, and never held across IO or a wait.
+//! The wire format ([`crate::grpc::log_stream`]) and the blobs of finished run streams are handled elsewhere.
 
 pub(crate) mod follow;
 pub mod name;

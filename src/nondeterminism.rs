@@ -8,7 +8,7 @@
 //! Bounds: at most [`MAX_REPORTS`] reports of one action each, the latest ones, with at most [`compare::MAX_OUTPUTS`]
 //! outputs each. An action is logged the first time, the second, the fourth and so on. The reports are saved every few
 //! seconds and at the end, so a killed server loses the last ones; the log has them. [`compare()`] and [`ReportList`]
-//! are pure.
+//! do no IO.
 
 mod compare;
 

@@ -1,9 +1,8 @@
-//! Platform properties: what pools offer, what actions require, and how these differ.
+//! Platform properties: what pools offer, what actions require, and how these differ. Pure.
 //!
-//! Pure matching (EXE-31). A property that some pool offers is *known*. An action that requires a known property runs
-//! only in pools that offer it. Other properties are *unknown*: clients use such names to separate cache entries, so
-//! they are ignored unless the configuration refuses them. If an action names a property more than once, each value
-//! must match.
+//! A property that some pool offers is *known* (EXE-31). An action that requires a known property runs only in pools
+//! that offer it. Other properties are *unknown*: clients use such names to separate cache entries, so they are ignored
+//! unless the configuration refuses them. If an action names a property more than once, each value must match.
 
 use crate::size::Size;
 use std::{

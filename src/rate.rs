@@ -1,4 +1,4 @@
-//! [`Bucket`]: a token bucket with a burst and a rate. Pure: the caller passes the time in milliseconds.
+//! [`Bucket`]: a token bucket with a burst and a rate. Pure. The caller passes the time in milliseconds.
 
 /// The size and fill rate of a token bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

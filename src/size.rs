@@ -1,4 +1,5 @@
 //! Sizes in the notation of the configuration: `50`, `0.5`, `"200 MB"`, `"1.5 TB"`, `"64 GiB"`.
+//! Pure.
 //!
 //! A bare number is in GB of 10^9 bytes, as the names of the keys say. A text is a number with an SI unit (`kB`, `MB`,
 //! `GB`, `TB`, `PB`) or an IEC unit (`KiB`, `MiB`, `GiB`, `TiB`, `PiB`), in any capitalisation. A [`Size`] is a whole

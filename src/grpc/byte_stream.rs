@@ -4,10 +4,10 @@
 //! the offsets after the first one in a Write, which count compressed bytes (BS-12, BS-27). The store compresses and
 //! decompresses.
 //!
-//! Two pure structs enforce the rules about offsets: `ReadWindow` and `WriteCheck`. The handlers move bytes between a
-//! stream and a handle of the store. A piece is read when the connection has room for it. A slow client has at most two
-//! pieces in memory: the one that is being sent and the next. When an upload breaks off, the store keeps its bytes
-//! under the resource name, so that the client can resume (BS-20).
+//! Two structs without IO enforce the rules about offsets: `ReadWindow` and `WriteCheck`. The handlers move bytes
+//! between a stream and a handle of the store. A piece is read when the connection has room for it. A slow client has
+//! at most two pieces in memory: the one that is being sent and the next. When an upload breaks off, the store keeps
+//! its bytes under the resource name, so that the client can resume (BS-20).
 
 mod read_body;
 mod route;

@@ -1,6 +1,6 @@
 //! Names of log streams: `{parent}/logstreams/{id}`, and for writing `{parent}/logstreams/{id}/{token}` (LOG-01).
 //!
-//! Pure parsing of untrusted text. Whether the parent and the stream exist is checked elsewhere.
+//! Pure. The text is untrusted. Whether the parent and the stream exist is checked elsewhere.
 
 use super::run::{LogKind, RunLogs};
 use gorego_reapi::error::{Error, Result};

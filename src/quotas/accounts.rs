@@ -1,4 +1,4 @@
-//! [`QuotaAccounts`]: what principals have used lately, in requests and bytes. Pure: the time is an argument, in
+//! [`QuotaAccounts`]: what principals have used lately, in requests and bytes. Pure. The time is an argument, in
 //! milliseconds.
 //!
 //! Memory is bounded: there are at most [`MAX_ACCOUNTS`]. An account whose buckets are full again is equal to a new

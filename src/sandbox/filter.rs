@@ -1,4 +1,4 @@
-//! The system call filter, which refuses some system calls to an action. Pure until it is installed.
+//! The system call filter, which refuses some system calls to an action. Pure, except for [`Program::install`].
 //!
 //! The filter is a deny list. Compilers and language runtimes use hundreds of system calls, and the calls that stay
 //! allowed only affect what the action's namespaces contain. The filter refuses calls that widen the attack surface of

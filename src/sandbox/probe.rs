@@ -1,4 +1,4 @@
-//! Finds out which protections work on this machine, and what would enable the others. Pure: the caller makes the
+//! Finds out which protections work on this machine, and what would enable the others. Pure. The caller makes the
 //! attempts.
 
 use super::settings::Protections;

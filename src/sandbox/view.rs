@@ -1,4 +1,4 @@
-//! The file system that an action sees, as a list of pieces in the order in which they are mounted. Pure: the host is
+//! The file system that an action sees, as a list of pieces in the order in which they are mounted. Pure. The host is
 //! queried through [`Host`].
 //!
 //! The list of visible paths is an allow list: paths that it does not name do not exist for an action. Everything of

@@ -8,7 +8,7 @@ pub(crate) const LIST: &str = "docs/faults.md";
 pub(crate) const LEAST: usize = 30;
 
 /// Runs tests that are otherwise ignored, for a shorter time.
-const SUITE: &str = "tests/run";
+pub(crate) const SUITE: &str = "tests/run";
 
 /// What is wrong with the rows of the tables: a fault without a test, or a test that is not there or does not run.
 pub(crate) fn untested(files: &[Source], list: &Source) -> Vec<String> {

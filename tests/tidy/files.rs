@@ -1,6 +1,6 @@
 //! Rules for each file: its start, its length, and the targets of its links.
 
-use crate::tree::Source;
+use crate::{ids, tree::Source};
 use std::collections::BTreeSet;
 
 /// Most lines in a file of the product.
@@ -10,6 +10,9 @@ const TEST_LINES: usize = 1_000;
 
 /// Most characters in a line of a comment. Code is formatted by rustfmt.
 const COMMENT_COLUMNS: usize = 120;
+
+/// Fewest words of the documentation of an item.
+const DOCUMENTATION_WORDS: usize = 4;
 
 /// Files that may be longer, each with the reason. Empty today.
 pub(crate) const LONGER: &[(&str, &str)] = &[];
@@ -54,6 +57,46 @@ pub(crate) fn wide(files: &[Source]) -> Vec<String> {
         }
     }
     wide
+}
+
+/// Documentation of items of the product that has too few words to say more than the name. It may consist of ids of
+/// rules.
+pub(crate) fn terse(files: &[Source]) -> Vec<String> {
+    let is_product = |file: &&Source| {
+        let is_home = file.path.starts_with("src/")
+            || (file.path.starts_with("crates/") && file.path.split('/').nth(2) == Some("src"));
+        file.is_rust() && is_home && !file.is_test()
+    };
+    let mut terse = Vec::new();
+    for file in files.iter().filter(is_product) {
+        let product = file.product();
+        let mut lines = product.lines().enumerate().peekable();
+        while let Some((at, line)) = lines.next() {
+            let Some(first) = documentation(line) else { continue };
+            let mut text = first.to_owned();
+            while let Some((_, line)) = lines.next_if(|(_, line)| documentation(line).is_some()) {
+                text.push(' ');
+                text.push_str(documentation(line).unwrap_or_default());
+            }
+            let words: Vec<_> = text.split_whitespace().collect();
+            let is_citation =
+                words.iter().all(|word| !ids::cited(word).is_empty() || matches!(*word, "and" | "to"));
+            if words.len() < DOCUMENTATION_WORDS && !is_citation {
+                let text = words.join(" ");
+                terse.push(format!(
+                    "{}:{} says only {text:?}: say more than the name, or nothing",
+                    file.path,
+                    at + 1
+                ));
+            }
+        }
+    }
+    terse
+}
+
+/// The text of a line of documentation of an item.
+fn documentation(line: &str) -> Option<&str> {
+    line.trim_start().strip_prefix("///").filter(|text| !text.starts_with('/'))
 }
 
 /// Links in documents whose targets do not exist in the repository.
@@ -163,6 +206,30 @@ fn a_wide_comment_is_found_outside_of_code_blocks() {
     assert_eq!(of(&format!("/// a\n{}", at("/// ", COMMENT_COLUMNS + 1))).len(), 1);
     assert!(of(&(at("//! ", COMMENT_COLUMNS) + &at("let a = ", 200))).is_empty());
     assert!(of(&format!("/// ```text\n{}/// ```\n", at("/// ", 200))).is_empty());
+}
+
+#[test]
+fn documentation_of_a_few_words_is_found() {
+    let found = |path: &str, text: &str| terse(&[Source::new(path, text)]);
+    for text in ["/// The size.", "    /// The last\n    /// use.", "///\n/// Bytes.", "/// EXE-31: sizes."] {
+        assert_eq!(found("src/a.rs", &format!("{text}\nsize: u64,")).len(), 1, "{text}");
+        assert_eq!(found("crates/a/src/a.rs", &format!("{text}\nsize: u64,")).len(), 1, "{text}");
+        assert_eq!(found("tests/a.rs", &format!("{text}\nsize: u64,")).len(), 0, "{text}");
+        assert_eq!(
+            found("src/a.rs", &format!("#[cfg(test)]\nmod tests {{\n{text}\nfn x() {{}}\n}}")).len(),
+            0
+        );
+    }
+    assert_eq!(found("src/a.rs", "fn f() {}\n/// The size.\na")[0].split(' ').next(), Some("src/a.rs:2"));
+    for text in [
+        "/// Its size in bytes.",
+        "/// The size,\n/// in bytes.",
+        "/// EXE-31.",
+        "/// EXE-55 to EXE-57.",
+        "// The size.",
+    ] {
+        assert_eq!(found("src/a.rs", &format!("{text}\nsize: u64,")), [""; 0]);
+    }
 }
 
 #[test]

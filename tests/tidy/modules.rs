@@ -46,12 +46,23 @@ pub(crate) const STORE_ARROWS: &[(&str, &[&str])] = &[
 /// The one file above the modules of the store that fills the index from what the volume and the results say.
 const STORE_START: &str = "src/actors/cas/recovery.rs";
 
+/// The parts of the store that may name the file system.
+const STORE_ON_DISK: &[&str] = &["src/actors/cas/volume", "src/actors/cas/settings"];
+
 /// The modules that the configuration may import: checked values without state, and the settings of access and logging.
 /// Every other module declares the settings that it needs, and `src/server/fill.rs` fills them from the configuration.
 pub(crate) const CONFIG_MAY: &[&str] = &[
     "access", "action", "host", "instance", "limits", "logging", "node", "platform", "quotas", "sandbox",
     "size",
 ];
+
+/// The files and directories that the rules of this file name.
+pub(crate) fn places_of_rules() -> impl Iterator<Item = String> {
+    let store = STORE_MODULES.iter().map(|module| format!("{STORE}/{module}"));
+    let configured = CONFIG_MAY.iter().map(|module| format!("src/{module}"));
+    let others = [STORE, STORE_START].iter().chain(STORE_ON_DISK).map(ToString::to_string);
+    store.chain(configured).chain(others)
+}
 
 /// The imports between the modules of one crate, each with a file that contains it.
 pub(crate) type Imports = BTreeMap<String, BTreeMap<String, String>>;
@@ -77,7 +88,7 @@ pub(crate) fn imports(files: &[Source]) -> BTreeMap<&str, Imports> {
     for file in files {
         let Some((home, own)) = module(&file.path) else { continue };
         let of_own = crates.entry(home).or_default().entry(own.clone()).or_default();
-        for target in paths_from_root(&file.code()).iter().map(|path| target(path)) {
+        for target in paths_from_root(file.code()).iter().map(|path| target(path)) {
             if target != own && homes.contains(&(home, target.clone())) {
                 of_own.entry(target).or_insert_with(|| file.path.clone());
             }
@@ -127,9 +138,9 @@ fn store_imports(file: &Source) -> BTreeSet<&'static str> {
     let depth = file.path.matches('/').count() - STORE.matches('/').count();
     let up = "super::".repeat(depth);
     let mut targets = BTreeSet::new();
-    let from_root = paths_from_root(&code);
+    let from_root = paths_from_root(code);
     let from_root = from_root.iter().filter_map(|path| path.strip_prefix("actors::cas::"));
-    for path in from_root.map(str::to_owned).chain(paths_from(&code, &up)) {
+    for path in from_root.map(str::to_owned).chain(paths_from(code, &up)) {
         let module = path.split("::").next().unwrap_or_default();
         match STORE_MODULES.iter().find(|known| **known == module) {
             Some(known) => _ = targets.insert(*known),
@@ -147,16 +158,15 @@ fn store_imports(file: &Source) -> BTreeSet<&'static str> {
 pub(crate) fn store_disk(files: &[Source]) -> Vec<String> {
     const DISK: &[&str] =
         &["fs", "Path", "PathBuf", "OpenOptions", "FileExt", "MetadataExt", "Metadata", "regular_file"];
-    let theirs = ["src/actors/cas/volume", "src/actors/cas/settings"];
-    let others = files
-        .iter()
-        .filter(|file| file.is_rust() && !file.is_test() && file.lies_in(&[STORE]) && !file.lies_in(&theirs));
+    let others = files.iter().filter(|file| {
+        file.is_rust() && !file.is_test() && file.lies_in(&[STORE]) && !file.lies_in(STORE_ON_DISK)
+    });
     let mut found = Vec::new();
     for file in others {
         let code = file.code().replace("fs::File", "");
         let named = DISK.iter().filter(|word| crate::tree::names(&code, word));
         found.extend(named.map(|word| {
-            format!("{} names `{word}`: only {} knows how bytes lie on disk", file.path, theirs[0])
+            format!("{} names `{word}`: only {} knows how bytes lie on disk", file.path, STORE_ON_DISK[0])
         }));
     }
     found
@@ -264,8 +274,7 @@ fn reaches(imports: &Imports, from: &str, to: &str, without: &dyn Fn(&str, &str)
 
 /// Modules, crates and directories of tests that are missing on the map, and paths on the map that do not exist.
 pub(crate) fn map(files: &[Source], document: &str) -> Vec<String> {
-    let block = document.split("## Map").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap_or_default();
-    let named = on_the_map(block, files);
+    let named: BTreeSet<_> = entries(document, files).into_iter().flat_map(|entry| entry.places).collect();
     let missing = places(files).into_iter().filter(|place| !named.contains(place.as_str()));
     let missing = missing.map(|place| format!("{place} is not on the map of {MAP}"));
     let exists = |path: &str| files.iter().any(|file| file.lies_in(&[path]) || file.path == path);
@@ -294,22 +303,45 @@ fn places(files: &[Source]) -> BTreeSet<String> {
     places
 }
 
-/// The paths at the starts of the lines of the map, without `.rs` and the last slash. The first path of a line is
-/// relative to the root of the repository; the others are relative to the directory of the previous one or to the root.
-fn on_the_map(block: &str, files: &[Source]) -> BTreeSet<String> {
-    let mut named = BTreeSet::new();
-    for line in block.lines().filter(|line| !line.starts_with(' ')) {
-        let words = line.split_whitespace().map(|word| word.trim_end_matches(','));
-        let mut beside = String::new();
-        for word in words.take_while(|word| word.ends_with('/') || word.ends_with(".rs")) {
-            let plain = word.trim_end_matches('/').trim_end_matches(".rs");
-            let path = [format!("{beside}{plain}"), plain.to_owned()];
-            let path = path.iter().find(|path| exists(files, path)).unwrap_or(&path[0]).clone();
-            beside = path.rfind('/').map_or_else(String::new, |slash| path[..=slash].to_owned());
-            named.insert(path);
+/// One entry of the map.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// The paths at its start, without `.rs` and the last slash.
+    pub(crate) places: Vec<String>,
+    /// What the map says about them, on one line.
+    pub(crate) text: String,
+}
+
+/// The entries of the map. The first path of an entry is relative to the root of the repository; the others are
+/// relative to the directory of the previous one or to the root.
+pub(crate) fn entries(document: &str, files: &[Source]) -> Vec<Entry> {
+    let block = document.split("## Map").nth(1).and_then(|rest| rest.split("```").nth(1)).unwrap_or_default();
+    let mut entries: Vec<Entry> = Vec::new();
+    for line in block.lines().filter(|line| !line.is_empty()) {
+        let mut words = line.split_whitespace().peekable();
+        if !line.starts_with(' ') {
+            let (mut places, mut beside) = (Vec::new(), String::new());
+            while let Some(word) = words.next_if(|word| is_path(word.trim_end_matches(','))) {
+                let plain = word.trim_end_matches(',').trim_end_matches('/').trim_end_matches(".rs");
+                let path = [format!("{beside}{plain}"), plain.to_owned()];
+                let path = path.iter().find(|path| exists(files, path)).unwrap_or(&path[0]).clone();
+                beside = path.rfind('/').map_or_else(String::new, |slash| path[..=slash].to_owned());
+                places.push(path);
+            }
+            entries.push(Entry { places, text: String::new() });
+        }
+        if let Some(entry) = entries.last_mut() {
+            for word in words {
+                entry.text.push_str(word);
+                entry.text.push(' ');
+            }
         }
     }
-    named
+    entries
+}
+
+fn is_path(word: &str) -> bool {
+    word.ends_with('/') || word.ends_with(".rs")
 }
 
 fn exists(files: &[Source], path: &str) -> bool {

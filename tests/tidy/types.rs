@@ -31,17 +31,11 @@ pub(crate) fn stale(files: &[Source], shared: &[&str]) -> Vec<String> {
 fn paths_by_name(files: &[Source]) -> BTreeMap<String, Vec<&str>> {
     let mut paths: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for file in files.iter().filter(|file| file.is_rust() && file.lies_in(&["src"]) && !file.is_test()) {
-        for name in declared(&without_tests(file).code()) {
+        for name in declared(file.code()) {
             paths.entry(name).or_default().push(&file.path);
         }
     }
     paths
-}
-
-/// A file without its module of tests. Other items that are compiled only for tests count.
-fn without_tests(file: &Source) -> Source {
-    let product = file.text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
-    Source::new(&file.path, &product.replace("#[cfg(test)]", ""))
 }
 
 /// The names of structs, enums and traits that are declared in a file.

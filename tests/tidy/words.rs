@@ -1,13 +1,13 @@
-//! Restrictions on names: libraries, clocks, disks and documents.
+//! Restrictions on names: libraries, unsafe code, documents and registries.
 
 use crate::tree::{Source, names};
 use std::collections::BTreeSet;
 
-/// A word that only some places may contain.
+/// Words that only some places may contain.
 pub(crate) struct Word {
-    /// The word, or path.
-    pub(crate) word: &'static str,
-    /// The places that may contain it.
+    /// The words, or paths. All have the same places.
+    pub(crate) words: &'static [&'static str],
+    /// The places that may contain them.
     pub(crate) only: &'static [&'static str],
     /// The reason, for the error message.
     pub(crate) why: &'static str,
@@ -16,32 +16,22 @@ pub(crate) struct Word {
 /// The restricted words.
 pub(crate) const WORDS: &[Word] = &[
     Word {
-        word: "tonic",
-        only: &[
-            "src/grpc",
-            "src/server",
-            "src/cli",
-            "crates/client",
-            "crates/verify",
-            "crates/bench",
-            "crates/reapi/src/lib",
-            "crates/reapi/src/status",
-            "build",
-        ],
-        why: "the gRPC library stays at the edge: only the services, the clients and the wiring know it",
+        words: &["tonic"],
+        only: &["src/grpc", "crates/client", "crates/verify", "crates/bench", "crates/reapi/src/status"],
+        why: "the gRPC library stays at the edge: only the services and the clients know it",
     },
     Word {
-        word: "actix",
-        only: &["src/actors", "src/server", "src/main", "src/grpc/ask"],
+        words: &["actix"],
+        only: &["src/actors", "src/server", "src/grpc/ask"],
         why: "only actors, the wiring and the one place that asks an actor for a handler know the actor library",
     },
     Word {
-        word: "reqwest",
+        words: &["reqwest"],
         only: &["src/actors/asset", "src/images/registry", "src/access/jwt/download"],
         why: "only the download of assets, the pull of images and the keys of issuers take contact by HTTP",
     },
     Word {
-        word: "unsafe",
+        words: &["unsafe"],
         only: &[
             "src/actors/worker/launcher/sys",
             "src/actors/worker/launcher/spawn",
@@ -56,95 +46,40 @@ pub(crate) const WORDS: &[Word] = &[
         ],
         why: "unsafe code stays in the few files that make system calls which no safe library offers",
     },
-    Word { word: "sync_data", only: SYNCING, why: WAITS },
-    Word { word: "sync_all", only: SYNCING, why: WAITS },
-    Word { word: "syncfs", only: SYNCING, why: WAITS },
-    Word { word: "log::error", only: LOGGING, why: EVENTS },
-    Word { word: "log::warn", only: LOGGING, why: EVENTS },
-    Word { word: "log::info", only: LOGGING, why: EVENTS },
-    Word { word: "log::debug", only: LOGGING, why: EVENTS },
-    Word { word: "log::trace", only: LOGGING, why: EVENTS },
+    Word {
+        words: &["sync_all", "sync_data", "syncfs", "fsync", "fdatasync", "sync_file_range"],
+        only: &["src/actors/cas/volume/durable", "src/access/tokens/file", "crates/bench/src/limits"],
+        why: "only these wait for the disk: the store, for `cache.durability` and packed files, the list of tokens, so that \
+              a revoked token stays revoked, and the benchmark of the disk",
+    },
+    Word {
+        words: &["info!", "warn!", "error!", "debug!", "trace!", "log!"],
+        only: &[],
+        why: "log lines are made with `Event`, so that each has a name and fields",
+    },
+    Word {
+        words: &["log::logger"],
+        only: &["src/logging/event", "src/actors/scheduler/log"],
+        why: "log lines are made with `Event`, so that each has a name and fields",
+    },
 ];
 
-/// The places that may wait for the disk.
-const SYNCING: &[&str] = &[
-    "src/actors/cas/volume/durable",
-    "src/actors/cas/volume/simulation",
-    "src/access/tokens/file",
-    "crates/bench",
-];
-const WAITS: &str = "the store waits for the disk in one file, where tests can observe it";
-const LOGGING: &[&str] = &["src/logging"];
-const EVENTS: &str = "log lines are built by `Event`, so that their names and fields are documented";
+/// Words that some places may not contain.
+pub(crate) struct Ban {
+    /// The words, or paths.
+    pub(crate) words: &'static [&'static str],
+    /// The places that may not contain them.
+    pub(crate) places: &'static [&'static str],
+    /// The reason, for the error message.
+    pub(crate) why: &'static str,
+}
 
-/// Files without a clock, disk, network, actor or thread: their results depend only on their arguments.
-/// `ARCHITECTURE.md` calls them pure. So are all files whose `//!` says "Pure.".
-pub(crate) const PURE: &[&str] = &[
-    "src/budget/accounts",
-    "src/budget/holdings",
-    "src/actors/scheduler/ledger",
-    "src/actors/scheduler/queue",
-    "src/actors/scheduler/operation_loads",
-    "src/actors/scheduler/quota",
-    "src/actors/scheduler/slots",
-    "src/actors/cas/index",
-    "src/actors/asset/bindings",
-    "src/actors/asset/layout",
-    "src/actors/asset/origins",
-    "src/images/digest",
-    "src/images/reference",
-    "src/images/manifest",
-    "src/images/index",
-    "src/log_streams/name",
-    "src/log_streams/registry",
-    "src/platform",
-    "src/host",
-    "src/node",
-    "src/instance",
-    "src/action",
-    "src/access/credential",
-    "src/access/grants",
-    "src/access/permission",
-    "src/access/policy",
-    "src/access/principal",
-    "src/access/rejection",
-    "src/access/role",
-    "src/access/certificate",
-    "src/tls/plaintext",
-    "src/quotas/accounts",
-    "src/quotas/limits",
-    "src/access/jwt/algorithm",
-    "src/access/jwt/claims",
-    "src/access/jwt/freshness",
-    "src/access/jwt/issuer",
-    "src/access/jwt/json",
-    "src/access/jwt/keys",
-    "src/access/jwt/location",
-    "src/access/jwt/pattern",
-    "src/access/jwt/refusal",
-    "src/access/jwt/signature",
-    "src/access/jwt/token",
-    "src/http/router",
-    "src/http/hosts",
-    "src/http/cache/resource",
-    "src/http/cache/range",
-    "crates/reapi/src",
-];
-
-/// Names that pure code does not use.
-const IMPURE: &[&str] = &[
-    "Instant::now",
-    "SystemTime::now",
-    "Moment::now",
-    "ClockReading::now",
-    "fs",
-    "env",
-    "thread",
-    "spawn",
-    "TcpStream",
-    "TcpListener",
-    "actix",
-];
+/// The banned words.
+pub(crate) const BANS: &[Ban] = &[Ban {
+    words: &["Index", "cas::index"],
+    places: &["src/grpc", "src/http"],
+    why: "handlers ask the store through `Cas`, and only its actor and its modules know the index",
+}];
 
 /// Documents of the authors that are not in the repository.
 const ELSEWHERE: &[&str] = &[
@@ -181,23 +116,74 @@ pub(crate) fn strays(files: &[Source], words: &[Word]) -> Vec<String> {
     let coded = product.map(|file| (file, file.code()));
     coded
         .flat_map(|(file, code)| {
-            let stray = words.iter().filter(move |word| !file.lies_in(word.only) && names(&code, word.word));
-            stray.map(|word| format!("{} names `{}`: {}", file.path, word.word, word.why))
+            let elsewhere = words.iter().filter(|word| !file.lies_in(word.only));
+            let named = elsewhere.flat_map(move |word| {
+                let named = word.words.iter().filter(|name| names(code, name));
+                named.map(move |name| (name, word.why))
+            });
+            named.map(|(name, why)| format!("{} names `{name}`: {why}", file.path))
         })
         .collect()
 }
 
-/// Uses of a clock, a disk and the like in pure files.
-pub(crate) fn impure(files: &[Source], pure: &[&str]) -> Vec<String> {
-    let is_pure = |file: &&Source| file.lies_in(pure) || says_pure(&file.text);
-    let pure = files.iter().filter(|file| file.is_rust() && !file.lies_in(&["tests/tidy"])).filter(is_pure);
-    pure.flat_map(|file| {
-        // Build scripts pass their results in `env!`, which is not the environment of the process.
-        let code = file.code().replace("env!", "");
-        let used = IMPURE.iter().filter(move |word| names(&code, word));
-        used.map(|word| format!("{} is pure, but names `{word}`", file.path))
-    })
-    .collect()
+/// The section with the table of the restricted words, in the same document as the map.
+const SECTION: &str = "## What is absent, on purpose";
+
+/// Differences between the restricted words and their table: ``| `word` | `place`, `place` |``, or `nowhere`.
+pub(crate) fn table(document: &str, words: &[Word]) -> Vec<String> {
+    let section =
+        document.split(SECTION).nth(1).and_then(|rest| rest.split("\n## ").next()).unwrap_or_default();
+    let quoted = |cell: &str| -> BTreeSet<String> {
+        let quoted = cell.split('`').skip(1).step_by(2);
+        quoted.map(|text| text.trim_end_matches('/').trim_end_matches(".rs").to_owned()).collect()
+    };
+    let rows: BTreeSet<_> = section
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .filter_map(|line| line.trim_matches('|').split_once('|'))
+        .map(|(words, places)| (quoted(words), quoted(places)))
+        .collect();
+    let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
+    let rules: BTreeSet<_> = words.iter().map(|word| (owned(word.words), owned(word.only))).collect();
+    let show = |(words, places): &(BTreeSet<String>, BTreeSet<String>)| format!("{words:?} in {places:?}");
+    let missing =
+        rules.difference(&rows).map(|rule| format!("the table of {SECTION:?} lacks {}", show(rule)));
+    let wrong =
+        rows.difference(&rules).map(|row| format!("no rule allows {}, as {SECTION:?} has it", show(row)));
+    missing.chain(wrong).collect()
+}
+
+/// Banned words in the product.
+pub(crate) fn banned(files: &[Source], bans: &[Ban]) -> Vec<String> {
+    let mut found = Vec::new();
+    for ban in bans {
+        for file in files.iter().filter(|file| file.is_rust() && file.lies_in(ban.places)) {
+            let named = ban.words.iter().filter(|word| names(file.code(), word));
+            found.extend(named.map(|word| format!("{} names `{word}`: {}", file.path, ban.why)));
+        }
+    }
+    found
+}
+
+/// Places that may name restricted words and name none of them, or do not exist. They would hide a later mistake.
+pub(crate) fn unused(files: &[Source], words: &[Word]) -> Vec<String> {
+    let places = words.iter().flat_map(|word| word.only.iter().map(move |place| (word.words, *place)));
+    let is_used = |words: &[&str], place: &str| {
+        let mut there = files.iter().filter(|file| file.is_rust() && file.lies_in(&[place]));
+        there.any(|file| words.iter().any(|word| names(file.code(), word)))
+    };
+    let unused = places.filter(|(words, place)| !is_used(words, place));
+    unused
+        .map(|(words, place)| {
+            format!("{place} does not name `{}`: take it off the list", words.join("` or `"))
+        })
+        .collect()
+}
+
+/// Places of rules that do not exist.
+pub(crate) fn gone<'a>(files: &[Source], places: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let is_gone = |place: &&str| !files.iter().any(|file| file.path == *place || file.lies_in(&[place]));
+    places.filter(is_gone).map(|place| format!("a rule names {place}, which does not exist")).collect()
 }
 
 /// Whether the head of a file says that it is pure.
@@ -255,7 +241,7 @@ pub(crate) fn registries(files: &[Source]) -> Vec<String> {
 
 #[test]
 fn a_word_outside_its_home_is_found() {
-    let word = || Word { word: "tonic", only: &["src/grpc"], why: "edge" };
+    let word = || Word { words: &["tonic"], only: &["src/grpc"], why: "edge" };
     let bad = Source::new("src/budget.rs", "use tonic::Code;");
     assert_eq!(strays(&[bad], &[word()]), ["src/budget.rs names `tonic`: edge"]);
     let good = [
@@ -267,18 +253,69 @@ fn a_word_outside_its_home_is_found() {
 }
 
 #[test]
-fn a_clock_in_a_pure_file_is_found() {
-    let bad = Source::new("src/ledger/queue.rs", "let now = Instant::now();");
-    assert_eq!(impure(&[bad], &["src/ledger"]), ["src/ledger/queue.rs is pure, but names `Instant::now`"]);
-    let good = Source::new("src/ledger.rs", "fn f(at: Instant) { known(at) }\n#[cfg(test)]\nInstant::now()");
-    assert!(impure(&[good], &["src/ledger"]).is_empty());
-    let claims = Source::new("src/a.rs", "//! Adds numbers.\n//! Pure.\n\nuse std::fs;");
-    assert_eq!(impure(&[claims], &[]), ["src/a.rs is pure, but names `fs`"]);
+fn every_call_that_waits_for_the_disk_is_found() {
+    for call in ["file.sync_all()?", "file.sync_data()?", "rustix::fs::syncfs(file)", "libc::fsync(file)"] {
+        let found = |path: &str| strays(&[Source::new(path, &format!("fn f() {{ {call}; }}"))], WORDS).len();
+        assert_eq!(found("src/state_file.rs"), 1, "{call}");
+        assert_eq!(found("src/actors/cas/volume/durable.rs"), 0, "{call}");
+    }
 }
 
 #[test]
-fn a_place_that_is_not_there_is_found() {
-    assert_eq!(nowhere(&[]).len(), nowhere(&[Source::new("src/grpc/cas.rs", "")]).len() + 1);
+fn a_log_line_without_an_event_is_found() {
+    for call in
+        ["log::info!(\"x\")", "warn!(\"x\")", "log::log!(Level::Info, \"x\")", "log::logger().log(record)"]
+    {
+        let found = |path: &str| strays(&[Source::new(path, &format!("fn f() {{ {call}; }}"))], WORDS).len();
+        assert_eq!(found("src/grpc/cas.rs"), 1, "{call}");
+        assert_eq!(found("tests/logs.rs"), 0, "{call}");
+    }
+    let event = Source::new(
+        "src/grpc/cas.rs",
+        "use log::{Level, Log}; Event::info(LOG, NAME).log(\"info!\"); a.log != b",
+    );
+    assert!(strays(&[event], WORDS).is_empty());
+}
+
+#[test]
+fn the_index_of_the_store_in_a_handler_is_found() {
+    let found = |path: &str, code: &str| banned(&[Source::new(path, code)], BANS).len();
+    assert_eq!(found("src/grpc/cas.rs", "fn f(index: &Index) {}"), 1);
+    assert_eq!(found("src/http/cache/read.rs", "use crate::actors::cas::index::Key;"), 1);
+    assert_eq!(found("src/grpc/cas.rs", "fn f(index: usize, error: IndexError) {}"), 0);
+    assert_eq!(found("src/actors/cas/upkeep.rs", "fn f(index: &Index) {}"), 0);
+}
+
+#[test]
+fn the_words_and_their_table_are_compared() {
+    let words = [
+        Word { words: &["tonic"], only: &["src/grpc", "crates/verify"], why: "" },
+        Word { words: &["log!", "info!"], only: &[], why: "" },
+    ];
+    let found = |tonic: &str, log: &str| {
+        let rows = format!("| word | where |\n|---|---|\n{tonic}\n{log}\n");
+        table(&format!("{SECTION}\n\n{rows}\n## Next\n\n| `x` | `y` |\n"), &words).len()
+    };
+    let log = "| `info!`, `log!` | nowhere |";
+    assert_eq!(found("| `tonic` | `crates/verify`, `src/grpc.rs` |", log), 0);
+    assert_eq!(found("| `tonic` | `src/grpc` |", log), 2);
+    assert_eq!(found("| `tonic` | `crates/verify`, `src/grpc` |", "| `log!` | nowhere |"), 2);
+    assert_eq!(found("| `tonic` | `crates/verify`, `src/grpc` |", ""), 1);
+}
+
+#[test]
+fn a_place_that_does_not_name_its_word_is_found() {
+    let word = || Word { words: &["tonic"], only: &["src/grpc", "src/server"], why: "edge" };
+    let files =
+        [Source::new("src/grpc/cas.rs", "use tonic::Code;"), Source::new("src/server.rs", "// tonic")];
+    assert_eq!(unused(&files, &[word()]), ["src/server does not name `tonic`: take it off the list"]);
+}
+
+#[test]
+fn a_place_of_a_rule_that_does_not_exist_is_found() {
+    let files = [Source::new("src/grpc/cas.rs", ""), Source::new("docs/rules.md", "")];
+    let places = ["src/grpc", "src/grpc/cas", "src/grpc/cas.rs", "docs/rules.md", "src/grp"];
+    assert_eq!(gone(&files, places.into_iter()), ["a rule names src/grp, which does not exist"]);
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! Content-defined chunking: the bytes of a blob decide where it is cut, so blobs with common parts share chunks.
 //!
 //! [`Chunking`] is a chunking function of the API with its parameters; [`Splitter`] cuts a stream of bytes with it.
-//! Pure: no IO, no digests, no store. Invariants: the concatenated chunks are the stream; the cuts do not depend on how
-//! the bytes arrive; a splitter holds at most [`Chunking::lookahead`] plus what was pushed since the last chunk was
-//! taken.
+//! Pure. It knows neither digests nor the store. Invariants: the concatenated chunks are the stream; the cuts do not
+//! depend on how the bytes arrive; a splitter holds at most [`Chunking::lookahead`] plus what was pushed since the last
+//! chunk was taken.
 
 mod fast_cdc;
 mod rep_max;

@@ -1,7 +1,6 @@
 //! zstd as this API uses it: a sequence of frames that represents a blob.
 //!
-//! Pure: bytes in, bytes out. Compression and decompression block while they compute, so callers run them on blocking
-//! threads. The parts:
+//! Pure. Compression and decompression block while they compute, so callers run them on blocking threads. The parts:
 //!
 //! - [`Decoder`]: decodes the stream of a client, in any pieces, to at most the size of the blob.
 //! - [`Encoder`]: compresses pieces of a blob to independent frames, so that a stream can start at any frame.

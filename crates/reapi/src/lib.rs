@@ -1,7 +1,7 @@
-//! The vocabulary of the Remote Execution API: its messages, and checked types for what they contain.
+//! The vocabulary of the Remote Execution API: its messages, and checked types for what they contain. Pure.
 //!
 //! Data from the wire or the disk is parsed once, here. A value of type [`digest::Digest`], [`path::RootPath`] or
-//! [`tree::Directory`] is always valid. Everything is pure: bytes and values in, bytes and values out. There is no
+//! [`tree::Directory`] is always valid. Bytes and values go in, and bytes and values come out. There is no
 //! server, client, runtime or clock.
 //!
 //! - [`proto`]: the generated messages. [`wire`]: the memory that a message will take, measured before it is decoded.

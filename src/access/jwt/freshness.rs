@@ -1,4 +1,4 @@
-//! [`Freshness`]: decides when keys are fetched again, and how long they are valid. Pure: the time is an argument.
+//! [`Freshness`]: decides when keys are fetched again, and how long they are valid. Pure. The time is an argument.
 
 use std::time::{Duration, SystemTime};
 

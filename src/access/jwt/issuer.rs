@@ -1,4 +1,4 @@
-//! [`IssuerRules`]: decides which tokens of an issuer are accepted and which roles they give. Pure: the keys and the
+//! [`IssuerRules`]: decides which tokens of an issuer are accepted and which roles they give. Pure. The keys and the
 //! time are arguments.
 
 use super::{

@@ -1,4 +1,4 @@
-//! [`Flights`]: the running downloads, and which callers may join which. It is pure: times are arguments.
+//! [`Flights`]: the running downloads, and which callers may join which. Pure. Times are arguments.
 //!
 //! Invariants: a flight ends at the latest deadline of its callers, and never later than the end that was fixed at its
 //! start. A caller does not join a flight that began before the oldest content that it accepts (AST-08). It gets a new

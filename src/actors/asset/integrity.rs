@@ -1,4 +1,4 @@
-//! Subresource integrity: the `checksum.sri` qualifier (AST-04). This file is pure.
+//! Subresource integrity: the `checksum.sri` qualifier (AST-04). Pure.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use gorego_reapi::error::{Error, Result};

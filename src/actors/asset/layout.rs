@@ -1,4 +1,4 @@
-//! [`Layout`]: the tree that an archive describes, and its canonical Directory messages. It is pure.
+//! [`Layout`]: the tree that an archive describes, and its canonical Directory messages. Pure.
 //!
 //! A layout accepts only safe entries of an untrusted archive: paths are relative and without "..", no path appears
 //! twice, only directories have children, and no link leads out of the archive. Paths pass only through real

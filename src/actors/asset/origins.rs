@@ -1,4 +1,4 @@
-//! [`Origins`]: which hosts and addresses a download may contact (AST-10). It is pure.
+//! [`Origins`]: which hosts and addresses a download may contact (AST-10). Pure.
 //!
 //! A host is checked by its name before it is resolved, and again at every redirect. Each address that a name resolves
 //! to is checked before it is connected to, so a name cannot be pointed at an internal address after it was checked.

@@ -1,4 +1,4 @@
-//! [`AssetRequest`]: a checked request of a client. This file is pure.
+//! [`AssetRequest`]: a checked request of a client. Pure.
 //!
 //! The URIs and the qualifiers together identify an asset. Every qualifier counts, even if it affects only the
 //! download: content that was fetched with credentials is not served to clients that do not have them.

@@ -1,5 +1,5 @@
-//! [`Index`]: the stored entries, the room that they take, and the order of eviction. It is pure. [`super::CasActor`]
-//! owns the only one.
+//! [`Index`]: the stored entries, the room that they take, and the order of eviction. Pure. [`super::CasActor`] owns
+//! the only one.
 //!
 //! Blobs, their zstd forms and action results are entries of one index, so one order of use and one limit apply to all
 //! of them.

@@ -1,8 +1,8 @@
 //! Action results: validation, file format, and references.
 //!
-//! This file is pure. A stored result is one file: the SHA-256 of the rest, then a [`gorego::StoredResult`]. A file
-//! with a wrong checksum or key is a miss. Results never carry inlined contents on disk or in memory: contents become
-//! blobs before a result is stored, and are read back on request when it is served (AC-05).
+//! A stored result is one file: the SHA-256 of the rest, then a [`gorego::StoredResult`]. A file with a wrong checksum
+//! or key is a miss. Results never carry inlined contents on disk or in memory: contents become blobs before a result
+//! is stored, and are read back on request when it is served (AC-05).
 
 mod action_cache;
 mod lookup;

@@ -1,4 +1,4 @@
-//! [`Uploads`]: the actor's table of running and broken uploads. It is pure, except that it hands out files for
+//! [`Uploads`]: the actor's table of running and broken uploads. It deletes no files itself, and hands them out for
 //! deletion.
 //!
 //! An upload is identified by its whole resource name (BS-06). A name has one entry: its latest attempt while that is

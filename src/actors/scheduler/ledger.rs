@@ -1,4 +1,4 @@
-//! The [`Ledger`]: all decisions of the scheduler. It is pure: facts and the time go in, and decisions come out.
+//! The [`Ledger`]: all decisions of the scheduler. Pure. Facts and the time go in, and decisions come out.
 //!
 //! It owns the operations, the tasks that they wait for, the queues and the slots. Its invariants:
 //! - An unfinished operation waits for exactly one task, and a task without operations does not exist.

@@ -1,4 +1,5 @@
 //! A queue that is fair between peers and between builds: the tasks that wait for one pool, and which of them is next.
+//! Pure.
 //!
 //! Clients choose the priority and the build name of their tasks, so these must not give one client an advantage over
 //! others. They cannot choose their [`Peer`], which is the address that they call from. So shares nest: peers share the

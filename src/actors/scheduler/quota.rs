@@ -1,5 +1,5 @@
 //! [`QueueQuota`]: counts tasks and their memory, in total, by peer and by build, and decides whether one more task may
-//! be admitted. [`PeerQuota`] is the simpler form for one number that is counted only by peer.
+//! be admitted. [`PeerQuota`] is the simpler form for one number that is counted only by peer. Pure.
 //!
 //! The quota bounds the queue. Without shares, a build of 50,000 actions would take every free place, because it asks
 //! most often. So a peer is admitted only while it has less than [`SHARE`] times the free places. The number of peers

@@ -1,4 +1,4 @@
-//! Slots: which pools there are, what they offer, and which of their slots are free.
+//! Slots: which pools there are, what they offer, and which of their slots are free. Pure.
 //!
 //! A slot is taken with [`Slots::take`] and given back with [`Slots::release`], exactly once each. Pools can be added
 //! and removed: each has a [`PoolId`] that is never used again, and a state. The pools are ordered by preference

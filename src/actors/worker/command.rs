@@ -1,5 +1,5 @@
 //! The command of an action on this machine: which files to try as its program, its environment in the kernel's format,
-//! and the exit code of a program that cannot be started. This file is pure.
+//! and the exit code of a program that cannot be started. Pure.
 
 use super::workspace::Workspace;
 use crate::{

@@ -5,7 +5,7 @@
 //! detected. One thread samples for all slots, only while something runs, and stops every running command when the disk
 //! is full: its result would be unusable, and its end frees space.
 //!
-//! [`Runs`] is the pure part: the effect of a sample on the runs.
+//! [`Runs`] decides which effect a sample has on the runs. It neither samples nor stops them.
 
 use super::cancel::CancelToken;
 use crate::disk::Space;

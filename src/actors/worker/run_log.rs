@@ -1,5 +1,5 @@
 //! Explains a failed run to users: a line for `ExecuteResponse.message`, and a text for `ExecuteResponse.server_logs`
-//! (EXE-61). A successful run has neither and costs nothing here. This file is pure.
+//! (EXE-61). A successful run has neither and costs nothing here. Pure.
 
 use super::{
     clock::{Point, Timeline},

@@ -9,8 +9,7 @@ use gorego_reapi::{
 use std::{
     collections::BTreeMap,
     fmt,
-    fs::File,
-    io::{self, Read as _, Seek as _, SeekFrom},
+    io::{self, Read, Seek, SeekFrom},
     path::Path,
 };
 
@@ -143,7 +142,7 @@ pub(super) fn size_and_digest(digest: &Digest) -> String {
 
 /// Finds the first difference between two files; `None` if they are equal.
 pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Option<FirstDifference>> {
-    let (mut recorded, mut here) = (File::open(recorded)?, File::open(here)?);
+    let (mut recorded, mut here) = (std::fs::File::open(recorded)?, std::fs::File::open(here)?);
     let (mut at, mut line, mut line_start) = (0u64, 1u64, 0u64);
     loop {
         let (before, now) = (piece(&mut recorded)?, piece(&mut here)?);
@@ -166,14 +165,14 @@ pub(super) fn first_difference(recorded: &Path, here: &Path) -> io::Result<Optio
 }
 
 /// The next bytes of a file, fewer only at its end.
-fn piece(file: &mut File) -> io::Result<Vec<u8>> {
+fn piece(file: &mut impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(PIECE_BYTES);
     file.take(PIECE_BYTES as u64).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
 /// The beginning of the line that starts at this offset; `None` if it is not text.
-fn shown_line(file: &mut File, start: u64) -> io::Result<Option<String>> {
+fn shown_line(file: &mut (impl Read + Seek), start: u64) -> io::Result<Option<String>> {
     file.seek(SeekFrom::Start(start))?;
     let mut bytes = Vec::new();
     file.take(SHOWN_BYTES as u64).read_to_end(&mut bytes)?;

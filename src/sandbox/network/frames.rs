@@ -1,6 +1,6 @@
 //! The filter of the frames that leave a cell: a classic BPF program on the interface through which they get to the
 //! gateway. It passes the traffic of ARP and of IPv6 neighbour discovery, and IP packets whose destination is not
-//! excluded. Pure until it is attached.
+//! excluded. Pure, except for [`attach`].
 
 use super::{super::sys, AddressRange};
 use libc::sock_filter;

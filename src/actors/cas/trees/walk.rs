@@ -2,8 +2,8 @@
 //!
 //! Each distinct directory is read once, so a tree that refers to one directory a million times costs no more than one
 //! that does so once (CAS-24). Directories are returned exactly as stored, because clients find children by the digests
-//! of the directories that they receive. The state of a walk ([`Frontier`]) is pure: it names the directories to read
-//! next and is given their bytes.
+//! of the directories that they receive. The state of a walk ([`Frontier`]) does not read: it names the directories to
+//! read next and is given their bytes.
 //!
 //! The memory of all walks together is bounded: [`WALKS_MAX`] run at a time, with [`SMALL_WALK_BYTES`] each, and a walk
 //! that needs more waits for one of [`LARGE_WALKS_MAX`] places. Both are shared among peers ([`Budget`]). Waiting walks

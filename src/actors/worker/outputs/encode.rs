@@ -1,4 +1,4 @@
-//! Encodes a scanned directory as Directory and Tree messages (EXE-55 to EXE-57). This file is pure.
+//! Encodes a scanned directory as Directory and Tree messages (EXE-55 to EXE-57). Pure.
 //!
 //! The encoding is canonical: entries are sorted, each distinct Directory appears once, and the order of the
 //! Directories depends only on the content.

@@ -1,5 +1,5 @@
-//! Classifies the failures of a run, and decides which are worth a retry. Pure, except for a check of the staged
-//! inputs.
+//! Classifies the failures of a run, and decides which are worth a retry. Pure, except for [`explained`], which checks
+//! the staged inputs.
 
 use crate::{
     actors::worker::{launcher::is_full, staged_trees::TreeLease},

@@ -1,5 +1,5 @@
-//! [`IdleTools`]: decides which tools of a pool are kept, which one serves a call, and which ones must end. Pure: facts
-//! and the time go in, decisions come out.
+//! [`IdleTools`]: decides which tools of a pool are kept, which one serves a call, and which ones must end. Pure. Facts
+//! and the time go in, and decisions come out.
 //!
 //! A tool is either idle or serves one call. A serving tool is only counted here and is owned by its caller.
 //! Invariants: there are never more than `max_tools` tools, idle and serving together. A tool serves only calls

@@ -34,7 +34,7 @@ pub struct LimitRange {
 pub struct Room {
     /// Number of CPU cores.
     pub cores: u64,
-    /// Memory in bytes.
+    /// The amount of memory in bytes.
     pub memory: u64,
 }
 
@@ -49,7 +49,7 @@ impl Room {
         Self { cores: self.cores.saturating_sub(need.cores), memory: self.memory.saturating_sub(need.memory) }
     }
 
-    /// Adds `need` back.
+    /// Adds `need`, saturating at the largest number.
     pub fn with(&self, need: &Self) -> Self {
         Self { cores: self.cores.saturating_add(need.cores), memory: self.memory.saturating_add(need.memory) }
     }

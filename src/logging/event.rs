@@ -37,13 +37,13 @@ pub struct Event<'a> {
 /// The value of a field.
 #[derive(Clone, Copy)]
 pub enum Field<'a> {
-    /// A borrowed string.
+    /// A string that is borrowed until the line is written.
     Text(&'a str),
     /// A number that is never negative, such as a count or a size.
     Unsigned(u64),
     /// A number that may be negative.
     Signed(i64),
-    /// A boolean value.
+    /// A value that is `true` or `false`.
     Flag(bool),
     /// A value that is formatted as a string when it is written.
     Shown(&'a dyn fmt::Display),
@@ -55,7 +55,7 @@ impl<'a> Event<'a> {
         Self::new(Level::Error, target, name)
     }
 
-    /// Starts a warning.
+    /// Starts an event of level WARN.
     pub fn warn(target: &'static str, name: &'static str) -> Self {
         Self::new(Level::Warn, target, name)
     }

@@ -60,12 +60,12 @@ pub(crate) fn wide(files: &[Source]) -> Vec<String> {
 }
 
 /// Documentation of items of the product that has too few words to say more than the name. It may consist of ids of
-/// rules.
+/// rules, or lead to other documentation. That of the command line is the text of its help.
 pub(crate) fn terse(files: &[Source]) -> Vec<String> {
     let is_product = |file: &&Source| {
         let is_home = file.path.starts_with("src/")
             || (file.path.starts_with("crates/") && file.path.split('/').nth(2) == Some("src"));
-        file.is_rust() && is_home && !file.is_test()
+        file.is_rust() && is_home && !file.is_test() && !file.lies_in(&["src/cli"])
     };
     let mut terse = Vec::new();
     for file in files.iter().filter(is_product) {
@@ -81,7 +81,8 @@ pub(crate) fn terse(files: &[Source]) -> Vec<String> {
             let words: Vec<_> = text.split_whitespace().collect();
             let is_citation =
                 words.iter().all(|word| !ids::cited(word).is_empty() || matches!(*word, "and" | "to"));
-            if words.len() < DOCUMENTATION_WORDS && !is_citation {
+            let is_lead = matches!(*words, ["See" | "Implements", link] if link.starts_with("[`"));
+            if words.len() < DOCUMENTATION_WORDS && !is_citation && !is_lead {
                 let text = words.join(" ");
                 terse.push(format!(
                     "{}:{} says only {text:?}: say more than the name, or nothing",

@@ -102,7 +102,7 @@ pub(crate) fn untested(
     list: &BTreeMap<&str, &str>,
     exceptions: &[(&str, &str)],
 ) -> Vec<String> {
-    let mut tested: BTreeSet<String> = BTreeSet::new();
+    let mut tested = BTreeSet::new();
     for file in files.iter().filter(|file| file.is_rust() && !file.lies_in(&["tests/tidy"])) {
         let text = if file.lies_in(&[CHECKS]) { registered(&file.text).to_owned() } else { file.tests() };
         tested.extend(cited(&text).into_iter().map(str::to_owned));

@@ -186,24 +186,6 @@ pub(crate) fn gone<'a>(files: &[Source], places: impl Iterator<Item = &'a str>) 
     places.filter(is_gone).map(|place| format!("a rule names {place}, which does not exist")).collect()
 }
 
-/// Whether the head of a file says that it is pure.
-fn says_pure(text: &str) -> bool {
-    let head = text.lines().map_while(|line| line.strip_prefix("//!"));
-    let head = head.collect::<Vec<_>>().join("");
-    head.contains(" Pure.") && !head.contains(" Pure, except")
-}
-
-/// Places in rules that do not exist.
-pub(crate) fn nowhere(files: &[Source]) -> Vec<String> {
-    let places = WORDS.iter().flat_map(|word| word.only).chain(PURE).copied().collect::<BTreeSet<_>>();
-    let is_there = |place: &&str| files.iter().any(|file| file.lies_in(&[*place]));
-    places
-        .into_iter()
-        .filter(|place| !is_there(place))
-        .map(|place| format!("{place} is in a rule, but not in the tree"))
-        .collect()
-}
-
 /// References to documents that are not in the repository, and to fault numbers, whose list is not in the repository.
 pub(crate) fn elsewhere(files: &[Source]) -> Vec<String> {
     let mut found = Vec::new();

@@ -125,17 +125,17 @@ pub struct Figures {
 /// Latencies of the successful calls, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Latency {
-    /// Arithmetic mean.
+    /// The arithmetic mean of the latencies.
     pub mean: f64,
-    /// Median.
+    /// The median of the latencies.
     pub p50: f64,
-    /// 90th percentile.
+    /// The 90th percentile of the latencies.
     pub p90: f64,
-    /// 99th percentile.
+    /// The 99th percentile of the latencies.
     pub p99: f64,
-    /// 99.9th percentile.
+    /// The 99.9th percentile of the latencies.
     pub p999: f64,
-    /// The longest latency.
+    /// The longest of the latencies.
     pub max: f64,
 }
 

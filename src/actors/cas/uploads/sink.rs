@@ -27,7 +27,7 @@ const RUN_PIECES: usize = 512;
 /// The bytes of a blob as a client sends them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
-    /// The uncompressed content.
+    /// The content as it is, not compressed.
     Plain(Bytes),
     /// As a zstd stream.
     Zstd(Bytes),

@@ -11,7 +11,7 @@ use std::{
     fs,
     os::{fd::OwnedFd, unix::net::UnixStream},
     process,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// EXE-41.
@@ -93,7 +93,9 @@ fn a_command_past_its_timeout_is_killed_with_all_it_started_and_keeps_its_log() 
         let job = sh("echo begun; sh -c 'echo $$; exec sleep 600' & sleep 600")
             .timeout(Duration::from_secs(2))
             .outputs(&["o"]);
+        let begin = Instant::now();
         let failure = bench.failure(&job).await;
+        assert!(begin.elapsed() >= Duration::from_secs(2), "{:?}", begin.elapsed());
         assert!(matches!(failure.error, Error::DeadlineExceeded(_)) && !failure.retryable);
         let partial = failure.partial.unwrap();
         let log = bench.text(&partial.stdout_digest);

@@ -103,7 +103,7 @@ impl Receive<Relieve> for CasActor {
             self.change(|index| index.totals());
         let store = Evictable {
             bytes: used.saturating_sub(held),
-            // Others take no inodes.
+            // Files in segments take no inodes of their own.
             entries: (blobs.saturating_add(results).saturating_add(zstd_forms))
                 .saturating_sub(self.shared.volume.packed_together()),
             deleting,

@@ -80,7 +80,7 @@ impl CasActor {
         })
     }
 
-    /// Tells the index how many bytes the store takes in addition to those of the entries, and returns this number.
+    /// Tells the index how many bytes the store takes beyond those of its entries. Returns this number.
     fn note_overhead(&mut self) -> u64 {
         let overhead = self.shared.volume.overhead().saturating_add(self.shared.disk.beside());
         self.change(|index| index.set_overhead(overhead));

@@ -46,9 +46,9 @@ pub struct Launch {
     pub root: PathBuf,
     /// The working directory, relative to the input root.
     pub working_directory: PathBuf,
-    /// Absolute path of the log of stdout; the file must not exist.
+    /// Absolute path of the log of stdout. The file must not exist. It is created when the command prints something.
     pub stdout: PathBuf,
-    /// Absolute path of the log of stderr; the file must not exist.
+    /// Absolute path of the log of stderr, for which the same holds.
     pub stderr: PathBuf,
     /// Maximum size in bytes of a file that the command may write, and of each log.
     pub max_file_bytes: u64,

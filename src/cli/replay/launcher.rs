@@ -8,7 +8,7 @@ use crate::actors::worker::{
     launcher::{Launcher, Ran, RunnerLauncher},
 };
 use gorego_reapi::error::{Error, Result};
-use std::{fs, io, sync::Arc, time::Duration};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 /// Shells to try, in order.
 const SHELLS: &[&str] = &["/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh"];
@@ -52,9 +52,15 @@ impl ReplayLauncher {
     /// Moves the input root, and links the logs, to a place where they stay after the exec directory is removed.
     fn keep(&self, launch: &Launch) -> io::Result<()> {
         fs::rename(&launch.root, self.scratch.root())?;
-        fs::hard_link(&launch.stdout, self.scratch.stdout())?;
-        fs::hard_link(&launch.stderr, self.scratch.stderr())
+        link_log(&launch.stdout, &self.scratch.stdout())?;
+        link_log(&launch.stderr, &self.scratch.stderr())
     }
+}
+
+/// Links a log, which is created first if the command has printed nothing. What is appended later is in both.
+fn link_log(log: &Path, to: &Path) -> io::Result<()> {
+    fs::OpenOptions::new().create(true).append(true).open(log)?;
+    fs::hard_link(log, to)
 }
 
 impl Launcher for ReplayLauncher {

@@ -2,7 +2,8 @@
 //!
 //! The command gets the write ends of the pipes, as it would from a shell, so that it can open `/dev/stderr` or
 //! `/proc/self/fd/1` again in any mode. The runner moves the bytes. It owns the log files while the command runs: no
-//! other process writes to them, and they only grow. Readers of live output rely on that.
+//! other process writes to them, and they only grow. Readers of live output rely on that. A log is created when its
+//! first bytes arrive, so a command that prints nothing costs no files.
 //!
 //! Invariants: a log has the bytes of its pipe in the order in which they were written, and never more than its limit.
 //! No read blocks. Memory is bounded by the two pipes and one buffer. A pipe is not read for every byte: after each
@@ -23,6 +24,7 @@ use std::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -41,7 +43,7 @@ const SHORTEST_PAUSE: Duration = Duration::from_micros(200);
 pub(super) struct Capture {
     stdout: Stream,
     stderr: Stream,
-    /// The terminal that the command gets instead of both pipes. The logs then stay empty.
+    /// The terminal that the command gets instead of both pipes. The logs are not created then.
     terminal: Option<OwnedFd>,
 }
 
@@ -50,7 +52,7 @@ struct Stream {
     pipe: OwnedFd,
     /// Kept open until the end, so that the runner is not woken when a command closes its output.
     writing_end: OwnedFd,
-    log: File,
+    log: Log,
     /// How many more bytes the log may hold.
     left: u64,
     /// Capacity of the pipe; determined when the first bytes are read.
@@ -60,6 +62,13 @@ struct Stream {
     due: Instant,
 }
 
+/// The log of one output.
+enum Log {
+    /// The path at which it will be created.
+    Missing(PathBuf),
+    Open(File),
+}
+
 /// Why a log does not contain everything that was printed.
 enum LogFailure {
     TooLong,
@@ -67,7 +76,7 @@ enum LogFailure {
 }
 
 impl Capture {
-    /// Creates the log files, which must not exist yet, and the pipes for them. No log will be longer than `limit`.
+    /// Creates the pipes for logs at these paths. The logs must not exist yet, and will not be longer than `limit`.
     ///
     /// # Errors
     /// The errors of the system calls.
@@ -154,20 +163,12 @@ impl Capture {
 
 impl Stream {
     fn open(log: &[u8], limit: u64) -> io::Result<Self> {
-        // In append mode, a command that truncates its log by name does not cause a hole in it.
-        let flags = OFlags::WRONLY
-            | OFlags::CREATE
-            | OFlags::EXCL
-            | OFlags::APPEND
-            | OFlags::NOFOLLOW
-            | OFlags::CLOEXEC;
-        let log = rfs::openat(CWD, OsStr::from_bytes(log), flags, Mode::from_raw_mode(0o644))?;
         let (pipe, writing_end) = output_pipe()?;
         let now = Instant::now();
         Ok(Self {
             pipe,
             writing_end,
-            log: File::from(log),
+            log: Log::Missing(OsStr::from_bytes(log).into()),
             left: limit,
             capacity: None,
             last_read: now,
@@ -191,7 +192,7 @@ impl Stream {
             Err(error) => return Err(LogFailure::Log(error.into())),
         };
         let allowed = usize::try_from(self.left).unwrap_or(usize::MAX).min(read);
-        self.log.write_all(buffer.get(..allowed).unwrap_or_default()).map_err(LogFailure::Log)?;
+        self.log.append(buffer.get(..allowed).unwrap_or_default()).map_err(LogFailure::Log)?;
         self.left -= allowed as u64;
         if allowed < read { Err(LogFailure::TooLong) } else { Ok(read) }
     }
@@ -207,6 +208,29 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+impl Log {
+    /// Appends these bytes, and creates the log for the first of them.
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            _ if bytes.is_empty() => Ok(()),
+            Self::Open(file) => file.write_all(bytes),
+            Self::Missing(path) => {
+                let mut file = create_log(path)?;
+                let written = file.write_all(bytes);
+                *self = Self::Open(file);
+                written
+            }
+        }
+    }
+}
+
+fn create_log(path: &Path) -> io::Result<File> {
+    // In append mode, a command that truncates its log by name does not cause a hole in it.
+    let flags =
+        OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(File::from(rfs::openat(CWD, path, flags, Mode::from_raw_mode(0o644))?))
 }
 
 /// A pipe whose read end does not block. Both ends belong to the user of this process until their owner is changed.

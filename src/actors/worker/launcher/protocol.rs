@@ -59,10 +59,10 @@ pub struct Run {
     /// Working directory, relative to the input root.
     #[prost(bytes = "vec", tag = "5")]
     pub working_directory: Vec<u8>,
-    /// Path of the log of stdout, which the runner creates.
+    /// Path of the log of stdout. The runner creates it for the first bytes.
     #[prost(bytes = "vec", tag = "6")]
     pub stdout: Vec<u8>,
-    /// Path of the log of stderr, which the runner creates.
+    /// Path of the log of stderr. The runner creates it for the first bytes.
     #[prost(bytes = "vec", tag = "7")]
     pub stderr: Vec<u8>,
     /// Maximum size in bytes of a file that the command may write, and of each log.

@@ -104,8 +104,8 @@ impl ActionRun<'_> {
         Ok(None)
     }
 
-    /// Stores the logs, which ends their streams. A log that is empty (EXE-59) or was removed by the command has no
-    /// digest.
+    /// Stores the logs, which ends their streams. A log without bytes (EXE-59) does not exist, or was removed or
+    /// truncated by the command. It has no digest.
     fn store_logs(
         &mut self,
         workspace: &Workspace,
@@ -152,10 +152,10 @@ impl ActionRun<'_> {
     }
 }
 
-/// Appends a line of the server to a log of the command.
+/// Appends a line of the server to a log of the command, which may have printed nothing so far.
 fn append(workspace: &Workspace, name: &str, line: &str) -> Result<()> {
-    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rfs::openat(workspace.top()?, Path::new(name), flags, rfs::Mode::empty())
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rfs::openat(workspace.top()?, Path::new(name), flags, rfs::Mode::from_raw_mode(0o644))
         .map_err(std::io::Error::from)
         .and_then(|file| File::from(file).write_all(line.as_bytes()))
         .map_err(|error| Error::io(&format!("write to {name}"), &error))

@@ -201,9 +201,9 @@ async fn control_groups_are_removed_on_shutdown_and_after_a_crash() {
         assert!(!groups_of(killed).is_empty());
         host.server.signal("KILL");
         eventually("the server is gone", || !fs::exists(format!("/proc/{killed}/exe")).unwrap()).await;
-        // The next server removes the leftovers of the first.
+        // The next server removes the leftovers of the first, unless another server of this machine is doing so.
         let mut next = Server::start().await;
-        assert_eq!(groups_of(killed).len(), 0);
+        eventually("the groups are gone", || groups_of(killed).is_empty()).await;
         next.client().await.run_command(sh("true")).await;
         let stopped = next.pid();
         assert!(!groups_of(stopped).is_empty());

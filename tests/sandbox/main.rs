@@ -52,17 +52,17 @@ struct Did {
 }
 
 /// Runs a test with each kind of server that this user can start.
-async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&Host)) {
+async fn with_each(overrides: &[(&str, &str)], test: impl AsyncFn(&mut Host)) {
     let mode = std::env::var("SANDBOX_MODE").unwrap_or_else(|_| "required".into());
     // Writable directories are shared with the actions of other tests, so there are none by default.
     let mut all = vec![("EXECUTION__SANDBOX__MODE", &*mode), ("EXECUTION__SANDBOX__WRITABLE", "[]")];
     all.extend_from_slice(overrides);
     let is_root = rustix::process::geteuid().is_root();
     if !is_root || mode != "off" {
-        test(&Host::of(Server::with(&all).await, is_root).await).await;
+        test(&mut Host::of(Server::with(&all).await, is_root).await).await;
     }
     if is_root {
-        test(&Host::of(ordinary(&all), false).await).await;
+        test(&mut Host::of(ordinary(&all), false).await).await;
     }
 }
 

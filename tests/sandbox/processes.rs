@@ -126,6 +126,8 @@ async fn a_killed_server_leaves_no_processes_mounts_or_directories() {
         let _running = host.client.start(action).await;
         eventually("the action runs", || processes_with(&marker).len() >= 2).await;
         host.server.signal("KILL");
+        // Until it has ended, the store is locked.
+        host.server.exit().await;
         eventually("its processes are gone", || processes_with(&marker).is_empty()).await;
         let store = host.server.store().to_str().unwrap();
         let mounted = || {

@@ -1,4 +1,7 @@
-//! [`Bucket`]: a token bucket with a burst and a rate. Pure. The caller passes the time in milliseconds.
+//! [`Bucket`]: a token bucket with a burst and a rate. [`ReadingPace`]: the pauses of a reader with a rate. Pure. The
+//! caller passes the time.
+
+use std::time::{Duration, Instant};
 
 /// The size and fill rate of a token bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +21,8 @@ pub(crate) struct Bucket {
 }
 
 const THOUSAND: u64 = 1000;
+/// A reader pauses when it is this far ahead, so that many small files do not each cost a pause.
+const PAUSE_FROM: Duration = Duration::from_millis(10);
 
 impl Bucket {
     /// Creates a full bucket.
@@ -71,6 +76,29 @@ impl Bucket {
     }
 }
 
+/// Bounds the rate at which something is read in the background.
+#[derive(Debug)]
+pub(crate) struct ReadingPace {
+    bytes_per_second: u64,
+    /// The time at which the bytes read so far are due at the allowed rate.
+    due: Instant,
+}
+
+impl ReadingPace {
+    pub(crate) fn new(bytes_per_second: u64, now: Instant) -> Self {
+        Self { bytes_per_second: bytes_per_second.max(1), due: now }
+    }
+
+    /// The pause after reading this many bytes.
+    pub(crate) fn after(&mut self, bytes: u64, now: Instant) -> Duration {
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
+        // Lost time is not made up for.
+        self.due = self.due.max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        let ahead = self.due.saturating_duration_since(now);
+        if ahead < PAUSE_FROM { Duration::ZERO } else { ahead }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,5 +111,15 @@ mod tests {
         assert!(bucket.take(3, 5_500) && !bucket.take(1, 5_500));
         // It never exceeds the burst, and ignores time that runs backwards.
         assert!(bucket.is_full(60_000) && bucket.take(10, 1_000) && !bucket.take(1, 59_000));
+    }
+
+    #[test]
+    fn the_rate_is_kept_and_lost_time_is_not_made_up_for() {
+        let start = Instant::now();
+        let mut pace = ReadingPace::new(1_000_000, start);
+        assert_eq!(pace.after(1_000, start), Duration::ZERO, "small pieces add up");
+        assert_eq!(pace.after(99_000, start), Duration::from_millis(100));
+        let later = start + Duration::from_secs(60);
+        assert_eq!(pace.after(500_000, later), Duration::from_millis(500));
     }
 }

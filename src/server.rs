@@ -207,6 +207,7 @@ impl Server {
         if let Some(place) = &place {
             let build_root = place.build_root.clone();
             cas.relieve_first(move || build_root.relieve_disk());
+            place.scrub(settings.scrub_bytes_per_second);
         }
         beside::count(&cas, &settings, place.as_ref(), &log_streams);
         let pools = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {

@@ -9,7 +9,7 @@ use crate::{
             PoolSandbox,
             probe::{probe, probe_gateway, probe_layers, probe_root, this_machine},
         },
-        staged_trees::StagingLimits,
+        staged_trees::{StagingLimits, TreeScrub},
         tools::{ToolLimits, Tools},
         workspace::BuildRoot,
     },
@@ -55,6 +55,8 @@ pub(crate) struct Place {
     pub(crate) limits: LimitReport,
     /// The persistent workers of the pools, by the name of the pool.
     tools: Mutex<Vec<(String, Arc<Tools>)>>,
+    /// The scrub of the staged inputs, if it is on.
+    scrub: Mutex<Option<TreeScrub>>,
 }
 
 impl Place {
@@ -82,7 +84,8 @@ impl Place {
         if execution.limits_required {
             refuse_missing(&limits)?;
         }
-        let mut place = Self { build_root, sandbox: None, images, open_files, groups, limits, tools };
+        let scrub = Mutex::default();
+        let mut place = Self { build_root, sandbox: None, images, open_files, groups, limits, tools, scrub };
         if is_sandboxed {
             let runner = WorkerSettings::own_runner(open_files);
             place.sandbox = Some(place.open_sandbox(execution, &runner)?);
@@ -205,8 +208,16 @@ impl Place {
         self.tools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the persistent workers, and waits until all exec directories are removed, for at most `limit`. Blocks.
+    /// Starts the scrub of the staged inputs, unless the rate is zero.
+    pub(super) fn scrub(&self, bytes_per_second: u64) {
+        *self.scrub.lock().unwrap_or_else(PoisonError::into_inner) =
+            self.build_root.scrub_trees(bytes_per_second);
+    }
+
+    /// Ends the scrub and the persistent workers, and waits until all exec directories are removed, for at most
+    /// `limit`. Blocks.
     pub(super) fn empty(&self, limit: Duration) {
+        self.scrub.lock().unwrap_or_else(PoisonError::into_inner).take();
         let tools = self.all_tools().clone();
         tools.iter().for_each(|(_, tools)| tools.close());
         self.build_root.wait_until_empty(limit);

@@ -20,10 +20,10 @@ use super::{
     results,
     volume::{self, PIECE_BYTES, Stored, Volume},
 };
-use crate::logging::Event;
+use crate::{logging::Event, rate::ReadingPace};
 use actix::WeakAddr;
 use gorego_reapi::error::{Error, Result};
-use state::{PassReason, ScrubPace, ScrubState};
+use state::{PassReason, ScrubState};
 use std::{
     io,
     sync::{
@@ -70,7 +70,7 @@ struct Scrubber {
     shared: Arc<StoreShared>,
     state: Arc<Mutex<ScrubState>>,
     stop: Receiver<()>,
-    pace: ScrubPace,
+    pace: ReadingPace,
     /// Whether the last state was written to disk.
     is_kept: AtomicBool,
 }
@@ -110,7 +110,7 @@ impl Scrub {
             shared: shared.clone(),
             state: self.state.clone(),
             stop: stopped,
-            pace: ScrubPace::new(rate, Instant::now()),
+            pace: ReadingPace::new(rate, Instant::now()),
             is_kept: AtomicBool::new(true),
         };
         let reason = self.reason;

@@ -74,15 +74,22 @@ pub(crate) fn open_accessible(parent: &File, name: &OsStr) -> io::Result<(File, 
 /// # Errors
 /// The errors of openat2(2).
 pub(crate) fn open_file(parent: &File, name: &OsStr) -> io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-    match open2(parent, name, flags, resolve) {
+    match open_unchanged(parent, name) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             grant(parent, name, Mode::RUSR)?;
-            open2(parent, name, flags, resolve)
+            open_unchanged(parent, name)
         }
         opened => opened,
     }
+}
+
+/// Like [`open_file`], but never changes the permissions of the file.
+///
+/// # Errors
+/// The errors of openat2(2).
+pub(super) fn open_unchanged(parent: &File, name: &OsStr) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    open2(parent, name, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV)
 }
 
 /// Opens the directory at `path`, which may go through symbolic links as long as they stay beneath `root`. The handle
@@ -209,11 +216,26 @@ impl Cursor {
     /// The errors of openat2(2); `EXDEV` for a mount point.
     pub(super) fn down(&mut self, name: &OsStr) -> io::Result<()> {
         let (open, stat) = open_accessible(self.here()?, name)?;
-        self.levels.push(CursorLevel::new(open, &stat));
+        self.enter(open, &stat);
+        Ok(())
+    }
+
+    /// Enters a subdirectory without a change of its permissions.
+    ///
+    /// # Errors
+    /// The errors of openat2(2); `EXDEV` for a mount point.
+    pub(super) fn down_unchanged(&mut self, name: &OsStr) -> io::Result<()> {
+        let open = open_dir(self.here()?, name)?;
+        let stat = rfs::fstat(&open)?;
+        self.enter(open, &stat);
+        Ok(())
+    }
+
+    fn enter(&mut self, open: File, stat: &Stat) {
+        self.levels.push(CursorLevel::new(open, stat));
         if let Some(far) = self.levels.len().checked_sub(MAX_OPEN + 1) {
             self.levels[far].open = None;
         }
-        Ok(())
     }
 
     /// Returns to the parent directory.

@@ -14,13 +14,14 @@
 //! A tree that is not in the [`TreeIndex`] is not used. Only the process that built a tree trusts it: the index is kept
 //! in memory, and the next start removes the trees that it finds. A tree whose top directory was removed, replaced or
 //! changed by another process is never leased again, and a run that used it fails as this server's fault. Changes
-//! further down are not noticed.
+//! further down are noticed by the [scrub].
 
 mod ahead;
 pub mod delta;
 pub mod index;
 #[cfg(test)]
 pub mod model;
+mod scrub;
 #[cfg(test)]
 mod tests;
 
@@ -43,12 +44,16 @@ use gorego_reapi::{
 };
 use index::{BuildPermit, StagedSize, TreeId, TreeIndex};
 use rustix::fs::{self as rfs, AtFlags, Stat};
+pub(crate) use scrub::TreeScrub;
 use std::{
     collections::VecDeque,
     ffi::OsString,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -114,6 +119,10 @@ struct Tree {
     name: OsString,
     top: Unchanged,
     tree: Arc<InputTree>,
+    /// When it was built or last scrubbed.
+    checked: Mutex<Instant>,
+    /// Whether the scrub has found a damaged file in it.
+    is_damaged: AtomicBool,
 }
 
 /// Identity and change time of a directory, which stay the same as long as the directory is not changed.
@@ -155,12 +164,13 @@ impl TreeLease {
         self.tree.path()
     }
 
-    /// Checks that the tree was not removed or replaced. If it was, it is not used again.
+    /// Checks that the tree was not removed or replaced, and that the scrub has not found it damaged. Otherwise it is
+    /// not used again.
     ///
     /// # Errors
     /// `Unavailable` if the tree was removed, replaced or changed.
     pub fn check_in_place(&self) -> Result<()> {
-        if self.tree.is_in(&self.place) {
+        if self.tree.is_in(&self.place) && !self.tree.is_damaged.load(Ordering::SeqCst) {
             return Ok(());
         }
         // The tree is removed with its last lease, which may be this one.
@@ -394,7 +404,13 @@ impl Building<'_> {
         self.name = Some(name.clone());
         inputs::write(inputs, &root, true, checkpoint)?;
         let top = unchanged(&rfs::fstat(&root).map_err(|error| doing(error.into()))?);
-        let tree = Arc::new(Tree { name, top, tree: inputs.tree().clone() });
+        let tree = Arc::new(Tree {
+            name,
+            top,
+            tree: inputs.tree().clone(),
+            checked: Mutex::new(Instant::now()),
+            is_damaged: AtomicBool::new(false),
+        });
         let id = self.place.trees.lock().finish(self.key, tree.clone());
         let id = id.ok_or_else(|| Error::internal("a staged tree was not expected"))?;
         self.name = None;

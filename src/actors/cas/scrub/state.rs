@@ -1,13 +1,10 @@
-//! [`ScrubState`]: the progress of the scrub, which is kept on disk. [`ScrubPace`]: the rate at which it may read.
-//! Pure.
+//! [`ScrubState`]: the progress of the scrub, which is kept on disk. Pure.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Shortest time between the beginnings of two passes. Errors of disks appear over months, and every read checks its
 /// bytes.
 pub(super) const PASS_EVERY: Duration = Duration::from_secs(7 * 24 * 60 * 60);
-/// The scrub pauses when it is this far ahead, so that many small blobs do not each cost a pause.
-const PAUSE_FROM: Duration = Duration::from_millis(10);
 const MAGIC: &str = "gorego scrub 1";
 
 /// The progress of the scrub.
@@ -92,29 +89,6 @@ impl ScrubState {
     }
 }
 
-/// Bounds the rate of reading.
-#[derive(Debug)]
-pub(super) struct ScrubPace {
-    bytes_per_second: u64,
-    /// The time at which the bytes read so far are due at the allowed rate.
-    due: Instant,
-}
-
-impl ScrubPace {
-    pub(super) fn new(bytes_per_second: u64, now: Instant) -> Self {
-        Self { bytes_per_second: bytes_per_second.max(1), due: now }
-    }
-
-    /// The pause after reading this many bytes.
-    pub(super) fn after(&mut self, bytes: u64, now: Instant) -> Duration {
-        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
-        // Lost time is not made up for.
-        self.due = self.due.max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-        let ahead = self.due.saturating_duration_since(now);
-        if ahead < PAUSE_FROM { Duration::ZERO } else { ahead }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,15 +138,5 @@ mod tests {
         assert_eq!(state.due_in(1_000_000), PASS_EVERY);
         assert_eq!(state.due_in(1_000_000 + PASS_EVERY.as_secs()), Duration::ZERO);
         assert_eq!(state.due_in(10), PASS_EVERY, "the clock was set back");
-    }
-
-    #[test]
-    fn the_rate_is_kept_and_lost_time_is_not_made_up_for() {
-        let start = Instant::now();
-        let mut pace = ScrubPace::new(1_000_000, start);
-        assert_eq!(pace.after(1_000, start), Duration::ZERO, "small pieces add up");
-        assert_eq!(pace.after(99_000, start), Duration::from_millis(100));
-        let later = start + Duration::from_secs(60);
-        assert_eq!(pace.after(500_000, later), Duration::from_millis(500));
     }
 }

@@ -156,6 +156,13 @@ impl<K: Copy + Eq + Hash, T: Clone> TreeIndex<K, T> {
         Some(entry.tree.clone())
     }
 
+    /// Leases the tree with this id, if it can still be leased. The lease does not count as a use.
+    pub fn lease_aside(&mut self, id: TreeId) -> Option<T> {
+        let entry = self.trees.get_mut(&id).filter(|entry| entry.is_current)?;
+        entry.leases += 1;
+        Some(entry.tree.clone())
+    }
+
     /// Ends a lease. Returns the tree if it was discarded meanwhile and this was its last lease; the caller must then
     /// remove it.
     pub fn release(&mut self, id: TreeId) -> Option<T> {

@@ -1,6 +1,7 @@
 //! Tests of staged trees on a real disk.
 
 mod ahead;
+mod scrub;
 
 use super::{
     model::{self, Contents, Shown},

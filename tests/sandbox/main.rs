@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod exhausted;
 mod files;
 mod images;
 mod kernel;

@@ -6,6 +6,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod endings;
+mod escapes;
 mod exhausted;
 mod files;
 mod images;

@@ -180,7 +180,7 @@ fn values<'a>(platform: &'a [(String, String)], name: &'a str) -> impl Iterator<
     platform.iter().filter(move |(other, _)| other == name).map(|(_, value)| &**value)
 }
 
-/// A resource with a limit whose crossing ends a command.
+/// A resource with a limit. Crossing one of the first four ends a command; the others make its system calls fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LimitedResource {
     /// The memory of one action.
@@ -191,9 +191,19 @@ pub enum LimitedResource {
     Disk,
     /// Files and directories on disk.
     Files,
+    /// Processes and threads at a time.
+    Processes,
+    /// The bytes in the private /tmp.
+    Tmp,
+    /// Files and directories in the private /tmp.
+    TmpFiles,
+    /// The bytes in the private /dev/shm.
+    Shm,
+    /// Files and directories in the private /dev/shm.
+    ShmFiles,
 }
 
-/// A limit that was exceeded.
+/// A limit that was reached or exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exceeded {
     /// The resource that was used up.
@@ -234,6 +244,33 @@ impl fmt::Display for Exceeded {
                 f,
                 "it made {used} files and directories in its input root, more than the {limit} allowed \
                  (execution.limits.files)"
+            ),
+            LimitedResource::Processes => write!(
+                f,
+                "it reached its limit of processes: it had {used} of the {limit} processes and threads allowed at a time \
+                 (execution.sandbox.processes, or the platform property \"{PIDS}\" up to execution.limits.max_processes)"
+            ),
+            LimitedResource::Tmp => write!(
+                f,
+                "its /tmp was full: {} of the {} allowed were in use (execution.sandbox.tmp_size_gb)",
+                bytes(*used),
+                bytes(*limit)
+            ),
+            LimitedResource::Shm => write!(
+                f,
+                "its /dev/shm was full: {} of the {} allowed were in use (execution.sandbox.shm_size_gb)",
+                bytes(*used),
+                bytes(*limit)
+            ),
+            LimitedResource::TmpFiles => write!(
+                f,
+                "its /tmp was full: it had {used} of the {limit} files and directories allowed \
+                 (execution.sandbox.tmp_files)"
+            ),
+            LimitedResource::ShmFiles => write!(
+                f,
+                "its /dev/shm was full: it had {used} of the {limit} files and directories allowed \
+                 (execution.sandbox.tmp_files)"
             ),
         }
     }

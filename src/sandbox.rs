@@ -12,6 +12,7 @@
 mod assemble;
 pub(crate) mod confine;
 pub(crate) mod filter;
+pub(crate) mod full;
 pub(crate) mod identity;
 pub(crate) mod kind;
 pub(crate) mod landlock;

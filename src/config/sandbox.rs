@@ -13,8 +13,8 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::path::{Component, Path, PathBuf};
 
-/// Maximum number of files and directories in the private /tmp, and in /dev/shm. Each takes about a kilobyte of memory.
-const TMP_FILES: u64 = 200_000;
+/// Maximum number of files and directories that can be configured. Each takes about a kilobyte of memory.
+const MAX_TMP_FILES: u64 = 1_000_000_000;
 /// Maximum number of processes and threads that can be configured. This is the kernel's own limit.
 const MAX_PROCESSES: u64 = 4_194_304;
 /// The allowed first users of slots: they must not be root, and there must be room above them.
@@ -41,6 +41,8 @@ pub struct SandboxConfig {
     pub tmp_size_gb: Size,
     /// Size of the private /dev/shm of an action, in memory.
     pub shm_size_gb: Size,
+    /// Maximum number of files and directories in the private /tmp, and in the private /dev/shm.
+    pub tmp_files: u64,
     /// Maximum number of processes and threads of one action at a time.
     pub processes: u64,
     /// The first user id, and group id, of the range from which a root server gives each slot its own.
@@ -100,6 +102,7 @@ impl Default for SandboxConfig {
             writable: Vec::new(),
             tmp_size_gb: Size::from_gb(2),
             shm_size_gb: Size::from_gb(1),
+            tmp_files: 200_000,
             processes: 4096,
             first_user: identity::FIRST,
         }
@@ -121,6 +124,11 @@ pub(super) fn sandbox(
         &format!("must be between 1 and {MAX_PROCESSES}"),
     );
     check.require(
+        "execution.sandbox.tmp_files",
+        (1..=MAX_TMP_FILES).contains(&config.tmp_files),
+        &format!("must be between 1 and {MAX_TMP_FILES}"),
+    );
+    check.require(
         "execution.sandbox.first_user",
         USERS.contains(&config.first_user),
         &format!("must be between {} and {}; 0 is root", USERS.start(), USERS.end()),
@@ -131,7 +139,7 @@ pub(super) fn sandbox(
         hidden: config.hidden.clone(),
         writable: config.writable.clone(),
         tmp_bytes: check.size("execution.sandbox.tmp_size_gb", config.tmp_size_gb),
-        tmp_files: TMP_FILES,
+        tmp_files: config.tmp_files,
         shm_bytes: check.size("execution.sandbox.shm_size_gb", config.shm_size_gb),
         processes: config.processes,
         first_user: config.first_user,
@@ -315,6 +323,7 @@ mod tests {
             }),
             ("writable", |config| config.execution.sandbox.writable = vec!["/proc/x".into()]),
             ("processes", |config| config.execution.sandbox.processes = 0),
+            ("tmp_files", |config| config.execution.sandbox.tmp_files = 0),
             ("first_user", |config| config.execution.sandbox.first_user = 0),
         ] {
             let error = checked(change).unwrap_err().to_string();

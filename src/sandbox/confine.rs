@@ -10,6 +10,8 @@ use std::{fs, io};
 
 /// Added to the OOM score of an action's processes, so that the kernel kills them before others; the maximum is 1000.
 const OOM_SCORE: &str = "800";
+/// Maximum number of System V message queues of an action. Each takes at most 16 KiB of memory.
+const MESSAGE_QUEUES: &str = "1000";
 /// Highest capability number that is tried. The kernel returns EINVAL above its last one.
 const LAST_CAPABILITY: libc::c_ulong = 63;
 
@@ -81,6 +83,14 @@ pub(crate) fn limit_processes(limit: u64) -> io::Result<()> {
     let maximum = getrlimit(Resource::Nproc).maximum;
     let limit = Some(maximum.map_or(limit, |maximum| maximum.min(limit)));
     Ok(setrlimit(Resource::Nproc, Rlimit { current: limit, maximum: limit })?)
+}
+
+/// Limits the System V shared memory and message queues of this IPC namespace. Only the machine's root may do that, so
+/// errors are ignored: an ordinary user's actions keep the kernel's limits.
+pub(crate) fn limit_ipc(shared_bytes: u64) {
+    let pages = (shared_bytes / sys::page_size()).max(1);
+    let _ = fs::write("/proc/sys/kernel/shmall", pages.to_string());
+    let _ = fs::write("/proc/sys/kernel/msgmni", MESSAGE_QUEUES);
 }
 
 /// Makes the kernel kill a process and its later children before the server when memory runs out. If this process is

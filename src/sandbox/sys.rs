@@ -82,6 +82,13 @@ pub(super) fn loopback_up() -> io::Result<()> {
     Ok(())
 }
 
+/// Size of a page of memory in bytes.
+pub(super) fn page_size() -> u64 {
+    // SAFETY: takes and returns a number.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).ok().filter(|size| *size > 0).unwrap_or(4096)
+}
+
 /// Removes a capability, by number, from the bounding set, so that neither this process nor its children can ever gain
 /// it.
 pub(super) fn drop_capability(number: libc::c_ulong) -> io::Result<()> {

@@ -236,6 +236,8 @@ impl World {
         if has_network {
             sys::loopback_up().step("switch on the loopback interface")?;
         }
+        // This must come before the change of the user too.
+        confine::limit_ipc(self.sandbox.shm_bytes);
         // This must come before the change of the user, because the gateway could not enter the namespace afterwards.
         if let Some(network) = &setup.network {
             network.set_up()?;

@@ -334,3 +334,37 @@ async fn a_working_directory_that_cannot_be_entered_is_the_fault_of_the_action()
     })
     .await;
 }
+
+/// Neither a program that the action has just written, nor one that is an input, is ever busy (ETXTBSY). A hundred
+/// actions are started at once; half of the input roots are copies and half are staged trees.
+#[tokio::test]
+async fn a_program_that_was_just_written_can_always_be_run() {
+    with_each(&[("EXECUTION__CONCURRENCY", "8")], async |host| {
+        let program = host.client.upload(fs::read("/bin/true").unwrap()).await;
+        let tool = reapi::FileNode { is_executable: true, ..file("tool", program) };
+        let others = host.client.upload_all((0..40).map(|number| format!("{number}"))).await;
+        let others = others.iter().enumerate().map(|(at, digest)| file(&format!("other{at}"), *digest));
+        let small = host.client.upload(directory(vec![tool.clone()], vec![], vec![])).await;
+        let files = others.chain([tool]).collect();
+        let large = host.client.upload(directory(files, vec![], vec![])).await;
+        let mut running = Vec::new();
+        for number in 0..100 {
+            let script = format!(
+                "set -e; ./tool; cp tool own; ./own; cp /bin/true again; ./again; \
+                 printf '#!/bin/sh\\necho ran\\n' > script; chmod +x script; ./script # {number}"
+            );
+            let action = host.client.action(sh(&script), if number % 2 == 0 { small } else { large }).await;
+            running.push(host.client.start(action).await);
+        }
+        for action in running {
+            let result = action.finish().await.result.unwrap();
+            let did = host.did(&result).await;
+            assert_eq!((did.exit_code, &*did.stdout, &*did.stderr), (0, "ran\n", ""));
+        }
+        // A program that is open for writing is busy.
+        let action = host.client.action(sh("exec 3>> tool; ./tool"), small).await;
+        let result = host.client.run(action).await.result.unwrap();
+        assert!(host.client.stderr(&result).await.contains("Text file busy"), "{result:?}");
+    })
+    .await;
+}

@@ -6,6 +6,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod endings;
+mod escapes;
+mod exhausted;
 mod files;
 mod images;
 mod kernel;

@@ -1,6 +1,6 @@
 //! The processes that an action sees and leaves behind, and its influence on other processes.
 
-use crate::{Host, processes_with, support::*, with_each};
+use crate::{processes_with, support::*, with_each};
 use std::{fs, time::Duration};
 
 #[tokio::test]
@@ -107,42 +107,6 @@ async fn a_fork_bomb_reaches_its_limit_and_affects_no_other_action() {
         let did = host.run(script).await;
         assert!(did.stderr.contains("fork") && did.exit_code != 0, "{} {}", did.exit_code, did.stderr);
         assert_eq!(host.says("echo fine").await, "fine");
-    })
-    .await;
-}
-
-/// Neither processes nor mounts remain, and the next server can use the same store.
-#[tokio::test]
-async fn a_killed_server_leaves_no_processes_mounts_or_directories() {
-    with_each(&[], async |host| {
-        let marker = format!("orphan-of-{}", host.server.pid());
-        let action = host
-            .client
-            .action(
-                sh(&format!("(setsid sh -c ': {marker}; sleep 1000' &); : {marker}; sleep 1000")),
-                empty(),
-            )
-            .await;
-        let _running = host.client.start(action).await;
-        eventually("the action runs", || processes_with(&marker).len() >= 2).await;
-        host.server.signal("KILL");
-        // Until it has ended, the store is locked.
-        host.server.exit().await;
-        eventually("its processes are gone", || processes_with(&marker).is_empty()).await;
-        let store = host.server.store().to_str().unwrap();
-        let mounted = || {
-            let processes = fs::read_dir("/proc").unwrap().flatten().map(|process| process.path());
-            // Processes that have ended since have no mounts.
-            let mounts = processes.filter_map(|process| fs::read_to_string(process.join("mountinfo")).ok());
-            mounts.filter(|mounts| mounts.contains(store)).count()
-        };
-        eventually("its mounts are gone", || mounted() == 0).await;
-        let next = Host::of(Server::on(host.server.shared_store(), &[]).await, host.is_root).await;
-        assert_eq!(next.says("echo again; ls").await, "again");
-        eventually("its directories are gone", || {
-            fs::read_dir(next.server.store().join("build")).unwrap().next().is_none()
-        })
-        .await;
     })
     .await;
 }

@@ -343,30 +343,61 @@ fn stored(server: &Server, digest: Digest) -> std::path::PathBuf {
     find(&server.store().join("v1/blobs"), &digest.hash_hex()).unwrap()
 }
 
-/// Each way to write to a file, tried on an input that is in a staged tree. The action changes its own copy; the tree
-/// stays.
+/// Each way to write to a file, tried on an input that is in a staged tree. The action changes its own copy, or fails
+/// as expected; the tree stays.
 #[tokio::test]
 async fn no_way_to_write_changes_what_the_next_action_finds() {
     with_each(&[], async |host| {
         let (root, _) = root_of(&host.client, 50, "text").await;
         let look = "cat d/f0 d/f1 d/f2 d/f3 d/f4 d/f5 d/f6 d/f7; stat -c '%n %Y %a %h' d/f* d; ls d | wc -l";
         let before = says(&host.client, look, root).await;
+        // Each script prints what it has achieved.
         let ways = [
-            "echo x > d/f0",
-            "echo x >> d/f1",
-            "chmod 777 d/f2; touch d/f2; touch -d 1990-01-01 d/f3",
-            "mv d/f4 d/moved; ln d/f5 d/linked; echo x > d/linked; rm d/f6; mkdir d/f6; rm -r d; mkdir d",
+            ("echo x > d/f0; cat d/f0", "x\n"),
+            ("echo x >> d/f1; cat d/f1", "text 1\nx\n"),
+            (
+                "chmod 777 d/f2; touch d/f2; touch -d @5 d/f3; stat -c %a d/f2; stat -c %Y d/f3; [ d/f2 -nt d/f4 ] && echo newer",
+                "777\n5\nnewer\n",
+            ),
+            (
+                "mv d/f4 d/moved; ln d/f5 d/linked; echo x > d/linked; rm d/f6; mkdir d/f6; cat d/moved d/f5; ls -d d/f6; \
+                 rm -r d; mkdir d; ls d",
+                "text 4\nx\nd/f6\n",
+            ),
             // These write through a second name of an open file, and through memory that is shared with it.
-            "exec 3< d/f5; echo x > /proc/self/fd/3; echo x > /proc/$$/root/build/d/f7; echo x > /proc/self/cwd/d/f6",
-            "perl -e 'open F, \"+<\", \"d/f0\" or die; truncate F, 1 or die; seek F, 0, 2; print F \"x\"'",
-            "perl -e 'open F, \"+<\", \"d/f1\" or die; my $p = syscall(9, 0, 4096, 3, 1, fileno(F), 0); die if $p < 0; \
-             open M, \"+<\", \"/proc/self/mem\" or die; sysseek M, $p, 0; syswrite M, \"XXXX\" or die'",
-            "find / -xdev -name 'f0' -path '*t-*' -exec sh -c 'echo x > {}' \\; 2> /dev/null; true",
-            "for f in /proc/[0-9]*/root /proc/[0-9]*/cwd; do echo x > $f/d/f2; echo x > $f/build/d/f3; done 2> /dev/null; true",
+            (
+                "exec 3< d/f5; echo x > /proc/self/fd/3; echo x > /proc/$$/root/build/d/f7; echo x > /proc/self/cwd/d/f6; \
+                 cat d/f5 d/f7 d/f6",
+                "x\nx\nx\n",
+            ),
+            (
+                "perl -e 'open F, \"+<\", \"d/f0\" or die; truncate F, 1 or die; seek F, 0, 2; print F \"x\"'; cat d/f0",
+                "tx",
+            ),
+            (
+                "perl -e 'open F, \"+<\", \"d/f1\" or die; my $p = syscall(9, 0, 4096, 3, 1, fileno(F), 0); die if $p < 0; \
+                 open M, \"+<\", \"/proc/self/mem\" or die; sysseek M, $p, 0; syswrite M, \"XXXX\" or die'; cat d/f1",
+                "XXXX 1\n",
+            ),
+            // A mapping of a file that is open only for reading: EACCES, also for a later change of its protection.
+            (
+                "perl -e 'open F, \"<\", \"d/f1\" or die; print syscall(9, 0, 4096, 3, 1, fileno(F), 0), \" \", $!+0, \"\\n\"; \
+                 my $p = syscall(9, 0, 4096, 1, 1, fileno(F), 0); die if $p < 0; \
+                 print syscall(10, $p, 4096, 3), \" \", $!+0, \"\\n\"'",
+                "-1 13\n-1 13\n",
+            ),
+            // The staged tree itself is not visible, under any name.
+            ("find / -xdev -path '*/t-*' 2> /dev/null; find / -path '*/d/f0' 2> /dev/null | grep -v ^/proc", "/build/d/f0\n"),
+            // The directories of other processes: only those of the action's own can be entered.
+            (
+                "sleep 9 & for f in /proc/[0-9]*; do for g in $f/root/build/d/f2 $f/cwd/d/f2; do \
+                 if (echo x > $g) 2> /dev/null; then [ $f = /proc/1 ] && echo entered; else [ $f = /proc/1 ] && echo refused; fi; \
+                 done; done; cat d/f2",
+                "refused\nrefused\nx\n",
+            ),
         ];
-        for way in ways {
-            let action = host.client.action_with(sh(way), root, |action| action.do_not_cache = true).await;
-            let _ = host.client.run(action).await;
+        for (way, achieved) in ways {
+            assert_eq!(says(&host.client, way, root).await, achieved, "{way}");
             assert_eq!(says(&host.client, look, root).await, before, "{way}");
         }
         assert_eq!(directories(&host.server).1, 1, "all of them had the same tree");

@@ -11,6 +11,7 @@
 mod capture;
 mod cell;
 mod children;
+mod exhausted;
 mod gateway;
 mod guard;
 mod init;
@@ -23,6 +24,7 @@ pub mod runner;
 mod spawn;
 mod sys;
 pub(super) mod tool;
+mod unmapped;
 mod usage;
 
 use super::{cancel::CancelToken, clock::Moment, command::Launch, written::Written};
@@ -108,8 +110,8 @@ pub struct Ran {
     pub started: Moment,
     /// When its first process ended or was killed.
     pub ended: Moment,
-    /// Whether it failed to create a process because of its limit on processes.
-    pub refused_processes: bool,
+    /// If it failed: the limits that it had reached, and that did not end it.
+    pub reached: Vec<Exceeded>,
 }
 
 /// Starts the processes of a [`Launch`].
@@ -196,8 +198,7 @@ impl RunnerLauncher {
             Guard::new(&launch.limits, self.group.as_ref(), self.total_memory, process, written.as_ref());
         let outcome = runner.run(self.order(launch), timeout, cancel, guard);
         self.runner = Some(runner);
-        let refused_processes = self.group.as_ref().is_some_and(SlotGroup::refused_processes);
-        Ok(Ran { refused_processes, ..outcome? })
+        outcome
     }
 }
 
@@ -305,7 +306,14 @@ impl Runner {
             .and_then(|reply| reply.ok_or_else(|| std::io::ErrorKind::UnexpectedEof.into()));
         stopped = stopped.or_else(|| guard.end().map(Ending::from));
         match (reply.map(|reply| reply.reply), stopped) {
-            (Ok(Some(Reply::Ended(ended))), stopped) => ran(ended, stopped),
+            (Ok(Some(Reply::Ended(ended))), stopped) => {
+                let mut reached = Vec::new();
+                if ended.exit_code != 0 || ended.signal != 0 {
+                    reached.extend(guard.used_up_processes(ended.processes));
+                    reached.extend(exhausted::reached(&ended));
+                }
+                Ok(Ran { reached, ..ran(ended, stopped)? })
+            }
             // The kernel may have killed the first process of the cell too.
             (
                 Ok(Some(Reply::Failed(_))),
@@ -355,7 +363,7 @@ fn ran(ended: Ended, stopped: Option<Ending>) -> Result<Ran> {
         usage: ended.usage.unwrap_or_default(),
         started: Moment(ended.started_nanos),
         ended: Moment(ended.ended_nanos),
-        refused_processes: false,
+        reached: Vec::new(),
     })
 }
 

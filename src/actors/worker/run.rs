@@ -293,7 +293,6 @@ impl<'a> ActionRun<'a> {
             max_file_bytes: self.settings.max_output_file_bytes,
             stdout_bytes: size(&self.result.stdout_digest),
             stderr_bytes: size(&self.result.stderr_digest),
-            processes: self.limits().processes,
             is_noexec: self.result.exit_code == command::EXIT_NOT_EXECUTABLE
                 && self.settings.build_root.is_noexec(),
         }

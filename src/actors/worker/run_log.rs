@@ -15,7 +15,7 @@ use std::{
 
 /// Why the sandbox's filter kills a process with SIGSYS.
 const FOREIGN_CALLS: &str = "it used system calls of another architecture, such as the calls of a 32-bit program, \
-                             which the sandbox forbids (docs/sandbox.md)";
+                             which the system call filter of the sandbox forbids (docs/sandbox.md)";
 
 /// The facts of a run, except its ending.
 #[derive(Debug)]
@@ -25,8 +25,6 @@ pub(super) struct Facts<'a> {
     pub(super) timeline: &'a Timeline,
     pub(super) transfer_timeout: Duration,
     pub(super) max_file_bytes: u64,
-    /// Maximum number of processes at the same time; 0 for no limit.
-    pub(super) processes: u64,
     pub(super) stdout_bytes: i64,
     pub(super) stderr_bytes: i64,
     /// Whether the command may have failed because programs in the build root cannot be run.
@@ -49,8 +47,8 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
                 "exit code {code} is how a shell reports a program that was killed by SIGSYS: {FOREIGN_CALLS}"
             )
         }
-        Ending::Exited(code) if code != 0 && ran.refused_processes => {
-            format!("exit code {code}: {}", too_many_processes(facts))
+        Ending::Exited(code) if code != 0 && !ran.reached.is_empty() => {
+            format!("exit code {code}: {}", reached(ran))
         }
         Ending::Exited(_) => String::new(),
         Ending::Signalled(signal) => {
@@ -59,7 +57,7 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
                     ": it wrote a file larger than the {limit} bytes allowed (execution.max_output_file_gb)"
                 ),
                 libc::SIGSYS => format!(": {FOREIGN_CALLS}"),
-                _ if ran.refused_processes => format!(": {}", too_many_processes(facts)),
+                _ if !ran.reached.is_empty() => format!(": {}", reached(ran)),
                 libc::SIGKILL => ", which this server did not send; it may have run out of memory".into(),
                 _ => String::new(),
             };
@@ -86,12 +84,9 @@ pub(super) fn message(ran: &Ran, facts: &Facts<'_>) -> String {
     }
 }
 
-fn too_many_processes(facts: &Facts<'_>) -> String {
-    format!(
-        "the command could not start a process because it had all {} processes and threads that are allowed \
-         (execution.sandbox.processes)",
-        facts.processes
-    )
+/// The limits that a failed command had reached.
+fn reached(ran: &Ran) -> String {
+    ran.reached.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// The message for a command that lost processes because the memory for all actions together was used up, although this
@@ -144,6 +139,9 @@ fn write_account(
     )?;
     if let Some(ran) = ran {
         writeln!(text, "command: {}", describe(ran.ending))?;
+        for reached in &ran.reached {
+            writeln!(text, "limit: {reached}")?;
+        }
         write_usage(text, facts, ran)?;
     }
     match error {

@@ -38,6 +38,8 @@ pub(super) struct Children {
     first: libc::pid_t,
     ended: Ended,
     usage: Usage,
+    /// Called when the first process has failed, before any other process is killed.
+    examine_failure: fn(&mut Ended),
 }
 
 pub(super) struct Reaped {
@@ -102,7 +104,12 @@ impl Children {
         let mut ended = Ended { started_nanos: Moment::now().0, ..Ended::default() };
         let spawned = spawn::spawn(&plan, stack)?;
         ended.not_started = spawned.not_started;
-        Ok(Self { first: spawned.pid, ended, usage: Usage::default() })
+        Ok(Self { first: spawned.pid, ended, usage: Usage::default(), examine_failure: |_| {} })
+    }
+
+    /// Calls `examine` if the first process fails, before any other process is killed.
+    pub(super) fn examining_failure(self, examine: fn(&mut Ended)) -> Self {
+        Self { examine_failure: examine, ..self }
     }
 
     /// Reaps all children that have ended.
@@ -112,9 +119,12 @@ impl Children {
             match sys::ended_child()? {
                 sys::EndedChild::None => return Ok(Reaped { first_ended, none_left: true }),
                 sys::EndedChild::NotYet => return Ok(Reaped { first_ended, none_left: false }),
-                sys::EndedChild::Pid(pid) => {
+                sys::EndedChild::Pid { pid, has_failed } => {
                     if pid == self.first {
                         self.ended.ended_nanos = Moment::now().0;
+                        if has_failed {
+                            (self.examine_failure)(&mut self.ended);
+                        }
                         // As long as it is not reaped, its process group id cannot be reused.
                         sys::kill_group(pid);
                     }

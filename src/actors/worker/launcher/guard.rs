@@ -4,7 +4,7 @@
 //! the memory of the processes. It also measures what was written to the input root. The guard uses at most a twentieth
 //! of one CPU ([`MeasurementSchedule`]), so a command may exceed a limit by what it can use between two measurements.
 
-use super::resident;
+use super::{exhausted, resident};
 use crate::{
     actors::worker::written::Written,
     cgroups::{OutOfMemory, SlotGroup},
@@ -71,6 +71,8 @@ pub(super) struct Guard<'a> {
     killed: Option<MeasurementSchedule>,
     /// Measures what was written to the disk.
     written: Option<(MeasurementSchedule, &'a Written)>,
+    /// The largest number of processes and threads that a measurement of the memory has seen.
+    processes: u64,
 }
 
 impl<'a> Guard<'a> {
@@ -101,6 +103,7 @@ impl<'a> Guard<'a> {
             written: written
                 .filter(|_| limits.disk > 0 || limits.files > 0)
                 .map(|written| (MeasurementSchedule::new(PAUSE, now), written)),
+            processes: 0,
         }
     }
 
@@ -117,10 +120,16 @@ impl<'a> Guard<'a> {
     /// Takes all measurements that are due.
     pub(super) fn look(&mut self) -> Option<Violation> {
         let runner = self.runner;
-        if let Some((pace, limit)) = &mut self.resident
-            && let Some(used) = pace.look(|| resident::above(runner, limit.limit))
-        {
-            return Some(Violation::Exceeded(Exceeded { used, ..*limit }));
+        if let Some((pace, limit)) = &mut self.resident {
+            let processes = &mut self.processes;
+            let above = pace.look(|| {
+                let measured = resident::measure(runner, limit.limit);
+                *processes = measured.processes.max(*processes);
+                measured.above
+            });
+            if let Some(used) = above {
+                return Some(Violation::Exceeded(Exceeded { used, ..*limit }));
+            }
         }
         if let Some(pace) = &mut self.killed
             && let Some(group) = self.group
@@ -137,12 +146,25 @@ impl<'a> Guard<'a> {
     }
 
     /// The last measurement, when the command has ended.
-    pub(super) fn end(self) -> Option<Violation> {
+    pub(super) fn end(&self) -> Option<Violation> {
         if let Some(violation) = self.group.and_then(killed) {
             return Some(violation);
         }
-        let (_, written) = self.written.filter(|(_, written)| written.may_exceed(self.limits))?;
+        let (_, written) = self.written.as_ref().filter(|(_, written)| written.may_exceed(self.limits))?;
         written.exceeded(self.limits).map(Violation::Exceeded)
+    }
+
+    /// The limit on processes, if the command has reached it. It had `left` processes and threads when it failed.
+    pub(super) fn used_up_processes(&self, left: u64) -> Option<Exceeded> {
+        let limit = self.limits.processes;
+        let (used, is_reached) = match self.group.filter(|group| group.counts_processes()) {
+            Some(group) => (limit, group.refused_processes()),
+            None => {
+                let used = self.processes.max(left);
+                (used.min(limit), exhausted::are_used_up(used, limit))
+            }
+        };
+        is_reached.then_some(Exceeded { resource: LimitedResource::Processes, used, limit })
     }
 }
 

@@ -6,6 +6,7 @@
 
 use super::{
     children::{ChildExits, Children},
+    exhausted,
     protocol::{self, CellEvent, CellReady, Ended, Failed, FromCell, Run},
     spawn::Stack,
     sys,
@@ -99,7 +100,8 @@ fn run_one(
     // process.
     let child_exits = ChildExits::watch().map_err(failed)?;
     let stdin = stdin.map(|stdin| stdin.as_fd());
-    let mut children = Children::start(run, root, stdin, outputs, &mut Stack::new()).map_err(failed)?;
+    let children = Children::start(run, root, stdin, outputs, &mut Stack::new()).map_err(failed)?;
+    let mut children = children.examining_failure(exhausted::examine);
     while !children.reap_ended().map_err(failed)?.first_ended {
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
         child_exits.wait(&mut fds, None).map_err(failed)?;

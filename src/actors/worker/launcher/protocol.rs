@@ -6,7 +6,7 @@
 //! order. A cell uses the same protocol: it sends [`CellReady`], receives one [`Run`], and reports how the command
 //! ended. The pipes of a command that talks to the server are sent as open files after its [`Run`].
 
-use crate::sandbox::{kind::CellKind, layers::Layers, settings::Sandbox};
+use crate::sandbox::{full::FullMount, kind::CellKind, layers::Layers, settings::Sandbox};
 use gorego_reapi::proto::gorego;
 use prost::Message;
 use std::io::{self, Read, Write};
@@ -132,6 +132,12 @@ pub struct Ended {
     /// The output whose log is incomplete, for which the command was killed.
     #[prost(message, optional, tag = "8")]
     pub incomplete_log: Option<IncompleteLog>,
+    /// The private file systems of the cell that were full when the command failed.
+    #[prost(message, repeated, tag = "9")]
+    pub full_mounts: Vec<FullMount>,
+    /// The number of processes and threads in the cell when the command failed.
+    #[prost(uint64, tag = "10")]
+    pub processes: u64,
 }
 
 /// An output whose log is incomplete.

@@ -1,41 +1,90 @@
 //! Measures the memory of a command's processes through /proc, for machines where no control group bounds it.
 //!
-//! First it adds up the private part of each process's resident memory, which is cheap. Pages that processes share
-//! after a fork are counted several times. So if the sum exceeds the limit, each page is counted once (PSS), if this
-//! process has the permission to read that value. Files in memory (/tmp, /dev/shm) are counted only where they are
-//! mapped; they have separate limits.
+//! First it adds up the private part of each process's resident memory and the [files in memory](unmapped), which is
+//! cheap. Pages that processes share after a fork are counted several times. So if the sum exceeds the limit, each page
+//! is counted once (PSS), if this process has the permission to read that value.
 
-use super::reap;
+use super::{exhausted, reap, unmapped};
 use std::fs;
 
 /// Maximum number of processes that are inspected.
 const MAX_INSPECTED: usize = 20_000;
 
-/// The memory in bytes of all descendants of a process, if it exceeds `limit`.
-pub(super) fn above(of: u32, limit: u64) -> Option<u64> {
-    let processes = reap::descendants(of, MAX_INSPECTED);
-    let sum = |size: fn(u32) -> Option<u64>| {
-        processes.iter().filter_map(|process| size(*process)).fold(0, u64::saturating_add)
-    };
-    if sum(private) <= limit {
-        return None;
-    }
-    let used = sum(proportional);
-    (used > limit).then_some(used)
+/// What the processes of a command use at one time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct MemoryUse {
+    /// The memory in bytes, if it exceeds the limit.
+    pub above: Option<u64>,
+    /// The number of processes and threads in the cell, including its first process. 0 if there is no cell.
+    pub processes: u64,
 }
 
 /// Resident memory in bytes that is not backed by a file on a disk.
-fn private(process: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    Some(kib(&text, "RssAnon:")?.saturating_add(kib(&text, "RssShmem:").unwrap_or(0)))
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Resident {
+    private: u64,
+    /// Pages of files in memory, as far as they are mapped.
+    shared: u64,
 }
 
-/// The process's share (PSS) of the resident memory that is not backed by a file on a disk, in bytes.
-fn proportional(process: u32) -> Option<u64> {
+impl Resident {
+    fn with(self, other: Self) -> Self {
+        Self {
+            private: self.private.saturating_add(other.private),
+            shared: self.shared.saturating_add(other.shared),
+        }
+    }
+}
+
+/// Measures all descendants of a process against a limit of memory in bytes.
+pub(super) fn measure(of: u32, limit: u64) -> MemoryUse {
+    let (mut all, mut in_cell, mut resident) = (Vec::new(), Vec::new(), Resident::default());
+    let mut processes = 0;
+    for process in reap::descendants(of, MAX_INSPECTED) {
+        let Ok(status) = fs::read_to_string(format!("/proc/{process}/status")) else { continue };
+        resident = resident.with(mapped(&status));
+        all.push(process);
+        if is_in_cell(&status) {
+            in_cell.push(process);
+            processes += exhausted::threads(&status).unwrap_or(1);
+        }
+    }
+    let files = unmapped::files_in_memory(&all, &in_cell, limit);
+    let sum = resident.private.saturating_add(resident.shared).saturating_add(files);
+    MemoryUse {
+        above: if sum > limit { once(&all, files).filter(|used| *used > limit) } else { None },
+        processes: if in_cell.is_empty() { 0 } else { processes + 1 },
+    }
+}
+
+/// The memory of these processes in bytes, in which each page counts once. A mapped page of a file in memory may be
+/// among the `files`, so the larger of both counts.
+fn once(processes: &[u32], files: u64) -> Option<u64> {
+    let sum = processes.iter().filter_map(|process| proportional(*process)).reduce(Resident::with)?;
+    Some(sum.private.saturating_add(sum.shared.max(files)))
+}
+
+/// The resident memory in `/proc/PID/status`.
+fn mapped(status: &str) -> Resident {
+    let part = |name| kib(status, name).unwrap_or(0);
+    Resident { private: part("RssAnon:"), shared: part("RssShmem:") }
+}
+
+/// The process's share (PSS) of the resident memory.
+fn proportional(process: u32) -> Option<Resident> {
     let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"));
-    let part =
-        |text: String| Some(kib(&text, "Pss_Anon:")?.saturating_add(kib(&text, "Pss_Shmem:").unwrap_or(0)));
-    text.ok().and_then(part).or_else(|| private(process))
+    let part = |text: String| {
+        Some(Resident { private: kib(&text, "Pss_Anon:")?, shared: kib(&text, "Pss_Shmem:").unwrap_or(0) })
+    };
+    let status = || fs::read_to_string(format!("/proc/{process}/status")).ok();
+    text.ok().and_then(part).or_else(|| status().map(|status| mapped(&status)))
+}
+
+/// Whether a process is in another pid namespace than this one, and is not the first process there.
+fn is_in_cell(status: &str) -> bool {
+    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    let mut ids = ids.split_ascii_whitespace();
+    ids.next().is_some() && ids.next_back().is_some_and(|inner| inner != "1")
 }
 
 /// The number of KiB after `word` at the start of a line, converted to bytes.
@@ -61,12 +110,36 @@ mod tests {
         let mut shell = shell.spawn().unwrap();
         let mut said = [0; 2];
         shell.stdout.take().unwrap().read_exact(&mut said).unwrap();
-        let alone: u64 = reap::descendants(shell.id(), MAX_INSPECTED).into_iter().filter_map(private).sum();
-        let used = above(shell.id(), 32 << 20).unwrap();
+        let status = |pid: u32| fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let processes = reap::descendants(shell.id(), MAX_INSPECTED);
+        let alone: u64 = processes.into_iter().map(|pid| mapped(&status(pid)).private).sum();
+        let used = measure(shell.id(), 32 << 20).above.unwrap();
         assert!(alone >= 64 << 20 && used >= 32 << 20 && used <= alone / 4 * 3, "{used} of {alone}");
-        assert_eq!(above(shell.id(), alone), None);
+        assert_eq!(
+            measure(shell.id(), u64::MAX),
+            MemoryUse::default(),
+            "below the limit, and without a cell"
+        );
         reap::kill_descendants(shell.id());
         let _ = shell.kill();
         let _ = shell.wait();
+    }
+
+    #[test]
+    fn processes_of_a_cell_have_a_number_of_their_own() {
+        assert!(is_in_cell("Name:\tx\nNSpid:\t4711\t12\n"));
+        for outside in ["NSpid:\t4711\n", "NSpid:\t4711\t1\n", "Name:\tx\n"] {
+            assert!(!is_in_cell(outside), "{outside}");
+        }
+    }
+
+    #[test]
+    fn files_in_memory_count_once_with_the_pages_that_are_mapped() {
+        let own = std::process::id();
+        let mapped = once(&[own], 0).unwrap();
+        let files = 1 << 40;
+        let both = once(&[own], files).unwrap();
+        assert!(mapped < files && both >= files && both < files + mapped + (64 << 20), "{mapped} {both}");
+        assert_eq!(once(&[], files), None);
     }
 }

@@ -116,8 +116,12 @@ pub(super) enum EndedChild {
     None,
     /// All children are running.
     NotYet,
-    /// This child has ended.
-    Pid(libc::pid_t),
+    /// A child has ended.
+    Pid {
+        pid: libc::pid_t,
+        /// Whether a signal or an exit code other than 0 ended it.
+        has_failed: bool,
+    },
 }
 
 /// Looks for a child that has ended, without reaping it.
@@ -138,7 +142,10 @@ pub(super) fn ended_child() -> io::Result<EndedChild> {
         }
         Ok(match info.si_pid() {
             0 => EndedChild::NotYet,
-            pid => EndedChild::Pid(pid),
+            pid => {
+                let has_failed = info.si_code != libc::CLD_EXITED || info.si_status() != 0;
+                EndedChild::Pid { pid, has_failed }
+            }
         })
     }
 }

@@ -7,6 +7,7 @@
 use super::{
     CANCEL_POLL, Launcher as _, PoolSandbox, RunnerLauncher,
     cell::send_open,
+    exhausted,
     guard::{Guard, Violation},
     init::receive_open,
     protocol::{self, Ended, FromRunner, IncompleteLog, Order, Reply, Run, ToRunner},
@@ -264,7 +265,10 @@ impl ToolProcess {
             return seen.into();
         }
         match protocol::read::<FromRunner>(socket).ok().flatten().and_then(|message| message.reply) {
-            Some(Reply::Ended(ended)) => describe_ending(&ended),
+            Some(Reply::Ended(ended)) => {
+                let reached = exhausted::reached(&ended).map(|reached| format!("; {reached}"));
+                describe_ending(&ended) + &reached.collect::<String>()
+            }
             Some(Reply::Failed(failed)) => failed.message,
             None => "its runner ended".into(),
         }

@@ -158,7 +158,7 @@ impl<'a> ToolTurn<'a> {
             usage: self.tool.process.sample().since(self.before),
             started,
             ended: Moment::now(),
-            refused_processes: false,
+            reached: Vec::new(),
         };
         Ok((ran, answer.output))
     }

@@ -1,0 +1,82 @@
+//! Finds the limits of its cell that a failed command has reached. The kernel reports them only to the command, as the
+//! error of a system call.
+//!
+//! The first process of the cell [examines](examine) the cell while its mounts and the rest of its processes exist. A
+//! command that succeeds costs nothing.
+
+use super::protocol::Ended;
+use crate::{
+    limits::{Exceeded, LimitedResource},
+    sandbox::full::{FullMount, full_mounts},
+};
+use std::fs;
+
+/// Maximum number of processes that are counted.
+const MOST_PROCESSES: usize = 20_000;
+/// Processes are used up if at most one part in this many is free: a process that could not start another has often
+/// ended before they are counted.
+const FEW: u64 = 16;
+
+/// Notes what is used up in the cell of this process, in which a command has just failed.
+pub(super) fn examine(ended: &mut Ended) {
+    ended.full_mounts = full_mounts();
+    ended.processes = processes();
+}
+
+/// The number of processes and threads in the pid namespace of this process.
+fn processes() -> u64 {
+    let Ok(entries) = fs::read_dir("/proc") else { return 0 };
+    let names = entries.flatten().map(|entry| entry.file_name());
+    let processes = names.filter(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit));
+    let threads = |name: std::ffi::OsString| {
+        let status = fs::read_to_string(std::path::Path::new("/proc").join(name).join("status")).ok()?;
+        threads(&status)
+    };
+    processes.take(MOST_PROCESSES).filter_map(threads).sum()
+}
+
+/// The number of threads in `/proc/PID/status`.
+pub(super) fn threads(status: &str) -> Option<u64> {
+    status.lines().find_map(|line| line.strip_prefix("Threads:"))?.trim().parse().ok()
+}
+
+/// Whether so many processes and threads are as good as all that are allowed.
+pub(super) fn are_used_up(processes: u64, limit: u64) -> bool {
+    limit > 0 && processes.saturating_add(limit / FEW).saturating_add(1) >= limit
+}
+
+/// The limits of its cell that a command has reached.
+pub(super) fn reached(ended: &Ended) -> impl Iterator<Item = Exceeded> {
+    ended.full_mounts.iter().map(|&FullMount { is_shm, is_files, used, limit }| {
+        let resource = match (is_shm, is_files) {
+            (false, false) => LimitedResource::Tmp,
+            (false, true) => LimitedResource::TmpFiles,
+            (true, false) => LimitedResource::Shm,
+            (true, true) => LimitedResource::ShmFiles,
+        };
+        Exceeded { resource, used, limit }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_are_used_up_if_few_more_may_start() {
+        assert!(are_used_up(37, 40) && are_used_up(40, 40) && are_used_up(3_839, 4_096));
+        assert!(!are_used_up(36, 40) && !are_used_up(3_838, 4_096));
+        assert!(!are_used_up(0, 0), "there is no limit");
+    }
+
+    #[test]
+    fn the_processes_of_a_namespace_include_threads() {
+        let before = processes();
+        let (stop, wait) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || wait.recv());
+        assert!(before >= 1 && threads(&fs::read_to_string("/proc/self/status").unwrap()) >= Some(2));
+        drop(stop);
+        let _ = thread.join();
+        assert_eq!(threads("Name:\tx\nThreads:\t12\n"), Some(12));
+    }
+}

@@ -13,6 +13,7 @@ mod jwt;
 mod limits;
 pub mod load;
 mod log_filter;
+mod mismatch;
 mod persistent_workers;
 mod pools;
 mod quotas;

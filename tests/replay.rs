@@ -400,3 +400,11 @@ async fn without_a_sandbox_an_action_runs_only_if_the_user_insists() {
     said.expect(0, &["sandbox  none", "same"]);
     user.leaves_nothing();
 }
+
+#[tokio::test]
+async fn a_name_that_cannot_be_right_is_refused_before_the_server_is_asked() {
+    let mut replay = Command::new(env!("CARGO_BIN_EXE_gorego"));
+    // No server listens on this port.
+    replay.args(["replay", "--server", "grpc://127.0.0.1:1", "abc"]).stdin(Stdio::null());
+    Said::new(output(replay).await).expect(2, &["\"abc\" is too short for the beginning of an id"]);
+}

@@ -308,7 +308,7 @@ pub struct BenchArgs {
     /// make]
     #[arg(long, value_name = "N", value_parser = parse_rate)]
     pub rate: Option<f64>,
-    /// Measured time of each scenario
+    /// Measured time of each scenario and of each limit
     #[arg(long, default_value = "5s", value_name = "TIME", value_parser = parse_timeout)]
     pub duration: Duration,
     /// Warm-up time before the measured time, in which calls are made but not measured
@@ -326,7 +326,10 @@ pub struct BenchArgs {
     /// List the scenarios and exit
     #[arg(long)]
     pub list: bool,
-    /// For `limits`: directory on the disk to measure
+    /// Also measure what this machine can do without a server, and print the share of it that each scenario reaches
+    #[arg(long)]
+    pub limits: bool,
+    /// For `limits` and --limits: directory on the disk to measure
     #[arg(long, default_value = ".", value_name = "DIR")]
     pub directory: PathBuf,
 }

@@ -5,7 +5,7 @@ use super::{
     output::{Printout, finish},
     progress::ProgressLine,
 };
-use gorego_bench::{self as bench, Limits, Options, Pace, Target};
+use gorego_bench::{self as bench, Limits, Options, Pace, Progress, Target};
 use gorego_client::{Client, Identity};
 use gorego_reapi::error::{Error, Result};
 use std::{fmt::Write as _, fs, path::Path};
@@ -33,18 +33,21 @@ fn in_runtime(work: impl Future<Output = Result<Printout>>) -> Result<Printout> 
 fn list() -> String {
     let mut text = String::new();
     for scenario in bench::scenarios() {
-        let _ = writeln!(text, "{:<22}{} ({} callers)", scenario.name, scenario.about, scenario.callers);
+        let limit = scenario.limit().map(|limit| format!(", limit {limit}")).unwrap_or_default();
+        let _ =
+            writeln!(text, "{:<22}{} ({} callers{limit})", scenario.name, scenario.about, scenario.callers);
     }
     let _ = writeln!(text, "{LIMITS:<22}in place of a server: what this machine can do without one");
     text
 }
 
 async fn limits(args: &BenchArgs) -> Result<Printout> {
-    if !args.scenarios.is_empty() || args.compare.is_some() {
-        return Err(Error::Invalid("`gorego bench limits` takes no scenarios and no --compare".into()));
+    if !args.scenarios.is_empty() || args.compare.is_some() || args.limits {
+        return Err(Error::Invalid("`gorego bench limits` takes no scenarios, --compare or --limits".into()));
     }
     let line = ProgressLine::new();
-    let limits = Limits::measure(&args.directory, &|what| line.say(&format!("measuring {what}"))).await?;
+    let say = |progress: Progress| line.say(&progress.to_string());
+    let limits = Limits::measure(&args.directory, &options(args), &say).await?;
     line.clear();
     Ok((if args.json { limits.json() + "\n" } else { limits.table() }, true))
 }
@@ -69,19 +72,9 @@ async fn server(args: &BenchArgs) -> Result<Printout> {
     };
     let server = args.connect.options(&args.endpoint)?;
     let client = Client::connect(server, &args.instance, &identity).await?;
-    let options = Options {
-        callers: args.callers.map(usize::from),
-        pace: args.rate.map_or(Pace::Closed, Pace::Open),
-        warm_up: args.warm_up,
-        duration: args.duration,
-        pid: args.pid,
-    };
     let line = ProgressLine::new();
-    let report = bench::run(&Target::new(&client), &chosen, &options, &|progress| {
-        let seconds = progress.measured.as_secs_f64();
-        line.say(&format!("{}: {} calls in {seconds:.1} s", progress.scenario, progress.calls));
-    })
-    .await?;
+    let say = |progress: Progress| line.say(&progress.to_string());
+    let report = bench::run(&Target::new(&client), &chosen, &options(args), &say).await?;
     line.clear();
     let text = match before {
         Some(before) => bench::compare(&before, &report)?,
@@ -89,6 +82,17 @@ async fn server(args: &BenchArgs) -> Result<Printout> {
         None => report.table(),
     };
     Ok((text, report.is_clean()))
+}
+
+fn options(args: &BenchArgs) -> Options {
+    Options {
+        callers: args.callers.map(usize::from),
+        pace: args.rate.map_or(Pace::Closed, Pace::Open),
+        warm_up: args.warm_up,
+        duration: args.duration,
+        pid: args.pid,
+        limits: args.limits.then(|| args.directory.clone()),
+    }
 }
 
 fn read(path: &Path) -> Result<String> {

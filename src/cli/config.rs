@@ -9,7 +9,9 @@ use crate::{
     access::check_files,
     config::{
         ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, SocketAddress, Sources, TlsSettings,
-        load, load::file_to_read, show::show,
+        load,
+        load::{file_to_read, load_checked},
+        show::show,
     },
     server::check_tls_files,
 };
@@ -41,8 +43,8 @@ pub(super) fn run(command: &ConfigCommand) -> u8 {
 }
 
 fn check(file: &Path) -> Result<String> {
-    let loaded = load(&Sources { file: Some(file.to_owned()), ..Sources::default() })?;
-    let settings = Settings::new(&loaded, &Machine::this())?;
+    let sources = Sources { file: Some(file.to_owned()), ..Sources::default() };
+    let (_, settings) = load_checked(&sources, &Machine::this())?;
     let of_files = check_named_files(&settings)?;
     let warnings = settings.warnings.iter().chain(&of_files);
     let warnings: String = warnings.map(|warning| format!("warning: {warning}\n")).collect();
@@ -81,16 +83,14 @@ fn forbidden<'a>(mut files: impl Iterator<Item = &'a PathBuf>) -> Option<&'a Pat
 /// Loads the configuration of a server that is started with these flags, environment variables and sockets.
 ///
 /// # Errors
-/// The errors of [`load()`] and [`Settings::new`].
+/// The errors of [`load_checked`].
 pub(super) fn load_settings(
     args: &ServeArgs,
     env: Vec<(OsString, OsString)>,
     sockets: Vec<SocketAddress>,
 ) -> Result<(Loaded, Settings)> {
     let file = file_to_read(args.config.clone());
-    let loaded = load(&Sources { file, env, flags: flags(args)?, sockets })?;
-    let settings = Settings::new(&loaded, &Machine::this())?;
-    Ok((loaded, settings))
+    load_checked(&Sources { file, env, flags: flags(args)?, sockets }, &Machine::this())
 }
 
 /// The execution settings of `gorego replay`: the settings of a server on this machine, but with a separate build root,
@@ -117,9 +117,8 @@ pub(super) fn load_for_replay(
         flag("execution.staged_inputs_gb", Value::Integer(0)),
         flag("execution.sandbox.mode", Value::String(mode.to_owned())),
     ];
-    let loaded =
-        load(&Sources { file: file_to_read(config), env: environment(), flags, ..Sources::default() })?;
-    let settings = Settings::new(&loaded, &Machine::this())?;
+    let sources = Sources { file: file_to_read(config), env: environment(), flags, ..Sources::default() };
+    let (_, settings) = load_checked(&sources, &Machine::this())?;
     settings.execution.ok_or_else(|| Error::internal("execution is not enabled"))
 }
 

@@ -19,6 +19,7 @@ use super::{
     EXIT_OK, EXIT_SIGNALLED, EXIT_USAGE, ReplayArgs, complain, output::print, progress::ProgressLine,
 };
 use crate::{actors::worker::cancel::CancelToken, signals::StopSignals};
+use fetch::Subject;
 use gorego_client::blocking;
 use gorego_reapi::error::{Error, Result};
 use run::{ReplayPlace, Replayed};
@@ -83,8 +84,9 @@ async fn in_scratch(args: ReplayArgs, line: &ProgressLine) -> Result<Conclusion,
     if args.shell {
         Terminal::check()?;
     }
+    let subject = Subject::parse(&args.subject, args.digest_function)?;
     let scratch = Arc::new(Scratch::new()?);
-    let outcome = replay(args, &scratch, &mut signals, line).await;
+    let outcome = replay(args, subject, &scratch, &mut signals, line).await;
     line.say("removing what was staged");
     // Threads that were stopped by a signal may still hold it.
     scratch.clear();
@@ -93,6 +95,7 @@ async fn in_scratch(args: ReplayArgs, line: &ProgressLine) -> Result<Conclusion,
 
 async fn replay(
     args: ReplayArgs,
+    subject: Subject,
     scratch: &Arc<Scratch>,
     signals: &mut StopSignals,
     line: &ProgressLine,
@@ -104,8 +107,8 @@ async fn replay(
         or_signal(signals, blocking(move || ReplayPlace::open(config, &scratch, &runtime, no_sandbox)))
             .await?
     };
-    let fetched =
-        Arc::new(or_signal(signals, fetch::fetch(&args, stage.default_timeout(), scratch, line)).await?);
+    let fetching = fetch::fetch(&args, subject, stage.default_timeout(), scratch, line);
+    let fetched = Arc::new(or_signal(signals, fetching).await?);
     line.clear();
     report::introduce(&fetched, &stage, args.shell);
     line.say("running");

@@ -35,7 +35,11 @@ impl<'a> Checker<'a> {
         Error::Invalid(text)
     }
 
+    /// Notes a problem of the value of a key. The value of a key that could not be read is not the configured one.
     pub(super) fn refuse(&mut self, key: &str, problem: &str) {
+        if self.loaded.unusable.contains(key) {
+            return;
+        }
         let value = keys(&self.loaded.config).into_iter().find(|(name, _)| name == key);
         let value = value.map(|(_, value)| value.to_string()).unwrap_or_default();
         self.problems.push(format!("{key} = {value} ({}): {problem}", self.loaded.origin(key)));

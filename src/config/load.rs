@@ -2,11 +2,12 @@
 //! precedence over all of them.
 //!
 //! Each source is checked separately, so an error names the line, variable or flag at fault and never the merged
-//! result. Unknown keys are refused everywhere, and the closest known key is suggested. Whether a value is valid is
-//! checked in [`super::settings`].
+//! result. Unknown keys are refused everywhere, and the closest known key is suggested. All problems are reported
+//! together. Whether a value of the right type is valid is checked in [`super::settings`].
 
 use super::{
-    Config, pools,
+    Config, Machine, Settings, mismatch,
+    mismatch::in_words,
     source_text::{line_of, point_at},
 };
 use crate::size::Size;
@@ -14,13 +15,16 @@ use gorego_reapi::error::{Error, Result};
 use serde::Deserialize as _;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fmt, fs,
     io::ErrorKind,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
-use toml::{Table, Value, de::DeTable};
+use toml::{
+    Spanned, Table, Value,
+    de::{DeTable, DeValue},
+};
 
 /// The configuration file of a package. It is read if no file is named and this one exists.
 pub const SYSTEM_FILE: &str = "/etc/gorego/gorego.toml";
@@ -32,10 +36,14 @@ const ENV_PREFIX: &str = "GOREGO_";
 pub const OTHER_VARIABLES: &[&str] =
     &["GOREGO_CONFIG", "GOREGO_CREDENTIAL_HELPER", "GOREGO_ENDPOINT", "GOREGO_HEADERS", "GOREGO_INSTANCE"];
 /// Tables whose keys are chosen by the user.
-const FREE_TABLES: &[&str] =
-    &["access.roles", "access.users", "execution.platform", POOLS, "instances", "quotas.principals"];
-/// The only one of these tables whose values are tables with known keys.
-const POOLS: &str = "execution.pools";
+const FREE_TABLES: &[&str] = &[
+    "access.roles",
+    "access.users",
+    "execution.platform",
+    "execution.pools",
+    "instances",
+    "quotas.principals",
+];
 /// Minimum similarity (0 to 1, by edit distance) of a mistyped key to a suggested one.
 const SUGGESTION_LIMIT: f64 = 0.6;
 /// Penalty on the similarity of last segments, compared with the similarity of whole keys.
@@ -111,12 +119,14 @@ pub struct Loaded {
     /// The file that was read, if any.
     pub file: Option<PathBuf>,
     origins: BTreeMap<String, Origin>,
+    /// Keys with a value that cannot be used. They have another value here, so nothing is said about it.
+    pub(super) unusable: BTreeSet<String>,
 }
 
 impl Loaded {
     /// The built-in defaults alone.
     pub fn defaults() -> Self {
-        Self { config: Config::default(), file: None, origins: BTreeMap::new() }
+        Self { config: Config::default(), file: None, origins: BTreeMap::new(), unusable: BTreeSet::new() }
     }
 
     /// The source of a dotted key, such as `execution.concurrency`.
@@ -158,34 +168,25 @@ pub fn variable_of(key: &str) -> String {
 /// Merges all sources into one configuration.
 ///
 /// # Errors
-/// [`Error::Invalid`] that names the file and line, variable or flag, and the problem. For a mistyped key it suggests
-/// the closest one.
+/// [`Error::Invalid`] with all problems. Each names the file and line, variable or flag. For a mistyped key the closest
+/// one is suggested.
 pub fn load(sources: &Sources) -> Result<Loaded> {
-    let known: BTreeMap<String, Value> = keys(&Config::default()).into_iter().collect();
-    let mut merged = Table::new();
-    let mut loaded = Loaded::defaults();
-    if let Some(path) = &sources.file {
-        take_file(path, &read_text(path)?, &known, &mut merged, &mut loaded.origins)?;
-        loaded.file = Some(path.clone());
-    }
-    for (name, value) in &sources.env {
-        if let Some((key, value)) = read_variable(name, value, &known)? {
-            set(&mut merged, &key, value);
-            loaded.origins.insert(key, Origin::Env(name.to_string_lossy().into_owned()));
+    finish(merge(sources)?)
+}
+
+/// Merges all sources into one configuration and checks its values.
+///
+/// # Errors
+/// [`Error::Invalid`] with all problems that [`load`] and [`Settings::new`] find.
+pub fn load_checked(sources: &Sources, machine: &Machine) -> Result<(Loaded, Settings)> {
+    let (loaded, mut problems) = merge(sources)?;
+    match Settings::new(&loaded, machine) {
+        Ok(settings) => Ok((finish((loaded, problems))?, settings)),
+        Err(error) => {
+            problems.push(error.to_string());
+            Err(Error::Invalid(problems.join("\n")))
         }
     }
-    for Flag { flag, key, value } in &sources.flags {
-        check_alone(key, value).map_err(|problem| Error::Invalid(format!("{flag}: {problem}")))?;
-        set(&mut merged, key, value.clone());
-        loaded.origins.insert((*key).to_owned(), Origin::Flag((*flag).to_owned()));
-    }
-    for SocketAddress { name, key, address } in &sources.sockets {
-        set(&mut merged, key, Value::String(address.to_string()));
-        loaded.origins.insert((*key).to_owned(), Origin::Socket((*name).to_owned()));
-    }
-    loaded.config =
-        Config::deserialize(merged).map_err(|error| Error::Invalid(error.message().to_owned()))?;
-    Ok(loaded)
 }
 
 /// Merges the text of a file with the defaults. `path` is the name of the file in errors.
@@ -193,48 +194,108 @@ pub fn load(sources: &Sources) -> Result<Loaded> {
 /// # Errors
 /// See [`load`].
 pub fn from_text(path: &Path, text: &str) -> Result<Loaded> {
-    let known = keys(&Config::default()).into_iter().collect();
-    let mut merged = Table::new();
-    let mut loaded = Loaded::defaults();
-    take_file(path, text, &known, &mut merged, &mut loaded.origins)?;
-    loaded.config =
-        Config::deserialize(merged).map_err(|error| Error::Invalid(error.message().to_owned()))?;
-    loaded.file = Some(path.to_owned());
-    Ok(loaded)
+    let mut merge = Merge::new();
+    merge.take_file(path, text)?;
+    finish(merge.end()?)
+}
+
+fn finish((loaded, problems): (Loaded, Vec<String>)) -> Result<Loaded> {
+    if problems.is_empty() { Ok(loaded) } else { Err(Error::Invalid(problems.join("\n"))) }
+}
+
+/// Merges all values that can be used, and collects the problems of the others.
+///
+/// # Errors
+/// If the file cannot be read or is not TOML.
+fn merge(sources: &Sources) -> Result<(Loaded, Vec<String>)> {
+    let mut merge = Merge::new();
+    if let Some(path) = &sources.file {
+        merge.take_file(path, &read_text(path)?)?;
+    }
+    for (name, value) in &sources.env {
+        let Some(name) = name.to_str().filter(|name| name.starts_with(ENV_PREFIX)) else { continue };
+        match key_of(name, &merge.known) {
+            Ok(None) => {}
+            Ok(Some(key)) => match read_variable(name, &key, value, &merge.known) {
+                Ok(value) => merge.take(&key, value, Origin::Env(name.to_owned())),
+                Err(problem) => merge.refuse(&key, problem),
+            },
+            Err(problem) => merge.problems.push(problem),
+        }
+    }
+    for Flag { flag, key, value } in &sources.flags {
+        match check_alone(key, value) {
+            Ok(()) => merge.take(key, value.clone(), Origin::Flag((*flag).to_owned())),
+            Err(problem) => merge.refuse(key, format!("{flag}: {problem}")),
+        }
+    }
+    for SocketAddress { name, key, address } in &sources.sockets {
+        merge.take(key, Value::String(address.to_string()), Origin::Socket((*name).to_owned()));
+    }
+    merge.end()
+}
+
+/// A merge in progress.
+struct Merge {
+    known: BTreeMap<String, Value>,
+    values: Table,
+    loaded: Loaded,
+    problems: Vec<String>,
+}
+
+impl Merge {
+    fn new() -> Self {
+        let known = keys(&Config::default()).into_iter().collect();
+        Self { known, values: Table::new(), loaded: Loaded::defaults(), problems: Vec::new() }
+    }
+
+    /// Takes a value, which replaces an earlier one.
+    fn take(&mut self, key: &str, value: Value, origin: Origin) {
+        set(&mut self.values, key, value);
+        self.loaded.origins.insert(key.to_owned(), origin);
+    }
+
+    /// Notes that a value of this key cannot be used.
+    fn refuse(&mut self, key: &str, problem: String) {
+        self.problems.push(problem);
+        self.loaded.unusable.insert(key.to_owned());
+    }
+
+    fn take_file(&mut self, path: &Path, text: &str) -> Result<()> {
+        let refuse =
+            |error: toml::de::Error| Error::Invalid(point_at(path, text, error.span(), error.message()));
+        let document = DeTable::parse(text).map_err(refuse)?;
+        let values: Table = toml::from_str(text).map_err(refuse)?;
+        let (mut found, mut problems) = (Vec::new(), Vec::new());
+        walk(document.get_ref(), "", &self.known, &mut found, &mut problems);
+        for (key, at, spanned) in found {
+            let of_key = mismatch::problems(&key, spanned);
+            if !of_key.is_empty() {
+                problems.extend(of_key);
+                self.loaded.unusable.insert(key);
+            } else if let Some(value) = get(&values, &key) {
+                self.take(&key, value.clone(), Origin::File(path.to_owned(), line_of(text, at)));
+            }
+        }
+        // In the order of the text.
+        problems.sort_by_key(|(span, _)| span.as_ref().map(|span| span.start));
+        let problems = problems.into_iter().map(|(span, problem)| point_at(path, text, span, &problem));
+        self.problems.extend(problems);
+        self.loaded.file = Some(path.to_owned());
+        Ok(())
+    }
+
+    fn end(mut self) -> Result<(Loaded, Vec<String>)> {
+        self.loaded.config =
+            Config::deserialize(self.values).map_err(|error| Error::Invalid(error.message().to_owned()))?;
+        Ok((self.loaded, self.problems))
+    }
 }
 
 /// The file to read: the named one or, if no file is named, the system's file if it exists. The current directory is
 /// not searched, so that a server does not depend on where it is started.
 pub fn file_to_read(named: Option<PathBuf>) -> Option<PathBuf> {
     named.or_else(|| Some(PathBuf::from(SYSTEM_FILE)).filter(|path| path.exists()))
-}
-
-fn take_file(
-    path: &Path,
-    text: &str,
-    known: &BTreeMap<String, Value>,
-    merged: &mut Table,
-    origins: &mut BTreeMap<String, Origin>,
-) -> Result<()> {
-    let refuse = |span, message: &str| Error::Invalid(point_at(path, text, span, message));
-    let document = DeTable::parse(text).map_err(|error| refuse(error.span(), error.message()))?;
-    let (mut found, mut misplaced) = (Vec::new(), Vec::new());
-    walk(document.get_ref(), "", known, &mut found, &mut misplaced);
-    if !misplaced.is_empty() {
-        let all: Vec<String> =
-            misplaced.into_iter().map(|(span, problem)| point_at(path, text, Some(span), &problem)).collect();
-        return Err(Error::Invalid(all.join("\n")));
-    }
-    // serde checks the types over the text, because it knows the position of every value.
-    toml::from_str::<Config>(text).map_err(|error| refuse(error.span(), error.message()))?;
-    let values: Table = toml::from_str(text).map_err(|error| refuse(error.span(), error.message()))?;
-    for (key, at) in found {
-        if let Some(value) = get(&values, &key) {
-            set(merged, &key, value.clone());
-            origins.insert(key, Origin::File(path.to_owned(), line_of(text, at)));
-        }
-    }
-    Ok(())
 }
 
 fn read_text(path: &Path) -> Result<String> {
@@ -259,15 +320,13 @@ fn read_text(path: &Path) -> Result<String> {
     }
 }
 
-type Misplaced = (std::ops::Range<usize>, String);
-
-/// Collects the keys of a document with their positions, and those that are unknown or no keys at all.
-fn walk(
-    table: &DeTable<'_>,
+/// Collects the keys of a document with their positions and values, and those that are unknown or no keys at all.
+fn walk<'a, 'text>(
+    table: &'a DeTable<'text>,
     prefix: &str,
     known: &BTreeMap<String, Value>,
-    found: &mut Vec<(String, usize)>,
-    misplaced: &mut Vec<Misplaced>,
+    found: &mut Vec<(String, usize, &'a Spanned<DeValue<'text>>)>,
+    misplaced: &mut Vec<mismatch::Problem>,
 ) {
     let mut entries: Vec<_> = table.iter().collect();
     // In the order of the text.
@@ -276,14 +335,12 @@ fn walk(
         let key = format!("{prefix}{}", name.get_ref());
         let is_section = known.keys().any(|k| k.strip_prefix(&key).is_some_and(|rest| rest.starts_with('.')));
         if known.contains_key(&key) {
-            if let (POOLS, Some(pools)) = (key.as_str(), value.get_ref().as_table()) {
-                check_pools(pools, misplaced);
-            }
-            found.push((key, name.span().start));
+            found.push((key, name.span().start, value));
         } else if let (true, Some(section)) = (is_section, value.get_ref().as_table()) {
             walk(section, &format!("{key}."), known, found, misplaced);
         } else if is_section {
-            misplaced.push((value.span(), format!("\"{key}\" is a section; write its keys below [{key}]")));
+            misplaced
+                .push((Some(value.span()), format!("\"{key}\" is a section; write its keys below [{key}]")));
         } else {
             let sections: BTreeSet<String> =
                 known.keys().flat_map(|known| sections_of(known)).map(str::to_owned).collect();
@@ -291,7 +348,7 @@ fn walk(
                 Some(_) => suggestion(&key, sections.iter()),
                 None => suggestion(&key, known.keys()),
             };
-            misplaced.push((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
+            misplaced.push((Some(name.span()), format!("unknown key \"{}\"{hint}", key.escape_debug())));
         }
     }
 }
@@ -301,72 +358,61 @@ fn sections_of(key: &str) -> impl Iterator<Item = &str> {
     key.match_indices('.').filter_map(|(at, _)| key.get(..at))
 }
 
-/// Collects the unknown keys of pools. serde detects all other errors in them.
-fn check_pools(pools: &DeTable<'_>, misplaced: &mut Vec<Misplaced>) {
-    for (pool, keys) in pools {
-        for name in keys.get_ref().as_table().into_iter().flatten().map(|(name, _)| name) {
-            if !pools::KEYS.contains(&&**name.get_ref()) {
-                let key = format!("{POOLS}.{}.{}", pool.get_ref(), name.get_ref());
-                let known: Vec<_> =
-                    pools::KEYS.iter().map(|known| format!("{POOLS}.{}.{known}", pool.get_ref())).collect();
-                let hint = suggestion(&key, known.iter());
-                misplaced.push((name.span(), format!("unknown key \"{}\"{hint}", key.escape_debug())));
-            }
-        }
-    }
-}
-
-/// The key and value that an environment variable sets; `None` if the variable is not for this server.
-fn read_variable(
-    name: &OsString,
-    value: &OsString,
-    known: &BTreeMap<String, Value>,
-) -> Result<Option<(String, Value)>> {
-    let Some(name) = name.to_str().filter(|name| name.starts_with(ENV_PREFIX)) else { return Ok(None) };
+/// The key that an environment variable sets; `None` if the variable is not for this server.
+fn key_of(name: &str, known: &BTreeMap<String, Value>) -> std::result::Result<Option<String>, String> {
     if OTHER_VARIABLES.contains(&name) || is_service_link(name) {
         return Ok(None);
     }
-    let key = known.keys().find(|key| variable_of(key) == name).cloned().ok_or_else(|| {
+    let key = known.keys().find(|key| variable_of(key) == name).cloned();
+    key.map(Some).ok_or_else(|| {
         let variables: Vec<String> = known
             .keys()
             .map(|key| variable_of(key))
             .chain(OTHER_VARIABLES.iter().map(|name| (*name).to_owned()))
             .collect();
         let hint = suggestion(name, variables.iter());
-        Error::Invalid(format!("unknown environment variable {}{hint}", name.escape_debug()))
-    })?;
+        format!("unknown environment variable {}{hint}", name.escape_debug())
+    })
+}
+
+/// The value that an environment variable gives to its key.
+fn read_variable(
+    name: &str,
+    key: &str,
+    value: &OsStr,
+    known: &BTreeMap<String, Value>,
+) -> std::result::Result<Value, String> {
     let Some(text) = value.to_str() else {
-        return Err(Error::Invalid(format!("environment variable {name} is not UTF-8 text")));
+        return Err(format!("environment variable {name} is not UTF-8 text"));
     };
-    let refuse = |problem: String| {
-        Error::Invalid(format!("environment variable {name}=\"{}\": {problem}", text.escape_debug()))
-    };
-    let value = match known.get(&key) {
-        Some(_) if is_size(&key) => {
+    let refuse =
+        |problem: String| format!("environment variable {name}=\"{}\": {problem}", text.escape_debug());
+    let value = match known.get(key) {
+        Some(_) if is_size(key) => {
             let size = Size::from_words(text).map_err(refuse)?;
             Value::try_from(size).map_err(|error| refuse(error.to_string()))?
         }
         Some(Value::Integer(_)) => match text.trim().parse() {
             Ok(number) => Value::Integer(number),
-            Err(_) => return Err(refuse("expected a whole number".into())),
+            Err(_) => return Err(refuse("has to be a whole number".into())),
         },
         Some(Value::Boolean(_)) => match text.trim() {
             "true" => Value::Boolean(true),
             "false" => Value::Boolean(false),
-            _ => return Err(refuse("expected true or false".into())),
+            _ => return Err(refuse("has to be true or false".into())),
         },
         Some(Value::Array(_) | Value::Table(_)) => {
             let mut table: Table = toml::from_str(&format!("value = {text}"))
-                .map_err(|error| refuse(format!("expected a TOML value: {}", error.message())))?;
+                .map_err(|error| refuse(format!("has to be a TOML value: {}", error.message())))?;
             match (table.len(), table.remove("value")) {
                 (1, Some(value)) => value,
-                _ => return Err(refuse("expected one TOML value".into())),
+                _ => return Err(refuse("has to be one TOML value".into())),
             }
         }
         _ => Value::String(text.to_owned()),
     };
-    check_alone(&key, &value).map_err(refuse)?;
-    Ok(Some((key, value)))
+    check_alone(key, &value).map_err(refuse)?;
+    Ok(value)
 }
 
 /// Whether a key holds a [`Size`]. A test checks the naming convention.
@@ -388,12 +434,12 @@ fn is_service_link(name: &str) -> bool {
 fn check_alone(key: &str, value: &Value) -> std::result::Result<(), String> {
     let mut table = Table::new();
     set(&mut table, key, value.clone());
-    Config::deserialize(table).map(|_| ()).map_err(|error| error.message().trim().to_owned())
+    Config::deserialize(table).map(|_| ()).map_err(|error| in_words(key, error.message()))
 }
 
 /// "; did you mean ...?" if a candidate is close enough. The last segments are compared too, for a key in the wrong
 /// section. The common prefix of all variables is ignored, because it would make all of them similar.
-fn suggestion<'a>(word: &str, candidates: impl Iterator<Item = &'a String>) -> String {
+pub(super) fn suggestion<'a>(word: &str, candidates: impl Iterator<Item = &'a String>) -> String {
     fn bare(word: &str) -> &str {
         word.strip_prefix(ENV_PREFIX).unwrap_or(word)
     }

@@ -28,9 +28,6 @@ use serde::{
 };
 use std::fmt;
 
-/// The keys of a pool, for suggestions.
-pub(super) const KEYS: &[&str] = &["slots", "cores", "memory_gb", "properties", "limits", "sandbox"];
-
 /// Maximum number of pools. A task is in the queue of each pool that can run it.
 const MAX_POOLS: usize = 64;
 /// Maximum length of a pool's name in bytes. It is a part of the names of workers.

@@ -2,7 +2,7 @@
 
 use crate::{
     Report, ScenarioReport,
-    report::{aligned, rounded, time},
+    report::{aligned, percent, rounded, time},
 };
 use gorego_reapi::error::{Error, Result};
 
@@ -29,13 +29,17 @@ pub fn compare(before: &str, now: &Report) -> Result<String> {
         .map(str::to_owned)
         .to_vec(),
     ];
-    for new in &now.scenarios {
-        if let Some(old) = before.scenarios.iter().find(|old| old.name == new.name) {
-            rows.push(row(old, new));
-        }
-    }
-    if rows.len() == 1 {
+    let old = |new: &ScenarioReport| before.scenarios.iter().find(|old| old.name == new.name);
+    let pairs: Vec<_> = now.scenarios.iter().filter_map(|new| Some((old(new)?, new))).collect();
+    if pairs.is_empty() {
         return Err(Error::Invalid("the two runs have no scenario in common".into()));
+    }
+    rows.extend(pairs.iter().map(|(old, new)| row(old, new)));
+    let shares: Vec<_> = pairs.iter().map(|(old, new)| old.share.zip(new.share)).collect();
+    if shares.iter().any(Option::is_some) {
+        let header = ["share before", "now", "ratio"].map(str::to_owned);
+        let cells = std::iter::once(header).chain(shares.into_iter().map(share_cells));
+        rows.iter_mut().zip(cells).for_each(|(row, cells)| row.extend(cells));
     }
     Ok(aligned(&rows))
 }
@@ -52,10 +56,21 @@ fn row(old: &ScenarioReport, new: &ScenarioReport) -> Vec<String> {
         (old.figures.latency_us.p99, new.figures.latency_us.p99, time),
     ];
     for (before, now, text) in pairs {
-        let ratio = if before > 0.0 { format!("{:.2}", now / before) } else { "-".into() };
-        cells.extend([text(before), text(now), ratio]);
+        cells.extend([text(before), text(now), ratio(before, now)]);
     }
     cells
+}
+
+/// The shares of the limits of both runs.
+fn share_cells(shares: Option<(f64, f64)>) -> [String; 3] {
+    match shares {
+        Some((before, now)) => [percent(before), percent(now), ratio(before, now)],
+        None => ["-", "-", "-"].map(str::to_owned),
+    }
+}
+
+fn ratio(before: f64, now: f64) -> String {
+    if before > 0.0 { format!("{:.2}", now / before) } else { "-".into() }
 }
 
 #[cfg(test)]
@@ -75,8 +90,15 @@ mod tests {
             latency_us,
             errors: Default::default(),
         };
-        let scenario =
-            ScenarioReport { name: name.into(), unit: "blobs".into(), callers: 1, figures, server: None };
+        let scenario = ScenarioReport {
+            name: name.into(),
+            unit: "blobs".into(),
+            callers: 1,
+            figures,
+            server: None,
+            limit: None,
+            share: None,
+        };
         Report {
             endpoint: "grpc://a:1".into(),
             instance: String::new(),
@@ -92,5 +114,24 @@ mod tests {
         assert!(line.starts_with("find-missing") && line.contains("1.50") && line.contains("1.00"), "{text}");
         assert!(compare(&report("a", 1.0).json(), &report("b", 1.0)).is_err());
         assert!(compare("{}", &report("b", 1.0)).is_err());
+    }
+
+    #[test]
+    fn shares_are_compared_if_both_runs_have_them() {
+        let with_share = |share| {
+            let mut report = report("cache-hit", 200.0);
+            report.scenarios[0].share = share;
+            report
+        };
+        let text = compare(&with_share(Some(0.4)).json(), &with_share(Some(0.5))).unwrap();
+        assert!(text.contains("share before") && text.contains("40.0 %  50.0 %   1.25"), "{text}");
+        let text = compare(&with_share(None).json(), &with_share(Some(0.5))).unwrap();
+        assert!(!text.contains("share"), "{text}");
+        // Runs of earlier versions have no such fields.
+        let mut early: serde_json::Value = serde_json::from_str(&report("cache-hit", 1.0).json()).unwrap();
+        for field in ["limit", "share"] {
+            early["scenarios"][0].as_object_mut().unwrap().remove(field).unwrap();
+        }
+        assert!(compare(&early.to_string(), &with_share(Some(0.5))).is_ok());
     }
 }

@@ -77,6 +77,37 @@ impl Call {
     }
 }
 
+/// A workload whose calls are prepared by this function.
+struct Calls<F>(F);
+
+impl<F> Workload for Calls<F>
+where
+    F: Fn(u64) -> BoxFuture<'static, Result<Call>> + Send + Sync,
+{
+    fn prepare(&self, number: u64) -> BoxFuture<'_, Result<Call>> {
+        (self.0)(number)
+    }
+}
+
+/// A workload whose calls need no preparation.
+pub(crate) fn ready<M>(make: impl Fn(u64) -> M + Send + Sync + 'static) -> Box<dyn Workload>
+where
+    M: Future<Output = std::result::Result<Work, String>> + Send + 'static,
+{
+    Box::new(Calls(move |number| {
+        let call = Call::new(make(number));
+        Box::pin(async move { Ok(call) }) as BoxFuture<'static, _>
+    }))
+}
+
+/// A workload whose calls are prepared by futures.
+pub(crate) fn prepared<P>(prepare: impl Fn(u64) -> P + Send + Sync + 'static) -> Box<dyn Workload>
+where
+    P: Future<Output = Result<Call>> + Send + 'static,
+{
+    Box::new(Calls(move |number| Box::pin(prepare(number)) as BoxFuture<'static, _>))
+}
+
 /// The results of a measurement, and the resources that the server used.
 #[derive(Debug)]
 pub(crate) struct Measured {
@@ -112,7 +143,7 @@ pub(crate) async fn measure(
         failed_rounds = if recorder.has_success() { 0 } else { failed_rounds + 1 };
         all.add(recorder);
         measured += elapsed;
-        progress(Progress { scenario: name, calls: all.calls(), measured });
+        progress(Progress::Measured { scenario: name, calls: all.calls(), time: measured });
     }
     let calls = all.calls();
     let server = options.pid.map(|pid| ServerUse::new(pid, &used, calls));
@@ -282,6 +313,7 @@ mod tests {
             warm_up: Duration::ZERO,
             duration: Duration::from_millis(200),
             pid: None,
+            limits: None,
         }
     }
 

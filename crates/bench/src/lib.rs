@@ -4,7 +4,7 @@
 //! callers can ([`Pace::Closed`]) or at a fixed rate ([`Pace::Open`]), and measures each. Everything that a call needs,
 //! such as blobs that the server has never seen, is created before the clock runs. Every answer is checked, and a wrong
 //! one counts as an error.
-//! [`limits`] measures the machine itself, so that a result can be read as a ratio.
+//! [`limits`] measures the machine itself, so that a result can be read as a share of the limit of its scenario.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod compare;
@@ -13,6 +13,7 @@ mod figures;
 pub mod limits;
 mod noise;
 mod process;
+mod progress;
 mod report;
 mod scenario;
 mod target;
@@ -22,12 +23,14 @@ pub use drive::Pace;
 pub use figures::{Figures, Latency};
 pub use limits::{Limit, Limits};
 pub use process::ServerUse;
+pub use progress::Progress;
 pub use report::{Report, ScenarioReport};
 pub use scenario::{Scenario, find, scenarios};
 pub use target::Target;
 
 use gorego_reapi::error::Result;
-use std::time::Duration;
+use limits::Machine;
+use std::{path::PathBuf, time::Duration};
 
 /// How long and with which load each scenario is measured.
 #[derive(Debug, Clone)]
@@ -42,24 +45,15 @@ pub struct Options {
     pub duration: Duration,
     /// Process id of the server, if it runs on this machine: its CPU time and memory are reported.
     pub pid: Option<u32>,
-}
-
-/// The progress of a run.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Progress {
-    /// Name of the scenario that runs now.
-    pub scenario: &'static str,
-    /// Calls that were measured so far.
-    pub calls: u64,
-    /// Measured time so far.
-    pub measured: Duration,
+    /// A directory on the disk of the store, to measure the limit of each scenario too.
+    pub limits: Option<PathBuf>,
 }
 
 /// Runs these scenarios one after the other.
 ///
 /// # Errors
-/// If a scenario cannot be prepared, for example because the server refuses its uploads. Failed calls are not errors;
-/// they are counted.
+/// If a scenario cannot be prepared, for example because the server refuses its uploads, or if a limit cannot be
+/// measured. Failed calls are not errors; they are counted.
 pub async fn run(
     target: &Target,
     chosen: &[&'static Scenario],
@@ -67,11 +61,17 @@ pub async fn run(
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Report> {
     let mut report = Report::new(target, options);
+    let mut machine = options.limits.as_deref().map(|directory| Machine::new(directory, options));
     for scenario in chosen {
+        let limit = match (&mut machine, &scenario.bound) {
+            (Some(machine), Some(bound)) => Some(machine.limit(bound.kind, progress).await?),
+            _ => None,
+        };
+        progress(Progress::WarmUp(scenario.name));
         let callers = options.callers.unwrap_or(scenario.callers);
         let workload = scenario.start(target, callers).await?;
         let measured = drive::measure(scenario.name, &*workload, callers, options, progress).await?;
-        report.scenarios.push(ScenarioReport::new(scenario, callers, measured));
+        report.scenarios.push(ScenarioReport::new(scenario, callers, measured, limit));
     }
     Ok(report)
 }

@@ -1,30 +1,32 @@
-//! `gorego bench limits`: measures what this machine can do without a server, as a reference for the scenarios.
+//! The limits of this machine: rates that it reaches without a server, as a reference for the scenarios.
 
 mod bare;
+mod local;
 
 use crate::{
+    Options, Pace, Progress,
     noise::Noise,
     report::{aligned, rounded},
-    target::FUNCTION,
 };
+use bare::Bare;
+use futures::future::BoxFuture;
 use gorego_reapi::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::File,
-    io::Write as _,
-    path::Path,
-    process::{Command, Stdio},
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-    time::{Duration, Instant},
+    path::{Path, PathBuf},
+    time::Duration,
 };
+use tokio::sync::OnceCell;
 
-/// Time for each measurement.
-const TIME: Duration = Duration::from_secs(2);
 /// Bytes of one large blob, and of its messages.
 const LARGE_BYTES: usize = 64 << 20;
 const MESSAGE_BYTES: usize = 1 << 20;
-/// Size of a small file.
+/// Size of a small blob or file.
 const SMALL_BYTES: usize = 4096;
+/// Small blobs of one batch.
+const BATCH: usize = 100;
+/// Digests of one existence check.
+const DIGESTS: usize = 1_000;
 
 /// The limits of one machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,60 +51,21 @@ pub struct Limit {
 }
 
 impl Limits {
-    /// Measures the limits. Files are written to a temporary directory below `directory`, which should be on the disk
-    /// of the store. Takes about 20 seconds.
+    /// Measures all limits, each for the time that the options give. Files are written to a temporary directory below
+    /// `directory`, which should be on the disk of the store.
     ///
     /// # Errors
     /// If files cannot be written or processes cannot be started.
-    pub async fn measure(directory: &Path, say: &(dyn Fn(&str) + Sync)) -> Result<Self> {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut limits = Vec::new();
-        let mut add = |name: &str, about: &str, unit: &str, per_second: f64| {
-            limits.push(Limit { name: name.into(), about: about.into(), per_second, unit: unit.into() });
-        };
-        let directory = directory.to_owned();
-        say("SHA-256");
-        add("hash", "SHA-256 of 64 MiB, one thread", "MB", blocking(|| Ok(hash())).await?);
-        say("processes");
-        add(
-            "spawn",
-            "/bin/true, started and waited for, one at a time",
-            "processes",
-            blocking(|| spawn(1)).await?,
-        );
-        add("spawn-all", "the same on all CPUs", "processes", blocking(move || spawn(cpus)).await?);
-        say("files");
-        let place = directory.clone();
-        add(
-            "create",
-            "files of 4 KiB, created and written, one thread",
-            "files",
-            blocking(move || create(&place)).await?,
-        );
-        add(
-            "write",
-            "one file, written and synced to the disk",
-            "MB",
-            blocking(move || write(&directory)).await?,
-        );
-        say("a gRPC server that does nothing");
-        let bare = bare::Bare::start().await?;
-        let (unary, small) = (bare.unary().await?, bare.writes(SMALL_BYTES, 32).await?);
-        add("grpc-unary", "unary calls, 32 callers", "calls", unary.calls_per_second);
-        add("grpc-write-small", "ByteStream.Write of 4 KiB, 32 callers", "calls", small.calls_per_second);
-        add(
-            "grpc-write-large",
-            "ByteStream.Write of 64 MiB, 2 callers",
-            "MB",
-            bare.writes(LARGE_BYTES, 2).await?.megabytes_per_second,
-        );
-        add(
-            "grpc-read-large",
-            "ByteStream.Read of 64 MiB, 2 callers",
-            "MB",
-            bare.reads(2).await?.megabytes_per_second,
-        );
-        Ok(Self { cpus, limits })
+    pub async fn measure(
+        directory: &Path,
+        options: &Options,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Self> {
+        let mut machine = Machine::new(directory, options);
+        for kind in ALL {
+            machine.limit(kind, progress).await?;
+        }
+        Ok(Self { cpus: local::cpus(), limits: machine.measured })
     }
 
     /// The limits as JSON.
@@ -112,88 +75,163 @@ impl Limits {
 
     /// The limits as a table.
     pub fn table(&self) -> String {
-        let rows: Vec<_> = self
-            .limits
-            .iter()
-            .map(|limit| {
-                vec![
-                    limit.name.clone(),
-                    format!("{} {}/s", rounded(limit.per_second), limit.unit),
-                    limit.about.clone(),
-                ]
-            })
-            .collect();
-        aligned(&rows)
+        let row = |limit: &Limit| vec![limit.name.clone(), limit.rate(), limit.about.clone()];
+        aligned(&self.limits.iter().map(row).collect::<Vec<_>>())
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    gorego_client::blocking(work).await
-}
-
-/// Bytes per second that one thread hashes, in 10^6.
-fn hash() -> f64 {
-    let content = Noise::new(1).bytes(LARGE_BYTES);
-    let (mut bytes, start) = (0, Instant::now());
-    while start.elapsed() < TIME {
-        std::hint::black_box(FUNCTION.digest(&content));
-        bytes += content.len();
+impl Limit {
+    /// The rate with its unit.
+    pub(crate) fn rate(&self) -> String {
+        format!("{} {}/s", rounded(self.per_second), self.unit)
     }
-    bytes as f64 / 1e6 / start.elapsed().as_secs_f64()
 }
 
-/// Processes per second that this many threads start and wait for.
-fn spawn(threads: usize) -> Result<f64> {
-    let (count, start) = (AtomicU64::new(0), Instant::now());
-    let work = || -> std::io::Result<()> {
-        while start.elapsed() < TIME {
-            Command::new("/bin/true").stdin(Stdio::null()).status()?;
-            count.fetch_add(1, Relaxed);
-        }
-        Ok(())
+/// A limit that can be measured.
+#[derive(Debug)]
+pub(crate) struct Kind {
+    pub(crate) name: &'static str,
+    unit: &'static str,
+    about: &'static str,
+    measure: for<'a> fn(&'a Machine) -> BoxFuture<'a, Result<f64>>,
+}
+
+macro_rules! kinds {
+    ($($kind:ident: $name:literal, $unit:literal, $about:literal, |$machine:ident| $measure:expr;)*) => {
+        $(pub(crate) static $kind: Kind = Kind {
+            name: $name,
+            unit: $unit,
+            about: $about,
+            measure: |$machine| Box::pin(async move { $measure }),
+        };)*
+        /// All limits, in their usual order.
+        static ALL: &[&Kind] = &[$(&$kind),*];
     };
-    let outcomes: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread panicked"))))
-            .collect()
-    });
-    outcomes
-        .into_iter()
-        .collect::<std::io::Result<()>>()
-        .map_err(|error| Error::io("start /bin/true", &error))?;
-    Ok(count.into_inner() as f64 / start.elapsed().as_secs_f64())
 }
 
-fn scratch(directory: &Path) -> Result<tempfile::TempDir> {
-    tempfile::tempdir_in(directory).map_err(|error| Error::io("make a directory for test files", &error))
+kinds! {
+    HASH: "hash", "MB", "SHA-256 of 64 MiB, one thread",
+        |machine| machine.on_a_thread(|time, _| local::hash(1, LARGE_BYTES, time)).await;
+    HASH_SMALL: "hash-small", "MB", "SHA-256 of blobs of 4 KiB, on all CPUs",
+        |machine| machine.on_a_thread(|time, _| local::hash(local::cpus(), SMALL_BYTES, time)).await;
+    SPAWN: "spawn", "processes", "/bin/true, started and waited for, one at a time",
+        |machine| machine.on_a_thread(|time, _| local::spawn(1, time)).await;
+    SPAWN_ALL: "spawn-all", "processes", "the same on all CPUs",
+        |machine| machine.on_a_thread(|time, _| local::spawn(local::cpus(), time)).await;
+    CREATE: "create", "files", "files of 4 KiB, created and written, one thread",
+        |machine| machine.on_a_thread(|time, directory| local::create(directory, time)).await;
+    WRITE: "write", "MB", "one file of at most 512 MiB, written and synced to the disk",
+        |machine| machine.on_a_thread(|time, directory| local::write(directory, time)).await;
+    UNARY: "grpc-unary", "calls", "unary calls to a gRPC server that does nothing, 32 callers",
+        |machine| Ok(machine.bare().await?.unary().await?.calls_per_second);
+    FIND_MISSING: "grpc-find-missing", "calls", "FindMissingBlobs with 1,000 digests, 8 callers, same server",
+        |machine| Ok(machine.bare().await?.find_missing().await?.calls_per_second);
+    BATCH_READ: "grpc-batch-read", "calls", "BatchReadBlobs with 100 blobs of 4 KiB, 8 callers, same server",
+        |machine| Ok(machine.bare().await?.batch_reads().await?.calls_per_second);
+    WRITE_SMALL: "grpc-write-small", "calls", "ByteStream.Write of 4 KiB, 32 callers, same server",
+        |machine| Ok(machine.bare().await?.writes(SMALL_BYTES, 32).await?.calls_per_second);
+    READ_SMALL: "grpc-read-small", "calls", "ByteStream.Read of 4 KiB, 32 callers, same server",
+        |machine| Ok(machine.bare().await?.reads(SMALL_BYTES, 32).await?.calls_per_second);
+    WRITE_LARGE: "grpc-write-large", "MB", "ByteStream.Write of 64 MiB, 2 callers, same server",
+        |machine| Ok(machine.bare().await?.writes(LARGE_BYTES, 2).await?.megabytes_per_second);
+    READ_LARGE: "grpc-read-large", "MB", "ByteStream.Read of 64 MiB, 2 callers, same server",
+        |machine| Ok(machine.bare().await?.reads(LARGE_BYTES, 2).await?.megabytes_per_second);
+    READ_ZSTD: "grpc-read-zstd", "MB", "the same for as many bytes as 64 MiB of text have as a zstd stream; MB of text",
+        |machine| {
+            let figures = machine.bare().await?.reads(zstd_bytes()?, 2).await?;
+            Ok(figures.calls_per_second * LARGE_BYTES as f64 / 1e6)
+        };
 }
 
-/// Small files per second.
-fn create(directory: &Path) -> Result<f64> {
-    let (scratch, content) = (scratch(directory)?, Noise::new(1).bytes(SMALL_BYTES));
-    let (mut count, start) = (0u32, Instant::now());
-    while start.elapsed() < TIME {
-        let path = scratch.path().join(count.to_string());
-        std::fs::write(path, &content).map_err(|error| Error::io("write a test file", &error))?;
-        count += 1;
+/// Size of the zstd stream of the compressible blob that `read-zstd` reads.
+fn zstd_bytes() -> Result<usize> {
+    let text = Noise::new(1).text(MESSAGE_BYTES);
+    let stream = zstd::bulk::compress(&text, 1).map_err(|error| Error::io("compress", &error))?;
+    Ok(stream.len() * (LARGE_BYTES / MESSAGE_BYTES))
+}
+
+/// Measures the limits of this machine, each once.
+pub(crate) struct Machine {
+    /// How long each limit is measured.
+    options: Options,
+    /// Files are written to a temporary directory below this one.
+    directory: PathBuf,
+    /// The gRPC server that does nothing. It starts when a limit needs it.
+    bare: OnceCell<Bare>,
+    measured: Vec<Limit>,
+}
+
+impl Machine {
+    /// Warm-up and duration of each limit come from the options.
+    pub(crate) fn new(directory: &Path, options: &Options) -> Self {
+        let options = Options { callers: None, pace: Pace::Closed, pid: None, ..options.clone() };
+        Self { options, directory: directory.to_owned(), bare: OnceCell::new(), measured: Vec::new() }
     }
-    Ok(f64::from(count) / start.elapsed().as_secs_f64())
+
+    /// The limit of this kind. It is measured if it was not measured before.
+    ///
+    /// # Errors
+    /// If files cannot be written or processes cannot be started.
+    pub(crate) async fn limit(&mut self, kind: &Kind, progress: &(dyn Fn(Progress) + Sync)) -> Result<Limit> {
+        if let Some(limit) = self.measured.iter().find(|limit| limit.name == kind.name) {
+            return Ok(limit.clone());
+        }
+        progress(Progress::Limit(kind.name));
+        let per_second = (kind.measure)(self).await?;
+        let Kind { name, about, unit, .. } = *kind;
+        let limit = Limit { name: name.into(), about: about.into(), per_second, unit: unit.into() };
+        self.measured.push(limit.clone());
+        Ok(limit)
+    }
+
+    async fn bare(&self) -> Result<&Bare> {
+        self.bare.get_or_try_init(|| Bare::start(self.options.clone())).await
+    }
+
+    /// Measures with the duration and the directory on a thread that may block.
+    async fn on_a_thread(&self, measure: fn(Duration, &Path) -> Result<f64>) -> Result<f64> {
+        let (time, directory) = (self.options.duration, self.directory.clone());
+        gorego_client::blocking(move || measure(time, &directory)).await
+    }
 }
 
-/// Bytes per second that reach the disk, in 10^6.
-#[allow(clippy::disallowed_methods, reason = "the disk itself is measured")]
-fn write(directory: &Path) -> Result<f64> {
-    /// This is more than the cache of a disk.
-    const BYTES: usize = 512 << 20;
-    let (scratch, content) = (scratch(directory)?, Noise::new(1).bytes(MESSAGE_BYTES));
-    let failed = |error: std::io::Error| Error::io("write a test file", &error);
-    let start = Instant::now();
-    let mut file = File::create(scratch.path().join("large")).map_err(failed)?;
-    for _ in 0..BYTES / MESSAGE_BYTES {
-        file.write_all(&content).map_err(failed)?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    fn options(duration: Duration) -> Options {
+        Options {
+            callers: Some(1),
+            pace: Pace::Open(1.0),
+            warm_up: Duration::ZERO,
+            duration,
+            pid: None,
+            limits: None,
+        }
     }
-    file.sync_all().map_err(failed)?;
-    Ok(BYTES as f64 / 1e6 / start.elapsed().as_secs_f64())
+
+    /// A debug build hashes slowly, so the hash of a large blob is left out.
+    #[tokio::test]
+    async fn each_limit_is_measured_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut machine = Machine::new(directory.path(), &options(Duration::from_millis(20)));
+        let said = Mutex::new(Vec::new());
+        let kinds: Vec<_> = ALL.iter().filter(|kind| kind.name != HASH.name).collect();
+        for kind in kinds.iter().chain([&&&UNARY]) {
+            let limit = machine.limit(kind, &|progress| said.lock().unwrap().push(progress)).await.unwrap();
+            assert!(limit.per_second > 0.0 && limit.name == kind.name, "{limit:?}");
+        }
+        let expected: Vec<_> = kinds.iter().map(|kind| Progress::Limit(kind.name)).collect();
+        assert_eq!(said.into_inner().unwrap(), expected);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "all files are removed");
+    }
+
+    #[tokio::test]
+    async fn limits_are_measured_for_the_time_of_the_options() {
+        let directory = tempfile::tempdir().unwrap();
+        let limits = Limits::measure(directory.path(), &options(Duration::ZERO), &|_| {}).await.unwrap();
+        let rates: Vec<_> = limits.limits.iter().map(|limit| limit.per_second).collect();
+        assert_eq!(rates, vec![0.0; ALL.len()], "nothing can be done in no time");
+    }
 }

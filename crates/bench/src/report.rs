@@ -1,6 +1,6 @@
 //! [`Report`]: the results of a run, as a table for people and as JSON.
 
-use crate::{Figures, Options, Pace, Scenario, ServerUse, Target, drive::Measured};
+use crate::{Figures, Limit, Options, Pace, Scenario, ServerUse, Target, drive::Measured};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
 
@@ -30,12 +30,19 @@ pub struct ScenarioReport {
     pub figures: Figures,
     /// The resources that the server used, if its process id was given.
     pub server: Option<ServerUse>,
+    /// The limit of the machine that belongs to the scenario, if it was measured in the same run.
+    pub limit: Option<Limit>,
+    /// The share of the limit that the scenario reached: 1 is all of it.
+    pub share: Option<f64>,
 }
 
 impl ScenarioReport {
-    pub(crate) fn new(scenario: &Scenario, callers: usize, measured: Measured) -> Self {
+    pub(crate) fn new(scenario: &Scenario, callers: usize, measured: Measured, limit: Option<Limit>) -> Self {
         let Measured { figures, server } = measured;
-        Self { name: scenario.name.to_owned(), unit: scenario.unit.to_owned(), callers, figures, server }
+        let share = limit.as_ref().zip(scenario.bound.as_ref());
+        let share = share.and_then(|(limit, bound)| bound.share(&figures, limit));
+        let (name, unit) = (scenario.name.to_owned(), scenario.unit.to_owned());
+        Self { name, unit, callers, figures, server, limit, share }
     }
 }
 
@@ -69,6 +76,11 @@ impl Report {
             "failed", "CPU/call", "RSS",
         ])];
         rows.extend(self.scenarios.iter().map(ScenarioReport::row));
+        if self.scenarios.iter().any(|scenario| scenario.limit.is_some()) {
+            let cells = self.scenarios.iter().map(ScenarioReport::limit_cells);
+            let cells = std::iter::once(["share", "of the limit"].map(str::to_owned)).chain(cells);
+            rows.iter_mut().zip(cells).for_each(|(row, cells)| row.extend(cells));
+        }
         let mut text = aligned(&rows);
         for scenario in &self.scenarios {
             for (message, count) in &scenario.figures.errors {
@@ -97,13 +109,24 @@ impl ScenarioReport {
         );
         cells
     }
+
+    /// The share, and the limit with its name.
+    fn limit_cells(&self) -> [String; 2] {
+        let limit = self.limit.as_ref().map(|limit| format!("{} {}", limit.name, limit.rate()));
+        [self.share.map_or_else(|| "-".into(), percent), limit.unwrap_or_else(|| "-".into())]
+    }
+}
+
+/// A share, in percent.
+pub(crate) fn percent(share: f64) -> String {
+    format!("{} %", rounded(share * 100.0))
 }
 
 fn row(cells: &[&str]) -> Vec<String> {
     cells.iter().map(|cell| (*cell).to_owned()).collect()
 }
 
-/// A table with a blank line after its header. The first column is aligned to the left, the others to the right.
+/// A table. The first column is aligned to the left, the others to the right.
 pub(crate) fn aligned(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |at: usize| {

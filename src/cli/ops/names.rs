@@ -26,6 +26,20 @@ fn uuid(id: &str) -> &str {
     id.rsplit('.').next().unwrap_or(id)
 }
 
+/// Checks what a user has written for an operation, without its server.
+///
+/// # Errors
+/// `Invalid` if it cannot be a name, or is too short for the beginning of an id.
+pub(in crate::cli) fn check(written: &str) -> Result<()> {
+    if !written.contains('/') && written.len() < MIN_PREFIX {
+        return Err(Error::Invalid(format!(
+            "\"{}\" is too short for the beginning of an id; write at least {MIN_PREFIX} characters",
+            written.escape_debug()
+        )));
+    }
+    Ok(())
+}
+
 /// The whole name of an operation. The beginning of an id may follow `operations/`, as in a name.
 ///
 /// # Errors
@@ -41,12 +55,7 @@ pub(in crate::cli) async fn resolve(client: &Client, written: &str) -> Result<St
     if uuid(written).len() == UUID_CHARS {
         return Ok(client.operation_name(written));
     }
-    if written.len() < MIN_PREFIX {
-        return Err(Error::Invalid(format!(
-            "\"{}\" is too short for the beginning of an id; write at least {MIN_PREFIX} characters",
-            written.escape_debug()
-        )));
-    }
+    check(written)?;
     let mut found = Vec::new();
     list_each(client, &FilterArgs::default(), true, |operation| {
         if begins_with(&operation.name, written) {

@@ -47,23 +47,23 @@ pub(super) struct Recorded {
 
 /// The thing to replay.
 #[derive(Debug, PartialEq)]
-enum Subject {
+pub(super) enum Subject {
     Action(Digest),
     Operation(String),
 }
 
-/// Reads the action that the arguments name. `default_timeout` applies if it sets none.
+/// Reads the action of the subject. `default_timeout` applies if it sets none.
 ///
 /// # Errors
-/// `Invalid` if the name is malformed; `Precondition` if something is missing on the server; other errors of the
+/// `Precondition` if something is missing on the server; other errors of the
 /// server.
 pub(super) async fn fetch(
     args: &ReplayArgs,
+    subject: Subject,
     default_timeout: Duration,
     scratch: &Scratch,
     line: &ProgressLine,
 ) -> Result<FetchedAction> {
-    let subject = Subject::parse(&args.subject, args.digest_function)?;
     let identity = Identity {
         tool: "gorego".into(),
         invocation_id: uuid::Uuid::new_v4().to_string(),
@@ -144,7 +144,10 @@ async fn recorded(
 
 impl Subject {
     /// `HASH/SIZE` is a digest; anything else is the name of an operation.
-    fn parse(text: &str, function: Option<DigestFunction>) -> Result<Self> {
+    ///
+    /// # Errors
+    /// `Invalid` if it can be neither.
+    pub(super) fn parse(text: &str, function: Option<DigestFunction>) -> Result<Self> {
         let Some((hash, size)) = text.rsplit_once('/') else { return Self::operation(text) };
         let is_hash = !hash.is_empty() && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
         let Ok(size) = size.parse::<i64>() else { return Self::operation(text) };
@@ -165,6 +168,7 @@ impl Subject {
                  Bazel (--execution_log_json_file)"
             )));
         }
+        names::check(name)?;
         Ok(Self::Operation(name.to_owned()))
     }
 }
@@ -247,6 +251,7 @@ mod tests {
         assert_eq!(parse(name), Ok(Subject::Operation(name.into())));
         assert_eq!(parse("operations/17"), Ok(Subject::Operation("operations/17".into())));
         assert!(matches!(parse(&hash), Err(Error::Invalid(text)) if text.contains("HASH/SIZE")));
+        assert!(matches!(parse("abc"), Err(Error::Invalid(text)) if text.contains("too short")));
         assert!(matches!(parse("abc/7"), Err(Error::Invalid(text)) if text.contains("3 characters")));
     }
 }

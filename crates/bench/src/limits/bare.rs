@@ -1,44 +1,28 @@
-//! A gRPC server that does nothing, and calls to it. They measure the cost of the gRPC library and the loopback
+//! Calls to a gRPC server that does nothing. They measure the cost of the gRPC library and the loopback
 //! interface.
 
-use super::{LARGE_BYTES, MESSAGE_BYTES, TIME};
+mod nothing;
+
+use super::{BATCH, DIGESTS, MESSAGE_BYTES, SMALL_BYTES};
 use crate::{
-    Options, Pace,
-    drive::{self, Workload, message},
+    Options,
+    drive::{self, Workload, message, ready},
     figures::{Figures, Work},
     noise::Noise,
-    scenario::ready,
+    target::FUNCTION,
 };
-use bytes::Bytes;
 use futures::stream;
-use gorego_client::stubs::{ByteStreamClient, CapabilitiesClient};
+use gorego_client::stubs::{ByteStreamClient, CapabilitiesClient, ContentAddressableStorageClient};
 use gorego_reapi::{
     error::{Error, Result},
     proto::{
-        bytestream::{
-            QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
-            WriteResponse,
-        },
-        reapi::{GetCapabilitiesRequest, ServerCapabilities},
+        bytestream::{ReadRequest, WriteRequest},
+        reapi::{BatchReadBlobsRequest, Digest, FindMissingBlobsRequest, GetCapabilitiesRequest},
     },
 };
-use std::time::Duration;
+use std::collections::HashSet;
 use tokio::{net::TcpListener, runtime::Runtime};
-use tonic::{
-    Request, Response, Status, Streaming,
-    transport::{Channel, Endpoint, Server, server::TcpIncoming},
-};
-
-#[allow(missing_docs, unreachable_pub, dead_code, clippy::all, clippy::pedantic, rustdoc::all)]
-mod generated {
-    tonic::include_proto!("build.bazel.remote.execution.v2");
-    tonic::include_proto!("google.bytestream");
-}
-
-use generated::{
-    byte_stream_server::{ByteStream, ByteStreamServer},
-    capabilities_server::{Capabilities, CapabilitiesServer},
-};
+use tonic::transport::{Channel, Endpoint, server::TcpIncoming};
 
 /// Flow-control windows of both sides.
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
@@ -49,24 +33,22 @@ const MAX_MESSAGE_BYTES: usize = 16 << 20;
 /// A running server on separate threads, and a connection to it.
 pub(super) struct Bare {
     channel: Channel,
+    options: Options,
     runtime: Option<Runtime>,
 }
 
 impl Bare {
-    /// Starts the server and connects to it.
+    /// Starts the server and connects to it. The options say how long each kind of call is measured.
     ///
     /// # Errors
     /// If there is no port or no thread for it.
-    pub(super) async fn start() -> Result<Self> {
+    pub(super) async fn start(options: Options) -> Result<Self> {
         let runtime = Runtime::new().map_err(|error| Error::io("start the threads of a server", &error))?;
         let listener = TcpListener::bind("127.0.0.1:0").await.map_err(|error| Error::io("listen", &error))?;
         let address = listener.local_addr().map_err(|error| Error::io("listen", &error))?;
-        let server = Server::builder()
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .add_service(CapabilitiesServer::new(Nothing))
-            .add_service(ByteStreamServer::new(Nothing).max_decoding_message_size(MAX_MESSAGE_BYTES));
-        runtime.spawn(server.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))));
+        runtime.spawn(
+            nothing::server().serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))),
+        );
         let failed =
             |error: tonic::transport::Error| Error::Unavailable(format!("connect to {address}: {error}"));
         let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(failed)?;
@@ -74,7 +56,7 @@ impl Bare {
             .tcp_nodelay(true)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .initial_stream_window_size(STREAM_WINDOW_BYTES);
-        Ok(Self { channel: endpoint.connect().await.map_err(failed)?, runtime: Some(runtime) })
+        Ok(Self { channel: endpoint.connect().await.map_err(failed)?, options, runtime: Some(runtime) })
     }
 
     /// Unary calls by 32 callers.
@@ -88,7 +70,46 @@ impl Bare {
                 Ok(Work { units: 1, bytes: 0 })
             }
         });
-        measure(&*workload, 32).await
+        self.measure(&*workload, 32).await
+    }
+
+    /// Existence checks by 8 callers, in which each second digest is missing.
+    pub(super) async fn find_missing(&self) -> Result<Figures> {
+        let mut noise = Noise::new(1);
+        let blob_digests = (0..DIGESTS).map(|_| FUNCTION.digest(&noise.bytes(64)).to_wire()).collect();
+        let (request, channel) =
+            (FindMissingBlobsRequest { blob_digests, ..Default::default() }, self.channel.clone());
+        let workload = ready(move |_| {
+            let (mut client, request) = (cas(&channel), request.clone());
+            async move {
+                let answer = client.find_missing_blobs(request).await;
+                let answer = answer.map_err(|status| message("FindMissingBlobs", &status))?.into_inner();
+                let missing: HashSet<_> =
+                    answer.missing_blob_digests.iter().map(|digest| &digest.hash).collect();
+                if missing.len() != DIGESTS / 2 {
+                    return Err("FindMissingBlobs gave the wrong number of digests".into());
+                }
+                Ok(Work { units: DIGESTS as u64, bytes: 0 })
+            }
+        });
+        self.measure(&*workload, 8).await
+    }
+
+    /// Reads of batches of small blobs by 8 callers.
+    pub(super) async fn batch_reads(&self) -> Result<Figures> {
+        let digest = Digest { size_bytes: SMALL_BYTES as i64, ..FUNCTION.digest(b"a small blob").to_wire() };
+        let request = BatchReadBlobsRequest { digests: vec![digest; BATCH], ..Default::default() };
+        let channel = self.channel.clone();
+        let workload = ready(move |_| {
+            let (mut client, request) = (cas(&channel), request.clone());
+            async move {
+                let answer = client.batch_read_blobs(request).await;
+                let answer = answer.map_err(|status| message("BatchReadBlobs", &status))?.into_inner();
+                let bytes = answer.responses.iter().map(|response| response.data.len()).sum::<usize>();
+                Ok(Work { units: answer.responses.len() as u64, bytes: bytes as u64 })
+            }
+        });
+        self.measure(&*workload, 8).await
     }
 
     /// Writes of this many bytes, in messages of at most 1 MiB.
@@ -109,16 +130,16 @@ impl Bare {
                 Ok(Work { units: 1, bytes: bytes as u64 })
             }
         });
-        measure(&*workload, callers).await
+        self.measure(&*workload, callers).await
     }
 
-    /// Reads of large blobs.
-    pub(super) async fn reads(&self, callers: usize) -> Result<Figures> {
+    /// Reads of this many bytes, in messages of at most 1 MiB.
+    pub(super) async fn reads(&self, bytes: usize, callers: usize) -> Result<Figures> {
         let channel = self.channel.clone();
         let workload = ready(move |_| {
             let mut client = byte_stream(&channel);
             async move {
-                let request = ReadRequest { read_limit: LARGE_BYTES as i64, ..Default::default() };
+                let request = ReadRequest { read_limit: bytes as i64, ..Default::default() };
                 let answer = client.read(request).await.map_err(|status| message("Read", &status))?;
                 let (mut stream, mut bytes) = (answer.into_inner(), 0);
                 while let Some(read) = stream.message().await.map_err(|status| message("Read", &status))? {
@@ -127,7 +148,17 @@ impl Bare {
                 Ok(Work { units: 1, bytes })
             }
         });
-        measure(&*workload, callers).await
+        self.measure(&*workload, callers).await
+    }
+
+    async fn measure(&self, workload: &dyn Workload, callers: usize) -> Result<Figures> {
+        let figures = drive::measure("limits", workload, callers, &self.options, &|_| {}).await?.figures;
+        match figures.errors.keys().next() {
+            Some(error) => {
+                Err(Error::Internal(format!("a call to the server that does nothing failed: {error}")))
+            }
+            None => Ok(figures),
+        }
     }
 }
 
@@ -140,63 +171,10 @@ impl Drop for Bare {
     }
 }
 
+fn cas(channel: &Channel) -> ContentAddressableStorageClient<Channel> {
+    ContentAddressableStorageClient::new(channel.clone())
+}
+
 fn byte_stream(channel: &Channel) -> ByteStreamClient<Channel> {
     ByteStreamClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
-}
-
-async fn measure(workload: &dyn Workload, callers: usize) -> Result<Figures> {
-    let options = Options {
-        callers: None,
-        pace: Pace::Closed,
-        warm_up: Duration::from_millis(300),
-        duration: TIME,
-        pid: None,
-    };
-    Ok(drive::measure("limits", workload, callers, &options, &|_| {}).await?.figures)
-}
-
-struct Nothing;
-
-#[tonic::async_trait]
-impl Capabilities for Nothing {
-    async fn get_capabilities(
-        &self,
-        _: Request<GetCapabilitiesRequest>,
-    ) -> std::result::Result<Response<ServerCapabilities>, Status> {
-        Ok(Response::new(ServerCapabilities::default()))
-    }
-}
-
-#[tonic::async_trait]
-impl ByteStream for Nothing {
-    type ReadStream = stream::BoxStream<'static, std::result::Result<ReadResponse, Status>>;
-
-    /// Sends `read_limit` zero bytes.
-    async fn read(
-        &self,
-        request: Request<ReadRequest>,
-    ) -> std::result::Result<Response<Self::ReadStream>, Status> {
-        let bytes = usize::try_from(request.into_inner().read_limit).unwrap_or(0);
-        let piece = Bytes::from(vec![0; MESSAGE_BYTES]);
-        let messages = (0..bytes / MESSAGE_BYTES).map(move |_| Ok(ReadResponse { data: piece.clone() }));
-        Ok(Response::new(Box::pin(stream::iter(messages))))
-    }
-
-    async fn write(
-        &self,
-        request: Request<Streaming<WriteRequest>>,
-    ) -> std::result::Result<Response<WriteResponse>, Status> {
-        let (mut messages, mut committed_size) = (request.into_inner(), 0);
-        while let Some(message) = messages.message().await? {
-            committed_size += message.data.len() as i64;
-        }
-        Ok(Response::new(WriteResponse { committed_size }))
-    }
-
-    async fn query_write_status(
-        &self,
-        _: Request<QueryWriteStatusRequest>,
-    ) -> std::result::Result<Response<QueryWriteStatusResponse>, Status> {
-        Err(Status::unimplemented("this server does nothing"))
-    }
 }

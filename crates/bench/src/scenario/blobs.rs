@@ -1,9 +1,9 @@
 //! Scenarios with existence checks and batches of small blobs.
 
-use super::{prepared, ready, seed};
+use super::seed;
 use crate::{
     Target,
-    drive::{Call, Workload, message},
+    drive::{Call, Workload, message, prepared, ready},
     figures::Work,
     noise::Noise,
     target::{FUNCTION, check_stored},

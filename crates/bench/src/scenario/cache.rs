@@ -1,9 +1,9 @@
 //! Scenarios for the action cache and the capabilities.
 
-use super::{prepared, ready, seed};
+use super::seed;
 use crate::{
     Target,
-    drive::{Call, Workload, message},
+    drive::{Call, Workload, message, prepared, ready},
     figures::Work,
     noise::Noise,
     target::{FUNCTION, refused},

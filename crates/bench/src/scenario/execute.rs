@@ -1,9 +1,9 @@
 //! Scenarios with actions that run.
 
-use super::{prepared, ready, seed};
+use super::seed;
 use crate::{
     Target,
-    drive::{Call, Workload, message, unusable},
+    drive::{Call, Workload, message, prepared, ready, unusable},
     figures::Work,
     noise::Noise,
 };
@@ -21,7 +21,7 @@ const FILES_PER_DIRECTORY: usize = 20;
 /// Clients that ask for the same action at the same time.
 const IDENTICAL: u64 = 16;
 /// Files that the command of `execute-outputs` writes.
-const OUTPUTS: usize = 200;
+pub(super) const OUTPUTS: usize = 200;
 /// Bytes of each of them.
 const OUTPUT_BYTES: u64 = 4096;
 

@@ -2,11 +2,11 @@
 
 use super::{
     blobs::{SMALL_BYTES, STORED_BLOBS, stored},
-    prepared, ready, seed,
+    seed,
 };
 use crate::{
     Target,
-    drive::{Call, Workload, message},
+    drive::{Call, Workload, message, prepared, ready},
     figures::Work,
     noise::Noise,
     target::FUNCTION,

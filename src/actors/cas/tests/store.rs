@@ -5,7 +5,7 @@ use super::{
     *,
 };
 use crate::disk::Space;
-use std::{cell::Cell, rc::Rc};
+use std::{cell::Cell, collections::BTreeMap, rc::Rc, time::SystemTime};
 
 /// CAS-01, CAS-02, CAS-03, GEN-04, GEN-07.
 #[actix::test]
@@ -362,13 +362,32 @@ async fn an_older_store_is_upgraded_in_place_and_a_newer_one_is_refused() {
     std::fs::write(&format, "gorego store 4\n").unwrap();
     let settings = settings_at(root.path().join("store"), MB);
     let instances = Instances::new([""]).unwrap();
-    let refusal = eventually(|| async {
+    let (refusal, before) = eventually(|| async {
+        let before = everything_in(root.path());
         let refusal = CasActor::open(settings.clone(), &instances, Handle::current()).unwrap_err();
-        (!refusal.to_string().contains("another gorego server")).then_some(refusal)
+        (!refusal.to_string().contains("another gorego server")).then_some((refusal, before))
     })
     .await;
     assert!(refusal.to_string().contains("gorego store 4"), "{refusal}");
-    assert_eq!(std::fs::read_to_string(&format).unwrap(), "gorego store 4\n");
+    assert_eq!(before[&format].1.as_deref(), Some(&b"gorego store 4\n"[..]));
+    assert_eq!(everything_in(root.path()), before);
+}
+
+/// The time of change and the content of every file in this directory. A directory has no content, and an entry of its
+/// own.
+fn everything_in(directory: &Path) -> BTreeMap<PathBuf, (SystemTime, Option<Vec<u8>>)> {
+    let changed = |path: &Path| path.metadata().unwrap().modified().unwrap();
+    let mut all = BTreeMap::from([(directory.to_owned(), (changed(directory), None))]);
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all.append(&mut everything_in(&path));
+        } else {
+            let content = std::fs::read(&path).unwrap();
+            all.insert(path.clone(), (changed(&path), Some(content)));
+        }
+    }
+    all
 }
 
 /// The whole store, with segments, stays within its limit on disk while most of what it stores is evicted again.

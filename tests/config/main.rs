@@ -1,6 +1,8 @@
 //! The configuration from outside: precedence, helpful errors, and the files that people read.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod values;
+
 use gorego::{
     config::{
         Config, Flag, Machine, Origin, Settings, Sources,
@@ -39,7 +41,7 @@ fn env_error(name: &str, value: &str) -> String {
 
 #[test]
 fn gorego_toml_is_the_complete_default_configuration() {
-    let text = include_str!("../gorego.toml");
+    let text = include_str!("../../gorego.toml");
     assert_eq!(toml::from_str::<Config>(text).unwrap(), Config::default());
     let (_dir, path) = file(text);
     let loaded = load(&Sources { file: Some(path), ..Sources::default() }).unwrap();

@@ -70,7 +70,19 @@ async fn a_server_starts_on_a_full_disk_serves_reads_and_recovers_by_itself() {
     assert_eq!(code(&client.run(action).await), Code::Ok);
 }
 
-/// The small blobs of this store lie in one segment, and a full disk has no room to note which of them are deleted.
+/// A new store cannot be made there. The message says where, why, and what helps.
+#[test]
+fn a_first_start_on_a_full_disk_says_which_disk_is_full_and_what_to_do() {
+    let script =
+        r#"mount -t tmpfs -o size=64k none "$STORE"; head -c 100000 /dev/zero > "$STORE/ballast"; true"#;
+    let (code, output, store) = Server::that_ends_in_own_mounts(script);
+    assert_eq!(code, Some(1), "{output}");
+    for part in [&*store, "No space left on device", "make room on its file system", "local_cache_dir"] {
+        assert!(output.contains(part), "{part}: {output}");
+    }
+}
+
+/// The small blobs of this store lie in a few segments, and a full disk has no room to note which of them are deleted.
 #[tokio::test]
 async fn a_store_of_small_blobs_that_has_filled_its_disk_evicts_a_part_of_them() {
     let server = Server::on_a_disk_with("size=12m", &[("MAX_SIZE_GB", "50")]).await;

@@ -12,6 +12,7 @@ mod leases;
 mod links;
 mod model;
 mod packing;
+mod odd_files;
 mod resolve;
 mod results;
 mod scrub;

@@ -77,11 +77,11 @@ impl Local {
         let files = Files::open(root, instances, policy)?;
         let segments = Segments::open(root, files.names(), sizes, files.sequence(), policy);
         let segments =
-            segments.map_err(|error| super::root::unusable(root, "its segments cannot be opened", &error))?;
+            segments.map_err(|error| super::root::failed(root, "its segments cannot be opened", &error))?;
         if policy == SyncPolicy::BeforeAnswer {
             // Files that an earlier run has written and not synced are about to become visible.
             sync_file_system(root)
-                .map_err(|error| super::root::unusable(root, "it cannot be synced", &error))?;
+                .map_err(|error| super::root::failed(root, "it cannot be synced", &error))?;
         }
         let commits = GroupCommit::default();
         Ok(Self { files: Arc::new(files), segments: Arc::new(segments), commits, policy })

@@ -292,14 +292,20 @@ fn encoders() -> u64 {
 
 fn unix_seconds() -> u32 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
+    let now = u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX);
+    #[cfg(test)]
+    let now = tests::clock::system_time(now);
+    now
 }
 
 /// Seconds since the first call, by a clock that changes of the system time do not affect. Leases are measured by this
 /// clock, because they end with the process.
 fn uptime_seconds() -> u32 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    u32::try_from(START.elapsed().as_secs()).unwrap_or(u32::MAX)
+    let now = u32::try_from(START.elapsed().as_secs()).unwrap_or(u32::MAX);
+    #[cfg(test)]
+    let now = tests::clock::uptime(now);
+    now
 }
 
 counted!(CasActor);

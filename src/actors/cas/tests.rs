@@ -2,6 +2,7 @@
 
 mod checksums;
 mod chunks;
+pub(super) mod clock;
 mod compressed;
 mod damage;
 mod disk;

@@ -5,7 +5,8 @@ use super::{
     leases::ROWS,
     *,
 };
-use crate::caller::Owner;
+use crate::caller::{Owner, Peer, PrincipalId};
+use gorego_reapi::error::Error;
 
 /// Stores an entry, if there is room, and leases it.
 fn store(index: &mut Index, file: FileId, bytes: u64, owner: Owner, now: u32) -> Option<Vec<Victim>> {
@@ -70,7 +71,20 @@ fn requests_without_a_build_lease_for_a_shorter_time() {
 /// its leases.
 #[test]
 fn who_has_more_than_its_share_loses_its_own_oldest_leases() {
-    for (hog, other) in [(build(1, 1), build(2, 1)), (build(1, 1), build(1, 2)), (build(1, 0), build(1, 1))] {
+    // Principals count like addresses.
+    let [ci, dev] = ["token:ci", "token:dev"].map(|name| Peer::Principal(PrincipalId::of(name)));
+    let of = |peer, build| Owner { peer, build };
+    let (named, unnamed) = (build(1, 1).build, build(1, 0).build);
+    for (hog, other) in [
+        (build(1, 1), build(2, 1)),
+        (build(1, 1), build(1, 2)),
+        (build(1, 0), build(1, 1)),
+        (of(ci, named), of(dev, named)),
+        (of(ci, unnamed), of(dev, named)),
+        (of(ci, named), of(ci, unnamed)),
+        (of(ci, named), build(1, 1)),
+        (build(1, 1), of(ci, named)),
+    ] {
         let mut index = Index::with_leases(LIMIT, TIMES, 0);
         for name in 0..10 {
             store(&mut index, file(1_000 + name), 20, other, START).unwrap();

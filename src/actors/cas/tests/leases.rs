@@ -81,6 +81,33 @@ async fn uploads_and_answers_that_a_blob_is_present_lease_it() {
     let ours = build(1, "ours");
     let [present, again] = [noise(5_000, 1), noise(5_000, 2)].map(|bytes| (digest(&bytes), bytes));
     for (_, bytes) in [&present, &again] {
+/// A lease lasts for the configured time after the last request, whatever happens to the system time meanwhile.
+#[actix::test]
+async fn a_system_clock_that_jumps_neither_ends_leases_nor_makes_them_longer() {
+    const HOUR: i32 = 3_600;
+    for jump in [5 * HOUR, -5 * HOUR, 30 * 24 * HOUR, -30 * 24 * HOUR] {
+        let store = TestStore::with_leases(MB).await;
+        let (ours, theirs) = (build(1, "ours"), build(2, "theirs"));
+        let before = store.put_of(ours, noise(5_000, 1)).await.unwrap();
+        clock::set_ahead(jump);
+        let meanwhile = store.put_of(ours, noise(5_000, 2)).await.unwrap();
+        store.churn(theirs, 1_000).await;
+        clock::set_ahead(0);
+        store.churn(theirs, 2_000).await;
+        clock::pass(TIMES.named - 600);
+        store.churn(theirs, 3_000).await;
+        for blob in [before, meanwhile] {
+            assert!(store.has(blob).await, "{jump}");
+        }
+        clock::pass(600);
+        store.churn(theirs, 4_000).await;
+        for blob in [before, meanwhile] {
+            assert!(!store.has(blob).await, "{jump}");
+        }
+        assert_eq!(store.inspect().await.tally.broken_promises, 0);
+    }
+}
+
         store.put(bytes.clone()).await;
     }
     assert_eq!(store.inspect().await.totals.leased, 0, "the server itself promises nothing");

@@ -184,6 +184,28 @@ fn leases_do_not_fill_the_room_that_other_bytes_leave() {
     assert!(index.tally().withdrawn_leases > 0 && index.tally().broken_promises == 0);
 }
 
+/// The disk may have less room than before, because other programs have filled a part of it.
+#[test]
+fn a_lower_limit_leaves_less_room_to_leases() {
+    let mut index = Index::with_leases(LIMIT, TIMES, 0);
+    for name in 0..40 {
+        store(&mut index, file(name), 20, build(1, 1), START).unwrap();
+    }
+    index.set_limit(StoreLimit { bytes: LIMIT / 2, most: LIMIT });
+    assert!(!index.can_lease(0));
+    index.ease_leases(0, None, START);
+    while !index.trim(usize::MAX).is_empty() {}
+    let Totals { used, leased, .. } = index.totals();
+    assert!(leased <= LIMIT / 20 * 9 && used <= LIMIT / 2, "{leased} of {used}");
+    assert!(is_there(&index, file(39)) && !is_there(&index, file(0)));
+    let tally = index.tally();
+    assert!(tally.withdrawn_leases > 0 && tally.broken_promises == 0, "{tally:?}");
+    let [for_now, for_ever] =
+        [LIMIT, LIMIT + 1].map(|wanted| Error::from(index.reserve(wanted).unwrap_err()));
+    assert!(matches!(for_now, Error::Exhausted { retry_after: Some(_), .. }), "{for_now}");
+    assert!(matches!(for_ever, Error::Exhausted { retry_after: None, .. }), "{for_ever}");
+}
+
 /// Expired leases are charged to no build, even before they are ended.
 #[test]
 fn a_build_is_charged_for_nothing_that_was_leased_before_it_returned() {

@@ -25,8 +25,11 @@ const ROOM: u64 = 2;
 const LOW: u64 = 64;
 /// The number of reserves that an eviction frees, if the disk is low or full.
 const RELIEF: u64 = 256;
-/// The space to free is at most the disk size divided by this.
+/// The space to free is at most the disk size divided by this, and so is the margin of a store.
 const RELIEF_DISK_PART: u64 = 4;
+/// The number of reserves that the limit of a store leaves free: more than [`LOW`], so that a store at its limit does
+/// not make the disk low, although the space that others take changes a little.
+const STORE_MARGIN: u64 = 2 * LOW;
 /// One eviction frees at most the store's size divided by this, unless less than [`ROOM`] would then be free.
 const RELIEF_PART: u64 = 4;
 
@@ -146,6 +149,17 @@ impl Space {
             bytes: part(self.total_bytes, MIN_RESERVE_BYTES, MAX_RESERVE_BYTES),
             inodes: part(self.total_inodes, MIN_RESERVE_INODES, MAX_RESERVE_INODES),
         }
+    }
+
+    /// Bytes that the limit of a store leaves free; zero if the size of the file system is unknown.
+    pub(crate) fn store_margin(&self) -> u64 {
+        (self.reserve().bytes * STORE_MARGIN).min(self.total_bytes / RELIEF_DISK_PART)
+    }
+
+    /// The most bytes that a store could take on this disk if nothing else were there; `u64::MAX` if its size is not
+    /// known.
+    pub(crate) fn most_for_store(&self) -> u64 {
+        if self.total_bytes == 0 { u64::MAX } else { self.total_bytes.saturating_sub(self.store_margin()) }
     }
 
     /// Whether the disk counts as full.

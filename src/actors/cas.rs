@@ -11,6 +11,7 @@
 
 mod batches;
 pub(crate) mod blob;
+mod capacity;
 mod checked;
 pub mod client;
 mod compaction;
@@ -208,6 +209,11 @@ impl CasActor {
     fn over(volume: Box<dyn Volume>, settings: StoreSettings, runtime: Handle) -> Result<Self> {
         let mut index =
             recovery::recover(&*volume, settings.max_bytes, settings.leases, settings.result_links_bytes);
+        let disk = StoreDisk::new(settings.root.display().to_string(), settings.max_bytes);
+        if let Ok(space) = volume.space() {
+            disk.measure_capacity(space, &index.totals());
+        }
+        index.set_limit(disk.limit());
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
         let found = index.totals();
@@ -215,7 +221,7 @@ impl CasActor {
         let shared = StoreShared {
             view: View::new(index),
             volume,
-            disk: StoreDisk::new(settings.root.display().to_string(), settings.max_bytes),
+            disk,
             deletions: Deletions::default(),
             reclaims_nothing: AtomicBool::new(false),
             runtime,
@@ -292,14 +298,20 @@ fn encoders() -> u64 {
 
 fn unix_seconds() -> u32 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX)
+    let now = u32::try_from(elapsed.as_secs()).unwrap_or(u32::MAX);
+    #[cfg(test)]
+    let now = tests::clock::system_time(now);
+    now
 }
 
 /// Seconds since the first call, by a clock that changes of the system time do not affect. Leases are measured by this
 /// clock, because they end with the process.
 fn uptime_seconds() -> u32 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    u32::try_from(START.elapsed().as_secs()).unwrap_or(u32::MAX)
+    let now = u32::try_from(START.elapsed().as_secs()).unwrap_or(u32::MAX);
+    #[cfg(test)]
+    let now = tests::clock::uptime(now);
+    now
 }
 
 counted!(CasActor);

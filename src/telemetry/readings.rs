@@ -226,7 +226,7 @@ impl StoreReading {
     fn encode(&self, out: &mut Encoder<'_>) -> fmt::Result {
         let bytes = || Some(Unit::Bytes);
         out.gauge("store_used", bytes(), "Bytes on disk of all stored entries", self.used as f64)?;
-        out.gauge("store_limit", bytes(), "The size limit of the store (max_size_gb)", self.limit as f64)?;
+        out.gauge("store_limit", bytes(), "The size limit of the store", self.limit as f64)?;
         let help = "Bytes of entries that running actions and open readers keep from eviction";
         out.gauge("store_held", bytes(), help, self.held as f64)?;
         let help =

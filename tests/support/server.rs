@@ -62,10 +62,17 @@ impl Server {
         Self::with_own_mounts(&format!("STORE={}; {script}", store.path().display()), &[], store)
     }
 
+    /// Starts a server like [`Server::in_own_mounts`] that ends by itself. Returns its exit code, its output and the
+    /// path of the store.
+    pub(crate) fn that_ends_in_own_mounts(script: &str) -> (Option<i32>, String, String) {
+        let store = tempfile::tempdir().unwrap();
+        let path = store.path().display().to_string();
+        let ended = in_own_shell(&format!("STORE={path}; {script}"), store.path()).output().unwrap();
+        (ended.status.code(), String::from_utf8_lossy(&ended.stderr).into_owned(), path)
+    }
+
     fn with_own_mounts(script: &str, overrides: &[(&str, &str)], store: Arc<TempDir>) -> Self {
-        let mut unshare = Command::new("unshare");
-        unshare.args(mount_namespace()).arg("sh");
-        let mut command = in_shell(unshare, script, store.path());
+        let mut command = in_own_shell(script, store.path());
         command.envs(overrides.iter().map(|(name, value)| (format!("GOREGO_{name}"), value)));
         Self::spawn(command, store)
     }
@@ -235,6 +242,13 @@ fn mount_namespace() -> &'static [&'static str] {
          (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns) \
          or root",
     )
+}
+
+/// Like [`in_shell`], in a mount namespace of its own.
+fn in_own_shell(script: &str, store: &Path) -> Command {
+    let mut unshare = Command::new("unshare");
+    unshare.args(mount_namespace()).arg("sh");
+    in_shell(unshare, script, store)
 }
 
 /// Like [`command`], from a shell in which a script has succeeded.

@@ -2,8 +2,8 @@
 
 use crate::lifecycle::upload;
 use crate::support::{
-    Client, Server, directory, empty, eventually, eventually_async, eventually_every, file, metadata, sh,
-    sh_with, sha256, shared_dir,
+    Client, Server, directory, empty, eventually, eventually_every, file, http_client, metadata, sh, sh_with,
+    sha256, shared_dir,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -15,6 +15,7 @@ use gorego_reapi::{
 use prost::Message as _;
 use std::{
     fs::{self, File},
+    io::Write as _,
     path::PathBuf,
     time::Duration,
 };
@@ -26,10 +27,10 @@ const LEFT: u64 = 385_024;
 /// Fills the disk up to `left` bytes. The caller removes the file to free the space.
 fn ballast(server: &Server, left: u64) -> PathBuf {
     let path = server.inside("ballast");
-    // The write stores as much as fits.
-    let filled = fs::write(&path, vec![1; 64 << 20]).unwrap_err();
+    let mut file = File::create(&path).unwrap();
+    // The last write stores as much as fits.
+    let filled = (0..64).find_map(|_| file.write_all(&vec![1; 64 << 20]).err()).unwrap();
     assert_eq!(filled.kind(), std::io::ErrorKind::StorageFull);
-    let file = File::options().write(true).open(&path).unwrap();
     file.set_len(file.metadata().unwrap().len() - left).unwrap();
     path
 }
@@ -70,11 +71,24 @@ async fn a_server_starts_on_a_full_disk_serves_reads_and_recovers_by_itself() {
     assert_eq!(code(&client.run(action).await), Code::Ok);
 }
 
-/// The small blobs of this store lie in one segment, and a full disk has no room to note which of them are deleted.
+/// A new store cannot be made there. The message says where, why, and what helps.
+#[test]
+fn a_first_start_on_a_full_disk_says_which_disk_is_full_and_what_to_do() {
+    let script =
+        r#"mount -t tmpfs -o size=64k none "$STORE"; head -c 100000 /dev/zero > "$STORE/ballast"; true"#;
+    let (code, output, store) = Server::that_ends_in_own_mounts(script);
+    assert_eq!(code, Some(1), "{output}");
+    for part in [&*store, "No space left on device", "make room on its file system", "local_cache_dir"] {
+        assert!(output.contains(part), "{part}: {output}");
+    }
+}
+
+/// The small blobs of this store lie in a few segments, and a full disk has no room to note which of them are deleted.
 #[tokio::test]
 async fn a_store_of_small_blobs_that_has_filled_its_disk_evicts_a_part_of_them() {
-    let server = Server::on_a_disk_with("size=12m", &[("MAX_SIZE_GB", "50")]).await;
+    let server = Server::on_a_disk_with("size=400m", &[("MAX_SIZE_GB", "50")]).await;
     let client = server.client().await;
+    ballast(&server, 12 << 20);
     let blob = |n: u32| n.to_le_bytes().repeat(10_000);
     let mut stored = Vec::new();
     let refused = loop {
@@ -100,7 +114,7 @@ async fn a_store_of_small_blobs_that_has_filled_its_disk_evicts_a_part_of_them()
 /// Evicting small blobs would free no inode.
 #[tokio::test]
 async fn another_program_that_takes_all_inodes_costs_no_small_blobs() {
-    let server = Server::on_a_disk_with("size=64m,nr_inodes=600", &[("MAX_SIZE_GB", "50")]).await;
+    let server = Server::on_a_disk_with("size=400m,nr_inodes=600", &[("MAX_SIZE_GB", "50")]).await;
     let client = server.client().await;
     let mut stored = Vec::new();
     for n in 0..200u32 {
@@ -199,24 +213,28 @@ async fn the_store_makes_room_for_an_action_that_found_none() {
     assert!(missing.len() <= 10, "at most a part of the store goes: {missing:?}");
 }
 
-/// Uploads find room again, because the store checks its disk every ten seconds.
+/// The limit of the store is what its disk has, so uploads evict before the disk is full, and no lease has to be
+/// broken.
 #[tokio::test]
 async fn a_store_that_was_allowed_more_than_its_disk_holds_keeps_some_of_it_free() {
-    let server = Server::on_a_disk_of(16 << 20).await;
+    let overrides = [("MAX_SIZE_GB", "50"), ("HTTP__LISTEN_ADDR", "127.0.0.1:0")];
+    let server = Server::on_a_disk_with("size=16m", &overrides).await;
     let client = server.client().await;
     let blob = |n: u8| vec![n; 1 << 20];
-    let mut stored = 0;
-    let refusal = loop {
-        match upload(&client, &blob(stored)).await {
-            Ok(_) => stored += 1,
-            Err(status) => break status,
-        }
-    };
-    assert_eq!(refusal.code(), Code::ResourceExhausted, "{refusal}");
-    eventually_async("the store makes room", || async { upload(&client, &blob(stored)).await.is_ok() }).await;
-    eventually("the store says so", || has_logged(&server, "disk_relieved")).await;
-    let missing = client.missing(&[sha256(&blob(0)), sha256(&blob(stored - 1))]).await;
+    for n in 0..60 {
+        upload(&client, &blob(n)).await.unwrap();
+    }
+    let missing = client.missing(&[sha256(&blob(0)), sha256(&blob(59))]).await;
     assert_eq!(missing, [sha256(&blob(0))]);
+    for event in ["disk_relieved", "store_read_only", "delete_failed"] {
+        assert!(!has_logged(&server, event), "{event}: {:#?}", server.log());
+    }
+    let url = format!("http://{}/metrics", server.http_address());
+    let metrics = http_client().get(url).send().await.unwrap().text().await.unwrap();
+    let broken = metrics.lines().find(|line| line.starts_with("gorego_broken_promises_total")).unwrap();
+    assert!(broken.ends_with(" 0"), "{broken}");
+    let limit = server.logged("store_limit_changed").await["limit_bytes"].as_u64().unwrap();
+    assert!((12 << 20..16 << 20).contains(&limit), "{limit}");
 }
 
 /// Checks a refusal for a full disk: it says when to try again, where the disk is full, and what is free (GEN-21).

@@ -1,5 +1,6 @@
 //! Leases over the wire: the blobs that a build was promised stay (AC-03, AC-04, CAS-03; GEN-21).
 
+use crate::access::{Guarded, with};
 use crate::support::{Client, Run, Server, directory, empty, file, sh_with, sha256};
 use gorego_reapi::{
     digest::Digest,
@@ -38,14 +39,23 @@ fn noise(bytes: usize, seed: u64) -> Vec<u8> {
 
 /// Uploads a blob and returns its digest and its status.
 async fn upload(client: &Client, build: &str, data: Vec<u8>) -> (Digest, rpc::Status) {
+    upload_in(client, data, |message| of(build, message)).await
+}
+
+/// Uploads a blob in a request that `request` makes.
+async fn upload_in(
+    client: &Client,
+    data: Vec<u8>,
+    request: impl Fn(BatchUpdateBlobsRequest) -> Request<BatchUpdateBlobsRequest>,
+) -> (Digest, rpc::Status) {
     let digest = sha256(&data);
-    let request = batch_update_blobs_request::Request {
+    let blob = batch_update_blobs_request::Request {
         digest: Some(digest.to_wire()),
         data: data.into(),
         ..Default::default()
     };
-    let request = BatchUpdateBlobsRequest { requests: vec![request], ..Default::default() };
-    let reply = client.cas.clone().batch_update_blobs(of(build, request)).await.unwrap().into_inner();
+    let message = BatchUpdateBlobsRequest { requests: vec![blob], ..Default::default() };
+    let reply = client.cas.clone().batch_update_blobs(request(message)).await.unwrap().into_inner();
     (digest, reply.responses.into_iter().next().unwrap().status.unwrap())
 }
 
@@ -100,6 +110,33 @@ async fn what_a_build_was_promised_stays_while_another_fills_the_store() {
     assert!(missing(&client, "", &others[..40]).await > 30, "the other build has lost its oldest");
     assert_eq!(missing(&client, "", &others[75..]).await, 0);
     server.logged("leases_withdrawn").await;
+}
+
+/// Both principals use the same connection, so only the principal tells them apart.
+#[tokio::test]
+async fn a_principal_with_more_than_its_share_loses_its_own_oldest_leases() {
+    let guarded = Guarded::start(&[SMALL]).await;
+    let client = guarded.server.client().await;
+    let [modest, greedy] = [guarded.token("ci").await.text, guarded.token("ci").await.text];
+    let upload_as = async |token: &str, data| {
+        let (digest, status) = upload_in(&client, data, |message| with(token, message)).await;
+        assert_eq!(status.code, 0, "{}", status.message);
+        digest
+    };
+    let promised = upload_as(&modest, noise(10_000, 1)).await;
+    let mut others = Vec::new();
+    for seed in 0..80 {
+        others.push(upload_as(&greedy, noise(500_000, 1_000 + seed)).await);
+    }
+    let missing = async |digests: &[Digest]| {
+        let blob_digests = digests.iter().map(|digest| digest.to_wire()).collect();
+        let request = FindMissingBlobsRequest { blob_digests, ..Default::default() };
+        let reply = client.cas.clone().find_missing_blobs(with(&modest, request)).await.unwrap();
+        reply.into_inner().missing_blob_digests.len()
+    };
+    assert_eq!(missing(&[promised]).await, 0);
+    assert!(missing(&others[..40]).await > 30);
+    assert_eq!(missing(&others[75..]).await, 0);
 }
 
 /// A build is active while it waits for an action, although it sends no requests.

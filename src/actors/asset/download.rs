@@ -126,10 +126,14 @@ impl Downloader {
             let key = "assets.max_download_gb of this server";
             Problem::origin(FailureKind::TooMuch, format!("it has more than {max} bytes ({key})"))
         };
-        if response.content_length().is_some_and(|length| length > max) {
+        let announced = response.content_length();
+        if announced.is_some_and(|length| length > max) {
             return Err(too_much());
         }
         let mut blob = cas.new_blob(&request.instance, request.function);
+        if let Some(length) = announced {
+            blob.announce(length);
+        }
         let mut witness = integrity.map(Integrity::witness).unwrap_or_default();
         loop {
             let next = async { response.chunk().await.map_err(|error| of_request(&error)) };

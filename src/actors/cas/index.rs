@@ -80,6 +80,8 @@ pub(super) struct Index {
     held: AtomicU64,
     /// Bytes of entries that are held and not leased.
     unleased_held: AtomicU64,
+    /// The highest limit that the file system could allow.
+    most: u64,
     trimming: bool,
     evicted_ever: u64,
     deleted_ever: u64,
@@ -109,6 +111,7 @@ impl Index {
             totals: Totals { limit, ..Totals::default() },
             held: AtomicU64::new(0),
             unleased_held: AtomicU64::new(0),
+            most: limit,
             trimming: false,
             evicted_ever: 0,
             deleted_ever: 0,

@@ -40,8 +40,8 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
             .with("max_size_bytes", limit)
             .with("disk_bytes", total_bytes)
             .log(format_args!(
-                "max_size_gb is {}, but the file system of the store has only {}: leases can fill it, and then blobs are \
-                 evicted although builds use them; lower max_size_gb",
+                "max_size_gb is {}, but the file system of the store has only {}: the store takes what other programs \
+                 leave of it; lower max_size_gb",
                 Size::from_bytes(limit).rounded(),
                 Size::from_bytes(total_bytes).rounded()
             ));

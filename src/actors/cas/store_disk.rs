@@ -10,13 +10,18 @@
 //! Other data that the server keeps on the file system ([`Cas::count_beside`]) counts against the limit of the store,
 //! so that one limit applies to all data. It is measured in the background, which takes at most a twentieth of the time
 //! of one thread.
+//!
+//! If the file system is smaller than the limit, or other programs take much of it, the limit is lower ([`Capacity`]).
+//! It follows each check.
 
 use super::{
     CasActor, LOG, StoreShared,
+    capacity::Capacity,
     client::Cas,
+    index::{StoreLimit, Totals},
     settings::{BESIDE_PART, LOOK_PACE, LOOK_PACE_LOW, MEASURE_PACE, PAUSE_PER_MEASUREMENT, WRITES_AFTER},
 };
-use crate::{disk::Space, logging::Event};
+use crate::{disk::Space, logging::Event, size::Size};
 use actix::WeakAddr;
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -70,9 +75,9 @@ struct Beside {
 pub(super) struct StoreDisk {
     /// The path of the store, for messages.
     root: String,
-    /// The largest number of bytes beside the store that count against its limit.
-    max_beside: u64,
+    max_bytes: u64,
     room: Mutex<DiskRoom>,
+    capacity: Mutex<Capacity>,
     is_full: AtomicBool,
     beside: Mutex<Vec<Beside>>,
     beside_bytes: AtomicU64,
@@ -93,8 +98,9 @@ impl StoreDisk {
     pub(super) fn new(root: String, max_bytes: u64) -> Self {
         Self {
             root,
-            max_beside: max_bytes / BESIDE_PART,
+            max_bytes,
             room: Mutex::default(),
+            capacity: Mutex::new(Capacity::new(max_bytes)),
             is_full: AtomicBool::new(false),
             beside: Mutex::default(),
             beside_bytes: AtomicU64::new(0),
@@ -103,7 +109,12 @@ impl StoreDisk {
 
     /// Bytes beside the store that count against its limit. Does not block.
     pub(super) fn beside(&self) -> u64 {
-        self.beside_bytes.load(Relaxed).min(self.max_beside)
+        self.beside_bytes.load(Relaxed).min(self.limit().most / BESIDE_PART)
+    }
+
+    /// The limit of the store by the latest measurement. Does not block.
+    pub(super) fn limit(&self) -> StoreLimit {
+        self.capacity().limit()
     }
 
     /// Whether there is room for writes. Does not block.
@@ -148,6 +159,27 @@ impl StoreDisk {
         }
     }
 
+    /// Computes the limit of the store from a sample of the file system and the totals at that time.
+    pub(super) fn measure_capacity(&self, space: Space, totals: &Totals) {
+        // Files that are being deleted are left out. Their blocks may be free by now, and then the bytes of others
+        // would seem to be fewer.
+        let own = totals.used.saturating_add(totals.reserved).saturating_add(totals.overhead);
+        let mut capacity = self.capacity();
+        if capacity.see(space, own, Instant::now()) {
+            let limit = capacity.limit().bytes;
+            Event::info(LOG, "store_limit_changed")
+                .with("limit_bytes", limit)
+                .with("max_size_bytes", self.max_bytes)
+                .with("disk_bytes", space.total_bytes)
+                .with("free_bytes", space.free_bytes)
+                .log(format_args!(
+                    "the store may take {} now: max_size_gb is {}, and {space} on its file system",
+                    Size::from_bytes(limit).rounded(),
+                    Size::from_bytes(self.max_bytes).rounded()
+                ));
+        }
+    }
+
     /// Applies and logs a change.
     fn tell(&self, room: &DiskRoom) {
         self.is_full.store(room.is_full, Relaxed);
@@ -180,6 +212,10 @@ impl StoreDisk {
         }
         let sum = beside.iter().map(|it| it.bytes).fold(0, u64::saturating_add);
         self.beside_bytes.store(sum, Relaxed);
+    }
+
+    fn capacity(&self) -> MutexGuard<'_, Capacity> {
+        self.capacity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn room(&self) -> MutexGuard<'_, DiskRoom> {
@@ -244,7 +280,10 @@ pub(super) async fn watch(shared: Weak<StoreShared>, store: WeakAddr<CasActor>) 
             let shared = here.shared();
             shared.disk.measure_beside();
             let space = shared.volume.space().ok();
-            space.inspect(|space| shared.disk.see(*space))
+            space.inspect(|space| {
+                shared.disk.measure_capacity(*space, &shared.view.measure().totals);
+                shared.disk.see(*space);
+            })
         });
         let space = looked.await.ok().flatten();
         let is_full = cas.is_read_only();

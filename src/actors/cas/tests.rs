@@ -2,6 +2,7 @@
 
 mod checksums;
 mod chunks;
+pub(super) mod clock;
 mod compressed;
 mod damage;
 mod disk;
@@ -11,6 +12,7 @@ mod inputs;
 mod leases;
 mod links;
 mod model;
+mod odd_files;
 mod packing;
 mod resolve;
 mod results;
@@ -38,6 +40,8 @@ use tempfile::TempDir;
 
 const SHA256: DigestFunction = DigestFunction::Sha256;
 const MB: u64 = 1 << 20;
+/// How long leases last in the tests that have leases.
+const TIMES: LeaseTimes = LeaseTimes { named: 10_800, unnamed: 900 };
 /// A blob of this size is not hashed at every read.
 const LARGE: usize = 300_000;
 
@@ -98,8 +102,7 @@ impl TestStore {
     }
 
     async fn with_leases_at(root: Rc<TempDir>, max_bytes: u64) -> Self {
-        let leases = LeaseTimes { named: 10_800, unnamed: 900 };
-        let settings = StoreSettings { leases, ..settings_at(root.path().join("store"), max_bytes) };
+        let settings = StoreSettings { leases: TIMES, ..settings_at(root.path().join("store"), max_bytes) };
         Self::over(root, settings).await
     }
 

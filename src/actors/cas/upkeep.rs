@@ -80,10 +80,14 @@ impl CasActor {
         })
     }
 
-    /// Tells the index how many bytes the store takes beyond those of its entries. Returns this number.
+    /// Tells the index its limit, and how many bytes the store takes beyond those of its entries. Returns this number.
     fn note_overhead(&mut self) -> u64 {
         let overhead = self.shared.volume.overhead().saturating_add(self.shared.disk.beside());
-        self.change(|index| index.set_overhead(overhead));
+        let limit = self.shared.disk.limit();
+        self.change(|index| {
+            index.set_overhead(overhead);
+            index.set_limit(limit);
+        });
         overhead
     }
 

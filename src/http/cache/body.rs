@@ -99,6 +99,8 @@ pub(super) struct UploadBody {
     raw: Bytes,
     left: u64,
     max: u64,
+    /// The size of the blob by the Content-Length. `None` if it is absent, or if the body is compressed.
+    announced: Option<u64>,
 }
 
 impl UploadBody {
@@ -126,11 +128,20 @@ impl UploadBody {
         };
         let length =
             parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        if decoder.is_none() && length.is_some_and(|length: u64| length > max) {
+        let announced = length.filter(|_| decoder.is_none());
+        if announced.is_some_and(|length: u64| length > max) {
             return Err(too_large(max));
         }
         let decoders = Some((decoders.clone(), call.caller()));
-        Ok(Self { body: body.into_data_stream(), decoder, decoders, raw: Bytes::new(), left: max, max })
+        Ok(Self {
+            body: body.into_data_stream(),
+            decoder,
+            decoders,
+            raw: Bytes::new(),
+            left: max,
+            max,
+            announced,
+        })
     }
 
     /// The next decoded bytes; `None` at the end.
@@ -190,6 +201,9 @@ impl UploadBody {
     /// # Errors
     /// See [`UploadBody::next`]; and the errors of the store.
     pub(super) async fn fill(mut self, blob: &mut NewBlob, call: &Call) -> Result<()> {
+        if let Some(size) = self.announced {
+            blob.announce(size);
+        }
         while let Some(bytes) = self.next(call).await? {
             blob.write(bytes).await?;
         }

@@ -5,7 +5,8 @@ use super::{
     leases::ROWS,
     *,
 };
-use crate::caller::Owner;
+use crate::caller::{Owner, Peer, PrincipalId};
+use gorego_reapi::error::Error;
 
 /// Stores an entry, if there is room, and leases it.
 fn store(index: &mut Index, file: FileId, bytes: u64, owner: Owner, now: u32) -> Option<Vec<Victim>> {
@@ -70,7 +71,20 @@ fn requests_without_a_build_lease_for_a_shorter_time() {
 /// its leases.
 #[test]
 fn who_has_more_than_its_share_loses_its_own_oldest_leases() {
-    for (hog, other) in [(build(1, 1), build(2, 1)), (build(1, 1), build(1, 2)), (build(1, 0), build(1, 1))] {
+    // Principals count like addresses.
+    let [ci, dev] = ["token:ci", "token:dev"].map(|name| Peer::Principal(PrincipalId::of(name)));
+    let of = |peer, build| Owner { peer, build };
+    let (named, unnamed) = (build(1, 1).build, build(1, 0).build);
+    for (hog, other) in [
+        (build(1, 1), build(2, 1)),
+        (build(1, 1), build(1, 2)),
+        (build(1, 0), build(1, 1)),
+        (of(ci, named), of(dev, named)),
+        (of(ci, unnamed), of(dev, named)),
+        (of(ci, named), of(ci, unnamed)),
+        (of(ci, named), build(1, 1)),
+        (build(1, 1), of(ci, named)),
+    ] {
         let mut index = Index::with_leases(LIMIT, TIMES, 0);
         for name in 0..10 {
             store(&mut index, file(1_000 + name), 20, other, START).unwrap();
@@ -168,6 +182,28 @@ fn leases_do_not_fill_the_room_that_other_bytes_leave() {
         assert!(index.totals().leased <= 560, "nine tenths, and the entry that exceeded them");
     }
     assert!(index.tally().withdrawn_leases > 0 && index.tally().broken_promises == 0);
+}
+
+/// The disk may have less room than before, because other programs have filled a part of it.
+#[test]
+fn a_lower_limit_leaves_less_room_to_leases() {
+    let mut index = Index::with_leases(LIMIT, TIMES, 0);
+    for name in 0..40 {
+        store(&mut index, file(name), 20, build(1, 1), START).unwrap();
+    }
+    index.set_limit(StoreLimit { bytes: LIMIT / 2, most: LIMIT });
+    assert!(!index.can_lease(0));
+    index.ease_leases(0, None, START);
+    while !index.trim(usize::MAX).is_empty() {}
+    let Totals { used, leased, .. } = index.totals();
+    assert!(leased <= LIMIT / 20 * 9 && used <= LIMIT / 2, "{leased} of {used}");
+    assert!(is_there(&index, file(39)) && !is_there(&index, file(0)));
+    let tally = index.tally();
+    assert!(tally.withdrawn_leases > 0 && tally.broken_promises == 0, "{tally:?}");
+    let [for_now, for_ever] =
+        [LIMIT, LIMIT + 1].map(|wanted| Error::from(index.reserve(wanted).unwrap_err()));
+    assert!(matches!(for_now, Error::Exhausted { retry_after: Some(_), .. }), "{for_now}");
+    assert!(matches!(for_ever, Error::Exhausted { retry_after: None, .. }), "{for_ever}");
 }
 
 /// Expired leases are charged to no build, even before they are ended.

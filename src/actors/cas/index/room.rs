@@ -1,6 +1,6 @@
 //! Room: reservations, the evictions that make room for them, and the bytes that are still being deleted.
 
-use super::{Grant, Index, Shortage, Totals, Victim};
+use super::{Grant, Index, Shortage, StoreLimit, Totals, Victim};
 
 /// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is
 /// used.
@@ -94,7 +94,7 @@ impl Index {
         if free >= wanted {
             Ok(())
         } else {
-            Err(Shortage { wanted, held, leased, reserved, overhead, limit })
+            Err(Shortage { wanted, held, leased, reserved, overhead, limit, most: self.most })
         }
     }
 
@@ -119,6 +119,12 @@ impl Index {
         self.totals.overhead = bytes;
         // Otherwise leases could fill the room that is left, and none of them would end when an upload needs some of
         // it.
+        self.leases.set_budget(self.room());
+    }
+
+    /// Sets the bytes that the store may take. Entries have to be evicted if there are fewer than before.
+    pub(in super::super) fn set_limit(&mut self, limit: StoreLimit) {
+        (self.totals.limit, self.most) = (limit.bytes, limit.most);
         self.leases.set_budget(self.room());
     }
 

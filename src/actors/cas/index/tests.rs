@@ -130,7 +130,7 @@ fn a_shortage_names_its_numbers_and_evicts_nothing() {
     let shortage = index.reserve(50).unwrap_err();
     assert_eq!(
         shortage,
-        Shortage { wanted: 50, held: 60, leased: 0, reserved: 0, overhead: 0, limit: LIMIT }
+        Shortage { wanted: 50, held: 60, leased: 0, reserved: 0, overhead: 0, limit: LIMIT, most: LIMIT }
     );
     assert_eq!(index.totals().blobs, 2);
 }

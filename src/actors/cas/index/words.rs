@@ -203,6 +203,15 @@ pub(crate) struct Grant {
     pub after_deletions: u64,
 }
 
+/// The limit of the store on its file system, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StoreLimit {
+    /// The most that the store may take now.
+    pub bytes: u64,
+    /// The most that it could take if no other programs took space on the file system.
+    pub most: u64,
+}
+
 /// There is not enough room, even if everything evictable is evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortage {
@@ -216,8 +225,10 @@ pub struct Shortage {
     /// Bytes that the volume takes in addition to those of the entries. They include deleted blobs that are not
     /// reclaimed yet.
     pub overhead: u64,
-    /// The size limit of the store, in bytes.
+    /// The size limit of the store now, in bytes.
     pub limit: u64,
+    /// The size limit if no other programs took space on the file system of the store.
+    pub most: u64,
 }
 
 /// Counts and bytes of an index.
@@ -274,17 +285,17 @@ pub struct Tally {
 
 impl From<Shortage> for Error {
     fn from(shortage: Shortage) -> Self {
-        let Shortage { wanted, held, leased, reserved, overhead, limit } = shortage;
+        let Shortage { wanted, held, leased, reserved, overhead, limit, most } = shortage;
         let message = format!(
             "no room for {wanted} bytes: of the store's {limit} bytes, {held} are in use by running actions and open \
              readers, {leased} are leased to builds (cache.build_lease), {reserved} are promised to other uploads, and \
              {overhead} are taken by deleted blobs that are not reclaimed yet and by files beside the blobs (max_size_gb \
-             raises the limit)"
+             raises the limit, as far as other programs leave space on the disk)"
         );
         // A blob that does not fit into an empty store will not fit later either.
         Self::Exhausted {
             message,
-            retry_after: (wanted <= limit).then_some(gorego_reapi::error::DISK_FULL_RETRY),
+            retry_after: (wanted <= most).then_some(gorego_reapi::error::DISK_FULL_RETRY),
         }
     }
 }

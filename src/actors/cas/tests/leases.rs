@@ -1,8 +1,15 @@
 //! Tests of the leases of builds: every call that promises an entry to a build protects it (AC-03, AC-04, CAS-03).
 
-use super::*;
+use super::{
+    super::volume::{Volume as _, memory::Memory},
+    volumes::leasing_over,
+    *,
+};
 use crate::caller::Build;
-use std::net::Ipv4Addr;
+use std::{
+    net::Ipv4Addr,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 /// A build of a peer.
 fn build(peer: u8, name: &str) -> Owner {
@@ -74,6 +81,33 @@ async fn everything_that_a_hit_refers_to_stays_whatever_others_upload() {
     assert!(inspection.tally.evicted > 50 && inspection.tally.withdrawn_leases > 0, "{inspection:?}");
 }
 
+/// A lease lasts for the configured time after the last request, whatever happens to the system time meanwhile.
+#[actix::test]
+async fn a_system_clock_that_jumps_neither_ends_leases_nor_makes_them_longer() {
+    const HOUR: i32 = 3_600;
+    for jump in [5 * HOUR, -5 * HOUR, 30 * 24 * HOUR, -30 * 24 * HOUR] {
+        let store = TestStore::with_leases(MB).await;
+        let (ours, theirs) = (build(1, "ours"), build(2, "theirs"));
+        let before = store.put_of(ours, noise(5_000, 1)).await.unwrap();
+        clock::set_ahead(jump);
+        let meanwhile = store.put_of(ours, noise(5_000, 2)).await.unwrap();
+        store.churn(theirs, 1_000).await;
+        clock::set_ahead(0);
+        store.churn(theirs, 2_000).await;
+        clock::pass(TIMES.named - 600);
+        store.churn(theirs, 3_000).await;
+        for blob in [before, meanwhile] {
+            assert!(store.has(blob).await, "{jump}");
+        }
+        clock::pass(600);
+        store.churn(theirs, 4_000).await;
+        for blob in [before, meanwhile] {
+            assert!(!store.has(blob).await, "{jump}");
+        }
+        assert_eq!(store.inspect().await.tally.broken_promises, 0);
+    }
+}
+
 /// A blob is promised to a build by an upload, by an upload that finds the blob stored, and by FindMissingBlobs.
 #[actix::test]
 async fn uploads_and_answers_that_a_blob_is_present_lease_it() {
@@ -119,6 +153,44 @@ async fn a_result_for_which_leases_leave_no_room_is_not_served() {
     assert!(store.of(build(2, "modest")).get_result(&store.main, action).await.unwrap().is_some());
     let tally = store.inspect().await.tally;
     assert!(tally.withdrawn_leases > 0 && tally.broken_promises == 0, "{tally:?}");
+}
+
+/// The configured limit is far above the size of the disk. Leases count against what the disk can hold, so no promise
+/// is broken, and the disk never gets low.
+#[actix::test]
+async fn leases_leave_room_on_a_disk_that_is_smaller_than_the_limit() {
+    let others = Arc::new(AtomicU64::new(2 * MB));
+    let volume = Memory::on_a_disk(32 * MB, others.clone());
+    let store = leasing_over(&volume, 100_000 * MB, TIMES).await;
+    let (action, _) = stored_result(&store).await;
+    let limit = store.inspect().await.totals.limit;
+    assert!((24 * MB..30 * MB).contains(&limit), "{limit}");
+    let mut blobs = Vec::new();
+    for seed in 0..limit * 9 / 10 / MB {
+        blobs.push(store.put(noise(MB as usize, 100 + seed)).await);
+    }
+    for seed in 0..4 {
+        blobs.push(store.put(noise(100_000, 10 + seed)).await);
+    }
+    let one = store.of(build(1, "one"));
+    assert!(one.find_missing(&store.main, &blobs).await.unwrap().is_empty());
+    assert!(one.get_result(&store.main, action).await.unwrap().is_none(), "its leases would not fit");
+    for seed in 0..100 {
+        store.put_of(build(1, "one"), noise(MB as usize, 200 + seed)).await.unwrap();
+        let space = volume.space().unwrap();
+        assert!(!space.is_low(), "{space}");
+    }
+    // Others free their space.
+    others.store(0, Relaxed);
+    let count = AtomicU64::new(0);
+    let grown = || async {
+        store.put_of(build(2, "two"), noise(1_000, count.fetch_add(1, Relaxed))).await.unwrap();
+        (store.inspect().await.totals.limit == limit + 2 * MB).then_some(())
+    };
+    eventually(grown).await;
+    let inspection = store.inspect().await;
+    assert_eq!((inspection.tally.refused_results, inspection.tally.broken_promises), (1, 0));
+    assert!(!store.cas.is_read_only());
 }
 
 /// If no leases can be taken, all are kept, and an upload without room is refused with a time to try again.

@@ -130,6 +130,31 @@ async fn room_is_reserved_for_received_bytes_and_not_for_announced_ones() {
     assert!(all_there(&store, &blobs).await);
 }
 
+/// The announced size, such as a Content-Length, may be wrong in either direction.
+#[actix::test]
+async fn a_new_blob_reserves_no_more_than_its_announced_size_ahead_of_its_bytes() {
+    let store = TestStore::new().await;
+    let bytes = noise(LARGE, 1);
+    let block = 4_096;
+    for (announced, most) in [
+        (None, settings::ROOM_STEP_BYTES),
+        (Some(LARGE as u64), LARGE as u64 + block),
+        (Some(100_000), 280_000 + block),
+        (Some(1 << 40), settings::ROOM_STEP_BYTES),
+    ] {
+        let mut new = store.cas.new_blob(&store.main, SHA256);
+        if let Some(size) = announced {
+            new.announce(size);
+        }
+        new.write(bytes.slice(..280_000)).await.unwrap();
+        let reserved = store.inspect().await.totals.reserved;
+        assert!((280_000..=most).contains(&reserved), "{announced:?}: {reserved}");
+        new.write(bytes.slice(280_000..)).await.unwrap();
+        assert_eq!(new.finish().await, Ok(digest(&bytes)));
+        eventually(|| async { (store.inspect().await.totals.reserved == 0).then_some(()) }).await;
+    }
+}
+
 /// BS-26: a small stream that decodes to many bytes reserves room as it is decoded, and fails if there is none.
 #[actix::test]
 async fn a_compressed_upload_gets_room_as_it_is_decoded() {

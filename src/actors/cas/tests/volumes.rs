@@ -7,10 +7,15 @@ use super::{
 use std::fs::{File, read, write};
 
 /// A store over this volume. Nothing is stored below `root`.
-async fn over(volume: &Memory, max_bytes: u64) -> TestStore {
+pub(super) async fn over(volume: &Memory, max_bytes: u64) -> TestStore {
+    leasing_over(volume, max_bytes, LeaseTimes::default()).await
+}
+
+/// Such a store, in which builds have leases.
+pub(super) async fn leasing_over(volume: &Memory, max_bytes: u64, leases: LeaseTimes) -> TestStore {
     let root = Rc::new(TempDir::new().unwrap());
     let instances = instances();
-    let settings = settings_at(root.path().join("nowhere"), max_bytes);
+    let settings = StoreSettings { leases, ..settings_at(root.path().join("nowhere"), max_bytes) };
     let actor = CasActor::over(Box::new(volume.clone()), settings, Handle::current()).unwrap();
     let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
     TestStore { root, cas: actor.launch(), main, other, max_bytes }

@@ -30,6 +30,8 @@ pub struct NewBlob {
     instance: Instance,
     function: DigestFunction,
     size: u64,
+    /// The size that the sender has announced; `u64::MAX` if there is none. No room is reserved beyond it in advance.
+    announced: u64,
     received: UnwrittenPieces,
     sink: Option<HashedDraft>,
     room: Option<UploadRoom>,
@@ -46,6 +48,11 @@ impl NewBlob {
     /// The number of bytes received so far.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Announces the size of the blob. It may turn out to be wrong.
+    pub fn announce(&mut self, size: u64) {
+        self.announced = size;
     }
 
     /// Appends the next bytes.
@@ -167,12 +174,13 @@ impl NewBlob {
 
     /// Reserves room for all bytes received so far.
     async fn make_room(&mut self) -> Result<()> {
-        let needed = self.cas.shared().volume.charge(self.size);
+        let volume = &self.cas.shared().volume;
+        let (needed, most) = (volume.charge(self.size), volume.charge(self.announced));
         let room = match &mut self.room {
             Some(room) => room,
             none => none.insert(self.cas.new_room()?),
         };
-        room.grow(needed, u64::MAX).await
+        room.grow(needed, most).await
     }
 }
 
@@ -184,6 +192,7 @@ impl Cas {
             instance: instance.clone(),
             function,
             size: 0,
+            announced: u64::MAX,
             received: self.received(),
             sink: None,
             room: None,

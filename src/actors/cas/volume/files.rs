@@ -34,7 +34,7 @@ use super::{
     names::{FileClass, encode},
     outside::LeftFile,
     packed::{FrameDecoders, PackedFile},
-    root::{MAX_FORMAT_BYTES, StoreLock, check_format, prepare, take_lock, unusable},
+    root::{MAX_FORMAT_BYTES, StoreLock, check_format, check_kinds, failed, prepare, take_lock},
     scan,
     segments::again_with_directory,
     stamps::{COARSE_TICK, Writers, has_fine_change_times, lease, settled, stamp_of},
@@ -106,7 +106,8 @@ impl Files {
     /// # Errors
     /// `Precondition` when the directory cannot be used: not writable, held by another server, or of an unknown format.
     pub(crate) fn open(root: &Path, instances: &Instances, policy: SyncPolicy) -> Result<Self> {
-        let refuse = |what: &str, error: &dyn std::fmt::Display| unusable(root, what, error);
+        let refuse = |what: &str, error: &io::Error| failed(root, what, error);
+        check_kinds(root)?;
         fs::create_dir_all(root).map_err(|error| refuse("the directory cannot be made", &error))?;
         let lock = take_lock(root)?;
         check_format(root)?;
@@ -117,8 +118,9 @@ impl Files {
         let private = private.map(|instance| encode(instance.name()) + "+private");
         let names: Vec<String> = all.iter().map(|instance| encode(instance.name())).chain(private).collect();
         prepare(&base, &names).map_err(|error| refuse("its directories cannot be made", &error))?;
-        let block =
-            rustix::fs::statvfs(&base).map_err(|error| refuse("it cannot be examined", &error))?.f_frsize;
+        let block = rustix::fs::statvfs(&base)
+            .map_err(|error| refuse("it cannot be examined", &error.into()))?
+            .f_frsize;
         let has_fine_times = has_fine_change_times(&base.join("tmp"))
             .map_err(|error| refuse("a file in it cannot be written", &error))?;
         let table =

@@ -55,7 +55,8 @@ struct LocalDraft {
 }
 
 impl Local {
-    /// Opens and locks a store directory, creating it if necessary.
+    /// Opens and locks a store directory, creating it if necessary. The store takes at most `max_bytes`, or what its
+    /// file system has, if that is less.
     ///
     /// # Errors
     /// The errors of [`Files::open`].
@@ -65,23 +66,29 @@ impl Local {
         max_bytes: u64,
         policy: SyncPolicy,
     ) -> Result<Self> {
-        Self::with_sizes(root, instances, Sizes::of(max_bytes), policy)
+        let files = Files::open(root, instances, policy)?;
+        let most = files.space().map_or(u64::MAX, |space| space.most_for_store());
+        Self::over(root, files, Sizes::of(max_bytes.min(most)), policy)
     }
 
+    #[cfg(test)]
     pub(in crate::actors::cas) fn with_sizes(
         root: &Path,
         instances: &Instances,
         sizes: Sizes,
         policy: SyncPolicy,
     ) -> Result<Self> {
-        let files = Files::open(root, instances, policy)?;
+        Self::over(root, Files::open(root, instances, policy)?, sizes, policy)
+    }
+
+    fn over(root: &Path, files: Files, sizes: Sizes, policy: SyncPolicy) -> Result<Self> {
         let segments = Segments::open(root, files.names(), sizes, files.sequence(), policy);
         let segments =
-            segments.map_err(|error| super::root::unusable(root, "its segments cannot be opened", &error))?;
+            segments.map_err(|error| super::root::failed(root, "its segments cannot be opened", &error))?;
         if policy == SyncPolicy::BeforeAnswer {
             // Files that an earlier run has written and not synced are about to become visible.
             sync_file_system(root)
-                .map_err(|error| super::root::unusable(root, "it cannot be synced", &error))?;
+                .map_err(|error| super::root::failed(root, "it cannot be synced", &error))?;
         }
         let commits = GroupCommit::default();
         Ok(Self { files: Arc::new(files), segments: Arc::new(segments), commits, policy })

@@ -30,6 +30,8 @@ pub(crate) struct Memory {
     fault: Arc<AtomicI32>,
     /// `None` for a volume whose deleted files take no bytes.
     dead: Option<Arc<DeadBytes>>,
+    /// The size of its disk, and the bytes that others take there; `None` for a disk that never fills.
+    disk: Option<(u64, Arc<AtomicU64>)>,
 }
 
 /// The bytes of deleted files, which compaction does not reclaim.
@@ -44,6 +46,11 @@ impl Memory {
     /// A volume in which deleted files keep their bytes, whatever is compacted.
     pub(crate) fn that_reclaims_nothing() -> Self {
         Self { dead: Some(Arc::default()), ..Self::default() }
+    }
+
+    /// A volume on a disk of this size, on which others take a number of bytes.
+    pub(crate) fn on_a_disk(total_bytes: u64, others: Arc<AtomicU64>) -> Self {
+        Self { disk: Some((total_bytes, others)), ..Self::default() }
     }
 
     /// Reclaims the bytes of all deleted files.
@@ -115,7 +122,13 @@ impl Volume for Memory {
     }
 
     fn space(&self) -> io::Result<Space> {
-        Ok(Space { free_bytes: 1 << 40, total_bytes: 1 << 40, free_inodes: 1 << 30, total_inodes: 0 })
+        let plenty =
+            Space { free_bytes: 1 << 40, total_bytes: 1 << 40, free_inodes: 1 << 30, total_inodes: 0 };
+        let Some((total_bytes, others)) = &self.disk else { return Ok(plenty) };
+        let files: u64 =
+            self.files.lock().unwrap().values().map(|(_, bytes)| self.charge(bytes.len() as u64)).sum();
+        let taken = files + others.load(Ordering::Relaxed);
+        Ok(Space { free_bytes: total_bytes.saturating_sub(taken), total_bytes: *total_bytes, ..plenty })
     }
 
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {

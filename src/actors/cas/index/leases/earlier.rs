@@ -190,6 +190,22 @@ mod tests {
         assert!((0..5).all(|name| !is_there(&index, name)) && (5..50).all(|name| is_there(&index, name)));
     }
 
+    /// The recorded uses are in system time, so a clock that was changed before the restart changes what is leased. The
+    /// leases never last longer than usual.
+    #[test]
+    fn a_clock_that_was_set_back_or_ahead_before_the_start_bounds_leases_all_the_same() {
+        const DAYS: u32 = 10 * 86_400;
+        let recorded = (0..40).map(|name| (name, (20, START))).collect();
+        for (now, leased) in [(START - DAYS, 800), (START, 800), (START + DAYS, 0)] {
+            let mut index = started(&recorded, now);
+            assert_eq!(index.totals().leased, leased, "{now}");
+            index.expire_leases(TIMES.named - 1);
+            assert_eq!(index.totals().leased, leased, "{now}");
+            index.expire_leases(TIMES.named);
+            assert_eq!(index.totals().leased, 0, "{now}");
+        }
+    }
+
     /// What was used in one burst before the restart does not keep other builds from uploading for hours.
     #[test]
     fn leases_of_a_burst_before_the_start_give_way_to_uploads() {

@@ -45,6 +45,8 @@ pub(crate) struct Location {
 impl Location {
     const IS_RECORD: u64 = 1 << 63;
     const SLOT_BITS: u32 = 26;
+    /// No record starts at this offset or after it, because its slot would have too many bits.
+    pub(super) const END: u64 = SLOT_BYTES << Self::SLOT_BITS;
     /// The greatest number of a segment that is used at start. It is half of what a location can have, so a file with a
     /// strange name leaves numbers for new segments.
     pub(super) const MAX_FOUND: u64 = (Self::IS_RECORD >> Self::SLOT_BITS) / 2;

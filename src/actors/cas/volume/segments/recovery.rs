@@ -2,14 +2,15 @@
 //!
 //! A complete segment has a table, and only its table and its journal are read. A segment without a valid table is
 //! scanned from its head on. Parts that a crash has left unwritten or half-written are skipped, because records that
-//! follow them may have been acknowledged. Then the segment gets its table. Several threads read segments and pass on
+//! follow them may have been acknowledged. Then the segment gets its table. Nothing is read beyond the offsets that
+//! locations can have ([`Location::END`]), whatever the length of the file. Several threads read segments and pass on
 //! the records.
 
 use super::{
     Segments,
     journal::{self, JournalNotes},
     record::{Header, Location, SLOT_BYTES},
-    segment::{Segment, read_up_to, slot_at},
+    segment::{MAX_RECORD_BYTES, Segment, read_up_to, slot_at},
     table::{Head, MAX_HEAD_BYTES, Row, TRAILER_BYTES, Trailer, are_rows, rows},
 };
 use crate::{
@@ -40,6 +41,9 @@ const LOG: &str = "gorego::cas";
 const THREADS: usize = 4;
 /// Number of bytes of a damaged part that are searched for the next record at a time.
 const SEARCH_BYTES: u64 = 64 << 10;
+
+/// The records of a segment end here at the latest: the last one may start right before [`Location::END`].
+const LAST_END: u64 = Location::END + MAX_RECORD_BYTES;
 
 /// The outcome of reading a file with the name of a segment.
 enum SegmentRead {
@@ -141,7 +145,7 @@ impl Segments {
         };
         let opened = match opened {
             opened if opened.end > 0 => opened,
-            opened => match scan(&file, opened.head) {
+            opened => match scan_and_tell(&path, &file, opened.head) {
                 Ok(scanned) => {
                     let _ = complete(&path, &scanned);
                     scanned
@@ -251,7 +255,8 @@ fn open_by_table(file: &File, size: u64) -> io::Result<Option<Opened>> {
     let mut trailer = Vec::new();
     let Some(at) = size.checked_sub(TRAILER_BYTES as u64) else { return Ok(None) };
     read_up_to(file, at, TRAILER_BYTES as u64, &mut trailer)?;
-    let Some(trailer) = Trailer::decode(&trailer, size) else { return Ok(None) };
+    let trailer = Trailer::decode(&trailer, size).filter(|trailer| trailer.table_at <= LAST_END);
+    let Some(trailer) = trailer else { return Ok(None) };
     let mut end = Vec::new();
     read_up_to(file, trailer.table_at, size - trailer.table_at, &mut end)?;
     let end = Bytes::from(end);
@@ -261,10 +266,26 @@ fn open_by_table(file: &File, size: u64) -> io::Result<Option<Opened>> {
     Ok(are_rows(table).then(opened))
 }
 
+/// Like [`scan`]. Logs if the file is longer than any segment, because it was changed by another program then.
+fn scan_and_tell(path: &Path, file: &File, head: Head) -> io::Result<Opened> {
+    let bytes = file.metadata()?.len();
+    if bytes > Location::END {
+        Event::warn(LOG, "segment_too_long")
+            .with_shown("path", &path.display())
+            .with("bytes", bytes)
+            .with("read_bytes", Location::END)
+            .log(format_args!(
+                "this file is longer than any segment; only its first {} bytes are read, and the rest is cut off",
+                Location::END
+            ));
+    }
+    scan(file, head)
+}
+
 /// Finds the valid records of a segment without a table.
 fn scan(file: &File, head: Head) -> io::Result<Opened> {
     let start = head.encode().len() as u64;
-    let size = file.metadata()?.len();
+    let size = file.metadata()?.len().min(Location::END);
     let segment = Segment::open(&head, start, Arc::default());
     let mut opened = Opened { head, end: start, last_sequence: 0, rows: Bytes::new() };
     let mut table = Vec::new();

@@ -38,7 +38,7 @@ const PIECES_AT_ONCE: usize = 1_024;
 /// Number of bytes of a record of unknown length that are read at first.
 const FIRST_READ_BYTES: u64 = 4_096;
 /// Longer records are not read. Only small files are kept in segments.
-const MAX_RECORD_BYTES: u64 = 1 << 30;
+pub(super) const MAX_RECORD_BYTES: u64 = 1 << 30;
 /// More than the padding of any record.
 const ZEROS: [u8; 80] = [0; 80];
 

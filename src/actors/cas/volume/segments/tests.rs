@@ -286,6 +286,24 @@ fn a_hole_in_front_of_whole_records_is_skipped() {
     assert_eq!(store.crash().index.len(), 2);
 }
 
+/// Another program may make the last segment as long as it likes. To read all of it would delay the start for minutes.
+#[test]
+fn a_start_reads_only_the_part_of_a_long_file_that_may_have_records() {
+    let mut store = Store::new();
+    let files: Vec<(Key, Bytes)> = (0..3).map(|seed| blob(1_000, seed)).collect();
+    store.write(&files);
+    let path = store.files("segment").remove(0);
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 43).unwrap();
+    let (started, start) = std::sync::mpsc::channel();
+    std::thread::spawn(move || started.send(store.crash()));
+    let store = start.recv_timeout(std::time::Duration::from_secs(60)).expect("the start reads too much");
+    for (key, bytes) in &files {
+        assert_eq!(store.read(key).unwrap(), bytes);
+    }
+    store.check_counts();
+    assert!(path.metadata().unwrap().len() < 100_000, "the rest is cut off");
+}
+
 #[test]
 fn swapped_or_missing_segments_are_misses() {
     let mut store = Store::new();

@@ -12,11 +12,18 @@ const BOUNDED: &[(&str, &str)] = &[
 
 /// Runs a script, kills the server when the condition holds, and checks that neither processes nor mounts remain and
 /// that the next server removes the directories. The processes of the script have the marker in their command lines.
-async fn is_gone_after_a_kill(host: &Host, script: &str, marker: &str, has_begun: impl Fn(&Host) -> bool) {
+async fn is_gone_after_a_kill(
+    host: &mut Host,
+    script: &str,
+    marker: &str,
+    has_begun: impl Fn(&Host) -> bool,
+) {
     let action = host.client.action(sh(script), empty()).await;
     let _running = host.client.start(action).await;
     eventually("the action runs", || has_begun(host)).await;
     host.server.signal("KILL");
+    // Until it has ended, the store is locked.
+    host.server.exit().await;
     eventually("its processes are gone", || processes_with(marker).is_empty()).await;
     let store = host.server.store().to_str().unwrap();
     let mounted = || {

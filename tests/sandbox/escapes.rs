@@ -73,7 +73,8 @@ async fn an_open_directory_does_not_lead_out_of_the_sandbox() {
         fs::set_permissions(outside.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let path = outside.path().to_str().unwrap();
         let store = host.server.store().to_str().unwrap();
-        // Opens "../../.." from each directory, and prints what it is, and whether a directory of the host or the store is below it.
+        // Opens "../../.." from each directory, and prints whether it is the root directory and whether a directory of
+        // the host or the store is below it.
         let script = r#"mkdir -p a/b/c /tmp/a/b/c moved gone; perl -e '
             my @open = map { opendir my $d, $_ or die "$_: $!"; $d }
                 qw(. a/b/c /tmp/a/b/c /usr/bin /dev/shm /proc/self /proc/self/root /proc/self/cwd moved gone /);

@@ -1,10 +1,10 @@
 //! One server process, from its settings to its exit. This module has only wiring and shutdown.
 //!
 //! The addresses of the ports are taken first. Then parts are created in the order store, workers, scheduler, ports,
-//! and are shut down in reverse. The scheduler takes no new work and finishes its operations. Then the ports accept no new
-//! connections and let the open calls finish. Then the store closes. The [`Exit`] sets one deadline for all of this,
-//! even if clients keep requests open. The owner actors are watched: if one dies, the process exits, because a partial
-//! server is worse than none.
+//! and are shut down in reverse. The scheduler takes no new work and finishes its operations. Then the ports accept no
+//! new connections and let the open calls finish. Then the store closes. The [`Exit`] sets one deadline for all of
+//! this, even if clients keep requests open. The owner actors are watched: if one dies, the process exits, because a
+//! partial server is worse than none.
 
 mod beside;
 mod exit;

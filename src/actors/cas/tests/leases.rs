@@ -159,19 +159,20 @@ async fn a_result_for_which_leases_leave_no_room_is_not_served() {
 /// is broken, and the disk never gets low.
 #[actix::test]
 async fn leases_leave_room_on_a_disk_that_is_smaller_than_the_limit() {
-    let others = Arc::new(AtomicU64::new(2 * MB));
-    let volume = Memory::on_a_disk(32 * MB, others.clone());
+    let others = Arc::new(AtomicU64::new(10 * MB));
+    let volume = Memory::on_a_disk(40 * MB, others.clone());
     let store = leasing_over(&volume, 100_000 * MB, TIMES).await;
     let (action, _) = stored_result(&store).await;
-    let limit = store.inspect().await.totals.limit;
-    assert!((24 * MB..30 * MB).contains(&limit), "{limit}");
     let mut blobs = Vec::new();
-    for seed in 0..limit * 9 / 10 / MB {
-        blobs.push(store.put(noise(MB as usize, 100 + seed)).await);
-    }
-    for seed in 0..4 {
-        blobs.push(store.put(noise(100_000, 10 + seed)).await);
-    }
+    let limit = loop {
+        // The limit follows what others leave of the disk, so it is read again after each blob.
+        let totals = store.inspect().await.totals;
+        assert!((24 * MB..30 * MB).contains(&totals.limit), "{totals:?}");
+        if totals.used > totals.limit / 100 * 91 {
+            break totals.limit;
+        }
+        blobs.push(store.put(noise(100_000, 1_000 + blobs.len() as u64)).await);
+    };
     let one = store.of(build(1, "one"));
     assert!(one.find_missing(&store.main, &blobs).await.unwrap().is_empty());
     assert!(one.get_result(&store.main, action).await.unwrap().is_none(), "its leases would not fit");
@@ -185,7 +186,8 @@ async fn leases_leave_room_on_a_disk_that_is_smaller_than_the_limit() {
     let count = AtomicU64::new(0);
     let grown = || async {
         store.put_of(build(2, "two"), noise(1_000, count.fetch_add(1, Relaxed))).await.unwrap();
-        (store.inspect().await.totals.limit == limit + 2 * MB).then_some(())
+        // What is being written when the disk is measured counts for others, at most a megabyte here.
+        (store.inspect().await.totals.limit >= limit + 9 * MB).then_some(())
     };
     eventually(grown).await;
     let inspection = store.inspect().await;

@@ -86,10 +86,10 @@ fn a_first_start_on_a_full_disk_says_which_disk_is_full_and_what_to_do() {
 /// The small blobs of this store lie in a few segments, and a full disk has no room to note which of them are deleted.
 #[tokio::test]
 async fn a_store_of_small_blobs_that_has_filled_its_disk_evicts_a_part_of_them() {
-    let server = Server::on_a_disk_with("size=400m", &[("MAX_SIZE_GB", "50")]).await;
+    let server = Server::on_a_disk_with("size=320m", &[("MAX_SIZE_GB", "50")]).await;
     let client = server.client().await;
-    ballast(&server, 12 << 20);
-    let blob = |n: u32| n.to_le_bytes().repeat(10_000);
+    let ballast = ballast(&server, 48 << 20);
+    let blob = |n: u32| n.to_le_bytes().repeat(15_000);
     let mut stored = Vec::new();
     let refused = loop {
         let next = blob(stored.len() as u32);
@@ -102,6 +102,9 @@ async fn a_store_of_small_blobs_that_has_filled_its_disk_evicts_a_part_of_them()
     let shared = &client;
     let is_taken = || async move { upload(shared, &[1; 40_000]).await.is_ok() };
     eventually_every(Duration::from_millis(100), "an upload is taken", is_taken).await;
+    // The disk is not low any more, so no more is evicted.
+    fs::remove_file(ballast).unwrap();
+    upload(&client, &[2; 40_000]).await.unwrap();
     let gone = client.missing(&stored).await;
     assert!((1..=stored.len() / 2).contains(&gone.len()), "{} of {}", gone.len(), stored.len());
     assert!(!has_logged(&server, "delete_failed"), "{:#?}", server.log());

@@ -1,7 +1,7 @@
 //! Leases over the wire: the blobs that a build was promised stay (AC-03, AC-04, CAS-03; GEN-21).
 
 use crate::access::{Guarded, with};
-use crate::support::{Client, Run, Server, directory, empty, file, sh_with, sha256};
+use crate::support::{Client, Run, Server, directory, empty, file, sh_with, sha256, shared_dir};
 use gorego_reapi::{
     digest::Digest,
     proto::{
@@ -144,7 +144,10 @@ async fn a_principal_with_more_than_its_share_loses_its_own_oldest_leases() {
 async fn what_a_build_was_promised_stays_while_it_waits_for_an_action() {
     let server = Server::with(&[SMALL, ("CACHE__BUILD_LEASE", "2s")]).await;
     let client = server.client().await;
-    let action = client.action(sh_with("sleep 6; echo > f", &["f"]), empty()).await;
+    let outside = shared_dir();
+    let gate = outside.path().join("gate");
+    let script = format!("while [ ! -e {} ]; do sleep 0.1; done; echo > f", gate.display());
+    let action = client.action(sh_with(&script, &["f"]), empty()).await;
     let (promised, _) = upload(&client, "ours", noise(10_000, 2)).await;
     let run = client.execution.clone().execute(of("ours", client.request(action))).await.unwrap();
     let begin = Instant::now();
@@ -152,6 +155,7 @@ async fn what_a_build_was_promised_stays_while_it_waits_for_an_action() {
         churn(&client, "theirs").await;
     }
     assert_eq!(missing(&client, "", &[promised]).await, 0);
+    fs::write(gate, "").unwrap();
     let end = Run(run.into_inner()).finish().await;
     assert_eq!(end.status.unwrap_or_default().code, 0);
 }

@@ -1,19 +1,20 @@
 //! One server process, from its settings to its exit. This module has only wiring and shutdown.
 //!
-//! Parts are created in the order store, workers, scheduler, ports, and are shut down in reverse. The scheduler takes
-//! no new work and finishes its operations. Then the ports accept no new connections and let the open calls finish.
-//! Then the store closes. The [`Exit`] sets one deadline for all of this, even if clients keep requests open. The owner
-//! actors are watched: if one dies, the process exits, because a partial server is worse than none.
+//! The addresses of the ports are taken first. Then parts are created in the order store, workers, scheduler, ports,
+//! and are shut down in reverse. The scheduler takes no new work and finishes its operations. Then the ports accept no
+//! new connections and let the open calls finish. Then the store closes. The [`Exit`] sets one deadline for all of
+//! this, even if clients keep requests open. The owner actors are watched: if one dies, the process exits, because a
+//! partial server is worse than none.
 
 mod beside;
 mod exit;
 mod fill;
-mod listen;
 mod observer;
 mod owners;
 pub(crate) mod place;
 mod pools;
 mod ports;
+mod prerequisites;
 mod reload;
 mod tls;
 
@@ -43,7 +44,7 @@ use crate::{
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
     signals::{StopSignal, StopSignals},
-    supervisor::{InheritedSockets, Supervision, Supervisor},
+    supervisor::{Supervision, Supervisor},
     telemetry::Metrics,
     tls::ServerTls,
     under_way::UnderWay,
@@ -53,19 +54,18 @@ use actix_rt::System;
 use exit::{Exit, drain};
 use fill::{asset_settings, log_settings, scheduler_settings, store_settings};
 use gorego_reapi::error::{Error, Result};
-use listen::listen;
 use observer::{Observer, PoolWatch};
 use owners::Owners;
 use place::Place;
 use pools::{PoolMaker, Pools};
 use ports::{Ports, ServedPort};
+use prerequisites::{Listeners, Prerequisites};
 use reload::{ReloadAccess, ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{net::SocketAddr, sync::Arc};
 use tls::ReloadTls;
 pub(crate) use tls::check_tls_files;
 use tokio::{
-    net::TcpListener,
     runtime::{Builder, Handle, Runtime},
     select,
     time::{Instant, timeout_at},
@@ -98,7 +98,7 @@ pub(crate) struct Ready {
 pub(crate) fn run(
     (loaded, mut settings): (Loaded, Settings),
     load: impl Fn() -> Result<(Loaded, Settings)> + Send + Sync + 'static,
-    supervision: Supervision,
+    mut supervision: Supervision,
     ready: impl FnOnce(Ready) + Send + 'static,
 ) -> Result<()> {
     let open_files = raise_open_files();
@@ -106,6 +106,8 @@ pub(crate) fn run(
         .enable_all()
         .build()
         .map_err(|error| Error::io("start the async runtime", &error))?;
+    let sockets = std::mem::take(&mut supervision.sockets);
+    let prerequisites = Prerequisites::open(&settings, sockets, runtime.handle())?;
     // Opening the store and the build root blocks, so it is done before anything asynchronous starts. Each locks its
     // directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
@@ -122,7 +124,7 @@ pub(crate) fn run(
     let system = System::with_tokio_rt(move || runtime);
     system.block_on(async move {
         let (server, listeners) =
-            Server::start(settings, supervision, store, reports, place, workers).await?;
+            Server::start(settings, supervision, prerequisites, store, reports, place, workers)?;
         let configuration = Configuration { config: loaded.config, load: Box::new(load) };
         server.serve(listeners, configuration, ready).await
     })
@@ -167,32 +169,17 @@ struct Configuration {
     load: Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>,
 }
 
-/// The sockets of the ports.
-struct Listeners {
-    grpc: TcpListener,
-    /// The socket of the HTTP port, if the port is enabled.
-    http: Option<TcpListener>,
-}
-
 impl Server {
-    async fn start(
+    fn start(
         settings: Settings,
-        mut supervision: Supervision,
+        supervision: Supervision,
+        prerequisites: Prerequisites,
         store: CasActor,
         reports: NonDeterminismReports,
         place: Option<Place>,
         workers: Handle,
     ) -> Result<(Self, Listeners)> {
-        let tls = tls::open(&settings)?;
-        let access = Arc::new(AccessLoader::open(settings.access.clone(), &workers)?);
-        let InheritedSockets { grpc, http } = std::mem::take(&mut supervision.sockets);
-        let listeners = Listeners {
-            grpc: listen(grpc, settings.listen_addr, "listen_addr").await?,
-            http: match settings.http_addr {
-                Some(address) => Some(listen(http, address, "http.listen_addr").await?),
-                None => None,
-            },
-        };
+        let (listeners, tls, access) = prerequisites.listen()?;
         let cas = store.launch();
         cas.report_to(reports.clone());
         workers.spawn(reports.clone().keep_saved());

@@ -301,13 +301,15 @@ async fn a_store_that_cannot_be_written_and_a_port_that_is_taken_are_named() {
     assert!(String::from_utf8_lossy(&output.stderr).contains(file.to_str().unwrap()));
 
     let server = Server::start().await;
+    let other = dir.path().join("other");
     let output = Command::new(env!("CARGO_BIN_EXE_gorego"))
         .args(["serve", "--listen-addr", server.address(), "--local-cache-dir"])
-        .arg(dir.path().join("other"))
+        .arg(&other)
         .output()
         .unwrap();
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains(server.address()));
+    assert!(!other.exists(), "a start that fails makes no store");
 }
 
 /// Unauthenticated remote execution requires an explicit flag.

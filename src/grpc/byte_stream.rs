@@ -16,11 +16,7 @@ pub(super) use route::ByteStreamRoute;
 
 use super::{Edge, ReadStream, log_stream, stalled, write_stream::WriteStream};
 use crate::{
-    actors::cas::{
-        blob::{BlobReader, BlobWriter},
-        client::{SmallUpload, Upload},
-        forms::zstd_reader::ZstdReader,
-    },
+    actors::cas::{BlobWriter, SmallUpload, Upload, blob::BlobReader, forms::zstd_reader::ZstdReader},
     call::Call,
     config::CommittedSize,
     grpc::services::byte_stream_server::ByteStream,

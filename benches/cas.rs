@@ -8,11 +8,7 @@ mod support;
 
 use bytes::Bytes;
 use gorego::{
-    actors::cas::{
-        CloseStore,
-        client::{Provenance, Upload},
-        resolve::Resolution,
-    },
+    actors::cas::{CloseStore, Upload, client::Provenance, resolve::Resolution},
     caller::Owner,
 };
 use gorego_reapi::{

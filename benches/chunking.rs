@@ -8,7 +8,7 @@ mod support;
 
 use bytes::Bytes;
 use fastcdc::v2020::{FastCDC, Normalization};
-use gorego::actors::cas::client::Upload;
+use gorego::actors::cas::Upload;
 use gorego_reapi::{
     chunking::{Chunking, Splitter},
     digest::DigestFunction,

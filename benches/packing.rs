@@ -9,10 +9,7 @@ mod support;
 
 use bytes::Bytes;
 use gorego::{
-    actors::cas::{
-        CloseStore, PackingSettings, StoreSettings,
-        client::{Cas, Upload},
-    },
+    actors::cas::{CloseStore, PackingSettings, StoreSettings, Upload, client::Cas},
     instance::Instance,
 };
 use gorego_reapi::digest::{Digest, DigestFunction};

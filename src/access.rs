@@ -34,6 +34,7 @@ pub(crate) mod audit;
 pub mod authenticator;
 pub mod basic;
 pub(crate) mod certificate;
+pub mod claim_pattern;
 pub mod credential;
 #[cfg(test)]
 pub(crate) mod documented;

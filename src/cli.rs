@@ -22,8 +22,8 @@ mod token;
 mod verify;
 
 pub use args::{
-    BenchArgs, ConfigCommand, ExecArgs, LogFormatArg, ReloadArgs, ReplayArgs, ServeArgs, ServerArgs,
-    TokenCommand, TokenFileArgs, VerifyArgs,
+    BenchArgs, ConfigCommand, ExecArgs, Lifetime, LogFormatArg, ReloadArgs, ReplayArgs, ServeArgs,
+    ServerArgs, TokenCommand, TokenFileArgs, VerifyArgs,
 };
 pub use connect::ConnectArgs;
 
@@ -39,7 +39,6 @@ use std::{
     io::{self, Write as _},
     process::ExitCode,
 };
-pub use token::Lifetime;
 
 /// The exit code of a subcommand that succeeded.
 pub const EXIT_OK: u8 = 0;

@@ -13,6 +13,7 @@ mod jwt;
 mod limits;
 pub mod load;
 mod log_filter;
+mod machine;
 mod mismatch;
 mod persistent_workers;
 mod pools;
@@ -21,14 +22,16 @@ mod sandbox;
 mod settings;
 pub mod show;
 mod source_text;
+mod suggestion;
 mod tls;
 
 pub use execution::ExecutionSettings;
 pub use images::{ImagesSettings, Tags};
 pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
+pub use machine::Machine;
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
-pub use settings::{AssetsSettings, LogStreamsSettings, Machine, Settings};
+pub use settings::{AssetsSettings, LogStreamsSettings, Settings, load_checked};
 pub use tls::{ClientAuth, TlsSettings};
 
 pub use crate::logging::{LogConfig, LogFormat};
@@ -45,6 +48,9 @@ use sandbox::SandboxConfig;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 use tls::TlsConfig;
+
+/// Prefix of the environment variables that set keys.
+const ENV_PREFIX: &str = "GOREGO_";
 
 /// The whole configuration, one field for each key or section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

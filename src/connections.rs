@@ -59,7 +59,7 @@ pub(crate) const HEAD_LIMIT: Duration = Duration::from_secs(20);
 /// How long a client may leave its socket unread while bytes are waiting for it.
 pub(crate) const UNREAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long a client may consume no answer although it reads its socket. Equal to the idle limit of a download.
-pub(crate) const UNTAKEN_LIMIT: Duration = crate::grpc::stalled::READ_IDLE_LIMIT;
+pub(crate) const UNTAKEN_LIMIT: Duration = crate::grpc::stream_limits::READ_IDLE_LIMIT;
 /// Rate of calls that one peer may cancel in addition to those that it lets finish. A failed build cancels thousands of
 /// running actions at once.
 pub(crate) const PEER_RESETS: Rate = Rate { burst: 10_000, per_second: 1_000 };

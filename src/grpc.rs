@@ -51,6 +51,7 @@ mod routes;
 pub mod services;
 mod serving;
 pub(crate) mod stalled;
+pub(crate) mod stream_limits;
 mod turn;
 mod write_stream;
 

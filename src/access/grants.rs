@@ -2,7 +2,7 @@
 
 use super::{
     certificate::{CertificateName, ClientCertificate},
-    jwt::ClaimPattern,
+    claim_pattern::ClaimPattern,
     policy::Policy,
     principal::{Principal, PrincipalKind},
     role::Role,

@@ -14,7 +14,6 @@ mod issuer;
 mod json;
 mod keys;
 mod location;
-mod pattern;
 mod refusal;
 mod signature;
 #[cfg(test)]
@@ -27,7 +26,6 @@ pub use claims::ClaimSettings;
 pub use issuer::{ClaimRole, IssuerRules, IssuerSettings, MAX_LEEWAY};
 pub use keys::{KeySet, MAX_KEY_SET_BYTES, MAX_KEYS};
 pub use location::JwksLocation;
-pub use pattern::ClaimPattern;
 pub use refusal::{RefusalKind, TokenRefusal};
 pub use token::MAX_TOKEN_BYTES;
 

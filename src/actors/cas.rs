@@ -5,6 +5,10 @@
 //! actor never touches a file. Readers and writers work on the files that its answers name, on blocking threads, and
 //! report back. All requests go through [`client::Cas`].
 //!
+//! Each message is declared beside the code that sends it. Requests are sent and answered. Reports ("Fact:" in their
+//! text) are sent with `do_send`, which ignores the bound of the mailbox, and are handled in the order of sending. A
+//! dropped answer gives its room back, because this room is a `guards::Reservation`.
+//!
 //! Invariants: a blob is in the index only while its whole file is on disk, and others see a blob only through the
 //! index. The file of an evicted entry is deleted in the background, and its name is never used again. Leases and
 //! reservations (`guards`) end when they are dropped. No handler waits: an answer that needs IO is a separate future.
@@ -26,11 +30,12 @@ mod linking;
 mod lookup;
 mod memo;
 mod new_files;
+mod numbers;
 mod outputs;
+mod progress;
 mod recovery;
 mod relief;
 mod reply;
-mod requests;
 pub mod resolve;
 pub mod results;
 mod scrub;
@@ -47,11 +52,17 @@ mod view;
 mod volume;
 
 pub use index::{LeaseTimes, Tally, Totals};
+pub use numbers::{InspectStore, ScrubTally, StoreInspection, StoreMeasurement};
 pub use outputs::OutputBatch;
-pub use requests::{CloseStore, InspectStore, ScrubTally, StoreInspection, StoreMeasurement};
 pub use settings::{PackingSettings, StoreSettings};
 pub(crate) use store_disk::DiskSight;
 pub use trees::ActionInputs;
+pub use uploads::{
+    begin::{Upload, UploadStatus},
+    sink::Payload,
+    small::SmallUpload,
+    writer::BlobWriter,
+};
 pub use volume::SyncPolicy;
 
 use crate::{
@@ -61,8 +72,9 @@ use crate::{
     logging::Event,
     nondeterminism::NonDeterminismReports,
 };
-use actix::{Actor, ActorContext as _, AsyncContext as _, Context, MessageResult};
+use actix::{Actor, ActorContext as _, AsyncContext as _, Context, Message, MessageResult};
 use bytes::Bytes;
+use checked::{Damaged, Verified};
 use client::Cas;
 use deletions::Deletions;
 use forms::{
@@ -73,8 +85,8 @@ use forms::{
 use gorego_reapi::{digest::Digest, error::Result, tree::Directory};
 use index::{Index, Victim};
 use memo::Memo;
+use new_files::Commit;
 use reply::StoreReply;
-use requests::*;
 use std::{
     sync::{Arc, LazyLock, OnceLock, atomic::AtomicBool},
     thread,
@@ -86,7 +98,7 @@ use tokio::{
     sync::{Semaphore, watch},
 };
 use trees::walk::Walks;
-use uploads::Uploads;
+use uploads::{EndUpload, Uploads};
 use view::View;
 use volume::{Volume, WrittenFile, local::Local};
 
@@ -314,6 +326,12 @@ fn uptime_seconds() -> u32 {
     now
 }
 
+/// Stops the store after all earlier messages. The answer comes when the last uses are written to disk. Later calls get
+/// `Unavailable`. The directory can be opened again when the last handle is dropped.
+#[derive(Debug, Clone, Copy, Message)]
+#[rtype(result = "()")]
+pub struct CloseStore;
+
 counted!(CasActor);
 
 impl Actor for CasActor {
@@ -359,8 +377,8 @@ impl Receive<Commit> for CasActor {
             });
         }
         message.links.into_iter().for_each(|links| self.link_new(links));
-        if let Some(ended) = message.upload {
-            self.end_upload(ended, ctx);
+        if let Some(attempt) = message.upload {
+            self.end_upload(EndUpload { attempt, partial: None }, ctx);
         }
         stored.iter().for_each(|blob| self.uploads.supersede(blob));
         self.delete(superfluous, ctx);

@@ -3,7 +3,7 @@
 use super::{
     Control, Controller, Version, files,
     find::{OwnGroups, find},
-    slot::SlotGroup,
+    slot::{SlotGroup, V1_SHARE},
     tree::{self, GroupTree},
 };
 use rustix::io::Errno;
@@ -26,8 +26,6 @@ const PROCESSES: &str = "processes";
 const RESERVE_PART: u64 = 10;
 const MIN_RESERVE: u64 = 256_000_000;
 const MAX_RESERVE: u64 = 4_000_000_000;
-/// The weight of one CPU in the old hierarchy.
-pub(super) const V1_SHARE: u64 = 1024;
 /// The largest value that `cpu.shares` accepts.
 const V1_MOST_SHARES: u64 = 262_144;
 

@@ -1,6 +1,6 @@
 //! [`SlotGroup`]: the group of one slot. Its actions run one after the other.
 
-use super::{Control, Controller, Version, files, probe::V1_SHARE, tree};
+use super::{Control, Controller, Version, files, tree};
 use crate::limits::{Exceeded, LimitedResource, Limits};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,6 +11,9 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+/// The weight of one CPU in the old hierarchy.
+pub(super) const V1_SHARE: u64 = 1024;
 
 /// The number of processes in the group that do not belong to the action: the runner, the first processes of cells, and
 /// processes of ended cells that are not reaped yet.

@@ -1,6 +1,6 @@
 //! The arguments of the subcommands, and how their values are written.
 
-use super::{ConnectArgs, Lifetime, token};
+use super::ConnectArgs;
 use crate::size::Size;
 use clap::{Args, Subcommand, ValueEnum};
 use gorego_reapi::digest::DigestFunction;
@@ -101,7 +101,7 @@ pub enum TokenCommand {
         #[arg(long = "role", required = true, value_name = "NAME")]
         roles: Vec<String>,
         /// How long the token is valid: 12h, 90d, or never
-        #[arg(long, default_value = "90d", value_name = "TIME", value_parser = token::parse_lifetime)]
+        #[arg(long, default_value = "90d", value_name = "TIME", value_parser = parse_lifetime)]
         expires: Lifetime,
         /// A note for `token list`, such as the machine that has the token
         #[arg(long, default_value = "", value_name = "TEXT")]
@@ -360,5 +360,26 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
         Ok(timeout) if timeout.is_zero() => Err("must be more than 0".into()),
         Ok(timeout) => Ok(timeout),
         Err(error) => Err(format!("{error}; write it like 30s or 10m")),
+    }
+}
+
+/// How long a token is valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lifetime {
+    /// For this time from its creation.
+    For(Duration),
+    /// Until it is revoked.
+    Unlimited,
+}
+
+/// Parses the value of `--expires`: `never`, or a duration.
+fn parse_lifetime(text: &str) -> std::result::Result<Lifetime, String> {
+    if text == "never" {
+        return Ok(Lifetime::Unlimited);
+    }
+    match humantime::parse_duration(text) {
+        Ok(time) if time.is_zero() => Err("must be more than 0".into()),
+        Ok(time) => Ok(Lifetime::For(time)),
+        Err(error) => Err(format!("{error}; write it like 12h, 90d or never")),
     }
 }

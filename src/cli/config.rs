@@ -9,9 +9,7 @@ use crate::{
     access::check_files,
     config::{
         ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, SocketAddress, Sources, TlsSettings,
-        load,
-        load::{file_to_read, load_checked},
-        show::show,
+        load, load::file_to_read, load_checked, show::show,
     },
     server::check_tls_files,
 };

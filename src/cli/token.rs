@@ -2,8 +2,8 @@
 //! revoke them too.
 
 use super::{
-    ConnectArgs, EXIT_OK, EXIT_USAGE, ServeArgs, ServerArgs, TokenCommand, TokenFileArgs, block_on, complain,
-    config::load_settings, environment, ops::connect, output::print,
+    ConnectArgs, EXIT_OK, EXIT_USAGE, Lifetime, ServeArgs, ServerArgs, TokenCommand, TokenFileArgs, block_on,
+    complain, config::load_settings, environment, ops::connect, output::print,
 };
 use crate::access::{
     policy::Policy,
@@ -44,27 +44,6 @@ pub(super) fn run(command: &TokenCommand) -> u8 {
             complain(&error);
             EXIT_USAGE
         }
-    }
-}
-
-/// How long a token is valid.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lifetime {
-    /// For this time from its creation.
-    For(Duration),
-    /// Until it is revoked.
-    Unlimited,
-}
-
-/// Parses the value of `--expires`: `never`, or a duration.
-pub(super) fn parse_lifetime(text: &str) -> std::result::Result<Lifetime, String> {
-    if text == "never" {
-        return Ok(Lifetime::Unlimited);
-    }
-    match humantime::parse_duration(text) {
-        Ok(time) if time.is_zero() => Err("must be more than 0".into()),
-        Ok(time) => Ok(Lifetime::For(time)),
-        Err(error) => Err(format!("{error}; write it like 12h, 90d or never")),
     }
 }
 

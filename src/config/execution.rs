@@ -4,6 +4,7 @@ use super::{
     ExecutionConfig, Machine,
     checker::Checker,
     images::{self, ImagesSettings},
+    limits::MAX_CONCURRENCY,
     persistent_workers::{PersistentWorkersSettings, persistent_workers},
     pools::{PoolSettings, pools},
     sandbox::sandbox,
@@ -18,8 +19,6 @@ use std::{
     time::Duration,
 };
 
-/// Maximum number of concurrent actions on one machine. Each slot is a thread and a process.
-pub(super) const MAX_CONCURRENCY: usize = 4_096;
 /// Maximum number of queued tasks, and of retained operations. They take about 2 GB of memory.
 const MAX_OPERATIONS: usize = 1_000_000;
 /// Maximum absolute value of a priority. The cost of scheduling decisions grows with the number of priorities.

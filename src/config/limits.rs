@@ -1,15 +1,14 @@
 //! `[execution.limits]`, and `limits` of a pool: the limits of one action, and their checks.
 
-use super::{
-    checker::{Checker, MIN_SIZE},
-    execution::MAX_CONCURRENCY,
-};
+use super::checker::{Checker, MIN_SIZE};
 use crate::{
     limits::{LimitRange, LimitSettings},
     size::Size,
 };
 use serde::{Deserialize, Serialize};
 
+/// Maximum number of concurrent actions on one machine. Each slot is a thread and a process.
+pub(super) const MAX_CONCURRENCY: usize = 4_096;
 /// The section, for messages.
 const SECTION: &str = "execution.limits";
 

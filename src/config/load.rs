@@ -6,9 +6,10 @@
 //! together. Whether a value of the right type is valid is checked in [`super::settings`].
 
 use super::{
-    Config, Machine, Settings, mismatch,
+    Config, ENV_PREFIX, mismatch,
     mismatch::in_words,
     source_text::{line_of, point_at},
+    suggestion::suggestion,
 };
 use crate::size::Size;
 use gorego_reapi::error::{Error, Result};
@@ -30,8 +31,6 @@ use toml::{
 pub const SYSTEM_FILE: &str = "/etc/gorego/gorego.toml";
 /// Maximum size of a configuration file in bytes. A larger file is not a configuration.
 const MAX_FILE_BYTES: u64 = 1_000_000;
-/// Prefix of the environment variables that set keys.
-const ENV_PREFIX: &str = "GOREGO_";
 /// Variables with the prefix that are not keys. The command line reads them.
 pub const OTHER_VARIABLES: &[&str] =
     &["GOREGO_CONFIG", "GOREGO_CREDENTIAL_HELPER", "GOREGO_ENDPOINT", "GOREGO_HEADERS", "GOREGO_INSTANCE"];
@@ -44,10 +43,6 @@ const FREE_TABLES: &[&str] = &[
     "instances",
     "quotas.principals",
 ];
-/// Minimum similarity (0 to 1, by edit distance) of a mistyped key to a suggested one.
-const SUGGESTION_LIMIT: f64 = 0.6;
-/// Penalty on the similarity of last segments, compared with the similarity of whole keys.
-const LAST_SEGMENT_PENALTY: f64 = 0.05;
 
 /// The source of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -174,21 +169,6 @@ pub fn load(sources: &Sources) -> Result<Loaded> {
     finish(merge(sources)?)
 }
 
-/// Merges all sources into one configuration and checks its values.
-///
-/// # Errors
-/// [`Error::Invalid`] with all problems that [`load`] and [`Settings::new`] find.
-pub fn load_checked(sources: &Sources, machine: &Machine) -> Result<(Loaded, Settings)> {
-    let (loaded, mut problems) = merge(sources)?;
-    match Settings::new(&loaded, machine) {
-        Ok(settings) => Ok((finish((loaded, problems))?, settings)),
-        Err(error) => {
-            problems.push(error.to_string());
-            Err(Error::Invalid(problems.join("\n")))
-        }
-    }
-}
-
 /// Merges the text of a file with the defaults. `path` is the name of the file in errors.
 ///
 /// # Errors
@@ -199,7 +179,7 @@ pub fn from_text(path: &Path, text: &str) -> Result<Loaded> {
     finish(merge.end()?)
 }
 
-fn finish((loaded, problems): (Loaded, Vec<String>)) -> Result<Loaded> {
+pub(super) fn finish((loaded, problems): (Loaded, Vec<String>)) -> Result<Loaded> {
     if problems.is_empty() { Ok(loaded) } else { Err(Error::Invalid(problems.join("\n"))) }
 }
 
@@ -207,7 +187,7 @@ fn finish((loaded, problems): (Loaded, Vec<String>)) -> Result<Loaded> {
 ///
 /// # Errors
 /// If the file cannot be read or is not TOML.
-fn merge(sources: &Sources) -> Result<(Loaded, Vec<String>)> {
+pub(super) fn merge(sources: &Sources) -> Result<(Loaded, Vec<String>)> {
     let mut merge = Merge::new();
     if let Some(path) = &sources.file {
         merge.take_file(path, &read_text(path)?)?;
@@ -435,31 +415,6 @@ fn check_alone(key: &str, value: &Value) -> std::result::Result<(), String> {
     let mut table = Table::new();
     set(&mut table, key, value.clone());
     Config::deserialize(table).map(|_| ()).map_err(|error| in_words(key, error.message()))
-}
-
-/// "; did you mean ...?" if a candidate is close enough. The last segments are compared too, for a key in the wrong
-/// section. The common prefix of all variables is ignored, because it would make all of them similar.
-pub(super) fn suggestion<'a>(word: &str, candidates: impl Iterator<Item = &'a String>) -> String {
-    fn bare(word: &str) -> &str {
-        word.strip_prefix(ENV_PREFIX).unwrap_or(word)
-    }
-    fn tail(word: &str) -> &str {
-        let dotted = word.rsplit('.').next().unwrap_or(word);
-        dotted.rsplit("__").next().unwrap_or(dotted)
-    }
-    let word = bare(word);
-    candidates
-        .map(|candidate| {
-            let other = bare(candidate);
-            let whole = strsim::normalized_damerau_levenshtein(word, other);
-            let tails =
-                strsim::normalized_damerau_levenshtein(tail(word), tail(other)) - LAST_SEGMENT_PENALTY;
-            (whole.max(tails), candidate)
-        })
-        .filter(|(likeness, _)| *likeness >= SUGGESTION_LIMIT)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, candidate)| format!("; did you mean \"{candidate}\"?"))
-        .unwrap_or_default()
 }
 
 fn get<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {

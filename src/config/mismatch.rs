@@ -1,6 +1,6 @@
 //! Finds every value that has the wrong type or form, and says in words what it is and what it has to be.
 
-use super::{Config, load::suggestion};
+use super::{Config, suggestion::suggestion};
 use serde::Deserialize as _;
 use std::ops::Range;
 use toml::{

@@ -1,6 +1,6 @@
 //! `[execution.persistent_workers]`: the settings of Bazel's persistent workers, and their checks.
 
-use super::{checker::Checker, execution::MAX_CONCURRENCY};
+use super::{checker::Checker, limits::MAX_CONCURRENCY};
 use crate::size::Size;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;

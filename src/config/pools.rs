@@ -8,8 +8,7 @@
 use super::{
     ExecutionConfig, Machine,
     checker::Checker,
-    execution::MAX_CONCURRENCY,
-    limits::{PoolLimitsConfig, limits, pool_limits},
+    limits::{MAX_CONCURRENCY, PoolLimitsConfig, limits, pool_limits},
     sandbox::PoolSandboxConfig,
 };
 use crate::{

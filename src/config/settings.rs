@@ -5,10 +5,11 @@
 //! source. Nothing here accesses a file.
 
 use super::{
-    ClientResults, CommittedSize, Compress, Durability, Loaded, LogConfig,
+    ClientResults, CommittedSize, Compress, Durability, Loaded, LogConfig, Machine,
     access::access,
     checker::Checker,
     execution::{ExecutionSettings, execution},
+    load::{Sources, finish, merge},
     log_filter::check_filter,
     quotas::quotas,
     tls::{ClientAuth, TlsSettings, tls},
@@ -28,7 +29,6 @@ use gorego_reapi::{
 use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
-    thread,
     time::Duration,
 };
 
@@ -39,28 +39,6 @@ const MAX_ASSET_CONCURRENCY: usize = 256;
 
 /// Smaller blobs share files with others and are not compressed.
 const COMPRESSED_FROM_BYTES: u64 = 64 << 10;
-
-/// Properties of the machine that the settings depend on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Machine {
-    /// Number of CPUs that this process may use.
-    pub cpus: usize,
-    /// The user's cache directory; `None` for a user without a home.
-    pub cache_home: Option<PathBuf>,
-    /// The directory to which relative paths refer.
-    pub current_dir: PathBuf,
-}
-
-impl Machine {
-    /// The properties of this machine, as this process sees them.
-    pub fn this() -> Self {
-        Self {
-            cpus: thread::available_parallelism().map_or(1, usize::from),
-            cache_home: dirs::cache_dir(),
-            current_dir: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
-        }
-    }
-}
 
 /// The checked settings of a server.
 #[derive(Debug, Clone)]
@@ -234,6 +212,21 @@ impl Settings {
                 warnings,
             }),
             _ => Err(check.error()),
+        }
+    }
+}
+
+/// Merges all sources into one configuration and checks its values.
+///
+/// # Errors
+/// [`Error::Invalid`] with all problems that [`load`](super::load()) and [`Settings::new`] find.
+pub fn load_checked(sources: &Sources, machine: &Machine) -> Result<(Loaded, Settings)> {
+    let (loaded, mut problems) = merge(sources)?;
+    match Settings::new(&loaded, machine) {
+        Ok(settings) => Ok((finish((loaded, problems))?, settings)),
+        Err(error) => {
+            problems.push(error.to_string());
+            Err(Error::Invalid(problems.join("\n")))
         }
     }
 }

@@ -14,13 +14,13 @@ mod route;
 
 pub(super) use route::ByteStreamRoute;
 
-use super::{Edge, ReadStream, log_stream, stalled, write_stream::WriteStream};
+use super::{
+    Edge, ReadStream, log_stream, stalled,
+    stream_limits::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT},
+    write_stream::WriteStream,
+};
 use crate::{
-    actors::cas::{
-        blob::{BlobReader, BlobWriter},
-        client::{SmallUpload, Upload},
-        forms::zstd_reader::ZstdReader,
-    },
+    actors::cas::{BlobWriter, SmallUpload, Upload, blob::BlobReader, forms::zstd_reader::ZstdReader},
     call::Call,
     config::CommittedSize,
     grpc::services::byte_stream_server::ByteStream,
@@ -37,18 +37,9 @@ use gorego_reapi::{
     },
     resource_name::{Encoding, ResourceName},
 };
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc};
 use tokio::select;
 use tonic::{Request, Response, Status, Streaming};
-
-/// Bytes in one ReadResponse (BS-14). This is large enough that framing costs little, and small enough to bound the
-/// memory of a read.
-pub(crate) const READ_WINDOW_BYTES: usize = 128 * 1024;
-/// Time limit between two messages of an upload. The bytes that were received are kept for a while.
-pub(crate) const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
-/// Time limit for the end of the stream after `finish_write`, which shows that no more data follows (BS-21). Most
-/// clients close their half at once, but some wait for the answer first.
-pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(crate) struct ByteStreamService(pub Arc<Edge>);

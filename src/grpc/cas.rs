@@ -5,7 +5,7 @@
 
 use super::{Edge, TreeStream, chunks, claim::Claim, convert, get_tree, inline};
 use crate::{
-    actors::cas::{client::Payload, forms::zstd_reader::Item},
+    actors::cas::{Payload, forms::zstd_reader::Item},
     call::Call,
     grpc::services::content_addressable_storage_server::ContentAddressableStorage,
     instance::Instance,

@@ -4,9 +4,8 @@
 //! The streams themselves are in [`crate::log_streams`]. A stream is read only when its client reads.
 
 use super::{
-    Edge, ReadStream,
-    byte_stream::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT},
-    convert, stalled,
+    Edge, ReadStream, convert, stalled,
+    stream_limits::{CLOSE_WAIT, READ_WINDOW_BYTES, WRITE_IDLE_LIMIT},
     write_stream::WriteStream,
 };
 use crate::{

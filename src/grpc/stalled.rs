@@ -5,23 +5,19 @@
 //! that the server needs does not count. A stream that was ended drops everything that it held; the client gets the
 //! error if it reads again.
 
-use super::ReadStream;
+use super::{ReadStream, stream_limits::READ_IDLE_LIMIT};
 use futures::stream::{Stream, StreamExt as _};
 use gorego_reapi::{error::Error, proto::bytestream::ReadResponse};
 use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     task::{Context, Poll},
-    time::Duration,
 };
 use tokio::{
     task::JoinHandle,
     time::{Instant, sleep_until},
 };
 use tonic::Status;
-
-/// Time limit for a client to take a message, the same as between two messages of an upload.
-pub(crate) const READ_IDLE_LIMIT: Duration = super::byte_stream::WRITE_IDLE_LIMIT;
 
 /// Ends a stream when its client has taken no message for [`READ_IDLE_LIMIT`].
 pub(super) fn watched(messages: ReadStream) -> ReadStream {
@@ -100,6 +96,7 @@ fn stalled() -> Error {
 mod tests {
     use super::*;
     use futures::stream;
+    use std::time::Duration;
     use tokio::time::{advance, sleep};
     use tonic::Code;
 

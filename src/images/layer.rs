@@ -5,8 +5,8 @@
 //! room in the budget of images, so neither large contents nor many small entries can fill the disk.
 
 use super::{
-    problem::LayerProblem,
-    root::{LayerEntry, RootTree, shown},
+    problem::{LayerProblem, shown},
+    root::{LayerEntry, RootTree},
 };
 use crate::actors::asset::unpack::{
     extensions::{Extensions, is_extension},

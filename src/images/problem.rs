@@ -1,9 +1,8 @@
 //! [`LayerProblem`]: why a layer could not be unpacked.
 
-use super::root::shown;
 use gorego_reapi::error::Error;
 use rustix::io::Errno;
-use std::{error::Error as StdError, io};
+use std::{error::Error as StdError, ffi::OsStr, io, os::unix::ffi::OsStrExt as _, path::Path};
 
 /// Why a layer could not be unpacked.
 #[derive(Debug)]
@@ -82,4 +81,9 @@ impl From<Errno> for LayerProblem {
     fn from(error: Errno) -> Self {
         io::Error::from(error).into()
     }
+}
+
+/// A path in the form for messages.
+pub(super) fn shown(path: &[u8]) -> String {
+    Path::new(OsStr::from_bytes(path)).to_string_lossy().escape_debug().take(200).collect()
 }

@@ -8,7 +8,7 @@
 //!
 //! A whiteout hides entries of lower layers, but never of its own layer, in any order of the entries.
 
-use super::problem::LayerProblem;
+use super::problem::{LayerProblem, shown};
 use crate::actors::worker::{dir, workspace};
 use gorego_reapi::error::Result;
 use rustix::{
@@ -22,7 +22,6 @@ use std::{
     hash::{BuildHasher as _, RandomState},
     io::{self, Read, Write as _},
     os::unix::ffi::OsStrExt as _,
-    path::Path,
     sync::Arc,
 };
 
@@ -381,11 +380,6 @@ fn split(path: &[u8]) -> Result<Vec<&OsStr>, LayerProblem> {
 
 fn refuse(path: &[u8], problem: &str) -> LayerProblem {
     LayerProblem::Refused(format!("\"{}\" {problem}", shown(path)))
-}
-
-/// A path in the form for messages.
-pub(super) fn shown(path: &[u8]) -> String {
-    Path::new(OsStr::from_bytes(path)).to_string_lossy().escape_debug().take(200).collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use super::{
     run::{RunState, Tail},
-    spool::{Spool, SpoolState},
+    spool::{Spool, SpoolState, read},
 };
 use crate::budget::Share;
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
 };
-use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 use tokio::{select, sync::watch, time::sleep};
 
 /// Polling interval for the log of a running command: fast enough for a person, at the cost of about one small system
@@ -154,12 +154,4 @@ fn end(offset: u64, length: u64) -> Result<Piece> {
 
 fn lost() -> Error {
     Error::NotFound("the log stream ended without its bytes being kept".into())
-}
-
-/// Reads up to `max` bytes of a file. Blocks.
-pub(super) fn read(file: &File, offset: u64, max: usize) -> Result<Bytes> {
-    let mut bytes = vec![0; max];
-    let read = file.read_at(&mut bytes, offset);
-    bytes.truncate(read.map_err(|error| Error::io("read a log stream", &error))?);
-    Ok(bytes.into())
 }

@@ -55,7 +55,7 @@ impl Spool {
     /// # Errors
     /// Errors of the disk.
     pub(super) fn read(&self, offset: u64, max: usize) -> Result<Bytes> {
-        self.file.get().map_or(Ok(Bytes::new()), |file| super::follow::read(file, offset, max))
+        self.file.get().map_or(Ok(Bytes::new()), |file| read(file, offset, max))
     }
 
     pub(super) fn committed(&self) -> Committed {
@@ -118,4 +118,12 @@ impl AppendTurn {
         self.spool.state.send_modify(|state| state.committed = committed);
         Ok(committed)
     }
+}
+
+/// Reads up to `max` bytes of a file. Blocks.
+pub(super) fn read(file: &File, offset: u64, max: usize) -> Result<Bytes> {
+    let mut bytes = vec![0; max];
+    let read = file.read_at(&mut bytes, offset);
+    bytes.truncate(read.map_err(|error| Error::io("read a log stream", &error))?);
+    Ok(bytes.into())
 }

@@ -1,10 +1,7 @@
 //! Values of the wrong type or form: all are reported in one run, in words.
 
 use super::{env, file, machine};
-use gorego::config::{
-    Flag, Sources,
-    load::{load, load_checked},
-};
+use gorego::config::{Flag, Sources, load, load_checked};
 use toml::Value;
 
 /// The error of a file, from the start of the message of its only problem to the end of the line.

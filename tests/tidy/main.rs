@@ -10,6 +10,7 @@ mod files;
 mod ids;
 mod modules;
 mod pure;
+mod siblings;
 mod tree;
 mod types;
 mod words;
@@ -99,6 +100,15 @@ fn modules_import_each_other_without_cycles() {
         crates.values().flat_map(|imports| modules::cycles(imports, modules::CYCLES)).collect();
     none(&cycles);
     none(&modules::stale(crates.values(), modules::CYCLES));
+}
+
+#[test]
+fn modules_beside_each_other_import_each_other_without_cycles() {
+    let crates = siblings::imports(&FILES);
+    let cycles: Vec<_> =
+        crates.values().flat_map(|imports| modules::cycles(imports, siblings::CYCLES)).collect();
+    none(&cycles);
+    none(&modules::stale(crates.values(), siblings::CYCLES));
 }
 
 #[test]

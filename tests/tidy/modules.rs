@@ -187,7 +187,7 @@ fn paths_from_root(code: &str) -> Vec<String> {
 }
 
 /// The same for another beginning, such as `super::`.
-fn paths_from(code: &str, start: &str) -> Vec<String> {
+pub(crate) fn paths_from(code: &str, start: &str) -> Vec<String> {
     let compact: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
     let mut found = Vec::new();
     for (at, start) in compact.match_indices(start) {

@@ -1,6 +1,7 @@
 //! [`ClaimConditions`]: conditions on the claims of a token. Pure.
 
-use super::{pattern::ClaimPattern, refusal::shown};
+use super::refusal::shown;
+use crate::access::claim_pattern::ClaimPattern;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 

@@ -6,10 +6,9 @@
 use super::{
     AssetActor, AssetShared,
     bindings::{Binding, KnownAsset, MAX_REFERENCES, References},
-    flight::Outcome,
     integrity::Witness,
     messages::{BindAsset, JoinFlight, LookUpAsset},
-    outcome::{FailureKind, Fetched, OriginFailure, Problem},
+    outcome::{FailureKind, Fetched, FlightOutcome, OriginFailure, Problem},
     request::{AssetKind, AssetRequest},
 };
 use crate::{caller::Caller, instance::Instance};
@@ -269,7 +268,7 @@ fn check_downloadable(
 }
 
 /// Waits for the outcome of a flight.
-async fn landing(flight: &mut watch::Receiver<Option<Outcome>>) -> Outcome {
+async fn landing(flight: &mut watch::Receiver<Option<FlightOutcome>>) -> FlightOutcome {
     let landed = flight.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
     landed.ok().flatten().unwrap_or_else(|| Err(going_down().into()))
 }

@@ -7,7 +7,7 @@ use super::{
     flights::Begun,
     layout::Layout,
     messages::Landed,
-    outcome::{FailureKind, Fetched, OriginFailure, Problem},
+    outcome::{FailureKind, Fetched, FlightOutcome, OriginFailure, Problem},
     patience::Patience,
     request::{AssetKey, AssetKind, AssetRequest},
     unpack::{Contents, MAGIC_BYTES, decoder_bytes, unpack},
@@ -37,9 +37,6 @@ use std::{
     time::SystemTime,
 };
 use tokio::{runtime::Handle, select, sync::watch, time::Instant};
-
-/// The result of a flight, which all its callers get.
-pub(super) type Outcome = Result<Fetched, Problem>;
 
 /// Files of an archive up to this size are stored in batches. Larger ones are stored as they are read.
 const SMALL_FILE_BYTES: usize = 256 * 1024;
@@ -95,7 +92,7 @@ fn bind(request: &AssetRequest, fetched: &Fetched, obtained_at: SystemTime) -> O
     Some((key, Binding { digest, obtained_at, expires_at, references: Arc::default() }))
 }
 
-fn write_line(request: &AssetRequest, started: Instant, outcome: &Outcome) {
+fn write_line(request: &AssetRequest, started: Instant, outcome: &FlightOutcome) {
     let asset = request.kind.name();
     let instance = request.instance.name();
     let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -154,7 +151,7 @@ async fn fly(
     request: &AssetRequest,
     latest: &watch::Receiver<Instant>,
     callers: watch::Receiver<Vec<Caller>>,
-) -> Outcome {
+) -> FlightOutcome {
     let place = take_off(&shared.runway, callers).await?;
     // The download is charged to that caller, like an upload.
     let cas = shared.cas.on_behalf_of(place.caller());

@@ -7,7 +7,7 @@
 //! every peer that has joined it, so that no peer waits behind the other downloads of the first peer.
 
 use super::{
-    flight::Outcome,
+    outcome::FlightOutcome,
     request::{AssetKey, MAX_QUALIFIER_BYTES, MAX_QUALIFIERS, MAX_URI_BYTES, MAX_URIS},
 };
 use crate::{
@@ -58,7 +58,7 @@ pub(super) struct Begun {
     /// The identity of the flight.
     pub id: FlightId,
     /// Its outcome, for the first caller.
-    pub outcome: watch::Receiver<Option<Outcome>>,
+    pub outcome: watch::Receiver<Option<FlightOutcome>>,
     /// When it has to end. Callers that join may extend this.
     pub latest: watch::Receiver<Instant>,
     /// The connections for whose turns the flight waits.
@@ -72,7 +72,7 @@ struct Flight {
     callers: watch::Sender<Vec<Caller>>,
     /// Its shares of the bounds on flights and on bytes.
     _held: [Share; 2],
-    outcome: watch::Sender<Option<Outcome>>,
+    outcome: watch::Sender<Option<FlightOutcome>>,
 }
 
 /// The downloads under way; see the module documentation.
@@ -105,7 +105,7 @@ impl Flights {
         oldest: Option<SystemTime>,
         deadline: Instant,
         caller: Caller,
-    ) -> Option<watch::Receiver<Option<Outcome>>> {
+    ) -> Option<watch::Receiver<Option<FlightOutcome>>> {
         let all = FlightId { key, number: 0 }..=FlightId { key, number: u64::MAX };
         let (_, Flight { plan, latest, outcome, callers, .. }) = self.flights.range(all).next_back()?;
         if oldest.is_some_and(|oldest| plan.asked_at < oldest) {
@@ -146,7 +146,7 @@ impl Flights {
     }
 
     /// Ends a flight and tells its callers the outcome.
-    pub(super) fn end(&mut self, id: FlightId, outcome: Outcome) {
+    pub(super) fn end(&mut self, id: FlightId, outcome: FlightOutcome) {
         if let Some(flight) = self.flights.remove(&id) {
             flight.outcome.send_replace(Some(outcome));
         }

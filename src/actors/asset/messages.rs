@@ -2,8 +2,8 @@
 
 use super::{
     bindings::{Binding, KnownAsset},
-    flight::Outcome,
     flights::FlightId,
+    outcome::FlightOutcome,
     request::{AssetKey, AssetRequest},
 };
 use crate::caller::Caller;
@@ -54,7 +54,7 @@ pub struct JoinFlight {
 
 /// A joined flight. Holds the outcome once the flight has ended.
 #[derive(Debug)]
-pub struct Joined(pub watch::Receiver<Option<Outcome>>);
+pub struct Joined(pub watch::Receiver<Option<FlightOutcome>>);
 
 /// Fact: a flight has ended.
 #[derive(Debug, Message)]
@@ -65,7 +65,7 @@ pub struct Landed {
     /// The asset and the content to bind to it.
     pub bind: Option<(AssetKey, Binding)>,
     /// The result for its callers.
-    pub outcome: Outcome,
+    pub outcome: FlightOutcome,
 }
 
 /// Saves the bindings and stops the actor. Blocks the actor's thread for a moment, at the end of the process.

@@ -3,6 +3,9 @@
 use gorego_reapi::{digest::Digest, error::Error};
 use std::{error::Error as StdError, io, time::SystemTime};
 
+/// The result of a flight, which all its callers get.
+pub(crate) type FlightOutcome = Result<Fetched, Problem>;
+
 /// Fetched content, which is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetched {

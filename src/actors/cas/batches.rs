@@ -4,17 +4,16 @@
 
 use super::{
     checked::{not_found, read_whole},
-    client::{Cas, Upload, going_down, spoilt},
+    client::{Cas, going_down, spoilt},
     guards::Reservation,
     index::{EntryKind, FoundEntry, Key},
     joint_writes::JOINT_FILE_BYTES,
     lookup::Purpose,
     new_files::{NewFiles, Visible},
-    requests::Prepared,
     settings::{ROOM_STEP_BYTES, SOUND_TRIES},
     uploads::{
-        sink::{Payload, WHOLE_BYTES, check_item, check_stream, failed},
-        small::check_bytes,
+        begin::Upload,
+        sink::{Payload, WHOLE_BYTES, check_bytes, check_item, check_stream, failed},
     },
     volume::NewFile,
 };
@@ -28,6 +27,14 @@ use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
 };
+
+/// The answer of [`Cas::prepare`].
+pub(super) struct Prepared {
+    /// The blobs that are not stored.
+    pub absent: Vec<Digest>,
+    /// Room for all absent blobs.
+    pub room: Result<Reservation>,
+}
 
 impl Cas {
     /// Reads whole blobs, in the order of the digests; duplicates are allowed. It is meant for small blobs: the caller

@@ -1,19 +1,19 @@
-//! Handles that carry bytes past the mailbox: [`BlobReader`] reads a stored blob, [`BlobWriter`] writes a new one.
-//!
-//! This file has the reader. [`super::checked`] opens and verifies its file.
+//! [`BlobReader`]: reads a stored blob past the mailbox. [`super::checked`] opens and verifies its file.
 
-pub(crate) use super::uploads::writer::BlobWriter;
 use super::{
-    checked::{CheckedFile, open_to_read, read_whole, report},
+    checked::{CheckedFile, not_found, open_to_read, read_whole, report},
     client::Cas,
     guards::Hold,
     index::FoundEntry,
+    lookup::Purpose,
     settings::SMALL_BLOB_BYTES,
     volume::PIECE_BYTES,
 };
+use crate::instance::Instance;
 use bytes::Bytes;
 use gorego_reapi::{
     compression::SeekTable,
+    digest::Digest,
     error::{Error, Result},
 };
 use std::{io, sync::Arc};
@@ -175,6 +175,31 @@ impl BlobReader {
 }
 
 impl Cas {
+    /// Opens a blob.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not stored. A damaged file counts as not stored, and its entry is dropped.
+    pub async fn open(&self, instance: &Instance, digest: Digest) -> Result<BlobReader> {
+        let mut located = self.locate(instance, &[digest], Purpose::Read).await?;
+        let Some(found) = located.found.pop().flatten() else {
+            return if digest.is_empty() {
+                Ok(BlobReader::whole(Bytes::new()))
+            } else {
+                Err(not_found(digest))
+            };
+        };
+        if let Some(bytes) = self.shared().recent.get(&(instance.blobs(), digest)) {
+            return Ok(BlobReader::whole(bytes));
+        }
+        let place = self.place_to_hash([&found]).await?;
+        let cas = self.clone();
+        self.blocking(move || {
+            let _place = place;
+            BlobReader::open(cas, found, Arc::new(located.hold))
+        })
+        .await?
+    }
+
     /// Passes all bytes of a blob to `see`, in pieces, on a blocking thread. Waits for a place among the blobs that are
     /// being hashed.
     ///

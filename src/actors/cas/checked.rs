@@ -12,11 +12,13 @@
 
 use super::{
     client::Cas,
-    index::{FileId, FoundEntry, Seal, Stamp},
-    requests::{Damaged, Verified},
+    index::{EntryRef, FileId, FoundEntry, Seal, Stamp},
+    lookup::Purpose,
     settings::SMALL_BLOB_BYTES,
     volume::{self, COARSE_TICK, Stored, checksums::ChecksumBuilder},
 };
+use crate::{budget::Share, instance::Instance};
+use actix::Message;
 use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
@@ -31,6 +33,22 @@ use std::{
 /// Number of times that a file whose stamp differs from the verified one is checked again, [`COARSE_TICK`] apart,
 /// before it is hashed.
 const STAMP_LOOKS: usize = 3;
+
+/// Fact: the content of a file was verified.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Verified {
+    pub at: EntryRef,
+    pub stamp: Stamp,
+}
+
+/// Fact: a stored file is damaged or gone.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Damaged {
+    pub at: EntryRef,
+    pub reason: String,
+}
 
 /// Verifies the content of a stored file from end to end. Returns the stamp at which it was verified. Blocks.
 ///
@@ -77,6 +95,45 @@ impl CheckedFile {
         };
         *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = stamp;
         Ok(())
+    }
+}
+
+impl Cas {
+    /// Waits for a place if one of these blobs is large and has to be hashed before it is read.
+    pub(super) async fn place_to_hash(
+        &self,
+        found: impl IntoIterator<Item = &FoundEntry>,
+    ) -> Result<Option<Share>> {
+        let is_laborious = |found: &FoundEntry| {
+            found.stamp == Stamp::UNTRUSTED && found.file.key.digest.size() > SMALL_BLOB_BYTES
+        };
+        if !found.into_iter().any(is_laborious) {
+            return Ok(None);
+        }
+        Ok(Some(self.shared().cold_reads.wait_for(self.caller(), 1).await?))
+    }
+
+    /// Whether these blobs are stored and their files are intact. Files whose state is not known are hashed. Damaged
+    /// blobs are dropped.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server is shutting down.
+    pub(super) async fn are_sound(&self, instance: &Instance, digests: Vec<Digest>) -> Result<bool> {
+        let located = self.locate(instance, &digests, Purpose::Read).await?;
+        let place = self.place_to_hash(located.found.iter().flatten()).await?;
+        let cas = self.clone();
+        self.blocking(move || {
+            let _place = place;
+            let mut all = true;
+            for found in &located.found {
+                all &= match found {
+                    Some(found) => is_sound(&cas, found)?,
+                    None => false,
+                };
+            }
+            Ok(all)
+        })
+        .await?
     }
 }
 

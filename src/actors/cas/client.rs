@@ -6,35 +6,18 @@
 //! input roots, `forms` for compressed blobs and chunks.
 
 use super::{
-    CasActor, InspectStore, StoreInspection, StoreShared,
-    blob::BlobReader,
-    checked::{is_sound, not_found},
-    guards::UploadRoom,
-    index::{FoundEntry, Stamp},
-    lookup::Purpose,
-    requests::StoreMeasurement,
-    settings::{SMALL_BLOB_BYTES, StoreSettings},
-    uploads::unwritten::UnwrittenPieces,
+    CasActor, StoreShared,
+    numbers::{InspectStore, StoreInspection, StoreMeasurement},
+    settings::StoreSettings,
 };
 use crate::{
     budget::{Budget, Share},
     caller::{Build, Caller, Owner},
-    instance::Instance,
     nondeterminism::NonDeterminismReports,
 };
 use actix::{Addr, Handler, Message, dev::ToEnvelope};
-use bytes::Bytes;
-use gorego_reapi::{
-    digest::Digest,
-    error::{Error, Result},
-};
+use gorego_reapi::error::{Error, Result};
 use std::{collections::HashSet, sync::Arc};
-
-pub use super::uploads::{
-    begin::{Upload, UploadStatus},
-    sink::Payload,
-    small::SmallUpload,
-};
 
 /// The origin of a result, stored with it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -179,29 +162,6 @@ impl Cas {
         self.is_client.then_some(self.caller)
     }
 
-    /// Empty room for an upload through this handle.
-    pub(super) fn new_room(&self) -> Result<UploadRoom> {
-        let mut room = UploadRoom::none(self.actor().clone());
-        self.pay_for(&mut room)?;
-        Ok(room)
-    }
-
-    /// Charges the room of an upload to the client, if there is one.
-    ///
-    /// # Errors
-    /// `Exhausted` when a bound is reached.
-    pub(super) fn pay_for(&self, room: &mut UploadRoom) -> Result<()> {
-        match self.client() {
-            Some(caller) => room.charge_to(self.shared.upload_budget.take(caller, 0)?),
-            None => Ok(()),
-        }
-    }
-
-    /// A buffer for bytes that arrive through this handle and are not written yet.
-    pub(super) fn received(&self) -> UnwrittenPieces {
-        UnwrittenPieces::new(self.client().map(|caller| (self.shared.received.clone(), caller)))
-    }
-
     /// Charges a caller for bytes that are collected in memory, until the share is dropped.
     ///
     /// # Errors
@@ -214,71 +174,9 @@ impl Cas {
         &self.shared
     }
 
-    /// Opens a blob.
-    ///
-    /// # Errors
-    /// `NotFound` when it is not stored. A damaged file counts as not stored, and its entry is dropped.
-    pub async fn open(&self, instance: &Instance, digest: Digest) -> Result<BlobReader> {
-        let mut located = self.locate(instance, &[digest], Purpose::Read).await?;
-        let Some(found) = located.found.pop().flatten() else {
-            return if digest.is_empty() {
-                Ok(BlobReader::whole(Bytes::new()))
-            } else {
-                Err(not_found(digest))
-            };
-        };
-        if let Some(bytes) = self.shared.recent.get(&(instance.blobs(), digest)) {
-            return Ok(BlobReader::whole(bytes));
-        }
-        let place = self.place_to_hash([&found]).await?;
-        let cas = self.clone();
-        self.blocking(move || {
-            let _place = place;
-            BlobReader::open(cas, found, Arc::new(located.hold))
-        })
-        .await?
-    }
-
-    /// Waits for a place if one of these blobs is large and has to be hashed before it is read.
-    pub(super) async fn place_to_hash(
-        &self,
-        found: impl IntoIterator<Item = &FoundEntry>,
-    ) -> Result<Option<Share>> {
-        let is_laborious = |found: &FoundEntry| {
-            found.stamp == Stamp::UNTRUSTED && found.file.key.digest.size() > SMALL_BLOB_BYTES
-        };
-        if !found.into_iter().any(is_laborious) {
-            return Ok(None);
-        }
-        Ok(Some(self.shared.cold_reads.wait_for(self.caller, 1).await?))
-    }
-
     /// The memory budget for decoders of compressed uploads; see [`super::uploads::decoders`].
     pub fn decoders(&self) -> &Budget {
         &self.shared.decoders
-    }
-
-    /// Whether these blobs are stored and their files are intact. Files whose state is not known are hashed. Damaged
-    /// blobs are dropped.
-    ///
-    /// # Errors
-    /// `Unavailable` when the server is shutting down.
-    pub(super) async fn are_sound(&self, instance: &Instance, digests: Vec<Digest>) -> Result<bool> {
-        let located = self.locate(instance, &digests, Purpose::Read).await?;
-        let place = self.place_to_hash(located.found.iter().flatten()).await?;
-        let cas = self.clone();
-        self.blocking(move || {
-            let _place = place;
-            let mut all = true;
-            for found in &located.found {
-                all &= match found {
-                    Some(found) => is_sound(&cas, found)?,
-                    None => false,
-                };
-            }
-            Ok(all)
-        })
-        .await?
     }
 
     pub(super) fn check_blob_size(&self, size: u64, what: impl ToString) -> Result<()> {

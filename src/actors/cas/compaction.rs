@@ -14,7 +14,6 @@
 use super::{
     CasActor, LOG, StoreShared,
     index::FileId,
-    requests::Relocate,
     settings::{
         CHANGES_PER_HOLD, COMPACTION_FAILURES, COMPACTION_PAUSE, COMPACTIONS_AT_ONCE, COMPACTIONS_PER_RELIEF,
         LOOKUPS_PER_HOLD,
@@ -22,12 +21,18 @@ use super::{
     volume::{Compacted, Moves, Urgency},
 };
 use crate::{actors::mail::Receive, disk::Space, logging::Event};
-use actix::{Addr, AsyncContext as _, Context, MessageResult};
+use actix::{Addr, AsyncContext as _, Context, Message, MessageResult};
 use std::{
     io,
     sync::{Arc, atomic::Ordering::Relaxed},
     thread,
 };
+
+/// Fact: compaction has copied files. The answer says for each copy whether it took the place of its original.
+/// Originals that turned out to be damaged are dropped.
+#[derive(Message)]
+#[rtype(result = "Vec<bool>")]
+pub(super) struct Relocate(pub Moves);
 
 impl CasActor {
     /// Starts to compact the volume in the background, if this is due and not already under way.

@@ -14,16 +14,20 @@
 use super::{
     CasActor, LOG, StoreShared, compaction,
     index::{EntryKind, FileId, Key, Victim},
-    requests::Deleted,
     settings::{DELETERS, DELETIONS_AT_ONCE},
 };
 use crate::logging::Event;
-use actix::Addr;
+use actix::{Addr, Message};
 use std::{
     collections::{HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::oneshot;
+
+/// Fact: this many bytes of evicted or replaced files are deleted from disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Deleted(pub u64);
 
 /// Victims that were handed over together.
 #[derive(Debug)]

@@ -8,13 +8,50 @@ use super::{
     CasActor,
     client::{Cas, going_down},
     index::{EntryRef, Key},
-    requests::{DiscardPartials, ReserveRoom, SettleUses, Unreserve},
     settings::{RESERVE_STEP_BYTES, ROOM_STEP_BYTES},
 };
-use crate::{budget::Share, caller::Caller};
-use actix::Addr;
+use crate::{
+    budget::{Bound, Share},
+    caller::Caller,
+};
+use actix::{Addr, Message};
 use gorego_reapi::error::Result;
 use tokio::runtime::Handle;
+
+/// Fact: look-ups have left a batch of notes in [`super::view::View`].
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct SettleUses;
+
+/// Reserves room for bytes that have arrived or are about to; see [`Reservation::take`].
+#[derive(Message)]
+#[rtype(result = "Result<Reservation>")]
+pub struct ReserveRoom {
+    /// Bytes to reserve; at most [`RESERVE_STEP_BYTES`].
+    pub bytes: u64,
+    /// The total that is wanted, including `bytes`. If the total does not fit, nothing is reserved and nothing is
+    /// evicted.
+    pub of: u64,
+    /// The bytes that the sender has already reserved for the same write.
+    pub held: u64,
+    /// The blob that the room is for, if it is known. Nothing is reserved for a stored blob, because that might evict
+    /// the blob itself.
+    pub blob: Option<Key>,
+}
+
+/// Fact: this many reserved bytes are not needed any more.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Unreserve(pub u64);
+
+/// Discards broken uploads of a caller that reached a bound, the oldest first, until `bytes` are free or none are left.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct DiscardPartials {
+    pub caller: Caller,
+    pub bound: Bound,
+    pub bytes: u64,
+}
 
 /// Entries that are not evicted while this is held.
 pub(crate) struct Hold {
@@ -212,5 +249,25 @@ impl UploadRoom {
     /// The reservation, to be spent on the written bytes.
     pub fn into_reservation(self) -> Reservation {
         self.reservation
+    }
+}
+
+impl Cas {
+    /// Empty room for an upload through this handle.
+    pub(super) fn new_room(&self) -> Result<UploadRoom> {
+        let mut room = UploadRoom::none(self.actor().clone());
+        self.pay_for(&mut room)?;
+        Ok(room)
+    }
+
+    /// Charges the room of an upload to the client, if there is one.
+    ///
+    /// # Errors
+    /// `Exhausted` when a bound is reached.
+    pub(super) fn pay_for(&self, room: &mut UploadRoom) -> Result<()> {
+        match self.client() {
+            Some(caller) => room.charge_to(self.shared().upload_budget.take(caller, 0)?),
+            None => Ok(()),
+        }
     }
 }

@@ -2,10 +2,9 @@
 
 use super::{
     CasActor,
-    client::{Cas, UploadStatus, going_down},
-    guards::Hold,
+    client::{Cas, going_down},
+    guards::{Hold, SettleUses},
     index::{EntryKind, EntryRef, FoundEntry, Key, Seal},
-    requests::{QueryUpload, SettleUses},
     settings::{LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN},
     view::LookUp,
 };
@@ -13,7 +12,7 @@ use crate::{
     actors::mail::Receive,
     instance::{Instance, InstanceId},
 };
-use actix::{AsyncContext as _, MessageResult};
+use actix::AsyncContext as _;
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -226,16 +225,5 @@ impl Receive<SettleUses> for CasActor {
     fn receive(&mut self, _: SettleUses, ctx: &mut Self::Context) {
         self.change(|_| ());
         self.write_touches(ctx.address());
-    }
-}
-
-impl Receive<QueryUpload> for CasActor {
-    type Answer = MessageResult<QueryUpload>;
-
-    fn receive(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Answer {
-        MessageResult(match self.renew(&message.blob) {
-            Some(_) => UploadStatus { committed: message.blob.digest.size(), complete: true },
-            None => UploadStatus { committed: self.uploads.committed(message.name), complete: false },
-        })
     }
 }

@@ -14,17 +14,32 @@ use super::{
     guards::Reservation,
     index::{FileId, Key, Victim},
     linking::NewLinks,
-    requests::{Commit, EndUpload},
+    progress::EndedAttempt,
     settings::{FILES_PER_COMMIT, WRITTEN_TOGETHER_BYTES},
-    uploads::Attempt,
     volume::{Draft, NewFile, WrittenFile, outside::LeftFile},
 };
 use crate::caller::Owner;
-use actix::Addr;
+use actix::{Addr, Message};
 use bytes::Bytes;
 use gorego_reapi::error::{Error, Result};
 use std::{io, slice, sync::Arc};
 use tokio::sync::oneshot;
+
+/// Fact: these files are whole and under their final names. The reply comes once they are visible.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub(crate) struct Commit {
+    pub files: Vec<WrittenFile>,
+    /// Room for all of the files.
+    pub room: Reservation,
+    /// The build to which the files are leased.
+    pub lessee: Option<Owner>,
+    /// Links of the results among the files whose blobs are known.
+    pub links: Vec<NewLinks>,
+    /// The upload that ends with this message because its blob is stored.
+    pub upload: Option<EndedAttempt>,
+    pub reply: oneshot::Sender<()>,
+}
 
 /// Written files that are not visible yet, with room for them and for more.
 #[derive(Debug)]
@@ -188,13 +203,13 @@ impl NewFiles {
     }
 
     /// Like [`NewFiles::commit`], for the blob of an upload. The upload ends with it.
-    pub(super) fn commit_upload(mut self, attempt: Attempt) -> Option<Visible> {
+    pub(super) fn commit_upload(mut self, ended: EndedAttempt) -> Option<Visible> {
         let room = self.room.split(u64::MAX);
-        self.tell(room, Some(attempt.into_end()))
+        self.tell(room, Some(ended))
     }
 
     /// Sends the files to the actor in parts, so that no message takes long.
-    fn tell(&mut self, mut room: Reservation, mut upload: Option<EndUpload>) -> Option<Visible> {
+    fn tell(&mut self, mut room: Reservation, mut upload: Option<EndedAttempt>) -> Option<Visible> {
         // An error is kept in `failed`.
         let _ = self.write_waiting();
         let mut files = std::mem::take(&mut self.written);

@@ -16,7 +16,7 @@ use super::{
     checked::{check_content_slowly, report},
     client::Cas,
     index::{EntryKind, FileId, FoundEntry},
-    requests::ScrubTally,
+    numbers::ScrubTally,
     results,
     volume::{self, PIECE_BYTES, Stored, Volume},
 };

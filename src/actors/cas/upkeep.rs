@@ -2,21 +2,33 @@
 //! reports back.
 
 use super::{
-    CasActor, LOG, deletions,
-    guards::Reservation,
-    index::{FileId, Totals, Victim},
+    CasActor, LOG,
+    deletions::{self, Deleted},
+    guards::{Reservation, ReserveRoom, Unreserve},
+    index::{EntryRef, FileId, Stamp, Totals, Victim},
     reply::StoreReply,
-    requests::{Deleted, ReserveRoom, Touch, Touched, Unreserve},
     settings,
     uploads::Partial,
     uptime_seconds,
     volume::Moved,
 };
 use crate::{actors::mail::Receive, logging::Event};
-use actix::{Addr, AsyncContext as _, Context};
+use actix::{Addr, AsyncContext as _, Context, Message};
 use gorego_reapi::error::{DISK_FULL_RETRY, Error, Result};
 use std::{future::Future, time::Instant};
 use tokio::{sync::oneshot, task::JoinHandle};
+
+/// Fact: the server itself moved the change times of these files. Their content did not change.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Touched(pub Vec<Touch>);
+
+/// A change of one file's stamp.
+pub struct Touch {
+    pub at: EntryRef,
+    pub before: Stamp,
+    pub after: Stamp,
+}
 
 impl CasActor {
     /// Reserves `bytes`. Broken uploads are discarded for it first, then the least recently used entries are evicted.

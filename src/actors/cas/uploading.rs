@@ -2,10 +2,12 @@
 
 use super::{
     CasActor,
-    guards::UploadRoom,
-    requests::{Began, BeginUpload, DiscardPartials, EndUpload},
+    guards::{DiscardPartials, UploadRoom},
     settings,
-    uploads::{Attempt, Begin, Partial},
+    uploads::{
+        Attempt, Begin, EndUpload, Partial,
+        begin::{Began, BeginUpload, QueryUpload, UploadStatus},
+    },
 };
 use crate::actors::mail::Receive;
 use actix::{AsyncContext as _, Context, MessageResult};
@@ -97,5 +99,16 @@ impl Receive<EndUpload> for CasActor {
 
     fn receive(&mut self, ended: EndUpload, ctx: &mut Self::Context) {
         self.end_upload(ended, ctx);
+    }
+}
+
+impl Receive<QueryUpload> for CasActor {
+    type Answer = MessageResult<QueryUpload>;
+
+    fn receive(&mut self, message: QueryUpload, _: &mut Self::Context) -> Self::Answer {
+        MessageResult(match self.renew(&message.blob) {
+            Some(_) => UploadStatus { committed: message.blob.digest.size(), complete: true },
+            None => UploadStatus { committed: self.uploads.committed(message.name), complete: false },
+        })
     }
 }

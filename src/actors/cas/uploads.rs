@@ -24,96 +24,31 @@ use super::{
     CasActor,
     guards::UploadRoom,
     index::Key,
-    requests::EndUpload,
-    settings::{MAX_PARTIAL_UPLOADS, TWIN_STALL},
+    progress::{EndedAttempt, Progress},
+    settings::MAX_PARTIAL_UPLOADS,
     uploads::sink::{Inflow, Sink},
 };
 use crate::{
     budget::Bound,
     caller::{Caller, Owner, Peer},
 };
-use actix::Addr;
+use actix::{Addr, Message};
 use gorego_reapi::digest::Digest;
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
-use tokio::sync::watch;
 
 /// Broken uploads may hold at most `1 / PARTIAL_PART` of the store.
 const PARTIAL_PART: u64 = 4;
 
-/// The state of a running attempt that others can observe.
-#[derive(Debug, Default)]
-pub struct Progress {
-    /// Bytes of the blob accepted so far; never decreases.
-    pub accepted: AtomicU64,
-    fate: watch::Sender<Fate>,
-}
-
-/// How an attempt ended. Flags are never cleared.
-#[derive(Debug, Clone, Copy, Default)]
-struct Fate {
-    /// The blob is stored, by this attempt or another (BS-24).
-    is_superseded: bool,
-    /// The attempt is over.
-    has_ended: bool,
-}
-
 /// How many other attempts at the same blob are considered when an upload begins.
 const MAX_TWINS: usize = 64;
 
-impl Progress {
-    /// Whether the blob has been stored since the attempt began, by this attempt or another (BS-24).
-    pub fn is_superseded(&self) -> bool {
-        self.fate.borrow().is_superseded
-    }
-
-    /// Waits until [`Progress::is_superseded`], possibly for ever.
-    pub fn superseded(&self) -> impl Future<Output = ()> + Send + use<> {
-        self.reaches(|fate| fate.is_superseded)
-    }
-
-    /// Waits until the attempt is over.
-    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
-        self.reaches(|fate| fate.has_ended)
-    }
-
-    fn reaches(&self, is_reached: fn(&Fate) -> bool) -> impl Future<Output = ()> + Send + use<> {
-        let mut fate = self.fate.subscribe();
-        async move {
-            if fate.wait_for(is_reached).await.is_err() {
-                // The sender is gone, so the flag cannot be set any more.
-                std::future::pending().await
-            }
-        }
-    }
-
-    /// Waits for the end of the attempt, until `deadline` or until it has accepted nothing for [`TWIN_STALL`]. Returns
-    /// whether it ended.
-    pub async fn ends_before(&self, deadline: tokio::time::Instant) -> bool {
-        let mut ended = std::pin::pin!(self.ended());
-        loop {
-            let accepted = self.accepted.load(Ordering::Relaxed);
-            let look = deadline.min(tokio::time::Instant::now() + TWIN_STALL);
-            match tokio::time::timeout_at(look, &mut ended).await {
-                Ok(()) => return true,
-                Err(_) if look == deadline || self.accepted.load(Ordering::Relaxed) == accepted => {
-                    return false;
-                }
-                Err(_) => {}
-            }
-        }
-    }
-}
-
 /// The bytes of a broken attempt. The file is deleted before its room is given back.
 #[derive(Debug)]
-pub struct Partial {
+pub(crate) struct Partial {
     /// The file with the bytes so far.
     pub sink: Sink,
     /// The room that the bytes take.
@@ -126,8 +61,18 @@ impl Partial {
     }
 }
 
+/// Fact: a stream of an upload ended without its blob, or found the blob already stored. A stream that stored its blob
+/// ends with [`Commit`](super::new_files::Commit).
+#[derive(Message)]
+#[rtype(result = "()")]
+pub(crate) struct EndUpload {
+    pub attempt: EndedAttempt,
+    /// The bytes so far, if the upload may be resumed.
+    pub partial: Option<Partial>,
+}
+
 /// The right to write one upload. When it is dropped, its remaining bytes are reported to the actor. The end of an
-/// attempt that stored its blob is reported together with the blob ([`Attempt::into_end`]).
+/// attempt that stored its blob is reported together with the blob ([`Attempt::into_ended`]).
 pub struct Attempt {
     /// `None` until the first bytes are written. Declared before `room`, so that the file is dropped first.
     pub sink: Option<Sink>,
@@ -170,15 +115,15 @@ impl Attempt {
         }
     }
 
-    /// Ends this attempt without remaining bytes, and returns the report for the caller to send.
-    pub fn into_end(mut self) -> EndUpload {
+    /// Ends this attempt without remaining bytes. The caller reports it to the actor.
+    pub(crate) fn into_ended(mut self) -> EndedAttempt {
         self.is_told = true;
-        self.end(None)
+        self.ended()
     }
 
-    fn end(&self, partial: Option<Partial>) -> EndUpload {
+    fn ended(&self) -> EndedAttempt {
         let (name, number, blob, progress) = (self.name, self.number, self.blob, self.progress.clone());
-        EndUpload { name, number, blob, progress, partial }
+        EndedAttempt { name, number, blob, progress }
     }
 
     pub fn store(&self) -> &Addr<CasActor> {
@@ -197,7 +142,7 @@ impl Drop for Attempt {
             }
         };
         if !self.is_told {
-            self.store.do_send(self.end(partial));
+            self.store.do_send(EndUpload { attempt: self.ended(), partial });
         }
     }
 }
@@ -304,7 +249,7 @@ impl Uploads {
 
     /// Removes an attempt that ended. Returns bytes that are to be deleted.
     pub(crate) fn end(&mut self, ended: EndUpload, now: Instant) -> Option<Partial> {
-        let EndUpload { name, number, blob, progress, partial } = ended;
+        let EndUpload { attempt: EndedAttempt { name, number, blob, progress }, partial } = ended;
         if let Some(attempts) = self.running.get_mut(&blob) {
             let before = attempts.len();
             attempts.retain(|other| !Arc::ptr_eq(other, &progress));
@@ -330,7 +275,7 @@ impl Uploads {
                 partial
             }
         };
-        progress.fate.send_modify(|fate| fate.has_ended = true);
+        progress.end();
         discarded
     }
 
@@ -346,7 +291,7 @@ impl Uploads {
     /// Marks all running uploads of this blob as superseded.
     pub(crate) fn supersede(&self, blob: &Key) {
         for progress in self.running.get(blob).into_iter().flatten() {
-            progress.fate.send_modify(|fate| fate.is_superseded = true);
+            progress.supersede();
         }
     }
 

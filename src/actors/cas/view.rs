@@ -13,7 +13,7 @@ use super::{
     index::{
         ColdBlobs, EntryKind, EntryRef, FileId, FoundEntry, FoundResult, Index, Key, Lessee, NotedUse, Seal,
     },
-    requests::StoreMeasurement,
+    numbers::StoreMeasurement,
     settings::{CHANGES_PER_HOLD, LOOKUPS_PER_HOLD, NOTES_BATCH, NOTES_MAX},
     unix_seconds, uptime_seconds,
 };

@@ -24,6 +24,7 @@ pub(crate) mod memory;
 mod names;
 pub(crate) mod outside;
 pub(crate) mod packed;
+mod paths;
 mod root;
 pub(crate) mod scan;
 pub(crate) mod segments;

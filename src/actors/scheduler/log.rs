@@ -2,7 +2,8 @@
 
 use super::{
     operation::Outcome,
-    transition::{OperationEvent, Phases, SlotName, Transition},
+    slots::SlotName,
+    transition::{OperationEvent, Phases, Transition},
 };
 use crate::logging::{Event, Field};
 use gorego_reapi::error::Error;

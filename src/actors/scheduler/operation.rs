@@ -1,6 +1,6 @@
 //! An operation as its clients see it: its name, its state, the subscription to it, and its outcome.
 
-use super::transition::SlotName;
+use super::slots::SlotName;
 use crate::{
     access::principal::Principal, actors::worker::messages::RunStage, caller::Peer, instance::Instance,
     log_streams::run::RunLogs, memory, node::NodeName, result::SharedResult,

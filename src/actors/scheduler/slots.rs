@@ -9,7 +9,7 @@ mod free;
 
 use crate::{
     action::Action,
-    actors::{scheduler::transition::SlotName, worker::messages::SlotId},
+    actors::worker::messages::SlotId,
     limits::{LimitSettings, Room},
     platform::{self, Known, Offers, UnknownProperties},
 };
@@ -28,6 +28,17 @@ pub(crate) const PROPERTIES_MAX: usize = 1_000;
 /// Maximum number of pools at the same time, including draining ones. A task is in the queue of each pool that can run
 /// it.
 pub(crate) const POOLS_MAX: usize = 256;
+
+/// A slot of a pool, by the names that logs and clients use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotName {
+    /// The name of the pool.
+    pub pool: Arc<str>,
+    /// The number of the slot in the pool.
+    pub slot: SlotId,
+    /// The name of the worker that serves the slot.
+    pub worker: Arc<str>,
+}
 
 /// Identifies a pool. No two pools of one process have the same id, even if they have the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]

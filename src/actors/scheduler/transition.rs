@@ -1,8 +1,10 @@
 //! [`Transition`]: a step of an operation, as a value. The ledger returns transitions, and the log lines are written
 //! from them.
 
-use super::operation::{OperationInfo, Outcome};
-use crate::actors::worker::messages::SlotId;
+use super::{
+    operation::{OperationInfo, Outcome},
+    slots::SlotName,
+};
 use gorego_reapi::{error::Error, proto::reapi};
 use prost_types::Timestamp;
 use std::{sync::Arc, time::Duration};
@@ -47,17 +49,6 @@ pub(crate) enum OperationEvent {
         /// How long the operation waited before it ran or ended; `None` if it had ended when it was admitted.
         queued_for: Option<Duration>,
     },
-}
-
-/// A slot of a pool, by the names that logs and clients use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SlotName {
-    /// The name of the pool.
-    pub pool: Arc<str>,
-    /// The number of the slot in the pool.
-    pub slot: SlotId,
-    /// The name of the worker that serves the slot.
-    pub worker: Arc<str>,
 }
 
 /// The durations of the parts of a run, by the clock of the worker. `None` for parts that were not reached.

@@ -26,18 +26,17 @@ use crate::{
             CasActor, LOG, StoreShared,
             checked::{damaged, failed, open},
             client::{Cas, going_down},
-            guards::UploadRoom,
-            index::{ColdBlobs, EntryKind, FoundEntry, Key, Victim},
-            requests::Repack,
+            guards::{Reservation, UploadRoom},
+            index::{ColdBlobs, EntryKind, FileId, FoundEntry, Key, Victim},
             settings::{LOAD_PAUSE, PACK_LEVEL, PackingSettings},
             unix_seconds,
-            volume::{self, Stored, packed::Packing},
+            volume::{self, Stored, WrittenFile, packed::Packing},
         },
         mail::Receive,
     },
     logging::Event,
 };
-use actix::{Addr, MessageResult, WeakAddr};
+use actix::{Addr, Message, MessageResult, WeakAddr};
 use gorego_reapi::{
     compression::{CHUNK_BYTES, Encoder, FrameDecoder},
     digest::Hasher,
@@ -61,6 +60,17 @@ const SAMPLES: u64 = 4;
 const SAMPLED_FROM_FRAMES: u64 = 8;
 /// The lowest priority of a thread.
 const LOWEST_PRIORITY: i32 = 19;
+
+/// Fact: the blob in a file was compressed into another file. The answer says whether the new file took the place of
+/// the old one.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub(super) struct Repack {
+    pub from: FileId,
+    pub to: WrittenFile,
+    /// Room for the new file.
+    pub room: Reservation,
+}
 
 /// The thread that compresses cold blobs. It ends when this is dropped.
 #[derive(Debug)]

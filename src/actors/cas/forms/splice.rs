@@ -8,12 +8,13 @@
 //! total. At most [`READ_BYTES`] are read ahead of the writer.
 
 use crate::actors::cas::{
-    blob::{BlobReader, BlobWriter},
-    client::{Cas, Upload},
+    blob::BlobReader,
+    client::Cas,
     forms::chunks::Chunks,
     guards::Hold,
     index::FoundEntry,
     lookup::Purpose,
+    uploads::{begin::Upload, writer::BlobWriter},
     volume::PIECE_BYTES,
 };
 use crate::instance::Instance;

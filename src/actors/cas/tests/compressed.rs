@@ -1,7 +1,7 @@
 //! Tests of zstd: uploads, reads from any offset, forms and batches.
 
 use super::*;
-use crate::actors::cas::{blob::BlobWriter, settings::SMALL_BLOB_BYTES};
+use crate::actors::cas::settings::SMALL_BLOB_BYTES;
 use futures::future::join_all;
 use gorego_reapi::compression::{CHUNK_BYTES, decode_all, stored_frame};
 

@@ -5,6 +5,7 @@ use super::{
     super::{
         index::{EntryKind, Key},
         lookup::Purpose,
+        upkeep::{Touch, Touched},
         volume::stamps::{COARSE_TICK, has_fine_change_times, stamp_of},
         volume::{NewFile, Volume as _, files::Files},
     },

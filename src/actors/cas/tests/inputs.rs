@@ -1,6 +1,7 @@
 //! Tests of the calls of workers: staging an input root, copying files out of it, storing outputs.
 
 use super::*;
+use crate::actors::cas::guards::ReserveRoom;
 use prost::Message as _;
 use std::{
     fs::File,

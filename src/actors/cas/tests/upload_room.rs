@@ -4,7 +4,7 @@ use super::{super::uploads::*, uploads::send, *};
 use crate::actors::cas::{
     guards::{Reservation, UploadRoom},
     index::{EntryKind, Key},
-    requests::EndUpload,
+    progress::EndedAttempt,
     uploads::sink::Sink,
 };
 use futures::FutureExt as _;
@@ -15,7 +15,11 @@ fn park(store: &TestStore, uploads: &mut Uploads, (n, blob): (u64, Key), room: U
     let Begin::Fresh(Entered { number, progress }, None) = uploads.begin(name, blob, 0) else { panic!() };
     let file = store.cas.shared().volume.draft().unwrap();
     let partial = Some(Partial { sink: Sink { file, hasher: SHA256.hasher(0) }, room });
-    assert!(uploads.end(EndUpload { name, number, blob, progress, partial }, now).is_none());
+    assert!(
+        uploads
+            .end(EndUpload { attempt: EndedAttempt { name, number, blob, progress }, partial }, now)
+            .is_none()
+    );
 }
 
 /// A peer that keeps as many broken uploads as it can loses its own ones, even if uploads of other peers are older.

@@ -1,7 +1,7 @@
 //! Tests of concurrent, broken, resumed and wrong uploads.
 
 use super::*;
-use crate::actors::cas::{blob::BlobWriter, guards::Reservation};
+use crate::actors::cas::guards::Reservation;
 use futures::{FutureExt as _, future::join_all};
 
 const NAME: &str = "uploads/6ba7b810-9dad-11d1-80b4-00c04fd430c8/blobs/x";

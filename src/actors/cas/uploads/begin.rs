@@ -1,19 +1,52 @@
 //! Starting and resuming uploads, and asking for their progress: [`Cas::begin_upload`] and [`Cas::query_upload`].
 
 use crate::actors::cas::{
-    blob::BlobWriter,
     client::{Cas, spoilt},
     index::{EntryKind, Key},
-    requests::{Began, BeginUpload, QueryUpload},
+    progress::Progress,
     settings::{PARK_WAIT, SOUND_TRIES, TWIN_WAIT},
-    uploads::Attempt,
+    uploads::{Attempt, writer::BlobWriter},
 };
 use crate::instance::Instance;
+use actix::Message;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
 };
+use std::sync::Arc;
 use tokio::time::Instant;
+
+/// Starts or resumes an upload.
+#[derive(Message)]
+#[rtype(result = "Result<Began>")]
+pub struct BeginUpload {
+    /// Digest of the resource name within its instance.
+    pub name: Digest,
+    pub blob: Key,
+    pub offset: u64,
+    /// Whether to start even if another upload of the same blob is running and there is no room for both.
+    pub beside: bool,
+}
+
+/// The answer to [`BeginUpload`].
+pub enum Began {
+    /// The blob is already stored.
+    Present,
+    /// An earlier stream of this upload has not ended.
+    Busy(Arc<Progress>),
+    /// Another stream uploads this blob, and there is no room for both.
+    NoRoomBeside(Arc<Progress>),
+    /// The upload may start.
+    Start(Box<Attempt>),
+}
+
+/// Asks for the progress of an upload, and whether its blob is stored.
+#[derive(Message)]
+#[rtype(result = "UploadStatus")]
+pub struct QueryUpload {
+    pub name: Digest,
+    pub blob: Key,
+}
 
 /// The answer to [`Cas::begin_upload`].
 #[derive(Debug)]

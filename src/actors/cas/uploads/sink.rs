@@ -5,7 +5,7 @@
 //! it. Everything here blocks.
 
 use crate::actors::cas::{
-    uploads::{decoders::DecoderRoom, small::check_bytes},
+    uploads::decoders::DecoderRoom,
     volume::{Draft, Volume},
 };
 use bytes::Bytes;
@@ -180,6 +180,15 @@ fn run_length(pieces: &[Bytes]) -> usize {
         bytes <= RUN_BYTES
     };
     pieces.iter().take(RUN_PIECES).take_while(fits).count().max(1)
+}
+
+/// Checks that these bytes are this blob.
+///
+/// # Errors
+/// `Invalid` if they are not (CAS-11, BS-22).
+pub(crate) fn check_bytes(blob: Digest, bytes: &[u8]) -> Result<()> {
+    let actual = blob.function().digest(bytes);
+    if actual == blob { Ok(()) } else { Err(hash_mismatch(blob, actual)) }
 }
 
 /// Decodes a small item of a batch and checks its hash.

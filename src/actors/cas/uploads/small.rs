@@ -11,7 +11,7 @@ use crate::{
         client::Cas,
         index::{EntryKind, FileId, Key},
         joint_writes::{JOINT_FILE_BYTES, SmallFile},
-        uploads::sink::hash_mismatch,
+        uploads::sink::check_bytes,
     },
     budget::{Refusal, Share},
     instance::{Instance, InstanceId},
@@ -89,13 +89,4 @@ impl SmallUpload {
         let stored = cas.write_checked(blob.instance, vec![(blob.digest, bytes)], memory).await;
         stored.into_iter().collect()
     }
-}
-
-/// Checks that these bytes are this blob.
-///
-/// # Errors
-/// `Invalid` if they are not (CAS-11, BS-22).
-pub(crate) fn check_bytes(blob: Digest, bytes: &[u8]) -> Result<()> {
-    let actual = blob.function().digest(bytes);
-    if actual == blob { Ok(()) } else { Err(hash_mismatch(blob, actual)) }
 }

@@ -7,6 +7,7 @@
 //! client seldom reach the bound.
 
 use crate::{
+    actors::cas::client::Cas,
     budget::{Bounds, Budget, Refusal, Share},
     caller::Caller,
 };
@@ -90,6 +91,13 @@ impl UnwrittenPieces {
     pub(crate) fn take(&mut self) -> Pieces {
         self.bytes = 0;
         std::mem::take(&mut self.pieces)
+    }
+}
+
+impl Cas {
+    /// A buffer for bytes that arrive through this handle and are not written yet.
+    pub(in crate::actors::cas) fn received(&self) -> UnwrittenPieces {
+        UnwrittenPieces::new(self.client().map(|caller| (self.shared().received.clone(), caller)))
     }
 }
 

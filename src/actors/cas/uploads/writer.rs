@@ -22,11 +22,13 @@ use crate::actors::cas::{
     client::Cas,
     index::Key,
     new_files::{NewFiles, Visible},
+    progress::Progress,
     settings::UPLOAD_BUFFER_BYTES,
-    uploads::Attempt,
-    uploads::decoders,
-    uploads::sink::{Inflow, Sink, WHOLE_BYTES, failed, hash_mismatch},
-    uploads::unwritten::UnwrittenPieces,
+    uploads::{
+        Attempt, decoders,
+        sink::{Inflow, Sink, WHOLE_BYTES, failed, hash_mismatch},
+        unwritten::UnwrittenPieces,
+    },
     volume::Volume,
 };
 use bytes::Bytes;
@@ -53,7 +55,7 @@ pub struct BlobWriter {
     has_decoder: bool,
     received: UnwrittenPieces,
     work: UploadWork,
-    progress: Arc<crate::actors::cas::uploads::Progress>,
+    progress: Arc<Progress>,
     blob: Key,
     /// Another upload has stored the blob, so the bytes of this one are no longer needed.
     is_redundant: bool,
@@ -417,7 +419,7 @@ fn complete(mut attempt: Attempt, pending: &[Bytes], shared: &Arc<StoreShared>) 
         files.keep(key, draft).map_err(|error| failed(digest, &error))?;
         files
     };
-    Ok(files.commit_upload(attempt))
+    Ok(files.commit_upload(attempt.into_ended()))
 }
 
 /// A [`NewFiles`] with the room of an attempt.

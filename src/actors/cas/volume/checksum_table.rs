@@ -23,8 +23,15 @@ mod tests;
 use self::record::{
     HEAD_BYTES, RECORD_HEAD_BYTES, RecordHead, Records, UNIT_BYTES, body_at, body_of, head_of, nonce_of,
 };
-use super::{checksums::Checksums, is_lost, segments::again_with_directory};
-use crate::{actors::cas::index::FileId, regular_file};
+use super::{
+    checksums::{BLOCK_BYTES, Checksums},
+    is_lost,
+    paths::again_with_directory,
+};
+use crate::{
+    actors::cas::index::{EntryKind, FileId, Key},
+    regular_file,
+};
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File, OpenOptions},
@@ -40,6 +47,16 @@ use uuid::Uuid;
 const MAX_FILE_BYTES: u64 = 8 << 20;
 /// Larger files are not read. The record of the largest blob has a few MB.
 const MAX_READ_BYTES: u64 = 1 << 30;
+
+/// Whether a file of its own gets checksums of its blocks. A small blob is hashed whenever it is read, and a result has
+/// a checksum of its own.
+pub(super) fn needs_checksums(key: &Key, size: u64) -> bool {
+    match key.kind {
+        EntryKind::Blob => size > BLOCK_BYTES as u64,
+        EntryKind::Result => false,
+        EntryKind::Zstd => true,
+    }
+}
 
 /// The position of a record: the number of its table file, and the offset in units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

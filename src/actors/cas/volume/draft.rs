@@ -2,11 +2,11 @@
 
 use super::{
     Draft, WrittenFile,
-    checksum_table::ChecksumTable,
+    checksum_table::{ChecksumTable, needs_checksums},
     checksums::ChecksumBuilder,
     durable::{SyncPolicy, sync_file},
-    files::{StorePaths, create, in_shard, needs_checksums},
     hash,
+    paths::{StorePaths, create, in_shard},
     stamps::{change_unobserved, stamp_of},
 };
 use crate::{

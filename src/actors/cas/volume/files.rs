@@ -27,47 +27,40 @@
 
 use super::{
     Draft, Look, Moved, NewFile, Repairs, Stored, Take, Volume, WrittenFile,
-    checksum_table::ChecksumTable,
-    checksums::{BLOCK_BYTES, Checksums},
+    checksum_table::{ChecksumTable, needs_checksums},
+    checksums::Checksums,
     draft::TemporaryFile,
     durable::{self, SyncPolicy, sync_directory, sync_file},
     names::{FileClass, encode},
     outside::LeftFile,
-    packed::{FrameDecoders, PackedFile},
+    packed::PackedFile,
+    paths::{STORED_MODE, StorePaths, create, in_shard},
     root::{MAX_FORMAT_BYTES, StoreLock, check_format, check_kinds, failed, prepare, take_lock},
     scan,
-    segments::again_with_directory,
-    stamps::{COARSE_TICK, Writers, has_fine_change_times, lease, settled, stamp_of},
+    stamps::{COARSE_TICK, Writers, has_fine_change_times, lease, stamp_of},
     stored::{StoredFile, look_of},
 };
 use crate::{
     actors::cas::index::{EntryKind, FileId, Key, Stamp, Victim},
     disk::Space,
-    instance::{InstanceId, Instances},
+    instance::Instances,
     regular_file,
-    spread::spread_subdirectories,
 };
-use gorego_reapi::{digest::DigestFunction, error::Result};
+use gorego_reapi::error::Result;
 use rustix::fs::{CWD, Mode, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fchmod, futimens, renameat};
 use std::{
     collections::HashSet,
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{self, File, Metadata},
     io::{self, Write as _},
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::SystemTime,
 };
-use uuid::Uuid;
 
-/// Permission bits of stored files, which are never written again.
-const STORED_MODE: u32 = 0o444;
-/// The unit of `st_blocks`.
-pub(super) const BLOCK_UNIT_BYTES: u64 = 512;
 /// Files on which a lease is held at the same time while their use is recorded.
 const TOUCH_LEASES: usize = 64;
 
@@ -79,25 +72,6 @@ pub(crate) struct Files {
     /// Directories whose own names were synced.
     synced: Mutex<HashSet<PathBuf>>,
     _lock: StoreLock,
-}
-
-/// The paths of the files of a store.
-#[derive(Debug)]
-pub(super) struct StorePaths {
-    base: PathBuf,
-    /// Directory names by [`InstanceId`].
-    instances: Vec<String>,
-    pub(super) policy: SyncPolicy,
-    /// The result of [`has_fine_change_times`] for the file system of the store.
-    has_fine_times: bool,
-    /// Bytes of a block of the file system.
-    block: u64,
-    /// The next number of a file. Segments take the numbers of their records from it as well.
-    sequence: Arc<AtomicU64>,
-    /// Decoders for reads of packed files.
-    decoders: Arc<FrameDecoders>,
-    /// Bytes of the trash that were found so far.
-    pub(super) in_trash: AtomicU64,
 }
 
 impl Files {
@@ -139,11 +113,6 @@ impl Files {
         self.paths.path(file)
     }
 
-    /// Records that a file of this generation exists.
-    pub(super) fn saw_generation(&self, generation: u64) {
-        self.paths.sequence.fetch_max(generation.saturating_add(1), Ordering::Relaxed);
-    }
-
     /// The next number of a file.
     pub(super) fn sequence(&self) -> Arc<AtomicU64> {
         self.paths.sequence.clone()
@@ -154,19 +123,9 @@ impl Files {
         self.paths.instances.clone()
     }
 
-    /// The instances that have directories.
-    pub(super) fn instances(&self) -> impl Iterator<Item = InstanceId> + use<> {
-        (0..self.paths.instances.len() as u16).map(InstanceId)
-    }
-
     /// The stamp of a verified file with this metadata.
     fn stamp(&self, metadata: &Metadata) -> Stamp {
         self.paths.settled(stamp_of(metadata))
-    }
-
-    /// Opens the file at a path, without its checksums.
-    pub(super) fn open_path(&self, path: &Path) -> io::Result<StoredFile> {
-        Ok(StoredFile::new(regular_file::open_own(path)?, self.paths.has_fine_times, None))
     }
 
     /// The directory of a stored file.
@@ -262,7 +221,7 @@ impl Volume for Files {
 
     fn open(&self, file: &FileId) -> io::Result<Box<dyn Stored>> {
         if file.is_packed() {
-            let stored = self.open_path(&self.paths.path(file))?;
+            let stored = self.paths.open(&self.paths.path(file))?;
             return Ok(Box::new(PackedFile::open(stored, file.key.digest, self.paths.decoders.clone())?));
         }
         let open = regular_file::open_own(&self.paths.path(file))?;
@@ -364,15 +323,15 @@ impl Volume for Files {
     }
 
     fn recover(&self, is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync), take: Take<'_>) -> Repairs {
-        scan::recover(self, is_whole, take)
+        scan::recover(&self.paths, &self.table, is_whole, take)
     }
 
     fn parts(&self) -> Vec<String> {
-        scan::all_shards(self).iter().map(|shard| shard.name(&self.paths)).collect()
+        scan::all_shards(&self.paths).iter().map(|shard| shard.name(&self.paths)).collect()
     }
 
     fn files_in(&self, part: &str) -> io::Result<Vec<FileId>> {
-        scan::files_in(self, part)
+        scan::files_in(&self.paths, part)
     }
 
     fn note(&self) -> Option<String> {
@@ -387,105 +346,5 @@ impl Volume for Files {
     #[cfg(test)]
     fn place(&self, file: &FileId) -> Option<(PathBuf, u64)> {
         Some((self.paths.path(file), 0))
-    }
-}
-
-impl StorePaths {
-    /// A number that no file of the store has had.
-    pub(super) fn next_generation(&self) -> u64 {
-        self.sequence.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// Bytes that a file of this size takes.
-    pub(super) fn charge(&self, size: u64) -> u64 {
-        size.max(1).checked_next_multiple_of(self.block).unwrap_or(u64::MAX)
-    }
-
-    /// Bytes that a file takes: the blocks that the file system reports, and never less than [`StorePaths::charge`],
-    /// because some file systems allocate later.
-    pub(super) fn taken(&self, metadata: &Metadata) -> u64 {
-        self.charge(metadata.len()).max(metadata.blocks().saturating_mul(BLOCK_UNIT_BYTES))
-    }
-
-    /// The path of a stored file.
-    pub(super) fn path(&self, file: &FileId) -> PathBuf {
-        let Key { digest, instance, kind } = &file.key;
-        let class = FileClass { kind: *kind, is_packed: file.is_packed() };
-        let mut path = self.shard(class, *instance, digest.function(), digest.hash()[0]);
-        path.push(format!("{}-{}-{:x}", digest.hash_hex(), digest.size(), file.sequence()));
-        path
-    }
-
-    /// The directory of all files whose hash starts with `first`.
-    pub(super) fn shard(
-        &self,
-        class: FileClass,
-        instance: InstanceId,
-        function: DigestFunction,
-        first: u8,
-    ) -> PathBuf {
-        let name = self.instances.get(usize::from(instance.0)).map_or("", String::as_str);
-        self.base.join(format!("{}/{name}/{}/{first:02x}", class.directory(), function.name()))
-    }
-
-    /// The path of an upload in progress.
-    pub(super) fn temporary_path(&self, generation: u64) -> PathBuf {
-        self.base.join(format!("tmp/{generation:x}"))
-    }
-
-    /// The name of a directory of files, as it is below the directory of the store.
-    pub(super) fn name_of(&self, path: &Path) -> String {
-        path.strip_prefix(&self.base).unwrap_or(path).display().to_string()
-    }
-
-    fn note(&self) -> PathBuf {
-        self.base.with_file_name("note")
-    }
-
-    /// The directory for files that are thrown away.
-    pub(super) fn trash(&self) -> PathBuf {
-        self.base.join("trash")
-    }
-
-    /// Moves something that does not belong to the store into the trash, which the next start empties.
-    pub(super) fn throw_away(&self, path: &Path) -> io::Result<()> {
-        let target = self.trash().join(Uuid::new_v4().to_string());
-        again_with_directory(&target, || fs::rename(path, &target))
-    }
-
-    /// The stamp of a verified file, or [`Stamp::UNTRUSTED`] while another change could leave the stamp as it is.
-    pub(super) fn settled(&self, stamp: Stamp) -> Stamp {
-        settled(stamp, self.has_fine_times, SystemTime::now())
-    }
-}
-
-/// Whether a file of its own gets checksums of its blocks. A small blob is hashed whenever it is read, and a result has
-/// a checksum of its own.
-pub(super) fn needs_checksums(key: &Key, size: u64) -> bool {
-    match key.kind {
-        EntryKind::Blob => size > BLOCK_BYTES as u64,
-        EntryKind::Result => false,
-        EntryKind::Zstd => true,
-    }
-}
-
-/// Creates a new file, which is written once.
-pub(super) fn create(path: &Path) -> io::Result<File> {
-    in_shard(path, || OpenOptions::new().write(true).create_new(true).mode(STORED_MODE).open(path))
-}
-
-/// Runs `put`. If the directory of `path` is missing, creates it and runs `put` again. Directories are created when
-/// they are first needed, so an empty store starts at once.
-pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    match (put(), path.parent()) {
-        (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {
-            if let Some(shards) = parent.parent() {
-                fs::create_dir_all(shards)?;
-                spread_subdirectories(File::open(shards)?);
-            }
-            fs::create_dir_all(parent)?;
-            put()
-        }
-        (outcome, _) => outcome,
     }
 }

@@ -7,8 +7,9 @@
 
 use super::{
     Recovered, Repairs, Stored, Take,
-    files::{BLOCK_UNIT_BYTES, Files, StorePaths},
+    checksum_table::ChecksumTable,
     names::{FileClass, parse_file_name},
+    paths::{BLOCK_UNIT_BYTES, StorePaths},
     root,
 };
 use crate::{
@@ -24,6 +25,7 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::PathBuf,
     sync::{
+        Arc,
         atomic::{AtomicUsize, Ordering},
         mpsc,
     },
@@ -69,11 +71,12 @@ struct ShardContent {
 
 /// Implements [`super::Volume::recover`].
 pub(super) fn recover(
-    files: &Files,
+    paths: &Arc<StorePaths>,
+    table: &ChecksumTable,
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
     take: Take<'_>,
 ) -> Repairs {
-    let shards: Vec<ShardId> = all_shards(files);
+    let shards: Vec<ShardId> = all_shards(paths);
     let next = AtomicUsize::new(0);
     let threads = thread::available_parallelism().map_or(1, usize::from).clamp(2, MAX_THREADS);
     let mut sums = Repairs::default();
@@ -83,7 +86,7 @@ pub(super) fn recover(
             let (sender, next, shards) = (sender.clone(), &next, &shards);
             scope.spawn(move || {
                 while let Some(shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if sender.send(read_shard(files, shard, is_whole)).is_err() {
+                    if sender.send(read_shard(paths, shard, is_whole)).is_err() {
                         return;
                     }
                 }
@@ -95,14 +98,14 @@ pub(super) fn recover(
             sums.foreign += repairs.foreign;
             sums.unreadable += repairs.unreadable;
             for Recovered { file, .. } in &found {
-                files.saw_generation(file.sequence());
-                files.table.claim(file.generation);
+                paths.saw_generation(file.sequence());
+                table.claim(file.generation);
             }
             take(&mut found.into_iter());
         }
     });
-    files.table.end_recovery();
-    empty_trash(files);
+    table.end_recovery();
+    empty_trash(paths);
     sums
 }
 
@@ -110,11 +113,11 @@ pub(super) fn recover(
 ///
 /// # Errors
 /// The errors of reading the directory; `NotFound` for a name that none has.
-pub(super) fn files_in(files: &Files, name: &str) -> io::Result<Vec<FileId>> {
-    let is_it = |shard: &ShardId| shard.name(&files.paths) == name;
-    let shard = all_shards(files).into_iter().find(is_it).ok_or(io::ErrorKind::NotFound)?;
+pub(super) fn files_in(paths: &StorePaths, name: &str) -> io::Result<Vec<FileId>> {
+    let is_it = |shard: &ShardId| shard.name(paths) == name;
+    let shard = all_shards(paths).into_iter().find(is_it).ok_or(io::ErrorKind::NotFound)?;
     let mut found = Vec::new();
-    for entry in fs::read_dir(shard.path(&files.paths))? {
+    for entry in fs::read_dir(shard.path(paths))? {
         let name = entry?.file_name();
         let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
         found.extend(ours.map(|(digest, sequence)| shard.file(digest, sequence)));
@@ -123,13 +126,13 @@ pub(super) fn files_in(files: &Files, name: &str) -> io::Result<Vec<FileId>> {
 }
 
 /// The directories that stored files may be in, in a fixed order.
-pub(super) fn all_shards(files: &Files) -> Vec<ShardId> {
+pub(super) fn all_shards(paths: &StorePaths) -> Vec<ShardId> {
     let mut shards = Vec::new();
-    for instance in files.instances() {
+    for instance in paths.instances() {
         for &function in DigestFunction::ALL {
             for class in FileClass::ALL {
                 // Most digest functions were never used.
-                let first = files.paths.shard(class, instance, function, 0);
+                let first = paths.shard(class, instance, function, 0);
                 if first.parent().is_none_or(|shards| !shards.exists()) {
                     continue;
                 }
@@ -141,12 +144,12 @@ pub(super) fn all_shards(files: &Files) -> Vec<ShardId> {
 }
 
 fn read_shard(
-    files: &Files,
+    paths: &StorePaths,
     shard: &ShardId,
     is_whole: &(dyn Fn(&dyn Stored) -> bool + Sync),
 ) -> ShardContent {
     let mut content = ShardContent::default();
-    let entries = match fs::read_dir(shard.path(&files.paths)) {
+    let entries = match fs::read_dir(shard.path(paths)) {
         Ok(entries) => entries,
         Err(error) => {
             // A directory that was never needed does not exist.
@@ -156,18 +159,18 @@ fn read_shard(
     };
     for entry in entries {
         match entry {
-            Ok(entry) => read_entry(files, shard, &entry, &mut content),
+            Ok(entry) => read_entry(paths, shard, &entry, &mut content),
             Err(_) => content.repairs.unreadable += 1,
         }
     }
     if shard.class.kind == EntryKind::Result {
-        remove_torn_updates(files, &mut content, is_whole);
+        remove_torn_updates(paths, &mut content, is_whole);
     }
     content
 }
 
 /// Adds a file to the content of its shard, or counts what is wrong with it.
-fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut ShardContent) {
+fn read_entry(paths: &StorePaths, shard: &ShardId, entry: &DirEntry, content: &mut ShardContent) {
     let repairs = &mut content.repairs;
     let name = entry.file_name();
     let ours = name.to_str().and_then(|name| parse_file_name(shard.function, name));
@@ -181,7 +184,7 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
     };
     if !metadata.is_file() {
         // Something else is in the place of a stored file.
-        match files.paths.throw_away(&entry.path()) {
+        match paths.throw_away(&entry.path()) {
             Ok(()) => repairs.removed += 1,
             Err(_) => repairs.unreadable += 1,
         }
@@ -195,12 +198,16 @@ fn read_entry(files: &Files, shard: &ShardId, entry: &DirEntry, content: &mut Sh
     }
     let file = shard.file(digest, generation);
     let touched = u32::try_from(metadata.atime().max(0)).unwrap_or(u32::MAX);
-    content.found.push(Recovered { file, bytes: files.paths.taken(&metadata), touched });
+    content.found.push(Recovered { file, bytes: paths.taken(&metadata), touched });
 }
 
 /// Removes the remains of an interrupted update: the beginning of a new file beside the file that it should have
 /// replaced. The incomplete file is the newer one, and must not be chosen.
-fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn Fn(&dyn Stored) -> bool) {
+fn remove_torn_updates(
+    paths: &StorePaths,
+    content: &mut ShardContent,
+    is_whole: &dyn Fn(&dyn Stored) -> bool,
+) {
     let mut counts: HashMap<Digest, usize> = HashMap::new();
     for Recovered { file, .. } in &content.found {
         *counts.entry(file.key.digest).or_default() += 1;
@@ -208,8 +215,8 @@ fn remove_torn_updates(files: &Files, content: &mut ShardContent, is_whole: &dyn
     let repairs = &mut content.repairs;
     content.found.retain(|Recovered { file, .. }| {
         let is_alone = counts.get(&file.key.digest) == Some(&1);
-        let path = files.paths.path(file);
-        if is_alone || files.open_path(&path).is_ok_and(|stored| is_whole(&stored)) {
+        let path = paths.path(file);
+        if is_alone || paths.open(&path).is_ok_and(|stored| is_whole(&stored)) {
             return true;
         }
         let _ = fs::remove_file(path);
@@ -229,8 +236,8 @@ fn bytes_of(entry: &DirEntry) -> u64 {
 }
 
 /// Empties the trash on its own thread, and counts its bytes until then. After a crash, the next start continues.
-fn empty_trash(files: &Files) {
-    let paths = files.paths.clone();
+fn empty_trash(paths: &Arc<StorePaths>) {
+    let paths = paths.clone();
     let spawned = thread::Builder::new().name("store-trash".into()).spawn(move || {
         let thrown: Vec<(PathBuf, u64)> = fs::read_dir(paths.trash())
             .into_iter()

@@ -446,17 +446,6 @@ fn punch(path: &Path, mut ranges: Vec<Range<u64>>) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs `put`. If the directory of `path` was removed, makes it again and retries.
-pub(super) fn again_with_directory<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    match (put(), path.parent()) {
-        (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
-            fs::create_dir_all(directory)?;
-            put()
-        }
-        (outcome, _) => outcome,
-    }
-}
-
 /// Copies the error of several files that failed together.
 fn same_error(error: &io::Error) -> io::Error {
     match error.raw_os_error() {

@@ -4,7 +4,7 @@ use super::{Ledger, Outcome, TaskStep};
 use crate::actors::{
     scheduler::{
         settings::{ClockReading, QUEUE_FULL_RETRY},
-        transition::SlotName,
+        slots::SlotName,
     },
     worker::messages::TaskId,
 };

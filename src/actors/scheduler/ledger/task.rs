@@ -8,8 +8,8 @@ use crate::{
             operation::{OperationInfo, ServerLog},
             queue::{Charge, Owner, QueueEntry},
             quota::Load,
+            slots::SlotName,
             slots::{PoolId, PoolSet},
-            transition::SlotName,
         },
         worker::{
             cancel::CancelToken,

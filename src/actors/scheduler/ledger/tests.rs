@@ -16,7 +16,7 @@ use crate::{
             messages::{OperationFilter, PoolMeasurement},
             operation::ClientInfo,
             settings::SchedulerSettings,
-            transition::SlotName,
+            slots::SlotName,
         },
         worker::messages::{RunFailure, RunReport, RunResult, RunStage, StageReached},
     },

@@ -6,7 +6,6 @@ use super::{
     fault::{self, Fault, kind_of, obeying_permissions},
     stock::{WAYS, read_by},
 };
-use crate::actors::cas::blob::BlobWriter;
 
 /// An upload in progress.
 struct Unfinished {

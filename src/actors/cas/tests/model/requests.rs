@@ -1,7 +1,11 @@
 //! The random requests of the model: what each of them does to the store, and what the model learns from its answer.
 
 use super::{
-    super::super::{compaction::may_move, requests::Relocate, results::ResultCondition, volume::Moves},
+    super::super::{
+        compaction::{Relocate, may_move},
+        results::ResultCondition,
+        volume::Moves,
+    },
     *,
 };
 

@@ -2,12 +2,15 @@
 //! removed or replaced its file.
 
 use super::{
-    Segments, again_with_directory,
+    Segments,
     record::Location,
     segment::{self, Addition, Segment},
     table::Head,
 };
-use crate::actors::cas::volume::durable::{SyncPolicy, sync_directory, sync_file};
+use crate::actors::cas::volume::{
+    durable::{SyncPolicy, sync_directory, sync_file},
+    paths::again_with_directory,
+};
 use std::{
     fs::{self, File, OpenOptions},
     io,

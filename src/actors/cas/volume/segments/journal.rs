@@ -4,8 +4,11 @@
 //! a checksum, so a note that a crash has left half-written is ignored. A journal with many more notes than its segment
 //! has records is rewritten. It is deleted with its segment.
 
-use super::{again_with_directory, record::u32_at};
-use crate::{actors::cas::volume::durable, regular_file};
+use super::record::u32_at;
+use crate::{
+    actors::cas::volume::{durable, paths::again_with_directory},
+    regular_file,
+};
 use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},

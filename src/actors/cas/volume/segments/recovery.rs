@@ -16,7 +16,7 @@ use super::{
 use crate::{
     actors::cas::{
         index::EntryKind,
-        volume::{Recovered, Repairs, Take, files::BLOCK_UNIT_BYTES},
+        volume::{Recovered, Repairs, Take, paths::BLOCK_UNIT_BYTES},
     },
     instance::InstanceId,
     logging::Event,

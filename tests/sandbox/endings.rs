@@ -16,7 +16,10 @@ async fn is_gone_after_a_kill(host: &Host, script: &str, marker: &str, has_begun
     let action = host.client.action(sh(script), empty()).await;
     let _running = host.client.start(action).await;
     eventually("the action runs", || has_begun(host)).await;
+    let killed = host.server.pid();
     host.server.signal("KILL");
+    // Until then it holds the lock of its store.
+    eventually("the server is gone", || !fs::exists(format!("/proc/{killed}/exe")).unwrap()).await;
     eventually("its processes are gone", || processes_with(marker).is_empty()).await;
     let store = host.server.store().to_str().unwrap();
     let mounted = || {

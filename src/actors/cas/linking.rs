@@ -1,7 +1,7 @@
 //! Links results to the blobs that they need: when a result is stored, and when a recovered one is first found
 //! complete.
 //!
-//! The links of a new result are sent in [`Commit`](super::requests::Commit), and take effect in the step that makes
+//! The links of a new result are sent in [`Commit`](super::new_files::Commit), and take effect in the step that makes
 //! the result visible. If one of its blobs is not stored then, the next look-up notices it.
 
 use super::{

@@ -118,7 +118,7 @@ impl Files {
         self.paths.sequence.clone()
     }
 
-    /// The directory names of the instances, by [`InstanceId`].
+    /// The directory names of the instances, by [`InstanceId`](crate::instance::InstanceId).
     pub(super) fn names(&self) -> Vec<String> {
         self.paths.instances.clone()
     }

@@ -35,7 +35,7 @@ pub(super) struct StorePaths {
     /// Directory names by [`InstanceId`].
     pub(super) instances: Vec<String>,
     pub(super) policy: SyncPolicy,
-    /// The result of [`has_fine_change_times`] for the file system of the store.
+    /// The result of [`has_fine_change_times`](super::stamps::has_fine_change_times) for the file system of the store.
     pub(super) has_fine_times: bool,
     /// Bytes of a block of the file system.
     pub(super) block: u64,

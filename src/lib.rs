@@ -11,6 +11,7 @@ pub mod actors;
 mod address;
 pub mod administration;
 mod alarm;
+mod background;
 mod budget;
 mod call;
 pub mod caller;

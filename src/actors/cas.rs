@@ -225,7 +225,8 @@ impl CasActor {
         if let Ok(space) = volume.space() {
             disk.measure_capacity(space, &index.totals());
         }
-        index.set_limit(disk.limit());
+        let limit = disk.limit();
+        index.set_limit(limit);
         // If the limit was lowered since the last run, the store is brought within it before the first look-up.
         let over_limit = index.reserve(0)?.victims;
         let found = index.totals();
@@ -252,7 +253,7 @@ impl CasActor {
                 settings::RESULT_CHECKS_MAX,
             )),
             cold_reads: Budget::new(Bounds::shared("blobs that are being hashed", settings::COLD_READS_MAX)),
-            upload_budget: Budget::new(settings.upload_bounds()),
+            upload_budget: Budget::new(settings.upload_bounds(limit.most)),
             received: Budget::new(uploads::unwritten::RECEIVED),
             joint_writes: joint_writes::JointWrites::default(),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),

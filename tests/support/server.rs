@@ -67,7 +67,9 @@ impl Server {
     pub(crate) fn that_ends_in_own_mounts(script: &str) -> (Option<i32>, String, String) {
         let store = tempfile::tempdir().unwrap();
         let path = store.path().display().to_string();
-        let ended = in_own_shell(&format!("STORE={path}; {script}"), store.path()).output().unwrap();
+        let mut bounded = Command::new("timeout");
+        bounded.arg("60").arg("unshare").args(mount_namespace()).arg("sh");
+        let ended = in_shell(bounded, &format!("STORE={path}; {script}"), store.path()).output().unwrap();
         (ended.status.code(), String::from_utf8_lossy(&ended.stderr).into_owned(), path)
     }
 

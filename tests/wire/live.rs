@@ -235,6 +235,24 @@ async fn runs_that_are_lost_leave_an_account_of_each_try() {
     assert_eq!(response.server_logs.len(), 2);
 }
 
+/// The log of a command that prints nothing is never created, and that is not a loss.
+#[tokio::test]
+async fn the_streams_of_a_silent_run_that_is_lost_end_without_bytes() {
+    let server = Server::with(&[("EXECUTION__SANDBOX__MODE", "off"), ("EXECUTION__MAX_ATTEMPTS", "1")]).await;
+    let client = server.client().await;
+    let files = shared_dir();
+    let go = files.path().join("go");
+    // Without a sandbox, $PPID is the process that runs commands for the worker.
+    let action = client.action(sh(&format!("{}; kill -9 $PPID; sleep 600", until(&go))), empty()).await;
+    let mut run = client.start(action).await;
+    let (stdout, stderr, _) = names(&mut run).await;
+    let followed = [follow(&client, &stdout, 0), follow(&client, &stderr, 0)];
+    std::fs::write(&go, "").unwrap();
+    for bytes in followed {
+        assert_eq!(bytes.await.unwrap(), b"");
+    }
+}
+
 /// EXE-59, EXE-64.
 #[tokio::test]
 async fn ten_megabytes_arrive_live_as_they_are_stored() {

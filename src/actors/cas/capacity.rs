@@ -9,8 +9,9 @@
 //! deleted file later, some of them after half a minute, and until then these bytes seem to belong to others. So the
 //! lowest number of the last [`PERIOD`] or two counts. More space counts at once.
 //!
-//! A measurement is ignored if not even half of the stored bytes would fit. Then others fill the disk, and evicting
-//! would not help; [`super::store_disk`] says what happens instead.
+//! A measurement is ignored if not even half of the stored bytes would fit, or almost nothing. Then others fill the
+//! disk, and evicting would not help; [`super::store_disk`] says what happens instead. While many bytes are being
+//! deleted, which can take minutes, the limit does not become lower.
 
 use super::index::StoreLimit;
 use crate::disk::Space;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 /// The bytes of others count if they were there for one or two of these periods.
 const PERIOD: Duration = Duration::from_secs(30);
-/// A new limit is worth a log line if it differs from the last logged one by this part of the configured limit.
+/// A new limit is worth a log line if it differs from the last logged one by this part of the highest limit.
 const LOGGED_PART: u64 = 16;
 
 /// See the module documentation.
@@ -43,9 +44,9 @@ impl Capacity {
         self.limit
     }
 
-    /// Records the space of the file system while the store takes `own` bytes of it. Returns whether the limit is to be
-    /// logged.
-    pub(super) fn see(&mut self, space: Space, own: u64, now: Instant) -> bool {
+    /// Records the space of the file system while the store takes `own` bytes of it, and is deleting `deleting` others.
+    /// Returns whether the limit is to be logged.
+    pub(super) fn see(&mut self, space: Space, own: u64, deleting: u64, now: Instant) -> bool {
         if space.total_bytes == 0 {
             return false;
         }
@@ -54,12 +55,14 @@ impl Capacity {
         let others = space.total_bytes.saturating_sub(space.free_bytes).saturating_sub(own);
         let is_first = self.others.is_none();
         let fits = self.configured.min(most.saturating_sub(self.lowest(others, now)));
-        if fits >= own / 2 {
+        let is_useful = fits >= (own / 2).max(space.reserve().bytes);
+        let is_late = fits < self.limit.bytes && deleting > space.store_margin();
+        if is_useful && (is_first || !is_late) {
             self.limit.bytes = fits;
         } else if is_first {
             self.limit.bytes = self.limit.most;
         }
-        let is_other = self.limit.bytes.abs_diff(self.logged) >= (self.configured / LOGGED_PART).max(1);
+        let is_other = self.limit.bytes.abs_diff(self.logged) >= (self.limit.most / LOGGED_PART).max(1);
         if is_other {
             self.logged = self.limit.bytes;
         }
@@ -112,13 +115,13 @@ mod tests {
             (500 * GIB, 70 * GIB, 30 * GIB, 70 * GIB - margin()),
         ] {
             let mut capacity = Capacity::new(configured);
-            let is_logged = capacity.see(disk(own, others), own, now);
+            let is_logged = capacity.see(disk(own, others), own, 0, now);
             assert_eq!(capacity.limit().bytes, limit, "{configured} {own} {others}");
             assert_eq!(capacity.limit().most, configured.min(DISK - margin()));
             assert_eq!(is_logged, limit < configured);
         }
         let mut unknown = Capacity::new(GIB);
-        assert!(!unknown.see(Space { total_bytes: 0, free_bytes: 0, ..disk(0, 0) }, 0, now));
+        assert!(!unknown.see(Space { total_bytes: 0, free_bytes: 0, ..disk(0, 0) }, 0, 0, now));
         assert_eq!(unknown.limit(), StoreLimit { bytes: GIB, most: GIB });
     }
 
@@ -137,7 +140,7 @@ mod tests {
     fn bytes_that_a_file_system_frees_late_do_not_lower_the_limit() {
         let (mut capacity, start) = (Capacity::new(500 * GIB), Instant::now());
         let mut at = |seconds, own, others| {
-            capacity.see(disk(own, others), own, start + Duration::from_secs(seconds));
+            capacity.see(disk(own, others), own, 0, start + Duration::from_secs(seconds));
             capacity.limit().bytes
         };
         assert_eq!(at(0, 70 * GIB, 10 * GIB), 90 * GIB - margin());
@@ -153,19 +156,39 @@ mod tests {
         assert_eq!(at(200, 50 * GIB, 40 * GIB), 60 * GIB - margin(), "nothing was measured for long");
     }
 
+    /// Evictions may take longer than the periods, and would otherwise lower the limit and cause more of them.
+    #[test]
+    fn the_limit_does_not_become_lower_while_much_is_being_deleted() {
+        let (mut capacity, start) = (Capacity::new(500 * GIB), Instant::now());
+        let mut at = |seconds, own, deleting, others| {
+            capacity.see(disk(own, others), own, deleting, start + Duration::from_secs(seconds));
+            capacity.limit().bytes
+        };
+        assert_eq!(at(0, 70 * GIB, 0, 10 * GIB), 90 * GIB - margin());
+        for second in [10, 100, 200, 300] {
+            assert_eq!(at(second, 50 * GIB, 20 * GIB, 30 * GIB), 90 * GIB - margin(), "{second}");
+        }
+        assert_eq!(at(310, 50 * GIB, 20 * GIB, 5 * GIB), 95 * GIB - margin(), "more space counts at once");
+        at(400, 50 * GIB, 0, 30 * GIB);
+        assert_eq!(at(500, 50 * GIB, 0, 30 * GIB), 70 * GIB - margin());
+    }
+
     #[test]
     fn a_disk_that_others_have_filled_costs_no_entries() {
         let start = Instant::now();
         let mut capacity = Capacity::new(50 * GIB);
-        capacity.see(disk(GIB, 99 * GIB), GIB, start);
+        capacity.see(disk(GIB, 99 * GIB), GIB, 0, start);
         assert_eq!(capacity.limit().bytes, GIB - margin(), "half of the store would fit");
         let mut capacity = Capacity::new(50 * GIB);
-        capacity.see(disk(margin(), DISK - margin()), margin(), start);
+        capacity.see(disk(margin(), DISK - margin()), margin(), 0, start);
         assert_eq!(capacity.limit().bytes, 50 * GIB, "nothing would fit");
+        let mut capacity = Capacity::new(50 * GIB);
+        capacity.see(disk(0, DISK - margin() / 2), 0, 0, start);
+        assert_eq!(capacity.limit().bytes, 50 * GIB, "an empty store");
         let mut capacity = Capacity::new(500 * GIB);
-        capacity.see(disk(margin(), DISK / 2), margin(), start);
+        capacity.see(disk(margin(), DISK / 2), margin(), 0, start);
         let before = capacity.limit().bytes;
-        capacity.see(disk(margin(), DISK - margin()), margin(), start + 3 * PERIOD);
+        capacity.see(disk(margin(), DISK - margin()), margin(), 0, start + 3 * PERIOD);
         assert_eq!(capacity.limit().bytes, before);
     }
 }

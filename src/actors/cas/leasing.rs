@@ -68,12 +68,10 @@ impl Receive<EaseLeases> for CasActor {
         if !has_room && is_due {
             self.full_leases_logged = Some(Instant::now());
             let Totals { leased, limit, .. } = self.change(|index| index.totals());
-            Event::warn(LOG, "leases_full").with("leased_bytes", leased).with("max_size_bytes", limit).log(
-                format_args!(
-                    "results are not served while builds have leased nine tenths of the store; raise max_size_gb, or lower \
-                     cache.build_lease"
-                ),
-            );
+            Event::warn(LOG, "leases_full").with("leased_bytes", leased).with("limit_bytes", limit).log(format_args!(
+                "results are not served while builds have leased nine tenths of the store; raise max_size_gb, free space on \
+                 its disk, or lower cache.build_lease"
+            ));
         }
         MessageResult(has_room)
     }

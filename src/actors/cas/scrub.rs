@@ -20,7 +20,7 @@ use super::{
     results,
     volume::{self, PIECE_BYTES, Stored, Volume},
 };
-use crate::{logging::Event, rate::ReadingPace};
+use crate::{background, logging::Event, rate::ReadingPace};
 use actix::WeakAddr;
 use gorego_reapi::error::{Error, Result};
 use state::{PassReason, ScrubState};
@@ -34,9 +34,6 @@ use std::{
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
-
-/// The priority of the thread: it runs only while no other thread wants to.
-const NICE: i32 = 19;
 
 /// Counts of the scrub since the start of the server.
 #[derive(Debug, Default)]
@@ -151,8 +148,7 @@ fn unix_seconds() -> u64 {
 
 impl Scrubber {
     fn run(mut self, mut reason: Option<PassReason>) {
-        // On Linux, this sets the priority of the calling thread.
-        let _ = rustix::process::setpriority_process(None, NICE);
+        background::lower_priority();
         loop {
             let reason = match reason.take() {
                 Some(reason) => reason,

@@ -59,13 +59,13 @@ impl PackingSettings {
 }
 
 impl StoreSettings {
-    /// Bounds on the room of unfinished uploads: half of the store in total, and half of that for one connection. Both
-    /// are raised if necessary so that the largest blob always fits, also for a single connection, which gets at most
-    /// 64/81 of the total.
-    pub(super) fn upload_bounds(&self) -> Bounds {
-        let largest = self.max_blob_bytes.min(self.max_bytes).saturating_add(2 * ROOM_STEP_BYTES);
-        let total = (self.max_bytes / 2)
-            .max(largest.saturating_add(largest / 64 * 17).saturating_add(ROOM_STEP_BYTES));
+    /// Bounds on the room of unfinished uploads: half of a store of `max_bytes` in total, and half of that for one
+    /// connection. Both are raised if necessary so that the largest blob always fits, also for a single connection,
+    /// which gets at most 64/81 of the total.
+    pub(super) fn upload_bounds(&self, max_bytes: u64) -> Bounds {
+        let largest = self.max_blob_bytes.min(max_bytes).saturating_add(2 * ROOM_STEP_BYTES);
+        let total =
+            (max_bytes / 2).max(largest.saturating_add(largest / 64 * 17).saturating_add(ROOM_STEP_BYTES));
         Bounds { what: "bytes of unfinished uploads", total, connection: (total / 2).max(largest) }
     }
 }

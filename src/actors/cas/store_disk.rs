@@ -165,7 +165,7 @@ impl StoreDisk {
         // would seem to be fewer.
         let own = totals.used.saturating_add(totals.reserved).saturating_add(totals.overhead);
         let mut capacity = self.capacity();
-        if capacity.see(space, own, Instant::now()) {
+        if capacity.see(space, own, totals.deleting, Instant::now()) {
             let limit = capacity.limit().bytes;
             Event::info(LOG, "store_limit_changed")
                 .with("limit_bytes", limit)

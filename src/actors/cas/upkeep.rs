@@ -162,7 +162,7 @@ impl CasActor {
     /// Deletes the broken uploads that exceed a bound.
     pub(super) fn discard_excess(&mut self, ctx: &Context<Self>) {
         let (now, settings) = (Instant::now(), &self.shared.settings);
-        let (retention, limit) = (settings.partial_upload_retention, settings.max_bytes);
+        let (retention, limit) = (settings.partial_upload_retention, self.shared.disk.limit().bytes);
         while let Some(partial) = self.uploads.pop_excess(now, retention, limit) {
             self.discard(partial, ctx);
         }

@@ -119,8 +119,8 @@ struct Tree {
     name: OsString,
     top: Unchanged,
     tree: Arc<InputTree>,
-    /// When it was built or last scrubbed.
-    checked: Mutex<Instant>,
+    /// When it is to be scrubbed next.
+    scrub_at: Mutex<Instant>,
     /// Whether the scrub has found a damaged file in it.
     is_damaged: AtomicBool,
 }
@@ -408,7 +408,7 @@ impl Building<'_> {
             name,
             top,
             tree: inputs.tree().clone(),
-            checked: Mutex::new(Instant::now()),
+            scrub_at: Mutex::new(Instant::now() + scrub::EVERY),
             is_damaged: AtomicBool::new(false),
         });
         let id = self.place.trees.lock().finish(self.key, tree.clone());

@@ -34,6 +34,7 @@ use crate::{
         },
         mail::Receive,
     },
+    background,
     logging::Event,
 };
 use actix::{Addr, Message, MessageResult, WeakAddr};
@@ -43,10 +44,7 @@ use gorego_reapi::{
     error::{Error, Result},
 };
 use pace::PackPace;
-use rustix::{
-    process::setpriority_process,
-    time::{ClockId, clock_gettime},
-};
+use rustix::time::{ClockId, clock_gettime};
 use std::{
     io,
     sync::{Arc, mpsc},
@@ -58,8 +56,6 @@ use std::{
 const SAMPLES: u64 = 4;
 /// Blobs of up to this many frames are not sampled.
 const SAMPLED_FROM_FRAMES: u64 = 8;
-/// The lowest priority of a thread.
-const LOWEST_PRIORITY: i32 = 19;
 
 /// Fact: the blob in a file was compressed into another file. The answer says whether the new file took the place of
 /// the old one.
@@ -232,8 +228,7 @@ impl PackCodec {
 
 impl PackWorker {
     fn run(mut self) {
-        // This affects only this thread. If it is refused, the share of a core still bounds the work.
-        let _ = setpriority_process(None, LOWEST_PRIORITY);
+        background::lower_priority();
         loop {
             match self.pass() {
                 Ok(tally) => tally.log(),

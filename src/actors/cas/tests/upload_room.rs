@@ -231,7 +231,7 @@ async fn a_caller_that_leaves_while_it_waits_for_room_is_not_charged_for_it() {
 #[actix::test]
 async fn what_a_client_holds_in_unfinished_uploads_is_bounded() {
     let store = TestStore::with_limit(600 * MB).await;
-    let bounds = store.cas.shared().settings.upload_bounds();
+    let bounds = store.cas.shared().settings.upload_bounds(600 * MB);
     assert_eq!((bounds.total, bounds.connection), (300 * MB, 150 * MB));
     let caller = Caller::connected("127.0.0.1:1".parse().unwrap());
     let budget = &store.cas.shared().upload_budget;

@@ -137,7 +137,11 @@ impl ActionRun<'_> {
     pub(super) fn salvage_logs(&self, workspace: &Workspace, live: Option<&LiveRun>) {
         for kind in [LogKind::Stdout, LogKind::Stderr] {
             let salvage = || {
-                let file = outputs::open_regular(workspace.top()?, kind.name(), kind.name())?;
+                let (top, name) = (workspace.top()?, kind.name());
+                if dir::stat_at(top, name.as_ref()).is_err_and(|error| dir::is_absence(&error)) {
+                    return Ok(None);
+                }
+                let file = outputs::open_regular(top, name, name)?;
                 let mut bytes = Vec::new();
                 file.take(MAX_PARTIAL_LOG_BYTES).read_to_end(&mut bytes).map_err(Error::internal)?;
                 if bytes.is_empty() {

@@ -5,14 +5,15 @@
 //! actions for about a day at most.
 //!
 //! The scrub has one thread of its own with the lowest priority. It changes no file. Its leases keep a tree from being
-//! removed while it is read, and do not count as uses.
+//! removed while it is read, and do not count as uses. While the disk is low, nothing is read.
 
-use super::{Tree, TreeLease};
+use super::{NODE_BYTES, TreeLease, index::TreeId};
 use crate::{
     actors::worker::{
         dir::{self, Cursor},
-        workspace::BuildRoot,
+        workspace::{BuildRoot, RootDirectory},
     },
+    background,
     logging::Event,
     rate::ReadingPace,
 };
@@ -36,13 +37,15 @@ use std::{
 };
 
 /// Time between two checks of a tree, and from its construction to the first.
-const CHECK_EVERY: Duration = Duration::from_secs(24 * 60 * 60);
-/// How often the scrub looks for a tree that is due.
+pub(super) const EVERY: Duration = Duration::from_secs(24 * 60 * 60);
+/// Time from a check that could not be finished to the next.
+const RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
+/// Time between two searches for trees that are due.
 const ROUND: Duration = Duration::from_secs(60);
+/// Maximum number of trees that are checked in one round.
+const MOST_PER_ROUND: usize = 64;
 /// Number of bytes that are read at once.
 const PIECE_BYTES: usize = 256 * 1024;
-/// The priority of the thread: it runs only while no other thread wants to.
-const NICE: i32 = 19;
 
 /// The scrub of the trees of one build root. Dropping it ends the thread.
 #[derive(Debug)]
@@ -63,8 +66,10 @@ pub(super) struct TreeScrubber {
 enum Interruption {
     /// The server stops in the middle of the check.
     Stopping,
-    /// Something is in the way that says nothing about the tree, such as the limit of open files.
-    Undecided,
+    /// The tree may have to be removed, because the disk is low.
+    LowDisk,
+    /// An error that says nothing about the tree, such as one about the number of open files.
+    Undecided(String),
     /// The node at this path, relative to the build root, is not as the Directories of the tree describe it.
     Damaged(PathBuf, String),
 }
@@ -96,10 +101,9 @@ impl TreeScrubber {
     }
 
     fn run(&mut self) {
-        // On Linux, this sets the priority of the calling thread.
-        let _ = rustix::process::setpriority_process(None, NICE);
+        background::lower_priority();
         while self.pause(ROUND).is_ok() {
-            while self.check_one(Instant::now()) {}
+            self.round(Instant::now());
         }
     }
 
@@ -111,30 +115,36 @@ impl TreeScrubber {
         }
     }
 
-    /// Checks the tree whose check is most overdue. Returns whether one was checked to its end.
-    pub(super) fn check_one(&mut self, now: Instant) -> bool {
-        let Some(lease) = self.most_overdue(now) else { return false };
-        match self.check(&lease) {
-            Ok(()) | Err(Interruption::Undecided) => {
-                *lease.tree.checked.lock().unwrap_or_else(PoisonError::into_inner) = now;
-            }
-            Err(Interruption::Stopping) => return false,
-            Err(Interruption::Damaged(path, reason)) => report(&lease, &path, &reason),
+    /// Checks the trees that are due, the most overdue first. Returns how many checks were finished.
+    pub(super) fn round(&mut self, now: Instant) -> usize {
+        let place = self.build_root.last_place();
+        let mut finished = 0;
+        for id in due(&place, now) {
+            let Some(tree) = place.trees.lock().lease_aside(id) else { continue };
+            let lease = TreeLease { build_root: self.build_root.clone(), place: place.clone(), id, tree };
+            let next = match self.check(&lease) {
+                Ok(()) => now + EVERY,
+                Err(Interruption::Undecided(error)) => {
+                    postponed(&lease, &error);
+                    now + RETRY_AFTER
+                }
+                Err(Interruption::Stopping) => return finished,
+                Err(Interruption::LowDisk) => break,
+                Err(Interruption::Damaged(path, reason)) => {
+                    report(&lease, &path, &reason);
+                    now + EVERY
+                }
+            };
+            *lease.tree.scrub_at.lock().unwrap_or_else(PoisonError::into_inner) = next;
+            finished += 1;
         }
-        true
+        finished
     }
 
-    fn most_overdue(&self, now: Instant) -> Option<TreeLease> {
-        let place = self.build_root.last_place();
-        let checked = |tree: &Tree| *tree.checked.lock().unwrap_or_else(PoisonError::into_inner);
-        let (id, tree) = {
-            let mut index = place.trees.lock();
-            let due = index.latest(usize::MAX).map(|(id, _, tree)| (checked(tree), id));
-            let due = due.filter(|(checked, _)| now.saturating_duration_since(*checked) >= CHECK_EVERY);
-            let (_, id) = due.min_by_key(|(checked, _)| *checked)?;
-            (id, index.lease_aside(id)?)
-        };
-        Some(TreeLease { build_root: self.build_root.clone(), place, id, tree })
+    /// Pauses as long as reading this many bytes may take.
+    fn charge(&mut self, bytes: u64) -> Result<(), Interruption> {
+        let pause = self.pace.after(bytes, Instant::now());
+        self.pause(pause)
     }
 
     fn check(&mut self, lease: &TreeLease) -> Result<(), Interruption> {
@@ -153,6 +163,9 @@ impl TreeScrubber {
         cursor: &mut Cursor,
         path: &mut PathBuf,
     ) -> Result<(), Interruption> {
+        if self.build_root.disk().look().is_some_and(|space| space.is_low()) {
+            return Err(Interruption::LowDisk);
+        }
         let here = cursor.here().map_err(|error| Interruption::of(path, &error))?;
         let names = dir::names(here).map_err(|error| Interruption::of(path, &error))?;
         if names.len() > directory.entries() {
@@ -163,6 +176,7 @@ impl TreeScrubber {
         }
         for link in &directory.symlinks {
             let path = path.join(&link.name);
+            self.charge(NODE_BYTES)?;
             let target = readlinkat(here, &*link.name, Vec::new());
             let target = target.map_err(|error| Interruption::of(&path, &error.into()))?;
             if target.as_bytes() != link.target.as_bytes() {
@@ -188,6 +202,7 @@ impl TreeScrubber {
     /// Compares a file in `parent`, whose path is `directory`, with the file that should be there.
     fn check_file(&mut self, parent: &File, file: &tree::File, directory: &Path) -> Result<(), Interruption> {
         let (path, digest) = (directory.join(&file.name), &file.digest);
+        self.charge(NODE_BYTES)?;
         let unreadable = |error: io::Error| Interruption::of(&path, &error);
         let mut open = match dir::open_unchanged(parent, OsStr::new(&file.name)) {
             // The input root takes the permission to read it away from this process, too.
@@ -210,8 +225,7 @@ impl TreeScrubber {
                 read => read.map_err(unreadable)?,
             };
             hasher.update(self.piece.get(..read).unwrap_or_default());
-            let pause = self.pace.after(read as u64, Instant::now());
-            self.pause(pause)?;
+            self.charge(read as u64)?;
         }
         let found = hasher.finish();
         if found != *digest {
@@ -226,8 +240,30 @@ impl Interruption {
     fn of(path: &Path, error: &io::Error) -> Self {
         let is_damage = dir::is_absence(error)
             || matches!(Errno::from_io_error(error), Some(Errno::IO | Errno::STALE | Errno::INVAL));
-        if is_damage { Self::Damaged(path.to_owned(), error.to_string()) } else { Self::Undecided }
+        if is_damage {
+            Self::Damaged(path.to_owned(), error.to_string())
+        } else {
+            Self::Undecided(format!("{}: {error}", path.display()))
+        }
     }
+}
+
+/// The trees that are due, the most overdue first.
+fn due(place: &RootDirectory, now: Instant) -> Vec<TreeId> {
+    let trees: Vec<_> =
+        place.trees.lock().latest(usize::MAX).map(|(id, _, tree)| (id, tree.clone())).collect();
+    let times =
+        trees.iter().map(|(id, tree)| (*tree.scrub_at.lock().unwrap_or_else(PoisonError::into_inner), *id));
+    let mut due: Vec<_> = times.filter(|(at, _)| *at <= now).collect();
+    due.sort_by_key(|(at, _)| *at);
+    due.into_iter().map(|(_, id)| id).take(MOST_PER_ROUND).collect()
+}
+
+fn postponed(lease: &TreeLease, error: &str) {
+    Event::warn("gorego::worker", "scrub_failed").with("error", error).log(format_args!(
+        "the scrub of staged inputs could not read {} and tries again later: {error}",
+        lease.build_root.path().join(lease.path()).display()
+    ));
 }
 
 /// Stops the use of a damaged tree. It is removed with its last lease.

@@ -65,7 +65,7 @@ fn a_tree_is_not_used_again_once_any_of_its_nodes_has_changed() {
             let path = bench.directory.path().join(in_use.lease.path());
             make(&path);
             assert!(in_use.lease.check_in_place().is_ok(), "{change}: only the scrub notices it");
-            assert!(scrubber.check_one(later), "{change}");
+            assert_eq!(scrubber.round(later), 1, "{change}");
             let error = in_use.lease.check_in_place().unwrap_err();
             assert!(matches!(error, Error::Unavailable(_)), "{change}: {error}");
             let again = bench.base(&root);
@@ -81,10 +81,10 @@ fn a_tree_as_it_was_built_stays_and_is_checked_once_a_day() {
     with_scrubber(|bench, scrubber, later| {
         let root = Counted::new(&deep_tree());
         let path = bench.base(&root).lease.path();
-        assert!(!scrubber.check_one(Instant::now() + DAY / 2), "it is not due yet");
-        assert!(scrubber.check_one(later));
-        assert!(!scrubber.check_one(later + DAY / 2), "it was checked");
-        assert!(scrubber.check_one(later + DAY));
+        assert_eq!(scrubber.round(Instant::now() + DAY / 2), 0, "it is not due yet");
+        assert_eq!(scrubber.round(later), 1);
+        assert_eq!(scrubber.round(later + DAY / 2), 0, "it was checked");
+        assert_eq!(scrubber.round(later + DAY), 1);
         assert_eq!((bench.base(&root).lease.path(), root.files()), (path, 51));
     });
 }
@@ -99,8 +99,7 @@ fn a_check_is_no_use_of_a_tree() {
     let paths: Vec<_> = roots[..2].iter().map(|root| bench.base(root).lease.path()).collect();
     drop(bench.base(&roots[0]));
     // The tree that was built last is checked last.
-    let now = Instant::now() + DAY * 2;
-    assert!(scrubber.check_one(now) && scrubber.check_one(now));
+    assert_eq!(scrubber.round(Instant::now() + DAY * 2), 2);
     drop(bench.base(&roots[2]));
     bench.wait_for_trees(2);
     assert_eq!(bench.base(&roots[0]).lease.path(), paths[0], "the tree that was used last is still there");
@@ -115,6 +114,6 @@ fn a_scrub_ends_with_its_server() {
     let (stop, stopped) = mpsc::channel();
     let mut scrubber = TreeScrubber::new(bench.build_root.clone(), u64::MAX, stopped);
     drop(stop);
-    assert!(!scrubber.check_one(Instant::now() + DAY * 2));
+    assert_eq!(scrubber.round(Instant::now() + DAY * 2), 0);
     assert!(lease.check_in_place().is_ok(), "an interrupted check says nothing about a tree");
 }

@@ -110,10 +110,10 @@ impl From<Refusal> for Error {
 
 /// A limit that all callers share; see the top of this file. Cheap to clone; clones share the limit.
 #[derive(Debug, Clone)]
-pub struct Budget(Arc<Inner>);
+pub struct Budget(Arc<BudgetState>);
 
 #[derive(Debug)]
-struct Inner {
+struct BudgetState {
     bounds: Bounds,
     accounts: Mutex<Accounts<oneshot::Sender<Share>>>,
 }
@@ -137,7 +137,7 @@ impl Budget {
 
     fn shared_out(bounds: Bounds, sharing: Sharing) -> Self {
         let accounts = Mutex::new(Accounts::new(Holdings::new(bounds, sharing)));
-        Self(Arc::new(Inner { bounds, accounts }))
+        Self(Arc::new(BudgetState { bounds, accounts }))
     }
 
     #[cfg(test)]
@@ -213,7 +213,7 @@ impl Budget {
         }
         let (grant, granted) = oneshot::channel();
         let ticket = self.settle(|accounts| accounts.add(Waiter { caller, amount, grant }, size));
-        let _place = Place { budget: self, caller, ticket };
+        let _place = QueuePlace { budget: self, caller, ticket };
         // The sender stays in the queue until it has sent, so the error cannot occur.
         granted.await.map_err(|_| self.refusal(Bound::Server))
     }
@@ -300,13 +300,13 @@ impl Drop for Share {
 }
 
 /// A place in the queue of waiting requests. Dropping it leaves the queue.
-struct Place<'a> {
+struct QueuePlace<'a> {
     budget: &'a Budget,
     caller: Caller,
     ticket: Ticket,
 }
 
-impl Drop for Place<'_> {
+impl Drop for QueuePlace<'_> {
     fn drop(&mut self) {
         // A smaller request behind it may now be granted.
         self.budget.settle(|accounts| drop(accounts.remove(self.caller, self.ticket)));

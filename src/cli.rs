@@ -83,7 +83,7 @@ NAME=VALUE in each line.";
 pub struct Cli {
     /// The subcommand; `serve` if there is none.
     #[command(subcommand)]
-    pub command: Option<Command>,
+    pub command: Option<CliCommand>,
     /// The flags of `serve`, if there is no subcommand.
     #[command(flatten)]
     pub serve: ServeArgs,
@@ -91,7 +91,7 @@ pub struct Cli {
 
 /// The subcommands of `gorego`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum CliCommand {
     /// Serve remote execution and the cache (the default)
     Serve(ServeArgs),
     /// Run a command on a server, as if it ran here
@@ -134,16 +134,16 @@ pub fn main() -> ExitCode {
     };
     let code = match cli.command {
         None => serve::run(&cli.serve),
-        Some(Command::Serve(args)) => serve::run(&args),
-        Some(Command::Exec(args)) => exec::run(args),
-        Some(Command::Replay(args)) => replay::run(args),
-        Some(Command::Verify(args)) => verify::run(&args),
-        Some(Command::Bench(args)) => bench::run(&args),
-        Some(Command::Ops(command)) => ops::run(&command),
-        Some(Command::Store(command)) => store::run(&command),
-        Some(Command::Config(command)) => config::run(&command),
-        Some(Command::Token(command)) => token::run(&command),
-        Some(Command::Completions { shell }) => completions::run(shell),
+        Some(CliCommand::Serve(args)) => serve::run(&args),
+        Some(CliCommand::Exec(args)) => exec::run(args),
+        Some(CliCommand::Replay(args)) => replay::run(args),
+        Some(CliCommand::Verify(args)) => verify::run(&args),
+        Some(CliCommand::Bench(args)) => bench::run(&args),
+        Some(CliCommand::Ops(command)) => ops::run(&command),
+        Some(CliCommand::Store(command)) => store::run(&command),
+        Some(CliCommand::Config(command)) => config::run(&command),
+        Some(CliCommand::Token(command)) => token::run(&command),
+        Some(CliCommand::Completions { shell }) => completions::run(shell),
     };
     ExitCode::from(code)
 }
@@ -210,7 +210,7 @@ mod tests {
     fn exec(args: &[&str]) -> Result<ExecArgs, clap::Error> {
         let cli = Cli::try_parse_from(["gorego", "exec"].iter().chain(args))?;
         match cli.command {
-            Some(Command::Exec(args)) => Ok(args),
+            Some(CliCommand::Exec(args)) => Ok(args),
             other => panic!("{other:?}"),
         }
     }
@@ -254,7 +254,7 @@ mod tests {
         assert!(bare.command.is_none() && bare.serve.max_size_gb == Some(Size::from_gb(3)));
         let named = Cli::try_parse_from(["gorego", "serve", "--max-size-gb", "3"]).unwrap();
         assert!(
-            matches!(named.command, Some(Command::Serve(args)) if args.max_size_gb == Some(Size::from_gb(3)))
+            matches!(named.command, Some(CliCommand::Serve(args)) if args.max_size_gb == Some(Size::from_gb(3)))
         );
         assert!(Cli::try_parse_from(["gorego", "--listen-addr", "nonsense"]).is_err());
     }

@@ -82,10 +82,10 @@ impl Clock {
 
 /// The open connections; see the top of this file. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Connections(Arc<Inner>);
+pub struct Connections(Arc<ConnectionsState>);
 
 #[derive(Debug)]
-struct Inner {
+struct ConnectionsState {
     clock: Clock,
     places: Budget,
     calls: Budget,
@@ -140,7 +140,7 @@ impl Connections {
         let places = Bounds { what: "connections", total, connection: 1 };
         let total = CALLS_MAX.min(descriptors / CALLS_PER_DESCRIPTOR).max(1);
         let calls = Bounds { what: "concurrent calls", total, connection: crate::grpc::STREAMS_MAX.into() };
-        Self(Arc::new(Inner {
+        Self(Arc::new(ConnectionsState {
             clock: Clock(Instant::now()),
             places: Budget::new(places),
             calls: Budget::new(calls),

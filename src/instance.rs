@@ -52,10 +52,10 @@ pub struct Instance {
     blobs: InstanceId,
     /// The namespace of results that only their principals see; the same as `id` if there are none.
     private: InstanceId,
-    inner: Arc<Inner>,
+    inner: Arc<InstanceDetails>,
 }
 
-struct Inner {
+struct InstanceDetails {
     name: String,
     policy: InstancePolicy,
 }
@@ -193,7 +193,7 @@ impl Instances {
             if map.contains_key(&name) {
                 return Err(Error::Invalid(format!("instance name \"{name}\" is listed twice")));
             }
-            let inner = Arc::new(Inner { name: name.clone(), policy });
+            let inner = Arc::new(InstanceDetails { name: name.clone(), policy });
             map.insert(name, Instance { id, blobs: id, private: id, inner });
         }
         // The namespaces of private results have the numbers after all instances.

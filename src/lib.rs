@@ -21,6 +21,7 @@ pub mod cli;
 pub mod config;
 mod connections;
 mod disk;
+mod file_identity;
 pub mod gate;
 pub mod grpc;
 pub mod host;

@@ -90,14 +90,14 @@ impl Reloaded {
 }
 
 /// Reads the configuration from its sources.
-type Load = Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>;
+type ReadSettings = Box<dyn Fn() -> Result<(Loaded, Settings)> + Send + Sync>;
 
 /// Takes in a new configuration while the server runs. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Reloader(Arc<ReloaderState>);
 
 struct ReloaderState {
-    load: Load,
+    load: ReadSettings,
     parts: Vec<Box<dyn Reloadable>>,
     /// The values that are in effect, by key. Held during a reload.
     running: Mutex<BTreeMap<String, Value>>,

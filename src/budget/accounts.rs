@@ -36,12 +36,12 @@ pub(super) type Ticket = (RequestSize, u64);
 #[derive(Debug)]
 pub(super) struct Accounts<T> {
     holdings: Holdings,
-    waiting: Line<Peer, Connections<T>>,
+    waiting: Line<Peer, WaitingConnections<T>>,
     last_number: u64,
 }
 
 /// The waiting requests of one peer; never empty.
-type Connections<T> = Line<ConnectionId, Requests<T>>;
+type WaitingConnections<T> = Line<ConnectionId, Requests<T>>;
 /// The waiting requests of one connection; never empty.
 type Requests<T> = BTreeMap<Ticket, Waiter<T>>;
 
@@ -149,7 +149,10 @@ impl<T> Accounts<T> {
 /// Takes the amount of the first request of a peer for which there is room. The search skips the rest of a peer when
 /// its share, or what is left of it, is too small for the first, because it may have thousands of connections. Only few
 /// connections can be at a fixed limit of their own.
-fn next_of_peer<T>(connections: &Connections<T>, holdings: &mut Holdings) -> Result<(Caller, Ticket), Bound> {
+fn next_of_peer<T>(
+    connections: &WaitingConnections<T>,
+    holdings: &mut Holdings,
+) -> Result<(Caller, Ticket), Bound> {
     for (_, requests) in connections.iter() {
         let Some((ticket, waiter)) = requests.first_key_value() else { continue };
         match holdings.take(waiter.caller, waiter.amount) {

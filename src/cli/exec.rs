@@ -35,7 +35,7 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How this process ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum End {
+enum ExecEnd {
     /// With this exit code.
     Code(u8),
     /// By SIGPIPE, because the reader of the output is gone.
@@ -69,9 +69,9 @@ pub(super) fn run(args: ExecArgs) -> u8 {
     // Do not wait for threads that are blocked by a disk or a closed pipe.
     runtime.shutdown_background();
     match outcome {
-        Ok(End::Code(code)) => code,
-        Ok(End::NobodyReads) => end_by_sigpipe(),
-        Ok(End::Failed(error)) | Err(error) => {
+        Ok(ExecEnd::Code(code)) => code,
+        Ok(ExecEnd::NobodyReads) => end_by_sigpipe(),
+        Ok(ExecEnd::Failed(error)) | Err(error) => {
             complain(&error);
             EXIT_INFRASTRUCTURE
         }
@@ -79,7 +79,7 @@ pub(super) fn run(args: ExecArgs) -> u8 {
 }
 
 /// Runs the command until it finishes, a signal arrives, or its output cannot be printed.
-async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
+async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<ExecEnd> {
     let mut signals = StopSignals::of_client()?;
     let (current, watching) = watch::channel(Current::Nothing);
     let readers = Readers::default();
@@ -87,12 +87,12 @@ async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<End> {
     let end = tokio::select! {
         // This takes precedence over the result, because the output has no reader.
         outcome = &mut work => {
-            return if readers.have_left() { Ok(End::NobodyReads) } else { outcome.map(End::Code) };
+            return if readers.have_left() { Ok(ExecEnd::NobodyReads) } else { outcome.map(ExecEnd::Code) };
         }
-        stop = signals.next() => End::Code(EXIT_SIGNALLED + stop.number()),
+        stop = signals.next() => ExecEnd::Code(EXIT_SIGNALLED + stop.number()),
         lost = readers.lost() => match lost {
-            Lost::Reader => End::NobodyReads,
-            Lost::Output(error) => End::Failed(error),
+            Lost::Reader => ExecEnd::NobodyReads,
+            Lost::Output(error) => ExecEnd::Failed(error),
         },
     };
     line.say("cancelling");

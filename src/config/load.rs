@@ -306,7 +306,7 @@ fn walk<'a, 'text>(
     prefix: &str,
     known: &BTreeMap<String, Value>,
     found: &mut Vec<(String, usize, &'a Spanned<DeValue<'text>>)>,
-    misplaced: &mut Vec<mismatch::Problem>,
+    misplaced: &mut Vec<mismatch::LocatedProblem>,
 ) {
     let mut entries: Vec<_> = table.iter().collect();
     // In the order of the text.

@@ -12,10 +12,10 @@ use toml::{
 type Path = Vec<(Option<String>, Range<usize>)>;
 
 /// A problem, and its place in the text.
-pub(super) type Problem = (Option<Range<usize>>, String);
+pub(super) type LocatedProblem = (Option<Range<usize>>, String);
 
 /// All problems of the value of a key; none if it can be used.
-pub(super) fn problems(key: &str, value: &Spanned<DeValue<'_>>) -> Vec<Problem> {
+pub(super) fn problems(key: &str, value: &Spanned<DeValue<'_>>) -> Vec<LocatedProblem> {
     let mut found = Vec::new();
     let mut path = key.split('.').map(|name| (Some(name.to_owned()), value.span())).collect();
     collect(&mut path, value, false, &mut found);
@@ -24,7 +24,7 @@ pub(super) fn problems(key: &str, value: &Spanned<DeValue<'_>>) -> Vec<Problem> 
 
 /// Collects the problems of a value. If it consists of several values, each is checked alone, because serde stops at
 /// the first error.
-fn collect(path: &mut Path, value: &Spanned<DeValue<'_>>, is_part: bool, found: &mut Vec<Problem>) {
+fn collect(path: &mut Path, value: &Spanned<DeValue<'_>>, is_part: bool, found: &mut Vec<LocatedProblem>) {
     let Err(error) = alone(path, value) else { return };
     // An entry of a table lacks the entries beside it.
     if is_part && error.message().starts_with("missing field") {

@@ -171,7 +171,7 @@ fn collection(name: &str) -> Option<&str> {
 }
 
 /// An instance, and the owner whose operations are listed; `None` for all owners.
-type Entered = (Instance, Option<Principal>);
+type ListedOperations = (Instance, Option<Principal>);
 
 /// A checked ListOperations request.
 struct Listing {
@@ -186,7 +186,10 @@ struct Listing {
 impl Listing {
     /// A listing covers one instance (GEN-15): the one in the name of the collection, otherwise the one in the filter,
     /// otherwise the default one.
-    fn decode(enter: impl FnOnce(&str) -> Result<Entered>, request: &ListOperationsRequest) -> Result<Self> {
+    fn decode(
+        enter: impl FnOnce(&str) -> Result<ListedOperations>,
+        request: &ListOperationsRequest,
+    ) -> Result<Self> {
         let Filter { instance, operations: mut filter } = filter::parse(&request.filter)?;
         let (instance, owner) = match (collection(&request.name), &instance) {
             (Some(named), Some(wanted)) if named != wanted => {

@@ -15,14 +15,14 @@ use crate::access::permission::{
 };
 
 /// The methods of a service.
-type Methods = &'static [(&'static str, Permissions)];
+type ServiceMethods = &'static [(&'static str, Permissions)];
 
 /// The permissions of a method that is about an operation: the first is enough for one's own operations.
 const OPERATIONS: Permissions = &[OperationsOwn, OperationsAll];
 
 /// Every method of every service. The methods of ByteStream need another permission for log streams, which depends on
 /// the stream.
-const SERVICES: &[(&str, Methods)] = &[
+const SERVICES: &[(&str, ServiceMethods)] = &[
     (execution::SERVICE_NAME, &[("Execute", &[Execute]), ("WaitExecution", OPERATIONS)]),
     (action_cache::SERVICE_NAME, &[("GetActionResult", &[AcRead]), ("UpdateActionResult", &[AcWrite])]),
     (
@@ -122,7 +122,7 @@ mod tests {
             rpcs.extend(paths(descriptors));
         }
         assert!(rpcs.len() > 25, "{rpcs:?}");
-        let row = |(service, methods): &(&str, Methods)| {
+        let row = |(service, methods): &(&str, ServiceMethods)| {
             methods.iter().map(|(method, _)| format!("/{service}/{method}")).collect::<Vec<_>>()
         };
         let rows: BTreeSet<String> = SERVICES.iter().flat_map(row).collect();

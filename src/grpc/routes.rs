@@ -13,8 +13,8 @@ use std::{
 use tonic::{Status, body::Body as TonicBody, server::NamedService};
 use tower::Service;
 
-type Answer = BoxFuture<'static, Result<Response<TonicBody>, Infallible>>;
-type Handler<B> = Box<dyn Fn(Request<B>) -> Answer + Send + Sync>;
+type RoutedAnswer = BoxFuture<'static, Result<Response<TonicBody>, Infallible>>;
+type Handler<B> = Box<dyn Fn(Request<B>) -> RoutedAnswer + Send + Sync>;
 
 /// The services of the port by name, for requests with a body of type `B`. Cheap to clone.
 pub(super) struct Routes<B>(Arc<HashMap<&'static str, Handler<B>>>);
@@ -30,7 +30,7 @@ impl<B> RoutesBuilder<B> {
     /// Adds a service. It must always be ready, as all generated services are.
     pub(super) fn add<S>(mut self, service: S) -> Self
     where
-        S: Service<Request<B>, Response = Response<TonicBody>, Error = Infallible, Future = Answer>,
+        S: Service<Request<B>, Response = Response<TonicBody>, Error = Infallible, Future = RoutedAnswer>,
         S: NamedService + Clone + Send + Sync + 'static,
     {
         self.0.insert(S::NAME, Box::new(move |request| service.clone().call(request)));
@@ -45,13 +45,13 @@ impl<B> RoutesBuilder<B> {
 impl<B> Service<Request<B>> for Routes<B> {
     type Response = Response<TonicBody>;
     type Error = Infallible;
-    type Future = Answer;
+    type Future = RoutedAnswer;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<B>) -> Answer {
+    fn call(&mut self, request: Request<B>) -> RoutedAnswer {
         match service_name(request.uri().path()).and_then(|name| self.0.get(name)) {
             Some(handler) => handler(request),
             None => ready(Ok(Status::unimplemented("this server has no such service").into_http())).boxed(),

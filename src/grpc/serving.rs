@@ -171,7 +171,7 @@ fn settings(requests: Collected) -> http2::Builder<Collected> {
     builder
 }
 
-type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+type ServedRequest = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// The requests of one turn of a connection's task.
 #[derive(Clone)]
@@ -180,7 +180,7 @@ struct Collected {
     /// Places for spawned requests that have not begun.
     spread: Arc<Semaphore>,
     /// `None` when the connection has ended. Each request holds a clone of this, so requests must not stay in here.
-    requests: Arc<Mutex<Option<VecDeque<Task>>>>,
+    requests: Arc<Mutex<Option<VecDeque<ServedRequest>>>>,
 }
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Collected {
@@ -198,11 +198,11 @@ impl Collected {
         Self { turn, spread, requests: Arc::new(Mutex::new(Some(VecDeque::new()))) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Task>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<ServedRequest>>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn next(&self) -> Option<Task> {
+    fn next(&self) -> Option<ServedRequest> {
         self.lock().as_mut()?.pop_front()
     }
 

@@ -103,7 +103,7 @@ impl Spare for CacheKey {
 struct StoredImage {
     name: OsString,
     /// The identity of the root directory, or of the file of a layer.
-    id: dir::FileId,
+    id: dir::FileIdentity,
     settings: CommandSettings,
 }
 

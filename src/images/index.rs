@@ -35,7 +35,7 @@ pub(super) struct ImageIndex<K, T> {
     charged: u64,
     images: HashMap<K, ImageEntry<T>>,
     /// The keys of all images: spare ones first, then in the order of their last use. The numbers are unique.
-    order: BTreeMap<Place, K>,
+    order: BTreeMap<EvictionRank, K>,
     last_use: u64,
     unpacking: HashMap<K, u64>,
     copies: u64,
@@ -48,7 +48,7 @@ pub(super) trait Spare {
 }
 
 /// The position of an image in the order of eviction. Entries that are not spare have the greater position.
-type Place = (bool, u64);
+type EvictionRank = (bool, u64);
 
 #[derive(Debug)]
 struct ImageEntry<T> {
@@ -56,7 +56,7 @@ struct ImageEntry<T> {
     copy: CopyId,
     bytes: u64,
     leases: usize,
-    place: Place,
+    place: EvictionRank,
 }
 
 impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {

@@ -45,8 +45,8 @@ fn numbers(user: &str, file: &dyn Fn(&str) -> String) -> Result<Option<InnerUser
 }
 
 /// The fields of the line with this name or number.
-fn find_entry<'a>(text: &'a str, name: &str) -> Option<Fields<'a>> {
-    let lines = text.lines().map(Fields::of);
+fn find_entry<'a>(text: &'a str, name: &str) -> Option<EntryFields<'a>> {
+    let lines = text.lines().map(EntryFields::of);
     lines
         .clone()
         .find(|fields| fields.get(0) == Some(name))
@@ -55,9 +55,9 @@ fn find_entry<'a>(text: &'a str, name: &str) -> Option<Fields<'a>> {
 
 /// The first fields of a line of passwd or group.
 #[derive(Clone, Copy)]
-struct Fields<'a>([Option<&'a str>; 4]);
+struct EntryFields<'a>([Option<&'a str>; 4]);
 
-impl<'a> Fields<'a> {
+impl<'a> EntryFields<'a> {
     fn of(line: &'a str) -> Self {
         let mut parts = line.split(':');
         Self(std::array::from_fn(|_| parts.next()))

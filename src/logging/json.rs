@@ -37,10 +37,10 @@ pub fn write_json(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>) {
         None => write_shown(line, record.args()),
     }
     if event.is_some() {
-        let _ = values.visit(&mut Fields { line, separator: b"," });
+        let _ = values.visit(&mut JsonFields { line, separator: b"," });
     } else if values.count() > 0 {
         line.extend_from_slice(b",\"fields\":{");
-        let _ = values.visit(&mut Fields { line, separator: b"" });
+        let _ = values.visit(&mut JsonFields { line, separator: b"" });
         line.push(b'}');
     }
     line.extend_from_slice(b"}\n");
@@ -87,12 +87,12 @@ fn write_value(line: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
 }
 
 /// Writes key-values, each after a separator.
-struct Fields<'a> {
+struct JsonFields<'a> {
     line: &'a mut Vec<u8>,
     separator: &'static [u8],
 }
 
-impl<'kvs> VisitSource<'kvs> for Fields<'_> {
+impl<'kvs> VisitSource<'kvs> for JsonFields<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
         if COMMON.contains(&key.as_str()) {
             return Ok(());

@@ -31,7 +31,7 @@ pub fn write_text(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>, colo
     let _ = write!(Escaped(&mut text), "{}", record.args());
     let _ = write!(line, "{time} {on}{:5}{off} {:9} ", record.level(), escaped(room));
     let mut fields = String::new();
-    let _ = record.key_values().visit(&mut Fields(&mut fields));
+    let _ = record.key_values().visit(&mut TextFields(&mut fields));
     if fields.is_empty() {
         line.extend_from_slice(text.as_bytes());
     } else {
@@ -40,9 +40,9 @@ pub fn write_text(line: &mut Vec<u8>, now: SystemTime, record: &Record<'_>, colo
     line.push(b'\n');
 }
 
-struct Fields<'a>(&'a mut String);
+struct TextFields<'a>(&'a mut String);
 
-impl<'kvs> VisitSource<'kvs> for Fields<'_> {
+impl<'kvs> VisitSource<'kvs> for TextFields<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
         // The message says what happened; the name of the event is for programs.
         if key.as_str() == EVENT || is_absent(&value) {

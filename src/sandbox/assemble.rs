@@ -8,6 +8,7 @@ use super::{
     SetupFailure, Step as _, mounts,
     view::{Access, Host, Kind, ViewPiece, ViewPlan},
 };
+use crate::file_identity::{FileIdentity, file_id};
 use rustix::{
     fs::{self as rfs, AtFlags, CWD, FileType, Mode, OFlags, Stat},
     io::Errno,
@@ -47,13 +48,10 @@ pub(super) struct ViewMounts {
 #[derive(Debug)]
 struct MountPoint(PathBuf);
 
-/// Device and inode number, which identify a file whatever its path is.
-type FileId = (u64, u64);
-
 /// The attributes that change when a file is written or replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct FileVersion {
-    id: FileId,
+    id: FileIdentity,
     size: u64,
     changed: (i64, i64),
 }
@@ -64,9 +62,9 @@ pub(super) struct Assembled {
     tree: OwnedFd,
     _point: MountPoint,
     /// Path and identity of the root file system that is the lower layer.
-    root_below: Option<(PathBuf, FileId)>,
+    root_below: Option<(PathBuf, FileIdentity)>,
     /// Each hidden path with the identity of the file that covers it, or `None` if there was nothing to hide.
-    hidden: Vec<(PathBuf, Option<FileId>)>,
+    hidden: Vec<(PathBuf, Option<FileIdentity>)>,
     /// The host files that were copied, with their versions at that time.
     copies: Vec<(PathBuf, FileVersion)>,
 }
@@ -154,7 +152,7 @@ impl Assembled {
     pub(super) fn is_current(&self) -> bool {
         self.root_below
             .as_ref()
-            .is_none_or(|(path, id)| rfs::stat(path).is_ok_and(|stat| id_of(&stat) == *id))
+            .is_none_or(|(path, id)| rfs::stat(path).is_ok_and(|stat| file_id(&stat) == *id))
             && self.hidden.iter().all(|(at, id)| id_in(self.tree(), at) == *id)
             && self
                 .copies
@@ -169,7 +167,7 @@ fn lay_over(
     above: &Path,
     below: &Path,
     ids: Option<BorrowedFd<'_>>,
-) -> Result<(OwnedFd, FileId), SetupFailure> {
+) -> Result<(OwnedFd, FileIdentity), SetupFailure> {
     let mut lay = || {
         let tree = mounts::copy(CWD, below)?;
         if let Some(ids) = ids {
@@ -179,7 +177,7 @@ fn lay_over(
         let point = view_mounts.attach(tree.as_fd())?;
         let [above, below] = [above, &*point.0].map(|path| mounts::directory(CWD, path));
         let (above, below) = (above?, below?);
-        let id = id_of(&rfs::fstat(&below)?);
+        let id = file_id(&rfs::fstat(&below)?);
         // Actions can read the options of their mounts. These paths reveal nothing about the host.
         let layers = format!("/proc/self/fd/{}:/proc/self/fd/{}", above.as_raw_fd(), below.as_raw_fd());
         let options = [("lowerdir", &*layers), ("redirect_dir", "nofollow")];
@@ -344,20 +342,15 @@ fn is_unreachable(error: &io::Error) -> bool {
     kinds.contains(&error.kind())
 }
 
-fn id_in(root: BorrowedFd<'_>, at: &Path) -> Option<FileId> {
+fn id_in(root: BorrowedFd<'_>, at: &Path) -> Option<FileIdentity> {
     let file = mounts::open_in(root, at).ok()?;
-    Some(id_of(&rfs::statat(file, "", AtFlags::EMPTY_PATH).ok()?))
-}
-
-#[allow(clippy::unnecessary_cast)]
-fn id_of(stat: &Stat) -> FileId {
-    (stat.st_dev as u64, stat.st_ino as u64)
+    Some(file_id(&rfs::statat(file, "", AtFlags::EMPTY_PATH).ok()?))
 }
 
 #[allow(clippy::unnecessary_cast)]
 fn version_of(stat: &Stat) -> FileVersion {
     let changed = (stat.st_ctime as i64, stat.st_ctime_nsec as i64);
-    FileVersion { id: id_of(stat), size: stat.st_size.unsigned_abs(), changed }
+    FileVersion { id: file_id(stat), size: stat.st_size.unsigned_abs(), changed }
 }
 
 /// Reads a file with names of users, groups or hosts from an untrusted root file system; `None` if there is no usable

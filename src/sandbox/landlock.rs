@@ -11,7 +11,7 @@ use std::{io, path::PathBuf};
 /// The Landlock version that is requested. The kernel enforces the part of it that it supports.
 const WANTED: ABI = ABI::V6;
 
-type Problem = Box<dyn std::error::Error + Send + Sync>;
+type LandlockError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Rules that are not in force yet.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl Rules {
     /// and rename and link files only among them. They cannot make device files, signal processes outside the rules, or
     /// connect to an abstract socket of such a process.
     pub(crate) fn new(writable: impl IntoIterator<Item = PathBuf>) -> Result<Self, SetupFailure> {
-        let rules = || -> Result<RulesetCreated, Problem> {
+        let rules = || -> Result<RulesetCreated, LandlockError> {
             let rules = Ruleset::default()
                 // Before Linux 5.19, Landlock refuses every rename and link between two directories.
                 .set_compatibility(CompatLevel::HardRequirement)
@@ -39,7 +39,7 @@ impl Rules {
 
     /// Applies the rules to this process and its children, which may also write below `path`.
     pub(crate) fn restrict(self, path: PathBuf) -> Result<(), SetupFailure> {
-        let restrict = || -> Result<(), Problem> {
+        let restrict = || -> Result<(), LandlockError> {
             match open(self.0, path)?.restrict_self()?.ruleset {
                 RulesetStatus::NotEnforced => Err("the kernel has no Landlock".into()),
                 RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
@@ -49,11 +49,11 @@ impl Rules {
     }
 }
 
-fn open(rules: RulesetCreated, path: PathBuf) -> Result<RulesetCreated, Problem> {
+fn open(rules: RulesetCreated, path: PathBuf) -> Result<RulesetCreated, LandlockError> {
     let all_but_devices = AccessFs::from_all(WANTED) & !(AccessFs::MakeChar | AccessFs::MakeBlock);
     Ok(rules.add_rule(PathBeneath::new(PathFd::new(path)?, all_but_devices))?)
 }
 
-fn in_words(problem: Problem) -> SetupFailure {
+fn in_words(problem: LandlockError) -> SetupFailure {
     SetupFailure { step: "restrict the file system (Landlock)".into(), error: io::Error::other(problem) }
 }

@@ -39,11 +39,11 @@ struct LookupTable {
     /// The columns of the known mnemonics, from 0.
     mnemonics: RwLock<HashMap<Box<str>, usize>>,
     /// Rows of [`COLUMNS`] cells: one row for each instance, and one for all other instances.
-    cells: Vec<Cell>,
+    cells: Vec<LookupCounters>,
 }
 
 /// The counters of hits and misses. They are created at the first look-up.
-type Cell = OnceLock<[Counter; 2]>;
+type LookupCounters = OnceLock<[Counter; 2]>;
 
 /// The known mnemonics, [`OTHER`] and [`NONE`].
 const COLUMNS: usize = MNEMONICS_MAX + 2;
@@ -53,7 +53,7 @@ impl LookupMetrics {
         let family = Family::<LookupLabels, Counter>::default();
         let help = "Look-ups of action results, by outcome";
         registry.register("action_cache_lookups", help, family.clone());
-        let cells = (0..(INSTANCES_MAX + 1) * COLUMNS).map(|_| Cell::new()).collect();
+        let cells = (0..(INSTANCES_MAX + 1) * COLUMNS).map(|_| LookupCounters::new()).collect();
         Self(Arc::new(LookupTable { family, mnemonics: RwLock::default(), cells }))
     }
 

@@ -5,11 +5,11 @@ use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 /// The attributes that change when a file is written, replaced, made readable, or reached by another symbolic link. The
 /// time is the change time of the inode (ctime), which no program can set. The time alone would be too coarse.
-type Stamp = (u64, u64, u64, i64, i64);
+type FileAttributes = (u64, u64, u64, i64, i64);
 
 /// The stamps of all files; `None` for one that is missing.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Stamps(Vec<Option<Stamp>>);
+pub(super) struct Stamps(Vec<Option<FileAttributes>>);
 
 impl Stamps {
     /// Reads the stamps. Symbolic links are followed, including those of directories.
@@ -20,7 +20,7 @@ impl Stamps {
     }
 }
 
-fn stamp(path: &Path) -> Option<Stamp> {
+fn stamp(path: &Path) -> Option<FileAttributes> {
     let found = fs::metadata(path).ok()?;
     Some((found.dev(), found.ino(), found.len(), found.ctime(), found.ctime_nsec()))
 }

@@ -137,9 +137,8 @@ fn every_file_says_what_it_is() {
 }
 
 #[test]
-fn each_type_of_the_server_has_its_own_name() {
-    none(&types::homonyms(&FILES, types::SHARED));
-    none(&types::stale(&FILES, types::SHARED));
+fn each_type_of_a_crate_has_its_own_name() {
+    none(&types::homonyms(&FILES));
 }
 
 #[test]

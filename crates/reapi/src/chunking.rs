@@ -20,27 +20,27 @@ const GROWTH_BYTES: usize = 4 * 1024 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Chunking {
     /// FastCDC 2020 at normalisation level 2.
-    FastCdc2020(fast_cdc::Parameters),
+    FastCdc2020(fast_cdc::FastCdcParameters),
     /// RepMaxCDC, with a minimum chunk size and a horizon.
-    RepMaxCdc(rep_max::Parameters),
+    RepMaxCdc(rep_max::RepMaxParameters),
 }
 
 impl Chunking {
     /// The function that this server advertises and prefers. It uses the parameters that the API recommends, because
     /// only clients with equal parameters share chunks.
-    pub const FAST_CDC: Self = Self::FastCdc2020(fast_cdc::Parameters::RECOMMENDED);
+    pub const FAST_CDC: Self = Self::FastCdc2020(fast_cdc::FastCdcParameters::RECOMMENDED);
     /// The other advertised function, with the recommended parameters.
-    pub const REP_MAX: Self = Self::RepMaxCdc(rep_max::Parameters::RECOMMENDED);
+    pub const REP_MAX: Self = Self::RepMaxCdc(rep_max::RepMaxParameters::RECOMMENDED);
 
     /// FastCDC with another average size; `None` unless the average is a power of two from 1 KiB to 1 MiB.
     pub fn fast_cdc(average: u32, seed: u32) -> Option<Self> {
-        fast_cdc::Parameters::new(average, seed).map(Self::FastCdc2020)
+        fast_cdc::FastCdcParameters::new(average, seed).map(Self::FastCdc2020)
     }
 
     /// RepMaxCDC with other sizes; `None` unless the minimum is from 64 bytes to 1 MiB and the horizon is at most 16
     /// MiB.
     pub fn rep_max(min: u32, horizon: u32) -> Option<Self> {
-        rep_max::Parameters::new(min, horizon).map(Self::RepMaxCdc)
+        rep_max::RepMaxParameters::new(min, horizon).map(Self::RepMaxCdc)
     }
 
     /// The enum value of the function on the wire.
@@ -106,16 +106,16 @@ pub struct Splitter {
 
 #[derive(Debug)]
 enum Cutter {
-    FastCdc(fast_cdc::Cutter),
-    RepMax(rep_max::Cutter),
+    FastCdc(fast_cdc::FastCdcCutter),
+    RepMax(rep_max::RepMaxCutter),
 }
 
 impl Splitter {
     /// Creates a splitter at the start of a stream.
     pub fn new(chunking: Chunking) -> Self {
         let cutter = match chunking {
-            Chunking::FastCdc2020(parameters) => Cutter::FastCdc(fast_cdc::Cutter::new(parameters)),
-            Chunking::RepMaxCdc(parameters) => Cutter::RepMax(rep_max::Cutter::new(parameters)),
+            Chunking::FastCdc2020(parameters) => Cutter::FastCdc(fast_cdc::FastCdcCutter::new(parameters)),
+            Chunking::RepMaxCdc(parameters) => Cutter::RepMax(rep_max::RepMaxCutter::new(parameters)),
         };
         Self { cutter, lookahead: chunking.lookahead(), window: BytesMut::new(), ended: false }
     }

@@ -36,11 +36,11 @@ const PEERS_MAX: usize = 4_096;
 const MAX_RUNNING_UNTIDIED: usize = 1_024;
 
 type CheckOutcome = Result<Principal, Rejection>;
-type Check = BoxFuture<'static, CheckOutcome>;
+type RunningCheck = BoxFuture<'static, CheckOutcome>;
 
 /// Runs checks; see the top of this file.
 pub(super) struct Checks {
-    under_way: Mutex<HashMap<CredentialHash, WeakShared<Check>>>,
+    under_way: Mutex<HashMap<CredentialHash, WeakShared<RunningCheck>>>,
     places: Budget,
     failures: Mutex<HashMap<Peer, Bucket>>,
     start: Instant,
@@ -65,7 +65,11 @@ impl fmt::Debug for Checks {
 
 impl Checks {
     /// Returns the running check of the credential with this hash. If there is none, starts `check`.
-    pub(super) fn share(&self, hash: CredentialHash, check: impl FnOnce() -> Check) -> Shared<Check> {
+    pub(super) fn share(
+        &self,
+        hash: CredentialHash,
+        check: impl FnOnce() -> RunningCheck,
+    ) -> Shared<RunningCheck> {
         let mut under_way = lock(&self.under_way);
         if let Some(shared) =
             under_way.get(&hash).and_then(WeakShared::upgrade).filter(|check| check.peek().is_none())

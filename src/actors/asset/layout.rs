@@ -35,7 +35,7 @@ struct TreeSize {
 }
 
 impl TreeSize {
-    fn add(&mut self, nodes: usize, text_bytes: usize) -> Result<(), Refusal> {
+    fn add(&mut self, nodes: usize, text_bytes: usize) -> Result<(), EntryProblem> {
         self.nodes = self.nodes.saturating_add(nodes);
         self.text_bytes = self.text_bytes.saturating_add(text_bytes);
         if self.nodes > MAX_NODES {
@@ -58,14 +58,14 @@ enum Node {
 }
 
 /// What is wrong with an entry. The text names the path.
-pub type Refusal = String;
+pub type EntryProblem = String;
 
 impl Layout {
     /// Adds a directory. It may already exist: archives often name a directory more than once.
     ///
     /// # Errors
     /// When the entry is not safe; see the module documentation.
-    pub fn add_directory(&mut self, path: &str) -> Result<(), Refusal> {
+    pub fn add_directory(&mut self, path: &str) -> Result<(), EntryProblem> {
         let names = split(path)?;
         self.descend(path, &names).map(drop)
     }
@@ -74,7 +74,7 @@ impl Layout {
     ///
     /// # Errors
     /// The errors of [`Layout::add_directory`].
-    pub fn add_file(&mut self, path: &str, digest: Digest, executable: bool) -> Result<(), Refusal> {
+    pub fn add_file(&mut self, path: &str, digest: Digest, executable: bool) -> Result<(), EntryProblem> {
         self.add(path, Node::File { digest, executable })
     }
 
@@ -82,7 +82,7 @@ impl Layout {
     ///
     /// # Errors
     /// The errors of [`Layout::add_directory`]; and for a target that is absolute, leads out, or has ".." after a name.
-    pub fn add_symlink(&mut self, path: &str, target: &str) -> Result<(), Refusal> {
+    pub fn add_symlink(&mut self, path: &str, target: &str) -> Result<(), EntryProblem> {
         let refuse = |problem: &str| {
             format!("symbolic link \"{}\" to \"{}\" {problem}", path.escape_debug(), target.escape_debug())
         };
@@ -110,7 +110,7 @@ impl Layout {
     ///
     /// # Errors
     /// The errors of [`Layout::add_directory`]; and when there is no such file.
-    pub fn add_hard_link(&mut self, path: &str, target: &str) -> Result<(), Refusal> {
+    pub fn add_hard_link(&mut self, path: &str, target: &str) -> Result<(), EntryProblem> {
         let missing = || {
             format!(
                 "hard link \"{}\" is to \"{}\", which is not an earlier file of the archive",
@@ -131,7 +131,7 @@ impl Layout {
     ///
     /// # Errors
     /// When there is no such directory.
-    pub fn below(mut self, path: &str) -> Result<Self, Refusal> {
+    pub fn below(mut self, path: &str) -> Result<Self, EntryProblem> {
         let names = split(path)?;
         self.root = find(&self.root, &names)
             .ok_or_else(|| format!("the archive has no directory \"{}\"", path.escape_debug()))?
@@ -147,7 +147,7 @@ impl Layout {
         (root, blobs)
     }
 
-    fn add(&mut self, path: &str, node: Node) -> Result<(), Refusal> {
+    fn add(&mut self, path: &str, node: Node) -> Result<(), EntryProblem> {
         let names = split(path)?;
         let Some((name, parents)) = names.split_last() else {
             return Err(format!("\"{}\" is not the name of a file", path.escape_debug()));
@@ -160,7 +160,7 @@ impl Layout {
     }
 
     /// The directory at a path, which is created if necessary.
-    fn descend(&mut self, path: &str, names: &[&str]) -> Result<&mut Names, Refusal> {
+    fn descend(&mut self, path: &str, names: &[&str]) -> Result<&mut Names, EntryProblem> {
         let (mut made, mut bytes) = (0, 0);
         let mut directory = &mut self.root;
         for name in names {
@@ -183,7 +183,7 @@ impl Layout {
 }
 
 /// The names of a path in an archive; none for the root.
-fn split(path: &str) -> Result<Vec<&str>, Refusal> {
+fn split(path: &str) -> Result<Vec<&str>, EntryProblem> {
     let refuse = |problem: &str| Err(format!("path \"{}\" {problem}", path.escape_debug()));
     if path.starts_with('/') {
         return refuse("is absolute");

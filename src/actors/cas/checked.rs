@@ -54,19 +54,19 @@ pub struct Damaged {
 ///
 /// # Errors
 /// `NotFound` when the content is wrong. This is reported to the actor.
-pub(super) type Check = fn(&Cas, &FoundEntry, &dyn Stored) -> Result<Stamp>;
+pub(super) type ContentCheck = fn(&Cas, &FoundEntry, &dyn Stored) -> Result<Stamp>;
 
 /// An open stored file, with its stamp when its content was last verified.
 #[derive(Debug)]
 pub(super) struct CheckedFile {
     file: Box<dyn Stored>,
     stamp: Mutex<Stamp>,
-    check: Check,
+    check: ContentCheck,
 }
 
 impl CheckedFile {
     /// A file whose content was verified at this stamp; `check` verifies it again.
-    pub(super) fn new(file: Box<dyn Stored>, stamp: Stamp, check: Check) -> Self {
+    pub(super) fn new(file: Box<dyn Stored>, stamp: Stamp, check: ContentCheck) -> Self {
         Self { file, stamp: Mutex::new(stamp), check }
     }
 

@@ -14,7 +14,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 pub(super) struct Turns<K>(Mutex<HashMap<K, Weak<AsyncMutex<()>>>>);
 
 /// The exclusive right to work on a key. It ends when it is dropped.
-pub(super) type Turn = OwnedMutexGuard<()>;
+pub(super) type KeyTurn = OwnedMutexGuard<()>;
 
 impl<K> Default for Turns<K> {
     fn default() -> Self {
@@ -24,12 +24,12 @@ impl<K> Default for Turns<K> {
 
 impl<K: Hash + Eq> Turns<K> {
     /// Waits until no other caller works on this key.
-    pub(super) async fn take(&self, key: K) -> Turn {
+    pub(super) async fn take(&self, key: K) -> KeyTurn {
         self.line(key).lock_owned().await
     }
 
     /// Takes the turn if no other caller works on this key.
-    pub(super) fn take_now(&self, key: K) -> Option<Turn> {
+    pub(super) fn take_now(&self, key: K) -> Option<KeyTurn> {
         self.line(key).try_lock_owned().ok()
     }
 

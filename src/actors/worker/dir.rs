@@ -5,6 +5,7 @@
 //! single step never follows a link, and a path of several steps never leaves the directory that it starts from
 //! (openat2, Linux 5.6). A [`Cursor`] walks trees of any depth with a bounded number of descriptors.
 
+pub(crate) use crate::file_identity::{FileIdentity, file_id};
 use rustix::{
     fs::{self as rfs, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat},
     io::Errno,
@@ -21,15 +22,6 @@ use std::{
 /// How many directories a [`Cursor`] keeps open. The others are opened again through "..", so this number only affects
 /// how many system calls are needed.
 const MAX_OPEN: usize = 8;
-
-/// The identity of a file: device and inode.
-pub(crate) type FileId = (u64, u64);
-
-/// The identity of the file of a stat.
-#[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
-pub(crate) fn file_id(stat: &Stat) -> FileId {
-    (stat.st_dev as u64, stat.st_ino as u64)
-}
 
 /// The type of the file of a stat.
 pub(crate) fn file_type(stat: &Stat) -> FileType {
@@ -173,7 +165,7 @@ pub(super) struct Cursor {
 
 #[derive(Debug)]
 struct CursorLevel {
-    id: FileId,
+    id: FileIdentity,
     mode: Mode,
     open: Option<File>,
 }

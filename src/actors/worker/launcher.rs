@@ -134,7 +134,7 @@ pub trait Launcher: Send {
 pub struct RunnerLauncher {
     command: Vec<OsString>,
     sandbox: Option<Sandbox>,
-    runner: Option<Runner>,
+    runner: Option<RunnerProcess>,
     /// Reserves the host user of the sandbox for this launcher.
     _user: Option<User>,
     /// The control group in which everything runs, if there is one.
@@ -144,7 +144,7 @@ pub struct RunnerLauncher {
 }
 
 #[derive(Debug)]
-struct Runner {
+struct RunnerProcess {
     child: Child,
     socket: Option<UnixStream>,
 }
@@ -183,9 +183,9 @@ impl RunnerLauncher {
             let failed = |error| Error::io("set the limits of an action", &error);
             group.begin(&launch.limits).map_err(failed)?;
         }
-        let mut runner = match self.runner.take().and_then(Runner::if_alive) {
+        let mut runner = match self.runner.take().and_then(RunnerProcess::if_alive) {
             Some(runner) => runner,
-            None => Runner::start(&self.command, self.sandbox.as_ref(), self.group.as_ref())?,
+            None => RunnerProcess::start(&self.command, self.sandbox.as_ref(), self.group.as_ref())?,
         };
         let written = match launch.limits {
             Limits { disk: 0, files: 0, .. } => None,
@@ -205,7 +205,8 @@ impl RunnerLauncher {
 impl Launcher for RunnerLauncher {
     fn warm_up(&mut self) {
         if self.runner.is_none() {
-            self.runner = Runner::start(&self.command, self.sandbox.as_ref(), self.group.as_ref()).ok();
+            self.runner =
+                RunnerProcess::start(&self.command, self.sandbox.as_ref(), self.group.as_ref()).ok();
         }
     }
 
@@ -226,7 +227,7 @@ impl Launcher for RunnerLauncher {
     }
 }
 
-impl Runner {
+impl RunnerProcess {
     /// This runner, unless it has died since the last action.
     fn if_alive(mut self) -> Option<Self> {
         if matches!(self.child.try_wait(), Ok(None)) {
@@ -424,7 +425,7 @@ fn wait(
     }
 }
 
-impl Drop for Runner {
+impl Drop for RunnerProcess {
     /// Leaves no process behind: the runner kills its processes and exits when its socket is closed.
     fn drop(&mut self) {
         self.socket = None;

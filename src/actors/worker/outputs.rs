@@ -10,7 +10,7 @@ pub(super) mod scan;
 
 use super::{
     checkpoint::Checkpoint,
-    dir::{self, FileId, is_absence},
+    dir::{self, FileIdentity, is_absence},
     exec_root::{Dir, ExecNode, ExecRoot, LayerWalk},
     store::Outputs,
 };
@@ -82,7 +82,7 @@ impl Reported {
 enum OutputNode {
     File {
         name: String,
-        id: FileId,
+        id: FileIdentity,
         seen: Seen,
     },
     /// An input that the command left unchanged.
@@ -261,7 +261,7 @@ struct OutputWriter<'a> {
     batch: &'a mut dyn Outputs,
     checkpoint: &'a Checkpoint<'a>,
     /// Files that are already stored. The store may have moved them away.
-    stored: HashMap<FileId, Digest>,
+    stored: HashMap<FileIdentity, Digest>,
     reported: Reported,
 }
 
@@ -320,7 +320,7 @@ impl OutputWriter<'_> {
         }
     }
 
-    fn file_at(&mut self, output: &OutputRequest, name: &str, id: FileId) -> Result<Digest> {
+    fn file_at(&mut self, output: &OutputRequest, name: &str, id: FileIdentity) -> Result<Digest> {
         if let Some(digest) = self.stored.get(&id) {
             return Ok(*digest);
         }
@@ -332,7 +332,7 @@ impl OutputWriter<'_> {
     }
 
     /// Stores one file, unless it is already stored under another name.
-    fn file(&mut self, parent: &File, name: &str, id: FileId, path: &str) -> Result<Digest> {
+    fn file(&mut self, parent: &File, name: &str, id: FileIdentity, path: &str) -> Result<Digest> {
         self.checkpoint.check()?;
         if let Some(digest) = self.stored.get(&id) {
             return Ok(*digest);

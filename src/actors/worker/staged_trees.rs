@@ -27,7 +27,7 @@ mod tests;
 
 use super::{
     checkpoint::Checkpoint,
-    dir::{self, FileId},
+    dir::{self, FileIdentity},
     inputs,
     store::Inputs,
     workspace::{BuildRoot, RootDirectory},
@@ -101,12 +101,12 @@ impl Default for StagingLimits {
 }
 
 /// The instance whose blobs a tree was made from, and the digest of its root.
-type Key = (InstanceId, Digest);
+type TreeKey = (InstanceId, Digest);
 
 /// The staged trees of one directory.
 #[derive(Debug)]
 pub struct StagedTrees {
-    index: Mutex<TreeIndex<Key, Arc<Tree>>>,
+    index: Mutex<TreeIndex<TreeKey, Arc<Tree>>>,
     min_nodes: u64,
     /// Notified when a tree was built or could not be built.
     built: Condvar,
@@ -126,7 +126,7 @@ struct Tree {
 }
 
 /// Identity and change time of a directory, which stay the same as long as the directory is not changed.
-type Unchanged = (FileId, (i64, i64));
+type Unchanged = (FileIdentity, (i64, i64));
 
 #[allow(clippy::unnecessary_cast, clippy::useless_conversion)]
 fn unchanged(stat: &Stat) -> Unchanged {
@@ -225,7 +225,7 @@ impl StagedTrees {
         Self { index, min_nodes: limits.min_nodes, built: Condvar::new(), copy_until: Mutex::new(None) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, TreeIndex<Key, Arc<Tree>>> {
+    fn lock(&self) -> MutexGuard<'_, TreeIndex<TreeKey, Arc<Tree>>> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -282,7 +282,7 @@ impl BuildRoot {
     fn build(
         &self,
         place: &Arc<RootDirectory>,
-        key: Key,
+        key: TreeKey,
         evicted: Vec<Arc<Tree>>,
         inputs: &mut dyn Inputs,
         checkpoint: &Checkpoint,
@@ -319,7 +319,12 @@ impl BuildRoot {
 
     /// Leases the tree of this root. Waits if it is being built, at most for half of the time that the checkpoint
     /// allows, so that there is time left to copy the inputs.
-    fn wait_for(&self, place: &Arc<RootDirectory>, key: Key, checkpoint: &Checkpoint) -> Result<TreeWait> {
+    fn wait_for(
+        &self,
+        place: &Arc<RootDirectory>,
+        key: TreeKey,
+        checkpoint: &Checkpoint,
+    ) -> Result<TreeWait> {
         let mut index = place.trees.lock();
         loop {
             if let Some((id, tree)) = index.lease(key) {
@@ -343,7 +348,12 @@ impl BuildRoot {
     }
 
     /// A lease of the best base; `None` if the root should become a tree of its own.
-    fn similar<'a>(&self, place: &Arc<RootDirectory>, wanted: &'a InputTree, key: Key) -> Option<Base<'a>> {
+    fn similar<'a>(
+        &self,
+        place: &Arc<RootDirectory>,
+        wanted: &'a InputTree,
+        key: TreeKey,
+    ) -> Option<Base<'a>> {
         let (weight, base, delta) = self.best_base(place, wanted, key.0)?;
         let mut index = place.trees.lock();
         if weight > SMALL_DELTA && (index.note_seen(key) || index.note_large_delta(base)) {
@@ -391,7 +401,7 @@ impl BuildRoot {
 struct Building<'a> {
     build_root: &'a BuildRoot,
     place: &'a Arc<RootDirectory>,
-    key: Key,
+    key: TreeKey,
     /// The directory of the tree until the tree is finished.
     name: Option<OsString>,
 }

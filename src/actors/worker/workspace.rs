@@ -23,7 +23,7 @@ mod names;
 mod removal;
 
 use super::{
-    dir::{self, FileId},
+    dir::{self, FileIdentity},
     disk_watch::DiskWatch,
     layer,
     messages::SlotId,
@@ -85,7 +85,7 @@ struct RootDirectories {
 #[derive(Debug)]
 pub(super) struct RootDirectory {
     handle: File,
-    id: FileId,
+    id: FileIdentity,
     pub(super) trees: StagedTrees,
 }
 

@@ -3,7 +3,7 @@
 //! It walks the directory that belongs to this action alone: the layer above a staged tree, or a copy of the input
 //! root. Files that were there before the command started do not count.
 
-use super::dir::{self, FileId};
+use super::dir::{self, FileIdentity};
 use crate::{
     disk::Space,
     limits::{Exceeded, LimitedResource, Limits},
@@ -90,7 +90,7 @@ fn measure(root: &File, limits: &Limits, before: Use) -> Use {
 
 /// A directory on the path from the root to the current directory.
 struct Level {
-    id: FileId,
+    id: FileIdentity,
     /// `None` while the walk is far below it.
     open: Option<File>,
     /// Directories that are not visited yet.

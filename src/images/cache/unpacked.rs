@@ -130,7 +130,7 @@ impl UnpackedImage {
     pub(in crate::images) fn finish(mut self, settings: CommandSettings) -> Result<ImageLease> {
         let cache = self.cache.clone();
         let bytes = cache.index().taken(&self.key);
-        let keep = || -> io::Result<(OsString, dir::FileId)> {
+        let keep = || -> io::Result<(OsString, dir::FileIdentity)> {
             let id = dir::file_id(&rfs::fstat(self.root.as_ref().ok_or(Errno::BADF)?)?);
             let description = Description {
                 boot: cache.boot.clone().unwrap_or_default(),

@@ -12,12 +12,12 @@ const AVERAGES: std::ops::RangeInclusive<u32> = 1_024..=1_048_576;
 
 /// The parameters of FastCDC, within the accepted range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Parameters {
+pub struct FastCdcParameters {
     average: u32,
     seed: u32,
 }
 
-impl Parameters {
+impl FastCdcParameters {
     /// The parameters that the API recommends.
     pub const RECOMMENDED: Self = Self { average: 524_288, seed: 0 };
 
@@ -44,8 +44,8 @@ impl Parameters {
 
 /// Finds the ends of chunks. Keeps no state between chunks.
 #[derive(Debug)]
-pub(super) struct Cutter {
-    parameters: Parameters,
+pub(super) struct FastCdcCutter {
+    parameters: FastCdcParameters,
     strict: u64,
     relaxed: u64,
     gear: Cow<'static, [u64]>,
@@ -53,15 +53,16 @@ pub(super) struct Cutter {
     gear_shifted: Cow<'static, [u64]>,
 }
 
-impl Cutter {
+impl FastCdcCutter {
     /// Computes the tables for these parameters.
-    pub(super) fn new(parameters: Parameters) -> Self {
+    pub(super) fn new(parameters: FastCdcParameters) -> Self {
         let (strict, relaxed) = select_masks(parameters.average as usize, Normalization::Level2);
         let (gear, gear_shifted) = get_gear_with_seed(parameters.seed.into());
         Self { parameters, strict, relaxed, gear, gear_shifted }
     }
 
-    /// Length of the first chunk of `window`. The window has [`Parameters::max`] bytes or ends at the end of the blob.
+    /// Length of the first chunk of `window`. The window has [`FastCdcParameters::max`] bytes or ends at the end of the
+    /// blob.
     pub(super) fn cut(&self, window: &[u8]) -> usize {
         let (min, max) = (self.parameters.min(), self.parameters.max());
         let average = self.parameters.average as usize;

@@ -26,12 +26,12 @@ const BLOCK: usize = 4_096;
 
 /// The parameters of RepMaxCDC, within the accepted range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Parameters {
+pub struct RepMaxParameters {
     min: u32,
     horizon: u32,
 }
 
-impl Parameters {
+impl RepMaxParameters {
     /// The parameters that the API recommends.
     pub const RECOMMENDED: Self = Self { min: 262_144, horizon: 8 * 262_144 };
 
@@ -80,8 +80,8 @@ impl Candidate {
 
 /// Finds the ends of consecutive chunks.
 #[derive(Debug)]
-pub(super) struct Cutter {
-    parameters: Parameters,
+pub(super) struct RepMaxCutter {
+    parameters: RepMaxParameters,
     gear: Cow<'static, [u64]>,
     /// Start of the window, in bytes from the start of the blob.
     start: u64,
@@ -90,15 +90,15 @@ pub(super) struct Cutter {
     first_block: u64,
 }
 
-impl Cutter {
+impl RepMaxCutter {
     /// Creates a cutter at the start of a blob.
-    pub(super) fn new(parameters: Parameters) -> Self {
+    pub(super) fn new(parameters: RepMaxParameters) -> Self {
         let (gear, _) = get_gear_with_seed(0);
         Self { parameters, gear, start: 0, best: VecDeque::new(), first_block: 0 }
     }
 
-    /// Length of the first chunk of `window`. The window has [`Parameters::lookahead`] bytes or ends at the end of the
-    /// blob. The next window starts where this chunk ends.
+    /// Length of the first chunk of `window`. The window has [`RepMaxParameters::lookahead`] bytes or ends at the end
+    /// of the blob. The next window starts where this chunk ends.
     pub(super) fn cut(&mut self, window: &[u8]) -> usize {
         let length = self.find(window);
         self.start += length as u64;

@@ -13,14 +13,14 @@ use std::{
 use zstd::stream::read::Decoder;
 
 /// The decoder of one frame. Its magic number was already read from the input.
-type Frame<R> = Decoder<'static, Chain<Cursor<[u8; 4]>, R>>;
+type ZstdFrame<R> = Decoder<'static, Chain<Cursor<[u8; 4]>, R>>;
 
 /// Decodes a stream of zstd frames; see the module documentation.
 pub(crate) struct ZstdFrames<R: BufRead>(At<R>);
 
 enum At<R: BufRead> {
     Start(R),
-    Frame(Box<Frame<R>>),
+    Frame(Box<ZstdFrame<R>>),
     End,
 }
 
@@ -58,7 +58,7 @@ impl<R: BufRead> Read for ZstdFrames<R> {
 }
 
 /// Begins the next frame; `None` at the end of the input.
-fn next_frame<R: BufRead>(mut input: R) -> io::Result<Option<Frame<R>>> {
+fn next_frame<R: BufRead>(mut input: R) -> io::Result<Option<ZstdFrame<R>>> {
     let mut magic = [0; 4];
     if input.fill_buf()?.is_empty() {
         return Ok(None);

@@ -16,7 +16,7 @@ use crate::actors::cas::{
     guards::Hold,
     lookup::Purpose,
     memo::Memo,
-    turns::{Turn, Turns},
+    turns::{KeyTurn, Turns},
     volume::PIECE_BYTES,
 };
 use crate::{
@@ -71,7 +71,7 @@ pub(crate) struct ChunkWork {
 #[derive(Debug)]
 pub(crate) struct Right {
     _place: Share,
-    _turn: Turn,
+    _turn: KeyTurn,
 }
 
 impl Default for ChunkWork {

@@ -45,14 +45,14 @@ pub struct ZstdReader {
 }
 
 /// A job that makes some frames. It returns what remains to be compressed, and the frames.
-type Job = JoinHandle<Result<(Part, Vec<u8>)>>;
+type FrameJob = JoinHandle<Result<(Part, Vec<u8>)>>;
 
 /// Frames that are made while the stream is read.
 #[derive(Debug)]
 struct Making {
     cas: Cas,
     part: Part,
-    job: Option<Job>,
+    job: Option<FrameJob>,
 }
 
 /// A part of a blob that is still to be compressed.
@@ -132,7 +132,7 @@ impl Making {
         Ok(Some(frames))
     }
 
-    fn start(&self, place: Share) -> Job {
+    fn start(&self, place: Share) -> FrameJob {
         let (cas, mut part) = (self.cas.clone(), self.part.clone());
         self.cas.shared().runtime.spawn_blocking(move || {
             let _place = place;

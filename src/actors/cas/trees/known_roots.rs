@@ -27,18 +27,18 @@ const CHECKED_FOR: Duration = Duration::from_secs(10);
 const MIN_PRUNED: usize = 1_024;
 
 /// The instance of a root's blobs, and the digest of the root.
-type Key = (InstanceId, Digest);
+type RootKey = (InstanceId, Digest);
 
 /// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct KnownRoots {
-    recent: Memo<Key, Arc<InputTree>>,
+    recent: Memo<RootKey, Arc<InputTree>>,
     all: Mutex<AllRoots>,
 }
 
 #[derive(Debug)]
 struct AllRoots {
-    roots: HashMap<Key, KnownRoot>,
+    roots: HashMap<RootKey, KnownRoot>,
     prune_at: usize,
 }
 
@@ -61,20 +61,20 @@ impl KnownRoots {
     }
 
     /// The root with this key.
-    pub(crate) fn get(&self, key: &Key) -> Option<Arc<InputTree>> {
+    pub(crate) fn get(&self, key: &RootKey) -> Option<Arc<InputTree>> {
         self.recent.get(key).or_else(|| self.lock().roots.get(key)?.tree.upgrade())
     }
 
     /// Whether a root need not be checked for this build now. A check for another build does not count, because it has
     /// leased nothing to this build.
-    pub(crate) fn was_checked(&self, key: &Key, build: Option<Owner>, now: Instant) -> bool {
+    pub(crate) fn was_checked(&self, key: &RootKey, build: Option<Owner>, now: Instant) -> bool {
         let all = self.lock();
         let known = all.roots.get(key).filter(|known| known.tree.strong_count() > 0 && known.build == build);
         known.is_some_and(|known| now.saturating_duration_since(known.checked) < CHECKED_FOR)
     }
 
     /// Remembers a root that was found complete for this build.
-    pub(crate) fn insert(&self, key: Key, tree: &Arc<InputTree>, build: Option<Owner>, checked: Instant) {
+    pub(crate) fn insert(&self, key: RootKey, tree: &Arc<InputTree>, build: Option<Owner>, checked: Instant) {
         self.recent.insert(key, tree.clone(), tree.memory());
         let mut all = self.lock();
         all.roots.insert(key, KnownRoot { tree: Arc::downgrade(tree), build, checked });
@@ -97,7 +97,7 @@ mod tests {
     use prost::Message as _;
 
     /// A root whose only link has a target of this length.
-    fn root(number: usize, length: usize) -> (Key, Arc<InputTree>) {
+    fn root(number: usize, length: usize) -> (RootKey, Arc<InputTree>) {
         let target = format!("{number:08}").repeat(length / 8 + 1);
         let link = reapi::SymlinkNode { name: "l".into(), target, ..Default::default() };
         let bytes = reapi::Directory { symlinks: vec![link], ..Default::default() }.encode_to_vec();

@@ -60,12 +60,12 @@ pub(super) fn needs_checksums(key: &Key, size: u64) -> bool {
 
 /// The position of a record: the number of its table file, and the offset in units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Place {
+struct RecordPlace {
     number: u32,
     unit: u32,
 }
 
-impl Place {
+impl RecordPlace {
     fn offset(self) -> u64 {
         u64::from(self.unit) * UNIT_BYTES
     }
@@ -98,9 +98,9 @@ impl TableFile {
 
 #[derive(Debug, Default)]
 struct TableState {
-    places: HashMap<u64, Place>,
+    places: HashMap<u64, RecordPlace>,
     /// Records of earlier runs, with their lengths, whose files were not found yet.
-    unclaimed: HashMap<u64, (Place, u64)>,
+    unclaimed: HashMap<u64, (RecordPlace, u64)>,
     files: BTreeMap<u32, TableFile>,
     /// The greatest number of a table file.
     last: u32,
@@ -108,7 +108,7 @@ struct TableState {
 
 impl TableState {
     /// Counts a record as dead.
-    fn bury(&mut self, place: Place, length: u64) {
+    fn bury(&mut self, place: RecordPlace, length: u64) {
         if let Some(file) = self.files.get_mut(&place.number) {
             file.live = file.live.saturating_sub(length);
         }
@@ -229,7 +229,7 @@ impl ChecksumTable {
         self.directory.join(format!("{number:08x}.sums"))
     }
 
-    fn place_of(&self, generation: u64) -> Option<(Place, u64)> {
+    fn place_of(&self, generation: u64) -> Option<(RecordPlace, u64)> {
         let state = self.state();
         let place = *state.places.get(&generation)?;
         Some((place, state.files.get(&place.number)?.nonce))
@@ -245,7 +245,7 @@ impl ChecksumTable {
 
     /// Counts a record as dead. If its length cannot be read, the smallest length is counted, because the count only
     /// decides when a file is copied.
-    fn bury(&self, place: Place) {
+    fn bury(&self, place: RecordPlace) {
         let nonce = self.state().files.get(&place.number).map(|file| file.nonce);
         let length = nonce.and_then(|nonce| {
             let table = self.file_of(place.number).ok()?;
@@ -257,12 +257,12 @@ impl ChecksumTable {
     }
 
     /// Appends a record. If it is a copy, it takes effect only if the original is still in its place.
-    fn append(&self, head: RecordHead, body: &[u8], original: Option<Place>) -> io::Result<()> {
+    fn append(&self, head: RecordHead, body: &[u8], original: Option<RecordPlace>) -> io::Result<()> {
         let length = head.record_bytes();
         let (number, nonce, at, file) = self.reserve(length)?;
         let bytes = head.encode(nonce, body);
         let written = file.write_all_at(&bytes, at);
-        let place = Place { number, unit: (at / UNIT_BYTES) as u32 };
+        let place = RecordPlace { number, unit: (at / UNIT_BYTES) as u32 };
         let mut state = self.state();
         let is_due = written.is_ok()
             && original.is_none_or(|original| state.places.get(&head.generation) == Some(&original));
@@ -340,7 +340,7 @@ impl ChecksumTable {
     fn copy_live(&self, number: u32, nonce: u64) -> io::Result<()> {
         let bytes = regular_file::read_own(&self.path(number), MAX_READ_BYTES)?;
         for (at, head) in Records::new(nonce, &bytes) {
-            let place = Place { number, unit: (at / UNIT_BYTES) as u32 };
+            let place = RecordPlace { number, unit: (at / UNIT_BYTES) as u32 };
             if self.state().places.get(&head.generation) != Some(&place) {
                 continue;
             }
@@ -375,7 +375,8 @@ impl ChecksumTable {
         let mut state = self.state();
         let mut last_generation = 0;
         for (at, head) in Records::new(nonce, &bytes) {
-            let (place, length) = (Place { number, unit: (at / UNIT_BYTES) as u32 }, head.record_bytes());
+            let (place, length) =
+                (RecordPlace { number, unit: (at / UNIT_BYTES) as u32 }, head.record_bytes());
             live += length;
             // The last record may be cut off. New records must not overlap it.
             end = end.max(at + length);
@@ -410,7 +411,7 @@ fn open_to_append(path: &Path) -> io::Result<File> {
 }
 
 /// Reads the record at a place; `None` if it is damaged.
-fn read_record(table: &File, nonce: u64, place: Place) -> io::Result<Option<(RecordHead, Checksums)>> {
+fn read_record(table: &File, nonce: u64, place: RecordPlace) -> io::Result<Option<(RecordHead, Checksums)>> {
     let mut head = [0; RECORD_HEAD_BYTES];
     table.read_exact_at(&mut head, place.offset())?;
     let Some(head) = RecordHead::decode(nonce, &head) else { return Ok(None) };

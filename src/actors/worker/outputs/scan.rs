@@ -7,7 +7,7 @@
 use super::{Seen, name_of};
 use crate::actors::worker::{
     checkpoint::Checkpoint,
-    dir::{self, FileId},
+    dir::{self, FileIdentity},
     exec_root::{Here, LayerWalk},
     inputs, layer,
 };
@@ -53,7 +53,7 @@ pub(crate) struct FoundFile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Content {
     /// A file that is not stored yet, with its identity, which does not depend on the name.
-    Own(FileId),
+    Own(FileIdentity),
     /// A file that is stored.
     Stored(Digest),
 }

@@ -6,7 +6,7 @@
 //! could not be built, it builds the tree itself. Nothing is built while the disk is low, or if the tree, those in use
 //! and those that still await their runs would take more than half of the budget.
 
-use super::{BUILD_POLL, BuildPermit, Key, SMALL_DELTA, UNLIMITED, free_of, size_of_tree};
+use super::{BUILD_POLL, BuildPermit, SMALL_DELTA, TreeKey, UNLIMITED, free_of, size_of_tree};
 use crate::{
     actors::worker::{
         checkpoint::Checkpoint,
@@ -56,7 +56,7 @@ impl BuildRoot {
     }
 
     /// Whether this root has a tree, which then counts as used now, or a tree of it is being built.
-    fn is_staged(&self, place: &Arc<RootDirectory>, key: Key) -> bool {
+    fn is_staged(&self, place: &Arc<RootDirectory>, key: TreeKey) -> bool {
         let mut index = place.trees.lock();
         if index.is_building(key) {
             return true;
@@ -68,7 +68,7 @@ impl BuildRoot {
     }
 
     /// Whether a run of this root would make a tree. If it would not, nothing is recorded: the run records its delta.
-    fn needs_tree(&self, place: &RootDirectory, wanted: &InputTree, key: Key) -> bool {
+    fn needs_tree(&self, place: &RootDirectory, wanted: &InputTree, key: TreeKey) -> bool {
         let Some((weight, base, _)) = self.best_base(place, wanted, key.0) else { return true };
         let mut index = place.trees.lock();
         weight > SMALL_DELTA

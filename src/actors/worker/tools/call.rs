@@ -7,7 +7,7 @@
 use super::codec::{Encoding, MAX_REQUEST_BYTES, WorkInput, WorkRequest};
 use crate::{
     action::Action,
-    actors::worker::dir::FileId,
+    actors::worker::dir::FileIdentity,
     platform::{WORKER_KEY, WORKER_PROTOCOL},
 };
 use gorego_reapi::{
@@ -52,7 +52,7 @@ impl ToolCall {
     pub(super) fn of(
         action: &Action,
         tree: &InputTree,
-        root: Option<FileId>,
+        root: Option<FileIdentity>,
     ) -> Result<Option<Self>, &'static str> {
         if !wants_tool(action) {
             return Ok(None);

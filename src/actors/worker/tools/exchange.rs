@@ -12,7 +12,7 @@
 
 use crate::actors::worker::{
     checkpoint::Checkpoint,
-    dir::{self, Cursor, FileId},
+    dir::{self, Cursor, FileIdentity},
     inputs::{self, EXECUTABLE},
     store::Inputs,
     workspace::remove,
@@ -51,7 +51,7 @@ struct PlacedFile {
 /// The attributes that show whether a file was changed or replaced.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct FileStamp {
-    id: FileId,
+    id: FileIdentity,
     size: i64,
     mode: u32,
     changed: Timespec,

@@ -15,7 +15,7 @@ use crate::{
         checkpoint::Checkpoint,
         clock::Moment,
         command::Launch,
-        dir::{self, FileId},
+        dir::{self, FileIdentity},
         exec_root::ExecRoot,
         inputs,
         launcher::{
@@ -191,7 +191,7 @@ impl<'a> ToolTurn<'a> {
 
 impl ToolJob<'_> {
     /// The identity of the directory that is the root file system now; `None` for the host's files.
-    fn root_directory(&self) -> io::Result<Option<FileId>> {
+    fn root_directory(&self) -> io::Result<Option<FileIdentity>> {
         let path = self.kind.root_directory();
         path.map(|path| Ok(dir::file_id(&rfs::stat(path)?))).transpose()
     }

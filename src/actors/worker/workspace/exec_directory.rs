@@ -2,12 +2,12 @@
 
 use super::{
     BuildRoot, RootDirectory, names,
-    removal::{Job, Ticket},
+    removal::{Job, RemovalTicket},
 };
 use crate::{
     actors::worker::{
         checkpoint::Checkpoint,
-        dir::{self, FileId},
+        dir::{self, FileIdentity},
         layer,
         staged_trees::Base,
         store::Inputs,
@@ -41,7 +41,7 @@ pub struct Workspace {
     for_action: Option<OsString>,
     root_path: PathBuf,
     opened: Option<OpenDirectories>,
-    ticket: Option<Ticket>,
+    ticket: Option<RemovalTicket>,
     removes_itself: bool,
 }
 
@@ -66,7 +66,7 @@ impl Workspace {
         build_root: &BuildRoot,
         place: Arc<RootDirectory>,
         name: OsString,
-        ticket: Ticket,
+        ticket: RemovalTicket,
         action: Option<&Digest>,
     ) -> io::Result<Self> {
         let mut workspace = Self {
@@ -215,6 +215,6 @@ impl Drop for Workspace {
 }
 
 /// Whether the file or directory with this identity is at a path.
-fn is_at(path: &Path, id: FileId) -> bool {
+fn is_at(path: &Path, id: FileIdentity) -> bool {
     rfs::lstat(path).is_ok_and(|stat| dir::file_id(&stat) == id)
 }

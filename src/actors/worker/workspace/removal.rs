@@ -2,9 +2,9 @@
 //!
 //! One background thread removes them. If its queue is full, the worker removes its directory itself. If a directory
 //! cannot be removed (an immutable file, a mount, a file system that needs free space to remove a file), this is
-//! logged. The removal is retried every [`RETRY_AFTER`], and by the sweep of the next start. A [`Ticket`] exists for
-//! each directory of a run whose removal was not attempted yet, so that a shutdown can wait for all of them. It does
-//! not wait for retries.
+//! logged. The removal is retried every [`RETRY_AFTER`], and by the sweep of the next start. A [`RemovalTicket`] exists
+//! for each directory of a run whose removal was not attempted yet, so that a shutdown can wait for all of them. It
+//! does not wait for retries.
 
 use super::{
     RootDirectory,
@@ -65,7 +65,7 @@ pub(super) struct Job {
     /// Its name in the build root.
     pub name: OsString,
     /// `None` for leftovers of an earlier server process.
-    pub ticket: Option<Ticket>,
+    pub ticket: Option<RemovalTicket>,
 }
 
 impl Attempts {
@@ -142,9 +142,9 @@ impl Pending {
 
 /// Counts one directory that is not removed yet.
 #[derive(Debug)]
-pub(super) struct Ticket(Arc<Pending>);
+pub(super) struct RemovalTicket(Arc<Pending>);
 
-impl Drop for Ticket {
+impl Drop for RemovalTicket {
     fn drop(&mut self) {
         *self.0.count() -= 1;
         self.0.fewer.notify_all();
@@ -169,9 +169,9 @@ impl Remover {
     }
 
     /// Counts a directory that is about to be created.
-    pub(super) fn ticket(&self) -> Ticket {
+    pub(super) fn ticket(&self) -> RemovalTicket {
         *self.pending.count() += 1;
-        Ticket(self.pending.clone())
+        RemovalTicket(self.pending.clone())
     }
 
     /// Removes a directory in the background, or on this thread if the queue is full.

@@ -22,7 +22,7 @@ struct Case {
     /// Path, content, and whether the file belongs to the tool.
     files: Vec<(&'static str, &'static str, bool)>,
     /// The identity of the root file system's directory.
-    root: Option<FileId>,
+    root: Option<FileIdentity>,
 }
 
 fn case() -> Case {

@@ -325,6 +325,7 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let shared = policies.iter().any(|(_, policy)| policy.blobs_of.is_some());
     match Instances::with_policies(policies) {
         Ok(instances) => Some(instances),
+        Err(_) if !check.are_usable(&["instances", "instance_names"]) => Instances::new([""]).ok(),
         Err(error) => {
             check.refuse(if shared { "instances" } else { "instance_names" }, &error.to_string());
             None
@@ -348,6 +349,18 @@ fn is_loopback(address: SocketAddr) -> bool {
         IpAddr::V4(ip) => ip.is_loopback(),
     }
 }
+
+/// The keys that allow an address which other machines can reach.
+const EXPOSURE: &[&str] = &[
+    "allow_unauthenticated",
+    "tls.cert",
+    "tls.client_ca",
+    "tls.client_auth",
+    "access.tokens",
+    "access.passwords",
+    "access.certificates",
+    "access.jwt",
+];
 
 /// Without authentication, everyone who can reach the endpoint can run commands on this machine. Without TLS, everyone
 /// who can read the traffic can steal credentials.
@@ -373,8 +386,10 @@ fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str
     if config.allow_unauthenticated {
         warnings.push(format!("{address} is not a loopback address and {lack}: {danger}"));
     } else {
-        check.refuse(
+        check.require_with(
             key,
+            EXPOSURE,
+            false,
             &format!(
                 "is not a loopback address, and {lack}, so {danger}. Configure [tls] and [access] (docs/securing.md), or listen \
                  on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where every user is trusted \

@@ -350,6 +350,14 @@ fn is_loopback(address: SocketAddr) -> bool {
     }
 }
 
+/// Whether two sockets cannot listen on these addresses. An IPv6 socket for all addresses is one for IPv4 too.
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let (first, second) = (one.ip().to_canonical(), other.ip().to_canonical());
+    let contains = |all: IpAddr, ip: IpAddr| all.is_unspecified() && (all.is_ipv6() || ip.is_ipv4());
+    let same_ip = first == second || contains(first, second) || contains(second, first);
+    one.port() == other.port() && one.port() != 0 && same_ip
+}
+
 /// The keys that allow an address which other machines can reach.
 const EXPOSURE: &[&str] = &[
     "allow_unauthenticated",
@@ -419,6 +427,13 @@ fn http_address(check: &mut Checker<'_>, warnings: &mut Vec<String>) -> Option<S
     }
     match text.parse() {
         Ok(address) => {
+            let holds = !overlap(address, check.loaded.config.listen_addr);
+            check.require_with(
+                KEY,
+                &["listen_addr"],
+                holds,
+                "has the same port as listen_addr; choose another",
+            );
             check_exposure(check, warnings, KEY, address);
             Some(address)
         }

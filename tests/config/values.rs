@@ -160,6 +160,7 @@ fn a_value_that_cannot_be_read_causes_no_problem_of_another_key() {
         let (_dir, path) = file(text);
         let sources = Sources { file: Some(path), ..Sources::default() };
         let error = load_checked(&sources, &machine()).unwrap_err().to_string();
+        "listen_addr = 1\n[http]\nlisten_addr = \"127.0.0.1:50051\"",
         assert_eq!(error.matches("c.toml:").count(), 1, "{error}\nfor {text}");
         assert!(!error.contains("cannot be used"), "{error}\nfor {text}");
     }

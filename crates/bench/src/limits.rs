@@ -118,7 +118,7 @@ kinds! {
         |machine| machine.on_a_thread(|time, _| local::spawn(1, time)).await;
     SPAWN_ALL: "spawn-all", "processes", "the same on all CPUs",
         |machine| machine.on_a_thread(|time, _| local::spawn(local::cpus(), time)).await;
-    CREATE: "create", "files", "files of 4 KiB, created and written, one thread",
+    CREATE: "create", "files", "at most 100,000 files of 4 KiB, created and written, one thread",
         |machine| machine.on_a_thread(|time, directory| local::create(directory, time)).await;
     WRITE: "write", "MB", "one file of at most 512 MiB, written and synced to the disk",
         |machine| machine.on_a_thread(|time, directory| local::write(directory, time)).await;

@@ -215,7 +215,7 @@ mod tests {
     #[tokio::test]
     async fn each_limit_is_measured_once() {
         let directory = tempfile::tempdir().unwrap();
-        let mut machine = Machine::new(directory.path(), &options(Duration::from_millis(20)));
+        let mut machine = Machine::new(directory.path(), &options(Duration::from_millis(500)));
         let said = Mutex::new(Vec::new());
         let kinds: Vec<_> = ALL.iter().filter(|kind| kind.name != HASH.name).collect();
         for kind in kinds.iter().chain([&&&UNARY]) {

@@ -51,8 +51,8 @@ pub struct Limit {
 }
 
 impl Limits {
-    /// Measures all limits, each for the time that the options give. Files are written to a temporary directory below
-    /// `directory`, which should be on the disk of the store.
+    /// Measures all limits, each for the duration in the options. Only the limits of gRPC have a warm-up. Files are
+    /// written to a temporary directory below `directory`, which should be on the disk of the store.
     ///
     /// # Errors
     /// If files cannot be written or processes cannot be started.
@@ -162,7 +162,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Warm-up and duration of each limit come from the options.
+    /// The duration of each limit, and the warm-up of the limits of gRPC, come from the options.
     pub(crate) fn new(directory: &Path, options: &Options) -> Self {
         let options = Options { callers: None, pace: Pace::Closed, pid: None, ..options.clone() };
         Self { options, directory: directory.to_owned(), bare: OnceCell::new(), measured: Vec::new() }

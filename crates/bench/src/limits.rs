@@ -136,7 +136,7 @@ kinds! {
         |machine| Ok(machine.bare().await?.writes(LARGE_BYTES, 2).await?.megabytes_per_second);
     READ_LARGE: "grpc-read-large", "MB", "ByteStream.Read of 64 MiB, 2 callers, same server",
         |machine| Ok(machine.bare().await?.reads(LARGE_BYTES, 2).await?.megabytes_per_second);
-    READ_ZSTD: "grpc-read-zstd", "MB", "the same for as many bytes as 64 MiB of text have as a zstd stream; MB of text",
+    READ_ZSTD: "grpc-read-zstd", "MB", "the same with the size of 64 MiB of text after compression with zstd, in MB of text",
         |machine| {
             let figures = machine.bare().await?.reads(zstd_bytes()?, 2).await?;
             Ok(figures.calls_per_second * LARGE_BYTES as f64 / 1e6)

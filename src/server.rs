@@ -62,11 +62,11 @@ use ports::{Ports, ServedPort};
 use prerequisites::{Listeners, Prerequisites};
 use reload::{ReloadAccess, ReloadHosts, ReloadImages, ReloadLogFilter, ReloadOrigins, ReloadQuotas};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::{net::SocketAddr, sync::Arc};
+use std::{mem::ManuallyDrop, net::SocketAddr, sync::Arc};
 use tls::ReloadTls;
 pub(crate) use tls::check_tls_files;
 use tokio::{
-    runtime::{Builder, Handle, Runtime},
+    runtime::{Builder, Handle},
     select,
     time::{Instant, timeout_at},
 };
@@ -106,6 +106,9 @@ pub(crate) fn run(
         .enable_all()
         .build()
         .map_err(|error| Error::io("start the async runtime", &error))?;
+    // Dropping a runtime waits for its threads, which may be stuck in a system call. The process ends after this
+    // function.
+    let runtime = ManuallyDrop::new(Arc::new(runtime));
     let sockets = std::mem::take(&mut supervision.sockets);
     let prerequisites = Prerequisites::open(&settings, sockets, runtime.handle())?;
     // Opening the store and the build root blocks, so it is done before anything asynchronous starts. Each locks its
@@ -116,12 +119,8 @@ pub(crate) fn run(
         Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
         None => None,
     };
-    let runtime: Arc<Runtime> = Arc::new(runtime);
     let workers = runtime.handle().clone();
-    // Dropping a runtime waits for its threads, which may be stuck in a system call. The process ends after this
-    // function.
-    let _kept = std::mem::ManuallyDrop::new(runtime.clone());
-    let system = System::with_tokio_rt(move || runtime);
+    let system = System::with_tokio_rt(|| Arc::clone(&runtime));
     system.block_on(async move {
         let (server, listeners) =
             Server::start(settings, supervision, prerequisites, store, reports, place, workers)?;

@@ -83,7 +83,7 @@ async fn the_limits_are_printed_as_json() {
     assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("--limits"));
 }
 
-/// A run with so little time ends before the line would show numbers.
+/// The line shows numbers as soon as a round of calls is measured.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_progress_line_names_the_scenario_before_its_first_call_is_measured() {
     let server = Server::start().await;

@@ -122,7 +122,8 @@ pub(super) fn access(check: &mut Checker<'_>, is_exposed: bool, machine: &Machin
 fn certificates(check: &mut Checker<'_>, config: &AccessConfig, policy: &Policy) -> Vec<CertificateGrant> {
     const KEY: &str = "access.certificates";
     let has_ca = !check.loaded.config.tls.client_ca.as_os_str().is_empty();
-    check.require(KEY, has_ca || config.certificates.is_empty(), "has no effect without tls.client_ca");
+    let holds = has_ca || config.certificates.is_empty();
+    check.require_with(KEY, &["tls.client_ca"], holds, "has no effect without tls.client_ca");
     let mut grants = Vec::new();
     for CertificateConfig { subject, name, roles } in &config.certificates {
         known_roles(check, KEY, roles, policy);
@@ -243,7 +244,7 @@ fn known_roles(check: &mut Checker<'_>, key: &str, names: &[String], policy: &Po
         // A configured role with another problem is reported only once.
         let is_own = check.loaded.config.access.roles.contains_key(name);
         if let (Err(error), false) = (policy.roles_named(std::slice::from_ref(name)), is_own) {
-            check.refuse(key, &error.to_string());
+            check.require_with(key, &[ROLES], false, &error.to_string());
         }
     }
 }

@@ -51,6 +51,16 @@ impl<'a> Checker<'a> {
         }
     }
 
+    /// Whether none of these keys has a value that could not be read.
+    pub(super) fn are_usable(&self, keys: &[&str]) -> bool {
+        keys.iter().all(|key| !self.loaded.unusable.contains(*key))
+    }
+
+    /// Like [`Checker::require`], for a condition that depends on the values of `others` too.
+    pub(super) fn require_with(&mut self, key: &str, others: &[&str], holds: bool, problem: &str) {
+        self.require(key, holds || !self.are_usable(others), problem);
+    }
+
     /// Checks a size and converts it to bytes.
     pub(super) fn size(&mut self, key: &str, size: Size) -> u64 {
         self.require(key, size >= MIN_SIZE, &format!("must be between {MIN_SIZE} and {}", Size::MAX));

@@ -149,8 +149,9 @@ fn check_values(check: &mut Checker<'_>, config: &ExecutionConfig) {
     }
     check.duration("execution.abandon_grace", config.abandon_grace, true);
     check.duration("execution.contended_abandon_grace", config.contended_abandon_grace, true);
-    check.require(
+    check.require_with(
         "execution.default_timeout",
+        &["execution.max_timeout"],
         config.default_timeout <= config.max_timeout,
         "is above execution.max_timeout; lower it too",
     );

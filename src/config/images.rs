@@ -100,8 +100,9 @@ pub(super) fn images(check: &mut Checker<'_>, credentials: Option<PathBuf>) -> O
     let key = if config.registries.is_empty() { "layouts" } else { "registries" };
     let execution = &check.loaded.config.execution;
     let sandbox = SandboxMode::from(execution.sandbox.mode);
-    check.require(
+    check.require_with(
         &format!("execution.images.{key}"),
+        &["execution.sandbox.mode", "execution.pools"],
         sandbox != SandboxMode::Off || !execution.pools.is_empty(),
         "needs the sandbox, which is off (execution.sandbox.mode)",
     );

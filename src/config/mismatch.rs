@@ -24,10 +24,10 @@ pub(super) fn problems(key: &str, value: &Spanned<DeValue<'_>>) -> Vec<LocatedPr
 
 /// Collects the problems of a value. If it consists of several values, each is checked alone, because serde stops at
 /// the first error.
-fn collect(path: &mut Path, value: &Spanned<DeValue<'_>>, is_part: bool, found: &mut Vec<LocatedProblem>) {
+fn collect(path: &mut Path, value: &Spanned<DeValue<'_>>, is_entry: bool, found: &mut Vec<LocatedProblem>) {
     let Err(error) = alone(path, value) else { return };
-    // An entry of a table lacks the entries beside it.
-    if is_part && error.message().starts_with("missing field") {
+    // An entry of a table, and an element of a list in it, lack the entries beside it.
+    if is_entry && error.message().starts_with("missing field") {
         return;
     }
     let before = found.len();
@@ -44,7 +44,7 @@ fn collect(path: &mut Path, value: &Spanned<DeValue<'_>>, is_part: bool, found: 
         DeValue::Array(elements) => {
             for element in elements.iter() {
                 path.push((None, element.span()));
-                collect(path, element, true, found);
+                collect(path, element, is_entry, found);
                 path.pop();
             }
         }

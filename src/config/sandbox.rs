@@ -133,6 +133,11 @@ pub(super) fn sandbox(
         USERS.contains(&config.first_user),
         &format!("must be between {} and {}; 0 is root", USERS.start(), USERS.end()),
     );
+    // Without a usable value, the path of a default is not the server's own.
+    let own_paths = match check.are_usable(&["local_cache_dir", "execution.build_root"]) {
+        true => own.iter().map(|own| machine.current_dir.join(own)).collect(),
+        false => Vec::new(),
+    };
     let mut settings = SandboxSettings {
         mode: config.mode.into(),
         visible: config.visible.clone(),
@@ -143,7 +148,7 @@ pub(super) fn sandbox(
         shm_bytes: check.size("execution.sandbox.shm_size_gb", config.shm_size_gb),
         processes: config.processes,
         first_user: config.first_user,
-        own: own.iter().map(|own| machine.current_dir.join(own)).collect(),
+        own: own_paths,
         root: None,
         network: config.network.into(),
     };

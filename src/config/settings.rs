@@ -325,6 +325,7 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let shared = policies.iter().any(|(_, policy)| policy.blobs_of.is_some());
     match Instances::with_policies(policies) {
         Ok(instances) => Some(instances),
+        Err(_) if !check.are_usable(&["instances", "instance_names"]) => Instances::new([""]).ok(),
         Err(error) => {
             check.refuse(if shared { "instances" } else { "instance_names" }, &error.to_string());
             None
@@ -348,6 +349,26 @@ fn is_loopback(address: SocketAddr) -> bool {
         IpAddr::V4(ip) => ip.is_loopback(),
     }
 }
+
+/// Whether two sockets cannot listen on these addresses. An IPv6 socket for all addresses is one for IPv4 too.
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let (first, second) = (one.ip().to_canonical(), other.ip().to_canonical());
+    let contains = |all: IpAddr, ip: IpAddr| all.is_unspecified() && (all.is_ipv6() || ip.is_ipv4());
+    let same_ip = first == second || contains(first, second) || contains(second, first);
+    one.port() == other.port() && one.port() != 0 && same_ip
+}
+
+/// The keys that allow an address which other machines can reach.
+const EXPOSURE: &[&str] = &[
+    "allow_unauthenticated",
+    "tls.cert",
+    "tls.client_ca",
+    "tls.client_auth",
+    "access.tokens",
+    "access.passwords",
+    "access.certificates",
+    "access.jwt",
+];
 
 /// Without authentication, everyone who can reach the endpoint can run commands on this machine. Without TLS, everyone
 /// who can read the traffic can steal credentials.
@@ -373,8 +394,10 @@ fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str
     if config.allow_unauthenticated {
         warnings.push(format!("{address} is not a loopback address and {lack}: {danger}"));
     } else {
-        check.refuse(
+        check.require_with(
             key,
+            EXPOSURE,
+            false,
             &format!(
                 "is not a loopback address, and {lack}, so {danger}. Configure [tls] and [access] (docs/securing.md), or listen \
                  on 127.0.0.1 (and reach it through an SSH tunnel, say) or, on a network where every user is trusted \
@@ -404,6 +427,13 @@ fn http_address(check: &mut Checker<'_>, warnings: &mut Vec<String>) -> Option<S
     }
     match text.parse() {
         Ok(address) => {
+            let holds = !overlap(address, check.loaded.config.listen_addr);
+            check.require_with(
+                KEY,
+                &["listen_addr"],
+                holds,
+                "has the same port as listen_addr; choose another",
+            );
             check_exposure(check, warnings, KEY, address);
             Some(address)
         }

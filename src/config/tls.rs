@@ -59,15 +59,14 @@ pub(super) fn tls(check: &mut Checker<'_>, machine: &Machine) -> Option<TlsSetti
     let is_set = |path: &Path| !path.as_os_str().is_empty();
     check.require("tls.key", is_set(key) || !is_set(cert), "is needed, because tls.cert is set");
     for (name, path) in [("tls.key", key), ("tls.client_ca", client_ca), ("tls.crl", crl)] {
-        check.require(name, is_set(cert) || !is_set(path), "has no effect without tls.cert");
+        let holds = is_set(cert) || !is_set(path);
+        check.require_with(name, &["tls.cert"], holds, "has no effect without tls.cert");
     }
-    check.require("tls.crl", is_set(client_ca) || !is_set(crl), "has no effect without tls.client_ca");
     let is_optional = *client_auth == ClientAuth::Optional;
-    check.require(
-        "tls.client_auth",
-        is_set(client_ca) || !is_optional,
-        "has no effect without tls.client_ca",
-    );
+    for (name, is_set_too) in [("tls.crl", is_set(crl)), ("tls.client_auth", is_optional)] {
+        let holds = is_set(client_ca) || !is_set_too;
+        check.require_with(name, &["tls.client_ca"], holds, "has no effect without tls.client_ca");
+    }
     if !is_set(cert) {
         return None;
     }

@@ -1,5 +1,6 @@
 //! [`Prerequisites`]: the ports, and the files that decide who may use them. They are opened before the store, so that
-//! a start that fails for their sake leaves nothing behind.
+//! a start that fails for their sake leaves nothing behind. One case is left: if two servers take the same address
+//! before either listens, the later one fails when its store exists.
 
 use super::tls;
 use crate::{access::AccessLoader, config::Settings, supervisor::InheritedSockets, tls::ServerTls};
@@ -50,7 +51,7 @@ impl Prerequisites {
     /// Starts to listen on the ports. Needs the runtime.
     ///
     /// # Errors
-    /// If another process listens there meanwhile.
+    /// If another process that had taken the address too has started to listen.
     pub(super) fn listen(self) -> Result<(Listeners, Option<ServerTls>, Arc<AccessLoader>)> {
         let listeners =
             Listeners { grpc: self.grpc.listen()?, http: self.http.map(ReservedPort::listen).transpose()? };
@@ -58,7 +59,8 @@ impl Prerequisites {
     }
 }
 
-/// A port on which no other process can listen. Connections to it are refused until [`ReservedPort::listen`].
+/// A bound port. Connections to it are refused until [`ReservedPort::listen`]. Until then, another process with
+/// `SO_REUSEADDR` can bind it too, and the first process that listens gets it.
 struct ReservedPort {
     socket: PortSocket,
     address: SocketAddr,

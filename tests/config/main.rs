@@ -367,6 +367,32 @@ fn strangers_are_kept_out_unless_somebody_says_otherwise() {
 }
 
 #[test]
+fn the_http_port_differs_from_the_grpc_port_on_the_same_address() {
+    for (grpc, http, is_fine) in [
+        ("127.0.0.1:7", "127.0.0.1:7", false),
+        ("127.0.0.1:7", "[::ffff:127.0.0.1]:7", false),
+        ("0.0.0.0:7", "127.0.0.1:7", false),
+        ("[::1]:7", "[::]:7", false),
+        ("127.0.0.1:7", "[::]:7", false),
+        ("127.0.0.1:7", "127.0.0.1:8", true),
+        ("127.0.0.1:0", "127.0.0.1:0", true),
+        ("127.0.0.1:7", "127.0.0.2:7", true),
+        ("0.0.0.0:7", "[::1]:7", true),
+    ] {
+        let checked = check(&format!(
+            "listen_addr = \"{grpc}\"\nallow_unauthenticated = true\n[http]\nlisten_addr = \"{http}\""
+        ));
+        match checked {
+            Ok(_) => assert!(is_fine, "{grpc} {http}"),
+            Err(error) => {
+                assert!(!is_fine && error.contains("http.listen_addr = "), "{grpc} {http}: {error}");
+                assert!(error.contains("has the same port as listen_addr"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn zero_and_empty_are_replaced_by_what_they_stand_for() {
     let settings = check("max_size_gb = 5\n").unwrap();
     let execution = settings.execution.unwrap();

@@ -85,6 +85,21 @@ fn a_value_of_the_wrong_type_is_explained_in_words_with_its_key_and_place() {
     }
 }
 
+#[test]
+fn a_key_that_is_missing_in_one_entry_of_a_list_is_reported_beside_the_problem_of_another() {
+    let error = super::file_error(
+        "[[access.certificates]]\nname = \"a\"\n[[access.certificates]]\nname = 5\nroles = [\"admin\", 7]\n",
+    );
+    for part in [
+        "c.toml:1:1: access.certificates needs the key \"roles\"",
+        "c.toml:4:8: access.certificates.name has to be text in quotes, and 5 is not",
+        "c.toml:5:19: access.certificates.roles has to be text in quotes, and 7 is not",
+    ] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+    assert_eq!(error.matches("c.toml:").count(), 3, "{error}");
+}
+
 /// No message of serde comes through.
 fn assert_in_words(error: &str) {
     for word in ["u16", "u32", "u64", "usize", "i32", "i64", "struct", "invalid", "variant", "expected", "`"]
@@ -135,6 +150,33 @@ fn all_values_that_cannot_be_used_are_reported_in_one_run() {
         rest = &rest[at + part.len()..];
     }
     assert_in_words(&error);
-    // This timeout could not be read, so its default is not compared with the maximum.
-    assert!(!error.contains("is above execution.max_timeout"), "{error}");
+}
+
+/// The default of a key whose value could not be read is not what is configured, so no other value is compared with it.
+#[test]
+fn a_value_that_cannot_be_read_causes_no_problem_of_another_key() {
+    let execution = |rest: &str| format!("[execution]\n{rest}");
+    for text in [
+        "listen_addr = \"0.0.0.0:1\"\nallow_unauthenticated = \"true\"",
+        "listen_addr = \"0.0.0.0:1\"\n[tls]\ncert = 1\nkey = \"k\"\n[access]\ntokens = \"t\"",
+        "listen_addr = \"0.0.0.0:1\"\n[tls]\ncert = \"c\"\nkey = \"k\"\n[access]\ntokens = 1",
+        "listen_addr = 1\n[http]\nlisten_addr = \"127.0.0.1:50051\"",
+        "[http]\nlisten_addr = \"0.0.0.0:1\"\n[access]\njwt = 1\n[tls]\ncert = \"c\"\nkey = \"k\"",
+        "[tls]\ncert = \"c\"\nkey = \"k\"\nclient_ca = 1\ncrl = \"r\"\nclient_auth = \"optional\"\n\
+         [[access.certificates]]\nname = \"*\"\nroles = [\"admin\"]",
+        "instance_names = \"main\"\n[instances.ci]\nblobs_of = \"main\"",
+        "instance_names = []\ninstances = 1",
+        "[access]\nanonymous = [\"own\"]\nroles = 1",
+        "local_cache_dir = 1\n[execution.sandbox]\nrootfs = \"/home\"",
+        "local_cache_dir = 1\n[execution.pools.a]\nslots = 1\nsandbox = { rootfs = \"/home\" }",
+        &execution("max_timeout = 24\ndefault_timeout = \"400h\""),
+        &execution("max_timeout = \"1s\"\ndefault_timeout = 1"),
+        &execution("pools = 1\nsandbox = { mode = \"off\" }\nimages = { registries = [\"r.example.com\"] }"),
+    ] {
+        let (_dir, path) = file(text);
+        let sources = Sources { file: Some(path), ..Sources::default() };
+        let error = load_checked(&sources, &machine()).unwrap_err().to_string();
+        assert_eq!(error.matches("c.toml:").count(), 1, "{error}\nfor {text}");
+        assert!(!error.contains("cannot be used"), "{error}\nfor {text}");
+    }
 }

@@ -388,7 +388,7 @@ async fn no_way_to_write_changes_what_the_next_action_finds() {
             ),
             // The staged tree itself is not visible, under any name.
             ("find / -xdev -path '*/t-*' 2> /dev/null; find / -path '*/d/f0' 2> /dev/null | grep -v ^/proc", "/build/d/f0\n"),
-            // The directories of other processes: only those of the action's own can be entered.
+            // The directories of other processes can be entered only for processes of the same action.
             (
                 "sleep 9 & for f in /proc/[0-9]*; do for g in $f/root/build/d/f2 $f/cwd/d/f2; do \
                  if (echo x > $g) 2> /dev/null; then [ $f = /proc/1 ] && echo entered; else [ $f = /proc/1 ] && echo refused; fi; \

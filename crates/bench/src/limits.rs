@@ -51,8 +51,8 @@ pub struct Limit {
 }
 
 impl Limits {
-    /// Measures all limits, each for the time that the options give. Files are written to a temporary directory below
-    /// `directory`, which should be on the disk of the store.
+    /// Measures all limits, each for the duration in the options. Only the limits of gRPC have a warm-up. Files are
+    /// written to a temporary directory below `directory`, which should be on the disk of the store.
     ///
     /// # Errors
     /// If files cannot be written or processes cannot be started.
@@ -118,7 +118,7 @@ kinds! {
         |machine| machine.on_a_thread(|time, _| local::spawn(1, time)).await;
     SPAWN_ALL: "spawn-all", "processes", "the same on all CPUs",
         |machine| machine.on_a_thread(|time, _| local::spawn(local::cpus(), time)).await;
-    CREATE: "create", "files", "files of 4 KiB, created and written, one thread",
+    CREATE: "create", "files", "at most 100,000 files of 4 KiB, created and written, one thread",
         |machine| machine.on_a_thread(|time, directory| local::create(directory, time)).await;
     WRITE: "write", "MB", "one file of at most 512 MiB, written and synced to the disk",
         |machine| machine.on_a_thread(|time, directory| local::write(directory, time)).await;
@@ -136,7 +136,7 @@ kinds! {
         |machine| Ok(machine.bare().await?.writes(LARGE_BYTES, 2).await?.megabytes_per_second);
     READ_LARGE: "grpc-read-large", "MB", "ByteStream.Read of 64 MiB, 2 callers, same server",
         |machine| Ok(machine.bare().await?.reads(LARGE_BYTES, 2).await?.megabytes_per_second);
-    READ_ZSTD: "grpc-read-zstd", "MB", "the same for as many bytes as 64 MiB of text have as a zstd stream; MB of text",
+    READ_ZSTD: "grpc-read-zstd", "MB", "the same with the size of 64 MiB of text after compression with zstd, in MB of text",
         |machine| {
             let figures = machine.bare().await?.reads(zstd_bytes()?, 2).await?;
             Ok(figures.calls_per_second * LARGE_BYTES as f64 / 1e6)
@@ -162,7 +162,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Warm-up and duration of each limit come from the options.
+    /// The duration of each limit, and the warm-up of the limits of gRPC, come from the options.
     pub(crate) fn new(directory: &Path, options: &Options) -> Self {
         let options = Options { callers: None, pace: Pace::Closed, pid: None, ..options.clone() };
         Self { options, directory: directory.to_owned(), bare: OnceCell::new(), measured: Vec::new() }
@@ -215,7 +215,7 @@ mod tests {
     #[tokio::test]
     async fn each_limit_is_measured_once() {
         let directory = tempfile::tempdir().unwrap();
-        let mut machine = Machine::new(directory.path(), &options(Duration::from_millis(20)));
+        let mut machine = Machine::new(directory.path(), &options(Duration::from_millis(500)));
         let said = Mutex::new(Vec::new());
         let kinds: Vec<_> = ALL.iter().filter(|kind| kind.name != HASH.name).collect();
         for kind in kinds.iter().chain([&&&UNARY]) {

@@ -11,8 +11,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
-    path::Path,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 use tar::EntryType;
 

@@ -17,12 +17,22 @@ pub(super) fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// How often per second this many threads can do this work.
-fn rate(threads: usize, time: Duration, work: impl Fn() -> io::Result<()> + Sync) -> io::Result<f64> {
-    let (count, start) = (AtomicU64::new(0), Instant::now());
+/// How often per second this many threads can do this work, which gets its number. The measurement ends after this time
+/// or this number of repetitions.
+fn rate(
+    threads: usize,
+    time: Duration,
+    max: u64,
+    work: impl Fn(u64) -> io::Result<()> + Sync,
+) -> io::Result<f64> {
+    let (next, count, start) = (AtomicU64::new(0), AtomicU64::new(0), Instant::now());
     let repeat = || -> io::Result<()> {
         while start.elapsed() < time {
-            work()?;
+            let number = next.fetch_add(1, Relaxed);
+            if number >= max {
+                break;
+            }
+            work(number)?;
             count.fetch_add(1, Relaxed);
         }
         Ok(())
@@ -41,18 +51,18 @@ fn rate(threads: usize, time: Duration, work: impl Fn() -> io::Result<()> + Sync
 /// Bytes per second that these threads hash, in 10^6, as blobs of this size.
 pub(super) fn hash(threads: usize, size: usize, time: Duration) -> Result<f64> {
     let content = Noise::new(1).bytes(size);
-    let hash = || {
+    let hash = |_| {
         std::hint::black_box(FUNCTION.digest(&content));
         Ok(())
     };
-    let rate = rate(threads, time, hash).map_err(|error| Error::io("hash", &error))?;
+    let rate = rate(threads, time, u64::MAX, hash).map_err(|error| Error::io("hash", &error))?;
     Ok(rate * size as f64 / 1e6)
 }
 
 /// Processes per second that these threads start and wait for.
 pub(super) fn spawn(threads: usize, time: Duration) -> Result<f64> {
-    let spawn = || Command::new("/bin/true").stdin(Stdio::null()).status().map(|_| ());
-    rate(threads, time, spawn).map_err(|error| Error::io("start /bin/true", &error))
+    let spawn = |_| Command::new("/bin/true").stdin(Stdio::null()).status().map(|_| ());
+    rate(threads, time, u64::MAX, spawn).map_err(|error| Error::io("start /bin/true", &error))
 }
 
 fn scratch(directory: &Path) -> Result<tempfile::TempDir> {
@@ -61,13 +71,11 @@ fn scratch(directory: &Path) -> Result<tempfile::TempDir> {
 
 /// Small files per second that one thread writes.
 pub(super) fn create(directory: &Path, time: Duration) -> Result<f64> {
+    /// An interrupted measurement leaves at most 400 MB behind.
+    const MAX_FILES: u64 = 100_000;
     let (scratch, content) = (scratch(directory)?, Noise::new(1).bytes(SMALL_BYTES));
-    let next = AtomicU64::new(0);
-    let create = || {
-        let name = next.fetch_add(1, Relaxed).to_string();
-        std::fs::write(scratch.path().join(name), &content)
-    };
-    rate(1, time, create).map_err(|error| Error::io("write a test file", &error))
+    let create = |number: u64| std::fs::write(scratch.path().join(number.to_string()), &content);
+    rate(1, time, MAX_FILES, create).map_err(|error| Error::io("write a test file", &error))
 }
 
 /// Bytes per second that reach the disk, in 10^6.
@@ -85,4 +93,20 @@ pub(super) fn write(directory: &Path, time: Duration) -> Result<f64> {
     }
     file.sync_all().map_err(failed)?;
     Ok(bytes as f64 / 1e6 / start.elapsed().as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_measurement_ends_after_its_maximum_of_repetitions() {
+        let made = std::sync::Mutex::new(Vec::new());
+        let work = |number| {
+            made.lock().unwrap().push(number);
+            Ok(())
+        };
+        assert!(rate(1, Duration::from_secs(1), 3, work).unwrap() > 0.0);
+        assert_eq!(made.into_inner().unwrap(), [0, 1, 2]);
+    }
 }

@@ -139,16 +139,15 @@ pub(super) fn create(path: &Path) -> io::Result<File> {
 /// Runs `put`. If the directory of `path` is missing, creates it and runs `put` again. Directories are created when
 /// they are first needed, so an empty store starts at once.
 pub(super) fn in_shard<T>(path: &Path, mut put: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    match (put(), path.parent()) {
-        (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {
-            if let Some(shards) = parent.parent() {
+    match put() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(shards) = path.parent().and_then(Path::parent) {
                 fs::create_dir_all(shards)?;
                 spread_subdirectories(File::open(shards)?);
             }
-            fs::create_dir_all(parent)?;
-            put()
+            again_with_directory(path, put)
         }
-        (outcome, _) => outcome,
+        outcome => outcome,
     }
 }
 

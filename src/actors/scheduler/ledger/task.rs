@@ -8,8 +8,7 @@ use crate::{
             operation::{OperationInfo, ServerLog},
             queue::{Charge, Owner, QueueEntry},
             quota::Load,
-            slots::SlotName,
-            slots::{PoolId, PoolSet},
+            slots::{PoolId, PoolSet, SlotName},
         },
         worker::{
             cancel::CancelToken,

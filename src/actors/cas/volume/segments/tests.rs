@@ -295,7 +295,7 @@ fn a_start_reads_only_the_part_of_a_long_file_that_may_have_records() {
     let path = store.files("segment").remove(0);
     OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 43).unwrap();
     let (started, start) = std::sync::mpsc::channel();
-    std::thread::spawn(move || started.send(store.crash()));
+    std::thread::spawn(move || drop(started.send(store.crash())));
     let store = start.recv_timeout(std::time::Duration::from_secs(60)).expect("the start reads too much");
     for (key, bytes) in &files {
         assert_eq!(store.read(key).unwrap(), bytes);

@@ -9,6 +9,9 @@
 //! deleted file later, some of them after half a minute, and until then these bytes seem to belong to others. So the
 //! lowest number of the last [`PERIOD`] or two counts. More space counts at once.
 //!
+//! Reserved bytes count as the store's, although the last step of each upload is not written yet. The limit is too high
+//! by as much for a while, which the margin covers.
+//!
 //! A measurement is ignored if not even half of the stored bytes would fit, or almost nothing. Then others fill the
 //! disk, and evicting would not help; [`super::store_disk`] says what happens instead. While many bytes are being
 //! deleted, which can take minutes, the limit does not become lower.

@@ -159,25 +159,27 @@ async fn a_result_for_which_leases_leave_no_room_is_not_served() {
 /// is broken, and the disk never gets low.
 #[actix::test]
 async fn leases_leave_room_on_a_disk_that_is_smaller_than_the_limit() {
-    let others = Arc::new(AtomicU64::new(10 * MB));
-    let volume = Memory::on_a_disk(40 * MB, others.clone());
+    // The margin of this disk has 8 MB.
+    let others = Arc::new(AtomicU64::new(2 * MB));
+    let volume = Memory::on_a_disk(64 * MB, others.clone());
     let store = leasing_over(&volume, 100_000 * MB, TIMES).await;
-    let (action, _) = stored_result(&store).await;
+    let limit = store.inspect().await.totals.limit;
+    assert!((54 * MB..=56 * MB).contains(&limit), "{limit}");
+    let blob = |n: u8, bytes: u64| Bytes::from(vec![n; bytes as usize]);
+    let output = store.put(blob(0, 5 * MB)).await;
+    let file = reapi::OutputFile { path: "o".into(), digest: Some(output.to_wire()), ..Default::default() };
+    let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
+    let action = digest(b"action");
+    store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap();
     let mut blobs = Vec::new();
-    let limit = loop {
-        // The limit follows what others leave of the disk, so it is read again after each blob.
-        let totals = store.inspect().await.totals;
-        assert!((24 * MB..30 * MB).contains(&totals.limit), "{totals:?}");
-        if totals.used > totals.limit / 100 * 91 {
-            break totals.limit;
-        }
-        blobs.push(store.put(noise(100_000, 1_000 + blobs.len() as u64)).await);
-    };
+    for n in 1..=46 {
+        blobs.push(store.put(blob(n, MB)).await);
+    }
     let one = store.of(build(1, "one"));
     assert!(one.find_missing(&store.main, &blobs).await.unwrap().is_empty());
     assert!(one.get_result(&store.main, action).await.unwrap().is_none(), "its leases would not fit");
-    for seed in 0..100 {
-        store.put_of(build(1, "one"), noise(MB as usize, 200 + seed)).await.unwrap();
+    for n in 100..200 {
+        store.put_of(build(1, "one"), blob(n, MB)).await.unwrap();
         let space = volume.space().unwrap();
         assert!(!space.is_low(), "{space}");
     }
@@ -186,8 +188,7 @@ async fn leases_leave_room_on_a_disk_that_is_smaller_than_the_limit() {
     let count = AtomicU64::new(0);
     let grown = || async {
         store.put_of(build(2, "two"), noise(1_000, count.fetch_add(1, Relaxed))).await.unwrap();
-        // What is being written when the disk is measured counts for others, at most a megabyte here.
-        (store.inspect().await.totals.limit >= limit + 9 * MB).then_some(())
+        (store.inspect().await.totals.limit == 56 * MB).then_some(())
     };
     eventually(grown).await;
     let inspection = store.inspect().await;

@@ -1,21 +1,12 @@
 //! Generates the server side of each service in `proto/`. The messages come from `gorego-reapi`.
 
+#[path = "proto/services.rs"]
+mod services;
+
+use services::SERVICES;
 use std::error::Error;
 
 const PROTO: &str = "proto";
-/// Each file with services, its package, and the module of `gorego_reapi::proto` with its messages.
-const SERVICES: &[(&str, &str, &str)] = &[
-    ("build/bazel/remote/asset/v1/remote_asset.proto", ".build.bazel.remote.asset.v1", "asset"),
-    ("build/bazel/remote/execution/v2/remote_execution.proto", ".build.bazel.remote.execution.v2", "reapi"),
-    (
-        "build/bazel/remote/logstream/v1/remote_logstream.proto",
-        ".build.bazel.remote.logstream.v1",
-        "logstream",
-    ),
-    ("google/bytestream/bytestream.proto", ".google.bytestream", "bytestream"),
-    ("google/longrunning/operations.proto", ".google.longrunning", "longrunning"),
-    ("gorego/v1/admin.proto", ".gorego.v1", "gorego"),
-];
 /// Messages for which the server has its own types instead of the generated ones.
 const FIND_MISSING: [&str; 2] = ["FindMissingBlobsRequest", "FindMissingBlobsResponse"];
 

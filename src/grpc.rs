@@ -68,7 +68,7 @@ use crate::{
     },
     administration::Administration,
     call::Call,
-    config::{CommittedSize, Config},
+    config::CommittedSize,
     connections::Connections,
     gate::Gate,
     grpc::services::{
@@ -169,17 +169,6 @@ pub struct ProtocolSettings {
     pub chunking: bool,
     /// The range of effective priorities (CAP-18).
     pub priorities: Priorities,
-}
-
-impl From<&Config> for ProtocolSettings {
-    fn from(config: &Config) -> Self {
-        Self {
-            max_blob_bytes: config.cache.max_blob_size_gb.bytes(),
-            compressed_committed_size: config.cache.compressed_committed_size,
-            chunking: config.cache.chunking,
-            priorities: Priorities { min: config.execution.min_priority, max: config.execution.max_priority },
-        }
-    }
 }
 
 impl Edge {

@@ -26,7 +26,7 @@ use crate::{
         scheduler::{
             SchedulerActor,
             inputs::ImageSupply,
-            settings::{Priorities, SchedulerSettings},
+            settings::SchedulerSettings,
         },
     },
     administration::Administration,
@@ -52,7 +52,7 @@ use crate::{
 use actix::{Actor as _, Addr};
 use actix_rt::System;
 use exit::{Exit, drain};
-use fill::{asset_settings, log_settings, scheduler_settings, store_settings};
+use fill::{asset_settings, log_settings, protocol_settings, scheduler_settings, store_settings};
 use gorego_reapi::error::{Error, Result};
 use observer::{Observer, PoolWatch};
 use owners::Owners;
@@ -363,15 +363,7 @@ impl Server {
                 ..administration(self.place.as_deref(), self.reports.clone(), reloader.clone())
             },
             metrics: self.metrics.clone(),
-            settings: grpc::ProtocolSettings {
-                max_blob_bytes: settings.max_blob_bytes,
-                compressed_committed_size: settings.compressed_committed_size,
-                chunking: settings.chunking,
-                priorities: settings
-                    .execution
-                    .as_ref()
-                    .map_or(Priorities { min: 0, max: 0 }, |e| e.priorities),
-            },
+            settings: protocol_settings(&settings),
         })
     }
 

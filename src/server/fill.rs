@@ -6,9 +6,10 @@ use crate::{
     actors::{
         asset::{AssetSettings, origins::Origins},
         cas::{LeaseTimes, PackingSettings, StoreSettings, SyncPolicy},
-        scheduler::settings::{SchedulerConfig, SchedulerSettings},
+        scheduler::settings::{Priorities, SchedulerConfig, SchedulerSettings},
     },
     config::{Durability, ExecutionSettings, Settings},
+    grpc::ProtocolSettings,
     log_streams::{LogSettings, MAX_STREAM_BYTES, StreamLimits},
     node::NodeName,
 };
@@ -47,6 +48,15 @@ pub(super) fn store_settings(settings: &Settings) -> StoreSettings {
 /// Rounds up to whole seconds.
 fn whole_seconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis().div_ceil(1_000)).unwrap_or(u32::MAX)
+}
+
+pub(super) fn protocol_settings(settings: &Settings) -> ProtocolSettings {
+    ProtocolSettings {
+        max_blob_bytes: settings.max_blob_bytes,
+        compressed_committed_size: settings.compressed_committed_size,
+        chunking: settings.chunking,
+        priorities: settings.execution.as_ref().map_or(Priorities { min: 0, max: 0 }, |e| e.priorities),
+    }
 }
 
 pub(super) fn asset_settings(settings: &Settings) -> AssetSettings {

@@ -23,11 +23,7 @@ use crate::{
     actors::{
         asset::{AssetActor, client::Assets, messages::CloseAssets, origins::Origins},
         cas::{CasActor, CloseStore, client::Cas},
-        scheduler::{
-            SchedulerActor,
-            inputs::ImageSupply,
-            settings::SchedulerSettings,
-        },
+        scheduler::{SchedulerActor, inputs::ImageSupply, settings::SchedulerSettings},
     },
     administration::Administration,
     cgroups::LimitReport,
@@ -363,7 +359,7 @@ impl Server {
                 ..administration(self.place.as_deref(), self.reports.clone(), reloader.clone())
             },
             metrics: self.metrics.clone(),
-            settings: protocol_settings(&settings),
+            settings: protocol_settings(settings),
         })
     }
 

@@ -16,6 +16,8 @@ const MOST_PROCESSES: usize = 20_000;
 /// Processes are used up if at most one part in this many is free: a process that could not start another has often
 /// ended before they are counted.
 const FEW: u64 = 16;
+/// The first process of the cell and the one that has failed. These alone do not show that a limit was reached.
+const ALWAYS: u64 = 2;
 
 /// Notes what is used up in the cell of this process, in which a command has just failed.
 pub(super) fn examine(ended: &mut Ended) {
@@ -40,9 +42,9 @@ pub(super) fn threads(status: &str) -> Option<u64> {
     status.lines().find_map(|line| line.strip_prefix("Threads:"))?.trim().parse().ok()
 }
 
-/// Whether so many processes and threads are as good as all that are allowed.
+/// Whether so many processes and threads are all or nearly all that are allowed.
 pub(super) fn are_used_up(processes: u64, limit: u64) -> bool {
-    limit > 0 && processes.saturating_add(limit / FEW).saturating_add(1) >= limit
+    limit > 0 && processes > ALWAYS && processes.saturating_add(limit / FEW) >= limit
 }
 
 /// The limits of its cell that a command has reached.
@@ -64,8 +66,10 @@ mod tests {
 
     #[test]
     fn processes_are_used_up_if_few_more_may_start() {
-        assert!(are_used_up(37, 40) && are_used_up(40, 40) && are_used_up(3_839, 4_096));
-        assert!(!are_used_up(36, 40) && !are_used_up(3_838, 4_096));
+        for (least, limit) in [(3, 1), (3, 3), (4, 4), (15, 16), (38, 40), (3_840, 4_096)] {
+            assert!(are_used_up(least, limit) && are_used_up(limit.max(least), limit), "{least} of {limit}");
+            assert!(!are_used_up(least - 1, limit), "fewer than {least} of {limit}");
+        }
         assert!(!are_used_up(0, 0), "there is no limit");
     }
 

@@ -9,7 +9,7 @@ use crate::{
     limits::{Exceeded, LimitedResource},
     sandbox::full::{FullMount, full_mounts},
 };
-use std::fs;
+use std::{ffi::OsString, fs, path::Path};
 
 /// Maximum number of processes that are counted.
 const MOST_PROCESSES: usize = 20_000;
@@ -27,14 +27,15 @@ pub(super) fn examine(ended: &mut Ended) {
 
 /// The number of processes and threads in the pid namespace of this process.
 fn processes() -> u64 {
-    let Ok(entries) = fs::read_dir("/proc") else { return 0 };
-    let names = entries.flatten().map(|entry| entry.file_name());
-    let processes = names.filter(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit));
-    let threads = |name: std::ffi::OsString| {
-        let status = fs::read_to_string(std::path::Path::new("/proc").join(name).join("status")).ok()?;
-        threads(&status)
-    };
-    processes.take(MOST_PROCESSES).filter_map(threads).sum()
+    let threads =
+        |process| threads(&fs::read_to_string(Path::new("/proc").join(process).join("status")).ok()?);
+    ids().take(MOST_PROCESSES).filter_map(threads).sum()
+}
+
+/// The ids of the processes in the pid namespace of this process.
+fn ids() -> impl Iterator<Item = OsString> {
+    let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
 }
 
 /// The number of threads in `/proc/PID/status`.
@@ -75,12 +76,18 @@ mod tests {
 
     #[test]
     fn the_processes_of_a_namespace_include_threads() {
-        let before = processes();
-        let (stop, wait) = std::sync::mpsc::channel::<()>();
-        let thread = std::thread::spawn(move || wait.recv());
-        assert!(before >= 1 && threads(&fs::read_to_string("/proc/self/status").unwrap()) >= Some(2));
-        drop(stop);
-        let _ = thread.join();
+        // More than the processes of the machine that may end between the two counts.
+        let threads_here = 200;
+        let end = std::sync::Barrier::new(threads_here + 1);
+        let (alone, all) = std::thread::scope(|scope| {
+            for _ in 0..threads_here {
+                scope.spawn(|| end.wait());
+            }
+            let counted = (ids().count() as u64, processes());
+            end.wait();
+            counted
+        });
+        assert!(all >= alone + 100, "{all} processes and threads, {alone} processes");
         assert_eq!(threads("Name:\tx\nThreads:\t12\n"), Some(12));
     }
 }

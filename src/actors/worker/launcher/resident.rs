@@ -58,7 +58,8 @@ pub(super) fn measure(of: u32, limit: u64) -> MemoryUse {
 }
 
 /// The memory of these processes in bytes, in which each page counts once. A mapped page of a file in memory may be
-/// among the `files`, so the larger of both counts.
+/// among the `files`, so the larger of both counts. To tell them apart, each mapping would have to be read, and a
+/// command may have tens of thousands of them. So shared memory that belongs to no file can hide as many bytes of files.
 fn once(processes: &[u32], files: u64) -> Option<u64> {
     let sum = processes.iter().filter_map(|process| proportional(*process)).reduce(Resident::with)?;
     Some(sum.private.saturating_add(sum.shared.max(files)))

@@ -4,7 +4,7 @@
 //! the memory of the processes. It also measures what was written to the input root. The guard uses at most a twentieth
 //! of one CPU ([`MeasurementSchedule`]), so a command may exceed a limit by what it can use between two measurements.
 
-use super::{exhausted, resident};
+use super::{exhausted, resident, unmapped::FilesInMemory};
 use crate::{
     actors::worker::written::Written,
     cgroups::{OutOfMemory, SlotGroup},
@@ -67,6 +67,7 @@ pub(super) struct Guard<'a> {
     runner: u32,
     /// Measures the memory against a limit in bytes, where the kernel does not bound it.
     resident: Option<(MeasurementSchedule, Exceeded)>,
+    files_in_memory: FilesInMemory,
     /// Checks whether the kernel killed a process.
     killed: Option<MeasurementSchedule>,
     /// Measures what was written to the disk.
@@ -99,6 +100,7 @@ impl<'a> Guard<'a> {
             resident: is_watched.then(|| {
                 (MeasurementSchedule::new(MEMORY_PAUSE, now), Exceeded { resource, used: 0, limit })
             }),
+            files_in_memory: FilesInMemory::default(),
             killed: is_bounded.then(|| MeasurementSchedule::new(PAUSE, now)),
             written: written
                 .filter(|_| limits.disk > 0 || limits.files > 0)
@@ -123,7 +125,7 @@ impl<'a> Guard<'a> {
         if let Some((pace, limit)) = &mut self.resident {
             let processes = &mut self.processes;
             let above = pace.look(|| {
-                let measured = resident::measure(runner, limit.limit);
+                let measured = resident::measure(runner, limit.limit, &mut self.files_in_memory);
                 *processes = measured.processes.max(*processes);
                 measured.above
             });

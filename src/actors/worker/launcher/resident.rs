@@ -1,10 +1,10 @@
 //! Measures the memory of a command's processes through /proc, for machines where no control group bounds it.
 //!
-//! First it adds up the private part of each process's resident memory and the [files in memory](unmapped), which is
+//! First it adds up the private part of each process's resident memory and the [files in memory](FilesInMemory), which is
 //! cheap. Pages that processes share after a fork are counted several times. So if the sum exceeds the limit, each page
 //! is counted once (PSS), if this process has the permission to read that value.
 
-use super::{exhausted, reap, unmapped};
+use super::{exhausted, reap, unmapped::FilesInMemory};
 use std::fs;
 
 /// Maximum number of processes that are inspected.
@@ -36,8 +36,9 @@ impl Resident {
     }
 }
 
-/// Measures all descendants of a process against a limit of memory in bytes.
-pub(super) fn measure(of: u32, limit: u64) -> MemoryUse {
+/// Measures all descendants of a process against a limit of memory in bytes. `files` are the files in memory as the
+/// previous measurement found them.
+pub(super) fn measure(of: u32, limit: u64, files: &mut FilesInMemory) -> MemoryUse {
     let (mut all, mut in_cell, mut resident) = (Vec::new(), Vec::new(), Resident::default());
     let mut processes = 0;
     for process in reap::descendants(of, MAX_INSPECTED) {
@@ -49,12 +50,13 @@ pub(super) fn measure(of: u32, limit: u64) -> MemoryUse {
             processes += exhausted::threads(&status).unwrap_or(1);
         }
     }
-    let files = unmapped::files_in_memory(&all, &in_cell, limit);
-    let sum = resident.private.saturating_add(resident.shared).saturating_add(files);
-    MemoryUse {
-        above: if sum > limit { once(&all, files).filter(|used| *used > limit) } else { None },
-        processes: if in_cell.is_empty() { 0 } else { processes + 1 },
+    files.measure(&all, &in_cell, limit);
+    let mut above = None;
+    if resident.private.saturating_add(resident.shared).saturating_add(files.bytes()) > limit {
+        files.forget_closed();
+        above = once(&all, files.bytes()).filter(|used| *used > limit);
     }
+    MemoryUse { above, processes: if in_cell.is_empty() { 0 } else { processes + 1 } }
 }
 
 /// The memory of these processes in bytes, in which each page counts once. A mapped page of a file in memory may be
@@ -114,13 +116,10 @@ mod tests {
         let status = |pid: u32| fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let processes = reap::descendants(shell.id(), MAX_INSPECTED);
         let alone: u64 = processes.into_iter().map(|pid| mapped(&status(pid)).private).sum();
-        let used = measure(shell.id(), 32 << 20).above.unwrap();
+        let measure = |limit| measure(shell.id(), limit, &mut FilesInMemory::default());
+        let used = measure(32 << 20).above.unwrap();
         assert!(alone >= 64 << 20 && used >= 32 << 20 && used <= alone / 4 * 3, "{used} of {alone}");
-        assert_eq!(
-            measure(shell.id(), u64::MAX),
-            MemoryUse::default(),
-            "below the limit, and without a cell"
-        );
+        assert_eq!(measure(u64::MAX), MemoryUse::default(), "below the limit, and without a cell");
         reap::kill_descendants(shell.id());
         let _ = shell.kill();
         let _ = shell.wait();

@@ -34,6 +34,13 @@ impl Resident {
             shared: self.shared.saturating_add(other.shared),
         }
     }
+
+    /// The sum with the bytes of all files in memory. A mapped page may be among them, so the larger of both counts.
+    /// To tell them apart, each mapping would have to be read, and a command may have tens of thousands of them. So
+    /// shared memory that belongs to no file can hide as many bytes of files.
+    fn with_files(self, files: u64) -> u64 {
+        self.private.saturating_add(self.shared.max(files))
+    }
 }
 
 /// Measures all descendants of a process against a limit of memory in bytes. `files` are the files in memory as the
@@ -52,19 +59,17 @@ pub(super) fn measure(of: u32, limit: u64, files: &mut FilesInMemory) -> MemoryU
     }
     files.measure(&all, &in_cell, limit);
     let mut above = None;
-    if resident.private.saturating_add(resident.shared).saturating_add(files.bytes()) > limit {
+    if resident.with_files(files.bytes()) > limit {
         files.forget_closed();
         above = once(&all, files.bytes()).filter(|used| *used > limit);
     }
     MemoryUse { above, processes: if in_cell.is_empty() { 0 } else { processes + 1 } }
 }
 
-/// The memory of these processes in bytes, in which each page counts once. A mapped page of a file in memory may be
-/// among the `files`, so the larger of both counts. To tell them apart, each mapping would have to be read, and a
-/// command may have tens of thousands of them. So shared memory that belongs to no file can hide as many bytes of files.
+/// The memory of these processes in bytes, in which each page counts once, with the bytes of all files in memory.
 fn once(processes: &[u32], files: u64) -> Option<u64> {
     let sum = processes.iter().filter_map(|process| proportional(*process)).reduce(Resident::with)?;
-    Some(sum.private.saturating_add(sum.shared.max(files)))
+    Some(sum.with_files(files))
 }
 
 /// The resident memory in `/proc/PID/status`.
@@ -141,5 +146,7 @@ mod tests {
         let both = once(&[own], files).unwrap();
         assert!(mapped < files && both >= files && both < files + mapped + (64 << 20), "{mapped} {both}");
         assert_eq!(once(&[], files), None);
+        let resident = Resident { private: 5, shared: 60 };
+        assert_eq!((resident.with_files(60), resident.with_files(70)), (65, 75));
     }
 }

@@ -55,7 +55,7 @@ struct Position {
 
 impl FilesInMemory {
     /// Measures the files that `processes` have. Those of them that are in a cell are also in `in_cell`. `limit` is the
-    /// limit of the memory in bytes; a small part of it may go unnoticed.
+    /// limit of the memory in bytes; files of up to a quarter of it may go unnoticed.
     pub(super) fn measure(&mut self, processes: &[u32], in_cell: &[u32], limit: u64) {
         let all = fs::read_to_string("/proc/meminfo").ok().and_then(|text| shared(&text));
         if all.is_some_and(|all| all < limit / UNNOTICED) {

@@ -14,8 +14,8 @@ use std::{
 /// The measurement is skipped if all files in the memory of the machine together take less than the limit divided by
 /// this.
 const UNNOTICED: u64 = 4;
-/// Maximum number of open files that one measurement looks at. The next one continues after them, so a command with many
-/// open files does not slow the measurements down.
+/// Maximum number of open files that one measurement looks at. The next one continues after them, so a command with
+/// many open files does not slow the measurements down.
 const MAX_LOOKED_AT: usize = 1_000;
 /// Maximum number of anonymous files that are remembered.
 const MAX_FOUND: usize = 20_000;
@@ -31,11 +31,11 @@ const MEMFD: &[u8] = b"/memfd:";
 pub(super) struct FilesInMemory {
     /// The bytes in the private /tmp and /dev/shm.
     mounted: u64,
-    /// The anonymous files that were open in this or the previous round, by device and inode. A round looks at each open
-    /// file once.
+    /// The anonymous files that were open in this or the previous round, by device and inode. A round looks at
+    /// each open file once.
     anonymous: HashMap<(u64, u64), Found>,
     round: u64,
-    next: Position,
+    next: SearchPosition,
 }
 
 #[derive(Debug)]
@@ -48,7 +48,7 @@ struct Found {
 
 /// A process, and a position in its directory of open files. The processes are in the order of their ids.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-struct Position {
+struct SearchPosition {
     process: u32,
     cookie: u64,
 }
@@ -91,18 +91,18 @@ impl FilesInMemory {
         let start = self.next;
         for process in processes.into_iter().skip_while(|process| *process < start.process) {
             let cookie = if process == start.process { start.cookie } else { 0 };
-            if let Some(next) = self.search_in(Position { process, cookie }, &mut left) {
+            if let Some(next) = self.search_in(SearchPosition { process, cookie }, &mut left) {
                 self.next = next;
                 return;
             }
         }
         self.anonymous.retain(|_, file| file.round == self.round);
         self.round += 1;
-        self.next = Position::default();
+        self.next = SearchPosition::default();
     }
 
     /// Looks at up to `left` open files of one process. Returns where it stopped if there may be more.
-    fn search_in(&mut self, from: Position, left: &mut usize) -> Option<Position> {
+    fn search_in(&mut self, from: SearchPosition, left: &mut usize) -> Option<SearchPosition> {
         let path = PathBuf::from(format!("/proc/{}/fd", from.process));
         let mut at = from;
         // To open the directory counts too, because there may be many processes.

@@ -247,8 +247,9 @@ impl fmt::Display for Exceeded {
             ),
             LimitedResource::Processes => write!(
                 f,
-                "it reached its limit of processes: it had {used} of the {limit} processes and threads allowed at a time \
-                 (execution.sandbox.processes, or the platform property \"{PIDS}\" up to execution.limits.max_processes)"
+                "it {}reached its limit of processes: it had {used} of the {limit} processes and threads allowed at a time \
+                 (execution.sandbox.processes, or the platform property \"{PIDS}\" up to execution.limits.max_processes)",
+                if used < limit { "nearly " } else { "" }
             ),
             LimitedResource::Tmp => write!(
                 f,
@@ -350,6 +351,13 @@ mod tests {
             ]
         );
         assert_eq!(differences(&[("memory", "much")]).len(), 1);
+    }
+
+    #[test]
+    fn a_limit_of_processes_that_was_not_quite_reached_is_not_called_reached() {
+        let had = |used| Exceeded { resource: LimitedResource::Processes, used, limit: 40 }.to_string();
+        assert!(had(40).starts_with("it reached its limit of processes: it had 40 of the 40 "));
+        assert!(had(38).starts_with("it nearly reached its limit of processes: it had 38 of the 40 "));
     }
 
     #[test]

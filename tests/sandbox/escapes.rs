@@ -108,10 +108,12 @@ async fn an_open_directory_does_not_lead_out_of_the_sandbox() {
 
 const CORE_PATTERN: &str = "/proc/sys/kernel/core_pattern";
 
-/// A program that the kernel starts with each core dump of the machine. The earlier setting is restored on drop.
+/// A script that the kernel runs with each core dump of the machine. The earlier setting is restored on drop, and by
+/// `tests/run` if the test is killed.
 struct CoreHandler {
     before: String,
-    /// The handler makes a file here.
+    /// The script, which makes its files here. Only root can make this directory again, because the kernel runs the
+    /// script as root for as long as the setting stays.
     directory: tempfile::TempDir,
 }
 
@@ -119,12 +121,11 @@ impl CoreHandler {
     /// Fails if this machine does not let this user set a handler.
     fn install() -> Self {
         let before = fs::read_to_string(CORE_PATTERN).unwrap();
-        let directory = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir_in("/run").unwrap();
         let handler = directory.path().join("handler");
-        let text = format!("#!/bin/sh\ncat > /dev/null\n: > {}/ran-for-$1\n", directory.path().display());
+        let text = format!("cat > /dev/null\n: > {}/ran-for-$1\n", directory.path().display());
         fs::write(&handler, text).unwrap();
-        fs::set_permissions(&handler, fs::Permissions::from_mode(0o755)).unwrap();
-        if let Err(error) = fs::write(CORE_PATTERN, format!("|{} %e", handler.display())) {
+        if let Err(error) = fs::write(CORE_PATTERN, format!("|/bin/sh {} %e", handler.display())) {
             panic!("not tested: {CORE_PATTERN} cannot be written: {error}");
         }
         Self { before, directory }
@@ -156,7 +157,8 @@ fn crash(name: &Path) -> String {
 async fn a_crash_does_not_start_the_core_handler_of_the_machine() {
     let handler = CoreHandler::install();
     // Outside of the sandbox, the handler runs.
-    let copy = handler.directory.path().join("crash-outside");
+    let programs = tempfile::tempdir().unwrap();
+    let copy = programs.path().join("crash-outside");
     fs::copy("/usr/bin/perl", &copy).unwrap();
     Command::new("sh").args(["-c", &format!("ulimit -c unlimited; {}", crash(&copy))]).status().unwrap();
     eventually("the handler runs", || handler.ran_for().contains(&"crash-outside".to_owned())).await;
@@ -174,7 +176,7 @@ async fn a_crash_does_not_start_the_core_handler_of_the_machine() {
             assert_eq!((did.exit_code, &*did.stdout), (0, ""), "{}", did.stderr);
         }
         // The handler still runs for a later crash outside, so it had the time to run for the earlier ones.
-        let later = handler.directory.path().join(format!("after-{}", host.is_root));
+        let later = programs.path().join(format!("after-{}", host.is_root));
         fs::copy("/usr/bin/perl", &later).unwrap();
         let crash = format!("ulimit -c unlimited; {} -e 'kill SEGV, $$; sleep 9'", later.display());
         Command::new("sh").args(["-c", &crash]).status().unwrap();

@@ -9,13 +9,15 @@ use crate::{
     limits::{Exceeded, LimitedResource},
     sandbox::full::{FullMount, full_mounts},
 };
-use std::fs;
+use std::{ffi::OsString, fs, path::Path};
 
 /// Maximum number of processes that are counted.
 const MOST_PROCESSES: usize = 20_000;
 /// Processes are used up if at most one part in this many is free: a process that could not start another has often
 /// ended before they are counted.
 const FEW: u64 = 16;
+/// The first process of the cell and the one that has failed. These alone do not show that a limit was reached.
+const ALWAYS: u64 = 2;
 
 /// Notes what is used up in the cell of this process, in which a command has just failed.
 pub(super) fn examine(ended: &mut Ended) {
@@ -25,14 +27,15 @@ pub(super) fn examine(ended: &mut Ended) {
 
 /// The number of processes and threads in the pid namespace of this process.
 fn processes() -> u64 {
-    let Ok(entries) = fs::read_dir("/proc") else { return 0 };
-    let names = entries.flatten().map(|entry| entry.file_name());
-    let processes = names.filter(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit));
-    let threads = |name: std::ffi::OsString| {
-        let status = fs::read_to_string(std::path::Path::new("/proc").join(name).join("status")).ok()?;
-        threads(&status)
-    };
-    processes.take(MOST_PROCESSES).filter_map(threads).sum()
+    let threads =
+        |process| threads(&fs::read_to_string(Path::new("/proc").join(process).join("status")).ok()?);
+    ids().take(MOST_PROCESSES).filter_map(threads).sum()
+}
+
+/// The ids of the processes in the pid namespace of this process.
+fn ids() -> impl Iterator<Item = OsString> {
+    let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
 }
 
 /// The number of threads in `/proc/PID/status`.
@@ -40,9 +43,9 @@ pub(super) fn threads(status: &str) -> Option<u64> {
     status.lines().find_map(|line| line.strip_prefix("Threads:"))?.trim().parse().ok()
 }
 
-/// Whether so many processes and threads are as good as all that are allowed.
+/// Whether so many processes and threads are all or nearly all that are allowed.
 pub(super) fn are_used_up(processes: u64, limit: u64) -> bool {
-    limit > 0 && processes.saturating_add(limit / FEW).saturating_add(1) >= limit
+    limit > 0 && processes > ALWAYS && processes.saturating_add(limit / FEW) >= limit
 }
 
 /// The limits of its cell that a command has reached.
@@ -64,19 +67,27 @@ mod tests {
 
     #[test]
     fn processes_are_used_up_if_few_more_may_start() {
-        assert!(are_used_up(37, 40) && are_used_up(40, 40) && are_used_up(3_839, 4_096));
-        assert!(!are_used_up(36, 40) && !are_used_up(3_838, 4_096));
+        for (least, limit) in [(3, 1), (3, 3), (4, 4), (15, 16), (38, 40), (3_840, 4_096)] {
+            assert!(are_used_up(least, limit) && are_used_up(limit.max(least), limit), "{least} of {limit}");
+            assert!(!are_used_up(least - 1, limit), "fewer than {least} of {limit}");
+        }
         assert!(!are_used_up(0, 0), "there is no limit");
     }
 
     #[test]
     fn the_processes_of_a_namespace_include_threads() {
-        let before = processes();
-        let (stop, wait) = std::sync::mpsc::channel::<()>();
-        let thread = std::thread::spawn(move || wait.recv());
-        assert!(before >= 1 && threads(&fs::read_to_string("/proc/self/status").unwrap()) >= Some(2));
-        drop(stop);
-        let _ = thread.join();
+        // More than the processes of the machine that may end between the two counts.
+        let threads_here = 200;
+        let end = std::sync::Barrier::new(threads_here + 1);
+        let (alone, all) = std::thread::scope(|scope| {
+            for _ in 0..threads_here {
+                scope.spawn(|| end.wait());
+            }
+            let counted = (ids().count() as u64, processes());
+            end.wait();
+            counted
+        });
+        assert!(all >= alone + 100, "{all} processes and threads, {alone} processes");
         assert_eq!(threads("Name:\tx\nThreads:\t12\n"), Some(12));
     }
 }

@@ -1,10 +1,11 @@
 //! [`Guard`]: watches the limits of one command while it runs, in the thread that waits for its end.
 //!
 //! Where the kernel bounds the memory, the guard only notices that the kernel killed a process. Elsewhere it adds up
-//! the memory of the processes. It also measures what was written to the input root. The guard uses at most a twentieth
-//! of one CPU ([`MeasurementSchedule`]), so a command may exceed a limit by what it can use between two measurements.
+//! the memory of the processes. It also measures what was written to the input root, and counts processes. Each kind of
+//! measurement uses at most a twentieth of one CPU ([`MeasurementSchedule`]), so a command may exceed a limit by what
+//! it can use between two measurements.
 
-use super::{exhausted, resident};
+use super::{exhausted, resident, unmapped::FilesInMemory};
 use crate::{
     actors::worker::written::Written,
     cgroups::{OutOfMemory, SlotGroup},
@@ -67,11 +68,14 @@ pub(super) struct Guard<'a> {
     runner: u32,
     /// Measures the memory against a limit in bytes, where the kernel does not bound it.
     resident: Option<(MeasurementSchedule, Exceeded)>,
+    files_in_memory: FilesInMemory,
     /// Checks whether the kernel killed a process.
     killed: Option<MeasurementSchedule>,
     /// Measures what was written to the disk.
     written: Option<(MeasurementSchedule, &'a Written)>,
-    /// The largest number of processes and threads that a measurement of the memory has seen.
+    /// Counts processes and threads, where no control group does.
+    counted: Option<MeasurementSchedule>,
+    /// The largest number of processes and threads that were counted.
     processes: u64,
 }
 
@@ -99,10 +103,13 @@ impl<'a> Guard<'a> {
             resident: is_watched.then(|| {
                 (MeasurementSchedule::new(MEMORY_PAUSE, now), Exceeded { resource, used: 0, limit })
             }),
+            files_in_memory: FilesInMemory::default(),
             killed: is_bounded.then(|| MeasurementSchedule::new(PAUSE, now)),
             written: written
                 .filter(|_| limits.disk > 0 || limits.files > 0)
                 .map(|written| (MeasurementSchedule::new(PAUSE, now), written)),
+            counted: (limits.processes > 0 && !group.is_some_and(SlotGroup::counts_processes))
+                .then(|| MeasurementSchedule::new(PAUSE, now)),
             processes: 0,
         }
     }
@@ -113,6 +120,7 @@ impl<'a> Guard<'a> {
             self.resident.as_ref().map(|(pace, _)| pace.next),
             self.killed.as_ref().map(|pace| pace.next),
             self.written.as_ref().map(|(pace, _)| pace.next),
+            self.counted.as_ref().map(|pace| pace.next),
         ];
         paces.into_iter().flatten().min()
     }
@@ -121,15 +129,15 @@ impl<'a> Guard<'a> {
     pub(super) fn look(&mut self) -> Option<Violation> {
         let runner = self.runner;
         if let Some((pace, limit)) = &mut self.resident {
-            let processes = &mut self.processes;
-            let above = pace.look(|| {
-                let measured = resident::measure(runner, limit.limit);
-                *processes = measured.processes.max(*processes);
-                measured.above
-            });
-            if let Some(used) = above {
+            let files = &mut self.files_in_memory;
+            if let Some(used) = pace.look(|| resident::measure(runner, limit.limit, files)) {
                 return Some(Violation::Exceeded(Exceeded { used, ..*limit }));
             }
+        }
+        if let Some(pace) = &mut self.counted
+            && let Some(processes) = pace.look(|| Some(resident::processes(runner)))
+        {
+            self.processes = self.processes.max(processes);
         }
         if let Some(pace) = &mut self.killed
             && let Some(group) = self.group
@@ -179,6 +187,14 @@ fn killed(group: &SlotGroup) -> Option<Violation> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processes_are_counted_where_no_group_does_even_if_the_memory_is_not_measured() {
+        let limits = Limits { processes: 40, ..Limits::default() };
+        let guard = Guard::new(&limits, None, 0, std::process::id(), None);
+        assert!(guard.resident.is_none() && guard.next().is_some());
+        assert_eq!(Guard::new(&Limits::default(), None, 0, std::process::id(), None).next(), None);
+    }
 
     #[test]
     fn a_slow_look_is_followed_by_a_long_pause() {

@@ -1,23 +1,15 @@
-//! Measures the memory of a command's processes through /proc, for machines where no control group bounds it.
+//! Measures the memory of a command's processes through /proc, and counts them, where no control group does.
 //!
-//! First it adds up the private part of each process's resident memory and the [files in memory](unmapped), which is
-//! cheap. Pages that processes share after a fork are counted several times. So if the sum exceeds the limit, each page
-//! is counted once (PSS), if this process has the permission to read that value.
+//! For the memory, it first adds up the private part of each process's resident memory and the
+//! [files in memory](FilesInMemory), which is cheap. Pages that processes share after a fork are counted several times.
+//! So if the sum exceeds the limit, each page is counted once (PSS), if this process has the permission to read that
+//! value.
 
-use super::{exhausted, reap, unmapped};
+use super::{exhausted, reap, unmapped::FilesInMemory};
 use std::fs;
 
 /// Maximum number of processes that are inspected.
 const MAX_INSPECTED: usize = 20_000;
-
-/// What the processes of a command use at one time.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct MemoryUse {
-    /// The memory in bytes, if it exceeds the limit.
-    pub above: Option<u64>,
-    /// The number of processes and threads in the cell, including its first process. 0 if there is no cell.
-    pub processes: u64,
-}
 
 /// Resident memory in bytes that is not backed by a file on a disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -34,34 +26,51 @@ impl Resident {
             shared: self.shared.saturating_add(other.shared),
         }
     }
+
+    /// The sum with the bytes of all files in memory. A mapped page may be among them, so the larger of both counts.
+    /// To tell them apart, each mapping would have to be read, and a command may have tens of thousands of them. So
+    /// shared memory that belongs to no file can hide as many bytes of files.
+    fn with_files(self, files: u64) -> u64 {
+        self.private.saturating_add(self.shared.max(files))
+    }
 }
 
-/// Measures all descendants of a process against a limit of memory in bytes.
-pub(super) fn measure(of: u32, limit: u64) -> MemoryUse {
+/// The memory of all descendants of a process in bytes, if it exceeds the limit. `files` are the files in memory as the
+/// previous measurement found them.
+pub(super) fn measure(of: u32, limit: u64, files: &mut FilesInMemory) -> Option<u64> {
     let (mut all, mut in_cell, mut resident) = (Vec::new(), Vec::new(), Resident::default());
-    let mut processes = 0;
-    for process in reap::descendants(of, MAX_INSPECTED) {
-        let Ok(status) = fs::read_to_string(format!("/proc/{process}/status")) else { continue };
+    for (process, status) in statuses(of) {
         resident = resident.with(mapped(&status));
         all.push(process);
         if is_in_cell(&status) {
             in_cell.push(process);
-            processes += exhausted::threads(&status).unwrap_or(1);
         }
     }
-    let files = unmapped::files_in_memory(&all, &in_cell, limit);
-    let sum = resident.private.saturating_add(resident.shared).saturating_add(files);
-    MemoryUse {
-        above: if sum > limit { once(&all, files).filter(|used| *used > limit) } else { None },
-        processes: if in_cell.is_empty() { 0 } else { processes + 1 },
+    files.measure(&all, &in_cell, limit);
+    if resident.with_files(files.bytes()) <= limit {
+        return None;
     }
+    files.forget_closed();
+    once(&all, files.bytes()).filter(|used| *used > limit)
 }
 
-/// The memory of these processes in bytes, in which each page counts once. A mapped page of a file in memory may be
-/// among the `files`, so the larger of both counts.
+/// The number of processes and threads in the cell below a process, including its first process. 0 if there is no cell.
+pub(super) fn processes(of: u32) -> u64 {
+    let in_cell = statuses(of).filter(|(_, status)| is_in_cell(status));
+    let threads: u64 = in_cell.map(|(_, status)| exhausted::threads(&status).unwrap_or(1)).sum();
+    if threads == 0 { 0 } else { threads + 1 }
+}
+
+/// The descendants of a process, each with its `/proc/PID/status`.
+fn statuses(of: u32) -> impl Iterator<Item = (u32, String)> {
+    let status = |process| Some((process, fs::read_to_string(format!("/proc/{process}/status")).ok()?));
+    reap::descendants(of, MAX_INSPECTED).into_iter().filter_map(status)
+}
+
+/// The memory of these processes in bytes, in which each page counts once, with the bytes of all files in memory.
 fn once(processes: &[u32], files: u64) -> Option<u64> {
     let sum = processes.iter().filter_map(|process| proportional(*process)).reduce(Resident::with)?;
-    Some(sum.private.saturating_add(sum.shared.max(files)))
+    Some(sum.with_files(files))
 }
 
 /// The resident memory in `/proc/PID/status`.
@@ -113,13 +122,11 @@ mod tests {
         let status = |pid: u32| fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let processes = reap::descendants(shell.id(), MAX_INSPECTED);
         let alone: u64 = processes.into_iter().map(|pid| mapped(&status(pid)).private).sum();
-        let used = measure(shell.id(), 32 << 20).above.unwrap();
+        let measure = |limit| measure(shell.id(), limit, &mut FilesInMemory::default());
+        let used = measure(32 << 20).unwrap();
         assert!(alone >= 64 << 20 && used >= 32 << 20 && used <= alone / 4 * 3, "{used} of {alone}");
-        assert_eq!(
-            measure(shell.id(), u64::MAX),
-            MemoryUse::default(),
-            "below the limit, and without a cell"
-        );
+        assert_eq!(measure(u64::MAX), None, "below the limit");
+        assert_eq!(super::processes(shell.id()), 0, "without a cell");
         reap::kill_descendants(shell.id());
         let _ = shell.kill();
         let _ = shell.wait();
@@ -141,5 +148,7 @@ mod tests {
         let both = once(&[own], files).unwrap();
         assert!(mapped < files && both >= files && both < files + mapped + (64 << 20), "{mapped} {both}");
         assert_eq!(once(&[], files), None);
+        let resident = Resident { private: 5, shared: 60 };
+        assert_eq!((resident.with_files(60), resident.with_files(70)), (65, 75));
     }
 }

@@ -163,7 +163,7 @@ fn a_value_that_cannot_be_read_causes_no_problem_of_another_key() {
         "listen_addr = 1\n[http]\nlisten_addr = \"127.0.0.1:50051\"",
         "[http]\nlisten_addr = \"0.0.0.0:1\"\n[access]\njwt = 1\n[tls]\ncert = \"c\"\nkey = \"k\"",
         "[tls]\ncert = \"c\"\nkey = \"k\"\nclient_ca = 1\ncrl = \"r\"\nclient_auth = \"optional\"\n\
-         [[access.certificates]]\nname = \"*\"\nroles = [\"admin\"]",
+         [[access.certificates]]\nname = \"ci\"\nroles = [\"admin\"]",
         "instance_names = \"main\"\n[instances.ci]\nblobs_of = \"main\"",
         "instance_names = []\ninstances = 1",
         "[access]\nanonymous = [\"own\"]\nroles = 1",

@@ -57,7 +57,7 @@ pub struct Role {
 /// A role that every server has.
 #[derive(Debug, Clone, Copy)]
 pub struct ReadyMade {
-    /// The name, which the configuration may use like that of a configured role.
+    /// The name. The configuration may use it like the name of a configured role.
     pub name: &'static str,
     /// Its permissions, in all instances.
     pub permissions: &'static [Permission],

@@ -44,7 +44,7 @@ fn open(root: &Path) -> Result<CasActor> {
     CasActor::open(settings_at(root.to_owned(), 1_000 * MB), &instances(), Handle::current())
 }
 
-/// The refusal names the path, what is there, what belongs there, and what to do, and then that works.
+/// The refusal names the path, what was found, what was expected and what to do. Doing that makes the start work.
 #[actix::test]
 async fn a_start_says_what_is_in_the_place_of_a_directory_or_file_and_what_to_do() {
     let directories =

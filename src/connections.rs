@@ -12,6 +12,7 @@
 
 pub(crate) mod ahead;
 pub(crate) mod answers;
+mod closings;
 mod handshake;
 mod state;
 
@@ -27,6 +28,7 @@ use crate::{
     telemetry::ConnectionReading,
 };
 use ahead::Ahead;
+use closings::{Closings, ConnectionPlace};
 use rate::{Bucket, Rate};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -88,6 +90,7 @@ pub struct Connections(Arc<ConnectionsState>);
 struct ConnectionsState {
     clock: Clock,
     places: Budget,
+    closings: Closings,
     calls: Budget,
     heads: Budget,
     answers: Budget,
@@ -143,6 +146,7 @@ impl Connections {
         Self(Arc::new(ConnectionsState {
             clock: Clock(Instant::now()),
             places: Budget::new(places),
+            closings: Closings::default(),
             calls: Budget::new(calls),
             heads: Budget::new(HEADS),
             answers: Budget::new(answers::ANSWERS),
@@ -172,12 +176,17 @@ impl Connections {
         }
     }
 
+    /// Waits while many connections are being closed, but not for long. Called before a connection is accepted.
+    pub(crate) async fn until_few_are_closing(&self) {
+        self.0.closings.few().await;
+    }
+
     /// Registers a new connection; `None` when it must be refused.
     pub fn admit(&self, address: SocketAddr) -> Option<Admitted> {
         let caller = Caller::connected(address);
-        let place = loop {
+        let share = loop {
             let bound = match self.0.places.take(caller, 1) {
-                Ok(place) => break place,
+                Ok(share) => break share,
                 Err(refusal) => refusal.bound(),
             };
             let victim = oldest_idle(&self.books().open, (bound != Bound::Server).then_some(caller.peer));
@@ -189,7 +198,8 @@ impl Connections {
         };
         let (clock, answers) = (self.0.clock, self.0.answers.clone());
         let ahead = Ahead::new(self.0.ahead.clone(), caller);
-        let state = Arc::new(ConnectionState::new(caller, address, clock, answers, ahead, Some(place)));
+        let place = ConnectionPlace::Open { _share: share, closings: self.0.closings.clone() };
+        let state = Arc::new(ConnectionState::new(caller, address, clock, answers, ahead, place));
         self.books().open.insert(caller.connection, state.clone());
         Some(Admitted { connections: self.clone(), state })
     }
@@ -313,7 +323,7 @@ impl Admitted {
 impl Drop for Admitted {
     fn drop(&mut self) {
         self.connections.books().open.remove(&self.state.caller.connection);
-        self.state.give_up_place();
+        self.state.end();
     }
 }
 

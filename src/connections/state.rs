@@ -3,17 +3,19 @@
 //! All fields are atomic, because every read, write and call of the connection updates them, and the sweep reads
 //! thousands of them. Times are milliseconds of the [`Clock`] of [`super::Connections`]; 0 means "not now".
 
-use super::{Ahead, Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT};
+use super::{
+    Ahead, Clock, FIRST_REQUEST_LIMIT, HEAD_LIMIT, UNREAD_LIMIT, UNTAKEN_LIMIT, closings::ConnectionPlace,
+};
 use crate::{
     access::{authenticator::RepeatedCredential, certificate::ClientCertificate},
-    budget::{Budget, Share},
+    budget::Budget,
     caller::Caller,
 };
 use futures::task::AtomicWaker;
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
     },
     task::{Context, Poll},
@@ -98,8 +100,7 @@ pub struct ConnectionState {
     certificate: OnceLock<Arc<ClientCertificate>>,
     /// The credential that the client sent last.
     pub(crate) credential: RepeatedCredential,
-    /// Its share of the connection budget; `None` once it was asked to close.
-    place: Mutex<Option<Share>>,
+    place: Mutex<ConnectionPlace>,
     accepted_ms: u64,
     has_asked: AtomicBool,
     calls: AtomicUsize,
@@ -121,7 +122,7 @@ impl ConnectionState {
         clock: Clock,
         answers: Budget,
         ahead: Ahead,
-        place: Option<Share>,
+        place: ConnectionPlace,
     ) -> Self {
         let now = clock.now_ms();
         Self {
@@ -214,15 +215,19 @@ impl ConnectionState {
     pub fn close(&self, reason: Reason) -> bool {
         let is_first = self.closing.compare_exchange(0, reason as u8, SeqCst, SeqCst).is_ok();
         if is_first {
-            self.give_up_place();
+            self.place().give_up();
             self.waker.wake();
         }
         is_first
     }
 
-    /// Returns its place to the budget, at the end of the connection at the latest.
-    pub(super) fn give_up_place(&self) {
-        drop(self.place.lock().unwrap_or_else(PoisonError::into_inner).take());
+    /// Records that the connection has ended.
+    pub(super) fn end(&self) {
+        *self.place() = ConnectionPlace::Closed;
+    }
+
+    fn place(&self) -> MutexGuard<'_, ConnectionPlace> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ready when the connection must close. Only the connection's task may call it.

@@ -119,3 +119,27 @@ async fn a_peer_gets_lines_and_resets_up_to_its_rates_over_all_its_connections()
     let books = connections.books();
     assert!(books.tally.is_empty() && books.peers.is_empty());
 }
+
+#[tokio::test(start_paused = true)]
+async fn accepting_waits_while_many_connections_are_being_closed_but_not_for_long() {
+    let connections = Connections::default();
+    let port = |number: usize| u16::try_from(number).unwrap();
+    let mut closing: Vec<_> =
+        (0..closings::CLOSINGS_MAX).map(|n| connections.admit(address(1, port(n))).unwrap()).collect();
+    connections.until_few_are_closing().await;
+    for admitted in &closing {
+        connections.close(admitted.state(), Reason::Idle);
+        // Another reason does not count it twice.
+        connections.close(admitted.state(), Reason::Noise);
+    }
+    let mut waits = Box::pin(connections.until_few_are_closing());
+    assert!(futures::poll!(&mut waits).is_pending());
+    drop(closing.pop());
+    waits.await;
+    let (last, start) = (connections.admit(address(1, 1)).unwrap(), Instant::now());
+    connections.close(last.state(), Reason::Idle);
+    connections.until_few_are_closing().await;
+    assert_eq!(start.elapsed(), closings::CLOSINGS_WAIT, "connections that do not close keep nobody waiting");
+    drop((closing, last));
+    assert_eq!(connections.0.closings.number(), 0);
+}

@@ -42,6 +42,7 @@ pub(super) fn connections(
                 ));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
+            connections.until_few_are_closing().await;
             accepted.and_then(|stream| Arrived::new(stream, &connections, tls)).transpose()
         }
     })

@@ -86,7 +86,10 @@ pub(super) async fn serve(
     loop {
         let (stream, peer) = select! {
             () = &mut shutdown => break,
-            accepted = listener.accept() => accepted,
+            accepted = async {
+                connections.until_few_are_closing().await;
+                listener.accept().await
+            } => accepted,
         };
         // Without a local address, only requests for loopback and for configured names are answered.
         let here = stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());

@@ -66,6 +66,8 @@ pub(super) struct ActionRun<'a> {
     room_at_start: Option<Space>,
     /// Whether the disk was still full after [`disk_room::ROOM_WAIT`].
     room_wait_expired: bool,
+    /// Whether the disk was full before all inputs were in place.
+    inputs_had_no_room: bool,
 }
 
 impl<'a> ActionRun<'a> {
@@ -88,6 +90,7 @@ impl<'a> ActionRun<'a> {
             tool_failure: None,
             room_at_start: None,
             room_wait_expired: false,
+            inputs_had_no_room: false,
         }
     }
 
@@ -143,8 +146,8 @@ impl<'a> ActionRun<'a> {
             _ => build_root.create(slot, &action.digest)?,
         };
         let outcome = self.steps_in(&workspace, kind, &command, &fetching, batch);
-        if let Err(Error::DiskFull(_)) = outcome {
-            // Free the space before a retry.
+        if self.inputs_had_no_room || matches!(outcome, Err(Error::DiskFull(_))) {
+            // The space is free before the log of the run is stored, and before a retry.
             workspace.remove_now();
         }
         outcome
@@ -168,6 +171,7 @@ impl<'a> ActionRun<'a> {
         }
         let tree = inputs.tree().clone();
         let staged = self.stage(&mut *inputs, &tree, workspace, fetching);
+        self.inputs_had_no_room = matches!(staged, Err(Error::DiskFull(_)));
         let base = staged.map_err(|error| self.with_sizes(error, &tree))?;
         let root = ExecRoot::new(workspace.root()?, base.as_ref().map(TreeLease::tree));
         let mount_points = kind.has_input_root_as_root().then(|| MountPoints::make(root)).transpose()?;

@@ -226,11 +226,20 @@ impl Log {
     }
 }
 
+/// Creates a log. Without a sandbox, the command may have put a file of its own there, which is replaced.
 fn create_log(path: &Path) -> io::Result<File> {
     // In append mode, a command that truncates its log by name does not cause a hole in it.
     let flags =
         OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(File::from(rfs::openat(CWD, path, flags, Mode::from_raw_mode(0o644))?))
+    let create = || rfs::openat(CWD, path, flags, Mode::from_raw_mode(0o644));
+    let created = match create() {
+        Err(Errno::EXIST) => {
+            rfs::unlink(path)?;
+            create()
+        }
+        created => created,
+    };
+    Ok(File::from(created?))
 }
 
 /// A pipe whose read end does not block. Both ends belong to the user of this process until their owner is changed.
@@ -283,6 +292,22 @@ mod tests {
             now += (pause.as_secs_f64() + 5e-6).max(1.0 / bytes_per_second);
         }
         (reads, fullest)
+    }
+
+    #[test]
+    fn a_log_replaces_what_a_command_has_put_in_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let (log, elsewhere) = (directory.path().join("stdout"), directory.path().join("elsewhere"));
+        std::fs::write(&elsewhere, "kept").unwrap();
+        let put: [fn(&Path, &Path) -> io::Result<()>; 2] =
+            [|log, _| std::fs::write(log, "forged"), |log, target| std::os::unix::fs::symlink(target, log)];
+        for put in put {
+            put(&log, &elsewhere).unwrap();
+            create_log(&log).unwrap().write_all(b"printed").unwrap();
+            assert_eq!(std::fs::read_to_string(&log).unwrap(), "printed");
+            std::fs::remove_file(&log).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "kept");
     }
 
     #[test]

@@ -176,7 +176,7 @@ impl Connections {
         }
     }
 
-    /// Waits while many connections are being closed, but not for long. Called before a connection is accepted.
+    /// Waits while many connections are being closed, but not for long. Called before a connection is admitted.
     pub(crate) async fn until_few_are_closing(&self) {
         self.0.closings.few().await;
     }

@@ -47,7 +47,7 @@ impl Drop for Closing {
     }
 }
 
-/// What a connection counts as.
+/// How a connection is counted.
 #[derive(Debug)]
 pub(super) enum ConnectionPlace {
     /// It is open and holds a share of the budget of places.

@@ -139,7 +139,7 @@ async fn accepting_waits_while_many_connections_are_being_closed_but_not_for_lon
     let (last, start) = (connections.admit(address(1, 1)).unwrap(), Instant::now());
     connections.close(last.state(), Reason::Idle);
     connections.until_few_are_closing().await;
-    assert_eq!(start.elapsed(), closings::CLOSINGS_WAIT, "connections that do not close keep nobody waiting");
+    assert_eq!(start.elapsed(), closings::CLOSINGS_WAIT, "accepting waits only for a while");
     drop((closing, last));
     assert_eq!(connections.0.closings.number(), 0);
 }

@@ -22,7 +22,7 @@ use crate::{
     instance::Instance,
     quotas::UploadMeter,
     result::ResultRoom,
-    under_way::Unfinished,
+    unfinished_requests::UnfinishedRequest,
 };
 use bytes::Bytes;
 use gorego_reapi::{digest::Digest, error::Result};
@@ -92,7 +92,7 @@ struct CallState {
     bytes_out: AtomicU64,
     is_broken_off: AtomicBool,
     /// The entry by which a shutdown tracks the request; `None` for streams that clients keep open.
-    unfinished: Option<Unfinished>,
+    unfinished: Option<UnfinishedRequest>,
 }
 
 /// What handlers record for the log line.
@@ -113,7 +113,7 @@ impl Call {
         connection: Option<ConnectionInfo>,
         client: ClientInfo,
         permissions: Option<Permissions>,
-        unfinished: Option<Unfinished>,
+        unfinished: Option<UnfinishedRequest>,
     ) -> Self {
         Self(Arc::new(CallState { connection, client, permissions, unfinished, ..CallState::default() }))
     }
@@ -433,7 +433,7 @@ impl Call {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{connections::answers::ANSWERS, under_way::UnderWay};
+    use crate::{connections::answers::ANSWERS, unfinished_requests::UnfinishedRequests};
     use std::time::Duration;
     use tokio::time::{sleep, timeout};
 
@@ -454,20 +454,23 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_shutdown_does_not_wait_for_reads_that_wait_until_their_client_takes_something() {
         const QUIET: Duration = Duration::from_secs(2);
-        let (connections, under_way) = (Connections::default(), UnderWay::default());
+        let (connections, unfinished_requests) = (Connections::default(), UnfinishedRequests::default());
         let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
         let info = Some(ConnectionInfo::of(&admitted));
-        let call = Call::begin(info, Default::default(), None, Some(under_way.begin()));
+        let call = Call::begin(info, Default::default(), None, Some(unfinished_requests.begin()));
         let others = admitted.state().reserve_now(ANSWERS.connection).unwrap();
         let mut waiting = pin!(call.reserve_piece(1_000));
         assert!(timeout(QUIET, waiting.as_mut()).await.is_err());
         tokio::select! {
-            () = under_way.finished(QUIET) => {}
+            () = unfinished_requests.finished(QUIET) => {}
             _ = waiting.as_mut() => panic!("there is no room"),
             () = sleep(2 * QUIET) => panic!("the shutdown waits for a request that waits for its client"),
         }
         drop(others);
         assert_eq!(waiting.await, Ok(1_000));
-        assert!(timeout(2 * QUIET, under_way.finished(QUIET)).await.is_err(), "the server has to go on");
+        assert!(
+            timeout(2 * QUIET, unfinished_requests.finished(QUIET)).await.is_err(),
+            "the server has to go on"
+        );
     }
 }

@@ -54,14 +54,21 @@ pub(crate) const HEADS: Bounds =
     Bounds { what: "bytes of large headers", total: 128 * 1024 * 1024, connection: 48 * 1024 * 1024 };
 /// Calls may use this fraction of the process's descriptors.
 pub(crate) const CALLS_PER_DESCRIPTOR: u64 = 2;
+/// Number of concurrent streams on one connection. A build tool keeps one open for every action that waits or runs.
+pub(crate) const STREAMS_MAX: u32 = 20_000;
+/// Flow-control window of a connection: the bytes that it may send ahead of all its handlers, while all connections
+/// together are within their limit ([`ahead`]). Collected parts of unfinished messages are counted separately. The
+/// HTTP/2 library derives from it how many small frames may wait: half of it in bytes, at 256 for each. A smaller or
+/// adaptive window would close connections on which 170 small requests arrive at once.
+pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// Time limit for the first request on a new connection. Clients that connect in advance simply reconnect.
 pub(crate) const FIRST_REQUEST_LIMIT: Duration = Duration::from_secs(60);
 /// Time limit for the headers of a request, from the first frame to the last.
 pub(crate) const HEAD_LIMIT: Duration = Duration::from_secs(20);
 /// How long a client may leave its socket unread while bytes are waiting for it.
 pub(crate) const UNREAD_LIMIT: Duration = Duration::from_secs(60);
-/// How long a client may consume no answer although it reads its socket. Equal to the idle limit of a download.
-pub(crate) const UNTAKEN_LIMIT: Duration = crate::grpc::stream_limits::READ_IDLE_LIMIT;
+/// How long a client may consume no answer although it reads its socket.
+pub(crate) const UNTAKEN_LIMIT: Duration = Duration::from_secs(5 * 60);
 /// Rate of calls that one peer may cancel in addition to those that it lets finish. A failed build cancels thousands of
 /// running actions at once.
 pub(crate) const PEER_RESETS: Rate = Rate { burst: 10_000, per_second: 1_000 };
@@ -142,7 +149,7 @@ impl Connections {
         let total = CONNECTIONS_MAX.min(descriptors / CONNECTIONS_PER_DESCRIPTOR).max(1);
         let places = Bounds { what: "connections", total, connection: 1 };
         let total = CALLS_MAX.min(descriptors / CALLS_PER_DESCRIPTOR).max(1);
-        let calls = Bounds { what: "concurrent calls", total, connection: crate::grpc::STREAMS_MAX.into() };
+        let calls = Bounds { what: "concurrent calls", total, connection: STREAMS_MAX.into() };
         Self(Arc::new(ConnectionsState {
             clock: Clock(Instant::now()),
             places: Budget::new(places),

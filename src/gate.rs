@@ -5,9 +5,9 @@
 //! body is read, the client of a request is identified ([`Gate::identify`]), and must be allowed to make this request
 //! in some instance ([`Gate::pass`]).
 
-mod standing;
+mod revocation;
 
-pub(crate) use standing::Standing;
+pub(crate) use revocation::RevocationCheck;
 
 use crate::{
     access::{

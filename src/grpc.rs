@@ -10,9 +10,9 @@
 //! - [`convert`]: conversion between wire and domain types. [`inline`], [`page_token`], [`filter`],
 //!   [`operation_stream`], [`stalled`]: parts of answers. [`write_stream`]: the request of ByteStream.Write, and
 //!   [`ask`] sends requests to the scheduler.
-//! - [`accept`], [`connection`], [`turn`], [`bulk`], [`serving`], [`conduct`], [`frames`], [`intake`], [`claim`],
-//!   [`codec`], [`answers`], [`request_log`], [`panic_guard`], [`mod@routes`]: layers that every connection and call
-//!   passes.
+//! - [`accept`], [`connection`], [`turn`], [`bulk`], [`serving`], [`flood_guard`], [`frames`], [`intake`],
+//!   [`request_memory`], [`codec`], [`answers`], [`request_log`], [`panic_guard`], [`mod@routes`]: layers that every
+//!   connection and call passes.
 //!
 //! Services are stateless, so all connections see the same data. Graceful shutdown is driven from outside: [`serve`]
 //! stops accepting when its shutdown future completes, and returns when the last connection is closed.
@@ -28,13 +28,12 @@ pub(crate) mod byte_stream;
 pub(crate) mod capabilities;
 pub(crate) mod cas;
 pub(crate) mod chunks;
-pub(crate) mod claim;
 pub(crate) mod codec;
-mod conduct;
 mod connection;
 pub mod convert;
 pub(crate) mod execution;
 pub mod filter;
+mod flood_guard;
 mod frames;
 pub mod get_tree;
 pub mod health;
@@ -47,6 +46,7 @@ pub mod page_token;
 pub(crate) mod panic_guard;
 mod permissions;
 pub(crate) mod request_log;
+pub(crate) mod request_memory;
 mod routes;
 pub mod services;
 mod serving;
@@ -83,7 +83,7 @@ use crate::{
     log_streams::LogStreams,
     telemetry::Metrics,
     tls::TlsPort,
-    under_way::UnderWay,
+    unfinished_requests::UnfinishedRequests,
 };
 use ask::Scheduler;
 use bytes::Bytes;
@@ -104,19 +104,12 @@ use tower::ServiceBuilder;
 /// Largest request message. Far above the advertised batch limit, so that a batch of exactly that limit fits with its
 /// digests and other fields (GEN-24).
 pub const REQUEST_MAX_BYTES: usize = 16 * 1024 * 1024;
-/// Number of concurrent streams on one connection. A build tool keeps one open for every action that waits or runs.
-pub const STREAMS_MAX: u32 = 20_000;
 /// Number of streams that a client may have reset before the server has processed them. A failed build cancels hundreds
 /// of calls at once; the library's default of 20 would close its connection.
-pub const PENDING_RESETS_MAX: usize = STREAMS_MAX as usize;
+pub const PENDING_RESETS_MAX: usize = crate::connections::STREAMS_MAX as usize;
 /// Flow-control window of a stream: the bytes that it may send ahead of its handler. Sufficient for a fast link with a
 /// latency of 10 ms.
 pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// Flow-control window of a connection: the bytes that it may send ahead of all its handlers, while all connections
-/// together are within their limit ([`crate::connections::ahead`]). Collected parts of unfinished messages are counted
-/// elsewhere ([`intake`]). The HTTP/2 library derives from it how many small frames may wait: half of it in bytes, at
-/// 256 for each. A smaller or adaptive window would close connections on which 170 small requests arrive at once.
-pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;
 /// Largest header list of a request, in bytes.
 pub const HEADERS_MAX_BYTES: u32 = 64 * 1024;
 /// Idle time after which the client is pinged. Together with [`PING_TIMEOUT`], a connection that was dropped by a NAT
@@ -147,7 +140,7 @@ pub struct Edge {
     /// The assets service; `None` if it is disabled.
     pub assets: Option<Assets>,
     /// Counts the calls that a shutdown waits for.
-    pub under_way: UnderWay,
+    pub unfinished_requests: UnfinishedRequests,
     /// The open connections and their limits.
     pub connections: Connections,
     /// The parts that the Admin service uses, besides the store.
@@ -242,7 +235,8 @@ pub(crate) fn rpcs() -> impl Iterator<Item = (String, String)> {
 
 /// Serves on `listener` until `shutdown` completes. Then it accepts no new connections, sends GOAWAY, and returns when
 /// all open streams have ended and all connections are closed. The caller ends long-lived streams by draining the
-/// scheduler and closing the log streams, and [`Edge::under_way`] tells it when the remaining ones may be cut off.
+/// scheduler and closing the log streams. [`Edge::unfinished_requests`] tells it when the remaining ones may be cut
+/// off.
 ///
 /// # Errors
 /// [`Error::Internal`] when the services cannot be created.
@@ -266,7 +260,7 @@ pub(crate) async fn serve_with(
     tls: Option<TlsPort>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let (under_way, connections) = (edge.under_way.clone(), edge.connections.clone());
+    let (unfinished_requests, connections) = (edge.unfinished_requests.clone(), edge.connections.clone());
     let (gate, metrics) = (edge.gate.clone(), edge.metrics.clone());
     let layers = ServiceBuilder::new()
         .layer(answers::AnswersLayer)
@@ -276,7 +270,7 @@ pub(crate) async fn serve_with(
     let of_connection = move |connection| request_log::RequestLog {
         inner: service.clone(),
         gate: gate.clone(),
-        under_way: under_way.clone(),
+        unfinished_requests: unfinished_requests.clone(),
         metrics: metrics.clone(),
         connection,
     };

@@ -9,7 +9,7 @@
 
 pub mod cache;
 mod connection;
-mod front;
+mod front_page;
 pub(crate) mod hosts;
 pub(crate) mod operations;
 mod request_log;
@@ -22,10 +22,10 @@ use crate::{
     budget::{Bounds, Budget},
     call::Call,
     connections::Connections,
-    gate::{Gate, Standing},
+    gate::{Gate, RevocationCheck},
     telemetry::Metrics,
     tls::TlsPort,
-    under_way::UnderWay,
+    unfinished_requests::UnfinishedRequests,
 };
 use axum::{
     body::Body,
@@ -35,7 +35,7 @@ use axum::{
 };
 use cache::Cache;
 use connection::Ends;
-use front::Front;
+use front_page::FrontPage;
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
 use hosts::{HostRefusal, Hosts};
@@ -70,7 +70,7 @@ pub struct Port {
     /// The host names that requests may use.
     hosts: Hosts,
     /// Counts the requests that a shutdown waits for.
-    under_way: UnderWay,
+    unfinished_requests: UnfinishedRequests,
     /// The open connections of all ports.
     connections: Connections,
     decoders: Budget,
@@ -85,14 +85,14 @@ impl Port {
         port.mounts.mount(cache::ROUTES, Box::new(cache));
         port.mounts.mount(operations::ROUTES, Box::new(operations));
         // The front page is mounted last, because it lists all other paths.
-        port.mounts.mount(front::ROUTES, Box::new(Front { page: index(&port.mounts) }));
+        port.mounts.mount(front_page::ROUTES, Box::new(FrontPage { page: index(&port.mounts) }));
         port
     }
 
     fn empty(shared: PortContext) -> Self {
-        let PortContext { gate, hosts, under_way, connections, metrics } = shared;
+        let PortContext { gate, hosts, unfinished_requests, connections, metrics } = shared;
         let decoders = Budget::new(DECODERS);
-        Self { mounts: Router::default(), gate, hosts, under_way, connections, decoders, metrics }
+        Self { mounts: Router::default(), gate, hosts, unfinished_requests, connections, decoders, metrics }
     }
 
     /// Authenticates the sender of a request, and checks whether it may make this request.
@@ -113,7 +113,7 @@ pub(crate) struct PortContext {
     /// The host names that requests may use.
     pub(crate) hosts: Hosts,
     /// Counts the requests that a shutdown waits for.
-    pub(crate) under_way: UnderWay,
+    pub(crate) unfinished_requests: UnfinishedRequests,
     /// The open connections of all ports.
     pub(crate) connections: Connections,
     /// Counts the requests that have ended.
@@ -145,7 +145,7 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let found = port.mounts.find(request.method().as_str(), uri.path());
     let found = found.map(|(mount, place)| (mount.as_ref(), place));
     let permissions = found.as_ref().ok().map(|(_, place)| place.permissions);
-    let unfinished = port.under_way.begin();
+    let unfinished = port.unfinished_requests.begin();
     let call = Call::begin(Some(ends.client.clone()), ClientInfo::default(), permissions, Some(unfinished));
     let what = (request.method(), request.uri());
     let mut line = RequestLine::new(&call, &port, &ends.client, what);
@@ -176,7 +176,7 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let decoder = is_encoded.then(|| port.decoders.take(caller, 1)).transpose();
     let response = match decoder {
         Ok(_decoder) => {
-            let mut standing = Standing::new(port.gate.clone(), call.clone());
+            let mut standing = RevocationCheck::new(port.gate.clone(), call.clone());
             let response = select! {
                 response = dispatch(&port.mounts, found, request, &call) => response,
                 error = standing.ended() => Err(error),
@@ -295,7 +295,7 @@ mod tests {
                     .collect::<Vec<_>>()
             })
             .collect();
-        let routes = [cache::ROUTES, operations::ROUTES, front::ROUTES].map(of_routes);
+        let routes = [cache::ROUTES, operations::ROUTES, front_page::ROUTES].map(of_routes);
         assert_eq!(documented, routes.into_iter().flatten().collect());
     }
 
@@ -313,11 +313,11 @@ mod tests {
         let mut port = Port::empty(PortContext {
             gate: Gate::new(Instances::new([""]).unwrap(), Authenticator::open()),
             hosts: Hosts::default(),
-            under_way: UnderWay::default(),
+            unfinished_requests: UnfinishedRequests::default(),
             connections: Connections::default(),
             metrics: Arc::default(),
         });
-        port.mounts.mount(front::ROUTES, Box::new(Front { page: "front".into() }));
+        port.mounts.mount(front_page::ROUTES, Box::new(FrontPage { page: "front".into() }));
         port.mounts.mount(NUMBERS, Box::new(Numbers));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

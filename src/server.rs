@@ -6,12 +6,12 @@
 //! this, even if clients keep requests open. The owner actors are watched: if one dies, the process exits, because a
 //! partial server is worse than none.
 
-mod beside;
+pub(crate) mod execution_setup;
 mod exit;
+mod files_beside_store;
 mod fill;
 mod observer;
 mod owners;
-pub(crate) mod place;
 mod pools;
 mod ports;
 mod prerequisites;
@@ -43,16 +43,16 @@ use crate::{
     supervisor::{Supervision, Supervisor},
     telemetry::Metrics,
     tls::ServerTls,
-    under_way::UnderWay,
+    unfinished_requests::UnfinishedRequests,
 };
 use actix::{Actor as _, Addr};
 use actix_rt::System;
+use execution_setup::ExecutionSetup;
 use exit::{Exit, drain};
 use fill::{asset_settings, log_settings, protocol_settings, scheduler_settings, store_settings};
 use gorego_reapi::error::{Error, Result};
 use observer::{Observer, PoolWatch};
 use owners::Owners;
-use place::Place;
 use pools::{PoolMaker, Pools};
 use ports::{Ports, ServedPort};
 use prerequisites::{Listeners, Prerequisites};
@@ -111,15 +111,15 @@ pub(crate) fn run(
     // directory.
     let store = CasActor::open(store_settings(&settings), &settings.instances, runtime.handle().clone())?;
     let reports = NonDeterminismReports::open(settings.cache_dir.join("v1").join("nondeterminism"));
-    let place = match &mut settings.execution {
-        Some(execution) => Some(Place::open(execution, runtime.handle(), open_files)?),
+    let setup = match &mut settings.execution {
+        Some(execution) => Some(ExecutionSetup::open(execution, runtime.handle(), open_files)?),
         None => None,
     };
     let workers = runtime.handle().clone();
     let system = System::with_tokio_rt(|| Arc::clone(&runtime));
     system.block_on(async move {
         let (server, listeners) =
-            Server::start(settings, supervision, prerequisites, store, reports, place, workers)?;
+            Server::start(settings, supervision, prerequisites, store, reports, setup, workers)?;
         let configuration = Configuration { config: loaded.config, load: Box::new(load) };
         server.serve(listeners, configuration, ready).await
     })
@@ -147,7 +147,7 @@ struct Server {
     cas: Cas,
     assets: Assets,
     scheduler: Option<Addr<SchedulerActor>>,
-    place: Option<Arc<Place>>,
+    setup: Option<Arc<ExecutionSetup>>,
     pools: Option<Pools>,
     origins: Origins,
     reports: NonDeterminismReports,
@@ -171,14 +171,14 @@ impl Server {
         prerequisites: Prerequisites,
         store: CasActor,
         reports: NonDeterminismReports,
-        place: Option<Place>,
+        setup: Option<ExecutionSetup>,
         workers: Handle,
     ) -> Result<(Self, Listeners)> {
         let (listeners, tls, access) = prerequisites.listen()?;
         let cas = store.launch();
         cas.report_to(reports.clone());
         workers.spawn(reports.clone().keep_saved());
-        let place = place.map(Arc::new);
+        let setup = setup.map(Arc::new);
         let asset_settings = asset_settings(&settings);
         let origins = asset_settings.origins.clone();
         let assets = AssetActor::open(asset_settings, cas.clone(), workers.clone()).launch();
@@ -186,17 +186,17 @@ impl Server {
         let metrics = Arc::new(Metrics::new(grpc::rpcs()));
         workers.spawn(log_streams.clone().sweep());
         workers.spawn(memory::give_back());
-        if let Some(place) = &place {
-            let build_root = place.build_root.clone();
+        if let Some(setup) = &setup {
+            let build_root = setup.build_root.clone();
             cas.relieve_first(move || build_root.relieve_disk());
-            place.scrub(settings.scrub_bytes_per_second);
+            setup.scrub(settings.scrub_bytes_per_second);
         }
-        beside::count(&cas, &settings, place.as_ref(), &log_streams);
-        let pools = settings.execution.as_ref().zip(place.as_ref()).map(|(execution, place)| {
+        files_beside_store::count(&cas, &settings, setup.as_ref(), &log_streams);
+        let pools = settings.execution.as_ref().zip(setup.as_ref()).map(|(execution, setup)| {
             let bounds = scheduler_settings(settings.node, execution);
-            let (place, execution, cas) = (place.clone(), Arc::new(execution.clone()), cas.clone());
+            let (setup, execution, cas) = (setup.clone(), Arc::new(execution.clone()), cas.clone());
             let (log_streams, metrics) = (log_streams.clone(), metrics.runs.clone());
-            start_scheduler(bounds, PoolMaker { place, execution, cas, log_streams, metrics }, &workers)
+            start_scheduler(bounds, PoolMaker { setup, execution, cas, log_streams, metrics }, &workers)
         });
         let scheduler = pools.as_ref().map(|pools| pools.scheduler.clone());
         let quotas = Quotas::new(settings.quotas.clone());
@@ -208,7 +208,7 @@ impl Server {
             cas,
             assets,
             scheduler,
-            place,
+            setup,
             pools,
             origins,
             reports,
@@ -279,7 +279,7 @@ impl Server {
             Box::new(ReloadTls(self.tls.clone())),
             Box::new(ReloadAccess(self.access.clone())),
         ];
-        let images = self.place.as_ref().and_then(|place| place.images.as_ref());
+        let images = self.setup.as_ref().and_then(|setup| setup.images.as_ref());
         parts.extend(ReloadImages::new(images, settings).map(|part| Box::new(part) as _));
         parts.extend(self.pools.take().map(|pools| Box::new(pools) as _));
         Reloader::new(load, &config, parts, self.workers.clone())
@@ -287,12 +287,12 @@ impl Server {
 
     /// The facts about the server when the gRPC port is open at this address.
     fn ready(&self, address: SocketAddr) -> Ready {
-        let place = self.place.as_ref();
+        let setup = self.setup.as_ref();
         Ready {
             address,
             tls: self.tls.is_some(),
-            sandbox: place.and_then(|place| Some(place.sandbox.as_ref()?.1.clone())),
-            limits: place.map(|place| place.limits.clone()),
+            sandbox: setup.and_then(|setup| Some(setup.sandbox.as_ref()?.1.clone())),
+            limits: setup.map(|setup| setup.limits.clone()),
         }
     }
 
@@ -315,11 +315,12 @@ impl Server {
                 self.metrics.authentication.clone(),
             ),
             hosts,
-            under_way: UnderWay::default(),
+            unfinished_requests: UnfinishedRequests::default(),
             connections: Connections::new(descriptors()),
             metrics: self.metrics.clone(),
         };
-        let (under_way, connections) = (shared.under_way.clone(), shared.connections.clone());
+        let (unfinished_requests, connections) =
+            (shared.unfinished_requests.clone(), shared.connections.clone());
         let watch = self.scheduler.clone().map(|scheduler| PoolWatch::new(scheduler.recipient()));
         let observer = Arc::new(Observer::new(
             self.metrics.clone(),
@@ -339,7 +340,7 @@ impl Server {
         let cache = Cache { gate: shared.gate.clone(), cas: self.cas.clone(), max_blob_bytes };
         let port = http::Port::new(cache, Operations { observer: observer.clone() }, shared);
         let http = ServedPort::http(port, http, tls, &self.workers)?;
-        Ok(Ports { address, connections, under_way, observer, health, grpc, http })
+        Ok(Ports { address, connections, unfinished_requests, observer, health, grpc, http })
     }
 
     /// The dependencies of the gRPC services.
@@ -352,11 +353,11 @@ impl Server {
             scheduler: scheduler.map(|scheduler| Scheduler::new(scheduler, settings.node)),
             assets: Some(self.assets.clone()),
             log_streams: self.log_streams.clone(),
-            under_way: shared.under_way.clone(),
+            unfinished_requests: shared.unfinished_requests.clone(),
             connections: shared.connections.clone(),
             administration: Administration {
                 access: Some(self.access.clone()),
-                ..administration(self.place.as_deref(), self.reports.clone(), reloader.clone())
+                ..administration(self.setup.as_deref(), self.reports.clone(), reloader.clone())
             },
             metrics: self.metrics.clone(),
             settings: protocol_settings(settings),
@@ -371,8 +372,8 @@ impl Server {
         }
         // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
         let left = exit.last_messages_sent().saturating_duration_since(Instant::now());
-        let place = self.place.clone();
-        let removal = place.map(|place| self.workers.spawn_blocking(move || place.empty(left)));
+        let setup = self.setup.clone();
+        let removal = setup.map(|setup| self.workers.spawn_blocking(move || setup.empty(left)));
         // Clients that wait for a stream receive its end.
         self.log_streams.close();
         ports.close(exit.last_messages_sent()).await;
@@ -436,15 +437,15 @@ async fn stop_signal(signals: &mut StopSignals, reloader: &Reloader, supervisor:
 }
 
 fn administration(
-    place: Option<&Place>,
+    setup: Option<&ExecutionSetup>,
     reports: NonDeterminismReports,
     reloader: Reloader,
 ) -> Administration {
-    let staged_trees = place.map(|place| {
-        let build_root = place.build_root.clone();
+    let staged_trees = setup.map(|setup| {
+        let build_root = setup.build_root.clone();
         Arc::new(move || build_root.staged_usage()) as _
     });
-    let images = place.and_then(|place| place.images.clone());
+    let images = setup.and_then(|setup| setup.images.clone());
     let images = images.map(|images| Arc::new(move || images.usage()) as _);
     Administration { staged_trees, images, reports, reloader: Some(reloader), ..Administration::default() }
 }
@@ -452,7 +453,7 @@ fn administration(
 fn start_scheduler(bounds: SchedulerSettings, maker: PoolMaker, workers: &Handle) -> Pools {
     maker.prefetch(maker.execution.pools.iter());
     let pools = maker.execution.pools.iter().map(|pool| maker.make(pool)).collect();
-    let images = maker.place.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageSupply>);
+    let images = maker.setup.images.clone().map(|images| Arc::new(images) as Arc<dyn ImageSupply>);
     let scheduler = SchedulerActor::new(bounds, pools, maker.cas.clone()).with_images(images).start();
     Pools::new(maker, scheduler, workers.clone())
 }

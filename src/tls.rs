@@ -11,12 +11,12 @@
 //! Tickets for resumed sessions are encrypted and stored by the clients, so they take no memory here. The ticket keys
 //! are replaced every six hours and by each reload.
 
+mod file_versions;
 mod handshake;
 mod material;
 mod plaintext;
 mod read_ahead;
 mod socket;
-mod stamps;
 #[cfg(test)]
 mod tests;
 
@@ -30,10 +30,10 @@ use crate::{
     logging::Event,
 };
 use arc_swap::ArcSwap;
+use file_versions::FileVersions;
 use gorego_reapi::error::{Error, Result};
 use material::{Material, Protocol};
 use rustls::pki_types::UnixTime;
-use stamps::Stamps;
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
@@ -139,7 +139,7 @@ impl ServerTls {
     /// too.
     pub(crate) fn prepare(&self, files: TlsFiles) -> Result<Option<PreparedTls>> {
         let current = self.material();
-        if *current.files() == files && *current.stamps() == Stamps::of(&files) {
+        if *current.files() == files && *current.stamps() == FileVersions::of(&files) {
             return Ok(None);
         }
         let next = Material::read(files)?;
@@ -251,8 +251,8 @@ impl ServerTls {
         }
     }
 
-    async fn stamps(&self, files: TlsFiles) -> Stamps {
-        tokio::task::spawn_blocking(move || Stamps::of(&files)).await.unwrap_or_default()
+    async fn stamps(&self, files: TlsFiles) -> FileVersions {
+        tokio::task::spawn_blocking(move || FileVersions::of(&files)).await.unwrap_or_default()
     }
 
     /// Closes connections whose certificate is no longer accepted.

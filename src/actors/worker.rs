@@ -6,14 +6,17 @@
 //! pool by one.
 
 pub(crate) mod alone;
+pub mod build_root;
 pub mod cancel;
 mod checkpoint;
 pub(crate) mod clock;
 pub(crate) mod command;
+mod delta;
 pub(crate) mod dir;
 mod disk_watch;
 mod exec_root;
 pub mod image_store;
+mod input_attributes;
 mod inputs;
 pub mod launcher;
 mod layer;
@@ -21,11 +24,11 @@ pub mod messages;
 mod outputs;
 mod run;
 mod run_log;
-pub mod staged_trees;
 pub mod staging;
 pub mod store;
 pub mod tools;
-pub mod workspace;
+#[cfg(test)]
+mod tree_model;
 mod written;
 
 use crate::{
@@ -40,6 +43,7 @@ use crate::{
     telemetry::{RunFate, RunMetrics, SandboxFailure},
 };
 use actix::{Actor, MessageResult, SyncContext};
+use build_root::BuildRoot;
 use gorego_reapi::{
     error::{Error, Result},
     tree::InputTree,
@@ -56,7 +60,6 @@ use std::{
 };
 use store::BlobStore;
 use tools::Tools;
-use workspace::BuildRoot;
 
 pub use launcher::runner::runner_main;
 

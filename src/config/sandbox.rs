@@ -1,6 +1,6 @@
 //! `[execution.sandbox]`: the settings of the sandbox, and their checks.
 
-use super::{Machine, checker::Checker, pools::PoolConfig};
+use super::{Machine, checker::Checker};
 use crate::{
     sandbox::{
         identity,
@@ -157,8 +157,8 @@ pub(super) fn sandbox(
         Err(problem) => check.require("execution.sandbox.rootfs", false, &problem),
     }
     let pools = &check.loaded.config.execution.pools;
-    let is_used_in = |pool: &PoolConfig| pool.sandbox.mode.is_some_and(|mode| mode != Mode::Off);
-    if settings.mode != SandboxMode::Off || pools.values().any(is_used_in) {
+    let mut modes = pools.values().filter_map(|pool| pool.sandbox.mode);
+    if settings.mode != SandboxMode::Off || modes.any(|mode| mode != Mode::Off) {
         hide_own(&mut settings, warnings, own, machine);
     }
     settings

@@ -1,9 +1,9 @@
 //! [`Ahead`]: counts what a client has sent over an HTTP/2 connection and no handler has taken, and decides whether
 //! more may be read.
 //!
-//! HTTP/2 lets every client send ahead as much as its window allows
-//! ([`CONNECTION_WINDOW_BYTES`](crate::grpc::CONNECTION_WINDOW_BYTES)), and a granted window cannot be revoked. So the
-//! limit is enforced by not reading the socket: unread bytes stay in the kernel and with the client. Invariants:
+//! HTTP/2 lets every client send ahead as much as its window allows ([`CONNECTION_WINDOW_BYTES`]), and a granted window
+//! cannot be revoked. So the limit is enforced by not reading the socket: unread bytes stay in the kernel and with the
+//! client. Invariants:
 //!
 //! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most its share of [`AHEAD`].
 //!   So all connections together exceed that budget by at most [`ALWAYS_READ_BYTES`] and one read each.
@@ -21,7 +21,7 @@
 //! them. They are forgotten when all requests wait for the client, and when the open streams cannot have sent as much
 //! as is counted ([`Ahead::at_most`]).
 
-use super::ConnectionState;
+use super::{CONNECTION_WINDOW_BYTES, ConnectionState};
 use crate::{
     budget::{Bounds, Budget, Refusal, Share},
     caller::Caller,
@@ -43,7 +43,7 @@ pub(crate) const AHEAD: Bounds = Bounds {
     what: "bytes sent ahead",
     total: 128 * 1024 * 1024,
     // A whole window of messages of 16 KiB counts about one and a half times, because of the small frames between them.
-    connection: 2 * crate::grpc::CONNECTION_WINDOW_BYTES as u64,
+    connection: 2 * CONNECTION_WINDOW_BYTES as u64,
 };
 /// Bytes that every connection may be ahead, whatever the others hold: one frame of the usual size.
 pub(crate) const ALWAYS_READ_BYTES: u64 = 16 * 1024;

@@ -7,9 +7,9 @@
 
 use super::connection::Connection;
 use crate::{
-    acknowledge::Prompt,
     connections::{Admitted, Connections},
     logging::Event,
+    quick_ack::QuickAck,
     tls::{Socket, TlsPort},
 };
 use futures::stream::{Stream, StreamExt as _};
@@ -63,7 +63,7 @@ impl Arrived {
 
     /// Does the handshake if the port has TLS. `None` when it failed.
     pub(super) async fn establish(self) -> Option<Connection> {
-        let stream = Prompt::new(self.stream);
+        let stream = QuickAck::new(self.stream);
         let stream = match self.tls {
             Some(tls) => tls.shake_hands(stream, &self.admitted).await?,
             None => Socket::Plain(stream),

@@ -3,7 +3,7 @@
 //! A failure of an origin is reported as a status inside the answer. Errors of this server and of the request are the
 //! status of the RPC (AST-05).
 
-use super::{Edge, claim::Claim};
+use super::{Edge, request_memory::RequestMemory};
 use crate::{
     actors::asset::{
         bindings::References,
@@ -172,7 +172,7 @@ impl AssetService {
         let first = request.uris.first().cloned().unwrap_or_default();
         // The download may be slow, and its client may control the origin. The factor is two because the answer repeats
         // the qualifiers.
-        Claim::settle(2 * request.size() as u64);
+        RequestMemory::settle(2 * request.size() as u64);
         let outcome = assets.fetch(request, oldest, wait).await;
         let digest_function = function.wire() as i32;
         match outcome {

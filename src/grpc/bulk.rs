@@ -106,8 +106,8 @@ impl Buffer {
 mod tests {
     use super::*;
     use crate::{
-        acknowledge::Prompt,
         connections::{Connections, ahead::AHEAD},
+        quick_ack::QuickAck,
     };
     use std::future::poll_fn;
     use tokio::{
@@ -130,7 +130,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, address) = listener.accept().await.unwrap();
-        let mut socket = Socket::Plain(Prompt::new(stream));
+        let mut socket = Socket::Plain(QuickAck::new(stream));
         let connections = Connections::default();
         let admitted = connections.admit(address).unwrap();
         let ahead = &admitted.state().ahead;

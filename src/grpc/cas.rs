@@ -3,7 +3,7 @@
 //!
 //! Digests are parsed once, here. The number of messages to the store does not depend on the number of blobs.
 
-use super::{Edge, TreeStream, chunks, claim::Claim, convert, get_tree, inline};
+use super::{Edge, TreeStream, chunks, convert, get_tree, inline, request_memory::RequestMemory};
 use crate::{
     actors::cas::{Payload, forms::zstd_reader::Item},
     call::Call,
@@ -65,7 +65,7 @@ impl ContentAddressableStorage for CasService {
         let answer = FindMissingBlobsResponse { missing_blob_digests };
         // The digests of the request are freed, so a call that waits here does not hold memory that other requests
         // need.
-        Claim::settle(kept as u64);
+        RequestMemory::settle(kept as u64);
         call.reserve_soon(answer.encoded_len()).await?;
         Ok(Response::new(answer))
     }
@@ -95,7 +95,7 @@ impl ContentAddressableStorage for CasService {
         let (call, instance) = self.enter(&request, |request| &request.instance_name)?;
         let batch = ReadBatch::decode(&instance, request.into_inner())?;
         // The next line may wait until the client has read other answers.
-        Claim::settle(batch.memory());
+        RequestMemory::settle(batch.memory());
         call.reserve(batch.answer_bytes()).await?;
         let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let contents = if batch.takes_zstd {

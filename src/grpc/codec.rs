@@ -4,7 +4,7 @@
 //! could become a gigabyte before any handler sees it. Encoding large answers does not block the threads that serve
 //! other requests.
 
-use super::claim::{Claim, unhindered};
+use super::request_memory::{RequestMemory, slow_work};
 use bytes::{Buf as _, Bytes};
 use gorego_reapi::{
     find_missing::FindMissingBlobsRequest,
@@ -81,7 +81,7 @@ impl<U: Message + Name + Default + 'static> Decoder for MeasuringDecoder<U> {
             measure::<U>(buffer.chunk())?
         };
         let message = self.0.decode(buffer);
-        Claim::settle(taken);
+        RequestMemory::settle(taken);
         Ok(message?.map(|message| compact(message, length)))
     }
 
@@ -114,7 +114,7 @@ fn measure<U: Name>(bytes: &[u8]) -> Result<u64, Status> {
 fn compact<U: Message + Name + Default>(message: U, length: usize) -> U {
     let is_compact =
         length < COMPACT_FROM_BYTES || !wire::has_bytes::<U>() || message.encoded_len() >= length / 2;
-    if is_compact || !Claim::is_present() {
+    if is_compact || !RequestMemory::is_present() {
         return message;
     }
     U::decode(Bytes::from(message.encode_to_vec())).unwrap_or(message)
@@ -134,7 +134,7 @@ impl<T: Message + 'static> Encoder for CarefulEncoder<T> {
         if length < LARGE_ANSWER_BYTES {
             return self.0.encode(item, buffer);
         }
-        unhindered(|| self.0.encode(item, buffer))
+        slow_work::run(|| self.0.encode(item, buffer))
     }
 
     fn buffer_settings(&self) -> BufferSettings {

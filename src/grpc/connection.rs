@@ -1,9 +1,9 @@
 //! [`Connection`]: an accepted connection with the limits that apply to it.
 //!
-//! Its bytes pass its [`Conduct`] on their way to the HTTP/2 library and back. A connection that must close fails its
-//! next read or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A connection
-//! whose client is too far ahead of its handlers is not read ([`crate::connections::ahead`]). While much arrives, the
-//! socket is read in large pieces ([`super::bulk`]).
+//! Its bytes pass its [`FloodGuard`] on their way to the HTTP/2 library and back. A connection that must close fails
+//! its next read or write, which ends all its calls; the client is sent ENHANCE_YOUR_CALM first, if possible. A
+//! connection whose client is too far ahead of its handlers is not read ([`crate::connections::ahead`]). While much
+//! arrives, the socket is read in large pieces ([`super::bulk`]).
 //!
 //! The HTTP/2 library writes each message of more than a few hundred bytes by itself. While a [`Turn`] is corked, small
 //! writes are collected, at most [`HELD_MAX_BYTES`] of them. They are written when the next one does not fit, or at the
@@ -12,7 +12,7 @@
 
 use super::{
     bulk::BulkReader,
-    conduct::{Conduct, Sent},
+    flood_guard::{FloodGuard, Sent},
     turn::Turn,
 };
 use crate::{
@@ -41,7 +41,7 @@ const HELD_MAX_BYTES: usize = 16 * 1024;
 pub(crate) struct Connection {
     stream: Socket,
     admitted: Admitted,
-    conduct: Conduct,
+    flood_guard: FloodGuard,
     /// Set while the client is too far ahead of its handlers.
     wait: Option<Wait>,
     turn: Turn,
@@ -56,11 +56,11 @@ pub(crate) struct Connection {
 
 impl Connection {
     pub(super) fn new(stream: Socket, admitted: Admitted) -> Self {
-        let conduct = Conduct::new(admitted.state().now_ms());
+        let flood_guard = FloodGuard::new(admitted.state().now_ms());
         Self {
             stream,
             admitted,
-            conduct,
+            flood_guard,
             wait: None,
             turn: Turn::default(),
             is_blocked: false,
@@ -85,7 +85,7 @@ impl Connection {
 
     /// Whether too many answers wait for the client to read.
     fn has_unsent(&self) -> bool {
-        self.is_blocked && self.conduct.open_streams() > UNSENT_STREAMS_MAX + self.turn.requests()
+        self.is_blocked && self.flood_guard.open_streams() > UNSENT_STREAMS_MAX + self.turn.requests()
     }
 
     /// Writes the collected bytes.
@@ -119,7 +119,7 @@ impl Connection {
 
     /// Sends GOAWAY if that is possible without waiting, and returns the error that ends the connection.
     fn end(&mut self, reason: Reason) -> io::Error {
-        if let Some(frame) = self.conduct.goaway() {
+        if let Some(frame) = self.flood_guard.goaway() {
             // The collected bytes are whole frames.
             self.held.extend_from_slice(&frame);
             self.stream.write_last(&self.held);
@@ -131,11 +131,11 @@ impl Connection {
     /// Counts bytes that were read. Fails when the client has exceeded a limit.
     fn note_received(&mut self, bytes: &[u8]) -> io::Result<()> {
         let state = self.admitted.state();
-        let received = self.conduct.receive(bytes, state.now_ms());
+        let received = self.flood_guard.receive(bytes, state.now_ms());
         self.turn.note_read(received.frames);
         state.ahead.received(received.ahead);
         if received.has_closed {
-            state.ahead.at_most(self.conduct.ahead_at_most());
+            state.ahead.at_most(self.flood_guard.ahead_at_most());
         }
         if let Some(is_open) = received.head_is_open {
             state.note_head(is_open);
@@ -235,14 +235,14 @@ impl Connection {
         let mut sent = Sent::default();
         for buffer in buffers {
             let part = buffer.get(..left).unwrap_or(buffer);
-            self.conduct.send(part, &mut sent);
+            self.flood_guard.send(part, &mut sent);
             left -= part.len();
             if left == 0 {
                 break;
             }
         }
         if sent.has_closed {
-            self.admitted.state().ahead.at_most(self.conduct.ahead_at_most());
+            self.admitted.state().ahead.at_most(self.flood_guard.ahead_at_most());
         }
         if sent.has_data {
             // Streams share the link. On a slow link, an answer may take minutes.

@@ -5,22 +5,22 @@
 //! of unfinished messages are counted ([`UNFINISHED`]) until the handler asks for what follows them. A sender that
 //! stops in the middle of a message, or before the end of a request of one message, is given up after a time limit.
 //!
-//! A message that may take much memory or time to decode is handed on when there is room for it ([`DECODED`], and
-//! [`super::claim`]). Until then its last piece, and everything after it, is held back. This applies to compressed
-//! messages, and to messages above [`UNCOUNTED_BYTES`] whose type contains lists.
+//! A message that may take much memory or time to decode is handed on when there is room for it ([`DECODED`] and
+//! [`super::request_memory`]). Until then its last piece, and everything after it, is held back. This applies to
+//! compressed messages, and to messages above [`UNCOUNTED_BYTES`] whose type contains lists.
 //!
 //! Most methods take one message. A second one is refused, because the library would decode and discard it.
 
 use super::{
     REQUEST_MAX_BYTES,
-    claim::{Claim, Claimed},
     codec::REQUEST_MAX_MEMORY,
+    request_memory::{HoldsMemory, RequestMemory},
 };
 use crate::{
-    alarm::Alarm,
     budget::{Bounds, Budget, Refusal, Share},
     call::Call,
     caller::Caller,
+    timer::Timer,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -107,7 +107,7 @@ pub(crate) struct Intake<S> {
 impl<S: Service<Request<IncomingBody<B>>>, B> Service<Request<B>> for Intake<S> {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = Claimed<S::Future>;
+    type Future = HoldsMemory<S::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
@@ -116,10 +116,10 @@ impl<S: Service<Request<IncomingBody<B>>>, B> Service<Request<B>> for Intake<S> 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let caller = Call::of(request.extensions()).caller();
         let kind = RequestKind::of(request.uri().path(), request.headers());
-        let (budgets, claim) = (self.budgets.clone(), Arc::<Claim>::default());
-        let of_body = claim.clone();
+        let (budgets, memory) = (self.budgets.clone(), Arc::<RequestMemory>::default());
+        let of_body = memory.clone();
         let request = request.map(|body| IncomingBody::new(body, caller, budgets, of_body, kind));
-        Claimed::new(self.inner.call(request), claim)
+        HoldsMemory::new(self.inner.call(request), memory)
     }
 }
 
@@ -177,7 +177,7 @@ pub(crate) struct IncomingBody<B> {
     message: PartialMessage,
     caller: Caller,
     budgets: Budgets,
-    claim: Arc<Claim>,
+    memory: Arc<RequestMemory>,
     kind: RequestKind,
     /// Whether a message is complete.
     is_complete: bool,
@@ -195,7 +195,7 @@ pub(crate) struct IncomingBody<B> {
     rest: Bytes,
     last: Instant,
     /// Ends the wait for a silent client.
-    alarm: Alarm,
+    timer: Timer,
 }
 
 /// The end of a message that waits for its turn to be decoded.
@@ -207,14 +207,14 @@ struct KeptBack {
 }
 
 impl<B> IncomingBody<B> {
-    fn new(body: B, caller: Caller, budgets: Budgets, claim: Arc<Claim>, kind: RequestKind) -> Self {
+    fn new(body: B, caller: Caller, budgets: Budgets, memory: Arc<RequestMemory>, kind: RequestKind) -> Self {
         Self {
             body,
             is_begun: false,
             message: PartialMessage::default(),
             caller,
             budgets,
-            claim,
+            memory,
             kind,
             is_complete: false,
             given: 0,
@@ -224,7 +224,7 @@ impl<B> IncomingBody<B> {
             kept_back: None,
             rest: Bytes::new(),
             last: Instant::now(),
-            alarm: Alarm::default(),
+            timer: Timer::default(),
         }
     }
 
@@ -248,7 +248,7 @@ impl<B> IncomingBody<B> {
         }
         self.rest = data.split_off(at);
         self.is_given = true;
-        if !self.claim.passes_on() {
+        if !self.memory.passes_on() {
             self.given += data.len() as u64;
             self.hold(self.given)?;
         }
@@ -263,8 +263,8 @@ impl<B> IncomingBody<B> {
     /// bytes of a request of one message are held until its end, because it is answered only then.
     fn let_go(&mut self) -> Result<(), Status> {
         if self.kind.is_stream && std::mem::take(&mut self.is_given) {
-            self.claim.let_go();
-            self.given = if self.claim.passes_on() { 0 } else { self.message.bytes };
+            self.memory.let_go();
+            self.given = if self.memory.passes_on() { 0 } else { self.message.bytes };
             return self.hold(self.given);
         }
         Ok(())
@@ -306,7 +306,7 @@ impl<B> IncomingBody<B> {
             let share = ready!(turn.as_mut().poll(context))?;
             let is_laborious = kept_back.is_laborious;
             kept_back.turn = None;
-            self.claim.hold(share, is_laborious);
+            self.memory.hold(share, is_laborious);
             if is_laborious {
                 // The message is decoded in the next poll of the call, which is marked as long.
                 context.waker().wake_by_ref();
@@ -324,7 +324,7 @@ impl<B> IncomingBody<B> {
 
     /// Ready when nothing has arrived for the time `limit`.
     fn poll_silence(&mut self, context: &mut Context<'_>, limit: Duration) -> Poll<()> {
-        self.alarm.poll(context, self.last + limit)
+        self.timer.poll(context, self.last + limit)
     }
 }
 
@@ -369,7 +369,7 @@ impl<B: Body<Data = Bytes, Error = Status> + Unpin> Body for IncomingBody<B> {
                     }
                     Poll::Pending => {
                         // The library reuses the buffer of the largest message for the next one.
-                        let most = if self.claim.passes_on() { 0 } else { self.largest.max(self.given) };
+                        let most = if self.memory.passes_on() { 0 } else { self.largest.max(self.given) };
                         self.hold(most)?;
                         return Poll::Pending;
                     }

@@ -12,9 +12,9 @@ use crate::{
     access::authenticator::Authentication,
     call::{Call, ConnectionInfo},
     connections::ahead::OpenBody,
-    gate::{Gate, Standing},
+    gate::{Gate, RevocationCheck},
     telemetry::Metrics,
-    under_way::UnderWay,
+    unfinished_requests::UnfinishedRequests,
 };
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt as _};
@@ -51,7 +51,7 @@ pub(crate) struct RequestLog<S> {
     /// Determines the principal of each call.
     pub gate: Gate,
     /// Counts the calls that a shutdown waits for.
-    pub under_way: UnderWay,
+    pub unfinished_requests: UnfinishedRequests,
     /// Counts finished calls, for the metrics.
     pub metrics: Arc<Metrics>,
     /// The connection that the calls arrive on.
@@ -78,7 +78,7 @@ where
         let body = OpenBody::new(connection.state.clone());
         let path = request.uri().path();
         let is_open_ended = OPEN_ENDED.iter().any(|prefix| path.starts_with(prefix));
-        let unfinished = (!is_open_ended).then(|| self.under_way.begin());
+        let unfinished = (!is_open_ended).then(|| self.unfinished_requests.begin());
         let client = convert::client_info(request.headers());
         let call = Call::begin(Some(connection), client, permissions::of(path), unfinished);
         let line = RpcLine {
@@ -93,8 +93,8 @@ where
         };
         request.extensions_mut().insert(call.clone());
         let request = request.map(|inner| RequestBody { inner, call, open: Some(body) });
-        let standing = Some(Standing::new(self.gate.clone(), line.call.clone()));
-        LoggedFuture { progress: self.begin(request), line: Some(line), standing }
+        let revocation = Some(RevocationCheck::new(self.gate.clone(), line.call.clone()));
+        LoggedFuture { progress: self.begin(request), line: Some(line), revocation }
     }
 }
 
@@ -188,7 +188,7 @@ pin_project_lite::pin_project! {
         #[pin]
         progress: CallProgress<F, E, B>,
         line: Option<RpcLine>,
-        standing: Option<Standing>,
+        revocation: Option<RevocationCheck>,
     }
 }
 
@@ -201,12 +201,12 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let response = match (this.progress.poll(context), this.standing.as_mut()) {
+        let response = match (this.progress.poll(context), this.revocation.as_mut()) {
             (Poll::Ready(response), _) => response,
             (Poll::Pending, None) => return Poll::Pending,
-            (Poll::Pending, Some(standing)) => Ok(refusal(ready!(standing.poll(context, true)))),
+            (Poll::Pending, Some(revocation)) => Ok(refusal(ready!(revocation.poll(context, true)))),
         };
-        let standing = this.standing.take();
+        let revocation = this.revocation.take();
         let mut line = this.line.take();
         Poll::Ready(match response {
             Ok(response) => {
@@ -214,7 +214,7 @@ where
                     // An error without messages has only headers.
                     line.read_status(response.headers());
                 }
-                Ok(response.map(|inner| LoggedBody { inner, line, standing }))
+                Ok(response.map(|inner| LoggedBody { inner, line, revocation }))
             }
             Err(error) => {
                 if let Some(line) = &mut line {
@@ -234,7 +234,7 @@ pin_project_lite::pin_project! {
         inner: B,
         // `None` after the end.
         line: Option<RpcLine>,
-        standing: Option<Standing>,
+        revocation: Option<RevocationCheck>,
     }
 }
 
@@ -255,8 +255,8 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
         let polled = this.inner.poll_frame(context);
         let goes_on = matches!(&polled, Poll::Pending)
             || matches!(&polled, Poll::Ready(Some(Ok(frame))) if frame.is_data());
-        if let (true, Some(standing), Some(line)) = (goes_on, this.standing.as_mut(), this.line.as_mut())
-            && let Poll::Ready(error) = standing.poll(context, polled.is_pending())
+        if let (true, Some(revocation), Some(line)) = (goes_on, this.revocation.as_mut(), this.line.as_mut())
+            && let Poll::Ready(error) = revocation.poll(context, polled.is_pending())
         {
             let trailers = trailers(error);
             line.read_status(&trailers);
@@ -443,7 +443,7 @@ mod tests {
         let mut service = RequestLog {
             inner: tower::service_fn(answer),
             gate: Gate::new(Instances::new([""]).unwrap(), Authenticator::new(rules)),
-            under_way: UnderWay::default(),
+            unfinished_requests: UnfinishedRequests::default(),
             metrics: Arc::default(),
             connection: ConnectionInfo::of(&admitted),
         };

@@ -18,13 +18,15 @@
 //! - Collected requests are begun even if the connection has ended, and dropped if its task has.
 
 use super::{
-    CONNECTION_WINDOW_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT,
-    STREAM_WINDOW_BYTES, STREAMS_MAX,
+    HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT, STREAM_WINDOW_BYTES,
     accept::Arrived,
     connection::Connection,
     turn::{OpenRequest, Turn},
 };
-use crate::call::ConnectionInfo;
+use crate::{
+    call::ConnectionInfo,
+    connections::{CONNECTION_WINDOW_BYTES, STREAMS_MAX},
+};
 use bytes::Bytes;
 use futures::stream::{Stream, StreamExt as _};
 use http::{HeaderMap, Request, Response};
@@ -163,7 +165,7 @@ fn settings(requests: Collected) -> http2::Builder<Collected> {
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
         .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
-        // Cancelled streams are limited by `conduct`.
+        // Cancelled streams are limited by `flood_guard`.
         .max_local_error_reset_streams(None)
         .max_header_list_size(HEADERS_MAX_BYTES)
         .keep_alive_interval(PING_INTERVAL)

@@ -1,5 +1,6 @@
 //! The limits of streams of bytes: of ByteStream and of log streams.
 
+use crate::connections::UNTAKEN_LIMIT;
 use std::time::Duration;
 
 /// Bytes in one ReadResponse (BS-14). This is large enough that framing costs little, and small enough to bound the
@@ -11,4 +12,4 @@ pub(crate) const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
 /// clients close their half at once, but some wait for the answer first.
 pub(super) const CLOSE_WAIT: Duration = Duration::from_secs(1);
 /// Time limit for a client to take a message of a download.
-pub(crate) const READ_IDLE_LIMIT: Duration = WRITE_IDLE_LIMIT;
+pub(crate) const READ_IDLE_LIMIT: Duration = UNTAKEN_LIMIT;

@@ -16,8 +16,8 @@
 mod head;
 
 use self::head::{HEAD_MAX_BYTES, MessageHead, PREFIX_BYTES};
-use super::{claim::Claim, codec};
-use crate::alarm::Alarm;
+use super::{codec, request_memory::RequestMemory};
+use crate::timer::Timer;
 use bytes::{Buf as _, Bytes, BytesMut};
 use futures::stream::StreamExt as _;
 use gorego_reapi::{
@@ -48,7 +48,7 @@ pub(super) struct WriteStream {
     /// The time since which the stream waits for the client.
     waits_since: Option<Instant>,
     /// Ends the wait for the client.
-    alarm: Alarm,
+    timer: Timer,
 }
 
 enum Source {
@@ -61,11 +61,11 @@ enum Source {
 impl WriteStream {
     /// A stream of messages that tonic collects.
     pub(super) fn of_messages(messages: Streaming<WriteRequest>) -> Self {
-        Self { source: Source::Messages(messages), waits_since: None, alarm: Alarm::default() }
+        Self { source: Source::Messages(messages), waits_since: None, timer: Timer::default() }
     }
 
     pub(super) fn of_body(body: TonicBody) -> Self {
-        Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, alarm: Alarm::default() }
+        Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, timer: Timer::default() }
     }
 
     /// The next piece, or `None` at the end of the stream. No piece is lost if the future is dropped.
@@ -90,7 +90,7 @@ impl WriteStream {
             return polled;
         }
         let end = *self.waits_since.get_or_insert_with(Instant::now) + limit;
-        ready!(self.alarm.poll(context, end));
+        ready!(self.timer.poll(context, end));
         Poll::Ready(Err(silent(limit).into()))
     }
 }
@@ -104,7 +104,7 @@ fn silent(limit: Duration) -> Error {
 /// Reads pieces from the body of a request.
 struct MessagePieces {
     body: TonicBody,
-    claim: Option<Arc<Claim>>,
+    memory: Option<Arc<RequestMemory>>,
     /// Bytes that have arrived and are not read yet.
     unread: Bytes,
     state: ReadState,
@@ -128,16 +128,16 @@ enum ReadState {
 
 impl MessagePieces {
     fn new(body: TonicBody) -> Self {
-        let claim = Claim::current();
-        let pieces = Self { body, claim, unread: Bytes::new(), state: ReadState::Head, is_plain: false };
+        let memory = RequestMemory::current();
+        let pieces = Self { body, memory, unread: Bytes::new(), state: ReadState::Head, is_plain: false };
         pieces.collect(false);
         pieces
     }
 
     /// Sets whether the bytes of an unfinished message are kept in memory here.
     fn collect(&self, collects: bool) {
-        if let Some(claim) = &self.claim {
-            claim.pass_on(!collects);
+        if let Some(memory) = &self.memory {
+            memory.pass_on(!collects);
         }
     }
 

@@ -5,11 +5,11 @@
 //! here, for its body by the mounts, and for an unread response in the kernel.
 
 use crate::{
-    acknowledge::Prompt,
     budget::{Budget, Refusal, Share},
     call::ConnectionInfo,
     caller::Caller,
     connections::{Admitted, Connections},
+    quick_ack::QuickAck,
     tls::{Socket, TlsPort},
 };
 use axum::{
@@ -133,7 +133,7 @@ fn prepare(stream: &mut TcpStream) {
 
 /// Does the TLS handshake if the port uses TLS. `None` when it failed.
 async fn establish(stream: TcpStream, admitted: &Admitted, tls: Option<TlsPort>) -> Option<Socket> {
-    let stream = Prompt::new(stream);
+    let stream = QuickAck::new(stream);
     match tls {
         Some(tls) => tls.shake_hands(stream, admitted).await,
         None => Some(Socket::Plain(stream)),
@@ -339,7 +339,7 @@ mod tests {
         assert_eq!(rustix::net::sockopt::tcp_user_timeout(&stream), Ok(60_000));
         let closing = watch::Sender::new(false);
         let refuse = |_| std::future::ready(status::plain(StatusCode::BAD_REQUEST, "no")).boxed();
-        let stream = Socket::Plain(Prompt::new(stream));
+        let stream = Socket::Plain(QuickAck::new(stream));
         tokio::spawn(serve_one(stream, closing.subscribe(), refuse));
         (client, closing)
     }

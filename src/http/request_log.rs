@@ -9,7 +9,7 @@ use crate::{
     budget::Share,
     call::{Call, ConnectionInfo, Notes},
     connections::{End, OpenCall},
-    gate::{Gate, Standing},
+    gate::{Gate, RevocationCheck},
     instance::Instance,
     logging::{Event, Field},
     telemetry::{EndedRequest, Metrics},
@@ -115,7 +115,7 @@ impl RequestLine {
     /// Attaches the line to a response until the response has ended.
     pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
-        let standing = Standing::new(self.gate.clone(), self.call.clone());
+        let standing = RevocationCheck::new(self.gate.clone(), self.call.clone());
         response.map(|inner| Body::new(CountedBody { inner, line: self, standing }))
     }
 }
@@ -165,7 +165,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Body,
         line: RequestLine,
-        standing: Standing,
+        standing: RevocationCheck,
     }
 }
 

@@ -27,11 +27,11 @@ use super::{
     index::{CopyId, ImageIndex, Spare},
 };
 use crate::{
-    actors::worker::{dir, workspace},
+    actors::worker::{build_root, dir},
     disk::BudgetUse,
     logging::Event,
     regular_file,
-    sandbox::kind::InnerUser,
+    sandbox::identity::InnerUser,
 };
 use gorego_reapi::error::{Error, Result};
 use rustix::{
@@ -295,7 +295,7 @@ impl ImageCache {
         // Layers are files, so try that first.
         let removed = match rfs::unlinkat(place, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(_) => workspace::remove(place, name),
+            Err(_) => build_root::remove(place, name),
         };
         if let Err(error) = removed {
             Event::warn(LOG, IMAGE_NOT_REMOVED)

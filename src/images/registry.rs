@@ -26,8 +26,8 @@ use super::{
 };
 use crate::{
     address::Reach,
-    causes::causes,
     host::{ImageRegistry, bare},
+    http_error::causes,
 };
 use credentials::Credentials;
 use gorego_reapi::error::{Error, Result};

@@ -9,7 +9,7 @@
 //! A whiteout hides entries of lower layers, but never of its own layer, in any order of the entries.
 
 use super::problem::{LayerProblem, shown};
-use crate::actors::worker::{dir, workspace};
+use crate::actors::worker::{build_root, dir};
 use gorego_reapi::error::Result;
 use rustix::{
     fs::{self as rfs, AtFlags, FileType, Mode, OFlags, ResolveFlags, Timespec, Timestamps},
@@ -236,7 +236,7 @@ impl<'a> RootTree<'a> {
             FileType::Directory if keeps_directory => Ok(()),
             FileType::Directory => {
                 self.last = None;
-                Ok(workspace::remove(&parent.handle, name)?)
+                Ok(build_root::remove(&parent.handle, name)?)
             }
             _ => Ok(rfs::unlinkat(&parent.handle, name, AtFlags::empty())?),
         }

@@ -1,6 +1,6 @@
 //! Determines the user of a command in an image: converts `User` of its configuration to numbers.
 
-use crate::{regular_file, sandbox::kind::InnerUser};
+use crate::{regular_file, sandbox::identity::InnerUser};
 use rustix::fs::{self as rfs, Mode, OFlags, ResolveFlags};
 use std::{fs::File, path::Path};
 

@@ -4,7 +4,7 @@
 //! A root server gives each slot a user number from a configured range, so that no two actions share a user and no
 //! action is root. An ordinary user can only map its own number.
 
-use super::kind::InnerUser;
+use prost::Message;
 use std::{
     collections::BTreeSet,
     sync::{Arc, Mutex, PoisonError},
@@ -33,6 +33,17 @@ const USERS: &str = "root:x:0:0:root:/:/usr/sbin/nologin\nnobody:x:65534:65534:n
 const GROUPS: &str = "root:x:0:\nnogroup:x:65534:\n";
 const SOURCES_HOST_NAME_FILES: &str = "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\n\
                                 services: files\nethers: files\nrpc: files\n";
+
+/// Numbers of user and group inside of a cell.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct InnerUser {
+    /// Number of the user.
+    #[prost(uint32, tag = "1")]
+    pub user: u32,
+    /// Number of the group.
+    #[prost(uint32, tag = "2")]
+    pub group: u32,
+}
 
 /// The files that list users, groups and hosts in every view. `existing` returns the content of such a file in a root
 /// file system other than the host's. Users listed there are kept.

@@ -1,6 +1,6 @@
 //! [`CellKind`]: the requirements of a command that must be known before its cell starts.
 
-use super::identity;
+use super::identity::{self, InnerUser};
 use prost::Message;
 use std::{
     ffi::OsStr,
@@ -51,17 +51,6 @@ pub enum RootFs {
 /// Marks the input root of the action, of which there is exactly one.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct InputsAsRoot {}
-
-/// Numbers of user and group inside of a cell.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct InnerUser {
-    /// Number of the user.
-    #[prost(uint32, tag = "1")]
-    pub user: u32,
-    /// Number of the group.
-    #[prost(uint32, tag = "2")]
-    pub group: u32,
-}
 
 impl CellKind {
     /// User and group of the command inside of the cell.

@@ -1,6 +1,6 @@
 //! Making namespaces, and mapping the users in them.
 
-use super::{SetupFailure, Step as _, kind::InnerUser, sys};
+use super::{SetupFailure, Step as _, identity::InnerUser, sys};
 use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, Signal},

@@ -4,7 +4,7 @@
 //! its last action has ended. A pool with changed settings is replaced: the new one starts, and the actions of the old
 //! one continue.
 
-use super::place::{Place, wants_gateway};
+use super::execution_setup::{ExecutionSetup, wants_gateway};
 use crate::{
     actors::{
         cas::client::Cas,
@@ -31,7 +31,7 @@ use tokio::runtime::Handle;
 /// Creates pools from their settings, at the start and by a reload.
 #[derive(Clone)]
 pub(super) struct PoolMaker {
-    pub(super) place: Arc<Place>,
+    pub(super) setup: Arc<ExecutionSetup>,
     /// The settings at the start of the server. The settings of the pools may have changed since.
     pub(super) execution: Arc<ExecutionSettings>,
     pub(super) cas: Cas,
@@ -42,7 +42,7 @@ pub(super) struct PoolMaker {
 impl PoolMaker {
     /// Starts the workers of a pool. Must be called where there is a current [`System`].
     pub(super) fn make(&self, pool: &PoolSettings) -> Pool {
-        let worker = Arc::new(self.place.worker(
+        let worker = Arc::new(self.setup.worker(
             &self.execution,
             pool,
             self.log_streams.clone(),
@@ -72,7 +72,7 @@ impl PoolMaker {
 
     /// Pulls the images that pools name, ahead of their actions.
     pub(super) fn prefetch<'a>(&self, pools: impl Iterator<Item = &'a PoolSettings>) {
-        if let Some(images) = &self.place.images {
+        if let Some(images) = &self.setup.images {
             let named = platform::named_images(pools.map(|pool| &pool.offers));
             images.prefetch(named.into_iter().map(str::to_owned).collect());
         }
@@ -111,10 +111,10 @@ impl Pools {
 
     /// Checks that a pool could be started.
     fn check(&self, pool: &PoolSettings) -> Result<()> {
-        let place = &self.maker.place;
+        let setup = &self.maker.setup;
         let refuse =
             |problem: &str| Err(Error::Precondition(format!("execution.pools.{}: {problem}", pool.name)));
-        match (&place.sandbox, pool.sandbox.mode) {
+        match (&setup.sandbox, pool.sandbox.mode) {
             (_, SandboxMode::Off) => {}
             (None, _) => {
                 return refuse(
@@ -133,7 +133,7 @@ impl Pools {
             }
             _ => {}
         }
-        place.try_root_of(pool, &WorkerSettings::own_runner(place.open_files))
+        setup.try_root_of(pool, &WorkerSettings::own_runner(setup.open_files))
     }
 
     async fn apply(self, change: PoolChange) -> Result<()> {
@@ -148,7 +148,7 @@ impl Pools {
     }
 
     async fn start(self, pool: PoolSettings) -> Result<()> {
-        self.maker.place.add_tools(&self.maker.execution, &pool);
+        self.maker.setup.add_tools(&self.maker.execution, &pool);
         self.maker.prefetch([&pool].into_iter());
         let (maker, system, settings) = (self.maker.clone(), self.system.clone(), pool.clone());
         // Starting many threads takes time, so it is done on a thread for blocking work.
@@ -169,16 +169,16 @@ impl Pools {
         let all = self.scheduler.send(ListPools).await.map_err(|_| scheduler_gone())?;
         let is_it = |pool: &&PoolStatus| *pool.name == *name && pool.state != PoolState::Draining;
         self.running().retain(|pool| pool.name != name);
-        let tools = self.maker.place.tools(name);
+        let tools = self.maker.setup.tools(name);
         let Some(id) = all.iter().find(is_it).map(|pool| pool.id) else { return Ok(()) };
         // The message is in the mailbox before the next message.
         let drained = self.scheduler.send(DrainPool { id });
-        let (scheduler, place) = (self.scheduler.clone(), self.maker.place.clone());
+        let (scheduler, setup) = (self.scheduler.clone(), self.maker.setup.clone());
         self.runtime.spawn(async move {
             // Both fail only if the scheduler is gone.
             let _ = drained.await;
             let _ = scheduler.send(RemovePool { id }).await;
-            tokio::task::spawn_blocking(move || place.close_tools(&tools));
+            tokio::task::spawn_blocking(move || setup.close_tools(&tools));
         });
         Ok(())
     }
@@ -263,7 +263,7 @@ impl Reloadable for Pools {
         let is_bound = next.sandbox != at_start.sandbox || next.images.is_some() != at_start.images.is_some();
         let mut prepared = Vec::new();
         let mut pools = next.pools.clone();
-        pools.iter_mut().for_each(|pool| self.maker.place.withdraw_network(pool));
+        pools.iter_mut().for_each(|pool| self.maker.setup.withdraw_network(pool));
         let changes = changes(&self.running(), &pools);
         for (change, description) in changes {
             let name = match &change {

@@ -7,7 +7,7 @@ use crate::{
     http,
     logging::Event,
     tls::ServerTls,
-    under_way::UnderWay,
+    unfinished_requests::UnfinishedRequests,
 };
 use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
@@ -28,7 +28,7 @@ pub(super) struct Ports {
     /// The address of the gRPC port.
     pub address: SocketAddr,
     pub connections: Connections,
-    pub under_way: UnderWay,
+    pub unfinished_requests: UnfinishedRequests,
     pub observer: Arc<Observer>,
     pub health: Health,
     pub grpc: ServedPort,
@@ -52,11 +52,11 @@ impl Ports {
 
     /// Accepts no more connections, closes idle ones, and waits for the open requests, but not longer than `until`.
     pub(super) async fn close(self, until: Instant) {
-        let Self { grpc, http, under_way, .. } = self;
+        let Self { grpc, http, unfinished_requests, .. } = self;
         drop((grpc.close, http.close));
         select! {
             _ = async { tokio::join!(grpc.ended, http.ended) } => {}
-            _ = timeout_at(until, under_way.finished(IDLE_LIMIT)) => {
+            _ = timeout_at(until, unfinished_requests.finished(IDLE_LIMIT)) => {
                 Event::warn(LOG, "connections_cut")
                     .log(format_args!("closing connections that clients keep open"));
             }

@@ -2,7 +2,7 @@
 //!
 //! A new part implements [`Reloadable`] and is added to the list in `server.rs`.
 
-use super::place::tag_policy;
+use super::execution_setup::tag_policy;
 use crate::{
     access::AccessLoader,
     actors::asset::origins::Origins,

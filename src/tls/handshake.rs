@@ -15,9 +15,9 @@ use super::{
 };
 use crate::{
     access::certificate::ClientCertificate,
-    acknowledge::Prompt,
     budget::Bounds,
     connections::{Admitted, ConnectionState, HandshakeProblem},
+    quick_ack::QuickAck,
 };
 use rustls::{AlertDescription, CertificateError, HandshakeKind, pki_types::UnixTime};
 use std::{future::poll_fn, io, sync::Arc, time::Duration};
@@ -52,7 +52,7 @@ impl TlsPort {
 
     /// Does the handshake of a connection. `None` if it failed, which is counted for the log, or if the connection was
     /// asked to close.
-    pub(crate) async fn shake_hands(&self, stream: Prompt, admitted: &Admitted) -> Option<Socket> {
+    pub(crate) async fn shake_hands(&self, stream: QuickAck, admitted: &Admitted) -> Option<Socket> {
         let state = admitted.state();
         let shaken = select! {
             shaken = timeout(HANDSHAKE_LIMIT, self.try_shake(stream, state)) => shaken,
@@ -73,7 +73,7 @@ impl TlsPort {
     /// open.
     pub(super) async fn try_shake(
         &self,
-        stream: Prompt,
+        stream: QuickAck,
         state: &ConnectionState,
     ) -> Result<Socket, Option<HandshakeProblem>> {
         let mut opening = [0; plaintext::OPENING_BYTES];
@@ -118,7 +118,7 @@ fn certificate(
 }
 
 /// Sends the answer to a client that speaks without TLS, and waits until it has arrived.
-async fn refuse(mut stream: Prompt, answer: &[u8]) {
+async fn refuse(mut stream: QuickAck, answer: &[u8]) {
     if matches!(timeout(REFUSAL_LIMIT, stream.write_all(answer)).await, Ok(Ok(()))) {
         linger(stream).await;
     }

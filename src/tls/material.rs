@@ -3,7 +3,7 @@
 //! Files that would make every handshake fail later are refused here, with the configuration key and the file: a key
 //! that belongs to another certificate, an encrypted key, a CA without a revocation list if such lists are used.
 
-use super::{TlsFiles, stamps::Stamps};
+use super::{TlsFiles, file_versions::FileVersions};
 use gorego_reapi::error::{Error, Result};
 use rustls::{
     RootCertStore, ServerConfig,
@@ -52,7 +52,7 @@ pub(super) enum Protocol {
 pub(super) struct Material {
     files: TlsFiles,
     /// The stamps of the files before they were read.
-    stamps: Stamps,
+    stamps: FileVersions,
     http2: Arc<ServerConfig>,
     http1: Arc<ServerConfig>,
     /// The verifier of client certificates; `None` if clients are not asked for one.
@@ -71,7 +71,7 @@ impl Material {
     /// # Errors
     /// `Precondition` that names the key, the file and what is wrong with it.
     pub(super) fn read(files: TlsFiles) -> Result<Self> {
-        let stamps = Stamps::of(&files);
+        let stamps = FileVersions::of(&files);
         let provider = Arc::new(ring::default_provider());
         let cert = NamedFile::read("tls.cert", &files.cert, FILE_MAX_BYTES)?;
         let key = NamedFile::read("tls.key", &files.key, FILE_MAX_BYTES)?;
@@ -115,7 +115,7 @@ impl Material {
     }
 
     /// The stamps of these files.
-    pub(super) fn stamps(&self) -> &Stamps {
+    pub(super) fn stamps(&self) -> &FileVersions {
         &self.stamps
     }
 

@@ -4,7 +4,7 @@
 //! This wrapper reads up to [`BUFFER_BYTES`] at once and returns them piece by piece. A connection without unread bytes
 //! has no buffer.
 
-use crate::acknowledge::Prompt;
+use crate::quick_ack::QuickAck;
 use std::{
     io::{self, IoSlice},
     pin::Pin,
@@ -19,23 +19,23 @@ const BUFFER_BYTES: usize = 17 * 1024;
 /// A TCP stream that is read in large pieces; see the top of this file.
 #[derive(Debug)]
 pub(crate) struct ReadAhead {
-    stream: Prompt,
+    stream: QuickAck,
     buffer: Vec<u8>,
     /// How much of the buffer was returned.
     taken: usize,
 }
 
 impl ReadAhead {
-    pub(super) fn new(stream: Prompt) -> Self {
+    pub(super) fn new(stream: QuickAck) -> Self {
         Self { stream, buffer: Vec::new(), taken: 0 }
     }
 
     /// The underlying stream, for its settings.
-    pub(super) fn get_mut(&mut self) -> &mut Prompt {
+    pub(super) fn get_mut(&mut self) -> &mut QuickAck {
         &mut self.stream
     }
 
-    fn stream(self: Pin<&mut Self>) -> Pin<&mut Prompt> {
+    fn stream(self: Pin<&mut Self>) -> Pin<&mut QuickAck> {
         Pin::new(&mut self.get_mut().stream)
     }
 }

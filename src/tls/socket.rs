@@ -1,7 +1,7 @@
 //! [`Socket`]: an accepted TCP stream, with or without TLS on it.
 
 use super::read_ahead::ReadAhead;
-use crate::acknowledge::Prompt;
+use crate::quick_ack::QuickAck;
 use std::{
     io::{self, IoSlice},
     pin::Pin,
@@ -13,22 +13,22 @@ use tokio_rustls::server::TlsStream;
 #[derive(Debug)]
 pub(crate) enum Socket {
     /// A TCP stream without TLS.
-    Plain(Prompt),
+    Plain(QuickAck),
     /// A TLS stream after its handshake.
     Tls(Box<TlsStream<ReadAhead>>),
 }
 
 impl Socket {
-    fn prompt(&mut self) -> &mut Prompt {
+    fn stream(&mut self) -> &mut QuickAck {
         match self {
             Self::Plain(stream) => stream,
             Self::Tls(stream) => stream.get_mut().0.get_mut(),
         }
     }
 
-    /// Tells the stream whether an answer is about to be written ([`Prompt::set_answers_soon`]).
+    /// Tells the stream whether an answer is about to be written ([`QuickAck::set_answers_soon`]).
     pub(crate) fn set_answers_soon(&mut self, answers_soon: bool) {
-        self.prompt().set_answers_soon(answers_soon);
+        self.stream().set_answers_soon(answers_soon);
     }
 
     /// Whether it may hold written bytes that are not in the kernel yet. A flush writes them.

@@ -6,8 +6,8 @@ mod certificates;
 
 use super::*;
 use crate::{
-    acknowledge::Prompt,
     connections::{Admitted, HandshakeProblem},
+    quick_ack::QuickAck,
 };
 use certificates::{Authority, Pair, VALID, Valid};
 use futures::FutureExt as _;
@@ -68,7 +68,7 @@ impl World {
     async fn accept(&self) -> Result<(Socket, Admitted), Option<HandshakeProblem>> {
         let (stream, peer) = self.listener.accept().await.unwrap();
         let admitted = self.connections.admit(peer).unwrap();
-        let socket = self.tls.grpc_port().try_shake(Prompt::new(stream), admitted.state()).await?;
+        let socket = self.tls.grpc_port().try_shake(QuickAck::new(stream), admitted.state()).await?;
         Ok((socket, admitted))
     }
 
@@ -348,6 +348,6 @@ async fn a_handshake_that_takes_too_long_is_given_up_and_places_are_shared() {
     let (accepted, peer) = world.listener.accept().await.unwrap();
     let admitted = world.connections.admit(peer).unwrap();
     let port = world.tls.grpc_port();
-    assert!(port.shake_hands(Prompt::new(accepted), &admitted).await.is_none());
+    assert!(port.shake_hands(QuickAck::new(accepted), &admitted).await.is_none());
     assert_eq!(world.tls.0.handshakes.held(), 0);
 }

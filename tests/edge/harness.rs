@@ -19,7 +19,7 @@ use gorego::{
     gate::Gate,
     grpc::{Edge, ProtocolSettings, ask::Scheduler},
     instance::{InstancePolicy, Instances},
-    under_way::UnderWay,
+    unfinished_requests::UnfinishedRequests,
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -69,7 +69,7 @@ impl Server {
             cas,
             scheduler: executes.then(|| Scheduler::new(scheduler.clone(), Default::default())),
             log_streams: log_streams(executes, directory.path()),
-            under_way: UnderWay::default(),
+            unfinished_requests: UnfinishedRequests::default(),
             connections: Default::default(),
             administration: Default::default(),
             metrics: Default::default(),

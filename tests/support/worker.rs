@@ -17,16 +17,16 @@ use gorego::{
     action::{Action, TimeoutPolicy},
     actors::worker::{
         PoolLimits, WorkerActor, WorkerSettings,
+        build_root::BuildRoot,
+        build_root::staged_trees::StagingLimits,
         launcher::PoolSandbox,
         messages::{
             RunAction, RunControl, RunFailure, RunOrder, RunReport, RunStage, SlotId, StageAhead,
             StageReached, TaskId,
         },
-        staged_trees::StagingLimits,
         staging::StagingActor,
         store::BlobStore,
         tools::{ToolLimits, Tools},
-        workspace::BuildRoot,
     },
     caller::{Build, Owner, Peer},
     instance::Instances,

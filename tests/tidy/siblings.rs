@@ -11,30 +11,6 @@ use crate::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Imports between siblings that close a cycle today, each with what would remove it. The list may only get shorter.
-pub(crate) const CYCLES: &[(&str, &str, &str)] = &[
-    (
-        "actors::worker::exec_root",
-        "actors::worker::inputs",
-        "the modes and times of inputs need a file of their own",
-    ),
-    ("actors::worker::layer", "actors::worker::inputs", "the same"),
-    (
-        "actors::worker::inputs",
-        "actors::worker::staged_trees",
-        "the delta of a staged tree is inside its module",
-    ),
-    ("actors::worker::staged_trees", "actors::worker::workspace", "a build root owns its staged trees"),
-    ("actors::worker::launcher::tool", "actors::worker::launcher::cell", "both send open files to a process"),
-    (
-        "actors::worker::launcher::probe",
-        "actors::worker::launcher::pool_sandbox",
-        "the probe tries the sandbox of a pool, which says what the probe has found",
-    ),
-    ("config::sandbox", "config::pools", "the sandbox of a pool is read where pools are"),
-    ("sandbox::identity", "sandbox::kind", "the user inside a cell belongs further down"),
-];
-
 /// The names of a crate: the path of a module or of an item in it.
 type Name = Vec<String>;
 

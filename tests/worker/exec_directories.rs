@@ -1,7 +1,7 @@
 //! The location, ownership and removal of exec directories.
 
 use crate::support::*;
-use gorego::actors::worker::{messages::SlotId, workspace::BuildRoot};
+use gorego::actors::worker::{build_root::BuildRoot, messages::SlotId};
 use gorego_reapi::error::Error;
 use std::{
     fs,

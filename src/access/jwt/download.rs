@@ -7,7 +7,7 @@ use super::{
     keys::{KeySet, MAX_KEY_SET_BYTES},
     location::JwksLocation,
 };
-use crate::{causes::causes, regular_file};
+use crate::{http_error::causes, regular_file};
 use reqwest::{
     Client, StatusCode,
     header::{ACCEPT, ACCEPT_ENCODING, USER_AGENT},

@@ -11,7 +11,7 @@ use super::{
     patience::Patience,
     request::AssetRequest,
 };
-use crate::{actors::cas::client::Cas, causes::causes};
+use crate::{actors::cas::client::Cas, http_error::causes};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},

@@ -25,7 +25,7 @@ pub use leases::LeaseTimes;
 pub(crate) use leases::{Lessee, Withdrawn};
 pub(crate) use packing::ColdBlobs;
 pub(super) use recovery::Recovery;
-pub use words::*;
+pub use types::*;
 
 use entry::{CONDEMNED, holds_of, lease_of};
 use gorego_reapi::digest::Digest;
@@ -56,7 +56,7 @@ mod slab;
 mod table;
 #[cfg(test)]
 mod tests;
-mod words;
+mod types;
 
 /// Lists shorter than this are kept in the exact order of use.
 const EXACT_BELOW: usize = 1_024;

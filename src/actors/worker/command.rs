@@ -1,7 +1,7 @@
 //! The command of an action on this machine: which files to try as its program, its environment in the kernel's format,
 //! and the exit code of a program that cannot be started. Pure.
 
-use super::workspace::Workspace;
+use super::build_root::Workspace;
 use crate::{
     action::Command,
     limits::Limits,

@@ -10,7 +10,7 @@
 
 use super::{
     dir::{self, Cursor},
-    inputs::{self, EXECUTABLE},
+    input_attributes::{self, EXECUTABLE},
     layer,
 };
 use gorego_reapi::tree::{self, Directory, InputTree};
@@ -280,7 +280,7 @@ impl<'a> Dir<'a> {
     }
 
     /// Makes sure that the own layer has this directory, and returns a handle of it. Missing directories on the path
-    /// are created in the layer with the times of the staged ones. The module `inputs` sets their modes.
+    /// are created in the layer with the times of the staged ones. [`super::inputs`] sets their modes.
     ///
     /// # Errors
     /// The errors of the file system.
@@ -299,8 +299,12 @@ impl<'a> Dir<'a> {
                     let of_tree = subdirectory(tree, directory, name.as_ref()).ok_or(Errno::NOENT)?;
                     let before = rfs::fstat(&here)?;
                     let made = layer::make_directory(&here, name)?;
-                    inputs::set_mtime_at(&made, ".", inputs::mtime_of(&of_tree.properties))?;
-                    inputs::set_mtime_at(&here, ".", inputs::mtime_in(&before))?;
+                    input_attributes::set_mtime_at(
+                        &made,
+                        ".",
+                        input_attributes::mtime_of(&of_tree.properties),
+                    )?;
+                    input_attributes::set_mtime_at(&here, ".", input_attributes::mtime_in(&before))?;
                     made
                 }
                 opened => opened?,

@@ -6,7 +6,10 @@ use crate::{
     action::{Action, Command},
     caller::Peer,
     platform,
-    sandbox::kind::{CellKind, InnerUser, RootFs},
+    sandbox::{
+        identity::InnerUser,
+        kind::{CellKind, RootFs},
+    },
 };
 use gorego_reapi::error::{Error, Result};
 use std::{any::Any, fmt, path::PathBuf};

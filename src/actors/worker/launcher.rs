@@ -15,6 +15,7 @@ mod exhausted;
 mod gateway;
 mod guard;
 mod init;
+mod open_files;
 mod pool_sandbox;
 pub(crate) mod probe;
 pub mod protocol;

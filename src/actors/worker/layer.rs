@@ -84,7 +84,7 @@ pub(super) fn make_opaque(parent: &File, name: &str) -> io::Result<File> {
 /// # Errors
 /// The errors of the file system.
 pub(super) fn make_directory(parent: &File, name: &str) -> io::Result<File> {
-    let mode = Mode::from_raw_mode(super::inputs::EXECUTABLE);
+    let mode = Mode::from_raw_mode(super::input_attributes::EXECUTABLE);
     rfs::mkdirat(parent, name, mode)?;
     let made = dir::open_dir(parent, OsStr::new(name))?;
     rfs::fchmod(&made, mode)?;

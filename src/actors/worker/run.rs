@@ -11,6 +11,8 @@ mod with_tool;
 
 use super::{
     WorkerSettings,
+    build_root::Workspace,
+    build_root::staged_trees::{Base, TreeLease},
     checkpoint::Checkpoint,
     clock::{Moment, Point, Timeline},
     command::{self, Launch},
@@ -22,9 +24,7 @@ use super::{
         Account, RunAction, RunControl, RunFailure, RunOrder, RunReport, RunResult, RunStage, StageReached,
     },
     outputs, run_log,
-    staged_trees::{Base, TreeLease},
     store::{BlobStore, Inputs, Outputs},
-    workspace::Workspace,
 };
 use crate::{
     action::Command,

@@ -21,7 +21,7 @@ pub(super) use call::wants_tool;
 pub use idle::ToolLimits;
 pub(super) use turn::{NotServed, ToolJob, ToolTurn};
 
-use super::{launcher::tool::ToolProcess, workspace::Workspace};
+use super::{build_root::Workspace, launcher::tool::ToolProcess};
 use crate::logging::Event;
 use call::{ToolCall, ToolKey};
 use exchange::PlacedInputs;

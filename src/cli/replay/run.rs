@@ -17,7 +17,7 @@ use crate::{
         probe::{MissingProtection, Protection, Report},
         settings::SandboxMode,
     },
-    server::place::Place,
+    server::execution_setup::ExecutionSetup,
     telemetry::RunMetrics,
 };
 use gorego_reapi::{
@@ -39,7 +39,7 @@ const USER_OFFSET: u32 = 10_000;
 /// The parts that run an action on this machine.
 pub(super) struct ReplayPlace {
     execution: ExecutionSettings,
-    place: Place,
+    setup: ExecutionSetup,
 }
 
 /// The result of a run.
@@ -75,19 +75,19 @@ impl ReplayPlace {
         for pool in &mut execution.pools {
             pool.sandbox.mode = if no_sandbox { SandboxMode::Off } else { SandboxMode::Auto };
         }
-        let mut place = Place::open(&mut execution, runtime, None)?;
-        for missing in place.sandbox.iter_mut().flat_map(|(_, report)| &mut report.missing) {
+        let mut setup = ExecutionSetup::open(&mut execution, runtime, None)?;
+        for missing in setup.sandbox.iter_mut().flat_map(|(_, report)| &mut report.missing) {
             if missing.protection == Protection::Identity {
                 missing.remedy = Some("set TMPDIR to a directory on ext4, xfs, btrfs or tmpfs".into());
             }
         }
-        if place.build_root.is_noexec() {
+        if setup.build_root.is_noexec() {
             return Err(Error::Precondition(format!(
                 "programs in {} cannot be run, because its file system is mounted noexec; set TMPDIR to another directory",
                 scratch.path().display()
             )));
         }
-        let stage = Self { execution, place };
+        let stage = Self { execution, setup };
         if !no_sandbox && !stage.report().is_some_and(|report| report.on.namespaces) {
             let why: Vec<_> = stage.missing().iter().map(ToString::to_string).collect();
             return Err(Error::Precondition(format!(
@@ -105,7 +105,7 @@ impl ReplayPlace {
     }
 
     fn report(&self) -> Option<&Report> {
-        self.place.sandbox.as_ref().map(|(_, report)| report)
+        self.setup.sandbox.as_ref().map(|(_, report)| report)
     }
 
     /// The names of the protections that are on.
@@ -120,12 +120,12 @@ impl ReplayPlace {
 
     /// Whether actions can have container images.
     pub(super) fn has_images(&self) -> bool {
-        self.place.images.is_some()
+        self.setup.images.is_some()
     }
 
     /// How the limits of the action are enforced.
     pub(super) fn limits(&self) -> String {
-        self.place.limits.summary()
+        self.setup.limits.summary()
     }
 
     /// The pool of the configuration that would run an action with these properties; the first pool if there is none.
@@ -151,7 +151,7 @@ impl ReplayPlace {
     ) -> Result<Replayed> {
         let pool = self.pool(&fetched.action.platform)?;
         let settings =
-            self.place.worker(&self.execution, pool, no_log_streams(scratch), RunMetrics::default());
+            self.setup.worker(&self.execution, pool, no_log_streams(scratch), RunMetrics::default());
         // A persistent worker would outlive the action.
         let settings = WorkerSettings { tools: None, ..settings };
         let mut launcher = ReplayLauncher::new(settings.launcher(), scratch.clone(), shell);

@@ -8,7 +8,7 @@
 //! recorded/       what the server has recorded in place of outputs that differ
 //! ```
 
-use crate::actors::worker::workspace;
+use crate::actors::worker::build_root;
 use gorego_reapi::error::{Error, Result};
 use std::{
     fs::File,
@@ -83,7 +83,7 @@ impl Scratch {
     pub(super) fn clear(&self) {
         let remove = |path: &Path| -> io::Result<()> {
             let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
-            workspace::remove(&File::open(parent)?, name)
+            build_root::remove(&File::open(parent)?, name)
         };
         if self.kept.load(Ordering::SeqCst) {
             let _ = remove(&self.blobs());

@@ -15,8 +15,7 @@ use crate::{
     budget::{Bounds, Budget, Share},
     caller::Caller,
     instance::Instance,
-    memory,
-    unhindered::unhindered,
+    memory, slow_work,
 };
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt as _};
@@ -127,11 +126,11 @@ impl Walk {
     async fn visit(&mut self, digest: Digest, blob: Result<Bytes>, kept: usize) -> Result<Visited> {
         let bytes = blob.as_deref().unwrap_or_default();
         let is_laborious = bytes.len() >= LABORIOUS_BYTES;
-        let weight = if is_laborious { unhindered(|| weigh(bytes)) } else { weigh(bytes) };
+        let weight = if is_laborious { slow_work::run(|| weigh(bytes)) } else { weigh(bytes) };
         let found = self.frontier.weight_with(bytes);
         self.held.grow(kept.saturating_add(found).saturating_add(weight)).await?;
         let directory = if is_laborious {
-            unhindered(|| self.frontier.visit(digest, blob))
+            slow_work::run(|| self.frontier.visit(digest, blob))
         } else {
             consume_budget().await;
             self.frontier.visit(digest, blob)

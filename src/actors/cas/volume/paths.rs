@@ -5,9 +5,9 @@ use super::{
 };
 use crate::{
     actors::cas::index::{FileId, Key, Stamp},
+    directory_hint::spread_subdirectories,
     instance::InstanceId,
     regular_file,
-    spread::spread_subdirectories,
 };
 use gorego_reapi::digest::DigestFunction;
 use std::{

@@ -4,14 +4,13 @@ use super::*;
 use crate::actors::worker::{
     cancel::CancelToken,
     checkpoint::Checkpoint,
+    delta::{Cost, Delta},
+    input_attributes, inputs,
     outputs::{
         Seen,
         scan::{Content, NodeBudget, OutputScan},
     },
-    staged_trees::{
-        delta::{Cost, Delta},
-        model::{self, Contents, Shown},
-    },
+    tree_model::{self, Contents, Shown},
 };
 use proptest::{prelude::*, test_runner::TestRunner};
 use std::{collections::BTreeMap, fs, io::Read as _, process, sync::Arc, time::Duration};
@@ -27,9 +26,9 @@ struct Layers {
 
 impl Layers {
     /// Creates the layer of an action with the input root `wanted` above the tree `base`.
-    fn new(base: &model::Tree, wanted: &model::Tree) -> Self {
+    fn new(base: &tree_model::Tree, wanted: &tree_model::Tree) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let [base, wanted] = [base, wanted].map(|tree| Arc::new(model::input_tree(tree)));
+        let [base, wanted] = [base, wanted].map(|tree| Arc::new(tree_model::input_tree(tree)));
         for name in ["below", "own", "work", "shown"] {
             fs::create_dir(directory.path().join(name)).unwrap();
         }
@@ -117,7 +116,7 @@ fn visited(scan: &OutputScan) -> Vec<usize> {
 
 fn content(content: Content, own: Option<&File>, name: &str) -> String {
     match content {
-        Content::Stored(digest) => model::content(&digest).to_string(),
+        Content::Stored(digest) => tree_model::content(&digest).to_string(),
         Content::Own(_) => {
             let mut text = String::new();
             dir::open_file(own.unwrap(), OsStr::new(name)).unwrap().read_to_string(&mut text).unwrap();
@@ -151,8 +150,8 @@ fn note(
     }
 }
 
-fn view_of(tree: &model::Tree) -> View {
-    let time = inputs::INPUT_TIME.tv_sec;
+fn view_of(tree: &tree_model::Tree) -> View {
+    let time = input_attributes::INPUT_TIME.tv_sec;
     let node = |(path, shown): (&String, &Shown)| {
         let node = match shown {
             Shown::File(number, true) => ('f', 0o755, time, number.to_string()),
@@ -186,16 +185,16 @@ fn act() -> impl Strategy<Value = String> {
 fn an_action_sees_the_tree_that_it_wants_above_any_base() {
     let mut runner =
         TestRunner::new(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() });
-    let property = |(base, wanted): (model::Tree, model::Tree)| {
+    let property = |(base, wanted): (tree_model::Tree, tree_model::Tree)| {
         prop_assert_eq!(Layers::new(&base, &wanted).seen(), view_of(&wanted));
         Ok(())
     };
-    runner.run(&(model::tree(), model::tree()), property).unwrap();
+    runner.run(&(tree_model::tree(), tree_model::tree()), property).unwrap();
 }
 
 #[test]
 fn the_tree_after_a_command_is_seen_as_the_kernel_shows_it() {
-    let empty = model::Tree::new();
+    let empty = tree_model::Tree::new();
     if Layers::new(&empty, &empty).shown_after("true").is_none() {
         eprintln!("skipped: there are no overlays in user namespaces here");
         return;
@@ -207,7 +206,7 @@ fn the_tree_after_a_command_is_seen_as_the_kernel_shows_it() {
         ..Default::default()
     });
     let scripts = proptest::collection::vec(act(), 0..8).prop_map(|acts| acts.join("\n"));
-    let property = |(base, wanted, script): (model::Tree, model::Tree, String)| {
+    let property = |(base, wanted, script): (tree_model::Tree, tree_model::Tree, String)| {
         let layers = Layers::new(&base, &wanted);
         let shown = layers.shown_after(&script).expect("it was mounted before");
         if script.is_empty() {
@@ -216,5 +215,5 @@ fn the_tree_after_a_command_is_seen_as_the_kernel_shows_it() {
         prop_assert_eq!(layers.seen(), shown);
         Ok(())
     };
-    runner.run(&(model::tree(), model::tree(), scripts), property).unwrap();
+    runner.run(&(tree_model::tree(), tree_model::tree(), scripts), property).unwrap();
 }

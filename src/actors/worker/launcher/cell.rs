@@ -11,6 +11,7 @@ use super::{
     children::KILL_LIMIT,
     gateway::Gateway,
     init,
+    open_files::send_open,
     protocol::{self, CellEvent, Ended, Failed, FromCell, Run, ToRunner},
     tool::{self, Pipes},
     usage::Usage,
@@ -18,16 +19,14 @@ use super::{
 use crate::sandbox::{SetupFailure, Step as _, kind::CellKind, namespaces, settings::Sandbox, world::World};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    io::{Errno, IoSlice},
-    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
+    io::Errno,
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 use std::{
     ffi::OsStr,
     io,
-    mem::MaybeUninit,
     os::{
-        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        fd::{AsFd as _, OwnedFd},
         unix::{ffi::OsStrExt as _, net::UnixStream},
     },
     path::Path,
@@ -352,15 +351,4 @@ impl Drop for Cell {
 fn not_set_up(failure: &SetupFailure) -> Failed {
     // No errno: if something is full, it is not the disk of the build root.
     Failed { message: format!("could not set up the sandbox: {failure}"), errno: 0 }
-}
-
-/// Sends open files together with one byte.
-pub(super) fn send_open(socket: &UnixStream, files: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(init::FILES))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    sendmsg(socket, &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL)?;
-    Ok(())
 }

@@ -7,6 +7,7 @@
 use super::{
     children::{ChildExits, Children},
     exhausted,
+    open_files::receive_open,
     protocol::{self, CellEvent, CellReady, Ended, Failed, FromCell, Run},
     spawn::Stack,
     sys,
@@ -18,12 +19,9 @@ use crate::sandbox::{
 use rustix::{
     event::{PollFd, PollFlags},
     fs::{self as rfs, Mode, OFlags},
-    io::IoSliceMut,
-    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
 };
 use std::{
     io::{self, Read as _},
-    mem::MaybeUninit,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::net::UnixStream,
@@ -33,8 +31,6 @@ use std::{
 
 /// The byte with which the runner reports that the user of the cell is mapped.
 pub(super) const USER_MAPPED: u8 = 1;
-/// Maximum number of open files sent with an order: the input root, standard output, standard error and standard input.
-pub(super) const FILES: usize = 4;
 
 /// Main function of the first process; returns its exit code. It uses no inherited descriptors except `setup` and
 /// `socket`.
@@ -122,23 +118,4 @@ fn in_words(failure: &SetupFailure) -> Failed {
 
 fn tell(socket: &UnixStream, event: CellEvent) -> io::Result<()> {
     protocol::write(socket, &FromCell { event: Some(event) })
-}
-
-/// Receives the open files of an order; `None` if the sender is gone.
-pub(super) fn receive_open(socket: &UnixStream) -> io::Result<Option<Vec<OwnedFd>>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    let received =
-        recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    if received.bytes == 0 {
-        return Ok(None);
-    }
-    let mut files = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(some) = message {
-            files.extend(some);
-        }
-    }
-    Ok(Some(files))
 }

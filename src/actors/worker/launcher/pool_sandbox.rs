@@ -1,17 +1,15 @@
 //! [`PoolSandbox`]: the sandbox that the slots of a pool use.
 
-use super::probe;
 use crate::{
-    actors::worker::workspace::BuildRoot,
     platform,
     sandbox::{
-        identity::{self, Users},
-        kind::{CellKind, CellNetwork, InnerUser, InputsAsRoot, RootFs},
-        settings::{Pasta, Protections, SandboxMode, SandboxSettings},
+        identity::{InnerUser, Users},
+        kind::{CellKind, CellNetwork, InputsAsRoot, RootFs},
+        settings::{Pasta, Protections, SandboxSettings},
     },
 };
 use gorego_reapi::error::{Error, Result};
-use std::{ffi::OsString, path::PathBuf};
+use std::path::PathBuf;
 
 /// The sandbox of a pool: its settings, and which parts work on this machine. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -29,32 +27,6 @@ pub struct PoolSandbox {
 }
 
 impl PoolSandbox {
-    /// A sandbox with the protections that work on this machine and default settings, for tests.
-    pub fn usual(runner: &[OsString], build_root: &BuildRoot) -> Self {
-        let settings = SandboxSettings {
-            mode: SandboxMode::Auto,
-            visible: Vec::new(),
-            hidden: Vec::new(),
-            writable: Vec::new(),
-            tmp_bytes: 1 << 30,
-            tmp_files: 10_000,
-            shm_bytes: 1 << 28,
-            processes: 1_000,
-            first_user: identity::FIRST,
-            own: Vec::new(),
-            root: None,
-            network: CellNetwork::Off,
-        };
-        let protections = probe::probe(&settings, runner, build_root).on;
-        let users = Users::new(settings.first_user);
-        let directory = build_root.path().to_owned();
-        let mut sandbox =
-            Self { settings, protections, build_root: directory, users, has_layers: false, pasta: None };
-        sandbox.has_layers =
-            protections.namespaces && probe::probe_layers(&sandbox, runner, build_root).is_ok();
-        sandbox
-    }
-
     /// The kind of cell for an action that asks for nothing special.
     pub(in crate::actors::worker) fn usual_kind(&self) -> CellKind {
         self.settings.kind()

@@ -3,6 +3,7 @@
 use super::{Ending, PoolSandbox, RunnerLauncher};
 use crate::{
     actors::worker::{
+        build_root::{BuildRoot, Workspace},
         cancel::CancelToken,
         command::Launch,
         dir,
@@ -10,15 +11,14 @@ use crate::{
         inputs::MountPoints,
         layer,
         messages::SlotId,
-        workspace::{BuildRoot, Workspace},
     },
     limits::Limits,
     sandbox::{
-        identity::Users,
+        identity::{self, Users},
         kind::{CellKind, CellNetwork},
         layers::{Layers, TRIAL_DIRECTORY, TRIAL_FILE, TRIAL_HIDDEN, TRIAL_OPAQUE},
         probe::{KernelFacts, NEEDS_NETWORK, NO_PASTA, Report, find},
-        settings::{Pasta, SandboxSettings},
+        settings::{Pasta, SandboxMode, SandboxSettings},
     },
 };
 use gorego_reapi::error::Error;
@@ -41,6 +41,33 @@ const ATTEMPT: Duration = Duration::from_secs(10);
 const USUAL_PROGRAMS: &[&str] = &["/usr/bin", "/usr/local/bin", "/bin"];
 /// A program that cannot exist. The error that it does not exist proves that all earlier steps succeeded.
 const NO_PROGRAM: &str = "/proc/no/program";
+
+impl PoolSandbox {
+    /// A sandbox with the protections that work on this machine and default settings, for tests.
+    pub fn usual(runner: &[OsString], build_root: &BuildRoot) -> Self {
+        let settings = SandboxSettings {
+            mode: SandboxMode::Auto,
+            visible: Vec::new(),
+            hidden: Vec::new(),
+            writable: Vec::new(),
+            tmp_bytes: 1 << 30,
+            tmp_files: 10_000,
+            shm_bytes: 1 << 28,
+            processes: 1_000,
+            first_user: identity::FIRST,
+            own: Vec::new(),
+            root: None,
+            network: CellNetwork::Off,
+        };
+        let protections = probe(&settings, runner, build_root).on;
+        let users = Users::new(settings.first_user);
+        let directory = build_root.path().to_owned();
+        let mut sandbox =
+            Self { settings, protections, build_root: directory, users, has_layers: false, pasta: None };
+        sandbox.has_layers = protections.namespaces && probe_layers(&sandbox, runner, build_root).is_ok();
+        sandbox
+    }
+}
 
 /// Finds out which protections work in this build root. Takes some milliseconds.
 pub(crate) fn probe(settings: &SandboxSettings, runner: &[OsString], build_root: &BuildRoot) -> Report {

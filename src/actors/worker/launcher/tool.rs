@@ -5,11 +5,9 @@
 //! runner ends, and when the server dies. No call here waits for a tool beyond the deadline.
 
 use super::{
-    CANCEL_POLL, Launcher as _, PoolSandbox, RunnerLauncher,
-    cell::send_open,
-    exhausted,
+    CANCEL_POLL, Launcher as _, PoolSandbox, RunnerLauncher, exhausted,
     guard::{Guard, Violation},
-    init::receive_open,
+    open_files::{receive_open, send_open},
     protocol::{self, Ended, FromRunner, IncompleteLog, Order, Reply, Run, ToRunner},
     reap, sys,
 };

@@ -9,7 +9,7 @@ use crate::actors::worker::{
     checkpoint::Checkpoint,
     dir::{self, FileIdentity},
     exec_root::{Here, LayerWalk},
-    inputs, layer,
+    input_attributes, layer,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -344,7 +344,7 @@ impl From<&Stat> for Seen {
 impl Seen {
     /// A file of a staged tree.
     pub(crate) fn of_file(file: &tree::File) -> Self {
-        Self::staged(FileType::RegularFile, inputs::mode_of(file), &file.properties)
+        Self::staged(FileType::RegularFile, input_attributes::mode_of(file), &file.properties)
     }
 
     /// A link of a staged tree.
@@ -354,12 +354,12 @@ impl Seen {
 
     /// A directory of a staged tree.
     pub(crate) fn of_directory(directory: &Directory) -> Self {
-        let mode = directory.properties.unix_mode.unwrap_or(inputs::EXECUTABLE);
+        let mode = directory.properties.unix_mode.unwrap_or(input_attributes::EXECUTABLE);
         Self::staged(FileType::Directory, mode, &directory.properties)
     }
 
     fn staged(kind: FileType, mode: u32, properties: &NodeProperties) -> Self {
-        let time = inputs::mtime_of(properties);
+        let time = input_attributes::mtime_of(properties);
         let nanos = i32::try_from(time.tv_nsec).unwrap_or_default();
         let mtime = prost_types::Timestamp { seconds: time.tv_sec, nanos };
         Self { mode: kind.as_raw_mode() | mode, mtime }

@@ -5,6 +5,7 @@ use crate::{
     actors::{
         cas::results::check_size,
         worker::{
+            build_root::Workspace,
             checkpoint::{Checkpoint, cancelled},
             command::{self, SIGNAL_BASE},
             dir,
@@ -12,7 +13,6 @@ use crate::{
             launcher::Ending,
             outputs, run_log,
             store::Outputs,
-            workspace::Workspace,
         },
     },
     log_streams::{LiveRun, run::LogKind},

@@ -2,7 +2,7 @@
 //! the staged inputs.
 
 use crate::{
-    actors::worker::{launcher::is_full, staged_trees::TreeLease},
+    actors::worker::{build_root::staged_trees::TreeLease, launcher::is_full},
     disk::Space,
     log_streams::run::LogKind,
     sandbox::layers::MOUNT_STEP,

@@ -3,12 +3,12 @@
 use super::{ActionRun, Point, RunStage, errors::disk_was_full};
 use crate::{
     actors::worker::{
+        build_root::{Workspace, remove},
         checkpoint::Checkpoint,
         dir,
         launcher::Ending,
         store::Inputs,
         tools::{NotServed, ToolJob, ToolTurn, Tools},
-        workspace::{Workspace, remove},
     },
     logging::Event,
     sandbox::kind::CellKind,

@@ -9,7 +9,7 @@ use crate::{
     actors::worker::{
         checkpoint::Checkpoint,
         dir::{self, Cursor, is_absence},
-        inputs,
+        input_attributes,
     },
 };
 use gorego_reapi::{
@@ -81,7 +81,7 @@ pub(super) fn copy_outputs(
 fn make_parents(to: &File, path: &RootPath) -> io::Result<File> {
     let mut here = to.try_clone()?;
     for segment in path.segments() {
-        match rfs::mkdirat(&here, segment, Mode::from_raw_mode(inputs::EXECUTABLE)) {
+        match rfs::mkdirat(&here, segment, Mode::from_raw_mode(input_attributes::EXECUTABLE)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
         }
@@ -118,7 +118,8 @@ impl OutputCopy<'_> {
                 let here = to.here().map_err(failed)?;
                 rfs::fchmod(here, Mode::from_raw_mode(level.stat.st_mode & 0o777))
                     .map_err(|error| failed(error.into()))?;
-                inputs::set_mtime_at(here, ".", inputs::mtime_in(&level.stat)).map_err(failed)?;
+                input_attributes::set_mtime_at(here, ".", input_attributes::mtime_in(&level.stat))
+                    .map_err(failed)?;
                 levels.pop();
                 from.up().and_then(|()| to.up()).map_err(failed)?;
                 continue;
@@ -183,13 +184,13 @@ fn copy_file((source, target): (&File, &File), name: &OsStr) -> io::Result<()> {
         io::copy(&mut (&from).take(size), &mut to)?;
     }
     rfs::fchmod(&to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
-    inputs::set_mtime_at(target, name, inputs::mtime_in(&stat))
+    input_attributes::set_mtime_at(target, name, input_attributes::mtime_in(&stat))
 }
 
 fn copy_link((source, target): (&File, &File), name: &OsStr, stat: &Stat) -> io::Result<()> {
     let leads_to = rfs::readlinkat(source, name.as_bytes(), Vec::new())?;
     rfs::symlinkat(leads_to, target, name.as_bytes())?;
-    inputs::set_mtime_at(target, name, inputs::mtime_in(stat))
+    input_attributes::set_mtime_at(target, name, input_attributes::mtime_in(stat))
 }
 
 fn too_large() -> Error {

@@ -11,11 +11,12 @@
 //! in a cell can set a file's change time (ctime).
 
 use crate::actors::worker::{
+    build_root::remove,
     checkpoint::Checkpoint,
     dir::{self, Cursor, FileIdentity},
-    inputs::{self, EXECUTABLE},
+    input_attributes::{self, EXECUTABLE},
+    inputs,
     store::Inputs,
-    workspace::remove,
 };
 use gorego_reapi::{
     digest::Digest,
@@ -149,7 +150,7 @@ impl<'a> Exchange<'a> {
             let properties = &level.directory.properties;
             let here = cursor.here().map_err(|error| cannot("leave", &level.path, &error))?;
             // Creating entries has changed the time.
-            inputs::set_mtime_at(here, ".", inputs::mtime_of(properties))
+            input_attributes::set_mtime_at(here, ".", input_attributes::mtime_of(properties))
                 .map_err(|error| cannot("set the time of", &level.path, &error))?;
             levels.pop();
             if !levels.is_empty() {
@@ -274,8 +275,8 @@ impl PlacedFile {
     fn wanted(file: &tree::File, stamp: FileStamp) -> Self {
         Self {
             digest: file.digest,
-            mode: inputs::mode_of(file),
-            mtime: inputs::mtime_of(&file.properties),
+            mode: input_attributes::mode_of(file),
+            mtime: input_attributes::mtime_of(&file.properties),
             stamp,
         }
     }
@@ -289,7 +290,7 @@ impl FileStamp {
             size: stat.st_size as i64,
             mode: stat.st_mode,
             changed: Timespec { tv_sec: stat.st_ctime as i64, tv_nsec: stat.st_ctime_nsec as i64 },
-            modified: inputs::mtime_in(stat),
+            modified: input_attributes::mtime_in(stat),
         }
     }
 }

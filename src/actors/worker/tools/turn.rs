@@ -11,6 +11,7 @@ use crate::{
     action::{Action, Command},
     actors::worker::{
         WorkerSettings,
+        build_root::Workspace,
         cancel::CancelToken,
         checkpoint::Checkpoint,
         clock::Moment,
@@ -24,7 +25,6 @@ use crate::{
         },
         messages::SlotId,
         store::Inputs,
-        workspace::Workspace,
     },
     limits::Limits,
     sandbox::kind::CellKind,

@@ -173,7 +173,7 @@ fn cost_of(tree: &InputTree, node: &Subdirectory, limit: Cost) -> Option<Cost> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::actors::worker::staged_trees::model::{self, Shown};
+    use crate::actors::worker::tree_model::{self, Shown};
     use gorego_reapi::digest::DigestFunction;
     use proptest::prelude::*;
 
@@ -233,7 +233,12 @@ mod tests {
     }
 
     /// The tree that an overlay shows, by the rules of overlayfs.
-    fn show(layer: &Layer<'_>, below: Option<(&InputTree, &Directory)>, path: &str, shown: &mut model::Tree) {
+    fn show(
+        layer: &Layer<'_>,
+        below: Option<(&InputTree, &Directory)>,
+        path: &str,
+        shown: &mut tree_model::Tree,
+    ) {
         let below = below.filter(|_| !layer.is_opaque);
         if let Some((tree, directory)) = below {
             for (name, node) in nodes(directory) {
@@ -271,20 +276,20 @@ mod tests {
         /// This property makes staging correct.
         #[test]
         fn a_base_below_its_delta_looks_like_the_wanted_tree(
-            base in model::tree(),
-            wanted in model::tree(),
+            base in tree_model::tree(),
+            wanted in tree_model::tree(),
         ) {
-            let [base_tree, wanted_tree] = [&base, &wanted].map(model::input_tree);
+            let [base_tree, wanted_tree] = [&base, &wanted].map(tree_model::input_tree);
             let delta = Delta::between(&wanted_tree, &base_tree, NO_LIMIT).unwrap();
             let layer = write(&wanted_tree, &delta.steps);
-            let mut shown = model::Tree::new();
+            let mut shown = tree_model::Tree::new();
             show(&layer, Some((&base_tree, base_tree.root())), "", &mut shown);
             prop_assert_eq!(shown, wanted);
         }
 
         #[test]
-        fn a_delta_is_found_exactly_if_its_cost_is_within_the_limit(base in model::tree(), wanted in model::tree()) {
-            let [base, wanted] = [&base, &wanted].map(model::input_tree);
+        fn a_delta_is_found_exactly_if_its_cost_is_within_the_limit(base in tree_model::tree(), wanted in tree_model::tree()) {
+            let [base, wanted] = [&base, &wanted].map(tree_model::input_tree);
             let delta = Delta::between(&wanted, &base, NO_LIMIT).unwrap();
             prop_assert_eq!(Delta::between(&wanted, &base, delta.cost), Some(delta.clone()));
             if let Some(entries) = delta.cost.entries.checked_sub(1) {
@@ -295,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_change_in_one_directory_costs_the_file_and_its_parent_directories() {
-        let mut base = model::Tree::new();
+        let mut base = tree_model::Tree::new();
         for directory in 0..50 {
             base.insert(format!("/d{directory}"), Shown::Directory);
             for file in 0..20 {
@@ -304,7 +309,7 @@ mod tests {
         }
         let mut wanted = base.clone();
         wanted.insert("/d7/f3".into(), Shown::File(99, false));
-        let [base, wanted] = [&base, &wanted].map(model::input_tree);
+        let [base, wanted] = [&base, &wanted].map(tree_model::input_tree);
         let delta = Delta::between(&wanted, &base, NO_LIMIT).unwrap();
         assert_eq!(delta.cost, Cost { entries: 2, bytes: "99".len() as u64 });
         assert_eq!(delta.steps.len(), 3);

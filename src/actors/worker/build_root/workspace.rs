@@ -3,13 +3,13 @@
 use super::{
     BuildRoot, RootDirectory, names,
     removal::{Job, RemovalTicket},
+    staged_trees::Base,
 };
 use crate::{
     actors::worker::{
         checkpoint::Checkpoint,
         dir::{self, FileIdentity},
         layer,
-        staged_trees::Base,
         store::Inputs,
     },
     instance::InstanceId,

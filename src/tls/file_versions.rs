@@ -1,4 +1,4 @@
-//! [`Stamps`]: the metadata of the files of `[tls]`, to notice that they were replaced.
+//! [`FileVersions`]: the metadata of the files of `[tls]`, to notice that they were replaced.
 
 use super::TlsFiles;
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
@@ -9,9 +9,9 @@ type FileAttributes = (u64, u64, u64, i64, i64);
 
 /// The stamps of all files; `None` for one that is missing.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Stamps(Vec<Option<FileAttributes>>);
+pub(super) struct FileVersions(Vec<Option<FileAttributes>>);
 
-impl Stamps {
+impl FileVersions {
     /// Reads the stamps. Symbolic links are followed, including those of directories.
     pub(super) fn of(files: &TlsFiles) -> Self {
         let TlsFiles { cert, key, client_ca, crl, client_certificate_required: _ } = files;
@@ -51,21 +51,21 @@ mod tests {
             crl: Some(PathBuf::from("/nowhere")),
             client_certificate_required: false,
         };
-        let first = Stamps::of(&files);
-        assert_eq!(first, Stamps::of(&files));
+        let first = FileVersions::of(&files);
+        assert_eq!(first, FileVersions::of(&files));
         symlink("..2", at("..new")).unwrap();
         fs::rename(at("..new"), at("..data")).unwrap();
-        let second = Stamps::of(&files);
+        let second = FileVersions::of(&files);
         assert_ne!(first, second);
         fs::write(at("key"), "k").unwrap();
-        let third = Stamps::of(&files);
+        let third = FileVersions::of(&files);
         assert_ne!(second, third);
         fs::write(at("new"), "k").unwrap();
         fs::rename(at("new"), at("key")).unwrap();
-        let fourth = Stamps::of(&files);
+        let fourth = FileVersions::of(&files);
         assert_ne!(third, fourth);
         // The server could not read the key before, and now it can.
         fs::set_permissions(at("key"), fs::Permissions::from_mode(0o640)).unwrap();
-        assert_ne!(fourth, Stamps::of(&files));
+        assert_ne!(fourth, FileVersions::of(&files));
     }
 }

@@ -1,13 +1,13 @@
-//! [`Claim`]: the memory that a call holds for its request, from the arrival of its last byte until its handler is
-//! done.
+//! [`RequestMemory`]: the memory that a call holds for its request, from the arrival of its last byte until its handler
+//! is done.
 //!
 //! The memory of a decoded message is known only when the whole message has arrived, and computing it takes time. So
 //! before [`super::intake`] hands on a large message, it reserves the most that the message could take. Few messages
 //! can hold that much at a time; others wait in turn. [`super::codec`] measures and decodes the message and gives back
 //! what is not needed. The rest is held until the call is answered, or until the handler of a stream requests the next
-//! message. This work does not block the threads that serve other requests ([`unhindered`]).
+//! message. This work does not block the threads that serve other requests ([`slow_work`]).
 
-pub(crate) use crate::unhindered::unhindered;
+pub(crate) use crate::slow_work;
 
 use crate::{budget::Share, memory};
 use std::{
@@ -21,12 +21,12 @@ use std::{
 };
 
 tokio::task_local! {
-    static CLAIM: Arc<Claim>;
+    static CURRENT: Arc<RequestMemory>;
 }
 
 /// The memory that a call holds for its request.
 #[derive(Debug, Default)]
-pub(crate) struct Claim {
+pub(crate) struct RequestMemory {
     share: Mutex<Option<Share>>,
     /// Whether the next poll decodes a large message, which may take long.
     is_laborious: AtomicBool,
@@ -34,10 +34,10 @@ pub(crate) struct Claim {
     passes_on: AtomicBool,
 }
 
-impl Claim {
-    /// The claim of the call whose handler is running.
+impl RequestMemory {
+    /// The memory of the call whose handler is running.
     pub(crate) fn current() -> Option<Arc<Self>> {
-        CLAIM.try_with(Clone::clone).ok()
+        CURRENT.try_with(Clone::clone).ok()
     }
 
     /// Sets whether the handler takes messages in parts as they arrive.
@@ -58,14 +58,14 @@ impl Claim {
 
     /// Whether this task decodes a request, not a response from another server.
     pub(crate) fn is_present() -> bool {
-        CLAIM.try_with(|_| ()).is_ok()
+        CURRENT.try_with(|_| ()).is_ok()
     }
 
     /// Gives back everything above `memory` bytes. Handlers also use it before they wait for their client, because they
     /// often keep only a small part of a request.
     pub(crate) fn settle(memory: u64) {
-        let _ = CLAIM.try_with(|claim| {
-            if let Some(share) = claim.share().as_mut() {
+        let _ = CURRENT.try_with(|held| {
+            if let Some(share) = held.share().as_mut() {
                 share.shrink_to(memory);
             }
         });
@@ -81,37 +81,37 @@ impl Claim {
     }
 }
 
-impl Drop for Claim {
+impl Drop for RequestMemory {
     fn drop(&mut self) {
         memory::freed(self.share().as_ref().map_or(0, Share::amount));
     }
 }
 
 pin_project_lite::pin_project! {
-    /// The future of a call with its claim, which ends when the call is answered.
+    /// The future of a call with its memory, which ends when the call is answered.
     #[derive(Debug)]
-    pub struct Claimed<F> {
+    pub struct HoldsMemory<F> {
         #[pin]
         call: F,
-        claim: Arc<Claim>,
+        held: Arc<RequestMemory>,
     }
 }
 
-impl<F> Claimed<F> {
-    /// Runs a call with this claim.
-    pub(crate) fn new(call: F, claim: Arc<Claim>) -> Self {
-        Self { call, claim }
+impl<F> HoldsMemory<F> {
+    /// Runs a call that holds this memory.
+    pub(crate) fn new(call: F, held: Arc<RequestMemory>) -> Self {
+        Self { call, held }
     }
 }
 
-impl<F: Future> Future for Claimed<F> {
+impl<F: Future> Future for HoldsMemory<F> {
     type Output = F::Output;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
-        let (call, claim) = (this.call, this.claim);
-        let is_laborious = claim.is_laborious.swap(false, Ordering::Relaxed);
-        let poll = || CLAIM.sync_scope(claim.clone(), || call.poll(context));
-        if is_laborious { unhindered(poll) } else { poll() }
+        let (call, held) = (this.call, this.held);
+        let is_laborious = held.is_laborious.swap(false, Ordering::Relaxed);
+        let poll = || CURRENT.sync_scope(held.clone(), || call.poll(context));
+        if is_laborious { slow_work::run(poll) } else { poll() }
     }
 }

@@ -1,11 +1,11 @@
-//! [`Standing`]: whether an open request may go on. A token may be revoked, or expire, while a stream is open.
+//! [`RevocationCheck`]: whether an open request may go on. A token may be revoked, or expire, while a stream is open.
 //!
 //! It is checked every [`LOOK_INTERVAL`], whether the request waits or makes progress. Short requests cost nothing.
-//! Requests of anonymous clients are checked only when they make progress, so they need no alarm: streams that clients
+//! Requests of anonymous clients are checked only when they make progress, so they need no timer: streams that clients
 //! keep open make progress at least every half minute.
 
 use super::Gate;
-use crate::{alarm::Alarm, call::Call};
+use crate::{call::Call, timer::Timer};
 use gorego_reapi::error::Error;
 use std::{
     task::{Context, Poll, ready},
@@ -18,18 +18,18 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Says whether an open request may go on.
 #[derive(Debug)]
-pub(crate) struct Standing {
+pub(crate) struct RevocationCheck {
     gate: Gate,
     call: Call,
     next_look: Option<Instant>,
     /// Wakes the request when it waits.
-    alarm: Alarm,
+    timer: Timer,
 }
 
-impl Standing {
-    /// The standing of a request that has just begun.
+impl RevocationCheck {
+    /// The check of a request that has just begun.
     pub(crate) fn new(gate: Gate, call: Call) -> Self {
-        Self { gate, call, next_look: None, alarm: Alarm::default() }
+        Self { gate, call, next_look: None, timer: Timer::default() }
     }
 
     /// Ready, with the reason, when the request has to end. Must be called after each poll of the request; `waits` says
@@ -49,7 +49,7 @@ impl Standing {
             if !waits {
                 return Poll::Pending;
             }
-            ready!(self.alarm.poll(context, next));
+            ready!(self.timer.poll(context, next));
         }
     }
 
@@ -94,8 +94,8 @@ mod tests {
         }
     }
 
-    /// The standing of a request to run an action, and the authenticator.
-    fn begun(list: &TokenFile, token: &NewToken) -> (Standing, Authenticator) {
+    /// The check of a request to run an action, and the authenticator.
+    fn begun(list: &TokenFile, token: &NewToken) -> (RevocationCheck, Authenticator) {
         let policy = Policy::with_roles([], &["reader"]);
         let authenticator = Authenticator::new(rules(&policy, list));
         let gate = Gate::new(Instances::new([""]).unwrap(), authenticator.clone());
@@ -103,7 +103,7 @@ mod tests {
         let set = TokenSet::new(list, &policy);
         gate.pass(&call, set.verify(&token.text, SystemTime::now())).unwrap();
         gate.enter(&call, "").unwrap();
-        (Standing::new(gate, call), authenticator)
+        (RevocationCheck::new(gate, call), authenticator)
     }
 
     #[tokio::test(start_paused = true)]
@@ -122,9 +122,9 @@ mod tests {
             (&replaced, Some("revoked")),
             (&TokenFile::default(), Some("revoked")),
         ] {
-            let (mut standing, authenticator) = begun(&list, &token);
+            let (mut revocation, authenticator) = begun(&list, &token);
             authenticator.replace(rules(&policy, next));
-            let ended = timeout(Duration::from_secs(60), standing.ended()).await.ok();
+            let ended = timeout(Duration::from_secs(60), revocation.ended()).await.ok();
             assert_eq!(ended.is_some(), part.is_some(), "{ended:?}");
             if let (Some(error), Some(part)) = (ended, part) {
                 assert!(error.to_string().contains(part), "{error}");
@@ -140,8 +140,9 @@ mod tests {
         let call = Call::begin(None, Default::default(), Some(&[Permission::CasRead]), None);
         gate.pass(&call, Ok(authenticator.anonymous())).unwrap();
         gate.enter(&call, "").unwrap();
-        let mut standing = Standing::new(gate, call);
-        let mut poll = async || futures::poll!(std::future::poll_fn(|context| standing.poll(context, true)));
+        let mut revocation = RevocationCheck::new(gate, call);
+        let mut poll =
+            async || futures::poll!(std::future::poll_fn(|context| revocation.poll(context, true)));
         assert!(poll().await.is_pending());
         authenticator.replace(rules(&Policy::with_roles([], &[]), &TokenFile::default()));
         tokio::time::advance(LOOK_INTERVAL).await;
@@ -170,19 +171,19 @@ mod tests {
         let Authentication::Done(holder) = gate.identify(&call, &Default::default()) else { panic!() };
         gate.pass(&call, holder).unwrap();
         gate.enter(&call, "").unwrap();
-        let mut standing = Standing::new(gate, call);
+        let mut revocation = RevocationCheck::new(gate, call);
         authenticator.replace(with("ci"));
-        assert!(timeout(Duration::from_secs(60), standing.ended()).await.is_err(), "it still may");
+        assert!(timeout(Duration::from_secs(60), revocation.ended()).await.is_err(), "it still may");
         authenticator.replace(with("reader"));
-        let ended = timeout(Duration::from_secs(60), standing.ended()).await.unwrap();
+        let ended = timeout(Duration::from_secs(60), revocation.ended()).await.unwrap();
         assert!(ended.to_string().contains("ac.write"), "{ended}");
     }
 
     #[tokio::test]
-    async fn a_request_of_an_anonymous_client_has_no_alarm() {
+    async fn a_request_of_an_anonymous_client_has_no_timer() {
         let gate = Gate::new(Instances::new([""]).unwrap(), Authenticator::open());
-        let mut standing = Standing::new(gate, Call::default());
-        assert!(futures::poll!(std::future::poll_fn(|context| standing.poll(context, true))).is_pending());
-        assert!(standing.alarm.is_unused());
+        let mut revocation = RevocationCheck::new(gate, Call::default());
+        assert!(futures::poll!(std::future::poll_fn(|context| revocation.poll(context, true))).is_pending());
+        assert!(revocation.timer.is_unused());
     }
 }

@@ -3,7 +3,7 @@
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 /// Runs blocking work without stalling other tasks; on a multi-threaded runtime they move to other threads.
-pub(crate) fn unhindered<T>(work: impl FnOnce() -> T) -> T {
+pub(crate) fn run<T>(work: impl FnOnce() -> T) -> T {
     let can_move =
         Handle::try_current().is_ok_and(|here| here.runtime_flavor() == RuntimeFlavor::MultiThread);
     if can_move { tokio::task::block_in_place(work) } else { work() }

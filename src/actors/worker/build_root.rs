@@ -18,19 +18,19 @@
 //! The build root may be removed while the server runs. The next run creates it again, and runs that lost their
 //! directories fail with an error that says so.
 
-mod exec_directory;
 mod names;
 mod removal;
+pub mod staged_trees;
+mod workspace;
 
 use super::{
     dir::{self, FileIdentity},
     disk_watch::DiskWatch,
     layer,
     messages::SlotId,
-    staged_trees::{StagedTrees, StagingLimits},
     written,
 };
-use crate::{logging::Event, spread::spread_subdirectories};
+use crate::{directory_hint::spread_subdirectories, logging::Event};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
@@ -41,6 +41,7 @@ use rustix::{
     fs::{self as rfs, FlockOperation, Mode, RenameFlags, StatVfsMountFlags, flock},
     io::Errno,
 };
+use staged_trees::{StagedTrees, StagingLimits};
 use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
@@ -50,8 +51,8 @@ use std::{
     time::Duration,
 };
 
-pub use exec_directory::Workspace;
 pub use removal::remove;
+pub use workspace::Workspace;
 
 const BUILD_ROOT_SWEPT: &str = "build_root_swept";
 const BUILD_ROOT_NOEXEC: &str = "build_root_noexec";

@@ -10,8 +10,8 @@
 use super::{NODE_BYTES, TreeLease, index::TreeId};
 use crate::{
     actors::worker::{
+        build_root::{BuildRoot, RootDirectory},
         dir::{self, Cursor},
-        workspace::{BuildRoot, RootDirectory},
     },
     background,
     logging::Event,

@@ -1,4 +1,4 @@
-//! [`Alarm`]: wakes a task at a time that may change between two polls.
+//! [`Timer`]: wakes a task at a time that may change between two polls.
 
 use std::{
     pin::Pin,
@@ -6,12 +6,12 @@ use std::{
 };
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// A timer that exists from its first poll on. A later time does not move it: it rings at the earlier one, and is then
-/// set again. So a time that moves with every frame of a stream costs nothing.
+/// A timer that is created by its first poll. A later time does not reset it: it fires at the earlier time and is reset
+/// then. So a time that moves with every frame of a stream needs no timer operation.
 #[derive(Debug, Default)]
-pub(crate) struct Alarm(Option<Pin<Box<Sleep>>>);
+pub(crate) struct Timer(Option<Pin<Box<Sleep>>>);
 
-impl Alarm {
+impl Timer {
     /// Ready at this time or later.
     pub(crate) fn poll(&mut self, context: &mut Context<'_>, time: Instant) -> Poll<()> {
         let timer = self.0.get_or_insert_with(|| Box::pin(sleep_until(time)));
@@ -27,7 +27,7 @@ impl Alarm {
         }
     }
 
-    /// Whether the alarm was never polled, so that it has no timer.
+    /// Whether the timer was never polled.
     #[cfg(test)]
     pub(crate) fn is_unused(&self) -> bool {
         self.0.is_none()
@@ -41,15 +41,15 @@ mod tests {
     use tokio::time::timeout;
 
     #[tokio::test(start_paused = true)]
-    async fn an_alarm_rings_at_the_latest_time_even_if_that_moved_back_or_forth() {
+    async fn a_timer_fires_at_the_latest_time_even_if_that_moved_back_or_forth() {
         let start = Instant::now();
-        let mut alarm = Alarm::default();
+        let mut timer = Timer::default();
         for seconds in [50, 20, 80] {
             let time = start + Duration::from_secs(seconds);
-            let early = timeout(Duration::from_secs(1), poll_fn(|context| alarm.poll(context, time))).await;
+            let early = timeout(Duration::from_secs(1), poll_fn(|context| timer.poll(context, time))).await;
             assert!(early.is_err());
         }
-        poll_fn(|context| alarm.poll(context, start + Duration::from_secs(80))).await;
+        poll_fn(|context| timer.poll(context, start + Duration::from_secs(80))).await;
         assert_eq!(start.elapsed().as_secs(), 80);
     }
 }

@@ -1,4 +1,4 @@
-//! [`Conduct`]: limits on the behaviour of a connection, based on the frames in both directions. Pure.
+//! [`FloodGuard`]: limits on the behaviour of a connection, based on the frames in both directions. Pure.
 //!
 //! Opening and cancelling a stream costs a client nothing, but costs this server the work of a call (CVE-2023-44487).
 //! The HTTP/2 library bounds how many cancelled streams are pending, but not their rate. So each cancelled stream takes
@@ -8,11 +8,11 @@
 //! It also counts the bytes that the client has sent on each open stream, for [`crate::connections::ahead`].
 
 use super::{
-    STREAM_WINDOW_BYTES, STREAMS_MAX,
+    STREAM_WINDOW_BYTES,
     frames::{Frame, FrameReader, kind},
 };
 use crate::connections::{
-    ahead,
+    STREAMS_MAX, ahead,
     rate::{Bucket, Rate},
 };
 use std::collections::HashMap;
@@ -30,7 +30,7 @@ const UPDATES_PER_DATA: u64 = 2 * NOISE_COST;
 
 /// Counts the frames of a connection and limits its behaviour.
 #[derive(Debug)]
-pub(super) struct Conduct {
+pub(super) struct FloodGuard {
     inward: FrameReader,
     outward: FrameReader,
     resets: Bucket,
@@ -117,7 +117,7 @@ pub(super) struct Sent {
     pub has_closed: bool,
 }
 
-impl Conduct {
+impl FloodGuard {
     pub(super) fn new(now_ms: u64) -> Self {
         Self {
             inward: FrameReader::of_client(),
@@ -222,66 +222,66 @@ mod tests {
         bytes
     }
 
-    fn connected() -> Conduct {
-        let mut conduct = Conduct::new(0);
-        conduct.receive(&[b'x'; 24], 0);
-        conduct
+    fn connected() -> FloodGuard {
+        let mut flood_guard = FloodGuard::new(0);
+        flood_guard.receive(&[b'x'; 24], 0);
+        flood_guard
     }
 
     #[test]
     fn streams_may_be_cancelled_as_many_as_were_finished_and_a_burst_besides() {
         let reset = frame(kind::RST_STREAM, 0, 4);
-        let mut conduct = connected();
+        let mut flood_guard = connected();
         for _ in 0..RESETS.burst {
-            assert!(!conduct.receive(&reset, 0).resets_too_much);
+            assert!(!flood_guard.receive(&reset, 0).resets_too_much);
         }
-        assert!(conduct.receive(&reset, 0).resets_too_much);
-        conduct.send(&frame(kind::HEADERS, 0x5, 10), &mut Sent::default());
-        let received = conduct.receive(&reset, 0);
+        assert!(flood_guard.receive(&reset, 0).resets_too_much);
+        flood_guard.send(&frame(kind::HEADERS, 0x5, 10), &mut Sent::default());
+        let received = flood_guard.receive(&reset, 0);
         assert_eq!((received.finished, received.resets_too_much), (1, false));
-        assert!(conduct.receive(&reset, 0).resets_too_much);
-        assert!(!conduct.receive(&reset, 1_000).resets_too_much, "it comes back with time");
+        assert!(flood_guard.receive(&reset, 0).resets_too_much);
+        assert!(!flood_guard.receive(&reset, 1_000).resets_too_much, "it comes back with time");
     }
 
     #[test]
     fn finished_streams_are_credited_whatever_comes_before_the_next_resets() {
         let (reset, window) = (frame(kind::RST_STREAM, 0, 4), frame(kind::WINDOW_UPDATE, 0, 4));
-        let mut conduct = connected();
+        let mut flood_guard = connected();
         for _ in 0..3 {
-            conduct.send(&frame(kind::HEADERS, 0x5, 10), &mut Sent::default());
-            assert_eq!(conduct.receive(&window, 0).finished, 0);
+            flood_guard.send(&frame(kind::HEADERS, 0x5, 10), &mut Sent::default());
+            assert_eq!(flood_guard.receive(&window, 0).finished, 0);
         }
-        assert_eq!(conduct.receive(&reset, 0).finished, 3);
-        assert_eq!(conduct.receive(&reset, 0).finished, 0, "they are credited once");
+        assert_eq!(flood_guard.receive(&reset, 0).finished, 3);
+        assert_eq!(flood_guard.receive(&reset, 0).finished, 0, "they are credited once");
     }
 
     #[test]
     fn frames_without_effect_are_noise_unless_answers_pay_for_them() {
         const PING: u8 = 6;
         for quiet in [frame(kind::DATA, 0, 0), frame(PING, 0, 8), frame(77, 0, 0), frame(4, 0, 0)] {
-            let mut conduct = connected();
+            let mut flood_guard = connected();
             let flood = quiet.repeat(usize::try_from(NOISE.burst / NOISE_COST).unwrap());
-            assert!(!conduct.receive(&flood, 0).is_noise);
-            assert!(conduct.receive(&quiet, 0).is_noise);
-            conduct.send(&frame(kind::DATA, 0, 100), &mut Sent::default());
-            assert!(!conduct.receive(&quiet, 0).is_noise);
+            assert!(!flood_guard.receive(&flood, 0).is_noise);
+            assert!(flood_guard.receive(&quiet, 0).is_noise);
+            flood_guard.send(&frame(kind::DATA, 0, 100), &mut Sent::default());
+            assert!(!flood_guard.receive(&quiet, 0).is_noise);
         }
-        let mut conduct = connected();
+        let mut flood_guard = connected();
         let upload = frame(kind::DATA, 0, 1).repeat(100_000);
-        assert!(!conduct.receive(&upload, 0).is_noise);
+        assert!(!flood_guard.receive(&upload, 0).is_noise);
     }
 
     #[test]
     fn settings_cost_more_where_many_streams_are_open() {
         let settings = frame(kind::SETTINGS, 0, 0);
         let most = |streams: u32| {
-            let mut conduct = connected();
+            let mut flood_guard = connected();
             for stream in 0..streams {
                 let mut head = frame(kind::HEADERS, 0x4, 0);
                 head[5..].copy_from_slice(&(2 * stream + 1).to_be_bytes());
-                conduct.receive(&head, 0);
+                flood_guard.receive(&head, 0);
             }
-            (0..NOISE.burst).take_while(|_| !conduct.receive(&settings, 0).is_noise).count() as u64
+            (0..NOISE.burst).take_while(|_| !flood_guard.receive(&settings, 0).is_noise).count() as u64
         };
         assert_eq!(most(0), NOISE.burst / NOISE_COST);
         assert_eq!(most(1_000), NOISE.burst / (NOISE_COST + 1_000));
@@ -289,30 +289,30 @@ mod tests {
 
     #[test]
     fn what_a_client_is_ahead_is_what_it_sent_of_streams_that_are_open() {
-        let mut conduct = connected();
+        let mut flood_guard = connected();
         let data = frame(kind::DATA, 0, 200);
-        assert_eq!(conduct.receive(&data, 0).ahead, 0, "the stream is not open");
-        conduct.receive(&frame(kind::HEADERS, 0x4, 3), 0);
+        assert_eq!(flood_guard.receive(&data, 0).ahead, 0, "the stream is not open");
+        flood_guard.receive(&frame(kind::HEADERS, 0x4, 3), 0);
         let cost = ahead::cost(200);
-        assert_eq!((conduct.receive(&data, 0).ahead, conduct.ahead_at_most()), (cost, cost));
+        assert_eq!((flood_guard.receive(&data, 0).ahead, flood_guard.ahead_at_most()), (cost, cost));
         let mut sent = Sent::default();
-        conduct.send(&frame(kind::HEADERS, 0x4, 3), &mut sent);
-        assert_eq!((sent.has_closed, conduct.ahead_at_most()), (false, cost));
-        conduct.send(&frame(kind::HEADERS, 0x5, 3), &mut sent);
-        assert_eq!((sent.has_closed, conduct.ahead_at_most()), (true, 0), "it was answered");
-        assert_eq!(conduct.receive(&data, 0).ahead, 0);
-        conduct.receive(&frame(kind::HEADERS, 0x5, 3), 0);
-        assert_eq!(conduct.receive(&data, 0).ahead, 0, "trailers open nothing");
+        flood_guard.send(&frame(kind::HEADERS, 0x4, 3), &mut sent);
+        assert_eq!((sent.has_closed, flood_guard.ahead_at_most()), (false, cost));
+        flood_guard.send(&frame(kind::HEADERS, 0x5, 3), &mut sent);
+        assert_eq!((sent.has_closed, flood_guard.ahead_at_most()), (true, 0), "it was answered");
+        assert_eq!(flood_guard.receive(&data, 0).ahead, 0);
+        flood_guard.receive(&frame(kind::HEADERS, 0x5, 3), 0);
+        assert_eq!(flood_guard.receive(&data, 0).ahead, 0, "trailers open nothing");
     }
 
     #[test]
     fn a_head_is_open_from_its_first_frame_to_its_last() {
-        let mut conduct = connected();
-        assert_eq!(conduct.receive(&frame(kind::HEADERS, 0, 3), 0).head_is_open, Some(true));
-        assert_eq!(conduct.receive(&frame(kind::CONTINUATION, 0, 3), 0).head_is_open, None);
-        assert_eq!(conduct.receive(&frame(kind::CONTINUATION, 0x4, 3), 0).head_is_open, Some(false));
-        assert_eq!(conduct.goaway().unwrap()[9..13], [0, 0, 0, 5]);
-        conduct.send(&[0, 0], &mut Sent::default());
-        assert!(conduct.goaway().is_none(), "not in the middle of a frame");
+        let mut flood_guard = connected();
+        assert_eq!(flood_guard.receive(&frame(kind::HEADERS, 0, 3), 0).head_is_open, Some(true));
+        assert_eq!(flood_guard.receive(&frame(kind::CONTINUATION, 0, 3), 0).head_is_open, None);
+        assert_eq!(flood_guard.receive(&frame(kind::CONTINUATION, 0x4, 3), 0).head_is_open, Some(false));
+        assert_eq!(flood_guard.goaway().unwrap()[9..13], [0, 0, 0, 5]);
+        flood_guard.send(&[0, 0], &mut Sent::default());
+        assert!(flood_guard.goaway().is_none(), "not in the middle of a frame");
     }
 }

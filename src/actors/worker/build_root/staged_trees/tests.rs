@@ -3,11 +3,11 @@
 mod ahead;
 mod scrub;
 
-use super::{
-    model::{self, Contents, Shown},
-    *,
+use super::*;
+use crate::actors::worker::{
+    cancel::CancelToken,
+    tree_model::{self, Contents, Shown},
 };
-use crate::actors::worker::cancel::CancelToken;
 use gorego_reapi::error::Error;
 use std::{fs, sync::atomic::AtomicUsize, sync::atomic::Ordering, thread, time::Instant};
 
@@ -23,8 +23,8 @@ struct Counted {
 }
 
 impl Counted {
-    fn new(tree: &model::Tree) -> Self {
-        let contents = Contents(Arc::new(model::input_tree(tree)));
+    fn new(tree: &tree_model::Tree) -> Self {
+        let contents = Contents(Arc::new(tree_model::input_tree(tree)));
         Self { contents, files: AtomicUsize::new(0), fails_at: None, panics: false }
     }
 
@@ -104,8 +104,8 @@ impl Bench {
 }
 
 /// Makes a tree of `count` files in directories of ten. A smaller tree of the same family is part of a larger one.
-fn tree(family: u64, count: usize) -> model::Tree {
-    let mut tree = model::Tree::new();
+fn tree(family: u64, count: usize) -> tree_model::Tree {
+    let mut tree = tree_model::Tree::new();
     for file in 0..count {
         let directory = format!("/{family}-{}", file / 10);
         tree.insert(format!("{directory}/{file}"), Shown::File(family, false));

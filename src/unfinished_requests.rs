@@ -1,4 +1,4 @@
-//! [`UnderWay`]: the requests that may finish during a shutdown, as long as they make progress.
+//! [`UnfinishedRequests`]: the requests that may finish during a shutdown, as long as they make progress.
 //!
 //! At any time a request waits either for the server or for its client: for the server while it works on an answer, for
 //! the client while bytes of the request are missing or bytes of the answer are not taken. The requests that wait for
@@ -20,7 +20,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The open requests of both ports. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct UnderWay(Arc<Counts>);
+pub struct UnfinishedRequests(Arc<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -30,9 +30,9 @@ struct Counts {
     moves: AtomicU64,
 }
 
-/// An open request, until [`Unfinished::end`] or its drop. It starts by waiting for the server.
+/// An open request, until [`UnfinishedRequest::end`] or its drop. It starts by waiting for the server.
 #[derive(Debug)]
-pub struct Unfinished {
+pub struct UnfinishedRequest {
     counts: Arc<Counts>,
     turn: AtomicU8,
 }
@@ -41,12 +41,12 @@ const SERVER: u8 = 0;
 const CLIENT: u8 = 1;
 const ENDED: u8 = 2;
 
-impl UnderWay {
+impl UnfinishedRequests {
     /// Counts a request that has just begun.
-    pub fn begin(&self) -> Unfinished {
+    pub fn begin(&self) -> UnfinishedRequest {
         self.0.server_turns.fetch_add(1, Ordering::SeqCst);
         self.0.moves.fetch_add(1, Ordering::SeqCst);
-        Unfinished { counts: self.0.clone(), turn: AtomicU8::new(SERVER) }
+        UnfinishedRequest { counts: self.0.clone(), turn: AtomicU8::new(SERVER) }
     }
 
     /// Returns when, for the duration `quiet`, no request waited for the server and no client made progress. New
@@ -65,7 +65,7 @@ impl UnderWay {
     }
 }
 
-impl Unfinished {
+impl UnfinishedRequest {
     /// The request now waits for its client.
     pub fn wait_for_client(&self) {
         self.change(CLIENT);
@@ -96,7 +96,7 @@ impl Unfinished {
     }
 }
 
-impl Drop for Unfinished {
+impl Drop for UnfinishedRequest {
     fn drop(&mut self) {
         self.end();
     }
@@ -109,17 +109,18 @@ mod tests {
     const QUIET: Duration = Duration::from_secs(2);
 
     /// The time in seconds until a shutdown that starts now would be over.
-    async fn exit(under_way: &UnderWay) -> u64 {
+    async fn exit(unfinished_requests: &UnfinishedRequests) -> u64 {
         let begin = Instant::now();
-        under_way.finished(QUIET).await;
+        unfinished_requests.finished(QUIET).await;
         begin.elapsed().as_secs()
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_the_server_works_on_is_waited_for_and_a_client_that_does_nothing_is_not() {
-        let under_way = UnderWay::default();
-        assert_eq!(exit(&under_way).await, 2, "clients may be about to ask for something");
-        let (working, stalled, over) = (under_way.begin(), under_way.begin(), under_way.begin());
+        let unfinished_requests = UnfinishedRequests::default();
+        assert_eq!(exit(&unfinished_requests).await, 2, "clients may be about to ask for something");
+        let (working, stalled, over) =
+            (unfinished_requests.begin(), unfinished_requests.begin(), unfinished_requests.begin());
         stalled.wait_for_client();
         over.wait_for_client();
         over.end();
@@ -129,15 +130,15 @@ mod tests {
             sleep(Duration::from_secs(100)).await;
             drop(working);
         };
-        assert_eq!(tokio::join!(exit(&under_way), work).0, 102);
+        assert_eq!(tokio::join!(exit(&unfinished_requests), work).0, 102);
         drop(stalled);
-        assert_eq!(under_way.0.server_turns.load(Ordering::SeqCst), 0);
+        assert_eq!(unfinished_requests.0.server_turns.load(Ordering::SeqCst), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_slow_client_is_waited_for_as_long_as_it_moves() {
-        let under_way = UnderWay::default();
-        let slow = under_way.begin();
+        let unfinished_requests = UnfinishedRequests::default();
+        let slow = unfinished_requests.begin();
         let moves = async {
             for _ in 0..10 {
                 slow.wait_for_client();
@@ -147,7 +148,7 @@ mod tests {
             slow.wait_for_client();
         };
         assert_eq!(
-            tokio::join!(exit(&under_way), moves).0,
+            tokio::join!(exit(&unfinished_requests), moves).0,
             17,
             "ten times a second and a half, and the quiet"
         );

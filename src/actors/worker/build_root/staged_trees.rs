@@ -17,26 +17,23 @@
 //! further down are noticed by the [scrub].
 
 mod ahead;
-pub mod delta;
 pub mod index;
-#[cfg(test)]
-pub mod model;
 mod scrub;
 #[cfg(test)]
 mod tests;
 
-use super::{
-    checkpoint::Checkpoint,
-    dir::{self, FileIdentity},
-    inputs,
-    store::Inputs,
-    workspace::{BuildRoot, RootDirectory},
-};
+use super::{BuildRoot, RootDirectory};
 use crate::{
+    actors::worker::{
+        checkpoint::Checkpoint,
+        delta::{Cost, Delta},
+        dir::{self, FileIdentity},
+        inputs,
+        store::Inputs,
+    },
     disk::{BudgetUse, Space},
     instance::InstanceId,
 };
-use delta::{Cost, Delta};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},

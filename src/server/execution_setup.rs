@@ -1,17 +1,17 @@
-//! [`Place`]: the build root, the sandbox in which actions run there, and the persistent workers.
+//! [`ExecutionSetup`]: the build root, the sandbox in which actions run there, and the persistent workers.
 
 use super::LOG;
 use crate::{
     actors::worker::{
         PoolLimits, WorkerSettings,
+        build_root::BuildRoot,
+        build_root::staged_trees::{StagingLimits, TreeScrub},
         image_store::ImageStore,
         launcher::{
             PoolSandbox,
             probe::{probe, probe_gateway, probe_layers, probe_root, this_machine},
         },
-        staged_trees::{StagingLimits, TreeScrub},
         tools::{ToolLimits, Tools},
-        workspace::BuildRoot,
     },
     cgroups::{Groups, LimitReport},
     config::{ExecutionSettings, ImagesSettings, PoolSettings, Tags},
@@ -44,7 +44,7 @@ const SECOND_LINE: u64 = 64;
 const WORKERS_PER_SLOT: usize = 2;
 
 /// The place where actions run. It is created before anything asynchronous starts.
-pub(crate) struct Place {
+pub(crate) struct ExecutionSetup {
     pub(crate) build_root: BuildRoot,
     pub(crate) sandbox: Option<(PoolSandbox, Report)>,
     pub(crate) images: Option<Images>,
@@ -59,7 +59,7 @@ pub(crate) struct Place {
     scrub: Mutex<Option<TreeScrub>>,
 }
 
-impl Place {
+impl ExecutionSetup {
     /// Opens the build root, and finds out which protections of the sandbox work in it. If actions cannot have a
     /// network of their own, the pools do not offer it.
     pub(crate) fn open(
@@ -85,14 +85,14 @@ impl Place {
             refuse_missing(&limits)?;
         }
         let scrub = Mutex::default();
-        let mut place = Self { build_root, sandbox: None, images, open_files, groups, limits, tools, scrub };
+        let mut setup = Self { build_root, sandbox: None, images, open_files, groups, limits, tools, scrub };
         if is_sandboxed {
             let runner = WorkerSettings::own_runner(open_files);
-            place.sandbox = Some(place.open_sandbox(execution, &runner)?);
-            execution.pools.iter().try_for_each(|pool| place.try_root_of(pool, &runner))?;
-            execution.pools.iter_mut().for_each(|pool| place.withdraw_network(pool));
+            setup.sandbox = Some(setup.open_sandbox(execution, &runner)?);
+            execution.pools.iter().try_for_each(|pool| setup.try_root_of(pool, &runner))?;
+            execution.pools.iter_mut().for_each(|pool| setup.withdraw_network(pool));
         }
-        Ok(place)
+        Ok(setup)
     }
 
     /// Finds out which protections of the sandbox work in the build root. Pools can have another root file system.

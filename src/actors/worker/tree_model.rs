@@ -20,11 +20,11 @@ use std::{
 const SHA256: DigestFunction = DigestFunction::Sha256;
 
 /// The content of a tree by path. Every path begins with a slash, and every parent is an entry too.
-pub type Tree = BTreeMap<String, Shown>;
+pub(crate) type Tree = BTreeMap<String, Shown>;
 
 /// The content at a path.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Shown {
+pub(crate) enum Shown {
     /// A file whose content is this number, and whether it is executable.
     File(u64, bool),
     /// A link whose target is this number.
@@ -35,18 +35,18 @@ pub enum Shown {
 
 impl Shown {
     /// Converts a file of a Directory.
-    pub fn file(file: &File) -> Self {
+    pub(crate) fn file(file: &File) -> Self {
         Self::File(content(&file.digest), file.executable)
     }
 
     /// Converts a link of a Directory.
-    pub fn link(link: &Symlink) -> Self {
+    pub(crate) fn link(link: &Symlink) -> Self {
         Self::Link(link.target.parse().unwrap())
     }
 }
 
 /// Generates trees in which names and contents recur, so that two trees have much in common.
-pub fn tree() -> impl Strategy<Value = Tree> {
+pub(crate) fn tree() -> impl Strategy<Value = Tree> {
     let path = proptest::collection::vec("[abc]", 1..5);
     let leaf = prop_oneof![
         (0..3u64, any::<bool>()).prop_map(|(content, executable)| Shown::File(content, executable)),
@@ -70,7 +70,7 @@ pub fn tree() -> impl Strategy<Value = Tree> {
 }
 
 /// Converts a tree to Directories.
-pub fn input_tree(tree: &Tree) -> InputTree {
+pub(crate) fn input_tree(tree: &Tree) -> InputTree {
     let mut directories = HashMap::new();
     let root = directory(tree, "", &mut directories);
     InputTree::new(root, directories).unwrap()
@@ -107,7 +107,7 @@ fn directory(tree: &Tree, path: &str, directories: &mut HashMap<Digest, Arc<Dire
 }
 
 /// The blobs of a tree.
-pub struct Contents(pub Arc<InputTree>);
+pub(crate) struct Contents(pub Arc<InputTree>);
 
 impl Inputs for Contents {
     fn tree(&self) -> &Arc<InputTree> {
@@ -132,6 +132,6 @@ impl Inputs for Contents {
 }
 
 /// The number that is the content of a blob.
-pub fn content(digest: &Digest) -> u64 {
+pub(crate) fn content(digest: &Digest) -> u64 {
     (0..100).find(|number| SHA256.digest(number.to_string().as_bytes()) == *digest).unwrap()
 }

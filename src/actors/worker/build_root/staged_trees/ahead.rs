@@ -9,9 +9,9 @@
 use super::{BUILD_POLL, BuildPermit, SMALL_DELTA, TreeKey, UNLIMITED, free_of, size_of_tree};
 use crate::{
     actors::worker::{
+        build_root::{BuildRoot, RootDirectory},
         checkpoint::Checkpoint,
         store::Inputs,
-        workspace::{BuildRoot, RootDirectory},
     },
     disk::Space,
     instance::InstanceId,

@@ -1,4 +1,4 @@
-//! [`Prompt`]: a TCP stream that acknowledges what it has read as soon as it waits for more.
+//! [`QuickAck`]: a TCP stream that acknowledges what it has read as soon as it waits for more.
 //!
 //! The kernel delays an acknowledgement by about 40 ms, to send it along with an answer. A client that uses Nagle's
 //! algorithm and writes a request in two pieces (ccache: head and body) delays its second piece until the first is
@@ -18,7 +18,7 @@ use tokio::{
 
 /// A TCP stream without delayed acknowledgements.
 #[derive(Debug)]
-pub(crate) struct Prompt {
+pub(crate) struct QuickAck {
     stream: TcpStream,
     /// Whether bytes were read that may not be acknowledged yet.
     owed: bool,
@@ -26,7 +26,7 @@ pub(crate) struct Prompt {
     answers_soon: bool,
 }
 
-impl Prompt {
+impl QuickAck {
     /// Wraps a stream that has not been read from.
     pub(crate) fn new(stream: TcpStream) -> Self {
         Self { stream, owed: false, answers_soon: false }
@@ -54,7 +54,7 @@ impl Prompt {
     }
 }
 
-impl AsyncRead for Prompt {
+impl AsyncRead for QuickAck {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -72,7 +72,7 @@ impl AsyncRead for Prompt {
     }
 }
 
-impl AsyncWrite for Prompt {
+impl AsyncWrite for QuickAck {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -141,7 +141,7 @@ mod tests {
         });
         let (stream, _) = listener.accept().await.unwrap();
         stream.set_nodelay(true).unwrap();
-        let mut stream = Prompt::new(stream);
+        let mut stream = QuickAck::new(stream);
         for _ in 0..2 * REQUESTS {
             stream.read_exact(&mut [0; 8]).await.unwrap();
             stream.write_all(b"answer").await.unwrap();

@@ -17,7 +17,7 @@ fn with_scrubber(test: impl FnOnce(&Bench, &mut TreeScrubber, Instant)) {
     test(&bench, &mut scrubber, Instant::now() + DAY * 2);
 }
 
-fn deep_tree() -> model::Tree {
+fn deep_tree() -> tree_model::Tree {
     let mut content = tree(1, 50);
     content.insert("/deep".into(), Shown::Directory);
     content.insert("/deep/deeper".into(), Shown::Directory);

@@ -339,7 +339,7 @@ impl Removal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::actors::worker::staged_trees::StagingLimits;
+    use crate::actors::worker::build_root::staged_trees::StagingLimits;
     use rustix::fs::Mode;
     use std::{
         fs,

@@ -14,22 +14,24 @@
 //!   its file counts as lost.
 //! - The deletion of a record is noted in the journal before it is reported, so the record does not come back. If the
 //!   disk has no space for the note, the blocks of the record are given back first. A segment without live records is
-//!   removed.
+//!   removed. If that fails, the deletion is noted instead.
 //! - Of two records of one key, the one with the greater sequence is newer. A copy keeps the sequence of its original.
 //! - Bytes on disk that no stored file is charged for ([`Segments::overhead`]) are bounded by compaction
 //!   ([`compaction`]).
 //! - The death of the process loses nothing that was written, and the checksums detect damage by a power cut. With
-//!   [`SyncPolicy::BeforeAnswer`], a segment is synced before its records are acknowledged, before it gets its table,
-//!   and before the originals of its copies are removed.
+//!   [`SyncPolicy::BeforeAnswer`], a segment is synced before its records are acknowledged, and before it gets its
+//!   table. With either policy, it is synced before the originals of its copies are removed, because they may be old.
 //!
-//! Locks are taken in this order: `copying`, `head`, `all`, and the lock of a segment. None of them is held during IO,
-//! except `head` while a new segment is created.
+//! Locks are taken in this order: the journal of a segment, `copying`, `head`, `all`, and the counts of a segment. None
+//! of them is held during IO, except the first while the journal is written, and `head` while a new segment is created.
 
 mod append;
 mod compaction;
 mod content;
+mod deletion;
 mod journal;
 mod open_files;
+mod punch;
 mod record;
 mod recovery;
 mod segment;
@@ -44,34 +46,24 @@ pub(crate) use sizes::{Sizes, Verdict};
 
 use super::{
     Look, NewFile, Stored, WrittenFile,
-    durable::{SyncPolicy, sync_directory, sync_file},
+    durable::{SyncPolicy, sync_file},
 };
-use crate::{
-    actors::cas::index::{EntryKind, FileId, Victim},
-    disk::is_full,
-    instance::InstanceId,
-    regular_file,
-};
+use crate::{actors::cas::index::FileId, instance::InstanceId, regular_file};
 use append::Appended;
 use compaction::CompactionState;
+use deletion::UnnotedDeletions;
 use open_files::OpenFiles;
-use rustix::fs::{FallocateFlags, fallocate};
 use segment::{Addition, Segment, Takes};
 use std::{
     collections::{BTreeMap, HashSet},
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io,
-    ops::Range,
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
-
-/// Holes in segments have a multiple of this size, which is that of a block of most file systems.
-const HOLE_BYTES: u64 = 4_096;
 
 /// All segments of a store.
 #[derive(Debug)]
@@ -99,9 +91,7 @@ pub(crate) struct Segments {
     dead: AtomicU64,
     /// Bytes on disk of the segments that the start could not read.
     left_out: AtomicU64,
-    /// Slots of deleted records whose deletion could not be noted, by the number of the segment. They would come back
-    /// with the next start.
-    unnoted: Mutex<BTreeMap<u64, Vec<u32>>>,
+    unnoted: Mutex<UnnotedDeletions>,
 }
 
 impl Segments {
@@ -201,97 +191,10 @@ impl Segments {
         self.read(at, file)?.look()
     }
 
-    /// Deletes stored files. Returns the files whose deletion could not be noted. They come back with the next start.
-    pub(super) fn delete(&self, victims: &[(Location, Victim)]) -> Vec<(FileId, io::Error)> {
-        let mut by_segment: BTreeMap<u64, Vec<(u32, FileId)>> = BTreeMap::new();
-        for (at, victim) in victims {
-            by_segment.entry(at.segment).or_default().push((at.slot, victim.file));
-        }
-        let mut failures = Vec::new();
-        for (number, records) in by_segment {
-            if let Err(error) = self.delete_in(number, &records, victims) {
-                failures.extend(records.iter().map(|(_, file)| (*file, same_error(&error))));
-            }
-        }
-        failures
-    }
-
-    fn delete_in(
-        &self,
-        number: u64,
-        records: &[(u32, FileId)],
-        victims: &[(Location, Victim)],
-    ) -> io::Result<()> {
-        let Some(segment) = self.find(number) else { return Ok(()) };
-        let bytes =
-            victims.iter().filter(|(at, _)| at.segment == number).map(|(_, victim)| victim.bytes).sum();
-        let slots: Vec<u32> = records.iter().map(|(slot, _)| *slot).collect();
-        // Otherwise a copy that compaction has made, or its original, would come back.
-        for twin in self.copying().twins_of(number, &slots) {
-            if let Some(segment) = self.find(twin.segment) {
-                self.bury(&segment, &[twin.slot])?;
-                self.sync_journal(&segment, records)?;
-            }
-        }
-        if !self.forget(&segment, slots.len() as u64, bytes) {
-            let buried = self.bury(&segment, &slots).or_else(|error| {
-                if !is_full(&error) {
-                    return Err(error);
-                }
-                let dead = victims.iter().filter(|(at, _)| at.segment == number);
-                let dead = dead.map(|(at, victim)| at.offset()..at.offset() + victim.bytes);
-                punch(&self.segment_path(number), dead.collect())?;
-                self.bury(&segment, &slots)
-            });
-            if buried.is_err() {
-                self.unnoted().entry(number).or_default().extend(slots);
-            }
-            buried?;
-            self.sync_journal(&segment, records)?;
-        }
-        Ok(())
-    }
-
-    /// Notes the deletions that could not be noted before, as far as that works now.
-    pub(super) fn note_again(&self) {
-        let unnoted = std::mem::take(&mut *self.unnoted());
-        for (number, slots) in unnoted {
-            let Some(segment) = self.find(number) else { continue };
-            let noted = self.bury(&segment, &slots).and_then(|()| match self.policy {
-                SyncPolicy::Never => Ok(()),
-                SyncPolicy::BeforeAnswer => sync_file(&regular_file::open(&self.journal_path(number))?),
-            });
-            if noted.is_err() {
-                self.unnoted().entry(number).or_default().extend(slots);
-            }
-        }
-    }
-
-    fn unnoted(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<u32>>> {
-        self.unnoted.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The number of live records.
     pub(super) fn records(&self) -> u64 {
         let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
-        all.values().map(|segment| segment.records()).sum()
-    }
-
-    /// Makes the deletion of results durable, because purged results must not come back. Blobs may.
-    fn sync_journal(&self, segment: &Segment, deleted: &[(u32, FileId)]) -> io::Result<()> {
-        let is_result = |(_, file): &(u32, FileId)| file.key.kind == EntryKind::Result;
-        if self.policy == SyncPolicy::Never || !deleted.iter().any(is_result) {
-            return Ok(());
-        }
-        match regular_file::open(&self.journal_path(segment.number)) {
-            Ok(journal) => {
-                sync_file(&journal)?;
-                sync_directory(&self.directory)
-            }
-            // The segment is gone.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        }
+        all.values().map(|segment| segment.live_records()).sum()
     }
 
     /// Waits until a segment is on disk.
@@ -312,11 +215,10 @@ impl Segments {
         for places in places.chunk_by(|one, other| one.segment == other.segment) {
             let Some(segment) = places.first().and_then(|at| self.find(at.segment)) else { continue };
             let slots: Vec<u32> = places.iter().map(|at| at.slot).collect();
-            let path = self.journal_path(segment.number);
             // A lost use only affects the order of eviction.
-            if let Ok(bytes) = journal::touch(&path, segment.nonce, &slots, now, segment.records()) {
-                self.count(segment.journal_grew(bytes));
-            }
+            let _ = self.write_journal(&segment, |path| {
+                journal::touch(path, segment.nonce, &slots, now, segment.records())
+            });
         }
     }
 
@@ -358,40 +260,6 @@ impl Segments {
         self.all.write().unwrap_or_else(PoisonError::into_inner).insert(segment.number, segment);
     }
 
-    /// Subtracts records from the count. Returns whether the segment is gone now.
-    fn forget(&self, segment: &Segment, records: u64, bytes: u64) -> bool {
-        let (is_gone, before, after) = segment.forget(records, bytes);
-        self.count((before, after));
-        if is_gone {
-            self.remove(segment.number);
-        }
-        is_gone
-    }
-
-    /// Notes in the journal that records are dead.
-    fn bury(&self, segment: &Segment, slots: &[u32]) -> io::Result<()> {
-        let bytes = journal::bury(&self.journal_path(segment.number), segment.nonce, slots)?;
-        self.count(segment.journal_grew(bytes));
-        if segment.is_gone() {
-            // Its last record was deleted meanwhile.
-            let _ = fs::remove_file(self.journal_path(segment.number));
-        }
-        Ok(())
-    }
-
-    /// Removes the files of a segment that is gone. Readers that have it open can read on.
-    fn remove(&self, number: u64) {
-        self.all.write().unwrap_or_else(PoisonError::into_inner).remove(&number);
-        self.open.remove(number);
-        // If this fails, the next start removes the file, because it finds no live record in it.
-        let _ = fs::remove_file(self.segment_path(number));
-        let _ = fs::remove_file(self.journal_path(number));
-        if self.policy == SyncPolicy::BeforeAnswer {
-            // The segment must not come back without its journal, because a result in it may have been purged.
-            let _ = sync_directory(&self.directory);
-        }
-    }
-
     fn find(&self, number: u64) -> Option<Arc<Segment>> {
         self.all.read().unwrap_or_else(PoisonError::into_inner).get(&number).cloned()
     }
@@ -428,22 +296,6 @@ impl Segments {
         add(&self.live, before.live, after.live);
         add(&self.dead, before.dead, after.dead);
     }
-}
-
-/// Gives the blocks of these ranges of a file back to the file system. Nobody reads the ranges any more. A full disk
-/// may have no other space for the note that their records are dead.
-fn punch(path: &Path, mut ranges: Vec<Range<u64>>) -> io::Result<()> {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;
-    ranges.sort_unstable_by_key(|range| range.start);
-    for adjacent in ranges.chunk_by(|one, next| one.end == next.start) {
-        let (Some(first), Some(last)) = (adjacent.first(), adjacent.last()) else { continue };
-        let (start, end) = (first.start.next_multiple_of(HOLE_BYTES), last.end / HOLE_BYTES * HOLE_BYTES);
-        if start < end {
-            fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, end - start)?;
-        }
-    }
-    Ok(())
 }
 
 /// Copies the error of several files that failed together.

@@ -56,6 +56,10 @@ impl Segments {
         let locations: Vec<Location> = additions.iter().map(place).collect();
         let announced = announce(&locations);
         let written = announced.and_then(|()| target.segment.write(&target.file, at, additions));
+        if written.is_err() {
+            let slots = locations.iter().map(|location| location.slot).collect();
+            self.bury_failed(&target.segment, slots);
+        }
         let failed = if written.is_ok() { &[] } else { additions };
         let (is_last, before, after) = target.segment.written(at, failed);
         self.count((before, after));

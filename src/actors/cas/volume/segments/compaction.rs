@@ -11,7 +11,8 @@
 //! also noted as dead before the deletion is reported. So neither comes back with the next start.
 
 use super::{
-    Segments, journal,
+    Segments,
+    journal::{self, JournalNotes},
     record::{Location, damaged},
     recovery,
     segment::{Addition, Segment, content_of},
@@ -20,7 +21,7 @@ use super::{
 };
 use crate::actors::cas::{
     index::{FileId, Key},
-    volume::{Compacted, Moves, SyncPolicy, is_lost},
+    volume::{Compacted, Moves, SyncPolicy, durable::sync_directory, is_lost},
 };
 use bytes::Bytes;
 use std::{
@@ -55,6 +56,15 @@ impl CompactionState {
         let twin = |slot: &u32| self.twins.get(&Location { segment, slot: *slot }).copied();
         slots.iter().filter_map(twin).collect()
     }
+}
+
+/// The records of a segment whose copies took their place.
+#[derive(Debug, Default)]
+struct CopiedRecords {
+    slots: Vec<u32>,
+    bytes: u64,
+    /// The segments with the copies.
+    segments: HashSet<u64>,
 }
 
 /// A record to be copied.
@@ -159,7 +169,33 @@ impl Segments {
         let files: Vec<FileId> = all.iter().map(|(_, file)| *file).collect();
         let movable = all.into_iter().zip(may_move(&files)).filter(|(_, may_move)| *may_move);
         let live: Vec<(Row, FileId)> = movable.map(|(record, _)| record).collect();
-        let mut rest = &live[..];
+        let mut copied = CopiedRecords::default();
+        let outcome = self.copy_all(source, &file, &notes, &live, relocate, &mut copied);
+        // Until now the originals count as live, so that the segment is not removed before its copies are on disk. If
+        // they cannot be synced, a power cut may lose them, like records that have just been written.
+        let synced = match self.policy {
+            SyncPolicy::Never if !copied.segments.is_empty() => {
+                let synced = copied.segments.iter().try_for_each(|number| self.sync(*number));
+                synced.and_then(|()| sync_directory(&self.directory))
+            }
+            SyncPolicy::Never | SyncPolicy::BeforeAnswer => Ok(()),
+        };
+        self.forget(source, copied.slots.len() as u64, copied.bytes);
+        *moved = copied.slots;
+        outcome.and(synced)
+    }
+
+    /// Copies records, and has the index replace them by their copies.
+    fn copy_all(
+        &self,
+        source: &Segment,
+        file: &File,
+        notes: &JournalNotes,
+        live: &[(Row, FileId)],
+        relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
+        copied: &mut CopiedRecords,
+    ) -> io::Result<()> {
+        let mut rest = live;
         while !rest.is_empty() {
             let mut bytes = 0;
             let fits = |(row, _): &&(Row, FileId)| {
@@ -172,7 +208,7 @@ impl Segments {
             let mut originals = Vec::with_capacity(part.len());
             for (row, id) in part {
                 let touched = notes.touched(row.slot, row.touched);
-                match read(source, &file, row, touched, id.key) {
+                match read(source, file, row, touched, id.key) {
                     Ok(original) => originals.push(original),
                     Err(error) if is_lost(&error) => moves.lost.push(*id),
                     Err(error) => return Err(error),
@@ -182,7 +218,7 @@ impl Segments {
             let pairs = originals.iter().zip(&copies);
             moves.moved = pairs.map(|(original, copy)| (original.file(), copy.generation())).collect();
             let accepted = relocate(moves);
-            self.settle(source, &originals, &copies, &accepted, moved)?;
+            self.settle(&originals, &copies, &accepted, copied)?;
         }
         Ok(())
     }
@@ -219,22 +255,21 @@ impl Segments {
         Ok(copies)
     }
 
-    /// Forgets the records whose copies took their place, and the copies that did not.
+    /// Counts the records whose copies took their place, and forgets the copies that did not.
     fn settle(
         &self,
-        source: &Segment,
         originals: &[Original],
         copies: &[Location],
         accepted: &[bool],
-        moved: &mut Vec<u32>,
+        copied: &mut CopiedRecords,
     ) -> io::Result<()> {
-        let (mut records, mut bytes) = (0, 0);
         let mut outcome = Ok(());
         for (at, (original, copy)) in originals.iter().zip(copies).enumerate() {
             let size = original.addition().bytes();
             if accepted.get(at) == Some(&true) {
-                (records, bytes) = (records + 1, bytes + size);
-                moved.push(original.at.slot);
+                copied.bytes += size;
+                copied.slots.push(original.at.slot);
+                copied.segments.insert(copy.segment);
             } else if let Some(segment) = self.find(copy.segment) {
                 let mut copying = self.copying();
                 copying.twins.remove(&original.at);
@@ -245,7 +280,6 @@ impl Segments {
                 }
             }
         }
-        self.forget(source, records, bytes);
         outcome
     }
 }

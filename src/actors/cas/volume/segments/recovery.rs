@@ -207,7 +207,12 @@ impl Segments {
         let instances: Arc<[Option<InstanceId>]> = head.names.iter().map(id).collect();
         let journal = self.journal_path(head.number);
         let journal_bytes = fs::symlink_metadata(&journal).map_or(0, |metadata| metadata.len());
-        let segment = Arc::new(Segment::complete(&head, end, (bytes, journal_bytes), instances));
+        let segment = Arc::new(Segment::complete(
+            &head,
+            (rows(&table).count() as u64, end),
+            (bytes, journal_bytes),
+            instances,
+        ));
         let recovered = |row: Row| {
             Some(Recovered {
                 file: segment.file_of(&row).filter(|_| !notes.is_dead(row.slot))?,

@@ -85,6 +85,8 @@ pub(super) struct SegmentGrowth {
     failed: Vec<u32>,
     last_sequence: u64,
     writers: u32,
+    /// All records, dead ones included.
+    records: u64,
     live_records: u64,
     live_bytes: u64,
     journal_bytes: u64,
@@ -121,6 +123,9 @@ pub(super) struct Segment {
     /// served any more.
     pub instances: Arc<[Option<InstanceId>]>,
     growth: Mutex<SegmentGrowth>,
+    /// Held while the journal is written. A write goes to the end of the file, so two at a time would overwrite each
+    /// other.
+    journal: Mutex<()>,
 }
 
 impl Segment {
@@ -135,25 +140,27 @@ impl Segment {
             failed: Vec::new(),
             last_sequence: 0,
             writers: 0,
+            records: 0,
             live_records: 0,
             live_bytes: 0,
             journal_bytes: 0,
         };
-        Self { number: head.number, nonce: head.nonce, instances, growth: Mutex::new(growth) }
+        let (growth, journal) = (Mutex::new(growth), Mutex::new(()));
+        Self { number: head.number, nonce: head.nonce, instances, growth, journal }
     }
 
-    /// A segment of an earlier run, which is complete. Its records end at `end`; the file and its journal have these
-    /// sizes.
+    /// A segment of an earlier run, which is complete. It has this many records, which end at `end`. The file and its
+    /// journal have these sizes.
     pub(super) fn complete(
         head: &Head,
-        end: u64,
+        (records, end): (u64, u64),
         (bytes, journal_bytes): (u64, u64),
         instances: Arc<[Option<InstanceId>]>,
     ) -> Self {
         let start = head.encode().len() as u64;
         let segment = Self::open(head, start, instances);
         let mut growth = segment.growth();
-        growth.end = end.max(start);
+        (growth.records, growth.end) = (records, end.max(start));
         growth.tail = bytes.saturating_sub(growth.end);
         (growth.stage, growth.journal_bytes) = (SegmentStage::Complete, journal_bytes);
         drop(growth);
@@ -186,6 +193,7 @@ impl Segment {
                 let slot = slot_at(growth.end);
                 Row { slot, kind, instance, touched, length, digest }.encode(&mut growth.rows);
                 growth.end += addition.bytes();
+                growth.records += 1;
                 growth.live_records += 1;
                 growth.live_bytes += addition.bytes();
                 growth.last_sequence = growth.last_sequence.max(sequence);
@@ -307,8 +315,18 @@ impl Segment {
     }
 
     /// The number of live records.
-    pub(super) fn records(&self) -> u64 {
+    pub(super) fn live_records(&self) -> u64 {
         self.growth().live_records
+    }
+
+    /// The number of all records, dead ones included.
+    pub(super) fn records(&self) -> u64 {
+        self.growth().records
+    }
+
+    /// Allows its holder to write the journal.
+    pub(super) fn lock_journal(&self) -> MutexGuard<'_, ()> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads and checks the record of a stored file.

@@ -2,20 +2,16 @@
 
 use super::*;
 use crate::actors::cas::{
-    index::{EntryKind, Key},
+    index::{EntryKind, Key, Victim},
     volume::{Compacted, Moves, Recovered, is_lost, read_all},
 };
 use bytes::Bytes;
 use gorego_reapi::digest::DigestFunction;
-use std::{
-    cell::RefCell,
-    collections::HashMap,
-    fs::OpenOptions,
-    os::unix::fs::{FileExt as _, MetadataExt as _},
-};
+use std::{cell::RefCell, collections::HashMap, fs::OpenOptions, os::unix::fs::FileExt as _};
 use tempfile::TempDir;
 
 mod compaction;
+mod deletion;
 mod model;
 
 const SIZES: Sizes = Sizes { largest_file: 64 << 10, segment: 16 << 10, waste: 8 << 10 };
@@ -47,6 +43,17 @@ struct Store {
     root: TempDir,
     segments: Segments,
     index: HashMap<Key, WrittenFile>,
+}
+
+/// The directory as a kill at this moment would leave it.
+fn copy_of(store: &Store) -> TempDir {
+    let copied = TempDir::new().unwrap();
+    fs::create_dir(copied.path().join("segments")).unwrap();
+    for entry in fs::read_dir(store.root.path().join("segments")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, copied.path().join("segments").join(path.file_name().unwrap())).unwrap();
+    }
+    copied
 }
 
 /// The records that a start finds.
@@ -356,51 +363,6 @@ fn a_file_that_is_named_like_a_segment_with_a_huge_number_leaves_numbers_for_new
     assert_eq!(store.read(&blob(100, 2).0).unwrap(), blob(100, 2).1);
     let store = store.crash();
     assert!(store.index.len() == 2 && store.read(&blob(100, 1).0).unwrap() == blob(100, 1).1);
-}
-
-/// A full disk has no space for the note that records are dead, except that of the records.
-#[test]
-fn the_blocks_of_dead_records_are_given_back_without_harm_to_their_neighbours() {
-    let mut store = Store::new();
-    let blobs: Vec<_> = (0..6).map(|seed| blob(5_000, seed)).collect();
-    store.write(&blobs);
-    let dead: Vec<WrittenFile> = blobs[1..4].iter().map(|(key, _)| store.index[key]).collect();
-    let ranges = dead.iter().map(|dead| {
-        let start = Location::of(&dead.file).unwrap().offset();
-        start..start + dead.bytes
-    });
-    let path = store.files("segment").remove(0);
-    let blocks = || fs::metadata(&path).unwrap().blocks();
-    let before = blocks();
-    punch(&path, ranges.collect()).unwrap();
-    assert!(
-        blocks() <= before - 2 * HOLE_BYTES / 512,
-        "three adjacent records have at least two whole blocks"
-    );
-    blobs[1..4].iter().for_each(|(key, _)| store.delete(key));
-    let store = store.crash();
-    assert_eq!(store.index.len(), 3);
-    for (key, bytes) in [&blobs[0], &blobs[4], &blobs[5]] {
-        assert_eq!(store.read(key).unwrap(), bytes);
-    }
-}
-
-/// The disk may be full, or the journal may not be writable for a while.
-#[test]
-fn a_deletion_that_could_not_be_noted_is_noted_later() {
-    let mut store = Store::new();
-    let purged = (key_of(EntryKind::Result, b"purged"), content(500, 1));
-    store.write(&[purged.clone(), blob(100, 2)]);
-    let file = store.index.remove(&purged.0).unwrap();
-    let victim = Victim { file: file.file, bytes: file.bytes };
-    let journal = store.segments.journal_path(Location::of(&file.file).unwrap().segment);
-    fs::create_dir(&journal).unwrap();
-    assert_eq!(store.segments.delete(&[(Location::of(&file.file).unwrap(), victim)]).len(), 1);
-    store.segments.note_again();
-    fs::remove_dir(&journal).unwrap();
-    store.segments.note_again();
-    let store = store.crash();
-    assert!(store.index.len() == 1 && store.index.contains_key(&blob(100, 2).0));
 }
 
 /// A blob whose deletion is forgotten may come back, a result may not.

@@ -1,6 +1,7 @@
 //! Compaction: what it moves, what it reclaims, and what a crash in the middle of it leaves.
 
 use super::*;
+use crate::actors::cas::volume::{durable::sync_file_system, simulation::SimulatedDisk};
 use std::collections::HashSet;
 
 /// Answers which files are stored now.
@@ -83,7 +84,7 @@ fn a_deletion_during_compaction_holds_after_a_crash_at_any_step() {
         (10..20).for_each(|seed| store.write(&[blob(4_000, seed)]));
         store.delete(&files[0].0);
         let victim = store.index[&files[1].0];
-        let copied = TempDir::new().unwrap();
+        let mut copied = None;
         let (may_move, segments) = (stored_now(&store), &store.segments);
         let _ = segments.compact(&may_move, &mut |moves: Moves| {
             let mut accepted = vec![true; moves.moved.len()];
@@ -97,19 +98,36 @@ fn a_deletion_during_compaction_holds_after_a_crash_at_any_step() {
             let place = Location::of(&deleted.file).unwrap();
             segments.delete(&[(place, Victim { file: deleted.file, bytes: deleted.bytes })]);
             // The process dies here, right after the deletion was reported.
-            fs::create_dir(copied.path().join("segments")).unwrap();
-            for entry in fs::read_dir(store.root.path().join("segments")).unwrap() {
-                let path = entry.unwrap().path();
-                fs::copy(&path, copied.path().join("segments").join(path.file_name().unwrap())).unwrap();
-            }
+            copied = Some(copy_of(&store));
             accepted
         });
-        let store = Store::reopen(copied);
+        let store = Store::reopen(copied.unwrap());
         assert!(store.read(&files[1].0).is_err(), "{delete_before}");
         for (key, bytes) in &files[2..] {
             assert_eq!(store.read(key).unwrap(), bytes);
         }
         store.check_counts();
+    }
+}
+
+/// The copies are new, and the records are not. Without `durability = "disk"`, only what is new may be lost.
+#[test]
+fn a_power_cut_does_not_lose_old_records_because_they_were_moved() {
+    for seed in 0..20 {
+        let root = TempDir::new().unwrap();
+        let disk = SimulatedDisk::new(root.path(), seed);
+        let mut store = Store { segments: open_at(root.path()), root, index: HashMap::new() };
+        let files: Vec<(Key, Bytes)> = (0..40).map(|seed| blob(4_000, seed)).collect();
+        files.iter().for_each(|file| store.write(std::slice::from_ref(file)));
+        sync_file_system(store.root.path()).unwrap();
+        files.iter().step_by(2).for_each(|(key, _)| store.delete(key));
+        let before = store.files("segment");
+        while store.compact() != Compacted::NothingToGain {}
+        assert!(before.iter().any(|segment| !segment.exists()));
+        let store = Store::reopen(disk.cut_power());
+        for (key, bytes) in files.iter().skip(1).step_by(2) {
+            assert_eq!(store.read(key).unwrap(), bytes, "{seed}");
+        }
     }
 }
 

@@ -60,7 +60,7 @@ fn victim(file: &WrittenFile) -> (Location, Victim) {
     (Location::of(&file.file).unwrap(), Victim { file: file.file, bytes: file.bytes })
 }
 
-/// Several threads delete and use records of one segment, and the journal is rewritten meanwhile.
+/// Several threads delete and use records of one segment, so often that the journal is rewritten several times.
 #[test]
 fn deletions_at_the_same_time_are_all_noted() {
     let mut store = Store::new();
@@ -68,14 +68,17 @@ fn deletions_at_the_same_time_are_all_noted() {
     let files: Vec<(Key, Bytes)> = (0..240).map(|seed| blob(16 + usize::from(seed), seed)).collect();
     store.write(&files);
     let victims: Vec<_> = files.iter().map(|(key, _)| victim(&store.index[key])).collect();
-    let segments = &store.segments;
+    let used: Vec<Location> = victims.iter().map(|(at, _)| *at).collect();
     thread::scope(|scope| {
         for thread in 0..3 {
-            let doomed = victims.iter().skip(thread).step_by(8);
-            scope.spawn(move || doomed.for_each(|victim| assert!(segments.delete(&[*victim]).is_empty())));
+            let (store, victims, used) = (&store, &victims, &used);
+            scope.spawn(move || {
+                for victim in victims.iter().skip(thread).step_by(8) {
+                    assert!(store.segments.delete(&[*victim]).is_empty());
+                    store.segments.touch(used.clone(), 1_000);
+                }
+            });
         }
-        let used: Vec<Location> = victims.iter().map(|(at, _)| *at).collect();
-        scope.spawn(move || (0..60).for_each(|now| segments.touch(used.clone(), 1 + now)));
     });
     let store = store.crash();
     for (at, (key, _)) in files.iter().enumerate() {

@@ -21,6 +21,7 @@
 //! and 40 more if its hash has more than 32 bytes or its size has more than 40 bits. With the hash tables at their
 //! emptiest, this is less than 100 bytes for a SHA-256 blob; a test holds this.
 
+pub(in crate::actors::cas) use hold_budget::HoldBudget;
 pub use leases::LeaseTimes;
 pub(crate) use leases::{Lessee, Withdrawn};
 pub(crate) use packing::ColdBlobs;
@@ -38,6 +39,7 @@ pub(crate) use table::RunJobs;
 use table::SlotTable;
 
 mod entry;
+mod hold_budget;
 #[cfg(test)]
 mod lease_model;
 #[cfg(test)]
@@ -278,11 +280,16 @@ impl Index {
     /// Removes an entry, and the results that need it.
     fn remove_slot(&mut self, slot: u32) -> Victim {
         for result in self.links.results(slot) {
-            let followed = self.remove_alone(result);
-            self.tally.followed += 1;
-            self.followed.push(followed);
+            self.remove_follower(result);
         }
         self.remove_alone(slot)
+    }
+
+    /// Removes a result because one of its blobs is removed.
+    fn remove_follower(&mut self, result: u32) {
+        let followed = self.remove_alone(result);
+        self.tally.followed += 1;
+        self.followed.push(followed);
     }
 
     fn remove_alone(&mut self, slot: u32) -> Victim {

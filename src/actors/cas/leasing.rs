@@ -40,7 +40,9 @@ impl CasActor {
         if self.shared.view.read(None, |index| index.can_lease(wanted)).0 {
             return;
         }
-        let withdrawn = self.change(|index| index.ease_leases(wanted, asker, uptime_seconds()));
+        // Each step has a hold of its own, because it looks at all builds.
+        let step = || self.change(|index| index.ease_leases(wanted, asker, uptime_seconds()));
+        let withdrawn: Vec<Withdrawn> = std::iter::from_fn(step).collect();
         if let Some(first) = withdrawn.first() {
             let bytes: u64 = withdrawn.iter().map(|Withdrawn { bytes, .. }| bytes).sum();
             Event::info(LOG, "leases_withdrawn").with_shown("peer", &first.peer).with("bytes", bytes).log(

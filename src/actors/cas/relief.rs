@@ -10,7 +10,9 @@
 //! [`settings::RELIEF_WAIT`]. If evicting half of the store would not help, because other data fills the disk, nothing
 //! is evicted.
 
-use super::{CasActor, LOG, client::Cas, compaction, index::Totals, reply::StoreReply, settings};
+use super::{
+    CasActor, LOG, client::Cas, compaction, index::Totals, reply::StoreReply, settings, upkeep::in_parts,
+};
 use crate::{
     actors::mail::Receive,
     disk::{Evictable, Space},
@@ -111,8 +113,17 @@ impl Receive<Relieve> for CasActor {
         let Some(relief) = space.relief(&store) else {
             return StoreReply::Now(());
         };
-        let victims = self
-            .change(|index| index.evict_even_leased(relief.bytes, relief.entries, settings::RELIEF_BATCH));
+        let (mut bytes, mut entries, mut left) = (relief.bytes, relief.entries, settings::RELIEF_BATCH);
+        let victims = in_parts(|budget| {
+            if left == 0 {
+                return Vec::new();
+            }
+            let part = self.change(|index| index.evict_even_leased(bytes, entries, budget));
+            bytes = bytes.saturating_sub(part.iter().map(|victim| victim.bytes).sum());
+            entries = entries.saturating_sub(part.len() as u64);
+            left = left.saturating_sub(part.len());
+            part
+        });
         Event::warn(LOG, "disk_relieved")
             .with("entries", victims.len())
             .with("bytes", victims.iter().map(|victim| victim.bytes).sum::<u64>())

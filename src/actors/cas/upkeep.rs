@@ -5,7 +5,7 @@ use super::{
     CasActor, LOG,
     deletions::{self, Deleted},
     guards::{Reservation, ReserveRoom, Unreserve},
-    index::{EntryRef, FileId, Stamp, Totals, Victim},
+    index::{EntryRef, FileId, HoldBudget, Stamp, Totals, Victim},
     reply::StoreReply,
     settings,
     uploads::Partial,
@@ -59,7 +59,7 @@ impl CasActor {
                 return Err(not_reclaimed(bytes, overhead));
             }
         }
-        let mut victims = in_parts(|max| self.change(|index| index.evict_for(bytes, max)));
+        let mut victims = in_parts(|budget| self.change(|index| index.evict_for(bytes, budget)));
         let is_large = held.saturating_add(bytes) > settings::SMALL_WRITE_BYTES;
         let grant = self.change(|index| index.reserve_beside(bytes, is_large));
         victims.extend(grant.iter().flat_map(|grant| &grant.victims));
@@ -116,9 +116,12 @@ impl CasActor {
             self.ease_leases(0, None);
         }
         let mut left = settings::TRIM_BATCH;
-        let victims = in_parts(|max| {
-            let part = self.change(|index| index.trim(max.min(left)));
-            left -= part.len();
+        let victims = in_parts(|budget| {
+            if left == 0 {
+                return Vec::new();
+            }
+            let part = self.change(|index| index.trim(budget));
+            left = left.saturating_sub(part.len());
             part
         });
         if !victims.is_empty() {
@@ -261,15 +264,13 @@ fn not_reclaimed(wanted: u64, overhead: u64) -> Error {
     }
 }
 
-/// Evicts in parts, each under one hold of the lock that look-ups share. `part` evicts at most as many entries as its
-/// argument.
-fn in_parts(mut part: impl FnMut(usize) -> Vec<Victim>) -> Vec<Victim> {
+/// Evicts in parts, each under one hold of the lock that look-ups share, until a part does not use up its budget.
+pub(super) fn in_parts(mut part: impl FnMut(&mut HoldBudget) -> Vec<Victim>) -> Vec<Victim> {
     let mut victims = Vec::new();
     loop {
-        let more = part(settings::CHANGES_PER_HOLD);
-        let is_last = more.len() < settings::CHANGES_PER_HOLD;
-        victims.extend(more);
-        if is_last {
+        let mut budget = HoldBudget::new(settings::CHANGES_PER_HOLD);
+        victims.extend(part(&mut budget));
+        if !budget.is_used_up() {
             return victims;
         }
     }

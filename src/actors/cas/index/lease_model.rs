@@ -167,6 +167,11 @@ impl Model {
     }
 }
 
+/// Takes leases from builds until there is room, or nothing more can be taken.
+pub(super) fn ease_all(index: &mut Index, wanted: u64, asker: Option<Owner>, now: u32) -> Vec<Withdrawn> {
+    std::iter::from_fn(|| index.ease_leases(wanted, asker, now)).collect()
+}
+
 proptest! {
     /// No entry that was promised to a build is evicted, whatever other builds do. Only builds with more than their
     /// share lose leases. When all builds are quiet, nothing is leased.
@@ -181,7 +186,7 @@ proptest! {
                 Op::Store { name, bytes, owner } => {
                     generation += 1;
                     let new = FileId { generation, ..file(name) };
-                    let withdrawn = index.ease_leases(bytes, None, model.now);
+                    let withdrawn = ease_all(&mut index, bytes, None, model.now);
                     model.lost(&withdrawn, None)?;
                     let Ok(grant) = index.reserve(bytes) else { continue };
                     model.gone(&grant.victims)?;
@@ -217,7 +222,7 @@ proptest! {
                     model.forget_quiet();
                 }
                 Op::Ease { wanted, owner } => {
-                    let withdrawn = index.ease_leases(wanted, Some(owner), model.now);
+                    let withdrawn = ease_all(&mut index, wanted, Some(owner), model.now);
                     model.forget_quiet();
                     model.lost(&withdrawn, Some(owner))?;
                 }
@@ -231,7 +236,7 @@ proptest! {
                         Err(_) => prop_assert_eq!(index.totals().used, before, "a shortage evicts nothing"),
                     }
                 }
-                Op::Evict { bytes } => model.gone(&index.evict(bytes, 0, usize::MAX))?,
+                Op::Evict { bytes } => model.gone(&index.evict(bytes, 0, &mut { HoldBudget::UNLIMITED }))?,
                 Op::Lose { name } => {
                     let Some(found) = index.note_use(&file(name).key, model.now) else { continue };
                     let lost = index.at(found.at).unwrap().file;
@@ -264,7 +269,7 @@ proptest! {
             index.release(at);
         }
         prop_assert_eq!(index.totals().pinned, 0);
-        index.evict(LIMIT, 0, usize::MAX);
+        index.evict(LIMIT, 0, &mut { HoldBudget::UNLIMITED });
         prop_assert_eq!(index.totals().used, 0);
     }
 }

@@ -1,7 +1,7 @@
 //! Tests of the rules of leases: how long they last, the shares of builds and peers, and the bounds.
 
 use super::{
-    lease_model::{LIMIT, START, TIMES, build, file, touch},
+    lease_model::{LIMIT, START, TIMES, build, ease_all, file, touch},
     leases::ROWS,
     *,
 };
@@ -10,7 +10,7 @@ use gorego_reapi::error::Error;
 
 /// Stores an entry, if there is room, and leases it.
 fn store(index: &mut Index, file: FileId, bytes: u64, owner: Owner, now: u32) -> Option<Vec<Victim>> {
-    index.ease_leases(bytes, None, now);
+    ease_all(index, bytes, None, now);
     let victims = index.reserve(bytes).ok()?.victims;
     index.commit(file, bytes, Stamp::new(1, 1), now);
     let lessee = index.enter(owner, now).unwrap();
@@ -109,9 +109,9 @@ fn a_build_does_not_lose_its_leases_for_results_that_it_asks_for() {
     for name in 0..44 {
         store(&mut index, file(name), 20, build(1, 1), START).unwrap();
     }
-    assert_eq!(index.ease_leases(40, Some(build(1, 1)), START), []);
+    assert_eq!(ease_all(&mut index, 40, Some(build(1, 1)), START), []);
     assert!(!index.can_lease(40) && index.can_lease(20));
-    let withdrawn = index.ease_leases(40, Some(build(2, 1)), START);
+    let withdrawn = ease_all(&mut index, 40, Some(build(2, 1)), START);
     assert!(index.can_lease(40));
     assert!(
         withdrawn.iter().all(|lost| lost.peer == build(1, 1).peer && lost.build == Some(build(1, 1).build))
@@ -152,7 +152,7 @@ fn nobody_loses_leases_within_its_share() {
     }
     assert_eq!(index.totals().leased, 820);
     for asker in [Some(build(3, 1)), None] {
-        assert_eq!(index.ease_leases(100, asker, START), []);
+        assert_eq!(ease_all(&mut index, 100, asker, START), []);
     }
     assert!(!index.can_lease(100));
     assert!(index.reserve(300).is_err(), "uploads are refused if even that does not fit");
@@ -163,9 +163,9 @@ fn nobody_loses_leases_within_its_share() {
         store(&mut index, file(name), 20, build(1, 1), now).unwrap();
         touch(&index, file(name), build(1, 2), now);
     }
-    let withdrawn = index.ease_leases(200, Some(build(2, 1)), START + 3_600);
+    let withdrawn = ease_all(&mut index, 200, Some(build(2, 1)), START + 3_600);
     assert!(index.can_lease(200) && withdrawn.iter().all(|lost| lost.build.is_none()), "{withdrawn:?}");
-    index.evict(LIMIT, 0, usize::MAX);
+    index.evict(LIMIT, 0, &mut { HoldBudget::UNLIMITED });
     assert!(!is_there(&index, file(0)) && is_there(&index, file(39)), "the oldest are lost");
     assert_eq!(index.tally().broken_promises, 0);
 }
@@ -193,8 +193,8 @@ fn a_lower_limit_leaves_less_room_to_leases() {
     }
     index.set_limit(StoreLimit { bytes: LIMIT / 2, most: LIMIT });
     assert!(!index.can_lease(0));
-    index.ease_leases(0, None, START);
-    while !index.trim(usize::MAX).is_empty() {}
+    ease_all(&mut index, 0, None, START);
+    while !index.trim(&mut { HoldBudget::UNLIMITED }).is_empty() {}
     let Totals { used, leased, .. } = index.totals();
     assert!(leased <= LIMIT / 20 * 9 && used <= LIMIT / 2, "{leased} of {used}");
     assert!(is_there(&index, file(39)) && !is_there(&index, file(0)));
@@ -233,7 +233,7 @@ fn a_build_is_charged_for_nothing_that_was_leased_before_it_returned() {
     for name in 0..40 {
         assert!(touch(&index, file(name), build(2, 1), returned));
     }
-    let withdrawn = index.ease_leases(200, Some(build(3, 1)), returned);
+    let withdrawn = ease_all(&mut index, 200, Some(build(3, 1)), returned);
     assert!(index.can_lease(200) && withdrawn.iter().all(|lost| lost.peer == build(2, 1).peer));
 }
 
@@ -246,11 +246,11 @@ fn leases_give_way_to_a_full_disk_and_that_breaks_promises() {
     }
     store(&mut index, file(50), 20, build(2, 1), START).unwrap();
     touch(&index, file(0), build(2, 1), START);
-    assert_eq!(index.evict(100, 0, usize::MAX), []);
-    assert_eq!(index.evict_even_leased(100, 0, usize::MAX).len(), 5);
+    assert_eq!(index.evict(100, 0, &mut { HoldBudget::UNLIMITED }), []);
+    assert_eq!(index.evict_even_leased(100, 0, &mut { HoldBudget::UNLIMITED }).len(), 5);
     assert_eq!(index.tally().broken_promises, 5);
     assert!(is_there(&index, file(50)) && is_there(&index, file(0)));
-    assert_eq!(index.evict_even_leased(LIMIT, 0, usize::MAX).len(), 16);
+    assert_eq!(index.evict_even_leased(LIMIT, 0, &mut { HoldBudget::UNLIMITED }).len(), 16);
     assert_eq!((index.totals().used, index.totals().leased), (0, 0));
 }
 
@@ -272,8 +272,32 @@ fn evictions_look_at_each_leased_entry_once() {
     assert!(index.order.looks <= 4 * LEASED, "{} looks", index.order.looks);
     // When the leases have ended, these entries are the least recently used.
     index.expire_leases(START + TIMES.named);
-    let victims = index.evict(LEASED, 0, usize::MAX);
+    let victims = index.evict(LEASED, 0, &mut { HoldBudget::UNLIMITED });
     assert!(victims.iter().all(|victim| victim.file.generation <= LEASED));
+}
+
+/// Look-ups wait while the index is changed, and nearly all of a large store may be leased.
+#[test]
+fn an_eviction_looks_at_a_bounded_number_of_leased_entries_at_a_time() {
+    const LEASED: u64 = 5_000;
+    let mut index = Index::with_leases(2 * LEASED, TIMES, 0);
+    for name in 0..LEASED {
+        store(&mut index, file(name), 1, build(1, 1), START).unwrap();
+    }
+    index.reserve(1).unwrap();
+    index.commit(file(LEASED), 1, Stamp::new(1, 1), START);
+    let mut parts = 0;
+    let victims = loop {
+        let (looks, mut budget) = (index.order.looks, HoldBudget::new(10));
+        let victims = index.evict(1, 0, &mut budget);
+        parts += 1;
+        assert!(index.order.looks - looks <= 200, "{} looks at once", index.order.looks - looks);
+        if !victims.is_empty() || !budget.is_used_up() {
+            break victims;
+        }
+    };
+    assert_eq!(victims.iter().map(|victim| victim.file).collect::<Vec<_>>(), [file(LEASED)]);
+    assert!(parts > 10, "{parts}");
 }
 
 /// A client that names another build in each request gets a bounded number of rows, and other clients still have

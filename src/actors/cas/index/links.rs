@@ -99,6 +99,12 @@ impl Links {
         Some(all.map(|node| node.blob))
     }
 
+    /// The result that needs a blob and was linked last, if there is any.
+    pub(super) fn newest_result(&self, blob: u32) -> Option<u32> {
+        let first = self.of_blob.get(&blob)?;
+        Some(self.nodes.get(*first as usize)?.result)
+    }
+
     /// The results that need a blob.
     pub(super) fn results(&self, blob: u32) -> Vec<u32> {
         let node = |at: u32| self.nodes.get(at as usize);

@@ -228,7 +228,7 @@ proptest! {
                         expected.push(model.evict(oldest));
                         evicted += expected[expected.len() - 1].bytes;
                     }
-                    prop_assert_eq!(index.evict(bytes, entries, usize::MAX), expected);
+                    prop_assert_eq!(index.evict(bytes, entries, &mut { HoldBudget::UNLIMITED }), expected);
                 }
                 Op::Repack { name, part } => {
                     let Some(position) = model.position(&key(name, EntryKind::Blob)) else { continue };
@@ -317,7 +317,7 @@ proptest! {
                 _ => if let Some(at) = notes.pop() { index.settle(at) },
             }
         }
-        let victims = index.evict(evicted, 0, usize::MAX);
+        let victims = index.evict(evicted, 0, &mut { HoldBudget::UNLIMITED });
         let gone: HashSet<Key> = victims.iter().map(|victim| victim.file.key).collect();
         for (key, _) in &holds {
             prop_assert!(!gone.contains(key), "it was held");
@@ -330,6 +330,6 @@ proptest! {
             index.release(at);
         }
         prop_assert_eq!(index.totals().held, 0);
-        prop_assert_eq!(index.evict(LIMIT, 0, usize::MAX).len() + gone.len(), 20);
+        prop_assert_eq!(index.evict(LIMIT, 0, &mut { HoldBudget::UNLIMITED }).len() + gone.len(), 20);
     }
 }

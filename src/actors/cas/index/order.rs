@@ -12,7 +12,7 @@
 //! which it is.
 
 use super::{
-    EXACT_BELOW, EntryRef, Index,
+    EXACT_BELOW, EntryRef, HoldBudget, Index,
     entry::{ASIDE, Hot, USED},
     leases::ROWS,
 };
@@ -141,17 +141,18 @@ impl Index {
 
     /// The least recently used entry that is neither held nor leased. Older entries that are held or leased are set
     /// aside, and older entries whose use is not settled yet move to the head of the list. So each hold and each use
-    /// costs one look, and one pass sees every candidate.
-    pub(super) fn oldest_evictable(&mut self) -> Option<u32> {
+    /// costs one look, and one pass sees every candidate. `None` also means that the budget has no looks left.
+    pub(super) fn oldest_evictable(&mut self, budget: &mut HoldBudget) -> Option<u32> {
         self.put_back_released();
         if self.totals.used == self.totals().pinned {
             return None;
         }
         for _ in 0..=self.table.len() {
             let slot = self.order.all().oldest;
-            if slot == ALL {
+            if slot == ALL || budget.is_used_up() {
                 return None;
             }
+            budget.looks -= 1;
             #[cfg(test)]
             (self.order.looks += 1);
             let entry = self.slab.hot(slot);

@@ -1,7 +1,7 @@
 //! Pins, which keep an entry from eviction: holds of readers and running actions, and leases of builds.
 
 use super::{
-    EntryKind, EntryRef, FoundEntry, Index, Key, Lessee, Victim, Withdrawn,
+    EntryKind, EntryRef, FoundEntry, HoldBudget, Index, Key, Lessee, Victim, Withdrawn,
     entry::{holds_of, lease_of, with_lease},
     leases::EndedRow,
 };
@@ -94,25 +94,23 @@ impl Index {
         }
     }
 
-    /// Makes room for leases of `wanted` bytes, or as much as possible: ends expired leases, and takes the oldest
-    /// leases from builds that have more than their share. The leases of the asker itself are not taken.
+    /// Takes a step to make room for leases of `wanted` bytes: ends expired leases, and takes the oldest leases from
+    /// one build that has more than its share. The leases of the asker itself are not taken. `None` means that nothing
+    /// more can be done, or need be.
     pub(in super::super) fn ease_leases(
         &mut self,
         wanted: u64,
         asker: Option<Owner>,
         now: u32,
-    ) -> Vec<Withdrawn> {
+    ) -> Option<Withdrawn> {
         if self.can_lease(wanted) {
-            return Vec::new();
+            return None;
         }
         self.expire_leases(now);
-        let mut all = Vec::new();
-        while let Some((withdrawn, ended)) = self.leases.withdraw_one(wanted, asker) {
-            self.end_row(ended);
-            self.tally.withdrawn_leases += 1;
-            all.push(withdrawn);
-        }
-        all
+        let (withdrawn, ended) = self.leases.withdraw_one(wanted, asker)?;
+        self.end_row(ended);
+        self.tally.withdrawn_leases += 1;
+        Some(withdrawn)
     }
 
     /// Like [`Index::evict`], for a disk that is filled by something else. When nothing else is left to evict, leases
@@ -121,18 +119,18 @@ impl Index {
         &mut self,
         bytes: u64,
         entries: u64,
-        max: usize,
+        budget: &mut HoldBudget,
     ) -> Vec<Victim> {
-        let mut victims = self.evict(bytes, entries, max);
+        let mut victims = self.evict(bytes, entries, budget);
         let mut evicted: u64 = victims.iter().map(|victim| victim.bytes).sum();
         while (evicted < bytes || (victims.len() as u64) < entries)
-            && victims.len() < max
+            && !budget.is_used_up()
             && let Some(ended) = self.leases.end_oldest_of_largest()
         {
             self.end_row(ended);
             self.tally.withdrawn_leases += 1;
             let left = (bytes.saturating_sub(evicted), entries.saturating_sub(victims.len() as u64));
-            let more = self.evict(left.0, left.1, max - victims.len());
+            let more = self.evict(left.0, left.1, budget);
             self.tally.broken_promises += more.len() as u64;
             evicted += more.iter().map(|victim| victim.bytes).sum::<u64>();
             victims.extend(more);

@@ -211,7 +211,7 @@ pub(super) mod tests {
             index.reserve(1).unwrap();
             prop_assert_eq!(index.commit(new, 1, Stamp::UNTRUSTED, NOW), None);
             let evicted: Vec<FileId> =
-                index.evict(u64::MAX, 0, usize::MAX).into_iter().map(|victim| victim.file).collect();
+                index.evict(u64::MAX, 0, &mut { super::super::HoldBudget::UNLIMITED }).into_iter().map(|victim| victim.file).collect();
             let uses: Vec<u32> =
                 evicted.iter().map(|file| if *file == new { NOW } else { of[file].3 }).collect();
             prop_assert_eq!(evicted.len(), kept.len() + 1);

@@ -1,6 +1,6 @@
 //! Room: reservations, the evictions that make room for them, and the bytes that are still being deleted.
 
-use super::{Grant, Index, Shortage, StoreLimit, Totals, Victim};
+use super::{Grant, HoldBudget, Index, Shortage, StoreLimit, Totals, Victim};
 
 /// Stores below this size have no watermarks and evict only what each write needs, so that all of a small store is
 /// used.
@@ -48,7 +48,7 @@ impl Index {
         // No hold or lease can be taken meanwhile, and all other entries can be evicted, so this always frees enough.
         let target = self.room().saturating_sub(reserved).saturating_sub(wanted);
         if used > target {
-            self.evict_down_to(target, usize::MAX, &mut victims);
+            self.evict_down_to(target, &mut { HoldBudget::UNLIMITED }, &mut victims);
         }
         self.totals.reserved += wanted;
         let kept = if is_large && self.has_marks() { self.room() / KEPT_FOR_SMALL_PART } else { 0 };
@@ -69,11 +69,11 @@ impl Index {
         self.totals.limit >= WATERMARKS_FROM_BYTES
     }
 
-    /// Evicts at most `max` of the entries that [`Index::reserve`] would evict.
-    pub(in super::super) fn evict_for(&mut self, wanted: u64, max: usize) -> Vec<Victim> {
-        let reserved = self.totals.reserved;
+    /// Evicts the entries that [`Index::reserve`] would evict, as far as the budget goes.
+    pub(in super::super) fn evict_for(&mut self, wanted: u64, budget: &mut HoldBudget) -> Vec<Victim> {
+        let target = self.room().saturating_sub(self.totals.reserved).saturating_sub(wanted);
         let mut victims = Vec::new();
-        self.evict_down_to(self.room().saturating_sub(reserved).saturating_sub(wanted), max, &mut victims);
+        self.evict_down_to(target, budget, &mut victims);
         victims
     }
 
@@ -133,9 +133,9 @@ impl Index {
         self.totals.limit.saturating_sub(self.totals.overhead)
     }
 
-    /// Evicts ahead of need: once the high-water mark is passed, down to the low-water mark, at most `max` entries per
-    /// call. Call it again until it returns nothing.
-    pub(in super::super) fn trim(&mut self, max: usize) -> Vec<Victim> {
+    /// Evicts ahead of need: once the high-water mark is passed, down to the low-water mark, as far as
+    /// the budget goes.
+    pub(in super::super) fn trim(&mut self, budget: &mut HoldBudget) -> Vec<Victim> {
         let Totals { used, reserved, .. } = self.totals;
         let room = self.room();
         let (high, low) = match self.has_marks() {
@@ -145,21 +145,25 @@ impl Index {
         self.trimming |= used.saturating_add(reserved) > high;
         let mut victims = Vec::new();
         if self.trimming {
-            self.evict_down_to(low.saturating_sub(reserved), max, &mut victims);
-            self.trimming = victims.len() == max;
+            self.evict_down_to(low.saturating_sub(reserved), budget, &mut victims);
+            self.trimming = budget.is_used_up();
         }
         victims
     }
 
-    /// Evicts the least recently used entries until at least `bytes` bytes and `entries` entries are evicted, at most
-    /// `max` entries.
-    pub(in super::super) fn evict(&mut self, bytes: u64, entries: u64, max: usize) -> Vec<Victim> {
+    /// Evicts the least recently used entries until at least `bytes` bytes and `entries` entries are evicted, as
+    /// far as the budget goes.
+    pub(in super::super) fn evict(
+        &mut self,
+        bytes: u64,
+        entries: u64,
+        budget: &mut HoldBudget,
+    ) -> Vec<Victim> {
         let (mut victims, mut evicted) = (Vec::new(), 0u64);
         while (evicted < bytes || (victims.len() as u64) < entries)
-            && victims.len() < max
-            && let Some(oldest) = self.oldest_evictable()
+            && let Some(oldest) = self.oldest_evictable(budget)
+            && let Some(victim) = self.evict_slot(oldest, budget)
         {
-            let victim = self.evict_slot(oldest);
             evicted = evicted.saturating_add(victim.bytes);
             victims.push(victim);
         }
@@ -172,20 +176,30 @@ impl Index {
         self.deleted_ever += bytes;
     }
 
-    pub(super) fn evict_down_to(&mut self, target: u64, max: usize, victims: &mut Vec<Victim>) {
+    fn evict_down_to(&mut self, target: u64, budget: &mut HoldBudget, victims: &mut Vec<Victim>) {
         while self.totals.used > target
-            && victims.len() < max
-            && let Some(oldest) = self.oldest_evictable()
+            && let Some(oldest) = self.oldest_evictable(budget)
+            && let Some(victim) = self.evict_slot(oldest, budget)
         {
-            victims.push(self.evict_slot(oldest));
+            victims.push(victim);
         }
     }
 
-    pub(super) fn evict_slot(&mut self, slot: u32) -> Victim {
+    /// Evicts an entry, and before it the results that need it. Any number of results may need one blob. If the budget
+    /// is too small for them, the entry stays, and the next part begins with the rest of its results.
+    fn evict_slot(&mut self, slot: u32, budget: &mut HoldBudget) -> Option<Victim> {
+        while let Some(result) = self.links.newest_result(slot) {
+            if budget.entries == 0 {
+                return None;
+            }
+            budget.entries -= 1;
+            self.remove_follower(result);
+        }
+        budget.entries = budget.entries.saturating_sub(1);
         let victim = self.remove_slot(slot);
         self.tally.evicted += 1;
         self.tally.evicted_bytes += victim.bytes;
-        victim
+        Some(victim)
     }
 
     pub(super) fn count_evicted(&mut self, bytes: u64) {

@@ -43,9 +43,9 @@ fn evictions_look_at_each_held_entry_once() {
             index.settle(at);
         }
     }
-    let victims = index.evict(10, 0, usize::MAX);
+    let victims = index.evict(10, 0, &mut { HoldBudget::UNLIMITED });
     assert!(victims.iter().all(|victim| victim.file.generation > HELD), "they were used last");
-    assert_eq!(index.evict(u64::MAX, 0, usize::MAX).len() as u64, HELD);
+    assert_eq!(index.evict(u64::MAX, 0, &mut { HoldBudget::UNLIMITED }).len() as u64, HELD);
     assert_eq!(index.totals().used, 0);
 }
 
@@ -58,7 +58,8 @@ fn entries_that_are_used_together_are_evicted_in_the_order_of_their_use() {
     for found in notes {
         settle(&mut index, Some(found));
     }
-    let order: Vec<_> = index.evict(2, 0, usize::MAX).into_iter().map(|victim| victim.file).collect();
+    let order: Vec<_> =
+        index.evict(2, 0, &mut { HoldBudget::UNLIMITED }).into_iter().map(|victim| victim.file).collect();
     assert_eq!(order, [form, blob]);
 }
 
@@ -76,9 +77,9 @@ fn a_use_counts_however_many_epochs_ago_the_previous_use_was() {
         if epochs % 2 == 0 {
             index.settle(found.at);
         }
-        let victims = index.evict(count - 1, 0, usize::MAX);
+        let victims = index.evict(count - 1, 0, &mut { HoldBudget::UNLIMITED });
         assert!(victims.iter().all(|victim| victim.file != files[0]), "{epochs}");
-        assert_eq!(index.evict(1, 0, usize::MAX).len(), 1);
+        assert_eq!(index.evict(1, 0, &mut { HoldBudget::UNLIMITED }).len(), 1);
     }
 }
 
@@ -110,7 +111,7 @@ fn a_large_write_waits_for_deletions_while_small_ones_do_not() {
     for number in 0..199 {
         store_numbered(&mut index, number, part);
     }
-    let trimmed = index.trim(usize::MAX);
+    let trimmed = index.trim(&mut { HoldBudget::UNLIMITED });
     let bytes: u64 = trimmed.iter().map(|victim| victim.bytes).sum();
     index.deleted(bytes / 9);
     let large = index.reserve_beside(part, true).unwrap();
@@ -174,11 +175,11 @@ fn a_large_store_is_trimmed_from_the_high_to_the_low_water_mark() {
     for name in 0..98 {
         store(&mut index, name, part);
     }
-    assert!(index.trim(10).is_empty(), "the high-water mark is reached but not passed");
+    assert!(index.trim(&mut HoldBudget::new(10)).is_empty(), "the high-water mark is reached but not passed");
     store(&mut index, 98, part);
-    assert_eq!(index.trim(3).len(), 3);
-    assert_eq!(index.trim(3).len(), 1);
-    assert!(index.trim(3).is_empty());
+    assert_eq!(index.trim(&mut HoldBudget::new(3)).len(), 3);
+    assert_eq!(index.trim(&mut HoldBudget::new(3)).len(), 1);
+    assert!(index.trim(&mut HoldBudget::new(3)).is_empty());
 }
 
 /// This holds for any number of blobs, and thus for any load of the hash tables.
@@ -224,7 +225,7 @@ fn any_key_is_found_as_it_was_stored() {
         let other = Key { instance: InstanceId(0), ..file.key };
         assert!(index.renew(&other, NOW).is_none());
     }
-    let victims = index.evict(u64::MAX, 0, usize::MAX);
+    let victims = index.evict(u64::MAX, 0, &mut { HoldBudget::UNLIMITED });
     assert_eq!(victims.len(), stored.len());
     assert!(victims.iter().all(|victim| stored.contains(&victim.file)));
     let memory = index.memory();
@@ -240,7 +241,7 @@ fn any_key_is_found_as_it_was_stored() {
 fn a_result_goes_in_the_same_step_as_its_blob() {
     type Loss = fn(&mut Index, EntryRef);
     let losses: [Loss; 3] = [
-        |index, _| _ = index.evict(1, 0, 1),
+        |index, _| _ = index.evict(1, 0, &mut HoldBudget::new(1)),
         |index, at| _ = index.remove_damaged(at),
         |index, _| _ = index.reserve(LIMIT - 4).unwrap(),
     ];
@@ -276,6 +277,37 @@ fn a_result_goes_in_the_same_step_as_its_blob() {
         index.remove(good_at);
         assert_eq!(index.link_bytes(), 0);
     }
+}
+
+/// Any number of results may need one blob, and look-ups wait while the index is changed.
+#[test]
+fn the_results_of_an_evicted_blob_are_removed_in_parts_and_before_it() {
+    let mut index = Index::with_leases(1 << 30, LeaseTimes::default(), 1 << 20);
+    let blob = store(&mut index, 0, 1);
+    let blob_at = index.renew(&blob.key, NOW).unwrap().at;
+    for name in 1..=100 {
+        let file = FileId { key: key(name, EntryKind::Result), generation: name.into() };
+        index.reserve(1).unwrap();
+        index.commit(file, 1, Stamp::new(1, 1), NOW);
+        let at = index.renew(&file.key, NOW).unwrap().at;
+        index.link(at, &[blob_at]);
+    }
+    index.slab.hot_mut(blob_at.slot).clear(entry::USED);
+    let (mut parts, mut followed) = (0, 0);
+    loop {
+        let mut budget = HoldBudget::new(10);
+        let victims = index.evict(1, 0, &mut budget);
+        let results = index.take_followed().len();
+        assert!(results <= 10, "{results} results at once");
+        (parts, followed) = (parts + 1, followed + results);
+        if !victims.is_empty() {
+            assert_eq!(victims[0].file, blob);
+            break;
+        }
+        assert!(budget.is_used_up() && index.renew(&blob.key, NOW).is_some());
+        index.slab.hot_mut(blob_at.slot).clear(entry::USED);
+    }
+    assert_eq!((parts, followed, index.totals().used), (10, 100, 0));
 }
 
 /// HTTP clients refer to an entry by its hash alone.

@@ -88,7 +88,10 @@ impl Index {
 mod tests {
     use super::*;
     use crate::{
-        actors::cas::index::{FileId, Key, LeaseTimes, Recovered, Recovery, Stamp, recovery::tests::in_turn},
+        actors::cas::index::{
+            FileId, HoldBudget, Key, LeaseTimes, Recovered, Recovery, Stamp, lease_model::ease_all,
+            recovery::tests::in_turn,
+        },
         instance::InstanceId,
     };
     use gorego_reapi::digest::DigestFunction;
@@ -164,7 +167,7 @@ mod tests {
             let mut index = started(&recorded, now);
             let is_promised = |name: &u64| touched[name] + TIMES.named > now;
             index.expire_leases(TIMES.named - 1);
-            index.evict(LIMIT, 0, usize::MAX);
+            index.evict(LIMIT, 0, &mut { HoldBudget::UNLIMITED });
             for (name, last) in &touched {
                 prop_assert!(!is_promised(name) || is_there(&index, *name), "{name} was promised");
                 let is_old = last + TIMES.named + Index::TOUCH_AFTER_SECS < now;
@@ -173,7 +176,7 @@ mod tests {
             let totals = index.totals();
             prop_assert_eq!((totals.leased, totals.pinned), (totals.used, totals.used));
             index.expire_leases(TIMES.named);
-            index.evict(LIMIT, 0, usize::MAX);
+            index.evict(LIMIT, 0, &mut { HoldBudget::UNLIMITED });
             prop_assert_eq!((index.totals().used, index.totals().leased), (0, 0));
             prop_assert_eq!(index.tally().broken_promises, 0);
         }
@@ -186,7 +189,7 @@ mod tests {
         let index = started(&recorded, START + 100);
         assert_eq!((index.totals().used, index.totals().leased), (1_000, 900));
         let mut index = index;
-        index.evict(LIMIT, 0, usize::MAX);
+        index.evict(LIMIT, 0, &mut { HoldBudget::UNLIMITED });
         assert!((0..5).all(|name| !is_there(&index, name)) && (5..50).all(|name| is_there(&index, name)));
     }
 
@@ -212,7 +215,7 @@ mod tests {
         let recorded = (0..50).map(|name| (name, (20, START))).collect();
         let mut index = started(&recorded, START);
         for name in 100..300 {
-            index.ease_leases(20, None, 0);
+            ease_all(&mut index, 20, None, 0);
             index.reserve(20).unwrap_or_else(|shortage| panic!("{name}: {shortage:?}"));
             index.commit(file(name), 20, Stamp::new(1, 1), 0);
             touch(&index, name, build(1), 0);
@@ -231,7 +234,7 @@ mod tests {
         }
         for name in 100..300 {
             let now = 1_000 + name as u32;
-            index.ease_leases(20, None, now);
+            ease_all(&mut index, 20, None, now);
             index.reserve(20).unwrap_or_else(|shortage| panic!("{name}: {shortage:?}"));
             index.commit(file(name), 20, Stamp::new(1, 1), now);
             touch(&index, name, build(1), now);

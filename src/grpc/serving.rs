@@ -18,7 +18,7 @@
 //! - Collected requests are begun even if the connection has ended, and dropped if its task has.
 
 use super::{
-    HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT, STREAM_WINDOW_BYTES,
+    FRAME_MAX_BYTES, HEADERS_MAX_BYTES, PENDING_RESETS_MAX, PING_INTERVAL, PING_TIMEOUT, STREAM_WINDOW_BYTES,
     accept::Arrived,
     connection::Connection,
     turn::{OpenRequest, Turn},
@@ -167,6 +167,7 @@ fn settings(requests: Collected) -> http2::Builder<Collected> {
         .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
         // Cancelled streams are limited by `flood_guard`.
         .max_local_error_reset_streams(None)
+        .max_frame_size(FRAME_MAX_BYTES)
         .max_header_list_size(HEADERS_MAX_BYTES)
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT);

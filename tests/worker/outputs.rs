@@ -109,6 +109,20 @@ fn outputs_that_do_not_fit_into_a_message_are_refused_and_the_logs_are_kept() {
     });
 }
 
+/// GEN-25. A command can name one file by any number of paths, and the memory is bounded before a result exists.
+#[test]
+fn a_link_that_many_outputs_name_counts_for_each_of_them() {
+    with_each_staging(async |bench| {
+        let script = "ln -s $(printf '%04000d' 0) link";
+        let segment = |bit: bool| if bit { ".//" } else { "./" };
+        let path = |n: u32| (0..16).map(|bit| segment(n >> bit & 1 == 1)).collect::<String>() + "link";
+        let paths: Vec<_> = (0..10_000).map(path).collect();
+        let paths: Vec<_> = paths.iter().map(String::as_str).collect();
+        let failure = bench.failure(&sh(script).outputs(&paths)).await;
+        assert!(matches!(&failure.error, Error::Invalid(m) if m.contains("has 412")), "{}", failure.error);
+    });
+}
+
 /// EXE-55 to EXE-58.
 #[test]
 fn trees_are_canonical_deterministic_and_without_duplicates() {

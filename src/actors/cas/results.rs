@@ -182,12 +182,19 @@ pub const RESULT_MAX_BYTES: usize = (4 * 1024 - 64) * 1024;
 /// # Errors
 /// [`Error::Invalid`] when it is larger than [`RESULT_MAX_BYTES`].
 pub fn check_size(result: &reapi::ActionResult) -> Result<()> {
-    let bytes = result.encoded_len();
+    check_result_bytes(result.encoded_len())
+}
+
+/// Checks that a result of at least this many bytes fits into a message to clients.
+///
+/// # Errors
+/// As [`check_size`].
+pub(crate) fn check_result_bytes(bytes: usize) -> Result<()> {
     if bytes <= RESULT_MAX_BYTES {
         return Ok(());
     }
     Err(Error::Invalid(format!(
-        "the action's result has {bytes} bytes, more than the {RESULT_MAX_BYTES} that fit into a message; declare a directory as \
+        "the action's result has {bytes} bytes or more, and at most {RESULT_MAX_BYTES} fit into a message; declare a directory as \
          output instead of its many files"
     )))
 }

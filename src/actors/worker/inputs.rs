@@ -103,6 +103,21 @@ pub(super) fn write_delta(
 /// The directories over which the sandbox mounts file systems of its own if the input root is the root file system.
 const MOUNT_POINTS: &[&str] = &["dev", "proc", "tmp"];
 
+/// Checks the working directory of a command whose input root is its root file system.
+///
+/// # Errors
+/// `Invalid` if a mount of the sandbox hides it.
+pub(super) fn check_not_hidden(working_directory: &RootPath) -> Result<()> {
+    let first = working_directory.segments().next();
+    match MOUNT_POINTS.iter().find(|name| Some(**name) == first) {
+        Some(by) => Err(Error::Invalid(format!(
+            "the working directory \"{working_directory}\" is below /{by}, where the sandbox mounts a file system of its own, \
+             because the input root is the root file system (rootfs); use another working directory"
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// The mount points that were missing in an input root and were created in its own layer. They are not outputs of the
 /// command.
 #[derive(Debug)]

@@ -14,7 +14,10 @@ use super::{
     exec_root::{Dir, ExecNode, ExecRoot, LayerWalk},
     store::Outputs,
 };
-use crate::action::{Action, OutputKind, OutputRequest};
+use crate::{
+    action::{Action, OutputKind, OutputRequest},
+    actors::cas::results::check_result_bytes,
+};
 use encode::Encoded;
 use gorego_reapi::{
     digest::Digest,
@@ -99,6 +102,14 @@ enum OutputNode {
 }
 
 impl OutputNode {
+    /// The target of a link.
+    fn target(&self) -> Option<&str> {
+        match self {
+            Self::Link { target, .. } => Some(target),
+            Self::File { .. } | Self::Input { .. } | Self::Directory(_) => None,
+        }
+    }
+
     /// The unchanged inputs that it consists of.
     fn inputs(&self) -> Vec<Digest> {
         match self {
@@ -114,8 +125,8 @@ impl OutputNode {
 /// them from being evicted.
 ///
 /// # Errors
-/// `Precondition` with the name of an output that cannot be stored; the errors of the store; the errors of the
-/// checkpoint, which is checked before each file.
+/// `Precondition` with the name of an output that cannot be stored; `Invalid` if the result would not fit into a message;
+/// the errors of the store; the errors of the checkpoint, which is checked before each file.
 pub(super) fn collect(
     root: ExecRoot<'_>,
     action: &Action,
@@ -124,11 +135,14 @@ pub(super) fn collect(
     result: &mut reapi::ActionResult,
 ) -> Result<()> {
     let mut budget = NodeBudget::new();
-    let mut found = Vec::new();
+    let (mut found, mut result_bytes) = (Vec::new(), 0);
     let root_seen = restore_permissions(root.own())?;
     for output in &action.command.outputs {
         checkpoint.check()?;
         if let Some(node) = look(root, root_seen, output, checkpoint, &mut budget)? {
+            // A command can name one file by any number of paths, and each is a part of the result.
+            result_bytes += output.requested.len() + node.target().map_or(0, str::len);
+            check_result_bytes(result_bytes)?;
             found.push((output, node));
         }
     }
@@ -414,11 +428,15 @@ fn cannot_read(name: &str, path: &str, error: &io::Error) -> Error {
 }
 
 fn checked_target(target: OsString, name: &str, path: &str) -> Result<String> {
-    target.into_string().ok().filter(|target| target.len() <= MAX_TARGET_BYTES).ok_or_else(|| {
-        Error::Precondition(format!(
-            "the target of symbolic link \"{name}\" of output \"{path}\" is not UTF-8"
-        ))
-    })
+    let refused = |fault: &str| {
+        let link = format!("the target of symbolic link \"{name}\" of output \"{path}\"");
+        Error::Precondition(format!("{link} {fault}"))
+    };
+    let target = target.into_string().map_err(|_| refused("is not UTF-8"))?;
+    if target.len() > MAX_TARGET_BYTES {
+        return Err(refused(&format!("has more than {MAX_TARGET_BYTES} bytes")));
+    }
+    Ok(target)
 }
 
 fn name_of(name: &OsStr, path: &str) -> Result<String> {

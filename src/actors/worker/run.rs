@@ -169,6 +169,9 @@ impl<'a> ActionRun<'a> {
             let root = ExecRoot::new(workspace.root()?, None);
             return self.store_outputs(ending, workspace, root, None, batch);
         }
+        if kind.has_input_root_as_root() {
+            inputs::check_not_hidden(&action.command.working_directory)?;
+        }
         let tree = inputs.tree().clone();
         let staged = self.stage(&mut *inputs, &tree, workspace, fetching);
         self.inputs_had_no_room = matches!(staged, Err(Error::DiskFull(_)));

@@ -36,6 +36,9 @@ const RETRY_AFTER: Duration = Duration::from_secs(10);
 const MAX_FAILED: usize = 256;
 /// Maximum number of directories of one tree that are open at the same time. Most trees are less deep.
 const MAX_OPEN: usize = 16;
+/// Maximum number of names of subdirectories of one directory that are in memory. A command may make any number of
+/// them. When these are removed, the directory is read again.
+const MAX_NAMES: usize = 4_096;
 /// How often a directory is read again because new entries appeared while it was emptied.
 const EMPTYING_ROUNDS: usize = 3;
 
@@ -231,8 +234,10 @@ struct Removal {
 struct OpenLevel {
     name: OsString,
     open: File,
-    /// Its subdirectories that are not removed yet. Nothing else is in it.
+    /// Its subdirectories that are not removed yet.
     below: Vec<OsString>,
+    /// Whether there is more in it than these.
+    has_more: bool,
     /// How often it turned out not to be empty.
     rounds: usize,
 }
@@ -259,14 +264,19 @@ impl Removal {
     fn enter(&mut self, above: &File, name: OsString) -> Option<OpenLevel> {
         let (open, _) = self.note(dir::open_accessible(above, &name))?;
         self.opened += 1;
-        let mut level = OpenLevel { name, open, below: Vec::new(), rounds: 0 };
+        let mut level = OpenLevel { name, open, below: Vec::new(), has_more: false, rounds: 0 };
         self.empty(&mut level);
         Some(level)
     }
 
     fn empty(&mut self, level: &mut OpenLevel) {
+        level.has_more = false;
         let Some(entries) = self.note(dir::entries(&level.open)) else { return };
         for entry in entries {
+            if level.below.len() >= MAX_NAMES {
+                level.has_more = true;
+                return;
+            }
             let Some(entry) = self.note(entry) else { return };
             let name = dir::entry_name(&entry);
             let kind = match entry.file_type() {
@@ -304,14 +314,20 @@ impl Removal {
                 Err(error) => break Err(error),
             }
         };
-        top.below.extend(self.note(moved));
+        if top.below.len() < MAX_NAMES {
+            top.below.extend(self.note(moved));
+        } else {
+            top.has_more |= self.note(moved).is_some();
+        }
     }
 
     /// Removes a directory that should be empty. Returns it if new entries have appeared in it.
     fn leave(&mut self, above: &File, mut emptied: OpenLevel) -> Option<OpenLevel> {
         match rfs::unlinkat(above, &*emptied.name, AtFlags::REMOVEDIR) {
-            Err(Errno::NOTEMPTY) if self.failure.is_none() && emptied.rounds < EMPTYING_ROUNDS => {
-                emptied.rounds += 1;
+            Err(Errno::NOTEMPTY)
+                if self.failure.is_none() && (emptied.has_more || emptied.rounds < EMPTYING_ROUNDS) =>
+            {
+                emptied.rounds += usize::from(!emptied.has_more);
                 self.empty(&mut emptied);
                 Some(emptied)
             }
@@ -375,6 +391,29 @@ mod tests {
             assert_eq!(removal.opened, levels as u64, "each directory is opened once");
             assert!(removal.names <= (levels / (MAX_OPEN - 1)) as u64, "{levels}: {} moves", removal.names);
         }
+    }
+
+    /// A command may make any number of directories in one directory.
+    #[test]
+    fn a_directory_with_many_subdirectories_is_removed_with_few_names_in_memory() {
+        let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        let exec = directory.path().join("exec");
+        for n in 0..2 * MAX_NAMES + 10 {
+            fs::create_dir_all(exec.join(n.to_string())).unwrap();
+        }
+        fs::write(exec.join("file"), "").unwrap();
+        // These are moved to the top before they are removed.
+        let deep = exec.join("d/".repeat(MAX_OPEN));
+        for n in 0..MAX_NAMES + 10 {
+            fs::create_dir_all(deep.join(n.to_string())).unwrap();
+        }
+        let mut removal = Removal::default();
+        let parent = File::open(directory.path()).unwrap();
+        let mut level = removal.enter(&parent, "exec".into()).unwrap();
+        assert_eq!((level.below.len(), level.has_more), (MAX_NAMES, true));
+        level.below.clear();
+        removal.remove(&parent, OsStr::new("exec"));
+        assert!(removal.failure.is_none() && !exec.exists(), "{:?}", removal.failure);
     }
 
     #[test]

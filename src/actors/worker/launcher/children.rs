@@ -27,6 +27,9 @@ use std::{
 
 /// How long to keep killing before survivors are reported. It is below the worker's time limit.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// Number of children that are reaped before the other events are looked at again. Orphans may die as fast as they are
+/// reaped.
+const REAPED_AT_ONCE: usize = 1_000;
 /// How long to wait for a death before looking for processes again.
 const KILL_ROUND: Duration = Duration::from_millis(10);
 
@@ -47,6 +50,15 @@ pub(super) struct Reaped {
     pub first_ended: bool,
     /// Whether there are no children at all.
     pub none_left: bool,
+    /// Whether more children may have ended already.
+    has_more: bool,
+}
+
+impl Reaped {
+    /// How long to wait for the next death: not at all if more children may have ended.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        self.has_more.then_some(Duration::ZERO)
+    }
 }
 
 impl ChildExits {
@@ -112,13 +124,15 @@ impl Children {
         Self { examine_failure: examine, ..self }
     }
 
-    /// Reaps all children that have ended.
+    /// Reaps children that have ended: all of them, up to the first process, or [`REAPED_AT_ONCE`].
     pub(super) fn reap_ended(&mut self) -> io::Result<Reaped> {
-        loop {
+        for _ in 0..REAPED_AT_ONCE {
             let first_ended = self.ended.ended_nanos != 0;
             match sys::ended_child()? {
-                sys::EndedChild::None => return Ok(Reaped { first_ended, none_left: true }),
-                sys::EndedChild::NotYet => return Ok(Reaped { first_ended, none_left: false }),
+                sys::EndedChild::None => return Ok(Reaped { first_ended, none_left: true, has_more: false }),
+                sys::EndedChild::NotYet => {
+                    return Ok(Reaped { first_ended, none_left: false, has_more: false });
+                }
                 sys::EndedChild::Pid { pid, has_failed } => {
                     if pid == self.first {
                         self.ended.ended_nanos = Moment::now().0;
@@ -135,10 +149,12 @@ impl Children {
                             if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 0 };
                         self.ended.signal =
                             if libc::WIFSIGNALED(status) { libc::WTERMSIG(status) } else { 0 };
+                        break;
                     }
                 }
             }
         }
+        Ok(Reaped { first_ended: self.ended.ended_nanos != 0, none_left: false, has_more: true })
     }
 
     /// Kills processes until no child is left. `kill_others` must send SIGKILL to all remaining processes of the
@@ -158,7 +174,7 @@ impl Children {
                 sys::kill_group(self.first);
             }
             kill_others();
-            child_exits.wait(&mut Vec::new(), Some(KILL_ROUND))?;
+            child_exits.wait(&mut Vec::new(), reaped.pause().or(Some(KILL_ROUND)))?;
         }
     }
 

@@ -98,9 +98,13 @@ fn run_one(
     let stdin = stdin.map(|stdin| stdin.as_fd());
     let children = Children::start(run, root, stdin, outputs, &mut Stack::new()).map_err(failed)?;
     let mut children = children.examining_failure(exhausted::examine);
-    while !children.reap_ended().map_err(failed)?.first_ended {
+    loop {
+        let reaped = children.reap_ended().map_err(failed)?;
+        if reaped.first_ended {
+            break;
+        }
         let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
-        child_exits.wait(&mut fds, None).map_err(failed)?;
+        child_exits.wait(&mut fds, reaped.pause()).map_err(failed)?;
         if !fds[0].revents().is_empty() {
             return Ok(None);
         }

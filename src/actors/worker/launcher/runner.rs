@@ -37,7 +37,7 @@ use std::{
         unix::{ffi::OsStrExt as _, net::UnixStream},
     },
     path::PathBuf,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Serves the worker at the other end of standard input until the socket closes. Returns the exit code of this process.
@@ -174,8 +174,12 @@ impl Runner {
         let mut children = Children::start(run, &root, stdin, (stdout, stderr), &mut self.stack)?;
         drop(pipes);
         let (mut server_is_there, mut kept) = (true, Ok(()));
-        while kept.is_ok() && !children.reap_ended()?.first_ended {
-            let ready = self.wait(&capture)?;
+        while kept.is_ok() {
+            let reaped = children.reap_ended()?;
+            if reaped.first_ended {
+                break;
+            }
+            let ready = self.wait(&capture, reaped.pause())?;
             if ready.order {
                 // The only possible order is a kill. The end of the stream means that the server is gone.
                 server_is_there = protocol::read::<ToRunner>(&self.socket).is_ok_and(|order| order.is_some());
@@ -192,11 +196,11 @@ impl Runner {
     }
 
     /// Waits for the death of a child, for the server, or for output that should be moved.
-    fn wait(&self, capture: &Capture) -> io::Result<ReadyEvents> {
+    fn wait(&self, capture: &Capture, limit: Option<Duration>) -> io::Result<ReadyEvents> {
         let mut fds = vec![PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         let pause = capture.watch(Instant::now(), &mut fds);
         let outputs = fds.len();
-        self.child_exits.wait(&mut fds, pause)?;
+        self.child_exits.wait(&mut fds, limit.or(pause))?;
         let is_ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
         Ok(ReadyEvents {
             order: fds.first().is_some_and(is_ready),

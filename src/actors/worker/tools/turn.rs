@@ -174,7 +174,11 @@ impl<'a> ToolTurn<'a> {
         checkpoint: &Checkpoint<'_>,
     ) -> std::result::Result<(), NotServed> {
         let root = self.tool.workspace.root().map_err(NotServed::of)?;
-        copy_outputs(root, to, &action.command.outputs, checkpoint).map_err(NotServed::of)?;
+        copy_outputs(root, to, &action.command.outputs, checkpoint).map_err(|error| match error {
+            // The tool made the outputs, and may have made too many.
+            Error::Unavailable(too_slow) => NotServed::ToolFailed(too_slow),
+            error => NotServed::of(error),
+        })?;
         self.reservation.keep(self.tool);
         Ok(())
     }

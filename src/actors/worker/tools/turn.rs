@@ -206,6 +206,9 @@ impl ToolJob<'_> {
         if *self.kind != usual {
             return Err("it has its own root file system, image or network");
         }
+        if usual.has_input_root_as_root() {
+            return Err("the input root is its root file system");
+        }
         if self.limits.disk > 0 || self.limits.files > 0 {
             return Err("the bytes and files that it writes are limited (disk, files)");
         }

@@ -72,7 +72,7 @@ pub(super) fn mount(
             ("userxattr", ""),
             ("volatile", ""),
         ];
-        mounts::new("overlay", &options, MountAttrFlags::empty())
+        mounts::new("overlay", &options, MountAttrFlags::MOUNT_ATTR_NODEV)
     };
     let mounted = match (ids, own.parent()) {
         (Some((ids, owner)), Some(beside)) => {

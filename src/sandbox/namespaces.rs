@@ -65,10 +65,15 @@ pub(crate) fn mapping(map: Map) -> Result<OwnedFd, SetupFailure> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         rustix::fs::open(path, flags, Mode::empty()).step("open the user namespace for mounts")
     });
-    let _ = rustix::process::kill_process(child, Signal::KILL);
-    let _ = rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty());
+    end(child);
     drop(theirs);
     made
+}
+
+/// Kills and reaps a child that [`start`] has started.
+pub(crate) fn end(child: Pid) {
+    let _ = rustix::process::kill_process(child, Signal::KILL);
+    let _ = rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty());
 }
 
 /// Switches to the user and group that this namespace maps; capabilities are kept. `groups` also drops the

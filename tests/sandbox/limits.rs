@@ -110,6 +110,19 @@ async fn an_action_may_start_as_many_processes_as_it_has_asked_for() {
     .await;
 }
 
+/// The processes of the sandbox itself do not count.
+#[tokio::test]
+async fn an_action_with_room_for_a_single_process_runs() {
+    with_each(&[("EXECUTION__LIMITS__MAX_PROCESSES", "100")], async |host| {
+        for (asked, script) in [("1", "exit 3"), ("2", "/bin/sh -c 'exit 3'; exit $?")] {
+            let (_, response) = run(host, script, &[("pids", asked)]).await;
+            let result = response.result.as_ref().unwrap_or_else(|| panic!("{asked}: {response:?}"));
+            assert_eq!(result.exit_code, 3, "{asked}: {response:?}");
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_disk_bomb_and_an_inode_bomb_are_ended_and_the_message_names_limit_and_setting() {
     let limits = [

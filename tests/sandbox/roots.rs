@@ -196,6 +196,43 @@ async fn the_input_root_can_be_the_root_file_system() {
     .await;
 }
 
+/// The mount points in such an input root are made for each action, so no persistent worker can serve the action.
+#[tokio::test]
+async fn an_action_whose_input_root_is_the_root_file_system_does_not_try_a_persistent_worker() {
+    let image = root_file_system();
+    let settings = [
+        ("EXECUTION__SANDBOX__ROOTFS", "inputs"),
+        ("EXECUTION__PERSISTENT_WORKERS__ENABLED", "true"),
+        ("EXECUTION__PERSISTENT_WORKERS__REQUEST_TIMEOUT", "1s"),
+    ];
+    with_each(&settings, async |host| {
+        let root = upload(host, image.path()).await;
+        let mut root: reapi::Directory =
+            prost::Message::decode(&*host.client.read(root).await.unwrap()).unwrap();
+        let mark = reapi::NodeProperty { name: "bazel_tool_input".into(), value: String::new() };
+        let tool = reapi::FileNode {
+            node_properties: Some(reapi::NodeProperties { properties: vec![mark], ..Default::default() }),
+            ..file("tool.sh", host.client.upload("echo alone").await)
+        };
+        root.files.extend([file("args", host.client.upload("x").await), tool]);
+        let root = host.client.upload(prost::Message::encode_to_vec(&root)).await;
+        let arguments = ["/bin/sh", "/tool.sh", "@args"].map(str::to_owned).to_vec();
+        let command = reapi::Command { arguments, ..sh("") };
+        let property = Property { name: "persistentWorkerKey".into(), value: "k".into() };
+        let action = host
+            .client
+            .action_with(command, root, |action| {
+                action.platform = Some(Platform { properties: vec![property] });
+            })
+            .await;
+        let response = host.client.run(action).await;
+        let result = response.result.unwrap_or_else(|| panic!("{:?}", response.status));
+        assert_eq!(host.client.stdout(&result).await, "alone\n");
+        assert_eq!(response.message, "", "no persistent worker failed");
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn an_input_root_that_hides_its_mount_points_is_refused() {
     with_each(&[], async |host| {

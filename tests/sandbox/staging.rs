@@ -67,6 +67,27 @@ async fn an_input_root_is_staged_once_and_used_by_all_actions() {
 }
 
 #[tokio::test]
+async fn no_mount_of_an_action_has_devices_or_set_user_ids() {
+    with_each(&[], async |host| {
+        let (root, _) = root_of(&host.client, 50, "text").await;
+        let mounts = says(&host.client, "cat /proc/self/mounts", root).await;
+        assert!(
+            mounts.lines().any(|line| line.contains(" /build overlay ")),
+            "the inputs are staged: {mounts}"
+        );
+        for mount in mounts.lines() {
+            let [_, path, _, options, ..] = *mount.split(' ').collect::<Vec<_>>() else { panic!("{mount}") };
+            let has = |wanted| options.split(',').any(|option| option == wanted);
+            assert!(has("nosuid"), "{mount}");
+            // Files of /proc are hidden by /dev/null.
+            let may_be_device = ["/dev/", "/proc/"].iter().any(|top| path.starts_with(top));
+            assert!(has("nodev") || may_be_device, "{mount}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_killed_server_leaves_no_mount_and_its_trees_are_removed_by_the_next() {
     with_each(&[], async |host| {
         let before = overlays();

@@ -46,6 +46,9 @@ use std::{
 
 pub(crate) const SHA256: DigestFunction = DigestFunction::Sha256;
 
+/// The time limit for transfers of most tests.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// An actor that records stages.
 struct Listener(Arc<Mutex<Vec<RunStage>>>);
 
@@ -125,15 +128,21 @@ pub(crate) fn with_each_staging(body: impl AsyncFn(&Bench)) {
 /// Runs a test with one worker that keeps tools, first without a sandbox and then in one, if this machine supports
 /// that.
 pub(crate) fn with_tools(limits: ToolLimits, body: impl AsyncFn(&Bench)) {
+    with_tools_within(TRANSFER_TIMEOUT, limits, body);
+}
+
+/// [`with_tools`] with this time limit for transfers.
+pub(crate) fn with_tools_within(transfer_timeout: Duration, limits: ToolLimits, body: impl AsyncFn(&Bench)) {
     let sandbox = |runner: &[OsString], build_root: &BuildRoot| Some(PoolSandbox::usual(runner, build_root));
-    with_bench(1 << 30, StagingLimits::default(), Some(limits), |_, _| None, &body);
-    with_bench(1 << 30, StagingLimits::default(), Some(limits), sandbox, &body);
+    let tools = Some((limits, transfer_timeout));
+    with_bench(1 << 30, StagingLimits::default(), tools, |_, _| None, &body);
+    with_bench(1 << 30, StagingLimits::default(), tools, sandbox, &body);
 }
 
 fn with_bench<T>(
     max_output_file_bytes: u64,
     limits: StagingLimits,
-    tools: Option<ToolLimits>,
+    tools: Option<(ToolLimits, Duration)>,
     sandbox: impl FnOnce(&[OsString], &BuildRoot) -> Option<PoolSandbox>,
     body: impl AsyncFnOnce(&Bench) -> T,
 ) -> T {
@@ -149,13 +158,13 @@ fn with_bench<T>(
             pool: "test".into(),
             name: "testhost".into(),
             build_root,
-            transfer_timeout: Duration::from_secs(60),
+            transfer_timeout: tools.map_or(TRANSFER_TIMEOUT, |(_, transfer_timeout)| transfer_timeout),
             max_output_file_bytes,
             runner,
             images: None,
             sandbox,
             limits: PoolLimits::default(),
-            tools: tools.map(|limits| Arc::new(Tools::new("test", limits))),
+            tools: tools.map(|(limits, _)| Arc::new(Tools::new("test", limits))),
             log_streams: log_streams(),
             metrics: Default::default(),
         });

@@ -3,7 +3,9 @@
 //! The tool of these tests is a Python program that speaks both encodings and executes the arguments of a request as
 //! instructions. Without Python the tests are skipped with a message.
 
-use super::support::{Bench, Job, Node, argv, eventually, file, is_alive, link, sh, tool, with_tools};
+use super::support::{
+    Bench, Job, Node, argv, eventually, file, is_alive, link, sh, tool, with_tools, with_tools_within,
+};
 use gorego::actors::worker::tools::ToolLimits;
 use gorego_reapi::error::Error;
 use std::{path::Path, time::Duration};
@@ -279,6 +281,21 @@ fn an_action_whose_tool_fails_runs_without_it() {
             "{}",
             report.account.message
         );
+    });
+}
+
+/// The tool gets half of the time for fetching the inputs, so that there is time to fetch them again.
+#[test]
+fn an_action_whose_tool_hangs_has_time_left_to_run_without_it() {
+    if !Path::new(PYTHON).exists() {
+        eprintln!("not tested: {PYTHON} does not exist");
+        return;
+    }
+    with_tools_within(Duration::from_secs(4), LIMITS, async |bench| {
+        let report = bench.report(&ask(bench, &["sleep 60", "print done"])).await;
+        let report = report.unwrap_or_else(|failure| panic!("{}", failure.error));
+        assert!(report.account.message.contains("did not answer"), "{}", report.account.message);
+        assert_eq!(bench.text(&report.result.stderr_digest), "cold done");
     });
 }
 

@@ -31,6 +31,17 @@ impl<'a> Checkpoint<'a> {
         half.is_some_and(|half| Instant::now() >= half)
     }
 
+    /// Half of the time that is left for the step. `None`: the time is not limited.
+    pub(super) fn half_of_rest(&self) -> Option<Duration> {
+        self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()) / 2)
+    }
+
+    /// A checkpoint for a part of this step, which may take half of the time that is left. If it takes too long, the
+    /// other half is left for something else.
+    pub(super) fn part(&self, step: &'static str) -> Self {
+        Self::new(self.cancel, step, self.half_of_rest().unwrap_or(Duration::MAX))
+    }
+
     /// Checks that the step may continue.
     ///
     /// # Errors

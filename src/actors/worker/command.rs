@@ -136,6 +136,7 @@ pub(crate) fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i3
         }
         Errno::ACCESS => "it is not executable, or is a directory".to_owned(),
         Errno::NOEXEC => "it is not a program for this machine and has no #! line".to_owned(),
+        Errno::IO => "the file is truncated, or the disk failed".to_owned(),
         Errno::TOOBIG => "arguments and environment are too long".to_owned(),
         _ => "see execve(2)".to_owned(),
     };

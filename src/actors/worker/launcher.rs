@@ -358,6 +358,10 @@ fn ran(ended: Ended, stopped: Option<Ending>) -> Result<Ran> {
         (None, Some(IncompleteLog { is_stderr, errno }), ..) => Ending::LogLost(kind(is_stderr), errno),
         (None, None, 0, 0) => Ending::Exited(ended.exit_code),
         (None, None, 0, signal) => Ending::Signalled(signal),
+        (None, None, errno, _) if is_shortage(errno) => {
+            let error = std::io::Error::from_raw_os_error(errno);
+            return Err(Error::Internal(format!("the command could not be started: {error}")));
+        }
         (None, None, errno, _) => Ending::NotStarted(errno),
     };
     Ok(Ran {
@@ -367,6 +371,13 @@ fn ran(ended: Ended, stopped: Option<Ending>) -> Result<Ran> {
         ended: Moment(ended.ended_nanos),
         reached: Vec::new(),
     })
+}
+
+/// Whether a program could not be executed because the server lacked something (EXE-62). A busy program is among these,
+/// because no process of the command could have opened it. `EIO` is not, because it is also the error of a truncated
+/// program.
+fn is_shortage(errno: i32) -> bool {
+    matches!(errno, libc::ENOMEM | libc::EAGAIN | libc::ENFILE | libc::ETXTBSY)
 }
 
 /// Whether this errno means that a disk is full.
@@ -469,3 +480,6 @@ impl Run {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

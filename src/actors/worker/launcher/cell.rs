@@ -262,7 +262,10 @@ impl Cell {
         };
         let init =
             namespaces::start(world.gateway_user(kind), move || init::init_main(&theirs, world, setup))?;
-        let pidfd = pidfd_open(init, PidfdFlags::empty()).step("watch the sandbox")?;
+        // Nothing else would reap the first process if it cannot be watched.
+        let pidfd = pidfd_open(init, PidfdFlags::empty())
+            .inspect_err(|_| namespaces::end(init))
+            .step("watch the sandbox")?;
         let mut cell = Self { kind: kind.clone(), view, init, pidfd, socket: ours, gateway: None };
         if let Some((plan, (host, outer))) = plan.zip(network) {
             cell.gateway = Some(Gateway::start(&plan, init, &outer, host)?);

@@ -16,8 +16,8 @@ const MOST_PROCESSES: usize = 20_000;
 /// Processes are used up if at most one part in this many is free: a process that could not start another has often
 /// ended before they are counted.
 const FEW: u64 = 16;
-/// The first process of the cell and the one that has failed. These alone do not show that a limit was reached.
-const ALWAYS: u64 = 2;
+/// The process that has failed. It alone does not show that a limit was reached.
+const ALWAYS: u64 = 1;
 
 /// Notes what is used up in the cell of this process, in which a command has just failed.
 pub(super) fn examine(ended: &mut Ended) {
@@ -43,7 +43,7 @@ pub(super) fn threads(status: &str) -> Option<u64> {
     status.lines().find_map(|line| line.strip_prefix("Threads:"))?.trim().parse().ok()
 }
 
-/// Whether so many processes and threads are all or nearly all that are allowed.
+/// Whether so many processes and threads of a command are all or nearly all that are allowed.
 pub(super) fn are_used_up(processes: u64, limit: u64) -> bool {
     limit > 0 && processes > ALWAYS && processes.saturating_add(limit / FEW) >= limit
 }
@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn processes_are_used_up_if_few_more_may_start() {
-        for (least, limit) in [(3, 1), (3, 3), (4, 4), (15, 16), (38, 40), (3_840, 4_096)] {
+        for (least, limit) in [(2, 1), (2, 2), (3, 3), (15, 16), (38, 40), (3_840, 4_096)] {
             assert!(are_used_up(least, limit) && are_used_up(limit.max(least), limit), "{least} of {limit}");
             assert!(!are_used_up(least - 1, limit), "fewer than {least} of {limit}");
         }

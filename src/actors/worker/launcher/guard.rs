@@ -162,13 +162,14 @@ impl<'a> Guard<'a> {
         written.exceeded(self.limits).map(Violation::Exceeded)
     }
 
-    /// The limit on processes, if the command has reached it. It had `left` processes and threads when it failed.
+    /// The limit on processes, if the command has reached it. Its cell had `left` processes and threads when it failed.
     pub(super) fn used_up_processes(&self, left: u64) -> Option<Exceeded> {
         let limit = self.limits.processes;
         let (used, is_reached) = match self.group.filter(|group| group.counts_processes()) {
             Some(group) => (limit, group.refused_processes()),
             None => {
-                let used = self.processes.max(left);
+                // The first process of the cell does not count.
+                let used = self.processes.max(left).saturating_sub(1);
                 (used.min(limit), exhausted::are_used_up(used, limit))
             }
         };

@@ -15,6 +15,13 @@ use std::{
 /// Size of the child's stack until exec. One or two pages of it are used.
 const STACK_BYTES: usize = 64 * 1024;
 
+/// How often a program is tried that another process has open for writing (ETXTBSY). That is a process of this server
+/// that is about to execute a program itself: until then it has copies of all descriptors, such as those of input files
+/// that are being written.
+const BUSY_TRIES: u32 = 100;
+/// How long to wait before a busy program is tried again.
+const BUSY_PAUSE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+
 /// Everything that is needed to start a process.
 pub(super) struct Plan {
     /// Files to try, in order.
@@ -155,10 +162,15 @@ unsafe fn prepare_and_exec(args: &ChildArgs) -> c_int {
             return *libc::__errno_location();
         }
         // As in execvp(3): a file that may not be executed is skipped, but its error is remembered.
-        let (mut program, mut error) = (args.programs, libc::ENOENT);
+        let (mut program, mut error, mut tries) = (args.programs, libc::ENOENT, 1);
         while !(*program).is_null() {
             libc::execve(*program, args.arguments, args.environment);
             match *libc::__errno_location() {
+                libc::ETXTBSY if tries < BUSY_TRIES => {
+                    tries += 1;
+                    libc::nanosleep(&BUSY_PAUSE, ptr::null_mut());
+                    continue;
+                }
                 libc::ENOENT | libc::ENOTDIR => {}
                 libc::EACCES => error = libc::EACCES,
                 other => return other,
@@ -166,5 +178,82 @@ unsafe fn prepare_and_exec(args: &ChildArgs) -> c_int {
             program = program.add(1);
         }
         error
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        fs,
+        os::{fd::AsRawFd as _, unix::ffi::OsStrExt as _, unix::fs::PermissionsExt as _},
+        path::Path,
+        process::Command,
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+    };
+
+    /// Starts a program without arguments. Returns the errno if it could not be executed.
+    fn start(program: &Path) -> i32 {
+        let (null, here) = (fs::File::open("/dev/null").unwrap(), fs::File::open("/").unwrap());
+        let program = CString::new(program.as_os_str().as_bytes()).unwrap();
+        let plan = Plan {
+            programs: vec![program.clone()],
+            arguments: vec![program],
+            environment: Vec::new(),
+            working_directory: here.as_raw_fd(),
+            stdin: None,
+            stdout: null.as_raw_fd(),
+            stderr: null.as_raw_fd(),
+            max_file_bytes: 1024,
+            has_terminal: false,
+        };
+        let spawned = spawn(&plan, &mut Stack::new()).unwrap();
+        super::super::sys::reap(spawned.pid).unwrap();
+        spawned.not_started
+    }
+
+    /// Whether this thread has a child that sleeps.
+    fn has_sleeping_child(thread: libc::pid_t) -> bool {
+        let children = fs::read_to_string(format!("/proc/self/task/{thread}/children")).unwrap();
+        children.split_whitespace().any(|child| {
+            let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('S'))
+        })
+    }
+
+    #[test]
+    fn a_program_that_is_still_being_written_starts_once_it_is_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("program");
+        fs::copy("/bin/true", &program).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let writer = fs::OpenOptions::new().append(true).open(&program).unwrap();
+        // Another process has to be the writer, because a child starts with all descriptors of this one.
+        let mut writer = Command::new("/bin/sleep").arg("60").stderr(writer).spawn().unwrap();
+        // SAFETY: the call has no arguments and cannot fail.
+        let (starter, is_over) = (unsafe { libc::gettid() }, AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // The child sleeps only between two tries.
+                while !is_over.load(Ordering::Relaxed) && !has_sleeping_child(starter) {
+                    thread::yield_now();
+                }
+                writer.kill().unwrap();
+                writer.wait().unwrap();
+            });
+            assert_eq!(start(&program), 0);
+            is_over.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn a_program_that_stays_busy_is_given_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("program");
+        fs::copy("/bin/true", &program).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let _writer = fs::OpenOptions::new().append(true).open(&program).unwrap();
+        assert_eq!(start(&program), libc::ETXTBSY);
     }
 }

@@ -79,9 +79,10 @@ impl ActionRun<'_> {
         self.note(Point::FetchEnd);
         self.enter(RunStage::Running, Point::RunStart, None);
         let watch = settings.build_root.disk().begin(control.cancel.clone());
-        // The bound ensures that this and an ordinary run that may follow together take no longer than the
-        // scheduler waits.
-        let timeout = action.timeout.min(settings.transfer_timeout);
+        // The time of the tool counts as time for fetching the inputs, so that this and an ordinary run that may follow
+        // together take no longer than the scheduler waits. The other half is left for the ordinary run.
+        let half = fetching.half_of_rest();
+        let timeout = half.map_or(action.timeout, |half| half.min(action.timeout));
         let heard = turn.run(timeout, &control.cancel);
         if let Some(space) = watch.end() {
             settings.metrics.failed(SandboxFailure::DiskFull);
@@ -89,7 +90,7 @@ impl ActionRun<'_> {
         }
         let (ran, output) = heard?;
         let root = workspace.root().map_err(NotServed::Failed)?;
-        turn.end(action, root, fetching)?;
+        turn.end(action, root, &fetching.part("copying the outputs of the tool"))?;
         print(workspace, &output).map_err(NotServed::Failed)?;
         self.timeline.note(Point::RunStart, ran.started);
         self.timeline.note(Point::RunEnd, ran.ended);

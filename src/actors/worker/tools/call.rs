@@ -11,7 +11,7 @@ use crate::{
     platform::{WORKER_KEY, WORKER_PROTOCOL},
 };
 use gorego_reapi::{
-    digest::{Digest, DigestFunction},
+    digest::{Digest, DigestFunction, Hasher},
     path::RootPath,
     tree::{self, Directory, InputTree},
 };
@@ -45,7 +45,7 @@ pub(super) struct ToolCall {
 impl ToolCall {
     /// The call of an action; `None` if the action does not ask for a tool. `root` identifies the root file system's
     /// directory, if there is one, because a tool that was started in another directory at the same path uses other
-    /// files.
+    /// files. All paths of the inputs of a call together have at most [`MAX_REQUEST_BYTES`].
     ///
     /// # Errors
     /// The reason why the action can only run in a process of its own.
@@ -78,8 +78,11 @@ impl ToolCall {
         if flagfiles.is_empty() || command.arguments.first().is_none_or(|program| is_flagfile(program)) {
             return Err("no argument names a file with arguments (@file)");
         }
-        let mut identity = Identity::default();
-        if !identity.tool_inputs(tree) {
+        let mut identity = Identity::new();
+        let has_tool_inputs = identity
+            .tool_inputs(tree)
+            .map_err(|TooLarge| "the paths of its inputs are longer than a request may be")?;
+        if !has_tool_inputs {
             return Err("no input is marked as an input of the tool (bazel_tool_input)");
         }
         identity.number(action.instance.id().0.into());
@@ -111,6 +114,7 @@ impl ToolCall {
         }
         let mut request = WorkRequest { arguments: expansion.arguments, inputs: Vec::new(), request_id: 0 };
         let mut bytes = 0;
+        let too_large = || format!("the request would have more than {MAX_REQUEST_BYTES} bytes");
         for_each_file(tree, &mut |path, file| {
             let input = WorkInput {
                 path: relative_to(path, working_directory),
@@ -118,12 +122,9 @@ impl ToolCall {
             };
             bytes += input.path.len() + input.digest.len();
             request.inputs.push(input);
-            bytes <= MAX_REQUEST_BYTES
-        });
-        let too_large = || format!("the request would have more than {MAX_REQUEST_BYTES} bytes");
-        if bytes > MAX_REQUEST_BYTES {
-            return Err(too_large());
-        }
+            if bytes > MAX_REQUEST_BYTES { Err(TooLarge) } else { Ok(()) }
+        })
+        .map_err(|TooLarge| too_large())?;
         request.encode_as(self.encoding).ok_or_else(too_large)
     }
 }
@@ -207,19 +208,23 @@ impl Expansion<'_> {
     }
 }
 
-/// Collects everything that distinguishes one tool from another. Each part is preceded by its length, so different
-/// lists have different bytes.
-#[derive(Default)]
-struct Identity(Vec<u8>);
+/// Hashes everything that distinguishes one tool from another. Each part is preceded by its length, so different lists
+/// have different bytes.
+struct Identity(Hasher);
 
 impl Identity {
+    fn new() -> Self {
+        // Only the hashes of git blobs depend on the size.
+        Self(DigestFunction::Sha256.hasher(0))
+    }
+
     fn number(&mut self, number: u64) {
-        self.0.extend_from_slice(&number.to_le_bytes());
+        self.0.update(&number.to_le_bytes());
     }
 
     fn text(&mut self, text: &str) {
         self.number(text.len() as u64);
-        self.0.extend_from_slice(text.as_bytes());
+        self.0.update(text.as_bytes());
     }
 
     fn texts<'a>(&mut self, texts: impl Iterator<Item = &'a String>) {
@@ -229,40 +234,54 @@ impl Identity {
     }
 
     /// Adds the files of the tool. Returns false if there are none.
-    fn tool_inputs(&mut self, tree: &InputTree) -> bool {
+    fn tool_inputs(&mut self, tree: &InputTree) -> Result<bool, TooLarge> {
         let mut count = 0;
         for_each_file(tree, &mut |path, file| {
             if is_tool_input(file) {
                 count += 1;
                 self.text(path);
-                self.0.extend_from_slice(file.digest.hash());
+                self.0.update(file.digest.hash());
                 self.number(u64::from(file.executable));
                 self.number(file.properties.unix_mode.map_or(u64::MAX, u64::from));
             }
-            true
-        });
+            Ok(())
+        })?;
         self.number(count);
-        count > 0
+        Ok(count > 0)
     }
 
     fn key(self) -> ToolKey {
-        ToolKey(DigestFunction::Sha256.digest(&self.0))
+        ToolKey(self.0.finish())
     }
 }
 
-/// Visits the files of a tree with their paths, directory by directory, until `visit` returns false.
-fn for_each_file(tree: &InputTree, visit: &mut dyn FnMut(&str, &tree::File) -> bool) {
+/// The paths or the request have more than [`MAX_REQUEST_BYTES`].
+struct TooLarge;
+
+/// Visits the files of a tree with their paths, directory by directory.
+///
+/// # Errors
+/// An error of `visit`; [`TooLarge`] if the paths of all files and directories together are too long. A tree within its
+/// own limits can have paths of many gigabytes, because each path repeats the names of all directories above it.
+fn for_each_file(
+    tree: &InputTree,
+    visit: &mut dyn FnMut(&str, &tree::File) -> Result<(), TooLarge>,
+) -> Result<(), TooLarge> {
+    let mut left = MAX_REQUEST_BYTES;
     let mut open: Vec<(String, &Directory)> = vec![(String::new(), tree.root())];
     while let Some((above, directory)) = open.pop() {
-        let path = |name: &str| if above.is_empty() { name.to_owned() } else { format!("{above}/{name}") };
+        let mut path = |name: &str| {
+            left = left.checked_sub(above.len() + 1 + name.len()).ok_or(TooLarge)?;
+            Ok(if above.is_empty() { name.to_owned() } else { format!("{above}/{name}") })
+        };
         for file in &directory.files {
-            if !visit(&path(&file.name), file) {
-                return;
-            }
+            visit(&path(&file.name)?, file)?;
         }
-        let below = directory.directories.iter().rev();
-        open.extend(below.map(|child| (path(&child.name), tree.directory(&child.digest))));
+        for child in directory.directories.iter().rev() {
+            open.push((path(&child.name)?, tree.directory(&child.digest)));
+        }
     }
+    Ok(())
 }
 
 /// Converts a path in the input root to a path relative to the working directory.

@@ -36,7 +36,7 @@ use std::{
     os::unix::ffi::OsStrExt as _,
 };
 
-/// The input files that were written into an exec root, by path.
+/// The input files that were written into an exec root, by path. The [call](super::call) limits the size of the paths.
 #[derive(Debug, Default)]
 pub(super) struct PlacedInputs(HashMap<String, PlacedFile>);
 

@@ -35,9 +35,13 @@ use std::{
     fs::File,
     io::{self, Read as _},
     ops::ControlFlow,
+    os::unix::fs::FileExt as _,
     path::Path,
     time::{Duration, Instant},
 };
+
+/// How much of the end of a tool's standard error is searched for its last line.
+const MAX_LINE_BYTES: u64 = 4096;
 
 /// An action that a tool is about to serve. The inputs are in place.
 pub(crate) struct ToolTurn<'a> {
@@ -174,15 +178,19 @@ impl<'a> ToolTurn<'a> {
         checkpoint: &Checkpoint<'_>,
     ) -> std::result::Result<(), NotServed> {
         let root = self.tool.workspace.root().map_err(NotServed::of)?;
-        copy_outputs(root, to, &action.command.outputs, checkpoint).map_err(NotServed::of)?;
+        copy_outputs(root, to, &action.command.outputs, checkpoint).map_err(|error| match error {
+            // The tool made the outputs, and may have made too many.
+            Error::Unavailable(too_slow) => NotServed::ToolFailed(too_slow),
+            error => NotServed::of(error),
+        })?;
         self.reservation.keep(self.tool);
         Ok(())
     }
 
     /// Adds the last line that the tool printed to its standard error to a reason.
     fn with_last_line(&self, reason: String) -> String {
-        let log = read_regular(&self.tool.workspace.path().join("stderr"));
-        match log.ok().as_deref().map(last_line).filter(|line| !line.is_empty()) {
+        let end = end_of_log(&self.tool.workspace.path().join("stderr"));
+        match end.ok().as_deref().map(last_line).filter(|line| !line.is_empty()) {
             Some(line) => format!("{reason}; the last line of its standard error is \"{line}\""),
             None => reason,
         }
@@ -201,6 +209,9 @@ impl ToolJob<'_> {
         let usual = settings.sandbox.as_ref().map_or_else(CellKind::default, PoolSandbox::usual_kind);
         if *self.kind != usual {
             return Err("it has its own root file system, image or network");
+        }
+        if usual.has_input_root_as_root() {
+            return Err("the input root is its root file system");
         }
         if self.limits.disk > 0 || self.limits.files > 0 {
             return Err("the bytes and files that it writes are limited (disk, files)");
@@ -274,11 +285,6 @@ fn read_input(root: &File, path: &RootPath) -> io::Result<String> {
     read_text(dir::open_file(&parent, name.as_ref())?)
 }
 
-fn read_regular(path: &Path) -> io::Result<String> {
-    let flags = rfs::OFlags::RDONLY | rfs::OFlags::NOFOLLOW | rfs::OFlags::NONBLOCK | rfs::OFlags::CLOEXEC;
-    read_text(rfs::open(path, flags, rfs::Mode::empty())?.into())
-}
-
 fn read_text(file: File) -> io::Result<String> {
     if !file.metadata()?.is_file() {
         return Err(io::ErrorKind::InvalidData.into());
@@ -288,7 +294,44 @@ fn read_text(file: File) -> io::Result<String> {
     String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-fn last_line(text: &str) -> String {
-    let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    super::codec::shown(line.as_bytes())
+/// The last [`MAX_LINE_BYTES`] of a log.
+fn end_of_log(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = rfs::OFlags::RDONLY | rfs::OFlags::NOFOLLOW | rfs::OFlags::NONBLOCK | rfs::OFlags::CLOEXEC;
+    let log = File::from(rfs::open(path, flags, rfs::Mode::empty())?);
+    let metadata = log.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let start = metadata.len().saturating_sub(MAX_LINE_BYTES);
+    let mut end = vec![0; (metadata.len() - start) as usize];
+    log.read_exact_at(&mut end, start)?;
+    Ok(end)
+}
+
+/// The last line of a text that is not blank. The text need not be UTF-8.
+fn last_line(text: &[u8]) -> String {
+    let line = text.split(|&byte| byte == b'\n').rev().find(|line| !line.trim_ascii().is_empty());
+    super::codec::shown(line.unwrap_or_default().trim_ascii_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_of_a_log_is_found_at_its_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("stderr");
+        let last_line_of = |text: &[u8]| {
+            std::fs::write(&log, text).unwrap();
+            last_line(&end_of_log(&log).unwrap())
+        };
+        assert_eq!(last_line_of(b""), "");
+        assert_eq!(last_line_of(b"first\nlast\r\n \n\n"), "last");
+        assert_eq!(last_line_of(b"\xff\xfe\nlast \xff words"), "last \u{fffd} words");
+        assert_eq!(last_line_of(&[&b"\xff\n".repeat(100_000)[..], b"last"].concat()), "last");
+        assert!(end_of_log(directory.path()).is_err(), "a directory is no log");
+        std::fs::write(&log, vec![b'x'; 10 * MAX_LINE_BYTES as usize]).unwrap();
+        assert_eq!(end_of_log(&log).unwrap().len() as u64, MAX_LINE_BYTES);
+    }
 }

@@ -243,3 +243,46 @@ fn files_of_arguments_that_are_missing_or_never_end_are_refused() {
     case.files.push(("empty", "", false));
     assert!(case.request().unwrap_err().contains("bytes"));
 }
+
+/// Each directory repeats the path of all directories above it, so a small tree can have paths of many gigabytes.
+#[test]
+fn an_action_whose_inputs_have_too_long_paths_runs_by_itself() {
+    const NAME: usize = 250;
+    const DEPTH: usize = 500;
+    const _: () = assert!(DEPTH * DEPTH / 2 * (NAME + 1) < MAX_REQUEST_BYTES / 2, "the chain itself fits");
+    let call = |directories: usize, files: usize| {
+        let mut all = HashMap::new();
+        let mut add = |directory: &reapi::Directory| {
+            let bytes = prost::Message::encode_to_vec(directory);
+            let digest = SHA256.digest(&bytes);
+            all.insert(digest, Arc::new(Directory::decode(&bytes, SHA256).unwrap()));
+            digest
+        };
+        let subdirectory =
+            |name, digest: Digest| reapi::DirectoryNode { name, digest: Some(digest.to_wire()) };
+        let file =
+            |name| reapi::FileNode { name, digest: Some(SHA256.digest(b"").to_wire()), ..Default::default() };
+        let empty = add(&reapi::Directory::default());
+        let mut digest = add(&reapi::Directory {
+            directories: (0..directories).map(|number| subdirectory(number.to_string(), empty)).collect(),
+            files: (0..files).map(|number| file(format!("f{number}"))).collect(),
+            ..Default::default()
+        });
+        let mark = reapi::NodeProperty { name: TOOL_INPUT.into(), value: String::new() };
+        let marked = reapi::NodeProperties { properties: vec![mark], ..Default::default() };
+        for depth in (0..DEPTH).rev() {
+            let tool = reapi::FileNode { node_properties: Some(marked.clone()), ..file("tool".into()) };
+            digest = add(&reapi::Directory {
+                directories: vec![subdirectory("d".repeat(NAME), digest)],
+                files: (depth == 0).then_some(tool).into_iter().collect(),
+                ..Default::default()
+            });
+        }
+        let tree = InputTree::new(digest, all).unwrap();
+        ToolCall::of(&case().action(), &tree, None)
+    };
+    let enough = MAX_REQUEST_BYTES / (DEPTH * NAME);
+    assert!(matches!(call(enough / 4, enough / 4), Ok(Some(_))));
+    assert!(call(enough, 0).is_err_and(|reason| reason.contains("paths")));
+    assert!(call(0, enough).is_err_and(|reason| reason.contains("paths")));
+}

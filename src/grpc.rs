@@ -110,9 +110,9 @@ pub const PENDING_RESETS_MAX: usize = crate::connections::STREAMS_MAX as usize;
 /// Flow-control window of a stream: the bytes that it may send ahead of its handler. Sufficient for a fast link with a
 /// latency of 10 ms.
 pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// Largest frame that a client may send. Each frame costs the HTTP/2 library and the limits of a connection the same, so
-/// uploads need less CPU time with frames above the 16 KiB of the protocol's default. While a frame is sent, nothing
-/// else of its connection is, so much larger ones would delay small requests on slow links.
+/// Largest frame that a client may send. Each frame passes the HTTP/2 library and the limits of its connection, so
+/// uploads need less CPU time with larger frames than the 16 KiB that HTTP/2 has by default. While a frame is sent,
+/// nothing else of its connection is, so much larger ones would delay small requests on slow links.
 pub const FRAME_MAX_BYTES: u32 = 128 * 1024;
 /// Largest header list of a request, in bytes.
 pub const HEADERS_MAX_BYTES: u32 = 64 * 1024;

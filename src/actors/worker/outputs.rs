@@ -125,8 +125,8 @@ impl OutputNode {
 /// them from being evicted.
 ///
 /// # Errors
-/// `Precondition` with the name of an output that cannot be stored; `Invalid` if the result would not fit into a message;
-/// the errors of the store; the errors of the checkpoint, which is checked before each file.
+/// `Precondition` with the name of an output that cannot be stored; `Invalid` if the result would not fit into a
+/// message; the errors of the store; the errors of the checkpoint, which is checked before each file.
 pub(super) fn collect(
     root: ExecRoot<'_>,
     action: &Action,

@@ -46,7 +46,7 @@ mod tests {
     use super::*;
     use crate::actors::worker::tree_model::{self, Shown};
 
-    /// The memory is that of the tree, however often a command names it.
+    /// So the memory is bounded by the size of the tree.
     #[test]
     fn a_directory_that_many_outputs_name_is_read_once() {
         let mut files = tree_model::Tree::new();

@@ -178,7 +178,7 @@ impl JointJob {
         let runtime = &cas.shared().runtime;
         files.sort_by_key(|file| file.lessee);
         let mut stored = Vec::with_capacity(files.len());
-        let mut commits: Vec<Option<Visible>> = Vec::new();
+        let mut batches = Vec::new();
         for group in files.chunk_by_mut(|one, other| one.lessee == other.lessee) {
             let room = room.split(group.iter().map(|file| self.charge(file)).sum());
             let lessee = group.first().and_then(|file| file.lessee);
@@ -191,9 +191,10 @@ impl JointJob {
                     new.link(result.written(*id, cas.shared()));
                 }
             }
-            stored.extend(written.into_iter().map(|written| (written, commits.len())));
-            commits.push(new.commit());
+            stored.extend(written.into_iter().map(|written| (written, batches.len())));
+            batches.push(new);
         }
+        let commits = NewFiles::commit_all(batches);
         let wait =
             |commit: Option<Visible>| commit.map_or(Ok(()), |visible| runtime.block_on(visible.wait()));
         let visible: Vec<Result<()>> = commits.into_iter().map(wait).collect();
@@ -260,6 +261,7 @@ mod tests {
     struct Store {
         cas: Cas,
         mail: crate::actors::mail::Mail,
+        volume: Memory,
         runtime: Runtime,
     }
 
@@ -268,10 +270,10 @@ mod tests {
             let runtime =
                 Builder::new_multi_thread().worker_threads(1).max_blocking_threads(1).build().unwrap();
             let settings = settings_at("nowhere".into(), max_bytes);
-            let actor =
-                CasActor::over(Box::new(Memory::default()), settings, runtime.handle().clone()).unwrap();
+            let volume = Memory::default();
+            let actor = CasActor::over(Box::new(volume.clone()), settings, runtime.handle().clone()).unwrap();
             let mail = actor.mail();
-            Self { cas: actor.launch(), mail, runtime }
+            Self { cas: actor.launch(), mail, volume, runtime }
         }
 
         /// Makes these writes of one file each, so that all of them wait for the job.
@@ -327,7 +329,7 @@ mod tests {
     }
 
     #[actix::test]
-    async fn files_that_wait_share_a_reservation_and_a_commit_for_each_build() {
+    async fn files_that_wait_share_a_reservation_a_sync_and_a_commit_for_each_build() {
         let store = Store::new(1 << 30);
         let files: Vec<_> =
             (0..100).map(|seed| (peer(seed % 2), content(seed, 1 + usize::from(seed)))).collect();
@@ -337,6 +339,7 @@ mod tests {
             assert!(store.has(content));
         }
         assert_eq!(store.mail.by_kind(), BTreeMap::from([("Commit", 2), ("ReserveRoom", 1)]));
+        assert_eq!(store.volume.syncs(), 1, "all builds wait for the disk together");
         store.end();
     }
 

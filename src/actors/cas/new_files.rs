@@ -59,6 +59,8 @@ pub(super) struct NewFiles {
     links: Vec<NewLinks>,
     /// The error of earlier files of the batch that could not be written together or made durable.
     failed: Option<Error>,
+    /// Whether the written files are as durable as the store promises.
+    is_durable: bool,
 }
 
 /// The answer to a commit.
@@ -88,6 +90,7 @@ impl NewFiles {
             waiting: (Vec::new(), 0),
             links: Vec::new(),
             failed: None,
+            is_durable: false,
         }
     }
 
@@ -196,6 +199,21 @@ impl NewFiles {
         self.tell(room, None)
     }
 
+    /// Commits several batches at once, after a single wait for the disk. Blocks.
+    pub(super) fn commit_all(batches: Vec<Self>) -> Vec<Option<Visible>> {
+        let ids: Vec<FileId> =
+            batches.iter().flat_map(|batch| &batch.written).map(|written| written.file).collect();
+        // If this fails, each batch tries for itself, so that it only fails because of its own files.
+        let is_durable = batches
+            .first()
+            .is_some_and(|batch| batch.shared.disk.note_io(batch.shared.volume.sync(&ids)).is_ok());
+        let commit = |mut batch: Self| {
+            batch.is_durable = is_durable;
+            batch.commit()
+        };
+        batches.into_iter().map(commit).collect()
+    }
+
     /// Hands over the written files and gives the remaining room back. Returns `None` if there are none.
     pub(super) fn commit(mut self) -> Option<Visible> {
         let room = self.room.split(u64::MAX);
@@ -214,7 +232,9 @@ impl NewFiles {
         let _ = self.write_waiting();
         let mut files = std::mem::take(&mut self.written);
         self.spent = 0;
-        self.make_durable(&mut files);
+        if !self.is_durable {
+            self.make_durable(&mut files);
+        }
         let mut last = None;
         while !files.is_empty() || upload.is_some() {
             let rest = files.split_off(files.len().min(FILES_PER_COMMIT));

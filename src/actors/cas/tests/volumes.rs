@@ -1,10 +1,13 @@
 //! Tests of the store over a volume in memory, which show that it relies only on the promises of the trait.
 
 use super::{
-    super::volume::{Volume as _, memory::Memory},
+    super::{
+        index::{EntryKind, Key, Victim},
+        volume::{NewFile, SyncPolicy, Volume as _, local::Local, memory::Memory, segments::Sizes},
+    },
     *,
 };
-use std::fs::{File, read, write};
+use std::fs::{File, read, remove_file, rename, write};
 
 /// A store over this volume. Nothing is stored below `root`.
 pub(super) async fn over(volume: &Memory, max_bytes: u64) -> TestStore {
@@ -19,6 +22,32 @@ pub(super) async fn leasing_over(volume: &Memory, max_bytes: u64, leases: LeaseT
     let actor = CasActor::over(Box::new(volume.clone()), settings, Handle::current()).unwrap();
     let (main, other) = (instances.get("").unwrap(), instances.get("other/one").unwrap());
     TestStore { root, cas: actor.launch(), main, other, max_bytes }
+}
+
+/// What the deletion leaves on disk takes room until a later try removes it.
+#[test]
+fn a_file_that_cannot_be_deleted_counts_until_it_is_gone() {
+    let (root, instances) = (TempDir::new().unwrap(), instances());
+    let sizes = Sizes::of(1_000 * MB);
+    let volume = Local::with_sizes(root.path(), &instances, sizes, SyncPolicy::Never).unwrap();
+    let bytes = noise(LARGE, 1);
+    let key = Key { digest: digest(&bytes), instance: InstanceId(0), kind: EntryKind::Blob };
+    let written = volume.write(&[NewFile { key, pieces: &[bytes] }]).remove(0).unwrap();
+    let before = volume.overhead();
+    // Something else is in the place of its directory for a while.
+    let shard = volume.place(&written.file).unwrap().0.parent().unwrap().to_owned();
+    let aside = shard.with_extension("aside");
+    rename(&shard, &aside).unwrap();
+    write(&shard, "").unwrap();
+    let failures = volume.delete(&[Victim { file: written.file, bytes: written.bytes }]);
+    assert_eq!(failures.len(), 1);
+    volume.delete_again();
+    assert!(volume.overhead() + (64 << 10) >= before + written.bytes, "{} {before}", volume.overhead());
+    remove_file(&shard).unwrap();
+    rename(&aside, &shard).unwrap();
+    let left = volume.overhead();
+    volume.delete_again();
+    assert_eq!((left - volume.overhead(), volume.open(&written.file).is_err()), (written.bytes, true));
 }
 
 #[actix::test]

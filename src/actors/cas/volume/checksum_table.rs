@@ -38,7 +38,10 @@ use std::{
     io,
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 use uuid::Uuid;
 
@@ -120,6 +123,8 @@ impl TableState {
 pub(super) struct ChecksumTable {
     directory: PathBuf,
     state: Mutex<TableState>,
+    /// Bytes of all table files. It is read often, and not under the lock, which is held while a file is created.
+    taken: AtomicU64,
     last_generation: u64,
 }
 
@@ -132,7 +137,8 @@ impl ChecksumTable {
     pub(super) fn open(root: &Path) -> io::Result<Self> {
         let directory = root.join("checksums");
         fs::create_dir_all(&directory)?;
-        let mut table = Self { directory, state: Mutex::default(), last_generation: 0 };
+        let mut table =
+            Self { directory, state: Mutex::default(), taken: AtomicU64::new(0), last_generation: 0 };
         let mut numbers: Vec<u32> =
             fs::read_dir(&table.directory)?.flatten().filter_map(|entry| number_of(&entry.path())).collect();
         numbers.sort_unstable();
@@ -218,7 +224,7 @@ impl ChecksumTable {
 
     /// Bytes that the table takes on disk.
     pub(super) fn disk_bytes(&self) -> u64 {
-        self.state().files.values().map(|file| file.end).sum()
+        self.taken.load(Relaxed)
     }
 
     fn state(&self) -> MutexGuard<'_, TableState> {
@@ -291,6 +297,7 @@ impl ChecksumTable {
             && table.end < MAX_FILE_BYTES
             && let Some(file) = table.file.clone()
         {
+            self.taken.fetch_add(length, Relaxed);
             return Ok((last, table.nonce, table.take(length), file));
         }
         // The lock is held while the file is created, which is short, so that no other writer creates a second one.
@@ -308,6 +315,7 @@ impl ChecksumTable {
         let mut table =
             TableFile { nonce, end: HEAD_BYTES as u64, live: 0, file: Some(file.clone()), writers: 0 };
         let at = table.take(length);
+        self.taken.fetch_add(table.end, Relaxed);
         state.files.insert(number, table);
         state.last = number;
         Ok((number, nonce, at, file))
@@ -331,8 +339,9 @@ impl ChecksumTable {
         }
         let mut state = self.state();
         if !state.places.values().any(|place| place.number == number) {
-            state.files.remove(&number);
+            let removed = state.files.remove(&number).map_or(0, |table| table.end);
             drop(state);
+            self.taken.fetch_sub(removed, Relaxed);
             let _ = fs::remove_file(self.path(number));
         }
     }
@@ -390,6 +399,7 @@ impl ChecksumTable {
         let end = end.next_multiple_of(UNIT_BYTES);
         let file = if end < MAX_FILE_BYTES { open_to_append(&path).ok().map(Arc::new) } else { None };
         state.files.insert(number, TableFile { nonce, end, live, file, writers: 0 });
+        self.taken.fetch_add(end, Relaxed);
         drop(state);
         self.last_generation = self.last_generation.max(last_generation);
     }

@@ -55,7 +55,7 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -71,6 +71,8 @@ pub(crate) struct Files {
     pub(super) table: Arc<ChecksumTable>,
     /// Directories whose own names were synced.
     synced: Mutex<HashSet<PathBuf>>,
+    /// Deleted files that could not be removed. They still take room, and come back with the next start.
+    left: Mutex<Vec<Victim>>,
     _lock: StoreLock,
 }
 
@@ -104,7 +106,13 @@ impl Files {
         let instances = names;
         let paths =
             StorePaths { base, instances, policy, has_fine_times, block, sequence, decoders, in_trash };
-        Ok(Self { paths: Arc::new(paths), table: Arc::new(table), synced: Mutex::default(), _lock: lock })
+        Ok(Self {
+            paths: Arc::new(paths),
+            table: Arc::new(table),
+            synced: Mutex::default(),
+            left: Mutex::default(),
+            _lock: lock,
+        })
     }
 
     /// The path of a stored file.
@@ -175,6 +183,10 @@ impl Files {
         Ok(WrittenFile { file: id, bytes: self.paths.taken(&metadata), stamp: self.stamp(&metadata) })
     }
 
+    fn left(&self) -> MutexGuard<'_, Vec<Victim>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Deletes a stored file. Anything that was put in its place is removed as well.
     fn delete_one(&self, file: &FileId) -> io::Result<()> {
         let path = self.paths.path(file);
@@ -212,7 +224,8 @@ impl Volume for Files {
     }
 
     fn overhead(&self) -> u64 {
-        self.paths.in_trash.load(Ordering::Relaxed) + self.table.disk_bytes()
+        let left: u64 = self.left().iter().map(|victim| victim.bytes).sum();
+        self.paths.in_trash.load(Ordering::Relaxed) + self.table.disk_bytes() + left
     }
 
     fn space(&self) -> io::Result<Space> {
@@ -288,7 +301,11 @@ impl Volume for Files {
     }
 
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)> {
-        let delete = |victim: &Victim| Some((victim.file, self.delete_one(&victim.file).err()?));
+        let delete = |victim: &Victim| {
+            let error = self.delete_one(&victim.file).err()?;
+            self.left().push(*victim);
+            Some((victim.file, error))
+        };
         let mut failures: Vec<_> = victims.iter().filter_map(delete).collect();
         if self.paths.policy == SyncPolicy::BeforeAnswer {
             // Purged results must not come back. Blobs may.
@@ -302,6 +319,13 @@ impl Volume for Files {
             failures.extend(results.filter_map(unsynced));
         }
         failures
+    }
+
+    fn delete_again(&self) {
+        let left = std::mem::take(&mut *self.left());
+        let left: Vec<Victim> =
+            left.into_iter().filter(|victim| self.delete_one(&victim.file).is_err()).collect();
+        self.left().extend(left);
     }
 
     /// Uses are recorded as access times.

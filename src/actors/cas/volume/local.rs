@@ -210,6 +210,7 @@ impl Volume for Local {
     }
 
     fn delete_again(&self) {
+        self.files.delete_again();
         self.segments.note_again();
     }
 

@@ -28,6 +28,8 @@ pub(crate) struct Memory {
     last_number: Arc<AtomicU64>,
     /// The number of the error with which every call fails that opens or writes a file; 0 for none.
     fault: Arc<AtomicI32>,
+    /// How often a caller has waited for the disk.
+    syncs: Arc<AtomicU64>,
     /// `None` for a volume whose deleted files take no bytes.
     dead: Option<Arc<DeadBytes>>,
     /// The size of its disk, and the bytes that others take there; `None` for a disk that never fills.
@@ -68,6 +70,11 @@ impl Memory {
             0 => Ok(()),
             errno => Err(io::Error::from_raw_os_error(errno)),
         }
+    }
+
+    /// How often a caller has waited for the disk.
+    pub(crate) fn syncs(&self) -> u64 {
+        self.syncs.load(Ordering::Relaxed)
     }
 
     /// The number of steps of compaction that have reclaimed nothing.
@@ -115,6 +122,11 @@ impl Volume for Memory {
 
     fn charge(&self, size: u64) -> u64 {
         size.max(1)
+    }
+
+    fn sync(&self, _: &[FileId]) -> io::Result<()> {
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     fn overhead(&self) -> u64 {

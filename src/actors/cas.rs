@@ -83,7 +83,7 @@ use forms::{
     zstd_form::{Encoders, History},
 };
 use gorego_reapi::{digest::Digest, error::Result, tree::Directory};
-use index::{Index, Victim};
+use index::{Index, Key, Victim};
 use memo::Memo;
 use new_files::Commit;
 use reply::StoreReply;
@@ -119,7 +119,7 @@ pub(crate) struct StoreShared {
     /// Whether the last compaction for writers has reclaimed nothing, and none has reclaimed anything since.
     reclaims_nothing: AtomicBool,
     runtime: Handle,
-    directories: Memo<Digest, Arc<Directory>>,
+    directories: Memo<Key, Arc<Directory>>,
     input_roots: trees::known_roots::KnownRoots,
     actions: Memo<(InstanceId, Digest), Arc<resolve::ParsedAction>>,
     results: Memo<(InstanceId, Digest), Arc<results::LoadedResult>>,

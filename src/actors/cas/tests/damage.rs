@@ -121,6 +121,22 @@ async fn changed_content_is_never_served_though_size_and_mtime_are_restored() {
 }
 
 /// A large Directory that is not cached is read from its file.
+/// Weak digest functions have collisions, so a client of one instance could otherwise choose the inputs of another.
+#[actix::test]
+async fn a_directory_that_was_decoded_for_one_instance_is_not_used_for_another() {
+    let store = TestStore::new().await;
+    let file =
+        reapi::FileNode { name: "f".into(), digest: Some(digest(b"x").to_wire()), ..Default::default() };
+    let directory = reapi::Directory { files: vec![file], ..Default::default() };
+    let root = store.put(prost::Message::encode_to_vec(&directory)).await;
+    assert!(store.cas.directories(&store.main, &[root]).await.unwrap()[0].is_some());
+    let memo = &store.cas.shared().directories;
+    let in_instance =
+        |instance: &Instance| Key { digest: root, instance: instance.blobs(), kind: EntryKind::Blob };
+    assert!(memo.get(&in_instance(&store.main)).is_some());
+    assert!(memo.get(&in_instance(&store.other)).is_none());
+}
+
 #[actix::test]
 async fn a_changed_directory_is_missing() {
     let store = TestStore::new().await;

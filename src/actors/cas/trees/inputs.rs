@@ -236,7 +236,7 @@ impl Cas {
         for (at, (&digest, found)) in digests.iter().zip(located.found).enumerate() {
             known.push(match found {
                 Some(found) => {
-                    let kept = self.shared().directories.get(&digest);
+                    let kept = self.shared().directories.get(&found.file.key);
                     if kept.is_none() {
                         to_read.push((at, found));
                     }
@@ -337,7 +337,7 @@ fn read_directory(cas: &Cas, found: &FoundEntry) -> Result<Option<Arc<Directory>
     let directory = Directory::decode(&bytes, digest.function())
         .map_err(|error| Error::Invalid(format!("directory {digest}: {error}")))?;
     let directory = Arc::new(directory);
-    cas.shared().directories.insert(digest, directory.clone(), directory.memory());
+    cas.shared().directories.insert(found.file.key, directory.clone(), directory.memory());
     Ok(Some(directory))
 }
 

@@ -266,7 +266,8 @@ impl Segments {
 
     /// The file of a segment, open for reading.
     fn file_of(&self, number: u64) -> io::Result<Arc<File>> {
-        self.open.get(number, || regular_file::open_own(&self.segment_path(number)))
+        let open = || regular_file::open_own(&self.segment_path(number));
+        self.open.get(number, open, || self.find(number).is_some())
     }
 
     fn copying(&self) -> MutexGuard<'_, CompactionState> {

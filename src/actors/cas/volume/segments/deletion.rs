@@ -205,7 +205,6 @@ impl Segments {
         let path = self.segment_path(number);
         let bytes = fs::symlink_metadata(&path).map_or(0, |metadata| metadata.len());
         let removed = fs::remove_file(&path);
-        self.open.remove(number);
         if let Err(error) = removed
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -219,6 +218,7 @@ impl Segments {
             return false;
         }
         self.all.write().unwrap_or_else(PoisonError::into_inner).remove(&number);
+        self.open.remove(number);
         let _ = fs::remove_file(self.journal_path(number));
         if self.policy == SyncPolicy::BeforeAnswer {
             // The segment must not come back without its journal, because a result in it may have been purged.

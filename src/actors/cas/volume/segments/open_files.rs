@@ -32,8 +32,14 @@ impl OpenFiles {
         Self { max: max as usize, files: RwLock::default(), clock: AtomicU64::new(0) }
     }
 
-    /// The file of a segment. `open` opens it if it is not open.
-    pub(super) fn get(&self, number: u64, open: impl FnOnce() -> io::Result<File>) -> io::Result<Arc<File>> {
+    /// The file of a segment. `open` opens it if it is not open. It is not kept open if the segment was removed
+    /// meanwhile, because its bytes would stay on disk and count for nothing.
+    pub(super) fn get(
+        &self,
+        number: u64,
+        open: impl FnOnce() -> io::Result<File>,
+        is_there: impl FnOnce() -> bool,
+    ) -> io::Result<Arc<File>> {
         let now = self.clock.fetch_add(1, Relaxed);
         let files = self.files.read().unwrap_or_else(PoisonError::into_inner);
         if let Some((file, used)) = files.get(&number) {
@@ -43,6 +49,9 @@ impl OpenFiles {
         drop(files);
         let file = Arc::new(open()?);
         self.add(number, file.clone());
+        if !is_there() {
+            self.remove(number);
+        }
         Ok(file)
     }
 
@@ -61,5 +70,18 @@ impl OpenFiles {
     /// Forgets a segment that is removed.
     pub(super) fn remove(&self, number: u64) {
         self.files.write().unwrap_or_else(PoisonError::into_inner).remove(&number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_removed_while_it_is_opened_is_not_kept_open() {
+        let files = OpenFiles::new();
+        let open = || File::open("/dev/null");
+        let (read, kept) = (files.get(1, open, || false).unwrap(), files.get(2, open, || true).unwrap());
+        assert_eq!((Arc::strong_count(&read), Arc::strong_count(&kept)), (1, 2));
     }
 }

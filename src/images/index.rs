@@ -106,6 +106,11 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         is_new
     }
 
+    /// Whether this many more bytes fit without removing anything.
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        self.charged.saturating_add(bytes) <= self.budget
+    }
+
     /// Takes room for more bytes of an image that is being unpacked.
     pub(super) fn grow(&mut self, key: &K, bytes: u64) -> Growth<T> {
         let Some(own) = self.unpacking.get_mut(key) else { return Growth::NotNow };

@@ -1,6 +1,8 @@
 //! An HTTP server from which the server under test is asked to fetch.
 //!
-//! It serves the pages of a check and counts the visits. It listens on its own port until it is dropped.
+//! It serves the pages of a check and counts the visits. It listens on its own port until it is dropped. A later origin
+//! may get the same port, and the server remembers what it has fetched, so the URLs of each origin have a name of its
+//! own in their path.
 
 use super::check::{Stop, Verdict, skipped};
 use axum::{
@@ -16,6 +18,7 @@ use std::{
     time::Duration,
 };
 use tokio::{net::TcpListener, task::JoinHandle};
+use uuid::Uuid;
 
 /// The default name of this machine.
 pub(crate) const LOCAL_HOST: &str = "127.0.0.1";
@@ -37,6 +40,8 @@ pub(crate) enum Page {
 #[derive(Debug)]
 pub(crate) struct Origin {
     authority: String,
+    /// The first part of all paths.
+    name: Uuid,
     site: Arc<Mutex<Site>>,
     serving: JoinHandle<()>,
 }
@@ -63,18 +68,20 @@ impl Origin {
             // It ends with the task. The server under test notices a broken connection.
             let _ = axum::serve(listener, router).await;
         });
-        Ok(Self { authority, site, serving })
+        Ok(Self { authority, name: Uuid::new_v4(), site, serving })
     }
 
     /// Serves this page at a path and returns its URL.
     pub(crate) fn page(&self, path: &str, page: Page) -> String {
-        self.site().pages.insert(format!("/{path}"), page);
-        format!("http://{}/{path}", self.authority)
+        let path = self.full(path);
+        let url = format!("http://{}{path}", self.authority);
+        self.site().pages.insert(path, page);
+        url
     }
 
     /// How often a path was requested.
     pub(crate) fn visits(&self, path: &str) -> usize {
-        self.site().visits.get(&format!("/{path}")).copied().unwrap_or_default()
+        self.site().visits.get(&self.full(path)).copied().unwrap_or_default()
     }
 
     /// The reason to stop a check whose server never contacted the origin.
@@ -84,6 +91,10 @@ impl Origin {
              this machine",
             self.authority
         ))
+    }
+
+    fn full(&self, path: &str) -> String {
+        format!("/{}/{path}", self.name)
     }
 
     fn site(&self) -> std::sync::MutexGuard<'_, Site> {
@@ -125,4 +136,23 @@ async fn answer(State(site): State<Arc<Mutex<Site>>>, request: Request) -> Respo
         }
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The server could otherwise answer for the first from what it has fetched from the second.
+    #[tokio::test]
+    async fn two_origins_have_no_url_in_common_even_on_the_same_port() {
+        let page = || Page::Status(StatusCode::OK);
+        let mut urls = Vec::new();
+        for _ in 0..2 {
+            let origin = Origin::start(LOCAL_HOST).await.unwrap_or_else(|_| panic!("no port"));
+            let url = origin.page("file", page());
+            assert!(url.ends_with("/file"));
+            urls.push(url.replace(&origin.authority, "host"));
+        }
+        assert_ne!(urls[0], urls[1]);
+    }
 }

@@ -25,7 +25,8 @@ use std::{
     sync::Arc,
 };
 
-/// Number of pieces of a layer after which the free space of the disk is checked. A piece is at most 128 KiB.
+/// Number of pieces of a layer after which the budget and the free space of the disk are checked. A piece is at most
+/// 128 KiB.
 const CHECK_SPACE_EVERY: u32 = 8;
 
 /// The state of a layer, from the point of view of a pull.
@@ -120,14 +121,16 @@ impl ImageCache {
 }
 
 impl NewLayer {
-    /// Stores a piece of the layer, unless the disk has no room for it.
+    /// Stores a piece of the layer, unless the budget or the disk has no room for it. The bytes are charged only when
+    /// the layer is complete, because the images that are unpacked meanwhile have precedence.
     pub(in crate::images) fn write(&mut self, piece: &[u8]) {
         let Some((_, file)) = &mut self.file else { return };
-        let is_low = self.pieces.is_multiple_of(CHECK_SPACE_EVERY)
-            && Space::of_file(file).is_ok_and(|space| space.is_low());
-        self.pieces = self.pieces.wrapping_add(1);
         self.bytes = self.bytes.saturating_add(piece.len() as u64);
-        if is_low || file.write_all(piece).is_err() {
+        let is_full = self.pieces.is_multiple_of(CHECK_SPACE_EVERY)
+            && (!self.cache.index().has_room(self.bytes)
+                || Space::of_file(file).is_ok_and(|space| space.is_low()));
+        self.pieces = self.pieces.wrapping_add(1);
+        if is_full || file.write_all(piece).is_err() {
             self.give_up();
         }
     }
@@ -171,5 +174,29 @@ impl NewLayer {
 impl Drop for NewLayer {
     fn drop(&mut self) {
         self.give_up();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A registry may send any number of bytes.
+    #[test]
+    fn a_layer_that_exceeds_the_budget_is_removed_while_it_is_downloaded() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = ImageCache::open(&directory.path().join("images"), 4 << 20).unwrap();
+        let files = || fs::read_dir(directory.path().join("images")).unwrap().count();
+        let before = files();
+        let digest: ImageDigest = format!("sha256:{}", "a".repeat(64)).parse().unwrap();
+        let LayerState::Absent(mut layer) = cache.layer(&digest) else { panic!("it is not there yet") };
+        let piece = [0; 128 << 10];
+        (0..24).for_each(|_| layer.write(&piece));
+        assert_eq!(files(), before + 1, "it fits so far");
+        (0..24).for_each(|_| layer.write(&piece));
+        assert_eq!(files(), before);
+        layer.finish();
+        assert!(matches!(cache.layer(&digest), LayerState::Absent(_)));
     }
 }

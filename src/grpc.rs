@@ -112,8 +112,8 @@ pub const PENDING_RESETS_MAX: usize = crate::connections::STREAMS_MAX as usize;
 pub const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 /// Largest frame that a client may send. Each frame passes the HTTP/2 library and the limits of its connection, so
 /// uploads need less CPU time with larger frames than the 16 KiB that HTTP/2 has by default. While a frame is sent,
-/// nothing else of its connection is, so much larger ones would delay small requests on slow links.
-pub const FRAME_MAX_BYTES: u32 = 128 * 1024;
+/// nothing else of its connection is, and the library holds the part of a frame that has arrived.
+pub const FRAME_MAX_BYTES: u32 = 64 * 1024;
 /// Largest header list of a request, in bytes.
 pub const HEADERS_MAX_BYTES: u32 = 64 * 1024;
 /// Idle time after which the client is pinged. Together with [`PING_TIMEOUT`], a connection that was dropped by a NAT

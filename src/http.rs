@@ -176,10 +176,10 @@ async fn answer(port: Arc<Port>, ends: Ends, request: Request) -> Response {
     let decoder = is_encoded.then(|| port.decoders.take(caller, 1)).transpose();
     let response = match decoder {
         Ok(_decoder) => {
-            let mut standing = RevocationCheck::new(port.gate.clone(), call.clone());
+            let mut revocation = RevocationCheck::new(port.gate.clone(), call.clone());
             let response = select! {
                 response = dispatch(&port.mounts, found, request, &call) => response,
-                error = standing.ended() => Err(error),
+                error = revocation.ended() => Err(error),
             };
             line.hold(place);
             response

@@ -24,6 +24,7 @@ const V2_SHARE: u64 = 100;
 const V2_MOST_SHARES: u64 = 10_000;
 /// The period for which CPU time is limited, in microseconds; the kernel's default.
 const PERIOD_US: u64 = 100_000;
+
 /// The group of one slot; removed when dropped.
 #[derive(Debug)]
 pub(crate) struct SlotGroup {

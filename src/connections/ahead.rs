@@ -6,7 +6,8 @@
 //! client. Invariants:
 //!
 //! - A connection is read while it is ahead by at most [`ALWAYS_READ_BYTES`], or by at most its share of [`AHEAD`].
-//!   So all connections together exceed that budget by at most [`ALWAYS_READ_BYTES`] and one read each.
+//!   So all connections together exceed that budget by at most [`ALWAYS_READ_BYTES`], one read and one unfinished frame
+//!   each.
 //! - A connection is read if all of its requests wait for their client, because then all earlier bytes have been taken.
 //!   So it is unread only while a handler has bytes that it does not take. Bytes that were read in the current turn of
 //!   the connection's task count in any case, because their requests may not have begun: the library reads on until it
@@ -45,7 +46,7 @@ pub(crate) const AHEAD: Bounds = Bounds {
     // A whole window of messages of 16 KiB counts about one and a half times, because of the small frames between them.
     connection: 2 * CONNECTION_WINDOW_BYTES as u64,
 };
-/// Bytes that every connection may be ahead, whatever the others hold: one frame of the usual size.
+/// Bytes that every connection may be ahead, whatever the others hold: one frame of the default size of HTTP/2.
 pub(crate) const ALWAYS_READ_BYTES: u64 = 16 * 1024;
 /// The smallest cost of a frame, because even a small one keeps its read buffer allocated.
 const FRAME_MIN_BYTES: u64 = 8 * 1024;

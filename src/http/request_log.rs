@@ -115,8 +115,8 @@ impl RequestLine {
     /// Attaches the line to a response until the response has ended.
     pub(super) fn follow(mut self, response: Response) -> Response {
         self.status = Some(response.status());
-        let standing = RevocationCheck::new(self.gate.clone(), self.call.clone());
-        response.map(|inner| Body::new(CountedBody { inner, line: self, standing }))
+        let revocation = RevocationCheck::new(self.gate.clone(), self.call.clone());
+        response.map(|inner| Body::new(CountedBody { inner, line: self, revocation }))
     }
 }
 
@@ -165,7 +165,7 @@ pin_project_lite::pin_project! {
         #[pin]
         inner: Body,
         line: RequestLine,
-        standing: RevocationCheck,
+        revocation: RevocationCheck,
     }
 }
 
@@ -181,7 +181,7 @@ impl HttpBody for CountedBody {
         // The transport polls again when the client has taken the previous piece.
         this.line.call.client_moved();
         let polled = this.inner.poll_frame(context);
-        let frame = match this.standing.poll(context, polled.is_pending()) {
+        let frame = match this.revocation.poll(context, polled.is_pending()) {
             // The reader of the response finds it incomplete.
             Poll::Ready(error) => Some(Err(axum::Error::new(error))),
             Poll::Pending => ready!(polled),

@@ -16,7 +16,7 @@ const MESSAGE_QUEUES: &str = "1000";
 const LAST_CAPABILITY: libc::c_ulong = 63;
 
 /// The number of processes of a cell's user namespace that do not belong to the command: the first process of the cell.
-const OWN_PROCESSES: u64 = 1;
+const CELL_PROCESSES: u64 = 1;
 
 /// Ensures that neither this process nor its children can gain a capability, whatever program they run.
 pub(crate) fn forbid_new_privileges() -> io::Result<()> {
@@ -83,7 +83,7 @@ pub(crate) fn limit_cores() -> io::Result<()> {
 
 /// Lowers the limit on processes and threads of this user namespace, so that a command can have `limit` of them.
 pub(crate) fn limit_processes(limit: u64) -> io::Result<()> {
-    let (limit, maximum) = (limit.saturating_add(OWN_PROCESSES), getrlimit(Resource::Nproc).maximum);
+    let (limit, maximum) = (limit.saturating_add(CELL_PROCESSES), getrlimit(Resource::Nproc).maximum);
     let limit = Some(maximum.map_or(limit, |maximum| maximum.min(limit)));
     Ok(setrlimit(Resource::Nproc, Rlimit { current: limit, maximum: limit })?)
 }

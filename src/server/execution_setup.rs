@@ -43,7 +43,7 @@ const SECOND_LINE: u64 = 64;
 /// tools do not have to displace each other.
 const WORKERS_PER_SLOT: usize = 2;
 
-/// The place where actions run. It is created before anything asynchronous starts.
+/// What actions need to run. It is created before anything asynchronous starts.
 pub(crate) struct ExecutionSetup {
     pub(crate) build_root: BuildRoot,
     pub(crate) sandbox: Option<(PoolSandbox, Report)>,

@@ -343,6 +343,22 @@ mod tests {
         store.end();
     }
 
+    /// A second wait could succeed although the kernel has lost the data.
+    #[actix::test]
+    async fn no_file_is_stored_whose_only_wait_for_the_disk_has_failed() {
+        let store = Store::new(1 << 30);
+        store.volume.fail_next_sync(libc::EIO);
+        let files: Vec<_> =
+            (0..10).map(|seed| (peer(seed % 2), content(seed, 1 + usize::from(seed)))).collect();
+        let stored = store.write_at_once(&files).await;
+        assert!(stored.iter().all(Result::is_err));
+        assert!(files.iter().all(|(_, content)| !store.has(content)));
+        assert_eq!(store.volume.len(), 0);
+        let stored = store.write_at_once(&files).await;
+        assert!(stored.iter().all(Result::is_ok));
+        store.end();
+    }
+
     #[actix::test]
     async fn a_job_of_many_turns_reserves_room_ahead_and_gives_the_rest_back() {
         let store = Store::new(100 << 30);

@@ -203,12 +203,18 @@ impl NewFiles {
     pub(super) fn commit_all(batches: Vec<Self>) -> Vec<Option<Visible>> {
         let ids: Vec<FileId> =
             batches.iter().flat_map(|batch| &batch.written).map(|written| written.file).collect();
-        // If this fails, each batch tries for itself, so that it only fails because of its own files.
-        let is_durable = batches
-            .first()
-            .is_some_and(|batch| batch.shared.disk.note_io(batch.shared.volume.sync(&ids)).is_ok());
+        // A failed sync is final: the kernel reports an error once, and a second sync of the same file may succeed
+        // although data was lost.
+        let synced =
+            batches.first().map_or(Ok(()), |batch| batch.shared.disk.note_io(batch.shared.volume.sync(&ids)));
         let commit = |mut batch: Self| {
-            batch.is_durable = is_durable;
+            match &synced {
+                Ok(()) => batch.is_durable = true,
+                Err(error) => {
+                    let mut written = std::mem::take(&mut batch.written);
+                    batch.give_up(&mut written, error);
+                }
+            }
             batch.commit()
         };
         batches.into_iter().map(commit).collect()
@@ -258,12 +264,17 @@ impl NewFiles {
     fn make_durable(&mut self, files: &mut Vec<WrittenFile>) {
         let ids: Vec<FileId> = files.iter().map(|written| written.file).collect();
         if let Err(error) = self.shared.disk.note_io(self.shared.volume.sync(&ids)) {
-            self.links.clear();
-            let victims: Vec<Victim> =
-                files.drain(..).map(|WrittenFile { file, bytes, .. }| Victim { file, bytes }).collect();
-            self.shared.volume.delete(&victims);
-            self.failed = Some(Error::io("make stored files durable", &error));
+            self.give_up(files, &error);
         }
+    }
+
+    /// Deletes files that could not be made durable. The batch fails.
+    fn give_up(&mut self, files: &mut Vec<WrittenFile>, error: &io::Error) {
+        self.links.clear();
+        let victims: Vec<Victim> =
+            files.drain(..).map(|WrittenFile { file, bytes, .. }| Victim { file, bytes }).collect();
+        self.shared.volume.delete(&victims);
+        self.failed = Some(Error::io("make stored files durable", error));
     }
 
     fn add(&mut self, written: WrittenFile) -> FileId {

@@ -110,7 +110,8 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// Deletes stored files. A missing file is no error. Returns those that could not be deleted.
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)>;
 
-    /// Tries again what [`Volume::delete`] could not do. Until then, [`Volume::overhead`] includes the bytes.
+    /// Tries again to remove files, and to note deletions, for which [`Volume::delete`] has failed. Until this succeeds,
+    /// [`Volume::overhead`] includes their bytes.
     fn delete_again(&self) {}
 
     /// Records that these files are used now. `moved` gets the stamps that this changes.

@@ -126,9 +126,9 @@ impl NewLayer {
     pub(in crate::images) fn write(&mut self, piece: &[u8]) {
         let Some((_, file)) = &mut self.file else { return };
         self.bytes = self.bytes.saturating_add(piece.len() as u64);
-        let is_full = self.pieces.is_multiple_of(CHECK_SPACE_EVERY)
-            && (!self.cache.index().has_room(self.bytes)
-                || Space::of_file(file).is_ok_and(|space| space.is_low()));
+        let is_due = self.pieces.is_multiple_of(CHECK_SPACE_EVERY);
+        let exceeds_budget = is_due && !self.cache.index().has_room(self.bytes);
+        let is_full = exceeds_budget || is_due && Space::of_file(file).is_ok_and(|space| space.is_low());
         self.pieces = self.pieces.wrapping_add(1);
         if is_full || file.write_all(piece).is_err() {
             self.give_up();

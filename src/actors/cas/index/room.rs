@@ -185,8 +185,8 @@ impl Index {
         }
     }
 
-    /// Evicts an entry, and before it the results that need it. Any number of results may need one blob. If the budget
-    /// is too small for them, the entry stays, and the next part begins with the rest of its results.
+    /// Evicts an entry after all results that need it, of which there may be any number. `None` if the budget does not
+    /// suffice for these: the entry stays, and the next part goes on with its remaining results.
     fn evict_slot(&mut self, slot: u32, budget: &mut HoldBudget) -> Option<Victim> {
         while let Some(result) = self.links.newest_result(slot) {
             if budget.entries == 0 {

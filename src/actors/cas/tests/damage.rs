@@ -120,7 +120,6 @@ async fn changed_content_is_never_served_though_size_and_mtime_are_restored() {
     }
 }
 
-/// A large Directory that is not cached is read from its file.
 /// Weak digest functions have collisions, so a client of one instance could otherwise choose the inputs of another.
 #[actix::test]
 async fn a_directory_that_was_decoded_for_one_instance_is_not_used_for_another() {
@@ -137,6 +136,7 @@ async fn a_directory_that_was_decoded_for_one_instance_is_not_used_for_another()
     assert!(memo.get(&in_instance(&store.other)).is_none());
 }
 
+/// A large Directory that is not cached is read from its file.
 #[actix::test]
 async fn a_changed_directory_is_missing() {
     let store = TestStore::new().await;

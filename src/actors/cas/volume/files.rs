@@ -73,6 +73,8 @@ pub(crate) struct Files {
     synced: Mutex<HashSet<PathBuf>>,
     /// Deleted files that could not be removed. They still take room, and come back with the next start.
     left: Mutex<Vec<Victim>>,
+    /// The bytes of these.
+    left_bytes: AtomicU64,
     _lock: StoreLock,
 }
 
@@ -111,6 +113,7 @@ impl Files {
             table: Arc::new(table),
             synced: Mutex::default(),
             left: Mutex::default(),
+            left_bytes: AtomicU64::new(0),
             _lock: lock,
         })
     }
@@ -224,7 +227,7 @@ impl Volume for Files {
     }
 
     fn overhead(&self) -> u64 {
-        let left: u64 = self.left().iter().map(|victim| victim.bytes).sum();
+        let left = self.left_bytes.load(Ordering::Relaxed);
         self.paths.in_trash.load(Ordering::Relaxed) + self.table.disk_bytes() + left
     }
 
@@ -304,6 +307,7 @@ impl Volume for Files {
         let delete = |victim: &Victim| {
             let error = self.delete_one(&victim.file).err()?;
             self.left().push(*victim);
+            self.left_bytes.fetch_add(victim.bytes, Ordering::Relaxed);
             Some((victim.file, error))
         };
         let mut failures: Vec<_> = victims.iter().filter_map(delete).collect();
@@ -322,10 +326,15 @@ impl Volume for Files {
     }
 
     fn delete_again(&self) {
-        let left = std::mem::take(&mut *self.left());
-        let left: Vec<Victim> =
-            left.into_iter().filter(|victim| self.delete_one(&victim.file).is_err()).collect();
-        self.left().extend(left);
+        let all = self.left().clone();
+        let gone: HashSet<FileId> =
+            (all.iter().map(|victim| victim.file)).filter(|file| self.delete_one(file).is_ok()).collect();
+        if !gone.is_empty() {
+            self.left().retain(|victim| !gone.contains(&victim.file));
+            let bytes =
+                all.iter().filter(|victim| gone.contains(&victim.file)).map(|victim| victim.bytes).sum();
+            self.left_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
     }
 
     /// Uses are recorded as access times.

@@ -30,6 +30,8 @@ pub(crate) struct Memory {
     fault: Arc<AtomicI32>,
     /// How often a caller has waited for the disk.
     syncs: Arc<AtomicU64>,
+    /// The error of the next wait for the disk; 0 for none.
+    sync_fault: Arc<AtomicI32>,
     /// `None` for a volume whose deleted files take no bytes.
     dead: Option<Arc<DeadBytes>>,
     /// The size of its disk, and the bytes that others take there; `None` for a disk that never fills.
@@ -75,6 +77,11 @@ impl Memory {
     /// How often a caller has waited for the disk.
     pub(crate) fn syncs(&self) -> u64 {
         self.syncs.load(Ordering::Relaxed)
+    }
+
+    /// Makes the next wait for the disk fail, and only that one, as the kernel reports an error once.
+    pub(crate) fn fail_next_sync(&self, errno: i32) {
+        self.sync_fault.store(errno, Ordering::Relaxed);
     }
 
     /// The number of steps of compaction that have reclaimed nothing.
@@ -126,7 +133,10 @@ impl Volume for Memory {
 
     fn sync(&self, _: &[FileId]) -> io::Result<()> {
         self.syncs.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        match self.sync_fault.swap(0, Ordering::Relaxed) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
     }
 
     fn overhead(&self) -> u64 {

@@ -22,8 +22,9 @@
 //!   [`SyncPolicy::BeforeAnswer`], a segment is synced before its records are acknowledged, and before it gets its
 //!   table. With either policy, it is synced before the originals of its copies are removed, because they may be old.
 //!
-//! Locks are taken in this order: the journal of a segment, `copying`, `head`, `all`, and the counts of a segment. None
-//! of them is held during IO, except the first while the journal is written, and `head` while a new segment is created.
+//! Locks are taken in this order: `unnoted`, the journal of a segment, `copying`, `head`, `all`, and the counts of a
+//! segment. None of them is held during IO, except the first two while deletions are noted, and `head` while a new
+//! segment is created.
 
 mod append;
 mod compaction;
@@ -92,6 +93,8 @@ pub(crate) struct Segments {
     /// Bytes on disk of the segments that the start could not read.
     left_out: AtomicU64,
     unnoted: Mutex<UnnotedDeletions>,
+    /// Bytes of these that still count as live.
+    put_off_bytes: AtomicU64,
 }
 
 impl Segments {
@@ -127,6 +130,7 @@ impl Segments {
             dead: AtomicU64::new(0),
             left_out: AtomicU64::new(0),
             unnoted: Mutex::default(),
+            put_off_bytes: AtomicU64::new(0),
         })
     }
 
@@ -143,7 +147,9 @@ impl Segments {
     /// Bytes on disk that no stored file is charged for, including the dead bytes that compaction may leave.
     pub(super) fn overhead(&self) -> u64 {
         let Takes { disk, live, dead } = self.takes_now();
-        let beside = disk.saturating_sub(live).saturating_sub(dead) + self.left_out.load(Relaxed);
+        let beside = disk.saturating_sub(live).saturating_sub(dead)
+            + self.left_out.load(Relaxed)
+            + self.put_off_bytes.load(Relaxed);
         beside + dead.max(self.sizes.waste_allowed(disk))
     }
 

@@ -39,6 +39,8 @@ const MAX_OPEN: usize = 16;
 /// Maximum number of names of subdirectories of one directory that are in memory. A command may make any number of
 /// them. When these are removed, the directory is read again.
 const MAX_NAMES: usize = 4_096;
+/// How often a directory with more names is read again.
+const MAX_PASSES: usize = 100_000;
 /// How often a directory is read again because new entries appeared while it was emptied.
 const EMPTYING_ROUNDS: usize = 3;
 
@@ -238,6 +240,8 @@ struct OpenLevel {
     below: Vec<OsString>,
     /// Whether there is more in it than these.
     has_more: bool,
+    /// How often it had more names.
+    passes: usize,
     /// How often it turned out not to be empty.
     rounds: usize,
 }
@@ -264,7 +268,7 @@ impl Removal {
     fn enter(&mut self, above: &File, name: OsString) -> Option<OpenLevel> {
         let (open, _) = self.note(dir::open_accessible(above, &name))?;
         self.opened += 1;
-        let mut level = OpenLevel { name, open, below: Vec::new(), has_more: false, rounds: 0 };
+        let mut level = OpenLevel { name, open, below: Vec::new(), has_more: false, passes: 0, rounds: 0 };
         self.empty(&mut level);
         Some(level)
     }
@@ -325,8 +329,11 @@ impl Removal {
     fn leave(&mut self, above: &File, mut emptied: OpenLevel) -> Option<OpenLevel> {
         match rfs::unlinkat(above, &*emptied.name, AtFlags::REMOVEDIR) {
             Err(Errno::NOTEMPTY)
-                if self.failure.is_none() && (emptied.has_more || emptied.rounds < EMPTYING_ROUNDS) =>
+                if self.failure.is_none()
+                    && emptied.passes < MAX_PASSES
+                    && (emptied.has_more || emptied.rounds < EMPTYING_ROUNDS) =>
             {
+                emptied.passes += 1;
                 emptied.rounds += usize::from(!emptied.has_more);
                 self.empty(&mut emptied);
                 Some(emptied)

@@ -17,8 +17,8 @@ const STACK_BYTES: usize = 64 * 1024;
 
 /// How often a program is tried that another process has open for writing (ETXTBSY). That is a process of this server
 /// that is about to execute a program itself: until then it has copies of all descriptors, such as those of input files
-/// that are being written.
-const BUSY_TRIES: u32 = 100;
+/// that are being written. While a program is tried, the command cannot be cancelled.
+const BUSY_TRIES: u32 = 30;
 /// How long to wait before a busy program is tried again.
 const BUSY_PAUSE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 

@@ -86,16 +86,22 @@ impl Segments {
         // Otherwise a copy that compaction has made, or its original, would come back.
         let twins = self.copying().twins_of(number, &deletion.slots);
         for twin in twins {
-            if let Some(segment) = self.find(twin.segment) {
-                self.bury(&segment, &[twin.slot])?;
-                self.sync_journal(&segment, &deletion.results)?;
+            let Some(segment) = self.find(twin.segment) else { continue };
+            let noted = self.bury(&segment, &[twin.slot]);
+            if let Err(error) = noted.and_then(|()| self.sync_journal(&segment, &deletion.results)) {
+                let (slots, results) = (vec![twin.slot], deletion.results.clone());
+                let of_twin = Deletion { segment: twin.segment, slots, uncounted: None, results };
+                let mut unnoted = self.unnoted();
+                self.put_off(&mut unnoted, of_twin);
+                self.put_off(&mut unnoted, deletion);
+                return Err(error);
             }
         }
         if self.unnoted().precede(&deletion) {
             self.note_again();
             let mut unnoted = self.unnoted();
             if unnoted.precede(&deletion) {
-                unnoted.add(deletion);
+                self.put_off(&mut unnoted, deletion);
                 return Err(io::Error::other("the deletion of an older result could not be noted"));
             }
         }
@@ -108,7 +114,7 @@ impl Segments {
             noted => noted,
         };
         if noted.is_err() {
-            self.unnoted().add(deletion);
+            self.put_off(&mut self.unnoted(), deletion);
         }
         noted
     }
@@ -130,12 +136,13 @@ impl Segments {
         let mut unnoted = self.unnoted();
         let UnnotedDeletions { queue, .. } = std::mem::take(&mut *unnoted);
         for mut deletion in queue {
+            self.put_off_bytes.fetch_sub(deletion.uncounted.unwrap_or(0), Relaxed);
             let is_noted = !unnoted.precede(&deletion)
                 && self
                     .find(deletion.segment)
                     .is_none_or(|segment| self.note(&segment, &mut deletion).is_ok());
             if !is_noted {
-                unnoted.add(deletion);
+                self.put_off(&mut unnoted, deletion);
             }
         }
     }
@@ -144,8 +151,14 @@ impl Segments {
     pub(super) fn bury_failed(&self, segment: &Segment, slots: Vec<u32>) {
         if self.bury(segment, &slots).is_err() {
             let results = Vec::new();
-            self.unnoted().add(Deletion { segment: segment.number, slots, uncounted: None, results });
+            let deletion = Deletion { segment: segment.number, slots, uncounted: None, results };
+            self.put_off(&mut self.unnoted(), deletion);
         }
+    }
+
+    fn put_off(&self, unnoted: &mut UnnotedDeletions, deletion: Deletion) {
+        self.put_off_bytes.fetch_add(deletion.uncounted.unwrap_or(0), Relaxed);
+        unnoted.add(deletion);
     }
 
     fn unnoted(&self) -> MutexGuard<'_, UnnotedDeletions> {

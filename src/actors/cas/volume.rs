@@ -111,7 +111,7 @@ pub(crate) trait Volume: Debug + Send + Sync {
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)>;
 
     /// Tries again to remove files, and to note deletions, for which [`Volume::delete`] has failed. Until this succeeds,
-    /// [`Volume::overhead`] includes their bytes.
+    /// their bytes are a part of [`Volume::overhead`].
     fn delete_again(&self) {}
 
     /// Records that these files are used now. `moved` gets the stamps that this changes.

@@ -13,9 +13,9 @@ pub(super) const EXECUTABLE: u32 = 0o755;
 /// Permission bits of files that are not executable.
 const PLAIN: u32 = 0o644;
 
-/// The mtime of every input, and of every directory that [`super::inputs`] creates, unless its node properties name another:
-/// 2000-01-01T00:00:00Z. With equal times no file looks newer than its source (make, ninja). The time is after 1980 in
-/// every time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
+/// The mtime of every input, and of every directory that [`super::inputs`] creates, unless its node properties name
+/// another: 2000-01-01T00:00:00Z. With equal times no file looks newer than its source (make, ninja). The time is after
+/// 1980 in every time zone, as zip requires, and its seconds fit into 32 bits, as Python byte code requires.
 pub(super) const INPUT_TIME: Timespec = Timespec { tv_sec: 946_684_800, tv_nsec: 0 };
 
 /// The permission bits for a file.

@@ -110,8 +110,8 @@ pub(crate) trait Volume: Debug + Send + Sync {
     /// Deletes stored files. A missing file is no error. Returns those that could not be deleted.
     fn delete(&self, victims: &[Victim]) -> Vec<(FileId, io::Error)>;
 
-    /// Tries again to remove files, and to note deletions, for which [`Volume::delete`] has failed. Until this succeeds,
-    /// their bytes are a part of [`Volume::overhead`].
+    /// Tries again to remove files, and to note deletions, for which [`Volume::delete`] has failed. Until this
+    /// succeeds, their bytes are a part of [`Volume::overhead`].
     fn delete_again(&self) {}
 
     /// Records that these files are used now. `moved` gets the stamps that this changes.

@@ -15,9 +15,9 @@ use std::{
 /// Size of the child's stack until exec. One or two pages of it are used.
 const STACK_BYTES: usize = 64 * 1024;
 
-/// How often a program is tried that another process has open for writing (ETXTBSY). That is a process of this server
-/// that is about to execute a program itself: until then it has copies of all descriptors, such as those of input files
-/// that are being written. While a program is tried, the command cannot be cancelled.
+/// How often to try a program that another process has open for writing (ETXTBSY). This can be a new process of the
+/// server that has not executed its own program yet: until then, it has copies of the server's descriptors, including
+/// those of input files that are being written. The command cannot be cancelled during these attempts.
 const BUSY_TRIES: u32 = 30;
 /// How long to wait before a busy program is tried again.
 const BUSY_PAUSE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 10_000_000 };

@@ -3,11 +3,11 @@
 use rustix::fs::{FallocateFlags, fallocate};
 use std::{fs::OpenOptions, io, ops::Range, os::unix::fs::OpenOptionsExt as _, path::Path};
 
-/// Holes have a multiple of this size, which is that of a block of most file systems.
+/// The size of a hole is a multiple of this. Most file systems have blocks of this size.
 pub(super) const HOLE_BYTES: u64 = 4_096;
 
-/// Gives the blocks of these ranges of a file back to the file system. Nobody reads the ranges any more. A full disk
-/// may have no other space for the note that their records are dead.
+/// Gives the blocks of these ranges of a file back to the file system. The ranges contain only dead records, which are
+/// not read. A full disk may have no other space for the note that these records are dead.
 pub(super) fn punch(path: &Path, mut ranges: Vec<Range<u64>>) -> io::Result<()> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;

@@ -7,7 +7,7 @@ use super::{
 };
 use std::{os::unix::fs::MetadataExt as _, thread};
 
-/// A full disk has no space for the note that records are dead, except that of the records.
+/// On a full disk, the note that records are dead can only use the space of these records.
 #[test]
 fn the_blocks_of_dead_records_are_given_back_without_harm_to_their_neighbours() {
     let mut store = Store::new();

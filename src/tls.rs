@@ -139,7 +139,7 @@ impl ServerTls {
     /// too.
     pub(crate) fn prepare(&self, files: TlsFiles) -> Result<Option<PreparedTls>> {
         let current = self.material();
-        if *current.files() == files && *current.stamps() == FileVersions::of(&files) {
+        if *current.files() == files && *current.versions() == FileVersions::of(&files) {
             return Ok(None);
         }
         let next = Material::read(files)?;
@@ -229,8 +229,8 @@ impl ServerTls {
         loop {
             ticks.tick().await;
             let current = self.0.material.load_full();
-            let found = Some(self.stamps(current.files().clone()).await);
-            let is_new = found.as_ref() != Some(current.stamps()) && found != refused;
+            let found = Some(self.versions(current.files().clone()).await);
+            let is_new = found.as_ref() != Some(current.versions()) && found != refused;
             if is_new && found == seen {
                 let tls = self.clone();
                 // The outcome is in the log.
@@ -251,7 +251,7 @@ impl ServerTls {
         }
     }
 
-    async fn stamps(&self, files: TlsFiles) -> FileVersions {
+    async fn versions(&self, files: TlsFiles) -> FileVersions {
         tokio::task::spawn_blocking(move || FileVersions::of(&files)).await.unwrap_or_default()
     }
 

@@ -45,11 +45,11 @@ pub(crate) const UNFINISHED: Bounds =
 pub(crate) const DECODED: Bounds = Bounds {
     what: "bytes of large requests",
     total: 256 * 1024 * 1024,
-    connection: 256 * 1024 * 1024 - LARGEST_CLAIM,
+    connection: 256 * 1024 * 1024 - LARGEST_REQUEST_MEMORY,
 };
-/// Largest claim of one request on [`DECODED`]: its compressed bytes, its plain bytes, and the decoded message. This
+/// The most that one request takes of [`DECODED`]: its compressed bytes, its plain bytes, and the decoded message. This
 /// much is kept free for other peers.
-const LARGEST_CLAIM: u64 = 2 * REQUEST_MAX_BYTES as u64 + REQUEST_MAX_MEMORY;
+const LARGEST_REQUEST_MEMORY: u64 = 2 * REQUEST_MAX_BYTES as u64 + REQUEST_MAX_MEMORY;
 /// Upper bound of gzip's compression ratio, which is 1,032.
 const GZIP_RATIO_MAX: u64 = 1_100;
 /// Requests that are a stream of messages. Their handlers limit the pauses.
@@ -84,7 +84,7 @@ struct Budgets {
 
 impl Default for Budgets {
     fn default() -> Self {
-        let decoded = Budget::keeping_free(DECODED, LARGEST_CLAIM);
+        let decoded = Budget::keeping_free(DECODED, LARGEST_REQUEST_MEMORY);
         Self { unfinished: Budget::new(UNFINISHED), decoded }
     }
 }
@@ -144,7 +144,7 @@ impl RequestKind {
     }
 
     /// Upper bound of the memory of a message until it is answered; `None` if it is small.
-    fn claim(self, message: CompleteMessage) -> Option<u64> {
+    fn memory(self, message: CompleteMessage) -> Option<u64> {
         let is_large = self.has_lists && message.bytes > UNCOUNTED_BYTES as u64;
         if !is_large && !message.is_compressed {
             return None;
@@ -289,10 +289,10 @@ impl<B> IncomingBody<B> {
 
     /// Makes a large message wait for its turn.
     fn turn(&self, message: CompleteMessage) -> Option<KeptBack> {
-        let claimed = self.kind.claim(message)?;
+        let needed = self.kind.memory(message)?;
         let (budget, caller) = (self.budgets.decoded.clone(), self.caller);
         let turn = Box::pin(async move {
-            let share = timeout(DECODING_WAIT, budget.wait_for(caller, claimed)).await;
+            let share = timeout(DECODING_WAIT, budget.wait_for(caller, needed)).await;
             share.map_err(|_| Status::resource_exhausted(BUSY))?.map_err(too_much)
         });
         let laborious = if message.is_compressed { LABORIOUS_COMPRESSED_BYTES } else { LABORIOUS_BYTES };

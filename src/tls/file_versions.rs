@@ -7,20 +7,20 @@ use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 /// time is the change time of the inode (ctime), which no program can set. The time alone would be too coarse.
 type FileAttributes = (u64, u64, u64, i64, i64);
 
-/// The stamps of all files; `None` for one that is missing.
+/// The versions of all files; `None` for one that is missing.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct FileVersions(Vec<Option<FileAttributes>>);
 
 impl FileVersions {
-    /// Reads the stamps. Symbolic links are followed, including those of directories.
+    /// Reads the versions. Symbolic links are followed, including those of directories.
     pub(super) fn of(files: &TlsFiles) -> Self {
         let TlsFiles { cert, key, client_ca, crl, client_certificate_required: _ } = files;
         let paths = [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()];
-        Self(paths.into_iter().flatten().map(|path| stamp(path)).collect())
+        Self(paths.into_iter().flatten().map(|path| version(path)).collect())
     }
 }
 
-fn stamp(path: &Path) -> Option<FileAttributes> {
+fn version(path: &Path) -> Option<FileAttributes> {
     let found = fs::metadata(path).ok()?;
     Some((found.dev(), found.ino(), found.len(), found.ctime(), found.ctime_nsec()))
 }

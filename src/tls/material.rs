@@ -51,8 +51,8 @@ pub(super) enum Protocol {
 #[derive(Debug)]
 pub(super) struct Material {
     files: TlsFiles,
-    /// The stamps of the files before they were read.
-    stamps: FileVersions,
+    /// The versions of the files before they were read.
+    versions: FileVersions,
     http2: Arc<ServerConfig>,
     http1: Arc<ServerConfig>,
     /// The verifier of client certificates; `None` if clients are not asked for one.
@@ -71,7 +71,7 @@ impl Material {
     /// # Errors
     /// `Precondition` that names the key, the file and what is wrong with it.
     pub(super) fn read(files: TlsFiles) -> Result<Self> {
-        let stamps = FileVersions::of(&files);
+        let versions = FileVersions::of(&files);
         let provider = Arc::new(ring::default_provider());
         let cert = NamedFile::read("tls.cert", &files.cert, FILE_MAX_BYTES)?;
         let key = NamedFile::read("tls.key", &files.key, FILE_MAX_BYTES)?;
@@ -104,7 +104,7 @@ impl Material {
             not_after,
             list_ends: lists.and_then(|lists| lists.ends),
             key_is_exposed: key.mode & OTHERS_READ != 0,
-            stamps,
+            versions,
             files,
         })
     }
@@ -114,9 +114,9 @@ impl Material {
         &self.files
     }
 
-    /// The stamps of these files.
-    pub(super) fn stamps(&self) -> &FileVersions {
-        &self.stamps
+    /// The versions of these files.
+    pub(super) fn versions(&self) -> &FileVersions {
+        &self.versions
     }
 
     /// The configuration for the handshakes of a port.

@@ -94,7 +94,7 @@ async fn a_second_message_is_refused_where_a_method_has_one() {
 }
 
 #[tokio::test]
-async fn each_compressed_message_of_a_stream_has_a_claim_of_its_own_until_the_handler_asks_for_more() {
+async fn each_compressed_message_of_a_stream_takes_memory_of_its_own_until_the_handler_asks_for_more() {
     let budgets = Budgets::default();
     let mut compressed = message(5_000);
     compressed[0] = 1;
@@ -110,17 +110,17 @@ async fn each_compressed_message_of_a_stream_has_a_claim_of_its_own_until_the_ha
 }
 
 #[test]
-fn no_claim_is_larger_than_what_is_kept_free_and_small_gzip_claims_little() {
+fn no_request_takes_more_memory_than_is_kept_free_and_small_gzip_takes_little() {
     let kind = RequestKind { is_stream: false, has_lists: true, is_gzip: true };
-    let claim =
-        |kind: RequestKind, bytes, is_compressed| kind.claim(CompleteMessage { bytes, is_compressed });
+    let memory =
+        |kind: RequestKind, bytes, is_compressed| kind.memory(CompleteMessage { bytes, is_compressed });
     for bytes in [UNCOUNTED_BYTES as u64 + 1, 1 << 20, u32::MAX.into()] {
         for (is_gzip, is_compressed) in [(false, false), (false, true), (true, true)] {
-            assert!(claim(RequestKind { is_gzip, ..kind }, bytes, is_compressed).unwrap() <= LARGEST_CLAIM);
+            assert!(memory(RequestKind { is_gzip, ..kind }, bytes, is_compressed).unwrap() <= LARGEST_REQUEST_MEMORY);
         }
     }
-    assert!(claim(kind, 20, true).unwrap() < 10 * 1024 * 1024);
-    assert_eq!(claim(kind, UNCOUNTED_BYTES as u64, false), None);
+    assert!(memory(kind, 20, true).unwrap() < 10 * 1024 * 1024);
+    assert_eq!(memory(kind, UNCOUNTED_BYTES as u64, false), None);
 }
 
 #[tokio::test]

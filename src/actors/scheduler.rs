@@ -220,8 +220,11 @@ impl Receive<Admit> for SchedulerActor {
 impl Receive<Record> for SchedulerActor {
     type Answer = ();
 
-    fn receive(&mut self, Record(operation): Record, _: &mut Self::Context) {
-        self.ledger.record(operation, ClockReading::now());
+    fn receive(&mut self, Record(operations): Record, _: &mut Self::Context) {
+        let now = ClockReading::now();
+        for operation in operations {
+            self.ledger.record(operation, now);
+        }
         self.log_transitions();
     }
 }

@@ -30,12 +30,12 @@ pub struct Admit {
     pub resolution: Resolution,
 }
 
-/// A fact: a client was given a cached result as the answer to its request. The operation becomes known under its name
-/// like any other (EXE-02). A mailbox keeps the order of its messages, so later requests of clients about this name
-/// find it.
+/// A fact: clients were given cached results as the answers to their requests. These operations become known under
+/// their names like any other (EXE-02). A mailbox keeps the order of its messages, so later requests of clients about
+/// these names find them.
 #[derive(Debug, actix::Message)]
 #[rtype(result = "()")]
-pub struct Record(pub FinishedOperation);
+pub struct Record(pub Vec<FinishedOperation>);
 
 /// The request of a client to execute an action.
 #[derive(Debug, Clone)]
@@ -111,7 +111,8 @@ pub struct Forget {
 }
 
 /// Asks why an operation waits. The answer is `None` if it does not wait or is unknown. Positions come from a snapshot
-/// of the queues that is taken at most every 100 ms, so any number of clients may ask.
+/// of the queues, so any number of clients may ask. It is at most about a second old if up to 20,000 tasks wait, and
+/// older in longer queues.
 #[derive(Debug, Clone, actix::Message)]
 #[rtype(result = "Option<Box<QueueStatus>>")]
 pub struct Explain {

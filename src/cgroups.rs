@@ -19,7 +19,7 @@ mod probe;
 mod slot;
 mod tree;
 
-pub(crate) use probe::{Groups, LimitReport};
+pub(crate) use probe::{Groups, LimitReport, Means};
 pub(crate) use slot::{OutOfMemory, SlotGroup};
 
 use std::{fmt, path::PathBuf};

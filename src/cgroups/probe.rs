@@ -151,6 +151,12 @@ impl LimitReport {
         groups.any(|one| one.resource == PROCESSES)
     }
 
+    /// Sets how the number of processes is bounded, unless a control group does it.
+    pub(crate) fn bound_processes(&mut self, means: Means) {
+        let others = self.resources.iter_mut().filter(|one| !matches!(one.means, Means::Group(_)));
+        others.filter(|one| one.resource == PROCESSES).for_each(|one| one.means = means);
+    }
+
     /// A summary in one line, for people and logs.
     pub(crate) fn summary(&self) -> String {
         let words = self.resources.iter().map(|one| format!("{}: {}", one.resource, one.means.words()));
@@ -176,9 +182,8 @@ type Missing = (String, Option<String>);
 impl Groups {
     /// Makes the groups that this process may make, and returns how each resource is bounded. `total_memory` is the
     /// memory of all actions together in bytes; 0 means most of the memory of the machine. `slots` is the maximum
-    /// number of actions that run at the same time, and `has_user_limit` says whether the number of processes of an
-    /// action is limited without groups.
-    pub(crate) fn open(total_memory: u64, slots: usize, has_user_limit: bool) -> (Self, LimitReport) {
+    /// number of actions that run at the same time.
+    pub(crate) fn open(total_memory: u64, slots: usize) -> (Self, LimitReport) {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let own = find(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
         let total = if total_memory > 0 { total_memory } else { without_reserve(available(&own)) };
@@ -186,7 +191,7 @@ impl Groups {
         opening.unified(&own);
         opening.old(&own);
         opening.bound_all(total, slots);
-        let report = opening.report(total, has_user_limit);
+        let report = opening.report(total);
         let Opening { controls, made, .. } = opening;
         let state = GroupsState { controls, total, next: AtomicUsize::new(0), made: Mutex::new(made) };
         (Self(Arc::new(state)), report)
@@ -308,10 +313,9 @@ impl Opening {
         });
     }
 
-    fn report(&mut self, total_memory: u64, has_user_limit: bool) -> LimitReport {
+    fn report(&mut self, total_memory: u64) -> LimitReport {
         let without = |controller| match controller {
             Controller::Memory => Means::Watchdog,
-            Controller::Pids if has_user_limit => Means::UserLimit,
             Controller::Cpu | Controller::Pids | Controller::Io => Means::Nothing,
         };
         let mut resources: Vec<_> =

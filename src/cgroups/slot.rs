@@ -16,9 +16,10 @@ use std::{
 /// The weight of one CPU in the old hierarchy.
 pub(super) const V1_SHARE: u64 = 1024;
 
-/// The number of processes in the group that do not belong to the action: the runner, the first processes of cells, and
-/// processes of ended cells that are not reaped yet.
-const OWN_PROCESSES: u64 = 8;
+/// The most processes in the group that do not belong to the action: the runner, and those of one cell at work, two that
+/// are ready and four that have ended and are not reaped yet. A cell has a first process and, with a network of its own,
+/// two processes of its gateway.
+const OWN_PROCESSES: u64 = 1 + 3 * (1 + 2 + 4);
 /// The weight of one CPU in the unified hierarchy, and the largest weight.
 const V2_SHARE: u64 = 100;
 const V2_MOST_SHARES: u64 = 10_000;
@@ -246,14 +247,14 @@ mod tests {
                     ("memory.memsw.limit_in_bytes", "1073741829"),
                     ("cpu.shares", "2048"),
                     ("cpu.cfs_quota_us", "300000"),
-                    ("pids.max", "108"),
+                    ("pids.max", "122"),
                 ],
                 Version::V2 => &[
                     ("memory.max", "1073741824"),
                     ("memory.swap.max", "5"),
                     ("cpu.weight", "200"),
                     ("cpu.max", "300000 100000"),
-                    ("pids.max", "108"),
+                    ("pids.max", "122"),
                 ],
             };
             for (name, value) in expected {

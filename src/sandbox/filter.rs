@@ -97,6 +97,17 @@ const FAMILIES: &[libc::c_int] = &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6,
 /// Mask for the socket type. The same argument contains flags such as SOCK_CLOEXEC.
 const SOCKET_TYPE: u32 = 0xf;
 
+/// The socket types that IP sockets must not have: raw sockets, types of protocols that the kernel would load a module
+/// for, and the old form of packet sockets.
+const OTHER_TYPES: [libc::c_int; 5] =
+    [libc::SOCK_RAW, libc::SOCK_RDM, libc::SOCK_SEQPACKET, libc::SOCK_DCCP, SOCK_PACKET];
+/// The old form of packet sockets, which the kernel still knows.
+const SOCK_PACKET: libc::c_int = 10;
+/// The protocols that IP sockets may have; 0 is the usual one of the type. For most others the kernel would load a
+/// module.
+const IP_PROTOCOLS: [libc::c_int; 5] =
+    [0, libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_ICMP, libc::IPPROTO_ICMPV6];
+
 /// The architecture as the kernel numbers it (`AUDIT_ARCH_*`); `None` if the filter does not know the system call
 /// numbers of this machine.
 const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
@@ -155,14 +166,17 @@ fn table(architecture: u32) -> Table {
     let other_protocol = (2, Test::IsNot(libc::NETLINK_ROUTE.unsigned_abs()));
     let other_netlink =
         Case { tests: vec![family(libc::AF_NETLINK), other_protocol], answer: errno(libc::EPROTONOSUPPORT) };
-    // For local and netlink sockets SOCK_RAW has no special meaning.
-    let raw = (1, Test::Masked { mask: SOCKET_TYPE, value: libc::SOCK_RAW.unsigned_abs() });
-    let sockets = vec![
-        other_family.clone(),
-        other_netlink,
-        refuse(&[family(libc::AF_INET), raw]),
-        refuse(&[family(libc::AF_INET6), raw]),
-    ];
+    // For local and netlink sockets, these types and protocols have no special meaning.
+    let mut sockets = vec![other_family.clone(), other_netlink];
+    for ip in [libc::AF_INET, libc::AF_INET6] {
+        sockets.extend(OTHER_TYPES.map(|kind| {
+            let kind = Test::Masked { mask: SOCKET_TYPE, value: kind.unsigned_abs() };
+            refuse(&[family(ip), (1, kind)])
+        }));
+        let mut tests = vec![family(ip)];
+        tests.extend(IP_PROTOCOLS.map(|protocol| (2, Test::IsNot(protocol.unsigned_abs()))));
+        sockets.push(Case { tests, answer: errno(libc::EPROTONOSUPPORT) });
+    }
     calls.insert(libc::SYS_socket, sockets);
     calls.insert(libc::SYS_socketpair, vec![other_family]);
     let numbered = calls.into_iter().filter_map(|(call, cases)| Some((u32::try_from(call).ok()?, cases)));
@@ -239,7 +253,15 @@ mod tests {
         assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_ROUTE), Answer::Allow);
         assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_AUDIT), errno(libc::EPROTONOSUPPORT));
         for family in [libc::AF_INET, libc::AF_INET6] {
-            assert_eq!(socket(family, raw, 1), errno(libc::EPERM));
+            for kind in OTHER_TYPES {
+                assert_eq!(socket(family, kind | libc::SOCK_NONBLOCK, 0), errno(libc::EPERM), "{kind}");
+            }
+            for (kind, protocol) in [(stream, libc::IPPROTO_TCP), (libc::SOCK_DGRAM, libc::IPPROTO_UDP)] {
+                assert_eq!(socket(family, kind, protocol), Answer::Allow);
+            }
+            for protocol in [libc::IPPROTO_SCTP, libc::IPPROTO_DCCP, libc::IPPROTO_MPTCP, 115] {
+                assert_eq!(socket(family, stream, protocol), errno(libc::EPROTONOSUPPORT), "{protocol}");
+            }
         }
         for family in (0..64).filter(|family| !FAMILIES.contains(family)) {
             assert_eq!(socket(family, stream, 0), errno(libc::EAFNOSUPPORT), "{family}");

@@ -22,7 +22,7 @@ use super::{
 use rustix::{
     fs::CWD,
     mount::MountAttrFlags,
-    process::{getegid, geteuid},
+    process::{Pid, getegid, geteuid},
     thread::UnshareFlags,
 };
 use std::{
@@ -194,8 +194,23 @@ impl World {
         Ok(Some(GatewayPlan { pasta, owner: self.owner(), resolver: self.resolver.as_ref() }))
     }
 
+    /// Forks the first process of a cell of this kind, which runs `child`. The calling process must have a single
+    /// thread.
+    pub(crate) fn start(&self, kind: &CellKind, child: impl FnOnce() -> i32) -> Result<Pid, SetupFailure> {
+        let Some(user) = self.gateway_user(kind) else { return namespaces::start(None, child) };
+        // The first process has this effective user, who may not limit an IPC namespace. So it inherits one that this
+        // process has limited.
+        let leave = || sys::unshare(UnshareFlags::NEWIPC).step("make a namespace (IPC)");
+        leave()?;
+        confine::limit_ipc(self.sandbox.shm_bytes);
+        let started = namespaces::start(Some(user), child)?;
+        // This process must not keep the namespace, and the segments in it, when the cell has ended.
+        leave().inspect_err(|_| namespaces::end(started))?;
+        Ok(started)
+    }
+
     /// The host user whose processes must be able to enter cells of this kind, if it is not the user of this process.
-    pub(crate) fn gateway_user(&self, kind: &CellKind) -> Option<u32> {
+    fn gateway_user(&self, kind: &CellKind) -> Option<u32> {
         self.owner().map(|(user, _)| user).filter(|_| kind.network() == CellNetwork::On)
     }
 
@@ -228,17 +243,18 @@ impl World {
     pub(crate) fn enter(&self, setup: &CellSetup) -> Result<OpenCell, SetupFailure> {
         let on = self.sandbox.protections;
         let has_network = on.network && setup.kind.network() != CellNetwork::Host;
-        let mut own =
-            UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
-        if has_network {
-            own |= UnshareFlags::NEWNET;
-        }
+        let has_ipc = self.gateway_user(&setup.kind).is_some();
+        let mut own = UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
+        own.set(UnshareFlags::NEWNET, has_network);
+        own.set(UnshareFlags::NEWIPC, !has_ipc);
         sys::unshare(own).step("make namespaces (mount, IPC, names, cgroup, network)")?;
         if has_network {
             sys::loopback_up().step("switch on the loopback interface")?;
         }
-        // This must come before the change of the user too.
-        confine::limit_ipc(self.sandbox.shm_bytes);
+        // This must come before the change of the user, too.
+        if !has_ipc {
+            confine::limit_ipc(self.sandbox.shm_bytes);
+        }
         // This must come before the change of the user, because the gateway could not enter the namespace afterwards.
         if let Some(network) = &setup.network {
             network.set_up()?;

@@ -13,7 +13,7 @@ use crate::{
         },
         tools::{ToolLimits, Tools},
     },
-    cgroups::{Groups, LimitReport},
+    cgroups::{Groups, LimitReport, Means},
     config::{ExecutionSettings, ImagesSettings, PoolSettings, Tags},
     images::{ImageSettings, Images, TagPolicy},
     log_streams::LogStreams,
@@ -21,8 +21,8 @@ use crate::{
     sandbox::{
         identity::Users,
         kind::{CellNetwork, RootFs},
-        probe::{MissingProtection, Protection, Report},
-        settings::{SandboxMode, SandboxSettings},
+        probe::Report,
+        settings::{Protections, SandboxMode, SandboxSettings},
     },
     telemetry::RunMetrics,
 };
@@ -80,10 +80,7 @@ impl ExecutionSetup {
         let has_mode = |mode| execution.pools.iter().any(|pool| pool.sandbox.mode == mode);
         let is_sandboxed = has_mode(SandboxMode::Auto) || has_mode(SandboxMode::Required);
         // The build root is locked, so no other server creates groups for it.
-        let (groups, limits) = Groups::open(execution.total_memory_bytes, execution.slots, is_sandboxed);
-        if execution.limits_required {
-            refuse_missing(&limits)?;
-        }
+        let (groups, limits) = Groups::open(execution.total_memory_bytes, execution.slots);
         let scrub = Mutex::default();
         let mut setup = Self { build_root, sandbox: None, images, open_files, groups, limits, tools, scrub };
         if is_sandboxed {
@@ -91,6 +88,11 @@ impl ExecutionSetup {
             setup.sandbox = Some(setup.open_sandbox(execution, &runner)?);
             execution.pools.iter().try_for_each(|pool| setup.try_root_of(pool, &runner))?;
             execution.pools.iter_mut().for_each(|pool| setup.withdraw_network(pool));
+            let on = setup.sandbox.as_ref().map(|(sandbox, _)| sandbox.protections);
+            setup.limits.bound_processes(bound_of_processes(on.unwrap_or_default()));
+        }
+        if execution.limits_required {
+            refuse_missing(&setup.limits)?;
         }
         Ok(setup)
     }
@@ -103,7 +105,7 @@ impl ExecutionSetup {
     ) -> Result<(PoolSandbox, Report)> {
         let mut settings = execution.sandbox.clone();
         settings.root = None;
-        settings.processes = user_limit(execution, &self.limits);
+        settings.processes = user_limit(&execution.pools, &self.limits);
         warn_of_paths(&mut settings);
         let mut report = self.probe(&settings, runner)?;
         let users = Users::new(settings.first_user);
@@ -175,13 +177,17 @@ impl ExecutionSetup {
         let mut sandbox = sandbox.clone();
         sandbox.settings.root = pool.sandbox.root.as_ref().map(RootFs::resolved);
         sandbox.settings.network = pool.sandbox.network;
+        // A reload may have raised the limit.
+        let processes = user_limit([pool], &self.limits);
+        sandbox.settings.processes = sandbox.settings.processes.max(processes);
         Some(sandbox)
     }
 
     /// Stops a pool from offering a network of its own to actions, if that was tried and does not work.
     pub(super) fn withdraw_network(&self, pool: &mut PoolSettings) {
         let is_lacking = self.sandbox.as_ref().is_some_and(|(_, report)| report.lacks_gateway());
-        if is_lacking && wants_gateway(pool) {
+        // A pool that requires its sandbox would be accepted without its network.
+        if is_lacking && wants_gateway(pool) && pool.sandbox.mode != SandboxMode::Required {
             pool.withdraw_network();
         }
     }
@@ -267,10 +273,8 @@ fn refuse_incomplete(execution: &ExecutionSettings, report: &Report) -> Result<(
     if required.is_empty() {
         return Ok(());
     }
-    let is_needed = |missing: &&MissingProtection| {
-        missing.protection != Protection::Gateway || required.iter().any(|pool| wants_gateway(pool))
-    };
-    let missing: Vec<_> = report.missing.iter().filter(is_needed).map(ToString::to_string).collect();
+    let missing = report.missing_for(required.iter().any(|pool| wants_gateway(pool)));
+    let missing: Vec<_> = missing.into_iter().map(ToString::to_string).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -287,10 +291,21 @@ fn worker_name(pool: &PoolSettings) -> String {
 
 /// The process limit of a cell's user. Where there are control groups, this is only a second limit. It is higher than
 /// the limit of the group, because only a group reports that its limit was reached.
-fn user_limit(execution: &ExecutionSettings, limits: &LimitReport) -> u64 {
-    let bounds = execution.pools.iter().map(|pool| pool.limits.processes);
+fn user_limit<'a>(pools: impl IntoIterator<Item = &'a PoolSettings>, limits: &LimitReport) -> u64 {
+    let bounds = pools.into_iter().map(|pool| pool.limits.processes);
     let most = bounds.map(|bound| bound.default.max(bound.max)).max().unwrap_or(0);
     if limits.counts_processes() { most.saturating_add(SECOND_LINE) } else { most }
+}
+
+/// How the number of processes of an action is bounded without a control group. The kernel has no limit for its root
+/// user, so without an identity of their own, the processes are counted.
+fn bound_of_processes(on: Protections) -> Means {
+    let is_root = rustix::process::geteuid().is_root();
+    match (on.namespaces, on.identity || !is_root) {
+        (true, true) => Means::UserLimit,
+        (true, false) => Means::Watchdog,
+        (false, _) => Means::Nothing,
+    }
 }
 
 fn refuse_missing(limits: &LimitReport) -> Result<()> {

@@ -250,6 +250,13 @@ fn an_action_with_a_network_resolves_names_and_cannot_change_its_network() {
         with_each(ON, async |host| {
             let (exit, said, error) = with_network(host, sh("getent ahostsv4 server.example")).await;
             assert!(exit == 0 && said.starts_with("198.51.100.10 "), "{said}{error}");
+            if host.is_root {
+                let limits = "cat /proc/sys/kernel/shmall /proc/sys/kernel/msgmni";
+                let without = host.says(limits).await;
+                let (_, with, error) = with_network(host, sh(limits)).await;
+                assert_eq!(with.trim(), without.trim(), "{error}");
+                assert!(with.trim().ends_with("\n1000"), "{with}");
+            }
             // The result is the same on every machine.
             let (_, said, _) =
                 with_network(host, sh("cat /etc/resolv.conf; cat /proc/net/route | wc -l")).await;

@@ -125,7 +125,8 @@ async fn a_pool_can_switch_the_sandbox_off_while_others_use_it() {
     .await;
 }
 
-/// On a build root without idmapped mounts, the actions of a root server are root of the host.
+/// On a build root without idmapped mounts, the actions of a root server are root of the host. The kernel does not limit
+/// the processes of this user, so the server counts them if there are no control groups.
 #[tokio::test]
 async fn without_identity_the_actions_of_a_root_server_cannot_change_devices_and_files_of_proc() {
     if !rustix::process::geteuid().is_root() {
@@ -137,7 +138,7 @@ async fn without_identity_the_actions_of_a_root_server_cannot_change_devices_and
     let mut shell = Command::new("unshare");
     shell
         .args(["--mount", "sh", "-c"])
-        .arg("mkdir \"$RAM\" && mount -t ramfs none \"$RAM\" && exec \"$0\" \"$@\"")
+        .arg("mkdir \"$RAM\" && mount -t ramfs none \"$RAM\" && mount -t tmpfs none /sys/fs/cgroup && exec \"$0\" \"$@\"")
         .arg(serve.get_program())
         .args(serve.get_args())
         .env_clear()
@@ -145,11 +146,19 @@ async fn without_identity_the_actions_of_a_root_server_cannot_change_devices_and
         .env("RAM", store.path().join("ram"))
         .env("GOREGO_EXECUTION__BUILD_ROOT", store.path().join("ram/build"))
         .env("GOREGO_EXECUTION__SANDBOX__MODE", "auto")
+        .env("GOREGO_EXECUTION__SANDBOX__PROCESSES", "40")
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
     let host = Host::of(Server::spawn(shell, Arc::new(store)), true).await;
     let sandbox = host.server.started()["sandbox"].as_str().unwrap().to_owned();
     assert!(sandbox.starts_with("namespaces, network, filter"), "{sandbox}");
+
+    let limits = host.server.started()["limits"].as_str().unwrap().to_owned();
+    assert!(limits.contains("processes: best effort"), "{limits}");
+    let bomb = sh("n=0; while [ $n -lt 200 ]; do sleep 1000 & n=$((n+1)); done; wait");
+    let action = host.client.action(bomb, empty()).await;
+    let ended = host.client.run(action).await.status.unwrap().message;
+    assert!(ended.contains("of the 40 processes and threads allowed"), "{ended}");
 
     assert_eq!(host.says("stat -c %u /dev/full").await, "1000", "the action owns the devices");
     for change in ["touch /dev/full", "chmod 666 /dev/full", "touch /proc/slabinfo", "chmod 666 /proc/keys"] {

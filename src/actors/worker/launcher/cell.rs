@@ -260,8 +260,7 @@ impl Cell {
             Some((host, inner, outer)) => (setup.with_gateway(inner, host.clone()), Some((host, outer))),
             None => (setup, None),
         };
-        let init =
-            namespaces::start(world.gateway_user(kind), move || init::init_main(&theirs, world, setup))?;
+        let init = world.start(kind, move || init::init_main(&theirs, world, setup))?;
         // Nothing else would reap the first process if it cannot be watched.
         let pidfd = pidfd_open(init, PidfdFlags::empty())
             .inspect_err(|_| namespaces::end(init))

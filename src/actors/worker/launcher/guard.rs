@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 const MEMORY_PAUSE: Duration = Duration::from_millis(20);
 /// Minimum time between two measurements of anything else.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How often in a row too many processes must be counted. The first count may include processes of the command before,
+/// which the kernel is still ending.
+const COUNTS_OF_TOO_MANY: u32 = 2;
 /// After a measurement, the guard pauses for this many times its duration.
 const PAUSE_PER_LOOK: u32 = 19;
 
@@ -77,6 +80,8 @@ pub(super) struct Guard<'a> {
     counted: Option<MeasurementSchedule>,
     /// The largest number of processes and threads that were counted.
     processes: u64,
+    /// How often in a row too many were counted.
+    too_many: u32,
 }
 
 impl<'a> Guard<'a> {
@@ -111,6 +116,7 @@ impl<'a> Guard<'a> {
             counted: (limits.processes > 0 && !group.is_some_and(SlotGroup::counts_processes))
                 .then(|| MeasurementSchedule::new(PAUSE, now)),
             processes: 0,
+            too_many: 0,
         }
     }
 
@@ -138,6 +144,13 @@ impl<'a> Guard<'a> {
             && let Some(processes) = pace.look(|| Some(resident::processes(runner)))
         {
             self.processes = self.processes.max(processes);
+            // The first process of the cell does not count.
+            let (used, limit) = (processes.saturating_sub(1), self.limits.processes);
+            self.too_many = if used > limit { self.too_many + 1 } else { 0 };
+            if self.too_many >= COUNTS_OF_TOO_MANY {
+                let resource = LimitedResource::Processes;
+                return Some(Violation::Exceeded(Exceeded { resource, used, limit }));
+            }
         }
         if let Some(pace) = &mut self.killed
             && let Some(group) = self.group

@@ -40,7 +40,7 @@ pub const LINES_DROPPED: &str = "log_lines_dropped";
 /// How long an exiting process or a panicking thread waits for standard error to accept lines. A live reader needs
 /// less; a dead one must not block the exit.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
-/// A thread's line buffer is shrunk to this size, so that a long line does not occupy memory for ever.
+/// A thread keeps a line buffer up to this size for its next line.
 const KEPT_BUFFER_BYTES: usize = 16 * 1024;
 
 /// The resolved format of lines.

@@ -398,6 +398,12 @@ async fn without_a_sandbox_an_action_runs_only_if_the_user_insists() {
     said.expect(2, &["outside of a sandbox", "sysctl -w user.max_user_namespaces", "--no-sandbox"]);
     let said = Said::new(output(restricted(&[&action, "--no-sandbox"])).await);
     said.expect(0, &["sandbox  none", "same"]);
+    // What the configuration requires of the server's machine is not required here.
+    let mut replay = user.command(&server, &[&action, "--no-sandbox"]);
+    replay
+        .env("GOREGO_EXECUTION__SANDBOX__ROOTFS", "inputs")
+        .env("GOREGO_EXECUTION__LIMITS__REQUIRED", "true");
+    Said::new(output(replay).await).expect(0, &["sandbox  none", "same"]);
     user.leaves_nothing();
 }
 

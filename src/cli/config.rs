@@ -100,20 +100,18 @@ pub(super) fn load_for_replay(
     config: Option<PathBuf>,
     directory: &Path,
     build_root: &Path,
-    no_sandbox: bool,
 ) -> Result<ExecutionSettings> {
     let text = |path: &Path| match path.to_str() {
         Some(text) => Ok(Value::String(text.to_owned())),
         None => Err(Error::Invalid(format!("{} is not UTF-8; set TMPDIR", path.display()))),
     };
-    let mode = if no_sandbox { "off" } else { "auto" };
     let flag = |key, value| Flag { flag: "gorego replay", key, value };
     let flags = vec![
         flag("local_cache_dir", text(directory)?),
         flag("execution.enabled", Value::Boolean(true)),
         flag("execution.build_root", text(build_root)?),
         flag("execution.staged_inputs_gb", Value::Integer(0)),
-        flag("execution.sandbox.mode", Value::String(mode.to_owned())),
+        flag("execution.sandbox.mode", Value::String("auto".to_owned())),
     ];
     let sources = Sources { file: file_to_read(config), env: environment(), flags, ..Sources::default() };
     let (_, settings) = load_checked(&sources, &Machine::this())?;

@@ -85,7 +85,7 @@ async fn until_stopped(args: ExecArgs, line: &ProgressLine) -> Result<ExecEnd> {
     let readers = Readers::default();
     let mut work = pin!(exec(args, line, &current, readers.clone()));
     let end = tokio::select! {
-        // This takes precedence over the result, because the output has no reader.
+        // A lost reader takes precedence over the result.
         outcome = &mut work => {
             return if readers.have_left() { Ok(ExecEnd::NobodyReads) } else { outcome.map(ExecEnd::Code) };
         }

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     action::{Priorities, TimeoutPolicy},
     platform::{self, UnknownProperties},
-    sandbox::settings::SandboxSettings,
+    sandbox::settings::{SandboxMode, SandboxSettings},
 };
 use std::{
     path::{Path, PathBuf},
@@ -94,9 +94,12 @@ pub(super) fn execution(
         own.iter().copied().chain([build_root.as_path()]).chain(credentials.as_deref()).collect();
     let sandbox = sandbox(check, warnings, &own, machine);
     let mut pools = pools(check, machine, &sandbox);
-    let images = images::images(check, credentials.clone());
+    let is_sandboxed = |pool: &PoolSettings| pool.sandbox.mode != SandboxMode::Off;
+    let images = images::images(check, credentials.clone(), pools.iter().any(is_sandboxed));
     if images.is_some() {
-        platform::offer_images(pools.iter_mut().map(|pool| &mut pool.offers));
+        // An image is a root file system, which needs a sandbox.
+        let pools = pools.iter_mut().filter(|pool| is_sandboxed(pool));
+        platform::offer_images(pools.map(|pool| &mut pool.offers));
     }
     ExecutionSettings {
         slots: pools.iter().fold(0, |sum: usize, pool| sum.saturating_add(pool.slots)),

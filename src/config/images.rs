@@ -1,7 +1,7 @@
 //! `[execution.images]`: the settings of container images, and their checks.
 
 use super::{Machine, checker::Checker};
-use crate::{host::ImageRegistry, sandbox::settings::SandboxMode, size::Size};
+use crate::{host::ImageRegistry, size::Size};
 use serde::{Deserialize, Serialize};
 use std::{
     path::{Component, Path, PathBuf},
@@ -76,8 +76,12 @@ pub(super) fn credentials(check: &mut Checker<'_>, machine: &Machine) -> Option<
     is_set.then(|| check.directory("execution.images.credentials", path, machine))
 }
 
-/// Checks the section; `None` if actions cannot name images.
-pub(super) fn images(check: &mut Checker<'_>, credentials: Option<PathBuf>) -> Option<ImagesSettings> {
+/// Checks the section; `None` if actions cannot name images. `is_sandboxed` says whether a pool has a sandbox.
+pub(super) fn images(
+    check: &mut Checker<'_>,
+    credentials: Option<PathBuf>,
+    is_sandboxed: bool,
+) -> Option<ImagesSettings> {
     let config = &check.loaded.config.execution.images;
     let form = "a registry, such as \"registry.example.com\", \"registry.example.com:5000\", or \"http://localhost:5000\" for one \
                 without TLS";
@@ -98,12 +102,10 @@ pub(super) fn images(check: &mut Checker<'_>, credentials: Option<PathBuf>) -> O
         return None;
     }
     let key = if config.registries.is_empty() { "layouts" } else { "registries" };
-    let execution = &check.loaded.config.execution;
-    let sandbox = SandboxMode::from(execution.sandbox.mode);
     check.require_with(
         &format!("execution.images.{key}"),
         &["execution.sandbox.mode", "execution.pools"],
-        sandbox != SandboxMode::Off || !execution.pools.is_empty(),
+        is_sandboxed,
         "needs the sandbox, which is off (execution.sandbox.mode)",
     );
     Some(ImagesSettings {
@@ -165,6 +167,23 @@ mod tests {
             pool.offers.contains_key("container-image")
         };
         assert!(has("a") && !has("b"));
+    }
+
+    /// An action with an image would fail in a pool without a sandbox, but only if the other pools are busy.
+    #[test]
+    fn only_pools_with_a_sandbox_offer_images() {
+        let with_pools = |pools: &'static str| {
+            checked(move |config| {
+                config.execution.images.registries = vec!["r.example.com".into()];
+                config.execution.pools = toml::from_str(pools).unwrap();
+            })
+        };
+        let mixed = with_pools("a = { slots = 1 }\nb = { slots = 1, sandbox = { mode = 'off' } }").unwrap();
+        let offering: Vec<_> = mixed.execution.unwrap().pools;
+        let offering = offering.iter().filter(|pool| pool.offers.contains_key("container-image"));
+        assert_eq!(offering.map(|pool| &*pool.name).collect::<Vec<_>>(), ["a"]);
+        let error = with_pools("b = { slots = 1, sandbox = { mode = 'off' } }").unwrap_err().to_string();
+        assert!(error.contains("execution.images.registries"), "{error}");
     }
 
     #[test]

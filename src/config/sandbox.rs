@@ -317,6 +317,29 @@ mod tests {
         assert_eq!(warnings.len(), own.len(), "{warnings:?}");
     }
 
+    /// The running sandboxes hide only the paths that they had at the start.
+    #[test]
+    fn a_new_path_of_the_server_is_noticed_where_actions_would_see_it_and_is_no_other_difference() {
+        let with_key = |key: &str| {
+            let key = key.to_owned();
+            checked(move |config| {
+                config.tls.cert = "/etc/gorego/cert".into();
+                config.tls.key = key.into();
+            })
+        };
+        let (start, _) = with_key("/etc/gorego/key").unwrap();
+        let (visible, _) = with_key("/opt/certs/key").unwrap();
+        let (invisible, _) = with_key("/etc/gorego/key-2").unwrap();
+        assert_eq!(start.exposed(&visible), Some(Path::new("/opt/certs/key")));
+        assert_eq!(
+            (start.exposed(&invisible), start.exposed(&start), visible.exposed(&visible)),
+            (None, None, None)
+        );
+        assert!(start.is_same_for_actions(&visible) && start.is_same_for_actions(&invisible));
+        let (hidden, _) = checked(|config| config.execution.sandbox.hidden = vec!["/opt/x".into()]).unwrap();
+        assert!(!start.is_same_for_actions(&hidden));
+    }
+
     #[test]
     fn invalid_paths_and_users_are_refused_with_their_key() {
         for (key, change) in [

@@ -107,6 +107,12 @@ impl Report {
         all.filter(is_on).map(Protection::name).collect()
     }
 
+    /// The missing protections of a pool. The gateway is one of them only if the pool wants it.
+    pub(crate) fn missing_for(&self, wants_gateway: bool) -> Vec<&MissingProtection> {
+        let is_needed = |one: &&MissingProtection| wants_gateway || one.protection != Protection::Gateway;
+        self.missing.iter().filter(is_needed).collect()
+    }
+
     /// Whether the gateway was tried out and does not work.
     pub(crate) fn lacks_gateway(&self) -> bool {
         self.missing.iter().any(|missing| missing.protection == Protection::Gateway)

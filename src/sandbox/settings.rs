@@ -184,6 +184,22 @@ impl SandboxSettings {
         super::view::shows(&wanted, path)
     }
 
+    /// Whether these settings differ from `other` only in the paths of the server itself.
+    pub(crate) fn is_same_for_actions(&self, other: &Self) -> bool {
+        let without_own = |settings: &Self| {
+            let is_own = |path: &PathBuf| settings.own.contains(path);
+            let hidden = settings.hidden.iter().filter(|path| !is_own(path)).cloned().collect();
+            Self { own: Vec::new(), hidden, ..settings.clone() }
+        };
+        without_own(self) == without_own(other)
+    }
+
+    /// Returns a path of the server itself in `next` that actions with these settings could see, if there is one.
+    pub(crate) fn exposed<'a>(&self, next: &'a Self) -> Option<&'a Path> {
+        let is_exposed = |path: &&PathBuf| !self.own.contains(path) && self.shows(path);
+        next.own.iter().find(is_exposed).map(PathBuf::as_path)
+    }
+
     /// Also hides the server's own files at other paths that lead to them through symbolic links. Returns the
     /// additional hidden paths. This resolves paths in the file system, so the server's files must exist already.
     pub(crate) fn hide_linked(&mut self) -> Vec<PathBuf> {

@@ -13,7 +13,7 @@ use crate::{
             messages::{AddPool, DrainPool, ListPools, RemovePool},
             slots::{PoolSpec, PoolState, PoolStatus},
         },
-        worker::{WorkerActor, WorkerSettings, staging::StagingActor},
+        worker::{WorkerActor, WorkerSettings, staging::StagingActor, tools::Tools},
     },
     config::{ExecutionSettings, PoolSettings, Settings},
     log_streams::LogStreams,
@@ -128,7 +128,9 @@ impl Pools {
                      whether it works here",
                 );
             }
-            (Some((_, report)), SandboxMode::Required) if !report.missing.is_empty() => {
+            (Some((_, report)), SandboxMode::Required)
+                if !report.missing_for(wants_gateway(pool)).is_empty() =>
+            {
                 return refuse("sandbox.mode = \"required\": the sandbox is incomplete on this machine");
             }
             _ => {}
@@ -138,38 +140,59 @@ impl Pools {
 
     async fn apply(self, change: PoolChange) -> Result<()> {
         match change {
-            PoolChange::Add(pool) => self.start(pool).await,
-            PoolChange::Replace(pool) => {
-                self.retire(&pool.name).await?;
-                self.start(pool).await
+            PoolChange::Add(pool) => {
+                let made = self.make(&pool).await?;
+                self.add(pool, made).await
             }
-            PoolChange::Remove(name) => self.retire(&name).await,
+            // The new pool is made first. If that fails, the old one continues, and otherwise there is no time without
+            // a pool.
+            PoolChange::Replace(pool) => {
+                let old_tools = self.maker.setup.tools(&pool.name);
+                let made = self.make(&pool).await?;
+                self.retire(&pool.name, old_tools).await?;
+                self.add(pool, made).await
+            }
+            PoolChange::Remove(name) => {
+                let tools = self.maker.setup.tools(&name);
+                self.retire(&name, tools).await
+            }
         }
     }
 
-    async fn start(self, pool: PoolSettings) -> Result<()> {
-        self.maker.setup.add_tools(&self.maker.execution, &pool);
-        self.maker.prefetch([&pool].into_iter());
+    /// Starts the workers of a pool.
+    async fn make(&self, pool: &PoolSettings) -> Result<Pool> {
         let (maker, system, settings) = (self.maker.clone(), self.system.clone(), pool.clone());
+        let setup = &self.maker.setup;
+        let before = setup.tools(&pool.name);
+        setup.add_tools(&maker.execution, pool);
+        maker.prefetch([pool].into_iter());
         // Starting many threads takes time, so it is done on a thread for blocking work.
         let made = self.runtime.spawn_blocking(move || {
             System::set_current(system);
             maker.make(&settings)
         });
-        let pool_of =
-            made.await.map_err(|_| Error::internal("the workers of a pool could not be started"))?;
-        self.scheduler.send(AddPool { pool: pool_of }).await.map_err(|_| scheduler_gone())??;
-        self.running().push(pool);
+        made.await.map_err(|_| {
+            let (added, setup) = (setup.tools(&pool.name), setup.clone());
+            if added.as_ref().map(Arc::as_ptr) != before.as_ref().map(Arc::as_ptr) {
+                self.runtime.spawn_blocking(move || setup.close_tools(&added));
+            }
+            Error::internal("the workers of a pool could not be started")
+        })
+    }
+
+    /// Makes the scheduler use a pool.
+    async fn add(&self, settings: PoolSettings, pool: Pool) -> Result<()> {
+        self.scheduler.send(AddPool { pool }).await.map_err(|_| scheduler_gone())??;
+        self.running().push(settings);
         Ok(())
     }
 
-    /// Stops a pool from taking actions, and removes it when its last action has ended. Returns when it takes no more
-    /// actions.
-    async fn retire(&self, name: &str) -> Result<()> {
+    /// Stops a pool with these tools from taking actions, and removes it when its last action has ended. Returns when
+    /// it takes no more actions.
+    async fn retire(&self, name: &str, tools: Option<Arc<Tools>>) -> Result<()> {
         let all = self.scheduler.send(ListPools).await.map_err(|_| scheduler_gone())?;
         let is_it = |pool: &&PoolStatus| *pool.name == *name && pool.state != PoolState::Draining;
         self.running().retain(|pool| pool.name != name);
-        let tools = self.maker.setup.tools(name);
         let Some(id) = all.iter().find(is_it).map(|pool| pool.id) else { return Ok(()) };
         // The message is in the mailbox before the next message.
         let drained = self.scheduler.send(DrainPool { id });
@@ -260,7 +283,15 @@ impl Reloadable for Pools {
         let Some(next) = &next.execution else { return Ok(Vec::new()) };
         let at_start = &self.maker.execution;
         // These settings are part of every pool, but they apply to parts that are created at the start.
-        let is_bound = next.sandbox != at_start.sandbox || next.images.is_some() != at_start.images.is_some();
+        let is_bound = !next.sandbox.is_same_for_actions(&at_start.sandbox)
+            || next.images.is_some() != at_start.images.is_some();
+        if let Some(path) = at_start.sandbox.exposed(&next.sandbox) {
+            return Err(Error::Precondition(format!(
+                "actions could read {} until the server is restarted; use a directory that they cannot see, or restart \
+                 the server",
+                path.display()
+            )));
+        }
         let mut prepared = Vec::new();
         let mut pools = next.pools.clone();
         pools.iter_mut().for_each(|pool| self.maker.setup.withdraw_network(pool));

@@ -98,7 +98,7 @@ pub struct StoreReading {
     pub is_read_only: bool,
     /// The free bytes of the file system; `None` before the first measurement.
     pub disk_free: Option<u64>,
-    /// Bytes that the store uses besides its entries, such as deleted blobs and tables.
+    /// Bytes that the store uses besides its entries, such as deleted blobs, tables and the other files of the server.
     pub overhead: u64,
     /// The size of the other files of the server on the same file system, by owner.
     pub beside: Vec<(&'static str, u64)>,

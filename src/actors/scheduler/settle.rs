@@ -112,6 +112,7 @@ impl SchedulerActor {
             scheduler.do_send(RunEnded { task, attempt, end });
         });
     }
+
     fn send_staging_order(&self, order: StagingOrder, ctx: &mut Context<Self>) {
         let StagingOrder { task, pool, action, owner, cancel } = order;
         let stager = self.stagers.get(&pool).cloned();

@@ -79,6 +79,9 @@ async fn run(
             Err(Error::Invalid(_)) if !request.page_token.is_empty() && restarts < MAX_RESTARTS => {
                 restarts += 1;
                 request.page_token.clear();
+                // All results are looked at again. Those that were removed are gone.
+                let found = if request.remove { sum.found } else { 0 };
+                sum = PurgeTotals { found, ..PurgeTotals::default() };
                 continue;
             }
             page => page?,

@@ -116,7 +116,10 @@ fn no_request_takes_more_memory_than_is_kept_free_and_small_gzip_takes_little() 
         |kind: RequestKind, bytes, is_compressed| kind.memory(CompleteMessage { bytes, is_compressed });
     for bytes in [UNCOUNTED_BYTES as u64 + 1, 1 << 20, u32::MAX.into()] {
         for (is_gzip, is_compressed) in [(false, false), (false, true), (true, true)] {
-            assert!(memory(RequestKind { is_gzip, ..kind }, bytes, is_compressed).unwrap() <= LARGEST_REQUEST_MEMORY);
+            assert!(
+                memory(RequestKind { is_gzip, ..kind }, bytes, is_compressed).unwrap()
+                    <= LARGEST_REQUEST_MEMORY
+            );
         }
     }
     assert!(memory(kind, 20, true).unwrap() < 10 * 1024 * 1024);

@@ -20,8 +20,8 @@ use gorego_reapi::error::Result;
 use std::sync::Arc;
 
 impl Ledger {
-    /// Adds a pool. Tasks that wait and that it suits wait for it too from now on.
     /// Adds a pool. Waiting tasks that it suits wait for it too from now on.
+    ///
     /// # Errors
     /// `Precondition` if there are too many pools, or a pool with this name that is not draining.
     pub(crate) fn add_pool(&mut self, spec: PoolSpec) -> Result<PoolId> {

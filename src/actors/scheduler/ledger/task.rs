@@ -67,7 +67,8 @@ pub(super) struct Task {
     pub(super) staging: Option<CancelToken>,
     /// Texts about its runs so far, in order. There is at most one for each run.
     pub(super) server_logs: Vec<ServerLog>,
-    /// The pool in whose queue it is closest to the front, and its position there, as of the last board.
+    /// The pool in whose queue it is closest to the front, and its position there when positions were computed
+    /// last.
     pub(super) position: Option<(PoolId, usize)>,
     /// The pool for whose demand the task counts while it waits.
     pub(super) home: Option<PoolId>,

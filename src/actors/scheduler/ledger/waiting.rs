@@ -144,9 +144,10 @@ impl Ledger {
     }
 
     /// Another pool that could run the same task now and gives it the memory that this kind of action used before. Only
-    /// for a pool, at this position of the order, that gives it less.
+    /// for a pool, at this position of the order, that gives it less. The queues do not change, so the task stays the
+    /// next one of its pool.
     fn pool_with_more_memory(
-        &mut self,
+        &self,
         pool: PoolId,
         id: TaskId,
         at: usize,
@@ -156,10 +157,16 @@ impl Ledger {
         let (action, key) = (task.action.clone(), self.peak_key(&task.first)?);
         let needed = self.peaks.of(key).filter(|needed| *needed > self.slots.memory(pool, &action))?;
         let others: Vec<_> = self.slots.order().iter().skip(at + 1).copied().collect();
-        let gives_enough = |ledger: &Self, pool: &PoolId| ledger.slots.memory(*pool, &action) >= needed;
-        others
-            .into_iter()
-            .find(|other| gives_enough(self, other) && self.next_runnable(*other, now) == Some(id))
+        others.into_iter().find(|other| {
+            self.slots.memory(*other, &action) >= needed
+                && self.slots.has_free(*other)
+                && self.slots.has_room(*other, &action)
+                && self
+                    .ready
+                    .get(other)
+                    .and_then(|queue| queue.peek(now.at))
+                    .is_some_and(|(next, _)| next == id)
+        })
     }
 
     /// The next task in the queue of a pool. A task that has just lost its followers is first moved behind those with

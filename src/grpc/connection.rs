@@ -8,7 +8,7 @@
 //! The HTTP/2 library writes each message of more than a few hundred bytes by itself. While a [`Turn`] is corked, small
 //! writes are collected, at most [`HELD_MAX_BYTES`] of them. They are written when the next one does not fit, or at the
 //! first read or flush after the cork was removed. Nothing is read in a turn that is used up, or while the socket is
-//! full and more than [`UNSENT_STREAMS_MAX`] answered requests wait to be written.
+//! full and more than [`UNSENT_STREAMS_MAX`] answers or resets wait to be written.
 
 use super::{
     bulk::BulkReader,
@@ -28,8 +28,9 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::Connected;
 
-/// Limit on streams without a running request while the socket takes no more bytes. Their answers wait for a client
-/// that does not read, and take memory that no other bound counts (70 KB for this many). A client that reads its socket
+/// Limit on streams without a running request while the socket takes no more bytes. Their answers, and the resets that
+/// answer frames of streams that are not open, wait for a client that does not read, and take memory that no other
+/// bound counts (70 KB for this many). A client that reads its socket
 /// but grants no window is still read, because its window updates arrive on the same connection and its answers are
 /// charged until they are written.
 const UNSENT_STREAMS_MAX: usize = 64;
@@ -78,14 +79,18 @@ impl Connection {
     fn note_blocked(&mut self, is_blocked: bool) {
         self.is_blocked = is_blocked;
         self.admitted.state().note_blocked(is_blocked);
-        if !is_blocked && let Some(reader) = self.unsent.take() {
-            reader.wake();
+        if !is_blocked {
+            self.flood_guard.forget_strays();
+            if let Some(reader) = self.unsent.take() {
+                reader.wake();
+            }
         }
     }
 
-    /// Whether too many answers wait for the client to read.
+    /// Whether too many answers or resets wait for the client to read.
     fn has_unsent(&self) -> bool {
-        self.is_blocked && self.flood_guard.open_streams() > UNSENT_STREAMS_MAX + self.turn.requests()
+        let streams = self.flood_guard.open_streams() + self.flood_guard.strays();
+        self.is_blocked && streams > UNSENT_STREAMS_MAX + self.turn.requests()
     }
 
     /// Writes the collected bytes.
@@ -388,6 +393,29 @@ mod tests {
         assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "two requests are being handled");
         drop((request, second));
         client.write_all(&head(205)).await.unwrap();
+        assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
+        let (mut answers, _requests) = client.into_split();
+        tokio::spawn(async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await });
+        connection.write_all(&[0; 64 * 1024]).await.unwrap();
+        assert_eq!(connection.read(&mut bytes).await.unwrap(), 10, "the client reads");
+    }
+
+    /// The HTTP/2 library keeps a reset for each of these frames until it is written.
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_not_read_either_if_it_sends_frames_of_streams_that_are_not_open()
+    {
+        let (mut connection, mut client) = connected().await;
+        let mut bytes = vec![0; 24 + 10 * (UNSENT_STREAMS_MAX + 1)];
+        client.write_all(&[b'x'; 24]).await.unwrap();
+        connection.read_exact(&mut bytes[..24]).await.unwrap();
+        let offered = vec![0; 8 * 1024 * 1024];
+        let mut writing = Box::pin(connection.write_all(&offered));
+        assert!(futures::poll!(writing.as_mut()).is_pending());
+        drop(writing);
+        let stray = [0, 0, 1, 0, 0, 0, 0, 0, 1, b'd'];
+        client.write_all(&stray.repeat(UNSENT_STREAMS_MAX + 1)).await.unwrap();
+        connection.read_exact(&mut bytes[24..]).await.unwrap();
+        client.write_all(&stray).await.unwrap();
         assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
         let (mut answers, _requests) = client.into_split();
         tokio::spawn(async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await });

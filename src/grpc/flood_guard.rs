@@ -3,7 +3,11 @@
 //! Opening and cancelling a stream costs a client nothing, but costs this server the work of a call (CVE-2023-44487).
 //! The HTTP/2 library bounds how many cancelled streams are pending, but not their rate. So each cancelled stream takes
 //! a token from a bucket that finished streams refill. Frames without payload or effect (PING, SETTINGS, empty DATA)
-//! take tokens from another bucket, which answers refill.
+//! take tokens from another bucket, which answers refill. So do small stray frames ([`STRAY_MIN_BYTES`]).
+//!
+//! The HTTP/2 library answers a stray frame, which is one of a stream that is not open, with an RST_STREAM. It keeps a
+//! stream for each of them until it is written, and knows no bound. So stray frames are counted, and a connection that
+//! does not read its socket may send only some of them ([`super::connection`]).
 //!
 //! It also counts the bytes that the client has sent on each open stream, for [`crate::connections::ahead`].
 
@@ -25,6 +29,9 @@ pub(super) const NOISE: Rate = Rate { burst: 640_000, per_second: 64_000 };
 /// The cost of a PING, SETTINGS, PRIORITY, an empty frame, or a frame of an unknown type. Each needs an answer or a
 /// lookup.
 const NOISE_COST: u64 = 64;
+/// Smaller stray frames are noise. An upload that is answered before its end leaves many frames on their way, but these
+/// are large.
+const STRAY_MIN_BYTES: u32 = 1024;
 /// The credit for a frame of an answer.
 const UPDATES_PER_DATA: u64 = 2 * NOISE_COST;
 
@@ -39,6 +46,8 @@ pub(super) struct FloodGuard {
     finished: u64,
     last_stream: u32,
     open: OpenStreams,
+    /// Number of stray frames since [`FloodGuard::forget_strays`].
+    strays: usize,
 }
 
 /// The bytes that the client has sent on open streams. The HTTP/2 library discards data of other streams.
@@ -64,22 +73,28 @@ impl SentAhead {
 }
 
 impl OpenStreams {
-    /// The library refuses further streams, so they are not counted.
-    fn open(&mut self, stream: u32) {
-        if self.streams.len() < STREAMS_MAX as usize {
+    /// The library refuses further streams, so they are not counted. Returns whether the stream is counted.
+    fn open(&mut self, stream: u32) -> bool {
+        let has_room = self.streams.len() < STREAMS_MAX as usize;
+        if has_room {
             self.streams.entry(stream).or_default();
         }
+        has_room
     }
 
-    /// Counts a DATA frame and returns its cost.
-    fn receive(&mut self, frame: Frame) -> u64 {
-        let Some(sent) = self.streams.get_mut(&frame.stream) else { return 0 };
+    fn has(&self, stream: u32) -> bool {
+        self.streams.contains_key(&stream)
+    }
+
+    /// Counts a DATA frame and returns its cost; `None` if its stream is not open.
+    fn receive(&mut self, frame: Frame) -> Option<u64> {
+        let sent = self.streams.get_mut(&frame.stream)?;
         let (before, bytes) = (sent.most(), u64::from(frame.length));
         let cost = ahead::cost(bytes);
         sent.bytes += bytes;
         sent.surplus += cost - bytes;
         self.most += sent.most() - before;
-        cost
+        Some(cost)
     }
 
     fn close(&mut self, stream: u32) -> bool {
@@ -127,6 +142,7 @@ impl FloodGuard {
             finished: 0,
             last_stream: 0,
             open: OpenStreams::default(),
+            strays: 0,
         }
     }
 
@@ -137,22 +153,30 @@ impl FloodGuard {
         self.inward.take(bytes, |frame| {
             received.frames += 1;
             received.resets += u64::from(frame.kind == kind::RST_STREAM);
-            noise += cost(frame);
+            let mut is_stray = false;
             match frame.kind {
                 kind::HEADERS => {
-                    if frame.stream > last {
+                    is_stray = if frame.stream > last {
                         last = frame.stream;
-                        self.open.open(last);
-                    }
+                        !self.open.open(last)
+                    } else {
+                        !self.open.has(frame.stream)
+                    };
                     received.head_is_open = Some(!frame.ends_headers());
                 }
-                kind::DATA => received.ahead += self.open.receive(frame),
+                kind::DATA => match self.open.receive(frame) {
+                    Some(cost) => received.ahead += cost,
+                    None => is_stray = true,
+                },
+                kind::PRIORITY => is_stray = !self.open.has(frame.stream),
                 kind::RST_STREAM => received.has_closed |= self.open.close(frame.stream),
                 // The HTTP/2 library walks over all streams to move their windows.
                 kind::SETTINGS => noise += self.open.streams.len() as u64,
                 kind::CONTINUATION if frame.ends_headers() => received.head_is_open = Some(false),
                 _ => {}
             }
+            self.strays += usize::from(is_stray);
+            noise += cost(frame, is_stray);
         });
         self.last_stream = last;
         if received.resets > 0 {
@@ -187,6 +211,16 @@ impl FloodGuard {
         self.open.streams.len()
     }
 
+    /// Number of frames of other streams that the client has sent since [`FloodGuard::forget_strays`].
+    pub(super) fn strays(&self) -> usize {
+        self.strays
+    }
+
+    /// Forgets the stray frames, because the answers to them are being written.
+    pub(super) fn forget_strays(&mut self) {
+        self.strays = 0;
+    }
+
     /// Upper bound of the bytes of open streams that no handler has taken.
     pub(super) fn ahead_at_most(&self) -> u64 {
         self.open.most
@@ -201,8 +235,9 @@ impl FloodGuard {
     }
 }
 
-fn cost(frame: Frame) -> u64 {
+fn cost(frame: Frame, is_stray: bool) -> u64 {
     match frame.kind {
+        kind::HEADERS | kind::DATA if is_stray && frame.length < STRAY_MIN_BYTES => NOISE_COST,
         // These are limited by streams and resets.
         kind::HEADERS | kind::RST_STREAM => 0,
         kind::DATA if frame.length > 0 || frame.ends_stream() => 0,
@@ -267,8 +302,30 @@ mod tests {
             assert!(!flood_guard.receive(&quiet, 0).is_noise);
         }
         let mut flood_guard = connected();
+        flood_guard.receive(&frame(kind::HEADERS, 0x4, 3), 0);
         let upload = frame(kind::DATA, 0, 1).repeat(100_000);
         assert!(!flood_guard.receive(&upload, 0).is_noise);
+    }
+
+    #[test]
+    fn frames_of_streams_that_are_not_open_are_counted_and_small_ones_are_noise() {
+        const PRIORITY: u8 = 2;
+        let large = [&[0, 4, 0, kind::DATA, 0, 0, 0, 0, 5][..], &[0; 1024]].concat();
+        let mut flood_guard = connected();
+        assert!(!flood_guard.receive(&large.repeat(2 * (NOISE.burst / NOISE_COST) as usize), 0).is_noise);
+        flood_guard.forget_strays();
+        flood_guard.receive(&frame(kind::HEADERS, 0x4, 3), 0);
+        for of_open_stream in [kind::HEADERS, kind::DATA, PRIORITY] {
+            flood_guard.receive(&frame(of_open_stream, 0x4, 5), 0);
+        }
+        assert_eq!(flood_guard.strays(), 0);
+        flood_guard.send(&frame(kind::HEADERS, 0x5, 3), &mut Sent::default());
+        for stray in [frame(kind::HEADERS, 0x4, 3), frame(kind::DATA, 0x1, 3), frame(PRIORITY, 0, 5), large] {
+            flood_guard.receive(&stray, 0);
+        }
+        assert_eq!(flood_guard.strays(), 4);
+        let small = frame(kind::DATA, 0x1, 3).repeat((NOISE.burst / NOISE_COST) as usize);
+        assert!(flood_guard.receive(&small, 0).is_noise);
     }
 
     #[test]

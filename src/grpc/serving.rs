@@ -165,7 +165,8 @@ fn settings(requests: Collected) -> http2::Builder<Collected> {
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
         .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
-        // Cancelled streams are limited by `flood_guard`.
+        // The library counts these resets as long as the connection lasts. Instead, `flood_guard` limits the rate of
+        // cancelled streams, and `connection` limits the resets that wait to be written.
         .max_local_error_reset_streams(None)
         .max_frame_size(FRAME_MAX_BYTES)
         .max_header_list_size(HEADERS_MAX_BYTES)

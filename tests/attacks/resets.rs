@@ -7,7 +7,7 @@ use crate::{
     support::{Server, eventually},
 };
 use gorego_reapi::proto::reapi::GetCapabilitiesRequest;
-use std::{io::Write as _, net::TcpStream};
+use std::{io::Write as _, net::TcpStream, time::Duration};
 
 const CAPABILITIES: &str = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
 const WRITE: &str = "/google.bytestream.ByteStream/Write";
@@ -45,6 +45,34 @@ async fn connections_that_cancel_what_they_open_are_closed() {
     let closed = log.iter().filter(|line| line["event"] == "connections_closed");
     let resets = closed.filter(|line| line["reason"] == "too_many_resets" && line["peer"] == "127.0.0.1");
     assert_eq!(resets.map(|line| line["connections"].as_u64().unwrap()).sum::<u64>(), 4);
+}
+
+/// The HTTP/2 library takes every stream below the highest one for a stream that it has forgotten, and queues a reset
+/// for each frame of one.
+#[tokio::test(flavor = "multi_thread")]
+async fn frames_of_streams_that_were_never_opened_are_not_answered_without_end() {
+    const HIGHEST: u32 = (1 << 31) - 3;
+    let server = Server::start().await;
+    let bystander = Bystander::beside(&server).await;
+    for frame_bytes in [1, 2_000] {
+        let mut socket = connect(&server);
+        socket.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+        tokio::task::spawn_blocking(move || {
+            socket.write_all(&raw::headers(HIGHEST, WRITE)).unwrap();
+            let data = vec![0; frame_bytes];
+            let mut frames = raw::streams().take(1_000_000).map(|stream| raw::frame(DATA, 0, stream, &data));
+            let pieces = std::iter::from_fn(|| {
+                let piece: Vec<u8> = frames.by_ref().take(1_000).flatten().collect();
+                (!piece.is_empty()).then_some(piece)
+            });
+            // The server closes the connection, or does not read it either.
+            raw::write_until_closed(&mut socket, pieces);
+        })
+        .await
+        .unwrap();
+        assert_memory_is_bounded(&server);
+    }
+    bystander.leave().await;
 }
 
 /// A build tool that cancels thousands of actions is served, and the log reports them without a line for each.

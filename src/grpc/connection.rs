@@ -29,10 +29,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::Connected;
 
 /// Limit on streams without a running request while the socket takes no more bytes. Their answers, and the resets that
-/// answer frames of streams that are not open, wait for a client that does not read, and take memory that no other
-/// bound counts (70 KB for this many). A client that reads its socket
-/// but grants no window is still read, because its window updates arrive on the same connection and its answers are
-/// charged until they are written.
+/// answer stray frames ([`super::flood_guard`]), wait for a client that does not read, and take memory that no other
+/// bound counts (70 KB for this many). A client that reads its socket but grants no window is still read, because its
+/// window updates arrive on the same connection and its answers are charged until they are written.
 const UNSENT_STREAMS_MAX: usize = 64;
 
 /// Largest number of bytes that a cork holds back: one or two packets over loopback, or dozens of small answers.
@@ -405,7 +404,7 @@ mod tests {
     async fn a_client_that_does_not_read_is_not_read_either_if_it_sends_frames_of_streams_that_are_not_open()
     {
         let (mut connection, mut client) = connected().await;
-        let mut bytes = vec![0; 24 + 10 * (UNSENT_STREAMS_MAX + 1)];
+        let mut bytes = vec![0; 10 * UNSENT_STREAMS_MAX];
         client.write_all(&[b'x'; 24]).await.unwrap();
         connection.read_exact(&mut bytes[..24]).await.unwrap();
         let offered = vec![0; 8 * 1024 * 1024];
@@ -413,10 +412,10 @@ mod tests {
         assert!(futures::poll!(writing.as_mut()).is_pending());
         drop(writing);
         let stray = [0, 0, 1, 0, 0, 0, 0, 0, 1, b'd'];
-        client.write_all(&stray.repeat(UNSENT_STREAMS_MAX + 1)).await.unwrap();
-        connection.read_exact(&mut bytes[24..]).await.unwrap();
-        client.write_all(&stray).await.unwrap();
-        assert!(futures::poll!(pin!(connection.read(&mut bytes))).is_pending());
+        client.write_all(&stray.repeat(UNSENT_STREAMS_MAX + 2)).await.unwrap();
+        connection.read_exact(&mut bytes).await.unwrap();
+        assert!(futures::poll!(pin!(connection.read(&mut bytes[..10]))).is_ready());
+        assert!(futures::poll!(pin!(connection.read(&mut bytes[..10]))).is_pending());
         let (mut answers, _requests) = client.into_split();
         tokio::spawn(async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await });
         connection.write_all(&[0; 64 * 1024]).await.unwrap();

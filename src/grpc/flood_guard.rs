@@ -2,12 +2,14 @@
 //!
 //! Opening and cancelling a stream costs a client nothing, but costs this server the work of a call (CVE-2023-44487).
 //! The HTTP/2 library bounds how many cancelled streams are pending, but not their rate. So each cancelled stream takes
-//! a token from a bucket that finished streams refill. Frames without payload or effect (PING, SETTINGS, empty DATA)
-//! take tokens from another bucket, which answers refill. So do small stray frames ([`STRAY_MIN_BYTES`]).
+//! a token from a bucket that finished streams refill, and so does each stream that this server has to reset because of
+//! its client's frames (CVE-2025-8671). Frames without payload or effect (PING, SETTINGS, empty DATA) take tokens from
+//! another bucket, which answers refill.
 //!
-//! The HTTP/2 library answers a stray frame, which is one of a stream that is not open, with an RST_STREAM. It keeps a
-//! stream for each of them until it is written, and knows no bound. So stray frames are counted, and a connection that
-//! does not read its socket may send only some of them ([`super::connection`]).
+//! A stray frame is one of a stream that is not open. The HTTP/2 library answers many of them with an RST_STREAM, and
+//! keeps a stream in memory for each until it is written, without a bound. So stray frames are counted, and a client
+//! that does not read its socket may send only a few of them ([`super::connection`]). Small ones are noise
+//! ([`STRAY_MIN_BYTES`]).
 //!
 //! It also counts the bytes that the client has sent on each open stream, for [`crate::connections::ahead`].
 
@@ -19,7 +21,7 @@ use crate::connections::{
     STREAMS_MAX, ahead,
     rate::{Bucket, Rate},
 };
-use std::collections::HashMap;
+use std::{collections::HashMap, mem};
 
 /// Rate of cancelled streams on a connection that finishes none. A failed build cancels all its running actions.
 pub(super) const RESETS: Rate = Rate { burst: 5_000, per_second: 200 };
@@ -44,6 +46,8 @@ pub(super) struct FloodGuard {
     noise: Bucket,
     /// Number of streams that were answered since the last resets.
     finished: u64,
+    /// Number of unanswered streams that this server has reset since the client sent the last bytes.
+    provoked: u64,
     last_stream: u32,
     open: OpenStreams,
     /// Number of stray frames since [`FloodGuard::forget_strays`].
@@ -108,6 +112,7 @@ impl OpenStreams {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Received {
     pub frames: usize,
+    /// Number of cancelled streams, and of streams that this server had to reset before.
     pub resets: u64,
     /// Number of streams that were answered since the last resets; 0 if there are no resets now.
     pub finished: u64,
@@ -140,6 +145,7 @@ impl FloodGuard {
             resets: Bucket::new(RESETS, now_ms),
             noise: Bucket::new(NOISE, now_ms),
             finished: 0,
+            provoked: 0,
             last_stream: 0,
             open: OpenStreams::default(),
             strays: 0,
@@ -148,7 +154,7 @@ impl FloodGuard {
 
     /// Processes bytes that the client sent.
     pub(super) fn receive(&mut self, bytes: &[u8], now_ms: u64) -> Received {
-        let mut received = Received::default();
+        let mut received = Received { resets: mem::take(&mut self.provoked), ..Received::default() };
         let (mut noise, mut last) = (0u64, self.last_stream);
         self.inward.take(bytes, |frame| {
             received.frames += 1;
@@ -180,7 +186,7 @@ impl FloodGuard {
         });
         self.last_stream = last;
         if received.resets > 0 {
-            received.finished = std::mem::take(&mut self.finished);
+            received.finished = mem::take(&mut self.finished);
             self.resets.earn(received.finished);
             received.resets_too_much = !self.resets.take(received.resets, now_ms);
         }
@@ -188,15 +194,20 @@ impl FloodGuard {
         received
     }
 
-    /// Processes bytes that this server sent, and adds their effect to `sent`.
+    /// Processes bytes that this server sent, and adds their effect to `sent`. An RST_STREAM before the end of an
+    /// answer is caused by frames of the client, because a handler that fails sends a status. One after the end only
+    /// stops an upload.
     pub(super) fn send(&mut self, bytes: &[u8], sent: &mut Sent) {
         let (mut finished, mut heads, mut data) = (0, 0, 0);
         self.outward.take(bytes, |frame| {
             finished += u64::from(frame.ends_stream());
             heads += u64::from(frame.kind == kind::HEADERS);
             data += u64::from(frame.kind == kind::DATA);
-            if frame.ends_stream() || frame.kind == kind::RST_STREAM {
-                sent.has_closed |= self.open.close(frame.stream);
+            let is_reset = frame.kind == kind::RST_STREAM;
+            if frame.ends_stream() || is_reset {
+                let was_open = self.open.close(frame.stream);
+                self.provoked += u64::from(is_reset && was_open);
+                sent.has_closed |= was_open;
             }
         });
         self.finished += finished;
@@ -276,6 +287,27 @@ mod tests {
         assert_eq!((received.finished, received.resets_too_much), (1, false));
         assert!(flood_guard.receive(&reset, 0).resets_too_much);
         assert!(!flood_guard.receive(&reset, 1_000).resets_too_much, "it comes back with time");
+    }
+
+    #[test]
+    fn streams_that_the_server_has_to_reset_count_as_cancelled_unless_they_were_answered() {
+        let (head, reset) = (frame(kind::HEADERS, 0x4, 3), frame(kind::RST_STREAM, 0, 4));
+        let mut flood_guard = connected();
+        flood_guard.receive(&head, 0);
+        flood_guard.send(&[frame(kind::HEADERS, 0x5, 3), reset.clone()].concat(), &mut Sent::default());
+        assert_eq!(flood_guard.receive(&[], 0).resets, 0, "it was answered");
+        let open = |flood_guard: &mut FloodGuard, at: u32| {
+            let mut head = head.clone();
+            head[5..9].copy_from_slice(&(2 * at + 7).to_be_bytes());
+            flood_guard.receive(&head, 0)
+        };
+        for at in 0..=RESETS.burst as u32 {
+            assert!(!open(&mut flood_guard, at).resets_too_much);
+            let mut reset = reset.clone();
+            reset[5..9].copy_from_slice(&(2 * at + 7).to_be_bytes());
+            flood_guard.send(&reset.repeat(2), &mut Sent::default());
+        }
+        assert!(open(&mut flood_guard, 1 << 20).resets_too_much);
     }
 
     #[test]

@@ -1,5 +1,6 @@
-//! Frames that cost their sender nothing: streams that are opened and cancelled (CVE-2023-44487), pings, empty frames,
-//! and headers without an end. A connection that sends too many is closed with ENHANCE_YOUR_CALM.
+//! Frames that cost their sender nothing: streams that are opened and cancelled (CVE-2023-44487) or reset, frames of
+//! streams that are not open, pings, empty frames, and headers without an end. A connection that sends too many is
+//! closed with ENHANCE_YOUR_CALM.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded},
@@ -26,18 +27,25 @@ fn opened_and_cancelled(stream: u32) -> Vec<u8> {
     bytes
 }
 
+/// A stream that the server has to reset, because trailers must end it (CVE-2025-8671, "MadeYouReset").
+fn opened_and_malformed(stream: u32) -> Vec<u8> {
+    raw::headers(stream, CAPABILITIES).repeat(2)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_cancel_what_they_open_are_closed() {
     let mut server = Server::start().await;
     let bystander = Bystander::beside(&server).await;
-    for _ in 0..4 {
-        let mut socket = connect(&server);
-        tokio::task::spawn_blocking(move || {
-            let floods = raw::streams().take(50_000).map(opened_and_cancelled).collect::<Vec<_>>();
-            raw::write_until_closed(&mut socket, floods.chunks(100).map(<[_]>::concat));
-        })
-        .await
-        .unwrap();
+    for flood in [opened_and_cancelled, opened_and_malformed] {
+        for _ in 0..2 {
+            let mut socket = connect(&server);
+            tokio::task::spawn_blocking(move || {
+                let floods = raw::streams().take(50_000).map(flood).collect::<Vec<_>>();
+                raw::write_until_closed(&mut socket, floods.chunks(100).map(<[_]>::concat));
+            })
+            .await
+            .unwrap();
+        }
     }
     bystander.leave().await;
     assert_memory_is_bounded(&server);
@@ -54,7 +62,7 @@ async fn frames_of_streams_that_were_never_opened_are_not_answered_without_end()
     const HIGHEST: u32 = (1 << 31) - 3;
     let server = Server::start().await;
     let bystander = Bystander::beside(&server).await;
-    for frame_bytes in [1, 2_000] {
+    for frame_bytes in [1, 1_024] {
         let mut socket = connect(&server);
         socket.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
         tokio::task::spawn_blocking(move || {
@@ -62,8 +70,8 @@ async fn frames_of_streams_that_were_never_opened_are_not_answered_without_end()
             let data = vec![0; frame_bytes];
             let mut frames = raw::streams().take(1_000_000).map(|stream| raw::frame(DATA, 0, stream, &data));
             let pieces = std::iter::from_fn(|| {
-                let piece: Vec<u8> = frames.by_ref().take(1_000).flatten().collect();
-                (!piece.is_empty()).then_some(piece)
+                let piece: Vec<_> = frames.by_ref().take(1_000).collect();
+                (!piece.is_empty()).then(|| piece.concat())
             });
             // The server closes the connection, or does not read it either.
             raw::write_until_closed(&mut socket, pieces);

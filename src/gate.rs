@@ -208,13 +208,12 @@ impl Gate {
     /// lock an operator out.
     fn count(&self, call: &Call, instance: &Instance, needed: &[Permission]) -> Result<()> {
         let quotas = &self.0.quotas;
-        if quotas.are_off() || call.is_counted() || needed.contains(&Permission::Admin) {
+        if quotas.are_off() || call.is_counted() || needed == [Permission::Admin] {
             return Ok(());
         }
         let (principal, caller) = (call.principal(), call.caller());
         quotas.count_request(principal, caller, instance)?;
-        let uploads = [Permission::CasWrite, Permission::AcWrite, Permission::Logs];
-        let uploads = needed.iter().any(|needed| uploads.contains(needed));
+        let uploads = matches!(needed, [Permission::CasWrite | Permission::AcWrite | Permission::Logs]);
         call.note_counted(uploads.then(|| quotas.upload_meter(principal, caller, instance)).flatten());
         call.count_upload()
     }
@@ -257,10 +256,11 @@ mod tests {
     use crate::{
         access::{
             authenticator::{AccessRules, CredentialSources},
-            permission::Permissions,
+            permission::{ANY, Permissions},
             policy::Policy,
         },
         instance::InstancePolicy,
+        quotas::limits::{QuotaLimits, QuotaRules},
     };
 
     fn instances() -> Instances {
@@ -300,6 +300,22 @@ mod tests {
             let entered = gate.enter_for(&call, "", Permission::Logs);
             assert!(matches!(entered, Err(Error::Internal(_))));
         }
+    }
+
+    #[test]
+    fn requests_for_which_any_permission_is_enough_are_counted_and_administration_is_not() {
+        let limits = QuotaLimits { requests: Some(1), ..QuotaLimits::default() };
+        let quotas = Quotas::new(QuotaRules { default: limits, ..QuotaRules::default() });
+        let metrics = AuthenticationMetrics::default();
+        let gate = Gate::counting(instances(), Authenticator::open(), quotas, metrics);
+        let instance = gate.0.instances.get("").unwrap();
+        let is_limited = |permissions: Permissions| {
+            let mut requests =
+                (0..1_000).map(|_| gate.count(&call(&gate, permissions), &instance, permissions));
+            requests.any(|counted| matches!(counted, Err(Error::OverQuota { .. })))
+        };
+        assert!(!is_limited(&[Permission::Admin]));
+        assert!(is_limited(ANY));
     }
 
     #[test]

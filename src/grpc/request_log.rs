@@ -1,11 +1,12 @@
 //! One log line for each finished RPC, and its metrics. The [`Call`] of the RPC is made here, and handlers add what
 //! they know to it. The client is authenticated here as well, before any of the body is read, so that refused calls
-//! have a line, too.
+//! have a line, too. A call ends here at the time limit of its client, with DEADLINE_EXCEEDED.
 //!
 //! The line is written when the response has ended: after its trailers, or when the client leaves before them, which
 //! counts as CANCELLED. `docs/logs.md` lists the fields; a field that does not apply is absent.
 
 mod line;
+mod time_limit;
 
 use super::{answers::CallPlace, convert, permissions};
 use crate::{
@@ -29,6 +30,8 @@ use std::{
     task::{Context, Poll, ready},
     time::Instant,
 };
+use time_limit::time_limit;
+use tokio::time::{Sleep, sleep};
 use tonic::{Code, Status};
 use tower::{BoxError, Service};
 
@@ -94,7 +97,8 @@ where
         request.extensions_mut().insert(call.clone());
         let request = request.map(|inner| RequestBody { inner, call, open: Some(body) });
         let revocation = Some(RevocationCheck::new(self.gate.clone(), line.call.clone()));
-        LoggedFuture { progress: self.begin(request), line: Some(line), revocation }
+        let limit = time_limit(request.headers()).map(sleep);
+        LoggedFuture { progress: self.begin(request), line: Some(line), revocation, limit }
     }
 }
 
@@ -189,6 +193,9 @@ pin_project_lite::pin_project! {
         progress: CallProgress<F, E, B>,
         line: Option<RpcLine>,
         revocation: Option<RevocationCheck>,
+        // The time limit of the client.
+        #[pin]
+        limit: Option<Sleep>,
     }
 }
 
@@ -201,10 +208,19 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let response = match (this.progress.poll(context), this.revocation.as_mut()) {
-            (Poll::Ready(response), _) => response,
-            (Poll::Pending, None) => return Poll::Pending,
-            (Poll::Pending, Some(revocation)) => Ok(refusal(ready!(revocation.poll(context, true)))),
+        let response = match this.progress.poll(context) {
+            Poll::Ready(response) => response,
+            Poll::Pending => {
+                let error = match this.revocation.as_mut().map(|revocation| revocation.poll(context, true)) {
+                    Some(Poll::Ready(error)) => error,
+                    _ => {
+                        let Some(limit) = this.limit.as_pin_mut() else { return Poll::Pending };
+                        ready!(limit.poll(context));
+                        Error::DeadlineExceeded("the deadline of the client has passed".into())
+                    }
+                };
+                Ok(refusal(error))
+            }
         };
         let revocation = this.revocation.take();
         let mut line = this.line.take();
@@ -410,6 +426,25 @@ mod tests {
         assert_eq!(state.ahead.bytes(), cost(EACH as u64));
         assert!(pin!(other).poll_frame(&mut Context::from_waker(Waker::noop())).is_ready());
         assert_eq!(state.ahead.bytes(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_ends_at_the_time_limit_of_its_client_has_that_code_in_its_line() {
+        let connections = Connections::default();
+        let admitted = connections.admit(([127, 0, 0, 1], 1).into()).unwrap();
+        let answer = |_| std::future::pending::<Result<Response<TonicBody>, std::convert::Infallible>>();
+        let mut service = RequestLog {
+            inner: tower::service_fn(answer),
+            gate: Gate::new(Instances::new([""]).unwrap(), Authenticator::open()),
+            unfinished_requests: UnfinishedRequests::default(),
+            metrics: Arc::default(),
+            connection: ConnectionInfo::of(&admitted),
+        };
+        let request = Request::post("/build.bazel.remote.execution.v2.Capabilities/GetCapabilities");
+        let request = request.header("grpc-timeout", "100m").body(TonicBody::empty()).unwrap();
+        let answer = service.call(request).await.unwrap();
+        assert_eq!(answer.headers()["grpc-status"], "4");
+        assert_eq!(answer.into_body().line.unwrap().code, Some(Code::DeadlineExceeded));
     }
 
     /// An issuer that does not answer.

@@ -29,7 +29,7 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::stream::{Stream, StreamExt as _};
-use http::{HeaderMap, Request, Response};
+use http::{Request, Response};
 use http_body::Body;
 use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -48,7 +48,6 @@ use tokio::{
     select,
     sync::{Semaphore, watch},
     task::coop::unconstrained,
-    time::{Sleep, sleep},
 };
 use tonic::{Status, transport::server::Connected as _};
 use tower::Service;
@@ -116,11 +115,8 @@ async fn serve_one<S, B>(
     B: Body<Data = Bytes, Error = Status> + Default + Send + 'static,
 {
     let turn = connection.turn();
-    let service = service_fn(move |request: Request<Incoming>| {
-        let limit = time_limit(request.headers());
-        // All services are always ready.
-        Limited { answer: service.clone().call(request), limit: limit.map(sleep) }
-    });
+    // All services are always ready.
+    let service = service_fn(move |request: Request<Incoming>| service.clone().call(request));
     // Dropped after the connection, which may hand over requests until its end.
     let _guard = StopCollecting(requests.clone());
     let mut http = pin!(settings(requests.clone()).serve_connection(TokioIo::new(connection), service));
@@ -273,54 +269,6 @@ impl Drop for StopCollecting {
     }
 }
 
-pin_project_lite::pin_project! {
-    /// A call with the time limit of its client.
-    struct Limited<F> {
-        #[pin]
-        answer: F,
-        #[pin]
-        limit: Option<Sleep>,
-    }
-}
-
-impl<F, B> Future for Limited<F>
-where
-    F: Future<Output = Result<Response<B>, Infallible>>,
-    B: Default,
-{
-    type Output = Result<Response<B>, Infallible>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.project();
-        if let Poll::Ready(answer) = this.answer.poll(context) {
-            return Poll::Ready(answer);
-        }
-        let Some(limit) = this.limit.as_pin_mut() else { return Poll::Pending };
-        limit
-            .poll(context)
-            .map(|()| Ok(Status::deadline_exceeded("the deadline of the client has passed").into_http()))
-    }
-}
-
-/// The time limit in the header `grpc-timeout`, which has up to eight digits and a unit. A malformed value is ignored.
-fn time_limit(headers: &HeaderMap) -> Option<Duration> {
-    const DIGITS_MAX: usize = 8;
-    let (unit, digits) = headers.get("grpc-timeout")?.as_bytes().split_last()?;
-    if digits.len() > DIGITS_MAX {
-        return None;
-    }
-    let amount: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
-    Some(match unit {
-        b'H' => Duration::from_secs(amount * 3_600),
-        b'M' => Duration::from_secs(amount * 60),
-        b'S' => Duration::from_secs(amount),
-        b'm' => Duration::from_millis(amount),
-        b'u' => Duration::from_micros(amount),
-        b'n' => Duration::from_nanos(amount),
-        _ => return None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -404,28 +352,5 @@ mod tests {
         is_done.await.unwrap();
         assert!(turn.begin() && !turn.is_waiting());
         last_is_done.await.unwrap();
-    }
-
-    #[test]
-    fn the_time_that_a_client_gives_is_read_or_passed_over() {
-        let read = |text: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert("grpc-timeout", text.parse().unwrap());
-            time_limit(&headers)
-        };
-        for (text, limit) in [
-            ("2H", Duration::from_secs(7_200)),
-            ("3M", Duration::from_secs(180)),
-            ("4S", Duration::from_secs(4)),
-            ("99999999m", Duration::from_millis(99_999_999)),
-            ("5u", Duration::from_micros(5)),
-            ("6n", Duration::from_nanos(6)),
-        ] {
-            assert_eq!(read(text), Some(limit), "{text}");
-        }
-        for text in ["", "S", "1", "1x", "-1S", "123456789S", "1.5S", "S1"] {
-            assert_eq!(read(text), None, "{text}");
-        }
-        assert_eq!(time_limit(&HeaderMap::new()), None);
     }
 }

@@ -8,7 +8,10 @@
 mod line;
 mod time_limit;
 
-use super::{answers::CallPlace, convert, permissions};
+use super::{
+    answers::{self, CallPlace},
+    convert, permissions,
+};
 use crate::{
     access::authenticator::Authentication,
     call::{Call, ConnectionInfo},
@@ -20,7 +23,7 @@ use crate::{
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt as _};
 use gorego_reapi::error::Error;
-use http::{HeaderMap, HeaderValue, Request, Response};
+use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use line::RpcLine;
 use std::{
@@ -135,16 +138,6 @@ impl<S> RequestLog<S> {
             }
         }
     }
-}
-
-/// The trailers of an answer that is aborted with this error.
-fn trailers(error: Error) -> HeaderMap {
-    let mut trailers = HeaderMap::new();
-    // This fails if the message cannot be a header. Then only the code is sent.
-    if Status::from(error).add_header(&mut trailers).is_err() {
-        trailers.insert("grpc-status", HeaderValue::from_static("16"));
-    }
-    trailers
 }
 
 /// The answer to a call that is refused before its handler.
@@ -274,7 +267,7 @@ impl<B: Body<Data = Bytes>> Body for LoggedBody<B> {
         if let (true, Some(revocation), Some(line)) = (goes_on, this.revocation.as_mut(), this.line.as_mut())
             && let Poll::Ready(error) = revocation.poll(context, polled.is_pending())
         {
-            let trailers = trailers(error);
+            let trailers = answers::trailers(&error.into());
             line.read_status(&trailers);
             *this.line = None;
             return Poll::Ready(Some(Ok(Frame::trailers(trailers))));

@@ -78,7 +78,7 @@ impl ByteStream for ByteStreamService {
         request: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
         let call = Call::of(request.extensions());
-        self.write_stream(&call, WriteStream::of_messages(request.into_inner())).await
+        self.write_stream(&call, WriteStream::of_messages(request.into_inner(), call.clone())).await
     }
 
     async fn query_write_status(

@@ -17,7 +17,7 @@ mod head;
 
 use self::head::{HEAD_MAX_BYTES, MessageHead, PREFIX_BYTES};
 use super::{codec, request_memory::RequestMemory};
-use crate::timer::Timer;
+use crate::{call::Call, timer::Timer};
 use bytes::{Buf as _, Bytes, BytesMut};
 use futures::stream::StreamExt as _;
 use gorego_reapi::{
@@ -45,6 +45,9 @@ const COPIED_BELOW_BYTES: usize = 12 * 1024;
 /// The messages of one Write.
 pub(super) struct WriteStream {
     source: Source,
+    call: Call,
+    /// Number of bytes of the request at the last poll.
+    received: u64,
     /// The time since which the stream waits for the client.
     waits_since: Option<Instant>,
     /// Ends the wait for the client.
@@ -60,12 +63,16 @@ enum Source {
 
 impl WriteStream {
     /// A stream of messages that tonic collects.
-    pub(super) fn of_messages(messages: Streaming<WriteRequest>) -> Self {
-        Self { source: Source::Messages(messages), waits_since: None, timer: Timer::default() }
+    pub(super) fn of_messages(messages: Streaming<WriteRequest>, call: Call) -> Self {
+        Self::new(Source::Messages(messages), call)
     }
 
-    pub(super) fn of_body(body: TonicBody) -> Self {
-        Self { source: Source::Pieces(MessagePieces::new(body)), waits_since: None, timer: Timer::default() }
+    pub(super) fn of_body(body: TonicBody, call: Call) -> Self {
+        Self::new(Source::Pieces(MessagePieces::new(body)), call)
+    }
+
+    fn new(source: Source, call: Call) -> Self {
+        Self { source, call, received: 0, waits_since: None, timer: Timer::default() }
     }
 
     /// The next piece, or `None` at the end of the stream. No piece is lost if the future is dropped.
@@ -85,8 +92,12 @@ impl WriteStream {
             Source::Messages(messages) => messages.poll_next_unpin(context).map(Option::transpose),
             Source::Pieces(pieces) => pieces.poll_next(context),
         };
-        if polled.is_ready() {
+        // The bytes that have arrived may be a part of a message.
+        let received = self.call.bytes_in();
+        if polled.is_ready() || mem::replace(&mut self.received, received) != received {
             self.waits_since = None;
+        }
+        if polled.is_ready() {
             return polled;
         }
         let end = *self.waits_since.get_or_insert_with(Instant::now) + limit;
@@ -261,6 +272,7 @@ mod tests {
     use proptest::prelude::*;
     use prost::Message as _;
     use std::collections::VecDeque;
+    use tokio::time::{Sleep, sleep};
 
     /// A body that has these frames and ends with this error, if there is one.
     struct Frames(VecDeque<Bytes>, Option<Status>);
@@ -397,6 +409,47 @@ mod tests {
         let (pieces, error) = read(cut(&framed(&small.encode_to_vec()), 10_000), None);
         assert!(error.is_none());
         assert_eq!(pieces, [small]);
+    }
+
+    /// A body with a pause before each of its frames, and before its end.
+    struct SlowFrames {
+        frames: VecDeque<Bytes>,
+        call: Call,
+        pause: Duration,
+        timer: Pin<Box<Sleep>>,
+    }
+
+    impl Body for SlowFrames {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            ready!(self.timer.as_mut().poll(context));
+            let next = Instant::now() + self.pause;
+            self.timer.as_mut().reset(next);
+            let frame = self.frames.pop_front();
+            self.call.received(frame.as_ref().map_or(0, Bytes::len));
+            Poll::Ready(frame.map(|data| Ok(Frame::data(data))))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_is_silent_only_while_none_of_its_bytes_arrive() {
+        const LIMIT: Duration = Duration::from_secs(100);
+        let small = message(&upload(0), 0, 1_000, true);
+        let body = |pause| {
+            let (call, timer) = (Call::default(), Box::pin(sleep(pause)));
+            let frames = cut(&framed(&small.encode_to_vec()), 300).into();
+            let body = SlowFrames { frames, call: call.clone(), pause, timer };
+            WriteStream::of_body(TonicBody::new(body), call)
+        };
+        let whole = body(LIMIT - Duration::from_secs(1)).next(LIMIT).await.unwrap();
+        assert_eq!(whole, Some(small.clone()));
+        let silent = body(LIMIT + Duration::from_secs(1)).next(LIMIT).await.unwrap_err();
+        assert_eq!(silent.code(), Code::DeadlineExceeded);
     }
 
     #[test]

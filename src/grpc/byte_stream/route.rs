@@ -147,6 +147,9 @@ impl Service<Request<Streaming<WriteRequest>>> for PlainWrite {
     fn call(&mut self, request: Request<Streaming<WriteRequest>>) -> Self::Future {
         let call = Call::of(request.extensions());
         let (service, body) = (self.service.clone(), self.body.take().unwrap_or_default());
-        Box::pin(async move { service.write_stream(&call, WriteStream::of_body(body)).await })
+        Box::pin(async move {
+            let messages = WriteStream::of_body(body, call.clone());
+            service.write_stream(&call, messages).await
+        })
     }
 }

@@ -70,6 +70,8 @@ pub struct LogStreams(Arc<LogStreamsState>);
 
 struct LogStreamsState {
     client_streams: bool,
+    /// How long an unfinished client stream is kept without a write; see [`StreamLimits::idle`].
+    client_idle: Option<Duration>,
     /// One unit for each unfinished client stream.
     places: Budget,
     /// Bytes of unfinished client streams.
@@ -121,10 +123,11 @@ impl std::fmt::Debug for LogStreams {
 impl LogStreams {
     /// Creates an empty set of streams. Does not access the disk.
     pub fn new(settings: LogSettings) -> Self {
-        let StreamLimits { streams, bytes, .. } = settings.clients;
+        let StreamLimits { streams, bytes, idle, .. } = settings.clients;
         let bounds = |what, total| Budget::new(Bounds::shared(what, total));
         Self(Arc::new(LogStreamsState {
             client_streams: settings.client_streams,
+            client_idle: idle,
             places: bounds("unfinished log streams", streams as u64),
             bytes: bounds("bytes of unfinished log streams", bytes),
             spool_directory: settings.spool_directory,
@@ -313,6 +316,11 @@ impl Writer {
     /// The current length of the stream.
     pub fn committed(&self) -> Committed {
         self.stream.spool.committed()
+    }
+
+    /// How long the stream is kept without a write; `None` if its end is enforced elsewhere.
+    pub fn idle_limit(&self) -> Option<Duration> {
+        self.streams.0.client_idle
     }
 
     /// Completes when the server shuts down and the stream ends.

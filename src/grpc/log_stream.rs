@@ -172,7 +172,7 @@ impl Reading {
 }
 
 /// ByteStream.Write to a log stream: appends each message as it arrives, so that readers get it at once. A Write that
-/// ends without `finish_write` leaves the stream open (LOG-05).
+/// ends without `finish_write` leaves the stream open (LOG-05). It may be silent for as long as the stream is kept.
 pub(super) async fn write(
     edge: &Edge,
     call: &Call,
@@ -182,6 +182,7 @@ pub(super) async fn write(
 ) -> Result<Response<WriteResponse>, Status> {
     enter(edge, call, name)?;
     let writer = edge.log_streams.writer(name)?;
+    let idle_limit = writer.idle_limit().unwrap_or(WRITE_IDLE_LIMIT);
     let resource_name = first.resource_name.clone();
     let mut message = Some(first);
     let mut committed = writer.committed();
@@ -200,7 +201,7 @@ pub(super) async fn write(
             break;
         }
         message = select! {
-            next = messages.next(WRITE_IDLE_LIMIT) => next?,
+            next = messages.next(idle_limit) => next?,
             closing = writer.closing() => return Err(closing.into()),
         };
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 /// Bytes in one ReadResponse (BS-14). This is large enough that framing costs little, and small enough to bound the
 /// memory of a read.
 pub(crate) const READ_WINDOW_BYTES: usize = 128 * 1024;
-/// Time limit between two messages of an upload. The bytes that were received are kept for a while.
+/// Time limit between two messages of an upload to the store. The bytes that were received are kept for a while.
 pub(crate) const WRITE_IDLE_LIMIT: Duration = Duration::from_secs(5 * 60);
 /// Time limit for the end of the stream after `finish_write`, which shows that no more data follows (BS-21). Most
 /// clients close their half at once, but some wait for the answer first.

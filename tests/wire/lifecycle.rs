@@ -2,7 +2,8 @@
 
 use crate::execution::running;
 use crate::support::{
-    Client, Server, command, empty, eventually, eventually_async, metadata, sh, sh_with, sha256, shared_dir,
+    Client, PATIENCE, Server, command, empty, eventually, eventually_async, metadata, sh, sh_with, sha256,
+    shared_dir,
 };
 use gorego_client::stubs::LogStreamServiceClient;
 use gorego_reapi::proto::{
@@ -13,7 +14,7 @@ use std::{
     process::Command,
     time::{Duration, Instant},
 };
-use tokio::{net::TcpStream, sync::mpsc::Sender, task::JoinHandle};
+use tokio::{net::TcpStream, sync::mpsc::Sender, task::JoinHandle, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Response, Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -91,6 +92,21 @@ async fn begin_write(client: &Client, first: WriteRequest) -> (Sender<WriteReque
     let write = tokio::spawn(async move { bytes.write(ReceiverStream::new(receiver)).await });
     sender.send(first).await.unwrap();
     (sender, write)
+}
+
+#[tokio::test]
+async fn a_write_to_a_log_stream_may_be_silent_for_as_long_as_the_stream_is_kept() {
+    let server = Server::with(&[("LOG_STREAMS__RETENTION", "1s")]).await;
+    let client = server.client().await;
+    let channel = Channel::from_shared(server.endpoint()).unwrap().connect().await.unwrap();
+    let parent = CreateLogStreamRequest::default();
+    let log = LogStreamServiceClient::new(channel).create_log_stream(parent).await.unwrap().into_inner();
+    let line =
+        WriteRequest { resource_name: log.write_resource_name, data: "a line".into(), ..Default::default() };
+    let (_logging, logged) = begin_write(&client, line).await;
+    let ended = timeout(PATIENCE, logged).await.expect("it ends").unwrap().unwrap_err();
+    assert_eq!(ended.code(), Code::DeadlineExceeded);
+    assert!(ended.message().contains("nothing for 1s"), "{ended}");
 }
 
 /// After the time limit the rest is cancelled. Every stream ends with a status that clients retry.

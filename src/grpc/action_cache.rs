@@ -34,9 +34,6 @@ impl ActionCache for ActionCacheService {
         call.note_action(action);
         let cas = self.0.cas.on_behalf_of(call.caller()).for_build(call.build());
         let found = cas.get_result_for(&instance, action, call.principal().name()).await?;
-        // The result of a failed action is returned to the client that executed it, and is never served from the cache
-        // (AC-13).
-        let found = found.filter(|result| result.exit_code == 0);
         call.note_cached(found.is_some());
         let result =
             found.ok_or_else(|| Error::NotFound(format!("there is no result for action {action}")))?;

@@ -33,7 +33,7 @@ use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 impl Cas {
     /// Returns a stored result whose blobs are all present and just renewed (AC-03, AC-04). A result that lacks a blob
-    /// is dropped.
+    /// is dropped. The result of a failed command is never returned (AC-13).
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down.

@@ -9,8 +9,8 @@ use std::sync::{
 };
 
 /// Limit on the frames that are read in a turn, so that the HTTP/2 library hands over the requests that it has. It
-/// allows 2 MiB of an upload. Without it, the library would first read everything that has arrived, and keep a stream
-/// for each request.
+/// allows 2 MiB of an upload in frames of the default size, and 8 MiB in frames of the largest size. Without it, the
+/// library would first read everything that has arrived, and keep a stream for each request.
 pub(super) const FRAMES_PER_TURN: usize = 128;
 
 /// The state that a connection shares with the task that serves it. Cheap to clone.

@@ -39,7 +39,8 @@ use tonic::{Code, Status, Streaming, body::Body as TonicBody};
 
 /// Messages up to this size are handed on as a whole.
 const WHOLE_UP_TO_BYTES: usize = 64 * 1024 + HEAD_MAX_BYTES;
-/// Pieces below this size are copied. They are a part of an allocation of 16 KiB, the size of the largest frame.
+/// Pieces below this size are copied. Frames of the default size of HTTP/2 (16 KiB) are not. In the largest frames
+/// ([`super::FRAME_MAX_BYTES`]), a piece can keep about five times its own bytes in memory.
 const COPIED_BELOW_BYTES: usize = 12 * 1024;
 
 /// The messages of one Write.

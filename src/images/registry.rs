@@ -8,7 +8,9 @@
 //! A registry must not use this server to access hosts that the registry cannot reach itself. So the addresses that it
 //! refers to must be public, or be in a network of the same kind as the registry: a registry on the internet cannot
 //! refer to hosts of a private network, and a registry in a private network cannot refer to the loopback interface or a
-//! cloud's metadata service. Addresses are checked when they are connected to ([`Reach`]).
+//! cloud's metadata service. Addresses are checked when they are connected to ([`Reach`]). An address counts as the
+//! registry's own once the registry has answered from it, which requires its certificate. Its name alone proves
+//! nothing, because the owner of a name can give it any address. Without TLS, the answer is the only proof.
 //!
 //! Every answer has limits: a time limit (the rest of the pull's time, and [`READ_TIMEOUT`] for each piece) and a size
 //! limit (the limit of [`read_bounded`] for a document, the size in the manifest for a blob, and [`MAX_TOKEN_BYTES`]
@@ -46,7 +48,7 @@ use std::{
     io::{self, Read},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 use tokio::{runtime::Handle, time::timeout};
@@ -115,7 +117,7 @@ impl RegistryClients {
 struct AllowedAddresses {
     /// The host of the registry without the port.
     host: String,
-    /// The reaches of the addresses that the registry has had.
+    /// The reaches of the addresses from which the registry has answered.
     own: Mutex<Vec<Reach>>,
 }
 
@@ -130,14 +132,7 @@ impl AllowedAddresses {
     /// Checks that a host with this name may be contacted at this address.
     fn check(&self, host: &str, address: IpAddr) -> std::result::Result<(), String> {
         let reach = Reach::of(address);
-        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        if bare(host) == self.host {
-            if !own.contains(&reach) {
-                own.push(reach);
-            }
-            return Ok(());
-        }
-        if reach == Reach::Public || own.contains(&reach) {
+        if bare(host) == self.host || reach == Reach::Public || self.own().contains(&reach) {
             return Ok(());
         }
         Err(format!(
@@ -145,7 +140,19 @@ impl AllowedAddresses {
         ))
     }
 
-    /// The same check for a URL whose host is an address, for which no name is resolved.
+    /// Records that a host has answered from an address. Only the registry itself counts.
+    fn record_answer(&self, host: &str, address: IpAddr) {
+        let (reach, mut own) = (Reach::of(address), self.own());
+        if bare(host) == self.host && !own.contains(&reach) {
+            own.push(reach);
+        }
+    }
+
+    fn own(&self) -> MutexGuard<'_, Vec<Reach>> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The check of [`AllowedAddresses::check`] for a URL whose host is an address, for which no name is resolved.
     fn check_url(&self, url: &Url) -> std::result::Result<(), String> {
         let host = bare(url.host_str().unwrap_or_default());
         host.parse().map_or(Ok(()), |address| self.check(&host, address))
@@ -282,6 +289,9 @@ impl<'a> Repository<'a> {
                 request = request.header(AUTHORIZATION, value);
             }
             let response = self.wait(request.send())?;
+            if let (Some(host), Some(address)) = (url.host_str(), response.remote_addr()) {
+                self.client.allowed_addresses.record_answer(host, address.ip());
+            }
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(response);
             }
@@ -439,4 +449,60 @@ fn refusal(error: &reqwest::Error) -> Option<&NoAllowedAddress> {
         next = error.source();
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::{BufRead as _, BufReader, Write as _},
+        net::TcpListener,
+        thread,
+    };
+    use tokio::runtime::Runtime;
+
+    fn registry(host: &str, is_plain: bool) -> ImageRegistry {
+        ImageRegistry { host: host.into(), is_plain }
+    }
+
+    #[test]
+    fn a_name_that_also_has_an_internal_address_does_not_open_the_internal_network() {
+        let allowed = AllowedAddresses::new(&registry("registry.example.com", false));
+        let [public, first, second] = ["1.1.1.1", "10.0.0.1", "10.0.0.6"].map(|text| text.parse().unwrap());
+        for own in [public, first] {
+            allowed.check("registry.example.com", own).unwrap();
+        }
+        allowed.record_answer("registry.example.com", public);
+        allowed.record_answer("cdn.example.com", second);
+        allowed.check("intranet.example.com", second).unwrap_err();
+        // An internal registry, which has answered from its address.
+        allowed.record_answer("Registry.example.com.", first);
+        allowed.check("intranet.example.com", second).unwrap();
+        allowed.check("intranet.example.com", "127.0.0.1".parse().unwrap()).unwrap_err();
+    }
+
+    #[test]
+    fn a_registry_that_is_named_and_internal_may_refer_to_hosts_of_its_own_network() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let redirect = format!(
+            "HTTP/1.1 307 Elsewhere\r\nlocation: http://{address}/elsewhere\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        );
+        let content = "HTTP/1.1 200 OK\r\ncontent-length: 1\r\nconnection: close\r\n\r\nx".to_owned();
+        let server = thread::spawn(move || {
+            for answer in [redirect, content] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                assert!(lines.map_while(io::Result::ok).any(|line| line.is_empty()));
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        let runtime = Runtime::new().unwrap();
+        let clients = RegistryClients::new(runtime.handle().clone(), None);
+        let registry = registry(&format!("localhost:{}", address.port()), true);
+        let time = PullTime::starting(Duration::from_secs(60));
+        let repository = Repository::new(&clients, &registry, "team/tools", time).unwrap();
+        repository.resolve(&ImageVersion::Tag("v1".into())).unwrap();
+        server.join().unwrap();
+    }
 }

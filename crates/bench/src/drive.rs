@@ -6,7 +6,8 @@
 //!
 //! In an open loop, calls are due at fixed times, whether or not earlier ones have ended, and latency counts from the
 //! time at which a call was due. So a server that stalls cannot hide that by slowing its clients down ("coordinated
-//! omission").
+//! omission"). The schedule of a round continues that of the round before: calls that became due while the last calls
+//! of a round ended are late when the next round begins.
 
 use crate::{
     Options, Progress,
@@ -126,7 +127,8 @@ pub(crate) async fn measure(
     options: &Options,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Measured> {
-    let mut rounds = Rounds { callers, pace: options.pace, next: 0, size: callers as u64 * 4 };
+    let mut rounds =
+        Rounds { callers, pace: options.pace, next: 0, size: callers as u64 * 4, behind: Duration::ZERO };
     let mut warm = Duration::ZERO;
     while warm < options.warm_up {
         warm += rounds.run(workload).await?.1.max(Duration::from_millis(1));
@@ -158,6 +160,8 @@ struct Rounds {
     next: u64,
     /// Calls of the next round.
     size: u64,
+    /// How late the next round begins in an open loop.
+    behind: Duration,
 }
 
 impl Rounds {
@@ -190,7 +194,13 @@ impl Rounds {
         let (count, start) = (stock.len() as f64, Instant::now());
         let recorder = match self.pace {
             Pace::Closed => closed(stock, self.callers).await,
-            Pace::Open(rate) => open(stock, self.callers, rate).await,
+            Pace::Open(rate) => {
+                let interval = Duration::from_secs_f64(1.0 / rate);
+                let recorder = open(stock, self.callers, interval, self.behind).await;
+                let scheduled = interval.mul_f64(count);
+                self.behind = (self.behind + start.elapsed()).saturating_sub(scheduled);
+                recorder
+            }
         };
         let elapsed = start.elapsed();
         let rate = match self.pace {
@@ -222,11 +232,15 @@ async fn closed(stock: Vec<Call>, callers: usize) -> Recorder {
     join_recorders((0..callers).map(|_| tokio::spawn(caller())).collect()).await
 }
 
-/// Calls are due at a fixed rate.
-async fn open(stock: Vec<Call>, callers: usize, rate: f64) -> Recorder {
-    let interval = Duration::from_secs_f64(1.0 / rate);
+/// One call is due in each interval. The first one was due `behind` ago.
+async fn open(stock: Vec<Call>, callers: usize, interval: Duration, behind: Duration) -> Recorder {
+    let (now, total) = (Instant::now(), stock.len());
+    // The clock may not reach back so far, if the machine has just started.
+    let start = now.checked_sub(behind).unwrap_or(now);
+    if total == 0 {
+        return Recorder::new();
+    }
     let due = Arc::new(Semaphore::new(0));
-    let (start, total) = (Instant::now(), stock.len());
     // Timers of the runtime are inexact by a millisecond. A separate thread sleeps more exactly.
     let pacer = {
         let due = due.clone();
@@ -247,16 +261,17 @@ async fn open(stock: Vec<Call>, callers: usize, rate: f64) -> Recorder {
         async move {
             let mut recorder = Recorder::new();
             loop {
+                let Ok(permit) = due.acquire().await else { return recorder };
+                permit.forget();
+                // Permits have no numbers. The number is taken after the permit, so its call is due.
                 let at = next.fetch_add(1, Relaxed);
-                if at >= total {
-                    return recorder;
+                if at + 1 == total {
+                    due.close();
                 }
                 let call =
                     stock.lock().unwrap_or_else(PoisonError::into_inner).get_mut(at).and_then(Option::take);
-                let (Some(call), Ok(permit)) = (call, due.acquire().await) else { return recorder };
-                permit.forget();
+                let Some(call) = call else { return recorder };
                 let outcome = call.make.await;
-                // Permits have no numbers, but callers take them in order.
                 recorder.record((start + interval.mul_f64(at as f64)).elapsed(), outcome);
             }
         }
@@ -335,6 +350,29 @@ mod tests {
         let measured = measure("fake", &fake, 1, &options(Pace::Open(200.0)), &|_| {}).await.unwrap();
         let latency = measured.figures.latency_us;
         assert!(latency.max > 200_000.0, "{latency:?}");
+    }
+
+    /// A server that answers no call before the stall is over.
+    #[tokio::test]
+    async fn an_open_loop_counts_the_calls_that_became_due_while_the_server_stalled() {
+        struct Stalled(tokio::time::Instant);
+        impl Workload for Stalled {
+            fn prepare(&self, _: u64) -> BoxFuture<'_, Result<Call>> {
+                let end = self.0;
+                Box::pin(async move {
+                    Ok(Call::new(async move {
+                        tokio::time::sleep_until(end).await;
+                        Ok(Work { units: 1, bytes: 0 })
+                    }))
+                })
+            }
+        }
+        // The first round takes 32 ms without the stall.
+        let stalled = Stalled(tokio::time::Instant::now() + Duration::from_millis(400));
+        let options = Options { duration: Duration::from_millis(600), ..options(Pace::Open(500.0)) };
+        let measured = measure("fake", &stalled, 4, &options, &|_| {}).await.unwrap();
+        let latency = measured.figures.latency_us;
+        assert!(latency.p90 > 150_000.0, "{latency:?}");
     }
 
     #[tokio::test]

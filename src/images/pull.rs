@@ -27,6 +27,10 @@ const CHECK_SPACE_EVERY: u64 = 32;
 /// notices the end of the pull's time.
 const LAYER_POLL: Duration = Duration::from_millis(20);
 
+/// How long a pull waits for a layer that another pull is downloading. After that, it downloads the layer without
+/// keeping it, so that a slow registry does not hold up images from other registries.
+const LAYER_WAIT: Duration = Duration::from_secs(10);
+
 /// The time limit of a pull.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PullTime {
@@ -90,20 +94,21 @@ pub(super) fn pull(
     };
     let mut tree = RootTree::new(unpacked.root()?, &mut take);
     for name in &manifest.layers {
-        apply(source, name, &mut tree, unpacked.cache(), time)?;
+        apply(source, name, &mut tree, unpacked.cache(), time, LAYER_WAIT)?;
     }
     drop(tree);
     let user = user::find(&config.user, unpacked.root()?).map_err(Error::Precondition)?;
     unpacked.finish(CommandSettings { environment: config.environment, user })
 }
 
-/// Applies a layer. It is downloaded unless it was kept.
+/// Applies a layer. It is downloaded unless it was kept, or another pull keeps it within `wait`.
 fn apply(
     source: &dyn ImageSource,
     name: &BlobName,
     tree: &mut RootTree<'_>,
     cache: &Arc<ImageCache>,
     time: PullTime,
+    wait: Duration,
 ) -> Result<()> {
     let mut unpack = |mut blob: CheckedBlob<'_>| {
         let applied = layer::unpack(&mut blob, tree);
@@ -112,6 +117,7 @@ fn apply(
     if !source.is_remote() {
         return unpack(CheckedBlob::open(source, name)?).map_err(BlobFault::into_error);
     }
+    let begun = Instant::now();
     loop {
         match cache.layer(&name.digest) {
             LayerState::Kept(lease, file) => {
@@ -128,6 +134,9 @@ fn apply(
             LayerState::Absent(new) => {
                 let blob = CheckedBlob::open(source, name)?.copied_to(new);
                 return unpack(blob).map_err(BlobFault::into_error);
+            }
+            LayerState::Coming if begun.elapsed() >= wait => {
+                return unpack(CheckedBlob::open(source, name)?).map_err(BlobFault::into_error);
             }
             LayerState::Coming => {
                 time.left()?;
@@ -153,4 +162,54 @@ fn manifest(source: &dyn ImageSource, digest: &ImageDigest, machine: &Platform) 
         }
     }
     Err(Error::Precondition(format!("it lies behind more than {MAX_INDEXES} indexes")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::images::{fixtures::LayerArchive, reference::ImageVersion};
+    use std::{
+        fs::{self, File},
+        io::Read,
+    };
+
+    /// A registry with one blob.
+    struct OneBlob(Vec<u8>);
+
+    impl ImageSource for OneBlob {
+        fn resolve(&self, _: &ImageVersion) -> Result<ImageDigest> {
+            Err(Error::internal("it is not asked"))
+        }
+
+        fn document<'a>(&'a self, _: &ImageDigest) -> Result<Box<dyn Read + 'a>> {
+            Err(Error::internal("it is not asked"))
+        }
+
+        fn blob<'a>(&'a self, _: &ImageDigest) -> Result<Box<dyn Read + 'a>> {
+            Ok(Box::new(&*self.0))
+        }
+
+        fn is_remote(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_layer_that_another_pull_downloads_slowly_is_downloaded_without_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = ImageCache::open(&directory.path().join("images"), 1 << 20).unwrap();
+        let source = OneBlob(LayerArchive::new().file("f", b"x", 0o644).finish());
+        let name = BlobName { digest: ImageDigest::of(&source.0), size: source.0.len() as u64 };
+        let LayerState::Absent(slow) = cache.layer(&name.digest) else { panic!("it is not there yet") };
+        let root = directory.path().join("root");
+        fs::create_dir(&root).unwrap();
+        let top = File::open(&root).unwrap();
+        let mut take = |_| Ok(());
+        let mut tree = RootTree::new(&top, &mut take);
+        let time = PullTime::starting(Duration::from_secs(1));
+        apply(&source, &name, &mut tree, &cache, time, Duration::ZERO).unwrap();
+        assert_eq!(fs::read(root.join("f")).unwrap(), b"x");
+        assert!(matches!(cache.layer(&name.digest), LayerState::Coming), "the slow pull still has it");
+        drop(slow);
+    }
 }

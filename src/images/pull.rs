@@ -122,7 +122,7 @@ fn apply(
         match cache.layer(&name.digest) {
             LayerState::Kept(lease, file) => {
                 return unpack(CheckedBlob::reading(Box::new(file), name)).map_err(|fault| match fault {
-                    BlobFault::Wrong(error) => {
+                    BlobFault::Wrong(error) | BlobFault::Unread(error) => {
                         cache.drop_layer(lease);
                         Error::Unavailable(format!(
                             "a layer that was kept is damaged, and is fetched again: {error}"

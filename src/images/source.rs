@@ -111,7 +111,7 @@ impl<'a> CheckedBlob<'a> {
         self.judge(used).map_err(BlobFault::into_error)
     }
 
-    /// The same for a blob that can be fetched again if the bytes are wrong.
+    /// The same for a blob that can be fetched again if the bytes are wrong or cannot be read.
     ///
     /// # Errors
     /// See [`BlobFault`].
@@ -121,7 +121,7 @@ impl<'a> CheckedBlob<'a> {
             Err(LayerProblem::Refused(problem)) => Some(problem),
             Err(LayerProblem::Failed(error)) => return Err(BlobFault::Unusable(error)),
         };
-        let unread = |error: io::Error| BlobFault::Unusable(of_reading(&error));
+        let unread = |error: io::Error| BlobFault::Unread(of_reading(&error));
         io::copy(&mut self, &mut io::sink()).map_err(unread)?;
         let more = self.reader.read(&mut [0]).map_err(unread)?;
         if self.left > 0 || more > 0 || self.hasher.finish() != self.expected.digest {
@@ -145,6 +145,8 @@ impl<'a> CheckedBlob<'a> {
 pub(super) enum BlobFault {
     /// The bytes do not have the digest.
     Wrong(Error),
+    /// The bytes cannot be read.
+    Unread(Error),
     /// The bytes are right or were not checked, and another problem occurred.
     Unusable(Error),
 }
@@ -153,7 +155,7 @@ impl BlobFault {
     /// The error for callers that need the image.
     pub(super) fn into_error(self) -> Error {
         match self {
-            Self::Wrong(error) | Self::Unusable(error) => error,
+            Self::Wrong(error) | Self::Unread(error) | Self::Unusable(error) => error,
         }
     }
 }
@@ -168,5 +170,30 @@ impl Read for CheckedBlob<'_> {
         }
         self.left -= read as u64;
         Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file on a broken disk.
+    struct Unreadable;
+
+    impl Read for Unreadable {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(rustix::io::Errno::IO.into())
+        }
+    }
+
+    #[test]
+    fn a_blob_that_cannot_be_read_is_told_from_one_that_cannot_be_used() {
+        let name = BlobName { digest: ImageDigest::of(b"x"), size: 1 };
+        let mut blob = CheckedBlob::reading(Box::new(Unreadable), &name);
+        let used = blob.read(&mut [0]).map(drop).map_err(LayerProblem::of_reading);
+        assert!(matches!(blob.judge(used), Err(BlobFault::Unread(_))));
+        let blob = CheckedBlob::reading(Box::new(&b"x"[..]), &name);
+        let used = Err(LayerProblem::Refused("it is hostile".into()));
+        assert!(matches!(blob.judge(used), Err(BlobFault::Unusable(_))));
     }
 }

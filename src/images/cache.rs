@@ -77,7 +77,7 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 pub(super) struct ImageCache {
     path: PathBuf,
     /// The directory at the path.
-    place: Mutex<Arc<File>>,
+    directory: Mutex<Arc<File>>,
     boot: Option<String>,
     index: Mutex<ImageIndex<CacheKey, Arc<StoredImage>>>,
     next: AtomicU64,
@@ -146,7 +146,7 @@ impl ImageCache {
         let boot = fs::read_to_string(BOOT_ID).ok().map(|id| id.trim().to_owned());
         let cache = Self {
             path: path.to_owned(),
-            place: Mutex::new(Arc::new(open_place(path).map_err(doing)?)),
+            directory: Mutex::new(Arc::new(open_directory(path).map_err(doing)?)),
             boot,
             index: Mutex::new(ImageIndex::new(max_bytes)),
             next: AtomicU64::new(0),
@@ -155,7 +155,7 @@ impl ImageCache {
         let unused = cache.restore().map_err(doing)?;
         if !unused.is_empty() {
             let cache = cache.clone();
-            let remove = move || unused.iter().for_each(|name| cache.remove(&cache.place(), name));
+            let remove = move || unused.iter().for_each(|name| cache.remove(&cache.directory(), name));
             // Without a thread, the next start removes them.
             let _ = thread::Builder::new().name("gorego-images".into()).spawn(remove);
         }
@@ -164,21 +164,21 @@ impl ImageCache {
 
     /// Adds the images of earlier runs. Returns the entries that must be removed.
     fn restore(&self) -> io::Result<Vec<OsString>> {
-        let place = self.place();
+        let directory = self.directory();
         let (mut images, mut unused) = (Vec::new(), Vec::new());
-        for entry in dir::entries(&place)? {
+        for entry in dir::entries(&directory)? {
             let name = dir::entry_name(&entry?).to_owned();
             match digest_of(&name) {
-                Some(digest) => match self.describe(&place, &name) {
+                Some(digest) => match self.describe(&directory, &name) {
                     Some((image, bytes, used)) => images.push((used, CacheKey::Image(digest), image, bytes)),
-                    None => unused.extend(self.set_aside(&place, &name)),
+                    None => unused.extend(self.set_aside(&directory, &name)),
                 },
-                None if has_prefix(&name, LAYER) => match self.restored_layer(&place, &name) {
+                None if has_prefix(&name, LAYER) => match self.restored_layer(&directory, &name) {
                     Some((key, image, bytes, used)) => images.push((used, key, image, bytes)),
-                    None => unused.extend(self.set_aside(&place, &name)),
+                    None => unused.extend(self.set_aside(&directory, &name)),
                 },
                 None if is_numbered(&name, OLD) => unused.push(name),
-                None if is_numbered(&name, NEW) => unused.extend(self.set_aside(&place, &name)),
+                None if is_numbered(&name, NEW) => unused.extend(self.set_aside(&directory, &name)),
                 None => {}
             }
         }
@@ -186,14 +186,14 @@ impl ImageCache {
         let mut index = self.index();
         for (_, key, image, bytes) in images {
             let removed = index.restore(key, Arc::new(image), bytes);
-            unused.extend(removed.iter().filter_map(|image| self.set_aside(&place, &image.name)));
+            unused.extend(removed.iter().filter_map(|image| self.set_aside(&directory, &image.name)));
         }
         Ok(unused)
     }
 
     /// Reads the description of an image; `None` if it cannot be trusted.
-    fn describe(&self, place: &File, name: &OsStr) -> Option<(StoredImage, u64, (i64, i64))> {
-        let inside = dir::open_dir(place, name).ok()?;
+    fn describe(&self, directory: &File, name: &OsStr) -> Option<(StoredImage, u64, (i64, i64))> {
+        let inside = dir::open_dir(directory, name).ok()?;
         let file = dir::open_file(&inside, OsStr::new(DESCRIPTION)).ok()?;
         let metadata = file.metadata().ok().filter(fs::Metadata::is_file)?;
         let bytes = regular_file::read_open(&file, MAX_DESCRIPTION_BYTES).ok()?;
@@ -240,23 +240,23 @@ impl ImageCache {
         let omit = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
         let times = Timestamps { last_access: omit, last_modification: now };
-        let _ = rfs::utimensat(self.place(), path.as_ref(), &times, AtFlags::SYMLINK_NOFOLLOW);
+        let _ = rfs::utimensat(self.directory(), path.as_ref(), &times, AtFlags::SYMLINK_NOFOLLOW);
     }
 
     /// The directory at the path.
-    fn place(&self) -> Arc<File> {
-        self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn directory(&self) -> Arc<File> {
+        self.directory.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The directory at the path. It is created again if it was removed.
     fn recreated_directory(&self) -> Arc<File> {
-        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner);
         let id = |stat: rfs::Stat| dir::file_id(&stat);
-        let is_there = rfs::lstat(&self.path).ok().map(id) == rfs::fstat(&**place).ok().map(id);
-        if !is_there && let Ok(made) = open_place(&self.path) {
-            *place = Arc::new(made);
+        let is_there = rfs::lstat(&self.path).ok().map(id) == rfs::fstat(&**directory).ok().map(id);
+        if !is_there && let Ok(made) = open_directory(&self.path) {
+            *directory = Arc::new(made);
         }
-        place.clone()
+        directory.clone()
     }
 
     /// Removes all images that no action uses, to free space on a full disk.
@@ -272,30 +272,32 @@ impl ImageCache {
         index: MutexGuard<'_, ImageIndex<CacheKey, Arc<StoredImage>>>,
         images: &[Arc<StoredImage>],
     ) {
-        let place = self.place();
+        let directory = self.directory();
         // Rename them first, so that their names are free for later images.
-        let names: Vec<_> = images.iter().filter_map(|image| self.set_aside(&place, &image.name)).collect();
+        let names: Vec<_> =
+            images.iter().filter_map(|image| self.set_aside(&directory, &image.name)).collect();
         drop(index);
         if names.is_empty() {
             return;
         }
-        names.iter().for_each(|name| self.remove(&place, name));
+        names.iter().for_each(|name| self.remove(&directory, name));
         Event::info(LOG, IMAGES_EVICTED)
             .with("images", names.len())
             .log(format_args!("{} unpacked images were removed because room was needed", names.len()));
     }
 
     /// Renames an unused image to the name of an entry that is being removed. `None` if the image is gone.
-    fn set_aside(&self, place: &File, name: &OsStr) -> Option<OsString> {
-        let aside = |aside: &OsStr| rfs::renameat_with(place, name, place, aside, RenameFlags::NOREPLACE);
+    fn set_aside(&self, directory: &File, name: &OsStr) -> Option<OsString> {
+        let aside =
+            |aside: &OsStr| rfs::renameat_with(directory, name, directory, aside, RenameFlags::NOREPLACE);
         self.numbered(OLD, aside).ok()
     }
 
-    fn remove(&self, place: &File, name: &OsStr) {
+    fn remove(&self, directory: &File, name: &OsStr) {
         // Layers are files, so try that first.
-        let removed = match rfs::unlinkat(place, name, AtFlags::empty()) {
+        let removed = match rfs::unlinkat(directory, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(_) => build_root::remove(place, name),
+            Err(_) => build_root::remove(directory, name),
         };
         if let Err(error) = removed {
             Event::warn(LOG, IMAGE_NOT_REMOVED)
@@ -340,12 +342,12 @@ impl Drop for ImageLease {
     }
 }
 
-fn open_place(path: &Path) -> io::Result<File> {
+fn open_directory(path: &Path) -> io::Result<File> {
     fs::create_dir_all(path)?;
-    let place = File::open(path)?;
+    let directory = File::open(path)?;
     // Other users of this machine must not access the programs of an image.
-    rfs::fchmod(&place, Mode::RWXU)?;
-    Ok(place)
+    rfs::fchmod(&directory, Mode::RWXU)?;
+    Ok(directory)
 }
 
 /// The name of an image's directory.

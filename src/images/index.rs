@@ -56,7 +56,7 @@ struct ImageEntry<T> {
     copy: CopyId,
     bytes: u64,
     leases: usize,
-    place: EvictionRank,
+    rank: EvictionRank,
 }
 
 impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
@@ -82,10 +82,10 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
     pub(super) fn lease(&mut self, key: &K) -> Option<(CopyId, T)> {
         let entry = self.images.get_mut(key)?;
         entry.leases += 1;
-        self.order.remove(&entry.place);
+        self.order.remove(&entry.rank);
         self.last_use += 1;
-        entry.place.1 = self.last_use;
-        self.order.insert(entry.place, key.clone());
+        entry.rank.1 = self.last_use;
+        self.order.insert(entry.rank, key.clone());
         Some((entry.copy, entry.image.clone()))
     }
 
@@ -119,20 +119,15 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
             return Growth::Never;
         }
         let unused = self.images.values().filter(|entry| entry.leases == 0);
-        let unused = unused.fold(0u64, |sum, entry| sum.saturating_add(entry.bytes));
+        let evictable =
+            if key.is_spare() { 0 } else { unused.fold(0u64, |sum, entry| sum.saturating_add(entry.bytes)) };
         let needed = self.charged.saturating_add(bytes);
-        let unused = if key.is_spare() { 0 } else { unused };
-        if needed.saturating_sub(unused) > self.budget {
+        if needed.saturating_sub(evictable) > self.budget {
             return Growth::NotNow;
         }
         *own = grown;
         self.charged = needed;
-        let mut removed = Vec::new();
-        while self.charged > self.budget {
-            let Some(oldest) = self.oldest_unused() else { break };
-            removed.extend(self.remove(&oldest));
-        }
-        Growth::Yes(removed)
+        Growth::Yes(self.evict_while(|index| index.charged > index.budget))
     }
 
     /// Adds an unpacked image, and leases it.
@@ -161,12 +156,7 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         }
         self.charged = self.charged.saturating_add(bytes);
         self.insert(key, image, bytes, 0);
-        let mut removed = Vec::new();
-        while self.charged > self.budget {
-            let Some(oldest) = self.oldest_unused() else { break };
-            removed.extend(self.remove(&oldest));
-        }
-        removed
+        self.evict_while(|index| index.charged > index.budget)
     }
 
     /// Discards a copy that is no longer on disk, even if it is in use.
@@ -178,8 +168,15 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
 
     /// Takes out all unused images. The caller must remove them.
     pub(super) fn take_unused(&mut self) -> Vec<T> {
+        self.evict_while(|_| true)
+    }
+
+    /// Takes out unused images, the oldest first.
+    fn evict_while(&mut self, is_needed: impl Fn(&Self) -> bool) -> Vec<T> {
         let mut removed = Vec::new();
-        while let Some(oldest) = self.oldest_unused() {
+        while is_needed(self)
+            && let Some(oldest) = self.oldest_unused()
+        {
             removed.extend(self.remove(&oldest));
         }
         removed
@@ -189,9 +186,9 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         self.last_use += 1;
         self.copies += 1;
         let copy = CopyId(self.copies);
-        let place = (!key.is_spare(), self.last_use);
-        self.order.insert(place, key.clone());
-        self.images.insert(key, ImageEntry { image, copy, bytes, leases, place });
+        let rank = (!key.is_spare(), self.last_use);
+        self.order.insert(rank, key.clone());
+        self.images.insert(key, ImageEntry { image, copy, bytes, leases, rank });
         copy
     }
 
@@ -202,7 +199,7 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
 
     fn remove(&mut self, key: &K) -> Option<T> {
         let entry = self.images.remove(key)?;
-        self.order.remove(&entry.place);
+        self.order.remove(&entry.rank);
         self.charged -= entry.bytes;
         Some(entry.image)
     }

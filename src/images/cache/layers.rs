@@ -61,7 +61,7 @@ impl ImageCache {
         let leased = self.index().lease(&key);
         if let Some((copy, image)) = leased {
             let lease = ImageLease { cache: self.clone(), key: key.clone(), copy, image };
-            let file = dir::open_file(&self.place(), &lease.image.name).ok();
+            let file = dir::open_file(&self.directory(), &lease.image.name).ok();
             let is_same =
                 |file: &File| rfs::fstat(file).is_ok_and(|stat| dir::file_id(&stat) == lease.image.id);
             if let Some(file) = file.filter(is_same) {
@@ -73,11 +73,11 @@ impl ImageCache {
         if !self.index().begin(&key) {
             return LayerState::Coming;
         }
-        let place = self.recreated_directory();
+        let directory = self.recreated_directory();
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut made = None;
         let name = self.numbered(NEW, |name| {
-            made = Some(File::from(rfs::openat(&place, name, flags, Mode::RUSR | Mode::WUSR)?));
+            made = Some(File::from(rfs::openat(&directory, name, flags, Mode::RUSR | Mode::WUSR)?));
             Ok(())
         });
         let file = name.ok().zip(made);
@@ -88,9 +88,9 @@ impl ImageCache {
     /// Removes a kept layer that is damaged.
     pub(in crate::images) fn drop_layer(&self, lease: ImageLease) {
         self.index().forget(&lease.key, lease.copy);
-        let place = self.place();
-        if let Some(name) = self.set_aside(&place, &lease.image.name) {
-            self.remove(&place, &name);
+        let directory = self.directory();
+        if let Some(name) = self.set_aside(&directory, &lease.image.name) {
+            self.remove(&directory, &name);
         }
     }
 
@@ -102,13 +102,14 @@ impl ImageCache {
     /// The kept layer in a file; `None` if the file cannot be trusted.
     pub(super) fn restored_layer(
         &self,
-        place: &File,
+        directory: &File,
         name: &OsStr,
     ) -> Option<(CacheKey, StoredImage, u64, (i64, i64))> {
         let digest = name.to_str()?.strip_prefix(&self.layer_prefix()?)?;
         let key = CacheKey::Layer(digest_of(OsStr::new(digest))?);
-        let stat =
-            dir::stat_at(place, name).ok().filter(|stat| dir::file_type(stat) == FileType::RegularFile)?;
+        let stat = dir::stat_at(directory, name)
+            .ok()
+            .filter(|stat| dir::file_type(stat) == FileType::RegularFile)?;
         let image = StoredImage {
             name: name.to_owned(),
             id: dir::file_id(&stat),
@@ -143,11 +144,11 @@ impl NewLayer {
             return;
         }
         let Some((unnamed, file)) = self.file.take() else { return };
-        let place = self.cache.place();
+        let directory = self.cache.directory();
         let mut name = OsString::from(prefix);
         name.push(name_of(digest));
         let id = rfs::fstat(&file).map(|stat| dir::file_id(&stat));
-        let named = id.and_then(|id| rfs::renameat(&place, &unnamed, &place, &name).map(|()| id));
+        let named = id.and_then(|id| rfs::renameat(&directory, &unnamed, &directory, &name).map(|()| id));
         match named {
             Ok(id) => {
                 let image = Arc::new(StoredImage { name, id, settings: CommandSettings::default() });
@@ -163,7 +164,7 @@ impl NewLayer {
 
     fn give_up(&mut self) {
         if let Some((name, _)) = self.file.take() {
-            let _: Result<(), Errno> = rfs::unlinkat(self.cache.place(), &name, AtFlags::empty());
+            let _: Result<(), Errno> = rfs::unlinkat(self.cache.directory(), &name, AtFlags::empty());
         }
         if std::mem::take(&mut self.is_ours) {
             self.cache.index().abandon(&self.key);

@@ -34,19 +34,19 @@ impl ImageCache {
         if !self.index().begin(&key) {
             return Ok(None);
         }
-        let place = self.recreated_directory();
+        let directory = self.recreated_directory();
         // If a step fails, dropping this releases the reserved room.
         let mut unpacked = UnpackedImage {
             cache: self.clone(),
-            place: place.clone(),
+            directory: directory.clone(),
             digest: digest.clone(),
             key,
             name: OsString::new(),
             root: None,
         };
         let mut make = || -> io::Result<File> {
-            unpacked.name = self.numbered(NEW, |name| rfs::mkdirat(&place, name, Mode::RWXU))?;
-            let inside = dir::open_dir(&place, &unpacked.name)?;
+            unpacked.name = self.numbered(NEW, |name| rfs::mkdirat(&directory, name, Mode::RWXU))?;
+            let inside = dir::open_dir(&directory, &unpacked.name)?;
             rfs::mkdirat(&inside, ROOT, Mode::RWXU)?;
             let root = dir::open_dir(&inside, OsStr::new(ROOT))?;
             rfs::fchmod(&root, Mode::from_raw_mode(0o755))?;
@@ -61,7 +61,7 @@ impl ImageCache {
 /// An image that is being unpacked. It is removed on drop unless it is complete.
 pub(in crate::images) struct UnpackedImage {
     cache: Arc<ImageCache>,
-    place: Arc<File>,
+    directory: Arc<File>,
     digest: ImageDigest,
     key: CacheKey,
     name: OsString,
@@ -139,14 +139,15 @@ impl UnpackedImage {
                 user: settings.user.map(|user| (user.user, user.group)),
             };
             let text = serde_json::to_vec(&description).map_err(io::Error::other)?;
-            let inside = dir::open_dir(&self.place, &self.name)?;
+            let inside = dir::open_dir(&self.directory, &self.name)?;
             let flags = rfs::OFlags::WRONLY | rfs::OFlags::CREATE | rfs::OFlags::EXCL | rfs::OFlags::CLOEXEC;
             let file = rfs::openat(&inside, DESCRIPTION, flags, Mode::RUSR | Mode::WUSR)?;
             File::from(file).write_all(&text)?;
             let name = name_of(&self.digest);
             // A copy that was discarded because it was damaged may still be there.
-            let _ = cache.set_aside(&self.place, &name).map(|aside| cache.remove(&self.place, &aside));
-            rfs::renameat(&self.place, &self.name, &self.place, &name)?;
+            let _ =
+                cache.set_aside(&self.directory, &name).map(|aside| cache.remove(&self.directory, &aside));
+            rfs::renameat(&self.directory, &self.name, &self.directory, &name)?;
             Ok((name, id))
         };
         let (name, id) = keep().map_err(|error| Error::io("complete an image", &error))?;
@@ -164,7 +165,7 @@ impl Drop for UnpackedImage {
     fn drop(&mut self) {
         if !self.name.is_empty() {
             self.root = None;
-            self.cache.remove(&self.place, &self.name);
+            self.cache.remove(&self.directory, &self.name);
         }
         // This has no effect if the image is complete.
         self.cache.index().abandon(&self.key);

@@ -67,7 +67,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use tokio::{runtime::Handle, sync::oneshot, time::timeout};
+use tokio::{runtime::Handle, time::timeout};
 
 /// Target of this module's log lines.
 const LOG: &str = "gorego::images";
@@ -228,10 +228,15 @@ impl Images {
         }
     }
 
-    /// The unpacked image with this name, if there is one.
-    async fn obtain(&self, reference: &ImageReference, caller: Caller) -> Result<Arc<ImageLease>> {
+    /// The unpacked image with this name. `lease` looks for it in the cache before it is pulled.
+    async fn obtain(
+        &self,
+        reference: &ImageReference,
+        caller: Caller,
+        lease: fn(&Arc<ImageCache>, &ImageDigest) -> Option<ImageLease>,
+    ) -> Result<Arc<ImageLease>> {
         let digest = self.resolve(reference, caller).await.map_err(|error| about(reference, error))?;
-        let known = || self.0.cache.lease(&digest).map(Arc::new);
+        let known = || lease(&self.0.cache, &digest).map(Arc::new);
         let (images, own, wanted) = (self.clone(), reference.clone(), digest.clone());
         let pull = move || images.pull(&own, &wanted).map(Arc::new);
         self.0.pulls.join(&(reference.origin.clone(), digest.clone()), caller, known, pull).await
@@ -296,7 +301,7 @@ impl Images {
                 if let Some(unpacked) = cache.begin(digest)? {
                     break unpacked;
                 }
-                // Another pull fetches the same image from another origin.
+                // Another pull fetches the same image from another origin, or the image is being removed.
                 time.left()?;
                 thread::sleep(WAIT_POLL);
             };
@@ -326,7 +331,8 @@ impl ImageStore for Images {
     fn lease(&self, name: &str, peer: Peer, check: &dyn Fn() -> Result<()>) -> Result<LeasedImage> {
         let reference = ImageReference::parse(name).map_err(Error::Invalid)?;
         let lease = self.0.runtime.block_on(async {
-            let mut obtained = pin!(self.obtain(&reference, Caller::without_connection(peer)));
+            let caller = Caller::without_connection(peer);
+            let mut obtained = pin!(self.obtain(&reference, caller, ImageCache::lease));
             loop {
                 match timeout(WAIT_POLL, obtained.as_mut()).await {
                     Ok(obtained) => return obtained,
@@ -354,16 +360,10 @@ impl ImageSupply for Images {
             Err(problem) => return Box::pin(ready(Err(Error::Invalid(problem)))),
         };
         let images = self.clone();
-        let (mut tell, told) = oneshot::channel();
-        // This accesses the disk, so it does not run on the thread that awaits it.
-        self.0.runtime.spawn(async move {
-            let brought = tokio::select! {
-                brought = images.obtain(&reference, caller) => brought.map(drop),
-                () = tell.closed() => return,
-            };
-            let _ = tell.send(brought);
-        });
-        Box::pin(async { told.await.unwrap_or_else(|_| Err(Error::internal("a pull was dropped"))) })
+        // This runs on a thread of the runtime, so it does not access the disk. The worker checks the image.
+        Box::pin(
+            async move { images.obtain(&reference, caller, ImageCache::lease_unchecked).await.map(drop) },
+        )
     }
 }
 

@@ -185,8 +185,9 @@ impl ImageCache {
         images.sort_by_key(|(used, ..)| *used);
         let mut index = self.index();
         for (_, key, image, bytes) in images {
-            let removed = index.restore(key, Arc::new(image), bytes);
-            unused.extend(removed.iter().filter_map(|image| self.set_aside(&directory, &image.name)));
+            let evicted = index.restore(key, Arc::new(image), bytes);
+            unused.extend(evicted.iter().filter_map(|(_, image)| self.set_aside(&directory, &image.name)));
+            index.left(&evicted);
         }
         Ok(unused)
     }
@@ -220,19 +221,24 @@ impl ImageCache {
         self.index().usage()
     }
 
-    /// Leases an image, if it is in the cache.
+    /// Leases an image, if it is in the cache. Accesses the disk.
     pub(super) fn lease(self: &Arc<Self>, digest: &ImageDigest) -> Option<ImageLease> {
-        let key = CacheKey::Image(digest.clone());
-        let (copy, image) = self.index().lease(&key)?;
-        let lease = ImageLease { cache: self.clone(), key, copy, image };
+        let lease = self.lease_unchecked(digest)?;
         // Another process may have removed it.
         let is_there = rfs::lstat(lease.root()).is_ok_and(|stat| dir::file_id(&stat) == lease.image.id);
         if !is_there {
-            self.index().forget(&lease.key, copy);
+            self.index().forget(&lease.key, lease.copy);
             return None;
         }
         self.touch(Path::new(&lease.image.name).join(DESCRIPTION));
         Some(lease)
+    }
+
+    /// Leases an image that was in the cache. Does not access the disk, from which another process may have removed it.
+    pub(super) fn lease_unchecked(self: &Arc<Self>, digest: &ImageDigest) -> Option<ImageLease> {
+        let key = CacheKey::Image(digest.clone());
+        let (copy, image) = self.index().lease(&key)?;
+        Some(ImageLease { cache: self.clone(), key, copy, image })
     }
 
     /// Records the time of the last use for the next start of the server.
@@ -261,22 +267,18 @@ impl ImageCache {
 
     /// Removes all images that no action uses, to free space on a full disk.
     pub(super) fn remove_unused(&self) {
-        let mut index = self.index();
-        let unused = index.take_unused();
-        self.evict(index, &unused);
+        let unused = self.index().take_unused();
+        self.evict(&unused);
     }
 
-    /// Removes images that were taken out of the index.
-    fn evict(
-        &self,
-        index: MutexGuard<'_, ImageIndex<CacheKey, Arc<StoredImage>>>,
-        images: &[Arc<StoredImage>],
-    ) {
+    /// Removes entries that were taken out of the index. The index is not locked while the disk is accessed, because
+    /// the threads of the runtime use it.
+    fn evict(&self, evicted: &[(CacheKey, Arc<StoredImage>)]) {
         let directory = self.directory();
         // Rename them first, so that their names are free for later images.
         let names: Vec<_> =
-            images.iter().filter_map(|image| self.set_aside(&directory, &image.name)).collect();
-        drop(index);
+            evicted.iter().filter_map(|(_, image)| self.set_aside(&directory, &image.name)).collect();
+        self.index().left(evicted);
         if names.is_empty() {
             return;
         }

@@ -4,20 +4,26 @@
 //! Leased images stay. The others are evicted in the order of their last use if another image needs the room. So all
 //! images together, including those that are being unpacked, never take more than the budget.
 //!
+//! The caller of a method that evicts entries removes them from the disk afterwards. Until it calls
+//! [`ImageIndex::left`], none of them can begin again, so its name on the disk is never used twice at a time.
+//!
 //! Spare entries are kept as long as no other entry needs their room: they are evicted before all others, and only take
 //! free room.
 
 use crate::disk::BudgetUse;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     hash::Hash,
 };
 
+/// Entries that were evicted, in this order.
+pub(super) type Evicted<K, T> = Vec<(K, T)>;
+
 /// The answer to a request for more room.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Growth<T> {
+pub(super) enum Growth<K, T> {
     /// There is room after these entries are removed.
-    Yes(Vec<T>),
+    Yes(Evicted<K, T>),
     /// The image alone is larger than the budget.
     Never,
     /// Images that are in use leave no room now.
@@ -38,6 +44,8 @@ pub(super) struct ImageIndex<K, T> {
     order: BTreeMap<EvictionRank, K>,
     last_use: u64,
     unpacking: HashMap<K, u64>,
+    /// The evicted entries that may still be on the disk under their names.
+    leaving: HashSet<K>,
     copies: u64,
 }
 
@@ -74,6 +82,7 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
             order: BTreeMap::new(),
             last_use: 0,
             unpacking: HashMap::new(),
+            leaving: HashSet::new(),
             copies: 0,
         }
     }
@@ -96,10 +105,12 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         }
     }
 
-    /// Begins to unpack an image, unless it is unpacked or being unpacked. Returns whether the caller may unpack it; if
-    /// so, it must call [`ImageIndex::finish`] or [`ImageIndex::abandon`] afterwards.
+    /// Begins to unpack an image, unless it is unpacked, being unpacked or leaving the disk. Returns whether the
+    /// caller may unpack it; if so, it must call [`ImageIndex::finish`] or [`ImageIndex::abandon`] afterwards.
     pub(super) fn begin(&mut self, key: &K) -> bool {
-        let is_new = !self.images.contains_key(key) && !self.unpacking.contains_key(key);
+        let is_new = !self.images.contains_key(key)
+            && !self.unpacking.contains_key(key)
+            && !self.leaving.contains(key);
         if is_new {
             self.unpacking.insert(key.clone(), 0);
         }
@@ -112,7 +123,7 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
     }
 
     /// Takes room for more bytes of an image that is being unpacked.
-    pub(super) fn grow(&mut self, key: &K, bytes: u64) -> Growth<T> {
+    pub(super) fn grow(&mut self, key: &K, bytes: u64) -> Growth<K, T> {
         let Some(own) = self.unpacking.get_mut(key) else { return Growth::NotNow };
         let grown = own.saturating_add(bytes);
         if grown > self.budget {
@@ -150,9 +161,9 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
 
     /// Adds an image of an earlier run as the most recently used one. Returns the entries that must be removed for it,
     /// possibly itself.
-    pub(super) fn restore(&mut self, key: K, image: T, bytes: u64) -> Vec<T> {
+    pub(super) fn restore(&mut self, key: K, image: T, bytes: u64) -> Evicted<K, T> {
         if self.images.contains_key(&key) || bytes > self.budget {
-            return vec![image];
+            return vec![(key, image)];
         }
         self.charged = self.charged.saturating_add(bytes);
         self.insert(key, image, bytes, 0);
@@ -167,19 +178,28 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
     }
 
     /// Takes out all unused images. The caller must remove them.
-    pub(super) fn take_unused(&mut self) -> Vec<T> {
+    pub(super) fn take_unused(&mut self) -> Evicted<K, T> {
         self.evict_while(|_| true)
     }
 
     /// Takes out unused images, the oldest first.
-    fn evict_while(&mut self, is_needed: impl Fn(&Self) -> bool) -> Vec<T> {
-        let mut removed = Vec::new();
+    fn evict_while(&mut self, is_needed: impl Fn(&Self) -> bool) -> Evicted<K, T> {
+        let mut evicted = Vec::new();
         while is_needed(self)
             && let Some(oldest) = self.oldest_unused()
+            && let Some(image) = self.remove(&oldest)
         {
-            removed.extend(self.remove(&oldest));
+            self.leaving.insert(oldest.clone());
+            evicted.push((oldest, image));
         }
-        removed
+        evicted
+    }
+
+    /// Ends the eviction of entries: their names on the disk are free.
+    pub(super) fn left(&mut self, evicted: &[(K, T)]) {
+        evicted.iter().for_each(|(key, _)| {
+            self.leaving.remove(key);
+        });
     }
 
     fn insert(&mut self, key: K, image: T, bytes: u64, leases: usize) -> CopyId {
@@ -229,6 +249,7 @@ mod tests {
         Abandon(u8),
         Forget(u8),
         Clear,
+        Left,
     }
 
     fn act() -> impl Strategy<Value = Act> {
@@ -241,6 +262,7 @@ mod tests {
             (0u8..6).prop_map(Act::Abandon),
             (0u8..6).prop_map(Act::Forget),
             Just(Act::Clear),
+            Just(Act::Left),
         ]
     }
 
@@ -249,6 +271,7 @@ mod tests {
     struct Model {
         images: Vec<(u8, u64, Vec<CopyId>)>,
         unpacking: Vec<(u8, u64)>,
+        leaving: Evicted<u8, u8>,
         forgotten: Vec<CopyId>,
     }
 
@@ -266,7 +289,7 @@ mod tests {
             self.images.sort_by_key(|image| !image.0.is_spare());
         }
 
-        fn grow(&mut self, key: u8, bytes: u64) -> Growth<u8> {
+        fn grow(&mut self, key: u8, bytes: u64) -> Growth<u8, u8> {
             let Some(at) = self.unpacking.iter().position(|own| own.0 == key) else { return Growth::NotNow };
             if self.unpacking[at].1 + bytes > BUDGET {
                 return Growth::Never;
@@ -282,8 +305,10 @@ mod tests {
             let mut removed = Vec::new();
             while self.total() > BUDGET {
                 let oldest = self.images.iter().position(|image| image.2.is_empty()).unwrap();
-                removed.push(self.images.remove(oldest).0);
+                let key = self.images.remove(oldest).0;
+                removed.push((key, key));
             }
+            self.leaving.extend(&removed);
             Growth::Yes(removed)
         }
     }
@@ -317,7 +342,8 @@ mod tests {
                     }
                     Act::Begin(key) => {
                         let is_new = model.position(key).is_none()
-                            && model.unpacking.iter().all(|own| own.0 != key);
+                            && model.unpacking.iter().all(|own| own.0 != key)
+                            && model.leaving.iter().all(|(leaving, _)| *leaving != key);
                         if is_new {
                             model.unpacking.push((key, 0));
                         }
@@ -348,10 +374,12 @@ mod tests {
                     }
                     Act::Clear => {
                         let unused: Vec<_> =
-                            model.images.iter().filter(|image| image.2.is_empty()).map(|image| image.0).collect();
+                            model.images.iter().filter(|image| image.2.is_empty()).map(|image| (image.0, image.0)).collect();
+                        model.leaving.extend(&unused);
                         prop_assert_eq!(index.take_unused(), unused);
                         model.images.retain(|image| !image.2.is_empty());
                     }
+                    Act::Left => index.left(&std::mem::take(&mut model.leaving)),
                 }
                 prop_assert_eq!(index.charged, model.total());
                 prop_assert!(index.charged <= BUDGET);
@@ -364,8 +392,8 @@ mod tests {
         let mut index = ImageIndex::<u8, _>::new(BUDGET);
         assert!(index.restore(1, "old", 50).is_empty());
         assert!(index.restore(2, "new", 50).is_empty());
-        assert_eq!(index.restore(3, "newest", 30), ["old"]);
-        assert_eq!(index.restore(0, "too large", 101), ["too large"]);
+        assert_eq!(index.restore(3, "newest", 30), [(1, "old")]);
+        assert_eq!(index.restore(0, "too large", 101), [(0, "too large")]);
         assert_eq!(index.charged, 80);
     }
 }

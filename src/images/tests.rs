@@ -320,3 +320,19 @@ fn concurrent_requests_for_an_image_get_the_same_one() {
     assert_eq!(served.into_inner(), 8);
     assert_eq!(site.unpacked(), [names_left(&image)]);
 }
+
+#[test]
+fn an_action_is_queued_without_a_look_at_the_disk_and_the_worker_pulls_a_removed_image_again() {
+    let site = Site::new();
+    write_simple(&site, "layouts/image", "x");
+    let images = site.open(LARGE);
+    let name = site.name("layouts/image");
+    let caller = Caller::without_connection(Peer::default());
+    let bring = || site.runtime.block_on(images.bring(&name, caller));
+    bring().unwrap();
+    fs::remove_dir_all(site.path("build/images")).unwrap();
+    bring().unwrap();
+    assert!(!site.path("build/images").exists(), "nothing was pulled");
+    let leased = images.lease(&name, Peer::default(), &never).unwrap();
+    assert_eq!(fs::read(leased.root.join("f")).unwrap(), b"x");
+}

@@ -34,7 +34,7 @@ const CHECK_SPACE_EVERY: u32 = 8;
 pub(in crate::images) enum LayerState {
     /// The layer is kept. The file may be damaged.
     Kept(ImageLease, File),
-    /// Another pull is downloading it.
+    /// Another pull is downloading it, or it is being removed.
     Coming,
     /// This pull has to download it.
     Absent(NewLayer),

@@ -25,7 +25,7 @@ use std::{
 };
 
 impl ImageCache {
-    /// Creates a directory for an image. `None` if the image is already unpacked or being unpacked.
+    /// Creates a directory for an image. `None` if the image is already unpacked, being unpacked or being removed.
     ///
     /// # Errors
     /// The errors of the file system.
@@ -87,11 +87,11 @@ impl UnpackedImage {
     /// # Errors
     /// `Precondition` if the image is larger than the cache; `Unavailable` if images in use leave no room.
     pub(in crate::images) fn take(&self, bytes: u64) -> Result<()> {
-        let mut index = self.cache.index();
-        match index.grow(&self.key, bytes) {
+        let growth = self.cache.index().grow(&self.key, bytes);
+        match growth {
             Growth::Yes(evicted) => {
                 if !evicted.is_empty() {
-                    self.cache.evict(index, &evicted);
+                    self.cache.evict(&evicted);
                 }
                 Ok(())
             }

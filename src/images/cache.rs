@@ -276,16 +276,20 @@ impl ImageCache {
     fn evict(&self, evicted: &[(CacheKey, Arc<StoredImage>)]) {
         let directory = self.directory();
         // Rename them first, so that their names are free for later images.
-        let names: Vec<_> =
-            evicted.iter().filter_map(|(_, image)| self.set_aside(&directory, &image.name)).collect();
+        let aside = |(key, image): &(CacheKey, Arc<StoredImage>)| {
+            Some((matches!(key, CacheKey::Layer(_)), self.set_aside(&directory, &image.name)?))
+        };
+        let names: Vec<_> = evicted.iter().filter_map(aside).collect();
         self.index().left(evicted);
         if names.is_empty() {
             return;
         }
-        names.iter().for_each(|name| self.remove(&directory, name));
-        Event::info(LOG, IMAGES_EVICTED)
-            .with("images", names.len())
-            .log(format_args!("{} unpacked images were removed because room was needed", names.len()));
+        names.iter().for_each(|(_, name)| self.remove(&directory, name));
+        let layers = names.iter().filter(|(is_layer, _)| *is_layer).count();
+        let images = names.len() - layers;
+        Event::info(LOG, IMAGES_EVICTED).with("images", images).with("layers", layers).log(format_args!(
+            "{images} unpacked images and {layers} kept layers were removed because room was needed"
+        ));
     }
 
     /// Renames an unused image to the name of an entry that is being removed. `None` if the image is gone.

@@ -17,11 +17,13 @@ use gorego_reapi::{
         rpc,
     },
 };
+use http::{HeaderName, HeaderValue};
 use prost::Message;
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex},
 };
+use tokio::net::{TcpListener, TcpStream};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 pub(crate) const SHA256: DigestFunction = DigestFunction::Sha256;
@@ -89,6 +91,55 @@ impl Fake {
     pub(crate) async fn client(&self) -> Client {
         Client::connect(&self.serve().await, "", &Identity::default()).await.unwrap()
     }
+}
+
+/// Serves on a free port, and returns the endpoint. GetCapabilities succeeds, and FindMissingBlobs returns this digest.
+/// All other calls get the head of an answer and nothing else, and what they send is not read.
+pub(crate) async fn silent_server(missing: Digest) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("grpc://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            tokio::spawn(answer_heads(socket, missing));
+        }
+    });
+    endpoint
+}
+
+async fn answer_heads(socket: TcpStream, missing: Digest) {
+    let mut connection = h2::server::handshake(socket).await.unwrap();
+    let mut held = Vec::new();
+    while let Some(Ok((request, mut respond))) = connection.accept().await {
+        let head = http::Response::builder().header("content-type", "application/grpc").body(()).unwrap();
+        let mut answer = respond.send_response(head, false).unwrap();
+        let message = match request.uri().path().rsplit('/').next().unwrap() {
+            "GetCapabilities" => Some(
+                reapi::ServerCapabilities {
+                    cache_capabilities: Some(reapi::CacheCapabilities {
+                        digest_functions: vec![1],
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                }
+                .encode_to_vec(),
+            ),
+            "FindMissingBlobs" => Some(
+                reapi::FindMissingBlobsResponse { missing_blob_digests: vec![missing.to_wire()] }
+                    .encode_to_vec(),
+            ),
+            _ => None,
+        };
+        if let Some(message) = message {
+            let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+            answer.send_data([&[0], &length[..], &message].concat().into(), false).unwrap();
+            answer.send_trailers([("grpc-status", "0")].map(header).into_iter().collect()).unwrap();
+        }
+        held.push((request, answer));
+    }
+}
+
+fn header((name, value): (&'static str, &'static str)) -> (HeaderName, HeaderValue) {
+    (HeaderName::from_static(name), HeaderValue::from_static(value))
 }
 
 pub(crate) fn digest(wire: Option<&reapi::Digest>) -> Digest {

@@ -15,8 +15,11 @@ use std::{
     collections::VecDeque,
     fs,
     os::unix::fs::{PermissionsExt as _, symlink},
+    pin::pin,
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
+use tokio::time::timeout;
 use tonic::{Request, Status};
 
 fn job() -> Job {
@@ -70,6 +73,34 @@ async fn an_execution_gives_up_on_a_server_that_never_gets_on() {
     let error = follow(client.execute(job())).await.unwrap_err();
     assert_eq!(error, Error::Invalid("Execute: no arguments".into()));
     assert_eq!(fake.state().calls, ["Execute"], "a refusal is not tried again");
+}
+
+/// A server that begins to answer and falls silent, and reads nothing.
+#[tokio::test]
+async fn a_server_that_falls_silent_is_given_up() {
+    const LONG: Duration = Duration::from_secs(3600);
+    let mut blobs = BlobSet::default();
+    let digest = blobs.add_bytes(vec![0; 20 << 20]);
+    let endpoint = silent_server(digest).await;
+    let client = Client::connect(&endpoint, "", &Identity::default()).await.unwrap();
+    tokio::time::pause();
+    let answer = timeout(LONG, client.action_result(digest)).await.expect("a limit for an answer");
+    assert!(matches!(answer, Err(Error::DeadlineExceeded(_))), "{answer:?}");
+    let end = timeout(LONG, follow(client.execute(job()))).await.expect("a limit for the first message");
+    assert!(matches!(end, Err(Error::Unavailable(_))), "{end:?}");
+    // A thread reads the blob, so the clock does not advance by itself.
+    let progress = progress();
+    let mut upload = pin!(client.upload(&blobs, &progress));
+    let end = Instant::now() + Duration::from_secs(30);
+    let uploaded = loop {
+        tokio::select! {
+            biased;
+            uploaded = &mut upload => break uploaded,
+            () = tokio::time::advance(Duration::from_millis(100)) => {}
+        }
+        assert!(Instant::now() < end, "there is a limit for an upload");
+    };
+    assert!(matches!(uploaded, Err(Error::Unavailable(_))), "{uploaded:?}");
 }
 
 fn progress() -> Arc<Progress> {

@@ -1,6 +1,9 @@
 //! The Admin service of goREgo.
 
-use super::{Client, MAX_MESSAGE_BYTES, Service, retrying, status::from_status, stubs::AdminClient, timed};
+use super::{
+    Client, MAX_MESSAGE_BYTES, Service, retrying, status::from_status, stubs::AdminClient, timed,
+    within_limit,
+};
 use gorego_reapi::{error::Result, proto::gorego};
 
 impl Client {
@@ -21,8 +24,11 @@ impl Client {
     /// # Errors
     /// `Invalid` if the server refuses the configuration; other errors of the server.
     pub async fn reload_config(&self, dry_run: bool) -> Result<gorego::ReloadConfigResponse> {
-        let answer = self.admin().reload_config(timed(gorego::ReloadConfigRequest { dry_run })).await;
-        Ok(answer.map_err(|status| from_status("ReloadConfig", &status))?.into_inner())
+        let answer = within_limit(async {
+            let answer = self.admin().reload_config(timed(gorego::ReloadConfigRequest { dry_run })).await;
+            answer.map_err(|status| from_status("ReloadConfig", &status))
+        });
+        Ok(answer.await?.into_inner())
     }
 
     /// A page of a purge.
@@ -60,8 +66,11 @@ impl Client {
     /// # Errors
     /// `NotFound` if an id is unknown, in which case no token is revoked; other errors of the server.
     pub async fn revoke_tokens(&self, ids: Vec<String>) -> Result<gorego::RevokeTokensResponse> {
-        let answer = self.admin().revoke_tokens(timed(gorego::RevokeTokensRequest { ids })).await;
-        Ok(answer.map_err(|status| from_status("RevokeTokens", &status))?.into_inner())
+        let answer = within_limit(async {
+            let answer = self.admin().revoke_tokens(timed(gorego::RevokeTokensRequest { ids })).await;
+            answer.map_err(|status| from_status("RevokeTokens", &status))
+        });
+        Ok(answer.await?.into_inner())
     }
 
     fn admin(&self) -> AdminClient<Service> {

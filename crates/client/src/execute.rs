@@ -13,12 +13,12 @@ use gorego_reapi::{
 use prost::Message;
 use reapi::execution_stage::Value as Stage;
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tonic::Streaming;
 
-/// Time limit for the first message of a stream (EXE-01, EXE-12).
+/// Time limit for opening a stream, and again for its first message (EXE-01, EXE-12).
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
-/// A stream that lives this long resets the count of failed attempts.
+/// A stream that has sent a message and lives this long resets the count of failed attempts.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
 /// How often an action is submitted again because the server has forgotten its operation.
 const MAX_RERUNS: u32 = 3;
@@ -85,6 +85,8 @@ pub struct Execution {
     /// A further event from the latest message, returned by the next call.
     more: Option<ExecutionEvent>,
     opened_at: Instant,
+    /// Whether the stream has sent a message.
+    has_begun: bool,
     failures: u32,
     reruns: u32,
     finished: bool,
@@ -102,6 +104,7 @@ impl Client {
             logs: LogNames::default(),
             more: None,
             opened_at: Instant::now(),
+            has_begun: false,
             failures: 0,
             reruns: 0,
             finished: false,
@@ -132,7 +135,9 @@ impl Execution {
                     }
                 }
                 Err(error) => {
-                    let stable = self.stream.take().is_some() && self.opened_at.elapsed() >= STABLE_AFTER;
+                    self.stream = None;
+                    let stable =
+                        std::mem::take(&mut self.has_begun) && self.opened_at.elapsed() >= STABLE_AFTER;
                     self.failures = if stable { 1 } else { self.failures + 1 };
                     match (&error, &self.name) {
                         // EXE-13: the server has forgotten the operation, for example after a restart. Submit the
@@ -155,16 +160,24 @@ impl Execution {
     /// The next message of the stream. Opens the stream if necessary.
     async fn message(&mut self) -> Result<Operation> {
         let call = if self.name.is_some() { "WaitExecution" } else { "Execute" };
+        let silent = |_| Error::Unavailable(format!("{call}: the server is silent"));
         if self.stream.is_none() {
             let opened = tokio::time::timeout(FIRST_MESSAGE_TIMEOUT, self.open()).await;
-            let silent = |_| Error::Unavailable(format!("{call}: the server is silent"));
             self.opened_at = Instant::now();
             self.stream = Some(opened.map_err(silent)?.map_err(|status| from_status(call, &status))?);
         }
         let broken = |why: &str| Error::Unavailable(format!("{call}: {why}"));
         let Some(stream) = &mut self.stream else { return Err(broken("the stream is closed")) };
-        match stream.message().await {
-            Ok(Some(operation)) => Ok(operation),
+        let message = if self.has_begun {
+            stream.message().await
+        } else {
+            timeout_at(self.opened_at + FIRST_MESSAGE_TIMEOUT, stream.message()).await.map_err(silent)?
+        };
+        match message {
+            Ok(Some(operation)) => {
+                self.has_begun = true;
+                Ok(operation)
+            }
             // EXE-10: a stream that ends before the operation is done counts as broken.
             Ok(None) => Err(broken("the stream ended before the operation was done")),
             Err(status) if is_broken(&status) => Err(broken(status.message())),

@@ -2,7 +2,9 @@
 //!
 //! A [`Client`] is one connection to one instance. It is cheap to clone, and its calls may run concurrently. It works
 //! with any REAPI server and trusts none: downloads are checked against their digests and written only below the
-//! destination. Every call has a time limit. Failures that may pass (UNAVAILABLE, a broken stream) are retried a
+//! destination. Every call has a time limit: [`CALL_TIMEOUT`] for the whole answer, or [`STREAM_IDLE_TIMEOUT`] without
+//! progress for the transfer of a blob. An execution and a log stream have a limit only until they begin, because a
+//! command may be silent for as long as it runs. Failures that may pass (UNAVAILABLE, a broken stream) are retried a
 //! bounded number of times. Errors are [`gorego_reapi::error::Error`]. [`stubs`] has the bare gRPC clients.
 //!
 //! Not supported: compression, and digest functions other than SHA-256 for uploads and execution.
@@ -62,7 +64,7 @@ use tonic::Request;
 
 /// Time limit of a unary call.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time limit between two messages of a blob that is being read.
+/// Time limit between two messages of a blob that is being read or written.
 pub const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Largest number of attempts for a call whose failure may pass.
 pub const MAX_TRIES: u32 = 5;
@@ -253,8 +255,11 @@ impl Client {
     pub async fn cancel(&self, operation: &str) -> Result<()> {
         let request = longrunning::CancelOperationRequest { name: operation.to_owned() };
         let mut client = OperationsClient::new(self.service.clone());
-        let answer = client.cancel_operation(timed(request)).await;
-        answer.map(|_| ()).map_err(|status| from_status("CancelOperation", &status))
+        let answer = within_limit(async {
+            let answer = client.cancel_operation(timed(request)).await;
+            answer.map_err(|status| from_status("CancelOperation", &status))
+        });
+        answer.await.map(|_| ())
     }
 
     fn cas(&self) -> ContentAddressableStorageClient<Service> {
@@ -283,8 +288,22 @@ fn timed<T>(message: T) -> Request<T> {
     request
 }
 
-/// Repeats a call until it succeeds, fails permanently, or [`MAX_TRIES`] is reached.
+/// Ends a call after [`CALL_TIMEOUT`]. The time limit of a request alone covers only the head of the answer.
+async fn within_limit<T>(call: impl Future<Output = Result<T>>) -> Result<T> {
+    let silent =
+        |_| Err(Error::DeadlineExceeded(format!("the server did not answer within {CALL_TIMEOUT:?}")));
+    tokio::time::timeout(CALL_TIMEOUT, call).await.unwrap_or_else(silent)
+}
+
+/// Repeats a call until it succeeds, fails permanently, or [`MAX_TRIES`] is reached. Each attempt ends after
+/// [`CALL_TIMEOUT`].
 async fn retrying<T, F: Future<Output = Result<T>>>(mut call: impl FnMut() -> F) -> Result<T> {
+    retrying_transfer(|| within_limit(call())).await
+}
+
+/// Like [`retrying`], for calls that have a time limit of their own, because their duration depends on the size of a
+/// blob.
+async fn retrying_transfer<T, F: Future<Output = Result<T>>>(mut call: impl FnMut() -> F) -> Result<T> {
     let mut tries = 0;
     loop {
         match call().await {

@@ -4,14 +4,14 @@
 //! is an error that names it.
 
 use super::{
-    BlobSet, Client, Progress, Source, backoff,
+    BlobSet, Client, Progress, STREAM_IDLE_TIMEOUT, Source, backoff,
     blobs::BlobProgress,
-    blocking, local, retrying,
+    blocking, local, retrying, retrying_transfer,
     status::{from_message, from_status},
     timed,
 };
 use bytes::Bytes;
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
@@ -21,10 +21,10 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io::Read as _,
-    sync::Arc,
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::{sync::mpsc, time::timeout};
 
 /// Number of concurrent calls: enough to hide a round trip, few enough to bound memory.
 const CALLS_AT_A_TIME: usize = 8;
@@ -81,7 +81,7 @@ impl Client {
             && let Some(source) = sources.get(&digest)
         {
             let progress = Arc::new(progress.of_blob());
-            retrying(async || self.write(digest, source.clone(), progress.clone()).await).await?;
+            retrying_transfer(async || self.write(digest, source.clone(), progress.clone()).await).await?;
             // The server may have ended the upload early because it has the blob (BS-24).
             progress.reach(digest.size());
             return Ok(());
@@ -117,16 +117,33 @@ impl Client {
         Ok(())
     }
 
-    /// Uploads one blob with ByteStream.Write, from the start.
+    /// Uploads one blob with ByteStream.Write, from the start. Gives up if the server accepts nothing for
+    /// [`STREAM_IDLE_TIMEOUT`].
     async fn write(&self, digest: Digest, source: Source, progress: Arc<BlobProgress>) -> Result<()> {
         let name = self.qualify(&format!("uploads/{}/{}", uuid::Uuid::new_v4(), digest.blob_name()));
         let (sender, receiver) = mpsc::channel(CHUNKS_IN_FLIGHT);
-        let reader = blocking(move || send_chunks(&digest, &source, name, &sender, &progress));
+        let sent = progress.clone();
+        let reader = blocking(move || send_chunks(&digest, &source, name, &sender, &sent));
+        let receiver = Arc::new(Mutex::new(receiver));
+        let requests = receiver.clone();
+        let requests = stream::poll_fn(move |context| locked(&requests).poll_recv(context));
         let answer = async {
-            let request = ReceiverStream::new(receiver);
-            let answer = self.byte_stream().write(request).await;
-            answer.map_err(|status| from_status(&format!("upload of {digest}"), &status))
+            let mut client = self.byte_stream();
+            let mut answer = pin!(client.write(requests));
+            let call = format!("upload of {digest}");
+            loop {
+                let steps = progress.steps();
+                match timeout(STREAM_IDLE_TIMEOUT, answer.as_mut()).await {
+                    Ok(answer) => return answer.map_err(|status| from_status(&call, &status)),
+                    Err(_) if progress.steps() > steps => {}
+                    Err(_) => {
+                        return Err(Error::Unavailable(format!("{call}: the server accepts no more bytes")));
+                    }
+                }
+            }
         };
+        // A connection keeps a stream that the server does not read, so closing the receiver is what ends the reader.
+        let answer = answer.inspect(|_| locked(&receiver).close());
         let (read, answer) = tokio::join!(reader, answer);
         // A file that cannot be read explains the server's error, so its error takes precedence.
         read?;
@@ -147,6 +164,10 @@ impl Client {
     pub(super) fn fits_batch(&self, digest: &Digest) -> bool {
         digest.size() + BLOB_OVERHEAD_BYTES <= self.batch_bytes
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn batches(digests: Vec<Digest>, max_bytes: u64) -> Vec<Vec<Digest>> {

@@ -160,6 +160,31 @@ async fn a_directory_goes_up_and_comes_back_as_it_was() {
 }
 
 #[tokio::test]
+async fn equal_large_files_are_fetched_once() {
+    let (fake, out) = (Fake::default(), tempfile::tempdir().unwrap());
+    let client = fake.client().await;
+    let content = vec![1; 100_000];
+    let digest = Some(fake.store(&content));
+    let file = |path: &str, is_executable| reapi::OutputFile {
+        path: path.into(),
+        digest: digest.clone(),
+        is_executable,
+        ..Default::default()
+    };
+    let output_files = vec![file("a", false), file("b", true), file("d/c", false)];
+    let result = reapi::ActionResult { output_files, ..Default::default() };
+    let progress = progress();
+    client.download_outputs(&result, out.path(), &progress).await.unwrap();
+    for path in ["a", "b", "d/c"] {
+        assert_eq!(fs::read(out.path().join(path)).unwrap(), content);
+    }
+    let mode = |path: &str| fs::metadata(out.path().join(path)).unwrap().permissions().mode();
+    assert_eq!([mode("a") & 0o100, mode("b") & 0o100], [0, 0o100]);
+    assert_eq!(fake.state().calls, ["Read"]);
+    assert_eq!(progress.bytes(), (100_000, 100_000));
+}
+
+#[tokio::test]
 async fn wrong_bytes_are_noticed_and_not_kept() {
     let (fake, out) = (Fake::default(), tempfile::tempdir().unwrap());
     let client = fake.client().await;

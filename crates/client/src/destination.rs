@@ -16,7 +16,7 @@ use rustix::{
 };
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Seek as _, Write},
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
@@ -64,7 +64,8 @@ impl Destination {
         let entry = self.entry(path)?;
         // The user's umask applies.
         let mode = Mode::from_raw_mode(if executable { 0o777 } else { 0o666 });
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // It is also read if other files have the same content.
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&entry.parent, &entry.temporary, flags, mode)
             .map_err(|error| local("create", &entry.shown, &error.into()))?;
         Ok(PendingFile { file: file.into(), entry: Some(entry) })
@@ -125,6 +126,20 @@ impl Destination {
 }
 
 impl PendingFile {
+    /// Appends the content that was written to this file to another one.
+    ///
+    /// # Errors
+    /// `Invalid` if a file cannot be read or written.
+    pub(crate) fn copy_to(&self, other: &mut Self) -> Result<()> {
+        let mut copy = || {
+            let mut content = &self.file;
+            content.rewind()?;
+            io::copy(&mut content, &mut other.file)
+        };
+        let shown = self.entry.as_ref().map_or(Path::new(""), |entry| &entry.shown);
+        copy().map(drop).map_err(|error| local("copy", shown, &error))
+    }
+
     /// Renames the file to its final name. It replaces an existing file or symlink.
     ///
     /// # Errors

@@ -115,13 +115,22 @@ impl Client {
         if let [digest] = digests[..]
             && !self.fits_batch(&digest)
         {
-            for file in wanted.get(&digest).into_iter().flatten().cloned() {
-                let destination = destination.clone();
-                let pending = blocking(move || destination.create(&file.path, file.executable)).await?;
-                let pending = self.read_into(digest, pending, progress).await?;
-                blocking(move || pending.commit()).await?;
-            }
-            return Ok(());
+            let Some((first, equal)) = wanted.get(&digest).and_then(|files| files.split_first()) else {
+                return Ok(());
+            };
+            let (first, equal) = (first.clone(), equal.to_vec());
+            let create = destination.clone();
+            let pending = blocking(move || create.create(&first.path, first.executable)).await?;
+            let pending = self.read_into(digest, pending, progress).await?;
+            return blocking(move || {
+                for file in equal {
+                    let mut copy = destination.create(&file.path, file.executable)?;
+                    pending.copy_to(&mut copy)?;
+                    copy.commit()?;
+                }
+                pending.commit()
+            })
+            .await;
         }
         // The empty blob is never fetched (GEN-06).
         let asked: Vec<_> = digests.iter().copied().filter(|digest| !digest.is_empty()).collect();

@@ -41,6 +41,8 @@ pub(crate) struct State {
     pub(crate) scripts: VecDeque<Script>,
     /// Reads end once with UNAVAILABLE after this many bytes.
     pub(crate) break_read_after: Option<usize>,
+    /// How many more blobs of batches are UNAVAILABLE.
+    pub(crate) unavailable_blobs: usize,
     /// Blobs for which wrong bytes are returned.
     pub(crate) corrupt: bool,
     /// Whether streams stay open after their script.
@@ -196,8 +198,17 @@ impl cas::ContentAddressableStorage for Fake {
         &self,
         request: Request<reapi::BatchReadBlobsRequest>,
     ) -> Result<Response<reapi::BatchReadBlobsResponse>, Status> {
-        let state = self.state();
+        let mut state = self.state();
         let responses = request.into_inner().digests.into_iter().map(|wire| {
+            if state.unavailable_blobs > 0 {
+                state.unavailable_blobs -= 1;
+                let status = rpc::Status { code: Code::Unavailable as i32, ..Default::default() };
+                return reapi::batch_read_blobs_response::Response {
+                    digest: Some(wire),
+                    status: Some(status),
+                    ..Default::default()
+                };
+            }
             let mut data = state.blobs.get(&digest(Some(&wire))).cloned();
             if state.corrupt {
                 data = data.map(|data| [&data[1..], b"!"].concat().into());

@@ -185,6 +185,18 @@ async fn equal_large_files_are_fetched_once() {
 }
 
 #[tokio::test]
+async fn a_small_blob_that_is_unavailable_for_a_moment_is_asked_for_again() {
+    let (fake, out) = (Fake::default(), tempfile::tempdir().unwrap());
+    let client = fake.client().await;
+    let file =
+        reapi::OutputFile { path: "f".into(), digest: Some(fake.store(b"small")), ..Default::default() };
+    let result = reapi::ActionResult { output_files: vec![file], ..Default::default() };
+    fake.state().unavailable_blobs = 1;
+    client.download_outputs(&result, out.path(), &progress()).await.unwrap();
+    assert_eq!(fs::read(out.path().join("f")).unwrap(), b"small");
+}
+
+#[tokio::test]
 async fn wrong_bytes_are_noticed_and_not_kept() {
     let (fake, out) = (Fake::default(), tempfile::tempdir().unwrap());
     let client = fake.client().await;

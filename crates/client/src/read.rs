@@ -128,23 +128,23 @@ impl Client {
             digest_function: self.function.wire().into(),
             ..Default::default()
         };
-        let answer = retrying(async || {
-            let answer = self.cas().batch_read_blobs(timed(request.clone())).await;
-            answer.map_err(|status| from_status("BatchReadBlobs", &status))
-        })
-        .await?;
         let function = self.function;
-        blocking(move || {
-            let mut blobs = HashMap::new();
-            for response in answer.into_inner().responses {
-                let digest = Digest::from_wire(function, response.digest.as_ref(), "Response.digest")?;
-                match from_message(&format!("download of {digest}"), response.status.as_ref()) {
-                    Some(error) => return Err(error),
-                    None => check_digest(digest, function.digest(&response.data))?,
+        retrying(async || {
+            let answer = self.cas().batch_read_blobs(timed(request.clone())).await;
+            let answer = answer.map_err(|status| from_status("BatchReadBlobs", &status))?.into_inner();
+            blocking(move || {
+                let mut blobs = HashMap::new();
+                for response in answer.responses {
+                    let digest = Digest::from_wire(function, response.digest.as_ref(), "Response.digest")?;
+                    match from_message(&format!("download of {digest}"), response.status.as_ref()) {
+                        Some(error) => return Err(error),
+                        None => check_digest(digest, function.digest(&response.data))?,
+                    }
+                    blobs.insert(digest, response.data);
                 }
-                blobs.insert(digest, response.data);
-            }
-            Ok(blobs)
+                Ok(blobs)
+            })
+            .await
         })
         .await
     }

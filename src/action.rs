@@ -8,6 +8,7 @@ use gorego_reapi::{
     digest::Digest,
     duration,
     error::{Error, Result},
+    escape::shown,
     path::RootPath,
     proto::reapi,
     tree::NodeProperties,
@@ -175,10 +176,7 @@ impl Command {
             Some(_) => {}
         }
         if let Some(argument) = command.arguments.iter().find(|a| a.contains('\0')) {
-            return Err(Error::Invalid(format!(
-                "Command.arguments: \"{}\" contains a NUL",
-                argument.escape_debug()
-            )));
+            return Err(Error::Invalid(format!("Command.arguments: \"{}\" contains a NUL", shown(argument))));
         }
         let mut environment = Vec::with_capacity(command.environment_variables.len());
         for variable in &command.environment_variables {
@@ -186,7 +184,7 @@ impl Command {
             if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
                 return Err(Error::Invalid(format!(
                     "Command.environment_variables: \"{}\" is not a usable variable",
-                    name.escape_debug()
+                    shown(name)
                 )));
             }
             environment.push((name.clone(), value.clone()));
@@ -201,7 +199,7 @@ impl Command {
         if let Some(name) = properties.iter().find(|n| !NodeProperties::NAMES.contains(&n.as_str())) {
             return Err(Error::Invalid(format!(
                 "Command.output_node_properties: \"{}\" is not supported; supported are {}",
-                name.escape_debug(),
+                shown(name),
                 NodeProperties::NAMES.join(", ")
             )));
         }

@@ -9,6 +9,7 @@
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    escape::shown,
     instance_name::check_instance_name,
 };
 use std::{collections::HashMap, fmt, sync::Arc};
@@ -240,7 +241,7 @@ impl Instances {
     pub fn get(&self, name: &str) -> Result<Instance> {
         check_instance_name(name)?;
         self.0.get(name).cloned().ok_or_else(|| {
-            Error::Invalid(format!("instance name \"{}\" is unknown to this server", name.escape_debug()))
+            Error::Invalid(format!("instance name \"{}\" is unknown to this server", shown(name)))
         })
     }
 

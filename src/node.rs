@@ -3,7 +3,10 @@
 //! The name of an operation carries the name of the server that owns it, so that every other server can tell where a
 //! request about the operation has to go. A server that stands alone needs no name.
 
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::{
+    error::{Error, Result},
+    escape::shown,
+};
 use std::{fmt, str::FromStr};
 
 /// Longest name of a server, in bytes. It is a part of the name of each operation.
@@ -43,7 +46,7 @@ impl FromStr for NodeName {
             }
             _ => Err(Error::Invalid(format!(
                 "\"{}\" is not the name of a server: use up to {MAX_NODE_NAME} lower-case letters, digits and inner \"-\"",
-                text.escape_debug()
+                shown(text)
             ))),
         }
     }

@@ -11,7 +11,10 @@ use super::{
     role::{READY_MADE, Role},
 };
 use crate::instance::Instance;
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::{
+    error::{Error, Result},
+    escape::shown,
+};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// The document to which denials refer.
@@ -102,7 +105,7 @@ impl Policy {
         if principal.may(instance_name, permission) {
             return Ok(());
         }
-        let place = format!("for instance name \"{}\"", instance_name.escape_debug());
+        let place = format!("for instance name \"{}\"", shown(instance_name));
         Err(self.denial(principal, &[permission], &place, |role| role.permissions_in(instance_name)))
     }
 
@@ -130,7 +133,7 @@ impl Policy {
         if permissions.is_empty() || principal.permissions_in(instance_name).has_any_of(permissions) {
             return Ok(());
         }
-        let place = format!("for instance name \"{}\"", instance_name.escape_debug());
+        let place = format!("for instance name \"{}\"", shown(instance_name));
         Err(self.denial(principal, permissions, &place, |role| role.permissions_in(instance_name)))
     }
 

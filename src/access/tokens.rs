@@ -12,7 +12,10 @@ use super::{
     rejection::Rejection,
     role::Role,
 };
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::{
+    error::{Error, Result},
+    escape::shown,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::{
@@ -183,7 +186,7 @@ impl TokenFile {
         if let Some(unknown) = ids.iter().find(|id| !self.tokens.iter().any(|token| token.id == **id)) {
             return Err(Error::NotFound(format!(
                 "there is no token \"{}\"; `gorego token list` shows all",
-                unknown.escape_debug()
+                shown(unknown)
             )));
         }
         let (gone, kept) =

@@ -31,6 +31,7 @@ use futures::stream::{self, StreamExt as _};
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
+    escape::shown,
     proto::bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
         WriteResponse,
@@ -266,7 +267,7 @@ impl WriteCheck {
         if !message.resource_name.is_empty() && message.resource_name != self.resource_name {
             return Err(Error::Invalid(format!(
                 "resource_name changes to \"{}\" within the stream",
-                message.resource_name.escape_debug()
+                shown(&message.resource_name)
             )));
         }
         if u64::try_from(message.write_offset) != Ok(self.next_offset) {

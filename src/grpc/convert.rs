@@ -25,8 +25,10 @@ use gorego_reapi::{
     auxiliary::{pack_queue_status, pack_request},
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    escape::shown,
     find_missing::UnresolvedDigests,
     proto::{gorego, longrunning, reapi},
+    resource_name::MAX_RESOURCE_NAME_BYTES,
     status,
 };
 use http::HeaderMap;
@@ -112,6 +114,13 @@ pub fn client_info(headers: &HeaderMap) -> ClientInfo {
 /// [`Error::NotFound`] for every name that this server cannot have given. Clients run the action again only after this
 /// code (EXE-13).
 pub fn operation_name(name: &str) -> Result<(&str, OperationId)> {
+    if name.len() > MAX_RESOURCE_NAME_BYTES {
+        return Err(Error::NotFound(format!(
+            "there is no operation \"{}\": the name has {} bytes, and at most {MAX_RESOURCE_NAME_BYTES} are possible",
+            shown(name),
+            name.len()
+        )));
+    }
     let unknown = || no_operation(name);
     let (collection, id) = name.rsplit_once('/').ok_or_else(unknown)?;
     let instance_name = operations_of(collection).ok_or_else(unknown)?;
@@ -122,7 +131,7 @@ pub fn operation_name(name: &str) -> Result<(&str, OperationId)> {
 pub fn no_operation(name: &str) -> Error {
     Error::NotFound(format!(
         "there is no operation \"{}\"; names have the form [instance/]operations/{{id}}",
-        status::shorten(name.escape_debug().to_string(), CLIENT_TEXT_MAX_BYTES)
+        shown(name)
     ))
 }
 
@@ -427,6 +436,24 @@ mod tests {
             "x".repeat(10_000),
         ] {
             assert!(matches!(operation_name(&name), Err(Error::NotFound(_))), "{name}");
+        }
+    }
+
+    /// EXE-13.
+    #[test]
+    fn a_name_of_any_length_that_no_operation_has_is_not_found_with_a_short_error() {
+        let id = info().id;
+        for length in [1_000, 16 * 1024 * 1024] {
+            let strange = "\u{7f}".repeat(length);
+            for name in
+                [format!("operations/{strange}"), format!("{strange}/operations/{id}"), strange.clone()]
+            {
+                let error = operation_name(&name).map_or_else(|error| error, |_| no_operation(&name));
+                let Error::NotFound(text) = error else { panic!("{error}") };
+                assert!(text.len() < 4096, "{}", text.len());
+                let says_why = text.contains(&format!("has {} bytes, and at most 16384 are", name.len()));
+                assert_eq!(says_why, length > 16_384, "{text}");
+            }
         }
     }
 

@@ -5,7 +5,10 @@
 //! worse than none.
 
 use crate::actors::scheduler::{messages::OperationFilter, operation::Stage};
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::{
+    error::{Error, Result},
+    escape::shown,
+};
 
 /// Longest filter, in bytes.
 pub const FILTER_MAX_BYTES: usize = 4 * 1024;
@@ -100,8 +103,7 @@ fn next_word(text: &str) -> Option<(&str, &str)> {
 }
 
 fn refuse(word: &str) -> Error {
-    let shown: String = word.chars().take(100).collect();
-    Error::Invalid(format!("filter: \"{}\" is not understood; {GRAMMAR}", shown.escape_debug()))
+    Error::Invalid(format!("filter: \"{}\" is not understood; {GRAMMAR}", shown(word)))
 }
 
 #[cfg(test)]

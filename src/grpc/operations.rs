@@ -20,6 +20,7 @@ use crate::{
 use gorego_reapi::{
     duration,
     error::{Error, Result},
+    escape::shown,
     proto::longrunning::{
         CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
         ListOperationsResponse, Operation, WaitOperationRequest,
@@ -195,8 +196,8 @@ impl Listing {
             (Some(named), Some(wanted)) if named != wanted => {
                 return Err(Error::Invalid(format!(
                     "the name has instance \"{}\", but the filter has instance \"{}\"; a listing covers one instance",
-                    named.escape_debug(),
-                    wanted.escape_debug()
+                    shown(named),
+                    shown(wanted)
                 )));
             }
             (Some(named), _) => enter(named).map_err(|error| match error {

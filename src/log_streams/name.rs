@@ -1,9 +1,14 @@
 //! Names of log streams: `{parent}/logstreams/{id}`, and for writing `{parent}/logstreams/{id}/{token}` (LOG-01).
 //!
-//! Pure. The text is untrusted. Whether the parent and the stream exist is checked elsewhere.
+//! Pure. The text is untrusted, and has at most [`MAX_RESOURCE_NAME_BYTES`]. Whether the parent and the stream exist is
+//! checked elsewhere.
 
 use super::run::{LogKind, RunLogs};
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::{
+    error::{Error, Result},
+    escape,
+    resource_name::MAX_RESOURCE_NAME_BYTES,
+};
 use std::fmt;
 use uuid::Uuid;
 
@@ -11,8 +16,6 @@ use uuid::Uuid;
 pub const KEYWORD: &str = "logstreams";
 /// The first of these segments in a ByteStream name decides its kind.
 const KEYWORDS: [&str; 4] = ["blobs", "compressed-blobs", "uploads", KEYWORD];
-/// Number of characters of a malformed name that an error repeats.
-const SHOWN_CHARS: usize = 300;
 
 /// The parsed name of a log stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,9 +48,16 @@ impl LogName {
         if name.split('/').find(is_keyword)? != KEYWORD {
             return None;
         }
+        let shown = || escape::shown(name);
+        if name.len() > MAX_RESOURCE_NAME_BYTES {
+            return Some(Err(Error::Invalid(format!(
+                "resource name \"{}\" has {} bytes; at most {MAX_RESOURCE_NAME_BYTES} are possible",
+                shown(),
+                name.len()
+            ))));
+        }
         let segments: Vec<&str> = name.split('/').collect();
         let keyword = segments.iter().position(is_keyword)?;
-        let shown = || name.chars().take(SHOWN_CHARS).collect::<String>().escape_debug().to_string();
         let (parent, rest) = (segments.get(..keyword)?.join("/"), segments.get(keyword + 1..)?);
         let malformed = || {
             Error::Invalid(format!(
@@ -203,6 +213,20 @@ mod tests {
         }
         for name in ["logstreams/".into(), format!("logstreams/{upper}"), format!("logstreams/{id}/token")] {
             assert!(matches!(LogName::parse(&name), Some(Err(Error::NotFound(_)))), "{name}");
+        }
+    }
+
+    /// LOG-01.
+    #[test]
+    fn a_name_that_is_too_long_has_a_short_error() {
+        for part in ["/", "\u{7f}"] {
+            let name = format!("i/logstreams/{}", part.repeat(16 * 1024 * 1024));
+            let Some(Err(Error::Invalid(text))) = LogName::parse(&name) else { panic!() };
+            assert!(
+                text.contains(&format!("has {} bytes; at most 16384 are possible", name.len())),
+                "{text}"
+            );
+            assert!(text.len() < 4096, "{}", text.len());
         }
     }
 

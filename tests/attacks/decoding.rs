@@ -1,4 +1,4 @@
-//! Stored and received messages that are small on the wire and large in memory.
+//! Stored and received messages that are small on the wire and large in memory, and names that are large in errors.
 
 use crate::{
     harness::{Bystander, assert_memory_is_bounded, connect_from},
@@ -11,7 +11,10 @@ use gorego_reapi::{
     digest::Digest,
     proto::{
         bytestream::WriteRequest,
-        reapi::{Action, ActionResult, GetTreeRequest, OutputDirectory, UpdateActionResultRequest},
+        reapi::{
+            Action, ActionResult, GetCapabilitiesRequest, GetTreeRequest, OutputDirectory,
+            UpdateActionResultRequest,
+        },
     },
 };
 use prost::Message as _;
@@ -54,6 +57,26 @@ async fn store(client: &Client, data: Vec<u8>) -> Digest {
         .collect();
     client.bytes.clone().write(stream::iter(pieces)).await.unwrap();
     digest
+}
+
+/// GEN-13, GEN-14. Each request used to take 0.5 GB: each byte of the name takes six in an error, which was copied.
+#[tokio::test(flavor = "multi_thread")]
+async fn names_of_megabytes_have_short_errors_within_bounds() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let bystander = Bystander::beside(&server).await;
+    let calls = (0..8).map(|_| {
+        let mut capabilities = client.capabilities.clone();
+        async move {
+            let instance_name = "\u{7f}".repeat(15 * 1024 * 1024);
+            let status =
+                capabilities.get_capabilities(GetCapabilitiesRequest { instance_name }).await.unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        }
+    });
+    join_all(calls).await;
+    assert_memory_is_bounded(&server);
+    bystander.leave().await;
 }
 
 /// EXE-27. Each action used to take 1.5 GB for 60 MB of input.

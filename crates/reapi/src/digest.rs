@@ -195,8 +195,7 @@ impl Digest {
     pub fn parse(function: DigestFunction, hash: &str, size: i64) -> Result<Self> {
         if hash.len() != function.hash_bytes() * 2 {
             return Err(Error::Invalid(format!(
-                "hash \"{}\" has {} characters; a {} hash has {}",
-                hash.escape_debug(),
+                "the hash has {} characters; a {} hash has {}",
                 hash.len(),
                 function.name(),
                 function.hash_bytes() * 2
@@ -355,6 +354,15 @@ mod tests {
             (EMPTY.to_owned(), -1),
         ] {
             assert!(matches!(parse(&hash, size), Err(Error::Invalid(_))), "{hash} {size}");
+        }
+    }
+
+    /// GEN-03.
+    #[test]
+    fn a_hash_of_any_length_has_a_short_error() {
+        for length in [63, 64, 65, 16 * 1024 * 1024] {
+            let error = Digest::parse(DigestFunction::Sha256, &"\u{7f}".repeat(length), 0).unwrap_err();
+            assert!(error.to_string().len() < 1024, "{error}");
         }
     }
 

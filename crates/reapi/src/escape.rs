@@ -1,6 +1,18 @@
-//! Escapes untrusted text (names of targets, paths, messages of a server) for terminals and log lines.
+//! Escapes untrusted text (names of targets, paths, messages of a server) for messages, terminals and log lines.
 
 use std::fmt::{self, Write as _};
+
+/// Most characters of a client's text that a message repeats.
+pub const SHOWN_CHARS: usize = 300;
+
+/// A text of a client as a message repeats it: escaped, and cut after [`SHOWN_CHARS`] characters, with an ellipsis.
+/// The rest of the text is not looked at.
+pub fn shown(text: &str) -> String {
+    match text.char_indices().nth(SHOWN_CHARS) {
+        Some((end, _)) => format!("{}...", text[..end].escape_debug()),
+        None => text.escape_debug().to_string(),
+    }
+}
 
 /// The text on one line, with control characters escaped.
 pub fn escaped(text: &str) -> String {
@@ -23,5 +35,18 @@ impl fmt::Write for Escaped<'_> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_repeats_a_short_text_as_a_whole_and_the_beginning_of_a_long_one() {
+        assert_eq!(shown("a\n\"\u{7f}"), "a\\n\\\"\\u{7f}");
+        let whole = "\u{e9}".repeat(SHOWN_CHARS);
+        assert_eq!(shown(&whole), whole);
+        assert_eq!(shown(&format!("{whole}x")), format!("{whole}..."));
     }
 }

@@ -3,6 +3,7 @@
 //! A [`RootPath`] is normalised and lexically stays below the input root. Symbolic links can still lead elsewhere; the
 //! code that opens the path must prevent that. Nothing here accesses a disk.
 
+use crate::escape::shown;
 use std::{fmt, path::Path};
 
 /// Longest path below an input root, in bytes. It leaves room for the build root within the kernel's limit of 4,096.
@@ -28,7 +29,7 @@ pub fn check_node_name(name: &str) -> Result<(), PathError> {
         _ if name.len() > MAX_NAME_BYTES => "is longer than 255 bytes",
         _ => return Ok(()),
     };
-    Err(PathError(format!("node name \"{}\" {problem}", name.escape_debug())))
+    Err(PathError(format!("node name \"{}\" {problem}", shown(name))))
 }
 
 /// A path below an input root: relative, without ".", ".." or repeated slashes. The root itself is the empty path.
@@ -46,7 +47,7 @@ impl RootPath {
     /// # Errors
     /// When `path` is absolute, contains NUL, is too long, or leaves the root at any step.
     pub fn join(&self, path: &str) -> Result<Self, PathError> {
-        let refuse = |problem: &str| Err(PathError(format!("path \"{}\" {problem}", path.escape_debug())));
+        let refuse = |problem: &str| Err(PathError(format!("path \"{}\" {problem}", shown(path))));
         if path.starts_with('/') {
             return refuse("is absolute");
         }

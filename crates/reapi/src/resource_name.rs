@@ -2,12 +2,19 @@
 //!
 //! This module implements the grammar of BS-01 to BS-05. Parsing starts at the keyword, so the instance name may have
 //! any number of segments. The caller checks whether the instance exists.
+//!
+//! Bound: a name has at most [`MAX_RESOURCE_NAME_BYTES`].
 
 use crate::{
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    escape::shown,
     instance_name::check_instance_name,
 };
+
+/// Longest name of a resource, in bytes: enough for the longest instance name and for the longest path of a file after
+/// the size (BS-02).
+pub const MAX_RESOURCE_NAME_BYTES: usize = 16 * 1024;
 
 /// The encoding of a blob's bytes on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,6 +59,12 @@ impl ResourceName {
     }
 
     fn parse(name: &str, write: bool) -> std::result::Result<Self, String> {
+        if name.len() > MAX_RESOURCE_NAME_BYTES {
+            return Err(format!(
+                "it has {} bytes, and at most {MAX_RESOURCE_NAME_BYTES} are possible",
+                name.len()
+            ));
+        }
         // moon puts "{instance}/" before every name, and therefore a leading slash if the instance name is empty.
         let keyword_follows =
             |rest: &&str| ["uploads/", "blobs/", "compressed-blobs/"].iter().any(|k| rest.starts_with(k));
@@ -84,10 +97,10 @@ impl ResourceName {
             "compressed-blobs" => match next("compressor")? {
                 "zstd" => Encoding::Zstd,
                 other => {
-                    return Err(format!("compressor \"{}\" is not supported, zstd is", other.escape_debug()));
+                    return Err(format!("compressor \"{}\" is not supported, zstd is", shown(other)));
                 }
             },
-            _ => return Err(format!("\"{}\" stands where \"blobs\" should", word.escape_debug())),
+            _ => return Err(format!("\"{}\" stands where \"blobs\" should", shown(word))),
         };
         let mut hash = next("hash")?;
         let named = DigestFunction::ALL.iter().find(|f| f.resource_segment() == Some(hash));
@@ -102,9 +115,9 @@ impl ResourceName {
         };
         let size = next("size")?;
         if size.is_empty() || !size.bytes().all(|b| b.is_ascii_digit()) {
-            return Err(format!("the size \"{}\" is not a number", size.escape_debug()));
+            return Err(format!("the size \"{}\" is not a number", shown(size)));
         }
-        let size = size.parse().map_err(|_| format!("the size {size} does not fit in 63 bits"))?;
+        let size = size.parse().map_err(|_| format!("the size {} does not fit in 63 bits", shown(size)))?;
         let digest = Digest::parse(function, hash, size).map_err(|error| error.to_string())?;
         if !write && rest.next().is_some() {
             return Err("it continues after the size".into());
@@ -113,15 +126,8 @@ impl ResourceName {
     }
 }
 
-/// Number of characters of a malformed name that an error repeats.
-const SHOWN_CHARS: usize = 300;
-
 fn explain(name: &str, form: &str, problem: &str) -> Error {
-    let shown: String = name.chars().take(SHOWN_CHARS).collect();
-    Error::Invalid(format!(
-        "resource name \"{}\" is malformed: {problem}; the form is {form}",
-        shown.escape_debug()
-    ))
+    Error::Invalid(format!("resource name \"{}\" is malformed: {problem}; the form is {form}", shown(name)))
 }
 
 #[cfg(test)]
@@ -212,5 +218,28 @@ mod tests {
         assert!(ResourceName::parse_write(&format!("blobs/{HASH}/0")).is_err());
         assert!(ResourceName::parse_write(&format!("uploads/1/blobs/{HASH}/0")).is_err());
         assert!(ResourceName::parse_write(&format!("uploads/blobs/{HASH}/0")).is_err());
+    }
+
+    /// BS-02, BS-05.
+    #[test]
+    fn a_name_has_room_for_a_path_and_a_longer_one_has_a_short_error() {
+        let prefix = format!("{}/uploads/{UUID}/blobs/{HASH}/0/", "i".repeat(4096));
+        assert!(ResourceName::parse_write(&format!("{prefix}{}", "p/".repeat(2048))).is_ok());
+        for longer in ["/", "\u{7f}", "p"].map(|text| format!("{prefix}{}", text.repeat(16 * 1024 * 1024))) {
+            for error in [ResourceName::parse_write(&longer), ResourceName::parse_read(&longer)] {
+                let error = error.unwrap_err().to_string();
+                assert!(
+                    error.contains(&format!("it has {} bytes, and at most 16384", longer.len())),
+                    "{error}"
+                );
+                assert!(error.len() < 4096, "{}", error.len());
+            }
+        }
+        let in_parts =
+            ["i/blobs/x", "i/compressed-blobs/x"].map(|start| format!("{start}{}", "\u{7f}".repeat(16_000)));
+        for name in in_parts {
+            let error = ResourceName::parse_read(&name).unwrap_err().to_string();
+            assert!(error.len() < 8 * 1024, "{}", error.len());
+        }
     }
 }

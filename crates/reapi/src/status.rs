@@ -142,6 +142,7 @@ pub fn shorten(mut text: String, max_bytes: usize) -> String {
         }
         text.truncate(end);
         text.push_str(CUT);
+        text.shrink_to_fit();
     }
     text
 }

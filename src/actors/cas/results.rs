@@ -21,6 +21,7 @@ use gorego_reapi::{
     auxiliary::modernise,
     digest::{Digest, DigestFunction},
     error::{Error, Result},
+    escape::shown,
     path::RootPath,
     proto::{gorego, reapi},
     tree::MAX_MESSAGE_MEMORY,
@@ -295,7 +296,7 @@ struct OutputField<'a>(&'static str, &'a str);
 impl Display for OutputField<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(field, path) = self;
-        write!(f, "{field} \"{}\"", path.escape_debug())
+        write!(f, "{field} \"{}\"", shown(path))
     }
 }
 

@@ -8,6 +8,7 @@ use crate::{
 use gorego_reapi::{
     digest::Digest,
     error::{Error, Result},
+    escape::shown,
 };
 use std::{fmt, str::FromStr, sync::Arc, time::SystemTime};
 use tokio::sync::watch;
@@ -61,7 +62,7 @@ impl FromStr for OperationId {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let malformed = || Error::NotFound(format!("there is no operation \"{}\"", text.escape_debug()));
+        let malformed = || Error::NotFound(format!("there is no operation \"{}\"", shown(text)));
         let (node, uuid) = text.split_once('.').unwrap_or(("", text));
         let id = Self {
             node: node.parse().map_err(|_| malformed())?,

@@ -14,7 +14,10 @@ use crate::{
     platform::{self, Known, Offers, UnknownProperties},
 };
 use free::FreeSlots;
-use gorego_reapi::error::{Error, Result};
+use gorego_reapi::{
+    error::{Error, Result},
+    escape::shown,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -414,7 +417,7 @@ impl Slots {
         let names: Vec<_> = self.order.iter().map(|id| self.name(*id)).collect();
         Err(Error::Invalid(format!(
             "there is no pool \"{}\"; the pools are {}",
-            name.escape_debug(),
+            shown(name),
             names.join(", ")
         )))
     }

@@ -7,6 +7,7 @@ use crate::{
     limits::Limits,
     sandbox::{kind::CellKind, layers::Layers},
 };
+use gorego_reapi::escape::shown;
 use rustix::io::Errno;
 use std::{
     ffi::OsStr,
@@ -113,21 +114,21 @@ fn programs(command: &Command) -> Vec<String> {
 /// The exit code and a line for stderr when no program of a launch could be started (EXE-42). `is_noexec` says that
 /// programs in the build root cannot be run.
 pub(crate) fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i32, String) {
-    let program = command.arguments.first().map_or("", String::as_str).escape_debug();
+    let program = command.arguments.first().map_or("", String::as_str);
     let errno = Errno::from_raw_os_error(errno);
     let code = match errno {
         Errno::NOENT | Errno::NOTDIR => EXIT_NOT_FOUND,
         _ => EXIT_NOT_EXECUTABLE,
     };
     let hint = match errno {
-        Errno::NOENT if program.to_string().contains('/') => {
+        Errno::NOENT if program.contains('/') => {
             "it is neither an input nor on this server where actions can see it, or the interpreter it names is not"
                 .to_owned()
         }
         Errno::NOENT => {
             let path = command.environment.iter().find(|(name, _)| name == "PATH");
             match path {
-                Some((_, path)) => format!("looked in PATH={}", path.escape_debug()),
+                Some((_, path)) => format!("looked in PATH={}", shown(path)),
                 None => format!("the command sets no PATH; looked in {DEFAULT_PATH}"),
             }
         }
@@ -140,7 +141,7 @@ pub(crate) fn not_started(command: &Command, errno: i32, is_noexec: bool) -> (i3
         Errno::TOOBIG => "arguments and environment are too long".to_owned(),
         _ => "see execve(2)".to_owned(),
     };
-    (code, format!("gorego: cannot run \"{program}\": {}: {hint}\n", std::io::Error::from(errno)))
+    (code, format!("gorego: cannot run \"{}\": {}: {hint}\n", shown(program), std::io::Error::from(errno)))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use crate::{
 };
 use gorego_reapi::{
     digest::{Digest, DigestFunction, Hasher},
+    escape::shown,
     path::RootPath,
     tree::{self, Directory, InputTree},
 };
@@ -187,7 +188,7 @@ impl Expansion<'_> {
             self.arguments.push(argument.to_owned());
             return Ok(());
         };
-        let shown = file.escape_debug();
+        let shown = shown(file);
         if depth >= MAX_FLAGFILE_DEPTH {
             return Err(format!(
                 "the file of arguments \"{shown}\" is more than {MAX_FLAGFILE_DEPTH} files deep"

@@ -102,7 +102,7 @@ impl NewBlob {
             return Err(Error::internal("a write of this blob has failed before"));
         }
         let received = self.received.take();
-        let bytes = Bytes::from(received.bytes.concat());
+        let bytes = Bytes::from(received.bytes().concat());
         let digest = self.function.digest(&bytes);
         check(digest)?;
         let stored = self.cas.write_many(&self.instance, vec![(digest, bytes)]).await?;
@@ -160,7 +160,7 @@ impl NewBlob {
                     hasher: (function != DigestFunction::GitSha1).then(|| function.hasher(0)),
                 },
             };
-            for bytes in &pending.bytes {
+            for bytes in pending.bytes() {
                 sink.file.write(bytes).map_err(failed)?;
                 if let Some(hasher) = &mut sink.hasher {
                     hasher.update(bytes);

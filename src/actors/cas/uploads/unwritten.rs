@@ -30,11 +30,18 @@ pub(crate) struct UnwrittenPieces {
     bytes: usize,
 }
 
-/// Pieces, with their share of the budget.
+/// Pieces, with their share of the budget. A closure that calls [`Pieces::bytes`] captures both; one that used the
+/// field would capture the bytes only, and the share would be given back before the job runs.
 #[derive(Debug, Default)]
 pub(crate) struct Pieces {
-    pub bytes: Vec<Bytes>,
+    bytes: Vec<Bytes>,
     share: Option<Share>,
+}
+
+impl Pieces {
+    pub(crate) fn bytes(&self) -> &[Bytes] {
+        &self.bytes
+    }
 }
 
 impl UnwrittenPieces {

@@ -160,7 +160,7 @@ impl BlobWriter {
         let mut attempt = self.idle_with_room().await?;
         let (pending, shared) = (self.received.take(), self.shared.clone());
         self.work = UploadWork::Running(self.shared.runtime.spawn_blocking(move || {
-            append(&mut attempt, &pending.bytes, &shared)?;
+            append(&mut attempt, pending.bytes(), &shared)?;
             Ok(attempt)
         }));
         if !has_room {
@@ -227,7 +227,7 @@ impl BlobWriter {
         let visible = self
             .shared
             .runtime
-            .spawn_blocking(move || complete(*attempt, &pending.bytes, &shared))
+            .spawn_blocking(move || complete(*attempt, pending.bytes(), &shared))
             .await
             .map_err(Error::internal)??;
         if let Some(visible) = visible {
@@ -328,7 +328,7 @@ impl Drop for BlobWriter {
             };
             let flush = move || {
                 if may_go_on {
-                    let _ = append(&mut attempt, &pending.bytes, &shared);
+                    let _ = append(&mut attempt, pending.bytes(), &shared);
                 }
             };
             let _ = tokio::task::spawn_blocking(flush).await;

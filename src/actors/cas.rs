@@ -143,6 +143,10 @@ pub(crate) struct StoreShared {
     upload_budget: Budget,
     /// Memory for bytes that clients sent and that are not written yet.
     received: Budget,
+    /// Memory for blobs that jobs read.
+    reads: Budget,
+    /// Memory for batches that jobs write.
+    batches: Budget,
     joint_writes: joint_writes::JointWrites,
     /// Memory for stored messages that are being decoded.
     decoded: Budget,
@@ -255,6 +259,8 @@ impl CasActor {
             cold_reads: Budget::new(Bounds::shared("blobs that are being hashed", settings::COLD_READS_MAX)),
             upload_budget: Budget::new(settings.upload_bounds(limit.most)),
             received: Budget::new(uploads::unwritten::RECEIVED),
+            reads: Budget::in_turns(settings::READS),
+            batches: Budget::new(settings::BATCHES),
             joint_writes: joint_writes::JointWrites::default(),
             decoded: Budget::keeping_free(settings::DECODED, settings::LARGEST_DECODED),
             large_results: Budget::keeping_free(results::LARGE_RESULTS, results::LARGEST_RESULT),

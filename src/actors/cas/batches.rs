@@ -1,6 +1,10 @@
 //! Batches of whole blobs: [`Cas::read_many`] and [`Cas::write_many`].
 //!
 //! Each item has its own result. Room is reserved for several items at once; items that are already stored need none.
+//!
+//! Bounds: jobs run to their end, even if their request is cancelled, so they hold shares of the memory for reads
+//! ([`READS`]) and for batches that are written ([`BATCHES`]). A request waits for its share. Whoever has one waits at
+//! most for room on disk, or for memory to decompress a large item.
 
 use super::{
     checked::{not_found, read_whole},
@@ -10,14 +14,17 @@ use super::{
     joint_writes::JOINT_FILE_BYTES,
     lookup::Purpose,
     new_files::{NewFiles, Visible},
-    settings::{ROOM_STEP_BYTES, SOUND_TRIES},
+    settings::{BATCHES, READS, ROOM_STEP_BYTES, SOUND_TRIES},
     uploads::{
         begin::Upload,
         sink::{Payload, WHOLE_BYTES, check_bytes, check_item, check_stream, failed},
     },
     volume::NewFile,
 };
-use crate::instance::{Instance, InstanceId};
+use crate::{
+    budget::Share,
+    instance::{Instance, InstanceId},
+};
 use bytes::Bytes;
 use gorego_reapi::{
     digest::Digest,
@@ -36,7 +43,23 @@ pub(super) struct Prepared {
     pub room: Result<Reservation>,
 }
 
+/// The items of a batch that is written, and their memory. A job that holds the items holds the memory too.
+struct WrittenBatch {
+    items: Vec<(Digest, Payload)>,
+    _memory: Share,
+}
+
 impl Cas {
+    /// Waits for memory for a job that reads this many bytes of blobs.
+    pub(super) async fn memory_to_read(&self, bytes: u64) -> Result<Share> {
+        Ok(self.shared().reads.wait_for(self.caller(), bytes.min(READS.total)).await?)
+    }
+
+    /// Waits for memory for jobs that write this many bytes.
+    pub(super) async fn memory_to_write(&self, bytes: u64) -> Result<Share> {
+        Ok(self.shared().batches.wait_for(self.caller(), bytes.min(BATCHES.connection)).await?)
+    }
+
     /// Reads whole blobs, in the order of the digests; duplicates are allowed. It is meant for small blobs: the caller
     /// bounds their total size.
     ///
@@ -53,15 +76,18 @@ impl Cas {
         if known.iter().all(Option::is_some) {
             return Ok(known.into_iter().flatten().collect());
         }
+        let unread = digests.iter().zip(&known).filter(|(_, known)| known.is_none());
+        let memory =
+            self.memory_to_read(unread.map(|(digest, _)| digest.size()).fold(0, u64::saturating_add));
         let cas = self.clone();
-        self.blocking(move || {
+        let reading = self.blocking_with(memory.await?, move || {
             let read = |(known, found): (Option<Result<Bytes>>, Option<FoundEntry>)| match (known, found) {
                 (Some(known), _) => Some(known),
                 (None, found) => found.map(|found| read_whole(&cas, &found)),
             };
             known.into_iter().zip(located.found).filter_map(read).collect()
-        })
-        .await
+        });
+        reading.await.map(|(read, _memory)| read)
     }
 
     /// Stores whole blobs, each checked against its digest (CAS-09..13); duplicates are allowed.
@@ -73,22 +99,26 @@ impl Cas {
         instance: &Instance,
         blobs: Vec<(Digest, impl Into<Payload>)>,
     ) -> Result<Vec<Result<()>>> {
-        let blobs: Arc<[(Digest, Payload)]> =
+        let items: Vec<(Digest, Payload)> =
             blobs.into_iter().map(|(digest, bytes)| (digest, bytes.into())).collect();
-        if let Some(outcomes) = self.write_few(instance, &blobs).await? {
+        if let Some(outcomes) = self.write_few(instance, &items).await? {
             return Ok(outcomes);
         }
-        let mut outcomes = vec![Ok(()); blobs.len()];
+        let bytes_of =
+            |(_, Payload::Plain(bytes) | Payload::Zstd(bytes)): &(Digest, Payload)| bytes.len() as u64;
+        let bytes = items.iter().map(bytes_of).sum();
+        let batch = Arc::new(WrittenBatch { items, _memory: self.memory_to_write(bytes).await? });
+        let mut outcomes = vec![Ok(()); batch.items.len()];
         let mut all_visible = Vec::new();
-        for step in in_steps(&blobs) {
+        for step in in_steps(&batch.items) {
             if let [at] = step[..]
-                && let Some((digest, Payload::Zstd(stream))) = blobs.get(at)
+                && let Some((digest, Payload::Zstd(stream))) = batch.items.get(at)
                 && digest.size() > WHOLE_BYTES
             {
-                outcomes[at] = self.write_stream(instance, *digest, stream.clone()).await;
+                outcomes[at] = self.write_stream(instance, *digest, stream.clone(), batch.clone()).await;
                 continue;
             }
-            let (stored, visible) = self.write_step(instance, blobs.clone(), step.clone()).await?;
+            let (stored, visible) = self.write_step(instance, batch.clone(), step.clone()).await?;
             for (at, outcome) in step.into_iter().zip(stored) {
                 outcomes[at] = outcome;
             }
@@ -133,30 +163,36 @@ impl Cas {
     async fn write_step(
         &self,
         instance: &Instance,
-        blobs: Arc<[(Digest, Payload)]>,
+        batch: Arc<WrittenBatch>,
         step: Vec<usize>,
     ) -> Result<(Vec<Result<()>>, Option<Visible>)> {
         let fits = |digest: &Digest, payload: &Payload| match payload {
             Payload::Plain(bytes) => digest.size() == bytes.len() as u64 && !digest.is_empty(),
             Payload::Zstd(_) => !digest.is_empty(),
         };
-        let items = step.iter().filter_map(|&at| blobs.get(at));
+        let items = step.iter().filter_map(|&at| batch.items.get(at));
         let digests: HashSet<Digest> =
             items.filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest).collect();
         let prepared = self.prepare(instance, digests.into_iter().collect()).await?;
         let (cas, id) = (self.clone(), instance.blobs());
         self.blocking(move || {
-            let items: Vec<_> = step.iter().filter_map(|&at| blobs.get(at)).collect();
+            let items: Vec<_> = step.iter().filter_map(|&at| batch.items.get(at)).collect();
             cas.write_batch(id, &items, prepared)
         })
         .await
     }
 
-    /// Stores one large compressed item, as an upload that cannot be resumed.
-    async fn write_stream(&self, instance: &Instance, digest: Digest, stream: Bytes) -> Result<()> {
+    /// Stores one large compressed item of a batch, as an upload that cannot be resumed.
+    async fn write_stream(
+        &self,
+        instance: &Instance,
+        digest: Digest,
+        stream: Bytes,
+        batch: Arc<WrittenBatch>,
+    ) -> Result<()> {
         let name = format!("batch/{:x}", self.shared().volume.next_generation());
         match self.begin_upload(instance, &name, digest, 0).await? {
-            Upload::Present => self.blocking(move || check_stream(digest, &stream)).await?,
+            Upload::Present => self.blocking_with(batch, move || check_stream(digest, &stream)).await?.0,
             Upload::Writer(writer) => {
                 let mut writer = writer.decoding().unresumable();
                 writer.write(stream).await?;

@@ -123,8 +123,10 @@ impl BlobReader {
             return Ok(buffer.into());
         }
         let open = open.clone();
+        let memory = open.cas.memory_to_read(wanted as u64).await?;
         let runtime = open.cas.shared().runtime.clone();
         let read = runtime.spawn_blocking(move || {
+            let _memory = memory;
             buffer.resize(wanted, 0);
             let read = open.read_at(&mut buffer, offset)?;
             buffer.truncate(read);
@@ -211,11 +213,11 @@ impl Cas {
         mut state: T,
         see: fn(&mut T, &[u8]),
     ) -> Result<T> {
-        let _place = self.shared().cold_reads.wait_for(self.caller(), 1).await?;
+        let mut place = self.shared().cold_reads.wait_for(self.caller(), 1).await?;
         let (blob, mut at) = (Arc::new(blob), 0);
         while at < blob.size() {
             let (blob, end) = (blob.clone(), at.saturating_add(READ_THROUGH_BYTES).min(blob.size()));
-            let read = self.blocking(move || {
+            let reading = self.blocking_with(place, move || {
                 let mut piece = vec![0; PIECE_BYTES];
                 while at < end {
                     let read = blob.read_into(&mut piece, at)?;
@@ -224,7 +226,9 @@ impl Cas {
                 }
                 Ok::<_, Error>((state, at))
             });
-            (state, at) = read.await??;
+            let read;
+            (read, place) = reading.await?;
+            (state, at) = read?;
         }
         Ok(state)
     }

@@ -215,6 +215,17 @@ impl Cas {
         })
     }
 
+    /// Like [`Cas::blocking`], for work for which room was taken: a share of a budget, or a place. The room moves into
+    /// the job and comes back with its answer. So if the caller does not wait, the room is given back when the work
+    /// ends, and not before.
+    pub(super) async fn blocking_with<R: Send + 'static, T: Send + 'static>(
+        &self,
+        room: R,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<(T, R)> {
+        self.blocking(move || (work(), room)).await
+    }
+
     /// Blocks a worker thread on a call. The handle that `ask` gets does its file work on this thread.
     pub(super) fn block_on<T>(&self, ask: impl AsyncFnOnce(Self) -> T) -> T {
         let here = Self { blocks: true, ..self.clone() };

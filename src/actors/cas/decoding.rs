@@ -40,6 +40,19 @@ impl Cas {
         Ok(Some(DecodingRoom(self.shared().decoded.wait_for(self.caller(), bytes).await?)))
     }
 
+    /// Runs work on a message: on a blocking thread if the message has room, because it is large, and otherwise on this
+    /// thread. Returns the room when the work is done.
+    pub(super) async fn in_room<T: Send + 'static>(
+        &self,
+        room: Option<DecodingRoom>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<(T, Option<DecodingRoom>)> {
+        if room.is_none() {
+            return Ok((work(), None));
+        }
+        self.blocking_with(room, work).await
+    }
+
     /// Decodes a received message, a large one on a blocking thread. The room has to be kept as long as the message.
     ///
     /// # Errors
@@ -54,8 +67,7 @@ impl Cas {
         M: Message + Name + Default + 'static,
     {
         let room = self.room_to_decode(worst_case(bytes.len() as u64, most)).await?;
-        let decode = move || wire::decode(bytes, most, what);
-        let message = if room.is_some() { self.blocking(decode).await? } else { decode() }?;
-        Ok((message, room))
+        let (message, room) = self.in_room(room, move || wire::decode(bytes, most, what)).await?;
+        Ok((message?, room))
     }
 }

@@ -151,10 +151,11 @@ impl Cas {
             0 => 0,
             of_action => of_action + worst_case(MAX_ACTION_BYTES),
         };
-        let mut room = self.room_to_decode(room).await?;
+        let room = self.room_to_decode(room).await?;
         let bytes = self.read_message(instance, digest, "Action").await?;
         let read = move || decode::<reapi::Action>(bytes, digest, "Action");
-        let wire = if room.is_some() { self.blocking(read).await? } else { read() }?;
+        let (wire, mut room) = self.in_room(room, read).await?;
+        let wire = wire?;
         let command =
             Digest::from_wire(digest.function(), wire.command_digest.as_ref(), "Action.command_digest")?;
         if room.is_none() {
@@ -166,8 +167,8 @@ impl Cas {
             let message = decode::<reapi::Command>(bytes, command, "Command")?;
             Action::from_wire(instance, digest, &wire, &message, timeouts)
         };
-        let action = if room.is_some() { self.blocking(read).await? } else { read() }?;
-        Ok(ParsedAction { action: Arc::new(action), command })
+        let (action, _room) = self.in_room(room, read).await?;
+        Ok(ParsedAction { action: Arc::new(action?), command })
     }
 
     /// Reads a message, which has to be stored.

@@ -94,6 +94,18 @@ pub(super) const DECODED: Bounds = Bounds {
     connection: LARGEST_DECODED,
 };
 
+/// Memory for blobs that jobs read at the same time, until the request that asked for them takes the bytes over. A job
+/// that reads more takes all of it.
+pub(super) const READS: Bounds = Bounds::shared("bytes of blobs that are being read", 128 * 1024 * 1024);
+
+/// Memory for batches of blobs, and for results that are not small, that jobs write. A batch that is larger than the
+/// bound of a connection takes as much as this.
+pub(super) const BATCHES: Bounds = Bounds {
+    what: "bytes of batches that are being written",
+    total: 128 * 1024 * 1024,
+    connection: 96 * 1024 * 1024,
+};
+
 /// Bound on the memory of directories that are read in one job.
 pub(super) const DIRECTORIES_AT_ONCE: u64 = 64 * 1024 * 1024;
 

@@ -1,5 +1,6 @@
 //! Tests of the whole store: a real actor on a real directory.
 
+mod abandoned;
 mod checksums;
 mod chunks;
 pub(super) mod clock;

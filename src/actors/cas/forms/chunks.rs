@@ -203,21 +203,24 @@ impl Cas {
                 return Ok(recipe);
             }
             match right {
-                Some(_right) => return self.make_chunks(instance, blob, chunking, max_chunks).await,
+                Some(right) => return self.make_chunks(instance, blob, chunking, max_chunks, right).await,
                 None => right = Some(work.begin(instance, blob, self.caller()).await?),
             }
         }
     }
 
-    /// Cuts a stored blob and stores the missing chunks. Stops when there are more than `max_chunks`.
+    /// Cuts a stored blob and stores the missing chunks. Stops when there are more than `max_chunks`. The right to
+    /// split the blob ends with the last job that cuts.
     async fn make_chunks(
         &self,
         instance: &Instance,
         blob: Digest,
         chunking: Chunking,
         max_chunks: usize,
+        right: Right,
     ) -> Result<Recipe> {
         self.check_room_for_chunks(blob)?;
+        let right = Arc::new(right);
         let started = Instant::now();
         let reader = self.open(instance, blob).await?;
         let mut scan = Some(ChunkScan { reader, blob, splitter: Splitter::new(chunking), at: 0 });
@@ -225,7 +228,11 @@ impl Cas {
         loop {
             let cut = async {
                 match scan.take() {
-                    Some(scan) => self.blocking(move || scan.next_batch()).await?.map(Some),
+                    Some(scan) => {
+                        let cutting = self.blocking_with(right.clone(), move || scan.next_batch());
+                        let (cut, _right) = cutting.await?;
+                        cut.map(Some)
+                    }
                     None => Ok(None),
                 }
             };

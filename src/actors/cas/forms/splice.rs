@@ -10,7 +10,7 @@
 use crate::actors::cas::{
     blob::BlobReader,
     client::Cas,
-    forms::chunks::Chunks,
+    forms::chunks::{Chunks, Right},
     guards::Hold,
     index::FoundEntry,
     lookup::Purpose,
@@ -53,12 +53,12 @@ impl Cas {
         check_list(blob, &chunks)?;
         let work = &self.shared().chunk_work;
         let mut right = work.begin_or_wait(instance, blob, self.caller()).await?;
-        let _right = loop {
+        let right = loop {
             if self.are_sound(instance, vec![blob]).await? {
                 return self.find_missing(instance, &chunks).await.map(drop);
             }
             match right {
-                Some(right) => break right,
+                Some(right) => break Arc::new(right),
                 None => right = Some(work.begin(instance, blob, self.caller()).await?),
             }
         };
@@ -77,7 +77,7 @@ impl Cas {
             next: 0,
             open: None,
         };
-        let cuts = self.write_chunks(source, &mut writer).await?;
+        let cuts = self.write_chunks(source, &mut writer, &right).await?;
         writer.finish().await?;
         if cuts.is_some_and(Cuts::hold) {
             work.remember(instance, blob, chunking, chunks);
@@ -86,10 +86,15 @@ impl Cas {
     }
 
     /// Writes all chunks. The next chunks are read while earlier ones are written.
-    async fn write_chunks(&self, mut source: Concatenation, writer: &mut BlobWriter) -> Result<Option<Cuts>> {
+    async fn write_chunks(
+        &self,
+        mut source: Concatenation,
+        writer: &mut BlobWriter,
+        right: &Arc<Right>,
+    ) -> Result<Option<Cuts>> {
         let mut pieces = Vec::new();
         loop {
-            let read = self.blocking(move || source.read());
+            let read = self.blocking_with(right.clone(), move || source.read());
             let write = async {
                 for piece in pieces {
                     writer.write(piece).await?;
@@ -98,7 +103,7 @@ impl Cas {
             };
             let (read, written) = tokio::join!(read, write);
             written?;
-            (source, pieces) = read??;
+            (source, pieces) = read?.0?;
             if pieces.is_empty() {
                 return Ok(source.cuts);
             }

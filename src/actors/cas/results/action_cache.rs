@@ -97,7 +97,8 @@ impl Cas {
                 return Ok(None);
             }
         };
-        let (loaded, weight) = self.loaded(found.file.generation, result, references).await?;
+        let generation = found.file.generation;
+        let ((loaded, weight), room) = self.loaded(generation, result, references, room).await?;
         loaded.is_linked.store(is_linked, Relaxed);
         reader.check_unread(instance, &loaded.references).await?;
         self.shared().results.insert((id, action), loaded.clone(), weight);
@@ -136,10 +137,10 @@ impl Cas {
             if unread.is_empty() {
                 continue;
             }
-            let _place = self.shared().result_checks.wait_for(self.caller(), 1).await?;
+            let place = self.shared().result_checks.wait_for(self.caller(), 1).await?;
             let (cas, hold) = (self.clone(), located.hold);
             self.blocking(move || {
-                let _hold = hold;
+                let (_place, _hold) = (place, hold);
                 unread.iter().flatten().try_for_each(|found| is_sound(&cas, found).map(drop))
             })
             .await??;
@@ -180,20 +181,21 @@ impl Cas {
         Ok(Some(loaded.result.clone()))
     }
 
-    /// Builds the [`LoadedResult`] and its weight.
+    /// Builds the [`LoadedResult`] and its weight. Returns the room of the result.
     async fn loaded(
         &self,
         generation: u64,
         result: SharedResult,
         references: Vec<Digest>,
-    ) -> Result<(Arc<LoadedResult>, usize)> {
+        room: Option<ResultRoom>,
+    ) -> Result<((Arc<LoadedResult>, usize), Option<ResultRoom>)> {
         let is_long = references.len() > LOOKUPS_PER_TURN;
         let load = move || {
             let loaded = Arc::new(LoadedResult::new(generation, result, references));
             let weight = loaded.memory();
             (loaded, weight)
         };
-        if is_long { self.blocking(load).await } else { Ok(load()) }
+        if is_long { self.blocking_with(room, load).await } else { Ok((load(), room)) }
     }
 
     /// Reads and decodes the file of a result. A large result is returned with the room that it takes.
@@ -313,7 +315,7 @@ impl Cas {
             read => read,
         };
         let files = move || bytes.and_then(|bytes| results::files_of_tree(bytes, tree.function()));
-        let files = if decoding.is_some() { self.blocking(files).await? } else { files() };
+        let (files, _decoding) = self.in_room(decoding, files).await?;
         files.map_err(|error| Unloadable::Result(format!("its Tree {tree}: {error}")))
     }
 
@@ -395,9 +397,11 @@ impl Cas {
             let stored = self.write_jointly(vec![prepared.into_file(&space)], memory).await;
             return stored.into_iter().collect::<Result<Vec<_>>>().map(|_| result);
         }
+        let memory = self.memory_to_write(prepared.memory()).await?;
         let room = self.take_room(prepared.charge(self)).await?;
         let cas = self.clone();
         let visible = self.blocking(move || -> Result<_> {
+            let _memory = memory;
             if is_compared {
                 cas.report_difference(&space, &prepared);
             }

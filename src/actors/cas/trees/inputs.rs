@@ -197,15 +197,17 @@ impl Cas {
     async fn walk(&self, instance: &Instance, root: Digest) -> Result<Arc<InputTree>> {
         let mut room = TreeRoom::new(self);
         let Closure { directories, mut missing } = self.closure(instance, root, &mut room).await?;
-        let is_large = is_large(&directories);
+        let (is_large, place) = (is_large(&directories), room.into_place());
         if !missing.is_empty() {
             let list = move || distinct_blobs(&directories);
-            let known = if is_large { self.blocking(list).await? } else { list() };
+            let (known, _place) =
+                if is_large { self.blocking_with(place, list).await? } else { (list(), place) };
             missing.extend(self.find_missing(instance, &known).await?);
             return Err(Error::MissingBlobs(missing));
         }
         let build = move || InputTree::new(root, directories);
-        let built = if is_large { self.blocking(build).await? } else { build() };
+        let (built, _place) =
+            if is_large { self.blocking_with(place, build).await? } else { (build(), place) };
         let tree = Arc::new(built?);
         let missing = self.find_missing(instance, tree.blobs()).await?;
         if !missing.is_empty() {

@@ -28,4 +28,9 @@ impl<'a> TreeRoom<'a> {
         }
         Ok(())
     }
+
+    /// The place of a large tree, for a job that outlives the call.
+    pub(crate) fn into_place(self) -> Option<Share> {
+        self.place
+    }
 }

@@ -197,13 +197,13 @@ impl Groups {
         (Self(Arc::new(state)), report)
     }
 
-    /// Makes the group of a slot.
+    /// Makes the group of a slot, whose cells may have gateways.
     ///
     /// # Errors
     /// The errors of the file system.
-    pub(crate) fn slot(&self) -> io::Result<SlotGroup> {
+    pub(crate) fn slot(&self, has_gateways: bool) -> io::Result<SlotGroup> {
         let number = self.0.next.fetch_add(1, Ordering::Relaxed);
-        SlotGroup::new(&self.0.controls, &format!("slot-{number}"), self.0.total)
+        SlotGroup::new(&self.0.controls, &format!("slot-{number}"), self.0.total, has_gateways)
     }
 
     /// Memory of all actions together, in bytes.

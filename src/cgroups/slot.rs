@@ -16,10 +16,12 @@ use std::{
 /// The weight of one CPU in the old hierarchy.
 pub(super) const V1_SHARE: u64 = 1024;
 
-/// The most processes in the group that do not belong to the action: the runner, and those of one cell at work, two that
-/// are ready and four that have ended and are not reaped yet. A cell has a first process and, with a network of its own,
-/// two processes of its gateway.
-const OWN_PROCESSES: u64 = 1 + 3 * (1 + 2 + 4);
+/// The most cells of a slot: one at work, two that are ready, and four that have ended and are not reaped yet.
+const CELLS: u64 = 1 + 2 + 4;
+/// The number of processes of a cell that do not belong to the action: its first process.
+const OF_CELL: u64 = 1;
+/// The number of processes of a cell's gateway.
+const OF_GATEWAY: u64 = 2;
 /// The weight of one CPU in the unified hierarchy, and the largest weight.
 const V2_SHARE: u64 = 100;
 const V2_MOST_SHARES: u64 = 10_000;
@@ -42,11 +44,18 @@ pub(crate) struct SlotGroup {
 struct PidsGroup {
     control: Control,
     events: Option<File>,
+    /// The most processes in the group that do not belong to the action.
+    own: u64,
     before: u64,
 }
 
 impl SlotGroup {
-    pub(super) fn new(controls: &BTreeMap<Controller, Control>, name: &str, total: u64) -> io::Result<Self> {
+    pub(super) fn new(
+        controls: &BTreeMap<Controller, Control>,
+        name: &str,
+        total: u64,
+        has_gateways: bool,
+    ) -> io::Result<Self> {
         let mut group = Self {
             directories: BTreeSet::new(),
             memory: None,
@@ -64,7 +73,7 @@ impl SlotGroup {
             match controller {
                 Controller::Memory => group.memory = Some(MemoryGroup::new(control, total)?),
                 Controller::Cpu => group.cpu = Some(control),
-                Controller::Pids => group.pids = Some(PidsGroup::new(control)),
+                Controller::Pids => group.pids = Some(PidsGroup::new(control, has_gateways)),
                 Controller::Io => group.io = Some(control),
             }
         }
@@ -167,16 +176,18 @@ fn weigh_io(io: &Control, limits: &Limits) -> io::Result<()> {
 }
 
 impl PidsGroup {
-    fn new(control: Control) -> Self {
+    fn new(control: Control, has_gateways: bool) -> Self {
         let events = File::open(control.directory.join("pids.events")).ok();
-        Self { control, events, before: 0 }
+        let of_cell = if has_gateways { OF_CELL + OF_GATEWAY } else { OF_CELL };
+        // The runner is one more process.
+        Self { control, events, own: 1 + CELLS * of_cell, before: 0 }
     }
 
     fn begin(&mut self, limits: &Limits, is_new: bool) -> io::Result<()> {
         if is_new {
             let most = match limits.processes {
                 0 => "max".to_owned(),
-                processes => processes.saturating_add(OWN_PROCESSES).to_string(),
+                processes => processes.saturating_add(self.own).to_string(),
             };
             files::write(Path::new(&self.control.directory), "pids.max", most)?;
         }
@@ -233,7 +244,7 @@ mod tests {
                 directories: BTreeSet::new(),
                 memory: Some(MemoryGroup::new(control.clone(), 8 * GB).unwrap()),
                 cpu: Some(control.clone()),
-                pids: Some(PidsGroup::new(control)),
+                pids: Some(PidsGroup::new(control, false)),
                 io: None,
                 applied: None,
             };
@@ -247,14 +258,14 @@ mod tests {
                     ("memory.memsw.limit_in_bytes", "1073741829"),
                     ("cpu.shares", "2048"),
                     ("cpu.cfs_quota_us", "300000"),
-                    ("pids.max", "122"),
+                    ("pids.max", "108"),
                 ],
                 Version::V2 => &[
                     ("memory.max", "1073741824"),
                     ("memory.swap.max", "5"),
                     ("cpu.weight", "200"),
                     ("cpu.max", "300000 100000"),
-                    ("pids.max", "122"),
+                    ("pids.max", "108"),
                 ],
             };
             for (name, value) in expected {

@@ -186,8 +186,8 @@ impl Recipients {
         }
     }
 
-    /// Sends the operations that the scheduler does not know. The lock is held meanwhile, so no later message of another
-    /// request can be sent before.
+    /// Sends the operations that the scheduler does not know. The lock is held meanwhile, so no later message of
+    /// another request can be sent before.
     fn send_unrecorded(&self) {
         let mut unrecorded = self.unrecorded();
         if !unrecorded.is_empty() {

@@ -160,7 +160,8 @@ pub struct Snapshot {
     pub outcome: Option<Arc<Outcome>>,
 }
 
-/// Why an operation waits. The data is at most about a second old if up to 20,000 tasks wait, and older in longer queues.
+/// Why an operation waits. The data is at most about a second old if up to 20,000 tasks wait, and older in longer
+/// queues.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct QueueStatus {
     /// The name of the pool that will probably run it.

@@ -165,7 +165,8 @@ impl RunnerLauncher {
 
     /// Gives this launcher its own control group.
     pub(crate) fn grouped(self, groups: &Groups) -> Self {
-        let group = groups.slot().inspect_err(|error| {
+        let has_gateways = self.sandbox.as_ref().is_some_and(|sandbox| sandbox.pasta.is_some());
+        let group = groups.slot(has_gateways).inspect_err(|error| {
             Event::warn("gorego::worker", SLOT_WITHOUT_GROUP).with_shown("error", error).log(format_args!(
                 "a slot has no control group; the limits of its actions are enforced as well as possible without"
             ));

@@ -152,6 +152,11 @@ pub struct AssetsSettings {
 }
 
 impl Settings {
+    /// The keys and credentials of the server that a reload may move.
+    pub(crate) fn secrets(&self) -> Vec<&PathBuf> {
+        self.tls.iter().flat_map(TlsSettings::files).chain(self.access.files()).collect()
+    }
+
     /// Checks a configuration and fills in values that depend on the machine.
     ///
     /// # Errors

@@ -4,8 +4,8 @@
 //! actor, and tests can use another actor.
 //!
 //! Operations that the action cache answers are reported to the scheduler together, because a message for each would
-//! wake its thread each time. They are sent before any other message of this handle, so a later request finds them. At
-//! most [`RECORDED_TOGETHER`] wait, and none waits longer than [`RECORD_DELAY`].
+//! wake its thread each time. They are sent before any other message of this handle, so a later request finds them, or
+//! after [`RECORD_DELAY`]. If [`RECORDED_TOGETHER`] wait and the mailbox of the scheduler is full, their requests wait.
 
 use crate::{
     actors::scheduler::{
@@ -93,7 +93,11 @@ impl Scheduler {
                 let recipients = self.0.clone();
                 tokio::spawn(async move {
                     tokio::time::sleep(RECORD_DELAY).await;
-                    recipients.send_unrecorded();
+                    if !recipients.try_send_unrecorded() {
+                        // An empty message waits until there is room.
+                        let _ = ask(&recipients.record, Record(Vec::new())).await;
+                        recipients.send_unrecorded();
+                    }
                 });
             }
             Added::MailboxFull => {
@@ -183,6 +187,21 @@ impl Recipients {
                 Ok(Added::MailboxFull)
             }
             Err(SendError::Closed(_)) => Err(stopped()),
+        }
+    }
+
+    /// Sends the operations that the scheduler does not know, unless its mailbox is full.
+    fn try_send_unrecorded(&self) -> bool {
+        let mut unrecorded = self.unrecorded();
+        if unrecorded.is_empty() {
+            return true;
+        }
+        match self.record.try_send(Record(mem::take(&mut unrecorded))) {
+            Err(SendError::Full(Record(operations))) => {
+                *unrecorded = operations;
+                false
+            }
+            Ok(()) | Err(SendError::Closed(_)) => true,
         }
     }
 

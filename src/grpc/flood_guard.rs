@@ -52,6 +52,8 @@ pub(super) struct FloodGuard {
     open: OpenStreams,
     /// Number of stray frames since [`FloodGuard::forget_strays`].
     strays: usize,
+    /// The stream of the last DATA frame, if that was large. Its next frame may be the rest of a message.
+    last_large: Option<u32>,
 }
 
 /// The bytes that the client has sent on open streams. The HTTP/2 library discards data of other streams.
@@ -149,6 +151,7 @@ impl FloodGuard {
             last_stream: 0,
             open: OpenStreams::default(),
             strays: 0,
+            last_large: None,
         }
     }
 
@@ -159,7 +162,7 @@ impl FloodGuard {
         self.inward.take(bytes, |frame| {
             received.frames += 1;
             received.resets += u64::from(frame.kind == kind::RST_STREAM);
-            let mut is_stray = false;
+            let (mut is_stray, mut is_rest) = (false, false);
             match frame.kind {
                 kind::HEADERS => {
                     is_stray = if frame.stream > last {
@@ -170,10 +173,15 @@ impl FloodGuard {
                     };
                     received.head_is_open = Some(!frame.ends_headers());
                 }
-                kind::DATA => match self.open.receive(frame) {
-                    Some(cost) => received.ahead += cost,
-                    None => is_stray = true,
-                },
+                kind::DATA => {
+                    match self.open.receive(frame) {
+                        Some(cost) => received.ahead += cost,
+                        None => is_stray = true,
+                    }
+                    let is_large = frame.length >= STRAY_MIN_BYTES;
+                    is_rest = self.last_large == Some(frame.stream);
+                    self.last_large = is_large.then_some(frame.stream);
+                }
                 kind::PRIORITY => is_stray = !self.open.has(frame.stream),
                 kind::RST_STREAM => received.has_closed |= self.open.close(frame.stream),
                 // The HTTP/2 library walks over all streams to move their windows.
@@ -182,7 +190,7 @@ impl FloodGuard {
                 _ => {}
             }
             self.strays += usize::from(is_stray);
-            noise += cost(frame, is_stray);
+            noise += cost(frame, is_stray && !is_rest);
         });
         self.last_stream = last;
         if received.resets > 0 {
@@ -344,6 +352,10 @@ mod tests {
         const PRIORITY: u8 = 2;
         let large = [&[0, 4, 0, kind::DATA, 0, 0, 0, 0, 5][..], &[0; 1024]].concat();
         let mut flood_guard = connected();
+        let message = [large.clone(), frame(kind::DATA, 0, 5)].concat();
+        let messages = message.repeat(2 * (NOISE.burst / NOISE_COST) as usize);
+        assert!(!flood_guard.receive(&messages, 0).is_noise, "the rest of a message is small");
+        flood_guard.forget_strays();
         assert!(!flood_guard.receive(&large.repeat(2 * (NOISE.burst / NOISE_COST) as usize), 0).is_noise);
         flood_guard.forget_strays();
         flood_guard.receive(&frame(kind::HEADERS, 0x4, 3), 0);

@@ -97,10 +97,15 @@ const FAMILIES: &[libc::c_int] = &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6,
 /// Mask for the socket type. The same argument contains flags such as SOCK_CLOEXEC.
 const SOCKET_TYPE: u32 = 0xf;
 
-/// The socket types that IP sockets must not have: raw sockets, types of protocols that the kernel would load a module
-/// for, and the old form of packet sockets.
-const OTHER_TYPES: [libc::c_int; 5] =
-    [libc::SOCK_RAW, libc::SOCK_RDM, libc::SOCK_SEQPACKET, libc::SOCK_DCCP, SOCK_PACKET];
+/// The socket types that IP sockets must not have: raw and packet sockets, and those of protocols for which the kernel
+/// would load a module. Programs take the second error for a kernel without the protocol.
+const OTHER_TYPES: [(libc::c_int, libc::c_int); 5] = [
+    (libc::SOCK_RAW, libc::EPERM),
+    (SOCK_PACKET, libc::EPERM),
+    (libc::SOCK_RDM, libc::ESOCKTNOSUPPORT),
+    (libc::SOCK_SEQPACKET, libc::ESOCKTNOSUPPORT),
+    (libc::SOCK_DCCP, libc::ESOCKTNOSUPPORT),
+];
 /// The old form of packet sockets, which the kernel still knows.
 const SOCK_PACKET: libc::c_int = 10;
 /// The protocols that IP sockets may have; 0 is the usual one of the type. For most others the kernel would load a
@@ -169,9 +174,9 @@ fn table(architecture: u32) -> Table {
     // For local and netlink sockets, these types and protocols have no special meaning.
     let mut sockets = vec![other_family.clone(), other_netlink];
     for ip in [libc::AF_INET, libc::AF_INET6] {
-        sockets.extend(OTHER_TYPES.map(|kind| {
+        sockets.extend(OTHER_TYPES.map(|(kind, error)| {
             let kind = Test::Masked { mask: SOCKET_TYPE, value: kind.unsigned_abs() };
-            refuse(&[family(ip), (1, kind)])
+            Case { tests: vec![family(ip), (1, kind)], answer: errno(error) }
         }));
         let mut tests = vec![family(ip)];
         tests.extend(IP_PROTOCOLS.map(|protocol| (2, Test::IsNot(protocol.unsigned_abs()))));
@@ -253,8 +258,8 @@ mod tests {
         assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_ROUTE), Answer::Allow);
         assert_eq!(socket(libc::AF_NETLINK, raw, libc::NETLINK_AUDIT), errno(libc::EPROTONOSUPPORT));
         for family in [libc::AF_INET, libc::AF_INET6] {
-            for kind in OTHER_TYPES {
-                assert_eq!(socket(family, kind | libc::SOCK_NONBLOCK, 0), errno(libc::EPERM), "{kind}");
+            for (kind, error) in OTHER_TYPES {
+                assert_eq!(socket(family, kind | libc::SOCK_NONBLOCK, 0), errno(error), "{kind}");
             }
             for (kind, protocol) in [(stream, libc::IPPROTO_TCP), (libc::SOCK_DGRAM, libc::IPPROTO_UDP)] {
                 assert_eq!(socket(family, kind, protocol), Answer::Allow);

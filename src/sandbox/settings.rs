@@ -123,6 +123,13 @@ pub struct Protections {
     pub gateway: bool,
 }
 
+impl Protections {
+    /// Whether the kernel limits the number of processes of an action by its user. It has no limit for root.
+    pub(crate) fn limit_processes(&self) -> bool {
+        self.namespaces && (self.identity || !rustix::process::geteuid().is_root())
+    }
+}
+
 impl Sandbox {
     /// The message for these settings; `user` is the user of the slot.
     pub(crate) fn new(
@@ -194,10 +201,11 @@ impl SandboxSettings {
         without_own(self) == without_own(other)
     }
 
-    /// Returns a path of the server itself in `next` that actions with these settings could see, if there is one.
-    pub(crate) fn exposed<'a>(&self, next: &'a Self) -> Option<&'a Path> {
-        let is_exposed = |path: &&PathBuf| !self.own.contains(path) && self.shows(path);
-        next.own.iter().find(is_exposed).map(PathBuf::as_path)
+    /// Whether actions with these settings could see a file that becomes the server's own, itself or through links.
+    /// This resolves paths in the file system.
+    pub(crate) fn exposes(&self, path: &Path) -> bool {
+        let mut alone = Self { own: vec![path.to_owned()], ..self.clone() };
+        !self.own.iter().any(|own| own == path) && (self.shows(path) || !alone.hide_linked().is_empty())
     }
 
     /// Also hides the server's own files at other paths that lead to them through symbolic links. Returns the

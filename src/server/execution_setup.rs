@@ -297,11 +297,9 @@ fn user_limit<'a>(pools: impl IntoIterator<Item = &'a PoolSettings>, limits: &Li
     if limits.counts_processes() { most.saturating_add(SECOND_LINE) } else { most }
 }
 
-/// How the number of processes of an action is bounded without a control group. The kernel has no limit for its root
-/// user, so without an identity of their own, the processes are counted.
+/// How the number of processes of an action is bounded without a control group.
 fn bound_of_processes(on: Protections) -> Means {
-    let is_root = rustix::process::geteuid().is_root();
-    match (on.namespaces, on.identity || !is_root) {
+    match (on.namespaces, on.limit_processes()) {
         (true, true) => Means::UserLimit,
         (true, false) => Means::Watchdog,
         (false, _) => Means::Nothing,

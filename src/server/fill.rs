@@ -65,7 +65,8 @@ pub(super) fn asset_settings(settings: &Settings) -> AssetSettings {
         origins: Origins::new(assets.hosts, assets.networks),
         push: assets.push,
         concurrency: assets.concurrency,
-        max_download_bytes: assets.max_download_bytes,
+        // A larger one could not be stored.
+        max_download_bytes: assets.max_download_bytes.min(settings.max_blob_bytes),
         max_unpacked_bytes: assets.max_unpacked_bytes,
         timeout: assets.timeout,
         max_redirects: assets.max_redirects,

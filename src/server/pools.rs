@@ -280,18 +280,21 @@ impl Reloadable for Pools {
 
     fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
         // Switching execution off is a separate change, which needs a restart.
-        let Some(next) = &next.execution else { return Ok(Vec::new()) };
-        let at_start = &self.maker.execution;
-        // These settings are part of every pool, but they apply to parts that are created at the start.
-        let is_bound = !next.sandbox.is_same_for_actions(&at_start.sandbox)
-            || next.images.is_some() != at_start.images.is_some();
-        if let Some(path) = at_start.sandbox.exposed(&next.sandbox) {
+        let (Some(next), secrets) = (&next.execution, next.secrets()) else { return Ok(Vec::new()) };
+        // The sandboxes that run hide only what was secret at the start.
+        if let Some((sandbox, _)) = &self.maker.setup.sandbox
+            && let Some(path) = secrets.iter().find(|path| sandbox.settings.exposes(path))
+        {
             return Err(Error::Precondition(format!(
                 "actions could read {} until the server is restarted; use a directory that they cannot see, or restart \
                  the server",
                 path.display()
             )));
         }
+        let at_start = &self.maker.execution;
+        // These settings are part of every pool, but they apply to parts that are created at the start.
+        let is_bound = !next.sandbox.is_same_for_actions(&at_start.sandbox)
+            || next.images.is_some() != at_start.images.is_some();
         let mut prepared = Vec::new();
         let mut pools = next.pools.clone();
         pools.iter_mut().for_each(|pool| self.maker.setup.withdraw_network(pool));

@@ -225,8 +225,9 @@ async fn an_execute_costs_few_messages_and_those_from_the_cache_share_one() {
 
     let many = 200;
     let hits_and_a_list = async {
-        for _ in 0..many {
-            assert!(server.client().run(action).await.cached_result);
+        for _ in 0..many / 50 {
+            let hits = futures::future::join_all((0..50).map(|_| server.client().run(action))).await;
+            assert!(hits.iter().all(|hit| hit.cached_result));
         }
         // The scheduler knows all of them when it handles this request.
         let request = ListOperationsRequest { page_size: 1000, ..Default::default() };

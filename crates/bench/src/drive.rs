@@ -305,6 +305,7 @@ pub(crate) fn unusable(what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::OnceLock;
 
     /// Calls that take this long, of which each tenth fails.
     struct Fake(Duration);
@@ -355,10 +356,11 @@ mod tests {
     /// A server that answers no call before the stall is over.
     #[tokio::test]
     async fn an_open_loop_counts_the_calls_that_became_due_while_the_server_stalled() {
-        struct Stalled(tokio::time::Instant);
+        struct Stalled(OnceLock<tokio::time::Instant>);
         impl Workload for Stalled {
             fn prepare(&self, _: u64) -> BoxFuture<'_, Result<Call>> {
-                let end = self.0;
+                let now = tokio::time::Instant::now();
+                let end = *self.0.get_or_init(|| now + Duration::from_millis(400));
                 Box::pin(async move {
                     Ok(Call::new(async move {
                         tokio::time::sleep_until(end).await;
@@ -368,7 +370,7 @@ mod tests {
             }
         }
         // The first round takes 32 ms without the stall.
-        let stalled = Stalled(tokio::time::Instant::now() + Duration::from_millis(400));
+        let stalled = Stalled(OnceLock::new());
         let options = Options { duration: Duration::from_millis(600), ..options(Pace::Open(500.0)) };
         let measured = measure("fake", &stalled, 4, &options, &|_| {}).await.unwrap();
         let latency = measured.figures.latency_us;

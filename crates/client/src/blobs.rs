@@ -85,7 +85,7 @@ impl Progress {
     /// Progress of one more blob that counts towards this total. If the blob's transfer restarts, repeated bytes count
     /// once.
     pub fn of_blob(self: &Arc<Self>) -> BlobProgress {
-        BlobProgress { all: self.clone(), reached: AtomicU64::new(0), steps: AtomicU64::new(0) }
+        BlobProgress { all: self.clone(), reached: AtomicU64::new(0) }
     }
 
     /// Number of bytes transferred, and the total that is expected so far.
@@ -99,7 +99,6 @@ impl Progress {
 pub struct BlobProgress {
     all: Arc<Progress>,
     reached: AtomicU64,
-    steps: AtomicU64,
 }
 
 impl BlobProgress {
@@ -107,11 +106,5 @@ impl BlobProgress {
     pub fn reach(&self, byte: u64) {
         let before = self.reached.fetch_max(byte, Ordering::Relaxed);
         self.all.advance(byte.saturating_sub(before));
-        self.steps.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// How often the transfer has reached a further offset. Repeated bytes count again.
-    pub(crate) fn steps(&self) -> u64 {
-        self.steps.load(Ordering::Relaxed)
     }
 }

@@ -64,8 +64,14 @@ use tonic::Request;
 
 /// Time limit of a unary call.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time limit between two messages of a blob that is being read or written.
+/// Time limit between two messages of a blob that is being read or written. The answer to an upload may take longer
+/// ([`UPLOAD_END_TIMEOUT`]).
 pub const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time limit between the last message of an upload and its answer. Messages that were handed to the connection may still
+/// be on their way, and the server has to store the blob.
+pub const UPLOAD_END_TIMEOUT: Duration = Duration::from_secs(300);
+/// The slowest link for which time limits of large answers are made, in bytes per second.
+const SLOWEST_LINK_BYTES: u64 = 8 * 1024;
 /// Largest number of attempts for a call whose failure may pass.
 pub const MAX_TRIES: u32 = 5;
 /// Delay before the second attempt. It doubles with each attempt.
@@ -290,9 +296,17 @@ fn timed<T>(message: T) -> Request<T> {
 
 /// Ends a call after [`CALL_TIMEOUT`]. The time limit of a request alone covers only the head of the answer.
 async fn within_limit<T>(call: impl Future<Output = Result<T>>) -> Result<T> {
-    let silent =
-        |_| Err(Error::DeadlineExceeded(format!("the server did not answer within {CALL_TIMEOUT:?}")));
-    tokio::time::timeout(CALL_TIMEOUT, call).await.unwrap_or_else(silent)
+    within(CALL_TIMEOUT, call).await
+}
+
+async fn within<T>(limit: Duration, call: impl Future<Output = Result<T>>) -> Result<T> {
+    let silent = |_| Err(Error::DeadlineExceeded(format!("the server did not answer within {limit:?}")));
+    tokio::time::timeout(limit, call).await.unwrap_or_else(silent)
+}
+
+/// Time limit of a call whose answer has this many bytes of blobs.
+fn limit_of_answer(bytes: u64) -> Duration {
+    CALL_TIMEOUT + Duration::from_secs(bytes / SLOWEST_LINK_BYTES)
 }
 
 /// Repeats a call until it succeeds, fails permanently, or [`MAX_TRIES`] is reached. Each attempt ends after

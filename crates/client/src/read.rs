@@ -1,9 +1,10 @@
 //! Reads blobs. All bytes are checked against the requested digest.
 
 use super::{
-    CALL_TIMEOUT, Client, Progress, STREAM_IDLE_TIMEOUT, backoff, blocking, retrying,
+    CALL_TIMEOUT, Client, Progress, STREAM_IDLE_TIMEOUT, backoff, blocking, limit_of_answer,
+    retrying_transfer,
     status::{from_message, from_status},
-    timed,
+    timed, within,
 };
 use bytes::Bytes;
 use gorego_reapi::{
@@ -129,7 +130,8 @@ impl Client {
             ..Default::default()
         };
         let function = self.function;
-        retrying(async || {
+        let limit = limit_of_answer(digests.iter().map(Digest::size).sum());
+        let read = async || {
             let answer = self.cas().batch_read_blobs(timed(request.clone())).await;
             let answer = answer.map_err(|status| from_status("BatchReadBlobs", &status))?.into_inner();
             blocking(move || {
@@ -145,8 +147,8 @@ impl Client {
                 Ok(blobs)
             })
             .await
-        })
-        .await
+        };
+        retrying_transfer(|| within(limit, read())).await
     }
 
     /// Reads a blob of at most `max` bytes into memory.

@@ -4,7 +4,7 @@
 //! is an error that names it.
 
 use super::{
-    BlobSet, Client, Progress, STREAM_IDLE_TIMEOUT, Source, backoff,
+    BlobSet, Client, Progress, STREAM_IDLE_TIMEOUT, Source, UPLOAD_END_TIMEOUT, backoff,
     blobs::BlobProgress,
     blocking, local, retrying, retrying_transfer,
     status::{from_message, from_status},
@@ -22,7 +22,11 @@ use std::{
     fs::{self, File},
     io::Read as _,
     pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    task::Poll,
 };
 use tokio::{sync::mpsc, time::timeout};
 
@@ -117,25 +121,33 @@ impl Client {
         Ok(())
     }
 
-    /// Uploads one blob with ByteStream.Write, from the start. Gives up if the server accepts nothing for
-    /// [`STREAM_IDLE_TIMEOUT`].
+    /// Uploads one blob with ByteStream.Write, from the start. Gives up if the connection takes no message for
+    /// [`STREAM_IDLE_TIMEOUT`], or if there is no answer [`UPLOAD_END_TIMEOUT`] after the last one.
     async fn write(&self, digest: Digest, source: Source, progress: Arc<BlobProgress>) -> Result<()> {
         let name = self.qualify(&format!("uploads/{}/{}", uuid::Uuid::new_v4(), digest.blob_name()));
         let (sender, receiver) = mpsc::channel(CHUNKS_IN_FLIGHT);
-        let sent = progress.clone();
-        let reader = blocking(move || send_chunks(&digest, &source, name, &sender, &sent));
+        let reader = blocking(move || send_chunks(&digest, &source, name, &sender, &progress));
         let receiver = Arc::new(Mutex::new(receiver));
-        let requests = receiver.clone();
-        let requests = stream::poll_fn(move |context| locked(&requests).poll_recv(context));
+        let (messages, is_sent) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let requests = {
+            let (receiver, messages, is_sent) = (receiver.clone(), messages.clone(), is_sent.clone());
+            stream::poll_fn(move |context| {
+                let polled = locked(&receiver).poll_recv(context);
+                messages.fetch_add(u64::from(polled.is_ready()), Relaxed);
+                is_sent.fetch_or(matches!(polled, Poll::Ready(None)), Relaxed);
+                polled
+            })
+        };
         let answer = async {
             let mut client = self.byte_stream();
             let mut answer = pin!(client.write(requests));
             let call = format!("upload of {digest}");
             loop {
-                let steps = progress.steps();
-                match timeout(STREAM_IDLE_TIMEOUT, answer.as_mut()).await {
+                let before = messages.load(Relaxed);
+                let limit = if is_sent.load(Relaxed) { UPLOAD_END_TIMEOUT } else { STREAM_IDLE_TIMEOUT };
+                match timeout(limit, answer.as_mut()).await {
                     Ok(answer) => return answer.map_err(|status| from_status(&call, &status)),
-                    Err(_) if progress.steps() > steps => {}
+                    Err(_) if messages.load(Relaxed) > before => {}
                     Err(_) => {
                         return Err(Error::Unavailable(format!("{call}: the server accepts no more bytes")));
                     }

@@ -66,8 +66,11 @@ impl Assets {
         wait: Option<Duration>,
     ) -> Result<Fetched, Problem> {
         // A malformed request is refused even if there is an answer.
-        request.headers()?;
+        request.headers(0)?;
         request.qualifiers.integrity()?;
+        if request.kind == AssetKind::Directory {
+            request.qualifiers.directory()?;
+        }
         let unsupported = request.qualifiers.unsupported(request.kind);
         let unsupported: Vec<String> = unsupported.into_iter().map(ToOwned::to_owned).collect();
         if !self.push_enabled() && !unsupported.is_empty() {

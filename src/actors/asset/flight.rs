@@ -156,12 +156,12 @@ async fn fly(
     // The download is charged to that caller, like an upload.
     let cas = shared.cas.on_behalf_of(place.caller());
     let asked_at = SystemTime::now();
-    let headers = request.headers()?;
     let integrity = request.qualifiers.integrity()?;
     let expires_at = if integrity.is_some() { None } else { asked_at.checked_add(shared.settings.max_age) };
     let mut failures: Vec<OriginFailure> = Vec::new();
     let uris = u32::try_from(request.uris.len()).unwrap_or(u32::MAX);
-    for ((uri, headers), mirrors) in request.uris.iter().zip(&headers).zip((1..=uris).rev()) {
+    for ((index, uri), mirrors) in request.uris.iter().enumerate().zip((1..=uris).rev()) {
+        let headers = &request.headers(index)?;
         let patience = Patience { latest: latest.clone(), mirrors };
         let source = DownloadSource { uri, headers, integrity: integrity.as_ref(), patience };
         let fetched = async {

@@ -273,12 +273,13 @@ impl AssetRequest {
         AssetKey(hasher.finalize().into())
     }
 
-    /// The request headers for each URI, in order.
+    /// The request headers for the URI at this index. They are as large as all qualifiers together, so callers keep
+    /// those of one URI at a time.
     ///
     /// # Errors
-    /// `Invalid` for headers that cannot be sent.
-    pub fn headers(&self) -> Result<Vec<HeaderMap>> {
-        (0..self.uris.len()).map(|index| self.qualifiers.headers(index, self.uris.len())).collect()
+    /// `Invalid` for headers that cannot be sent, of any URI.
+    pub fn headers(&self, index: usize) -> Result<HeaderMap> {
+        self.qualifiers.headers(index, self.uris.len())
     }
 }
 
@@ -330,7 +331,7 @@ mod tests {
             &["http://a/", "http://b/"],
             &[("http_header:X-A", "all"), ("http_header:X-B", "all"), ("http_header_url:1:x-a", "one")],
         );
-        let headers = request.headers().unwrap();
+        let headers = [0, 1].map(|index| request.headers(index).unwrap());
         assert_eq!(
             (&headers[0]["x-a"], &headers[0]["x-b"]),
             (&"all".parse().unwrap(), &"all".parse().unwrap())
@@ -351,9 +352,9 @@ mod tests {
             "http_header_url:x:A",
             "http_header_url:A",
         ] {
-            assert!(request(&["http://a/"], &[(name, "x")]).headers().is_err(), "{name}");
+            assert!(request(&["http://a/"], &[(name, "x")]).headers(0).is_err(), "{name}");
         }
-        assert!(request(&["http://a/"], &[("http_header:A", "x\r\nB: y")]).headers().is_err());
+        assert!(request(&["http://a/"], &[("http_header:A", "x\r\nB: y")]).headers(0).is_err());
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! Each item has its own result. Room is reserved for several items at once; items that are already stored need none.
 //!
 //! Bounds: jobs run to their end, even if their request is cancelled, so they hold shares of the memory for reads
-//! ([`READS`]) and for batches that are written ([`BATCHES`]). A request waits for its share. Whoever has one waits at
-//! most for room on disk, or for memory to decompress a large item.
+//! ([`READS`]) and for batches that are written ([`BATCHES`]). A request waits for its share. Whoever has one waits
+//! only for a thread.
 
 use super::{
     checked::{not_found, read_whole},
@@ -43,10 +43,11 @@ pub(super) struct Prepared {
     pub room: Result<Reservation>,
 }
 
-/// The items of a batch that is written, and their memory. A job that holds the items holds the memory too.
+/// The items of a batch that is written. They may be parts of one buffer, so each job takes memory for all of them.
 struct WrittenBatch {
     items: Vec<(Digest, Payload)>,
-    _memory: Share,
+    /// The bytes of all items as they were received.
+    bytes: u64,
 }
 
 impl Cas {
@@ -107,7 +108,7 @@ impl Cas {
         let bytes_of =
             |(_, Payload::Plain(bytes) | Payload::Zstd(bytes)): &(Digest, Payload)| bytes.len() as u64;
         let bytes = items.iter().map(bytes_of).sum();
-        let batch = Arc::new(WrittenBatch { items, _memory: self.memory_to_write(bytes).await? });
+        let batch = Arc::new(WrittenBatch { items, bytes });
         let mut outcomes = vec![Ok(()); batch.items.len()];
         let mut all_visible = Vec::new();
         for step in in_steps(&batch.items) {
@@ -115,7 +116,7 @@ impl Cas {
                 && let Some((digest, Payload::Zstd(stream))) = batch.items.get(at)
                 && digest.size() > WHOLE_BYTES
             {
-                outcomes[at] = self.write_stream(instance, *digest, stream.clone(), batch.clone()).await;
+                outcomes[at] = self.write_stream(instance, *digest, stream.clone(), batch.bytes).await;
                 continue;
             }
             let (stored, visible) = self.write_step(instance, batch.clone(), step.clone()).await?;
@@ -175,11 +176,12 @@ impl Cas {
             items.filter(|(digest, bytes)| fits(digest, bytes)).map(|(digest, _)| *digest).collect();
         let prepared = self.prepare(instance, digests.into_iter().collect()).await?;
         let (cas, id) = (self.clone(), instance.blobs());
-        self.blocking(move || {
+        let memory = self.memory_to_write(batch.bytes).await?;
+        let written = self.blocking_with(memory, move || {
             let items: Vec<_> = step.iter().filter_map(|&at| batch.items.get(at)).collect();
             cas.write_batch(id, &items, prepared)
-        })
-        .await
+        });
+        written.await.map(|(written, _memory)| written)
     }
 
     /// Stores one large compressed item of a batch, as an upload that cannot be resumed.
@@ -188,11 +190,14 @@ impl Cas {
         instance: &Instance,
         digest: Digest,
         stream: Bytes,
-        batch: Arc<WrittenBatch>,
+        batch_bytes: u64,
     ) -> Result<()> {
         let name = format!("batch/{:x}", self.shared().volume.next_generation());
         match self.begin_upload(instance, &name, digest, 0).await? {
-            Upload::Present => self.blocking_with(batch, move || check_stream(digest, &stream)).await?.0,
+            Upload::Present => {
+                let memory = self.memory_to_write(batch_bytes).await?;
+                self.blocking_with(memory, move || check_stream(digest, &stream)).await?.0
+            }
             Upload::Writer(writer) => {
                 let mut writer = writer.decoding().unresumable();
                 writer.write(stream).await?;

@@ -174,6 +174,13 @@ impl RunnerLauncher {
         Self { group: group.ok(), total_memory: groups.total_memory(), ..self }
     }
 
+    /// Starts to watch a command of this runner.
+    fn guard<'a>(&'a self, limits: &'a Limits, runner: u32, written: Option<&'a Written>) -> Guard<'a> {
+        let guard = Guard::new(limits, self.group.as_ref(), self.total_memory, runner, written);
+        let on = self.sandbox.as_ref().map(|sandbox| sandbox.protections);
+        if on.is_some_and(|on| on.limit_processes()) { guard } else { guard.ending_too_many() }
+    }
+
     fn order(&self, launch: &Launch) -> Run {
         let is_counted = self.group.as_ref().is_some_and(SlotGroup::counts_processes);
         Run::of(launch, is_counted)
@@ -196,8 +203,7 @@ impl RunnerLauncher {
             ),
         };
         let process = runner.child.id();
-        let guard =
-            Guard::new(&launch.limits, self.group.as_ref(), self.total_memory, process, written.as_ref());
+        let guard = self.guard(&launch.limits, process, written.as_ref());
         let outcome = runner.run(self.order(launch), timeout, cancel, guard);
         self.runner = Some(runner);
         outcome

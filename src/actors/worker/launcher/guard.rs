@@ -80,8 +80,8 @@ pub(super) struct Guard<'a> {
     counted: Option<MeasurementSchedule>,
     /// The largest number of processes and threads that were counted.
     processes: u64,
-    /// How often in a row too many were counted.
-    too_many: u32,
+    /// How often in a row too many were counted; `None` if the kernel limits their number.
+    too_many: Option<u32>,
 }
 
 impl<'a> Guard<'a> {
@@ -116,8 +116,13 @@ impl<'a> Guard<'a> {
             counted: (limits.processes > 0 && !group.is_some_and(SlotGroup::counts_processes))
                 .then(|| MeasurementSchedule::new(PAUSE, now)),
             processes: 0,
-            too_many: 0,
+            too_many: None,
         }
+    }
+
+    /// Ends the command if it has too many processes, because the kernel does not limit their number.
+    pub(super) fn ending_too_many(self) -> Self {
+        Self { too_many: Some(0), ..self }
     }
 
     /// When the next measurement is due, if there is one.
@@ -146,8 +151,8 @@ impl<'a> Guard<'a> {
             self.processes = self.processes.max(processes);
             // The first process of the cell does not count.
             let (used, limit) = (processes.saturating_sub(1), self.limits.processes);
-            self.too_many = if used > limit { self.too_many + 1 } else { 0 };
-            if self.too_many >= COUNTS_OF_TOO_MANY {
+            self.too_many = self.too_many.map(|before| if used > limit { before + 1 } else { 0 });
+            if self.too_many.is_some_and(|times| times >= COUNTS_OF_TOO_MANY) {
                 let resource = LimitedResource::Processes;
                 return Some(Violation::Exceeded(Exceeded { resource, used, limit }));
             }

@@ -169,8 +169,7 @@ impl ToolProcess {
     ) -> std::result::Result<T, ExchangeError> {
         let socket = self.socket().ok_or_else(|| ExchangeError::Broken("its runner is gone".into()))?;
         let runner = self.launcher.runner.as_ref().map_or(0, |runner| runner.child.id());
-        let (group, total) = (self.launcher.group.as_ref(), self.launcher.total_memory);
-        let mut guard = Guard::new(&self.limits, group, total, runner, None);
+        let mut guard = self.launcher.guard(&self.limits, runner, None);
         let (mut unsent, mut buffer) = (request, vec![0; READ_BYTES]);
         loop {
             let ready = self.wait(socket, !unsent.is_empty(), deadline, cancel, &mut guard)?;

@@ -67,8 +67,8 @@ pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit between two messages of a blob that is being read or written. The answer to an upload may take longer
 /// ([`UPLOAD_END_TIMEOUT`]).
 pub const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time limit between the last message of an upload and its answer. Messages that were handed to the connection may still
-/// be on their way, and the server has to store the blob.
+/// Time limit between the last message of an upload and its answer. Messages that were handed to the connection may
+/// still be on their way, and the server has to store the blob.
 pub const UPLOAD_END_TIMEOUT: Duration = Duration::from_secs(300);
 /// The slowest link for which time limits of large answers are made, in bytes per second.
 const SLOWEST_LINK_BYTES: u64 = 8 * 1024;

@@ -3,8 +3,8 @@
 //! Each item has its own result. Room is reserved for several items at once; items that are already stored need none.
 //!
 //! Bounds: jobs run to their end, even if their request is cancelled, so they hold shares of the memory for reads
-//! ([`READS`]) and for batches that are written ([`BATCHES`]). A request waits for its share. Whoever has one waits
-//! only for a thread.
+//! ([`READS`]) and for batches that are written ([`BATCHES`]). A request waits for its share. A request that has one
+//! waits for nothing else but a thread.
 
 use super::{
     checked::{not_found, read_whole},

@@ -397,8 +397,8 @@ impl Cas {
             let stored = self.write_jointly(vec![prepared.into_file(&space)], memory).await;
             return stored.into_iter().collect::<Result<Vec<_>>>().map(|_| result);
         }
-        let memory = self.memory_to_write(prepared.memory()).await?;
         let room = self.take_room(prepared.charge(self)).await?;
+        let memory = self.memory_to_write(prepared.memory()).await?;
         let cas = self.clone();
         let visible = self.blocking(move || -> Result<_> {
             let _memory = memory;

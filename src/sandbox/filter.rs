@@ -97,8 +97,8 @@ const FAMILIES: &[libc::c_int] = &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6,
 /// Mask for the socket type. The same argument contains flags such as SOCK_CLOEXEC.
 const SOCKET_TYPE: u32 = 0xf;
 
-/// The socket types that IP sockets must not have: raw and packet sockets, and those of protocols for which the kernel
-/// would load a module. Programs take the second error for a kernel without the protocol.
+/// The socket types that are refused for IP, each with its error: raw and packet sockets, and the types of protocols
+/// for which the kernel would load a module. To programs, `ESOCKTNOSUPPORT` means that the kernel lacks the protocol.
 const OTHER_TYPES: [(libc::c_int, libc::c_int); 5] = [
     (libc::SOCK_RAW, libc::EPERM),
     (SOCK_PACKET, libc::EPERM),

@@ -12,7 +12,7 @@ type FileAttributes = (u64, u64, u64, i64, i64);
 pub(super) struct FileVersions(Vec<Option<FileAttributes>>);
 
 impl FileVersions {
-    /// Reads the versions. Symbolic links are followed, including those of directories.
+    /// Reads the current versions of the files. Symbolic links in their paths are followed.
     pub(super) fn of(files: &TlsFiles) -> Self {
         let TlsFiles { cert, key, client_ca, crl, client_certificate_required: _ } = files;
         let paths = [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()];

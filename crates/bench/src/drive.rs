@@ -6,8 +6,8 @@
 //!
 //! In an open loop, calls are due at fixed times, whether or not earlier ones have ended, and latency counts from the
 //! time at which a call was due. So a server that stalls cannot hide that by slowing its clients down ("coordinated
-//! omission"). The schedule of a round continues that of the round before: calls that became due while the last calls
-//! of a round ended are late when the next round begins.
+//! omission"). Each round continues the schedule of the one before it. A call that becomes due while a round waits for
+//! its last answers is late when the next round begins.
 
 use crate::{
     Options, Progress,

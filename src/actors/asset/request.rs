@@ -273,8 +273,8 @@ impl AssetRequest {
         AssetKey(hasher.finalize().into())
     }
 
-    /// The request headers for the URI at this index. They are as large as all qualifiers together, so callers keep
-    /// those of one URI at a time.
+    /// The request headers for the URI at this index. They can be as large as all qualifiers together, so
+    /// callers keep the headers of one URI at a time.
     ///
     /// # Errors
     /// `Invalid` for headers that cannot be sent, of any URI.

@@ -8,7 +8,7 @@
 //! A registry must not use this server to access hosts that the registry cannot reach itself. So the addresses that it
 //! refers to must be public, or be in a network of the same kind as the registry: a registry on the internet cannot
 //! refer to hosts of a private network, and a registry in a private network cannot refer to the loopback interface or a
-//! cloud's metadata service. Addresses are checked when they are connected to ([`Reach`]). An address counts as the
+//! cloud's metadata service. Addresses are checked when they are connected to ([`addresses`]). An address counts as the
 //! registry's own once the registry has answered from it, which requires its certificate. Its name alone proves
 //! nothing, because the owner of a name can give it any address. Without TLS, the answer is the only proof.
 //!
@@ -17,6 +17,7 @@
 //! for a token). The client crate for this API, oci-client 0.18, reads documents, tokens and error pages of any size
 //! into memory. Therefore the three requests are implemented here.
 
+mod addresses;
 pub(super) mod credentials;
 
 use super::{
@@ -26,17 +27,13 @@ use super::{
     reference::ImageVersion,
     source::{ImageSource, read_bounded},
 };
-use crate::{
-    address::Reach,
-    host::{ImageRegistry, bare},
-    http_error::causes,
-};
+use crate::{host::ImageRegistry, http_error::causes};
+use addresses::{AllowedAddressResolver, AllowedAddresses, NoAllowedAddress, refusal};
 use credentials::Credentials;
 use gorego_reapi::error::{Error, Result};
 use http_auth::{ChallengeRef, parse_challenges};
 use reqwest::{
     Client, Response, Url,
-    dns::{Addrs, Name, Resolve, Resolving},
     header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, LOCATION, USER_AGENT, WWW_AUTHENTICATE},
     redirect::Policy,
 };
@@ -44,11 +41,10 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use std::{
     collections::HashMap,
-    fmt::{self, Display},
+    fmt::Display,
     io::{self, Read},
-    net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 use tokio::{runtime::Handle, time::timeout};
@@ -109,91 +105,6 @@ impl RegistryClients {
         let client = RegistryClient { http, allowed_addresses };
         clients.insert(registry.host.clone(), client.clone());
         Ok(client)
-    }
-}
-
-/// The addresses that a registry may refer to: public ones, and addresses with the reach of its own address.
-#[derive(Debug)]
-struct AllowedAddresses {
-    /// The host of the registry without the port.
-    host: String,
-    /// The reaches of the addresses from which the registry has answered.
-    own: Mutex<Vec<Reach>>,
-}
-
-impl AllowedAddresses {
-    fn new(registry: &ImageRegistry) -> Self {
-        let url = Url::parse(&format!("{}://{}/", registry.scheme(), registry.host)).ok();
-        let host = url.as_ref().and_then(Url::host_str).map(bare).unwrap_or_default();
-        let own = host.parse().map(Reach::of).into_iter().collect();
-        Self { host, own: Mutex::new(own) }
-    }
-
-    /// Checks that a host with this name may be contacted at this address.
-    fn check(&self, host: &str, address: IpAddr) -> std::result::Result<(), String> {
-        let reach = Reach::of(address);
-        if bare(host) == self.host || reach == Reach::Public || self.own().contains(&reach) {
-            return Ok(());
-        }
-        Err(format!(
-            "it leads to {host} at {address}, which is neither public nor in a network like the registry's"
-        ))
-    }
-
-    /// Records that a host has answered from an address. Only the registry itself counts.
-    fn record_answer(&self, host: &str, address: IpAddr) {
-        let (reach, mut own) = (Reach::of(address), self.own());
-        if bare(host) == self.host && !own.contains(&reach) {
-            own.push(reach);
-        }
-    }
-
-    fn own(&self) -> MutexGuard<'_, Vec<Reach>> {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The check of [`AllowedAddresses::check`] for a URL whose host is an address, for which no name is resolved.
-    fn check_url(&self, url: &Url) -> std::result::Result<(), String> {
-        let host = bare(url.host_str().unwrap_or_default());
-        host.parse().map_or(Ok(()), |address| self.check(&host, address))
-    }
-}
-
-/// Resolves names to addresses that may be contacted. The client connects to exactly these addresses, so they cannot
-/// change in between.
-#[derive(Debug)]
-struct AllowedAddressResolver(Arc<AllowedAddresses>);
-
-/// Why none of a host's addresses may be contacted.
-#[derive(Debug)]
-struct NoAllowedAddress(String);
-
-impl Display for NoAllowedAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for NoAllowedAddress {}
-
-impl Resolve for AllowedAddressResolver {
-    fn resolve(&self, name: Name) -> Resolving {
-        let allowed_addresses = self.0.clone();
-        Box::pin(async move {
-            let mut refused = None;
-            let mut allowed: Vec<SocketAddr> = Vec::new();
-            // Port 0 means the port of the URL.
-            for address in tokio::net::lookup_host((name.as_str(), 0)).await? {
-                match allowed_addresses.check(name.as_str(), address.ip()) {
-                    Ok(()) => allowed.push(address),
-                    Err(problem) => refused = Some(problem),
-                }
-            }
-            match refused {
-                Some(problem) if allowed.is_empty() => Err(NoAllowedAddress(problem).into()),
-                _ => Ok(Box::new(allowed.into_iter()) as Addrs),
-            }
-        })
     }
 }
 
@@ -439,18 +350,6 @@ impl Read for Body<'_> {
     }
 }
 
-/// Why an address was not contacted, if the error contains that.
-fn refusal(error: &reqwest::Error) -> Option<&NoAllowedAddress> {
-    let mut next = std::error::Error::source(error);
-    while let Some(error) = next {
-        if let Some(refusal) = error.downcast_ref() {
-            return Some(refusal);
-        }
-        next = error.source();
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -463,22 +362,6 @@ mod tests {
 
     fn registry(host: &str, is_plain: bool) -> ImageRegistry {
         ImageRegistry { host: host.into(), is_plain }
-    }
-
-    #[test]
-    fn a_name_that_also_has_an_internal_address_does_not_open_the_internal_network() {
-        let allowed = AllowedAddresses::new(&registry("registry.example.com", false));
-        let [public, first, second] = ["1.1.1.1", "10.0.0.1", "10.0.0.6"].map(|text| text.parse().unwrap());
-        for own in [public, first] {
-            allowed.check("registry.example.com", own).unwrap();
-        }
-        allowed.record_answer("registry.example.com", public);
-        allowed.record_answer("cdn.example.com", second);
-        allowed.check("intranet.example.com", second).unwrap_err();
-        // An internal registry, which has answered from its address.
-        allowed.record_answer("Registry.example.com.", first);
-        allowed.check("intranet.example.com", second).unwrap();
-        allowed.check("intranet.example.com", "127.0.0.1".parse().unwrap()).unwrap_err();
     }
 
     #[test]

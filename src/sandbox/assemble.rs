@@ -60,7 +60,8 @@ struct FileVersion {
 #[derive(Debug)]
 pub(super) struct Assembled {
     tree: OwnedFd,
-    _point: MountPoint,
+    /// Where the tree is mounted, if it has to be.
+    _point: Option<MountPoint>,
     /// Path and identity of the root file system that is the lower layer.
     root_below: Option<(PathBuf, FileIdentity)>,
     /// Each hidden path with the identity of the file that covers it, or `None` if there was nothing to hide.
@@ -139,7 +140,11 @@ impl Assembled {
             _ => None,
         });
         let hidden = hidden.collect();
-        Ok(Self { tree: root, _point: point, root_below, hidden, copies })
+        let (tree, point) = match detached_copy(root.as_fd()) {
+            Some(copy) => (copy, None),
+            None => (root, Some(point)),
+        };
+        Ok(Self { tree, _point: point, root_below, hidden, copies })
     }
 
     /// The mount tree of this view.
@@ -159,6 +164,14 @@ impl Assembled {
                 .iter()
                 .all(|(path, version)| rfs::lstat(path).is_ok_and(|stat| version_of(&stat) == *version))
     }
+}
+
+/// Copies a tree of mounts, so that the original can be unmounted: each mount in the namespace of the runner makes every
+/// new cell slower. Returns `None` if the copy cannot be copied in turn, which needs Linux 6.15.
+fn detached_copy(tree: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let copy = mounts::copy_of(tree).ok()?;
+    mounts::copy_of(copy.as_fd()).ok()?;
+    Some(copy)
 }
 
 /// Makes a read-only overlay of the mount at `above` over the directory `below`. Neither is changed.

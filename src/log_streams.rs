@@ -3,7 +3,8 @@
 //! [`LogStreams`] owns both kinds. *Run streams* are the standard output and error of a running action. They cost
 //! nothing until a client reads them: a reader follows the log file that the runner writes, and once the worker has
 //! stored that file, the stream is the stored blob. *Client streams* are created by CreateLogStream and written by
-//! ByteStream.Write. Their bytes are in an unlinked spool file, which the kernel frees when the last reader closes it.
+//! ByteStream.Write. Their bytes are in an unlinked spool file. A stream that is removed empties its file at once, so a
+//! slow reader keeps no bytes on the disk; it gets an error instead of the rest.
 //!
 //! Invariants: a stream only grows; a reader gets each byte once and in order, and never delays the writer; everything
 //! is bounded ([`StreamLimits`] and the constants below); and every stream ends by itself, by idling, or at shutdown.
@@ -93,7 +94,7 @@ struct ClientStream {
     parent: String,
     token: WriteToken,
     spool: Arc<Spool>,
-    /// The budget shares of the stream until it is finished.
+    /// The budget shares of the stream until it is finished or removed.
     held: Mutex<Option<StreamShares>>,
 }
 
@@ -108,7 +109,7 @@ impl ClientStream {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the budget shares, because the stream is finished or was given up.
+    /// Returns the budget shares, because the stream is finished or removed.
     fn release(&self) {
         drop(self.held().take());
     }
@@ -142,7 +143,7 @@ impl LogStreams {
 
     /// Bytes of all streams of clients.
     pub fn client_bytes(&self) -> u64 {
-        self.0.books.lock().unwrap_or_else(PoisonError::into_inner).clients.bytes()
+        self.books().clients.bytes()
     }
 
     /// Checks whether clients may create streams (LOG-01).
@@ -172,7 +173,7 @@ impl LogStreams {
         let held = Mutex::new(Some(held));
         let stream = ClientStream { parent: parent.clone(), token: token.clone(), spool, held };
         let displaced = self.books().clients.insert(id, Arc::new(stream), Instant::now())?;
-        give_up(displaced);
+        end_removed(displaced);
         Ok(LogName { parent, id: StreamId::Client(id), token: Some(token) })
     }
 
@@ -260,7 +261,7 @@ impl LogStreams {
                         books.runs.expire(now);
                         books.clients.expire(now)
                     };
-                    let unfinished = give_up(expired);
+                    let unfinished = end_removed(expired);
                     if unfinished > 0 {
                         Event::info("gorego::log_streams", GIVEN_UP).with("streams", unfinished).log(format_args!(
                             "some log streams were not written to for too long and are removed"
@@ -281,13 +282,14 @@ impl LogStreams {
     }
 }
 
-/// Aborts unfinished streams, so that their readers do not mistake the abort for a regular end. Returns their number.
-fn give_up(streams: impl IntoIterator<Item = Arc<ClientStream>>) -> usize {
+/// Ends streams that were removed from the registry, and frees their bytes. Returns the number of unfinished ones.
+fn end_removed(streams: impl IntoIterator<Item = Arc<ClientStream>>) -> usize {
     let mut unfinished = 0;
     for stream in streams {
-        stream.spool.give_up();
+        stream.spool.remove();
         stream.release();
         unfinished += usize::from(!stream.spool.committed().finished);
+        tokio::task::spawn_blocking(move || stream.spool.free());
     }
     unfinished
 }
@@ -333,13 +335,13 @@ impl Writer {
     /// the bytes when this returns. A started write is completed even if the future is dropped.
     ///
     /// # Errors
-    /// `Invalid` for any other offset; `Precondition` after the end (LOG-04); `OutOfRange` beyond the limit of one
-    /// stream; `Exhausted` at the limit of all streams; errors of the disk.
+    /// `Invalid` for any other offset; `Precondition` after the end (LOG-04); `NotFound` when the stream was removed;
+    /// `OutOfRange` beyond the limit of one stream; `Exhausted` at the limit of all streams; errors of the disk.
     pub async fn append(&self, offset: u64, data: Bytes, finish: bool) -> Result<Committed> {
         let turn = self.stream.spool.turn(offset).await?;
         let size = data.len() as u64;
         let displaced = self.streams.books().clients.grow(&self.id, size, Instant::now())?;
-        give_up(displaced);
+        end_removed(displaced);
         let (streams, stream, id) = (self.streams.clone(), self.stream.clone(), self.id);
         let has_room = stream.held().as_mut().map_or(Ok(()), |held| held.bytes.grow(size));
         if let Err(refusal) = has_room {

@@ -59,8 +59,9 @@ impl Follower {
     /// Waits for bytes at `offset` and returns at most `max` of them.
     ///
     /// # Errors
-    /// `OutOfRange` when the stream ended before `offset`; `NotFound` when its bytes are lost; `DeadlineExceeded` when
-    /// the stream was not written to for too long; `Unavailable` when the server shuts down.
+    /// `OutOfRange` when the stream ended before `offset`; `NotFound` when its bytes are lost, or were removed before
+    /// they were read; `DeadlineExceeded` when the stream was not written to for too long; `Unavailable` when the
+    /// server shuts down.
     pub async fn next(&mut self, offset: u64, max: usize) -> Result<Piece> {
         let closing = &mut self.closing;
         let piece = async {
@@ -86,17 +87,20 @@ async fn next_of_spool(
     max: usize,
 ) -> Result<Piece> {
     loop {
-        let SpoolState { committed, given_up } = *states.borrow_and_update();
+        let SpoolState { committed, removed } = *states.borrow_and_update();
         if let Some(left @ 1..) = committed.bytes.checked_sub(offset) {
             let max = usize::try_from(left).unwrap_or(usize::MAX).min(max);
-            let spool = spool.clone();
-            let bytes = super::blocking(move || spool.read(offset, max)).await?;
+            let reading = spool.clone();
+            let bytes = super::blocking(move || reading.read(offset, max)).await?;
+            if spool.is_removed() {
+                return Err(removed_unread());
+            }
             return if bytes.is_empty() { Err(lost()) } else { Ok(Piece::Bytes(bytes)) };
         }
         if committed.finished {
             return end(offset, committed.bytes);
         }
-        if given_up {
+        if removed {
             return Err(Error::DeadlineExceeded(
                 "the log stream was not written to for too long and was aborted".into(),
             ));
@@ -150,6 +154,11 @@ fn end(offset: u64, length: u64) -> Result<Piece> {
         )));
     }
     Ok(Piece::End)
+}
+
+fn removed_unread() -> Error {
+    let message = "the log stream was removed to make room, or because its time was over, before it was read to its end";
+    Error::NotFound(message.into())
 }
 
 fn lost() -> Error {

@@ -91,7 +91,7 @@ impl<V> Registry<V> {
     /// all streams.
     pub(crate) fn grow(&mut self, id: &Uuid, bytes: u64, now: Instant) -> Result<Vec<V>> {
         let entry = self.entries.get(id).filter(|entry| !entry.finished);
-        let entry = entry.ok_or_else(|| Error::NotFound("the log stream does not exist any more".into()))?;
+        let entry = entry.ok_or_else(gone)?;
         if entry.bytes.saturating_add(bytes) > self.limits.stream_bytes {
             // Not a temporary shortage: no retry makes the stream shorter (GEN-20).
             return Err(Error::OutOfRange(format!(
@@ -167,6 +167,11 @@ impl<V> Registry<V> {
         self.bytes = self.bytes.saturating_sub(entry.bytes);
         Some(entry.value)
     }
+}
+
+/// The error of an append to a stream that was removed.
+pub(super) fn gone() -> Error {
+    Error::NotFound("the log stream does not exist any more".into())
 }
 
 #[cfg(test)]

@@ -2,8 +2,11 @@
 //!
 //! Appends are serialized. The visible length changes only after the bytes are in the file, so readers never see
 //! missing bytes and never wait for a writer. The registry enforces the limits on the length.
+//!
+//! A removed spool has an empty file. [`Spool::free`] empties it, and an append that was running then undoes itself. So
+//! a reader must check that the spool is not removed *after* it has read: only then are the bytes those of the stream.
 
-use super::Committed;
+use super::{Committed, registry::gone};
 use bytes::Bytes;
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -20,8 +23,8 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 pub(super) struct SpoolState {
     /// The length of the stream, and whether it is finished.
     pub(super) committed: Committed,
-    /// The stream was removed before it was finished. No more bytes follow.
-    pub(super) given_up: bool,
+    /// The stream was removed, to make room or because its time was over. Its bytes are gone.
+    pub(super) removed: bool,
 }
 
 /// The bytes and length of a client stream.
@@ -46,11 +49,11 @@ impl Spool {
     /// Creates an empty spool. Does not access the disk.
     pub(super) fn new(path: PathBuf) -> Self {
         let committed = Committed { bytes: 0, finished: false };
-        let state = watch::Sender::new(SpoolState { committed, given_up: false });
+        let state = watch::Sender::new(SpoolState { committed, removed: false });
         Self { path, file: OnceLock::new(), state, turn: Arc::default() }
     }
 
-    /// Reads up to `max` bytes from `offset`. Blocks.
+    /// Reads up to `max` bytes from `offset`, or other bytes if the spool is removed meanwhile. Blocks.
     ///
     /// # Errors
     /// Errors of the disk.
@@ -66,9 +69,21 @@ impl Spool {
         self.state.subscribe()
     }
 
-    /// Tells readers that no more bytes follow.
-    pub(super) fn give_up(&self) {
-        self.state.send_if_modified(|state| !std::mem::replace(&mut state.given_up, true));
+    pub(super) fn is_removed(&self) -> bool {
+        self.state.borrow().removed
+    }
+
+    /// Tells readers that the bytes are gone. [`Spool::free`] has to follow.
+    pub(super) fn remove(&self) {
+        self.state.send_if_modified(|state| !std::mem::replace(&mut state.removed, true));
+    }
+
+    /// Frees the blocks of a removed spool, although readers may have its file open. Blocks.
+    pub(super) fn free(&self) {
+        if let Some(file) = self.file.get() {
+            // If this fails, the kernel frees the blocks when the last reader is gone.
+            let _ = file.set_len(0);
+        }
     }
 
     /// Waits for the previous append, then checks that this one is allowed (LOG-04).
@@ -90,9 +105,7 @@ impl Spool {
         }
         Ok(AppendTurn { spool: self.clone(), offset, _guard: guard })
     }
-}
 
-impl Spool {
     /// The file. It is created and unlinked if necessary. Only the holder of the turn may call it.
     fn open(&self) -> io::Result<&File> {
         if let Some(file) = self.file.get() {
@@ -108,14 +121,23 @@ impl AppendTurn {
     /// Appends the bytes and makes them visible to readers. Blocks.
     ///
     /// # Errors
-    /// Errors of the disk. Nothing is appended then.
+    /// `NotFound` when the spool was removed; errors of the disk. Nothing is appended then.
     pub(super) fn append(self, data: &[u8], finish: bool) -> Result<Committed> {
         if !data.is_empty() {
             let written = self.spool.open().and_then(|file| file.write_all_at(data, self.offset));
             written.map_err(|error| Error::io("write to a log stream", &error))?;
         }
         let committed = Committed { bytes: self.offset.saturating_add(data.len() as u64), finished: finish };
-        self.spool.state.send_modify(|state| state.committed = committed);
+        let is_visible = self.spool.state.send_if_modified(|state| {
+            if !state.removed {
+                state.committed = committed;
+            }
+            !state.removed
+        });
+        if !is_visible {
+            self.spool.free();
+            return Err(gone());
+        }
         Ok(committed)
     }
 }

@@ -222,6 +222,45 @@ async fn a_link_or_a_fifo_in_the_place_of_a_log_is_not_followed() {
     }
 }
 
+/// A slow reader could otherwise keep the disk blocks of streams that are no longer counted.
+#[test]
+fn a_removed_stream_frees_its_bytes_and_ends_the_readers_that_have_not_read_them() {
+    // With one thread, blocking jobs run in order.
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.max_blocking_threads(1).enable_all().build().unwrap().block_on(async {
+        let bench = Bench::new(StreamLimits { streams: 1, ..limits() });
+        let created = bench.streams.create("main".into(), client(1)).unwrap();
+        let writer = bench.streams.writer(&created).unwrap();
+        writer.append(0, "123456".into(), true).await.unwrap();
+        let follow = || bench.streams.follow(&created.for_reading(), client(20)).unwrap();
+        let (mut slow, mut quick) = (follow(), follow());
+        assert_eq!(slow.next(0, 3).await, Ok(Piece::Bytes("123".into())));
+        let spool = writer.stream.spool.clone();
+        bench.streams.create("main".into(), client(2)).unwrap();
+        blocking(|| Ok(())).await.unwrap();
+        assert_eq!(spool.read(0, 6), Ok(Bytes::new()), "the file is empty");
+        let refused = slow.next(3, 3).await.unwrap_err();
+        assert!(matches!(&refused, Error::NotFound(text) if text.contains("removed")), "{refused}");
+        assert_eq!(quick.next(6, 3).await, Ok(Piece::End));
+    });
+}
+
+/// The stream may be removed while its append is on the way to the disk.
+#[tokio::test]
+async fn an_append_to_a_stream_that_is_being_removed_leaves_no_bytes() {
+    let bench = Bench::new(limits());
+    let created = bench.streams.create("main".into(), client(1)).unwrap();
+    let writer = bench.streams.writer(&created).unwrap();
+    writer.append(0, "123".into(), false).await.unwrap();
+    let spool = writer.stream.spool.clone();
+    let turn = spool.turn(3).await.unwrap();
+    spool.remove();
+    spool.free();
+    assert!(matches!(turn.append(b"456", true), Err(Error::NotFound(_))));
+    assert_eq!(spool.read(0, 6), Ok(Bytes::new()));
+    assert_eq!(spool.committed(), Committed { bytes: 3, finished: false });
+}
+
 /// Every reader ends: after the stream's idle limit, and at shutdown.
 #[tokio::test]
 async fn readers_do_not_wait_for_ever() {
@@ -253,7 +292,7 @@ async fn bounds_are_refusals_that_leave_a_stream_as_it_was() {
     writer.append(0, "1234".into(), false).await.unwrap();
     assert!(full(writer.append(4, "5".into(), false).await.unwrap_err()));
     assert_eq!(writer.committed(), Committed { bytes: 4, finished: false });
-    // A finished stream makes room. Its existing readers continue.
+    // A finished stream makes room.
     one.append(6, Bytes::new(), true).await.unwrap();
     let three = bench.streams.create("main".into(), client(8)).unwrap();
     writer.append(4, "56".into(), true).await.unwrap();

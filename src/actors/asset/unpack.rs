@@ -9,6 +9,7 @@
 //! are refused.
 
 pub(crate) mod extensions;
+mod gzip_members;
 pub(crate) mod zstd_frames;
 
 use super::{
@@ -17,8 +18,8 @@ use super::{
 };
 use crate::budget::Bounds;
 use extensions::{Extensions, is_extension};
-use flate2::read::MultiGzDecoder;
 use gorego_reapi::{digest::Digest, error::Error, path::MAX_PATH_BYTES};
+use gzip_members::GzipMembers;
 use liblzma::{read::XzDecoder, stream::Stream as XzStream};
 use std::{
     cell::Cell,
@@ -97,15 +98,17 @@ pub fn unpack(
     match magic.as_slice() {
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => unpack_zip(input, &budget, max_bytes, contents),
         [0x1f, 0x8b, ..] => {
-            unpack_tar(limited(Box::new(MultiGzDecoder::new(input)) as Box<dyn Read>), contents)
+            unpack_compressed_tar(limited(Box::new(GzipMembers::new(input)) as Box<dyn Read>), contents)
         }
         [0xfd, b'7', b'z', b'X', b'Z', 0] => {
             const CONCATENATED: u32 = liblzma::stream::CONCATENATED;
             let stream =
                 XzStream::new_stream_decoder(XZ_MEMORY_BYTES, CONCATENATED).map_err(Error::internal)?;
-            unpack_tar(limited(Box::new(XzDecoder::new_stream(input, stream))), contents)
+            unpack_compressed_tar(limited(Box::new(XzDecoder::new_stream(input, stream))), contents)
         }
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => unpack_tar(limited(Box::new(ZstdFrames::new(input))), contents),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            unpack_compressed_tar(limited(Box::new(ZstdFrames::new(input))), contents)
+        }
         _ => unpack_tar(limited(Box::new(&mut input)), contents),
     }
 }
@@ -139,6 +142,14 @@ impl<R: Read> Read for BudgetedReader<R> {
     }
 }
 
+/// Unpacks a tar, and decodes what follows it: the checksum of the compressed stream is at its end.
+fn unpack_compressed_tar(mut reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, Problem> {
+    let layout = unpack_tar(&mut reader, contents)?;
+    io::copy(&mut reader, &mut io::sink()).map_err(|error| Problem::of_io(&error))?;
+    Ok(layout)
+}
+
+/// Unpacks a tar up to the blocks that mark its end.
 fn unpack_tar(reader: impl Read, contents: &mut dyn Contents) -> Result<Layout, Problem> {
     let damaged = |error: io::Error| Problem::of_io(&error);
     let mut layout = Layout::default();

@@ -106,23 +106,63 @@ fn root(layout: &Layout) -> Digest {
 #[test]
 fn a_tar_is_read_however_it_is_compressed() {
     let tar = sample_tar();
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    gzip.write_all(&tar).unwrap();
     let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
     xz.write_all(&tar).unwrap();
     let zstd = zstd::encode_all(tar.as_slice(), 1).unwrap();
-    for bytes in [tar.clone(), gzip.finish().unwrap(), xz.finish().unwrap(), zstd] {
+    for bytes in [tar.clone(), gzip(&tar), xz.finish().unwrap(), zstd] {
         assert_eq!(root(&read(&bytes).unwrap()), root(&expected_layout()));
     }
     // A concatenation of two gzip streams, as parallel tools make them.
     let (first, second) = tar.split_at(700);
-    let mut parts = Vec::new();
-    for part in [first, second] {
-        let mut gzip = flate2::write::GzEncoder::new(parts, flate2::Compression::fast());
-        gzip.write_all(part).unwrap();
-        parts = gzip.finish().unwrap();
-    }
+    let parts = [gzip(first), gzip(second)].concat();
     assert_eq!(root(&read(&parts).unwrap()), root(&expected_layout()));
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(bytes).unwrap();
+    gzip.finish().unwrap()
+}
+
+/// The checksum of a compressed stream is at its end, behind the blocks that end the tar.
+#[test]
+fn an_archive_with_a_wrong_checksum_is_refused() {
+    let tar = [sample_tar(), vec![0; 8 * 1024]].concat();
+    let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
+    xz.write_all(&tar).unwrap();
+    let mut zstd = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    zstd.include_checksum(true).unwrap();
+    zstd.write_all(&tar).unwrap();
+    // Where the checksum begins, from the end: behind it, gzip has the length of the content, and xz a footer.
+    for (name, mut bytes, from_end) in
+        [("gzip", gzip(&tar), 8), ("xz", xz.finish().unwrap(), 16), ("zstd", zstd.finish().unwrap(), 4)]
+    {
+        assert!(read(&bytes).is_ok(), "{name}");
+        let at = bytes.len() - from_end;
+        bytes[at] ^= 1;
+        let (kind, message) = refusal(&bytes);
+        assert!(kind == FailureKind::Unusable && message.contains("damaged"), "{name}: {message}");
+    }
+}
+
+#[test]
+fn zeros_may_follow_a_gzip_stream_but_nothing_else() {
+    let stream = gzip(&sample_tar());
+    // More zeros than the input buffer holds.
+    let padded = [&stream[..], &vec![0; 2 * BUFFER_BYTES]].concat();
+    assert_eq!(root(&read(&padded).unwrap()), root(&expected_layout()));
+    for garbage in [&b"garbage, which is no gzip member"[..], b"\0\0garbage, which is no gzip member"] {
+        let (kind, message) = refusal(&[&stream[..], garbage].concat());
+        assert!(kind == FailureKind::Unusable && message.contains("damaged"), "{message}");
+    }
+}
+
+#[test]
+fn a_bomb_behind_the_end_of_the_tar_ends_at_the_limit() {
+    let bomb = gzip(&[sample_tar(), vec![0; 3 << 20]].concat());
+    let refused = unpack(io::Cursor::new(&bomb), 1 << 20, &mut Kept::default());
+    let Err(Problem::Origin(failure)) = refused else { panic!("not refused") };
+    assert_eq!(failure.kind, FailureKind::TooMuch, "{}", failure.message);
 }
 
 /// A frame of zstd 0.7 that holds these bytes uncompressed.
@@ -220,9 +260,7 @@ fn archives_that_end_early_are_refused() {
     refusal(b"");
     let tar = [file("a", &[7; 3_000]), end()].concat();
     refusal(&tar[..2_000]);
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    gzip.write_all(&sample_tar()).unwrap();
-    let gzip = gzip.finish().unwrap();
+    let gzip = gzip(&sample_tar());
     refusal(&gzip[..gzip.len() / 2]);
     let zip = zip(|zip| zip.add_directory("a", options(0o755)).unwrap());
     refusal(&zip[..zip.len() - 5]);
@@ -310,11 +348,7 @@ proptest! {
         let mut bytes = match format {
             0 => tar,
             1 => zstd::encode_all(tar.as_slice(), 1).unwrap(),
-            2 => {
-                let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-                gzip.write_all(&tar).unwrap();
-                gzip.finish().unwrap()
-            }
+            2 => gzip(&tar),
             _ => zip(|zip| {
                 zip.start_file("pkg/a.txt", options(0o644)).unwrap();
                 zip.write_all(b"content").unwrap();

@@ -318,3 +318,16 @@ async fn a_blob_above_the_largest_size_is_refused_before_a_byte_is_sent() {
     let error = begin(&store, NAME, blob, 0).await.unwrap_err();
     assert!(matches!(&error, Error::Invalid(message) if message.contains("104857600")), "{error}");
 }
+
+/// An upload in chunks of a few bytes would otherwise take a buffer of several KiB for each of them.
+#[actix::test]
+async fn a_small_piece_of_a_new_blob_does_not_keep_the_buffer_that_it_arrived_in() {
+    let store = TestStore::new().await;
+    let mut new = store.cas.new_blob(&store.main, SHA256);
+    let buffer = noise(8 * 1024, 1);
+    new.write(buffer.slice(..10)).await.unwrap();
+    assert!(buffer.is_unique());
+    new.write(buffer.slice(10..)).await.unwrap();
+    assert!(!buffer.is_unique(), "a large piece is not copied");
+    assert_eq!(store.get(new.finish().await.unwrap()).await.unwrap(), buffer);
+}

@@ -5,6 +5,8 @@
 //! steps, ahead of the bytes. Nothing is visible before [`NewBlob::finish`], and dropping a `NewBlob` leaves nothing
 //! behind.
 //!
+//! Received pieces may be parts of larger buffers of a connection. Pieces of less than [`COPIED_BYTES`] are copied, so
+//! that each of them does not keep a whole buffer in memory.
 
 use crate::actors::cas::{
     client::Cas,
@@ -22,6 +24,8 @@ use gorego_reapi::{
 
 /// Number of bytes that are collected before a blocking thread is used. A smaller blob needs no temporary file.
 const PIECE_BYTES: usize = 256 * 1024;
+/// Pieces below this size are copied. It is half of the smallest buffer that connections read into.
+const COPIED_BYTES: usize = 4 * 1024;
 
 /// A blob that is being received; see the module documentation.
 #[derive(Debug)]
@@ -62,7 +66,8 @@ impl NewBlob {
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         self.size = self.size.saturating_add(bytes.len() as u64);
         self.cas.check_blob_size(self.size, "the upload")?;
-        let has_room = self.received.push(bytes).is_ok();
+        let piece = if bytes.len() < COPIED_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes };
+        let has_room = self.received.push(piece).is_ok();
         if !has_room || self.received.bytes() >= PIECE_BYTES {
             self.spill().await?;
         }

@@ -123,7 +123,7 @@ impl AssetActor {
         let shared = AssetShared {
             downloader: Downloader::new(settings.clone()),
             runway: runway(settings.concurrency),
-            unpacking: Budget::keeping_free(unpack::DECODERS, unpack::LARGE_DECODER_BYTES),
+            unpacking: Budget::keeping_free(unpack::UNPACKING, unpack::LARGEST_BYTES),
             file: BindingsFile::new(settings.file.clone()),
             cas,
             runtime,

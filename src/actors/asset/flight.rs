@@ -10,7 +10,7 @@ use super::{
     outcome::{FailureKind, Fetched, FlightOutcome, OriginFailure, Problem},
     patience::Patience,
     request::{AssetKey, AssetKind, AssetRequest},
-    unpack::{Contents, MAGIC_BYTES, decoder_bytes, unpack},
+    unpack::{Contents, MAGIC_BYTES, memory_bytes, unpack},
 };
 use crate::{
     actors::cas::{blob::BlobReader, client::Cas},
@@ -217,8 +217,8 @@ async fn unpack_blob(
 ) -> Result<Digest, Problem> {
     let path = request.qualifiers.directory()?;
     let reader = cas.open(&request.instance, archive).await?;
-    let memory = decoder_bytes(&reader.read_at(0, MAGIC_BYTES).await?, archive.size());
-    let decoder = shared.unpacking.wait_for(caller, memory).await.map_err(Error::from)?;
+    let memory = memory_bytes(&reader.read_at(0, MAGIC_BYTES).await?, archive.size());
+    let memory = shared.unpacking.wait_for(caller, memory).await.map_err(Error::from)?;
     let runtime = shared.runtime.clone();
     let max_bytes = shared.settings.max_unpacked_bytes;
     // A blocking thread cannot be dropped like a future. This stops it when the flight has ended.
@@ -235,8 +235,8 @@ async fn unpack_blob(
     };
     let function = request.function;
     let work = shared.runtime.spawn_blocking(move || -> Result<Digest, Problem> {
-        // Held until the decoder is gone, also if the flight ends before.
-        let _decoder = decoder;
+        // Held until the decoder and the layout are gone, also if the flight ends before.
+        let _memory = memory;
         let layout = unpack(BlobCursor { stop, reader, runtime, at: 0 }, max_bytes, &mut store)?;
         let refuse = |problem| Problem::origin(FailureKind::NotFound, problem);
         let layout: Layout =
@@ -310,7 +310,7 @@ impl Contents for ContentStore {
         let mut piece = Bytes::from(small);
         while !piece.is_empty() {
             self.stop.check()?;
-            self.runtime.block_on(blob.write(piece))?;
+            self.runtime.block_on(blob.write(piece)).map_err(of_storing)?;
             let mut next = Vec::with_capacity(PIECE_BYTES);
             content
                 .take(PIECE_BYTES as u64)
@@ -319,6 +319,16 @@ impl Contents for ContentStore {
             piece = next.into();
         }
         Ok(self.runtime.block_on(blob.finish())?)
+    }
+}
+
+/// The problem of a file of an archive that could not be stored. A file that is too large is a problem of the archive.
+fn of_storing(error: Error) -> Problem {
+    match error {
+        Error::Invalid(message) => {
+            Problem::origin(FailureKind::TooMuch, format!("the archive has too large a file: {message}"))
+        }
+        error => error.into(),
     }
 }
 
@@ -358,6 +368,14 @@ impl Seek for BlobCursor {
 mod tests {
     use super::*;
     use crate::budget::Bounds;
+
+    #[test]
+    fn a_file_that_is_too_large_is_a_problem_of_its_archive_and_a_full_disk_is_not() {
+        let Problem::Origin(failure) = of_storing(Error::invalid("the upload has 9 bytes")) else { panic!() };
+        assert!(failure.kind == FailureKind::TooMuch && failure.message.contains("9 bytes"), "{failure:?}");
+        let full = Error::Exhausted { message: "the disk is full".into(), retry_after: None };
+        assert_eq!(of_storing(full.clone()), Problem::Server(full));
+    }
 
     /// A connection that joins the flight of another connection does not wait behind all downloads of that connection.
     #[tokio::test]

@@ -15,8 +15,11 @@ use std::collections::BTreeMap;
 
 /// Maximum number of nodes of one archive, including implied directories.
 pub const MAX_NODES: usize = 200_000;
-/// Maximum bytes of all names and link targets together. They are held in memory twice.
-pub const MAX_TEXT_BYTES: usize = 64 * 1024 * 1024;
+/// Maximum bytes of all names and link targets together.
+pub const MAX_TEXT_BYTES: usize = 16 * 1024 * 1024;
+/// The memory that is reserved for a layout: enough for all texts, for their copies in Directory messages, and for the
+/// nodes of most archives.
+pub(crate) const LAYOUT_BYTES: u64 = 3 * MAX_TEXT_BYTES as u64;
 /// Maximum depth of a path of an archive, in names.
 pub const MAX_DEPTH: usize = 256;
 
@@ -132,10 +135,12 @@ impl Layout {
     /// # Errors
     /// When there is no such directory.
     pub fn below(mut self, path: &str) -> Result<Self, EntryProblem> {
-        let names = split(path)?;
-        self.root = find(&self.root, &names)
-            .ok_or_else(|| format!("the archive has no directory \"{}\"", path.escape_debug()))?
-            .clone();
+        for name in split(path)? {
+            let Some(Node::Directory(inner)) = self.root.remove(name) else {
+                return Err(format!("the archive has no directory \"{}\"", path.escape_debug()));
+            };
+            self.root = inner;
+        }
         Ok(self)
     }
 
@@ -300,6 +305,21 @@ mod tests {
         assert!(layout.clone().add_hard_link("b", "a").is_err());
         assert!(layout.clone().add_hard_link("b", "../a").is_err());
         layout.add_hard_link("b", "a/file").unwrap();
+    }
+
+    #[test]
+    fn a_directory_of_an_archive_is_a_tree_of_its_own() {
+        let mut layout = Layout::default();
+        layout.add_file("a/b/file", content(), true).unwrap();
+        layout.add_file("a/other", content(), false).unwrap();
+        let mut alone = Layout::default();
+        alone.add_file("file", content(), true).unwrap();
+        let below = |path| layout.clone().below(path).map(|layout| layout.directories(SHA256).0);
+        assert_eq!(below("a/b"), Ok(alone.directories(SHA256).0));
+        assert_eq!(below("."), Ok(layout.directories(SHA256).0));
+        for path in ["b", "a/b/file", "a/b/file/x", "../a", "/a"] {
+            assert!(below(path).is_err(), "{path}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod gzip_members;
 pub(crate) mod zstd_frames;
 
 use super::{
-    layout::Layout,
+    layout::{LAYOUT_BYTES, Layout},
     outcome::{FailureKind, Problem},
 };
 use crate::budget::Bounds;
@@ -43,12 +43,16 @@ const EXTENSION_MAX_BYTES: u64 = 64 * 1024;
 /// Bound on the bytes that are read to find and read the central directory of a zip: enough for 65,534 entries with
 /// long names. The length that the archive claims is not reliable, and all of it is read into memory.
 const ZIP_DIRECTORY_MAX_BYTES: u64 = 64 * 1024 * 1024;
-/// Memory for the decoders of all archives that are unpacked at the same time. It is enough for two of the largest
-/// decoders and many small ones; a single peer can have only one of the largest.
-pub(crate) const DECODERS: Bounds =
-    Bounds::shared("bytes of memory to unpack archives", 2 * LARGE_DECODER_BYTES + 32 * SMALL_DECODER_BYTES);
+/// Memory for the decoders and layouts of all archives that are unpacked at the same time. It is enough for two of the
+/// largest archives and three small ones; a single peer can have only one of the largest.
+pub(crate) const UNPACKING: Bounds = Bounds::shared(
+    "bytes of memory to unpack archives",
+    2 * LARGEST_BYTES + 3 * (SMALL_DECODER_BYTES + LAYOUT_BYTES),
+);
+/// The most memory that one archive takes.
+pub(crate) const LARGEST_BYTES: u64 = LARGE_DECODER_BYTES + LAYOUT_BYTES;
 /// The memory of a decoder with a large dictionary: xz or zstd.
-pub(crate) const LARGE_DECODER_BYTES: u64 = 128 * 1024 * 1024;
+const LARGE_DECODER_BYTES: u64 = 128 * 1024 * 1024;
 /// The memory of any other decoder, which has only buffers.
 const SMALL_DECODER_BYTES: u64 = 1024 * 1024;
 /// The length of the first bytes by which formats are told apart.
@@ -65,14 +69,15 @@ pub trait Contents {
     fn put(&mut self, content: &mut dyn Read) -> Result<Digest, Problem>;
 }
 
-/// The maximum memory that unpacking an archive takes besides its layout, given its first bytes and its length.
-pub(crate) fn decoder_bytes(magic: &[u8], length: u64) -> u64 {
-    match magic {
+/// The maximum memory that unpacking an archive takes, given its first bytes and its length.
+pub(crate) fn memory_bytes(magic: &[u8], length: u64) -> u64 {
+    let decoder = match magic {
         // The list of contents is read as a whole, and parsed.
         [b'P', b'K', ..] => SMALL_DECODER_BYTES + length.min(ZIP_DIRECTORY_MAX_BYTES),
         [0xfd, b'7', b'z', ..] | [0x28, 0xb5, 0x2f, 0xfd, ..] => LARGE_DECODER_BYTES,
         _ => SMALL_DECODER_BYTES,
-    }
+    };
+    decoder + LAYOUT_BYTES
 }
 
 /// Unpacks an archive from its start. `max_bytes` bounds the unpacked bytes.

@@ -366,17 +366,17 @@ proptest! {
     }
 }
 
-/// One address has the decoder of one large archive, another one finds room beside it, and gzip takes next to nothing.
+/// One address unpacks one large archive, and another one finds room beside it and beside a small one.
 #[test]
 fn decoders_with_large_dictionaries_are_counted() {
-    let budget = Budget::keeping_free(DECODERS, LARGE_DECODER_BYTES);
+    let budget = Budget::keeping_free(UNPACKING, LARGEST_BYTES);
     let [one, other] = [1, 2].map(|host| Caller::connected(([127, 0, 0, host], 1).into()));
-    let [xz, zstd] = [&b"\xfd7zXZ\0"[..], b"\x28\xb5\x2f\xfd\0\0"].map(|magic| decoder_bytes(magic, 1_000));
-    let gzip = decoder_bytes(b"\x1f\x8b\x08\0\0\0", 1 << 40);
+    let [xz, zstd] = [&b"\xfd7zXZ\0"[..], b"\x28\xb5\x2f\xfd\0\0"].map(|magic| memory_bytes(magic, 1_000));
+    let gzip = memory_bytes(b"\x1f\x8b\x08\0\0\0", 1 << 40);
     let _held = budget.take(one, xz).unwrap();
     assert!(budget.take(one, zstd).is_err());
     let _small = budget.take(one, gzip).unwrap();
     let _other = budget.take(other, zstd).unwrap();
-    let zip = |length| decoder_bytes(b"PK\x03\x04\0\0", length);
+    let zip = |length| memory_bytes(b"PK\x03\x04\0\0", length) - LAYOUT_BYTES;
     assert!(zip(100) < 2 << 20 && zip(1 << 40) <= 65 << 20);
 }

@@ -244,9 +244,15 @@ impl AssetRequest {
         self.uris.iter().map(String::len).chain(qualifiers).sum()
     }
 
-    /// The key of each URI, in order.
+    /// The key of each URI, in order. Headers for single URIs name them by their index. If there are any, the index is
+    /// a part of the key, because the same URI at another index gets other headers.
     pub fn keys(&self) -> Vec<AssetKey> {
-        self.uris.iter().map(|uri| self.key([uri])).collect()
+        let names_index = self.qualifiers.0.keys().any(|name| name.starts_with(HEADER_OF_URI));
+        let keys = self.uris.iter().enumerate().map(|(index, uri)| match names_index {
+            true => self.key([uri, &index.to_string()]),
+            false => self.key([uri]),
+        });
+        keys.collect()
     }
 
     /// The key of all URIs together. Two requests with the same key can share a flight.
@@ -355,6 +361,20 @@ mod tests {
             assert!(request(&["http://a/"], &[(name, "x")]).headers(0).is_err(), "{name}");
         }
         assert!(request(&["http://a/"], &[("http_header:A", "x\r\nB: y")]).headers(0).is_err());
+    }
+
+    /// Otherwise a client without the header would get what was fetched with it.
+    #[test]
+    fn a_uri_with_a_header_of_its_own_is_not_the_same_asset_at_another_index() {
+        let header = [("http_header_url:0:Authorization", "secret")];
+        let keys = |uris: &[&str], list: &[(&str, &str)]| request(uris, list).keys();
+        let (here, there) = (keys(&["a", "b"], &header), keys(&["b", "a"], &header));
+        assert_ne!(here[0], there[1]);
+        assert_ne!(here[1], there[0]);
+        assert_eq!(keys(&["a", "b"], &header), here);
+        // Headers for all URIs do not depend on the index.
+        let header = [("http_header:Authorization", "secret")];
+        assert_eq!(keys(&["a", "b"], &header)[0], keys(&["b", "a"], &header)[1]);
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::{
     logging::Event,
 };
 use arc_swap::ArcSwap;
-use file_versions::FileVersions;
+use file_versions::{FileVersions, Looks};
 use gorego_reapi::error::{Error, Result};
 use material::{Material, Protocol};
 use rustls::pki_types::UnixTime;
@@ -40,7 +40,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 /// Target of the log lines of this module.
 const LOG: &str = "gorego::tls";
 /// Interval between checks of the files. They are read when two checks in a row find the same change, because a
-/// certificate and its key are rarely replaced at the same moment.
+/// certificate and its key are rarely replaced at the same moment. If that fails, each check tries it again, because a
+/// file may have been unreadable for a moment, and only the first failure of a change is logged.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 /// Interval between checks of the certificates of open connections.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(30);
@@ -164,18 +165,12 @@ impl ServerTls {
         self.remind();
     }
 
-    /// Reads the files again if they have changed, and uses them for new connections. Blocks. Success and failure are
-    /// logged.
+    /// Reads the files again if they have changed, and uses them for new connections. Blocks.
     ///
     /// # Errors
     /// See [`ServerTls::prepare`]. The material in force is then not changed.
     fn reload(&self) -> Result<()> {
-        let prepared = self.prepare(self.material().files().clone()).inspect_err(|error| {
-            Event::error(LOG, "tls_not_reloaded").with_shown("error", &error).log(format_args!(
-                "the files of [tls] have changed and cannot be used; the earlier ones stay in force: {error}"
-            ));
-        })?;
-        if let Some(prepared) = prepared {
+        if let Some(prepared) = self.prepare(self.material().files().clone())? {
             self.install(prepared);
         }
         Ok(())
@@ -223,21 +218,25 @@ impl ServerTls {
     pub(crate) async fn watch(self, connections: Connections) {
         let mut ticks = interval(WATCH_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut seen, mut refused) = (None, None);
+        let mut looks = Looks::default();
         let (mut checked, mut reminded) = (Instant::now(), Instant::now());
         let mut checked_with = self.0.material.load_full();
         loop {
             ticks.tick().await;
             let current = self.0.material.load_full();
-            let found = Some(self.versions(current.files().clone()).await);
-            let is_new = found.as_ref() != Some(current.versions()) && found != refused;
-            if is_new && found == seen {
+            let found = self.versions(current.files().clone()).await;
+            if looks.is_due(&found, current.versions()) {
                 let tls = self.clone();
-                // The outcome is in the log.
                 let reloaded = tokio::task::spawn_blocking(move || tls.reload()).await;
-                refused = if matches!(reloaded, Ok(Ok(()))) { None } else { found.clone() };
+                let reloaded = reloaded.map_err(Error::internal).and_then(|reloaded| reloaded);
+                if let Err(error) = reloaded
+                    && looks.is_first_failure(&found)
+                {
+                    Event::error(LOG, "tls_not_reloaded").with_shown("error", &error).log(format_args!(
+                        "the files of [tls] have changed and cannot be used; the earlier ones stay in force: {error}"
+                    ));
+                }
             }
-            seen = found;
             let current = self.0.material.load_full();
             if !Arc::ptr_eq(&checked_with, &current) || checked.elapsed() >= RECHECK_INTERVAL {
                 let (tls, connections) = (self.clone(), connections.clone());

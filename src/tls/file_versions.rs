@@ -1,4 +1,4 @@
-//! [`FileVersions`]: the metadata of the files of `[tls]`, to notice that they were replaced.
+//! [`FileVersions`]: the metadata of the files of `[tls]`, to notice that they were replaced, and [`Looks`] at them.
 
 use super::TlsFiles;
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
@@ -20,6 +20,32 @@ impl FileVersions {
     }
 }
 
+/// Decides at each look at the files whether they are read again, and whether a failure is logged. Pure.
+#[derive(Debug, Default)]
+pub(super) struct Looks {
+    /// The versions at the last look.
+    seen: Option<FileVersions>,
+    /// The versions whose failure was logged.
+    refused: Option<FileVersions>,
+}
+
+impl Looks {
+    /// Whether the files that were `found` by this look have to be read: if they differ from those in force, and have
+    /// not changed since the last look.
+    pub(super) fn is_due(&mut self, found: &FileVersions, in_force: &FileVersions) -> bool {
+        let is_steady = self.seen.replace(found.clone()).as_ref() == Some(found);
+        if found == in_force {
+            self.refused = None;
+        }
+        is_steady && found != in_force
+    }
+
+    /// Whether reading these files has failed for the first time.
+    pub(super) fn is_first_failure(&mut self, found: &FileVersions) -> bool {
+        self.refused.replace(found.clone()).as_ref() != Some(found)
+    }
+}
+
 fn version(path: &Path) -> Option<FileAttributes> {
     let found = fs::metadata(path).ok()?;
     Some((found.dev(), found.ino(), found.len(), found.ctime(), found.ctime_nsec()))
@@ -32,6 +58,26 @@ mod tests {
         os::unix::fs::{PermissionsExt as _, symlink},
         path::PathBuf,
     };
+
+    /// A file may be unreadable for a moment although it stays the same.
+    #[test]
+    fn a_change_that_failed_is_tried_at_each_look_and_its_failure_is_told_once() {
+        let [old, new, next] = [1, 2, 3].map(|inode| FileVersions(vec![Some((1, inode, 1, 1, 1))]));
+        let mut looks = Looks::default();
+        assert!(!looks.is_due(&old, &old) && !looks.is_due(&old, &old));
+        assert!(!looks.is_due(&new, &old), "it may still be changing");
+        for is_first in [true, false, false] {
+            assert!(looks.is_due(&new, &old));
+            assert_eq!(looks.is_first_failure(&new), is_first);
+        }
+        assert!(!looks.is_due(&next, &old) && looks.is_due(&next, &old));
+        assert!(looks.is_first_failure(&next));
+        // The earlier files are back, and later those that failed.
+        assert!(!looks.is_due(&old, &old));
+        assert!(!looks.is_due(&next, &old) && looks.is_due(&next, &old));
+        assert!(looks.is_first_failure(&next));
+        assert!(!looks.is_due(&next, &next), "they are in force");
+    }
 
     #[test]
     fn a_replaced_file_and_a_replaced_link_are_noticed() {

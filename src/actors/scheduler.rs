@@ -125,6 +125,17 @@ impl SchedulerActor {
         }
     }
 
+    /// Stops a pool from taking tasks, and logs it once.
+    fn drain_pool(&mut self, id: PoolId) -> Result<()> {
+        if self.ledger.drain_pool(id)? {
+            Event::info(log::TARGET, log::POOL_DRAINING)
+                .with("pool", &*self.ledger.pool_name(id))
+                .with("running", self.ledger.runs_in(id))
+                .log(format_args!("a pool takes no more work"));
+        }
+        Ok(())
+    }
+
     /// Makes tasks wait for the container images that they name before they get a slot, if actions can name images.
     pub fn with_images(mut self, images: Option<Arc<dyn ImageSupply>>) -> Self {
         if images.is_some() {
@@ -336,16 +347,20 @@ impl Receive<AddPool> for SchedulerActor {
 
     fn receive(
         &mut self,
-        AddPool { pool: Pool { spec, runner, stager } }: AddPool,
+        AddPool { pool: Pool { spec, runner, stager }, replaces }: AddPool,
         ctx: &mut Self::Context,
     ) -> Self::Answer {
         let (name, slots) = (spec.name.clone(), spec.slots);
-        let id = self.ledger.add_pool(spec)?;
+        let id = self.ledger.add_pool(spec, replaces)?;
         self.connect(id, runner, stager);
         Event::info(log::TARGET, log::POOL_ADDED)
             .with("pool", &*name)
             .with("slots", slots)
             .log(format_args!("a pool takes work"));
+        if let Some(old) = replaces {
+            // A pool that is gone takes no tasks either.
+            let _ = self.drain_pool(old);
+        }
         self.settle(ctx);
         Ok(id)
     }
@@ -355,13 +370,9 @@ impl Receive<DrainPool> for SchedulerActor {
     type Answer = ResponseFuture<Result<()>>;
 
     fn receive(&mut self, DrainPool { id }: DrainPool, ctx: &mut Self::Context) -> Self::Answer {
-        if let Err(error) = self.ledger.drain_pool(id) {
+        if let Err(error) = self.drain_pool(id) {
             return Box::pin(ready(Err(error)));
         }
-        Event::info(log::TARGET, log::POOL_DRAINING)
-            .with("pool", &*self.ledger.pool_name(id))
-            .with("running", self.ledger.runs_in(id))
-            .log(format_args!("a pool takes no more work"));
         let (sender, drained) = oneshot::channel();
         self.drained_pools.push((id, sender));
         self.settle(ctx);

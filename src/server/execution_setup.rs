@@ -197,12 +197,14 @@ impl ExecutionSetup {
         self.all_tools().iter().rfind(|(name, _)| name == pool).map(|(_, tools)| tools.clone())
     }
 
-    /// Creates the persistent workers of a pool that is about to be started.
-    pub(super) fn add_tools(&self, execution: &ExecutionSettings, pool: &PoolSettings) {
-        self.all_tools().extend(tools(execution, pool));
+    /// Creates the persistent workers of a pool that is about to be started, if it has any.
+    pub(super) fn add_tools(&self, execution: &ExecutionSettings, pool: &PoolSettings) -> Option<Arc<Tools>> {
+        let (name, tools) = tools(execution, pool)?;
+        self.all_tools().push((name, tools.clone()));
+        Some(tools)
     }
 
-    /// Ends the persistent workers of removed pools. Blocks.
+    /// Ends the persistent workers of a pool that is removed or could not be started. Blocks.
     pub(super) fn close_tools(&self, of: &Option<Arc<Tools>>) {
         if let Some(of) = of {
             of.close();

@@ -11,7 +11,7 @@ use crate::{
         scheduler::{
             Pool, SchedulerActor,
             messages::{AddPool, DrainPool, ListPools, RemovePool},
-            slots::{PoolSpec, PoolState, PoolStatus},
+            slots::{PoolId, PoolSpec, PoolState, PoolStatus},
         },
         worker::{WorkerActor, WorkerSettings, staging::StagingActor, tools::Tools},
     },
@@ -140,60 +140,64 @@ impl Pools {
 
     async fn apply(self, change: PoolChange) -> Result<()> {
         match change {
-            PoolChange::Add(pool) => {
-                let made = self.make(&pool).await?;
-                self.add(pool, made).await
-            }
-            // The new pool is made first. If that fails, the old one continues, and otherwise there is no time without
-            // a pool.
+            PoolChange::Add(pool) => self.start(pool, None).await,
+            // The scheduler changes from the old pool to the new one in one step, so there is no time without a pool.
+            // If the new one cannot be started, the old one continues.
             PoolChange::Replace(pool) => {
-                let old_tools = self.maker.setup.tools(&pool.name);
-                let made = self.make(&pool).await?;
-                self.retire(&pool.name, old_tools).await?;
-                self.add(pool, made).await
+                let (old, tools) = self.find(&pool.name).await?;
+                self.start(pool, old).await?;
+                self.retire(old, tools);
+                Ok(())
             }
             PoolChange::Remove(name) => {
-                let tools = self.maker.setup.tools(&name);
-                self.retire(&name, tools).await
+                let (old, tools) = self.find(&name).await?;
+                self.running().retain(|pool| pool.name != name);
+                self.retire(old, tools);
+                Ok(())
             }
         }
+    }
+
+    /// The pool with this name that is not draining, and its persistent workers.
+    async fn find(&self, name: &str) -> Result<(Option<PoolId>, Option<Arc<Tools>>)> {
+        let all = self.scheduler.send(ListPools).await.map_err(|_| scheduler_gone())?;
+        let is_it = |pool: &&PoolStatus| *pool.name == *name && pool.state != PoolState::Draining;
+        Ok((all.iter().find(is_it).map(|pool| pool.id), self.maker.setup.tools(name)))
+    }
+
+    /// Starts a pool, and makes the scheduler use it in place of another one.
+    async fn start(&self, settings: PoolSettings, replaces: Option<PoolId>) -> Result<()> {
+        let setup = self.maker.setup.clone();
+        let tools = setup.add_tools(&self.maker.execution, &settings);
+        let started = async {
+            let pool = self.make(&settings).await?;
+            self.scheduler.send(AddPool { pool, replaces }).await.map_err(|_| scheduler_gone())?
+        };
+        if let Err(error) = started.await {
+            self.runtime.spawn_blocking(move || setup.close_tools(&tools));
+            return Err(error);
+        }
+        let mut running = self.running();
+        running.retain(|pool| pool.name != settings.name);
+        running.push(settings);
+        Ok(())
     }
 
     /// Starts the workers of a pool.
     async fn make(&self, pool: &PoolSettings) -> Result<Pool> {
         let (maker, system, settings) = (self.maker.clone(), self.system.clone(), pool.clone());
-        let setup = &self.maker.setup;
-        let before = setup.tools(&pool.name);
-        setup.add_tools(&maker.execution, pool);
         maker.prefetch([pool].into_iter());
         // Starting many threads takes time, so it is done on a thread for blocking work.
         let made = self.runtime.spawn_blocking(move || {
             System::set_current(system);
             maker.make(&settings)
         });
-        made.await.map_err(|_| {
-            let (added, setup) = (setup.tools(&pool.name), setup.clone());
-            if added.as_ref().map(Arc::as_ptr) != before.as_ref().map(Arc::as_ptr) {
-                self.runtime.spawn_blocking(move || setup.close_tools(&added));
-            }
-            Error::internal("the workers of a pool could not be started")
-        })
+        made.await.map_err(|_| Error::internal("the workers of a pool could not be started"))
     }
 
-    /// Makes the scheduler use a pool.
-    async fn add(&self, settings: PoolSettings, pool: Pool) -> Result<()> {
-        self.scheduler.send(AddPool { pool }).await.map_err(|_| scheduler_gone())??;
-        self.running().push(settings);
-        Ok(())
-    }
-
-    /// Stops a pool with these tools from taking actions, and removes it when its last action has ended. Returns when
-    /// it takes no more actions.
-    async fn retire(&self, name: &str, tools: Option<Arc<Tools>>) -> Result<()> {
-        let all = self.scheduler.send(ListPools).await.map_err(|_| scheduler_gone())?;
-        let is_it = |pool: &&PoolStatus| *pool.name == *name && pool.state != PoolState::Draining;
-        self.running().retain(|pool| pool.name != name);
-        let Some(id) = all.iter().find(is_it).map(|pool| pool.id) else { return Ok(()) };
+    /// Stops a pool with these tools from taking actions, and removes it when its last action has ended.
+    fn retire(&self, pool: Option<PoolId>, tools: Option<Arc<Tools>>) {
+        let Some(id) = pool else { return };
         // The message is in the mailbox before the next message.
         let drained = self.scheduler.send(DrainPool { id });
         let (scheduler, setup) = (self.scheduler.clone(), self.maker.setup.clone());
@@ -203,7 +207,6 @@ impl Pools {
             let _ = scheduler.send(RemovePool { id }).await;
             tokio::task::spawn_blocking(move || setup.close_tools(&tools));
         });
-        Ok(())
     }
 }
 

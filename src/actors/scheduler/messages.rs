@@ -190,12 +190,15 @@ pub struct Inspection {
 /// Adds a pool. Waiting tasks that it suits wait for it too from now on.
 ///
 /// # Errors
-/// `Precondition` if there are too many pools, or a pool with this name that is not draining.
+/// `Precondition` if there are too many pools, or another pool with this name that is not draining. Nothing changes
+/// then.
 #[derive(actix::Message)]
 #[rtype(result = "Result<PoolId>")]
 pub struct AddPool {
     /// The description of the pool, and how it runs tasks.
     pub pool: Pool,
+    /// A pool that takes no more tasks from the same moment on, if it is still there; see [`DrainPool`].
+    pub replaces: Option<PoolId>,
 }
 
 /// Stops a pool from taking tasks. Replies when all runs of the pool have ended.

@@ -146,13 +146,15 @@ impl Slots {
         slots
     }
 
-    /// Adds a pool behind those of equal preference.
+    /// Adds a pool behind those of equal preference. It may have the name of one that is about to be drained.
     ///
     /// # Errors
-    /// `Precondition` if there are [`POOLS_MAX`] pools, or one with this name that is not draining.
-    pub(crate) fn add(&mut self, spec: PoolSpec) -> Result<PoolId> {
-        let has_name = |pool: &PoolSlots| pool.state != PoolState::Draining && *pool.name == *spec.name;
-        if self.pools.values().any(has_name) {
+    /// `Precondition` if there are [`POOLS_MAX`] pools, or another one with this name that is not draining.
+    pub(crate) fn add(&mut self, spec: PoolSpec, replaces: Option<PoolId>) -> Result<PoolId> {
+        let has_name = |(id, pool): (&PoolId, &PoolSlots)| {
+            pool.state != PoolState::Draining && *pool.name == *spec.name && replaces != Some(*id)
+        };
+        if self.pools.iter().any(has_name) {
             return Err(Error::Precondition(format!(
                 "there is a pool \"{}\" already; drain it first",
                 spec.name.escape_debug()
@@ -177,16 +179,17 @@ impl Slots {
         id
     }
 
-    /// Stops a pool from taking tasks.
+    /// Stops a pool from taking tasks. Returns whether it was not draining before.
     ///
     /// # Errors
     /// `NotFound` if there is no such pool.
-    pub(crate) fn drain(&mut self, id: PoolId) -> Result<()> {
+    pub(crate) fn drain(&mut self, id: PoolId) -> Result<bool> {
         let pool = self.pools.get_mut(&id).ok_or_else(|| unknown(id))?;
-        if pool.state == PoolState::Open {
+        let before = pool.state;
+        if before == PoolState::Open {
             pool.state = PoolState::Draining;
         }
-        Ok(())
+        Ok(before != PoolState::Draining)
     }
 
     /// Removes a pool. Slots that are released later are ignored. The properties that it offered stay known, so that an

@@ -248,8 +248,11 @@ async fn a_pool_that_drains_finishes_its_runs_and_a_new_one_takes_what_waits() {
 
     let (sender, mut assigned) = mpsc::unbounded_channel();
     let replacement = || pool(1, FakePool(sender.clone()).start().recipient());
-    let new = scheduler.send(AddPool { pool: replacement() }).await.unwrap().unwrap();
-    assert!(scheduler.send(AddPool { pool: replacement() }).await.unwrap().is_err(), "the name is taken");
+    let new = scheduler.send(AddPool { pool: replacement(), replaces: None }).await.unwrap().unwrap();
+    assert!(
+        scheduler.send(AddPool { pool: replacement(), replaces: None }).await.unwrap().is_err(),
+        "the name is taken"
+    );
     assigned.recv().await.unwrap().answer.send(success()).ok().unwrap();
     assert!(outcome(queued).await.error.is_none());
     assert!(futures::poll!(&mut drained).is_pending(), "its run goes on");
@@ -263,6 +266,41 @@ async fn a_pool_that_drains_finishes_its_runs_and_a_new_one_takes_what_waits() {
     assert_eq!(left, [new]);
 }
 
+/// EXE-62: a reload leaves no time in which an action finds no pool.
+#[actix::test]
+async fn a_pool_takes_the_place_of_another_in_one_message_or_not_at_all() {
+    let (scheduler, mut assigned) = attended(1);
+    let for_linux = |name| ask(&Work { platform: Some("linux"), ..work(name) });
+    let running = scheduler.send(for_linux(1)).await.unwrap().unwrap();
+    let queued = scheduler.send(for_linux(2)).await.unwrap().unwrap();
+    let run = assigned.recv().await.unwrap();
+    let id = scheduler.send(ListPools).await.unwrap()[0].id;
+    let (sender, mut assigned) = mpsc::unbounded_channel();
+    let replacement = || pool(1, FakePool(sender.clone()).start().recipient());
+    let others = (1..slots::POOLS_MAX).map(|number| {
+        let spec = slots::PoolSpec { name: format!("other-{number}"), ..ledger::fixtures::pool(1, "plan9") };
+        AddPool { pool: Pool { spec, ..replacement() }, replaces: None }
+    });
+    let others = future::try_join_all(others.map(|other| scheduler.send(other))).await.unwrap();
+    let refused = scheduler.send(AddPool { pool: replacement(), replaces: Some(id) }).await.unwrap();
+    assert!(matches!(refused, Err(Error::Precondition(_))), "there are too many: {refused:?}");
+    let state_of = async |id| {
+        let all = scheduler.send(ListPools).await.unwrap();
+        all.iter().find(|pool| pool.id == id).map(|pool| pool.state)
+    };
+    assert_eq!(state_of(id).await, Some(slots::PoolState::Open), "the old one goes on");
+    scheduler.send(RemovePool { id: *others[0].as_ref().unwrap() }).await.unwrap().unwrap();
+
+    let new = scheduler.send(AddPool { pool: replacement(), replaces: Some(id) }).await.unwrap().unwrap();
+    assert_eq!(state_of(id).await, Some(slots::PoolState::Draining));
+    assert_eq!(state_of(new).await, Some(slots::PoolState::Open));
+    assigned.recv().await.unwrap().answer.send(success()).ok().unwrap();
+    assert!(outcome(queued).await.error.is_none());
+    run.answer.send(success()).ok().unwrap();
+    assert!(outcome(running).await.error.is_none());
+    assert_eq!(scheduler.send(DrainPool { id }).await.unwrap(), Ok(()));
+}
+
 /// EXE-62.
 #[actix::test]
 async fn a_removed_pool_stops_its_runs_and_another_takes_them() {
@@ -273,7 +311,7 @@ async fn a_removed_pool_stops_its_runs_and_another_takes_them() {
     let (sender, mut assigned) = mpsc::unbounded_channel();
     let spec = slots::PoolSpec { name: "other".into(), ..ledger::fixtures::pool(1, "linux") };
     let pool = Pool { spec, runner: FakePool(sender).start().recipient(), stager: None };
-    scheduler.send(AddPool { pool }).await.unwrap().unwrap();
+    scheduler.send(AddPool { pool, replaces: None }).await.unwrap().unwrap();
     scheduler.send(RemovePool { id }).await.unwrap().unwrap();
     assert!(run.run.control.cancel.is_cancelled());
     run.answer.send(Err(RunFailure::new(Error::Cancelled("stopped".into())))).ok().unwrap();

@@ -20,25 +20,27 @@ use gorego_reapi::error::Result;
 use std::sync::Arc;
 
 impl Ledger {
-    /// Adds a pool. Waiting tasks that it suits wait for it too from now on.
+    /// Adds a pool. Waiting tasks that it suits wait for it too from now on. The caller then drains the pool that it
+    /// replaces.
     ///
     /// # Errors
-    /// `Precondition` if there are too many pools, or a pool with this name that is not draining.
-    pub(crate) fn add_pool(&mut self, spec: PoolSpec) -> Result<PoolId> {
-        let id = self.slots.add(spec)?;
+    /// `Precondition` if there are too many pools, or another pool with this name that is not draining.
+    pub(crate) fn add_pool(&mut self, spec: PoolSpec, replaces: Option<PoolId>) -> Result<PoolId> {
+        let id = self.slots.add(spec, replaces)?;
         self.ready.insert(id, Queue::new(self.settings.priority_ageing));
         self.add_to_tasks(id);
         Ok(id)
     }
 
-    /// Stops a pool from taking tasks. Its running tasks continue: see [`Ledger::runs_in`].
+    /// Stops a pool from taking tasks. Its running tasks continue: see [`Ledger::runs_in`]. Returns whether it was not
+    /// draining before.
     ///
     /// # Errors
     /// `NotFound`.
-    pub(crate) fn drain_pool(&mut self, id: PoolId) -> Result<()> {
-        self.slots.drain(id)?;
+    pub(crate) fn drain_pool(&mut self, id: PoolId) -> Result<bool> {
+        let is_new = self.slots.drain(id)?;
         self.move_demand(id);
-        Ok(())
+        Ok(is_new)
     }
 
     /// Removes a pool, drained or not. Its runs are stopped and tried again in another pool. Tasks that only this pool

@@ -193,8 +193,8 @@ impl World {
             false => PoolRoom::Each(self.random.below(3) as u64 * (3 << 29)),
         };
         let spec = self.pools.new_spec(slots, kind, room);
-        let id = self.ledger.add_pool(spec.clone()).unwrap();
-        assert!(self.ledger.add_pool(spec.clone()).is_err(), "names are unique");
+        let id = self.ledger.add_pool(spec.clone(), None).unwrap();
+        assert!(self.ledger.add_pool(spec.clone(), None).is_err(), "names are unique");
         self.pools.insert(id, spec);
         self.may_stage_in(id);
         self.seen.insert("pool added");

@@ -269,7 +269,7 @@ fn runs_of_a_removed_pool_are_retried_elsewhere_and_lose_no_attempt() {
     for stops in [true, false, true] {
         let run = fixture.dispatch_one();
         let name = format!("replacement-{}", runs.len());
-        fixture.ledger.add_pool(PoolSpec { name, ..pool(1, "linux") }).unwrap();
+        fixture.ledger.add_pool(PoolSpec { name, ..pool(1, "linux") }, None).unwrap();
         fixture.ledger.remove_pool(run.pool, fixture.now).unwrap();
         assert!(run.cancel.is_cancelled());
         if stops {

@@ -94,7 +94,7 @@ fn a_task_whose_larger_pool_goes_away_runs_where_it_ran_before_and_a_smaller_one
     let run = fixture.dispatch_one();
     assert_eq!(&*fixture.ledger.pool_name(run.pool), "a");
     fixture.finish(run.task, out_of_memory());
-    fixture.ledger.add_pool(pool_of("c", gb)).unwrap();
+    fixture.ledger.add_pool(pool_of("c", gb), None).unwrap();
     let run = fixture.dispatch_one();
     assert_eq!(&*fixture.ledger.pool_name(run.pool), "b");
     fixture.ledger.remove_pool(run.pool, fixture.now).unwrap();

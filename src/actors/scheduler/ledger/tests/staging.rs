@@ -96,7 +96,7 @@ fn a_draining_pool_and_one_without_overlays_stage_nothing() {
     fixture.ledger.drain_pool(pool).unwrap();
     assert!(fixture.staged().is_none());
     let other = PoolSpec { name: "plain".into(), ..super::pool(1, "linux") };
-    let plain = fixture.ledger.add_pool(other).unwrap();
+    let plain = fixture.ledger.add_pool(other, None).unwrap();
     let _more = fixture.submit_each(3..5);
     assert!(fixture.staged().is_none());
     fixture.ledger.stage_ahead_in(plain);

@@ -75,7 +75,7 @@ impl Live {
             Ok::<_, Error>(ResultOutput {
                 name,
                 raw: raw.clone(),
-                digest: printed_digest(raw, digest.as_ref())?,
+                digest: log_digest(DigestFunction::Sha256, raw, digest.as_ref())?,
             })
         };
         let printed = rest("stdout", &result.stdout_raw, &result.stdout_digest)?;
@@ -142,14 +142,21 @@ struct ResultOutput {
     digest: Digest,
 }
 
-/// The digest of an output, which may be inline, a blob, or empty.
-fn printed_digest(raw: &Bytes, digest: Option<&reapi::Digest>) -> Result<Digest> {
+/// The digest of an output in a result, which may be inline, a blob, or empty.
+///
+/// # Errors
+/// `Invalid` for a malformed digest.
+pub(super) fn log_digest(
+    function: DigestFunction,
+    raw: &[u8],
+    digest: Option<&reapi::Digest>,
+) -> Result<Digest> {
     match digest {
-        _ if !raw.is_empty() => Ok(DigestFunction::Sha256.digest(raw)),
+        _ if !raw.is_empty() => Ok(function.digest(raw)),
         Some(digest) if !digest.hash.is_empty() && digest.size_bytes != 0 => {
-            Digest::from_wire(DigestFunction::Sha256, Some(digest), "log digest")
+            Digest::from_wire(function, Some(digest), "log digest")
         }
-        _ => Ok(Digest::empty(DigestFunction::Sha256)),
+        _ => Ok(Digest::empty(function)),
     }
 }
 
@@ -254,4 +261,18 @@ impl<W: Write> Write for SkipPrinted<W> {
 fn write_all(sink: &mut impl Write, bytes: &[u8]) -> Result<()> {
     let written = sink.write_all(bytes).and_then(|()| sink.flush());
     written.map_err(|error| Error::Invalid(format!("could not print the command's output: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_may_be_inline_or_a_blob() {
+        const SHA256: DigestFunction = DigestFunction::Sha256;
+        let blob = SHA256.digest(b"x").to_wire();
+        assert_eq!(log_digest(SHA256, b"x", None), log_digest(SHA256, b"", Some(&blob)));
+        let nothing = reapi::Digest::default();
+        assert_eq!(log_digest(SHA256, b"", Some(&nothing)), Ok(Digest::empty(SHA256)));
+    }
 }

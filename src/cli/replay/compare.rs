@@ -1,5 +1,6 @@
 //! Compares the outcomes of two runs of one action. Pure, except for [`first_difference`], which reads two files.
 
+use crate::cli::live::log_digest;
 use gorego_client::Listing;
 use gorego_reapi::{
     digest::{Digest, DigestFunction},
@@ -79,17 +80,6 @@ impl RunOutcome {
             stderr: log_digest(function, &result.stderr_raw, result.stderr_digest.as_ref())?,
             entries,
         })
-    }
-}
-
-/// The digest of a log, which may be inline, a blob, or empty.
-fn log_digest(function: DigestFunction, raw: &[u8], digest: Option<&reapi::Digest>) -> Result<Digest> {
-    match digest {
-        _ if !raw.is_empty() => Ok(function.digest(raw)),
-        Some(digest) if !digest.hash.is_empty() && digest.size_bytes != 0 => {
-            Digest::from_wire(function, Some(digest), "log digest")
-        }
-        _ => Ok(Digest::empty(function)),
     }
 }
 
@@ -235,14 +225,6 @@ mod tests {
             })
             .collect();
         assert_eq!(names, ["0>1", "stderr", "b11", "c11", "gone10", "l11", "new01"]);
-    }
-
-    #[test]
-    fn a_log_may_be_inline_or_a_blob() {
-        let blob = SHA256.digest(b"x").to_wire();
-        assert_eq!(log_digest(SHA256, b"x", None), log_digest(SHA256, b"", Some(&blob)));
-        let nothing = reapi::Digest::default();
-        assert_eq!(log_digest(SHA256, b"", Some(&nothing)), Ok(Digest::empty(SHA256)));
     }
 
     #[test]

@@ -27,6 +27,7 @@ mod tls;
 
 pub use execution::ExecutionSettings;
 pub use images::{ImagesSettings, Tags};
+pub(crate) use limits::MAX_CONCURRENCY;
 pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
 pub use machine::Machine;
 pub use persistent_workers::PersistentWorkersSettings;

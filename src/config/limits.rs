@@ -8,7 +8,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 
 /// Maximum number of concurrent actions on one machine. Each slot is a thread and a process.
-pub(super) const MAX_CONCURRENCY: usize = 4_096;
+pub(crate) const MAX_CONCURRENCY: usize = 4_096;
 /// The section, for messages.
 const SECTION: &str = "execution.limits";
 

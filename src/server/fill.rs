@@ -8,7 +8,7 @@ use crate::{
         cas::{LeaseTimes, PackingSettings, StoreSettings, SyncPolicy},
         scheduler::settings::{Priorities, SchedulerConfig, SchedulerSettings},
     },
-    config::{Durability, ExecutionSettings, Settings},
+    config::{Durability, ExecutionSettings, MAX_CONCURRENCY, Settings},
     grpc::ProtocolSettings,
     log_streams::{LogSettings, MAX_STREAM_BYTES, StreamLimits},
     node::NodeName,
@@ -75,10 +75,11 @@ pub(super) fn asset_settings(settings: &Settings) -> AssetSettings {
     }
 }
 
-/// Run streams are kept as long as the operations that name them. They hold no bytes.
+/// Run streams are kept as long as the operations that name them. They hold no bytes, so there may be as many as a
+/// reload can make slots.
 pub(super) fn log_settings(settings: &Settings) -> LogSettings {
     let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
-        (execution.retention, execution.retained_operations.saturating_add(execution.slots))
+        (execution.retention, execution.retained_operations.saturating_add(MAX_CONCURRENCY))
     });
     let clients = settings.log_streams;
     LogSettings {

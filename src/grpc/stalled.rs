@@ -27,7 +27,8 @@ pub(super) fn watched(messages: ReadStream) -> ReadStream {
     Watched { pull, watch }.boxed()
 }
 
-/// PullState that the stream and the watch share. The lock is held while a message is polled, which never blocks.
+/// The state that a stream shares with the task that watches it. The lock is held while the stream is polled for its
+/// next message, which never blocks.
 struct Pull(Mutex<PullState>);
 
 struct PullState {

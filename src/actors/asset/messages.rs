@@ -16,7 +16,7 @@ use tokio::{sync::watch, time::Instant};
 #[derive(Debug, Message)]
 #[rtype(result = "Vec<KnownAsset>")]
 pub struct LookUpAsset {
-    /// The assets to look up or bind.
+    /// The assets to look up.
     pub keys: Vec<AssetKey>,
     /// Content older than this is not accepted (AST-08).
     pub oldest: Option<SystemTime>,
@@ -26,7 +26,7 @@ pub struct LookUpAsset {
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct BindAsset {
-    /// The assets to look up or bind.
+    /// The assets that the content is bound to.
     pub keys: Vec<AssetKey>,
     /// The content that is bound.
     pub binding: Binding,

@@ -1,9 +1,10 @@
 //! Unpacks archives: tar (plain or compressed with gzip, xz or zstd) and zip, which are told apart by their first
 //! bytes.
 //!
-//! Entries go through [`Layout`], which refuses hostile ones, and contents go straight to the store. Memory is bounded
-//! and does not depend on what the archive claims: one piece of one file, the layout, and the decoder, which has a
-//! limit too. All decoded bytes, including headers, count against one limit, which stops a bomb.
+//! Entries go through [`Layout`], which refuses hostile ones, and contents go straight to the store. An archive takes
+//! memory for its layout, its decoder and one piece of one file. Each of these has a limit that does not depend on
+//! what the archive claims, and all archives together have a limit too ([`UNPACKING`]). All decoded bytes, including
+//! headers, count against one limit, which stops a bomb.
 //!
 //! Owners, times and permissions other than "executable" are dropped. Devices, pipes, sparse files and encrypted files
 //! are refused.

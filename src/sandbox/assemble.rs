@@ -166,8 +166,8 @@ impl Assembled {
     }
 }
 
-/// Copies a tree of mounts, so that the original can be unmounted: each mount in the namespace of the runner makes every
-/// new cell slower. Returns `None` if the copy cannot be copied in turn, which needs Linux 6.15.
+/// Copies a tree of mounts, so that the original can be unmounted: each mount in the namespace of the runner makes
+/// every new cell slower. Returns `None` before Linux 6.15, where the copy could not be copied in turn.
 fn detached_copy(tree: BorrowedFd<'_>) -> Option<OwnedFd> {
     let copy = mounts::copy_of(tree).ok()?;
     mounts::copy_of(copy.as_fd()).ok()?;

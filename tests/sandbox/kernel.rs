@@ -142,6 +142,32 @@ async fn an_action_has_no_network_except_its_own_loopback() {
     .await;
 }
 
+#[tokio::test]
+async fn no_action_finds_traces_of_another_one_in_its_network() {
+    with_each(&[("EXECUTION__CONCURRENCY", "1")], async |host| {
+        let traces = "tail -n +3 /proc/net/dev; head -1 /proc/net/sockstat; tail -n +2 /proc/net/unix";
+        let unused = host.says(traces).await;
+        for talk in [
+            // The first connection leaves a socket in the state TIME_WAIT.
+            "socket(S, PF_INET, SOCK_STREAM, 0); bind(S, sockaddr_in(8080, INADDR_ANY)) and listen(S, 1) and \
+             socket(C, PF_INET, SOCK_STREAM, 0) and connect(C, sockaddr_in(8080, inet_aton(\"127.0.0.1\"))) and \
+             accept(A, S) and close(A) and close(C)",
+            "socket(S, PF_INET, SOCK_DGRAM, 0); send(S, \"x\", 0, sockaddr_in(8080, inet_aton(\"127.0.0.1\")))",
+            "socket(S, PF_UNIX, SOCK_DGRAM, 0); bind(S, sockaddr_un(\"\\0name\"))",
+        ] {
+            host.says(&format!("perl -MSocket -e '{talk} or die $!'")).await;
+            for run in 0..4 {
+                let traces = format!("{traces} # {run}, {talk}");
+                assert_eq!(host.says(&traces).await, unused, "{talk}");
+            }
+        }
+        let words: Vec<_> = unused.split_whitespace().collect();
+        assert_eq!(words.first().zip(words.last()), Some((&"lo:", &"0")), "{unused}");
+        assert!(words[1..words.len() - 3].iter().all(|word| *word == "0"), "{unused}");
+    })
+    .await;
+}
+
 /// With another limit, the host's core handler would run for the action.
 #[tokio::test]
 async fn a_crash_leaves_no_core_whatever_limit_the_action_sets() {

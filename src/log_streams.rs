@@ -284,12 +284,14 @@ impl LogStreams {
 
 /// Ends streams that were removed from the registry, and frees their bytes. Returns the number of unfinished ones.
 fn end_removed(streams: impl IntoIterator<Item = Arc<ClientStream>>) -> usize {
-    let mut unfinished = 0;
-    for stream in streams {
+    let streams: Vec<_> = streams.into_iter().collect();
+    for stream in &streams {
         stream.spool.remove();
         stream.release();
-        unfinished += usize::from(!stream.spool.committed().finished);
-        tokio::task::spawn_blocking(move || stream.spool.free());
+    }
+    let unfinished = streams.iter().filter(|stream| !stream.spool.committed().finished).count();
+    if !streams.is_empty() {
+        tokio::task::spawn_blocking(move || streams.iter().for_each(|stream| stream.spool.free()));
     }
     unfinished
 }

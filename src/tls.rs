@@ -230,7 +230,7 @@ impl ServerTls {
                 let reloaded = tokio::task::spawn_blocking(move || tls.reload()).await;
                 let reloaded = reloaded.map_err(Error::internal).and_then(|reloaded| reloaded);
                 if let Err(error) = reloaded
-                    && looks.is_first_failure(&found)
+                    && looks.is_new_failure(&found, &error.to_string())
                 {
                     Event::error(LOG, "tls_not_reloaded").with_shown("error", &error).log(format_args!(
                         "the files of [tls] have changed and cannot be used; the earlier ones stay in force: {error}"

@@ -3,8 +3,9 @@
 //! Appends are serialized. The visible length changes only after the bytes are in the file, so readers never see
 //! missing bytes and never wait for a writer. The registry enforces the limits on the length.
 //!
-//! A removed spool has an empty file. [`Spool::free`] empties it, and an append that was running then undoes itself. So
-//! a reader must check that the spool is not removed *after* it has read: only then are the bytes those of the stream.
+//! A removed spool has an empty file. [`Spool::free`] empties it, and an append that is running at that moment empties
+//! it once more. So a reader must check that the spool is not removed *after* it has read: only then are the bytes
+//! those of the stream.
 
 use super::{Committed, registry::gone};
 use bytes::Bytes;

@@ -1,4 +1,5 @@
-//! Assembles views. A runner mounts each view once, in a mount namespace of its own, and every cell gets a copy.
+//! Assembles views. A runner mounts each view once, in a mount namespace of its own, and every cell gets a copy. If the
+//! kernel allows it, the finished view is detached from that namespace.
 //!
 //! In that namespace the runner sees the host as before, except for one directory that it does not need
 //! ([`MOUNT_POINTS`]), over which it mounts its views. Paths of a view are resolved as the action will see them, so
@@ -167,7 +168,7 @@ impl Assembled {
 }
 
 /// Copies a tree of mounts, so that the original can be unmounted: each mount in the namespace of the runner makes
-/// every new cell slower. Returns `None` before Linux 6.15, where the copy could not be copied in turn.
+/// every new cell slower. Returns `None` if the copy cannot be copied in turn, as before Linux 6.15.
 fn detached_copy(tree: BorrowedFd<'_>) -> Option<OwnedFd> {
     let copy = mounts::copy_of(tree).ok()?;
     mounts::copy_of(copy.as_fd()).ok()?;

@@ -75,8 +75,8 @@ pub(super) fn asset_settings(settings: &Settings) -> AssetSettings {
     }
 }
 
-/// Run streams are kept as long as the operations that name them. They hold no bytes, so there may be as many as a
-/// reload can make slots.
+/// Run streams are kept as long as the operations that name them, and each slot may have one more. A reload can raise
+/// the number of slots to [`MAX_CONCURRENCY`]. Run streams hold no bytes.
 pub(super) fn log_settings(settings: &Settings) -> LogSettings {
     let (kept, streams) = settings.execution.as_ref().map_or((Duration::ZERO, 0), |execution| {
         (execution.retention, execution.retained_operations.saturating_add(MAX_CONCURRENCY))

@@ -202,7 +202,7 @@ impl Pools {
         let drained = self.scheduler.send(DrainPool { id });
         let (scheduler, setup) = (self.scheduler.clone(), self.maker.setup.clone());
         self.runtime.spawn(async move {
-            // Both fail only if the scheduler is gone.
+            // Both fail only if the pool or the scheduler is gone.
             let _ = drained.await;
             let _ = scheduler.send(RemovePool { id }).await;
             tokio::task::spawn_blocking(move || setup.close_tools(&tools));

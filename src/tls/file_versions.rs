@@ -25,8 +25,8 @@ impl FileVersions {
 pub(super) struct Looks {
     /// The versions at the last look.
     seen: Option<FileVersions>,
-    /// The versions whose failure was logged.
-    refused: Option<FileVersions>,
+    /// The versions whose failure was logged, and the failure.
+    refused: Option<(FileVersions, String)>,
 }
 
 impl Looks {
@@ -40,9 +40,12 @@ impl Looks {
         is_steady && found != in_force
     }
 
-    /// Whether reading these files has failed for the first time.
-    pub(super) fn is_first_failure(&mut self, found: &FileVersions) -> bool {
-        self.refused.replace(found.clone()).as_ref() != Some(found)
+    /// Whether these files have failed in this way for the first time.
+    pub(super) fn is_new_failure(&mut self, found: &FileVersions, failure: &str) -> bool {
+        let refused = Some((found.clone(), failure.to_owned()));
+        let is_new = self.refused != refused;
+        self.refused = refused;
+        is_new
     }
 }
 
@@ -61,21 +64,22 @@ mod tests {
 
     /// A file may be unreadable for a moment although it stays the same.
     #[test]
-    fn a_change_that_failed_is_tried_at_each_look_and_its_failure_is_told_once() {
+    fn a_change_that_failed_is_tried_at_each_look_and_each_failure_is_told_once() {
         let [old, new, next] = [1, 2, 3].map(|inode| FileVersions(vec![Some((1, inode, 1, 1, 1))]));
         let mut looks = Looks::default();
         assert!(!looks.is_due(&old, &old) && !looks.is_due(&old, &old));
         assert!(!looks.is_due(&new, &old), "it may still be changing");
         for is_first in [true, false, false] {
             assert!(looks.is_due(&new, &old));
-            assert_eq!(looks.is_first_failure(&new), is_first);
+            assert_eq!(looks.is_new_failure(&new, "unreadable"), is_first);
         }
+        assert!(looks.is_new_failure(&new, "the key is for another certificate"));
         assert!(!looks.is_due(&next, &old) && looks.is_due(&next, &old));
-        assert!(looks.is_first_failure(&next));
+        assert!(looks.is_new_failure(&next, "unreadable"));
         // The earlier files are back, and later those that failed.
         assert!(!looks.is_due(&old, &old));
         assert!(!looks.is_due(&next, &old) && looks.is_due(&next, &old));
-        assert!(looks.is_first_failure(&next));
+        assert!(looks.is_new_failure(&next, "unreadable"));
         assert!(!looks.is_due(&next, &next), "they are in force");
     }
 

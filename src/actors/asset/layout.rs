@@ -11,15 +11,19 @@ use gorego_reapi::{
     proto::reapi,
 };
 use prost::Message as _;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 /// Maximum number of nodes of one archive, including implied directories.
 pub const MAX_NODES: usize = 200_000;
-/// Maximum bytes of all names and link targets together.
-pub const MAX_TEXT_BYTES: usize = 16 * 1024 * 1024;
-/// The memory that is reserved for a layout: enough for all texts, for their copies in Directory messages, and for the
-/// nodes of most archives.
-pub(crate) const LAYOUT_BYTES: u64 = 3 * MAX_TEXT_BYTES as u64;
+/// Maximum memory in bytes of one layout and of its Directory messages, as estimated by [`TreeSize`].
+pub(crate) const LAYOUT_BYTES: usize = 96 * 1024 * 1024;
+/// Memory in bytes of a file or a link besides its texts: its node in a map that may be half empty, its message, and
+/// the encoding of that.
+const LEAF_BYTES: usize = 450;
+/// Memory in bytes of a directory besides its name. The map of a directory has room for eleven nodes.
+const DIRECTORY_BYTES: usize = 1_000;
+/// How often a text is held in memory: in the layout, in a message, and in the encoding of that.
+const COPIES_OF_TEXT: usize = 3;
 /// Maximum depth of a path of an archive, in names.
 pub const MAX_DEPTH: usize = 256;
 
@@ -34,18 +38,20 @@ pub struct Layout {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct TreeSize {
     nodes: usize,
-    text_bytes: usize,
+    memory: usize,
 }
 
 impl TreeSize {
-    fn add(&mut self, nodes: usize, text_bytes: usize) -> Result<(), EntryProblem> {
-        self.nodes = self.nodes.saturating_add(nodes);
-        self.text_bytes = self.text_bytes.saturating_add(text_bytes);
+    /// Adds a node that takes `bytes` of memory besides its texts.
+    fn add(&mut self, bytes: usize, text_bytes: usize) -> Result<(), EntryProblem> {
+        self.nodes = self.nodes.saturating_add(1);
+        let text = text_bytes.saturating_mul(COPIES_OF_TEXT);
+        self.memory = self.memory.saturating_add(bytes).saturating_add(text);
         if self.nodes > MAX_NODES {
             return Err(format!("the archive has more than {MAX_NODES} entries"));
         }
-        if self.text_bytes > MAX_TEXT_BYTES {
-            return Err(format!("the names and links of the archive have more than {MAX_TEXT_BYTES} bytes"));
+        if self.memory > LAYOUT_BYTES {
+            return Err(format!("the entries of the archive need more than {LAYOUT_BYTES} bytes of memory"));
         }
         Ok(())
     }
@@ -55,9 +61,16 @@ type Names = BTreeMap<String, Node>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Node {
-    File { digest: Digest, executable: bool },
+    /// The content is in a box because a map has room for eleven nodes, even if it has only one.
+    File(Box<FileContent>),
     Symlink(String),
     Directory(Names),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct FileContent {
+    digest: Digest,
+    executable: bool,
 }
 
 /// What is wrong with an entry. The text names the path.
@@ -78,7 +91,7 @@ impl Layout {
     /// # Errors
     /// The errors of [`Layout::add_directory`].
     pub fn add_file(&mut self, path: &str, digest: Digest, executable: bool) -> Result<(), EntryProblem> {
-        self.add(path, Node::File { digest, executable })
+        self.add(path, Node::File(Box::new(FileContent { digest, executable })))
     }
 
     /// Adds a symbolic link.
@@ -125,7 +138,7 @@ impl Layout {
         let (name, parents) = names.split_last().ok_or_else(missing)?;
         let directory = find(&self.root, parents).ok_or_else(missing)?;
         match directory.get(*name) {
-            Some(file @ Node::File { .. }) => self.add(path, file.clone()),
+            Some(file @ Node::File(_)) => self.add(path, file.clone()),
             _ => Err(missing()),
         }
     }
@@ -161,19 +174,20 @@ impl Layout {
         if self.descend(path, parents)?.insert((*name).to_owned(), node).is_some() {
             return Err(format!("\"{}\" appears twice", path.escape_debug()));
         }
-        self.size.add(1, name.len().saturating_add(target))
+        self.size.add(LEAF_BYTES, name.len().saturating_add(target))
     }
 
     /// The directory at a path, which is created if necessary.
     fn descend(&mut self, path: &str, names: &[&str]) -> Result<&mut Names, EntryProblem> {
-        let (mut made, mut bytes) = (0, 0);
         let mut directory = &mut self.root;
         for name in names {
-            let node = directory.entry((*name).to_owned()).or_insert_with(|| {
-                made += 1;
-                bytes += name.len();
-                Node::Directory(Names::new())
-            });
+            let node = match directory.entry((*name).to_owned()) {
+                Entry::Occupied(node) => node.into_mut(),
+                Entry::Vacant(vacant) => {
+                    self.size.add(DIRECTORY_BYTES, name.len())?;
+                    vacant.insert(Node::Directory(Names::new()))
+                }
+            };
             let Node::Directory(inner) = node else {
                 return Err(format!(
                     "\"{}\" is below something that is no directory, or replaces it",
@@ -182,7 +196,6 @@ impl Layout {
             };
             directory = inner;
         }
-        self.size.add(made, bytes)?;
         Ok(directory)
     }
 }
@@ -220,10 +233,10 @@ fn encode(names: &Names, function: DigestFunction, blobs: &mut Vec<(Digest, Byte
     for (name, node) in names {
         let name = name.clone();
         match node {
-            Node::File { digest, executable } => message.files.push(reapi::FileNode {
+            Node::File(content) => message.files.push(reapi::FileNode {
                 name,
-                digest: Some(digest.to_wire()),
-                is_executable: *executable,
+                digest: Some(content.digest.to_wire()),
+                is_executable: content.executable,
                 node_properties: None,
             }),
             Node::Symlink(target) => message.symlinks.push(reapi::SymlinkNode {
@@ -327,7 +340,14 @@ mod tests {
         let mut layout = Layout::default();
         let deep = |n: usize| (0..200).map(|level| format!("{n}-{level}/")).collect::<String>();
         let refused = (0..).find(|n| layout.add_file(&format!("{}f", deep(*n)), content(), false).is_err());
-        assert_eq!(refused, Some(MAX_NODES / 201));
+        assert!(refused.is_some_and(|paths| paths * 200 * DIRECTORY_BYTES < LAYOUT_BYTES), "{refused:?}");
+    }
+
+    #[test]
+    fn the_number_of_entries_is_bounded() {
+        let mut layout = Layout::default();
+        let refused = (0..).find(|n| layout.add_file(&n.to_string(), content(), false).is_err());
+        assert_eq!(refused, Some(MAX_NODES));
     }
 
     #[test]
@@ -335,7 +355,7 @@ mod tests {
         let mut layout = Layout::default();
         let target = "t".repeat(MAX_PATH_BYTES);
         let refused = (0..MAX_NODES).find(|n| layout.add_symlink(&n.to_string(), &target).is_err());
-        assert!(refused.is_some_and(|links| links < MAX_TEXT_BYTES / MAX_PATH_BYTES));
+        assert!(refused.is_some_and(|links| links * COPIES_OF_TEXT * MAX_PATH_BYTES < LAYOUT_BYTES));
     }
 
     proptest! {

@@ -14,7 +14,7 @@ mod gzip_members;
 pub(crate) mod zstd_frames;
 
 use super::{
-    layout::{LAYOUT_BYTES, Layout},
+    layout::{self, Layout},
     outcome::{FailureKind, Problem},
 };
 use crate::budget::Bounds;
@@ -44,11 +44,13 @@ const EXTENSION_MAX_BYTES: u64 = 64 * 1024;
 /// Bound on the bytes that are read to find and read the central directory of a zip: enough for 65,534 entries with
 /// long names. The length that the archive claims is not reliable, and all of it is read into memory.
 const ZIP_DIRECTORY_MAX_BYTES: u64 = 64 * 1024 * 1024;
+/// The most memory that a layout takes.
+const LAYOUT_BYTES: u64 = layout::LAYOUT_BYTES as u64;
 /// Memory for the decoders and layouts of all archives that are unpacked at the same time. It is enough for two of the
-/// largest archives and three small ones; a single peer can have only one of the largest.
+/// largest archives and two small ones; a single peer can have only one of the largest.
 pub(crate) const UNPACKING: Bounds = Bounds::shared(
     "bytes of memory to unpack archives",
-    2 * LARGEST_BYTES + 3 * (SMALL_DECODER_BYTES + LAYOUT_BYTES),
+    2 * LARGEST_BYTES + 2 * (SMALL_DECODER_BYTES + LAYOUT_BYTES),
 );
 /// The most memory that one archive takes.
 pub(crate) const LARGEST_BYTES: u64 = LARGE_DECODER_BYTES + LAYOUT_BYTES;

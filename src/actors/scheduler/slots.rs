@@ -179,17 +179,17 @@ impl Slots {
         id
     }
 
-    /// Stops a pool from taking tasks. Returns whether it was not draining before.
+    /// Stops a pool from taking tasks. Returns whether it took tasks before.
     ///
     /// # Errors
     /// `NotFound` if there is no such pool.
     pub(crate) fn drain(&mut self, id: PoolId) -> Result<bool> {
         let pool = self.pools.get_mut(&id).ok_or_else(|| unknown(id))?;
-        let before = pool.state;
-        if before == PoolState::Open {
+        let took_tasks = pool.state == PoolState::Open;
+        if took_tasks {
             pool.state = PoolState::Draining;
         }
-        Ok(before != PoolState::Draining)
+        Ok(took_tasks)
     }
 
     /// Removes a pool. Slots that are released later are ignored. The properties that it offered stay known, so that an

@@ -6,7 +6,7 @@
 //! behind.
 //!
 //! Received pieces may be parts of larger buffers of a connection. Pieces of less than [`COPIED_BYTES`] are copied, so
-//! that each of them does not keep a whole buffer in memory.
+//! that none of them keeps a whole buffer in memory.
 
 use crate::actors::cas::{
     client::Cas,

@@ -32,15 +32,15 @@ impl Ledger {
         Ok(id)
     }
 
-    /// Stops a pool from taking tasks. Its running tasks continue: see [`Ledger::runs_in`]. Returns whether it was not
-    /// draining before.
+    /// Stops a pool from taking tasks. Its running tasks continue: see [`Ledger::runs_in`]. Returns whether it took
+    /// tasks before.
     ///
     /// # Errors
     /// `NotFound`.
     pub(crate) fn drain_pool(&mut self, id: PoolId) -> Result<bool> {
-        let is_new = self.slots.drain(id)?;
+        let took_tasks = self.slots.drain(id)?;
         self.move_demand(id);
-        Ok(is_new)
+        Ok(took_tasks)
     }
 
     /// Removes a pool, drained or not. Its runs are stopped and tried again in another pool. Tasks that only this pool

@@ -221,6 +221,11 @@ impl LookUp<'_> {
         self.index.results_from([instance.id(), private], from, LOOKUPS_PER_HOLD)
     }
 
+    /// The result that has the key of this file now. This does not count as a use.
+    pub(super) fn result_of(&self, file: &FileId) -> Option<FoundResult> {
+        self.index.result_of(file)
+    }
+
     /// See [`Index::cold_from`].
     pub(super) fn cold_from(&self, cold: ColdBlobs, from: u32) -> (Vec<FoundEntry>, Option<u32>) {
         self.index.cold_from(cold, from, LOOKUPS_PER_HOLD)

@@ -62,6 +62,13 @@ impl Index {
         (found.collect(), (end < self.slab.len()).then_some(end as u32))
     }
 
+    /// The result that has the key of this file now, in the same file or in another one. This does not count as a use.
+    pub(in super::super) fn result_of(&self, file: &FileId) -> Option<FoundResult> {
+        let slot = self.slot_of(&file.key)?;
+        let file = self.file_at(slot);
+        Some(FoundResult { at: EntryRef { slot, generation: file.generation }, file })
+    }
+
     pub(in super::super) fn entry_of(&self, file: &FileId) -> Option<EntryRef> {
         let at = EntryRef { slot: self.slot_of(&file.key)?, generation: file.generation };
         self.live(at).map(|_| at)

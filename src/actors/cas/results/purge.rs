@@ -37,6 +37,8 @@ use std::{collections::HashSet, time::SystemTime};
 const HOLDS_PER_PAGE: usize = 400;
 /// Bytes of result files that are read for one page. It ends with the file that exceeds this.
 const BYTES_PER_PAGE: u64 = 64 << 20;
+/// How often a result is examined. Compaction may move it before it is removed, again and again.
+const EXAMINATIONS_MAX: usize = 10;
 
 /// The condition that selects results. All of its fields that are set have to match.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -88,14 +90,15 @@ impl ResultCondition {
     }
 }
 
-/// Removes these results, unless they were replaced meanwhile. The answer comes when the files are deleted, and names
+/// Removes these results, unless they were replaced or moved meanwhile. The answer comes when the files are deleted, and names
 /// the removed results.
 #[derive(Message)]
 #[rtype(result = "Result<HashSet<FileId>>")]
 pub struct RemoveResults(Vec<EntryRef>);
 
 impl Cas {
-    /// Works on one page of a purge: examines about `max` results from the slot `from` on.
+    /// Works on one page of a purge: examines about `max` results from the slot `from` on. A result that was replaced or
+    /// moved before it could be removed is examined again.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down; `Internal` when files could not be deleted.
@@ -109,18 +112,44 @@ impl Cas {
     ) -> Result<PurgePage> {
         let _turn = self.shared().purge_turn.lock().await;
         let (found, next) = self.results_from(instance, condition, from, max)?;
-        let (cas, instance, condition) = (self.clone(), instance.clone(), condition.clone());
-        let read = self.blocking(move || read_origins(&cas, &instance, &condition, &found)).await?;
-        let OriginsRead { matching, examined, unreadable, stopped_at } = read;
+        let OriginsRead { mut matching, examined, mut unreadable, stopped_at } =
+            self.read_origins(instance, condition, found).await?;
         let next = stopped_at.or(next);
-        if !remove || matching.is_empty() {
+        if !remove {
             let results = matching.into_iter().map(|(_, origin)| origin).collect();
             return Ok(PurgePage { results, examined, unreadable, next });
         }
-        let gone = self.ask(RemoveResults(matching.iter().map(|(found, _)| found.at).collect())).await??;
-        let results = matching.into_iter().filter(|(found, _)| gone.contains(&found.file));
-        let results = results.map(|(_, origin)| origin).collect();
+        let mut results = Vec::with_capacity(matching.len());
+        for _ in 1..EXAMINATIONS_MAX {
+            if matching.is_empty() {
+                break;
+            }
+            let gone =
+                self.ask(RemoveResults(matching.iter().map(|(found, _)| found.at).collect())).await??;
+            let (removed, left): (Vec<_>, Vec<_>) =
+                matching.into_iter().partition(|(found, _)| gone.contains(&found.file));
+            results.extend(removed.into_iter().map(|(_, origin)| origin));
+            let again = |(found, _): &(FoundResult, _)| self.look_up(|index| index.result_of(&found.file));
+            let again: Result<Vec<_>> = left.iter().map(again).collect();
+            let again: Vec<_> = again?.into_iter().flatten().collect();
+            let all = again.len() as u64;
+            let read = self.read_origins(instance, condition, again).await?;
+            unreadable += read.unreadable + (all - read.examined);
+            matching = read.matching;
+        }
+        unreadable += matching.len() as u64;
         Ok(PurgePage { results, examined, unreadable, next })
+    }
+
+    /// Reads the origins of these results on a blocking thread.
+    async fn read_origins(
+        &self,
+        instance: &Instance,
+        condition: &ResultCondition,
+        found: Vec<FoundResult>,
+    ) -> Result<OriginsRead> {
+        let (cas, instance, condition) = (self.clone(), instance.clone(), condition.clone());
+        self.blocking(move || read_origins(&cas, &instance, &condition, &found)).await
     }
 
     /// The results of a page, according to the index.
@@ -228,5 +257,53 @@ impl Receive<RemoveResults> for CasActor {
             }
             .boxed(),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        actors::cas::{
+            CasActor,
+            client::Provenance,
+            compaction::Relocate,
+            tests::settings_at,
+            volume::{Moves, memory::Memory},
+        },
+        instance::Instances,
+    };
+    use gorego_reapi::{digest::DigestFunction, proto::reapi::ActionResult};
+    use std::sync::mpsc;
+    use tokio::runtime::Builder;
+
+    #[actix::test]
+    async fn a_result_that_is_moved_before_it_is_removed_is_removed_too() {
+        let runtime = Builder::new_multi_thread().worker_threads(1).max_blocking_threads(1).build().unwrap();
+        let (volume, settings) = (Memory::default(), settings_at("nowhere".into(), 1 << 30));
+        let cas =
+            CasActor::over(Box::new(volume.clone()), settings, runtime.handle().clone()).unwrap().launch();
+        let main = Instances::new([""]).unwrap().get("").unwrap();
+        let action = DigestFunction::Sha256.digest(b"action");
+        let result = ActionResult { exit_code: 1, ..ActionResult::default() };
+        cas.put_result(&main, action, result, Provenance::default()).await.unwrap();
+
+        let (free, busy) = mpsc::channel::<()>();
+        runtime.spawn_blocking(move || busy.recv());
+        let everything = ResultCondition::default();
+        let purge = cas.purge_results(&main, &everything, 0, 10, true);
+        // The purge has found the result when this is polled, and cannot read it before `free` is dropped.
+        let move_it = async {
+            let file = cas.results_from(&main, &everything, 0, 10).unwrap().0[0].file;
+            let moves = Moves { moved: vec![(file, volume.copy(&file))], lost: Vec::new() };
+            assert_eq!(cas.actor().send(Relocate(moves)).await.unwrap(), [true]);
+            drop(free);
+        };
+        let (page, ()) = futures::join!(purge, move_it);
+        let page = page.unwrap();
+        assert_eq!((page.results.len(), page.examined, page.unreadable), (1, 1, 0));
+        assert_eq!(cas.get_result(&main, action).await.unwrap(), None);
+        drop(cas);
+        runtime.shutdown_background();
     }
 }

@@ -116,7 +116,7 @@ impl NewBlob {
     }
 
     /// Stores a blob that has a temporary file.
-    async fn store_large(mut self, check: impl Fn(Digest) -> Result<()>) -> Result<Digest> {
+    async fn store_large(mut self, check: impl Fn(Digest) -> Result<()> + Send + 'static) -> Result<Digest> {
         self.spill().await?;
         let (Some(HashedDraft { file, hasher }), Some(room)) = (self.sink.take(), self.room.take()) else {
             return Err(Error::internal("a new blob lost its file"));
@@ -129,10 +129,10 @@ impl NewBlob {
                     file.hash(function.hasher(size)).map_err(|error| Error::io("hash a new blob", &error))?
                 }
             };
+            check(digest)?;
             Ok((file, digest))
         });
         let (file, digest) = hashed.await??;
-        check(digest)?;
         // An existing file of the blob wins over this one, unless it is damaged and dropped here.
         self.cas.are_sound(&self.instance, vec![digest]).await?;
         let (cas, instance) = (self.cas.clone(), self.instance.blobs());
@@ -186,6 +186,20 @@ impl NewBlob {
             none => none.insert(self.cas.new_room()?),
         };
         room.grow(needed, most).await
+    }
+}
+
+impl Drop for NewBlob {
+    /// Removes the temporary file on the blocking pool, because freeing the blocks of a large file takes a while. Its
+    /// room is free after that.
+    fn drop(&mut self) {
+        if let Some(sink) = self.sink.take() {
+            let room = self.room.take();
+            self.cas.shared().runtime.spawn_blocking(move || {
+                drop(sink);
+                drop(room);
+            });
+        }
     }
 }
 

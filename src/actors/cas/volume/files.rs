@@ -329,12 +329,11 @@ impl Volume for Files {
         let all = self.left().clone();
         let gone: HashSet<FileId> =
             (all.iter().map(|victim| victim.file)).filter(|file| self.delete_one(file).is_ok()).collect();
-        if !gone.is_empty() {
-            self.left().retain(|victim| !gone.contains(&victim.file));
-            let bytes =
-                all.iter().filter(|victim| gone.contains(&victim.file)).map(|victim| victim.bytes).sum();
-            self.left_bytes.fetch_sub(bytes, Ordering::Relaxed);
-        }
+        // Another call may work on the same files, and each of them counts only once.
+        let mut left = self.left();
+        let removed = left.extract_if(.., |victim| gone.contains(&victim.file));
+        let bytes = removed.map(|victim| victim.bytes).sum();
+        self.left_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Uses are recorded as access times.

@@ -62,6 +62,12 @@ impl Memory {
         self.dead.iter().for_each(|dead| dead.bytes.store(0, Ordering::Relaxed));
     }
 
+    /// Copies a file, as compaction does. Returns the generation of the copy.
+    pub(crate) fn copy(&self, file: &FileId) -> u64 {
+        let bytes = self.files.lock().unwrap().get(&file.generation).unwrap().1.clone();
+        self.keep(file.key, bytes).file.generation
+    }
+
     /// Fails every call that opens or writes a file from now on, or with 0 no more.
     pub(crate) fn fail_with(&self, errno: i32) {
         self.fault.store(errno, Ordering::Relaxed);

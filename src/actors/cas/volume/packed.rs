@@ -12,7 +12,7 @@
 //! swapped files are noticed as well.
 //!
 //! A read at an offset decodes only the frames that it needs. An open file keeps at most one frame in memory, and only
-//! if a read has used a part of it.
+//! if a read has used a part of it. All open files together keep at most [`KEPT_BYTES_MAX`].
 
 use super::{
     Draft, Frames, Look, Stored, WrittenFile, read_exact,
@@ -26,7 +26,10 @@ use gorego_reapi::{
 use std::{
     fs::File,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 /// The magic number of the frame of the checksums. Decoders skip such a frame.
@@ -127,18 +130,48 @@ fn decode_end(digest: Digest, frames: usize, end: &[u8]) -> Option<(SeekTable, V
     is_whole.then_some((table, checksums))
 }
 
+/// Maximum number of bytes of frames that all open files keep for their next reads. Beyond it, a frame of which a read
+/// uses only a part is read and decoded again for the next one.
+const KEPT_BYTES_MAX: usize = 64 * 1024 * 1024;
+
 /// Decoders of frames that are kept for later reads. There are at most as many as have worked at the same time.
 #[derive(Debug, Default)]
-pub(super) struct FrameDecoders(Mutex<Vec<FrameDecoder>>);
+pub(super) struct FrameDecoders {
+    idle: Mutex<Vec<FrameDecoder>>,
+    /// Bytes of frames that open files keep.
+    kept_bytes: AtomicUsize,
+}
 
 impl FrameDecoders {
     fn decode(&self, frame: &[u8], plain: usize) -> io::Result<Vec<u8>> {
-        let idle = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = idle().pop();
         let mut decoder = kept.map_or_else(FrameDecoder::new, Ok).map_err(io::Error::other)?;
         let decoded = decoder.decode(frame, plain);
         idle().push(decoder);
         decoded.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))
+    }
+
+    /// Keeps a part of a file for the next read, unless the parts of all files would exceed [`KEPT_BYTES_MAX`].
+    fn keep(self: &Arc<Self>, part: FramePart, bytes: Vec<u8>) -> Option<KeptPart> {
+        let grown =
+            |kept: usize| Some(kept.saturating_add(bytes.len())).filter(|kept| *kept <= KEPT_BYTES_MAX);
+        self.kept_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grown).ok()?;
+        Some(KeptPart { part, bytes, counted_by: self.clone() })
+    }
+}
+
+/// A part of a file that is kept for the next read.
+#[derive(Debug)]
+struct KeptPart {
+    part: FramePart,
+    bytes: Vec<u8>,
+    counted_by: Arc<FrameDecoders>,
+}
+
+impl Drop for KeptPart {
+    fn drop(&mut self) {
+        self.counted_by.kept_bytes.fetch_sub(self.bytes.len(), Ordering::Relaxed);
     }
 }
 
@@ -151,7 +184,7 @@ pub(super) struct PackedFile {
     checksums: Vec<u32>,
     decoders: Arc<FrameDecoders>,
     /// The rest of the last frame of which a read has used a part.
-    rest: Mutex<Option<(FramePart, Vec<u8>)>>,
+    rest: Mutex<Option<KeptPart>>,
 }
 
 /// A frame, by its number.
@@ -182,23 +215,34 @@ impl PackedFile {
         Ok(Self { file, table, checksums, decoders, rest: Mutex::default() })
     }
 
-    fn rest(&self) -> MutexGuard<'_, Option<(FramePart, Vec<u8>)>> {
+    fn rest(&self) -> MutexGuard<'_, Option<KeptPart>> {
         self.rest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Copies the bytes of a part from `start` on. The rest of the part is kept for the next read.
+    /// Copies the bytes of a part from `start` on. If some are left, the part is kept for the next read.
     fn copy(&self, part: FramePart, start: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let kept = self.rest().take_if(|(kept, _)| *kept == part);
-        let bytes = match kept {
-            Some((_, bytes)) => bytes,
-            None => self.read(part)?,
-        };
         let start = usize::try_from(start).map_err(io::Error::other)?;
-        let wanted = bytes.get(start..).unwrap_or_default();
-        let length = wanted.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&wanted[..length]);
-        if length < wanted.len() {
-            *self.rest() = Some((part, bytes));
+        let copy = |bytes: &[u8], buffer: &mut [u8]| {
+            let wanted = bytes.get(start..).unwrap_or_default();
+            let length = wanted.len().min(buffer.len());
+            buffer[..length].copy_from_slice(&wanted[..length]);
+            (length, length < wanted.len())
+        };
+        // The lock is not held while a part is read.
+        let kept = self.rest().take();
+        let (length, rest) = match kept.filter(|kept| kept.part == part) {
+            Some(kept) => {
+                let (length, has_more) = copy(&kept.bytes, buffer);
+                (length, has_more.then_some(kept))
+            }
+            None => {
+                let bytes = self.read(part)?;
+                let (length, has_more) = copy(&bytes, buffer);
+                (length, if has_more { self.decoders.keep(part, bytes) } else { None })
+            }
+        };
+        if rest.is_some() {
+            *self.rest() = rest;
         }
         Ok(length)
     }
@@ -246,13 +290,16 @@ impl Stored for PackedFile {
     /// Only bytes that an earlier read has decoded are available.
     fn read_cached(&self, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize> {
         let (part, start) = self.plain_part(offset).ok_or(io::ErrorKind::UnexpectedEof)?;
-        let rest = self.rest.try_lock().map_err(|_| io::ErrorKind::WouldBlock)?;
-        let Some((_, bytes)) = rest.as_ref().filter(|(kept, _)| *kept == part) else {
+        let mut rest = self.rest.try_lock().map_err(|_| io::ErrorKind::WouldBlock)?;
+        let Some(kept) = rest.as_ref().filter(|kept| kept.part == part) else {
             return Err(io::ErrorKind::WouldBlock.into());
         };
-        let wanted = bytes.get(usize::try_from(start).map_err(io::Error::other)?..).unwrap_or_default();
+        let wanted = kept.bytes.get(usize::try_from(start).map_err(io::Error::other)?..).unwrap_or_default();
         let length = wanted.len().min(buffer.capacity() - buffer.len());
         buffer.extend_from_slice(&wanted[..length]);
+        if length == wanted.len() {
+            *rest = None;
+        }
         Ok(length)
     }
 

@@ -2,7 +2,7 @@
 
 use super::{
     super::{SyncPolicy, Volume as _, files::Files, read_all},
-    *,
+    CHUNK_BYTES, FrameDecoders, FramePart, KEPT_BYTES_MAX, *,
 };
 use crate::{
     actors::cas::index::{EntryKind, FileId},
@@ -13,7 +13,7 @@ use gorego_reapi::{
     digest::DigestFunction,
 };
 use proptest::prelude::*;
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, sync::Arc};
 use tempfile::TempDir;
 
 /// The volume of a new store.
@@ -186,4 +186,14 @@ fn the_recorded_use_is_that_of_the_plain_file_and_the_name_says_that_it_is_packe
     assert!(found[0].bytes < plain.len() as u64 / 3 * 2);
     assert_eq!(read_all(&*files.open(&found[0].file).unwrap(), 1 << 20).unwrap(), plain);
     assert!(files.next_generation() > id.sequence());
+}
+
+#[test]
+fn the_frames_that_all_open_files_keep_are_bounded() {
+    let decoders = Arc::new(FrameDecoders::default());
+    let keep = |number| decoders.keep(FramePart::Plain(number), vec![0; CHUNK_BYTES]);
+    let kept: Vec<_> = (0..).map_while(keep).collect();
+    assert_eq!(kept.len() * CHUNK_BYTES, KEPT_BYTES_MAX);
+    drop(kept);
+    assert!(keep(0).is_some());
 }

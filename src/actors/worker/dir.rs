@@ -22,6 +22,8 @@ use std::{
 /// How many directories a [`Cursor`] keeps open. The others are opened again through "..", so this number only affects
 /// how many system calls are needed.
 const MAX_OPEN: usize = 8;
+/// How often a path is opened again because something on the machine was renamed at the same moment.
+const OPEN_TRIES: usize = 1_000;
 
 /// The type of the file of a stat.
 pub(crate) fn file_type(stat: &Stat) -> FileType {
@@ -119,14 +121,14 @@ pub(super) fn grant(parent: &File, name: &OsStr, bits: Mode) -> io::Result<()> {
 }
 
 fn open2(parent: &File, path: &OsStr, flags: OFlags, resolve: ResolveFlags) -> io::Result<File> {
-    loop {
+    for _ in 1..OPEN_TRIES {
         match rfs::openat2(parent, path, flags, Mode::empty(), resolve) {
-            Ok(fd) => return Ok(fd.into()),
             // AGAIN: the kernel could not rule out an escape because something was renamed meanwhile.
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+            opened => return Ok(opened?.into()),
         }
     }
+    Ok(rfs::openat2(parent, path, flags, Mode::empty(), resolve)?.into())
 }
 
 /// The entries of an open directory, without "." and "..".

@@ -108,7 +108,7 @@ impl<'a> ActionRun<'a> {
         self.note(Point::WorkerEnd);
         let usage = self.ran.as_ref().map(|ran| &ran.usage);
         self.result.execution_metadata = Some(self.timeline.metadata(self.worker(), usage));
-        let outcome = stored.and_then(|batch| self.keep(batch));
+        let outcome = stored.and_then(|batch| self.keep(batch).map_err(|error| self.relieved(error)));
         self.log(&outcome);
         self.count(&outcome);
         let account = self.account(&outcome);

@@ -81,11 +81,21 @@ fn measure(root: &File, limits: &Limits, before: Use) -> Use {
     // A walk that ended early gives a sufficient result.
     let _ = walk(root, &mut |stat| {
         found.nodes += 1;
-        found.bytes = found.bytes.saturating_add((stat.st_blocks.max(0) as u64).saturating_mul(BLOCK));
+        found.bytes = found.bytes.saturating_add(share_of_bytes(stat));
         let over = |used: u64, before: u64, limit: u64| limit > 0 && used.saturating_sub(before) > limit;
         !over(found.bytes, before.bytes, limits.disk) && !over(found.nodes, before.nodes, limits.files)
     });
     found
+}
+
+/// The bytes of a file that one of its names stands for. All names of a file that was written here are below the root.
+#[allow(clippy::unnecessary_cast)]
+fn share_of_bytes(stat: &Stat) -> u64 {
+    let bytes = (stat.st_blocks.max(0) as u64).saturating_mul(BLOCK);
+    match dir::file_type(stat) {
+        FileType::Directory => bytes,
+        _ => bytes.div_ceil((stat.st_nlink as u64).max(1)),
+    }
 }
 
 /// A directory on the path from the root to the current directory.
@@ -162,6 +172,20 @@ mod tests {
         assert_eq!((exceeded.resource, exceeded.limit), (LimitedResource::Disk, 1 << 20));
         assert!(exceeded.used >= 2 << 20, "{exceeded:?}");
         assert_eq!(written.exceeded(&limits(4 << 20, 1)), None);
+    }
+
+    #[test]
+    fn a_file_with_many_names_takes_its_bytes_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let written = Written::begin(directory.path()).unwrap();
+        fs::write(directory.path().join("file"), vec![1; 1 << 20]).unwrap();
+        for number in 1..100 {
+            fs::hard_link(directory.path().join("file"), directory.path().join(number.to_string())).unwrap();
+        }
+        assert_eq!(written.exceeded(&limits(2 << 20, 0)), None);
+        assert_eq!(written.exceeded(&limits(0, 99)).unwrap().used, 100, "each name counts as a file");
+        let bytes = bytes_below(&File::open(directory.path()).unwrap());
+        assert!((1 << 20..2 << 20).contains(&bytes), "{bytes}");
     }
 
     /// The path is longer than any system call accepts. The link must not be followed.

@@ -114,6 +114,7 @@ impl OutputCopy<'_> {
         let (mut from, mut to) = (Cursor::at(source).map_err(failed)?, Cursor::at(target).map_err(failed)?);
         let mut levels = vec![self.enter((&mut from, &mut to), name).map_err(failed)?];
         while let Some(level) = levels.last_mut() {
+            self.checkpoint.check()?;
             let Some(name) = level.left.pop() else {
                 let here = to.here().map_err(failed)?;
                 rfs::fchmod(here, Mode::from_raw_mode(level.stat.st_mode & 0o777))
@@ -130,6 +131,7 @@ impl OutputCopy<'_> {
                 if levels.len() > MAX_TREE_DEPTH {
                     return Err(too_large());
                 }
+                self.count_node()?;
                 levels.push(self.enter((&mut from, &mut to), &name).map_err(failed)?);
             } else {
                 self.leaf((source, to.here().map_err(failed)?), &name, &stat)?;
@@ -154,12 +156,14 @@ impl OutputCopy<'_> {
         Ok(CopyLevel { left, stat })
     }
 
+    fn count_node(&mut self) -> Result<()> {
+        self.nodes += 1;
+        if self.nodes > MAX_TREE_NODES { Err(too_large()) } else { Ok(()) }
+    }
+
     fn leaf(&mut self, (source, target): (&File, &File), name: &OsStr, stat: &Stat) -> Result<()> {
         self.checkpoint.check()?;
-        self.nodes += 1;
-        if self.nodes > MAX_TREE_NODES {
-            return Err(too_large());
-        }
+        self.count_node()?;
         let failed =
             |error: io::Error| Error::io(&format!("copy output \"{}\" of a tool", name.display()), &error);
         match dir::file_type(stat) {

@@ -90,15 +90,15 @@ impl ResultCondition {
     }
 }
 
-/// Removes these results, unless they were replaced or moved meanwhile. The answer comes when the files are deleted, and names
-/// the removed results.
+/// Removes these results, unless they were replaced or moved meanwhile. The answer comes when the files are deleted,
+/// and names the removed results.
 #[derive(Message)]
 #[rtype(result = "Result<HashSet<FileId>>")]
 pub struct RemoveResults(Vec<EntryRef>);
 
 impl Cas {
-    /// Works on one page of a purge: examines about `max` results from the slot `from` on. A result that was replaced or
-    /// moved before it could be removed is examined again.
+    /// Works on one page of a purge: examines about `max` results from the slot `from` on. A result that was replaced
+    /// or moved before it could be removed is examined again.
     ///
     /// # Errors
     /// `Unavailable` when the server is shutting down; `Internal` when files could not be deleted.

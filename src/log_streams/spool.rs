@@ -4,8 +4,8 @@
 //! missing bytes and never wait for a writer. The registry enforces the limits on the length.
 //!
 //! A removed spool has an empty file. [`Spool::free`] empties it, and an append that is running at that moment empties
-//! it once more. So a reader must check that the spool is not removed *after* it has read: only then are the bytes
-//! those of the stream.
+//! it once more. Therefore a reader checks after each read whether the spool was removed meanwhile. If it was, the
+//! bytes that were read do not belong to the stream.
 
 use super::{Committed, registry::gone};
 use bytes::Bytes;

@@ -146,7 +146,8 @@ impl Slots {
         slots
     }
 
-    /// Adds a pool behind those of equal preference. It may have the name of one that is about to be drained.
+    /// Adds a pool behind the pools of equal preference. The pool that it `replaces` is about to be drained, so the new
+    /// one may have its name.
     ///
     /// # Errors
     /// `Precondition` if there are [`POOLS_MAX`] pools, or another one with this name that is not draining.

@@ -2,7 +2,7 @@
 
 use super::{
     super::{SyncPolicy, Volume as _, files::Files, read_all},
-    CHUNK_BYTES, FrameDecoders, FramePart, KEPT_BYTES_MAX, *,
+    *,
 };
 use crate::{
     actors::cas::index::{EntryKind, FileId},

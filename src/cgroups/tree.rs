@@ -89,11 +89,17 @@ pub(super) fn remove(directory: &Path) {
     let end = Instant::now() + REMOVAL;
     loop {
         kill(directory);
-        if try_remove(directory).is_ok() || Instant::now() >= end {
-            return;
+        match try_remove(directory) {
+            Err(error) if ends_by_itself(&error) && Instant::now() < end => thread::sleep(REMOVAL_ROUND),
+            _ => return,
         }
-        thread::sleep(REMOVAL_ROUND);
     }
+}
+
+/// Whether a group can be removed when its processes have ended. The groups of another user, which a server without
+/// the rights of root finds, can never be removed.
+fn ends_by_itself(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::BUSY | Errno::NOTEMPTY))
 }
 
 fn kill(directory: &Path) {
@@ -133,6 +139,15 @@ fn groups_below(directory: &Path) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_groups_that_are_in_use_are_waited_for() {
+        let own = tempfile::tempdir().unwrap();
+        fs::create_dir(own.path().join("slot-0")).unwrap();
+        let in_use = fs::remove_dir(own.path()).unwrap_err();
+        assert!(ends_by_itself(&in_use) && ends_by_itself(&Errno::BUSY.into()));
+        assert!(!ends_by_itself(&Errno::ACCESS.into()) && !ends_by_itself(&Errno::PERM.into()));
+    }
 
     /// Uses ordinary directories, where locks and names work in the same way.
     #[test]

@@ -47,7 +47,7 @@ impl Guarded {
         Self { server, tokens, _directory: directory }
     }
 
-    /// Makes a token with a role. The server has noticed it when this returns.
+    /// Makes a token with a role. The server has read it when this returns.
     pub(crate) async fn token(&self, role: &str) -> NewToken {
         let token = NewToken::random().unwrap();
         let record = TokenRecord {
@@ -59,11 +59,13 @@ impl Guarded {
             note: String::new(),
         };
         update(&self.tokens, |list| list.add(record)).unwrap();
+        // The server would notice the change by itself, but seconds later.
+        self.server.signal("HUP");
         let channel = self.channel().await;
         // Only so many denials of a client are logged, and tests look for them.
-        let interval = Duration::from_millis(500);
+        let interval = Duration::from_millis(200);
         let is_known = async || is_known(&channel, &token).await;
-        eventually_every(interval, "the server notices the token", is_known).await;
+        eventually_every(interval, "the server knows the token", is_known).await;
         token
     }
 

@@ -100,7 +100,7 @@ async fn a_line_added_to_a_large_file_uploads_a_few_per_cent_of_it() {
     let fast = cache.fast_cdc_2020_params.unwrap();
     let rep = cache.rep_max_cdc_params.unwrap();
 
-    let before = text(100 * MB);
+    let before = text(40 * MB);
     let middle = before.len() / 2;
     let after = [&before[..middle], b"a line that was not there\n", &before[middle..]].concat();
     for (chunking, function) in [

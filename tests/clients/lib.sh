@@ -86,9 +86,9 @@ skip() {
   exit 77
 }
 
-# not_by_default REASON: skips the script when it runs with all others and its installation would take minutes. It goes on
-# when it was named (`all GOREGO NAME`, or run by itself).
-not_by_default() { [ -z "${CLIENTS_ALL:-}" ] || skip "$1; it is installed when the script is named"; }
+# not_by_default REASON: skips the script when it runs with all others, because it or its installation takes many minutes.
+# It goes on when it was named (`all GOREGO NAME`, or run by itself).
+not_by_default() { [ -z "${CLIENTS_ALL:-}" ] || skip "$1; it runs when the script is named"; }
 
 # left_out WHAT REASON: a check that cannot be made here; said plainly, and no failure.
 left_out() { echo "SKIP    $1: $2"; }

@@ -43,10 +43,19 @@ pub(super) struct ImageIndex<K, T> {
     /// The keys of all images: spare ones first, then in the order of their last use. The numbers are unique.
     order: BTreeMap<EvictionRank, K>,
     last_use: u64,
-    unpacking: HashMap<K, u64>,
+    unpacking: HashMap<K, Unpacking>,
     /// The evicted entries that may still be on the disk under their names.
     leaving: HashSet<K>,
     copies: u64,
+}
+
+/// An image that is being unpacked.
+#[derive(Debug, Default)]
+struct Unpacking {
+    /// The bytes of the budget that it has taken.
+    charged: u64,
+    /// The bytes that were received for it.
+    received: u64,
 }
 
 /// A key that may stand for a spare entry.
@@ -112,7 +121,7 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
             && !self.unpacking.contains_key(key)
             && !self.leaving.contains(key);
         if is_new {
-            self.unpacking.insert(key.clone(), 0);
+            self.unpacking.insert(key.clone(), Unpacking::default());
         }
         is_new
     }
@@ -125,7 +134,7 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
     /// Takes room for more bytes of an image that is being unpacked.
     pub(super) fn grow(&mut self, key: &K, bytes: u64) -> Growth<K, T> {
         let Some(own) = self.unpacking.get_mut(key) else { return Growth::NotNow };
-        let grown = own.saturating_add(bytes);
+        let grown = own.charged.saturating_add(bytes);
         if grown > self.budget {
             return Growth::Never;
         }
@@ -136,26 +145,38 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         if needed.saturating_sub(evictable) > self.budget {
             return Growth::NotNow;
         }
-        *own = grown;
+        own.charged = grown;
         self.charged = needed;
         Growth::Yes(self.evict_while(|index| index.charged > index.budget))
     }
 
     /// Adds an unpacked image, and leases it.
     pub(super) fn finish(&mut self, key: &K, image: T) -> Option<CopyId> {
-        let bytes = self.unpacking.remove(key)?;
+        let bytes = self.unpacking.remove(key)?.charged;
         Some(self.insert(key.clone(), image, bytes, 1))
     }
 
     /// How many bytes an image that is being unpacked has taken.
     pub(super) fn taken(&self, key: &K) -> u64 {
-        self.unpacking.get(key).copied().unwrap_or(0)
+        self.unpacking.get(key).map_or(0, |own| own.charged)
+    }
+
+    /// Records how many bytes were received for an entry that is being unpacked.
+    pub(super) fn note_received(&mut self, key: &K, bytes: u64) {
+        if let Some(own) = self.unpacking.get_mut(key) {
+            own.received = bytes;
+        }
+    }
+
+    /// How many bytes were received for an entry; 0 if it is not being unpacked.
+    pub(super) fn received(&self, key: &K) -> u64 {
+        self.unpacking.get(key).map_or(0, |own| own.received)
     }
 
     /// Releases the room of an image that could not be unpacked.
     pub(super) fn abandon(&mut self, key: &K) {
-        if let Some(bytes) = self.unpacking.remove(key) {
-            self.charged -= bytes;
+        if let Some(own) = self.unpacking.remove(key) {
+            self.charged -= own.charged;
         }
     }
 
@@ -175,6 +196,16 @@ impl<K: Clone + Eq + Hash + Spare, T: Clone> ImageIndex<K, T> {
         if self.images.get(key).is_some_and(|entry| entry.copy == copy) {
             self.remove(key);
         }
+    }
+
+    /// Takes out a copy that is damaged, even if it is in use. The caller must remove it.
+    pub(super) fn discard(&mut self, key: &K, copy: CopyId) -> Evicted<K, T> {
+        let is_same = self.images.get(key).is_some_and(|entry| entry.copy == copy);
+        let image = if is_same { self.remove(key) } else { None };
+        image.map_or_else(Vec::new, |image| {
+            self.leaving.insert(key.clone());
+            vec![(key.clone(), image)]
+        })
     }
 
     /// Takes out all unused images. The caller must remove them.

@@ -27,9 +27,11 @@ const CHECK_SPACE_EVERY: u64 = 32;
 /// notices the end of the pull's time.
 const LAYER_POLL: Duration = Duration::from_millis(20);
 
-/// How long a pull waits for a layer that another pull is downloading. After that, it downloads the layer without
-/// keeping it, so that a slow registry does not hold up images from other registries.
+/// How long a pull waits for the next [`LAYER_PROGRESS`] bytes of a layer that another pull is downloading. After that,
+/// it downloads the layer without keeping it, so that a slow registry does not hold up images from other registries.
 const LAYER_WAIT: Duration = Duration::from_secs(10);
+/// See [`LAYER_WAIT`].
+const LAYER_PROGRESS: u64 = 8 << 20;
 
 /// The time limit of a pull.
 #[derive(Debug, Clone, Copy)]
@@ -94,21 +96,46 @@ pub(super) fn pull(
     };
     let mut tree = RootTree::new(unpacked.root()?, &mut take);
     for name in &manifest.layers {
-        apply(source, name, &mut tree, unpacked.cache(), time, LAYER_WAIT)?;
+        apply(source, name, &mut tree, unpacked.cache(), time, LayerPatience::starting(LAYER_WAIT))?;
     }
     drop(tree);
     let user = user::find(&config.user, unpacked.root()?).map_err(Error::Precondition)?;
     unpacked.finish(CommandSettings { environment: config.environment, user })
 }
 
-/// Applies a layer. It is downloaded unless it was kept, or another pull keeps it within `wait`.
+/// Decides how long a pull waits for a layer that another pull is downloading. Pure.
+#[derive(Debug)]
+struct LayerPatience {
+    wait: Duration,
+    /// The bytes that the other pull had received at that time.
+    progress: (u64, Instant),
+}
+
+impl LayerPatience {
+    fn starting(wait: Duration) -> Self {
+        Self { wait, progress: (0, Instant::now()) }
+    }
+
+    /// Whether the other pull, which has received so many bytes, makes too little progress.
+    fn is_over(&mut self, received: u64, now: Instant) -> bool {
+        let (earlier, at) = self.progress;
+        // Another download may have replaced the one that was seen before.
+        if received < earlier || received - earlier >= LAYER_PROGRESS {
+            self.progress = (received, now);
+            return false;
+        }
+        now.saturating_duration_since(at) >= self.wait
+    }
+}
+
+/// Applies a layer. It is downloaded unless it was kept, or another pull downloads it fast enough.
 fn apply(
     source: &dyn ImageSource,
     name: &BlobName,
     tree: &mut RootTree<'_>,
     cache: &Arc<ImageCache>,
     time: PullTime,
-    wait: Duration,
+    mut patience: LayerPatience,
 ) -> Result<()> {
     let mut unpack = |mut blob: CheckedBlob<'_>| {
         let applied = layer::unpack(&mut blob, tree);
@@ -117,7 +144,6 @@ fn apply(
     if !source.is_remote() {
         return unpack(CheckedBlob::open(source, name)?).map_err(BlobFault::into_error);
     }
-    let begun = Instant::now();
     loop {
         match cache.layer(&name.digest) {
             LayerState::Kept(lease, file) => {
@@ -135,10 +161,10 @@ fn apply(
                 let blob = CheckedBlob::open(source, name)?.copied_to(new);
                 return unpack(blob).map_err(BlobFault::into_error);
             }
-            LayerState::Coming if begun.elapsed() >= wait => {
+            LayerState::Coming(received) if patience.is_over(received, Instant::now()) => {
                 return unpack(CheckedBlob::open(source, name)?).map_err(BlobFault::into_error);
             }
-            LayerState::Coming => {
+            LayerState::Coming(_) => {
                 time.left()?;
                 thread::sleep(LAYER_POLL);
             }
@@ -195,6 +221,20 @@ mod tests {
     }
 
     #[test]
+    fn a_pull_waits_for_a_layer_of_any_size_as_long_as_another_pull_makes_progress() {
+        let mut patience = LayerPatience::starting(LAYER_WAIT);
+        let (_, start) = patience.progress;
+        let after = |seconds: u64| start + Duration::from_secs(seconds);
+        for step in 1..100 {
+            assert!(!patience.is_over(step * LAYER_PROGRESS, after(step * 9)));
+        }
+        let last = after(99 * 9);
+        assert!(!patience.is_over(100 * LAYER_PROGRESS - 1, last + Duration::from_secs(9)));
+        assert!(patience.is_over(100 * LAYER_PROGRESS - 1, last + LAYER_WAIT), "it has become slow");
+        assert!(!patience.is_over(0, last + LAYER_WAIT), "it began anew");
+    }
+
+    #[test]
     fn a_layer_that_another_pull_downloads_slowly_is_downloaded_without_it() {
         let directory = tempfile::tempdir().unwrap();
         let cache = ImageCache::open(&directory.path().join("images"), 1 << 20).unwrap();
@@ -207,9 +247,9 @@ mod tests {
         let mut take = |_| Ok(());
         let mut tree = RootTree::new(&top, &mut take);
         let time = PullTime::starting(Duration::from_secs(1));
-        apply(&source, &name, &mut tree, &cache, time, Duration::ZERO).unwrap();
+        apply(&source, &name, &mut tree, &cache, time, LayerPatience::starting(Duration::ZERO)).unwrap();
         assert_eq!(fs::read(root.join("f")).unwrap(), b"x");
-        assert!(matches!(cache.layer(&name.digest), LayerState::Coming), "the slow pull still has it");
+        assert!(matches!(cache.layer(&name.digest), LayerState::Coming(_)), "the slow pull still has it");
         drop(slow);
     }
 }

@@ -249,6 +249,14 @@ async fn an_input_root_that_hides_its_mount_points_is_refused() {
         let status = host.client.run(action).await.status.unwrap();
         assert_eq!(status.code, tonic::Code::InvalidArgument as i32, "{}", status.message);
         assert!(status.message.contains("\"tmp/work\" is below /tmp"), "{}", status.message);
+        // The same through a link.
+        let mut command = sh("true");
+        command.working_directory = "build/work".into();
+        let root = host.client.upload(directory(vec![], vec![], vec![symlink("build", "tmp")])).await;
+        let action = host.client.action_with(command, root, with_inputs_as_root).await;
+        let status = host.client.run(action).await.status.unwrap();
+        assert_eq!(status.code, tonic::Code::InvalidArgument as i32, "{}", status.message);
+        assert!(status.message.contains("\"build/work\" is below /tmp"), "{}", status.message);
     })
     .await;
 }

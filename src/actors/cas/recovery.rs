@@ -6,7 +6,7 @@ use super::{
     results, unix_seconds, uptime_seconds, volume,
 };
 use crate::{disk::Space, logging::Event, size::Size};
-use std::{thread, time::Instant};
+use std::{cmp::Reverse, thread, time::Instant};
 use volume::{Stored, Volume};
 
 /// Fills an index with the stored files. Blocks for about a second for 500,000 files of their own or for several
@@ -17,7 +17,10 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
     let is_whole = |stored: &dyn Stored| {
         volume::read_all(stored, results::MAX_FILE_BYTES).is_ok_and(|bytes| results::is_whole(&bytes))
     };
-    let is_newer = |one: &FileId, other: &FileId| volume.sequence(one) > volume.sequence(other);
+    // Compaction copies a record with its sequence number. After a power cut, both may be there, and only the original is
+    // known to be whole. It has the smaller generation, because it is in an earlier segment.
+    let rank = |file: &FileId| (volume.sequence(file), Reverse(file.generation));
+    let is_newer = |one: &FileId, other: &FileId| rank(one) > rank(other);
     let repairs = volume.recover(&is_whole, &|files| found.add(files));
     let (mut index, losers) = found.finish(&at_once, &is_newer, unix_seconds(), uptime_seconds());
     // A file that cannot be deleted now is found again at the next start, and is again not chosen.

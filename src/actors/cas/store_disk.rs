@@ -27,7 +27,7 @@ use gorego_reapi::error::{Error, Result};
 use std::{
     fmt, io,
     sync::{
-        Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Instant,
@@ -66,7 +66,7 @@ impl DiskRoom {
 /// Data that the server keeps beside the store.
 struct Beside {
     owner: &'static str,
-    measure: Box<dyn Fn() -> u64 + Send + Sync>,
+    measure: Arc<dyn Fn() -> u64 + Send + Sync>,
     bytes: u64,
     due: Instant,
 }
@@ -200,18 +200,32 @@ impl StoreDisk {
             .log(format_args!("the store in {path}: {text}"));
     }
 
-    /// Measures the data beside the store, as far as measurements are due. Blocks.
+    /// Measures the data beside the store, as far as measurements are due. Blocks. Nobody waits for the measurements:
+    /// others read the earlier figures meanwhile.
     fn measure_beside(&self) {
-        let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
-        for it in beside.iter_mut() {
+        let start = Instant::now();
+        let due: Vec<_> = self
+            .lock_beside()
+            .iter()
+            .enumerate()
+            .filter(|(_, it)| start >= it.due)
+            .map(|(place, it)| (place, Arc::clone(&it.measure)))
+            .collect();
+        for (place, measure) in due {
             let start = Instant::now();
-            if start >= it.due {
-                it.bytes = (it.measure)();
-                it.due = Instant::now() + MEASURE_PACE.max(start.elapsed() * PAUSE_PER_MEASUREMENT);
+            let bytes = measure();
+            let due = Instant::now() + MEASURE_PACE.max(start.elapsed() * PAUSE_PER_MEASUREMENT);
+            if let Some(it) = self.lock_beside().get_mut(place) {
+                (it.bytes, it.due) = (bytes, due);
             }
         }
-        let sum = beside.iter().map(|it| it.bytes).fold(0, u64::saturating_add);
+        let sum = self.lock_beside().iter().map(|it| it.bytes).fold(0, u64::saturating_add);
         self.beside_bytes.store(sum, Relaxed);
+    }
+
+    /// Entries are only added, so each keeps its place.
+    fn lock_beside(&self) -> MutexGuard<'_, Vec<Beside>> {
+        self.beside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn capacity(&self) -> MutexGuard<'_, Capacity> {
@@ -233,16 +247,15 @@ impl Cas {
     /// Counts other data on the file system of the store against its limit. `measure` returns the bytes that the data
     /// takes, and may block.
     pub fn count_beside(&self, owner: &'static str, measure: impl Fn() -> u64 + Send + Sync + 'static) {
-        let beside = Beside { owner, measure: Box::new(measure), bytes: 0, due: Instant::now() };
-        self.shared().disk.beside.lock().unwrap_or_else(PoisonError::into_inner).push(beside);
+        let beside = Beside { owner, measure: Arc::new(measure), bytes: 0, due: Instant::now() };
+        self.shared().disk.lock_beside().push(beside);
     }
 
-    /// The latest state of the file system of the store. Waits while it is being measured.
+    /// The latest state of the file system of the store. Does not wait for measurements.
     pub(crate) fn disk_sight(&self) -> DiskSight {
         let disk = &self.shared().disk;
         let space = disk.room().seen;
-        let beside = disk.beside.lock().unwrap_or_else(PoisonError::into_inner);
-        let beside = beside.iter().map(|it| (it.owner, it.bytes)).collect();
+        let beside = disk.lock_beside().iter().map(|it| (it.owner, it.bytes)).collect();
         DiskSight { is_full: disk.is_full.load(Relaxed), space, beside }
     }
 
@@ -278,12 +291,13 @@ pub(super) async fn watch(shared: Weak<StoreShared>, store: WeakAddr<CasActor>) 
         let here = cas.clone();
         let looked = cas.blocking(move || {
             let shared = here.shared();
-            shared.disk.measure_beside();
-            let space = shared.volume.space().ok();
-            space.inspect(|space| {
+            let space = shared.volume.space().ok().inspect(|space| {
                 shared.disk.measure_capacity(*space, &shared.view.measure().totals);
                 shared.disk.see(*space);
-            })
+            });
+            // This may take seconds, so a full disk is noticed before.
+            shared.disk.measure_beside();
+            space
         });
         let space = looked.await.ok().flatten();
         let is_full = cas.is_read_only();

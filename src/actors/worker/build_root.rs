@@ -52,6 +52,7 @@ use std::{
 };
 
 pub use removal::remove;
+pub(super) use removal::remove_while;
 pub use workspace::Workspace;
 
 const BUILD_ROOT_SWEPT: &str = "build_root_swept";

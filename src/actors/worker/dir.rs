@@ -16,7 +16,7 @@ use std::{
     io,
     os::fd::AsRawFd as _,
     os::unix::ffi::OsStrExt as _,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// How many directories a [`Cursor`] keeps open. The others are opened again through "..", so this number only affects
@@ -147,6 +147,14 @@ pub(crate) fn entries(dir: &File) -> io::Result<impl Iterator<Item = io::Result<
 /// The errors of getdents(2).
 pub(super) fn names(dir: &File) -> io::Result<Vec<OsString>> {
     entries(dir)?.map(|entry| Ok(entry_name(&entry?).to_owned())).collect()
+}
+
+/// The path of an open directory.
+///
+/// # Errors
+/// The errors of readlink(2).
+pub(super) fn path_of(directory: &File) -> io::Result<PathBuf> {
+    std::fs::read_link(format!("/proc/self/fd/{}", directory.as_raw_fd()))
 }
 
 /// The name of a directory entry.

@@ -99,6 +99,17 @@ impl<'a> ExecRoot<'a> {
         Ok(walk.here)
     }
 
+    /// The path of a directory from the top, without links.
+    ///
+    /// # Errors
+    /// As [`ExecRoot::resolve`].
+    pub(super) fn real_path(&self, path: &Path) -> io::Result<PathBuf> {
+        let found = self.resolve(path)?;
+        let (None, Some(open)) = (self.staged, &found.own) else { return Ok(found.path) };
+        let [top, below] = [self.own, open].map(dir::path_of);
+        below?.strip_prefix(top?).map(Path::to_owned).map_err(|_| Errno::XDEV.into())
+    }
+
     /// Whether the permission bits allow the owner to enter the directory at `path`.
     ///
     /// # Errors

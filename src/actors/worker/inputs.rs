@@ -30,7 +30,7 @@ use std::{
     collections::HashSet,
     fs::File,
     io,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 /// Writes a whole input root into the empty directory `top`. All its files must be leased. If nothing will be created
@@ -103,13 +103,14 @@ pub(super) fn write_delta(
 /// The directories over which the sandbox mounts file systems of its own if the input root is the root file system.
 const MOUNT_POINTS: &[&str] = &["dev", "proc", "tmp"];
 
-/// Checks the working directory of a command whose input root is its root file system.
+/// Checks the working directory of a command whose input root is its root file system. `path` is its path, or its path
+/// without links.
 ///
 /// # Errors
 /// `Invalid` if a mount of the sandbox hides it.
-pub(super) fn check_not_hidden(working_directory: &RootPath) -> Result<()> {
-    let first = working_directory.segments().next();
-    match MOUNT_POINTS.iter().find(|name| Some(**name) == first) {
+pub(super) fn check_not_hidden(working_directory: &RootPath, path: &Path) -> Result<()> {
+    let first = path.components().find(|part| *part != Component::CurDir);
+    match MOUNT_POINTS.iter().find(|name| Some(Component::Normal(name.as_ref())) == first) {
         Some(by) => Err(Error::Invalid(format!(
             "the working directory \"{working_directory}\" is below /{by}, where the sandbox mounts a file system of its own, \
              because the input root is the root file system (rootfs); use another working directory"

@@ -170,7 +170,8 @@ impl<'a> ActionRun<'a> {
             return self.store_outputs(ending, workspace, root, None, batch);
         }
         if kind.has_input_root_as_root() {
-            inputs::check_not_hidden(&action.command.working_directory)?;
+            let directory = &action.command.working_directory;
+            inputs::check_not_hidden(directory, directory.as_path())?;
         }
         let tree = inputs.tree().clone();
         let staged = self.stage(&mut *inputs, &tree, workspace, fetching);
@@ -180,6 +181,13 @@ impl<'a> ActionRun<'a> {
         let mount_points = kind.has_input_root_as_root().then(|| MountPoints::make(root)).transpose()?;
         let is_root = self.settings.sandbox.is_none() && geteuid().is_root();
         inputs::prepare(&tree, root, &action.command, is_root, fetching)?;
+        if kind.has_input_root_as_root() {
+            let directory = &action.command.working_directory;
+            let real = root
+                .real_path(directory.as_path())
+                .map_err(|error| Error::io("resolve the working directory", &error))?;
+            inputs::check_not_hidden(directory, &real)?;
+        }
         let layers = base.as_ref().map(|base| workspace.layers(&base.path())).transpose()?;
         self.note(Point::FetchEnd);
 

@@ -29,11 +29,15 @@ use idle::{IdleTools, NotKept, ToolChoice, ToolUses};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 const TOOL_STARTED: &str = "tool_started";
 const TOOL_ENDED: &str = "tool_ended";
+/// Why a tool ends that exceeds [`ToolLimits::max_memory`].
+const TOO_LARGE: &str = "it takes too much memory";
+/// Time between two measurements of the memory of idle tools.
+const MEMORY_LOOK: Duration = Duration::from_secs(5);
 
 /// The tools of one pool. They end when this is dropped.
 #[derive(Debug)]
@@ -144,7 +148,7 @@ impl ToolReservation<'_> {
                 vec![tool],
                 match why {
                     NotKept::Used => "it has served enough actions",
-                    NotKept::Large => "it takes too much memory",
+                    NotKept::Large => TOO_LARGE,
                     NotKept::Closed => "the server stops",
                 },
             ),
@@ -177,21 +181,28 @@ impl ToolsShared {
         }
     }
 
-    /// The loop of the thread: ends tools that were idle for too long, until the pool is closed.
+    /// The loop of the thread: ends tools that were idle for too long or have grown too large, until the pool is closed.
     fn end_idle(&self) {
         let mut idle = self.idle_tools();
+        let mut next_look = Instant::now();
         while !idle.is_closed() {
             let now = Instant::now();
             let expired = idle.expire(now);
-            if !expired.is_empty() {
+            let mut outgrown = Vec::new();
+            if now >= next_look {
+                next_look = now + MEMORY_LOOK;
+                outgrown = idle.outgrown(|tool| tool.process.sample().memory);
+            }
+            if !expired.is_empty() || !outgrown.is_empty() {
                 drop(idle);
                 self.end(expired, "it was idle for too long");
+                self.end(outgrown, TOO_LARGE);
                 idle = self.idle_tools();
                 continue;
             }
             idle = match idle.next_expiry() {
                 Some(next) => {
-                    let left = next.saturating_duration_since(now);
+                    let left = next.min(next_look).saturating_duration_since(now);
                     self.changed.wait_timeout(idle, left).unwrap_or_else(PoisonError::into_inner).0
                 }
                 None => self.changed.wait(idle).unwrap_or_else(PoisonError::into_inner),

@@ -34,8 +34,8 @@ const CHECK_SPACE_EVERY: u32 = 8;
 pub(in crate::images) enum LayerState {
     /// The layer is kept. The file may be damaged.
     Kept(ImageLease, File),
-    /// Another pull is downloading it, or it is being removed.
-    Coming,
+    /// Another pull is downloading it and has received this many bytes, or it is being removed.
+    Coming(u64),
     /// This pull has to download it.
     Absent(NewLayer),
 }
@@ -71,7 +71,7 @@ impl ImageCache {
             self.index().forget(&key, copy);
         }
         if !self.index().begin(&key) {
-            return LayerState::Coming;
+            return LayerState::Coming(self.index().received(&key));
         }
         let directory = self.recreated_directory();
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -85,11 +85,16 @@ impl ImageCache {
         LayerState::Absent(layer)
     }
 
-    /// Removes a kept layer that is damaged.
+    /// Removes a kept layer that is damaged, unless another pull has already replaced it.
     pub(in crate::images) fn drop_layer(&self, lease: ImageLease) {
-        self.index().forget(&lease.key, lease.copy);
+        let discarded = self.index().discard(&lease.key, lease.copy);
+        if discarded.is_empty() {
+            return;
+        }
         let directory = self.directory();
-        if let Some(name) = self.set_aside(&directory, &lease.image.name) {
+        let aside = self.set_aside(&directory, &lease.image.name);
+        self.index().left(&discarded);
+        if let Some(name) = aside {
             self.remove(&directory, &name);
         }
     }
@@ -128,7 +133,11 @@ impl NewLayer {
         let Some((_, file)) = &mut self.file else { return };
         self.bytes = self.bytes.saturating_add(piece.len() as u64);
         let is_due = self.pieces.is_multiple_of(CHECK_SPACE_EVERY);
-        let exceeds_budget = is_due && !self.cache.index().has_room(self.bytes);
+        let exceeds_budget = is_due && {
+            let mut index = self.cache.index();
+            index.note_received(&self.key, self.bytes);
+            !index.has_room(self.bytes)
+        };
         let is_full = exceeds_budget || is_due && Space::of_file(file).is_ok_and(|space| space.is_low());
         self.pieces = self.pieces.wrapping_add(1);
         if is_full || file.write_all(piece).is_err() {
@@ -182,6 +191,29 @@ impl Drop for NewLayer {
 mod tests {
     use super::*;
     use std::fs;
+
+    /// Two pulls may have leased the same damaged copy.
+    #[test]
+    fn a_layer_that_was_replaced_is_not_removed_for_the_damage_of_the_earlier_copy() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = ImageCache::open(&directory.path().join("images"), 4 << 20).unwrap();
+        let digest = ImageDigest::of(b"layer");
+        let keep = || {
+            let LayerState::Absent(mut layer) = cache.layer(&digest) else { panic!("it is not there yet") };
+            layer.write(b"layer");
+            layer.finish();
+        };
+        let lease = || match cache.layer(&digest) {
+            LayerState::Kept(lease, _) => lease,
+            other => panic!("it is not kept: {other:?}"),
+        };
+        keep();
+        let [first, second] = [lease(), lease()];
+        cache.drop_layer(first);
+        keep();
+        cache.drop_layer(second);
+        lease();
+    }
 
     /// A registry may send any number of bytes.
     #[test]

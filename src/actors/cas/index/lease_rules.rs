@@ -101,6 +101,38 @@ fn who_has_more_than_its_share_loses_its_own_oldest_leases() {
     }
 }
 
+/// The lease of an entry moves to another row, but the entry stays in the list of the earlier row. When only the later
+/// row ends, the entry can be evicted.
+#[test]
+fn an_entry_whose_lease_moved_is_evicted_when_its_later_lease_ends() {
+    let mut index = Index::with_leases(3_000, TIMES, 0);
+    for name in 0..2_000 {
+        store(&mut index, file(name), 1, build(2 + (name % 200) as u8, 1), START).unwrap();
+    }
+    for name in 2_000..2_500 {
+        store(&mut index, file(name), 1, build(1, 1), START).unwrap();
+    }
+    // An eviction puts all leased entries into the lists of their rows.
+    index.commit(file(9_999), 1, Stamp::new(1, 1), START);
+    let victims = index.reserve(500).unwrap().victims;
+    assert_eq!(victims.len(), 1);
+    index.unreserve(500);
+    // These entries are so recent that the order of use stays as it is. The other builds are over, but nobody has noticed.
+    for name in 2_000..2_500 {
+        assert!(touch(&index, file(name), build(1, 2), START + TIMES.named + 1));
+    }
+    let is_of_first_peer = |victim: &Victim| (2_000..2_500).any(|name| file(name).key == victim.file.key);
+    let victims = index.evict_even_leased(1, 0, &mut { HoldBudget::UNLIMITED });
+    assert!(victims.len() == 1 && victims.iter().all(is_of_first_peer), "{victims:?}");
+    let Totals { used, leased, .. } = index.totals();
+    let unleased = used - leased;
+    assert!(unleased > 10);
+    let grant = index.reserve(3_000 - used + unleased).unwrap();
+    assert_eq!(grant.victims.len() as u64, unleased);
+    assert!(grant.victims.iter().all(is_of_first_peer));
+    assert_eq!(index.totals().used, leased);
+}
+
 /// A result is not served if its leases would exceed nine tenths of the store, unless another build has more than its
 /// share.
 #[test]

@@ -6,7 +6,9 @@
 //! they also put each such entry on a stack, which is emptied before the next eviction.
 //!
 //! An eviction that finds a leased entry moves it to a list of its row. When the row ends, the whole list becomes the
-//! end of the list of all entries, in constant time. So leased entries, too, cost one look each.
+//! end of the list of all entries, in constant time. So leased entries, too, cost one look each. A lease that moves to
+//! another row leaves the entry in the list of the earlier row. If an eviction finds nothing in the list of all entries
+//! although some entries are neither held nor leased, it examines the lists of all rows again.
 //!
 //! Each list is a ring that is closed by a link of its own, so an entry can be taken out of its list without knowing
 //! which it is.
@@ -147,10 +149,16 @@ impl Index {
         if self.totals.used == self.totals().pinned {
             return None;
         }
-        for _ in 0..=self.table.len() {
+        let mut has_put_rows_back = false;
+        loop {
             let slot = self.order.all().oldest;
-            if slot == ALL || budget.is_used_up() {
+            if budget.is_used_up() || (slot == ALL && has_put_rows_back) {
                 return None;
+            }
+            if slot == ALL {
+                has_put_rows_back = true;
+                (0..ROWS).for_each(|row| self.put_row_back(row));
+                continue;
             }
             budget.looks -= 1;
             #[cfg(test)]
@@ -166,7 +174,6 @@ impl Index {
                 return Some(slot);
             }
         }
-        None
     }
 
     /// Removes an entry from the order of use before it is removed from the index.

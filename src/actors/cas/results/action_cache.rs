@@ -13,8 +13,8 @@ use crate::actors::cas::{
     lookup::Purpose,
     results::{self, DirectReferences, LoadedResult, PreparedResult, ResultLookup, Uploader},
     settings::{
-        LINKED_TREE_BYTES, LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN, MAX_LINKS, MAX_REFERENCES, MAX_TREE_BYTES,
-        RESULT_READ_TRIES,
+        CHECKED_AT_ONCE_BYTES, LINKED_TREE_BYTES, LOOKUPS_PER_HOLD, LOOKUPS_PER_TURN, MAX_LINKS,
+        MAX_REFERENCES, MAX_TREE_BYTES, RESULT_READ_TRIES,
     },
     trees::TreeRoom,
 };
@@ -29,6 +29,7 @@ use gorego_reapi::{
     tree::MAX_MESSAGE_MEMORY,
     wire::UNCOUNTED_BYTES,
 };
+use prost::Message as _;
 use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 impl Cas {
@@ -379,9 +380,14 @@ impl Cas {
         let private = instance.private_result(&provenance.principal, action);
         let private_action = private.is_some().then_some(action);
         let (space, key) = private.unwrap_or_else(|| (instance.clone(), action));
-        let mut prepared = PreparedResult::check(&space, key, result, provenance, Uploader::Client)?;
-        prepared.origin.private_action_digest = private_action.map(|action| action.to_wire());
-        let mut prepared = prepared.encode();
+        let is_large = result.encoded_len() > CHECKED_AT_ONCE_BYTES;
+        let within = space.clone();
+        let check = move || -> Result<_> {
+            let mut prepared = PreparedResult::check(&within, key, result, provenance, Uploader::Client)?;
+            prepared.origin.private_action_digest = private_action.map(|action| action.to_wire());
+            Ok(prepared.encode())
+        };
+        let mut prepared = if is_large { self.blocking(check).await?? } else { check()? };
         let contents = std::mem::take(&mut prepared.contents);
         if !contents.is_empty() {
             self.write_many(instance, contents).await?.into_iter().collect::<Result<()>>()?;

@@ -463,7 +463,7 @@ async fn the_thread_compresses_while_others_read_and_ends_with_the_store() {
         ..settings_at(root.path().join("store"), 200 * MB)
     };
     let mut store = TestStore::over(root, settings.clone()).await;
-    let blobs: Vec<Bytes> = (0..8).map(|seed| text(1_500_000, seed)).collect();
+    let blobs: Vec<Bytes> = (0..4).map(|seed| text(700_000, seed)).collect();
     for blob in &blobs {
         store.put(blob.clone()).await;
     }
@@ -471,7 +471,7 @@ async fn the_thread_compresses_while_others_read_and_ends_with_the_store() {
         for blob in &blobs {
             assert_eq!(&store.get(digest(blob)).await.unwrap(), blob);
         }
-        (store.inspect().await.totals.packed_blobs == 8).then_some(())
+        (store.inspect().await.totals.packed_blobs == 4).then_some(())
     })
     .await;
     let TestStore { root, cas, .. } = store;

@@ -212,7 +212,20 @@ impl Remover {
 /// # Errors
 /// If anything is left.
 pub fn remove(parent: &File, name: &OsStr) -> io::Result<()> {
-    let mut removal = Removal::default();
+    remove_while(parent, name, &|| true)
+}
+
+/// Like [`remove`], but ends as soon as `may_continue` returns false. A process may otherwise create entries as fast as
+/// they are removed.
+///
+/// # Errors
+/// If anything is left.
+pub(in crate::actors::worker) fn remove_while(
+    parent: &File,
+    name: &OsStr,
+    may_continue: &dyn Fn() -> bool,
+) -> io::Result<()> {
+    let mut removal = Removal::new(may_continue);
     removal.remove(parent, name);
     removal.failure.map_or(Ok(()), Err)
 }
@@ -223,8 +236,8 @@ pub fn remove(parent: &File, name: &OsStr) -> io::Result<()> {
 /// tree and removed from there. So each directory is opened once, and the cost of a step does not depend on the depth
 /// of the tree. Going back through ".." would depend on it: in a bind mount the kernel walks up to the root of the
 /// mount.
-#[derive(Debug, Default)]
-struct Removal {
+struct Removal<'a> {
+    may_continue: &'a dyn Fn() -> bool,
     failure: Option<io::Error>,
     opened: u64,
     /// The number of names tried for directories that are moved to the top.
@@ -246,10 +259,16 @@ struct OpenLevel {
     rounds: usize,
 }
 
-impl Removal {
+impl<'a> Removal<'a> {
+    fn new(may_continue: &'a dyn Fn() -> bool) -> Self {
+        Self { may_continue, failure: None, opened: 0, names: 0 }
+    }
+
     fn remove(&mut self, parent: &File, name: &OsStr) {
         let mut levels: Vec<OpenLevel> = self.enter(parent, name.to_owned()).into_iter().collect();
-        while let Some(level) = levels.last_mut() {
+        while self.continues()
+            && let Some(level) = levels.last_mut()
+        {
             if let Some(child) = level.below.pop() {
                 if levels.len() < MAX_OPEN {
                     let entered = levels.last().and_then(|level| self.enter(&level.open, child));
@@ -262,6 +281,15 @@ impl Removal {
                 levels.extend(self.leave(above, emptied));
             }
         }
+    }
+
+    /// Whether the removal goes on. It is a failure if it does not.
+    fn continues(&mut self) -> bool {
+        let continues = (self.may_continue)();
+        if !continues {
+            self.failure.get_or_insert(Errno::CANCELED.into());
+        }
+        continues
     }
 
     /// Opens a directory and removes everything in it except its subdirectories.
@@ -279,6 +307,9 @@ impl Removal {
         for entry in entries {
             if level.below.len() >= MAX_NAMES {
                 level.has_more = true;
+                return;
+            }
+            if !self.continues() {
                 return;
             }
             let Some(entry) = self.note(entry) else { return };
@@ -391,13 +422,27 @@ mod tests {
         let top = File::open(directory.path()).unwrap();
         for levels in [1, MAX_OPEN, MAX_OPEN + 1, 20_000] {
             let name = chain(&top, levels);
-            let mut removal = Removal::default();
+            let mut removal = Removal::new(&|| true);
             removal.remove(&top, name);
             assert!(removal.failure.is_none(), "{levels}: {:?}", removal.failure);
             assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "{levels}");
             assert_eq!(removal.opened, levels as u64, "each directory is opened once");
             assert!(removal.names <= (levels / (MAX_OPEN - 1)) as u64, "{levels}: {} moves", removal.names);
         }
+    }
+
+    #[test]
+    fn a_removal_ends_when_it_may_not_continue() {
+        let directory = tempfile::tempdir().unwrap();
+        let top = File::open(directory.path()).unwrap();
+        let name = chain(&top, MAX_OPEN + 5);
+        let asked = AtomicUsize::new(0);
+        let error = remove_while(&top, name, &|| asked.fetch_add(1, SeqCst) < 10).unwrap_err();
+        assert_eq!(Errno::from_io_error(&error), Some(Errno::CANCELED));
+        assert!(asked.load(SeqCst) <= 12, "it ends at once");
+        assert!(directory.path().join(name).exists());
+        remove(&top, name).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     /// A command may make any number of directories in one directory.
@@ -414,7 +459,7 @@ mod tests {
         for n in 0..MAX_NAMES + 10 {
             fs::create_dir_all(deep.join(n.to_string())).unwrap();
         }
-        let mut removal = Removal::default();
+        let mut removal = Removal::new(&|| true);
         let parent = File::open(directory.path()).unwrap();
         let mut level = removal.enter(&parent, "exec".into()).unwrap();
         assert_eq!((level.below.len(), level.has_more), (MAX_NAMES, true));

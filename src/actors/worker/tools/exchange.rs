@@ -11,7 +11,7 @@
 //! in a cell can set a file's change time (ctime).
 
 use crate::actors::worker::{
-    build_root::remove,
+    build_root::remove_while,
     checkpoint::Checkpoint,
     dir::{self, Cursor, FileIdentity},
     input_attributes::{self, EXECUTABLE},
@@ -204,9 +204,12 @@ impl<'a> Exchange<'a> {
         let directories = below.iter().map(|(name, _)| (*name, WantedNode::Directory));
         let wanted: HashMap<&str, WantedNode<'_>> = directories.chain(links).chain(files).collect();
         let mut kept = HashSet::new();
-        for name in dir::names(here).map_err(|error| cannot("list", path, &error))? {
+        // The names are not collected first, because a tool may have created any number of entries.
+        for entry in dir::entries(here).map_err(|error| cannot("list", path, &error))? {
             self.checkpoint.check()?;
-            let stat = match dir::stat_at(here, &name) {
+            let entry = entry.map_err(|error| cannot("list", path, &error))?;
+            let name = dir::entry_name(&entry);
+            let stat = match dir::stat_at(here, name) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 stat => stat.map_err(|error| cannot("look at", path, &error))?,
             };
@@ -218,10 +221,22 @@ impl<'a> Exchange<'a> {
             };
             match name.to_str() {
                 Some(name) if stays => _ = kept.insert(name.to_owned()),
-                _ => remove_entry(here, &name, &stat).map_err(|error| cannot("empty", path, &error))?,
+                _ => self.remove(here, path, name, &stat)?,
             }
         }
         Ok(kept)
+    }
+
+    fn remove(&self, here: &File, path: &str, name: &OsStr, stat: &Stat) -> Result<()> {
+        let removed = match dir::file_type(stat) {
+            FileType::Directory => remove_while(here, name, &|| self.checkpoint.check().is_ok()),
+            _ => match rfs::unlinkat(here, name.as_bytes(), AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => Ok(()),
+                Err(error) => Err(error.into()),
+            },
+        };
+        self.checkpoint.check()?;
+        removed.map_err(|error| cannot("empty", path, &error))
     }
 
     /// Whether a file on disk is the wanted file, unchanged.
@@ -299,16 +314,6 @@ fn is_link(here: &File, link: &Symlink, stat: &Stat) -> bool {
     dir::file_type(stat) == FileType::Symlink
         && rfs::readlinkat(here, &*link.name, Vec::new())
             .is_ok_and(|target| target.as_bytes() == link.target.as_bytes())
-}
-
-fn remove_entry(here: &File, name: &OsStr, stat: &Stat) -> io::Result<()> {
-    if dir::file_type(stat) == FileType::Directory {
-        return remove(here, name);
-    }
-    match rfs::unlinkat(here, name.as_bytes(), AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
 }
 
 fn join(path: &str, name: &str) -> String {

@@ -17,7 +17,7 @@ pub struct ToolLimits {
     pub max_idle: Duration,
     /// Number of calls after which a tool is ended.
     pub max_uses: u64,
-    /// A tool that uses more than this memory in bytes after a call is ended.
+    /// A tool that uses more than this memory in bytes after a call, or while it is idle, is ended.
     pub max_memory: u64,
     /// How long one call may take. Then the action runs without a tool.
     pub max_call: Duration,
@@ -139,6 +139,12 @@ impl<T> IdleTools<T> {
         self.kept.drain(..count).map(|kept| kept.tool).collect()
     }
 
+    /// Takes out the tools that use too much memory by now. The caller must end them.
+    pub(super) fn outgrown(&mut self, memory: impl Fn(&T) -> u64) -> Vec<T> {
+        let limit = self.limits.max_memory;
+        self.kept.extract_if(.., |kept| memory(&kept.tool) > limit).map(|kept| kept.tool).collect()
+    }
+
     /// When the next tool will have been idle for too long.
     pub(super) fn next_expiry(&self) -> Option<Instant> {
         self.kept.first().and_then(|kept| kept.since.checked_add(self.limits.max_idle))
@@ -189,6 +195,8 @@ mod tests {
         Keep(usize, u64),
         Lose(usize),
         Wait(u64),
+        /// The tools of this key grow beyond the limit.
+        Grow(u8),
         Clear,
     }
 
@@ -199,6 +207,7 @@ mod tests {
                 4 => (0usize..3, 0u64..1100).prop_map(|(at, memory)| Step::Keep(at, memory)),
                 1 => (0usize..3).prop_map(Step::Lose),
                 2 => (0u64..12).prop_map(Step::Wait),
+                1 => (0u8..3).prop_map(Step::Grow),
                 1 => Just(Step::Clear),
             ],
             0..80,
@@ -259,6 +268,13 @@ mod tests {
                         prop_assert_eq!(idle.expire(now), expected);
                         let soonest = kept.iter().map(|k| k.2 + LIMITS.max_idle).min();
                         prop_assert_eq!(idle.next_expiry(), soonest);
+                    }
+                    Step::Grow(number) => {
+                        let (large, rest): (Vec<_>, Vec<_>) = kept.drain(..).partition(|k| k.0.0 == number);
+                        kept = rest;
+                        let expected: Vec<_> = large.iter().map(|k| k.0).collect();
+                        let memory = |tool: &Tool| LIMITS.max_memory + u64::from(tool.0 == number);
+                        prop_assert_eq!(idle.outgrown(memory), expected);
                     }
                     Step::Clear => {
                         let expected: Vec<_> = kept.drain(..).map(|k| k.0).collect();

@@ -61,7 +61,8 @@ impl CompactionState {
 /// The records of a segment whose copies took their place.
 #[derive(Debug, Default)]
 struct CopiedRecords {
-    slots: Vec<u32>,
+    /// Their slots and keys.
+    records: Vec<(u32, Key)>,
     bytes: u64,
     /// The segments with the copies.
     segments: HashSet<u64>,
@@ -107,7 +108,7 @@ impl Segments {
             stuck.insert(source.number);
             // A record is left because it is being read. The others must not come back with the segment.
             if !moved.is_empty() {
-                buried = self.bury(&source, &moved);
+                buried = self.bury_twins(&source, &moved);
             }
         }
         *self.copying() = CompactionState::default();
@@ -152,13 +153,13 @@ impl Segments {
         }
     }
 
-    /// Moves the live records of a segment to another one. `moved` receives their slots.
+    /// Moves the live records of a segment to another one. `moved` receives their slots and keys.
     fn move_records(
         &self,
         source: &Segment,
         may_move: &dyn Fn(&[FileId]) -> Vec<bool>,
         relocate: &mut dyn FnMut(Moves) -> Vec<bool>,
-        moved: &mut Vec<u32>,
+        moved: &mut Vec<(u32, Key)>,
     ) -> io::Result<()> {
         let file = self.file_of(source.number)?;
         // Without the journal, only the last uses are lost.
@@ -180,8 +181,8 @@ impl Segments {
             }
             SyncPolicy::Never | SyncPolicy::BeforeAnswer => Ok(()),
         };
-        self.forget(source, copied.slots.len() as u64, copied.bytes);
-        *moved = copied.slots;
+        self.forget(source, copied.records.len() as u64, copied.bytes);
+        *moved = copied.records;
         outcome.and(synced)
     }
 
@@ -268,7 +269,7 @@ impl Segments {
             let size = original.addition().bytes();
             if accepted.get(at) == Some(&true) {
                 copied.bytes += size;
-                copied.slots.push(original.at.slot);
+                copied.records.push((original.at.slot, original.key));
                 copied.segments.insert(copy.segment);
             } else if let Some(segment) = self.find(copy.segment) {
                 let mut copying = self.copying();
@@ -276,7 +277,7 @@ impl Segments {
                 copying.twins.remove(copy);
                 drop(copying);
                 if !self.forget(&segment, 1, size) {
-                    outcome = outcome.and(self.bury(&segment, &[copy.slot]));
+                    outcome = outcome.and(self.bury_twins(&segment, &[(copy.slot, original.key)]));
                 }
             }
         }

@@ -156,6 +156,23 @@ impl Segments {
         }
     }
 
+    /// Notes that records are dead because a twin of each is used: originals whose copies took their place, or copies
+    /// that did not. A deletion that cannot be noted now is tried again, and the twin cannot be deleted before.
+    pub(super) fn bury_twins(&self, segment: &Segment, records: &[(u32, Key)]) -> io::Result<()> {
+        let keys = records.iter().map(|(_, key)| *key);
+        let mut deletion = Deletion {
+            segment: segment.number,
+            slots: records.iter().map(|(slot, _)| *slot).collect(),
+            uncounted: None,
+            results: keys.filter(|key| key.kind == EntryKind::Result).collect(),
+        };
+        let noted = self.note(segment, &mut deletion);
+        if noted.is_err() {
+            self.put_off(&mut self.unnoted(), deletion);
+        }
+        noted
+    }
+
     fn put_off(&self, unnoted: &mut UnnotedDeletions, deletion: Deletion) {
         self.put_off_bytes.fetch_add(deletion.uncounted.unwrap_or(0), Relaxed);
         unnoted.add(deletion);

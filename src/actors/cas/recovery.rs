@@ -17,8 +17,8 @@ pub(super) fn recover(volume: &dyn Volume, limit: u64, leases: LeaseTimes, links
     let is_whole = |stored: &dyn Stored| {
         volume::read_all(stored, results::MAX_FILE_BYTES).is_ok_and(|bytes| results::is_whole(&bytes))
     };
-    // Compaction copies a record with its sequence number. After a power cut, both may be there, and only the original is
-    // known to be whole. It has the smaller generation, because it is in an earlier segment.
+    // Compaction copies a record with its sequence number. After a power cut, both may be there, and only the original
+    // is known to be whole. It has the smaller generation, because it is in an earlier segment.
     let rank = |file: &FileId| (volume.sequence(file), Reverse(file.generation));
     let is_newer = |one: &FileId, other: &FileId| rank(one) > rank(other);
     let repairs = volume.recover(&is_whole, &|files| found.add(files));

@@ -143,8 +143,8 @@ pub(super) const COLD_READS_MAX: u64 = 18;
 /// drops it.
 pub(super) const SOUND_TRIES: usize = 4;
 
-/// Results of up to this size are checked and encoded on the thread of the request. Larger ones, whose contents may have
-/// to be hashed, go to the blocking pool.
+/// Results of up to this size are checked and encoded on the thread of the request. Larger ones, whose contents may
+/// have to be hashed, go to the blocking pool.
 pub(super) const CHECKED_AT_ONCE_BYTES: usize = 64 * 1024;
 
 /// How often a look-up of a result starts again because the result was replaced before its file could be read. Even two

@@ -181,7 +181,8 @@ impl ToolsShared {
         }
     }
 
-    /// The loop of the thread: ends tools that were idle for too long or have grown too large, until the pool is closed.
+    /// The loop of the thread: ends tools that were idle for too long or have grown too large, until the pool is
+    /// closed.
     fn end_idle(&self) {
         let mut idle = self.idle_tools();
         let mut next_look = Instant::now();

@@ -117,7 +117,8 @@ fn an_entry_whose_lease_moved_is_evicted_when_its_later_lease_ends() {
     let victims = index.reserve(500).unwrap().victims;
     assert_eq!(victims.len(), 1);
     index.unreserve(500);
-    // These entries are so recent that the order of use stays as it is. The other builds are over, but nobody has noticed.
+    // These entries are so recent that the order of use stays as it is. The other builds are over, but their leases
+    // have not ended yet.
     for name in 2_000..2_500 {
         assert!(touch(&index, file(name), build(1, 2), START + TIMES.named + 1));
     }

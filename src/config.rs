@@ -32,7 +32,7 @@ pub use load::{Flag, Loaded, Origin, SocketAddress, Sources, load};
 pub use machine::Machine;
 pub use persistent_workers::PersistentWorkersSettings;
 pub use pools::PoolSettings;
-pub use settings::{AssetsSettings, LogStreamsSettings, Settings, load_checked};
+pub use settings::{AssetsSettings, LogStreamsSettings, Settings, check_reload, load_checked};
 pub use tls::{ClientAuth, TlsSettings};
 
 pub use crate::logging::{LogConfig, LogFormat};

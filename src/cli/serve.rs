@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     cgroups::LimitReport,
-    config::{Config, LogConfig, Settings, SocketAddress},
+    config::{Config, LogConfig, Settings, SocketAddress, check_reload},
     logging::{self, Event, Style},
     memory,
     server::{self, Ready},
@@ -46,8 +46,15 @@ pub(super) fn run(args: &ServeArgs) -> u8 {
             .log(format_args!("the state of the server cannot be reported to the supervisor: {problem}"));
     }
     supervisor.status("opening the store");
-    let (announced, args, sockets) = (settings.clone(), args.clone(), addresses(&supervision.sockets));
-    let load = move || load_settings(&args, environment(), sockets.clone());
+    let (announced, running, sockets) =
+        (settings.clone(), loaded.config.clone(), addresses(&supervision.sockets));
+    // A reload reads the same file. If it is gone, the reload is refused.
+    let args = ServeArgs { config: loaded.file.clone().or_else(|| args.config.clone()), ..args.clone() };
+    let load = move || {
+        let (loaded, settings) = load_settings(&args, environment(), sockets.clone())?;
+        check_reload(&loaded.config, &running)?;
+        Ok((loaded, settings))
+    };
     match server::run((loaded, settings), load, supervision, move |ready| announce(style, &announced, &ready))
     {
         Ok(()) => EXIT_OK,

@@ -272,10 +272,11 @@ impl Merge {
     }
 }
 
-/// The file to read: the named one or, if no file is named, the system's file if it exists. The current directory is
-/// not searched, so that a server does not depend on where it is started.
+/// The file to read: the named one or, if no file is named, the system's file if it exists. A file that cannot be
+/// looked at counts as existing, so that reading it fails. The current directory is not searched, so that a server does
+/// not depend on where it is started.
 pub fn file_to_read(named: Option<PathBuf>) -> Option<PathBuf> {
-    named.or_else(|| Some(PathBuf::from(SYSTEM_FILE)).filter(|path| path.exists()))
+    named.or_else(|| Some(PathBuf::from(SYSTEM_FILE)).filter(|path| path.try_exists().unwrap_or(true)))
 }
 
 fn read_text(path: &Path) -> Result<String> {

@@ -5,7 +5,7 @@
 //! source. Nothing here accesses a file.
 
 use super::{
-    ClientResults, CommittedSize, Compress, Durability, Loaded, LogConfig, Machine,
+    ClientResults, CommittedSize, Compress, Config, Durability, Loaded, LogConfig, Machine,
     access::access,
     checker::Checker,
     execution::{ExecutionSettings, execution},
@@ -375,16 +375,41 @@ const EXPOSURE: &[&str] = &[
     "access.jwt",
 ];
 
+/// Whether only some of those who can reach the server can use it.
+fn has_credentials(config: &Config) -> bool {
+    // A required client certificate of a CA restricts who can connect, even if it does not change the permissions of a
+    // client.
+    let needs_certificate =
+        !config.tls.client_ca.as_os_str().is_empty() && config.tls.client_auth == ClientAuth::Required;
+    config.access.has_credentials() || needs_certificate
+}
+
+/// Checks that a reload does not remove the credentials of a server that other machines can reach until its restart.
+///
+/// # Errors
+/// [`Error::Precondition`] if it does.
+pub fn check_reload(next: &Config, running: &Config) -> Result<()> {
+    let addresses = [Some(running.listen_addr), running.http.listen_addr.parse().ok()];
+    let reachable = addresses.into_iter().flatten().find(|address| !is_loopback(*address));
+    match reachable {
+        Some(address)
+            if !has_credentials(next) && !next.allow_unauthenticated && !running.allow_unauthenticated =>
+        {
+            Err(Error::Precondition(format!(
+                "without credentials ([access]), everyone who can reach {address}, where the server listens until it is \
+                 restarted, could run commands on this machine; restart the server to use this configuration"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Without authentication, everyone who can reach the endpoint can run commands on this machine. Without TLS, everyone
 /// who can read the traffic can steal credentials.
 fn check_exposure(check: &mut Checker<'_>, warnings: &mut Vec<String>, key: &str, address: SocketAddr) {
     let config = &check.loaded.config;
     let has_tls = !config.tls.cert.as_os_str().is_empty();
-    // A required client certificate of a CA restricts who can connect, even if it does not change the permissions of a
-    // client.
-    let needs_certificate =
-        !config.tls.client_ca.as_os_str().is_empty() && config.tls.client_auth == ClientAuth::Required;
-    let has_credentials = config.access.has_credentials() || needs_certificate;
+    let has_credentials = has_credentials(config);
     if is_loopback(address) || has_tls && has_credentials {
         return;
     }
@@ -475,5 +500,29 @@ fn assets(check: &mut Checker<'_>) -> AssetsSettings {
         timeout: config.timeout,
         max_redirects: config.max_redirects,
         max_age: config.max_age,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reload_does_not_open_a_server_that_listens_beyond_loopback_until_its_restart() {
+        let with = |listen: &str, tokens: &str, allow: bool| {
+            let mut config = Config { listen_addr: listen.parse().unwrap(), ..Config::default() };
+            (config.access.tokens, config.allow_unauthenticated) = (tokens.into(), allow);
+            config
+        };
+        let (inside, outside) = ("127.0.0.1:50051", "0.0.0.0:50051");
+        let running = with(outside, "tokens", false);
+        let error = check_reload(&with(inside, "", false), &running).unwrap_err();
+        assert!(matches!(error, Error::Precondition(_)) && error.to_string().contains(outside), "{error}");
+        check_reload(&with(inside, "other", false), &running).unwrap();
+        check_reload(&with(outside, "", true), &running).unwrap();
+        check_reload(&with(inside, "", false), &with(inside, "tokens", false)).unwrap();
+        let mut both = with(inside, "tokens", false);
+        both.http.listen_addr = "0.0.0.0:80".into();
+        check_reload(&with(inside, "", false), &both).unwrap_err();
     }
 }

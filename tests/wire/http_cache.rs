@@ -157,6 +157,10 @@ async fn values_have_any_key_are_replaced_and_survive_a_restart() {
         }
         let ranged = http.send("GET", key, &[("range", "bytes=1-2")], "").await;
         assert_eq!(ranged.bytes().await.unwrap(), "no");
+        // A client that resumes an upload sends only the rest, which must not become the value (RFC 9110, 14.5).
+        let rest = http.send("PUT", key, &[("content-range", "bytes 4-6/7")], "her").await;
+        assert_eq!(rest.status(), StatusCode::BAD_REQUEST);
+        assert_eq!(http.get(key).await.unwrap(), b"another");
     }
     assert_eq!(http.get("/cache/other").await, None);
     let store = http.server.kill().await;

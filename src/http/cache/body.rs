@@ -108,9 +108,14 @@ impl UploadBody {
     /// `decoders`.
     ///
     /// # Errors
-    /// `Unimplemented` for an unknown encoding; `OutOfRange` when the Content-Length exceeds the limit.
+    /// `Invalid` for a part of a value (RFC 9110, 14.5); `Unimplemented` for an unknown encoding; `OutOfRange` when the Content-Length exceeds the limit.
     pub(super) fn new(request: Request, call: &Call, max: u64, decoders: &Budget) -> Result<Self> {
         let (parts, body) = request.into_parts();
+        if parts.headers.contains_key(header::CONTENT_RANGE) {
+            let problem =
+                "a value is stored as a whole, and this is a part of one (Content-Range); send all of it";
+            return Err(Error::Invalid(problem.into()));
+        }
         let encodings: Vec<&str> = (parts.headers.get_all(header::CONTENT_ENCODING).into_iter())
             .flat_map(|value| value.to_str().unwrap_or("?").split(','))
             .map(str::trim)

@@ -108,7 +108,8 @@ impl UploadBody {
     /// `decoders`.
     ///
     /// # Errors
-    /// `Invalid` for a part of a value (RFC 9110, 14.5); `Unimplemented` for an unknown encoding; `OutOfRange` when the Content-Length exceeds the limit.
+    /// `Invalid` for a part of a value (RFC 9110, 14.5); `Unimplemented` for an unknown encoding; `OutOfRange` when the
+    /// Content-Length exceeds the limit.
     pub(super) fn new(request: Request, call: &Call, max: u64, decoders: &Budget) -> Result<Self> {
         let (parts, body) = request.into_parts();
         if parts.headers.contains_key(header::CONTENT_RANGE) {

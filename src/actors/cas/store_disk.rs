@@ -200,8 +200,8 @@ impl StoreDisk {
             .log(format_args!("the store in {path}: {text}"));
     }
 
-    /// Measures the data beside the store, as far as measurements are due. Blocks. Nobody waits for the measurements:
-    /// others read the earlier figures meanwhile.
+    /// Measures the data beside the store whose measurement is due. Blocks. The lock is not held during a measurement,
+    /// so others can read the earlier figures.
     fn measure_beside(&self) {
         let start = Instant::now();
         let due: Vec<_> = self

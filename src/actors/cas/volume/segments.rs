@@ -153,7 +153,8 @@ impl Segments {
         beside + dead.max(self.sizes.waste_allowed(disk))
     }
 
-    /// Appends files and returns their generations. All of them are written at once, so all of them fail or none.
+    /// Appends files and returns their generations. Files that fit into a segment together are written at once, so all
+    /// of them fail or none.
     pub(super) fn write(&self, files: &[NewFile<'_>], touched: u32) -> Vec<io::Result<WrittenFile>> {
         let first = self.sequence.fetch_add(files.len() as u64, Relaxed);
         let additions: Vec<Addition<'_>> = (first..)
@@ -168,15 +169,27 @@ impl Segments {
                 sequence,
             })
             .collect();
-        match self.append(&additions, |_| Ok(())) {
-            Ok(locations) => (files.iter().zip(locations))
-                .map(|(file, location)| {
+        let mut written = Vec::with_capacity(files.len());
+        let (mut rest, mut rest_of_files) = (additions.as_slice(), files);
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = |addition: &&Addition<'_>| {
+                bytes += addition.bytes();
+                bytes <= self.sizes.segment
+            };
+            let count = rest.iter().take_while(fits).count().max(1);
+            let (part, after) = rest.split_at(count);
+            let (of_part, after_of_files) = rest_of_files.split_at(count);
+            (rest, rest_of_files) = (after, after_of_files);
+            match self.append(part, |_| Ok(())) {
+                Ok(locations) => written.extend(of_part.iter().zip(locations).map(|(file, location)| {
                     let id = FileId { key: file.key, generation: location.generation() };
                     Ok(WrittenFile { file: id, bytes: Self::charge(file.size()), stamp: content::STAMP })
-                })
-                .collect(),
-            Err(error) => files.iter().map(|_| Err(same_error(&error))).collect(),
+                })),
+                Err(error) => written.extend(of_part.iter().map(|_| Err(same_error(&error)))),
+            }
         }
+        written
     }
 
     /// Opens a stored file, and reads and checks its content.

@@ -269,6 +269,19 @@ pub(crate) fn inline(what: &str, status: Option<&rpc::Status>, codes: &[Code]) -
     ensure(codes.iter().any(|wanted| *wanted as i32 == code), format!("{what}: {}", names(codes)), seen())
 }
 
+/// The response to the only entry of a batch.
+///
+/// # Errors
+/// A failure if there is another number of responses.
+pub(crate) fn only<T>(what: &str, responses: Vec<T>) -> Result<T, Stop> {
+    let count = responses.len();
+    let mut responses = responses.into_iter();
+    match (responses.next(), responses.next()) {
+        (Some(response), None) => Ok(response),
+        _ => Err(fail(format!("{what}: one response"), format!("{count} responses"))),
+    }
+}
+
 /// `NAME: message`, with the cause if it lies in the client's connection.
 pub(crate) fn show(status: &Status) -> String {
     let cause = std::error::Error::source(status).map(|error| format!(" ({})", innermost(error)));

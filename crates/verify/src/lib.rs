@@ -169,8 +169,9 @@ async fn run_check(check: &'static Check, session: Session, end: Instant) -> Row
     let begin = Instant::now();
     let limit = session.options().check_limit();
     if begin >= end {
-        let stop = Stop::Skipped(format!("the run has taken {} s already", RUN_LIMIT.as_secs()));
-        return Row::of(check, Err(stop), Duration::ZERO);
+        let observed = format!("the run has taken {} s already", RUN_LIMIT.as_secs());
+        let verdict = Err(check::fail("time for this check", observed)).control();
+        return Row::of(check, verdict, Duration::ZERO);
     }
     let session = session.for_check();
     let cases = session.clone();

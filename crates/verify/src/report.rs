@@ -202,10 +202,16 @@ impl Report {
         counts
     }
 
-    /// Whether nothing failed and nothing is inconclusive.
+    /// Whether a check was performed, none failed and none is inconclusive.
     pub fn is_good(&self, strict: bool) -> bool {
         let counts = self.counts(strict);
-        !counts.contains_key(&Judgement::Fail) && !counts.contains_key(&Judgement::Inconclusive)
+        let bad = [Judgement::Fail, Judgement::Inconclusive];
+        self.has_verified() && !bad.iter().any(|judgement| counts.contains_key(judgement))
+    }
+
+    /// Whether at least one check was performed.
+    fn has_verified(&self) -> bool {
+        self.rows.iter().any(|row| !matches!(row.outcome, CheckOutcome::Skipped(_)))
     }
 
     /// Reduces one fault to one failure: what is inconclusive because of a rule that itself failed becomes skipped. So
@@ -253,6 +259,9 @@ impl Report {
             self.elapsed.as_secs_f64(),
             self.bytes_written as f64 / 1e6
         );
+        if !self.has_verified() {
+            text.push_str("no check was performed, so nothing is known about this server\n");
+        }
         text
     }
 }
@@ -280,5 +289,31 @@ fn write_row(text: &mut String, row: &Row, strict: bool) {
             detail("observed", observed);
         }
         CheckOutcome::Absent(why) | CheckOutcome::Skipped(why) => detail("because", why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_good_only_if_a_check_was_performed() {
+        let rule = rules::find("CAS-01").unwrap();
+        let mut report = Report {
+            endpoint: String::new(),
+            instance: String::new(),
+            caller: String::new(),
+            digest_function: String::new(),
+            bytes_written: 0,
+            elapsed: Duration::ZERO,
+            rows: vec![Row::beyond(rule, "this caller lacks a permission")],
+        };
+        assert!(!report.is_good(false) && report.table(false).contains("no check was performed"));
+        report.rows.push(Row { outcome: CheckOutcome::Pass, ..Row::beyond(rule, "") });
+        assert!(report.is_good(false) && !report.table(false).contains("no check was performed"));
+        let (expected, observed) = (String::new(), String::new());
+        let outcome = CheckOutcome::Inconclusive { needs: None, expected, observed };
+        report.rows.push(Row { outcome, ..Row::beyond(rule, "") });
+        assert!(!report.is_good(false));
     }
 }

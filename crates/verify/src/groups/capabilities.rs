@@ -5,7 +5,9 @@ use super::Beyond;
 use crate::{
     actions::result_of,
     blob::Blob,
-    check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail, inline, show, skipped},
+    check::{
+        Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail, inline, only, show, skipped,
+    },
     checks,
     compression::{BROTLI, DEFLATE, ZSTD, compress, decompress},
     raw,
@@ -289,9 +291,7 @@ async fn batch_compressors_are_accepted_exactly_as_listed(s: Session) -> Verdict
             }
             let answer = s.update_items(vec![item]).await.wanted("BatchUpdateBlobs answers")?;
             let code = if listed.contains(&number) { Code::Ok } else { Code::InvalidArgument };
-            for response in &answer.responses {
-                inline("an item", response.status.as_ref(), &[code])?;
-            }
+            inline("an item", only("an item", answer.responses)?.status.as_ref(), &[code])?;
             let stored = s
                 .missing(std::slice::from_ref(&blob.digest))
                 .await

@@ -2,7 +2,7 @@
 
 use crate::{
     blob::Blob,
-    check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail, inline, skipped},
+    check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, fail, inline, only, skipped},
     checks,
     session::Session,
 };
@@ -104,10 +104,8 @@ async fn split_chunks_join_to_the_blob(s: Session) -> Verdict {
     ensure(blob.data == joined, "chunks that join to the blob", "other bytes")?;
     // CAS-31 also names BatchReadBlobs.
     let first = chunks.get(..1).unwrap_or_default();
-    for response in s.batch_read(first, &[]).await.wanted("BatchReadBlobs of a chunk answers")?.responses {
-        inline("a chunk", response.status.as_ref(), &[Code::Ok])?;
-    }
-    Ok(())
+    let answer = s.batch_read(first, &[]).await.wanted("BatchReadBlobs of a chunk answers")?;
+    inline("a chunk", only("a chunk", answer.responses)?.status.as_ref(), &[Code::Ok])
 }
 
 async fn splitting_what_is_not_there_is_not_found(s: Session) -> Verdict {
@@ -246,10 +244,10 @@ async fn a_spliced_blob_is_a_blob_like_others(s: Session) -> Verdict {
     equal("missing_blob_digests", &missing, &Vec::new())?;
     let read = s.read(&whole.digest).await.wanted("it is read")?;
     ensure(read == whole.data, "its bytes", "others")?;
-    for response in s.batch_read(asked, &[]).await.wanted("BatchReadBlobs answers")?.responses {
-        inline("a spliced blob", response.status.as_ref(), &[Code::Ok])?;
-        ensure(response.data == whole.data, "its bytes", "others")?;
-    }
+    let answer = s.batch_read(asked, &[]).await.wanted("BatchReadBlobs answers")?;
+    let response = only("a spliced blob", answer.responses)?;
+    inline("a spliced blob", response.status.as_ref(), &[Code::Ok])?;
+    ensure(response.data == whole.data, "its bytes", "others")?;
     if s.updates_results().is_ok() {
         let action = s.fresh_action().await?;
         let file = OutputFile { path: "out".into(), digest: Some(whole.digest), ..Default::default() };

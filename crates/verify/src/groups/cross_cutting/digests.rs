@@ -2,7 +2,7 @@
 
 use crate::{
     blob::Blob,
-    check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, inline},
+    check::{Answer as _, Check, Step as _, Verdict, absent, ensure, equal, inline, only},
     checks,
     session::Session,
 };
@@ -50,17 +50,15 @@ async fn refused_everywhere(s: &Session, what: &str, digest: &Digest) -> Verdict
     if let Some(answer) =
         s.batch_read(asked, &[]).await.or_refused(&format!("{what} in BatchReadBlobs"), INVALID)?
     {
-        for response in answer.responses {
-            inline(&format!("{what} in BatchReadBlobs"), response.status.as_ref(), INVALID)?;
-        }
+        let what = format!("{what} in BatchReadBlobs");
+        inline(&what, only(&what, answer.responses)?.status.as_ref(), INVALID)?;
     }
     let blob = Blob { digest: digest.clone(), ..s.blob(100) };
     if let Some(answer) =
         s.update(&[&blob]).await.or_refused(&format!("{what} in BatchUpdateBlobs"), INVALID)?
     {
-        for response in answer.responses {
-            inline(&format!("{what} in BatchUpdateBlobs"), response.status.as_ref(), INVALID)?;
-        }
+        let what = format!("{what} in BatchUpdateBlobs");
+        inline(&what, only(&what, answer.responses)?.status.as_ref(), INVALID)?;
     }
     s.write(&blob).await.refused(&format!("{what} in Write"), INVALID)?;
     Ok(())
@@ -131,9 +129,7 @@ async fn the_right_hash_with_a_wrong_size_finds_nothing(s: Session) -> Verdict {
             s.read(&wrong).await.refused("Read", &codes)?;
             let upload = Blob { digest: wrong, ..blob.clone() };
             if let Some(answer) = s.update(&[&upload]).await.or_refused("the batch", INVALID)? {
-                for response in &answer.responses {
-                    inline("an upload", response.status.as_ref(), INVALID)?;
-                }
+                inline("an upload", only("an upload", answer.responses)?.status.as_ref(), INVALID)?;
             }
             Ok(())
         })
@@ -200,10 +196,8 @@ async fn the_empty_blob_exists_in_every_call(s: Session) -> Verdict {
             let read = s.read(&empty).await.wanted(&format!("the empty blob of {named} is read"))?;
             ensure(read.is_empty(), "no bytes", format!("{} bytes", read.len()))?;
             let batch = s.batch_read(asked, &[]).await.wanted("BatchReadBlobs answers")?;
-            ensure(batch.responses.len() == 1, "one response", batch.responses.len())?;
-            for response in &batch.responses {
-                inline(&format!("BatchReadBlobs of {named}"), response.status.as_ref(), &[Code::Ok])?;
-            }
+            let what = format!("BatchReadBlobs of {named}");
+            inline(&what, only(&what, batch.responses)?.status.as_ref(), &[Code::Ok])?;
             match s.tree(&empty, 0).await {
                 Err(status) if status.code() == Code::Unimplemented => {}
                 answer => {
@@ -281,12 +275,10 @@ async fn an_unset_digest_function_is_inferred(s: Session) -> Verdict {
             let asked = std::slice::from_ref(&blob.digest);
             let what = format!("{} is inferred from the length of the hash", function.wire().as_str_name());
             equal("missing_blob_digests", &s.missing(asked).await.wanted(&what)?, &asked.to_vec())?;
-            for response in s.update(&[&blob]).await.wanted(&what)?.responses {
-                inline(&what, response.status.as_ref(), &[Code::Ok])?;
-            }
-            for response in s.batch_read(asked, &[]).await.wanted(&what)?.responses {
-                inline(&what, response.status.as_ref(), &[Code::Ok])?;
-            }
+            let updated = s.update(&[&blob]).await.wanted(&what)?;
+            inline(&what, only(&what, updated.responses)?.status.as_ref(), &[Code::Ok])?;
+            let read = s.batch_read(asked, &[]).await.wanted(&what)?;
+            inline(&what, only(&what, read.responses)?.status.as_ref(), &[Code::Ok])?;
             let missing = named.missing(asked).await.needs("CAS-01", "FindMissingBlobs answers")?;
             equal(&format!("{what}; missing under its name"), &missing, &Vec::new())?;
             s.result(&blob.digest)
@@ -323,9 +315,8 @@ async fn number_refused(s: &Session, number: i32, blob: &Blob) -> Verdict {
     };
     let answer = s.cas().batch_read_blobs(request).await.map(tonic::Response::into_inner);
     if let Some(answer) = answer.or_refused(&format!("{what} in BatchReadBlobs"), INVALID)? {
-        for response in answer.responses {
-            inline(&format!("{what} in BatchReadBlobs"), response.status.as_ref(), INVALID)?;
-        }
+        let what = format!("{what} in BatchReadBlobs");
+        inline(&what, only(&what, answer.responses)?.status.as_ref(), INVALID)?;
     }
     let request = reapi::BatchUpdateBlobsRequest {
         instance_name: s.instance(),
@@ -334,9 +325,8 @@ async fn number_refused(s: &Session, number: i32, blob: &Blob) -> Verdict {
     };
     let answer = s.cas().batch_update_blobs(request).await.map(tonic::Response::into_inner);
     if let Some(answer) = answer.or_refused(&format!("{what} in BatchUpdateBlobs"), INVALID)? {
-        for response in answer.responses {
-            inline(&format!("{what} in BatchUpdateBlobs"), response.status.as_ref(), INVALID)?;
-        }
+        let what = format!("{what} in BatchUpdateBlobs");
+        inline(&what, only(&what, answer.responses)?.status.as_ref(), INVALID)?;
     }
     Ok(())
 }

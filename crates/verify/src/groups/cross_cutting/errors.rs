@@ -3,7 +3,9 @@
 use crate::{
     actions::{metadata, response},
     blob::Blob,
-    check::{Answer as _, Check, Step as _, Verdict, absent, code_name, ensure, equal, fail, inline, show},
+    check::{
+        Answer as _, Check, Step as _, Verdict, absent, code_name, ensure, equal, fail, inline, only, show,
+    },
     checks, raw,
     session::Session,
     store::pieces,
@@ -103,10 +105,8 @@ async fn unsupported_values_are_argument_errors(s: Session) -> Verdict {
     let mut item = s.item(&blob);
     item.compressor = 99;
     let answer = s.update_items(vec![item]).await.wanted("BatchUpdateBlobs answers")?;
-    for response in &answer.responses {
-        inline("an item with compressor 99", response.status.as_ref(), &[Code::InvalidArgument])?;
-    }
-    Ok(())
+    let what = "an item with compressor 99";
+    inline(what, only(what, answer.responses)?.status.as_ref(), &[Code::InvalidArgument])
 }
 
 /// The statuses of requests that can never succeed, each with the reason.

@@ -2,7 +2,7 @@
 
 use crate::{
     blob::Blob,
-    check::{Answer as _, Check, Verdict, ensure, equal, fail, inline, skipped},
+    check::{Answer as _, Check, Verdict, ensure, equal, fail, inline, only, skipped},
     checks,
     connection::METADATA_HEADER,
     raw,
@@ -61,10 +61,7 @@ fn full_batch(s: &Session) -> Verdict<usize> {
 async fn a_batch_of_one_blob_may_have_the_full_size(s: Session) -> Verdict {
     let blob = s.blob(full_batch(&s)?);
     let answer = s.update(&[&blob]).await.wanted("a batch of exactly the advertised size is accepted")?;
-    ensure(answer.responses.len() == 1, "one response", answer.responses.len())?;
-    for response in &answer.responses {
-        inline("its only item", response.status.as_ref(), &[Code::Ok])?;
-    }
+    inline("its only item", only("the batch", answer.responses)?.status.as_ref(), &[Code::Ok])?;
     let read = s.read(&blob.digest).await.needs("BS-07", "it is read back")?;
     ensure(read == blob.data, "the bytes that were uploaded", "others")
 }

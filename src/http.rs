@@ -5,7 +5,7 @@
 //! and the status of errors. A new mount implements [`Mount`] and takes one line in [`Port::new`].
 //!
 //! Nothing here depends on gRPC. A request counts like a call ([`Connections::calls`]), and its body counts like any
-//! upload. The only state of this module is the budget of decoders.
+//! upload. The only state of this module is the number of compressed uploads.
 
 pub mod cache;
 mod connection;
@@ -47,9 +47,9 @@ use tokio::{net::TcpListener, select};
 
 /// Target of the log lines of this module.
 const LOG: &str = "gorego::http";
-/// Number of concurrent compressed uploads; further ones are told to retry. Each holds the window that its client
-/// chose, at most 8 MiB.
-const DECODERS: Bounds = Bounds { what: "encoded uploads at a time", total: 256, connection: 1 };
+/// Limit on the number of compressed uploads at a time. Clients of further uploads are told to retry. Each upload holds
+/// a window of the size that its client has chosen, at most 8 MiB.
+const ENCODED_UPLOADS: Bounds = Bounds { what: "encoded uploads at a time", total: 256, connection: 1 };
 
 /// A part of the port.
 trait Mount: fmt::Debug + Send + Sync {
@@ -91,7 +91,7 @@ impl Port {
 
     fn empty(shared: PortContext) -> Self {
         let PortContext { gate, hosts, unfinished_requests, connections, metrics } = shared;
-        let decoders = Budget::new(DECODERS);
+        let decoders = Budget::new(ENCODED_UPLOADS);
         Self { mounts: Router::default(), gate, hosts, unfinished_requests, connections, decoders, metrics }
     }
 

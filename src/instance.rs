@@ -225,7 +225,7 @@ impl Instances {
                 }
                 None => {
                     return Err(Error::Invalid(format!(
-                        "instance name \"{}\" shares the blobs of \"{owner}\", which is not among the instance_names",
+                        "instance name \"{}\" shares the blobs of \"{owner}\", which is no instance of this server; add \"{owner}\" to instance_names",
                         instance.name()
                     )));
                 }

@@ -13,9 +13,9 @@ use crate::{
     config::{Config, Loaded, Settings, load::keys},
     logging::Event,
 };
-use futures::future::BoxFuture;
+use futures::{FutureExt as _, future::BoxFuture};
 use gorego_reapi::error::{Error, Result};
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{any::Any, collections::BTreeMap, fmt, panic::AssertUnwindSafe, sync::Arc};
 use tokio::{runtime::Handle, sync::Mutex};
 use toml::Value;
 
@@ -156,7 +156,8 @@ impl Reloader {
             match apply {
                 None => outcome.needs_restart.push(change),
                 Some(_) if dry_run => outcome.applied.push(change),
-                Some(apply) => match apply.await {
+                // A panic must not hide the changes that were made before.
+                Some(apply) => match AssertUnwindSafe(apply).catch_unwind().await.unwrap_or_else(panicked) {
                     Ok(()) => outcome.applied.push(change),
                     Err(error) => {
                         outcome.failed.push(KeyChange { description: error.to_string(), ..change });
@@ -189,6 +190,10 @@ impl ReloaderState {
         };
         self.parts.iter().any(|part| part.keys().iter().any(covers))
     }
+}
+
+fn panicked(_: Box<dyn Any + Send>) -> Result<()> {
+    Err(Error::internal("the change panicked"))
 }
 
 /// A value in a description.
@@ -242,7 +247,7 @@ mod tests {
         time::Duration,
     };
 
-    /// Takes in `log`. Refuses the filter "off", and fails to change to the filter "stuck".
+    /// Takes in `log`. Refuses the filter "off", and fails to change to the filters "stuck" and "panics".
     #[derive(Default)]
     struct Part {
         filter: Arc<SyncMutex<String>>,
@@ -285,6 +290,7 @@ mod tests {
                 if filter == "stuck" {
                     return Err(Error::internal("it is stuck"));
                 }
+                assert_ne!(filter, "panics");
                 *own.lock().unwrap() = filter;
                 Ok(())
             });
@@ -357,18 +363,21 @@ mod tests {
     #[tokio::test]
     async fn a_change_that_fails_is_named_and_the_others_are_made() {
         let bench = bench();
+        bench.next.lock().unwrap().shutdown_grace = Duration::from_secs(7);
+        for (at, (filter, problem)) in
+            [("stuck", "log.filter: it is stuck"), ("panics", "log.filter: the change panicked")]
+                .into_iter()
+                .enumerate()
         {
-            let mut next = bench.next.lock().unwrap();
-            next.log.filter = "stuck".into();
-            next.shutdown_grace = Duration::from_secs(7);
+            bench.next.lock().unwrap().log.filter = filter.into();
+            let failed = bench.reloader.reload(false).await.unwrap_err();
+            let text = failed.to_string();
+            assert!(matches!(failed, Error::Internal(_)), "{failed:?}");
+            for part in [problem, "What has changed: shutdown_grace."] {
+                assert!(text.contains(part), "{part} is not in {text}");
+            }
+            assert_eq!(bench.later_changes.load(Ordering::Relaxed), at + 1);
         }
-        let failed = bench.reloader.reload(false).await.unwrap_err();
-        let text = failed.to_string();
-        assert!(matches!(failed, Error::Internal(_)), "{failed:?}");
-        for part in ["log.filter: it is stuck", "What has changed: shutdown_grace."] {
-            assert!(text.contains(part), "{part} is not in {text}");
-        }
-        assert_eq!(bench.later_changes.load(Ordering::Relaxed), 1);
         bench.next.lock().unwrap().log.filter = "debug".into();
         assert_eq!(bench.reloader.reload(false).await.unwrap().applied.len(), 2);
         assert_eq!(*bench.filter.lock().unwrap(), "debug");

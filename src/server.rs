@@ -39,7 +39,7 @@ use crate::{
     quotas::Quotas,
     reload::{Reloadable, Reloader},
     sandbox::probe::Report,
-    signals::{StopSignal, StopSignals},
+    signals::{StartWatch, StopSignal, StopSignals},
     supervisor::{Supervision, Supervisor},
     telemetry::Metrics,
     tls::ServerTls,
@@ -64,7 +64,7 @@ pub(crate) use tls::check_tls_files;
 use tokio::{
     runtime::{Builder, Handle},
     select,
-    time::{Instant, timeout_at},
+    time::timeout_at,
 };
 
 /// Target of the log lines of this file.
@@ -105,6 +105,10 @@ pub(crate) fn run(
     // Dropping a runtime waits for its threads, which may be stuck in a system call. The process ends after this
     // function.
     let runtime = ManuallyDrop::new(Arc::new(runtime));
+    let watch = {
+        let _context = runtime.enter();
+        StartWatch::begin(StopSignals::of_server()?, runtime.handle(), stop_during_start)
+    };
     let sockets = std::mem::take(&mut supervision.sockets);
     let prerequisites = Prerequisites::open(&settings, sockets, runtime.handle())?;
     // Opening the store and the build root blocks, so it is done before anything asynchronous starts. Each locks its
@@ -121,7 +125,7 @@ pub(crate) fn run(
         let (server, listeners) =
             Server::start(settings, supervision, prerequisites, store, reports, setup, workers)?;
         let configuration = Configuration { config: loaded.config, load: Box::new(load) };
-        server.serve(listeners, configuration, ready).await
+        server.serve(listeners, configuration, watch, ready).await
     })
 }
 
@@ -225,6 +229,7 @@ impl Server {
         mut self,
         listeners: Listeners,
         configuration: Configuration,
+        watch: StartWatch,
         ready: impl FnOnce(Ready),
     ) -> Result<()> {
         let supervision = std::mem::take(&mut self.supervision);
@@ -233,8 +238,8 @@ impl Server {
             Owners { cas: self.cas.clone(), assets: self.assets.clone(), scheduler: self.scheduler.clone() };
         let hosts = Hosts::new(self.settings.http_hosts.clone());
         let reloader = self.reloader(configuration, &hosts);
-        let mut signals = StopSignals::of_server()?;
         let mut ports = self.open_ports(listeners, hosts, &owners, &reloader).await?;
+        let mut signals = watch.end().await?;
         ready(self.ready(ports.address));
         supervisor.ready();
         // The reports run on the actors' thread. If that thread is stuck, no report is sent.
@@ -371,14 +376,18 @@ impl Server {
             drain(scheduler, exit).await;
         }
         // Actions that were just cancelled may have left large directories. Time for closing the store is reserved.
-        let left = exit.last_messages_sent().saturating_duration_since(Instant::now());
+        let until = exit.last_messages_sent();
         let setup = self.setup.clone();
-        let removal = setup.map(|setup| self.workers.spawn_blocking(move || setup.empty(left)));
+        let removal = setup.map(|setup| self.workers.spawn_blocking(move || setup.empty(until.into())));
         // Clients that wait for a stream receive its end.
         self.log_streams.close();
-        ports.close(exit.last_messages_sent()).await;
-        if let Some(removal) = removal {
-            let _ = removal.await;
+        ports.close(until).await;
+        // Persistent workers can take longer to end. Their runners kill them when this process has exited.
+        if let Some(removal) = removal
+            && timeout_at(until, removal).await.is_err()
+        {
+            Event::warn(LOG, "workers_not_ended")
+                .log(format_args!("some persistent workers did not end in time; their runners kill them"));
         }
     }
 
@@ -396,6 +405,15 @@ impl Server {
         }
         let _ = timeout_at(exit.end, saving).await;
     }
+}
+
+/// Ends the process during its start. The store can be opened again after that, as after a crash.
+fn stop_during_start(signal: StopSignal) {
+    Event::info(LOG, "server_stopped")
+        .with("signal", signal.name())
+        .log(format_args!("stopped during the start"));
+    logging::flush();
+    std::process::exit(0)
 }
 
 /// Ends the process without waiting for anything.

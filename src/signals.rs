@@ -10,7 +10,13 @@
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use gorego_reapi::error::{Error, Result};
 use std::io::{self, IsTerminal as _};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    runtime::Handle,
+    select,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+    task::JoinHandle,
+};
 
 /// A signal that asks this process to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +66,12 @@ impl StopSignal {
     }
 }
 
-pub(crate) struct StopSignals(Vec<(StopSignal, Signal)>);
+/// The signals that a process listens for.
+pub(crate) struct StopSignals {
+    arrivals: Vec<(StopSignal, Signal)>,
+    /// A signal that was received and has not had its effect yet.
+    put_back: Option<StopSignal>,
+}
 
 impl StopSignals {
     /// Starts to listen for the signals that stop a server. From now on they do not end the process by themselves.
@@ -87,12 +98,20 @@ impl StopSignals {
             Ok(arrivals) => Ok((stop, arrivals)),
             Err(error) => Err(Error::io("listen for signals", &error)),
         };
-        Ok(Self(heard.map(listen).collect::<Result<_>>()?))
+        Ok(Self { arrivals: heard.map(listen).collect::<Result<_>>()?, put_back: None })
+    }
+
+    /// Receives a signal again with the next call of [`StopSignals::next`].
+    pub(crate) fn put_back(&mut self, signal: StopSignal) {
+        self.put_back = Some(signal);
     }
 
     /// Waits for the next signal.
     pub(crate) async fn next(&mut self) -> StopSignal {
-        let arrivals = self.0.iter_mut().map(|(stop, arrivals)| async move {
+        if let Some(signal) = self.put_back.take() {
+            return signal;
+        }
+        let arrivals = self.arrivals.iter_mut().map(|(stop, arrivals)| async move {
             arrivals.recv().await;
             *stop
         });
@@ -100,5 +119,72 @@ impl StopSignals {
             Some(stop) => stop,
             None => std::future::pending().await,
         }
+    }
+}
+
+/// Watches for signals while a server starts, which can take seconds. A signal to stop takes effect at once. A request
+/// to read the configuration again waits for the end of the start.
+pub(crate) struct StartWatch {
+    watching: JoinHandle<StopSignals>,
+    has_started: oneshot::Sender<()>,
+}
+
+impl StartWatch {
+    /// Watches on this runtime. `stop` is called with a signal to stop.
+    pub(crate) fn begin(
+        mut signals: StopSignals,
+        runtime: &Handle,
+        stop: impl Fn(StopSignal) + Send + 'static,
+    ) -> Self {
+        let (has_started, mut started) = oneshot::channel();
+        let watching = runtime.spawn(async move {
+            let mut must_reload = false;
+            loop {
+                select! {
+                    _ = &mut started => break,
+                    signal = signals.next() => match signal {
+                        StopSignal::Reload => must_reload = true,
+                        signal => stop(signal),
+                    }
+                }
+            }
+            if must_reload {
+                signals.put_back(StopSignal::Reload);
+            }
+            signals
+        });
+        Self { watching, has_started }
+    }
+
+    /// Ends the watch. Later signals are for the caller.
+    ///
+    /// # Errors
+    /// `Internal` if the watch has panicked.
+    pub(crate) async fn end(self) -> Result<StopSignals> {
+        drop(self.has_started);
+        self.watching.await.map_err(|_| Error::internal("the watch for signals panicked"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::{Signal as Raised, getpid, kill_process};
+    use std::time::Duration;
+    use tokio::{sync::mpsc, time::timeout};
+
+    #[tokio::test]
+    async fn a_signal_to_stop_works_during_a_start_and_a_reload_waits_for_its_end() {
+        let signals = StopSignals::listen([StopSignal::Reload, StopSignal::Terminate].into_iter()).unwrap();
+        let (stop, mut stops) = mpsc::channel(1);
+        let watch =
+            StartWatch::begin(signals, &Handle::current(), move |signal| stop.try_send(signal).unwrap());
+        kill_process(getpid(), Raised::HUP).unwrap();
+        kill_process(getpid(), Raised::TERM).unwrap();
+        assert_eq!(stops.recv().await, Some(StopSignal::Terminate));
+        let mut signals = watch.end().await.unwrap();
+        assert_eq!(signals.next().await, StopSignal::Reload);
+        // It is received once.
+        assert!(timeout(Duration::from_millis(20), signals.next()).await.is_err());
     }
 }

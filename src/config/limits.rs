@@ -122,7 +122,7 @@ impl LimitsConfig {
             ("disk_gb", above(self.disk_gb.bytes(), self.max_disk_gb.bytes()), "max_disk_gb"),
         ] {
             if is_above {
-                problems.push((key, format!("is above {max}; raise that too")));
+                problems.push((key, format!("is above {max}; raise {max} too")));
             }
         }
         for (key, cores) in [("cores", self.cores), ("max_cores", self.max_cores)] {

@@ -1,6 +1,6 @@
 //! `[quotas]`: the settings of quotas, and their checks.
 
-use super::checker::Checker;
+use super::checker::{Checker, MIN_SIZE};
 use crate::{
     quotas::limits::{PrincipalPattern, QuotaLimits, QuotaRules},
     size::Size,
@@ -17,9 +17,9 @@ const MAX_PRINCIPALS: usize = 256;
 pub struct QuotasConfig {
     /// Maximum number of unfinished operations; 0 for no limit.
     pub operations: usize,
-    /// Unfinished operations that wait for a worker.
+    /// Maximum number of operations that wait for a worker; 0 for no limit.
     pub queued: usize,
-    /// Bytes uploaded per hour.
+    /// Maximum number of bytes that are uploaded in an hour; 0 for no limit.
     pub upload_per_hour_gb: Size,
     /// Maximum number of requests per second; 0 for no limit.
     pub requests_per_second: u64,
@@ -46,10 +46,10 @@ pub struct PrincipalQuotaConfig {
     /// Maximum number of unfinished operations; `None` for the general limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub operations: Option<usize>,
-    /// Unfinished operations that wait for a worker.
+    /// Maximum number of operations that wait for a worker; `None` for the general limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queued: Option<usize>,
-    /// Bytes uploaded per hour.
+    /// Maximum number of bytes that are uploaded in an hour; `None` for the general limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub upload_per_hour_gb: Option<Size>,
     /// Maximum number of requests per second; `None` for the general limit.
@@ -80,7 +80,12 @@ pub(super) fn quotas(check: &mut Checker<'_>) -> QuotaRules {
         };
         let size = own.upload_per_hour_gb.unwrap_or(config.upload_per_hour_gb);
         if own.upload_per_hour_gb.is_some_and(|size| size.bytes() > 0) {
-            check.size(key, size);
+            let problem = format!(
+                "upload_per_hour_gb of \"{}\" must be between {MIN_SIZE} and {}",
+                name.escape_debug(),
+                Size::MAX
+            );
+            check.require(key, size >= MIN_SIZE, &problem);
         }
         let limits = limits(
             own.operations.unwrap_or(config.operations),

@@ -295,12 +295,13 @@ fn node_name(check: &mut Checker<'_>) -> NodeName {
 /// The instances in `instance_names` and the instances with their own policy.
 fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let config = &check.loaded.config;
-    let functions = |check: &mut Checker<'_>, key: &str, listed: &[DigestFunction]| {
-        check.require(key, !listed.is_empty(), "is empty; at least one digest function is needed");
+    let functions = |check: &mut Checker<'_>, (key, of): (&str, &str), listed: &[DigestFunction]| {
+        let problem = format!("{of} is empty; at least one digest function is needed");
+        check.require(key, !listed.is_empty(), problem.trim_start());
         DigestFunction::ALL.iter().copied().filter(|function| listed.contains(function)).collect()
     };
     let common = InstancePolicy {
-        digest_functions: functions(check, "cache.digest_functions", &config.cache.digest_functions),
+        digest_functions: functions(check, ("cache.digest_functions", ""), &config.cache.digest_functions),
         action_cache_updates: config.cache.action_cache_updates,
         private_results: false,
         execution: true,
@@ -313,7 +314,10 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
         let client_results = own.client_results.unwrap_or(config.cache.client_results);
         let own = InstancePolicy {
             digest_functions: match &own.digest_functions {
-                Some(listed) => functions(check, "instances", listed),
+                Some(listed) => {
+                    let of = format!("digest_functions of instance \"{}\"", name.escape_debug());
+                    functions(check, ("instances", &of), listed)
+                }
                 None => common.digest_functions.clone(),
             },
             action_cache_updates: own.action_cache_updates.unwrap_or(config.cache.action_cache_updates),

@@ -8,7 +8,7 @@ use crate::{
     budget::{Budget, Refusal, Share},
     call::ConnectionInfo,
     caller::Caller,
-    connections::{Admitted, Connections},
+    connections::{Admitted, Connections, UNREAD_LIMIT},
     quick_ack::QuickAck,
     tls::{Socket, TlsPort},
 };
@@ -48,7 +48,7 @@ use tokio::{
 };
 
 /// Time limit for the head of a request, counted from the previous response. It also closes idle connections.
-const HEAD_LIMIT: Duration = Duration::from_secs(60);
+const NEXT_HEAD_LIMIT: Duration = Duration::from_secs(60);
 /// Size of the read buffer, which also limits the head of a request. Browsers and proxies send far less. Bodies pass
 /// through it in any size.
 const READ_MAX_BYTES: usize = 64 * 1024;
@@ -56,8 +56,6 @@ const READ_MAX_BYTES: usize = 64 * 1024;
 const UNCOUNTED_HEAD_BYTES: u64 = 4 * 1024;
 /// Larger heads count in steps of this size, by which the read buffer grows.
 const HEAD_STEP_BYTES: u64 = 16 * 1024;
-/// How long a client may leave sent bytes unread before the kernel drops the connection.
-const UNREAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long the rest of a request is read and discarded, if it was answered before its end. An immediate close would
 /// reset the connection, and the client might never see the response.
 const LINGER: Duration = Duration::from_secs(2);
@@ -110,8 +108,8 @@ pub(super) async fn serve(
                 let head = head.clone();
                 answer(ends.clone(), request).inspect(move |_| head.end()).boxed()
             };
-            // A connection is asked to close if it is idle, or if its client does not read the responses. So a request
-            // that is dropped here waits for its client.
+            // If a request is open when the connection is closed, its client takes no responses, or the certificate of
+            // the client is no longer accepted. So the request can be dropped.
             select! {
                 () = serve_one(stream, closed, answer) => {}
                 _ = poll_fn(|context| state.poll_closing(context)) => {}
@@ -158,7 +156,7 @@ async fn serve_one(
     });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_LIMIT)
+        .header_read_timeout(NEXT_HEAD_LIMIT)
         .max_buf_size(READ_MAX_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     // Errors are in the log line of the request, if there was one.

@@ -1,7 +1,8 @@
 //! One log line for each request, and its metrics, when its response has ended or its client is gone.
 //!
-//! Requests that cost their client nothing (refused before a handler, or abandoned before the response) are
-//! rate-limited per peer and then only counted (`Connections::takes_line`).
+//! The lines of requests that cost their client nothing are rate-limited per peer (`Connections::takes_line`). These
+//! are requests that are refused or that the client abandons before the response, and requests that need no permission,
+//! such as health probes.
 
 use super::{LOG, Port};
 use crate::{
@@ -94,10 +95,17 @@ impl RequestLine {
 
     /// Whether the request gets its own log line.
     fn is_listed(&self) -> bool {
-        const WITHOUT_A_HANDLER: [StatusCode; 2] =
-            [StatusCode::METHOD_NOT_ALLOWED, StatusCode::SERVICE_UNAVAILABLE];
+        const REFUSED: [StatusCode; 5] = [
+            StatusCode::UNAUTHORIZED,
+            StatusCode::FORBIDDEN,
+            StatusCode::METHOD_NOT_ALLOWED,
+            StatusCode::TOO_MANY_REQUESTS,
+            StatusCode::SERVICE_UNAVAILABLE,
+        ];
+        let needs_nothing = self.call.permissions().is_some_and(<[_]>::is_empty);
         let is_cheap = self.status.is_none_or(|status| {
-            WITHOUT_A_HANDLER.contains(&status) || self.call.instance().is_none() && !status.is_success()
+            let is_outside = self.call.instance().is_none() && !status.is_success();
+            needs_nothing || is_outside || REFUSED.contains(&status)
         });
         let end = End::Http(self.status.map(|status| status.as_u16()));
         !is_cheap || self.connection.connections.takes_line(self.connection.caller().peer, end)

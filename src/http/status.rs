@@ -41,12 +41,15 @@ fn code(error: &Error) -> StatusCode {
         Error::NotFound(_) => StatusCode::NOT_FOUND,
         Error::MissingBlobs(_) | Error::Precondition(_) => StatusCode::CONFLICT,
         Error::OutOfRange(_) => StatusCode::PAYLOAD_TOO_LARGE,
-        Error::Exhausted { .. } | Error::DiskFull(_) => StatusCode::INSUFFICIENT_STORAGE,
+        // Waiting does not help, or not for long.
+        Error::Exhausted { retry_after: None, .. } | Error::DiskFull(_) => StatusCode::INSUFFICIENT_STORAGE,
         Error::OverQuota { .. } => StatusCode::TOO_MANY_REQUESTS,
         Error::Denied(_) => StatusCode::FORBIDDEN,
         Error::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
         Error::Unimplemented(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-        Error::Unavailable(_) | Error::Cancelled(_) => StatusCode::SERVICE_UNAVAILABLE,
+        Error::Exhausted { retry_after: Some(_), .. } | Error::Unavailable(_) | Error::Cancelled(_) => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
         Error::DeadlineExceeded(_) => StatusCode::REQUEST_TIMEOUT,
         Error::DataLoss(_) | Error::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -30,7 +30,7 @@ use gorego_reapi::error::{Error, Result};
 use std::{
     ffi::OsString,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::Instant,
 };
 use tokio::runtime::Handle;
 
@@ -222,13 +222,14 @@ impl ExecutionSetup {
             self.build_root.scrub_trees(bytes_per_second);
     }
 
-    /// Ends the scrub and the persistent workers, and waits until all exec directories are removed, for at most
-    /// `limit`. Blocks.
-    pub(super) fn empty(&self, limit: Duration) {
+    /// Ends the scrub and the persistent workers, and waits until all exec directories are removed, but not longer than
+    /// `until`. A persistent worker that does not end when it is told to is killed after seconds, perhaps later than
+    /// `until`. Blocks.
+    pub(super) fn empty(&self, until: Instant) {
         self.scrub.lock().unwrap_or_else(PoisonError::into_inner).take();
         let tools = self.all_tools().clone();
         tools.iter().for_each(|(_, tools)| tools.close());
-        self.build_root.wait_until_empty(limit);
+        self.build_root.wait_until_empty(until.saturating_duration_since(Instant::now()));
         self.groups.remove();
     }
 

@@ -55,7 +55,8 @@ pub(super) async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
     if timeout_at(exit.cancel_running(), scheduler.send(Drain { cancel: false })).await.is_ok() {
         return;
     }
-    let left = scheduler.send(Inspect).await.unwrap_or_default();
+    let left = timeout_at(exit.cancelled(), scheduler.send(Inspect)).await.ok().and_then(Result::ok);
+    let left = left.unwrap_or_default();
     Event::warn(LOG, "work_cancelled")
         .with("queued", left.queued)
         .with("running", left.running)

@@ -282,9 +282,9 @@ impl Reloadable for Pools {
     }
 
     fn prepare(&self, next: &Settings) -> Result<Vec<PreparedChange>> {
-        // Switching execution off is a separate change, which needs a restart.
-        let (Some(next), secrets) = (&next.execution, next.secrets()) else { return Ok(Vec::new()) };
-        // The sandboxes that run hide only what was secret at the start.
+        let secrets = next.secrets();
+        // The sandboxes that run hide only what was secret at the start. They go on until the restart, also if
+        // execution is switched off.
         if let Some((sandbox, _)) = &self.maker.setup.sandbox
             && let Some(path) = secrets.iter().find(|path| sandbox.settings.exposes(path))
         {
@@ -294,6 +294,8 @@ impl Reloadable for Pools {
                 path.display()
             )));
         }
+        // Switching execution off is a separate change, which needs a restart.
+        let Some(next) = &next.execution else { return Ok(Vec::new()) };
         let at_start = &self.maker.execution;
         // These settings are part of every pool, but they apply to parts that are created at the start.
         let is_bound = !next.sandbox.is_same_for_actions(&at_start.sandbox)

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 /// During a shutdown, a connection whose client is inactive for this long is closed.
-const IDLE_LIMIT: Duration = Duration::from_secs(2);
+const INACTIVE_CLIENT_LIMIT: Duration = Duration::from_secs(2);
 
 /// The ports, and what they share.
 pub(super) struct Ports {
@@ -56,7 +56,7 @@ impl Ports {
         drop((grpc.close, http.close));
         select! {
             _ = async { tokio::join!(grpc.ended, http.ended) } => {}
-            _ = timeout_at(until, unfinished_requests.finished(IDLE_LIMIT)) => {
+            _ = timeout_at(until, unfinished_requests.finished(INACTIVE_CLIENT_LIMIT)) => {
                 Event::warn(LOG, "connections_cut")
                     .log(format_args!("closing connections that clients keep open"));
             }

@@ -70,6 +70,9 @@ impl Supervisor {
     /// Reports that the configuration is being read again. [`Supervisor::ready`] reports the end, whether the reload
     /// succeeded or not.
     pub(crate) fn reloading(&self) {
+        if self.is_stopping.load(Ordering::Relaxed) {
+            return;
+        }
         match NotifyState::monotonic_usec_now() {
             Ok(now) => self.tell(&[NotifyState::Reloading, now]),
             // A supervisor that requires the time would otherwise end the server.
@@ -164,8 +167,9 @@ mod tests {
             assert!(reloading.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{reloading}");
             supervisor.stopping();
             assert_eq!(received(&socket), "STOPPING=1\n");
-            // The end of the reload is not reported after the shutdown has begun.
+            // Neither the end of the reload nor another one is reported after the shutdown has begun.
             supervisor.ready();
+            supervisor.reloading();
             supervisor.status("a\nb");
             assert_eq!(
                 received(&socket),

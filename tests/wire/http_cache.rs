@@ -397,6 +397,24 @@ async fn an_upload_whose_head_and_body_come_apart_is_not_held_up() {
     assert!(apart < whole + MORE_MAX, "{apart:?}, and {whole:?} in one piece");
 }
 
+/// Probes need no credential, so anyone who can reach the port could otherwise fill the log.
+#[tokio::test]
+async fn thousands_of_probes_do_not_fill_the_log() {
+    const PROBES: u64 = 2_000;
+    let http = Http::start(&[]).await;
+    for _ in 0..PROBES {
+        assert!(http.get("/healthz").await.is_some());
+    }
+    let told = || {
+        let log = http.server.log();
+        let events = |name: &'static str| log.iter().filter(move |line| line["event"] == name);
+        let listed = events("http_finished").count() as u64;
+        (listed, events("http_not_listed").map(|line| line["requests"].as_u64().unwrap()).sum::<u64>())
+    };
+    eventually("the log tells of every probe", || told().0 + told().1 == PROBES).await;
+    assert!(told().0 < PROBES / 2, "{:?}", told());
+}
+
 #[tokio::test]
 async fn every_request_leaves_one_line_and_the_server_stops_in_good_order() {
     let mut http = Http::start(&[]).await;

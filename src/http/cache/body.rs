@@ -28,7 +28,7 @@ use std::{ops::Range, time::Duration};
 /// Number of bytes that are sent at a time.
 const PIECE_BYTES: usize = 128 * 1024;
 /// Time limit between two pieces of an upload.
-const IDLE_LIMIT: Duration = Duration::from_secs(60);
+const PIECE_LIMIT: Duration = Duration::from_secs(60);
 
 /// A range of a blob, uncompressed. Each piece is read when the connection has room for it.
 pub(super) fn of_blob(reader: BlobReader, part: Range<u64>, call: Call) -> Body {
@@ -89,6 +89,25 @@ pub(super) fn accepts_zstd(headers: &HeaderMap) -> bool {
     })
 }
 
+/// The size limit of a decoded upload.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct UploadLimit {
+    pub(super) bytes: u64,
+    /// What the limit belongs to, such as a configuration key. For the error.
+    pub(super) of: &'static str,
+}
+
+impl UploadLimit {
+    /// The limit of blobs and values.
+    pub(super) fn of_blob(max_blob_bytes: u64) -> Self {
+        Self { bytes: max_blob_bytes, of: "cache.max_blob_size_gb" }
+    }
+
+    fn exceeded(self) -> Error {
+        Error::OutOfRange(format!("at most {} bytes are accepted ({})", self.bytes, self.of))
+    }
+}
+
 /// The decoded bytes of an upload, in pieces.
 pub(super) struct UploadBody {
     body: axum::body::BodyDataStream,
@@ -98,19 +117,18 @@ pub(super) struct UploadBody {
     /// Received bytes that are not yet decoded.
     raw: Bytes,
     left: u64,
-    max: u64,
+    limit: UploadLimit,
     /// The size of the blob by the Content-Length. `None` if it is absent, or if the body is compressed.
     announced: Option<u64>,
 }
 
 impl UploadBody {
-    /// The upload of a request. It may decode to at most `max` bytes. If it is compressed, its decoder takes a share of
-    /// `decoders`.
+    /// The upload of a request. If it is compressed, its decoder takes a share of `decoders`.
     ///
     /// # Errors
     /// `Invalid` for a part of a value (RFC 9110, 14.5); `Unimplemented` for an unknown encoding; `OutOfRange` when the
     /// Content-Length exceeds the limit.
-    pub(super) fn new(request: Request, call: &Call, max: u64, decoders: &Budget) -> Result<Self> {
+    pub(super) fn new(request: Request, call: &Call, limit: UploadLimit, decoders: &Budget) -> Result<Self> {
         let (parts, body) = request.into_parts();
         if parts.headers.contains_key(header::CONTENT_RANGE) {
             let problem =
@@ -135,8 +153,8 @@ impl UploadBody {
         let length =
             parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         let announced = length.filter(|_| decoder.is_none());
-        if announced.is_some_and(|length: u64| length > max) {
-            return Err(too_large(max));
+        if announced.is_some_and(|length: u64| length > limit.bytes) {
+            return Err(limit.exceeded());
         }
         let decoders = Some((decoders.clone(), call.caller()));
         Ok(Self {
@@ -144,8 +162,8 @@ impl UploadBody {
             decoder,
             decoders,
             raw: Bytes::new(),
-            left: max,
-            max,
+            left: limit.bytes,
+            limit,
             announced,
         })
     }
@@ -158,13 +176,13 @@ impl UploadBody {
     pub(super) async fn next(&mut self, call: &Call) -> Result<Option<Bytes>> {
         loop {
             if let Some(piece) = self.decode()? {
-                self.left = self.left.checked_sub(piece.len() as u64).ok_or_else(|| too_large(self.max))?;
+                self.left = self.left.checked_sub(piece.len() as u64).ok_or_else(|| self.limit.exceeded())?;
                 return Ok(Some(piece));
             }
             let silent =
-                || Error::DeadlineExceeded(format!("no bytes of the upload arrived for {IDLE_LIMIT:?}"));
+                || Error::DeadlineExceeded(format!("no bytes of the upload arrived for {PIECE_LIMIT:?}"));
             call.wait_for_client();
-            let bytes = tokio::time::timeout(IDLE_LIMIT, self.body.next()).await;
+            let bytes = tokio::time::timeout(PIECE_LIMIT, self.body.next()).await;
             call.client_moved();
             match bytes.map_err(|_| silent())? {
                 Some(Ok(bytes)) => {
@@ -186,7 +204,7 @@ impl UploadBody {
     async fn make_room(&mut self) -> Result<()> {
         let Some(decoder) = &mut self.decoder else { return Ok(()) };
         let Some((decoders, caller)) = self.decoders.take_if(|_| !self.raw.is_empty()) else { return Ok(()) };
-        decoder.hold(decoders::room(&decoders, caller, &self.raw, self.max).await?);
+        decoder.hold(decoders::room(&decoders, caller, &self.raw, self.limit.bytes).await?);
         Ok(())
     }
 
@@ -216,7 +234,7 @@ impl UploadBody {
         Ok(())
     }
 
-    /// Collects a small upload of at most `max` bytes in memory. `hold` is called with the size of each piece before it
+    /// Collects a small upload in memory. `hold` is called with the size of each piece before it
     /// is added.
     ///
     /// # Errors
@@ -233,10 +251,6 @@ impl UploadBody {
         }
         Ok(all)
     }
-}
-
-fn too_large(max: u64) -> Error {
-    Error::OutOfRange(format!("at most {max} bytes are accepted (cache.max_blob_size_gb)"))
 }
 
 #[cfg(test)]
@@ -257,7 +271,9 @@ mod tests {
         let call = Call::default();
         let decoders = Budget::new(decoders::DECODERS);
         runtime.block_on(async {
-            UploadBody::new(request, &call, max, &decoders)?.collect(&call, |_| Ok(())).await
+            UploadBody::new(request, &call, UploadLimit::of_blob(max), &decoders)?
+                .collect(&call, |_| Ok(()))
+                .await
         })
     }
 

@@ -4,7 +4,12 @@
 //! collection are unknown: a collection is described alone, and a request for everything below it (`Depth: infinity`)
 //! is refused, as the RFC allows. Every response is small.
 
-use super::{COLLECTIONS, Target, VALUES, body::UploadBody, read::value_digest, write::created};
+use super::{
+    COLLECTIONS, Target, VALUES,
+    body::{UploadBody, UploadLimit},
+    read::value_digest,
+    write::created,
+};
 use crate::{call::Call, http::status};
 use axum::{
     extract::Request,
@@ -14,8 +19,8 @@ use axum::{
 use gorego_reapi::error::{Error, Result};
 use std::fmt::Write as _;
 
-/// Size limit of a PROPFIND body. Its content is ignored: all properties are always sent.
-const MAX_BODY_BYTES: u64 = 64 * 1024;
+/// Size limit of a body. The content of PROPFIND is ignored: all properties are always sent. MKCOL must have none.
+const LIMIT: UploadLimit = UploadLimit { bytes: 64 * 1024, of: "a PROPFIND or MKCOL request" };
 /// The store keeps no modification times, but clients require the property.
 const MODIFIED: &str = "<D:getlastmodified>Thu, 01 Jan 1970 00:00:00 GMT</D:getlastmodified>";
 
@@ -28,15 +33,8 @@ pub(super) async fn properties(
 ) -> Result<Response> {
     let is_collection = is_collection(key);
     let depth = Depth::of(request.headers())?;
-    let body = UploadBody::new(request, call, MAX_BODY_BYTES, target.0.cas.decoders())?
-        .collect(call, |_| Ok(()))
-        .await;
-    body.map_err(|error| match error {
-        Error::OutOfRange(_) => {
-            Error::OutOfRange(format!("a PROPFIND request may have at most {MAX_BODY_BYTES} bytes"))
-        }
-        other => other,
-    })?;
+    let body = UploadBody::new(request, call, LIMIT, target.0.cas.decoders())?;
+    body.collect(call, |_| Ok(())).await?;
     if is_collection && depth == Depth::Infinity {
         let text = "<D:error xmlns:D=\"DAV:\"><D:propfind-finite-depth/></D:error>";
         return Ok(xml(StatusCode::FORBIDDEN, text));
@@ -63,7 +61,7 @@ pub(super) async fn make_collection(
     request: Request,
     call: &Call,
 ) -> Result<Response> {
-    let body = UploadBody::new(request, call, MAX_BODY_BYTES, target.0.cas.decoders())?.next(call).await?;
+    let body = UploadBody::new(request, call, LIMIT, target.0.cas.decoders())?.next(call).await?;
     if body.is_some() {
         return Err(Error::Unimplemented("a MKCOL request with a body is not supported".into()));
     }

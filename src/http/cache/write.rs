@@ -2,7 +2,7 @@
 
 use super::{
     Target,
-    body::UploadBody,
+    body::{UploadBody, UploadLimit},
     read::{VALUE_PATH, like, value_action},
     resource::HashInPath,
 };
@@ -13,8 +13,8 @@ use gorego_reapi::{
     proto::reapi,
 };
 
-/// Largest ActionResult message, as over gRPC.
-const MAX_RESULT_BYTES: u64 = 16 * 1024 * 1024;
+/// Size limit of an ActionResult message, as over gRPC.
+const RESULT_LIMIT: UploadLimit = UploadLimit { bytes: 16 * 1024 * 1024, of: "an ActionResult" };
 /// Largest memory of a decoded ActionResult, as over gRPC.
 const RESULT_MAX_MEMORY: u64 = 64 * 1024 * 1024;
 
@@ -27,7 +27,7 @@ pub(super) async fn blob(
 ) -> Result<Response> {
     let like = like(instance, hash)?;
     let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
-    let upload = UploadBody::new(request, call, cache.max_blob_bytes, cas.decoders())?;
+    let upload = UploadBody::new(request, call, UploadLimit::of_blob(cache.max_blob_bytes), cas.decoders())?;
     let mut blob = cas.new_blob(instance, like.function());
     upload.fill(&mut blob, call).await?;
     call.note_blob(blob.finish_checked(like).await?);
@@ -44,7 +44,9 @@ pub(super) async fn result(
     let like = like(instance, hash)?;
     let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
     let mut held = cas.hold(call.caller(), 0)?;
-    let upload = UploadBody::new(request, call, MAX_RESULT_BYTES.min(cache.max_blob_bytes), cas.decoders())?;
+    let of_blob = UploadLimit::of_blob(cache.max_blob_bytes);
+    let limit = if of_blob.bytes < RESULT_LIMIT.bytes { of_blob } else { RESULT_LIMIT };
+    let upload = UploadBody::new(request, call, limit, cas.decoders())?;
     let bytes = upload.collect(call, |bytes| Ok(held.grow(bytes)?)).await?;
     let decoded = cas.decode(bytes.into(), RESULT_MAX_MEMORY, "ActionResult").await;
     let (result, _room): (reapi::ActionResult, _) = decoded.map_err(|error| {
@@ -68,7 +70,7 @@ pub(super) async fn value(
 ) -> Result<Response> {
     let action = value_action(instance, key)?;
     let cas = cache.cas.on_behalf_of(call.caller()).for_build(call.build());
-    let upload = UploadBody::new(request, call, cache.max_blob_bytes, cas.decoders())?;
+    let upload = UploadBody::new(request, call, UploadLimit::of_blob(cache.max_blob_bytes), cas.decoders())?;
     let mut blob = cas.new_blob(instance, action.function());
     upload.fill(&mut blob, call).await?;
     let digest = blob.finish().await?;

@@ -128,6 +128,10 @@ fn layout(rest: &str) -> Result<ImageReference, String> {
     if !path.is_absolute() || !is_plain || name.contains('\0') {
         return Err("the directory is not an absolute path without \"..\"".into());
     }
+    // What follows the colon would be a tag, if the slash behind it were left out.
+    if path.file_name().is_some_and(|last| last.as_encoded_bytes().contains(&b':')) {
+        return Err("the name of the directory contains a colon".into());
+    }
     Ok(ImageReference { origin: ImageOrigin::Layout(path.components().collect()), version })
 }
 
@@ -223,6 +227,8 @@ mod tests {
             "oci:srv/images",
             "oci:/srv/../etc",
             "oci:/srv/\0",
+            "oci:/srv/images/tools:/:v2",
+            "oci:/srv/images/tools:/.",
             &format!("docker://r.example.com/{long}a:v1"),
         ] {
             let problem = ImageReference::parse(text).unwrap_err();

@@ -382,12 +382,14 @@ impl Server {
         // Clients that wait for a stream receive its end.
         self.log_streams.close();
         ports.close(until).await;
-        // Persistent workers can take longer to end. Their runners kill them when this process has exited.
+        // Persistent workers and control groups can take longer to end.
         if let Some(removal) = removal
-            && timeout_at(until, removal).await.is_err()
+            && timeout_at(exit.removed(), removal).await.is_err()
         {
-            Event::warn(LOG, "workers_not_ended")
-                .log(format_args!("some persistent workers did not end in time; their runners kill them"));
+            Event::warn(LOG, "workers_not_ended").log(format_args!(
+                "some persistent workers or control groups did not end in time; runners kill their processes when the \
+                 server has exited, and the next start removes the groups"
+            ));
         }
     }
 

@@ -95,17 +95,19 @@ impl RequestLine {
 
     /// Whether the request gets its own log line.
     fn is_listed(&self) -> bool {
-        const REFUSED: [StatusCode; 5] = [
+        const REFUSED: [StatusCode; 4] = [
             StatusCode::UNAUTHORIZED,
             StatusCode::FORBIDDEN,
             StatusCode::METHOD_NOT_ALLOWED,
             StatusCode::TOO_MANY_REQUESTS,
-            StatusCode::SERVICE_UNAVAILABLE,
         ];
+        // An upload that fails for lack of room has cost its client the bytes.
+        let is_turned_away =
+            self.status == Some(StatusCode::SERVICE_UNAVAILABLE) && self.call.bytes_in() == 0;
         let needs_nothing = self.call.permissions().is_some_and(<[_]>::is_empty);
         let is_cheap = self.status.is_none_or(|status| {
             let is_outside = self.call.instance().is_none() && !status.is_success();
-            needs_nothing || is_outside || REFUSED.contains(&status)
+            needs_nothing || is_outside || is_turned_away || REFUSED.contains(&status)
         });
         let end = End::Http(self.status.map(|status| status.as_u16()));
         !is_cheap || self.connection.connections.takes_line(self.connection.caller().peer, end)

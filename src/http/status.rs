@@ -41,7 +41,7 @@ fn code(error: &Error) -> StatusCode {
         Error::NotFound(_) => StatusCode::NOT_FOUND,
         Error::MissingBlobs(_) | Error::Precondition(_) => StatusCode::CONFLICT,
         Error::OutOfRange(_) => StatusCode::PAYLOAD_TOO_LARGE,
-        // Waiting does not help, or not for long.
+        // Waiting does not help, or somebody has to free disk space first.
         Error::Exhausted { retry_after: None, .. } | Error::DiskFull(_) => StatusCode::INSUFFICIENT_STORAGE,
         Error::OverQuota { .. } => StatusCode::TOO_MANY_REQUESTS,
         Error::Denied(_) => StatusCode::FORBIDDEN,
@@ -52,5 +52,26 @@ fn code(error: &Error) -> StatusCode {
         }
         Error::DeadlineExceeded(_) => StatusCode::REQUEST_TIMEOUT,
         Error::DataLoss(_) | Error::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_lack_that_will_pass_is_503_and_one_that_stays_is_507() {
+        let exhausted = |retry_after| Error::Exhausted { message: "no room".into(), retry_after };
+        for (error, code, retries) in [
+            (exhausted(Some(Duration::from_secs(7))), 503, Some("7")),
+            (exhausted(None), 507, None),
+            (Error::DiskFull("full".into()), 507, Some("5")),
+        ] {
+            let response = of(&error);
+            let retry_after =
+                response.headers().get(header::RETRY_AFTER).map(|value| value.to_str().unwrap());
+            assert_eq!((response.status().as_u16(), retry_after), (code, retries), "{error}");
+        }
     }
 }

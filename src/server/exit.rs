@@ -44,6 +44,11 @@ impl Exit {
         self.last_messages_sent() - LAST_MESSAGES_RESERVE
     }
 
+    /// When the server stops waiting for the removal of what actions have left.
+    pub(super) fn removed(self) -> Instant {
+        self.end - CLOSE_RESERVE / 2
+    }
+
     /// When the server stops waiting for clients.
     pub(super) fn last_messages_sent(self) -> Instant {
         self.end - CLOSE_RESERVE
@@ -56,10 +61,9 @@ pub(super) async fn drain(scheduler: &Addr<SchedulerActor>, exit: Exit) {
         return;
     }
     let left = timeout_at(exit.cancelled(), scheduler.send(Inspect)).await.ok().and_then(Result::ok);
-    let left = left.unwrap_or_default();
     Event::warn(LOG, "work_cancelled")
-        .with("queued", left.queued)
-        .with("running", left.running)
+        .with_some("queued", left.as_ref().map(|left| left.queued))
+        .with_some("running", left.as_ref().map(|left| left.running))
         .log(format_args!("the grace period is nearly over: cancelling the remaining work"));
     if timeout_at(exit.cancelled(), scheduler.send(Drain { cancel: true })).await.is_err() {
         Event::error(LOG, "work_stuck")

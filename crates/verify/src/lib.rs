@@ -46,7 +46,7 @@ use std::{
 pub const CHECK_LIMIT: Duration = Duration::from_secs(30);
 /// Factor by which `--large` raises the time limit of a check.
 const LARGE_FACTOR: u32 = 10;
-/// Time limit of a run. Checks that have not started by then are skipped.
+/// Time limit of a run. Checks that have not started by then are inconclusive.
 pub const RUN_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// Default number of concurrent checks: enough to overlap waiting times, few enough that a server with a handful of
 /// slots answers each in time.

@@ -93,18 +93,18 @@ pub(super) fn accepts_zstd(headers: &HeaderMap) -> bool {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct UploadLimit {
     pub(super) bytes: u64,
-    /// What the limit belongs to, such as a configuration key. For the error.
+    /// What has this limit, for the error.
     pub(super) of: &'static str,
 }
 
 impl UploadLimit {
     /// The limit of blobs and values.
     pub(super) fn of_blob(max_blob_bytes: u64) -> Self {
-        Self { bytes: max_blob_bytes, of: "cache.max_blob_size_gb" }
+        Self { bytes: max_blob_bytes, of: "a blob or value (cache.max_blob_size_gb)" }
     }
 
     fn exceeded(self) -> Error {
-        Error::OutOfRange(format!("at most {} bytes are accepted ({})", self.bytes, self.of))
+        Error::OutOfRange(format!("{} may have at most {} bytes", self.of, self.bytes))
     }
 }
 

@@ -153,8 +153,8 @@ impl Segments {
         beside + dead.max(self.sizes.waste_allowed(disk))
     }
 
-    /// Appends files and returns their generations. Files that fit into a segment together are written at once, so all
-    /// of them fail or none.
+    /// Appends files and returns their generations. Consecutive files are written together, up to the size of a
+    /// segment. The files of such a part all fail, or none does.
     pub(super) fn write(&self, files: &[NewFile<'_>], touched: u32) -> Vec<io::Result<WrittenFile>> {
         let first = self.sequence.fetch_add(files.len() as u64, Relaxed);
         let additions: Vec<Addition<'_>> = (first..)

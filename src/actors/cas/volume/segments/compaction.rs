@@ -13,7 +13,7 @@
 use super::{
     Segments,
     journal::{self, JournalNotes},
-    record::{Location, damaged},
+    record::{Location, damaged, record_bytes},
     recovery,
     segment::{Addition, Segment, content_of},
     sizes::Verdict,
@@ -200,8 +200,8 @@ impl Segments {
         while !rest.is_empty() {
             let mut bytes = 0;
             let fits = |(row, _): &&(Row, FileId)| {
-                bytes += u64::from(row.length);
-                bytes <= COPY_BYTES
+                bytes += record_bytes(u64::from(row.length));
+                bytes <= COPY_BYTES.min(self.sizes.segment)
             };
             let (part, after) = rest.split_at(rest.iter().take_while(fits).count().max(1));
             rest = after;

@@ -179,13 +179,13 @@ impl Segment {
         (answer, before, growth.takes())
     }
 
-    /// Reserves a range for these records; `None` if they would make the segment larger than `max_bytes`, or if its
+    /// Reserves a range for these records; `None` if all records would take more than `max_bytes`, or if the
     /// table is full. An empty segment takes any records. [`Segment::written`] has to follow. Also returns the disk
     /// space before and after.
     pub(super) fn reserve(&self, additions: &[Addition<'_>], max_bytes: u64) -> Option<(u64, Takes, Takes)> {
         let bytes: u64 = additions.iter().map(Addition::bytes).sum();
         let (at, before, after) = self.change(|growth| {
-            let exceeds = growth.records > 0 && growth.end.saturating_add(bytes) > max_bytes;
+            let exceeds = growth.records > 0 && growth.end - growth.start + bytes > max_bytes;
             if exceeds || growth.rows.len() >= MAX_TABLE_BYTES || growth.stage != SegmentStage::Open {
                 return None;
             }

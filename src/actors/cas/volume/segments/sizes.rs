@@ -18,7 +18,7 @@ const WASTE_PART_OF_SEGMENTS: u64 = 5;
 pub(crate) struct Sizes {
     /// The largest file that is kept in a segment.
     pub(super) largest_file: u64,
-    /// The largest size of a segment without its table, unless a single file is larger.
+    /// Most bytes of the records of a segment, unless a single file is larger.
     pub(super) segment: u64,
     /// The most bytes that may be dead.
     pub(super) waste: u64,

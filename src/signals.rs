@@ -173,6 +173,8 @@ mod tests {
     use std::time::Duration;
     use tokio::{sync::mpsc, time::timeout};
 
+    const PATIENCE: Duration = Duration::from_secs(30);
+
     #[tokio::test]
     async fn a_signal_to_stop_works_during_a_start_and_a_reload_waits_for_its_end() {
         let signals = StopSignals::listen([StopSignal::Reload, StopSignal::Terminate].into_iter()).unwrap();
@@ -181,9 +183,9 @@ mod tests {
             StartWatch::begin(signals, &Handle::current(), move |signal| stop.try_send(signal).unwrap());
         kill_process(getpid(), Raised::HUP).unwrap();
         kill_process(getpid(), Raised::TERM).unwrap();
-        assert_eq!(stops.recv().await, Some(StopSignal::Terminate));
+        assert_eq!(timeout(PATIENCE, stops.recv()).await.unwrap(), Some(StopSignal::Terminate));
         let mut signals = watch.end().await.unwrap();
-        assert_eq!(signals.next().await, StopSignal::Reload);
+        assert_eq!(timeout(PATIENCE, signals.next()).await.unwrap(), StopSignal::Reload);
         // It is received once.
         assert!(timeout(Duration::from_millis(20), signals.next()).await.is_err());
     }

@@ -20,6 +20,11 @@ pub(super) struct Checker<'a> {
     pub(super) problems: Vec<String>,
 }
 
+/// The problem of a size that is too small.
+pub(super) fn size_range() -> String {
+    format!("must be between {MIN_SIZE} and {}", Size::MAX)
+}
+
 impl<'a> Checker<'a> {
     pub(super) fn new(loaded: &'a Loaded) -> Self {
         Self { loaded, problems: Vec::new() }
@@ -63,7 +68,7 @@ impl<'a> Checker<'a> {
 
     /// Checks a size and converts it to bytes.
     pub(super) fn size(&mut self, key: &str, size: Size) -> u64 {
-        self.require(key, size >= MIN_SIZE, &format!("must be between {MIN_SIZE} and {}", Size::MAX));
+        self.require(key, size >= MIN_SIZE, &size_range());
         size.bytes()
     }
 

@@ -1,6 +1,6 @@
 //! `[quotas]`: the settings of quotas, and their checks.
 
-use super::checker::{Checker, MIN_SIZE};
+use super::checker::{Checker, MIN_SIZE, size_range};
 use crate::{
     quotas::limits::{PrincipalPattern, QuotaLimits, QuotaRules},
     size::Size,
@@ -80,11 +80,7 @@ pub(super) fn quotas(check: &mut Checker<'_>) -> QuotaRules {
         };
         let size = own.upload_per_hour_gb.unwrap_or(config.upload_per_hour_gb);
         if own.upload_per_hour_gb.is_some_and(|size| size.bytes() > 0) {
-            let problem = format!(
-                "upload_per_hour_gb of \"{}\" must be between {MIN_SIZE} and {}",
-                name.escape_debug(),
-                Size::MAX
-            );
+            let problem = format!("upload_per_hour_gb of \"{}\" {}", name.escape_debug(), size_range());
             check.require(key, size >= MIN_SIZE, &problem);
         }
         let limits = limits(

@@ -295,13 +295,16 @@ fn node_name(check: &mut Checker<'_>) -> NodeName {
 /// The instances in `instance_names` and the instances with their own policy.
 fn instances(check: &mut Checker<'_>) -> Option<Instances> {
     let config = &check.loaded.config;
-    let functions = |check: &mut Checker<'_>, (key, of): (&str, &str), listed: &[DigestFunction]| {
-        let problem = format!("{of} is empty; at least one digest function is needed");
-        check.require(key, !listed.is_empty(), problem.trim_start());
+    let functions = |check: &mut Checker<'_>, (key, what): (&str, &str), listed: &[DigestFunction]| {
+        check.require(key, !listed.is_empty(), &format!("{what} needs at least one digest function"));
         DigestFunction::ALL.iter().copied().filter(|function| listed.contains(function)).collect()
     };
     let common = InstancePolicy {
-        digest_functions: functions(check, ("cache.digest_functions", ""), &config.cache.digest_functions),
+        digest_functions: functions(
+            check,
+            ("cache.digest_functions", "the list"),
+            &config.cache.digest_functions,
+        ),
         action_cache_updates: config.cache.action_cache_updates,
         private_results: false,
         execution: true,
@@ -315,8 +318,8 @@ fn instances(check: &mut Checker<'_>) -> Option<Instances> {
         let own = InstancePolicy {
             digest_functions: match &own.digest_functions {
                 Some(listed) => {
-                    let of = format!("digest_functions of instance \"{}\"", name.escape_debug());
-                    functions(check, ("instances", &of), listed)
+                    let what = format!("the list of instance \"{}\"", name.escape_debug());
+                    functions(check, ("instances", &what), listed)
                 }
                 None => common.digest_functions.clone(),
             },

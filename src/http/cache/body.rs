@@ -234,8 +234,7 @@ impl UploadBody {
         Ok(())
     }
 
-    /// Collects a small upload in memory. `hold` is called with the size of each piece before it
-    /// is added.
+    /// Collects a small upload in memory. `hold` is called with the size of each piece before it is added.
     ///
     /// # Errors
     /// See [`UploadBody::next`]; and the errors of `hold`.

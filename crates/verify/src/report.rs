@@ -260,11 +260,14 @@ impl Report {
             self.bytes_written as f64 / 1e6
         );
         if !self.has_verified() {
-            text.push_str("no check was performed, so nothing is known about this server\n");
+            let _ = writeln!(text, "{NOTHING_VERIFIED}");
         }
         text
     }
 }
+
+/// What a report says if no check was performed.
+const NOTHING_VERIFIED: &str = "no check was performed, so nothing is known about this server";
 
 fn write_row(text: &mut String, row: &Row, strict: bool) {
     let (judgement, level) = (row.judgement(strict), row.level);
@@ -308,9 +311,13 @@ mod tests {
             elapsed: Duration::ZERO,
             rows: vec![Row::beyond(rule, "this caller lacks a permission")],
         };
-        assert!(!report.is_good(false) && report.table(false).contains("no check was performed"));
+        assert!(!report.is_good(false) && report.table(false).contains(NOTHING_VERIFIED));
+        let xml = report.junit(false).unwrap();
+        assert!(xml.contains("errors=\"1\"") && xml.contains(NOTHING_VERIFIED), "{xml}");
         report.rows.push(Row { outcome: CheckOutcome::Pass, ..Row::beyond(rule, "") });
-        assert!(report.is_good(false) && !report.table(false).contains("no check was performed"));
+        assert!(report.is_good(false) && !report.table(false).contains(NOTHING_VERIFIED));
+        let xml = report.junit(false).unwrap();
+        assert!(xml.contains("errors=\"0\"") && !xml.contains(NOTHING_VERIFIED), "{xml}");
         let (expected, observed) = (String::new(), String::new());
         let outcome = CheckOutcome::Inconclusive { needs: None, expected, observed };
         report.rows.push(Row { outcome, ..Row::beyond(rule, "") });

@@ -2,7 +2,7 @@
 //! reports back.
 
 use super::{
-    CasActor, LOG,
+    CasActor, LOG, StoreShared,
     deletions::{self, Deleted},
     guards::{Reservation, ReserveRoom, Unreserve},
     index::{EntryRef, FileId, HoldBudget, Stamp, Totals, Victim},
@@ -53,7 +53,7 @@ impl CasActor {
             self.discard(partial, ctx);
         }
         if self.shared.reclaims_in_vain() {
-            let overhead = self.note_overhead();
+            let overhead = self.shared.note_overhead();
             if !self.change(|index| index.has_room(bytes)) {
                 self.compact(ctx);
                 return Err(not_reclaimed(bytes, overhead));
@@ -92,20 +92,9 @@ impl CasActor {
         })
     }
 
-    /// Tells the index its limit, and how many bytes the store takes beyond those of its entries. Returns this number.
-    fn note_overhead(&mut self) -> u64 {
-        let overhead = self.shared.volume.overhead().saturating_add(self.shared.disk.beside());
-        let limit = self.shared.disk.limit();
-        self.change(|index| {
-            index.set_overhead(overhead);
-            index.set_limit(limit);
-        });
-        overhead
-    }
-
     /// Evicts ahead of need.
     pub(super) fn trim(&mut self, ctx: &Context<Self>) {
-        let overhead = self.note_overhead();
+        let overhead = self.shared.note_overhead();
         if self.shared.reclaims_in_vain() {
             return;
         }
@@ -202,6 +191,36 @@ impl CasActor {
     }
 }
 
+impl StoreShared {
+    /// Tells the index its limit, and how many bytes the store takes beyond those of its entries. Returns this number.
+    fn note_overhead(&self) -> u64 {
+        let overhead = self.volume.overhead().saturating_add(self.disk.beside());
+        let limit = self.disk.limit();
+        self.view.change(|index| {
+            index.set_overhead(overhead);
+            index.set_limit(limit);
+        });
+        overhead
+    }
+
+    /// Checks, once the deletions for a reservation of `bytes` are over, that they have freed its room. They have not if
+    /// the bytes of the deleted blobs could not be reclaimed.
+    ///
+    /// # Errors
+    /// `Exhausted` if the store would take more than its limit.
+    fn check_reclaimed(&self, bytes: u64) -> Result<()> {
+        if !self.reclaims_in_vain() {
+            return Ok(());
+        }
+        let overhead = self.note_overhead();
+        if self.view.change(|index| index.exceeds_room()) {
+            Err(not_reclaimed(bytes, overhead))
+        } else {
+            Ok(())
+        }
+    }
+}
+
 impl Receive<ReserveRoom> for CasActor {
     type Answer = StoreReply<Result<Reservation>>;
 
@@ -212,7 +231,14 @@ impl Receive<ReserveRoom> for CasActor {
             return StoreReply::Now(Err(Error::Unavailable(problem)));
         }
         match self.reserve(bytes, of, held, ctx) {
-            Ok((room, free)) => StoreReply::when(free, Ok(room)),
+            Ok((room, None)) => StoreReply::Now(Ok(room)),
+            Ok((room, Some(free))) => {
+                let shared = self.shared.clone();
+                StoreReply::Later(Box::pin(async move {
+                    free.await;
+                    shared.check_reclaimed(bytes).map(|()| room)
+                }))
+            }
             Err(error) => StoreReply::Now(Err(error)),
         }
     }

@@ -1,9 +1,10 @@
 //! Writes a report as JUnit XML: one suite per group, one case per check.
 //!
 //! JUnit has no warnings. A warning is written as a skipped case with a message, and as a failure in a strict run. An
-//! inconclusive check is an `error`, which JUnit distinguishes from a failure.
+//! inconclusive check is an `error`, which JUnit distinguishes from a failure. If no check was performed, one more case
+//! has an error, because a report with skipped cases alone counts as a success.
 
-use super::{CheckOutcome, Judgement, Report, Row};
+use super::{CheckOutcome, Judgement, NOTHING_VERIFIED, Report, Row};
 use crate::groups;
 use gorego_reapi::error::{Error, Result};
 use quick_junit::{NonSuccessKind, Report as Xml, TestCase, TestCaseStatus, TestSuite};
@@ -24,6 +25,13 @@ impl Report {
             let mut suite = TestSuite::new(group.name);
             suite.add_property(("endpoint", self.endpoint.as_str()));
             suite.add_test_cases(rows.into_iter().map(|row| case(row, strict)));
+            xml.add_test_suite(suite);
+        }
+        if !self.has_verified() {
+            let mut status = TestCaseStatus::non_success(NonSuccessKind::Error);
+            status.set_message(NOTHING_VERIFIED);
+            let mut suite = TestSuite::new("run");
+            suite.add_test_case(TestCase::new("a check is performed", status));
             xml.add_test_suite(suite);
         }
         xml.to_string().map_err(Error::internal)

@@ -83,6 +83,12 @@ impl Index {
         self.room().saturating_sub(used).saturating_sub(reserved) >= wanted
     }
 
+    /// Whether entries and reservations take more than they may.
+    pub(in super::super) fn exceeds_room(&self) -> bool {
+        let Totals { used, reserved, .. } = self.totals;
+        used.saturating_add(reserved) > self.room()
+    }
+
     /// Checks that `wanted` bytes could be freed by evicting everything that is not held and by revoking `revocable`
     /// bytes of earlier reservations. Reserves and evicts nothing.
     ///

@@ -150,11 +150,9 @@ async fn writers_are_refused_while_compaction_does_not_reclaim_the_bytes_that_th
             Err(Error::Exhausted { retry_after: Some(_), .. }) => refused += 1,
             Err(error) => panic!("{error}"),
         }
-        // The room of the first writes was granted before it was known that nothing is reclaimed for them.
-        assert!(store.inspect().await.totals.used + volume.overhead() <= MB + 300_000);
+        assert!(store.inspect().await.totals.used + volume.overhead() <= MB);
     }
-    // A write or two may be granted before the first job has ended.
-    assert!((15..20).contains(&refused), "{refused}");
+    assert!((15..22).contains(&refused), "{refused}");
     assert!(store.inspect().await.totals.used >= MB / 2, "what is stored stays");
     assert!(volume.steps_in_vain() > 0);
     volume.reclaim();

@@ -218,8 +218,13 @@ impl Segments {
             let copies = self.copy(&originals)?;
             let pairs = originals.iter().zip(&copies);
             moves.moved = pairs.map(|(original, copy)| (original.file(), copy.generation())).collect();
-            let accepted = relocate(moves);
+            // Copies that may not be on disk take no record's place.
+            let (synced, accepted) = match self.sync_copies(&copies) {
+                Ok(()) => (Ok(()), relocate(moves)),
+                Err(error) => (Err(error), Vec::new()),
+            };
             self.settle(&originals, &copies, &accepted, copied)?;
+            synced?;
         }
         Ok(())
     }
@@ -230,7 +235,7 @@ impl Segments {
             return Ok(Vec::new());
         }
         let additions: Vec<Addition<'_>> = originals.iter().map(Original::addition).collect();
-        let copies = self.append(&additions, |copies| {
+        self.append(&additions, |copies| {
             let mut deleted = Vec::new();
             let mut copying = self.copying();
             for (original, copy) in originals.iter().zip(copies) {
@@ -247,13 +252,16 @@ impl Segments {
                 }
             }
             Ok(())
-        })?;
-        if self.policy == SyncPolicy::BeforeAnswer {
-            // The originals are removed soon.
-            let segments: HashSet<u64> = copies.iter().map(|copy| copy.segment).collect();
-            segments.into_iter().try_for_each(|number| self.sync(number))?;
+        })
+    }
+
+    /// Waits for the disk if acknowledged records have to survive a power cut: the originals are removed soon.
+    fn sync_copies(&self, copies: &[Location]) -> io::Result<()> {
+        if self.policy == SyncPolicy::Never {
+            return Ok(());
         }
-        Ok(copies)
+        let segments: HashSet<u64> = copies.iter().map(|copy| copy.segment).collect();
+        segments.into_iter().try_for_each(|number| self.sync(number))
     }
 
     /// Counts the records whose copies took their place, and forgets the copies that did not.

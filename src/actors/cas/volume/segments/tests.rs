@@ -21,7 +21,11 @@ fn names() -> Vec<String> {
 }
 
 fn open_at(root: &Path) -> Segments {
-    Segments::open(root, names(), SIZES, Arc::new(AtomicU64::new(1)), SyncPolicy::Never).unwrap()
+    open_with(root, SyncPolicy::Never)
+}
+
+fn open_with(root: &Path, policy: SyncPolicy) -> Segments {
+    Segments::open(root, names(), SIZES, Arc::new(AtomicU64::new(1)), policy).unwrap()
 }
 
 fn key_of(kind: EntryKind, name: &[u8]) -> Key {

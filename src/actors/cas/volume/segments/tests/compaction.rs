@@ -131,6 +131,32 @@ fn a_power_cut_does_not_lose_old_records_because_they_were_moved() {
     }
 }
 
+/// Their bytes count as dead then, and a later compaction reclaims them.
+#[test]
+fn copies_that_cannot_be_synced_do_not_replace_their_records() {
+    let root = TempDir::new().unwrap();
+    let disk = SimulatedDisk::new(root.path(), 1);
+    let segments = open_with(root.path(), SyncPolicy::BeforeAnswer);
+    let mut store = Store { segments, root, index: HashMap::new() };
+    // The open segment has room for the copies of another one.
+    let files: Vec<(Key, Bytes)> = (0..13).map(|seed| blob(4_000, seed)).collect();
+    files.iter().for_each(|file| store.write(std::slice::from_ref(file)));
+    files.iter().step_by(2).for_each(|(key, _)| store.delete(key));
+    let dead = store.segments.takes_now().dead;
+    disk.fail_syncs(true);
+    let may_move = stored_now(&store);
+    store.segments.compact(&may_move, &mut |moves| panic!("{moves:?}")).unwrap_err();
+    assert!(store.segments.takes_now().dead > dead, "no copy was made");
+    store.check_counts();
+    disk.fail_syncs(false);
+    while store.compact() != Compacted::NothingToGain {}
+    assert!(store.segments.takes_now().dead < dead);
+    store.check_counts();
+    for (key, bytes) in files.iter().skip(1).step_by(2) {
+        assert_eq!(store.read(key).unwrap(), bytes);
+    }
+}
+
 #[test]
 fn uses_are_recorded_and_survive_compaction() {
     let mut store = Store::new();

@@ -97,7 +97,7 @@ impl Cas {
                 }
                 Began::Present if looks < SOUND_TRIES => looks += 1,
                 Began::Present => return Err(spoilt()),
-                Began::Start(attempt) => return self.write_to(attempt),
+                Began::Start(attempt) => return self.write_to(attempt).await,
                 // A client that resumes at once may find its own broken stream still being saved.
                 Began::Busy(progress) if !was_busy => {
                     was_busy = true;
@@ -114,13 +114,15 @@ impl Cas {
     }
 
     /// Makes the writer of an attempt. Its room is charged to the client.
-    fn write_to(&self, mut attempt: Box<Attempt>) -> Result<Upload> {
+    async fn write_to(&self, mut attempt: Box<Attempt>) -> Result<Upload> {
         attempt.lessee = self.lessee();
         if let Some(room) = &mut attempt.room
             && let Err(error) = self.pay_for(room)
         {
-            // A partial upload without a share could not be charged to a client, so it is not kept.
+            // A partial upload without a share could not be charged to a client, so it is not kept. Removing its file may
+            // block.
             attempt.keep = false;
+            let _ = self.shared().runtime.spawn_blocking(move || drop(attempt)).await;
             return Err(error);
         }
         Ok(Upload::Writer(Box::new(BlobWriter::new(attempt, self.received(), self.clone()))))

@@ -40,14 +40,16 @@ impl Cas {
     /// Frees disk space after an action failed for lack of it. Called from a worker thread. Blocks until the space is
     /// free or the action is cancelled, for a bounded time.
     pub fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
-        self.block_on(async |cas| {
+        // This handle does the file work on a blocking thread. On this thread, the work could neither wait for the actor
+        // nor be cut short.
+        self.shared().runtime.block_on(async {
             let cancelled = async {
                 while !is_cancelled() {
                     tokio::time::sleep(settings::RELIEF_POLL).await;
                 }
             };
             tokio::select! {
-                () = cas.relieve(|_| true) => {}
+                () = self.relieve(|_| true) => {}
                 () = cancelled => {}
             }
         });

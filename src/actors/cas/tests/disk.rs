@@ -43,3 +43,36 @@ async fn after_a_write_that_found_no_room_others_are_refused_and_reads_go_on() {
     assert_eq!(store.get(stored).await.unwrap(), "stored");
     assert!(store.has(stored).await && store.cas.is_read_only());
 }
+
+/// The worker must not wait within a wait: tokio panics then, and copies that the index does not know stay behind.
+#[actix::test]
+async fn a_worker_that_found_no_room_reclaims_the_bytes_of_deleted_results() {
+    // The smallest store with segments.
+    let store = TestStore::with_limit(270 * MB).await;
+    let no_background_work = store.cas.shared().compaction_turn.clone().try_acquire_owned().unwrap();
+    let action = |number: u64| digest(&number.to_le_bytes());
+    let write = async |number, length| {
+        let link =
+            reapi::OutputSymlink { path: "link".into(), target: "t".repeat(length), ..Default::default() };
+        let result = reapi::ActionResult { output_symlinks: vec![link], ..Default::default() };
+        store.cas.put_result(&store.main, action(number), result, Provenance::default()).await.unwrap();
+    };
+    for number in 0..600 {
+        write(number, 2_000).await;
+    }
+    let (first, ..) = store.place_of(action(0));
+    assert_ne!(first, store.place_of(action(599)).0, "the first segment is full");
+    for number in (0..400).step_by(2) {
+        write(number, 1).await;
+    }
+    assert!(first.exists());
+    let reclaimed = || async {
+        store.worker(|cas, _| cas.relieve_disk(&|| false)).await;
+        (!first.exists()).then_some(())
+    };
+    eventually(reclaimed).await;
+    drop(no_background_work);
+    let kept = store.inspect().await.totals.results;
+    let store = store.restart().await;
+    assert_eq!(store.inspect().await.totals.results, kept, "a replaced result is back");
+}

@@ -13,7 +13,7 @@ use std::{
 };
 
 pub(super) const LIMIT: u64 = 1_000;
-const BUDGET: u64 = 900;
+pub(super) const BUDGET: u64 = 900;
 pub(super) const START: u32 = 1_000_000;
 pub(super) const TIMES: LeaseTimes = LeaseTimes { named: 10_800, unnamed: 900 };
 

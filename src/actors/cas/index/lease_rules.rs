@@ -1,7 +1,7 @@
 //! Tests of the rules of leases: how long they last, the shares of builds and peers, and the bounds.
 
 use super::{
-    lease_model::{LIMIT, START, TIMES, build, ease_all, file, touch},
+    lease_model::{BUDGET, LIMIT, START, TIMES, build, ease_all, file, touch},
     leases::ROWS,
     *,
 };
@@ -170,6 +170,28 @@ fn what_builds_share_is_charged_to_none_and_stays_until_the_last_is_quiet() {
     assert_eq!(index.totals().leased, 20);
     index.expire_leases(end);
     assert_eq!(index.totals().leased, 0);
+}
+
+/// Builds that are over still have leases. If each has a single large entry, all of them have more than their share, and
+/// none has an older lease to lose first.
+#[test]
+fn builds_that_are_over_make_room_for_later_ones_and_the_first_ones_do_so_first() {
+    let of_one_peer = |number: u64| build(1, number + 1);
+    let of_many_peers = |number: u64| build(number as u8 + 1, 1);
+    for owner in [of_one_peer as fn(u64) -> Owner, of_many_peers] {
+        for bytes in [50, 51, 60, 90] {
+            let mut index = Index::with_leases(LIMIT, TIMES, 0);
+            for name in 0..100 {
+                let stored = store(&mut index, file(name), bytes, owner(name), START + name as u32);
+                assert!(stored.is_some(), "{name} of {bytes} bytes is refused");
+                assert!(is_there(&index, file(name)), "{name}");
+            }
+            let kept: Vec<u64> = (0..100).filter(|name| is_there(&index, file(*name))).collect();
+            assert!(kept.len() as u64 >= BUDGET / bytes, "{kept:?}");
+            assert_eq!(kept, (100 - kept.len() as u64..100).collect::<Vec<_>>(), "the last ones are left");
+            assert_eq!(index.tally().broken_promises, 0);
+        }
+    }
 }
 
 /// If most entries are shared, no build has more than its share, and none loses leases.

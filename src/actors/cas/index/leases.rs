@@ -3,7 +3,7 @@
 //! A lease is not kept for each blob and build. An entry names one *row* of a table, and is leased as long as the row
 //! is there. A row belongs to one build and one period, and counts the bytes of its entries. When the build has been
 //! quiet for long enough, its rows end, each in constant time, and so do the leases of all entries that name them. A
-//! build that has too much loses its oldest row ([`Leases::withdraw_one`]). A name is not given to another row, so an
+//! build that has too much loses its oldest row, and in the end its only one ([`Leases::withdraw_one`]). A name is not given to another row, so an
 //! entry may keep the name of a row that has ended.
 //!
 //! An entry that a second build touches moves to a *common* row. Such a row stays until all builds are quiet that were
@@ -25,6 +25,7 @@ mod earlier;
 use crate::caller::{Build, Owner, Peer};
 use book::{BUILDS, Book, CommonRow, LeasingBuild, Payer, SET_WORDS, add_to, set_of};
 use std::{
+    cmp::Reverse,
     collections::HashMap,
     sync::{
         Mutex, MutexGuard, PoisonError,
@@ -102,6 +103,23 @@ struct LeaseRow {
     bytes: AtomicU64,
     /// Bytes of those entries that are held.
     held: AtomicU64,
+}
+
+/// The leases that a peer is charged for.
+#[derive(Default)]
+struct Charge {
+    bytes: u64,
+    /// The part of `bytes` that is in common rows.
+    common: u64,
+    /// The number of builds with rows.
+    builds: u64,
+}
+
+impl Charge {
+    /// The bytes that each build of the peer may lease, if the peer may lease this many.
+    fn part_of_build(&self, share: u64) -> u64 {
+        share.saturating_sub(self.common) / self.builds.max(1)
+    }
 }
 
 /// How many of `room` bytes may be leased.
@@ -299,11 +317,13 @@ impl Leases {
     }
 
     /// Ends one row if `wanted` more bytes for the asker would exceed the budget, and if a peer has more than its
-    /// share. All peers with leases have equal shares, and so have the builds of one peer.
+    /// share. All peers with leases have equal shares. The builds of a peer have equal parts of what its share leaves
+    /// beside the entries that they have in common. The asker's rows stay.
     ///
-    /// The peer that is charged with the most bytes loses the oldest row of its build with the most bytes. If no build
-    /// of the peer can lose a row, the peer loses the oldest row that only its builds share. The newest row of a build
-    /// stays, and the asker's rows too.
+    /// The peer that is charged with the most bytes loses the oldest row of its build with the most bytes, if this
+    /// build has more than its part and other rows. Otherwise the peer loses the oldest row that only its builds share.
+    /// If no peer can lose such a row, the build that has been quiet for longest among those with more than their part
+    /// loses its only row, because most of these builds are over. The build that was active last keeps it.
     pub(super) fn withdraw_one(
         &mut self,
         wanted: u64,
@@ -313,43 +333,43 @@ impl Leases {
             return None;
         }
         let book = self.book();
-        let mut charges: HashMap<Peer, (u64, u64)> = HashMap::new();
+        let mut charges: HashMap<Peer, Charge> = HashMap::new();
         for build in book.builds.iter().flatten().filter(|build| !build.rows.is_empty()) {
-            let (charge, builds) = charges.entry(build.owner.peer).or_default();
-            (*charge, *builds) = (*charge + self.bytes_of(build), *builds + 1);
+            let charge = charges.entry(build.owner.peer).or_default();
+            (charge.bytes, charge.builds) = (charge.bytes + self.bytes_of(build), charge.builds + 1);
         }
         for row in book.common.iter().flatten() {
             if let Some(peer) = row.payer {
-                charges.entry(peer).or_default().0 += self.bytes_in(row.name);
+                let (charge, bytes) = (charges.entry(peer).or_default(), self.bytes_in(row.name));
+                (charge.bytes, charge.common) = (charge.bytes + bytes, charge.common + bytes);
             }
         }
         if let Some(asker) = asker {
-            charges.entry(asker.peer).or_default().0 += wanted;
+            charges.entry(asker.peer).or_default().bytes += wanted;
         }
         let share = self.budget / (charges.len() as u64).max(1);
-        let (&peer, &(charge, builds)) = charges.iter().max_by_key(|(_, (charge, _))| *charge)?;
-        if charge <= share {
-            return None;
-        }
-        let can_lose = |build: &&LeasingBuild| {
-            let is_due = asker
-                .is_none_or(|asker| build.owner != asker && self.bytes_of(build) > share / builds.max(1));
-            build.owner.peer == peer && build.rows.len() > 1 && is_due
+        charges.retain(|_, charge| charge.bytes > share);
+        let has_too_much = |build: &&LeasingBuild| {
+            let charge = charges.get(&build.owner.peer);
+            charge.is_some_and(|charge| self.bytes_of(build) > charge.part_of_build(share))
+                && asker.is_none_or(|asker| build.owner != asker)
         };
-        let losing = book.builds.iter().flatten().filter(can_lose).max_by_key(|build| self.bytes_of(build));
-        let (name, build) = match losing {
-            Some(build) => (build.rows.front()?.0, Some(build.owner.build)),
-            None => {
-                let newest = book.newest_common.get(&Some(peer)).copied();
-                let older = book
-                    .common
-                    .iter()
-                    .flatten()
-                    .filter(|row| row.payer == Some(peer) && Some(row_of(row.name)) != newest);
-                let older = older.filter(|_| asker.is_none_or(|asker| asker.peer != peer));
-                (older.min_by_key(|row| row.number)?.name, None)
+        let losers: Vec<&LeasingBuild> = book.builds.iter().flatten().filter(has_too_much).collect();
+        let mut peers: Vec<Peer> = charges.keys().copied().collect();
+        peers.sort_by_key(|peer| Reverse(charges[peer].bytes));
+        let older = peers.iter().find_map(|peer| {
+            let with_others = losers.iter().filter(|build| build.owner.peer == *peer && build.rows.len() > 1);
+            match with_others.max_by_key(|build| self.bytes_of(build)) {
+                Some(build) => Some((build.rows.front()?.0, *peer, Some(build.owner.build))),
+                None => book.older_common(*peer, asker).map(|name| (name, *peer, None)),
             }
-        };
+        });
+        let (name, peer, build) = older.or_else(|| {
+            let last = book.builds.iter().flatten().map(|build| build.active).max();
+            let quiet = losers.iter().filter(|build| !build.rows.is_empty() && Some(build.active) != last);
+            let build = quiet.min_by_key(|build| build.active)?;
+            Some((build.rows.front()?.0, build.owner.peer, Some(build.owner.build)))
+        })?;
         let bytes = self.bytes_in(name);
         drop(book);
         Some((Withdrawn { peer, build, bytes }, self.take(name)))

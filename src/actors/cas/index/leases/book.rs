@@ -2,7 +2,7 @@
 //!
 //! A build has a *place*, which is its index in a list and its bit in the sets of builds.
 
-use super::{COMMON_ROWS, ROW_BITS, ROWS, earlier::EARLIER};
+use super::{COMMON_ROWS, ROW_BITS, ROWS, earlier::EARLIER, row_of};
 use crate::caller::{Build, Owner, Peer};
 use std::collections::{HashMap, VecDeque};
 
@@ -79,6 +79,18 @@ impl Book {
             newest_common: HashMap::new(),
             build_of: vec![0; ROWS],
         }
+    }
+
+    /// The name of the oldest row that only builds of this peer share. The newest one stays, and so do all of them if the
+    /// peer itself asks.
+    pub(super) fn older_common(&self, peer: Peer, asker: Option<Owner>) -> Option<u32> {
+        if asker.is_some_and(|asker| asker.peer == peer) {
+            return None;
+        }
+        let newest = self.newest_common.get(&Some(peer)).copied();
+        let of_peer = self.common.iter().flatten().filter(|row| row.payer == Some(peer));
+        let older = of_peer.filter(|row| Some(row_of(row.name)) != newest);
+        Some(older.min_by_key(|row| row.number)?.name)
     }
 
     /// Returns the place of a build. If there are too many builds, it is the place of the other builds of its peer, or

@@ -151,18 +151,41 @@ impl DirectReferences {
     }
 }
 
+/// The Directories of a Tree as they are encoded, because their digests are those of these bytes.
+#[derive(Clone, PartialEq, prost::Message)]
+struct EncodedTree {
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    children: Vec<Bytes>,
+}
+
 /// The digests of all files in a Tree blob.
 ///
 /// # Errors
-/// [`Error::Invalid`] when the blob is not a Tree.
+/// [`Error::Invalid`] when the blob is not a Tree, or when it lacks a Directory that it names (AC-03).
 pub fn files_of_tree(bytes: Bytes, function: DigestFunction) -> Result<Vec<Digest>> {
-    let tree: reapi::Tree = wire::decode(bytes, MAX_MESSAGE_MEMORY, "Tree")?;
-    tree.root
-        .iter()
-        .chain(&tree.children)
-        .flat_map(|directory| &directory.files)
-        .map(|file| Digest::from_wire(function, file.digest.as_ref(), &file.name))
-        .collect()
+    let tree: reapi::Tree = wire::decode(bytes.clone(), MAX_MESSAGE_MEMORY, "Tree")?;
+    let (mut files, mut named) = (Vec::new(), HashSet::new());
+    for directory in tree.root.iter().chain(&tree.children) {
+        for file in &directory.files {
+            files.push(Digest::from_wire(function, file.digest.as_ref(), &file.name)?);
+        }
+        for below in &directory.directories {
+            named.insert(Digest::from_wire(function, below.digest.as_ref(), &below.name)?);
+        }
+    }
+    drop(tree);
+    if !named.is_empty() {
+        let encoded = EncodedTree::decode(bytes)
+            .map_err(|error| Error::Invalid(format!("it does not parse as Tree: {error}")))?;
+        for child in &encoded.children {
+            named.remove(&function.digest(child));
+        }
+        // The empty Directory is always there.
+        if let Some(absent) = named.iter().find(|digest| !digest.is_empty()) {
+            return Err(Error::Invalid(format!("Directory {absent} is not among its children")));
+        }
+    }
+    Ok(files)
 }
 
 /// The origin of a result.

@@ -374,3 +374,44 @@ async fn a_different_result_of_one_action_is_reported() {
         .await;
     assert_eq!(times(), [3]);
 }
+
+/// AC-03: no client can build a directory whose Tree lacks a Directory that it names.
+#[actix::test]
+async fn a_result_whose_tree_lacks_a_directory_is_a_miss() {
+    let store = TestStore::new().await;
+    let directory = |below: &[&reapi::Directory]| {
+        let node = |(number, below): (usize, &&reapi::Directory)| reapi::DirectoryNode {
+            name: format!("d{number}"),
+            digest: Some(digest(&prost::Message::encode_to_vec(*below)).to_wire()),
+        };
+        reapi::Directory { directories: below.iter().enumerate().map(node).collect(), ..Default::default() }
+    };
+    let link = reapi::SymlinkNode { name: "l".into(), target: "t".into(), ..Default::default() };
+    let leaf = reapi::Directory { symlinks: vec![link], ..Default::default() };
+    let (empty, middle) = (reapi::Directory::default(), directory(&[&leaf]));
+    let root = directory(&[&middle, &empty]);
+    for (number, (children, is_complete)) in [
+        (vec![], false),
+        (vec![&middle], false),
+        (vec![&leaf], false),
+        (vec![&leaf, &middle], true),
+        (vec![&leaf, &middle, &empty], true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let children = children.into_iter().cloned().collect();
+        let tree = reapi::Tree { root: Some(root.clone()), children };
+        let tree = store.put(prost::Message::encode_to_vec(&tree)).await;
+        let output = reapi::OutputDirectory {
+            path: "o".into(),
+            tree_digest: Some(tree.to_wire()),
+            ..Default::default()
+        };
+        let result = reapi::ActionResult { output_directories: vec![output], ..Default::default() };
+        let action = digest(&number.to_le_bytes());
+        store.cas.put_result(&store.main, action, result, Provenance::default()).await.unwrap();
+        let found = store.cas.get_result(&store.main, action).await.unwrap();
+        assert_eq!(found.is_some(), is_complete, "Tree number {number}");
+    }
+}

@@ -1,8 +1,8 @@
 //! [`AccessLoader`]: builds the rules from the settings and their files, and rebuilds them when these change.
 //!
-//! If a file cannot be used, the server does not start, and a reload changes nothing. The password file must exist then,
-//! and so must the directory of the token file, which `gorego token create` makes. While the server runs, a missing file
-//! counts as empty, so removing a file removes all credentials in it.
+//! If a file cannot be used, the server does not start, and a reload changes nothing. The password file must exist
+//! then, and so must the directory of the token file, which `gorego token create` makes. While the server runs, a
+//! missing file counts as empty, so removing a file removes all credentials in it.
 
 use super::{
     authenticator::{AccessRules, Authenticator, CredentialSources, SignedTokens},

@@ -49,8 +49,9 @@ fn check(file: &Path) -> Result<String> {
     Ok(format!("{warnings}{} is fine\n", file.display()))
 }
 
-/// Checks the files of `[tls]`, `[access]` and `[execution]` like a start of the server. Returns the warnings of a start, and a
-/// warning for each section with a file that this user may not read: usually only the user of the server may read them.
+/// Checks the files of `[tls]`, `[access]` and `[execution]` like a start of the server. Returns the warnings of a
+/// start, and a warning for each section with a file that this user may not read: usually only the user of the server
+/// may read them.
 fn check_named_files(settings: &Settings) -> Result<Vec<String>> {
     let of_tls = settings.tls.iter().flat_map(TlsSettings::files);
     let mut warnings = match forbidden(of_tls) {

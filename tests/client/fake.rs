@@ -108,8 +108,8 @@ pub(crate) async fn silent_server(missing: Digest) -> String {
     endpoint
 }
 
-/// Serves one connection on a free port like [`silent_server`], and returns the endpoint. At the first Execute it closes
-/// the connection and the port, as if it were killed.
+/// Serves one connection on a free port like [`silent_server`], and returns the endpoint. At the first Execute it
+/// closes the connection and the port, as if it were killed.
 pub(crate) async fn dying_server() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("grpc://{}", listener.local_addr().unwrap());

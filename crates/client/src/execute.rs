@@ -186,8 +186,8 @@ impl Execution {
         }
     }
 
-    /// The error of a call that opens a stream. If the connection has failed, it says so. Such a status was created here
-    /// and has a cause; a connection that breaks during the call is `Internal` at first.
+    /// The error of a call that opens a stream. If the connection has failed, it says so. Such a status was created
+    /// here and has a cause; a connection that breaks during the call is `Internal` at first.
     fn explained(&self, call: &str, status: &tonic::Status) -> Error {
         use std::error::Error as _;
         match (from_status(call, status), status.source()) {

@@ -49,4 +49,4 @@ pub mod role;
 pub mod settings;
 pub mod tokens;
 
-pub(crate) use loader::{AccessLoader, check_files};
+pub(crate) use loader::{AccessLoader, NOTICE_TIME, check_files};

@@ -29,7 +29,8 @@ pub use connect::ConnectArgs;
 
 use crate::actors::worker;
 use clap::{
-    Parser, Subcommand,
+    Arg, Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
+    builder::Resettable,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use clap_complete::Shell;
@@ -72,7 +73,7 @@ shell); exec cancels its operation first.
 
 Every configuration key can be set by an environment variable: GOREGO_LISTEN_ADDR, GOREGO_EXECUTION__CONCURRENCY;
 `gorego config show` lists the keys. Flags override the environment, which overrides the file, which overrides the
-defaults.
+defaults. An empty variable counts as not set.
 
 Client commands read GOREGO_ENDPOINT, GOREGO_INSTANCE, GOREGO_CREDENTIAL_HELPER, and headers from GOREGO_HEADERS, one
 NAME=VALUE in each line.";
@@ -128,7 +129,7 @@ pub fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::RUNNER_SUBCOMMAND) {
         return runner();
     }
-    let cli = match Cli::try_parse() {
+    let cli = match parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(explain(&hinted(error))),
     };
@@ -146,6 +147,22 @@ pub fn main() -> ExitCode {
         Some(CliCommand::Completions { shell }) => completions::run(shell),
     };
     ExitCode::from(code)
+}
+
+/// Parses the command line.
+fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let mut definition = without_empty_variables(Cli::command());
+    let mut matches = definition.try_get_matches_from_mut(arguments)?;
+    Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut definition))
+}
+
+/// The definition without the environment variables that are empty, because these count as not set. Templates of
+/// containers set variables that have no value to the empty text.
+fn without_empty_variables(command: Command) -> Command {
+    let is_empty = |arg: &Arg| arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
+    command
+        .mut_args(|arg| if is_empty(&arg) { arg.env(Resettable::Reset) } else { arg })
+        .mut_subcommands(without_empty_variables)
 }
 
 /// Adds a hint to the error about `serve` flags that precede a subcommand.
@@ -204,7 +221,6 @@ fn environment() -> Vec<(OsString, OsString)> {
 mod tests {
     use super::*;
     use crate::size::Size;
-    use clap::CommandFactory as _;
     use std::time::Duration;
 
     fn exec(args: &[&str]) -> Result<ExecArgs, clap::Error> {
@@ -256,7 +272,16 @@ mod tests {
         assert!(
             matches!(named.command, Some(CliCommand::Serve(args)) if args.max_size_gb == Some(Size::from_gb(3)))
         );
-        assert!(Cli::try_parse_from(["gorego", "--listen-addr", "nonsense"]).is_err());
+    }
+
+    #[test]
+    fn an_address_that_is_none_is_refused_with_the_text_of_the_configuration() {
+        for wrong in ["localhost:52103", "52103", "127.0.0.1:99999"] {
+            let error = Cli::try_parse_from(["gorego", "--listen-addr", wrong]).unwrap_err().to_string();
+            assert!(error.contains("expected an IP address and a port"), "{error}");
+            assert!(error.contains("<IP:PORT>"), "{error}");
+        }
+        assert!(Cli::try_parse_from(["gorego", "--listen-addr", "[::1]:80"]).is_ok());
     }
 
     #[test]
@@ -269,6 +294,18 @@ mod tests {
             assert!(error.contains(hint), "{error}");
         }
         assert!(Cli::try_parse_from(["gorego", "config", "show", "--config", "f"]).is_ok());
+    }
+
+    #[test]
+    fn outputs_that_could_not_be_downloaded_are_refused_before_anything_runs() {
+        for (output, hint) in
+            [("../o2", "--workdir"), ("a/../../b", "--workdir"), ("/tmp/o", "relative"), ("a\0", "NUL")]
+        {
+            let error = exec(&["--workdir", "sub", "--output", output, "true"]).unwrap_err();
+            assert!(error.to_string().contains(hint), "{error}");
+            assert_eq!(error.exit_code(), i32::from(EXIT_USAGE));
+        }
+        assert_eq!(exec(&["--output", "a/../b", "true"]).unwrap().output, ["a/../b"]);
     }
 
     #[test]

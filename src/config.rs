@@ -325,9 +325,12 @@ pub struct LogStreamsConfig {
 }
 
 fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
-    String::deserialize(deserializer)?
-        .parse()
-        .map_err(|_| D::Error::custom("expected an IP address and a port, such as \"127.0.0.1:50051\""))
+    parse_address(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+}
+
+/// Parses an IP address with a port. The error says what was expected.
+pub(crate) fn parse_address(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse().map_err(|_| "expected an IP address and a port, such as \"127.0.0.1:50051\"")
 }
 
 impl Default for Config {

@@ -188,7 +188,9 @@ impl fmt::Display for Difference<'_> {
         }
         match self.name {
             ROOTFS => f.write_str("; see execution.sandbox.rootfs)"),
-            name if is_network(name) => f.write_str("; see execution.sandbox.network)"),
+            name if is_network(name) => f.write_str(
+                "; see execution.sandbox.network, and if that is \"on\", the event protection_missing in the server's log)",
+            ),
             _ => f.write_str(")"),
         }
     }
@@ -210,6 +212,14 @@ impl Known {
     /// The properties that a pool offers are known from now on, also after the pool was removed.
     pub fn learn(&mut self, offers: &Offers) {
         self.names.extend(offers.keys().cloned());
+    }
+
+    /// How far a pool is from the requirements of an action: the number of differences, and how many of them are
+    /// properties that it does not offer at all. A pool with another value is nearer than one without the property.
+    pub fn distance(&self, offers: &Offers, asked: &[(String, String)]) -> (usize, usize) {
+        self.differences(offers, asked).fold((0, 0), |(all, absent), difference| {
+            (all + 1, absent + usize::from(difference.offered.is_none()))
+        })
     }
 
     /// The differences between a pool and the requirements of an action. Empty when the pool can run it.

@@ -48,6 +48,7 @@ use crate::{
 use actix::{Actor as _, Addr};
 use actix_rt::System;
 use execution_setup::ExecutionSetup;
+pub(crate) use execution_setup::check_named_paths;
 use exit::{Exit, drain};
 use fill::{asset_settings, log_settings, protocol_settings, scheduler_settings, store_settings};
 use gorego_reapi::error::{Error, Result};

@@ -1,7 +1,8 @@
 //! [`AccessLoader`]: builds the rules from the settings and their files, and rebuilds them when these change.
 //!
-//! If a file cannot be used, the server does not start, and a reload changes nothing. A missing file counts as empty,
-//! so removing a file removes all credentials in it.
+//! If a file cannot be used, the server does not start, and a reload changes nothing. The password file must exist
+//! then, and so must the directory of the token file, which `gorego token create` makes. While the server runs, a
+//! missing file counts as empty, so removing a file removes all credentials in it.
 
 use super::{
     authenticator::{AccessRules, Authenticator, CredentialSources, SignedTokens},
@@ -27,6 +28,8 @@ pub(super) const LOG: &str = "gorego::access";
 /// How often the files are checked. They are read when two checks in a row find the same change. So a file that is
 /// empty for a moment while it is written does not remove the credentials.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// How long it takes until a new token is accepted: two checks find it.
+pub(crate) const NOTICE_TIME: Duration = LOOK_INTERVAL.saturating_mul(2);
 /// Largest password file in bytes.
 const PASSWORDS_MAX_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -265,6 +268,7 @@ fn log_keys(location: &JwksLocation, fetched: std::result::Result<&KeySet, &str>
 }
 
 fn load(settings: &AccessSettings, signed: Option<Arc<JwtVerifier>>) -> Result<AccessRules> {
+    check_places(settings)?;
     let sources = CredentialSources {
         tokens: load_tokens(settings)?,
         users: load_users(settings)?,
@@ -272,6 +276,27 @@ fn load(settings: &AccessSettings, signed: Option<Arc<JwtVerifier>>) -> Result<A
         signed: signed.map(|signed| signed as Arc<dyn SignedTokens>),
     };
     Ok(AccessRules::new(settings.policy.clone(), sources))
+}
+
+/// Refuses paths that are probably mistyped. They would count as files without credentials, so that every credential
+/// would be refused.
+fn check_places(settings: &AccessSettings) -> Result<()> {
+    let is_missing = |path: &Path| fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    if let Some(path) = settings.passwords.as_deref().filter(|path| is_missing(path)) {
+        let path = path.display();
+        return Err(Error::Invalid(format!(
+            "password file {path} (access.passwords) does not exist; make it with `htpasswd -B -c {path} USER`, or correct \
+             the path"
+        )));
+    }
+    let directory = settings.tokens.as_deref().and_then(Path::parent);
+    if let Some(directory) = directory.filter(|directory| is_missing(directory)) {
+        return Err(Error::Invalid(format!(
+            "{}, the directory of the token file (access.tokens), does not exist; create it, or correct the path",
+            directory.display()
+        )));
+    }
+    Ok(())
 }
 
 fn load_tokens(settings: &AccessSettings) -> Result<Arc<TokenSet>> {
@@ -345,6 +370,7 @@ mod tests {
         fn new() -> Self {
             let directory = tempfile::tempdir().unwrap();
             let tokens = directory.path().join("tokens");
+            fs::write(directory.path().join("passwords"), "").unwrap();
             let loader = AccessLoader::open(settings(tokens.clone()), &Handle::current()).unwrap();
             Self { loader, tokens, _directory: directory }
         }
@@ -393,6 +419,26 @@ mod tests {
         bench.write("");
         bench.look(2);
         assert!(!bench.knows(&token), "it stays empty");
+    }
+
+    #[tokio::test]
+    async fn a_path_where_no_credentials_can_be_is_refused_at_the_start_and_a_removed_file_removes_its_users()
+    {
+        let bench = Bench::new();
+        let passwords = bench.tokens.with_file_name("passwords");
+        fs::remove_file(&passwords).unwrap();
+        bench.look(2);
+        assert_eq!(bench.loader.state.lock().unwrap().refused, None, "it counts as empty");
+        let opened = |settings| AccessLoader::open(settings, &Handle::current()).map(drop);
+        let error = opened(settings(bench.tokens.clone())).unwrap_err().to_string();
+        assert!(error.contains("access.passwords") && error.contains("htpasswd"), "{error}");
+        fs::write(&passwords, "").unwrap();
+        opened(settings(bench.tokens.clone())).unwrap();
+        let nowhere =
+            AccessSettings { tokens: Some("/nosuch/tokens".into()), ..settings(bench.tokens.clone()) };
+        let error = opened(nowhere.clone()).unwrap_err();
+        assert!(error.to_string().contains("access.tokens"), "{error}");
+        assert_eq!(check_files(&nowhere), Err(error), "the check says the same");
     }
 
     #[tokio::test]

@@ -49,6 +49,8 @@ pub enum PrincipalKind {
 }
 
 impl PrincipalKind {
+    const ALL: [Self; 5] = [Self::Anonymous, Self::Token, Self::Basic, Self::Certificate, Self::Jwt];
+
     const fn prefix(self) -> &'static str {
         match self {
             Self::Anonymous => ANONYMOUS,
@@ -58,6 +60,19 @@ impl PrincipalKind {
             Self::Jwt => "jwt:",
         }
     }
+}
+
+/// Whether a principal can have this name.
+pub(crate) fn is_name(text: &str) -> bool {
+    PrincipalKind::ALL.iter().any(|kind| match text.strip_prefix(kind.prefix()) {
+        Some(detail) => detail.is_empty() == (*kind == PrincipalKind::Anonymous),
+        None => false,
+    })
+}
+
+/// Whether the name of a principal can begin with this text.
+pub(crate) fn begins_a_name(text: &str) -> bool {
+    PrincipalKind::ALL.iter().any(|kind| kind.prefix().starts_with(text)) || is_name(text)
 }
 
 impl Principal {

@@ -228,7 +228,11 @@ impl TokenSet {
     /// # Errors
     /// Why it is refused. Only the holder of the whole token learns more than that it is not valid.
     pub fn verify(&self, token: &str, now: SystemTime) -> std::result::Result<Principal, Rejection> {
-        let unknown = || Rejection::refused("the token is not valid here; it may have been revoked");
+        let unknown = || {
+            Rejection::refused(
+                "the token is not valid here; it may have been revoked, or created only seconds ago",
+            )
+        };
         let id = id_of(token).ok_or_else(unknown)?;
         let known = self.0.get(id).ok_or_else(unknown)?;
         if !bool::from(known.sha256.ct_eq(&hash(token))) {

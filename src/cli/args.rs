@@ -1,9 +1,9 @@
 //! The arguments of the subcommands, and how their values are written.
 
 use super::ConnectArgs;
-use crate::size::Size;
+use crate::{config::parse_address, size::Size};
 use clap::{Args, Subcommand, ValueEnum};
-use gorego_reapi::digest::DigestFunction;
+use gorego_reapi::{digest::DigestFunction, path::RootPath};
 use gorego_verify::rules::Level;
 use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
@@ -31,7 +31,7 @@ pub struct ServeArgs {
     #[arg(long, env = "GOREGO_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Address on which gRPC is served [default: 127.0.0.1:50051]
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_address)]
     pub listen_addr: Option<SocketAddr>,
     /// Listen on a non-loopback address without TLS or credentials: everyone who can reach it can run commands here
     #[arg(long)]
@@ -162,8 +162,8 @@ pub struct ExecArgs {
     /// Upload this directory as the input root of the command
     #[arg(long, value_name = "DIR")]
     pub input: Option<PathBuf>,
-    /// Download this file, directory or symlink afterwards; relative to --workdir (repeatable)
-    #[arg(long, value_name = "PATH")]
+    /// Download this file, directory or symlink afterwards; a path below --workdir, and relative to it (repeatable)
+    #[arg(long, value_name = "PATH", value_parser = parse_output)]
     pub output: Vec<String>,
     /// Directory to which outputs are written
     #[arg(long, default_value = ".", value_name = "DIR")]
@@ -332,6 +332,19 @@ pub struct BenchArgs {
     /// For `limits` and --limits: directory on the disk to measure
     #[arg(long, default_value = ".", value_name = "DIR")]
     pub directory: PathBuf,
+}
+
+/// Outputs are written below a directory that stands for the working directory, so none can lie above it.
+fn parse_output(text: &str) -> Result<String, String> {
+    match RootPath::root().join(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) if !text.starts_with('/') && text.split('/').any(|segment| segment == "..") => {
+            Err("is above the working directory; set --workdir to a directory above it, and let the command change its \
+                 directory (sh -c 'cd sub && ...')"
+                .into())
+        }
+        Err(error) => Err(format!("{error}; write it relative to --workdir")),
+    }
 }
 
 fn parse_rate(text: &str) -> Result<f64, String> {

@@ -11,7 +11,7 @@ use crate::{
         ExecutionSettings, Flag, Loaded, LogFormat, Machine, Settings, SocketAddress, Sources, TlsSettings,
         load, load::file_to_read, load_checked, show::show,
     },
-    server::check_tls_files,
+    server::{check_named_paths, check_tls_files},
 };
 use gorego_reapi::error::{Error, Result};
 use std::{
@@ -49,8 +49,9 @@ fn check(file: &Path) -> Result<String> {
     Ok(format!("{warnings}{} is fine\n", file.display()))
 }
 
-/// Checks the files of `[tls]` and `[access]` like a start of the server. Returns the warnings of a start, and a
-/// warning for each section with a file that this user may not read: usually only the user of the server may read them.
+/// Checks the files of `[tls]`, `[access]` and `[execution]` like a start of the server. Returns the warnings of a
+/// start, and a warning for each section with a file that this user may not read: usually only the user of the server
+/// may read them.
 fn check_named_files(settings: &Settings) -> Result<Vec<String>> {
     let of_tls = settings.tls.iter().flat_map(TlsSettings::files);
     let mut warnings = match forbidden(of_tls) {
@@ -60,6 +61,9 @@ fn check_named_files(settings: &Settings) -> Result<Vec<String>> {
     match forbidden(settings.access.files()) {
         Some(path) => warnings.push(not_checked("[access]", path)),
         None => check_files(&settings.access)?,
+    }
+    if let Some(execution) = &settings.execution {
+        warnings.extend(check_named_paths(execution)?);
     }
     Ok(warnings)
 }
@@ -202,5 +206,25 @@ mod tests {
         // `gorego token create` creates this file.
         let fine = checked(&tokens("not-yet")).unwrap();
         assert!(fine.ends_with("is fine\n") && !fine.contains("warning"), "{fine}");
+        for (text, key) in [
+            (format!("[access]\npasswords = \"{}\"\n", at("absent")), "access.passwords"),
+            (tokens("absent/tokens"), "access.tokens"),
+            (format!("[execution.sandbox]\nrootfs = \"{}\"\n", at("absent")), "execution.sandbox"),
+            (format!("[execution.sandbox]\nrootfs = \"{}\"\n", at("broken")), "is not a directory"),
+        ] {
+            let error = checked(&text).unwrap_err().to_string();
+            assert!(error.contains(key), "{error}");
+        }
+        // These may appear while the server runs.
+        let absent = format!(
+            "[execution.sandbox]\nvisible = [\"{0}\"]\nwritable = [\"{0}-2\"]\n\
+             [execution.images]\nregistries = [\"r.example.com\"]\ncredentials = \"{0}-3\"\nlayouts = [\"{0}-4\"]\n",
+            at("absent")
+        );
+        let warned = checked(&absent).unwrap();
+        for named in ["absent ", "absent-2 ", "absent-3 ", "absent-4 "] {
+            let line = warned.lines().find(|line| line.contains(named));
+            assert!(line.is_some_and(|line| line.starts_with("warning: ")), "{named}: {warned}");
+        }
     }
 }

@@ -6,6 +6,7 @@ use super::{
     complain, config::load_settings, environment, ops::connect, output::print,
 };
 use crate::access::{
+    NOTICE_TIME,
     policy::Policy,
     tokens::{
         NOTE_MAX_BYTES, NewToken, TokenRecord,
@@ -65,8 +66,10 @@ fn create(roles: &[String], expires: Lifetime, note: &str, file: &TokenFileArgs)
     // Only the token goes to standard output, so that it can be piped into a secret store.
     let _ = writeln!(
         io::stderr(),
-        "gorego: {told}. It is shown only now; {} keeps its hash. Send it as `authorization: Bearer TOKEN`.",
-        path.display()
+        "gorego: {told}. It is shown only now; {} keeps its hash. Send it as `authorization: Bearer TOKEN`. A running \
+         server accepts it within {} s.",
+        path.display(),
+        NOTICE_TIME.as_secs()
     );
     Ok(format!("{text}\n"))
 }

@@ -94,6 +94,14 @@ pub(super) fn access(check: &mut Checker<'_>, is_exposed: bool, machine: &Machin
     let config = &check.loaded.config.access;
     let policy = policy(check, config, is_exposed);
     known_roles(check, "access.anonymous", &config.anonymous, &policy);
+    // Without a password file, users are not credentials, and an open server would stay open.
+    let has_passwords = !config.passwords.as_os_str().is_empty();
+    check.require_with(
+        "access.users",
+        &["access.passwords"],
+        has_passwords || config.users.is_empty(),
+        "has no effect without access.passwords",
+    );
     for (user, roles) in &config.users {
         check.require(
             "access.users",

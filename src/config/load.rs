@@ -196,6 +196,8 @@ pub(super) fn merge(sources: &Sources) -> Result<(Loaded, Vec<String>)> {
         let Some(name) = name.to_str().filter(|name| name.starts_with(ENV_PREFIX)) else { continue };
         match key_of(name, &merge.known) {
             Ok(None) => {}
+            // An empty variable counts as not set: templates of containers set all that they know.
+            Ok(Some(_)) if value.is_empty() => {}
             Ok(Some(key)) => match read_variable(name, &key, value, &merge.known) {
                 Ok(value) => merge.take(&key, value, Origin::Env(name.to_owned())),
                 Err(problem) => merge.refuse(&key, problem),

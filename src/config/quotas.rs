@@ -78,6 +78,12 @@ pub(super) fn quotas(check: &mut Checker<'_>) -> QuotaRules {
             check.require(key, false, &problem);
             continue;
         };
+        let problem = format!(
+            "\"{}\" matches no principal: their names are anonymous, token:ID, basic:USER, cert:SUBJECT and \
+             jwt:ISSUER#SUBJECT",
+            name.escape_debug()
+        );
+        check.require(key, pattern.can_match(), &problem);
         let size = own.upload_per_hour_gb.unwrap_or(config.upload_per_hour_gb);
         if own.upload_per_hour_gb.is_some_and(|size| size.bytes() > 0) {
             let problem = format!("upload_per_hour_gb of \"{}\" {}", name.escape_debug(), size_range());
@@ -143,6 +149,30 @@ mod tests {
         assert_eq!(rules.of("basic:me"), limits(Some(100), none, hour, None));
         assert_eq!(rules.of("token:ci"), limits(None, none, hour, Some(500)));
         assert_eq!(rules.of("jwt:x#y"), limits(Some(100), Some(5), hour, None));
+    }
+
+    #[test]
+    fn a_pattern_that_can_match_no_principal_is_refused_with_the_names_that_there_are() {
+        let listed = |name: &str| rules(&format!("[quotas.principals]\n\"{name}\" = {{ operations = 1 }}"));
+        for name in ["tokn:6b33", "tokn:*", "token", "token:", "Anonymous", "anonymous2", "alice", "jtw*"] {
+            let error = listed(name).unwrap_err().join("\n");
+            assert!(error.contains(&format!("\"{name}\" matches no principal")), "{error}");
+            assert!(error.contains("token:ID") && error.contains("anonymous"), "{error}");
+        }
+        let fine = [
+            "token:6b33",
+            "basic:a",
+            "cert:CN=a",
+            "jwt:x#y",
+            "anonymous",
+            "*",
+            "tok*",
+            "token:*",
+            "cert:CN=*",
+        ];
+        for name in fine {
+            assert!(listed(name).is_ok(), "{name}");
+        }
     }
 
     #[test]

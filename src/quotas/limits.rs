@@ -1,5 +1,7 @@
 //! [`QuotaRules`]: what each principal may use in each instance. Pure.
 
+use crate::access::principal::{begins_a_name, is_name};
+
 /// What one principal may use in one instance. `None` is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct QuotaLimits {
@@ -29,6 +31,14 @@ impl PrincipalPattern {
             Some(prefix) if !prefix.contains('*') => Some(Self::Prefix(prefix.to_owned())),
             None if !text.is_empty() && !text.contains('*') => Some(Self::Named(text.to_owned())),
             _ => None,
+        }
+    }
+
+    /// Whether there can be a principal that matches.
+    pub(crate) fn can_match(&self) -> bool {
+        match self {
+            Self::Named(name) => is_name(name),
+            Self::Prefix(prefix) => begins_a_name(prefix),
         }
     }
 

@@ -28,7 +28,11 @@ use crate::{
 };
 use gorego_reapi::error::{Error, Result};
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
+    fs,
+    io::ErrorKind,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -67,6 +71,9 @@ impl ExecutionSetup {
         runtime: &Handle,
         open_files: Option<u64>,
     ) -> Result<Self> {
+        for warning in check_named_paths(execution)? {
+            Event::warn("gorego::config", "config_warning").log(format_args!("{warning}"));
+        }
         let limits = StagingLimits { max_bytes: execution.max_staged_bytes, ..StagingLimits::default() };
         let build_root = BuildRoot::with_trees(&execution.build_root, limits)?;
         let images = match &execution.images {
@@ -106,7 +113,12 @@ impl ExecutionSetup {
         let mut settings = execution.sandbox.clone();
         settings.root = None;
         settings.processes = user_limit(&execution.pools, &self.limits);
-        warn_of_paths(&mut settings);
+        for path in settings.hide_linked() {
+            Event::warn("gorego::config", "config_warning").log(format_args!(
+                "a link leads actions to {}; it is hidden from them (execution.sandbox)",
+                path.display()
+            ));
+        }
         let mut report = self.probe(&settings, runner)?;
         let users = Users::new(settings.first_user);
         let mut sandbox = PoolSandbox {
@@ -246,13 +258,8 @@ impl ExecutionSetup {
     /// Tries a sandbox with the root file system of a pool, if it has one of its own.
     pub(super) fn try_root_of(&self, pool: &PoolSettings, runner: &[OsString]) -> Result<()> {
         let Some(root) = &pool.sandbox.root else { return Ok(()) };
-        let refuse = |reason: &str| {
-            let key = if pool.is_declared { "execution.pools" } else { "execution.sandbox" };
-            Err(Error::Precondition(format!(
-                "rootfs ({key}, pool \"{}\") cannot be used: {reason}",
-                pool.name
-            )))
-        };
+        check_root_directory(pool)?;
+        let refuse = |reason: &str| Err(root_refused(pool, reason));
         let sandbox = self.pool_sandbox(pool).filter(|sandbox| sandbox.protections.namespaces);
         let Some(sandbox) = sandbox else {
             return refuse("it needs the namespaces of the sandbox, which are off");
@@ -350,20 +357,50 @@ fn tools(execution: &ExecutionSettings, pool: &PoolSettings) -> Option<(String, 
     Some((pool.name.clone(), Arc::new(Tools::new(&pool.name, limits))))
 }
 
-/// Hides the server's own paths where links lead to them, and warns of configured paths that do not exist.
-fn warn_of_paths(settings: &mut SandboxSettings) {
-    for path in settings.hide_linked() {
-        Event::warn("gorego::config", "config_warning").log(format_args!(
-            "a link leads actions to {}; it is hidden from them (execution.sandbox)",
-            path.display()
-        ));
+/// Checks the paths that the settings name, without a server. Returns the warnings of a start. A path that may not be
+/// looked at counts as existing.
+///
+/// # Errors
+/// `Precondition` if the root file system of a pool does not exist.
+pub(crate) fn check_named_paths(execution: &ExecutionSettings) -> Result<Vec<String>> {
+    execution.pools.iter().try_for_each(check_root_directory)?;
+    let is_missing = |path: &&PathBuf| !path.try_exists().unwrap_or(true);
+    let mut warnings = Vec::new();
+    if execution.pools.iter().any(|pool| pool.sandbox.mode != SandboxMode::Off) {
+        let shown = execution.sandbox.visible.iter().chain(&execution.sandbox.writable);
+        warnings.extend(shown.filter(is_missing).map(|path| {
+            format!("{} does not exist, so actions do not see it (execution.sandbox)", path.display())
+        }));
     }
-    for path in settings.visible.iter().chain(&settings.writable).filter(|path| !path.exists()) {
-        Event::warn("gorego::config", "config_warning").log(format_args!(
-            "{} does not exist, so actions do not see it (execution.sandbox)",
-            path.display()
-        ));
+    if let Some(images) = &execution.images {
+        // Both are read for each pull, so they may appear later.
+        let named = images.credentials.iter().map(|path| ("execution.images.credentials", path));
+        let named = named.chain(images.layouts.iter().map(|path| ("execution.images.layouts", path)));
+        warnings.extend(named.filter(|(_, path)| is_missing(path)).map(|(key, path)| {
+            format!("{} does not exist, so images that need it cannot be used ({key})", path.display())
+        }));
     }
+    Ok(warnings)
+}
+
+/// Fails if the root file system of a pool is no directory.
+fn check_root_directory(pool: &PoolSettings) -> Result<()> {
+    let Some(RootFs::Directory(path)) = &pool.sandbox.root else { return Ok(()) };
+    let path = Path::new(OsStr::from_bytes(path));
+    match fs::metadata(path) {
+        Ok(found) if !found.is_dir() => {
+            Err(root_refused(pool, &format!("{} is not a directory", path.display())))
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Err(root_refused(pool, &format!("{} does not exist", path.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn root_refused(pool: &PoolSettings, reason: &str) -> Error {
+    let key = if pool.is_declared { "execution.pools" } else { "execution.sandbox" };
+    Error::Precondition(format!("rootfs ({key}, pool \"{}\") cannot be used: {reason}", pool.name))
 }
 
 fn warn_of_copies(reason: &str) {

@@ -108,10 +108,30 @@ pub(crate) async fn silent_server(missing: Digest) -> String {
     endpoint
 }
 
+/// Serves one connection on a free port like [`silent_server`], and returns the endpoint. At the first Execute it
+/// closes the connection and the port, as if it were killed.
+pub(crate) async fn dying_server() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("grpc://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        answer_until(socket, Digest::empty(SHA256), Some("Execute")).await;
+    });
+    endpoint
+}
+
 async fn answer_heads(socket: TcpStream, missing: Digest) {
+    answer_until(socket, missing, None).await;
+}
+
+/// Answers until a call of the method `last`, which gets no answer.
+async fn answer_until(socket: TcpStream, missing: Digest, last: Option<&str>) {
     let mut connection = h2::server::handshake(socket).await.unwrap();
     let mut held = Vec::new();
     while let Some(Ok((request, mut respond))) = connection.accept().await {
+        if last.is_some() && request.uri().path().rsplit('/').next() == last {
+            return;
+        }
         let head = http::Response::builder().header("content-type", "application/grpc").body(()).unwrap();
         let mut answer = respond.send_response(head, false).unwrap();
         let message = match request.uri().path().rsplit('/').next().unwrap() {

@@ -75,6 +75,18 @@ async fn an_execution_gives_up_on_a_server_that_never_gets_on() {
     assert_eq!(fake.state().calls, ["Execute"], "a refusal is not tried again");
 }
 
+#[tokio::test]
+async fn a_server_that_dies_during_a_run_is_named_with_the_reason() {
+    let endpoint = dying_server().await;
+    let client = Client::connect(&endpoint, "", &Identity::default()).await.unwrap();
+    let error = follow(client.execute(job())).await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+    let error = error.to_string();
+    for part in [&*endpoint, "does not answer any more", "refused"] {
+        assert!(error.contains(part), "{part} is not in {error}");
+    }
+}
+
 /// A server that begins to answer and falls silent, and reads nothing.
 #[tokio::test]
 async fn a_server_that_falls_silent_is_given_up() {

@@ -94,7 +94,8 @@ fn every_key_can_be_set_by_its_variable() {
         let loaded =
             load(&Sources { env: env(&[(&variable_of(&key), &text)]), ..Sources::default() }).unwrap();
         assert_eq!(loaded.config, Config::default(), "{key}");
-        assert_eq!(loaded.origin(&key), &Origin::Env(variable_of(&key)));
+        let set = if text.is_empty() { Origin::Default } else { Origin::Env(variable_of(&key)) };
+        assert_eq!(loaded.origin(&key), &set);
     }
     let lists = env(&[
         ("GOREGO_INSTANCE_NAMES", "[\"\", \"a/b\"]"),
@@ -174,6 +175,54 @@ fn errors_in_the_environment_name_the_variable_and_what_was_meant() {
 }
 
 #[test]
+fn an_empty_variable_counts_as_not_set() {
+    let (_dir, path) = file("listen_addr = \"127.0.0.1:7\"\nmax_size_gb = 3\n");
+    let empty = env(&[
+        ("GOREGO_LISTEN_ADDR", ""),
+        ("GOREGO_MAX_SIZE_GB", ""),
+        ("GOREGO_EXECUTION__CONCURRENCY", ""),
+        ("GOREGO_ALLOW_UNAUTHENTICATED", ""),
+    ]);
+    let loaded = load(&Sources { file: Some(path.clone()), env: empty, ..Sources::default() }).unwrap();
+    assert_eq!(loaded.config.listen_addr.port(), 7);
+    assert_eq!(loaded.config.max_size_gb, Size::from_gb(3));
+    assert_eq!(loaded.origin("listen_addr"), &Origin::File(path, 1));
+    assert_eq!(loaded.origin("execution.concurrency"), &Origin::Default);
+    assert!(
+        env_error("GOREGO_LISTN_ADDR", "").contains("GOREGO_LISTEN_ADDR"),
+        "a mistyped name is still one"
+    );
+}
+
+/// `--config` and the other flags that the environment can set.
+#[test]
+fn an_empty_variable_of_the_command_line_counts_as_not_set() {
+    let (_dir, path) = file("listen_addr = \"127.0.0.1:7\"\n");
+    let run = |args: &[&str], variables: &[(&str, &str)]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gorego"));
+        let output = command
+            .args(args)
+            .env_clear()
+            .envs(variables.iter().copied())
+            .env("HOME", "/x")
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(text).unwrap())
+    };
+    let (code, shown) = run(&["config", "show"], &[("GOREGO_CONFIG", ""), ("GOREGO_LISTEN_ADDR", "")]);
+    assert!(code == Some(0) && shown.contains("50051"), "{shown}");
+    let (code, shown) = run(&["config", "show"], &[("GOREGO_CONFIG", path.to_str().unwrap())]);
+    assert!(code == Some(0) && shown.contains("127.0.0.1:7"), "{shown}");
+    // Nothing but the default endpoint is asked.
+    let unset = [("GOREGO_ENDPOINT", ""), ("GOREGO_CREDENTIAL_HELPER", ""), ("GOREGO_HEADERS", "x")];
+    let (_, text) = run(&["ops", "list"], &unset);
+    assert!(text.contains("GOREGO_HEADERS"), "no other variable is at fault: {text}");
+    let (_, help) = run(&["ops", "list", "--help"], &unset);
+    assert!(help.contains("default: grpc://127.0.0.1:50051"), "{help}");
+}
+
+#[test]
 fn variables_that_are_not_meant_for_the_configuration_are_left_alone() {
     let env = env(&[
         ("GOREGO_CONFIG", "/x"),
@@ -237,6 +286,15 @@ fn values_that_make_no_sense_are_refused_all_at_once_with_their_place() {
 }
 
 /// AST-10.
+/// They would be no credentials, and the server would stay open.
+#[test]
+fn users_without_a_password_file_are_refused() {
+    let users = "[access.users]\nalice = [\"developer\"]\n";
+    let error = check(users).unwrap_err();
+    assert!(error.contains("access.users") && error.contains("without access.passwords"), "{error}");
+    check(&format!("[access]\npasswords = \"/p\"\n{users}")).unwrap();
+}
+
 #[test]
 fn hosts_and_networks_that_are_no_rules_are_refused_by_key() {
     let error = check(

@@ -129,7 +129,7 @@ async fn a_root_file_system_that_cannot_be_used_keeps_the_server_from_starting()
         String::from_utf8(output.stderr).unwrap()
     };
     let missing = refusal("/no/such/directory");
-    assert!(missing.contains("rootfs") && missing.contains("No such file"), "{missing}");
+    assert!(missing.contains("rootfs") && missing.contains("/no/such/directory does not exist"), "{missing}");
     let own = refusal(store.path().to_str().unwrap());
     assert!(own.contains("rootfs") && own.contains("the server's own"), "{own}");
 }

@@ -96,6 +96,13 @@ async fn operations_are_listed_with_whose_they_are_and_can_be_cancelled_by_the_b
     assert!(cancelled.status.success());
     assert_eq!(first.finish().await.status.unwrap().code, Code::Cancelled as i32);
 
+    let mut third = start_for(&client, "build-3", client.action(sh("true"), empty()).await).await;
+    let ended = third.until(|operation| operation.done).await.name;
+    let late = gorego(&server, &["ops", "cancel", &ended, &queued]).await;
+    assert_eq!(late.status.code(), Some(1));
+    assert!(text(&late.stderr).contains(&format!("{ended} has already ended")), "{}", text(&late.stderr));
+    assert_eq!(text(&late.stdout), format!("cancelled {queued}\n"), "it has been cancelled before");
+
     let unknown = gorego(&server, &["ops", "cancel", "ffffffff"]).await;
     assert_eq!(unknown.status.code(), Some(1));
     assert!(text(&unknown.stderr).contains("no operation"));

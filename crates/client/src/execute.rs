@@ -2,6 +2,7 @@
 
 use super::{
     Client, backoff,
+    options::innermost,
     status::{from_message, from_status},
 };
 use gorego_reapi::{
@@ -164,7 +165,7 @@ impl Execution {
         if self.stream.is_none() {
             let opened = tokio::time::timeout(FIRST_MESSAGE_TIMEOUT, self.open()).await;
             self.opened_at = Instant::now();
-            self.stream = Some(opened.map_err(silent)?.map_err(|status| from_status(call, &status))?);
+            self.stream = Some(opened.map_err(silent)?.map_err(|status| self.explained(call, &status))?);
         }
         let broken = |why: &str| Error::Unavailable(format!("{call}: {why}"));
         let Some(stream) = &mut self.stream else { return Err(broken("the stream is closed")) };
@@ -182,6 +183,21 @@ impl Execution {
             Ok(None) => Err(broken("the stream ended before the operation was done")),
             Err(status) if is_broken(&status) => Err(broken(status.message())),
             Err(status) => Err(from_status(call, &status)),
+        }
+    }
+
+    /// The error of a call that opens a stream. If the connection has failed, it says so. Such a status was created
+    /// here and has a cause; a connection that breaks during the call is `Internal` at first.
+    fn explained(&self, call: &str, status: &tonic::Status) -> Error {
+        use std::error::Error as _;
+        match (from_status(call, status), status.source()) {
+            (Error::Unavailable(_) | Error::Internal(_), Some(cause)) => Error::Unavailable(format!(
+                "{call}: the server at {} does not answer any more ({}); it was stopped, or the network has failed. Run the \
+                 command again when it answers",
+                self.client.endpoint,
+                innermost(cause)
+            )),
+            (error, _) => error,
         }
     }
 

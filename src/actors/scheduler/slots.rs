@@ -249,11 +249,13 @@ impl Slots {
             )));
         }
         let mut suitable = Vec::new();
-        let mut nearest: Option<(&PoolSlots, usize)> = None;
+        let mut nearest: Option<(&PoolSlots, (usize, usize))> = None;
         for (id, pool) in self.order.iter().filter_map(|id| Some((id, self.pools.get(id)?))) {
-            match self.known.differences(&pool.offers, asked).count() {
-                0 => suitable.push(*id),
-                count if nearest.is_none_or(|(_, least)| count < least) => nearest = Some((pool, count)),
+            match self.known.distance(&pool.offers, asked) {
+                (0, _) => suitable.push(*id),
+                distance if nearest.is_none_or(|(_, least)| distance < least) => {
+                    nearest = Some((pool, distance));
+                }
                 _ => {}
             }
         }

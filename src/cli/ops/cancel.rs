@@ -49,8 +49,21 @@ pub(super) async fn cancel(args: &CancelArgs) -> Result<u8> {
     Ok(code(all_done))
 }
 
-/// Cancels one operation and reports the outcome.
+/// Cancels one operation and reports the outcome. Returns whether it is cancelled now.
 async fn cancel_one(client: &Client, name: &str) -> bool {
-    let cancelled = client.cancel(name).await.and_then(|()| print(&format!("cancelled {name}\n")));
+    let cancelled = match client.cancel(name).await {
+        Ok(()) if has_ended_otherwise(client, name).await => {
+            Err(Error::Precondition(format!("{name} has already ended; `gorego ops show` says how")))
+        }
+        Ok(()) => print(&format!("cancelled {name}\n")),
+        Err(error) => Err(error),
+    };
     cancelled.map_err(|error| complain(&error)).is_ok()
+}
+
+/// Whether an operation had ended before its cancellation, which servers accept all the same (OPS-03). A server that
+/// does not know it any more has probably cancelled it.
+async fn has_ended_otherwise(client: &Client, name: &str) -> bool {
+    let finished = client.operation_state(name).await.ok().and_then(|state| state.finished);
+    finished.is_some_and(|finished| !matches!(finished.error, Some(Error::Cancelled(_))))
 }

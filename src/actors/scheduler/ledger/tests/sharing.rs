@@ -247,6 +247,11 @@ fn the_nearest_pool_is_named_with_every_property_in_which_it_differs() {
         assert!(message.contains(part), "{message}");
     }
     assert!(!message.contains("silo") && !message.contains("a100"), "{message}");
+    // Both pools differ in one property. One of them has it, with another value.
+    let (request, resolution) = asking(1, &[("gpu", "A100"), ("cores", "2")]);
+    let message = fixture.try_submit(request, resolution).unwrap_err().to_string();
+    let nearest = "the nearest, \"gpu\", differs in gpu (asked for \"A100\", offered \"a100\")";
+    assert!(message.contains(nearest), "{message}");
     let strict = SchedulerSettings { unknown_properties: UnknownProperties::Refuse, ..settings() };
     let (request, resolution) = asking(1, &[("silo", "x")]);
     let refusal = two_pools(strict).try_submit(request, resolution).unwrap_err();

@@ -203,8 +203,8 @@ impl StoreShared {
         overhead
     }
 
-    /// Checks, once the deletions for a reservation of `bytes` are over, that they have freed its room. They have not if
-    /// the bytes of the deleted blobs could not be reclaimed.
+    /// Checks, once the deletions for a reservation of `bytes` are over, that they have freed its room. They have not
+    /// if the bytes of the deleted blobs could not be reclaimed.
     ///
     /// # Errors
     /// `Exhausted` if the store would take more than its limit.

@@ -119,8 +119,8 @@ impl Cas {
         if let Some(room) = &mut attempt.room
             && let Err(error) = self.pay_for(room)
         {
-            // A partial upload without a share could not be charged to a client, so it is not kept. Removing its file may
-            // block.
+            // A partial upload without a share could not be charged to a client, so it is not kept. Removing its file
+            // may block.
             attempt.keep = false;
             let _ = self.shared().runtime.spawn_blocking(move || drop(attempt)).await;
             return Err(error);

@@ -172,8 +172,8 @@ fn what_builds_share_is_charged_to_none_and_stays_until_the_last_is_quiet() {
     assert_eq!(index.totals().leased, 0);
 }
 
-/// Builds that are over still have leases. If each has a single large entry, all of them have more than their share, and
-/// none has an older lease to lose first.
+/// Builds that are over still have leases. If each has a single large entry, all of them have more than their share,
+/// and none has an older lease to lose first.
 #[test]
 fn builds_that_are_over_make_room_for_later_ones_and_the_first_ones_do_so_first() {
     let of_one_peer = |number: u64| build(1, number + 1);

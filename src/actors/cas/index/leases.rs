@@ -3,8 +3,8 @@
 //! A lease is not kept for each blob and build. An entry names one *row* of a table, and is leased as long as the row
 //! is there. A row belongs to one build and one period, and counts the bytes of its entries. When the build has been
 //! quiet for long enough, its rows end, each in constant time, and so do the leases of all entries that name them. A
-//! build that has too much loses its oldest row, and in the end its only one ([`Leases::withdraw_one`]). A name is not given to another row, so an
-//! entry may keep the name of a row that has ended.
+//! build that has too much loses its oldest row, and in the end its only one ([`Leases::withdraw_one`]). A name is not
+//! given to another row, so an entry may keep the name of a row that has ended.
 //!
 //! An entry that a second build touches moves to a *common* row. Such a row stays until all builds are quiet that were
 //! active while it was the newest. If only builds of one peer share its entries, it is charged to this peer, and
@@ -107,7 +107,7 @@ struct LeaseRow {
 
 /// The leases that a peer is charged for.
 #[derive(Default)]
-struct Charge {
+struct LeaseCharge {
     bytes: u64,
     /// The part of `bytes` that is in common rows.
     common: u64,
@@ -115,7 +115,7 @@ struct Charge {
     builds: u64,
 }
 
-impl Charge {
+impl LeaseCharge {
     /// The bytes that each build of the peer may lease, if the peer may lease this many.
     fn part_of_build(&self, share: u64) -> u64 {
         share.saturating_sub(self.common) / self.builds.max(1)
@@ -333,7 +333,7 @@ impl Leases {
             return None;
         }
         let book = self.book();
-        let mut charges: HashMap<Peer, Charge> = HashMap::new();
+        let mut charges: HashMap<Peer, LeaseCharge> = HashMap::new();
         for build in book.builds.iter().flatten().filter(|build| !build.rows.is_empty()) {
             let charge = charges.entry(build.owner.peer).or_default();
             (charge.bytes, charge.builds) = (charge.bytes + self.bytes_of(build), charge.builds + 1);

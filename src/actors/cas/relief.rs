@@ -40,8 +40,8 @@ impl Cas {
     /// Frees disk space after an action failed for lack of it. Called from a worker thread. Blocks until the space is
     /// free or the action is cancelled, for a bounded time.
     pub fn relieve_disk(&self, is_cancelled: &dyn Fn() -> bool) {
-        // This handle does the file work on a blocking thread. On this thread, the work could neither wait for the actor
-        // nor be cut short.
+        // This handle does the file work on a blocking thread. On this thread, the work could neither wait for the
+        // actor nor be cut short.
         self.shared().runtime.block_on(async {
             let cancelled = async {
                 while !is_cancelled() {

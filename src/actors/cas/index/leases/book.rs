@@ -81,8 +81,8 @@ impl Book {
         }
     }
 
-    /// The name of the oldest row that only builds of this peer share. The newest one stays, and so do all of them if the
-    /// peer itself asks.
+    /// The name of the oldest row that only builds of this peer share. The newest one stays, and so do all of them if
+    /// the peer itself asks.
     pub(super) fn older_common(&self, peer: Peer, asker: Option<Owner>) -> Option<u32> {
         if asker.is_some_and(|asker| asker.peer == peer) {
             return None;

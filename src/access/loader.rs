@@ -1,8 +1,8 @@
 //! [`AccessLoader`]: builds the rules from the settings and their files, and rebuilds them when these change.
 //!
 //! If a file cannot be used, the server does not start, and a reload changes nothing. The password file must exist
-//! then, and so must the directory of the token file, which `gorego token create` makes. While the server runs, a
-//! missing file counts as empty, so removing a file removes all credentials in it.
+//! then. The token file need not, because `gorego token create` makes it, but its directory must. While the server
+//! runs, a missing file counts as empty, so removing a file removes all credentials in it.
 
 use super::{
     authenticator::{AccessRules, Authenticator, CredentialSources, SignedTokens},
@@ -285,8 +285,8 @@ fn check_places(settings: &AccessSettings) -> Result<()> {
     if let Some(path) = settings.passwords.as_deref().filter(|path| is_missing(path)) {
         let path = path.display();
         return Err(Error::Invalid(format!(
-            "password file {path} (access.passwords) does not exist; make it with `htpasswd -B -c {path} USER`, or correct \
-             the path"
+            "password file {path} (access.passwords) does not exist; make it with `htpasswd -B -c {path} USER`, correct \
+             the path, or make an empty file if no user may have access"
         )));
     }
     let directory = settings.tokens.as_deref().and_then(Path::parent);

@@ -167,7 +167,7 @@ pub(crate) struct StoreShared {
     /// Held by a purge while it works on a page.
     purge_turn: tokio::sync::Mutex<()>,
     /// Held while the disk is relieved. One relief serves all callers.
-    relief_turn: tokio::sync::Mutex<()>,
+    relief_turn: Arc<tokio::sync::Mutex<()>>,
     relieved_first: relief::RelievedFirst,
     scrubbed: scrub::ScrubCounts,
 }
@@ -271,7 +271,7 @@ impl CasActor {
             reports: OnceLock::new(),
             compaction_turn: Arc::new(Semaphore::new(1)),
             purge_turn: tokio::sync::Mutex::default(),
-            relief_turn: tokio::sync::Mutex::default(),
+            relief_turn: Arc::default(),
             relieved_first: relief::RelievedFirst::default(),
             scrubbed: scrub::ScrubCounts::default(),
             settings,

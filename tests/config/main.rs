@@ -285,8 +285,7 @@ fn values_that_make_no_sense_are_refused_all_at_once_with_their_place() {
     }
 }
 
-/// AST-10.
-/// They would be no credentials, and the server would stay open.
+/// Without the file, users are not credentials, so the server would stay open.
 #[test]
 fn users_without_a_password_file_are_refused() {
     let users = "[access.users]\nalice = [\"developer\"]\n";
@@ -295,6 +294,7 @@ fn users_without_a_password_file_are_refused() {
     check(&format!("[access]\npasswords = \"/p\"\n{users}")).unwrap();
 }
 
+/// AST-10.
 #[test]
 fn hosts_and_networks_that_are_no_rules_are_refused_by_key() {
     let error = check(

@@ -187,11 +187,11 @@ impl Execution {
     }
 
     /// The error of a call that opens a stream. If the connection has failed, it says so. Such a status was created
-    /// here and has a cause; a connection that breaks during the call is `Internal` at first.
+    /// here and has a cause.
     fn explained(&self, call: &str, status: &tonic::Status) -> Error {
         use std::error::Error as _;
         match (from_status(call, status), status.source()) {
-            (Error::Unavailable(_) | Error::Internal(_), Some(cause)) => Error::Unavailable(format!(
+            (Error::Unavailable(_), Some(cause)) => Error::Unavailable(format!(
                 "{call}: the server at {} does not answer any more ({}); it was stopped, or the network has failed. Run the \
                  command again when it answers",
                 self.client.endpoint,

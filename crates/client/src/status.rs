@@ -21,6 +21,11 @@ pub(crate) fn from_status(call: &str, status: &Status) -> Error {
     if status.code() == Code::PermissionDenied && status.source().is_some() {
         return Error::Precondition(format!("{call}: {}", status.message()));
     }
+    // Nor is it an answer about the request, so it may be tried again.
+    if matches!(status.code(), Code::Internal | Code::Cancelled | Code::Unknown) && status.source().is_some()
+    {
+        return Error::Unavailable(format!("{call}: {}", status.message()));
+    }
     // GEN-17: the details contain a whole google.rpc.Status.
     let details = rpc::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
     from_parts(call, status.code(), status.message(), &details)

@@ -69,7 +69,7 @@ impl Cas {
     async fn relieve(&self, is_due: fn(&Space) -> bool) {
         let relieved = async {
             // A second caller waits here and then re-checks the disk.
-            let _turn = self.shared().relief_turn.lock().await;
+            let turn = self.shared().relief_turn.clone().lock_owned().await;
             let cas = self.clone();
             let look = move || {
                 let space = cas.shared().volume.space()?;
@@ -82,8 +82,9 @@ impl Cas {
                 compaction::reclaim_for_disk(cas.shared(), cas.actor(), is_due);
                 cas.shared().volume.space()
             };
-            let looked = self.blocking(look).await;
-            let Ok(Ok(space)) = looked else { return };
+            // The turn lasts until this work ends, also if the caller does not wait for it.
+            let looked = self.blocking_with(turn, look).await;
+            let Ok((Ok(space), _turn)) = looked else { return };
             if is_due(&space) {
                 let _ = self.ask(Relieve(space)).await;
             }

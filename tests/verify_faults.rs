@@ -125,7 +125,7 @@ async fn server() -> Server {
         ("EXECUTION__CONTENDED_ABANDON_GRACE", "1m"),
         ("ASSETS__ALLOWED_HOSTS", "[\"127.0.0.1\"]"),
         // It has credentials, and knows none. Without one, everything is allowed.
-        ("ACCESS__TOKENS", "/nonexistent/tokens"),
+        ("ACCESS__TOKENS", "/nonexistent-tokens"),
         ("ACCESS__ANONYMOUS", "[\"admin\"]"),
         ("LOG__FILTER", "warn,gorego::server=info"),
     ])
